@@ -1,0 +1,1 @@
+"""Run settings as ml_collections ConfigDicts; each file's first line is its command."""

@@ -1,0 +1,97 @@
+"""Every field with its source; the values are Chameleon/Anole 7B and the published MedMax recipe.
+
+Not run by itself: other files start from `get_config()` here.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.vocab = ConfigDict(dict(size=65_536, image_codes=8_192, text_start=16_384))
+    config.model = ConfigDict(
+        dict(  # params.json of Chameleon-7B
+            hidden_size=4_096,
+            num_layers=32,
+            num_heads=32,
+            num_kv_heads=32,
+            head_dim=128,
+            intermediate_size=11_008,
+            context_length=4_096,
+            rope_theta=10_000.0,
+            rms_norm_eps=1e-5,
+            qk_norm_eps=1e-5,
+            qk_norm_shards=1,
+            swin_norm=False,
+            param_dtype="bfloat16",  # fp16 overflows: the residual stream reaches about 9e4
+            compute_dtype="bfloat16",
+            remat="attn",
+            attention="xla",
+        )
+    )
+    config.vq = ConfigDict(
+        dict(  # vqgan.yaml of Chameleon
+            image_size=512,
+            channels=128,
+            channel_mult=(1, 1, 2, 2, 4),
+            num_res_blocks=2,
+            z_channels=256,
+            embed_dim=256,
+            num_codes=8_192,
+        )
+    )
+    config.lora = ConfigDict(dict(rank=16, alpha=16.0, dropout=0.05))  # MedMax training/train.py
+    config.mesh = ConfigDict(dict(data=1, fsdp=1, tp=1))
+    config.data = ConfigDict(
+        dict(
+            train="records/train",
+            validation="records/validation",
+            seq_len=2_048,  # MedMax training/data.py truncates here
+            batch_size=8,  # the paper's
+            pack=True,
+            mask="answers",
+            seed=0,
+        )
+    )
+    config.optim = ConfigDict(
+        dict(  # peak and warm-up: the paper; the rest: HF Trainer defaults, which it left alone
+            peak_lr=1e-4,
+            warmup_ratio=0.1,
+            final_lr_ratio=0.0,
+            b1=0.9,
+            b2=0.999,
+            eps=1e-8,
+            weight_decay=0.0,
+            clip_norm=1.0,
+        )
+    )
+    config.train = ConfigDict(
+        dict(
+            trains="lora",
+            init_from="",
+            steps=1_000,
+            loss_weight="document",
+            seed=0,
+            prng_impl="threefry2x32",
+            log_every=10,
+            eval_every=500,
+            checkpoint_every=500,
+            keep=2,
+        )
+    )
+    config.sample = ConfigDict(
+        dict(  # defaults of MedMax's copy of the Chameleon inference code; text greedy as in its evaluation
+            text_temperature=1.0,
+            text_top_p=0.9,
+            text_greedy=True,
+            repetition_penalty=1.2,
+            image_temperature=0.7,
+            image_top_p=0.9,
+            image_greedy=False,
+            guidance_scale_text=3.0,
+            guidance_scale_image=1.2,
+            max_gen_len=1_024,
+            seed=42,
+        )
+    )
+    return config.lock()

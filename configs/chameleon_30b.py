@@ -1,0 +1,19 @@
+"""Chameleon 30B: `--config=configs/chameleon_30b.py`. 34.3 B parameters: swin-norm, 8 KV heads, gains of 4 shards."""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+    config = base.get_config()
+    config.model.update(
+        hidden_size=8_192,
+        num_layers=48,
+        num_heads=64,
+        num_kv_heads=8,
+        intermediate_size=22_016,
+        qk_norm_shards=4,
+        swin_norm=True,
+    )
+    return config

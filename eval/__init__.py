@@ -1,0 +1,1 @@
+"""The evaluation suite: tasks, scores, intervals and reports."""

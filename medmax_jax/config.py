@@ -1,0 +1,278 @@
+"""Every setting of a run as frozen dataclasses; config files become these once, at the door.
+
+    configs/x.py (ConfigDict) --from_config_dict--> Run(model, vocab, vq, lora, mesh, data, optim, train, sample)
+
+Inside the library nobody sees a ConfigDict. No field has a default: `configs/base.py` is where each number stands,
+with its source. Unknown and missing keys raise, and so do settings that contradict one another.
+"""
+
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+from ml_collections import ConfigDict
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used; the message names the field, the value and the mend."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Vocab:
+    size: int  # all ids, the rows of the embedding
+    image_codes: int  # VQ codes that have an id; id = code + 4
+    text_start: int  # first id of the text BPE
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    context_length: int  # tokens
+    rope_theta: float
+    rms_norm_eps: float
+    qk_norm_eps: float
+    qk_norm_shards: (
+        int  # rows of the q/k-norm gains: 1 for 7B, 4 for 30B (one per model-parallel shard)
+    )
+    swin_norm: bool  # 30B: norms after attention and MLP instead of before
+    param_dtype: str  # of the frozen base
+    compute_dtype: str
+    remat: str  # none | attn | qkv_attn | all
+    attention: str  # xla
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VQ:
+    image_size: int  # pixels, square
+    channels: int
+    channel_mult: tuple[int, ...]
+    num_res_blocks: int
+    z_channels: int
+    embed_dim: int
+    num_codes: int  # rows of the codebook
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per code along one side."""
+        return 2 ** (len(self.channel_mult) - 1)
+
+    @property
+    def codes_per_side(self) -> int:
+        return self.image_size // self.downsampling
+
+    @property
+    def codes_per_image(self) -> int:
+        return self.codes_per_side**2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lora:
+    rank: int  # 0: no adapters
+    alpha: float
+    dropout: float  # on the adapter's input
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mesh:
+    data: int
+    fsdp: int
+    tp: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    train: str  # folder of ArrayRecord shards
+    validation: str  # the same; empty: no validation
+    seq_len: int  # tokens a row
+    batch_size: int  # rows a step, over all devices
+    pack: bool  # several documents a row; otherwise one
+    mask: str  # answers | release: which tokens are scored
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optim:
+    peak_lr: float
+    warmup_ratio: float  # of all steps
+    final_lr_ratio: float  # of the peak, at the end of the cosine
+    b1: float
+    b2: float
+    eps: float
+    weight_decay: float
+    clip_norm: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train:
+    trains: str  # lora | full
+    init_from: str  # folder of base weights; empty: random weights
+    steps: int
+    loss_weight: str  # document | token
+    seed: int
+    prng_impl: str  # threefry2x32 | rbg | unsafe_rbg
+    log_every: int  # steps
+    eval_every: int  # steps; 0: never
+    checkpoint_every: int  # steps
+    keep: int  # checkpoints
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sample:
+    text_temperature: float
+    text_top_p: float
+    text_greedy: bool
+    repetition_penalty: float
+    image_temperature: float
+    image_top_p: float
+    image_greedy: bool
+    guidance_scale_text: float
+    guidance_scale_image: float
+    max_gen_len: int  # tokens
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    vocab: Vocab
+    model: Model
+    vq: VQ
+    lora: Lora
+    mesh: Mesh
+    data: Data
+    optim: Optim
+    train: Train
+    sample: Sample
+
+
+CHOICES = {
+    "model.param_dtype": ("float32", "bfloat16"),
+    "model.compute_dtype": ("float32", "bfloat16"),
+    "model.remat": ("none", "attn", "qkv_attn", "all"),
+    "model.attention": ("xla",),
+    "data.mask": ("answers", "release"),
+    "train.trains": ("lora", "full"),
+    "train.loss_weight": ("document", "token"),
+    "train.prng_impl": ("threefry2x32", "rbg", "unsafe_rbg"),
+}
+
+
+def build(cls: type, config: ConfigDict | dict[str, Any]) -> Any:
+    """Any settings dataclass from a config; raises ConfigError on unknown, missing or mistyped fields."""
+    return _build(cls, config.to_dict() if isinstance(config, ConfigDict) else config, "config")
+
+
+def from_config_dict(config: ConfigDict | dict[str, Any]) -> Run:
+    """The typed run of a config file; raises ConfigError also on settings that contradict."""
+    run = build(Run, config)
+    for name, allowed in CHOICES.items():
+        section, field = name.split(".")
+        value = getattr(getattr(run, section), field)
+        if value not in allowed:
+            raise ConfigError(f"config.{name} is {value!r}; use one of {', '.join(allowed)}")
+    _check(run)
+    return run
+
+
+def to_dict(settings: Any) -> dict[str, Any]:
+    """A JSON-able dict; `from_config_dict(to_dict(run)) == run`."""
+    return json.loads(json.dumps(dataclasses.asdict(settings)))
+
+
+def fingerprint(settings: Any) -> str:
+    """Twelve hex digits that change when any field changes."""
+    canonical = json.dumps(dataclasses.asdict(settings), sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def _build(cls: type, values: Any, where: str) -> Any:
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where} is {values!r}; it must be a section with fields {_names(cls)}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    if unknown := sorted(set(values) - set(fields)):
+        raise ConfigError(f"{where}.{unknown[0]} is unknown; the fields are {_names(cls)}")
+    if missing := sorted(set(fields) - set(values)):
+        raise ConfigError(
+            f"{where}.{missing[0]} is missing; set it (configs/base.py has every field)"
+        )
+    return cls(**{n: _value(f.type, values[n], f"{where}.{n}") for n, f in fields.items()})
+
+
+def _names(cls: type) -> str:
+    return ", ".join(f.name for f in dataclasses.fields(cls))
+
+
+def _value(kind: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, where)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind == tuple[int, ...]:
+        if not isinstance(value, (list, tuple)) or not all(type(v) is int for v in value):
+            raise ConfigError(f"{where} is {value!r}; it must be a list of whole numbers")
+        return tuple(value)
+    if type(value) is not kind:
+        raise ConfigError(
+            f"{where} is {value!r} ({type(value).__name__}); it must be {kind.__name__}"
+        )
+    return value
+
+
+def _check(run: Run) -> None:
+    m, v, q, d = run.model, run.vocab, run.vq, run.data
+    _rule(
+        m.num_heads % m.num_kv_heads == 0,
+        "model.num_heads",
+        m.num_heads,
+        "divisible by num_kv_heads",
+    )
+    _rule(
+        m.num_kv_heads % m.qk_norm_shards == 0,
+        "model.qk_norm_shards",
+        m.qk_norm_shards,
+        "a divisor of num_kv_heads",
+    )
+    _rule(m.head_dim % 2 == 0, "model.head_dim", m.head_dim, "even: RoPE turns pairs")
+    _rule(v.size > v.text_start >= 8712, "vocab.text_start", v.text_start, "in 8712..vocab.size")
+    _rule(0 < v.image_codes <= 8192, "vocab.image_codes", v.image_codes, "in 1..8192")
+    _rule(
+        q.num_codes == v.image_codes,
+        "vq.num_codes",
+        q.num_codes,
+        f"{v.image_codes}, as vocab.image_codes",
+    )
+    _rule(
+        q.channels % 32 == 0, "vq.channels", q.channels, "a multiple of 32: GroupNorm has 32 groups"
+    )
+    _rule(
+        q.image_size % q.downsampling == 0,
+        "vq.image_size",
+        q.image_size,
+        f"a multiple of {q.downsampling}",
+    )
+    _rule(d.seq_len <= m.context_length, "data.seq_len", d.seq_len, "at most model.context_length")
+    rows = run.mesh.data * run.mesh.fsdp
+    _rule(
+        d.batch_size % rows == 0,
+        "data.batch_size",
+        d.batch_size,
+        f"a multiple of data x fsdp = {rows}",
+    )
+    adapters = run.lora.rank > 0 or run.train.trains == "full"
+    _rule(adapters, "lora.rank", run.lora.rank, "above 0 when train.trains is lora")
+    _rule(0 <= run.lora.dropout < 1, "lora.dropout", run.lora.dropout, "in [0, 1)")
+    _rule(
+        0 <= run.optim.warmup_ratio < 1, "optim.warmup_ratio", run.optim.warmup_ratio, "in [0, 1)"
+    )
+    for name in ("steps", "log_every", "checkpoint_every", "keep"):
+        _rule(getattr(run.train, name) > 0, f"train.{name}", getattr(run.train, name), "above 0")
+
+
+def _rule(holds: bool, name: str, value: Any, mend: str) -> None:
+    if not holds:
+        raise ConfigError(f"config.{name} is {value!r}; it must be {mend}")

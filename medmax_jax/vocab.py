@@ -1,0 +1,93 @@
+"""Every id of the Chameleon vocabulary, and which of them mean what.
+
+| ids               | meaning                                                          |
+|-------------------|------------------------------------------------------------------|
+| 0 / 1 / 2 / 3     | BOS <s>, PAD <pad>, EOS </s>, UNK <unk>                          |
+| 4 .. 8195         | image codes, IMGIMG...Z; id = VQ code + 4                        |
+| 8196 / 8197       | EOI <eoss> closes an image, BOI <racm3:break> opens one          |
+| 8198 .. 8709      | <sentinel:0> .. <sentinel:511>                                   |
+| 8710              | SEP <reserved08706>, end of turn                                 |
+| 8711              | IMAGE <image> (<reserved08707> in the unmodified tokenizer)      |
+| 8712 .. text_start-1 | <reservedN>, id = N + 4 (release: up to 16383; tiny: none)    |
+| text_start .. size-1 | text BPE (release: 16384 .. 65535, "!" = 16384; tiny: from 8712) |
+
+Sources: Meta's Chameleon vocabulary and MedMax's tokenisation script. (HF config.json says
+bos_token_id 1: a stale default.)
+"""
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from medmax_jax.config import Vocab
+
+BOS, PAD, EOS, UNK = 0, 1, 2, 3
+IMAGE_START = 4  # VQGAN code 0 is token 4
+EOI, BOI = 8196, 8197
+SENTINEL_START, NUM_SENTINELS = 8198, 512
+SEP = 8710
+IMAGE = 8711  # a placeholder in text; never a token of a finished document
+RELEASED_END = 8712  # ids below this are the release's in every vocabulary of the family
+MAX_IMAGE_CODES = 8192
+
+
+def image_token_name(code: int) -> str:
+    """The checkpoint's name of a VQ code: decimal digits as letters A=0 .. J=9. 53 -> IMGIMGFDZ."""
+    return "IMGIMG" + "".join(chr(ord("A") + int(d)) for d in str(code)) + "Z"
+
+
+def special_names(text_start: int) -> dict[str, int]:
+    """Name -> id of everything below the text ids, image codes included. `text_start`: first text id."""
+    names = {"<s>": BOS, "<pad>": PAD, "</s>": EOS, "<unk>": UNK}
+    names |= {image_token_name(c): c + IMAGE_START for c in range(MAX_IMAGE_CODES)}
+    names |= {"<eoss>": EOI, "<racm3:break>": BOI}
+    names |= {f"<sentinel:{i}>": SENTINEL_START + i for i in range(NUM_SENTINELS)}
+    names |= {"<reserved08706>": SEP, "<image>": IMAGE}
+    names |= {f"<reserved{i - 4:05d}>": i for i in range(RELEASED_END, text_start)}
+    return names
+
+
+def is_image(ids: Int[np.ndarray, "*T"], vocab: Vocab) -> Bool[np.ndarray, "*T"]:
+    """True at image codes (BOI and EOI are not codes). Works on numpy and on jax arrays."""
+    return (ids >= IMAGE_START) & (ids < IMAGE_START + vocab.image_codes)
+
+
+def image_mask(vocab: Vocab) -> Bool[np.ndarray, "V"]:
+    """True at the ids that are image codes of this family member."""
+    return is_image(np.arange(vocab.size), vocab)
+
+
+def text_mask(vocab: Vocab) -> Bool[np.ndarray, "V"]:
+    """True at the ids that a text decoder may write: the BPE ids and EOS."""
+    ids = np.arange(vocab.size)
+    return (ids >= vocab.text_start) | (ids == EOS)
+
+
+def codes_to_ids(codes: Int[np.ndarray, "*K"], vocab: Vocab) -> Int[np.ndarray, "*K"]:
+    """VQ codes to token ids; raises ValueError on a code outside the codebook."""
+    codes = np.asarray(codes)
+    if codes.size and (codes.min() < 0 or codes.max() >= vocab.image_codes):
+        raise ValueError(
+            f"VQ code {codes.min()}..{codes.max()} is outside 0..{vocab.image_codes - 1}: wrong VQGAN for this vocabulary"
+        )
+    return codes + IMAGE_START
+
+
+def ids_to_codes(ids: Int[np.ndarray, "*K"], vocab: Vocab) -> Int[np.ndarray, "*K"]:
+    """Token ids to VQ codes; raises ValueError on an id that is no image code."""
+    ids = np.asarray(ids)
+    if not is_image(ids, vocab).all():
+        bad = ids[~is_image(ids, vocab)][0]
+        raise ValueError(
+            f"token {bad} is no image code (4..{vocab.image_codes + 3}): not an image span"
+        )
+    return ids - IMAGE_START
+
+
+def check_ids(ids: Int[np.ndarray, "*T"], vocab: Vocab, *, where: str) -> None:
+    """Raises ValueError when an id lies outside the vocabulary. `where` names the document in the message."""
+    ids = np.asarray(ids)
+    if ids.size and (ids.min() < 0 or ids.max() >= vocab.size):
+        bad = ids[(ids < 0) | (ids >= vocab.size)][0]
+        raise ValueError(
+            f"{where}: token {bad} is outside 0..{vocab.size - 1}: wrong tokenizer for this model, or a damaged record"
+        )
