@@ -80,7 +80,7 @@ def get_config() -> ConfigDict:
         )
     )
     config.sample = ConfigDict(
-        dict(  # defaults of MedMax's copy of the Chameleon inference code; text greedy as in its evaluation
+        dict(  # MedMax's copy of the Chameleon inference code; text greedy as in its evaluation
             text_temperature=1.0,
             text_top_p=0.9,
             text_greedy=True,

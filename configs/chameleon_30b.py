@@ -1,4 +1,7 @@
-"""Chameleon 30B: `--config=configs/chameleon_30b.py`. 34.3 B parameters: swin-norm, 8 KV heads, gains of 4 shards."""
+"""python -m medmax_jax.train --config=configs/chameleon_30b.py --workdir runs/30b
+
+34.3 B parameters: swin-norm, 8 KV heads, q/k-norm gains of 4 model-parallel shards.
+"""
 
 from ml_collections import ConfigDict
 

@@ -1,9 +1,9 @@
 """Every setting of a run as frozen dataclasses; config files become these once, at the door.
 
-    configs/x.py (ConfigDict) --from_config_dict--> Run(model, vocab, vq, lora, mesh, data, optim, train, sample)
+    configs/x.py (ConfigDict)  --from_config_dict-->  Run(vocab, model, vq, lora, mesh, data, ...)
 
-Inside the library nobody sees a ConfigDict. No field has a default: `configs/base.py` is where each number stands,
-with its source. Unknown and missing keys raise, and so do settings that contradict one another.
+Inside the library nobody sees a ConfigDict. No field has a default: `configs/base.py` is where
+each number stands, with its source. Unknown, missing and contradictory settings raise.
 """
 
 import dataclasses
@@ -163,7 +163,7 @@ CHOICES = {
 
 
 def build(cls: type, config: ConfigDict | dict[str, Any]) -> Any:
-    """Any settings dataclass from a config; raises ConfigError on unknown, missing or mistyped fields."""
+    """A settings dataclass; raises ConfigError on unknown, missing or mistyped fields."""
     return _build(cls, config.to_dict() if isinstance(config, ConfigDict) else config, "config")
 
 

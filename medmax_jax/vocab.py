@@ -36,7 +36,7 @@ def image_token_name(code: int) -> str:
 
 
 def special_names(text_start: int) -> dict[str, int]:
-    """Name -> id of everything below the text ids, image codes included. `text_start`: first text id."""
+    """Name -> id of everything below `text_start`, the first text id; image codes included."""
     names = {"<s>": BOS, "<pad>": PAD, "</s>": EOS, "<unk>": UNK}
     names |= {image_token_name(c): c + IMAGE_START for c in range(MAX_IMAGE_CODES)}
     names |= {"<eoss>": EOI, "<racm3:break>": BOI}
@@ -67,7 +67,8 @@ def codes_to_ids(codes: Int[np.ndarray, "*K"], vocab: Vocab) -> Int[np.ndarray, 
     codes = np.asarray(codes)
     if codes.size and (codes.min() < 0 or codes.max() >= vocab.image_codes):
         raise ValueError(
-            f"VQ code {codes.min()}..{codes.max()} is outside 0..{vocab.image_codes - 1}: wrong VQGAN for this vocabulary"
+            f"VQ codes {codes.min()}..{codes.max()} leave 0..{vocab.image_codes - 1}: "
+            "use the VQGAN that belongs to this vocabulary"
         )
     return codes + IMAGE_START
 
@@ -84,10 +85,11 @@ def ids_to_codes(ids: Int[np.ndarray, "*K"], vocab: Vocab) -> Int[np.ndarray, "*
 
 
 def check_ids(ids: Int[np.ndarray, "*T"], vocab: Vocab, *, where: str) -> None:
-    """Raises ValueError when an id lies outside the vocabulary. `where` names the document in the message."""
+    """Raises ValueError when an id lies outside the vocabulary; `where` names the document."""
     ids = np.asarray(ids)
     if ids.size and (ids.min() < 0 or ids.max() >= vocab.size):
         bad = ids[(ids < 0) | (ids >= vocab.size)][0]
         raise ValueError(
-            f"{where}: token {bad} is outside 0..{vocab.size - 1}: wrong tokenizer for this model, or a damaged record"
+            f"{where}: token {bad} is outside 0..{vocab.size - 1}: "
+            "wrong tokenizer for this model, or a damaged record"
         )
