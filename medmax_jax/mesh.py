@@ -1,0 +1,67 @@
+"""The device mesh, and every sharding by the name of what it shards.
+
+    axis   devices along it hold
+    data   copies of the weights, different rows of the batch
+    fsdp   slices of the weights (gathered for use), different rows of the batch
+    tp     slices of the heads, of the MLP and of the vocabulary, the same rows of the batch
+
+All three axes are Explicit: an array's type carries its sharding, and an operation whose result could lie in two ways
+says `out_sharding=`. An axis of size 1 costs nothing.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from medmax_jax.config import Mesh
+
+AXES = ("data", "fsdp", "tp")
+ROWS = ("data", "fsdp")  # the axes that split the batch
+
+BATCH = P(ROWS, None)  # [B, T]
+ACT = P(ROWS, None, None)  # [B, T, D], and LoRA's [B, T, R]
+HID = P(ROWS, None, "tp")  # [B, T, F] inside the MLP, [B, T, N*H] around attention
+HEADS = P(ROWS, None, "tp", None)  # [B, T, N, H] and [B, T, K, H]
+LOGITS = P(ROWS, None, "tp")  # [B, T, V]
+CACHE = P(None, ROWS, None, "tp", None)  # [L, B, S, K, H]
+EMBED = P("tp", "fsdp")  # [V, D]
+UP = P("fsdp", "tp")  # [D, F], a kernel into the heads, the MLP or the vocabulary
+DOWN = P("tp", "fsdp")  # [F, D], a kernel back to the residual stream
+
+
+def make_mesh(config: Mesh) -> jax.sharding.Mesh:
+    """The mesh over the first data x fsdp x tp devices; raises ValueError when they do not suffice."""
+    shape = (config.data, config.fsdp, config.tp)
+    if min(shape) < 1:
+        raise ValueError(f"config.mesh is {config}; every axis must be at least 1")
+    need, devices = config.data * config.fsdp * config.tp, jax.devices()
+    wanted = f"config.mesh asks for data {config.data} x fsdp {config.fsdp} x tp {config.tp} = {need} devices"
+    if need > len(devices):
+        raise ValueError(
+            f"{wanted}, but there are {len(devices)} ({devices[0].platform}); make an axis smaller"
+        )
+    if jax.process_count() > 1 and need != len(devices):
+        # a host without a device in the mesh could not join the collectives of the others
+        raise ValueError(
+            f"{wanted}, but {jax.process_count()} hosts have {len(devices)}; use all of them"
+        )
+    return jax.make_mesh(shape, AXES, (AxisType.Explicit,) * 3, devices=devices[:need])
+
+
+def put_batch(batch: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Numpy arrays [rows of this host, ...] to global arrays split by rows over data x fsdp."""
+    split = mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def put(local: np.ndarray) -> jax.Array:
+        rows = local.shape[0] * jax.process_count()
+        if rows % split:
+            raise ValueError(
+                f"a batch of {rows} rows does not split over data x fsdp = {split}; use a multiple of {split}"
+            )
+        sharding = NamedSharding(mesh, P(ROWS, *[None] * (local.ndim - 1)))
+        return jax.make_array_from_process_local_data(sharding, local)
+
+    return jax.tree.map(put, batch)
