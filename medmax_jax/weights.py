@@ -1,0 +1,127 @@
+"""Weights on disk: any pytree of arrays as one safetensors file with dotted names.
+
+    model.layers.self_attn.q_proj.kernel  <->  "layers.self_attn.q_proj.kernel"
+    model.down[0].block[1].conv1.kernel   <->  "down.0.block.1.conv1.kernel"
+
+The `value` that NNX hangs under every variable is no part of a name, so a module and its state read
+the same file.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from jax.experimental import multihost_utils
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+
+class WeightsError(ValueError):
+    """A weight file that does not fit; the message names the file, the key and the mend."""
+
+
+def save(path_file: str | os.PathLike, tree: Any, metadata: dict[str, str]) -> None:
+    """Writes every array of `tree`, whole or not at all. Every host calls, one writes."""
+    arrays = {name: _host_array(leaf) for name, leaf in named(tree).items()}
+    if jax.process_index() != 0:
+        return
+    path_file = Path(path_file)
+    path_file.parent.mkdir(parents=True, exist_ok=True)
+    partial = path_file.with_name(path_file.name + ".partial")
+    save_file(arrays, partial, metadata=metadata)
+    os.replace(partial, path_file)
+
+
+def load(path_file: str | os.PathLike, like: Any) -> Any:
+    """The tree of `like` (arrays or ShapeDtypeStructs) from the file, in its dtypes and shardings.
+
+    A host reads only the rows it holds. Raises WeightsError on a key without a place, a place without
+    a key, or a shape that differs.
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(like)
+    names = [dotted(path) for path, _ in leaves]
+    with _opened(path_file) as file:
+        _check_keys(path_file, set(file.keys()), set(names))
+        arrays = [
+            _placed(path_file, file, name, leaf)
+            for name, (_, leaf) in zip(names, leaves, strict=True)
+        ]
+    return jax.tree_util.tree_unflatten(structure, arrays)
+
+
+def metadata(path_file: str | os.PathLike) -> dict[str, str]:
+    """What `save` was given as metadata."""
+    with _opened(path_file) as file:
+        return dict(file.metadata() or {})
+
+
+def named(tree: Any) -> dict[str, Any]:
+    """Dotted name -> leaf, in tree order; raises WeightsError when two leaves share a name."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    names = {dotted(path): leaf for path, leaf in leaves}
+    if len(names) != len(leaves):
+        raise WeightsError(
+            f"{len(leaves) - len(names)} arrays share a dotted name; rename an attribute"
+        )
+    return names
+
+
+def dotted(path: tuple[Any, ...]) -> str:
+    """A jax key path as a dotted name, without the `value` of an NNX variable."""
+    parts = [str(getattr(k, "name", getattr(k, "key", getattr(k, "idx", None)))) for k in path]
+    if len(parts) > 1 and parts[-1] == "value":
+        parts = parts[:-1]
+    return ".".join(parts)
+
+
+def _host_array(leaf: Any) -> np.ndarray:
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    return np.ascontiguousarray(np.asarray(leaf)).reshape(np.shape(leaf))
+
+
+def _opened(path_file: str | os.PathLike) -> Any:
+    if not Path(path_file).is_file():
+        raise WeightsError(f"{path_file}: no such weight file; check the folder in the config")
+    try:
+        return safe_open(path_file, framework="numpy")
+    except SafetensorError as e:
+        raise WeightsError(
+            f"{path_file}: not a whole safetensors file ({e}); copy or export it again"
+        ) from e
+
+
+def _check_keys(path_file: str | os.PathLike, have: set[str], want: set[str]) -> None:
+    extra, missing = sorted(have - want), sorted(want - have)
+    if extra or missing:
+        raise WeightsError(
+            f"{path_file} does not fit this model: {len(missing)} names missing in the file "
+            f"{missing[:4]}, {len(extra)} names unused {extra[:4]}; use the config that the file was "
+            "written with"
+        )
+
+
+def _placed(path_file: str | os.PathLike, file: Any, name: str, leaf: Any) -> jax.Array:
+    rows = file.get_slice(name)
+    shape = tuple(rows.get_shape())
+    if shape != tuple(leaf.shape):
+        raise WeightsError(
+            f"{path_file}: {name} has shape {shape}, the model has {tuple(leaf.shape)}; use the "
+            "config that the file was written with"
+        )
+    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(
+        jax.local_devices()[0]
+    )
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        part = rows[index] if index else file.get_tensor(name)
+        return np.asarray(part).astype(_numpy_dtype(leaf.dtype))
+
+    return jax.make_array_from_callback(shape, sharding, read)
+
+
+def _numpy_dtype(dtype: Any) -> np.dtype:
+    return np.dtype(ml_dtypes.bfloat16) if str(dtype) == "bfloat16" else np.dtype(dtype)
