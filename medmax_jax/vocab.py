@@ -15,6 +15,8 @@ Sources: Meta's Chameleon vocabulary and MedMax's tokenisation script. (HF confi
 bos_token_id 1: a stale default.)
 """
 
+from typing import Any
+
 import numpy as np
 from jaxtyping import Bool, Int
 
@@ -46,7 +48,7 @@ def special_names(text_start: int) -> dict[str, int]:
     return names
 
 
-def is_image(ids: Int[np.ndarray, "*T"], vocab: Vocab) -> Bool[np.ndarray, "*T"]:
+def is_image(ids: Int[Any, "*T"], vocab: Vocab) -> Bool[Any, "*T"]:
     """True at image codes (BOI and EOI are not codes). Works on numpy and on jax arrays."""
     return (ids >= IMAGE_START) & (ids < IMAGE_START + vocab.image_codes)
 
