@@ -1,0 +1,110 @@
+"""HTML pages that stand alone: no script, no request, every text escaped; pictures ride inside.
+
+    document("Title", section("Scores", table(["task", "n"], [["closed", 12]])))
+
+Only the functions here make markup, and each escapes what it is given; so text that a model wrote
+can be shown as it is.
+"""
+
+import base64
+import html
+from collections.abc import Sequence
+
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+STYLE = """
+:root { color-scheme: light dark;
+  --ink: light-dark(#1d2430, #e4e8ee); --soft: light-dark(#5b6675, #9aa6b5);
+  --line: light-dark(#d9dee5, #353d49); --page: light-dark(#fbfcfd, #14181e);
+  --card: light-dark(#fff, #1b2129); --mark: light-dark(#0b6e69, #57c7bf); }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink);
+  font: 16px/1.55 system-ui, sans-serif; }
+main { max-width: 62rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
+h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 1.5rem; letter-spacing: -.01em; }
+h2 { font-size: 1.15rem; margin: 2.5rem 0 .75rem; padding-bottom: .3rem;
+  border-bottom: 2px solid var(--mark); }
+p { margin: .6rem 0; max-width: 46rem; }
+p.note { color: var(--soft); font-size: .9rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .92rem; width: 100%; }
+caption { text-align: left; color: var(--soft); font-size: .9rem; padding: .2rem 0 .5rem; }
+th, td { padding: .4rem .7rem; text-align: left; vertical-align: top; overflow-wrap: anywhere;
+  border-bottom: 1px solid var(--line); }
+th { color: var(--soft); font-weight: 600; white-space: nowrap; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.figures { display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); }
+figure { margin: 1rem 0; padding: .6rem; background: var(--card); border: 1px solid var(--line);
+  border-radius: .5rem; }
+.figures figure { margin: 0; }
+img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
+.figures img { width: 100%; image-rendering: pixelated; }
+figcaption { color: var(--soft); font-size: .85rem; margin-top: .45rem; overflow-wrap: anywhere; }
+"""
+
+
+def document(title: str, body: str) -> str:
+    """The page. `body` is markup made by the functions below; `title` is text."""
+    safe = html.escape(title)
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{safe}</title>\n<style>{STYLE}</style>\n</head>\n"
+        f"<body>\n<main>\n<h1>{safe}</h1>\n{body}</main>\n</body>\n</html>\n"
+    )
+
+
+def section(title: str, body: str) -> str:
+    """A heading over markup."""
+    return f"<section>\n<h2>{html.escape(title)}</h2>\n{body}</section>\n"
+
+
+def paragraph(text: str, *, note: bool = False) -> str:
+    """A paragraph of text; `note` sets it smaller and softer."""
+    kind = ' class="note"' if note else ""
+    return f"<p{kind}>{html.escape(text)}</p>\n"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]], *, caption: str = "") -> str:
+    """A table; numbers stand right-aligned, floats with three decimals, None as a dash."""
+    for number, row in enumerate(rows):
+        if len(row) != len(head):
+            raise ValueError(f"row {number} has {len(row)} cells, the head has {len(head)}")
+    top = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in head)
+    lines = "".join(f"<tr>{''.join(map(_cell, row))}</tr>\n" for row in rows)
+    title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
+    return (
+        f'<div class="scroll"><table>{title}\n<thead><tr>{top}</tr></thead>\n'
+        f"<tbody>\n{lines}</tbody></table></div>\n"
+    )
+
+
+def figure(png_bytes: bytes, caption: str) -> str:
+    """A PNG with its caption, which is also the text for those who cannot see it."""
+    if not png_bytes.startswith(b"\x89PNG\r\n\x1a\n"):
+        raise ValueError(f"figure {caption!r}: not a PNG; save the picture with format='PNG'")
+    data, safe = base64.b64encode(png_bytes).decode("ascii"), html.escape(caption)
+    return (
+        f'<figure><img alt="{safe}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{safe}</figcaption></figure>\n"
+    )
+
+
+def figures(pictures: Sequence[tuple[bytes, str]]) -> str:
+    """Several (PNG, caption) side by side."""
+    return f'<div class="figures">\n{"".join(figure(*p) for p in pictures)}</div>\n'
+
+
+def shown(value: object) -> str:
+    """A value as the tables write it: 0.5 -> "0.500", None -> a dash."""
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def _cell(value: object) -> str:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    kind = ' class="number"' if number else ""
+    return f"<td{kind}>{html.escape(shown(value))}</td>"
