@@ -5,8 +5,8 @@
     fsdp   slices of the weights (gathered for use), different rows of the batch
     tp     slices of the heads, of the MLP and of the vocabulary, the same rows of the batch
 
-All three axes are Explicit: an array's type carries its sharding, and an operation whose result could lie in two ways
-says `out_sharding=`. An axis of size 1 costs nothing.
+All three axes are Explicit: an array's type carries its sharding, and an operation whose result
+could lie in two ways says `out_sharding=`. An axis of size 1 costs nothing.
 """
 
 from typing import Any
@@ -33,12 +33,14 @@ DOWN = P("tp", "fsdp")  # [F, D], a kernel back to the residual stream
 
 
 def make_mesh(config: Mesh) -> jax.sharding.Mesh:
-    """The mesh over the first data x fsdp x tp devices; raises ValueError when they do not suffice."""
+    """The mesh over the first data x fsdp x tp devices; ValueError when they do not suffice."""
     shape = (config.data, config.fsdp, config.tp)
     if min(shape) < 1:
         raise ValueError(f"config.mesh is {config}; every axis must be at least 1")
     need, devices = config.data * config.fsdp * config.tp, jax.devices()
-    wanted = f"config.mesh asks for data {config.data} x fsdp {config.fsdp} x tp {config.tp} = {need} devices"
+    wanted = (
+        f"config.mesh asks for data x fsdp x tp = {' x '.join(map(str, shape))} = {need} devices"
+    )
     if need > len(devices):
         raise ValueError(
             f"{wanted}, but there are {len(devices)} ({devices[0].platform}); make an axis smaller"
@@ -59,7 +61,8 @@ def put_batch(batch: Any, mesh: jax.sharding.Mesh) -> Any:
         rows = local.shape[0] * jax.process_count()
         if rows % split:
             raise ValueError(
-                f"a batch of {rows} rows does not split over data x fsdp = {split}; use a multiple of {split}"
+                f"a batch of {rows} rows does not split over data x fsdp = {split} devices; "
+                f"use a multiple of {split}"
             )
         sharding = NamedSharding(mesh, P(ROWS, *[None] * (local.ndim - 1)))
         return jax.make_array_from_process_local_data(sharding, local)

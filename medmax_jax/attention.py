@@ -1,0 +1,86 @@
+"""Causal attention inside packed documents, and the same against a cache of keys and values.
+
+    segments  1 1 1 2 2 0        query t sees key s where s <= t and both stand in the same document
+    allowed   x . . . . .        (0 is padding; it sees only padding, and nobody reads it)
+              x x . . . .
+              x x x . . .
+              . . . x . .
+              . . . x x .
+              . . . . . x
+
+N query heads share K key heads, N/K each: query head n reads key head n // (N/K).
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+from medmax_jax.mesh import BATCH, CACHE, HEADS, ROWS
+
+GROUPED = P(ROWS, None, "tp", None, None)  # [B, T, K, G, H]
+
+
+def packed_mask(segments: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
+    """True where query t may see key s. [[1, 1, 2]] -> [[1, 0, 0], [1, 1, 0], [0, 0, 1]]."""
+    order = jnp.arange(segments.shape[1])
+    same = segments[:, :, None] == segments[:, None, :]
+    return same & (order[:, None] >= order[None, :])
+
+
+def cache_mask(positions: Int[Array, "B T"], length: int) -> Bool[Array, "B T S"]:
+    """True where a token at `positions` may see slot s: s <= position. Idle (-1) sees nothing."""
+    return jnp.arange(length) <= positions[:, :, None]
+
+
+def attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Bool[Array, "B T S"],
+    *,
+    impl: str,
+) -> Float[Array, "B T N H"]:
+    """Attention with scores and softmax in fp32. A row that sees nothing gives finite nonsense."""
+    if impl != "xla":
+        raise ValueError(f"config.model.attention is {impl!r}; use 'xla'")
+    groups = q.shape[2] // k.shape[2]
+    q = jnp.reshape(
+        q, (*q.shape[:2], k.shape[2], groups, q.shape[3]), out_sharding=GROUPED
+    )  # [B, T, K, G, H]
+    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, None, None], scores * q.shape[-1] ** -0.5, -1e30)
+    weights = jax.nn.softmax(scores, -1).astype(v.dtype)
+    out = jnp.einsum("bkgts,bskh->btkgh", weights, v)
+    return jnp.reshape(out, (*out.shape[:2], k.shape[2] * groups, out.shape[4]), out_sharding=HEADS)
+
+
+def reference_attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Bool[Array, "B T S"],
+) -> Float[Array, "B T N H"]:
+    """The definition, for tests: every key head repeated, everything in fp32."""
+    k, v = (jnp.repeat(x.astype(jnp.float32), q.shape[2] // x.shape[2], 2) for x in (k, v))
+    scores = jnp.einsum("btnh,bsnh->bnts", q.astype(jnp.float32), k) / jnp.sqrt(q.shape[3])
+    scores = jnp.where(mask[:, None], scores, -jnp.inf)
+    return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores, -1), v)
+
+
+def write_cache(
+    cache: Float[Array, "L B S K H"],
+    layer: Int[Array, ""],
+    new: Float[Array, "B T K H"],
+    positions: Int[Array, "B T"],
+) -> Float[Array, "L B S K H"]:
+    """Row b's token t goes to slot positions[b, t] of `layer`; at -1 nothing is written."""
+
+    def local(cache, layer, new, positions):
+        slots = jnp.where(positions < 0, cache.shape[2], positions)  # past the end: dropped
+        rows = jnp.arange(cache.shape[1])[:, None]
+        return cache.at[layer, rows, slots].set(new, mode="drop")
+
+    # Each device holds whole rows and whole heads, so the write needs no other device.
+    write = jax.shard_map(local, in_specs=(CACHE, P(), HEADS, BATCH), out_specs=CACHE)
+    return write(cache, layer, new.astype(cache.dtype), positions)

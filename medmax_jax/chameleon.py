@@ -1,0 +1,282 @@
+"""Chameleon: an early-fusion transformer over text and image tokens alike.
+
+                   7B (pre-norm)                      30B (swin_norm)
+    x = x + attention(norm(x))            x = x + norm(attention(x))
+    x = x + mlp(norm(x))                  x = x + norm(mlp(x))
+
+    attention   q, k, v -> HeadNorm on q and k -> RoPE -> causal inside each document -> o
+    mlp         silu(gate) * up -> down
+
+The layers stand stacked on axis 0 (`layers.self_attn.q_proj.kernel` is [L, D, N*H]) and lax.scan
+runs them. Weights have the names of the HF checkpoint. All of it runs under
+`jax.set_mesh(make_mesh(...))`.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from medmax_jax.attention import attend, cache_mask, packed_mask, write_cache
+from medmax_jax.config import Lora, Model, Vocab
+from medmax_jax.layers import Embed, HeadNorm, Linear, RMSNorm, rope, rope_angles
+from medmax_jax.mesh import ACT, CACHE, DOWN, HEADS, HID, LOGITS, UP
+
+NO_LORA = Lora(rank=0, alpha=0.0, dropout=0.0)  # the head has no adapter
+
+# What the backward pass finds saved; it computes the rest again. "none": no recomputation.
+REMAT = {"attn": ("attn",), "qkv_attn": ("q", "k", "v", "attn"), "all": ()}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Keys and values of every layer, [L, B, S, K, H] each."""
+
+    k: Array
+    v: Array
+
+
+class Attention(nnx.Module):
+    """q, k, v and o with their norms; the caller says what the queries attend to."""
+
+    def __init__(self, config: Model, lora: Lora, *, key: PRNGKeyArray):
+        keys = jax.random.split(key, 4)
+        wide, narrow = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
+        common = dict(dtype=config.param_dtype, lora=lora)
+        self.q_proj = Linear(config.hidden_size, wide, spec=UP, key=keys[0], **common)
+        self.k_proj = Linear(config.hidden_size, narrow, spec=UP, key=keys[1], **common)
+        self.v_proj = Linear(config.hidden_size, narrow, spec=UP, key=keys[2], **common)
+        self.o_proj = Linear(wide, config.hidden_size, spec=DOWN, key=keys[3], **common)
+        norm = dict(eps=config.qk_norm_eps, dtype=config.param_dtype)
+        self.q_norm = HeadNorm(config.qk_norm_shards, config.head_dim, **norm)
+        self.k_norm = HeadNorm(config.qk_norm_shards, config.head_dim, **norm)
+        self.config = config
+
+    def qkv(self, x: Float[Array, "B T D"], angles: tuple, keys) -> tuple[Array, Array, Array]:
+        """[B, T, N, H], [B, T, K, H], [B, T, K, H], normalised and turned."""
+        q, k, v = (
+            _heads(proj(x, HID, key=key), self.config.head_dim)
+            for proj, key in zip((self.q_proj, self.k_proj, self.v_proj), keys, strict=True)
+        )
+        q, k = rope(self.q_norm(q), *angles), rope(self.k_norm(k), *angles)
+        return tuple(checkpoint_name(a, n) for a, n in ((q, "q"), (k, "k"), (v, "v")))
+
+    def out(self, x: Float[Array, "B T N H"], key) -> Float[Array, "B T D"]:
+        x = checkpoint_name(x, "attn")
+        x = jnp.reshape(x, (*x.shape[:2], -1), out_sharding=HID)  # [B, T, N*H]
+        return self.o_proj(x, ACT, key=key)
+
+
+class MLP(nnx.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: Model, lora: Lora, *, key: PRNGKeyArray):
+        keys = jax.random.split(key, 3)
+        dim, hidden = config.hidden_size, config.intermediate_size
+        common = dict(dtype=config.param_dtype, lora=lora)
+        self.gate_proj = Linear(dim, hidden, spec=UP, key=keys[0], **common)
+        self.up_proj = Linear(dim, hidden, spec=UP, key=keys[1], **common)
+        self.down_proj = Linear(hidden, dim, spec=DOWN, key=keys[2], **common)
+
+    def __call__(self, x: Float[Array, "B T D"], keys) -> Float[Array, "B T D"]:
+        hidden = jax.nn.silu(self.gate_proj(x, HID, key=keys[0]))
+        hidden *= self.up_proj(x, HID, key=keys[1])
+        return self.down_proj(hidden, ACT, key=keys[2])
+
+
+class Layer(nnx.Module):
+    """One transformer layer."""
+
+    def __init__(self, config: Model, lora: Lora, *, key: PRNGKeyArray):
+        key_attn, key_mlp = jax.random.split(key)
+        self.self_attn = Attention(config, lora, key=key_attn)
+        self.mlp = MLP(config, lora, key=key_mlp)
+        norm = dict(eps=config.rms_norm_eps, dtype=config.param_dtype)
+        self.input_layernorm = RMSNorm(config.hidden_size, **norm)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, **norm)
+        self.swin = config.swin_norm
+
+    def __call__(self, x: Float[Array, "B T D"], attention, key) -> tuple[Array, Any]:
+        """`attention(module, x, keys)` gives its output and whatever else the caller wants back."""
+        keys = [None] * 7 if key is None else jax.random.split(key, 7)
+        if self.swin:
+            y, extra = attention(self.self_attn, x, keys[:4])
+            x += self.input_layernorm(y)
+            return x + self.post_attention_layernorm(self.mlp(x, keys[4:])), extra
+        y, extra = attention(self.self_attn, self.input_layernorm(x), keys[:4])
+        x += y
+        return x + self.mlp(self.post_attention_layernorm(x), keys[4:]), extra
+
+
+class Chameleon(nnx.Module):
+    """The language model; the VQGAN that makes its image tokens is vqgan.py."""
+
+    def __init__(self, config: Model, vocab: Vocab, lora: Lora, *, key: PRNGKeyArray):
+        key_embed, key_layers, key_head = jax.random.split(key, 3)
+        dtype = config.param_dtype
+        self.embed_tokens = Embed(vocab.size, config.hidden_size, dtype=dtype, key=key_embed)
+        self.layers = jax.vmap(lambda k: Layer(config, lora, key=k))(
+            jax.random.split(key_layers, config.num_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.lm_head = Linear(
+            config.hidden_size, vocab.size, spec=UP, dtype=dtype, lora=NO_LORA, key=key_head
+        )
+        self.config = config
+
+    def hidden(
+        self,
+        ids: Int[Array, "B T"],
+        segments: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        *,
+        key: PRNGKeyArray | None,
+    ) -> Float[Array, "B T D"]:
+        """Hidden states after the final norm. `key`: adapter dropout; None for none.
+
+        ids        0 17 2 | 0 23 2 | 1      two documents and one token of padding
+        segments   1  1 1 | 2  2 2 | 0
+        positions  0  1 2 | 0  1 2 | 0
+        """
+        return self.norm(self._run(ids, segments, positions, key, keep=False)[0])
+
+    def all_hidden(
+        self,
+        ids: Int[Array, "B T"],
+        segments: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+    ) -> Float[Array, "M B T D"]:
+        """The embeddings and each layer's output before the final norm, M = L + 1; for parity."""
+        first = self.embed_tokens(ids, self.config.compute_dtype)
+        first = self.embed_tokens(ids, self.config.compute_dtype)
+        return jnp.concatenate(
+            [first[None], self._run(ids, segments, positions, None, keep=True)[1]]
+        )
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """In fp32, and nothing masked: image ids have logits like all others."""
+        kernel = self.lm_head.kernel[...].astype(hidden.dtype)
+        return jnp.einsum(
+            "btd,dv->btv", hidden, kernel, preferred_element_type=jnp.float32, out_sharding=LOGITS
+        )
+
+    def decode(
+        self, ids: Int[Array, "B T"], cache: Cache, positions: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """Hidden states of T more tokens of each row, and the cache with their keys and values.
+
+        Row b's token t is written to slot positions[b, t] and sees the slots up to it. Rows stand
+        at positions of their own; T > 1 is a piece of a prompt, and position -1 an idle token:
+        nothing is written for it and its result means nothing.
+
+            positions  5 6 7     row 0 reads three tokens of its prompt
+                       9 -1 -1   row 1 reads one, and waits
+        """
+        mask, angles = cache_mask(positions, cache.k.shape[2]), self._angles(positions)
+
+        def body(carry, xs):
+            x, *stores = carry
+            layer, index = xs
+
+            def attention(module, x, keys):
+                q, *new = module.qkv(x, angles, keys[:3])
+                written = [
+                    write_cache(s, index, n, positions) for s, n in zip(stores, new, strict=True)
+                ]
+                k, v = (s[index].astype(q.dtype) for s in written)  # [B, S, K, H]
+                return module.out(
+                    attend(q, k, v, mask, impl=self.config.attention), keys[3]
+                ), written
+
+            x, written = layer(x, attention, None)
+            return (x, *written), None
+
+        # The cache is carried whole, not sliced by scan: so XLA writes it in place.
+        start = (self.embed_tokens(ids, self.config.compute_dtype), cache.k, cache.v)
+        xs = (self.layers, jnp.arange(self.config.num_layers))
+        (x, k, v), _ = jax.lax.scan(body, start, xs)
+        return self.norm(x), Cache(k=k, v=v)
+
+    def _run(self, ids, segments, positions, key, *, keep: bool) -> tuple[Array, Array | None]:
+        mask, angles = packed_mask(segments), self._angles(positions)
+        keys = None if key is None else jax.random.split(key, self.config.num_layers)
+
+        def attention(module, x, keys):
+            q, k, v = module.qkv(x, angles, keys[:3])
+            return module.out(attend(q, k, v, mask, impl=self.config.attention), keys[3]), None
+
+        def body(x, xs):
+            x, _ = xs[0](x, attention, xs[1])
+            return x, x if keep else None
+
+        if self.config.remat != "none":
+            policy = jax.checkpoint_policies.save_only_these_names(*REMAT[self.config.remat])
+            body = jax.checkpoint(body, policy=policy, prevent_cse=False)  # scan prevents it
+        x = self.embed_tokens(ids, self.config.compute_dtype)
+        return jax.lax.scan(body, x, (self.layers, keys))
+
+    def _angles(self, positions: Int[Array, "B T"]) -> tuple[Array, Array]:
+        return rope_angles(positions, head_dim=self.config.head_dim, theta=self.config.rope_theta)
+
+
+def create(config: Model, vocab: Vocab, lora: Lora, *, key: PRNGKeyArray) -> Chameleon:
+    """A random model, each weight born in its shards on the ambient mesh."""
+    _check_mesh(config, vocab)
+    return jax.jit(lambda key: Chameleon(config, vocab, lora, key=key))(key)
+
+
+def abstract(config: Model, vocab: Vocab, lora: Lora) -> Chameleon:
+    """The same tree with ShapeDtypeStructs and shardings for arrays: no memory at any size."""
+    _check_mesh(config, vocab)
+    make = lambda key: Chameleon(config, vocab, lora, key=key)  # noqa: E731
+    return jax.eval_shape(make, jax.eval_shape(lambda: jax.random.key(0)))
+
+
+def init_cache(config: Model, *, batch: int, length: int) -> Cache:
+    """Room for `length` tokens of each of `batch` rows."""
+    shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
+    zeros = lambda: jnp.zeros(shape, config.compute_dtype, out_sharding=CACHE)  # noqa: E731
+    return Cache(k=zeros(), v=zeros())
+
+
+def split(model: Chameleon) -> tuple[Any, Any, Any]:
+    """(graph, adapters, base); `nnx.merge(graph, adapters, base)` is the model again."""
+    # LoRAParam is a Param too: the narrow filter stands first, or the adapters would be base.
+    return nnx.split(model, nnx.LoRAParam, ...)
+
+
+def count_parameters(tree: Any) -> int:
+    """Numbers in all arrays of a model, a state or an abstract tree."""
+    return sum(x.size for x in jax.tree.leaves(tree))
+
+
+def _heads(x: Float[Array, "B T F"], head_dim: int) -> Float[Array, "B T N H"]:
+    shape = (*x.shape[:2], x.shape[2] // head_dim, head_dim)
+    return jnp.reshape(x, shape, out_sharding=HEADS)
+
+
+def _check_mesh(config: Model, vocab: Vocab) -> None:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        raise ValueError("no mesh is set; wrap the call in `with jax.set_mesh(make_mesh(...))`")
+    sizes = {
+        "tp": {
+            "model.num_heads": config.num_heads,
+            "model.num_kv_heads": config.num_kv_heads,
+            "model.intermediate_size": config.intermediate_size,
+            "vocab.size": vocab.size,
+        },
+        "fsdp": {"model.hidden_size": config.hidden_size},
+    }
+    for axis, fields in sizes.items():
+        for name, value in fields.items():
+            if value % mesh.shape[axis]:
+                raise ValueError(
+                    f"config.{name} is {value}, not divisible by config.mesh.{axis} = "
+                    f"{mesh.shape[axis]}; choose a divisor of {value} for the axis"
+                )

@@ -1,0 +1,127 @@
+"""The parts of a Chameleon layer: Linear with LoRA inside, Embed, the two norms, RoPE.
+
+    Linear     y = x W + (alpha / rank) drop(x) A B     only A and B are nnx.LoRAParam
+    RMSNorm    x / rms(x) * scale                       over D, statistics in fp32
+    HeadNorm   (x - mean) / std * scale + bias          over each head's H, before RoPE
+
+Matrices stand as [in, out]. Every part is made for one layer; chameleon.py stacks them with vmap.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from medmax_jax.config import Lora
+from medmax_jax.mesh import ACT, EMBED
+
+INIT_STD = 0.02  # of matrices and embeddings, as HF's initializer_range
+
+
+class Linear(nnx.Module):
+    """A matrix without bias and, at rank > 0, its adapter."""
+
+    def __init__(self, din: int, dout: int, *, spec: P, dtype: str, lora: Lora, key: PRNGKeyArray):
+        key_w, key_a = jax.random.split(key)
+        kernel = INIT_STD * jax.random.normal(key_w, (din, dout), out_sharding=spec)
+        self.kernel = nnx.Param(kernel.astype(dtype))
+        self.lora = lora
+        if lora.rank:
+            # As peft: A uniform within 1/sqrt(din), B zero. fp32: small steps vanish in bf16.
+            a = jax.random.uniform(
+                key_a,
+                (din, lora.rank),
+                minval=-(din**-0.5),
+                maxval=din**-0.5,
+                out_sharding=P(spec[0], None),
+            )
+            self.lora_a = nnx.LoRAParam(a)
+            self.lora_b = nnx.LoRAParam(jnp.zeros((lora.rank, dout), out_sharding=P(None, spec[1])))
+
+    def __call__(
+        self, x: Float[Array, "B T I"], out: P, *, key: PRNGKeyArray | None
+    ) -> Float[Array, "B T O"]:
+        """`out`: sharding of the result. `key`: adapter dropout; None for none."""
+        y = jnp.einsum("bti,io->bto", x, self.kernel[...].astype(x.dtype), out_sharding=out)
+        if not self.lora.rank:
+            return y
+        if key is not None and self.lora.dropout:
+            x = dropout(x, self.lora.dropout, key=key)
+        a, b = self.lora_a[...].astype(x.dtype), self.lora_b[...].astype(x.dtype)
+        h = jnp.einsum("bti,ir->btr", x, a, out_sharding=ACT)
+        scale = self.lora.alpha / self.lora.rank
+        return y + scale * jnp.einsum("btr,ro->bto", h, b, out_sharding=out)
+
+
+class Embed(nnx.Module):
+    """The embedding table."""
+
+    def __init__(self, size: int, dim: int, *, dtype: str, key: PRNGKeyArray):
+        table = INIT_STD * jax.random.normal(key, (size, dim), out_sharding=EMBED)
+        self.embedding = nnx.Param(table.astype(dtype))
+
+    def __call__(self, ids: Int[Array, "B T"], dtype: str) -> Float[Array, "B T D"]:
+        return self.embedding[...].at[ids].get(out_sharding=ACT).astype(dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Scales each token to unit root mean square."""
+
+    def __init__(self, dim: int, *, eps: float, dtype: str):
+        self.scale = nnx.Param(jnp.ones(dim, dtype))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        wide = x.astype(jnp.float32)  # in bf16 the squares of a large residual lose the sum
+        wide *= jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.eps)
+        return (wide * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class HeadNorm(nnx.Module):
+    """LayerNorm of each head's vector; row s of the gains serves the s-th block of heads.
+
+    The 30B was trained on four model-parallel shards with gains of their own: 64 heads and 4 rows
+    mean that row 0 serves heads 0..15, row 1 heads 16..31, and so on.
+    """
+
+    def __init__(self, shards: int, head_dim: int, *, eps: float, dtype: str):
+        self.scale = nnx.Param(jnp.ones((shards, head_dim), dtype))
+        self.bias = nnx.Param(jnp.zeros((shards, head_dim), dtype))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
+        wide = x.astype(jnp.float32)
+        wide -= jnp.mean(wide, -1, keepdims=True)
+        wide *= jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.eps)
+        scale, bias = (_per_head(p[...], x.shape[2]) for p in (self.scale, self.bias))
+        return (wide * scale + bias).astype(x.dtype)
+
+
+def rope_angles(
+    positions: Int[Array, "B T"], *, head_dim: int, theta: float
+) -> tuple[Float[Array, "B T 1 J"], Float[Array, "B T 1 J"]]:
+    """Cosine and sine of position * theta^(-2j/H) for j < J = H/2, in fp32."""
+    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angle = positions[:, :, None, None].astype(jnp.float32) * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rope(
+    x: Float[Array, "B T N H"], cos: Float[Array, "B T 1 J"], sin: Float[Array, "B T 1 J"]
+) -> Float[Array, "B T N H"]:
+    """Turns the pairs (x[j], x[j + H/2]): the layout of HF, not Meta's (x[2j], x[2j + 1])."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, -1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+    return turned.astype(x.dtype)
+
+
+def dropout(x: Float[Array, "B T I"], rate: float, *, key: PRNGKeyArray) -> Float[Array, "B T I"]:
+    """Zeroes a share `rate` of the entries and scales the rest, so that the mean stays."""
+    # Without out_sharding every device would draw the mask of the whole batch.
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape, out_sharding=jax.typeof(x).sharding)
+    return jnp.where(keep, x / (1 - rate), 0)
+
+
+def _per_head(gains: Float[Array, "C H"], heads: int) -> Float[Array, "N H"]:
+    return jnp.repeat(gains.astype(jnp.float32), heads // gains.shape[0], axis=0)
