@@ -1,0 +1,1 @@
+"""The embedded sample: real biomedical images with documented licences, and text of their facts."""
