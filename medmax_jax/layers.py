@@ -62,7 +62,9 @@ class Embed(nnx.Module):
         self.embedding = nnx.Param(table.astype(dtype))
 
     def __call__(self, ids: Int[Array, "B T"], dtype: str) -> Float[Array, "B T D"]:
-        return self.embedding[...].at[ids].get(out_sharding=ACT).astype(dtype)
+        # Whole rows first: with columns and batch on one axis XLA would copy activations about.
+        table = jax.sharding.reshard(self.embedding[...], P("tp", None))
+        return table.at[ids].get(out_sharding=ACT).astype(dtype)
 
 
 class RMSNorm(nnx.Module):
