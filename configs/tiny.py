@@ -14,12 +14,12 @@ def get_config() -> ConfigDict:
     config = base.get_config()
     config.vocab.update(size=8_712 + TEXT_TOKENS, image_codes=512, text_start=8_712)
     config.model.update(
-        hidden_size=192,
+        hidden_size=128,
         num_layers=6,
-        num_heads=6,
-        num_kv_heads=6,
+        num_heads=4,
+        num_kv_heads=4,
         head_dim=32,
-        intermediate_size=512,
+        intermediate_size=384,
         context_length=512,
         param_dtype="float32",
         compute_dtype="float32",
