@@ -9,6 +9,7 @@ seq_len, pack, seed, epoch): nothing else, so a run can start at any step on any
 
 import bisect
 import dataclasses
+import threading
 
 import numpy as np
 from jaxtyping import Int
@@ -64,6 +65,7 @@ class Epochs:
         self._lengths, self._seq_len, self._pack, self._seed = lengths, seq_len, pack, seed
         self._plans = [plan(lengths, seq_len=seq_len, pack=pack, seed=seed, epoch=0)]
         self._starts = [0, len(self._plans[0])]  # first row of each epoch, and of the next one
+        self._lock = threading.Lock()  # a prefetching thread asks too
 
     def row(self, i: int) -> Int[np.ndarray, "n"]:
         """The documents of row i of all epochs."""
@@ -72,10 +74,11 @@ class Epochs:
 
     def epoch(self, i: int) -> int:
         """The epoch that row i belongs to."""
-        while i >= self._starts[-1]:
-            at = dict(seq_len=self._seq_len, pack=self._pack, seed=self._seed)
-            self._plans.append(plan(self._lengths, **at, epoch=len(self._plans)))
-            self._starts.append(self._starts[-1] + len(self._plans[-1]))
+        with self._lock:
+            while i >= self._starts[-1]:
+                at = dict(seq_len=self._seq_len, pack=self._pack, seed=self._seed)
+                self._plans.append(plan(self._lengths, **at, epoch=len(self._plans)))
+                self._starts.append(self._starts[-1] + len(self._plans[-1]))
         return bisect.bisect_right(self._starts, i) - 1
 
     @property

@@ -140,7 +140,10 @@ class Records(Sequence):
             raise RecordsError(
                 f"{path}: damaged ({error}); make the data set again from its source"
             ) from error
-        return [from_bytes(r, f"{path}, record {n}") for r, n in zip(raw, local, strict=True)]
+        documents = [from_bytes(r, f"{path}, record {n}") for n, r in zip(local, raw, strict=True)]
+        for document in documents:
+            check_document(document, self.layout)
+        return documents
 
 
 class _Counter:

@@ -1,0 +1,177 @@
+"""Step number -> the batch of that step: packed rows, and the loss weight of every token.
+
+A batch is a function of (records, run, step). There is no reader state: to resume is to ask for
+the next step, on any number of hosts. Row r of step s is row s * batch_size + r of the packed
+epochs; host h of H reads the h-th H-th of the rows of a step.
+
+    documents   A = 0 11 12 8710 13 2        one turn: scored 13 2
+                B = 0 21 22 2                no separator: scored 21 22 2
+    one row, seq_len 12, loss_weight document (two documents in the batch):
+    ids         0  11  12  8710  13   2   0  21  22   2   1   1
+    segments    1   1   1     1   1   1   2   2   2   2   0   0
+    positions   0   1   2     3   4   5   0   1   2   3   0   0
+    weights     0   0   0     0  1/4 1/4  0  1/6 1/6 1/6  0   0
+
+`weights[:, t]` belongs to the prediction of ids[:, t] from what stands before it, so the loss of a
+step is sum(weights * nll); they sum to 1 over the global batch. With loss_weight token each scored
+token above has 1/5.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import grain
+import jax
+import numpy as np
+from jaxtyping import Array, Float32, Int32
+
+from data import records
+from data.documents import Document, RecordsError, scored
+from data.pack import Epochs
+from medmax_jax.config import Run
+from medmax_jax.vocab import PAD
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Batch:
+    """Rows of one step: numpy here, global arrays after `mesh.put_batch`."""
+
+    ids: Int32[Array | np.ndarray, "B T"]
+    segments: Int32[Array | np.ndarray, "B T"]  # 0 padding, documents 1..n in each row
+    positions: Int32[Array | np.ndarray, "B T"]  # within the document
+    weights: Float32[Array | np.ndarray, "B T"]  # of the loss of predicting this token
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """What the batch of one step holds, over all hosts."""
+
+    epoch: int  # of the first row
+    documents: int
+    scored_text: int  # tokens
+    scored_image: int
+    tokens: int  # padding apart
+    fill: float  # tokens over places
+
+
+def batches(run: Run, folder: str) -> "Batches":
+    """Training: `run.train.steps` batches, as many epochs as that takes."""
+    return Batches(run, folder, one_pass=False)
+
+
+def one_pass(run: Run, folder: str) -> "Batches":
+    """Evaluation: every document once; the last batch is filled up with empty rows."""
+    return Batches(run, folder, one_pass=True)
+
+
+class Batches:
+    """`len(self)` steps; a batch is this host's rows of a step, stats are of all rows."""
+
+    def __init__(
+        self,
+        run: Run,
+        folder: str,
+        *,
+        one_pass: bool,
+        host: int | None = None,  # this process
+        hosts: int | None = None,  # all processes
+    ):
+        self.records = records.open_records(folder)
+        self._run = run
+        self._host = jax.process_index() if host is None else host
+        self._hosts = jax.process_count() if hosts is None else hosts
+        self._check()
+        at = dict(seq_len=run.data.seq_len, pack=run.data.pack, seed=run.data.seed)
+        self._epochs = Epochs(self.records.index["length"], **at)
+        self._last = self._epochs.first_epoch_rows if one_pass else None
+        self._text, self._image = self.records.scored_counts(run.data.mask)
+        steps = -(-self._last // run.data.batch_size) if one_pass else run.train.steps
+        self._steps = grain.MapDataset.range(0, steps).map(self._make)
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def batch(self, step: int) -> Batch:
+        """The rows of this host at a step."""
+        return self._steps[self._in_range(step)]
+
+    def stream(self, start_step: int) -> Iterator[Batch]:
+        """The batches from `start_step` to the end; a thread makes the next one ahead."""
+        if start_step == len(self):
+            return iter(())
+        rest = self._steps.slice(slice(self._in_range(start_step), None))
+        ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+        return iter(rest.to_iter_dataset(ahead))
+
+    def stats(self, step: int) -> Stats:
+        """Counts of the whole batch of a step, without reading its documents."""
+        size, seq_len = self._run.data.batch_size, self._run.data.seq_len
+        documents = np.concatenate(self._rows(self._in_range(step)))
+        tokens = int(self.records.index["length"][documents].sum())
+        return Stats(
+            epoch=self._epochs.epoch(step * size),
+            documents=len(documents),
+            scored_text=int(self._text[documents].sum()),
+            scored_image=int(self._image[documents].sum()),
+            tokens=tokens,
+            fill=tokens / (size * seq_len),
+        )
+
+    def _make(self, step: int) -> Batch:
+        rows, stats = self._rows(int(step)), self.stats(int(step))
+        share = len(rows) // self._hosts
+        rows = rows[self._host * share : (self._host + 1) * share]
+        documents = iter(self.records.read(np.concatenate(rows)))
+        held = [[next(documents) for _ in row] for row in rows]
+        return _batch(held, stats, self._run)
+
+    def _rows(self, step: int) -> list[np.ndarray]:
+        """Document numbers of each row of the global batch."""
+        size, none = self._run.data.batch_size, np.zeros(0, np.int32)
+        return [
+            self._epochs.row(i) if self._last is None or i < self._last else none
+            for i in range(step * size, (step + 1) * size)
+        ]
+
+    def _in_range(self, step: int) -> int:
+        if not 0 <= step < len(self):
+            raise IndexError(f"step {step} of {len(self)}; raise train.steps to go on")
+        return step
+
+    def _check(self) -> None:
+        run, layout, folder = self._run, self.records.layout, self.records.folder
+        if layout.vocab != run.vocab:
+            raise RecordsError(
+                f"{folder}: made for {layout.vocab}, but config.vocab is {run.vocab}"
+            )
+        if layout.codes_per_image != run.vq.codes_per_image:
+            raise RecordsError(
+                f"{folder}: images have {layout.codes_per_image} codes, but config.vq makes "
+                f"{run.vq.codes_per_image}; prepare the data with this model's VQGAN"
+            )
+        if run.data.batch_size % self._hosts:
+            raise RecordsError(
+                f"config.data.batch_size is {run.data.batch_size}; "
+                f"it must be a multiple of the {self._hosts} hosts"
+            )
+
+
+def _batch(rows: list[list[Document]], stats: Stats, run: Run) -> Batch:
+    shape = (len(rows), run.data.seq_len)
+    ids, weights = np.full(shape, PAD, np.int32), np.zeros(shape, np.float32)
+    segments, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    for r, row in enumerate(rows):
+        start = 0
+        for n, document in enumerate(row):
+            span = slice(start, start + len(document.tokens))
+            ids[r, span] = document.tokens
+            segments[r, span] = n + 1
+            positions[r, span] = np.arange(len(document.tokens))
+            mask = scored(document.tokens, run.data.mask, document.turns)
+            if run.train.loss_weight == "document":
+                weights[r, span] = mask / (mask.sum() * stats.documents)
+            else:
+                weights[r, span] = mask / (stats.scored_text + stats.scored_image)
+            start = span.stop
+    return Batch(ids=ids, segments=segments, positions=positions, weights=weights)

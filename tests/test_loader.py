@@ -1,0 +1,217 @@
+"""The loader: rows, weights by hand, steps as pure functions, hosts, resume, refusals."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from configs import tiny
+from data import loader, records
+from data.documents import Document, Layout, RecordsError
+from medmax_jax import config
+from medmax_jax.config import Vocab
+from medmax_jax.vocab import BOI, BOS, EOI, EOS, PAD, SEP, is_image
+
+VOCAB = Vocab(size=9_728, image_codes=512, text_start=8_712)
+LAYOUT = Layout(vocab=VOCAB, codes_per_image=64, tokenizer="t", vqgan="v")
+SEQ, ROWS = 128, 4
+
+
+def run_config(**changes):
+    raw = tiny.get_config()
+    raw.data.seq_len, raw.data.batch_size = SEQ, ROWS
+    with raw.unlocked():
+        for name, value in changes.items():
+            section, field = name.split("__")
+            raw[section][field] = value
+    return config.from_config_dict(raw)
+
+
+def document(tokens, n, turns=0):
+    about = dict(image_path="", task="VQA", source="sample", credential="no", group=f"g{n}")
+    return Document(tokens=np.asarray(tokens, np.int32), turns=turns, id=f"d{n}", **about)
+
+
+def some(n):
+    rng = np.random.default_rng(n)
+
+    def text(k):
+        return rng.integers(8_712, 9_728, k).tolist()
+
+    picture = [BOI, *rng.integers(4, 516, 64), EOI] if n % 2 else []
+    answer = [BOI, *rng.integers(4, 516, 64), EOI] if n % 6 == 0 else text(1 + n % 3)
+    return document([BOS, *picture, *text(3 + n % 20), SEP, *answer, EOS], n, turns=1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("records") / "train"
+    records.write(folder, map(some, range(40)), shard_size=16, layout=LAYOUT, notes={})
+    return folder
+
+
+def write(tmp_path, docs):
+    records.write(tmp_path / "r", docs, shard_size=9, layout=LAYOUT, notes={})
+    return tmp_path / "r"
+
+
+def equal(a, b):
+    return all(
+        np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+
+
+def gather(batch):
+    """The documents of a batch, row by row, by their segments."""
+    found = []
+    for ids, segments in zip(batch.ids, batch.segments, strict=True):
+        found += [ids[segments == s].tolist() for s in range(1, segments.max(initial=0) + 1)]
+    return found
+
+
+def test_the_example_of_the_docstring(tmp_path):
+    a = document([0, 8_711 + 11, 8_711 + 12, SEP, 8_711 + 13, 2], 0, turns=1)
+    b = document([0, 8_711 + 21, 8_711 + 22, 2], 1)
+    folder = write(tmp_path, [a, b])
+    for weight, expected in [
+        ("document", [0, 0, 0, 0, 1 / 4, 1 / 4, 0, 1 / 6, 1 / 6, 1 / 6, 0, 0]),
+        ("token", [0, 0, 0, 0, 1 / 5, 1 / 5, 0, 1 / 5, 1 / 5, 1 / 5, 0, 0]),
+    ]:
+        run = run_config(
+            data__seq_len=12, data__batch_size=1, data__pack=True, train__loss_weight=weight
+        )
+        batch = loader.batches(run, folder).batch(0)
+        ids = [0, 8_722, 8_723, SEP, 8_724, 2, 0, 8_732, 8_733, 2, PAD, PAD]
+        assert batch.ids.tolist() == [ids]
+        assert batch.segments.tolist() == [[1] * 6 + [2] * 4 + [0] * 2]
+        assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 0, 0]]
+        np.testing.assert_allclose(batch.weights, [expected], rtol=1e-6)
+
+
+def test_three_turns(tmp_path):
+    """Three turns: the release trains on the later questions too, `answers` does not."""
+    q, a = 8_720, 8_730
+    turns = [BOS, q, SEP, a, SEP, q, q, SEP, a, a, SEP, q, SEP, a, EOS]
+    folder = write(tmp_path, [document(turns, 0, turns=3)])
+    answers = np.array([0, 0, 0, 1, 1, 0, 0, 0, 1, 1, 1, 0, 0, 1, 1], np.float32)
+    release = np.array([0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1], np.float32)
+    for mask, expected in (("answers", answers), ("release", release)):
+        run = run_config(data__seq_len=15, data__batch_size=1, data__mask=mask)
+        at = loader.one_pass(run, folder)
+        np.testing.assert_allclose(at.batch(0).weights[0], expected / expected.sum(), rtol=1e-6)
+        assert at.stats(0).scored_text == expected.sum() and at.stats(0).scored_image == 0
+
+
+@pytest.mark.parametrize("weight", ["document", "token"])
+@pytest.mark.parametrize("mask", ["answers", "release"])
+@pytest.mark.parametrize("pack", [True, False])
+def test_weights_sum_to_one(folder, weight, mask, pack):
+    run = run_config(data__mask=mask, data__pack=pack, train__loss_weight=weight)
+    at = loader.batches(run, folder)
+    for step in (0, 3, 17):
+        batch, stats = at.batch(step), at.stats(step)
+        assert abs(batch.weights.sum() - 1) < 1e-5 and batch.weights.dtype == np.float32
+        assert not batch.weights[:, 0].any()
+        begins = np.diff(batch.segments, axis=1, prepend=0) != 0
+        assert not batch.weights[begins].any() and not batch.weights[batch.segments == 0].any()
+        image = is_image(batch.ids, VOCAB) & (batch.weights > 0)
+        assert stats.scored_image == image.sum()
+        assert stats.scored_text == (batch.weights > 0).sum() - image.sum()
+        assert stats.tokens == (batch.segments > 0).sum()
+        assert stats.fill == stats.tokens / batch.ids.size
+        assert stats.documents == len(gather(batch))
+
+
+def test_every_document_once_an_epoch(folder):
+    at = loader.one_pass(run_config(), folder)
+    found = [d for step in range(len(at)) for d in gather(at.batch(step))]
+    expected = [some(n).tokens.tolist() for n in range(40)]
+    assert sorted(found) == sorted(expected)
+    assert sum(at.stats(s).documents for s in range(len(at))) == 40
+
+
+def test_unpacked_rows_have_one_document(folder):
+    at = loader.one_pass(run_config(data__pack=False), folder)
+    assert len(at) == 10
+    assert all(at.batch(s).segments.max() == 1 for s in range(10))
+
+
+def test_the_last_batch_of_a_pass_is_filled_up(tmp_path):
+    folder = write(tmp_path, map(some, range(5)))
+    at = loader.one_pass(run_config(data__pack=False), folder)
+    assert len(at) == 2
+    last = at.batch(1)
+    assert last.ids.shape == (4, SEQ) and not last.segments[1:].any()
+    assert (last.ids[1:] == PAD).all() and abs(last.weights.sum() - 1) < 1e-6
+    assert at.stats(1).documents == 1
+
+
+def test_epochs_differ_and_steps_do_not(folder):
+    run = run_config()
+    one, two = loader.batches(run, folder), loader.batches(run, folder)
+    late = [two.batch(s) for s in (200, 31, 0)]  # in another order
+    assert [one.stats(s).epoch for s in (0, 200)] == [0, one.stats(200).epoch]
+    assert one.stats(200).epoch > 5
+    assert all(equal(one.batch(s), b) for s, b in zip((200, 31, 0), late, strict=True))
+    assert not equal(late[0], late[2])
+
+
+def test_stream_resumes_anywhere(folder):
+    run = run_config(train__steps=40)
+    at = loader.batches(run, folder)
+    whole = list(at.stream(0))
+    assert len(whole) == len(at) == 40
+    rest = list(loader.batches(run, folder).stream(33))
+    assert all(equal(a, b) for a, b in zip(whole[33:], rest, strict=True))
+    assert list(at.stream(40)) == []
+    longer = loader.batches(run_config(train__steps=60), folder)
+    assert equal(longer.batch(39), whole[39])
+
+
+def test_hosts_share_a_step_in_blocks(folder):
+    run = run_config()
+    whole = loader.batches(run, folder).batch(7)
+    for hosts in (2, 4):
+        parts = [
+            loader.Batches(run, folder, one_pass=False, host=h, hosts=hosts).batch(7)
+            for h in range(hosts)
+        ]
+        assert equal(jax.tree.map(lambda *x: np.concatenate(x), *parts), whole)
+
+
+def test_batches_are_trees(folder):
+    batch = loader.batches(run_config(), folder).batch(0)
+    assert [x.shape for x in jax.tree.leaves(batch)] == [(ROWS, SEQ)] * 4
+    assert isinstance(jax.tree.map(np.asarray, batch), loader.Batch)
+
+
+def test_refusals(folder, tmp_path):
+    run = run_config(train__steps=5)
+    at = loader.batches(run, folder)
+    for step in (-1, 5):
+        with pytest.raises(IndexError, match=f"step {step} of 5"):
+            at.batch(step)
+    with pytest.raises(RecordsError, match="config.vocab is"):
+        vocab = dataclasses.replace(run.vocab, size=9_800)
+        loader.batches(dataclasses.replace(run, vocab=vocab), folder)
+    with pytest.raises(RecordsError, match="64 codes, but config.vq makes 16"):
+        vq = dataclasses.replace(run.vq, image_size=32)
+        loader.batches(dataclasses.replace(run, vq=vq), folder)
+    with pytest.raises(RecordsError, match="multiple of the 3 hosts"):
+        loader.Batches(run, folder, one_pass=False, host=0, hosts=3)
+    with pytest.raises(ValueError, match=r"longer than data.seq_len = 64"):
+        loader.batches(run_config(data__seq_len=64), folder)
+    with pytest.raises(RecordsError, match="no such folder"):
+        loader.batches(run, tmp_path / "absent")
+
+
+def test_a_damaged_shard_stops_the_stream(tmp_path):
+    folder = write(tmp_path, map(some, range(20)))
+    shard = folder / "00001-of-00003.array_record"
+    raw = bytearray(shard.read_bytes())
+    place = np.flatnonzero(np.frombuffer(raw, np.uint8))[200]
+    raw[place] ^= 4
+    shard.write_bytes(raw)
+    with pytest.raises(RecordsError, match="00001-of-00003"):
+        list(loader.one_pass(run_config(), folder).stream(0))
