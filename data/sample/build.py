@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Float, Shaped
 from PIL import Image
 
+from data.sample.manifest import FACTS
 from data.sample.pictures import Picture, all_pictures
 from data.sample.sources import PACKAGES, Archive, Package, obtain
 from data.sample.splits import split_of
@@ -24,24 +25,6 @@ from data.sample.splits import split_of
 SHORT_SIDE = 128  # pixels
 ALIKE = 0.97  # correlation of 32 x 32 thumbnails above which a picture of the same group is dropped
 PER_GROUP = 16  # no group may dominate
-FACTS = (
-    "modality",
-    "body_part",
-    "organ",
-    "plane",
-    "view",
-    "sequence",
-    "contrast",
-    "stain",
-    "sex",
-    "age",
-    "age_group",
-    "species",
-    "finding",
-    "lesion",
-    "side",
-    "count",
-)
 
 
 def main() -> None:

@@ -1,0 +1,273 @@
+"""Documents made of manifest rows: training in the released MedMax schema, pretraining, evaluation.
+
+    {"id": "ct-head_00/vqa-003", "text": "<image>Is this a CT?<reserved08706>yes", "turns": 1,
+     "image_path": "images/ct-head_00.jpg", "task": "VQA", "source": "pydicom", "credential": "no",
+     "group": "ct-head", "split": "train"}
+
+No human wrote these texts for these pictures: sentences are templates filled with facts of the
+manifest, in several wordings drawn by a seed. Only the overview of an interleaved answer, and the
+like in pretraining, is a general sentence about the kind of image. `<reserved08706>` stands between
+a user's part and its answer and between turns; `image_path` is "" in a document without `<image>`.
+
+Every document carries the split of its group. Train on "train" only.
+"""
+
+import random
+from collections.abc import Callable
+
+from data.sample.manifest import SPLITS, check_groups, read_manifest
+from data.sample.phrases import (
+    GLOSSARY,
+    NOUNS,
+    a,
+    caption,
+    details,
+    part,
+    patient,
+    phrase,
+    report,
+    upper,
+)
+from data.sample.questions import (
+    Question,
+    asked_values,
+    closed_questions,
+    mcq_questions,
+    open_questions,
+    value_counts,
+)
+
+__all__ = [
+    "IMAGE",
+    "SEPARATOR",
+    "check_groups",
+    "eval_items",
+    "instruction_documents",
+    "pretraining_documents",
+    "read_manifest",
+]
+
+IMAGE, SEPARATOR = "<image>", "<reserved08706>"
+
+DESCRIBE = (
+    "Please describe this picture.",
+    "Provide a brief overview of what is shown in the image",
+)
+REPORT = "Examine this medical image and document your observations in a standard clinical report format."
+EXPLAIN = (
+    "Could you explain what {} looks like?",
+    "What does {} look like?",
+    "Please explain {} with a picture.",
+)
+
+
+def instruction_documents(rows: list[dict], seed: int) -> list[dict]:
+    """Instruction documents of all MedMax task kinds, balanced inside each split of `rows`."""
+    out = []
+    for split in SPLITS:
+        chosen = [row for row in rows if row["split"] == split]
+        if not chosen:
+            continue
+        questions = closed_questions(chosen, seed, None)
+        questions += open_questions(chosen, seed)
+        questions += mcq_questions(chosen, seed, value_counts(chosen))
+        out += _numbered([_vqa(question) for question in questions], "vqa")
+        for key, make in _MAKERS.items():
+            rng = random.Random(f"{seed} {key} {split}")
+            made = [
+                document
+                for row in chosen
+                for _ in range(_repeats(row, chosen))
+                for document in make(row, rng)
+            ]
+            out += _numbered(made, key)
+    return out
+
+
+def pretraining_documents(rows: list[dict], seed: int) -> list[dict]:
+    """Prose without questions or separators, for the base model: six documents a picture and round."""
+    rng = random.Random(f"{seed} pretraining")
+    out = []
+    for row in rows:
+        for _ in range(_repeats(row, rows)):
+            general = GLOSSARY[row["modality"]]
+            texts = (
+                f"{IMAGE}{caption(row, rng)}",
+                f"{IMAGE}{_prose(row, rng)}",
+                f"{caption(row, rng)}{IMAGE}",
+                f"{upper(phrase(row))}.{IMAGE}{details(row)}",
+                f"{general} {caption(row, rng)}",
+                f"{_prose(row, rng)} {general}",
+            )
+            out += [_document(row, text.strip(), "Pretraining", turns=0) for text in texts]
+    return _numbered(out, "pre")
+
+
+def eval_items(rows: list[dict], seed: int, split: str = "test") -> list[dict]:
+    """Items of one split in the released evaluation schema; pass all rows of the manifest.
+
+    Closed questions ask for values that the train rows of `rows` have too, so that none is about a
+    body part that training has never seen.
+    """
+    held = [row for row in rows if row["split"] == split]
+    train = [row for row in rows if row["split"] == "train"]
+    askable = asked_values(train) if train and split != "train" else None
+    questions = closed_questions(held, seed, 1, askable)
+    questions += open_questions(held, seed)
+    questions += mcq_questions(held, seed, value_counts(held))
+    items = [_item(q.row, "sample_vqa", q.kind, q.prompt, q.answer, q.template) for q in questions]
+    rng = random.Random(f"{seed} eval {split}")
+    explained: set[str] = set()
+    for row in held:
+        text = f"Generate {a(phrase(row))}."
+        items.append(
+            _item(row, "image_captioning", "sample", DESCRIBE[0], caption(row, rng), "captioning")
+        )
+        items.append(_item(row, "image_generation", "sample", text, "", "generation"))
+        if row["group"] + phrase(row) not in explained:  # one picture of each kind in a group
+            explained.add(row["group"] + phrase(row))
+            prompt, answer = _explained(row, rng)
+            answer = answer.replace(
+                f"{IMAGE}\n", ""
+            )  # the reference text; its picture is image_path
+            items.append(_item(row, "mm_out", "sample", prompt, answer, "mm_out"))
+    return _numbered(items, "eval")
+
+
+def _vqa(question: Question) -> dict:
+    text = f"{IMAGE}{question.prompt}{SEPARATOR}{question.answer}"
+    return _document(question.row, text, "VQA")
+
+
+def _captioning(row: dict, rng: random.Random) -> list[dict]:
+    texts = [f"{IMAGE}{prompt}{SEPARATOR}{caption(row, rng)}" for prompt in DESCRIBE]
+    return [_document(row, text, "Image Captioning") for text in texts]
+
+
+def _generation(row: dict, rng: random.Random) -> list[dict]:
+    prompts = (f"Generate {a(phrase(row))}.", f"Generate an image. {caption(row, rng)}")
+    return [_document(row, f"{p}{SEPARATOR}{IMAGE}", "Image Generation") for p in prompts]
+
+
+def _report(row: dict, rng: random.Random) -> list[dict]:
+    text = report(row)
+    if not text:
+        return []
+    ask = f"Generate {a(NOUNS[row['modality']])} for this report.\n{text}"
+    pair = (f"{IMAGE}{REPORT}{SEPARATOR}{text}", f"{ask}{SEPARATOR}{IMAGE}")
+    return [_document(row, both, "Report Understanding") for both in pair]
+
+
+def _chat(row: dict, rng: random.Random) -> list[dict]:
+    """A talk of two to three turns; the picture stands before or after the first question."""
+    turns = [(rng.choice(("What kind of image is this?", "What am I looking at?")),
+              f"This is {a(NOUNS[row['modality']])}.")]  # fmt: skip
+    more = []
+    if row["body_part"]:
+        more.append(("Which part of the body does it show?", f"It shows {part(row)}."))
+    if row["plane"]:
+        more.append(("In which plane is it?", f"The plane is {row['plane']}."))
+    if row["stain"]:
+        more.append(("How was it stained?", f"The stain is {row['stain']}."))
+    if patient(row):
+        more.append(("What is known about the patient?", details(row)))
+    elif details(row):
+        more.append(("What else can you tell me?", details(row)))
+    if not more:
+        more.append(("How is such an image made?", GLOSSARY[row["modality"]]))
+    rng.shuffle(more)
+    turns += more[: rng.choice((1, 2, 2))]
+    question, answer = turns[0]
+    first = rng.choice((f"{IMAGE}{question}", f"{question}{IMAGE}"))
+    parts = [first, answer, *(text for pair in turns[1:] for text in pair)]
+    return [_document(row, SEPARATOR.join(parts), "Visual Chat", len(turns))]
+
+
+def _interleaved(row: dict, rng: random.Random) -> list[dict]:
+    prompt, answer = _explained(row, rng)
+    return [_document(row, f"{prompt}{SEPARATOR}{answer}", "Multimodal Generation")]
+
+
+def _explained(row: dict, rng: random.Random) -> tuple[str, str]:
+    """A text question and its answer in headed sections with one picture between them."""
+    points = [f"- Kind: {NOUNS[row['modality']]}"]
+    points += [f"- Body part: {row['body_part']}"] if row["body_part"] else []
+    points += [f"- Plane: {row['plane']}"] if row["plane"] else []
+    points += [f"- Stain: {row['stain']}"] if row["stain"] else []
+    answer = (
+        f"#### a) Overview\n{GLOSSARY[row['modality']]}\n#### b) Visual Context\n{IMAGE}\n"
+        f"This is {a(phrase(row))}.\n#### c) Key Components\n" + "\n".join(points)
+    )
+    return rng.choice(EXPLAIN).format(a(phrase(row))), answer
+
+
+def _prose(row: dict, rng: random.Random) -> str:
+    """The facts as plain sentences, in an order that changes."""
+    kinds = sorted(set(NOUNS) - {row["modality"]})
+    said = [
+        f"The image is {a(NOUNS[row['modality']])}.",
+        f"It is {a(NOUNS[row['modality']])}, not {a(NOUNS[rng.choice(kinds)])}.",
+    ]
+    said = [rng.choice(said)]
+    if row["body_part"]:
+        said.append(f"It shows {part(row)}.")
+    if row["plane"]:
+        said.append(f"The plane is {row['plane']}.")
+    if row["stain"]:
+        said.append(f"The stain is {row['stain']}.")
+    rest = said[1:]
+    rng.shuffle(rest)
+    return " ".join([said[0], *rest, details(row)]).strip()
+
+
+_MAKERS: dict[str, Callable[[dict, random.Random], list[dict]]] = {
+    "caption": _captioning,
+    "generate": _generation,
+    "report": _report,
+    "chat": _chat,
+    "interleaved": _interleaved,
+}
+
+
+def _repeats(row: dict, rows: list[dict]) -> int:
+    """How often a picture is used: rare kinds of image up to four times, common ones once."""
+    same = sum((o["modality"], o["split"]) == (row["modality"], row["split"]) for o in rows)
+    return max(1, min(4, round(24 / same)))  # 24 pictures of a kind are seen often enough
+
+
+def _document(row: dict, text: str, task: str, turns: int = 1) -> dict:
+    return {
+        "id": row["id"],
+        "text": text,
+        "image_path": row["file"] if IMAGE in text else "",
+        "task": task,
+        "source": row["source_package"].split("==")[0],
+        "credential": "no",
+        "group": row["group"],
+        "split": row["split"],
+        "turns": turns,
+    }
+
+
+def _item(
+    row: dict, task_name: str, question_type: str, prompt: str, answer: str, template: str
+) -> dict:
+    return {
+        "id": row["id"],
+        "task_name": task_name,
+        "question_type": question_type,
+        "prompt": prompt,
+        "answer": answer,
+        "image_path": row["file"],
+        "group": row["group"],
+        "template": template,
+    }
+
+
+def _numbered(documents: list[dict], key: str) -> list[dict]:
+    """Ids that say picture, kind and number: "ct-head_00/vqa-003"."""
+    seen: dict[str, int] = {}
+    for document in documents:
+        number = seen[document["id"]] = seen.get(document["id"], -1) + 1
+        document["id"] = f"{document['id']}/{key}-{number:03d}"
+    return documents

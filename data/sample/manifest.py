@@ -1,0 +1,102 @@
+"""The manifest of the sample: one row per picture, read with every field checked.
+
+{"id": "ct-head_00", "file": "images/ct-head_00.jpg", "modality": "CT", "body_part": "head",
+ "stain": null, ..., "facts": {"modality": "hdr", "body_part": "hdr"}, "split": "train"}
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+FACTS = (
+    "modality",
+    "body_part",
+    "organ",
+    "plane",
+    "view",
+    "sequence",
+    "contrast",
+    "stain",
+    "sex",
+    "age",
+    "age_group",
+    "species",
+    "finding",
+    "lesion",
+    "side",
+    "count",
+)
+SOURCES = (
+    "hdr",
+    "label",
+    "mask",
+    "doc",
+)  # header, file name or caption, label volume, documentation
+SPLITS = ("train", "validation", "test")
+TEXTS = ("id", "file", "source_package", "source_path", "sha256", "licence", "group", "split")
+NUMBERS = ("frame", "width", "height")
+
+
+def read_manifest(path: str | Path, check_files: bool = False) -> list[dict]:
+    """Rows of a manifest; with `check_files`, each picture must exist beside it and have its sha256."""
+    path = Path(path)
+    rows, seen = [], set()
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        row = json.loads(line)
+        check_row(row, f"{path.name} row {number}")
+        if row["id"] in seen:
+            raise ValueError(f"{path.name} row {number}: id: {row['id']!r} comes twice; rename one")
+        seen.add(row["id"])
+        if check_files:
+            check_picture(row, path.parent)
+        rows.append(row)
+    check_groups(rows)
+    return rows
+
+
+def check_row(row: dict, where: str) -> None:
+    """Raise unless every field is there, has its type, and every fact names an allowed source."""
+    expected = {*TEXTS, *NUMBERS, *FACTS, "facts"}
+    if set(row) != expected:
+        raise ValueError(
+            f"{where}: missing fields {sorted(expected - set(row))}, unknown fields "
+            f"{sorted(set(row) - expected)}; build the manifest again with data.sample.build"
+        )
+    for field in (*TEXTS, *NUMBERS):
+        kind = str if field in TEXTS else int
+        if type(row[field]) is not kind or row[field] == "":
+            raise ValueError(f"{where}: {field}: {row[field]!r} must be a {kind.__name__}")
+    if row["split"] not in SPLITS:
+        raise ValueError(f"{where}: split: {row['split']!r} must be one of {SPLITS}")
+    known = {field for field in FACTS if row[field] is not None}
+    if known != set(row["facts"]):
+        raise ValueError(
+            f"{where}: facts: {sorted(known ^ set(row['facts']))} must be both a value and a source"
+        )
+    for field, source in row["facts"].items():
+        if source not in SOURCES:
+            raise ValueError(f"{where}: facts.{field}: {source!r} must be one of {SOURCES}")
+    if row["modality"] is None:
+        raise ValueError(f"{where}: modality: null; a picture without a known modality is no use")
+
+
+def check_picture(row: dict, folder: Path) -> None:
+    """Raise unless the picture's file is below `folder` and has the sha256 of its row."""
+    path = (folder / row["file"]).resolve()
+    if not path.is_relative_to(folder.resolve()) or not path.is_file():
+        raise FileNotFoundError(f"{row['id']}: file: {row['file']!r} is not a file in {folder}")
+    got = hashlib.sha256(path.read_bytes()).hexdigest()
+    if got != row["sha256"]:
+        raise ValueError(f"{row['id']}: sha256: the file has {got}; restore {row['file']!r}")
+
+
+def check_groups(rows: list[dict]) -> None:
+    """Raise if a group (patient, volume, slide or animal) stands in two splits."""
+    split: dict[str, str] = {}
+    for row in rows:
+        first = split.setdefault(row["group"], row["split"])
+        if first != row["split"]:
+            raise ValueError(
+                f"{row['id']}: group: {row['group']!r} is in {first!r} and {row['split']!r}; "
+                "a group belongs to one split"
+            )

@@ -1,0 +1,151 @@
+"""Words for facts: names, short phrases, captions and reports made of one manifest row.
+
+    MRI, brain, axial, T1, lesion   "Axial T1 MRI of the brain. A lesion is marked."
+    X-ray, chest, AP, child, normal "AP X-ray of the chest. The patient is a child. It is normal."
+
+Only facts of the row are said of a picture. GLOSSARY holds general sentences about a kind of image.
+"""
+
+import random
+
+NOUNS = {
+    "X-ray": "X-ray",
+    "MRI": "MRI",
+    "CT": "CT",
+    "ultrasound": "ultrasound",
+    "angiography": "angiography image",
+    "bone scan": "bone scan",
+    "cryo-electron tomography": "cryo-electron tomography slice",
+    "histology": "histology slide",
+    "fluorescence microscopy": "fluorescence microscopy image",
+    "fundus photograph": "fundus photograph",
+    "phase microscopy": "phase microscopy image",
+    "blood smear": "blood smear",
+}
+GLOSSARY = {
+    "X-ray": "An X-ray shows bones in white and air in black.",
+    "MRI": "An MRI is made with a strong magnet.",
+    "CT": "A CT is made of many X-ray views.",
+    "ultrasound": "An ultrasound is made with sound waves.",
+    "angiography": "An angiography image shows vessels with contrast.",
+    "bone scan": "A bone scan shows a tracer in the bones.",
+    "cryo-electron tomography": "A cryo-electron tomography slice shows frozen material.",
+    "histology": "A histology slide shows stained tissue.",
+    "fluorescence microscopy": "A fluorescence microscopy image shows glowing dye.",
+    "fundus photograph": "A fundus photograph shows the back of the eye.",
+    "phase microscopy": "A phase microscopy image shows how a cell slows light.",
+    "blood smear": "A blood smear shows blood cells.",
+}
+_PARTS = {"cell nuclei": "cell nuclei", "cell": "a cell", "lymph node": "a lymph node"}
+_PARTS |= {"blood": "blood", "whole body": "the whole body"}
+RADIOLOGY = ("X-ray", "MRI", "CT", "ultrasound", "angiography", "bone scan")
+
+# Values that a picture of one may also show: never asked about as if they excluded each other.
+_NEAR = (
+    {"brain", "head"},
+    {"heart", "chest"},
+    {"breast", "chest"},
+    {"shoulder", "chest"},
+    {"chest", "abdomen"},
+    {"pelvis", "abdomen"},
+    {"cell", "cell nuclei"},
+    {"cell", "blood"},
+    {"skin", "breast"},
+    {"angiography", "X-ray"},
+)
+
+
+def exclude(one: str, other: str) -> bool:
+    """Whether a picture of `one` surely is not one of `other`: ("brain", "leg") yes, with "head" no."""
+    near = one == other or {one, other} in _NEAR or "whole body" in (one, other)
+    return not near
+
+
+def a(words: str) -> str:
+    """`words` with their article: "an MRI", "a CT", "an H&E histology slide"."""
+    first = words.split()[0]
+    an = first[0].lower() in "aeiou" or first in ("MRI", "X-ray", "H&E")
+    return f"{'an' if an else 'a'} {words}"
+
+
+def upper(words: str) -> str:
+    """`words` with a capital first letter."""
+    return words[0].upper() + words[1:]
+
+
+def part(row_or_value: dict | str) -> str:
+    """The body part with its article: "the brain", "cell nuclei", "a lymph node"."""
+    value = row_or_value if isinstance(row_or_value, str) else row_or_value["body_part"]
+    return _PARTS.get(value, f"the {value}")
+
+
+def phrase(row: dict) -> str:
+    """What the picture is, without article: "axial T1 MRI of the brain", "H&E histology slide"."""
+    words = [row["view"], row["plane"], row["sequence"], row["stain"], NOUNS[row["modality"]]]
+    text = " ".join(word for word in words if word)
+    if row["body_part"] and row["modality"] != "blood smear":
+        text += f" of {part(row)}"
+    if row["species"]:
+        text += f" of a {row['species']}"
+    return text
+
+
+def patient(row: dict) -> str:
+    """The patient as far as known: "28-year-old female", "male", "child"; else ""."""
+    if row["age"] is not None:
+        return f"{row['age']}-year-old {row['sex'] or 'person'}"
+    return row["sex"] or row["age_group"] or ""
+
+
+def findings(row: dict) -> str:
+    """Sentences about finding, lesion and count; "" when nothing is known."""
+    said = []
+    if row["finding"] == "normal":
+        said.append("It is normal.")
+    elif row["finding"]:
+        said.append(f"The finding is {row['finding']}.")
+    if row["lesion"] is not None:
+        where = f" on the {row['side']} side" if row["side"] and row["lesion"] else ""
+        said.append(f"A lesion is marked{where}." if row["lesion"] else "No lesion is marked.")
+    if row["count"] is not None:
+        said.append(f"It shows {row['count']} nuclei.")
+    return " ".join(said)
+
+
+def details(row: dict) -> str:
+    """Every fact that `phrase` does not say, in short sentences."""
+    said = []
+    if row["organ"]:
+        said.append(f"It shows the {row['organ']}.")
+    if row["contrast"]:
+        said.append("Contrast was given.")
+    who = patient(row)
+    if who:
+        said.append(f"The patient is {who if who in ('male', 'female') else a(who)}.")
+    if row["modality"] == "fundus photograph" and row["side"]:
+        said.append(f"It is the {row['side']} eye.")
+    return " ".join([*said, findings(row)]).strip()
+
+
+def caption(row: dict, rng: random.Random) -> str:
+    """All facts of the row in one of four wordings."""
+    name = phrase(row)
+    openings = (
+        f"{upper(name)}.",
+        f"This is {a(name)}.",
+        f"The image shows {a(name)}.",
+        f"{upper(a(name))}.",
+    )
+    return f"{rng.choice(openings)} {details(row)}".strip()
+
+
+def report(row: dict) -> str:
+    """A report of the facts, or "" where nothing is known that a report would say."""
+    if row["modality"] not in RADIOLOGY or not row["body_part"] or not findings(row):
+        return ""
+    lines = [f"Examination: {phrase(row)}."]
+    if patient(row):
+        lines.append(f"Patient: {patient(row)}.")
+    lines.append(f"Findings: {findings(row)}")
+    short = row["finding"] or ("lesion" if row["lesion"] else "no lesion")
+    return "\n".join([*lines, f"Impression: {short}."])

@@ -1,0 +1,187 @@
+"""Questions about the sample's pictures whose answers cannot be had without looking.
+
+    closed   as many "yes" as "no" per asked value: "Is this an MRI?" is right half of the time
+    mcq      the right letter goes round A B C D; distractors come as often as values are right
+    open     the value itself
+
+A `Question` names its template, so that an image-blind guesser (the commonest answer of a template)
+can be scored beside the model.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from data.sample.phrases import NOUNS, a, exclude, part
+
+LETTERS = "ABCD"
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about the picture `row`; `kind` is "closed", "open" or "mcq"."""
+
+    row: dict
+    template: str
+    kind: str
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Closed:
+    """A family of yes/no questions about the values of one field."""
+
+    template: str
+    value: Callable[[dict], str | None]  # what is true of a row; None: unknown, do not ask
+    wordings: tuple[str, ...]
+    words: Callable[[str], str] = str  # how a value is written inside a wording
+    rounds: int = 1  # how often every picture is asked in training
+
+
+def _film(row: dict) -> str | None:
+    is_film = row["modality"] == "X-ray" and row["body_part"] == "chest"
+    return row["finding"] if is_film and row["finding"] else None
+
+
+CLOSED = (
+    Closed(
+        "modality",
+        lambda row: None if row["view"] == "localizer" else row["modality"],
+        ("Is this {}?", "Is the image {}?", "Is {} shown here?"),
+        lambda value: a(NOUNS[value]),
+        rounds=3,
+    ),
+    Closed(
+        "body_part",
+        lambda row: row["body_part"],
+        ("Does the image show {}?", "Is {} shown here?", "Is this an image of {}?"),
+        part,
+        rounds=3,
+    ),
+    Closed(
+        "plane",
+        lambda row: row["plane"],
+        ("Is this {} slice?", "Is the slice {}?"),
+        rounds=2,
+    ),
+    Closed(
+        "stain",
+        lambda row: row["stain"] or "none",
+        ("Is this tissue with {}?", "Is {} used here?"),
+        lambda value: a({"H&E": "H&E stain"}.get(value, value)),
+    ),
+    Closed(
+        "lesion",
+        lambda row: (
+            None if row["lesion"] is None else {True: "lesion", False: "none"}[row["lesion"]]
+        ),
+        ("Is there a marked {} in this slice?", "Does this slice have a marked {}?"),
+    ),
+    Closed(
+        "pneumonia",
+        _film,
+        ("Is the finding of this chest X-ray {}?", "Is {} the finding here?"),
+        rounds=2,
+    ),
+)
+# A wording that needs an article only in its first form: "Is this an axial slice?", "Is the slice axial?"
+_ARTICLE = {"Is this {} slice?": a}
+
+OPEN = {
+    "modality": ("What kind of image is this?", "Which modality is this?"),
+    "body_part": ("Which part of the body is shown?", "What does the image show?"),
+    "plane": ("In which plane is this slice?",),
+    "stain": ("Which stain is used?",),
+}
+MCQ = ("modality", "body_part")
+
+
+def closed_questions(
+    rows: list[dict], seed: int, rounds: int | None, askable: set[str] | None = None
+) -> list[Question]:
+    """Balanced yes/no questions about `askable` values; `rounds` None takes each template's own."""
+    out = []
+    for family in CLOSED:
+        for turn in range(family.rounds if rounds is None else rounds):
+            rng = random.Random(f"{seed} closed {family.template} {turn}")
+            out += _balanced(rows, family, rng, askable)
+    return out
+
+
+def _balanced(
+    rows: list[dict], family: Closed, rng: random.Random, askable: set[str] | None
+) -> list[Question]:
+    known = [row for row in rows if family.value(row) is not None]
+    used: Counter[str] = (
+        Counter()
+    )  # how many "no" a picture has had: the next goes to the least asked
+    out = []
+    for value in sorted({family.value(row) for row in known} - {"none"}):
+        if askable is not None and f"{family.template}={value}" not in askable:
+            continue
+        yes = [row for row in known if family.value(row) == value]
+        no = [row for row in known if exclude(value, family.value(row))]
+        count = min(len(yes), len(no))
+        rng.shuffle(yes)
+        rng.shuffle(no)
+        no.sort(key=lambda row: used[row["id"]])
+        for row, answer in [(r, "yes") for r in yes[:count]] + [(r, "no") for r in no[:count]]:
+            wording = rng.choice(family.wordings)
+            words = _ARTICLE.get(wording, family.words)(value)
+            used[row["id"]] += answer == "no"
+            prompt = wording.format(words)
+            out.append(Question(row, f"closed/{family.template}", "closed", prompt, answer))
+    return out
+
+
+def asked_values(rows: list[dict]) -> set[str]:
+    """ "template=value" of everything the rows can answer, to keep a test to what training has seen."""
+    return {f"{f.template}={f.value(row)}" for f in CLOSED for row in rows if f.value(row)}
+
+
+def open_questions(rows: list[dict], seed: int) -> list[Question]:
+    """Every known value asked once; not a field with a single value, which needs no looking."""
+    rng = random.Random(f"{seed} open")
+    return [
+        Question(row, f"open/{field}", "open", rng.choice(wordings), row[field])
+        for row in rows
+        for field, wordings in OPEN.items()
+        if row[field] is not None and len({other[field] for other in rows} - {None}) > 1
+    ]
+
+
+def mcq_questions(rows: list[dict], seed: int, values: dict[str, Counter]) -> list[Question]:
+    """Four options a question; `values` counts the values of each field that options are drawn from."""
+    out = []
+    for field in MCQ:
+        rng = random.Random(f"{seed} mcq {field}")
+        known = [row for row in rows if row[field] is not None]
+        rng.shuffle(known)
+        for number, row in enumerate(known):
+            options = _distractors(row[field], values[field], rng)
+            if len(options) < 3:
+                continue
+            letter = number % 4
+            options.insert(letter, row[field])
+            lines = "\n".join(f"{LETTERS[i]}: {option}" for i, option in enumerate(options))
+            prompt = f"{OPEN[field][0]}\n{lines}"
+            out.append(Question(row, f"mcq/{field}", "mcq", prompt, LETTERS[letter]))
+    return out
+
+
+def _distractors(value: str, counts: Counter, rng: random.Random) -> list[str]:
+    """Three values that exclude `value` and each other, drawn by how common they are."""
+    pool = {other: n for other, n in sorted(counts.items()) if exclude(value, other)}
+    drawn: list[str] = []
+    while pool and len(drawn) < 3:
+        pick = rng.choices(list(pool), list(pool.values()))[0]
+        drawn.append(pick)
+        pool = {other: n for other, n in pool.items() if exclude(pick, other)}
+    return drawn
+
+
+def value_counts(rows: list[dict]) -> dict[str, Counter]:
+    """How often each value of the multiple-choice fields occurs."""
+    return {field: Counter(row[field] for row in rows if row[field]) for field in MCQ}
