@@ -53,7 +53,10 @@ DESCRIBE = (
     "Please describe this picture.",
     "Provide a brief overview of what is shown in the image",
 )
-REPORT = "Examine this medical image and document your observations in a standard clinical report format."
+REPORT = (
+    "Examine this medical image and document your observations "
+    "in a standard clinical report format."
+)
 EXPLAIN = (
     "Could you explain what {} looks like?",
     "What does {} look like?",
@@ -85,7 +88,7 @@ def instruction_documents(rows: list[dict], seed: int) -> list[dict]:
 
 
 def pretraining_documents(rows: list[dict], seed: int) -> list[dict]:
-    """Prose without questions or separators, for the base model: six documents a picture and round."""
+    """Prose without questions or separators, for the base model: six documents a picture."""
     rng = random.Random(f"{seed} pretraining")
     out = []
     for row in rows:
@@ -127,9 +130,7 @@ def eval_items(rows: list[dict], seed: int, split: str = "test") -> list[dict]:
         if row["group"] + phrase(row) not in explained:  # one picture of each kind in a group
             explained.add(row["group"] + phrase(row))
             prompt, answer = _explained(row, rng)
-            answer = answer.replace(
-                f"{IMAGE}\n", ""
-            )  # the reference text; its picture is image_path
+            answer = answer.replace(f"{IMAGE}\n", "")  # the reference picture is image_path
             items.append(_item(row, "mm_out", "sample", prompt, answer, "mm_out"))
     return _numbered(items, "eval")
 

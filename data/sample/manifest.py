@@ -38,7 +38,7 @@ NUMBERS = ("frame", "width", "height")
 
 
 def read_manifest(path: str | Path, check_files: bool = False) -> list[dict]:
-    """Rows of a manifest; with `check_files`, each picture must exist beside it and have its sha256."""
+    """Rows of a manifest; `check_files` also compares every picture beside it with its sha256."""
     path = Path(path)
     rows, seen = [], set()
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):

@@ -56,7 +56,7 @@ _NEAR = (
 
 
 def exclude(one: str, other: str) -> bool:
-    """Whether a picture of `one` surely is not one of `other`: ("brain", "leg") yes, with "head" no."""
+    """Whether a picture of `one` is surely none of `other`: brain, leg yes; brain, head no."""
     near = one == other or {one, other} in _NEAR or "whole body" in (one, other)
     return not near
 

@@ -20,11 +20,12 @@ LETTERS = "ABCD"
 
 @dataclass(frozen=True)
 class Question:
-    """One question about the picture `row`; `kind` is "closed", "open" or "mcq"."""
+    """One question about the picture `row`; `value` is what it asks for or about."""
 
     row: dict
     template: str
-    kind: str
+    kind: str  # "closed" | "open" | "mcq"
+    value: str
     prompt: str
     answer: str
 
@@ -86,7 +87,7 @@ CLOSED = (
         rounds=2,
     ),
 )
-# A wording that needs an article only in its first form: "Is this an axial slice?", "Is the slice axial?"
+# Only this wording takes an article: "Is this an axial slice?" but "Is the slice axial?"
 _ARTICLE = {"Is this {} slice?": a}
 
 OPEN = {
@@ -132,12 +133,12 @@ def _balanced(
             words = _ARTICLE.get(wording, family.words)(value)
             used[row["id"]] += answer == "no"
             prompt = wording.format(words)
-            out.append(Question(row, f"closed/{family.template}", "closed", prompt, answer))
+            out.append(Question(row, f"closed/{family.template}", "closed", value, prompt, answer))
     return out
 
 
 def asked_values(rows: list[dict]) -> set[str]:
-    """ "template=value" of everything the rows can answer, to keep a test to what training has seen."""
+    """Every template=value that the rows can answer, to keep a test to what training has seen."""
     return {f"{f.template}={f.value(row)}" for f in CLOSED for row in rows if f.value(row)}
 
 
@@ -145,7 +146,7 @@ def open_questions(rows: list[dict], seed: int) -> list[Question]:
     """Every known value asked once; not a field with a single value, which needs no looking."""
     rng = random.Random(f"{seed} open")
     return [
-        Question(row, f"open/{field}", "open", rng.choice(wordings), row[field])
+        Question(row, f"open/{field}", "open", row[field], rng.choice(wordings), row[field])
         for row in rows
         for field, wordings in OPEN.items()
         if row[field] is not None and len({other[field] for other in rows} - {None}) > 1
@@ -153,7 +154,7 @@ def open_questions(rows: list[dict], seed: int) -> list[Question]:
 
 
 def mcq_questions(rows: list[dict], seed: int, values: dict[str, Counter]) -> list[Question]:
-    """Four options a question; `values` counts the values of each field that options are drawn from."""
+    """Four options a question, drawn from `values`, which counts the values of each field."""
     out = []
     for field in MCQ:
         rng = random.Random(f"{seed} mcq {field}")
@@ -167,7 +168,7 @@ def mcq_questions(rows: list[dict], seed: int, values: dict[str, Counter]) -> li
             options.insert(letter, row[field])
             lines = "\n".join(f"{LETTERS[i]}: {option}" for i, option in enumerate(options))
             prompt = f"{OPEN[field][0]}\n{lines}"
-            out.append(Question(row, f"mcq/{field}", "mcq", prompt, LETTERS[letter]))
+            out.append(Question(row, f"mcq/{field}", "mcq", row[field], prompt, LETTERS[letter]))
     return out
 
 
