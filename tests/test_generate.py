@@ -1,0 +1,338 @@
+"""generate() against a plain loop without cache; alone, in batches, on meshes; refusals."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
+import pytest
+
+from medmax_jax import batching, chameleon, generate, grammar, tokenizer, vqgan, weights
+from medmax_jax import vocab as ids
+from medmax_jax.config import VQ, Lora, Mesh, Model, Sample, Vocab, to_dict
+from medmax_jax.mesh import make_mesh
+
+VOCAB = Vocab(size=8_712 + 264, image_codes=16, text_start=8_712)
+MODEL = Model(
+    hidden_size=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    intermediate_size=48,
+    context_length=64,
+    rope_theta=10_000.0,
+    rms_norm_eps=1e-5,
+    qk_norm_eps=1e-5,
+    qk_norm_shards=1,
+    swin_norm=False,
+    param_dtype="float32",
+    compute_dtype="float32",
+    remat="none",
+    attention="xla",
+)
+PICTURE = VQ(  # 2 x 2 codes
+    image_size=4,
+    channels=32,
+    channel_mult=(1, 1),
+    num_res_blocks=1,
+    z_channels=8,
+    embed_dim=8,
+    num_codes=16,
+)
+CODES = 4
+SAMPLE = Sample(
+    text_temperature=1.0,
+    text_top_p=0.9,
+    text_greedy=True,
+    repetition_penalty=1.2,
+    image_temperature=0.7,
+    image_top_p=0.9,
+    image_greedy=False,
+    guidance_scale_text=3.0,
+    guidance_scale_image=1.2,
+    max_gen_len=12,
+    seed=0,
+)
+DRAWN = dataclasses.replace(SAMPLE, text_greedy=False, text_temperature=1.3)
+LORA = Lora(rank=2, alpha=4.0, dropout=0.0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model folder with random weights that like BOI and EOS, so that mixed answers are mixed."""
+    folder = tmp_path_factory.mktemp("micro")
+    sections = dict(model=to_dict(MODEL), vocab=to_dict(VOCAB), vq=to_dict(PICTURE))
+    (folder / "config.json").write_text(json.dumps(sections))
+    (folder / "tokenizer.json").write_text(tokenizer.train(["Is it a CT of the chest?"], VOCAB))
+    with jax.set_mesh(make_mesh(Mesh(data=1, fsdp=1, tp=1))):
+        model = chameleon.create(MODEL, VOCAB, chameleon.NO_LORA, key=jax.random.key(3))
+        scale = np.full(VOCAB.size, 20.0, np.float32)
+        scale[ids.BOI] = scale[ids.EOS] = 60.0
+        graph, adapters, base = chameleon.split(model)
+        state = {n: np.asarray(x) for n, x in weights.named(base).items()}
+        state["lm_head.kernel"] = state["lm_head.kernel"] * scale
+        weights.save(folder / "model.safetensors", state, {})
+        weights.save(folder / "vqgan.safetensors", vqgan.create(PICTURE, key=jax.random.key(1)), {})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def g(folder):
+    return generate.load(folder)
+
+
+@pytest.fixture(scope="module")
+def adapter(folder, tmp_path_factory):
+    """An adapter folder that changes answers."""
+    path = tmp_path_factory.mktemp("adapter")
+    base = generate.fingerprint(folder / "model.safetensors")
+    settings = to_dict(LORA) | {"base_fingerprint": base}
+    (path / "adapter_config.json").write_text(json.dumps(settings))
+    with jax.set_mesh(make_mesh(Mesh(data=1, fsdp=1, tp=1))):
+        model = chameleon.create(MODEL, VOCAB, LORA, key=jax.random.key(0))
+    adapters = weights.named(chameleon.split(model)[1])
+    rng = np.random.default_rng(0)
+    noise = {n: rng.normal(0, 0.5, x.shape).astype(np.float32) for n, x in adapters.items()}
+    weights.save(path / "adapter.safetensors", noise, {})
+    return path
+
+
+def prompts(count=5):
+    """Token prompts of unlike length; the odd ones hold an image."""
+    rng, found = np.random.default_rng(0), []
+    for i in range(count):
+        words = rng.integers(VOCAB.text_start, VOCAB.size, 3 + 4 * i)
+        image = np.r_[ids.BOI, rng.integers(4, 20, CODES), ids.EOI]
+        parts = [[ids.BOS], image if i % 2 else [], words, [ids.SEP]]
+        found.append(np.concatenate(parts).astype(np.int32))
+    return found
+
+
+def written(g, tokens, sample, mode, *, names, rows=8):
+    found = [None] * len(tokens)
+    for batch, answers in generate.write(
+        g, tokens, sample, mode=mode, seed=7, names=names, rows=rows
+    ):
+        for index, answer in zip(batch, answers, strict=True):
+            found[index] = answer.tolist()
+    return found
+
+
+class Plain:
+    """Generation by its definition: lists of tokens, a full forward for each one, numpy processors."""
+
+    def __init__(self, g):
+        self.g = g
+
+        @jax.jit
+        def forward(model, tokens, real):
+            positions = jnp.arange(MODEL.context_length)[None]
+            hidden = model.hidden(tokens, real.astype(np.int32), positions, key=None)
+            return model.logits(hidden)
+
+        self.forward = forward
+
+    def logits(self, tokens):
+        row = np.zeros((1, MODEL.context_length), np.int32)
+        row[0, : len(tokens)] = tokens
+        real = np.arange(MODEL.context_length)[None] < len(tokens)
+        with jax.set_mesh(self.g.mesh):
+            return np.asarray(self.forward(self.g.model, row, real))[0, len(tokens) - 1]
+
+    def text(self, tokens, sample, mode, key):
+        scores = self.logits(tokens)
+        allowed = grammar.text_ids(VOCAB, mode=mode).copy()
+        if len(tokens) >= MODEL.context_length - (CODES + 2):
+            allowed[ids.BOI] = False
+        scores = np.where(allowed, scores, -np.inf)
+        for token in set(tokens):
+            p = sample.repetition_penalty
+            scores[token] = scores[token] * p if scores[token] < 0 else scores[token] / p
+        if sample.text_greedy:
+            return int(scores.argmax())
+        return draw(scores / sample.text_temperature, sample.text_top_p, key)
+
+    def code(self, tokens, sample, key):
+        kept = (ids.BOS, ids.BOI, ids.EOI)
+        last = len(tokens) - 1 - tokens[::-1].index(ids.BOI)
+        full = self.logits(tokens)
+        image = self.logits([t for t in tokens if t in kept or 4 <= t < 20])
+        none = self.logits([ids.BOS, *tokens[last:]])
+        scores = none + sample.guidance_scale_image * (image - none)
+        scores = (scores + sample.guidance_scale_text * (full - image))[4:20]
+        if sample.image_greedy:
+            return 4 + int(scores.argmax())
+        return 4 + draw(scores / sample.image_temperature, sample.image_top_p, key)
+
+    def answer(self, prompt, sample, mode, number):
+        tokens, out, left, spent = prompt.tolist(), [], 0, 0
+        if mode == "image":
+            tokens, left = [*tokens, ids.BOI], CODES + 1
+        row = jax.random.fold_in(jax.random.key(7), number)
+        while True:
+            key = jax.random.fold_in(row, len(out))
+            if left == 0:
+                token, spent = self.text(tokens, sample, mode, key), spent + 1
+                left = CODES + 1 if token == ids.BOI else 0
+            else:
+                token = ids.EOI if left == 1 else self.code(tokens, sample, key)
+                left -= 1
+            tokens, out = [*tokens, token], [*out, token]
+            if mode == "image" and left == 1:
+                return out
+            full = spent >= sample.max_gen_len or len(tokens) >= MODEL.context_length
+            if left == 0 and mode != "image" and (token == ids.EOS or full):
+                return out
+
+
+def draw(scores, p, key):
+    order = np.argsort(-scores)
+    probabilities = np.exp(scores - scores.max())
+    mass = np.cumsum((probabilities / probabilities.sum())[order])
+    dropped = order[1:][mass[:-1] >= p]
+    scores = scores.copy()
+    scores[dropped] = -np.inf
+    return int(jax.random.categorical(key, scores.astype(np.float32)))
+
+
+@pytest.mark.parametrize("mode", grammar.MODES)
+@pytest.mark.parametrize("sample", [SAMPLE, DRAWN], ids=["greedy", "drawn"])
+def test_equals_the_plain_loop_token_for_token(g, mode, sample):
+    if mode == "image" and sample is SAMPLE:
+        sample = dataclasses.replace(sample, image_greedy=True)
+    tokens, names = prompts(), list("abcde")
+    plain, numbers = Plain(g), batching.numbers(tokens, names)
+    expected = [plain.answer(p, sample, mode, int(n)) for p, n in zip(tokens, numbers, strict=True)]
+    assert written(g, tokens, sample, mode, names=names) == expected
+    if mode == "mixed":
+        assert sum(ids.BOI in answer for answer in expected) >= 2
+        after = [a[a.index(ids.EOI) + 1 :] for a in expected if ids.EOI in a]
+        assert any(after)  # text goes on after an image
+
+
+@pytest.mark.parametrize("mode", grammar.MODES)
+def test_alone_and_in_a_batch_alike(g, mode):
+    tokens, names = prompts(), list("abcde")
+    whole = written(g, tokens, DRAWN, mode, names=names)
+    alone = [written(g, [t], DRAWN, mode, names=[n])[0] for t, n in zip(tokens, names, strict=True)]
+    turned = written(g, tokens[::-1], DRAWN, mode, names=names[::-1], rows=2)[::-1]
+    assert whole == alone == turned
+    assert written(g, tokens, DRAWN, mode, names=list("fghij")) != whole
+
+
+@pytest.mark.parametrize("mode", ["image", "mixed"])
+def test_every_mesh_alike(g, folder, mode):
+    spread = generate.load(folder, mesh=make_mesh(Mesh(data=2, fsdp=2, tp=2)))
+    tokens, names = prompts(3), list("abc")
+    assert written(spread, tokens, DRAWN, mode, names=names) == written(
+        g, tokens, DRAWN, mode, names=names
+    )
+
+
+def test_answers_end_in_time_and_parse(g):
+    tokens = prompts()
+    for length in (1, 5):
+        sample = dataclasses.replace(DRAWN, max_gen_len=length)
+        for answer in written(g, tokens, sample, "text", names=None):
+            assert len(answer) <= length
+            assert answer[-1] == ids.EOS or len(answer) == length
+    long = dataclasses.replace(DRAWN, max_gen_len=1_000)
+    for prompt, answer in zip(tokens, written(g, tokens, long, "mixed", names=None), strict=True):
+        assert len(prompt) + len(answer) <= MODEL.context_length
+        assert grammar.parses(np.array(answer), VOCAB, codes=CODES)
+    for answer in written(g, tokens, DRAWN, "image", names=None):
+        assert len(answer) == CODES and ids.is_image(np.array(answer), VOCAB).all()
+
+
+def test_segments(g, tmp_path):
+    picture = PIL.Image.new("RGB", (9, 7), "gray")
+    path = tmp_path / "a.png"
+    picture.save(path)
+    code = np.array([1, 2, 3, 4])
+    asked = [["Is it?", picture], [path, "a CT"], [code, "and?"], ["Draw."]]
+    for mode in grammar.MODES:
+        answers = generate.generate(g, asked, DRAWN, mode=mode, seed=0)
+        kinds = {type(part) for answer in answers for part in answer}
+        assert kinds <= {"text": {generate.Text}, "image": {generate.Image}}.get(mode, kinds)
+        for part in (part for answer in answers for part in answer):
+            if isinstance(part, generate.Image):
+                assert part.image.size == (4, 4) and part.codes.shape == (CODES,)
+    assert generate.generate(g, [], DRAWN, mode="text", seed=0) == []
+    same, other = (
+        generate.generate(g, [["Draw."], ["Draw."]], DRAWN, mode="image", seed=s) for s in (0, 1)
+    )
+    drawn = [tuple(a[0].codes) for a in same + other]
+    assert len(set(drawn)) > 2  # equal prompts and other seeds give other pictures
+
+
+def test_few_programs(g):
+    """All prompt lengths and batch sizes of a model compile to a handful of programs."""
+    fixed = dict(codes=CODES, context=512)
+    for mode, streams, most in (("text", 1, 16), ("image", 2, 16), ("mixed", 3, 4)):
+        plans = {
+            batching.plan([n], SAMPLE, VOCAB, mode=mode, streams=streams, **fixed)
+            for n in range(2, 500)
+        }
+        assert len(plans) <= most
+    plan = batching.plan([9], SAMPLE, VOCAB, mode="text", streams=1, **fixed)
+    shapes = {
+        batching.batch(
+            [np.arange(9, dtype=np.int32)] * n, np.zeros(n, np.int32), plan, split=1
+        ).ids.shape[0]
+        for n in range(1, 33)
+    }
+    assert shapes == {1, 2, 4, 8, 16, 32}
+
+
+def test_an_adapter_changes_answers_and_must_fit(g, folder, adapter, tmp_path):
+    tokens = prompts()
+    names = list("abcde")
+    adapted = generate.load(folder, adapter=adapter)
+    assert written(adapted, tokens, SAMPLE, "text", names=names) != written(
+        g, tokens, SAMPLE, "text", names=names
+    )
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    for key, value, message in (
+        ("base_fingerprint", "0" * 64, "trained on base weights 000000000000"),
+        ("rank", 3, "has shape"),
+    ):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {key: value}))
+        (tmp_path / "adapter.safetensors").write_bytes(
+            (adapter / "adapter.safetensors").read_bytes()
+        )
+        with pytest.raises(ValueError, match=message):
+            generate.load(folder, adapter=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(image_temperature=0.0), "sample.image_temperature is 0.0"),
+        (dict(text_top_p=1.5), "sample.text_top_p is 1.5"),
+        (dict(max_gen_len=0), "sample.max_gen_len 0"),
+    ],
+)
+def test_settings_that_make_no_sense(g, change, message):
+    with pytest.raises(generate.GenerateError, match=message):
+        generate.generate(g, [["a"]], dataclasses.replace(SAMPLE, **change), mode="text", seed=0)
+
+
+def test_requests_that_make_no_sense(g, folder, tmp_path):
+    def ask(*parts, mode="text", names=None):
+        return generate.generate(g, [list(parts)], SAMPLE, mode=mode, seed=0, names=names)
+
+    with pytest.raises(ValueError, match="mode is 'film'"):
+        ask("a", mode="film")
+    with pytest.raises(ValueError, match="missing.png"):
+        ask(tmp_path / "missing.png", "a")
+    with pytest.raises(generate.GenerateError, match="the model holds 64; shorten"):
+        ask("word " * 64)
+    with pytest.raises(generate.GenerateError, match="1 prompts but 2 different names"):
+        ask("a", names=["x", "y"])
+    with pytest.raises(generate.GenerateError, match="config.json: no such file"):
+        generate.load(tmp_path)
+    with pytest.raises(generate.GenerateError, match="adapter_config.json: no such file"):
+        generate.load(folder, adapter=tmp_path)
