@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     config.vocab.update(size=8_712 + TEXT_TOKENS, image_codes=512, text_start=8_712)
     config.model.update(
         hidden_size=128,
-        num_layers=6,
+        num_layers=4,
         num_heads=4,
         num_kv_heads=4,
         head_dim=32,
