@@ -22,7 +22,7 @@ from data.sample.documents import (
 )
 from data.sample.manifest import FACTS, SOURCES, check_groups, check_row, read_manifest
 from data.sample.phrases import caption, phrase
-from data.sample.questions import closed_questions
+from data.sample.questions import closed_questions, mcq_questions
 from data.sample.sources import PACKAGES, Archive
 from data.sample.splits import split_of
 
@@ -188,6 +188,21 @@ def test_mcq_options_hold_the_answer_once(items, rows):
             field = item["template"].split("/")[1]
             assert len(set(options.values())) == 4
             assert options[item["answer"]] == by_path[item["image_path"]][field]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_mcq_cannot_be_won_by_the_commonest_value(rows, seed):
+    train = [row for row in rows if row["split"] == "train"]
+    held = [row for row in rows if row["split"] == "test"]
+    right = Counter()
+    questions = mcq_questions(held, seed)
+    for question in questions:
+        field = question.template.split("/")[1]
+        common = Counter(row[field] for row in train)
+        options = dict(re.findall(r"^([A-D]): (.+)$", question.prompt, re.M))
+        guess = max(options, key=lambda letter: common[options[letter]])
+        right[question.template] += guess == question.answer
+    assert sum(right.values()) / len(questions) < 0.40, right
 
 
 def test_same_seed_same_documents_other_seed_other_order(rows, documents, items):

@@ -258,6 +258,7 @@ DICOMS = (
             "modality": _CT,
             "body_part": ("ankle", "StudyDescription", "ANKLE"),
         },
+        crops=((140, 60, 372, 450),),
     ),
 )
 

@@ -34,7 +34,6 @@ from data.sample.questions import (
     closed_questions,
     mcq_questions,
     open_questions,
-    value_counts,
 )
 
 __all__ = [
@@ -73,7 +72,7 @@ def instruction_documents(rows: list[dict], seed: int) -> list[dict]:
             continue
         questions = closed_questions(chosen, seed, None)
         questions += open_questions(chosen, seed)
-        questions += mcq_questions(chosen, seed, value_counts(chosen))
+        questions += mcq_questions(chosen, seed)
         out += _numbered([_vqa(question) for question in questions], "vqa")
         for key, make in _MAKERS.items():
             rng = random.Random(f"{seed} {key} {split}")
@@ -117,7 +116,7 @@ def eval_items(rows: list[dict], seed: int, split: str = "test") -> list[dict]:
     askable = asked_values(train) if train and split != "train" else None
     questions = closed_questions(held, seed, 1, askable)
     questions += open_questions(held, seed)
-    questions += mcq_questions(held, seed, value_counts(held))
+    questions += mcq_questions(held, seed)
     items = [_item(q.row, "sample_vqa", q.kind, q.prompt, q.answer, q.template) for q in questions]
     rng = random.Random(f"{seed} eval {split}")
     explained: set[str] = set()

@@ -1,7 +1,7 @@
 """Questions about the sample's pictures whose answers cannot be had without looking.
 
     closed   as many "yes" as "no" per asked value: "Is this an MRI?" is right half of the time
-    mcq      the right letter goes round A B C D; distractors come as often as values are right
+    mcq      the right letter goes round A B C D; common values are thinned
     open     the value itself
 
 A `Question` names its template, so that an image-blind guesser (the commonest answer of a template)
@@ -153,23 +153,39 @@ def open_questions(rows: list[dict], seed: int) -> list[Question]:
     ]
 
 
-def mcq_questions(rows: list[dict], seed: int, values: dict[str, Counter]) -> list[Question]:
-    """Four options a question, drawn from `values`, which counts the values of each field."""
+def mcq_questions(rows: list[dict], seed: int) -> list[Question]:
+    """Four options a question; common values are thinned, so that naming them blindly is chance."""
     out = []
     for field in MCQ:
         rng = random.Random(f"{seed} mcq {field}")
-        known = [row for row in rows if row[field] is not None]
-        rng.shuffle(known)
-        for number, row in enumerate(known):
-            options = _distractors(row[field], values[field], rng)
+        known = _thinned([row for row in rows if row[field] is not None], field, rng)
+        counts = Counter(row[field] for row in known)
+        asked = 0
+        for row in known:
+            options = _distractors(row[field], counts, rng)
             if len(options) < 3:
                 continue
-            letter = number % 4
+            letter = asked % 4
+            asked += 1
             options.insert(letter, row[field])
             lines = "\n".join(f"{LETTERS[i]}: {option}" for i, option in enumerate(options))
             prompt = f"{OPEN[field][0]}\n{lines}"
             out.append(Question(row, f"mcq/{field}", "mcq", row[field], prompt, LETTERS[letter]))
     return out
+
+
+def _thinned(rows: list[dict], field: str, rng: random.Random) -> list[dict]:
+    """Shuffled rows in which no value of `field` is commoner than the third commonest was."""
+    counts = Counter(row[field] for row in rows)
+    most = sorted(counts.values(), reverse=True)[min(2, len(counts) - 1)] if counts else 0
+    rng.shuffle(rows)
+    seen: Counter[str] = Counter()
+    kept = []
+    for row in rows:
+        seen[row[field]] += 1
+        if seen[row[field]] <= most:
+            kept.append(row)
+    return kept
 
 
 def _distractors(value: str, counts: Counter, rng: random.Random) -> list[str]:
@@ -181,8 +197,3 @@ def _distractors(value: str, counts: Counter, rng: random.Random) -> list[str]:
         drawn.append(pick)
         pool = {other: n for other, n in pool.items() if exclude(pick, other)}
     return drawn
-
-
-def value_counts(rows: list[dict]) -> dict[str, Counter]:
-    """How often each value of the multiple-choice fields occurs."""
-    return {field: Counter(row[field] for row in rows if row[field]) for field in MCQ}
