@@ -1,0 +1,146 @@
+"""Pictures to VQGAN codes: what encodes, in which views, and what to do with unreadable files.
+
+A view other than 0 is the picture slightly cropped, brightened or darkened. Nothing is mirrored or
+turned: left, right and orientation are facts that texts speak of.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import random
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+from jaxtyping import Float32, Int
+
+from data.documents import Layout
+from medmax_jax import images, vqgan, weights
+from medmax_jax.config import VQ, Vocab, build
+from medmax_jax.tokenizer import Tokenizer
+
+log = logging.getLogger("medmax_jax.prepare")
+
+MAX_PIXELS = 89_478_485  # Pillow's own line between a large picture and a decompression bomb
+BATCH = 16  # pictures encoded at once
+LOG_SECONDS = 5.0
+MIN_CROP_AREA = 0.7  # of the centre square: smaller ones lose what texts speak of
+JITTER = 0.1  # contrast 0.9 .. 1.1 and brightness -0.1 .. 0.1 of the range -1 .. 1
+
+
+class PrepareError(ValueError):
+    """Data that cannot be prepared; the message says why and what to change."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Encoder:
+    """What turns text and pictures into ids, with the layout that records state."""
+
+    layout: Layout
+    vq_config: VQ
+    vq: Any  # vqgan.VQGAN
+    tokenizer: Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """One look at a picture: number 0 is the picture itself, others are changed a little."""
+
+    path: str
+    number: int
+    seed: str
+    crop: bool
+
+
+def load_encoder(folder: Path, *, vq: Any = None, tokenizer: Tokenizer | None = None) -> Encoder:
+    """Tokenizer and VQGAN of a model folder; the language model in it is not read."""
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text())
+        vocab, vq_config = build(Vocab, raw["vocab"]), build(VQ, raw["vq"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PrepareError(f"{path}: no usable model folder ({error}); give --model") from error
+    file = folder / "vqgan.safetensors"
+    vq = weights.load(file, vqgan.abstract(vq_config)) if vq is None else vq
+    tokenizer = tokenizer or Tokenizer.from_file(folder / "tokenizer.json", vocab)
+    with open(file, "rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    layout = Layout(
+        vocab=vocab,
+        codes_per_image=vq_config.codes_per_image,
+        tokenizer=tokenizer.fingerprint,
+        vqgan=digest,
+    )
+    return Encoder(layout=layout, vq_config=vq_config, vq=vq, tokenizer=tokenizer)
+
+
+def pixels_of(picture: PIL.Image.Image, view: View, config: VQ) -> Float32[np.ndarray, "h w 3"]:
+    """View 0: plain preprocessing. Others: a function of the view's seed alone."""
+    if view.number == 0:
+        return images.preprocess(picture, config.image_size)
+    draw = random.Random(view.seed)  # seeded by a string: the same in every process and version
+    if view.crop:
+        side = min(picture.size)
+        kept = max(1, round(side * draw.uniform(MIN_CROP_AREA, 1.0) ** 0.5))
+        left, top = ((n - side) // 2 + draw.randint(0, side - kept) for n in picture.size)
+        picture = picture.crop((left, top, left + kept, top + kept))
+    contrast, brightness = draw.uniform(1 - JITTER, 1 + JITTER), draw.uniform(-JITTER, JITTER)
+    pixels = images.preprocess(picture, config.image_size) * contrast + brightness
+    return np.clip(pixels, -1, 1).astype(np.float32)
+
+
+def encode(
+    views: Iterable[View], encoder: Encoder, folder: Path
+) -> tuple[dict[tuple[str, int], Int[np.ndarray, "K"]], dict[str, str]]:
+    """Codes by (path, number of the view), and the reason for each path that cannot be read."""
+    todo = sorted(set(views), key=lambda v: (v.path, v.number))
+    codes: dict[tuple[str, int], np.ndarray] = {}
+    unreadable: dict[str, str] = {}
+    open_picture = functools.lru_cache(maxsize=1)(  # the views of a picture follow each other
+        lambda path: images.load(folder / path, max_pixels=MAX_PIXELS)
+    )
+    progress = _Progress(len(todo))
+    for start in range(0, len(todo), BATCH):
+        held = {}
+        for v in todo[start : start + BATCH]:
+            progress.add()
+            if v.path in unreadable:
+                continue
+            try:
+                held[v.path, v.number] = pixels_of(open_picture(v.path), v, encoder.vq_config)
+            except images.ImageError as error:
+                unreadable[v.path] = str(error)
+                log.warning("left out: %s", error)
+        codes |= _codes(held, encoder)
+    return codes, unreadable
+
+
+def _codes(held: dict[tuple[str, int], np.ndarray], encoder: Encoder) -> dict:
+    if not held:
+        return {}
+    pixels = np.stack(list(held.values()))
+    full = np.concatenate([pixels, np.repeat(pixels[:1], BATCH - len(held), axis=0)])
+    found = np.asarray(vqgan.encode(encoder.vq, full))  # one shape, so compiled once
+    return {key: found[i].reshape(-1) for i, key in enumerate(held)}
+
+
+class _Progress:
+    """Logs how many of how many, the rate and the time left, every few seconds."""
+
+    def __init__(self, total: int):
+        self.total, self.done = total, 0
+        self.start = self.said = time.monotonic()
+
+    def add(self) -> None:
+        self.done += 1
+        now = time.monotonic()
+        if now - self.said >= LOG_SECONDS or self.done == self.total:
+            rate = self.done / max(now - self.start, 1e-9)
+            left = (self.total - self.done) / rate
+            log.info("%d/%d pictures, %.1f/s, %.0f s left", self.done, self.total, rate, left)
+            self.said = now

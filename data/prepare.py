@@ -1,0 +1,252 @@
+"""From pictures and text to the folder of records that training reads.
+
+python -m data.prepare sample --out D [--split train] [--kind instruction] [--views 4]
+python -m data.prepare check D      reads every record back and compares it with what was written
+python -m data.prepare stats D      what is in it, and how well it packs
+
+    manifest row -> picture -> views 0 .. n-1 -> VQGAN codes --+
+                 -> documents (text with <image>) -------------+-> token ids -> records
+
+The documents of a picture are dealt over its views in turn. A picture whose facts a crop could make
+untrue (a count, a marked lesion) is never cropped. Exit codes: 0 done, 1 failed, 2 wrong usage.
+"""
+
+import argparse
+import collections
+import hashlib
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data import pack, records
+from data.codes import Encoder, PrepareError, View, encode, load_encoder
+from data.documents import Document, Layout, RecordsError, counts, to_bytes
+from data.sample.documents import instruction_documents, pretraining_documents
+from data.sample.manifest import read_manifest
+from medmax_jax.config import ConfigError
+from medmax_jax.tokenizer import IMAGE_NAME, Tokenizer, TokenizerError, document_ids, segments_of
+from medmax_jax.weights import WeightsError
+
+log = logging.getLogger("medmax_jax.prepare")
+
+SAMPLE = Path(__file__).parent / "sample"
+TINY = Path(__file__).parent.parent / "medmax_jax" / "tiny"
+MAX_UNREADABLE = 0.01  # of the pictures; a few broken files are usual, more is a wrong folder
+SHARD_SIZE = 4_096  # documents; about 10 MB a shard at the released document length
+KINDS = {"instruction": instruction_documents, "pretraining": pretraining_documents}
+SPLITS = ("train", "validation", "test")
+ERRORS = (PrepareError, RecordsError, TokenizerError, ConfigError, WeightsError, pack.PackError)
+
+
+def prepare_sample(
+    out: str | Path,
+    *,
+    model_folder: str | Path,
+    split: str,
+    kind: str,
+    views: int,
+    seed: int,
+    vq: Any = None,
+    tokenizer: Tokenizer | None = None,
+    sample: str | Path = SAMPLE,
+    max_unreadable: float = MAX_UNREADABLE,
+) -> dict[str, Any]:
+    """Writes one split of the sample as records; returns its dataset.json.
+
+    `kind`: instruction | pretraining. `vq`, `tokenizer`: those of `model_folder`, where they are
+    loaded already. An unreadable picture and its documents are left out and listed in
+    dataset.json; more than the share `max_unreadable` of all pictures stop the work.
+    """
+    if kind not in KINDS:
+        raise PrepareError(f"kind is {kind!r}; use one of {', '.join(KINDS)}")
+    if views < 1 or (views > 1 and split != "train"):
+        raise PrepareError(f"views is {views} for split {split}; use 1, or more for train only")
+    rows = [r for r in _manifest(Path(sample)) if r["split"] == split]
+    if not rows:
+        raise PrepareError(f"the manifest has no picture of split {split!r}; use one of {SPLITS}")
+    encoder = load_encoder(Path(model_folder), vq=vq, tokenizer=tokenizer)
+    shown = _dealt(KINDS[kind](rows, seed), rows, views, seed)
+    notes = dict(maker="sample", split=split, kind=kind, views=views, seed=seed)
+    made = _documents(shown, encoder, Path(sample), notes, max_unreadable)
+    meta = records.write(out, made, shard_size=SHARD_SIZE, layout=encoder.layout, notes=notes)
+    log.info("%s: %d documents, %d tokens", out, meta["documents"], meta["tokens"])
+    return meta
+
+
+def check(folder: str | Path, *, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Reads and validates every record; raises RecordsError where it is not what was written.
+
+    The example is the first document as text, if `tokenizer` is the one that wrote it.
+    """
+    found = records.open_records(folder)
+    digest, table = hashlib.sha256(), []
+    for document in found:
+        digest.update(to_bytes(document))
+        table.append(counts(document, found.layout.vocab))
+    written = np.stack(list(found.index.values()), axis=1)
+    if digest.hexdigest() != found.fingerprint or not np.array_equal(table, written):
+        raise RecordsError(f"{folder}: not the documents that were written; make it again")
+    names = ("documents", "tokens", "text_tokens", "image_tokens", "sha256")
+    ours = tokenizer is not None and tokenizer.fingerprint == found.layout.tokenizer
+    return {n: found.meta[n] for n in names} | dict(
+        example=found[0].id, text=_text(found[0], found.layout, tokenizer) if ours else None
+    )
+
+
+def stats(folder: str | Path, *, seq_len: int) -> dict[str, Any]:
+    """What a folder holds, and how full rows of `seq_len` tokens are when packed."""
+    found = records.open_records(folder)
+    lengths = found.index["length"]
+    rows = len(pack.plan(lengths, seq_len=seq_len, pack=True, seed=0, epoch=0))
+    names = ("documents", "groups", "tokens", "text_tokens", "image_tokens", "scored")
+    held = {n: found.meta[n] for n in (*names, "tasks", "sources", "credentials", "notes")}
+    quantiles = {f"{q}%": int(np.percentile(lengths, q)) for q in (0, 25, 50, 75, 95, 100)}
+    fill = round(float(lengths.sum() / (rows * seq_len)), 4)
+    return held | dict(lengths=quantiles, seq_len=seq_len, rows=rows, fill=fill)
+
+
+def _manifest(sample: Path) -> list[dict[str, Any]]:
+    path = sample / "manifest.jsonl"
+    try:
+        return read_manifest(path)
+    except (OSError, ValueError) as error:
+        raise PrepareError(f"{path}: cannot be used ({error})") from error
+
+
+def _dealt(
+    texts: list[dict[str, Any]], rows: list[dict[str, Any]], views: int, seed: int
+) -> list[tuple[dict[str, Any], View | None]]:
+    """Each document with what it shows: the n-th of a picture shows view n % views."""
+    row_of = {row["file"]: row for row in rows}
+    turn: collections.Counter[str] = collections.Counter()
+    dealt = []
+    for text in texts:
+        path, shown = text["image_path"], None
+        if path:
+            row, n = row_of[path], turn[path] % views
+            crop = row["count"] is None and not row["lesion"]
+            shown = View(path=path, number=n, seed=f"{seed}/{row['id']}/{n}", crop=crop)
+            turn[path] += 1
+        dealt.append((text, shown))
+    return dealt
+
+
+def _documents(
+    dealt: list[tuple[dict[str, Any], View | None]],
+    encoder: Encoder,
+    sample: Path,
+    notes: dict[str, Any],
+    max_unreadable: float,
+) -> Iterator[Document]:
+    """The documents, and in `notes` what had to be left out."""
+    codes, unreadable = encode([v for _, v in dealt if v], encoder, sample)
+    pictures = {v.path for _, v in dealt if v}
+    if len(unreadable) > max_unreadable * len(pictures):
+        raise PrepareError(
+            f"{len(unreadable)} of {len(pictures)} pictures cannot be read, --max_unreadable allows"
+            f" the share {max_unreadable}; the first: {next(iter(unreadable.values()))}"
+        )
+    kept = [(text, v) for text, v in dealt if not v or v.path not in unreadable]
+    notes |= dict(unreadable=unreadable, documents_left_out=len(dealt) - len(kept))
+    if unreadable:
+        log.warning("%d pictures left out, %d documents", len(unreadable), len(dealt) - len(kept))
+    for text, v in kept:
+        image = codes[v.path, v.number] if v else None
+        tokens = document_ids(encoder.tokenizer, text["text"], image, encoder.layout.vocab)
+        names = ("image_path", "task", "source", "credential", "turns", "group", "id")
+        yield Document(tokens=tokens, **{n: text[n] for n in names})
+
+
+def _text(document: Document, layout: Layout, tokenizer: Tokenizer) -> str:
+    parts = segments_of(document.tokens, layout.vocab)
+    return "".join(IMAGE_NAME if k == "image" else tokenizer.decode(ids) for k, ids in parts)
+
+
+# The program.
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    args = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    try:
+        result = args.run(args)
+    except ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for name, value in {} if args.json else result.items():
+        print(f"{name:>20}  {value}")
+    if args.json:
+        print(json.dumps(result))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m data.prepare", description=__doc__.split("\n")[0]
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+    sample = commands.add_parser("sample", help="the embedded pictures to records")
+    sample.add_argument("--out", type=Path, required=True, help="folder to write")
+    sample.add_argument("--split", choices=SPLITS, default="train")
+    sample.add_argument("--kind", choices=tuple(KINDS), default="instruction")
+    sample.add_argument("--views", type=_positive, default=1, help="looks at each train picture")
+    sample.add_argument("--seed", type=int, default=0, help="of wordings and views")
+    sample.add_argument("--max_unreadable", type=float, default=MAX_UNREADABLE, metavar="SHARE")
+    sample.set_defaults(run=_run_sample)
+    checked = commands.add_parser("check", help="read every record back")
+    checked.set_defaults(run=_run_check)
+    counted = commands.add_parser("stats", help="what a folder of records holds")
+    counted.add_argument(
+        "--seq_len", type=int, default=0, help="row length; 0: the longest document"
+    )
+    counted.set_defaults(run=_run_stats)
+    for command in (checked, counted):
+        command.add_argument("folder", type=Path, help="folder of records")
+    for command in (sample, checked):
+        command.add_argument("--model", type=Path, default=TINY, help="model folder")
+    for command in (sample, checked, counted):
+        command.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return number
+
+
+def _run_sample(args: argparse.Namespace) -> dict[str, Any]:
+    return prepare_sample(
+        args.out,
+        model_folder=args.model,
+        split=args.split,
+        kind=args.kind,
+        views=args.views,
+        seed=args.seed,
+        max_unreadable=args.max_unreadable,
+    )
+
+
+def _run_check(args: argparse.Namespace) -> dict[str, Any]:
+    vocab = records.open_records(args.folder).layout.vocab
+    try:
+        tokenizer = Tokenizer.from_file(args.model / "tokenizer.json", vocab)
+    except TokenizerError as error:
+        log.warning("no example in words: %s", error)
+        tokenizer = None
+    return check(args.folder, tokenizer=tokenizer)
+
+
+def _run_stats(args: argparse.Namespace) -> dict[str, Any]:
+    longest = records.open_records(args.folder).meta["longest"]
+    return stats(args.folder, seq_len=args.seq_len or longest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

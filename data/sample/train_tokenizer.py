@@ -1,0 +1,43 @@
+"""Trains the tiny tokenizer on the sample's training text.
+
+python -m data.sample.train_tokenizer --out medmax_jax/tiny/tokenizer.json
+
+Byte-level BPE in the manner and layout of Chameleon's (medmax_jax/tokenizer.py says how), over the
+documents of pictures whose split is train: held-out wordings may cost more tokens, as in life.
+"""
+
+import argparse
+from pathlib import Path
+
+from configs import tiny
+from data.sample.documents import instruction_documents, pretraining_documents
+from data.sample.manifest import read_manifest
+from medmax_jax import tokenizer
+from medmax_jax.config import Vocab, build
+
+MANIFEST = Path(__file__).parent / "manifest.jsonl"
+SEED = 0  # of the documents' wordings
+
+
+def main() -> None:
+    """Reads the flags, trains, writes, and loads what it wrote."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="tokenizer.json to write")
+    out = parser.parse_args().out
+    vocab = build(Vocab, tiny.get_config().vocab)
+    text = tokenizer.train(training_texts(), vocab)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text)
+    found = tokenizer.Tokenizer.from_file(out, vocab)
+    print(f"{out}: sha256 {found.fingerprint}")
+
+
+def training_texts() -> list[str]:
+    """The text of every training document, in the order in which they are made."""
+    rows = [r for r in read_manifest(MANIFEST) if r["split"] == "train"]
+    documents = instruction_documents(rows, SEED) + pretraining_documents(rows, SEED)
+    return [d["text"] for d in documents]
+
+
+if __name__ == "__main__":
+    main()
