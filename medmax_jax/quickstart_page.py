@@ -1,0 +1,157 @@
+"""The quickstart's page: what ran, curves, scores before and after, cases one can look at.
+
+report.json --+
+cases --------+--> report.html    one file, no script, every text escaped (page.py)
+curves.png ---+
+"""
+
+import dataclasses
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display is needed to draw into a file
+import matplotlib.pyplot as plt
+import PIL.Image
+
+from medmax_jax import page
+
+SHOWN = 192  # pixels of a picture on the page; tiny pictures are enlarged by whole factors
+
+NOTICE = (
+    "This is a toy-sized research model, trained in minutes on a few hundred embedded pictures. "
+    "It shows that the road works from end to end. It is not for clinical use."
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Case:
+    """One held-out picture with a question and what the two models said."""
+
+    name: str
+    image: PIL.Image.Image
+    reconstruction: PIL.Image.Image  # after the VQGAN and back
+    question: str
+    answer: str
+    before: str
+    after: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Generated:
+    """Pictures that the two models made from the same words."""
+
+    prompt: str
+    before: PIL.Image.Image
+    after: PIL.Image.Image
+
+
+def build(
+    report: dict[str, Any], cases: Sequence[Case], generated: Sequence[Generated], curves: bytes
+) -> str:
+    """The whole page as HTML."""
+    body = page.paragraph(NOTICE) + page.paragraph(_summary(report), note=True)
+    body += page.section("What ran", _stages(report))
+    body += page.section("Scores on held-out groups", _scores(report))
+    body += page.section("Curves", page.figure(curves, "Training loss by kind of token, and rate"))
+    body += page.section("Held-out cases", "".join(map(_case, cases)))
+    body += page.section("Pictures from words", "".join(map(_generated, generated)))
+    return page.document("MedMax in JAX: the quickstart", body)
+
+
+def curves(train: Sequence[dict[str, float]], held: Sequence[dict[str, float]]) -> bytes:
+    """PNG of the mean loss of text and of image tokens by step, and of tokens per second."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
+    for kind, colour in (("text", "#0b6e69"), ("image", "#b4552d")):
+        for rows, style, name in ((train, "-", "training"), (held, "o--", "validation")):
+            points = [(r["step"], r[f"{kind}_nll"]) for r in rows if f"{kind}_nll" in r]
+            if points:
+                left.plot(*zip(*points, strict=True), style, color=colour, label=f"{kind}, {name}")
+    left.set(xlabel="step", ylabel="nats per token", title="Loss")
+    left.legend(frameon=False)
+    rates = [(r["step"], r["tokens_per_s"]) for r in train if r.get("tokens_per_s")]
+    if rates:
+        right.plot(*zip(*rates, strict=True), color="#444")
+    right.set(xlabel="step", ylabel="real tokens per second", title="Rate", ylim=(0, None))
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=110)
+    plt.close(figure)
+    return out.getvalue()
+
+
+def png(image: PIL.Image.Image) -> bytes:
+    """PNG bytes, small pictures enlarged by a whole factor so that their pixels stay visible."""
+    factor = max(1, SHOWN // max(image.size))
+    out = io.BytesIO()
+    image.resize((image.width * factor, image.height * factor), PIL.Image.Resampling.NEAREST).save(
+        out, format="PNG"
+    )
+    return out.getvalue()
+
+
+def _summary(report: dict[str, Any]) -> str:
+    ran = report["ran"]
+    return (
+        f"{ran['device']}, {ran['seconds'] / 60:.1f} minutes, peak memory {ran['peak_gib']:.1f} "
+        f"GiB; jax {ran['jax']}, configuration {ran['config']}. Split by patient, volume or "
+        f"slide: {ran['train_groups']} groups to learn from, {ran['test_groups']} held out."
+    )
+
+
+def _stages(report: dict[str, Any]) -> str:
+    rows = [(s["stage"], s["what"], round(s["seconds"], 1)) for s in report["stages"]]
+    return page.table(["stage", "what", "seconds"], rows)
+
+
+def _scores(report: dict[str, Any]) -> str:
+    head = ["task", "metric", "n", "groups", "before", "after", "difference", "95% interval"]
+    rows = [
+        (
+            s["task"], s["metric"], s["n"], s["groups"], s["before"], s["after"], s["diff"],
+            f"{s['ci_low']:+.3f} .. {s['ci_high']:+.3f}",
+        )
+        for s in report["scores"]
+    ]  # fmt: skip
+    against = [
+        (c["against"], c["n"], c["groups"], c["theirs"], c["ours"], c["diff"],
+         f"{c['ci_low']:+.3f} .. {c['ci_high']:+.3f}")
+        for c in report["comparisons"]
+    ]  # fmt: skip
+    return (
+        page.table(head, rows, caption="Before and after LoRA, the same items, the same settings")
+        + page.table(
+            [
+                "the primary row against",
+                "n",
+                "groups",
+                "theirs",
+                "ours",
+                "difference",
+                "95% interval",
+            ],
+            against,
+            caption="vqa_closed after LoRA against three baselines",
+        )
+        + page.paragraph(report["notes"], note=True)
+    )
+
+
+def _case(case: Case) -> str:
+    pictures = page.figures(
+        [(png(case.image), case.name), (png(case.reconstruction), "through the VQGAN and back")]
+    )
+    rows = [
+        ("question", case.question), ("answer", case.answer),
+        ("before LoRA", case.before), ("after LoRA", case.after),
+    ]  # fmt: skip
+    return pictures + page.table(["", ""], rows)
+
+
+def _generated(made: Generated) -> str:
+    return page.paragraph(made.prompt) + page.figures(
+        [(png(made.before), "before LoRA"), (png(made.after), "after LoRA")]
+    )
