@@ -38,8 +38,8 @@ def save(path_file: str | os.PathLike, tree: Any, metadata: dict[str, str]) -> N
 def load(path_file: str | os.PathLike, like: Any) -> Any:
     """The tree of `like` (arrays or ShapeDtypeStructs) from the file, in its dtypes and shardings.
 
-    A host reads only the rows it holds. Raises WeightsError on a key without a place, a place without
-    a key, or a shape that differs.
+    A host reads only the rows it holds. Raises WeightsError on a key without a place, a place
+    without a key, or a shape that differs.
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(like)
     names = [dotted(path) for path, _ in leaves]
@@ -99,8 +99,8 @@ def _check_keys(path_file: str | os.PathLike, have: set[str], want: set[str]) ->
     if extra or missing:
         raise WeightsError(
             f"{path_file} does not fit this model: {len(missing)} names missing in the file "
-            f"{missing[:4]}, {len(extra)} names unused {extra[:4]}; use the config that the file was "
-            "written with"
+            f"{missing[:4]}, {len(extra)} names unused {extra[:4]}; use the config that the file "
+            "was written with"
         )
 
 

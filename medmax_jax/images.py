@@ -1,0 +1,97 @@
+"""Image files to the pixels that the VQGAN reads, as Meta's Chameleon does it.
+
+    file -> RGB: as is, or blended on white where any alpha < 255 (truncated to uint8), or converted
+         -> short side = size: other side round(size / short * side), halves to even, LANCZOS
+         -> centre crop size x size at ((w - size) // 2, (h - size) // 2)
+         -> / 255 * 2 - 1, float32 [size, size, 3]
+
+Two things the released MedMax script does otherwise: it drops alpha before it could be blended, and
+turns an unreadable file into a black picture. Here the first is blended and the second raises an
+ImageError.
+"""
+
+import os
+import warnings
+
+import numpy as np
+from jaxtyping import Float32
+from PIL import Image
+
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM")
+
+
+class ImageError(ValueError):
+    """A picture that cannot be used; the message names the file, the problem and the mend."""
+
+
+def load(path: str | os.PathLike, *, max_pixels: int) -> Image.Image:
+    """The first frame as RGB; raises ImageError, also above `max_pixels` = width x height."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides
+            with Image.open(path, formats=FORMATS) as image:
+                _check_size(image, path, max_pixels)
+                image.load()
+                return to_rgb(image)
+    except FileNotFoundError:
+        raise ImageError(
+            f"{path}: no such file; check the path in the record and the image folder"
+        ) from None
+    except IsADirectoryError:
+        raise ImageError(f"{path}: is a folder; name a picture file") from None
+    except PermissionError:
+        raise ImageError(f"{path}: may not be read; mend its permissions") from None
+    except Image.DecompressionBombError as e:
+        raise ImageError(_too_large(path, str(e), max_pixels)) from None
+    except Image.UnidentifiedImageError:
+        raise ImageError(
+            f"{path}: not a picture this program reads ({', '.join(FORMATS)}); convert or remove it"
+        ) from None
+    except (OSError, SyntaxError, ValueError, EOFError) as e:
+        if isinstance(e, ImageError):
+            raise
+        raise ImageError(
+            f"{path}: damaged or cut short ({e}); copy the file again or remove it"
+        ) from e
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB of any mode: alpha over white, 16-bit grey by its upper byte."""
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I;16") or image.mode == "I":
+        image = _eight_bits(image)
+    rgba = np.asarray(image.convert("RGBA"))
+    if (rgba[..., 3] < 255).any():
+        return Image.fromarray(_over_white(rgba))
+    return image.convert("RGB")
+
+
+def preprocess(image: Image.Image, size: int) -> Float32[np.ndarray, "h w 3"]:
+    """The centre square of the picture, its short side scaled to `size`, in [-1, 1]."""
+    scaled = [round(size / min(image.size) * side) for side in image.size]
+    image = to_rgb(image).resize(scaled, Image.Resampling.LANCZOS)
+    left, top = ((side - size) // 2 for side in scaled)
+    square = np.asarray(image.crop((left, top, left + size, top + size)), np.float32)
+    return square / np.float32(255) * 2 - 1
+
+
+def _over_white(rgba: np.ndarray) -> np.ndarray:
+    alpha = rgba[..., 3:] / 255.0
+    return ((1 - alpha) * 255.0 + alpha * rgba[..., :3]).astype(np.uint8)  # truncates
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """PIL's own conversion of 16-bit grey clips at 255, which turns a radiograph white."""
+    values = np.clip(np.asarray(image).astype(np.int64), 0, 65_535)
+    return Image.fromarray((values >> 8).astype(np.uint8))
+
+
+def _check_size(image: Image.Image, path: str | os.PathLike, max_pixels: int) -> None:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageError(_too_large(path, f"{width} x {height} pixels", max_pixels))
+
+
+def _too_large(path: str | os.PathLike, problem: str, max_pixels: int) -> str:
+    return f"{path}: {problem}; the limit is {max_pixels} pixels: scale the picture down first"

