@@ -173,14 +173,18 @@ def drop_after(path: str, step: int) -> None:
 
 
 def step_line(step: int, steps: int, row: dict[str, float], *, eta: float) -> str:
-    """step 120/300 loss 3.21 text 2.90 image 5.60 lr 1.0e-03 tok/s 5,120 fill 0.93 eta 1:23"""
-    text, image = (
-        "-" if math.isnan(n) else f"{n:.3f}" for n in (row["text_nll"], row["image_nll"])
-    )
+    """step 120/300 loss 3.2100 text 2.900 image 5.600 lr 1.0e-03 tok/s 5,120 fill 0.93 eta 1:23"""
     return (
-        f"step {step}/{steps} loss {row['loss']:.4f} text {text} image {image} lr {row['lr']:.1e} "
+        f"step {step}/{steps} {loss_words(row)} lr {row['lr']:.1e} "
         f"tok/s {row['tokens_per_second']:,.0f} fill {row['fill']:.2f} eta {clock_face(eta)}"
     )
+
+
+def loss_words(row: dict[str, float]) -> str:
+    """loss 3.2100 text 2.900 image 5.600; a dash where there were no such targets."""
+    parts = (row["text_nll"], row["image_nll"])
+    text, image = ("-" if math.isnan(nll) else f"{nll:.3f}" for nll in parts)
+    return f"loss {row['loss']:.4f} text {text} image {image}"
 
 
 def clock_face(seconds: float) -> str:

@@ -20,16 +20,20 @@ LAYERS = [
     "configs.*",
     "medmax_jax medmax_jax.config medmax_jax.vocab medmax_jax.mesh medmax_jax.images medmax_jax.page "
     "data data.records data.mixture data.pack data.sample.* eval.stats eval.score_text",
-    "medmax_jax.layers medmax_jax.attention medmax_jax.weights medmax_jax.tokenizer data.loader",
+    "medmax_jax.layers medmax_jax.attention medmax_jax.weights medmax_jax.cli medmax_jax.tokenizer "
+    "data.loader",
     "medmax_jax.chameleon medmax_jax.vqgan medmax_jax.lpips medmax_jax.loss medmax_jax.optim "
     "medmax_jax.grammar",
-    "medmax_jax.step medmax_jax.checkpoint medmax_jax.metrics medmax_jax.generate eval.tasks "
+    "medmax_jax.step medmax_jax.checkpoint medmax_jax.metrics medmax_jax.export "
+    "medmax_jax.generate eval.tasks "
     "eval.score_image eval.loop",
     "medmax_jax.train medmax_jax.train_vqgan medmax_jax.quickstart data.prepare eval.run eval.report eval",
 ]
 # Same-layer imports that are part of the design: the importer may use the imported.
 BESIDE = {
     "medmax_jax.layers": {"medmax_jax.attention"},
+    "medmax_jax.step": {"medmax_jax.metrics"},
+    "medmax_jax.export": {"medmax_jax.checkpoint"},
 }
 
 

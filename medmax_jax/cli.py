@@ -1,0 +1,112 @@
+"""The command line that every program has, and what its exit status says.
+
+python -m medmax_jax.train --config=configs/tiny.py --workdir=D [--config.optim.peak_lr=1e-3 ..]
+
+0  done      1  an error that the user can mend, in one line      2  wrong usage or config
+75  interrupted, and the same command goes on from where it stopped (EX_TEMPFAIL)
+"""
+
+import logging
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from medmax_jax.config import ConfigError
+
+DONE, ERROR, USAGE, INTERRUPTED = 0, 1, 2, 75
+
+
+class Interrupted(RuntimeError):
+    """A signal stopped the program at a place from which the same command goes on."""
+
+
+def run(main: Callable[[ConfigDict, str], Any], *, errors: tuple[type[Exception], ...]) -> None:
+    """Reads the flags, calls `main(config, workdir)` and exits with one of the statuses above.
+
+    `errors`: exceptions whose message is all that the user needs. Any other one is a bug and
+    shows its traceback.
+    """
+    config = config_flags.DEFINE_config_file("config", None, "settings; a file of configs/")
+    workdir = flags.DEFINE_string("workdir", None, "folder that the run writes to")
+    flags.mark_flags_as_required(["config", "workdir"])
+
+    def guarded(_: list[str]) -> int:
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its every move
+        try:
+            main(config.value, workdir.value)
+        except ConfigError as error:
+            return _fail(error, USAGE)
+        except (Interrupted, KeyboardInterrupt) as error:
+            print(str(error) or "interrupted before the first step", file=sys.stderr, flush=True)
+            return INTERRUPTED
+        except errors as error:
+            return _fail(error, ERROR)
+        return DONE
+
+    app.run(guarded, flags_parser=_parse)
+
+
+class Stop:
+    """Turns SIGINT and SIGTERM into a question that a loop asks after each step.
+
+    with Stop() as stop:
+        while ... and not stop.asked: ...      # asked: "" or the signal's name
+
+    A second signal ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self.asked = ""
+
+    def __enter__(self) -> "Stop":
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self._before = {n: signal.signal(n, self._note) for n in numbers}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: object) -> None:
+        self.asked = signal.Signals(number).name
+        for each in self._before:
+            signal.signal(each, signal.SIG_DFL)
+        # not print: its buffer may be in use at this very moment
+        os.write(2, f"\n{self.asked}: stopping after this step; again to stop at once\n".encode())
+
+
+def _parse(argv: list[str]) -> list[str]:
+    if {"--help", "-h"} & set(argv):
+        print(sys.modules["__main__"].__doc__, flags.FLAGS.main_module_help(), sep="\n")
+        sys.exit(DONE)
+    try:
+        rest = flags.FLAGS(argv)
+        flags.FLAGS.config.to_dict()  # a file that did not load says so when it is first used
+    except flags.Error as error:
+        sys.exit(_fail(error, USAGE))
+    except Exception as error:  # noqa: BLE001  the file is Python: it can raise anything
+        sys.exit(_fail(_blame(argv, error), USAGE))
+    if len(rest) > 1:
+        sys.exit(_fail(f"unexpected argument {rest[1]!r}; flags are written --name=value", USAGE))
+    return rest
+
+
+def _blame(argv: list[str], error: Exception) -> str:
+    """Which argument the config refused: its error names only one part of the path."""
+    words = set(re.findall(r"\w+", str(error)))
+    for flag in (arg.split("=")[0] for arg in argv if arg.startswith("--config.")):
+        unknown = isinstance(error, AttributeError | KeyError)
+        if unknown and words & set(flag.removeprefix("--config.").split(".")):
+            return f"{flag} names no field of the config; configs/base.py has every field"
+    return f"--config: {type(error).__name__}: {error}"
+
+
+def _fail(error: object, status: int) -> int:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    return status

@@ -1,0 +1,113 @@
+"""Folders that other programs read: whole models, and adapters for one base model.
+
+    model/     config.json {vocab, model, vq}, model.safetensors; tokenizer.json, vqgan.safetensors
+    adapter/   adapter_config.json, adapter.safetensors
+
+A folder appears whole or not at all, in place of an older one.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable
+
+import jax
+from jaxtyping import PyTree
+
+from medmax_jax import config, weights
+from medmax_jax.checkpoint import sha256
+
+TOOLS = ("tokenizer.json", "vqgan.safetensors")  # what a model folder needs beside the model
+FREE = ("param_dtype", "compute_dtype", "remat", "attention")  # how a model runs, not what it is
+
+
+class ExportError(RuntimeError):
+    """A model folder that does not fit the run; the message names the field."""
+
+
+def adapter(
+    target: pathlib.Path, adapters: PyTree, run: config.Run, *, base: str, data: str, step: int
+) -> None:
+    """The trained adapters, and which base weights and records they belong to (sha256 each)."""
+    facts = config.to_dict(run.lora) | {"base": base, "data": data, "step": step}
+
+    def fill(folder: pathlib.Path) -> None:
+        weights.save(folder / "adapter.safetensors", adapters, _strings(facts))
+        if jax.process_index() == 0:
+            _write_json(folder / "adapter_config.json", facts)
+
+    _replace(target, fill)
+
+
+def model(
+    target: pathlib.Path, base: PyTree, run: config.Run, *, data: str, step: int
+) -> list[str]:
+    """A whole model; the tools come from train.init_from. Returns the names that are missing."""
+    source = pathlib.Path(run.train.init_from) if run.train.init_from else None
+    found = [name for name in TOOLS if source and (source / name).is_file()]
+
+    def fill(folder: pathlib.Path) -> None:
+        weights.save(folder / "model.safetensors", base, _strings({"data": data, "step": step}))
+        if jax.process_index() == 0:
+            _write_json(folder / "config.json", _sections(run))
+            for name in found:
+                shutil.copyfile(source / name, folder / name)
+
+    _replace(target, fill)
+    return [name for name in TOOLS if name not in found]
+
+
+def check_base(folder: str, run: config.Run, *, tokenizer: str, vqgan: str) -> None:
+    """Raises ExportError unless the model in `folder` is the one of the config.
+
+    Heads, RoPE and norms leave no trace in the shapes of the weights, so the settings are compared.
+    `tokenizer`, `vqgan`: sha256 of what made the records; empty where unknown.
+    """
+    path = pathlib.Path(folder) / "config.json"
+    try:
+        have = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ExportError(
+            f"{path}: {error}; config.train.init_from must name a model folder"
+        ) from error
+    for section, fields in _sections(run).items():
+        for field, value in fields.items():
+            other = have.get(section, {}).get(field)
+            if other != value and field not in FREE:
+                raise ExportError(
+                    f"{folder} has {section}.{field} = {other!r}, this run has {value!r}; "
+                    "use the config of that model"
+                )
+    for name, digest in zip(TOOLS, (tokenizer, vqgan), strict=True):
+        tool = pathlib.Path(folder) / name
+        if digest and tool.is_file() and sha256(tool) != digest:
+            raise ExportError(
+                f"the records were made with another {name} than that of {folder}; "
+                "prepare them again with the files of this folder"
+            )
+
+
+def _sections(run: config.Run) -> dict[str, dict]:
+    return {name: config.to_dict(getattr(run, name)) for name in ("vocab", "model", "vq")}
+
+
+def _strings(facts: dict) -> dict[str, str]:
+    return {name: str(value) for name, value in facts.items()}
+
+
+def _write_json(path: pathlib.Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _replace(target: pathlib.Path, fill: Callable[[pathlib.Path], None]) -> None:
+    """`fill` writes a folder of another name, which then takes the place of `target`."""
+    partial = target.with_name(target.name + ".partial")
+    first = jax.process_index() == 0
+    if first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    fill(partial)
+    if first:
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(partial, target)

@@ -1,0 +1,95 @@
+"""One training step and one evaluation step: pure functions of (state, frozen weights, batch).
+
+    state  --donated-->  train_step  -->  state'     trainable, optimiser, step + 1
+    frozen, batch, key ---^        \\-->  Interval   sums of this step, still on the device
+
+What trains is decided once, in `split`: the adapters, or the whole model. Dropout of step s comes
+from fold_in(key, s), so a resumed run draws what the uninterrupted one would have drawn.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+from data.loader import Batch
+from medmax_jax import chameleon, loss, optim
+from medmax_jax.config import Run
+from medmax_jax.metrics import Held, Interval
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that changes in training, and all that a checkpoint needs."""
+
+    trainable: PyTree
+    opt_state: PyTree
+    step: Any  # int32 [], updates made; jit also builds this class around things that are no arrays
+
+
+def split(model: chameleon.Chameleon, trains: str) -> tuple[Any, PyTree, PyTree]:
+    """(graph, trainable, frozen) of a model, abstract or not; `nnx.merge` puts them together."""
+    graph, adapters, base = chameleon.split(model)
+    return (graph, adapters, base) if trains == "lora" else (graph, base, adapters)
+
+
+def init_state(trainable: PyTree, run: Run) -> TrainState:
+    """Step 0; the moments are born in the shards of their parameters."""
+
+    def make(trainable: PyTree) -> tuple[PyTree, Array]:
+        return optim.make(run.optim, steps=run.train.steps).init(trainable), jnp.int32(0)
+
+    return TrainState(trainable, *jax.jit(make)(trainable))
+
+
+def make_train_step(graph: Any, run: Run) -> Callable:
+    """train_step(state, frozen, batch, key) -> (state, Interval); jitted, `state` is donated."""
+    optimiser = optim.make(run.optim, steps=run.train.steps)
+
+    def train_step(
+        state: TrainState, frozen: PyTree, batch: Batch, key: PRNGKeyArray
+    ) -> tuple[TrainState, Interval]:
+        dropout = jax.random.fold_in(key, state.step)
+
+        def value(trainable: PyTree) -> tuple[Array, dict[str, Array]]:
+            model = nnx.merge(graph, trainable, frozen)
+            return loss.objective(model, batch, dropout, vocab=run.vocab)
+
+        (total, sums), grads = jax.value_and_grad(value, has_aux=True)(state.trainable)
+        norm = optax.tree.norm(grads)
+        updates, opt_state = optimiser.update(grads, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        interval = Interval.single_from_model_output(
+            **sums,
+            loss=total,
+            grad_norm=norm,
+            finite=jnp.isfinite(total) & jnp.isfinite(norm),
+            lr=optim.learning_rate(state.step, run.optim, steps=run.train.steps),
+            tokens=(batch.segments > 0).sum(dtype=jnp.float32),
+            slots=jnp.float32(batch.ids.size),
+            steps=jnp.float32(1),
+        )
+        return TrainState(trainable, opt_state, state.step + 1), interval
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def make_eval_step(graph: Any, run: Run) -> Callable:
+    """eval_step(trainable, frozen, batch) -> Held; jitted, no dropout."""
+
+    def eval_step(trainable: PyTree, frozen: PyTree, batch: Batch) -> Held:
+        model = nnx.merge(graph, trainable, frozen)
+        total, sums = loss.objective(model, batch, None, vocab=run.vocab)
+        # A batch's loss is a mean over this many; so the mean over batches is the one over all.
+        documents = batch.segments.max(axis=1).sum().astype(jnp.float32)
+        targets = sums["text_count"] + sums["image_count"]
+        share = documents if run.train.loss_weight == "document" else targets
+        return Held.single_from_model_output(**sums, weighted_loss=total * share, share=share)
+
+    return jax.jit(eval_step)
