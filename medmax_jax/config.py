@@ -170,13 +170,17 @@ def build(cls: type, config: ConfigDict | dict[str, Any]) -> Any:
 def from_config_dict(config: ConfigDict | dict[str, Any]) -> Run:
     """The typed run of a config file; raises ConfigError also on settings that contradict."""
     run = build(Run, config)
+    check(run)
+    return run
+
+
+def check(run: Run) -> None:
+    """Raises ConfigError on a value outside its choices and on settings that contradict."""
     for name, allowed in CHOICES.items():
         section, field = name.split(".")
         value = getattr(getattr(run, section), field)
-        if value not in allowed:
-            raise ConfigError(f"config.{name} is {value!r}; use one of {', '.join(allowed)}")
-    _check(run)
-    return run
+        _rule(value in allowed, name, value, f"one of {', '.join(allowed)}")
+    _check_sizes(run)
 
 
 def to_dict(settings: Any) -> dict[str, Any]:
@@ -223,7 +227,7 @@ def _value(kind: Any, value: Any, where: str) -> Any:
     return value
 
 
-def _check(run: Run) -> None:
+def _check_sizes(run: Run) -> None:
     m, v, q, d = run.model, run.vocab, run.vq, run.data
     _rule(
         m.num_heads % m.num_kv_heads == 0,

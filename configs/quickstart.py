@@ -1,0 +1,17 @@
+"""python -m medmax_jax.quickstart --workdir=quickstart_run
+
+The whole road on the embedded images: minutes on two CPU cores.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import eval_tiny, tiny
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.views = 4  # crops of a training picture, so that 150 pictures are not learnt by heart
+    config.cases = 12  # held-out pictures on the page
+    config.run = tiny.get_config()  # data.train and data.validation are the quickstart's own
+    config.eval = eval_tiny.get_config()
+    return config.lock()

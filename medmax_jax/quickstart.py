@@ -1,0 +1,280 @@
+"""python -m medmax_jax.quickstart [--workdir=quickstart_run] [--config.run.train.steps=100 ...]
+
+The whole road on the embedded real images, with the programs that also serve 7B: minutes on two
+CPU cores. The same command goes on after a stop. What is in the workdir afterwards:
+
+    report.html  report.json     what ran, curves, scores before and after LoRA, cases to look at
+    records/                     the pictures and texts as token ids
+    train/                       log, curves, checkpoints and train/adapter
+    before.jsonl after.jsonl     every answer; swapped.jsonl: shown a picture of another group
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import logging
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import PIL.Image
+from ml_collections import ConfigDict
+
+from data import prepare, records
+from data.sample.manifest import read_manifest
+from eval import loop, scoring, tasks
+from eval import run as suites
+from medmax_jax import cli, config, generate, quickstart_page, train
+
+log = logging.getLogger("medmax_jax.quickstart")
+
+ROOT = Path(__file__).parent.parent
+CONFIG, WORKDIR = str(ROOT / "configs" / "quickstart.py"), "quickstart_run"
+ERRORS = (*prepare.ERRORS, *train.ERRORS, ValueError, OSError)
+LINES = {  # what the primary row is held against
+    "before": "the same model before LoRA",
+    "blind": "the commonest training answer of each question's template, without looking",
+    "swapped": "the model after LoRA, shown a picture of another group",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quickstart:
+    """configs/quickstart.py, typed."""
+
+    views: int
+    cases: int
+    run: config.Run
+    eval: suites.Settings
+
+
+class Road:
+    """The stages so far: their seconds and what came of them, kept in stages.json."""
+
+    def __init__(self, workdir: Path):
+        self._path = workdir / "stages.json"
+        self.stages: list[dict[str, Any]] = (
+            json.loads(self._path.read_text()) if self._path.exists() else []
+        )
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[Callable[[str], None]]:
+        """Times a stage; its body says what came of it. A repeated stage adds to its seconds."""
+        log.info("== %s", name)
+        begin, said = time.monotonic(), []
+        try:
+            yield said.append
+        finally:
+            before = next((s for s in self.stages if s["stage"] == name), None)
+            entry = before or {"stage": name, "what": "", "seconds": 0.0}
+            entry["seconds"] += time.monotonic() - begin
+            entry["what"] = said[-1] if said else entry["what"]
+            if before is None:
+                self.stages.append(entry)
+            self._path.write_text(json.dumps(self.stages, indent=1))
+            log.info("== %s: %s (%.1f s)", name, entry["what"], entry["seconds"])
+
+
+def main(settings: ConfigDict, workdir: str) -> None:
+    """The program: a log for a person, report.json for a program."""
+    folder = Path(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    handlers = (logging.StreamHandler(sys.stdout), logging.FileHandler(folder / "quickstart.log"))
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=handlers, force=True)
+    run(config.build(Quickstart, settings), folder)
+
+
+def run(settings: Quickstart, workdir: Path) -> dict[str, Any]:
+    """Walks the road from wherever `workdir` stands; returns what report.json holds."""
+    config.check(settings.run)
+    road = Road(workdir)
+    tiny = Path(settings.run.train.init_from)
+    with road.stage("tokenize") as says:
+        says(_tokenize(settings, workdir, tiny))
+    with road.stage("fine-tune") as says:
+        data = dataclasses.replace(
+            settings.run.data,
+            train=str(workdir / "records" / "train"),
+            validation=str(workdir / "records" / "validation"),
+        )
+        last = train.run(dataclasses.replace(settings.run, data=data), workdir / "train")
+        says(f"{last['step']} steps of LoRA on all task kinds, loss {last['loss']:.2f}")
+    found = suites.suite(settings.eval)
+    answers = _evaluate(settings, road, workdir, tiny, found)
+    report = _report(settings, road, found, answers)
+    with road.stage("report") as says:
+        says("report.html")
+        cases, pictures = _cases(settings, tiny, found, answers, workdir)
+        curves = quickstart_page.curves(*_history(workdir / "train" / "metrics.jsonl"))
+        page = quickstart_page.build(report, cases, pictures, curves)
+        (workdir / "report.html").write_text(page, encoding="utf-8")
+        (workdir / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    _say(report, workdir)
+    return report
+
+
+def _tokenize(settings: Quickstart, workdir: Path, tiny: Path) -> str:
+    said = []
+    for split, views in (("train", settings.views), ("validation", 1)):
+        folder = workdir / "records" / split
+        asked = dict(split=split, kind="instruction", views=views, seed=settings.run.data.seed)
+        if (folder / "dataset.json").exists():
+            meta = records.open_records(folder).meta
+            if any(meta["notes"].get(name) != value for name, value in asked.items()):
+                raise prepare.PrepareError(
+                    f"{folder} was made with {meta['notes']}, now asked for {asked}; "
+                    "name a fresh --workdir"
+                )
+        else:
+            meta = prepare.prepare_sample(folder, model_folder=tiny, **asked)
+        said.append(f"{split}: {meta['documents']} documents, {meta['tokens']} tokens")
+    return "; ".join(said)
+
+
+def _evaluate(
+    settings: Quickstart, road: Road, workdir: Path, tiny: Path, found: suites.Suite
+) -> dict[str, list[dict[str, Any]]]:
+    """Answers before and after LoRA, and after it with pictures swapped."""
+    closed = [item for item in found.items if item.task == "vqa_closed"]
+    swapped = tasks.swapped(closed, seed=settings.eval.seed)
+    answers = {}
+    adapter = workdir / "train" / "adapter"
+    mesh = suites.make_mesh(settings.eval.mesh)
+    for name, tuned, items in (
+        ("before", None, found.items),
+        ("after", adapter, found.items),
+        ("swapped", adapter, swapped),
+    ):
+        with road.stage(f"evaluate {name}") as says, cli.Stop() as stop:
+
+            def progress(line: str, stop: cli.Stop = stop) -> None:
+                log.info(line)
+                if stop.asked:
+                    raise cli.Interrupted("interrupted; the same command goes on from here")
+
+            g = generate.load(tiny, adapter=tuned, mesh=mesh)
+            answers[name] = loop.evaluate(
+                g,
+                items,
+                images_folder=found.folder,
+                sample=settings.eval.sample,
+                out=workdir / f"{name}.jsonl",
+                progress=progress,
+                centroids=loop.centroids(g, found.pictures, images_folder=found.folder),
+                rows=settings.eval.rows,
+            )
+            says(f"{len(items)} items")
+    return answers
+
+
+def _report(
+    settings: Quickstart, road: Road, found: suites.Suite, answers: dict[str, list[dict]]
+) -> dict[str, Any]:
+    numbers = dict(seed=settings.eval.seed, resamples=settings.eval.resamples)
+    scores = scoring.scores(answers["before"], answers["after"], **numbers)
+    closed = [r for r in answers["after"] if r["task"] == scoring.PRIMARY[0]]
+    rivals = {
+        "before": answers["before"],
+        "blind": scoring.answered(closed, tasks.blind(found.train, found.items)),
+        "swapped": answers["swapped"],
+    }
+    comparisons = [
+        _against(name, scoring.scores(rival, closed, **numbers)[0])
+        for name, rival in rivals.items()
+    ]
+    unparsed = next(s for s in scores if (s["task"], s["metric"]) == ("vqa_closed", "unparsed"))
+    manifest = read_manifest(suites.SAMPLE / "manifest.jsonl")
+    return {
+        "scores": scores,
+        "comparisons": comparisons,
+        "stages": road.stages,
+        "ran": {
+            "seconds": sum(stage["seconds"] for stage in road.stages),
+            "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+            "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            "jax": importlib.metadata.version("jax"),
+            "config": config.fingerprint(settings),
+            "train_groups": len({r["group"] for r in manifest if r["split"] == "train"}),
+            "test_groups": len({item.group for item in found.items}),
+        },
+        "notes": (
+            "Intervals are 95% percentile bootstraps of the paired difference, resampling whole "
+            "groups. An answer that is neither yes nor no counts as wrong: "
+            f"{unparsed['before']:.1%} of the closed answers before LoRA, "
+            f"{unparsed['after']:.1%} after. modality_match compares generated pictures with "
+            "centroids of training pictures; it is not BiomedCLIPScore."
+        ),
+    }
+
+
+def _against(name: str, row: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: row[key] for key in ("n", "groups", "diff", "ci_low", "ci_high")}
+    return {"against": LINES[name], "theirs": row["before"], "ours": row["after"], **kept}
+
+
+def _cases(
+    settings: Quickstart,
+    tiny: Path,
+    found: suites.Suite,
+    answers: dict[str, list[dict]],
+    workdir: Path,
+) -> tuple[list[quickstart_page.Case], list[quickstart_page.Generated]]:
+    """Held-out pictures of different groups, their tasks in turn, and pictures from words."""
+    before = {record["id"]: record for record in answers["before"]}
+    asked = [r for r in answers["after"] if tasks.TASKS[r["task"]].shows_image]
+    kinds = list(dict.fromkeys(r["task"] for r in asked))
+    groups = list(dict.fromkeys(r["group"] for r in asked))
+    chosen = []
+    for turn, group in enumerate(groups[: settings.cases]):
+        of_group = [r for r in asked if r["group"] == group]
+        kind = kinds[turn % len(kinds)]
+        chosen.append(next((r for r in of_group if r["task"] == kind), of_group[0]))
+    g = generate.load(tiny)
+    codes = generate.encode(g, [found.folder / r["image"] for r in chosen])
+    rebuilt = generate.decode(g, codes)
+    cases = [
+        quickstart_page.Case(
+            name=f"{r['group']}: {r['kind']}",
+            image=PIL.Image.open(found.folder / r["image"]).convert("RGB"),
+            reconstruction=picture,
+            question=r["prompt"],
+            answer=r["answer"],
+            before=before[r["id"]]["text"],
+            after=r["text"],
+        )
+        for r, picture in zip(chosen, rebuilt, strict=True)
+    ]
+    drawn = [r for r in answers["after"] if r["task"] == "image_generation"]
+    pictures = [
+        quickstart_page.Generated(
+            prompt=r["prompt"],
+            before=PIL.Image.open(workdir / before[r["id"]]["images"][0]),
+            after=PIL.Image.open(workdir / r["images"][0]),
+        )
+        for r in drawn
+    ]
+    return cases, pictures
+
+
+def _history(path: Path) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return tuple([r for r in rows if r["kind"] == kind] for kind in ("train", "validation"))
+
+
+def _say(report: dict[str, Any], workdir: Path) -> None:
+    for row in report["comparisons"]:
+        log.info(
+            "vqa_closed %.3f, %s %.3f: %+.3f [%+.3f, %+.3f]",
+            row["ours"], row["against"], row["theirs"], row["diff"], row["ci_low"], row["ci_high"],
+        )  # fmt: skip
+    log.info("%s", quickstart_page.NOTICE)
+    log.info("report: %s", workdir / "report.html")
+
+
+if __name__ == "__main__":
+    cli.run(main, errors=ERRORS, config=CONFIG, workdir=WORKDIR)

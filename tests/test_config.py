@@ -1,0 +1,62 @@
+"""Config files become frozen settings; every kind of wrong setting names its field and the mend."""
+
+import importlib
+
+import pytest
+
+from configs import base, tiny
+from medmax_jax import config
+
+
+@pytest.mark.parametrize("name", ["base", "tiny", "tiny_base", "chameleon_30b"])
+def test_every_config_file_builds_and_survives_a_round_trip(name):
+    run = config.from_config_dict(importlib.import_module(f"configs.{name}").get_config())
+    assert config.from_config_dict(config.to_dict(run)) == run
+    assert hash(run) is not None
+
+
+def test_codes_per_image_follow_from_the_vqgan():
+    assert config.from_config_dict(base.get_config()).vq.codes_per_image == 1_024
+    assert config.from_config_dict(tiny.get_config()).vq.codes_per_image == 64
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("optim.lr", 1e-3, "config.optim.lr is unknown.*peak_lr"),
+        ("optim.peak_lr", None, "config.optim.peak_lr is missing"),
+        ("optim.peak_lr", "fast", "config.optim.peak_lr is 'fast'.*float"),
+        ("train.steps", 0, "config.train.steps is 0; it must be above 0"),
+        ("train.steps", 1.5, "config.train.steps is 1.5.*int"),
+        ("train.trains", "bias", "config.train.trains is 'bias'.*lora, full"),
+        ("model.num_kv_heads", 3, "config.model.num_heads is 32.*num_kv_heads"),
+        ("vq.num_codes", 512, "config.vq.num_codes is 512; it must be 8192"),
+        ("vq.channels", 48, "a multiple of 32"),
+        ("vq.channel_mult", (1, 2.5), "whole numbers"),
+        ("data.seq_len", 5_000, "at most model.context_length"),
+        ("data.batch_size", 3, None),
+        ("mesh.fsdp", 3, "config.data.batch_size is 8; it must be a multiple"),
+        ("vocab.text_start", 100, "config.vocab.text_start is 100"),
+        ("lora.dropout", 1.0, r"in \[0, 1\)"),
+        ("lora.rank", 0, "above 0 when train.trains is lora"),
+    ],
+)
+def test_wrong_settings_say_so(path, value, message):
+    settings = base.get_config().to_dict()
+    section, field = path.split(".")
+    if value is None:
+        del settings[section][field]
+    else:
+        settings[section][field] = value
+    if message is None:
+        config.from_config_dict(settings)
+    else:
+        with pytest.raises(config.ConfigError, match=message):
+            config.from_config_dict(settings)
+
+
+def test_the_fingerprint_sees_every_field():
+    run = config.from_config_dict(base.get_config())
+    settings = config.to_dict(run)
+    settings["optim"]["eps"] = 1e-7
+    assert config.fingerprint(run) != config.fingerprint(config.from_config_dict(settings))
