@@ -26,20 +26,26 @@ class Interrupted(RuntimeError):
     """A signal stopped the program at a place from which the same command goes on."""
 
 
-def run(main: Callable[[ConfigDict, str], Any], *, errors: tuple[type[Exception], ...]) -> None:
+def run(
+    main: Callable[[ConfigDict, str], Any],
+    *,
+    errors: tuple[type[Exception], ...],
+    config: str | None = None,
+    workdir: str | None = None,
+) -> None:
     """Reads the flags, calls `main(config, workdir)` and exits with one of the statuses above.
 
     `errors`: exceptions whose message is all that the user needs. Any other one is a bug and
-    shows its traceback.
+    shows its traceback. `config`, `workdir`: of a program that can be started without the flags.
     """
-    config = config_flags.DEFINE_config_file("config", None, "settings; a file of configs/")
-    workdir = flags.DEFINE_string("workdir", None, "folder that the run writes to")
+    settings = config_flags.DEFINE_config_file("config", config, "settings; a file of configs/")
+    folder = flags.DEFINE_string("workdir", workdir, "folder that the run writes to")
     flags.mark_flags_as_required(["config", "workdir"])
 
     def guarded(_: list[str]) -> int:
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its every move
         try:
-            main(config.value, workdir.value)
+            main(settings.value, folder.value)
         except ConfigError as error:
             return _fail(error, USAGE)
         except (Interrupted, KeyboardInterrupt) as error:
