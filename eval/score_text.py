@@ -42,7 +42,7 @@ def letter(answer: str, *, options: str) -> str | None:
     bare = answer.strip().strip("().:").upper()
     if len(bare) == 1 and bare in options:
         return bare
-    text = re.sub(r"\bA(?= [a-z])", " ", answer)
+    text = re.sub(r"\bA(?= (?!or\b|and\b)[a-z])", " ", answer)
     found = {found for found in re.findall(r"\b([A-Z])\b", text) if found in options}
     return found.pop() if len(found) == 1 else None
 
@@ -59,7 +59,7 @@ def token_f1(answer: str, reference: str) -> float:
 
 
 def rouge_l(answer: str, reference: str) -> float:
-    """F1 of the longest common subsequence. "b a" against "a b": LCS 1, so 0.5."""
+    """F1 of the longest common subsequence. "y x" against "x y": LCS 1, so 0.5."""
     ours, theirs = tokens(answer), tokens(reference)
     row = [0] * (len(theirs) + 1)
     for word in ours:

@@ -84,9 +84,13 @@ def batch(
     plan: Plan,
     *,
     split: int,
+    least: int,
 ) -> Prompt:
-    """The prompts as arrays, with idle rows up to a power of two times `split`, the mesh's rows."""
-    rows = split * 2 ** max(0, (-(-len(prompts) // split) - 1).bit_length())
+    """The prompts as arrays, with idle rows: up to a power of two times `split`, the mesh's rows.
+
+    least: rows that there are at any rate: a last, smaller batch then needs no program of its own.
+    """
+    rows = split * 2 ** max(0, (-(-max(len(prompts), least) // split) - 1).bit_length())
     width = -(-plan.slots // plan.chunk) * plan.chunk
     tokens = np.full((rows, plan.streams, width), ids.PAD, np.int32)
     places = np.full((rows, plan.streams, width), -1, np.int32)

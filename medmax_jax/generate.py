@@ -212,7 +212,13 @@ def write(
             context=g.config.context_length,
         )
         split = g.mesh.shape["data"] * g.mesh.shape["fsdp"]
-        prompt = batching.batch([prompts[i] for i in batch], numbers[batch], plan, split=split)
+        prompt = batching.batch(
+            [prompts[i] for i in batch],
+            numbers[batch],
+            plan,
+            split=split,
+            least=rows if len(prompts) > rows else 1,
+        )
         with jax.set_mesh(g.mesh):
             key = jax.random.key(seed)
             out, count = decoding.write(g.model, prompt, knobs, key, plan=plan)
@@ -228,11 +234,11 @@ def _load_model(
         return weights.load(file, chameleon.abstract(config, vocab, chameleon.NO_LORA))
     where = Path(adapter) / "adapter_config.json"
     settings = _json(where, "an adapter folder has adapter_config.json; training writes it")
-    if missing := {"rank", "alpha", "dropout", "base_fingerprint"} - set(settings):
+    if missing := {"rank", "alpha", "dropout", "base"} - set(settings):
         raise GenerateError(f"{where}: {sorted(missing)[0]} is missing; export the adapter again")
-    if settings["base_fingerprint"] != fingerprint(file):
+    if settings["base"] != fingerprint(file):
         raise GenerateError(
-            f"{where}: trained on base weights {settings['base_fingerprint'][:12]}, but {file} is "
+            f"{where}: trained on base weights {settings['base'][:12]}, but {file} is "
             f"{fingerprint(file)[:12]}; name the model folder that it was trained from"
         )
     lora = build(Lora, {name: settings[name] for name in ("rank", "alpha", "dropout")})

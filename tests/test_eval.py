@@ -1,0 +1,340 @@
+"""Tasks, scores on hand values, baselines, and the loop: resumed, cut short, run as a program."""
+
+import collections
+import dataclasses
+import json
+
+import numpy as np
+import PIL.Image
+import pytest
+import test_generate as micro
+
+from eval import loop, report, run, score_image, score_text, scoring, tasks
+from medmax_jax import generate
+from medmax_jax.config import Mesh
+
+ROWS = [
+    dict(task_name=name, question_type=kind, prompt=prompt, answer=answer, image_path=path)
+    for name, kind, prompt, answer, path in [
+        ("vqa_rad", "closed", "Is it a CT?", "yes", "a.png"),
+        ("pmc_vqa", "mcq", "Which?\nA: CT\nB: MRI", "B", "b.png"),
+        ("slake", "open", "What is it?", "an MRI", "c.png"),
+        ("image_captioning", "pmc_oa", "ignored", "A CT of the chest.", "a.png"),
+        ("image_generation", "quilt", "Draw a CT.", "", "a.png"),
+        ("mm_out", "", "Explain a CT.", "This is a CT.", "b.png"),
+    ]
+]
+
+
+# Scores of one answer. Expected values worked out by hand.
+
+
+@pytest.mark.parametrize(
+    "text, read",
+    [
+        ("yes", "yes"),
+        ("Yes.", "yes"),
+        ("no", "no"),
+        ("No, it is not.", "no"),
+        ("yes and no", None),
+        ("", None),
+        ("maybe", None),
+        *[(word, None) for word in ("normal", "None", "unknown", "eyes", "nodule", "abnormal")],
+    ],
+)
+def test_yes_no(text, read):
+    assert score_text.yes_no(text) == read
+
+
+@pytest.mark.parametrize(
+    "text, read",
+    [
+        ("B", "B"),
+        ("b", "B"),
+        ("(C).", "C"),
+        ("B: MRI", "B"),
+        ("The answer is D", "D"),
+        ("A lung nodule", None),
+        ("A: a lung nodule", "A"),
+        ("A or B", None),
+        ("E", None),
+        ("CT", None),
+        ("", None),
+    ],
+)
+def test_letter(text, read):
+    assert score_text.letter(text, options="ABCD") == read
+
+
+def test_overlap_scores():
+    # "left lung" of left lower lung: precision 1, recall 2/3 -> 0.8
+    assert score_text.token_f1("left lung", "the left lower lung") == pytest.approx(0.8)
+    assert score_text.token_f1("lung lung", "lung") == pytest.approx(2 / 3)
+    assert score_text.token_f1("", "lung") == 0 and score_text.token_f1("", "") == 1
+    assert score_text.rouge_l("y x", "x y") == 0.5  # subsequence of one
+    # "axial ct of chest" and "axial contrast ct chest": LCS axial ct chest = 3 of 4 and 4
+    assert score_text.rouge_l("axial ct of chest", "axial contrast ct chest") == 0.75
+    assert score_text.exact("The X-ray.", "x ray") == 1 and score_text.exact("CT", "MRI") == 0
+    assert score_text.recall("An axial CT of the chest", ["CT", "chest", "brain"]) == 2 / 3
+    assert score_text.recall("anything", []) == 1
+
+
+def test_image_features_and_nearest_centroid():
+    dark, light = np.zeros((16, 16, 3), np.uint8), np.full((16, 16, 3), 255, np.uint8)
+    one = score_image.features(np.array([0, 0, 1, 1]), dark, num_codes=4)
+    np.testing.assert_allclose(one[:4], np.sqrt([0.5, 0.5, 0, 0]))
+    np.testing.assert_allclose(one[4:], -1 / np.sqrt(192))
+    two = score_image.features(np.array([2, 2, 2, 2]), light, num_codes=4)
+    centroids = score_image.fit([one, two, two], ["CT", "MRI", "MRI"])
+    assert centroids.names == ("CT", "MRI")
+    assert [score_image.nearest(centroids, x) for x in (one, two, 0.9 * two)] == [
+        "CT",
+        "MRI",
+        "MRI",
+    ]
+    with pytest.raises(ValueError, match="needs 8 a side"):
+        score_image.features(np.array([0]), dark[:4], num_codes=4)
+
+
+def record(task, text, answer, group="g", **more):
+    fields = dict(id=f"{group}/{text}", images=[], looks_like=None, facts=[], kind="")
+    return fields | dict(task=task, text=text, answer=answer, group=group) | more
+
+
+def test_values_of_each_task():
+    assert scoring.values(record("vqa_closed", "Yes.", "yes")) == dict(accuracy=1, unparsed=0)
+    assert scoring.values(record("vqa_closed", "normal", "no")) == dict(accuracy=0, unparsed=1)
+    assert scoring.values(record("vqa_mcq", "b", "B")) == dict(accuracy=1, unparsed=0)
+    assert scoring.values(record("vqa_open", "a CT", "CT")) == dict(exact=1, token_f1=1)
+    said = scoring.values(record("captioning", "A CT.", "A CT.", facts=["CT", "chest"]))
+    assert said == dict(token_f1=1, rouge_l=1, fact_recall=0.5)
+    drawn = record("image_generation", "", "", kind="CT", looks_like="CT")
+    assert scoring.values(drawn) == dict(modality_match=1)
+    without = record("multimodal", "A CT.", "A CT.", kind="CT", looks_like="")
+    assert scoring.values(without) == dict(token_f1=1, rouge_l=1, has_image=0, modality_match=0)
+    with pytest.raises(ValueError, match="answer 'perhaps' is no answer of a vqa_closed"):
+        scoring.values(record("vqa_closed", "yes", "perhaps"))
+
+
+def test_scores_pair_items_and_put_the_primary_first():
+    def answers(texts):
+        some = [record("captioning", "x", "x", group="h")]
+        return some + [
+            record("vqa_closed", text, "yes", group=f"g{i % 4}", id=str(i))
+            for i, text in enumerate(texts)
+        ]
+
+    before, after = answers(["no"] * 8 + ["yes"] * 4), answers(["yes"] * 12)
+    rows = scoring.scores(before, after[:-1], seed=0, resamples=2_000)
+    first = rows[0]
+    assert (first["task"], first["metric"]) == scoring.PRIMARY
+    assert (first["n"], first["groups"], first["after"]) == (11, 4, 1.0)
+    assert first["diff"] == pytest.approx(first["after"] - first["before"])
+    assert first["ci_low"] <= first["diff"] <= first["ci_high"]
+    assert [r["value"] for r in scoring.summary(after, seed=0, resamples=2_000)][:2] == [1, 0]
+    guessed = scoring.answered(after, {r["id"]: "no" for r in after})
+    assert scoring.scores(guessed, after, seed=0, resamples=2_000)[0]["diff"] == 1
+
+
+# Tasks.
+
+
+def test_released_rows_become_items():
+    items = tasks.from_rows(ROWS)
+    assert [item.task for item in items] == list(tasks.TASKS)
+    assert items[3].prompt == "Please describe this picture."
+    assert tasks.prompt(items[0], "codes") == ["codes", "Is it a CT?"]
+    assert tasks.prompt(items[4], "codes") == ["Draw a CT."]
+    assert (items[0].group, items[0].id, items[0].facts) == ("a.png", "0", ())
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(task_name="visual_chat", question_type="conversation"), "is no task of this suite"),
+        (dict(image_path=""), "vqa_closed needs image_path"),
+        (dict(id="1"), "id '1' comes more than once"),
+    ],
+)
+def test_rows_that_cannot_be_asked(change, message):
+    with pytest.raises(tasks.TaskError, match=message):
+        tasks.from_rows([ROWS[0] | change, *ROWS[1:]])
+    with pytest.raises(tasks.TaskError, match="row 0: answer is missing"):
+        tasks.from_rows([{k: v for k, v in ROWS[0].items() if k != "answer"}])
+
+
+def sample_items(split="test"):
+    manifest = run.read_manifest(run.SAMPLE / "manifest.jsonl")
+    return tasks.from_rows(run.eval_items(manifest, 0, split=split), manifest)
+
+
+def test_the_sample_s_items():
+    items = sample_items()
+    assert set(item.task for item in items) == set(tasks.TASKS)
+    assert all(item.kind and item.facts for item in items)
+    for item in items:
+        if item.task == "captioning":
+            assert score_text.recall(item.answer, list(item.facts)) == 1, item
+    closed = [item for item in items if item.task == "vqa_closed"]
+    chosen = tasks.choose(closed, 25, seed=0)
+    groups = collections.Counter(item.group for item in chosen)
+    assert len(chosen) == 25 and max(groups.values()) - min(groups.values()) <= 1
+    assert tasks.choose(closed, -1, seed=0) == closed
+    # each template's questions are balanced, so that the blind guesser is at chance
+    guesses = tasks.blind(sample_items("train"), closed)
+    right = np.mean([guesses[item.id] == item.answer for item in closed])
+    assert 0.45 <= right <= 0.55
+
+
+def test_swapping_takes_another_group_s_picture():
+    closed = [item for item in sample_items() if item.task == "vqa_closed"]
+    swapped = tasks.swapped(closed, seed=0)
+    owner = {item.image: item.group for item in closed}
+    for old, new in zip(closed, swapped, strict=True):
+        assert owner[new.image] != old.group
+        assert dataclasses.replace(new, image=old.image) == old
+    assert tasks.swapped(closed[::-1], seed=0) == swapped[::-1]
+    assert tasks.swapped(closed, seed=1) != swapped
+    with pytest.raises(tasks.TaskError, match="one group"):
+        tasks.swapped(closed[:1], seed=0)
+
+
+# The loop, with scripted answers in place of a model.
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """generate's functions answer "yes" or a grey picture, and count what they are asked."""
+    asked = []
+
+    def stream(g, prompts, sample, *, mode, seed, names, rows):
+        for index in reversed(range(len(prompts))):  # batches come in an order of their own
+            asked.append(names[index])
+            picture = PIL.Image.new("RGB", (16, 16), "gray")
+            drawn = [generate.Image(picture, np.array([1, 2]))]
+            yield index, drawn if mode == "image" else [generate.Text(" yes ")]
+
+    monkeypatch.setattr(generate, "stream", stream)
+    monkeypatch.setattr(generate, "encode", lambda g, paths: [np.array([0])] * len(paths))
+    return asked
+
+
+def asked_all(tmp_path, items, progress=print, rows=2):
+    g = type("Fake", (), {"vocab": micro.VOCAB})
+    return loop.evaluate(
+        g,
+        items,
+        images_folder=tmp_path,
+        sample=micro.SAMPLE,
+        out=tmp_path / "records.jsonl",
+        progress=progress,
+        rows=rows,
+    )
+
+
+def many(count=7):
+    rows = [ROWS[i % 5] | dict(id=f"i/{i}") for i in range(count)]
+    return tasks.from_rows(rows)
+
+
+def test_records_come_in_the_order_of_the_items(scripted, tmp_path):
+    items = many()
+    records = asked_all(tmp_path, items)
+    assert [r["id"] for r in records] == [item.id for item in items]
+    assert records[0]["text"] == "yes" and records[4]["images"] == ["records_images/i_4_0.png"]
+    assert (tmp_path / records[4]["images"][0]).exists()
+    assert sorted(scripted) == sorted(item.id for item in items)
+    assert asked_all(tmp_path, items) == records and len(scripted) == len(items)
+
+
+@pytest.mark.parametrize("cut", [0, 9])
+def test_interrupted_it_goes_on(scripted, tmp_path, cut):
+    items = many(9)
+    whole = asked_all(tmp_path / "whole", items)
+    lines = []
+
+    def stop(line):
+        lines.append(line)
+        if len(lines) == 3:
+            raise KeyboardInterrupt
+
+    part = tmp_path / "part"
+    with pytest.raises(KeyboardInterrupt):
+        asked_all(part, items, progress=stop)
+    path = part / "records.jsonl"
+    if cut:  # a crash in the middle of a line
+        path.write_bytes(path.read_bytes()[:-cut])
+    kept = len(path.read_text().splitlines()) - bool(cut)
+    assert 0 < kept < len(items)
+    scripted.clear()
+    assert asked_all(part, items) == whole
+    assert len(scripted) == len(items) - kept
+    same = sorted((tmp_path / "whole" / "records.jsonl").read_text().splitlines())
+    assert sorted(path.read_text().splitlines()) == same
+
+
+def test_other_items_need_another_workdir(scripted, tmp_path):
+    asked_all(tmp_path, many())
+    changed = [dataclasses.replace(item, prompt="else") for item in many()]
+    with pytest.raises(loop.EvalError, match="item i/0 was another question"):
+        asked_all(tmp_path, changed)
+
+
+# The program, with a model of random weights.
+
+folder = micro.folder
+
+
+def settings(tmp_path):
+    (tmp_path / "items.jsonl").write_text(
+        "".join(json.dumps(row | dict(group=f"g{i}")) + "\n" for i, row in enumerate(ROWS[:3]))
+    )
+    for name in "abc":
+        PIL.Image.new("RGB", (20, 20), dict(a="red", b="blue", c="gray")[name]).save(
+            tmp_path / f"{name}.png"
+        )
+    return run.Settings(
+        items=str(tmp_path / "items.jsonl"),
+        images="",
+        split="test",
+        counts=run.Counts(
+            vqa_closed=-1, vqa_mcq=-1, vqa_open=-1, captioning=0, image_generation=0, multimodal=0
+        ),
+        baselines=False,
+        rows=4,
+        seed=0,
+        resamples=2_000,
+        mesh=Mesh(data=1, fsdp=1, tp=1),
+        sample=micro.SAMPLE,
+    )
+
+
+def test_a_run_writes_scores_and_a_page(folder, tmp_path):
+    out = tmp_path / "out"
+    asked = dict(model=f"native:{folder}", adapter="", progress=print)
+    summary = run.run(settings(tmp_path), out, **asked)
+    assert summary == json.loads((out / "summary.json").read_text())
+    assert {(row["task"], row["metric"]) for row in summary["scores"]} == {
+        ("vqa_closed", "accuracy"),
+        ("vqa_closed", "unparsed"),
+        ("vqa_mcq", "accuracy"),
+        ("vqa_mcq", "unparsed"),
+        ("vqa_open", "exact"),
+        ("vqa_open", "token_f1"),
+    }
+    text = (out / "report.html").read_text()
+    assert "Content-Security-Policy" in text and "Is it a CT?" in text
+    assert report.markdown(summary["scores"]).startswith("| task | metric | n |")
+    before = (out / "records.jsonl").read_bytes()
+    run.run(settings(tmp_path), out, **asked)
+    assert (out / "records.jsonl").read_bytes() == before
+    other = dataclasses.replace(
+        settings(tmp_path), sample=dataclasses.replace(micro.SAMPLE, max_gen_len=3)
+    )
+    with pytest.raises(loop.EvalError, match="another sample; name a fresh --workdir"):
+        run.run(other, out, **asked)
+
+
+def test_a_model_is_named_with_its_kind(tmp_path):
+    with pytest.raises(loop.EvalError, match="write native:FOLDER"):
+        run.run(settings(tmp_path), tmp_path, model="somewhere", adapter="", progress=print)
