@@ -30,16 +30,15 @@ def run(
     main: Callable[[ConfigDict, str], Any],
     *,
     errors: tuple[type[Exception], ...],
-    config: str | None = None,
-    workdir: str | None = None,
+    defaults: dict[str, str] | None = None,
 ) -> None:
     """Reads the flags, calls `main(config, workdir)` and exits with one of the statuses above.
 
     `errors`: exceptions whose message is all that the user needs. Any other one is a bug and
-    shows its traceback. `config`, `workdir`: of a program that can be started without the flags.
+    shows its traceback. `defaults`: flags of a program that can be started without.
     """
-    settings = config_flags.DEFINE_config_file("config", config, "settings; a file of configs/")
-    folder = flags.DEFINE_string("workdir", workdir, "folder that the run writes to")
+    settings = config_flags.DEFINE_config_file("config", None, "settings; a file of configs/")
+    folder = flags.DEFINE_string("workdir", None, "folder that the run writes to")
     flags.mark_flags_as_required(["config", "workdir"])
 
     def guarded(_: list[str]) -> int:
@@ -55,6 +54,10 @@ def run(
             return _fail(error, ERROR)
         return DONE
 
+    given = {word.split("=")[0].lstrip("-") for word in sys.argv[1:]}
+    # Not as defaults of the flags: absl would read the config, and overrides of it, too early.
+    missing = {k: v for k, v in (defaults or {}).items() if k not in given}
+    sys.argv[1:1] = [f"--{name}={value}" for name, value in missing.items()]
     app.run(guarded, flags_parser=_parse)
 
 
@@ -90,6 +93,7 @@ class Stop:
 def _parse(argv: list[str]) -> list[str]:
     if {"--help", "-h"} & set(argv):
         print(sys.modules["__main__"].__doc__, flags.FLAGS.main_module_help(), sep="\n")
+        print(flags.FLAGS.module_help(sys.modules[__name__]))
         sys.exit(DONE)
     try:
         rest = flags.FLAGS(argv)

@@ -34,7 +34,7 @@ from medmax_jax import cli, config, generate, quickstart_page, train
 log = logging.getLogger("medmax_jax.quickstart")
 
 ROOT = Path(__file__).parent.parent
-CONFIG, WORKDIR = str(ROOT / "configs" / "quickstart.py"), "quickstart_run"
+DEFAULTS = {"config": str(ROOT / "configs" / "quickstart.py"), "workdir": "quickstart_run"}
 ERRORS = (*prepare.ERRORS, *train.ERRORS, ValueError, OSError)
 LINES = {  # what the primary row is held against
     "before": "the same model before LoRA",
@@ -277,4 +277,4 @@ def _say(report: dict[str, Any], workdir: Path) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, errors=ERRORS, config=CONFIG, workdir=WORKDIR)
+    cli.run(main, errors=ERRORS, defaults=DEFAULTS)
