@@ -1,5 +1,6 @@
 """Preparing the sample: whole records, views, unreadable pictures, the program and its refusals."""
 
+import functools
 import json
 import logging
 import shutil
@@ -220,10 +221,10 @@ def test_progress_is_told(caplog):
     assert "3/3 pictures" in caplog.text and "0 s left" in caplog.text
 
 
-def test_program(model, sample, tmp_path, capsys, monkeypatch):
-    original = prepare.prepare_sample
+def test_program(model, encoder, sample, tmp_path, capsys, monkeypatch):
+    given = dict(sample=sample, vq=encoder.vq, tokenizer=encoder.tokenizer)
     monkeypatch.setattr(
-        prepare, "prepare_sample", lambda out, **k: original(out, sample=sample, **k)
+        prepare, "prepare_sample", functools.partial(prepare.prepare_sample, **given)
     )
     out, model = str(tmp_path / "r"), ["--model", str(model)]
     assert prepare.main(["sample", "--out", out, *model, "--split", "test", "--json"]) == 0

@@ -1,15 +1,17 @@
 """The tokenizer: round trips, the id layout, the release's own file, and refusals by name."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from configs import tiny
 from medmax_jax import tokenizer as tk
 from medmax_jax import vocab as vocabulary
-from medmax_jax.config import Vocab
+from medmax_jax.config import Vocab, build
 from medmax_jax.vocab import BOI, BOS, EOI, EOS, IMAGE, SEP
 
 TINY = Vocab(size=9_100, image_codes=512, text_start=8_712)
@@ -231,3 +233,13 @@ def test_segments_are_the_way_back(tokenizer):
 def test_special_names_agree_with_the_layout(tokenizer):
     names = vocabulary.special_names(tokenizer.vocab.text_start)
     assert sorted(names.values()) == list(range(tokenizer.vocab.text_start))
+
+
+def test_the_shipped_tiny_tokenizer():
+    vocab = build(Vocab, tiny.get_config().vocab)
+    shipped = Path(tk.__file__).parent / "tiny" / "tokenizer.json"
+    tokenizer = tk.Tokenizer.from_file(shipped, vocab)
+    question = "<image>Is this a CT of the chest?<reserved08706>yes"
+    assert len(tokenizer.encode(question)) == 11 and tokenizer.encode(" chest")[0] > 8_967
+    assert tokenizer.decode(tokenizer.encode(question)) == question
+    assert all(len(tokenizer.encode(answer)) == 1 for answer in ("yes", "no", "A", "D"))
