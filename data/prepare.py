@@ -1,6 +1,6 @@
 """From pictures and text to the folder of records that training reads.
 
-python -m data.prepare sample --out D [--split train] [--kind instruction] [--views 4]
+python -m data.prepare sample --out D [--split train] [--kind instruction] [--views 4] [--rounds 1]
 python -m data.prepare check D      reads every record back and compares it with what was written
 python -m data.prepare stats D      what is in it, and how well it packs
 
@@ -51,6 +51,7 @@ def prepare_sample(
     kind: str,
     views: int,
     seed: int,
+    rounds: int = 1,
     vq: Any = None,
     tokenizer: Tokenizer | None = None,
     sample: str | Path = SAMPLE,
@@ -58,7 +59,7 @@ def prepare_sample(
 ) -> dict[str, Any]:
     """Writes one split of the sample as records; returns its dataset.json.
 
-    `kind`: instruction | pretraining. `vq`, `tokenizer`: those of `model_folder`, where they are
+    `kind`: instruction | pretraining. `rounds`: wordings of each document, from as many seeds. `vq`, `tokenizer`: those of `model_folder`, where they are
     loaded already. An unreadable picture and its documents are left out and listed in
     dataset.json; more than the share `max_unreadable` of all pictures stop the work.
     """
@@ -70,8 +71,8 @@ def prepare_sample(
     if not rows:
         raise PrepareError(f"the manifest has no picture of split {split!r}; use one of {SPLITS}")
     encoder = load_encoder(Path(model_folder), vq=vq, tokenizer=tokenizer)
-    shown = _dealt(KINDS[kind](rows, seed), rows, views, seed)
-    notes = dict(maker="sample", split=split, kind=kind, views=views, seed=seed)
+    shown = _dealt(_worded(kind, rows, seed, rounds), rows, views, seed)
+    notes = dict(maker="sample", split=split, kind=kind, views=views, rounds=rounds, seed=seed)
     made = _documents(shown, encoder, Path(sample), notes, max_unreadable)
     meta = records.write(out, made, shard_size=SHARD_SIZE, layout=encoder.layout, notes=notes)
     log.info("%s: %d documents, %d tokens", out, meta["documents"], meta["tokens"])
@@ -116,6 +117,14 @@ def _manifest(sample: Path) -> list[dict[str, Any]]:
         return read_manifest(path)
     except (OSError, ValueError) as error:
         raise PrepareError(f"{path}: cannot be used ({error})") from error
+
+
+def _worded(kind: str, rows: list[dict[str, Any]], seed: int, rounds: int) -> list[dict[str, Any]]:
+    """The documents of `rounds` seeds from `seed` on: the same facts in other words."""
+    found = KINDS[kind](rows, seed)
+    for n in range(1, rounds):
+        found += [d | {"id": f"{d['id']}-r{n}"} for d in KINDS[kind](rows, seed + n)]
+    return found
 
 
 def _dealt(
@@ -196,6 +205,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--split", choices=SPLITS, default="train")
     sample.add_argument("--kind", choices=tuple(KINDS), default="instruction")
     sample.add_argument("--views", type=_positive, default=1, help="looks at each train picture")
+    sample.add_argument("--rounds", type=_positive, default=1, help="wordings of each document")
     sample.add_argument("--seed", type=int, default=0, help="of wordings and views")
     sample.add_argument("--max_unreadable", type=float, default=MAX_UNREADABLE, metavar="SHARE")
     sample.set_defaults(run=_run_sample)
@@ -229,6 +239,7 @@ def _run_sample(args: argparse.Namespace) -> dict[str, Any]:
         kind=args.kind,
         views=args.views,
         seed=args.seed,
+        rounds=args.rounds,
         max_unreadable=args.max_unreadable,
     )
 

@@ -1,0 +1,31 @@
+"""python -m medmax_jax.train --config=configs/tiny_base.py --workdir runs/tiny_base
+
+The tiny family's "Anole": a base model from nothing, on prose and pictures without questions. The
+records are made first:
+    python -m data.prepare sample --out runs/base/train --kind pretraining --views 64 --rounds 6
+    python -m data.prepare sample --out runs/base/validation --kind pretraining --split validation
+"""
+
+from ml_collections import ConfigDict
+
+from configs import tiny
+
+
+def get_config() -> ConfigDict:
+    config = tiny.get_config()
+    config.lora.update(rank=0, alpha=0.0, dropout=0.0)
+    config.data.update(
+        train="runs/base/train", validation="runs/base/validation", mask="release", batch_size=8
+    )
+    config.optim.update(peak_lr=3e-3, warmup_ratio=0.05, final_lr_ratio=0.02, b2=0.98)
+    config.optim.update(weight_decay=0.05)
+    config.train.update(
+        trains="full",
+        init_from="",
+        steps=900,
+        loss_weight="token",
+        log_every=10,
+        eval_every=150,
+        checkpoint_every=150,
+    )
+    return config
