@@ -21,17 +21,20 @@ LAYERS = [
     "medmax_jax medmax_jax.config medmax_jax.vocab medmax_jax.mesh medmax_jax.images medmax_jax.page "
     "data data.records data.mixture data.pack data.sample.* eval.stats eval.score_text",
     "medmax_jax.layers medmax_jax.attention medmax_jax.weights medmax_jax.cli medmax_jax.tokenizer "
-    "data.loader",
+    "medmax_jax.sampling data.loader eval.tasks eval.score_image eval.scoring",
     "medmax_jax.chameleon medmax_jax.vqgan medmax_jax.lpips medmax_jax.loss medmax_jax.optim "
     "medmax_jax.grammar",
     "medmax_jax.step medmax_jax.checkpoint medmax_jax.metrics medmax_jax.export "
-    "medmax_jax.generate eval.tasks "
-    "eval.score_image eval.loop",
+    "medmax_jax.decoding medmax_jax.batching medmax_jax.generate eval.loop",
     "medmax_jax.train medmax_jax.train_vqgan medmax_jax.quickstart data.prepare eval.run eval.report eval",
 ]
 # Same-layer imports that are part of the design: the importer may use the imported.
 BESIDE = {
     "medmax_jax.layers": {"medmax_jax.attention"},
+    "medmax_jax.batching": {"medmax_jax.decoding"},
+    "medmax_jax.generate": {"medmax_jax.decoding", "medmax_jax.batching"},
+    "eval.loop": {"medmax_jax.generate"},
+    "eval.run": {"eval.report"},
     "medmax_jax.step": {"medmax_jax.metrics"},
     "medmax_jax.export": {"medmax_jax.checkpoint"},
 }
