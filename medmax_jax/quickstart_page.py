@@ -71,7 +71,7 @@ def curves(train: Sequence[dict[str, float]], held: Sequence[dict[str, float]]) 
                 left.plot(*zip(*points, strict=True), style, color=colour, label=f"{kind}, {name}")
     left.set(xlabel="step", ylabel="nats per token", title="Loss")
     left.legend(frameon=False)
-    rates = [(r["step"], r["tokens_per_s"]) for r in train if r.get("tokens_per_s")]
+    rates = [(r["step"], r["tokens_per_second"]) for r in train if r.get("tokens_per_second")]
     if rates:
         right.plot(*zip(*rates, strict=True), color="#444")
     right.set(xlabel="step", ylabel="real tokens per second", title="Rate", ylim=(0, None))

@@ -38,7 +38,7 @@ def test_codes_per_image_follow_from_the_vqgan():
         ("mesh.fsdp", 3, "config.data.batch_size is 8; it must be a multiple"),
         ("vocab.text_start", 100, "config.vocab.text_start is 100"),
         ("lora.dropout", 1.0, r"in \[0, 1\)"),
-        ("lora.rank", 0, "above 0 when train.trains is lora"),
+        ("lora.rank", 0, "above 0"),
     ],
 )
 def test_wrong_settings_say_so(path, value, message):
