@@ -61,7 +61,7 @@ def build(
     return page.document("MedMax in JAX: the quickstart", body)
 
 
-def curves(train: Sequence[dict[str, float]], held: Sequence[dict[str, float]]) -> bytes:
+def curves(train: Sequence[dict[str, Any]], held: Sequence[dict[str, Any]]) -> bytes:
     """PNG of the mean loss of text and of image tokens by step, and of tokens per second."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
     for kind, colour in (("text", "#0b6e69"), ("image", "#b4552d")):
