@@ -267,8 +267,11 @@ def _check_sizes(run: Run) -> None:
         d.batch_size,
         f"a multiple of data x fsdp = {rows}",
     )
-    adapters = run.lora.rank > 0 or run.train.trains == "full"
-    _rule(adapters, "lora.rank", run.lora.rank, "above 0 when train.trains is lora")
+    adapters, full = run.lora.rank > 0, run.train.trains == "full"
+    _rule(adapters or full, "lora.rank", run.lora.rank, "above 0 when train.trains is lora")
+    _rule(not (adapters and full), "lora.rank", run.lora.rank, "0 when train.trains is full")
+    exact = m.param_dtype == "float32" or not full  # bfloat16 would round small updates away
+    _rule(exact, "model.param_dtype", m.param_dtype, "float32 when train.trains is full")
     _rule(0 <= run.lora.dropout < 1, "lora.dropout", run.lora.dropout, "in [0, 1)")
     _rule(
         0 <= run.optim.warmup_ratio < 1, "optim.warmup_ratio", run.optim.warmup_ratio, "in [0, 1)"

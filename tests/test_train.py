@@ -1,0 +1,326 @@
+"""The training program: what a run leaves, that a stopped run is the whole one, bad inputs."""
+
+import json
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import micro_run
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from safetensors.numpy import load_file, save_file
+
+from data.documents import RecordsError
+from data.pack import PackError
+from medmax_jax import checkpoint, cli, config, export, train, weights
+
+ROOT = pathlib.Path(__file__).parent.parent
+NUMBERS = ("loss", "text_nll", "image_nll", "grad_norm", "lr", "tokens", "fill", "epoch")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory):
+    """These runs have one shape: XLA compiles it for the first and reads it for the others."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache")))
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("data")
+    return {
+        "data__train": micro_run.write(folder / "train", count=40),
+        "data__validation": micro_run.write(folder / "validation", count=9, seed=1),
+    }
+
+
+@pytest.fixture(scope="module")
+def base(data, tmp_path_factory) -> pathlib.Path:
+    """A model folder, made by a full run."""
+    folder = tmp_path_factory.mktemp("full")
+    run = micro_run.run(**data, train__trains="full", lora__rank=0, train__steps=2)
+    result = train.run(run, folder)
+    assert result["export"] == str(folder / "model") and result["step"] == 2
+    return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def done(data, base, tmp_path_factory) -> tuple[config.Run, pathlib.Path, dict]:
+    """A finished run of five steps; the tests take copies of its folder."""
+    folder = tmp_path_factory.mktemp("lora")
+    run = micro_run.run(**data, train__init_from=str(base), train__eval_every=4)
+    return run, folder, train.run(run, folder)
+
+
+def copy(folder: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+    return pathlib.Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+def rows(folder: pathlib.Path, kind: str) -> dict[int, dict]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    steps = [row["step"] for row in found if row["kind"] == kind]
+    assert len(steps) == len(set(steps)), "a step stands twice"
+    return {row["step"]: row for row in found if row["kind"] == kind}
+
+
+def test_full_run_leaves_a_model_folder(base):
+    assert json.loads((base / "config.json").read_text())["model"]["hidden_size"] == 32
+    assert {p.name for p in base.iterdir()} == {"config.json", "model.safetensors"}
+    log = (base.parent / "train.log").read_text()
+    assert "has no tokenizer.json" in log and "has no vqgan.safetensors" in log
+
+
+def test_lora_run_leaves_what_it_promises(done, base):
+    run, folder, result = done
+    left = {p.name.split(".1")[0] for p in folder.iterdir()}
+    assert left >= {"config.json", "metrics.jsonl", "train.log", "events.out.tfevents", "adapter"}
+    facts = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    assert facts["base"] == checkpoint.sha256(base / "model.safetensors")
+    assert (facts["rank"], facts["alpha"], facts["step"]) == (4, 4.0, 5)
+    adapters = load_file(folder / "adapter" / "adapter.safetensors")
+    assert "layers.self_attn.q_proj.lora_a" in adapters
+    assert all(np.abs(a).max() > 0 for a in adapters.values())
+    assert list(rows(folder, "train")) == [1, 2, 3, 4, 5]
+    held = rows(folder, "validation")
+    assert list(held) == [4, 5] and held[5]["text_nll"] != held[5]["image_nll"]
+    assert result["validation_loss"] == held[5]["loss"]
+    assert result["loss"] == rows(folder, "train")[5]["loss"]
+    written = json.loads((folder / "config.json").read_text())
+    assert config.from_config_dict(written["config"]) == run
+    assert written["versions"]["jax"] == jax.__version__ and written["data"]
+    log = (folder / "train.log").read_text()
+    assert re.search(r"step 5/5 loss \d\.\d+ text \d\.\d+ image \d\.\d+ lr .* eta 0:00", log)
+    assert "layers.self_attn.q_proj.lora_a" in log  # the parameter table
+    steps = [int(p.name) for p in (folder / "checkpoints").iterdir()]
+    assert sorted(steps) == [4, 5]
+
+
+def test_a_finished_run_only_exports_again(done, tmp_path):
+    run, folder, result = done
+    again = copy(folder, tmp_path)
+    shutil.rmtree(again / "adapter")
+    second = train.run(run, again)
+    assert second["loss"] == result["loss"]
+    assert second["validation_loss"] == result["validation_loss"]
+    assert (again / "adapter" / "adapter.safetensors").read_bytes() == (
+        folder / "adapter" / "adapter.safetensors"
+    ).read_bytes()
+    assert list(rows(again, "train")) == [1, 2, 3, 4, 5]
+
+
+def test_a_damaged_checkpoint_is_reported_and_made_again(done, tmp_path):
+    run, folder, _ = done
+    again = copy(folder, tmp_path)
+    newest = again / "checkpoints" / "5"
+    victim = max((p for p in newest.rglob("d/*") if p.is_file()), key=lambda p: p.stat().st_size)
+    flipped = bytearray(victim.read_bytes())
+    flipped[len(flipped) // 2] ^= 16
+    victim.write_bytes(flipped)
+    train.run(run, again)
+    log = (again / "train.log").read_text()
+    assert "checkpoint 5 is damaged" in log and "resuming after step 4" in log
+    assert same_numbers(again, folder)
+    assert checkpoint.damage(newest) == ""
+
+
+def test_settings_may_change_but_not_the_model(done, data, base, tmp_path):
+    _, folder, _ = done
+    again = copy(folder, tmp_path)
+    common = dict(data, train__init_from=str(base), train__eval_every=4)
+    with pytest.raises(checkpoint.CheckpointError, match="config.lora.alpha = 4.0, .* has 8.0"):
+        train.run(micro_run.run(**common, lora__alpha=8.0), again)
+    with pytest.raises(checkpoint.CheckpointError, match="base .* set config.train.init_from back"):
+        train.run(micro_run.run(**common | {"train__init_from": ""}), again)
+    train.run(micro_run.run(**common, train__keep=1), again)
+    log = (again / "train.log").read_text()
+    assert "changed since the checkpoint: config.train.keep was 2, is now 1" in log
+
+
+def test_loss_that_is_not_finite_stops_the_run(done, data, base, tmp_path):
+    broken = copy(base, tmp_path)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["norm.scale"][0] = np.nan
+    save_file(tensors, broken / "model.safetensors")
+    run = micro_run.run(**data, train__init_from=str(broken), train__eval_every=4)
+    with pytest.raises(train.TrainError, match="step 1: loss nan.*there is no checkpoint yet"):
+        train.run(run, tmp_path / "w")
+    assert not (tmp_path / "w" / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        (dict(data__train="nowhere"), RecordsError, "nowhere: no such folder"),
+        (dict(data__seq_len=16), PackError, "set data.seq_len to"),
+        (dict(vocab__image_codes=8, vq__num_codes=8), RecordsError, "config.vocab is"),
+        (dict(train__init_from="nowhere"), export.ExportError, "must name a model folder"),
+        (dict(model__rope_theta=5.0), export.ExportError, "model.rope_theta = 10000.0, .* 5.0"),
+        (dict(mesh__tp=16), config.ConfigError, "asks for .* 16 devices"),
+        (dict(mesh__tp=3), config.ConfigError, "not divisible by config.mesh.tp = 3"),
+        (dict(train__trains="none"), config.ConfigError, "use one of lora, full"),
+        (dict(train__trains="full"), config.ConfigError, "lora.rank"),
+        (dict(train__trains="full", lora__rank=0, model__param_dtype="bfloat16"),
+         config.ConfigError, "param_dtype"),
+    ],
+)  # fmt: skip
+def test_bad_settings(data, base, tmp_path, changes, error, message):
+    with pytest.raises(error, match=message):
+        train.run(micro_run.run(**{**data, "train__init_from": str(base), **changes}), tmp_path)
+
+
+def test_weights_of_another_shape_are_refused(data, base, tmp_path):
+    broken = copy(base, tmp_path)
+    tensors = load_file(broken / "model.safetensors")
+    save_file({n: t for n, t in tensors.items() if n != "norm.scale"}, broken / "model.safetensors")
+    with pytest.raises(weights.WeightsError, match="norm.scale"):
+        train.run(micro_run.run(**data, train__init_from=str(broken)), tmp_path / "w")
+
+
+def test_records_of_another_tokenizer_are_refused(base, tmp_path):
+    folder = copy(base, tmp_path)
+    (folder / "tokenizer.json").write_text("{}")
+    run = micro_run.run()
+    export.check_base(str(folder), run, tokenizer="", vqgan="")
+    with pytest.raises(export.ExportError, match="another tokenizer.json"):
+        export.check_base(str(folder), run, tokenizer="0" * 64, vqgan="")
+
+
+def test_one_run_a_folder(data, tmp_path):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", LOCK, str(tmp_path / ".lock")], stdout=subprocess.PIPE
+    )
+    holder.stdout.readline()
+    try:
+        with pytest.raises(train.TrainError, match="in use by another run"):
+            train.run(micro_run.run(**data), tmp_path)
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
+LOCK = """
+import fcntl, sys, time
+file = open(sys.argv[1], "w")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+# ---- in processes of their own
+
+
+@pytest.fixture(scope="module")
+def command(data, tmp_path_factory) -> list[str]:
+    """The program on 60 short steps; reports and checkpoints fall on different steps."""
+    settings = dict(data, data__validation="", train__steps=60)
+    settings |= dict(train__log_every=2, train__checkpoint_every=3)
+    path = tmp_path_factory.mktemp("config") / "micro.py"
+    path.write_text(
+        f"import micro_run\n\n\ndef get_config():\n    return micro_run.settings(**{settings})\n"
+    )
+    return [sys.executable, "-m", "medmax_jax.train", f"--config={path}"]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory) -> dict[str, str]:
+    """One device, quick compilation, and a cache of it shared by the processes."""
+    return os.environ | {
+        "PYTHONPATH": str(ROOT / "tests"),
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("xla")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+def start(command: list[str], workdir: pathlib.Path, environment: dict) -> subprocess.Popen:
+    return subprocess.Popen(
+        [*command, f"--workdir={workdir}"], cwd=ROOT, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str]:
+    output, _ = process.communicate(timeout=600)
+    return process.returncode, output
+
+
+def wait_for_step(process: subprocess.Popen, folder: pathlib.Path, step: int) -> None:
+    """Until the run has reported `step`."""
+    reported = re.compile(rf'"step": ({"|".join(str(s) for s in range(step, 61))}),')
+    while process.poll() is None:
+        path = folder / "metrics.jsonl"
+        if path.exists() and reported.search(path.read_text()):
+            return
+        time.sleep(0.01)
+    raise AssertionError(finish(process)[1])
+
+
+def same_numbers(a: pathlib.Path, b: pathlib.Path) -> bool:
+    """Every reported number of two runs, bit for bit, and the adapters that came out."""
+    first, second = rows(a, "train"), rows(b, "train")
+    assert first.keys() == second.keys()
+    for step, row in first.items():
+        for name in NUMBERS:
+            assert row[name] == second[step][name], (step, name)
+    adapters = [(f / "adapter" / "adapter.safetensors").read_bytes() for f in (a, b)]
+    return adapters[0] == adapters[1]
+
+
+def test_a_run_that_was_killed_and_interrupted_is_the_whole_run(command, environment, tmp_path):
+    status, output = finish(start(command, tmp_path / "whole", environment))
+    assert status == cli.DONE, output
+    folder, seed = tmp_path / "stopped", random.randrange(1000)
+    pick = random.Random(seed)  # so that a failure can be had again
+    process = start(command, folder, environment)
+    wait_for_step(process, folder, pick.randrange(4, 24))
+    process.kill()
+    assert finish(process)[0] == -signal.SIGKILL, f"seed {seed}: it was too quick to be killed"
+
+    process = start(command, folder, environment)
+    wait_for_step(process, folder, pick.randrange(30, 50))
+    process.send_signal(signal.SIGINT)
+    status, output = finish(process)
+    assert status == cli.INTERRUPTED, f"seed {seed}: {output}"
+    assert "SIGINT: stopped after step" in output and "the same command goes on" in output
+
+    status, output = finish(start(command, folder, environment))
+    assert status == cli.DONE and "resuming after step" in output, output
+    assert same_numbers(folder, tmp_path / "whole"), f"seed {seed}"
+
+
+@pytest.mark.parametrize(
+    "arguments, status, message",
+    [
+        (["--workdir=w", "--config.optim.lrr=1"], cli.USAGE, "--config.optim.lrr names no field"),
+        (["--workdir=README.md/w"], cli.ERROR, "--workdir README.md/w cannot be written"),
+    ],
+)
+def test_one_line_and_a_status(command, environment, arguments, status, message):
+    found = subprocess.run(
+        [*command, *arguments], cwd=ROOT, env=environment, text=True, capture_output=True
+    )
+    assert found.returncode == status and message in found.stderr
+    assert found.stderr.count("\n") == 1, found.stderr
+
+
+def test_the_first_signal_is_a_question():
+    before = signal.getsignal(signal.SIGTERM)
+    with cli.Stop() as stop:
+        assert stop.asked == ""
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked == "SIGTERM"
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL  # the next one ends the process
+    assert signal.getsignal(signal.SIGTERM) is before
