@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
             min_area=0.6,  # of the largest square, per random crop
             brightness=0.1,  # added, of a range of 2
             contrast=0.15,  # factor 1 +- this
-            saturation=0.5,  # factor 1 +- this
+            saturation=0.0,  # factor 1 +- this
             restart_every=60,  # steps: codes used fewer than `dead_below` times since are laid anew
             dead_below=4,
             seed=0,

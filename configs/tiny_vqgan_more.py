@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
         plain_steps=-1,
         steps=1_600,
         lpips_weight=0.4,
+        saturation=0.5,
         seed=1,
     )
     return config

@@ -129,8 +129,9 @@ def crop(
     square = np.asarray(image.resize((size, size), Image.Resampling.LANCZOS, box), np.float32)
     square = square[:, ::-1] if rng.uniform() < 0.5 else square
     square = square / 127.5 - 1
-    grey = square.mean(-1, keepdims=True)
-    square = grey + (square - grey) * rng.uniform(1 - t.saturation, 1 + t.saturation)
+    if t.saturation:
+        grey = square.mean(-1, keepdims=True)
+        square = grey + (square - grey) * rng.uniform(1 - t.saturation, 1 + t.saturation)
     factor = rng.uniform(1 - t.contrast, 1 + t.contrast)
     shifted = square * factor + rng.uniform(-t.brightness, t.brightness)
     return np.clip(shifted, -1, 1).astype(np.float32)
