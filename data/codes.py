@@ -108,7 +108,6 @@ def encode(
     for start in range(0, len(todo), BATCH):
         held = {}
         for v in todo[start : start + BATCH]:
-            progress.add()
             if v.path in unreadable:
                 continue
             try:
@@ -117,6 +116,7 @@ def encode(
                 unreadable[v.path] = str(error)
                 log.warning("left out: %s", error)
         codes |= _codes(held, encoder)
+        progress.add(min(BATCH, len(todo) - start))
     return codes, unreadable
 
 
@@ -136,8 +136,8 @@ class _Progress:
         self.total, self.done = total, 0
         self.start = self.said = time.monotonic()
 
-    def add(self) -> None:
-        self.done += 1
+    def add(self, count: int) -> None:
+        self.done += count
         now = time.monotonic()
         if now - self.said >= LOG_SECONDS or self.done == self.total:
             rate = self.done / max(now - self.start, 1e-9)

@@ -216,8 +216,8 @@ def test_refusals(make, tmp_path):
 def test_progress_is_told(caplog):
     with caplog.at_level(logging.INFO):
         progress = codes._Progress(3)
-        for _ in range(3):
-            progress.add()
+        progress.add(1)
+        progress.add(2)
     assert "3/3 pictures" in caplog.text and "0 s left" in caplog.text
 
 
@@ -269,3 +269,11 @@ def test_the_mixture_is_the_published_one():
     for task in ("Visual Chat", "VQA", "Report Understanding"):  # their sources feed nothing else
         assert sums[task] == pytest.approx(mixture.TASKS[task], abs=0.2)
     assert len(mixture.markdown().splitlines()) == 2 + 13 + 1
+
+
+def test_rounds_are_other_wordings_of_the_same_facts(make, tmp_path):
+    one, two = (make(tmp_path / str(n), split="validation", rounds=n) for n in (1, 2))
+    assert two["groups"] == one["groups"] and two["tasks"].keys() == one["tasks"].keys()
+    first, both = ({d.id for d in records.open_records(tmp_path / n)} for n in "12")
+    second = {i for i in both if i.endswith("-r1")}
+    assert both - second == first and 0.9 < len(second) / len(first) < 1.1
