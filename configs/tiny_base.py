@@ -2,7 +2,7 @@
 
 The tiny family's "Anole": a base model from nothing, on prose and pictures without questions. The
 records are made first:
-    python -m data.prepare sample --out runs/base/train --kind pretraining --views 64 --rounds 6
+    python -m data.prepare sample --out runs/base/train --kind pretraining --views 48 --rounds 4
     python -m data.prepare sample --out runs/base/validation --kind pretraining --split validation
 """
 

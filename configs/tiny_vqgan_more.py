@@ -1,8 +1,9 @@
-"""python -m medmax_jax.train_vqgan --config=configs/tiny_vqgan_more.py --workdir=runs/vqgan_more
+"""python -m medmax_jax.train_vqgan --config=configs/tiny_vqgan_more.py --workdir=runs/tiny_vqgan_more
 
 Goes on from the end of configs/tiny_vqgan.py with other crops and more weight on the pixels, for
-colour: LPIPS hardly sees it.
-"""
+colour: LPIPS hardly sees it. On a CPU, before the command:
+    export XLA_FLAGS=--xla_force_host_platform_device_count=2
+"""  # noqa: E501
 
 from ml_collections import ConfigDict
 
