@@ -30,37 +30,36 @@ def load(path: str | os.PathLike, *, max_pixels: int) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides
             with Image.open(path, formats=FORMATS) as image:
-                _check_size(image, path, max_pixels)
+                _check_size(image, max_pixels)
                 image.load()
                 return to_rgb(image)
     except FileNotFoundError:
-        raise ImageError(
-            f"{path}: no such file; check the path in the record and the image folder"
-        ) from None
+        problem = "no such file; check the path in the record and the image folder"
     except IsADirectoryError:
-        raise ImageError(f"{path}: is a folder; name a picture file") from None
+        problem = "is a folder; name a picture file"
     except PermissionError:
-        raise ImageError(f"{path}: may not be read; mend its permissions") from None
-    except Image.DecompressionBombError as e:
-        raise ImageError(_too_large(path, str(e), max_pixels)) from None
+        problem = "may not be read; mend its permissions"
     except Image.UnidentifiedImageError:
-        raise ImageError(
-            f"{path}: not a picture this program reads ({', '.join(FORMATS)}); convert or remove it"
-        ) from None
+        problem = f"not a picture this program reads ({', '.join(FORMATS)}); convert or remove it"
+    except ImageError as e:
+        problem = str(e)
+    except Image.DecompressionBombError as e:  # Pillow's own bound, met before ours
+        problem = f"{e}; the limit is {max_pixels}: scale the picture down first"
     except (OSError, SyntaxError, ValueError, EOFError) as e:
-        if isinstance(e, ImageError):
-            raise
-        raise ImageError(
-            f"{path}: damaged or cut short ({e}); copy the file again or remove it"
-        ) from e
+        problem = f"damaged or cut short ({e}); copy the file again or remove it"
+    raise ImageError(f"{path}: {problem}")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """RGB of any mode: alpha over white, 16-bit grey by its upper byte."""
     if image.mode == "RGB":
         return image
-    if image.mode.startswith("I;16") or image.mode == "I":
+    if image.mode == "F":
+        raise ImageError("mode F has no fixed range; save the picture with 8 or 16 bit integers")
+    if image.mode.startswith("I"):
         image = _eight_bits(image)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
     rgba = np.asarray(image.convert("RGBA"))
     if (rgba[..., 3] < 255).any():
         return Image.fromarray(_over_white(rgba))
@@ -87,11 +86,9 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray((values >> 8).astype(np.uint8))
 
 
-def _check_size(image: Image.Image, path: str | os.PathLike, max_pixels: int) -> None:
+def _check_size(image: Image.Image, max_pixels: int) -> None:
     width, height = image.size
     if width * height > max_pixels:
-        raise ImageError(_too_large(path, f"{width} x {height} pixels", max_pixels))
-
-
-def _too_large(path: str | os.PathLike, problem: str, max_pixels: int) -> str:
-    return f"{path}: {problem}; the limit is {max_pixels} pixels: scale the picture down first"
+        raise ImageError(
+            f"{width} x {height} pixels; the limit is {max_pixels}: scale the picture down first"
+        )
