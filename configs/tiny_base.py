@@ -18,14 +18,14 @@ def get_config() -> ConfigDict:
         train="runs/base/train", validation="runs/base/validation", mask="release", batch_size=8
     )
     config.optim.update(peak_lr=3e-3, warmup_ratio=0.05, final_lr_ratio=0.02, b2=0.98)
-    config.optim.update(weight_decay=0.05)
+    config.optim.update(weight_decay=0.1)
     config.train.update(
         trains="full",
         init_from="",
-        steps=900,
+        steps=400,
         loss_weight="token",
         log_every=10,
-        eval_every=150,
-        checkpoint_every=150,
+        eval_every=100,
+        checkpoint_every=100,
     )
     return config

@@ -29,8 +29,8 @@ log = logging.getLogger("medmax_jax.prepare")
 MAX_PIXELS = 89_478_485  # Pillow's own line between a large picture and a decompression bomb
 BATCH = 16  # pictures encoded at once
 LOG_SECONDS = 5.0
-MIN_CROP_AREA = 0.7  # of the centre square: smaller ones lose what texts speak of
-JITTER = 0.1  # contrast 0.9 .. 1.1 and brightness -0.1 .. 0.1 of the range -1 .. 1
+MIN_CROP_AREA = 0.5  # of the centre square: smaller ones lose what texts speak of
+JITTER = 0.2  # contrast 0.8 .. 1.2 and brightness -0.2 .. 0.2 of the range -1 .. 1
 
 
 class PrepareError(ValueError):
