@@ -139,18 +139,19 @@ def on(model, run, batch, m):
         return jax.device_get(call(model, mesh.put_batch(batch, m)))
 
 
-def document_nll(model, document, run, m) -> np.ndarray:
-    """NLL of every token of one document alone in one row; position 0 has none."""
-    ids = np.zeros((1, run.data.seq_len), np.int32)
-    ids[0, : len(document.tokens)] = document.tokens
-    segments = (np.arange(run.data.seq_len) < len(document.tokens)).astype(np.int32)[None]
-    positions = np.arange(run.data.seq_len, dtype=np.int32)[None]
+def nll_alone(model, documents, run, m) -> list[np.ndarray]:
+    """NLL of every token, each document alone in its row, from full logits; position 0 has none."""
+    ids = np.zeros((len(documents), run.data.seq_len), np.int32)
+    for row, document in zip(ids, documents, strict=True):
+        row[: len(document.tokens)] = document.tokens
+    positions = np.broadcast_to(np.arange(run.data.seq_len, dtype=np.int32), ids.shape).copy()
+    segments = np.array([positions[0] < len(d.tokens) for d in documents], np.int32)
     with jax.set_mesh(m):
-        logits = jax.jit(
-            lambda model, *a: model.logits(model.hidden(*a, key=None)),
-        )(model, *mesh.put_batch((ids, segments, positions), m))
-        log_p = np.asarray(jax.nn.log_softmax(logits))[0, : len(document.tokens) - 1]
-    return np.r_[0, -np.take_along_axis(log_p, document.tokens[1:, None], -1)[:, 0]]
+        logits = lambda model, *a: model.logits(model.hidden(*a, key=None))  # noqa: E731
+        full = jax.jit(lambda *a: jax.nn.log_softmax(logits(*a)))
+        log_p = np.asarray(full(model, *mesh.put_batch((ids, segments, positions), m)))
+    found = np.take_along_axis(log_p[:, :-1], ids[:, 1:, None], -1)[..., 0]
+    return [np.r_[0, -n][: len(d.tokens)] for n, d in zip(found, documents, strict=True)]
 
 
 @pytest.mark.parametrize("weighing", ["document", "token"])
@@ -160,8 +161,8 @@ def test_packed_objective_is_the_mean_over_documents(model, folder, weighing):
     packed = micro_run.run(data__train=folder, train__loss_weight=weighing, data__batch_size=24)
     alone = dataclasses.replace(packed, data=dataclasses.replace(packed.data, pack=False))
     means, sums, text, image = [], [], [], []
-    for document in loader.one_pass(packed, folder).records:
-        nll = document_nll(model, document, packed, m)
+    documents = list(loader.one_pass(packed, folder).records)
+    for document, nll in zip(documents, nll_alone(model, documents, packed, m), strict=True):
         mask = scored(document.tokens, packed.data.mask, document.turns)
         means.append(nll[mask].mean())
         sums += list(nll[mask])
