@@ -83,4 +83,4 @@ def write_cache(
 
     # Each device holds whole rows and whole heads, so the write needs no other device.
     write = jax.shard_map(local, in_specs=(CACHE, P(), HEADS, BATCH), out_specs=CACHE)
-    return write(cache, layer, new.astype(cache.dtype), positions)
+    return write(cache, layer, new.astype(cache.dtype), jax.sharding.reshard(positions, BATCH))

@@ -1,5 +1,7 @@
 """What the Chameleon tests share: a tiny model with the weights of the parity cases."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,9 @@ from medmax_jax.weights import dotted
 VOCAB = Vocab(size=cases.SIZE, image_codes=512, text_start=8_712)
 NO_LORA = Lora(rank=0, alpha=0.0, dropout=0.0)
 LORA = Lora(rank=cases.LORA["rank"], alpha=cases.LORA["alpha"], dropout=0.0)
+
+# The tests compile many programs and run each once: LLVM's optimiser costs more than it saves.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def config(case: cases.Case, **changes) -> Model:

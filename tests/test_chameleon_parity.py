@@ -35,7 +35,7 @@ def golden(case: cases.Case, kind: str) -> dict[str, np.ndarray]:
 
 
 def forward(model: chameleon.Chameleon) -> dict[str, np.ndarray]:
-    @jax.jit
+    @setup.jit
     def run(model, ids, segments, positions):
         hidden = model.hidden(ids, segments, positions, key=None)
         logits = model.logits(hidden)
@@ -65,7 +65,7 @@ def train(model: chameleon.Chameleon) -> dict[str, np.ndarray]:
         optax.adamw(cases.LR, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0),
     )
 
-    @jax.jit
+    @setup.jit
     def step(lora, opt, batch):
         loss, grads = jax.value_and_grad(lambda p: loss_of(nnx.merge(graph, p, base), *batch))(lora)
 
@@ -171,7 +171,7 @@ def test_golden_shows_an_error(name, monkeypatch):
     if mutate:
         mutate(monkeypatch, arrays)
     model = setup.load(setup.config(case, **changes), arrays)
-    ours = jax.jit(lambda m, *rows: m.hidden(*rows, key=None))(model, *setup.rows(cases.ids()))
+    ours = setup.jit(lambda m, *rows: m.hidden(*rows, key=None))(model, *setup.rows(cases.ids()))
     theirs = golden(case, "forward")["hidden"]
     assert np.abs(ours - theirs).max() > 3 * cases.tolerance("hidden", theirs)
 
@@ -181,5 +181,5 @@ def test_golden_shows_a_wrong_lora_scale(alpha_over_rank):
     lora = Lora(rank=4, alpha=4 * alpha_over_rank, dropout=0.0)
     model = setup.load(setup.config(cases.BASE), cases.weights(cases.BASE, lora=True), lora)
     first = golden(cases.BASE, "lora")["losses"][0]
-    off = abs(jax.jit(loss_of)(model, *setup.rows(cases.ids())) - first)
+    off = abs(setup.jit(loss_of)(model, *setup.rows(cases.ids())) - first)
     assert (off <= cases.tolerance("losses", first)) == (alpha_over_rank == 1.5)
