@@ -19,13 +19,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from medmax_jax.attention import attend, cache_mask, packed_mask, write_cache
 from medmax_jax.config import Lora, Model, Vocab
 from medmax_jax.layers import Embed, HeadNorm, Linear, RMSNorm, rope, rope_angles
-from medmax_jax.mesh import ACT, CACHE, DOWN, HEADS, HID, LOGITS, UP
+from medmax_jax.mesh import ACT, CACHE, DOWN, HEADS, HID, LOGITS, UP, placed
 
 NO_LORA = Lora(rank=0, alpha=0.0, dropout=0.0)  # the head has no adapter
 
@@ -235,14 +234,7 @@ def abstract(config: Model, vocab: Vocab, lora: Lora) -> Chameleon:
     """The same tree with ShapeDtypeStructs and shardings for arrays: no memory at any size."""
     _check_mesh(config, vocab)
     make = lambda key: Chameleon(config, vocab, lora, key=key)  # noqa: E731
-    like = jax.eval_shape(make, jax.eval_shape(lambda: jax.random.key(0)))
-    mesh = jax.sharding.get_mesh()  # eval_shape keeps the axes only; a restore needs the devices
-
-    def placed(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        sharding = NamedSharding(mesh, x.sharding.spec)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-    return jax.tree.map(placed, like)
+    return placed(jax.eval_shape(make, jax.eval_shape(lambda: jax.random.key(0))))
 
 
 def init_cache(config: Model, *, batch: int, length: int) -> Cache:

@@ -53,6 +53,20 @@ def make_mesh(config: Mesh) -> jax.sharding.Mesh:
     return jax.make_mesh(shape, AXES, (AxisType.Explicit,) * 3, devices=devices[:need])
 
 
+def placed(like: Any) -> Any:
+    """What jax.eval_shape gave, on the devices of the ambient mesh: it keeps only the axes.
+
+    A restore needs the devices.
+    """
+    mesh = jax.sharding.get_mesh()
+
+    def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        spec = x.sharding.spec if x.sharding else P()
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, like)
+
+
 def put_batch(batch: Any, mesh: jax.sharding.Mesh) -> Any:
     """Numpy arrays [rows of this host, ...] to global arrays split by rows over data x fsdp."""
     split = mesh.shape["data"] * mesh.shape["fsdp"]

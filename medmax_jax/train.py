@@ -31,7 +31,7 @@ from data.documents import RecordsError
 from data.pack import PackError
 from medmax_jax import chameleon, cli, config, export, metrics, step, weights
 from medmax_jax.checkpoint import CheckpointError, Checkpoints, check_meta, sha256
-from medmax_jax.mesh import make_mesh, put_batch
+from medmax_jax.mesh import make_mesh, placed, put_batch
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "safetensors")
 
@@ -322,7 +322,8 @@ def _state(
     if start is None:
         return step.init_state(trainable, run), {"interval": [], "last": {}}
     shapes = step.split(like, run.train.trains)[1]
-    return store.restore(start, jax.eval_shape(lambda t: step.init_state(t, run), shapes))
+    state = placed(jax.eval_shape(lambda t: step.init_state(t, run), shapes))
+    return store.restore(start, state)
 
 
 def _meta(run: config.Run, train_data: loader.Batches) -> dict[str, Any]:
