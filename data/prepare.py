@@ -26,7 +26,11 @@ import numpy as np
 from data import pack, records
 from data.codes import Encoder, PrepareError, View, encode, load_encoder
 from data.documents import Document, Layout, RecordsError, counts, to_bytes
-from data.sample.documents import instruction_documents, pretraining_documents
+from data.sample.documents import (
+    instruction_documents,
+    language_documents,
+    pretraining_documents,
+)
 from data.sample.manifest import read_manifest
 from medmax_jax.config import ConfigError
 from medmax_jax.tokenizer import IMAGE_NAME, Tokenizer, TokenizerError, document_ids, segments_of
@@ -38,7 +42,11 @@ SAMPLE = Path(__file__).parent / "sample"
 TINY = Path(__file__).parent.parent / "medmax_jax" / "tiny"
 MAX_UNREADABLE = 0.01  # of the pictures; a few broken files are usual, more is a wrong folder
 SHARD_SIZE = 4_096  # documents; about 10 MB a shard at the released document length
-KINDS = {"instruction": instruction_documents, "pretraining": pretraining_documents}
+KINDS = {
+    "instruction": instruction_documents,
+    "pretraining": pretraining_documents,
+    "language": language_documents,
+}
 SPLITS = ("train", "validation", "test")
 ERRORS = (PrepareError, RecordsError, TokenizerError, ConfigError, WeightsError, pack.PackError)
 
@@ -59,10 +67,10 @@ def prepare_sample(
 ) -> dict[str, Any]:
     """Writes one split of the sample as records; returns its dataset.json.
 
-    `kind`: instruction | pretraining. `rounds`: wordings of each document, from as many seeds.
-    `vq`, `tokenizer`: those of `model_folder`, where they are loaded already. An unreadable
-    picture and its documents are left out and listed in dataset.json; more than the share
-    `max_unreadable` of all pictures stop the work.
+    `kind`: one of KINDS. `rounds`: wordings of each document, from as many seeds. `vq`,
+    `tokenizer`: those of `model_folder`, where they are loaded already. An unreadable picture and
+    its documents are left out and listed in dataset.json; more than the share `max_unreadable` of
+    all pictures stop the work.
     """
     if kind not in KINDS:
         raise PrepareError(f"kind is {kind!r}; use one of {', '.join(KINDS)}")

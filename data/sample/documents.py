@@ -42,6 +42,7 @@ __all__ = [
     "check_groups",
     "eval_items",
     "instruction_documents",
+    "language_documents",
     "pretraining_documents",
     "read_manifest",
 ]
@@ -103,6 +104,26 @@ def pretraining_documents(rows: list[dict], seed: int) -> list[dict]:
             )
             out += [_document(row, text.strip(), "Pretraining", turns=0) for text in texts]
     return _numbered(out, "pre")
+
+
+def language_documents(rows: list[dict], seed: int) -> list[dict]:
+    """The prose, and the words of questions and answers without pictures or separators.
+
+    A base model that has never written "yes" or "B" cannot learn to by adapters: its output rows
+    of these words are frozen as they were. Which answer is right cannot be told from the words.
+    """
+    spoken = [
+        document
+        | {
+            "id": f"lang-{document['id']}",
+            "text": document["text"].replace(IMAGE, "").replace(SEPARATOR, " ").strip(),
+            "image_path": "",
+            "task": "Pretraining",
+            "turns": 0,
+        }
+        for document in instruction_documents(rows, seed)
+    ]
+    return pretraining_documents(rows, seed) + spoken
 
 
 def eval_items(rows: list[dict], seed: int, split: str = "test") -> list[dict]:
