@@ -95,6 +95,6 @@ def _nll(
         preferred_element_type=jnp.float32,
     )
     # take_along_axis cannot index an axis that is sharded; a comparison can.
-    hit = targets.reshape(-1, 1) == jnp.arange(kernel.shape[1])
+    hit = targets.reshape(-1)[:, None] == jnp.arange(kernel.shape[1])
     nll = jax.nn.logsumexp(logits, axis=-1) - jnp.where(hit, logits, 0).sum(-1)
-    return nll.reshape(targets.shape)
+    return jnp.reshape(nll, targets.shape, out_sharding=mesh.BATCH)
