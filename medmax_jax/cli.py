@@ -11,9 +11,10 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
@@ -43,6 +44,7 @@ def run(
 
     def guarded(_: list[str]) -> int:
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its every move
+        init_distributed(os.environ)
         try:
             main(settings.value, folder.value)
         except ConfigError as error:
@@ -59,6 +61,19 @@ def run(
     missing = {k: v for k, v in (defaults or {}).items() if k not in given}
     sys.argv[1:1] = [f"--{name}={value}" for name, value in missing.items()]
     app.run(guarded, flags_parser=_parse)
+
+
+def init_distributed(environment: Mapping[str, str]) -> None:
+    """Joins the other hosts of a run, before anything touches a device.
+
+    MEDMAX_MULTIHOST=1                        where JAX finds the others: Cloud TPU, Slurm, k8s
+    MEDMAX_COORDINATOR=host:port MEDMAX_PROCESSES=2 MEDMAX_PROCESS=0   elsewhere
+    """
+    if address := environment.get("MEDMAX_COORDINATOR"):
+        count, own = (int(environment[f"MEDMAX_{name}"]) for name in ("PROCESSES", "PROCESS"))
+        jax.distributed.initialize(address, num_processes=count, process_id=own)
+    elif environment.get("MEDMAX_MULTIHOST") == "1":
+        jax.distributed.initialize()
 
 
 class Stop:

@@ -21,8 +21,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from clu import parameter_overview
 from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
@@ -88,6 +92,7 @@ def run(run: config.Run, workdir: str | os.PathLike) -> dict[str, Any]:
         like = _usable(lambda: chameleon.abstract(run.model, run.vocab, run.lora))
         meta = _meta(run, train_data)
         key_init, key = jax.random.split(jax.random.key(run.train.seed, impl=run.train.prng_impl))
+        key = jax.device_put(key, NamedSharding(mesh, P()))  # the loop moves nothing by itself
 
         # ---- restore
         store = Checkpoints(folder / "checkpoints", keep=run.train.keep, log=writer.log)
@@ -135,10 +140,11 @@ def _loop(
                     reporter.report(done)
                 if t.eval_every and (done % t.eval_every == 0 or last) and job.held_data:
                     reporter.last |= evaluator(state, done)
-                if done % t.checkpoint_every == 0 or last or stop.asked:
+                asked = _asked(job, stop, done)
+                if done % t.checkpoint_every == 0 or last or asked:
                     _save(job, state, done, reporter)
-                if stop.asked and not last:
-                    _say_stopped(job, stop.asked, done)
+                if asked and not last:
+                    _say_stopped(job, asked, done)
     return state, reporter.last
 
 
@@ -223,6 +229,17 @@ class Evaluator:
 def _next(job: Job, batches: Iterator[loader.Batch]) -> loader.Batch:
     with job.clock.spend("data"):
         return put_batch(next(batches), job.mesh)
+
+
+def _asked(job: Job, stop: cli.Stop, done: int) -> str:
+    """The signal that a host has got; hosts ask each other at reports, since it makes them wait."""
+    if jax.process_count() == 1:
+        return stop.asked
+    if done % job.run.train.log_every:
+        return ""
+    with jax.transfer_guard("allow"):
+        anywhere = multihost_utils.process_allgather(np.array(bool(stop.asked))).any()
+    return stop.asked or ("signal to another host" if anywhere else "")
 
 
 def _save(job: Job, state: step.TrainState, done: int, reporter: Reporter) -> None:

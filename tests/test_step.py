@@ -136,7 +136,7 @@ def test_steps_on_one_batch_learn_it(lora):
     for _ in range(40):
         state, sums = take(lora, state)
         losses.append(float(sums.loss.total))
-    assert losses[-1] < losses[0] - 1.0
+    assert losses[-1] < losses[0] - 0.2
     assert sums.finite.total == 1 and sums.grad_norm.total > 0
     batch = lora.batch
     assert sums.tokens.total == np.count_nonzero(batch.segments)
