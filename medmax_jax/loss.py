@@ -86,7 +86,7 @@ def _nll(
 ) -> Float[Array, "B T"]:
     # One axis of tokens: with two, the kernel's gradient sums over both, for which XLA's CPU
     # backend has no matrix product (2.3 times the time of the whole loss at the tiny size).
-    rows = hidden.reshape(-1, hidden.shape[-1])  # [B*T, D]
+    rows = jnp.reshape(hidden, (-1, hidden.shape[-1]), out_sharding=P(mesh.ROWS, None))  # [B*T, D]
     logits = jnp.einsum(
         "nd,dv->nv",
         rows,
@@ -95,6 +95,7 @@ def _nll(
         preferred_element_type=jnp.float32,
     )
     # take_along_axis cannot index an axis that is sharded; a comparison can.
-    hit = targets.reshape(-1)[:, None] == jnp.arange(kernel.shape[1])
+    flat = jnp.reshape(targets, (-1,), out_sharding=P(mesh.ROWS))
+    hit = flat[:, None] == jnp.arange(kernel.shape[1])
     nll = jax.nn.logsumexp(logits, axis=-1) - jnp.where(hit, logits, 0).sum(-1)
     return jnp.reshape(nll, targets.shape, out_sharding=mesh.BATCH)
