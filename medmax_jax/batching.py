@@ -19,7 +19,7 @@ from medmax_jax.config import Sample, Vocab
 from medmax_jax.decoding import Knobs, Plan, Prompt
 
 CHUNKS = (32, 64, 128, 256)  # tokens of a prompt read at once
-SLOT_STEPS = (128, 512)  # cache sizes are multiples of these, up to 512 slots and beyond
+SLOT_STEPS = (64, 512)  # cache sizes are multiples of these, up to 512 slots and beyond
 
 
 class GenerateError(ValueError):

@@ -24,7 +24,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import PIL.Image
-from absl import app, flags
+from absl import app, flags, logging
 from flax import nnx
 from jaxtyping import Int
 from ml_collections import config_flags
@@ -303,6 +303,7 @@ def _flags() -> None:
 
 def main(_: Sequence[str]) -> None:
     """Reads the flags, answers every prompt, writes answers.jsonl and one PNG for each picture."""
+    logging.set_verbosity(logging.ERROR)  # JAX tells of every backend that is not there
     config = FLAGS.config
     mesh = meshes.make_mesh(build(Mesh, config.mesh))
     sample = build(Sample, config.sample)
@@ -333,4 +334,4 @@ if __name__ == "__main__":
     try:
         app.run(main)
     except ValueError as error:  # all of this project's errors are; they say what to mend
-        raise SystemExit(f"medmax_jax.generate: {error}") from None
+        raise SystemExit(f"error: {error}") from None
