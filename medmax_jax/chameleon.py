@@ -13,6 +13,7 @@ runs them. Weights have the names of the HF checkpoint. All of it runs under
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -227,7 +228,7 @@ class Chameleon(nnx.Module):
 def create(config: Model, vocab: Vocab, lora: Lora, *, key: PRNGKeyArray) -> Chameleon:
     """A random model, each weight born in its shards on the ambient mesh."""
     _check_mesh(config, vocab)
-    return jax.jit(lambda key: Chameleon(config, vocab, lora, key=key))(key)
+    return _create(config, vocab, lora, key)
 
 
 def abstract(config: Model, vocab: Vocab, lora: Lora) -> Chameleon:
@@ -253,6 +254,11 @@ def split(model: Chameleon) -> tuple[Any, Any, Any]:
 def count_parameters(tree: Any) -> int:
     """Numbers in all arrays of a model, a state or an abstract tree."""
     return sum(x.size for x in jax.tree.leaves(tree))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # compiled once for equal settings
+def _create(config: Model, vocab: Vocab, lora: Lora, key: PRNGKeyArray) -> Chameleon:
+    return Chameleon(config, vocab, lora, key=key)
 
 
 def _heads(x: Float[Array, "B T F"], head_dim: int) -> Float[Array, "B T N H"]:
