@@ -365,7 +365,6 @@ def program(*args):
     "change, message",
     [
         ("--model=nowhere", "error: nowhere/config.json: no such file"),
-        ("--image=nowhere.png", "error: nowhere.png: no such file"),
         ("--mode=film", "value should be one of <text|image|mixed>"),
     ],
 )
