@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from medmax_jax.attention import attend, cache_mask, packed_mask, write_cache
 from medmax_jax.config import Lora, Model, Vocab
@@ -45,14 +45,13 @@ class Cache:
 class Attention(nnx.Module):
     """q, k, v and o with their norms; the caller says what the queries attend to."""
 
-    def __init__(self, config: Model, lora: Lora, *, key: PRNGKeyArray):
-        keys = jax.random.split(key, 4)
+    def __init__(self, config: Model, lora: Lora, *, keys: Key[Array, "4 2"]):
         wide, narrow = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
         common = dict(dtype=config.param_dtype, lora=lora)
-        self.q_proj = Linear(config.hidden_size, wide, spec=UP, key=keys[0], **common)
-        self.k_proj = Linear(config.hidden_size, narrow, spec=UP, key=keys[1], **common)
-        self.v_proj = Linear(config.hidden_size, narrow, spec=UP, key=keys[2], **common)
-        self.o_proj = Linear(wide, config.hidden_size, spec=DOWN, key=keys[3], **common)
+        self.q_proj = Linear(config.hidden_size, wide, spec=UP, keys=keys[0], **common)
+        self.k_proj = Linear(config.hidden_size, narrow, spec=UP, keys=keys[1], **common)
+        self.v_proj = Linear(config.hidden_size, narrow, spec=UP, keys=keys[2], **common)
+        self.o_proj = Linear(wide, config.hidden_size, spec=DOWN, keys=keys[3], **common)
         norm = dict(eps=config.qk_norm_eps, dtype=config.param_dtype)
         self.q_norm = HeadNorm(config.qk_norm_shards, config.head_dim, **norm)
         self.k_norm = HeadNorm(config.qk_norm_shards, config.head_dim, **norm)
@@ -76,13 +75,12 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """SwiGLU."""
 
-    def __init__(self, config: Model, lora: Lora, *, key: PRNGKeyArray):
-        keys = jax.random.split(key, 3)
+    def __init__(self, config: Model, lora: Lora, *, keys: Key[Array, "3 2"]):
         dim, hidden = config.hidden_size, config.intermediate_size
         common = dict(dtype=config.param_dtype, lora=lora)
-        self.gate_proj = Linear(dim, hidden, spec=UP, key=keys[0], **common)
-        self.up_proj = Linear(dim, hidden, spec=UP, key=keys[1], **common)
-        self.down_proj = Linear(hidden, dim, spec=DOWN, key=keys[2], **common)
+        self.gate_proj = Linear(dim, hidden, spec=UP, keys=keys[0], **common)
+        self.up_proj = Linear(dim, hidden, spec=UP, keys=keys[1], **common)
+        self.down_proj = Linear(hidden, dim, spec=DOWN, keys=keys[2], **common)
 
     def __call__(self, x: Float[Array, "B T D"], keys) -> Float[Array, "B T D"]:
         hidden = jax.nn.silu(self.gate_proj(x, HID, key=keys[0]))
@@ -93,18 +91,20 @@ class MLP(nnx.Module):
 class Layer(nnx.Module):
     """One transformer layer."""
 
-    def __init__(self, config: Model, lora: Lora, *, key: PRNGKeyArray):
-        key_attn, key_mlp = jax.random.split(key)
-        self.self_attn = Attention(config, lora, key=key_attn)
-        self.mlp = MLP(config, lora, key=key_mlp)
+    def __init__(self, config: Model, lora: Lora, *, keys: Key[Array, "7 2"]):
+        self.self_attn = Attention(config, lora, keys=keys[:4])
+        self.mlp = MLP(config, lora, keys=keys[4:])
         norm = dict(eps=config.rms_norm_eps, dtype=config.param_dtype)
         self.input_layernorm = RMSNorm(config.hidden_size, **norm)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, **norm)
         self.swin = config.swin_norm
 
-    def __call__(self, x: Float[Array, "B T D"], attention, key) -> tuple[Array, Any]:
-        """`attention(module, x, keys)` gives its output and whatever else the caller wants back."""
-        keys = [None] * 7 if key is None else jax.random.split(key, 7)
+    def __call__(self, x: Float[Array, "B T D"], attention, keys) -> tuple[Array, Any]:
+        """`attention(module, x, keys)` gives its output and whatever else the caller wants back.
+
+        `keys`: seven, of the projections' dropout; None for none.
+        """
+        keys = [None] * 7 if keys is None else keys
         if self.swin:
             y, extra = attention(self.self_attn, x, keys[:4])
             x += self.input_layernorm(y)
@@ -121,12 +121,13 @@ class Chameleon(nnx.Module):
         key_embed, key_layers, key_head = jax.random.split(key, 3)
         dtype = config.param_dtype
         self.embed_tokens = Embed(vocab.size, config.hidden_size, dtype=dtype, key=key_embed)
-        self.layers = jax.vmap(lambda k: Layer(config, lora, key=k))(
-            jax.random.split(key_layers, config.num_layers)
-        )
+        # One split for all: XLA compiles every split and every draw anew.
+        keys = jax.random.split(key_layers, (config.num_layers, 7, 2))
+        self.layers = jax.vmap(lambda k: Layer(config, lora, keys=k))(keys)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        keys = jax.random.split(key_head)
         self.lm_head = Linear(
-            config.hidden_size, vocab.size, spec=UP, dtype=dtype, lora=NO_LORA, key=key_head
+            config.hidden_size, vocab.size, spec=UP, dtype=dtype, lora=NO_LORA, keys=keys
         )
         self.config = config
 
@@ -153,7 +154,6 @@ class Chameleon(nnx.Module):
         positions: Int[Array, "B T"],
     ) -> Float[Array, "M B T D"]:
         """The embeddings and each layer's output before the final norm, M = L + 1; for parity."""
-        first = self.embed_tokens(ids, self.config.compute_dtype)
         first = self.embed_tokens(ids, self.config.compute_dtype)
         return jnp.concatenate(
             [first[None], self._run(ids, segments, positions, None, keep=True)[1]]
@@ -205,7 +205,7 @@ class Chameleon(nnx.Module):
 
     def _run(self, ids, segments, positions, key, *, keep: bool) -> tuple[Array, Array | None]:
         mask, angles = packed_mask(segments), self._angles(positions)
-        keys = None if key is None else jax.random.split(key, self.config.num_layers)
+        keys = None if key is None else jax.random.split(key, (self.config.num_layers, 7))
 
         def attention(module, x, keys):
             q, k, v = module.qkv(x, angles, keys[:3])

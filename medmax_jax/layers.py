@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from medmax_jax.config import Lora
 from medmax_jax.mesh import ACT, EMBED
@@ -22,15 +22,17 @@ INIT_STD = 0.02  # of matrices and embeddings, as HF's initializer_range
 class Linear(nnx.Module):
     """A matrix without bias and, at rank > 0, its adapter."""
 
-    def __init__(self, din: int, dout: int, *, spec: P, dtype: str, lora: Lora, key: PRNGKeyArray):
-        key_w, key_a = jax.random.split(key)
-        kernel = INIT_STD * jax.random.normal(key_w, (din, dout), out_sharding=spec)
+    def __init__(
+        self, din: int, dout: int, *, spec: P, dtype: str, lora: Lora, keys: Key[Array, "2"]
+    ):
+        """`keys`: two, of the matrix and of A."""
+        kernel = INIT_STD * jax.random.normal(keys[0], (din, dout), out_sharding=spec)
         self.kernel = nnx.Param(kernel.astype(dtype))
         self.lora = lora
         if lora.rank:
             # As peft: A uniform within 1/sqrt(din), B zero. fp32: small steps vanish in bf16.
             a = jax.random.uniform(
-                key_a,
+                keys[1],
                 (din, lora.rank),
                 minval=-(din**-0.5),
                 maxval=din**-0.5,

@@ -38,8 +38,10 @@ def put(array: np.ndarray, spec: P) -> jax.Array:
 
 
 def linear(lora: Lora, spec: P = UP) -> layers.Linear:
-    make = lambda: layers.Linear(32, 48, spec=spec, dtype="float32", lora=lora, key=KEY)  # noqa: E731
-    return jax.jit(make)()
+    def make(keys):
+        return layers.Linear(32, 48, spec=spec, dtype="float32", lora=lora, keys=keys)
+
+    return jax.jit(make)(jax.random.split(KEY))
 
 
 @pytest.mark.usefixtures("four_devices")
