@@ -149,7 +149,8 @@ def run(
 
 def main(config: ConfigDict, workdir: str) -> None:
     """The program: flags to `run`, lines of progress, the table at the end."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout, force=True)
+    log.setLevel(logging.INFO)
     settings = build(Settings, config)
     with cli.Stop() as stop:
 
