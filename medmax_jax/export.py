@@ -33,7 +33,7 @@ def adapter(
     facts = config.to_dict(run.lora) | {"base": base, "data": data, "step": step}
 
     def fill(folder: pathlib.Path) -> None:
-        weights.save(folder / "adapter.safetensors", adapters, _strings(facts))
+        weights.save(folder / "adapter.safetensors", adapters, _note(facts))
         if jax.process_index() == 0:
             _write_json(folder / "adapter_config.json", facts)
 
@@ -48,7 +48,7 @@ def model(
     found = [name for name in TOOLS if source and (source / name).is_file()]
 
     def fill(folder: pathlib.Path) -> None:
-        weights.save(folder / "model.safetensors", base, _strings({"data": data, "step": step}))
+        weights.save(folder / "model.safetensors", base, _note({"data": data, "step": step}))
         if jax.process_index() == 0:
             _write_json(folder / "config.json", _sections(run))
             for name in found:
@@ -92,8 +92,9 @@ def _sections(run: config.Run) -> dict[str, dict]:
     return {name: config.to_dict(getattr(run, name)) for name in ("vocab", "model", "vq")}
 
 
-def _strings(facts: dict) -> dict[str, str]:
-    return {name: str(value) for name, value in facts.items()}
+def _note(facts: dict) -> dict[str, str]:
+    # One entry: safetensors writes several in random order, and the file's digest is a name.
+    return {"medmax_jax": json.dumps(facts, sort_keys=True)}
 
 
 def _write_json(path: pathlib.Path, content: dict) -> None:
