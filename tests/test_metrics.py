@@ -68,7 +68,7 @@ def test_step_line():
     assert metrics.step_line(120, 300, row, eta=83.0) == (
         "step 120/300 loss 3.2100 text 2.900 image - lr 1.0e-03 tok/s 5,120 fill 0.93 eta 1:23"
     )
-    assert [metrics.clock_face(s) for s in (0.4, 59.6, 5025)] == ["0:00", "1:00", "1:23:45"]
+    assert [metrics.clock_face(s) for s in (0.4, 59.6, 5025.0)] == ["0:00", "1:00", "1:23:45"]
 
 
 def test_clock_counts_every_second_once():

@@ -169,7 +169,7 @@ def test_loss_that_is_not_finite_stops_the_run(done, data, base, tmp_path):
         (dict(model__rope_theta=5.0), export.ExportError, "model.rope_theta = 10000.0, .* 5.0"),
         (dict(mesh__tp=16), config.ConfigError, "asks for .* 16 devices"),
         (dict(mesh__tp=3), config.ConfigError, "not divisible by config.mesh.tp = 3"),
-        (dict(train__trains="none"), config.ConfigError, "use one of lora, full"),
+        (dict(train__trains="none"), config.ConfigError, "must be one of lora, full"),
         (dict(train__trains="full"), config.ConfigError, "lora.rank"),
         (dict(train__trains="full", lora__rank=0, model__param_dtype="bfloat16"),
          config.ConfigError, "param_dtype"),
