@@ -27,7 +27,6 @@ from data import pack, records
 from data.codes import Encoder, PrepareError, View, encode, load_encoder
 from data.documents import Document, Layout, RecordsError, counts, to_bytes
 from data.sample.documents import (
-    claim_documents,
     instruction_documents,
     language_documents,
     pretraining_documents,
@@ -47,7 +46,6 @@ KINDS = {
     "instruction": instruction_documents,
     "pretraining": pretraining_documents,
     "language": language_documents,
-    "claims": claim_documents,
 }
 SPLITS = ("train", "validation", "test")
 ERRORS = (PrepareError, RecordsError, TokenizerError, ConfigError, WeightsError, pack.PackError)

@@ -18,7 +18,7 @@ MAX_TRAIN_FILES = 25
 # The house from the ground up. A module may import only what stands above it in this list.
 ORDER = """
 settings    configs configs.base configs.chameleon_30b configs.tiny configs.tiny_base
-            configs.tiny_base_more configs.tiny_base_claims configs.tiny_vqgan
+            configs.tiny_base_more configs.tiny_vqgan
             configs.tiny_vqgan_more configs.eval_tiny
             configs.quickstart
 

@@ -40,7 +40,6 @@ __all__ = [
     "IMAGE",
     "SEPARATOR",
     "check_groups",
-    "claim_documents",
     "eval_items",
     "instruction_documents",
     "language_documents",
@@ -49,7 +48,6 @@ __all__ = [
 ]
 
 IMAGE, SEPARATOR = "<image>", "<reserved08706>"
-CLAIMS = 8  # of one picture in a document
 
 DESCRIBE = (
     "Please describe this picture.",
@@ -126,30 +124,6 @@ def language_documents(rows: list[dict], seed: int) -> list[dict]:
         for document in instruction_documents(rows, seed)
     ]
     return pretraining_documents(rows, seed) + spoken
-
-
-def claim_documents(rows: list[dict], seed: int) -> list[dict]:
-    """Several claims about one picture, each judged "true" or "false"; and some prose.
-
-    For the base model: to hold words against a picture is what takes longest to learn, and eight
-    judgements a picture teach it eight times as fast as one question a picture does.
-    """
-    rng = random.Random(f"{seed} claims")
-    asked: dict[str, list[Question]] = {row["id"]: [] for row in rows}
-    for question in closed_questions(rows, seed, None):
-        asked[question.row["id"]].append(question)
-    judged = {"yes": "true", "no": "false"}
-    out = []
-    for row in rows:
-        claims = asked[row["id"]]
-        rng.shuffle(claims)
-        for start in range(0, len(claims), CLAIMS):
-            some = claims[start : start + CLAIMS]
-            turns = [f"{q.prompt}{SEPARATOR}{judged[q.answer]}" for q in some]
-            text = f"{IMAGE}{SEPARATOR.join(turns)}"
-            out.append(_document(row, text, "Pretraining", turns=len(some)))
-    prose = pretraining_documents(rows, seed)
-    return _numbered(out, "claims") + rng.sample(prose, len(prose) // 6)
 
 
 def eval_items(rows: list[dict], seed: int, split: str = "test") -> list[dict]:
