@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from medmax_jax.attention import attend, cache_mask, packed_mask, write_cache
 from medmax_jax.config import Lora, Model, Vocab
-from medmax_jax.layers import Embed, HeadNorm, Linear, RMSNorm, rope, rope_angles
+from medmax_jax.layers import Embed, HeadNorm, Linear, RMSNorm, matmul, rope, rope_angles
 from medmax_jax.mesh import ACT, CACHE, DOWN, HEADS, HID, LOGITS, UP, placed
 
 NO_LORA = Lora(rank=0, alpha=0.0, dropout=0.0)  # the head has no adapter
@@ -162,9 +162,7 @@ class Chameleon(nnx.Module):
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """In fp32, and nothing masked: image ids have logits like all others."""
         kernel = self.lm_head.kernel[...].astype(hidden.dtype)
-        return jnp.einsum(
-            "btd,dv->btv", hidden, kernel, preferred_element_type=jnp.float32, out_sharding=LOGITS
-        )
+        return matmul(hidden, kernel, LOGITS, dtype=jnp.float32)
 
     def decode(
         self, ids: Int[Array, "B T"], cache: Cache, positions: Int[Array, "B T"]
