@@ -72,17 +72,17 @@ def reference_attend(
 
 
 def write_cache(
-    cache: Float[Array, "L B S K H"],
+    cache: Float[Array, "L B K S H"],
     layer: Int[Array, ""],
     new: Float[Array, "B T K H"],
     positions: Int[Array, "B T"],
-) -> Float[Array, "L B S K H"]:
+) -> Float[Array, "L B K S H"]:
     """Row b's token t goes to slot positions[b, t] of `layer`; at -1 nothing is written."""
 
     def local(cache, layer, new, positions):
-        slots = jnp.where(positions < 0, cache.shape[2], positions)  # past the end: dropped
+        slots = jnp.where(positions < 0, cache.shape[3], positions)  # past the end: dropped
         rows = jnp.arange(cache.shape[1])[:, None]
-        return cache.at[layer, rows, slots].set(new, mode="drop")
+        return cache.at[layer, rows, :, slots].set(new, mode="drop")
 
     # Each device holds whole rows and whole heads, so the write needs no other device.
     write = jax.shard_map(local, in_specs=(CACHE, P(), HEADS, BATCH), out_specs=CACHE)

@@ -36,7 +36,7 @@ REMAT = {"attn": ("attn",), "qkv_attn": ("q", "k", "v", "attn"), "all": ()}
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Keys and values of every layer, [L, B, S, K, H] each."""
+    """Keys and values of every layer, [L, B, K, S, H] each: as the products of attention read."""
 
     k: Array
     v: Array
@@ -176,7 +176,7 @@ class Chameleon(nnx.Module):
             positions  5 6 7     row 0 reads three tokens of its prompt
                        9 -1 -1   row 1 reads one, and waits
         """
-        mask, angles = cache_mask(positions, cache.k.shape[2]), self._angles(positions)
+        mask, angles = cache_mask(positions, cache.k.shape[3]), self._angles(positions)
 
         def body(carry, xs):
             x, *stores = carry
@@ -187,7 +187,7 @@ class Chameleon(nnx.Module):
                 written = [
                     write_cache(s, index, n, positions) for s, n in zip(stores, new, strict=True)
                 ]
-                k, v = (s[index].astype(q.dtype) for s in written)  # [B, S, K, H]
+                k, v = (s[index].transpose(0, 2, 1, 3) for s in written)  # [B, S, K, H]
                 return module.out(
                     attend(q, k, v, mask, impl=self.config.attention), keys[3]
                 ), written
@@ -238,7 +238,7 @@ def abstract(config: Model, vocab: Vocab, lora: Lora) -> Chameleon:
 
 def init_cache(config: Model, *, batch: int, length: int) -> Cache:
     """Room for `length` tokens of each of `batch` rows."""
-    shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
+    shape = (config.num_layers, batch, config.num_kv_heads, length, config.head_dim)
     zeros = lambda: jnp.zeros(shape, config.compute_dtype, out_sharding=CACHE)  # noqa: E731
     return Cache(k=zeros(), v=zeros())
 

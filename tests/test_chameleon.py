@@ -84,8 +84,8 @@ def test_decoding_equals_the_full_forward(case):
         feed(1, [int(d < total and (b + step) % 3 > 0) for b, d in enumerate(done)])
         step += 1
     np.testing.assert_allclose(got, want, atol=2e-5)
-    assert not np.asarray(cache.k)[:, :, total:].any()  # idle tokens wrote nothing
-    assert np.asarray(cache.v)[:, :, :total].all()
+    assert not np.asarray(cache.k)[:, :, :, total:].any()  # idle tokens wrote nothing
+    assert np.asarray(cache.v)[:, :, :, :total].all()
 
 
 def lora_loss(graph, base, ids, segments, positions):

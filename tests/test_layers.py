@@ -195,13 +195,13 @@ def test_cache_mask_sees_up_to_the_own_slot():
 
 @pytest.mark.usefixtures("four_devices")
 def test_write_cache_writes_its_slots_only():
-    cache, new = normal(3, 2, 5, 2, 4), normal(2, 3, 2, 4)
+    cache, new = normal(3, 2, 2, 5, 4), normal(2, 3, 2, 4)
     positions = np.array([[4, 0, -1], [-1, -1, 2]], np.int32)
     write = jax.jit(attention.write_cache)
     got = write(
         put(cache, CACHE), jnp.int32(1), put(new, HEADS), put(positions, P(("data", "fsdp"), None))
     )
     for b, t in zip(*np.nonzero(positions >= 0), strict=True):
-        cache[1, b, positions[b, t]] = new[b, t]
+        cache[1, b, :, positions[b, t]] = new[b, t]
     np.testing.assert_array_equal(got, cache)
     assert jax.typeof(got).sharding.spec == CACHE
