@@ -38,6 +38,7 @@ def get_config() -> ConfigDict:
             z_channels=256,
             embed_dim=256,
             num_codes=8_192,
+            norm_groups=32,  # fixed in the code of taming-transformers
         )
     )
     config.lora = ConfigDict(dict(rank=16, alpha=16.0, dropout=0.05))  # MedMax training/train.py

@@ -12,7 +12,7 @@ TEXT_TOKENS = 1_016  # rows of the tiny tokenizer's BPE at most: 8712 + 1016 = 9
 
 def get_config() -> ConfigDict:
     config = base.get_config()
-    config.vocab.update(size=8_712 + TEXT_TOKENS, image_codes=512, text_start=8_712)
+    config.vocab.update(size=8_712 + TEXT_TOKENS, image_codes=256, text_start=8_712)
     config.model.update(
         hidden_size=128,
         num_layers=4,
@@ -32,7 +32,8 @@ def get_config() -> ConfigDict:
         num_res_blocks=1,
         z_channels=64,
         embed_dim=64,
-        num_codes=512,
+        num_codes=256,
+        norm_groups=8,  # 4 channels each, as released: with 32 each channel alone, colours go grey
     )
     config.data.update(seq_len=256, batch_size=8)
     config.optim.update(peak_lr=3e-3)

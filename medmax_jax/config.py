@@ -56,6 +56,7 @@ class VQ:
     z_channels: int
     embed_dim: int
     num_codes: int  # rows of the codebook
+    norm_groups: int  # of every GroupNorm; 32 in every released one
 
     @property
     def downsampling(self) -> int:
@@ -251,7 +252,10 @@ def _check_sizes(run: Run) -> None:
         f"{v.image_codes}, as vocab.image_codes",
     )
     _rule(
-        q.channels % 32 == 0, "vq.channels", q.channels, "a multiple of 32: GroupNorm has 32 groups"
+        q.channels % q.norm_groups == 0,
+        "vq.channels",
+        q.channels,
+        f"a multiple of vq.norm_groups, {q.norm_groups}",
     )
     _rule(
         q.image_size % q.downsampling == 0,

@@ -145,6 +145,7 @@ def _evaluate(
     answers = {}
     adapter = workdir / "train" / "adapter"
     mesh = suites.make_mesh(settings.eval.mesh)
+    centroids = None  # of the VQGAN alone, so one time for all
     for name, tuned, items in (
         ("before", None, found.items),
         ("after", adapter, found.items),
@@ -158,6 +159,7 @@ def _evaluate(
                     raise cli.Interrupted("interrupted; the same command goes on from here")
 
             g = generate.load(tiny, adapter=tuned, mesh=mesh)
+            centroids = centroids or loop.centroids(g, found.pictures, images_folder=found.folder)
             answers[name] = loop.evaluate(
                 g,
                 items,
@@ -165,7 +167,7 @@ def _evaluate(
                 sample=settings.eval.sample,
                 out=workdir / f"{name}.jsonl",
                 progress=progress,
-                centroids=loop.centroids(g, found.pictures, images_folder=found.folder),
+                centroids=centroids,
                 rows=settings.eval.rows,
             )
             says(f"{len(items)} items")

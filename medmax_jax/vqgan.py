@@ -12,6 +12,8 @@ kernels are HWIO. Everything up to the codes runs in fp32 at the highest precisi
 product can move a patch to another code, and codes are what the language model reads.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -21,7 +23,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from medmax_jax.config import VQ
 
-GROUPS, EPS = 32, 1e-6  # of every GroupNorm in taming-transformers, hence in Chameleon
+EPS = 1e-6  # of every GroupNorm in taming-transformers, hence in Chameleon
 EXACT = jax.lax.Precision.HIGHEST  # TPU: six bf16 passes, as good as fp32
 PICTURE = jax.lax.Precision.HIGH  # decoder on TPU: three passes are enough for uint8
 
@@ -62,11 +64,12 @@ class VQGAN(nnx.Module):
     """encoder, quant_conv, quantize, post_quant_conv, decoder: the whole checkpoint."""
 
     def __init__(self, config: VQ, *, rngs: nnx.Rngs):
-        self.encoder = Encoder(config, rngs=rngs)
-        self.quant_conv = _conv(config.z_channels, config.embed_dim, 1, rngs, EXACT)
+        exact, picture = (Parts(rngs, p, config.norm_groups) for p in (EXACT, PICTURE))
+        self.encoder = Encoder(config, exact)
+        self.quant_conv = exact.conv(config.z_channels, config.embed_dim, 1)
         self.quantize = Codebook(config.num_codes, config.embed_dim, rngs=rngs)
-        self.post_quant_conv = _conv(config.embed_dim, config.z_channels, 1, rngs, PICTURE)
-        self.decoder = Decoder(config, rngs=rngs)
+        self.post_quant_conv = picture.conv(config.embed_dim, config.z_channels, 1)
+        self.decoder = Decoder(config, picture)
 
     def latents(self, pixels: Float[Array, "b h w 3"]) -> Float[Array, "b i j E"]:
         """What the codebook is asked for."""
@@ -109,22 +112,43 @@ class Codebook(nnx.Module):
         return self.embedding[...].at[codes].get(out_sharding=P(*sharding.spec, None))
 
 
+class Parts(NamedTuple):
+    """What every layer of one half is made with."""
+
+    rngs: nnx.Rngs
+    precision: jax.lax.Precision
+    norm_groups: int
+
+    def conv(self, width: int, out: int, size: int) -> nnx.Conv:
+        kernel = (size, size)
+        return nnx.Conv(
+            width, out, kernel, padding="SAME", precision=self.precision, rngs=self.rngs
+        )
+
+    def norm(self, width: int) -> nnx.GroupNorm:
+        # The fast variance (E[x^2] - E[x]^2) cancels in fp32 when the mean is large.
+        groups = self.norm_groups
+        return nnx.GroupNorm(
+            width, num_groups=groups, epsilon=EPS, use_fast_variance=False, rngs=self.rngs
+        )
+
+
 class Encoder(nnx.Module):
     """Pixels to latents of Z channels at 1 / 2^(levels - 1) of the size."""
 
-    def __init__(self, config: VQ, *, rngs: nnx.Rngs):
+    def __init__(self, config: VQ, parts: Parts):
         widths = [config.channels * m for m in config.channel_mult]
-        self.conv_in = _conv(3, config.channels, 3, rngs, EXACT)
+        self.conv_in = parts.conv(3, config.channels, 3)
         self.down = nnx.List()
         width = config.channels
         for level, out in enumerate(widths):
             blocks = [width] + [out] * (config.num_res_blocks - 1)
             last = level == len(widths) - 1
-            self.down.append(Level(blocks, out, None if last else "downsample", rngs, EXACT))
+            self.down.append(Level(blocks, out, None if last else "downsample", parts))
             width = out
-        self.mid = Mid(width, rngs, EXACT)
-        self.norm_out = _norm(width, rngs)
-        self.conv_out = _conv(width, config.z_channels, 3, rngs, EXACT)
+        self.mid = Mid(width, parts)
+        self.norm_out = parts.norm(width)
+        self.conv_out = parts.conv(width, config.z_channels, 3)
 
     def __call__(self, x: Float[Array, "b h w 3"]) -> Float[Array, "b i j Z"]:
         x = self.conv_in(x)
@@ -136,19 +160,19 @@ class Encoder(nnx.Module):
 class Decoder(nnx.Module):
     """Latents of Z channels to pixels."""
 
-    def __init__(self, config: VQ, *, rngs: nnx.Rngs):
+    def __init__(self, config: VQ, parts: Parts):
         widths = [config.channels * m for m in config.channel_mult]
         width = widths[-1]
-        self.conv_in = _conv(config.z_channels, width, 3, rngs, PICTURE)
-        self.mid = Mid(width, rngs, PICTURE)
+        self.conv_in = parts.conv(config.z_channels, width, 3)
+        self.mid = Mid(width, parts)
         up = []
         for level, out in reversed(list(enumerate(widths))):
             blocks = [width] + [out] * config.num_res_blocks
-            up.append(Level(blocks, out, "upsample" if level else None, rngs, PICTURE))
+            up.append(Level(blocks, out, "upsample" if level else None, parts))
             width = out
         self.up = nnx.List(up[::-1])  # up.0 is the full size, as in the checkpoint
-        self.norm_out = _norm(width, rngs)
-        self.conv_out = _conv(width, 3, 3, rngs, PICTURE)
+        self.norm_out = parts.norm(width)
+        self.conv_out = parts.conv(width, 3, 3)
 
     def __call__(self, z: Float[Array, "b i j Z"]) -> Float[Array, "b h w 3"]:
         x = self.mid(self.conv_in(z))
@@ -160,17 +184,10 @@ class Decoder(nnx.Module):
 class Level(nnx.Module):
     """Residual blocks at one size, then a change of size (`downsample`, `upsample` or none)."""
 
-    def __init__(
-        self,
-        widths: list[int],
-        out: int,
-        change: str | None,
-        rngs: nnx.Rngs,
-        precision: jax.lax.Precision,
-    ):
-        self.block = nnx.List([ResBlock(w, out, rngs, precision) for w in widths])
-        self.downsample = Downsample(out, rngs, precision) if change == "downsample" else None
-        self.upsample = Upsample(out, rngs, precision) if change == "upsample" else None
+    def __init__(self, widths: list[int], out: int, change: str | None, parts: Parts):
+        self.block = nnx.List([ResBlock(w, out, parts) for w in widths])
+        self.downsample = Downsample(out, parts) if change == "downsample" else None
+        self.upsample = Upsample(out, parts) if change == "upsample" else None
 
     def __call__(self, x: Float[Array, "b i j C"]) -> Float[Array, "b k l D"]:
         for block in self.block:
@@ -183,10 +200,10 @@ class Level(nnx.Module):
 class Mid(nnx.Module):
     """Block, attention over all places, block."""
 
-    def __init__(self, width: int, rngs: nnx.Rngs, precision: jax.lax.Precision):
-        self.block_1 = ResBlock(width, width, rngs, precision)
-        self.attn_1 = Attention(width, rngs, precision)
-        self.block_2 = ResBlock(width, width, rngs, precision)
+    def __init__(self, width: int, parts: Parts):
+        self.block_1 = ResBlock(width, width, parts)
+        self.attn_1 = Attention(width, parts)
+        self.block_2 = ResBlock(width, width, parts)
 
     def __call__(self, x: Float[Array, "b i j C"]) -> Float[Array, "b i j C"]:
         return self.block_2(self.attn_1(self.block_1(x)))
@@ -195,12 +212,12 @@ class Mid(nnx.Module):
 class ResBlock(nnx.Module):
     """x + conv(swish(norm(conv(swish(norm(x)))))); a 1x1 `nin_shortcut` where the width changes."""
 
-    def __init__(self, width: int, out: int, rngs: nnx.Rngs, precision: jax.lax.Precision):
-        self.norm1 = _norm(width, rngs)
-        self.conv1 = _conv(width, out, 3, rngs, precision)
-        self.norm2 = _norm(out, rngs)
-        self.conv2 = _conv(out, out, 3, rngs, precision)
-        self.nin_shortcut = None if width == out else _conv(width, out, 1, rngs, precision)
+    def __init__(self, width: int, out: int, parts: Parts):
+        self.norm1 = parts.norm(width)
+        self.conv1 = parts.conv(width, out, 3)
+        self.norm2 = parts.norm(out)
+        self.conv2 = parts.conv(out, out, 3)
+        self.nin_shortcut = None if width == out else parts.conv(width, out, 1)
 
     def __call__(self, x: Float[Array, "b i j C"]) -> Float[Array, "b i j D"]:
         y = self.conv1(nnx.swish(self.norm1(x)))
@@ -211,13 +228,13 @@ class ResBlock(nnx.Module):
 class Attention(nnx.Module):
     """One head over all places of an image, on a residual branch."""
 
-    def __init__(self, width: int, rngs: nnx.Rngs, precision: jax.lax.Precision):
-        self.norm = _norm(width, rngs)
-        self.q = _conv(width, width, 1, rngs, precision)
-        self.k = _conv(width, width, 1, rngs, precision)
-        self.v = _conv(width, width, 1, rngs, precision)
-        self.proj_out = _conv(width, width, 1, rngs, precision)
-        self.precision = precision
+    def __init__(self, width: int, parts: Parts):
+        self.norm = parts.norm(width)
+        self.q = parts.conv(width, width, 1)
+        self.k = parts.conv(width, width, 1)
+        self.v = parts.conv(width, width, 1)
+        self.proj_out = parts.conv(width, width, 1)
+        self.precision = parts.precision
 
     def __call__(self, x: Float[Array, "b i j C"]) -> Float[Array, "b i j C"]:
         y = self.norm(x)
@@ -231,15 +248,15 @@ class Attention(nnx.Module):
 class Downsample(nnx.Module):
     """Half the size; the padding is one row below and one column right, as in the checkpoint."""
 
-    def __init__(self, width: int, rngs: nnx.Rngs, precision: jax.lax.Precision):
+    def __init__(self, width: int, parts: Parts):
         self.conv = nnx.Conv(
             width,
             width,
             (3, 3),
             strides=2,
             padding=((0, 1), (0, 1)),
-            precision=precision,
-            rngs=rngs,
+            precision=parts.precision,
+            rngs=parts.rngs,
         )
 
     def __call__(self, x: Float[Array, "b i j C"]) -> Float[Array, "b k l C"]:
@@ -249,22 +266,11 @@ class Downsample(nnx.Module):
 class Upsample(nnx.Module):
     """Twice the size by repeating every place, then a convolution."""
 
-    def __init__(self, width: int, rngs: nnx.Rngs, precision: jax.lax.Precision):
-        self.conv = _conv(width, width, 3, rngs, precision)
+    def __init__(self, width: int, parts: Parts):
+        self.conv = parts.conv(width, width, 3)
 
     def __call__(self, x: Float[Array, "b i j C"]) -> Float[Array, "b k l C"]:
         b, i, j, c = x.shape
         x = jnp.broadcast_to(x[:, :, None], (b, i, 2, j, c)).reshape(b, 2 * i, j, c)
         x = jnp.broadcast_to(x[:, :, :, None], (b, 2 * i, j, 2, c))
         return self.conv(x.reshape(b, 2 * i, 2 * j, c))
-
-
-def _conv(
-    width: int, out: int, size: int, rngs: nnx.Rngs, precision: jax.lax.Precision
-) -> nnx.Conv:
-    return nnx.Conv(width, out, (size, size), padding="SAME", precision=precision, rngs=rngs)
-
-
-def _norm(width: int, rngs: nnx.Rngs) -> nnx.GroupNorm:
-    # The fast variance (E[x^2] - E[x]^2) cancels in fp32 when the mean is large.
-    return nnx.GroupNorm(width, num_groups=GROUPS, epsilon=EPS, use_fast_variance=False, rngs=rngs)

@@ -29,7 +29,7 @@ def settings(**changes: object):
         compute_dtype="float32",
         remat="none",
     )
-    c.vq.update(image_size=4, channels=32, channel_mult=(1, 1), num_codes=16)
+    c.vq.update(image_size=4, channels=32, channel_mult=(1, 1), num_codes=16, norm_groups=32)
     c.lora.update(rank=4, alpha=4.0, dropout=0.1)
     c.data.update(train="", validation="", seq_len=32, batch_size=8)
     c.optim.update(peak_lr=1e-2)

@@ -43,6 +43,7 @@ PICTURE = VQ(  # 2 x 2 codes
     z_channels=8,
     embed_dim=8,
     num_codes=16,
+    norm_groups=32,
 )
 CODES = 4
 SAMPLE = Sample(

@@ -26,6 +26,7 @@ SMALL = VQ(
     z_channels=8,
     embed_dim=8,
     num_codes=64,
+    norm_groups=32,
 )
 
 

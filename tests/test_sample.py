@@ -21,8 +21,8 @@ from data.sample.documents import (
     pretraining_documents,
 )
 from data.sample.manifest import FACTS, SOURCES, check_groups, check_row, read_manifest
-from data.sample.phrases import caption, phrase
-from data.sample.questions import closed_questions, mcq_questions
+from data.sample.phrases import NOUNS, a, caption, phrase
+from data.sample.questions import checklists, closed_questions, mcq_questions
 from data.sample.sources import PACKAGES, Archive
 from data.sample.splits import split_of
 
@@ -131,10 +131,11 @@ def test_generation_and_interleaved_answers_hold_the_picture(documents):
             assert (IMAGE in answer) == makes, document["id"]
 
 
-def test_pretraining_is_prose(rows):
+def test_pretraining_asks_nothing_about_a_picture(rows):
     for document in pretraining_documents(rows, seed=0):
-        assert SEPARATOR not in document["text"] and "?" not in document["text"]
-        assert document["turns"] == 0 and document["task"] == "Pretraining"
+        assert document["text"].count(SEPARATOR) == document["turns"]
+        assert not document["image_path"] or "?" not in document["text"]
+        assert document["turns"] <= 1 and document["task"] == "Pretraining"
         assert document["text"].count(IMAGE) == (document["image_path"] != "")
 
 
@@ -163,6 +164,22 @@ def test_closed_questions_are_balanced_per_template_and_asked_value(rows, split,
             assert (question.row[field] == question.value) == (question.answer == "yes")
     assert set(template.values()) == set(value.values()) == {0}
     assert len(template) == 6
+
+
+def test_checklists_are_true_and_even(rows):
+    chosen = [row for row in rows if row["split"] == "train"]
+    counts = Counter()
+    kinds = {a(noun) for noun in NOUNS.values()}
+    for row, text in checklists(chosen, seed=0):
+        own = a(NOUNS[row["modality"]])
+        for words, answer in (line.split(":") for line in text.split("\n")):
+            counts[words, answer] += 1
+            if words in kinds:
+                assert (words == own) == (answer == "yes"), (row["id"], text)
+            if words in ("axial", "coronal", "sagittal"):
+                assert (words == row["plane"]) == (answer == "yes"), (row["id"], text)
+    assert {words for words, _ in counts} >= kinds
+    assert all(counts[words, "yes"] == counts[words, "no"] for words, _ in counts)
 
 
 def test_eval_answers_fit_their_kind(rows, items):

@@ -33,6 +33,7 @@ def settings(case: cases.Case) -> config.VQ:
         z_channels=case.z_channels,
         embed_dim=case.embed_dim,
         num_codes=case.num_codes,
+        norm_groups=32,
     )
 
 

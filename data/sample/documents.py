@@ -31,6 +31,7 @@ from data.sample.phrases import (
 from data.sample.questions import (
     Question,
     asked_values,
+    checklists,
     closed_questions,
     mcq_questions,
     open_questions,
@@ -42,7 +43,6 @@ __all__ = [
     "check_groups",
     "eval_items",
     "instruction_documents",
-    "language_documents",
     "pretraining_documents",
     "read_manifest",
 ]
@@ -57,6 +57,7 @@ REPORT = (
     "Examine this medical image and document your observations "
     "in a standard clinical report format."
 )
+CHECKLISTS = 12  # of each picture in one round of pretraining
 EXPLAIN = (
     "Could you explain what {} looks like?",
     "What does {} look like?",
@@ -88,42 +89,36 @@ def instruction_documents(rows: list[dict], seed: int) -> list[dict]:
 
 
 def pretraining_documents(rows: list[dict], seed: int) -> list[dict]:
-    """Prose without questions or separators, for the base model: six documents a picture."""
+    """For the base model: prose and checklists about pictures, and no question about one.
+
+    A checklist stands behind a separator, so that `release` scores its lines and not the picture:
+    the few answers would drown in image tokens. The words of questions and answers are there too,
+    without the pictures: adapters leave the output rows as they are, and could not teach the letter
+    B to a base model that has never written one. Which answer is right, these words cannot tell.
+    """
     rng = random.Random(f"{seed} pretraining")
     out = []
     for row in rows:
         for _ in range(_repeats(row, rows)):
-            general = GLOSSARY[row["modality"]]
             texts = (
                 f"{IMAGE}{caption(row, rng)}",
                 f"{IMAGE}{_prose(row, rng)}",
                 f"{caption(row, rng)}{IMAGE}",
                 f"{upper(phrase(row))}.{IMAGE}{details(row)}",
-                f"{general} {caption(row, rng)}",
-                f"{_prose(row, rng)} {general}",
+                f"{GLOSSARY[row['modality']]} {caption(row, rng)}",
             )
             out += [_document(row, text.strip(), "Pretraining", turns=0) for text in texts]
-    return _numbered(out, "pre")
+    for turn in range(CHECKLISTS):
+        for row, text in checklists(rows, seed * CHECKLISTS + turn):
+            out.append(_document(row, f"{IMAGE}{SEPARATOR}{text}", "Pretraining"))
+    spoken = rng.sample(instruction_documents(rows, seed), len(rows))
+    return _numbered(out, "pre") + [_without_picture(document) for document in spoken]
 
 
-def language_documents(rows: list[dict], seed: int) -> list[dict]:
-    """The prose, and the words of questions and answers without pictures or separators.
-
-    A base model that has never written "yes" or "B" cannot learn to by adapters: its output rows
-    of these words are frozen as they were. Which answer is right cannot be told from the words.
-    """
-    spoken = [
-        document
-        | {
-            "id": f"lang-{document['id']}",
-            "text": document["text"].replace(IMAGE, "").replace(SEPARATOR, " ").strip(),
-            "image_path": "",
-            "task": "Pretraining",
-            "turns": 0,
-        }
-        for document in instruction_documents(rows, seed)
-    ]
-    return pretraining_documents(rows, seed) + spoken
+def _without_picture(document: dict) -> dict:
+    words = document["text"].replace(IMAGE, "").replace(SEPARATOR, " ").strip()
+    changed = dict(id=f"words-{document['id']}", text=words, image_path="", task="Pretraining")
+    return document | changed | dict(turns=0)
 
 
 def eval_items(rows: list[dict], seed: int, split: str = "test") -> list[dict]:

@@ -3,6 +3,7 @@
     closed   as many "yes" as "no" per asked value: "Is this an MRI?" is right half of the time
     mcq      the right letter goes round A B C D; common values are thinned
     open     the value itself
+    claims   the values of closed questions without the question, for the base model
 
 A `Question` names its template, so that an image-blind guesser (the commonest answer of a template)
 can be scored beside the model.
@@ -135,6 +136,22 @@ def _balanced(
             prompt = wording.format(words)
             out.append(Question(row, f"closed/{family.template}", "closed", value, prompt, answer))
     return out
+
+
+def checklists(rows: list[dict], seed: int) -> list[tuple[dict, str]]:
+    """(row, text) once a row: its closed questions as lines, in any order.
+
+    "an MRI:yes\nthe heart:no\na CT:no". Per value "yes" stands as often as "no".
+    """
+    rng = random.Random(f"{seed} checklists")
+    words = {f"closed/{family.template}": family.words for family in CLOSED}
+    lines: dict[str, list[str]] = {row["id"]: [] for row in rows}
+    for question in closed_questions(rows, seed, 1):
+        line = f"{words[question.template](question.value)}:{question.answer}"
+        lines[question.row["id"]].append(line)
+    for of_row in lines.values():
+        rng.shuffle(of_row)
+    return [(row, "\n".join(lines[row["id"]])) for row in rows if lines[row["id"]]]
 
 
 def asked_values(rows: list[dict]) -> set[str]:
