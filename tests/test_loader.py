@@ -13,7 +13,7 @@ from medmax_jax import config
 from medmax_jax.config import Vocab
 from medmax_jax.vocab import BOI, BOS, EOI, EOS, PAD, SEP, is_image
 
-VOCAB = Vocab(size=9_728, image_codes=512, text_start=8_712)
+VOCAB = Vocab(size=9_728, image_codes=256, text_start=8_712)
 LAYOUT = Layout(vocab=VOCAB, codes_per_image=64, tokenizer="t", vqgan="v")
 SEQ, ROWS = 128, 4
 
@@ -39,8 +39,10 @@ def some(n):
     def text(k):
         return rng.integers(8_712, 9_728, k).tolist()
 
-    picture = [BOI, *rng.integers(4, 516, 64), EOI] if n % 2 else []
-    answer = [BOI, *rng.integers(4, 516, 64), EOI] if n % 6 == 0 else text(1 + n % 3)
+    picture = [BOI, *rng.integers(4, 4 + VOCAB.image_codes, 64), EOI] if n % 2 else []
+    answer = (
+        [BOI, *rng.integers(4, 4 + VOCAB.image_codes, 64), EOI] if n % 6 == 0 else text(1 + n % 3)
+    )
     return document([BOS, *picture, *text(3 + n % 20), SEP, *answer, EOS], n, turns=1)
 
 
