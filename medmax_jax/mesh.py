@@ -81,4 +81,6 @@ def put_batch(batch: Any, mesh: jax.sharding.Mesh) -> Any:
         sharding = NamedSharding(mesh, P(ROWS, *[None] * (local.ndim - 1)))
         return jax.make_array_from_process_local_data(sharding, local)
 
-    return jax.tree.map(put, batch)
+    # With several hosts JAX takes this for an implicit transfer, which the train loop forbids.
+    with jax.transfer_guard_host_to_device("allow"):
+        return jax.tree.map(put, batch)
