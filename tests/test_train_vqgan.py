@@ -35,7 +35,6 @@ def settings(tmp_path, monkeypatch):
     given.vq.update(
         image_size=32, channel_mult=(1, 1), z_channels=8, embed_dim=4, num_codes=16, norm_groups=32
     )
-    given.mesh.fsdp = 1
     given.train.update(
         manifest=str(tmp_path / "manifest.jsonl"),
         steps=6,
