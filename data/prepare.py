@@ -26,10 +26,7 @@ import numpy as np
 from data import pack, records
 from data.codes import Encoder, PrepareError, View, encode, load_encoder
 from data.documents import Document, Layout, RecordsError, counts, to_bytes
-from data.sample.documents import (
-    instruction_documents,
-    pretraining_documents,
-)
+from data.sample.documents import instruction_documents, pretraining_documents
 from data.sample.manifest import read_manifest
 from medmax_jax.config import ConfigError
 from medmax_jax.tokenizer import IMAGE_NAME, Tokenizer, TokenizerError, document_ids, segments_of

@@ -39,11 +39,12 @@ def some(n):
     def text(k):
         return rng.integers(8_712, 9_728, k).tolist()
 
-    picture = [BOI, *rng.integers(4, 4 + VOCAB.image_codes, 64), EOI] if n % 2 else []
-    answer = (
-        [BOI, *rng.integers(4, 4 + VOCAB.image_codes, 64), EOI] if n % 6 == 0 else text(1 + n % 3)
-    )
-    return document([BOS, *picture, *text(3 + n % 20), SEP, *answer, EOS], n, turns=1)
+    def picture():
+        return [BOI, *rng.integers(4, 4 + VOCAB.image_codes, 64), EOI]
+
+    shown = picture() if n % 2 else []
+    answer = picture() if n % 6 == 0 else text(1 + n % 3)
+    return document([BOS, *shown, *text(3 + n % 20), SEP, *answer, EOS], n, turns=1)
 
 
 @pytest.fixture(scope="module")

@@ -117,8 +117,8 @@ def pretraining_documents(rows: list[dict], seed: int) -> list[dict]:
 
 def _without_picture(document: dict) -> dict:
     words = document["text"].replace(IMAGE, "").replace(SEPARATOR, " ").strip()
-    changed = dict(id=f"words-{document['id']}", text=words, image_path="", task="Pretraining")
-    return document | changed | dict(turns=0)
+    own = dict(id=f"words-{document['id']}", text=words, image_path="", task="Pretraining", turns=0)
+    return document | own
 
 
 def eval_items(rows: list[dict], seed: int, split: str = "test") -> list[dict]:

@@ -3,7 +3,7 @@
     closed   as many "yes" as "no" per asked value: "Is this an MRI?" is right half of the time
     mcq      the right letter goes round A B C D; common values are thinned
     open     the value itself
-    claims   the values of closed questions without the question, for the base model
+    lists    the values of closed questions without the question, for the base model
 
 A `Question` names its template, so that an image-blind guesser (the commonest answer of a template)
 can be scored beside the model.
