@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
             qk_norm_shards=1,
             swin_norm=False,
             param_dtype="bfloat16",  # fp16 overflows: the residual stream reaches about 9e4
+            quant="none",
             compute_dtype="bfloat16",
             remat="attn",
             attention="xla",

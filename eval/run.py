@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from data.sample.documents import eval_items
 from data.sample.manifest import read_manifest
 from eval import loop, report, scoring, tasks
-from medmax_jax import cli, generate
+from medmax_jax import cli, export, generate
 from medmax_jax.config import Mesh, Sample, build, to_dict
 from medmax_jax.mesh import make_mesh
 
@@ -203,11 +203,10 @@ def _baselines(records, swapped, found: Suite, numbers: dict[str, int]) -> list[
 def _claim(workdir: Path, settings: Settings, folder: str, adapter: str, found: Suite) -> None:
     """Writes down what this workdir evaluates, or raises if it is something else."""
     items = json.dumps([dataclasses.asdict(item) for item in found.items], sort_keys=True)
-    weights = Path(folder) / "model.safetensors"
     tuned = Path(adapter) / "adapter.safetensors" if adapter else None
     facts = {
         "sample": to_dict(settings.sample),
-        "model": generate.fingerprint(weights) if weights.is_file() else "",
+        "model": export.identity(folder) if folder else "",
         "adapter": generate.fingerprint(tuned) if tuned and tuned.is_file() else "",
         "items": hashlib.sha256(items.encode()).hexdigest(),
     }

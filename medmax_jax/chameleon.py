@@ -26,6 +26,7 @@ from medmax_jax.attention import attend, cache_mask, packed_mask, write_cache
 from medmax_jax.config import Lora, Model, Vocab
 from medmax_jax.layers import Embed, HeadNorm, Linear, RMSNorm, matmul, rope, rope_angles
 from medmax_jax.mesh import ACT, CACHE, DOWN, HEADS, HID, LOGITS, UP, placed
+from medmax_jax.quant import TILE
 
 NO_LORA = Lora(rank=0, alpha=0.0, dropout=0.0)  # the head has no adapter
 
@@ -47,7 +48,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: Model, lora: Lora, *, keys: Key[Array, "4 2"]):
         wide, narrow = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
-        common = dict(dtype=config.param_dtype, lora=lora)
+        common = dict(dtype=config.param_dtype, kind=config.quant, lora=lora)
         self.q_proj = Linear(config.hidden_size, wide, spec=UP, keys=keys[0], **common)
         self.k_proj = Linear(config.hidden_size, narrow, spec=UP, keys=keys[1], **common)
         self.v_proj = Linear(config.hidden_size, narrow, spec=UP, keys=keys[2], **common)
@@ -77,7 +78,7 @@ class MLP(nnx.Module):
 
     def __init__(self, config: Model, lora: Lora, *, keys: Key[Array, "3 2"]):
         dim, hidden = config.hidden_size, config.intermediate_size
-        common = dict(dtype=config.param_dtype, lora=lora)
+        common = dict(dtype=config.param_dtype, kind=config.quant, lora=lora)
         self.gate_proj = Linear(dim, hidden, spec=UP, keys=keys[0], **common)
         self.up_proj = Linear(dim, hidden, spec=UP, keys=keys[1], **common)
         self.down_proj = Linear(hidden, dim, spec=DOWN, keys=keys[2], **common)
@@ -127,8 +128,9 @@ class Chameleon(nnx.Module):
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         keys = jax.random.split(key_head)
         self.lm_head = Linear(
-            config.hidden_size, vocab.size, spec=UP, dtype=dtype, lora=NO_LORA, keys=keys
-        )
+            config.hidden_size, vocab.size, spec=UP, dtype=dtype, kind="none", lora=NO_LORA,
+            keys=keys,
+        )  # fmt: skip
         self.config = config
 
     def hidden(
@@ -277,6 +279,13 @@ def _check_mesh(config: Model, vocab: Vocab) -> None:
         },
         "fsdp": {"model.hidden_size": config.hidden_size},
     }
+    if config.quant == "nf4":  # quant.TILE rows share a scale, and stay together
+        wide = config.num_heads * config.head_dim
+        sizes["tp"] |= {
+            "model.intermediate_size / 64": config.intermediate_size // TILE,
+            "model.num_heads x head_dim / 64": wide // TILE,
+        }
+        sizes["fsdp"] |= {"model.hidden_size / 64": config.hidden_size // TILE}
     for axis, fields in sizes.items():
         for name, value in fields.items():
             if value % mesh.shape[axis]:

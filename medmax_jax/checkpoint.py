@@ -126,6 +126,18 @@ def damage(folder: pathlib.Path) -> str:
     return ""
 
 
+def newest(folder: str | os.PathLike) -> tuple[int, dict[str, Any], dict]:
+    """(step, arrays by name, meta) of the newest sound step, for reading only."""
+    folder = pathlib.Path(folder)
+    steps = (int(e.name) for e in folder.glob("*") if e.name.isdigit())
+    for step in sorted(steps, reverse=True):
+        if not damage(folder / str(step)):
+            meta = json.loads((folder / str(step) / "meta" / "metadata").read_text())
+            with ocp.StandardCheckpointer() as reader:
+                return step, reader.restore((folder / str(step) / "state").absolute()), meta
+    raise CheckpointError(f"{folder}: holds no sound checkpoint; train on, or name another run")
+
+
 def check_meta(saved: dict, now: dict) -> list[str]:
     """The harmless differences; raises CheckpointError where the run cannot continue from there."""
     harmless = []

@@ -42,6 +42,7 @@ class Model:
     )
     swin_norm: bool  # 30B: norms after attention and MLP instead of before
     param_dtype: str  # of the frozen base
+    quant: str  # none | int8 | nf4: of the matrices inside its layers
     compute_dtype: str
     remat: str  # none | attn | qkv_attn | all
     attention: str  # xla
@@ -154,6 +155,7 @@ class Run:
 CHOICES = {
     "model.param_dtype": ("float32", "bfloat16"),
     "model.compute_dtype": ("float32", "bfloat16"),
+    "model.quant": ("none", "int8", "nf4"),
     "model.remat": ("none", "attn", "qkv_attn", "all"),
     "model.attention": ("xla",),
     "data.mask": ("answers", "release"),
@@ -284,6 +286,14 @@ def _check_sizes(run: Run) -> None:
     _rule(not (adapters and full), "lora.rank", run.lora.rank, "0 when train.trains is full")
     exact = m.param_dtype == "float32" or not full  # bfloat16 would round small updates away
     _rule(exact, "model.param_dtype", m.param_dtype, "float32 when train.trains is full")
+    if m.quant == "nf4":
+        for name in ("hidden_size", "intermediate_size"):
+            _rule(getattr(m, name) % 64 == 0, f"model.{name}", getattr(m, name), "a multiple of 64")
+        wide = m.num_heads * m.head_dim
+        _rule(wide % 64 == 0, "model.num_heads", m.num_heads, "x head_dim a multiple of 64 for nf4")
+    whole = m.quant == "none"  # quantised matrices are made by convert, and nothing trains them
+    _rule(whole or not full, "model.quant", m.quant, "none when train.trains is full")
+    _rule(whole or run.train.init_from, "train.init_from", "", f"set: weights in {m.quant}")
     _rule(0 <= run.lora.dropout < 1, "lora.dropout", run.lora.dropout, "in [0, 1)")
     _rule(
         0 <= run.optim.warmup_ratio < 1, "optim.warmup_ratio", run.optim.warmup_ratio, "in [0, 1)"

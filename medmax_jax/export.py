@@ -1,23 +1,27 @@
 """Folders that other programs read: whole models, and adapters for one base model.
 
-    model/     config.json {vocab, model, vq}, model.safetensors; tokenizer.json, vqgan.safetensors
+    model/     config.json {vocab, model, vq}, tokenizer.json, vqgan.safetensors, and the weights:
+               model.safetensors, one file; or model.zarr/, which convert makes of large models
     adapter/   adapter_config.json, adapter.safetensors
 
-A folder appears whole or not at all, in place of an older one.
+A folder appears whole or not at all, in place of an older one. A model may lie under gs://.
 """
 
+import hashlib
 import json
 import os
 import pathlib
 import shutil
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jaxtyping import PyTree
 
-from medmax_jax import config, weights
-from medmax_jax.checkpoint import sha256
+from medmax_jax import arrays, config, weights
+from medmax_jax.storage import Folder, StorageError
 
+SMALL, LARGE = "model.safetensors", "model.zarr"
 TOOLS = ("tokenizer.json", "vqgan.safetensors")  # what a model folder needs beside the model
 FREE = ("param_dtype", "compute_dtype", "remat", "attention")  # how a model runs, not what it is
 
@@ -26,11 +30,31 @@ class ExportError(RuntimeError):
     """A model folder that does not fit the run; the message names the field."""
 
 
-def adapter(
-    target: pathlib.Path, adapters: PyTree, run: config.Run, *, base: str, data: str, step: int
-) -> None:
-    """The trained adapters, and which base weights and records they belong to (sha256 each)."""
-    facts = config.to_dict(run.lora) | {"base": base, "data": data, "step": step}
+def load(folder: str | os.PathLike, like: PyTree) -> PyTree:
+    """The weights of a model folder, as `weights.load` and `arrays.load` give them."""
+    if Folder(folder).has(SMALL):
+        return weights.load(pathlib.Path(folder) / SMALL, like)
+    return arrays.load(Folder(f"{str(folder).rstrip('/')}/{LARGE}"), like)
+
+
+def identity(folder: str | os.PathLike) -> str:
+    """What an adapter calls its base: the file's sha256, or the fingerprint that convert noted."""
+    place = Folder(folder)
+    if place.has(SMALL):
+        return hashlib.sha256(place.read(SMALL)).hexdigest()
+    found = place.json("config.json")
+    try:
+        return found["weights"]["fingerprint"]
+    except (TypeError, KeyError) as error:
+        raise ExportError(
+            f"{folder}: has neither {SMALL} nor a fingerprint in config.json; convert it again "
+            "(python -m medmax_jax.convert --help)"
+        ) from error
+
+
+def adapter(target: pathlib.Path, adapters: PyTree, run: config.Run, facts: dict[str, Any]) -> None:
+    """The trained adapters, and what they belong to: `facts` has base, data, step, sources."""
+    facts = config.to_dict(run.lora) | facts
 
     def fill(folder: pathlib.Path) -> None:
         weights.save(folder / "adapter.safetensors", adapters, _note(facts))
@@ -44,15 +68,15 @@ def model(
     target: pathlib.Path, base: PyTree, run: config.Run, *, data: str, step: int
 ) -> list[str]:
     """A whole model; the tools come from train.init_from. Returns the names that are missing."""
-    source = pathlib.Path(run.train.init_from) if run.train.init_from else None
-    found = [name for name in TOOLS if source and (source / name).is_file()]
+    source = Folder(run.train.init_from) if run.train.init_from else None
+    found = [name for name in TOOLS if source and source.has(name)]
 
     def fill(folder: pathlib.Path) -> None:
-        weights.save(folder / "model.safetensors", base, _note({"data": data, "step": step}))
+        weights.save(folder / SMALL, base, _note({"data": data, "step": step}))
         if jax.process_index() == 0:
             _write_json(folder / "config.json", _sections(run))
             for name in found:
-                shutil.copyfile(source / name, folder / name)
+                (folder / name).write_bytes(source.read(name))
 
     _replace(target, fill)
     return [name for name in TOOLS if name not in found]
@@ -64,13 +88,11 @@ def check_base(folder: str, run: config.Run, *, tokenizer: str, vqgan: str) -> N
     Heads, RoPE and norms leave no trace in the shapes of the weights, so the settings are compared.
     `tokenizer`, `vqgan`: sha256 of what made the records; empty where unknown.
     """
-    path = pathlib.Path(folder) / "config.json"
+    place = Folder(folder)
     try:
-        have = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ExportError(
-            f"{path}: {error}; config.train.init_from must name a model folder"
-        ) from error
+        have = place.json("config.json")
+    except StorageError as error:
+        raise ExportError(f"{error}; config.train.init_from must name a model folder") from error
     for section, fields in _sections(run).items():
         for field, value in fields.items():
             other = have.get(section, {}).get(field)
@@ -80,8 +102,8 @@ def check_base(folder: str, run: config.Run, *, tokenizer: str, vqgan: str) -> N
                     "use the config of that model"
                 )
     for name, digest in zip(TOOLS, (tokenizer, vqgan), strict=True):
-        tool = pathlib.Path(folder) / name
-        if digest and tool.is_file() and sha256(tool) != digest:
+        held = digest and place.has(name)
+        if held and hashlib.sha256(place.read(name)).hexdigest() != digest:
             raise ExportError(
                 f"the records were made with another {name} than that of {folder}; "
                 "prepare them again with the files of this folder"

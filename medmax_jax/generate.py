@@ -29,7 +29,7 @@ from flax import nnx
 from jaxtyping import Int
 from ml_collections import config_flags
 
-from medmax_jax import batching, chameleon, decoding, grammar, images, vqgan, weights
+from medmax_jax import batching, chameleon, decoding, export, grammar, images, vqgan, weights
 from medmax_jax import mesh as meshes
 from medmax_jax import vocab as ids
 from medmax_jax.batching import GenerateError
@@ -97,7 +97,7 @@ def load(
 
 
 def fingerprint(path: str | Path) -> str:
-    """sha256 of a file; of `model.safetensors` it names the base weights an adapter belongs to."""
+    """sha256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -229,22 +229,21 @@ def write(
 def _load_model(
     folder: Path, adapter: str | Path | None, config: Model, vocab: Vocab
 ) -> chameleon.Chameleon:
-    file = folder / "model.safetensors"
     if adapter is None:
-        return weights.load(file, chameleon.abstract(config, vocab, chameleon.NO_LORA))
+        return export.load(folder, chameleon.abstract(config, vocab, chameleon.NO_LORA))
     where = Path(adapter) / "adapter_config.json"
     settings = _json(where, "an adapter folder has adapter_config.json; training writes it")
     if missing := {"rank", "alpha", "dropout", "base"} - set(settings):
         raise GenerateError(f"{where}: {sorted(missing)[0]} is missing; export the adapter again")
-    if settings["base"] != fingerprint(file):
+    if settings["base"] != (found := export.identity(folder)):
         raise GenerateError(
-            f"{where}: trained on base weights {settings['base'][:12]}, but {file} is "
-            f"{fingerprint(file)[:12]}; name the model folder that it was trained from"
+            f"{where}: trained on base weights {settings['base'][:12]}, but {folder} has "
+            f"{found[:12]}; name the model folder that it was trained from"
         )
     lora = build(Lora, {name: settings[name] for name in ("rank", "alpha", "dropout")})
     graph, adapters, base = chameleon.split(chameleon.abstract(config, vocab, lora))
     adapters = weights.load(Path(adapter) / "adapter.safetensors", adapters)
-    return nnx.merge(graph, adapters, weights.load(file, base))
+    return nnx.merge(graph, adapters, export.load(folder, base))
 
 
 def _segments(g: Generator, written: Sequence[np.ndarray], mode: str) -> list[list[Text | Image]]:

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
+from medmax_jax import quant
 from medmax_jax.config import Lora
 from medmax_jax.mesh import ACT, EMBED
 
@@ -24,11 +25,15 @@ class Linear(nnx.Module):
     """A matrix without bias and, at rank > 0, its adapter."""
 
     def __init__(
-        self, din: int, dout: int, *, spec: P, dtype: str, lora: Lora, keys: Key[Array, "2"]
-    ):
-        """`keys`: two, of the matrix and of A."""
-        kernel = INIT_STD * jax.random.normal(keys[0], (din, dout), out_sharding=spec)
-        self.kernel = nnx.Param(kernel.astype(dtype))
+        self, din: int, dout: int, *, spec: P, dtype: str, kind: str, lora: Lora,
+        keys: Key[Array, "2"],
+    ):  # fmt: skip
+        """`kind`: config.model.quant. `keys`: two, of the matrix and of A."""
+        if kind == "none":
+            kernel = INIT_STD * jax.random.normal(keys[0], (din, dout), out_sharding=spec)
+            self.kernel = nnx.Param(kernel.astype(dtype))
+        else:
+            self.kernel = quant.Matrix(din, dout, spec=spec, kind=kind)
         self.lora = lora
         if lora.rank:
             # As peft: A uniform within 1/sqrt(din), B zero. fp32: small steps vanish in bf16.
@@ -46,7 +51,9 @@ class Linear(nnx.Module):
         self, x: Float[Array, "B T I"], out: P, *, key: PRNGKeyArray | None
     ) -> Float[Array, "B T O"]:
         """`out`: sharding of the result. `key`: adapter dropout; None for none."""
-        y = matmul(x, self.kernel[...].astype(x.dtype), out, dtype=x.dtype)
+        quantised = isinstance(self.kernel, quant.Matrix)
+        kernel = self.kernel.dense(x.dtype) if quantised else self.kernel[...].astype(x.dtype)
+        y = matmul(x, kernel, out, dtype=x.dtype)
         if not self.lora.rank:
             return y
         if key is not None and self.lora.dropout:

@@ -34,8 +34,9 @@ from data import loader
 from data.documents import RecordsError
 from data.pack import PackError
 from medmax_jax import chameleon, cli, config, export, metrics, step, weights
-from medmax_jax.checkpoint import CheckpointError, Checkpoints, check_meta, sha256
+from medmax_jax.checkpoint import CheckpointError, Checkpoints, check_meta
 from medmax_jax.mesh import make_mesh, placed, put_batch
+from medmax_jax.storage import StorageError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "safetensors")
 
@@ -45,7 +46,8 @@ class TrainError(RuntimeError):
 
 
 ERRORS = (
-    TrainError, RecordsError, PackError, CheckpointError, export.ExportError, weights.WeightsError,
+    TrainError, RecordsError, PackError, CheckpointError, StorageError, export.ExportError,
+    weights.WeightsError,
 )  # fmt: skip
 
 
@@ -255,13 +257,15 @@ def _say_stopped(job: Job, name: str, done: int) -> None:
 
 
 def _finish(job: Job, state: step.TrainState, last: dict[str, float]) -> dict[str, Any]:
-    run, facts = job.run, {"data": job.meta["data"], "step": job.run.train.steps}
+    run, facts = job.run, job.meta | {"step": job.run.train.steps}
     if run.train.trains == "lora":
         target = job.folder / "adapter"
-        export.adapter(target, state.trainable, run, base=job.meta["base"], **facts)
+        export.adapter(target, state.trainable, run, facts)
     else:
         target = job.folder / "model"
-        for name in export.model(target, state.trainable, run, **facts):
+        for name in export.model(
+            target, state.trainable, run, data=facts["data"], step=facts["step"]
+        ):
             job.writer.log(f"{target} has no {name}: config.train.init_from has none to copy")
     clock = job.clock.report()
     spent = " ".join(f"{name} {seconds:.1f}" for name, seconds in job.clock.seconds.items())
@@ -317,15 +321,14 @@ def _weights(
     if not folder:
         model = chameleon.create(run.model, run.vocab, run.lora, key=key)
         return step.split(model, run.train.trains)[1:]
-    path = pathlib.Path(folder) / "model.safetensors"
     if not lora:
-        return weights.load(path, like_trainable), like_frozen
+        return export.load(folder, like_trainable), like_frozen
 
     def adapters(key: jax.Array) -> PyTree:  # under jit, so the random base is never made
         model = chameleon.Chameleon(run.model, run.vocab, run.lora, key=key)
         return nnx.split(model, nnx.LoRAParam, ...)[1]
 
-    return None if restoring else jax.jit(adapters)(key), weights.load(path, like_frozen)
+    return None if restoring else jax.jit(adapters)(key), export.load(folder, like_frozen)
 
 
 def _state(
@@ -350,8 +353,9 @@ def _meta(run: config.Run, train_data: loader.Batches) -> dict[str, Any]:
     if folder:
         layout = records.layout
         export.check_base(folder, run, tokenizer=layout.tokenizer, vqgan=layout.vqgan)
-        base = sha256(pathlib.Path(folder) / "model.safetensors")
-    return {"config": config.to_dict(run), "base": base, "data": records.fingerprint}
+        base = export.identity(folder)
+    facts = {name: records.meta[name] for name in ("sources", "credentials")}
+    return {"config": config.to_dict(run), "base": base, "data": records.fingerprint} | facts
 
 
 def _banner(job: Job, state: step.TrainState, start: int | None, changes: list[str]) -> None:

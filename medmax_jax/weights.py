@@ -44,7 +44,7 @@ def load(path_file: str | os.PathLike, like: Any) -> Any:
     leaves, structure = jax.tree_util.tree_flatten_with_path(like)
     names = [dotted(path) for path, _ in leaves]
     with _opened(path_file) as file:
-        _check_keys(path_file, set(file.keys()), set(names))
+        check_names(path_file, set(file.keys()), set(names))
         arrays = [
             _placed(path_file, file, name, leaf)
             for name, (_, leaf) in zip(names, leaves, strict=True)
@@ -67,6 +67,14 @@ def named(tree: Any) -> dict[str, Any]:
             f"{len(leaves) - len(names)} arrays share a dotted name; rename an attribute"
         )
     return names
+
+
+def misfit(path: str | os.PathLike, name: str, shape: tuple[int, ...], leaf: Any) -> WeightsError:
+    """The error of a shape that is not the model's."""
+    return WeightsError(
+        f"{path}: {name} has shape {shape}, the model has {tuple(leaf.shape)}; use the "
+        "config that the file was written with"
+    )
 
 
 def dotted(path: tuple[Any, ...]) -> str:
@@ -94,7 +102,8 @@ def _opened(path_file: str | os.PathLike) -> Any:
         ) from e
 
 
-def _check_keys(path_file: str | os.PathLike, have: set[str], want: set[str]) -> None:
+def check_names(path_file: str | os.PathLike, have: set[str], want: set[str]) -> None:
+    """Raises WeightsError unless the file has exactly the names that the model wants."""
     extra, missing = sorted(have - want), sorted(want - have)
     if extra or missing:
         raise WeightsError(
@@ -108,10 +117,7 @@ def _placed(path_file: str | os.PathLike, file: Any, name: str, leaf: Any) -> ja
     rows = file.get_slice(name)
     shape = tuple(rows.get_shape())
     if shape != tuple(leaf.shape):
-        raise WeightsError(
-            f"{path_file}: {name} has shape {shape}, the model has {tuple(leaf.shape)}; use the "
-            "config that the file was written with"
-        )
+        raise misfit(path_file, name, shape, leaf)
     sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(
         jax.local_devices()[0]
     )

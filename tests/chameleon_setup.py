@@ -35,6 +35,7 @@ def config(case: cases.Case, **changes) -> Model:
         qk_norm_shards=case.qk_norm_shards,
         swin_norm=case.swin_norm,
         param_dtype="float32",
+        quant="none",
         compute_dtype="float32",
         remat="none",
         attention="xla",

@@ -26,6 +26,7 @@ def settings(**changes: object):
         intermediate_size=64,
         context_length=64,
         param_dtype="float32",
+        quant="none",
         compute_dtype="float32",
         remat="none",
     )

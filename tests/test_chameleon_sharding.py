@@ -32,6 +32,7 @@ MODEL = Model(
     qk_norm_shards=4,
     swin_norm=True,
     param_dtype="float32",
+    quant="none",
     compute_dtype="float32",
     remat="attn",
     attention="xla",

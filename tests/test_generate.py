@@ -31,6 +31,7 @@ MODEL = Model(
     qk_norm_shards=1,
     swin_norm=False,
     param_dtype="float32",
+    quant="none",
     compute_dtype="float32",
     remat="none",
     attention="xla",

@@ -39,7 +39,7 @@ def put(array: np.ndarray, spec: P) -> jax.Array:
 
 def linear(lora: Lora, spec: P = UP) -> layers.Linear:
     def make(keys):
-        return layers.Linear(32, 48, spec=spec, dtype="float32", lora=lora, keys=keys)
+        return layers.Linear(32, 48, spec=spec, dtype="float32", kind="none", lora=lora, keys=keys)
 
     return jax.jit(make)(jax.random.split(KEY))
 

@@ -1,0 +1,85 @@
+"""Checkpoints of the Chameleon family from one layout to another, exact in both directions.
+
+python -m medmax_jax.convert --from P --to Q --format {native,hf,meta,peft} [--base B]
+python -m medmax_jax.convert inspect P [--json]       what P is, without loading its weights
+python -m medmax_jax.convert check P                  whether P is what was published
+
+P     Meta's, Anole's or Hugging Face's checkpoint, this project's, a PEFT adapter, a training run,
+      or a vqgan.ckpt; a path or gs://bucket/prefix. Its layout is found out.
+Q     a new folder; it appears whole or not at all.
+
+An adapter or a run with --base is merged into it (native, hf, meta); without, it goes from adapter
+to adapter (native, peft). Exit codes: 0 done, 1 failed, 2 wrong usage, 75 stopped.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+
+import jax
+
+from medmax_jax.cli import DONE, ERROR, INTERRUPTED
+from medmax_jax.convert import check, inspect, run, sources
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m medmax_jax.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--from", dest="source", required=True, metavar="P")
+    parser.add_argument("--to", dest="target", required=True, metavar="Q")
+    parser.add_argument("--format", required=True, choices=run.FORMATS)
+    parser.add_argument("--base", metavar="B", help="the model that an adapter was trained on")
+    parser.add_argument("--vqgan", metavar="V", help="take the VQGAN from here (a vqgan.ckpt)")
+    parser.add_argument(
+        "--quant", default="none", choices=("none", "int8", "nf4"), help="of a native base"
+    )
+    parser.add_argument(
+        "--no_decoder", action="store_true", help="hf: leave the VQGAN's decoder out, as HF does"
+    )
+    return parser
+
+
+def _inspect_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m medmax_jax.convert inspect")
+    parser.add_argument("path", metavar="P")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    return parser
+
+
+def _run(argv: Sequence[str]) -> int:
+    if argv[:1] == ["inspect"]:
+        given = _inspect_parser().parse_args(argv[1:])
+        said = inspect.facts(sources.read(given.path))
+        print(json.dumps(said) if given.json else inspect.words(said))
+        return DONE
+    if argv[:1] == ["check"]:
+        return check.main(argv[1:])
+    given = _parser().parse_args(argv)
+    run.convert(
+        given.source, given.target, layout=given.format, base=given.base, vqgan=given.vqgan,
+        quant=given.quant, decoder=not given.no_decoder, say=lambda s: print(s, flush=True),
+    )  # fmt: skip
+    return DONE
+
+
+def main(argv: Sequence[str]) -> int:
+    """The program; returns its exit code."""
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    jax.config.update("jax_platforms", "cpu")  # nothing here needs an accelerator
+    try:
+        return _run(list(argv))
+    except KeyboardInterrupt:
+        print("stopped; nothing was left behind, the same command starts again", file=sys.stderr)
+        return INTERRUPTED
+    except sources.ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,263 @@
+"""Hugging Face's layout of the Chameleon family.
+
+    config.json                  ChameleonConfig with vocabulary_map; or of the VQGAN alone
+    model*.safetensors           names of common.py; the VQGAN under `model.vqmodel.`
+    tokenizer.json ..            hf_processor.py
+
+q_norm and k_norm have a row a head there; heads of one model-parallel shard have the same row.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from configs import base
+from medmax_jax.config import VQ, ConfigError, Model, Vocab, build
+from medmax_jax.convert import hf_processor, tensor_files, vq_names
+from medmax_jax.convert.common import (
+    Checkpoint,
+    ConvertError,
+    Tensor,
+    check_dtype,
+    language_shapes,
+    require,
+)
+from medmax_jax.storage import Folder
+
+VQ_PREFIX = "model.vqmodel."
+FIXED = dict(  # of the architecture; another value is another model
+    hidden_act="silu", attention_bias=False, mlp_bias=False, tie_word_embeddings=False,
+    rope_scaling=None,
+)  # fmt: skip
+_TORCH = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+def is_layout(config: Any) -> bool:
+    """Whether a config.json is one of this layout."""
+    return isinstance(config, dict) and str(config.get("model_type")).startswith("chameleon")
+
+
+def read(folder: Folder) -> Checkpoint:
+    """A checkpoint as transformers wrote it; raises ConvertError on anything else."""
+    config = folder.json("config.json")
+    tensors = tensor_files.read(folder)
+    for tensor in tensors.values():
+        check_dtype(tensor.dtype, tensor.where)
+    if config["model_type"] != "chameleon":
+        vq = _vq(config, folder.path)
+        return Checkpoint(
+            layout="hf", path=folder.path, model=None, vocab=None, vq=vq, language={},
+            vqgan=vq_names.check(folder.path, tensors, vq), tokenizer=None, facts={},
+        )  # fmt: skip
+    _check_architecture(config, folder.path)
+    pictures = {n.removeprefix(VQ_PREFIX): t for n, t in tensors.items() if n.startswith(VQ_PREFIX)}
+    language = {n: t for n, t in tensors.items() if not n.startswith(VQ_PREFIX)}
+    if "lm_head.weight" not in language and "model.embed_tokens.weight" in language:
+        raise ConvertError(
+            f"{folder.path}: no lm_head.weight; this family has a head of its own, so a file with "
+            "tied weights is incomplete: save it again with tie_word_embeddings=False"
+        )
+    vq = _vq(config.get("vq_config") or {}, folder.path)
+    tokenizer = bytes(folder.read("tokenizer.json")) if folder.has("tokenizer.json") else None
+    model, vocab = _model(config, language, folder.path), _vocab(config, vq, tokenizer, folder.path)
+    require(folder.path, language, language_shapes(model, vocab))
+    return Checkpoint(
+        layout="hf", path=folder.path, model=model, vocab=vocab, vq=vq, language=language,
+        vqgan=vq_names.check(folder.path, pictures, vq), tokenizer=tokenizer, facts={},
+    )  # fmt: skip
+
+
+def write(
+    folder: Folder,
+    checkpoint: Checkpoint,
+    *,
+    shard_bytes: int,
+    decoder: bool,
+    progress: Callable[[int], None],
+) -> None:
+    """The files that transformers loads. `decoder` False leaves the VQGAN's decoder out."""
+    pictures = {
+        name: tensor
+        for name, tensor in checkpoint.vqgan.items()
+        if decoder or not name.startswith("decoder.")
+    }
+    if checkpoint.language:
+        _check_head_dim(checkpoint)
+        pictures = {VQ_PREFIX + name: tensor for name, tensor in pictures.items()}
+        config = _config(checkpoint)
+        if checkpoint.tokenizer:
+            hf_processor.write(folder, checkpoint)
+            vocabulary = hf_processor.vocabulary(checkpoint.tokenizer)
+            config |= {"vocabulary_map": vocabulary, "image_token_id": vocabulary["<image>"]}
+    else:
+        config = _vq_config(checkpoint.vq) | {
+            "model_type": "chameleon_vqgan", "architectures": ["ChameleonVQVAE"],
+        }  # fmt: skip
+    tensors = checkpoint.language | pictures
+    tensor_files.write(folder, tensors, shard_bytes=shard_bytes, progress=progress)
+    text = json.dumps(config, indent=2, ensure_ascii=False)
+    folder.write("config.json", [text.encode() + b"\n"])
+
+
+def model_settings(fields: dict[str, Any], dtypes: set[str], where: str) -> Model:
+    """A Model of these fields; how it is run comes from configs/base.py and from the dtypes."""
+    run = base.get_config().model.to_dict()
+    run["param_dtype"] = run["compute_dtype"] = "float32" if dtypes == {"F32"} else "bfloat16"
+    try:
+        return build(Model, run | fields)
+    except ConfigError as error:
+        raise ConvertError(f"{where}: {error}") from error
+
+
+def _check_architecture(config: dict[str, Any], path: str) -> None:
+    for name, value in FIXED.items():
+        if (config.get(name) or value) != value:
+            raise ConvertError(
+                f"{path}/config.json: {name} is {config[name]!r}; only {value!r} is supported, "
+                "as in all published models of the family"
+            )
+    rope = config.get("rope_parameters") or {}
+    if rope.get("rope_type", "default") != "default":
+        raise ConvertError(f"{path}/config.json: rope_type {rope['rope_type']!r} is not supported")
+
+
+def _model(config: dict[str, Any], language: dict[str, Tensor], path: str) -> Model:
+    try:
+        heads = config["num_attention_heads"]
+        kv_heads = config.get("num_key_value_heads") or heads
+        rope = config.get("rope_parameters") or {}
+        fields = dict(
+            hidden_size=config["hidden_size"],
+            num_layers=config["num_hidden_layers"],
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=config["hidden_size"] // heads,
+            intermediate_size=config["intermediate_size"],
+            context_length=config.get("max_position_embeddings", 4_096),
+            rope_theta=rope.get("rope_theta", config.get("rope_theta", 10_000.0)),
+            rms_norm_eps=config.get("rms_norm_eps", 1e-5),
+            qk_norm_eps=1e-5,  # fixed in HF's ChameleonLayerNorm
+            swin_norm=bool(config.get("swin_norm")),
+        )
+        fewest = config.get("model_parallel_size") or 1
+        shards = _shards(language, heads, kv_heads, fields["num_layers"], fewest, path)
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise ConvertError(f"{path}/config.json: {error!r}; not a Chameleon config") from error
+    dtypes = {t.dtype for t in language.values()}
+    return model_settings(fields | dict(qk_norm_shards=shards), dtypes, f"{path}/config.json")
+
+
+def _shards(
+    language: dict[str, Tensor], heads: int, kv_heads: int, layers: int, fewest: int, path: str
+) -> int:
+    """How many different rows of q/k-norm gains there are: `fewest` unless the file has more."""
+    gains = []
+    for i in range(layers):
+        for norm, count in (("q_norm", heads), ("k_norm", kv_heads)):
+            for leaf in ("weight", "bias"):
+                tensor = language.get(f"model.layers.{i}.self_attn.{norm}.{leaf}")
+                if tensor is not None and len(tensor.shape) == 2 and tensor.shape[0] == count:
+                    gains.append(tensor.all())
+    for shards in range(fewest, kv_heads + 1):
+        if kv_heads % shards == 0 and all(_constant(g, shards) for g in gains):
+            return shards
+    raise ConvertError(
+        f"{path}: the q_norm and k_norm gains differ among heads that share a key head or a shard "
+        f"(model_parallel_size {fewest}); neither Meta's layout nor this one can hold that"
+    )
+
+
+def _constant(gains: np.ndarray, shards: int) -> bool:
+    grouped = gains.reshape(shards, -1, gains.shape[1])
+    return bool((grouped == grouped[:, :1]).all())
+
+
+def _vocab(config: dict[str, Any], vq: VQ, tokenizer: bytes | None, path: str) -> Vocab:
+    names = config.get("vocabulary_map") or {}
+    if tokenizer is not None:
+        names = hf_processor.vocabulary(tokenizer)
+    return vocab_settings(config.get("vocab_size"), names, vq, f"{path}/config.json")
+
+
+def vocab_settings(size: Any, names: dict[str, int], vq: VQ, where: str) -> Vocab:
+    """The vocabulary; its first text id is that of "!", the first byte symbol of the BPE."""
+    start = names.get("!", base.get_config().vocab.text_start)
+    if not isinstance(size, int) or not start < size:
+        raise ConvertError(
+            f"{where}: {size!r} ids, but text begins at {start}; not the vocabulary of this family,"
+            " or a tokenizer of another model"
+        )
+    return Vocab(size=size, image_codes=vq.num_codes, text_start=start)
+
+
+def _vq(config: dict[str, Any], path: str) -> VQ:
+    sizes = dict(
+        image_size=config.get("resolution", 512),
+        channels=config.get("base_channels", 128),
+        channel_mult=list(config.get("channel_multiplier", (1, 1, 2, 2, 4))),
+        num_res_blocks=config.get("num_res_blocks", 2),
+        z_channels=config.get("latent_channels", 256),
+        embed_dim=config.get("embed_dim", 256),
+        num_codes=config.get("num_embeddings", 8_192),
+        norm_groups=config.get("norm_groups", vq_names.TAMING_GROUPS),
+    )
+    return vq_names.settings(
+        sizes, double=config.get("double_latent"), attention=config.get("attn_resolutions"),
+        where=f"{path}/config.json, vq_config",
+    )  # fmt: skip
+
+
+def _check_head_dim(checkpoint: Checkpoint) -> None:
+    model = checkpoint.model
+    if model.head_dim * model.num_heads != model.hidden_size:
+        raise ConvertError(
+            f"{checkpoint.path}: {model.num_heads} heads of {model.head_dim} are not hidden_size "
+            f"{model.hidden_size}; HF and Meta derive the one from the others"
+        )
+
+
+def _config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """config.json for transformers 4 and 5: some fields stand there under two names."""
+    model, dtypes = checkpoint.model, {t.dtype for t in checkpoint.language.values()}
+    dtype = _TORCH["BF16" if len(dtypes) > 1 else dtypes.pop()]
+    return dict(
+        architectures=["ChameleonForConditionalGeneration"],
+        model_type="chameleon",
+        vocab_size=checkpoint.vocab.size,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.intermediate_size,
+        num_hidden_layers=model.num_layers,
+        num_attention_heads=model.num_heads,
+        num_key_value_heads=model.num_kv_heads,
+        max_position_embeddings=model.context_length,
+        rms_norm_eps=model.rms_norm_eps,
+        rope_theta=model.rope_theta,
+        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
+        model_parallel_size=model.qk_norm_shards,
+        swin_norm=model.swin_norm,
+        bos_token_id=0,
+        pad_token_id=1,
+        eos_token_id=2,
+        dtype=dtype,
+        torch_dtype=dtype,
+        vq_config=_vq_config(checkpoint.vq),
+        **FIXED,
+    )
+
+
+def _vq_config(vq: VQ) -> dict[str, Any]:
+    config = dict(
+        resolution=vq.image_size,
+        base_channels=vq.channels,
+        channel_multiplier=list(vq.channel_mult),
+        num_res_blocks=vq.num_res_blocks,
+        latent_channels=vq.z_channels,
+        embed_dim=vq.embed_dim,
+        num_embeddings=vq.num_codes,
+        double_latent=False,
+        attn_resolutions=[],
+    )
+    other = vq.norm_groups != vq_names.TAMING_GROUPS
+    return config | ({"norm_groups": vq.norm_groups} if other else {})

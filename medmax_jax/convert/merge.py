@@ -1,0 +1,57 @@
+"""Adapters into the weights they were trained on: W + alpha / rank B A, in fp32, rounded once."""
+
+import dataclasses
+
+import numpy as np
+
+from medmax_jax.convert.common import (
+    DTYPES,
+    Adapter,
+    Checkpoint,
+    ConvertError,
+    Tensor,
+    fingerprint,
+)
+
+
+def check_base(adapter: Adapter, base: Checkpoint) -> str:
+    """The base's fingerprint; raises ConvertError when the adapter belongs to another model."""
+    if base.quant != "none":
+        raise ConvertError(
+            f"{base.path}: its matrices are {base.quant}, which lost digits; give the weights that "
+            "it was made from as --base"
+        )
+    for name, (a, b) in adapter.matrices.items():
+        shape = (b.shape[0], a.shape[1])
+        have = base.language[name].shape if name in base.language else None
+        if have != shape:
+            raise ConvertError(
+                f"{adapter.path}: an adapter for {name} {shape}, but in {base.path} it is {have}; "
+                "an adapter for another base"
+            )
+    found, wanted = fingerprint(base), adapter.facts.get("base")
+    if wanted and wanted != found:
+        raise ConvertError(
+            f"{adapter.path}: was trained on base weights {wanted[:12]}, {base.path} has "
+            f"{found[:12]}; give the base that it was trained from"
+        )
+    return found
+
+
+def merged(base: Checkpoint, adapter: Adapter) -> Checkpoint:
+    """The base with the adapter in its matrices, each in the dtype that it has there."""
+    language = dict(base.language)
+    scale = np.float32(adapter.lora.alpha / adapter.lora.rank)
+    for name, (a, b) in adapter.matrices.items():
+        language[name] = _sum(language[name], a, b, scale)
+    return dataclasses.replace(base, language=language)
+
+
+def _sum(weight: Tensor, a: Tensor, b: Tensor, scale: np.float32) -> Tensor:
+    def block(rows: slice, columns: slice) -> np.ndarray:
+        left = b.block(rows, slice(None)).astype(np.float32)
+        right = a.block(slice(0, a.shape[0]), columns).astype(np.float32)
+        whole = weight.block(rows, columns).astype(np.float32) + scale * (left @ right)
+        return whole.astype(DTYPES[weight.dtype])
+
+    return Tensor(weight.shape, weight.dtype, block, weight.where)

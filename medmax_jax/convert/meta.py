@@ -1,0 +1,309 @@
+"""Meta's layout, as Chameleon, Anole and MedMax are published.
+
+    models/7b/consolidated.pth                  or one file a model-parallel shard:
+    models/30b/consolidated.00.pth .. 03.pth    see TABLE for what is split how
+    models/7b/params.json, consolidate_params.json
+    tokenizer/text_tokenizer.json               and text_tokenizer_modified.json
+    tokenizer/vqgan.ckpt, vqgan.yaml            taming-transformers' VQGAN
+
+A path may be the folder above `models`, or the one that holds consolidated*.pth. RoPE turns the
+pairs (x[2j], x[2j + 1]) there, so the rows of q and k, and their gains, stand in another order.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from medmax_jax import pth
+from medmax_jax.config import Model
+from medmax_jax.convert import hf_processor, meta_vqgan
+from medmax_jax.convert.common import (
+    Checkpoint,
+    ConvertError,
+    Tensor,
+    check_dtype,
+    finite,
+    language_shapes,
+    require,
+)
+from medmax_jax.convert.hf import model_settings, vocab_settings
+from medmax_jax.convert.meta_shards import (
+    COLUMNS,
+    COPIES,
+    ROWS,
+    gains,
+    gains_to_meta,
+    joined,
+    to_meta,
+    turned_to_hf,
+    unfused,
+)
+from medmax_jax.storage import Folder
+
+TABLE = {  # Meta's name -> (canonical name, its split); {} is the layer
+    "tok_embeddings.weight": ("model.embed_tokens.weight", COLUMNS),
+    "layers.{}.attention.wq.weight": ("model.layers.{}.self_attn.q_proj.weight", ROWS),
+    "layers.{}.attention.wk.weight": ("model.layers.{}.self_attn.k_proj.weight", ROWS),
+    "layers.{}.attention.wv.weight": ("model.layers.{}.self_attn.v_proj.weight", ROWS),
+    "layers.{}.attention.wo.weight": ("model.layers.{}.self_attn.o_proj.weight", COLUMNS),
+    "layers.{}.attention.q_normalization.weight": ("model.layers.{}.self_attn.q_norm.weight", ROWS),
+    "layers.{}.attention.q_normalization.bias": ("model.layers.{}.self_attn.q_norm.bias", ROWS),
+    "layers.{}.attention.k_normalization.weight": ("model.layers.{}.self_attn.k_norm.weight", ROWS),
+    "layers.{}.attention.k_normalization.bias": ("model.layers.{}.self_attn.k_norm.bias", ROWS),
+    "layers.{}.attention_norm.weight": ("model.layers.{}.input_layernorm.weight", COPIES),
+    "layers.{}.ffn_norm.weight": ("model.layers.{}.post_attention_layernorm.weight", COPIES),
+    "layers.{}.feed_forward.w1.weight": ("model.layers.{}.mlp.gate_proj.weight", ROWS),
+    "layers.{}.feed_forward.w3.weight": ("model.layers.{}.mlp.up_proj.weight", ROWS),
+    "layers.{}.feed_forward.w2.weight": ("model.layers.{}.mlp.down_proj.weight", COLUMNS),
+    "norm.weight": ("model.norm.weight", COPIES),
+    "output.weight": ("lm_head.weight", ROWS),
+}
+DROPPED = ("rope.freqs",)  # a table that every reader computes
+CONTEXT_LENGTH = 4_096  # of both published models, whose params.json does not say
+NAMES = {(4_096, 32): "7b", (8_192, 48): "30b"}  # (dim, layers) -> folder under models/
+_SHARD = re.compile(r"consolidated\.(\d\d)\.pth")
+
+
+def find(folder: Folder) -> tuple[str, str] | None:
+    """(folder of consolidated*.pth, folder of the tokenizer) as prefixes of names, or None."""
+    places = {
+        name.rpartition("/")[0]
+        for name in folder.names()
+        if re.fullmatch(r"consolidated(\.\d\d)?\.pth", name.rpartition("/")[2])
+    }
+    if len(places) > 1:
+        raise ConvertError(
+            f"{folder.path}: holds {len(places)} models ({', '.join(sorted(places))}); "
+            "name the folder of one of them"
+        )
+    if not places:
+        return None
+    place = places.pop()
+    return (f"{place}/" if place else "", "tokenizer/")
+
+
+def read(folder: Folder) -> Checkpoint:
+    """A checkpoint of this layout; raises ConvertError on anything else."""
+    prefix, tools = find(folder)
+    tool_folder = folder
+    if not any(name.startswith(tools) for name in folder.names()):
+        tool_folder = Folder(f"{folder.path.rstrip('/')}/../../tokenizer")
+        tools = ""
+    shards = [
+        meta_vqgan.tensors(folder.file(prefix + file), dropped=DROPPED)
+        for file in _files(folder, prefix)
+    ]
+    params = _params(folder, prefix, len(shards))
+    pictures, vq = meta_vqgan.read(tool_folder, tools)
+    tokenizer = None
+    for name in ("text_tokenizer.json", "text_tokenizer_modified.json"):
+        if tokenizer is None and tool_folder.has(tools + name):
+            tokenizer = bytes(tool_folder.read(tools + name))
+    names = {} if tokenizer is None else hf_processor.vocabulary(tokenizer)
+    model = _model(params, shards, f"{folder.path}/{prefix}params.json")
+    size = params.get("vocab_size", -1)
+    if not isinstance(size, int) or size <= 0:
+        size = shards[0]["tok_embeddings.weight"].shape[0]
+    vocab = vocab_settings(size, names, vq, f"{folder.path}/{prefix}params.json")
+    for tensor in (t for shard in shards for t in shard.values()):
+        check_dtype(tensor.dtype, tensor.where)
+    language = _language(shards, model, f"{folder.path}/{prefix}consolidated*.pth")
+    require(f"{folder.path}/{prefix}", language, language_shapes(model, vocab))
+    return Checkpoint(
+        layout="meta", path=folder.path, model=model, vocab=vocab, vq=vq, language=language,
+        vqgan=pictures, tokenizer=tokenizer, facts={"shards": len(shards)},
+    )  # fmt: skip
+
+
+def write(folder: Folder, checkpoint: Checkpoint, *, progress: Callable[[int], None]) -> None:
+    """The files above; as many shards as the q/k-norm gains have rows."""
+    if checkpoint.language:
+        _write_language(folder, checkpoint, progress)
+    if checkpoint.vqgan:
+        meta_vqgan.write(folder, "tokenizer/", checkpoint, progress=progress)
+    if checkpoint.tokenizer:
+        text = hf_processor.unmodified(checkpoint.tokenizer)
+        folder.write("tokenizer/text_tokenizer.json", [text])
+        folder.write("tokenizer/text_tokenizer_modified.json", [hf_processor.modified(text)])
+
+
+def _write_language(
+    folder: Folder, checkpoint: Checkpoint, progress: Callable[[int], None]
+) -> None:
+    model, count = checkpoint.model, checkpoint.model.qk_norm_shards
+    if folder.remote:
+        raise ConvertError(
+            f"{folder.path}: Meta's layout is one file of the whole model, which an upload would "
+            "hold in memory; write it to a local folder and copy that"
+        )
+    if model.head_dim * model.num_heads != model.hidden_size or model.intermediate_size % count:
+        raise ConvertError(
+            f"{checkpoint.path}: head_dim x num_heads must be hidden_size, and intermediate_size "
+            f"divisible by {count} shards, in Meta's layout"
+        )
+    prefix = f"models/{NAMES.get((model.hidden_size, model.num_layers), 'model')}/"
+    _write_params(folder, prefix, checkpoint)
+    for shard in range(count):
+        file = "consolidated.pth" if count == 1 else f"consolidated.{shard:02}.pth"
+        with folder.stream(prefix + file) as out:
+            pth.write(out, _shard(checkpoint, shard, progress), wrap=None)
+
+
+def _shard(
+    checkpoint: Checkpoint, shard: int, progress: Callable[[int], None]
+) -> Iterator[tuple[str, tuple[int, ...], str, Callable[[], np.ndarray]]]:
+    """(name, shape, dtype, how to read it) of every tensor of one file."""
+    model, count = checkpoint.model, checkpoint.model.qk_norm_shards
+    for name, canonical, split in _names(model.num_layers):
+        tensor = checkpoint.language[canonical]
+        shape = list(tensor.shape)
+        if split == COLUMNS:
+            shape[1] //= count
+        elif split == ROWS:
+            shape[0] //= count
+        if "_norm." in canonical:
+            shape = [model.head_dim]
+
+        def part(tensor=tensor, canonical=canonical, split=split) -> np.ndarray:
+            rows, columns = slice(0, tensor.shape[0]), slice(None)
+            if split == ROWS:
+                length = tensor.shape[0] // count
+                rows = slice(shard * length, (shard + 1) * length)
+            elif split == COLUMNS:
+                width = tensor.shape[1] // count
+                columns = slice(shard * width, (shard + 1) * width)
+            array = finite(tensor.block(rows, columns), tensor.where)
+            progress(array.nbytes)
+            if "_norm." in canonical:
+                return gains_to_meta(array[0])
+            turned = canonical.endswith(("q_proj.weight", "k_proj.weight"))
+            return to_meta(array, model.head_dim) if turned else array
+
+        yield name, tuple(shape), tensor.dtype, part
+
+
+def _names(layers: int) -> Iterator[tuple[str, str, str]]:
+    """(Meta's name, canonical name, split) of every tensor."""
+    for name, (canonical, split) in TABLE.items():
+        for i in range(layers if "{}" in name else 1):
+            yield name.format(i), canonical.format(i), split
+
+
+def _files(folder: Folder, prefix: str) -> list[str]:
+    names = [n.removeprefix(prefix) for n in folder.names() if n.startswith(prefix)]
+    if "consolidated.pth" in names:
+        return ["consolidated.pth"]
+    files = sorted(n for n in names if _SHARD.fullmatch(n))
+    missing = set(range(len(files))) - {int(_SHARD.fullmatch(n)[1]) for n in files}
+    if missing:
+        raise ConvertError(
+            f"{folder.path}/{prefix}consolidated.{min(missing):02}.pth: missing; copy all shards"
+        )
+    return files
+
+
+def _params(folder: Folder, prefix: str, shards: int) -> dict[str, Any]:
+    """The three tables that Meta's loader merges: params.json, its `model`, consolidate_params."""
+    params = folder.json(f"{prefix}params.json")
+    name = f"{prefix}consolidate_params.json"
+    consolidated = folder.json(name) if folder.has(name) else {}
+    if not isinstance(params, dict) or not isinstance(consolidated, dict):
+        raise ConvertError(f"{folder.path}/{prefix}params.json: no table of settings; copy it")
+    inner = params.get("model")
+    params = params | (inner if isinstance(inner, dict) else {}) | consolidated
+    wanted = params.get("model_parallel_size", shards)
+    if consolidated and wanted != shards:
+        raise ConvertError(
+            f"{folder.path}/{name}: model_parallel_size {wanted}, but there are {shards} "
+            "consolidated files; copy all shards"
+        )
+    return params
+
+
+def _model(params: dict[str, Any], shards: list[dict[str, Tensor]], where: str) -> Model:
+    try:
+        heads, dim = params["n_heads"], params["dim"]
+        fields = dict(
+            hidden_size=dim,
+            num_layers=params["n_layers"],
+            num_heads=heads,
+            num_kv_heads=params.get("n_kv_heads") or heads,
+            head_dim=dim // heads,
+            intermediate_size=_ffn(dim, params),
+            context_length=params.get("context_length", CONTEXT_LENGTH),
+            rope_theta=params.get("rope_theta", 10_000.0),
+            rms_norm_eps=params.get("norm_eps", 1e-5),
+            qk_norm_eps=1e-5,  # torch's default for LayerNorm, which Meta's code leaves alone
+            qk_norm_shards=len(shards),
+            swin_norm=bool(params.get("swin_norm")),
+        )
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise ConvertError(f"{where}: {error!r}; not the params.json of a Chameleon") from error
+    if not params.get("qk_normalization", True):
+        raise ConvertError(f"{where}: qk_normalization is off; the models of this family have it")
+    return model_settings(fields, {t.dtype for s in shards for t in s.values()}, where)
+
+
+def _ffn(dim: int, params: dict[str, Any]) -> int:
+    """Meta's rule for the width of the MLP: 2/3 of 4 dim, scaled, up to a multiple."""
+    hidden = int(2 * (4 * dim) / 3)
+    if params.get("ffn_dim_multiplier") is not None:
+        hidden = int(params["ffn_dim_multiplier"] * hidden)
+    multiple = params.get("multiple_of", 256)
+    return multiple * ((hidden + multiple - 1) // multiple)
+
+
+def _write_params(folder: Folder, prefix: str, checkpoint: Checkpoint) -> None:
+    model, start = checkpoint.model, int(2 * (4 * checkpoint.model.hidden_size) / 3)
+    width = model.intermediate_size
+    plain = _ffn(model.hidden_size, {"multiple_of": 256}) == width
+    settings = dict(
+        dim=model.hidden_size,
+        n_layers=model.num_layers,
+        n_heads=model.num_heads,
+        n_kv_heads=model.num_kv_heads,
+        vocab_size=checkpoint.vocab.size,
+        # A multiple of itself and a factor at or below 1: _ffn gives exactly this width.
+        ffn_dim_multiplier=None if plain else min(1.0, width / start),
+        multiple_of=256 if plain else width,
+        norm_eps=model.rms_norm_eps,
+        rope_theta=model.rope_theta,
+        qk_normalization=True,
+        swin_norm=model.swin_norm,
+        context_length=model.context_length,  # Meta's loader takes the fields it knows
+    )
+    for name, content in (
+        ("params.json", {"model": settings}),
+        ("consolidate_params.json", {"model_parallel_size": model.qk_norm_shards}),
+    ):
+        folder.write(prefix + name, [json.dumps(content, indent=1).encode() + b"\n"])
+
+
+def _language(shards: list[dict[str, Tensor]], model: Model, where: str) -> dict[str, Tensor]:
+    """Canonical name -> tensor over all shards; every key of every shard has its place."""
+    shards = [unfused(shard, model, len(shards)) for shard in shards]
+    wanted = {name for name, _, _ in _names(model.num_layers)}
+    for shard in shards:
+        if wrong := sorted(wanted ^ set(shard)):
+            missing = [n for n in wrong if n in wanted]
+            raise ConvertError(
+                f"{where}: {len(missing)} tensors missing {missing[:4]}, "
+                f"{len(wrong) - len(missing)} without a place "
+                f"{[n for n in wrong if n not in wanted][:4]}; not this model, or incomplete"
+            )
+    found = {}
+    for name, canonical, split in _names(model.num_layers):
+        parts = [shard[name] for shard in shards]
+        if len({(p.dtype, p.shape) for p in parts}) > 1:
+            raise ConvertError(f"{where}: {name} differs in dtype or shape among the shards")
+        if "_norm." in canonical:
+            heads = model.num_heads if ".q_norm." in canonical else model.num_kv_heads
+            found[canonical] = gains(parts, heads, model.head_dim)
+        else:
+            found[canonical] = joined(parts, split)
+            if canonical.endswith(("q_proj.weight", "k_proj.weight")):
+                found[canonical] = turned_to_hf(found[canonical], model.head_dim)
+    return found

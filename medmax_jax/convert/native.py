@@ -1,0 +1,302 @@
+"""This project's layout: a model folder.
+
+    config.json          vocab, model, vq as in configs/; weights: see below
+    model.zarr/          arrays.py: layers stacked, matrices [in, out]; or, of a small model,
+    model.safetensors    weights.py: the same arrays in one file
+    vqgan.safetensors    by vq_names.py
+    tokenizer.json       as it lay in the source, byte for byte
+
+    "weights": {"fingerprint", "quant", "dtypes": {tensor: dtype where it is not that of its stack}}
+
+A stack has one dtype, the narrowest that holds all of its layers' exactly; on the way out every
+tensor takes the dtype again that it came with.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from medmax_jax import arrays, chameleon, quant, weights
+from medmax_jax.config import VQ, ConfigError, Mesh, Model, Vocab, build, to_dict
+from medmax_jax.convert import quantize, tensor_files, vq_names
+from medmax_jax.convert.common import (
+    DTYPES,
+    Checkpoint,
+    ConvertError,
+    Tensor,
+    fingerprint,
+    finite,
+    language_shapes,
+    require,
+)
+from medmax_jax.mesh import make_mesh
+from medmax_jax.storage import Folder
+
+STORE, SMALL = "model.zarr", "model.safetensors"
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
+
+
+class Stack(NamedTuple):
+    """An array of this layout; `read(layer, ...slices)` gives a layer or, of None, all of it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    where: str
+    read: Callable[..., np.ndarray]
+
+
+class Place(NamedTuple):
+    """Where a canonical tensor stands: in which array, in which layer of it (None: all of it)."""
+
+    stack: str
+    layer: int | None
+
+
+def is_layout(config: Any) -> bool:
+    """Whether a config.json is one of this layout."""
+    return isinstance(config, dict) and ("model" in config or "vq" in config)
+
+
+def place(canonical: str) -> Place:
+    """model.layers.3.mlp.up_proj.weight -> (layers.mlp.up_proj.kernel, 3)."""
+    layer = None
+    name = canonical.removeprefix("model.")
+    if found := _LAYER.fullmatch(canonical):
+        layer, name = int(found[1]), f"layers.{found[2]}"
+    path, _, leaf = name.rpartition(".")
+    if leaf == "weight":
+        leaf = "scale" if "norm" in path.rpartition(".")[2] else "kernel"
+        leaf = "embedding" if path == "embed_tokens" else leaf
+    return Place(f"{path}.{leaf}", layer)
+
+
+def stacks(model: Model, vocab: Vocab) -> dict[str, jax.ShapeDtypeStruct]:
+    """Array name -> shape and sharding, of a model without adapters."""
+    with jax.set_mesh(make_mesh(Mesh(data=1, fsdp=1, tp=1))):
+        return weights.named(chameleon.abstract(model, vocab, chameleon.NO_LORA))
+
+
+def settings(folder: Folder) -> dict[str, Any]:
+    """config.json: `vocab`, `model`, `vq` as dataclasses or None, `weights` as it is."""
+    config, path = folder.json("config.json"), f"{folder.path}/config.json"
+    try:
+        made = {
+            name: build(kind, config[name]) if name in config else None
+            for name, kind in (("vocab", Vocab), ("model", Model), ("vq", VQ))
+        }
+    except ConfigError as error:
+        raise ConvertError(f"{path}: {error}") from error
+    facts = config.get("weights", {})
+    if not isinstance(facts, dict) or not isinstance(facts.get("dtypes", {}), dict):
+        raise ConvertError(f"{path}: weights is {facts!r}; it must be a table. Convert again")
+    return made | {"weights": facts}
+
+
+def read(folder: Folder) -> Checkpoint:
+    """A model folder of any kind; raises ConvertError on one that is not whole."""
+    found = settings(folder)
+    model, vocab, vq, facts = (found[name] for name in ("model", "vocab", "vq", "weights"))
+    pictures = {}
+    if vq and folder.has("vqgan.safetensors"):
+        pictures = _read_vqgan(folder, vq)
+    language: dict[str, Tensor] = {}
+    if model:
+        if model.quant == "none":
+            language = _read_language(folder, model, vocab, facts.get("dtypes", {}))
+            require(folder.path, language, language_shapes(model, vocab))
+        else:
+            _check_stacks(folder, model, vocab)
+    tokenizer = bytes(folder.read("tokenizer.json")) if folder.has("tokenizer.json") else None
+    return Checkpoint(
+        layout="native", path=folder.path, model=model, vocab=vocab, vq=vq, language=language,
+        vqgan=pictures, tokenizer=tokenizer, facts=facts, quant=model.quant if model else "none",
+    )  # fmt: skip
+
+
+def write(folder: Folder, checkpoint: Checkpoint, *, progress: Callable[[int], None]) -> None:
+    """A model folder; config.model.quant says whether its matrices are quantised."""
+    config: dict[str, Any] = {}
+    if checkpoint.language:
+        model, vocab = checkpoint.model, checkpoint.vocab
+        dtypes = _write_language(folder, checkpoint, progress)
+        facts = dict(fingerprint=fingerprint(checkpoint), dtypes=dtypes)
+        config |= dict(vocab=to_dict(vocab), model=to_dict(model))
+        config |= dict(vq=to_dict(checkpoint.vq), weights=facts)
+    else:
+        config |= dict(vq=to_dict(checkpoint.vq))
+    if checkpoint.vqgan:
+        _write_vqgan(folder, checkpoint, progress)
+    if checkpoint.tokenizer:
+        folder.write("tokenizer.json", [checkpoint.tokenizer])
+    folder.write("config.json", [json.dumps(config, indent=1).encode() + b"\n"])
+
+
+def check_quant(checkpoint: Checkpoint) -> None:
+    """Raises ConvertError where the matrices do not divide into nf4's tiles."""
+    for name, tensor in checkpoint.language.items():
+        tiled = checkpoint.model.quant == "nf4" and place(name).stack in quant.MATRICES
+        if tiled and tensor.shape[1] % quant.TILE:
+            raise ConvertError(
+                f"{tensor.where}: {tensor.shape[1]} columns are no multiple of {quant.TILE}, the "
+                "tile of nf4; use int8"
+            )
+
+
+def _read_language(
+    folder: Folder, model: Model, vocab: Vocab, dtypes: dict[str, str]
+) -> dict[str, Tensor]:
+    held = _stored(folder)
+    wanted = {name: tuple(leaf.shape) for name, leaf in stacks(model, vocab).items()}
+    require(folder.path, held, wanted)
+    found = {}
+    for name, shape in language_shapes(model, vocab).items():
+        stack, layer = place(name)
+        dtype = dtypes.get(name, held[stack].dtype)
+        if dtype not in DTYPES:
+            raise ConvertError(f"{folder.path}/config.json: weights.dtypes.{name} is {dtype!r}")
+        found[name] = _out(held[stack], stack.rpartition(".")[2], layer, shape, dtype)
+    return found
+
+
+def _stored(folder: Folder) -> dict[str, Stack]:
+    """The stacked arrays of either file format."""
+    if folder.has(SMALL):
+        held = tensor_files.read_file(folder.file(SMALL))
+        return {name: _in_file(tensor) for name, tensor in held.items()}
+    inside = Folder(f"{folder.path.rstrip('/')}/{STORE}")
+    return {name: _in_store(inside, name) for name in arrays.names(inside)}
+
+
+def _in_file(tensor: Tensor) -> Stack:
+    def read(layer: int | None, *axes: slice) -> np.ndarray:
+        rows = slice(0, tensor.shape[0]) if layer is None else slice(layer, layer + 1)
+        whole = tensor.block(rows, slice(None))
+        return (whole if layer is None else whole[0])[axes]
+
+    return Stack(tensor.shape, tensor.dtype, tensor.where, read)
+
+
+def _in_store(folder: Folder, name: str) -> Stack:
+    store = arrays.open_array(folder, name)
+
+    def read(layer: int | None, *axes: slice) -> np.ndarray:
+        part = store if layer is None else store[layer]
+        inside = (slice(*a.indices(n)) for a, n in zip(axes, part.shape, strict=False))
+        return arrays.read(folder, part[tuple(inside)])  # numpy cuts what lies outside, zarr not
+
+    dtype = _NAMES.get(store.dtype.numpy_dtype, store.dtype.name)
+    return Stack(tuple(store.shape), dtype, f"{folder.path}/{name}", read)
+
+
+def _out(stack: Stack, leaf: str, layer: int | None, shape: tuple[int, ...], dtype: str) -> Tensor:
+    """A canonical tensor of a stack."""
+
+    def block(rows: slice, columns: slice) -> np.ndarray:
+        if leaf == "kernel":
+            found = stack.read(layer, columns, rows).T
+        elif leaf == "embedding":
+            found = stack.read(layer, rows, columns)
+        elif len(shape) == 2:  # the gains of q_norm and k_norm: a row a shard, here a row a head
+            each = stack.read(layer, slice(None), columns)
+            found = np.repeat(each, shape[0] // len(each), axis=0)[rows]
+        else:
+            found = stack.read(layer, rows)
+        return found.astype(DTYPES[dtype], copy=False)
+
+    return Tensor(shape, dtype, block, stack.where)
+
+
+def _in(array: np.ndarray, leaf: str, shards: int) -> np.ndarray:
+    """A canonical tensor as its stack holds it."""
+    if leaf == "kernel":
+        return array.T
+    return array[:: len(array) // shards] if array.ndim == 2 and leaf != "embedding" else array
+
+
+def _write_language(
+    folder: Folder, checkpoint: Checkpoint, progress: Callable[[int], None]
+) -> dict[str, str]:
+    """Writes the arrays; returns the dtypes of the tensors that differ from their stack's."""
+    model, dtypes = checkpoint.model, {}
+    members: dict[str, list[tuple[str, Tensor]]] = {}
+    for name, tensor in checkpoint.language.items():
+        members.setdefault(place(name).stack, []).append((name, tensor))
+    writer = arrays.Writer(Folder(f"{folder.path.rstrip('/')}/{STORE}"))
+    like = stacks(dataclasses.replace(model, quant="none"), checkpoint.vocab)
+    for stack, tensors in members.items():
+        dtype = _widest({t.dtype for _, t in tensors})
+        dtypes |= {name: t.dtype for name, t in tensors if t.dtype != dtype}
+        quantised = model.quant != "none" and stack in quant.MATRICES
+        pieces = (_piece(name, t, DTYPES[dtype], model, progress) for name, t in tensors)
+        if quantised:
+            quantize.write(writer, stack, pieces, like[stack], model.quant)
+        else:
+            _write_stack(writer, stack, pieces, like[stack], DTYPES[dtype])
+    writer.finish()
+    return dtypes
+
+
+def _piece(
+    name: str, tensor: Tensor, dtype: np.dtype, model: Model, progress: Callable[[int], None]
+) -> np.ndarray:
+    array = finite(tensor.all(), tensor.where).astype(dtype, copy=False)
+    progress(tensor.nbytes)
+    return _in(array, place(name).stack.rpartition(".")[2], model.qk_norm_shards)
+
+
+def _write_stack(
+    writer: arrays.Writer,
+    name: str,
+    pieces: Iterator[np.ndarray],
+    like: jax.ShapeDtypeStruct,
+    dtype: np.dtype,
+) -> None:
+    sharded = tuple(axis is not None for axis in _spec(like))
+    store = writer.create(name, like.shape, dtype, sharded)
+    if not name.startswith("layers."):
+        writer.write(store, ..., next(pieces))
+    elif store.chunk_layout.write_chunk.shape[0] > 1:  # a small stack is one file
+        writer.write(store, ..., np.stack(list(pieces)))
+    else:
+        for layer, piece in enumerate(pieces):
+            writer.write(store, layer, piece)
+
+
+def _spec(like: jax.ShapeDtypeStruct) -> tuple[Any, ...]:
+    spec = tuple(like.sharding.spec)
+    return spec + (None,) * (len(like.shape) - len(spec))
+
+
+def _widest(dtypes: set[str]) -> str:
+    return dtypes.pop() if len(dtypes) == 1 else "F32"  # holds bfloat16 and float16 exactly
+
+
+def _check_stacks(folder: Folder, model: Model, vocab: Vocab) -> None:
+    wanted = {name: tuple(leaf.shape) for name, leaf in stacks(model, vocab).items()}
+    require(folder.path, _stored(folder), wanted)
+
+
+def _read_vqgan(folder: Folder, vq: VQ) -> dict[str, Tensor]:
+    held, found = tensor_files.read_file(folder.file("vqgan.safetensors")), {}
+    for taming, (name, shape) in vq_names.table(vq).items():
+        if name in held:
+            tensor = held.pop(name)
+            if tensor.shape != shape:
+                raise ConvertError(f"{tensor.where}: shape {tensor.shape}, config.vq asks {shape}")
+            found[taming] = vq_names.from_native(tensor)
+    if held:
+        raise ConvertError(f"{folder.path}/vqgan.safetensors: {sorted(held)[0]} has no place")
+    return vq_names.check(f"{folder.path}/vqgan.safetensors", found, vq)
+
+
+def _write_vqgan(folder: Folder, checkpoint: Checkpoint, progress: Callable[[int], None]) -> None:
+    table, out = vq_names.table(checkpoint.vq), {}
+    for taming, tensor in checkpoint.vqgan.items():
+        out[table[taming].name] = vq_names.as_native(tensor, table[taming].shape)
+    tensor_files.write_file(folder, "vqgan.safetensors", out, progress=progress)
