@@ -8,8 +8,10 @@ P     Meta's, Anole's or Hugging Face's checkpoint, this project's, a PEFT adapt
       or a vqgan.ckpt; a path or gs://bucket/prefix. Its layout is found out.
 Q     a new folder; it appears whole or not at all.
 
-An adapter or a run with --base is merged into it (native, hf, meta); without, it goes from adapter
-to adapter (native, peft). Exit codes: 0 done, 1 failed, 2 wrong usage, 75 stopped.
+B     the weights that an adapter or a run was trained on. To hf and meta both go merged; to peft
+      the adapter goes alone, and to native too unless --merge is given.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 75 stopped.
 """
 
 import argparse
@@ -21,7 +23,7 @@ from collections.abc import Sequence
 import jax
 
 from medmax_jax.cli import DONE, ERROR, INTERRUPTED
-from medmax_jax.convert import check, inspect, run, sources
+from medmax_jax.convert import check, describe, run, sources
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -34,6 +36,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--to", dest="target", required=True, metavar="Q")
     parser.add_argument("--format", required=True, choices=run.FORMATS)
     parser.add_argument("--base", metavar="B", help="the model that an adapter was trained on")
+    parser.add_argument(
+        "--merge", action="store_true", help="native: merge the adapter into its base"
+    )
     parser.add_argument("--vqgan", metavar="V", help="take the VQGAN from here (a vqgan.ckpt)")
     parser.add_argument(
         "--quant", default="none", choices=("none", "int8", "nf4"), help="of a native base"
@@ -54,15 +59,16 @@ def _inspect_parser() -> argparse.ArgumentParser:
 def _run(argv: Sequence[str]) -> int:
     if argv[:1] == ["inspect"]:
         given = _inspect_parser().parse_args(argv[1:])
-        said = inspect.facts(sources.read(given.path))
-        print(json.dumps(said) if given.json else inspect.words(said))
+        said = describe.facts(sources.read(given.path))
+        print(json.dumps(said) if given.json else describe.words(said))
         return DONE
     if argv[:1] == ["check"]:
         return check.main(argv[1:])
     given = _parser().parse_args(argv)
     run.convert(
         given.source, given.target, layout=given.format, base=given.base, vqgan=given.vqgan,
-        quant=given.quant, decoder=not given.no_decoder, say=lambda s: print(s, flush=True),
+        quant=given.quant, merge_native=given.merge,
+        decoder=not given.no_decoder, say=lambda s: print(s, flush=True),
     )  # fmt: skip
     return DONE
 

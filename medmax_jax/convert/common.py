@@ -111,7 +111,7 @@ def language_shapes(model: Model, vocab: Vocab) -> dict[str, tuple[int, ...]]:
     return shapes | {"model.norm.weight": (d,), "lm_head.weight": (vocab.size, d)}
 
 
-def require(path: str, have: dict[str, Tensor], want: dict[str, tuple[int, ...]]) -> None:
+def require(path: str, have: dict[str, Any], want: dict[str, tuple[int, ...]]) -> None:
     """Raises ConvertError unless the names are exactly these, each of its shape and a float."""
     extra, missing = sorted(set(have) - set(want)), sorted(set(want) - set(have))
     if extra or missing:

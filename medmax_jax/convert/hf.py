@@ -25,6 +25,7 @@ from medmax_jax.convert.common import (
     require,
 )
 from medmax_jax.storage import Folder
+from medmax_jax.vocab import RELEASED_END
 
 VQ_PREFIX = "model.vqmodel."
 FIXED = dict(  # of the architecture; another value is another model
@@ -182,8 +183,13 @@ def _vocab(config: dict[str, Any], vq: VQ, tokenizer: bytes | None, path: str) -
 
 
 def vocab_settings(size: Any, names: dict[str, int], vq: VQ, where: str) -> Vocab:
-    """The vocabulary; its first text id is that of "!", the first byte symbol of the BPE."""
-    start = names.get("!", base.get_config().vocab.text_start)
+    """The vocabulary; its first text id is that of "!", the first byte symbol of the BPE.
+
+    Without a tokenizer: the release's first id, or where the model is smaller the tiny family's.
+    """
+    released = base.get_config().vocab.text_start
+    whole = isinstance(size, int) and size > released
+    start = names.get("!", released if whole else RELEASED_END)
     if not isinstance(size, int) or not start < size:
         raise ConvertError(
             f"{where}: {size!r} ids, but text begins at {start}; not the vocabulary of this family,"

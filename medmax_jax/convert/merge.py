@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 
+from medmax_jax import export
 from medmax_jax.convert.common import (
     DTYPES,
     Adapter,
@@ -15,7 +16,7 @@ from medmax_jax.convert.common import (
 
 
 def check_base(adapter: Adapter, base: Checkpoint) -> str:
-    """The base's fingerprint; raises ConvertError when the adapter belongs to another model."""
+    """What the adapter calls the base; raises ConvertError when it belongs to another model."""
     if base.quant != "none":
         raise ConvertError(
             f"{base.path}: its matrices are {base.quant}, which lost digits; give the weights that "
@@ -29,13 +30,16 @@ def check_base(adapter: Adapter, base: Checkpoint) -> str:
                 f"{adapter.path}: an adapter for {name} {shape}, but in {base.path} it is {have}; "
                 "an adapter for another base"
             )
-    found, wanted = fingerprint(base), adapter.facts.get("base")
-    if wanted and wanted != found:
+    names = [fingerprint(base)]
+    if base.layout == "native":  # a small model's one file has its own name, see export.identity
+        names.insert(0, export.identity(base.path))
+    wanted = adapter.facts.get("base", names[0])
+    if wanted not in names:
         raise ConvertError(
             f"{adapter.path}: was trained on base weights {wanted[:12]}, {base.path} has "
-            f"{found[:12]}; give the base that it was trained from"
+            f"{names[0][:12]}; give the base that it was trained from"
         )
-    return found
+    return wanted
 
 
 def merged(base: Checkpoint, adapter: Adapter) -> Checkpoint:

@@ -63,7 +63,7 @@ def read_checkpoint(folder: Folder) -> Adapter:
         )
     prefix = "trainable."
     stacks = {
-        name.removeprefix(prefix): _in_memory(array, f"{where}/{step}: {name}")
+        name.removeprefix(prefix): _in_memory(np.asarray(array), f"{where}/{step}: {name}")
         for name, array in arrays.items()
         if name.startswith(prefix)
     }
@@ -210,8 +210,6 @@ def _check_rank(path: str, matrices: dict[str, tuple[Tensor, Tensor]], lora: Lor
 
 
 def _in_memory(array: np.ndarray, where: str) -> Tensor:
-    array = np.asarray(array)
-
     def block(rows: slice, columns: slice) -> np.ndarray:
         return array[rows] if array.ndim == 1 else array[rows, columns]
 

@@ -1,11 +1,11 @@
 """One conversion from a path to a path: read, merge, quantise, write; whole or not at all."""
 
 import dataclasses
-import time
 from collections.abc import Callable
 
 from medmax_jax.convert import card, hf, merge, meta, native, peft, sources, vq_names
 from medmax_jax.convert.common import Adapter, Checkpoint, ConvertError, fingerprint
+from medmax_jax.convert.progress import Progress
 from medmax_jax.storage import new_folder
 
 FORMATS = ("native", "hf", "meta", "peft")
@@ -14,7 +14,6 @@ SHARD_BYTES = 5 * 10**9  # of a safetensors file, as transformers cuts them
 REMOTE_SHARD_BYTES = 10**9  # an upload is held in memory
 SHARE = {"none": 1.02, "int8": 0.6, "nf4": 0.45}  # of the source's bytes that a target needs
 SLACK = 64 * 2**20  # bytes, for tokenizer and settings
-SECONDS = 5.0  # between two lines of progress
 
 
 def convert(
@@ -25,13 +24,15 @@ def convert(
     base: str | None = None,
     vqgan: str | None = None,
     quant: str = "none",
+    merge_native: bool = False,
     decoder: bool = True,
     say: Callable[[str], None] = print,
 ) -> None:
     """Writes `target`, a new folder. layout: one of FORMATS. base: what an adapter merges into.
 
-    vqgan: take the VQGAN from this path. quant: of a native base, none | int8 | nf4. decoder False:
-    an hf target without the VQGAN's decoder. Raises one of sources.ERRORS and then leaves nothing.
+    merge_native: into a native model too, where an adapter else stays one. vqgan: take the VQGAN
+    from this path. quant: of a native base, none | int8 | nf4. decoder False: an hf target without
+    the VQGAN's decoder. Raises one of sources.ERRORS and then leaves nothing.
     """
     found, adapter, identity = sources.read(source), None, ""
     if isinstance(found, Adapter):
@@ -45,8 +46,11 @@ def convert(
         if found is None:
             raise ConvertError(f"--vqgan {vqgan}: {source} is an adapter; give --base too")
         found = sources.with_vqgan(found, vqgan)
-    if adapter and (layout == "peft" or found is None):
-        _write_adapter(adapter, found, target, layout, identity, say)
+    merges = layout in ("hf", "meta") or merge_native
+    if merge_native and (layout != "native" or adapter is None):
+        raise ConvertError("--merge: only for an adapter with --format native")
+    if adapter and not (merges and found):
+        _write_adapter(adapter, found, target, layout, identity, merges, say)
         return
     if layout == "peft":
         raise ConvertError(f"{source}: a whole model; --format peft is for adapters and runs")
@@ -95,12 +99,11 @@ def _write_model(
 
 def _write_adapter(
     adapter: Adapter, base: Checkpoint | None, target: str, layout: str, identity: str,
-    say: Callable[[str], None],
+    merges: bool, say: Callable[[str], None],
 ) -> None:  # fmt: skip
-    if layout not in ("native", "peft"):
+    if merges:
         raise ConvertError(
-            f"{adapter.path}: an adapter; give --base, the weights it was trained on, to merge "
-            f"both into --format {layout}"
+            f"{adapter.path}: an adapter; give --base, the weights it was trained on, to merge it"
         )
     layers = 1 + max(int(name.split(".")[2]) for name in adapter.matrices)
     if identity and not adapter.facts.get("base"):
@@ -138,32 +141,3 @@ def _warnings(found: Checkpoint, layout: str) -> list[str]:
 
 def _name(target: str) -> str:
     return target.rstrip("/").rpartition("/")[2]
-
-
-class Progress:
-    """A line every few seconds: how much, how fast, how long still."""
-
-    def __init__(self, total: int, say: Callable[[str], None]):
-        self._total, self._say = total, say
-        self._start = self._last = time.monotonic()
-        self._done = 0
-
-    def __call__(self, nbytes: int) -> None:
-        self._done += nbytes
-        now = time.monotonic()
-        if now - self._last >= SECONDS:
-            self._last = now
-            rate = self._done / (now - self._start)
-            left = max(self._total - self._done, 0) / rate
-            self._say(
-                f"{self._done / 1e9:.2f} of {self._total / 1e9:.2f} GB, {rate / 1e6:,.0f} MB/s, "
-                f"{int(left) // 60}:{int(left) % 60:02} left"
-            )
-
-    def done(self, what: str) -> None:
-        """The last line."""
-        seconds = max(time.monotonic() - self._start, 1e-9)
-        self._say(
-            f"{what}: {self._done / 1e9:.3f} GB in {seconds:.1f} s, "
-            f"{self._done / seconds / 1e6:,.0f} MB/s"
-        )

@@ -1,4 +1,4 @@
-"""Meta's Chameleon in numpy, from Meta's own files' arrays: pairs of neighbours turn, shards add up.
+"""Meta's Chameleon in numpy, from its own files' arrays: neighbours turn, shards add up.
 
 Written from the description of the layout, with none of the project's code, so that a conversion
 which mixes up rows, gains or shards shows in the logits.

@@ -1,0 +1,252 @@
+"""python benchmarks/convert_7b.py --scratch D [--rounds 2] [--layers 32] [--keep]
+
+Converts a random 7B from Meta's layout to this project's and to HF's, and back, on this machine:
+
+    ours     seconds to convert meta -> native, the median of the rounds
+    theirs   seconds to write the input's bytes twice, by cp and fsync, in turn with ours
+    ratio    theirs / ours: above 1 means that a conversion costs less than two copies
+
+Beside it, for each conversion: seconds, and the peaks of RssAnon (memory that is the process's own)
+and of VmRSS (with the pages of files that it reads), sampled 50 times a second. Then two processes
+of four devices each load the native base onto a mesh together: bytes that they read, by the
+kernel's count, over the bytes of the checkpoint. Needs 70 GB of disk, 24 GB of memory. The last
+line is one JSON object.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import ml_dtypes
+import numpy as np
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from medmax_jax import pth  # noqa: E402
+
+DIM, FFN, HEADS, VOCAB = 4_096, 11_008, 32, 65_536  # Chameleon-7B
+POOL = 1 << 26  # random numbers that all weights are windows of; drawing 7e9 takes minutes
+MESHES = ((1, 8, 1), (1, 2, 4), (2, 2, 2))  # data, fsdp, tp
+
+
+def make(folder: pathlib.Path, layers: int) -> int:
+    """A random 7B in Meta's layout; its bytes."""
+    models = folder / "models" / "7b"
+    models.mkdir(parents=True)
+    settings = dict(
+        dim=DIM, n_layers=layers, n_heads=HEADS, n_kv_heads=HEADS, vocab_size=VOCAB,
+        norm_eps=1e-5, rope_theta=1e4, qk_normalization=True, swin_norm=False, multiple_of=256,
+    )  # fmt: skip
+    (models / "params.json").write_text(json.dumps({"model": settings}))
+    (models / "consolidate_params.json").write_text('{"model_parallel_size": 1}')
+    rng = np.random.default_rng(0)
+    pool = (0.02 * rng.standard_normal(POOL, np.float32)).astype(ml_dtypes.bfloat16)
+
+    def draw(shape: tuple[int, ...]) -> np.ndarray:
+        start, size = int(rng.integers(POOL)), int(np.prod(shape))
+        return np.resize(np.roll(pool, start), size).reshape(shape)
+
+    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (VOCAB, DIM)}
+    for i in range(layers):
+        at = f"layers.{i}."
+        for name in ("wq", "wk", "wv", "wo"):
+            shapes[f"{at}attention.{name}.weight"] = (DIM, DIM)
+        for name in ("q", "k"):
+            for leaf in ("weight", "bias"):
+                shapes[f"{at}attention.{name}_normalization.{leaf}"] = (DIM // HEADS,)
+        shapes |= {f"{at}attention_norm.weight": (DIM,), f"{at}ffn_norm.weight": (DIM,)}
+        shapes |= {f"{at}feed_forward.w{n}.weight": (FFN, DIM) for n in (1, 3)}
+        shapes[f"{at}feed_forward.w2.weight"] = (DIM, FFN)
+    shapes |= {"norm.weight": (DIM,), "output.weight": (VOCAB, DIM)}
+    tensors = ((name, shape, "BF16", lambda s=shape: draw(s)) for name, shape in shapes.items())
+    with open(models / "consolidated.pth", "wb") as out:
+        pth.write(out, tensors, wrap=None)
+        out.flush()
+        os.fsync(out.fileno())
+    return (models / "consolidated.pth").stat().st_size
+
+
+def measured(command: list[str]) -> dict[str, float]:
+    """Seconds and peak memory in GB of a command; raises when it fails."""
+    start, peaks = time.monotonic(), {"RssAnon": 0, "VmRSS": 0}
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+
+    def watch() -> None:
+        while process.poll() is None:
+            try:
+                status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
+            except OSError:
+                return
+            for line in status.splitlines():
+                name, _, value = line.partition(":")
+                if name in peaks:
+                    peaks[name] = max(peaks[name], int(value.split()[0]))
+            time.sleep(0.02)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    code = process.wait()
+    seconds = time.monotonic() - start
+    watcher.join()
+    if code:
+        raise SystemExit(f"{' '.join(command)}: exit {code}")
+    in_gb = {f"peak_{name}_gb": round(value * 1024 / 1e9, 2) for name, value in peaks.items()}
+    return {"seconds": round(seconds, 1)} | in_gb
+
+
+def convert(source: pathlib.Path, target: pathlib.Path, layout: str, *more: str) -> dict:
+    """One conversion in a process of its own."""
+    shutil.rmtree(target, ignore_errors=True)
+    program = [sys.executable, "-m", "medmax_jax.convert", "--from", str(source), "--to"]
+    found = measured([*program, str(target), "--format", layout, *more])
+    print(f"{source.name} -> {target.name}: {found}", flush=True)
+    return found
+
+
+def copy_twice(source: pathlib.Path, scratch: pathlib.Path) -> float:
+    """Seconds to write the file's bytes twice, each copy safe on the disk."""
+    start = time.monotonic()
+    for i in range(2):
+        target = scratch / f"copy{i}"
+        subprocess.run(["cp", str(source), str(target)], check=True)
+        with open(target, "rb") as file:
+            os.fsync(file.fileno())
+    seconds = time.monotonic() - start
+    for i in range(2):
+        (scratch / f"copy{i}").unlink()
+    print(f"cp and fsync, twice: {seconds:.1f} s", flush=True)
+    return seconds
+
+
+def load(folder: str, address: str, process: int, mesh: tuple[int, int, int]) -> None:
+    """What each of the two processes does: loads its half, prints what it read."""
+    from medmax_jax import chameleon, export
+    from medmax_jax.config import Mesh
+    from medmax_jax.convert import native
+    from medmax_jax.mesh import make_mesh
+    from medmax_jax.storage import Folder
+
+    jax.distributed.initialize(address, num_processes=2, process_id=process)
+    found = native.settings(Folder(folder))
+    read = lambda: int(pathlib.Path("/proc/self/io").read_text().split()[1])  # noqa: E731  rchar
+    with jax.set_mesh(make_mesh(_mesh(Mesh, mesh))):
+        like = chameleon.abstract(found["model"], found["vocab"], chameleon.NO_LORA)
+        before, start = read(), time.monotonic()
+        tree = export.load(folder, like)
+        jax.block_until_ready(tree)
+        result = dict(bytes_read=read() - before, seconds=time.monotonic() - start)
+        result["sums"] = [int(_sum(x)) for x in jax.tree.leaves(tree)]
+    print(json.dumps(result), flush=True)
+
+
+def _mesh(kind, sizes):
+    return kind(**dict(zip(("data", "fsdp", "tp"), sizes, strict=True)))
+
+
+@jax.jit
+def _sum(x: jax.Array) -> jax.Array:
+    """A sum of the bits, so that one number changed anywhere shows."""
+    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype("uint32")
+    weight = jax.lax.broadcasted_iota("uint32", x.shape, x.ndim - 1) * 2 + 1
+    return (bits * jax.reshard(weight, jax.typeof(bits).sharding)).sum()
+
+
+def load_in_two(folder: pathlib.Path, size: int, mesh: tuple[int, int, int]) -> dict:
+    """Two processes of four devices load the base together."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    flags = "--xla_force_host_platform_device_count=4"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    mesh_words = ",".join(map(str, mesh))
+    runs = [
+        subprocess.Popen(
+            [sys.executable, __file__, "--load", str(folder), address, str(i), mesh_words],
+            env=environment, stdout=subprocess.PIPE, text=True, cwd=ROOT,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    said = [json.loads(run.communicate()[0].splitlines()[-1]) for run in runs]
+    found = dict(
+        mesh=mesh_words,
+        read_over_size=round(sum(s["bytes_read"] for s in said) / size, 3),
+        seconds=round(max(s["seconds"] for s in said), 1),
+        sums=said[0]["sums"],
+    )
+    print({k: v for k, v in found.items() if k != "sums"}, flush=True)
+    return found
+
+
+def size_of(folder: pathlib.Path) -> int:
+    """Bytes of all files below."""
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--scratch", type=pathlib.Path, help="a folder on the disk to measure")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--keep", action="store_true", help="leave the checkpoints there")
+    parser.add_argument("--load", nargs=4, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.load:
+        folder, address, process, mesh = given.load
+        load(folder, address, int(process), tuple(map(int, mesh.split(","))))
+        return
+    scratch = given.scratch / "convert_7b"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    meta, native, hf = scratch / "meta", scratch / "native", scratch / "hf"
+    load_at_start = os.getloadavg()
+    size = make(meta, given.layers)
+    print(f"made {size / 1e9:.2f} GB", flush=True)
+    ours, theirs, runs = [], [], {}
+    for _ in range(given.rounds):
+        theirs.append(copy_twice(meta / "models/7b/consolidated.pth", scratch))
+        runs["meta -> native"] = convert(meta, native, "native")
+        ours.append(runs["meta -> native"]["seconds"])
+    base = size_of(native)
+    meshes = [load_in_two(native, base, mesh) for mesh in MESHES]
+    runs["meta -> hf"] = convert(meta, hf, "hf")
+    shutil.rmtree(meta)
+    runs["hf -> native"] = convert(hf, native, "native")
+    runs["native -> meta"] = convert(native, meta, "meta")
+    shutil.rmtree(native)
+    for kind in ("int8", "nf4"):
+        runs[f"hf -> native {kind}"] = convert(hf, native, "native", "--quant", kind)
+        runs[f"hf -> native {kind}"]["gb"] = round(size_of(native) / 1e9, 2)
+    if not given.keep:
+        shutil.rmtree(scratch)
+    result = dict(
+        ours=statistics.median(ours),
+        theirs=round(statistics.median(theirs), 1),
+        ratio=round(statistics.median(theirs) / statistics.median(ours), 3),
+        input_gb=round(size / 1e9, 2),
+        runs=runs,
+        meshes=[{k: v for k, v in m.items() if k != "sums"} for m in meshes],
+        meshes_agree=all(m["sums"] == meshes[0]["sums"] for m in meshes),
+        load_average=[load_at_start, os.getloadavg()],
+        versions={
+            "jax": jax.__version__,
+            "numpy": np.__version__,
+            "python": sys.version.split()[0],
+        },
+    )
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""data.pkl of a torch file as inert values: pickle's opcodes, run without pickle and without calls.
+
+A pickle is a program for a small stack machine, and pickle's own machine imports and calls whatever
+the program names. This one knows dicts, lists, tuples, numbers, strings, and the few names below,
+which it compares as text; it can import, call and set nothing. Every other program is a PthError.
+
+    torch._utils._rebuild_tensor_v2(storage, 0, (2, 3), (3, 1), False, OrderedDict())  ->  Tensor
+    torch._utils._rebuild_parameter(tensor, True, OrderedDict())                       ->  Tensor
+    ("storage", torch.BFloat16Storage, "0", "cpu", 6), a persistent id                 ->  Storage
+    collections.OrderedDict()                                                          ->  dict
+"""
+
+import dataclasses
+import pickletools
+import struct
+from typing import Any
+
+DTYPES = {  # of torch's storage classes, under safetensors' names
+    "torch.DoubleStorage": "F64",
+    "torch.FloatStorage": "F32",
+    "torch.HalfStorage": "F16",
+    "torch.BFloat16Storage": "BF16",
+    "torch.LongStorage": "I64",
+    "torch.IntStorage": "I32",
+    "torch.ShortStorage": "I16",
+    "torch.CharStorage": "I8",
+    "torch.ByteStorage": "U8",
+    "torch.BoolStorage": "BOOL",
+}
+_VALUES = "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool Size"
+_GLOBALS = {
+    "collections.OrderedDict",
+    "torch._utils._rebuild_tensor_v2",
+    "torch._utils._rebuild_parameter",
+    *DTYPES,
+    *(f"torch.{name}" for name in _VALUES.split()),  # in the settings beside a state dict
+}
+_MAX_STEPS = 1 << 20  # opcodes; a tensor takes about 35, so 30,000 tensors
+_MEND = (
+    "If you trust it, open it in torch and keep the weights alone: "
+    'torch.save({"state_dict": model.state_dict()}, path)'
+)
+
+
+class PthError(ValueError):
+    """A .pth file that cannot be used; the message names the file, the key or global, the mend."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Storage:
+    dtype: str  # of DTYPES
+    key: str  # its file is data/<key>
+    numel: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """As the pickle says it, not yet held against the storage: >= 0 is all that is known."""
+
+    storage: Storage
+    start: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Global:
+    name: str  # of _GLOBALS
+
+
+def run(path: str, data: bytes) -> Any:
+    """What the pickle describes; `path` stands in errors. Containers may contain themselves."""
+    return _Machine(path, data).run()
+
+
+def kind(value: Any) -> str:
+    """What a value is, for a message."""
+    return value.name if type(value) is _Global else type(value).__name__
+
+
+class _Machine:
+    """The stack, the marks on it, and the memo; opcodes are those of pickle protocols 2 to 5."""
+
+    def __init__(self, path: str, data: bytes):
+        self.path, self.data, self.at = path, data, 0
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: dict[int, Any] = {}
+
+    def run(self) -> Any:
+        try:
+            for _ in range(_MAX_STEPS):
+                opcode = self._take(1)
+                if opcode == b".":
+                    (value,) = self.stack
+                    return value
+                self._step(opcode)
+        except PthError:
+            raise
+        except (IndexError, KeyError, ValueError, struct.error) as e:
+            raise PthError(
+                f"{self.path}: data.pkl is damaged at byte {self.at} ({type(e).__name__}); "
+                "copy or download the file again"
+            ) from e
+        raise self._error(f"has more than {_MAX_STEPS} opcodes")
+
+    def _step(self, opcode: bytes) -> None:
+        """One opcode that changes what is there; `_value` has those that only push."""
+        stack = self.stack
+        match opcode:
+            case b"\x80" | b"\x95":  # PROTO, FRAME
+                self._take(1 if opcode == b"\x80" else 8)
+            case b"(":
+                self.marks.append(len(stack))
+            case b"q" | b"r" | b"\x94":  # BINPUT, LONG_BINPUT, MEMOIZE
+                n = len(self.memo) if opcode == b"\x94" else self._uint(1 if opcode == b"q" else 4)
+                self.memo[n] = stack[-1]
+            case b"b":  # BUILD: the _metadata of a module's state dict, which nobody needs
+                stack.pop()
+                if type(stack[-1]) is not dict:
+                    raise self._error(f"sets attributes of a {kind(stack[-1])}")
+            case b"a" | b"e":  # APPEND, APPENDS
+                items = self._popped() if opcode == b"e" else [stack.pop()]
+                if type(stack[-1]) is not list:
+                    raise self._error(f"appends to a {kind(stack[-1])}")
+                stack[-1].extend(items)
+            case b"s" | b"u":  # SETITEM, SETITEMS
+                items = self._popped() if opcode == b"u" else [stack.pop(-2), stack.pop()]
+                self._set(stack[-1], items[::2], items[1::2])
+            case _:
+                stack.append(self._value(opcode))
+
+    def _value(self, opcode: bytes) -> Any:
+        match opcode:
+            case b"c" | b"\x93":  # GLOBAL, STACK_GLOBAL
+                names = [self._line(), self._line()] if opcode == b"c" else self._last(2)
+                return self._global(*names)
+            case b"Q":
+                return self._storage(self.stack.pop())
+            case b"R":
+                return self._call(*self._last(2))
+            case b"h" | b"j":  # BINGET, LONG_BINGET
+                return self.memo[self._uint(1 if opcode == b"h" else 4)]
+            case b"N" | b"\x88" | b"\x89":  # NONE, NEWTRUE, NEWFALSE
+                return {b"N": None, b"\x88": True, b"\x89": False}[opcode]
+            case b"K" | b"M":  # BININT1, BININT2
+                return self._uint(1 if opcode == b"K" else 2)
+            case b"J" | b"\x8a":  # BININT, LONG1
+                n = 4 if opcode == b"J" else self._uint(1)
+                return int.from_bytes(self._take(n), "little", signed=True)
+            case b"G":
+                return struct.unpack(">d", self._take(8))[0]
+            case b"X" | b"\x8c":  # BINUNICODE, SHORT_BINUNICODE
+                return self._take(self._uint(4 if opcode == b"X" else 1)).decode()
+            case b"}" | b"]" | b")":
+                return {b"}": dict, b"]": list, b")": tuple}[opcode]()
+            case b"t":
+                return tuple(self._popped())
+            case b"\x85" | b"\x86" | b"\x87":  # TUPLE1, TUPLE2, TUPLE3
+                return tuple(self._last(opcode[0] - 0x84))
+        known = pickletools.code2op.get(opcode.decode("latin-1"))
+        raise self._error(f"uses {known.name if known else opcode}, which torch never writes")
+
+    def _global(self, module: Any, name: Any) -> _Global:
+        if not type(module) is type(name) is str:
+            raise self._error(f"names a global by a {kind(module)} and a {kind(name)}")
+        asked = f"{module}.{name}"
+        if asked not in _GLOBALS:
+            asked = asked if asked.isprintable() else repr(asked)
+            raise self._error(f"asks for {asked[:100]}, which no state dict needs")
+        return _Global(asked)
+
+    def _storage(self, pid: Any) -> Storage:
+        match pid if type(pid) is tuple else ():
+            case ("storage", _Global() as cls, str(key), str(), int(numel)):
+                if cls.name in DTYPES and _sizes(numel):
+                    return Storage(DTYPES[cls.name], key, numel)
+        raise self._error("has a persistent id that is no storage")
+
+    def _call(self, called: Any, args: Any) -> Any:
+        """What torch's function would give; a hook or a lazy view (conj, neg) fits no case."""
+        name = called.name if type(called) is _Global else None
+        match (name, *args) if type(args) is tuple else ():
+            case ("collections.OrderedDict",):
+                return {}
+            case ("torch.Size", tuple(shape)) if _sizes(*shape):
+                return shape
+            case ("torch._utils._rebuild_parameter", Tensor() as tensor, bool(), {**hooks}):
+                if not hooks:
+                    return tensor
+            case (
+                "torch._utils._rebuild_tensor_v2",
+                Storage() as storage,
+                start,
+                tuple(shape),
+                tuple(stride),
+                bool(),
+                {**hooks},
+            ):
+                if not hooks and _sizes(start, *shape, *stride):
+                    return Tensor(storage, start, shape, stride)
+        raise self._error(f"calls {kind(called)} with arguments that a plain tensor has not")
+
+    def _set(self, target: Any, keys: list[Any], values: list[Any]) -> None:
+        if type(target) is not dict:
+            raise self._error(f"sets items of a {kind(target)}")
+        for key in keys:  # the hash of a deep tuple recurses without end
+            if type(key) not in (str, int, float, bool, type(None)):
+                raise self._error(f"has a {kind(key)} as the key of a dict")
+        target.update(zip(keys, values, strict=True))
+
+    def _popped(self) -> list[Any]:
+        mark = self.marks.pop()
+        items = self.stack[mark:]
+        del self.stack[mark:]
+        return items
+
+    def _last(self, n: int) -> list[Any]:
+        return [self.stack.pop() for _ in range(n)][::-1]
+
+    def _take(self, n: int) -> bytes:
+        start, self.at = self.at, self.at + n
+        if self.at > len(self.data):
+            raise IndexError("past the end")
+        return self.data[start : self.at]
+
+    def _uint(self, n: int) -> int:
+        return int.from_bytes(self._take(n), "little")
+
+    def _line(self) -> str:
+        return self._take(self.data.index(b"\n", self.at) + 1 - self.at)[:-1].decode()
+
+    def _error(self, what: str) -> PthError:
+        return PthError(f"{self.path}: data.pkl {what}; the file was not executed. {_MEND}")
+
+
+def _sizes(*values: Any) -> bool:
+    return all(type(value) is int and value >= 0 for value in values)
