@@ -26,6 +26,7 @@ BLOCK_BYTES = 2**20  # about, of what is read at once
 WAYS = 16  # at most, that an axis is cut into: as many shards are read without waste
 WHOLE_BYTES = 4 * 2**20  # an array up to this size is one block
 IN_FLIGHT = 2**30  # bytes that are being read or written at a time
+CACHE = 2**28  # bytes of blocks that several devices of a process share
 
 
 class Writer:
@@ -68,7 +69,7 @@ class Writer:
 
     def _settle(self) -> None:
         future, size, where = self._pending.popleft()
-        storage.wait(future, where)
+        storage.wait(future, where, size)
         self._bytes -= size
 
 
@@ -77,7 +78,7 @@ def layout(
 ) -> tuple[list[int], list[int]]:
     """(shape of a file, shape of a block in it).
 
-    [32, 4096, 11008] of 2 bytes, both last axes sharded -> [1, 2048, 11008], [1, 256, 1376]
+    [32, 4096, 11008] of 2 bytes, both last axes sharded -> [1, 2048, 11008], [1, 512, 688]
     Three axes are a stack of layers; a file is of one layer, so that layers can be written alone.
     """
     file = list(shape)
@@ -107,15 +108,18 @@ def names(folder: Folder) -> list[str]:
     return sorted(n.removesuffix("/zarr.json") for n in folder.names() if n.endswith("/zarr.json"))
 
 
-def open_array(folder: Folder, name: str) -> ts.TensorStore:
-    """An array of a folder, nothing of it read yet."""
-    found = ts.open(_spec(folder, name), open=True)
+def open_array(folder: Folder, name: str, *, cache: int = 0) -> ts.TensorStore:
+    """An array of a folder, nothing of it read yet. `cache`: bytes of blocks to keep."""
+    context = ts.Context({"cache_pool": {"total_bytes_limit": cache}})
+    spec = _spec(folder, name) | {"recheck_cached_data": False}
+    found = ts.open(spec, open=True, context=context)
     return storage.wait(found, f"{folder.path}/{name}")
 
 
 def read(folder: Folder, store: ts.TensorStore) -> Shaped[np.ndarray, "..."]:
     """The numbers of an array or of a part of it (`store[index]`); StorageError when damaged."""
-    return storage.wait(store.read(), store.kvstore.path)
+    size = store.dtype.numpy_dtype.itemsize * math.prod(store.shape)
+    return storage.wait(store.read(), store.kvstore.path, size)
 
 
 def load(folder: Folder, like: PyTree) -> PyTree:
@@ -129,7 +133,7 @@ def load(folder: Folder, like: PyTree) -> PyTree:
     pending: collections.deque[tuple[Any, ...]] = collections.deque()
     loaded, flying = [], 0
     for name, leaf in wanted.items():
-        store = open_array(folder, name)
+        store = open_array(folder, name, cache=CACHE)
         if tuple(store.shape) != tuple(leaf.shape):
             raise weights.misfit(folder.path, name, tuple(store.shape), leaf)
         sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -150,7 +154,9 @@ def load(folder: Folder, like: PyTree) -> PyTree:
 def _placed(folder: Folder, name: str, leaf, sharding, places, parts) -> jax.Array:
     on_devices = []
     for key, future in parts.items():
-        part = storage.wait(future, f"{folder.path}/{name}").astype(leaf.dtype, copy=False)
+        part = storage.wait(future, f"{folder.path}/{name}", IN_FLIGHT).astype(
+            leaf.dtype, copy=False
+        )
         on_devices += [jax.device_put(part, device) for device in places[key]]
     return jax.make_array_from_single_device_arrays(tuple(leaf.shape), sharding, on_devices)
 
@@ -158,4 +164,10 @@ def _placed(folder: Folder, name: str, leaf, sharding, places, parts) -> jax.Arr
 def _spec(folder: Folder, name: str) -> dict[str, Any]:
     if "/" in name or name.startswith("."):
         raise StorageError(f"{folder.path}: {name!r} is no name of an array")
-    return {"driver": "zarr3", "kvstore": folder.kvstore(name)}
+    return {
+        "driver": "zarr3",
+        "kvstore": folder.kvstore(name),
+        # a file that is gone is an error and no zeros, so zeros must be stored as well
+        "fill_missing_data_reads": False,
+        "store_data_equal_to_fill_value": True,
+    }

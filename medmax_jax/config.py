@@ -293,7 +293,7 @@ def _check_sizes(run: Run) -> None:
         _rule(wide % 64 == 0, "model.num_heads", m.num_heads, "x head_dim a multiple of 64 for nf4")
     whole = m.quant == "none"  # quantised matrices are made by convert, and nothing trains them
     _rule(whole or not full, "model.quant", m.quant, "none when train.trains is full")
-    _rule(whole or run.train.init_from, "train.init_from", "", f"set: weights in {m.quant}")
+    _rule(whole or bool(run.train.init_from), "train.init_from", "", f"set: weights in {m.quant}")
     _rule(0 <= run.lora.dropout < 1, "lora.dropout", run.lora.dropout, "in [0, 1)")
     _rule(
         0 <= run.optim.warmup_ratio < 1, "optim.warmup_ratio", run.optim.warmup_ratio, "in [0, 1)"

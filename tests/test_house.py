@@ -21,13 +21,14 @@ settings    configs configs.base configs.chameleon_30b configs.tiny configs.tiny
             configs.tiny_vqgan configs.eval_tiny configs.quickstart
 
 facts       medmax_jax medmax_jax.config medmax_jax.vocab medmax_jax.mesh medmax_jax.images
-            medmax_jax.page medmax_jax.cli data data.mixture data.pack data.documents data.records
+            medmax_jax.page medmax_jax.cli medmax_jax.bucket medmax_jax.storage
+            medmax_jax.unpickle medmax_jax.pth data data.mixture data.pack data.documents data.records
             data.sample data.sample.manifest data.sample.phrases data.sample.questions
             data.sample.documents data.sample.sources data.sample.decode data.sample.dicoms
             data.sample.pictures data.sample.splits eval.stats eval.score_text
 
-parts       medmax_jax.weights medmax_jax.tokenizer medmax_jax.attention medmax_jax.layers
-            medmax_jax.sampling medmax_jax.grammar data.loader
+parts       medmax_jax.weights medmax_jax.arrays medmax_jax.tokenizer medmax_jax.attention
+            medmax_jax.quant medmax_jax.layers medmax_jax.sampling medmax_jax.grammar data.loader
 
 models      medmax_jax.chameleon medmax_jax.vqgan medmax_jax.lpips medmax_jax.loss
             medmax_jax.optim data.codes
@@ -36,9 +37,17 @@ machines    medmax_jax.metrics medmax_jax.step medmax_jax.checkpoint medmax_jax.
             medmax_jax.decoding medmax_jax.batching medmax_jax.generate
             eval.tasks eval.score_image eval.scoring eval.loop
 
-programs    eval data.sample.build data.sample.train_tokenizer data.prepare
+layouts     medmax_jax.convert medmax_jax.convert.common medmax_jax.convert.tensor_files
+            medmax_jax.convert.vq_names medmax_jax.convert.hf_processor medmax_jax.convert.hf
+            medmax_jax.convert.meta_shards medmax_jax.convert.meta_vqgan medmax_jax.convert.meta
+            medmax_jax.convert.quantize medmax_jax.convert.native medmax_jax.convert.peft
+            medmax_jax.convert.merge medmax_jax.convert.sources medmax_jax.convert.card
+            medmax_jax.convert.progress medmax_jax.convert.run medmax_jax.convert.describe
+
+programs     eval data.sample.build data.sample.train_tokenizer data.prepare
             medmax_jax.train medmax_jax.train_vqgan eval.report eval.run
             medmax_jax.quickstart_page medmax_jax.quickstart
+            medmax_jax.convert.torch_side medmax_jax.convert.check medmax_jax.convert.__main__
 """
 
 
@@ -74,7 +83,7 @@ def test_files_are_short():
 
 
 def test_imports_run_downwards():
-    layers = {"settings", "facts", "parts", "models", "machines", "programs"}
+    layers = {"settings", "facts", "parts", "models", "machines", "layouts", "programs"}
     place = {name: i for i, name in enumerate(w for w in ORDER.split() if w not in layers)}
     found = modules()
     assert set(place) == set(found), f"give each module its place: {set(place) ^ set(found)}"
@@ -111,6 +120,7 @@ def test_training_reaches_little():
         "medmax_jax.quickstart",
         "medmax_jax.train",
         "medmax_jax.train_vqgan",
+        "medmax_jax.convert.__main__",
         "data.prepare",
         "eval.run",
     ],

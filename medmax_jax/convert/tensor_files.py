@@ -42,10 +42,10 @@ def read(folder: Folder) -> dict[str, Tensor]:
             )
         return read_file(folder.file(files[0]))
     places = _weight_map(folder)
+    if gone := sorted(set(places.values()) - set(files)):
+        raise ConvertError(f"{folder.path}/{gone[0]}: missing, but {INDEX} names it; copy it")
     found: dict[str, Tensor] = {}
     for file in sorted(set(places.values())):
-        if file not in files:
-            raise ConvertError(f"{folder.path}/{file}: missing, but {INDEX} names it; copy it")
         held = read_file(folder.file(file))
         wanted = {name for name, place in places.items() if place == file}
         if wrong := sorted(wanted ^ set(held)):
