@@ -32,7 +32,10 @@ class ExportError(RuntimeError):
 
 def load(folder: str | os.PathLike, like: PyTree) -> PyTree:
     """The weights of a model folder, as `weights.load` and `arrays.load` give them."""
-    if Folder(folder).has(SMALL):
+    place = Folder(folder)
+    if place.has(SMALL):
+        if place.remote:
+            raise ExportError(f"{folder}: {SMALL} cannot be loaded from there; copy the folder")
         return weights.load(pathlib.Path(folder) / SMALL, like)
     return arrays.load(Folder(f"{str(folder).rstrip('/')}/{LARGE}"), like)
 

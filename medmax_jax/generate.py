@@ -87,7 +87,7 @@ def load(
     with jax.set_mesh(mesh):
         return Generator(
             model=_load_model(folder, adapter, model, vocab),
-            vq=weights.load(folder / "vqgan.safetensors", vqgan.abstract(vq)),
+            vq=_load_vqgan(folder / "vqgan.safetensors", vq),
             tokenizer=Tokenizer.from_file(folder / "tokenizer.json", vocab),
             vocab=vocab,
             config=model,
@@ -244,6 +244,15 @@ def _load_model(
     graph, adapters, base = chameleon.split(chameleon.abstract(config, vocab, lora))
     adapters = weights.load(Path(adapter) / "adapter.safetensors", adapters)
     return nnx.merge(graph, adapters, export.load(folder, base))
+
+
+def _load_vqgan(file: Path, config: VQ) -> vqgan.VQGAN:
+    try:
+        return weights.load(file, vqgan.abstract(config))
+    except weights.WeightsError as error:  # HF's checkpoints of this family have no decoder
+        raise GenerateError(
+            f"{error}. Generation needs encoder and decoder: convert again with --vqgan=vqgan.ckpt"
+        ) from error
 
 
 def _segments(g: Generator, written: Sequence[np.ndarray], mode: str) -> list[list[Text | Image]]:
