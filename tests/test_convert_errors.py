@@ -10,13 +10,23 @@ import time
 
 import numpy as np
 import pytest
-from convert_setup import BASE, SWIN, read_pth, read_safetensors, shards, write_meta, write_pth
+from convert_setup import (
+    BASE,
+    NUMPY,
+    SWIN,
+    read_pth,
+    read_safetensors,
+    shards,
+    write_meta,
+    write_pth,
+)
+from ml_dtypes import finfo
 from safetensors.numpy import save_file
 from test_convert import convert
 
 from medmax_jax.convert import native, sources
 from medmax_jax.convert.__main__ import main
-from medmax_jax.convert.common import ConvertError
+from medmax_jax.convert.common import ConvertError, finite
 from medmax_jax.pth import PthError
 from medmax_jax.storage import Folder, StorageError
 
@@ -312,3 +322,15 @@ def test_a_config_that_names_wrong_dtypes(tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConvertError, match="weights.dtypes.lm_head.weight is 'I8'"):
         native.read(Folder(folder))
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_one_bad_number_is_found_wherever_it_is(dtype, value):
+    largest = float(finfo(NUMPY[dtype]).max)
+    for place in (0, 300_000, 599_999):
+        array = np.full(600_000, largest).astype(NUMPY[dtype])
+        assert finite(array, "w") is array
+        array[place] = value
+        with pytest.raises(ConvertError, match="w: 1 of 600000 numbers"):
+            finite(array.reshape(600, 1000).T, "w")

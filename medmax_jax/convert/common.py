@@ -26,6 +26,7 @@ DTYPES = {  # what weights may be, by safetensors' names
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
 }
+_PIECE = 1 << 18  # numbers that are looked at together: they stay in the cache
 SAMPLE_ROWS, SAMPLE_COLUMNS = 128, 16  # of each tensor, for the fingerprint
 
 
@@ -138,13 +139,23 @@ def check_dtype(dtype: str, where: str) -> None:
 
 def finite(array: np.ndarray, where: str) -> np.ndarray:
     """The array; raises ConvertError where it holds a NaN or an infinity."""
-    bad = array.size - int(np.isfinite(array).sum())
-    if bad:
-        raise ConvertError(
-            f"{where}: {bad} of {array.size} numbers are NaN or infinite; a broken training run or "
-            "a damaged copy: use an earlier checkpoint"
-        )
+    flat = np.ravel(array, order="K")
+    for start in range(0, flat.size, _PIECE):
+        if not _all_finite(flat[start : start + _PIECE]):
+            bad = array.size - int(np.isfinite(array).sum())
+            raise ConvertError(
+                f"{where}: {bad} of {array.size} numbers are NaN or infinite; a broken training "
+                "run or a damaged copy: use an earlier checkpoint"
+            )
     return array
+
+
+def _all_finite(piece: np.ndarray) -> bool:
+    if piece.dtype.itemsize != 2:
+        return bool(np.isfinite(piece).all())
+    # Of 16-bit floats by their bits: isfinite is eight times slower there.
+    largest = 0x7C00 if piece.dtype == np.float16 else 0x7F80  # all ones in the exponent
+    return int((piece.view(np.uint16) & 0x7FFF).max(initial=0)) < largest
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
