@@ -8,7 +8,8 @@ python -m data.prepare stats D      what is in it, and how well it packs
                  -> documents (text with <image>) -------------+-> token ids -> records
 
 The documents of a picture are dealt over its views in turn. A picture whose facts a crop could make
-untrue (a count, a marked lesion) is never cropped. Exit codes: 0 done, 1 failed, 2 wrong usage.
+untrue (a count, a marked lesion) is never cropped. Exit codes: 0 done, 1 failed, 2 wrong usage, 75
+interrupted: a folder is written whole or not at all, so the same command starts it again.
 """
 
 import argparse
@@ -192,6 +193,9 @@ def main(argv: list[str] | None = None) -> int:
     except ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted: no records were written; give the same command again", file=sys.stderr)
+        return 75
     for name, value in {} if args.json else result.items():
         print(f"{name:>20}  {value}")
     if args.json:

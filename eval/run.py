@@ -108,8 +108,7 @@ def run(
     kind, _, folder = model.partition(":")
     if kind != "native" or not folder:
         raise loop.EvalError(f"--model is {model!r}; write native:FOLDER, a folder of this project")
-    workdir = Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
+    workdir = cli.open_workdir(workdir)
     found = suite(settings)
     _claim(workdir, settings, folder, adapter, found)
     g = generate.load(folder, adapter=adapter or None, mesh=make_mesh(settings.mesh))

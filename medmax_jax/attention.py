@@ -19,6 +19,8 @@ from jaxtyping import Array, Bool, Float, Int
 from medmax_jax.mesh import BATCH, CACHE, HEADS, ROWS
 
 GROUPED = P(ROWS, None, "tp", None, None)  # [B, T, K, G, H]
+MERGED = P(ROWS, "tp", None, None)  # [B, K, G*T, H]
+SPLIT = P(ROWS, "tp", None, None, None)  # [B, K, G, T, H]
 
 
 def packed_mask(segments: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
@@ -48,13 +50,16 @@ def attend(
     groups = heads // keys
     # One [G*T, S] product a key head: on CPUs XLA is twice as slow with N or G inside.
     q = jnp.reshape(q, (rows, tokens, keys, groups, dim), out_sharding=GROUPED)
-    q = q.transpose(0, 2, 3, 1, 4).reshape(rows, keys, groups * tokens, dim)  # [B, K, G*T, H]
+    # Shardings are said, not left to reshape: it loses those of axes of size 1.
+    q = q.transpose(0, 2, 3, 1, 4)
+    q = jnp.reshape(q, (rows, keys, groups * tokens, dim), out_sharding=MERGED)  # [B, K, G*T, H]
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, S, H]
     mask = jnp.tile(mask, (1, groups, 1))[:, None]  # [B, 1, G*T, S]
     scores = jnp.einsum("bkmh,bksh->bkms", q, k, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(jnp.where(mask, scores * dim**-0.5, -1e30), -1).astype(v.dtype)
     out = jnp.einsum("bkms,bksh->bkmh", weights, v)
-    out = out.reshape(rows, keys, groups, tokens, dim).transpose(0, 3, 1, 2, 4)  # [B, T, K, G, H]
+    out = jnp.reshape(out, (rows, keys, groups, tokens, dim), out_sharding=SPLIT)
+    out = out.transpose(0, 3, 1, 2, 4)  # [B, T, K, G, H]
     return jnp.reshape(out, (rows, tokens, heads, dim), out_sharding=HEADS)
 
 

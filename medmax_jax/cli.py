@@ -8,9 +8,11 @@ python -m medmax_jax.train --config=configs/tiny.py --workdir=D [--config.optim.
 
 import logging
 import os
+import pathlib
 import re
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,6 +23,7 @@ from ml_collections import ConfigDict, config_flags
 from medmax_jax.config import ConfigError
 
 DONE, ERROR, USAGE, INTERRUPTED = 0, 1, 2, 75
+STOPPED = "interrupted; the same command goes on from what was saved"
 
 
 class Interrupted(RuntimeError):
@@ -50,7 +53,7 @@ def run(
         except ConfigError as error:
             return _fail(error, USAGE)
         except (Interrupted, KeyboardInterrupt) as error:
-            print(str(error) or "interrupted before the first step", file=sys.stderr, flush=True)
+            print(str(error) or STOPPED, file=sys.stderr, flush=True)
             return INTERRUPTED
         except errors as error:
             return _fail(error, ERROR)
@@ -74,6 +77,23 @@ def init_distributed(environment: Mapping[str, str]) -> None:
         jax.distributed.initialize(address, num_processes=count, process_id=own)
     elif environment.get("MEDMAX_MULTIHOST") == "1":
         jax.distributed.initialize()
+
+
+class WorkdirError(OSError):
+    """A --workdir that nothing can be written to."""
+
+
+def open_workdir(workdir: str | os.PathLike) -> pathlib.Path:
+    """The folder, made where it is missing; raises WorkdirError unless a file can be made in it."""
+    folder = pathlib.Path(workdir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise WorkdirError(
+            f"--workdir {workdir} cannot be written ({error.strerror}); name another folder"
+        ) from error
 
 
 class Stop:

@@ -33,8 +33,9 @@ def objective(
     targets are the image codes; BOI and EOI count as text.
     """
     hidden = model.hidden(batch.ids, batch.segments, batch.positions, key=key)
-    # The last position predicts nothing: position 0 has weight 0, and that rolls into its place.
-    targets, weights = jnp.roll(batch.ids, -1, axis=1), jnp.roll(batch.weights, -1, axis=1)
+    # The last position predicts nothing. Not jnp.roll: with one row a [1, 1] slice in it has lost
+    # its sharding, which jax 0.11 minds.
+    targets, weights = (jnp.pad(x[:, 1:], ((0, 0), (0, 1))) for x in (batch.ids, batch.weights))
     kernel = model.lm_head.kernel[...]
     nll = token_nll(hidden, kernel, targets, chunks=num_chunks(hidden, kernel))
     scored, image = weights > 0, is_image(targets, vocab)

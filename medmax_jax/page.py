@@ -26,12 +26,13 @@ h2 { font-size: 1.15rem; margin: 2.5rem 0 .75rem; padding-bottom: .3rem;
   border-bottom: 2px solid var(--mark); }
 p { margin: .6rem 0; max-width: 46rem; }
 p.note { color: var(--soft); font-size: .9rem; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; margin-bottom: 1.5rem; }
 table { border-collapse: collapse; font-size: .92rem; width: 100%; }
 caption { text-align: left; color: var(--soft); font-size: .9rem; padding: .2rem 0 .5rem; }
 th, td { padding: .4rem .7rem; text-align: left; vertical-align: top; overflow-wrap: anywhere;
   border-bottom: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 600; white-space: nowrap; }
+td { white-space: pre-line; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .figures { display: grid; gap: 1rem;
   grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); }

@@ -82,8 +82,7 @@ class Road:
 
 def main(settings: ConfigDict, workdir: str) -> None:
     """The program: a log for a person, report.json for a program."""
-    folder = Path(workdir)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = cli.open_workdir(workdir)
     handlers = (logging.StreamHandler(sys.stdout), logging.FileHandler(folder / "quickstart.log"))
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=handlers, force=True)
     run(config.build(Quickstart, settings), folder)
@@ -271,8 +270,9 @@ def _history(path: Path) -> tuple[list[dict[str, float]], list[dict[str, float]]
 def _say(report: dict[str, Any], workdir: Path) -> None:
     for row in report["comparisons"]:
         log.info(
-            "vqa_closed %.3f, %s %.3f: %+.3f [%+.3f, %+.3f]",
+            "vqa_closed %.3f, %s %.3f: %+.3f [%+.3f, %+.3f] over %d held-out groups",
             row["ours"], row["against"], row["theirs"], row["diff"], row["ci_low"], row["ci_high"],
+            row["groups"],
         )  # fmt: skip
     log.info("%s", quickstart_page.NOTICE)
     log.info("report: %s", workdir / "report.html")

@@ -24,15 +24,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Float32
 from matplotlib.figure import Figure
-from ml_collections import config_flags
+from ml_collections import ConfigDict
 from PIL import Image
 
-from medmax_jax import config, images, lpips, vqgan, weights
+from medmax_jax import cli, config, images, lpips, vqgan, weights
 from medmax_jax.mesh import make_mesh, put_batch
 
 MAX_PIXELS = 40_000_000  # of a training picture
@@ -90,8 +89,7 @@ class Pictures(NamedTuple):
 
 def run(settings: Run, workdir: str | Path) -> dict[str, dict[str, float]]:
     """Trains (or resumes) to the end and returns the last metrics."""
-    workdir = Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
+    workdir = cli.open_workdir(workdir)
     (workdir / "config.json").write_text(json.dumps(config.to_dict(settings), indent=1))
     mesh = make_mesh(settings.mesh)
     with jax.set_mesh(mesh):
@@ -384,13 +382,10 @@ def convolve(x, kernel, strides, padding, **options):
     return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
 
 
-def main(_: list[str]) -> None:
+def main(settings: ConfigDict, workdir: str) -> None:
     """The program."""
-    run(config.build(Run, CONFIG.value), WORKDIR.value)
+    run(config.build(Run, settings), workdir)
 
 
 if __name__ == "__main__":
-    CONFIG = config_flags.DEFINE_config_file("config", None, "a file of configs/")
-    WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; the same again resumes")
-    flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    cli.run(main, errors=(ValueError, OSError))  # of pictures, weights, LPIPS, the workdir

@@ -176,10 +176,11 @@ def test_golden_shows_an_error(name, monkeypatch):
     assert np.abs(ours - theirs).max() > 3 * cases.tolerance("hidden", theirs)
 
 
+@pytest.mark.parametrize("case", cases.CASES.values(), ids=cases.CASES)
 @pytest.mark.parametrize("alpha_over_rank", [1.5, 6.0], ids=["alpha / rank", "alpha"])
-def test_golden_shows_a_wrong_lora_scale(alpha_over_rank):
+def test_golden_shows_a_wrong_lora_scale(case, alpha_over_rank):
     lora = Lora(rank=4, alpha=4 * alpha_over_rank, dropout=0.0)
-    model = setup.load(setup.config(cases.BASE), cases.weights(cases.BASE, lora=True), lora)
-    first = golden(cases.BASE, "lora")["losses"][0]
+    model = setup.load(setup.config(case), cases.weights(case, lora=True), lora)
+    first = golden(case, "lora")["losses"][0]
     off = abs(setup.jit(loss_of)(model, *setup.rows(cases.ids())) - first)
     assert (off <= cases.tolerance("losses", first)) == (alpha_over_rank == 1.5)

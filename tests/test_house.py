@@ -8,12 +8,15 @@ import subprocess
 import sys
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = pathlib.Path(__file__).parent.parent
 ROOMS = ("medmax_jax", "configs", "data", "eval")
 MAX_FILE_LINES = 400
 MAX_TRAIN_CLOSURE = 4_000  # lines reachable from medmax_jax/train.py by imports
 MAX_TRAIN_FILES = 25
+MAX_SHIPPED_BYTES = 25_000_000  # of medmax_jax/tiny, all files together
 
 # The house from the ground up. A module may import only what stands above it in this list.
 ORDER = """
@@ -115,6 +118,28 @@ def test_training_reaches_little():
     assert lines <= MAX_TRAIN_CLOSURE and len(seen) <= MAX_TRAIN_FILES, (lines, sorted(seen))
 
 
+# Whoever imports torch or TensorFlow is written down, whether they are installed or not.
+WHO_ASKS = """
+import sys, traceback
+
+class Asked:
+    by = set()
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "tensorflow"):
+            callers = [f.filename for f in traceback.extract_stack()[:-1]]
+            callers = [c for c in callers if "importlib" not in c]
+            self.by.add((name, callers[-1]))
+
+sys.meta_path.insert(0, Asked())
+import {program}
+assert not {"torch", "tensorflow"} & {m.split(".")[0] for m in sys.modules}
+# tensorboardX takes torch's tensors where it is installed, which here it is not
+left = {(name, by) for name, by in Asked.by if "tensorboardX" not in by}
+assert not left, left
+"""
+
+
 @pytest.mark.parametrize(
     "program",
     [
@@ -122,16 +147,15 @@ def test_training_reaches_little():
         "medmax_jax.train",
         "medmax_jax.train_vqgan",
         "medmax_jax.convert.__main__",
+        "medmax_jax.generate",
         "data.prepare",
+        "data.sample.build",
+        "data.sample.train_tokenizer",
         "eval.run",
     ],
 )
 def test_programs_need_neither_torch_nor_tensorflow(program):
-    code = (
-        f"import {program}, sys; "
-        "found = {m.split('.')[0] for m in sys.modules}; "
-        "assert not found & {'torch', 'tensorflow'}"
-    )
+    code = WHO_ASKS.replace("{program}", program)
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
 
 
@@ -148,6 +172,26 @@ def test_libtpu_is_the_one_jax_asks_for():
     asked = [r for r in importlib.metadata.requires("jax") or [] if r.startswith("libtpu")]
     version = re.search(r"==([\d.]+)\.\*", asked[0]).group(1)
     assert f"libtpu=={version}.*" in (ROOT / "requirements-dev.txt").read_text()
+
+
+def test_the_locked_set_is_the_required_one():
+    """requirements.lock: each requirement at a version within its bounds, everything hashed."""
+    entries = re.split(r"\n(?=[a-z0-9])", (ROOT / "requirements.lock").read_text())
+    locked = {}
+    for entry in (e for e in entries if not e.startswith("#")):
+        name, version = re.match(r"([\w.-]+)==([\w.]+)", entry).groups()
+        assert "--hash=sha256:" in entry, f"{name}: no hash"
+        locked[canonicalize_name(name)] = version
+    for line in (ROOT / "requirements.txt").read_text().splitlines():
+        if not line.startswith("#"):
+            asked = Requirement(line.partition("#")[0].strip())
+            assert asked.specifier.contains(locked[canonicalize_name(asked.name)]), line
+
+
+def test_shipped_weights_are_small():
+    files = [p for p in (ROOT / "medmax_jax" / "tiny").rglob("*") if p.is_file()]
+    assert {"model.safetensors", "vqgan.safetensors", "tokenizer.json"} <= {p.name for p in files}
+    assert sum(p.stat().st_size for p in files) <= MAX_SHIPPED_BYTES
 
 
 def test_nothing_names_a_machine():

@@ -247,6 +247,24 @@ def test_program(model, encoder, sample, tmp_path, capsys, monkeypatch):
         assert stopped.value.code == 2
 
 
+def test_ctrl_c_leaves_nothing_and_says_so(model, encoder, sample, tmp_path, capsys, monkeypatch):
+    given = dict(sample=sample, vq=encoder.vq, tokenizer=encoder.tokenizer)
+    whole = functools.partial(prepare.prepare_sample, **given)
+    out, command = tmp_path / "r", ["sample", "--out", str(tmp_path / "r"), "--model", str(model)]
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare, "prepare_sample", whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(codes._Progress, "add", stop)
+        assert prepare.main([*command, "--split", "test"]) == 75
+    assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted: no records were")
+    assert list(out.iterdir()) == []
+    assert prepare.main([*command, "--split", "test"]) == 0
+    assert len(records.open_records(out)) > 0
+
+
 def test_check_without_its_tokenizer(make, tmp_path, capsys):
     make(tmp_path / "r", split="validation")
     assert prepare.main(["check", str(tmp_path / "r"), "--model", str(tmp_path)]) == 0

@@ -108,7 +108,7 @@ def page_with_markup() -> str:
 
 
 def test_the_page_shows_markup_as_text_and_forbids_scripts():
-    tags, attributes, policy = set(), set(), []
+    tags, attributes, policy, shown = set(), set(), [], []
 
     class Reader(html.parser.HTMLParser):
         def handle_starttag(self, tag, attrs):
@@ -117,8 +117,13 @@ def test_the_page_shows_markup_as_text_and_forbids_scripts():
             if dict(attrs).get("http-equiv") == "Content-Security-Policy":
                 policy.append(dict(attrs)["content"])
 
+        def handle_data(self, data):
+            shown.append(data)
+
     text = page_with_markup()
     Reader().feed(text)
     assert "script" not in tags and not {a for a in attributes if a.startswith("on")}
     assert "default-src 'none'" in policy[0] and "script-src" not in policy[0]
+    # task, metric, rival, stage, what, notes; name, question, answer, before, after; prompt
+    assert sum(MARKUP in piece for piece in shown) == 6 + 5 + 1 + 1  # and the device
     assert "http://" not in text and "https://" not in text

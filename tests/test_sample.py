@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.sample.decode import read_nifti, read_nrrd, to_bytes
+from data.sample.build import ALIKE, PER_GROUP, thin, thumbnail
+from data.sample.decode import Picture, read_nifti, read_nrrd, to_bytes
 from data.sample.documents import (
     IMAGE,
     SEPARATOR,
@@ -63,6 +64,21 @@ def test_every_picture_opens_and_shows_something(rows):
             assert min(image.size) == 128, row["id"]
             assert np.asarray(image.convert("L")).std() > 5, f"{row['id']} is blank"
             assert not image.getexif(), f"{row['id']} carries metadata"
+
+
+def test_neighbouring_slices_are_thinned(rows):
+    """No two pictures of a group are near-copies, because the builder drops the second."""
+    groups = defaultdict(list)
+    for row in rows:
+        with Image.open(FOLDER / row["file"]) as image:
+            groups[row["group"]].append(thumbnail(np.asarray(image.convert("RGB"))))
+    for group, vectors in groups.items():
+        alike = np.array(vectors) @ np.array(vectors).T - np.eye(len(vectors))
+        assert alike.max() <= ALIKE, group
+    grain = np.random.default_rng(0).integers(0, 200, (40, 64, 64), dtype=np.uint8)
+    slices = [grain[0], grain[0] + 3, *grain[1:]]
+    kept = thin([Picture(s, "p", "f", n, "g", {}) for n, s in enumerate(slices)])
+    assert len(kept) == PER_GROUP and 1 not in {picture.frame for picture in kept}
 
 
 def test_every_fact_has_an_allowed_source(rows):

@@ -148,6 +148,16 @@ def test_settings_may_change_but_not_the_model(done, data, base, tmp_path):
     assert "changed since the checkpoint: config.train.keep was 2, is now 1" in log
 
 
+def test_the_random_numbers_are_a_setting(done, data, base, tmp_path):
+    """Adapters are drawn with train.prng_impl, so the first gradient differs; else nothing does."""
+    _, folder, _ = done
+    run = micro_run.run(**data, train__init_from=str(base), train__prng_impl="rbg", train__steps=1)
+    train.run(run, tmp_path)
+    (ours,), theirs = rows(tmp_path, "train").values(), rows(folder, "train")[1]
+    assert ours["grad_norm"] != theirs["grad_norm"]
+    assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)  # B is zero still
+
+
 def test_loss_that_is_not_finite_stops_the_run(done, data, base, tmp_path):
     broken = copy(base, tmp_path)
     tensors = load_file(broken / "model.safetensors")

@@ -1,0 +1,56 @@
+"""The libtpu of requirements-dev.txt compiles a training step for TPUs where there is none."""
+
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+# Read by libtpu when it is loaded: no metadata server is asked, and another process may have it.
+PLACE = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true"}
+STEP = """
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from configs import tiny
+from data.loader import Batch
+from medmax_jax import chameleon, config, mesh, step
+
+settings = tiny.get_config()
+settings.model.update(param_dtype="bfloat16", compute_dtype="bfloat16", remat="attn")
+run = config.from_config_dict(settings)
+chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+m = jax.sharding.Mesh(np.array(chips).reshape(1, 2, 2), mesh.AXES, (AxisType.Explicit,) * 3)
+with jax.set_mesh(m):
+    like = chameleon.abstract(run.model, run.vocab, run.lora)
+    graph, trainable, frozen = step.split(like, run.train.trains)
+    state = mesh.placed(jax.eval_shape(lambda t: step.init_state(t, run), trainable))
+    rows = lambda kind: jax.ShapeDtypeStruct(
+        (run.data.batch_size, run.data.seq_len), kind, sharding=NamedSharding(m, mesh.BATCH)
+    )
+    batch = Batch(rows("int32"), rows("int32"), rows("int32"), rows("float32"))
+    key = mesh.placed(jax.eval_shape(lambda: jax.random.key(0)))
+    compiled = step.make_train_step(graph, run).lower(state, frozen, batch, key).compile()
+print(chips[0].device_kind, compiled.memory_analysis().temp_size_in_bytes)
+print("all-gather" in compiled.as_text(), "all-reduce" in compiled.as_text())
+"""
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu has no package for this machine"
+)
+def test_a_training_step_compiles_for_a_tpu():
+    done = subprocess.run(
+        [sys.executable, "-c", STEP], cwd=ROOT, env=os.environ | PLACE, text=True,
+        capture_output=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    (*chip, temporary), collectives = (line.split() for line in done.stdout.splitlines())
+    assert chip == ["TPU", "v5", "lite"] and 0 < int(temporary) < 2**27
+    assert collectives == ["True", "True"]  # weights over fsdp, products over tp
