@@ -193,6 +193,7 @@ def size_of(folder: pathlib.Path) -> int:
 
 
 def main() -> None:
+    """The program."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -7,6 +7,7 @@ are also opened there, and the logits compared.
 
 import argparse
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -14,13 +15,14 @@ import tempfile
 
 import numpy as np
 
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported: libtpu is chatty
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import convert_setup as setup  # noqa: E402
 from parity import meta_reference  # noqa: E402
 
-from medmax_jax.convert import common, run, sources  # noqa: E402
+from medmax_jax.convert import form, run, sources  # noqa: E402
 
 MODELS = {"7B-like": setup.BASE, "30B-like, 4 shards": setup.SWIN}
 DTYPES = {"F32": ("F32",), "BF16": ("BF16",), "mixed": ("F32", "BF16", "BF16", "F16")}
@@ -58,11 +60,13 @@ def tensors(path: pathlib.Path) -> dict[str, bytes]:
 
 
 def convert(source: pathlib.Path, target: pathlib.Path, layout: str) -> pathlib.Path:
+    """One conversion; returns its target."""
     run.convert(str(source), str(target), layout=layout, say=lambda _: None)
     return target
 
 
 def main() -> None:
+    """The program."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -90,7 +94,7 @@ def table(folder: pathlib.Path, python: str | None) -> None:
             for path in (place / "start").glob("models/*/*.pth"):
                 (place / path.name).write_bytes(path.read_bytes())
             cells = [_round_trip(at, place, a, b) for a, b in ROUTES]
-            names = {common.fingerprint(sources.read(p)) for p in at.values()}
+            names = {form.fingerprint(sources.read(p)) for p in at.values()}
             cells.append("yes" if len(names) == 1 else "NO")
             rows.append(([model, dtype, *cells], place, sizes, states))
     if python:

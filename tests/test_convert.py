@@ -29,7 +29,7 @@ from parity import meta_reference
 
 from medmax_jax import chameleon, export, vqgan, weights
 from medmax_jax.config import Mesh
-from medmax_jax.convert import common, describe, run, sources
+from medmax_jax.convert import describe, form, run, sources
 from medmax_jax.mesh import make_mesh
 from medmax_jax.tokenizer import Tokenizer, prompt_ids
 
@@ -165,10 +165,10 @@ def test_dtypes_are_kept_per_tensor_and_cast_once_on_load(tmp_path):
 
 def test_one_fingerprint_in_every_layout_and_dtype(case, tmp_path):
     _, sizes, states, meta, native, hf = case
-    found = {common.fingerprint(sources.read(p)) for p in (meta, native, hf)}
+    found = {form.fingerprint(sources.read(p)) for p in (meta, native, hf)}
     rounded = [{n: a.astype(NUMPY["BF16"]) for n, a in s.items()} for s in states]
     half = write_meta(tmp_path / "half", sizes, rounded, vqgan=False)
-    found.add(common.fingerprint(sources.read(half)))
+    found.add(form.fingerprint(sources.read(half)))
     found.add(export.identity(native))
     assert len(found) == 1
     states = [dict(s) for s in states]
@@ -176,7 +176,7 @@ def test_one_fingerprint_in_every_layout_and_dtype(case, tmp_path):
         states[0]["layers.1.feed_forward.w2.weight"] * 1.01
     ).astype(np.float32)
     other = write_meta(tmp_path / "other", sizes, states, vqgan=False)
-    assert common.fingerprint(sources.read(other)) not in found
+    assert form.fingerprint(sources.read(other)) not in found
 
 
 def test_the_vqgan_alone_goes_in_and_out(tmp_path):
@@ -197,7 +197,7 @@ def test_hf_without_a_decoder_takes_one_from_meta(case, tmp_path):
     hf = convert(native, tmp_path / "hf", "hf", decoder=False)
     assert not any(".decoder." in name for name in read_safetensors(hf))
     assert describe.facts(sources.read(hf))["vqgan"] == "encoder only"
-    with pytest.raises(common.ConvertError, match="no VQGAN decoder.*--vqgan"):
+    with pytest.raises(form.ConvertError, match="no VQGAN decoder.*--vqgan"):
         convert(hf, tmp_path / "none", "meta")
     ckpt = meta / "tokenizer" / "vqgan.ckpt"
     back = convert(hf, tmp_path / "back", "meta", vqgan=str(ckpt))
@@ -286,6 +286,6 @@ def test_vqgan_of_a_ckpt_with_a_wrong_shape_is_refused(tmp_path):
     state = random_vqgan(seed=1)
     state["quant_conv.weight"] = np.ones((8, 4, 1, 1), np.float32)
     write_pth(meta / "tokenizer" / "vqgan.ckpt", state, wrap="state_dict")
-    with pytest.raises(common.ConvertError, match=r"quant_conv.weight.*shape \(8, 4, 1, 1\)"):
+    with pytest.raises(form.ConvertError, match=r"quant_conv.weight.*shape \(8, 4, 1, 1\)"):
         convert(meta, tmp_path / "native", "native")
     assert not (tmp_path / "native").exists()

@@ -16,7 +16,7 @@ from test_convert import GOLDEN, IDS, convert, logits
 from medmax_jax import chameleon, export, train, weights
 from medmax_jax.config import Lora, Mesh
 from medmax_jax.convert import describe, sources
-from medmax_jax.convert.common import ConvertError
+from medmax_jax.convert.form import ConvertError
 from medmax_jax.mesh import make_mesh
 
 PEFT = pathlib.Path(__file__).parent / "parity" / "peft_adapter"  # saved by peft itself

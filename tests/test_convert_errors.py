@@ -26,7 +26,7 @@ from test_convert import convert
 
 from medmax_jax.convert import native, sources
 from medmax_jax.convert.__main__ import main
-from medmax_jax.convert.common import ConvertError, finite
+from medmax_jax.convert.form import ConvertError, finite
 from medmax_jax.pth import PthError
 from medmax_jax.storage import Folder, StorageError
 

@@ -12,7 +12,7 @@ from test_convert import convert
 from medmax_jax import chameleon, export
 from medmax_jax.config import Mesh
 from medmax_jax.convert import describe, sources
-from medmax_jax.convert.common import ConvertError
+from medmax_jax.convert.form import ConvertError
 from medmax_jax.mesh import make_mesh
 from medmax_jax.storage import Folder, StorageError
 

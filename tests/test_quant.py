@@ -19,7 +19,7 @@ from test_convert import IDS, convert, logits
 from medmax_jax import chameleon, config, export, quant, train
 from medmax_jax.config import Mesh
 from medmax_jax.convert import describe, quantize, sources
-from medmax_jax.convert.common import ConvertError
+from medmax_jax.convert.form import ConvertError
 from medmax_jax.mesh import make_mesh
 
 KINDS = ("int8", "nf4")

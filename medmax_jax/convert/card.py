@@ -9,7 +9,7 @@ from typing import Any
 import data.sample
 from data.mixture import SOURCES
 from data.sample.manifest import read_manifest
-from medmax_jax.convert.common import Adapter, Checkpoint
+from medmax_jax.convert.form import Adapter, Checkpoint
 
 USE = "Research only, not for clinical use: its output may be wrong and must not guide any care."
 LICENCE = (

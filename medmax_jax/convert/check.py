@@ -30,7 +30,7 @@ import tokenizers
 from medmax_jax import chameleon, export, vqgan, weights
 from medmax_jax.config import Mesh, Vocab
 from medmax_jax.convert import describe, hf_processor, run, sources, torch_side
-from medmax_jax.convert.common import Checkpoint, ConvertError, finite
+from medmax_jax.convert.form import Checkpoint, ConvertError, finite
 from medmax_jax.convert.progress import Progress
 from medmax_jax.mesh import make_mesh
 from medmax_jax.storage import Folder

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from medmax_jax.config import to_dict
-from medmax_jax.convert.common import Adapter, Checkpoint, fingerprint
+from medmax_jax.convert.form import Adapter, Checkpoint, fingerprint
 from medmax_jax.vocab import IMAGE_START
 
 NAMED = {  # (hidden_size, num_layers, num_heads, num_kv_heads) -> published model

@@ -1,7 +1,7 @@
 """Hugging Face's layout of the Chameleon family.
 
     config.json                  ChameleonConfig with vocabulary_map; or of the VQGAN alone
-    model*.safetensors           names of common.py; the VQGAN under `model.vqmodel.`
+    model*.safetensors           names of form.py; the VQGAN under `model.vqmodel.`
     tokenizer.json ..            hf_processor.py
 
 q_norm and k_norm have a row a head there; heads of one model-parallel shard have the same row.
@@ -16,7 +16,7 @@ import numpy as np
 from configs import base
 from medmax_jax.config import VQ, ConfigError, Model, Vocab, build
 from medmax_jax.convert import hf_processor, tensor_files, vq_names
-from medmax_jax.convert.common import (
+from medmax_jax.convert.form import (
     Checkpoint,
     ConvertError,
     Tensor,

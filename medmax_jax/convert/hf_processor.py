@@ -16,7 +16,7 @@ from typing import Any
 
 import tokenizers
 
-from medmax_jax.convert.common import Checkpoint, ConvertError
+from medmax_jax.convert.form import Checkpoint, ConvertError
 from medmax_jax.storage import Folder
 from medmax_jax.tokenizer import IMAGE_NAME, SEP_NAME, UNMODIFIED_IMAGE_NAME
 

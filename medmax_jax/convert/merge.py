@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from medmax_jax import export
-from medmax_jax.convert.common import (
+from medmax_jax.convert.form import (
     DTYPES,
     Adapter,
     Checkpoint,

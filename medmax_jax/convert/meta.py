@@ -20,7 +20,7 @@ import numpy as np
 from medmax_jax import pth
 from medmax_jax.config import Model
 from medmax_jax.convert import hf_processor, meta_vqgan
-from medmax_jax.convert.common import (
+from medmax_jax.convert.form import (
     Checkpoint,
     ConvertError,
     Tensor,

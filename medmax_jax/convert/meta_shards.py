@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from medmax_jax.config import Model
-from medmax_jax.convert.common import ConvertError, Tensor
+from medmax_jax.convert.form import ConvertError, Tensor
 
 ROWS, COLUMNS, COPIES = "rows", "columns", "copies"
 FUSED = {"attention.wqkv": ("wq", "wk", "wv"), "feed_forward.w13": ("w1", "w3")}

@@ -15,7 +15,7 @@ from configs import base
 from medmax_jax import pth
 from medmax_jax.config import VQ, build
 from medmax_jax.convert import vq_names
-from medmax_jax.convert.common import Checkpoint, ConvertError, Tensor, check_dtype, finite
+from medmax_jax.convert.form import Checkpoint, ConvertError, Tensor, check_dtype, finite
 from medmax_jax.storage import ByteFile, Folder
 
 CKPT, YAML = "vqgan.ckpt", "vqgan.yaml"

@@ -24,7 +24,7 @@ import numpy as np
 from medmax_jax import arrays, chameleon, quant, weights
 from medmax_jax.config import VQ, ConfigError, Mesh, Model, Vocab, build, to_dict
 from medmax_jax.convert import quantize, tensor_files, vq_names
-from medmax_jax.convert.common import (
+from medmax_jax.convert.form import (
     DTYPES,
     Checkpoint,
     ConvertError,

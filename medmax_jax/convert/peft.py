@@ -7,7 +7,7 @@ native    adapter_config.json {"rank", "alpha", "dropout"} and the facts below
           adapter.safetensors         layers.mlp.up_proj.lora_a, the layers stacked
 a run     adapter/ of a finished one, else the newest sound checkpoint
 
-facts     base    fingerprint of the weights it was trained on, see common.fingerprint
+facts     base    fingerprint of the weights it was trained on, see form.fingerprint
           data    fingerprint of the records; sources, credentials: documents of each
           step, config
 """
@@ -21,7 +21,7 @@ import numpy as np
 from medmax_jax import checkpoint
 from medmax_jax.config import ConfigError, Lora, build, to_dict
 from medmax_jax.convert import meta_vqgan, tensor_files
-from medmax_jax.convert.common import Adapter, ConvertError, Tensor, check_dtype
+from medmax_jax.convert.form import Adapter, ConvertError, Tensor, check_dtype
 from medmax_jax.storage import Folder
 
 CONFIG, FACTS = "adapter_config.json", "medmax_jax.json"

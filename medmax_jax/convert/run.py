@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 
 from medmax_jax.convert import card, hf, merge, meta, native, peft, sources, vq_names
-from medmax_jax.convert.common import Adapter, Checkpoint, ConvertError, fingerprint
+from medmax_jax.convert.form import Adapter, Checkpoint, ConvertError, fingerprint
 from medmax_jax.convert.progress import Progress
 from medmax_jax.storage import new_folder
 

@@ -6,7 +6,7 @@ from typing import Any
 from medmax_jax.checkpoint import CheckpointError
 from medmax_jax.config import VQ, ConfigError, build
 from medmax_jax.convert import hf, meta, meta_vqgan, native, peft
-from medmax_jax.convert.common import Adapter, Checkpoint, ConvertError
+from medmax_jax.convert.form import Adapter, Checkpoint, ConvertError
 from medmax_jax.pth import PthError
 from medmax_jax.storage import Folder, StorageError
 from medmax_jax.tokenizer import TokenizerError

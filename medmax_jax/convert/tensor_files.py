@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from medmax_jax.convert.common import DTYPES, ConvertError, Tensor, finite
+from medmax_jax.convert.form import DTYPES, ConvertError, Tensor, finite
 from medmax_jax.storage import ByteFile, Folder
 
 INDEX = "model.safetensors.index.json"

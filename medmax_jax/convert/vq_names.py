@@ -13,7 +13,7 @@ import numpy as np
 
 from medmax_jax import vqgan, weights
 from medmax_jax.config import VQ, ConfigError, build
-from medmax_jax.convert.common import ConvertError, Tensor, require
+from medmax_jax.convert.form import ConvertError, Tensor, require
 
 TAMING_GROUPS = 32  # of every GroupNorm, fixed in the code of taming-transformers and of HF
 
