@@ -35,21 +35,23 @@ def run(
     *,
     errors: tuple[type[Exception], ...],
     defaults: dict[str, str] | None = None,
+    folder: str = "workdir",
 ) -> None:
     """Reads the flags, calls `main(config, workdir)` and exits with one of the statuses above.
 
     `errors`: exceptions whose message is all that the user needs. Any other one is a bug and
-    shows its traceback. `defaults`: flags of a program that can be started without.
+    shows its traceback. `defaults`: flags of a program that can be started without. `folder`: what
+    the flag of the workdir is called.
     """
     settings = config_flags.DEFINE_config_file("config", None, "settings; a file of configs/")
-    folder = flags.DEFINE_string("workdir", None, "folder that the run writes to")
-    flags.mark_flags_as_required(["config", "workdir"])
+    place = flags.DEFINE_string(folder, None, "folder that the run writes to")
+    flags.mark_flags_as_required(["config", folder])
 
     def guarded(_: list[str]) -> int:
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its every move
         init_distributed(os.environ)
         try:
-            main(settings.value, folder.value)
+            main(settings.value, place.value)
         except ConfigError as error:
             return _fail(error, USAGE)
         except (Interrupted, KeyboardInterrupt) as error:
@@ -83,7 +85,7 @@ class WorkdirError(OSError):
     """A --workdir that nothing can be written to."""
 
 
-def open_workdir(workdir: str | os.PathLike) -> pathlib.Path:
+def open_workdir(workdir: str | os.PathLike, flag: str = "--workdir") -> pathlib.Path:
     """The folder, made where it is missing; raises WorkdirError unless a file can be made in it."""
     folder = pathlib.Path(workdir)
     try:
@@ -92,7 +94,7 @@ def open_workdir(workdir: str | os.PathLike) -> pathlib.Path:
             return folder
     except OSError as error:
         raise WorkdirError(
-            f"--workdir {workdir} cannot be written ({error.strerror}); name another folder"
+            f"{flag} {workdir} cannot be written ({error.strerror}); name another folder"
         ) from error
 
 

@@ -24,16 +24,17 @@ from pathlib import Path
 import jax
 import numpy as np
 import PIL.Image
-from absl import app, flags, logging
+from absl import flags
 from flax import nnx
 from jaxtyping import Int
-from ml_collections import config_flags
+from ml_collections import ConfigDict
 
-from medmax_jax import batching, chameleon, decoding, export, grammar, images, vqgan, weights
+from medmax_jax import batching, chameleon, cli, decoding, export, grammar, images, vqgan, weights
 from medmax_jax import mesh as meshes
 from medmax_jax import vocab as ids
 from medmax_jax.batching import GenerateError
 from medmax_jax.config import VQ, ConfigError, Lora, Mesh, Model, Sample, Vocab, build
+from medmax_jax.storage import StorageError
 from medmax_jax.tokenizer import Tokenizer, prompt_ids, segments_of
 
 Part = str | Path | PIL.Image.Image | np.ndarray  # words, a picture's file, a picture, its VQ codes
@@ -296,8 +297,6 @@ FLAGS = flags.FLAGS
 
 
 def _flags() -> None:
-    default = str(Path(__file__).parent.parent / "configs" / "base.py")
-    config_flags.DEFINE_config_file("config", default, "its `sample` and `mesh` are used")
     flags.DEFINE_string("model", None, "model folder", required=True)
     flags.DEFINE_string("adapter", "", "adapter folder that training wrote")
     flags.DEFINE_multi_string(
@@ -305,26 +304,23 @@ def _flags() -> None:
     )
     flags.DEFINE_multi_string("image", [], "picture before the words of every prompt")
     flags.DEFINE_enum("mode", "text", grammar.MODES, "what to write")
-    flags.DEFINE_string("out", None, "folder for answers.jsonl and pictures", required=True)
     flags.DEFINE_bool("end_of_turn", True, "close the prompt as MedMax's fine-tuning does")
 
 
-def main(_: Sequence[str]) -> None:
-    """Reads the flags, answers every prompt, writes answers.jsonl and one PNG for each picture."""
-    logging.set_verbosity(logging.ERROR)  # JAX tells of every backend that is not there
-    config = FLAGS.config
-    mesh = meshes.make_mesh(build(Mesh, config.mesh))
-    sample = build(Sample, config.sample)
+def main(settings: ConfigDict, out: str) -> None:
+    """Answers every prompt; writes answers.jsonl and one PNG for each picture to `out`."""
+    mesh = meshes.make_mesh(build(Mesh, settings.mesh))
+    sample, folder = build(Sample, settings.sample), cli.open_workdir(out, "--out")
     pictures = [images.load(Path(p), max_pixels=MAX_PIXELS) for p in FLAGS.image]
     g = load(FLAGS.model, adapter=FLAGS.adapter or None, mesh=mesh)
     prompts = [[*pictures, words] for words in FLAGS.prompt]
-    out = Path(FLAGS.out)
-    out.mkdir(parents=True, exist_ok=True)
     request = dict(mode=FLAGS.mode, seed=sample.seed, end_of_turn=FLAGS.end_of_turn)
     answers = generate(g, prompts, sample, **request)
-    with open(out / "answers.jsonl", "w") as file:
+    with open(folder / "answers.jsonl", "w") as file:
         for index, (words, answer) in enumerate(zip(FLAGS.prompt, answers, strict=True)):
-            segments = [_saved(part, out / f"{index:04d}_{i}.png") for i, part in enumerate(answer)]
+            segments = [
+                _saved(part, folder / f"{index:04d}_{i}.png") for i, part in enumerate(answer)
+            ]
             record = dict(prompt=words, images=FLAGS.image, mode=FLAGS.mode, segments=segments)
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
             print(f"{words}\n  -> {' '.join(next(iter(s.values())) for s in segments)}")
@@ -339,7 +335,7 @@ def _saved(part: Text | Image, path: Path) -> dict[str, str]:
 
 if __name__ == "__main__":
     _flags()
-    try:
-        app.run(main)
-    except ValueError as error:  # all of this project's errors are; they say what to mend
-        raise SystemExit(f"error: {error}") from None
+    # its `sample` and `mesh` are used
+    default = {"config": str(Path(__file__).parent.parent / "configs" / "base.py")}
+    errors = (ValueError, OSError, StorageError, export.ExportError)
+    cli.run(main, errors=errors, defaults=default, folder="out")

@@ -44,6 +44,22 @@ def test_one_line_and_a_status(name, arguments, status, message):
     assert done.stderr.count("\n") == 1, done.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments, status, message",
+    [
+        (["--out=w", "--config.sample.foo=1"], cli.USAGE, "--config.sample.foo names no field"),
+        (["--out=README.md/w"], cli.ERROR, "--out README.md/w cannot be written"),
+        (["--out=runs/w", "--model=nowhere"], cli.ERROR, "nowhere/config.json: no such file"),
+    ],
+)
+def test_generate_says_one_line_too(arguments, status, message):
+    done = program(
+        "-m", "medmax_jax.generate", "--model=medmax_jax/tiny", "--prompt=A CT?", *arguments
+    )
+    assert done.returncode == status and message in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+
+
 def test_programs_refuse_a_workdir_before_they_work(tmp_path):
     (tmp_path / "file").write_text("")
     asked = dict(model="native:nowhere", adapter="", progress=print)

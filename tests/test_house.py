@@ -25,6 +25,7 @@ settings    configs configs.base configs.chameleon_30b configs.tiny configs.tiny
 
 facts       medmax_jax medmax_jax.config medmax_jax.vocab medmax_jax.mesh medmax_jax.images
             medmax_jax.page medmax_jax.cli medmax_jax.bucket medmax_jax.storage
+            medmax_jax.new_folder
             medmax_jax.unpickle medmax_jax.pth data data.mixture data.pack data.documents
             data.records
             data.sample data.sample.manifest data.sample.phrases data.sample.questions

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from medmax_jax.convert import card, hf, merge, meta, native, peft, sources, vq_names
 from medmax_jax.convert.form import Adapter, Checkpoint, ConvertError, fingerprint
 from medmax_jax.convert.progress import Progress
-from medmax_jax.storage import new_folder
+from medmax_jax.new_folder import new_folder
 
 FORMATS = ("native", "hf", "meta", "peft")
 SEALS = dict(native="config.json", hf="config.json", meta="README.md", peft="adapter_config.json")
