@@ -36,7 +36,7 @@ from medmax_jax import pth  # noqa: E402
 
 DIM, FFN, HEADS, VOCAB = 4_096, 11_008, 32, 65_536  # Chameleon-7B
 POOL = 1 << 26  # random numbers that all weights are windows of; drawing 7e9 takes minutes
-MESHES = ((1, 8, 1), (1, 2, 4), (2, 2, 2))  # data, fsdp, tp
+MESHES = ((1, 8, 1), (1, 2, 4), (1, 4, 2))  # data, fsdp, tp; a data axis would hold copies
 
 
 def make(folder: pathlib.Path, layers: int) -> int:

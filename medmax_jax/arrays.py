@@ -30,7 +30,7 @@ CACHE = 2**28  # bytes of blocks that several devices of a process share
 
 
 class Writer:
-    """Arrays of a folder being written; memory holds IN_FLIGHT bytes of them."""
+    """Arrays of a new_folder being written; memory holds IN_FLIGHT bytes of them."""
 
     def __init__(self, folder: Folder):
         self._folder = folder
@@ -42,15 +42,19 @@ class Writer:
     ) -> ts.TensorStore:
         """An empty array. `sharded`: the axes that a mesh may cut."""
         file, block = layout(shape, np.dtype(dtype).itemsize, sharded)
+        kvstore = self._folder.kvstore(name)
+        if not self._folder.remote:
+            kvstore["file_io_sync"] = False  # new_folder syncs all files at its end, at once
         codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
         inner = {"chunk_shape": block, "codecs": codecs, "index_codecs": codecs}
         spec = _spec(self._folder, name) | {
+            "kvstore": kvstore,
             "metadata": {
                 "shape": shape,
                 "data_type": np.dtype(dtype).name,
                 "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": file}},
                 "codecs": [{"name": "sharding_indexed", "configuration": inner}],
-            }
+            },
         }
         made = ts.open(spec, create=True)
         return storage.wait(made, f"{self._folder.path}/{name}")

@@ -123,13 +123,10 @@ def read(file: ByteFile, entry: Entry) -> np.ndarray:
         return np.zeros(entry.shape, dtype)
     stride = [s if n > 1 else 1 for n, s in zip(entry.shape, entry.stride, strict=True)]
     last = sum((n - 1) * s for n, s in zip(entry.shape, stride, strict=True))
-    raw = np.empty((last + 1) * dtype.itemsize, np.uint8)
-    start, crc = _data_start(file, entry.record) + entry.start * dtype.itemsize, 0
-    for at in range(0, raw.size, _PIECE):
-        stop = min(at + _PIECE, raw.size)
-        piece = _bytes(file, start + at, start + stop)
-        raw[at:stop] = np.frombuffer(piece, np.uint8)
-        crc = zlib.crc32(piece, crc)
+    start = _data_start(file, entry.record) + entry.start * dtype.itemsize
+    raw = np.frombuffer(_bytes(file, start, start + (last + 1) * dtype.itemsize), np.uint8)
+    raw = raw if raw.flags.writeable else raw.copy()
+    crc = zlib.crc32(raw)
     if raw.size == entry.record.size and entry.record.crc not in (0, crc):
         raise _damaged(file, f"the checksum of {entry.record.name!r} is wrong")
     strides = tuple(s * dtype.itemsize for s in stride)

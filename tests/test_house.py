@@ -42,12 +42,13 @@ machines    medmax_jax.metrics medmax_jax.step medmax_jax.checkpoint medmax_jax.
             medmax_jax.decoding medmax_jax.batching medmax_jax.generate
             eval.tasks eval.score_image eval.scoring eval.loop
 
-layouts     medmax_jax.convert medmax_jax.convert.form medmax_jax.convert.tensor_files
+layouts     medmax_jax.convert medmax_jax.convert.form medmax_jax.convert.progress
+            medmax_jax.convert.tensor_files
             medmax_jax.convert.vq_names medmax_jax.convert.hf_processor medmax_jax.convert.hf
             medmax_jax.convert.meta_shards medmax_jax.convert.meta_vqgan medmax_jax.convert.meta
             medmax_jax.convert.quantize medmax_jax.convert.native medmax_jax.convert.peft
             medmax_jax.convert.merge medmax_jax.convert.sources medmax_jax.convert.card
-            medmax_jax.convert.progress medmax_jax.convert.run medmax_jax.convert.describe
+            medmax_jax.convert.run medmax_jax.convert.describe
 
 programs     eval data.sample.build data.sample.train_tokenizer data.prepare
             medmax_jax.train medmax_jax.train_vqgan eval.report eval.run

@@ -41,6 +41,7 @@ from medmax_jax.convert.meta_shards import (
     turned_to_hf,
     unfused,
 )
+from medmax_jax.convert.progress import ahead
 from medmax_jax.storage import Folder
 
 TABLE = {  # Meta's name -> (canonical name, its split); {} is the layer
@@ -148,8 +149,10 @@ def _write_language(
     _write_params(folder, prefix, checkpoint)
     for shard in range(count):
         file = "consolidated.pth" if count == 1 else f"consolidated.{shard:02}.pth"
-        with folder.stream(prefix + file) as out:
-            pth.write(out, _shard(checkpoint, shard, progress), wrap=None)
+        entries = list(_shard(checkpoint, shard, progress))
+        with folder.stream(prefix + file) as out, ahead([e[3] for e in entries]) as arrays:
+            read = [(*entry[:3], array) for entry, array in zip(entries, arrays, strict=True)]
+            pth.write(out, read, wrap=None)
 
 
 def _shard(

@@ -13,6 +13,8 @@ tensor takes the dtype again that it came with.
 """
 
 import dataclasses
+import functools
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -34,6 +36,7 @@ from medmax_jax.convert.form import (
     language_shapes,
     require,
 )
+from medmax_jax.convert.progress import ahead
 from medmax_jax.mesh import make_mesh
 from medmax_jax.storage import Folder
 
@@ -43,7 +46,7 @@ _NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 
 
 class Stack(NamedTuple):
-    """An array of this layout; `read(layer, ...slices)` gives a layer or, of None, all of it."""
+    """An array; `read(layer, *slices, turned)`: of a layer or, of None, of all; transposed."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -174,10 +177,11 @@ def _stored(folder: Folder) -> dict[str, Stack]:
 
 
 def _in_file(tensor: Tensor) -> Stack:
-    def read(layer: int | None, *axes: slice) -> np.ndarray:
+    def read(layer: int | None, *axes: slice, turned: bool = False) -> np.ndarray:
         rows = slice(0, tensor.shape[0]) if layer is None else slice(layer, layer + 1)
         whole = tensor.block(rows, slice(None))
-        return (whole if layer is None else whole[0])[axes]
+        found = (whole if layer is None else whole[0])[axes]
+        return found.T if turned else found
 
     return Stack(tensor.shape, tensor.dtype, tensor.where, read)
 
@@ -185,10 +189,11 @@ def _in_file(tensor: Tensor) -> Stack:
 def _in_store(folder: Folder, name: str) -> Stack:
     store = arrays.open_array(folder, name)
 
-    def read(layer: int | None, *axes: slice) -> np.ndarray:
+    def read(layer: int | None, *axes: slice, turned: bool = False) -> np.ndarray:
         part = store if layer is None else store[layer]
         inside = (slice(*a.indices(n)) for a, n in zip(axes, part.shape, strict=False))
-        return arrays.read(folder, part[tuple(inside)])  # numpy cuts what lies outside, zarr not
+        part = part[tuple(inside)]  # numpy cuts what lies outside, zarr does not
+        return arrays.read(folder, part.T if turned else part)  # it turns block by block: fast
 
     dtype = _NAMES.get(store.dtype.numpy_dtype, store.dtype.name)
     return Stack(tuple(store.shape), dtype, f"{folder.path}/{name}", read)
@@ -199,7 +204,7 @@ def _out(stack: Stack, leaf: str, layer: int | None, shape: tuple[int, ...], dty
 
     def block(rows: slice, columns: slice) -> np.ndarray:
         if leaf == "kernel":
-            found = stack.read(layer, columns, rows).T
+            found = stack.read(layer, columns, rows, turned=True)
         elif leaf == "embedding":
             found = stack.read(layer, rows, columns)
         elif len(shape) == 2:  # the gains of q_norm and k_norm: a row a shard, here a row a head
@@ -229,25 +234,38 @@ def _write_language(
         members.setdefault(place(name).stack, []).append((name, tensor))
     writer = arrays.Writer(Folder(f"{folder.path.rstrip('/')}/{STORE}"))
     like = stacks(dataclasses.replace(model, quant="none"), checkpoint.vocab)
-    for stack, tensors in members.items():
-        dtype = _widest({t.dtype for _, t in tensors})
-        dtypes |= {name: t.dtype for name, t in tensors if t.dtype != dtype}
-        quantised = model.quant != "none" and stack in quant.MATRICES
-        pieces = (_piece(name, t, DTYPES[dtype], model, progress) for name, t in tensors)
-        if quantised:
-            quantize.write(writer, stack, pieces, like[stack], model.quant)
-        else:
-            _write_stack(writer, stack, pieces, like[stack], DTYPES[dtype])
+    stored = {stack: _widest({t.dtype for _, t in each}) for stack, each in members.items()}
+    calls = [
+        functools.partial(_piece, name, t, DTYPES[stored[stack]], model)
+        for stack, each in members.items()
+        for name, t in each
+    ]
+    with ahead(calls) as pieces:
+        queue = iter(pieces)
+        for stack, tensors in members.items():
+            dtypes |= {name: t.dtype for name, t in tensors if t.dtype != stored[stack]}
+            each = _counted(itertools.islice(queue, len(tensors)), tensors, progress)
+            if model.quant != "none" and stack in quant.MATRICES:
+                quantize.write(writer, stack, each, like[stack], model.quant)
+            else:
+                _write_stack(writer, stack, each, like[stack], DTYPES[stored[stack]])
     writer.finish()
     return dtypes
 
 
-def _piece(
-    name: str, tensor: Tensor, dtype: np.dtype, model: Model, progress: Callable[[int], None]
-) -> np.ndarray:
+def _piece(name: str, tensor: Tensor, dtype: np.dtype, model: Model) -> np.ndarray:
     array = finite(tensor.all(), tensor.where).astype(dtype, copy=False)
-    progress(tensor.nbytes)
     return _in(array, place(name).stack.rpartition(".")[2], model.qk_norm_shards)
+
+
+def _counted(
+    calls: Iterator[Callable[[], np.ndarray]],
+    tensors: list[tuple[str, Tensor]],
+    progress: Callable[[int], None],
+) -> Iterator[np.ndarray]:
+    for call, (_, tensor) in zip(calls, tensors, strict=True):
+        yield call()
+        progress(tensor.nbytes)
 
 
 def _write_stack(

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from medmax_jax.convert.form import DTYPES, ConvertError, Tensor, finite
+from medmax_jax.convert.progress import ahead
 from medmax_jax.storage import ByteFile, Folder
 
 INDEX = "model.safetensors.index.json"
@@ -107,11 +108,11 @@ def write_file(
         header[name] = dict(dtype=tensor.dtype, shape=tensor.shape, data_offsets=offsets)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the data lie at a multiple of 8
-    with folder.stream(file) as out:
+    calls = [lambda t=t: np.ascontiguousarray(finite(t.all(), t.where)) for t in tensors.values()]
+    with folder.stream(file) as out, ahead(calls) as arrays:
         out.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            array = np.ascontiguousarray(finite(tensor.all(), tensor.where))
-            out.write(memoryview(array.reshape(-1).view(np.uint8)))
+        for tensor, array in zip(tensors.values(), arrays, strict=True):
+            out.write(array())
             progress(tensor.nbytes)
 
 
