@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from medmax_jax.config import to_dict
-from medmax_jax.convert.form import Adapter, Checkpoint, fingerprint
+from medmax_jax.convert.form import Adapter, Checkpoint, digest, fingerprint
 from medmax_jax.vocab import IMAGE_START
 
 NAMED = {  # (hidden_size, num_layers, num_heads, num_kv_heads) -> published model
@@ -84,8 +84,15 @@ def _adapter(found: Adapter) -> dict[str, Any]:
         parameters={"adapter": count},
         dtypes=dict(dtypes),
         lora=lora,
-        fingerprint=found.facts.get("base"),
-        facts=found.facts,
+        fingerprint=digest(
+            {
+                f"{n}.{side}": t
+                for n, p in found.matrices.items()
+                for side, t in zip("AB", p, strict=True)
+            }
+        ),
+        base=found.facts.get("base"),
+        facts={name: value for name, value in found.facts.items() if name != "base"},
     )
 
 

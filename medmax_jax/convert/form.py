@@ -19,7 +19,9 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Float
 
-from medmax_jax.config import VQ, Lora, Model, Vocab
+from configs import base
+from medmax_jax.config import VQ, ConfigError, Lora, Model, Vocab, build
+from medmax_jax.vocab import RELEASED_END
 
 DTYPES = {  # what weights may be, by safetensors' names
     "F32": np.dtype(np.float32),
@@ -112,6 +114,32 @@ def language_shapes(model: Model, vocab: Vocab) -> dict[str, tuple[int, ...]]:
     return shapes | {"model.norm.weight": (d,), "lm_head.weight": (vocab.size, d)}
 
 
+def model_settings(fields: dict[str, Any], dtypes: set[str], where: str) -> Model:
+    """A Model of these fields; how it is run comes from configs/base.py and from the dtypes."""
+    run = base.get_config().model.to_dict()
+    run["param_dtype"] = run["compute_dtype"] = "float32" if dtypes == {"F32"} else "bfloat16"
+    try:
+        return build(Model, run | fields)
+    except ConfigError as error:
+        raise ConvertError(f"{where}: {error}") from error
+
+
+def vocab_settings(size: Any, names: dict[str, int], vq: VQ, where: str) -> Vocab:
+    """The vocabulary; its first text id is that of "!", the first byte symbol of the BPE.
+
+    Without a tokenizer: the release's first id, or where the model is smaller the tiny family's.
+    """
+    released = base.get_config().vocab.text_start
+    whole = isinstance(size, int) and size > released
+    start = names.get("!", released if whole else RELEASED_END)
+    if not isinstance(size, int) or not start < size:
+        raise ConvertError(
+            f"{where}: {size!r} ids, but text begins at {start}; not the vocabulary of this family,"
+            " or a tokenizer of another model"
+        )
+    return Vocab(size=size, image_codes=vq.num_codes, text_start=start)
+
+
 def require(path: str, have: dict[str, Any], want: dict[str, tuple[int, ...]]) -> None:
     """Raises ConvertError unless the names are exactly these, each of its shape and a float."""
     extra, missing = sorted(set(have) - set(want)), sorted(set(want) - set(have))
@@ -164,12 +192,17 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     The same for one model in every layout and float dtype; any training changes it. A few percent
     of the weights are read. It identifies and does not guard: that is the work of the CRCs.
     """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(checkpoint.language.items()):
-        digest.update(f"{name} {tensor.shape}".encode())
+    return digest(checkpoint.language)
+
+
+def digest(tensors: dict[str, Tensor]) -> str:
+    """The same of any tensors."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.shape}".encode())
         for block in _blocks(tensor):
-            digest.update(np.ascontiguousarray(block).astype(ml_dtypes.bfloat16).tobytes())
-    return digest.hexdigest()
+            found.update(np.ascontiguousarray(block).astype(ml_dtypes.bfloat16).tobytes())
+    return found.hexdigest()
 
 
 def _blocks(tensor: Tensor) -> Iterator[Float[np.ndarray, "..."]]:

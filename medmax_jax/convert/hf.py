@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from configs import base
-from medmax_jax.config import VQ, ConfigError, Model, Vocab, build
+from medmax_jax.config import VQ, Model, Vocab
 from medmax_jax.convert import hf_processor, tensor_files, vq_names
 from medmax_jax.convert.form import (
     Checkpoint,
@@ -22,10 +21,11 @@ from medmax_jax.convert.form import (
     Tensor,
     check_dtype,
     language_shapes,
+    model_settings,
     require,
+    vocab_settings,
 )
 from medmax_jax.storage import Folder
-from medmax_jax.vocab import RELEASED_END
 
 VQ_PREFIX = "model.vqmodel."
 FIXED = dict(  # of the architecture; another value is another model
@@ -102,16 +102,6 @@ def write(
     folder.write("config.json", [text.encode() + b"\n"])
 
 
-def model_settings(fields: dict[str, Any], dtypes: set[str], where: str) -> Model:
-    """A Model of these fields; how it is run comes from configs/base.py and from the dtypes."""
-    run = base.get_config().model.to_dict()
-    run["param_dtype"] = run["compute_dtype"] = "float32" if dtypes == {"F32"} else "bfloat16"
-    try:
-        return build(Model, run | fields)
-    except ConfigError as error:
-        raise ConvertError(f"{where}: {error}") from error
-
-
 def _check_architecture(config: dict[str, Any], path: str) -> None:
     for name, value in FIXED.items():
         if (config.get(name) or value) != value:
@@ -180,22 +170,6 @@ def _vocab(config: dict[str, Any], vq: VQ, tokenizer: bytes | None, path: str) -
     if tokenizer is not None:
         names = hf_processor.vocabulary(tokenizer)
     return vocab_settings(config.get("vocab_size"), names, vq, f"{path}/config.json")
-
-
-def vocab_settings(size: Any, names: dict[str, int], vq: VQ, where: str) -> Vocab:
-    """The vocabulary; its first text id is that of "!", the first byte symbol of the BPE.
-
-    Without a tokenizer: the release's first id, or where the model is smaller the tiny family's.
-    """
-    released = base.get_config().vocab.text_start
-    whole = isinstance(size, int) and size > released
-    start = names.get("!", released if whole else RELEASED_END)
-    if not isinstance(size, int) or not start < size:
-        raise ConvertError(
-            f"{where}: {size!r} ids, but text begins at {start}; not the vocabulary of this family,"
-            " or a tokenizer of another model"
-        )
-    return Vocab(size=size, image_codes=vq.num_codes, text_start=start)
 
 
 def _vq(config: dict[str, Any], path: str) -> VQ:

@@ -27,9 +27,10 @@ from medmax_jax.convert.form import (
     check_dtype,
     finite,
     language_shapes,
+    model_settings,
     require,
+    vocab_settings,
 )
-from medmax_jax.convert.hf import model_settings, vocab_settings
 from medmax_jax.convert.meta_shards import (
     COLUMNS,
     COPIES,
