@@ -1,0 +1,78 @@
+"""Sources of pictures with captions: PMC-OA and Quilt-1M.
+
+    source    file in the folder                               pictures
+    PMC-OA    pmc_oa.jsonl, or train/valid/test.jsonl          images/, or what images.zip has:
+              a folder caption_T060_filtered_top4_sep_v0_subfigures
+              {"image": "PMC212319_Fig3_4.jpg", "caption": "A. Real time ..", "pmcid": ".."}
+    Quilt-1M  quilt_1M_lookup.csv                              quilt_1m/
+              ,caption,image_path,subset,split,pathology,roi_text,noisy_text,corrected_text,
+              med_umls_ids,magnification,height,width          split: train or val
+
+pmc_oa.jsonl has no splits and no pmcid: all is "train", the article is in the picture's name.
+Read at: huggingface.co/datasets/axiong/pmc_oa README.md (both forms; the folder as its users read
+it); github.com/wisdomikezogwo/quilt1m README.md, whose table is described by its users (columns
+and the names ID_image_UUID.jpg).
+MedMax dropped statistical figures and poor captions with models and a threshold that are not
+published; nothing is dropped here.
+"""
+
+import functools
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from data.sources.prompts import captioned
+from data.sources.row import (
+    Bad,
+    Place,
+    Plan,
+    Row,
+    RowError,
+    collect,
+    first_file,
+    picture_path,
+    root_of,
+    text_of,
+)
+from data.sources.stream import csv_rows, json_lines
+
+_PMC = {"train": "train.jsonl", "validation": "valid.jsonl", "test": "test.jsonl"}
+_SUBFIGURES = "caption_T060_filtered_top4_sep_v0_subfigures"
+_QUILT_SPLITS = {"train": "train", "val": "validation"}
+
+
+def read_pmc_oa(folder: pathlib.Path, plan: Plan) -> Iterator[Row | Bad]:
+    """PMC-OA: one pair a line."""
+    path = first_file(folder, ("pmc_oa.jsonl", _PMC[plan.split]), plan.source)
+    split = "train" if path.name == "pmc_oa.jsonl" else plan.split
+    root = root_of(folder, (f"images/{_SUBFIGURES}", _SUBFIGURES, "images"))
+    return collect(json_lines(path), functools.partial(_pmc_oa, plan, split, root))
+
+
+def read_quilt(folder: pathlib.Path, plan: Plan) -> Iterator[Row | Bad]:
+    """Quilt-1M: one pair a line of the table; a picture may have several captions."""
+    path = first_file(folder, ("quilt_1M_lookup.csv",), plan.source)
+    rows = csv_rows(path, ("caption", "image_path", "split"))
+    return collect(rows, functools.partial(_quilt, plan))
+
+
+def _pmc_oa(plan: Plan, split: str, root: str, place: Place, item: dict[str, Any]) -> Row:
+    image = picture_path(item, "image", root)
+    name = pathlib.PurePosixPath(image).name
+    article = item.get("pmcid") or name.split("_")[0]
+    caption = text_of(item, "caption")
+    fields = dict(image=image, image_path=image, split=split, group=str(article))
+    return captioned(plan, place, caption, question=None, **fields)
+
+
+def _quilt(plan: Plan, place: Place, item: dict[str, Any]) -> Row:
+    if item["split"] not in _QUILT_SPLITS:
+        raise RowError("split: neither train nor val")
+    image = picture_path(item, "image_path", "quilt_1m")
+    name = pathlib.PurePosixPath(image).name
+    video = re.split(r"_(?:image|roi)_", name)[0]
+    caption = text_of(item, "caption")
+    split = _QUILT_SPLITS[item["split"]]
+    fields = dict(image=image, image_path=image, split=split, group=video)
+    return captioned(plan, place, caption, question=None, **fields)

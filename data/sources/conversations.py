@@ -1,0 +1,126 @@
+"""Sources in LLaVA's conversation format: two of LLaVA-Med, two of PubMedVision, Quilt-Instruct.
+
+    source                  file in the folder (one JSON array)                   pictures
+    LLaVA-Med-PMC           llava_med_alignment_500k.json                         images/
+    LLaVA-Med-IT            llava_med_instruct_60k_inline_mention.json, or 60k    images/
+    PubMedVision-Alignment  PubMedVision_Alignment_VQA.json                       paths in the file
+    PubMedVision-IT         PubMedVision_InstructionTuning_VQA.json               paths in the file
+    Quilt-Instruct          quilt_instruct_107k.json                              quilt_instruct/
+
+    {"id": "..", "image": "a.jpg" or ["images/a.jpg", ..],
+     "conversations": [{"from": "human", "value": "<image>\\n.."}, {"from": "gpt", "value": ".."}]}
+
+Some files of LLaVA-Med misspell the key as "conversatons". None has splits: all is "train".
+Read at: github.com/microsoft/LLaVA-Med README.md, llava/data/download_images.py (a picture is named
+pair_id.jpg), llava/instruct/instruct_postprocess.py (<image> before or after the first question);
+huggingface.co/datasets/FreedomIntelligence/PubMedVision README.md, and mtybilly/
+PubMedVision-Alignment-VQA README.md (several pictures a row); github.com/aldraus/quilt-llava
+docs/Data.md. Whether MedMax took its 37K captions of LLaVA-Med from the alignment file is not
+published.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from data.mixture import CHAT
+from data.sources.prompts import captioned
+from data.sources.row import (
+    Bad,
+    LeftOut,
+    Place,
+    Plan,
+    Row,
+    RowError,
+    clean,
+    collect,
+    first_file,
+    joined,
+    picture_path,
+)
+from data.sources.stream import json_array
+from medmax_jax.tokenizer import IMAGE_NAME
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """One source: its file, where its pictures lie, and what of a picture's name is its origin."""
+
+    files: tuple[str, ...]
+    root: str
+    origin: str
+    chat: bool
+
+
+_ARTICLE, _VIDEO, _PMC = r"([^_]+)_", r"(.+?)_(?:image|roi)_", r"(pmc_\d+)_"
+_IT = (
+    "llava_med_instruct_60k_inline_mention.json",
+    "llava_med_instruct_60k.json",
+    "llava_med_instruct_10k.json",
+)
+LAYOUTS = {
+    "LLaVA-Med-PMC": Layout(("llava_med_alignment_500k.json",), "images", _ARTICLE, False),
+    "LLaVA-Med-IT": Layout(_IT, "images", _ARTICLE, True),
+    "PubMedVision-Alignment": Layout(("PubMedVision_Alignment_VQA.json",), "", _PMC, False),
+    "PubMedVision-IT": Layout(("PubMedVision_InstructionTuning_VQA.json",), "", _PMC, True),
+    "Quilt-Instruct": Layout(("quilt_instruct_107k.json",), "quilt_instruct", _VIDEO, True),
+}
+
+
+def read(folder: pathlib.Path, plan: Plan) -> Iterator[Row | Bad]:
+    """Rows of one of LAYOUTS; captions become captioning or generation, talks Visual Chat."""
+    layout = LAYOUTS[plan.source]
+    path = first_file(folder, layout.files, plan.source)
+    return collect(json_array(path), functools.partial(_row, layout, plan))
+
+
+def _row(layout: Layout, plan: Plan, place: Place, item: dict[str, Any]) -> Row:
+    image = _picture(item, layout.root)
+    name = pathlib.PurePosixPath(image).name
+    found = re.match(layout.origin, name)
+    group = found.group(1) if found else name
+    fields = dict(image=image, image_path=image, split="train", group=group)
+    turns, at = _turns(item)
+    if layout.chat:
+        return Row(
+            id=place.id(plan.source),
+            text=joined(turns, image=at),
+            task=CHAT,
+            source=plan.source,
+            turns=len(turns),
+            **fields,
+        )
+    (question, caption), *more = turns
+    if more:
+        raise LeftOut("a caption of several turns")
+    return captioned(plan, place, caption, question=question, **fields)
+
+
+def _picture(item: dict[str, Any], root: str) -> str:
+    paths = item.get("image")
+    if isinstance(paths, list):
+        if len(paths) > 1:
+            raise LeftOut("several pictures; a document of MedMax has one")
+        item = {"image": paths[0] if paths else None}
+    return picture_path(item, "image", root)
+
+
+def _turns(item: dict[str, Any]) -> tuple[list[tuple[str, str]], str]:
+    """Questions with answers, and at which end of the first question the picture stands."""
+    said = item.get("conversations", item.get("conversatons"))
+    if not isinstance(said, list) or not said or len(said) % 2:
+        raise RowError("conversations: no list of questions with answers")
+    parts, at = [], "start"
+    for n, part in enumerate(said):
+        speaker = part.get("from") if isinstance(part, dict) else None
+        if speaker != ("human", "gpt")[n % 2] or not isinstance(part.get("value"), str):
+            raise RowError("conversations: not human and gpt in turn")
+        value = part["value"].strip()
+        if n == 0:
+            at = "end" if value.endswith(IMAGE_NAME) else "start"
+            value = value.removeprefix(IMAGE_NAME) if at == "start" else value[: -len(IMAGE_NAME)]
+        parts.append(clean(value, "conversations"))
+    return list(zip(parts[::2], parts[1::2], strict=True)), at

@@ -1,0 +1,163 @@
+"""One row of a source in the released schema, or the reason why there is none.
+
+    Row(id="SLAKE/train-0000002", text="<image>Is this a CT?<reserved08706>yes", turns=1,
+        image="imgs/xmlab1/source.jpg", task="VQA", source="SLAKE", split="train", group="xmlab1")
+
+A row that cannot be used is a Bad: malformed, or left out by a rule that docs/data.md states. Its
+reason repeats nothing of the row, so that reasons can be counted, and printed for any source.
+"""
+
+import dataclasses
+import hashlib
+import pathlib
+import random
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from medmax_jax.tokenizer import IMAGE_NAME, SEP_NAME
+
+SPLITS = ("train", "validation", "test")
+MAX_TEXT = 100_000  # characters of one part; the longest released document has 2,048 tokens
+
+
+class SourceError(ValueError):
+    """A source that cannot be read at all; the message names the file and the mend."""
+
+
+class RowError(ValueError):
+    """A row that is not of its format."""
+
+
+class LeftOut(RowError):
+    """A whole row that a rule of the rebuild leaves out."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a reader is asked for. `caption_share`: captioning among captioning and generation."""
+
+    source: str  # a name of data.mixture
+    split: str
+    seed: int
+    caption_share: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One document. `image`: where it lies in the folder, or its bytes; `image_path`: its name."""
+
+    id: str
+    text: str
+    image: str | bytes | None
+    image_path: str
+    task: str
+    source: str
+    split: str
+    group: str  # patient, article, video or picture: what must not be on both sides of a split
+    turns: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bad:
+    """A row that gives no document. `by_rule`: whole, but left out."""
+
+    where: str
+    reason: str
+    by_rule: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a row stands: the n-th of a file, from 1."""
+
+    file: str
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.file}, row {self.number}"
+
+    def id(self, source: str) -> str:
+        """An id that holds no text of the source: "SLAKE/train-0000002"."""
+        return f"{source}/{pathlib.PurePath(self.file).name.split('.')[0]}-{self.number:07d}"
+
+
+def collect(
+    items: Iterable[tuple[Place, Any]], make: Callable[[Place, dict[str, Any]], Row]
+) -> Iterator[Row | Bad]:
+    """Rows of items, and a Bad for each that `make` refuses."""
+    for place, item in items:
+        try:
+            if not isinstance(item, dict):
+                raise RowError("not a whole row of its file")
+            yield make(place, item)
+        except LeftOut as error:
+            yield Bad(where=str(place), reason=str(error), by_rule=True)
+        except RowError as error:
+            yield Bad(where=str(place), reason=str(error))
+
+
+def text_of(item: dict[str, Any], key: str) -> str:
+    """A field as text; numbers count, for some published answers are numbers."""
+    value = item.get(key)
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise RowError(f"{key}: missing or no text")
+    return clean(str(value), key)
+
+
+def clean(text: str, key: str) -> str:
+    """Text that may stand in a document: stripped, not empty, without names of control tokens."""
+    text = text.strip()
+    if not text:
+        raise RowError(f"{key}: empty")
+    if len(text) > MAX_TEXT:
+        raise RowError(f"{key}: more than {MAX_TEXT} characters")
+    if IMAGE_NAME in text or SEP_NAME in text:
+        raise RowError(f"{key}: writes {IMAGE_NAME} or {SEP_NAME}")
+    return text
+
+
+def picture_path(item: dict[str, Any], key: str, root: str) -> str:
+    """A path inside the source's folder; one that leads out of it is refused."""
+    value = item.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise RowError(f"{key}: no path of a picture")
+    path = pathlib.PurePosixPath(value.strip())
+    if path.is_absolute() or ".." in path.parts or "\\" in value or "\0" in value:
+        raise RowError(f"{key}: leads out of the folder")
+    return str(pathlib.PurePosixPath(root, path))
+
+
+def joined(turns: list[tuple[str, str]], *, image: str) -> str:
+    """Questions and answers with separators between; `image`: start or end of the question.
+
+    joined([("Is it a CT?", "yes"), ("Of what?", "the head")], image="start")
+    ->  "<image>Is it a CT?<reserved08706>yes<reserved08706>Of what?<reserved08706>the head"
+    """
+    (question, answer), *more = turns
+    first = question + IMAGE_NAME if image == "end" else IMAGE_NAME + question
+    return SEP_NAME.join([first, answer, *(part for turn in more for part in turn)])
+
+
+def drawn(*what: Any) -> random.Random:
+    """Random numbers that are a function of names: the same in every process and order."""
+    return random.Random("/".join(map(str, what)))
+
+
+def pseudonym(text: str | bytes) -> str:
+    """A short name for what must not be written: 64 bits of SHA-256."""
+    raw = text if isinstance(text, bytes) else text.encode()
+    return hashlib.sha256(raw).hexdigest()[:16]
+
+
+def root_of(folder: pathlib.Path, names: tuple[str, ...]) -> str:
+    """The first of `names` that is a folder in `folder`: archives unpack in more than one way."""
+    return next((name for name in names if (folder / name).is_dir()), names[0])
+
+
+def first_file(folder: pathlib.Path, names: Iterable[str], source: str) -> pathlib.Path:
+    """The first of `names` that the folder has."""
+    names = tuple(names)
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise SourceError(f"{source}: the folder has none of {', '.join(names)}; see --from")
