@@ -11,7 +11,7 @@ import json
 import logging
 import random
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -95,16 +95,23 @@ def pixels_of(picture: PIL.Image.Image, view: View, config: VQ) -> Float32[np.nd
 
 
 def encode(
-    views: Iterable[View], encoder: Encoder, folder: Path
+    views: Iterable[View],
+    encoder: Encoder,
+    folder: Path,
+    *,
+    load: Callable[[str], PIL.Image.Image] | None = None,
+    tell: bool = True,
 ) -> tuple[dict[tuple[str, int], Int[np.ndarray, "K"]], dict[str, str]]:
-    """Codes by (path, number of the view), and the reason for each path that cannot be read."""
+    """Codes by (path, number of the view), and the reason for each path that cannot be read.
+
+    `load`: opens what does not lie at its path. `tell`: log the progress.
+    """
     todo = sorted(set(views), key=lambda v: (v.path, v.number))
     codes: dict[tuple[str, int], np.ndarray] = {}
     unreadable: dict[str, str] = {}
-    open_picture = functools.lru_cache(maxsize=1)(  # the views of a picture follow each other
-        lambda path: images.load(folder / path, max_pixels=MAX_PIXELS)
-    )
-    progress = Progress(len(todo))
+    load = load or (lambda path: images.load(folder / path, max_pixels=MAX_PIXELS))
+    open_picture = functools.lru_cache(maxsize=1)(load)  # the views of a picture follow each other
+    progress = Progress(len(todo)) if tell else None
     for start in range(0, len(todo), BATCH):
         held = {}
         for v in todo[start : start + BATCH]:
@@ -116,7 +123,8 @@ def encode(
                 unreadable[v.path] = str(error)
                 log.warning("left out: %s", error)
         codes |= _codes(held, encoder)
-        progress.add(min(BATCH, len(todo) - start))
+        if progress:
+            progress.add(min(BATCH, len(todo) - start))
     return codes, unreadable
 
 

@@ -1,14 +1,27 @@
 """What MedMax is mixed of: thirteen sources and six tasks, as published; and the embedded sample.
 
-Percentages are those of the authors' charts; counts are percent x 1.47M, so approximate. The two
-tables come from two charts and agree to rounding. Licence "card: Apache-2.0" is what the card of
-medmax_data says of the whole; the terms of each source hold too. `python -m data.mixture` prints
-the table.
+The one table. Percentages are those of the authors' two charts, printed to 0.1; instances are
+percent x 1.47M, itself rounded to 10K, so `expected` is a range. `noted` are counts in thousands
+from a summary of the paper, rounded as it gives them. The charts agree with each other and with the
+notes, but for:
+
+    captioning : generation   18.3 % : 3.4 % in the chart, 160K : 160K in the notes
+    PMC-OA, Quilt-1M          the notes count captioning and generation only (83K, 100K); in the
+                              chart's 147K and 122K there is interleaved generation too
+    interleaved generation    86.7K in the chart, 88K in the notes
+
+`licence` is what the source's own publisher states; Apache-2.0 on the card of medmax_data does not
+replace it. `data_class`: open, licence-bound (terms or a gate beyond attribution, or none stated),
+or credentialed. `credential` is the release's column: which rows have yes is not published.
+`weight`: how often a document is seen in an epoch; MedMax draws each once. `python -m data.mixture`
+prints the table; docs/data.md says where each licence was read.
 """
 
 import dataclasses
 
 INSTANCES = 1_470_000  # MedMax's README
+_ROUNDING = 5_000  # of INSTANCES
+OPEN, BOUND, CREDENTIALED = "open", "licence-bound", "credentialed"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,13 +33,25 @@ class Source:
     domain: str
     knowledge_base: str
     tasks: tuple[str, ...]
+    licence: str
+    data_class: str
+    noted: int | None = None
     credential: str = "unknown"
-    licence: str = "card: Apache-2.0"
+    weight: float = 1.0
 
     @property
     def instances(self) -> int | None:
         """About how many, from the percentage."""
         return None if self.percent is None else round(self.percent / 100 * INSTANCES)
+
+    @property
+    def expected(self) -> tuple[int, int] | None:
+        """The fewest and the most documents that round to the chart's percentage."""
+        if self.percent is None:
+            return None
+        low = (self.percent - 0.05) / 100 * (INSTANCES - _ROUNDING)
+        high = (self.percent + 0.05) / 100 * (INSTANCES + _ROUNDING)
+        return round(low), round(high)
 
 
 CHAT, VQA, CAPTION, GENERATION, REPORT, INTERLEAVED = (
@@ -49,6 +74,9 @@ PUBMED = "PubMed Central"
 SOURCES = (
     Source(
         name="PMC-OA",
+        licence="not stated; articles of the PMC open-access subset",
+        data_class=BOUND,
+        noted=83_000,
         percent=10.0,
         domain="diverse",
         knowledge_base=PUBMED,
@@ -56,6 +84,9 @@ SOURCES = (
     ),
     Source(
         name="LLaVA-Med-PMC",
+        licence="CC BY-NC 4.0, research only",
+        data_class=BOUND,
+        noted=37_000,
         percent=2.5,
         domain="diverse",
         knowledge_base=PUBMED,
@@ -63,6 +94,9 @@ SOURCES = (
     ),
     Source(
         name="Quilt-1M",
+        licence="on request: research only, no redistribution",
+        data_class=BOUND,
+        noted=100_000,
         percent=8.3,
         domain="histopathology",
         knowledge_base="YouTube",
@@ -70,6 +104,9 @@ SOURCES = (
     ),
     Source(
         name="PubMedVision-Alignment",
+        licence="Apache-2.0",
+        data_class=OPEN,
+        noted=100_000,
         percent=6.8,
         domain="diverse",
         knowledge_base=PUBMED,
@@ -77,6 +114,9 @@ SOURCES = (
     ),
     Source(
         name="LLaVA-Med-IT",
+        licence="CC BY-NC 4.0, research only",
+        data_class=BOUND,
+        noted=76_000,
         percent=5.2,
         domain="diverse",
         knowledge_base=PUBMED,
@@ -84,6 +124,9 @@ SOURCES = (
     ),
     Source(
         name="PubMedVision-IT",
+        licence="Apache-2.0",
+        data_class=OPEN,
+        noted=504_000,
         percent=34.2,
         domain="diverse",
         knowledge_base=PUBMED,
@@ -91,23 +134,59 @@ SOURCES = (
     ),
     Source(
         name="Quilt-Instruct",
+        licence="CC BY-NC-ND 3.0, gated",
+        data_class=BOUND,
+        noted=107_000,
         percent=7.3,
         domain="histopathology",
         knowledge_base="YouTube",
         tasks=(CHAT,),
     ),
-    Source(name="VQA-RAD", percent=0.1, domain="radiology", knowledge_base="MedPix", tasks=(VQA,)),
+    Source(
+        name="VQA-RAD",
+        licence="CC0 1.0",
+        data_class=OPEN,
+        percent=0.1,
+        domain="radiology",
+        knowledge_base="MedPix",
+        tasks=(VQA,),
+    ),
     Source(
         name="SLAKE",
+        licence="CC BY 4.0",
+        data_class=OPEN,
         percent=0.3,
         domain="radiology",
         knowledge_base="MSD, CXR-8, CHAOS",
         tasks=(VQA,),
     ),
-    Source(name="PathVQA", percent=1.3, domain="pathology", knowledge_base="PEIR", tasks=(VQA,)),
-    Source(name="PMC-VQA", percent=12.1, domain="radiology", knowledge_base="PMC", tasks=(VQA,)),
     Source(
-        name="OmniMedVQA", percent=5.5, domain="diverse", knowledge_base="not stated", tasks=(VQA,)
+        name="PathVQA",
+        licence="MIT; pictures are their publishers'",
+        data_class=BOUND,
+        percent=1.3,
+        domain="pathology",
+        knowledge_base="PEIR",
+        tasks=(VQA,),
+    ),
+    Source(
+        name="PMC-VQA",
+        licence="not stated",
+        data_class=BOUND,
+        percent=12.1,
+        domain="radiology",
+        knowledge_base="PMC",
+        tasks=(VQA,),
+    ),
+    Source(
+        name="OmniMedVQA",
+        licence="not stated; that of each of its 42 open datasets",
+        data_class=BOUND,
+        noted=81_000,
+        percent=5.5,
+        domain="diverse",
+        knowledge_base="not stated",
+        tasks=(VQA,),
     ),
     Source(
         name="MIMIC-CXR",
@@ -117,6 +196,8 @@ SOURCES = (
         tasks=(REPORT,),
         credential="yes",
         licence="PhysioNet credentialed access",
+        data_class=CREDENTIALED,
+        noted=92_000,
     ),
 )
 SAMPLE = Source(
@@ -127,20 +208,42 @@ SAMPLE = Source(
     tasks=(CHAT, VQA, CAPTION, GENERATION, REPORT, INTERLEAVED),
     credential="no",
     licence="by image, in data/sample/manifest.jsonl",
+    data_class=OPEN,
 )
 
 
+BY_NAME = {source.name: source for source in SOURCES}
+CAPTION_SHARE = TASKS[CAPTION] / (TASKS[CAPTION] + TASKS[GENERATION])  # the chart's, not the notes'
+
+
+def compare(name: str, documents: int) -> str:
+    """How far a build of one source is from what MedMax took of it, in words."""
+    source = BY_NAME[name]
+    low, high = source.expected
+    said = f"{name}: {documents:,} documents; the chart's {source.percent} % is {low:,} to {high:,}"
+    if source.noted:
+        said += f", the notes have {source.noted // 1000}K"
+    if documents < low:
+        return f"{said}: {low - documents:,} fewer ({documents / low:.1%} of the fewest)"
+    if documents > high:
+        return f"{said}: {documents - high:,} more ({documents / high:.1%} of the most)"
+    return f"{said}: within the rounding"
+
+
 def markdown() -> str:
-    """The table of the README."""
+    """The table of docs/data.md."""
     lines = [
-        "| source | % | about | domain | from | tasks | credential | licence |",
-        "|---|---|---|---|---|---|---|---|",
+        "| source | % | documents by the chart | notes | domain | from | tasks | credential |"
+        " class | weight | licence |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for s in (*SOURCES, SAMPLE):
         share = "-" if s.percent is None else f"{s.percent:.1f}"
-        about = "-" if s.instances is None else f"{s.instances / 1e3:.3g}K"
-        cells = (s.name, share, about, s.domain, s.knowledge_base, ", ".join(s.tasks))
-        lines.append(f"| {' | '.join((*cells, s.credential, s.licence))} |")
+        about = "-" if s.expected is None else "{:,} to {:,}".format(*s.expected)
+        noted = f"{s.noted // 1000}K" if s.noted else "-"
+        cells = (s.name, share, about, noted, s.domain, s.knowledge_base, ", ".join(s.tasks))
+        terms = (s.credential, s.data_class, f"{s.weight:g}", s.licence)
+        lines.append(f"| {' | '.join((*cells, *terms))} |")
     return "\n".join(lines)
 
 

@@ -10,6 +10,7 @@ turns an unreadable file into a black picture. Here the first is blended and the
 ImageError.
 """
 
+import io
 import os
 import warnings
 
@@ -24,12 +25,17 @@ class ImageError(ValueError):
     """A picture that cannot be used; the message names the file, the problem and the mend."""
 
 
-def load(path: str | os.PathLike, *, max_pixels: int) -> Image.Image:
-    """The first frame as RGB; raises ImageError, also above `max_pixels` = width x height."""
+def load(path: str | os.PathLike | bytes, *, max_pixels: int, name: str = "") -> Image.Image:
+    """The first frame as RGB; raises ImageError, also above `max_pixels` = width x height.
+
+    `path`: a file, or the bytes of one. `name`: what errors call it, if not by its path.
+    """
+    file = io.BytesIO(path) if isinstance(path, bytes) else path
+    name = name or ("a picture" if isinstance(path, bytes) else str(path))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides
-            with Image.open(path, formats=FORMATS) as image:
+            with Image.open(file, formats=FORMATS) as image:
                 _check_size(image, max_pixels)
                 image.load()
                 return to_rgb(image)
@@ -47,7 +53,7 @@ def load(path: str | os.PathLike, *, max_pixels: int) -> Image.Image:
         problem = f"{e}; the limit is {max_pixels}: scale the picture down first"
     except (OSError, SyntaxError, ValueError, EOFError) as e:
         problem = f"damaged or cut short ({e}); copy the file again or remove it"
-    raise ImageError(f"{path}: {problem}")
+    raise ImageError(f"{name}: {problem}")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -34,6 +34,9 @@ facts       medmax_jax medmax_jax.config medmax_jax.vocab medmax_jax.mesh medmax
 
 parts       medmax_jax.weights medmax_jax.arrays medmax_jax.tokenizer medmax_jax.attention
             medmax_jax.quant medmax_jax.layers medmax_jax.sampling medmax_jax.grammar data.loader
+            data.sources data.sources.row data.sources.stream data.sources.prompts
+            data.sources.conversations data.sources.captions data.sources.questions
+            data.sources.choices data.sources.parquet data.sources.reports data.sources.dicom
 
 models      medmax_jax.chameleon medmax_jax.vqgan medmax_jax.lpips medmax_jax.loss
             medmax_jax.optim data.codes data.batch_encoder data.code_store
@@ -50,7 +53,7 @@ layouts     medmax_jax.convert medmax_jax.convert.form medmax_jax.convert.progre
             medmax_jax.convert.merge medmax_jax.convert.sources medmax_jax.convert.card
             medmax_jax.convert.run medmax_jax.convert.describe
 
-programs     eval data.sample.build data.sample.train_tokenizer data.prepare
+programs     eval data.sample.build data.sample.train_tokenizer data.build data.prepare
             medmax_jax.train medmax_jax.train_vqgan eval.report eval.run
             medmax_jax.quickstart_page medmax_jax.quickstart
             medmax_jax.convert.torch_side medmax_jax.convert.check medmax_jax.convert.__main__

@@ -61,9 +61,7 @@ def read_slake(folder: pathlib.Path, plan: Plan) -> Iterator[Row | Bad]:
 def asked(plan: Plan, place: Place, question: str, answer: str, **fields: Any) -> Row:
     """One question about one picture."""
     text = joined([(question, answer)], image="start")
-    return Row(
-        id=place.id(plan.source), text=text, task=VQA, source=plan.source, turns=1, **fields
-    )
+    return Row(id=place.id(plan.source), text=text, task=VQA, source=plan.source, turns=1, **fields)
 
 
 def _vqa_rad(plan: Plan, place: Place, item: dict[str, Any]) -> Row:

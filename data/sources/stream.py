@@ -76,9 +76,7 @@ def csv_rows(path: pathlib.Path, columns: tuple[str, ...]) -> Iterator[tuple[Pla
                 whole = len(row) == len(header)
                 yield Place(path.name, n), dict(zip(header, row, strict=True)) if whole else None
     except (csv.Error, UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
-        raise SourceError(
-            f"{path.name}: damaged ({type(error).__name__}); get it again"
-        ) from error
+        raise SourceError(f"{path.name}: damaged ({type(error).__name__}); get it again") from error
 
 
 def _item(decoder: json.JSONDecoder, text: str) -> tuple[Any, int | None]:

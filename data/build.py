@@ -1,0 +1,269 @@
+"""One of the thirteen sources to a folder of records; `data.prepare build` is its program.
+
+    published files -> rows -> (a seeded sample) -> pictures to codes -> token ids -> records
+                         \\-> malformed, or left out by a rule: counted by reason
+
+The rows are read twice, once to count and draw, once to write, so that memory holds a few pictures
+whatever the source's size. A sample has the rows whose hash of seed and id is smallest: it does not
+depend on their order. What comes out is a rebuild and says so: which rows MedMax chose is not
+published. A credentialed source gets a folder of its own that only its owner may read, and neither
+its paths nor its ids are written or told.
+"""
+
+import collections
+import contextlib
+import hashlib
+import heapq
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from data import records
+from data.codes import (
+    LOG_SECONDS,
+    MAX_PIXELS,
+    Encoder,
+    PrepareError,
+    Progress,
+    View,
+    load_encoder,
+    log,
+)
+from data.codes import encode as encode_views
+from data.documents import Document
+from data.mixture import BY_NAME, CAPTION_SHARE, CREDENTIALED, Source, compare
+from data.sources import captions, choices, conversations, dicom, parquet, questions, reports
+from data.sources.row import Bad, Plan, Row
+from medmax_jax import images
+from medmax_jax.tokenizer import Tokenizer, TokenizerError, document_ids
+
+LABEL = "not the released subset"
+SHARD_SIZE = 4_096  # documents, as of the sample
+CHUNK = 64  # rows read ahead, with their pictures
+CACHE = 4_096  # pictures whose codes are kept: questions about one follow each other
+MAX_BAD = 0.01  # share of malformed rows and unreadable pictures; more is a wrong folder
+FIRST = 20  # bad rows named in dataset.json
+READERS: dict[str, Callable[[Path, Plan], Iterator[Row | Bad]]] = {
+    "PMC-OA": captions.read_pmc_oa,
+    "LLaVA-Med-PMC": conversations.read,
+    "Quilt-1M": captions.read_quilt,
+    "PubMedVision-Alignment": conversations.read,
+    "LLaVA-Med-IT": conversations.read,
+    "PubMedVision-IT": conversations.read,
+    "Quilt-Instruct": conversations.read,
+    "VQA-RAD": parquet.read_vqa_rad_of_either_form,
+    "SLAKE": questions.read_slake,
+    "PathVQA": parquet.read,
+    "PMC-VQA": choices.read_pmc_vqa,
+    "OmniMedVQA": choices.read_omnimedvqa,
+    "MIMIC-CXR": reports.read,
+}
+
+
+def build_source(
+    out: str | Path,
+    *,
+    source: str,
+    folder: str | Path,
+    model_folder: str | Path,
+    split: str,
+    seed: int,
+    sample: int | None = None,
+    caption_share: float = CAPTION_SHARE,
+    max_bad: float = MAX_BAD,
+    burned_in: bool = False,
+    vq: Any = None,
+    tokenizer: Tokenizer | None = None,
+) -> dict[str, Any]:
+    """Writes a split of `source`, as published in `folder`, as records; returns dataset.json.
+
+    `sample`: so many documents, drawn by `seed`; None: all. More than the share `max_bad` of
+    malformed rows and unreadable pictures stop the work before anything is written.
+    """
+    if source not in BY_NAME:
+        raise PrepareError(f"source is {source!r}; use one of {', '.join(READERS)}")
+    for name, share in (("caption_share", caption_share), ("max_bad", max_bad)):
+        if not 0 <= share <= 1:
+            raise PrepareError(f"{name} is {share}; use a share from 0 to 1")
+    if not Path(folder).is_dir():
+        raise PrepareError(f"--from is {folder}: no such folder; unpack {source} and name it")
+    plan = Plan(source=source, split=split, seed=seed, caption_share=caption_share)
+    work = _Work(plan, Path(folder), BY_NAME[source], max_bad, burned_in)
+    chosen = work.survey(sample)
+    encoder = load_encoder(Path(model_folder), vq=vq, tokenizer=tokenizer)
+    notes = dict(maker="build", source=source, subset=LABEL, split=split, seed=seed, sample=sample)
+    notes |= dict(licence=work.facts.licence, data_class=work.facts.data_class)
+    notes["caption_share"] = caption_share
+    made = work.documents(chosen, encoder, notes)
+    with _private(Path(out)) if work.secret else contextlib.nullcontext():
+        meta = records.write(out, made, shard_size=SHARD_SIZE, layout=encoder.layout, notes=notes)
+    log.info("%s. %s: %s", compare(source, meta["documents"]), LABEL[0].upper() + LABEL[1:], out)
+    return meta
+
+
+class _Work:
+    """One build: what is read, and what had to be left out."""
+
+    def __init__(self, plan: Plan, folder: Path, facts: Source, max_bad: float, burned_in: bool):
+        self.plan, self.folder, self.facts = plan, folder, facts
+        self.max_bad, self.burned_in = max_bad, burned_in
+        self.secret = facts.data_class == CREDENTIALED
+        self.total = self.rows = 0  # of the split; with malformed ones
+        self.bad: collections.Counter[str] = collections.Counter()
+        self.left: collections.Counter[str] = collections.Counter()
+        self.first: list[str] = []
+
+    def survey(self, sample: int | None) -> set[str] | None:
+        """Counts the rows; ids of the sample, or None for all."""
+        heap: list[tuple[int, str]] = []
+        said = time.monotonic()
+        for row in READERS[self.plan.source](self.folder, self.plan):
+            if isinstance(row, Bad):
+                (self.left if row.by_rule else self.bad)[row.reason] += 1
+                if not row.by_rule and len(self.first) < FIRST:
+                    self.first.append(f"{row.where}: {row.reason}")
+            elif row.split != self.plan.split:
+                self.left["of another split"] += 1
+            else:
+                self.total += 1
+                if sample is not None:
+                    _keep(heap, (-_rank(self.plan.seed, row.id), row.id), sample)
+            if time.monotonic() - said >= LOG_SECONDS:
+                said = time.monotonic()
+                log.info("%d rows read, %d malformed", self.total, self.bad.total())
+        self.rows = self.total + self.bad.total()
+        log.info("%d rows, %d malformed", self.rows, self.bad.total())
+        log.info("%d rows left out by rule", self.left.total())
+        self._check()
+        if not self.total:
+            raise PrepareError(f"{self.plan.source} has no row of split {self.plan.split}")
+        return None if sample is None else {row_id for _, row_id in heap}
+
+    def documents(
+        self, chosen: set[str] | None, encoder: Encoder, notes: dict[str, Any]
+    ) -> Iterator[Document]:
+        """The documents, and in `notes` what was left out."""
+        cache: collections.OrderedDict[str, np.ndarray] = collections.OrderedDict()
+        progress = Progress(self.total if chosen is None else len(chosen), "documents")
+        for rows in _chunks(self._rows(chosen), CHUNK):
+            codes, unreadable = self._codes(rows, encoder, cache)
+            for row in rows:
+                try:
+                    if row.image_path in unreadable:
+                        self._reject(row, "picture: " + unreadable[row.image_path])
+                    else:
+                        yield self._document(row, codes, encoder)
+                except TokenizerError:
+                    self._reject(row, "text: writes the name of a control token")
+            progress.add(len(rows))
+        notes |= dict(malformed=dict(self.bad), first_malformed=self.first)
+        notes["left_out"] = dict(self.left)
+
+    def _rows(self, chosen: set[str] | None) -> Iterator[Row]:
+        for row in READERS[self.plan.source](self.folder, self.plan):
+            if isinstance(row, Row) and row.split == self.plan.split:
+                if chosen is None or row.id in chosen:
+                    yield row
+
+    def _codes(
+        self, rows: list[Row], encoder: Encoder, cache: collections.OrderedDict[str, np.ndarray]
+    ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+        """Codes of the rows' pictures, and what is wrong with those that cannot be read."""
+        where = {r.image_path: r for r in rows if r.image is not None}
+        known = {path: cache[path] for path in where if path in cache}
+        views = [View(path, 0, "", False) for path in where if path not in known]
+        found, unreadable = encode_views(
+            views, encoder, self.folder, load=lambda path: self._open(where[path]), tell=False
+        )
+        fresh = {path: code for (path, _), code in found.items()}
+        cache.update(fresh)
+        while len(cache) > CACHE:
+            cache.popitem(last=False)
+        return known | fresh, {path: _reason(text, path) for path, text in unreadable.items()}
+
+    def _open(self, row: Row) -> PIL.Image.Image:
+        """The picture of a row; errors say its name in the records, not where it lies."""
+        if isinstance(row.image, bytes):
+            return images.load(row.image, max_pixels=MAX_PIXELS, name=row.image_path)
+        path = self.folder / row.image
+        if path.suffix == ".dcm":
+            return dicom.load(path, name=row.image_path, burned_in=self.burned_in)
+        try:
+            return images.load(path, max_pixels=MAX_PIXELS, name=row.image_path)
+        except images.ImageError:
+            if not self.secret:
+                raise
+            # Pillow's words may repeat what it found in the file.
+            problem = "no such file, or damaged; check the image folder"
+            raise images.ImageError(f"{row.image_path}: {problem}") from None
+
+    def _document(self, row: Row, codes: dict[str, np.ndarray], encoder: Encoder) -> Document:
+        code = None if row.image is None else codes[row.image_path]
+        tokens = document_ids(encoder.tokenizer, row.text, code, encoder.layout.vocab)
+        return Document(
+            tokens=tokens,
+            image_path=row.image_path,
+            task=row.task,
+            source=row.source,
+            credential="yes" if self.secret else "no",
+            turns=row.turns,
+            group=row.group,
+            id=row.id,
+        )
+
+    def _reject(self, row: Row, reason: str) -> None:
+        self.bad[reason] += 1
+        if len(self.first) < FIRST:
+            self.first.append(f"{row.id}: {reason}")
+        self._check()
+
+    def _check(self) -> None:
+        if self.bad.total() > self.max_bad * self.rows:
+            raise PrepareError(
+                f"{self.bad.total()} of {self.rows} rows of {self.plan.source} are malformed, "
+                f"--max_bad allows the share {self.max_bad}; the first: {self.first[0]}"
+            )
+
+
+def _reason(text: str, path: str) -> str:
+    """A countable reason: without the picture's name, and without Pillow's details."""
+    return text.removeprefix(f"{path}: ").split("(")[0].strip()
+
+
+def _rank(seed: int, row_id: str) -> int:
+    digest = hashlib.sha256(f"{seed}/{row_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "big")
+
+
+def _keep(heap: list[tuple[int, str]], item: tuple[int, str], size: int) -> None:
+    """Keeps the `size` largest items: ranks are negative, so those of the smallest hashes."""
+    if len(heap) < size:
+        heapq.heappush(heap, item)
+    else:
+        heapq.heappushpop(heap, item)
+
+
+def _chunks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+    rows = iter(rows)
+    while chunk := list(itertools.islice(rows, size)):
+        yield chunk
+
+
+@contextlib.contextmanager
+def _private(out: Path) -> Iterator[None]:
+    """A folder that is new or empty and whose files only their owner may read."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise PrepareError(f"--out is {out}: not empty; credentialed records get their own folder")
+    before = os.umask(0o077)  # for the shards too, which a library writes
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        out.chmod(0o700)
+        yield
+    finally:
+        os.umask(before)

@@ -1,0 +1,147 @@
+"""MIMIC-CXR: chest radiographs, as JPG or DICOM, with the reports of their studies.
+
+    file in the folder                                   what is read of it
+    mimic-cxr-2.0.0-split.csv.gz (or .csv)               dicom_id, study_id, subject_id, split
+    mimic-cxr-2.0.0-metadata.csv.gz, if it is there      dicom_id, ViewPosition
+    files/p10/p10000032/s50414267.txt                    the report of a study
+    files/p10/p10000032/s50414267/<dicom_id>.jpg, .dcm   a radiograph
+
+The tables come with MIMIC-CXR-JPG, the reports and DICOM files with MIMIC-CXR; reports may lie
+under mimic-cxr-reports/, as their zip has them. split is train, validate or test.
+
+    report      "    FINAL REPORT\\n EXAMINATION:  CHEST (PA AND LAT)\\n\\n FINDINGS: \\n ..
+                 \\n IMPRESSION: \\n ..", with ___ where an identifier was removed
+    document    "<image>Examine this ..<reserved08706>Findings: ..\\nImpression: .."
+                "Generate a chest x-ray for ..<reserved08706><image>"
+
+Half of the radiographs, by hash, ask for the report, half for the picture, as in MedMax. Only the
+last section of each of the two names is kept: indications and comparisons tell of the patient. A
+placeholder is dropped. Which views MedMax took is not published: PA and AP where the metadata are
+there, otherwise all. Ids and paths of MIMIC are never written, only hashes of them: whoever has the
+data can find a row, nobody else learns anything. Nothing said about a row repeats any of it.
+Read at: physionet.org/content/mimic-cxr and mimic-cxr-jpg 2.0.0, mimic.mit.edu/docs/iv/modules/cxr
+(ids and tables); github.com/MIT-LCP/mimic-cxr txt/section_parser.py, whose list of exceptions for
+single studies is not applied here.
+"""
+
+import functools
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from data.mixture import REPORT
+from data.sources.prompts import choose
+from data.sources.row import (
+    Bad,
+    LeftOut,
+    Place,
+    Plan,
+    Row,
+    RowError,
+    clean,
+    collect,
+    drawn,
+    first_file,
+    joined,
+    pseudonym,
+)
+from data.sources.stream import csv_rows
+from medmax_jax.tokenizer import IMAGE_NAME, SEP_NAME
+
+NAME = "mimic-cxr-2.0.0"
+SPLITS = {"train": "train", "validate": "validation", "test": "test"}
+FRONTAL = ("PA", "AP")
+MAX_REPORT = 2**17  # bytes; the longest have some thousands
+_HEADING = re.compile(r"^[ \t]*([A-Z][A-Z ,/()&-]{2,60}):", re.MULTILINE)
+_PLACEHOLDER = re.compile(r"_{2,}")
+_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{8}){4}")  # 40 hexadecimal digits in five groups
+
+
+def read(folder: pathlib.Path, plan: Plan) -> Iterator[Row | Bad]:
+    """A document of each radiograph of the split that has a report with findings."""
+    path = first_file(folder, (f"{NAME}-split.csv.gz", f"{NAME}-split.csv"), plan.source)
+    rows = csv_rows(path, ("dicom_id", "study_id", "subject_id", "split"))
+    return collect(rows, functools.partial(_row, folder, plan, _frontal(folder)))
+
+
+def sections(report: str) -> dict[str, str]:
+    """The last section of each heading, in one line, without placeholders.
+
+    sections("FINDINGS:  Clear\\n lungs, ___.\\n IMPRESSION: Normal.")
+    ->  {"FINDINGS": "Clear lungs.", "IMPRESSION": "Normal."}
+    """
+    marks = list(_HEADING.finditer(report))
+    edges = [m.start() for m in marks] + [len(report)]
+    found = {}
+    for mark, end in zip(marks, edges[1:], strict=True):
+        text = _PLACEHOLDER.sub("", report[mark.end() : end])
+        text = re.sub(r"\s+", " ", text).strip()
+        text = re.sub(r"[\s,;:]+([.])", r"\1", re.sub(r"\s+([.,;:])", r"\1", text))
+        if text:
+            found[mark.group(1).strip()] = text
+    return found
+
+
+def _frontal(folder: pathlib.Path) -> set[str] | None:
+    """Ids of frontal radiographs, or None where the folder does not say."""
+    names = (f"{NAME}-metadata.csv.gz", f"{NAME}-metadata.csv")
+    if not any((folder / name).is_file() for name in names):
+        return None
+    rows = csv_rows(first_file(folder, names, "MIMIC-CXR"), ("dicom_id", "ViewPosition"))
+    return {row["dicom_id"] for _, row in rows if row and row["ViewPosition"] in FRONTAL}
+
+
+def _row(
+    folder: pathlib.Path, plan: Plan, frontal: set[str] | None, place: Place, item: dict[str, Any]
+) -> Row:
+    dicom, study, subject = item["dicom_id"], item["study_id"], item["subject_id"]
+    # They become parts of a path, so they must be what MIMIC says they are.
+    if not (_ID.fullmatch(dicom) and re.fullmatch(r"5\d{7}", study)):
+        raise RowError("dicom_id or study_id: not of MIMIC's form")
+    if not re.fullmatch(r"1\d{7}", subject) or item["split"] not in SPLITS:
+        raise RowError("subject_id or split: not of MIMIC's form")
+    split = SPLITS[item["split"]]
+    if split != plan.split:
+        raise LeftOut("of another split")
+    if frontal is not None and dicom not in frontal:
+        raise LeftOut("not a frontal view")
+    patient = f"files/p{subject[:2]}/p{subject}"
+    text = _report(folder, f"{patient}/s{study}.txt")
+    stem = f"{patient}/s{study}/{dicom}"
+    image = stem + (".jpg" if (folder / f"{stem}.jpg").is_file() else ".dcm")
+    name = pseudonym(dicom)
+    return Row(
+        id=f"{plan.source}/{name}",
+        text=_document(plan, name, text),
+        image=image,
+        image_path=name,
+        task=REPORT,
+        source=plan.source,
+        split=split,
+        group=pseudonym(subject),
+        turns=1,
+    )
+
+
+def _document(plan: Plan, name: str, report: str) -> str:
+    if drawn("direction", name).random() < 0.5:
+        return joined([(choose("report", plan, name), report)], image="start")
+    return f"{choose('radiograph', plan, name).format(report)}{SEP_NAME}{IMAGE_NAME}"
+
+
+def _report(folder: pathlib.Path, path: str) -> str:
+    for root in ("", "mimic-cxr-reports"):
+        try:
+            with open(folder / root / path, "rb") as file:
+                raw = file.read(MAX_REPORT + 1)
+        except OSError:
+            continue
+        if len(raw) > MAX_REPORT:
+            raise RowError("report: too long")
+        found = sections(raw.decode("utf-8", "replace"))
+        lines = [f"{n.capitalize()}: {found[n]}" for n in ("FINDINGS", "IMPRESSION") if n in found]
+        if not lines:
+            raise LeftOut("a report without findings and impression")
+        return clean("\n".join(lines), "report")
+    raise RowError("report: no such file, or not readable")
