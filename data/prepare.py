@@ -1,6 +1,7 @@
 """From pictures and text to the folder of records that training reads.
 
 python -m data.prepare sample --out D [--split train] [--kind instruction] [--views 4] [--rounds 1]
+python -m data.prepare import --from train.jsonl --out D     the published rows: data/published.py
 python -m data.prepare check D      reads every record back and compares it with what was written
 python -m data.prepare stats D      what is in it, and how well it packs
 
@@ -24,12 +25,14 @@ from typing import Any
 
 import numpy as np
 
-from data import pack, records
+from configs import base
+from data import pack, published, records
 from data.codes import Encoder, PrepareError, View, encode, load_encoder
 from data.documents import Document, Layout, RecordsError, counts, to_bytes
 from data.sample.documents import instruction_documents, pretraining_documents
 from data.sample.manifest import read_manifest
-from medmax_jax.config import ConfigError
+from medmax_jax.config import VQ, ConfigError, Vocab, build
+from medmax_jax.storage import StorageError
 from medmax_jax.tokenizer import IMAGE_NAME, Tokenizer, TokenizerError, document_ids, segments_of
 from medmax_jax.weights import WeightsError
 
@@ -44,7 +47,11 @@ KINDS = {
     "pretraining": pretraining_documents,
 }
 SPLITS = ("train", "validation", "test")
-ERRORS = (PrepareError, RecordsError, TokenizerError, ConfigError, WeightsError, pack.PackError)
+ERRORS = (
+    *(PrepareError, RecordsError, TokenizerError, ConfigError, WeightsError, StorageError),
+    *(pack.PackError, published.PublishedError),
+)
+RELEASED = "released"
 
 
 def prepare_sample(
@@ -82,6 +89,19 @@ def prepare_sample(
     meta = records.write(out, made, shard_size=SHARD_SIZE, layout=encoder.layout, notes=notes)
     log.info("%s: %d documents, %d tokens", out, meta["documents"], meta["tokens"])
     return meta
+
+
+def layout_of(name: str) -> Layout:
+    """What the ids of published rows mean: "released", or those of a model folder."""
+    if name != RELEASED:
+        return load_encoder(Path(name), vq=()).layout  # its weights are not needed
+    config = base.get_config()
+    return Layout(
+        vocab=build(Vocab, config.vocab),
+        codes_per_image=build(VQ, config.vq).codes_per_image,
+        tokenizer="",  # the files that made the published tokens are not stated anywhere
+        vqgan="",
+    )
 
 
 def check(folder: str | Path, *, tokenizer: Tokenizer | None) -> dict[str, Any]:
@@ -194,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted: no records were written; give the same command again", file=sys.stderr)
+        print(f"interrupted: {args.left}; give the same command again", file=sys.stderr)
         return 75
     for name, value in {} if args.json else result.items():
         print(f"{name:>20}  {value}")
@@ -207,6 +227,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m data.prepare", description=__doc__.split("\n")[0]
     )
+    parser.set_defaults(left="no records were written")
     commands = parser.add_subparsers(required=True, metavar="command")
     sample = commands.add_parser("sample", help="the embedded pictures to records")
     sample.add_argument("--out", type=Path, required=True, help="folder to write")
@@ -217,6 +238,9 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=int, default=0, help="of wordings and views")
     sample.add_argument("--max_unreadable", type=float, default=MAX_UNREADABLE, metavar="SHARE")
     sample.set_defaults(run=_run_sample)
+    brought = commands.add_parser("import", help="published rows to records")
+    _import_flags(brought)
+    brought.set_defaults(run=_run_import)
     checked = commands.add_parser("check", help="read every record back")
     checked.set_defaults(run=_run_check)
     counted = commands.add_parser("stats", help="what a folder of records holds")
@@ -228,9 +252,22 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("folder", type=Path, help="folder of records")
     for command in (sample, checked):
         command.add_argument("--model", type=Path, default=TINY, help="model folder")
-    for command in (sample, checked, counted):
+    for command in (sample, brought, checked, counted):
         command.add_argument("--json", action="store_true", help="one JSON object as the last line")
     return parser
+
+
+def _import_flags(brought: argparse.ArgumentParser) -> None:
+    brought.add_argument("--from", type=Path, required=True, dest="source", help="train.jsonl")
+    brought.add_argument("--out", type=Path, required=True, help="folder to write")
+    brought.add_argument(
+        "--model_layout", default=RELEASED, help="released, or a model folder with those ids"
+    )
+    brought.add_argument("--tokenizer", type=Path, help="compare text and tokens with this file")
+    brought.add_argument("--max_bad", type=float, default=published.MAX_BAD, metavar="SHARE")
+    brought.add_argument(
+        "--no_separator", action="store_true", help="accept rows without end of turn"
+    )
 
 
 def _log_to_stderr() -> None:
@@ -258,6 +295,19 @@ def _run_sample(args: argparse.Namespace) -> dict[str, Any]:
         rounds=args.rounds,
         max_unreadable=args.max_unreadable,
     )
+
+
+def _run_import(args: argparse.Namespace) -> dict[str, Any]:
+    layout = layout_of(args.model_layout)
+    tokenizer = args.tokenizer and Tokenizer.from_file(args.tokenizer, layout.vocab)
+    rules = published.Rules(
+        layout=layout,
+        separator=not args.no_separator,
+        max_bad=args.max_bad,
+        shard_size=SHARD_SIZE,
+        tokenizer=tokenizer,
+    )
+    return published.import_rows(args.source, args.out, rules=rules, say=log.info)
 
 
 def _run_check(args: argparse.Namespace) -> dict[str, Any]:
