@@ -2,6 +2,7 @@
 
 python -m data.prepare sample --out D [--split train] [--kind instruction] [--views 4] [--rounds 1]
 python -m data.prepare import --from train.jsonl --out D     the published rows: data/published.py
+python -m data.prepare unpack --from images.tar.gz.a* --out D     and their images: data/archives.py
 python -m data.prepare check D      reads every record back and compares it with what was written
 python -m data.prepare stats D      what is in it, and how well it packs
 
@@ -15,6 +16,7 @@ interrupted: a folder is written whole or not at all, so the same command starts
 
 import argparse
 import collections
+import dataclasses
 import hashlib
 import json
 import logging
@@ -26,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from configs import base
-from data import pack, published, records
+from data import archives, pack, published, records
 from data.codes import Encoder, PrepareError, View, encode, load_encoder
 from data.documents import Document, Layout, RecordsError, counts, to_bytes
 from data.sample.documents import instruction_documents, pretraining_documents
@@ -49,7 +51,7 @@ KINDS = {
 SPLITS = ("train", "validation", "test")
 ERRORS = (
     *(PrepareError, RecordsError, TokenizerError, ConfigError, WeightsError, StorageError),
-    *(pack.PackError, published.PublishedError),
+    *(pack.PackError, published.PublishedError, archives.ArchiveError),
 )
 RELEASED = "released"
 
@@ -241,6 +243,9 @@ def _parser() -> argparse.ArgumentParser:
     brought = commands.add_parser("import", help="published rows to records")
     _import_flags(brought)
     brought.set_defaults(run=_run_import)
+    unpacked = commands.add_parser("unpack", help="the published image archives, under limits")
+    _unpack_flags(unpacked)
+    unpacked.set_defaults(run=_run_unpack, left="every file that is there is whole")
     checked = commands.add_parser("check", help="read every record back")
     checked.set_defaults(run=_run_check)
     counted = commands.add_parser("stats", help="what a folder of records holds")
@@ -252,7 +257,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("folder", type=Path, help="folder of records")
     for command in (sample, checked):
         command.add_argument("--model", type=Path, default=TINY, help="model folder")
-    for command in (sample, brought, checked, counted):
+    for command in (sample, brought, unpacked, checked, counted):
         command.add_argument("--json", action="store_true", help="one JSON object as the last line")
     return parser
 
@@ -268,6 +273,15 @@ def _import_flags(brought: argparse.ArgumentParser) -> None:
     brought.add_argument(
         "--no_separator", action="store_true", help="accept rows without end of turn"
     )
+
+
+def _unpack_flags(unpacked: argparse.ArgumentParser) -> None:
+    unpacked.add_argument(
+        "--from", type=Path, nargs="+", required=True, dest="parts", help="parts of one archive"
+    )
+    unpacked.add_argument("--out", type=Path, required=True, help="folder to write")
+    for name, limit in dataclasses.asdict(archives.LIMITS).items():
+        unpacked.add_argument(f"--max_{name}", type=_positive, default=limit)
 
 
 def _log_to_stderr() -> None:
@@ -308,6 +322,12 @@ def _run_import(args: argparse.Namespace) -> dict[str, Any]:
         tokenizer=tokenizer,
     )
     return published.import_rows(args.source, args.out, rules=rules, say=log.info)
+
+
+def _run_unpack(args: argparse.Namespace) -> dict[str, Any]:
+    names = dataclasses.asdict(archives.LIMITS)
+    limits = archives.Limits(**{name: getattr(args, f"max_{name}") for name in names})
+    return archives.unpack(args.parts, args.out, limits=limits, say=log.info)
 
 
 def _run_check(args: argparse.Namespace) -> dict[str, Any]:
