@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from configs import base
-from data import archives, pack, published, records
+from data import archives, eval_rows, pack, published, records
 from data.codes import Encoder, PrepareError, View, encode, load_encoder
 from data.documents import Document, Layout, RecordsError, counts, to_bytes
 from data.sample.documents import instruction_documents, pretraining_documents
@@ -263,8 +263,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _import_flags(brought: argparse.ArgumentParser) -> None:
-    brought.add_argument("--from", type=Path, required=True, dest="source", help="train.jsonl")
-    brought.add_argument("--out", type=Path, required=True, help="folder to write")
+    brought.add_argument(
+        "--from", type=Path, required=True, dest="source", help="train.jsonl, or the eval parquet"
+    )
+    brought.add_argument("--out", type=Path, required=True, help="folder, or items.jsonl, to write")
+    brought.add_argument(
+        "--tasks", nargs="*", default=[], metavar="TASK", help="of a parquet; all if not given"
+    )
     brought.add_argument(
         "--model_layout", default=RELEASED, help="released, or a model folder with those ids"
     )
@@ -312,6 +317,10 @@ def _run_sample(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run_import(args: argparse.Namespace) -> dict[str, Any]:
+    if args.source.suffix == ".parquet":
+        return eval_rows.import_items(args.source, args.out, tasks=args.tasks, say=log.info)
+    if args.tasks:
+        raise published.PublishedError(f"--tasks is for a parquet, not for {args.source}")
     layout = layout_of(args.model_layout)
     tokenizer = args.tokenizer and Tokenizer.from_file(args.tokenizer, layout.vocab)
     rules = published.Rules(
