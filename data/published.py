@@ -83,7 +83,7 @@ def import_rows(
                 raise PublishedError(f"{path}: no row becomes a document: {_told(rows.reasons)}")
             _write_closed(closed, rows)
         else:
-            with new_folder(out, bytes_needed=rows.size // 4, seal=records.META) as folder:
+            with new_folder(out, bytes_needed=rows.size // 3, seal=records.META) as folder:
                 _write(folder, itertools.chain([first], found), rows, rows.notes)
                 if rows.closed_lines:
                     _write_closed(closed, rows)
@@ -96,7 +96,8 @@ def to_document(row: dict[str, Any], name: str, rules: Rules) -> Document | None
     text = {key: _text(row, key) for key in ("text", "task", "source", "credential")}
     credential = text["credential"].lower()  # the card writes yes and no, the README YES and NO
     if credential not in ("yes", "no"):
-        raise BadRow("credential", f"is {text['credential'][:20]!r}; need yes or no")
+        shown = repr(credential) if len(credential) < 10 else "longer"  # it may be a report's text
+        raise BadRow("credential", f"is {shown}; need yes or no")
     image = _image_path(row)
     if row.get("tokens") is None:
         if credential == "yes":

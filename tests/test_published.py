@@ -180,6 +180,14 @@ def test_credentialed_rows_wait_or_lie_apart(tmp_path):
         assert not any(secret.encode() in p.read_bytes() for p in folder.iterdir())
 
 
+def test_what_stands_for_a_credential_is_not_shown(tmp_path):
+    """Where columns were shifted it is the report itself."""
+    bring(tmp_path, [row(), row(credential="No acute findings."), row(credential="n")], max_bad=0.9)
+    lines = (tmp_path / "out" / published.QUARANTINE).read_text().splitlines()
+    details = [json.loads(line)["detail"] for line in lines]
+    assert details == ["is longer; need yes or no", "is 'n'; need yes or no"]
+
+
 def test_only_credentialed_rows(tmp_path):
     told = bring(tmp_path, [row(credential="yes")])
     assert told["folders"] == [str(tmp_path / "out-credentialed")]
