@@ -36,7 +36,7 @@ parts       medmax_jax.weights medmax_jax.arrays medmax_jax.tokenizer medmax_jax
             medmax_jax.quant medmax_jax.layers medmax_jax.sampling medmax_jax.grammar data.loader
 
 models      medmax_jax.chameleon medmax_jax.vqgan medmax_jax.lpips medmax_jax.loss
-            medmax_jax.optim data.codes
+            medmax_jax.optim data.codes data.batch_encoder data.code_store
 
 machines    medmax_jax.metrics medmax_jax.step medmax_jax.checkpoint medmax_jax.export
             medmax_jax.decoding medmax_jax.batching medmax_jax.generate
