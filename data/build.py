@@ -10,6 +10,7 @@ published. A credentialed source gets a folder of its own that only its owner ma
 its paths nor its ids are written or told.
 """
 
+import argparse
 import collections
 import contextlib
 import hashlib
@@ -39,7 +40,7 @@ from data.codes import encode as encode_views
 from data.documents import Document
 from data.mixture import BY_NAME, CAPTION_SHARE, CREDENTIALED, Source, compare
 from data.sources import captions, choices, conversations, dicom, parquet, questions, reports
-from data.sources.row import Bad, Plan, Row
+from data.sources.row import SPLITS, Bad, Plan, Row
 from medmax_jax import images
 from medmax_jax.tokenizer import Tokenizer, TokenizerError, document_ids
 
@@ -91,6 +92,8 @@ def build_source(
     for name, share in (("caption_share", caption_share), ("max_bad", max_bad)):
         if not 0 <= share <= 1:
             raise PrepareError(f"{name} is {share}; use a share from 0 to 1")
+    if sample is not None and sample < 1:
+        raise PrepareError(f"sample is {sample}; use 1 or more documents")
     if not Path(folder).is_dir():
         raise PrepareError(f"--from is {folder}: no such folder; unpack {source} and name it")
     plan = Plan(source=source, split=split, seed=seed, caption_share=caption_share)
@@ -105,6 +108,44 @@ def build_source(
         meta = records.write(out, made, shard_size=SHARD_SIZE, layout=encoder.layout, notes=notes)
     log.info("%s. %s: %s", compare(source, meta["documents"]), LABEL[0].upper() + LABEL[1:], out)
     return meta
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `python -m data.prepare build`."""
+    parser.add_argument("--source", choices=tuple(READERS), required=True)
+    parser.add_argument("--from", type=Path, required=True, dest="folder", help="its folder")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--model", type=Path, required=True, help="model folder")
+    parser.add_argument("--split", choices=SPLITS, default="train")
+    parser.add_argument("--sample", type=int, metavar="N", help="documents; without: all")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample and the wordings")
+    parser.add_argument("--max_bad", type=float, default=MAX_BAD, metavar="SHARE")
+    parser.add_argument(
+        "--caption_share",
+        type=float,
+        default=CAPTION_SHARE,
+        metavar="SHARE",
+        help="captioning among captioning and generation; MedMax's chart 0.843, its notes 0.5",
+    )
+    parser.add_argument(
+        "--burned_in", action="store_true", help="take DICOM files that say they show text"
+    )
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> dict[str, Any]:
+    return build_source(
+        args.out,
+        source=args.source,
+        folder=args.folder,
+        model_folder=args.model,
+        split=args.split,
+        seed=args.seed,
+        sample=args.sample,
+        caption_share=args.caption_share,
+        max_bad=args.max_bad,
+        burned_in=args.burned_in,
+    )
 
 
 class _Work:

@@ -2,6 +2,8 @@
 
 python -m data.prepare sample --out D [--split train] [--kind instruction] [--views 4] [--rounds 1]
 python -m data.prepare build --source SLAKE --from FOLDER --out D --model M [--sample N --seed S]
+python -m data.prepare import --from train.jsonl --out D     the published rows: data/published.py
+python -m data.prepare unpack --from images.tar.gz.a* --out D     and their images: data/archives.py
 python -m data.prepare check D      reads every record back and compares it with what was written
 python -m data.prepare stats D      what is in it, and how well it packs
 
@@ -15,6 +17,7 @@ interrupted: a folder is written whole or not at all, so the same command starts
 
 import argparse
 import collections
+import dataclasses
 import hashlib
 import json
 import logging
@@ -25,14 +28,16 @@ from typing import Any
 
 import numpy as np
 
-from data import build, pack, records
+from configs import base
+from data import archives, eval_rows, pack, published, records
+from data import build as source_build
 from data.codes import Encoder, PrepareError, View, encode, load_encoder
 from data.documents import Document, Layout, RecordsError, counts, to_bytes
-from data.mixture import CAPTION_SHARE
 from data.sample.documents import instruction_documents, pretraining_documents
 from data.sample.manifest import read_manifest
 from data.sources.row import SourceError
-from medmax_jax.config import ConfigError
+from medmax_jax.config import VQ, ConfigError, Vocab, build
+from medmax_jax.storage import StorageError
 from medmax_jax.tokenizer import IMAGE_NAME, Tokenizer, TokenizerError, document_ids, segments_of
 from medmax_jax.weights import WeightsError
 
@@ -47,8 +52,11 @@ KINDS = {
     "pretraining": pretraining_documents,
 }
 SPLITS = ("train", "validation", "test")
-ERRORS = (PrepareError, RecordsError, TokenizerError, ConfigError, WeightsError, pack.PackError)
-ERRORS += (SourceError,)
+ERRORS = (
+    *(PrepareError, RecordsError, TokenizerError, ConfigError, WeightsError, StorageError),
+    *(pack.PackError, published.PublishedError, archives.ArchiveError, SourceError),
+)
+RELEASED = "released"
 
 
 def prepare_sample(
@@ -86,6 +94,19 @@ def prepare_sample(
     meta = records.write(out, made, shard_size=SHARD_SIZE, layout=encoder.layout, notes=notes)
     log.info("%s: %d documents, %d tokens", out, meta["documents"], meta["tokens"])
     return meta
+
+
+def layout_of(name: str) -> Layout:
+    """What the ids of published rows mean: "released", or those of a model folder."""
+    if name != RELEASED:
+        return load_encoder(Path(name), vq=()).layout  # its weights are not needed
+    config = base.get_config()
+    return Layout(
+        vocab=build(Vocab, config.vocab),
+        codes_per_image=build(VQ, config.vq).codes_per_image,
+        tokenizer="",  # the files that made the published tokens are not stated anywhere
+        vqgan="",
+    )
 
 
 def check(folder: str | Path, *, tokenizer: Tokenizer | None) -> dict[str, Any]:
@@ -198,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted: no records were written; give the same command again", file=sys.stderr)
+        print(f"interrupted: {args.left}; give the same command again", file=sys.stderr)
         return 75
     for name, value in {} if args.json else result.items():
         print(f"{name:>20}  {value}")
@@ -211,6 +232,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m data.prepare", description=__doc__.split("\n")[0]
     )
+    parser.set_defaults(left="no records were written")
     commands = parser.add_subparsers(required=True, metavar="command")
     sample = commands.add_parser("sample", help="the embedded pictures to records")
     sample.add_argument("--out", type=Path, required=True, help="folder to write")
@@ -221,7 +243,14 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=int, default=0, help="of wordings and views")
     sample.add_argument("--max_unreadable", type=float, default=MAX_UNREADABLE, metavar="SHARE")
     sample.set_defaults(run=_run_sample)
-    built = _add_build(commands)
+    brought = commands.add_parser("import", help="published rows to records")
+    _import_flags(brought)
+    brought.set_defaults(run=_run_import)
+    unpacked = commands.add_parser("unpack", help="the published image archives, under limits")
+    _unpack_flags(unpacked)
+    unpacked.set_defaults(run=_run_unpack, left="every file that is there is whole")
+    built = commands.add_parser("build", help="a source of MedMax, as published, to records")
+    source_build.add_flags(built)
     checked = commands.add_parser("check", help="read every record back")
     checked.set_defaults(run=_run_check)
     counted = commands.add_parser("stats", help="what a folder of records holds")
@@ -233,33 +262,36 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("folder", type=Path, help="folder of records")
     for command in (sample, checked):
         command.add_argument("--model", type=Path, default=TINY, help="model folder")
-    for command in (sample, built, checked, counted):
+    for command in (sample, brought, built, unpacked, checked, counted):
         command.add_argument("--json", action="store_true", help="one JSON object as the last line")
     return parser
 
 
-def _add_build(commands: Any) -> argparse.ArgumentParser:
-    built = commands.add_parser("build", help="a source of MedMax, as published, to records")
-    built.add_argument("--source", choices=tuple(build.READERS), required=True)
-    built.add_argument("--from", type=Path, required=True, dest="folder", help="its folder")
-    built.add_argument("--out", type=Path, required=True, help="folder to write")
-    built.add_argument("--model", type=Path, required=True, help="model folder")
-    built.add_argument("--split", choices=SPLITS, default="train")
-    built.add_argument("--sample", type=_positive, metavar="N", help="documents; without: all")
-    built.add_argument("--seed", type=int, default=0, help="of the sample and the wordings")
-    built.add_argument("--max_bad", type=float, default=build.MAX_BAD, metavar="SHARE")
-    built.add_argument(
-        "--caption_share",
-        type=float,
-        default=CAPTION_SHARE,
-        metavar="SHARE",
-        help="captioning among captioning and generation; MedMax's chart 0.843, its notes 0.5",
+def _import_flags(brought: argparse.ArgumentParser) -> None:
+    brought.add_argument(
+        "--from", type=Path, required=True, dest="source", help="train.jsonl, or the eval parquet"
     )
-    built.add_argument(
-        "--burned_in", action="store_true", help="take DICOM files that say they show text"
+    brought.add_argument("--out", type=Path, required=True, help="folder, or items.jsonl, to write")
+    brought.add_argument(
+        "--tasks", nargs="*", default=[], metavar="TASK", help="of a parquet; all if not given"
     )
-    built.set_defaults(run=_run_build)
-    return built
+    brought.add_argument(
+        "--model_layout", default=RELEASED, help="released, or a model folder with those ids"
+    )
+    brought.add_argument("--tokenizer", type=Path, help="compare text and tokens with this file")
+    brought.add_argument("--max_bad", type=float, default=published.MAX_BAD, metavar="SHARE")
+    brought.add_argument(
+        "--no_separator", action="store_true", help="accept rows without end of turn"
+    )
+
+
+def _unpack_flags(unpacked: argparse.ArgumentParser) -> None:
+    unpacked.add_argument(
+        "--from", type=Path, nargs="+", required=True, dest="parts", help="parts of one archive"
+    )
+    unpacked.add_argument("--out", type=Path, required=True, help="folder to write")
+    for name, limit in dataclasses.asdict(archives.LIMITS).items():
+        unpacked.add_argument(f"--max_{name}", type=_positive, default=limit)
 
 
 def _log_to_stderr() -> None:
@@ -289,19 +321,27 @@ def _run_sample(args: argparse.Namespace) -> dict[str, Any]:
     )
 
 
-def _run_build(args: argparse.Namespace) -> dict[str, Any]:
-    return build.build_source(
-        args.out,
-        source=args.source,
-        folder=args.folder,
-        model_folder=args.model,
-        split=args.split,
-        seed=args.seed,
-        sample=args.sample,
-        caption_share=args.caption_share,
+def _run_import(args: argparse.Namespace) -> dict[str, Any]:
+    if args.source.suffix == ".parquet":
+        return eval_rows.import_items(args.source, args.out, tasks=args.tasks, say=log.info)
+    if args.tasks:
+        raise published.PublishedError(f"--tasks is for a parquet, not for {args.source}")
+    layout = layout_of(args.model_layout)
+    tokenizer = args.tokenizer and Tokenizer.from_file(args.tokenizer, layout.vocab)
+    rules = published.Rules(
+        layout=layout,
+        separator=not args.no_separator,
         max_bad=args.max_bad,
-        burned_in=args.burned_in,
+        shard_size=SHARD_SIZE,
+        tokenizer=tokenizer,
     )
+    return published.import_rows(args.source, args.out, rules=rules, say=log.info)
+
+
+def _run_unpack(args: argparse.Namespace) -> dict[str, Any]:
+    names = dataclasses.asdict(archives.LIMITS)
+    limits = archives.Limits(**{name: getattr(args, f"max_{name}") for name in names})
+    return archives.unpack(args.parts, args.out, limits=limits, say=log.info)
 
 
 def _run_check(args: argparse.Namespace) -> dict[str, Any]:

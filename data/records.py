@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def write(
     document is written, and dataset.json comes last.
     """
     folder = _new_folder(folder)
-    count, rows, digest, ids = _Counter(), [], hashlib.sha256(), set()
+    count, rows, digest, ids = _Counter(), array("i"), hashlib.sha256(), set()
     parts = _Parts(folder, shard_size)
     try:
         for document in documents:
@@ -62,7 +63,7 @@ def write(
             record = to_bytes(document)
             digest.update(record)
             parts.add(record)
-            rows.append(counts(document, layout.vocab))
+            rows.extend(counts(document, layout.vocab))
             count.add(document)
         if not rows:
             raise RecordsError(f"{folder}: no documents to write; look at the source and filters")
@@ -70,7 +71,7 @@ def write(
     except BaseException:
         parts.abandon()
         raise
-    index = np.asarray(rows, np.int32)
+    index = np.frombuffer(rows, np.int32).reshape(-1, len(COLUMNS))
     np.save(folder / INDEX, index)
     meta = _meta(index, count, layout, digest, shards, notes)
     meta["index_sha256"] = hashlib.sha256((folder / INDEX).read_bytes()).hexdigest()

@@ -162,6 +162,8 @@ def test_refusals(make, source, tmp_path):
     for wrong in (dict(caption_share=1.5), dict(max_bad=-1.0)):
         with pytest.raises(PrepareError, match="use a share from 0 to 1"):
             make(tmp_path / "r", "SLAKE", folder, **wrong)
+    with pytest.raises(PrepareError, match="sample is 0; use 1 or more"):
+        make(tmp_path / "r", "SLAKE", folder, sample=0)
     with pytest.raises(SourceError, match="the folder has none of test.json"):
         make(tmp_path / "r", "SLAKE", folder, split="test")
     make(tmp_path / "r", "SLAKE", folder)
@@ -195,7 +197,7 @@ def test_program(source, tmp_path, capsys):
     assert "2/2 documents" in told.err and "the chart's 0.3 % is 3,662 to 5,162" in told.err
     assert prepare.main([*command, "--out", str(tmp_path / "q"), "--split", "test"]) == 1
     assert capsys.readouterr().err.startswith("error: SLAKE: the folder has none of test.json")
-    for wrong in (["--source", "slake"], ["--sample", "0"], ["--split", "dev"]):
+    for wrong in (["--source", "slake"], ["--sample", "x"], ["--split", "dev"]):
         with pytest.raises(SystemExit) as stopped:
             prepare.main([*command, "--out", str(out), *wrong])
         assert stopped.value.code == 2
