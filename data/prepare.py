@@ -1,6 +1,7 @@
 """From pictures and text to the folder of records that training reads.
 
 python -m data.prepare sample --out D [--split train] [--kind instruction] [--views 4] [--rounds 1]
+python -m data.prepare instruct --help   captions to interleaved instructions by an LLM
 python -m data.prepare check D      reads every record back and compares it with what was written
 python -m data.prepare stats D      what is in it, and how well it packs
 
@@ -9,7 +10,8 @@ python -m data.prepare stats D      what is in it, and how well it packs
 
 The documents of a picture are dealt over its views in turn. A picture whose facts a crop could make
 untrue (a count, a marked lesion) is never cropped. Exit codes: 0 done, 1 failed, 2 wrong usage, 75
-interrupted: a folder is written whole or not at all, so the same command starts it again.
+interrupted: the same command starts again, as a folder of records is written whole or not at all,
+or goes on (instruct).
 """
 
 import argparse
@@ -24,11 +26,12 @@ from typing import Any
 
 import numpy as np
 
-from data import pack, records
+from data import instruct_command, pack, records
 from data.codes import Encoder, PrepareError, View, encode, load_encoder
 from data.documents import Document, Layout, RecordsError, counts, to_bytes
 from data.sample.documents import instruction_documents, pretraining_documents
 from data.sample.manifest import read_manifest
+from medmax_jax.cli import Interrupted
 from medmax_jax.config import ConfigError
 from medmax_jax.tokenizer import IMAGE_NAME, Tokenizer, TokenizerError, document_ids, segments_of
 from medmax_jax.weights import WeightsError
@@ -45,6 +48,7 @@ KINDS = {
 }
 SPLITS = ("train", "validation", "test")
 ERRORS = (PrepareError, RecordsError, TokenizerError, ConfigError, WeightsError, pack.PackError)
+ERRORS += instruct_command.ERRORS
 
 
 def prepare_sample(
@@ -193,6 +197,9 @@ def main(argv: list[str] | None = None) -> int:
     except ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return 75
     except KeyboardInterrupt:
         print("interrupted: no records were written; give the same command again", file=sys.stderr)
         return 75
@@ -217,6 +224,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=int, default=0, help="of wordings and views")
     sample.add_argument("--max_unreadable", type=float, default=MAX_UNREADABLE, metavar="SHARE")
     sample.set_defaults(run=_run_sample)
+    curated = instruct_command.add(commands)
     checked = commands.add_parser("check", help="read every record back")
     checked.set_defaults(run=_run_check)
     counted = commands.add_parser("stats", help="what a folder of records holds")
@@ -228,7 +236,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("folder", type=Path, help="folder of records")
     for command in (sample, checked):
         command.add_argument("--model", type=Path, default=TINY, help="model folder")
-    for command in (sample, checked, counted):
+    for command in (sample, curated, checked, counted):
         command.add_argument("--json", action="store_true", help="one JSON object as the last line")
     return parser
 
