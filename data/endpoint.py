@@ -11,6 +11,7 @@ followed and no proxy used: the bytes go to the host that was checked. The API k
 is sent; no record, error or log has it.
 """
 
+import contextlib
 import dataclasses
 import email.utils
 import http.client
@@ -18,7 +19,9 @@ import json
 import os
 import random
 import re
+import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -160,33 +163,51 @@ def _post(
     endpoint: Endpoint, address: outgoing.Address, key: str, body: bytes
 ) -> tuple[int, http.client.HTTPMessage, bytes, bool]:
     """Status, headers, body, and whether that is all of the body."""
-    deadline = time.monotonic() + endpoint.timeout_s
     secure = address.scheme == "https"
     make = http.client.HTTPSConnection if secure else http.client.HTTPConnection
     tls = {"context": ssl.create_default_context()} if secure else {}
     connection = make(address.host, address.port, timeout=endpoint.timeout_s, **tls)
     headers = {"Content-Type": "application/json", "Accept": "application/json"}
     headers |= {"Authorization": f"Bearer {key}"} if key else {}
+    late = threading.Event()
     try:
-        connection.request("POST", address.path.rstrip("/") + PATH, body, headers)
-        socket = connection.sock  # the response takes it from the connection
-        with connection.getresponse() as response:
-            data = bytearray()
-            while len(data) <= endpoint.max_reply_bytes:
-                left = deadline - time.monotonic()  # else a server that drips never times out
-                if left <= 0:
-                    raise TimeoutError(f"more than {endpoint.timeout_s:g} s")
-                if response.fp is not None:
-                    socket.settimeout(left)
-                if not (piece := response.read1(65_536)):
-                    break
-                data += piece
-            if len(data) <= endpoint.max_reply_bytes and response.length:
-                raise http.client.IncompleteRead(bytes(data), response.length)
-            whole = len(data) <= endpoint.max_reply_bytes
-            return response.status, response.headers, bytes(data), whole
+        connection.connect()
+        # The timeout of a socket is of one read, and a server that drips would never meet it.
+        watch = threading.Timer(endpoint.timeout_s, _cut, (connection.sock, late))
+        watch.daemon = True
+        watch.start()
+        try:
+            connection.request("POST", address.path.rstrip("/") + PATH, body, headers)
+            with connection.getresponse() as response:
+                data = _read(response, endpoint.max_reply_bytes)
+        finally:
+            watch.cancel()
+    except (OSError, http.client.HTTPException):
+        if not late.is_set():
+            raise
     finally:
         connection.close()
+    if late.is_set():  # even without an error: a body without a length looks whole
+        raise TimeoutError(f"more than {endpoint.timeout_s:g} s")
+    whole = len(data) <= endpoint.max_reply_bytes
+    return response.status, response.headers, data, whole
+
+
+def _read(response: http.client.HTTPResponse, limit: int) -> bytes:
+    """The body, or its first bytes when it has more than `limit`."""
+    data = bytearray()
+    while len(data) <= limit and (piece := response.read1(65_536)):
+        data += piece
+    if len(data) <= limit and response.length:  # read1 does not say that bytes are missing
+        raise http.client.IncompleteRead(bytes(data), response.length)
+    return bytes(data)
+
+
+def _cut(connection: socket.socket, late: threading.Event) -> None:
+    late.set()
+    with contextlib.suppress(OSError):  # it may just have been closed
+        # Not connection.shutdown: that of TLS takes away what the reading thread is using.
+        socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
 
 def _read_reply(data: bytes, whole: bool, limit: int, key: str) -> Reply | _Again:

@@ -4,10 +4,16 @@ import contextlib
 import http.server
 import json
 import socket
+import ssl
 import struct
 import threading
 import time
 from collections.abc import Callable
+
+import pytest
+
+from data import endpoint
+from data.endpoint import Endpoint
 
 QUESTION = "How does a meningioma look on a scan of the head?"
 ANSWER = (
@@ -87,33 +93,44 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.answer(what, b'{"error": {"message": "no"}}')
             case ("status", status, headers):
                 self.answer(status, b"{}", headers)
-            case ("slow", seconds):
-                time.sleep(seconds)
-                self.close_connection = True
-            case ("drip", seconds):
-                self.send_response(200)
-                self.send_header("Content-Length", "1000")
-                self.end_headers()
-                for _ in range(int(seconds / 0.05)):
-                    self.wfile.write(b" ")
-                    time.sleep(0.05)
+            case ("says", status, body):
+                self.answer(status, body)
             case "reset":
                 linger = struct.pack("ii", 1, 0)  # RST instead of FIN
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
                 self.connection.close()
                 self.close_connection = True
             case ("cut", data):
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
+                self.begin(len(data))
                 self.wfile.write(data[: len(data) // 2])
                 self.close_connection = True
             case ("huge", size):
-                self.send_response(200)
-                self.send_header("Content-Length", str(size))
-                self.end_headers()
+                self.begin(size)
                 for _ in range(size // 65_536):
                     self.wfile.write(b"x" * 65_536)
+            case ("slow", seconds):
+                time.sleep(seconds)
+                self.close_connection = True
+            case ("drip", seconds):
+                self.begin(1_000)
+                self.drip(b" ", seconds)
+            case ("drip headers", seconds):
+                self.wfile.write(b"HTTP/1.1 200 OK\r\n")
+                self.drip(b"X: y\r\n", seconds)
+            case ("drip, no length", seconds):
+                self.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n" + completion("half"))
+                self.drip(b" ", seconds)
+
+    def begin(self, length):
+        self.send_response(200)
+        self.send_header("Content-Length", str(length))
+        self.end_headers()
+
+    def drip(self, piece, seconds):
+        for _ in range(int(seconds / 0.05)):
+            self.wfile.write(piece)
+            time.sleep(0.05)
+        self.close_connection = True
 
     def answer(self, status, body, headers=()):
         self.send_response(status)
@@ -139,12 +156,18 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 @contextlib.contextmanager
-def serving(behave: Callable[[dict, int], object] = lambda request, n: good(request)):
-    """An LLM under `llm.url` while the block runs."""
+def serving(
+    behave: Callable[[dict, int], object] = lambda request, n: good(request),
+    tls: ssl.SSLContext | None = None,
+):
+    """An LLM under `llm.url` while the block runs; over https with `tls`."""
     llm = LLM(behave)
     with Server(("127.0.0.1", 0), Handler) as server:
         server.llm = llm
         llm.url = f"http://127.0.0.1:{server.server_port}/v1"
+        if tls:
+            server.socket = tls.wrap_socket(server.socket, server_side=True)
+            llm.url = llm.url.replace("http://", "https://")
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         try:
@@ -163,3 +186,19 @@ def free_url() -> str:
     """An address where nobody listens."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return f"http://127.0.0.1:{server.getsockname()[1]}/v1"
+
+
+def at(url: str, **changes) -> Endpoint:
+    """The endpoint `m` there."""
+    settings = dict(model="m", url=url, parameters={"temperature": 0}, listed=frozenset())
+    settings |= dict(key_env="", timeout_s=5.0, retries=2, max_wait_s=5.0, max_reply_bytes=100_000)
+    return Endpoint(**(settings | dict(price_in=None, price_out=None) | changes))
+
+
+# ---- fixtures ----
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    """Waits before retries that suit a server on this machine."""
+    monkeypatch.setattr(endpoint, "FIRST_WAIT_S", 0.01)

@@ -14,20 +14,24 @@ import time
 import numpy as np
 import PIL.Image
 import pytest
-from llm_server import ANSWER, KEEP, QUESTION, WRITTEN, completion, good, serving
+from llm_server import (  # noqa: F401
+    ANSWER,
+    KEEP,
+    QUESTION,
+    WRITTEN,
+    completion,
+    good,
+    serving,
+    short_waits,
+)
 
-from data import endpoint, instruct, instruct_replies, prepare, records
+from data import instruct, instruct_replies, prepare, records
 from data.documents import Layout
 from medmax_jax.config import Vocab
 from medmax_jax.tokenizer import Tokenizer, document_ids
 
 ROOT = pathlib.Path(__file__).parent.parent
 N = 24
-
-
-@pytest.fixture(autouse=True)
-def short_waits(monkeypatch):
-    monkeypatch.setattr(endpoint, "FIRST_WAIT_S", 0.01)
 
 
 @pytest.fixture
