@@ -100,6 +100,20 @@ def test_a_fatal_error_ends_all(tmp_path):
     assert len(llm.requests) == 6
 
 
+def test_a_fatal_error_waits_for_no_retry(tmp_path):
+    def behave(request, n):
+        if of(request) == "q0":
+            time.sleep(0.3)
+            return 401
+        return ("status", 429, {"Retry-After": "30"})
+
+    start = time.monotonic()
+    with serving(behave) as llm, open_journal(tmp_path / "calls") as journal:
+        with pytest.raises(EndpointError, match="status 401"):
+            list(ask_all(at(llm.url, max_wait_s=60.0), NAMES, cache=Cache(journal)))
+    assert time.monotonic() - start < 10 and len(llm.requests) == 4
+
+
 def test_the_estimate_leaves_out_what_is_known(tmp_path):
     asks = [Ask(id=n, messages=[{"role": "user", "content": n * 20}], data_class="open")
             for n in ("ab", "cd", "ab")]  # fmt: skip

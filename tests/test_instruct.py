@@ -267,6 +267,15 @@ def test_one_credentialed_row_and_nothing_is_sent(work, capsys):
     assert marks == [("no", "open")] * (N - 1) + [("yes", "credentialed")]
 
 
+def test_each_call_carries_the_class_of_its_row(work, monkeypatch):
+    """Behind the check of all rows stands the guard of each call."""
+    monkeypatch.setattr(instruct, "check", lambda rows, settings: None)
+    work.rows[5] |= dict(data_class="credentialed")
+    with serving() as llm:
+        assert prepare.main(work.argv(llm, "--concurrency", "1")) == 1
+    assert [number(request) for request in llm.requests] == [0, 1, 2, 3, 4]
+
+
 def test_both_endpoints_must_be_listed(work, capsys):
     work.rows[0] = {k: v for k, v in work.rows[0].items() if k != "data_class"}
     work.rows[0]["credential"] = "YES"
@@ -340,9 +349,10 @@ def test_ctrl_c_exits_75_and_the_same_command_goes_on(work):
 def test_done_it_asks_nothing(work):
     with serving() as llm:
         assert prepare.main(work.argv(llm)) == 0
-        before = (work.out / "documents.jsonl").read_bytes()
+        before = {path: path.read_bytes() for path in work.out.glob("*.jsonl")}
         assert prepare.main(work.argv(llm)) == 0
-    assert len(llm.requests) == 2 * N and (work.out / "documents.jsonl").read_bytes() == before
+    assert len(llm.requests) == 2 * N and len(before) == 6
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_progress_has_a_rate_and_what_is_left(work, caplog):
