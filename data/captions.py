@@ -61,6 +61,14 @@ def read_scores(path: str | Path) -> dict[str, float | None]:
     return scores
 
 
+def is_inside(name: Any) -> bool:
+    """Whether it is the name of a file that cannot lie above its folder."""
+    if not isinstance(name, str) or not name or "\0" in name or "\\" in name:
+        return False
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts
+
+
 def _jsonl(path: str | Path) -> list[dict[str, Any]]:
     try:
         return parse(Path(path).read_bytes(), path)
@@ -77,7 +85,7 @@ def _row(found: dict[str, Any], where: str) -> Row:
     if not isinstance(images, list) or not images:
         raise CaptionsError(f"{where}: images is {images!r}; give it a list of file names")
     for name in images:
-        if not _is_inside(name):
+        if not is_inside(name):
             raise CaptionsError(f"{where}: picture {name!r} is no file name below --images")
     group = found.get("group", found["id"])
     if not isinstance(group, str):
@@ -90,10 +98,3 @@ def _row(found: dict[str, Any], where: str) -> Row:
         group=group,
         data_class=outgoing.class_of(found, where),
     )
-
-
-def _is_inside(name: Any) -> bool:
-    if not isinstance(name, str) or not name or "\0" in name or "\\" in name:
-        return False
-    path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts

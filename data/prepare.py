@@ -1,6 +1,7 @@
 """From pictures and text to the folder of records that training reads.
 
 python -m data.prepare sample --out D [--split train] [--kind instruction] [--views 4] [--rounds 1]
+python -m data.prepare documents --from documents.jsonl --images D --out D2     of texts.py
 python -m data.prepare instruct --help   captions to interleaved instructions by an LLM
 python -m data.prepare check D      reads every record back and compares it with what was written
 python -m data.prepare stats D      what is in it, and how well it packs
@@ -26,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from data import instruct_command, pack, records
+from data import instruct_command, pack, records, texts
 from data.codes import Encoder, PrepareError, View, encode, load_encoder
 from data.documents import Document, Layout, RecordsError, counts, to_bytes
 from data.sample.documents import instruction_documents, pretraining_documents
@@ -86,6 +87,24 @@ def prepare_sample(
     meta = records.write(out, made, shard_size=SHARD_SIZE, layout=encoder.layout, notes=notes)
     log.info("%s: %d documents, %d tokens", out, meta["documents"], meta["tokens"])
     return meta
+
+
+def prepare_documents(
+    out: str | Path,
+    *,
+    source: str | Path,
+    images: str | Path,
+    model_folder: str | Path,
+    max_unreadable: float = MAX_UNREADABLE,
+) -> dict[str, Any]:
+    """Writes the documents of a file (texts.py) as records; returns their dataset.json."""
+    rows = texts.read_texts(source)
+    views = {row["image_path"]: View(row["image_path"], 0, "", False) for row in rows}
+    dealt = [(row, views[row["image_path"]] if row["image_path"] else None) for row in rows]
+    encoder = load_encoder(Path(model_folder))
+    notes = dict(maker="documents", source=Path(source).name)
+    made = _documents(dealt, encoder, Path(images), notes, max_unreadable)
+    return records.write(out, made, shard_size=SHARD_SIZE, layout=encoder.layout, notes=notes)
 
 
 def check(folder: str | Path, *, tokenizer: Tokenizer | None) -> dict[str, Any]:
@@ -224,6 +243,12 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=int, default=0, help="of wordings and views")
     sample.add_argument("--max_unreadable", type=float, default=MAX_UNREADABLE, metavar="SHARE")
     sample.set_defaults(run=_run_sample)
+    written = commands.add_parser("documents", help="texts and pictures to records")
+    written.add_argument("--from", dest="source", type=Path, required=True, help="JSONL: texts.py")
+    written.add_argument("--images", type=Path, required=True, help="folder of their pictures")
+    written.add_argument("--out", type=Path, required=True, help="folder to write")
+    written.add_argument("--max_unreadable", type=float, default=MAX_UNREADABLE, metavar="SHARE")
+    written.set_defaults(run=_run_documents)
     curated = instruct_command.add(commands)
     checked = commands.add_parser("check", help="read every record back")
     checked.set_defaults(run=_run_check)
@@ -234,9 +259,9 @@ def _parser() -> argparse.ArgumentParser:
     counted.set_defaults(run=_run_stats)
     for command in (checked, counted):
         command.add_argument("folder", type=Path, help="folder of records")
-    for command in (sample, checked):
+    for command in (sample, written, checked):
         command.add_argument("--model", type=Path, default=TINY, help="model folder")
-    for command in (sample, curated, checked, counted):
+    for command in (sample, written, curated, checked, counted):
         command.add_argument("--json", action="store_true", help="one JSON object as the last line")
     return parser
 
@@ -264,6 +289,16 @@ def _run_sample(args: argparse.Namespace) -> dict[str, Any]:
         views=args.views,
         seed=args.seed,
         rounds=args.rounds,
+        max_unreadable=args.max_unreadable,
+    )
+
+
+def _run_documents(args: argparse.Namespace) -> dict[str, Any]:
+    return prepare_documents(
+        args.out,
+        source=args.source,
+        images=args.images,
+        model_folder=args.model,
         max_unreadable=args.max_unreadable,
     )
 

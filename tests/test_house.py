@@ -35,6 +35,7 @@ facts       medmax_jax medmax_jax.config medmax_jax.vocab medmax_jax.mesh medmax
 
 parts       medmax_jax.weights medmax_jax.arrays medmax_jax.tokenizer medmax_jax.attention
             medmax_jax.quant medmax_jax.layers medmax_jax.sampling medmax_jax.grammar data.loader
+            data.texts
 
 models      medmax_jax.chameleon medmax_jax.vqgan medmax_jax.lpips medmax_jax.loss
             medmax_jax.optim data.codes

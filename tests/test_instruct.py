@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import PIL.Image
 import pytest
 from llm_server import (  # noqa: F401
@@ -26,9 +25,6 @@ from llm_server import (  # noqa: F401
 )
 
 from data import instruct, instruct_replies, prepare, records
-from data.documents import Layout
-from medmax_jax.config import Vocab
-from medmax_jax.tokenizer import Tokenizer, document_ids
 
 ROOT = pathlib.Path(__file__).parent.parent
 N = 24
@@ -117,22 +113,25 @@ def test_all_stages(work):
     assert len(llm.requests) == (N - 2) + (N - 5)
 
 
-def test_the_documents_become_records(work):
+def test_the_documents_become_records(work, capsys):
     with serving() as llm:
         assert prepare.main(work.argv(llm)) == 0
-    vocab = Vocab(**json.loads((prepare.TINY / "config.json").read_text())["vocab"])
-    tokenizer = Tokenizer.from_file(prepare.TINY / "tokenizer.json", vocab)
-    layout = Layout(vocab=vocab, codes_per_image=4, tokenizer="t", vqgan="v")
-    names = ("image_path", "task", "source", "credential", "turns", "group", "id")
-    made = (
-        records.Document(
-            tokens=document_ids(tokenizer, d["text"], np.arange(4), vocab),
-            **{name: d[name] for name in names},
-        )
-        for d in read(work.out / "documents.jsonl")
-    )
-    meta = records.write(work.out / "records", made, shard_size=9, layout=layout, notes={})
-    assert meta["documents"] == N and meta["groups"] == N // 2 and meta["image_tokens"] == 4 * N
+    folder = work.folder / "records"
+    words = [
+        "documents",
+        "--from",
+        work.out / "documents.jsonl",
+        "--images",
+        work.folder / "images",
+    ]
+    assert prepare.main([*map(str, words), "--out", str(folder)]) == 0
+    capsys.readouterr()
+    assert prepare.main(["check", str(folder), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["text"] == f"{QUESTION}<reserved08706>{ANSWER}" and found["documents"] == N
+    meta = records.open_records(folder).meta
+    assert meta["image_tokens"] == 64 * N and meta["groups"] == N // 2
+    assert meta["tasks"] == {"Multimodal Generation": N} and meta["sources"] == {"PMC-OA": N}
 
 
 def test_what_comes_badly_is_kept_and_counted(work):

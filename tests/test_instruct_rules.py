@@ -5,8 +5,9 @@ import json
 import pytest
 from llm_server import ANSWER, KEEP, QUESTION, WRITTEN
 
-from data import captions, instruct_replies, prepare
+from data import captions, instruct_replies, prepare, texts
 from data.captions import CaptionsError
+from data.documents import RecordsError
 from data.instruct_replies import Invalid, PromptError, Unparsable
 from data.outgoing import OutgoingError
 
@@ -177,6 +178,32 @@ def test_scores(tmp_path):
         path.write_text(bad)
         with pytest.raises(CaptionsError):
             captions.read_scores(path)
+
+
+TEXT = dict(id="a", text="q<reserved08706><image>", image_path="a.png", task="t", source="s",
+            credential="no", group="a", turns=1)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(text=None), "row 1: text is None; mend it"),
+        (dict(group=7), "group is 7"),
+        (dict(turns=True), "turns is True"),
+        (dict(turns=-1), "turns is -1"),
+        (dict(image_path=""), "image_path is '' and <image> is in the text"),
+        (dict(text="q"), "image_path is 'a.png' and <image> is not in the text"),
+        (dict(image_path="../a.png"), "give it a file below --images"),
+    ],
+)
+def test_texts_that_cannot_be_used(tmp_path, change, message):
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps(TEXT | change))
+    with pytest.raises(RecordsError) as caught:
+        texts.read_texts(path)
+    assert message in str(caught.value)
+    path.write_text(json.dumps(TEXT) + "\n" + json.dumps(TEXT | dict(text="q", image_path="")))
+    assert len(texts.read_texts(path)) == 2
 
 
 def argv(folder, **changes) -> list[str]:
