@@ -1,6 +1,7 @@
 """Many calls of a real server, none twice; and the journal that remembers them."""
 
 import os
+import threading
 import time
 
 import pytest
@@ -41,8 +42,10 @@ def test_nothing_is_asked_twice(tmp_path):
 
 
 def test_some_are_asked_at_once_and_no_more(tmp_path):
+    together = threading.Barrier(3)
+
     def behave(request, n):
-        time.sleep(0.1)
+        together.wait(timeout=20)
         return GOOD
 
     with serving(behave) as llm, open_journal(tmp_path / "calls") as journal:
@@ -82,8 +85,10 @@ def test_a_few_without_a_reply_are_told_apart(tmp_path):
 
 
 def test_asked_to_stop_it_takes_what_is_in_flight(tmp_path):
+    together = threading.Barrier(3)
+
     def behave(request, n):
-        time.sleep(0.3)
+        together.wait(timeout=20)
         return GOOD
 
     with serving(behave) as llm, open_journal(tmp_path / "calls") as journal:

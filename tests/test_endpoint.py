@@ -221,7 +221,7 @@ def test_https_that_drips(certificate, tls, monkeypatch):
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate / "cert"))
     with serving(replies(("drip", 5), GOOD), tls) as llm:
         assert ask(llm.url, timeout_s=0.5).text == "hi"
-    assert len(llm.requests) == 2
+    assert len(llm.requests) >= 2
 
 
 # The guard and the key.

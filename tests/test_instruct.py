@@ -55,7 +55,7 @@ class Work:
         write(f / "scores.jsonl", [dict(id=i, score=s) for i, s in self.scores.items()])
         words = ["instruct", "--from", f / "captions.jsonl", "--images", f / "images", "--out"]
         words += [self.out, "--scores", f / "scores.jsonl", "--threshold", "0.3", "--endpoint"]
-        words += [f"m@{llm.url}", "--timeout", "1", "--retries", "2", "--concurrency", "4"]
+        words += [f"m@{llm.url}", "--timeout", "2", "--retries", "2", "--concurrency", "4"]
         return [str(word) for word in [*words, *more]]
 
     def lines(self, name: str) -> dict[str, dict]:
@@ -170,7 +170,7 @@ def test_what_comes_badly_is_kept_and_counted(work):
 
 def test_a_bad_day_of_the_endpoint_changes_nothing(work, tmp_path):
     """429, 500, slow, reset, cut off and malformed, each before a good reply."""
-    trouble = [("status", 429, {"Retry-After": "0.2"}), 500, ("slow", 1.5), "reset",
+    trouble = [("status", 429, {"Retry-After": "0.2"}), 500, ("slow", 2.5), "reset",
                ("cut", completion(KEEP)), b"{"]  # fmt: skip
 
     def behave(request, n):
