@@ -137,6 +137,15 @@ def _codes(held: dict[tuple[str, int], np.ndarray], encoder: Encoder) -> dict:
     return {key: found[i].reshape(-1) for i, key in enumerate(held)}
 
 
+def log_to_stderr() -> None:
+    """Lines of the preparing programs, with the time."""
+    # Not logging.basicConfig: a library may have given the root logger a handler and a level.
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    log.handlers, log.propagate = [handler], False
+    log.setLevel(logging.INFO)
+
+
 class Progress:
     """Logs how many of how many, the rate and the time left, every few seconds."""
 

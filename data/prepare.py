@@ -4,6 +4,8 @@ python -m data.prepare sample --out D [--split train] [--kind instruction] [--vi
 python -m data.prepare build --source SLAKE --from FOLDER --out D --model M [--sample N --seed S]
 python -m data.prepare import --from train.jsonl --out D     the published rows: data/published.py
 python -m data.prepare unpack --from images.tar.gz.a* --out D     and their images: data/archives.py
+python -m data.prepare documents --from documents.jsonl --images D --out D2     of texts.py
+python -m data.prepare instruct --help   captions to interleaved instructions by an LLM
 python -m data.prepare check D      reads every record back and compares it with what was written
 python -m data.prepare stats D      what is in it, and how well it packs
 
@@ -12,7 +14,8 @@ python -m data.prepare stats D      what is in it, and how well it packs
 
 The documents of a picture are dealt over its views in turn. A picture whose facts a crop could make
 untrue (a count, a marked lesion) is never cropped. Exit codes: 0 done, 1 failed, 2 wrong usage, 75
-interrupted: a folder is written whole or not at all, so the same command starts it again.
+interrupted: the same command starts again, as a folder of records is written whole or not at all,
+or goes on (instruct).
 """
 
 import argparse
@@ -29,13 +32,14 @@ from typing import Any
 import numpy as np
 
 from configs import base
-from data import archives, eval_rows, pack, published, records
+from data import archives, eval_rows, instruct_command, pack, published, records, texts
 from data import build as source_build
-from data.codes import Encoder, PrepareError, View, encode, load_encoder
+from data.codes import Encoder, PrepareError, View, encode, load_encoder, log_to_stderr
 from data.documents import Document, Layout, RecordsError, counts, to_bytes
 from data.sample.documents import instruction_documents, pretraining_documents
 from data.sample.manifest import read_manifest
 from data.sources.row import SourceError
+from medmax_jax.cli import Interrupted
 from medmax_jax.config import VQ, ConfigError, Vocab, build
 from medmax_jax.storage import StorageError
 from medmax_jax.tokenizer import IMAGE_NAME, Tokenizer, TokenizerError, document_ids, segments_of
@@ -55,6 +59,7 @@ SPLITS = ("train", "validation", "test")
 ERRORS = (
     *(PrepareError, RecordsError, TokenizerError, ConfigError, WeightsError, StorageError),
     *(pack.PackError, published.PublishedError, archives.ArchiveError, SourceError),
+    *instruct_command.ERRORS,
 )
 RELEASED = "released"
 
@@ -107,6 +112,24 @@ def layout_of(name: str) -> Layout:
         tokenizer="",  # the files that made the published tokens are not stated anywhere
         vqgan="",
     )
+
+
+def prepare_documents(
+    out: str | Path,
+    *,
+    source: str | Path,
+    images: str | Path,
+    model_folder: str | Path,
+    max_unreadable: float = MAX_UNREADABLE,
+) -> dict[str, Any]:
+    """Writes the documents of a file (texts.py) as records; returns their dataset.json."""
+    rows = texts.read_texts(source)
+    views = {row["image_path"]: View(row["image_path"], 0, "", False) for row in rows}
+    dealt = [(row, views[row["image_path"]] if row["image_path"] else None) for row in rows]
+    encoder = load_encoder(Path(model_folder))
+    notes = dict(maker="documents", source=Path(source).name)
+    made = _documents(dealt, encoder, Path(images), notes, max_unreadable)
+    return records.write(out, made, shard_size=SHARD_SIZE, layout=encoder.layout, notes=notes)
 
 
 def check(folder: str | Path, *, tokenizer: Tokenizer | None) -> dict[str, Any]:
@@ -212,12 +235,15 @@ def _text(document: Document, layout: Layout, tokenizer: Tokenizer) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     args = _parser().parse_args(argv)
-    _log_to_stderr()
+    log_to_stderr()
     try:
         result = args.run(args)
     except ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return 75
     except KeyboardInterrupt:
         print(f"interrupted: {args.left}; give the same command again", file=sys.stderr)
         return 75
@@ -249,6 +275,13 @@ def _parser() -> argparse.ArgumentParser:
     unpacked = commands.add_parser("unpack", help="the published image archives, under limits")
     _unpack_flags(unpacked)
     unpacked.set_defaults(run=_run_unpack, left="every file that is there is whole")
+    written = commands.add_parser("documents", help="texts and pictures to records")
+    written.add_argument("--from", dest="source", type=Path, required=True, help="JSONL: texts.py")
+    written.add_argument("--images", type=Path, required=True, help="folder of their pictures")
+    written.add_argument("--out", type=Path, required=True, help="folder to write")
+    written.add_argument("--max_unreadable", type=float, default=MAX_UNREADABLE, metavar="SHARE")
+    written.set_defaults(run=_run_documents)
+    curated = instruct_command.add(commands)
     built = commands.add_parser("build", help="a source of MedMax, as published, to records")
     source_build.add_flags(built)
     checked = commands.add_parser("check", help="read every record back")
@@ -260,9 +293,9 @@ def _parser() -> argparse.ArgumentParser:
     counted.set_defaults(run=_run_stats)
     for command in (checked, counted):
         command.add_argument("folder", type=Path, help="folder of records")
-    for command in (sample, checked):
+    for command in (sample, written, checked):
         command.add_argument("--model", type=Path, default=TINY, help="model folder")
-    for command in (sample, brought, built, unpacked, checked, counted):
+    for command in (sample, brought, built, unpacked, written, curated, checked, counted):
         command.add_argument("--json", action="store_true", help="one JSON object as the last line")
     return parser
 
@@ -292,14 +325,6 @@ def _unpack_flags(unpacked: argparse.ArgumentParser) -> None:
     unpacked.add_argument("--out", type=Path, required=True, help="folder to write")
     for name, limit in dataclasses.asdict(archives.LIMITS).items():
         unpacked.add_argument(f"--max_{name}", type=_positive, default=limit)
-
-
-def _log_to_stderr() -> None:
-    # Not logging.basicConfig: a library may have given the root logger a handler and a level.
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
-    log.handlers, log.propagate = [handler], False
-    log.setLevel(logging.INFO)
 
 
 def _positive(text: str) -> int:
@@ -342,6 +367,16 @@ def _run_unpack(args: argparse.Namespace) -> dict[str, Any]:
     names = dataclasses.asdict(archives.LIMITS)
     limits = archives.Limits(**{name: getattr(args, f"max_{name}") for name in names})
     return archives.unpack(args.parts, args.out, limits=limits, say=log.info)
+
+
+def _run_documents(args: argparse.Namespace) -> dict[str, Any]:
+    return prepare_documents(
+        args.out,
+        source=args.source,
+        images=args.images,
+        model_folder=args.model,
+        max_unreadable=args.max_unreadable,
+    )
 
 
 def _run_check(args: argparse.Namespace) -> dict[str, Any]:
