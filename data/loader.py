@@ -25,7 +25,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float32, Int32
 
-from data import records
+from data import reader
 from data.documents import Document, RecordsError, scored
 from data.pack import Epochs
 from medmax_jax.config import Run
@@ -77,7 +77,7 @@ class Batches:
         host: int | None = None,  # this process
         hosts: int | None = None,  # all processes
     ):
-        self.records = records.open_records(folder)
+        self.records = reader.open_records(folder)
         self._run = run
         self._host = jax.process_index() if host is None else host
         self._hosts = jax.process_count() if hosts is None else hosts

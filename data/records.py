@@ -1,11 +1,6 @@
-"""Documents on disk: a folder of ArrayRecord shards that says what it holds and notices damage.
+"""Writes documents to a folder: shards, an index of counts and names, and what it all holds.
 
-    folder/00000-of-00003.array_record   one document a record, as documents.py writes it
-    folder/index.npy                     int32 [documents, columns of COLUMNS]: lengths and counts
-    folder/dataset.json                  counts, vocabulary, image size, fingerprints; written last
-
-A folder without dataset.json is not finished. ArrayRecord reads a truncated shard as empty records
-and says nothing, so sizes are checked when a folder opens and every record carries its own CRC.
+The layout of the folder stands in reader.py, which opens one.
 """
 
 import collections
@@ -13,12 +8,13 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from array_record.python import array_record_module
+from jaxtyping import Int
 
 from data.documents import (
     COLUMNS,
@@ -27,13 +23,11 @@ from data.documents import (
     RecordsError,
     check_document,
     counts,
-    from_bytes,
     to_bytes,
 )
-from medmax_jax.config import ConfigError, build
+from data.reader import FORMAT, INDEX, META, Records, open_records
 
-FORMAT = 1
-META, INDEX = "dataset.json", "index.npy"
+__all__ = ["Records", "labels", "open_records", "write"]
 _OPTIONS = "group_size:1,zstd:3"  # group_size 1: the only one with fast random access
 
 
@@ -51,7 +45,7 @@ def write(
     document is written, and dataset.json comes last.
     """
     folder = _new_folder(folder)
-    count, rows, digest, ids = _Counter(), [], hashlib.sha256(), set()
+    count, rows, names, digest, ids = _Counter(), [], [], hashlib.sha256(), set()
     parts = _Parts(folder, shard_size)
     try:
         for document in documents:
@@ -63,6 +57,7 @@ def write(
             digest.update(record)
             parts.add(record)
             rows.append(counts(document, layout.vocab))
+            names.append((document.source, document.task, document.image_path))
             count.add(document)
         if not rows:
             raise RecordsError(f"{folder}: no documents to write; look at the source and filters")
@@ -70,7 +65,7 @@ def write(
     except BaseException:
         parts.abandon()
         raise
-    index = np.asarray(rows, np.int32)
+    index = np.concatenate([np.asarray(rows, np.int32), labels(names)], axis=1)
     np.save(folder / INDEX, index)
     meta = _meta(index, count, layout, digest, shards, notes)
     meta["index_sha256"] = hashlib.sha256((folder / INDEX).read_bytes()).hexdigest()
@@ -80,70 +75,19 @@ def write(
     return meta
 
 
-def open_records(folder: str | os.PathLike) -> "Records":
-    """A finished folder, as a sequence of Documents; raises RecordsError when it is not whole."""
-    return Records(Path(folder))
+def labels(names: list[tuple[str, str, str]]) -> Int[np.ndarray, "n 3"]:
+    """Source, task and picture of each document as numbers: the place among all names, sorted.
 
-
-class Records(Sequence):
-    """Random access to a folder's documents. `index[column]`: int32 [documents], see COLUMNS."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.meta = _read_meta(folder)
-        self.layout = _layout(self.meta, folder)
-        self.fingerprint: str = self.meta["sha256"]
-        self.index = _read_index(folder, self.meta)
-        self._starts = np.cumsum([0] + [s["documents"] for s in self.meta["shards"]])
-        self._readers: dict[int, Any] = {}
-        for shard in self.meta["shards"]:
-            _check_shard(folder, shard)
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    def __getitem__(self, i: int) -> Document:
-        return self.read([i])[0]
-
-    def __iter__(self) -> Iterator[Document]:
-        for start in range(0, len(self), 256):  # records a read
-            yield from self.read(range(start, min(start + 256, len(self))))
-
-    def read(self, indices: Iterable[int]) -> list[Document]:
-        """Documents by number, in the given order; one read per shard touched."""
-        wanted = np.asarray(list(indices), np.int64)
-        if wanted.size and (wanted.min() < 0 or wanted.max() >= len(self)):
-            raise IndexError(f"document {wanted} of {len(self)} in {self.folder}")
-        shard_of = np.searchsorted(self._starts, wanted, side="right") - 1
-        found: dict[int, Document] = {}
-        for shard in np.unique(shard_of):
-            places = np.flatnonzero(shard_of == shard)
-            local = (wanted[places] - self._starts[shard]).tolist()
-            for place, document in zip(places, self._read_shard(int(shard), local), strict=True):
-                found[int(place)] = document
-        return [found[i] for i in range(len(wanted))]
-
-    def scored_counts(self, mode: str) -> tuple[np.ndarray, np.ndarray]:
-        """(text, image) tokens that `mode` scores, per document."""
-        image = self.index[f"{mode}_image"]
-        return self.index[mode] - image, image
-
-    def _read_shard(self, shard: int, local: list[int]) -> list[Document]:
-        path = self.folder / self.meta["shards"][shard]["file"]
-        try:
-            if shard not in self._readers:
-                self._readers[shard] = array_record_module.ArrayRecordReader(str(path))
-            raw = self._readers[shard].read(local)
-            if len(raw) != len(local):
-                raise ValueError(f"{len(raw)} of {len(local)} records")
-        except (RuntimeError, ValueError) as error:
-            raise RecordsError(
-                f"{path}: damaged ({error}); make the data set again from its source"
-            ) from error
-        documents = [from_bytes(r, f"{path}, record {n}") for n, r in zip(local, raw, strict=True)]
-        for document in documents:
-            check_document(document, self.layout)
-        return documents
+    A document without a picture has -1; the pictures of the others begin at 0.
+        ("B", "VQA", "x.png"), ("A", "VQA", "")   ->   [1 0 0], [0 0 -1]
+    """
+    columns = []
+    for column in zip(*names, strict=True):
+        number = {name: n for n, name in enumerate(sorted(set(column)))}
+        columns.append([number[name] for name in column])
+    numbers = np.asarray(columns, np.int32).T
+    numbers[:, 2] -= any(not picture for _, _, picture in names)
+    return numbers
 
 
 class _Counter:
@@ -221,7 +165,8 @@ def _new_folder(folder: str | os.PathLike) -> Path:
 
 
 def _meta(index, count, layout, digest, shards, notes) -> dict[str, Any]:
-    total = dict(zip(COLUMNS, index.astype(np.int64).sum(0).tolist(), strict=True))
+    sums = index[:, : len(COLUMNS)].astype(np.int64).sum(0)  # not LABELS
+    total = dict(zip(COLUMNS, sums.tolist(), strict=True))
     return dict(
         format=FORMAT,
         documents=len(index),
@@ -239,46 +184,3 @@ def _meta(index, count, layout, digest, shards, notes) -> dict[str, Any]:
         shards=shards,
         notes=notes,
     )
-
-
-def _read_meta(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise RecordsError(f"{folder}: no such folder; make it: python -m data.prepare --help")
-    try:
-        meta = json.loads((folder / META).read_text())
-    except FileNotFoundError as error:
-        raise RecordsError(
-            f"{folder}: no {META}, so it was never finished; run its data.prepare command again"
-        ) from error
-    except ValueError as error:
-        raise RecordsError(
-            f"{folder / META}: damaged ({error}); make the data set again"
-        ) from error
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        raise RecordsError(f"{folder / META}: not of format {FORMAT}; make the data set again")
-    return meta
-
-
-def _layout(meta: dict[str, Any], folder: Path) -> Layout:
-    try:
-        return build(Layout, meta["layout"])
-    except (ConfigError, KeyError) as error:
-        raise RecordsError(f"{folder / META}: no usable layout ({error})") from error
-
-
-def _read_index(folder: Path, meta: dict[str, Any]) -> dict[str, np.ndarray]:
-    path = folder / INDEX
-    if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != meta["index_sha256"]:
-        raise RecordsError(f"{path}: missing or damaged; make the data set again")
-    table = np.load(path, allow_pickle=False)
-    return dict(zip(COLUMNS, table.T.copy(), strict=True))
-
-
-def _check_shard(folder: Path, shard: dict[str, Any]) -> None:
-    path = folder / shard["file"]
-    size = path.stat().st_size if path.exists() else 0
-    if size != shard["bytes"]:
-        raise RecordsError(
-            f"{path}: {size} bytes, but {shard['bytes']} were written: cut off or copied in part; "
-            "copy it again or make the data set again"
-        )
