@@ -103,6 +103,7 @@ def test_lora_run_leaves_what_it_promises(done, base):
     log = (folder / "train.log").read_text()
     assert re.search(r"step 5/5 loss \d\.\d+ text \d\.\d+ image \d\.\d+ lr .* eta 0:00", log)
     assert "layers.self_attn.q_proj.lora_a" in log  # the parameter table
+    assert f"plan {written['plan'][:12]}" in log and "train: generated: 100.0% of the docu" in log
     steps = [int(p.name) for p in (folder / "checkpoints").iterdir()]
     assert sorted(steps) == [4, 5]
 
@@ -143,9 +144,10 @@ def test_settings_may_change_but_not_the_model(done, data, base, tmp_path):
         train.run(micro_run.run(**common, lora__alpha=8.0), again)
     with pytest.raises(checkpoint.CheckpointError, match="base .* set config.train.init_from back"):
         train.run(micro_run.run(**common | {"train__init_from": ""}), again)
-    train.run(micro_run.run(**common, train__keep=1), again)
+    train.run(micro_run.run(**common, train__keep=1, data__seed=3), again)
     log = (again / "train.log").read_text()
     assert "changed since the checkpoint: config.train.keep was 2, is now 1" in log
+    assert "changed since the checkpoint: the checkpoint was trained on plan" in log
 
 
 def test_the_random_numbers_are_a_setting(done, data, base, tmp_path):
@@ -173,7 +175,9 @@ def test_loss_that_is_not_finite_stops_the_run(done, data, base, tmp_path):
     "changes, error, message",
     [
         (dict(data__train="nowhere"), RecordsError, "nowhere: no such folder"),
-        (dict(data__seq_len=16), PackError, "set data.seq_len to"),
+        (dict(data__document_limit=4), PackError, "longer than data.document_limit = 4"),
+        (dict(mixing__weights="VQA=1"), PackError, "for each of generated; 0 leaves"),
+        (dict(data__seq_len=16), config.ConfigError, "document_limit is 32; .* in 1..16"),
         (dict(vocab__image_codes=8, vq__num_codes=8), RecordsError, "config.vocab is"),
         (dict(train__init_from="nowhere"), export.ExportError, "must name a model folder"),
         (dict(model__rope_theta=5.0), export.ExportError, "model.rope_theta = 10000.0, .* 5.0"),
