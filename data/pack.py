@@ -92,10 +92,10 @@ class Epochs:
         seed: int,
         windows: Callable[[int], list[np.ndarray] | None] = lambda epoch: None,
     ):
-        self._make = lambda epoch: plan(
+        self.plan = lambda epoch: plan(
             lengths, seq_len=seq_len, pack=pack, seed=seed, epoch=epoch, windows=windows(epoch)
         )
-        self._plans = [self._make(0)]
+        self._plans = [self.plan(0)]
         self._starts = [0, len(self._plans[0])]  # first row of each epoch, and of the next one
         self._lock = threading.Lock()  # a prefetching thread asks too
 
@@ -108,7 +108,7 @@ class Epochs:
         """The epoch that row i belongs to."""
         with self._lock:
             while i >= self._starts[-1]:
-                self._plans.append(self._make(len(self._plans)))
+                self._plans.append(self.plan(len(self._plans)))
                 self._starts.append(self._starts[-1] + len(self._plans[-1]))
         return bisect.bisect_right(self._starts, i) - 1
 

@@ -28,6 +28,7 @@ facts       medmax_jax medmax_jax.config medmax_jax.vocab medmax_jax.mesh medmax
             medmax_jax.new_folder
             medmax_jax.unpickle medmax_jax.pth data data.mixture data.pack data.documents
             data.reader data.records data.mixing
+            data.plan_report data.synthetic
             data.sample data.sample.manifest data.sample.phrases data.sample.questions
             data.sample.documents data.sample.sources data.sample.decode data.sample.dicoms
             data.sample.pictures data.sample.splits eval.stats eval.score_text
