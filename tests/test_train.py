@@ -160,6 +160,18 @@ def test_the_random_numbers_are_a_setting(done, data, base, tmp_path):
     assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)  # B is zero still
 
 
+def test_rows_may_be_longer_than_the_context_of_the_model(done, data, base, tmp_path):
+    """Positions begin anew in each document, so held-out losses do not depend on the row length."""
+    common = dict(data, train__init_from=str(base), train__steps=1, train__eval_every=1)
+    for seq_len in (32, 160):
+        run = micro_run.run(**common, data__seq_len=seq_len, optim__peak_lr=0.0)
+        assert run.model.context_length == 64
+        train.run(run, tmp_path / str(seq_len))
+    short, long = (rows(tmp_path / n, "validation")[1] for n in ("32", "160"))
+    for name in ("text_nll", "image_nll"):
+        assert long[name] == pytest.approx(short[name], abs=1e-5)
+
+
 def test_loss_that_is_not_finite_stops_the_run(done, data, base, tmp_path):
     broken = copy(base, tmp_path)
     tensors = load_file(broken / "model.safetensors")
