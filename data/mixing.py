@@ -28,7 +28,7 @@ _TURNS, _PLACES, _PICTURES = 1 << 40, 2 << 40, 3 << 40
 
 def kept(found: Records, limit: int) -> Int[np.ndarray, "_"]:
     """The documents of at most `limit` tokens."""
-    fitting = np.flatnonzero(found.index["length"] <= limit)
+    fitting = np.flatnonzero(found.index["length"] <= limit).astype(np.int32)
     if not fitting.size:
         raise PackError(
             f"{found.folder}: all {len(found)} documents are longer than data.document_limit = "

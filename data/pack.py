@@ -156,10 +156,11 @@ def _best_fit(window: np.ndarray, lengths: np.ndarray, seq_len: int) -> list[lis
 def _check(lengths: np.ndarray, windows: list[np.ndarray], seq_len: int) -> None:
     if not sum(map(len, windows)):
         raise PackError("there are no documents to pack")
-    drawn = lengths[np.unique(np.concatenate(windows))]
-    if long := int((drawn > seq_len).sum()):
+    longest = max(int(lengths[w].max()) for w in windows if len(w))
+    if longest > seq_len:
+        drawn = np.unique(np.concatenate(windows))
         raise PackError(
-            f"{long} of {len(drawn)} documents are longer than data.seq_len = {seq_len} (the "
-            f"longest has {drawn.max()} tokens) and none is cut; set data.seq_len to "
-            f"{drawn.max()}, or leave them out by a lower data.document_limit"
+            f"{(lengths[drawn] > seq_len).sum()} of {len(drawn)} documents are longer than "
+            f"data.seq_len = {seq_len} (the longest has {longest} tokens) and none is cut; set "
+            f"data.seq_len to {longest}, or leave them out by a lower data.document_limit"
         )

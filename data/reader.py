@@ -130,11 +130,14 @@ def _layout(meta: dict[str, Any], folder: Path) -> Layout:
 
 
 def _read_index(folder: Path, meta: dict[str, Any]) -> dict[str, np.ndarray]:
-    path = folder / INDEX
-    if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != meta["index_sha256"]:
+    path, digest = folder / INDEX, ""
+    if path.exists():
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != meta["index_sha256"]:
         raise RecordsError(f"{path}: missing or damaged; make the data set again")
-    table = np.load(path, allow_pickle=False)
-    return dict(zip((*COLUMNS, *LABELS), table.T.copy(), strict=True))
+    table = np.load(path, mmap_mode="r", allow_pickle=False)  # columns that nobody asks for stay
+    return {n: np.asarray(c) for n, c in zip((*COLUMNS, *LABELS), table.T, strict=True)}
 
 
 def _check_shard(folder: Path, shard: dict[str, Any]) -> None:

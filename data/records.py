@@ -66,7 +66,7 @@ def write(
         parts.abandon()
         raise
     index = np.concatenate([np.asarray(rows, np.int32), labels(names)], axis=1)
-    np.save(folder / INDEX, index)
+    np.save(folder / INDEX, np.asfortranarray(index))  # column by column, as it is read
     meta = _meta(index, count, layout, digest, shards, notes)
     meta["index_sha256"] = hashlib.sha256((folder / INDEX).read_bytes()).hexdigest()
     partial = folder / (META + ".partial")
