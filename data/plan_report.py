@@ -5,14 +5,16 @@ fill     tokens over places, of rows of a length; `offline` is best-fit decreasi
 padded   the released way: a document a row, a batch as long as its longest
 """
 
+import argparse
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
 from data import mixing, pack
-from data.reader import Records
+from data.reader import Records, open_records
 from medmax_jax.config import Data, Mixing
 
 ROW_LENGTHS = (2_048, 4_096, 8_192, 16_384)
@@ -138,3 +140,37 @@ def picture_stats(found: Records) -> dict[str, Any]:
         tasks=round(float(tasks.mean()), 3),
         of_entries=dict(zip(sizes.tolist(), many.tolist(), strict=True)),
     )
+
+
+# The command line of `plan`.
+
+
+def add(commands: Any) -> argparse.ArgumentParser:
+    """The command, whose flags are those of config.data and config.mixing: as a run, its plan."""
+    planned = commands.add_parser("plan", help="which documents share a row, as a run has it")
+    planned.add_argument("--seq_len", type=int, required=True, help="tokens a row")
+    planned.add_argument("--document_limit", type=int, default=0, help="0: the row length")
+    planned.add_argument("--batch_size", type=int, default=8, help="of padding to longest")
+    planned.add_argument("--seed", type=int, default=0, help="config.data.seed")
+    planned.add_argument("--epoch", type=int, default=0, help="epoch to show")
+    planned.add_argument("--row", type=int, help="row whose documents to show")
+    planned.add_argument("--by", choices=("source", "task"), default="source")
+    planned.add_argument("--unit", choices=("documents", "tokens"), default="documents")
+    planned.add_argument("--weights", default="", help="as config.mixing: 'name=3, other=1'")
+    planned.add_argument("--image_centric", action="store_true", help="pictures stay together")
+    planned.set_defaults(run=_run)
+    return planned
+
+
+def _run(args: argparse.Namespace) -> dict[str, Any]:
+    for name in ("seq_len", "batch_size"):
+        if getattr(args, name) < 1:
+            raise pack.PackError(f"--{name} is {getattr(args, name)}; it must be above 0")
+    data = Data(
+        train="", validation="", document_limit=args.document_limit or args.seq_len,
+        seq_len=args.seq_len, batch_size=args.batch_size, pack=True, mask="", seed=args.seed,
+    )  # fmt: skip
+    mixed = Mixing(
+        by=args.by, unit=args.unit, weights=args.weights, image_centric=args.image_centric
+    )
+    return report(open_records(Path(args.folder)), data, mixed, epoch=args.epoch, row=args.row)

@@ -30,7 +30,7 @@ from data.codes import Encoder, PrepareError, View, encode, load_encoder
 from data.documents import Document, Layout, RecordsError, counts, to_bytes
 from data.sample.documents import instruction_documents, pretraining_documents
 from data.sample.manifest import read_manifest
-from medmax_jax.config import ConfigError, Data, Mixing
+from medmax_jax.config import ConfigError
 from medmax_jax.tokenizer import IMAGE_NAME, Tokenizer, TokenizerError, document_ids, segments_of
 from medmax_jax.weights import WeightsError
 
@@ -231,8 +231,7 @@ def _parser() -> argparse.ArgumentParser:
         "--seq_len", type=int, default=0, help="row length; 0: the longest document"
     )
     counted.set_defaults(run=_run_stats)
-    planned = commands.add_parser("plan", help="which documents share a row, as a run has it")
-    _plan_flags(planned)
+    planned = plan_report.add(commands)
     for command in (checked, counted, planned):
         command.add_argument("folder", type=Path, help="folder of records")
     for command in (sample, checked):
@@ -240,23 +239,6 @@ def _parser() -> argparse.ArgumentParser:
     for command in (sample, checked, counted, planned):
         command.add_argument("--json", action="store_true", help="one JSON object as the last line")
     return parser
-
-
-def _plan_flags(planned: argparse.ArgumentParser) -> None:
-    """Those of config.data and config.mixing; with a run's values the plan is that of the run."""
-    planned.add_argument("--seq_len", type=_positive, required=True, help="tokens a row")
-    planned.add_argument("--document_limit", type=int, default=0, help="0: the row length")
-    planned.add_argument("--batch_size", type=_positive, default=8, help="of padding to longest")
-    planned.add_argument("--seed", type=int, default=0, help="config.data.seed")
-    planned.add_argument("--epoch", type=int, default=0, help="epoch to show")
-    planned.add_argument("--row", type=int, help="row whose documents to show")
-    planned.add_argument("--by", choices=("source", "task"), default="source")
-    planned.add_argument("--unit", choices=("documents", "tokens"), default="documents")
-    planned.add_argument(
-        "--weights", default="", help="as config.mixing.weights: 'name=3, other=1'"
-    )
-    planned.add_argument("--image_centric", action="store_true", help="pictures stay together")
-    planned.set_defaults(run=_run_plan)
 
 
 def _log_to_stderr() -> None:
@@ -299,19 +281,6 @@ def _run_check(args: argparse.Namespace) -> dict[str, Any]:
 def _run_stats(args: argparse.Namespace) -> dict[str, Any]:
     longest = records.open_records(args.folder).meta["longest"]
     return stats(args.folder, seq_len=args.seq_len or longest)
-
-
-def _run_plan(args: argparse.Namespace) -> dict[str, Any]:
-    limit = args.document_limit or args.seq_len
-    data = Data(
-        train="", validation="", document_limit=limit, seq_len=args.seq_len, pack=True, mask="",
-        batch_size=args.batch_size, seed=args.seed,
-    )  # fmt: skip
-    mixing = Mixing(
-        by=args.by, unit=args.unit, weights=args.weights, image_centric=args.image_centric
-    )
-    found = records.open_records(args.folder)
-    return plan_report.report(found, data, mixing, epoch=args.epoch, row=args.row)
 
 
 if __name__ == "__main__":

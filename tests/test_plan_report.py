@@ -122,6 +122,7 @@ def test_the_program_shows_the_plan_of_a_run(tmp_path, capsys):
         (["--seq_len", "32", "--epoch", "-1"], "--epoch is -1; the first is 0"),
         (["--seq_len", "8", "--document_limit", "30"], "longer than data.seq_len = 8"),
         (["--seq_len", "4"], "longer than data.document_limit = 4"),
+        (["--seq_len", "0"], "--seq_len is 0; it must be above 0"),
         (["--seq_len", "32", "--weights", "VQA=1"], "for each of generated"),
     ],
 )
