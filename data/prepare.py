@@ -91,12 +91,12 @@ def check(folder: str | Path, *, tokenizer: Tokenizer | None) -> dict[str, Any]:
     The example is the first document as text, if `tokenizer` is the one that wrote it.
     """
     found = records.open_records(folder)
-    digest, table, names = hashlib.sha256(), [], []
+    digest, table, labels = hashlib.sha256(), [], records.Labels()
     for document in found:
         digest.update(to_bytes(document))
         table.append(counts(document, found.layout.vocab))
-        names.append((document.source, document.task, document.image_path))
-    table = np.concatenate([table, records.labels(names)], axis=1)
+        labels.add(document.source, document.task, document.image_path)
+    table = np.concatenate([table, labels.table()], axis=1)
     written = np.stack(list(found.index.values()), axis=1)
     if digest.hexdigest() != found.fingerprint or not np.array_equal(table, written):
         raise RecordsError(f"{folder}: not the documents that were written; make it again")

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from array import array
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from jaxtyping import Int
 
 from data.documents import (
     COLUMNS,
+    LABELS,
     Document,
     Layout,
     RecordsError,
@@ -27,7 +29,7 @@ from data.documents import (
 )
 from data.reader import FORMAT, INDEX, META, Records, open_records
 
-__all__ = ["Records", "labels", "open_records", "write"]
+__all__ = ["Labels", "Records", "open_records", "write"]
 _OPTIONS = "group_size:1,zstd:3"  # group_size 1: the only one with fast random access
 
 
@@ -45,7 +47,7 @@ def write(
     document is written, and dataset.json comes last.
     """
     folder = _new_folder(folder)
-    count, rows, names, digest, ids = _Counter(), [], [], hashlib.sha256(), set()
+    count, rows, labels, digest, ids = _Counter(), [], Labels(), hashlib.sha256(), set()
     parts = _Parts(folder, shard_size)
     try:
         for document in documents:
@@ -57,7 +59,7 @@ def write(
             digest.update(record)
             parts.add(record)
             rows.append(counts(document, layout.vocab))
-            names.append((document.source, document.task, document.image_path))
+            labels.add(document.source, document.task, document.image_path)
             count.add(document)
         if not rows:
             raise RecordsError(f"{folder}: no documents to write; look at the source and filters")
@@ -65,7 +67,7 @@ def write(
     except BaseException:
         parts.abandon()
         raise
-    index = np.concatenate([np.asarray(rows, np.int32), labels(names)], axis=1)
+    index = np.concatenate([np.asarray(rows, np.int32), labels.table()], axis=1)
     np.save(folder / INDEX, np.asfortranarray(index))  # column by column, as it is read
     meta = _meta(index, count, layout, digest, shards, notes)
     meta["index_sha256"] = hashlib.sha256((folder / INDEX).read_bytes()).hexdigest()
@@ -75,19 +77,29 @@ def write(
     return meta
 
 
-def labels(names: list[tuple[str, str, str]]) -> Int[np.ndarray, "n 3"]:
+class Labels:
     """Source, task and picture of each document as numbers: the place among all names, sorted.
 
     A document without a picture has -1; the pictures of the others begin at 0.
         ("B", "VQA", "x.png"), ("A", "VQA", "")   ->   [1 0 0], [0 0 -1]
     """
-    columns = []
-    for column in zip(*names, strict=True):
-        number = {name: n for n, name in enumerate(sorted(set(column)))}
-        columns.append([number[name] for name in column])
-    numbers = np.asarray(columns, np.int32).T
-    numbers[:, 2] -= any(not picture for _, _, picture in names)
-    return numbers
+
+    def __init__(self):
+        self._known: list[dict[str, int]] = [{} for _ in LABELS]  # name -> its first place
+        self._numbers = array("i")  # of that order, 4 bytes a label: there are millions
+
+    def add(self, source: str, task: str, picture: str) -> None:
+        for known, name in zip(self._known, (source, task, picture), strict=True):
+            self._numbers.append(known.setdefault(name, len(known)))
+
+    def table(self) -> Int[np.ndarray, "n 3"]:
+        """Of all that were added."""
+        table = np.array(self._numbers, np.int32).reshape(-1, len(LABELS))
+        for column, known in zip(table.T, self._known, strict=True):
+            place = {name: n for n, name in enumerate(sorted(known))}
+            column[:] = np.array([place[name] for name in known], np.int32)[column]
+        table[:, 2] -= "" in self._known[2]
+        return table
 
 
 class _Counter:

@@ -84,7 +84,10 @@ def test_labels(tmp_path):
     assert found.index["source"].tolist() == [1, 0, 1] and found.names("source") == ["A", "B"]
     assert found.index["task"].tolist() == [0, 1, 0] and found.names("task")[1] == "Visual Chat"
     assert found.index["picture"].tolist() == [1, -1, 0]
-    assert records.labels([("s", "t", "b"), ("s", "t", "a")])[:, 2].tolist() == [1, 0]
+    labels = records.Labels()
+    for picture in "bab":
+        labels.add("s", "t", picture)
+    assert labels.table().tolist() == [[0, 0, 1], [0, 0, 0], [0, 0, 1]]
 
 
 def test_scored():
