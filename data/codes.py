@@ -104,7 +104,7 @@ def encode(
     open_picture = functools.lru_cache(maxsize=1)(  # the views of a picture follow each other
         lambda path: images.load(folder / path, max_pixels=MAX_PIXELS)
     )
-    progress = _Progress(len(todo))
+    progress = Progress(len(todo))
     for start in range(0, len(todo), BATCH):
         held = {}
         for v in todo[start : start + BATCH]:
@@ -129,11 +129,11 @@ def _codes(held: dict[tuple[str, int], np.ndarray], encoder: Encoder) -> dict:
     return {key: found[i].reshape(-1) for i, key in enumerate(held)}
 
 
-class _Progress:
+class Progress:
     """Logs how many of how many, the rate and the time left, every few seconds."""
 
-    def __init__(self, total: int):
-        self.total, self.done = total, 0
+    def __init__(self, total: int, what: str = "pictures"):
+        self.total, self.done, self.what = total, 0, what
         self.start = self.said = time.monotonic()
 
     def add(self, count: int) -> None:
@@ -142,5 +142,6 @@ class _Progress:
         if now - self.said >= LOG_SECONDS or self.done == self.total:
             rate = self.done / max(now - self.start, 1e-9)
             left = (self.total - self.done) / rate
-            log.info("%d/%d pictures, %.1f/s, %.0f s left", self.done, self.total, rate, left)
+            done = (self.done, self.total, self.what, rate, left)
+            log.info("%d/%d %s, %.1f/s, %.0f s left", *done)
             self.said = now

@@ -19,9 +19,9 @@ from data.pack import Epochs, PackError
 from data.reader import Records
 from medmax_jax.config import Data, Mixing
 
-# Documents whose pictures stay together when mixing.image_centric: about the documents of two
-# steps of 8 rows of 16,384 tokens. A larger window packs better, a smaller one keeps them closer.
-PICTURE_WINDOW = 256
+PICTURE_WINDOW = (
+    256  # documents of two steps of 8 rows of 16,384: more pack better, fewer are nearer
+)
 # Streams of shuffles; pack.py's own are 0 and the places of windows.
 _TURNS, _PLACES, _PICTURES = 1 << 40, 2 << 40, 3 << 40
 

@@ -95,8 +95,9 @@ class Epochs:
         self.plan = lambda epoch: plan(
             lengths, seq_len=seq_len, pack=pack, seed=seed, epoch=epoch, windows=windows(epoch)
         )
-        self._plans = [self.plan(0)]
-        self._starts = [0, len(self._plans[0])]  # first row of each epoch, and of the next one
+        self.first = self.plan(0)
+        self._plans = [self.first]
+        self._starts = [0, len(self.first)]  # first row of each epoch, and of the next one
         self._lock = threading.Lock()  # a prefetching thread asks too
 
     def row(self, i: int) -> Int[np.ndarray, "n"]:
@@ -111,11 +112,6 @@ class Epochs:
                 self._plans.append(self.plan(len(self._plans)))
                 self._starts.append(self._starts[-1] + len(self._plans[-1]))
         return bisect.bisect_right(self._starts, i) - 1
-
-    @property
-    def first(self) -> Plan:
-        """The plan of epoch 0."""
-        return self._plans[0]
 
 
 def shuffled(

@@ -21,6 +21,22 @@ ROW_LENGTHS = (2_048, 4_096, 8_192, 16_384)
 STEP = 128  # rows are padded up to a multiple of this where shapes are compiled
 
 
+def stats(folder: str | Path, *, seq_len: int) -> dict[str, Any]:
+    """What a folder holds, and how full rows of `seq_len` tokens are when packed."""
+    found = open_records(folder)
+    lengths = found.index["length"]
+    rows = len(pack.plan(lengths, seq_len=seq_len, pack=True, seed=0, epoch=0))
+    names = ("documents", "groups", "tokens", "text_tokens", "image_tokens", "scored")
+    held = {n: found.meta[n] for n in (*names, "tasks", "sources", "credentials", "notes")}
+    quantiles = {f"{q}%": int(np.percentile(lengths, q)) for q in (0, 25, 50, 75, 95, 100)}
+    fill = round(float(lengths.sum() / (rows * seq_len)), 4)
+    return (
+        held
+        | dict(lengths=quantiles, seq_len=seq_len, rows=rows, fill=fill)
+        | dict(by_picture=picture_stats(found))
+    )
+
+
 def report(
     found: Records, data: Data, mixed: Mixing, *, epoch: int, row: int | None
 ) -> dict[str, Any]:
@@ -142,11 +158,16 @@ def picture_stats(found: Records) -> dict[str, Any]:
     )
 
 
-# The command line of `plan`.
+# The command lines.
 
 
-def add(commands: Any) -> argparse.ArgumentParser:
-    """The command, whose flags are those of config.data and config.mixing: as a run, its plan."""
+def add(commands: Any) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    """`stats`, and `plan` with the flags of config.data and config.mixing."""
+    counted = commands.add_parser("stats", help="what a folder of records holds")
+    counted.add_argument(
+        "--seq_len", type=int, default=0, help="row length; 0: the longest document"
+    )
+    counted.set_defaults(run=_run_stats)
     planned = commands.add_parser("plan", help="which documents share a row, as a run has it")
     planned.add_argument("--seq_len", type=int, required=True, help="tokens a row")
     planned.add_argument("--document_limit", type=int, default=0, help="0: the row length")
@@ -158,11 +179,11 @@ def add(commands: Any) -> argparse.ArgumentParser:
     planned.add_argument("--unit", choices=("documents", "tokens"), default="documents")
     planned.add_argument("--weights", default="", help="as config.mixing: 'name=3, other=1'")
     planned.add_argument("--image_centric", action="store_true", help="pictures stay together")
-    planned.set_defaults(run=_run)
-    return planned
+    planned.set_defaults(run=_run_plan)
+    return counted, planned
 
 
-def _run(args: argparse.Namespace) -> dict[str, Any]:
+def _run_plan(args: argparse.Namespace) -> dict[str, Any]:
     for name in ("seq_len", "batch_size"):
         if getattr(args, name) < 1:
             raise pack.PackError(f"--{name} is {getattr(args, name)}; it must be above 0")
@@ -174,3 +195,8 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
         by=args.by, unit=args.unit, weights=args.weights, image_centric=args.image_centric
     )
     return report(open_records(Path(args.folder)), data, mixed, epoch=args.epoch, row=args.row)
+
+
+def _run_stats(args: argparse.Namespace) -> dict[str, Any]:
+    longest = open_records(args.folder).meta["longest"]
+    return stats(args.folder, seq_len=args.seq_len or longest)

@@ -1,6 +1,10 @@
 """From pictures and text to the folder of records that training reads.
 
 python -m data.prepare sample --out D [--split train] [--kind instruction] [--views 4] [--rounds 1]
+python -m data.prepare import --from train.jsonl --out D     the published rows: data/published.py
+python -m data.prepare unpack --from images.tar.gz.a* --out D     and their images: data/archives.py
+python -m data.prepare documents --from documents.jsonl --images D --out D2     of texts.py
+python -m data.prepare instruct --help   captions to interleaved instructions by an LLM
 python -m data.prepare check D      reads every record back and compares it with what was written
 python -m data.prepare stats D      what is in it, and how well it packs
 python -m data.prepare plan D --seq_len N [--row 17] [--epoch 0]    how full rows are, who is in one
@@ -10,11 +14,13 @@ python -m data.prepare plan D --seq_len N [--row 17] [--epoch 0]    how full row
 
 The documents of a picture are dealt over its views in turn. A picture whose facts a crop could make
 untrue (a count, a marked lesion) is never cropped. Exit codes: 0 done, 1 failed, 2 wrong usage, 75
-interrupted: a folder is written whole or not at all, so the same command starts it again.
+interrupted: the same command starts again, as a folder of records is written whole or not at all,
+or goes on (instruct).
 """
 
 import argparse
 import collections
+import dataclasses
 import hashlib
 import json
 import logging
@@ -25,12 +31,24 @@ from typing import Any
 
 import numpy as np
 
-from data import pack, plan_report, records
+from configs import base
+from data import (
+    archives,
+    eval_rows,
+    instruct_command,
+    pack,
+    plan_report,
+    published,
+    records,
+    texts,
+)  # fmt: skip
 from data.codes import Encoder, PrepareError, View, encode, load_encoder
 from data.documents import Document, Layout, RecordsError, counts, to_bytes
 from data.sample.documents import instruction_documents, pretraining_documents
 from data.sample.manifest import read_manifest
-from medmax_jax.config import ConfigError
+from medmax_jax.cli import Interrupted
+from medmax_jax.config import VQ, ConfigError, Vocab, build
+from medmax_jax.storage import StorageError
 from medmax_jax.tokenizer import IMAGE_NAME, Tokenizer, TokenizerError, document_ids, segments_of
 from medmax_jax.weights import WeightsError
 
@@ -45,7 +63,12 @@ KINDS = {
     "pretraining": pretraining_documents,
 }
 SPLITS = ("train", "validation", "test")
-ERRORS = (PrepareError, RecordsError, TokenizerError, ConfigError, WeightsError, pack.PackError)
+ERRORS = (
+    *(PrepareError, RecordsError, TokenizerError, ConfigError, WeightsError, StorageError),
+    *(pack.PackError, published.PublishedError, archives.ArchiveError),
+    *instruct_command.ERRORS,
+)
+RELEASED = "released"
 
 
 def prepare_sample(
@@ -85,6 +108,37 @@ def prepare_sample(
     return meta
 
 
+def layout_of(name: str) -> Layout:
+    """What the ids of published rows mean: "released", or those of a model folder."""
+    if name != RELEASED:
+        return load_encoder(Path(name), vq=()).layout  # its weights are not needed
+    config = base.get_config()
+    return Layout(
+        vocab=build(Vocab, config.vocab),
+        codes_per_image=build(VQ, config.vq).codes_per_image,
+        tokenizer="",  # the files that made the published tokens are not stated anywhere
+        vqgan="",
+    )
+
+
+def prepare_documents(
+    out: str | Path,
+    *,
+    source: str | Path,
+    images: str | Path,
+    model_folder: str | Path,
+    max_unreadable: float = MAX_UNREADABLE,
+) -> dict[str, Any]:
+    """Writes the documents of a file (texts.py) as records; returns their dataset.json."""
+    rows = texts.read_texts(source)
+    views = {row["image_path"]: View(row["image_path"], 0, "", False) for row in rows}
+    dealt = [(row, views[row["image_path"]] if row["image_path"] else None) for row in rows]
+    encoder = load_encoder(Path(model_folder))
+    notes = dict(maker="documents", source=Path(source).name)
+    made = _documents(dealt, encoder, Path(images), notes, max_unreadable)
+    return records.write(out, made, shard_size=SHARD_SIZE, layout=encoder.layout, notes=notes)
+
+
 def check(folder: str | Path, *, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """Reads and validates every record; raises RecordsError where it is not what was written.
 
@@ -104,22 +158,6 @@ def check(folder: str | Path, *, tokenizer: Tokenizer | None) -> dict[str, Any]:
     ours = tokenizer is not None and tokenizer.fingerprint == found.layout.tokenizer
     return {n: found.meta[n] for n in names} | dict(
         example=found[0].id, text=_text(found[0], found.layout, tokenizer) if ours else None
-    )
-
-
-def stats(folder: str | Path, *, seq_len: int) -> dict[str, Any]:
-    """What a folder holds, and how full rows of `seq_len` tokens are when packed."""
-    found = records.open_records(folder)
-    lengths = found.index["length"]
-    rows = len(pack.plan(lengths, seq_len=seq_len, pack=True, seed=0, epoch=0))
-    names = ("documents", "groups", "tokens", "text_tokens", "image_tokens", "scored")
-    held = {n: found.meta[n] for n in (*names, "tasks", "sources", "credentials", "notes")}
-    quantiles = {f"{q}%": int(np.percentile(lengths, q)) for q in (0, 25, 50, 75, 95, 100)}
-    fill = round(float(lengths.sum() / (rows * seq_len)), 4)
-    return (
-        held
-        | dict(lengths=quantiles, seq_len=seq_len, rows=rows, fill=fill)
-        | dict(by_picture=plan_report.picture_stats(found))
     )
 
 
@@ -200,8 +238,11 @@ def main(argv: list[str] | None = None) -> int:
     except ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return 75
     except KeyboardInterrupt:
-        print("interrupted: no records were written; give the same command again", file=sys.stderr)
+        print(f"interrupted: {args.left}; give the same command again", file=sys.stderr)
         return 75
     for name, value in {} if args.json else result.items():
         print(f"{name:>20}  {value}")
@@ -214,6 +255,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m data.prepare", description=__doc__.split("\n")[0]
     )
+    parser.set_defaults(left="no records were written")
     commands = parser.add_subparsers(required=True, metavar="command")
     sample = commands.add_parser("sample", help="the embedded pictures to records")
     sample.add_argument("--out", type=Path, required=True, help="folder to write")
@@ -224,21 +266,57 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=int, default=0, help="of wordings and views")
     sample.add_argument("--max_unreadable", type=float, default=MAX_UNREADABLE, metavar="SHARE")
     sample.set_defaults(run=_run_sample)
+    brought = commands.add_parser("import", help="published rows to records")
+    _import_flags(brought)
+    brought.set_defaults(run=_run_import)
+    unpacked = commands.add_parser("unpack", help="the published image archives, under limits")
+    _unpack_flags(unpacked)
+    unpacked.set_defaults(run=_run_unpack, left="every file that is there is whole")
+    written = commands.add_parser("documents", help="texts and pictures to records")
+    written.add_argument("--from", dest="source", type=Path, required=True, help="JSONL: texts.py")
+    written.add_argument("--images", type=Path, required=True, help="folder of their pictures")
+    written.add_argument("--out", type=Path, required=True, help="folder to write")
+    written.add_argument("--max_unreadable", type=float, default=MAX_UNREADABLE, metavar="SHARE")
+    written.set_defaults(run=_run_documents)
+    curated = instruct_command.add(commands)
     checked = commands.add_parser("check", help="read every record back")
     checked.set_defaults(run=_run_check)
-    counted = commands.add_parser("stats", help="what a folder of records holds")
-    counted.add_argument(
-        "--seq_len", type=int, default=0, help="row length; 0: the longest document"
-    )
-    counted.set_defaults(run=_run_stats)
-    planned = plan_report.add(commands)
+    counted, planned = plan_report.add(commands)
     for command in (checked, counted, planned):
         command.add_argument("folder", type=Path, help="folder of records")
-    for command in (sample, checked):
+    for command in (sample, written, checked):
         command.add_argument("--model", type=Path, default=TINY, help="model folder")
-    for command in (sample, checked, counted, planned):
+    asked = (sample, brought, unpacked, written, curated, checked, counted, planned)
+    for command in asked:
         command.add_argument("--json", action="store_true", help="one JSON object as the last line")
     return parser
+
+
+def _import_flags(brought: argparse.ArgumentParser) -> None:
+    brought.add_argument(
+        "--from", type=Path, required=True, dest="source", help="train.jsonl, or the eval parquet"
+    )
+    brought.add_argument("--out", type=Path, required=True, help="folder, or items.jsonl, to write")
+    brought.add_argument(
+        "--tasks", nargs="*", default=[], metavar="TASK", help="of a parquet; all if not given"
+    )
+    brought.add_argument(
+        "--model_layout", default=RELEASED, help="released, or a model folder with those ids"
+    )
+    brought.add_argument("--tokenizer", type=Path, help="compare text and tokens with this file")
+    brought.add_argument("--max_bad", type=float, default=published.MAX_BAD, metavar="SHARE")
+    brought.add_argument(
+        "--no_separator", action="store_true", help="accept rows without end of turn"
+    )
+
+
+def _unpack_flags(unpacked: argparse.ArgumentParser) -> None:
+    unpacked.add_argument(
+        "--from", type=Path, nargs="+", required=True, dest="parts", help="parts of one archive"
+    )
+    unpacked.add_argument("--out", type=Path, required=True, help="folder to write")
+    for name, limit in dataclasses.asdict(archives.LIMITS).items():
+        unpacked.add_argument(f"--max_{name}", type=_positive, default=limit)
 
 
 def _log_to_stderr() -> None:
@@ -268,6 +346,39 @@ def _run_sample(args: argparse.Namespace) -> dict[str, Any]:
     )
 
 
+def _run_import(args: argparse.Namespace) -> dict[str, Any]:
+    if args.source.suffix == ".parquet":
+        return eval_rows.import_items(args.source, args.out, tasks=args.tasks, say=log.info)
+    if args.tasks:
+        raise published.PublishedError(f"--tasks is for a parquet, not for {args.source}")
+    layout = layout_of(args.model_layout)
+    tokenizer = args.tokenizer and Tokenizer.from_file(args.tokenizer, layout.vocab)
+    rules = published.Rules(
+        layout=layout,
+        separator=not args.no_separator,
+        max_bad=args.max_bad,
+        shard_size=SHARD_SIZE,
+        tokenizer=tokenizer,
+    )
+    return published.import_rows(args.source, args.out, rules=rules, say=log.info)
+
+
+def _run_unpack(args: argparse.Namespace) -> dict[str, Any]:
+    names = dataclasses.asdict(archives.LIMITS)
+    limits = archives.Limits(**{name: getattr(args, f"max_{name}") for name in names})
+    return archives.unpack(args.parts, args.out, limits=limits, say=log.info)
+
+
+def _run_documents(args: argparse.Namespace) -> dict[str, Any]:
+    return prepare_documents(
+        args.out,
+        source=args.source,
+        images=args.images,
+        model_folder=args.model,
+        max_unreadable=args.max_unreadable,
+    )
+
+
 def _run_check(args: argparse.Namespace) -> dict[str, Any]:
     vocab = records.open_records(args.folder).layout.vocab
     try:
@@ -276,11 +387,6 @@ def _run_check(args: argparse.Namespace) -> dict[str, Any]:
         log.warning("no example in words: %s", error)
         tokenizer = None
     return check(args.folder, tokenizer=tokenizer)
-
-
-def _run_stats(args: argparse.Namespace) -> dict[str, Any]:
-    longest = records.open_records(args.folder).meta["longest"]
-    return stats(args.folder, seq_len=args.seq_len or longest)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,8 @@ def write(
     document is written, and dataset.json comes last.
     """
     folder = _new_folder(folder)
-    count, rows, labels, digest, ids = _Counter(), [], Labels(), hashlib.sha256(), set()
+    count, labels, rows = _Counter(), Labels(), array("i")
+    digest, ids = hashlib.sha256(), set()
     parts = _Parts(folder, shard_size)
     try:
         for document in documents:
@@ -58,7 +59,7 @@ def write(
             record = to_bytes(document)
             digest.update(record)
             parts.add(record)
-            rows.append(counts(document, layout.vocab))
+            rows.extend(counts(document, layout.vocab))
             labels.add(document.source, document.task, document.image_path)
             count.add(document)
         if not rows:
@@ -67,7 +68,8 @@ def write(
     except BaseException:
         parts.abandon()
         raise
-    index = np.concatenate([np.asarray(rows, np.int32), labels.table()], axis=1)
+    table = np.frombuffer(rows, np.int32).reshape(-1, len(COLUMNS))
+    index = np.concatenate([table, labels.table()], axis=1)
     np.save(folder / INDEX, np.asfortranarray(index))  # column by column, as it is read
     meta = _meta(index, count, layout, digest, shards, notes)
     meta["index_sha256"] = hashlib.sha256((folder / INDEX).read_bytes()).hexdigest()

@@ -21,6 +21,7 @@ from jaxtyping import PyTree
 from medmax_jax import array_reader, config, weights
 from medmax_jax.storage import Folder, StorageError
 
+PIECE = 16 * 2**20  # bytes in memory, of a file whose digest is taken
 SMALL, LARGE = "model.safetensors", "model.zarr"
 TOOLS = ("tokenizer.json", "vqgan.safetensors")  # what a model folder needs beside the model
 FREE = ("param_dtype", "compute_dtype", "remat", "attention")  # how a model runs, not what it is
@@ -44,7 +45,7 @@ def identity(folder: str | os.PathLike) -> str:
     """What an adapter calls its base: the file's sha256, or the fingerprint that convert noted."""
     place = Folder(folder)
     if place.has(SMALL):
-        return hashlib.sha256(place.read(SMALL)).hexdigest()
+        return _sha256(place, SMALL)
     found = place.json("config.json")
     try:
         return found["weights"]["fingerprint"]
@@ -106,11 +107,18 @@ def check_base(folder: str, run: config.Run, *, tokenizer: str, vqgan: str) -> N
                 )
     for name, digest in zip(TOOLS, (tokenizer, vqgan), strict=True):
         held = digest and place.has(name)
-        if held and hashlib.sha256(place.read(name)).hexdigest() != digest:
+        if held and _sha256(place, name) != digest:
             raise ExportError(
                 f"the records were made with another {name} than that of {folder}; "
                 "prepare them again with the files of this folder"
             )
+
+
+def _sha256(place: Folder, name: str) -> str:
+    file, digest = place.file(name), hashlib.sha256()
+    for start in range(0, file.size, PIECE):
+        digest.update(file.read(start, min(start + PIECE, file.size)))
+    return digest.hexdigest()
 
 
 def _sections(run: config.Run) -> dict[str, dict]:

@@ -3,13 +3,14 @@
 import time
 
 import jax
+import micro_run
 import numpy as np
 import pytest
-from convert_setup import BASE, assert_equal, read_pth, shards, write_meta
+from convert_setup import BASE, assert_equal, read_pth, read_safetensors, shards, write_meta
 from gs_server import fake_gcs, free_port, silent, use_server
 from test_convert import convert
 
-from medmax_jax import chameleon, export
+from medmax_jax import chameleon, export, train
 from medmax_jax.config import Mesh
 from medmax_jax.convert import describe, sources
 from medmax_jax.convert.form import ConvertError
@@ -96,3 +97,20 @@ def test_a_server_that_does_not_answer_is_an_error_in_bounded_time(monkeypatch, 
         with pytest.raises(StorageError, match="gs://bucket/x"):
             sources.read("gs://bucket/x")
     assert time.monotonic() - start < 30
+
+
+def test_lora_trains_on_a_base_in_a_bucket(bucket, tmp_path):
+    data = dict(data__train=micro_run.write(tmp_path / "records"))
+    whole = micro_run.run(**data, train__trains="full", lora__rank=0, train__steps=1)
+    train.run(whole, tmp_path / "whole")
+    there, here = f"{bucket}/base", tmp_path / "base"
+    for target in (there, here):
+        convert(tmp_path / "whole" / "model", target, "native")
+    adapters = []
+    for name, base in (("a", there), ("b", str(here))):
+        tuned = micro_run.run(**data, train__init_from=base, train__steps=2)
+        train.run(tuned, tmp_path / name)
+        adapters.append(read_safetensors(tmp_path / name / "adapter"))
+    assert_equal(*adapters)
+    merged = convert(tmp_path / "a", tmp_path / "merged", "hf", base=there)
+    assert sources.read(merged).language

@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from medmax_jax import batching, chameleon, generate, grammar, tokenizer, vqgan, weights
+from medmax_jax import batching, chameleon, cli, generate, grammar, tokenizer, vqgan, weights
 from medmax_jax import vocab as ids
 from medmax_jax.config import VQ, Lora, Mesh, Model, Sample, Vocab, to_dict
 from medmax_jax.mesh import make_mesh
@@ -364,15 +364,15 @@ def program(*args):
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    "change, status, message",
     [
-        ("--model=nowhere", "error: nowhere/config.json: no such file"),
-        ("--mode=film", "value should be one of <text|image|mixed>"),
+        ("--model=nowhere", cli.ERROR, "error: nowhere/config.json: no such file"),
+        ("--mode=film", cli.USAGE, "value should be one of <text|image|mixed>"),
     ],
 )
-def test_the_program_says_what_is_wrong(folder, tmp_path, change, message):
+def test_the_program_says_what_is_wrong(folder, tmp_path, change, status, message):
     done = program(f"--model={folder}", "--prompt=a", f"--out={tmp_path}", change)
-    assert done.returncode == 1 and message in done.stderr + done.stdout
+    assert done.returncode == status and message in done.stderr + done.stdout
     assert "Traceback" not in done.stderr
 
 

@@ -216,7 +216,7 @@ def test_refusals(make, tmp_path):
 
 def test_progress_is_told(caplog):
     with caplog.at_level(logging.INFO):
-        progress = codes._Progress(3)
+        progress = codes.Progress(3)
         progress.add(1)
         progress.add(2)
     assert "3/3 pictures" in caplog.text and "0 s left" in caplog.text
@@ -257,7 +257,7 @@ def test_ctrl_c_leaves_nothing_and_says_so(model, encoder, sample, tmp_path, cap
 
     monkeypatch.setattr(prepare, "prepare_sample", whole)
     with monkeypatch.context() as patch:
-        patch.setattr(codes._Progress, "add", stop)
+        patch.setattr(codes.Progress, "add", stop)
         assert prepare.main([*command, "--split", "test"]) == 75
     assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted: no records were")
     assert list(out.iterdir()) == []

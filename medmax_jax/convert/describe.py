@@ -126,7 +126,7 @@ def _vqgan(found: Checkpoint) -> str:
 def _image_rows(found: Checkpoint) -> dict[str, Any]:
     """Whether the head can write images: the spread of its image rows beside its text rows.
 
-    Meta's release cannot (facts: its users got garbage); Anole trained these rows alone.
+    Meta's release cannot; Anole trained these rows alone. What Meta left in them is not published.
     """
     head, first = found.language["lm_head.weight"], found.vocab.text_start
     spread = {}
@@ -136,4 +136,4 @@ def _image_rows(found: Checkpoint) -> dict[str, Any]:
     ):
         rows = head.block(slice(start, min(start + SAMPLED, end)), slice(None)).astype(np.float32)
         spread[name] = float(f"{rows.std():.4g}")
-    return {"std": spread["image"], "std_of_text_rows": spread["text"]}
+    return dict(std=spread["image"], std_of_text_rows=spread["text"], all_zero=spread["image"] == 0)

@@ -16,6 +16,22 @@ SHARE = {"none": 1.02, "int8": 0.6, "nf4": 0.45}  # of the source's bytes that a
 SLACK = 64 * 2**20  # bytes, for tokenizer and settings
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Target:
+    """Where a conversion goes, and how."""
+
+    path: str
+    layout: str  # one of FORMATS
+    quant: str  # of a native base: none | int8 | nf4
+    decoder: bool  # hf: with the VQGAN's decoder
+    merges: bool  # an adapter goes into its base, not beside it
+    say: Callable[[str], None]
+
+    @property
+    def name(self) -> str:
+        return self.path.rstrip("/").rpartition("/")[2]
+
+
 def convert(
     source: str,
     target: str,
@@ -46,23 +62,23 @@ def convert(
         if found is None:
             raise ConvertError(f"--vqgan {vqgan}: {source} is an adapter; give --base too")
         found = sources.with_vqgan(found, vqgan)
-    merges = layout in ("hf", "meta") or merge_native
+    goal = Target(
+        path=target, layout=layout, quant=quant, decoder=decoder, say=say,
+        merges=layout in ("hf", "meta") or merge_native,
+    )  # fmt: skip
     if merge_native and (layout != "native" or adapter is None):
         raise ConvertError("--merge: only for an adapter with --format native")
-    if adapter and not (merges and found):
-        _write_adapter(adapter, found, target, layout, identity, merges, say)
-        return
+    if adapter and not (goal.merges and found):
+        return _write_adapter(adapter, found, identity, goal)
     if layout == "peft":
         raise ConvertError(f"{source}: a whole model; --format peft is for adapters and runs")
     if adapter:
         found = merge.merged(found, adapter)
-    _write_model(found, adapter, target, layout, identity, quant, decoder, say)
+    return _write_model(found, adapter, identity, goal)
 
 
-def _write_model(
-    found: Checkpoint, adapter: Adapter | None, target: str, layout: str, identity: str,
-    quant: str, decoder: bool, say: Callable[[str], None],
-) -> None:  # fmt: skip
+def _write_model(found: Checkpoint, adapter: Adapter | None, identity: str, target: Target) -> None:
+    layout, quant = target.layout, target.quant
     if found.quant != "none":
         raise ConvertError(
             f"{found.path}: its matrices are {found.quant}, which lost digits; convert the weights "
@@ -76,51 +92,47 @@ def _write_model(
     if layout == "meta" and found.vqgan and not found.has_decoder:
         raise vq_names.no_decoder(found.path)
     for warning in _warnings(found, layout):
-        say(f"WARNING: {warning}")
-    progress = Progress(found.nbytes, say)
+        target.say(f"WARNING: {warning}")
+    if found.model and not adapter:
+        identity = fingerprint(found)
+    card_text = card.text(f"{target.name}, {layout} layout", found, adapter, identity).encode()
+    progress = Progress(found.nbytes, target.say)
     needed = int(found.nbytes * SHARE[quant]) + SLACK
-    with new_folder(target, bytes_needed=needed, seal=SEALS[layout]) as out:
-        title = f"{_name(target)}, {layout} layout"
-        if found.model and not adapter:
-            identity = fingerprint(found)
-        text = card.text(title, found, adapter, identity).encode()
+    with new_folder(target.path, bytes_needed=needed, seal=SEALS[layout]) as out:
         if layout == "native":
-            out.write("README.md", [text])
             native.write(out, found, progress=progress)
         elif layout == "hf":
-            out.write("README.md", [text])
             shard = REMOTE_SHARD_BYTES if out.remote else SHARD_BYTES
-            hf.write(out, found, shard_bytes=shard, decoder=decoder, progress=progress)
+            hf.write(out, found, shard_bytes=shard, decoder=target.decoder, progress=progress)
         else:
             meta.write(out, found, progress=progress)
-            out.write("README.md", [text])
-    progress.done(f"{target}: written, {layout}")
+        out.write("README.md", [card_text])
+    progress.done(f"{target.path}: written, {layout}")
 
 
 def _write_adapter(
-    adapter: Adapter, base: Checkpoint | None, target: str, layout: str, identity: str,
-    merges: bool, say: Callable[[str], None],
-) -> None:  # fmt: skip
-    if merges:
+    adapter: Adapter, base: Checkpoint | None, identity: str, target: Target
+) -> None:
+    if target.merges:
         raise ConvertError(
             f"{adapter.path}: an adapter; give --base, the weights it was trained on, to merge it"
         )
     layers = 1 + max(int(name.split(".")[2]) for name in adapter.matrices)
     if identity and not adapter.facts.get("base"):
         adapter = dataclasses.replace(adapter, facts=adapter.facts | {"base": identity})
-    if layout == "native" and not adapter.facts.get("base"):
+    if target.layout == "native" and not adapter.facts.get("base"):
         raise ConvertError(
             f"{adapter.path}: does not say which weights it was trained on; give them as --base"
         )
     count = sum(t.nbytes for pair in adapter.matrices.values() for t in pair)
-    with new_folder(target, bytes_needed=2 * count + SLACK, seal="adapter_config.json") as out:
-        text = card.text(f"{_name(target)}, LoRA adapter", None, adapter, identity)
-        out.write("README.md", [text.encode()])
-        if layout == "peft":
+    card_text = card.text(f"{target.name}, LoRA adapter", None, adapter, identity).encode()
+    with new_folder(target.path, bytes_needed=2 * count + SLACK, seal=SEALS["peft"]) as out:
+        out.write("README.md", [card_text])
+        if target.layout == "peft":
             peft.write_peft(out, adapter, base_name=base.path if base else "")
         else:
             peft.write_native(out, adapter, layers=layers)
-    say(f"{target}: written, {layout} adapter")
+    target.say(f"{target.path}: written, {target.layout} adapter")
 
 
 def _warnings(found: Checkpoint, layout: str) -> list[str]:
@@ -137,7 +149,3 @@ def _warnings(found: Checkpoint, layout: str) -> list[str]:
             f"{vq_names.TAMING_GROUPS}: there its codes and pictures will be wrong"
         )
     return lines
-
-
-def _name(target: str) -> str:
-    return target.rstrip("/").rpartition("/")[2]

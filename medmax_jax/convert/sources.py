@@ -34,7 +34,7 @@ def read(path: str | os.PathLike) -> Checkpoint | Adapter:
         config = folder.json("config.json")
         if hf.is_layout(config):
             return hf.read(folder)
-        if native.is_layout(config) and "config" not in config:
+        if native.is_layout(config):
             return native.read(folder)
     if folder.has("model/config.json"):  # a run that trained a whole model
         return native.read(Folder(f"{path.rstrip('/')}/model"))

@@ -1,0 +1,88 @@
+"""An append-only JSONL file that outlives a kill: a line is on the disk before anyone relies on it.
+
+One process writes it, from any of its threads. A last line that a crash cut short is taken off when
+the file is opened again; damage elsewhere is an error, since what is lost there was paid for.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+class JournalError(ValueError):
+    """A journal that cannot be used; the message names file, line and mend."""
+
+
+class Journal:
+    """The lines of a file as `rows`, and `append`. Made by `open_journal`."""
+
+    def __init__(self, path: Path, descriptor: int, rows: list[dict[str, Any]]):
+        self.path, self.rows = path, rows
+        self._descriptor, self._lock = descriptor, threading.Lock()
+
+    def append(self, *rows: dict[str, Any]) -> None:
+        """Adds lines; they are on the disk when it returns."""
+        # ASCII: a reply may hold half a surrogate pair, which UTF-8 cannot write.
+        data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        with self._lock:
+            before = os.fstat(self._descriptor).st_size
+            try:
+                while data:
+                    data = data[os.write(self._descriptor, data) :]
+                os.fsync(self._descriptor)
+            except OSError as error:
+                os.ftruncate(self._descriptor, before)  # else the next line joins half of this one
+                raise JournalError(
+                    f"{self.path}: cannot be written ({error.strerror}); make room and go on"
+                ) from error
+            self.rows += rows
+
+
+@contextlib.contextmanager
+def open_journal(path: str | os.PathLike) -> Iterator[Journal]:
+    """The journal at `path`, made if missing, held by this process while the block runs.
+
+    Readable by its owner only: what it holds may be credentialed.
+    """
+    path = Path(path)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+    except OSError as error:
+        raise JournalError(
+            f"{path}: cannot be opened ({error.strerror}); name another folder"
+        ) from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise JournalError(
+                f"{path}: another process is writing it; wait, or choose another folder"
+            ) from error
+        data = path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        if whole != len(data):
+            os.ftruncate(descriptor, whole)
+        yield Journal(path, descriptor, parse(data[:whole], path))
+    finally:
+        os.close(descriptor)
+
+
+def parse(data: bytes, where: str | os.PathLike) -> list[dict[str, Any]]:
+    """The objects of JSONL bytes; raises JournalError at a line that is none."""
+    rows = []
+    for number, line in enumerate(data.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise JournalError(f"{where} line {number}: not JSON; delete that line") from error
+        if not isinstance(row, dict):
+            raise JournalError(f"{where} line {number}: not an object; delete that line")
+        rows.append(row)
+    return rows

@@ -1,0 +1,37 @@
+"""Documents as text, JSONL in the released schema, before they are token ids.
+
+{"id": "PMC1_f2", "text": "question<reserved08706>answer with <image>", "image_path": "a.png",
+ "task": "Multimodal Generation", "source": "PMC-OA", "credential": "no", "group": "PMC1",
+ "turns": 1}
+"""
+
+from pathlib import Path
+from typing import Any
+
+from data.captions import is_inside
+from data.documents import RecordsError
+from data.journal import JournalError, parse
+from medmax_jax.tokenizer import IMAGE_NAME
+
+TEXTS = ("id", "text", "image_path", "task", "source", "credential", "group")
+
+
+def read_texts(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a file, each with the fields above; raises RecordsError."""
+    try:
+        rows = parse(Path(path).read_bytes(), path)
+    except (OSError, JournalError) as error:
+        raise RecordsError(f"{path}: cannot be read ({error})") from error
+    for n, row in enumerate(rows, start=1):
+        wrong = [name for name in TEXTS if not isinstance(row.get(name), str)]
+        wrong += ["turns"] if type(row.get("turns")) is not int or row["turns"] < 0 else []
+        if wrong:
+            name = wrong[0]
+            raise RecordsError(f"{path} row {n}: {name} is {row.get(name)!r}; mend it")
+        shown, name = IMAGE_NAME in row["text"], row["image_path"]
+        if shown != bool(name) or (name and not is_inside(name)):
+            raise RecordsError(
+                f"{path} row {n}: image_path is {name!r} and {IMAGE_NAME} is "
+                f"{'in' if shown else 'not in'} the text; give it a file below --images, or neither"
+            )
+    return rows

@@ -1,0 +1,169 @@
+"""Folders of records as a TensorFlow data set, written and read without TensorFlow.
+
+python -m data.tfds_builders --from train=records/train validation=records/val --out D --name mine
+
+    import tensorflow_datasets as tfds
+    source = tfds.builder_from_directory("D/medmax_records/mine/1.0.0").as_data_source("train")
+    source = tfds.data_source("medmax_records/mine", data_dir="D", split="train")      # the same
+    source[0]["tokens"]           int32 [T]; document(source[0]) is the Document of the records
+
+Every split holds the documents of one folder in their order; metadata.json has what their ids mean
+and the folders' fingerprints. Exit codes: 0 done, 1 failed, 2 wrong usage, 75 interrupted: the data
+set appears whole or not at all.
+"""
+
+import argparse
+import dataclasses
+import logging
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from data import records
+from data.documents import Document, RecordsError
+from data.published import private
+from medmax_jax.convert.progress import Progress
+
+log = logging.getLogger("medmax_jax.tfds")
+
+TEXTS = ("image_path", "task", "source", "credential", "group", "id")
+NAME = "medmax_records"  # as TFDS spells the class below
+_WORD = re.compile(r"[a-z][a-z0-9_]*")
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class RecordsConfig(tfds.core.BuilderConfig):
+    """Which folder each split is made of."""
+
+    folders: Mapping[str, Path]
+    saw: Callable[[int], None] = dataclasses.field(repr=False)  # bytes of tokens written
+
+
+class MedmaxRecords(tfds.core.GeneratorBasedBuilder):
+    """Documents of MedMax: one token sequence of text and images each."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    # Nothing is downloaded, so no checksums lie beside this file. TFDS 4.9 would look for them with
+    # importlib_resources, which it does not require.
+    code_path = None
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        opened = {s: records.open_records(f) for s, f in self.builder_config.folders.items()}
+        about = {
+            split: {"sha256": r.fingerprint, "layout": r.meta["layout"], "notes": r.meta["notes"]}
+            for split, r in opened.items()
+        }
+        # A Tensor, as Sequence(int32) would decode to a list of numpy scalars, thirty times slower.
+        features = {"tokens": tfds.features.Tensor(shape=(None,), dtype=np.int32)}
+        features |= {name: tfds.features.Text() for name in TEXTS}
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(features | {"turns": np.int32}),
+            disable_shuffling=True,  # the order of the records; training shuffles by itself
+            metadata=tfds.core.MetadataDict(about),
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
+        folders = self.builder_config.folders
+        return {split: self._generate_examples(folder) for split, folder in folders.items()}
+
+    def _generate_examples(self, folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+        for number, found in enumerate(records.open_records(folder)):
+            yield number, {f.name: getattr(found, f.name) for f in dataclasses.fields(found)}
+            self.builder_config.saw(found.tokens.nbytes)
+
+
+def write(
+    folders: Mapping[str, str | Path], out: str | Path, *, name: str, say: Callable[[str], None]
+) -> Path:
+    """Writes OUT/medmax_records/NAME/1.0.0, of records by split; returns that folder."""
+    for word in (name, *folders):
+        if not _WORD.fullmatch(word):
+            raise RecordsError(f"{word!r} is no name of a data set or split; use one like train_2")
+    target = Path(os.path.abspath(out)) / NAME / name / str(MedmaxRecords.VERSION)
+    if target.exists():
+        raise RecordsError(f"{target}: exists; choose another --name or --out, or delete it")
+    opened = {split: records.open_records(folder) for split, folder in folders.items()}
+    credentials = {c.lower() for r in opened.values() for c in r.meta["credentials"]}
+    if len({c == "yes" for c in credentials}) > 1:
+        raise RecordsError(
+            "credentialed documents would lie among others; make a data set of each: "
+            + ", ".join(f"{split} has {r.meta['credentials']}" for split, r in opened.items())
+        )
+    for left in target.parent.glob("incomplete.*"):  # of a run that was killed
+        shutil.rmtree(left)
+    progress = Progress(4 * sum(r.meta["tokens"] for r in opened.values()), say)
+    config = RecordsConfig(
+        name=name, folders={split: Path(f) for split, f in folders.items()}, saw=progress
+    )
+    if credentials == {"yes"}:
+        with private():
+            _prepare(config, out)
+    else:
+        _prepare(config, out)
+    progress.done(f"{target}: {sum(map(len, opened.values()))} documents")
+    return target
+
+
+def document(example: Mapping[str, Any]) -> Document:
+    """The document that an example of a data source was made of."""
+    texts = {name: example[name].decode() for name in TEXTS}
+    return Document(tokens=example["tokens"], turns=int(example["turns"]), **texts)
+
+
+def _prepare(config: RecordsConfig, out: str | Path) -> None:
+    # array_record: the only format that TFDS both writes and reads at random without TensorFlow
+    builder = MedmaxRecords(config=config, data_dir=os.fspath(out), file_format="array_record")
+    builder.download_and_prepare()
+
+
+# The program.
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Writes one data set; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data.tfds_builders", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument(
+        "--from",
+        nargs="+",
+        required=True,
+        type=_split,
+        dest="folders",
+        metavar="SPLIT=FOLDER",
+        help="folders of records",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="TFDS's data_dir")
+    parser.add_argument("--name", required=True, help="of this data set")
+    args = parser.parse_args(argv)
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+    log.setLevel(logging.INFO)
+    tfds.disable_progress_bar()
+    try:
+        print(write(dict(args.folders), args.out, name=args.name, say=log.info))
+    except RecordsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: no data set was written; give the same command again", file=sys.stderr)
+        return 75
+    return 0
+
+
+def _split(text: str) -> tuple[str, str]:
+    split, equals, folder = text.partition("=")
+    if not equals or not folder:
+        raise argparse.ArgumentTypeError(f"{text!r} is not SPLIT=FOLDER")
+    return split, folder
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""Tokenizing at scale: killed at any point, by several processes, with bad and equal pictures."""
+
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from data import code_store
+from data.code_store import open_codes, tokenize
+from data.codes import PrepareError, load_encoder
+from data.prepare import SAMPLE, TINY
+
+ROOT = pathlib.Path(__file__).parent.parent
+PATHS = sorted(str(p.relative_to(SAMPLE)) for p in (SAMPLE / "images").iterdir())[:72]
+HOW = dict(precision="highest", shard_size=8, batch=8, max_bad=0.1)
+CHILD = """
+import json, sys
+sys.path.insert(0, ".")
+from pathlib import Path
+from data import code_store
+from data.codes import load_encoder
+out, folder, paths, model, how, patience = json.loads(sys.argv[1])
+code_store.PATIENCE = patience
+encoder = load_encoder(Path(model))
+print("ready", flush=True)
+code_store.tokenize(out, paths, folder=folder, encoder=encoder, **how)
+"""
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return load_encoder(TINY)
+
+
+def all_codes(folder: pathlib.Path) -> list[np.ndarray | None]:
+    codes = open_codes(folder)
+    return [codes[i] for i in range(len(codes))]
+
+
+def same(a: pathlib.Path, b: pathlib.Path) -> bool:
+    one, two = all_codes(a), all_codes(b)
+    return len(one) == len(two) and all(np.array_equal(x, y) for x, y in zip(one, two, strict=True))
+
+
+def child(out: pathlib.Path, *, patience: float = 60.0, **more: int) -> subprocess.Popen:
+    given = json.dumps([str(out), str(SAMPLE), PATHS, str(TINY), HOW | more, patience])
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD, given], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> pathlib.Path:
+    """Made by one process that nobody stops."""
+    out = tmp_path_factory.mktemp("whole") / "codes"
+    process = child(out)
+    process.communicate(timeout=120)
+    assert process.returncode == 0
+    return out
+
+
+def test_codes_are_those_of_the_records_program(whole, encoder):
+    from data.codes import View, encode
+
+    found, _ = encode([View(p, 0, "", False) for p in PATHS[:9]], encoder, SAMPLE)
+    codes = open_codes(whole)
+    for i, path in enumerate(PATHS[:9]):
+        # that program encodes 16 at once: a sum in another order may decide between two near rows
+        assert (codes[i] == found[path, 0]).mean() >= 0.98 and codes[i].dtype == np.uint16
+    assert codes.meta["unique"] == len(PATHS) and codes.meta["agreement"] is None
+
+
+def test_killed_at_random_points_the_same_command_ends_with_the_same_codes(whole, tmp_path):
+    draw, out = random.Random(0), tmp_path / "codes"
+    for _ in range(3):
+        process = child(out)
+        process.stdout.readline()
+        time.sleep(draw.uniform(0.1, 2.5))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+    process = child(out)
+    process.communicate(timeout=120)
+    assert process.returncode == 0 and same(out, whole)
+    assert json.loads((out / "dataset.json").read_text())["pictures"] == len(PATHS)
+
+
+def test_two_processes_share_the_work_and_one_takes_over(whole, tmp_path):
+    out = tmp_path / "codes"
+    pair = [child(out, process=i, processes=2, patience=2.0) for i in range(2)]
+    pair[1].stdout.readline()
+    time.sleep(0.5)
+    pair[1].kill()  # its part is made by the other one after a while
+    assert pair[0].wait(timeout=120) == 0
+    for each in pair:
+        each.communicate()
+    assert same(out, whole)
+
+
+def test_three_processes_agree(whole, tmp_path):
+    out = tmp_path / "codes"
+    several = [child(out, process=i, processes=3) for i in range(3)]
+    for each in several:
+        each.communicate(timeout=180)
+        assert each.returncode == 0
+    assert same(out, whole)
+
+
+def test_equal_files_are_encoded_once_and_broken_ones_are_told(encoder, tmp_path):
+    folder, paths = tmp_path / "in", []
+    folder.mkdir()
+    for i, source in enumerate(PATHS[:20]):
+        shutil.copyfile(SAMPLE / source, folder / f"{i}.jpg")
+        paths.append(f"{i}.jpg")
+    shutil.copyfile(folder / "3.jpg", folder / "again.jpg")
+    (folder / "cut.jpg").write_bytes((folder / "4.jpg").read_bytes()[:300])
+    clear = PIL.Image.new("RGBA", (70, 70), (0, 0, 0, 0))
+    clear.save(folder / "clear.png")
+    PIL.Image.new("RGB", (70, 70), "white").save(folder / "white.png")
+    paths += ["again.jpg", "cut.jpg", "gone.jpg", "clear.png", "white.png"]
+    meta = tokenize(tmp_path / "out", paths, folder=folder, encoder=encoder, **HOW)
+    assert (meta["pictures"], meta["unique"], meta["unreadable"]) == (25, 23, 2)
+    assert "damaged or cut short" in meta["reasons"]["cut.jpg"]
+    assert "no such file" in meta["reasons"]["gone.jpg"]
+    codes = open_codes(tmp_path / "out")
+    np.testing.assert_array_equal(codes[3], codes[20])
+    assert codes.index[3] == codes.index[20]
+    assert codes[21] is None and codes[22] is None
+    np.testing.assert_array_equal(codes[23], codes[24])  # alpha is blended with white
+    with pytest.raises(PrepareError, match=r"2 of 25 pictures cannot be read.*the share 0.05"):
+        tokenize(tmp_path / "b", paths, folder=folder, encoder=encoder, **HOW | {"max_bad": 0.05})
+
+
+def test_bfloat16_says_how_often_it_agrees(encoder, whole, tmp_path):
+    how = HOW | {"precision": "bfloat16"}
+    meta = tokenize(tmp_path / "out", PATHS[:16], folder=SAMPLE, encoder=encoder, **how)
+    exact, rounded = open_codes(whole), open_codes(tmp_path / "out")
+    seen = np.mean([(exact[i] == rounded[i]).mean() for i in range(16)])
+    assert abs(meta["agreement"] - seen) < 0.1 and 0.5 < meta["agreement"] < 1
+
+
+def test_a_folder_belongs_to_one_plan(encoder, whole, tmp_path):
+    out = tmp_path / "codes"
+    shutil.copytree(whole, out)
+    ask = dict(folder=SAMPLE, encoder=encoder)
+    with pytest.raises(PrepareError, match="holds codes with shard_size 8, this command has 16"):
+        tokenize(out, PATHS, **ask, **HOW | {"shard_size": 16})
+    with pytest.raises(PrepareError, match="holds codes with pictures"):
+        tokenize(out, PATHS[:-1], **ask, **HOW)
+    with pytest.raises(PrepareError, match="2 pictures, 1 different; list each once"):
+        tokenize(tmp_path / "x", ["a.jpg", "a.jpg"], **ask, **HOW)
+    with pytest.raises(PrepareError, match="precision is 'fp8'; use highest or bfloat16"):
+        tokenize(tmp_path / "x", PATHS, **ask, **HOW | {"precision": "fp8"})
+    with pytest.raises(PrepareError, match="not finished"):
+        open_codes(tmp_path / "x")
+
+
+def test_damage_is_noticed(whole, tmp_path):
+    out = tmp_path / "codes"
+    shutil.copytree(whole, out)
+    path = out / "codes" / "00001.array_record"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(PrepareError, match="00001.array_record: not the .* bytes written"):
+        open_codes(out)[9]
+    record = code_store._to_bytes(np.zeros(32, np.uint8), np.arange(5, dtype=np.uint16))
+    digest, codes = code_store._from_bytes(record, "x")
+    assert digest == bytes(32) and codes.tolist() == [0, 1, 2, 3, 4]
+    for i in range(len(record)):
+        broken = bytearray(record)
+        broken[i] ^= 1
+        with pytest.raises(PrepareError):
+            code_store._from_bytes(bytes(broken), "x")
