@@ -48,11 +48,20 @@ def get_config() -> ConfigDict:
         dict(
             train="records/train",
             validation="records/validation",
-            seq_len=2_048,  # MedMax training/data.py truncates here
+            document_limit=2_048,  # MedMax training/data.py truncates here; ours leaves out whole
+            seq_len=2_048,
             batch_size=8,  # the paper's
             pack=True,
             mask="answers",
             seed=0,
+        )
+    )
+    config.mixing = ConfigDict(
+        dict(  # each document once an epoch, as released
+            by="source",
+            unit="documents",
+            weights="",
+            image_centric=False,
         )
     )
     config.optim = ConfigDict(

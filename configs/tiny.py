@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
         num_codes=256,
         norm_groups=8,  # 4 channels each, as released: with 32 each channel alone, colours go grey
     )
-    config.data.update(seq_len=256, batch_size=8)
+    config.data.update(document_limit=256, seq_len=256, batch_size=8)
     config.optim.update(peak_lr=3e-3)
     config.train.update(
         init_from="medmax_jax/tiny", steps=300, log_every=10, eval_every=100, checkpoint_every=100

@@ -17,6 +17,7 @@ from medmax_jax.config import Vocab
 from medmax_jax.vocab import BOI, BOS, EOI, EOS, IMAGE, IMAGE_START, PAD, SEP, check_ids, is_image
 
 COLUMNS = ("length", "image", "answers", "answers_image", "release", "release_image")
+LABELS = ("source", "task", "picture")  # numbers of names, see records.Labels
 _HEAD = struct.Struct("<4sII")  # magic, CRC-32 of all that follows it, bytes of the JSON header
 _MAGIC = b"MMX1"
 

@@ -25,9 +25,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float32, Int32
 
-from data import records
+from data import mixing, reader
 from data.documents import Document, RecordsError, scored
-from data.pack import Epochs
 from medmax_jax.config import Run
 from medmax_jax.vocab import PAD
 
@@ -77,14 +76,16 @@ class Batches:
         host: int | None = None,  # this process
         hosts: int | None = None,  # all processes
     ):
-        self.records = records.open_records(folder)
+        self.records = reader.open_records(folder)
         self._run = run
         self._host = jax.process_index() if host is None else host
         self._hosts = jax.process_count() if hosts is None else hosts
         self._check()
-        at = dict(seq_len=run.data.seq_len, pack=run.data.pack, seed=run.data.seed)
-        self._epochs = Epochs(self.records.index["length"], **at)
-        self._last = self._epochs.first_epoch_rows if one_pass else None
+        # Held-out documents are met once each, whatever training draws.
+        self._mixing = dataclasses.replace(run.mixing, weights="") if one_pass else run.mixing
+        self._epochs = mixing.epochs(self.records, run.data, self._mixing)
+        self.plan = self._epochs.first.fingerprint  # of epoch 0
+        self._last = len(self._epochs.first) if one_pass else None
         self._text, self._image = self.records.scored_counts(run.data.mask)
         steps = -(-self._last // run.data.batch_size) if one_pass else run.train.steps
         self._steps = grain.MapDataset.range(0, steps).map(self._make)
@@ -117,6 +118,28 @@ class Batches:
             tokens=tokens,
             fill=tokens / (size * seq_len),
         )
+
+    def words(self) -> list[str]:
+        """What an epoch holds, for the log: documents, rows, shares, what is left out."""
+        found, data, plan = self.records, self._run.data, self._epochs.first
+        tokens = int(found.index["length"][plan.documents].sum())
+        lines = [
+            f"{len(found):,} documents of {found.folder}; an epoch draws {len(plan.documents):,} "
+            f"into {len(plan):,} rows of {data.seq_len:,} tokens, "
+            f"{tokens / (len(plan) * data.seq_len):.1%} full; plan {self.plan[:12]}"
+        ]
+        lines += [
+            f"{name}: {d:.1%} of the documents, {t:.1%} of the tokens, each {n:.3g} times an epoch"
+            for name, (d, t, n) in mixing.shares(found, data, self._mixing).items()
+        ]
+        long = np.flatnonzero(found.index["length"] > data.document_limit)
+        if long.size:
+            names = ", ".join(d.id for d in found.read(long[:5])) + ", ..." * (long.size > 5)
+            lines.append(
+                f"left out, longer than data.document_limit = {data.document_limit}: {long.size:,} "
+                f"documents: {names}; python -m data.prepare plan names all"
+            )
+        return lines
 
     def _make(self, step: int) -> Batch:
         rows, stats = self._rows(int(step)), self.stats(int(step))

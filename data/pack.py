@@ -3,13 +3,17 @@
     lengths 60 200 50 140 90, seq_len 256  ->  [200 50] [140 90] [60]        pack=True
                                                [60] [200] [50] [140] [90]    pack=False
 
-Every document stands in exactly one row of every epoch, whole. A plan is a function of (lengths,
-seq_len, pack, seed, epoch): nothing else, so a run can start at any step on any number of hosts.
+Every document of a window stands in exactly one row, whole; windows are stretches of an epoch's
+documents, by default of all of them shuffled, each once (mixing.py has the others). A plan is a
+function of (lengths, windows, seq_len, pack, seed, epoch): nothing else, so a run can start at any
+step on any number of hosts.
 """
 
 import bisect
 import dataclasses
+import hashlib
 import threading
+from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Int
@@ -20,14 +24,14 @@ WINDOW = 4_096
 
 
 class PackError(ValueError):
-    """Lengths that cannot be packed; the message says which and what to change."""
+    """Documents that cannot be packed or mixed; the message says which and what to change."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
     """One epoch. Row i holds documents[starts[i]:starts[i + 1]]."""
 
-    documents: np.ndarray  # int32 [documents], a permutation
+    documents: np.ndarray  # int32 [documents of the epoch]
     starts: np.ndarray  # int64 [rows + 1]
 
     def __len__(self) -> int:
@@ -37,34 +41,63 @@ class Plan:
         """The documents of row i, in their order there."""
         return self.documents[self.starts[i] : self.starts[i + 1]]
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of who stands where."""
+        digest = hashlib.sha256(self.documents.astype("<i4").tobytes())
+        digest.update(self.starts.astype("<i8").tobytes())
+        return digest.hexdigest()
 
-def plan(lengths: Int[np.ndarray, "n"], *, seq_len: int, pack: bool, seed: int, epoch: int) -> Plan:
+
+def plan(
+    lengths: Int[np.ndarray, "n"],
+    *,
+    seq_len: int,
+    pack: bool,
+    seed: int,
+    epoch: int,
+    windows: list[np.ndarray] | None = None,
+) -> Plan:
     """The rows of one epoch; raises PackError when a document is longer than a row.
 
-    Packing is best-fit decreasing within windows of the shuffled documents: each, longest first,
-    goes into the fullest row that still has room. Rows then change places within their window, so
-    that a window does not begin with its long documents.
+    Packing is best-fit decreasing within windows: each document, longest first, goes into the
+    fullest row that still has room. Rows then change places within their window, so that a window
+    does not begin with its long documents. `windows` None: every document once.
     """
-    _check(lengths, seq_len)
-    order = _shuffle(len(lengths), seed, epoch, 0)
+    if windows is None:
+        windows = shuffled(np.arange(len(lengths)), seed=seed, epoch=epoch)
+    _check(lengths, windows, seq_len)
     if not pack:
-        return Plan(order.astype(np.int32), np.arange(len(order) + 1))
-    rows: list[list[int]] = []
-    for start in range(0, len(order), WINDOW):
-        window = order[start : start + WINDOW]
+        documents = np.concatenate(windows).astype(np.int32)
+        return Plan(documents, np.arange(len(documents) + 1))
+    placed, sizes, start = [], [], 0
+    for window in windows:
         packed = _best_fit(window, lengths[window], seq_len)
-        rows += [packed[i] for i in _shuffle(len(packed), seed, epoch, 1 + start)]
-    starts = np.cumsum([0] + [len(r) for r in rows])
-    return Plan(np.asarray([d for r in rows for d in r], np.int32), starts)
+        rows = [packed[i] for i in shuffle(len(packed), seed, epoch, 1 + start)]
+        placed.append(np.asarray([d for row in rows for d in row], np.int32))
+        sizes.append(np.asarray([len(row) for row in rows]))
+        start += len(window)
+    return Plan(np.concatenate(placed), np.cumsum(np.concatenate([[0], *sizes])))
 
 
 class Epochs:
     """The rows of epochs 0, 1, 2, ... one after the other, without end; planned when needed."""
 
-    def __init__(self, lengths: Int[np.ndarray, "n"], *, seq_len: int, pack: bool, seed: int):
-        self._lengths, self._seq_len, self._pack, self._seed = lengths, seq_len, pack, seed
-        self._plans = [plan(lengths, seq_len=seq_len, pack=pack, seed=seed, epoch=0)]
-        self._starts = [0, len(self._plans[0])]  # first row of each epoch, and of the next one
+    def __init__(
+        self,
+        lengths: Int[np.ndarray, "n"],
+        *,
+        seq_len: int,
+        pack: bool,
+        seed: int,
+        windows: Callable[[int], list[np.ndarray] | None] = lambda epoch: None,
+    ):
+        self.plan = lambda epoch: plan(
+            lengths, seq_len=seq_len, pack=pack, seed=seed, epoch=epoch, windows=windows(epoch)
+        )
+        self.first = self.plan(0)
+        self._plans = [self.first]
+        self._starts = [0, len(self.first)]  # first row of each epoch, and of the next one
         self._lock = threading.Lock()  # a prefetching thread asks too
 
     def row(self, i: int) -> Int[np.ndarray, "n"]:
@@ -76,46 +109,54 @@ class Epochs:
         """The epoch that row i belongs to."""
         with self._lock:
             while i >= self._starts[-1]:
-                at = dict(seq_len=self._seq_len, pack=self._pack, seed=self._seed)
-                self._plans.append(plan(self._lengths, **at, epoch=len(self._plans)))
+                self._plans.append(self.plan(len(self._plans)))
                 self._starts.append(self._starts[-1] + len(self._plans[-1]))
         return bisect.bisect_right(self._starts, i) - 1
 
-    @property
-    def first_epoch_rows(self) -> int:
-        return self._starts[1]
+
+def shuffled(
+    documents: Int[np.ndarray, "n"], *, seed: int, epoch: int
+) -> list[Int[np.ndarray, "_"]]:
+    """Windows of all `documents`, each once, in the order of this epoch."""
+    order = documents[shuffle(len(documents), seed, epoch, 0)]
+    return [order[i : i + WINDOW] for i in range(0, len(order), WINDOW)]
 
 
-def _best_fit(window: np.ndarray, lengths: np.ndarray, seq_len: int) -> list[list[int]]:
-    rows: list[list[int]] = []
-    room: list[int] = []  # sorted; free tokens * WINDOW + row: ints compare faster than pairs
-    for i in np.argsort(-lengths, kind="stable"):
-        length = int(lengths[i])
-        at = bisect.bisect_left(room, length * WINDOW)
-        if at == len(room):
-            free, row = seq_len, len(rows)
-            rows.append([])
-        else:
-            free, row = divmod(room.pop(at), WINDOW)
-        rows[row].append(int(window[i]))
-        bisect.insort(room, (free - length) * WINDOW + row)
-    return rows
+def shuffle(n: int, seed: int, epoch: int, stream: int) -> Int[np.ndarray, "n"]:
+    """A permutation of 0 .. n-1, another for each (seed, epoch, stream).
 
-
-def _shuffle(n: int, seed: int, epoch: int, stream: int) -> np.ndarray:
-    # Sorted raw draws, not Generator.permutation: numpy promises the raw stream for ever, the
-    # permutation only for one version, and a resumed run must find its old order.
+    Sorted raw draws, not Generator.permutation: numpy promises the raw stream for ever, the
+    permutation only for one version, and a resumed run must find its old order.
+    """
     bits = np.random.PCG64(np.random.SeedSequence([seed, epoch, stream]))
     return np.argsort(bits.random_raw(n), kind="stable")
 
 
-def _check(lengths: np.ndarray, seq_len: int) -> None:
-    if not len(lengths):
+def _best_fit(window: np.ndarray, lengths: np.ndarray, seq_len: int) -> list[list[int]]:
+    rows: list[list[int]] = []
+    room: list[int] = []  # sorted; free tokens * base + row: ints compare faster than pairs
+    base = len(window)
+    for i in np.argsort(-lengths, kind="stable"):
+        length = int(lengths[i])
+        at = bisect.bisect_left(room, length * base)
+        if at == len(room):
+            free, row = seq_len, len(rows)
+            rows.append([])
+        else:
+            free, row = divmod(room.pop(at), base)
+        rows[row].append(int(window[i]))
+        bisect.insort(room, (free - length) * base + row)
+    return rows
+
+
+def _check(lengths: np.ndarray, windows: list[np.ndarray], seq_len: int) -> None:
+    if not sum(map(len, windows)):
         raise PackError("there are no documents to pack")
-    long = int((lengths > seq_len).sum())
-    if long:
+    longest = max(int(lengths[w].max()) for w in windows if len(w))
+    if longest > seq_len:
+        drawn = np.unique(np.concatenate(windows))
         raise PackError(
-            f"{long} of {len(lengths)} documents are longer than data.seq_len = {seq_len} (the "
-            f"longest has {lengths.max()} tokens) and none is cut; set data.seq_len to "
-            f"{lengths.max()}, or make the records without the long ones"
+            f"{(lengths[drawn] > seq_len).sum()} of {len(drawn)} documents are longer than "
+            f"data.seq_len = {seq_len} (the longest has {longest} tokens) and none is cut; set "
+            f"data.seq_len to {longest}, or leave them out by a lower data.document_limit"
         )

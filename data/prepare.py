@@ -8,6 +8,7 @@ python -m data.prepare documents --from documents.jsonl --images D --out D2     
 python -m data.prepare instruct --help   captions to interleaved instructions by an LLM
 python -m data.prepare check D      reads every record back and compares it with what was written
 python -m data.prepare stats D      what is in it, and how well it packs
+python -m data.prepare plan D --seq_len N [--row 17] [--epoch 0]    how full rows are, who is in one
 
     manifest row -> picture -> views 0 .. n-1 -> VQGAN codes --+
                  -> documents (text with <image>) -------------+-> token ids -> records
@@ -32,7 +33,16 @@ from typing import Any
 import numpy as np
 
 from configs import base
-from data import archives, eval_rows, instruct_command, pack, published, records, texts
+from data import (
+    archives,
+    eval_rows,
+    instruct_command,
+    pack,
+    plan_report,
+    published,
+    records,
+    texts,
+)  # fmt: skip
 from data import build as source_build
 from data.codes import Encoder, PrepareError, View, encode, load_encoder, log_to_stderr
 from data.documents import Document, Layout, RecordsError, counts, to_bytes
@@ -138,10 +148,12 @@ def check(folder: str | Path, *, tokenizer: Tokenizer | None) -> dict[str, Any]:
     The example is the first document as text, if `tokenizer` is the one that wrote it.
     """
     found = records.open_records(folder)
-    digest, table = hashlib.sha256(), []
+    digest, table, labels = hashlib.sha256(), [], records.Labels()
     for document in found:
         digest.update(to_bytes(document))
         table.append(counts(document, found.layout.vocab))
+        labels.add(document.source, document.task, document.image_path)
+    table = np.concatenate([table, labels.table()], axis=1)
     written = np.stack(list(found.index.values()), axis=1)
     if digest.hexdigest() != found.fingerprint or not np.array_equal(table, written):
         raise RecordsError(f"{folder}: not the documents that were written; make it again")
@@ -150,18 +162,6 @@ def check(folder: str | Path, *, tokenizer: Tokenizer | None) -> dict[str, Any]:
     return {n: found.meta[n] for n in names} | dict(
         example=found[0].id, text=_text(found[0], found.layout, tokenizer) if ours else None
     )
-
-
-def stats(folder: str | Path, *, seq_len: int) -> dict[str, Any]:
-    """What a folder holds, and how full rows of `seq_len` tokens are when packed."""
-    found = records.open_records(folder)
-    lengths = found.index["length"]
-    rows = len(pack.plan(lengths, seq_len=seq_len, pack=True, seed=0, epoch=0))
-    names = ("documents", "groups", "tokens", "text_tokens", "image_tokens", "scored")
-    held = {n: found.meta[n] for n in (*names, "tasks", "sources", "credentials", "notes")}
-    quantiles = {f"{q}%": int(np.percentile(lengths, q)) for q in (0, 25, 50, 75, 95, 100)}
-    fill = round(float(lengths.sum() / (rows * seq_len)), 4)
-    return held | dict(lengths=quantiles, seq_len=seq_len, rows=rows, fill=fill)
 
 
 def _manifest(sample: Path) -> list[dict[str, Any]]:
@@ -286,16 +286,13 @@ def _parser() -> argparse.ArgumentParser:
     source_build.add_flags(built)
     checked = commands.add_parser("check", help="read every record back")
     checked.set_defaults(run=_run_check)
-    counted = commands.add_parser("stats", help="what a folder of records holds")
-    counted.add_argument(
-        "--seq_len", type=int, default=0, help="row length; 0: the longest document"
-    )
-    counted.set_defaults(run=_run_stats)
-    for command in (checked, counted):
+    counted, planned = plan_report.add(commands)
+    for command in (checked, counted, planned):
         command.add_argument("folder", type=Path, help="folder of records")
     for command in (sample, written, checked):
         command.add_argument("--model", type=Path, default=TINY, help="model folder")
-    for command in (sample, brought, built, unpacked, written, curated, checked, counted):
+    asked = (sample, brought, built, unpacked, written, curated, checked, counted, planned)
+    for command in asked:
         command.add_argument("--json", action="store_true", help="one JSON object as the last line")
     return parser
 
@@ -387,11 +384,6 @@ def _run_check(args: argparse.Namespace) -> dict[str, Any]:
         log.warning("no example in words: %s", error)
         tokenizer = None
     return check(args.folder, tokenizer=tokenizer)
-
-
-def _run_stats(args: argparse.Namespace) -> dict[str, Any]:
-    longest = records.open_records(args.folder).meta["longest"]
-    return stats(args.folder, seq_len=args.seq_len or longest)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,6 @@
-"""Documents on disk: a folder of ArrayRecord shards that says what it holds and notices damage.
+"""Writes documents to a folder: shards, an index of counts and names, and what it all holds.
 
-    folder/00000-of-00003.array_record   one document a record, as documents.py writes it
-    folder/index.npy                     int32 [documents, columns of COLUMNS]: lengths and counts
-    folder/dataset.json                  counts, vocabulary, image size, fingerprints; written last
-
-A folder without dataset.json is not finished. ArrayRecord reads a truncated shard as empty records
-and says nothing, so sizes are checked when a folder opens and every record carries its own CRC.
+The layout of the folder stands in reader.py, which opens one.
 """
 
 import collections
@@ -14,27 +9,27 @@ import hashlib
 import json
 import os
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from array_record.python import array_record_module
+from jaxtyping import Int
 
 from data.documents import (
     COLUMNS,
+    LABELS,
     Document,
     Layout,
     RecordsError,
     check_document,
     counts,
-    from_bytes,
     to_bytes,
 )
-from medmax_jax.config import ConfigError, build
+from data.reader import FORMAT, INDEX, META, Records, open_records
 
-FORMAT = 1
-META, INDEX = "dataset.json", "index.npy"
+__all__ = ["Labels", "Records", "open_records", "write"]
 _OPTIONS = "group_size:1,zstd:3"  # group_size 1: the only one with fast random access
 
 
@@ -52,7 +47,8 @@ def write(
     document is written, and dataset.json comes last.
     """
     folder = _new_folder(folder)
-    count, rows, digest, ids = _Counter(), array("i"), hashlib.sha256(), set()
+    count, labels, rows = _Counter(), Labels(), array("i")
+    digest, ids = hashlib.sha256(), set()
     parts = _Parts(folder, shard_size)
     try:
         for document in documents:
@@ -64,6 +60,7 @@ def write(
             digest.update(record)
             parts.add(record)
             rows.extend(counts(document, layout.vocab))
+            labels.add(document.source, document.task, document.image_path)
             count.add(document)
         if not rows:
             raise RecordsError(f"{folder}: no documents to write; look at the source and filters")
@@ -71,8 +68,9 @@ def write(
     except BaseException:
         parts.abandon()
         raise
-    index = np.frombuffer(rows, np.int32).reshape(-1, len(COLUMNS))
-    np.save(folder / INDEX, index)
+    table = np.frombuffer(rows, np.int32).reshape(-1, len(COLUMNS))
+    index = np.concatenate([table, labels.table()], axis=1)
+    np.save(folder / INDEX, np.asfortranarray(index))  # column by column, as it is read
     meta = _meta(index, count, layout, digest, shards, notes)
     meta["index_sha256"] = hashlib.sha256((folder / INDEX).read_bytes()).hexdigest()
     partial = folder / (META + ".partial")
@@ -81,70 +79,29 @@ def write(
     return meta
 
 
-def open_records(folder: str | os.PathLike) -> "Records":
-    """A finished folder, as a sequence of Documents; raises RecordsError when it is not whole."""
-    return Records(Path(folder))
+class Labels:
+    """Source, task and picture of each document as numbers: the place among all names, sorted.
 
+    A document without a picture has -1; the pictures of the others begin at 0.
+        ("B", "VQA", "x.png"), ("A", "VQA", "")   ->   [1 0 0], [0 0 -1]
+    """
 
-class Records(Sequence):
-    """Random access to a folder's documents. `index[column]`: int32 [documents], see COLUMNS."""
+    def __init__(self):
+        self._known: list[dict[str, int]] = [{} for _ in LABELS]  # name -> its first place
+        self._numbers = array("i")  # of that order, 4 bytes a label: there are millions
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.meta = _read_meta(folder)
-        self.layout = _layout(self.meta, folder)
-        self.fingerprint: str = self.meta["sha256"]
-        self.index = _read_index(folder, self.meta)
-        self._starts = np.cumsum([0] + [s["documents"] for s in self.meta["shards"]])
-        self._readers: dict[int, Any] = {}
-        for shard in self.meta["shards"]:
-            _check_shard(folder, shard)
+    def add(self, source: str, task: str, picture: str) -> None:
+        for known, name in zip(self._known, (source, task, picture), strict=True):
+            self._numbers.append(known.setdefault(name, len(known)))
 
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    def __getitem__(self, i: int) -> Document:
-        return self.read([i])[0]
-
-    def __iter__(self) -> Iterator[Document]:
-        for start in range(0, len(self), 256):  # records a read
-            yield from self.read(range(start, min(start + 256, len(self))))
-
-    def read(self, indices: Iterable[int]) -> list[Document]:
-        """Documents by number, in the given order; one read per shard touched."""
-        wanted = np.asarray(list(indices), np.int64)
-        if wanted.size and (wanted.min() < 0 or wanted.max() >= len(self)):
-            raise IndexError(f"document {wanted} of {len(self)} in {self.folder}")
-        shard_of = np.searchsorted(self._starts, wanted, side="right") - 1
-        found: dict[int, Document] = {}
-        for shard in np.unique(shard_of):
-            places = np.flatnonzero(shard_of == shard)
-            local = (wanted[places] - self._starts[shard]).tolist()
-            for place, document in zip(places, self._read_shard(int(shard), local), strict=True):
-                found[int(place)] = document
-        return [found[i] for i in range(len(wanted))]
-
-    def scored_counts(self, mode: str) -> tuple[np.ndarray, np.ndarray]:
-        """(text, image) tokens that `mode` scores, per document."""
-        image = self.index[f"{mode}_image"]
-        return self.index[mode] - image, image
-
-    def _read_shard(self, shard: int, local: list[int]) -> list[Document]:
-        path = self.folder / self.meta["shards"][shard]["file"]
-        try:
-            if shard not in self._readers:
-                self._readers[shard] = array_record_module.ArrayRecordReader(str(path))
-            raw = self._readers[shard].read(local)
-            if len(raw) != len(local):
-                raise ValueError(f"{len(raw)} of {len(local)} records")
-        except (RuntimeError, ValueError) as error:
-            raise RecordsError(
-                f"{path}: damaged ({error}); make the data set again from its source"
-            ) from error
-        documents = [from_bytes(r, f"{path}, record {n}") for n, r in zip(local, raw, strict=True)]
-        for document in documents:
-            check_document(document, self.layout)
-        return documents
+    def table(self) -> Int[np.ndarray, "n 3"]:
+        """Of all that were added."""
+        table = np.array(self._numbers, np.int32).reshape(-1, len(LABELS))
+        for column, known in zip(table.T, self._known, strict=True):
+            place = {name: n for n, name in enumerate(sorted(known))}
+            column[:] = np.array([place[name] for name in known], np.int32)[column]
+        table[:, 2] -= "" in self._known[2]
+        return table
 
 
 class _Counter:
@@ -222,7 +179,8 @@ def _new_folder(folder: str | os.PathLike) -> Path:
 
 
 def _meta(index, count, layout, digest, shards, notes) -> dict[str, Any]:
-    total = dict(zip(COLUMNS, index.astype(np.int64).sum(0).tolist(), strict=True))
+    sums = index[:, : len(COLUMNS)].astype(np.int64).sum(0)  # not LABELS
+    total = dict(zip(COLUMNS, sums.tolist(), strict=True))
     return dict(
         format=FORMAT,
         documents=len(index),
@@ -240,46 +198,3 @@ def _meta(index, count, layout, digest, shards, notes) -> dict[str, Any]:
         shards=shards,
         notes=notes,
     )
-
-
-def _read_meta(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise RecordsError(f"{folder}: no such folder; make it: python -m data.prepare --help")
-    try:
-        meta = json.loads((folder / META).read_text())
-    except FileNotFoundError as error:
-        raise RecordsError(
-            f"{folder}: no {META}, so it was never finished; run its data.prepare command again"
-        ) from error
-    except ValueError as error:
-        raise RecordsError(
-            f"{folder / META}: damaged ({error}); make the data set again"
-        ) from error
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        raise RecordsError(f"{folder / META}: not of format {FORMAT}; make the data set again")
-    return meta
-
-
-def _layout(meta: dict[str, Any], folder: Path) -> Layout:
-    try:
-        return build(Layout, meta["layout"])
-    except (ConfigError, KeyError) as error:
-        raise RecordsError(f"{folder / META}: no usable layout ({error})") from error
-
-
-def _read_index(folder: Path, meta: dict[str, Any]) -> dict[str, np.ndarray]:
-    path = folder / INDEX
-    if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != meta["index_sha256"]:
-        raise RecordsError(f"{path}: missing or damaged; make the data set again")
-    table = np.load(path, allow_pickle=False)
-    return dict(zip(COLUMNS, table.T.copy(), strict=True))
-
-
-def _check_shard(folder: Path, shard: dict[str, Any]) -> None:
-    path = folder / shard["file"]
-    size = path.stat().st_size if path.exists() else 0
-    if size != shard["bytes"]:
-        raise RecordsError(
-            f"{path}: {size} bytes, but {shard['bytes']} were written: cut off or copied in part; "
-            "copy it again or make the data set again"
-        )

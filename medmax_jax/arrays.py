@@ -13,20 +13,19 @@ import collections
 import math
 from typing import Any
 
-import jax
 import numpy as np
 import tensorstore as ts
-from jaxtyping import PyTree, Shaped
+from jaxtyping import Shaped
 
-from medmax_jax import storage, weights
-from medmax_jax.storage import Folder, StorageError
+from medmax_jax import array_reader, storage
+from medmax_jax.array_reader import IN_FLIGHT, load, names, open_array, read
+from medmax_jax.storage import Folder
 
+__all__ = ["Writer", "layout", "load", "names", "open_array", "read"]
 FILE_BYTES = 64 * 2**20  # at most, of a file
 BLOCK_BYTES = 2**20  # about, of what is read at once
 WAYS = 16  # at most, that an axis is cut into: as many shards are read without waste
 WHOLE_BYTES = 4 * 2**20  # an array up to this size is one block
-IN_FLIGHT = 2**30  # bytes that are being read or written at a time
-CACHE = 2**28  # bytes of blocks that several devices of a process share
 
 
 class Writer:
@@ -47,7 +46,7 @@ class Writer:
             kvstore["file_io_sync"] = False  # new_folder syncs all files at its end, at once
         codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
         inner = {"chunk_shape": block, "codecs": codecs, "index_codecs": codecs}
-        spec = _spec(self._folder, name) | {
+        spec = array_reader.spec(self._folder, name) | {
             "kvstore": kvstore,
             "metadata": {
                 "shape": shape,
@@ -105,73 +104,3 @@ def layout(
         while math.prod(file) * itemsize > FILE_BYTES and file[axis] % (2 * block[axis]) == 0:
             file[axis] //= 2
     return file, block
-
-
-def names(folder: Folder) -> list[str]:
-    """The arrays of a folder."""
-    return sorted(n.removesuffix("/zarr.json") for n in folder.names() if n.endswith("/zarr.json"))
-
-
-def open_array(folder: Folder, name: str, *, cache: int = 0) -> ts.TensorStore:
-    """An array of a folder, nothing of it read yet. `cache`: bytes of blocks to keep."""
-    context = ts.Context({"cache_pool": {"total_bytes_limit": cache}})
-    spec = _spec(folder, name) | {"recheck_cached_data": False}
-    found = ts.open(spec, open=True, context=context)
-    return storage.wait(found, f"{folder.path}/{name}")
-
-
-def read(folder: Folder, store: ts.TensorStore) -> Shaped[np.ndarray, "..."]:
-    """The numbers of an array or of a part of it (`store[index]`); StorageError when damaged."""
-    size = store.dtype.numpy_dtype.itemsize * math.prod(store.shape)
-    return storage.wait(store.read(), store.kvstore.path, size)
-
-
-def load(folder: Folder, like: PyTree) -> PyTree:
-    """The tree of `like` (ShapeDtypeStructs with shardings), in its dtypes, on its devices.
-
-    A process reads what its own devices hold. Raises weights.WeightsError where names or shapes
-    differ, StorageError where a block is damaged.
-    """
-    wanted = weights.named(like)
-    weights.check_names(folder.path, set(names(folder)), set(wanted))
-    pending: collections.deque[tuple[Any, ...]] = collections.deque()
-    loaded, flying = [], 0
-    for name, leaf in wanted.items():
-        store = open_array(folder, name, cache=CACHE)
-        if tuple(store.shape) != tuple(leaf.shape):
-            raise weights.misfit(folder.path, name, tuple(store.shape), leaf)
-        sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        places: dict[Any, list[jax.Device]] = {}
-        for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
-            places.setdefault(tuple((s.start, s.stop) for s in index), []).append(device)
-        parts = {k: store[tuple(slice(*s) for s in k)].read() for k in places}
-        size = store.dtype.numpy_dtype.itemsize * math.prod(leaf.shape)
-        pending.append((name, leaf, sharding, places, parts, size))
-        flying += size
-        while flying > IN_FLIGHT and pending:
-            flying -= pending[0][-1]
-            loaded.append(_placed(folder, *pending.popleft()[:-1]))
-    loaded += [_placed(folder, *each[:-1]) for each in pending]
-    return jax.tree.unflatten(jax.tree.structure(like), loaded)
-
-
-def _placed(folder: Folder, name: str, leaf, sharding, places, parts) -> jax.Array:
-    on_devices = []
-    for key, future in parts.items():
-        part = storage.wait(future, f"{folder.path}/{name}", IN_FLIGHT).astype(
-            leaf.dtype, copy=False
-        )
-        on_devices += [jax.device_put(part, device) for device in places[key]]
-    return jax.make_array_from_single_device_arrays(tuple(leaf.shape), sharding, on_devices)
-
-
-def _spec(folder: Folder, name: str) -> dict[str, Any]:
-    if "/" in name or name.startswith("."):
-        raise StorageError(f"{folder.path}: {name!r} is no name of an array")
-    return {
-        "driver": "zarr3",
-        "kvstore": folder.kvstore(name),
-        # a file that is gone is an error and no zeros, so zeros must be stored as well
-        "fill_missing_data_reads": False,
-        "store_data_equal_to_fill_value": True,
-    }

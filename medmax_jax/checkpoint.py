@@ -150,9 +150,9 @@ def check_meta(saved: dict, now: dict) -> list[str]:
                 "set it back, or use another --workdir"
             )
         harmless.append(f"config.{name} was {old!r}, is now {new!r}")
-    for name in ("base", "data"):
-        if saved[name] != now[name]:
-            text = f"the checkpoint was trained on {name} {saved[name]}, this run has {now[name]}"
+    for name in ("base", "data", "plan"):
+        if (old := saved.get(name)) != (new := now.get(name)):
+            text = f"the checkpoint was trained on {name} {old}, this run has {new}"
             if name == "base":
                 raise CheckpointError(
                     f"{text}; set config.train.init_from back, or use another --workdir"

@@ -91,11 +91,20 @@ class Mesh:
 class Data:
     train: str  # folder of ArrayRecord shards
     validation: str  # the same; empty: no validation
-    seq_len: int  # tokens a row
+    document_limit: int  # tokens; a longer document is left out, none is cut
+    seq_len: int  # tokens a row, of one or several documents
     batch_size: int  # rows a step, over all devices
     pack: bool  # several documents a row; otherwise one
     mask: str  # answers | release: which tokens are scored
     seed: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mixing:
+    by: str  # source | task: whose names the weights have
+    unit: str  # documents | tokens: what a weight is a share of
+    weights: str  # "name=3, other=1"; empty: each document once an epoch
+    image_centric: bool  # documents of an image in one window of the plan: our reading of IMAX
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,6 +156,7 @@ class Run:
     lora: Lora
     mesh: Mesh
     data: Data
+    mixing: Mixing
     optim: Optim
     train: Train
     sample: Sample
@@ -159,6 +169,8 @@ CHOICES = {
     "model.remat": ("none", "attn", "qkv_attn", "all"),
     "model.attention": ("xla",),
     "data.mask": ("answers", "release"),
+    "mixing.by": ("source", "task"),
+    "mixing.unit": ("documents", "tokens"),
     "train.trains": ("lora", "full"),
     "train.loss_weight": ("document", "token"),
     "train.prng_impl": ("threefry2x32", "rbg", "unsafe_rbg"),
@@ -273,7 +285,11 @@ def _check_sizes(run: Run) -> None:
         q.image_size,
         f"a multiple of {q.downsampling}",
     )
-    _rule(d.seq_len <= m.context_length, "data.seq_len", d.seq_len, "at most model.context_length")
+    limit = min(d.seq_len, m.context_length)  # positions begin anew with each document of a row
+    mend = f"in 1..{limit}: at most data.seq_len and model.context_length"
+    _rule(0 < d.document_limit <= limit, "data.document_limit", d.document_limit, mend)
+    plain = not (run.mixing.weights and run.mixing.image_centric)
+    _rule(plain, "mixing.weights", run.mixing.weights, "empty when mixing.image_centric")
     rows = run.mesh.data * run.mesh.fsdp
     _rule(
         d.batch_size % rows == 0,

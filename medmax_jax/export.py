@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
-from medmax_jax import arrays, config, weights
+from medmax_jax import array_reader, config, weights
 from medmax_jax.storage import Folder, StorageError
 
 PIECE = 16 * 2**20  # bytes in memory, of a file whose digest is taken
@@ -32,13 +32,13 @@ class ExportError(RuntimeError):
 
 
 def load(folder: str | os.PathLike, like: PyTree) -> PyTree:
-    """The weights of a model folder, as `weights.load` and `arrays.load` give them."""
+    """The weights of a model folder, as `weights.load` and `array_reader.load` give them."""
     place = Folder(folder)
     if place.has(SMALL):
         if place.remote:
             raise ExportError(f"{folder}: {SMALL} cannot be loaded from there; copy the folder")
         return weights.load(pathlib.Path(folder) / SMALL, like)
-    return arrays.load(Folder(f"{str(folder).rstrip('/')}/{LARGE}"), like)
+    return array_reader.load(Folder(f"{str(folder).rstrip('/')}/{LARGE}"), like)
 
 
 def identity(folder: str | os.PathLike) -> str:

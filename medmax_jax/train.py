@@ -46,8 +46,8 @@ class TrainError(RuntimeError):
 
 
 ERRORS = (
-    TrainError, RecordsError, PackError, CheckpointError, StorageError, export.ExportError,
-    weights.WeightsError,
+    TrainError, cli.WorkdirError, RecordsError, PackError, CheckpointError, StorageError,
+    export.ExportError, weights.WeightsError,
 )  # fmt: skip
 
 
@@ -79,7 +79,7 @@ def run(run: config.Run, workdir: str | os.PathLike) -> dict[str, Any]:
 
     Raises cli.Interrupted after SIGINT or SIGTERM; calling it again goes on from there.
     """
-    clock, folder = metrics.Clock(), _open_workdir(workdir)
+    clock, folder = metrics.Clock(), cli.open_workdir(workdir).absolute()
     with contextlib.ExitStack() as stack:
         stack.enter_context(_lock(folder))
         writer = stack.enter_context(contextlib.closing(metrics.Writer(str(folder))))
@@ -276,18 +276,6 @@ def _finish(job: Job, state: step.TrainState, last: dict[str, float]) -> dict[st
     return last | {"step": run.train.steps, "export": str(target), "goodput": clock["goodput"]}
 
 
-def _open_workdir(workdir: str | os.PathLike) -> pathlib.Path:
-    folder = pathlib.Path(workdir).absolute()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".lock").touch()
-    except OSError as error:
-        raise TrainError(
-            f"--workdir {workdir} cannot be written ({error.strerror}); name another folder"
-        ) from error
-    return folder
-
-
 @contextlib.contextmanager
 def _lock(folder: pathlib.Path) -> Iterator[None]:
     """Two runs must not write to one folder. The system drops the lock when the process ends."""
@@ -355,7 +343,8 @@ def _meta(run: config.Run, train_data: loader.Batches) -> dict[str, Any]:
         export.check_base(folder, run, tokenizer=layout.tokenizer, vqgan=layout.vqgan)
         base = export.identity(folder)
     facts = {name: records.meta[name] for name in ("sources", "credentials")}
-    return {"config": config.to_dict(run), "base": base, "data": records.fingerprint} | facts
+    facts |= {"data": records.fingerprint, "plan": train_data.plan}
+    return {"config": config.to_dict(run), "base": base} | facts
 
 
 def _banner(job: Job, state: step.TrainState, start: int | None, changes: list[str]) -> None:
@@ -369,7 +358,8 @@ def _banner(job: Job, state: step.TrainState, start: int | None, changes: list[s
     log(f"medmax_jax {facts['git']} on {jax.device_count()} {device.device_kind}, mesh {shape}")
     for name, data in (("train", job.train_data), ("validation", job.held_data)):
         if data is not None:
-            log(f"{name}: {len(data.records):,} documents of {data.records.folder}")
+            for line in data.words():
+                log(f"{name}: {line}")
     trainable, frozen = (chameleon.count_parameters(t) for t in (state.trainable, job.frozen))
     log(f"trains {run.train.trains}: {trainable:,} of {trainable + frozen:,} parameters")
     tree = weights.named(state.trainable) | weights.named(job.frozen)

@@ -32,7 +32,7 @@ def settings(**changes: object):
     )
     c.vq.update(image_size=4, channels=32, channel_mult=(1, 1), num_codes=16, norm_groups=32)
     c.lora.update(rank=4, alpha=4.0, dropout=0.1)
-    c.data.update(train="", validation="", seq_len=32, batch_size=8)
+    c.data.update(train="", validation="", document_limit=32, seq_len=32, batch_size=8)
     c.optim.update(peak_lr=1e-2)
     c.train.update(steps=5, log_every=1, eval_every=0, checkpoint_every=2, keep=2)
     for name, value in changes.items():

@@ -145,5 +145,7 @@ def test_another_model_is_refused_by_name():
 
 def test_other_settings_may_change_and_are_named():
     assert checkpoint.check_meta(META, META) == []
+    notes = checkpoint.check_meta(META | {"plan": "p"}, META | {"plan": "q"})
+    assert notes == ["the checkpoint was trained on plan p, this run has q"]
     notes = checkpoint.check_meta(META, changed(optim={"peak_lr": 0.5}) | {"data": "c"})
     assert notes[0] == "config.optim.peak_lr was 1.0, is now 0.5" and "data b" in notes[1]

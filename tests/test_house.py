@@ -27,15 +27,16 @@ facts       medmax_jax medmax_jax.config medmax_jax.vocab medmax_jax.mesh medmax
             medmax_jax.page medmax_jax.cli medmax_jax.bucket medmax_jax.storage
             medmax_jax.new_folder
             medmax_jax.unpickle medmax_jax.pth data data.mixture data.pack data.documents
-            data.records data.outgoing data.journal data.endpoint data.asking data.captions
+            data.reader data.records data.mixing data.plan_report data.synthetic
+            data.outgoing data.journal data.endpoint data.asking data.captions
             data.instruct_replies
             data.sample data.sample.manifest data.sample.phrases data.sample.questions
             data.sample.documents data.sample.sources data.sample.decode data.sample.dicoms
             data.sample.pictures data.sample.splits eval.stats eval.score_text
 
-parts       medmax_jax.weights medmax_jax.arrays medmax_jax.tokenizer medmax_jax.attention
-            medmax_jax.quant medmax_jax.layers medmax_jax.sampling medmax_jax.grammar data.loader
-            data.texts
+parts       medmax_jax.weights medmax_jax.array_reader medmax_jax.arrays medmax_jax.tokenizer
+            medmax_jax.attention medmax_jax.quant medmax_jax.layers medmax_jax.sampling
+            medmax_jax.grammar data.loader data.texts
             data.sources data.sources.row data.sources.stream data.sources.prompts
             data.sources.conversations data.sources.captions data.sources.questions
             data.sources.choices data.sources.parquet data.sources.reports data.sources.dicom

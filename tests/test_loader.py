@@ -5,6 +5,8 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from configs import tiny
 from data import loader, records
@@ -20,7 +22,7 @@ SEQ, ROWS = 128, 4
 
 def run_config(**changes):
     raw = tiny.get_config()
-    raw.data.seq_len, raw.data.batch_size = SEQ, ROWS
+    raw.data.update(document_limit=SEQ, seq_len=SEQ, batch_size=ROWS)
     with raw.unlocked():
         for name, value in changes.items():
             section, field = name.split("__")
@@ -82,7 +84,7 @@ def test_the_example_of_the_docstring(tmp_path):
         ("token", [0, 0, 0, 0, 1 / 5, 1 / 5, 0, 1 / 5, 1 / 5, 1 / 5, 0, 0]),
     ]:
         run = run_config(
-            data__seq_len=12, data__batch_size=1, data__pack=True, train__loss_weight=weight
+            data__document_limit=12, data__seq_len=12, data__batch_size=1, train__loss_weight=weight
         )
         batch = loader.batches(run, folder).batch(0)
         ids = [0, 8_722, 8_723, SEP, 8_724, 2, 0, 8_732, 8_733, 2, PAD, PAD]
@@ -100,7 +102,9 @@ def test_three_turns(tmp_path):
     answers = np.array([0, 0, 0, 1, 1, 0, 0, 0, 1, 1, 1, 0, 0, 1, 1], np.float32)
     release = np.array([0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1], np.float32)
     for mask, expected in (("answers", answers), ("release", release)):
-        run = run_config(data__seq_len=15, data__batch_size=1, data__mask=mask)
+        run = run_config(
+            data__document_limit=15, data__seq_len=15, data__batch_size=1, data__mask=mask
+        )
         at = loader.one_pass(run, folder)
         np.testing.assert_allclose(at.batch(0).weights[0], expected / expected.sum(), rtol=1e-6)
         assert at.stats(0).scored_text == expected.sum() and at.stats(0).scored_image == 0
@@ -183,6 +187,75 @@ def test_hosts_share_a_step_in_blocks(folder):
         assert equal(jax.tree.map(lambda *x: np.concatenate(x), *parts), whole)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    steps=st.lists(st.integers(0, 60), min_size=1, max_size=3),
+    hosts=st.sampled_from([1, 2, 4]),
+    weights=st.sampled_from(["", "VQA=2"]),
+    centric=st.booleans(),
+    seed=st.integers(0, 3),
+)
+def test_any_hosts_read_the_same_rows(folder, steps, hosts, weights, centric, seed):
+    """Whole batches row by row, in any order of steps: a run may change its hosts anywhere."""
+    run = run_config(
+        data__seed=seed, train__steps=61, mixing__by="task", mixing__weights=weights,
+        mixing__image_centric=centric and not weights,
+    )  # fmt: skip
+    whole = loader.batches(run, folder)
+    parts = [loader.Batches(run, folder, one_pass=False, host=h, hosts=hosts) for h in range(hosts)]
+    assert len({at.plan for at in (whole, *parts)}) == 1
+    for step in steps:
+        rows = [at.batch(step) for at in parts]
+        assert all(r.ids.shape == (ROWS // hosts, SEQ) for r in rows)
+        assert equal(jax.tree.map(lambda *x: np.concatenate(x), *rows), whole.batch(step))
+
+
+def test_a_run_goes_on_with_other_hosts(folder):
+    """Six steps on one host, the next on four, the rest on two: the documents of one run."""
+    run, found = run_config(train__steps=18), []
+    whole = [b for s in range(18) for b in gather(loader.batches(run, folder).batch(s))]
+    for hosts, steps in ((1, range(6)), (4, range(6, 12)), (2, range(12, 18))):
+        streams = [
+            loader.Batches(run, folder, one_pass=False, host=h, hosts=hosts).stream(steps[0])
+            for h in range(hosts)
+        ]
+        for _ in steps:
+            found += [d for stream in streams for d in gather(next(stream))]
+    assert found == whole
+
+
+def test_long_documents_are_left_out_whole_and_named(folder):
+    """None is cut, so none loses its answer or half of its image."""
+    lengths = np.array([len(some(n).tokens) for n in range(40)])
+    run = run_config(data__document_limit=84)
+    at = loader.one_pass(run, folder)
+    found = [d for step in range(len(at)) for d in gather(at.batch(step))]
+    kept = np.flatnonzero(lengths <= 84)
+    assert sorted(found) == sorted(some(n).tokens.tolist() for n in kept)
+    long = np.flatnonzero(lengths > 84)
+    names = ", ".join(f"d{n}" for n in long[:5])
+    assert at.words()[-1].startswith("left out, longer than data.document_limit = 84")
+    assert f"{len(long)} documents: {names}, ...;" in at.words()[-1] and len(long) > 5
+    assert "left out" not in " ".join(loader.batches(run_config(), folder).words())
+
+
+def test_words_say_both_shares(tmp_path):
+    docs = [some(n) for n in range(30)]
+    docs = [
+        dataclasses.replace(d, task="Visual Chat" if n < 20 else "VQA") for n, d in enumerate(docs)
+    ]
+    folder = write(tmp_path, docs)
+    run = run_config(mixing__by="task", mixing__weights="Visual Chat=1, VQA=1")
+    words = loader.batches(run, folder).words()
+    tokens = np.array([len(d.tokens) for d in docs])
+    vqa = tokens[20:].mean() / (tokens[20:].mean() + tokens[:20].mean())
+    assert f"VQA: 50.0% of the documents, {vqa:.1%} of the tokens, each 1.5 times an epoch" in words
+    assert "an epoch draws 30 into" in words[0]
+    held = loader.one_pass(run, folder)  # validation is not weighted
+    assert sum(held.stats(s).documents for s in range(len(held))) == 30
+    assert any(w.startswith("VQA: 33.3% of the documents") for w in held.words())
+
+
 def test_batches_are_trees(folder):
     batch = loader.batches(run_config(), folder).batch(0)
     assert [x.shape for x in jax.tree.leaves(batch)] == [(ROWS, SEQ)] * 4
@@ -203,8 +276,8 @@ def test_refusals(folder, tmp_path):
         loader.batches(dataclasses.replace(run, vq=vq), folder)
     with pytest.raises(RecordsError, match="multiple of the 3 hosts"):
         loader.Batches(run, folder, one_pass=False, host=0, hosts=3)
-    with pytest.raises(ValueError, match=r"longer than data.seq_len = 64"):
-        loader.batches(run_config(data__seq_len=64), folder)
+    with pytest.raises(ValueError, match=r"all 40 documents are longer than .*limit = 5; the long"):
+        loader.batches(run_config(data__document_limit=5), folder)
     with pytest.raises(RecordsError, match="no such folder"):
         loader.batches(run, tmp_path / "absent")
 

@@ -103,4 +103,4 @@ def test_epochs_concatenate_plans(lengths, seed, start):
     assert rows[start] == late
     assert epochs.row(0).tolist() == rows[0]
     first = len(pack.plan(lengths, seq_len=SEQ, pack=True, seed=seed, epoch=0))
-    assert epochs.first_epoch_rows == first and epochs.epoch(first) == 1
+    assert len(epochs.first) == first and epochs.epoch(first) == 1

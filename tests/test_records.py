@@ -73,6 +73,23 @@ def test_counts(tmp_path):
     assert text.tolist() == [3, 4, 4] and image.tolist() == [4, 0, 4]
 
 
+def test_labels(tmp_path):
+    docs = [
+        document([BOS, *A, EOS], 0, source="B", image_path="x.png"),
+        document([BOS, *A, EOS], 1, source="A", image_path="", task="Visual Chat"),
+        document([BOS, *A, EOS], 2, source="B", image_path="a.png"),
+    ]
+    write(tmp_path / "r", docs)
+    found = records.open_records(tmp_path / "r")
+    assert found.index["source"].tolist() == [1, 0, 1] and found.names("source") == ["A", "B"]
+    assert found.index["task"].tolist() == [0, 1, 0] and found.names("task")[1] == "Visual Chat"
+    assert found.index["picture"].tolist() == [1, -1, 0]
+    labels = records.Labels()
+    for picture in "bab":
+        labels.add("s", "t", picture)
+    assert labels.table().tolist() == [[0, 0, 1], [0, 0, 0], [0, 0, 1]]
+
+
 def test_scored():
     turns2 = np.array([BOS, 8_720, SEP, 8_730, SEP, 8_721, SEP, 8_731, EOS], np.int32)
     answers = documents.scored(turns2, "answers", 2)
@@ -187,7 +204,7 @@ def test_refusals_to_open(tmp_path):
     good = json.loads(path.read_text())
     for bad, message in [
         (json.dumps(good)[:-9], "damaged"),
-        (json.dumps(good | {"format": 99}), "not of format 1"),
+        (json.dumps(good | {"format": 99}), "not of format 2"),
         (json.dumps(good | {"layout": {}}), "no usable layout"),
         (json.dumps(good | {"index_sha256": "0"}), "index.npy: missing or damaged"),
     ]:

@@ -103,6 +103,7 @@ def test_lora_run_leaves_what_it_promises(done, base):
     log = (folder / "train.log").read_text()
     assert re.search(r"step 5/5 loss \d\.\d+ text \d\.\d+ image \d\.\d+ lr .* eta 0:00", log)
     assert "layers.self_attn.q_proj.lora_a" in log  # the parameter table
+    assert f"plan {written['plan'][:12]}" in log and "train: generated: 100.0% of the docu" in log
     steps = [int(p.name) for p in (folder / "checkpoints").iterdir()]
     assert sorted(steps) == [4, 5]
 
@@ -143,9 +144,10 @@ def test_settings_may_change_but_not_the_model(done, data, base, tmp_path):
         train.run(micro_run.run(**common, lora__alpha=8.0), again)
     with pytest.raises(checkpoint.CheckpointError, match="base .* set config.train.init_from back"):
         train.run(micro_run.run(**common | {"train__init_from": ""}), again)
-    train.run(micro_run.run(**common, train__keep=1), again)
+    train.run(micro_run.run(**common, train__keep=1, data__seed=3), again)
     log = (again / "train.log").read_text()
     assert "changed since the checkpoint: config.train.keep was 2, is now 1" in log
+    assert "changed since the checkpoint: the checkpoint was trained on plan" in log
 
 
 def test_the_random_numbers_are_a_setting(done, data, base, tmp_path):
@@ -156,6 +158,18 @@ def test_the_random_numbers_are_a_setting(done, data, base, tmp_path):
     (ours,), theirs = rows(tmp_path, "train").values(), rows(folder, "train")[1]
     assert ours["grad_norm"] != theirs["grad_norm"]
     assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)  # B is zero still
+
+
+def test_rows_may_be_longer_than_the_context_of_the_model(done, data, base, tmp_path):
+    """Positions begin anew in each document, so held-out losses do not depend on the row length."""
+    common = dict(data, train__init_from=str(base), train__steps=1, train__eval_every=1)
+    for seq_len in (32, 160):
+        run = micro_run.run(**common, data__seq_len=seq_len, optim__peak_lr=0.0)
+        assert run.model.context_length == 64
+        train.run(run, tmp_path / str(seq_len))
+    short, long = (rows(tmp_path / n, "validation")[1] for n in ("32", "160"))
+    for name in ("text_nll", "image_nll"):
+        assert long[name] == pytest.approx(short[name], abs=1e-5)
 
 
 def test_loss_that_is_not_finite_stops_the_run(done, data, base, tmp_path):
@@ -173,7 +187,9 @@ def test_loss_that_is_not_finite_stops_the_run(done, data, base, tmp_path):
     "changes, error, message",
     [
         (dict(data__train="nowhere"), RecordsError, "nowhere: no such folder"),
-        (dict(data__seq_len=16), PackError, "set data.seq_len to"),
+        (dict(data__document_limit=4), PackError, "longer than data.document_limit = 4"),
+        (dict(mixing__weights="VQA=1"), PackError, "for each of generated; 0 leaves"),
+        (dict(data__seq_len=16), config.ConfigError, "document_limit is 32; .* in 1..16"),
         (dict(vocab__image_codes=8, vq__num_codes=8), RecordsError, "config.vocab is"),
         (dict(train__init_from="nowhere"), export.ExportError, "must name a model folder"),
         (dict(model__rope_theta=5.0), export.ExportError, "model.rope_theta = 10000.0, .* 5.0"),

@@ -1,0 +1,307 @@
+"""python benchmarks/loader.py --scratch D [--rows 20000] [--many 400000] [--rounds 5]
+
+How soon, how fast and in how much memory batches come, on synthetic records (data/synthetic.py):
+
+    ours     seconds from the imports to the first batch: open the folder, plan, read 8 rows
+    theirs   the same for the released way of working, written anew: every row of a JSONL through
+             json.loads into RAM, int64, a document a row, a batch padded to its longest
+    ratio    theirs / ours: above 1 means that ours has a batch sooner
+
+Each measurement is a process of its own, ours and theirs in turn, files in the page cache. Beside
+it: imports, index (ours: open and plan), tokens/s of one process over --steps batches, peak memory
+(VmHWM) and what it had after its imports; ours also at --many rows. `theirs` has no torch: numpy's
+int64 stands for its tensors and this process for its DataLoader, which leaves its work the least.
+Then two epochs of the whole mixture (1.47 M documents) are planned, beside offline packing, and a
+reader is killed in the middle of its second epoch and started again. The last line is one JSON
+object.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+
+START = time.monotonic()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+SEQ_LEN, LIMIT, BATCH, MIXTURE = 4_096, 2_048, 8, 1_470_000
+
+
+def memory(name: str) -> float:
+    """VmRSS or VmHWM of this process, in MB."""
+    for line in pathlib.Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name):
+            return round(int(line.split()[1]) * 1024 / 1e6, 1)
+    raise KeyError(name)
+
+
+def say(**numbers: object) -> None:
+    """One line of JSON, for the process that waits."""
+    print(json.dumps(numbers), flush=True)
+
+
+# ---- what each process does
+
+
+def settings(folder: str, steps: int):
+    """A run that reads `folder`."""
+    from configs import base
+    from medmax_jax import config
+
+    raw = base.get_config()
+    raw.data.update(
+        train=folder, document_limit=LIMIT, seq_len=SEQ_LEN, batch_size=BATCH, validation=""
+    )
+    raw.train.update(steps=steps)
+    return config.from_config_dict(raw)
+
+
+def ours(folder: str, steps: int) -> None:
+    """First batch and the next ones, as training has them."""
+    from data import loader
+
+    run = settings(folder, steps + 1)
+    imported, base = time.monotonic(), memory("VmRSS")
+    batches = loader.batches(run, folder)
+    indexed = time.monotonic()
+    stream = batches.stream(0)
+    next(stream)
+    first = time.monotonic()
+    tokens = sum(int((batch.segments > 0).sum()) for batch in stream)
+    report(imported, indexed, first, tokens, base)
+
+
+def theirs(path: str, steps: int) -> None:
+    """The released way: all rows first, then a padded batch of documents."""
+    import numpy as np
+
+    imported, base = time.monotonic(), memory("VmRSS")
+    with open(path) as file:
+        rows = [np.array(json.loads(line)["tokens"][:LIMIT], np.int64) for line in file]
+    indexed = time.monotonic()
+    order = np.random.default_rng(0).permutation(len(rows))
+    first, tokens = 0.0, 0
+    for start in range(0, min(len(rows), (steps + 1) * BATCH), BATCH):
+        batch = padded([rows[i] for i in order[start : start + BATCH]])
+        first = first or time.monotonic()
+        tokens += int(batch[1].sum()) if start else 0
+    report(imported, indexed, first, tokens, base)
+
+
+def padded(rows: list) -> tuple:
+    """ids, mask and labels of a batch as long as its longest; labels -100 up to the separator."""
+    import numpy as np
+
+    shape = (len(rows), max(map(len, rows)))
+    ids, mask = np.full(shape, 1, np.int64), np.zeros(shape, np.int64)
+    labels = np.full(shape, -100, np.int64)
+    for r, row in enumerate(rows):
+        ids[r, : len(row)], mask[r, : len(row)] = row, 1
+        begin = int(np.flatnonzero(row == 8_710)[0]) + 1  # the separator
+        labels[r, begin : len(row)] = row[begin:]
+    return ids, mask, labels
+
+
+def report(imported: float, indexed: float, first: float, tokens: int, base: float) -> None:
+    """The numbers of either."""
+    say(
+        imports=round(imported - START, 3),
+        index=round(indexed - imported, 4),
+        first_batch=round(first - imported, 4),
+        tokens_per_second=round(tokens / (time.monotonic() - first)),
+        after_imports_mb=base,
+        peak_mb=memory("VmHWM"),
+    )
+
+
+def digests(folder: str, start: int, stop: int) -> None:
+    """A digest of each batch from `start` on, one a line."""
+    from data import loader
+
+    batches = loader.batches(settings(folder, stop), folder)
+    for step, batch in enumerate(batches.stream(start), start=start):
+        digest = hashlib.sha256()
+        for name in ("ids", "segments", "positions", "weights"):
+            digest.update(getattr(batch, name).tobytes())
+        epoch = batches.stats(step).epoch
+        print(f"{step} {epoch} {digest.hexdigest()}", flush=True)
+
+
+# ---- what is asked of them
+
+
+def child(*words: object) -> dict:
+    """Runs one of the above; what it said."""
+    command = [sys.executable, __file__, "--child", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(*words[:1], found, flush=True)
+    return found
+
+
+def make(scratch: pathlib.Path, rows: int, jsonl: bool) -> tuple[pathlib.Path, pathlib.Path]:
+    """The same documents as records and, when asked, as the released JSONL."""
+    from data import records, synthetic
+
+    folder, path = scratch / f"records_{rows}", scratch / f"rows_{rows}.jsonl"
+    documents = synthetic.documents(rows, seed=0)
+    if not (folder / "dataset.json").exists():
+        records.write(folder, documents, shard_size=4_096, layout=synthetic.LAYOUT, notes={})
+    if jsonl and not path.exists():
+        with open(path, "w") as out:
+            for d in synthetic.documents(rows, seed=0):
+                about = dict(text="<image> " + "word " * 60, image_path=d.image_path, task=d.task)
+                about |= dict(source=d.source, credential=d.credential)
+                out.write(json.dumps(about | {"tokens": d.tokens.tolist()}) + "\n")
+    return folder, path
+
+
+def planned() -> dict:
+    """Two epochs of the whole mixture at each row length, and how full its rows are."""
+    import numpy as np
+
+    from data import mixing, pack, plan_report, synthetic
+
+    lengths, table = synthetic.lengths(MIXTURE, seed=0), {}
+    short = lengths[lengths <= LIMIT]
+    for seq_len in plan_report.ROW_LENGTHS:
+        start = time.monotonic()
+        for epoch in (0, 1):
+            plan = pack.plan(short, seq_len=seq_len, pack=True, seed=0, epoch=epoch)
+        seconds = time.monotonic() - start
+        pictures = np.arange(len(short)) // 2
+        windows = mixing.by_picture(np.arange(len(short)), pictures, seed=0, epoch=0)
+        near = pack.plan(short, seq_len=seq_len, pack=True, seed=0, epoch=0, windows=windows)
+        offline = short.sum() / (plan_report.offline_rows(short, seq_len) * seq_len)
+        table[seq_len] = dict(
+            two_epochs_seconds=round(seconds, 2),
+            rows=len(plan),
+            fill=round(plan_report.fill(short, plan, seq_len), 4),
+            offline=round(float(offline), 4),
+            image_centric=round(plan_report.fill(short, near, seq_len), 4),
+        )
+        print(seq_len, table[seq_len], flush=True)
+    batches = {n: plan_report.padded(short, batch_size=n, seed=0) for n in (8, 64)}
+    left_out = MIXTURE - len(short)
+    return dict(
+        left_out=left_out, rows_of=table, padded_to_longest=batches, peak_mb=memory("VmHWM")
+    )
+
+
+def weighted() -> dict:
+    """Seconds for two epochs of the whole mixture with a weight for each source."""
+    import numpy as np
+
+    from data import mixing, pack, synthetic
+    from data.mixture import SOURCES
+
+    lengths = synthetic.lengths(MIXTURE, seed=0)
+    shares = np.array([s.percent for s in SOURCES])
+    group = np.random.default_rng(1).choice(len(SOURCES), MIXTURE, p=shares / shares.sum())
+    start = time.monotonic()
+    draws = mixing.drawn_of(group, lengths, np.sqrt(shares).tolist(), "tokens")
+    for epoch in (0, 1):
+        times = mixing.copies(group, draws, seed=0, epoch=epoch)
+        windows = mixing.dealt(np.arange(MIXTURE), times, seed=0, epoch=epoch)
+        pack.plan(lengths, seq_len=16_384, pack=True, seed=0, epoch=epoch, windows=windows)
+    twice = any(len(np.unique(w)) < len(w) for w in windows)
+    return dict(two_epochs_seconds=round(time.monotonic() - start, 2), twice_in_a_window=twice)
+
+
+def killed(folder: pathlib.Path, steps_an_epoch: int) -> dict:
+    """A reader is killed in its second epoch; another goes on. Are its batches the same?"""
+    stop = 2 * steps_an_epoch
+    command = [sys.executable, __file__, "--child", "digests", str(folder)]
+    whole = subprocess.run(
+        [*command, "0", str(stop)], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout.splitlines()
+    process = subprocess.Popen([*command, "0", str(stop)], stdout=subprocess.PIPE, text=True)
+    lines = []
+    for line in process.stdout:
+        lines.append(line.strip())
+        if len(lines) == steps_an_epoch * 3 // 2:
+            process.kill()
+            break
+    process.communicate()
+    at, epoch = len(lines), int(lines[-1].split()[1])
+    rest = subprocess.run(
+        [*command, str(at), str(stop)], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout.splitlines()
+    found = dict(killed_after=at, epoch=epoch, steps=stop, equal=lines + rest == whole)
+    print("killed", found, flush=True)
+    return found
+
+
+def middle(runs: list[dict]) -> dict:
+    """The median of each number."""
+    return {name: statistics.median(r[name] for r in runs) for name in runs[0]}
+
+
+def main() -> None:
+    """The program."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--scratch", type=pathlib.Path, help="a folder; 2 GB are written there")
+    parser.add_argument("--rows", type=int, default=20_000)
+    parser.add_argument("--many", type=int, default=400_000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=400, help="batches after the first")
+    parser.add_argument("--keep", action="store_true", help="leave the records there")
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.child:
+        what, path, *numbers = given.child
+        {"ours": ours, "theirs": theirs, "digests": digests}[what](path, *map(int, numbers))
+        return
+    load, scratch = os.getloadavg(), given.scratch / "loader"
+    scratch.mkdir(parents=True, exist_ok=True)
+    folder, path = make(scratch, given.rows, jsonl=True)
+    print(f"{path.stat().st_size / 1e6:.0f} MB of JSONL", flush=True)
+    runs: dict[str, list[dict]] = {"ours": [], "theirs": []}
+    for _ in range(given.rounds):
+        runs["theirs"].append(child("theirs", path, given.steps))
+        runs["ours"].append(child("ours", folder, given.steps))
+    many = [child("ours", make(scratch, given.many, jsonl=False)[0], given.steps)]
+    many += [child("ours", scratch / f"records_{given.many}", given.steps) for _ in range(2)]
+    told = dict(planned=planned(), weighted=weighted())
+    steps_an_epoch = given.rows // (3 * BATCH)
+    told["killed"] = killed(folder, steps_an_epoch)
+    if not given.keep:
+        shutil.rmtree(scratch)
+    finish(runs, many, told, load)
+
+
+def finish(runs: dict, many: list[dict], told: dict, load: tuple) -> None:
+    """The last line."""
+    import grain
+    import jax
+    import numpy as np
+
+    mine, other = middle(runs["ours"]), middle(runs["theirs"])
+    result = dict(
+        ours=mine["first_batch"],
+        theirs=other["first_batch"],
+        ratio=round(other["first_batch"] / mine["first_batch"], 1),
+        ours_all=mine,
+        theirs_all=other,
+        ours_many_rows=middle(many),
+        **told,
+        load_average=[load, os.getloadavg()],
+        versions={
+            "jax": jax.__version__, "grain": grain.__version__, "numpy": np.__version__,
+            "python": sys.version.split()[0],
+        },
+    )  # fmt: skip
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
