@@ -16,6 +16,7 @@ and number of devices; elsewhere a sum in another order may decide between two r
 that are equally near. Identical files are encoded once.
 """
 
+import argparse
 import concurrent.futures
 import dataclasses
 import hashlib
@@ -34,10 +35,11 @@ from array_record.python import array_record_module
 from jaxtyping import UInt8, UInt16
 
 from data.batch_encoder import PRECISIONS, BatchEncoder
-from data.codes import MAX_PIXELS, Encoder, PrepareError, Progress, log
+from data.codes import MAX_PIXELS, Encoder, PrepareError, Progress, load_encoder, log
 from medmax_jax import images
 
 FORMAT = 1
+SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".ppm")
 SLICE = 4_096  # files hashed by one process at a time
 PATIENCE = 60.0  # seconds without news after which another process's part is made here too
 _OPTIONS = "group_size:1,zstd:3"
@@ -102,6 +104,52 @@ def tokenize(
     make = lambda n: work.encode_shard(n, unique, encode)  # noqa: E731
     _in_turns(shards, turn, work.shard_file, make, "shards of codes")
     return work.seal(unique)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `python -m data.prepare tokenize`."""
+    parser.add_argument("--images", type=Path, required=True, help="folder of the pictures")
+    parser.add_argument(
+        "--list", type=Path, help="JSONL with image_path; without: every picture of the folder"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--model", type=Path, required=True, help="model folder, for its VQGAN")
+    parser.add_argument("--precision", choices=PRECISIONS, default="highest")
+    parser.add_argument("--shard_size", type=int, default=SLICE, help="pictures")
+    parser.add_argument("--batch", type=int, default=16, help="pictures a device encodes at once")
+    parser.add_argument("--max_bad", type=float, default=0.01, metavar="SHARE")
+    parser.add_argument("--process", type=int, default=0, help="number of this process")
+    parser.add_argument("--processes", type=int, default=1, help="that share the work")
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("precision", "shard_size", "batch", "max_bad", "process", "processes")
+    meta = tokenize(
+        args.out, _listed(args.images, args.list), folder=args.images,
+        encoder=load_encoder(args.model), **{name: getattr(args, name) for name in names},
+    )  # fmt: skip
+    return {n: meta[n] for n in ("pictures", "unique", "unreadable", "agreement")}
+
+
+def _listed(folder: Path, listing: Path | None) -> list[str]:
+    """The pictures by path, each once: of a JSONL of rows, or all files with a picture's suffix."""
+    if listing is None:
+        found = (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+        return sorted(str(p.relative_to(folder)) for p in found)
+    paths: dict[str, None] = {}
+    with open(listing, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                path = json.loads(line).get("image_path", "")
+            except (ValueError, AttributeError) as error:
+                raise PrepareError(
+                    f"{listing}, line {number}: not a JSON object ({error})"
+                ) from None
+            if path and (Path(path).is_absolute() or ".." in Path(path).parts):
+                raise PrepareError(f"{listing}, line {number}: {path!r} leaves the image folder")
+            paths |= {path: None} if path else {}
+    return list(paths)
 
 
 def open_codes(folder: str | Path) -> "Codes":

@@ -4,6 +4,7 @@ python -m data.prepare sample --out D [--split train] [--kind instruction] [--vi
 python -m data.prepare build --source SLAKE --from FOLDER --out D --model M [--sample N --seed S]
 python -m data.prepare import --from train.jsonl --out D     the published rows: data/published.py
 python -m data.prepare unpack --from images.tar.gz.a* --out D     and their images: data/archives.py
+python -m data.prepare tokenize --images D --out D2 --model M     to codes: data/code_store.py
 python -m data.prepare documents --from documents.jsonl --images D --out D2     of texts.py
 python -m data.prepare instruct --help   captions to interleaved instructions by an LLM
 python -m data.prepare check D      reads every record back and compares it with what was written
@@ -21,7 +22,6 @@ or goes on (instruct).
 
 import argparse
 import collections
-import dataclasses
 import hashlib
 import json
 import logging
@@ -32,14 +32,14 @@ from typing import Any
 
 import numpy as np
 
-from configs import base
 from data import (
     archives,
-    eval_rows,
+    code_store,
     instruct_command,
     pack,
     plan_report,
     published,
+    published_command,
     records,
     texts,
 )  # fmt: skip
@@ -50,7 +50,7 @@ from data.sample.documents import instruction_documents, pretraining_documents
 from data.sample.manifest import read_manifest
 from data.sources.row import SourceError
 from medmax_jax.cli import Interrupted
-from medmax_jax.config import VQ, ConfigError, Vocab, build
+from medmax_jax.config import ConfigError
 from medmax_jax.storage import StorageError
 from medmax_jax.tokenizer import IMAGE_NAME, Tokenizer, TokenizerError, document_ids, segments_of
 from medmax_jax.weights import WeightsError
@@ -71,7 +71,6 @@ ERRORS = (
     *(pack.PackError, published.PublishedError, archives.ArchiveError, SourceError),
     *instruct_command.ERRORS,
 )
-RELEASED = "released"
 
 
 def prepare_sample(
@@ -109,19 +108,6 @@ def prepare_sample(
     meta = records.write(out, made, shard_size=SHARD_SIZE, layout=encoder.layout, notes=notes)
     log.info("%s: %d documents, %d tokens", out, meta["documents"], meta["tokens"])
     return meta
-
-
-def layout_of(name: str) -> Layout:
-    """What the ids of published rows mean: "released", or those of a model folder."""
-    if name != RELEASED:
-        return load_encoder(Path(name), vq=()).layout  # its weights are not needed
-    config = base.get_config()
-    return Layout(
-        vocab=build(Vocab, config.vocab),
-        codes_per_image=build(VQ, config.vq).codes_per_image,
-        tokenizer="",  # the files that made the published tokens are not stated anywhere
-        vqgan="",
-    )
 
 
 def prepare_documents(
@@ -269,12 +255,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=int, default=0, help="of wordings and views")
     sample.add_argument("--max_unreadable", type=float, default=MAX_UNREADABLE, metavar="SHARE")
     sample.set_defaults(run=_run_sample)
-    brought = commands.add_parser("import", help="published rows to records")
-    _import_flags(brought)
-    brought.set_defaults(run=_run_import)
-    unpacked = commands.add_parser("unpack", help="the published image archives, under limits")
-    _unpack_flags(unpacked)
-    unpacked.set_defaults(run=_run_unpack, left="every file that is there is whole")
+    brought, unpacked = published_command.add(commands)
     written = commands.add_parser("documents", help="texts and pictures to records")
     written.add_argument("--from", dest="source", type=Path, required=True, help="JSONL: texts.py")
     written.add_argument("--images", type=Path, required=True, help="folder of their pictures")
@@ -282,6 +263,9 @@ def _parser() -> argparse.ArgumentParser:
     written.add_argument("--max_unreadable", type=float, default=MAX_UNREADABLE, metavar="SHARE")
     written.set_defaults(run=_run_documents)
     curated = instruct_command.add(commands)
+    tokenized = commands.add_parser("tokenize", help="pictures to codes, at scale")
+    code_store.add_flags(tokenized)
+    tokenized.set_defaults(left="finished shards are kept")
     built = commands.add_parser("build", help="a source of MedMax, as published, to records")
     source_build.add_flags(built)
     checked = commands.add_parser("check", help="read every record back")
@@ -291,37 +275,21 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("folder", type=Path, help="folder of records")
     for command in (sample, written, checked):
         command.add_argument("--model", type=Path, default=TINY, help="model folder")
-    asked = (sample, brought, built, unpacked, written, curated, checked, counted, planned)
+    asked = (
+        sample,
+        brought,
+        tokenized,
+        built,
+        unpacked,
+        written,
+        curated,
+        checked,
+        counted,
+        planned,
+    )
     for command in asked:
         command.add_argument("--json", action="store_true", help="one JSON object as the last line")
     return parser
-
-
-def _import_flags(brought: argparse.ArgumentParser) -> None:
-    brought.add_argument(
-        "--from", type=Path, required=True, dest="source", help="train.jsonl, or the eval parquet"
-    )
-    brought.add_argument("--out", type=Path, required=True, help="folder, or items.jsonl, to write")
-    brought.add_argument(
-        "--tasks", nargs="*", default=[], metavar="TASK", help="of a parquet; all if not given"
-    )
-    brought.add_argument(
-        "--model_layout", default=RELEASED, help="released, or a model folder with those ids"
-    )
-    brought.add_argument("--tokenizer", type=Path, help="compare text and tokens with this file")
-    brought.add_argument("--max_bad", type=float, default=published.MAX_BAD, metavar="SHARE")
-    brought.add_argument(
-        "--no_separator", action="store_true", help="accept rows without end of turn"
-    )
-
-
-def _unpack_flags(unpacked: argparse.ArgumentParser) -> None:
-    unpacked.add_argument(
-        "--from", type=Path, nargs="+", required=True, dest="parts", help="parts of one archive"
-    )
-    unpacked.add_argument("--out", type=Path, required=True, help="folder to write")
-    for name, limit in dataclasses.asdict(archives.LIMITS).items():
-        unpacked.add_argument(f"--max_{name}", type=_positive, default=limit)
 
 
 def _positive(text: str) -> int:
@@ -341,29 +309,6 @@ def _run_sample(args: argparse.Namespace) -> dict[str, Any]:
         rounds=args.rounds,
         max_unreadable=args.max_unreadable,
     )
-
-
-def _run_import(args: argparse.Namespace) -> dict[str, Any]:
-    if args.source.suffix == ".parquet":
-        return eval_rows.import_items(args.source, args.out, tasks=args.tasks, say=log.info)
-    if args.tasks:
-        raise published.PublishedError(f"--tasks is for a parquet, not for {args.source}")
-    layout = layout_of(args.model_layout)
-    tokenizer = args.tokenizer and Tokenizer.from_file(args.tokenizer, layout.vocab)
-    rules = published.Rules(
-        layout=layout,
-        separator=not args.no_separator,
-        max_bad=args.max_bad,
-        shard_size=SHARD_SIZE,
-        tokenizer=tokenizer,
-    )
-    return published.import_rows(args.source, args.out, rules=rules, say=log.info)
-
-
-def _run_unpack(args: argparse.Namespace) -> dict[str, Any]:
-    names = dataclasses.asdict(archives.LIMITS)
-    limits = archives.Limits(**{name: getattr(args, f"max_{name}") for name in names})
-    return archives.unpack(args.parts, args.out, limits=limits, say=log.info)
 
 
 def _run_documents(args: argparse.Namespace) -> dict[str, Any]:

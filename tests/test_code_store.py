@@ -17,7 +17,7 @@ import pytest
 from data import code_store
 from data.code_store import open_codes, tokenize
 from data.codes import PrepareError, load_encoder
-from data.prepare import SAMPLE, TINY
+from data.prepare import SAMPLE, TINY, main
 
 ROOT = pathlib.Path(__file__).parent.parent
 PATHS = sorted(str(p.relative_to(SAMPLE)) for p in (SAMPLE / "images").iterdir())[:72]
@@ -180,3 +180,24 @@ def test_damage_is_noticed(whole, tmp_path):
         broken[i] ^= 1
         with pytest.raises(PrepareError):
             code_store._from_bytes(bytes(broken), "x")
+
+
+def test_the_program_lists_pictures_itself(tmp_path, capsys):
+    folder = tmp_path / "in" / "deep"
+    folder.mkdir(parents=True)
+    for i, source in enumerate(PATHS[:3]):
+        shutil.copyfile(SAMPLE / source, folder / f"{i}.jpg")
+    (folder / "notes.txt").write_text("no picture")
+    words = ["tokenize", "--images", str(tmp_path / "in"), "--model", str(TINY), "--json"]
+    assert main([*words, "--out", str(tmp_path / "a")]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told == dict(pictures=3, unique=3, unreadable=0, agreement=None)
+    rows = [{"image_path": f"deep/{i}.jpg"} for i in (2, 0, 2)] + [{"text": "no picture"}]
+    listing = tmp_path / "rows.jsonl"
+    listing.write_text("\n".join(map(json.dumps, rows)))
+    assert main([*words, "--list", str(listing), "--out", str(tmp_path / "b")]) == 0
+    one, two = open_codes(tmp_path / "a"), open_codes(tmp_path / "b")
+    assert len(two) == 2 and (two[0] == one[2]).mean() > 0.98
+    listing.write_text('{"image_path": "../secret.jpg"}')
+    assert main([*words, "--list", str(listing), "--out", str(tmp_path / "c")]) == 1
+    assert "line 1: '../secret.jpg' leaves the image folder" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from data import prepare, published, records
+from data import prepare, published, published_command, records
 from data.documents import Layout
 from data.published import BadRow, PublishedError, Rules
 from medmax_jax import tokenizer
@@ -267,7 +267,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
 
 
 def test_the_released_layout():
-    layout = prepare.layout_of("released")
+    layout = published_command.layout_of("released")
     assert (layout.vocab.size, layout.vocab.image_codes) == (65_536, 8_192)
     assert layout.codes_per_image == 1_024
     tokens = [0, 8197, *range(4, 1028), 8196, 16_384, 8710, 65_535, 2]
@@ -279,7 +279,7 @@ def test_the_released_layout():
 
 def test_program(tmp_path):
     """With the tiny model's layout, whose records `check` and `stats` read."""
-    layout = prepare.layout_of(str(prepare.TINY))
+    layout = published_command.layout_of(str(prepare.TINY))
     words = tokenizer.Tokenizer.from_file(prepare.TINY / "tokenizer.json", layout.vocab)
     text = "<image>Is it a CT?<reserved08706>yes"
     tokens = tokenizer.document_ids(words, text, np.zeros(64, np.int32), layout.vocab).tolist()
