@@ -20,8 +20,9 @@ placeholder is dropped. Which views MedMax took is not published: PA and AP wher
 there, otherwise all. Ids and paths of MIMIC are never written, only hashes of them: whoever has the
 data can find a row, nobody else learns anything. Nothing said about a row repeats any of it.
 Read at: mimic.mit.edu/docs/iv/modules/cxr (ids and tables; the files of mimic-cxr and mimic-cxr-jpg
-2.0.0 as public code that uses them names them, PhysioNet's own pages were not read); github.com/MIT-LCP/mimic-cxr txt/section_parser.py, whose list of exceptions for
-single studies is not applied here.
+2.0.0 as public code that uses them names them, PhysioNet's own pages were not read);
+github.com/MIT-LCP/mimic-cxr txt/section_parser.py, whose list of exceptions for single studies is
+not applied here.
 """
 
 import functools
