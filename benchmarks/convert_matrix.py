@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import convert_setup as setup  # noqa: E402
 from parity import meta_reference  # noqa: E402
 
-from medmax_jax.convert import form, run, sources  # noqa: E402
+from medmax_jax.convert import run, sources  # noqa: E402
 
 MODELS = {"7B-like": setup.BASE, "30B-like, 4 shards": setup.SWIN}
 DTYPES = {"F32": ("F32",), "BF16": ("BF16",), "mixed": ("F32", "BF16", "BF16", "F16")}
@@ -94,7 +94,7 @@ def table(folder: pathlib.Path, python: str | None) -> None:
             for path in (place / "start").glob("models/*/*.pth"):
                 (place / path.name).write_bytes(path.read_bytes())
             cells = [_round_trip(at, place, a, b) for a, b in ROUTES]
-            names = {form.fingerprint(sources.read(p)) for p in at.values()}
+            names = {sources.read(p).fingerprint for p in at.values()}
             cells.append("yes" if len(names) == 1 else "NO")
             rows.append(([model, dtype, *cells], place, sizes, states))
     if python:

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from medmax_jax.convert.progress import Progress
+from medmax_jax.progress import Progress
 from medmax_jax.storage import StorageError, checked, os_errors
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".ppm")

@@ -28,7 +28,6 @@ import PIL.Image
 from data import records
 from data.codes import (
     LOG_SECONDS,
-    MAX_PIXELS,
     Encoder,
     PrepareError,
     Progress,
@@ -231,12 +230,12 @@ class _Work:
     def _open(self, row: Row) -> PIL.Image.Image:
         """The picture of a row; errors say its name in the records, not where it lies."""
         if isinstance(row.image, bytes):
-            return images.load(row.image, max_pixels=MAX_PIXELS, name=row.image_path)
+            return images.load(row.image, max_pixels=images.MAX_PIXELS, name=row.image_path)
         path = self.folder / row.image
         if path.suffix == ".dcm":
             return dicom.load(path, name=row.image_path, burned_in=self.burned_in)
         try:
-            return images.load(path, max_pixels=MAX_PIXELS, name=row.image_path)
+            return images.load(path, max_pixels=images.MAX_PIXELS, name=row.image_path)
         except images.ImageError:
             if not self.secret:
                 raise

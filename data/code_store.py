@@ -19,6 +19,7 @@ that are equally near. Identical files are encoded once.
 import argparse
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -35,7 +36,7 @@ from array_record.python import array_record_module
 from jaxtyping import UInt8, UInt16
 
 from data.batch_encoder import PRECISIONS, BatchEncoder
-from data.codes import MAX_PIXELS, Encoder, PrepareError, Progress, load_encoder, log
+from data.codes import Encoder, PrepareError, Progress, load_encoder, log
 from medmax_jax import images
 
 FORMAT = 1
@@ -229,18 +230,19 @@ class _Work:
 
     def unique(self) -> np.ndarray:
         """Numbers of the pictures that are encoded: the first of each content, in list order."""
-        digests = self.digests()
+        digests = self.digests
         rows = np.ascontiguousarray(digests).view("V32")[:, 0]
         first = np.sort(np.unique(rows, return_index=True)[1])
         return first[digests[first].any(axis=1)]
 
+    @functools.cached_property
     def digests(self) -> UInt8[np.ndarray, "n 32"]:
         return np.concatenate([np.load(self.digest_file(n)) for n in self.slices])
 
     def encode_shard(self, n: int, unique: np.ndarray, encode: BatchEncoder) -> None:
         """Writes the codes of a shard, then the JSON that says it is whole."""
         numbers = unique[n * self.plan.shard_size : (n + 1) * self.plan.shard_size]
-        digests, bad, count = self.digests()[numbers], {}, 0
+        digests, bad, count = self.digests[numbers], {}, 0
         progress = Progress(len(numbers), f"pictures of shard {n}")
         final = self.out / "codes" / f"{n:05d}.array_record"
         partial = final.with_name(f"{final.name}.{os.getpid()}.partial")
@@ -265,7 +267,7 @@ class _Work:
 
     def seal(self, unique: np.ndarray) -> dict[str, Any]:
         """Index and counts; every process comes to the same."""
-        digests, shards = self.digests(), -(-len(unique) // self.plan.shard_size)
+        digests, shards = self.digests, -(-len(unique) // self.plan.shard_size)
         facts = [json.loads(self.shard_file(n).read_text()) for n in range(shards)]
         bad = {path: why for each in facts for path, why in each["unreadable"].items()}
         place = {digests[number].tobytes(): i for i, number in enumerate(unique)}
@@ -300,14 +302,14 @@ class _Work:
     def _pictures(self, numbers: np.ndarray) -> Iterator[Callable[[], Any]]:
         for number in numbers:
             yield lambda path=self.folder / self.paths[number]: images.load(
-                path, max_pixels=MAX_PIXELS
+                path, max_pixels=images.MAX_PIXELS
             )
 
     def _check(self) -> None:
         """Raises PrepareError when too many pictures so far could not be read."""
         facts = [json.loads(p.read_text()) for p in (self.out / "codes").glob("*.json")]
         bad = {path: why for each in facts for path, why in each["unreadable"].items()}
-        gone = int((~self.digests().any(axis=1)).sum())
+        gone = int((~self.digests.any(axis=1)).sum())
         if len(bad) + gone > self.max_bad * len(self.paths):
             first = next(iter(bad.items()), ("a file", "no such file, or it may not be read"))
             raise PrepareError(

@@ -26,7 +26,6 @@ from medmax_jax.tokenizer import Tokenizer
 
 log = logging.getLogger("medmax_jax.prepare")
 
-MAX_PIXELS = 89_478_485  # Pillow's own line between a large picture and a decompression bomb
 BATCH = 16  # pictures encoded at once
 LOG_SECONDS = 5.0
 MIN_CROP_AREA = 0.5  # of the centre square: smaller ones lose what texts speak of
@@ -109,7 +108,7 @@ def encode(
     todo = sorted(set(views), key=lambda v: (v.path, v.number))
     codes: dict[tuple[str, int], np.ndarray] = {}
     unreadable: dict[str, str] = {}
-    load = load or (lambda path: images.load(folder / path, max_pixels=MAX_PIXELS))
+    load = load or (lambda path: images.load(folder / path, max_pixels=images.MAX_PIXELS))
     open_picture = functools.lru_cache(maxsize=1)(load)  # the views of a picture follow each other
     progress = Progress(len(todo)) if tell else None
     for start in range(0, len(todo), BATCH):

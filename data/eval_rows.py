@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.published import PublishedError, private
-from medmax_jax.convert.progress import Progress
+from medmax_jax.progress import Progress
 from medmax_jax.storage import Folder, StorageError, checked
 
 COLUMNS = ("task_name", "question_type", "prompt", "answer", "image_path")

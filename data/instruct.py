@@ -16,7 +16,6 @@ import collections
 import dataclasses
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from data.endpoint import Endpoint, NoReply, Reply, cost
 from data.instruct_replies import SEPARATOR, Invalid, Prompt, Unparsable
 from data.journal import open_journal
 from data.mixture import INTERLEAVED
+from medmax_jax.storage import Folder
 
 STAGES = {  # the verdict with which a row goes on
     "score": "keep",
@@ -121,8 +121,8 @@ def curate(
         report = _report(rows, outcome, stages, work)
     if not stopped():
         documents = [_document(row, lines[row.id]) for row in left]
-        _replace(out / DOCUMENTS, "".join(json.dumps(one) + "\n" for one in documents))
-    _replace(out / REPORT, json.dumps(report, indent=1) + "\n")
+        _write(out / DOCUMENTS, "".join(json.dumps(one) + "\n" for one in documents))
+    _write(out / REPORT, json.dumps(report, indent=1) + "\n")
     return report
 
 
@@ -286,7 +286,7 @@ def _check_same(path: Path, rows: Sequence[Row], settings: Settings) -> None:
     try:
         known = json.loads(path.read_text())
     except FileNotFoundError:
-        return _replace(path, json.dumps(facts, indent=1) + "\n")
+        return _write(path, json.dumps(facts, indent=1) + "\n")
     except ValueError as error:
         raise InstructError(f"{path}: damaged ({error}); use another --out") from error
     if differing := [name for name in facts if known.get(name) != facts[name]]:
@@ -307,13 +307,8 @@ def _total(parts: Iterable[float | None]) -> float | None:
     return None if None in found else sum(found)
 
 
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+def _write(path: Path, text: str) -> None:
+    Folder(path.parent).write(path.name, [text.encode()])  # whole or not at all
 
 
 class _Clock:

@@ -27,8 +27,8 @@ import numpy as np
 
 from data import records
 from data.documents import Document, Layout, RecordsError, check_document
-from medmax_jax.convert.progress import Progress
 from medmax_jax.new_folder import new_folder
+from medmax_jax.progress import Progress
 from medmax_jax.storage import Folder, StorageError, checked
 from medmax_jax.tokenizer import Tokenizer, TokenizerError, document_ids, segments_of
 from medmax_jax.vocab import BOS, EOS, IMAGE, PAD, SEP

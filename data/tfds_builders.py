@@ -29,7 +29,7 @@ import tensorflow_datasets as tfds
 from data import records
 from data.documents import Document, RecordsError
 from data.published import private
-from medmax_jax.convert.progress import Progress
+from medmax_jax.progress import Progress
 
 log = logging.getLogger("medmax_jax.tfds")
 

@@ -24,6 +24,7 @@ from data.sample.documents import eval_items
 from data.sample.manifest import read_manifest
 from eval import loop, report, scoring, tasks
 from medmax_jax import cli, export, generate
+from medmax_jax.checkpoint import sha256
 from medmax_jax.config import Mesh, Sample, build, to_dict
 from medmax_jax.mesh import make_mesh
 
@@ -206,7 +207,7 @@ def _claim(workdir: Path, settings: Settings, folder: str, adapter: str, found: 
     facts = {
         "sample": to_dict(settings.sample),
         "model": export.identity(folder) if folder else "",
-        "adapter": generate.fingerprint(tuned) if tuned and tuned.is_file() else "",
+        "adapter": sha256(tuned) if tuned and tuned.is_file() else "",
         "items": hashlib.sha256(items.encode()).hexdigest(),
     }
     path = workdir / "run.json"

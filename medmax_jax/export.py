@@ -7,7 +7,6 @@
 A folder appears whole or not at all, in place of an older one. A model may lie under gs://.
 """
 
-import hashlib
 import json
 import os
 import pathlib
@@ -21,7 +20,6 @@ from jaxtyping import PyTree
 from medmax_jax import array_reader, config, weights
 from medmax_jax.storage import Folder, StorageError
 
-PIECE = 16 * 2**20  # bytes in memory, of a file whose digest is taken
 SMALL, LARGE = "model.safetensors", "model.zarr"
 TOOLS = ("tokenizer.json", "vqgan.safetensors")  # what a model folder needs beside the model
 FREE = ("param_dtype", "compute_dtype", "remat", "attention")  # how a model runs, not what it is
@@ -45,7 +43,7 @@ def identity(folder: str | os.PathLike) -> str:
     """What an adapter calls its base: the file's sha256, or the fingerprint that convert noted."""
     place = Folder(folder)
     if place.has(SMALL):
-        return _sha256(place, SMALL)
+        return place.file(SMALL).digest("sha256")
     found = place.json("config.json")
     try:
         return found["weights"]["fingerprint"]
@@ -107,18 +105,11 @@ def check_base(folder: str, run: config.Run, *, tokenizer: str, vqgan: str) -> N
                 )
     for name, digest in zip(TOOLS, (tokenizer, vqgan), strict=True):
         held = digest and place.has(name)
-        if held and _sha256(place, name) != digest:
+        if held and place.file(name).digest("sha256") != digest:
             raise ExportError(
                 f"the records were made with another {name} than that of {folder}; "
                 "prepare them again with the files of this folder"
             )
-
-
-def _sha256(place: Folder, name: str) -> str:
-    file, digest = place.file(name), hashlib.sha256()
-    for start in range(0, file.size, PIECE):
-        digest.update(file.read(start, min(start + PIECE, file.size)))
-    return digest.hexdigest()
 
 
 def _sections(run: config.Run) -> dict[str, dict]:

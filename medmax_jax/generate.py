@@ -16,7 +16,6 @@ tokens of text over the whole answer; codes are not counted.
 """
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -95,12 +94,6 @@ def load(
             vq_config=vq,
             mesh=mesh,
         )
-
-
-def fingerprint(path: str | Path) -> str:
-    """sha256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def generate(

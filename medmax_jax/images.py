@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Float32
 from PIL import Image
 
+MAX_PIXELS = 89_478_485  # Pillow's own line between a large picture and a decompression bomb
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM")
 
 

@@ -13,6 +13,7 @@ of a disk are followed, as those of Hugging Face's cache must be.
 import contextlib
 import errno
 import functools
+import hashlib
 import io
 import json
 import os
@@ -25,6 +26,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from medmax_jax.bucket import (
+    PIECE,
     SPACE,
     Bucket,
     StorageError,
@@ -120,6 +122,13 @@ class ByteFile:
         """Exactly these bytes, in memory of their own."""
         _check_range(self.name, start, stop)
         return self.store.read(self._name, start, stop, self._stamp)
+
+    def digest(self, kind: str) -> str:
+        """Hex digest of the file, in bounded memory. `kind`: hashlib's name, sha256 or md5."""
+        found = hashlib.new(kind, usedforsecurity=False)
+        for start in range(0, self.size, PIECE):
+            found.update(self.read(start, min(start + PIECE, self.size)))
+        return found.hexdigest()
 
 
 class _Disk:

@@ -25,7 +25,7 @@ settings    configs configs.base configs.chameleon_30b configs.tiny configs.tiny
 
 facts       medmax_jax medmax_jax.config medmax_jax.vocab medmax_jax.mesh medmax_jax.images
             medmax_jax.page medmax_jax.cli medmax_jax.bucket medmax_jax.storage
-            medmax_jax.new_folder
+            medmax_jax.new_folder medmax_jax.progress
             medmax_jax.unpickle medmax_jax.pth data data.mixture data.pack data.documents
             data.reader data.records data.mixing data.plan_report data.synthetic
             data.outgoing data.journal data.endpoint data.asking data.captions
@@ -48,7 +48,7 @@ machines    medmax_jax.metrics medmax_jax.step medmax_jax.checkpoint medmax_jax.
             medmax_jax.decoding medmax_jax.batching medmax_jax.generate
             data.instruct eval.tasks eval.score_image eval.scoring eval.loop
 
-layouts     medmax_jax.convert medmax_jax.convert.form medmax_jax.convert.progress
+layouts     medmax_jax.convert medmax_jax.convert.form medmax_jax.convert.ahead
             medmax_jax.convert.tensor_files
             medmax_jax.convert.vq_names medmax_jax.convert.hf_processor medmax_jax.convert.hf
             medmax_jax.convert.meta_shards medmax_jax.convert.meta_vqgan medmax_jax.convert.meta

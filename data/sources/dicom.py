@@ -22,9 +22,8 @@ import numpy as np
 import PIL.Image
 
 from data.sources.row import SourceError
-from medmax_jax.images import ImageError
+from medmax_jax.images import MAX_PIXELS, ImageError
 
-MAX_PIXELS = 89_478_485  # as for other pictures (data/codes.py)
 MAX_BYTES = 2**29  # 512 MiB; a radiograph has about 10 to 30 MiB
 _HEADER = [
     "Rows",

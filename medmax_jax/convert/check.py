@@ -31,8 +31,8 @@ from medmax_jax import chameleon, export, vqgan, weights
 from medmax_jax.config import Mesh, Vocab
 from medmax_jax.convert import describe, hf_processor, run, sources, torch_side
 from medmax_jax.convert.form import Checkpoint, ConvertError, finite
-from medmax_jax.convert.progress import Progress
 from medmax_jax.mesh import make_mesh
+from medmax_jax.progress import Progress
 from medmax_jax.storage import Folder
 from medmax_jax.tokenizer import Tokenizer, TokenizerError
 
@@ -42,7 +42,6 @@ PUBLISHED = {  # tokenizer/checklist.chk of Meta's, Anole's and MedMax's downloa
     "vqgan.yaml": "25724c8110d6adabc9130a123b4b922e",
 }
 TEXTS = ("Is it a CT?<reserved08706>yes", "an image <image> here")
-PIECE = 16 * 2**20  # bytes at a time, for MD5
 FP32_TOLERANCE, BF16_TOLERANCE = 2e-5, 0.1  # x max(1, std of the logits); bfloat16 keeps 8 bits
 
 
@@ -107,10 +106,8 @@ def _files(found: Checkpoint, report: Report) -> None:
             wanted = PUBLISHED.get(name.rpartition("/")[2])
             if wanted is None:
                 continue
-            file, digest = folder.file(name), hashlib.md5(usedforsecurity=False)
-            for start in range(0, file.size, PIECE):
-                digest.update(file.read(start, min(start + PIECE, file.size)))
-            report.line(f"md5 of {name}", digest.hexdigest(), digest.hexdigest() == wanted)
+            digest = folder.file(name).digest("md5")
+            report.line(f"md5 of {name}", digest, digest == wanted)
     if found.layout == "native" and found.tokenizer:
         digest = hashlib.md5(found.tokenizer, usedforsecurity=False).hexdigest()
         same = digest == PUBLISHED["text_tokenizer.json"]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from medmax_jax.config import to_dict
-from medmax_jax.convert.form import Adapter, Checkpoint, digest, fingerprint
+from medmax_jax.convert.form import Adapter, Checkpoint, digest
 from medmax_jax.vocab import IMAGE_START
 
 NAMED = {  # (hidden_size, num_layers, num_heads, num_kv_heads) -> published model
@@ -46,7 +46,7 @@ def facts(found: Checkpoint | Adapter) -> dict[str, Any]:
 
 def identity(found: Checkpoint) -> str:
     """The fingerprint; of quantised weights the one of what they were made from."""
-    return found.facts.get("fingerprint", "") if found.quant != "none" else fingerprint(found)
+    return found.facts.get("fingerprint", "") if found.quant != "none" else found.fingerprint
 
 
 def words(said: dict[str, Any]) -> str:

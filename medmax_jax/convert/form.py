@@ -11,6 +11,7 @@ a few at a time whatever the size of the model.
 """
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -68,6 +69,11 @@ class Checkpoint:
     tokenizer: bytes | None  # the JSON of the layout, as it lay there
     facts: dict[str, Any]  # what was found beside the weights: see each layout
     quant: str = "none"  # native only: int8 | nf4, then the matrices cannot go out again
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """`digest` of the language model: it reads a few percent of the weights, once."""
+        return digest(self.language)
 
     @property
     def has_decoder(self) -> bool:
@@ -186,17 +192,12 @@ def _all_finite(piece: np.ndarray) -> bool:
     return int((piece.view(np.uint16) & 0x7FFF).max(initial=0)) < largest
 
 
-def fingerprint(checkpoint: Checkpoint) -> str:
-    """sha256 over two blocks of every tensor of the language model, rounded to bfloat16.
-
-    The same for one model in every layout and float dtype; any training changes it. A few percent
-    of the weights are read. It identifies and does not guard: that is the work of the CRCs.
-    """
-    return digest(checkpoint.language)
-
-
 def digest(tensors: dict[str, Tensor]) -> str:
-    """The same of any tensors."""
+    """sha256 over two blocks of every tensor, rounded to bfloat16.
+
+    The same for one model in every layout and float dtype; any training changes it. It identifies
+    and does not guard: that is the work of the CRCs.
+    """
     found = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         found.update(f"{name} {tensor.shape}".encode())

@@ -11,7 +11,6 @@ from medmax_jax.convert.form import (
     Checkpoint,
     ConvertError,
     Tensor,
-    fingerprint,
 )
 
 
@@ -30,7 +29,7 @@ def check_base(adapter: Adapter, base: Checkpoint) -> str:
                 f"{adapter.path}: an adapter for {name} {shape}, but in {base.path} it is {have}; "
                 "an adapter for another base"
             )
-    names = [fingerprint(base)]
+    names = [base.fingerprint]
     if base.layout == "native":  # a small model's one file has its own name, see export.identity
         names.insert(0, export.identity(base.path))
     wanted = adapter.facts.get("base", names[0])

@@ -20,6 +20,7 @@ import numpy as np
 from medmax_jax import pth
 from medmax_jax.config import Model
 from medmax_jax.convert import hf_processor, meta_vqgan
+from medmax_jax.convert.ahead import ahead
 from medmax_jax.convert.form import (
     Checkpoint,
     ConvertError,
@@ -42,7 +43,6 @@ from medmax_jax.convert.meta_shards import (
     turned_to_hf,
     unfused,
 )
-from medmax_jax.convert.progress import ahead
 from medmax_jax.storage import Folder
 
 TABLE = {  # Meta's name -> (canonical name, its split); {} is the layer

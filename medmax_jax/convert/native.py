@@ -26,17 +26,16 @@ import numpy as np
 from medmax_jax import arrays, chameleon, quant, weights
 from medmax_jax.config import VQ, ConfigError, Mesh, Model, Vocab, build, to_dict
 from medmax_jax.convert import quantize, tensor_files, vq_names
+from medmax_jax.convert.ahead import ahead
 from medmax_jax.convert.form import (
     DTYPES,
     Checkpoint,
     ConvertError,
     Tensor,
-    fingerprint,
     finite,
     language_shapes,
     require,
 )
-from medmax_jax.convert.progress import ahead
 from medmax_jax.mesh import make_mesh
 from medmax_jax.storage import Folder
 
@@ -128,7 +127,7 @@ def write(folder: Folder, checkpoint: Checkpoint, *, progress: Callable[[int], N
     if checkpoint.language:
         model, vocab = checkpoint.model, checkpoint.vocab
         dtypes = _write_language(folder, checkpoint, progress)
-        facts = dict(fingerprint=fingerprint(checkpoint), dtypes=dtypes)
+        facts = dict(fingerprint=checkpoint.fingerprint, dtypes=dtypes)
         config |= dict(vocab=to_dict(vocab), model=to_dict(model))
         config |= dict(vq=to_dict(checkpoint.vq), weights=facts)
     else:

@@ -7,7 +7,7 @@ native    adapter_config.json {"rank", "alpha", "dropout"} and the facts below
           adapter.safetensors         layers.mlp.up_proj.lora_a, the layers stacked
 a run     adapter/ of a finished one, else the newest sound checkpoint
 
-facts     base    fingerprint of the weights it was trained on, see form.fingerprint
+facts     base    fingerprint of the weights it was trained on, see form.digest
           data    fingerprint of the records; sources, credentials: documents of each
           step, config
 """

@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Callable
 
 from medmax_jax.convert import card, hf, merge, meta, native, peft, sources, vq_names
-from medmax_jax.convert.form import Adapter, Checkpoint, ConvertError, fingerprint
-from medmax_jax.convert.progress import Progress
+from medmax_jax.convert.form import Adapter, Checkpoint, ConvertError
 from medmax_jax.new_folder import new_folder
+from medmax_jax.progress import Progress
 
 FORMATS = ("native", "hf", "meta", "peft")
 SEALS = dict(native="config.json", hf="config.json", meta="README.md", peft="adapter_config.json")
@@ -94,7 +94,7 @@ def _write_model(found: Checkpoint, adapter: Adapter | None, identity: str, targ
     for warning in _warnings(found, layout):
         target.say(f"WARNING: {warning}")
     if found.model and not adapter:
-        identity = fingerprint(found)
+        identity = found.fingerprint
     card_text = card.text(f"{target.name}, {layout} layout", found, adapter, identity).encode()
     progress = Progress(found.nbytes, target.say)
     needed = int(found.nbytes * SHARE[quant]) + SLACK

@@ -1,10 +1,10 @@
 """What lies at a path: which layout, and the checkpoint or adapter in it."""
 
+import dataclasses
 import os
-from typing import Any
 
 from medmax_jax.checkpoint import CheckpointError
-from medmax_jax.config import VQ, ConfigError, build
+from medmax_jax.config import ConfigError
 from medmax_jax.convert import hf, meta, meta_vqgan, native, peft
 from medmax_jax.convert.form import Adapter, Checkpoint, ConvertError
 from medmax_jax.pth import PthError
@@ -68,8 +68,7 @@ def with_vqgan(checkpoint: Checkpoint, path: str | os.PathLike) -> Checkpoint:
             f"--vqgan {path}: {given.vq}, but {checkpoint.path} has {checkpoint.vq}; "
             "use the VQGAN that the model was trained with"
         )
-    fields: dict[str, Any] = dict(vqgan=given.vqgan, vq=given.vq)
-    return Checkpoint(**(vars(checkpoint) | fields))
+    return dataclasses.replace(checkpoint, vqgan=given.vqgan, vq=given.vq)
 
 
 def _vqgan(folder: str, name: str) -> Checkpoint:
@@ -81,6 +80,6 @@ def _vqgan(folder: str, name: str) -> Checkpoint:
     if not pictures:
         raise ConvertError(f"{folder}/{name}: no such file; check the path")
     return Checkpoint(
-        layout="meta", path=f"{folder}/{name}", model=None, vocab=None, vq=build(VQ, vars(vq)),
+        layout="meta", path=f"{folder}/{name}", model=None, vocab=None, vq=vq,
         language={}, vqgan=pictures, tokenizer=None, facts={},
     )  # fmt: skip

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from medmax_jax.convert.ahead import ahead
 from medmax_jax.convert.form import DTYPES, ConvertError, Tensor, finite
-from medmax_jax.convert.progress import ahead
 from medmax_jax.storage import ByteFile, Folder
 
 INDEX = "model.safetensors.index.json"
