@@ -27,10 +27,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from medmax_jax import images
 from medmax_jax.progress import Progress
 from medmax_jax.storage import StorageError, checked, os_errors
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".ppm")
 PARTIAL = ".unpacking.partial"
 _READ = 1 << 20  # bytes asked of the unpacked stream at once
 _SLACK = 4 << 20  # bytes read ahead, and of headers, beyond the files seen so far
@@ -191,7 +191,7 @@ def _safe_name(member: tarfile.TarInfo, out: Path) -> str:
 def _place(member: tarfile.TarInfo, name: str, data: io.BufferedIOBase | None, out: Path) -> str:
     """Writes one file if it is an image and not there; returns which of the three it was."""
     last = name.rpartition("/")[2]
-    if not last.lower().endswith(SUFFIXES) or last.startswith("."):  # ._a.png: macOS's notes
+    if not last.lower().endswith(images.SUFFIXES) or last.startswith("."):  # ._a.png: macOS's notes
         return "left_out"
     target, partial = out / name, out / PARTIAL
     with os_errors(str(target)):

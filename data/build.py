@@ -16,7 +16,6 @@ import contextlib
 import hashlib
 import heapq
 import itertools
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -41,6 +40,7 @@ from data.mixture import BY_NAME, CAPTION_SHARE, CREDENTIALED, Source, compare
 from data.sources import captions, choices, conversations, dicom, parquet, questions, reports
 from data.sources.row import SPLITS, Bad, Plan, Row
 from medmax_jax import images
+from medmax_jax.new_folder import private
 from medmax_jax.tokenizer import Tokenizer, TokenizerError, document_ids
 
 LABEL = "not the released subset"
@@ -300,10 +300,7 @@ def _private(out: Path) -> Iterator[None]:
     """A folder that is new or empty and whose files only their owner may read."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise PrepareError(f"--out is {out}: not empty; credentialed records get their own folder")
-    before = os.umask(0o077)  # for the shards too, which a library writes
-    try:
+    with private():  # for the shards too, which a library writes
         out.mkdir(parents=True, exist_ok=True)
         out.chmod(0o700)
         yield
-    finally:
-        os.umask(before)

@@ -37,10 +37,11 @@ from jaxtyping import UInt8, UInt16
 
 from data.batch_encoder import PRECISIONS, BatchEncoder
 from data.codes import Encoder, PrepareError, Progress, load_encoder, log
+from data.sources.stream import json_lines
 from medmax_jax import images
+from medmax_jax.storage import StorageError, checked
 
 FORMAT = 1
-SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".ppm")
 SLICE = 4_096  # files hashed by one process at a time
 PATIENCE = 60.0  # seconds without news after which another process's part is made here too
 _OPTIONS = "group_size:1,zstd:3"
@@ -136,20 +137,19 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
 def _listed(folder: Path, listing: Path | None) -> list[str]:
     """The pictures by path, each once: of a JSONL of rows, or all files with a picture's suffix."""
     if listing is None:
-        found = (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+        found = (p for p in folder.rglob("*") if p.suffix.lower() in images.SUFFIXES)
         return sorted(str(p.relative_to(folder)) for p in found)
     paths: dict[str, None] = {}
-    with open(listing, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
+    for place, row in json_lines(listing):
+        if not isinstance(row, dict):
+            raise PrepareError(f"{listing}, line {place.number}: not a JSON object; mend the line")
+        if name := row.get("image_path", ""):
             try:
-                path = json.loads(line).get("image_path", "")
-            except (ValueError, AttributeError) as error:
+                paths |= {checked(str(folder), name.removeprefix("./")): None}
+            except (StorageError, AttributeError) as error:
                 raise PrepareError(
-                    f"{listing}, line {number}: not a JSON object ({error})"
-                ) from None
-            if path and (Path(path).is_absolute() or ".." in Path(path).parts):
-                raise PrepareError(f"{listing}, line {number}: {path!r} leaves the image folder")
-            paths |= {path: None} if path else {}
+                    f"{listing}, line {place.number}: {name!r} leaves the image folder"
+                ) from error
     return list(paths)
 
 

@@ -17,7 +17,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.published import PublishedError, private
+from data.published import PublishedError
+from medmax_jax.new_folder import private
 from medmax_jax.progress import Progress
 from medmax_jax.storage import Folder, StorageError, checked
 

@@ -16,7 +16,6 @@ import collections
 import dataclasses
 import hashlib
 import json
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from data.endpoint import Endpoint, NoReply, Reply, cost
 from data.instruct_replies import SEPARATOR, Invalid, Prompt, Unparsable
 from data.journal import open_journal
 from data.mixture import INTERLEAVED
+from medmax_jax.progress import Items
 from medmax_jax.storage import Folder
 
 STAGES = {  # the verdict with which a row goes on
@@ -149,13 +149,13 @@ class _Work:
                 raise InstructError(f"{journal.path}: a line is no decision; use another --out")
             lines = {line["id"]: line for line in journal.rows}
             todo = [row for row in rows if row.id not in lines]
-            clock = _Clock(stage, len(todo), self.progress)
+            clock = Items(len(todo), "rows", self.progress, every=PROGRESS_S)
             for made in (
                 self._asked(stage, todo) if stage in PROMPT_OF else self._local(stage, todo)
             ):
                 journal.append(*made)
                 lines |= {line["id"]: line for line in made}
-                clock.tick(len(made))
+                clock.tick(stage, len(made))
         lines = {row.id: lines[row.id] for row in rows if row.id in lines}
         counted = collections.Counter(line["verdict"] for line in lines.values())
         counts = dict(rows=len(rows), **counted, undecided=len(rows) - len(lines))
@@ -309,24 +309,3 @@ def _total(parts: Iterable[float | None]) -> float | None:
 
 def _write(path: Path, text: str) -> None:
     Folder(path.parent).write(path.name, [text.encode()])  # whole or not at all
-
-
-class _Clock:
-    """Says how far a stage is, how fast it goes and when it will be done."""
-
-    def __init__(self, stage: str, total: int, progress: Progress):
-        self.stage, self.total, self.progress = stage, total, progress
-        self.done, self.start = 0, time.monotonic()
-        self.said = self.start
-
-    def tick(self, count: int) -> None:
-        self.done += count
-        now = time.monotonic()
-        if now - self.said >= PROGRESS_S or self.done == self.total:
-            self.said = now
-            rate = self.done / max(now - self.start, 1e-9)
-            left = (self.total - self.done) / rate
-            self.progress(
-                f"{self.stage}: {self.done} of {self.total} rows, {rate:.1f} a second, "
-                f"{left:.0f} s left"
-            )

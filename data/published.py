@@ -27,7 +27,7 @@ import numpy as np
 
 from data import records
 from data.documents import Document, Layout, RecordsError, check_document
-from medmax_jax.new_folder import new_folder
+from medmax_jax.new_folder import new_folder, private
 from medmax_jax.progress import Progress
 from medmax_jax.storage import Folder, StorageError, checked
 from medmax_jax.tokenizer import Tokenizer, TokenizerError, document_ids, segments_of
@@ -146,16 +146,6 @@ def lines_of(file: IO[bytes], saw: Callable[[bytes], None]) -> Iterator[tuple[in
             saw(last)
         yield offset, size, line
         offset += size
-
-
-@contextlib.contextmanager
-def private() -> Iterator[None]:
-    """What the block creates is for its owner alone from the first moment: 0700 and 0600."""
-    before = os.umask(0o077)
-    try:
-        yield
-    finally:
-        os.umask(before)
 
 
 class _Pass:

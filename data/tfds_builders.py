@@ -28,7 +28,7 @@ import tensorflow_datasets as tfds
 
 from data import records
 from data.documents import Document, RecordsError
-from data.published import private
+from medmax_jax.new_folder import private
 from medmax_jax.progress import Progress
 
 log = logging.getLogger("medmax_jax.tfds")

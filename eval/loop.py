@@ -9,7 +9,6 @@ A record holds the item, the answer, and for pictures their codes and what they 
 import dataclasses
 import json
 import re
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import numpy as np
 from eval import score_image, stats, tasks
 from medmax_jax import generate
 from medmax_jax.config import Sample
+from medmax_jax.progress import Items
 
 Progress = Callable[[str], None]
 
@@ -50,7 +50,7 @@ def evaluate(
         _check_same(item, known.get(item.id), out)
     todo = [item for item in items if item.id not in known]
     pictures = _encoded(generator, todo, Path(images_folder), progress)
-    clock = _Clock(len(todo), progress)
+    clock = Items(len(todo), "items", progress, every=0.0)
     with open(out, "a", encoding="utf-8") as file:
         for name in tasks.TASKS:
             part = [item for item in todo if item.task == name]
@@ -211,19 +211,3 @@ def _encoded(generator, items, folder: Path, progress: Progress) -> dict[str, np
     if paths:
         progress(f"encoded {len(paths)} pictures")
     return dict(zip(paths, codes, strict=True))
-
-
-class _Clock:
-    """Says how far the items are, how fast they go and when they will be done."""
-
-    def __init__(self, total: int, progress: Progress):
-        self.total, self.progress = total, progress
-        self.done, self.start = 0, time.monotonic()
-
-    def tick(self, task: str, count: int) -> None:
-        self.done += count
-        rate = self.done / max(time.monotonic() - self.start, 1e-9)
-        left = (self.total - self.done) / rate
-        self.progress(
-            f"{task}: {self.done} of {self.total} items, {rate:.1f} a second, {left:.0f} s left"
-        )

@@ -19,6 +19,7 @@ from jaxtyping import Float32
 from PIL import Image
 
 MAX_PIXELS = 89_478_485  # Pillow's own line between a large picture and a decompression bomb
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".ppm")
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM")
 
 

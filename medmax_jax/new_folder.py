@@ -37,6 +37,16 @@ def new_folder(path: str | os.PathLike, *, bytes_needed: int, seal: str) -> Iter
 
 
 @contextlib.contextmanager
+def private() -> Iterator[None]:
+    """What the block creates is for its owner alone from the first moment: 0700 and 0600."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+@contextlib.contextmanager
 def _on_disk(path: str, bytes_needed: int, seal: str) -> Iterator[Folder]:
     path = os.path.realpath(path)  # a link to an empty folder goes on pointing at it
     above, partial = os.path.dirname(path), path + ".partial"

@@ -1,4 +1,4 @@
-"""How far a pass over many bytes is."""
+"""How far long work is, how fast it goes and when it will be done, a line at a time."""
 
 import time
 from collections.abc import Callable
@@ -7,7 +7,7 @@ SECONDS = 5.0  # between two lines
 
 
 class Progress:
-    """A line every few seconds: how much, how fast, how long still."""
+    """Bytes: a line every few seconds."""
 
     def __init__(self, total: int, say: Callable[[str], None]):
         self._total, self._say = total, say
@@ -33,3 +33,25 @@ class Progress:
             f"{what}: {self._done / 1e9:.3f} GB in {seconds:.1f} s, "
             f"{self._done / seconds / 1e6:,.0f} MB/s"
         )
+
+
+class Items:
+    """The same of things that are counted: `every` seconds a line at most, and one at the end."""
+
+    def __init__(self, total: int, unit: str, say: Callable[[str], None], *, every: float):
+        self._total, self._unit, self._say, self._every = total, unit, say, every
+        self._done, self._start = 0, time.monotonic()
+        self._said = self._start
+
+    def tick(self, what: str, count: int) -> None:
+        """`count` more are done; `what` the work is on."""
+        self._done += count
+        now = time.monotonic()
+        if now - self._said >= self._every or self._done == self._total:
+            self._said = now
+            rate = self._done / max(now - self._start, 1e-9)
+            left = (self._total - self._done) / rate
+            self._say(
+                f"{what}: {self._done} of {self._total} {self._unit}, {rate:.1f} a second, "
+                f"{left:.0f} s left"
+            )
