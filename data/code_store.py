@@ -36,10 +36,9 @@ from array_record.python import array_record_module
 from jaxtyping import UInt8, UInt16
 
 from data.batch_encoder import PRECISIONS, BatchEncoder
+from data.captions import is_inside
 from data.codes import Encoder, PrepareError, Progress, load_encoder, log
-from data.sources.stream import json_lines
 from medmax_jax import images
-from medmax_jax.storage import StorageError, checked
 
 FORMAT = 1
 SLICE = 4_096  # files hashed by one process at a time
@@ -140,16 +139,17 @@ def _listed(folder: Path, listing: Path | None) -> list[str]:
         found = (p for p in folder.rglob("*") if p.suffix.lower() in images.SUFFIXES)
         return sorted(str(p.relative_to(folder)) for p in found)
     paths: dict[str, None] = {}
-    for place, row in json_lines(listing):
-        if not isinstance(row, dict):
-            raise PrepareError(f"{listing}, line {place.number}: not a JSON object; mend the line")
-        if name := row.get("image_path", ""):
+    with open(listing, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
             try:
-                paths |= {checked(str(folder), name.removeprefix("./")): None}
-            except (StorageError, AttributeError) as error:
+                path = json.loads(line).get("image_path", "")
+            except (ValueError, AttributeError) as error:
                 raise PrepareError(
-                    f"{listing}, line {place.number}: {name!r} leaves the image folder"
-                ) from error
+                    f"{listing}, line {number}: not a JSON object ({error})"
+                ) from None
+            if path and not is_inside(path):
+                raise PrepareError(f"{listing}, line {number}: {path!r} leaves the image folder")
+            paths |= {path: None} if path else {}
     return list(paths)
 
 
