@@ -23,8 +23,8 @@ ORDER = """
 settings    configs configs.base configs.chameleon_30b configs.tiny configs.tiny_base
             configs.tiny_vqgan configs.eval_tiny configs.quickstart
 
-facts       medmax_jax medmax_jax.config medmax_jax.vocab medmax_jax.mesh medmax_jax.images
-            medmax_jax.page medmax_jax.cli medmax_jax.bucket medmax_jax.storage
+facts       medmax_jax medmax_jax.config medmax_jax.flops medmax_jax.vocab medmax_jax.mesh
+            medmax_jax.images medmax_jax.page medmax_jax.cli medmax_jax.bucket medmax_jax.storage
             medmax_jax.new_folder medmax_jax.progress
             medmax_jax.unpickle medmax_jax.pth data data.mixture data.pack data.documents
             data.reader data.records data.mixing data.plan_report data.synthetic
