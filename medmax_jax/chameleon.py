@@ -22,7 +22,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
-from medmax_jax.attention import attend, cache_mask, packed_mask, write_cache
+from medmax_jax.attention import attend, cache_mask, packed, write_cache
 from medmax_jax.config import Lora, Model, Vocab
 from medmax_jax.layers import Embed, HeadNorm, Linear, RMSNorm, matmul, rope, rope_angles
 from medmax_jax.mesh import ACT, CACHE, DOWN, HEADS, HID, LOGITS, UP, placed
@@ -68,7 +68,6 @@ class Attention(nnx.Module):
         return tuple(checkpoint_name(a, n) for a, n in ((q, "q"), (k, "k"), (v, "v")))
 
     def out(self, x: Float[Array, "B T N H"], key) -> Float[Array, "B T D"]:
-        x = checkpoint_name(x, "attn")
         x = jnp.reshape(x, (*x.shape[:2], -1), out_sharding=HID)  # [B, T, N*H]
         return self.o_proj(x, ACT, key=key)
 
@@ -190,9 +189,7 @@ class Chameleon(nnx.Module):
                     write_cache(s, index, n, positions) for s, n in zip(stores, new, strict=True)
                 ]
                 k, v = (s[index].transpose(0, 2, 1, 3) for s in written)  # [B, S, K, H]
-                return module.out(
-                    attend(q, k, v, mask, impl=self.config.attention), keys[3]
-                ), written
+                return module.out(attend(q, k, v, mask), keys[3]), written
 
             x, written = layer(x, attention, None)
             return (x, *written), None
@@ -204,12 +201,13 @@ class Chameleon(nnx.Module):
         return self.norm(x), Cache(k=k, v=v)
 
     def _run(self, ids, segments, positions, key, *, keep: bool) -> tuple[Array, Array | None]:
-        mask, angles = packed_mask(segments), self._angles(positions)
+        attend_packed = packed(segments, impl=self.config.attention)
+        angles = self._angles(positions)
         keys = None if key is None else jax.random.split(key, (self.config.num_layers, 7))
 
         def attention(module, x, keys):
             q, k, v = module.qkv(x, angles, keys[:3])
-            return module.out(attend(q, k, v, mask, impl=self.config.attention), keys[3]), None
+            return module.out(attend_packed(q, k, v), keys[3]), None
 
         def body(x, xs):
             x, _ = xs[0](x, attention, xs[1])

@@ -45,7 +45,7 @@ class Model:
     quant: str  # none | int8 | nf4: of the matrices inside its layers
     compute_dtype: str
     remat: str  # none | attn | qkv_attn | all
-    attention: str  # xla
+    attention: str  # xla | splash | cudnn: of whole rows in training, see attention.py
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,7 +167,7 @@ CHOICES = {
     "model.compute_dtype": ("float32", "bfloat16"),
     "model.quant": ("none", "int8", "nf4"),
     "model.remat": ("none", "attn", "qkv_attn", "all"),
-    "model.attention": ("xla",),
+    "model.attention": ("xla", "splash", "splash_interpret", "cudnn"),
     "data.mask": ("answers", "release"),
     "mixing.by": ("source", "task"),
     "mixing.unit": ("documents", "tokens"),
@@ -302,6 +302,10 @@ def _check_sizes(run: Run) -> None:
     _rule(not (adapters and full), "lora.rank", run.lora.rank, "0 when train.trains is full")
     exact = m.param_dtype == "float32" or not full  # bfloat16 would round small updates away
     _rule(exact, "model.param_dtype", m.param_dtype, "float32 when train.trains is full")
+    if m.attention.startswith("splash"):
+        _rule(d.seq_len % 128 == 0, "data.seq_len", d.seq_len, "a multiple of 128 for splash")
+    half = m.compute_dtype == "bfloat16" or m.attention != "cudnn"  # its kernels know no fp32
+    _rule(half, "model.compute_dtype", m.compute_dtype, "bfloat16 when model.attention is cudnn")
     if m.quant == "nf4":
         for name in ("hidden_size", "intermediate_size"):
             _rule(getattr(m, name) % 64 == 0, f"model.{name}", getattr(m, name), "a multiple of 64")

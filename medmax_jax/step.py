@@ -15,11 +15,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from data.loader import Batch
-from medmax_jax import chameleon, loss, optim
+from medmax_jax import attention, chameleon, loss, optim
 from medmax_jax.config import Run
+from medmax_jax.mesh import BATCH
 from medmax_jax.metrics import Held, Interval
 
 
@@ -31,6 +33,11 @@ class TrainState:
     trainable: PyTree
     opt_state: PyTree
     step: Any  # int32 [], updates made; jit also builds this class around things that are no arrays
+
+
+def check(run: Run, mesh: jax.sharding.Mesh) -> None:
+    """Raises ValueError on settings that the devices of `mesh` cannot run."""
+    attention.check_platform(run.model.attention, mesh.devices.flat[0].platform)
 
 
 def split(model: chameleon.Chameleon, trains: str) -> tuple[Any, PyTree, PyTree]:
@@ -93,3 +100,18 @@ def make_eval_step(graph: Any, run: Run) -> Callable:
         return Held.single_from_model_output(**sums, weighted_loss=total * share, share=share)
 
     return jax.jit(eval_step)
+
+
+def abstract_batch(run: Run) -> Batch:
+    """The shapes and shardings of a global batch on the ambient mesh, to compile for."""
+    shape = (run.data.batch_size, run.data.seq_len)
+    like = {"weights": jnp.float32}
+    rows = [
+        jax.ShapeDtypeStruct(
+            shape,
+            like.get(f.name, jnp.int32),
+            sharding=NamedSharding(jax.sharding.get_mesh(), BATCH),
+        )
+        for f in dataclasses.fields(Batch)
+    ]
+    return Batch(*rows)

@@ -85,6 +85,7 @@ def run(run: config.Run, workdir: str | os.PathLike) -> dict[str, Any]:
         writer = stack.enter_context(contextlib.closing(metrics.Writer(str(folder))))
         mesh = _usable(lambda: make_mesh(run.mesh))
         stack.enter_context(jax.set_mesh(mesh))
+        _usable(lambda: step.check(run, mesh))
 
         # ---- data
         train_data = loader.batches(run, run.data.train)

@@ -35,8 +35,8 @@ facts       medmax_jax medmax_jax.config medmax_jax.flops medmax_jax.vocab medma
             data.sample.pictures data.sample.splits eval.stats eval.score_text
 
 parts       medmax_jax.weights medmax_jax.array_reader medmax_jax.arrays medmax_jax.tokenizer
-            medmax_jax.attention medmax_jax.quant medmax_jax.layers medmax_jax.sampling
-            medmax_jax.grammar data.loader data.texts
+            medmax_jax.splash medmax_jax.cudnn medmax_jax.attention medmax_jax.quant
+            medmax_jax.layers medmax_jax.sampling medmax_jax.grammar data.loader data.texts
             data.sources data.sources.row data.sources.stream data.sources.prompts
             data.sources.conversations data.sources.captions data.sources.questions
             data.sources.choices data.sources.parquet data.sources.reports data.sources.dicom
