@@ -22,12 +22,14 @@ MAX_SHIPPED_BYTES = 25_000_000  # of medmax_jax/tiny, all files together
 ORDER = """
 settings    configs configs.base configs.chameleon_30b configs.tiny configs.tiny_base
             configs.tiny_vqgan configs.eval_tiny configs.quickstart
+            configs.medmax_7b_paper configs.medmax_7b_lora configs.medmax_7b_qlora
+            configs.medmax_7b_full configs.chameleon_30b_lora
 
 facts       medmax_jax medmax_jax.config medmax_jax.flops medmax_jax.vocab medmax_jax.mesh
             medmax_jax.images medmax_jax.page medmax_jax.cli medmax_jax.bucket medmax_jax.storage
             medmax_jax.new_folder medmax_jax.progress
             medmax_jax.unpickle medmax_jax.pth data data.mixture data.pack data.documents
-            data.reader data.records data.mixing data.plan_report data.synthetic
+            data.reader data.records data.mixing data.plan_report data.objective data.synthetic
             data.outgoing data.journal data.endpoint data.asking data.captions
             data.instruct_replies
             data.sample data.sample.manifest data.sample.phrases data.sample.questions
