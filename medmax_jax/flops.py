@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from medmax_jax.config import Lora, Model, Vocab
 
+GIB = 2**30
 Number = float | int  # a length is either
 BYTES = {"float32": 4, "bfloat16": 2}
 
