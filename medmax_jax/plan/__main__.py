@@ -5,7 +5,7 @@ answers prompts, for a machine that is not here; nothing is allocated. Answers a
 
     --topology=v5e:4x4 --slices=2       the machine: v4, v5e, v5p, v6e; A100-80, H100, L40S:N
     --mesh=1,16,1                       data,fsdp,tp; or search, also over batch and remat
-    --per_chip_batch=4 --seq=2048       rows on each device of data x fsdp; tokens of a row
+    --per_chip_batch=4 --seq=2048       rows of a microbatch on a device; tokens of a row
     --analytic                          in a second and roughly, by arithmetic
     --decode=none                       the training step alone; or text, image, mixed
     --utilisation=0.6 --price=1.2       of the peak while products run; USD an hour of a chip
@@ -28,7 +28,9 @@ from medmax_jax.plan.topology import PlanError, Topology, mesh_of, parse
 _TOPOLOGY = flags.DEFINE_string("topology", None, "machine, as v5e:4x4", required=True)
 _SLICES = flags.DEFINE_integer("slices", 1, "slices of the machine")
 _MESH = flags.DEFINE_string("mesh", "", "data,fsdp,tp or search; empty: the config's")
-_ROWS = flags.DEFINE_integer("per_chip_batch", 0, "rows of a device; 0: the config's batch")
+_ROWS = flags.DEFINE_integer(
+    "per_chip_batch", 0, "rows of a microbatch on a device; 0: of the config's batch"
+)
 _SEQ = flags.DEFINE_integer("seq", 0, "tokens of a row; 0: the config's")
 _ANALYTIC = flags.DEFINE_bool("analytic", False, "by arithmetic, compiles nothing")
 _DECODE = flags.DEFINE_enum(
@@ -82,7 +84,7 @@ def plan(settings: ConfigDict, topology: Topology, cache: pathlib.Path) -> tuple
     mesh = mesh_of(_MESH.value or own, topology)
     settings.mesh.update(dataclasses.asdict(mesh))
     if _ROWS.value:
-        settings.data.batch_size = _ROWS.value * mesh.data * mesh.fsdp
+        settings.data.batch_size = _ROWS.value * mesh.data * mesh.fsdp * settings.optim.accumulate
     settings.train.steps = _steps(tokens, settings)
     run = config.from_config_dict(settings)
     return run, ask(run, topology, cache)

@@ -17,7 +17,7 @@ from medmax_jax.plan.topology import Topology
 
 CODE = 0.04 * GIB  # of the 7B step
 WORK = 10  # arrays [tokens, F] that a layer's backward pass holds at once
-CHUNK = 2**28  # bytes of the logits of a chunk: loss.CHUNK_LOGITS in fp32
+CHUNK = 2**26  # bytes of the logits of a chunk: cross_entropy.CHUNK_LOGITS in fp32
 
 
 def estimate(run: Run, topology: Topology) -> dict[str, Any]:
@@ -35,8 +35,8 @@ def estimate(run: Run, topology: Topology) -> dict[str, Any]:
 
 
 def rows(run: Run) -> int:
-    """Of the batch on one device."""
-    return run.data.batch_size // (run.mesh.data * run.mesh.fsdp)
+    """Of a microbatch on one device."""
+    return run.data.batch_size // (run.mesh.data * run.mesh.fsdp * run.optim.accumulate)
 
 
 def _held(run: Run) -> dict[str, float]:
@@ -73,11 +73,13 @@ def _temporaries(run: Run) -> float:
     work = WORK * n * m.intermediate_size / tp * wide + gathered
     if m.attention == "xla":
         work += rows(run) * m.num_heads / tp * run.data.seq_len**2 * (4 + 4 + wide)
-    whole = parts.head / tp * wide if run.mesh.fsdp > 1 else 0
-    vocab = run.vocab.size / tp
-    loss = whole + 3 * min(CHUNK, 4 * n * vocab) + n * m.hidden_size * wide
+    part = parts.head / tp / run.mesh.fsdp * wide  # of the head, by columns
+    loss = part + 3 * CHUNK + n * m.hidden_size * (wide + 4)
+    embedding = parts.embedding / tp * wide if run.mesh.fsdp > 1 else 0
     trained = _held(run)["optimiser"] / 2  # gradients lie as what they belong to
-    return _saved(run, n) + max(work, loss) + trained
+    if run.optim.accumulate > 1:
+        trained *= 2  # the sum, and a microbatch's own
+    return _saved(run, n) + max(work, loss, embedding) + trained
 
 
 def _saved(run: Run, tokens: int) -> float:
@@ -101,19 +103,25 @@ def _collectives(run: Run) -> list[dict[str, Any]]:
     m, mesh = run.model, run.mesh
     n = flops.parameters(m, run.vocab, run.lora)
     wide, width = BYTES[m.compute_dtype], BYTES[m.param_dtype]
+    turns, tokens = run.optim.accumulate, rows(run) * run.data.seq_len
     found = []
     if mesh.fsdp > 1:
-        passes = 2 if run.train.trains != "image_head" else 1
+        passes = (2 if run.train.trains != "image_head" else 1) * turns
         layers = passes * n.layers * flops.matrix_bytes(m)
         found.append(
             _row("all-gather", layers / mesh.tp, 7 * passes * m.num_layers, mesh.fsdp, True)
         )
-        ends = (n.head + n.embedding) * width / mesh.tp
-        found.append(_row("all-gather", ends, 2, mesh.fsdp, False))
+        table = turns * n.embedding * width / mesh.tp
+        found.append(_row("all-gather", table, turns, mesh.fsdp, False))
+        # The loss: tokens are gathered and their gradients scattered, the head changes its cut.
+        size = turns * tokens * mesh.fsdp * m.hidden_size
+        found.append(_row("all-gather", size * wide, turns, mesh.fsdp, False))
+        found.append(_row("reduce-scatter", size * wide, turns, mesh.fsdp, False))
+        head = turns * n.head * width / mesh.tp / mesh.fsdp
+        found.append(_row("all-to-all", head, turns, mesh.fsdp, False))
     if mesh.tp > 1:
         sums = 2 + 2 + (1 if m.remat != "none" else 0)  # forward, backward, again
-        size = rows(run) * run.data.seq_len * m.hidden_size * wide
-        times = sums * m.num_layers
+        times, size = sums * m.num_layers * turns, tokens * m.hidden_size * wide
         found.append(_row("all-reduce", times * size, times, mesh.tp, False))
     group = mesh.data * mesh.fsdp
     if group > 1:

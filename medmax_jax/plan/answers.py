@@ -62,7 +62,8 @@ def asked(run: Run, topology: Topology, options: str) -> dict[str, Any]:
     return {
         "topology": topology.name, "slices": topology.slices, "options": options,
         "mesh": list(axes(run)), "batch_size": run.data.batch_size, "seq_len": run.data.seq_len,
-        "remat": run.model.remat, "attention": run.model.attention, "quant": run.model.quant,
+        "remat": run.model.remat, "accumulate": run.optim.accumulate,
+        "attention": run.model.attention, "quant": run.model.quant,
         "trains": run.train.trains, "layers": run.model.num_layers,
         "hidden_size": run.model.hidden_size,
     }  # fmt: skip

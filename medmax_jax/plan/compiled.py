@@ -60,13 +60,10 @@ def train(run: Run, topology: Topology) -> Program:
         graph, trainable, frozen = step.split(like, run.train.trains)
         state = mesh.placed(jax.eval_shape(lambda t: step.init_state(t, run), trainable))
         batch = step.abstract_batch(run)
-        _, adapters, base = chameleon.split(like)
-        held = {
-            "base": _bytes(base),
-            "adapters": _bytes(adapters),
-            "optimiser": _bytes(state.opt_state),
-            "batch": _bytes(batch),
-        }
+        trained = {"lora": "adapters", "full": "base", "image_head": "image columns"}
+        held = {"base": 0, "adapters": 0} | {trained[run.train.trains]: _bytes(trainable)}
+        held["base"] += _bytes(frozen) if run.train.trains != "full" else 0
+        held |= {"optimiser": _bytes(state.opt_state), "batch": _bytes(batch)}
         train_step = step.make_train_step(graph, run)
         return Program(train_step.lower(state, frozen, batch, _key(run)), held, {})
 
@@ -78,10 +75,13 @@ def decode(run: Run, topology: Topology, *, mode: str, rows: int, prompt: int) -
     """
     streams = {"text": 1, "image": 2, "mixed": 3}[mode]
     words = [np.full(prompt, run.vocab.text_start, np.int32)] * rows
-    plan = batching.plan(
-        [prompt], run.sample, run.vocab, mode=mode, streams=streams,
-        codes=run.vq.codes_per_image, context=run.model.context_length,
-    )  # fmt: skip
+    try:
+        plan = batching.plan(
+            [prompt], run.sample, run.vocab, mode=mode, streams=streams,
+            codes=run.vq.codes_per_image, context=run.model.context_length,
+        )  # fmt: skip
+    except batching.GenerateError as error:
+        raise PlanError(f"--decode={mode}: {error}") from error
     split = run.mesh.data * run.mesh.fsdp
     given = batching.batch(words, np.arange(rows, dtype=np.int32), plan, split=split, least=rows)
     knobs, room = batching.knobs(run.sample), given.ids.shape[0] * streams

@@ -9,6 +9,7 @@ from medmax_jax import config
 from medmax_jax.config import ConfigError, Run
 from medmax_jax.plan import analytic, speed
 from medmax_jax.plan.topology import PlanError, Topology
+from medmax_jax.quant import PACKED, TILE
 
 MARGIN = 0.95  # of a device's memory: what arithmetic puts beyond it is not compiled
 REMAT = ("qkv_attn", "attn", "all")
@@ -30,8 +31,8 @@ def candidates(run: Run, topology: Topology, *, rows: Sequence[int] = ROWS) -> I
 
 
 def with_settings(run: Run, *, mesh: config.Mesh, rows: int, remat: str) -> Run:
-    """The run with these, `rows` of the batch on each device; as many tokens in all."""
-    size = rows * mesh.data * mesh.fsdp
+    """The run with these, `rows` of a microbatch on each device; as many tokens in all."""
+    size = rows * mesh.data * mesh.fsdp * run.optim.accumulate
     steps = max(1, round(run.train.steps * run.data.batch_size / size))
     return dataclasses.replace(
         run,
@@ -85,8 +86,8 @@ def _valid(run: Run) -> Iterator[Run]:
     m, mesh = run.model, run.mesh
     whole = [m.num_heads % mesh.tp, m.num_kv_heads % mesh.tp, m.intermediate_size % mesh.tp]
     whole += [run.vocab.size % mesh.tp, m.hidden_size % mesh.fsdp]
-    if m.quant == "nf4":
-        whole += [m.intermediate_size // 64 % mesh.tp, m.hidden_size // 64 % mesh.fsdp]
+    if m.quant in PACKED:
+        whole += [m.intermediate_size // TILE % mesh.tp, m.hidden_size // TILE % mesh.fsdp]
     try:
         config.check(run)
     except ConfigError:
