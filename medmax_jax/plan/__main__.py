@@ -20,7 +20,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from medmax_jax import cli, config
+from medmax_jax import cli, config, flops
 from medmax_jax.config import Run
 from medmax_jax.plan import analytic, answers, compiled, search, speed
 from medmax_jax.plan.topology import PlanError, Topology, mesh_of, parse
@@ -106,7 +106,12 @@ def ask(run: Run, topology: Topology, cache: pathlib.Path) -> dict[str, Any]:
 def _decoding(run: Run, topology: Topology, cache: pathlib.Path) -> dict[str, Any]:
     rows, prompt = run.mesh.data * run.mesh.fsdp, run.model.context_length // 4
     program = compiled.decode(run, topology, mode=_DECODE.value, rows=rows, prompt=prompt)
-    return answers.answer(cache, program, run, topology, _OPTIONS.value)
+    found = answers.answer(cache, program, run, topology, _OPTIONS.value)
+    streams = found["rows"] * found["streams"]
+    read = flops.decode_bytes(run.model, run.vocab, run.lora, context=prompt, rows=streams)
+    loops = found.get("open_loops_s") or [None]  # the last one writes tokens, one a turn
+    limit = read / topology.chips / topology.chip.hbm_rate
+    return found | {"token_s": loops[-1], "token_limit_s": round(limit, 5)}
 
 
 def words(run: Run, topology: Topology, found: dict[str, Any]) -> list[str]:
@@ -138,15 +143,21 @@ def words(run: Run, topology: Topology, found: dict[str, Any]) -> list[str]:
         f"the run: {run.train.steps:,} steps, {found['hours']:,.1f} hours, "
         f"{found['chip_hours']:,.0f} chip-hours{cost}"
     )
-    if "decode" in found:
-        d = found["decode"]
-        lines.append(
-            f"answering {d['rows']} prompts, {d['mode']}: {'fits' if d['fits'] else 'does NOT fit'}"
-            f", {d['peak_hbm_gib']} GiB a chip, of it {d['cache_gib']:.2f} of cache"
-        )
+    return lines + _decode_words(found)
+
+
+def _decode_words(found: dict[str, Any]) -> list[str]:
     if found["how"] == "analytic":
-        lines.append("by arithmetic: rough; without --analytic the compiler answers")
-    return lines
+        return ["by arithmetic: rough; without --analytic the compiler answers"]
+    if "decode" not in found:
+        return []
+    d = found["decode"]
+    took = "?" if d["token_s"] is None else f"{1e3 * d['token_s']:.1f}"
+    return [
+        f"answering {d['rows']} prompts, {d['mode']}: {'fits' if d['fits'] else 'does NOT fit'}, "
+        f"{d['peak_hbm_gib']} GiB a chip, of it {d['cache_gib']:.2f} of cache; a token of each in "
+        f"{took} ms as scheduled, {1e3 * d['token_limit_s']:.1f} to read weights and cache"
+    ]
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ def versions() -> dict[str, str]:
 def digest(program: compiled.Program, topology: Topology, options: str) -> str:
     """The name of an answer."""
     machine = f"{topology.slices} x {topology.name}"
-    parts = [program.text, machine, json.dumps(compiled.OPTIONS[options]), json.dumps(versions())]
+    facts = [compiled.FORMAT, compiled.OPTIONS[options], versions(), program.facts]
+    parts = [program.text, machine, json.dumps(facts)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 

@@ -31,6 +31,7 @@ OPTIONS = {
     # Weights are gathered whole instead of in a ring of partial products ("windowed einsum").
     "gather": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"},
 }
+FORMAT = 2  # of the answers; one more whenever what is read from a program changes
 _EXHAUSTED = re.compile(r"RESOURCE_EXHAUSTED|[Rr]an out of memory")
 _NEEDED = re.compile(r"\((\d+(?:\.\d+)?)([MG])\) exceeds available|Used (\d+(?:\.\d+)?)([MG]) of")
 
@@ -143,13 +144,15 @@ def _on(run: Run, topology: Topology) -> Iterator[chameleon.Chameleon]:
 
 def _read(compiled: jax.stages.Compiled, topology: Topology) -> dict[str, Any]:
     """What stands in the program's text; some versions of libtpu cannot print some programs."""
+    clock = CLOCK[topology.chip.name]
     try:
         program = hlo.Program(compiled.as_text())
     except jax.errors.JaxRuntimeError as error:
         return {"collectives": None, "error": f"no text: {str(error).splitlines()[0]}"}
     return {
         "collectives": hlo.summary(program.collectives()),
-        "scheduled_s": round(program.cycles() / CLOCK[topology.chip.name], 4),
+        "scheduled_s": round(program.cycles() / clock, 4),
+        "open_loops_s": [round(each / clock, 5) for each in program.open_loops()],
     }
 
 
@@ -166,7 +169,7 @@ def _bytes(tree: Any) -> int:
 
 
 def _gib(size: float) -> float:
-    return round(size / GIB, 3)
+    return round(float(size) / GIB, 3)
 
 
 def _needed(message: str) -> float | None:

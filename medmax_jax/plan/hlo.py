@@ -96,13 +96,28 @@ class Program:
 
     def cycles(self) -> int:
         """What the compiler expects the scheduled operations to take; kernels are not in it."""
-        return sum(
-            times * int(estimate[1])
-            for name, op, times in self._reached()
-            if name in self._scheduled
-            and op.name != "while"
+        return self._cycles(self._entry)
+
+    def open_loops(self) -> list[int]:
+        """Cycles of one turn of each outermost loop that ends when its data say so, in order."""
+        return [self._cycles(body) for body, turns in self._loops(self._entry) if turns is None]
+
+    def _cycles(self, name: str) -> int:
+        """Of ENTRY or a loop's body: they stand on its lines, not inside of fusions."""
+        own = sum(
+            int(estimate[1])
+            for op in self._bodies[name]
+            if op.name != "while"
             and (estimate := re.search(r'"estimated_cycles":"(\d+)"', op.rest))
         )
+        return own + sum((turns or 1) * self._cycles(body) for body, turns in self._loops(name))
+
+    def _loops(self, name: str) -> Iterator[tuple[str, int | None]]:
+        """(body, turns) of the loops in a computation; None: nobody knows how many."""
+        for op in self._bodies[name]:
+            if op.name == "while":
+                condition = re.search(r"condition=%([\w.\-]+)", op.rest)[1]
+                yield re.search(r"body=%([\w.\-]+)", op.rest)[1], self._turns(condition)
 
     @functools.cached_property
     def _times(self) -> dict[str, int]:
@@ -113,44 +128,28 @@ class Program:
                 counts[target] += counts[name] * turns
         return {name: count for name, count in counts.items() if count}
 
-    @functools.cached_property
-    def _scheduled(self) -> set[str]:
-        """ENTRY and the bodies of loops: cycles stand on their lines and not inside of fusions."""
-        names, order = {self._entry}, [self._entry]
-        for name in order:
-            for op in self._bodies[name]:
-                body = re.search(r"body=%([\w.\-]+)", op.rest) if op.name == "while" else None
-                if body and body[1] not in names:
-                    names.add(body[1])
-                    order.append(body[1])
-        return names
-
     def _reached(self) -> Iterator[tuple[str, _Op, int]]:
         for name, times in self._times.items():
             for op in self._bodies[name]:
                 yield name, op, times
 
     def _targets(self, name: str) -> Iterator[tuple[str, int]]:
+        for body, turns in self._loops(name):
+            yield body, turns or 1
         for op in self._bodies[name]:
-            if op.name == "while":
-                condition = re.search(r"condition=%([\w.\-]+)", op.rest)[1]
-                yield re.search(r"body=%([\w.\-]+)", op.rest)[1], self._turns(condition)
-                continue
-            for called in re.findall(
-                r"(?:calls|to_apply|branch_computations)=\{?(%[^,})]+)", op.rest
-            ):
-                target = called.lstrip("%").split()[0]
+            called = re.findall(r"(?:calls|to_apply|branch_computations)=\{?(%[^,})]+)", op.rest)
+            for target in (each.lstrip("%").split()[0] for each in called):
                 if target in self._bodies:
                     yield target, 1
 
-    def _turns(self, condition: str) -> int:
-        """JAX's loops count from 0 to the constant of their condition; other loops count as 1."""
+    def _turns(self, condition: str) -> int | None:
+        """JAX's loops count from 0 to the constant of their condition."""
         ops = self._bodies[condition]
         if any(op.name in ("and", "or", "fusion", "call") for op in ops):
-            return 1  # a loop that ends when its data say so
-        limits = {int(op.rest.partition(")")[0]) for op in ops if op.name == "constant"
-                  and op.rest.partition(")")[0].isdigit()}  # fmt: skip
-        return limits.pop() if len(limits) == 1 else 1
+            return None  # it looks at more than a counter
+        constants = [op.rest.partition(")")[0] for op in ops if op.name == "constant"]
+        limits = {int(each) for each in constants if each.isdigit()}
+        return limits.pop() if len(limits) == 1 else None
 
     def _calls(self, name: str) -> str:
         """The custom calls of a computation."""
