@@ -81,7 +81,9 @@ def test_cycles_are_those_of_scheduled_lines():
 
 def test_a_loop_that_ends_by_its_data_counts_once():
     text = PROGRAM.replace("compare(%i.5, %limit.5), direction=LT", "and(%i.5, %limit.5)")
-    assert hlo.Program(text).cycles() == 10 + 300 + 5
+    program = hlo.Program(text)
+    assert program.cycles() == 10 + 300 + 5 and program.open_loops() == [10 + 300]
+    assert hlo.Program(PROGRAM).open_loops() == []
 
 
 def test_a_gather_that_stands_alone_is_synchronous():

@@ -77,6 +77,7 @@ def test_the_decode_loop_compiles_and_says_what_its_cache_takes(cache):
     words = (*SMALL, "--topology=v5e:2x2", "--mesh=1,2,2", f"--cache={cache}")
     answer = found(plan(*words))["decode"]
     assert answer["fits"] and (answer["rows"], answer["slots"]) == (2, 512)
+    assert 0 < answer["token_limit_s"] < answer["token_s"] < 1e-3
     # keys and values of one row of two, two heads of four, in bf16
     assert answer["cache_gib"] == pytest.approx(2 * 4 * 1 * 2 * 512 * 32 * 2 / 2**30, abs=1e-3)
 

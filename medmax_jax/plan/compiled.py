@@ -132,14 +132,15 @@ def compile_(program: Program, topology: Topology, *, options: str) -> dict[str,
 def _on(run: Run, topology: Topology) -> Iterator[chameleon.Chameleon]:
     """The abstract model on the machine's mesh; PlanError where settings and machine do not fit."""
     chips = devices(topology)
-    try:
-        machine = mesh.make_mesh(run.mesh, chips)
-        step.check(run, machine)
-        # Not under set_mesh: what is no jit would run on devices that are not there.
-        with jax.set_mesh(machine):
-            yield chameleon.abstract(run.model, run.vocab, run.lora)
-    except ValueError as error:
-        raise PlanError(str(error)) from error
+    with contextlib.ExitStack() as stack:
+        try:
+            machine = mesh.make_mesh(run.mesh, chips)
+            step.check(run, machine)
+            stack.enter_context(jax.set_mesh(machine))
+            like = chameleon.abstract(run.model, run.vocab, run.lora)
+        except ValueError as error:
+            raise PlanError(str(error)) from error
+        yield like  # what follows is all abstract: an operation would run on chips not there
 
 
 def _read(compiled: jax.stages.Compiled, topology: Topology) -> dict[str, Any]:
