@@ -32,7 +32,15 @@ from medmax_jax.quant import PACKED, TILE
 NO_LORA = Lora(rank=0, alpha=0.0, dropout=0.0)
 
 # What the backward pass finds saved; it computes the rest again. "none": no recomputation.
-REMAT = {"attn": ("attn",), "qkv_attn": ("q", "k", "v", "attn"), "all": ()}
+_BY_NAME = jax.checkpoint_policies.save_only_these_names
+REMAT = {
+    "all": _BY_NAME(),
+    "attn": _BY_NAME("attn"),
+    "qkv_attn": _BY_NAME("q", "k", "v", "attn"),
+    "dots": jax.checkpoint_policies.save_from_both_policies(  # every product with a matrix
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _BY_NAME("attn")
+    ),
+}
 
 
 @jax.tree_util.register_dataclass
@@ -235,7 +243,7 @@ class Chameleon(nnx.Module):
             return x, x if keep else None
 
         if self.config.remat != "none":
-            policy = jax.checkpoint_policies.save_only_these_names(*REMAT[self.config.remat])
+            policy = REMAT[self.config.remat]
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)  # scan prevents it
         x = self.embed_tokens(ids, self.config.compute_dtype)
         return jax.lax.scan(body, x, (self.layers, keys))
