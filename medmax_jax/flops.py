@@ -136,6 +136,7 @@ def remat_flops(model: Model, *, trains: str, length: Number) -> float:
         "all": layers + attention,
         "attn": layers + attention / 2,
         "qkv_attn": layers - forward["v_proj"] + attention / 2,
+        "dots": attention / 2,
     }
     if model.remat not in again:
         raise ValueError(f"config.model.remat is {model.remat!r}; its FLOPs are not counted here")

@@ -87,10 +87,13 @@ def _saved(run: Run, tokens: int) -> float:
     m, tp, wide = run.model, run.mesh.tp, BYTES[run.model.compute_dtype]
     heads, pairs = m.num_heads * m.head_dim / tp, 2 * m.num_kv_heads * m.head_dim / tp
     attn = heads * wide + (4 * m.num_heads / tp if m.attention != "xla" else 0)
+    dots = heads + pairs + 2 * m.hidden_size + 2 * m.intermediate_size / tp
+    dots *= 2 if run.lora.rank else 1  # of the matrix, and of its adapter
     each = {
         "all": 0.0,
         "attn": attn,
         "qkv_attn": attn + (heads + pairs) * wide,
+        "dots": attn + dots * wide,
         "none": attn + (2 * (heads + pairs) + 4 * m.intermediate_size / tp) * wide,
     }
     if m.remat not in each:

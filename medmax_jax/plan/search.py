@@ -12,7 +12,7 @@ from medmax_jax.plan.topology import PlanError, Topology
 from medmax_jax.quant import PACKED, TILE
 
 MARGIN = 0.95  # of a device's memory: what arithmetic puts beyond it is not compiled
-REMAT = ("qkv_attn", "attn", "all")
+REMAT = ("dots", "qkv_attn", "attn", "all")
 ROWS = (1, 2, 4, 8, 16)  # of a device
 TP = (1, 2, 4, 8)
 
