@@ -258,6 +258,14 @@ def test_every_policy_of_recomputation_has_its_memory():
         assert analytic.estimate(each, V5E)["peak_hbm_gib"] > 0
 
 
+def test_options_of_the_tpu_compiler_are_refused_elsewhere():
+    settings = base.get_config()
+    settings.train.compile = "gather"
+    run = config.from_config_dict(settings)
+    with pytest.raises(ValueError, match="config.train.compile is 'gather'.*devices are cpu"):
+        step.check(run, mesh.make_mesh(run.mesh))
+
+
 # ---- the program
 
 

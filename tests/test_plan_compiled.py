@@ -19,6 +19,7 @@ SMALL = (
     "--config=configs/tiny.py", "--seq=128", "--per_chip_batch=2", "--json",
     "--config.model.param_dtype=bfloat16", "--config.model.compute_dtype=bfloat16",
     "--config.model.attention=splash", "--config.model.remat=all", "--config.lora.dropout=0.0",
+    "--config.train.compile=gather",
 )  # fmt: skip
 SLICES = """
 import numpy as np

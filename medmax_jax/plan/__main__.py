@@ -36,7 +36,6 @@ _ANALYTIC = flags.DEFINE_bool("analytic", False, "by arithmetic, compiles nothin
 _DECODE = flags.DEFINE_enum(
     "decode", "text", ["none", "text", "image", "mixed"], "what answering is compiled for"
 )
-_OPTIONS = flags.DEFINE_enum("options", "gather", list(compiled.OPTIONS), "compile options")
 _UTILISATION = flags.DEFINE_float("utilisation", 0.6, "share of the peak while products run")
 _PRICE = flags.DEFINE_float("price", None, "USD of one chip and hour")
 _MOST = flags.DEFINE_integer("most", 3, "settings that a search compiles")
@@ -100,13 +99,13 @@ def ask(run: Run, topology: Topology, cache: pathlib.Path) -> dict[str, Any]:
     if _ANALYTIC.value:
         return analytic.estimate(run, topology)
     program = compiled.train(run, topology)
-    return dict(answers.answer(cache, program, run, topology, _OPTIONS.value))
+    return dict(answers.answer(cache, program, run, topology))
 
 
 def _decoding(run: Run, topology: Topology, cache: pathlib.Path) -> dict[str, Any]:
     rows, prompt = run.mesh.data * run.mesh.fsdp, run.model.context_length // 4
     program = compiled.decode(run, topology, mode=_DECODE.value, rows=rows, prompt=prompt)
-    found = answers.answer(cache, program, run, topology, _OPTIONS.value)
+    found = answers.answer(cache, program, run, topology)
     streams = found["rows"] * found["streams"]
     read = flops.decode_bytes(run.model, run.vocab, run.lora, context=prompt, rows=streams)
     loops = found.get("open_loops_s") or [None]  # the last one writes tokens, one a turn

@@ -26,42 +26,42 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
-def digest(program: compiled.Program, topology: Topology, options: str) -> str:
+def digest(program: compiled.Program, topology: Topology) -> str:
     """The name of an answer."""
     machine = f"{topology.slices} x {topology.name}"
-    facts = [compiled.FORMAT, compiled.OPTIONS[options], versions(), program.facts]
+    facts = [compiled.FORMAT, versions(), program.facts]
     parts = [program.text, machine, json.dumps(facts)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 
 def find(
-    folder: pathlib.Path, program: compiled.Program, topology: Topology, options: str
+    folder: pathlib.Path, program: compiled.Program, topology: Topology
 ) -> dict[str, Any] | None:
     """The answer that is there, or None."""
-    path = folder / f"{digest(program, topology, options)}.json"
+    path = folder / f"{digest(program, topology)}.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
 def answer(
-    folder: pathlib.Path, program: compiled.Program, run: Run, topology: Topology, options: str
+    folder: pathlib.Path, program: compiled.Program, run: Run, topology: Topology
 ) -> dict[str, Any]:
     """The answer from the folder, or of the compiler, which then is in the folder."""
-    found = find(folder, program, topology, options)
+    found = find(folder, program, topology)
     if found is not None:
         return found
-    found = compiled.compile_(program, topology, options=options) | {"versions": versions()}
-    found["case"] = asked(run, topology, options)
-    path = folder / f"{digest(program, topology, options)}.json"
+    found = compiled.compile_(program, topology) | {"versions": versions()}
+    found["case"] = asked(run, topology)
+    path = folder / f"{digest(program, topology)}.json"
     part = path.with_suffix(f".{os.getpid()}.part")
     part.write_text(json.dumps(found, indent=1) + "\n")
     os.replace(part, path)  # whole or not at all
     return found
 
 
-def asked(run: Run, topology: Topology, options: str) -> dict[str, Any]:
+def asked(run: Run, topology: Topology) -> dict[str, Any]:
     """What an answer is about, for readers; its name says it exactly."""
     return {
-        "topology": topology.name, "slices": topology.slices, "options": options,
+        "topology": topology.name, "slices": topology.slices, "compile": run.train.compile,
         "mesh": list(axes(run)), "batch_size": run.data.batch_size, "seq_len": run.data.seq_len,
         "remat": run.model.remat, "accumulate": run.optim.accumulate,
         "attention": run.model.attention, "quant": run.model.quant,

@@ -25,12 +25,6 @@ from medmax_jax.flops import GIB
 from medmax_jax.plan import hlo
 from medmax_jax.plan.topology import CLOCK, PlanError, Topology, devices
 
-# Named choices of --options, each a set of libtpu's compile options.
-OPTIONS = {
-    "default": {},
-    # Weights are gathered whole instead of in a ring of partial products ("windowed einsum").
-    "gather": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"},
-}
 FORMAT = 2  # of the answers; one more whenever what is read from a program changes
 _EXHAUSTED = re.compile(r"RESOURCE_EXHAUSTED|[Rr]an out of memory")
 _NEEDED = re.compile(r"\((\d+(?:\.\d+)?)([MG])\) exceeds available|Used (\d+(?:\.\d+)?)([MG]) of")
@@ -66,7 +60,8 @@ def train(run: Run, topology: Topology) -> Program:
         held["base"] += _bytes(frozen) if run.train.trains != "full" else 0
         held |= {"optimiser": _bytes(state.opt_state), "batch": _bytes(batch)}
         train_step = step.make_train_step(graph, run)
-        return Program(train_step.lower(state, frozen, batch, _key(run)), held, {})
+        facts = {"compile": step.COMPILE[run.train.compile]}
+        return Program(train_step.lower(state, frozen, batch, _key(run)), held, facts)
 
 
 def decode(run: Run, topology: Topology, *, mode: str, rows: int, prompt: int) -> Program:
@@ -94,13 +89,12 @@ def decode(run: Run, topology: Topology, *, mode: str, rows: int, prompt: int) -
     return Program(lowered, {"base": _bytes(like)}, facts | {"cache_gib": cache})
 
 
-def compile_(program: Program, topology: Topology, *, options: str) -> dict[str, Any]:
+def compile_(program: Program, topology: Topology) -> dict[str, Any]:
     """The compiler's answer, as JSON."""
     begin, held = time.monotonic(), program.held
-    result = program.facts | {"how": "compiled", "options": options}
-    result |= {"hbm_gib": _gib(topology.usable)}
+    result = program.facts | {"how": "compiled", "hbm_gib": _gib(topology.usable)}
     try:
-        compiled = program.lowered.compile(compiler_options=OPTIONS[options])
+        compiled = program.lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if not _EXHAUSTED.search(str(error)):
             raise

@@ -39,7 +39,6 @@ FIRST = (  # what is compiled before the others, at the first length
     ("7B LoRA", "v5p:2x2x1"),
 )  # fmt: skip
 UTILISATION = 0.6
-OPTIONS = "gather"
 MARKS = ("<!-- made by medmax_jax.plan.table -->\n", "<!-- end -->\n")
 
 
@@ -108,6 +107,7 @@ def make_cells() -> Iterator[Cell]:
                 tokens = settings.train.steps * settings.data.batch_size * settings.data.seq_len
                 attention = "splash" if topology.is_tpu else "cudnn"
                 settings.model.update(attention=attention)
+                settings.train.compile = "gather" if topology.is_tpu else "default"
                 settings.mesh.update(data=1, fsdp=1, tp=1)
                 settings.data.update(seq_len=length)
                 settings.train.steps = round(tokens / length / settings.data.batch_size)
@@ -123,9 +123,9 @@ def collect(cells: list[Cell], cache: pathlib.Path) -> None:
     known = answers.cases(cache)
     for cell in cells:
         for place, run in enumerate(cell.order):
-            if answers.asked(run, cell.topology, OPTIONS) in known:
+            if answers.asked(run, cell.topology) in known:
                 program = compiled.train(run, cell.topology)
-                answer = answers.find(cache, program, cell.topology, OPTIONS)
+                answer = answers.find(cache, program, cell.topology)
                 if answer is not None:
                     cell.found[place] = answer
 
@@ -137,7 +137,7 @@ def compile_next(cell: Cell, number: int, cache: pathlib.Path) -> None:
         return
     run, place = cell.order[places[0]], places[0]
     program = compiled.train(run, cell.topology)
-    answer = answers.answer(cache, program, run, cell.topology, OPTIONS)
+    answer = answers.answer(cache, program, run, cell.topology)
     cell.found[place] = answer
     print(
         f"{time.strftime('%H:%M:%S')} {cell.model}, {cell.topology.slices} x {cell.topology.name}, "
