@@ -51,7 +51,7 @@ class Chip:
     hbm: float  # bytes
     hbm_rate: float  # bytes
     link_rate: float  # bytes, one way: of an ICI link, of all NVLinks, of PCIe
-    links: int  # that carry a ring of one axis in one direction at a time: TPUs have two ways round
+    links: int  # that a device sends over at once along one axis: a TPU's ring goes both ways
 
 
 # TPUs: scaling-book (jax-ml.github.io/scaling-book/tpus) and docs.cloud.google.com/tpu/docs/{v4,

@@ -15,8 +15,9 @@ from medmax_jax import flops
 from medmax_jax.config import Run
 from medmax_jax.plan.topology import Topology
 
-# Bytes a second of one chip between slices: scaling-book, "TPU networking".
-BETWEEN_SLICES = {"v4": 3.1e9, "v5e": 3.1e9, "v5p": 6.2e9, "v6e": 12.5e9}
+# Bytes a second of one chip between slices. v5e, v6e: 6.4 and 25.6 Tb/s for a pod of 256
+# (docs.cloud.google.com/tpu/docs/v6e). v4, v5p: 200 Gb/s for a host of four, an assumption.
+BETWEEN_SLICES = {"v4": 6.25e9, "v5e": 3.125e9, "v5p": 6.25e9, "v6e": 12.5e9}
 
 
 def rates(
