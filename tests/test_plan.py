@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ import pytest
 from configs import base, chameleon_30b_lora, medmax_7b_full, medmax_7b_lora, medmax_7b_qlora
 from medmax_jax import chameleon, config, mesh, step
 from medmax_jax.flops import GIB
-from medmax_jax.plan import analytic, hlo, search, speed
+from medmax_jax.plan import analytic, hlo, search, speed, table
 from medmax_jax.plan.topology import PlanError, mesh_of, parse
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -303,3 +304,35 @@ def test_what_cannot_work_fails_by_name(tmp_path, words, status, message):
     done = plan(*LORA, f"--cache={tmp_path}", *words)
     assert (done.returncode, done.stdout) == (status, "")
     assert message in done.stderr
+
+
+# ---- the table
+
+
+def make_table(folder: pathlib.Path, page: pathlib.Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "medmax_jax.plan.table", f"--cache={folder}", "--minutes=0"]
+    return subprocess.run(
+        [*command, f"--out={page}"], cwd=ROOT, text=True, capture_output=True, timeout=240,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+
+
+def test_the_table_has_every_cell_and_says_where_each_is_from(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("before\n" + "old\n".join(table.MARKS) + "after\n")
+    assert make_table(tmp_path, page).returncode == 0
+    text = page.read_text()
+    assert text.startswith("before\n" + table.MARKS[0]) and text.endswith("after\n")
+    assert "old" not in text
+    rows = [line for line in text.splitlines() if re.match(r"\| (7B|30B) ", line)]
+    assert len(rows) == len(table.MODELS) * len(table.MACHINES) * len(table.LENGTHS)
+    assert {row.split("|")[-2].strip() for row in rows} == {"arithmetic"}
+    assert "| 7B full | v5e:1x1 | 2,048 | does not fit |" in text
+
+
+def test_the_table_needs_its_place(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("nothing here\n")
+    done = make_table(tmp_path, page)
+    assert done.returncode == 1 and "lacks the lines" in done.stderr
+    assert page.read_text() == "nothing here\n"
