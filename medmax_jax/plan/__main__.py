@@ -110,7 +110,7 @@ def _decoding(run: Run, topology: Topology, cache: pathlib.Path) -> dict[str, An
     read = flops.decode_bytes(run.model, run.vocab, run.lora, context=prompt, rows=streams)
     loops = found.get("open_loops_s") or [None]  # the last one writes tokens, one a turn
     limit = read / topology.chips / topology.chip.hbm_rate
-    return found | {"token_s": loops[-1], "token_limit_s": round(limit, 5)}
+    return found | {"token_s": loops[-1], "token_limit_s": round(limit, 8)}
 
 
 def words(run: Run, topology: Topology, found: dict[str, Any]) -> list[str]:

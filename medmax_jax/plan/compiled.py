@@ -147,7 +147,7 @@ def _read(compiled: jax.stages.Compiled, topology: Topology) -> dict[str, Any]:
     return {
         "collectives": hlo.summary(program.collectives()),
         "scheduled_s": round(program.cycles() / clock, 4),
-        "open_loops_s": [round(each / clock, 5) for each in program.open_loops()],
+        "open_loops_s": [round(each / clock, 8) for each in program.open_loops()],
     }
 
 
