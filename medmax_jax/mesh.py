@@ -65,14 +65,17 @@ def _arranged(shape: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    if shape[0] % slices or len(devices) % slices:
+    if shape[0] % slices == 0 and len(devices) % slices == 0:
+        inside = (shape[0] // slices, *shape[1:])
+        return mesh_utils.create_hybrid_device_mesh(
+            inside, (slices, 1, 1), devices, allow_split_physical_axes=True
+        )
+    if devices[0].platform == "tpu":
         raise ValueError(
             f"config.mesh.data is {shape[0]} and the devices lie in {slices} slices; make it a "
             "multiple of them, since only data may run over the slow network between slices"
         )
-    return mesh_utils.create_hybrid_device_mesh(
-        (shape[0] // slices, *shape[1:]), (slices, 1, 1), devices, allow_split_physical_axes=True
-    )
+    return np.array(devices).reshape(shape)  # of GPUs a slice is a node, which fsdp may leave
 
 
 def placed(like: Any) -> Any:
