@@ -1,7 +1,8 @@
 """A rough answer in a second, by arithmetic: memory by part, bytes on the network. It says so.
 
     base, adapters, optimiser    exact: numbers in a device's shards
-    temporaries                  what remat saves + max(a layer's work, the loss) + gradients
+    activations                  what remat saves, exactly
+    temporaries                  max(a layer's work, the loss) + gradients
     collectives                  weights gathered twice over fsdp, activations summed over tp
 
 Its constants were set beside compiled steps; docs/plan_7b.md has the error that is left.
@@ -22,7 +23,7 @@ CHUNK = 2**26  # bytes of the logits of a chunk: cross_entropy.CHUNK_LOGITS in f
 
 def estimate(run: Run, topology: Topology) -> dict[str, Any]:
     """The same fields as a compiled answer, `how` being "analytic"."""
-    parts = _held(run) | {"temporaries": _temporaries(run), "code": CODE}
+    parts = _held(run) | {"activations": saved(run), "temporaries": _temporaries(run), "code": CODE}
     peak = sum(parts.values())
     return {
         "how": "analytic",
@@ -79,11 +80,14 @@ def _temporaries(run: Run) -> float:
     trained = _held(run)["optimiser"] / 2  # gradients lie as what they belong to
     if run.optim.accumulate > 1:
         trained *= 2  # the sum, and a microbatch's own
-    return _saved(run, n) + max(work, loss, embedding) + trained
+    return max(work, loss, embedding) + trained
 
 
-def _saved(run: Run, tokens: int) -> float:
-    """Bytes that wait for the backward pass."""
+def saved(run: Run) -> float:
+    """Bytes of activations that wait for the backward pass, by config.model.remat."""
+    if run.train.trains == "image_head":
+        return 0.0  # there is no backward pass below the head
+    tokens = rows(run) * run.data.seq_len
     m, tp, wide = run.model, run.mesh.tp, BYTES[run.model.compute_dtype]
     heads, pairs = m.num_heads * m.head_dim / tp, 2 * m.num_kv_heads * m.head_dim / tp
     attn = heads * wide + (4 * m.num_heads / tp if m.attention != "xla" else 0)

@@ -4,7 +4,8 @@ Nothing is allocated: state, base and batch are shapes with shardings. That the 
 memory is an answer. What each device holds at the peak of the step:
 
     base, adapters, optimiser, batch     the arguments, by their shards
-    temporaries                          saved activations, gathered weights, gradients, logits
+    activations                          what waits for the backward pass, by its exact sizes
+    temporaries                          the rest: gathered weights, gradients, a layer's work
     code                                 the program itself
 """
 
@@ -22,10 +23,10 @@ import numpy as np
 from medmax_jax import batching, chameleon, decoding, mesh, step
 from medmax_jax.config import Run
 from medmax_jax.flops import GIB
-from medmax_jax.plan import hlo
+from medmax_jax.plan import analytic, hlo
 from medmax_jax.plan.topology import CLOCK, PlanError, Topology, devices
 
-FORMAT = 2  # of the answers; one more whenever what is read from a program changes
+FORMAT = 3  # of the answers; one more whenever what is read from a program changes
 _EXHAUSTED = re.compile(r"RESOURCE_EXHAUSTED|[Rr]an out of memory")
 _NEEDED = re.compile(r"\((\d+(?:\.\d+)?)([MG])\) exceeds available|Used (\d+(?:\.\d+)?)([MG]) of")
 
@@ -36,6 +37,7 @@ class Program:
 
     lowered: jax.stages.Lowered
     held: dict[str, int]  # bytes of the arguments on one device, by part
+    saved: float  # bytes of the activations that wait for the backward pass
     facts: dict[str, Any]
 
     @property
@@ -60,8 +62,9 @@ def train(run: Run, topology: Topology) -> Program:
         held["base"] += _bytes(frozen) if run.train.trains != "full" else 0
         held |= {"optimiser": _bytes(state.opt_state), "batch": _bytes(batch)}
         train_step = step.make_train_step(graph, run)
+        saved = analytic.saved(run)
         facts = {"compile": step.COMPILE[run.train.compile]}
-        return Program(train_step.lower(state, frozen, batch, _key(run)), held, facts)
+        return Program(train_step.lower(state, frozen, batch, _key(run)), held, saved, facts)
 
 
 def decode(run: Run, topology: Topology, *, mode: str, rows: int, prompt: int) -> Program:
@@ -86,7 +89,7 @@ def decode(run: Run, topology: Topology, *, mode: str, rows: int, prompt: int) -
         cache = _gib(_bytes(mesh.placed(jax.eval_shape(make))))
         lowered = decoding.write.lower(like, given, knobs, _key(run), plan=plan)
     facts = {"mode": mode, "rows": room // streams, "streams": streams, "slots": plan.slots}
-    return Program(lowered, {"base": _bytes(like)}, facts | {"cache_gib": cache})
+    return Program(lowered, {"base": _bytes(like)}, 0.0, facts | {"cache_gib": cache})
 
 
 def compile_(program: Program, topology: Topology) -> dict[str, Any]:
@@ -109,7 +112,8 @@ def compile_(program: Program, topology: Topology) -> dict[str, Any]:
     peak = memory.peak_memory_in_bytes
     parts = held | {
         "padding": max(0, arguments - sum(held.values())),  # of arguments, in tiles
-        "temporaries": peak - arguments,
+        "activations": program.saved,
+        "temporaries": peak - arguments - program.saved,
         "code": code,
     }
     return result | {
