@@ -136,6 +136,8 @@ def words(run: Run, topology: Topology, found: dict[str, Any]) -> list[str]:
         f"a step {found['step_s']:.2f} s (compute {found['compute_s']:.2f}, "
         f"overlapped {found['overlapped_s']:.2f}, exposed {found['exposed_s']:.2f})"
     ]
+    if "scheduled_s" in found:
+        lines.append(f"as scheduled, without kernels and waiting: {found['scheduled_s']:.2f} s")
     cost = "" if found["cost_usd"] is None else f", {found['cost_usd']:,.0f} USD"
     lines.append(
         f"the run: {run.train.steps:,} steps, {found['hours']:,.1f} hours, "
