@@ -28,15 +28,18 @@ from data.documents import (
     check_document,
     from_bytes,
 )
+from data.staging import INDEX, META, on_disk
 from medmax_jax.config import ConfigError, build
 
 FORMAT = 2
-META, INDEX = "dataset.json", "index.npy"
 
 
 def open_records(folder: str | os.PathLike) -> "Records":
-    """A finished folder, as a sequence of Documents; raises RecordsError when it is not whole."""
-    return Records(Path(folder))
+    """A finished folder, as a sequence of Documents; raises RecordsError when it is not whole.
+
+    One on gs:// is copied to this host first (staging.py), which may raise a StorageError.
+    """
+    return Records(on_disk(folder))
 
 
 class Records(Sequence):

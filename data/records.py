@@ -142,7 +142,10 @@ class _Parts:
         for n, documents in enumerate(self.documents):
             path = self.folder / f"{n:05d}-of-{len(self.documents):05d}.array_record"
             os.replace(self._path(n), path)
-            shards.append(dict(file=path.name, documents=documents, bytes=path.stat().st_size))
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            facts = dict(documents=documents, bytes=path.stat().st_size, sha256=digest)
+            shards.append(dict(file=path.name) | facts)
         return shards
 
     def abandon(self) -> None:
