@@ -37,6 +37,7 @@ from data import (
     code_store,
     instruct_command,
     pack,
+    picture_codes,
     plan_report,
     published,
     published_command,
@@ -44,14 +45,15 @@ from data import (
     texts,
 )  # fmt: skip
 from data import build as source_build
-from data.codes import Encoder, PrepareError, View, encode, load_encoder, log_to_stderr
+from data.codes import Encoder, PrepareError, View, load_encoder, log_to_stderr, open_picture
 from data.documents import Document, Layout, RecordsError, counts, to_bytes
+from data.picture_codes import Encoded, Files, Stored
 from data.sample.documents import instruction_documents, pretraining_documents
 from data.sample.manifest import read_manifest
 from data.sources.row import SourceError
 from medmax_jax.cli import Interrupted
 from medmax_jax.config import ConfigError
-from medmax_jax.storage import StorageError
+from medmax_jax.storage import Folder, StorageError
 from medmax_jax.tokenizer import IMAGE_NAME, Tokenizer, TokenizerError, document_ids, segments_of
 from medmax_jax.weights import WeightsError
 
@@ -86,13 +88,15 @@ def prepare_sample(
     tokenizer: Tokenizer | None = None,
     sample: str | Path = SAMPLE,
     max_unreadable: float = MAX_UNREADABLE,
+    codes: Path | None = None,
+    precision: str = "highest",
 ) -> dict[str, Any]:
     """Writes one split of the sample as records; returns its dataset.json.
 
     `kind`: one of KINDS. `rounds`: wordings of each document, from as many seeds. `vq`,
     `tokenizer`: those of `model_folder`, where they are loaded already. An unreadable picture and
     its documents are left out and listed in dataset.json; more than the share `max_unreadable` of
-    all pictures stop the work.
+    all pictures stop the work. `codes`, `precision`: as of build_source.
     """
     if kind not in KINDS:
         raise PrepareError(f"kind is {kind!r}; use one of {', '.join(KINDS)}")
@@ -104,10 +108,19 @@ def prepare_sample(
     encoder = load_encoder(Path(model_folder), vq=vq, tokenizer=tokenizer)
     shown = _dealt(_worded(kind, rows, seed, rounds), rows, views, seed)
     notes = dict(maker="sample", split=split, kind=kind, views=views, rounds=rounds, seed=seed)
-    made = _documents(shown, encoder, Path(sample), notes, max_unreadable)
+    pictures = picture_codes.source(codes, encoder, precision)
+    made = _documents(shown, encoder, pictures, Path(sample), notes, max_unreadable)
     meta = records.write(out, made, shard_size=SHARD_SIZE, layout=encoder.layout, notes=notes)
     log.info("%s: %d documents, %d tokens", out, meta["documents"], meta["tokens"])
     return meta
+
+
+def write_texts(out: Path, split: str, kind: str, seed: int, rounds: int) -> dict[str, Any]:
+    """Writes the documents of a split of the sample as text, for `documents`; how many they are."""
+    rows = [row for row in _manifest(SAMPLE) if row["split"] == split]
+    lines = [json.dumps(text) + "\n" for text in _worded(kind, rows, seed, rounds)]
+    Folder(out.parent).write(out.name, [line.encode() for line in lines])
+    return dict(documents=len(lines))
 
 
 def prepare_documents(
@@ -117,6 +130,8 @@ def prepare_documents(
     images: str | Path,
     model_folder: str | Path,
     max_unreadable: float = MAX_UNREADABLE,
+    codes: Path | None = None,
+    precision: str = "highest",
 ) -> dict[str, Any]:
     """Writes the documents of a file (texts.py) as records; returns their dataset.json."""
     rows = texts.read_texts(source)
@@ -124,7 +139,8 @@ def prepare_documents(
     dealt = [(row, views[row["image_path"]] if row["image_path"] else None) for row in rows]
     encoder = load_encoder(Path(model_folder))
     notes = dict(maker="documents", source=Path(source).name)
-    made = _documents(dealt, encoder, Path(images), notes, max_unreadable)
+    pictures = picture_codes.source(codes, encoder, precision)
+    made = _documents(dealt, encoder, pictures, Path(images), notes, max_unreadable)
     return records.write(out, made, shard_size=SHARD_SIZE, layout=encoder.layout, notes=notes)
 
 
@@ -187,20 +203,23 @@ def _dealt(
 def _documents(
     dealt: list[tuple[dict[str, Any], View | None]],
     encoder: Encoder,
-    sample: Path,
+    pictures: Encoded | Stored,
+    folder: Path,
     notes: dict[str, Any],
     max_unreadable: float,
 ) -> Iterator[Document]:
     """The documents, and in `notes` what had to be left out."""
-    codes, unreadable = encode([v for _, v in dealt if v], encoder, sample)
-    pictures = {v.path for _, v in dealt if v}
-    if len(unreadable) > max_unreadable * len(pictures):
+    files = Files(lambda path: open_picture(folder / path, name=path), lambda path: folder / path)
+    codes, unreadable = pictures([v for _, v in dealt if v], files, tell=True)
+    count = len({v.path for _, v in dealt if v})
+    if len(unreadable) > max_unreadable * count:
         raise PrepareError(
-            f"{len(unreadable)} of {len(pictures)} pictures cannot be read, --max_unreadable allows"
+            f"{len(unreadable)} of {count} pictures cannot be read, --max_unreadable allows"
             f" the share {max_unreadable}; the first: {next(iter(unreadable.values()))}"
         )
     kept = [(text, v) for text, v in dealt if not v or v.path not in unreadable]
     notes |= dict(unreadable=unreadable, documents_left_out=len(dealt) - len(kept))
+    notes |= dict(codes=pictures.notes())
     if unreadable:
         log.warning("%d pictures left out, %d documents", len(unreadable), len(dealt) - len(kept))
     for text, v in kept:
@@ -254,6 +273,8 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--rounds", type=_positive, default=1, help="wordings of each document")
     sample.add_argument("--seed", type=int, default=0, help="of wordings and views")
     sample.add_argument("--max_unreadable", type=float, default=MAX_UNREADABLE, metavar="SHARE")
+    sample.add_argument("--texts", action="store_true", help="--out is a file for `documents`")
+    source_build.add_code_flags(sample)
     sample.set_defaults(run=_run_sample)
     brought, unpacked = published_command.add(commands)
     written = commands.add_parser("documents", help="texts and pictures to records")
@@ -261,6 +282,7 @@ def _parser() -> argparse.ArgumentParser:
     written.add_argument("--images", type=Path, required=True, help="folder of their pictures")
     written.add_argument("--out", type=Path, required=True, help="folder to write")
     written.add_argument("--max_unreadable", type=float, default=MAX_UNREADABLE, metavar="SHARE")
+    source_build.add_code_flags(written)
     written.set_defaults(run=_run_documents)
     curated = instruct_command.add(commands)
     tokenized = commands.add_parser("tokenize", help="pictures to codes, at scale")
@@ -299,6 +321,8 @@ def _positive(text: str) -> int:
 
 
 def _run_sample(args: argparse.Namespace) -> dict[str, Any]:
+    if args.texts:
+        return write_texts(args.out, args.split, args.kind, args.seed, args.rounds)
     return prepare_sample(
         args.out,
         model_folder=args.model,
@@ -308,6 +332,8 @@ def _run_sample(args: argparse.Namespace) -> dict[str, Any]:
         seed=args.seed,
         rounds=args.rounds,
         max_unreadable=args.max_unreadable,
+        codes=args.codes,
+        precision=args.precision,
     )
 
 
@@ -318,6 +344,8 @@ def _run_documents(args: argparse.Namespace) -> dict[str, Any]:
         images=args.images,
         model_folder=args.model,
         max_unreadable=args.max_unreadable,
+        codes=args.codes,
+        precision=args.precision,
     )
 
 

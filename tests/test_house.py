@@ -42,7 +42,8 @@ parts       medmax_jax.weights medmax_jax.array_reader medmax_jax.arrays medmax_
             data.sources.choices data.sources.parquet data.sources.reports data.sources.dicom
 
 models      medmax_jax.chameleon medmax_jax.vqgan medmax_jax.lpips medmax_jax.loss
-            medmax_jax.optim data.codes data.batch_encoder data.code_store
+            medmax_jax.optim data.codes data.batch_encoder data.code_reader
+            data.picture_codes data.code_store
 
 machines    medmax_jax.metrics medmax_jax.step medmax_jax.checkpoint medmax_jax.export
             medmax_jax.decoding medmax_jax.batching medmax_jax.generate

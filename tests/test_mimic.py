@@ -287,10 +287,10 @@ def test_pydicom_is_silent(tmp_path, caplog):
     dataset = marked_dataset()
     set_value(dataset, "SOPInstanceUID", "UI")
     path = tmp_path / "a.dcm"
-    with dicom._silence():  # writing warns too
+    with dicom.silence():  # writing warns too
         dataset.save_as(path, enforce_file_format=True)
     with caplog.at_level(logging.DEBUG, logger="pydicom"):
-        with dicom._silence():
+        with dicom.silence():
             assert str(pydicom.dcmread(path).SOPInstanceUID) == LOWER
         assert LOWER not in caplog.text
         with pytest.warns(UserWarning, match=LOWER):  # what it says otherwise

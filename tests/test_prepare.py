@@ -13,7 +13,7 @@ import pytest
 from data import codes, mixture, prepare, records
 from data.codes import PrepareError, View, load_encoder, pixels_of
 from data.documents import RecordsError
-from medmax_jax import images, tokenizer, vqgan, weights
+from medmax_jax import images, progress, tokenizer, vqgan, weights
 from medmax_jax.config import VQ, Vocab, to_dict
 from medmax_jax.vocab import BOI, IMAGE_START
 
@@ -214,14 +214,6 @@ def test_refusals(make, tmp_path):
         make(tmp_path / "file" / "r")
 
 
-def test_progress_is_told(caplog):
-    with caplog.at_level(logging.INFO):
-        progress = codes.Progress(3)
-        progress.add(1)
-        progress.add(2)
-    assert "3/3 pictures" in caplog.text and "0 s left" in caplog.text
-
-
 def test_program(model, encoder, sample, tmp_path, capsys, monkeypatch):
     given = dict(sample=sample, vq=encoder.vq, tokenizer=encoder.tokenizer)
     monkeypatch.setattr(
@@ -257,7 +249,7 @@ def test_ctrl_c_leaves_nothing_and_says_so(model, encoder, sample, tmp_path, cap
 
     monkeypatch.setattr(prepare, "prepare_sample", whole)
     with monkeypatch.context() as patch:
-        patch.setattr(codes.Progress, "add", stop)
+        patch.setattr(progress.Items, "tick", stop)
         assert prepare.main([*command, "--split", "test"]) == 75
     assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted: no records were")
     assert list(out.iterdir()) == []
