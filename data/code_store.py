@@ -18,7 +18,6 @@ another order may decide between two rows of the codebook that are equally near.
 encoded once. A folder of credentialed pictures is its owner's alone and has no name of a file.
 """
 
-import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -37,13 +36,11 @@ import numpy as np
 from array_record.python import array_record_module
 from jaxtyping import UInt8
 
-from data.batch_encoder import PRECISIONS, BatchEncoder
-from data.captions import is_inside
+from data.batch_encoder import BatchEncoder
 from data.code_reader import digest_of, to_bytes
-from data.codes import BATCH, LOG_SECONDS, Encoder, PrepareError, load_encoder, log, open_picture
+from data.codes import LOG_SECONDS, Encoder, PrepareError, log, open_picture
 from data.sources import dicom
 from data.sources.row import pseudonym
-from data.sources.stream import json_lines
 from medmax_jax import images
 from medmax_jax.new_folder import private
 from medmax_jax.progress import Items
@@ -97,6 +94,11 @@ def tokenize(
         raise PrepareError(f"{len(paths)} pictures, {len(set(paths))} different; list each once")
     if not 0 <= process < processes:
         raise PrepareError(f"process {process} of {processes}; use 0 .. {processes - 1}")
+    if min(shard_size, batch) < 1 or not 0 <= max_bad <= 1:
+        raise PrepareError(
+            f"shard_size {shard_size}, batch {batch}, max_bad {max_bad}; use 1 or more pictures, "
+            "and a share from 0 to 1"
+        )
     encode = BatchEncoder(encoder, precision=precision, batch=batch)
     plan = Plan(
         pictures=hashlib.sha256("\n".join(paths).encode()).hexdigest(), count=len(paths),
@@ -122,59 +124,6 @@ def _all(work: "_Work", encode: BatchEncoder, turn: tuple[int, int]) -> dict[str
         _in_turns(shards, turn, work.shard_file, make, "shards of codes")
         work.seal(unique)
     return work.finished()
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of `python -m data.prepare tokenize`."""
-    parser.add_argument("--images", type=Path, required=True, help="folder of the pictures")
-    parser.add_argument(
-        "--list", type=Path, help="JSONL with image_path; without: every picture of the folder"
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--model", type=Path, required=True, help="model folder, for its VQGAN")
-    parser.add_argument("--precision", choices=PRECISIONS, default="highest")
-    parser.add_argument("--shard_size", type=int, default=SLICE, help="pictures")
-    parser.add_argument("--batch", type=int, default=BATCH, help="of pictures on a device")
-    parser.add_argument("--max_bad", type=float, default=0.01, metavar="SHARE")
-    parser.add_argument("--process", type=int, default=0, help="number of this process")
-    parser.add_argument("--processes", type=int, default=1, help="that share the work")
-    parser.add_argument(
-        "--credentialed", action="store_true", help="private files, and no name of a picture"
-    )
-    parser.add_argument(
-        "--burned_in", action="store_true", help="take DICOM files that say they show text"
-    )
-    parser.set_defaults(run=_run)
-
-
-def _run(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("precision", "shard_size", "batch", "max_bad", "process", "processes")
-    names += ("credentialed", "burned_in")
-    paths = _listed(args.images, args.list, credentialed=args.credentialed)
-    meta = tokenize(
-        args.out, paths, folder=args.images,
-        encoder=load_encoder(args.model), **{name: getattr(args, name) for name in names},
-    )  # fmt: skip
-    return {n: meta[n] for n in ("pictures", "unique", "unreadable", "agreement")}
-
-
-def _listed(folder: Path, listing: Path | None, *, credentialed: bool) -> list[str]:
-    """The pictures by path, each once: of a JSONL of rows, or all files with a picture's suffix."""
-    for path, there in ((folder, folder.is_dir()), (listing, not listing or listing.is_file())):
-        if not there:
-            raise PrepareError(f"{path}: not there; check --images and --list")
-    if listing is None:
-        suffixes = (*images.SUFFIXES, ".dcm")
-        found = (p for p in folder.rglob("*") if p.suffix.lower() in suffixes)
-        return sorted(str(p.relative_to(folder)) for p in found)
-    paths: dict[str, None] = {}
-    for place, row in json_lines(listing):
-        path = row.get("image_path", "") if isinstance(row, dict) else None
-        if path is None or path and not is_inside(path):
-            shown = "" if credentialed else f" {path!r},"
-            raise PrepareError(f"{place}: image_path is{shown} no name of a file below --images")
-        paths |= {path: None} if path else {}
-    return list(paths)
 
 
 class _Work:
@@ -238,17 +187,18 @@ class _Work:
         bad, count = {}, 0
         clock = Items(len(numbers), "pictures", log.info, every=LOG_SECONDS)
         path = self.out / "codes" / f"{n:05d}-{secrets.token_hex(4)}.array_record"
-        writer = array_record_module.ArrayRecordWriter(str(path), _OPTIONS)
         try:
-            for number, codes in zip(numbers, encode(self._pictures(numbers)), strict=True):
-                if isinstance(codes, str):
-                    bad[self.name(number)] = codes
-                    codes = np.zeros(0, np.uint16)  # keeps its place; the index says -1
-                writer.write(to_bytes(self.digests[number], codes))
-                count += 1
-                clock.tick(f"shard {n}", 1)
-        finally:
-            writer.close()
+            with _records(path) as writer:
+                for number, codes in zip(numbers, encode(self._pictures(numbers)), strict=True):
+                    if isinstance(codes, str):
+                        bad[self.name(number)] = codes
+                        codes = np.zeros(0, np.uint16)  # keeps its place; the index says -1
+                    writer.write(to_bytes(self.digests[number], codes))
+                    count += 1
+                    clock.tick(f"shard {n}", 1)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
         if self.shard_file(n).exists():  # another process was sooner
             return path.unlink(missing_ok=True)
         with open(path, "rb") as file:
@@ -361,6 +311,22 @@ def _in_turns(
             time.sleep(0.2)
 
 
+@contextlib.contextmanager
+def _records(path: Path) -> Iterator[array_record_module.ArrayRecordWriter]:
+    writer = array_record_module.ArrayRecordWriter(str(path), _OPTIONS)
+    try:
+        yield writer
+    finally:
+        try:
+            writer.close()
+        except RuntimeError as error:  # it tells of a full disk here, not when it writes
+            raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: Exception) -> PrepareError:
+    return PrepareError(f"{path}: cannot be written ({error}); make room, then the same command")
+
+
 def _save(path: Path, array: np.ndarray) -> None:
     content = io.BytesIO()
     np.save(content, array)
@@ -370,10 +336,14 @@ def _save(path: Path, array: np.ndarray) -> None:
 def _write(path: Path, content: bytes) -> None:
     """The file, whole, also after a power cut; one that is there stays: others have read it."""
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise _unwritable(path, error) from error
     try:
         with contextlib.suppress(FileExistsError):
             os.link(partial, path)

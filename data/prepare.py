@@ -34,7 +34,6 @@ import numpy as np
 
 from data import (
     archives,
-    code_store,
     instruct_command,
     pack,
     picture_codes,
@@ -43,6 +42,7 @@ from data import (
     published_command,
     records,
     texts,
+    tokenize_command,
 )  # fmt: skip
 from data import build as source_build
 from data.codes import Encoder, PrepareError, View, load_encoder, log_to_stderr, open_picture
@@ -286,7 +286,7 @@ def _parser() -> argparse.ArgumentParser:
     written.set_defaults(run=_run_documents)
     curated = instruct_command.add(commands)
     tokenized = commands.add_parser("tokenize", help="pictures to codes, at scale")
-    code_store.add_flags(tokenized)
+    tokenize_command.add_flags(tokenized)
     tokenized.set_defaults(left="finished shards are kept")
     built = commands.add_parser("build", help="a source of MedMax, as published, to records")
     source_build.add_flags(built)

@@ -157,9 +157,14 @@ class _Parts:
         return self.folder / f"{n:05d}.partial"
 
     def _close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        writer, self._writer = self._writer, None
+        try:
+            if writer is not None:
+                writer.close()
+        except RuntimeError as error:  # ArrayRecord tells of a full disk here, not when it writes
+            raise RecordsError(
+                f"{self.folder}: cannot be written ({error}); make room, or name another folder"
+            ) from error
 
 
 def _new_folder(folder: str | os.PathLike) -> Path:

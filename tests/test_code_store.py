@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
+from gs_server import fixture_small_disk  # noqa: F401
 
 from data import code_store
 from data.batch_encoder import BatchEncoder
@@ -214,8 +215,21 @@ def test_a_folder_belongs_to_one_plan(encoder, whole, tmp_path):
         tokenize(tmp_path / "x", ["a.jpg", "a.jpg"], **ask, **HOW)
     with pytest.raises(PrepareError, match="precision is 'fp8'; use highest or bfloat16"):
         tokenize(tmp_path / "x", PATHS, **ask, **HOW | {"precision": "fp8"})
+    for wrong in (dict(shard_size=0), dict(batch=0), dict(max_bad=1.5)):
+        with pytest.raises(PrepareError, match="use 1 or more pictures, and a share from 0 to 1"):
+            tokenize(tmp_path / "x", PATHS, **ask, **HOW | wrong)
     with pytest.raises(PrepareError, match="not finished"):
         open_codes(tmp_path / "x")
+
+
+def test_a_full_disk_is_told_and_the_same_command_goes_on(encoder, small_disk, tmp_path):
+    """1 MiB: the padding of one ArrayRecord file is a third of it."""
+    ask = dict(folder=SAMPLE, encoder=encoder) | HOW | dict(shard_size=2)
+    with pytest.raises(PrepareError, match="cannot be written .*No space left.*; make room"):
+        tokenize(small_disk / "codes", PATHS[:40], **ask)
+    shutil.copytree(small_disk / "codes", tmp_path / "codes")
+    assert not (tmp_path / "codes" / "dataset.json").exists()
+    assert tokenize(tmp_path / "codes", PATHS[:40], **ask)["unique"] == 40
 
 
 def test_damage_is_noticed(whole, tmp_path):
@@ -248,6 +262,7 @@ def test_the_program_lists_pictures_itself(tmp_path, capsys):
         shutil.copyfile(SAMPLE / source, folder / f"{i}.jpg")
     (folder / "notes.txt").write_text("no picture")
     words = ["tokenize", "--images", str(tmp_path / "in"), "--model", str(TINY), "--json"]
+    words += ["--batch", "2"]
     assert main([*words, "--out", str(tmp_path / "a")]) == 0
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert told == dict(pictures=3, unique=3, unreadable=0, agreement=None)

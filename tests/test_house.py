@@ -59,7 +59,7 @@ layouts     medmax_jax.convert medmax_jax.convert.form medmax_jax.convert.ahead
 
 programs     eval data.sample.build data.sample.train_tokenizer data.published data.archives
             data.eval_rows data.tfds_builders data.published_command
-            data.instruct_command data.build data.prepare
+            data.instruct_command data.tokenize_command data.build data.prepare
             medmax_jax.train medmax_jax.train_vqgan eval.report eval.run
             medmax_jax.quickstart_page medmax_jax.quickstart
             medmax_jax.convert.torch_side medmax_jax.convert.check medmax_jax.convert.__main__

@@ -4,10 +4,11 @@ import json
 
 import numpy as np
 import pytest
+from gs_server import fixture_small_disk  # noqa: F401
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import documents, records
+from data import documents, records, synthetic
 from data.documents import Document, Layout, RecordsError
 from medmax_jax.config import Vocab
 from medmax_jax.vocab import BOI, BOS, EOI, EOS, IMAGE, PAD, SEP
@@ -250,3 +251,11 @@ def test_damaged_bytes():
     for bad in (b"", good[:8], b"XXXX" + good[4:], good[:-1], good[:20] + b"?" + good[21:]):
         with pytest.raises(RecordsError, match="shard 3, record 4"):
             documents.from_bytes(bad, "shard 3, record 4")
+
+
+def test_a_full_disk_is_told(small_disk):
+    """ArrayRecord tells of it when a shard is closed."""
+    with pytest.raises(RecordsError, match="cannot be written .*No space left.*; make room, or"):
+        made = synthetic.documents(2_000, seed=0)
+        records.write(small_disk / "r", made, shard_size=500, layout=synthetic.LAYOUT, notes={})
+    assert not list((small_disk / "r").iterdir())
