@@ -4,7 +4,7 @@ python -m data.prepare sample --out D [--split train] [--kind instruction] [--vi
 python -m data.prepare build --source SLAKE --from FOLDER --out D --model M [--sample N --seed S]
 python -m data.prepare import --from train.jsonl --out D     the published rows: data/published.py
 python -m data.prepare unpack --from images.tar.gz.a* --out D     and their images: data/archives.py
-python -m data.prepare tokenize --images D --out D2 --model M     to codes: data/code_store.py
+python -m data.prepare tokenize --images D --out D2 --model M     to codes, for --codes D2
 python -m data.prepare documents --from documents.jsonl --images D --out D2     of texts.py
 python -m data.prepare instruct --help   captions to interleaved instructions by an LLM
 python -m data.prepare check D      reads every record back and compares it with what was written

@@ -89,7 +89,7 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
-    train: str  # folder of ArrayRecord shards
+    train: str  # folder of ArrayRecord shards; gs:// is copied to this host first
     validation: str  # the same; empty: no validation
     document_limit: int  # tokens; a longer document is left out, none is cut
     seq_len: int  # tokens a row, of one or several documents
