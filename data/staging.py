@@ -15,6 +15,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import stat
 import sys
 import tempfile
@@ -46,16 +47,25 @@ def on_disk(folder: str | os.PathLike) -> Path:
     if not source.remote:
         return Path(folder)
     meta = source.read(META).tobytes()
+    shards, index = _said(source, meta)
     place = _stage() / hashlib.sha256(meta).hexdigest()[:16]
-    if not (place / META).exists():
+    if not _whole(place, shards):
         with _turn(place):
-            if not (place / META).exists():  # else the former holder has just made it
-                _copy(source, meta, place)
+            if not _whole(place, shards):  # else the former holder has just made it
+                shutil.rmtree(place, ignore_errors=True)  # temporary folders lose old files
+                files = [*shards, _File(INDEX, source.size(INDEX), index)]
+                _copy(source, meta, files, place)
     return place
 
 
-def _copy(source: Folder, meta: bytes, place: Path) -> None:
-    files = _files(source, meta)
+def _whole(place: Path, shards: list[_File]) -> bool:
+    """Whether a copy has all its files; what is in them, their own checks say."""
+    names = {file.name: file.size for file in shards}
+    found = {p.name: p.stat().st_size for p in place.glob("*")}
+    return {META, INDEX} <= found.keys() and names.items() <= found.items()
+
+
+def _copy(source: Folder, meta: bytes, files: list[_File], place: Path) -> None:
     total = sum(file.size for file in files)
     print(f"{source.path}: {len(files)} files to {place}", file=sys.stderr, flush=True)
     progress = Progress(total, lambda line: print(line, file=sys.stderr, flush=True))
@@ -70,18 +80,17 @@ def _copy(source: Folder, meta: bytes, place: Path) -> None:
     progress.done(str(place))
 
 
-def _files(source: Folder, meta: bytes) -> list[_File]:
-    """What dataset.json says that the folder holds."""
+def _said(source: Folder, meta: bytes) -> tuple[list[_File], str]:
+    """The shards, and the SHA-256 of the index, of a dataset.json."""
     try:
         said = json.loads(meta)
-        found = [_File(s["file"], int(s["bytes"]), str(s["sha256"])) for s in said["shards"]]
-        index = str(said["index_sha256"])
+        shards = [_File(s["file"], int(s["bytes"]), str(s["sha256"])) for s in said["shards"]]
+        return shards, str(said["index_sha256"])
     except (ValueError, KeyError, TypeError) as error:
         raise RecordsError(
             f"{source.path}/{META}: damaged, or made before shards had hashes "
             f"({type(error).__name__}: {error}); make the data set again"
         ) from error
-    return [_File(INDEX, source.size(INDEX), index), *found]
 
 
 def _fetch(source: Folder, new: Folder, file: _File) -> int:

@@ -10,7 +10,7 @@ import pytest
 from pydicom.datadict import DicomDictionary
 from source_setup import DICOM_IDS, REPORT, STUDY, SUBJECT, dicom_dataset, mimic_tables, plan
 
-from data import mixture, prepare, records
+from data import mixture, picture_codes, prepare, records
 from data.sources import dicom, reports
 from data.sources.prompts import wordings
 from data.sources.row import Bad, Row, SourceError
@@ -36,6 +36,12 @@ def logger_as_before():
     yield
     log.handlers, log.propagate = before[:2]
     log.setLevel(before[2])
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+    """On each of the eight devices of the tests."""
+    monkeypatch.setattr(picture_codes, "BATCH", 2)
 
 
 @pytest.fixture

@@ -158,6 +158,15 @@ def test_other_records_at_the_same_path_are_another_copy(remote, stage, tmp_path
     assert second.fingerprint == open_records(tmp_path / "other").fingerprint
 
 
+def test_a_copy_that_has_lost_a_file_is_made_again(remote, stage, capsys):
+    """As where the system cleans its temporary folder."""
+    found = open_records(remote)
+    for name in ("00001-of-00003.array_record", "index.npy", "dataset.json"):
+        (found.folder / name).unlink()
+        assert len(list(open_records(remote))) == 40
+    assert capsys.readouterr().err.count(f"{remote}: 4 files to {found.folder}") == 4
+
+
 def test_two_processes_stage_once(remote, stage):
     pair = [child(remote) for _ in range(2)]
     said = [p.communicate(timeout=60) for p in pair]
