@@ -9,12 +9,12 @@ Face's ChameleonVQVAE and ChameleonImageProcessor, in the Python that --torch_py
 
 Each measurement is a process of its own, theirs and ours in turn, bound to the same --threads
 cores; the first batch, with compilation, is told apart. On a machine that does other work too,
-`encoder_per_cpu_second` (pictures by the process's CPU time) says more than the rates. The codes of both sides are compared: the
-sums are the same and taken in another order, so a latent that lies between two rows of the codebook
-may take the other one; where more than --differ of the codes are others, the run is void. The two
-preprocessings are timed and not compared: Hugging Face's scales by 0.0078, the release and ours by
-2 / 255. The tiny size is that of configs/tiny.py with the 32 groups that are fixed in the
-reference. The last line is one JSON object.
+`encoder_per_cpu_second` (pictures by the process's CPU time) says more than the rates. The codes
+of both sides are compared: the sums are the same and taken in another order, so a latent that lies
+between two rows of the codebook may take the other one; where more than --differ of the codes are
+others, the run is void. The two preprocessings are timed and not compared: Hugging Face's scales by
+0.0078, the release and ours by 2 / 255. The tiny size is that of configs/tiny.py with the 32 groups
+that are fixed in the reference. The last line is one JSON object.
 """
 
 import argparse

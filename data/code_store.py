@@ -214,20 +214,19 @@ class _Work:
         facts = [json.loads(self.shard_file(n).read_text()) for n in range(shards)]
         bad = {name: why for each in facts for name, why in each["unreadable"].items()}
         place = {digests[number].tobytes(): i for i, number in enumerate(unique)}
-        failed = {digests[n].tobytes() for n in unique if bad and self.name(n) in bad}
+        why = {digests[n].tobytes(): bad[self.name(n)] for n in unique if self.name(n) in bad}
         keys = [row.tobytes() for row in digests]
-        index = np.array([-1 if k in failed else place.get(k, -1) for k in keys], np.int64)
-        for number in np.flatnonzero(~digests.any(axis=1)):
-            bad[self.name(number)] = GONE
-        self._bound(int((index < 0).sum()), bad)
+        index = np.array([-1 if k in why else place.get(k, -1) for k in keys], np.int64)
+        reasons = {self.name(n): why.get(keys[n], GONE) for n in np.flatnonzero(index < 0)}
+        self._bound(len(reasons), reasons)
         agreed = [each["agreement"] for each in facts if each["agreement"] is not None]
         _save(self.out / "index.npy", index)
         meta = dict(
             plan=dataclasses.asdict(self.plan),
             pictures=len(index),
             unique=len(unique),
-            unreadable=int((index < 0).sum()),
-            reasons=bad,
+            unreadable=len(reasons),
+            reasons=reasons,
             agreement=min(agreed, default=None),  # of bfloat16 codes, the least of all processes
         )
         _write(self.out / "dataset.json", json.dumps(meta, ensure_ascii=False, indent=1).encode())

@@ -163,6 +163,9 @@ def test_equal_files_are_encoded_once_and_broken_ones_are_told(encoder, tmp_path
     paths += [f"cut{i}.jpg" for i in range(4)]
     with pytest.raises(PrepareError, match=r"6 of 29 pictures cannot be read"):
         tokenize(tmp_path / "c", paths, folder=folder, encoder=encoder, **HOW)
+    ask = dict(folder=folder, encoder=encoder) | HOW | {"max_bad": 0.5}
+    meta = tokenize(tmp_path / "c", paths, **ask)  # and the same folder goes on
+    assert meta["unreadable"] == 6 and meta["reasons"]["cut2.jpg"] == meta["reasons"]["cut.jpg"]
 
 
 def test_a_picture_that_changes_on_the_way_stops_the_work(encoder, tmp_path):
