@@ -37,6 +37,7 @@ from data.codes import (
 from data.codes import encode as encode_views
 from data.documents import Document
 from data.mixture import BY_NAME, CAPTION_SHARE, CREDENTIALED, Source, compare
+from data.records import file_sha256
 from data.sources import captions, choices, conversations, dicom, parquet, questions, reports
 from data.sources.row import SPLITS, Bad, Plan, Row
 from medmax_jax import images
@@ -255,7 +256,13 @@ class _Work:
             turns=row.turns,
             group=row.group,
             id=row.id,
+            image_sha256=self._sha256(row.image),
         )
+
+    def _sha256(self, image: str | bytes | None) -> str:
+        if isinstance(image, bytes):
+            return hashlib.sha256(image).hexdigest()
+        return file_sha256(self.folder / image) if image else ""
 
     def _reject(self, row: Row, reason: str) -> None:
         self.bad[reason] += 1

@@ -28,7 +28,10 @@ class RecordsError(ValueError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Document:
-    """One training document. `turns`: user turns, 0 unknown. `group`: patient or volume."""
+    """One training document. `turns`: user turns, 0 unknown. `group`: patient or volume.
+
+    `image_sha256`: of the bytes of the picture's file, as hex; empty where they were not at hand.
+    """
 
     tokens: np.ndarray  # int32 [T], BOS first, EOS last
     image_path: str
@@ -38,6 +41,7 @@ class Document:
     turns: int
     group: str
     id: str
+    image_sha256: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,9 +110,15 @@ def counts(document: Document, vocab: Vocab) -> list[int]:
 
 
 def to_bytes(document: Document) -> bytes:
-    """One self-describing record: magic, CRC-32, JSON header, token ids."""
+    """One self-describing record: magic, CRC-32, JSON header, token ids.
+
+    A field that is not known is left out, so that records from before there was one stay the same
+    bytes, and a folder's fingerprint with them.
+    """
     kind = "<u2" if document.tokens.max() < 2**16 else "<i4"
     fields = {f.name: getattr(document, f.name) for f in dataclasses.fields(document)}
+    if not document.image_sha256:
+        del fields["image_sha256"]
     header = json.dumps(fields | {"tokens": kind}, ensure_ascii=False).encode()
     body = header + document.tokens.astype(kind).tobytes()
     size = struct.pack("<I", len(header))

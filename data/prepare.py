@@ -207,7 +207,8 @@ def _documents(
         image = codes[v.path, v.number] if v else None
         tokens = document_ids(encoder.tokenizer, text["text"], image, encoder.layout.vocab)
         names = ("image_path", "task", "source", "credential", "turns", "group", "id")
-        yield Document(tokens=tokens, **{n: text[n] for n in names})
+        digest = records.file_sha256(sample / v.path) if v else ""
+        yield Document(tokens=tokens, image_sha256=digest, **{n: text[n] for n in names})
 
 
 def _text(document: Document, layout: Layout, tokenizer: Tokenizer) -> str:

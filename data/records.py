@@ -29,7 +29,7 @@ from data.documents import (
 )
 from data.reader import FORMAT, INDEX, META, Records, open_records
 
-__all__ = ["Labels", "Records", "open_records", "write"]
+__all__ = ["Labels", "Records", "file_sha256", "open_records", "write"]
 _OPTIONS = "group_size:1,zstd:3"  # group_size 1: the only one with fast random access
 
 
@@ -77,6 +77,12 @@ def write(
     partial.write_text(json.dumps(meta, indent=1) + "\n")
     os.replace(partial, folder / META)
     return meta
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a picture's file, for Document.image_sha256."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Labels:
