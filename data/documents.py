@@ -7,6 +7,7 @@ All numpy, no files: `records.py` keeps documents in folders.
 
 import dataclasses
 import json
+import re
 import struct
 import zlib
 
@@ -78,9 +79,33 @@ def scored(tokens: Int[np.ndarray, "T"], mode: str, turns: int) -> Bool[np.ndarr
 
 def check_document(document: Document, layout: Layout) -> None:
     """Raises RecordsError unless the document is whole: ids, ends, image spans, turns."""
-    t, where = document.tokens, f"document {document.id!r} of {document.source!r}"
+    where = f"document {document.id!r} of {document.source!r}"
+    for check in CHECKS.values():
+        check(document, layout, where)
+
+
+def check_fields(document: Document, where: str) -> None:
+    """Raises RecordsError unless the texts of a document are what the schema says."""
+    for name in ("task", "source", "credential", "id"):
+        value = getattr(document, name)
+        if not isinstance(value, str) or not value:
+            raise RecordsError(f"{where}: {name} is {type(value).__name__}; need a text")
+    if document.credential.lower() not in ("yes", "no"):
+        raise RecordsError(f"{where}: credential is neither yes nor no")
+    if not isinstance(document.turns, int) or document.turns < 0:
+        raise RecordsError(f"{where}: turns is no number of 0 or more; 0 means unknown")
+    if not re.fullmatch(r"([0-9a-f]{64})?", document.image_sha256):
+        raise RecordsError(f"{where}: image_sha256 is no SHA-256 in hex, nor empty")
+
+
+def _check_shape(document: Document, layout: Layout, where: str) -> None:
+    t = document.tokens
     if t.ndim != 1 or t.dtype != np.int32 or len(t) < 3:
         raise RecordsError(f"{where}: tokens are {t.dtype}{t.shape}; need int32 [T] with T >= 3")
+
+
+def _check_ids(document: Document, layout: Layout, where: str) -> None:
+    t = document.tokens
     try:
         check_ids(t, layout.vocab, where=where)
     except ValueError as error:
@@ -90,8 +115,10 @@ def check_document(document: Document, layout: Layout) -> None:
     stray = t[1:-1][np.isin(t[1:-1], (BOS, PAD, EOS, IMAGE))]
     if stray.size:
         raise RecordsError(f"{where}: control token {stray[0]} inside; make the document anew")
-    _check_images(t, layout, where)
-    seps = int((t == SEP).sum())
+
+
+def _check_turns(document: Document, layout: Layout, where: str) -> None:
+    seps = int((document.tokens == SEP).sum())
     if document.turns and seps != 2 * document.turns - 1:
         raise RecordsError(
             f"{where}: turns is {document.turns} but there are {seps} separators, "
@@ -135,12 +162,16 @@ def from_bytes(record: bytes, where: str) -> Document:
             f"{where}: CRC differs, so the shard is damaged; make the data set again"
         )
     body = record[_HEAD.size :]
-    fields = json.loads(body[:size])
-    tokens = np.frombuffer(body[size:], fields["tokens"]).astype(np.int32)
-    return Document(**(fields | {"tokens": tokens}))
+    try:
+        fields = json.loads(body[:size])
+        tokens = np.frombuffer(body[size:], fields["tokens"]).astype(np.int32)
+        return Document(**(fields | {"tokens": tokens}))
+    except (ValueError, KeyError, TypeError) as error:  # whole, but not written by to_bytes
+        raise RecordsError(f"{where}: fields of another format; make the data set again") from error
 
 
-def _check_images(t: np.ndarray, layout: Layout, where: str) -> None:
+def _check_images(document: Document, layout: Layout, where: str) -> None:
+    t = document.tokens
     n, code = layout.codes_per_image, is_image(t, layout.vocab)
     begins, ends = np.flatnonzero(t == BOI), np.flatnonzero(t == EOI)
     whole = len(begins) == len(ends) and (ends - begins == n + 1).all()
@@ -156,3 +187,11 @@ def _check_images(t: np.ndarray, layout: Layout, where: str) -> None:
             f"{where}: image token {unused[0]} is beyond the codebook of "
             f"{layout.vocab.image_codes} codes; use the VQGAN of this vocabulary"
         )
+
+
+CHECKS = {  # what is wrong with a document, in the order in which it is asked
+    "schema": _check_shape,
+    "ids": _check_ids,
+    "image": _check_images,
+    "separator": _check_turns,
+}

@@ -112,13 +112,12 @@ def repeated(
     """
     order = np.lexsort((np.arange(len(names)), kinds, names))
     name, kind = names[order], kinds[order]
-    start = np.flatnonzero(np.concatenate([[True], name[1:] != name[:-1]])) if len(name) else []
-    changes = np.concatenate([[0], np.cumsum(kind[1:] != kind[:-1])]) if len(kind) else []
-    found = []
-    for low, high in zip(start, [*start[1:], len(name)], strict=True):
-        if high - low > 1 and name[low] and changes[high - 1] > changes[low]:
-            found.append(np.sort(order[low:high]))
-    return found
+    start = np.flatnonzero(np.diff(name, prepend=~name[:1]))  # of each group of equal names
+    stop = np.append(start[1:], len(name))
+    changes = np.append(np.diff(kind) != 0, False) & np.append(np.diff(name) == 0, False)
+    several = np.add.reduceat(changes, start) if len(start) else np.zeros(0, bool)
+    chosen = np.flatnonzero((several > 0) & (name[start] != 0))
+    return [np.sort(order[start[g] : stop[g]]) for g in chosen]
 
 
 def words(text: str) -> list[str]:

@@ -7,7 +7,7 @@ python -m data.prepare unpack --from images.tar.gz.a* --out D     and their imag
 python -m data.prepare tokenize --images D --out D2 --model M     to codes: data/code_store.py
 python -m data.prepare documents --from documents.jsonl --images D --out D2     of texts.py
 python -m data.prepare instruct --help   captions to interleaved instructions by an LLM
-python -m data.prepare check D      reads every record back and compares it with what was written
+python -m data.prepare check D [--against EVAL]    damage, doubles, leaks: check.py
 python -m data.prepare stats D      what is in it, and how well it packs
 python -m data.prepare plan D --seq_len N [--row 17] [--epoch 0]    how full rows are, who is in one
 
@@ -22,15 +22,12 @@ or goes on (instruct).
 
 import argparse
 import collections
-import hashlib
 import json
 import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from data import (
     archives,
@@ -44,15 +41,16 @@ from data import (
     texts,
 )  # fmt: skip
 from data import build as source_build
+from data import check as record_check
 from data.codes import Encoder, PrepareError, View, encode, load_encoder, log_to_stderr
-from data.documents import Document, Layout, RecordsError, counts, to_bytes
+from data.documents import Document, RecordsError
 from data.sample.documents import instruction_documents, pretraining_documents
 from data.sample.manifest import read_manifest
 from data.sources.row import SourceError
 from medmax_jax.cli import Interrupted
 from medmax_jax.config import ConfigError
 from medmax_jax.storage import StorageError
-from medmax_jax.tokenizer import IMAGE_NAME, Tokenizer, TokenizerError, document_ids, segments_of
+from medmax_jax.tokenizer import Tokenizer, TokenizerError, document_ids
 from medmax_jax.weights import WeightsError
 
 log = logging.getLogger("medmax_jax.prepare")
@@ -128,28 +126,6 @@ def prepare_documents(
     return records.write(out, made, shard_size=SHARD_SIZE, layout=encoder.layout, notes=notes)
 
 
-def check(folder: str | Path, *, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """Reads and validates every record; raises RecordsError where it is not what was written.
-
-    The example is the first document as text, if `tokenizer` is the one that wrote it.
-    """
-    found = records.open_records(folder)
-    digest, table, labels = hashlib.sha256(), [], records.Labels()
-    for document in found:
-        digest.update(to_bytes(document))
-        table.append(counts(document, found.layout.vocab))
-        labels.add(document.source, document.task, document.image_path)
-    table = np.concatenate([table, labels.table()], axis=1)
-    written = np.stack(list(found.index.values()), axis=1)
-    if digest.hexdigest() != found.fingerprint or not np.array_equal(table, written):
-        raise RecordsError(f"{folder}: not the documents that were written; make it again")
-    names = ("documents", "tokens", "text_tokens", "image_tokens", "sha256")
-    ours = tokenizer is not None and tokenizer.fingerprint == found.layout.tokenizer
-    return {n: found.meta[n] for n in names} | dict(
-        example=found[0].id, text=_text(found[0], found.layout, tokenizer) if ours else None
-    )
-
-
 def _manifest(sample: Path) -> list[dict[str, Any]]:
     path = sample / "manifest.jsonl"
     try:
@@ -211,11 +187,6 @@ def _documents(
         yield Document(tokens=tokens, image_sha256=digest, **{n: text[n] for n in names})
 
 
-def _text(document: Document, layout: Layout, tokenizer: Tokenizer) -> str:
-    parts = segments_of(document.tokens, layout.vocab)
-    return "".join(IMAGE_NAME if k == "image" else tokenizer.decode(ids) for k, ids in parts)
-
-
 # The program.
 
 
@@ -238,7 +209,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{name:>20}  {value}")
     if args.json:
         print(json.dumps(result))
-    return 0
+    return 1 if result.get("errors") else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -269,12 +240,11 @@ def _parser() -> argparse.ArgumentParser:
     tokenized.set_defaults(left="finished shards are kept")
     built = commands.add_parser("build", help="a source of MedMax, as published, to records")
     source_build.add_flags(built)
-    checked = commands.add_parser("check", help="read every record back")
-    checked.set_defaults(run=_run_check)
+    checked = record_check.add(commands, TINY)
     counted, planned = plan_report.add(commands)
     for command in (checked, counted, planned):
         command.add_argument("folder", type=Path, help="folder of records")
-    for command in (sample, written, checked):
+    for command in (sample, written):
         command.add_argument("--model", type=Path, default=TINY, help="model folder")
     asked = (
         sample,
@@ -320,16 +290,6 @@ def _run_documents(args: argparse.Namespace) -> dict[str, Any]:
         model_folder=args.model,
         max_unreadable=args.max_unreadable,
     )
-
-
-def _run_check(args: argparse.Namespace) -> dict[str, Any]:
-    vocab = records.open_records(args.folder).layout.vocab
-    try:
-        tokenizer = Tokenizer.from_file(args.model / "tokenizer.json", vocab)
-    except TokenizerError as error:
-        log.warning("no example in words: %s", error)
-        tokenizer = None
-    return check(args.folder, tokenizer=tokenizer)
 
 
 if __name__ == "__main__":

@@ -82,11 +82,30 @@ class Records(Sequence):
         image = self.index[f"{mode}_image"]
         return self.index[mode] - image, image
 
+    @property
+    def credentialed(self) -> bool:
+        """Whether any document is: nothing of such a folder is shown unasked."""
+        return any(name.lower() == "yes" for name in self.meta["credentials"])
+
+    def shard_of(self, document: int) -> tuple[str, int]:
+        """(file, record in it) of a document's number."""
+        shard = int(np.searchsorted(self._starts, document, side="right")) - 1
+        return self.meta["shards"][shard]["file"], document - int(self._starts[shard])
+
     def names(self, label: str) -> list[str]:
         """What the numbers of index["source"] or index["task"] mean."""
         return sorted(self.meta[f"{label}s"])
 
     def _read_shard(self, shard: int, local: list[int]) -> list[Document]:
+        path = self.folder / self.meta["shards"][shard]["file"]
+        raw = self.raw(shard, local)
+        documents = [from_bytes(r, f"{path}, record {n}") for n, r in zip(local, raw, strict=True)]
+        for document in documents:
+            check_document(document, self.layout)
+        return documents
+
+    def raw(self, shard: int, local: list[int]) -> list[bytes]:
+        """The bytes of some records of a shard, unread; raises RecordsError on damage."""
         path = self.folder / self.meta["shards"][shard]["file"]
         try:
             if shard not in self._readers:
@@ -98,10 +117,7 @@ class Records(Sequence):
             raise RecordsError(
                 f"{path}: damaged ({error}); make the data set again from its source"
             ) from error
-        documents = [from_bytes(r, f"{path}, record {n}") for n, r in zip(local, raw, strict=True)]
-        for document in documents:
-            check_document(document, self.layout)
-        return documents
+        return raw
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import loader, pack, plan_report, prepare, records, synthetic
+from data import check, loader, pack, plan_report, prepare, records, synthetic
 from data.pack import PackError
 
 LENGTHS = st.lists(st.integers(1, 64), min_size=1, max_size=200).map(np.array)
@@ -82,7 +82,7 @@ def test_synthetic_records_are_whole_and_can_be_trained_on(tmp_path):
     assert told["pictures"] == 30 and told["entries"] == 2
     codes = [found[n].tokens[2:1_026] for n in (0, 1, 2)]
     assert np.array_equal(codes[0], codes[1]) and not np.array_equal(codes[1], codes[2])
-    assert prepare.check(tmp_path / "r", tokenizer=None)["documents"] == 60
+    assert check.check(tmp_path / "r", tokenizer=None)["documents"] == 60
 
 
 def test_the_program_shows_the_plan_of_a_run(tmp_path, capsys):
