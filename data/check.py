@@ -37,6 +37,7 @@ from data import findings, held_out, looks, overlap, scan
 from data.codes import Encoder, PrepareError, Progress, load_encoder
 from data.documents import RecordsError
 from data.reader import Records, open_records
+from data.records import file_sha256
 from data.texts import spoken, written
 from medmax_jax import images
 from medmax_jax.tokenizer import Tokenizer, TokenizerError
@@ -238,10 +239,19 @@ def tokenizer_of(found: Records, model: Path | None, tiny: Path) -> Tokenizer | 
     return None
 
 
+def made_by(found: Records, model: Path | None, tiny: Path) -> bool:
+    """Whether the VQGAN at hand made the records' codes; named ones of records that name none."""
+    file, wrote = (model or tiny) / "vqgan.safetensors", found.layout.vqgan
+    if not wrote:
+        return model is not None and file.is_file()
+    return file.is_file() and file_sha256(file) == wrote
+
+
 def encoder_of(found: Records, model: Path) -> Encoder:
     """The VQGAN of a model folder; raises PrepareError unless it made the records' codes."""
-    encoder = load_encoder(model)
-    if found.layout.vqgan not in ("", encoder.layout.vqgan):
+    encoder, layout = load_encoder(model), found.layout
+    alike = encoder.layout.codes_per_image == layout.codes_per_image
+    if not alike or layout.vqgan not in ("", encoder.layout.vqgan):
         raise PrepareError(
             f"{model}: its VQGAN did not make the codes of {found.folder}; name that one's folder "
             "with --model"

@@ -158,16 +158,11 @@ def picture_stats(found: Records) -> dict[str, Any]:
     )
 
 
-# The command lines.
+# The command line.
 
 
-def add(commands: Any) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
-    """`stats`, and `plan` with the flags of config.data and config.mixing."""
-    counted = commands.add_parser("stats", help="what a folder of records holds")
-    counted.add_argument(
-        "--seq_len", type=int, default=0, help="row length; 0: the longest document"
-    )
-    counted.set_defaults(run=_run_stats)
+def add(commands: Any) -> argparse.ArgumentParser:
+    """`plan`, with the flags of config.data and config.mixing."""
     planned = commands.add_parser("plan", help="which documents share a row, as a run has it")
     planned.add_argument("--seq_len", type=int, required=True, help="tokens a row")
     planned.add_argument("--document_limit", type=int, default=0, help="0: the row length")
@@ -180,7 +175,7 @@ def add(commands: Any) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser
     planned.add_argument("--weights", default="", help="as config.mixing: 'name=3, other=1'")
     planned.add_argument("--image_centric", action="store_true", help="pictures stay together")
     planned.set_defaults(run=_run_plan)
-    return counted, planned
+    return planned
 
 
 def _run_plan(args: argparse.Namespace) -> dict[str, Any]:
@@ -195,8 +190,3 @@ def _run_plan(args: argparse.Namespace) -> dict[str, Any]:
         by=args.by, unit=args.unit, weights=args.weights, image_centric=args.image_centric
     )
     return report(open_records(Path(args.folder)), data, mixed, epoch=args.epoch, row=args.row)
-
-
-def _run_stats(args: argparse.Namespace) -> dict[str, Any]:
-    longest = open_records(args.folder).meta["longest"]
-    return stats(args.folder, seq_len=args.seq_len or longest)

@@ -8,7 +8,7 @@ python -m data.prepare tokenize --images D --out D2 --model M     to codes: data
 python -m data.prepare documents --from documents.jsonl --images D --out D2     of texts.py
 python -m data.prepare instruct --help   captions to interleaved instructions by an LLM
 python -m data.prepare check D [--against EVAL]    damage, doubles, leaks: check.py
-python -m data.prepare stats D      what is in it, and how well it packs
+python -m data.prepare stats D [--out PAGE]     what is in it, and how well it packs; a page
 python -m data.prepare plan D --seq_len N [--row 17] [--epoch 0]    how full rows are, who is in one
 
     manifest row -> picture -> views 0 .. n-1 -> VQGAN codes --+
@@ -38,6 +38,7 @@ from data import (
     published,
     published_command,
     records,
+    stats_command,
     texts,
 )  # fmt: skip
 from data import build as source_build
@@ -241,7 +242,8 @@ def _parser() -> argparse.ArgumentParser:
     built = commands.add_parser("build", help="a source of MedMax, as published, to records")
     source_build.add_flags(built)
     checked = record_check.add(commands, TINY)
-    counted, planned = plan_report.add(commands)
+    counted = stats_command.add(commands, TINY, SAMPLE / "manifest.jsonl")
+    planned = plan_report.add(commands)
     for command in (checked, counted, planned):
         command.add_argument("folder", type=Path, help="folder of records")
     for command in (sample, written):

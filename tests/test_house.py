@@ -44,6 +44,7 @@ parts       medmax_jax.weights medmax_jax.array_reader medmax_jax.arrays medmax_
 models      medmax_jax.chameleon medmax_jax.vqgan medmax_jax.lpips medmax_jax.loss
             medmax_jax.optim data.codes data.batch_encoder data.code_store
             data.overlap data.scan data.looks data.held_out data.findings data.check
+            data.stats_plots data.stats_page data.stats_command
 
 machines    medmax_jax.metrics medmax_jax.step medmax_jax.checkpoint medmax_jax.export
             medmax_jax.decoding medmax_jax.batching medmax_jax.generate
