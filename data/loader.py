@@ -25,8 +25,9 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float32, Int32
 
-from data import mixing, reader
+from data import mixing, plan_file, reader
 from data.documents import Document, RecordsError, scored
+from data.pack import PackError
 from medmax_jax.config import Run
 from medmax_jax.vocab import PAD
 
@@ -85,6 +86,8 @@ class Batches:
         self._mixing = dataclasses.replace(run.mixing, weights="") if one_pass else run.mixing
         self._epochs = mixing.epochs(self.records, run.data, self._mixing)
         self.plan = self._epochs.first.fingerprint  # of epoch 0
+        if run.data.plan and not one_pass:
+            self._hold_to(plan_file.wanted(run.data.plan))
         self._last = len(self._epochs.first) if one_pass else None
         self._text, self._image = self.records.scored_counts(run.data.mask)
         steps = -(-self._last // run.data.batch_size) if one_pass else run.train.steps
@@ -161,6 +164,13 @@ class Batches:
         if not 0 <= step < len(self):
             raise IndexError(f"step {step} of {len(self)}; raise train.steps to go on")
         return step
+
+    def _hold_to(self, wanted: str) -> None:
+        if self.plan != wanted:
+            raise PackError(
+                f"config.data.plan asks for plan {wanted}, but these records and settings make "
+                f"{self.plan}; set them back, or leave config.data.plan empty"
+            )
 
     def _check(self) -> None:
         run, layout, folder = self._run, self.records.layout, self.records.folder

@@ -9,7 +9,8 @@ python -m data.prepare documents --from documents.jsonl --images D --out D2     
 python -m data.prepare instruct --help   captions to interleaved instructions by an LLM
 python -m data.prepare check D [--against EVAL]    damage, doubles, leaks: check.py
 python -m data.prepare stats D [--out PAGE]     what is in it, and how well it packs; a page
-python -m data.prepare plan D --seq_len N [--row 17] [--epoch 0]    how full rows are, who is in one
+python -m data.prepare plan D --seq_len N [--row 17] [--save F.npz]    how full rows are, who is in
+    one; plan F.npz [--row 17] of what was saved
 
     manifest row -> picture -> views 0 .. n-1 -> VQGAN codes --+
                  -> documents (text with <image>) -------------+-> token ids -> records
@@ -207,7 +208,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"interrupted: {args.left}; give the same command again", file=sys.stderr)
         return 75
     for name, value in {} if args.json else result.items():
-        print(f"{name:>20}  {value}")
+        rows = value if isinstance(value, list) and value else [value]
+        for n, row in enumerate(rows):
+            print(f"{'' if n else name:>20}  {row}")
     if args.json:
         print(json.dumps(result))
     return 1 if result.get("errors") else 0
@@ -245,7 +248,7 @@ def _parser() -> argparse.ArgumentParser:
     counted = stats_command.add(commands, TINY, SAMPLE / "manifest.jsonl")
     planned = plan_report.add(commands)
     for command in (checked, counted, planned):
-        command.add_argument("folder", type=Path, help="folder of records")
+        command.add_argument("folder", type=Path, help="folder of records; of plan, also its file")
     for command in (sample, written):
         command.add_argument("--model", type=Path, default=TINY, help="model folder")
     asked = (
