@@ -24,7 +24,6 @@ One finding a line, tab-separated: level, kind, where, what. An `error` makes th
 """
 
 import argparse
-import logging
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -34,15 +33,14 @@ import numpy as np
 from jaxtyping import Int, UInt32, UInt64
 
 from data import findings, held_out, looks, overlap, scan
-from data.codes import Encoder, PrepareError, Progress, load_encoder
+from data.codes import LOG_SECONDS, Encoder, PrepareError, load_encoder, log
 from data.documents import RecordsError
 from data.reader import Records, open_records
 from data.records import file_sha256
 from data.texts import spoken, written
 from medmax_jax import images
+from medmax_jax.progress import Items
 from medmax_jax.tokenizer import Tokenizer, TokenizerError
-
-log = logging.getLogger("medmax_jax.prepare")
 
 
 def check(
@@ -118,11 +116,11 @@ def _table(
     numbers: Int[np.ndarray, "_"], hashes: Iterable[looks.Look | None]
 ) -> tuple[Int[np.ndarray, "k"], UInt32[np.ndarray, "k 8"], int]:
     table, has = np.zeros((len(numbers), overlap.LOOK_WORDS), np.uint32), []
-    progress = Progress(len(numbers), "pictures")
+    progress = Items(len(numbers), "pictures", log.info, every=LOG_SECONDS)
     for row, look in zip(table, hashes, strict=True):
         has.append(look is not None)
         row[:] = 0 if look is None else look
-        progress.add(1)
+        progress.tick("looked at", 1)
     has = np.array(has, bool)
     return numbers[has].astype(np.int64), table[has], int((~has).sum())
 
@@ -146,7 +144,9 @@ def _files(
     """The look of each document's file, None where there is none; notes its SHA-256."""
     for number in numbers.tolist():
         document, look = found[number], None
-        where = f"document {number}" + ("" if found.credentialed else f" ({document.image_path})")
+        where = f"document {number}" + (
+            "" if scan.credentialed(found) else f" ({document.image_path})"
+        )
         try:
             digest, look = looks.of_file(pictures, document.image_path)
             if document.image_sha256 not in ("", digest):
@@ -154,7 +154,7 @@ def _files(
             elif not document.image_sha256:
                 sha[number] = overlap.short(digest)
         except images.ImageError as error:
-            tell("unread_file", where, "unreadable" if found.credentialed else str(error))
+            tell("unread_file", where, "unreadable" if scan.credentialed(found) else str(error))
         yield look
 
 
@@ -178,7 +178,7 @@ def _example(found: Records, tokenizer: Tokenizer | None) -> dict[str, Any]:
         first = found[0]
     except RecordsError:
         return dict(example=None, text=None)
-    if found.credentialed:
+    if scan.credentialed(found):
         return dict(example="credentialed: not shown", text=None)
     text = None if tokenizer is None else written(first, found.layout, tokenizer)
     return dict(example=first.id, text=text)

@@ -51,7 +51,7 @@ class Told:
         self._found, self._columns = found, columns
 
     def __call__(self, number: int) -> str:
-        if self._found.credentialed:
+        if scan.credentialed(self._found):
             codes = self._columns.codes[self._columns.owner == number]
             return (
                 f"document {number} (codes {int(codes[0]):016x})"

@@ -13,11 +13,11 @@ import numpy as np
 from jaxtyping import Int, UInt32
 
 from data import looks, overlap
-from data.codes import Encoder, View, encode
+from data.codes import Encoder
 from data.documents import RecordsError
 from data.overlap import words
 from data.reader import Records, open_records
-from data.scan import images_of
+from data.scan import credentialed, images_of
 from data.texts import spoken
 from medmax_jax import images
 from medmax_jax.tokenizer import IMAGE_NAME, Tokenizer
@@ -77,20 +77,18 @@ def with_pictures(
 
 def _encoded(items: list[Item], folder: Path | None, encoder: Encoder) -> list[Item]:
     """Items of files with the codes of these; one that could not be read stays without."""
-    views = [View(i.path, 0, "", False) for i in items if i.sha and not i.codes]
-    found, _ = encode(views, encoder, folder) if views else ({}, {})
-    return [
-        i if i.codes or (i.path, 0) not in found
-        else dataclasses.replace(i, codes=(found[i.path, 0],))
-        for i in items
-    ]  # fmt: skip
+    bare = [n for n, item in enumerate(items) if item.sha and not item.codes]
+    paths = [folder / items[n].path for n in bare]
+    for n, codes in zip(bare, looks.encoded(encoder, paths), strict=True):
+        items[n] = dataclasses.replace(items[n], codes=(codes,))
+    return items
 
 
 def _of_records(found: Records, tokenizer: Tokenizer) -> Iterator[Item]:
     for n, d in enumerate(found):
         text = spoken(d, found.layout, tokenizer)
         yield Item(
-            name=f"document {n}" if found.credentialed else d.id,
+            name=f"document {n}" if credentialed(found) else d.id,
             words=tuple(words(text)),
             path=d.image_path,
             codes=tuple(images_of(d, found)),

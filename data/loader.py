@@ -25,9 +25,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float32, Int32
 
-from data import mixing, plan_file, reader
+from data import mixing, reader
 from data.documents import Document, RecordsError, scored
-from data.pack import PackError
 from medmax_jax.config import Run
 from medmax_jax.vocab import PAD
 
@@ -86,10 +85,12 @@ class Batches:
         self._mixing = dataclasses.replace(run.mixing, weights="") if one_pass else run.mixing
         self._epochs = mixing.epochs(self.records, run.data, self._mixing)
         self.plan = self._epochs.first.fingerprint  # of epoch 0
-        if run.data.plan and not one_pass:
-            self._hold_to(plan_file.wanted(run.data.plan))
+        if run.data.plan not in ("", self.plan) and not one_pass:
+            raise RecordsError(
+                f"config.data.plan asks for plan {run.data.plan}, but these records and settings "
+                f"make {self.plan}; set them back, or leave config.data.plan empty"
+            )
         self._last = len(self._epochs.first) if one_pass else None
-        self._text, self._image = self.records.scored_counts(run.data.mask)
         steps = -(-self._last // run.data.batch_size) if one_pass else run.train.steps
         self._steps = grain.MapDataset.range(0, steps).map(self._make)
 
@@ -112,12 +113,13 @@ class Batches:
         """Counts of the whole batch of a step, without reading its documents."""
         size, seq_len = self._run.data.batch_size, self._run.data.seq_len
         documents = np.concatenate(self._rows(self._in_range(step)))
-        tokens = int(self.records.index["length"][documents].sum())
+        names = ("length", mask := self._run.data.mask, f"{mask}_image")
+        tokens, scored, image = (int(self.records.index[n][documents].sum()) for n in names)
         return Stats(
             epoch=self._epochs.epoch(step * size),
             documents=len(documents),
-            scored_text=int(self._text[documents].sum()),
-            scored_image=int(self._image[documents].sum()),
+            scored_text=scored - image,
+            scored_image=image,
             tokens=tokens,
             fill=tokens / (size * seq_len),
         )
@@ -164,13 +166,6 @@ class Batches:
         if not 0 <= step < len(self):
             raise IndexError(f"step {step} of {len(self)}; raise train.steps to go on")
         return step
-
-    def _hold_to(self, wanted: str) -> None:
-        if self.plan != wanted:
-            raise PackError(
-                f"config.data.plan asks for plan {wanted}, but these records and settings make "
-                f"{self.plan}; set them back, or leave config.data.plan empty"
-            )
 
     def _check(self) -> None:
         run, layout, folder = self._run, self.records.layout, self.records.folder

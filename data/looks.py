@@ -45,3 +45,15 @@ def decoded(
         full = np.stack([*some, *some[:1] * (BATCH - len(some))]).astype(np.int32)
         pixels = vqgan.decode_codes(encoder.vq, full.reshape(-1, side, side))
         yield from np.asarray(vqgan.to_uint8(pixels))[: len(some)]
+
+
+def encoded(encoder: Encoder, paths: Iterable[Path]) -> Iterator[Int[np.ndarray, "K"]]:
+    """The codes of picture files, as the records have them."""
+    paths, size = iter(paths), encoder.vq_config.image_size
+    while some := list(itertools.islice(paths, BATCH)):
+        pixels = [
+            images.preprocess(images.load(p, max_pixels=images.MAX_PIXELS), size) for p in some
+        ]
+        full = np.stack([*pixels, *pixels[:1] * (BATCH - len(pixels))])
+        found = np.asarray(vqgan.encode(encoder.vq, full)).reshape(BATCH, -1)
+        yield from found[: len(some)]

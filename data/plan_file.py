@@ -5,8 +5,8 @@
                lengths    int32, source, task int32: of every document of the records
                sha256     of the header and the arrays
 
-Only numpy's own arrays, nothing pickled. A run that names the file, or its hash, as
-config.data.plan has this plan or does not start.
+Only numpy's own arrays, nothing pickled. A run whose config.data.plan is header["run"] has this
+plan or does not start.
 """
 
 import dataclasses
@@ -94,7 +94,7 @@ def save(path: Path, found: Records, data: Data, mixed: Mixing, *, epoch: int) -
 def load(path: Path) -> Saved:
     """The plan of a file; raises PackError unless every byte of it is what was saved."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             text, told = file["header"], file["sha256"].tobytes().hex()
             arrays = {name: file[name] for name in ARRAYS}
         header = json.loads(text.tobytes())
@@ -108,11 +108,6 @@ def load(path: Path) -> Saved:
         raise PackError(f"{path}: its SHA-256 is not that of what it holds: damaged; {_MEND}")
     others = {name: arrays[name] for name in ("lengths", "source", "task")}
     return Saved(header=header, plan=plan, **others)
-
-
-def wanted(name: str) -> str:
-    """The hash that config.data.plan asks for: of a saved plan, or written out."""
-    return load(Path(name)).header["run"] if name.endswith(SUFFIX) else name
 
 
 def _digest(header: np.ndarray, arrays: dict[str, np.ndarray]) -> str:

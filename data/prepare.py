@@ -11,6 +11,7 @@ python -m data.prepare check D [--against EVAL]    damage, doubles, leaks: check
 python -m data.prepare stats D [--out PAGE]     what is in it, and how well it packs; a page
 python -m data.prepare plan D --seq_len N [--row 17] [--save F.npz]    how full rows are, who is in
     one; plan F.npz [--row 17] of what was saved
+python -m data.prepare who_saw HASH --in FOLDER ..    shards, plans, runs, checkpoints of an image
 
     manifest row -> picture -> views 0 .. n-1 -> VQGAN codes --+
                  -> documents (text with <image>) -------------+-> token ids -> records
@@ -41,6 +42,7 @@ from data import (
     records,
     stats_command,
     texts,
+    who_saw,
 )  # fmt: skip
 from data import build as source_build
 from data import check as record_check
@@ -247,6 +249,7 @@ def _parser() -> argparse.ArgumentParser:
     checked = record_check.add(commands, TINY)
     counted = stats_command.add(commands, TINY, SAMPLE / "manifest.jsonl")
     planned = plan_report.add(commands)
+    traced = who_saw.add(commands)
     for command in (checked, counted, planned):
         command.add_argument("folder", type=Path, help="folder of records; of plan, also its file")
     for command in (sample, written):
@@ -262,6 +265,7 @@ def _parser() -> argparse.ArgumentParser:
         checked,
         counted,
         planned,
+        traced,
     )
     for command in asked:
         command.add_argument("--json", action="store_true", help="one JSON object as the last line")

@@ -77,21 +77,6 @@ class Records(Sequence):
                 found[int(place)] = document
         return [found[i] for i in range(len(wanted))]
 
-    def scored_counts(self, mode: str) -> tuple[np.ndarray, np.ndarray]:
-        """(text, image) tokens that `mode` scores, per document."""
-        image = self.index[f"{mode}_image"]
-        return self.index[mode] - image, image
-
-    @property
-    def credentialed(self) -> bool:
-        """Whether any document is: nothing of such a folder is shown unasked."""
-        return any(name.lower() == "yes" for name in self.meta["credentials"])
-
-    def shard_of(self, document: int) -> tuple[str, int]:
-        """(file, record in it) of a document's number."""
-        shard = int(np.searchsorted(self._starts, document, side="right")) - 1
-        return self.meta["shards"][shard]["file"], document - int(self._starts[shard])
-
     def names(self, label: str) -> list[str]:
         """What the numbers of index["source"] or index["task"] mean."""
         return sorted(self.meta[f"{label}s"])
@@ -126,13 +111,10 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     try:
         meta = json.loads((folder / META).read_text())
     except FileNotFoundError as error:
-        raise RecordsError(
-            f"{folder}: no {META}, so it was never finished; run its data.prepare command again"
-        ) from error
+        made = "so it was never finished; run its data.prepare command again"
+        raise RecordsError(f"{folder}: no {META}, {made}") from error
     except ValueError as error:
-        raise RecordsError(
-            f"{folder / META}: damaged ({error}); make the data set again"
-        ) from error
+        raise RecordsError(f"{folder / META}: damaged ({error}); make it again") from error
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise RecordsError(f"{folder / META}: not of format {FORMAT}; make the data set again")
     return meta

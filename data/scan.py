@@ -10,16 +10,18 @@ told and stands in them as 0, so what is compared later can be read.
 
 import dataclasses
 import hashlib
+import re
 from array import array
 from collections.abc import Callable, Iterator
 
 import numpy as np
 from jaxtyping import Int, UInt64
 
-from data import documents, overlap
-from data.codes import Progress
-from data.documents import Document, RecordsError
+from data import overlap, records
+from data.codes import LOG_SECONDS, log
+from data.documents import COLUMNS, Document, RecordsError, check_document, from_bytes
 from data.reader import Records
+from medmax_jax.progress import Items
 from medmax_jax.vocab import BOI, IMAGE_START
 
 READ = 256  # records at once
@@ -43,7 +45,7 @@ def scan(found: Records, tell: Tell, see: Callable[[Document, int], None]) -> Co
     each = {name: array("Q") for name in ("document", "path", "sha", "name")}
     codes, owner = array("Q"), array("i")
     digest, wrong, number = hashlib.sha256(), 0, 0
-    progress, labels = Progress(len(found), "documents"), _Labels(found)
+    progress, labels = Items(len(found), "documents", log.info, every=LOG_SECONDS), _Labels(found)
     for raw in _raw(found, tell):
         if raw is not None:
             digest.update(raw)
@@ -61,7 +63,7 @@ def scan(found: Records, tell: Tell, see: Callable[[Document, int], None]) -> Co
             wrong += not labels.agree(document, number, row[1])
             see(document, number)
         number += 1
-        progress.add(1)
+        progress.tick("read", 1)
     if digest.hexdigest() != found.fingerprint:
         tell("written", "all documents", "not the documents that were written; make it again")
     if wrong:
@@ -76,6 +78,19 @@ def images_of(document: Document, found: Records) -> list[Int[np.ndarray, "K"]]:
     return [(t[b + 1 : b + 1 + n] - IMAGE_START).astype("<u2") for b in np.flatnonzero(t == BOI)]
 
 
+def credentialed(found: Records) -> bool:
+    """Whether any document of a folder is: nothing of it is shown unasked."""
+    return any(name.lower() == "yes" for name in found.meta["credentials"])
+
+
+def shard_of(found: Records, document: int) -> tuple[str, int]:
+    """(file, record in it) of a document's number."""
+    ends = np.cumsum([shard["documents"] for shard in found.meta["shards"]])
+    shard = int(np.searchsorted(ends, document, side="right"))
+    facts = found.meta["shards"][shard]
+    return facts["file"], document - int(ends[shard]) + facts["documents"]
+
+
 class _Labels:
     """Whether the index says what the documents say."""
 
@@ -87,8 +102,8 @@ class _Labels:
     def agree(self, document: Document, number: int, path: int) -> bool:
         """Counts, source, task, and one picture number for one path."""
         index = self._found.index
-        row = documents.counts(document, self._found.layout.vocab)
-        if row != [int(index[name][number]) for name in documents.COLUMNS]:
+        row = records.counts(document, self._found.layout.vocab)
+        if row != [int(index[name][number]) for name in COLUMNS]:
             return False
         for label, names in self._names.items():
             if names[index[label][number]] != getattr(document, label):
@@ -134,22 +149,40 @@ def _one_by_one(found: Records, shard: int, local: list[int], tell: Tell) -> Ite
 
 def _whole(raw: bytes, found: Records, number: int, tell: Tell) -> Document | None:
     """The document, or None when something is wrong with it, which is told without its text."""
-    file, record = found.shard_of(number)
-    where = f"document {number}"
+    file, record = shard_of(found, number)
+    where = f"document {number}, {file}, record {record}"
     try:
-        document = documents.from_bytes(raw, "")
+        document = from_bytes(raw, "it")
     except RecordsError as error:
-        tell("damage", f"{where}, {file}, record {record}", str(error).removeprefix(": "))
+        tell("damage", where, str(error).removeprefix("it: "))
         return None
-    checks = {"fields": lambda d, _, where: documents.check_fields(d, where)} | documents.CHECKS
-    for kind, check in checks.items():
-        try:
-            check(document, found.layout, "")
-        except RecordsError as error:
-            kind = "schema" if kind == "fields" else kind
-            tell(kind, f"{where}, {file}, record {record}", str(error).removeprefix(": "))
-            return None
+    except (ValueError, KeyError, TypeError):  # whole, but not of to_bytes
+        tell("schema", where, "fields of another format; make the data set again")
+        return None
+    try:
+        _check_fields(document)
+        check_document(document, found.layout)
+    except RecordsError as error:
+        name = f"document {document.id!r} of {document.source!r}: "  # an id may be credentialed
+        tell(error.kind, where, str(error).removeprefix(name))
+        return None
     return document
+
+
+def _check_fields(document: Document) -> None:
+    """Raises RecordsError unless the texts of a document are what the schema says."""
+
+    def rule(holds: bool, text: str) -> None:
+        if not holds:
+            raise RecordsError(text, "schema")
+
+    for name in ("task", "source", "credential", "id"):
+        value = getattr(document, name)
+        rule(isinstance(value, str) and value != "", f"{name} is no text, or empty")
+    rule(document.credential.lower() in ("yes", "no"), "credential is neither yes nor no")
+    turns, sha = document.turns, document.image_sha256
+    rule(isinstance(turns, int) and turns >= 0, "turns is no number of 0 or more; 0 is unknown")
+    rule(bool(re.fullmatch("([0-9a-f]{64})?", sha)), "image_sha256 is no SHA-256, nor empty")
 
 
 def _array(column: array, kind: type) -> np.ndarray:

@@ -7,6 +7,7 @@ from typing import Any
 from data import check, plan_report, stats_page
 from data.codes import PrepareError
 from data.reader import open_records
+from data.scan import credentialed
 
 EXAMPLES = 12
 
@@ -38,7 +39,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
         return told
     if not args.out.parent.is_dir():
         raise PrepareError(f"--out {args.out}: no such folder; make it first")
-    secret = found.credentialed
+    secret = credentialed(found)
     readable = args.examples > 0 and (not secret or args.show_credentialed)
     made_here = readable and check.made_by(found, args.model, args.tiny)
     markup = stats_page.build(

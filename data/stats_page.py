@@ -24,7 +24,7 @@ from data.documents import Document
 from data.pack import shuffle
 from data.reader import Records
 from data.sample.manifest import read_manifest
-from data.scan import images_of
+from data.scan import credentialed, images_of
 from data.texts import written
 from medmax_jax import page
 from medmax_jax.new_folder import private
@@ -194,7 +194,7 @@ def _examples(
     show: bool,
     seed: int,
 ) -> str:
-    if found.credentialed and not show:
+    if credentialed(found) and not show:
         return page.paragraph(
             "Credentialed: no picture and no text is shown. --show_credentialed shows them, on a "
             "page that only you can read.",

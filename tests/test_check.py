@@ -11,7 +11,7 @@ import pytest
 from array_record.python import array_record_module
 from source_setup import PICTURES
 
-from data import check, documents, prepare, reader, records
+from data import check, prepare, reader, records
 from data.codes import PrepareError
 from data.documents import Document, Layout
 from medmax_jax.vocab import BOI, EOI, IMAGE_START
@@ -41,7 +41,7 @@ def forged(folder, n, **fields):
                                                   if s["file"] < shard["file"])  # fmt: skip
         writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1,zstd:3")
         for d in docs[start : start + shard["documents"]]:
-            writer.write(documents.to_bytes(d))
+            writer.write(records.to_bytes(d))
         writer.close()
         shard["bytes"] = path.stat().st_size
     (folder / "dataset.json").write_text(json.dumps(meta))
@@ -60,7 +60,7 @@ def test_sound_records_have_no_findings(tmp_path, capsys):
     ("kind", "n", "fields", "said"),
     [
         ("schema", 3, dict(credential="maybe"), "credential is neither yes nor no"),
-        ("schema", 3, dict(task=""), "task is str; need a text"),
+        ("schema", 3, dict(task=""), "task is no text, or empty"),
         ("schema", 3, dict(turns=-1), "turns is no number of 0 or more"),
         ("schema", 3, dict(image_sha256="abc"), "image_sha256 is no SHA-256"),
         ("ids", 20, dict(tokens=np.array([0, 9_999, 2], np.int32)), "token 9999 is outside"),

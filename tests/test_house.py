@@ -27,7 +27,8 @@ facts       medmax_jax medmax_jax.config medmax_jax.vocab medmax_jax.mesh medmax
             medmax_jax.page medmax_jax.cli medmax_jax.bucket medmax_jax.storage
             medmax_jax.new_folder medmax_jax.progress
             medmax_jax.unpickle medmax_jax.pth data data.mixture data.pack data.documents
-            data.reader data.records data.mixing data.plan_file data.plan_report data.synthetic
+            data.reader data.records data.mixing data.plan_file data.plan_report data.overlap
+            data.synthetic
             data.outgoing data.journal data.endpoint data.asking data.captions
             data.instruct_replies
             data.sample data.sample.manifest data.sample.phrases data.sample.questions
@@ -43,8 +44,8 @@ parts       medmax_jax.weights medmax_jax.array_reader medmax_jax.arrays medmax_
 
 models      medmax_jax.chameleon medmax_jax.vqgan medmax_jax.lpips medmax_jax.loss
             medmax_jax.optim data.codes data.batch_encoder data.code_store
-            data.overlap data.scan data.looks data.held_out data.findings data.check
-            data.stats_plots data.stats_page data.stats_command
+            data.scan data.looks data.held_out data.findings data.check data.stats_plots
+            data.stats_page data.stats_command data.who_saw
 
 machines    medmax_jax.metrics medmax_jax.step medmax_jax.checkpoint medmax_jax.export
             medmax_jax.decoding medmax_jax.batching medmax_jax.generate
