@@ -231,11 +231,13 @@ def tokenizer_of(found: Records, model: Path | None, tiny: Path) -> Tokenizer | 
     try:
         read = Tokenizer.from_file((model or tiny) / "tokenizer.json", found.layout.vocab)
     except TokenizerError as error:
-        log.warning("no text: %s", error)
-        return None
-    if read.fingerprint == wrote or (model is not None and not wrote):
+        if model is not None:
+            log.warning("no text: %s", error)
+            return None
+        read = None
+    if read and (read.fingerprint == wrote or (model is not None and not wrote)):
         return read
-    log.warning("no text: %s did not write these records; name --model", model or tiny)
+    log.warning("no text: %s did not write these records; name --model", model or "the shipped one")
     return None
 
 

@@ -4,6 +4,7 @@ folder of records                          every document is an item
 items.jsonl {prompt, answer, image_path}   what `import` makes of the published parquet
 """
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator
@@ -55,33 +56,39 @@ def with_pictures(
     With a folder, bytes and looks are those of the files there. With an encoder, looks are those
     of decoded codes, and an item without codes has its file encoded.
     """
-    unread, by_file = 0, [None] * len(items)
-    for n, item in enumerate(items if folder is not None else []):
-        try:
-            if item.path:
-                sha, by_file[n] = looks.of_file(folder, item.path)
-                items[n] = dataclasses.replace(item, sha=sha)
-        except images.ImageError:
-            unread += 1
+    files = _files(items, folder)
+    unread = sum(bool(item.path) and item.path not in files for item in items) * bool(folder)
+    items = [dataclasses.replace(i, sha=files[i.path][0]) if i.path in files else i for i in items]
     if encoder is None:
-        table = [(n, look) for n, look in enumerate(by_file)]
+        table = [(n, files[i.path][1]) for n, i in enumerate(items) if i.path in files]
     else:
         items = _encoded(items, folder, encoder)
-        each = [(n, codes) for n, item in enumerate(items) for codes in item.codes]
-        hashes = looks.of_codes(encoder, [codes for _, codes in each])
-        table = [(n, look) for (n, _), look in zip(each, hashes, strict=True)]
+        each = {overlap.code_hash(c): c for item in items for c in item.codes}
+        hashes = dict(zip(each, looks.of_codes(encoder, each.values()), strict=True))
+        table = [(n, hashes[overlap.code_hash(c)]) for n, i in enumerate(items) for c in i.codes]
     table = [(n, look) for n, look in table if look is not None]
     shape = np.array([look for _, look in table], np.uint32).reshape(-1, overlap.LOOK_WORDS)
     return items, shape, np.array([n for n, _ in table], np.int64), unread
 
 
+def _files(items: list[Item], folder: Path | None) -> dict[str, tuple[str, looks.Look | None]]:
+    """path -> (SHA-256, look) of the files that can be read."""
+    found = {}
+    for path in sorted({item.path for item in items if item.path and folder is not None}):
+        with contextlib.suppress(images.ImageError):  # counted by who asks
+            found[path] = looks.of_file(folder, path)
+    return found
+
+
 def _encoded(items: list[Item], folder: Path | None, encoder: Encoder) -> list[Item]:
     """Items of files with the codes of these; one that could not be read stays without."""
-    bare = [n for n, item in enumerate(items) if item.sha and not item.codes]
-    paths = [folder / items[n].path for n in bare]
-    for n, codes in zip(bare, looks.encoded(encoder, paths), strict=True):
-        items[n] = dataclasses.replace(items[n], codes=(codes,))
-    return items
+    paths = sorted({item.path for item in items if item.sha and item.path and not item.codes})
+    each = looks.encoded(encoder, [folder / path for path in paths]) if folder is not None else []
+    codes = dict(zip(paths if folder is not None else [], each, strict=True))
+    return [
+        dataclasses.replace(i, codes=(codes[i.path],)) if not i.codes and i.path in codes else i
+        for i in items
+    ]
 
 
 def _of_records(found: Records, tokenizer: Tokenizer) -> Iterator[Item]:

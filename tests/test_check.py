@@ -152,9 +152,9 @@ def test_credentialed_documents_are_named_by_hashes(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory):
-    """Records of the real sample, made by the program: train, and test with a copy."""
+    """Records of the real sample, made by the program: two splits."""
     folder = tmp_path_factory.mktemp("sample")
-    for split in ("train", "test"):
+    for split in ("validation", "test"):
         command = ["sample", "--out", str(folder / split), "--split", split]
         assert prepare.main([*command, "--kind", "instruction"]) == 0
     return folder
@@ -167,11 +167,12 @@ def items(folder, rows):
 
 
 def test_the_embedded_splits_do_not_share_pictures(sample, capsys):
-    command = ["check", str(sample / "train"), "--against", str(sample / "test"), "--json"]
+    command = ["check", str(sample / "validation"), "--against", str(sample / "test"), "--json"]
     images = ["--images", str(prepare.SAMPLE), "--eval_images", str(prepare.SAMPLE)]
     assert prepare.main([*command, *images]) == 0
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert told["errors"] == 0 and told["looked_at"] > 100
+    paths = {d.image_path for d in records.open_records(sample / "validation")}
+    assert told["errors"] == 0 and told["looked_at"] == len(paths) > 3
     held = told["compared"]
     assert held["items"] == held["with_codes"] == held["with_bytes"] == held["with_look"] > 100
     assert not {"shared_codes", "shared_bytes", "shared_look"} & set(told["findings"])
@@ -179,8 +180,8 @@ def test_the_embedded_splits_do_not_share_pictures(sample, capsys):
 
 @pytest.fixture
 def leaking(sample, tmp_path):
-    """Items with a train picture, a re-encoded one, the words of a report, and clean ones."""
-    found = records.open_records(sample / "train")
+    """Items with a picture of the records, a copy of it, words, and clean ones."""
+    found = records.open_records(sample / "validation")
     first = next(d for d in found if d.image_path)
     folder = tmp_path / "pictures"
     folder.mkdir()
@@ -202,7 +203,7 @@ def leaking(sample, tmp_path):
 
 def test_a_leak_is_found_by_bytes_look_and_codes(sample, leaking, capsys):
     path, folder = leaking
-    command = ["check", str(sample / "train"), "--against", path, "--eval_images", str(folder)]
+    command = ["check", str(sample / "validation"), "--against", path, "--eval_images", str(folder)]
     assert prepare.main(command) == 1
     found = {f[:3] for f in lines(capsys)}
     assert ("error", "shared_bytes", "bytes") in found
@@ -220,13 +221,13 @@ def test_a_leak_is_found_by_bytes_look_and_codes(sample, leaking, capsys):
 
 
 def test_shared_words_are_notes_and_errors_when_strict(sample, tmp_path, capsys):
-    found = records.open_records(sample / "train")
+    found = records.open_records(sample / "validation")
     tokenizer = check.tokenizer_of(found, None, prepare.TINY)
     texts = [check.spoken(d, found.layout, tokenizer) for d in found]
     long = max(texts, key=lambda t: len(t.split()))
     rows = [dict(id="said", prompt=long, answer="", image_path=""),
             dict(id="new", prompt=" ".join(f"w{n}" for n in range(30)), answer="")]  # fmt: skip
-    command = ["check", str(sample / "train"), "--against", items(tmp_path, rows)]
+    command = ["check", str(sample / "validation"), "--against", items(tmp_path, rows)]
     assert prepare.main(command) == 0
     assert {f[:3] for f in lines(capsys)} >= {("note", "shared_text", "said")}
     assert prepare.main([*command, "--strict"]) == 1
