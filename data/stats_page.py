@@ -95,8 +95,9 @@ def row_lengths(lengths: Int[np.ndarray, "n"]) -> list[int]:
 
 def _headline(found: Records, told: dict[str, Any]) -> list[tuple[object, str]]:
     pictures = told["by_picture"]["pictures"]
-    numbers = [(f"{told[n]:,}", n) for n in ("documents", "tokens")]
-    numbers += [(f"{pictures:,}", "pictures"), (f"{told['groups']:,}", "patients, volumes or such")]
+    numbers = [(_short_count(told[n]), n) for n in ("documents", "tokens")]
+    numbers += [(_short_count(pictures), "pictures")]
+    numbers += [(_short_count(told["groups"]), "patients, volumes or such")]
     share = told["image_tokens"] / told["tokens"]
     return [*numbers, (f"{share:.0%}", "of the tokens are of images")]
 
@@ -234,7 +235,8 @@ def _cards(
         left = (
             page.figures([(page.png(PIL.Image.fromarray(p)), name) for p in shown]) if shown else ""
         )
-        yield page.beside(left, _facts(found, document, tokenizer))
+        facts = _facts(found, document, tokenizer)
+        yield page.beside(left, facts) if left else facts
 
 
 def _facts(found: Records, document: Document, tokenizer: Tokenizer | None) -> str:
@@ -244,6 +246,10 @@ def _facts(found: Records, document: Document, tokenizer: Tokenizer | None) -> s
         names = ["text"] if len(parts) == 1 else ["question", "answer"] * len(parts)
         rows += [(name, _short(part)) for name, part in zip(names, parts, strict=False)]
     return page.table(["", f"{len(document.tokens):,} tokens"], rows)
+
+
+def _short_count(number: int) -> str:
+    return f"{number:,}" if number < 10_000_000 else f"{number / 1e6:,.0f} M"
 
 
 def _short(text: str) -> str:

@@ -92,6 +92,7 @@ def pictures(kinds: Mapping[str, int], title: str, of_entries: Mapping[int, int]
     count = np.histogram(entries, edges, weights=many)[0]
     right.bar((edges[:-1] + edges[1:] - 1) / 2, count, 0.85 * wide, color=IMAGE)
     right.set(title="Documents of a picture", xlabel="documents", ylabel="pictures")
+    right.set_xlim(0.5, max(10, edges[-1]) + 0.5)
     for axis, number in ((left, left.xaxis), (right, right.yaxis)):
         number.set_major_formatter(FuncFormatter(_count))
         axis.locator_params(axis="x" if axis is left else "y", nbins=5)
