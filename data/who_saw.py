@@ -83,7 +83,7 @@ def find(folders: list[Path]) -> Places:
                     places.codes.append(folder)
                 else:
                     places.records.append(_scanned(folder))
-            elif "config.json" in files and "checkpoints" in below:
+            elif "checkpoints" in below and _is_run(folder / "config.json"):
                 below.clear()
                 places.runs.append(folder)
     return places
@@ -228,17 +228,31 @@ def _run_of(
     return runs, checkpoints
 
 
+def _is_run(path: Path) -> bool:
+    """Whether a config.json is of medmax_jax.train; other programs have checkpoints too."""
+    try:
+        facts = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(facts, dict) and {"data", "plan", "config"} <= facts.keys()
+
+
 def _history(folder: Path) -> list[dict[str, Any]]:
     """Each start of a run and what it reads; without those that an earlier start overtook."""
     facts = json.loads((folder / "config.json").read_text())
-    whole = dict(
-        start=0, data=facts["data"], plan=facts["plan"], validation="", config=facts["config"]
-    )
+    whole = {n: facts[n] for n in ("data", "plan", "config")} | dict(start=0, validation="")
     path, kept = folder / "history.jsonl", []
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    for line in lines or [whole]:
-        kept = [k for k in kept if k["start"] < line["start"]]
-        kept.append(line | dict(steps=facts["config"]["train"]["steps"]))
+    try:
+        text = path.read_text() if path.exists() else ""
+        lines = [json.loads(line) for line in text.splitlines()]
+        for line in lines or [whole]:
+            kept = [k for k in kept if k["start"] < line["start"]]
+            kept.append(line | dict(steps=facts["config"]["train"]["steps"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise PrepareError(
+            f"{path}: damaged ({error!r}); mend its lines, or delete it to have config.json taken "
+            "for the whole run"
+        ) from error
     return kept
 
 

@@ -203,6 +203,18 @@ def test_files_and_folders_of_codes(tmp_path, capsys):
     assert records.open_records(tmp_path / "r")[1].image_sha256 == digest
 
 
+def test_other_programs_have_checkpoints_too(world, tmp_path, capsys):
+    top, _ = world
+    (tmp_path / "vqgan" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "vqgan" / "config.json").write_text('{"vq": 1}')
+    assert ask(capsys, digest(0), tmp_path)["looked_into"]["runs"] == 0
+    shutil.copytree(top / "runs", tmp_path / "runs")
+    with open(tmp_path / "runs" / "a" / "history.jsonl", "a") as file:
+        file.write('{"start": ')  # the disk was full
+    assert prepare.main(["who_saw", digest(0), "--in", str(tmp_path)]) == 1
+    assert "history.jsonl: damaged" in capsys.readouterr().err
+
+
 def test_a_missing_folder_is_an_error(tmp_path, capsys):
     assert prepare.main(["who_saw", "x", "--in", str(tmp_path / "no")]) == 1
     assert "no such folder" in capsys.readouterr().err
