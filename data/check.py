@@ -36,7 +36,7 @@ from data import findings, held_out, looks, overlap, scan
 from data.codes import LOG_SECONDS, Encoder, PrepareError, load_encoder, log
 from data.documents import RecordsError
 from data.reader import Records, open_records
-from data.records import file_sha256
+from data.records import credentialed, file_sha256
 from data.texts import spoken, written
 from medmax_jax import images
 from medmax_jax.progress import Items
@@ -144,9 +144,7 @@ def _files(
     """The look of each document's file, None where there is none; notes its SHA-256."""
     for number in numbers.tolist():
         document, look = found[number], None
-        where = f"document {number}" + (
-            "" if scan.credentialed(found) else f" ({document.image_path})"
-        )
+        where = f"document {number}" + ("" if credentialed(found) else f" ({document.image_path})")
         try:
             digest, look = looks.of_file(pictures, document.image_path)
             if document.image_sha256 not in ("", digest):
@@ -154,7 +152,7 @@ def _files(
             elif not document.image_sha256:
                 sha[number] = overlap.short(digest)
         except images.ImageError as error:
-            tell("unread_file", where, "unreadable" if scan.credentialed(found) else str(error))
+            tell("unread_file", where, "unreadable" if credentialed(found) else str(error))
         yield look
 
 
@@ -178,7 +176,7 @@ def _example(found: Records, tokenizer: Tokenizer | None) -> dict[str, Any]:
         first = found[0]
     except RecordsError:
         return dict(example=None, text=None)
-    if scan.credentialed(found):
+    if credentialed(found):
         return dict(example="credentialed: not shown", text=None)
     text = None if tokenizer is None else written(first, found.layout, tokenizer)
     return dict(example=first.id, text=text)

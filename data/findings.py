@@ -12,6 +12,7 @@ from jaxtyping import Int, UInt32, UInt64
 
 from data import held_out, overlap, scan
 from data.reader import Records
+from data.records import credentialed
 
 NOTES = (
     *("same_document", "same_codes", "same_bytes", "near_pictures", "changed_file", "unread_file"),
@@ -51,7 +52,7 @@ class Told:
         self._found, self._columns = found, columns
 
     def __call__(self, number: int) -> str:
-        if scan.credentialed(self._found):
+        if credentialed(self._found):
             codes = self._columns.codes[self._columns.owner == number]
             return (
                 f"document {number} (codes {int(codes[0]):016x})"

@@ -18,7 +18,8 @@ from data.codes import Encoder
 from data.documents import RecordsError
 from data.overlap import words
 from data.reader import Records, open_records
-from data.scan import credentialed, images_of
+from data.records import credentialed
+from data.scan import images_of
 from data.texts import spoken
 from medmax_jax import images
 from medmax_jax.tokenizer import IMAGE_NAME, Tokenizer

@@ -15,6 +15,7 @@ from jaxtyping import Int
 
 from data import mixing, pack, plan_file
 from data.reader import Records, open_records
+from data.records import credentialed
 from medmax_jax.config import Data, Mixing
 
 ROW_LENGTHS = (2_048, 4_096, 8_192, 16_384)
@@ -60,7 +61,7 @@ def report(
             for name, (d, t, n) in mixing.shares(found, data, mixed).items()
         },
         left_out=len(long),
-        left_out_ids=[d.id for d in found.read(long)],
+        left_out_ids=long.tolist() if credentialed(found) else [d.id for d in found.read(long)],
     )
     return told if row is None else told | {f"row {row}": who(found, plan, row)}
 
@@ -124,13 +125,15 @@ def padded(lengths: Int[np.ndarray, "n"], *, batch_size: int, seed: int) -> dict
 
 
 def who(found: Records, plan: pack.Plan, row: int) -> list[dict[str, Any]]:
-    """The documents of a row, each with its place there."""
+    """The documents of a row, each with its place there; credentialed ones by number alone."""
     if not 0 <= row < len(plan):
         raise pack.PackError(f"--row is {row}; this epoch has rows 0..{len(plan) - 1}")
     told, start = [], 0
     for number, document in zip(plan.row(row), found.read(plan.row(row)), strict=True):
         at = dict(document=int(number), start=start, tokens=len(document.tokens))
-        names = ("id", "source", "task", "image_path")
+        names = (
+            ("source", "task") if credentialed(found) else ("id", "source", "task", "image_path")
+        )
         told.append(at | {n: getattr(document, n) for n in names})
         start += len(document.tokens)
     return told

@@ -34,7 +34,16 @@ from data.reader import FORMAT, INDEX, META, Records, open_records
 from medmax_jax.config import Vocab
 from medmax_jax.vocab import is_image
 
-__all__ = ["Labels", "Records", "counts", "file_sha256", "open_records", "to_bytes", "write"]
+__all__ = [
+    "Labels",
+    "Records",
+    "counts",
+    "credentialed",
+    "file_sha256",
+    "open_records",
+    "to_bytes",
+    "write",
+]
 _OPTIONS = "group_size:1,zstd:3"  # group_size 1: the only one with fast random access
 
 
@@ -108,6 +117,11 @@ def to_bytes(document: Document) -> bytes:
     body = header + document.tokens.astype(kind).tobytes()
     size = struct.pack("<I", len(header))
     return HEAD.pack(MAGIC, zlib.crc32(size + body), len(header)) + body
+
+
+def credentialed(found: Records) -> bool:
+    """Whether any document of a folder is: nothing of it is shown unasked."""
+    return any(name.lower() == "yes" for name in found.meta["credentials"])
 
 
 def file_sha256(path: Path) -> str:

@@ -78,11 +78,6 @@ def images_of(document: Document, found: Records) -> list[Int[np.ndarray, "K"]]:
     return [(t[b + 1 : b + 1 + n] - IMAGE_START).astype("<u2") for b in np.flatnonzero(t == BOI)]
 
 
-def credentialed(found: Records) -> bool:
-    """Whether any document of a folder is: nothing of it is shown unasked."""
-    return any(name.lower() == "yes" for name in found.meta["credentials"])
-
-
 def shard_of(found: Records, document: int) -> tuple[str, int]:
     """(file, record in it) of a document's number."""
     ends = np.cumsum([shard["documents"] for shard in found.meta["shards"]])

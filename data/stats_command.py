@@ -7,7 +7,7 @@ from typing import Any
 from data import check, plan_report, stats_page
 from data.codes import PrepareError
 from data.reader import open_records
-from data.scan import credentialed
+from data.records import credentialed
 
 EXAMPLES = 12
 

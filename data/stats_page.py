@@ -23,8 +23,9 @@ from data.codes import Encoder
 from data.documents import Document
 from data.pack import shuffle
 from data.reader import Records
+from data.records import credentialed
 from data.sample.manifest import read_manifest
-from data.scan import credentialed, images_of
+from data.scan import images_of
 from data.texts import written
 from medmax_jax import page
 from medmax_jax.new_folder import private

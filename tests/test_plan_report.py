@@ -137,3 +137,16 @@ def test_rows_out_of_range(tmp_path):
     plan = pack.plan(found.index["length"], seq_len=32, pack=True, seed=0, epoch=0)
     with pytest.raises(PackError, match="--row is -1"):
         plan_report.who(found, plan, -1)
+
+
+def test_credentialed_documents_are_numbers(tmp_path, capsys):
+    docs = micro_run.documents(20, seed=0)
+    for d in docs:
+        vars(d).update(credential="yes", id=f"SECRET-{d.id}", image_path=f"SECRET-{d.id}.png")
+    layout = records.open_records(micro_run.write(tmp_path / "other")).layout
+    records.write(tmp_path / "r", docs, shard_size=9, layout=layout, notes={})
+    command = ["plan", str(tmp_path / "r"), "--seq_len", "32", "--document_limit", "20"]
+    assert prepare.main([*command, "--row", "0"]) == 0
+    told = capsys.readouterr()
+    assert "'document': " in told.out and "left_out_ids  [" not in told.out
+    assert "SECRET" not in told.out + told.err
