@@ -54,6 +54,7 @@ def get_config() -> ConfigDict:
             pack=True,
             mask="answers",
             seed=0,
+            plan="",
         )
     )
     config.mixing = ConfigDict(

@@ -26,6 +26,7 @@ import PIL.Image
 
 from data import picture_codes, records
 from data.batch_encoder import PRECISIONS
+from data.code_reader import digest_of
 from data.codes import (
     LOG_SECONDS,
     Encoder,
@@ -47,6 +48,7 @@ from medmax_jax.tokenizer import Tokenizer, TokenizerError, document_ids
 
 LABEL = "not the released subset"
 SHARD_SIZE = 4_096  # documents, as of the sample
+Coded = tuple[np.ndarray, str]  # codes of a picture, SHA-256 of its file
 CHUNK = 64  # rows read ahead, with their pictures
 CACHE = 4_096  # pictures whose codes are kept: questions about one follow each other
 MAX_BAD = 0.01  # share of malformed rows and unreadable pictures; more is a wrong folder
@@ -213,7 +215,7 @@ class _Work:
         notes: dict[str, Any],
     ) -> Iterator[Document]:
         """The documents, and in `notes` what was left out."""
-        cache: collections.OrderedDict[str, np.ndarray] = collections.OrderedDict()
+        cache: collections.OrderedDict[str, Coded] = collections.OrderedDict()
         count = self.total if chosen is None else len(chosen)
         clock = Items(count, "documents", log.info, every=LOG_SECONDS)
         for rows in _chunks(self._rows(chosen), CHUNK):
@@ -241,15 +243,15 @@ class _Work:
         self,
         rows: list[Row],
         pictures: picture_codes.Encoded | picture_codes.Stored,
-        cache: collections.OrderedDict[str, np.ndarray],
-    ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-        """Codes of the rows' pictures, and what is wrong with those that cannot be read."""
+        cache: collections.OrderedDict[str, Coded],
+    ) -> tuple[dict[str, Coded], dict[str, str]]:
+        """Codes and SHA-256 of the rows' pictures, and what is wrong with the unreadable ones."""
         where = {r.image_path: r for r in rows if r.image is not None}
         known = {path: cache[path] for path in where if path in cache}
         views = [View(path, 0, "", False) for path in where if path not in known]
         files = Files(lambda path: self._open(where[path]), lambda path: self._lies(where[path]))
         found, unreadable = pictures(views, files, tell=False)
-        fresh = {path: code for (path, _), code in found.items()}
+        fresh = {p: (code, digest_of(files.content(p)).hex()) for (p, _), code in found.items()}
         cache.update(fresh)
         while len(cache) > CACHE:
             cache.popitem(last=False)
@@ -267,8 +269,8 @@ class _Work:
             secret=self.secret,
         )  # fmt: skip
 
-    def _document(self, row: Row, codes: dict[str, np.ndarray], encoder: Encoder) -> Document:
-        code = None if row.image is None else codes[row.image_path]
+    def _document(self, row: Row, codes: dict[str, Coded], encoder: Encoder) -> Document:
+        code, digest = (None, "") if row.image is None else codes[row.image_path]
         tokens = document_ids(encoder.tokenizer, row.text, code, encoder.layout.vocab)
         return Document(
             tokens=tokens,
@@ -279,6 +281,7 @@ class _Work:
             turns=row.turns,
             group=row.group,
             id=row.id,
+            image_sha256=digest,
         )
 
     def _reject(self, row: Row, reason: str) -> None:

@@ -85,8 +85,12 @@ class Batches:
         self._mixing = dataclasses.replace(run.mixing, weights="") if one_pass else run.mixing
         self._epochs = mixing.epochs(self.records, run.data, self._mixing)
         self.plan = self._epochs.first.fingerprint  # of epoch 0
+        if run.data.plan not in ("", self.plan) and not one_pass:
+            raise RecordsError(
+                f"config.data.plan asks for plan {run.data.plan}, but these records and settings "
+                f"make {self.plan}; set them back, or leave config.data.plan empty"
+            )
         self._last = len(self._epochs.first) if one_pass else None
-        self._text, self._image = self.records.scored_counts(run.data.mask)
         steps = -(-self._last // run.data.batch_size) if one_pass else run.train.steps
         self._steps = grain.MapDataset.range(0, steps).map(self._make)
 
@@ -109,12 +113,13 @@ class Batches:
         """Counts of the whole batch of a step, without reading its documents."""
         size, seq_len = self._run.data.batch_size, self._run.data.seq_len
         documents = np.concatenate(self._rows(self._in_range(step)))
-        tokens = int(self.records.index["length"][documents].sum())
+        names = ("length", mask := self._run.data.mask, f"{mask}_image")
+        tokens, scored, image = (int(self.records.index[n][documents].sum()) for n in names)
         return Stats(
             epoch=self._epochs.epoch(step * size),
             documents=len(documents),
-            scored_text=int(self._text[documents].sum()),
-            scored_image=int(self._image[documents].sum()),
+            scored_text=scored - image,
+            scored_image=image,
             tokens=tokens,
             fill=tokens / (size * seq_len),
         )

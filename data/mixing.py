@@ -19,9 +19,7 @@ from data.pack import Epochs, PackError
 from data.reader import Records
 from medmax_jax.config import Data, Mixing
 
-PICTURE_WINDOW = (
-    256  # documents of two steps of 8 rows of 16,384: more pack better, fewer are nearer
-)
+PICTURE_WINDOW = 256  # documents, two steps of 8 rows of 16,384: more pack better
 # Streams of shuffles; pack.py's own are 0 and the places of windows.
 _TURNS, _PLACES, _PICTURES = 1 << 40, 2 << 40, 3 << 40
 

@@ -7,9 +7,11 @@ python -m data.prepare unpack --from images.tar.gz.a* --out D     and their imag
 python -m data.prepare tokenize --images D --out D2 --model M     to codes, for --codes D2
 python -m data.prepare documents --from documents.jsonl --images D --out D2     of texts.py
 python -m data.prepare instruct --help   captions to interleaved instructions by an LLM
-python -m data.prepare check D      reads every record back and compares it with what was written
-python -m data.prepare stats D      what is in it, and how well it packs
-python -m data.prepare plan D --seq_len N [--row 17] [--epoch 0]    how full rows are, who is in one
+python -m data.prepare check D [--against EVAL]    damage, doubles, leaks: check.py
+python -m data.prepare stats D [--out PAGE]     what is in it, and how well it packs; a page
+python -m data.prepare plan D --seq_len N [--row 17] [--save F.npz]    how full rows are, who is in
+    one; plan F.npz [--row 17] of what was saved
+python -m data.prepare who_saw HASH --in FOLDER ..    shards, plans, runs, checkpoints of an image
 
     manifest row -> picture -> views 0 .. n-1 -> VQGAN codes --+
                  -> documents (text with <image>) -------------+-> token ids -> records
@@ -22,15 +24,12 @@ or goes on (instruct).
 
 import argparse
 import collections
-import hashlib
 import json
 import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from data import (
     archives,
@@ -41,12 +40,16 @@ from data import (
     published,
     published_command,
     records,
+    stats_command,
     texts,
     tokenize_command,
+    who_saw,
 )  # fmt: skip
 from data import build as source_build
+from data import check as record_check
+from data.code_reader import digest_of
 from data.codes import Encoder, PrepareError, View, load_encoder, log_to_stderr, open_picture
-from data.documents import Document, Layout, RecordsError, counts, to_bytes
+from data.documents import Document, RecordsError
 from data.picture_codes import Encoded, Files, Stored
 from data.sample.documents import instruction_documents, pretraining_documents
 from data.sample.manifest import read_manifest
@@ -54,7 +57,7 @@ from data.sources.row import SourceError
 from medmax_jax.cli import Interrupted
 from medmax_jax.config import ConfigError
 from medmax_jax.storage import Folder, StorageError
-from medmax_jax.tokenizer import IMAGE_NAME, Tokenizer, TokenizerError, document_ids, segments_of
+from medmax_jax.tokenizer import Tokenizer, TokenizerError, document_ids
 from medmax_jax.weights import WeightsError
 
 log = logging.getLogger("medmax_jax.prepare")
@@ -144,28 +147,6 @@ def prepare_documents(
     return records.write(out, made, shard_size=SHARD_SIZE, layout=encoder.layout, notes=notes)
 
 
-def check(folder: str | Path, *, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """Reads and validates every record; raises RecordsError where it is not what was written.
-
-    The example is the first document as text, if `tokenizer` is the one that wrote it.
-    """
-    found = records.open_records(folder)
-    digest, table, labels = hashlib.sha256(), [], records.Labels()
-    for document in found:
-        digest.update(to_bytes(document))
-        table.append(counts(document, found.layout.vocab))
-        labels.add(document.source, document.task, document.image_path)
-    table = np.concatenate([table, labels.table()], axis=1)
-    written = np.stack(list(found.index.values()), axis=1)
-    if digest.hexdigest() != found.fingerprint or not np.array_equal(table, written):
-        raise RecordsError(f"{folder}: not the documents that were written; make it again")
-    names = ("documents", "tokens", "text_tokens", "image_tokens", "sha256")
-    ours = tokenizer is not None and tokenizer.fingerprint == found.layout.tokenizer
-    return {n: found.meta[n] for n in names} | dict(
-        example=found[0].id, text=_text(found[0], found.layout, tokenizer) if ours else None
-    )
-
-
 def _manifest(sample: Path) -> list[dict[str, Any]]:
     path = sample / "manifest.jsonl"
     try:
@@ -222,16 +203,13 @@ def _documents(
     notes |= dict(codes=pictures.notes())
     if unreadable:
         log.warning("%d pictures left out, %d documents", len(unreadable), len(dealt) - len(kept))
+    digests = {path: digest_of(folder / path).hex() for path in {v.path for _, v in kept if v}}
     for text, v in kept:
         image = codes[v.path, v.number] if v else None
         tokens = document_ids(encoder.tokenizer, text["text"], image, encoder.layout.vocab)
         names = ("image_path", "task", "source", "credential", "turns", "group", "id")
-        yield Document(tokens=tokens, **{n: text[n] for n in names})
-
-
-def _text(document: Document, layout: Layout, tokenizer: Tokenizer) -> str:
-    parts = segments_of(document.tokens, layout.vocab)
-    return "".join(IMAGE_NAME if k == "image" else tokenizer.decode(ids) for k, ids in parts)
+        digest = digests[v.path] if v else ""
+        yield Document(tokens=tokens, image_sha256=digest, **{n: text[n] for n in names})
 
 
 # The program.
@@ -253,10 +231,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"interrupted: {args.left}; give the same command again", file=sys.stderr)
         return 75
     for name, value in {} if args.json else result.items():
-        print(f"{name:>20}  {value}")
+        rows = value if isinstance(value, list) and value else [value]
+        for n, row in enumerate(rows):
+            print(f"{'' if n else name:>20}  {row}")
     if args.json:
         print(json.dumps(result))
-    return 0
+    return 1 if result.get("errors") else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -290,12 +270,13 @@ def _parser() -> argparse.ArgumentParser:
     tokenized.set_defaults(left="finished shards are kept")
     built = commands.add_parser("build", help="a source of MedMax, as published, to records")
     source_build.add_flags(built)
-    checked = commands.add_parser("check", help="read every record back")
-    checked.set_defaults(run=_run_check)
-    counted, planned = plan_report.add(commands)
+    checked = record_check.add(commands, TINY)
+    counted = stats_command.add(commands, TINY, SAMPLE / "manifest.jsonl")
+    planned = plan_report.add(commands)
+    traced = who_saw.add(commands)
     for command in (checked, counted, planned):
-        command.add_argument("folder", type=Path, help="folder of records")
-    for command in (sample, written, checked):
+        command.add_argument("folder", type=Path, help="folder of records; of plan, also its file")
+    for command in (sample, written):
         command.add_argument("--model", type=Path, default=TINY, help="model folder")
     asked = (
         sample,
@@ -308,6 +289,7 @@ def _parser() -> argparse.ArgumentParser:
         checked,
         counted,
         planned,
+        traced,
     )
     for command in asked:
         command.add_argument("--json", action="store_true", help="one JSON object as the last line")
@@ -347,16 +329,6 @@ def _run_documents(args: argparse.Namespace) -> dict[str, Any]:
         codes=args.codes,
         precision=args.precision,
     )
-
-
-def _run_check(args: argparse.Namespace) -> dict[str, Any]:
-    vocab = records.open_records(args.folder).layout.vocab
-    try:
-        tokenizer = Tokenizer.from_file(args.model / "tokenizer.json", vocab)
-    except TokenizerError as error:
-        log.warning("no example in words: %s", error)
-        tokenizer = None
-    return check(args.folder, tokenizer=tokenizer)
 
 
 if __name__ == "__main__":

@@ -97,6 +97,7 @@ class Data:
     pack: bool  # several documents a row; otherwise one
     mask: str  # answers | release: which tokens are scored
     seed: int
+    plan: str  # SHA-256 of the plan that the run must have; empty: any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

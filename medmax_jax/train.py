@@ -3,7 +3,7 @@
 Trains adapters (train.trains = lora) or a whole model (full). The same command goes on after a stop
 of any kind. What is in D afterwards:
 
-    config.json      settings, versions and fingerprints of this run
+    config.json      settings, versions and fingerprints of this run; history.jsonl: of each start
     train.log        what stdout showed           metrics.jsonl, events.out.*    the numbers
     checkpoints/     the state of the last steps  adapter/ or model/             the result
 """
@@ -354,6 +354,7 @@ def _banner(job: Job, state: step.TrainState, start: int | None, changes: list[s
     facts = job.meta | {"versions": versions | {"python": platform.python_version()}, "git": _git()}
     if jax.process_index() == 0:
         (job.folder / "config.json").write_text(json.dumps(facts, indent=1) + "\n")
+        _note_start(job, start or 0)
     device, shape = jax.devices()[0], " x ".join(f"{k} {v}" for k, v in job.mesh.shape.items())
     log(f"medmax_jax {facts['git']} on {jax.device_count()} {device.device_kind}, mesh {shape}")
     for name, data in (("train", job.train_data), ("validation", job.held_data)):
@@ -367,6 +368,14 @@ def _banner(job: Job, state: step.TrainState, start: int | None, changes: list[s
     for change in changes:
         log(f"changed since the checkpoint: {change}")
     log(f"resuming after step {start}" if start else f"starting: {run.train.steps} steps")
+
+
+def _note_start(job: Job, start: int) -> None:
+    """A line of history.jsonl: what the steps from here on read, for data.prepare who_saw."""
+    facts = {name: job.meta[name] for name in ("data", "plan", "config")} | {"start": start}
+    facts["validation"] = job.held_data.records.fingerprint if job.held_data else ""
+    with open(job.folder / "history.jsonl", "a") as file:
+        file.write(json.dumps(facts) + "\n")
 
 
 def _git() -> str:

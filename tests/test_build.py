@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from source_setup import FOLDERS, PICTURES, write_json
 
-from data import build, mixture, picture_codes, prepare, records
+from data import build, check, mixture, picture_codes, prepare, records, texts
 from data.codes import PrepareError, load_encoder
 from data.documents import RecordsError
 from data.sources.row import SourceError
@@ -77,7 +77,7 @@ def test_each_source_from_its_files_to_records(name, make, source, tmp_path, cap
         assert (tokens == BOI).sum() == 1 and (tokens == SEP).sum() == 2 * document.turns - 1
     assert f"{len(found)} of {len(found)} documents" in caplog.text and "s left" in caplog.text
     assert "Not the released subset" in caplog.text and "fewer" in caplog.text
-    assert prepare.check(tmp_path / "r", tokenizer=None)["documents"] == len(found)
+    assert check.check(tmp_path / "r", tokenizer=None)["documents"] == len(found)
 
 
 def test_codes_are_those_of_the_picture(make, source, encoder, tmp_path):
@@ -89,7 +89,7 @@ def test_codes_are_those_of_the_picture(make, source, encoder, tmp_path):
         begin = int(np.flatnonzero(document.tokens == BOI)[0]) + 1
         assert np.array_equal(document.tokens[begin : begin + 64], codes.ravel() + IMAGE_START)
         assert document.image_path == f"imgs/xmlab{n}/source.jpg"
-        text = prepare._text(document, encoder.layout, encoder.tokenizer)
+        text = texts.written(document, encoder.layout, encoder.tokenizer)
         assert text == "<image>What modality is used?<reserved08706>CT"
 
 

@@ -10,7 +10,7 @@ import pytest
 from pydicom.datadict import DicomDictionary
 from source_setup import DICOM_IDS, REPORT, STUDY, SUBJECT, dicom_dataset, mimic_tables, plan
 
-from data import mixture, picture_codes, prepare, records
+from data import mixture, picture_codes, prepare, records, texts
 from data.sources import dicom, reports
 from data.sources.prompts import wordings
 from data.sources.row import Bad, Row, SourceError
@@ -249,7 +249,7 @@ def everything_written(folder):
     parts += [p.read_bytes().decode("latin-1") for p in folder.iterdir()]
     for d in found:
         parts += [d.image_path, d.id, d.group, d.source, d.task]
-        parts += [prepare._text(d, found.layout, tokenizer)]
+        parts += [texts.written(d, found.layout, tokenizer)]
     return "\n".join(parts), len(found)
 
 

@@ -15,7 +15,7 @@ GROUPS = st.lists(st.integers(0, 2), min_size=1, max_size=200).map(np.array)
 WEIGHTS = st.tuples(*[st.sampled_from([0.0, 0.3, 1.0, 2.0, 7.0])] * 3).map(list)
 DATA = config.Data(
     train="", validation="", document_limit=64, seq_len=128, batch_size=4, pack=True,
-    mask="answers", seed=5,
+    mask="answers", seed=5, plan="",
 )  # fmt: skip
 
 

@@ -70,8 +70,8 @@ def test_counts(tmp_path):
     assert meta["credentials"] == {"YES": 1, "no": 2}
     # answers: 6 + EOS; A SEP and A EOS; all 8 but BOS. release: the second document keeps Q SEP.
     assert meta["scored"] == {"answers": 7 + 4 + 8, "release": 7 + 7 + 8}
-    text, image = records.open_records(tmp_path / "r").scored_counts("answers")
-    assert text.tolist() == [3, 4, 4] and image.tolist() == [4, 0, 4]
+    index = records.open_records(tmp_path / "r").index
+    assert index["answers"].tolist() == [7, 4, 8] and index["answers_image"].tolist() == [4, 0, 4]
 
 
 def test_labels(tmp_path):
@@ -130,7 +130,7 @@ def test_answers_partition_the_document(pieces):
 )
 def test_bytes_round_trip(text, name):
     d = document([BOS, *text, EOS], source=name, image_path=name)
-    assert same(documents.from_bytes(documents.to_bytes(d), "here"), d)
+    assert same(documents.from_bytes(records.to_bytes(d), "here"), d)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_flipped_bits_never_pass(tmp_path):
 
 
 def test_damaged_bytes():
-    good = documents.to_bytes(simple(0))
+    good = records.to_bytes(simple(0))
     for bad in (b"", good[:8], b"XXXX" + good[4:], good[:-1], good[:20] + b"?" + good[21:]):
         with pytest.raises(RecordsError, match="shard 3, record 4"):
             documents.from_bytes(bad, "shard 3, record 4")
