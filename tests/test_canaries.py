@@ -86,7 +86,15 @@ def test_no_canary_in_any_byte(road):
         if path.is_file():
             heaps[f"{path.relative_to(top)} bytes"] = path.read_bytes().decode("latin-1")
     names = " ".join(heaps)
-    for expected in ("page.html", "plan.npz", "train.log", "history.jsonl", "events.out", "/meta/", "codes/"):
+    for expected in (
+        "page.html",
+        "plan.npz",
+        "train.log",
+        "history.jsonl",
+        "events.out",
+        "/meta/",
+        "codes/",
+    ):
         assert expected in names
     assert {SUBJECT, STUDY, *DICOM_IDS} <= set(SECRETS)
     assert not [(s, name) for s in SECRETS for name, heap in heaps.items() if s in heap]
