@@ -10,6 +10,7 @@ Matrices stand as [in, out]. Every part is made for one layer; chameleon.py stac
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
@@ -56,6 +57,9 @@ class Linear(nnx.Module):
         y = matmul(x, kernel, out, dtype=x.dtype)
         if not self.lora.rank:
             return y
+        # Tokens before features, also in the gradient: for the thin products with A and B alone
+        # XLA on TPUs would lay all of x out the other way, and copy it back for everybody else.
+        x = with_layout_constraint(x, Layout(major_to_minor=(0, 1, 2)))
         if key is not None and self.lora.dropout:
             x = dropout(x, self.lora.dropout, key=key)
         a, b = self.lora_a[...].astype(x.dtype), self.lora_b[...].astype(x.dtype)
@@ -133,8 +137,10 @@ def rope(
     x: Float[Array, "B N T H"], cos: Float[Array, "B 1 T J"], sin: Float[Array, "B 1 T J"]
 ) -> Float[Array, "B N T H"]:
     """Turns the pairs (x[j], x[j + H/2]): the layout of HF, not Meta's (x[2j], x[2j + 1])."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, -1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+    # As one expression over H: two halves would be written to memory and put together again.
+    wide = x.astype(jnp.float32)
+    partner = jnp.roll(wide, x.shape[-1] // 2, -1)
+    turned = wide * jnp.concatenate([cos, cos], -1) + partner * jnp.concatenate([-sin, sin], -1)
     return turned.astype(x.dtype)
 
 
