@@ -137,10 +137,8 @@ def rope(
     x: Float[Array, "B N T H"], cos: Float[Array, "B 1 T J"], sin: Float[Array, "B 1 T J"]
 ) -> Float[Array, "B N T H"]:
     """Turns the pairs (x[j], x[j + H/2]): the layout of HF, not Meta's (x[2j], x[2j + 1])."""
-    # As one expression over H: two halves would be written to memory and put together again.
-    wide = x.astype(jnp.float32)
-    partner = jnp.roll(wide, x.shape[-1] // 2, -1)
-    turned = wide * jnp.concatenate([cos, cos], -1) + partner * jnp.concatenate([-sin, sin], -1)
+    first, second = jnp.split(x.astype(jnp.float32), 2, -1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
     return turned.astype(x.dtype)
 
 
