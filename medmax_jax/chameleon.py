@@ -22,16 +22,25 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
-from medmax_jax.attention import attend, cache_mask, packed_mask, write_cache
+from medmax_jax.attention import attend, cache_mask, packed, write_cache
 from medmax_jax.config import Lora, Model, Vocab
-from medmax_jax.layers import Embed, HeadNorm, Linear, RMSNorm, matmul, rope, rope_angles
-from medmax_jax.mesh import ACT, CACHE, DOWN, HEADS, HID, LOGITS, UP, placed
-from medmax_jax.quant import TILE
+from medmax_jax.cross_entropy import Head, image_columns, whole_kernel
+from medmax_jax.layers import INIT_STD, Embed, HeadNorm, Linear, RMSNorm, matmul, rope, rope_angles
+from medmax_jax.mesh import ACT, CACHE, DOWN, HID, LOGITS, SPLIT, UP, placed
+from medmax_jax.quant import PACKED, TILE
 
-NO_LORA = Lora(rank=0, alpha=0.0, dropout=0.0)  # the head has no adapter
+NO_LORA = Lora(rank=0, alpha=0.0, dropout=0.0)
 
 # What the backward pass finds saved; it computes the rest again. "none": no recomputation.
-REMAT = {"attn": ("attn",), "qkv_attn": ("q", "k", "v", "attn"), "all": ()}
+_BY_NAME = jax.checkpoint_policies.save_only_these_names
+REMAT = {
+    "all": _BY_NAME(),
+    "attn": _BY_NAME("attn"),
+    "qkv_attn": _BY_NAME("q", "k", "v", "attn"),
+    "dots": jax.checkpoint_policies.save_from_both_policies(  # every product with a matrix
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _BY_NAME("attn")
+    ),
+}
 
 
 @jax.tree_util.register_dataclass
@@ -59,7 +68,7 @@ class Attention(nnx.Module):
         self.config = config
 
     def qkv(self, x: Float[Array, "B T D"], angles: tuple, keys) -> tuple[Array, Array, Array]:
-        """[B, T, N, H], [B, T, K, H], [B, T, K, H], normalised and turned."""
+        """[B, N, T, H], [B, K, T, H], [B, K, T, H], normalised and turned."""
         q, k, v = (
             _heads(proj(x, HID, key=key), self.config.head_dim)
             for proj, key in zip((self.q_proj, self.k_proj, self.v_proj), keys, strict=True)
@@ -67,8 +76,8 @@ class Attention(nnx.Module):
         q, k = rope(self.q_norm(q), *angles), rope(self.k_norm(k), *angles)
         return tuple(checkpoint_name(a, n) for a, n in ((q, "q"), (k, "k"), (v, "v")))
 
-    def out(self, x: Float[Array, "B T N H"], key) -> Float[Array, "B T D"]:
-        x = checkpoint_name(x, "attn")
+    def out(self, x: Float[Array, "B N T H"], key) -> Float[Array, "B T D"]:
+        x = x.transpose(0, 2, 1, 3)  # [B, T, N, H]
         x = jnp.reshape(x, (*x.shape[:2], -1), out_sharding=HID)  # [B, T, N*H]
         return self.o_proj(x, ACT, key=key)
 
@@ -115,6 +124,22 @@ class Layer(nnx.Module):
         return x + self.mlp(self.post_attention_layernorm(x), keys[4:]), extra
 
 
+class ImageColumns(nnx.Param):
+    """The columns of lm_head that Anole's stage trains."""
+
+
+class OutputHead(nnx.Module):
+    """The matrix to logits; where they train, its image columns apart.
+
+    Those are fp32: in bf16 small steps vanish.
+    """
+
+    def __init__(self, kernel: Float[Array, "D V"], image: Float[Array, "D C"] | None):
+        self.kernel, self.tuned = nnx.Param(kernel), image is not None
+        if self.tuned:
+            self.image = ImageColumns(image)
+
+
 class Chameleon(nnx.Module):
     """The language model; the VQGAN that makes its image tokens is vqgan.py."""
 
@@ -126,12 +151,10 @@ class Chameleon(nnx.Module):
         keys = jax.random.split(key_layers, (config.num_layers, 7, 2))
         self.layers = jax.vmap(lambda k: Layer(config, lora, keys=k))(keys)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
-        keys = jax.random.split(key_head)
-        self.lm_head = Linear(
-            config.hidden_size, vocab.size, spec=UP, dtype=dtype, kind="none", lora=NO_LORA,
-            keys=keys,
-        )  # fmt: skip
-        self.config = config
+        shape, key = (config.hidden_size, vocab.size), jax.random.split(key_head)[0]
+        kernel = INIT_STD * jax.random.normal(key, shape, out_sharding=UP)
+        self.lm_head = OutputHead(kernel.astype(dtype), None)
+        self.config, self.vocab = config, vocab
 
     def hidden(
         self,
@@ -163,8 +186,13 @@ class Chameleon(nnx.Module):
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """In fp32, and nothing masked: image ids have logits like all others."""
-        kernel = self.lm_head.kernel[...].astype(hidden.dtype)
+        kernel = whole_kernel(self.head()).astype(hidden.dtype)
         return matmul(hidden, kernel, LOGITS, dtype=jnp.float32)
+
+    def head(self) -> Head:
+        """The matrix to logits, with its image columns apart where those train."""
+        head = self.lm_head
+        return Head(head.kernel[...], head.image[...] if head.tuned else None)
 
     def decode(
         self, ids: Int[Array, "B T"], cache: Cache, positions: Int[Array, "B T"]
@@ -189,10 +217,8 @@ class Chameleon(nnx.Module):
                 written = [
                     write_cache(s, index, n, positions) for s, n in zip(stores, new, strict=True)
                 ]
-                k, v = (s[index].transpose(0, 2, 1, 3) for s in written)  # [B, S, K, H]
-                return module.out(
-                    attend(q, k, v, mask, impl=self.config.attention), keys[3]
-                ), written
+                k, v = (s[index] for s in written)  # [B, K, S, H]
+                return module.out(attend(q, k, v, mask), keys[3]), written
 
             x, written = layer(x, attention, None)
             return (x, *written), None
@@ -204,19 +230,20 @@ class Chameleon(nnx.Module):
         return self.norm(x), Cache(k=k, v=v)
 
     def _run(self, ids, segments, positions, key, *, keep: bool) -> tuple[Array, Array | None]:
-        mask, angles = packed_mask(segments), self._angles(positions)
+        attend_packed = packed(segments, impl=self.config.attention)
+        angles = self._angles(positions)
         keys = None if key is None else jax.random.split(key, (self.config.num_layers, 7))
 
         def attention(module, x, keys):
             q, k, v = module.qkv(x, angles, keys[:3])
-            return module.out(attend(q, k, v, mask, impl=self.config.attention), keys[3]), None
+            return module.out(attend_packed(q, k, v), keys[3]), None
 
         def body(x, xs):
             x, _ = xs[0](x, attention, xs[1])
             return x, x if keep else None
 
         if self.config.remat != "none":
-            policy = jax.checkpoint_policies.save_only_these_names(*REMAT[self.config.remat])
+            policy = REMAT[self.config.remat]
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)  # scan prevents it
         x = self.embed_tokens(ids, self.config.compute_dtype)
         return jax.lax.scan(body, x, (self.layers, keys))
@@ -251,6 +278,20 @@ def split(model: Chameleon) -> tuple[Any, Any, Any]:
     return nnx.split(model, nnx.LoRAParam, ...)
 
 
+def with_image_columns(model: Chameleon) -> Chameleon:
+    """The same model with the image columns of its head apart, as Anole's stage trains them."""
+    tuned, kernel = nnx.merge(*nnx.split(model)), model.head().kernel
+    tuned.lm_head = OutputHead(kernel, image_columns(kernel, model.vocab.image_codes))
+    return tuned
+
+
+def without_image_columns(model: Chameleon) -> Chameleon:
+    """The inverse: the trained columns stand in the kernel, in its dtype."""
+    plain, head = nnx.merge(*nnx.split(model)), model.head()
+    plain.lm_head = OutputHead(whole_kernel(head).astype(head.kernel.dtype), None)
+    return plain
+
+
 def count_parameters(tree: Any) -> int:
     """Numbers in all arrays of a model, a state or an abstract tree."""
     return sum(x.size for x in jax.tree.leaves(tree))
@@ -261,9 +302,9 @@ def _create(config: Model, vocab: Vocab, lora: Lora, key: PRNGKeyArray) -> Chame
     return Chameleon(config, vocab, lora, key=key)
 
 
-def _heads(x: Float[Array, "B T F"], head_dim: int) -> Float[Array, "B T N H"]:
+def _heads(x: Float[Array, "B T F"], head_dim: int) -> Float[Array, "B N T H"]:
     shape = (*x.shape[:2], x.shape[2] // head_dim, head_dim)
-    return jnp.reshape(x, shape, out_sharding=HEADS)
+    return jnp.reshape(x, shape, out_sharding=SPLIT).transpose(0, 2, 1, 3)
 
 
 def _check_mesh(config: Model, vocab: Vocab) -> None:
@@ -279,7 +320,7 @@ def _check_mesh(config: Model, vocab: Vocab) -> None:
         },
         "fsdp": {"model.hidden_size": config.hidden_size},
     }
-    if config.quant == "nf4":  # quant.TILE rows share a scale, and stay together
+    if config.quant in PACKED:  # quant.TILE rows share a scale, and stay together
         wide = config.num_heads * config.head_dim
         sizes["tp"] |= {
             "model.intermediate_size / 64": config.intermediate_size // TILE,
