@@ -20,7 +20,8 @@ from safetensors.numpy import load_file, save_file
 
 from data.documents import RecordsError
 from data.pack import PackError
-from medmax_jax import checkpoint, cli, config, export, train, weights
+from medmax_jax import checkpoint, cli, config, export, integrity, startup, train, weights
+from medmax_jax.storage import Folder
 
 ROOT = pathlib.Path(__file__).parent.parent
 NUMBERS = ("loss", "text_nll", "image_nll", "grad_norm", "lr", "tokens", "fill", "epoch")
@@ -87,7 +88,7 @@ def test_lora_run_leaves_what_it_promises(done, base):
     left = {p.name.split(".1")[0] for p in folder.iterdir()}
     assert left >= {"config.json", "metrics.jsonl", "train.log", "events.out.tfevents", "adapter"}
     facts = json.loads((folder / "adapter" / "adapter_config.json").read_text())
-    assert facts["base"] == checkpoint.sha256(base / "model.safetensors")
+    assert facts["base"] == Folder(base).file("model.safetensors").digest("sha256")
     assert (facts["rank"], facts["alpha"], facts["step"]) == (4, 4.0, 5)
     adapters = load_file(folder / "adapter" / "adapter.safetensors")
     assert "layers.self_attn.q_proj.lora_a" in adapters
@@ -133,21 +134,47 @@ def test_a_damaged_checkpoint_is_reported_and_made_again(done, tmp_path):
     log = (again / "train.log").read_text()
     assert "checkpoint 5 is damaged" in log and "resuming after step 4" in log
     assert same_numbers(again, folder)
-    assert checkpoint.damage(newest) == ""
+    assert integrity.damage(Folder(newest)) == ""
 
 
-def test_settings_may_change_but_not_the_model(done, data, base, tmp_path):
+def test_what_changes_no_number_may_change(done, data, base, tmp_path):
     _, folder, _ = done
     again = copy(folder, tmp_path)
     common = dict(data, train__init_from=str(base), train__eval_every=4)
-    with pytest.raises(checkpoint.CheckpointError, match="config.lora.alpha = 4.0, .* has 8.0"):
+    with pytest.raises(checkpoint.CheckpointError, match="config.lora.alpha was 4.0, is now 8.0"):
         train.run(micro_run.run(**common, lora__alpha=8.0), again)
-    with pytest.raises(checkpoint.CheckpointError, match="base .* set config.train.init_from back"):
+    with pytest.raises(checkpoint.CheckpointError, match="plan was .*data.seed|data.seed .*plan"):
+        train.run(micro_run.run(**common, data__seed=3), again)
+    with pytest.raises(checkpoint.CheckpointError, match="base was .*see config.train.init_from"):
         train.run(micro_run.run(**common | {"train__init_from": ""}), again)
-    train.run(micro_run.run(**common, train__keep=1, data__seed=3), again)
+    free = dict(train__keep=1, mesh__fsdp=2, mesh__tp=2, model__remat="attn")
+    train.run(micro_run.run(**common, **free), again)
     log = (again / "train.log").read_text()
     assert "changed since the checkpoint: config.train.keep was 2, is now 1" in log
-    assert "changed since the checkpoint: the checkpoint was trained on plan" in log
+    assert "config.mesh.tp was 1, is now 2" in log
+
+
+def test_a_longer_schedule_wants_extend(done, data, base, tmp_path):
+    _, folder, _ = done
+    again = copy(folder, tmp_path)
+    longer = micro_run.run(**data, train__init_from=str(base), train__eval_every=4, train__steps=7)
+    with pytest.raises(checkpoint.CheckpointError, match="steps was 5, is now 7 .--extend allows"):
+        train.run(longer, again)
+    assert train.run(longer, again, startup.Options(extend=True))["step"] == 7
+    assert list(rows(again, "train")) == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_the_same_run_on_another_mesh_from_the_middle(done, data, base, tmp_path):
+    """Batches, losses and results are those of the run that never changed its mesh."""
+    _, folder, _ = done
+    again = copy(folder, tmp_path)
+    shutil.rmtree(again / "checkpoints" / "5")
+    common = dict(data, train__init_from=str(base), train__eval_every=4)
+    train.run(micro_run.run(**common, mesh__data=2, mesh__fsdp=2, mesh__tp=2), again)
+    ours, theirs = rows(again, "train")[5], rows(folder, "train")[5]
+    assert ours["tokens"] == theirs["tokens"] and ours["epoch"] == theirs["epoch"]
+    for name in ("loss", "text_nll", "image_nll", "grad_norm"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
 
 
 def test_the_random_numbers_are_a_setting(done, data, base, tmp_path):
@@ -178,9 +205,32 @@ def test_loss_that_is_not_finite_stops_the_run(done, data, base, tmp_path):
     tensors["norm.scale"][0] = np.nan
     save_file(tensors, broken / "model.safetensors")
     run = micro_run.run(**data, train__init_from=str(broken), train__eval_every=4)
-    with pytest.raises(train.TrainError, match="step 1: loss nan.*there is no checkpoint yet"):
+    with pytest.raises(train.TrainError, match="step 1: loss nan.*generated/0-.*no checkpoint yet"):
         train.run(run, tmp_path / "w")
     assert not (tmp_path / "w" / "adapter").exists()
+    named = json.loads((tmp_path / "w" / "not_finite_1.json").read_text())["documents"]
+    assert len(named) >= 8 and all(name.startswith("generated/0-") for name in named)
+
+
+def test_a_dry_run_compiles_and_leaves_nothing(data, base, tmp_path, capsys):
+    run = micro_run.run(**data, train__init_from=str(base), mesh__fsdp=2)
+    found = train.run(run, tmp_path / "w", startup.Options(dry_run=True))
+    assert not (tmp_path / "w").exists() and "temporaries" in found["memory"]
+    said = capsys.readouterr().out
+    assert "mesh data 1 x fsdp 2 x tp 1" in said and "the first step compiles" in said
+    broken = micro_run.run(**data, train__init_from=str(base), model__rope_theta=5.0)
+    with pytest.raises(export.ExportError, match="rope_theta"):
+        train.run(broken, tmp_path / "w", startup.Options(dry_run=True))
+
+
+def test_profile_steps_leave_a_trace(data, base, tmp_path):
+    run = micro_run.run(**data, train__init_from=str(base))
+    with pytest.raises(config.ConfigError, match="profile_steps=2:9: use A:B with .* 5"):
+        train.run(run, tmp_path, startup.Options(profile=(2, 9)))
+    train.run(run, tmp_path, startup.Options(profile=(2, 3)))
+    (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
+    assert trace.stat().st_size > 1000
+    assert "trace of steps (2, 3)" in (tmp_path / "train.log").read_text()
 
 
 @pytest.mark.parametrize(
