@@ -88,6 +88,12 @@ class WorkdirError(OSError):
 
 def open_workdir(workdir: str | os.PathLike, flag: str = "--workdir") -> pathlib.Path:
     """The folder, made where it is missing; raises WorkdirError unless a file can be made in it."""
+    if os.fspath(workdir).startswith("gs://"):
+        raise WorkdirError(
+            f"{flag} {workdir}: a workdir is a local or mounted folder; mount the bucket (Cloud "
+            "Storage FUSE) or a disk that the hosts share: docs/launch.md. Models and records may "
+            "lie on gs://"
+        )
     folder = pathlib.Path(workdir)
     try:
         folder.mkdir(parents=True, exist_ok=True)

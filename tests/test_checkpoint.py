@@ -209,6 +209,7 @@ def test_the_next_step_may_donate_what_is_being_saved(tmp_path):
     saver.close()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax
 def test_a_full_disk_is_said_and_the_earlier_step_stays(small_disk):
     m, lines = split(), []
     saver = opened(small_disk, lines)

@@ -14,8 +14,11 @@ from packaging.utils import canonicalize_name
 ROOT = pathlib.Path(__file__).parent.parent
 ROOMS = ("medmax_jax", "configs", "data", "eval")
 MAX_FILE_LINES = 400
-MAX_TRAIN_CLOSURE = 4_000  # lines reachable from medmax_jax/train.py by imports
-MAX_TRAIN_FILES = 25
+# Lines reachable from medmax_jax/train.py by imports, but not those behind medmax_jax/samples.py:
+# what training needs to be read for, without how text and pictures are generated.
+MAX_TRAIN_CLOSURE = 6_000
+DOOR = "medmax_jax.samples"
+MAX_TRAIN_FILES = 40
 MAX_SHIPPED_BYTES = 25_000_000  # of medmax_jax/tiny, all files together
 
 # The house from the ground up. A module may import only what stands above it in this list.
@@ -42,10 +45,12 @@ parts       medmax_jax.weights medmax_jax.array_reader medmax_jax.arrays medmax_
             data.sources.choices data.sources.parquet data.sources.reports data.sources.dicom
 
 models      medmax_jax.chameleon medmax_jax.vqgan medmax_jax.lpips medmax_jax.loss
-            medmax_jax.optim data.codes data.batch_encoder data.code_store
+            medmax_jax.spikes medmax_jax.optim data.codes data.batch_encoder data.code_store
 
-machines    medmax_jax.metrics medmax_jax.step medmax_jax.checkpoint medmax_jax.export
-            medmax_jax.decoding medmax_jax.batching medmax_jax.generate
+machines    medmax_jax.metrics medmax_jax.step medmax_jax.integrity medmax_jax.checkpoint
+            medmax_jax.resume medmax_jax.export medmax_jax.decoding medmax_jax.batching
+            medmax_jax.generate medmax_jax.runlog medmax_jax.tracking medmax_jax.reports
+            medmax_jax.samples medmax_jax.startup
             data.instruct eval.tasks eval.score_image eval.scoring eval.loop
 
 layouts     medmax_jax.convert medmax_jax.convert.form medmax_jax.convert.ahead
@@ -123,7 +128,8 @@ def test_training_reaches_little():
         name = todo.pop()
         if name not in seen:
             seen.add(name)
-            todo += imports(known[name])
+            todo += imports(known[name]) if name != DOOR else set()
+    assert "medmax_jax.generate" not in seen, f"{DOOR} is the only door to generation"
     lines = sum(len(known[name].read_text().splitlines()) for name in seen)
     assert lines <= MAX_TRAIN_CLOSURE and len(seen) <= MAX_TRAIN_FILES, (lines, sorted(seen))
 

@@ -3,19 +3,18 @@
 import json
 import os
 import pathlib
-import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import jax
 import micro_run
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from run_setup import rows, same_numbers
 from safetensors.numpy import load_file, save_file
 
 from data.documents import RecordsError
@@ -24,7 +23,6 @@ from medmax_jax import checkpoint, cli, config, export, integrity, startup, trai
 from medmax_jax.storage import Folder
 
 ROOT = pathlib.Path(__file__).parent.parent
-NUMBERS = ("loss", "text_nll", "image_nll", "grad_norm", "lr", "tokens", "fill", "epoch")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -66,14 +64,6 @@ def done(data, base, tmp_path_factory) -> tuple[config.Run, pathlib.Path, dict]:
 
 def copy(folder: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
     return pathlib.Path(shutil.copytree(folder, tmp_path / "copy"))
-
-
-def rows(folder: pathlib.Path, kind: str) -> dict[int, dict]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    found = [json.loads(line) for line in lines]
-    steps = [row["step"] for row in found if row["kind"] == kind]
-    assert len(steps) == len(set(steps)), "a step stands twice"
-    return {row["step"]: row for row in found if row["kind"] == kind}
 
 
 def test_full_run_leaves_a_model_folder(base):
@@ -293,103 +283,6 @@ fcntl.flock(file, fcntl.LOCK_EX)
 print("held", flush=True)
 time.sleep(600)
 """
-
-
-# ---- in processes of their own
-
-
-@pytest.fixture(scope="module")
-def command(data, tmp_path_factory) -> list[str]:
-    """The program on 60 short steps; reports and checkpoints fall on different steps."""
-    settings = dict(data, data__validation="", train__steps=60)
-    settings |= dict(train__log_every=2, train__checkpoint_every=3)
-    path = tmp_path_factory.mktemp("config") / "micro.py"
-    path.write_text(
-        f"import micro_run\n\n\ndef get_config():\n    return micro_run.settings(**{settings})\n"
-    )
-    return [sys.executable, "-m", "medmax_jax.train", f"--config={path}"]
-
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory) -> dict[str, str]:
-    """One device, quick compilation, and a cache of it shared by the processes."""
-    return os.environ | {
-        "PYTHONPATH": str(ROOT / "tests"),
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("xla")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-
-
-def start(command: list[str], workdir: pathlib.Path, environment: dict) -> subprocess.Popen:
-    return subprocess.Popen(
-        [*command, f"--workdir={workdir}"], cwd=ROOT, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-
-
-def finish(process: subprocess.Popen) -> tuple[int, str]:
-    output, _ = process.communicate(timeout=600)
-    return process.returncode, output
-
-
-def wait_for_step(process: subprocess.Popen, folder: pathlib.Path, step: int) -> None:
-    """Until the run has reported `step`."""
-    reported = re.compile(rf'"step": ({"|".join(str(s) for s in range(step, 61))}),')
-    while process.poll() is None:
-        path = folder / "metrics.jsonl"
-        if path.exists() and reported.search(path.read_text()):
-            return
-        time.sleep(0.01)
-    raise AssertionError(finish(process)[1])
-
-
-def same_numbers(a: pathlib.Path, b: pathlib.Path) -> bool:
-    """Every reported number of two runs, bit for bit, and the adapters that came out."""
-    first, second = rows(a, "train"), rows(b, "train")
-    assert first.keys() == second.keys()
-    for step, row in first.items():
-        for name in NUMBERS:
-            assert row[name] == second[step][name], (step, name)
-    adapters = [(f / "adapter" / "adapter.safetensors").read_bytes() for f in (a, b)]
-    return adapters[0] == adapters[1]
-
-
-def test_a_run_that_was_killed_and_interrupted_is_the_whole_run(command, environment, tmp_path):
-    status, output = finish(start(command, tmp_path / "whole", environment))
-    assert status == cli.DONE, output
-    folder, seed = tmp_path / "stopped", random.randrange(1000)
-    pick = random.Random(seed)  # so that a failure can be had again
-    process = start(command, folder, environment)
-    wait_for_step(process, folder, pick.randrange(4, 24))
-    process.kill()
-    assert finish(process)[0] == -signal.SIGKILL, f"seed {seed}: it was too quick to be killed"
-
-    process = start(command, folder, environment)
-    wait_for_step(process, folder, pick.randrange(30, 50))
-    process.send_signal(signal.SIGINT)
-    status, output = finish(process)
-    assert status == cli.INTERRUPTED, f"seed {seed}: {output}"
-    assert "SIGINT: stopped after step" in output and "the same command goes on" in output
-
-    status, output = finish(start(command, folder, environment))
-    assert status == cli.DONE and "resuming after step" in output, output
-    assert same_numbers(folder, tmp_path / "whole"), f"seed {seed}"
-
-
-@pytest.mark.parametrize(
-    "arguments, status, message",
-    [
-        (["--workdir=w", "--config.optim.lrr=1"], cli.USAGE, "--config.optim.lrr names no field"),
-        (["--workdir=README.md/w"], cli.ERROR, "--workdir README.md/w cannot be written"),
-    ],
-)
-def test_one_line_and_a_status(command, environment, arguments, status, message):
-    found = subprocess.run(
-        [*command, *arguments], cwd=ROOT, env=environment, text=True, capture_output=True
-    )
-    assert found.returncode == status and message in found.stderr
-    assert found.stderr.count("\n") == 1, found.stderr
 
 
 def test_the_first_signal_is_a_question():
