@@ -1,4 +1,4 @@
-"""Two processes of four devices each as two hosts: the numbers of one, and a stop that both obey."""
+"""Two processes of four devices each as two hosts: the numbers of one, a stop that both obey."""
 
 import pathlib
 import re
