@@ -76,6 +76,7 @@ def get_config() -> ConfigDict:
             clip_norm=1.0,
             skip_window=0,  # off, as released; MaxText's are 128 and 6
             skip_factor=6.0,
+            accumulate=1,
         )
     )
     config.train = ConfigDict(

@@ -79,7 +79,8 @@ class Reporter:
         row |= {"epoch": job.train_data.stats(done - 1).epoch}
         eta = (job.run.train.steps - done) * self._since.seconds_per_step()
         job.writer.log(runlog.step_line(done, job.run.train.steps, row, eta=eta))
-        job.writer.numbers("train", done, row | job.clock.report())
+        kinds = metrics.by_kind(self._interval, job.train_data.kinds)
+        job.writer.numbers("train", done, row | kinds | job.clock.report())
         self.last = self.last | row
         self._interval, self._since = None, _Span(job.clock)
 
@@ -148,7 +149,7 @@ class _Span:
 
 
 class Evaluator:
-    """Loss on every held-out document: text and image targets apart."""
+    """Loss on every held-out document: by text and image targets, by source, by task."""
 
     def __init__(self, job: Job):
         self._job, self._step = job, None
@@ -173,7 +174,7 @@ class Evaluator:
             total = sums if total is None else total.merge(sums)
         row = metrics.means(total)
         job.writer.log(f"validation after step {done}: {runlog.loss_words(row)}")
-        job.writer.numbers("validation", done, row)
+        job.writer.numbers("validation", done, row | metrics.by_kind(total, job.held_data.kinds))
         return {f"validation_{name}": value for name, value in row.items()}
 
 

@@ -113,15 +113,19 @@ def weights(
     run: config.Run, like: chameleon.Chameleon, key: jax.Array, *, restoring: bool
 ) -> tuple[PyTree, PyTree]:
     """(trainable, frozen); `trainable` is None where a checkpoint will bring it."""
-    lora, folder = run.train.trains == "lora", run.train.init_from
-    _, like_trainable, like_frozen = step.split(like, run.train.trains)
-    if restoring and not lora:
+    trains, folder = run.train.trains, run.train.init_from
+    _, like_trainable, like_frozen = step.split(like, trains)
+    if restoring and trains == "full":
         return None, like_frozen  # which has no arrays
     if not folder:
         model = chameleon.create(run.model, run.vocab, run.lora, key=key)
-        return step.split(model, run.train.trains)[1:]
-    if not lora:
+        return step.split(model, trains)[1:]
+    if trains == "full":
         return export.load(folder, like_trainable), like_frozen
+    if trains == "image_head":
+        graph, _, base = chameleon.split(like)
+        model = nnx.merge(graph, export.load(folder, base))
+        return step.split(model, trains)[1:]
 
     def adapters(key: jax.Array) -> PyTree:  # under jit, so the random base is never made
         model = chameleon.Chameleon(run.model, run.vocab, run.lora, key=key)

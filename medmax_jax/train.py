@@ -229,10 +229,8 @@ def _finish(job: Job, state: step.TrainState, last: dict[str, float]) -> dict[st
         target = job.folder / "adapter"
         export.adapter(target, state.trainable, run, facts)
     else:
-        target = job.folder / "model"
-        for name in export.model(
-            target, state.trainable, run, data=facts["data"], step=facts["step"]
-        ):
+        target, whole = job.folder / "model", step.whole(job.graph, state.trainable, job.frozen)
+        for name in export.model(target, whole, run, data=facts["data"], step=facts["step"]):
             job.writer.log(f"{target} has no {name}: config.train.init_from has none to copy")
     clock = job.clock.report()
     spent = " ".join(f"{name} {seconds:.1f}" for name, seconds in job.clock.seconds.items())

@@ -44,8 +44,9 @@ parts       medmax_jax.weights medmax_jax.array_reader medmax_jax.arrays medmax_
             data.sources.conversations data.sources.captions data.sources.questions
             data.sources.choices data.sources.parquet data.sources.reports data.sources.dicom
 
-models      medmax_jax.chameleon medmax_jax.vqgan medmax_jax.lpips medmax_jax.loss
-            medmax_jax.spikes medmax_jax.optim data.codes data.batch_encoder data.code_store
+models      medmax_jax.cross_entropy medmax_jax.chameleon medmax_jax.vqgan medmax_jax.lpips
+            medmax_jax.loss medmax_jax.spikes medmax_jax.optim data.codes data.batch_encoder
+            data.code_store
 
 machines    medmax_jax.metrics medmax_jax.step medmax_jax.integrity medmax_jax.checkpoint
             medmax_jax.resume medmax_jax.export medmax_jax.decoding medmax_jax.batching
