@@ -50,7 +50,9 @@ def wandb(
         resume="allow",
         dir=folder,
         config={section: whole[section] for section in SECTIONS},
-        settings=package.Settings(disable_code=True, disable_git=True, console="off"),
+        settings=package.Settings(
+            disable_code=True, disable_git=True, console="off", x_disable_meta=True
+        ),
     )
 
     def send(step: int, numbers: dict[str, Any]) -> None:
