@@ -119,8 +119,11 @@ def _case(document: Document, run: Run) -> list[Case]:
 
 
 def _shown(parts: dict[str, list[generate.Text | generate.Image]]) -> str:
-    words = [(name, " ".join(p.text for p in part if isinstance(p, generate.Text)))
-             for name, part in parts.items()]  # fmt: skip
+    said = {
+        name: " ".join(p.text for p in part if isinstance(p, generate.Text))
+        for name, part in parts.items()
+    }
+    words = [(name, text) for name, text in said.items() if text]
     pictures = [
         (_png(p.image), name)
         for name, part in parts.items()

@@ -26,7 +26,7 @@ from run_setup import (
 
 from medmax_jax import cli
 
-KILLS = 12  # of the long test: half at random moments, half inside a save
+KILLS = 8  # of the long test: half at random moments, half inside a save
 
 
 @pytest.fixture(scope="module")
@@ -118,9 +118,6 @@ def saving(folder: pathlib.Path) -> int:
         (["--workdir=README.md/w"], cli.ERROR, "--workdir README.md/w cannot be written"),
         (["--workdir=gs://bucket/w"], cli.ERROR, "a workdir is a local or mounted folder"),
         (["--workdir=w", "--profile_steps=4"], cli.USAGE, "write first:last, as in 10:12"),
-        (["--workdir=w", "--config.data.batch_size=7", "--config.mesh.fsdp=2"], cli.USAGE,
-         "batch_size is 7; it must be a multiple of data x fsdp = 2"),
-        (["--workdir=w", "--config.mesh.tp=4"], cli.USAGE, "4 devices, but there are 1"),
     ],
 )  # fmt: skip
 def test_one_line_and_a_status(words, variables, arguments, status, message):

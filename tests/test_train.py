@@ -8,6 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 
 import jax
 import micro_run
@@ -125,6 +127,33 @@ def test_a_damaged_checkpoint_is_reported_and_made_again(done, tmp_path):
     assert "checkpoint 5 is damaged" in log and "resuming after step 4" in log
     assert same_numbers(again, folder)
     assert integrity.damage(Folder(newest)) == ""
+
+
+def test_a_signal_cuts_an_evaluation_short(data, base, tmp_path):
+    """The state is saved at once; the next start makes up for the evaluation, and goes on."""
+    held = micro_run.write(tmp_path / "held", count=90, seed=1)  # several batches
+    run = micro_run.run(
+        **data | {"data__validation": held}, train__init_from=str(base), train__eval_every=4,
+        train__checkpoint_every=9,
+    )  # fmt: skip
+    folder = tmp_path / "w"
+
+    def terminate() -> None:
+        log = folder / "train.log"
+        while not (log.exists() and "step 4/5" in log.read_text()):
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGTERM)  # while the first evaluation is compiled
+
+    watch = threading.Thread(target=terminate, daemon=True)
+    watch.start()
+    with pytest.raises(cli.Interrupted, match="SIGTERM: stopped after step 4"):
+        train.run(run, folder)
+    watch.join()
+    log = (folder / "train.log").read_text()
+    assert "validation after step 4 was cut short" in log and "checkpoint 4: held" in log
+    assert not rows(folder, "validation")
+    train.run(run, folder)
+    assert list(rows(folder, "validation")) == [4, 5] and list(rows(folder, "train"))[-1] == 5
 
 
 def test_what_changes_no_number_may_change(done, data, base, tmp_path):
