@@ -247,7 +247,7 @@ def _not_finite(tree: PyTree) -> int:
 
 
 def _steps(text: str) -> tuple[int, int] | None:
-    """ "3:5" -> (3, 5)."""
+    """The two numbers of 3:5, None for nothing."""
     first, colon, last = text.partition(":")
     if not text:
         return None

@@ -5,6 +5,7 @@ The log in docs/launch.md: pytest -m slow -s tests/test_kill.py
 
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import time
@@ -76,20 +77,24 @@ def test_many_kills(words, variables, whole, tmp_path):
     folder, seed = tmp_path / "killed", random.randrange(1000)
     pick, said = random.Random(seed), []
     for kill in range(KILLS):
-        process, before = start(words, folder, variables), last_step(folder)
+        before, begun = sealed(folder), starts(folder)
+        process = start(words, folder, variables)
+        wait_until(process, lambda begun=begun: starts(folder) > begun)  # old rows are gone
+        wait_for_step(process, folder, min(before + pick.randrange(2, 12), STEPS - 2))
         if kill % 2:
-            wait_until(process, lambda before=before: saving(folder) > before)
+            wait_until(process, lambda: saving(folder))
             where = f"inside the save of step {saving(folder)}"
         else:
-            wait_for_step(process, folder, min(before + pick.randrange(1, 5), STEPS - 1))
             time.sleep(pick.random() * 0.05)
             where = "at a random moment"
         process.kill()
         if finish(process)[0] != -signal.SIGKILL:
             break  # the run came to its end first
         last = rows(folder, "train")
-        epoch = last[max(last)]["epoch"] if last else 0
-        said.append(f"kill {kill + 1:2}: {where}, after step {max(last, default=0)}, epoch {epoch}")
+        said.append(
+            f"kill {kill + 1}: {where}, after step {max(last)} of epoch {last[max(last)]['epoch']}, "
+            f"newest seal {sealed(folder)}"
+        )
         print(said[-1])
     status, output = finish(start(words, folder, variables))
     assert status == cli.DONE, output
@@ -99,7 +104,15 @@ def test_many_kills(words, variables, whole, tmp_path):
           "are those of the run never killed, bit for bit")  # fmt: skip
 
 
-def last_step(folder: pathlib.Path) -> int:
+def starts(folder: pathlib.Path) -> int:
+    """How often a process has begun, after it dropped what no checkpoint covers."""
+    path = folder / "train.log"
+    return (
+        len(re.findall(r"^(?:starting|resuming)", path.read_text(), re.M)) if path.exists() else 0
+    )
+
+
+def sealed(folder: pathlib.Path) -> int:
     """The newest step with a seal, or 0."""
     seals = (folder / "checkpoints").glob("[0-9]*/sha256.json")
     return max((int(p.parent.name) for p in seals), default=0)
