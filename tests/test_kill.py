@@ -91,10 +91,8 @@ def test_many_kills(words, variables, whole, tmp_path):
         if finish(process)[0] != -signal.SIGKILL:
             break  # the run came to its end first
         last = rows(folder, "train")
-        said.append(
-            f"kill {kill + 1}: {where}, after step {max(last)} of epoch {last[max(last)]['epoch']}, "
-            f"newest seal {sealed(folder)}"
-        )
+        at = f"after step {max(last)} of epoch {last[max(last)]['epoch']}"
+        said.append(f"kill {kill + 1}: {where}, {at}, newest seal {sealed(folder)}")
         print(said[-1])
     status, output = finish(start(words, folder, variables))
     assert status == cli.DONE, output
@@ -107,9 +105,8 @@ def test_many_kills(words, variables, whole, tmp_path):
 def starts(folder: pathlib.Path) -> int:
     """How often a process has begun, after it dropped what no checkpoint covers."""
     path = folder / "train.log"
-    return (
-        len(re.findall(r"^(?:starting|resuming)", path.read_text(), re.M)) if path.exists() else 0
-    )
+    text = path.read_text() if path.exists() else ""
+    return len(re.findall(r"^(?:starting|resuming)", text, re.M))
 
 
 def sealed(folder: pathlib.Path) -> int:
