@@ -26,11 +26,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
+from orbax.checkpoint import multihost
 
 from medmax_jax import integrity, weights
 from medmax_jax.storage import Folder
 
-PEERS = 600.0  # seconds that process 0 waits for the digests of the other hosts
+PEERS = 600.0  # seconds that hosts wait for each other's files of a step
 
 
 class CheckpointError(RuntimeError):
@@ -141,10 +142,14 @@ class Checkpoints:
             digests = integrity.shard_digests(held)
             self._orbax.wait_until_finished()
             place = self._step(step)
+            # Process 0 renames the folder; a file written before that would be in its way.
+            _await(lambda: (self.folder / str(step)).is_dir(), f"folder of step {step}")
             own = integrity.SHARDS.format(jax.process_index())
             place.write(own, [json.dumps(digests).encode()])
             if jax.process_index() == 0:
-                _await_peers(place)
+                for process in range(jax.process_count()):
+                    name = integrity.SHARDS.format(process)
+                    _await(lambda name=name: place.has(name), f"{name} of another host")
                 root = integrity.seal(place)
                 self.log(
                     f"checkpoint {step}: held training up {blocked:.2f} s, sealed "
@@ -215,14 +220,23 @@ def _steps(folder: pathlib.Path) -> list[int]:
     return [int(entry.name) for entry in folder.glob("*") if entry.name.isdigit()]
 
 
-def _await_peers(place: Folder) -> None:
-    """Until the digests of every process are there: the files are shared, so no collective."""
+def meet(name: str) -> None:
+    """All hosts wait for each other, by the coordinator; a name is for one use.
+
+    After a compilation, whose length differs: Gloo gives the first collective's peers 30 s only.
+    """
+    if jax.process_count() > 1:
+        everybody = set(range(jax.process_count()))
+        multihost.sync_global_processes(name, processes=everybody, timeout=int(PEERS))
+
+
+def _await(holds: Callable[[], bool], what: str) -> None:
+    """Until `holds`: hosts meet in the shared folder, so that no collective disturbs a step."""
     end = time.monotonic() + PEERS
-    for process in range(jax.process_count()):
-        while not place.has(integrity.SHARDS.format(process)):
-            if time.monotonic() > end:
-                raise CheckpointError(f"no digests of process {process} after {PEERS:.0f} s")
-            time.sleep(0.05)
+    while not holds():
+        if time.monotonic() > end:
+            raise CheckpointError(f"no {what} after {PEERS:.0f} s; is the workdir shared?")
+        time.sleep(0.02)
 
 
 def _anywhere(wrong: str) -> str:

@@ -20,7 +20,7 @@ from jaxtyping import PyTree
 
 from data import loader
 from medmax_jax import chameleon, cli, config, flops, metrics, runlog, step, weights
-from medmax_jax.checkpoint import Checkpoints
+from medmax_jax.checkpoint import Checkpoints, meet
 from medmax_jax.mesh import put_batch
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "safetensors")
@@ -169,6 +169,7 @@ class Evaluator:
                         state.trainable, job.frozen, batch
                     )
                     self._step = lowered.compile()
+                    meet("the evaluation step is compiled")
             with job.clock.spend("eval"):
                 sums = metrics.on_host(self._step(state.trainable, job.frozen, batch))
             total = sums if total is None else total.merge(sums)

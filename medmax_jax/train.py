@@ -42,7 +42,7 @@ from medmax_jax import (
     tracking,
     weights,
 )  # fmt: skip
-from medmax_jax.checkpoint import CheckpointError, Checkpoints
+from medmax_jax.checkpoint import CheckpointError, Checkpoints, meet
 from medmax_jax.mesh import make_mesh, put_batch
 from medmax_jax.reports import Evaluator, Job, Reporter, TrainError
 from medmax_jax.storage import StorageError
@@ -184,6 +184,7 @@ def _compiled(job: Job, state: step.TrainState, batch: loader.Batch) -> Callable
     with job.clock.spend("compile"):
         lowered = step.make_train_step(job.graph, job.run).lower(state, job.frozen, batch, job.key)
         compiled = lowered.compile()
+        meet("the training step is compiled")
     job.writer.log(f"compiled in {job.clock.seconds['compile']:.1f} s; {reports.memory(compiled)}")
     return compiled
 
