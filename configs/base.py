@@ -75,6 +75,8 @@ def get_config() -> ConfigDict:
             eps=1e-8,
             weight_decay=0.0,
             clip_norm=1.0,
+            skip_window=0,  # off, as released; MaxText's are 128 and 6
+            skip_factor=6.0,
             accumulate=1,
         )
     )
@@ -88,6 +90,7 @@ def get_config() -> ConfigDict:
             prng_impl="threefry2x32",
             log_every=10,
             eval_every=500,
+            samples=0,
             checkpoint_every=500,
             keep=2,
         )

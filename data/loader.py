@@ -18,6 +18,7 @@ token above has 1/5.
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator
 
 import grain
@@ -54,6 +55,7 @@ class Stats:
     scored_text: int  # tokens
     scored_image: int
     tokens: int  # padding apart
+    squares: int  # sum of the squared lengths: over `tokens`, how far attention looks
     fill: float  # tokens over places
 
 
@@ -118,16 +120,28 @@ class Batches:
         """Counts of the whole batch of a step, without reading its documents."""
         size, seq_len = self._run.data.batch_size, self._run.data.seq_len
         documents = np.concatenate(self._rows(self._in_range(step)))
-        names = ("length", mask := self._run.data.mask, f"{mask}_image")
-        tokens, scored, image = (int(self.records.index[n][documents].sum()) for n in names)
+        names = (mask := self._run.data.mask, f"{mask}_image")
+        scored, image = (int(self.records.index[n][documents].sum()) for n in names)
+        lengths = self.records.index["length"][documents].astype(np.int64)
+        tokens = int(lengths.sum())
         return Stats(
             epoch=self._epochs.epoch(step * size),
             documents=len(documents),
             scored_text=scored - image,
             scored_image=image,
             tokens=tokens,
+            squares=int((lengths**2).sum()),
             fill=tokens / (size * seq_len),
         )
+
+    def named(self, step: int) -> list[str]:
+        """The documents of a step as source/id; of credentialed ones only a digest of the id."""
+        return [
+            f"{d.source}/{d.id}"
+            if d.credential == "no"
+            else f"{d.source}/sha256:{hashlib.sha256(d.id.encode()).hexdigest()[:16]}"
+            for d in self.records.read(np.concatenate(self._rows(self._in_range(step))))
+        ]
 
     def words(self) -> list[str]:
         """What an epoch holds, for the log: documents, rows, shares, what is left out."""

@@ -118,6 +118,8 @@ class Optim:
     eps: float
     weight_decay: float
     clip_norm: float
+    skip_window: int  # steps that a spike stands out from; 0: none is left out
+    skip_factor: float  # standard deviations above their mean
     accumulate: int  # microbatches a step, one after the other; 1: the batch at once
 
 
@@ -131,6 +133,7 @@ class Train:
     prng_impl: str  # threefry2x32 | rbg | unsafe_rbg
     log_every: int  # steps
     eval_every: int  # steps; 0: never
+    samples: int  # answers written at each evaluation; 0: none
     checkpoint_every: int  # steps
     keep: int  # checkpoints
 
@@ -333,6 +336,16 @@ def _check_sizes(run: Run) -> None:
     _rule(
         0 <= run.optim.warmup_ratio < 1, "optim.warmup_ratio", run.optim.warmup_ratio, "in [0, 1)"
     )
+    window, factor = run.optim.skip_window, run.optim.skip_factor
+    _rule(window == 0 or window > 1, "optim.skip_window", window, "0, or above 1")
+    _rule(not window or factor > 0, "optim.skip_factor", factor, "above 0")
+    for name in ("eval_every", "samples"):
+        _rule(
+            getattr(run.train, name) >= 0, f"train.{name}", getattr(run.train, name), "at least 0"
+        )
+    tools = not run.train.samples or bool(run.train.init_from and run.data.validation)
+    mend = "0, or train.init_from (its tokenizer and VQGAN) and data.validation set"
+    _rule(tools, "train.samples", run.train.samples, mend)
     for name in ("steps", "log_every", "checkpoint_every", "keep"):
         _rule(getattr(run.train, name) > 0, f"train.{name}", getattr(run.train, name), "above 0")
 

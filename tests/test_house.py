@@ -14,8 +14,11 @@ from packaging.utils import canonicalize_name
 ROOT = pathlib.Path(__file__).parent.parent
 ROOMS = ("medmax_jax", "configs", "data", "eval")
 MAX_FILE_LINES = 400
-MAX_TRAIN_CLOSURE = 4_000  # lines reachable from medmax_jax/train.py by imports
-MAX_TRAIN_FILES = 25
+# Lines reachable from medmax_jax/train.py by imports, but not those behind medmax_jax/samples.py:
+# what training needs to be read for, without how text and pictures are generated.
+MAX_TRAIN_CLOSURE = 6_200
+DOOR = "medmax_jax.samples"
+MAX_TRAIN_FILES = 40
 MAX_SHIPPED_BYTES = 25_000_000  # of medmax_jax/tiny, all files together
 
 # The house from the ground up. A module may import only what stands above it in this list.
@@ -31,7 +34,7 @@ facts       medmax_jax medmax_jax.config medmax_jax.vocab medmax_jax.mesh medmax
             data.endpoint data.asking data.captions data.instruct_replies data.sample
             data.sample.manifest data.sample.phrases data.sample.questions data.sample.documents
             data.sample.sources data.sample.decode data.sample.dicoms data.sample.pictures
-            data.sample.splits eval.stats eval.score_text
+            data.sample.splits eval.stats eval.score_text medmax_jax.flops
 
 parts       medmax_jax.weights medmax_jax.array_reader medmax_jax.arrays medmax_jax.tokenizer
             medmax_jax.splash medmax_jax.cudnn medmax_jax.attention medmax_jax.quant
@@ -41,13 +44,16 @@ parts       medmax_jax.weights medmax_jax.array_reader medmax_jax.arrays medmax_
             data.sources.choices data.sources.parquet data.sources.reports data.sources.dicom
 
 models      medmax_jax.cross_entropy medmax_jax.chameleon medmax_jax.vqgan medmax_jax.lpips
-            medmax_jax.loss medmax_jax.optim data.codes data.batch_encoder data.code_reader
-            data.picture_codes data.code_store data.scan data.looks data.held_out data.findings
-            data.check data.stats_plots data.stats_page data.stats_command data.who_saw
+            medmax_jax.loss medmax_jax.spikes medmax_jax.optim data.codes data.batch_encoder
+            data.code_reader data.picture_codes data.code_store data.scan data.looks data.held_out
+            data.findings data.check data.stats_plots data.stats_page data.stats_command
+            data.who_saw
 
-machines    medmax_jax.metrics medmax_jax.step medmax_jax.checkpoint medmax_jax.export
-            medmax_jax.decoding medmax_jax.batching medmax_jax.generate data.instruct eval.tasks
-            eval.score_image eval.scoring eval.loop
+machines    medmax_jax.metrics medmax_jax.step medmax_jax.integrity medmax_jax.checkpoint
+            medmax_jax.export medmax_jax.decoding medmax_jax.batching medmax_jax.generate
+            data.instruct eval.tasks eval.score_image eval.scoring eval.loop medmax_jax.resume
+            medmax_jax.runlog medmax_jax.tracking medmax_jax.reports medmax_jax.samples
+            medmax_jax.startup
 
 layouts     medmax_jax.convert medmax_jax.convert.form medmax_jax.convert.ahead
             medmax_jax.convert.tensor_files medmax_jax.convert.vq_names
@@ -123,7 +129,8 @@ def test_training_reaches_little():
         name = todo.pop()
         if name not in seen:
             seen.add(name)
-            todo += imports(known[name])
+            todo += imports(known[name]) if name != DOOR else set()
+    assert "medmax_jax.generate" not in seen, f"{DOOR} is the only door to generation"
     lines = sum(len(known[name].read_text().splitlines()) for name in seen)
     assert lines <= MAX_TRAIN_CLOSURE and len(seen) <= MAX_TRAIN_FILES, (lines, sorted(seen))
 
