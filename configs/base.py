@@ -88,6 +88,7 @@ def get_config() -> ConfigDict:
             loss_weight="document",
             seed=0,
             prng_impl="threefry2x32",
+            compile="default",
             log_every=10,
             eval_every=500,
             samples=0,

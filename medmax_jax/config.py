@@ -131,6 +131,7 @@ class Train:
     loss_weight: str  # document | token
     seed: int
     prng_impl: str  # threefry2x32 | rbg | unsafe_rbg
+    compile: str  # default | gather: options of the TPU's compiler, see step.py
     log_every: int  # steps
     eval_every: int  # steps; 0: never
     samples: int  # answers written at each evaluation; 0: none
@@ -179,6 +180,7 @@ CHOICES = {
     "train.trains": ("lora", "full", "image_head"),
     "train.loss_weight": ("document", "token"),
     "train.prng_impl": ("threefry2x32", "rbg", "unsafe_rbg"),
+    "train.compile": ("default", "gather"),
 }
 # What the rules below divide by.
 DIVISORS = (

@@ -24,7 +24,9 @@ MAX_SHIPPED_BYTES = 25_000_000  # of medmax_jax/tiny, all files together
 # The house from the ground up. A module may import only what stands above it in this list.
 ORDER = """
 settings    configs configs.base configs.chameleon_30b configs.tiny configs.tiny_base
-            configs.tiny_vqgan configs.eval_tiny configs.quickstart
+            configs.tiny_vqgan configs.eval_tiny configs.quickstart configs.medmax_7b_paper
+            configs.medmax_7b_lora configs.medmax_7b_qlora configs.medmax_7b_full
+            configs.chameleon_30b_lora
 
 facts       medmax_jax medmax_jax.config medmax_jax.vocab medmax_jax.mesh medmax_jax.images
             medmax_jax.page medmax_jax.cli medmax_jax.bucket medmax_jax.storage
@@ -34,7 +36,7 @@ facts       medmax_jax medmax_jax.config medmax_jax.vocab medmax_jax.mesh medmax
             data.endpoint data.asking data.captions data.instruct_replies data.sample
             data.sample.manifest data.sample.phrases data.sample.questions data.sample.documents
             data.sample.sources data.sample.decode data.sample.dicoms data.sample.pictures
-            data.sample.splits eval.stats eval.score_text medmax_jax.flops
+            data.sample.splits eval.stats eval.score_text medmax_jax.flops data.objective
 
 parts       medmax_jax.weights medmax_jax.array_reader medmax_jax.arrays medmax_jax.tokenizer
             medmax_jax.splash medmax_jax.cudnn medmax_jax.attention medmax_jax.quant
@@ -68,6 +70,9 @@ programs    eval data.sample.build data.sample.train_tokenizer data.published da
             data.tokenize_command data.build data.prepare medmax_jax.train medmax_jax.train_vqgan
             eval.report eval.run medmax_jax.quickstart_page medmax_jax.quickstart
             medmax_jax.convert.torch_side medmax_jax.convert.check medmax_jax.convert.__main__
+            medmax_jax.plan medmax_jax.plan.topology medmax_jax.plan.hlo medmax_jax.plan.analytic
+            medmax_jax.plan.speed medmax_jax.plan.search medmax_jax.plan.compiled
+            medmax_jax.plan.answers medmax_jax.plan.__main__ medmax_jax.plan.table
 """
 
 
@@ -165,6 +170,7 @@ assert not left, left
         "medmax_jax.train_vqgan",
         "medmax_jax.convert.__main__",
         "medmax_jax.generate",
+        "medmax_jax.plan.__main__",
         "data.prepare",
         "data.sample.build",
         "data.sample.train_tokenizer",
