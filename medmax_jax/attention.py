@@ -9,18 +9,59 @@
               . . . . . x
 
 N query heads share K key heads, N/K each: query head n reads key head n // (N/K).
+
+    config.model.attention    whole rows, in training
+    xla                       any device: `attend` with the mask above; scores in memory
+    splash                    TPU: splash.py
+    splash_interpret          the same kernel where there is no TPU, very slow: for tests
+    cudnn                     NVIDIA GPU: cudnn.py
+
+Against a cache it is always `attend`.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from medmax_jax import cudnn, splash
 from medmax_jax.mesh import BATCH, CACHE, HEADS, ROWS
+
+PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}  # the others run anywhere
 
 GROUPED = P(ROWS, None, "tp", None, None)  # [B, T, K, G, H]
 MERGED = P(ROWS, "tp", None, None)  # [B, K, G*T, H]
 SPLIT = P(ROWS, "tp", None, None, None)  # [B, K, G, T, H]
+
+
+def packed(segments: Int[Array, "B T"], *, impl: str) -> Callable[[Array, Array, Array], Array]:
+    """f(q, k, v) -> [B, T, N, H]: causal attention inside the documents of these rows.
+
+    What the layers have in common is made once, here. The result is named "attn" for remat.
+    """
+    if impl == "xla":
+        mask = packed_mask(segments)
+        return lambda q, k, v: checkpoint_name(attend(q, k, v, mask), "attn")
+    if impl in ("splash", "splash_interpret"):
+        interpret = impl == "splash_interpret"
+        return lambda q, k, v: splash.attend(q, k, v, segments, interpret=interpret)
+    if impl == "cudnn":
+        run = lambda q, k, v: cudnn.attend(q, k, v, segments, implementation="cudnn")  # noqa: E731
+        return lambda q, k, v: checkpoint_name(run(q, k, v), "attn")
+    raise ValueError(f"config.model.attention is {impl!r}; use xla, splash or cudnn")
+
+
+def check_platform(impl: str, platform: str) -> None:
+    """Raises ValueError where devices of `platform` cannot run `impl`."""
+    needed = PLATFORMS.get(impl, platform)
+    if needed != platform:
+        raise ValueError(
+            f"config.model.attention is {impl!r}, which runs on {needed} devices; "
+            f"these are {platform}: use 'xla'"
+        )
 
 
 def packed_mask(segments: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
@@ -40,12 +81,8 @@ def attend(
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
     mask: Bool[Array, "B T S"],
-    *,
-    impl: str,
 ) -> Float[Array, "B T N H"]:
     """Attention with scores and softmax in fp32. A row that sees nothing gives finite nonsense."""
-    if impl != "xla":
-        raise ValueError(f"config.model.attention is {impl!r}; use 'xla'")
     (rows, tokens, heads, dim), keys = q.shape, k.shape[2]
     groups = heads // keys
     # One [G*T, S] product a key head: on CPUs XLA is twice as slow with N or G inside.

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from parity import chameleon_cases as cases
 
-from medmax_jax import chameleon
+from medmax_jax import attention, chameleon
 from medmax_jax.attention import reference_attend
 from medmax_jax.config import Lora, Mesh
 from medmax_jax.mesh import HEADS, HID, make_mesh
@@ -135,18 +135,18 @@ def gains_swapped(patch, arrays):
 
 
 def keys_tiled(patch, arrays):
-    def attend(q, k, v, mask, *, impl):
+    def attend(q, k, v, mask):
         q, k, v, mask = (jax.sharding.reshard(a, P()) for a in (q, k, v, mask))
         k, v = (jnp.tile(a, (1, 1, q.shape[2] // k.shape[2], 1)) for a in (k, v))
         return jax.sharding.reshard(reference_attend(q, k, v, mask), HEADS)
 
-    patch.setattr(chameleon, "attend", attend)
+    patch.setattr(attention, "attend", attend)
 
 
 def sees_one_ahead(patch, arrays):
     order = np.arange(cases.TOKENS)
     ahead = order[:, None] + 1 >= order[None, :]
-    patch.setattr(chameleon, "packed_mask", lambda s: jnp.broadcast_to(ahead, (2, *ahead.shape)))
+    patch.setattr(attention, "packed_mask", lambda s: jnp.broadcast_to(ahead, (2, *ahead.shape)))
 
 
 MUTATIONS = {

@@ -37,14 +37,14 @@ facts       medmax_jax medmax_jax.config medmax_jax.vocab medmax_jax.mesh medmax
             data.sample.pictures data.sample.splits eval.stats eval.score_text
 
 parts       medmax_jax.weights medmax_jax.array_reader medmax_jax.arrays medmax_jax.tokenizer
-            medmax_jax.attention medmax_jax.quant medmax_jax.layers medmax_jax.sampling
-            medmax_jax.grammar data.loader data.texts
+            medmax_jax.splash medmax_jax.cudnn medmax_jax.attention medmax_jax.quant
+            medmax_jax.layers medmax_jax.sampling medmax_jax.grammar data.loader data.texts
             data.sources data.sources.row data.sources.stream data.sources.prompts
             data.sources.conversations data.sources.captions data.sources.questions
             data.sources.choices data.sources.parquet data.sources.reports data.sources.dicom
 
-models      medmax_jax.chameleon medmax_jax.vqgan medmax_jax.lpips medmax_jax.loss
-            medmax_jax.optim data.codes data.batch_encoder data.code_store
+models      medmax_jax.cross_entropy medmax_jax.chameleon medmax_jax.vqgan medmax_jax.lpips
+            medmax_jax.loss medmax_jax.optim data.codes data.batch_encoder data.code_store
 
 machines    medmax_jax.metrics medmax_jax.step medmax_jax.checkpoint medmax_jax.export
             medmax_jax.decoding medmax_jax.batching medmax_jax.generate

@@ -158,40 +158,6 @@ def test_rope_turns_complex_numbers():
     np.testing.assert_array_equal(got[0, 0], x[0, 0])  # position 0 turns nothing
 
 
-def test_packed_mask_is_causal_within_documents():
-    got = attention.packed_mask(jnp.asarray([[1, 1, 1, 2, 2, 0]]))
-    want = "100000 110000 111000 000100 000110 000001".split()
-    np.testing.assert_array_equal(got[0], np.array([[c == "1" for c in row] for row in want]))
-
-
-@pytest.mark.parametrize(
-    "fsdp, tp, rows, tokens, kv_heads",
-    [(2, 1, 2, 6, 1), (2, 2, 2, 6, 2), (2, 2, 2, 6, 8), (1, 1, 1, 6, 8), (1, 2, 1, 1, 8)],
-)
-def test_attend_equals_the_reference(fsdp, tp, rows, tokens, kv_heads):
-    """Also of one row and of one token: jax 0.11 minds shardings that reshape drops there."""
-    q, k, v = normal(rows, tokens, 8, 4), *(normal(rows, 9, kv_heads, 4) for _ in range(2))
-    mask = RNG.random((rows, tokens, 9)) < 0.5
-    mask[..., 0] = True
-    want = attention.reference_attend(*(jnp.asarray(a) for a in (q, k, v, mask)))
-    with jax.set_mesh(make_mesh(Mesh(data=1, fsdp=fsdp, tp=tp))):
-        args = (*(put(a, HEADS) for a in (q, k, v)), put(mask, ACT))
-        got = jax.jit(lambda *a: attention.attend(*a, impl="xla"))(*args)
-        assert jax.typeof(got).sharding.spec == HEADS
-    np.testing.assert_allclose(got, want, atol=1e-5)
-
-
-def test_attend_of_a_row_that_sees_nothing_is_finite():
-    q, mask = put(normal(2, 1, 2, 4), HEADS), put(np.zeros((2, 1, 1), bool), ACT)
-    assert np.isfinite(attention.attend(q, q, q, mask, impl="xla")).all()
-
-
-def test_attend_names_the_known_implementations():
-    q = jnp.asarray(normal(2, 1, 2, 4))
-    with pytest.raises(ValueError, match="config.model.attention is 'flash'; use 'xla'"):
-        attention.attend(q, q, q, jnp.ones((2, 1, 1), bool), impl="flash")
-
-
 def test_cache_mask_sees_up_to_the_own_slot():
     got = np.asarray(attention.cache_mask(jnp.asarray([[2, -1]]), 4), int)
     np.testing.assert_array_equal(got[0], [[1, 1, 1, 0], [0, 0, 0, 0]])

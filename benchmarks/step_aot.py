@@ -1,0 +1,142 @@
+"""Compiles a training step for TPUs on a machine without one, and says what the compiler says.
+
+    python benchmarks/step_aot.py --topology=v5e:2x2 --mesh=1,4,1 --layers=3 --rows=4 \
+        --set model.attention=splash --set model.remat=attn
+
+Widths are those of 7B, the depth is small so that it compiles in seconds. Printed as JSON:
+    temp_gib      temporaries of a device
+    est_ms        scheduled cycles x trip counts / 1.5 GHz: ranks variants of a program, is no speed
+                  (kernels written in Pallas and exposed communication have no cycles in it)
+    layer_cycles  of the loops over layers alone, forward and backward
+    other_ms      the rest: embedding, head, loss, optimiser
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+import time
+from typing import Any
+
+os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "true"  # another process may have it
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType
+
+from configs import base
+from medmax_jax import chameleon, config, mesh, step
+
+CLOCK = 1.5e9  # Hz, of v5e: reproduces its published peak
+
+
+def main() -> None:
+    """Reads the flags, compiles, prints one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--topology", default="v5e:2x2")
+    parser.add_argument("--mesh", default="1,4,1", help="data,fsdp,tp")
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=4, help="of a device")
+    parser.add_argument("--set", action="append", default=[], metavar="section.field=value")
+    parser.add_argument("--hlo", default="", help="file for the compiled program")
+    given = parser.parse_args()
+    begin = time.monotonic()
+    compiled = compile_step(given)
+    text = compiled.as_text()
+    if given.hlo:
+        with open(given.hlo, "w") as file:
+            file.write(text)
+    cycles = Cycles(text)
+    loops = sorted(cycles.layer_loops(given.layers))
+    whole, layers = cycles.total(), sum(loops)
+    memory = compiled.memory_analysis()
+    found = dict(
+        topology=given.topology, mesh=given.mesh, layers=given.layers, rows=given.rows,
+        set=given.set, temp_gib=round(memory.temp_size_in_bytes / 2**30, 3),
+        est_ms=round(whole / CLOCK * 1e3, 2), layer_cycles=loops,
+        other_ms=round((whole - layers * given.layers) / CLOCK * 1e3, 2),
+        compile_s=round(time.monotonic() - begin, 1), jax=jax.__version__,
+    )  # fmt: skip
+    print(json.dumps(found))
+
+
+def compile_step(given: argparse.Namespace) -> Any:
+    """The program of `step.make_train_step` for the topology; nothing is allocated."""
+    sizes = tuple(int(n) for n in given.mesh.split(","))
+    settings = base.get_config()
+    settings.model.num_layers = given.layers
+    settings.data.batch_size = given.rows * sizes[0] * sizes[1]
+    settings.mesh.update(data=sizes[0], fsdp=sizes[1], tp=sizes[2])
+    for each in given.set:
+        name, value = each.split("=")
+        section, field = name.split(".")
+        kind = type(settings[section][field])
+        settings[section][field] = value == "True" if kind is bool else kind(value)
+    if settings.model.quant != "none":
+        settings.train.init_from = "abstract"  # never read: nothing is loaded here
+    run = config.from_config_dict(settings)
+    m = the_mesh(given.topology, given.mesh)
+    with jax.set_mesh(m):
+        like = chameleon.abstract(run.model, run.vocab, run.lora)
+        graph, trainable, frozen = step.split(like, run.train.trains)
+        state = mesh.placed(jax.eval_shape(lambda t: step.init_state(t, run), trainable))
+        key = mesh.placed(jax.eval_shape(lambda: jax.random.key(0)))
+        train_step = step.make_train_step(graph, run)
+        return train_step.lower(state, frozen, step.abstract_batch(run), key).compile()
+
+
+def the_mesh(topology: str, sizes: str) -> jax.sharding.Mesh:
+    """data x fsdp x tp chips of a topology that is not here."""
+    extra = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}
+    found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **extra)
+    chips = np.array(found.devices).reshape([int(n) for n in sizes.split(",")])
+    return jax.sharding.Mesh(chips, mesh.AXES, (AxisType.Explicit,) * 3)
+
+
+class Cycles:
+    """Estimated cycles of a scheduled HLO module, loops counted as often as they turn."""
+
+    def __init__(self, text: str):
+        self.bodies: dict[str, list[str]] = {}
+        name = ""
+        for line in text.splitlines():
+            if head := re.match(r"(ENTRY )?%([\w.\-]+) \(.*\{$", line):
+                name = "ENTRY" if head[1] else head[2]
+                self.bodies[name] = []
+            elif name:
+                self.bodies[name].append(line)
+
+    def total(self, name: str = "ENTRY") -> int:
+        """Of a computation with the loops in it."""
+        calls = self._calls(name)
+        return sum(self._own(x) + (n * self.total(body) if body else 0) for x, n, body in calls)
+
+    def layer_loops(self, turns: int) -> list[int]:
+        """One turn of each outermost loop of `turns` turns."""
+        return [self.total(b) for _, n, b in self._calls("ENTRY") if b and n == turns]
+
+    def _calls(self, name: str) -> list[tuple[str, int, str]]:
+        """(line, turns, body) of a computation's instructions; body is empty but for loops."""
+        found = []
+        for line in self.bodies[name]:
+            loop = re.search(r" while\(.*condition=%([\w.\-]+), body=%([\w.\-]+)", line)
+            found.append((line, self._turns(loop[1]), loop[2]) if loop else (line, 0, ""))
+        return found
+
+    def _turns(self, condition: str) -> int:
+        """JAX's loops count from 0 to the one constant of their condition."""
+        limits = [re.search(r" constant\((\d+)\)", line) for line in self.bodies[condition]]
+        (limit,) = {int(m[1]) for m in limits if m}
+        return limit
+
+    def _own(self, line: str) -> int:
+        cycles = re.search(r'"estimated_cycles":"(\d+)"', line)
+        return int(cycles[1]) if cycles and " while(" not in line else 0
+
+
+if __name__ == "__main__":
+    main()
