@@ -42,9 +42,9 @@ class Model:
     )
     swin_norm: bool  # 30B: norms after attention and MLP instead of before
     param_dtype: str  # of the frozen base
-    quant: str  # none | int8 | nf4: of the matrices inside its layers
+    quant: str  # none | int8 | int4 | nf4: of the matrices inside its layers
     compute_dtype: str
-    remat: str  # none | attn | qkv_attn | all
+    remat: str  # none | dots | qkv_attn | attn | all: how much is computed twice
     attention: str  # xla | splash | cudnn: of whole rows in training, see attention.py
 
 
@@ -166,8 +166,8 @@ class Run:
 CHOICES = {
     "model.param_dtype": ("float32", "bfloat16"),
     "model.compute_dtype": ("float32", "bfloat16"),
-    "model.quant": ("none", "int8", "nf4"),
-    "model.remat": ("none", "attn", "qkv_attn", "all"),
+    "model.quant": ("none", "int8", "int4", "nf4"),
+    "model.remat": ("none", "dots", "qkv_attn", "attn", "all"),
     "model.attention": ("xla", "splash", "splash_interpret", "cudnn"),
     "data.mask": ("answers", "release"),
     "mixing.by": ("source", "task"),
@@ -314,11 +314,16 @@ def _check_sizes(run: Run) -> None:
         _rule(d.seq_len % 128 == 0, "data.seq_len", d.seq_len, "a multiple of 128 for splash")
     half = m.compute_dtype == "bfloat16" or m.attention != "cudnn"  # its kernels know no fp32
     _rule(half, "model.compute_dtype", m.compute_dtype, "bfloat16 when model.attention is cudnn")
-    if m.quant == "nf4":
+    if m.quant in ("int4", "nf4"):
         for name in ("hidden_size", "intermediate_size"):
             _rule(getattr(m, name) % 64 == 0, f"model.{name}", getattr(m, name), "a multiple of 64")
         wide = m.num_heads * m.head_dim
-        _rule(wide % 64 == 0, "model.num_heads", m.num_heads, "x head_dim a multiple of 64 for nf4")
+        _rule(
+            wide % 64 == 0,
+            "model.num_heads",
+            m.num_heads,
+            f"x head_dim a multiple of 64 for {m.quant}",
+        )
     whole = m.quant == "none"  # convert makes quantised matrices; none leaves in a whole model
     mend = f"none when train.trains is {run.train.trains}"
     _rule(whole or lora, "model.quant", m.quant, mend)

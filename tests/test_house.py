@@ -25,8 +25,8 @@ settings    configs configs.base configs.chameleon_30b configs.tiny configs.tiny
             configs.medmax_7b_paper configs.medmax_7b_lora configs.medmax_7b_qlora
             configs.medmax_7b_full configs.chameleon_30b_lora
 
-facts       medmax_jax medmax_jax.config medmax_jax.vocab medmax_jax.mesh medmax_jax.images
-            medmax_jax.page medmax_jax.cli medmax_jax.bucket medmax_jax.storage
+facts       medmax_jax medmax_jax.config medmax_jax.flops medmax_jax.vocab medmax_jax.mesh
+            medmax_jax.images medmax_jax.page medmax_jax.cli medmax_jax.bucket medmax_jax.storage
             medmax_jax.new_folder medmax_jax.progress
             medmax_jax.unpickle medmax_jax.pth data data.mixture data.pack data.documents
             data.reader data.records data.mixing data.plan_report data.objective data.synthetic
@@ -61,6 +61,9 @@ layouts     medmax_jax.convert medmax_jax.convert.form medmax_jax.convert.ahead
 programs     eval data.sample.build data.sample.train_tokenizer data.published data.archives
             data.eval_rows data.tfds_builders data.published_command
             data.instruct_command data.build data.prepare
+            medmax_jax.plan medmax_jax.plan.topology medmax_jax.plan.hlo medmax_jax.plan.analytic
+            medmax_jax.plan.speed medmax_jax.plan.search medmax_jax.plan.compiled
+            medmax_jax.plan.answers medmax_jax.plan.__main__ medmax_jax.plan.table
             medmax_jax.train medmax_jax.train_vqgan eval.report eval.run
             medmax_jax.quickstart_page medmax_jax.quickstart
             medmax_jax.convert.torch_side medmax_jax.convert.check medmax_jax.convert.__main__
@@ -160,6 +163,7 @@ assert not left, left
         "medmax_jax.train_vqgan",
         "medmax_jax.convert.__main__",
         "medmax_jax.generate",
+        "medmax_jax.plan.__main__",
         "data.prepare",
         "data.sample.build",
         "data.sample.train_tokenizer",
