@@ -113,6 +113,10 @@ def result(done: dict[str, Any], todo: list[gpu_parts.Measurement], args: argpar
             told["ratio"] = round(told["ours"] / told["theirs"], 3)
     if args.skipped:
         told["skipped"] = args.skipped
+    for each in done.values():  # long, and said in `agreement`
+        for side in each["sides"].values():
+            if isinstance(side, dict):
+                side.pop("losses", None)
     failures = {n: d["sides"]["failed"] for n, d in done.items() if "failed" in d["sides"]}
     return told | dict(failed=failures, measured=done)
 

@@ -35,7 +35,7 @@ class Decoder:
             self.model = jax_side.create(run)
             start = time.perf_counter()
             self.read = jax.jit(functools.partial(_read, config=run.model, count=self.count))
-            self.write = jax.jit(functools.partial(_write, count=self.count), donate_argnums=1)
+            self.write = jax.jit(functools.partial(_write, count=self.count), donate_argnums=2)
             self.steps(1)
         self.compile_seconds = round(time.perf_counter() - start, 2)
 
