@@ -14,6 +14,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage.
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -43,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--say", action="append", default=[], metavar="NAME=TEXT", type=_pair,
         help="for the checklist: " + ", ".join(checklist.SAYABLE))  # fmt: skip
     add("--delta", type=float, default=1e-3, help="of the Huber loss; large: least squares")
+    add("--residuals", choices=("log", "plain"), help="of ln loss (losses) or of the loss itself")
     add("--bootstraps", type=int, default=1_000)
     add("--seed", type=int, default=0, help="of the bootstraps")
     add("--flops", type=float, default=6.0, help="of a token, per parameter: 6 full, 4 LoRA")
@@ -80,6 +82,8 @@ def _run(given: argparse.Namespace) -> None:
 def _laws(given: argparse.Namespace, folder: Path | None) -> dict[str, Any]:
     """Each target's fit; of several, by target."""
     law, said = LAWS[given.law], checklist.stated(given.table, dict(given.say))
+    if given.residuals:
+        law = dataclasses.replace(law, log=given.residuals == "log")
     options = Options(
         delta=given.delta, fixed={name: _float(name, v) for name, v in given.fix},
         draws=given.bootstraps, seed=given.seed, flops=given.flops, budgets=tuple(given.budget),

@@ -93,9 +93,9 @@ def words(study: Study, said: Mapping[str, str]) -> str:
 def held_lines(study: Study) -> list[str]:
     """One line a way of holding out."""
     return [
-        f"{each.name}: {each.count} runs, no fit"
+        f"{each.name}: {each.count} held out, no fit"
         if each.why
-        else f"{each.name}: {each.count} runs, off by {each.mean_size:.2%} in the mean, "
+        else f"{each.name}: {each.count} held out, off by {each.mean_size:.2%} in the mean, "
         f"{np.abs(each.errors).max():.2%} at most"
         for each in study.held
     ]

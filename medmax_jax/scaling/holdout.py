@@ -1,7 +1,8 @@
 """What a law fitted to small runs says of larger ones that it has not seen.
 
 by compute   the fifth of the runs with the most params x tokens is held out
-by a column  the runs of the largest value of it: the largest size, the most data
+by a column  the runs of the largest value of it: the largest size, the most data; the
+                 fifth with the largest where nearly every run has a value of its own
 """
 
 import dataclasses
@@ -37,7 +38,7 @@ def all_of(law: Law, table: Table, *, delta: float, fixed: Mapping[str, float]) 
     ways = {"the fifth with the most compute": _top(_compute(table))}
     for name in ("params", "tokens"):
         if name in table.x and len(np.unique(table.x[name])) > 1:
-            ways[f"the largest {name}"] = table.x[name] == table.x[name].max()
+            ways[f"the largest {name}"] = _largest(table.x[name])
     return [hold(law, table, keep, n, delta=delta, fixed=fixed) for n, keep in ways.items()]
 
 
@@ -60,6 +61,12 @@ def _compute(table: Table) -> Float[np.ndarray, "n"]:
     if "loss" in table.x:  # a better model has less
         return -table.x["loss"]
     return table.x.get("params", 1.0) * table.x["tokens"]
+
+
+def _largest(column: Float[np.ndarray, "n"]) -> Bool[np.ndarray, "n"]:
+    if 2 * len(np.unique(column)) > len(column):
+        return _top(column)
+    return column == column.max()
 
 
 def _top(size: Float[np.ndarray, "n"]) -> Bool[np.ndarray, "n"]:
