@@ -192,8 +192,9 @@ def _run_plan(args: argparse.Namespace) -> dict[str, Any]:
         seq_len=args.seq_len, batch_size=args.batch_size, pack=True, mask="", seed=args.seed,
     )  # fmt: skip
     mixed = Mixing(
-        by=args.by, unit=args.unit, weights=args.weights, image_centric=args.image_centric
-    )
+        by=args.by, unit=args.unit, weights=args.weights, image_centric=args.image_centric,
+        leave_out="", fraction=1.0, fraction_seed=0,
+    )  # fmt: skip
     return report(open_records(Path(args.folder)), data, mixed, epoch=args.epoch, row=args.row)
 
 

@@ -198,10 +198,12 @@ class Reporter:
     def _fail(self, number: int, row: dict[str, float]) -> None:
         good = self._job.checkpoints.latest()
         kept = f"the last good checkpoint is step {good}" if good else "there is no checkpoint yet"
-        raise TrainError(
+        text = (
             f"step {number}: loss {row['loss']}, gradient norm {row['grad_norm']} are not finite; "
             f"{kept} ({self._job.folder / 'checkpoints'}). Lower optim.peak_lr, or look at the data"
         )
+        self._job.writer.log(text)  # where sweeps find that a run diverged
+        raise TrainError(text)
 
 
 class Evaluator:
@@ -356,6 +358,7 @@ def _banner(job: Job, state: step.TrainState, start: int | None, changes: list[s
     run, log = job.run, job.writer.log
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     facts = job.meta | {"versions": versions | {"python": platform.python_version()}, "git": _git()}
+    facts["epoch_tokens"] = job.train_data.epoch_tokens()
     if jax.process_index() == 0:
         (job.folder / "config.json").write_text(json.dumps(facts, indent=1) + "\n")
     device, shape = jax.devices()[0], " x ".join(f"{k} {v}" for k, v in job.mesh.shape.items())

@@ -29,7 +29,8 @@ facts       medmax_jax medmax_jax.config medmax_jax.flops medmax_jax.vocab medma
             medmax_jax.images medmax_jax.page medmax_jax.cli medmax_jax.bucket medmax_jax.storage
             medmax_jax.new_folder medmax_jax.progress
             medmax_jax.unpickle medmax_jax.pth data data.mixture data.pack data.documents
-            data.reader data.records data.mixing data.plan_report data.objective data.synthetic
+            data.reader data.records data.subset data.mixing data.plan_report data.objective
+            data.synthetic
             data.outgoing data.journal data.endpoint data.asking data.captions
             data.instruct_replies
             data.sample data.sample.manifest data.sample.phrases data.sample.questions

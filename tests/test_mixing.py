@@ -20,7 +20,10 @@ DATA = config.Data(
 
 
 def mixed(weights="", by="source", unit="documents", image_centric=False):
-    return config.Mixing(by=by, unit=unit, weights=weights, image_centric=image_centric)
+    return config.Mixing(
+        by=by, unit=unit, weights=weights, image_centric=image_centric,
+        leave_out="", fraction=1.0, fraction_seed=0,
+    )  # fmt: skip
 
 
 class Found:

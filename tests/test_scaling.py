@@ -325,7 +325,7 @@ def test_a_parameter_that_changes_nothing_is_refused():
 def test_intervals_hold_what_they_say():
     """A small version of benchmarks/scaling.py --part coverage: of 95% intervals, most."""
     held = bench.coverage(
-        "power", draws=40, bootstraps=60, seed=1, delta=1e-3, sizes=4, amounts=4, seeds=1
+        "power", draws=20, bootstraps=40, seed=1, delta=1e-3, sizes=4, amounts=4, seeds=1
     )
     assert all(0.8 <= share <= 1 for share in held.values()), held
     assert held["beta"] < 1, "intervals that always hold the truth are too wide"

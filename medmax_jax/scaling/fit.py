@@ -146,7 +146,7 @@ class Problem:
 
             end = optimize.minimize(
                 scaled, best, jac=True, method="L-BFGS-B", bounds=self.bounds(),
-                options=dict(maxiter=500, maxfun=1_500, ftol=1e-13, gtol=1e-9, maxcor=20),
+                options=dict(maxiter=500, maxfun=1_500, ftol=1e-13 if rounds > 2 else 1e-10, gtol=1e-9, maxcor=20),
             )  # fmt: skip
             gained = end.fun < 1 - 1e-9
             if end.fun <= 1:
