@@ -19,9 +19,7 @@ from medmax_jax.config import Mixing
 _STREAM = 4 << 40  # of shuffles; mixing.py has those below
 
 
-def chosen(
-    found: Records, documents: Int[np.ndarray, "n"], mixing: Mixing
-) -> Int[np.ndarray, "_"]:
+def chosen(found: Records, documents: Int[np.ndarray, "n"], mixing: Mixing) -> Int[np.ndarray, "_"]:
     """Those of `documents` that a run with these settings may draw."""
     keep = np.ones(len(found), bool)
     if mixing.fraction < 1:

@@ -135,6 +135,7 @@ class Problem:
         self, start: np.ndarray, weights: np.ndarray, *, rounds: int = 6
     ) -> tuple[np.ndarray, float]:
         """L-BFGS with bounds, begun anew until it finds nothing more; (vector, objective)."""
+        tolerance = 1e-13 if rounds > 2 else 1e-10  # draws of a bootstrap need less
         best = np.clip(start, *np.array(self.bounds()).T)
         reached = self.value(best, weights)[0]
         for _ in range(rounds):
@@ -146,7 +147,7 @@ class Problem:
 
             end = optimize.minimize(
                 scaled, best, jac=True, method="L-BFGS-B", bounds=self.bounds(),
-                options=dict(maxiter=500, maxfun=1_500, ftol=1e-13 if rounds > 2 else 1e-10, gtol=1e-9, maxcor=20),
+                options=dict(maxiter=500, maxfun=1_500, ftol=tolerance, gtol=1e-9, maxcor=20),
             )  # fmt: skip
             gained = end.fun < 1 - 1e-9
             if end.fun <= 1:

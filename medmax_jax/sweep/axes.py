@@ -1,4 +1,4 @@
-"""The axes of a sweep file, each a dict with one key, to lists of overrides; a sweep is their product.
+"""The axes of a sweep file, dicts of one key, to lists of overrides; a sweep is their product.
 
     {"grid": {"optim.peak_lr": (1e-3, 1e-4), "lora.rank": (8, 16)}}          every combination: 4
     {"zip": {"model.num_layers": (2, 4), "model.hidden_size": (64, 128)}}    side by side: 2
@@ -29,7 +29,7 @@ WANTED = ("tokens", "flops")  # what becomes train.steps
 
 
 class SweepError(ValueError):
-    """A sweep that cannot be expanded, run or collected; the message names the part and the mend."""
+    """A sweep that cannot be expanded, run or collected; the message has the part and the mend."""
 
 
 def expand(axes: Sequence[Mapping[str, Any]]) -> list[Overrides]:

@@ -1,10 +1,10 @@
 """A sweep file to the list of its runs, each with a stable name and what it would cost.
 
-    configs/sweep_x.py --axes--> overrides --> run id, steps, parameters, FLOPs, memory, hours, money
-                                                      D/sweep.jsonl, one line a run
+    configs/sweep_x.py --axes--> overrides --> run id, steps, parameters, FLOPs, memory, hours
+                                                      money: a line of D/sweep.jsonl each
 
 A run's id is a hash of its config file's name and its overrides, so the same run has the same id in
-every expansion. Costs are arithmetic at the sweep's stated utilisation: a plan, no measurement.
+every expansion. Costs are the arithmetic of medmax_jax.plan --analytic at the sweep's utilisation.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from ml_collections import ConfigDict, config_flags
 
 from medmax_jax import config, flops
 from medmax_jax.config import Run
+from medmax_jax.plan import analytic, speed, topology
 from medmax_jax.sweep.axes import WANTED, Overrides, SweepError, expand
 
 FILE = "sweep.jsonl"
@@ -57,6 +58,7 @@ class Planned:
     topology: str
     slices: int
     chips: int
+    fits: bool | None  # on the topology
     hbm_gib: float | None  # of one chip at its peak, estimated
     hours: float | None
     chip_hours: float | None
@@ -131,12 +133,53 @@ def read(folder: Path) -> list[Planned]:
         raise SweepError(f"{path}: damaged ({error}); expand the sweep again") from error
 
 
+def totals(runs: Sequence[Planned]) -> dict[str, float | None]:
+    """Sums over runs; None where a cost is not told."""
+    sums: dict[str, float | None] = {}
+    for name in ("tokens", "flops", "chip_hours", "usd"):
+        each = [getattr(run, name) for run in runs]
+        sums[name] = None if None in each else sum(each)
+    return sums
+
+
+def table(sweep: Sweep, runs: Sequence[Planned]) -> list[str]:
+    """The dry run: a line a run, and what all of them cost."""
+    varied = sorted({name for run in runs for name in run.overrides})
+    varied = [n for n in varied if len({json.dumps(r.overrides.get(n)) for r in runs}) > 1]
+    head = f"{'run':10} {'params':>8} {'trained':>8} {'tokens':>8} {'FLOPs':>8} {'steps':>8}"
+    lines = [f"{head} {'GiB':>6} {'hours':>8} {'chip-h':>8} {'USD':>9}  {' '.join(varied)}"]
+    for r in runs:
+        memory = _cell(r.hbm_gib, ".1f") + ("!" if r.fits is False else "")
+        cells = " ".join(str(r.overrides.get(name, "-")) for name in varied)
+        lines.append(
+            f"{r.run_id:10} {r.params:8.2e} {r.trainable:8.1e} {r.tokens:8.1e} {r.flops:8.1e} "
+            f"{r.steps:8d} {memory:>6} {_cell(r.hours, '.1f'):>8} {_cell(r.chip_hours, '.1f'):>8} "
+            f"{_cell(r.usd, ',.0f'):>9}  {cells}"
+        )
+    sums = totals(runs)
+    where = (
+        f"; on {sweep.slices} x {sweep.topology} at {sweep.utilisation:.0%} of the peak "
+        f"{_cell(sums['chip_hours'], ',.0f')} chip-hours, USD {_cell(sums['usd'], ',.0f')}; memory "
+        "and hours by arithmetic, ! does not fit"
+        if sweep.topology
+        else ""
+    )
+    lines.append(f"{len(runs)} runs, {sums['tokens']:.2e} tokens, {sums['flops']:.2e} FLOPs{where}")
+    return lines
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
 def _planned(sweep: Sweep, overrides: Overrides) -> Planned:
     wanted = {name: overrides[name] for name in WANTED if name in overrides}
     plain = {name: v for name, v in overrides.items() if name not in wanted}
     if wanted:
         if "train.steps" in plain or len(wanted) > 1:
-            raise SweepError("axes: tokens, flops and train.steps each set the steps; leave it to one")
+            raise SweepError(
+                "axes: tokens, flops and train.steps each set the steps; leave it to one"
+            )
         plain["train.steps"] = _steps(sweep, _settings(sweep.config, plain), wanted)
     run = _settings(sweep.config, plain)
     counts = flops.parameters(run.model, run.vocab, run.lora)
@@ -147,7 +190,7 @@ def _planned(sweep: Sweep, overrides: Overrides) -> Planned:
         seed=run.train.seed, steps=run.train.steps, params=counts.matmul,
         trainable=counts.base if run.train.trains == "full" else counts.lora,
         tokens=tokens, flops=total, topology=sweep.topology, slices=sweep.slices,
-        **_cost(sweep, run, total),
+        **_cost(sweep, run),
     )  # fmt: skip
 
 
@@ -163,7 +206,7 @@ def _step_tokens(sweep: Sweep, run: Run) -> float:
 
 def _token_flops(run: Run) -> float:
     """At documents as long as any may be: attention's share is then not too small."""
-    length = run.data.document_limit
+    length = min(run.data.document_limit, run.data.seq_len)
     return flops.train_flops(
         run.model, run.vocab, run.lora, trains=run.train.trains, length=length
     )  # fmt: skip
@@ -174,35 +217,29 @@ def _steps(sweep: Sweep, run: Run, wanted: Mapping[str, float]) -> int:
     return max(1, round(tokens / _step_tokens(sweep, run)))
 
 
-def _cost(sweep: Sweep, run: Run, total: float) -> dict[str, Any]:
+def _cost(sweep: Sweep, run: Run) -> dict[str, Any]:
+    """By the plan's arithmetic; nothing is compiled."""
     if not sweep.topology:
-        return dict(chips=0, hbm_gib=None, hours=None, chip_hours=None, usd=None)
-    kind, chips = chips_of(sweep.topology, sweep.slices)
-    rows = run.mesh.data * run.mesh.fsdp * run.mesh.tp
-    if rows != chips:
+        return dict(chips=0, fits=None, hbm_gib=None, hours=None, chip_hours=None, usd=None)
+    try:
+        machine = topology.parse(sweep.topology, slices=sweep.slices)
+    except topology.PlanError as error:
+        raise SweepError(f"sweep file: {error}") from error
+    mesh = run.mesh.data * run.mesh.fsdp * run.mesh.tp
+    if mesh != machine.chips:
         raise SweepError(
-            f"topology {sweep.topology} x {sweep.slices} has {chips} chips, but config.mesh is "
-            f"{run.mesh.data} x {run.mesh.fsdp} x {run.mesh.tp} = {rows}; fix mesh.* in the axes"
+            f"topology {sweep.topology} x {sweep.slices} has {machine.chips} chips, but "
+            f"config.mesh is {run.mesh.data} x {run.mesh.fsdp} x {run.mesh.tp} = {mesh}; set "
+            "mesh.data, mesh.fsdp and mesh.tp in the axes"
         )
-    hours = total / (chips * flops.CHIPS[kind].flops * sweep.utilisation) / 3_600
+    found = analytic.estimate(run, machine)
+    rate = speed.rates(
+        run, machine, found, utilisation=sweep.utilisation, price=sweep.price or None
+    )
     return dict(
-        chips=chips, hbm_gib=None, hours=hours, chip_hours=hours * chips,
-        usd=hours * chips * sweep.price if sweep.price else None,
+        chips=machine.chips, fits=found["fits"], hbm_gib=found["peak_hbm_gib"],
+        hours=rate["hours"], chip_hours=rate["chip_hours"], usd=rate["cost_usd"],
     )  # fmt: skip
-
-
-def chips_of(topology: str, slices: int) -> tuple[str, int]:
-    """("v5e", 16) of "v5e:4x4"."""
-    kind, _, shape = topology.partition(":")
-    sides = shape.split("x")
-    if kind not in flops.CHIPS or not all(s.isdigit() and int(s) > 0 for s in sides):
-        raise SweepError(
-            f"topology is {topology!r}; write KIND:AxB with a kind of {', '.join(flops.CHIPS)}"
-        )
-    count = slices
-    for side in sides:
-        count *= int(side)
-    return kind, count
 
 
 def _settings(path: str, overrides: Overrides) -> Run:
@@ -219,9 +256,10 @@ def _flags(overrides: Overrides) -> list[str]:
 def _parsed(argv: Sequence[str]) -> ConfigDict:
     """What train's flags make of these, by the same parser."""
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "", flag_values=values)
+    line = ["sweep", *argv]
+    config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=line)
     try:
-        rest = values(["sweep", *argv])
+        rest = values(line)
         if len(rest) > 1:
             raise SweepError(f"unexpected argument {rest[1]!r}; flags are written --name=value")
         if values.config is None:

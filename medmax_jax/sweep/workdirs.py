@@ -1,12 +1,12 @@
 """What the folders of a sweep's runs say: who is done, who goes on, and the table for a fit.
 
-    D/sweep.jsonl      the runs
-    D/<run id>/        the workdir of medmax_jax.train; run.log: what the local runner saw
-    D/table.csv        collect: a row a run   D/table.json: answers for the fit's checklist
+D/sweep.jsonl      the runs
+D/<run id>/        the workdir of medmax_jax.train; run.log: what the local runner saw
+D/table.csv        collect: a row a run   D/table.json: answers for the fit's checklist
 
-    pending     nothing yet         running     a process holds its lock
-    finished    last step, exported stopped     has a checkpoint, no process
-    crashed     began, no checkpoint            diverged    its loss was not finite
+pending     nothing yet         running     a process holds its lock
+finished    last step, exported stopped     has a checkpoint, no process
+crashed     began, no checkpoint            diverged    its loss was not finite
 """
 
 import csv
@@ -80,12 +80,12 @@ def write(rows: Sequence[Mapping[str, Any]], said: Mapping[str, str], folder: Pa
 
 
 def said_of(runs: Sequence[Planned], said: Mapping[str, str]) -> dict[str, str]:
-    """Answers to the checklist of a fit that hold for every sweep, under those of the sweep file."""
+    """Answers to a fit's checklist that hold for every sweep, under those of the sweep file."""
     with_adapters = any(settings(run).train.trains == "lora" for run in runs[:1])
     rate = "4 (LoRA: frozen matrices have no gradient)" if with_adapters else "6"
     return {
-        "params": "matrices of layers and head; no embedding, no adapters (params_layers: no head)",
-        "tokens": "tokens: seen, without padding; unique_tokens: each once; text and image together",
+        "params": "matrices of layers and head; no embedding, no adapters",
+        "tokens": "tokens: seen, no padding; unique_tokens: each once; text and image together",
         "flops": f"about {rate} per parameter and token; attention is counted apart",
         "schedule": "yes: warm-up and cosine are shares of train.steps, which go with the data",
         "checkpoints": "the last step only",
@@ -148,8 +148,8 @@ def _metrics(home: Path) -> list[dict[str, Any]]:
 
 
 def _finished(run: Planned, home: Path) -> bool:
-    if not any((home / name / "config.json").exists() or (home / name / "adapter_config.json").exists()
-               for name in ("model", "adapter")):  # fmt: skip
+    files = ("model/config.json", "adapter/adapter_config.json")  # written last
+    if not any((home / name).exists() for name in files):
         return False
     return any(r["kind"] == "train" and r["step"] == run.steps for r in _metrics(home))
 
@@ -193,4 +193,3 @@ def _first_difference(want: Mapping[str, Any], have: Mapping[str, Any]) -> str:
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else value
-
