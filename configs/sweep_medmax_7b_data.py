@@ -1,8 +1,7 @@
 """python -m medmax_jax.sweep expand --config=configs/sweep_medmax_7b_data.py --workdir runs/data
 
 The paper's data scaling, 25, 50, 75 and 100% of the pictures, on a v5e-16: nested fractions, each
-with a schedule of its own length. `config.price` is yours to set; the value is an on-demand v5e
-chip-hour of us-central1 as published in 2025, and changes.
+with a schedule of its own length. `config.price`, USD a chip-hour, is an example: set your own.
 """
 
 from ml_collections import ConfigDict
@@ -21,7 +20,7 @@ def get_config() -> ConfigDict:
                 "steps": lora.get_config().train.steps,
             }
         },
-        {"fixed": {"train.eval_every": 500}},
+        {"fixed": {"model.attention": "splash"}},
     )
     config.topology = "v5e:4x4"
     config.slices = 1

@@ -52,12 +52,12 @@ def _axis(axis: Mapping[str, Any]) -> list[Overrides]:
     return KINDS[kind](given)
 
 
-def _grid(given: Mapping[str, Sequence]) -> list[Overrides]:
+def _grid(given: Mapping[str, Any]) -> list[Overrides]:
     columns = [_values("grid", name, values) for name, values in given.items()]
     return [dict(zip(given, row, strict=True)) for row in itertools.product(*columns)]
 
 
-def _zip(given: Mapping[str, Sequence]) -> list[Overrides]:
+def _zip(given: Mapping[str, Any]) -> list[Overrides]:
     columns = [_values("zip", name, values) for name, values in given.items()]
     if len({len(c) for c in columns}) != 1:
         sizes = ", ".join(f"{n} {len(c)}" for n, c in zip(given, columns, strict=True))
@@ -126,7 +126,7 @@ def _leave_out(given: Mapping[str, Any]) -> list[Overrides]:
     return [{"mixing.by": by, "mixing.leave_out": n} for n in _values("leave_out", "names", names)]
 
 
-def _seeds(given: Sequence[int]) -> list[Overrides]:
+def _seeds(given: Any) -> list[Overrides]:
     return [{"train.seed": s, "data.seed": s} for s in _values("seeds", "seeds", given)]
 
 
