@@ -36,8 +36,8 @@ class Machine:
     per_host: int  # chips
 
 
-# Labels of GKE: docs.cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus. Types as gcloud and
-# xpk write them: v4 and v5p count cores, two a chip.
+# Labels of GKE: docs.cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus. Types as gcloud
+# and xpk write them: v4 and v5p count cores, two a chip.
 NAMES = {
     "v4": ("v4-{cores}", "tpu-v4-podslice"),
     "v5e": ("v5litepod-{chips}", "tpu-v5-lite-podslice"),

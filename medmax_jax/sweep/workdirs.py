@@ -71,8 +71,9 @@ def write(rows: Sequence[Mapping[str, Any]], said: Mapping[str, str], folder: Pa
     if not rows:
         raise SweepError(f"{folder}: no run has ended, so there is no table")
     path = folder / TABLE
+    fields = dict.fromkeys(name for row in rows for name in row)  # not every run sets the same
     with open(path, "w", newline="") as file:
-        out = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        out = csv.DictWriter(file, list(fields), lineterminator="\n")
         out.writeheader()
         out.writerows(rows)
     path.with_suffix(".json").write_text(json.dumps({"said": dict(said)}, indent=1) + "\n")
