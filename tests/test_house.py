@@ -24,6 +24,7 @@ settings    configs configs.base configs.chameleon_30b configs.tiny configs.tiny
             configs.tiny_vqgan configs.eval_tiny configs.quickstart
             configs.medmax_7b_paper configs.medmax_7b_lora configs.medmax_7b_qlora
             configs.medmax_7b_full configs.chameleon_30b_lora
+            configs.sweep_tiny configs.sweep_tiny_lora configs.sweep_medmax_7b_data
 
 facts       medmax_jax medmax_jax.config medmax_jax.flops medmax_jax.vocab medmax_jax.mesh
             medmax_jax.images medmax_jax.page medmax_jax.cli medmax_jax.bucket medmax_jax.storage
@@ -47,6 +48,12 @@ parts       medmax_jax.weights medmax_jax.array_reader medmax_jax.arrays medmax_
 models      medmax_jax.cross_entropy medmax_jax.chameleon medmax_jax.vqgan medmax_jax.lpips
             medmax_jax.loss medmax_jax.optim data.codes data.batch_encoder data.code_store
 
+laws        medmax_jax.scaling medmax_jax.scaling.laws medmax_jax.scaling.fit
+            medmax_jax.scaling.table medmax_jax.scaling.identify medmax_jax.scaling.bootstrap
+            medmax_jax.scaling.holdout medmax_jax.scaling.allocate medmax_jax.scaling.mixed
+            medmax_jax.scaling.study medmax_jax.scaling.checklist medmax_jax.scaling.plots
+            medmax_jax.scaling.pages
+
 machines    medmax_jax.metrics medmax_jax.step medmax_jax.checkpoint medmax_jax.export
             medmax_jax.decoding medmax_jax.batching medmax_jax.generate
             data.instruct eval.tasks eval.score_image eval.scoring eval.loop
@@ -68,6 +75,9 @@ programs     eval data.sample.build data.sample.train_tokenizer data.published d
             medmax_jax.train medmax_jax.train_vqgan eval.report eval.run
             medmax_jax.quickstart_page medmax_jax.quickstart
             medmax_jax.convert.torch_side medmax_jax.convert.check medmax_jax.convert.__main__
+            medmax_jax.scaling.__main__ medmax_jax.sweep medmax_jax.sweep.axes
+            medmax_jax.sweep.expand medmax_jax.sweep.workdirs medmax_jax.sweep.render
+            medmax_jax.sweep.runner medmax_jax.sweep.__main__
 """
 
 
@@ -103,7 +113,7 @@ def test_files_are_short():
 
 
 def test_imports_run_downwards():
-    layers = {"settings", "facts", "parts", "models", "machines", "layouts", "programs"}
+    layers = {"settings", "facts", "parts", "models", "laws", "machines", "layouts", "programs"}
     place = {name: i for i, name in enumerate(w for w in ORDER.split() if w not in layers)}
     found = modules()
     assert set(place) == set(found), f"give each module its place: {set(place) ^ set(found)}"
@@ -165,6 +175,8 @@ assert not left, left
         "medmax_jax.convert.__main__",
         "medmax_jax.generate",
         "medmax_jax.plan.__main__",
+        "medmax_jax.scaling.__main__",
+        "medmax_jax.sweep.__main__",
         "data.prepare",
         "data.sample.build",
         "data.sample.train_tokenizer",
