@@ -184,11 +184,12 @@ def _check_same(run: Planned, home: Path) -> None:
 
 
 def _first_difference(want: Mapping[str, Any], have: Mapping[str, Any]) -> str:
-    for section in sorted(set(want) | set(have)):
-        left, right = want.get(section, {}), have.get(section, {})
-        for name in sorted(set(left) | set(right)):
-            if left.get(name) != right.get(name):
-                return f"{section}.{name} is {right.get(name)!r}, not {left.get(name)!r}"
+    """Of the fields that both know: a run of an older version may lack the newest."""
+    for section in sorted(set(want) & set(have)):
+        left, right = want[section], have[section]
+        for name in sorted(set(left) & set(right)):
+            if left[name] != right[name]:
+                return f"{section}.{name} is {right[name]!r}, not {left[name]!r}"
     return ""
 
 
