@@ -21,8 +21,9 @@ NAMES = {"params": "parameters", "tokens": "tokens", "unique_tokens": "unique to
 
 def all_of(study: Study) -> dict[str, tuple[bytes, str]]:
     """File name -> (PNG, caption)."""
+    curves = "The law at some sizes, its interval, and the runs in the colour of the nearest."
     made = {
-        "law.png": (law(study), "The law, its interval, and the runs."),
+        "law.png": (law(study), curves),
         "residuals.png": (residuals(study), "How far each run lies from the law."),
         "bootstrap.png": (spread(study), "What the bootstrap says of the exponents."),
     }

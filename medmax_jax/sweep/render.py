@@ -198,7 +198,7 @@ def _manifest(run: Planned, at: str, given: argparse.Namespace) -> dict[str, Any
         "command": ["bash", "-c", _in_repo(command(run, at, given), given)],
         "env": [{"name": "MEDMAX_MULTIHOST", "value": "1"}],
         "ports": [{"containerPort": 8471}, {"containerPort": 8080}],  # of the TPU runtime
-        "resources": {"requests": chips, "limits": chips},
+        "resources": {"requests": dict(chips), "limits": dict(chips)},  # twice, or YAML aliases
     }
     pod = {
         "restartPolicy": "Never",
