@@ -63,6 +63,9 @@ def get_config() -> ConfigDict:
             unit="documents",
             weights="",
             image_centric=False,
+            leave_out="",
+            fraction=1.0,
+            fraction_seed=0,
         )
     )
     config.optim = ConfigDict(

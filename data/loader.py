@@ -87,7 +87,8 @@ class Batches:
         self._hosts = jax.process_count() if hosts is None else hosts
         self._check()
         # Held-out documents are met once each, whatever training draws.
-        self._mixing = dataclasses.replace(run.mixing, weights="") if one_pass else run.mixing
+        everything = dict(weights="", leave_out="", fraction=1.0)
+        self._mixing = dataclasses.replace(run.mixing, **everything) if one_pass else run.mixing
         self._epochs = mixing.epochs(self.records, run.data, self._mixing)
         self.plan = self._epochs.first.fingerprint  # of epoch 0
         if run.data.plan not in ("", self.plan) and not one_pass:
@@ -142,6 +143,11 @@ class Batches:
             else f"{d.source}/sha256:{hashlib.sha256(d.id.encode()).hexdigest()[:16]}"
             for d in self.records.read(np.concatenate(self._rows(self._in_range(step))))
         ]
+
+    def epoch_tokens(self) -> int:
+        """Tokens of the documents that this run may draw, each counted once."""
+        documents = mixing.drawable(self.records, self._run.data, self._mixing)
+        return int(self.records.index["length"][documents].sum())
 
     def words(self) -> list[str]:
         """What an epoch holds, for the log: documents, rows, shares, what is left out."""

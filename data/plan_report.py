@@ -194,8 +194,9 @@ def _run_plan(args: argparse.Namespace) -> dict[str, Any]:
         plan="",
     )  # fmt: skip
     mixed = Mixing(
-        by=args.by, unit=args.unit, weights=args.weights, image_centric=args.image_centric
-    )
+        by=args.by, unit=args.unit, weights=args.weights, image_centric=args.image_centric,
+        leave_out="", fraction=1.0, fraction_seed=0,
+    )  # fmt: skip
     found = open_records(args.folder)
     told = report(found, data, mixed, epoch=args.epoch, row=args.row)
     if args.save is None:

@@ -106,6 +106,9 @@ class Mixing:
     unit: str  # documents | tokens: what a weight is a share of
     weights: str  # "name=3, other=1"; empty: each document once an epoch
     image_centric: bool  # documents of an image in one window of the plan: our reading of IMAX
+    leave_out: str  # "name, other": no document of these; empty: none is left out
+    fraction: float  # of the pictures of each source, nested; 1: all
+    fraction_seed: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -297,6 +300,8 @@ def _check_sizes(run: Run) -> None:
     _rule(0 < d.document_limit <= limit, "data.document_limit", d.document_limit, mend)
     plain = not (run.mixing.weights and run.mixing.image_centric)
     _rule(plain, "mixing.weights", run.mixing.weights, "empty when mixing.image_centric")
+    share = run.mixing.fraction
+    _rule(0 < share <= 1, "mixing.fraction", share, "above 0 and at most 1")
     _rule(run.optim.accumulate > 0, "optim.accumulate", run.optim.accumulate, "above 0")
     rows = run.mesh.data * run.mesh.fsdp * run.optim.accumulate
     _rule(

@@ -232,7 +232,7 @@ def versions() -> dict[str, str]:
 def banner(job: Job, state: step.TrainState, start: int | None, changes: list[str]) -> None:
     """What runs, on what, from where: to the log and to config.json."""
     run, log = job.run, job.writer.log
-    facts = job.meta | {"git": git()}
+    facts = job.meta | {"git": git(), "epoch_tokens": job.train_data.epoch_tokens()}
     if jax.process_index() == 0:
         (job.folder / "config.json").write_text(json.dumps(facts, indent=1) + "\n")
         _note_start(job, start or 0)

@@ -15,6 +15,7 @@ FREE = {
     "model.remat": "the same numbers, computed again or kept",
     "model.attention": "another kernel of the same function: agrees to rounding",
     "train.init_from": "a path; the fingerprint of the base is bound",
+    "train.compile": "options of the TPU's compiler: agrees to rounding",
     "train.log_every": "reports",
     "train.eval_every": "reports",
     "train.samples": "reports",

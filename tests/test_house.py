@@ -16,7 +16,7 @@ ROOMS = ("medmax_jax", "configs", "data", "eval")
 MAX_FILE_LINES = 400
 # Lines reachable from medmax_jax/train.py by imports, but not those behind medmax_jax/samples.py:
 # what training needs to be read for, without how text and pictures are generated.
-MAX_TRAIN_CLOSURE = 6_200
+MAX_TRAIN_CLOSURE = 6_400
 DOOR = "medmax_jax.samples"
 MAX_TRAIN_FILES = 40
 MAX_SHIPPED_BYTES = 25_000_000  # of medmax_jax/tiny, all files together
@@ -26,14 +26,15 @@ ORDER = """
 settings    configs configs.base configs.chameleon_30b configs.tiny configs.tiny_base
             configs.tiny_vqgan configs.eval_tiny configs.quickstart configs.medmax_7b_paper
             configs.medmax_7b_lora configs.medmax_7b_qlora configs.medmax_7b_full
-            configs.chameleon_30b_lora
+            configs.chameleon_30b_lora configs.sweep_tiny configs.sweep_tiny_lora
+            configs.sweep_medmax_7b_data
 
 facts       medmax_jax medmax_jax.config medmax_jax.vocab medmax_jax.mesh medmax_jax.images
             medmax_jax.page medmax_jax.cli medmax_jax.bucket medmax_jax.storage
             medmax_jax.new_folder medmax_jax.progress medmax_jax.unpickle medmax_jax.pth data
-            data.mixture data.pack data.documents data.staging data.reader data.records data.mixing
-            data.plan_file data.plan_report data.synthetic data.overlap data.outgoing data.journal
-            data.endpoint data.asking data.captions data.instruct_replies data.sample
+            data.mixture data.pack data.documents data.staging data.reader data.records data.subset
+            data.mixing data.plan_file data.plan_report data.synthetic data.overlap data.outgoing
+            data.journal data.endpoint data.asking data.captions data.instruct_replies data.sample
             data.sample.manifest data.sample.phrases data.sample.questions data.sample.documents
             data.sample.sources data.sample.decode data.sample.dicoms data.sample.pictures
             data.sample.splits eval.stats eval.score_text medmax_jax.flops data.objective
@@ -50,6 +51,12 @@ models      medmax_jax.cross_entropy medmax_jax.chameleon medmax_jax.vqgan medma
             data.code_reader data.picture_codes data.code_store data.scan data.looks data.held_out
             data.findings data.check data.stats_plots data.stats_page data.stats_command
             data.who_saw
+
+laws        medmax_jax.scaling medmax_jax.scaling.laws medmax_jax.scaling.fit
+            medmax_jax.scaling.table medmax_jax.scaling.identify medmax_jax.scaling.bootstrap
+            medmax_jax.scaling.holdout medmax_jax.scaling.allocate medmax_jax.scaling.mixed
+            medmax_jax.scaling.study medmax_jax.scaling.checklist medmax_jax.scaling.plots
+            medmax_jax.scaling.pages
 
 machines    medmax_jax.metrics medmax_jax.step medmax_jax.integrity medmax_jax.checkpoint
             medmax_jax.export medmax_jax.decoding medmax_jax.batching medmax_jax.generate
@@ -73,6 +80,9 @@ programs    eval data.sample.build data.sample.train_tokenizer data.published da
             medmax_jax.plan medmax_jax.plan.topology medmax_jax.plan.hlo medmax_jax.plan.analytic
             medmax_jax.plan.speed medmax_jax.plan.search medmax_jax.plan.compiled
             medmax_jax.plan.answers medmax_jax.plan.__main__ medmax_jax.plan.table
+            medmax_jax.scaling.__main__ medmax_jax.sweep medmax_jax.sweep.axes
+            medmax_jax.sweep.expand medmax_jax.sweep.workdirs medmax_jax.sweep.render
+            medmax_jax.sweep.runner medmax_jax.sweep.__main__
 """
 
 
@@ -108,7 +118,7 @@ def test_files_are_short():
 
 
 def test_imports_run_downwards():
-    layers = {"settings", "facts", "parts", "models", "machines", "layouts", "programs"}
+    layers = {"settings", "facts", "parts", "models", "laws", "machines", "layouts", "programs"}
     place = {name: i for i, name in enumerate(w for w in ORDER.split() if w not in layers)}
     found = modules()
     assert set(place) == set(found), f"give each module its place: {set(place) ^ set(found)}"
@@ -171,6 +181,8 @@ assert not left, left
         "medmax_jax.convert.__main__",
         "medmax_jax.generate",
         "medmax_jax.plan.__main__",
+        "medmax_jax.scaling.__main__",
+        "medmax_jax.sweep.__main__",
         "data.prepare",
         "data.sample.build",
         "data.sample.train_tokenizer",
