@@ -89,9 +89,7 @@ class Batches:
         self._epochs = mixing.epochs(self.records, run.data, self._mixing)
         self.plan = self._epochs.first.fingerprint  # of epoch 0
         self._last = len(self._epochs.first) if one_pass else None
-        self.kinds, self._kind = _kinds(
-            self.records
-        )  # (source, task) of each kind; of each document
+        self.kinds, self._kind = _kinds(self.records)  # (source, task) by number; each document's
         self._text, self._image = self.records.scored_counts(run.data.mask)
         steps = -(-self._last // run.data.batch_size) if one_pass else run.train.steps
         self._steps = grain.MapDataset.range(0, steps).map(self._make)
