@@ -44,7 +44,7 @@ class Model:
     param_dtype: str  # of the frozen base
     quant: str  # none | int8 | int4 | nf4: of the matrices inside its layers
     compute_dtype: str
-    remat: str  # none | dots | qkv_attn | attn | all: how much is computed twice
+    remat: str  # none | dots | qkv_attn | attn | attn_offload | all: how much is computed twice
     attention: str  # xla | splash | cudnn: of whole rows in training, see attention.py
 
 
@@ -175,7 +175,7 @@ CHOICES = {
     "model.param_dtype": ("float32", "bfloat16"),
     "model.compute_dtype": ("float32", "bfloat16"),
     "model.quant": ("none", "int8", "int4", "nf4"),
-    "model.remat": ("none", "dots", "qkv_attn", "attn", "all"),
+    "model.remat": ("none", "dots", "qkv_attn", "attn", "attn_offload", "all"),
     "model.attention": ("xla", "splash", "splash_interpret", "cudnn"),
     "data.mask": ("answers", "release"),
     "mixing.by": ("source", "task"),
