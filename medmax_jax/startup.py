@@ -137,6 +137,7 @@ def weights(
 def dry_run(run: config.Run, options: Options) -> dict[str, Any]:
     """All up to the compiled first step, from shapes alone."""
     mesh = usable(lambda: make_mesh(run.mesh))
+    usable(lambda: step.check(run, mesh))
     with jax.set_mesh(mesh):
         train_data = loader.batches(run, run.data.train)
         held_data = loader.one_pass(run, run.data.validation) if run.data.validation else None

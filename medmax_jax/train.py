@@ -83,6 +83,7 @@ def run(
         stack.enter_context(startup.lock(folder))
         stop = stack.enter_context(cli.Stop())
         mesh = startup.usable(lambda: make_mesh(run.mesh))
+        startup.usable(lambda: step.check(run, mesh))
         stack.enter_context(jax.set_mesh(mesh))
 
         # ---- data

@@ -107,7 +107,7 @@ def test_an_update_is_the_same_on_every_mesh(case, shape, folder):
         if name.startswith("trainable"):  # Adam's first update is lr * sign(g): sure where g is
             moment = np.abs(want[name.replace("trainable", "opt_state.1.0.mu")])
             sure = moment > 1e-3 * moment.max()
-            assert sure.mean() > 0.5, name
+            assert sure.any(), name  # few rows of an embedding are in a batch
             np.testing.assert_allclose(got[name][sure], value[sure], atol=2e-5, err_msg=name)
         else:
             np.testing.assert_allclose(got[name], value, rtol=1e-4, atol=atol, err_msg=name)
