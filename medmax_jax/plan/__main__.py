@@ -16,14 +16,13 @@ import json
 import pathlib
 from typing import Any
 
-import jax
 from absl import flags
 from ml_collections import ConfigDict
 
 from medmax_jax import cli, config, flops
 from medmax_jax.config import Run
 from medmax_jax.plan import analytic, answers, compiled, search, speed
-from medmax_jax.plan.topology import PlanError, Topology, mesh_of, parse
+from medmax_jax.plan.topology import PlanError, Topology, mesh_of, parse, use_no_device
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, "machine, as v5e:4x4", required=True)
 _SLICES = flags.DEFINE_integer("slices", 1, "slices of the machine")
@@ -44,7 +43,7 @@ _JSON = flags.DEFINE_bool("json", False, "the last line is one JSON object")
 
 def main(settings: ConfigDict, folder: str) -> None:
     """The program."""
-    jax.config.update("jax_platforms", "cpu")  # the devices of this machine are not asked
+    use_no_device()
     topology = parse(_TOPOLOGY.value, slices=_SLICES.value)
     if not 0 < _UTILISATION.value <= 1:
         raise PlanError(f"--utilisation={_UTILISATION.value}; it must be in (0, 1]")
@@ -137,6 +136,8 @@ def words(run: Run, topology: Topology, found: dict[str, Any]) -> list[str]:
         f"a step {found['step_s']:.2f} s (compute {found['compute_s']:.2f}, "
         f"overlapped {found['overlapped_s']:.2f}, exposed {found['exposed_s']:.2f})"
     ]
+    if "scheduled_s" in found:
+        lines.append(f"as scheduled, without kernels and waiting: {found['scheduled_s']:.2f} s")
     cost = "" if found["cost_usd"] is None else f", {found['cost_usd']:,.0f} USD"
     lines.append(
         f"the run: {run.train.steps:,} steps, {found['hours']:,.1f} hours, "

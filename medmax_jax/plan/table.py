@@ -13,13 +13,11 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import jax
-
 from configs import chameleon_30b_lora, medmax_7b_full, medmax_7b_lora, medmax_7b_qlora
 from medmax_jax import config
 from medmax_jax.config import Run
 from medmax_jax.plan import analytic, answers, compiled, search, speed
-from medmax_jax.plan.topology import Topology, parse
+from medmax_jax.plan.topology import Topology, parse, use_no_device
 
 MODELS = {
     "7B LoRA": medmax_7b_lora,
@@ -55,7 +53,7 @@ class Cell:
     def best(self) -> tuple[Run, dict[str, Any]] | None:
         """The fastest compiled that fits; else what arithmetic likes best and nobody refuted."""
         fitting = [
-            (_rate(self.order[i], self.topology, answer), i)
+            (_rates(self.order[i], self.topology, answer)["tokens_per_s_per_chip"], i)
             for i, answer in self.found.items()
             if answer["fits"]
         ]
@@ -77,7 +75,7 @@ def main() -> None:
     text = given.out.read_text()
     if not all(mark in text for mark in MARKS):
         sys.exit(f"error: {given.out} lacks the lines {' and '.join(map(repr, MARKS))}")
-    jax.config.update("jax_platforms", "cpu")
+    use_no_device()
     given.cache.mkdir(parents=True, exist_ok=True)
     end, cells = time.monotonic() + 60 * given.minutes, list(make_cells())
     collect(cells, given.cache)
@@ -171,7 +169,7 @@ def _row(cell: Cell) -> str:
         why = "the compiler" if cell.found else "arithmetic"
         return f"{head} does not fit | | | | | | | | {why} |"
     run, found = best
-    rate = speed.rates(run, cell.topology, found, utilisation=UTILISATION, price=None)
+    rate = _rates(run, cell.topology, found)
     axes = ", ".join(map(str, answers.axes(run)))
     source = "compiler" if found["how"] == "compiled" else "arithmetic"
     return (
@@ -185,8 +183,9 @@ def _row(cell: Cell) -> str:
 def _errors(cells: list[Cell]) -> list[str]:
     """Arithmetic beside the compiler, for every setting that was compiled."""
     lines = [
-        "| compiled | GiB, compiler | GiB, arithmetic | gathered GiB, compiler | arithmetic |",
-        "|---|---|---|---|---|",
+        "| compiled | GiB, compiler | GiB, arithmetic | GiB sent about, compiler | arithmetic "
+        "| step s, bound | scheduled |",
+        "|---|---|---|---|---|---|---|",
     ]
     ratios = []
     for cell in cells:
@@ -202,7 +201,9 @@ def _errors(cells: list[Cell]) -> list[str]:
             gathered = [_gathered(each) for each in (answer, rough)]
             lines.append(
                 f"| {name} | {answer['peak_hbm_gib']}{'' if answer['fits'] else ' (no)'} | "
-                f"{rough['peak_hbm_gib']} | {gathered[0]} | {gathered[1]} |"
+                f"{rough['peak_hbm_gib']} | {gathered[0]} | {gathered[1]} | "
+                f"{_rates(run, cell.topology, answer)['step_s']:.2f} | "
+                f"{answer.get('scheduled_s', '-')} |"
             )
     if not ratios:
         return ["No setting has been compiled."]
@@ -220,9 +221,8 @@ def _gathered(found: dict[str, Any]) -> float | str:
     return round(sum(row["bytes"] for row in found["collectives"]) / 2**30, 1)
 
 
-def _rate(run: Run, topology: Topology, found: dict[str, Any]) -> float:
-    rates = speed.rates(run, topology, found, utilisation=UTILISATION, price=None)
-    return rates["tokens_per_s_per_chip"]
+def _rates(run: Run, topology: Topology, found: dict[str, Any]) -> dict[str, Any]:
+    return speed.rates(run, topology, found, utilisation=UTILISATION, price=None)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from jax.experimental import topologies
 
 from medmax_jax.config import Mesh
@@ -100,6 +101,15 @@ def devices(topology: Topology) -> Sequence[Any]:
             f"--topology={topology.name}: libtpu gives {len(found)} devices, not {topology.chips}"
         )
     return found
+
+
+def use_no_device() -> None:
+    """For programs that only compile: this machine's devices are not asked, JAX keeps no programs.
+
+    What libtpu compiles without a TPU can be written to JAX's own cache but not read from it.
+    """
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)
 
 
 def mesh_of(text: str, topology: Topology) -> Mesh:
