@@ -258,7 +258,7 @@ def test_words_say_both_shares(tmp_path):
 
 def test_batches_are_trees(folder):
     batch = loader.batches(run_config(), folder).batch(0)
-    assert [x.shape for x in jax.tree.leaves(batch)] == [(ROWS, SEQ)] * 4
+    assert [x.shape for x in jax.tree.leaves(batch)] == [(ROWS, SEQ)] * 5
     assert isinstance(jax.tree.map(np.asarray, batch), loader.Batch)
 
 
