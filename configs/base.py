@@ -54,6 +54,7 @@ def get_config() -> ConfigDict:
             pack=True,
             mask="answers",
             seed=0,
+            plan="",
         )
     )
     config.mixing = ConfigDict(
@@ -62,6 +63,9 @@ def get_config() -> ConfigDict:
             unit="documents",
             weights="",
             image_centric=False,
+            leave_out="",
+            fraction=1.0,
+            fraction_seed=0,
         )
     )
     config.optim = ConfigDict(
@@ -87,6 +91,7 @@ def get_config() -> ConfigDict:
             loss_weight="document",
             seed=0,
             prng_impl="threefry2x32",
+            compile="default",
             log_every=10,
             eval_every=500,
             samples=0,

@@ -89,7 +89,7 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
-    train: str  # folder of ArrayRecord shards
+    train: str  # folder of ArrayRecord shards; gs:// is copied to this host first
     validation: str  # the same; empty: no validation
     document_limit: int  # tokens; a longer document is left out, none is cut
     seq_len: int  # tokens a row, of one or several documents
@@ -97,6 +97,7 @@ class Data:
     pack: bool  # several documents a row; otherwise one
     mask: str  # answers | release: which tokens are scored
     seed: int
+    plan: str  # SHA-256 of the plan that the run must have; empty: any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,6 +106,9 @@ class Mixing:
     unit: str  # documents | tokens: what a weight is a share of
     weights: str  # "name=3, other=1"; empty: each document once an epoch
     image_centric: bool  # documents of an image in one window of the plan: our reading of IMAX
+    leave_out: str  # "name, other": no document of these; empty: none is left out
+    fraction: float  # of the pictures of each source, nested; 1: all
+    fraction_seed: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,6 +134,7 @@ class Train:
     loss_weight: str  # document | token
     seed: int
     prng_impl: str  # threefry2x32 | rbg | unsafe_rbg
+    compile: str  # default | gather: options of the TPU's compiler, see step.py
     log_every: int  # steps
     eval_every: int  # steps; 0: never
     samples: int  # answers written at each evaluation; 0: none
@@ -178,6 +183,7 @@ CHOICES = {
     "train.trains": ("lora", "full", "image_head"),
     "train.loss_weight": ("document", "token"),
     "train.prng_impl": ("threefry2x32", "rbg", "unsafe_rbg"),
+    "train.compile": ("default", "gather"),
 }
 # What the rules below divide by.
 DIVISORS = (
@@ -294,6 +300,8 @@ def _check_sizes(run: Run) -> None:
     _rule(0 < d.document_limit <= limit, "data.document_limit", d.document_limit, mend)
     plain = not (run.mixing.weights and run.mixing.image_centric)
     _rule(plain, "mixing.weights", run.mixing.weights, "empty when mixing.image_centric")
+    share = run.mixing.fraction
+    _rule(0 < share <= 1, "mixing.fraction", share, "above 0 and at most 1")
     _rule(run.optim.accumulate > 0, "optim.accumulate", run.optim.accumulate, "above 0")
     rows = run.mesh.data * run.mesh.fsdp * run.optim.accumulate
     _rule(

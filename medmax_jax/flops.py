@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from medmax_jax.config import Lora, Model, Vocab
 
+GIB = 2**30
 Number = float | int  # a length is either
 BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -50,7 +51,7 @@ class Chip:
     hbm: float  # bytes
     hbm_rate: float  # bytes
     link_rate: float  # bytes, one way: of an ICI link, of all NVLinks, of PCIe
-    links: int  # that carry a ring of one axis in one direction at a time: TPUs have two ways round
+    links: int  # that a device sends over at once along one axis: a TPU's ring goes both ways
 
 
 # TPUs: scaling-book (jax-ml.github.io/scaling-book/tpus) and docs.cloud.google.com/tpu/docs/{v4,
@@ -135,6 +136,7 @@ def remat_flops(model: Model, *, trains: str, length: Number) -> float:
         "all": layers + attention,
         "attn": layers + attention / 2,
         "qkv_attn": layers - forward["v_proj"] + attention / 2,
+        "dots": attention / 2,
     }
     if model.remat not in again:
         raise ValueError(f"config.model.remat is {model.remat!r}; its FLOPs are not counted here")

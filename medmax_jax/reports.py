@@ -232,9 +232,10 @@ def versions() -> dict[str, str]:
 def banner(job: Job, state: step.TrainState, start: int | None, changes: list[str]) -> None:
     """What runs, on what, from where: to the log and to config.json."""
     run, log = job.run, job.writer.log
-    facts = job.meta | {"git": git()}
+    facts = job.meta | {"git": git(), "epoch_tokens": job.train_data.epoch_tokens()}
     if jax.process_index() == 0:
         (job.folder / "config.json").write_text(json.dumps(facts, indent=1) + "\n")
+        _note_start(job, start or 0)
     surroundings(run, job.mesh, job.train_data, job.held_data, log=log)
     trainable, frozen = (chameleon.count_parameters(t) for t in (state.trainable, job.frozen))
     log(f"trains {run.train.trains}: {trainable:,} of {trainable + frozen:,} parameters")
@@ -243,6 +244,14 @@ def banner(job: Job, state: step.TrainState, start: int | None, changes: list[st
     for change in changes:
         log(f"changed since the checkpoint: {change}")
     log(f"resuming after step {start}" if start else f"starting: {run.train.steps} steps")
+
+
+def _note_start(job: Job, start: int) -> None:
+    """A line of history.jsonl: what the steps from here on read, for data.prepare who_saw."""
+    facts = {name: job.meta[name] for name in ("data", "plan", "config")} | {"start": start}
+    facts["validation"] = job.held_data.records.fingerprint if job.held_data else ""
+    with open(job.folder / "history.jsonl", "a") as file:
+        file.write(json.dumps(facts) + "\n")
 
 
 def surroundings(

@@ -15,6 +15,7 @@ FREE = {
     "model.remat": "the same numbers, computed again or kept",
     "model.attention": "another kernel of the same function: agrees to rounding",
     "train.init_from": "a path; the fingerprint of the base is bound",
+    "train.compile": "options of the TPU's compiler: agrees to rounding",
     "train.log_every": "reports",
     "train.eval_every": "reports",
     "train.samples": "reports",
@@ -22,6 +23,7 @@ FREE = {
     "train.keep": "how many checkpoints lie there",
     "data.train": "a path; the fingerprints of the records and of the plan are bound",
     "data.validation": "reports",
+    "data.plan": "a check; the plan itself is bound",
     "sample": "how samples are drawn; training draws none",
 }
 BOUND = {

@@ -3,7 +3,7 @@
 Trains adapters (train.trains = lora) or a whole model (full). The same command goes on after a stop
 of any kind. What is in D afterwards:
 
-    config.json      settings, versions and fingerprints of this run
+    config.json      settings, versions and fingerprints of this run; history.jsonl: of each start
     train.log        what stdout showed           metrics.jsonl, events.out.*    the numbers
     checkpoints/     the state of the last steps  adapter/ or model/             the result
     samples/         what it wrote meanwhile      profile/             with --profile_steps

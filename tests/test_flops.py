@@ -67,7 +67,7 @@ def test_every_policy_of_recomputation_has_its_flops():
     n = flops.parameters(*ADAPTERS)
     assert cost["none"] == 0
     assert cost["all"] == 2 * n.layers + 2 * 2048 * 4096 * 32
-    assert 0 < cost["qkv_attn"] < cost["attn"] < cost["all"]
+    assert 0 < cost["dots"] < cost["qkv_attn"] < cost["attn"] < cost["all"]
     with pytest.raises(ValueError, match="config.model.remat is 'some'"):
         model = dataclasses.replace(SEVEN.model, remat="some")
         flops.remat_flops(model, trains="lora", length=2048)
