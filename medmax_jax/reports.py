@@ -20,7 +20,7 @@ from jaxtyping import PyTree
 
 from data import loader
 from medmax_jax import chameleon, cli, config, flops, metrics, runlog, step, weights
-from medmax_jax.checkpoint import Checkpoints, meet
+from medmax_jax.checkpoint import CheckpointError, Checkpoints, meet
 from medmax_jax.mesh import put_batch
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "safetensors")
@@ -92,6 +92,10 @@ class Reporter:
 
     def _fail(self, number: int, row: dict[str, float]) -> None:
         job = self._job
+        try:
+            job.checkpoints.wait()  # it may be sealed yet, and the log must end with this
+        except CheckpointError as error:
+            job.writer.log(f"WARNING: {error}")
         good = job.checkpoints.latest()
         kept = f"the last good checkpoint is step {good}" if good else "there is no checkpoint yet"
         named = job.train_data.named(number - 1)
@@ -99,11 +103,13 @@ class Reporter:
         if jax.process_index() == 0:
             where.write_text(json.dumps({"step": number, "documents": named}, indent=1) + "\n")
         some = ", ".join(named[:4]) + (f" and {len(named) - 4} more" if len(named) > 4 else "")
-        raise TrainError(
+        text = (
             f"step {number}: loss {row['loss']}, gradient norm {row['grad_norm']} are not finite; "
             f"its documents: {some} (all in {where}); {kept} ({job.folder / 'checkpoints'}). Lower "
             "optim.peak_lr, look at these documents, or set optim.skip_window to leave spikes out"
         )
+        job.writer.log(text)
+        raise TrainError(text)
 
 
 class _Span:

@@ -227,6 +227,7 @@ def test_loss_that_is_not_finite_stops_the_run(done, data, base, tmp_path):
     with pytest.raises(train.TrainError, match="step 1: loss nan.*generated/0-.*no checkpoint yet"):
         train.run(run, tmp_path / "w")
     assert not (tmp_path / "w" / "adapter").exists()
+    assert "are not finite;" in (tmp_path / "w" / "train.log").read_text().splitlines()[-1]
     named = json.loads((tmp_path / "w" / "not_finite_1.json").read_text())["documents"]
     assert len(named) >= 8 and all(name.startswith("generated/0-") for name in named)
 
