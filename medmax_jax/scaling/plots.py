@@ -37,7 +37,7 @@ def law(study: Study) -> bytes:
     """Loss by tokens, a curve for each size; loss alone where the law has no size."""
     across = "loss" if "loss" in study.table.x else "tokens"
     figure, axes = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
-    groups = _groups(study)
+    by, groups = _groups(study)
     for k, (value, rows) in enumerate(groups):
         colour = COLOURS(0.05 + 0.85 * k / max(len(groups) - 1, 1))
         x = _along(study, across, rows)
@@ -51,7 +51,7 @@ def law(study: Study) -> bytes:
         axes.set_xscale("log")
         _log_y(axes)
     if len(groups) > 1:
-        axes.legend(title=NAMES["params"], frameon=False, fontsize=8, title_fontsize=8)
+        axes.legend(title=by, frameon=False, fontsize=8, title_fontsize=8)
     axes.set_title(f"{study.table.target.replace('_', ' ')} = {study.law.formula}", fontsize=9)
     return _png(figure, axes)
 
@@ -132,17 +132,26 @@ def agreement(y: np.ndarray, made: np.ndarray, target: str) -> bytes:
     return _png(figure, axes)
 
 
-def _groups(study: Study) -> list[tuple[float | None, np.ndarray]]:
-    """(size, its rows), at most CURVES of them spread over all sizes; continuous sizes in bins."""
-    size = study.table.x.get("params")
-    if size is None:
-        return [(None, np.arange(len(study.table)))]
-    distinct = np.unique(size)
+def _groups(study: Study) -> tuple[str, list[tuple[float | None, np.ndarray]]]:
+    """What a curve stands for, and (its value, its rows); with repeats, of the largest size."""
+    x, every = study.table.x, np.arange(len(study.table))
+    if "unique_tokens" in x:
+        largest = np.flatnonzero(x["params"] == x["params"].max())
+        words = f"unique tokens, {x['params'].max():.3g} parameters"
+        return words, _spread(x["unique_tokens"], largest)
+    if "params" not in x:
+        return "", [(None, every)]
+    return NAMES["params"], _spread(x["params"], every)
+
+
+def _spread(column: np.ndarray, rows: np.ndarray) -> list[tuple[float | None, np.ndarray]]:
+    """At most CURVES values over all of a column's, each with its rows; continuous ones in bins."""
+    distinct = np.unique(column[rows])
     if len(distinct) > 2 * CURVES:  # every run its own size: neighbours share a curve
-        parts = np.array_split(np.argsort(size), CURVES)
-        return [(float(np.exp(np.log(size[rows]).mean())), rows) for rows in parts]
+        parts = np.array_split(rows[np.argsort(column[rows])], CURVES)
+        return [(float(np.exp(np.log(column[part]).mean())), part) for part in parts]
     places = np.unique(np.linspace(0, len(distinct) - 1, CURVES).round().astype(int))
-    return [(float(distinct[p]), np.flatnonzero(size == distinct[p])) for p in places]
+    return [(float(distinct[p]), rows[column[rows] == distinct[p]]) for p in places]
 
 
 def _along(study: Study, across: str, rows: np.ndarray) -> dict[str, np.ndarray]:

@@ -23,7 +23,6 @@ from medmax_jax.sweep.expand import Planned, settings
 
 TABLE = "table.csv"
 TO_DO = ("pending", "stopped", "crashed")
-NOT_FINITE = "are not finite;"  # of medmax_jax.train's log
 
 
 def state(run: Planned, folder: Path) -> str:
@@ -156,9 +155,10 @@ def _finished(run: Planned, home: Path) -> bool:
 
 
 def _diverged(home: Path) -> bool:
-    path = home / "train.log"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return bool(lines) and NOT_FINITE in lines[-1]
+    """Whether the last step was not finite: medmax_jax.train leaves a file with its number."""
+    ends = [int(path.stem.rpartition("_")[2]) for path in home.glob("not_finite_*.json")]
+    reached = max((r["step"] for r in _metrics(home)), default=0)
+    return any(step > reached for step in ends)
 
 
 def _locked(home: Path) -> bool:
