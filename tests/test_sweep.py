@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from data import subset
+from data import mixing
 from medmax_jax import flops
 from medmax_jax.sweep import __main__ as program
 from medmax_jax.sweep import axes, expand, render
@@ -196,7 +196,7 @@ def test_fractions_are_nested_by_picture_and_stratified_by_source():
     rng = np.random.default_rng(0)
     sources = np.sort(rng.integers(0, 3, 4_000)) * (np.arange(4_000) > 100)
     pictures = np.where(rng.random(4_000) < 0.1, -1, sources * 1_000 + rng.integers(0, 300, 4_000))
-    held = [subset.within(pictures, sources, fraction=f, seed=7) for f in (0.25, 0.5, 0.75, 1.0)]
+    held = [mixing.within(pictures, sources, fraction=f, seed=7) for f in (0.25, 0.5, 0.75, 1.0)]
     assert held[-1].all()
     for small, large in zip(held, held[1:], strict=False):
         assert not (small & ~large).any(), "a larger fraction holds all of a smaller one"
@@ -210,7 +210,7 @@ def test_fractions_are_nested_by_picture_and_stratified_by_source():
             alone = (~seen & (sources == s)).sum()
             share = (len(kept) + (keep & ~seen & (sources == s)).sum()) / (len(units) + alone)
             assert share == pytest.approx(f, abs=2 / (len(units) + alone))
-    other = subset.within(pictures, sources, fraction=0.5, seed=8)
+    other = mixing.within(pictures, sources, fraction=0.5, seed=8)
     assert (other != held[1]).any()
 
 
