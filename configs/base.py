@@ -54,6 +54,7 @@ def get_config() -> ConfigDict:
             pack=True,
             mask="answers",
             seed=0,
+            plan="",
         )
     )
     config.mixing = ConfigDict(
@@ -62,6 +63,9 @@ def get_config() -> ConfigDict:
             unit="documents",
             weights="",
             image_centric=False,
+            leave_out="",
+            fraction=1.0,
+            fraction_seed=0,
         )
     )
     config.optim = ConfigDict(
@@ -74,6 +78,8 @@ def get_config() -> ConfigDict:
             eps=1e-8,
             weight_decay=0.0,
             clip_norm=1.0,
+            skip_window=0,  # off, as released; MaxText's are 128 and 6
+            skip_factor=6.0,
             accumulate=1,
         )
     )
@@ -88,6 +94,7 @@ def get_config() -> ConfigDict:
             compile="default",
             log_every=10,
             eval_every=500,
+            samples=0,
             checkpoint_every=500,
             keep=2,
         )

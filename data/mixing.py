@@ -5,6 +5,9 @@
     "A=3, B=1"       as many documents (or tokens: mixing.unit) as n of them have, 3/4 from A, 1/4
                      from B; names are sources or tasks (mixing.by)
 
+    mixing.fraction  of the pictures of each source, with all their documents; 0.25 lies within 0.5
+    mixing.leave_out "VQA, Captioning": no document of these
+
 A document over the limit is left out whole: cut, it would lose its answer or half an image. No
 window of pack.py holds a document twice, so no row does.
 """
@@ -12,18 +15,16 @@ window of pack.py holds a document twice, so no row does.
 import functools
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from data import pack
 from data.pack import Epochs, PackError
 from data.reader import Records
 from medmax_jax.config import Data, Mixing
 
-PICTURE_WINDOW = (
-    256  # documents of two steps of 8 rows of 16,384: more pack better, fewer are nearer
-)
+PICTURE_WINDOW = 256  # documents, two steps of 8 rows of 16,384: more pack better
 # Streams of shuffles; pack.py's own are 0 and the places of windows.
-_TURNS, _PLACES, _PICTURES = 1 << 40, 2 << 40, 3 << 40
+_TURNS, _PLACES, _PICTURES, _FRACTION = 1 << 40, 2 << 40, 3 << 40, 4 << 40
 
 
 def kept(found: Records, limit: int) -> Int[np.ndarray, "_"]:
@@ -37,9 +38,57 @@ def kept(found: Records, limit: int) -> Int[np.ndarray, "_"]:
     return fitting
 
 
+def drawable(found: Records, data: Data, mixing: Mixing) -> Int[np.ndarray, "_"]:
+    """The documents that a run with these settings may draw.
+
+    A fraction is taken of all pictures, before document_limit and leave_out, so that a run without
+    VQA sees the pictures that its neighbour with VQA sees.
+    """
+    documents = kept(found, data.document_limit)
+    keep = np.ones(len(found), bool)
+    if mixing.fraction < 1:
+        keep = within(
+            found.index["picture"],
+            found.index["source"],
+            fraction=mixing.fraction,
+            seed=mixing.fraction_seed,
+        )
+    if mixing.leave_out:
+        keep &= ~np.isin(found.index[mixing.by], _numbers(found, mixing))
+    left = documents[keep[documents]]
+    if not left.size:
+        raise PackError(
+            f"{found.folder}: mixing.fraction = {mixing.fraction:g} without "
+            f"{mixing.leave_out or 'anything left out'} holds no document within "
+            "data.document_limit; raise the fraction or leave out less"
+        )
+    return left
+
+
+def within(
+    pictures: Int[np.ndarray, "n"], sources: Int[np.ndarray, "n"], *, fraction: float, seed: int
+) -> Bool[np.ndarray, "n"]:
+    """True at documents of the first pictures of each source, in an order that is the seed's.
+
+    A picture belongs to the source of its first document; -1 is a document without a picture, and
+    counts as a picture of its own. A larger fraction of the same seed holds all of a smaller one.
+    """
+    alone = len(pictures) + np.arange(len(pictures))
+    _, first, unit = np.unique(
+        np.where(pictures < 0, alone, pictures), return_index=True, return_inverse=True
+    )
+    owner, kept = sources[first], np.zeros(len(first), bool)
+    for source in np.unique(owner):
+        units = np.flatnonzero(owner == source)
+        order = units[pack.shuffle(len(units), seed, int(source), _FRACTION)]
+        kept[order[: int(np.ceil(fraction * len(units)))]] = True
+    return kept[unit]
+
+
 def epochs(found: Records, data: Data, mixing: Mixing) -> Epochs:
     """The rows of all epochs."""
-    documents, seed = kept(found, data.document_limit), data.seed
+    documents = drawable(found, data, mixing)
+    seed = data.seed
     windows = functools.partial(pack.shuffled, documents, seed=seed)
     if mixing.weights:
         group, draws = _grouped(found, documents, mixing)
@@ -57,7 +106,7 @@ def epochs(found: Records, data: Data, mixing: Mixing) -> Epochs:
 
 def shares(found: Records, data: Data, mixing: Mixing) -> dict[str, tuple[float, float, float]]:
     """What each name gives to an epoch: its share of documents, of tokens, and times a document."""
-    documents = kept(found, data.document_limit)
+    documents = drawable(found, data, mixing)
     group, draws = _grouped(found, documents, mixing)
     count = np.bincount(group, minlength=len(draws))
     length = np.bincount(group, found.index["length"][documents], len(draws)) / np.maximum(count, 1)
@@ -168,3 +217,13 @@ def _grouped(found: Records, documents: np.ndarray, mixing: Mixing) -> tuple:
         return group, np.bincount(group, minlength=len(names))
     lengths, weights = found.index["length"][documents], parse(mixing.weights, names)
     return group, drawn_of(group, lengths, weights, mixing.unit)
+
+
+def _numbers(found: Records, mixing: Mixing) -> list[int]:
+    names, wanted = found.names(mixing.by), [n.strip() for n in mixing.leave_out.split(",")]
+    if unknown := [n for n in wanted if n not in names]:
+        raise PackError(
+            f"mixing.leave_out is {mixing.leave_out!r}: {found.folder} has no {mixing.by} "
+            f"{unknown[0]!r}; it has {', '.join(names)}"
+        )
+    return [names.index(n) for n in wanted]

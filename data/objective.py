@@ -69,7 +69,8 @@ def modelled(*, question: float, caption_share: float) -> list[Kind]:
 def counted(folder: str, mask: str) -> list[Kind]:
     """A kind for each document of a folder of records."""
     found = open_records(folder)
-    text, image = found.scored_counts(mask)
+    image = found.index[f"{mask}_image"]
+    text = found.index[mask] - image
     names, percent = found.names("task"), 100 / len(found)
     rows = zip(found.index["task"].tolist(), text.tolist(), image.tolist(), strict=True)
     return [Kind(task=names[task], percent=percent, text=t, image=i) for task, t, i in rows]

@@ -36,11 +36,15 @@ _BY_NAME = jax.checkpoint_policies.save_only_these_names
 REMAT = {
     "all": _BY_NAME(),
     "attn": _BY_NAME("attn"),
+    "attn_offload": jax.checkpoint_policies.save_and_offload_only_these_names(  # to the host
+        names_which_can_be_saved=[], names_which_can_be_offloaded=["attn"],
+        offload_src="device", offload_dst="pinned_host",
+    ),
     "qkv_attn": _BY_NAME("q", "k", "v", "attn"),
     "dots": jax.checkpoint_policies.save_from_both_policies(  # every product with a matrix
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _BY_NAME("attn")
     ),
-}
+}  # fmt: skip
 
 
 @jax.tree_util.register_dataclass

@@ -135,6 +135,7 @@ def remat_flops(model: Model, *, trains: str, length: Number) -> float:
     again = {
         "all": layers + attention,
         "attn": layers + attention / 2,
+        "attn_offload": layers + attention / 2,
         "qkv_attn": layers - forward["v_proj"] + attention / 2,
         "dots": attention / 2,
     }

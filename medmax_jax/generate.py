@@ -85,12 +85,28 @@ def load(
         raise GenerateError(f"{folder / 'config.json'}: {error}") from error
     mesh = mesh or meshes.make_mesh(Mesh(data=1, fsdp=1, tp=1))
     with jax.set_mesh(mesh):
+        held = _load_model(folder, adapter, model, vocab)
+    return around(held, folder, config=model, vocab=vocab, vq=vq, mesh=mesh)
+
+
+def around(
+    model: chameleon.Chameleon,
+    folder: str | Path,
+    *,
+    config: Model,
+    vocab: Vocab,
+    vq: VQ,
+    mesh: jax.sharding.Mesh,
+) -> Generator:
+    """A model that is in memory, with the tokenizer and the VQGAN of a model folder."""
+    folder = Path(folder)
+    with jax.set_mesh(mesh):
         return Generator(
-            model=_load_model(folder, adapter, model, vocab),
+            model=model,
             vq=_load_vqgan(folder / "vqgan.safetensors", vq),
             tokenizer=Tokenizer.from_file(folder / "tokenizer.json", vocab),
             vocab=vocab,
-            config=model,
+            config=config,
             vq_config=vq,
             mesh=mesh,
         )
@@ -133,7 +149,7 @@ def stream(
     """
     tokens = prompt_tokens(g, prompts, end_of_turn=end_of_turn)
     for batch, written in write(g, tokens, sample, mode=mode, seed=seed, names=names, rows=rows):
-        yield from zip(batch, _segments(g, written, mode), strict=True)
+        yield from zip(batch, segments(g, written), strict=True)
 
 
 def prompt_tokens(
@@ -249,7 +265,7 @@ def _load_vqgan(file: Path, config: VQ) -> vqgan.VQGAN:
         ) from error
 
 
-def _segments(g: Generator, written: Sequence[np.ndarray], mode: str) -> list[list[Text | Image]]:
+def segments(g: Generator, written: Sequence[np.ndarray]) -> list[list[Text | Image]]:
     """Words decoded, codes to pictures; an empty answer is one empty Text."""
     answers, codes = [], []
     for tokens in written:

@@ -10,6 +10,7 @@ Matrices stand as [in, out]. Every part is made for one layer; chameleon.py stac
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
@@ -56,6 +57,9 @@ class Linear(nnx.Module):
         y = matmul(x, kernel, out, dtype=x.dtype)
         if not self.lora.rank:
             return y
+        # Tokens before features, also in the gradient: for the thin products with A and B alone
+        # XLA on TPUs would lay all of x out the other way, and copy it back for everybody else.
+        x = with_layout_constraint(x, Layout(major_to_minor=(0, 1, 2)))
         if key is not None and self.lora.dropout:
             x = dropout(x, self.lora.dropout, key=key)
         a, b = self.lora_a[...].astype(x.dtype), self.lora_b[...].astype(x.dtype)

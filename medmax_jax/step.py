@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from data.loader import Batch
-from medmax_jax import attention, chameleon, loss, optim
+from medmax_jax import attention, chameleon, loss, optim, spikes
 from medmax_jax.config import Run
 from medmax_jax.mesh import BATCH, placed
 from medmax_jax.metrics import Held, Interval
@@ -103,13 +103,17 @@ def make_train_step(graph: Any, run: Run) -> Callable:
         else:
             total, sums, grads = accumulate(take, state.trainable, batch, dropout, run)
         norm = optax.tree.norm(grads)
-        updates, opt_state = optimiser.update(grads, state.opt_state, state.trainable)
+        updates, opt_state = optimiser.update(grads, state.opt_state, state.trainable, value=total)
+        skipped = spikes.left_out(opt_state)
         trainable = optax.apply_updates(state.trainable, updates)
         interval = Interval.single_from_model_output(
             **sums,
             loss=total,
             grad_norm=norm,
-            finite=jnp.isfinite(total) & jnp.isfinite(norm),
+            finite=jnp.where(
+                skipped > 0, skipped < spikes.LIMIT, jnp.isfinite(total) & jnp.isfinite(norm)
+            ),
+            skipped=skipped > 0,
             lr=optim.learning_rate(state.step, run.optim, steps=run.train.steps),
             tokens=(batch.segments > 0).sum(dtype=jnp.float32),
             slots=jnp.float32(batch.ids.size),

@@ -21,7 +21,7 @@ from configs import tiny
 from medmax_jax import chameleon, config, mesh, step
 
 settings = tiny.get_config()
-settings.model.update(param_dtype="bfloat16", compute_dtype="bfloat16", remat="attn")
+settings.model.update(param_dtype="bfloat16", compute_dtype="bfloat16", remat="{remat}")
 settings.model.attention = "{attention}"
 settings.optim.accumulate = {accumulate}
 run = config.from_config_dict(settings)
@@ -43,9 +43,12 @@ print("all-gather" in text, "all-reduce" in text, text.count("tpu_custom_call") 
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu has no package for this machine"
 )
-@pytest.mark.parametrize("attention, accumulate", [("xla", 1), ("splash", 2)])
-def test_a_training_step_compiles_for_a_tpu(attention, accumulate):
+@pytest.mark.parametrize(
+    "attention, accumulate, remat", [("xla", 1, "attn"), ("splash", 2, "attn_offload")]
+)
+def test_a_training_step_compiles_for_a_tpu(attention, accumulate, remat):
     code = STEP.replace("{attention}", attention).replace("{accumulate}", str(accumulate))
+    code = code.replace("{remat}", remat)
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=os.environ | PLACE, text=True,
         capture_output=True, timeout=300,

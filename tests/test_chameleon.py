@@ -100,7 +100,7 @@ def test_remat_policies_agree():
     """Also with dropout: the recomputed masks are those of the forward pass."""
     lora, arrays = Lora(rank=4, alpha=6.0, dropout=0.3), cases.weights(cases.SWIN, lora=True)
     batch, results, sizes = setup.rows(tokens(2, 8)), {}, {}
-    for remat in ("none", "dots", "qkv_attn", "attn", "all"):
+    for remat in ("none", "dots", "qkv_attn", "attn", "attn_offload", "all"):
         model = setup.load(setup.config(cases.SWIN, remat=remat), arrays, lora)
         graph, adapters, rest = chameleon.split(model)
         loss = lora_loss(graph, rest, *batch)

@@ -13,8 +13,8 @@ import pytest
 
 from medmax_jax import batching, chameleon, cli, generate, grammar, tokenizer, vqgan, weights
 from medmax_jax import vocab as ids
-from medmax_jax.checkpoint import sha256
 from medmax_jax.config import VQ, Lora, Mesh, Model, Sample, Vocab, to_dict
+from medmax_jax.export import identity
 from medmax_jax.mesh import make_mesh
 
 VOCAB = Vocab(size=8_712 + 264, image_codes=16, text_start=8_712)
@@ -99,7 +99,7 @@ def g(folder):
 def adapter(folder, tmp_path_factory):
     """An adapter folder that changes answers."""
     path = tmp_path_factory.mktemp("adapter")
-    base = sha256(folder / "model.safetensors")
+    base = identity(folder)
     settings = to_dict(LORA) | {"base": base}
     (path / "adapter_config.json").write_text(json.dumps(settings))
     with jax.set_mesh(make_mesh(Mesh(data=1, fsdp=1, tp=1))):

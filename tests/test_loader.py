@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import micro_run
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -258,8 +259,36 @@ def test_words_say_both_shares(tmp_path):
 
 def test_batches_are_trees(folder):
     batch = loader.batches(run_config(), folder).batch(0)
-    assert [x.shape for x in jax.tree.leaves(batch)] == [(ROWS, SEQ)] * 4
+    assert [x.shape for x in jax.tree.leaves(batch)] == [(ROWS, SEQ)] * 5
     assert isinstance(jax.tree.map(np.asarray, batch), loader.Batch)
+
+
+def test_kinds_number_the_pairs_of_source_and_task(tmp_path):
+    """Each token of a document has its number, padding 0; too many pairs are refused."""
+    made = [
+        dataclasses.replace(d, source=f"s{n % 3}", task="VQA" if n % 2 else "Visual Chat")
+        for n, d in enumerate(micro_run.documents(12, seed=0))
+    ]
+    layout = Layout(vocab=micro_run.run().vocab, codes_per_image=4, tokenizer="", vqgan="")
+    records.write(tmp_path / "r", made, shard_size=16, layout=layout, notes={})
+    run = micro_run.run(data__train=str(tmp_path / "r"), data__batch_size=8)
+    data = loader.one_pass(run, str(tmp_path / "r"))
+    assert len(data.kinds) == 6 and data.kinds == sorted(data.kinds)
+    known = {tuple(d.tokens.tolist()): (d.source, d.task) for d in made}
+    met = 0
+    for step in range(len(data)):
+        batch = data.batch(step)
+        for ids, segments, kinds in zip(batch.ids, batch.segments, batch.kinds, strict=True):
+            assert not kinds[segments == 0].any()
+            for n in range(1, segments.max() + 1):
+                (kind,) = set(kinds[segments == n].tolist())
+                assert data.kinds[kind] == known[tuple(ids[segments == n].tolist())]
+                met += 1
+    assert met == 12
+    many = [dataclasses.replace(made[0], id=str(n), source=f"s{n}") for n in range(129)]
+    records.write(tmp_path / "many", many, shard_size=200, layout=layout, notes={})
+    with pytest.raises(RecordsError, match="129 pairs of source and task; at most 128"):
+        loader.one_pass(run, str(tmp_path / "many"))
 
 
 def test_refusals(folder, tmp_path):

@@ -96,6 +96,7 @@ def saved(run: Run) -> float:
     each = {
         "all": 0.0,
         "attn": attn,
+        "attn_offload": 0.0,  # in the memory of the host
         "qkv_attn": attn + (heads + pairs) * wide,
         "dots": attn + dots * wide,
         "none": attn + (2 * (heads + pairs) + 4 * m.intermediate_size / tp) * wide,
