@@ -2,8 +2,9 @@
 
 | score    | of              | is                                                             |
 |----------|-----------------|----------------------------------------------------------------|
-| yes_no   | closed          | the one of yes / no that appears as a word; None: unparsed     |
+| yes_no   | closed          | the one of yes / no that the answer states; None: unparsed     |
 | letter   | multiple choice | the option letter that the answer states; None: unparsed       |
+| choice   | multiple choice | that letter, or the one option whose text is stated            |
 | exact    | open            | equal after normalising (case, punctuation, articles, spaces)  |
 | token_f1 | open, caption   | harmonic mean of token precision and recall, as in SQuAD       |
 | rouge_l  | caption         | F1 of the longest common subsequence of tokens                 |
@@ -14,8 +15,16 @@ An unparsed answer is wrong in every headline number, and its rate is reported b
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 
 ARTICLES = {"a", "an", "the"}
+_STATED = re.compile(r"\b(yes|no)\b(?!-)")
+# All of them but a "no" before a noun.
+_ALONE = re.compile(r"\byes\b(?!-)|\bno\b(?!-)(?=\s*(?:[^\w\s]|$|\n|(?:or|and|nor|but)\b))")
+_NO_ANSWER = re.compile(
+    r"\bno (?:idea|answer|clue|opinion|comment|way (?:to|of))\b|\bneither yes nor no\b"
+    r"|\b(?:cannot|can't|could not|not) (?:\w+ )?(?:yes or no|yes|no)\b(?! )"
+)
 
 
 def tokens(text: str) -> list[str]:
@@ -25,11 +34,15 @@ def tokens(text: str) -> list[str]:
 
 
 def yes_no(answer: str) -> str | None:
-    """ "yes" or "no" when exactly one of them appears as a whole word, else None.
+    """ "yes" or "no" when the answer states exactly one of them as a whole word, else None.
 
-    The released rule looks for substrings, so there "normal" and "unknown" count as no; not here.
+    A "no" before a noun is no statement beside a "yes": "Yes, there is no fracture" is yes. Nor is
+    "no idea", or "cannot say yes". The released rule looks for substrings, so there "normal" and
+    "unknown" count as no; not here.
     """
-    found = {word for word in re.findall(r"[^\W\d_]+", answer.lower()) if word in ("yes", "no")}
+    text = _NO_ANSWER.sub(" ", answer.lower())
+    alone = set(_ALONE.findall(text))
+    found = alone or set(_STATED.findall(text))
     return found.pop() if len(found) == 1 else None
 
 
@@ -45,6 +58,41 @@ def letter(answer: str, *, options: str) -> str | None:
     text = re.sub(r"\bA(?= (?!or\b|and\b)[a-z])", " ", answer)
     found = {found for found in re.findall(r"\b([A-Z])\b", text) if found in options}
     return found.pop() if len(found) == 1 else None
+
+
+def options(prompt: str) -> dict[str, str]:
+    """Letter -> text of the options a question lists, "A: CT" or "B) MRI", one a line or in turn.
+
+    {} unless they are A, B, C ... without a gap: then nothing is known of them.
+    """
+    marks = list(re.finditer(r"(?:^|(?<=[\s(]))([A-H])\s*[:.)]\s*", prompt))
+    first = next((n for n, mark in enumerate(marks) if mark[1] == "A"), None)
+    if first is None:
+        return {}
+    marks = marks[first:]
+    ends = [mark.start() for mark in marks[1:]] + [len(prompt)]
+    found = {
+        mark[1]: prompt[mark.end() : end].strip(" \n\t,;(")
+        for mark, end in zip(marks, ends, strict=True)
+    }
+    gapless = [mark[1] for mark in marks] == list("ABCDEFGH"[: len(marks)])
+    return found if gapless and all(found.values()) and len(found) > 1 else {}
+
+
+def choice(answer: str, known: Mapping[str, str], *, letters: str) -> str | None:
+    """The letter stated, else that of the one option whose whole text the answer has; else None.
+
+    `known`: letter -> text, {} where the question's options cannot be read; then any of `letters`.
+    """
+    stated = letter(answer, options="".join(known) or letters)
+    if stated or not known:
+        return stated
+    said = f" {' '.join(tokens(answer))} "
+    named = {x for x, text in known.items() if f" {' '.join(tokens(text))} " in said}
+    # "left lung" is also in "left lung base": an option inside another named one is not named.
+    texts = {x: f" {' '.join(tokens(known[x]))} " for x in named}
+    named = {x for x in named if not any(texts[x] in t != texts[x] for t in texts.values())}
+    return named.pop() if len(named) == 1 else None
 
 
 def exact(answer: str, reference: str) -> float:

@@ -15,11 +15,10 @@ picture matches nothing. `modality_match` is score_image.py's, and no BiomedCLIP
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from eval import score_text, stats
+from eval import score_text, stats, strict
 
 Record = Mapping[str, Any]
 PRIMARY = ("vqa_closed", "accuracy")
-LETTERS = "ABCDEFGH"
 
 
 def values(record: Record) -> dict[str, float]:
@@ -27,7 +26,7 @@ def values(record: Record) -> dict[str, float]:
     {"accuracy": 1.0, "unparsed": 0.0}."""
     task, text, answer = record["task"], record["text"], record["answer"]
     if task in ("vqa_closed", "vqa_mcq"):
-        read, expected = _parsed(task, text), _parsed(task, answer)
+        read, expected = (strict.read(task, said, record["prompt"]) for said in (text, answer))
         if expected is None:
             raise ValueError(f"item {record['id']}: answer {answer!r} is no answer of a {task}")
         return {"accuracy": float(read == expected), "unparsed": float(read is None)}
@@ -108,12 +107,6 @@ def scores(
 def answered(records: Sequence[Record], answers: Mapping[str, str]) -> list[dict[str, Any]]:
     """The records as if these texts had been the answers: for baselines without a model."""
     return [dict(record) | {"text": answers[record["id"]]} for record in records]
-
-
-def _parsed(task: str, text: str) -> str | None:
-    if task == "vqa_closed":
-        return score_text.yes_no(text)
-    return score_text.letter(text, options=LETTERS)
 
 
 def _table(records: Sequence[Record]) -> dict[tuple[str, str], dict[str, tuple[str, float]]]:

@@ -97,7 +97,7 @@ def test_image_features_and_nearest_centroid():
 
 
 def record(task, text, answer, group="g", **more):
-    fields = dict(id=f"{group}/{text}", images=[], looks_like=None, facts=[], kind="")
+    fields = dict(id=f"{group}/{text}", prompt="", images=[], looks_like=None, facts=[], kind="")
     return fields | dict(task=task, text=text, answer=answer, group=group) | more
 
 

@@ -32,12 +32,13 @@ settings    configs configs.base configs.chameleon_30b configs.tiny configs.tiny
 facts       medmax_jax medmax_jax.config medmax_jax.vocab medmax_jax.mesh medmax_jax.images
             medmax_jax.page medmax_jax.cli medmax_jax.bucket medmax_jax.storage
             medmax_jax.new_folder medmax_jax.progress medmax_jax.unpickle medmax_jax.pth data
-            data.mixture data.pack data.documents data.staging data.reader data.records
-            data.mixing data.plan_file data.plan_report data.synthetic data.overlap data.outgoing
-            data.journal data.endpoint data.asking data.captions data.instruct_replies data.sample
+            data.mixture data.pack data.documents data.staging data.reader data.records data.mixing
+            data.plan_file data.plan_report data.synthetic data.overlap data.outgoing data.journal
+            data.endpoint data.asking data.captions data.instruct_replies data.sample
             data.sample.manifest data.sample.phrases data.sample.questions data.sample.documents
             data.sample.sources data.sample.decode data.sample.dicoms data.sample.pictures
             data.sample.splits eval.stats eval.score_text medmax_jax.flops data.objective
+            eval.paired eval.calibration eval.paper eval.strict
 
 parts       medmax_jax.weights medmax_jax.array_reader medmax_jax.arrays medmax_jax.tokenizer
             medmax_jax.splash medmax_jax.cudnn medmax_jax.attention medmax_jax.quant

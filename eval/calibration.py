@@ -1,0 +1,100 @@
+"""Does a model know when it is wrong? From its likelihoods of a question's options.
+
+    log p(option)  --softmax-->  0.7 0.2 0.1    says option 0 with confidence 0.7
+    ece            |confidence - accuracy|, weighted, in bins of equally many answers
+    brier          squared distance of the shares from the truth: 0 is best, 2 the worst
+    risk_coverage  error rate among the most confident share of the answers
+
+Answers of equal confidence stand or fall together: their order in a file moves no number.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """Risk at each coverage 1/n .. 1. `area`: mean risk, lower is better; 0 for no errors."""
+
+    coverage: Float[np.ndarray, "n"]
+    risk: Float[np.ndarray, "n"]
+    area: float
+
+
+def shares(log_likelihoods: Sequence[float]) -> Float[np.ndarray, "o"]:
+    """Probabilities over the options; [0, log 3] -> [0.25, 0.75]."""
+    logs = np.asarray(log_likelihoods, np.float64)
+    if len(logs) < 2 or np.isnan(logs).any() or (logs == np.inf).any() or (logs == -np.inf).all():
+        raise ValueError(
+            f"log likelihoods {list(log_likelihoods)}: need two or more options and numbers below "
+            "infinity, one of them finite"
+        )
+    weights = np.exp(logs - logs.max())
+    return weights / weights.sum()
+
+
+def answer(probabilities: Float[np.ndarray, "o"]) -> tuple[int, float]:
+    """The likeliest option and its share."""
+    best = int(np.argmax(probabilities))
+    return best, float(probabilities[best])
+
+
+def ece(confidence: Sequence[float], right: Sequence[float], *, bins: int) -> float:
+    """Expected calibration error over `bins` bins of as equal size as ties allow."""
+    confidence, right = _checked(confidence, right)
+    if bins < 1:
+        raise ValueError(f"bins is {bins}; it must be at least 1")
+    level, where, count = np.unique(confidence, return_inverse=True, return_counts=True)
+    # A level of confidence goes to the bin of its middle rank, whole.
+    middle = np.cumsum(count) - (count + 1) / 2
+    chosen = np.minimum((middle * bins / len(confidence)).astype(int), bins - 1)[where]
+    gaps = [abs((confidence - right)[chosen == b].sum()) for b in np.unique(chosen)]
+    return float(sum(gaps) / len(confidence))
+
+
+def brier(probabilities: Sequence[Float[np.ndarray, "o"]], truth: Sequence[int]) -> float:
+    """Mean over answers of sum_o (share_o - [o is true])^2."""
+    if len(probabilities) != len(truth) or not len(truth):
+        raise ValueError(
+            f"{len(probabilities)} answers but {len(truth)} truths: one each, 1 or more"
+        )
+    total = 0.0
+    for share, option in zip(probabilities, truth, strict=True):
+        if not 0 <= option < len(share):
+            raise ValueError(f"truth {option}: the answer has options 0 to {len(share) - 1}")
+        total += float(np.sum((share - np.eye(len(share))[option]) ** 2))
+    return total / len(truth)
+
+
+def risk_coverage(confidence: Sequence[float], right: Sequence[float]) -> Curve:
+    """Within a level of confidence, errors are spread evenly: what a random order gives."""
+    confidence, right = _checked(confidence, right)
+    order = np.argsort(-confidence, kind="stable")
+    _, where = np.unique(-confidence[order], return_inverse=True)
+    errors = 1 - right[order]
+    even = (np.bincount(where, errors) / np.bincount(where))[where]
+    n = np.arange(1, len(errors) + 1)
+    risk = np.cumsum(even) / n
+    return Curve(n / len(n), risk, float(risk.mean()))
+
+
+def accuracy_at(curve: Curve, coverage: float) -> float:
+    """Accuracy among the most confident `coverage` of the answers, at least one of them."""
+    if not 0 < coverage <= 1:
+        raise ValueError(f"coverage is {coverage}; it must lie in (0, 1]")
+    kept = max(1, round(coverage * len(curve.risk)))
+    return float(1 - curve.risk[kept - 1])
+
+
+def _checked(confidence: Sequence[float], right: Sequence[float]):
+    confidence, right = np.asarray(confidence, np.float64), np.asarray(right, np.float64)
+    if len(confidence) != len(right) or not len(right):
+        raise ValueError(
+            f"{len(confidence)} confidences but {len(right)} answers: one each, 1 or more"
+        )
+    if not ((confidence >= 0) & (confidence <= 1)).all():
+        raise ValueError(f"confidence {confidence.min()} to {confidence.max()}: must lie in 0..1")
+    return confidence, right
