@@ -92,7 +92,9 @@ class Lanes:
                 best = 0  # what is held lies on other devices: compute it again
             options = near if near.size else options
         far = self._far[options]
-        order = np.lexsort((options % self.depth, self._touched[options], (far == 0) if guide else far))
+        order = np.lexsort(
+            (options % self.depth, self._touched[options], (far == 0) if guide else far)
+        )
         lane = int(options[order[0]])
         if not best:
             return Place(lane, 0, None)

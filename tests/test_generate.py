@@ -59,6 +59,8 @@ SAMPLE = Sample(
     guidance_scale_text=3.0,
     guidance_scale_image=1.2,
     max_gen_len=12,
+    budget="answer",
+    boi_ends=False,
     seed=0,
 )
 DRAWN = dataclasses.replace(SAMPLE, text_greedy=False, text_temperature=1.3)

@@ -20,8 +20,9 @@ MAX_SHIPPED_BYTES = 25_000_000  # of medmax_jax/tiny, all files together
 
 # The house from the ground up. A module may import only what stands above it in this list.
 ORDER = """
-settings    configs configs.base configs.chameleon_30b configs.tiny configs.tiny_base
-            configs.tiny_vqgan configs.eval_tiny configs.quickstart
+settings    configs configs.sampling configs.base configs.chameleon_30b configs.tiny configs.tiny_base
+            configs.tiny_vqgan configs.eval_tiny configs.quickstart configs.sample_meta
+            configs.sample_medmax
 
 facts       medmax_jax medmax_jax.config medmax_jax.vocab medmax_jax.mesh medmax_jax.images
             medmax_jax.page medmax_jax.cli medmax_jax.bucket medmax_jax.storage
@@ -36,16 +37,17 @@ facts       medmax_jax medmax_jax.config medmax_jax.vocab medmax_jax.mesh medmax
 
 parts       medmax_jax.weights medmax_jax.array_reader medmax_jax.arrays medmax_jax.tokenizer
             medmax_jax.splash medmax_jax.cudnn medmax_jax.attention medmax_jax.quant
-            medmax_jax.layers medmax_jax.sampling medmax_jax.grammar data.loader data.texts
+            medmax_jax.layers medmax_jax.sampling medmax_jax.grammar medmax_jax.lanes data.loader data.texts
             data.sources data.sources.row data.sources.stream data.sources.prompts
             data.sources.conversations data.sources.captions data.sources.questions
             data.sources.choices data.sources.parquet data.sources.reports data.sources.dicom
 
-models      medmax_jax.chameleon medmax_jax.vqgan medmax_jax.lpips medmax_jax.loss
+models      medmax_jax.chameleon medmax_jax.cached medmax_jax.vqgan medmax_jax.lpips medmax_jax.loss
             medmax_jax.optim data.codes data.batch_encoder data.code_store
 
 machines    medmax_jax.metrics medmax_jax.step medmax_jax.checkpoint medmax_jax.export
-            medmax_jax.decoding medmax_jax.batching medmax_jax.generate
+            medmax_jax.decoding medmax_jax.batching medmax_jax.engine medmax_jax.serving
+            medmax_jax.generator medmax_jax.answers medmax_jax.chat medmax_jax.generate
             data.instruct eval.tasks eval.score_image eval.scoring eval.loop
 
 layouts     medmax_jax.convert medmax_jax.convert.form medmax_jax.convert.ahead
