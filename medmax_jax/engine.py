@@ -41,6 +41,7 @@ class Engine:
     cache: cached.Cache
     seen: jax.Array
     programs: set[tuple[Any, ...]]  # what has been asked of the device: name and static arguments
+    read: int = 0  # tokens of prompts that the model had to read; the others were copied
 
 
 def make(
@@ -149,6 +150,7 @@ def _copy(engine: Engine, places: Sequence[Place]) -> None:
 def _read(engine: Engine, jobs: Sequence[tuple[Place, Int[np.ndarray, "_"]]]) -> None:
     """The model reads what no lane holds."""
     left = [(p.lane, p.kept, tokens[p.kept :]) for p, tokens in jobs if p.kept < len(tokens)]
+    engine.read += sum(len(tokens) for *_, tokens in left)
     for (tokens, positions, lanes), _ in _pieces(engine, left):
         span = batching.span(int(positions.max()) + 1, engine.slots)
         engine.programs.add(("prefill", tokens.shape, span))

@@ -214,5 +214,5 @@ def _leave(e: Engine, seat: _Seat, at: Int[np.ndarray, "3"], streams) -> None:
 
 def _width(deepest: int, near: int, depth: int) -> int:
     """Lanes of a block that run: few sizes, at least the deepest one in use."""
-    sizes = (near, near + -(-near // 2), 2 * near, depth)
+    sizes = (near, 2 * near, depth)
     return next(size for size in sizes if deepest <= size <= depth)

@@ -20,9 +20,9 @@ MAX_SHIPPED_BYTES = 25_000_000  # of medmax_jax/tiny, all files together
 
 # The house from the ground up. A module may import only what stands above it in this list.
 ORDER = """
-settings    configs configs.sampling configs.base configs.chameleon_30b configs.tiny configs.tiny_base
-            configs.tiny_vqgan configs.eval_tiny configs.quickstart configs.sample_meta
-            configs.sample_medmax
+settings    configs configs.sampling configs.base configs.chameleon_30b configs.tiny
+            configs.tiny_base configs.tiny_vqgan configs.eval_tiny configs.quickstart
+            configs.sample_meta configs.sample_medmax
 
 facts       medmax_jax medmax_jax.config medmax_jax.vocab medmax_jax.mesh medmax_jax.images
             medmax_jax.page medmax_jax.cli medmax_jax.bucket medmax_jax.storage
@@ -37,7 +37,8 @@ facts       medmax_jax medmax_jax.config medmax_jax.vocab medmax_jax.mesh medmax
 
 parts       medmax_jax.weights medmax_jax.array_reader medmax_jax.arrays medmax_jax.tokenizer
             medmax_jax.splash medmax_jax.cudnn medmax_jax.attention medmax_jax.quant
-            medmax_jax.layers medmax_jax.sampling medmax_jax.grammar medmax_jax.lanes data.loader data.texts
+            medmax_jax.layers medmax_jax.sampling medmax_jax.grammar medmax_jax.lanes
+            data.loader data.texts
             data.sources data.sources.row data.sources.stream data.sources.prompts
             data.sources.conversations data.sources.captions data.sources.questions
             data.sources.choices data.sources.parquet data.sources.reports data.sources.dicom
