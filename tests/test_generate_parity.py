@@ -33,7 +33,9 @@ def test_greedy_text_is_that_of_hf(case):
     e = engine.make(
         model, setup.VOCAB, mesh, codes=24, rows=2, lanes=2, slots=128, kind="model"
     )  # fmt: skip
-    requests = [Request(p, n, generate_cases.NEW) for n, p in enumerate(generate_cases.prompts())]
+    requests = [
+        Request(p, n, generate_cases.NEW) for n, p in enumerate(generate_cases.prompts(cases.ids()))
+    ]
     found = {}
     for news in serving.serve(e, requests, SAMPLE, mode="text", seed=0):
         found |= {each.index: each.tokens for each in news}

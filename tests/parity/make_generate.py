@@ -47,7 +47,7 @@ def answer(model, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def main() -> None:
     for case in cases.CASES.values():
         model, arrays = build(case), {}
-        for number, prompt in enumerate(generate_cases.prompts()):
+        for number, prompt in enumerate(generate_cases.prompts(cases.ids())):
             arrays[f"tokens{number}"], arrays[f"margins{number}"] = answer(model, prompt)
         print(case.name, [arrays[f"tokens{n}"].tolist() for n in range(3)])
         print(case.name, "least margin", min(arrays[f"margins{n}"].min() for n in range(3)))
