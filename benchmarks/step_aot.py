@@ -79,11 +79,7 @@ def compile_step(given: argparse.Namespace) -> Any:
     if settings.model.quant != "none":
         settings.train.init_from = "abstract"  # never read: nothing is loaded here
     run = config.from_config_dict(settings)
-    extra = {"chips_per_host_bounds": (1, 1, 1)} if given.topology.endswith(":1x1") else {}
-    chips = topologies.get_topology_desc(
-        platform="tpu", topology_name=given.topology, **extra
-    ).devices
-    m = jax.sharding.Mesh(np.array(chips).reshape(sizes), mesh.AXES, (AxisType.Explicit,) * 3)
+    m = the_mesh(given.topology, given.mesh)
     with jax.set_mesh(m):
         like = chameleon.abstract(run.model, run.vocab, run.lora)
         graph, trainable, frozen = step.split(like, run.train.trains)
@@ -91,6 +87,14 @@ def compile_step(given: argparse.Namespace) -> Any:
         key = mesh.placed(jax.eval_shape(lambda: jax.random.key(0)))
         train_step = step.make_train_step(graph, run)
         return train_step.lower(state, frozen, step.abstract_batch(run), key).compile()
+
+
+def the_mesh(topology: str, sizes: str) -> jax.sharding.Mesh:
+    """data x fsdp x tp chips of a topology that is not here."""
+    extra = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}
+    found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **extra)
+    chips = np.array(found.devices).reshape([int(n) for n in sizes.split(",")])
+    return jax.sharding.Mesh(chips, mesh.AXES, (AxisType.Explicit,) * 3)
 
 
 class Cycles:

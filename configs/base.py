@@ -76,6 +76,7 @@ def get_config() -> ConfigDict:
             eps=1e-8,
             weight_decay=0.0,
             clip_norm=1.0,
+            accumulate=1,
         )
     )
     config.train = ConfigDict(

@@ -30,6 +30,8 @@ from data.documents import Document, RecordsError, scored
 from medmax_jax.config import Run
 from medmax_jax.vocab import PAD
 
+KINDS = 128  # pairs of source and task at most; MedMax has 13 x 6
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,6 +42,7 @@ class Batch:
     segments: Int32[Array | np.ndarray, "B T"]  # 0 padding, documents 1..n in each row
     positions: Int32[Array | np.ndarray, "B T"]  # within the document
     weights: Float32[Array | np.ndarray, "B T"]  # of the loss of predicting this token
+    kinds: Int32[Array | np.ndarray, "B T"]  # of the document, a place in `Batches.kinds`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +89,9 @@ class Batches:
         self._epochs = mixing.epochs(self.records, run.data, self._mixing)
         self.plan = self._epochs.first.fingerprint  # of epoch 0
         self._last = len(self._epochs.first) if one_pass else None
+        self.kinds, self._kind = _kinds(
+            self.records
+        )  # (source, task) of each kind; of each document
         self._text, self._image = self.records.scored_counts(run.data.mask)
         steps = -(-self._last // run.data.batch_size) if one_pass else run.train.steps
         self._steps = grain.MapDataset.range(0, steps).map(self._make)
@@ -145,7 +151,8 @@ class Batches:
         rows, stats = self._rows(int(step)), self.stats(int(step))
         share = len(rows) // self._hosts
         rows = rows[self._host * share : (self._host + 1) * share]
-        documents = iter(self.records.read(np.concatenate(rows)))
+        numbers = np.concatenate(rows)
+        documents = zip(self.records.read(numbers), self._kind[numbers].tolist(), strict=True)
         held = [[next(documents) for _ in row] for row in rows]
         return _batch(held, stats, self._run)
 
@@ -180,16 +187,30 @@ class Batches:
             )
 
 
-def _batch(rows: list[list[Document]], stats: Stats, run: Run) -> Batch:
+def _kinds(records: reader.Records) -> tuple[list[tuple[str, str]], np.ndarray]:
+    """The pairs of source and task that occur, and each document's place among them."""
+    sources, tasks = records.names("source"), records.names("task")
+    numbers = records.index["source"].astype(np.int64) * len(tasks) + records.index["task"]
+    found, kind = np.unique(numbers, return_inverse=True)
+    if len(found) > KINDS:
+        raise RecordsError(
+            f"{records.folder}: {len(found)} pairs of source and task; at most {KINDS} can be "
+            "reported apart: name them alike"
+        )
+    names = [(sources[n // len(tasks)], tasks[n % len(tasks)]) for n in found.tolist()]
+    return names, kind.astype(np.int32)
+
+
+def _batch(rows: list[list[tuple[Document, int]]], stats: Stats, run: Run) -> Batch:
     shape = (len(rows), run.data.seq_len)
     ids, weights = np.full(shape, PAD, np.int32), np.zeros(shape, np.float32)
-    segments, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    segments, positions, kinds = (np.zeros(shape, np.int32) for _ in range(3))
     for r, row in enumerate(rows):
         start = 0
-        for n, document in enumerate(row):
+        for n, (document, kind) in enumerate(row):
             span = slice(start, start + len(document.tokens))
             ids[r, span] = document.tokens
-            segments[r, span] = n + 1
+            segments[r, span], kinds[r, span] = n + 1, kind
             positions[r, span] = np.arange(len(document.tokens))
             mask = scored(document.tokens, run.data.mask, document.turns)
             if run.train.loss_weight == "document":
@@ -197,4 +218,4 @@ def _batch(rows: list[list[Document]], stats: Stats, run: Run) -> Batch:
             else:
                 weights[r, span] = mask / (stats.scored_text + stats.scored_image)
             start = span.stop
-    return Batch(ids=ids, segments=segments, positions=positions, weights=weights)
+    return Batch(ids, segments, positions, weights, kinds)

@@ -23,11 +23,12 @@ from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from medmax_jax.attention import packed
 from medmax_jax.config import Lora, Model, Vocab
-from medmax_jax.layers import Embed, HeadNorm, Linear, RMSNorm, matmul, rope, rope_angles
+from medmax_jax.cross_entropy import Head, image_columns, whole_kernel
+from medmax_jax.layers import INIT_STD, Embed, HeadNorm, Linear, RMSNorm, matmul, rope, rope_angles
 from medmax_jax.mesh import ACT, DOWN, HEADS, HID, LOGITS, UP, placed
 from medmax_jax.quant import TILE
 
-NO_LORA = Lora(rank=0, alpha=0.0, dropout=0.0)  # the head has no adapter
+NO_LORA = Lora(rank=0, alpha=0.0, dropout=0.0)
 
 # What the backward pass finds saved; it computes the rest again. "none": no recomputation.
 REMAT = {"attn": ("attn",), "qkv_attn": ("q", "k", "v", "attn"), "all": ()}
@@ -104,6 +105,22 @@ class Layer(nnx.Module):
         return x + self.mlp(self.post_attention_layernorm(x), keys[4:]), extra
 
 
+class ImageColumns(nnx.Param):
+    """The columns of lm_head that Anole's stage trains."""
+
+
+class OutputHead(nnx.Module):
+    """The matrix to logits; where they train, its image columns apart.
+
+    Those are fp32: in bf16 small steps vanish.
+    """
+
+    def __init__(self, kernel: Float[Array, "D V"], image: Float[Array, "D C"] | None):
+        self.kernel, self.tuned = nnx.Param(kernel), image is not None
+        if self.tuned:
+            self.image = ImageColumns(image)
+
+
 class Chameleon(nnx.Module):
     """The language model; the VQGAN that makes its image tokens is vqgan.py."""
 
@@ -115,12 +132,10 @@ class Chameleon(nnx.Module):
         keys = jax.random.split(key_layers, (config.num_layers, 7, 2))
         self.layers = jax.vmap(lambda k: Layer(config, lora, keys=k))(keys)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
-        keys = jax.random.split(key_head)
-        self.lm_head = Linear(
-            config.hidden_size, vocab.size, spec=UP, dtype=dtype, kind="none", lora=NO_LORA,
-            keys=keys,
-        )  # fmt: skip
-        self.config = config
+        shape, key = (config.hidden_size, vocab.size), jax.random.split(key_head)[0]
+        kernel = INIT_STD * jax.random.normal(key, shape, out_sharding=UP)
+        self.lm_head = OutputHead(kernel.astype(dtype), None)
+        self.config, self.vocab = config, vocab
 
     def hidden(
         self,
@@ -152,8 +167,13 @@ class Chameleon(nnx.Module):
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """In fp32, and nothing masked: image ids have logits like all others."""
-        kernel = self.lm_head.kernel[...].astype(hidden.dtype)
+        kernel = whole_kernel(self.head()).astype(hidden.dtype)
         return matmul(hidden, kernel, LOGITS, dtype=jnp.float32)
+
+    def head(self) -> Head:
+        """The matrix to logits, with its image columns apart where those train."""
+        head = self.lm_head
+        return Head(head.kernel[...], head.image[...] if head.tuned else None)
 
     def _run(self, ids, segments, positions, key, *, keep: bool) -> tuple[Array, Array | None]:
         attend_packed = packed(segments, impl=self.config.attention)
@@ -195,6 +215,20 @@ def split(model: Chameleon) -> tuple[Any, Any, Any]:
     """(graph, adapters, base); `nnx.merge(graph, adapters, base)` is the model again."""
     # LoRAParam is a Param too: the narrow filter stands first, or the adapters would be base.
     return nnx.split(model, nnx.LoRAParam, ...)
+
+
+def with_image_columns(model: Chameleon) -> Chameleon:
+    """The same model with the image columns of its head apart, as Anole's stage trains them."""
+    tuned, kernel = nnx.merge(*nnx.split(model)), model.head().kernel
+    tuned.lm_head = OutputHead(kernel, image_columns(kernel, model.vocab.image_codes))
+    return tuned
+
+
+def without_image_columns(model: Chameleon) -> Chameleon:
+    """The inverse: the trained columns stand in the kernel, in its dtype."""
+    plain, head = nnx.merge(*nnx.split(model)), model.head()
+    plain.lm_head = OutputHead(whole_kernel(head).astype(head.kernel.dtype), None)
+    return plain
 
 
 def count_parameters(tree: Any) -> int:

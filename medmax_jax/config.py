@@ -117,11 +117,12 @@ class Optim:
     eps: float
     weight_decay: float
     clip_norm: float
+    accumulate: int  # microbatches a step, one after the other; 1: the batch at once
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Train:
-    trains: str  # lora | full
+    trains: str  # lora | full | image_head: Anole's stage, the image columns of lm_head
     init_from: str  # folder of base weights; empty: random weights
     steps: int
     loss_weight: str  # document | token
@@ -174,7 +175,7 @@ CHOICES = {
     "mixing.by": ("source", "task"),
     "mixing.unit": ("documents", "tokens"),
     "sample.budget": ("answer", "segment"),
-    "train.trains": ("lora", "full"),
+    "train.trains": ("lora", "full", "image_head"),
     "train.loss_weight": ("document", "token"),
     "train.prng_impl": ("threefry2x32", "rbg", "unsafe_rbg"),
 }
@@ -293,16 +294,23 @@ def _check_sizes(run: Run) -> None:
     _rule(0 < d.document_limit <= limit, "data.document_limit", d.document_limit, mend)
     plain = not (run.mixing.weights and run.mixing.image_centric)
     _rule(plain, "mixing.weights", run.mixing.weights, "empty when mixing.image_centric")
-    rows = run.mesh.data * run.mesh.fsdp
+    _rule(run.optim.accumulate > 0, "optim.accumulate", run.optim.accumulate, "above 0")
+    rows = run.mesh.data * run.mesh.fsdp * run.optim.accumulate
     _rule(
         d.batch_size % rows == 0,
         "data.batch_size",
         d.batch_size,
-        f"a multiple of data x fsdp = {rows}",
+        f"a multiple of data x fsdp x optim.accumulate = {rows}",
     )
-    adapters, full = run.lora.rank > 0, run.train.trains == "full"
-    _rule(adapters or full, "lora.rank", run.lora.rank, "above 0 when train.trains is lora")
-    _rule(not (adapters and full), "lora.rank", run.lora.rank, "0 when train.trains is full")
+    lora, full = run.train.trains == "lora", run.train.trains == "full"
+    _rule(
+        not lora or run.lora.rank > 0,
+        "lora.rank",
+        run.lora.rank,
+        "above 0 when train.trains is lora",
+    )
+    mend = f"0 when train.trains is {run.train.trains}"
+    _rule(lora or run.lora.rank == 0, "lora.rank", run.lora.rank, mend)
     exact = m.param_dtype == "float32" or not full  # bfloat16 would round small updates away
     _rule(exact, "model.param_dtype", m.param_dtype, "float32 when train.trains is full")
     if m.attention.startswith("splash"):
@@ -314,8 +322,9 @@ def _check_sizes(run: Run) -> None:
             _rule(getattr(m, name) % 64 == 0, f"model.{name}", getattr(m, name), "a multiple of 64")
         wide = m.num_heads * m.head_dim
         _rule(wide % 64 == 0, "model.num_heads", m.num_heads, "x head_dim a multiple of 64 for nf4")
-    whole = m.quant == "none"  # quantised matrices are made by convert, and nothing trains them
-    _rule(whole or not full, "model.quant", m.quant, "none when train.trains is full")
+    whole = m.quant == "none"  # convert makes quantised matrices; none leaves in a whole model
+    mend = f"none when train.trains is {run.train.trains}"
+    _rule(whole or lora, "model.quant", m.quant, mend)
     _rule(whole or bool(run.train.init_from), "train.init_from", "", f"set: weights in {m.quant}")
     _rule(0 <= run.lora.dropout < 1, "lora.dropout", run.lora.dropout, "in [0, 1)")
     _rule(

@@ -1,4 +1,4 @@
-"""The objective: sum over positions of weight x negative log-likelihood; its text and image parts.
+"""The objective: sum over positions of weight x negative log-likelihood; its parts for reports.
 
     ids      BOS  a   BOI  c0  c1  EOI  SEP  b   EOS        hidden[t] predicts ids[t + 1]
     weights   0   0    0   0   0    0    0   .5  .5         weights[t] belongs to predicting ids[t]
@@ -13,90 +13,53 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from data.loader import Batch
-from medmax_jax import mesh
+from data.loader import KINDS, Batch
 from medmax_jax.chameleon import Chameleon
-from medmax_jax.config import Vocab
+from medmax_jax.cross_entropy import num_chunks, weighted_nll
+from medmax_jax.mesh import BATCH, ROWS
 from medmax_jax.vocab import is_image
-
-# fp32 logits that one device holds at a time: 2**26 x 4 bytes = 256 MiB, small beside the weights
-# of a 7B model and large enough that a chunk keeps the matrix units busy.
-CHUNK_LOGITS = 2**26
 
 
 def objective(
-    model: Chameleon, batch: Batch, key: PRNGKeyArray | None, *, vocab: Vocab
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    model: Chameleon, batch: Batch, key: PRNGKeyArray | None, *, trains: str
+) -> tuple[Float[Array, ""], dict[str, Array]]:
     """The loss of a global batch, and sums for reports; `key=None` switches dropout off.
 
-    The sums are unweighted: `text_nll / text_count` is the mean over scored text targets. Image
-    targets are the image codes; BOI and EOI count as text.
+    The sums are unweighted, over scored targets, in all and for each kind of document, text and
+    image apart: `text_nll / text_count` is the mean over scored text targets. Image targets are the
+    image codes; BOI and EOI count as text. `trains`: config.train.trains.
     """
     hidden = model.hidden(batch.ids, batch.segments, batch.positions, key=key)
     # The last position predicts nothing. Not jnp.roll: with one row a [1, 1] slice in it has lost
     # its sharding, which jax 0.11 minds.
-    targets, weights = (jnp.pad(x[:, 1:], ((0, 0), (0, 1))) for x in (batch.ids, batch.weights))
-    kernel = model.lm_head.kernel[...]
-    nll = token_nll(hidden, kernel, targets, chunks=num_chunks(hidden, kernel))
-    scored, image = weights > 0, is_image(targets, vocab)
-    return (weights * nll).sum(), {
-        "text_nll": jnp.where(scored & ~image, nll, 0).sum(),
-        "text_count": (scored & ~image).sum(dtype=jnp.float32),
-        "image_nll": jnp.where(scored & image, nll, 0).sum(),
-        "image_count": (scored & image).sum(dtype=jnp.float32),
+    ahead = lambda x: jnp.pad(x[:, 1:], ((0, 0), (0, 1)))  # noqa: E731
+    targets, weights, kinds = (ahead(x) for x in (batch.ids, batch.weights, batch.kinds))
+    head = model.head()
+    total, nll = weighted_nll(
+        hidden, head, targets, weights,
+        trains_kernel=trains == "full", chunks=num_chunks(hidden, head.kernel),
+    )  # fmt: skip
+    image = is_image(targets, model.vocab)
+    nlls, counts = by_kind(nll, weights > 0, 2 * kinds + image)
+    return total, {
+        "text_nll": nlls[:, 0].sum(),
+        "text_count": counts[:, 0].sum(),
+        "image_nll": nlls[:, 1].sum(),
+        "image_count": counts[:, 1].sum(),
+        "kind_nll": nlls,
+        "kind_count": counts,
     }
 
 
-def token_nll(
-    hidden: Float[Array, "B T D"],
-    kernel: Float[Array, "D V"],
-    targets: Int[Array, "B T"],
-    *,
-    chunks: int,
-) -> Float[Array, "B T"]:
-    """-log p(targets[b, t] | hidden[b, t]) over the whole vocabulary, in fp32.
+def by_kind(
+    nll: Float[Array, "B T"], scored: Array, place: Int[Array, "B T"]
+) -> tuple[Float[Array, "KINDS 2"], Float[Array, "KINDS 2"]]:
+    """Sums and counts of the scored tokens by place = 2 * kind + image."""
 
-    With several chunks (a divisor of T) the logits of one chunk exist at a time, and the backward
-    pass makes them again. The vocabulary may be sharded over tp.
-    """
-    rows, length, width = hidden.shape
-    if length % chunks:
-        raise ValueError(f"{chunks} chunks do not divide {length} tokens; use a divisor")
-    kernel = jax.reshard(kernel, P(None, "tp"))  # one gather over fsdp, not one a chunk
-    if chunks == 1:
-        return _nll(hidden, kernel, targets)
-    parts = (
-        jnp.moveaxis(hidden.reshape(rows, chunks, length // chunks, width), 1, 0),  # [C, B, T/C, D]
-        jnp.moveaxis(targets.reshape(rows, chunks, length // chunks), 1, 0),
-    )
-    chunk = jax.checkpoint(_nll, prevent_cse=False)  # scan already keeps the two passes apart
-    _, nll = jax.lax.scan(lambda _, part: (None, chunk(part[0], kernel, part[1])), None, parts)
-    return jnp.moveaxis(nll, 0, 1).reshape(rows, length)
+    def local(nll, scored, place):
+        values = jnp.stack([jnp.where(scored, nll, 0), scored.astype(jnp.float32)], -1)
+        sums = jax.ops.segment_sum(values.reshape(-1, 2), place.reshape(-1), 2 * KINDS)
+        return jax.lax.psum(sums, ROWS)
 
-
-def num_chunks(hidden: Float[Array, "B T D"], kernel: Float[Array, "D V"]) -> int:
-    """The smallest divisor of T with which a device's logits of a chunk are within CHUNK_LOGITS."""
-    rows, length, _ = jax.typeof(hidden).sharding.shard_shape(hidden.shape)
-    vocab = jax.typeof(kernel).sharding.shard_shape(kernel.shape)[1]
-    fitting = (c for c in range(1, length) if length % c == 0)
-    return next((c for c in fitting if rows * (length // c) * vocab <= CHUNK_LOGITS), length)
-
-
-def _nll(
-    hidden: Float[Array, "B T D"], kernel: Float[Array, "D V"], targets: Int[Array, "B T"]
-) -> Float[Array, "B T"]:
-    # One axis of tokens: with two, the kernel's gradient sums over both, for which XLA's CPU
-    # backend has no matrix product (2.3 times the time of the whole loss at the tiny size).
-    rows = jnp.reshape(hidden, (-1, hidden.shape[-1]), out_sharding=P(mesh.ROWS, None))  # [B*T, D]
-    logits = jnp.einsum(
-        "nd,dv->nv",
-        rows,
-        kernel.astype(hidden.dtype),
-        out_sharding=P(mesh.ROWS, "tp"),
-        preferred_element_type=jnp.float32,
-    )
-    # take_along_axis cannot index an axis that is sharded; a comparison can.
-    flat = jnp.reshape(targets, (-1,), out_sharding=P(mesh.ROWS))
-    hit = flat[:, None] == jnp.arange(kernel.shape[1])
-    nll = jax.nn.logsumexp(logits, axis=-1) - jnp.where(hit, logits, 0).sum(-1)
-    return jnp.reshape(nll, targets.shape, out_sharding=mesh.BATCH)
+    sums = jax.shard_map(local, in_specs=(BATCH,) * 3, out_specs=P())(nll, scored, place)
+    return tuple(jnp.moveaxis(sums.reshape(KINDS, 2, 2), -1, 0))

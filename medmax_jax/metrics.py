@@ -44,6 +44,7 @@ class Interval(clu_metrics.Collection):
     loss: clu_metrics.Average.from_output("loss")
     text_nll: _ratio("text_nll", "text_count")  # over scored text targets, each counting once
     image_nll: _ratio("image_nll", "image_count")
+    kinds: _ratio("kind_nll", "kind_count")  # [KINDS, 2]: of each kind of document, text and image
     grad_norm: clu_metrics.Average.from_output("grad_norm")  # before the clip
     finite: clu_metrics.Average.from_output(
         "finite"
@@ -60,6 +61,7 @@ class Held(clu_metrics.Collection):
     loss: _ratio("weighted_loss", "share")
     text_nll: _ratio("text_nll", "text_count")
     image_nll: _ratio("image_nll", "image_count")
+    kinds: _ratio("kind_nll", "kind_count")
 
 
 def on_host(collection: clu_metrics.Collection) -> clu_metrics.Collection:
@@ -67,12 +69,12 @@ def on_host(collection: clu_metrics.Collection) -> clu_metrics.Collection:
     return jax.tree.map(np.float64, jax.device_get(collection))
 
 
-def to_list(collection: clu_metrics.Collection | None) -> list[float]:
+def to_list(collection: clu_metrics.Collection | None) -> list[Any]:
     """The bare sums for a checkpoint's cursor; empty for no collection."""
-    return [float(leaf) for leaf in jax.tree.leaves(collection)]
+    return [np.asarray(leaf).tolist() for leaf in jax.tree.leaves(collection)]
 
 
-def from_list(values: list[float]) -> Interval | None:
+def from_list(values: list[Any]) -> Interval | None:
     """The inverse of `to_list`."""
     if not values:
         return None
@@ -82,7 +84,22 @@ def from_list(values: list[float]) -> Interval | None:
 def means(collection: clu_metrics.Collection) -> dict[str, float]:
     """Name -> mean. NaN where nothing was counted (an interval without image targets)."""
     with np.errstate(invalid="ignore", divide="ignore"):
-        return {name: float(value) for name, value in collection.compute().items()}
+        found = collection.compute()
+    return {name: float(value) for name, value in found.items() if name != "kinds"}
+
+
+def by_kind(collection: clu_metrics.Collection, kinds: list[tuple[str, str]]) -> dict[str, float]:
+    """{"source/SLAKE/text_nll": 1.5, ...}: means per source and per task, where there are targets.
+
+    `kinds`: source and task of each kind, as the loader's `Batches.kinds` has them.
+    """
+    sums = np.stack([collection.kinds.total, collection.kinds.count], -1)  # [KINDS, 2, 2]
+    totals: dict[str, np.ndarray] = {}
+    for (source, task), each in zip(kinds, sums, strict=False):
+        for name in (f"source/{source}", f"task/{task}"):
+            for what, pair in zip(("text_nll", "image_nll"), each, strict=True):
+                totals[f"{name}/{what}"] = totals.get(f"{name}/{what}", 0) + pair
+    return {name: float(t / n) for name, (t, n) in sorted(totals.items()) if n}
 
 
 class Clock:

@@ -3,8 +3,9 @@
     state  --donated-->  train_step  -->  state'     trainable, optimiser, step + 1
     frozen, batch, key ---^        \\-->  Interval   sums of this step, still on the device
 
-What trains is decided once, in `split`: the adapters, or the whole model. Dropout of step s comes
-from fold_in(key, s), so a resumed run draws what the uninterrupted one would have drawn.
+What trains is decided once, in `split`: the adapters, the whole model, or the image columns of its
+head (Anole's stage). Dropout of step s comes from fold_in(key, s), so a resumed run draws what the
+uninterrupted one would have drawn.
 """
 
 import dataclasses
@@ -16,12 +17,13 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from data.loader import Batch
 from medmax_jax import attention, chameleon, loss, optim
 from medmax_jax.config import Run
-from medmax_jax.mesh import BATCH
+from medmax_jax.mesh import BATCH, placed
 from medmax_jax.metrics import Held, Interval
 
 
@@ -42,8 +44,21 @@ def check(run: Run, mesh: jax.sharding.Mesh) -> None:
 
 def split(model: chameleon.Chameleon, trains: str) -> tuple[Any, PyTree, PyTree]:
     """(graph, trainable, frozen) of a model, abstract or not; `nnx.merge` puts them together."""
+    if trains == "image_head":
+        make = chameleon.with_image_columns
+        abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(model))
+        tuned = placed(jax.eval_shape(make, model)) if abstract else make(model)
+        return nnx.split(tuned, chameleon.ImageColumns, ...)
     graph, adapters, base = chameleon.split(model)
     return (graph, adapters, base) if trains == "lora" else (graph, base, adapters)
+
+
+def whole(graph: Any, trainable: PyTree, frozen: PyTree) -> PyTree:
+    """The base as it is after training, for export: trained image columns stand in the head."""
+    model = nnx.merge(graph, trainable, frozen)
+    if model.lm_head.tuned:
+        model = chameleon.without_image_columns(model)
+    return chameleon.split(model)[2]
 
 
 def init_state(trainable: PyTree, run: Run) -> TrainState:
@@ -64,11 +79,15 @@ def make_train_step(graph: Any, run: Run) -> Callable:
     ) -> tuple[TrainState, Interval]:
         dropout = jax.random.fold_in(key, state.step)
 
-        def value(trainable: PyTree) -> tuple[Array, dict[str, Array]]:
+        def value(trainable: PyTree, batch: Batch, key: PRNGKeyArray) -> tuple[Array, dict]:
             model = nnx.merge(graph, trainable, frozen)
-            return loss.objective(model, batch, dropout, vocab=run.vocab)
+            return loss.objective(model, batch, key, trains=run.train.trains)
 
-        (total, sums), grads = jax.value_and_grad(value, has_aux=True)(state.trainable)
+        take = jax.value_and_grad(value, has_aux=True)
+        if run.optim.accumulate == 1:
+            (total, sums), grads = take(state.trainable, batch, dropout)
+        else:
+            total, sums, grads = accumulate(take, state.trainable, batch, dropout, run)
         norm = optax.tree.norm(grads)
         updates, opt_state = optimiser.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
@@ -87,12 +106,36 @@ def make_train_step(graph: Any, run: Run) -> Callable:
     return jax.jit(train_step, donate_argnums=0)
 
 
+def accumulate(
+    take: Callable, trainable: PyTree, batch: Batch, key: PRNGKeyArray, run: Run
+) -> tuple[Array, dict[str, Array], PyTree]:
+    """(loss, sums, gradients) of a batch, a microbatch at a time: only one's activations exist.
+
+    The weights of the batch are shares of all of it, so losses and gradients add up. Microbatch i
+    has rows [i * B / n, (i + 1) * B / n) whatever the mesh, and dropout of its own.
+    """
+    pieces = run.optim.accumulate
+
+    def part(x: Array) -> Array:  # [n, B / n, T]; a few bytes a token, so every device gets all
+        whole = jax.sharding.reshard(x, P(None, None))
+        return jax.sharding.reshard(whole.reshape(pieces, -1, x.shape[1]), P(None, *BATCH))
+
+    def body(grads: PyTree, xs: tuple) -> tuple[PyTree, tuple]:
+        (total, sums), found = take(trainable, *xs)
+        return jax.tree.map(jnp.add, grads, found), (total, sums)
+
+    xs = (jax.tree.map(part, batch), jax.random.split(key, pieces))
+    grads, parts = jax.lax.scan(body, jax.tree.map(jnp.zeros_like, trainable), xs)
+    total, sums = jax.tree.map(lambda x: x.sum(0), parts)
+    return total, sums, grads
+
+
 def make_eval_step(graph: Any, run: Run) -> Callable:
     """eval_step(trainable, frozen, batch) -> Held; jitted, no dropout."""
 
     def eval_step(trainable: PyTree, frozen: PyTree, batch: Batch) -> Held:
         model = nnx.merge(graph, trainable, frozen)
-        total, sums = loss.objective(model, batch, None, vocab=run.vocab)
+        total, sums = loss.objective(model, batch, None, trains=run.train.trains)
         # A batch's loss is a mean over this many; so the mean over batches is the one over all.
         documents = batch.segments.max(axis=1).sum().astype(jnp.float32)
         targets = sums["text_count"] + sums["image_count"]

@@ -185,7 +185,8 @@ class Reporter:
         }
         eta = (job.run.train.steps - done) * seconds / steps
         job.writer.log(metrics.step_line(done, job.run.train.steps, row, eta=eta))
-        job.writer.numbers("train", done, row | job.clock.report())
+        kinds = metrics.by_kind(self._interval, job.train_data.kinds)
+        job.writer.numbers("train", done, row | kinds | job.clock.report())
         self.last = self.last | row
         self._interval, self._timed = None, (job.clock.training, 0, 0)
 
@@ -225,7 +226,7 @@ class Evaluator:
             total = sums if total is None else total.merge(sums)
         row = metrics.means(total)
         job.writer.log(f"validation after step {done}: {metrics.loss_words(row)}")
-        job.writer.numbers("validation", done, row)
+        job.writer.numbers("validation", done, row | metrics.by_kind(total, job.held_data.kinds))
         return {f"validation_{name}": value for name, value in row.items()}
 
 
@@ -263,10 +264,8 @@ def _finish(job: Job, state: step.TrainState, last: dict[str, float]) -> dict[st
         target = job.folder / "adapter"
         export.adapter(target, state.trainable, run, facts)
     else:
-        target = job.folder / "model"
-        for name in export.model(
-            target, state.trainable, run, data=facts["data"], step=facts["step"]
-        ):
+        target, whole = job.folder / "model", step.whole(job.graph, state.trainable, job.frozen)
+        for name in export.model(target, whole, run, data=facts["data"], step=facts["step"]):
             job.writer.log(f"{target} has no {name}: config.train.init_from has none to copy")
     clock = job.clock.report()
     spent = " ".join(f"{name} {seconds:.1f}" for name, seconds in job.clock.seconds.items())
@@ -303,15 +302,19 @@ def _weights(
     run: config.Run, like: chameleon.Chameleon, key: jax.Array, *, restoring: bool
 ) -> tuple[PyTree, PyTree]:
     """(trainable, frozen); `trainable` is None where a checkpoint will bring it."""
-    lora, folder = run.train.trains == "lora", run.train.init_from
-    _, like_trainable, like_frozen = step.split(like, run.train.trains)
-    if restoring and not lora:
+    trains, folder = run.train.trains, run.train.init_from
+    _, like_trainable, like_frozen = step.split(like, trains)
+    if restoring and trains == "full":
         return None, like_frozen  # which has no arrays
     if not folder:
         model = chameleon.create(run.model, run.vocab, run.lora, key=key)
-        return step.split(model, run.train.trains)[1:]
-    if not lora:
+        return step.split(model, trains)[1:]
+    if trains == "full":
         return export.load(folder, like_trainable), like_frozen
+    if trains == "image_head":
+        graph, _, base = chameleon.split(like)
+        model = nnx.merge(graph, export.load(folder, base))
+        return step.split(model, trains)[1:]
 
     def adapters(key: jax.Array) -> PyTree:  # under jit, so the random base is never made
         model = chameleon.Chameleon(run.model, run.vocab, run.lora, key=key)

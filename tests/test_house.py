@@ -23,12 +23,14 @@ ORDER = """
 settings    configs configs.sampling configs.base configs.chameleon_30b configs.tiny
             configs.tiny_base configs.tiny_vqgan configs.eval_tiny configs.quickstart
             configs.sample_meta configs.sample_medmax
+            configs.medmax_7b_paper configs.medmax_7b_lora configs.medmax_7b_qlora
+            configs.medmax_7b_full configs.chameleon_30b_lora
 
 facts       medmax_jax medmax_jax.config medmax_jax.vocab medmax_jax.mesh medmax_jax.images
             medmax_jax.page medmax_jax.cli medmax_jax.bucket medmax_jax.storage
             medmax_jax.new_folder medmax_jax.progress
             medmax_jax.unpickle medmax_jax.pth data data.mixture data.pack data.documents
-            data.reader data.records data.mixing data.plan_report data.synthetic
+            data.reader data.records data.mixing data.plan_report data.objective data.synthetic
             data.outgoing data.journal data.endpoint data.asking data.captions
             data.instruct_replies
             data.sample data.sample.manifest data.sample.phrases data.sample.questions
@@ -43,8 +45,9 @@ parts       medmax_jax.weights medmax_jax.array_reader medmax_jax.arrays medmax_
             data.sources.conversations data.sources.captions data.sources.questions
             data.sources.choices data.sources.parquet data.sources.reports data.sources.dicom
 
-models      medmax_jax.chameleon medmax_jax.cached medmax_jax.vqgan medmax_jax.lpips medmax_jax.loss
-            medmax_jax.optim data.codes data.batch_encoder data.code_store
+models      medmax_jax.cross_entropy medmax_jax.chameleon medmax_jax.cached medmax_jax.vqgan
+            medmax_jax.lpips medmax_jax.loss medmax_jax.optim data.codes data.batch_encoder
+            data.code_store
 
 machines    medmax_jax.metrics medmax_jax.step medmax_jax.checkpoint medmax_jax.export
             medmax_jax.decoding medmax_jax.batching medmax_jax.engine medmax_jax.serving

@@ -42,7 +42,9 @@ def setup(run: config.Run, model: chameleon.Chameleon, shape: tuple[int, int, in
     m = mesh.make_mesh(config.Mesh(data=shape[0], fsdp=shape[1], tp=shape[2]))
     with jax.set_mesh(m):
         like = chameleon.abstract(run.model, run.vocab, run.lora)
-        placed = jax.tree.map(lambda x, s: jax.device_put(np.asarray(x), s.sharding), model, like)
+        shards, structure = jax.tree.flatten(like)  # its settings may differ from the model's
+        leaves = zip(jax.tree.leaves(model), shards, strict=True)
+        placed = structure.unflatten([jax.device_put(np.asarray(x), s.sharding) for x, s in leaves])
         graph, trainable, frozen = step.split(placed, run.train.trains)
         state = step.init_state(trainable, run)
         batch = mesh.put_batch(loader.batches(run, run.data.train).batch(0), m)
@@ -183,3 +185,82 @@ def test_evaluation_is_the_mean_over_all_documents(lora, tmp_path):
     assert len(loader.one_pass(small, held)) > 1 == len(loader.one_pass(large, held))
     for name, value in found[0].items():
         np.testing.assert_allclose(value, found[1][name], rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("pieces", [2, 4])
+def test_accumulated_gradients_are_those_of_the_batch(lora, lora_run, model, pieces):
+    """Packed rows, weights by document, no dropout: one update of one batch and of its pieces."""
+    changes = dict(lora=dataclasses.replace(lora_run.lora, dropout=0.0))
+    once = dataclasses.replace(lora_run, **changes)
+    changes["optim"] = dataclasses.replace(lora_run.optim, accumulate=pieces)
+    whole = setup(once, model, (1, 2, 1))
+    parts = setup(dataclasses.replace(lora_run, **changes), model, (1, 2, 1))
+    assert np.asarray(whole.batch.segments).max() > 1  # several documents a row
+    (want, sums), (got, part_sums) = take(whole, whole.fresh()), take(parts, parts.fresh())
+    for name, value in metrics.means(sums).items():
+        np.testing.assert_allclose(metrics.means(part_sums)[name], value, rtol=1e-5, err_msg=name)
+    np.testing.assert_allclose(part_sums.kinds.total, sums.kinds.total, rtol=1e-5)
+    want, got = numpy(want.opt_state), numpy(got.opt_state)
+    for name, value in want.items():  # the first moments are the gradients, clipped, times 1 - b1
+        atol = 1e-5 * max(np.abs(value).max(), 1e-12)
+        np.testing.assert_allclose(got[name], value, rtol=1e-4, atol=atol, err_msg=name)
+
+
+def test_full_training_in_bfloat16_keeps_fp32_weights(folder):
+    """Gradients of bf16 products are near those of fp32; weights and moments stay fp32."""
+    base = dict(
+        data__train=folder, optim__warmup_ratio=0.0, train__trains="full", lora__rank=0,
+        optim__peak_lr=1e-6,
+    )  # fmt: skip
+    found = {}
+    for kind in ("float32", "bfloat16"):
+        run = micro_run.run(**base, model__compute_dtype=kind)
+        with jax.set_mesh(mesh.make_mesh(run.mesh)):
+            model = chameleon.create(run.model, run.vocab, run.lora, key=jax.random.key(0))
+        s = setup(run, model, (1, 1, 1))
+        before = numpy(s.state.trainable)
+        after, _ = take(s, s.fresh())
+        found[kind] = numpy(after.opt_state)
+    moments = [n for n in found["float32"] if ".mu." in n]
+    assert moments
+    for name in moments:
+        exact, half = found["float32"][name], found["bfloat16"][name]
+        assert half.dtype == np.float32
+        assert np.abs(half - exact).max() < 0.06 * np.abs(exact).max(), name
+    # an update of 1e-6 would be lost in bf16 weights
+    moved = {n: (v != before[n]).mean() for n, v in numpy(after.trainable).items()}
+    assert moved["layers.mlp.up_proj.kernel"] > 0.9
+
+
+def test_only_the_image_columns_of_the_head_move(folder):
+    """Anole's stage on a bf16 base: fp32 columns, and one matrix again in the exported base."""
+    run = micro_run.run(
+        data__train=folder, optim__warmup_ratio=0.0, train__trains="image_head", lora__rank=0,
+        model__param_dtype="bfloat16",
+    )  # fmt: skip
+    with jax.set_mesh(mesh.make_mesh(run.mesh)):
+        model = chameleon.create(run.model, run.vocab, run.lora, key=jax.random.key(0))
+    head = np.asarray(model.lm_head.kernel[...], np.float32)
+    s = setup(run, model, (1, 2, 2))
+    (before,) = numpy(s.state.trainable).values()
+    assert before.dtype == np.float32 and before.shape == (32, 16)
+    np.testing.assert_array_equal(before, head[:, 4:20])
+    state, losses = s.fresh(), []
+    for _ in range(10):
+        state, sums = take(s, state)
+        losses.append(float(sums.image_nll.total))
+    assert losses[-1] < losses[0] - 0.1
+    (after,) = numpy(state.trainable).values()
+    assert (after != before).any(axis=0).all()
+    with jax.set_mesh(s.mesh):
+        whole = step.whole(s.graph, state.trainable, s.frozen)
+    exported, was = numpy(whole), numpy(chameleon.split(model)[2])
+    assert exported.keys() == was.keys()
+    kernel = exported.pop("lm_head.kernel")
+    assert kernel.dtype == was["lm_head.kernel"].dtype
+    np.testing.assert_array_equal(kernel[:, 4:20], after.astype(kernel.dtype))
+    np.testing.assert_array_equal(
+        np.delete(kernel, np.s_[4:20], 1), np.delete(head, np.s_[4:20], 1)
+    )
+    for name, value in exported.items():
+        np.testing.assert_array_equal(value, was[name], err_msg=name)

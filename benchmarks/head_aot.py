@@ -1,0 +1,95 @@
+"""The loss over the whole vocabulary, compiled for TPUs in three ways: temporaries and cycles.
+
+    python benchmarks/head_aot.py --topology=v5e:2x2 --mesh=1,4,1 --rows=4
+
+    ours      cross_entropy.weighted_nll, the head frozen
+    remat     chunks under jax.checkpoint, the head gathered once over fsdp: what stood here before
+    naive     all logits at once
+
+At the widths of 7B and 2,048 tokens a row. Prints one JSON object; step_aot.py says what est_ms is.
+"""
+
+import argparse
+import json
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from step_aot import CLOCK, Cycles, the_mesh
+
+from medmax_jax import cross_entropy as ce
+from medmax_jax import mesh
+
+LENGTH, WIDTH, VOCAB = 2_048, 4_096, 65_536
+
+
+def main() -> None:
+    """Reads the flags, compiles, prints one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--topology", default="v5e:2x2")
+    parser.add_argument("--mesh", default="1,4,1", help="data,fsdp,tp")
+    parser.add_argument("--rows", type=int, default=4, help="of a device")
+    given = parser.parse_args()
+    m = the_mesh(given.topology, given.mesh)
+    rows = given.rows * m.shape["data"] * m.shape["fsdp"]
+    like = lambda shape, kind, spec: jax.ShapeDtypeStruct(  # noqa: E731
+        shape, kind, sharding=NamedSharding(m, spec)
+    )
+    args = (
+        like((rows, LENGTH, WIDTH), jnp.bfloat16, mesh.ACT),
+        like((WIDTH, VOCAB), jnp.bfloat16, mesh.UP),
+        like((rows, LENGTH), jnp.int32, mesh.BATCH),
+        like((rows, LENGTH), jnp.float32, mesh.BATCH),
+    )
+    found = dict(topology=given.topology, mesh=given.mesh, rows=given.rows, jax=jax.__version__)
+    with jax.set_mesh(m):
+        for name, total in (("ours", ours), ("remat", remat), ("naive", naive)):
+            compiled = jax.jit(jax.value_and_grad(total)).lower(*args).compile()
+            temp = compiled.memory_analysis().temp_size_in_bytes
+            cycles = Cycles(compiled.as_text()).total()
+            found[name] = dict(
+                temp_gib=round(temp / 2**30, 3), est_ms=round(cycles / CLOCK * 1e3, 1)
+            )
+    print(json.dumps(found))
+
+
+def ours(hidden, kernel, targets, weights):
+    """As the step computes it."""
+    head = ce.Head(kernel, None)
+    chunks = ce.num_chunks(hidden, kernel)
+    how = dict(trains_kernel=False, chunks=chunks)
+    return ce.weighted_nll(hidden, head, targets, weights, **how)[0]
+
+
+def remat(hidden, kernel, targets, weights):
+    """Logits of a chunk of every row at a time, made once more in the backward pass."""
+    rows, length, width = hidden.shape
+    chunks = ce.num_chunks(hidden, kernel)
+    kernel = jax.reshard(kernel, P(None, "tp"))
+    parts = (
+        jnp.moveaxis(hidden.reshape(rows, chunks, length // chunks, width), 1, 0),
+        jnp.moveaxis(targets.reshape(rows, chunks, length // chunks), 1, 0),
+    )
+    chunk = jax.checkpoint(_nll, prevent_cse=False)
+    nll = jax.lax.scan(lambda _, part: (None, chunk(part[0], kernel, part[1])), None, parts)[1]
+    return (weights * jnp.moveaxis(nll, 0, 1).reshape(rows, length)).sum()
+
+
+def naive(hidden, kernel, targets, weights):
+    """All logits of a device in fp32."""
+    return (weights * _nll(hidden, jax.reshard(kernel, P(None, "tp")), targets)).sum()
+
+
+def _nll(hidden, kernel, targets):
+    rows = jnp.reshape(hidden, (-1, hidden.shape[-1]), out_sharding=P(mesh.ROWS, None))
+    out = P(mesh.ROWS, "tp")
+    logits = jnp.matmul(rows, kernel, out_sharding=out, preferred_element_type=jnp.float32)
+    flat = jnp.reshape(targets, (-1,), out_sharding=P(mesh.ROWS))
+    hit = flat[:, None] == jnp.arange(kernel.shape[1])
+    nll = jax.nn.logsumexp(logits, axis=-1) - jnp.where(hit, logits, 0).sum(-1)
+    return jnp.reshape(nll, targets.shape, out_sharding=mesh.BATCH)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""Our side of training benchmarks: the training step as train.py has it, on weights of a formula.
+
+python jax_side.py SPEC.json, then questions a line (sides.py). SPEC has the whole config of a run
+and how many batches to hold; they come from its records through the loader.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import same_weights
+import sides
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from data import loader, records  # noqa: E402
+from data.documents import Document, Layout  # noqa: E402
+from medmax_jax import chameleon, config, mesh, step  # noqa: E402
+from medmax_jax.vocab import BOS, EOS, SEP  # noqa: E402
+from medmax_jax.weights import dotted  # noqa: E402
+
+FIRST_TEXT = 8_712  # ids below are images and controls
+
+
+def write_records(folder: pathlib.Path, run: config.Run, *, count: int) -> None:
+    """Text documents of a row each, full; ids by Zipf's law, so that there is something to learn.
+
+    Answers are 1/4 to 3/4 of a document: by `loss_weight` document each weighs the same.
+    """
+    rng, length = np.random.default_rng(0), run.data.seq_len
+    chance = 1 / np.arange(1, run.vocab.size - FIRST_TEXT + 1)
+
+    def made(number: int) -> Document:
+        text = FIRST_TEXT + rng.choice(len(chance), length, p=chance / chance.sum())
+        text[0], text[rng.integers(length // 4, 3 * length // 4)], text[-1] = BOS, SEP, EOS
+        return Document(
+            tokens=text.astype(np.int32), image_path="", task="VQA", source="synthetic",
+            credential="no", turns=1, group=str(number), id=str(number),
+        )  # fmt: skip
+
+    layout = Layout(vocab=run.vocab, codes_per_image=run.vq.codes_per_image, tokenizer="", vqgan="")
+    documents = (made(number) for number in range(count))
+    records.write(folder, documents, shard_size=1_024, layout=layout, notes={})
+
+
+def write_batches(path: pathlib.Path, run: config.Run, *, count: int) -> None:
+    """The first batches of the run, for the other side."""
+    source = loader.batches(run, run.data.train)
+    held = [source.batch(number) for number in range(count)]
+    names = ("ids", "weights")
+    np.savez(path, **{n: np.concatenate([getattr(batch, n) for batch in held]) for n in names})
+
+
+def create(run: config.Run) -> chameleon.Chameleon:
+    """The model of same_weights.py, each weight born in its shards."""
+    like = chameleon.abstract(run.model, run.vocab, run.lora)
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: _made(dotted(path), leaf), like)
+
+
+def _made(name: str, like: jax.ShapeDtypeStruct) -> jax.Array:
+    stacked = name.startswith("layers.")
+    shape = like.shape[1:] if stacked else like.shape
+    wide = same_weights.width(name, shape[0])
+
+    @functools.partial(jax.jit, out_shardings=like.sharding)
+    def fill() -> jax.Array:
+        if wide is None:
+            return jnp.full(like.shape, same_weights.constant(name), like.dtype)
+        layers = range(like.shape[0] if stacked else 1)
+        salts = np.array([same_weights.salt(name, layer) for layer in layers], np.uint32)
+        place = jax.lax.iota(np.uint32, shape[0] * shape[1])
+        found = same_weights.bits(place[None], salts[:, None], np.uint32)
+        value = (found.astype(jnp.float32) / 2**24 - 0.5) * np.float32(wide)
+        return value.reshape(like.shape).astype(like.dtype)
+
+    return fill()
+
+
+class Trainer:
+    """A model and its compiled steps."""
+
+    def __init__(self, run: config.Run, *, batches: int):
+        self.run, self.mesh = run, mesh.make_mesh(run.mesh)
+        with jax.set_mesh(self.mesh):
+            self.graph, self.trainable, self.frozen = step.split(create(run), run.train.trains)
+            source = loader.batches(run, run.data.train)
+            self.batches = [
+                mesh.put_batch(source.batch(number), self.mesh) for number in range(batches)
+            ]
+        self.key = jax.random.key(run.train.seed, impl=run.train.prng_impl)
+        self.compile_seconds: dict[str, float] = {}
+        self.restart()
+        self.compiled = self._compiled("with dropout", run)
+
+    def restart(self) -> None:
+        """The first weights again, and a new optimiser; a step donates its state."""
+        with jax.set_mesh(self.mesh):
+            self.state = step.init_state(jax.tree.map(jnp.copy, self.trainable), self.run)
+        self.at = 0
+
+    def _compiled(self, name: str, run: config.Run) -> Any:
+        start = time.perf_counter()
+        with jax.set_mesh(self.mesh):
+            made = step.make_train_step(self._graph(run), run)
+            compiled = made.lower(self.state, self.frozen, self.batches[0], self.key).compile()
+        self.compile_seconds[name] = round(time.perf_counter() - start, 2)
+        return compiled
+
+    def _graph(self, run: config.Run) -> Any:
+        like = chameleon.abstract(run.model, run.vocab, run.lora)
+        return step.split(like, run.train.trains)[0]
+
+    def one(self, compiled: Any) -> Any:
+        """Sums of the next step, not waited for."""
+        batch = self.batches[self.at % len(self.batches)]
+        self.at += 1
+        with jax.set_mesh(self.mesh):
+            self.state, sums = compiled(self.state, self.frozen, batch, self.key)
+        return sums
+
+    def losses(self, count: int) -> dict[str, Any]:
+        """Losses of the first steps, without dropout."""
+        self.restart()
+        still = dataclasses.replace(self.run.lora, dropout=0.0)
+        compiled = self._compiled("without dropout", dataclasses.replace(self.run, lora=still))
+        found = [float(self.one(compiled).loss.total) for _ in range(count)]
+        self.restart()
+        return dict(losses=found)
+
+    def steps(self, count: int) -> dict[str, Any]:
+        """Seconds of each of `count` steps."""
+        seconds = []
+        for _ in range(count):
+            start = time.perf_counter()
+            jax.block_until_ready(self.one(self.compiled))
+            seconds.append(time.perf_counter() - start)
+        return dict(seconds=seconds)
+
+    def about(self) -> dict[str, Any]:
+        """Versions, compile times, what the compiler plans to use and the device did use."""
+        stats = jax.devices()[0].memory_stats() or {}
+        planned = self.compiled.memory_analysis()
+        return dict(
+            versions={"jax": jax.__version__, "python": sys.version.split()[0]},
+            device=jax.devices()[0].device_kind,
+            compile_seconds=self.compile_seconds,
+            trained=chameleon.count_parameters(self.trainable),
+            temporaries_gib=round(planned.temp_size_in_bytes / 2**30, 3),
+            arguments_gib=round(planned.argument_size_in_bytes / 2**30, 3),
+            peak_gib=stats["peak_bytes_in_use"] / 2**30 if stats else None,
+        )
+
+
+def main() -> None:
+    """Compiles, then serves."""
+    with open(sys.argv[1]) as file:
+        spec = json.load(file)
+    trainer = Trainer(config.from_config_dict(spec["run"]), batches=spec["batches"])
+    sides.serve({"losses": trainer.losses, "steps": trainer.steps, "about": trainer.about})
+
+
+if __name__ == "__main__":
+    main()

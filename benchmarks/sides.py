@@ -1,0 +1,90 @@
+"""The sides of a benchmark: processes that answer one question a line, and take turns.
+
+    parent   side.ask(do="steps", count=3)   -->  {"do": "steps", "count": 3}    on the side's stdin
+    side     serve({"steps": steps})         -->  {"seconds": [1.9, 1.8, 1.8]}   on its stdout
+
+A side sleeps while the other works, so both have all of the machine in turn. Only the standard
+library is needed: a side may run in another Python.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+PROBE = (
+    "import importlib.util, sys; "
+    "print(next((n for n in sys.argv[1:] if not importlib.util.find_spec(n)), ''))"
+)
+
+
+class Failed(RuntimeError):
+    """A side that ended before it answered; the message has the end of what it wrote."""
+
+
+class Side:
+    """A process that serves questions."""
+
+    def __init__(self, name: str, command: list[str], **environment: str):
+        self.name = name
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=os.environ | environment,
+        )  # fmt: skip
+
+    def ask(self, **question: Any) -> dict[str, Any]:
+        """The answer to one question; what else the side prints goes to stderr."""
+        try:
+            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError as error:
+            raise self._failed(question) from error
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+            print(f"{self.name}: {line.rstrip()}", file=sys.stderr)
+        raise self._failed(question)
+
+    def close(self) -> None:
+        """Ends the process, which a closed stdin tells it to."""
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _failed(self, question: dict[str, Any]) -> Failed:
+        code = self._process.wait()
+        return Failed(f"{self.name} ended with {code} when asked {question}; its error is above")
+
+
+def serve(answers: dict[str, Callable[..., dict[str, Any]]]) -> None:
+    """Answers questions until stdin is closed; `do` names the function, the rest its arguments."""
+    for line in sys.stdin:
+        question = json.loads(line)
+        print(json.dumps(answers[question.pop("do")](**question)), flush=True)
+
+
+def missing(python: str, packages: list[str]) -> str:
+    """The first package that this Python lacks; empty when it has all."""
+    done = subprocess.run(
+        [python, "-c", PROBE, *packages], capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+def median(values: list[float]) -> float:
+    """To four digits, as results are printed."""
+    return float(f"{statistics.median(values):.4g}")
+
+
+def agree(ours: list[float], theirs: list[float], *, within: float) -> dict[str, Any]:
+    """Do two curves of losses agree, and do they say anything?
+
+    `ok` wants every pair within `within` of each other, relative, and a curve that moves by ten
+    times that: two sides that train nothing would agree as well.
+    """
+    apart = max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
+    moved = abs(ours[0] - ours[-1]) / abs(ours[0])
+    ok = apart <= within and moved >= 10 * within
+    return dict(ok=ok, apart=apart, moved=moved, within=within, ours=ours, theirs=theirs)

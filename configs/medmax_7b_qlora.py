@@ -1,0 +1,17 @@
+"""python -m medmax_jax.train --config=configs/medmax_7b_qlora.py --workdir runs/qlora
+
+The packed recipe on a base in 4 bits (nf4), for one device. The base is made first:
+    python -m medmax_jax.convert --from models/anole --to models/anole_nf4 --format native --quant nf4
+"""  # noqa: E501
+
+from ml_collections import ConfigDict
+
+from configs import medmax_7b_lora
+
+
+def get_config() -> ConfigDict:
+    config = medmax_7b_lora.get_config()
+    config.mesh.update(data=1, fsdp=1)
+    config.model.update(quant="nf4")
+    config.train.update(init_from="models/anole_nf4")
+    return config
