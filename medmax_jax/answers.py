@@ -148,7 +148,12 @@ class Answers:
         body = page.paragraph(NOTICE)
         if len(self.records) > len(shown):
             body += page.paragraph(f"The first {len(shown)} of {len(self.records)}.", note=True)
-        body += "".join(self._section(q, self.records[q.id]) for q in shown)
+        drawn = [q for q in shown if self._only_drawn(q)]
+        if drawn:
+            held = [(self._png(self.records[q.id]["segments"][0]), q.shown()) for q in drawn]
+            body += page.section("Pictures from words", page.figures(held))
+        rest = [q for q in shown if q not in drawn]
+        body += "".join(self._section(q, self.records[q.id]) for q in rest)
         target = self._folder / "gallery.html"
         _write(target, page.document("Generated answers", body))
         return target
@@ -170,6 +175,15 @@ class Answers:
         part.image.save(self._folder / name, pnginfo=about)
         return {"image": name}
 
+    def _only_drawn(self, question: Question) -> bool:
+        """A picture from words, which stands well beside others."""
+        segments = self.records[question.id]["segments"]
+        given = any(isinstance(part, Path) for part in question.parts)
+        return not given and len(segments) == 1 and "image" in segments[0]
+
+    def _png(self, segment: dict[str, str]) -> bytes:
+        return (self._folder / segment["image"]).read_bytes()
+
     def _section(self, question: Question, record: dict[str, Any]) -> str:
         given = [p for p in question.parts if isinstance(p, Path)]
         body = ""
@@ -177,10 +191,10 @@ class Answers:
             body += page.figures([(_thumbnail(path), f"given: {path.name}") for path in given])
         for part in record["segments"]:
             if "text" in part:
-                body += page.paragraph(part["text"] or "(no words)")
+                lines = part["text"].strip().splitlines() or ["(no words)"]
+                body += "".join(map(page.paragraph, lines))
             else:
-                png = (self._folder / part["image"]).read_bytes()
-                body += page.figures([(png, f"generated: {part['image']}")])
+                body += page.figures([(self._png(part), f"generated: {part['image']}")])
         return page.section(question.shown(), body)
 
 
