@@ -33,7 +33,7 @@ from medmax_jax import cached, grammar, sampling
 from medmax_jax import vocab as ids
 from medmax_jax.chameleon import Chameleon
 from medmax_jax.config import Vocab
-from medmax_jax.mesh import BATCH, ROWS
+from medmax_jax.mesh import BATCH, ROWS, placed
 
 FULL, UNCONDITIONAL, IMAGE_ONLY = range(3)
 
@@ -180,6 +180,26 @@ def run(
         state,
     )
     return state.cache, state.rows, state.seen, state.out
+
+
+def lower(
+    like: Chameleon, plan: Plan, *, rows: int, slots: int, kind: str, draws: str
+) -> jax.stages.Lowered:
+    """`run` for shapes alone, with every lane and slot in use; under the mesh of `like`.
+
+    What a compiler for another machine wants: nothing is allocated.
+    """
+    shape = lambda *sizes, kind=jnp.int32: jax.ShapeDtypeStruct(sizes, kind)  # noqa: E731
+    row, three, flag = shape(rows), shape(rows, 3), shape(rows, kind=jnp.bool_)
+    asked = Rows(row, three, three, row, row, row, row, row, flag, flag)
+    knobs = Knobs(*[shape(kind=jnp.float32)] * len(Knobs._fields))
+    lanes = plan.blocks * plan.depth
+    cache = jax.eval_shape(lambda: cached.empty(like.config, lanes=lanes, slots=slots, kind=kind))
+    given = (cache, asked, shape(rows, plan.vocab.size, kind=jnp.bool_), knobs)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    cache, asked, seen, knobs, key = placed((*given, key))
+    fixed = dict(plan=plan, width=plan.depth, span=slots, draws=draws)
+    return run.lower(like, cache, asked, seen, knobs, key, **fixed)
 
 
 def stream_slots(

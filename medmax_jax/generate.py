@@ -263,6 +263,7 @@ def main(settings: ConfigDict, out: str) -> None:
     sample, mesh = build(Sample, settings.sample), meshes.make_mesh(build(Mesh, settings.mesh))
     questions = _questions()
     batching.knobs(sample)
+    batching.rows(len(questions), FLAGS.rows)
     answers.check_pictures(questions)
     folder = cli.open_workdir(out, "--out")
     g = load(FLAGS.model, adapter=FLAGS.adapter or None, mesh=mesh, merge=FLAGS.merge)

@@ -11,7 +11,17 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from medmax_jax import batching, chameleon, cli, generate, grammar, tokenizer, vqgan, weights
+from medmax_jax import (
+    batching,
+    chameleon,
+    cli,
+    engine,
+    generate,
+    grammar,
+    tokenizer,
+    vqgan,
+    weights,
+)
 from medmax_jax import vocab as ids
 from medmax_jax.checkpoint import sha256
 from medmax_jax.config import VQ, Lora, Mesh, Model, Sample, Vocab, to_dict
@@ -320,6 +330,7 @@ def test_an_adapter_changes_answers_and_must_fit(g, folder, adapter, tmp_path):
         (dict(image_temperature=0.0), "sample.image_temperature is 0.0"),
         (dict(text_top_p=1.5), "sample.text_top_p is 1.5"),
         (dict(max_gen_len=0), "sample.max_gen_len 0"),
+        (dict(budget="day"), "sample.budget is 'day'; it must be answer or segment"),
     ],
 )
 def test_settings_that_make_no_sense(g, change, message):
@@ -337,6 +348,29 @@ def test_requests_that_make_no_sense(g, folder, tmp_path):
         ask(tmp_path / "missing.png", "a")
     with pytest.raises(generate.GenerateError, match="the model holds 64; shorten"):
         ask("word " * 64)
+    for tokens, message in (
+        ([ids.BOS, 8_720, 5], "token 5 at place 2 stands outside an image"),
+        ([ids.BOS, ids.BOI, 4, 5, 6, ids.EOI], "8196 at place 5 stands 3 codes into an image"),
+        ([ids.BOS, ids.BOI, 4, 5, 6, 7, 8], "token 8 at place 6 stands 4 codes into an image"),
+        ([ids.BOS, ids.BOI, 4, 5], "prompt 0 ends inside an image"),
+        ([ids.BOS, 8_720, ids.EOS], "token 2 at place 2 stands outside an image"),
+        ([ids.BOS, VOCAB.size], "outside 0"),
+        ([8_720], "prompt 0 is empty"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            written(g, [np.array(tokens, np.int32)], SAMPLE, "text", names=None)
+    with pytest.raises(generate.GenerateError, match="prompt 0 is empty; give it words"):
+        ask("", "")
+    with pytest.raises(generate.GenerateError, match="rows is 0"):
+        generate.generate(g, [["a"]], SAMPLE, mode="text", seed=0, rows=0)
+    with pytest.raises(generate.GenerateError, match="an image needs 5, the model holds 64"):
+        ask("z" * 80, mode="image")
+    with pytest.raises(ValueError, match="kind is 'int4'"):
+        generate.generate(g, [["a"]], SAMPLE, mode="text", seed=0, kind="int4")
+    with pytest.raises(generate.GenerateError, match="out of memory: the cache of 1048576 rows"):
+        engine.make(
+            g.model, VOCAB, g.mesh, codes=CODES, rows=2**20, lanes=2**28, slots=64, kind="model"
+        )
     with pytest.raises(generate.GenerateError, match="1 prompts but 2 different names"):
         ask("a", names=["x", "y"])
     with pytest.raises(generate.GenerateError, match="config.json: no such file"):
