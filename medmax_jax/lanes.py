@@ -50,17 +50,18 @@ class Lanes:
         if not self.free.any():
             raise IndexError("no lane is free")
         common = self._common(tokens)
-        useful = (common == len(tokens)) | (common >= SHORTEST)
-        common = np.where(useful, common, 0)
-        have, promised = (np.where(self._settled == s, common, 0) for s in (True, False))
-        if promised.max() > have.max():
+        # A free lane may be taken over where that costs it little; a copy must be worth its while.
+        own = np.where(self.free & self._settled & (2 * common >= self._length), common, 0)
+        worth = np.where((common == len(tokens)) | (common >= SHORTEST), common, 0)
+        have, promised = (np.where(self._settled == s, worth, 0) for s in (True, False))
+        best = max(own.max(), (have * self.free).max())
+        if promised.max() > max(best, have.max()):
             return None
-        best = int(have.max())
-        here = np.flatnonzero(self.free & (have == best) & (best > 0))
-        if here.size:
-            place = Place(int(here[np.argmax(self._touched[here])]), best, None)
+        here = np.flatnonzero(self.free & (np.maximum(own, have) == best) & (best > 0))
+        if here.size and best >= have.max():
+            place = Place(int(here[np.argmax(self._touched[here])]), int(best), None)
         else:
-            place = self._beside(have, best, guide)
+            place = self._beside(have, int(have.max()), guide)
         self.free[place.lane] = False
         self._note(place.lane, tokens, settled=place.kept == len(tokens))
         return place
