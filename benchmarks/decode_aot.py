@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--cache", choices=cached.KINDS, default="model")
     parser.add_argument("--quant", choices=["none", "int8"], default="none")
+    parser.add_argument("--hlo", default="", help="file for the compiled program")
     given = parser.parse_args()
     begin = time.monotonic()
     found = vars(given) | measure(given)
@@ -68,6 +69,9 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         like = chameleon.abstract(model, vocab, chameleon.NO_LORA)
         fixed = dict(rows=given.rows, slots=given.slots, kind=given.cache, draws=draws)
         compiled = decoding.lower(like, plan, **fixed).compile()
+    if given.hlo:
+        with open(given.hlo, "w") as file:
+            file.write(compiled.as_text())
     memory = compiled.memory_analysis()
     whole = cached.bytes_of(model, lanes=blocks * plan.depth, slots=given.slots, kind=given.cache)
     cache = whole / machine.size

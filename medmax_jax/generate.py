@@ -72,7 +72,7 @@ class Score:
 def defaults(name: str) -> Sample:
     """The sampling settings of a released program: meta, medmax or medmax_eval."""
     if name not in SETS:
-        raise GenerateError(f"no settings are called {name!r}; there are {', '.join(SETS)}")
+        raise GenerateError(f"no settings are called {name!r}; use one of {', '.join(SETS)}")
     return Sample(**SETS[name])
 
 

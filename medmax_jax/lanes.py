@@ -54,12 +54,11 @@ class Lanes:
         own = np.where(self.free & self._settled & (2 * common >= self._length), common, 0)
         worth = np.where((common == len(tokens)) | (common >= SHORTEST), common, 0)
         have, promised = (np.where(self._settled == s, worth, 0) for s in (True, False))
-        best = max(own.max(), (have * self.free).max())
-        if promised.max() > max(best, have.max()):
+        if promised.max() > max(own.max(), have.max()):
             return None
-        here = np.flatnonzero(self.free & (np.maximum(own, have) == best) & (best > 0))
-        if here.size and best >= have.max():
-            place = Place(int(here[np.argmax(self._touched[here])]), int(best), None)
+        if own.max() > 0 and own.max() >= have.max():
+            here = np.flatnonzero(own == own.max())
+            place = Place(int(here[np.argmax(self._touched[here])]), int(own.max()), None)
         else:
             place = self._beside(have, int(have.max()), guide)
         self.free[place.lane] = False

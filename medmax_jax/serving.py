@@ -134,9 +134,11 @@ def _open(
     room, chosen, wanted = int(e.book.free.sum()), [], []
     for row in np.flatnonzero(rows.waiting & ~rows.done):
         before = seats[row].sequence()[:-1]
-        streams = {decoding.UNCONDITIONAL: before[:1]} if guided[0] else {}
+        streams = {}  # the longer one first: it has more to find
         if guided[1] and ids.is_image(before, e.vocab).any():
             streams[decoding.IMAGE_ONLY] = batching.pictorial(before, e.vocab)
+        if guided[0]:
+            streams[decoding.UNCONDITIONAL] = before[:1]
         if len(streams) > room:
             break  # the others go on, and one of them will give its lanes back
         room -= len(streams)
