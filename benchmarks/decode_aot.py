@@ -4,10 +4,11 @@
 
 Printed as JSON, GiB of a device:
     weights, cache   the arguments
-    temp             temporaries; below the size of the cache, so no step copies it
+    temp             temporaries
     peak, hbm        what the program needs at most, and what the chip has
     fits             peak <= hbm
-    copies           copies of the whole cache inside the program's loops
+    copies           of the whole keys or values: in the program's loops, that is for each token,
+                     and around them, that is for each chunk of 16 tokens
 """
 
 import argparse
@@ -88,12 +89,15 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     )
 
 
-def copies(text: str, model: Any, lanes: int, given: argparse.Namespace, machine: Any) -> int:
-    """Copies of an array as large as a device's half of the cache."""
+def copies(text: str, model: Any, lanes: int, given: argparse.Namespace, machine: Any) -> dict:
+    """Copies of an array as large as a device's keys: in the loops, and around them."""
     tp = machine.shape["tp"]
     rows = lanes * tp // machine.size
     shape = f"{model.num_layers},{rows},{model.num_kv_heads // tp},{given.slots},{model.head_dim}"
-    return len(re.findall(rf"= \w+\[{shape}\]\S* (?:copy|transpose)\(", text))
+    copy = re.compile(rf"= \w+\[{shape}\]\S* (?:copy|transpose)\(")
+    entry = text[text.index("\nENTRY ") :].partition("\n}")[0]
+    around = len(copy.findall(entry))
+    return dict(loops=len(copy.findall(text)) - around, around=around)
 
 
 if __name__ == "__main__":

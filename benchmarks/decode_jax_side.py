@@ -35,7 +35,7 @@ class Decoder:
             self.model = create(run)
         self.rng = np.random.default_rng(0)
 
-    def engine(self, rows: int, streams: int, slots: int) -> engine.Engine:
+    def fresh(self, rows: int, streams: int, slots: int) -> engine.Engine:
         """A fresh one; its programs are compiled once for a size."""
         return engine.make(
             self.model, self.run.vocab, self.mesh, codes=self.codes, rows=rows,
@@ -59,7 +59,7 @@ class Decoder:
             self.run.sample, text_greedy=True, max_gen_len=new, repetition_penalty=1.0
         )
         prompts = self.prompts[:rows]
-        e = self.engine(rows, 1, len(prompts[0]) + new)
+        e = self.fresh(rows, 1, len(prompts[0]) + new)
         seconds, tokens = self.serve(e, prompts, sample, "text")
         return dict(seconds=seconds, tokens=tokens)
 
@@ -79,7 +79,7 @@ class Decoder:
         sample = dataclasses.replace(self.run.sample, **scales)
         shown = self.image() if streams == 3 else []
         prompts = [[BOS, *shown, *self.words(30), SEP, BOI] for _ in range(rows)]
-        e = self.engine(rows, streams, len(prompts[0]) + self.codes + 1)
+        e = self.fresh(rows, streams, len(prompts[0]) + self.codes + 1)
         seconds, tokens = self.serve(e, prompts, sample, "image")
         return dict(seconds=seconds, tokens=sum(map(len, tokens)))
 
@@ -89,7 +89,7 @@ class Decoder:
         self.rng = np.random.default_rng(1)
         prompts = [[BOS, *self.words(30), SEP, BOI] for _ in range(count)]
         slots = 32 + self.codes + 3 * 32 + self.codes
-        seconds, tokens = self.serve(self.engine(rows, 3, slots), prompts, sample, "mixed")
+        seconds, tokens = self.serve(self.fresh(rows, 3, slots), prompts, sample, "mixed")
         return dict(seconds=seconds, tokens=sum(map(len, tokens)))
 
     def shared(self, together: bool, questions: int) -> dict[str, Any]:
@@ -100,9 +100,9 @@ class Decoder:
         prompts = [[BOS, *shown, *self.words(12), SEP] for _ in range(questions)]
         slots = len(prompts[0]) + 8
         if together:
-            seconds, tokens = self.serve(self.engine(questions, 1, slots), prompts, sample, "text")
+            seconds, tokens = self.serve(self.fresh(questions, 1, slots), prompts, sample, "text")
             return dict(seconds=seconds, tokens=tokens)
-        engines = [self.engine(questions, 1, slots) for _ in prompts]  # the same programs
+        engines = [self.fresh(questions, 1, slots) for _ in prompts]  # the same programs
         runs = [self.serve(e, [p], sample, "text") for e, p in zip(engines, prompts, strict=True)]
         return dict(seconds=sum(s for s, _ in runs), tokens=[t[0] for _, t in runs])
 
