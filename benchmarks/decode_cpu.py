@@ -33,8 +33,8 @@ HERE = pathlib.Path(__file__).resolve().parent
 NEEDS = ["torch", "transformers", "peft"]
 AGREE = 16  # first tokens of every row that must be the same on both sides
 SIZES = {
-    "42m": dict(prompt=128, new=128, codes=256, rows=8),
-    "tiny": dict(prompt=16, new=32, codes=16, rows=2),  # a test's
+    "42m": dict(prompt=128, new=128, codes=256, words=30, rows=8),
+    "tiny": dict(prompt=16, new=32, codes=16, words=8, rows=2),  # a test's
 }
 
 
@@ -46,7 +46,9 @@ def start(scratch: pathlib.Path, args: argparse.Namespace) -> list[sides.Side]:
     rng = np.random.default_rng(0)
     prompts = rng.integers(run.vocab.text_start, run.vocab.size, (size["rows"], size["prompt"]))
     prompts[:, 0], prompts[:, -1] = 0, 8_710
-    told = dict(run=run.to_dict(), codes=size["codes"], prompts=prompts.tolist())
+    told = dict(
+        run=run.to_dict(), codes=size["codes"], words=size["words"], prompts=prompts.tolist()
+    )
     (scratch / "ours.json").write_text(json.dumps(told))
     command = [sys.executable, str(HERE / "decode_jax_side.py"), str(scratch / "ours.json")]
     found = [sides.Side("ours", command, JAX_PLATFORMS="cpu")]

@@ -1,7 +1,7 @@
 """Our side of decode_cpu.py: the engine on weights of a formula.
 
 python decode_jax_side.py SPEC.json, then questions a line (sides.py). SPEC: run, the config; codes,
-of an image; prompts, of the text benchmark.
+of an image; words, of a prompt for one; prompts, of the text benchmark.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ class Decoder:
         self.mesh = mesh.make_mesh(run.mesh)
         with jax.set_mesh(self.mesh):
             self.model = create(run)
-        self.rng = np.random.default_rng(0)
+        self.rng, self.count = np.random.default_rng(0), spec["words"]
 
     def fresh(self, rows: int, streams: int, slots: int) -> engine.Engine:
         """A fresh one; its programs are compiled once for a size."""
@@ -78,7 +78,7 @@ class Decoder:
         scales = dict(guidance_scale_text=1.0, guidance_scale_image=1.0) if streams == 1 else {}
         sample = dataclasses.replace(self.run.sample, **scales)
         shown = self.image() if streams == 3 else []
-        prompts = [[BOS, *shown, *self.words(30), SEP, BOI] for _ in range(rows)]
+        prompts = [[BOS, *shown, *self.words(self.count), SEP, BOI] for _ in range(rows)]
         e = self.fresh(rows, streams, len(prompts[0]) + self.codes + 1)
         seconds, tokens = self.serve(e, prompts, sample, "image")
         return dict(seconds=seconds, tokens=sum(map(len, tokens)))
@@ -87,7 +87,7 @@ class Decoder:
         """Words, an image, words: prompts that end with BOI, in mixed mode; `rows` at a time."""
         sample = dataclasses.replace(self.run.sample, max_gen_len=24, image_greedy=False)
         self.rng = np.random.default_rng(1)
-        prompts = [[BOS, *self.words(30), SEP, BOI] for _ in range(count)]
+        prompts = [[BOS, *self.words(self.count), SEP, BOI] for _ in range(count)]
         slots = 32 + self.codes + 3 * 32 + self.codes
         seconds, tokens = self.serve(self.fresh(rows, 3, slots), prompts, sample, "mixed")
         return dict(seconds=seconds, tokens=sum(map(len, tokens)))

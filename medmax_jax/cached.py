@@ -130,6 +130,7 @@ def attend(
         in_specs=(HEADS, HEADS, HEADS, spec, P(), BATCH, None if lanes is None else LANES),
         out_specs=(HEADS, spec),
     )
+    positions = jax.sharding.reshard(positions, BATCH)
     return run(q, k, v, cache, layer, positions, lanes)
 
 

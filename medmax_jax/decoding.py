@@ -45,7 +45,7 @@ class Plan:
     mode: str
     chunk: int  # tokens between two looks of the host
     codes: int  # of one image
-    context: int  # tokens the model can hold
+    context: int  # tokens a lane can hold
     vocab: Vocab
     text_greedy: bool
     image_greedy: bool

@@ -57,6 +57,13 @@ def serve(
     spare, need = e.book.blocks * e.book.depth - e.rows, sum(batching.guided(sample))
     if mode != "text" and spare < need:
         raise GenerateError(f"{spare} lanes beside {e.rows} rows; guidance needs {need} more")
+    for request in requests:
+        room = e.codes if mode == "image" else 1
+        if len(request.tokens) + room > e.slots:
+            raise GenerateError(
+                f"a prompt has {len(request.tokens)} tokens, its answer needs {room}, a lane "
+                f"holds {e.slots}; make the engine with more slots"
+            )
     queue = collections.deque((i, requests[i]) for i in batching.order(requests))
     seats: list[_Seat | None] = [None] * e.rows
     rows = _nobody(e.rows)
@@ -80,7 +87,7 @@ def _plan(e: Engine, sample: Sample, mode: str) -> decoding.Plan:
         mode=grammar.check_mode(mode),
         chunk=CHUNK,
         codes=e.codes,
-        context=e.model.config.context_length,
+        context=e.slots,
         vocab=e.vocab,
         text_greedy=sample.text_greedy,
         image_greedy=sample.image_greedy,
