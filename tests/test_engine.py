@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 import test_generate as micro
-from test_generate import CODES, DRAWN, MODEL, SAMPLE, VOCAB, adapter, folder, g  # noqa: F401
+from generate_setup import CODES, DRAWN, MODEL, SAMPLE, VOCAB
+from test_generate import adapter, folder, g  # noqa: F401
 
 from medmax_jax import batching, chat, decoding, engine, generate, serving
 from medmax_jax import vocab as ids
@@ -123,12 +124,12 @@ def test_programs_are_few_and_counted(g):  # noqa: F811
     before = size()
     e, names = made(g, rows=3, lanes=9), [str(i) for i in range(12)]  # sizes of no other test
     first = answers(e, asked(micro.prompts(12), DRAWN, "mixed", names), DRAWN, "mixed")
-    assert size() - before == len(e.programs) <= 9
+    assert size() - before == len(e.programs) <= 10
     again = answers(e, asked(micro.prompts(12), DRAWN, "mixed", names), DRAWN, "mixed")
     hotter = dataclasses.replace(DRAWN, text_temperature=1.7)
     answers(e, asked(micro.prompts(9)[::-1], hotter, "mixed"), hotter, "mixed")
     assert again == first
-    assert size() - before == len(e.programs) <= 10
+    assert size() - before == len(e.programs) <= 12
 
 
 @pytest.mark.slow
