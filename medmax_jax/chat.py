@@ -46,7 +46,7 @@ class Chat:
         return segments(self._g, [self._answer])[0]
 
     def pieces(self, parts: Sequence[Part]) -> Iterator[Text | Image]:
-        """The answer to one more turn as it comes; a turn left in the middle counts as far."""
+        """The answer as it comes; of a turn left in the middle the words and whole images count."""
         g, codes = self._g, self._g.vq_config.codes_per_image
         asked = prompt_tokens(g, [parts], end_of_turn=True)[0]
         prompt = np.concatenate([self.tokens, asked[1:]])
@@ -65,8 +65,10 @@ class Chat:
     def _keep(self, prompt: np.ndarray, written: np.ndarray) -> None:
         """The conversation with this answer, closed as training closes a turn: by SEP."""
         tokens = np.append(prompt, written[written != ids.EOS])
-        if self._mode == "image":
-            tokens = np.append(tokens, ids.EOI)
+        opened = np.flatnonzero(tokens == ids.BOI)
+        if opened.size and ids.EOI not in tokens[opened[-1] :]:
+            whole = len(tokens) - 1 - opened[-1] == self._g.vq_config.codes_per_image
+            tokens = np.append(tokens, ids.EOI) if whole else tokens[: opened[-1]]
         self.tokens = np.append(tokens, ids.SEP).astype(np.int32)
 
 
