@@ -170,12 +170,14 @@ def quantised(x: Float[Array, "*B H"]) -> tuple[Int[Array, "*B H"], Float[Array,
 
 def _places(cache, layer, positions, lanes):
     """The index of each token's slot; past the end where nothing is to be written."""
-    slots = jnp.where(positions < 0, cache.k.shape[3], positions)
-    rows = jnp.arange(len(positions)) if lanes is None else lanes
-    return (layer, rows[:, None], slice(None), slots)
+    slots = jnp.where(positions < 0, cache.k.shape[3], positions)[:, None]  # [B, 1, T]
+    rows = (jnp.arange(len(positions)) if lanes is None else lanes)[:, None, None]
+    # Heads by number too, so that TPUs need not lay them beside H, and keep the cache as it comes.
+    return (layer, rows, jnp.arange(cache.k.shape[2])[:, None], slots)
 
 
 def _write(cache, where, k, v):
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, T, H]
     if cache.k_scale is None:
         put = lambda store, new: store.at[where].set(new.astype(store.dtype), mode="drop")  # noqa: E731
         return Cache(put(cache.k, k), put(cache.v, v), None, None)
