@@ -193,14 +193,18 @@ class Trainer:
 
     def about(self) -> dict[str, Any]:
         """Versions, and the peak of the device's memory so far."""
-        cuda = self.spec["device"] != "cpu"
-        modules = (torch, transformers, peft)
-        return dict(
-            versions={m.__name__: m.__version__ for m in modules},
-            threads=torch.get_num_threads(),
-            trained=sum(p.numel() for p in self.trained),
-            peak_gib=torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
-        )
+        return device(self.spec) | dict(trained=sum(p.numel() for p in self.trained))
+
+
+def device(spec: dict[str, Any]) -> dict[str, Any]:
+    """What it runs on, with what."""
+    cuda, modules = spec["device"] != "cpu", (torch, transformers, peft)
+    return dict(
+        versions={m.__name__: m.__version__ for m in modules},
+        threads=torch.get_num_threads(),
+        device=torch.cuda.get_device_name() if cuda else "cpu",
+        peak_gib=round(torch.cuda.max_memory_allocated() / 2**30, 3) if cuda else None,
+    )
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ and how many batches to hold; they come from its records through the loader.
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import sys
 import time
@@ -15,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import qwix
 import same_weights
 import sides
 
@@ -23,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from data import loader, records  # noqa: E402
 from data.documents import Document, Layout  # noqa: E402
-from medmax_jax import chameleon, config, mesh, step  # noqa: E402
+from medmax_jax import chameleon, config, mesh, quant, step  # noqa: E402
 from medmax_jax.vocab import BOS, EOS, SEP  # noqa: E402
 from medmax_jax.weights import dotted  # noqa: E402
 
@@ -60,28 +62,69 @@ def write_batches(path: pathlib.Path, run: config.Run, *, count: int) -> None:
 
 
 def create(run: config.Run) -> chameleon.Chameleon:
-    """The model of same_weights.py, each weight born in its shards."""
+    """The model of same_weights.py, each weight born in its shards, quantised if config says so."""
     like = chameleon.abstract(run.model, run.vocab, run.lora)
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: _made(dotted(path), leaf), like)
+    return fill(like, run.model)
+
+
+def fill(like: Any, model: config.Model | None) -> Any:
+    """The tree with arrays for shapes. `model`: where matrices may be quantised."""
+    leaves = jax.tree_util.tree_flatten_with_path(like)
+    made: dict[str, jax.Array] = {}
+    for path, leaf in leaves[0]:
+        name = dotted(path)
+        if name.endswith(".qvalue"):  # its scale is the leaf after or before it
+            made |= _quantised(name.removesuffix(".qvalue"), leaf, model)
+        elif not name.endswith("kernel.scale"):
+            made[name] = _made(name, leaf)
+    return jax.tree.unflatten(leaves[1], [made[dotted(path)] for path, _ in leaves[0]])
 
 
 def _made(name: str, like: jax.ShapeDtypeStruct) -> jax.Array:
     stacked = name.startswith("layers.")
     shape = like.shape[1:] if stacked else like.shape
-    wide = same_weights.width(name, shape[0])
 
     @functools.partial(jax.jit, out_shardings=like.sharding)
-    def fill() -> jax.Array:
-        if wide is None:
-            return jnp.full(like.shape, same_weights.constant(name), like.dtype)
-        layers = range(like.shape[0] if stacked else 1)
-        salts = np.array([same_weights.salt(name, layer) for layer in layers], np.uint32)
-        place = jax.lax.iota(np.uint32, shape[0] * shape[1])
-        found = same_weights.bits(place[None], salts[:, None], np.uint32)
-        value = (found.astype(jnp.float32) / 2**24 - 0.5) * np.float32(wide)
-        return value.reshape(like.shape).astype(like.dtype)
+    def fill(salts: jax.Array) -> jax.Array:
+        found = jax.lax.map(lambda salt: _layer(name, salt, shape).astype(like.dtype), salts)
+        return found.reshape(like.shape)
 
-    return fill()
+    return fill(_salts(name, like.shape[0] if stacked else 1))
+
+
+def _salts(name: str, layers: int) -> jax.Array:
+    return jnp.array([same_weights.salt(name, layer) for layer in range(layers)], jnp.uint32)
+
+
+def _layer(name: str, salt: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The numbers of one layer in fp32."""
+    wide = same_weights.width(name, shape[0])
+    if wide is None:
+        return jnp.full(shape, same_weights.constant(name), jnp.float32)
+    place = jax.lax.iota(np.uint32, math.prod(shape))
+    found = same_weights.bits(place, salt, np.uint32)
+    return ((found.astype(jnp.float32) / 2**24 - 0.5) * np.float32(wide)).reshape(shape)
+
+
+def _quantised(name: str, like: jax.ShapeDtypeStruct, model: config.Model) -> dict[str, jax.Array]:
+    """A stack of matrices in nf4, as convert/quantize.py makes it, but on the device."""
+    if model.quant != "nf4":
+        raise ValueError(f"model.quant is {model.quant!r}; this benchmark makes only nf4")
+    layers, rows, columns = like.shape
+
+    @jax.jit
+    def one(salt: jax.Array) -> tuple[jax.Array, jax.Array]:
+        dense = _layer(name, salt, (2 * rows, columns)).astype(model.param_dtype)
+        tiles = {0: quant.TILE}
+        found = qwix.quantize(
+            dense.astype(jnp.float32), "nf4", channelwise_axes=(1,), tiled_axes=tiles
+        )
+        codes = found.qvalue.astype(jnp.uint8)
+        return codes[0::2] | (codes[1::2] << 4), found.scale.astype(jnp.float32)
+
+    pairs = [one(salt) for salt in _salts(name, layers)]
+    codes, scales = (jnp.stack(each) for each in zip(*pairs, strict=True))
+    return {f"{name}.qvalue": codes, f"{name}.scale": scales}
 
 
 class Trainer:
@@ -146,17 +189,23 @@ class Trainer:
 
     def about(self) -> dict[str, Any]:
         """Versions, compile times, what the compiler plans to use and the device did use."""
-        stats = jax.devices()[0].memory_stats() or {}
         planned = self.compiled.memory_analysis()
-        return dict(
-            versions={"jax": jax.__version__, "python": sys.version.split()[0]},
-            device=jax.devices()[0].device_kind,
+        return device() | dict(
             compile_seconds=self.compile_seconds,
             trained=chameleon.count_parameters(self.trainable),
             temporaries_gib=round(planned.temp_size_in_bytes / 2**30, 3),
             arguments_gib=round(planned.argument_size_in_bytes / 2**30, 3),
-            peak_gib=stats["peak_bytes_in_use"] / 2**30 if stats else None,
         )
+
+
+def device() -> dict[str, Any]:
+    """What it runs on, with what."""
+    stats = jax.devices()[0].memory_stats() or {}
+    return dict(
+        versions={"jax": jax.__version__, "python": sys.version.split()[0]},
+        device=jax.devices()[0].device_kind,
+        peak_gib=round(stats["peak_bytes_in_use"] / 2**30, 3) if stats else None,
+    )
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ A side sleeps while the other works, so both have all of the machine in turn. On
 library is needed: a side may run in another Python.
 """
 
+import contextlib
 import json
 import os
 import statistics
@@ -50,11 +51,14 @@ class Side:
 
     def close(self) -> None:
         """Ends the process, which a closed stdin tells it to."""
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it has ended by itself
+            self._process.stdin.close()
         self._process.wait()
+        self._process.stdout.close()
 
     def _failed(self, question: dict[str, Any]) -> Failed:
-        code = self._process.wait()
+        self.close()
+        code = self._process.returncode
         return Failed(f"{self.name} ended with {code} when asked {question}; its error is above")
 
 

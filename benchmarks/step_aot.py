@@ -84,7 +84,7 @@ def compile_step(given: argparse.Namespace) -> Any:
         like = chameleon.abstract(run.model, run.vocab, run.lora)
         graph, trainable, frozen = step.split(like, run.train.trains)
         state = mesh.placed(jax.eval_shape(lambda t: step.init_state(t, run), trainable))
-        key = mesh.placed(jax.eval_shape(lambda: jax.random.key(0)))
+        key = mesh.placed(jax.eval_shape(lambda: jax.random.key(0, impl=run.train.prng_impl)))
         train_step = step.make_train_step(graph, run)
         return train_step.lower(state, frozen, step.abstract_batch(run), key).compile()
 

@@ -51,7 +51,7 @@ def settings(folder: str, args: argparse.Namespace) -> Any:
         batch_size=size["rows"], pack=False,
     )  # fmt: skip
     # A rate that moves the loss within ten steps, the same at every step.
-    c.optim.update(peak_lr=1e-2, warmup_ratio=0.0, final_lr_ratio=1.0)
+    c.optim.update(peak_lr=3e-3, warmup_ratio=0.0, final_lr_ratio=1.0)
     c.train.update(steps=1_000, prng_impl=args.prng)
     return c
 

@@ -56,6 +56,7 @@ def get_config() -> ConfigDict:
             pack=True,
             mask="answers",
             seed=0,
+            plan="",
         )
     )
     config.mixing = ConfigDict(
@@ -64,6 +65,9 @@ def get_config() -> ConfigDict:
             unit="documents",
             weights="",
             image_centric=False,
+            leave_out="",
+            fraction=1.0,
+            fraction_seed=0,
         )
     )
     config.optim = ConfigDict(
@@ -76,6 +80,8 @@ def get_config() -> ConfigDict:
             eps=1e-8,
             weight_decay=0.0,
             clip_norm=1.0,
+            skip_window=0,  # off, as released; MaxText's are 128 and 6
+            skip_factor=6.0,
             accumulate=1,
         )
     )
@@ -87,8 +93,10 @@ def get_config() -> ConfigDict:
             loss_weight="document",
             seed=0,
             prng_impl="threefry2x32",
+            compile="default",
             log_every=10,
             eval_every=500,
+            samples=0,
             checkpoint_every=500,
             keep=2,
         )

@@ -29,6 +29,7 @@ DOCUMENTS_A_STEP = paper.DOCUMENTS / ROWS_AN_EPOCH * ROWS  # 106
 def get_config() -> ConfigDict:
     config = paper.get_config()
     config.mesh.update(data=4, fsdp=4)  # v5e:4x4; weights are gathered within rings of four
+    config.model.update(attention="splash")  # on GPUs cudnn
     config.data.update(pack=True, seq_len=ROW_TOKENS, batch_size=ROWS, mask="answers")
     scale = math.sqrt(DOCUMENTS_A_STEP / paper.DOCUMENTS_A_STEP)
     config.optim.update(peak_lr=round(config.optim.peak_lr * scale, 6))

@@ -12,6 +12,7 @@ from configs import medmax_7b_lora
 def get_config() -> ConfigDict:
     config = medmax_7b_lora.get_config()
     config.mesh.update(data=1, fsdp=1)
-    config.model.update(quant="nf4")
+    config.model.update(quant="nf4", remat="all")
+    config.optim.update(accumulate=config.data.batch_size)  # a row at a time: the same step
     config.train.update(init_from="models/anole_nf4")
     return config

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float32, Int32
 
-from data.codes import Encoder
+from data.codes import Encoder, PrepareError
 from medmax_jax import images, vqgan
 from medmax_jax.mesh import AXES, ROWS
 
@@ -24,47 +24,61 @@ COMPARED = 64  # pictures on which bfloat16 is compared with the exact encoder
 
 
 class BatchEncoder:
-    """Pictures to codes in batches of one shape, over all devices of this process."""
+    """Pictures to codes in batches of one shape, over all devices of this process.
 
-    def __init__(self, encoder: Encoder, precision: str, batch: int):
+    `batch`: pictures that a device encodes at once. In another shape fp32 sums round otherwise, and
+    a latent between two rows of the codebook may take the other one.
+    """
+
+    def __init__(self, encoder: Encoder, *, precision: str, batch: int):
+        if precision not in PRECISIONS:
+            raise PrepareError(f"precision is {precision!r}; use {' or '.join(PRECISIONS)}")
         devices = jax.local_devices()
         mesh = jax.sharding.Mesh(
             np.array(devices).reshape(-1, 1, 1), AXES, (AxisType.Explicit,) * 3
         )
+        self.precision = precision
         self._mesh, self._batch = mesh, batch * len(devices)
-        self._size = encoder.vq_config.image_size
         self._exact = jax.device_put(encoder.vq, NamedSharding(mesh, P()))
         self._low = precision == "bfloat16"
         self._vq = _rounded(self._exact) if self._low else self._exact
-        self.agreement: float | None = None
+        self._compared, self._agreed = 0, 0.0  # pictures; the sum of their shares of equal codes
 
-    def __call__(self, pictures: Iterator[Callable[[], Any]]) -> Iterator[np.ndarray | str]:
-        """The codes of each picture, or why it has none; in order."""
+    @property
+    def agreement(self) -> float | None:
+        """The share of bfloat16 codes that are the exact ones, on the first pictures."""
+        return self._agreed / self._compared if self._compared else None
+
+    def __call__(self, pictures: Iterator[Callable[[], np.ndarray]]) -> Iterator[np.ndarray | str]:
+        """The codes of each picture, or why it has none; in order.
+
+        A picture comes as what makes its pixels, or raises an ImageError.
+        """
         with concurrent.futures.ThreadPoolExecutor(DECODERS) as pool:
             waiting: list[concurrent.futures.Future] = []
-            while True:
-                room = (AHEAD + 1) * self._batch - len(waiting)
-                waiting += [pool.submit(self._pixels, p) for p in itertools.islice(pictures, room)]
-                if not waiting:
-                    return
-                part = [future.result() for future in waiting[: self._batch]]
-                del waiting[: self._batch]
-                yield from self._codes(part)
-
-    def _pixels(self, load: Callable[[], Any]) -> Float32[np.ndarray, "h w 3"] | str:
-        try:
-            return images.preprocess(load(), self._size)
-        except images.ImageError as error:
-            return str(error)
+            try:
+                while True:
+                    room = (AHEAD + 1) * self._batch - len(waiting)
+                    more = itertools.islice(pictures, room)
+                    waiting += [pool.submit(_pixels, picture) for picture in more]
+                    if not waiting:
+                        return
+                    part = [future.result() for future in waiting[: self._batch]]
+                    del waiting[: self._batch]
+                    yield from self._codes(part)
+            finally:
+                pool.shutdown(cancel_futures=True)
 
     def _codes(self, part: list[np.ndarray | str]) -> list[np.ndarray | str]:
         good = [i for i, each in enumerate(part) if not isinstance(each, str)]
         if good:
             pixels = np.stack([part[i] for i in good])
             found = self._run(self._vq, pixels)
-            if self._low and self.agreement is None:
-                some = pixels[:COMPARED]
-                self.agreement = float((self._run(self._exact, some) == found[: len(some)]).mean())
+            if self._low and self._compared < COMPARED:
+                equal = self._run(self._exact, pixels) == found
+                some = equal[: COMPARED - self._compared]
+                self._compared += len(some)
+                self._agreed += float(some.mean(axis=1).sum())
             for i, codes in zip(good, found, strict=True):
                 part[i] = codes.astype(np.uint16)
         return part
@@ -76,6 +90,13 @@ class BatchEncoder:
             placed = placed.astype(jnp.bfloat16) if vq is self._vq and self._low else placed
             found = np.asarray(vqgan.encode(vq, placed))
         return found[: len(pixels)].reshape(len(pixels), -1)
+
+
+def _pixels(picture: Callable[[], np.ndarray]) -> np.ndarray | str:
+    try:
+        return picture()
+    except images.ImageError as error:
+        return str(error)
 
 
 def _rounded(vq: vqgan.VQGAN) -> vqgan.VQGAN:

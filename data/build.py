@@ -24,27 +24,31 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from data import records
+from data import picture_codes, records
+from data.batch_encoder import PRECISIONS
+from data.code_reader import digest_of
 from data.codes import (
     LOG_SECONDS,
     Encoder,
     PrepareError,
-    Progress,
     View,
     load_encoder,
     log,
+    open_picture,
 )
-from data.codes import encode as encode_views
 from data.documents import Document
 from data.mixture import BY_NAME, CAPTION_SHARE, CREDENTIALED, Source, compare
+from data.picture_codes import Files
 from data.sources import captions, choices, conversations, dicom, parquet, questions, reports
 from data.sources.row import SPLITS, Bad, Plan, Row
 from medmax_jax import images
 from medmax_jax.new_folder import private
+from medmax_jax.progress import Items
 from medmax_jax.tokenizer import Tokenizer, TokenizerError, document_ids
 
 LABEL = "not the released subset"
 SHARD_SIZE = 4_096  # documents, as of the sample
+Coded = tuple[np.ndarray, str]  # codes of a picture, SHA-256 of its file
 CHUNK = 64  # rows read ahead, with their pictures
 CACHE = 4_096  # pictures whose codes are kept: questions about one follow each other
 MAX_BAD = 0.01  # share of malformed rows and unreadable pictures; more is a wrong folder
@@ -78,13 +82,16 @@ def build_source(
     caption_share: float = CAPTION_SHARE,
     max_bad: float = MAX_BAD,
     burned_in: bool = False,
+    codes: Path | None = None,
+    precision: str = "highest",
     vq: Any = None,
     tokenizer: Tokenizer | None = None,
 ) -> dict[str, Any]:
     """Writes a split of `source`, as published in `folder`, as records; returns dataset.json.
 
-    `sample`: so many documents, drawn by `seed`; None: all. More than the share `max_bad` of
-    malformed rows and unreadable pictures stop the work before anything is written.
+    `sample`: so many documents, drawn by `seed`; None: all. `codes`: a folder of `tokenize` with
+    the pictures' codes; without, they are encoded here, at `precision`. More than the share
+    `max_bad` of malformed rows and unreadable pictures stop the work before anything is written.
     """
     if source not in BY_NAME:
         raise PrepareError(f"source is {source!r}; use one of {', '.join(READERS)}")
@@ -97,13 +104,19 @@ def build_source(
         raise PrepareError(f"--from is {folder}: no such folder; unpack {source} and name it")
     plan = Plan(source=source, split=split, seed=seed, caption_share=caption_share)
     work = _Work(plan, Path(folder), BY_NAME[source], max_bad, burned_in)
-    chosen = work.survey(sample)
     encoder = load_encoder(Path(model_folder), vq=vq, tokenizer=tokenizer)
+    pictures = picture_codes.source(codes, encoder, precision)
+    if codes and work.secret:
+        pictures.check_credentialed(burned_in=burned_in)
+    chosen = work.survey(sample)
     notes = dict(maker="build", source=source, subset=LABEL, split=split, seed=seed, sample=sample)
     notes |= dict(licence=work.facts.licence, data_class=work.facts.data_class)
     notes["caption_share"] = caption_share
-    made = work.documents(chosen, encoder, notes)
-    with _private(Path(out)) if work.secret else contextlib.nullcontext():
+    made = work.documents(chosen, encoder, pictures, notes)
+    with contextlib.ExitStack() as stack:
+        if work.secret:
+            stack.enter_context(_private(Path(out)))
+            stack.enter_context(dicom.silence())  # around the threads that decode
         meta = records.write(out, made, shard_size=SHARD_SIZE, layout=encoder.layout, notes=notes)
     log.info("%s. %s: %s", compare(source, meta["documents"]), LABEL[0].upper() + LABEL[1:], out)
     return meta
@@ -129,7 +142,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--burned_in", action="store_true", help="take DICOM files that say they show text"
     )
+    add_code_flags(parser)
     parser.set_defaults(run=_run)
+
+
+def add_code_flags(parser: argparse.ArgumentParser) -> None:
+    """Where the codes of pictures come from."""
+    parser.add_argument("--codes", type=Path, help="folder of tokenize; without: encoded here")
+    parser.add_argument("--precision", choices=PRECISIONS, default="highest", help="of the codes")
 
 
 def _run(args: argparse.Namespace) -> dict[str, Any]:
@@ -144,6 +164,8 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
         caption_share=args.caption_share,
         max_bad=args.max_bad,
         burned_in=args.burned_in,
+        codes=args.codes,
+        precision=args.precision,
     )
 
 
@@ -186,13 +208,18 @@ class _Work:
         return None if sample is None else {row_id for _, row_id in heap}
 
     def documents(
-        self, chosen: set[str] | None, encoder: Encoder, notes: dict[str, Any]
+        self,
+        chosen: set[str] | None,
+        encoder: Encoder,
+        pictures: picture_codes.Encoded | picture_codes.Stored,
+        notes: dict[str, Any],
     ) -> Iterator[Document]:
         """The documents, and in `notes` what was left out."""
-        cache: collections.OrderedDict[str, np.ndarray] = collections.OrderedDict()
-        progress = Progress(self.total if chosen is None else len(chosen), "documents")
+        cache: collections.OrderedDict[str, Coded] = collections.OrderedDict()
+        count = self.total if chosen is None else len(chosen)
+        clock = Items(count, "documents", log.info, every=LOG_SECONDS)
         for rows in _chunks(self._rows(chosen), CHUNK):
-            codes, unreadable = self._codes(rows, encoder, cache)
+            codes, unreadable = self._codes(rows, pictures, cache)
             for row in rows:
                 try:
                     if row.image_path in unreadable:
@@ -201,7 +228,8 @@ class _Work:
                         yield self._document(row, codes, encoder)
                 except TokenizerError:
                     self._reject(row, "text: writes the name of a control token")
-            progress.add(len(rows))
+            clock.tick(self.plan.source, len(rows))
+        notes |= dict(codes=pictures.notes())
         notes |= dict(malformed=dict(self.bad), first_malformed=self.first)
         notes["left_out"] = dict(self.left)
 
@@ -212,39 +240,37 @@ class _Work:
                     yield row
 
     def _codes(
-        self, rows: list[Row], encoder: Encoder, cache: collections.OrderedDict[str, np.ndarray]
-    ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-        """Codes of the rows' pictures, and what is wrong with those that cannot be read."""
+        self,
+        rows: list[Row],
+        pictures: picture_codes.Encoded | picture_codes.Stored,
+        cache: collections.OrderedDict[str, Coded],
+    ) -> tuple[dict[str, Coded], dict[str, str]]:
+        """Codes and SHA-256 of the rows' pictures, and what is wrong with the unreadable ones."""
         where = {r.image_path: r for r in rows if r.image is not None}
         known = {path: cache[path] for path in where if path in cache}
         views = [View(path, 0, "", False) for path in where if path not in known]
-        found, unreadable = encode_views(
-            views, encoder, self.folder, load=lambda path: self._open(where[path]), tell=False
-        )
-        fresh = {path: code for (path, _), code in found.items()}
+        files = Files(lambda path: self._open(where[path]), lambda path: self._lies(where[path]))
+        found, unreadable = pictures(views, files, tell=False)
+        fresh = {p: (code, digest_of(files.content(p)).hex()) for (p, _), code in found.items()}
         cache.update(fresh)
         while len(cache) > CACHE:
             cache.popitem(last=False)
         return known | fresh, {path: _reason(text, path) for path, text in unreadable.items()}
 
+    def _lies(self, row: Row) -> Path | bytes:
+        return row.image if isinstance(row.image, bytes) else self.folder / row.image
+
     def _open(self, row: Row) -> PIL.Image.Image:
         """The picture of a row; errors say its name in the records, not where it lies."""
         if isinstance(row.image, bytes):
             return images.load(row.image, max_pixels=images.MAX_PIXELS, name=row.image_path)
-        path = self.folder / row.image
-        if path.suffix == ".dcm":
-            return dicom.load(path, name=row.image_path, burned_in=self.burned_in)
-        try:
-            return images.load(path, max_pixels=images.MAX_PIXELS, name=row.image_path)
-        except images.ImageError:
-            if not self.secret:
-                raise
-            # Pillow's words may repeat what it found in the file.
-            problem = "no such file, or damaged; check the image folder"
-            raise images.ImageError(f"{row.image_path}: {problem}") from None
+        return open_picture(
+            self.folder / row.image, name=row.image_path, burned_in=self.burned_in,
+            secret=self.secret,
+        )  # fmt: skip
 
-    def _document(self, row: Row, codes: dict[str, np.ndarray], encoder: Encoder) -> Document:
-        code = None if row.image is None else codes[row.image_path]
+    def _document(self, row: Row, codes: dict[str, Coded], encoder: Encoder) -> Document:
+        code, digest = (None, "") if row.image is None else codes[row.image_path]
         tokens = document_ids(encoder.tokenizer, row.text, code, encoder.layout.vocab)
         return Document(
             tokens=tokens,
@@ -255,6 +281,7 @@ class _Work:
             turns=row.turns,
             group=row.group,
             id=row.id,
+            image_sha256=digest,
         )
 
     def _reject(self, row: Row, reason: str) -> None:

@@ -1,32 +1,30 @@
-"""Pictures to VQGAN codes: what encodes, in which views, and what to do with unreadable files.
+"""What turns pictures into codes: the encoder of a model folder, views, picture files to pixels.
 
 A view other than 0 is the picture slightly cropped, brightened or darkened. Nothing is mirrored or
 turned: left, right and orientation are facts that texts speak of.
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
 import logging
 import random
-import time
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL.Image
-from jaxtyping import Float32, Int
+from jaxtyping import Float32
 
 from data.documents import Layout
+from data.sources import dicom
 from medmax_jax import images, vqgan, weights
 from medmax_jax.config import VQ, Vocab, build
 from medmax_jax.tokenizer import Tokenizer
 
 log = logging.getLogger("medmax_jax.prepare")
 
-BATCH = 16  # pictures encoded at once
+BATCH = 16  # pictures that a device encodes at once, unless asked otherwise
 LOG_SECONDS = 5.0
 MIN_CROP_AREA = 0.5  # of the centre square: smaller ones lose what texts speak of
 JITTER = 0.2  # contrast 0.8 .. 1.2 and brightness -0.2 .. 0.2 of the range -1 .. 1
@@ -93,47 +91,20 @@ def pixels_of(picture: PIL.Image.Image, view: View, config: VQ) -> Float32[np.nd
     return np.clip(pixels, -1, 1).astype(np.float32)
 
 
-def encode(
-    views: Iterable[View],
-    encoder: Encoder,
-    folder: Path,
-    *,
-    load: Callable[[str], PIL.Image.Image] | None = None,
-    tell: bool = True,
-) -> tuple[dict[tuple[str, int], Int[np.ndarray, "K"]], dict[str, str]]:
-    """Codes by (path, number of the view), and the reason for each path that cannot be read.
-
-    `load`: opens what does not lie at its path. `tell`: log the progress.
-    """
-    todo = sorted(set(views), key=lambda v: (v.path, v.number))
-    codes: dict[tuple[str, int], np.ndarray] = {}
-    unreadable: dict[str, str] = {}
-    load = load or (lambda path: images.load(folder / path, max_pixels=images.MAX_PIXELS))
-    open_picture = functools.lru_cache(maxsize=1)(load)  # the views of a picture follow each other
-    progress = Progress(len(todo)) if tell else None
-    for start in range(0, len(todo), BATCH):
-        held = {}
-        for v in todo[start : start + BATCH]:
-            if v.path in unreadable:
-                continue
-            try:
-                held[v.path, v.number] = pixels_of(open_picture(v.path), v, encoder.vq_config)
-            except images.ImageError as error:
-                unreadable[v.path] = str(error)
-                log.warning("left out: %s", error)
-        codes |= _codes(held, encoder)
-        if progress:
-            progress.add(min(BATCH, len(todo) - start))
-    return codes, unreadable
-
-
-def _codes(held: dict[tuple[str, int], np.ndarray], encoder: Encoder) -> dict:
-    if not held:
-        return {}
-    pixels = np.stack(list(held.values()))
-    full = np.concatenate([pixels, np.repeat(pixels[:1], BATCH - len(held), axis=0)])
-    found = np.asarray(vqgan.encode(encoder.vq, full))  # one shape, so compiled once
-    return {key: found[i].reshape(-1) for i, key in enumerate(held)}
+def open_picture(
+    path: Path, *, name: str, burned_in: bool = False, secret: bool = False
+) -> PIL.Image.Image:
+    """A picture file, DICOM too; an ImageError says `name`, and of a `secret` one nothing more."""
+    if path.suffix.lower() == ".dcm":
+        return dicom.load(path, name=name, burned_in=burned_in)
+    try:
+        return images.load(path, max_pixels=images.MAX_PIXELS, name=name)
+    except images.ImageError:
+        if not secret:
+            raise
+        # Pillow's words may repeat what it found in the file.
+        problem = "no such file, or damaged; check the image folder"
+        raise images.ImageError(f"{name}: {problem}") from None
 
 
 def log_to_stderr() -> None:
@@ -143,21 +114,3 @@ def log_to_stderr() -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     log.handlers, log.propagate = [handler], False
     log.setLevel(logging.INFO)
-
-
-class Progress:
-    """Logs how many of how many, the rate and the time left, every few seconds."""
-
-    def __init__(self, total: int, what: str = "pictures"):
-        self.total, self.done, self.what = total, 0, what
-        self.start = self.said = time.monotonic()
-
-    def add(self, count: int) -> None:
-        self.done += count
-        now = time.monotonic()
-        if now - self.said >= LOG_SECONDS or self.done == self.total:
-            rate = self.done / max(now - self.start, 1e-9)
-            left = (self.total - self.done) / rate
-            done = (self.done, self.total, self.what, rate, left)
-            log.info("%d/%d %s, %.1f/s, %.0f s left", *done)
-            self.said = now

@@ -18,12 +18,16 @@ from medmax_jax.vocab import BOI, BOS, EOI, EOS, IMAGE, IMAGE_START, PAD, SEP, c
 
 COLUMNS = ("length", "image", "answers", "answers_image", "release", "release_image")
 LABELS = ("source", "task", "picture")  # numbers of names, see records.Labels
-_HEAD = struct.Struct("<4sII")  # magic, CRC-32 of all that follows it, bytes of the JSON header
-_MAGIC = b"MMX1"
+HEAD = struct.Struct("<4sII")  # magic, CRC-32 of all that follows it, bytes of the JSON header
+MAGIC = b"MMX1"
 
 
 class RecordsError(ValueError):
     """A document or a folder that cannot be used; the message names it and the mend."""
+
+    def __init__(self, text: str, kind: str = ""):
+        super().__init__(text)
+        self.kind = kind  # of what is wrong with a document: schema, ids, image, separator
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,6 +42,7 @@ class Document:
     turns: int
     group: str
     id: str
+    image_sha256: str = ""  # of the picture's file; empty where that was not at hand
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,64 +72,47 @@ def scored(tokens: Int[np.ndarray, "T"], mode: str, turns: int) -> Bool[np.ndarr
     section = np.cumsum(is_sep) - is_sep  # SEPs strictly before
     if not is_sep.any():
         return np.arange(len(tokens)) > 0
-    if mode == "answers" and turns > 0:
-        return section % 2 == 1
-    return section > 0
+    return section % 2 == 1 if mode == "answers" and turns > 0 else section > 0
 
 
 def check_document(document: Document, layout: Layout) -> None:
     """Raises RecordsError unless the document is whole: ids, ends, image spans, turns."""
     t, where = document.tokens, f"document {document.id!r} of {document.source!r}"
     if t.ndim != 1 or t.dtype != np.int32 or len(t) < 3:
-        raise RecordsError(f"{where}: tokens are {t.dtype}{t.shape}; need int32 [T] with T >= 3")
+        raise RecordsError(
+            f"{where}: tokens are {t.dtype}{t.shape}; need int32 [T] with T >= 3", "schema"
+        )
     try:
         check_ids(t, layout.vocab, where=where)
     except ValueError as error:
-        raise RecordsError(str(error)) from error
+        raise RecordsError(str(error), "ids") from error
     if t[0] != BOS or t[-1] != EOS:
-        raise RecordsError(f"{where}: goes from {t[0]} to {t[-1]}; need BOS {BOS} to EOS {EOS}")
+        raise RecordsError(
+            f"{where}: goes from {t[0]} to {t[-1]}; need BOS {BOS} to EOS {EOS}", "ids"
+        )
     stray = t[1:-1][np.isin(t[1:-1], (BOS, PAD, EOS, IMAGE))]
     if stray.size:
-        raise RecordsError(f"{where}: control token {stray[0]} inside; make the document anew")
+        raise RecordsError(
+            f"{where}: control token {stray[0]} inside; make the document anew", "ids"
+        )
     _check_images(t, layout, where)
     seps = int((t == SEP).sum())
     if document.turns and seps != 2 * document.turns - 1:
         raise RecordsError(
             f"{where}: turns is {document.turns} but there are {seps} separators, "
-            f"not {2 * document.turns - 1}; set turns to 0 when they are not known"
+            f"not {2 * document.turns - 1}; set turns to 0 when they are not known",
+            "separator",
         )
-
-
-def counts(document: Document, vocab: Vocab) -> list[int]:
-    """The document's numbers in the order of COLUMNS."""
-    t, image = document.tokens, is_image(document.tokens, vocab)
-    row = [len(t), int(image.sum())]
-    for mode in ("answers", "release"):
-        mask = scored(t, mode, document.turns)
-        row += [int(mask.sum()), int((mask & image).sum())]
-    return row
-
-
-def to_bytes(document: Document) -> bytes:
-    """One self-describing record: magic, CRC-32, JSON header, token ids."""
-    kind = "<u2" if document.tokens.max() < 2**16 else "<i4"
-    fields = {f.name: getattr(document, f.name) for f in dataclasses.fields(document)}
-    header = json.dumps(fields | {"tokens": kind}, ensure_ascii=False).encode()
-    body = header + document.tokens.astype(kind).tobytes()
-    size = struct.pack("<I", len(header))
-    return _HEAD.pack(_MAGIC, zlib.crc32(size + body), len(header)) + body
 
 
 def from_bytes(record: bytes, where: str) -> Document:
     """The way back; raises RecordsError, with `where` in it, on damage."""
-    if len(record) < _HEAD.size or record[:4] != _MAGIC:
+    if len(record) < HEAD.size or record[:4] != MAGIC:
         raise RecordsError(f"{where}: no document of this format; the shard is damaged or foreign")
-    _, crc, size = _HEAD.unpack_from(record)
+    _, crc, size = HEAD.unpack_from(record)
     if zlib.crc32(record[8:]) != crc:
-        raise RecordsError(
-            f"{where}: CRC differs, so the shard is damaged; make the data set again"
-        )
-    body = record[_HEAD.size :]
+        raise RecordsError(f"{where}: CRC differs, so it is damaged; make the data set again")
+    body = record[HEAD.size :]
     fields = json.loads(body[:size])
     tokens = np.frombuffer(body[size:], fields["tokens"]).astype(np.int32)
     return Document(**(fields | {"tokens": tokens}))
@@ -138,11 +126,13 @@ def _check_images(t: np.ndarray, layout: Layout, where: str) -> None:
     if not whole or code.sum() != n * len(begins):
         raise RecordsError(
             f"{where}: {int(code.sum())} image codes with {len(begins)} BOI and {len(ends)} EOI; "
-            f"every image must be BOI, {n} codes, EOI: cut off, or made for another VQGAN"
+            f"every image must be BOI, {n} codes, EOI: cut off, or made for another VQGAN",
+            "image",
         )
     unused = t[(t >= IMAGE_START + layout.vocab.image_codes) & (t < EOI)]
     if unused.size:
         raise RecordsError(
             f"{where}: image token {unused[0]} is beyond the codebook of "
-            f"{layout.vocab.image_codes} codes; use the VQGAN of this vocabulary"
+            f"{layout.vocab.image_codes} codes; use the VQGAN of this vocabulary",
+            "image",
         )

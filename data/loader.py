@@ -18,6 +18,7 @@ token above has 1/5.
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator
 
 import grain
@@ -54,6 +55,7 @@ class Stats:
     scored_text: int  # tokens
     scored_image: int
     tokens: int  # padding apart
+    squares: int  # sum of the squared lengths: over `tokens`, how far attention looks
     fill: float  # tokens over places
 
 
@@ -85,14 +87,18 @@ class Batches:
         self._hosts = jax.process_count() if hosts is None else hosts
         self._check()
         # Held-out documents are met once each, whatever training draws.
-        self._mixing = dataclasses.replace(run.mixing, weights="") if one_pass else run.mixing
+        everything = dict(weights="", leave_out="", fraction=1.0)
+        self._mixing = dataclasses.replace(run.mixing, **everything) if one_pass else run.mixing
         self._epochs = mixing.epochs(self.records, run.data, self._mixing)
         self.plan = self._epochs.first.fingerprint  # of epoch 0
+        if run.data.plan not in ("", self.plan) and not one_pass:
+            raise RecordsError(
+                f"config.data.plan asks for plan {run.data.plan}, but these records and settings "
+                f"make {self.plan}; set them back, or leave config.data.plan empty"
+            )
         self._last = len(self._epochs.first) if one_pass else None
-        self.kinds, self._kind = _kinds(
-            self.records
-        )  # (source, task) of each kind; of each document
-        self._text, self._image = self.records.scored_counts(run.data.mask)
+        # (source, task) of each kind; the kind of each document
+        self.kinds, self._kind = _kinds(self.records)
         steps = -(-self._last // run.data.batch_size) if one_pass else run.train.steps
         self._steps = grain.MapDataset.range(0, steps).map(self._make)
 
@@ -115,15 +121,33 @@ class Batches:
         """Counts of the whole batch of a step, without reading its documents."""
         size, seq_len = self._run.data.batch_size, self._run.data.seq_len
         documents = np.concatenate(self._rows(self._in_range(step)))
-        tokens = int(self.records.index["length"][documents].sum())
+        names = (mask := self._run.data.mask, f"{mask}_image")
+        scored, image = (int(self.records.index[n][documents].sum()) for n in names)
+        lengths = self.records.index["length"][documents].astype(np.int64)
+        tokens = int(lengths.sum())
         return Stats(
             epoch=self._epochs.epoch(step * size),
             documents=len(documents),
-            scored_text=int(self._text[documents].sum()),
-            scored_image=int(self._image[documents].sum()),
+            scored_text=scored - image,
+            scored_image=image,
             tokens=tokens,
+            squares=int((lengths**2).sum()),
             fill=tokens / (size * seq_len),
         )
+
+    def named(self, step: int) -> list[str]:
+        """The documents of a step as source/id; of credentialed ones only a digest of the id."""
+        return [
+            f"{d.source}/{d.id}"
+            if d.credential == "no"
+            else f"{d.source}/sha256:{hashlib.sha256(d.id.encode()).hexdigest()[:16]}"
+            for d in self.records.read(np.concatenate(self._rows(self._in_range(step))))
+        ]
+
+    def epoch_tokens(self) -> int:
+        """Tokens of the documents that this run may draw, each counted once."""
+        documents = mixing.drawable(self.records, self._run.data, self._mixing)
+        return int(self.records.index["length"][documents].sum())
 
     def words(self) -> list[str]:
         """What an epoch holds, for the log: documents, rows, shares, what is left out."""

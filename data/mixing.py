@@ -14,14 +14,12 @@ import functools
 import numpy as np
 from jaxtyping import Int
 
-from data import pack
+from data import pack, subset
 from data.pack import Epochs, PackError
 from data.reader import Records
 from medmax_jax.config import Data, Mixing
 
-PICTURE_WINDOW = (
-    256  # documents of two steps of 8 rows of 16,384: more pack better, fewer are nearer
-)
+PICTURE_WINDOW = 256  # documents, two steps of 8 rows of 16,384: more pack better
 # Streams of shuffles; pack.py's own are 0 and the places of windows.
 _TURNS, _PLACES, _PICTURES = 1 << 40, 2 << 40, 3 << 40
 
@@ -37,9 +35,15 @@ def kept(found: Records, limit: int) -> Int[np.ndarray, "_"]:
     return fitting
 
 
+def drawable(found: Records, data: Data, mixing: Mixing) -> Int[np.ndarray, "_"]:
+    """The documents that a run with these settings may draw."""
+    return subset.chosen(found, kept(found, data.document_limit), mixing)
+
+
 def epochs(found: Records, data: Data, mixing: Mixing) -> Epochs:
     """The rows of all epochs."""
-    documents, seed = kept(found, data.document_limit), data.seed
+    documents = drawable(found, data, mixing)
+    seed = data.seed
     windows = functools.partial(pack.shuffled, documents, seed=seed)
     if mixing.weights:
         group, draws = _grouped(found, documents, mixing)
@@ -57,7 +61,7 @@ def epochs(found: Records, data: Data, mixing: Mixing) -> Epochs:
 
 def shares(found: Records, data: Data, mixing: Mixing) -> dict[str, tuple[float, float, float]]:
     """What each name gives to an epoch: its share of documents, of tokens, and times a document."""
-    documents = kept(found, data.document_limit)
+    documents = drawable(found, data, mixing)
     group, draws = _grouped(found, documents, mixing)
     count = np.bincount(group, minlength=len(draws))
     length = np.bincount(group, found.index["length"][documents], len(draws)) / np.maximum(count, 1)

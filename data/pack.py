@@ -18,8 +18,7 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Int
 
-# Documents that are packed together. Large enough that best fit finds partners (fill within 1% of
-# one window over all), small enough that a row's documents come from one stretch of the shuffle.
+# Documents packed together: enough for best fit to find partners, few enough to stay shuffled.
 WINDOW = 4_096
 
 

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from data import mixing, pack
+from data import mixing, pack, plan_file
 from data.reader import Records, open_records
+from data.records import credentialed
 from medmax_jax.config import Data, Mixing
 
 ROW_LENGTHS = (2_048, 4_096, 8_192, 16_384)
@@ -60,7 +61,7 @@ def report(
             for name, (d, t, n) in mixing.shares(found, data, mixed).items()
         },
         left_out=len(long),
-        left_out_ids=[d.id for d in found.read(long)],
+        left_out_ids=long.tolist() if credentialed(found) else [d.id for d in found.read(long)],
     )
     return told if row is None else told | {f"row {row}": who(found, plan, row)}
 
@@ -124,13 +125,15 @@ def padded(lengths: Int[np.ndarray, "n"], *, batch_size: int, seed: int) -> dict
 
 
 def who(found: Records, plan: pack.Plan, row: int) -> list[dict[str, Any]]:
-    """The documents of a row, each with its place there."""
+    """The documents of a row, each with its place there; credentialed ones by number alone."""
     if not 0 <= row < len(plan):
         raise pack.PackError(f"--row is {row}; this epoch has rows 0..{len(plan) - 1}")
     told, start = [], 0
     for number, document in zip(plan.row(row), found.read(plan.row(row)), strict=True):
         at = dict(document=int(number), start=start, tokens=len(document.tokens))
-        names = ("id", "source", "task", "image_path")
+        names = (
+            ("source", "task") if credentialed(found) else ("id", "source", "task", "image_path")
+        )
         told.append(at | {n: getattr(document, n) for n in names})
         start += len(document.tokens)
     return told
@@ -158,45 +161,57 @@ def picture_stats(found: Records) -> dict[str, Any]:
     )
 
 
-# The command lines.
+# The command line.
 
 
-def add(commands: Any) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
-    """`stats`, and `plan` with the flags of config.data and config.mixing."""
-    counted = commands.add_parser("stats", help="what a folder of records holds")
-    counted.add_argument(
-        "--seq_len", type=int, default=0, help="row length; 0: the longest document"
-    )
-    counted.set_defaults(run=_run_stats)
+def add(commands: Any) -> argparse.ArgumentParser:
+    """`plan`, with the flags of config.data and config.mixing."""
     planned = commands.add_parser("plan", help="which documents share a row, as a run has it")
-    planned.add_argument("--seq_len", type=int, required=True, help="tokens a row")
+    planned.add_argument("--seq_len", type=int, help="tokens a row; not for a saved plan")
     planned.add_argument("--document_limit", type=int, default=0, help="0: the row length")
     planned.add_argument("--batch_size", type=int, default=8, help="of padding to longest")
     planned.add_argument("--seed", type=int, default=0, help="config.data.seed")
     planned.add_argument("--epoch", type=int, default=0, help="epoch to show")
     planned.add_argument("--row", type=int, help="row whose documents to show")
+    planned.add_argument("--save", type=Path, metavar="F.npz", help="write the plan to a file")
     planned.add_argument("--by", choices=("source", "task"), default="source")
     planned.add_argument("--unit", choices=("documents", "tokens"), default="documents")
     planned.add_argument("--weights", default="", help="as config.mixing: 'name=3, other=1'")
     planned.add_argument("--image_centric", action="store_true", help="pictures stay together")
     planned.set_defaults(run=_run_plan)
-    return counted, planned
+    return planned
 
 
 def _run_plan(args: argparse.Namespace) -> dict[str, Any]:
+    if args.folder.suffix == plan_file.SUFFIX:
+        return _saved(args)
     for name in ("seq_len", "batch_size"):
-        if getattr(args, name) < 1:
+        if (getattr(args, name) or 0) < 1:
             raise pack.PackError(f"--{name} is {getattr(args, name)}; it must be above 0")
     data = Data(
         train="", validation="", document_limit=args.document_limit or args.seq_len,
         seq_len=args.seq_len, batch_size=args.batch_size, pack=True, mask="", seed=args.seed,
+        plan="",
     )  # fmt: skip
     mixed = Mixing(
-        by=args.by, unit=args.unit, weights=args.weights, image_centric=args.image_centric
-    )
-    return report(open_records(Path(args.folder)), data, mixed, epoch=args.epoch, row=args.row)
+        by=args.by, unit=args.unit, weights=args.weights, image_centric=args.image_centric,
+        leave_out="", fraction=1.0, fraction_seed=0,
+    )  # fmt: skip
+    found = open_records(args.folder)
+    told = report(found, data, mixed, epoch=args.epoch, row=args.row)
+    if args.save is None:
+        return told
+    plan_file.save(args.save, found, data, mixed, epoch=args.epoch)
+    return told | dict(saved=str(args.save))
 
 
-def _run_stats(args: argparse.Namespace) -> dict[str, Any]:
-    longest = open_records(args.folder).meta["longest"]
-    return stats(args.folder, seq_len=args.seq_len or longest)
+def _saved(args: argparse.Namespace) -> dict[str, Any]:
+    """What a saved plan says, by itself."""
+    if args.seq_len or args.save or args.weights:
+        raise pack.PackError(f"{args.folder} is a saved plan: its settings are in it; --row alone")
+    saved = plan_file.load(args.folder)
+    held = saved.lengths[saved.plan.documents].sum()
+    places = len(saved.plan) * saved.header["settings"]["seq_len"]
+    told = dict(saved.header, documents=len(saved.plan.documents), row_count=len(saved.plan))
+    told["fill"] = round(float(held / places), 4)
+    return told if args.row is None else told | {f"row {args.row}": saved.who(args.row)}

@@ -4,12 +4,14 @@ python -m data.prepare sample --out D [--split train] [--kind instruction] [--vi
 python -m data.prepare build --source SLAKE --from FOLDER --out D --model M [--sample N --seed S]
 python -m data.prepare import --from train.jsonl --out D     the published rows: data/published.py
 python -m data.prepare unpack --from images.tar.gz.a* --out D     and their images: data/archives.py
-python -m data.prepare tokenize --images D --out D2 --model M     to codes: data/code_store.py
+python -m data.prepare tokenize --images D --out D2 --model M     to codes, for --codes D2
 python -m data.prepare documents --from documents.jsonl --images D --out D2     of texts.py
 python -m data.prepare instruct --help   captions to interleaved instructions by an LLM
-python -m data.prepare check D      reads every record back and compares it with what was written
-python -m data.prepare stats D      what is in it, and how well it packs
-python -m data.prepare plan D --seq_len N [--row 17] [--epoch 0]    how full rows are, who is in one
+python -m data.prepare check D [--against EVAL]    damage, doubles, leaks: check.py
+python -m data.prepare stats D [--out PAGE]     what is in it, and how well it packs; a page
+python -m data.prepare plan D --seq_len N [--row 17] [--save F.npz]    how full rows are, who is in
+    one; plan F.npz [--row 17] of what was saved
+python -m data.prepare who_saw HASH --in FOLDER ..    shards, plans, runs, checkpoints of an image
 
     manifest row -> picture -> views 0 .. n-1 -> VQGAN codes --+
                  -> documents (text with <image>) -------------+-> token ids -> records
@@ -22,7 +24,6 @@ or goes on (instruct).
 
 import argparse
 import collections
-import hashlib
 import json
 import logging
 import sys
@@ -30,29 +31,33 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from data import (
     archives,
-    code_store,
     instruct_command,
     pack,
+    picture_codes,
     plan_report,
     published,
     published_command,
     records,
+    stats_command,
     texts,
+    tokenize_command,
+    who_saw,
 )  # fmt: skip
 from data import build as source_build
-from data.codes import Encoder, PrepareError, View, encode, load_encoder, log_to_stderr
-from data.documents import Document, Layout, RecordsError, counts, to_bytes
+from data import check as record_check
+from data.code_reader import digest_of
+from data.codes import Encoder, PrepareError, View, load_encoder, log_to_stderr, open_picture
+from data.documents import Document, RecordsError
+from data.picture_codes import Encoded, Files, Stored
 from data.sample.documents import instruction_documents, pretraining_documents
 from data.sample.manifest import read_manifest
 from data.sources.row import SourceError
 from medmax_jax.cli import Interrupted
 from medmax_jax.config import ConfigError
-from medmax_jax.storage import StorageError
-from medmax_jax.tokenizer import IMAGE_NAME, Tokenizer, TokenizerError, document_ids, segments_of
+from medmax_jax.storage import Folder, StorageError
+from medmax_jax.tokenizer import Tokenizer, TokenizerError, document_ids
 from medmax_jax.weights import WeightsError
 
 log = logging.getLogger("medmax_jax.prepare")
@@ -86,13 +91,15 @@ def prepare_sample(
     tokenizer: Tokenizer | None = None,
     sample: str | Path = SAMPLE,
     max_unreadable: float = MAX_UNREADABLE,
+    codes: Path | None = None,
+    precision: str = "highest",
 ) -> dict[str, Any]:
     """Writes one split of the sample as records; returns its dataset.json.
 
     `kind`: one of KINDS. `rounds`: wordings of each document, from as many seeds. `vq`,
     `tokenizer`: those of `model_folder`, where they are loaded already. An unreadable picture and
     its documents are left out and listed in dataset.json; more than the share `max_unreadable` of
-    all pictures stop the work.
+    all pictures stop the work. `codes`, `precision`: as of build_source.
     """
     if kind not in KINDS:
         raise PrepareError(f"kind is {kind!r}; use one of {', '.join(KINDS)}")
@@ -104,10 +111,19 @@ def prepare_sample(
     encoder = load_encoder(Path(model_folder), vq=vq, tokenizer=tokenizer)
     shown = _dealt(_worded(kind, rows, seed, rounds), rows, views, seed)
     notes = dict(maker="sample", split=split, kind=kind, views=views, rounds=rounds, seed=seed)
-    made = _documents(shown, encoder, Path(sample), notes, max_unreadable)
+    pictures = picture_codes.source(codes, encoder, precision)
+    made = _documents(shown, encoder, pictures, Path(sample), notes, max_unreadable)
     meta = records.write(out, made, shard_size=SHARD_SIZE, layout=encoder.layout, notes=notes)
     log.info("%s: %d documents, %d tokens", out, meta["documents"], meta["tokens"])
     return meta
+
+
+def write_texts(out: Path, split: str, kind: str, seed: int, rounds: int) -> dict[str, Any]:
+    """Writes the documents of a split of the sample as text, for `documents`; how many they are."""
+    rows = [row for row in _manifest(SAMPLE) if row["split"] == split]
+    lines = [json.dumps(text) + "\n" for text in _worded(kind, rows, seed, rounds)]
+    Folder(out.parent).write(out.name, [line.encode() for line in lines])
+    return dict(documents=len(lines))
 
 
 def prepare_documents(
@@ -117,6 +133,8 @@ def prepare_documents(
     images: str | Path,
     model_folder: str | Path,
     max_unreadable: float = MAX_UNREADABLE,
+    codes: Path | None = None,
+    precision: str = "highest",
 ) -> dict[str, Any]:
     """Writes the documents of a file (texts.py) as records; returns their dataset.json."""
     rows = texts.read_texts(source)
@@ -124,30 +142,9 @@ def prepare_documents(
     dealt = [(row, views[row["image_path"]] if row["image_path"] else None) for row in rows]
     encoder = load_encoder(Path(model_folder))
     notes = dict(maker="documents", source=Path(source).name)
-    made = _documents(dealt, encoder, Path(images), notes, max_unreadable)
+    pictures = picture_codes.source(codes, encoder, precision)
+    made = _documents(dealt, encoder, pictures, Path(images), notes, max_unreadable)
     return records.write(out, made, shard_size=SHARD_SIZE, layout=encoder.layout, notes=notes)
-
-
-def check(folder: str | Path, *, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """Reads and validates every record; raises RecordsError where it is not what was written.
-
-    The example is the first document as text, if `tokenizer` is the one that wrote it.
-    """
-    found = records.open_records(folder)
-    digest, table, labels = hashlib.sha256(), [], records.Labels()
-    for document in found:
-        digest.update(to_bytes(document))
-        table.append(counts(document, found.layout.vocab))
-        labels.add(document.source, document.task, document.image_path)
-    table = np.concatenate([table, labels.table()], axis=1)
-    written = np.stack(list(found.index.values()), axis=1)
-    if digest.hexdigest() != found.fingerprint or not np.array_equal(table, written):
-        raise RecordsError(f"{folder}: not the documents that were written; make it again")
-    names = ("documents", "tokens", "text_tokens", "image_tokens", "sha256")
-    ours = tokenizer is not None and tokenizer.fingerprint == found.layout.tokenizer
-    return {n: found.meta[n] for n in names} | dict(
-        example=found[0].id, text=_text(found[0], found.layout, tokenizer) if ours else None
-    )
 
 
 def _manifest(sample: Path) -> list[dict[str, Any]]:
@@ -187,32 +184,32 @@ def _dealt(
 def _documents(
     dealt: list[tuple[dict[str, Any], View | None]],
     encoder: Encoder,
-    sample: Path,
+    pictures: Encoded | Stored,
+    folder: Path,
     notes: dict[str, Any],
     max_unreadable: float,
 ) -> Iterator[Document]:
     """The documents, and in `notes` what had to be left out."""
-    codes, unreadable = encode([v for _, v in dealt if v], encoder, sample)
-    pictures = {v.path for _, v in dealt if v}
-    if len(unreadable) > max_unreadable * len(pictures):
+    files = Files(lambda path: open_picture(folder / path, name=path), lambda path: folder / path)
+    codes, unreadable = pictures([v for _, v in dealt if v], files, tell=True)
+    count = len({v.path for _, v in dealt if v})
+    if len(unreadable) > max_unreadable * count:
         raise PrepareError(
-            f"{len(unreadable)} of {len(pictures)} pictures cannot be read, --max_unreadable allows"
+            f"{len(unreadable)} of {count} pictures cannot be read, --max_unreadable allows"
             f" the share {max_unreadable}; the first: {next(iter(unreadable.values()))}"
         )
     kept = [(text, v) for text, v in dealt if not v or v.path not in unreadable]
     notes |= dict(unreadable=unreadable, documents_left_out=len(dealt) - len(kept))
+    notes |= dict(codes=pictures.notes())
     if unreadable:
         log.warning("%d pictures left out, %d documents", len(unreadable), len(dealt) - len(kept))
+    digests = {path: digest_of(folder / path).hex() for path in {v.path for _, v in kept if v}}
     for text, v in kept:
         image = codes[v.path, v.number] if v else None
         tokens = document_ids(encoder.tokenizer, text["text"], image, encoder.layout.vocab)
         names = ("image_path", "task", "source", "credential", "turns", "group", "id")
-        yield Document(tokens=tokens, **{n: text[n] for n in names})
-
-
-def _text(document: Document, layout: Layout, tokenizer: Tokenizer) -> str:
-    parts = segments_of(document.tokens, layout.vocab)
-    return "".join(IMAGE_NAME if k == "image" else tokenizer.decode(ids) for k, ids in parts)
+        digest = digests[v.path] if v else ""
+        yield Document(tokens=tokens, image_sha256=digest, **{n: text[n] for n in names})
 
 
 # The program.
@@ -234,10 +231,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"interrupted: {args.left}; give the same command again", file=sys.stderr)
         return 75
     for name, value in {} if args.json else result.items():
-        print(f"{name:>20}  {value}")
+        rows = value if isinstance(value, list) and value else [value]
+        for n, row in enumerate(rows):
+            print(f"{'' if n else name:>20}  {row}")
     if args.json:
         print(json.dumps(result))
-    return 0
+    return 1 if result.get("errors") else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -254,6 +253,8 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--rounds", type=_positive, default=1, help="wordings of each document")
     sample.add_argument("--seed", type=int, default=0, help="of wordings and views")
     sample.add_argument("--max_unreadable", type=float, default=MAX_UNREADABLE, metavar="SHARE")
+    sample.add_argument("--texts", action="store_true", help="--out is a file for `documents`")
+    source_build.add_code_flags(sample)
     sample.set_defaults(run=_run_sample)
     brought, unpacked = published_command.add(commands)
     written = commands.add_parser("documents", help="texts and pictures to records")
@@ -261,19 +262,21 @@ def _parser() -> argparse.ArgumentParser:
     written.add_argument("--images", type=Path, required=True, help="folder of their pictures")
     written.add_argument("--out", type=Path, required=True, help="folder to write")
     written.add_argument("--max_unreadable", type=float, default=MAX_UNREADABLE, metavar="SHARE")
+    source_build.add_code_flags(written)
     written.set_defaults(run=_run_documents)
     curated = instruct_command.add(commands)
     tokenized = commands.add_parser("tokenize", help="pictures to codes, at scale")
-    code_store.add_flags(tokenized)
+    tokenize_command.add_flags(tokenized)
     tokenized.set_defaults(left="finished shards are kept")
     built = commands.add_parser("build", help="a source of MedMax, as published, to records")
     source_build.add_flags(built)
-    checked = commands.add_parser("check", help="read every record back")
-    checked.set_defaults(run=_run_check)
-    counted, planned = plan_report.add(commands)
+    checked = record_check.add(commands, TINY)
+    counted = stats_command.add(commands, TINY, SAMPLE / "manifest.jsonl")
+    planned = plan_report.add(commands)
+    traced = who_saw.add(commands)
     for command in (checked, counted, planned):
-        command.add_argument("folder", type=Path, help="folder of records")
-    for command in (sample, written, checked):
+        command.add_argument("folder", type=Path, help="folder of records; of plan, also its file")
+    for command in (sample, written):
         command.add_argument("--model", type=Path, default=TINY, help="model folder")
     asked = (
         sample,
@@ -286,6 +289,7 @@ def _parser() -> argparse.ArgumentParser:
         checked,
         counted,
         planned,
+        traced,
     )
     for command in asked:
         command.add_argument("--json", action="store_true", help="one JSON object as the last line")
@@ -299,6 +303,8 @@ def _positive(text: str) -> int:
 
 
 def _run_sample(args: argparse.Namespace) -> dict[str, Any]:
+    if args.texts:
+        return write_texts(args.out, args.split, args.kind, args.seed, args.rounds)
     return prepare_sample(
         args.out,
         model_folder=args.model,
@@ -308,6 +314,8 @@ def _run_sample(args: argparse.Namespace) -> dict[str, Any]:
         seed=args.seed,
         rounds=args.rounds,
         max_unreadable=args.max_unreadable,
+        codes=args.codes,
+        precision=args.precision,
     )
 
 
@@ -318,17 +326,9 @@ def _run_documents(args: argparse.Namespace) -> dict[str, Any]:
         images=args.images,
         model_folder=args.model,
         max_unreadable=args.max_unreadable,
+        codes=args.codes,
+        precision=args.precision,
     )
-
-
-def _run_check(args: argparse.Namespace) -> dict[str, Any]:
-    vocab = records.open_records(args.folder).layout.vocab
-    try:
-        tokenizer = Tokenizer.from_file(args.model / "tokenizer.json", vocab)
-    except TokenizerError as error:
-        log.warning("no example in words: %s", error)
-        tokenizer = None
-    return check(args.folder, tokenizer=tokenizer)
 
 
 if __name__ == "__main__":

@@ -28,15 +28,18 @@ from data.documents import (
     check_document,
     from_bytes,
 )
+from data.staging import INDEX, META, on_disk
 from medmax_jax.config import ConfigError, build
 
 FORMAT = 2
-META, INDEX = "dataset.json", "index.npy"
 
 
 def open_records(folder: str | os.PathLike) -> "Records":
-    """A finished folder, as a sequence of Documents; raises RecordsError when it is not whole."""
-    return Records(Path(folder))
+    """A finished folder, as a sequence of Documents; raises RecordsError when it is not whole.
+
+    One on gs:// is copied to this host first (staging.py), which may raise a StorageError.
+    """
+    return Records(on_disk(folder))
 
 
 class Records(Sequence):
@@ -77,16 +80,20 @@ class Records(Sequence):
                 found[int(place)] = document
         return [found[i] for i in range(len(wanted))]
 
-    def scored_counts(self, mode: str) -> tuple[np.ndarray, np.ndarray]:
-        """(text, image) tokens that `mode` scores, per document."""
-        image = self.index[f"{mode}_image"]
-        return self.index[mode] - image, image
-
     def names(self, label: str) -> list[str]:
         """What the numbers of index["source"] or index["task"] mean."""
         return sorted(self.meta[f"{label}s"])
 
     def _read_shard(self, shard: int, local: list[int]) -> list[Document]:
+        path = self.folder / self.meta["shards"][shard]["file"]
+        raw = self.raw(shard, local)
+        documents = [from_bytes(r, f"{path}, record {n}") for n, r in zip(local, raw, strict=True)]
+        for document in documents:
+            check_document(document, self.layout)
+        return documents
+
+    def raw(self, shard: int, local: list[int]) -> list[bytes]:
+        """The bytes of some records of a shard, unread; raises RecordsError on damage."""
         path = self.folder / self.meta["shards"][shard]["file"]
         try:
             if shard not in self._readers:
@@ -98,10 +105,7 @@ class Records(Sequence):
             raise RecordsError(
                 f"{path}: damaged ({error}); make the data set again from its source"
             ) from error
-        documents = [from_bytes(r, f"{path}, record {n}") for n, r in zip(local, raw, strict=True)]
-        for document in documents:
-            check_document(document, self.layout)
-        return documents
+        return raw
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
@@ -110,13 +114,10 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     try:
         meta = json.loads((folder / META).read_text())
     except FileNotFoundError as error:
-        raise RecordsError(
-            f"{folder}: no {META}, so it was never finished; run its data.prepare command again"
-        ) from error
+        made = "so it was never finished; run its data.prepare command again"
+        raise RecordsError(f"{folder}: no {META}, {made}") from error
     except ValueError as error:
-        raise RecordsError(
-            f"{folder / META}: damaged ({error}); make the data set again"
-        ) from error
+        raise RecordsError(f"{folder / META}: damaged ({error}); make it again") from error
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise RecordsError(f"{folder / META}: not of format {FORMAT}; make the data set again")
     return meta

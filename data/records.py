@@ -8,6 +8,8 @@ import dataclasses
 import hashlib
 import json
 import os
+import struct
+import zlib
 from array import array
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,17 +21,29 @@ from jaxtyping import Int
 
 from data.documents import (
     COLUMNS,
+    HEAD,
     LABELS,
+    MAGIC,
     Document,
     Layout,
     RecordsError,
     check_document,
-    counts,
-    to_bytes,
+    scored,
 )
 from data.reader import FORMAT, INDEX, META, Records, open_records
+from medmax_jax.config import Vocab
+from medmax_jax.vocab import is_image
 
-__all__ = ["Labels", "Records", "open_records", "write"]
+__all__ = [
+    "Labels",
+    "Records",
+    "counts",
+    "credentialed",
+    "file_sha256",
+    "open_records",
+    "to_bytes",
+    "write",
+]
 _OPTIONS = "group_size:1,zstd:3"  # group_size 1: the only one with fast random access
 
 
@@ -77,6 +91,43 @@ def write(
     partial.write_text(json.dumps(meta, indent=1) + "\n")
     os.replace(partial, folder / META)
     return meta
+
+
+def counts(document: Document, vocab: Vocab) -> list[int]:
+    """The document's numbers in the order of COLUMNS."""
+    t, image = document.tokens, is_image(document.tokens, vocab)
+    row = [len(t), int(image.sum())]
+    for mode in ("answers", "release"):
+        mask = scored(t, mode, document.turns)
+        row += [int(mask.sum()), int((mask & image).sum())]
+    return row
+
+
+def to_bytes(document: Document) -> bytes:
+    """One self-describing record: magic, CRC-32, JSON header, token ids; `from_bytes` reads it.
+
+    A field that is not known is left out, so that records from before there was one stay the same
+    bytes, and a folder's fingerprint with them.
+    """
+    kind = "<u2" if document.tokens.max() < 2**16 else "<i4"
+    fields = {f.name: getattr(document, f.name) for f in dataclasses.fields(document)}
+    if not document.image_sha256:
+        del fields["image_sha256"]
+    header = json.dumps(fields | {"tokens": kind}, ensure_ascii=False).encode()
+    body = header + document.tokens.astype(kind).tobytes()
+    size = struct.pack("<I", len(header))
+    return HEAD.pack(MAGIC, zlib.crc32(size + body), len(header)) + body
+
+
+def credentialed(found: Records) -> bool:
+    """Whether any document of a folder is: nothing of it is shown unasked."""
+    return any(name.lower() == "yes" for name in found.meta["credentials"])
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a picture's file, for Document.image_sha256."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Labels:
@@ -142,7 +193,10 @@ class _Parts:
         for n, documents in enumerate(self.documents):
             path = self.folder / f"{n:05d}-of-{len(self.documents):05d}.array_record"
             os.replace(self._path(n), path)
-            shards.append(dict(file=path.name, documents=documents, bytes=path.stat().st_size))
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            facts = dict(documents=documents, bytes=path.stat().st_size, sha256=digest)
+            shards.append(dict(file=path.name) | facts)
         return shards
 
     def abandon(self) -> None:
@@ -154,9 +208,14 @@ class _Parts:
         return self.folder / f"{n:05d}.partial"
 
     def _close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        writer, self._writer = self._writer, None
+        try:
+            if writer is not None:
+                writer.close()
+        except RuntimeError as error:  # ArrayRecord tells of a full disk here, not when it writes
+            raise RecordsError(
+                f"{self.folder}: cannot be written ({error}); make room, or name another folder"
+            ) from error
 
 
 def _new_folder(folder: str | os.PathLike) -> Path:

@@ -1,4 +1,4 @@
-"""Documents as text, JSONL in the released schema, before they are token ids.
+"""Documents as text, JSONL in the released schema, before they are token ids and after.
 
 {"id": "PMC1_f2", "text": "question<reserved08706>answer with <image>", "image_path": "a.png",
  "task": "Multimodal Generation", "source": "PMC-OA", "credential": "no", "group": "PMC1",
@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from data.captions import is_inside
-from data.documents import RecordsError
+from data.documents import Document, Layout, RecordsError
 from data.journal import JournalError, parse
-from medmax_jax.tokenizer import IMAGE_NAME
+from medmax_jax.tokenizer import IMAGE_NAME, SEP_NAME, Tokenizer, segments_of
 
 TEXTS = ("id", "text", "image_path", "task", "source", "credential", "group")
 
@@ -35,3 +35,15 @@ def read_texts(path: str | Path) -> list[dict[str, Any]]:
                 f"{'in' if shown else 'not in'} the text; give it a file below --images, or neither"
             )
     return rows
+
+
+def written(document: Document, layout: Layout, tokenizer: Tokenizer) -> str:
+    """The text of a document again, with `<image>` where an image stands."""
+    parts = segments_of(document.tokens, layout.vocab)
+    return "".join(IMAGE_NAME if k == "image" else tokenizer.decode(ids) for k, ids in parts)
+
+
+def spoken(document: Document, layout: Layout, tokenizer: Tokenizer) -> str:
+    """Its words alone: a line for each stretch between images and separators."""
+    text = written(document, layout, tokenizer)
+    return text.replace(IMAGE_NAME, "\n").replace(SEP_NAME, "\n")

@@ -33,7 +33,7 @@ from medmax_jax.progress import Progress
 
 log = logging.getLogger("medmax_jax.tfds")
 
-TEXTS = ("image_path", "task", "source", "credential", "group", "id")
+TEXTS = ("image_path", "task", "source", "credential", "group", "id", "image_sha256")
 NAME = "medmax_records"  # as TFDS spells the class below
 _WORD = re.compile(r"[a-z][a-z0-9_]*")
 
@@ -114,7 +114,8 @@ def write(
 
 def document(example: Mapping[str, Any]) -> Document:
     """The document that an example of a data source was made of."""
-    texts = {name: example[name].decode() for name in TEXTS}
+    # Data sets from before there was a digest have none.
+    texts = {name: example[name].decode() for name in TEXTS if name in example}
     return Document(tokens=example["tokens"], turns=int(example["turns"]), **texts)
 
 

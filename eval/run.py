@@ -24,9 +24,9 @@ from data.sample.documents import eval_items
 from data.sample.manifest import read_manifest
 from eval import loop, report, scoring, tasks
 from medmax_jax import cli, export, generate
-from medmax_jax.checkpoint import sha256
 from medmax_jax.config import Mesh, Sample, build, to_dict
 from medmax_jax.mesh import make_mesh
+from medmax_jax.storage import Folder
 
 log = logging.getLogger("medmax_jax.eval")
 
@@ -203,11 +203,11 @@ def _baselines(records, swapped, found: Suite, numbers: dict[str, int]) -> list[
 def _claim(workdir: Path, settings: Settings, folder: str, adapter: str, found: Suite) -> None:
     """Writes down what this workdir evaluates, or raises if it is something else."""
     items = json.dumps([dataclasses.asdict(item) for item in found.items], sort_keys=True)
-    tuned = Path(adapter) / "adapter.safetensors" if adapter else None
+    name, tuned = "adapter.safetensors", Folder(adapter) if adapter else None
     facts = {
         "sample": to_dict(settings.sample),
         "model": export.identity(folder) if folder else "",
-        "adapter": sha256(tuned) if tuned and tuned.is_file() else "",
+        "adapter": tuned.file(name).digest("sha256") if tuned and tuned.has(name) else "",
         "items": hashlib.sha256(items.encode()).hexdigest(),
     }
     path = workdir / "run.json"

@@ -24,21 +24,16 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from medmax_jax import cudnn, splash
-from medmax_jax.mesh import HEADS, ROWS
+from medmax_jax.mesh import HEADS
 
 PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}  # the others run anywhere
 
-GROUPED = P(ROWS, None, "tp", None, None)  # [B, T, K, G, H]
-MERGED = P(ROWS, "tp", None, None)  # [B, K, G*T, H]
-SPLIT = P(ROWS, "tp", None, None, None)  # [B, K, G, T, H]
-
 
 def packed(segments: Int[Array, "B T"], *, impl: str) -> Callable[[Array, Array, Array], Array]:
-    """f(q, k, v) -> [B, T, N, H]: causal attention inside the documents of these rows.
+    """f(q, k, v) -> [B, N, T, H]: causal attention inside the documents of these rows.
 
     What the layers have in common is made once, here. The result is named "attn" for remat.
     """
@@ -72,37 +67,32 @@ def packed_mask(segments: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
 
 
 def attend(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    q: Float[Array, "B N T H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
     mask: Bool[Array, "B T S"],
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B N T H"]:
     """Attention with scores and softmax in fp32. A row that sees nothing gives finite nonsense."""
-    (rows, tokens, heads, dim), keys = q.shape, k.shape[2]
+    (rows, heads, tokens, dim), keys = q.shape, k.shape[1]
     groups = heads // keys
     # One [G*T, S] product a key head: on CPUs XLA is twice as slow with N or G inside.
-    q = jnp.reshape(q, (rows, tokens, keys, groups, dim), out_sharding=GROUPED)
     # Shardings are said, not left to reshape: it loses those of axes of size 1.
-    q = q.transpose(0, 2, 3, 1, 4)
-    q = jnp.reshape(q, (rows, keys, groups * tokens, dim), out_sharding=MERGED)  # [B, K, G*T, H]
-    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, S, H]
+    q = jnp.reshape(q, (rows, keys, groups * tokens, dim), out_sharding=HEADS)  # [B, K, G*T, H]
     mask = jnp.tile(mask, (1, groups, 1))[:, None]  # [B, 1, G*T, S]
     scores = jnp.einsum("bkmh,bksh->bkms", q, k, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(jnp.where(mask, scores * dim**-0.5, -1e30), -1).astype(v.dtype)
     out = jnp.einsum("bkms,bksh->bkmh", weights, v)
-    out = jnp.reshape(out, (rows, keys, groups, tokens, dim), out_sharding=SPLIT)
-    out = out.transpose(0, 3, 1, 2, 4)  # [B, T, K, G, H]
-    return jnp.reshape(out, (rows, tokens, heads, dim), out_sharding=HEADS)
+    return jnp.reshape(out, (rows, heads, tokens, dim), out_sharding=HEADS)
 
 
 def reference_attend(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    q: Float[Array, "B N T H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
     mask: Bool[Array, "B T S"],
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B N T H"]:
     """The definition, for tests: every key head repeated, everything in fp32."""
-    k, v = (jnp.repeat(x.astype(jnp.float32), q.shape[2] // x.shape[2], 2) for x in (k, v))
-    scores = jnp.einsum("btnh,bsnh->bnts", q.astype(jnp.float32), k) / jnp.sqrt(q.shape[3])
+    k, v = (jnp.repeat(x.astype(jnp.float32), q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = jnp.einsum("bnth,bnsh->bnts", q.astype(jnp.float32), k) / jnp.sqrt(q.shape[3])
     scores = jnp.where(mask[:, None], scores, -jnp.inf)
-    return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores, -1), v)
+    return jnp.einsum("bnts,bnsh->bnth", jax.nn.softmax(scores, -1), v)

@@ -53,7 +53,7 @@ def requests(
     found = numbers(prompts, names)
     for index, prompt in enumerate(prompts):
         check_prompt(prompt, vocab, codes=codes, where=f"prompt {index}")
-        _check_room(len(prompt), mode=mode, codes=codes, context=context, where=f"prompt {index}")
+        check_room(len(prompt), mode=mode, codes=codes, context=context, where=f"prompt {index}")
     if mode == "image":
         prompts = [np.append(p, ids.BOI).astype(np.int32) for p in prompts]
     return [
@@ -83,6 +83,17 @@ def check_prompt(tokens: Int[np.ndarray, "_"], vocab: Vocab, *, codes: int, wher
     if left:
         raise GenerateError(
             f"{where} ends inside an image; give all {codes} codes, or none and mode=image"
+        )
+
+
+def check_room(count: int, *, mode: str, codes: int, context: int, where: str) -> None:
+    """Raises GenerateError where a prompt of `count` tokens leaves no room for an answer."""
+    room = codes + 1 if mode == "image" else 1
+    if count + room > context:
+        what = "an image" if mode == "image" else "its answer"
+        raise GenerateError(
+            f"{where} has {count} tokens, {what} needs {room}, the model holds {context}; "
+            "shorten the prompt or give fewer images"
         )
 
 
@@ -180,16 +191,6 @@ def guided(sample: Sample) -> tuple[bool, bool]:
     """
     text, image = sample.guidance_scale_text, sample.guidance_scale_image
     return not text == image == 1.0, text != image
-
-
-def _check_room(count: int, *, mode: str, codes: int, context: int, where: str) -> None:
-    room = codes + 1 if mode == "image" else 1
-    if count + room > context:
-        what = "an image" if mode == "image" else "its answer"
-        raise GenerateError(
-            f"{where} has {count} tokens, {what} needs {room}, the model holds {context}; "
-            "shorten the prompt or give fewer images"
-        )
 
 
 def _check(sample: Sample) -> None:

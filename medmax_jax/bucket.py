@@ -52,7 +52,7 @@ class StorageError(RuntimeError):
 
 def wait(future: ts.Future | ts.WriteFutures, what: str, nbytes: int = 0) -> Any:
     """The future's result; StorageError when it fails or outlasts SILENCE + nbytes / SLOWEST."""
-    seconds = _silence() + nbytes / SLOWEST
+    seconds = silence() + nbytes / SLOWEST
     try:
         return future.result(timeout=seconds)
     except TimeoutError as e:
@@ -222,7 +222,8 @@ def replaced(full: str) -> StorageError:
     return StorageError(f"{full}: replaced while it was read; open it again")
 
 
-def _silence() -> float:
+def silence() -> float:
+    """Seconds without news after which a server, or whoever else is waited for, is dead."""
     text = os.environ.get(TIMEOUT_VARIABLE) or str(SILENCE)
     try:
         seconds = float(text)

@@ -101,16 +101,16 @@ def decode(
 
 
 def attend(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
+    q: Float[Array, "B N T H"],
+    k: Float[Array, "B K T H"],
+    v: Float[Array, "B K T H"],
     cache: Cache,
     layer: Int[Array, ""],
     positions: Int[Array, "B T"],
     lanes: Int[Array, "B"] | None,
     *,
     span: int,
-) -> tuple[Float[Array, "B T N H"], Cache]:
+) -> tuple[Float[Array, "B N T H"], Cache]:
     """Writes k and v into their slots, then attends to the first `span` slots of each lane."""
 
     def local(q, k, v, cache, layer, positions, lanes):
@@ -177,7 +177,6 @@ def _places(cache, layer, positions, lanes):
 
 
 def _write(cache, where, k, v):
-    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, T, H]
     if cache.k_scale is None:
         put = lambda store, new: store.at[where].set(new.astype(store.dtype), mode="drop")  # noqa: E731
         return Cache(put(cache.k, k), put(cache.v, v), None, None)
@@ -197,9 +196,8 @@ def _read(store, layer, lanes, rows: int, span: int):
 
 def _attend(q, k, v, k_scale, v_scale, positions):
     """Scores and softmax in fp32; scales are taken out of the products, which read bytes."""
-    (rows, tokens, heads, dim), shared = q.shape, k.shape[1]
+    (rows, heads, tokens, dim), shared = q.shape, k.shape[1]
     groups = heads // shared
-    q = q.reshape(rows, tokens, shared, groups, dim).transpose(0, 2, 3, 1, 4)
     q = q.reshape(rows, shared, groups * tokens, dim)  # [B, K, G*T, H]
     scores = jnp.einsum("bkmh,bksh->bkms", q, k.astype(q.dtype), preferred_element_type=jnp.float32)
     if k_scale is not None:
@@ -210,5 +208,4 @@ def _attend(q, k, v, k_scale, v_scale, positions):
     if v_scale is not None:
         weights *= v_scale[:, :, None]
     out = jnp.einsum("bkms,bksh->bkmh", weights.astype(q.dtype), v.astype(q.dtype))
-    out = out.reshape(rows, shared, groups, tokens, dim).transpose(0, 3, 1, 2, 4)
-    return out.reshape(rows, tokens, heads, dim)
+    return out.reshape(rows, heads, tokens, dim)

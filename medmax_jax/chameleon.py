@@ -25,13 +25,21 @@ from medmax_jax.attention import packed
 from medmax_jax.config import Lora, Model, Vocab
 from medmax_jax.cross_entropy import Head, image_columns, whole_kernel
 from medmax_jax.layers import INIT_STD, Embed, HeadNorm, Linear, RMSNorm, matmul, rope, rope_angles
-from medmax_jax.mesh import ACT, DOWN, HEADS, HID, LOGITS, UP, placed
-from medmax_jax.quant import TILE
+from medmax_jax.mesh import ACT, DOWN, HID, LOGITS, SPLIT, UP, placed
+from medmax_jax.quant import PACKED, TILE
 
 NO_LORA = Lora(rank=0, alpha=0.0, dropout=0.0)
 
 # What the backward pass finds saved; it computes the rest again. "none": no recomputation.
-REMAT = {"attn": ("attn",), "qkv_attn": ("q", "k", "v", "attn"), "all": ()}
+_BY_NAME = jax.checkpoint_policies.save_only_these_names
+REMAT = {
+    "all": _BY_NAME(),
+    "attn": _BY_NAME("attn"),
+    "qkv_attn": _BY_NAME("q", "k", "v", "attn"),
+    "dots": jax.checkpoint_policies.save_from_both_policies(  # every product with a matrix
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _BY_NAME("attn")
+    ),
+}
 
 
 class Attention(nnx.Module):
@@ -50,7 +58,7 @@ class Attention(nnx.Module):
         self.config = config
 
     def qkv(self, x: Float[Array, "B T D"], angles: tuple, keys) -> tuple[Array, Array, Array]:
-        """[B, T, N, H], [B, T, K, H], [B, T, K, H], normalised and turned."""
+        """[B, N, T, H], [B, K, T, H], [B, K, T, H], normalised and turned."""
         q, k, v = (
             _heads(proj(x, HID, key=key), self.config.head_dim)
             for proj, key in zip((self.q_proj, self.k_proj, self.v_proj), keys, strict=True)
@@ -58,7 +66,8 @@ class Attention(nnx.Module):
         q, k = rope(self.q_norm(q), *angles), rope(self.k_norm(k), *angles)
         return tuple(checkpoint_name(a, n) for a, n in ((q, "q"), (k, "k"), (v, "v")))
 
-    def out(self, x: Float[Array, "B T N H"], key) -> Float[Array, "B T D"]:
+    def out(self, x: Float[Array, "B N T H"], key) -> Float[Array, "B T D"]:
+        x = x.transpose(0, 2, 1, 3)  # [B, T, N, H]
         x = jnp.reshape(x, (*x.shape[:2], -1), out_sharding=HID)  # [B, T, N*H]
         return self.o_proj(x, ACT, key=key)
 
@@ -189,7 +198,7 @@ class Chameleon(nnx.Module):
             return x, x if keep else None
 
         if self.config.remat != "none":
-            policy = jax.checkpoint_policies.save_only_these_names(*REMAT[self.config.remat])
+            policy = REMAT[self.config.remat]
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)  # scan prevents it
         x = self.embed_tokens(ids, self.config.compute_dtype)
         return jax.lax.scan(body, x, (self.layers, keys))
@@ -241,9 +250,9 @@ def _create(config: Model, vocab: Vocab, lora: Lora, key: PRNGKeyArray) -> Chame
     return Chameleon(config, vocab, lora, key=key)
 
 
-def _heads(x: Float[Array, "B T F"], head_dim: int) -> Float[Array, "B T N H"]:
+def _heads(x: Float[Array, "B T F"], head_dim: int) -> Float[Array, "B N T H"]:
     shape = (*x.shape[:2], x.shape[2] // head_dim, head_dim)
-    return jnp.reshape(x, shape, out_sharding=HEADS)
+    return jnp.reshape(x, shape, out_sharding=SPLIT).transpose(0, 2, 1, 3)
 
 
 def _check_mesh(config: Model, vocab: Vocab) -> None:
@@ -259,7 +268,7 @@ def _check_mesh(config: Model, vocab: Vocab) -> None:
         },
         "fsdp": {"model.hidden_size": config.hidden_size},
     }
-    if config.quant == "nf4":  # quant.TILE rows share a scale, and stay together
+    if config.quant in PACKED:  # quant.TILE rows share a scale, and stay together
         wide = config.num_heads * config.head_dim
         sizes["tp"] |= {
             "model.intermediate_size / 64": config.intermediate_size // TILE,

@@ -1,200 +1,250 @@
-"""Checkpoints of a run: Orbax for the arrays, and a SHA-256 of every file.
+"""Checkpoints of a run: Orbax for the arrays, and digests that tell whether they are whole.
 
-    D/checkpoints/300/state        trained parameters, optimiser, step; never the frozen base
-                     /cursor       JSON: where the input and the reports stand
-                     /meta         JSON: config, fingerprint of the base weights, versions
-                     /sha256.json  file -> digest, written last: without it a step is not finished
-    D/checkpoints/damaged_300      a step whose files do not match; put aside, never used
+    D/checkpoints/300/state          trained parameters, optimiser, step; never the frozen base
+                     /cursor         JSON: where the input and the reports stand
+                     /meta           JSON: config, fingerprints of the base and of the records
+                     /shards-0.json  digests of the arrays, taken in memory before they were saved
+                     /sha256.json    digests of the files, written last: without it no step
+    D/checkpoints/damaged_300        a step that does not match; put aside, never used
 
-Orbax restores flipped bits without an error: hence the digests.
-
-The folder must be a local or mounted file system.
+`save` blocks only while the arrays are copied to the host; a thread writes, seals and tidies up.
+Older steps go only when a newer one is sealed. The folder is on a local or mounted file system.
 """
 
-import concurrent.futures
-import hashlib
 import json
 import logging
 import os
 import pathlib
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
+from orbax.checkpoint import multihost
 
-from medmax_jax import weights
+from medmax_jax import integrity, weights
+from medmax_jax.storage import Folder
 
-MANIFEST = "sha256.json"
-STATE_SECTIONS = ("vocab", "model", "lora")  # what the saved arrays depend on
-HOW_NOT_WHAT = ("model.remat", "model.attention")  # of these sections, but free to change
+PEERS = 600.0  # seconds that hosts wait for each other's files of a step
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that must not be used here; the message says what differs and what to do."""
+    """A checkpoint that cannot be written or used; the message says why and what to do."""
+
+
+class DamagedError(CheckpointError):
+    """A step whose arrays are not those that were saved; it has been put aside."""
 
 
 class Checkpoints:
     """The steps under one folder. Every process calls every method; process 0 keeps the digests."""
 
     def __init__(self, folder: str | os.PathLike, *, keep: int, log: Callable[[str], None]) -> None:
-        self.folder, self.log = pathlib.Path(folder).absolute(), log
+        self.folder, self.log, self._keep = pathlib.Path(folder).absolute(), log, keep
         self.folder.mkdir(parents=True, exist_ok=True)
         self._newest_sound = _agree(self._clean)
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its every move
-        # Synchronous: adapters are small, and the manifest needs finished files.
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
-        self._manager = ocp.CheckpointManager(
-            self.folder, options=options, item_names=("state", "cursor", "meta")
-        )
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._thread: threading.Thread | None = None
+        self._failed: BaseException | None = None
+        self.blocked: list[float] = []  # seconds that each save held training up
 
     def latest(self) -> int | None:
-        """The newest step that was whole when this folder was opened, or that was saved since."""
+        """The newest step that was sound when this folder was opened, or sealed since."""
         return self._newest_sound
 
     def save(self, step: int, state: PyTree, *, cursor: dict, meta: dict) -> None:
-        """Writes a step whole or not at all; returns when it is safe on disk."""
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(weights.named(state)),
-                cursor=ocp.args.JsonSave(cursor),
-                meta=ocp.args.JsonSave(meta),
-            ),
+        """Starts to write a step; returns when `state` may change. See `wait`."""
+        begin = time.monotonic()
+        self.wait()
+        held = integrity.copies(state)
+        self.write(step, state, held, cursor=cursor, meta=meta, begin=begin)
+
+    def write(
+        self,
+        step: int,
+        state: PyTree,
+        held: integrity.Copies,
+        *,
+        cursor: dict,
+        meta: dict,
+        begin: float,
+    ) -> None:
+        """The second half of `save`: `state` to files, digests of `held` beside them."""
+        try:
+            self._orbax.save(
+                self.folder / str(step),
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(weights.named(state)),
+                    cursor=ocp.args.JsonSave(cursor),
+                    meta=ocp.args.JsonSave(meta),
+                ),
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise self._unwritten(step, error) from error
+        self.blocked.append(time.monotonic() - begin)
+        self._thread = threading.Thread(
+            target=self._complete, args=(step, held, self.blocked[-1]), name="checkpoint"
         )
-        if jax.process_index() == 0:
-            _write_manifest(self.folder / str(step))
-        _agree(lambda: 0)  # nobody goes on before the manifest stands
-        self._newest_sound = step
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raises CheckpointError when the last save has failed meanwhile."""
+        if self._failed is not None:
+            failed, self._failed = self._failed, None
+            raise failed
+
+    def wait(self) -> None:
+        """Until the last save is sealed; raises CheckpointError when it failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
 
     def meta(self, step: int) -> dict:
         """The JSON that was saved beside the arrays."""
-        wanted = ocp.args.Composite(meta=ocp.args.JsonRestore())
-        return self._manager.restore(step, args=wanted)["meta"]
+        return self._step(step).json("meta/metadata")
 
     def restore(self, step: int, like: PyTree) -> tuple[PyTree, dict]:
-        """(state, cursor) of a step; `like` gives structure, shapes and shardings (any mesh)."""
-        found = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(weights.named(like)), cursor=ocp.args.JsonRestore()
-            ),
-        )
-        arrays = [found["state"][name] for name in weights.named(like)]
-        return jax.tree.unflatten(jax.tree.structure(like), arrays), found["cursor"]
+        """(state, cursor) of a step; `like` gives structure, shapes and shardings (any mesh).
+
+        Raises DamagedError when the arrays are not the ones that were saved.
+        """
+        place = self._step(step)
+        wanted = weights.named(like)
+        with ocp.StandardCheckpointer() as reader:
+            found = reader.restore(self.folder / str(step) / "state", wanted)
+        arrays = {name: found[name] for name in wanted}
+        if wrong := _anywhere(integrity.wrong_shard(integrity.read_shards(place), arrays)):
+            self._newest_sound = _agree(lambda: self._reject(step, wrong))
+            raise DamagedError(f"checkpoint {step}: {wrong}")
+        state = jax.tree.unflatten(jax.tree.structure(like), list(arrays.values()))
+        return state, place.json("cursor/metadata")
 
     def close(self) -> None:
-        self._manager.close()
+        """Waits for the thread; what failed in it has been raised or is logged here."""
+        try:
+            self.wait()
+        except CheckpointError as error:
+            self.log(f"WARNING: {error}")
+        self._orbax.close()
+
+    def _complete(self, step: int, held: integrity.Copies, blocked: float) -> None:
+        """In the thread: digests, the rest of Orbax's writing, the seal, and old steps go."""
+        begin = time.monotonic()
+        try:
+            digests = integrity.shard_digests(held)
+            self._orbax.wait_until_finished()
+            place = self._step(step)
+            # Process 0 renames the folder; a file written before that would be in its way.
+            _await(lambda: (self.folder / str(step)).is_dir(), f"folder of step {step}")
+            own = integrity.SHARDS.format(jax.process_index())
+            place.write(own, [json.dumps(digests).encode()])
+            if jax.process_index() == 0:
+                for process in range(jax.process_count()):
+                    name = integrity.SHARDS.format(process)
+                    _await(lambda name=name: place.has(name), f"{name} of another host")
+                root = integrity.seal(place)
+                self.log(
+                    f"checkpoint {step}: held training up {blocked:.2f} s, sealed "
+                    f"{time.monotonic() - begin:.1f} s later, root {root}"
+                )
+                self._tidy(step)
+            self._newest_sound = step
+        except Exception as error:  # noqa: BLE001  a thread has nobody to raise to
+            self._failed = self._unwritten(step, error)
+
+    def _unwritten(self, step: int, error: BaseException) -> CheckpointError:
+        good = self._newest_sound
+        kept = "there is none before it" if good is None else f"step {good} is sound"
+        said = str(error).strip().splitlines()
+        return CheckpointError(
+            f"checkpoint {step} could not be written ({said[0][:300] if said else repr(error)}); "
+            f"{kept}. Free some space in {self.folder} or mend what it names; the same command "
+            "goes on"
+        )
+
+    def _step(self, step: int) -> Folder:
+        return Folder(self.folder / str(step))
+
+    def _tidy(self, newest: int) -> None:
+        """Removes all but the `keep` newest steps; the seal of each goes first."""
+        steps = sorted((s for s in _steps(self.folder) if s <= newest), reverse=True)
+        for old in steps[self._keep :]:
+            (self.folder / str(old) / integrity.MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(self.folder / str(old))
 
     def _clean(self) -> int:
         """Puts newer steps that are damaged or unfinished aside; the newest sound step, or -1."""
         for entry in self.folder.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(entry)  # the process died while it wrote
-        steps = (int(entry.name) for entry in self.folder.iterdir() if entry.name.isdigit())
-        for step in sorted(steps, reverse=True):
-            if not (wrong := damage(self.folder / str(step))):
+        for step in sorted(_steps(self.folder), reverse=True):
+            if not (wrong := integrity.damage(self._step(step))):
                 return step
-            aside = self.folder / f"damaged_{step}"
-            shutil.rmtree(aside, ignore_errors=True)
-            (self.folder / str(step)).rename(aside)
-            self.log(
-                f"WARNING: checkpoint {step} is damaged ({wrong}); put aside as {aside.name}, "
-                "using the newest sound earlier one"
-            )
+            self._put_aside(step, wrong)
         return -1
 
+    def _reject(self, step: int, wrong: str) -> int:
+        self._put_aside(step, wrong)
+        return self._clean()
 
-def damage(folder: pathlib.Path) -> str:
-    """What is wrong with the files of a step, in a few words; empty when every digest matches."""
-    if not (folder / MANIFEST).exists():
-        return "never finished"
-    try:
-        expected = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        return f"{MANIFEST}: {error}"
-    actual = _digests(folder)
-    for name in sorted(expected.keys() | actual.keys()):
-        if name not in actual:
-            return f"{name} is missing"
-        if name not in expected:
-            return f"{name} does not belong there"
-        if actual[name] != expected[name]:
-            return f"{name} has changed since it was written"
-    return ""
+    def _put_aside(self, step: int, wrong: str) -> None:
+        aside = self.folder / f"damaged_{step}"
+        shutil.rmtree(aside, ignore_errors=True)
+        (self.folder / str(step)).rename(aside)
+        self.log(
+            f"WARNING: checkpoint {step} is damaged ({wrong}); put aside as {aside.name}, "
+            "using the newest sound earlier one"
+        )
 
 
 def newest(folder: str | os.PathLike) -> tuple[int, dict[str, Any], dict]:
     """(step, arrays by name, meta) of the newest sound step, for reading only."""
-    folder = pathlib.Path(folder)
-    steps = (int(e.name) for e in folder.glob("*") if e.name.isdigit())
-    for step in sorted(steps, reverse=True):
-        if not damage(folder / str(step)):
-            meta = json.loads((folder / str(step) / "meta" / "metadata").read_text())
+    for step in sorted(_steps(pathlib.Path(folder)), reverse=True):
+        place = Folder(pathlib.Path(folder) / str(step))
+        if not integrity.damage(place):
             with ocp.StandardCheckpointer() as reader:
-                return step, reader.restore((folder / str(step) / "state").absolute()), meta
+                found = reader.restore((pathlib.Path(folder) / str(step) / "state").absolute())
+            if not integrity.wrong_shard(integrity.read_shards(place), found):
+                return step, found, place.json("meta/metadata")
     raise CheckpointError(f"{folder}: holds no sound checkpoint; train on, or name another run")
 
 
-def check_meta(saved: dict, now: dict) -> list[str]:
-    """The harmless differences; raises CheckpointError where the run cannot continue from there."""
-    harmless = []
-    for name, (old, new) in sorted(_differences(saved["config"], now["config"]).items()):
-        section = name.split(".")[0]
-        refuse = section in STATE_SECTIONS and name not in HOW_NOT_WHAT or name == "train.trains"
-        if refuse:
-            raise CheckpointError(
-                f"the checkpoint was trained with config.{name} = {old!r}, this run has {new!r}; "
-                "set it back, or use another --workdir"
-            )
-        harmless.append(f"config.{name} was {old!r}, is now {new!r}")
-    for name in ("base", "data", "plan"):
-        if (old := saved.get(name)) != (new := now.get(name)):
-            text = f"the checkpoint was trained on {name} {old}, this run has {new}"
-            if name == "base":
-                raise CheckpointError(
-                    f"{text}; set config.train.init_from back, or use another --workdir"
-                )
-            harmless.append(text)
-    return harmless
+def _steps(folder: pathlib.Path) -> list[int]:
+    return [int(entry.name) for entry in folder.glob("*") if entry.name.isdigit()]
 
 
-def _differences(old: dict, new: dict, prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Dotted field -> (old, new) wherever two nested configs differ."""
-    found = {}
-    for name in old.keys() | new.keys():
-        a, b = old.get(name), new.get(name)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found |= _differences(a, b, f"{prefix}{name}.")
-        elif a != b:
-            found[prefix + name] = (a, b)
-    return found
+def meet(name: str) -> None:
+    """All hosts wait for each other, by the coordinator; a name is for one use.
+
+    After a compilation, whose length differs: Gloo gives the first collective's peers 30 s only.
+    """
+    if jax.process_count() > 1:
+        everybody = set(range(jax.process_count()))
+        multihost.sync_global_processes(name, processes=everybody, timeout=int(PEERS))
 
 
-def _digests(folder: pathlib.Path) -> dict[str, str]:
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-    with concurrent.futures.ThreadPoolExecutor() as pool:  # hashing releases the GIL
-        return dict(
-            zip([str(f.relative_to(folder)) for f in files], pool.map(sha256, files), strict=True)
-        )
+def _await(holds: Callable[[], bool], what: str) -> None:
+    """Until `holds`: hosts meet in the shared folder, so that no collective disturbs a step."""
+    end = time.monotonic() + PEERS
+    while not holds():
+        if time.monotonic() > end:
+            raise CheckpointError(f"no {what} after {PEERS:.0f} s; is the workdir shared?")
+        time.sleep(0.02)
 
 
-def sha256(path: str | os.PathLike) -> str:
-    """Hex digest of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_manifest(folder: pathlib.Path) -> None:
-    temporary = folder / (MANIFEST + ".tmp")
-    digests = _digests(folder)
-    with open(temporary, "w") as out:
-        json.dump(digests, out, indent=0)
-        out.flush()
-        os.fsync(out.fileno())
-    temporary.rename(folder / MANIFEST)
+def _anywhere(wrong: str) -> str:
+    """What is wrong on this host, or that another host has found something: all decide alike."""
+    if jax.process_count() == 1:
+        return wrong
+    found = multihost_utils.process_allgather(np.array(bool(wrong)))
+    return wrong or ("another host read other numbers" if found.any() else "")
 
 
 def _agree(choose: Callable[[], int]) -> int | None:
@@ -203,5 +253,5 @@ def _agree(choose: Callable[[], int]) -> int | None:
         choice = choose()
     else:
         mine = choose() if jax.process_index() == 0 else 0
-        choice = int(multihost_utils.broadcast_one_to_all(jax.numpy.int32(mine)))
+        choice = int(multihost_utils.broadcast_one_to_all(np.int32(mine)))
     return choice if choice >= 0 else None

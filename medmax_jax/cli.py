@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 from absl import app, flags
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict, config_flags
 
 from medmax_jax.config import ConfigError
@@ -87,6 +88,12 @@ class WorkdirError(OSError):
 
 def open_workdir(workdir: str | os.PathLike, flag: str = "--workdir") -> pathlib.Path:
     """The folder, made where it is missing; raises WorkdirError unless a file can be made in it."""
+    if os.fspath(workdir).startswith("gs://"):
+        raise WorkdirError(
+            f"{flag} {workdir}: a workdir is a local or mounted folder; mount the bucket (Cloud "
+            "Storage FUSE) or a disk that the hosts share: docs/launch.md. Models and records may "
+            "lie on gs://"
+        )
     folder = pathlib.Path(workdir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -102,18 +109,31 @@ class Stop:
     """Turns SIGINT and SIGTERM into a question that a loop asks after each step.
 
     with Stop() as stop:
-        while ... and not stop.asked: ...      # asked: "" or the signal's name
+        while ... and not stop.poll(): ...      # "" or the signal's name
 
-    A second signal ends the process at once.
+    A second signal ends the process at once. Of several hosts each calls `poll` equally often: JAX
+    catches the SIGTERM of any of them, and all are told at the same call, some calls later.
     """
 
     def __init__(self) -> None:
         self.asked = ""
+        self._calls = 0
 
     def __enter__(self) -> "Stop":
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        self._before = {n: signal.signal(n, self._note) for n in numbers}
+        if jax.process_count() == 1:
+            handlers = dict.fromkeys((signal.SIGINT, signal.SIGTERM), self._note)
+        else:
+            handlers = {signal.SIGINT: lambda *_: signal.raise_signal(signal.SIGTERM)}
+        self._before = {n: signal.signal(n, handler) for n, handler in handlers.items()}
         return self
+
+    def poll(self) -> str:
+        """The signal that this process, or any host of the run, has got so far."""
+        if jax.process_count() > 1 and not self.asked:
+            self._calls += 1
+            if multihost_utils.reached_preemption_sync_point(self._calls):
+                self.asked = "SIGTERM to a host"
+        return self.asked
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():

@@ -42,9 +42,9 @@ class Model:
     )
     swin_norm: bool  # 30B: norms after attention and MLP instead of before
     param_dtype: str  # of the frozen base
-    quant: str  # none | int8 | nf4: of the matrices inside its layers
+    quant: str  # none | int8 | int4 | nf4: of the matrices inside its layers
     compute_dtype: str
-    remat: str  # none | attn | qkv_attn | all
+    remat: str  # none | dots | qkv_attn | attn | all: how much is computed twice
     attention: str  # xla | splash | cudnn: of whole rows in training, see attention.py
 
 
@@ -89,7 +89,7 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
-    train: str  # folder of ArrayRecord shards
+    train: str  # folder of ArrayRecord shards; gs:// is copied to this host first
     validation: str  # the same; empty: no validation
     document_limit: int  # tokens; a longer document is left out, none is cut
     seq_len: int  # tokens a row, of one or several documents
@@ -97,6 +97,7 @@ class Data:
     pack: bool  # several documents a row; otherwise one
     mask: str  # answers | release: which tokens are scored
     seed: int
+    plan: str  # SHA-256 of the plan that the run must have; empty: any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,6 +106,9 @@ class Mixing:
     unit: str  # documents | tokens: what a weight is a share of
     weights: str  # "name=3, other=1"; empty: each document once an epoch
     image_centric: bool  # documents of an image in one window of the plan: our reading of IMAX
+    leave_out: str  # "name, other": no document of these; empty: none is left out
+    fraction: float  # of the pictures of each source, nested; 1: all
+    fraction_seed: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,6 +121,8 @@ class Optim:
     eps: float
     weight_decay: float
     clip_norm: float
+    skip_window: int  # steps that a spike stands out from; 0: none is left out
+    skip_factor: float  # standard deviations above their mean
     accumulate: int  # microbatches a step, one after the other; 1: the batch at once
 
 
@@ -128,8 +134,10 @@ class Train:
     loss_weight: str  # document | token
     seed: int
     prng_impl: str  # threefry2x32 | rbg | unsafe_rbg
+    compile: str  # default | gather: options of the TPU's compiler, see step.py
     log_every: int  # steps
     eval_every: int  # steps; 0: never
+    samples: int  # answers written at each evaluation; 0: none
     checkpoint_every: int  # steps
     keep: int  # checkpoints
 
@@ -168,8 +176,8 @@ class Run:
 CHOICES = {
     "model.param_dtype": ("float32", "bfloat16"),
     "model.compute_dtype": ("float32", "bfloat16"),
-    "model.quant": ("none", "int8", "nf4"),
-    "model.remat": ("none", "attn", "qkv_attn", "all"),
+    "model.quant": ("none", "int8", "int4", "nf4"),
+    "model.remat": ("none", "dots", "qkv_attn", "attn", "all"),
     "model.attention": ("xla", "splash", "splash_interpret", "cudnn"),
     "data.mask": ("answers", "release"),
     "mixing.by": ("source", "task"),
@@ -178,6 +186,7 @@ CHOICES = {
     "train.trains": ("lora", "full", "image_head"),
     "train.loss_weight": ("document", "token"),
     "train.prng_impl": ("threefry2x32", "rbg", "unsafe_rbg"),
+    "train.compile": ("default", "gather"),
 }
 # What the rules below divide by.
 DIVISORS = (
@@ -294,6 +303,8 @@ def _check_sizes(run: Run) -> None:
     _rule(0 < d.document_limit <= limit, "data.document_limit", d.document_limit, mend)
     plain = not (run.mixing.weights and run.mixing.image_centric)
     _rule(plain, "mixing.weights", run.mixing.weights, "empty when mixing.image_centric")
+    share = run.mixing.fraction
+    _rule(0 < share <= 1, "mixing.fraction", share, "above 0 and at most 1")
     _rule(run.optim.accumulate > 0, "optim.accumulate", run.optim.accumulate, "above 0")
     rows = run.mesh.data * run.mesh.fsdp * run.optim.accumulate
     _rule(
@@ -317,11 +328,16 @@ def _check_sizes(run: Run) -> None:
         _rule(d.seq_len % 128 == 0, "data.seq_len", d.seq_len, "a multiple of 128 for splash")
     half = m.compute_dtype == "bfloat16" or m.attention != "cudnn"  # its kernels know no fp32
     _rule(half, "model.compute_dtype", m.compute_dtype, "bfloat16 when model.attention is cudnn")
-    if m.quant == "nf4":
+    if m.quant in ("int4", "nf4"):
         for name in ("hidden_size", "intermediate_size"):
             _rule(getattr(m, name) % 64 == 0, f"model.{name}", getattr(m, name), "a multiple of 64")
         wide = m.num_heads * m.head_dim
-        _rule(wide % 64 == 0, "model.num_heads", m.num_heads, "x head_dim a multiple of 64 for nf4")
+        _rule(
+            wide % 64 == 0,
+            "model.num_heads",
+            m.num_heads,
+            f"x head_dim a multiple of 64 for {m.quant}",
+        )
     whole = m.quant == "none"  # convert makes quantised matrices; none leaves in a whole model
     mend = f"none when train.trains is {run.train.trains}"
     _rule(whole or lora, "model.quant", m.quant, mend)
@@ -330,6 +346,16 @@ def _check_sizes(run: Run) -> None:
     _rule(
         0 <= run.optim.warmup_ratio < 1, "optim.warmup_ratio", run.optim.warmup_ratio, "in [0, 1)"
     )
+    window, factor = run.optim.skip_window, run.optim.skip_factor
+    _rule(window == 0 or window > 1, "optim.skip_window", window, "0, or above 1")
+    _rule(not window or factor > 0, "optim.skip_factor", factor, "above 0")
+    for name in ("eval_every", "samples"):
+        _rule(
+            getattr(run.train, name) >= 0, f"train.{name}", getattr(run.train, name), "at least 0"
+        )
+    tools = not run.train.samples or bool(run.train.init_from and run.data.validation)
+    mend = "0, or train.init_from (its tokenizer and VQGAN) and data.validation set"
+    _rule(tools, "train.samples", run.train.samples, mend)
     for name in ("steps", "log_every", "checkpoint_every", "keep"):
         _rule(getattr(run.train, name) > 0, f"train.{name}", getattr(run.train, name), "above 0")
 

@@ -11,22 +11,25 @@ from medmax_jax.mesh import BATCH, HEADS
 
 
 def attend(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
+    q: Float[Array, "B N T H"],
+    k: Float[Array, "B K T H"],
+    v: Float[Array, "B K T H"],
     segments: Int[Array, "B T"],
     *,
     implementation: str,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B N T H"]:
     """Causal attention within each segment. `implementation`: "cudnn"; "xla" where there is none.
 
     Tests give "xla": the same call, mask and shards, so that only the kernel itself is left out.
     """
 
     def local(q, k, v, segments):
-        return jax.nn.dot_product_attention(
-            q, k, v, mask=same_document(segments), is_causal=True, implementation=implementation
+        turned = (x.transpose(0, 2, 1, 3) for x in (q, k, v))  # layouts to XLA, no copies
+        mask = same_document(segments)
+        out = jax.nn.dot_product_attention(
+            *turned, mask=mask, is_causal=True, implementation=implementation
         )
+        return out.transpose(0, 2, 1, 3)
 
     # JAX cannot split cuDNN's call over a mesh, and a custom call has no axes to check.
     specs = (HEADS, HEADS, HEADS, BATCH)

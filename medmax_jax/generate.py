@@ -38,6 +38,7 @@ from medmax_jax.generator import (
     Image,
     Part,
     Text,
+    around,
     decode,
     encode,
     load,
@@ -48,8 +49,8 @@ from medmax_jax.progress import Items
 from medmax_jax.storage import StorageError
 
 __all__ = [
-    "GenerateError", "Generator", "Image", "Score", "Text", "decode", "defaults", "encode",
-    "generate", "load", "pieces", "prompt_tokens", "score", "stream", "write",
+    "GenerateError", "Generator", "Image", "Score", "Text", "around", "decode", "defaults",
+    "encode", "generate", "load", "pieces", "prompt_tokens", "score", "segments", "stream", "write",
 ]  # fmt: skip
 
 Asked = Sequence[Sequence[Part]]

@@ -86,12 +86,28 @@ def load(
         model = dataclasses.replace(model, param_dtype=dtype, compute_dtype=dtype)
     mesh = mesh or meshes.make_mesh(Mesh(data=1, fsdp=1, tp=1))
     with jax.set_mesh(mesh):
+        held = _load_model(folder, adapter, model, vocab, merge)
+    return around(held, folder, config=model, vocab=vocab, vq=vq, mesh=mesh)
+
+
+def around(
+    model: chameleon.Chameleon,
+    folder: str | Path,
+    *,
+    config: Model,
+    vocab: Vocab,
+    vq: VQ,
+    mesh: jax.sharding.Mesh,
+) -> Generator:
+    """A model that is in memory, with the tokenizer and the VQGAN of a model folder."""
+    folder = Path(folder)
+    with jax.set_mesh(mesh):
         return Generator(
-            model=_load_model(folder, adapter, model, vocab, merge),
+            model=model,
             vq=_load_vqgan(folder / "vqgan.safetensors", vq),
             tokenizer=Tokenizer.from_file(folder / "tokenizer.json", vocab),
             vocab=vocab,
-            config=model,
+            config=config,
             vq_config=vq,
             mesh=mesh,
         )

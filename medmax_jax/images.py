@@ -75,8 +75,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def preprocess(image: Image.Image, size: int) -> Float32[np.ndarray, "h w 3"]:
-    """The centre square of the picture, its short side scaled to `size`, in [-1, 1]."""
+    """The centre square of the picture, its short side scaled to `size`, in [-1, 1].
+
+    Raises ImageError where a line of a picture would be scaled to more than MAX_PIXELS.
+    """
     scaled = [round(size / min(image.size) * side) for side in image.size]
+    if scaled[0] * scaled[1] > MAX_PIXELS:
+        raise ImageError(f"too narrow ({image.width} x {image.height} pixels); crop the picture")
     image = to_rgb(image).resize(scaled, Image.Resampling.LANCZOS)
     left, top = ((side - size) // 2 for side in scaled)
     square = np.asarray(image.crop((left, top, left + size, top + size)), np.float32)

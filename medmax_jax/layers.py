@@ -10,6 +10,7 @@ Matrices stand as [in, out]. Every part is made for one layer; chameleon.py stac
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
@@ -56,6 +57,9 @@ class Linear(nnx.Module):
         y = matmul(x, kernel, out, dtype=x.dtype)
         if not self.lora.rank:
             return y
+        # Tokens before features, also in the gradient: for the thin products with A and B alone
+        # XLA on TPUs would lay all of x out the other way, and copy it back for everybody else.
+        x = with_layout_constraint(x, Layout(major_to_minor=(0, 1, 2)))
         if key is not None and self.lora.dropout:
             x = dropout(x, self.lora.dropout, key=key)
         a, b = self.lora_a[...].astype(x.dtype), self.lora_b[...].astype(x.dtype)
@@ -101,11 +105,11 @@ class HeadNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((shards, head_dim), dtype))
         self.eps = eps
 
-    def __call__(self, x: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
+    def __call__(self, x: Float[Array, "B N T H"]) -> Float[Array, "B N T H"]:
         wide = x.astype(jnp.float32)
         wide -= jnp.mean(wide, -1, keepdims=True)
         wide *= jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.eps)
-        scale, bias = (_per_head(p[...], x.shape[2]) for p in (self.scale, self.bias))
+        scale, bias = (_per_head(p[...], x.shape[1]) for p in (self.scale, self.bias))
         return (wide * scale + bias).astype(x.dtype)
 
 
@@ -122,16 +126,16 @@ def matmul(
 
 def rope_angles(
     positions: Int[Array, "B T"], *, head_dim: int, theta: float
-) -> tuple[Float[Array, "B T 1 J"], Float[Array, "B T 1 J"]]:
+) -> tuple[Float[Array, "B 1 T J"], Float[Array, "B 1 T J"]]:
     """Cosine and sine of position * theta^(-2j/H) for j < J = H/2, in fp32."""
     frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angle = positions[:, :, None, None].astype(jnp.float32) * frequency
+    angle = positions[:, None, :, None].astype(jnp.float32) * frequency
     return jnp.cos(angle), jnp.sin(angle)
 
 
 def rope(
-    x: Float[Array, "B T N H"], cos: Float[Array, "B T 1 J"], sin: Float[Array, "B T 1 J"]
-) -> Float[Array, "B T N H"]:
+    x: Float[Array, "B N T H"], cos: Float[Array, "B 1 T J"], sin: Float[Array, "B 1 T J"]
+) -> Float[Array, "B N T H"]:
     """Turns the pairs (x[j], x[j + H/2]): the layout of HF, not Meta's (x[2j], x[2j + 1])."""
     first, second = jnp.split(x.astype(jnp.float32), 2, -1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
@@ -149,5 +153,5 @@ def _rows(spec: P) -> P:
     return P(spec[0], spec[2])
 
 
-def _per_head(gains: Float[Array, "C H"], heads: int) -> Float[Array, "N H"]:
-    return jnp.repeat(gains.astype(jnp.float32), heads // gains.shape[0], axis=0)
+def _per_head(gains: Float[Array, "C H"], heads: int) -> Float[Array, "N 1 H"]:
+    return jnp.repeat(gains.astype(jnp.float32), heads // gains.shape[0], axis=0)[:, None]

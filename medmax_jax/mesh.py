@@ -9,10 +9,12 @@ All three axes are Explicit: an array's type carries its sharding, and an operat
 could lie in two ways says `out_sharding=`. An axis of size 1 costs nothing.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -24,7 +26,8 @@ ROWS = ("data", "fsdp")  # the axes that split the batch
 BATCH = P(ROWS, None)  # [B, T]
 ACT = P(ROWS, None, None)  # [B, T, D], and LoRA's [B, T, R]
 HID = P(ROWS, None, "tp")  # [B, T, F] inside the MLP, [B, T, N*H] around attention
-HEADS = P(ROWS, None, "tp", None)  # [B, T, N, H] and [B, T, K, H]
+HEADS = P(ROWS, "tp", None, None)  # [B, N, T, H] and [B, K, T, H]
+SPLIT = P(ROWS, None, "tp", None)  # [B, T, N, H], on the way from HID to HEADS
 LOGITS = P(ROWS, None, "tp")  # [B, T, V]
 CACHE = P(None, ROWS, "tp", None, None)  # [L, B, K, S, H]
 EMBED = P("tp", "fsdp")  # [V, D]
@@ -32,12 +35,16 @@ UP = P("fsdp", "tp")  # [D, F], a kernel into the heads, the MLP or the vocabula
 DOWN = P("tp", "fsdp")  # [F, D], a kernel back to the residual stream
 
 
-def make_mesh(config: Mesh) -> jax.sharding.Mesh:
-    """The mesh over the first data x fsdp x tp devices; ValueError when they do not suffice."""
+def make_mesh(config: Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+    """The mesh over the first data x fsdp x tp devices; ValueError when they do not suffice.
+
+    `devices`: of a machine that is compiled for; None: of this one.
+    """
     shape = (config.data, config.fsdp, config.tp)
     if min(shape) < 1:
         raise ValueError(f"config.mesh is {config}; every axis must be at least 1")
-    need, devices = config.data * config.fsdp * config.tp, jax.devices()
+    need = config.data * config.fsdp * config.tp
+    devices = jax.devices() if devices is None else devices
     wanted = (
         f"config.mesh asks for data x fsdp x tp = {' x '.join(map(str, shape))} = {need} devices"
     )
@@ -50,7 +57,25 @@ def make_mesh(config: Mesh) -> jax.sharding.Mesh:
         raise ValueError(
             f"{wanted}, but {jax.process_count()} hosts have {len(devices)}; use all of them"
         )
-    return jax.make_mesh(shape, AXES, (AxisType.Explicit,) * 3, devices=devices[:need])
+    return jax.sharding.Mesh(_arranged(shape, devices[:need]), AXES, (AxisType.Explicit,) * 3)
+
+
+def _arranged(shape: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray:
+    """Neighbours on an axis are neighbours on the chips' network; slices lie along data."""
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if shape[0] % slices == 0 and len(devices) % slices == 0:
+        inside = (shape[0] // slices, *shape[1:])
+        return mesh_utils.create_hybrid_device_mesh(
+            inside, (slices, 1, 1), devices, allow_split_physical_axes=True
+        )
+    if devices[0].platform == "tpu":
+        raise ValueError(
+            f"config.mesh.data is {shape[0]} and the devices lie in {slices} slices; make it a "
+            "multiple of them, since only data may run over the slow network between slices"
+        )
+    return np.array(devices).reshape(shape)  # of GPUs a slice is a node, which fsdp may leave
 
 
 def placed(like: Any) -> Any:

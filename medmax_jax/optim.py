@@ -15,12 +15,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
+from medmax_jax import spikes
 from medmax_jax.config import Optim
 
 
-def make(config: Optim, *, steps: int) -> optax.GradientTransformation:
-    """The transformation of gradients to updates; `steps` is the length of the whole run."""
-    return optax.chain(
+def make(config: Optim, *, steps: int) -> optax.GradientTransformationExtraArgs:
+    """Gradients, and the loss as `value=`, to updates; `steps` is the length of the whole run."""
+    inner = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
             lambda count: learning_rate(count, config, steps=steps),
@@ -31,6 +32,9 @@ def make(config: Optim, *, steps: int) -> optax.GradientTransformation:
             mask=decayed,
         ),
     )
+    if not config.skip_window:
+        return optax.with_extra_args_support(inner)
+    return spikes.guarded(inner, window=config.skip_window, factor=config.skip_factor)
 
 
 def learning_rate(count: Int[Array, ""] | int, config: Optim, *, steps: int) -> Float[Array, ""]:

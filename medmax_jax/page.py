@@ -8,8 +8,14 @@ can be shown as it is.
 
 import base64
 import html
+import io
+import re
 from collections.abc import Sequence
 
+import PIL.Image
+
+SHOWN = 192  # pixels of a picture on the page; tiny pictures are enlarged by whole factors
+_FIGURE = re.compile(r"[\d,.]*\d%?")  # 1,034 or 56.4%
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 STYLE = """
@@ -33,6 +39,7 @@ th, td { padding: .4rem .7rem; text-align: left; vertical-align: top; overflow-w
   border-bottom: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 600; white-space: nowrap; }
 td { white-space: pre-line; }
+th.number { text-align: right; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .figures { display: grid; gap: 1rem;
   grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); }
@@ -41,6 +48,17 @@ figure { margin: 1rem 0; padding: .6rem; background: var(--card); border: 1px so
 .figures figure { margin: 0; }
 img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
 .figures img { width: 100%; image-rendering: pixelated; }
+.tiles { display: grid; gap: 1rem; margin: 1rem 0;
+  grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); }
+.tile { padding: .7rem .9rem; background: var(--card); border: 1px solid var(--line);
+  border-radius: .5rem; }
+.tile b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
+.tile span { color: var(--soft); font-size: .85rem; }
+.beside { display: grid; grid-template-columns: 11rem 1fr; gap: 1.25rem; align-items: start;
+  margin: 1.25rem 0; }
+.beside .figures { grid-template-columns: 1fr; }
+.beside th:first-child { width: 6rem; }
+@media (max-width: 40rem) { .beside { grid-template-columns: 1fr; } }
 figcaption { color: var(--soft); font-size: .85rem; margin-top: .45rem; overflow-wrap: anywhere; }
 """
 
@@ -69,12 +87,13 @@ def paragraph(text: str, *, note: bool = False) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]], *, caption: str = "") -> str:
-    """A table; numbers stand right-aligned, floats with three decimals, None as a dash."""
+    """A table; numbers and columns of them right-aligned, floats to 0.001, None as a dash."""
     for number, row in enumerate(rows):
         if len(row) != len(head):
             raise ValueError(f"row {number} has {len(row)} cells, the head has {len(head)}")
-    top = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in head)
-    lines = "".join(f"<tr>{''.join(map(_cell, row))}</tr>\n" for row in rows)
+    figures = [all(_FIGURE.fullmatch(shown(cell)) for cell in column) for column in zip(*rows)]  # noqa: B905
+    top = "".join(map(_head, head, figures or [False] * len(head)))
+    lines = "".join(f"<tr>{''.join(map(_cell, row, figures))}</tr>\n" for row in rows)
     title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
     return (
         f'<div class="scroll"><table>{title}\n<thead><tr>{top}</tr></thead>\n'
@@ -98,6 +117,30 @@ def figures(pictures: Sequence[tuple[bytes, str]]) -> str:
     return f'<div class="figures">\n{"".join(figure(*p) for p in pictures)}</div>\n'
 
 
+def png(image: PIL.Image.Image) -> bytes:
+    """PNG bytes, small pictures enlarged by a whole factor so that their pixels stay visible."""
+    factor = max(1, SHOWN // max(image.size))
+    out = io.BytesIO()
+    image.resize((image.width * factor, image.height * factor), PIL.Image.Resampling.NEAREST).save(
+        out, format="PNG"
+    )
+    return out.getvalue()
+
+
+def tiles(numbers: Sequence[tuple[object, str]]) -> str:
+    """Large numbers, each over what it counts."""
+    cells = "".join(
+        f'<div class="tile"><b>{html.escape(shown(n))}</b><span>{html.escape(what)}</span></div>\n'
+        for n, what in numbers
+    )
+    return f'<div class="tiles">\n{cells}</div>\n'
+
+
+def beside(left: str, right: str) -> str:
+    """Two pieces of markup in one row; one below the other where the page is narrow."""
+    return f'<div class="beside"><div>{left}</div>\n<div>{right}</div></div>\n'
+
+
 def shown(value: object) -> str:
     """A value as the tables write it: 0.5 -> "0.500", None -> a dash."""
     if value is None:
@@ -105,7 +148,12 @@ def shown(value: object) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
-def _cell(value: object) -> str:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+def _head(name: str, figures: bool) -> str:
+    kind = ' class="number"' if figures else ""
+    return f'<th scope="col"{kind}>{html.escape(name)}</th>'
+
+
+def _cell(value: object, figures: bool) -> str:
+    number = figures or (isinstance(value, int | float) and not isinstance(value, bool))
     kind = ' class="number"' if number else ""
     return f"<td{kind}>{html.escape(shown(value))}</td>"

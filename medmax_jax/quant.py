@@ -2,6 +2,7 @@
 
     int8   [I, O]  ->  qvalue int8 [I, O],      scale fp32 [1, O]       greatest of a column / 127
     nf4    [I, O]  ->  qvalue uint8 [I / 2, O], scale fp32 [I / 64, O]  greatest of 64 rows
+    int4   as nf4, its sixteen values -8 .. 7 instead of the quantiles; greatest of 64 rows / 7.5
 
 convert/quantize.py makes them, on the host and once: a chip never holds all of the model in bf16.
 The codes of rows 2k and 2k + 1 share a byte, the first in its low half, since not every backend has
@@ -15,7 +16,8 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
-TILE = 64  # rows that share a scale in nf4, as in QLoRA (arXiv:2305.14314, section 4)
+PACKED = ("nf4", "int4")  # two codes a byte
+TILE = 64  # rows that share a scale in those, as in QLoRA (arXiv:2305.14314, section 4)
 MATRICES = frozenset(
     [f"layers.self_attn.{name}.kernel" for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
     + [f"layers.mlp.{name}.kernel" for name in ("gate_proj", "up_proj", "down_proj")]
@@ -32,9 +34,9 @@ class Matrix(nnx.Module):
     """A quantised kernel [I, O]; its codes come from a checkpoint."""
 
     def __init__(self, din: int, dout: int, *, spec: P, kind: str):
-        rows, dtype = (din // 2, jnp.uint8) if kind == "nf4" else (din, jnp.int8)
+        rows, dtype = (din // 2, jnp.uint8) if kind in PACKED else (din, jnp.int8)
         self.qvalue = nnx.Param(jnp.zeros((rows, dout), dtype, out_sharding=spec))
-        tiles, cut = (din // TILE, spec[0]) if kind == "nf4" else (1, None)
+        tiles, cut = (din // TILE, spec[0]) if kind in PACKED else (1, None)
         self.scale = nnx.Param(jnp.zeros((tiles, dout), jnp.float32, out_sharding=P(cut, spec[1])))
         self.kind = kind
 
@@ -48,8 +50,14 @@ class Matrix(nnx.Module):
         halves = jnp.stack([codes & 15, codes >> 4], axis=1)  # [I / 2, 2, O]
         split = jnp.reshape(halves, (tiles, 2 * rows // tiles, columns), out_sharding=P(
             spec[0], None, spec[1]))  # fmt: skip
-        dense = _nf4_value(split) * scale[:, None]
+        value = _nf4_value(split) if self.kind == "nf4" else _int4_value(split)
+        dense = value * scale[:, None]
         return jnp.reshape(dense.astype(dtype), (2 * rows, columns), out_sharding=spec)
+
+
+def _int4_value(codes: Shaped[Array, "..."]) -> Float[Array, "..."]:
+    """Half a byte in two's complement: 0 .. 7 -> 0 .. 7, 8 .. 15 -> -8 .. -1."""
+    return (codes.astype(jnp.int32) ^ 8).astype(jnp.float32) - 8
 
 
 def _nf4_value(codes: Shaped[Array, "..."]) -> Float[Array, "..."]:

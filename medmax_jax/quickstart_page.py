@@ -18,8 +18,6 @@ import PIL.Image
 
 from medmax_jax import page
 
-SHOWN = 192  # pixels of a picture on the page; tiny pictures are enlarged by whole factors
-
 NOTICE = (
     "This is a toy-sized research model, trained in minutes on a few hundred embedded pictures. "
     "It shows that the road works from end to end. It is not for clinical use."
@@ -83,16 +81,6 @@ def curves(train: Sequence[dict[str, Any]], held: Sequence[dict[str, Any]]) -> b
     return out.getvalue()
 
 
-def png(image: PIL.Image.Image) -> bytes:
-    """PNG bytes, small pictures enlarged by a whole factor so that their pixels stay visible."""
-    factor = max(1, SHOWN // max(image.size))
-    out = io.BytesIO()
-    image.resize((image.width * factor, image.height * factor), PIL.Image.Resampling.NEAREST).save(
-        out, format="PNG"
-    )
-    return out.getvalue()
-
-
 def _summary(report: dict[str, Any]) -> str:
     ran = report["ran"]
     return (
@@ -142,7 +130,10 @@ def _scores(report: dict[str, Any]) -> str:
 
 def _case(case: Case) -> str:
     pictures = page.figures(
-        [(png(case.image), case.name), (png(case.reconstruction), "through the VQGAN and back")]
+        [
+            (page.png(case.image), case.name),
+            (page.png(case.reconstruction), "through the VQGAN and back"),
+        ]
     )
     rows = [
         ("question", case.question), ("answer", case.answer),
@@ -153,5 +144,5 @@ def _case(case: Case) -> str:
 
 def _generated(made: Generated) -> str:
     return page.paragraph(made.prompt) + page.figures(
-        [(png(made.before), "before LoRA"), (png(made.after), "after LoRA")]
+        [(page.png(made.before), "before LoRA"), (page.png(made.after), "after LoRA")]
     )

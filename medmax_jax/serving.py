@@ -22,7 +22,7 @@ from jaxtyping import Int
 from medmax_jax import batching, decoding, engine, grammar
 from medmax_jax import vocab as ids
 from medmax_jax.batching import GenerateError, Request
-from medmax_jax.config import Sample
+from medmax_jax.config import Sample, Vocab
 from medmax_jax.engine import Engine
 
 CHUNK = 16  # tokens of every row between two looks of the host
@@ -53,7 +53,8 @@ def serve(
     e: Engine, requests: Sequence[Request], sample: Sample, *, mode: str, seed: int
 ) -> Iterator[list[Written]]:
     """What has changed after each chunk, until all requests are done."""
-    knobs, plan = batching.knobs(sample), _plan(e, sample, mode)
+    knobs, sizes = batching.knobs(sample), dict(blocks=e.book.blocks, depth=e.book.depth)
+    compiled = plan(sample, e.vocab, mode=mode, codes=e.codes, slots=e.slots, **sizes)
     spare, need = e.book.blocks * e.book.depth - e.rows, sum(batching.guided(sample))
     if mode != "text" and spare < need:
         raise GenerateError(f"{spare} lanes beside {e.rows} rows; guidance needs {need} more")
@@ -71,7 +72,7 @@ def serve(
         while queue or any(seats):
             _admit(e, queue, seats, rows)
             _open(e, seats, rows, batching.guided(sample))
-            rows, out = _run(e, rows, knobs, seed, plan)
+            rows, out = _run(e, rows, knobs, seed, compiled)
             yield _take(e, seats, rows, out)
     except jax.errors.JaxRuntimeError as error:
         size = sum(x.nbytes for x in jax.tree.leaves(e.cache))
@@ -82,19 +83,22 @@ def serve(
                 _leave(e, seat, at, range(3))
 
 
-def _plan(e: Engine, sample: Sample, mode: str) -> decoding.Plan:
+def plan(
+    sample: Sample, vocab: Vocab, *, mode: str, codes: int, slots: int, blocks: int, depth: int
+) -> decoding.Plan:
+    """What the programs are compiled for, besides their sizes."""
     return decoding.Plan(
         mode=grammar.check_mode(mode),
         chunk=CHUNK,
-        codes=e.codes,
-        context=e.slots,
-        vocab=e.vocab,
+        codes=codes,
+        context=slots,
+        vocab=vocab,
         text_greedy=sample.text_greedy,
         image_greedy=sample.image_greedy,
         boi_ends=sample.boi_ends,
         per_segment=sample.budget == "segment",
-        blocks=e.book.blocks,
-        depth=e.book.depth,
+        blocks=blocks,
+        depth=depth,
     )
 
 

@@ -1,6 +1,6 @@
 """Attention inside packed documents by the splash kernel of JAX: TPUs, no [T, T] scores in memory.
 
-    q [B, T, N, H] --shard_map--> rows and heads of a device --vmap over rows--> kernel [N, T, H]
+    q [B, N, T, H] --shard_map--> rows and heads of a device --vmap over rows--> kernel [N, T, H]
 
 The kernel skips blocks above the diagonal, masks by document inside a block, and reads N/K query
 heads for one key head. It names its output and the logsumexp that its backward pass needs "attn",
@@ -21,24 +21,23 @@ BLOCK = 512
 
 
 def attend(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
+    q: Float[Array, "B N T H"],
+    k: Float[Array, "B K T H"],
+    v: Float[Array, "B K T H"],
     segments: Int[Array, "B T"],
     *,
     interpret: bool,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B N T H"]:
     """Causal attention within each segment. `interpret`: on a CPU, slowly, for tests."""
-    length = q.shape[1]
+    length = q.shape[2]
     if length % LANES:
         raise ValueError(f"{length} tokens a row; splash attention needs a multiple of {LANES}")
 
     def local(q, k, v, segments):
-        kernel = _kernel(q.shape[2], length, interpret)
+        kernel = _kernel(q.shape[1], length, interpret)
         q = (q.astype(jnp.float32) * q.shape[3] ** -0.5).astype(q.dtype)  # the kernel does not
-        q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
         ids = kernels.SegmentIds(q=segments, kv=segments)
-        return jax.vmap(kernel)(q, k, v, ids).transpose(0, 2, 1, 3)
+        return jax.vmap(kernel)(q, k, v, ids)
 
     specs = (HEADS, HEADS, HEADS, BATCH)
     # A kernel's result says nothing of the axes it varies over, so nothing can be checked.

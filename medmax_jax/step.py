@@ -21,10 +21,18 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from data.loader import Batch
-from medmax_jax import attention, chameleon, loss, optim
+from medmax_jax import attention, chameleon, loss, optim, spikes
 from medmax_jax.config import Run
 from medmax_jax.mesh import BATCH, placed
 from medmax_jax.metrics import Held, Interval
+
+# By config.train.compile, options of libtpu.
+COMPILE = {
+    "default": {},
+    # A layer's weights are gathered whole, while the one before computes, instead of in a ring of
+    # partial products: docs/plan_7b.md.
+    "gather": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"},
+}
 
 
 @jax.tree_util.register_dataclass
@@ -39,7 +47,13 @@ class TrainState:
 
 def check(run: Run, mesh: jax.sharding.Mesh) -> None:
     """Raises ValueError on settings that the devices of `mesh` cannot run."""
-    attention.check_platform(run.model.attention, mesh.devices.flat[0].platform)
+    platform = mesh.devices.flat[0].platform
+    attention.check_platform(run.model.attention, platform)
+    if COMPILE[run.train.compile] and platform != "tpu":
+        raise ValueError(
+            f"config.train.compile is {run.train.compile!r}, which is for the compiler of TPUs; "
+            f"these devices are {platform}: use 'default'"
+        )
 
 
 def split(model: chameleon.Chameleon, trains: str) -> tuple[Any, PyTree, PyTree]:
@@ -89,13 +103,17 @@ def make_train_step(graph: Any, run: Run) -> Callable:
         else:
             total, sums, grads = accumulate(take, state.trainable, batch, dropout, run)
         norm = optax.tree.norm(grads)
-        updates, opt_state = optimiser.update(grads, state.opt_state, state.trainable)
+        updates, opt_state = optimiser.update(grads, state.opt_state, state.trainable, value=total)
+        skipped = spikes.left_out(opt_state)
         trainable = optax.apply_updates(state.trainable, updates)
         interval = Interval.single_from_model_output(
             **sums,
             loss=total,
             grad_norm=norm,
-            finite=jnp.isfinite(total) & jnp.isfinite(norm),
+            finite=jnp.where(
+                skipped > 0, skipped < spikes.LIMIT, jnp.isfinite(total) & jnp.isfinite(norm)
+            ),
+            skipped=skipped > 0,
             lr=optim.learning_rate(state.step, run.optim, steps=run.train.steps),
             tokens=(batch.segments > 0).sum(dtype=jnp.float32),
             slots=jnp.float32(batch.ids.size),
@@ -103,7 +121,8 @@ def make_train_step(graph: Any, run: Run) -> Callable:
         )
         return TrainState(trainable, opt_state, state.step + 1), interval
 
-    return jax.jit(train_step, donate_argnums=0)
+    options = COMPILE[run.train.compile] or None
+    return jax.jit(train_step, donate_argnums=0, compiler_options=options)
 
 
 def accumulate(

@@ -25,7 +25,7 @@ class WeightsError(ValueError):
 
 def save(path_file: str | os.PathLike, tree: Any, metadata: dict[str, str]) -> None:
     """Writes every array of `tree`, whole or not at all. Every host calls, one writes."""
-    arrays = {name: _host_array(leaf) for name, leaf in named(tree).items()}
+    arrays = {name: host_array(leaf) for name, leaf in named(tree).items()}
     if jax.process_index() != 0:
         return
     path_file = Path(path_file)
@@ -85,7 +85,8 @@ def dotted(path: tuple[Any, ...]) -> str:
     return ".".join(parts)
 
 
-def _host_array(leaf: Any) -> np.ndarray:
+def host_array(leaf: Any) -> np.ndarray:
+    """All of an array on this host. Every host calls where it lies on several."""
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         leaf = multihost_utils.process_allgather(leaf, tiled=True)
     return np.ascontiguousarray(np.asarray(leaf)).reshape(np.shape(leaf))

@@ -15,15 +15,15 @@ STEP = """
 import jax
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType
 
 from configs import tiny
-from data.loader import Batch
 from medmax_jax import chameleon, config, mesh, step
 
 settings = tiny.get_config()
 settings.model.update(param_dtype="bfloat16", compute_dtype="bfloat16", remat="attn")
+settings.model.attention = "{attention}"
+settings.optim.accumulate = {accumulate}
 run = config.from_config_dict(settings)
 chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
 m = jax.sharding.Mesh(np.array(chips).reshape(1, 2, 2), mesh.AXES, (AxisType.Explicit,) * 3)
@@ -31,26 +31,27 @@ with jax.set_mesh(m):
     like = chameleon.abstract(run.model, run.vocab, run.lora)
     graph, trainable, frozen = step.split(like, run.train.trains)
     state = mesh.placed(jax.eval_shape(lambda t: step.init_state(t, run), trainable))
-    rows = lambda kind: jax.ShapeDtypeStruct(
-        (run.data.batch_size, run.data.seq_len), kind, sharding=NamedSharding(m, mesh.BATCH)
-    )
-    batch = Batch(rows("int32"), rows("int32"), rows("int32"), rows("float32"))
+    batch = step.abstract_batch(run)
     key = mesh.placed(jax.eval_shape(lambda: jax.random.key(0)))
     compiled = step.make_train_step(graph, run).lower(state, frozen, batch, key).compile()
 print(chips[0].device_kind, compiled.memory_analysis().temp_size_in_bytes)
-print("all-gather" in compiled.as_text(), "all-reduce" in compiled.as_text())
+text = compiled.as_text()
+print("all-gather" in text, "all-reduce" in text, text.count("tpu_custom_call") > 0)
 """
 
 
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu has no package for this machine"
 )
-def test_a_training_step_compiles_for_a_tpu():
+@pytest.mark.parametrize("attention, accumulate", [("xla", 1), ("splash", 2)])
+def test_a_training_step_compiles_for_a_tpu(attention, accumulate):
+    code = STEP.replace("{attention}", attention).replace("{accumulate}", str(accumulate))
     done = subprocess.run(
-        [sys.executable, "-c", STEP], cwd=ROOT, env=os.environ | PLACE, text=True,
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | PLACE, text=True,
         capture_output=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     (*chip, temporary), collectives = (line.split() for line in done.stdout.splitlines())
     assert chip == ["TPU", "v5", "lite"] and 0 < int(temporary) < 2**27
-    assert collectives == ["True", "True"]  # weights over fsdp, products over tp
+    assert collectives[:2] == ["True", "True"]  # weights over fsdp, products over tp
+    assert collectives[2] == str(attention == "splash")  # its kernels

@@ -44,7 +44,7 @@ def test_packed_mask_is_causal_within_documents():
 )
 def test_attend_equals_the_reference(fsdp, tp, rows, tokens, kv_heads):
     """Also of one row and of one token: jax 0.11 minds shardings that reshape drops there."""
-    q, k, v = normal(rows, tokens, 8, 4), *(normal(rows, 9, kv_heads, 4) for _ in range(2))
+    q, k, v = normal(rows, 8, tokens, 4), *(normal(rows, kv_heads, 9, 4) for _ in range(2))
     mask = RNG.random((rows, tokens, 9)) < 0.5
     mask[..., 0] = True
     want = attention.reference_attend(*(jnp.asarray(a) for a in (q, k, v, mask)))
@@ -57,7 +57,7 @@ def test_attend_equals_the_reference(fsdp, tp, rows, tokens, kv_heads):
 
 def test_attend_of_a_row_that_sees_nothing_is_finite():
     with jax.set_mesh(make_mesh(Mesh(data=1, fsdp=1, tp=1))):
-        q, mask = put(normal(2, 1, 2, 4), HEADS), put(np.zeros((2, 1, 1), bool), ACT)
+        q, mask = put(normal(2, 2, 1, 4), HEADS), put(np.zeros((2, 1, 1), bool), ACT)
         assert np.isfinite(attention.attend(q, q, q, mask)).all()
 
 
@@ -80,8 +80,8 @@ def value_and_grads(attend, q, k, v, weights) -> list[np.ndarray]:
 @pytest.mark.parametrize("impl, length", [("xla", 40), ("splash_interpret", 640), ("cudnn", 40)])
 def test_every_implementation_is_the_reference(impl, length, mesh):
     """Output and gradients; splash in five blocks of 128."""
-    q, weights = (normal(ROWS, length, HEAD_COUNT, DIM) for _ in range(2))
-    k, v = (normal(ROWS, length, KEY_HEADS, DIM) for _ in range(2))
+    q, weights = (normal(ROWS, HEAD_COUNT, length, DIM) for _ in range(2))
+    k, v = (normal(ROWS, KEY_HEADS, length, DIM) for _ in range(2))
     segments = documents(length)
     mask = attention.packed_mask(jnp.asarray(segments))
     want = value_and_grads(lambda *a: attention.reference_attend(*a, mask), q, k, v, weights)
@@ -96,23 +96,23 @@ def test_every_implementation_is_the_reference(impl, length, mesh):
 
 def test_a_document_sees_nothing_of_another():
     """Splash with the first document's keys changed: the others' results stay bit for bit."""
-    q, k, v = (normal(ROWS, 128, 2, DIM) for _ in range(3))
+    q, k, v = (normal(ROWS, 2, 128, DIM) for _ in range(3))
     other = k.copy()
-    other[0, :25] += 1
+    other[0, :, :25] += 1
     with jax.set_mesh(make_mesh(Mesh(data=1, fsdp=1, tp=1))):
         segments = put(documents(128), BATCH)
         run = jax.jit(lambda *a: splash.attend(*a, segments, interpret=True))
         first, second = (
             np.asarray(run(*(put(x, HEADS) for x in (q, each, v)))) for each in (k, other)
         )
-    np.testing.assert_array_equal(first[0, 25:], second[0, 25:])
-    assert (first[0, 1:25] != second[0, 1:25]).any(axis=(1, 2)).all()
+    np.testing.assert_array_equal(first[0, :, 25:], second[0, :, 25:])
+    assert (first[0, :, 1:25] != second[0, :, 1:25]).any(axis=(0, 2)).all()
 
 
 def test_block_sizes_divide():
     assert [splash.block_size(n) for n in (128, 640, 2_048, 4_096)] == [128, 128, 512, 512]
     with pytest.raises(ValueError, match="100 tokens a row; splash attention needs a multiple"):
-        splash.attend(*[jnp.zeros((1, 100, 2, 8))] * 3, jnp.zeros((1, 100), int), interpret=True)
+        splash.attend(*[jnp.zeros((1, 2, 100, 8))] * 3, jnp.zeros((1, 100), int), interpret=True)
 
 
 @pytest.mark.parametrize("impl, devices", [("splash", "tpu"), ("cudnn", "gpu")])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from source_setup import FOLDERS, PICTURES, write_json
 
-from data import build, mixture, prepare, records
+from data import build, check, mixture, picture_codes, prepare, records, texts
 from data.codes import PrepareError, load_encoder
 from data.documents import RecordsError
 from data.sources.row import SourceError
@@ -26,6 +26,12 @@ def logger_as_before():
     yield
     log.handlers, log.propagate = before[:2]
     log.setLevel(before[2])
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+    """On each of the eight devices of the tests."""
+    monkeypatch.setattr(picture_codes, "BATCH", 2)
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +75,9 @@ def test_each_source_from_its_files_to_records(name, make, source, tmp_path, cap
     for document in found:
         tokens = document.tokens
         assert (tokens == BOI).sum() == 1 and (tokens == SEP).sum() == 2 * document.turns - 1
-    assert f"{len(found)}/{len(found)} documents" in caplog.text and "s left" in caplog.text
+    assert f"{len(found)} of {len(found)} documents" in caplog.text and "s left" in caplog.text
     assert "Not the released subset" in caplog.text and "fewer" in caplog.text
-    assert prepare.check(tmp_path / "r", tokenizer=None)["documents"] == len(found)
+    assert check.check(tmp_path / "r", tokenizer=None)["documents"] == len(found)
 
 
 def test_codes_are_those_of_the_picture(make, source, encoder, tmp_path):
@@ -79,11 +85,11 @@ def test_codes_are_those_of_the_picture(make, source, encoder, tmp_path):
     for n, document in enumerate(records.open_records(tmp_path / "r")):
         size = encoder.vq_config.image_size
         pixels = images.preprocess(images.load(PICTURES[n], max_pixels=10**8), size)
-        codes = np.asarray(vqgan.encode(encoder.vq, np.repeat(pixels[None], 16, axis=0))[0])
+        codes = np.asarray(vqgan.encode(encoder.vq, np.repeat(pixels[None], 2, axis=0))[0])
         begin = int(np.flatnonzero(document.tokens == BOI)[0]) + 1
         assert np.array_equal(document.tokens[begin : begin + 64], codes.ravel() + IMAGE_START)
         assert document.image_path == f"imgs/xmlab{n}/source.jpg"
-        text = prepare._text(document, encoder.layout, encoder.tokenizer)
+        text = texts.written(document, encoder.layout, encoder.tokenizer)
         assert text == "<image>What modality is used?<reserved08706>CT"
 
 
@@ -194,7 +200,7 @@ def test_program(source, tmp_path, capsys):
     told = capsys.readouterr()
     meta = json.loads(told.out.splitlines()[-1])
     assert meta["documents"] == 2 and meta["notes"]["sample"] == 2
-    assert "2/2 documents" in told.err and "the chart's 0.3 % is 3,662 to 5,162" in told.err
+    assert "2 of 2 documents" in told.err and "the chart's 0.3 % is 3,662 to 5,162" in told.err
     assert prepare.main([*command, "--out", str(tmp_path / "q"), "--split", "test"]) == 1
     assert capsys.readouterr().err.startswith("error: SLAKE: the folder has none of test.json")
     for wrong in (["--source", "slake"], ["--sample", "x"], ["--split", "dev"]):

@@ -137,7 +137,7 @@ def gains_swapped(patch, arrays):
 def keys_tiled(patch, arrays):
     def attend(q, k, v, mask):
         q, k, v, mask = (jax.sharding.reshard(a, P()) for a in (q, k, v, mask))
-        k, v = (jnp.tile(a, (1, 1, q.shape[2] // k.shape[2], 1)) for a in (k, v))
+        k, v = (jnp.tile(a, (1, q.shape[1] // k.shape[1], 1, 1)) for a in (k, v))
         return jax.sharding.reshard(reference_attend(q, k, v, mask), HEADS)
 
     patch.setattr(attention, "attend", attend)

@@ -34,8 +34,8 @@ from medmax_jax import (
     weights,
 )
 from medmax_jax import vocab as ids
-from medmax_jax.checkpoint import sha256
 from medmax_jax.config import Mesh, to_dict
+from medmax_jax.export import identity
 from medmax_jax.mesh import make_mesh
 
 
@@ -64,7 +64,7 @@ def g(folder):
 def adapter(folder, tmp_path_factory):
     """An adapter folder that changes answers."""
     path = tmp_path_factory.mktemp("adapter")
-    base = sha256(folder / "model.safetensors")
+    base = identity(folder)
     settings = to_dict(LORA) | {"base": base}
     (path / "adapter_config.json").write_text(json.dumps(settings))
     with jax.set_mesh(make_mesh(Mesh(data=1, fsdp=1, tp=1))):

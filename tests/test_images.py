@@ -179,3 +179,10 @@ def test_formats_that_run_programs_are_not_opened(tmp_path):
     file.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
     with pytest.raises(images.ImageError, match="not a picture"):
         images.load(file, max_pixels=LIMIT)
+
+
+def test_a_line_is_no_picture():
+    """Its short side scaled to 512 would take gigabytes."""
+    with pytest.raises(images.ImageError, match="too narrow .1 x 9000 pixels.; crop"):
+        images.preprocess(Image.new("RGB", (1, 9_000)), 512)
+    assert images.preprocess(Image.new("RGB", (1, 9)), 4).shape == (4, 4, 3)

@@ -136,23 +136,23 @@ def test_rms_norm_of_bf16_counts_in_fp32():
 
 
 def test_head_norm_gives_each_block_of_heads_its_row():
-    layer, x = layers.HeadNorm(2, 4, eps=1e-2, dtype="float32"), normal(2, 3, 6, 4)
+    layer, x = layers.HeadNorm(2, 4, eps=1e-2, dtype="float32"), normal(2, 6, 3, 4)
     scale, bias = normal(2, 4), normal(2, 4)
     layer.scale[...], layer.bias[...] = jnp.asarray(scale), jnp.asarray(bias)
     want = np.empty_like(x)
     for head in range(6):
-        row, v = head // 3, x[:, :, head]
+        row, v = head // 3, x[:, head]
         v = (v - v.mean(-1, keepdims=True)) / np.sqrt(v.var(-1, keepdims=True) + 1e-2)
-        want[:, :, head] = v * scale[row] + bias[row]
-    got = jax.jit(lambda m, x: m(x))(layer, put(x, P(None, None, "tp", None)))
+        want[:, head] = v * scale[row] + bias[row]
+    got = jax.jit(lambda m, x: m(x))(layer, put(x, P(None, "tp", None, None)))
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_rope_turns_complex_numbers():
-    x, positions = normal(2, 5, 3, 8), np.array([[0, 1, 2, 3, 4], [0, 7, 0, 1, 300]], np.int32)
+    x, positions = normal(2, 3, 5, 8), np.array([[0, 1, 2, 3, 4], [0, 7, 0, 1, 300]], np.int32)
     cos, sin = layers.rope_angles(jnp.asarray(positions), head_dim=8, theta=100.0)
-    turn = np.exp(1j * positions[..., None, None] * 100.0 ** (-np.arange(4) / 4))
+    turn = np.exp(1j * positions[:, None, :, None] * 100.0 ** (-np.arange(4) / 4))
     want = (x[..., :4] + 1j * x[..., 4:]) * turn
     got = layers.rope(jnp.asarray(x), cos, sin)
     np.testing.assert_allclose(got, np.concatenate([want.real, want.imag], -1), atol=2e-4)
-    np.testing.assert_array_equal(got[0, 0], x[0, 0])  # position 0 turns nothing
+    np.testing.assert_array_equal(got[0, :, 0], x[0, :, 0])  # position 0 turns nothing

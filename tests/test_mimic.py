@@ -10,7 +10,7 @@ import pytest
 from pydicom.datadict import DicomDictionary
 from source_setup import DICOM_IDS, REPORT, STUDY, SUBJECT, dicom_dataset, mimic_tables, plan
 
-from data import mixture, prepare, records
+from data import mixture, picture_codes, prepare, records, texts
 from data.sources import dicom, reports
 from data.sources.prompts import wordings
 from data.sources.row import Bad, Row, SourceError
@@ -36,6 +36,12 @@ def logger_as_before():
     yield
     log.handlers, log.propagate = before[:2]
     log.setLevel(before[2])
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+    """On each of the eight devices of the tests."""
+    monkeypatch.setattr(picture_codes, "BATCH", 2)
 
 
 @pytest.fixture
@@ -243,7 +249,7 @@ def everything_written(folder):
     parts += [p.read_bytes().decode("latin-1") for p in folder.iterdir()]
     for d in found:
         parts += [d.image_path, d.id, d.group, d.source, d.task]
-        parts += [prepare._text(d, found.layout, tokenizer)]
+        parts += [texts.written(d, found.layout, tokenizer)]
     return "\n".join(parts), len(found)
 
 
@@ -287,10 +293,10 @@ def test_pydicom_is_silent(tmp_path, caplog):
     dataset = marked_dataset()
     set_value(dataset, "SOPInstanceUID", "UI")
     path = tmp_path / "a.dcm"
-    with dicom._silence():  # writing warns too
+    with dicom.silence():  # writing warns too
         dataset.save_as(path, enforce_file_format=True)
     with caplog.at_level(logging.DEBUG, logger="pydicom"):
-        with dicom._silence():
+        with dicom.silence():
             assert str(pydicom.dcmread(path).SOPInstanceUID) == LOWER
         assert LOWER not in caplog.text
         with pytest.warns(UserWarning, match=LOWER):  # what it says otherwise

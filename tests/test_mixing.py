@@ -15,12 +15,17 @@ GROUPS = st.lists(st.integers(0, 2), min_size=1, max_size=200).map(np.array)
 WEIGHTS = st.tuples(*[st.sampled_from([0.0, 0.3, 1.0, 2.0, 7.0])] * 3).map(list)
 DATA = config.Data(
     train="", validation="", document_limit=64, seq_len=128, batch_size=4, pack=True,
-    mask="answers", seed=5,
+    mask="answers", seed=5, plan="",
 )  # fmt: skip
 
 
-def mixed(weights="", by="source", unit="documents", image_centric=False):
-    return config.Mixing(by=by, unit=unit, weights=weights, image_centric=image_centric)
+def mixed(
+    weights="", by="source", unit="documents", image_centric=False, leave_out="", fraction=1.0
+):
+    return config.Mixing(
+        by=by, unit=unit, weights=weights, image_centric=image_centric,
+        leave_out=leave_out, fraction=fraction, fraction_seed=0,
+    )  # fmt: skip
 
 
 class Found:
@@ -207,3 +212,34 @@ def test_rare_documents_may_stand_often_but_not_together():
     plan = mixing.epochs(found, DATA, mixed("A=1, B=1, C=1")).first
     assert np.bincount(group[plan.documents]).tolist() == [50, 50]
     assert all((group[plan.row(i)] == 1).sum() <= 1 for i in range(len(plan)))
+
+
+def drawn(found, **changes):
+    """Documents of the first epoch."""
+    plan = mixing.epochs(found, DATA, mixed(**changes)).plan(0)
+    return {int(d) for d in plan.documents}
+
+
+def test_a_run_without_a_name_draws_none_of_it():
+    found = some(np.arange(90) % 3, seed=0)
+    assert drawn(found, leave_out="B") == {d for d in range(90) if d % 3 != 1}
+    assert drawn(found, leave_out="C, A", by="task") == {d for d in range(90) if d % 3 == 1}
+    held = mixing.shares(found, DATA, mixed(leave_out="B"))
+    assert held["B"][0] == 0 and held["A"][0] == pytest.approx(0.5)
+    with pytest.raises(PackError, match="has no source 'D'; it has A, B, C"):
+        drawn(found, leave_out="A, D")
+    with pytest.raises(PackError, match="holds no document.*leave out less"):
+        drawn(found, leave_out="A, B, C")
+
+
+def test_a_fraction_is_of_every_epoch_and_lies_in_a_larger_one():
+    group = np.arange(400) % 3
+    found = Found(np.full(400, 8), group, np.arange(400) // 6 * 3 + group)  # two documents each
+    quarter, half = drawn(found, fraction=0.25), drawn(found, fraction=0.5)
+    assert quarter < half < drawn(found) and len(half) == pytest.approx(200, abs=6)
+    epochs = mixing.epochs(found, DATA, mixed(fraction=0.25))
+    assert {int(d) for d in epochs.plan(7).documents} == quarter
+    without = drawn(found, fraction=0.25, leave_out="B")
+    assert without == {d for d in quarter if d % 3 != 1}, "the same pictures with and without B"
+    weighted = drawn(found, fraction=0.25, weights="A=1, B=1, C=0")
+    assert weighted <= quarter and len(weighted) < len(quarter)

@@ -1,93 +1,113 @@
-"""Two processes as two hosts: the numbers of one process, one writer, and a stop that both obey."""
+"""Two processes of four devices each as two hosts: the numbers of one, a stop that both obey."""
 
-import os
 import pathlib
 import re
 import signal
 import socket
 import subprocess
-import sys
+import time
 
 import micro_run
 import numpy as np
 import pytest
+from run_setup import command, environment, finish, rows, start, wait_for_step
 from safetensors.numpy import load_file
-from test_train import ROOT, finish, rows, wait_for_step
 
 from medmax_jax import cli
 
 pytestmark = pytest.mark.slow
 
-STEPS = 60
+ALL = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tp=2"]  # eight devices
+GRACE = 30  # seconds that a spot TPU leaves after SIGTERM
 
 
-@pytest.fixture
-def command(tmp_path) -> list[str]:
-    """The program on a mesh of two devices."""
-    settings = dict(
-        data__train=micro_run.write(tmp_path / "train"),
-        data__validation=micro_run.write(tmp_path / "held", count=9, seed=1),
-        mesh__fsdp=2, train__steps=STEPS, train__log_every=2, train__checkpoint_every=10,
-        train__eval_every=30,
+@pytest.fixture(scope="module")
+def words(tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("config")
+    return command(
+        folder, data__validation=micro_run.write(folder / "held", count=9, seed=1),
+        train__eval_every=30, train__checkpoint_every=10, train__keep=3,
     )  # fmt: skip
-    path = tmp_path / "micro.py"
-    path.write_text(
-        f"import micro_run\n\n\ndef get_config():\n    return micro_run.settings(**{settings})\n"
-    )
-    return [sys.executable, "-m", "medmax_jax.train", f"--config={path}"]
 
 
-def hosts(command: list[str], workdir: pathlib.Path, count: int) -> list[subprocess.Popen]:
-    """`count` processes that share the two devices of the mesh."""
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> pathlib.Path:
+    return tmp_path_factory.mktemp("xla")
+
+
+def one(words: list[str], workdir: pathlib.Path, cache: pathlib.Path, devices: int = 8):
+    return start(words, workdir, environment(cache, devices=devices))
+
+
+def two(words: list[str], workdir: pathlib.Path, cache: pathlib.Path) -> list[subprocess.Popen]:
+    """Two processes that share the eight devices of the mesh."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    flags = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count="
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT / "tests"),
-        "XLA_FLAGS": flags + str(2 // count),
-    }
-    started = []
-    for own in range(count):
-        if count > 1:
-            environment["MEDMAX_COORDINATOR"] = address
-            environment["MEDMAX_PROCESSES"], environment["MEDMAX_PROCESS"] = str(count), str(own)
-        started.append(
-            subprocess.Popen(
-                [*command, f"--workdir={workdir}"],
-                cwd=ROOT,
-                env=environment,
-                text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-            )  # fmt: skip
-        )
-    return started
+    shared = environment(cache, devices=4)
+    shared |= {"MEDMAX_COORDINATOR": address, "MEDMAX_PROCESSES": "2"}
+    return [start(words, workdir, shared | {"MEDMAX_PROCESS": str(own)}) for own in range(2)]
 
 
-def test_two_hosts_are_one_run(command, tmp_path):
-    (alone,) = hosts(command, tmp_path / "one", 1)
-    status, output = finish(alone)
+@pytest.fixture(scope="module")
+def alone(words, cache, tmp_path_factory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("one")
+    status, output = finish(one([*words, *ALL], folder, cache))
     assert status == cli.DONE, output
+    return folder
 
-    first, second = hosts(command, tmp_path / "two", 2)
-    wait_for_step(first, tmp_path / "two", 20)
-    second.send_signal(signal.SIGTERM)  # to the host that does not write
-    outputs = [finish(p) for p in (first, second)]
-    assert [status for status, _ in outputs] == [cli.INTERRUPTED] * 2, outputs
-    assert "signal to another host: stopped after step" in outputs[0][1]
 
-    outputs = [finish(p) for p in hosts(command, tmp_path / "two", 2)]
-    assert [status for status, _ in outputs] == [cli.DONE] * 2, outputs
-    assert re.search("resuming after step [234]", outputs[0][1])
-    assert "step 60/60" not in outputs[1][1]  # one host speaks
-
+def close(a: pathlib.Path, b: pathlib.Path) -> None:
+    """The same batches, the same losses within rounding, the same adapters nearly."""
     for kind in ("train", "validation"):
-        expected, found = rows(tmp_path / "one", kind), rows(tmp_path / "two", kind)
+        expected, found = rows(a, kind), rows(b, kind)
         assert expected.keys() == found.keys()
         for step, row in expected.items():
             for name in ("loss", "text_nll", "image_nll"):
                 np.testing.assert_allclose(found[step][name], row[name], rtol=1e-4)
-    adapters = [load_file(tmp_path / n / "adapter/adapter.safetensors") for n in ("one", "two")]
+            if kind == "train":
+                assert found[step]["tokens"] == row["tokens"]
+    adapters = [load_file(f / "adapter/adapter.safetensors") for f in (a, b)]
     for name, value in adapters[0].items():
         assert np.abs(adapters[1][name] - value).mean() < 1e-3 * np.abs(value).mean(), name
+
+
+def test_two_hosts_are_one_run(words, cache, alone, tmp_path):
+    """SIGTERM to the host that does not write; both save, exit 75, and go on from there."""
+    first, second = two([*words, *ALL], tmp_path, cache)
+    wait_for_step(first, tmp_path, 20)
+    second.send_signal(signal.SIGTERM)
+    begin = time.monotonic()
+    outputs = [finish(p) for p in (first, second)]
+    assert [status for status, _ in outputs] == [cli.INTERRUPTED] * 2, outputs
+    assert time.monotonic() - begin < GRACE
+    assert "SIGTERM to a host: stopped after step" in outputs[0][1]
+
+    outputs = [finish(p) for p in two([*words, *ALL], tmp_path, cache)]
+    assert [status for status, _ in outputs] == [cli.DONE] * 2, outputs
+    assert re.search("resuming after step [2345]", outputs[0][1])
+    assert "step 60/60" not in outputs[1][1]  # one host speaks
+    close(alone, tmp_path)
+
+
+def test_a_host_is_killed_and_the_run_goes_on_elsewhere(words, cache, alone, tmp_path):
+    """The other host ends too; then two hosts go on, then one on another mesh."""
+    first, second = two([*words, *ALL], tmp_path, cache)
+    wait_for_step(first, tmp_path, 14)
+    second.kill()
+    assert finish(second)[0] == -signal.SIGKILL
+    status, output = finish(first)  # its collectives fail, or the heartbeat does
+    assert status not in (cli.DONE, cli.INTERRUPTED), output
+
+    first, second = two([*words, *ALL], tmp_path, cache)
+    wait_for_step(first, tmp_path, 34)
+    for process in (first, second):
+        process.kill()
+        finish(process)
+
+    mesh = ["--config.mesh.fsdp=4", "--config.mesh.tp=1"]
+    status, output = finish(one([*words, *mesh], tmp_path, cache, devices=4))
+    assert status == cli.DONE, output
+    assert "config.mesh.data was 2, is now 1" in output
+    assert re.search("resuming after step [123]0", output)
+    close(alone, tmp_path)

@@ -186,6 +186,17 @@ def test_packed_and_sharded_gradients_are_the_mean_of_the_documents_own(
 
 
 @pytest.mark.parametrize("choice", WEIGHTS)
+@pytest.mark.parametrize("shape, pieces", [((1, 1, 1), 4), ((2, 2, 2), 2)])
+def test_accumulated_gradients_are_the_same(made, lora_run, reference, shape, pieces, choice):
+    optim = dataclasses.replace(lora_run.optim, accumulate=pieces)
+    run = dataclasses.replace(lora_run, optim=optim)
+    loss, grads = gradient(made(shape, run), first_batch(weighing(run, choice)))
+    right_loss, right = reference[choice]
+    np.testing.assert_allclose(loss, right_loss, rtol=1e-5)
+    assert distance(grads, right) < 1e-5
+
+
+@pytest.mark.parametrize("choice", WEIGHTS)
 def test_unpacked_rows_have_the_same_objective(made, lora_run, choice):
     run = weighing(lora_run, choice, pack=False)
     batch = first_batch(run)

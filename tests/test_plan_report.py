@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import loader, pack, plan_report, prepare, records, synthetic
+from data import check, loader, pack, plan_report, prepare, records, synthetic
 from data.pack import PackError
 
 LENGTHS = st.lists(st.integers(1, 64), min_size=1, max_size=200).map(np.array)
@@ -82,7 +82,7 @@ def test_synthetic_records_are_whole_and_can_be_trained_on(tmp_path):
     assert told["pictures"] == 30 and told["entries"] == 2
     codes = [found[n].tokens[2:1_026] for n in (0, 1, 2)]
     assert np.array_equal(codes[0], codes[1]) and not np.array_equal(codes[1], codes[2])
-    assert prepare.check(tmp_path / "r", tokenizer=None)["documents"] == 60
+    assert check.check(tmp_path / "r", tokenizer=None)["documents"] == 60
 
 
 def test_the_program_shows_the_plan_of_a_run(tmp_path, capsys):
@@ -137,3 +137,16 @@ def test_rows_out_of_range(tmp_path):
     plan = pack.plan(found.index["length"], seq_len=32, pack=True, seed=0, epoch=0)
     with pytest.raises(PackError, match="--row is -1"):
         plan_report.who(found, plan, -1)
+
+
+def test_credentialed_documents_are_numbers(tmp_path, capsys):
+    docs = micro_run.documents(20, seed=0)
+    for d in docs:
+        vars(d).update(credential="yes", id=f"SECRET-{d.id}", image_path=f"SECRET-{d.id}.png")
+    layout = records.open_records(micro_run.write(tmp_path / "other")).layout
+    records.write(tmp_path / "r", docs, shard_size=9, layout=layout, notes={})
+    command = ["plan", str(tmp_path / "r"), "--seq_len", "32", "--document_limit", "20"]
+    assert prepare.main([*command, "--row", "0"]) == 0
+    told = capsys.readouterr()
+    assert "'document': " in told.out and "left_out_ids  [" not in told.out
+    assert "SECRET" not in told.out + told.err

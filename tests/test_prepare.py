@@ -10,10 +10,11 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from data import codes, mixture, prepare, records
+from data import check, codes, mixture, prepare, records
 from data.codes import PrepareError, View, load_encoder, pixels_of
 from data.documents import RecordsError
-from medmax_jax import images, tokenizer, vqgan, weights
+from data.texts import written
+from medmax_jax import images, progress, tokenizer, vqgan, weights
 from medmax_jax.config import VQ, Vocab, to_dict
 from medmax_jax.vocab import BOI, IMAGE_START
 
@@ -104,7 +105,7 @@ def test_records_hold_the_pictures_and_the_text(make, encoder, sample, tmp_path)
     expected = np.asarray(vqgan.encode(encoder.vq, batch)[0]).reshape(-1) + IMAGE_START
     begin = int(np.flatnonzero(document.tokens == BOI)[0]) + 1
     assert np.array_equal(document.tokens[begin : begin + 64], expected)
-    text = prepare._text(document, found.layout, encoder.tokenizer)
+    text = written(document, found.layout, encoder.tokenizer)
     assert text.startswith("<image>") and "<reserved08706>" in text
 
 
@@ -117,7 +118,7 @@ def test_documents_are_those_of_the_sample(make, encoder, sample, tmp_path):
         assert {d.id for d in found} == set(texts)
         for document in found:
             text = texts[document.id]
-            assert prepare._text(document, found.layout, encoder.tokenizer) == text["text"]
+            assert written(document, found.layout, encoder.tokenizer) == text["text"]
             assert (document.group, document.turns) == (text["group"], text["turns"])
 
 
@@ -214,14 +215,6 @@ def test_refusals(make, tmp_path):
         make(tmp_path / "file" / "r")
 
 
-def test_progress_is_told(caplog):
-    with caplog.at_level(logging.INFO):
-        progress = codes.Progress(3)
-        progress.add(1)
-        progress.add(2)
-    assert "3/3 pictures" in caplog.text and "0 s left" in caplog.text
-
-
 def test_program(model, encoder, sample, tmp_path, capsys, monkeypatch):
     given = dict(sample=sample, vq=encoder.vq, tokenizer=encoder.tokenizer)
     monkeypatch.setattr(
@@ -257,7 +250,7 @@ def test_ctrl_c_leaves_nothing_and_says_so(model, encoder, sample, tmp_path, cap
 
     monkeypatch.setattr(prepare, "prepare_sample", whole)
     with monkeypatch.context() as patch:
-        patch.setattr(codes.Progress, "add", stop)
+        patch.setattr(progress.Items, "tick", stop)
         assert prepare.main([*command, "--split", "test"]) == 75
     assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted: no records were")
     assert list(out.iterdir()) == []
@@ -271,12 +264,13 @@ def test_check_without_its_tokenizer(make, tmp_path, capsys):
     assert "None" in capsys.readouterr().out
 
 
-def test_check_finds_what_was_changed(make, tmp_path):
+def test_check_finds_what_was_changed(make, tmp_path, capsys):
     meta = make(tmp_path / "r", split="validation")
     path = tmp_path / "r" / "dataset.json"
     path.write_text(json.dumps(meta | {"sha256": "0" * 64}))
-    with pytest.raises(RecordsError, match="not the documents that were written"):
-        prepare.check(tmp_path / "r", tokenizer=None)
+    assert check.check(tmp_path / "r", tokenizer=None)["findings"]["written"] == 1
+    assert "not the documents that were written" in capsys.readouterr().out
+    assert prepare.main(["check", str(tmp_path / "r")]) == 1
 
 
 def test_the_mixture_is_the_published_one():

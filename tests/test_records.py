@@ -4,10 +4,11 @@ import json
 
 import numpy as np
 import pytest
+from gs_server import fixture_small_disk  # noqa: F401
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import documents, records
+from data import documents, records, synthetic
 from data.documents import Document, Layout, RecordsError
 from medmax_jax.config import Vocab
 from medmax_jax.vocab import BOI, BOS, EOI, EOS, IMAGE, PAD, SEP
@@ -69,8 +70,8 @@ def test_counts(tmp_path):
     assert meta["credentials"] == {"YES": 1, "no": 2}
     # answers: 6 + EOS; A SEP and A EOS; all 8 but BOS. release: the second document keeps Q SEP.
     assert meta["scored"] == {"answers": 7 + 4 + 8, "release": 7 + 7 + 8}
-    text, image = records.open_records(tmp_path / "r").scored_counts("answers")
-    assert text.tolist() == [3, 4, 4] and image.tolist() == [4, 0, 4]
+    index = records.open_records(tmp_path / "r").index
+    assert index["answers"].tolist() == [7, 4, 8] and index["answers_image"].tolist() == [4, 0, 4]
 
 
 def test_labels(tmp_path):
@@ -129,7 +130,7 @@ def test_answers_partition_the_document(pieces):
 )
 def test_bytes_round_trip(text, name):
     d = document([BOS, *text, EOS], source=name, image_path=name)
-    assert same(documents.from_bytes(documents.to_bytes(d), "here"), d)
+    assert same(documents.from_bytes(records.to_bytes(d), "here"), d)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +247,15 @@ def test_flipped_bits_never_pass(tmp_path):
 
 
 def test_damaged_bytes():
-    good = documents.to_bytes(simple(0))
+    good = records.to_bytes(simple(0))
     for bad in (b"", good[:8], b"XXXX" + good[4:], good[:-1], good[:20] + b"?" + good[21:]):
         with pytest.raises(RecordsError, match="shard 3, record 4"):
             documents.from_bytes(bad, "shard 3, record 4")
+
+
+def test_a_full_disk_is_told(small_disk):
+    """ArrayRecord tells of it when a shard is closed."""
+    with pytest.raises(RecordsError, match="cannot be written .*No space left.*; make room, or"):
+        made = synthetic.documents(2_000, seed=0)
+        records.write(small_disk / "r", made, shard_size=500, layout=synthetic.LAYOUT, notes={})
+    assert not list((small_disk / "r").iterdir())

@@ -3,12 +3,12 @@
 import json
 import os
 import pathlib
-import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -16,14 +16,15 @@ import micro_run
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from run_setup import rows, same_numbers
 from safetensors.numpy import load_file, save_file
 
 from data.documents import RecordsError
 from data.pack import PackError
-from medmax_jax import checkpoint, cli, config, export, train, weights
+from medmax_jax import checkpoint, cli, config, export, integrity, startup, train, weights
+from medmax_jax.storage import Folder
 
 ROOT = pathlib.Path(__file__).parent.parent
-NUMBERS = ("loss", "text_nll", "image_nll", "grad_norm", "lr", "tokens", "fill", "epoch")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -67,14 +68,6 @@ def copy(folder: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
     return pathlib.Path(shutil.copytree(folder, tmp_path / "copy"))
 
 
-def rows(folder: pathlib.Path, kind: str) -> dict[int, dict]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    found = [json.loads(line) for line in lines]
-    steps = [row["step"] for row in found if row["kind"] == kind]
-    assert len(steps) == len(set(steps)), "a step stands twice"
-    return {row["step"]: row for row in found if row["kind"] == kind}
-
-
 def test_full_run_leaves_a_model_folder(base):
     assert json.loads((base / "config.json").read_text())["model"]["hidden_size"] == 32
     assert {p.name for p in base.iterdir()} == {"config.json", "model.safetensors"}
@@ -87,7 +80,7 @@ def test_lora_run_leaves_what_it_promises(done, base):
     left = {p.name.split(".1")[0] for p in folder.iterdir()}
     assert left >= {"config.json", "metrics.jsonl", "train.log", "events.out.tfevents", "adapter"}
     facts = json.loads((folder / "adapter" / "adapter_config.json").read_text())
-    assert facts["base"] == checkpoint.sha256(base / "model.safetensors")
+    assert facts["base"] == Folder(base).file("model.safetensors").digest("sha256")
     assert (facts["rank"], facts["alpha"], facts["step"]) == (4, 4.0, 5)
     adapters = load_file(folder / "adapter" / "adapter.safetensors")
     assert "layers.self_attn.q_proj.lora_a" in adapters
@@ -133,21 +126,74 @@ def test_a_damaged_checkpoint_is_reported_and_made_again(done, tmp_path):
     log = (again / "train.log").read_text()
     assert "checkpoint 5 is damaged" in log and "resuming after step 4" in log
     assert same_numbers(again, folder)
-    assert checkpoint.damage(newest) == ""
+    assert integrity.damage(Folder(newest)) == ""
 
 
-def test_settings_may_change_but_not_the_model(done, data, base, tmp_path):
+def test_a_signal_cuts_an_evaluation_short(data, base, tmp_path):
+    """The state is saved at once; the next start makes up for the evaluation, and goes on."""
+    held = micro_run.write(tmp_path / "held", count=90, seed=1)  # several batches
+    run = micro_run.run(
+        **data | {"data__validation": held}, train__init_from=str(base), train__eval_every=4,
+        train__checkpoint_every=9,
+    )  # fmt: skip
+    folder = tmp_path / "w"
+
+    def terminate() -> None:
+        log = folder / "train.log"
+        while not (log.exists() and "step 4/5" in log.read_text()):
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGTERM)  # while the first evaluation is compiled
+
+    watch = threading.Thread(target=terminate, daemon=True)
+    watch.start()
+    with pytest.raises(cli.Interrupted, match="SIGTERM: stopped after step 4"):
+        train.run(run, folder)
+    watch.join()
+    log = (folder / "train.log").read_text()
+    assert "validation after step 4 was cut short" in log and "checkpoint 4: held" in log
+    assert not rows(folder, "validation")
+    train.run(run, folder)
+    assert list(rows(folder, "validation")) == [4, 5] and list(rows(folder, "train"))[-1] == 5
+
+
+def test_what_changes_no_number_may_change(done, data, base, tmp_path):
     _, folder, _ = done
     again = copy(folder, tmp_path)
     common = dict(data, train__init_from=str(base), train__eval_every=4)
-    with pytest.raises(checkpoint.CheckpointError, match="config.lora.alpha = 4.0, .* has 8.0"):
+    with pytest.raises(checkpoint.CheckpointError, match="config.lora.alpha was 4.0, is now 8.0"):
         train.run(micro_run.run(**common, lora__alpha=8.0), again)
-    with pytest.raises(checkpoint.CheckpointError, match="base .* set config.train.init_from back"):
+    with pytest.raises(checkpoint.CheckpointError, match="plan was .*data.seed|data.seed .*plan"):
+        train.run(micro_run.run(**common, data__seed=3), again)
+    with pytest.raises(checkpoint.CheckpointError, match="base was .*see config.train.init_from"):
         train.run(micro_run.run(**common | {"train__init_from": ""}), again)
-    train.run(micro_run.run(**common, train__keep=1, data__seed=3), again)
+    free = dict(train__keep=1, mesh__fsdp=2, mesh__tp=2, model__remat="attn")
+    train.run(micro_run.run(**common, **free), again)
     log = (again / "train.log").read_text()
     assert "changed since the checkpoint: config.train.keep was 2, is now 1" in log
-    assert "changed since the checkpoint: the checkpoint was trained on plan" in log
+    assert "config.mesh.tp was 1, is now 2" in log
+
+
+def test_a_longer_schedule_wants_extend(done, data, base, tmp_path):
+    _, folder, _ = done
+    again = copy(folder, tmp_path)
+    longer = micro_run.run(**data, train__init_from=str(base), train__eval_every=4, train__steps=7)
+    with pytest.raises(checkpoint.CheckpointError, match="steps was 5, is now 7 .--extend allows"):
+        train.run(longer, again)
+    assert train.run(longer, again, startup.Options(extend=True))["step"] == 7
+    assert list(rows(again, "train")) == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_the_same_run_on_another_mesh_from_the_middle(done, data, base, tmp_path):
+    """Batches, losses and results are those of the run that never changed its mesh."""
+    _, folder, _ = done
+    again = copy(folder, tmp_path)
+    shutil.rmtree(again / "checkpoints" / "5")
+    common = dict(data, train__init_from=str(base), train__eval_every=4)
+    train.run(micro_run.run(**common, mesh__data=2, mesh__fsdp=2, mesh__tp=2), again)
+    ours, theirs = rows(again, "train")[5], rows(folder, "train")[5]
+    assert ours["tokens"] == theirs["tokens"] and ours["epoch"] == theirs["epoch"]
+    for name in ("loss", "text_nll", "image_nll", "grad_norm"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
 
 
 def test_the_random_numbers_are_a_setting(done, data, base, tmp_path):
@@ -178,9 +224,32 @@ def test_loss_that_is_not_finite_stops_the_run(done, data, base, tmp_path):
     tensors["norm.scale"][0] = np.nan
     save_file(tensors, broken / "model.safetensors")
     run = micro_run.run(**data, train__init_from=str(broken), train__eval_every=4)
-    with pytest.raises(train.TrainError, match="step 1: loss nan.*there is no checkpoint yet"):
+    with pytest.raises(train.TrainError, match="step 1: loss nan.*generated/0-.*no checkpoint yet"):
         train.run(run, tmp_path / "w")
     assert not (tmp_path / "w" / "adapter").exists()
+    named = json.loads((tmp_path / "w" / "not_finite_1.json").read_text())["documents"]
+    assert len(named) >= 8 and all(name.startswith("generated/0-") for name in named)
+
+
+def test_a_dry_run_compiles_and_leaves_nothing(data, base, tmp_path, capsys):
+    run = micro_run.run(**data, train__init_from=str(base), mesh__fsdp=2)
+    found = train.run(run, tmp_path / "w", startup.Options(dry_run=True))
+    assert not (tmp_path / "w").exists() and "temporaries" in found["memory"]
+    said = capsys.readouterr().out
+    assert "mesh data 1 x fsdp 2 x tp 1" in said and "the first step compiles" in said
+    broken = micro_run.run(**data, train__init_from=str(base), model__rope_theta=5.0)
+    with pytest.raises(export.ExportError, match="rope_theta"):
+        train.run(broken, tmp_path / "w", startup.Options(dry_run=True))
+
+
+def test_profile_steps_leave_a_trace(data, base, tmp_path):
+    run = micro_run.run(**data, train__init_from=str(base))
+    with pytest.raises(config.ConfigError, match="profile_steps=2:9: use A:B with .* 5"):
+        train.run(run, tmp_path, startup.Options(profile=(2, 9)))
+    train.run(run, tmp_path, startup.Options(profile=(2, 3)))
+    (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
+    assert trace.stat().st_size > 1000
+    assert "trace of steps (2, 3)" in (tmp_path / "train.log").read_text()
 
 
 @pytest.mark.parametrize(
@@ -243,103 +312,6 @@ fcntl.flock(file, fcntl.LOCK_EX)
 print("held", flush=True)
 time.sleep(600)
 """
-
-
-# ---- in processes of their own
-
-
-@pytest.fixture(scope="module")
-def command(data, tmp_path_factory) -> list[str]:
-    """The program on 60 short steps; reports and checkpoints fall on different steps."""
-    settings = dict(data, data__validation="", train__steps=60)
-    settings |= dict(train__log_every=2, train__checkpoint_every=3)
-    path = tmp_path_factory.mktemp("config") / "micro.py"
-    path.write_text(
-        f"import micro_run\n\n\ndef get_config():\n    return micro_run.settings(**{settings})\n"
-    )
-    return [sys.executable, "-m", "medmax_jax.train", f"--config={path}"]
-
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory) -> dict[str, str]:
-    """One device, quick compilation, and a cache of it shared by the processes."""
-    return os.environ | {
-        "PYTHONPATH": str(ROOT / "tests"),
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("xla")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-
-
-def start(command: list[str], workdir: pathlib.Path, environment: dict) -> subprocess.Popen:
-    return subprocess.Popen(
-        [*command, f"--workdir={workdir}"], cwd=ROOT, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-
-
-def finish(process: subprocess.Popen) -> tuple[int, str]:
-    output, _ = process.communicate(timeout=600)
-    return process.returncode, output
-
-
-def wait_for_step(process: subprocess.Popen, folder: pathlib.Path, step: int) -> None:
-    """Until the run has reported `step`."""
-    reported = re.compile(rf'"step": ({"|".join(str(s) for s in range(step, 61))}),')
-    while process.poll() is None:
-        path = folder / "metrics.jsonl"
-        if path.exists() and reported.search(path.read_text()):
-            return
-        time.sleep(0.01)
-    raise AssertionError(finish(process)[1])
-
-
-def same_numbers(a: pathlib.Path, b: pathlib.Path) -> bool:
-    """Every reported number of two runs, bit for bit, and the adapters that came out."""
-    first, second = rows(a, "train"), rows(b, "train")
-    assert first.keys() == second.keys()
-    for step, row in first.items():
-        for name in NUMBERS:
-            assert row[name] == second[step][name], (step, name)
-    adapters = [(f / "adapter" / "adapter.safetensors").read_bytes() for f in (a, b)]
-    return adapters[0] == adapters[1]
-
-
-def test_a_run_that_was_killed_and_interrupted_is_the_whole_run(command, environment, tmp_path):
-    status, output = finish(start(command, tmp_path / "whole", environment))
-    assert status == cli.DONE, output
-    folder, seed = tmp_path / "stopped", random.randrange(1000)
-    pick = random.Random(seed)  # so that a failure can be had again
-    process = start(command, folder, environment)
-    wait_for_step(process, folder, pick.randrange(4, 24))
-    process.kill()
-    assert finish(process)[0] == -signal.SIGKILL, f"seed {seed}: it was too quick to be killed"
-
-    process = start(command, folder, environment)
-    wait_for_step(process, folder, pick.randrange(30, 50))
-    process.send_signal(signal.SIGINT)
-    status, output = finish(process)
-    assert status == cli.INTERRUPTED, f"seed {seed}: {output}"
-    assert "SIGINT: stopped after step" in output and "the same command goes on" in output
-
-    status, output = finish(start(command, folder, environment))
-    assert status == cli.DONE and "resuming after step" in output, output
-    assert same_numbers(folder, tmp_path / "whole"), f"seed {seed}"
-
-
-@pytest.mark.parametrize(
-    "arguments, status, message",
-    [
-        (["--workdir=w", "--config.optim.lrr=1"], cli.USAGE, "--config.optim.lrr names no field"),
-        (["--workdir=README.md/w"], cli.ERROR, "--workdir README.md/w cannot be written"),
-    ],
-)
-def test_one_line_and_a_status(command, environment, arguments, status, message):
-    found = subprocess.run(
-        [*command, *arguments], cwd=ROOT, env=environment, text=True, capture_output=True
-    )
-    assert found.returncode == status and message in found.stderr
-    assert found.stderr.count("\n") == 1, found.stderr
 
 
 def test_the_first_signal_is_a_question():

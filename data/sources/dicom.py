@@ -45,7 +45,7 @@ def load(
     """
     pydicom = _pydicom()
     problem = "damaged, or not a DICOM file that is read here; check the file"
-    with _silence():
+    with silence():
         try:
             if path.stat().st_size > MAX_BYTES:
                 raise _RefusedError(f"more than {MAX_BYTES} bytes")
@@ -101,8 +101,11 @@ def _shown(dataset: Any, kind: str) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """pydicom's warnings and log lines repeat values of the header."""
+def silence() -> Iterator[None]:
+    """pydicom's warnings and log lines repeat values of the header.
+
+    Warnings are the whole process's: threads that decode need this around them all as well.
+    """
     log = logging.getLogger("pydicom")
     before, log.disabled = log.disabled, True
     try:

@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--vqgan", metavar="V", help="take the VQGAN from here (a vqgan.ckpt)")
     parser.add_argument(
-        "--quant", default="none", choices=("none", "int8", "nf4"), help="of a native base"
+        "--quant", default="none", choices=("none", "int8", "int4", "nf4"), help="of a native base"
     )
     parser.add_argument(
         "--no_decoder", action="store_true", help="hf: leave the VQGAN's decoder out, as HF does"

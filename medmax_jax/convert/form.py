@@ -68,7 +68,7 @@ class Checkpoint:
     vqgan: dict[str, Tensor]  # empty where absent; HF's own has no decoder
     tokenizer: bytes | None  # the JSON of the layout, as it lay there
     facts: dict[str, Any]  # what was found beside the weights: see each layout
-    quant: str = "none"  # native only: int8 | nf4, then the matrices cannot go out again
+    quant: str = "none"  # native only: int8 | int4 | nf4, then the matrices cannot go out again
 
     @functools.cached_property
     def fingerprint(self) -> str:

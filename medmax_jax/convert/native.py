@@ -140,13 +140,13 @@ def write(folder: Folder, checkpoint: Checkpoint, *, progress: Callable[[int], N
 
 
 def check_quant(checkpoint: Checkpoint) -> None:
-    """Raises ConvertError where the matrices do not divide into nf4's tiles."""
+    """Raises ConvertError where the matrices do not divide into the tiles of 4 bits."""
     for name, tensor in checkpoint.language.items():
-        tiled = checkpoint.model.quant == "nf4" and place(name).stack in quant.MATRICES
+        tiled = checkpoint.model.quant in quant.PACKED and place(name).stack in quant.MATRICES
         if tiled and tensor.shape[1] % quant.TILE:
             raise ConvertError(
                 f"{tensor.where}: {tensor.shape[1]} columns are no multiple of {quant.TILE}, the "
-                "tile of nf4; use int8"
+                f"tile of {checkpoint.model.quant}; use int8"
             )
 
 

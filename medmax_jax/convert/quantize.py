@@ -10,7 +10,7 @@ import qwix
 from jaxtyping import Array, Float, Shaped
 
 from medmax_jax import arrays
-from medmax_jax.quant import TILE
+from medmax_jax.quant import PACKED, TILE
 
 
 def quantize(kernel: Float[np.ndarray, "I O"], kind: str) -> dict[str, Shaped[np.ndarray, "..."]]:
@@ -18,8 +18,8 @@ def quantize(kernel: Float[np.ndarray, "I O"], kind: str) -> dict[str, Shaped[np
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         found = _qwix(jnp.asarray(kernel), kind)
     codes, scale = np.asarray(found.qvalue), np.asarray(found.scale, np.float32)
-    if kind == "nf4":
-        pairs = codes.astype(np.uint8)
+    if kind in PACKED:
+        pairs = codes.astype(np.int8).view(np.uint8) & 15
         codes = pairs[0::2] | (pairs[1::2] << 4)
     return {"qvalue": codes, "scale": scale}
 
@@ -48,5 +48,5 @@ def write(
 
 @functools.partial(jax.jit, static_argnums=1)
 def _qwix(kernel: Float[Array, "I O"], kind: str) -> qwix.QArray:
-    tiles = {0: TILE} if kind == "nf4" else {}
+    tiles = {0: TILE} if kind in PACKED else {}
     return qwix.quantize(kernel.astype(jnp.float32), kind, channelwise_axes=(1,), tiled_axes=tiles)

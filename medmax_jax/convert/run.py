@@ -12,7 +12,12 @@ FORMATS = ("native", "hf", "meta", "peft")
 SEALS = dict(native="config.json", hf="config.json", meta="README.md", peft="adapter_config.json")
 SHARD_BYTES = 5 * 10**9  # of a safetensors file, as transformers cuts them
 REMOTE_SHARD_BYTES = 10**9  # an upload is held in memory
-SHARE = {"none": 1.02, "int8": 0.6, "nf4": 0.45}  # of the source's bytes that a target needs
+SHARE = {
+    "none": 1.02,
+    "int8": 0.6,
+    "int4": 0.45,
+    "nf4": 0.45,
+}  # of the source's bytes that a target needs
 SLACK = 64 * 2**20  # bytes, for tokenizer and settings
 
 
@@ -22,7 +27,7 @@ class Target:
 
     path: str
     layout: str  # one of FORMATS
-    quant: str  # of a native base: none | int8 | nf4
+    quant: str  # of a native base: none | int8 | int4 | nf4
     decoder: bool  # hf: with the VQGAN's decoder
     merges: bool  # an adapter goes into its base, not beside it
     say: Callable[[str], None]
@@ -47,8 +52,8 @@ def convert(
     """Writes `target`, a new folder. layout: one of FORMATS. base: what an adapter merges into.
 
     merge_native: into a native model too, where an adapter else stays one. vqgan: take the VQGAN
-    from this path. quant: of a native base, none | int8 | nf4. decoder False: an hf target without
-    the VQGAN's decoder. Raises one of sources.ERRORS and then leaves nothing.
+    from this path. quant: of a native base, none | int8 | int4 | nf4. decoder False: an hf target
+    without the VQGAN's decoder. Raises one of sources.ERRORS and then leaves nothing.
     """
     found, adapter, identity = sources.read(source), None, ""
     if isinstance(found, Adapter):

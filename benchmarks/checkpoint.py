@@ -1,0 +1,96 @@
+"""How long a save of the 7B LoRA state (0.48 GB) holds training up, beside Orbax without digests.
+
+python benchmarks/checkpoint.py [--rounds 5] [--folder D]
+
+    ours      seconds that `Checkpoints.save` blocks; digests, writing and the seal follow behind
+    theirs    seconds of Orbax's own synchronous save of the same state
+    sealed    seconds until the step can be trusted; restore: reading it with all digests checked
+
+Rounds alternate between the two, each after the other has finished. Prints a JSON object as its
+last line. The files go to a temporary folder below D, by default the system's.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from configs import base
+from medmax_jax import chameleon, config, step, weights
+from medmax_jax.checkpoint import Checkpoints
+from medmax_jax.mesh import make_mesh
+
+
+def main() -> None:
+    """Measures, and prints what it found."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", default=None)
+    asked = parser.parse_args()
+    run = config.from_config_dict(base.get_config())
+    with jax.set_mesh(make_mesh(run.mesh)), tempfile.TemporaryDirectory(dir=asked.folder) as place:
+        state = _state(run)
+        numbers = _measure(state, Path(place), asked.rounds)
+    size = sum(x.nbytes for x in jax.tree.leaves(state))
+    count = len(jax.tree.leaves(state))
+    print(f"{size / 1e6:.0f} MB in {count} arrays; load {os.getloadavg()[0]:.1f}")
+    ratio = numbers["theirs"] / numbers["ours"]
+    about = {"bytes": size, "load": os.getloadavg()[0], "cores": os.cpu_count()}
+    versions = {"jax": jax.__version__, "orbax": ocp.__version__}
+    print(json.dumps(numbers | {"ratio": ratio} | about | {"versions": versions}))
+
+
+def _state(run: config.Run) -> step.TrainState:
+    """Adapters, two moments and the counts of 7B, of random numbers: they do not compress."""
+    like = chameleon.abstract(run.model, run.vocab, run.lora)
+    shapes = step.split(like, "lora")[1]
+    state = jax.eval_shape(lambda t: step.init_state(t, run), shapes)
+    rng = np.random.default_rng(0)
+
+    def filled(x: jax.ShapeDtypeStruct) -> jax.Array:
+        if x.dtype == np.float32 and x.shape:
+            return jax.device_put(rng.standard_normal(x.shape, np.float32))
+        return jax.device_put(np.zeros(x.shape, x.dtype))
+
+    return jax.tree.map(filled, state)
+
+
+def _measure(state: step.TrainState, place: Path, rounds: int) -> dict[str, float]:
+    ours = Checkpoints(place / "ours", keep=1, log=print)
+    sealed, theirs = [], []
+    for number in range(1, rounds + 1):
+        ours.save(number, state, cursor={}, meta={})
+        begin = time.monotonic()
+        ours.wait()
+        sealed.append(time.monotonic() - begin)
+        begin = time.monotonic()
+        with ocp.StandardCheckpointer() as orbax:
+            orbax.save(place / f"theirs_{number}", weights.named(state))
+            orbax.wait_until_finished()
+        theirs.append(time.monotonic() - begin)
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+    begin = time.monotonic()
+    ours.restore(rounds, like)
+    restore = time.monotonic() - begin
+    ours.close()
+    found = {"ours": ours.blocked, "theirs": theirs, "sealed": sealed}
+    return {name: round(statistics.median(v), 3) for name, v in found.items()} | {
+        "ours_worst": round(max(ours.blocked), 3),
+        "restore": round(restore, 3),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""python benchmarks/gpu.py --part {train,qlora,decode,vq} --workdir D [--torch_python PY] [...]
+
+Chameleon-7B with random weights on one GPU, beside HF and peft on the same GPU in turn.
+
+    train    a LoRA step, rows of 2,048 tokens, bf16: the same batch, then each side's best batch
+    qlora    the same on a base in nf4; bitsandbytes on the other side
+    decode   tokens/s: a prompt of 1,034 tokens and 256 greedy ones of each row
+    vq       pictures of 512 px/s to codes; ours also back, which HF's has no decoder for
+
+A measurement is a process of each side, and stands in D/PART.json when it is done: the same command
+goes on with those that are missing. None is begun that may not end within --minutes; then the exit
+code is 75 and `unfinished` names what is left. A side that runs out of memory or lacks a package
+is an answer, by name. In measurement "same" both sides are alive and take turns, and show first
+that they compute the same from the same weights: if not, `ratio` is null. The last line is one JSON
+object: ours, theirs (the best of each), ratio, `same_batch`, and beside each of our measurements
+what medmax_jax.plan says by arithmetic of its memory and time, with the error.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import sys
+import time
+from typing import Any
+
+import gpu_parts
+import sides
+
+HERE = pathlib.Path(__file__).resolve().parent
+RESTART = 75  # exit code: stopped early, the same command goes on
+ROUNDS, FIRST_STEPS = 3, 10
+GUESS = 150.0  # seconds of a measurement before one has been made: a cold start of 7B
+
+
+def run(each: gpu_parts.Measurement, args: argparse.Namespace) -> dict[str, Any]:
+    """One measurement; its failure is a result."""
+    begin, alive, found = time.perf_counter(), [], {}
+    try:
+        for name, spec in each.specs.items():
+            if name == "theirs" and args.skipped:
+                continue
+            path = args.workdir / f"{name}.json"
+            path.write_text(json.dumps(spec))
+            python = sys.executable if name == "ours" else args.torch_python
+            side = sides.Side(
+                name, [python, str(HERE / each.scripts[name]), str(path)], **each.environment
+            )
+            alive.append(side)
+            found[name] = dict(seconds=[])
+        if len(each.specs) > 1:
+            for side in alive:
+                found[side.name] |= side.ask(do="losses", count=FIRST_STEPS)
+        for side in alive:
+            side.ask(do="steps", count=1)
+        for _ in range(ROUNDS):
+            for side in alive:
+                told = side.ask(do="steps", count=each.steps)
+                for key, values in told.items():
+                    found[side.name].setdefault(key, []).extend(values)
+        for side in alive:
+            found[side.name] |= side.ask(do="about")
+            found[side.name]["rate"] = sides.median(
+                [each.work / s for s in found[side.name]["seconds"]]
+            )
+    except sides.Failed as error:
+        found = dict(failed=str(error))
+    finally:
+        for side in alive:
+            side.close()
+    return dict(sides=found, wall=round(time.perf_counter() - begin, 1), settings=each.settings)
+
+
+def measure(
+    todo: list[gpu_parts.Measurement], path: pathlib.Path, args: argparse.Namespace
+) -> tuple[dict[str, Any], list[str]]:
+    """(results by name, names that are left); what an earlier call has done is not done again."""
+    done = json.loads(path.read_text()) if path.exists() else {}
+    end, longest = time.monotonic() + 60 * args.minutes, GUESS if args.size == "7b" else 0.0
+    for number, each in enumerate(todo):
+        if each.name in done:
+            continue
+        if time.monotonic() + longest > end:
+            return done, [m.name for m in todo[number:] if m.name not in done]
+        print(f"{each.name} ...", file=sys.stderr, flush=True)
+        done[each.name] = run(each, args)
+        longest = max(longest, done[each.name]["wall"])
+        draft = path.with_suffix(".tmp")
+        draft.write_text(json.dumps(done, indent=1))
+        draft.replace(path)
+    return done, []
+
+
+def result(done: dict[str, Any], todo: list[gpu_parts.Measurement], args: argparse.Namespace):
+    """The last line, without what is left."""
+    told: dict[str, Any] = dict(ours=None, theirs=None, ratio=None, unit=todo[0].unit)
+    best: dict[str, tuple[float, str]] = {}
+    for each in todo:
+        for name, side in done.get(each.name, {}).get("sides", {}).items():
+            if name != "failed" and side["rate"] > best.get(name, (0.0, ""))[0]:
+                best[name] = (side["rate"], each.name)
+            if name == "ours":
+                told.setdefault("plan", {})[each.name] = gpu_parts.planned(each, side)
+    for name, (rate, where) in best.items():
+        told |= {name: rate, f"{name}_best": where}
+    same = done.get("same", {}).get("sides", {})
+    if {"ours", "theirs"} <= set(same):
+        agreement = todo[0].agree(same["ours"]["losses"], same["theirs"]["losses"])
+        rates = {name: same[name]["rate"] for name in ("ours", "theirs")}
+        told["same_batch"] = rates | dict(agreement=agreement, ratio=None)
+        if agreement["ok"]:
+            told["same_batch"]["ratio"] = round(rates["ours"] / rates["theirs"], 3)
+            told["ratio"] = round(told["ours"] / told["theirs"], 3)
+    if args.skipped:
+        told["skipped"] = args.skipped
+    for each in done.values():  # long, and said in `agreement`
+        for side in each["sides"].values():
+            if isinstance(side, dict):
+                side.pop("losses", None)
+    failures = {n: d["sides"]["failed"] for n, d in done.items() if "failed" in d["sides"]}
+    return told | dict(failed=failures, measured=done)
+
+
+def main() -> None:
+    """The program."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--part", required=True, choices=sorted(gpu_parts.NEEDS))
+    parser.add_argument("--workdir", type=pathlib.Path, required=True, help="what is done so far")
+    parser.add_argument("--torch_python", default="", help="a Python with torch, transformers, ...")
+    parser.add_argument("--minutes", type=float, default=9.0, help="of this call")
+    parser.add_argument(
+        "--size", default="7b", choices=("7b", "tiny"), help="tiny: the same on a CPU, for tests"
+    )
+    args = parser.parse_args()
+    args.workdir.mkdir(parents=True, exist_ok=True)
+    needs, args.skipped, load = gpu_parts.NEEDS[args.part], "", os.getloadavg()
+    if not args.torch_python:
+        args.skipped = "theirs: no --torch_python"
+    elif lacks := sides.missing(args.torch_python, needs):
+        args.skipped = f"theirs: {args.torch_python} lacks {lacks}"
+    todo = gpu_parts.measurements(args.part, args.size, args.workdir, theirs=not args.skipped)
+    done, left = measure(todo, args.workdir / f"{args.part}.json", args)
+    told = result(done, todo, args) | dict(unfinished=left, part=args.part, size=args.size)
+    print(json.dumps(told | dict(load_average=[load, os.getloadavg()])))
+    sys.exit(RESTART if left else 0)
+
+
+if __name__ == "__main__":
+    main()

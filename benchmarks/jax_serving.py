@@ -1,0 +1,131 @@
+"""Our side of the decode and vq parts of gpu.py; questions a line, as in jax_side.py.
+
+decode   a prompt is read, then `count` tokens are written greedily, in one jitted loop
+vq       pictures to codes and back
+"""
+
+import functools
+import json
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax_side
+import numpy as np
+import sides
+
+from medmax_jax import cached, config, mesh, vqgan
+
+COLUMNS = 256  # logits that are shown to agree
+
+
+class Decoder:
+    """A model with room for a prompt and its answer."""
+
+    def __init__(self, spec: dict[str, Any]):
+        run = config.from_config_dict(spec["run"])
+        self.prompt = jnp.asarray(np.load(spec["prompts"])["ids"][: spec["rows"]])
+        self.count, self.mesh = spec["count"], mesh.make_mesh(run.mesh)
+        with jax.set_mesh(self.mesh):
+            self.prompt = jax.device_put(
+                self.prompt, jax.sharding.NamedSharding(self.mesh, mesh.BATCH)
+            )
+            self.model = jax_side.create(run)
+            start = time.perf_counter()
+            self.read = jax.jit(functools.partial(_read, config=run.model, count=self.count))
+            self.write = jax.jit(functools.partial(_write, count=self.count), donate_argnums=2)
+            self.steps(1)
+        self.compile_seconds = round(time.perf_counter() - start, 2)
+
+    def losses(self, count: int) -> dict[str, Any]:
+        """Logits after the prompt of the first row."""
+        with jax.set_mesh(self.mesh):
+            logits, _ = self.read(self.model, self.prompt)
+        return dict(losses=np.asarray(logits)[0, -1, :COLUMNS].tolist())
+
+    def steps(self, count: int) -> dict[str, Any]:
+        """Seconds of prompt and answer together."""
+        seconds = []
+        with jax.set_mesh(self.mesh):
+            for _ in range(count):
+                start = time.perf_counter()
+                jax.block_until_ready(self.write(self.model, *self.read(self.model, self.prompt)))
+                seconds.append(time.perf_counter() - start)
+        return dict(seconds=seconds)
+
+    def about(self) -> dict[str, Any]:
+        """As jax_side.Trainer.about."""
+        return jax_side.device() | dict(compile_seconds={"both": self.compile_seconds})
+
+
+def _read(model: Any, ids: jax.Array, *, config: config.Model, count: int) -> tuple[Any, Any]:
+    rows, length = ids.shape
+    cache = cached.empty(config, lanes=rows, slots=length + count, kind="model")
+    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), ids.shape)
+    places = jax.sharding.reshard(positions, mesh.BATCH)
+    hidden, cache = cached.decode(model, ids, cache, places, lanes=None, span=length + count)
+    return model.logits(hidden[:, -1:]), cache
+
+
+def _write(model: Any, logits: jax.Array, cache: Any, *, count: int) -> jax.Array:
+    rows, start = logits.shape[0], cache.k.shape[3] - count
+
+    def body(carry: tuple, at: jax.Array) -> tuple[tuple, jax.Array]:
+        token, cache = carry
+        positions = jnp.full((rows, 1), at, jnp.int32, out_sharding=mesh.BATCH)
+        span = cache.k.shape[3]
+        hidden, cache = cached.decode(model, token, cache, positions, lanes=None, span=span)
+        token = jax.sharding.reshard(model.logits(hidden).argmax(-1).astype(jnp.int32), mesh.BATCH)
+        return (token, cache), token
+
+    token = jax.sharding.reshard(logits.argmax(-1).astype(jnp.int32), mesh.BATCH)
+    places = start + jnp.arange(count - 1, dtype=jnp.int32)
+    return jax.lax.scan(body, (token, cache), places)[1]
+
+
+class Pictures:
+    """The VQGAN."""
+
+    def __init__(self, spec: dict[str, Any]):
+        vq = config.build(config.VQ, spec["vq"])
+        self.model = jax_side.fill(vqgan.abstract(vq), None)
+        self.pixels = jnp.asarray(np.load(spec["pictures"])["pixels"][: spec["rows"]])
+        start = time.perf_counter()
+        self.codes = jax.block_until_ready(vqgan.encode(self.model, self.pixels))
+        jax.block_until_ready(vqgan.decode_codes(self.model, self.codes))
+        self.compile_seconds = round(time.perf_counter() - start, 2)
+
+    def losses(self, count: int) -> dict[str, Any]:
+        """Codes of the first picture."""
+        return dict(losses=np.asarray(self.codes[0]).reshape(-1).tolist())
+
+    def steps(self, count: int) -> dict[str, Any]:
+        """Seconds to encode, and beside them to decode, which the other side cannot."""
+        seconds, back = [], []
+        for _ in range(count):
+            for call, what, kept in (
+                (vqgan.encode, self.pixels, seconds),
+                (vqgan.decode_codes, self.codes, back),
+            ):
+                start = time.perf_counter()
+                jax.block_until_ready(call(self.model, what))
+                kept.append(time.perf_counter() - start)
+        return dict(seconds=seconds, decode_seconds=back)
+
+    def about(self) -> dict[str, Any]:
+        """As jax_side.Trainer.about."""
+        return jax_side.device() | dict(compile_seconds={"both": self.compile_seconds})
+
+
+def main() -> None:
+    """Compiles, then serves."""
+    with open(sys.argv[1]) as file:
+        spec = json.load(file)
+    made = {"decode": Decoder, "vq": Pictures}[spec["part"]](spec)
+    sides.serve({"losses": made.losses, "steps": made.steps, "about": made.about})
+
+
+if __name__ == "__main__":
+    main()

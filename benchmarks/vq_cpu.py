@@ -1,0 +1,250 @@
+"""python benchmarks/vq_cpu.py [--torch_python PY] [--sizes tiny full] [--rounds 3] [--threads 1]
+
+Pictures a second through the image tokenizer on a CPU, ours beside the torch reference (Hugging
+Face's ChameleonVQVAE and ChameleonImageProcessor, in the Python that --torch_python names):
+
+    encoder         the same float32 pixels to codes, with the same random weights on both sides
+    preprocessing   JPEG files of 1,024 x 768 to pixels of 512 x 512, one thread on both sides
+    ratio           ours / theirs of the encoder at the last of --sizes: above 1, ours is faster
+
+Each measurement is a process of its own, theirs and ours in turn, bound to the same --threads
+cores; the first batch, with compilation, is told apart. On a machine that does other work too,
+`encoder_per_cpu_second` (pictures by the process's CPU time) says more than the rates. The codes
+of both sides are compared: the sums are the same and taken in another order, so a latent that lies
+between two rows of the codebook may take the other one; where more than --differ of the codes are
+others, the run is void. The two preprocessings are timed and not compared: Hugging Face's scales by
+0.0078, the release and ours by 2 / 255. The tiny size is that of configs/tiny.py with the 32 groups
+that are fixed in the reference. The last line is one JSON object.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+CORES = [int(n) for n in os.environ.get("BENCHMARK_CORES", "").split(",") if n]
+if CORES:  # before a library counts them
+    os.sched_setaffinity(0, CORES)
+sys.path.insert(0, str(ROOT))
+SIZES = {  # config, its image_size or another, pictures of a batch, batches
+    "tiny": ("configs.tiny", 64, 16, 8),
+    "half": ("configs.base", 256, 2, 3),
+    "full": ("configs.base", 512, 1, 2),
+}
+PICTURES = 24  # of preprocessing
+MAX_PIXELS = 10**8
+
+
+# ---- what both sides are given
+
+
+def tensor(name: str, shape: tuple[int, ...]):
+    """Random values by a tensor's name, such that every layer's output deviates by about one."""
+    import numpy as np
+
+    values = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
+    if name.endswith("bias"):
+        values *= 0.1
+    elif len(shape) == 4:  # a convolution
+        values *= np.prod(shape[1:]) ** -0.5
+    elif len(shape) == 1:  # a norm's gain
+        values = 1 + 0.1 * values
+    return values.astype(np.float32)
+
+
+def make(folder: pathlib.Path, sizes: list[str]) -> None:
+    """Weights by their published names, pixels, and pictures to preprocess."""
+    import numpy as np
+
+    from medmax_jax import images
+    from medmax_jax.config import VQ, build
+    from medmax_jax.convert import vq_names
+
+    files = sorted((ROOT / "data" / "sample" / "images").iterdir())
+    load = lambda i: images.load(files[i * 7 % len(files)], max_pixels=MAX_PIXELS)  # noqa: E731
+    for size in sizes:
+        module, side, batch, batches = SIZES[size]
+        config = importlib.import_module(module).get_config().vq
+        config.update(image_size=side, norm_groups=32)
+        shapes = vq_names.shapes(build(VQ, config.to_dict()), decoder=False)
+        np.savez(folder / f"{size}.npz", **{n: tensor(n, s) for n, s in shapes.items()})
+        pixels = np.stack([images.preprocess(load(i), side) for i in range(batch * batches)])
+        np.save(folder / f"{size}.npy", pixels.reshape(batches, batch, side, side, 3))
+        (folder / f"{size}.json").write_text(config.to_json())
+    for i in range(PICTURES):
+        load(i).resize((1_024, 768)).save(folder / f"{i}.jpg", quality=92)
+
+
+# ---- what each process does
+
+
+def ours(folder: pathlib.Path, size: str) -> dict:
+    """The numbers of this project."""
+    import jax
+    import numpy as np
+
+    from medmax_jax import images, vqgan, weights
+    from medmax_jax.config import VQ, build
+    from medmax_jax.convert import vq_names
+
+    config = build(VQ, json.loads((folder / f"{size}.json").read_text()))
+    stored, named = np.load(folder / f"{size}.npz"), {}
+    for name, place in vq_names.table(config).items():
+        value = stored[name] if name in stored else np.zeros(place.shape, np.float32)  # decoder
+        turned = value.ndim == 4 and name in stored
+        named[place.name] = value.transpose(2, 3, 1, 0) if turned else value
+    like = vqgan.abstract(config)
+    vq = jax.tree.unflatten(jax.tree.structure(like), [named[n] for n in weights.named(like)])
+    vq = jax.device_put(vq)
+    encode = lambda pixels: np.asarray(vqgan.encode(vq, pixels))  # noqa: E731
+    load = lambda path: images.load(path, max_pixels=MAX_PIXELS)  # noqa: E731
+    seconds = prepared(folder, lambda path: images.preprocess(load(path), 512))
+    versions = dict(jax=jax.__version__, python=sys.version.split()[0])
+    return timed(folder, size, encode, "ours") | dict(preprocessing=seconds) | versions
+
+
+def theirs(folder: pathlib.Path, size: str, threads: int) -> dict:
+    """The same by torch."""
+    import numpy as np
+    import torch
+    import transformers
+    from PIL import Image
+    from transformers.models.chameleon import configuration_chameleon, modeling_chameleon
+
+    torch.set_num_threads(threads)
+    given = json.loads((folder / f"{size}.json").read_text())
+    config = configuration_chameleon.ChameleonVQVAEConfig(
+        base_channels=given["channels"], latent_channels=given["z_channels"],
+        channel_multiplier=list(given["channel_mult"]), num_res_blocks=given["num_res_blocks"],
+        embed_dim=given["embed_dim"], num_embeddings=given["num_codes"],
+        resolution=given["image_size"], attn_resolutions=None, dropout=0.0,
+    )  # fmt: skip
+    vq, stored = modeling_chameleon.ChameleonVQVAE(config).eval(), np.load(folder / f"{size}.npz")
+    vq.load_state_dict({name: torch.from_numpy(stored[name]) for name in vq.state_dict()})
+    processor = transformers.ChameleonImageProcessor()
+    seconds = prepared(folder, lambda path: processor(Image.open(path), return_tensors="np"))
+
+    @torch.no_grad()
+    def encode(pixels):
+        found = vq.encode(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous())
+        return found.image_tokens.numpy()
+
+    versions = dict(torch=torch.__version__, transformers=transformers.__version__)
+    return timed(folder, size, encode, "theirs") | dict(preprocessing=seconds) | versions
+
+
+def prepared(folder: pathlib.Path, prepare) -> float:
+    """Pictures a second of preprocessing."""
+    paths = [folder / f"{i}.jpg" for i in range(PICTURES)]
+    prepare(paths[0])
+    start = time.perf_counter()
+    for path in paths:
+        prepare(path)
+    return round(PICTURES / (time.perf_counter() - start), 2)
+
+
+def timed(folder: pathlib.Path, size: str, encode, side: str) -> dict:
+    """Pictures a second of the encoder, by its median batch; its codes go to a file."""
+    import numpy as np
+
+    pixels, seconds, cpu, codes = np.load(folder / f"{size}.npy"), [], [], []
+    for batch in (pixels[0], *pixels):
+        start, spent = time.perf_counter(), time.process_time()
+        codes.append(encode(batch).reshape(len(batch), -1))
+        seconds.append(time.perf_counter() - start)
+        cpu.append(time.process_time() - spent)
+    np.save(folder / f"{size}_{side}.npy", np.concatenate(codes[1:]))
+    per_cpu, rate = (pixels.shape[1] / statistics.median(t[1:]) for t in (cpu, seconds))
+    return dict(
+        encoder=round(rate, 4),
+        encoder_per_cpu_second=round(per_cpu, 4),
+        first_batch_seconds=round(seconds[0], 2),
+    )
+
+
+# ---- what is asked of them
+
+
+def child(python: str, cores: list[int], *words: str) -> dict:
+    """One measurement; what it said."""
+    count = str(len(cores))
+    environment = os.environ | {"BENCHMARK_CORES": ",".join(map(str, cores))}
+    environment |= {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count}
+    command = [python, __file__, "--threads", count, "--child", *words]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(*words[:2], found, flush=True)
+    return found
+
+
+def middle(runs: list[dict]) -> dict:
+    """The median of each number; words as they are."""
+    both = {name: [run[name] for run in runs] for name in runs[0]}
+    return {n: v[0] if isinstance(v[0], str) else statistics.median(v) for n, v in both.items()}
+
+
+def compare(given: argparse.Namespace, folder: pathlib.Path, size: str, cores: list[int]) -> dict:
+    """Both sides of a size in turn."""
+    import numpy as np
+
+    mine, other = [], []
+    for _ in range(given.rounds):
+        if given.torch_python:
+            other.append(child(given.torch_python, cores, "theirs", size, str(folder)))
+        mine.append(child(sys.executable, cores, "ours", size, str(folder)))
+    if not other:
+        print(f"{size}: theirs is skipped: no --torch_python", flush=True)
+        return dict(ours=middle(mine), theirs=None, ratio=None, agreement=None)
+    codes = [np.load(folder / f"{size}_{side}.npy") for side in ("ours", "theirs")]
+    agreement = round(float((codes[0] == codes[1]).mean()), 6)
+    if 1 - agreement > given.differ:
+        raise SystemExit(f"{size}: {agreement} of the codes agree; this run is void")
+    found = dict(ours=middle(mine), theirs=middle(other), agreement=agreement)
+    names = ("encoder", "encoder_per_cpu_second", "preprocessing")
+    found["ratio"] = {n: round(found["ours"][n] / found["theirs"][n], 2) for n in names}
+    return found | dict(codes=codes[0].size, different_codes=len(np.unique(codes[0])))
+
+
+def main() -> None:
+    """The program."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--torch_python", help="a Python with torch, transformers and pillow")
+    parser.add_argument("--sizes", nargs="+", choices=tuple(SIZES), default=["tiny", "full"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--differ", type=float, default=0.005, help="share of codes that may")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.child:
+        side, size, folder = given.child[0], given.child[1], pathlib.Path(given.child[2])
+        found = ours(folder, size) if side == "ours" else theirs(folder, size, given.threads)
+        print(json.dumps(found))
+        return
+    load, cores = os.getloadavg(), sorted(os.sched_getaffinity(0))[: given.threads]
+    with tempfile.TemporaryDirectory() as name:
+        make(pathlib.Path(name), given.sizes)
+        sizes = {size: compare(given, pathlib.Path(name), size, cores) for size in given.sizes}
+    last = sizes[given.sizes[-1]]
+    result = dict(
+        ours=last["ours"]["encoder"],
+        theirs=last["theirs"] and last["theirs"]["encoder"],
+        ratio=last["ratio"] and last["ratio"]["encoder"],
+        sizes=sizes,
+        threads=len(cores),
+        load_average=[load, os.getloadavg()],
+    )
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""An evaluation set as training data is compared with it: words, codes, bytes and looks of items.
+
+folder of records                          every document is an item
+items.jsonl {prompt, answer, image_path}   what `import` makes of the published parquet
+"""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int, UInt32
+
+from data import looks, overlap
+from data.codes import Encoder
+from data.documents import RecordsError
+from data.overlap import words
+from data.reader import Records, open_records
+from data.records import credentialed
+from data.scan import images_of
+from data.texts import spoken
+from medmax_jax import images
+from medmax_jax.tokenizer import IMAGE_NAME, Tokenizer
+
+MAX_LINE = 1 << 22  # characters: a prompt and an answer of eval_rows.MAX_TEXT each, and some
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Item:
+    """What is known of one item; `path` is its image's, codes and sha are empty where unknown."""
+
+    name: str
+    words: tuple[str, ...]
+    path: str
+    codes: tuple[np.ndarray, ...]
+    sha: str
+
+
+def read(path: Path, tokenizer: Tokenizer) -> list[Item]:
+    """The items of a folder of records or of an items.jsonl."""
+    if path.is_dir():
+        return list(_of_records(open_records(path), tokenizer))
+    try:
+        with open(path, encoding="utf-8") as lines:
+            return [_of_row(line, f"{path}, line {n}") for n, line in enumerate(lines, start=1)]
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecordsError(f"{path}: cannot be read ({error}); name records or items") from error
+
+
+def with_pictures(
+    items: list[Item], folder: Path | None, encoder: Encoder | None
+) -> tuple[list[Item], UInt32[np.ndarray, "k 8"], Int[np.ndarray, "k"], int]:
+    """(items, looks, the item of each look, pictures that cannot be read).
+
+    With a folder, bytes and looks are those of the files there. With an encoder, looks are those
+    of decoded codes, and an item without codes has its file encoded.
+    """
+    files = _files(items, folder)
+    unread = sum(bool(item.path) and item.path not in files for item in items) * bool(folder)
+    items = [dataclasses.replace(i, sha=files[i.path][0]) if i.path in files else i for i in items]
+    if encoder is None:
+        table = [(n, files[i.path][1]) for n, i in enumerate(items) if i.path in files]
+    else:
+        items = _encoded(items, folder, encoder)
+        each = {overlap.code_hash(c): c for item in items for c in item.codes}
+        hashes = dict(zip(each, looks.of_codes(encoder, each.values()), strict=True))
+        table = [(n, hashes[overlap.code_hash(c)]) for n, i in enumerate(items) for c in i.codes]
+    table = [(n, look) for n, look in table if look is not None]
+    shape = np.array([look for _, look in table], np.uint32).reshape(-1, overlap.LOOK_WORDS)
+    return items, shape, np.array([n for n, _ in table], np.int64), unread
+
+
+def _files(items: list[Item], folder: Path | None) -> dict[str, tuple[str, looks.Look | None]]:
+    """path -> (SHA-256, look) of the files that can be read."""
+    found = {}
+    for path in sorted({item.path for item in items if item.path and folder is not None}):
+        with contextlib.suppress(images.ImageError):  # counted by who asks
+            found[path] = looks.of_file(folder, path)
+    return found
+
+
+def _encoded(items: list[Item], folder: Path | None, encoder: Encoder) -> list[Item]:
+    """Items of files with the codes of these; one that could not be read stays without."""
+    paths = sorted({item.path for item in items if item.sha and item.path and not item.codes})
+    each = looks.encoded(encoder, [folder / path for path in paths]) if folder is not None else []
+    codes = dict(zip(paths if folder is not None else [], each, strict=True))
+    return [
+        dataclasses.replace(i, codes=(codes[i.path],)) if not i.codes and i.path in codes else i
+        for i in items
+    ]
+
+
+def _of_records(found: Records, tokenizer: Tokenizer) -> Iterator[Item]:
+    for n, d in enumerate(found):
+        text = spoken(d, found.layout, tokenizer)
+        yield Item(
+            name=f"document {n}" if credentialed(found) else d.id,
+            words=tuple(words(text)),
+            path=d.image_path,
+            codes=tuple(images_of(d, found)),
+            sha=d.image_sha256,
+        )
+
+
+def _of_row(line: str, where: str) -> Item:
+    try:
+        row = json.loads(line) if len(line) <= MAX_LINE else None
+        prompt, answer = row["prompt"], row["answer"]
+        text = f"{prompt}\n{answer}".replace(IMAGE_NAME, "\n")
+        path = row.get("image_path") or ""
+        name = str(row.get("id") or where.rpartition(", ")[2])
+        return Item(name=name, words=tuple(words(text)), path=path, codes=(), sha="")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise RecordsError(
+            f"{where}: no item with prompt, answer and image_path; make the file with data.prepare "
+            "import"
+        ) from error

@@ -1,0 +1,165 @@
+"""python -m medmax_jax.plan --config=configs/medmax_7b_lora.py --topology=v5e:4x4 [--seq=2048] ...
+
+Will it fit, how fast at best, what will it cost. Compiles the true training step, and the loop that
+answers prompts, for a machine that is not here; nothing is allocated. Answers are kept in --cache.
+
+    --topology=v5e:4x4 --slices=2       the machine: v4, v5e, v5p, v6e; A100-80, H100, L40S:N
+    --mesh=1,16,1                       data,fsdp,tp; or search, also over batch and remat
+    --per_chip_batch=4 --seq=2048       rows of a microbatch on a device; tokens of a row
+    --analytic                          in a second and roughly, by arithmetic
+    --decode=none                       the training step alone; or text, image, mixed
+    --utilisation=0.6 --price=1.2       of the peak while products run; USD an hour of a chip
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict
+
+from medmax_jax import cli, config, flops
+from medmax_jax.config import Run
+from medmax_jax.plan import analytic, answers, compiled, search, speed
+from medmax_jax.plan.topology import PlanError, Topology, mesh_of, parse
+
+_TOPOLOGY = flags.DEFINE_string("topology", None, "machine, as v5e:4x4", required=True)
+_SLICES = flags.DEFINE_integer("slices", 1, "slices of the machine")
+_MESH = flags.DEFINE_string("mesh", "", "data,fsdp,tp or search; empty: the config's")
+_ROWS = flags.DEFINE_integer(
+    "per_chip_batch", 0, "rows of a microbatch on a device; 0: of the config's batch"
+)
+_SEQ = flags.DEFINE_integer("seq", 0, "tokens of a row; 0: the config's")
+_ANALYTIC = flags.DEFINE_bool("analytic", False, "by arithmetic, compiles nothing")
+_DECODE = flags.DEFINE_enum(
+    "decode", "text", ["none", "text", "image", "mixed"], "what answering is compiled for"
+)
+_UTILISATION = flags.DEFINE_float("utilisation", 0.6, "share of the peak while products run")
+_PRICE = flags.DEFINE_float("price", None, "USD of one chip and hour")
+_MOST = flags.DEFINE_integer("most", 3, "settings that a search compiles")
+_JSON = flags.DEFINE_bool("json", False, "the last line is one JSON object")
+
+
+def main(settings: ConfigDict, folder: str) -> None:
+    """The program."""
+    jax.config.update("jax_platforms", "cpu")  # the devices of this machine are not asked
+    topology = parse(_TOPOLOGY.value, slices=_SLICES.value)
+    if not 0 < _UTILISATION.value <= 1:
+        raise PlanError(f"--utilisation={_UTILISATION.value}; it must be in (0, 1]")
+    cache = cli.open_workdir(folder, "--cache")
+    run, found = plan(settings, topology, cache)
+    found |= speed.rates(run, topology, found, utilisation=_UTILISATION.value, price=_PRICE.value)
+    found["mesh"] = dict(zip(("data", "fsdp", "tp"), answers.axes(run), strict=True))
+    found |= {"batch_size": run.data.batch_size, "seq_len": run.data.seq_len}
+    found |= {"remat": run.model.remat, "topology": topology.name, "slices": topology.slices}
+    if _DECODE.value != "none" and not _ANALYTIC.value and topology.is_tpu:
+        found["decode"] = _decoding(run, topology, cache)
+    print("\n".join(words(run, topology, found)))
+    if _JSON.value:
+        print(json.dumps(found))
+
+
+def plan(settings: ConfigDict, topology: Topology, cache: pathlib.Path) -> tuple[Run, dict]:
+    """The run that the flags ask for, or the best one found, and its answer."""
+    tokens = settings.train.steps * settings.data.batch_size * settings.data.seq_len
+    if _SEQ.value:
+        limit = min(settings.data.document_limit, _SEQ.value)
+        settings.data.update(seq_len=_SEQ.value, document_limit=limit)
+    if _MESH.value == "search":
+        # Checked as it stands but for the mesh, which the search replaces.
+        settings.mesh.update(data=1, fsdp=1, tp=1)
+        settings.train.steps = _steps(tokens, settings)
+        run = config.from_config_dict(settings)
+        rows = (_ROWS.value,) if _ROWS.value else search.ROWS
+        every = search.candidates(run, topology, rows=rows)
+        order = search.ranked(every, topology, utilisation=_UTILISATION.value)
+        return search.best(
+            order, topology, lambda run: ask(run, topology, cache),
+            utilisation=_UTILISATION.value, most=_MOST.value,
+        )  # fmt: skip
+    own = ",".join(str(settings.mesh[axis]) for axis in ("data", "fsdp", "tp"))
+    mesh = mesh_of(_MESH.value or own, topology)
+    settings.mesh.update(dataclasses.asdict(mesh))
+    if _ROWS.value:
+        settings.data.batch_size = _ROWS.value * mesh.data * mesh.fsdp * settings.optim.accumulate
+    settings.train.steps = _steps(tokens, settings)
+    run = config.from_config_dict(settings)
+    return run, ask(run, topology, cache)
+
+
+def _steps(tokens: int, settings: ConfigDict) -> int:
+    """As many as have the tokens of the config's own run, whatever the batch."""
+    return max(1, round(tokens / (settings.data.batch_size * settings.data.seq_len)))
+
+
+def ask(run: Run, topology: Topology, cache: pathlib.Path) -> dict[str, Any]:
+    """The answer for one setting."""
+    if _ANALYTIC.value:
+        return analytic.estimate(run, topology)
+    program = compiled.train(run, topology)
+    return dict(answers.answer(cache, program, run, topology))
+
+
+def _decoding(run: Run, topology: Topology, cache: pathlib.Path) -> dict[str, Any]:
+    rows, prompt = run.mesh.data * run.mesh.fsdp, run.model.context_length // 4
+    program = compiled.decode(run, topology, mode=_DECODE.value, rows=rows, prompt=prompt)
+    found = answers.answer(cache, program, run, topology)
+    streams = found["rows"] * found["streams"]
+    read = flops.decode_bytes(run.model, run.vocab, run.lora, context=prompt, rows=streams)
+    loops = found.get("open_loops_s") or [None]  # the last one writes tokens, one a turn
+    limit = read / topology.chips / topology.chip.hbm_rate
+    return found | {"token_s": loops[-1], "token_limit_s": round(limit, 8)}
+
+
+def words(run: Run, topology: Topology, found: dict[str, Any]) -> list[str]:
+    """The answer for people."""
+    axes = " x ".join(f"{k} {v}" for k, v in found["mesh"].items())
+    verdict = "fits" if found["fits"] else "does NOT fit"
+    peak = "?" if found["peak_hbm_gib"] is None else f"{found['peak_hbm_gib']:.2f}"
+    parts = ", ".join(f"{k} {v:.2f}" for k, v in found["parts"].items() if v >= 0.005)
+    lines = [
+        f"{topology.slices} x {topology.name}, {axes}, {run.data.batch_size} rows of "
+        f"{run.data.seq_len} tokens a step, remat {run.model.remat} ({found['how']})",
+        f"{verdict}: {peak} of {found['hbm_gib']:.2f} GiB a chip ({parts})",
+    ]
+    if "error" in found:
+        lines.append(f"the compiler: {found['error']}")
+    lines += [
+        f"{row['kind']}: {row['count']} a step, {row['bytes'] / 2**30:.2f} GiB, "
+        + ("overlapped" if row["overlapped"] else "synchronous")
+        for row in found["collectives"] or []
+    ]
+    lines += [
+        f"at {found['utilisation']:.0%} of the peak: "
+        f"{found['tokens_per_s_per_chip']:,.0f} tokens/s a chip, MFU {found['mfu']:.1%}, "
+        f"a step {found['step_s']:.2f} s (compute {found['compute_s']:.2f}, "
+        f"overlapped {found['overlapped_s']:.2f}, exposed {found['exposed_s']:.2f})"
+    ]
+    cost = "" if found["cost_usd"] is None else f", {found['cost_usd']:,.0f} USD"
+    lines.append(
+        f"the run: {run.train.steps:,} steps, {found['hours']:,.1f} hours, "
+        f"{found['chip_hours']:,.0f} chip-hours{cost}"
+    )
+    return lines + _decode_words(found)
+
+
+def _decode_words(found: dict[str, Any]) -> list[str]:
+    if found["how"] == "analytic":
+        return ["by arithmetic: rough; without --analytic the compiler answers"]
+    if "decode" not in found:
+        return []
+    d = found["decode"]
+    took = "?" if d["token_s"] is None else f"{1e3 * d['token_s']:.1f}"
+    return [
+        f"answering {d['rows']} prompts, {d['mode']}: {'fits' if d['fits'] else 'does NOT fit'}, "
+        f"{d['peak_hbm_gib']} GiB a chip, of it {d['cache_gib']:.2f} of cache; a token of each in "
+        f"{took} ms as scheduled, {1e3 * d['token_limit_s']:.1f} to read weights and cache"
+    ]
+
+
+if __name__ == "__main__":
+    cli.run(
+        main, errors=(PlanError, cli.WorkdirError), defaults={"cache": "runs/plan"}, folder="cache"
+    )

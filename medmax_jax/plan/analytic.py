@@ -1,0 +1,151 @@
+"""A rough answer in a second, by arithmetic: memory by part, bytes on the network. It says so.
+
+    base, adapters, optimiser    exact: numbers in a device's shards
+    activations                  what remat saves, exactly
+    temporaries                  max(a layer's work, the loss) + gradients
+    collectives                  weights gathered twice over fsdp, activations summed over tp
+
+Its constants were set beside compiled steps; docs/plan_7b.md has the error that is left.
+"""
+
+import math
+from typing import Any
+
+from medmax_jax import flops
+from medmax_jax.config import Run
+from medmax_jax.flops import BYTES, GIB
+from medmax_jax.plan.topology import Topology
+
+CODE = 0.04 * GIB  # of the 7B step
+WORK = 10  # arrays [tokens, F] that a layer's backward pass holds at once
+CHUNK = 2**26  # bytes of the logits of a chunk: cross_entropy.CHUNK_LOGITS in fp32
+
+
+def estimate(run: Run, topology: Topology) -> dict[str, Any]:
+    """The same fields as a compiled answer, `how` being "analytic"."""
+    parts = _held(run) | {"activations": saved(run), "temporaries": _temporaries(run), "code": CODE}
+    peak = sum(parts.values())
+    return {
+        "how": "analytic",
+        "fits": peak <= topology.usable,
+        "peak_hbm_gib": round(peak / GIB, 3),
+        "hbm_gib": round(topology.usable / GIB, 3),
+        "parts": {name: round(size / GIB, 3) for name, size in parts.items()},
+        "collectives": _collectives(run),
+    }
+
+
+def rows(run: Run) -> int:
+    """Of a microbatch on one device."""
+    return run.data.batch_size // (run.mesh.data * run.mesh.fsdp * run.optim.accumulate)
+
+
+def _held(run: Run) -> dict[str, float]:
+    """Bytes of the arguments on one device."""
+    n, width = flops.parameters(run.model, run.vocab, run.lora), BYTES[run.model.param_dtype]
+    shards = run.mesh.fsdp * run.mesh.tp
+    base = n.layers * flops.matrix_bytes(run.model) + (n.head + n.embedding) * width
+    base = base / shards + n.norms * width
+    adapters = 4 * _adapters(run)
+    trained = base if run.train.trains == "full" else adapters
+    if run.train.trains == "image_head":
+        trained = 4 * run.model.hidden_size * run.vocab.image_codes / shards
+    return {"base": base, "adapters": adapters, "optimiser": 2 * trained}
+
+
+def _adapters(run: Run) -> float:
+    """Numbers on one device. Of A and B of a matrix each follows one of the matrix's two axes."""
+    m, tp, fsdp = run.model, run.mesh.tp, run.mesh.fsdp
+    d, wide, narrow = m.hidden_size, m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
+    into = [(d, wide), (d, narrow), (d, narrow), (d, m.intermediate_size), (d, m.intermediate_size)]
+    back = [(wide, d), (m.intermediate_size, d)]
+    numbers = sum(i / fsdp + o / tp for i, o in into) + sum(i / tp + o / fsdp for i, o in back)
+    return m.num_layers * run.lora.rank * numbers
+
+
+def _temporaries(run: Run) -> float:
+    m, tp = run.model, run.mesh.tp
+    n, wide = rows(run) * run.data.seq_len, BYTES[m.compute_dtype]
+    parts = flops.parameters(m, run.vocab, run.lora)
+    layer = parts.layers / m.num_layers / tp * wide  # one layer's matrices, as they are used
+    gathered = 2 * layer if run.mesh.fsdp > 1 else 0  # this layer's, and the next one's
+    if m.quant != "none":
+        gathered = max(gathered, layer / 2)  # some matrices made dense, one after the other
+    work = WORK * n * m.intermediate_size / tp * wide + gathered
+    if m.attention == "xla":
+        work += rows(run) * m.num_heads / tp * run.data.seq_len**2 * (4 + 4 + wide)
+    part = parts.head / tp / run.mesh.fsdp * wide  # of the head, by columns
+    loss = part + 3 * CHUNK + n * m.hidden_size * (wide + 4)
+    embedding = parts.embedding / tp * wide if run.mesh.fsdp > 1 else 0
+    trained = _held(run)["optimiser"] / 2  # gradients lie as what they belong to
+    if run.optim.accumulate > 1:
+        trained *= 2  # the sum, and a microbatch's own
+    return max(work, loss, embedding) + trained
+
+
+def saved(run: Run) -> float:
+    """Bytes of activations that wait for the backward pass, by config.model.remat."""
+    if run.train.trains == "image_head":
+        return 0.0  # there is no backward pass below the head
+    tokens = rows(run) * run.data.seq_len
+    m, tp, wide = run.model, run.mesh.tp, BYTES[run.model.compute_dtype]
+    heads, pairs = m.num_heads * m.head_dim / tp, 2 * m.num_kv_heads * m.head_dim / tp
+    attn = heads * wide + (4 * m.num_heads / tp if m.attention != "xla" else 0)
+    dots = heads + pairs + 2 * m.hidden_size + 2 * m.intermediate_size / tp
+    dots *= 2 if run.lora.rank else 1  # of the matrix, and of its adapter
+    each = {
+        "all": 0.0,
+        "attn": attn,
+        "qkv_attn": attn + (heads + pairs) * wide,
+        "dots": attn + dots * wide,
+        "none": attn + (2 * (heads + pairs) + 4 * m.intermediate_size / tp) * wide,
+    }
+    if m.remat not in each:
+        raise ValueError(f"config.model.remat is {m.remat!r}; its memory is not counted here")
+    return m.num_layers * tokens * (m.hidden_size * wide + each[m.remat])
+
+
+def _collectives(run: Run) -> list[dict[str, Any]]:
+    """Rows as those of hlo.summary."""
+    m, mesh = run.model, run.mesh
+    n = flops.parameters(m, run.vocab, run.lora)
+    wide, width = BYTES[m.compute_dtype], BYTES[m.param_dtype]
+    turns, tokens = run.optim.accumulate, rows(run) * run.data.seq_len
+    found = []
+    if mesh.fsdp > 1:
+        passes = (2 if run.train.trains != "image_head" else 1) * turns
+        layers = passes * n.layers * flops.matrix_bytes(m)
+        found.append(
+            _row("all-gather", layers / mesh.tp, 7 * passes * m.num_layers, mesh.fsdp, True)
+        )
+        table = turns * n.embedding * width / mesh.tp
+        found.append(_row("all-gather", table, turns, mesh.fsdp, False))
+        # The loss: tokens are gathered and their gradients scattered, the head changes its cut.
+        size = turns * tokens * mesh.fsdp * m.hidden_size
+        found.append(_row("all-gather", size * wide, turns, mesh.fsdp, False))
+        found.append(_row("reduce-scatter", size * wide, turns, mesh.fsdp, False))
+        head = turns * n.head * width / mesh.tp / mesh.fsdp
+        found.append(_row("all-to-all", head, turns, mesh.fsdp, False))
+    if mesh.tp > 1:
+        sums = 2 + 2 + (1 if m.remat != "none" else 0)  # forward, backward, again
+        times, size = sums * m.num_layers * turns, tokens * m.hidden_size * wide
+        found.append(_row("all-reduce", times * size, times, mesh.tp, False))
+    group = mesh.data * mesh.fsdp
+    if group > 1:
+        gradients = _held(run)["optimiser"] / 2
+        if run.train.trains == "full" and mesh.fsdp > 1:
+            found.append(
+                _row("reduce-scatter", gradients * mesh.fsdp, 7 * m.num_layers, mesh.fsdp, True)
+            )
+            group = mesh.data
+        if group > 1:
+            found.append(_row("all-reduce", gradients, 7 * m.num_layers, group, False))
+    return found
+
+
+def _row(kind: str, size: flops.Number, count: int, group: int, overlapped: bool) -> dict[str, Any]:
+    share = (group - 1) / group * (2 if kind == "all-reduce" else 1)
+    return {
+        "kind": kind, "overlapped": overlapped, "count": count, "bytes": math.ceil(size),
+        "sent": math.ceil(size * share),
+    }  # fmt: skip

@@ -1,0 +1,96 @@
+"""The best (data, fsdp, tp), batch and remat of a machine: arithmetic sorts, compiling decides."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from medmax_jax import config
+from medmax_jax.config import ConfigError, Run
+from medmax_jax.plan import analytic, speed
+from medmax_jax.plan.topology import PlanError, Topology
+from medmax_jax.quant import PACKED, TILE
+
+MARGIN = 0.95  # of a device's memory: what arithmetic puts beyond it is not compiled
+REMAT = ("dots", "qkv_attn", "attn", "all")
+ROWS = (1, 2, 4, 8, 16)  # of a device
+TP = (1, 2, 4, 8)
+
+
+def candidates(run: Run, topology: Topology, *, rows: Sequence[int] = ROWS) -> Iterator[Run]:
+    """Every setting of mesh, batch and remat that the model allows on the machine."""
+    for tp in TP:
+        for fsdp in (2**i for i in range(int(math.log2(topology.chips)) + 1)):
+            data, rest = divmod(topology.chips, fsdp * tp)
+            if rest or data < 1 or data % topology.slices:
+                continue
+            mesh = config.Mesh(data=data, fsdp=fsdp, tp=tp)
+            for count in rows:
+                for remat in REMAT:
+                    yield from _valid(with_settings(run, mesh=mesh, rows=count, remat=remat))
+
+
+def with_settings(run: Run, *, mesh: config.Mesh, rows: int, remat: str) -> Run:
+    """The run with these, `rows` of a microbatch on each device; as many tokens in all."""
+    size = rows * mesh.data * mesh.fsdp * run.optim.accumulate
+    steps = max(1, round(run.train.steps * run.data.batch_size / size))
+    return dataclasses.replace(
+        run,
+        mesh=mesh,
+        model=dataclasses.replace(run.model, remat=remat),
+        data=dataclasses.replace(run.data, batch_size=size),
+        train=dataclasses.replace(run.train, steps=steps),
+    )
+
+
+def ranked(runs: Iterator[Run], topology: Topology, *, utilisation: float) -> list[Run]:
+    """Those that may fit, the fastest by arithmetic first; of equal ones the smaller."""
+    scored = []
+    for run in runs:
+        found = analytic.estimate(run, topology)
+        if found["peak_hbm_gib"] <= MARGIN * found["hbm_gib"]:
+            rate = speed.rates(run, topology, found, utilisation=utilisation, price=None)
+            scored.append((-rate["tokens_per_s_per_chip"], found["peak_hbm_gib"], run))
+    return [run for *_, run in sorted(scored, key=lambda each: each[:2])]
+
+
+def best(
+    order: Sequence[Run],
+    topology: Topology,
+    answer: Callable[[Run], dict[str, Any]],
+    *,
+    utilisation: float,
+    most: int,
+) -> tuple[Run, dict[str, Any]]:
+    """The fastest of the first `most` that fit, or else the first of the others that does."""
+    if not order:
+        raise PlanError(
+            f"nothing fits {topology.slices} x {topology.name}, by arithmetic; take more chips, "
+            "model.quant=nf4 or a shorter --seq"
+        )
+    fitting: list[tuple[float, Run, dict[str, Any]]] = []
+    for number, run in enumerate(order):
+        if number >= most and fitting:
+            break
+        found = answer(run)
+        if found["fits"]:
+            rate = speed.rates(run, topology, found, utilisation=utilisation, price=None)
+            fitting.append((rate["tokens_per_s_per_chip"], run, found))
+    if not fitting:
+        raise PlanError(f"none of {len(order)} settings fits {topology.slices} x {topology.name}")
+    _, run, found = max(fitting, key=lambda each: each[0])
+    return run, found
+
+
+def _valid(run: Run) -> Iterator[Run]:
+    m, mesh = run.model, run.mesh
+    whole = [m.num_heads % mesh.tp, m.num_kv_heads % mesh.tp, m.intermediate_size % mesh.tp]
+    whole += [run.vocab.size % mesh.tp, m.hidden_size % mesh.fsdp]
+    if m.quant in PACKED:
+        whole += [m.intermediate_size // TILE % mesh.tp, m.hidden_size // TILE % mesh.fsdp]
+    try:
+        config.check(run)
+    except ConfigError:
+        return
+    if not any(whole):
+        yield run

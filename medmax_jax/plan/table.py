@@ -1,0 +1,229 @@
+"""python -m medmax_jax.plan.table --cache=runs/plan --minutes=60 --out=docs/plan_7b.md
+
+The table of docs/plan_7b.md: models x machines x lengths, each with its best mesh, batch and remat.
+Compiles what arithmetic likes best, cell by cell, one program at a time, for as long as is given;
+cells not reached say "arithmetic". The same command goes on where it stopped.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from configs import chameleon_30b_lora, medmax_7b_full, medmax_7b_lora, medmax_7b_qlora
+from medmax_jax import config
+from medmax_jax.config import Run
+from medmax_jax.plan import analytic, answers, compiled, search, speed
+from medmax_jax.plan.topology import Topology, parse
+
+MODELS = {
+    "7B LoRA": medmax_7b_lora,
+    "7B QLoRA (nf4)": medmax_7b_qlora,
+    "7B full": medmax_7b_full,
+    "30B LoRA": chameleon_30b_lora,
+}
+MACHINES = (
+    ("v5e:2x2", 1), ("v5e:1x1", 1), ("v6e:1x1", 1), ("v5e:4x4", 1), ("v5p:2x2x1", 1),
+    ("v6e:2x2", 1), ("v4:2x2x1", 1), ("v5e:4x4", 2), ("v6e:4x4", 1), ("v5p:4x4x4", 1),
+    ("A100-80:1", 1), ("H100:1", 1), ("L40S:1", 1),
+)  # fmt: skip
+LENGTHS = (2_048, 4_096)
+FIRST = (  # what is compiled before the others, at the first length
+    ("7B QLoRA (nf4)", "v5e:1x1"), ("7B LoRA", "v5e:2x2"), ("7B LoRA", "v5e:4x4"),
+    ("30B LoRA", "v5p:4x4x4"), ("7B full", "v5e:4x4"), ("7B LoRA", "v6e:1x1"),
+    ("7B LoRA", "v5p:2x2x1"),
+)  # fmt: skip
+UTILISATION = 0.6
+MARKS = ("<!-- made by medmax_jax.plan.table -->\n", "<!-- end -->\n")
+
+
+@dataclasses.dataclass
+class Cell:
+    """One row of the table: what may be best, and what the compiler has said of some of it."""
+
+    model: str
+    topology: Topology
+    length: int
+    order: list[Run]
+    found: dict[int, dict[str, Any]]  # place in `order` -> answer
+
+    def best(self) -> tuple[Run, dict[str, Any]] | None:
+        """The fastest compiled that fits; else what arithmetic likes best and nobody refuted."""
+        fitting = [
+            (_rate(self.order[i], self.topology, answer), i)
+            for i, answer in self.found.items()
+            if answer["fits"]
+        ]
+        if fitting:
+            place = max(fitting)[1]
+            return self.order[place], self.found[place]
+        open_ = [run for i, run in enumerate(self.order) if i not in self.found]
+        return (open_[0], analytic.estimate(open_[0], self.topology)) if open_ else None
+
+
+def main() -> None:
+    """Compiles while there is time, then writes the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--cache", type=pathlib.Path, required=True, help="folder of answers")
+    parser.add_argument("--minutes", type=float, required=True, help="0: what is there alone")
+    parser.add_argument("--most", type=int, default=2, help="settings compiled for a cell")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="file with the two marks")
+    given = parser.parse_args()
+    text = given.out.read_text()
+    if not all(mark in text for mark in MARKS):
+        sys.exit(f"error: {given.out} lacks the lines {' and '.join(map(repr, MARKS))}")
+    jax.config.update("jax_platforms", "cpu")
+    given.cache.mkdir(parents=True, exist_ok=True)
+    end, cells = time.monotonic() + 60 * given.minutes, list(make_cells())
+    collect(cells, given.cache)
+    for number in range(given.most):
+        for cell in sorted(cells, key=_turn):
+            if time.monotonic() < end:
+                compile_next(cell, number, given.cache)
+    before, _, rest = text.partition(MARKS[0])
+    after = rest.partition(MARKS[1])[2]
+    given.out.write_text(before + MARKS[0] + render(cells) + MARKS[1] + after)
+
+
+def _turn(cell: Cell) -> int:
+    """Its place in the queue; sorting keeps the order of the others."""
+    name = (cell.model, cell.topology.name)
+    first = name in FIRST and cell.length == LENGTHS[0] and cell.topology.slices == 1
+    return FIRST.index(name) if first else len(FIRST)
+
+
+def make_cells() -> Iterator[Cell]:
+    """Shorter rows first, since they are what the recipe was published with."""
+    for length in LENGTHS:
+        for name, slices in MACHINES:
+            topology = parse(name, slices=slices)
+            for model, file in MODELS.items():
+                settings = file.get_config()
+                tokens = settings.train.steps * settings.data.batch_size * settings.data.seq_len
+                attention = "splash" if topology.is_tpu else "cudnn"
+                settings.model.update(attention=attention)
+                settings.train.compile = "gather" if topology.is_tpu else "default"
+                settings.mesh.update(data=1, fsdp=1, tp=1)
+                settings.data.update(seq_len=length)
+                settings.train.steps = round(tokens / length / settings.data.batch_size)
+                run = config.from_config_dict(settings)
+                order = search.ranked(
+                    search.candidates(run, topology), topology, utilisation=UTILISATION
+                )
+                yield Cell(model, topology, length, order, {})
+
+
+def collect(cells: list[Cell], cache: pathlib.Path) -> None:
+    """Finds the answers that are there, of this very step."""
+    known = answers.cases(cache)
+    for cell in cells:
+        for place, run in enumerate(cell.order):
+            if answers.asked(run, cell.topology) in known:
+                program = compiled.train(run, cell.topology)
+                answer = answers.find(cache, program, cell.topology)
+                if answer is not None:
+                    cell.found[place] = answer
+
+
+def compile_next(cell: Cell, number: int, cache: pathlib.Path) -> None:
+    """Compiles the cell's first setting that is not yet, unless `number` of them are already."""
+    places = [i for i in range(len(cell.order)) if i not in cell.found]
+    if not cell.topology.is_tpu or len(cell.found) > number or not places:
+        return
+    run, place = cell.order[places[0]], places[0]
+    program = compiled.train(run, cell.topology)
+    answer = answers.answer(cache, program, run, cell.topology)
+    cell.found[place] = answer
+    print(
+        f"{time.strftime('%H:%M:%S')} {cell.model}, {cell.topology.slices} x {cell.topology.name}, "
+        f"{cell.length}, {answers.axes(run)}, {run.data.batch_size} rows, {run.model.remat}: "
+        f"{answer['peak_hbm_gib']} GiB, fits {answer['fits']}, {answer['compile_s']} s",
+        flush=True,
+    )
+
+
+def render(cells: list[Cell]) -> str:
+    """The rows, sorted as a reader looks for them, and how far arithmetic was off."""
+    lines = [
+        "",
+        "| model | machine | tokens a row | data, fsdp, tp | rows a chip | remat | GiB a chip, of "
+        "| tokens/s/chip | MFU | hours | chip-hours | from |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    names = list(MODELS)
+    lines += [_row(cell) for cell in sorted(cells, key=lambda c: names.index(c.model))]
+    lines += ["", *_errors(cells), ""]
+    return "\n".join(lines) + "\n"
+
+
+def _row(cell: Cell) -> str:
+    machine = cell.topology.name + (
+        f" x {cell.topology.slices}" if cell.topology.slices > 1 else ""
+    )
+    head = f"| {cell.model} | {machine} | {cell.length:,} |"
+    best = cell.best()
+    if best is None:
+        why = "the compiler" if cell.found else "arithmetic"
+        return f"{head} does not fit | | | | | | | | {why} |"
+    run, found = best
+    rate = speed.rates(run, cell.topology, found, utilisation=UTILISATION, price=None)
+    axes = ", ".join(map(str, answers.axes(run)))
+    source = "compiler" if found["how"] == "compiled" else "arithmetic"
+    return (
+        f"{head} {axes} | {analytic.rows(run)} | {run.model.remat} | "
+        f"{found['peak_hbm_gib']:.1f}, {found['hbm_gib']:.1f} | "
+        f"{rate['tokens_per_s_per_chip']:,.0f} | {rate['mfu']:.0%} | {rate['hours']:,.0f} | "
+        f"{rate['chip_hours']:,.0f} | {source} |"
+    )
+
+
+def _errors(cells: list[Cell]) -> list[str]:
+    """Arithmetic beside the compiler, for every setting that was compiled."""
+    lines = [
+        "| compiled | GiB, compiler | GiB, arithmetic | gathered GiB, compiler | arithmetic |",
+        "|---|---|---|---|---|",
+    ]
+    ratios = []
+    for cell in cells:
+        for place, answer in sorted(cell.found.items()):
+            run = cell.order[place]
+            rough = analytic.estimate(run, cell.topology)
+            name = (
+                f"{cell.model}, {cell.topology.slices} x {cell.topology.name}, {cell.length:,}, "
+                f"{answers.axes(run)}, {analytic.rows(run)} rows, {run.model.remat}"
+            )
+            if answer["peak_hbm_gib"]:
+                ratios.append(rough["peak_hbm_gib"] / answer["peak_hbm_gib"])
+            gathered = [_gathered(each) for each in (answer, rough)]
+            lines.append(
+                f"| {name} | {answer['peak_hbm_gib']}{'' if answer['fits'] else ' (no)'} | "
+                f"{rough['peak_hbm_gib']} | {gathered[0]} | {gathered[1]} |"
+            )
+    if not ratios:
+        return ["No setting has been compiled."]
+    return [
+        f"Arithmetic over compiler, memory: {min(ratios):.2f} to {max(ratios):.2f} in "
+        f"{len(ratios)} settings.",
+        "",
+        *lines,
+    ]
+
+
+def _gathered(found: dict[str, Any]) -> float | str:
+    if found["collectives"] is None:
+        return "-"
+    return round(sum(row["bytes"] for row in found["collectives"]) / 2**30, 1)
+
+
+def _rate(run: Run, topology: Topology, found: dict[str, Any]) -> float:
+    rates = speed.rates(run, topology, found, utilisation=UTILISATION, price=None)
+    return rates["tokens_per_s_per_chip"]
+
+
+if __name__ == "__main__":
+    main()

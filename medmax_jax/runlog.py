@@ -1,0 +1,155 @@
+"""Where a run's numbers go, and its seconds by purpose.
+
+    D/metrics.jsonl         a JSON object a line: {"kind": "train", "step": 120, "loss": 3.21, ...}
+    D/events.out.tfevents.* the same numbers for TensorBoard
+    D/train.log             the lines that stdout shows, for runs without a terminal
+
+Every line is flushed at once. A resumed run drops what was written after the checkpoint it starts
+from, so that each step stands in the files once.
+"""
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import tensorboardX
+
+# What the wall clock of a run is spent on; goodput is the share of `step`.
+BUCKETS = ("load", "compile", "data", "step", "eval", "sample", "checkpoint")
+
+
+class Clock:
+    """Seconds by purpose. goodput = the share of all time since the start that went into steps."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(BUCKETS, 0.0)
+        self.start = time.monotonic()
+
+    @contextlib.contextmanager
+    def spend(self, bucket: str) -> Iterator[None]:
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[bucket] += time.monotonic() - begin
+
+    @property
+    def training(self) -> float:
+        """Seconds in steps and in waiting for their data: what a token rate divides by."""
+        return self.seconds["step"] + self.seconds["data"]
+
+    def report(self) -> dict[str, float]:
+        total = time.monotonic() - self.start
+        seconds = {f"seconds_{name}": round(s, 3) for name, s in self.seconds.items()}
+        return seconds | {
+            "seconds_total": round(total, 3),
+            "goodput": round(self.seconds["step"] / total, 4) if total else 0.0,
+        }
+
+
+class Writer:
+    """The files of a run. Only process 0 writes; elsewhere every method does nothing.
+
+    `also`: gets (step, numbers by name) too, from process 0.
+    """
+
+    def __init__(
+        self, folder: str, also: Callable[[int, dict[str, float]], None] | None = None
+    ) -> None:
+        self.writes = jax.process_index() == 0
+        self.folder, self.board, self._also = folder, None, also
+        if self.writes:
+            self.log_file = open(os.path.join(folder, "train.log"), "a", buffering=1)
+
+    def start(self, *, step: int, again: str = "") -> None:
+        """Opens the number files; drops what an earlier process wrote after `step`.
+
+        `again`: a kind whose row of `step` itself will be written once more.
+        """
+        if self.writes:
+            path = os.path.join(self.folder, "metrics.jsonl")
+            drop_after(path, step, again)
+            self.jsonl = open(path, "a", buffering=1)
+            self.board = tensorboardX.SummaryWriter(self.folder, purge_step=step + 1, flush_secs=5)
+
+    def log(self, line: str) -> None:
+        """One line (or a table) to stdout and D/train.log."""
+        if self.writes:
+            print(line, flush=True)
+            self.log_file.write(line + "\n")
+
+    def numbers(self, kind: str, step: int, values: dict[str, float]) -> None:
+        """One row of D/metrics.jsonl, and a curve point each; NaN becomes null."""
+        if self.writes:
+            clean = {k: v if math.isfinite(v) else None for k, v in values.items()}
+            self.jsonl.write(json.dumps({"kind": kind, "step": step} | clean) + "\n")
+            known = {f"{kind}/{name}": v for name, v in clean.items() if v is not None}
+            for name, value in known.items():
+                self.board.add_scalar(name, value, step)
+            if self._also is not None:
+                self._also(step, known)
+
+    def close(self) -> None:
+        if self.writes:
+            self.log_file.close()
+        if self.board is not None:
+            self.jsonl.close()
+            self.board.close()
+
+
+def drop_after(path: str, step: int, again: str = "") -> None:
+    """Keeps the whole rows of a JSONL file up to `step`; a torn last line goes too.
+
+    `again`: rows of this kind only from before `step`.
+    """
+    if not os.path.exists(path):
+        return
+    kept = []
+    with open(path) as lines:
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # the process died while writing it
+            if row["step"] < step or row["step"] == step and row["kind"] != again:
+                kept.append(line if line.endswith("\n") else line + "\n")
+    with open(path + ".tmp", "w") as out:
+        out.writelines(kept)
+    os.replace(path + ".tmp", path)
+
+
+def step_line(step: int, steps: int, row: dict[str, float], *, eta: float) -> str:
+    """step 120/300 loss 3.2100 text 2.900 image 5.600 lr 1.0e-03 tok/s/chip 5,120 (5,505 with ..
+
+    .. padding) fill 0.93 data 1% MFU 51.2% HFU 60.1% HBM 12.1 GiB eta 1:23. A chip without known
+    limits has no MFU, a device that does not tell its memory no HBM.
+    """
+    parts = [
+        f"step {step}/{steps} {loss_words(row)} lr {row['lr']:.1e}",
+        f"tok/s/chip {row['tokens_per_second_per_chip']:,.0f}",
+        f"({row['processed_per_second_per_chip']:,.0f} with padding) fill {row['fill']:.2f}",
+        f"data {row['data_share']:.0%}",
+    ]
+    if "mfu" in row:
+        parts.append(f"MFU {row['mfu']:.1%} HFU {row['hfu']:.1%}")
+    if "hbm_peak_gib" in row:
+        parts.append(f"HBM {row['hbm_peak_gib']:.1f} GiB")
+    return " ".join([*parts, f"eta {clock_face(eta)}"])
+
+
+def loss_words(row: dict[str, float]) -> str:
+    """loss 3.2100 text 2.900 image 5.600; a dash where there were no such targets."""
+    parts = (row["text_nll"], row["image_nll"])
+    text, image = ("-" if math.isnan(nll) else f"{nll:.3f}" for nll in parts)
+    return f"loss {row['loss']:.4f} text {text} image {image}"
+
+
+def clock_face(seconds: float) -> str:
+    """83 -> 1:23, 5025 -> 1:23:45."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

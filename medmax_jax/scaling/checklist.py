@@ -1,0 +1,137 @@
+"""The words of a fit: its parameters, its checks, and the checklist that others need to repeat it.
+
+The questions are those of the survey "(Mis)Fitting: A Survey of Scaling Laws" (Li et al. 2025,
+arXiv 2502.18969), which finds that few papers answer them. What a table cannot know, such as
+whether embeddings count as parameters, is taken from --say or from the table's .json neighbour,
+and is called "not stated" otherwise.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medmax_jax.scaling import allocate, bootstrap, fit
+from medmax_jax.scaling.laws import ScalingError
+from medmax_jax.scaling.study import Study
+
+# What the user may state, and what is asked.
+SAYABLE = {
+    "params": "what counts as a parameter (embeddings, head, adapters)",
+    "tokens": "what counts as a token (seen or unique, padding, modality)",
+    "flops": "the formula of compute",
+    "schedule": "is the schedule matched to each run's amount of data",
+    "tuning": "which hyper-parameters were tuned, at which sizes",
+    "checkpoints": "final checkpoints only, or intermediate ones",
+    "split": "which split the loss is of",
+}
+
+
+def stated(table: str | Path, said: Mapping[str, str]) -> dict[str, str]:
+    """Answers to SAYABLE: the .json beside the table, under those of the command line."""
+    path, known = Path(table).with_suffix(".json"), {}
+    if path.exists():
+        try:
+            known = json.loads(path.read_text())["said"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ScalingError(f"{path}: not what `sweep collect` writes ({error!r})") from error
+    for name in said:
+        if name not in SAYABLE:
+            raise ScalingError(f"--say {name}: use one of {', '.join(SAYABLE)}")
+    return {**known, **said}
+
+
+def checklist(study: Study, said: Mapping[str, str]) -> dict[str, str]:
+    """Question -> answer."""
+    table, law, o = study.table, study.law, study.options
+    answers = {"law": f"{law.formula} ({law.paper})", "fitted to": table.target}
+    answers |= {f"{n}: {asked}": said.get(n, "not stated") for n, asked in SAYABLE.items()}
+    answers["runs"] = f"{int(table.runs.max()) + 1} runs, {len(table)} rows"
+    for name, column in table.x.items():
+        distinct = len(np.unique(column))
+        answers[f"range of {name}"] = f"{column.min():.4g} to {column.max():.4g}, {distinct} values"
+    answers["points left out"] = "; ".join(table.excluded) or "none"
+    what = "ln loss" if law.log else "the loss itself"
+    answers["objective"] = f"sum of Huber({o.delta:g}) of residuals of {what}, equal weights"
+    answers["optimiser"] = (
+        f"grid of exponents with non-negative coefficients solved for, its best {fit.STARTS} "
+        "points polished by L-BFGS-B; float64"
+    )
+    fixed = ", ".join(f"{k} = {v:g}" for k, v in o.fixed.items())
+    answers["parameters held"] = fixed or "none"
+    answers["intervals"] = (
+        f"{bootstrap.LEVEL:.0%} percentiles of {len(study.draws)} bootstraps over runs, "
+        f"seed {o.seed}"
+    )
+    return answers
+
+
+def words(study: Study, said: Mapping[str, str]) -> str:
+    """What the program prints."""
+    lines = [f"{study.law.name}: {study.table.target} = {study.law.formula}"]
+    for name, value in study.found.values.items():
+        low, high = study.intervals[name]
+        held = "  held" if name in study.options.fixed else ""
+        lines.append(f"  {name:8} {value:<12.6g} [{low:.4g}, {high:.4g}]{held}")
+    if study.law.name in allocate.LAWS:
+        low, high = bootstrap.interval(allocate.exponent(study.named), bootstrap.LEVEL)
+        at = allocate.exponent(study.found.values)
+        lines.append(f"  best size grows as compute^{at:.3f} [{low:.3f}, {high:.3f}]")
+    lines += [f"  objective {study.found.objective:.9g}, condition number {study.condition:.3g}"]
+    lines += ["held out", *(f"  {line}" for line in held_lines(study))]
+    if study.allocation:
+        lines += [f"compute-optimal ({study.options.flops:g} N D)"]
+        lines += [f"  {line}" for line in map(allocation_line, study.allocation)]
+    lines += ["warnings", *(f"  {w}" for w in study.warnings)] if study.warnings else []
+    lines += ["checklist", *(f"  {q}: {a}" for q, a in checklist(study, said).items())]
+    return "\n".join(lines)
+
+
+def held_lines(study: Study) -> list[str]:
+    """One line a way of holding out."""
+    return [
+        f"{each.name}: {each.count} held out, no fit"
+        if each.why
+        else f"{each.name}: {each.count} held out, off by {each.mean_size:.2%} in the mean, "
+        f"{np.abs(each.errors).max():.2%} at most"
+        for each in study.held
+    ]
+
+
+def allocation_line(row: Mapping[str, Any]) -> str:
+    """compute 1e+21: params 2.1e+09 [..], tokens 7.9e+10 [..], loss 2.3 [..]"""
+    parts = [
+        f"{name} {row[name]:.4g} [{row[f'{name}_interval'][0]:.3g}, "
+        f"{row[f'{name}_interval'][1]:.3g}]"
+        for name in ("params", "tokens", "tokens_per_param", "loss")
+    ]
+    return f"compute {row['compute']:.3g}: {', '.join(parts)}"
+
+
+def as_json(study: Study, said: Mapping[str, str]) -> dict[str, Any]:
+    """All of it, for programs."""
+    facts: dict[str, Any] = dict(study.found.values)
+    facts |= dict(
+        law=study.law.name, formula=study.law.formula, paper=study.law.paper,
+        target=study.table.target, rows=len(study.table), runs=int(study.table.runs.max()) + 1,
+        intervals={name: list(ends) for name, ends in study.intervals.items()},
+        level=bootstrap.LEVEL, bootstraps=len(study.draws), objective=study.found.objective,
+        condition=study.condition if math.isfinite(study.condition) else None,
+        held_out={
+            each.name: dict(
+                runs=each.count, why=each.why,
+                mean_error=each.mean_size, errors=each.errors.tolist(),
+            )
+            for each in study.held
+        },
+        allocation=list(study.allocation), warnings=list(study.warnings),
+        influential=study.influential, checklist=checklist(study, said),
+    )  # fmt: skip
+    if study.law.name in allocate.LAWS:
+        facts["size_exponent"] = allocate.exponent(study.found.values)
+        ends = bootstrap.interval(allocate.exponent(study.named), bootstrap.LEVEL)
+        facts["intervals"]["size_exponent"] = list(ends)
+    return facts

@@ -1,0 +1,141 @@
+"""Two modalities in one model: what they cost or give each other (Aghajanyan et al. 2023,
+arXiv 2301.03728).
+
+    L(N, D_t, D_i) = [L_t(N, D_t) + L_i(N, D_i)] / 2 - C + A / N^alpha + B / (D_t + D_i)^beta
+
+L_t and L_i are Chinchilla laws of runs on one modality alone: rows with tokens_image = 0 and with
+tokens_text = 0. C is what the modalities give each other at scale, the rest how they compete for a
+small model; the barrier is where both are equal. `loss` is the mean of the two losses.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+from jaxtyping import Float
+
+from medmax_jax.scaling import bootstrap, identify
+from medmax_jax.scaling import fit as fitting
+from medmax_jax.scaling.fit import Fit
+from medmax_jax.scaling.laws import LAWS, Columns, Exponent, Law, ScalingError, Terms
+from medmax_jax.scaling.table import Table
+
+COLUMNS = ("params", "tokens_text", "tokens_image")
+
+
+def _terms(e: tuple, x: Columns) -> Terms:
+    n, d = -e[0] * np.log(x["params"]), -e[1] * np.log(x["tokens"])
+    return np.log(x["alone"]) + np.zeros_like(n), np.zeros_like(n), n, d
+
+
+INTERACTION = Law(
+    name="mixed_modal",
+    formula="(L_text + L_image)/2 - C + A/N^alpha + B/(D_text + D_image)^beta",
+    paper="Aghajanyan et al. 2023, arXiv 2301.03728",
+    columns=("params", "tokens", "alone"),
+    names=("alone", "C", "A", "B"),
+    signs=(1, -1, 1, 1),
+    exponents=(
+        Exponent(name="alpha", low=1e-3, high=2.5, points=30, log=False, column="params"),
+        Exponent(name="beta", low=1e-3, high=2.5, points=30, log=False, column="tokens"),
+    ),
+    terms=_terms,
+    log=True,
+)
+# What the table must have, for table.read.
+LAW = dataclasses.replace(INTERACTION, columns=COLUMNS, zeros=COLUMNS[1:])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mixed:
+    """The three fits."""
+
+    text: Fit
+    image: Fit
+    both: Fit
+
+    @property
+    def values(self) -> dict[str, float]:
+        """text_E, text_A, ..., image_E, ..., C, A, B, alpha, beta."""
+        named = {}
+        for part in ("text", "image"):
+            named |= {f"{part}_{k}": v for k, v in getattr(self, part).values.items()}
+        return named | {k: v for k, v in self.both.values.items() if k != "alone"}
+
+    def predict(self, x: Columns) -> Float[np.ndarray, "n"]:
+        """Mixed rows only."""
+        return self.both.predict(_with_alone(x, self.text, self.image))
+
+    def competes(self, x: Columns) -> Float[np.ndarray, "n"]:
+        """Above 0 where the modalities cost each other more than they give."""
+        v = self.both.values
+        tokens = x["tokens_text"] + x["tokens_image"]
+        return v["A"] / x["params"] ** v["alpha"] + v["B"] / tokens ** v["beta"] - v["C"]
+
+
+def fit(table: Table, *, delta: float) -> Mixed:
+    """The laws of each modality alone, then of both."""
+    text, image, both = parts(table)
+    for name, part, law in (
+        ("text", text, LAWS["chinchilla"]),
+        ("image", image, LAWS["chinchilla"]),
+        ("both", _plain(both), dataclasses.replace(INTERACTION, names=("C", "A", "B"))),
+    ):
+        try:
+            identify.check(law, part, {})
+        except ScalingError as error:
+            raise ScalingError(f"mixed_modal, rows of {name}: {error}") from error
+    alone = [
+        fitting.fit(LAWS["chinchilla"], p.x, p.y, delta=delta, fixed={}) for p in (text, image)
+    ]
+    x = _with_alone(both.x, *alone)
+    together = fitting.fit(INTERACTION, x, both.y, delta=delta, fixed={"alone": 1.0})
+    return Mixed(text=alone[0], image=alone[1], both=together)
+
+
+def draw(found: Mixed, table: Table, *, count: int, seed: int) -> dict[str, np.ndarray]:
+    """Each parameter's draws; runs are drawn within each of the three groups of rows."""
+    rng, rows, groups = np.random.default_rng(seed), [], parts(table)
+    for _ in range(count):
+        weights = [bootstrap.counts(rng, len(part)) for part in groups]
+        alone = [
+            fitting.refit(fit_, part.x, part.y, w)
+            for fit_, part, w in zip((found.text, found.image), groups, weights, strict=False)
+        ]
+        x = _with_alone(groups[2].x, *alone)
+        both = fitting.refit(found.both, x, groups[2].y, weights[2])
+        rows.append(Mixed(text=alone[0], image=alone[1], both=both).values)
+    return {name: np.array([row[name] for row in rows]) for name in found.values}
+
+
+def parts(table: Table) -> tuple[Table, Table, Table]:
+    """(text alone, image alone, both); the first two as tables of `params` and `tokens`."""
+    text, image = table.x["tokens_text"] > 0, table.x["tokens_image"] > 0
+    alone = [
+        _as_tokens(table.part(text & ~image), "tokens_text"),
+        _as_tokens(table.part(image & ~text), "tokens_image"),
+    ]
+    return alone[0], alone[1], table.part(text & image)
+
+
+def _as_tokens(part: Table, name: str) -> Table:
+    return dataclasses.replace(part, x={"params": part.x["params"], "tokens": part.x[name]})
+
+
+def _plain(both: Table) -> Table:
+    x: Mapping[str, np.ndarray] = both.x
+    total = x["tokens_text"] + x["tokens_image"]
+    return dataclasses.replace(both, x={"params": x["params"], "tokens": total})
+
+
+def _with_alone(x: Columns, text: Fit, image: Fit) -> dict[str, np.ndarray]:
+    """The columns of INTERACTION."""
+    apart = (
+        law.predict({"params": x["params"], "tokens": x[name]})
+        for law, name in ((text, "tokens_text"), (image, "tokens_image"))
+    )
+    return {
+        "params": x["params"],
+        "tokens": x["tokens_text"] + x["tokens_image"],
+        "alone": sum(apart) / 2,
+    }

@@ -1,0 +1,187 @@
+"""The figures of a study, as PNG bytes: the law, its misses, its exponents, the best sizes."""
+
+import io
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display is needed to draw into a file
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.ticker import NullFormatter, ScalarFormatter
+
+from medmax_jax.scaling import allocate, bootstrap
+from medmax_jax.scaling.study import Study
+
+POINTS = 120  # of a drawn curve
+BEYOND = 3.0  # a curve goes on by this factor beyond the largest run
+CURVES = 6  # sizes that get a curve of their own; of more, as many are shown
+COLOURS = plt.get_cmap("viridis")
+NAMES = {"params": "parameters", "tokens": "tokens", "unique_tokens": "unique tokens"}
+
+
+def all_of(study: Study) -> dict[str, tuple[bytes, str]]:
+    """File name -> (PNG, caption)."""
+    curves = "The law at some sizes, its interval, and the runs in the colour of the nearest."
+    made = {
+        "law.png": (law(study), curves),
+        "residuals.png": (residuals(study), "How far each run lies from the law."),
+        "bootstrap.png": (spread(study), "What the bootstrap says of the exponents."),
+    }
+    if study.allocation:
+        words = "The size of least loss by compute, its interval, and the runs."
+        made["allocation.png"] = (allocation(study), words)
+    return made
+
+
+def law(study: Study) -> bytes:
+    """Loss by tokens, a curve for each size; loss alone where the law has no size."""
+    across = "loss" if "loss" in study.table.x else "tokens"
+    figure, axes = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
+    groups = _groups(study)
+    for k, (value, rows) in enumerate(groups):
+        colour = COLOURS(0.05 + 0.85 * k / max(len(groups) - 1, 1))
+        x = _along(study, across, rows)
+        low, high = study.band(x)
+        axes.fill_between(x[across], low, high, color=colour, alpha=0.15, lw=0)
+        label = None if value is None else f"{value:.3g}"
+        axes.plot(x[across], study.found.predict(x), color=colour, lw=1.5, label=label)
+        axes.plot(study.table.x[across][rows], study.table.y[rows], "o", color=colour, ms=4.5)
+    axes.set(xlabel=NAMES.get(across, across), ylabel=study.table.target.replace("_", " "))
+    if across != "loss":
+        axes.set_xscale("log")
+        _log_y(axes)
+    if len(groups) > 1:
+        axes.legend(title=NAMES["params"], frameon=False, fontsize=8, title_fontsize=8)
+    axes.set_title(f"{study.table.target.replace('_', ' ')} = {study.law.formula}", fontsize=9)
+    return _png(figure, axes)
+
+
+def residuals(study: Study) -> bytes:
+    """Relative residuals by the largest column, held-out errors beside them."""
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(8.6, 3.4), layout="constrained", width_ratios=(2, 1), sharey=True
+    )
+    table = study.table
+    across = "loss" if "loss" in table.x else "tokens"
+    misses = 100 * (study.found.predict(table.x) / table.y - 1)
+    colour = np.log(table.x["params"]) if "params" in table.x else np.zeros(len(table))
+    left.axhline(0, color="#999", lw=1)
+    left.scatter(table.x[across], misses, c=colour, cmap=COLOURS, s=22)
+    left.set(xlabel=NAMES.get(across, across), ylabel="law / run - 1, %", title="fitted runs")
+    if across != "loss":
+        left.set_xscale("log")
+    fitted = [each for each in study.held if not each.why]
+    for k, each in enumerate(fitted):
+        right.plot(np.full(each.count, k), 100 * each.errors, "o", color="#b4552d", ms=4, alpha=0.7)
+    right.axhline(0, color="#999", lw=1)
+    right.set_xticks(range(len(fitted)), [_wrapped(e.name) for e in fitted], fontsize=7)
+    right.set(title="runs held out", xlim=(-0.6, max(len(fitted), 1) - 0.4))
+    return _png(figure, left, right)
+
+
+def spread(study: Study) -> bytes:
+    """Two exponents against each other, or the one there is as a histogram."""
+    names = [e.name for e in study.law.exponents if e.name not in study.options.fixed][:2]
+    figure, axes = plt.subplots(figsize=(4.6, 3.8), layout="constrained")
+    if len(names) == 2:
+        x, y = (study.named[n] for n in names)
+        axes.plot(x, y, ".", color="#0b6e69", ms=3, alpha=0.35)
+        axes.plot(*(study.found.values[n] for n in names), "+", color="#b4552d", ms=14, mew=2)
+        axes.set(xlabel=names[0], ylabel=names[1])
+        for set_scale, values in ((axes.set_xscale, x), (axes.set_yscale, y)):
+            if values.min() > 0 and values.max() / values.min() > 50:
+                set_scale("log")
+    else:
+        name = names[0] if names else study.law.names[0]
+        axes.hist(study.named[name], bins=40, color="#0b6e69", alpha=0.6)
+        axes.axvline(study.found.values[name], color="#b4552d", lw=2)
+        axes.set(xlabel=name, ylabel="draws")
+    axes.set_title(f"{len(study.draws):,} bootstraps over runs", fontsize=9)
+    return _png(figure, axes)
+
+
+def allocation(study: Study) -> bytes:
+    """Best size by compute with its interval, over the runs that the law comes from."""
+    flops, x = study.options.flops, study.table.x
+    runs = flops * x["params"] * x["tokens"]
+    budgets = [row["compute"] for row in study.allocation]
+    compute = np.geomspace(runs.min(), max(runs.max(), *budgets), POINTS)
+    best = allocate.optimum(study.found.values, compute, flops=flops)["params"]
+    tail = (1 - bootstrap.LEVEL) / 2
+    drawn = {name: each[:, None] for name, each in study.named.items()}
+    low, high = np.quantile(
+        allocate.optimum(drawn, compute[None], flops=flops)["params"], [tail, 1 - tail], axis=0
+    )
+    figure, axes = plt.subplots(figsize=(5.6, 3.8), layout="constrained")
+    axes.fill_between(compute, low, high, color="#0b6e69", alpha=0.18, lw=0)
+    axes.plot(compute, best, color="#0b6e69", lw=1.8, label="size of least loss")
+    axes.plot(runs, x["params"], "o", color="#444", ms=3, alpha=0.6, label="runs")
+    axes.axvline(runs.max(), color="#b4552d", lw=1, ls="--", label="largest run: beyond is a guess")
+    axes.set(xscale="log", yscale="log", xlabel=f"compute, {flops:g} N D", ylabel="parameters")
+    axes.legend(frameon=False, fontsize=8)
+    return _png(figure, axes)
+
+
+def agreement(y: np.ndarray, made: np.ndarray, target: str) -> bytes:
+    """Prediction against truth, for laws of several tables."""
+    figure, axes = plt.subplots(figsize=(4.6, 4.2), layout="constrained")
+    ends = [min(y.min(), made.min()), max(y.max(), made.max())]
+    axes.plot(ends, ends, color="#999", lw=1)
+    axes.plot(y, made, "o", color="#0b6e69", ms=4)
+    axes.set(xlabel=f"{target} of the run", ylabel=f"{target} of the law")
+    return _png(figure, axes)
+
+
+def _groups(study: Study) -> list[tuple[float | None, np.ndarray]]:
+    """(size, its rows), at most CURVES of them spread over all sizes; continuous sizes in bins."""
+    size = study.table.x.get("params")
+    if size is None:
+        return [(None, np.arange(len(study.table)))]
+    distinct = np.unique(size)
+    if len(distinct) > 2 * CURVES:  # every run its own size: neighbours share a curve
+        parts = np.array_split(np.argsort(size), CURVES)
+        return [(float(np.exp(np.log(size[rows]).mean())), rows) for rows in parts]
+    places = np.unique(np.linspace(0, len(distinct) - 1, CURVES).round().astype(int))
+    return [(float(distinct[p]), np.flatnonzero(size == distinct[p])) for p in places]
+
+
+def _along(study: Study, across: str, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """The columns of a curve: `across` runs, the others stay at their middle among `rows`."""
+    column, table = study.table.x[across], study.table
+    if across == "loss":
+        points = np.linspace(column.min(), column.max(), POINTS)
+    else:
+        points = np.geomspace(column.min(), BEYOND * column.max(), POINTS)
+    made = {
+        name: np.full(POINTS, np.exp(np.log(np.maximum(each[rows], 1e-300)).mean()))
+        for name, each in table.x.items()
+    }
+    made[across] = points
+    if "unique_tokens" in made:
+        made["unique_tokens"] = np.minimum(made["unique_tokens"], points)
+    return made
+
+
+def _log_y(axes: plt.Axes) -> None:
+    """A logarithmic axis over less than a decade, with plain numbers on it."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.set_yticks([t for t in np.round(np.geomspace(low, high, 7), 2) if low <= t <= high])
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _wrapped(name: str) -> str:
+    words = name.split()
+    return "\n".join(" ".join(words[i : i + 2]) for i in range(0, len(words), 2))
+
+
+def _png(figure: plt.Figure, *axes: plt.Axes) -> bytes:
+    for each in axes:
+        each.spines[["top", "right"]].set_visible(False)
+        each.grid(color="#e6e6e6", lw=0.6)
+        each.set_axisbelow(True)
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=150)
+    plt.close(figure)
+    return out.getvalue()

@@ -1,0 +1,149 @@
+"""All that is said of one law on one table: parameters, intervals, and what speaks against them."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from medmax_jax.scaling import allocate, bootstrap, holdout, identify
+from medmax_jax.scaling import fit as fitting
+from medmax_jax.scaling.bootstrap import Draws
+from medmax_jax.scaling.fit import Fit
+from medmax_jax.scaling.holdout import Held
+from medmax_jax.scaling.laws import Law
+from medmax_jax.scaling.table import Table
+
+POOR_SHARE = 0.05  # of draws at a bound of the search: the interval's end is the bound's
+CONDITION = 1e5  # of the normal matrix with columns of length 1
+NOTHING = 1e-4  # of every prediction: a term below is none
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to fit: the numbers of the command line."""
+
+    delta: float
+    fixed: Mapping[str, float]
+    draws: int
+    seed: int
+    flops: float  # of one token, per parameter: 6 for training of all
+    budgets: tuple[float, ...]  # empty: the largest run's, ten and a hundred times that
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Study:
+    """A fit, its draws and its checks."""
+
+    law: Law
+    table: Table
+    options: Options
+    found: Fit
+    draws: Draws
+    named: Mapping[str, np.ndarray]  # the draws by parameter
+    held: Sequence[Held]
+    condition: float
+    influential: str  # the run that moves the fit most, and by how much
+    warnings: Sequence[str]
+    allocation: Sequence[Mapping[str, Any]]
+
+    @property
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        level = bootstrap.LEVEL
+        return {name: bootstrap.interval(each, level) for name, each in self.named.items()}
+
+    def band(self, x: Mapping[str, np.ndarray]) -> Float[np.ndarray, "2 n"]:
+        """The interval of the prediction at each row of `x`."""
+        middle = self.found.middle
+        made = np.real(fitting.predict(self.law, self.draws.vectors.T, x, middle))
+        tail = (1 - bootstrap.LEVEL) / 2
+        return np.quantile(made, [tail, 1 - tail], axis=0)
+
+
+def study(law: Law, table: Table, options: Options) -> Study:
+    """Fits, draws and checks; raises ScalingError where the table cannot tell the parameters."""
+    delta, fixed = options.delta, options.fixed
+    warnings = [*table.notes, *identify.check(law, table, fixed)]
+    found = fitting.fit(law, table.x, table.y, delta=delta, fixed=fixed)
+    identify.check_end(found, table)
+    draws = bootstrap.draw(found, table, count=options.draws, seed=options.seed)
+    named = draws.named()
+    condition = condition_number(found, table)
+    held = holdout.all_of(law, table, delta=delta, fixed=fixed)
+    influential, share = _influence(found, table, named)
+    warnings += _warnings(found, table, draws, condition, held)
+    if share > 1:
+        warnings.append(f"one run decides: without {influential}")
+    return Study(
+        law=law, table=table, options=options, found=found, draws=draws, named=named, held=held,
+        condition=condition, influential=influential, warnings=warnings,
+        allocation=_allocation(law, table, options, found.values, named),
+    )  # fmt: skip
+
+
+def condition_number(found: Fit, table: Table) -> float:
+    """Of the normal matrix of ln coefficients and exponents, each column scaled to length 1."""
+    free = [i for i, name in enumerate(found.law.parameters) if name not in found.fixed]
+    slope = found.jacobian(table.x)[free]
+    length = np.linalg.norm(slope, axis=1, keepdims=True)
+    if (length < 1e-12).any():
+        return float("inf")
+    values = np.linalg.svd(slope / length, compute_uv=False)
+    return float((values[0] / max(values[-1], 1e-300)) ** 2)
+
+
+def _warnings(
+    found: Fit, table: Table, draws: Draws, condition: float, held: Sequence[Held]
+) -> list[str]:
+    said = []
+    count = len(found.law.names)
+    for i, e in enumerate(found.law.exponents):
+        value, near = found.vector[count + i], 1e-3 * (e.high - e.low)
+        if e.name not in found.fixed and not e.low + near < value < e.high - near:
+            said.append(f"{e.name} ended at a bound of its search; the law does not hold here")
+    for name, share in shares(found, table).items():
+        if share < NOTHING:
+            said.append(f"{name} is none: its term is at most {share:.1e} of a prediction")
+    for name, share in draws.at_bound().items():
+        if share > POOR_SHARE:
+            said.append(f"{name} ends at a bound of its search in {share:.0%} of the draws")
+    if len(draws) and draws.poor > POOR_SHARE * len(draws):
+        said.append(
+            f"{draws.poor} draws beside the {len(draws)} held one size or amount of data and were "
+            "drawn again: few distinct values carry this table"
+        )
+    if condition > CONDITION:
+        said.append(f"condition number {condition:.1e}: some parameters nearly trade for others")
+    said += [f"no fit without {each.name}: {each.why}" for each in held if each.why]
+    return said
+
+
+def shares(found: Fit, table: Table) -> dict[str, float]:
+    """The largest share of a prediction that each coefficient's term has on the table."""
+    slope = np.abs(found.jacobian(table.x)[: len(found.law.names)])  # d / d u is the term
+    scale = 1.0 if found.law.log else np.abs(found.predict(table.x))
+    return dict(zip(found.law.names, (slope / scale).max(axis=1).tolist(), strict=True))
+
+
+def _influence(found: Fit, table: Table, named: Mapping[str, np.ndarray]) -> tuple[str, float]:
+    """(words, the move in half-widths of the interval) of the run that moves a parameter most."""
+    best = ("", 0.0)
+    for label, without in bootstrap.influence(found, table):
+        for name, value in without.values.items():
+            low, high = bootstrap.interval(named[name], bootstrap.LEVEL)
+            move = abs(value - found.values[name]) / max((high - low) / 2, 1e-300)
+            if move > best[1] and name not in found.fixed:
+                was = found.values[name]
+                best = (f"{label}, {name} goes from {was:.4g} to {value:.4g}", move)
+    return best
+
+
+def _allocation(
+    law: Law, table: Table, options: Options, values: Mapping[str, float], named: Mapping
+) -> Sequence[Mapping[str, Any]]:
+    if law.name not in allocate.LAWS:
+        return ()
+    flops = options.flops
+    own = allocate.budgets_of(table.x["params"], table.x["tokens"], flops=flops)
+    return allocate.table(values, named, options.budgets or own, flops=flops)

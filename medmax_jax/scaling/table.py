@@ -1,0 +1,162 @@
+"""A CSV of runs -> columns of numbers, with what was left out and which rows are one run.
+
+    run,params,tokens,loss,loss_text,loss_image     header; other columns are ignored
+    3f2a91c0de,1200000,5.2e6,3.41,1.72,4.61
+
+`run` is optional: rows that share it are checkpoints of one training run, which the bootstrap draws
+together.
+"""
+
+import csv
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from medmax_jax.scaling.laws import Columns, Law, ScalingError
+
+_RULE = re.compile(r"\s*([^=<>]+?)\s*(=|<|>)\s*(.+?)\s*$")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Table:
+    """n rows; `y` is what the law predicts from `x`."""
+
+    x: Columns
+    y: np.ndarray
+    target: str
+    runs: np.ndarray  # int [n]: rows of one run share a number
+    labels: tuple[str, ...]  # of the rows, for messages
+    excluded: tuple[str, ...]  # rows left out, and why
+    notes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def part(self, keep: np.ndarray) -> "Table":
+        """The rows where `keep`."""
+        return dataclasses.replace(
+            self,
+            x={name: column[keep] for name, column in self.x.items()},
+            y=self.y[keep],
+            runs=self.runs[keep],
+            labels=tuple(label for label, k in zip(self.labels, keep, strict=True) if k),
+        )
+
+
+def read(
+    path: str | Path,
+    law: Law,
+    *,
+    target: str,
+    columns: Mapping[str, str],
+    exclude: Sequence[str],
+) -> Table:
+    """The rows of a CSV that the law needs. `columns`: law's name -> the table's name."""
+    rows, head = _rows(Path(path))
+    kept, excluded = _excluded(rows, head, exclude, path)
+    names = {name: columns.get(name, name) for name in law.columns}
+    for name in (*names.values(), target):
+        if name not in head:
+            raise ScalingError(
+                f"{path}: no column {name!r}; it has {', '.join(head)}. Name another with "
+                "--target, or with --map NAME=COLUMN"
+            )
+    if not kept:
+        raise ScalingError(f"{path}: no row is left of {len(rows)}; give more runs, exclude fewer")
+    labels = tuple(_label(number, row) for number, row in kept)
+    read_column = {
+        name: np.array(
+            [
+                _number(row, column, label, path, zero=name in law.zeros)
+                for (_, row), label in zip(kept, labels, strict=True)
+            ]
+        )
+        for name, column in {**names, "": target}.items()
+    }
+    y = read_column.pop("")
+    runs = [row.get("run") or str(number) for number, row in kept]
+    return Table(
+        x=read_column,
+        y=y,
+        target=target,
+        runs=np.unique(runs, return_inverse=True)[1],
+        labels=labels,
+        excluded=excluded,
+        notes=_notes(head, target),
+    )
+
+
+def _rows(path: Path) -> tuple[list[dict[str, str]], list[str]]:
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            return list(reader), list(reader.fieldnames or [])
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ScalingError(f"--table {path}: cannot be read as CSV ({error})") from error
+
+
+def _excluded(
+    rows: list[dict[str, str]], head: list[str], rules: Sequence[str], path: object
+) -> tuple[list[tuple[int, dict[str, str]]], tuple[str, ...]]:
+    """((number, row) that stay, names of those that go)."""
+    kept, gone = list(enumerate(rows, start=1)), []
+    for rule in rules:
+        found = _RULE.match(rule)
+        if not found or found[1] not in head:
+            raise ScalingError(
+                f"--exclude {rule!r}: write COLUMN=VALUE, COLUMN<NUMBER or COLUMN>NUMBER with a "
+                f"column of {path}: {', '.join(head)}"
+            )
+        hit = [(n, row) for n, row in kept if _hit(row, *found.groups(), rule)]
+        gone += [f"{_label(n, row)} ({rule})" for n, row in hit]
+        kept = [each for each in kept if each not in hit]
+    return kept, tuple(gone)
+
+
+def _hit(row: dict[str, str], column: str, sign: str, value: str, rule: str) -> bool:
+    if sign == "=":
+        return row[column] == value
+    try:
+        have, limit = float(row[column] or "nan"), float(value)
+    except ValueError as error:
+        raise ScalingError(f"--exclude {rule!r}: {error}; < and > compare numbers") from error
+    return have < limit if sign == "<" else have > limit
+
+
+def _label(number: int, row: dict[str, str]) -> str:
+    return f"row {number}" + (f", run {row['run']}" if row.get("run") else "")
+
+
+def _number(row: dict[str, str], column: str, label: str, path: object, *, zero: bool) -> float:
+    text = (row[column] or "").strip()
+    if not text:
+        raise ScalingError(
+            f"{path}, {label}: {column} is empty, the run has no such metric; finish it, or leave "
+            "it out with --exclude"
+        )
+    try:
+        value = float(text)
+    except ValueError as error:
+        raise ScalingError(f"{path}, {label}: {column} is {text!r}, not a number") from error
+    if not math.isfinite(value):
+        raise ScalingError(
+            f"{path}, {label}: {column} is {text}: a diverged run; leave it out with --exclude and "
+            "say so where you show the law"
+        )
+    if value < 0 or (value == 0 and not zero):
+        raise ScalingError(f"{path}, {label}: {column} is {text}; laws need numbers above 0")
+    return value
+
+
+def _notes(head: list[str], target: str) -> tuple[str, ...]:
+    apart = [name for name in ("loss_text", "loss_image") if name in head]
+    if target == "loss" and apart:
+        return (
+            "loss sums text and image targets, which can hide competition between them; fit them "
+            f"apart: --target {','.join(apart)}",
+        )
+    return ()

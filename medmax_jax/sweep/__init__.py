@@ -1,0 +1,1 @@
+"""Sweeps as data: a grid of runs, what they would cost, who starts them, what came out."""

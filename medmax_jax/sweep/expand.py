@@ -1,0 +1,295 @@
+"""A sweep file to the list of its runs, each with a stable name and what it would cost.
+
+    configs/sweep_x.py --axes--> overrides --> run id, steps, parameters, FLOPs, memory, hours
+                                                      money: a line of D/sweep.jsonl each
+
+A run's id is a hash of its config file's name and its overrides, so the same run has the same id in
+every expansion. Costs are the arithmetic of medmax_jax.plan --analytic at the sweep's utilisation.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from medmax_jax import config, flops
+from medmax_jax.config import Run
+from medmax_jax.plan import analytic, speed, topology
+from medmax_jax.sweep.axes import WANTED, Overrides, SweepError, expand
+
+FILE = "sweep.jsonl"
+ID_LENGTH = 10  # hex digits: 40 bits
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """The settings of a sweep file."""
+
+    name: str
+    config: str  # the file that every run starts from
+    axes: tuple  # see axes.py
+    topology: str  # "v5e:4x4" as medmax_jax.plan has it; empty: costs are not told
+    slices: int
+    utilisation: float  # of the chips' peak, for hours and money: a guess that is yours
+    price: float  # USD a chip-hour; 0: money is not told
+    fill: float  # tokens over places of a row: `data.prepare plan` says it
+    said: Mapping[str, str]  # answers for the fit's checklist: tuning, ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Planned:
+    """One run of a sweep: a line of sweep.jsonl."""
+
+    run_id: str
+    sweep: str
+    config: str
+    overrides: Overrides
+    seed: int
+    steps: int
+    params: int  # matrices of layers and head: what a token is multiplied with
+    trainable: int
+    tokens: float  # seen, estimated
+    flops: float
+    topology: str
+    slices: int
+    chips: int
+    fits: bool | None  # on the topology
+    hbm_gib: float | None  # of one chip at its peak, estimated
+    hours: float | None
+    chip_hours: float | None
+    usd: float | None
+
+    def arguments(self) -> list[str]:
+        """The flags of medmax_jax.train, but for the workdir."""
+        return [f"--config={self.config}", *_flags(self.overrides)]
+
+
+def load(argv: Sequence[str]) -> Sweep:
+    """The sweep of `--config=configs/sweep_x.py --config.price=2.0`."""
+    given = _parsed(argv)
+    names = [f.name for f in dataclasses.fields(Sweep)]
+    if set(given) != set(names):
+        wrong = sorted(set(given) ^ set(names))[0]
+        raise SweepError(f"sweep file: {wrong} is unknown or missing; it has {', '.join(names)}")
+    values = {name: given[name] for name in names}
+    for name in ("axes", "said"):
+        values[name] = _plain(given[name])
+    return Sweep(**values)
+
+
+def planned(sweep: Sweep) -> list[Planned]:
+    """The runs; raises SweepError on an unknown field, a setting that contradicts, a duplicate."""
+    runs, seen = [], {}
+    for number, overrides in enumerate(expand(sweep.axes), start=1):
+        run = _planned(sweep, overrides)
+        if run.run_id in seen:
+            raise SweepError(
+                f"runs {seen[run.run_id]} and {number} are the same: {run.overrides}; drop a "
+                "value that stands twice, or give a seed to each"
+            )
+        seen[run.run_id] = number
+        runs.append(run)
+    return runs
+
+
+def settings(planned: Planned) -> Run:
+    """The typed settings that medmax_jax.train will see."""
+    return _settings(planned.config, planned.overrides)
+
+
+def write(runs: Sequence[Planned], folder: Path) -> Path:
+    """D/sweep.jsonl; another sweep's is not overwritten unless it has only runs of this one."""
+    path = folder / FILE
+    if path.exists():
+        gone = {r.run_id for r in read(folder)} - {r.run_id for r in runs}
+        if started := sorted(run_id for run_id in gone if (folder / run_id).exists()):
+            raise SweepError(
+                f"{path} has runs that this sweep lacks and that have begun: {started[0]}; "
+                "name another --workdir, or remove their folders"
+            )
+    text = "".join(json.dumps(dataclasses.asdict(run)) + "\n" for run in runs)
+    folder.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".tmp").write_text(text)
+    path.with_suffix(".tmp").replace(path)
+    return path
+
+
+def read(folder: Path) -> list[Planned]:
+    """The runs of D/sweep.jsonl."""
+    path = folder / FILE
+    try:
+        return [Planned(**json.loads(line)) for line in path.read_text().splitlines()]
+    except FileNotFoundError as error:
+        raise SweepError(
+            f"{path}: no such file; make it: python -m medmax_jax.sweep expand --config=... "
+            f"--workdir {folder}"
+        ) from error
+    except (ValueError, TypeError) as error:
+        raise SweepError(f"{path}: damaged ({error}); expand the sweep again") from error
+
+
+def totals(runs: Sequence[Planned]) -> dict[str, float | None]:
+    """Sums over runs; None where a cost is not told."""
+    sums: dict[str, float | None] = {}
+    for name in ("tokens", "flops", "chip_hours", "usd"):
+        each = [getattr(run, name) for run in runs]
+        sums[name] = None if None in each else sum(each)
+    return sums
+
+
+def table(sweep: Sweep, runs: Sequence[Planned]) -> list[str]:
+    """The dry run: a line a run, and what all of them cost."""
+    varied = sorted({name for run in runs for name in run.overrides})
+    varied = [n for n in varied if len({json.dumps(r.overrides.get(n)) for r in runs}) > 1]
+    head = f"{'run':10} {'params':>8} {'trained':>8} {'tokens':>8} {'FLOPs':>8} {'steps':>8}"
+    lines = [f"{head} {'GiB':>6} {'hours':>8} {'chip-h':>8} {'USD':>9}  {' '.join(varied)}"]
+    for r in runs:
+        memory = _cell(r.hbm_gib, ".1f") + ("!" if r.fits is False else "")
+        cells = " ".join(str(r.overrides.get(name, "-")) for name in varied)
+        lines.append(
+            f"{r.run_id:10} {r.params:8.2e} {r.trainable:8.1e} {r.tokens:8.1e} {r.flops:8.1e} "
+            f"{r.steps:8d} {memory:>6} {_cell(r.hours, '.1f'):>8} {_cell(r.chip_hours, '.1f'):>8} "
+            f"{_cell(r.usd, ',.0f'):>9}  {cells}"
+        )
+    sums = totals(runs)
+    where = (
+        f"; on {sweep.slices} x {sweep.topology} at {sweep.utilisation:.0%} of the peak "
+        f"{_cell(sums['chip_hours'], ',.0f')} chip-hours, USD {_cell(sums['usd'], ',.0f')}; memory "
+        "and hours by arithmetic, ! does not fit"
+        if sweep.topology
+        else ""
+    )
+    lines.append(f"{len(runs)} runs, {sums['tokens']:.2e} tokens, {sums['flops']:.2e} FLOPs{where}")
+    return lines
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _planned(sweep: Sweep, overrides: Overrides) -> Planned:
+    wanted = {name: overrides[name] for name in WANTED if name in overrides}
+    plain = {name: v for name, v in overrides.items() if name not in wanted}
+    if wanted:
+        if "train.steps" in plain or len(wanted) > 1:
+            raise SweepError(
+                "axes: tokens, flops and train.steps each set the steps; leave it to one"
+            )
+        plain["train.steps"] = _steps(sweep, _settings(sweep.config, plain), wanted)
+    run = _settings(sweep.config, plain)
+    counts = flops.parameters(run.model, run.vocab, run.lora)
+    tokens = run.train.steps * _step_tokens(sweep, run)
+    total = tokens * _token_flops(run)
+    return Planned(
+        run_id=run_id(sweep.config, plain), sweep=sweep.name, config=sweep.config, overrides=plain,
+        seed=run.train.seed, steps=run.train.steps, params=counts.matmul,
+        trainable=counts.base if run.train.trains == "full" else counts.lora,
+        tokens=tokens, flops=total, topology=sweep.topology, slices=sweep.slices,
+        **_cost(sweep, run),
+    )  # fmt: skip
+
+
+def run_id(name: str, overrides: Overrides) -> str:
+    """Ten hex digits of the canonical overrides."""
+    canonical = json.dumps([name, overrides], sort_keys=True)
+    return hashlib.sha1(canonical.encode()).hexdigest()[:ID_LENGTH]
+
+
+def _step_tokens(sweep: Sweep, run: Run) -> float:
+    return run.data.batch_size * run.data.seq_len * sweep.fill
+
+
+def _token_flops(run: Run) -> float:
+    """At documents as long as any may be: attention's share is then not too small."""
+    length = min(run.data.document_limit, run.data.seq_len)
+    return flops.train_flops(
+        run.model, run.vocab, run.lora, trains=run.train.trains, length=length
+    )  # fmt: skip
+
+
+def _steps(sweep: Sweep, run: Run, wanted: Mapping[str, float]) -> int:
+    tokens = wanted.get("tokens") or wanted["flops"] / _token_flops(run)
+    return max(1, round(tokens / _step_tokens(sweep, run)))
+
+
+def _cost(sweep: Sweep, run: Run) -> dict[str, Any]:
+    """By the plan's arithmetic; nothing is compiled."""
+    if not sweep.topology:
+        return dict(chips=0, fits=None, hbm_gib=None, hours=None, chip_hours=None, usd=None)
+    try:
+        machine = topology.parse(sweep.topology, slices=sweep.slices)
+    except topology.PlanError as error:
+        raise SweepError(f"sweep file: {error}") from error
+    mesh = run.mesh.data * run.mesh.fsdp * run.mesh.tp
+    if mesh != machine.chips:
+        raise SweepError(
+            f"topology {sweep.topology} x {sweep.slices} has {machine.chips} chips, but "
+            f"config.mesh is {run.mesh.data} x {run.mesh.fsdp} x {run.mesh.tp} = {mesh}; set "
+            "mesh.data, mesh.fsdp and mesh.tp in the axes"
+        )
+    found = analytic.estimate(run, machine)
+    rate = speed.rates(
+        run, machine, found, utilisation=sweep.utilisation, price=sweep.price or None
+    )
+    return dict(
+        chips=machine.chips, fits=found["fits"], hbm_gib=found["peak_hbm_gib"],
+        hours=rate["hours"], chip_hours=rate["chip_hours"], usd=rate["cost_usd"],
+    )  # fmt: skip
+
+
+def _settings(path: str, overrides: Overrides) -> Run:
+    try:
+        return config.from_config_dict(_parsed([f"--config={path}", *_flags(overrides)]))
+    except config.ConfigError as error:
+        raise SweepError(f"{error} (run {overrides})") from error
+
+
+def _flags(overrides: Overrides) -> list[str]:
+    return [f"--config.{name}={value}" for name, value in sorted(overrides.items())]
+
+
+def _parsed(argv: Sequence[str]) -> ConfigDict:
+    """What train's flags make of these, by the same parser."""
+    values = flags.FlagValues()
+    line = ["sweep", *argv]
+    config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=line)
+    try:
+        rest = values(line)
+        if len(rest) > 1:
+            raise SweepError(f"unexpected argument {rest[1]!r}; flags are written --name=value")
+        if values.config is None:
+            raise SweepError("--config is missing; name a file of configs/")
+        return values.config
+    except (AttributeError, KeyError) as error:
+        raise SweepError(
+            f"{_blamed(argv, error)} names no field of {argv[0].removeprefix('--config=')}; "
+            "configs/base.py has every field of a run"
+        ) from error
+    except (flags.Error, OSError, TypeError, ValueError) as error:
+        if isinstance(error, SweepError | config.ConfigError):
+            raise
+        raise SweepError(f"{' '.join(argv)}: {error}") from error
+
+
+def _blamed(argv: Sequence[str], error: Exception) -> str:
+    """The override whose name is in the error, for the error names only a part of it."""
+    words = str(error).replace("'", " ").replace('"', " ").replace(".", " ").split()
+    for flag in argv:
+        name = flag.split("=")[0].removeprefix("--config.")
+        if "." in name and set(name.split(".")) & set(words):
+            return name
+    return " ".join(argv[1:]) or "the config"
+
+
+def _plain(value: Any) -> Any:
+    """ConfigDicts inside tuples as dicts."""
+    if isinstance(value, ConfigDict | Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return tuple(_plain(v) for v in value)
+    return value

@@ -1,0 +1,265 @@
+"""A sweep's runs as files for what starts them; nothing here starts anything or knows a password.
+
+    plain    commands.sh     one command a line, for a shell or a queue of your own
+    slurm    slurm.sh        an array job that requeues itself on a warning signal
+    xpk      xpk.sh          xpk workload create, a workload a run
+    jobset   <run id>.yaml   a JobSet with a Kueue label, a file a run
+    tpu_vm   tpu_vm.sh       gcloud compute tpus tpu-vm ssh --worker=all
+
+Each run keeps its id as job name and workdir, and resumes from its workdir, so rendering again and
+submitting again is safe: what has ended is left out.
+"""
+
+import argparse
+import dataclasses
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from medmax_jax.plan import topology
+from medmax_jax.sweep.axes import SweepError
+from medmax_jax.sweep.expand import Planned
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Machine:
+    """How the tools name the machine of a sweep."""
+
+    xpk: str  # and gcloud: v5litepod-16
+    accelerator: str  # label of GKE's nodes
+    shape: str  # 4x4
+    chips: int  # of one slice
+    hosts: int
+    per_host: int  # chips
+
+
+# Labels of GKE: docs.cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus. Types as gcloud
+# and xpk write them: v4 and v5p count cores, two a chip.
+NAMES = {
+    "v4": ("v4-{cores}", "tpu-v4-podslice"),
+    "v5e": ("v5litepod-{chips}", "tpu-v5-lite-podslice"),
+    "v5p": ("v5p-{cores}", "tpu-v5p-slice"),
+    "v6e": ("v6e-{chips}", "tpu-v6e-slice"),
+}
+SINGLE_HOST = (1, 4, 8)  # chips of v5e and v6e slices that are one machine
+NEEDS = {
+    "plain": (),
+    "slurm": ("parallel", "gpus", "time"),
+    "xpk": ("cluster", "image", "zone", "project"),
+    "jobset": ("image", "queue"),
+    "tpu_vm": ("tpu", "zone", "project"),
+}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `render`; what a form needs has no default."""
+    add = parser.add_argument
+    add("--form", required=True, choices=tuple(NEEDS))
+    add("--out", type=Path, required=True, metavar="F", help="folder of the files")
+    add("--runs_at", metavar="PATH", help="the workdir there, if not as here: /gcs/bucket/sweep")
+    add("--repo", metavar="PATH", help="this repository there; without: where the job starts")
+    add("--python", default="python", help="there")
+    add("--max_restarts", type=int, default=50)
+    add("--parallel", type=int, help="slurm: runs at a time")
+    add("--gpus", type=int, help="slurm: of a run, on one node")
+    add("--time", help="slurm: limit of one stretch, 12:00:00; it requeues until it is done")
+    add("--cluster", help="xpk")
+    add("--zone", help="xpk, tpu_vm")
+    add("--project", help="xpk, tpu_vm")
+    add("--image", help="xpk, jobset: with this repository and its requirements")
+    add("--queue", help="jobset: Kueue's LocalQueue")
+    add("--tpu", help="tpu_vm: the name of the TPU VM")
+
+
+def write(runs: Sequence[Planned], folder: Path, given: argparse.Namespace) -> list[Path]:
+    """The files of a form in `given.out`."""
+    if missing := [n for n in NEEDS[given.form] if getattr(given, n) is None]:
+        raise SweepError(f"--form {given.form} needs --{missing[0]}")
+    given.out.mkdir(parents=True, exist_ok=True)
+    files = FORMS[given.form](runs, given.runs_at or str(folder), given)
+    for name, text in files.items():
+        (given.out / name).write_text(text)
+    return [given.out / name for name in files]
+
+
+def machine(run: Planned) -> Machine:
+    """Raises SweepError for a sweep without a TPU topology."""
+    kind, _, shape = run.topology.partition(":")
+    if kind not in NAMES:
+        raise SweepError(
+            f"topology is {run.topology!r}; xpk, jobset and tpu_vm need a TPU, as v5e:4x4: set "
+            "--config.topology when you expand"
+        )
+    chips = topology.parse(run.topology, slices=1).chips
+    lone = kind in ("v5e", "v6e") and chips in SINGLE_HOST
+    per_host = chips if lone else min(4, chips)
+    name, accelerator = NAMES[kind]
+    return Machine(
+        xpk=name.format(chips=chips, cores=2 * chips), accelerator=accelerator, shape=shape,
+        chips=chips, hosts=-(-chips // per_host), per_host=per_host,
+    )  # fmt: skip
+
+
+def command(run: Planned, at: str, given: argparse.Namespace) -> str:
+    """One line for a shell."""
+    words = [
+        given.python,
+        "-m",
+        "medmax_jax.train",
+        *run.arguments(),
+        f"--workdir={at}/{run.run_id}",
+    ]
+    return shlex.join(words)
+
+
+def _in_repo(text: str, given: argparse.Namespace) -> str:
+    return f"cd {shlex.quote(given.repo)} && {text}" if given.repo else text
+
+
+def _plain(runs: Sequence[Planned], at: str, given: argparse.Namespace) -> dict[str, str]:
+    lines = [_in_repo(command(run, at, given), given) for run in runs]
+    return {"commands.sh": "#!/bin/sh\n" + "".join(f"{line}\n" for line in lines)}
+
+
+SLURM = """#!/bin/bash
+#SBATCH --job-name={name}
+#SBATCH --array=0-{last}%{parallel}
+#SBATCH --nodes=1
+#SBATCH --gpus={gpus}
+#SBATCH --time={time}
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:TERM@120
+# A run stops within two minutes of the signal with a checkpoint and exit code 75, and requeues.
+# Of an array whose file was rendered again, submit the new file: ended runs are not in it.
+set -u
+commands=(
+{commands}
+)
+{where}bash -c "exec ${{commands[$SLURM_ARRAY_TASK_ID]}}" &
+child=$!
+trap 'kill -TERM "$child"' TERM
+wait "$child"
+code=$?
+if [ "$code" -gt 128 ]; then # the wait was interrupted by the signal, the run still saves
+  wait "$child"
+  code=$?
+fi
+if [ "$code" -eq 75 ]; then
+  scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}"
+  exit 0
+fi
+exit "$code"
+"""
+
+
+def _slurm(runs: Sequence[Planned], at: str, given: argparse.Namespace) -> dict[str, str]:
+    quoted = "\n".join("  " + shlex.quote(command(run, at, given)) for run in runs)
+    text = SLURM.format(
+        name=runs[0].sweep if runs else "none", last=max(len(runs) - 1, 0), parallel=given.parallel,
+        gpus=given.gpus, time=given.time, commands=quoted,
+        where=f"cd {shlex.quote(given.repo)} || exit 1\n" if given.repo else "",
+    )  # fmt: skip
+    return {"slurm.sh": text}
+
+
+def _xpk(runs: Sequence[Planned], at: str, given: argparse.Namespace) -> dict[str, str]:
+    lines = ["#!/bin/sh", "set -e"]
+    for run in runs:
+        there = machine(run)
+        inside = f"export MEDMAX_MULTIHOST=1; {_in_repo(command(run, at, given), given)}"
+        words = [
+            "xpk", "workload", "create", f"--workload={_job_name(run)}",
+            f"--cluster={given.cluster}", f"--tpu-type={there.xpk}", f"--num-slices={run.slices}",
+            f"--max-restarts={given.max_restarts}", f"--docker-image={given.image}",
+            f"--zone={given.zone}", f"--project={given.project}", f"--command={inside}",
+        ]  # fmt: skip
+        lines.append(" \\\n  ".join([" ".join(words[:3]), *map(shlex.quote, words[3:])]))
+    return {"xpk.sh": "\n".join(lines) + "\n"}
+
+
+def _jobset(runs: Sequence[Planned], at: str, given: argparse.Namespace) -> dict[str, str]:
+    made = {}
+    for run in runs:
+        text = yaml.safe_dump(_manifest(run, at, given), sort_keys=False, width=10_000)
+        made[f"{run.run_id}.yaml"] = text
+    return made
+
+
+def _manifest(run: Planned, at: str, given: argparse.Namespace) -> dict[str, Any]:
+    there = machine(run)
+    chips = {"google.com/tpu": there.per_host}
+    container = {
+        "name": "train",
+        "image": given.image,
+        "command": ["bash", "-c", _in_repo(command(run, at, given), given)],
+        "env": [{"name": "MEDMAX_MULTIHOST", "value": "1"}],
+        "ports": [{"containerPort": 8471}, {"containerPort": 8080}],  # of the TPU runtime
+        "resources": {"requests": dict(chips), "limits": dict(chips)},  # twice, or YAML aliases
+    }
+    pod = {
+        "restartPolicy": "Never",
+        "nodeSelector": {
+            "cloud.google.com/gke-tpu-accelerator": there.accelerator,
+            "cloud.google.com/gke-tpu-topology": there.shape,
+        },
+        "containers": [container],
+    }
+    job = {
+        "parallelism": there.hosts,
+        "completions": there.hosts,
+        "backoffLimit": 0,
+        "template": {"spec": pod},
+    }
+    return {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2",
+        "kind": "JobSet",
+        "metadata": {
+            "name": _job_name(run),
+            "labels": {"kueue.x-k8s.io/queue-name": given.queue, "sweep": _label(run.sweep)},
+            "annotations": {
+                "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
+            },
+        },
+        "spec": {
+            "failurePolicy": {"maxRestarts": given.max_restarts},
+            "replicatedJobs": [
+                {"name": "slice", "replicas": run.slices, "template": {"spec": job}}
+            ],
+        },
+    }
+
+
+def _tpu_vm(runs: Sequence[Planned], at: str, given: argparse.Namespace) -> dict[str, str]:
+    lines = ["#!/bin/sh", "set -e"]
+    for run in runs:
+        machine(run)
+        inside = f"export MEDMAX_MULTIHOST=1; {_in_repo(command(run, at, given), given)}"
+        words = [
+            "gcloud", "compute", "tpus", "tpu-vm", "ssh", given.tpu, f"--zone={given.zone}",
+            f"--project={given.project}", "--worker=all", f"--command={inside}",
+        ]  # fmt: skip
+        lines.append(shlex.join(words))
+    return {"tpu_vm.sh": "\n".join(lines) + "\n"}
+
+
+def _job_name(run: Planned) -> str:
+    """What Kubernetes takes: lower case, digits and dashes, a letter first, 40 at most for xpk."""
+    return f"{_label(run.sweep)[:28].rstrip('-')}-{run.run_id}"
+
+
+def _label(name: str) -> str:
+    clean = "".join(c if c.isascii() and c.isalnum() else "-" for c in name.lower()).strip("-")
+    return clean if clean[:1].isalpha() else f"s{clean}"
+
+
+FORMS: dict[str, Callable[[Sequence[Planned], str, argparse.Namespace], dict[str, str]]] = {
+    "plain": _plain,
+    "slurm": _slurm,
+    "xpk": _xpk,
+    "jobset": _jobset,
+    "tpu_vm": _tpu_vm,
+}

@@ -1,0 +1,84 @@
+"""Runs a sweep on this machine, one process after the other; killed at any point, it goes on.
+
+    for each run that has not ended: python -m medmax_jax.train ... --workdir D/<run id>
+
+A signal goes on to the run, which saves a checkpoint. A run that an earlier, killed runner left
+alone is waited for. A run that fails or diverges does not stop the others.
+"""
+
+import fcntl
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from medmax_jax.cli import INTERRUPTED, Interrupted, Stop
+from medmax_jax.sweep import workdirs
+from medmax_jax.sweep.axes import SweepError
+from medmax_jax.sweep.expand import Planned
+
+WAIT = 0.2  # seconds between looks at a process
+
+
+def run(runs: Sequence[Planned], folder: Path) -> dict[str, str]:
+    """Run id -> state, when none is left to do. Raises Interrupted after a signal."""
+    with open(folder / ".runner.lock", "w") as lock, Stop() as stop:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise SweepError(f"{folder} has a runner already; wait for it") from error
+        for number, each in enumerate(runs, start=1):
+            _one(each, folder, f"{number}/{len(runs)} {each.run_id}", stop)
+    return workdirs.states(runs, folder)
+
+
+def command(each: Planned, home: Path) -> list[str]:
+    """What a run is started with."""
+    return [sys.executable, "-m", "medmax_jax.train", *each.arguments(), f"--workdir={home}"]
+
+
+def _one(each: Planned, folder: Path, name: str, stop: Stop) -> None:
+    """Starts a run and waits for it, unless it has ended."""
+    home = folder / each.run_id
+    if workdirs.state(each, folder) == "running":
+        print(f"{name}: left running by another runner, waiting", flush=True)
+    while (word := workdirs.state(each, folder)) == "running":
+        _sleep(stop)
+    if word not in workdirs.TO_DO:
+        print(f"{name}: {word}", flush=True)
+        return
+    begin = time.monotonic()
+    home.mkdir(parents=True, exist_ok=True)
+    with open(home / "run.log", "ab") as log:
+        process = subprocess.Popen(command(each, home), stdout=log, stderr=subprocess.STDOUT)
+        code = _wait(process, stop)
+    after = workdirs.state(each, folder)
+    print(f"{name}: {after} in {time.monotonic() - begin:.0f} s", flush=True)
+    if stop.asked:
+        raise Interrupted(f"{stop.asked}: {name} is {after}; the same command goes on")
+    if code and after != "diverged":
+        print(f"{name}: exit code {code}; {_last_line(home / 'run.log')}", flush=True)
+
+
+def _wait(process: subprocess.Popen, stop: Stop) -> int:
+    asked = False
+    while (code := process.poll()) is None:
+        if stop.asked and not asked:
+            process.send_signal(signal.SIGTERM)
+            asked = True
+        time.sleep(WAIT)
+    return 0 if code == INTERRUPTED and asked else code
+
+
+def _sleep(stop: Stop) -> None:
+    if stop.asked:
+        raise Interrupted(f"{stop.asked} while waiting; the same command goes on")
+    time.sleep(WAIT)
+
+
+def _last_line(path: Path) -> str:
+    """The error that the run ended with, or the last line it wrote."""
+    lines = path.read_text(errors="replace").splitlines() or [""]
+    return next((line for line in reversed(lines) if line.startswith("error:")), lines[-1])
