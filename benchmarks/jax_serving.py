@@ -16,7 +16,7 @@ import jax_side
 import numpy as np
 import sides
 
-from medmax_jax import chameleon, config, mesh, vqgan
+from medmax_jax import cached, config, mesh, vqgan
 
 COLUMNS = 256  # logits that are shown to agree
 
@@ -62,9 +62,10 @@ class Decoder:
 
 def _read(model: Any, ids: jax.Array, *, config: config.Model, count: int) -> tuple[Any, Any]:
     rows, length = ids.shape
-    cache = chameleon.init_cache(config, batch=rows, length=length + count)
+    cache = cached.empty(config, lanes=rows, slots=length + count, kind="model")
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), ids.shape)
-    hidden, cache = model.decode(ids, cache, jax.sharding.reshard(positions, mesh.BATCH))
+    places = jax.sharding.reshard(positions, mesh.BATCH)
+    hidden, cache = cached.decode(model, ids, cache, places, lanes=None, span=length + count)
     return model.logits(hidden[:, -1:]), cache
 
 
@@ -74,7 +75,8 @@ def _write(model: Any, logits: jax.Array, cache: Any, *, count: int) -> jax.Arra
     def body(carry: tuple, at: jax.Array) -> tuple[tuple, jax.Array]:
         token, cache = carry
         positions = jnp.full((rows, 1), at, jnp.int32, out_sharding=mesh.BATCH)
-        hidden, cache = model.decode(token, cache, positions)
+        span = cache.k.shape[3]
+        hidden, cache = cached.decode(model, token, cache, positions, lanes=None, span=span)
         token = jax.sharding.reshard(model.logits(hidden).argmax(-1).astype(jnp.int32), mesh.BATCH)
         return (token, cache), token
 

@@ -5,6 +5,8 @@ Not run by itself: other files start from `get_config()` here.
 
 from ml_collections import ConfigDict
 
+from configs import sampling
+
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
@@ -99,19 +101,5 @@ def get_config() -> ConfigDict:
             keep=2,
         )
     )
-    config.sample = ConfigDict(
-        dict(  # MedMax's copy of the Chameleon inference code; text greedy as in its evaluation
-            text_temperature=1.0,
-            text_top_p=0.9,
-            text_greedy=True,
-            repetition_penalty=1.2,
-            image_temperature=0.7,
-            image_top_p=0.9,
-            image_greedy=False,
-            guidance_scale_text=3.0,
-            guidance_scale_image=1.2,
-            max_gen_len=1_024,
-            seed=42,
-        )
-    )
+    config.sample = ConfigDict(sampling.SETS["medmax_eval"])
     return config.lock()

@@ -1,4 +1,4 @@
-"""Causal attention inside packed documents, and the same against a cache of keys and values.
+"""Causal attention inside packed documents.
 
     segments  1 1 1 2 2 0        query t sees key s where s <= t and both stand in the same document
     allowed   x . . . . .        (0 is padding; it sees only padding, and nobody reads it)
@@ -16,7 +16,7 @@ N query heads share K key heads, N/K each: query head n reads key head n // (N/K
     splash_interpret          the same kernel where there is no TPU, very slow: for tests
     cudnn                     NVIDIA GPU: cudnn.py
 
-Against a cache it is always `attend`.
+Against a cache of keys and values: cached.py.
 """
 
 from collections.abc import Callable
@@ -24,11 +24,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from medmax_jax import cudnn, splash
-from medmax_jax.mesh import BATCH, CACHE, HEADS
+from medmax_jax.mesh import HEADS
 
 PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}  # the others run anywhere
 
@@ -67,11 +66,6 @@ def packed_mask(segments: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
     return same & (order[:, None] >= order[None, :])
 
 
-def cache_mask(positions: Int[Array, "B T"], length: int) -> Bool[Array, "B T S"]:
-    """True where a token at `positions` may see slot s: s <= position. Idle (-1) sees nothing."""
-    return jnp.arange(length) <= positions[:, :, None]
-
-
 def attend(
     q: Float[Array, "B N T H"],
     k: Float[Array, "B K S H"],
@@ -102,21 +96,3 @@ def reference_attend(
     scores = jnp.einsum("bnth,bnsh->bnts", q.astype(jnp.float32), k) / jnp.sqrt(q.shape[3])
     scores = jnp.where(mask[:, None], scores, -jnp.inf)
     return jnp.einsum("bnts,bnsh->bnth", jax.nn.softmax(scores, -1), v)
-
-
-def write_cache(
-    cache: Float[Array, "L B K S H"],
-    layer: Int[Array, ""],
-    new: Float[Array, "B K T H"],
-    positions: Int[Array, "B T"],
-) -> Float[Array, "L B K S H"]:
-    """Row b's token t goes to slot positions[b, t] of `layer`; at -1 nothing is written."""
-
-    def local(cache, layer, new, positions):
-        slots = jnp.where(positions < 0, cache.shape[3], positions)  # past the end: dropped
-        rows = jnp.arange(cache.shape[1])[:, None]
-        return cache.at[layer, rows, :, slots].set(new.transpose(0, 2, 1, 3), mode="drop")
-
-    # Each device holds whole rows and whole heads, so the write needs no other device.
-    write = jax.shard_map(local, in_specs=(CACHE, P(), HEADS, BATCH), out_specs=CACHE)
-    return write(cache, layer, new.astype(cache.dtype), jax.sharding.reshard(positions, BATCH))

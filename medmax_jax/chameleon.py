@@ -12,7 +12,6 @@ runs them. Weights have the names of the HF checkpoint. All of it runs under
 `jax.set_mesh(make_mesh(...))`.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -22,11 +21,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
-from medmax_jax.attention import attend, cache_mask, packed, write_cache
+from medmax_jax.attention import packed
 from medmax_jax.config import Lora, Model, Vocab
 from medmax_jax.cross_entropy import Head, image_columns, whole_kernel
 from medmax_jax.layers import INIT_STD, Embed, HeadNorm, Linear, RMSNorm, matmul, rope, rope_angles
-from medmax_jax.mesh import ACT, CACHE, DOWN, HID, LOGITS, SPLIT, UP, placed
+from medmax_jax.mesh import ACT, DOWN, HID, LOGITS, SPLIT, UP, placed
 from medmax_jax.quant import PACKED, TILE
 
 NO_LORA = Lora(rank=0, alpha=0.0, dropout=0.0)
@@ -45,15 +44,6 @@ REMAT = {
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _BY_NAME("attn")
     ),
 }  # fmt: skip
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Cache:
-    """Keys and values of every layer, [L, B, K, S, H] each: as the products of attention read."""
-
-    k: Array
-    v: Array
 
 
 class Attention(nnx.Module):
@@ -198,41 +188,6 @@ class Chameleon(nnx.Module):
         head = self.lm_head
         return Head(head.kernel[...], head.image[...] if head.tuned else None)
 
-    def decode(
-        self, ids: Int[Array, "B T"], cache: Cache, positions: Int[Array, "B T"]
-    ) -> tuple[Float[Array, "B T D"], Cache]:
-        """Hidden states of T more tokens of each row, and the cache with their keys and values.
-
-        Row b's token t is written to slot positions[b, t] and sees the slots up to it. Rows stand
-        at positions of their own; T > 1 is a piece of a prompt, and position -1 an idle token:
-        nothing is written for it and its result means nothing.
-
-            positions  5 6 7     row 0 reads three tokens of its prompt
-                       9 -1 -1   row 1 reads one, and waits
-        """
-        mask, angles = cache_mask(positions, cache.k.shape[3]), self._angles(positions)
-
-        def body(carry, xs):
-            x, *stores = carry
-            layer, index = xs
-
-            def attention(module, x, keys):
-                q, *new = module.qkv(x, angles, keys[:3])
-                written = [
-                    write_cache(s, index, n, positions) for s, n in zip(stores, new, strict=True)
-                ]
-                k, v = (s[index] for s in written)  # [B, K, S, H]
-                return module.out(attend(q, k, v, mask), keys[3]), written
-
-            x, written = layer(x, attention, None)
-            return (x, *written), None
-
-        # The cache is carried whole, not sliced by scan: so XLA writes it in place.
-        start = (self.embed_tokens(ids, self.config.compute_dtype), cache.k, cache.v)
-        xs = (self.layers, jnp.arange(self.config.num_layers))
-        (x, k, v), _ = jax.lax.scan(body, start, xs)
-        return self.norm(x), Cache(k=k, v=v)
-
     def _run(self, ids, segments, positions, key, *, keep: bool) -> tuple[Array, Array | None]:
         attend_packed = packed(segments, impl=self.config.attention)
         angles = self._angles(positions)
@@ -267,13 +222,6 @@ def abstract(config: Model, vocab: Vocab, lora: Lora) -> Chameleon:
     _check_mesh(config, vocab)
     make = lambda key: Chameleon(config, vocab, lora, key=key)  # noqa: E731
     return placed(jax.eval_shape(make, jax.eval_shape(lambda: jax.random.key(0))))
-
-
-def init_cache(config: Model, *, batch: int, length: int) -> Cache:
-    """Room for `length` tokens of each of `batch` rows."""
-    shape = (config.num_layers, batch, config.num_kv_heads, length, config.head_dim)
-    zeros = lambda: jnp.zeros(shape, config.compute_dtype, out_sharding=CACHE)  # noqa: E731
-    return Cache(k=zeros(), v=zeros())
 
 
 def split(model: Chameleon) -> tuple[Any, Any, Any]:

@@ -153,7 +153,9 @@ class Sample:
     image_greedy: bool
     guidance_scale_text: float
     guidance_scale_image: float
-    max_gen_len: int  # tokens
+    max_gen_len: int  # tokens of text
+    budget: str  # answer | segment: what max_gen_len bounds; segment: anew after each image
+    boi_ends: bool  # an opened image ends the answer, as Meta's extra_eos_tokens
     seed: int
 
 
@@ -180,6 +182,7 @@ CHOICES = {
     "data.mask": ("answers", "release"),
     "mixing.by": ("source", "task"),
     "mixing.unit": ("documents", "tokens"),
+    "sample.budget": ("answer", "segment"),
     "train.trains": ("lora", "full", "image_head"),
     "train.loss_weight": ("document", "token"),
     "train.prng_impl": ("threefry2x32", "rbg", "unsafe_rbg"),

@@ -1,15 +1,23 @@
-"""The compiled half of generation: prompts into a key-value cache, then one token a row and step.
+"""The compiled half of generation: five programs over one cache of keys and values.
+
+    prefill   pieces of prompts into lanes              copy    the start of a lane into another
+    run       up to `chunk` tokens for every row        score   how likely given tokens are
+    mark      which ids a row has seen
+
+A row is one answer in the making; a lane is a row of the cache. Each row has up to three streams:
 
     stream 0  full            every token of the row
-    stream 1  unconditional   BOS, and the open image: BOI c c c ...            (guided modes)
-    stream 2  image-only      BOS, and every image: BOI c c ... EOI BOI c ...   (if any came before)
+    stream 1  unconditional   BOS, and the open image: BOI c c c ...       while it is in an image
+    stream 2  image-only      BOS, and every image: BOI c c ... EOI BOI c ...   if any came before
 
-The streams of a row are rows b * G + g of one cache, each with positions of its own. A sampled
-token goes to all streams that hold its kind; the others stand idle for the step (position -1). So
-text, images and text after an image are one loop, and rows of a batch may be in different states.
-BOI takes the unconditional stream back to slot 1: all that it costs to open another image.
+A sampled token goes to all streams that hold its kind; the others stand idle for the step. So text,
+images and text after an image are one loop, and rows may be in different states. A row that opens
+an image waits, and the loop returns, until the host has given it lanes for stream 1 and 2: guidance
+costs nothing where no image is written. Without stream 2 it equals stream 1, without both the full
+one: the formula of guidance then needs no case of its own.
 
-One program is compiled for each `Plan` and number of rows; prompts of any length share it.
+`run` is compiled for a `Plan`, a number of lanes (`width`), of slots that are read (`span`), and
+for what is drawn: text alone while no row is in an image.
 """
 
 import dataclasses
@@ -21,40 +29,30 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from medmax_jax import chameleon, grammar, sampling
+from medmax_jax import cached, grammar, sampling
 from medmax_jax import vocab as ids
+from medmax_jax.chameleon import Chameleon
 from medmax_jax.config import Vocab
-from medmax_jax.mesh import BATCH
+from medmax_jax.mesh import BATCH, ROWS, placed
 
 FULL, UNCONDITIONAL, IMAGE_ONLY = range(3)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a compiled program depends on, besides the number of rows."""
+    """What the compiled programs depend on, besides sizes."""
 
     mode: str
-    streams: int  # 1 text; 2 images after prompts without one; 3 otherwise
-    slots: int  # of the cache: prompt and output
-    chunk: int  # tokens of the prompt read at once
+    chunk: int  # tokens between two looks of the host
     codes: int  # of one image
-    context: int  # tokens the model can hold
+    context: int  # tokens a lane can hold
     vocab: Vocab
     text_greedy: bool
     image_greedy: bool
-
-
-class Prompt(NamedTuple):
-    """A batch of prompts without their last tokens, which the loop feeds first."""
-
-    ids: Int[Array, "B G S"]
-    positions: Int[Array, "B G S"]  # -1: nothing here
-    last: Int[Array, "B"]
-    slots: Int[Array, "B G"]  # the next free slot of each stream
-    seen: Bool[Array, "B V"]  # ids of the whole prompt, for the repetition penalty
-    real: Bool[Array, "B"]  # False: a row that fills the batch
-    numbers: Int[Array, "B"]  # of the samples; the row's random numbers come from here
-    chunks: Int[Array, ""]
+    boi_ends: bool  # an opened image ends the answer
+    per_segment: bool  # the budget begins anew after each image
+    blocks: int  # of lanes: devices that split the batch
+    depth: int  # lanes of a block
 
 
 class Knobs(NamedTuple):
@@ -67,176 +65,287 @@ class Knobs(NamedTuple):
     image_top_p: Float[Array, ""]
     scale_text: Float[Array, ""]
     scale_image: Float[Array, ""]
-    budget: Int[Array, ""]  # tokens of text a row, with BOI and EOS, without codes and EOI
+
+
+class Rows(NamedTuple):
+    """[N] answers in the making; small, so it goes to the device and back with each chunk."""
+
+    token: Int[Array, "N"]  # sampled, or the prompt's last; not fed yet
+    lanes: Int[Array, "N 3"]  # of each stream; -1: none
+    at: Int[Array, "N 3"]  # the next free slot of each
+    left: Int[Array, "N"]  # the grammar's state
+    budget: Int[Array, "N"]  # tokens of text, with BOI and EOS, without codes and EOI
+    spent: Int[Array, "N"]
+    count: Int[Array, "N"]  # tokens written
+    number: Int[Array, "N"]  # of the sample; its random numbers come from here
+    done: Bool[Array, "N"]  # or nobody sits here
+    waiting: Bool[Array, "N"]  # for lanes, to write an image
 
 
 class State(NamedTuple):
-    """Between two steps. `token` was sampled and is not fed yet."""
+    """Inside `run`, between two steps."""
 
     step: Int[Array, ""]
-    token: Int[Array, "B"]
-    slots: Int[Array, "B G"]
-    left: Int[Array, "B"]  # the grammar's state
-    spent: Int[Array, "B"]  # of the budget
-    done: Bool[Array, "B"]
-    seen: Bool[Array, "B V"]
-    count: Int[Array, "B"]  # tokens written
-    out: Int[Array, "B S"]
-    cache: chameleon.Cache
+    rows: Rows
+    seen: Bool[Array, "N V"]
+    out: Int[Array, "N C"]
+    opened: Bool[Array, ""]
+    cache: cached.Cache
 
 
-@functools.partial(jax.jit, static_argnames="plan")
-def write(
-    model: chameleon.Chameleon, prompt: Prompt, knobs: Knobs, key: Key[Array, ""], *, plan: Plan
-) -> tuple[Int[Array, "B S"], Int[Array, "B"]]:
-    """The tokens each row writes, with EOS, and how many they are. Image mode: the codes alone."""
-    keys = sampling.row_keys(key, prompt.numbers)
+@functools.partial(jax.jit, static_argnames="span", donate_argnames="cache")
+def prefill(
+    model: Chameleon,
+    cache: cached.Cache,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    lanes: Int[Array, "B"],
+    *,
+    span: int,
+) -> cached.Cache:
+    """Pieces of prompts into lanes of the device's own block; -1 are idle tokens."""
+    placed = _split(tokens, positions, lanes)
+    return cached.decode(model, placed[0], cache, placed[1], lanes=placed[2], span=span)[1]
+
+
+@functools.partial(jax.jit, static_argnames="span", donate_argnames="cache")
+def copy(
+    cache: cached.Cache, sources: Int[Array, "M"], targets: Int[Array, "M"], *, span: int
+) -> cached.Cache:
+    """The start of lanes into others of the same block."""
+    sources, targets = (jax.sharding.reshard(x, P(ROWS)) for x in (sources, targets))
+    return cached.copy(cache, sources, targets, span=span)
+
+
+@functools.partial(jax.jit, donate_argnames="seen")
+def mark(
+    seen: Bool[Array, "N V"], row: Int[Array, ""], tokens: Int[Array, "S"]
+) -> Bool[Array, "N V"]:
+    """Row `row` has seen these ids and no others."""
+    fresh = jnp.zeros(seen.shape[1], bool).at[tokens].set(True)
+    return jax.lax.dynamic_update_slice(seen, fresh[None], (row, 0))
+
+
+@functools.partial(jax.jit, static_argnames="span", donate_argnames="cache")
+def score(
+    model: Chameleon,
+    cache: cached.Cache,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    lanes: Int[Array, "B"],
+    targets: Int[Array, "B T"],
+    *,
+    span: int,
+) -> tuple[cached.Cache, Float[Array, "B T"], Bool[Array, "B T"]]:
+    """Log-likelihood of each target after its token, over the whole vocabulary; is it the best?"""
+    placed = _split(tokens, positions, lanes)
+    hidden, cache = cached.decode(model, placed[0], cache, placed[1], lanes=placed[2], span=span)
+    logits = jax.sharding.reshard(model.logits(hidden), P(None, None, None))
+    held = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return cache, held - jax.nn.logsumexp(logits, axis=-1), held >= logits.max(-1)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("plan", "width", "span", "draws"), donate_argnames=("cache", "seen")
+)
+def run(
+    model: Chameleon,
+    cache: cached.Cache,
+    rows: Rows,
+    seen: Bool[Array, "N V"],
+    knobs: Knobs,
+    key: Key[Array, ""],
+    *,
+    plan: Plan,
+    width: int,
+    span: int,
+    draws: str,
+) -> tuple[cached.Cache, Rows, Bool[Array, "N V"], Int[Array, "N C"]]:
+    """Up to plan.chunk more tokens of each row; `out` has those that it wrote, from the left.
+
+    width: lanes of each block that run, the first ones. draws: "text", "codes" or "both".
+    """
+    keys = sampling.row_keys(key, rows.number)
     state = State(
         step=jnp.int32(0),
-        token=prompt.last,
-        slots=prompt.slots,
-        left=grammar.start(prompt.last, codes=plan.codes),
-        spent=jnp.zeros_like(prompt.last),
-        done=~prompt.real,
-        seen=prompt.seen,
-        count=jnp.zeros_like(prompt.last),
-        out=jnp.zeros((len(prompt.last), plan.slots), jnp.int32),
-        cache=_prefill(model, prompt, plan),
+        rows=rows,
+        seen=seen,
+        out=jnp.full((len(rows.token), plan.chunk), ids.PAD, jnp.int32),
+        opened=jnp.bool_(False),
+        cache=cache,
     )
     state = jax.lax.while_loop(
-        lambda state: ~state.done.all() & (state.step < plan.slots),
-        lambda state: _step(model, state, knobs, keys, plan),
+        lambda s: (s.step < plan.chunk) & ~s.opened & _active(s.rows).any(),
+        lambda s: _step(model, s, knobs, keys, plan, width, span, draws),
         state,
     )
-    return state.out, state.count
+    return state.cache, state.rows, state.seen, state.out
+
+
+def lower(
+    like: Chameleon, plan: Plan, *, rows: int, slots: int, kind: str, draws: str
+) -> jax.stages.Lowered:
+    """`run` for shapes alone, with every lane and slot in use; under the mesh of `like`.
+
+    What a compiler for another machine wants: nothing is allocated.
+    """
+    shape = lambda *sizes, kind=jnp.int32: jax.ShapeDtypeStruct(sizes, kind)  # noqa: E731
+    row, three, flag = shape(rows), shape(rows, 3), shape(rows, kind=jnp.bool_)
+    asked = Rows(row, three, three, row, row, row, row, row, flag, flag)
+    knobs = Knobs(*[shape(kind=jnp.float32)] * len(Knobs._fields))
+    lanes = plan.blocks * plan.depth
+    cache = jax.eval_shape(lambda: cached.empty(like.config, lanes=lanes, slots=slots, kind=kind))
+    given = (cache, asked, shape(rows, plan.vocab.size, kind=jnp.bool_), knobs)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    cache, asked, seen, knobs, key = placed((*given, key))
+    fixed = dict(plan=plan, width=plan.depth, span=slots, draws=draws)
+    return run.lower(like, cache, asked, seen, knobs, key, **fixed)
 
 
 def stream_slots(
-    token: Int[Array, "B"], slots: Int[Array, "B G"], vocab: Vocab
-) -> Int[Array, "B G"]:
-    """Where each stream stores the token; -1 where the stream does not hold its kind.
+    token: Int[Array, "N"], at: Int[Array, "N 3"], lanes: Int[Array, "N 3"], vocab: Vocab
+) -> Int[Array, "N 3"]:
+    """Where each stream stores the token; -1 where there is none, or it does not hold its kind.
 
-    Of slots (9, 4, 7), a word takes (9, -1, -1), BOI (9, 1, 7), a code (9, 4, 7), EOI (9, -1, 7).
+    Of slots (9, 4, 7), a word takes (9, -1, -1), BOI and a code (9, 4, 7), EOI (9, -1, -1).
     """
-    code, opens = ids.is_image(token, vocab), token == ids.BOI
-    full = slots[:, FULL]
-    unconditional = jnp.where(opens, 1, jnp.where(code, slots[:, 1 % slots.shape[1]], -1))
-    pictorial = code | opens | (token == ids.EOI) | (token == ids.BOS)
-    image_only = jnp.where(pictorial, slots[:, -1], -1)
-    return jnp.stack([full, unconditional, image_only][: slots.shape[1]], axis=1)
+    pictorial = ids.is_image(token, vocab) | (token == ids.BOI)
+    held = jnp.stack([jnp.ones_like(pictorial), pictorial, pictorial], axis=1)
+    return jnp.where(held & (lanes >= 0), at, -1)
 
 
-def _prefill(model: chameleon.Chameleon, prompt: Prompt, plan: Plan) -> chameleon.Cache:
-    rows, streams, width = prompt.ids.shape
-    tokens, places = (
-        x.reshape(rows * streams, width) for x in (prompt.ids, prompt.positions)
-    )  # [B * G, S]
-    cache = chameleon.init_cache(model.config, batch=rows * streams, length=plan.slots)
+def _active(rows: Rows) -> Bool[Array, "N"]:
+    return ~(rows.done | rows.waiting)
 
-    def read(i, cache):
-        pieces = (
-            jax.lax.dynamic_slice_in_dim(x, i * plan.chunk, plan.chunk, axis=1)
-            for x in (tokens, places)
-        )
-        fed, at = (jax.sharding.reshard(x, BATCH) for x in pieces)
-        return model.decode(fed, cache, at)[1]
 
-    return jax.lax.fori_loop(0, prompt.chunks, read, cache)
+def _split(*arrays: Array) -> list[Array]:
+    return [jax.sharding.reshard(x, BATCH if x.ndim == 2 else P(ROWS)) for x in arrays]
 
 
 def _step(
-    model: chameleon.Chameleon, state: State, knobs: Knobs, keys: Key[Array, "B"], plan: Plan
+    model: Chameleon,
+    state: State,
+    knobs: Knobs,
+    keys: Key[Array, "N"],
+    plan: Plan,
+    width: int,
+    span: int,
+    draws: str,
 ) -> State:
-    places = stream_slots(state.token, state.slots, plan.vocab)
-    places = jnp.where(state.done[:, None], -1, places)
-    # An unconditional stream that goes back to slot 1 goes on from there.
-    slots = jnp.where(places >= 0, places + 1, state.slots)
-    logits, cache = _logits(model, state.token, places, state.cache)
-    length = slots[:, FULL]
-    token = _next(logits, length, state, knobs, keys, plan)
+    rows, active = state.rows, _active(state.rows)
+    places = stream_slots(rows.token, rows.at, rows.lanes, plan.vocab)
+    places = jnp.where(active[:, None], places, -1)
+    at = jnp.where(places >= 0, places + 1, rows.at)
+    lanes = _lane_rows(rows.lanes, plan, width)
+    logits, cache = _logits(model, rows.token, places, lanes, state.cache, plan, width, span)
+    token = _next(logits, lanes, at[:, FULL], state, knobs, keys, plan, draws)
 
-    spent = state.spent + (state.left == 0)
-    left = grammar.advance(state.left, token, codes=plan.codes)
-    if plan.mode == "image":
-        ended = left == 1  # the codes are there; EOI is not written
-    else:
-        out_of_room = (spent >= knobs.budget) | (length + 1 >= plan.context)
-        ended = (left == 0) & ((token == ids.EOS) | out_of_room)
-    written = jnp.where(state.done, ids.PAD, token)
+    in_text = rows.left == 0
+    left = grammar.advance(rows.left, token, codes=plan.codes)
+    spent = rows.spent + in_text
+    over, spent = _over(rows, token, left, spent, at[:, FULL], plan)
+    opens = active & in_text & (token == ids.BOI) & ~over
+    keep = lambda new, old: jnp.where(active, new, old)  # noqa: E731
     return State(
         step=state.step + 1,
-        token=token,
-        slots=slots,
-        left=left,
-        spent=spent,
-        done=state.done | ended,
-        seen=state.seen | (token[:, None] == jnp.arange(plan.vocab.size)),
-        count=state.count + ~state.done,
-        out=jax.lax.dynamic_update_slice_in_dim(state.out, written[:, None], state.step, axis=1),
+        rows=rows._replace(
+            token=keep(token, rows.token),
+            at=at,
+            left=keep(left, rows.left),
+            spent=keep(spent, rows.spent),
+            count=rows.count + active,
+            done=rows.done | (active & over),
+            waiting=rows.waiting | opens,
+        ),
+        seen=state.seen | (active[:, None] & (token[:, None] == jnp.arange(plan.vocab.size))),
+        out=state.out.at[:, state.step].set(jnp.where(active, token, ids.PAD)),
+        opened=state.opened | opens.any(),
         cache=cache,
     )
 
 
+def _over(rows: Rows, token, left, spent, length, plan: Plan) -> tuple[Array, Array]:
+    """Which rows are at their end, and what they have spent of their budget."""
+    if plan.mode == "image":
+        return left == 1, spent  # the codes are there; EOI is not written
+    if plan.per_segment:
+        spent = jnp.where(rows.left == 1, 0, spent)  # EOI: a new segment
+    out_of_room = (spent >= rows.budget) | (length + 1 >= plan.context)
+    over = (left == 0) & ((token == ids.EOS) | out_of_room)
+    return over | (plan.boi_ends & (rows.left == 0) & (token == ids.BOI)), spent
+
+
+def _lane_rows(lanes: Int[Array, "N 3"], plan: Plan, width: int) -> Int[Array, "N 3"]:
+    """Where a lane's logits stand among blocks * width rows; past their end for no lane."""
+    block, depth = lanes // plan.depth, lanes % plan.depth
+    return jnp.where(lanes >= 0, block * width + depth, plan.blocks * width)
+
+
 def _logits(
-    model: chameleon.Chameleon, token: Int[Array, "B"], places: Int[Array, "B G"], cache
-) -> tuple[Float[Array, "B G V"], chameleon.Cache]:
-    """Feeds one token to all streams. Every device gets the whole logits, and samples alike."""
-    rows, streams = places.shape
-    fed = jnp.broadcast_to(token[:, None], places.shape).reshape(rows * streams, 1)
-    places = places.reshape(rows * streams, 1)
-    fed, places = (jax.sharding.reshard(x, BATCH) for x in (fed, places))
-    hidden, cache = model.decode(fed, cache, places)
-    logits = jax.sharding.reshard(model.logits(hidden), P(None, None, None))
-    return logits.reshape(rows, streams, -1), cache
+    model: Chameleon, token, places, lanes, cache, plan: Plan, width: int, span: int
+) -> tuple[Float[Array, "B V"], cached.Cache]:
+    """Feeds one token to every stream. Each device gets all logits, and samples alike."""
+    count = plan.blocks * width
+    every = jnp.broadcast_to(token[:, None], lanes.shape)
+    fed = jnp.zeros(count, jnp.int32).at[lanes].set(every, mode="drop")
+    at = jnp.full(count, -1, jnp.int32).at[lanes].set(places, mode="drop")
+    fed, at = _split(fed[:, None], at[:, None])
+    hidden, cache = cached.decode(model, fed, cache, at, lanes=None, span=span)
+    return jax.sharding.reshard(model.logits(hidden), P(None, None, None))[:, 0], cache
 
 
 def _next(
-    logits: Float[Array, "B G V"],
-    length: Int[Array, "B"],
+    logits: Float[Array, "B V"],
+    lanes: Int[Array, "N 3"],
+    length: Int[Array, "N"],
     state: State,
     knobs: Knobs,
-    keys: Key[Array, "B"],
+    keys: Key[Array, "N"],
     plan: Plan,
-) -> Int[Array, "B"]:
+    draws: str,
+) -> Int[Array, "N"]:
     """A word, a code or EOI, as the grammar's state of the row says."""
-    text = image = jnp.full_like(state.token, ids.EOI)
-    if plan.mode != "image":
-        text = _text(logits[:, FULL], length, state, knobs, keys, plan)
-    if plan.mode != "text":
-        image = _code(logits, knobs, keys, state.step, plan)
-    return jnp.where(state.left == 0, text, jnp.where(state.left == 1, ids.EOI, image))
+    rows = state.rows
+    text = image = jnp.full_like(rows.token, ids.EOI)
+    if draws != "codes":
+        text = _text(logits.at[lanes[:, FULL]].get(mode="clip"), length, state, knobs, keys, plan)
+    if draws != "text":
+        image = _code(logits, lanes, rows, knobs, keys, plan)
+    return jnp.where(rows.left == 0, text, jnp.where(rows.left == 1, ids.EOI, image))
 
 
-def _text(logits, length, state: State, knobs: Knobs, keys, plan: Plan) -> Int[Array, "B"]:
-    in_text = jnp.zeros_like(state.left)
-    allowed = grammar.allowed(
-        in_text,
-        length,
-        vocab=plan.vocab,
-        mode=plan.mode,
-        codes=plan.codes,
-        context=plan.context,
-    )
+def _text(
+    logits: Float[Array, "N V"], length: Int[Array, "N"], state: State, knobs: Knobs, keys, plan
+) -> Int[Array, "N"]:
+    fixed = dict(vocab=plan.vocab, mode=plan.mode, codes=plan.codes, context=plan.context)
+    allowed = grammar.allowed(jnp.zeros_like(length), length, **fixed)
     logits = sampling.allow_only(logits, allowed)
     logits = sampling.penalise(logits, state.seen, knobs.repetition_penalty)
     if not plan.text_greedy:
         logits = sampling.temper(logits, knobs.text_temperature)
         logits = sampling.top_p(logits, knobs.text_top_p)
-    return sampling.pick(logits, keys, state.step, greedy=plan.text_greedy)
+    return sampling.pick(logits, keys, state.rows.count, greedy=plan.text_greedy)
 
 
-def _code(logits, knobs: Knobs, keys, step, plan: Plan) -> Int[Array, "B"]:
+def _code(
+    logits: Float[Array, "B V"], lanes: Int[Array, "N 3"], rows: Rows, knobs: Knobs, keys, plan
+) -> Int[Array, "N"]:
     """One code for all streams, from their guided logits; top_p sorts the image ids alone."""
-    here = slice(ids.IMAGE_START, ids.IMAGE_START + plan.vocab.image_codes)
-    logits = logits[:, :, here]
+    logits = logits[:, ids.IMAGE_START : ids.IMAGE_START + plan.vocab.image_codes]
+    full, unconditional, image_only = (
+        logits.at[lanes[:, stream]].get(mode="clip") for stream in (FULL, UNCONDITIONAL, IMAGE_ONLY)
+    )
+    held = (rows.lanes >= 0)[:, :, None]
+    unconditional = jnp.where(held[:, UNCONDITIONAL], unconditional, full)
+    image_only = jnp.where(held[:, IMAGE_ONLY], image_only, unconditional)
     guided = sampling.guide(
-        logits[:, FULL],
-        logits[:, UNCONDITIONAL],
-        logits[:, IMAGE_ONLY] if plan.streams == 3 else None,
+        full,
+        unconditional,
+        image_only,
         scale_text=knobs.scale_text,
         scale_image=knobs.scale_image,
     )
     if not plan.image_greedy:
         guided = sampling.temper(guided, knobs.image_temperature)
         guided = sampling.top_p(guided, knobs.image_top_p)
-    return ids.IMAGE_START + sampling.pick(guided, keys, step, greedy=plan.image_greedy)
+    return ids.IMAGE_START + sampling.pick(guided, keys, rows.count, greedy=plan.image_greedy)

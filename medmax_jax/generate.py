@@ -11,110 +11,75 @@ python -m medmax_jax.generate --model=medmax_jax/tiny --prompt="A CT?" --image=a
     mixed   words, and images where the model opens them       as text; an image is never cut
 
 A prompt becomes BOS, its parts in order, and END-OF-TURN, as in MedMax's fine-tuning. What a sample
-draws depends on `seed` and its name alone, not on what else is in the batch. max_gen_len counts
-tokens of text over the whole answer; codes are not counted.
+draws depends on `seed` and its name alone, not on what else is in the batch. `sample` is a
+config.Sample; `defaults` has those of the released programs by name.
+
+In --prompt, {a.png} stands for a picture: "Is {a.png} older than {b.png}?". --prompts=F.jsonl asks
+many: {"prompt": "..."} or {"prompt": [{"image": "a.png"}, {"text": "A CT?"}], "id": "7"} a line.
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
-import PIL.Image
 from absl import flags
-from flax import nnx
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
-from medmax_jax import batching, chameleon, cli, decoding, export, grammar, images, vqgan, weights
+from configs.sampling import SETS
+from medmax_jax import answers, batching, cached, cli, engine, export, grammar, serving
 from medmax_jax import mesh as meshes
 from medmax_jax import vocab as ids
 from medmax_jax.batching import GenerateError
-from medmax_jax.config import VQ, ConfigError, Lora, Mesh, Model, Sample, Vocab, build
+from medmax_jax.config import Mesh, Sample, build, to_dict
+from medmax_jax.generator import (
+    Generator,
+    Image,
+    Part,
+    Text,
+    around,
+    decode,
+    encode,
+    load,
+    prompt_tokens,
+    segments,
+)
+from medmax_jax.progress import Items
 from medmax_jax.storage import StorageError
-from medmax_jax.tokenizer import Tokenizer, prompt_ids, segments_of
 
-Part = str | Path | PIL.Image.Image | np.ndarray  # words, a picture's file, a picture, its VQ codes
+__all__ = [
+    "GenerateError", "Generator", "Image", "Score", "Text", "around", "decode", "defaults",
+    "encode", "generate", "load", "pieces", "prompt_tokens", "score", "segments", "stream", "write",
+]  # fmt: skip
 
-SIDE_BY_SIDE = 8  # pictures through the VQGAN at once
-MAX_PIXELS = 64_000_000  # of a prompt's picture; a larger file is more likely an accident
+Asked = Sequence[Sequence[Part]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Text:
-    """Words of an answer."""
+class Score:
+    """How likely an option is after its prompt, in natural logarithms."""
 
-    text: str
+    total: float
+    tokens: int
+    greedy: bool  # each of its tokens is the likeliest of the vocabulary
 
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Image:
-    """A picture of an answer, and the codes it was decoded from."""
-
-    image: PIL.Image.Image
-    codes: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Generator:
-    """A model folder in memory, with or without an adapter."""
-
-    model: chameleon.Chameleon
-    vq: vqgan.VQGAN
-    tokenizer: Tokenizer
-    vocab: Vocab
-    config: Model
-    vq_config: VQ
-    mesh: jax.sharding.Mesh
+    @property
+    def mean(self) -> float:
+        """A token's share: for options of different lengths."""
+        return self.total / self.tokens
 
 
-def load(
-    folder: str | Path, *, adapter: str | Path | None = None, mesh: jax.sharding.Mesh | None = None
-) -> Generator:
-    """A model folder, and an adapter trained on exactly its weights. `mesh` None: one device."""
-    folder = Path(folder)
-    settings = _json(folder / "config.json", "a model folder has config.json, weights, tokenizer")
-    try:
-        model, vocab, vq = (
-            build(kind, settings.get(name))
-            for kind, name in ((Model, "model"), (Vocab, "vocab"), (VQ, "vq"))
-        )
-    except ConfigError as error:
-        raise GenerateError(f"{folder / 'config.json'}: {error}") from error
-    mesh = mesh or meshes.make_mesh(Mesh(data=1, fsdp=1, tp=1))
-    with jax.set_mesh(mesh):
-        held = _load_model(folder, adapter, model, vocab)
-    return around(held, folder, config=model, vocab=vocab, vq=vq, mesh=mesh)
-
-
-def around(
-    model: chameleon.Chameleon,
-    folder: str | Path,
-    *,
-    config: Model,
-    vocab: Vocab,
-    vq: VQ,
-    mesh: jax.sharding.Mesh,
-) -> Generator:
-    """A model that is in memory, with the tokenizer and the VQGAN of a model folder."""
-    folder = Path(folder)
-    with jax.set_mesh(mesh):
-        return Generator(
-            model=model,
-            vq=_load_vqgan(folder / "vqgan.safetensors", vq),
-            tokenizer=Tokenizer.from_file(folder / "tokenizer.json", vocab),
-            vocab=vocab,
-            config=config,
-            vq_config=vq,
-            mesh=mesh,
-        )
+def defaults(name: str) -> Sample:
+    """The sampling settings of a released program: meta, medmax or medmax_eval."""
+    if name not in SETS:
+        raise GenerateError(f"no settings are called {name!r}; use one of {', '.join(SETS)}")
+    return Sample(**SETS[name])
 
 
 def generate(
     g: Generator,
-    prompts: Sequence[Sequence[Part]],
+    prompts: Asked,
     sample: Sample,
     *,
     mode: str,
@@ -122,18 +87,19 @@ def generate(
     names: Sequence[str] | None = None,
     end_of_turn: bool = True,
     rows: int = 32,
+    kind: str = "model",
 ) -> list[list[Text | Image]]:
     """The answers, in the order of the prompts. See `stream` for the arguments."""
-    answers: list[list[Text | Image]] = [[] for _ in prompts]
-    request = dict(mode=mode, seed=seed, names=names, end_of_turn=end_of_turn, rows=rows)
-    for index, answer in stream(g, prompts, sample, **request):
-        answers[index] = answer
-    return answers
+    found: list[list[Text | Image]] = [[] for _ in prompts]
+    request = dict(names=names, end_of_turn=end_of_turn, rows=rows, kind=kind)
+    for index, answer in stream(g, prompts, sample, mode=mode, seed=seed, **request):
+        found[index] = answer
+    return found
 
 
 def stream(
     g: Generator,
-    prompts: Sequence[Sequence[Part]],
+    prompts: Asked,
     sample: Sample,
     *,
     mode: str,
@@ -141,59 +107,47 @@ def stream(
     names: Sequence[str] | None = None,
     end_of_turn: bool = True,
     rows: int = 32,
+    kind: str = "model",
 ) -> Iterator[tuple[int, list[Text | Image]]]:
-    """(index of the prompt, answer) as batches of `rows` get ready, like lengths together.
+    """(index of the prompt, answer) as they get ready, `rows` being written at a time.
 
     names: the samples' ids, for their random numbers; None: a digest of the prompt, and for the
     second of two equal prompts its count. end_of_turn False: the bare parts, for a base model.
+    kind: of the cache, "model" or "int8".
     """
     tokens = prompt_tokens(g, prompts, end_of_turn=end_of_turn)
-    for batch, written in write(g, tokens, sample, mode=mode, seed=seed, names=names, rows=rows):
+    fixed = dict(mode=mode, seed=seed, names=names, rows=rows, kind=kind)
+    for batch, written in write(g, tokens, sample, **fixed):
         yield from zip(batch, segments(g, written), strict=True)
 
 
-def prompt_tokens(
-    g: Generator, prompts: Sequence[Sequence[Part]], *, end_of_turn: bool
-) -> list[Int[np.ndarray, "_"]]:
-    """Each prompt as token ids; a picture that several prompts show is encoded once."""
-    pictures = {
-        _key(part): part
-        for prompt in prompts
-        for part in prompt
-        if not isinstance(part, str | np.ndarray)
-    }
-    codes = dict(zip(pictures, encode(g, list(pictures.values())), strict=True))
-    return [
-        prompt_ids(g.tokenizer, [codes.get(_key(p), p) for p in prompt], g.vocab, end_of_turn)
-        for prompt in prompts
-    ]
+def pieces(
+    g: Generator,
+    prompts: Asked,
+    sample: Sample,
+    *,
+    mode: str,
+    seed: int,
+    names: Sequence[str] | None = None,
+    end_of_turn: bool = True,
+    rows: int = 32,
+    kind: str = "model",
+) -> Iterator[tuple[int, Text | Image | None]]:
+    """(index, words as they come, or a whole picture); (index, None) where an answer ends.
 
-
-def encode(g: Generator, pictures: Sequence[Path | PIL.Image.Image]) -> list[Int[np.ndarray, "K"]]:
-    """The VQ codes of pictures, row by row from the top left."""
-    codes = []
-    for start in range(0, len(pictures), SIDE_BY_SIDE):
-        part = [
-            images.load(p, max_pixels=MAX_PIXELS) if isinstance(p, Path) else p
-            for p in pictures[start : start + SIDE_BY_SIDE]
-        ]
-        pixels = np.stack([images.preprocess(p, g.vq_config.image_size) for p in part])
-        with jax.set_mesh(g.mesh):
-            found = vqgan.encode(g.vq, _filled(pixels, SIDE_BY_SIDE))
-        codes += list(np.asarray(found)[: len(part)].reshape(len(part), -1))
-    return codes
-
-
-def decode(g: Generator, codes: Sequence[Int[np.ndarray, "K"]]) -> list[PIL.Image.Image]:
-    """The pictures of VQ codes."""
-    side, pictures = g.vq_config.codes_per_side, []
-    for start in range(0, len(codes), SIDE_BY_SIDE):
-        part = np.stack(codes[start : start + SIDE_BY_SIDE]).reshape(-1, side, side)
-        with jax.set_mesh(g.mesh):
-            pixels = vqgan.decode_codes(g.vq, _filled(part, SIDE_BY_SIDE))
-            found = np.asarray(vqgan.to_uint8(pixels))[: len(part)]
-        pictures += [PIL.Image.fromarray(picture) for picture in found]
-    return pictures
+    The words of an answer, put together, are those of `stream`. Characters wait until their bytes
+    are whole.
+    """
+    tokens = prompt_tokens(g, prompts, end_of_turn=end_of_turn)
+    fixed = dict(mode=mode, names=names, rows=rows, kind=kind)
+    served = _served(g, tokens, sample, seed=seed, **fixed)
+    told = [answers.Telling() for _ in prompts]
+    for news in served:
+        for each in news:
+            for part in told[each.index].more(g, each.tokens, each.done):
+                yield each.index, part
+            if each.done:
+                yield each.index, None
 
 
 def write(
@@ -205,99 +159,84 @@ def write(
     seed: int,
     names: Sequence[str] | None,
     rows: int,
+    kind: str = "model",
 ) -> Iterator[tuple[list[int], list[Int[np.ndarray, "_"]]]]:
-    """(indices of a batch, the tokens that each of them writes, EOS included) by token ids."""
-    grammar.check_mode(mode)
-    knobs, numbers = batching.knobs(sample), batching.numbers(prompts, names)
-    if mode == "image":
-        prompts = [np.append(p, ids.BOI).astype(np.int32) for p in prompts]
-    for batch, streams in batching.batches(prompts, g.vocab, mode=mode, rows=rows):
-        plan = batching.plan(
-            [len(prompts[i]) for i in batch],
-            sample,
-            g.vocab,
-            mode=mode,
-            streams=streams,
-            codes=g.vq_config.codes_per_image,
-            context=g.config.context_length,
-        )
-        split = g.mesh.shape["data"] * g.mesh.shape["fsdp"]
-        prompt = batching.batch(
-            [prompts[i] for i in batch],
-            numbers[batch],
-            plan,
-            split=split,
-            least=rows if len(prompts) > rows else 1,
-        )
-        with jax.set_mesh(g.mesh):
-            key = jax.random.key(seed)
-            out, count = decoding.write(g.model, prompt, knobs, key, plan=plan)
-        out, count = np.asarray(out), np.asarray(count)
-        yield batch, [out[row, : count[row]] for row in range(len(batch))]
+    """(indices, the tokens that each of them writes, EOS included) of what is done, by ids."""
+    fixed = dict(mode=mode, names=names, rows=rows, kind=kind)
+    for news in _served(g, prompts, sample, seed=seed, **fixed):
+        done = [each for each in news if each.done]
+        if done:
+            yield [each.index for each in done], [each.tokens for each in done]
 
 
-def _load_model(
-    folder: Path, adapter: str | Path | None, config: Model, vocab: Vocab
-) -> chameleon.Chameleon:
-    if adapter is None:
-        return export.load(folder, chameleon.abstract(config, vocab, chameleon.NO_LORA))
-    where = Path(adapter) / "adapter_config.json"
-    settings = _json(where, "an adapter folder has adapter_config.json; training writes it")
-    if missing := {"rank", "alpha", "dropout", "base"} - set(settings):
-        raise GenerateError(f"{where}: {sorted(missing)[0]} is missing; export the adapter again")
-    if settings["base"] != (found := export.identity(folder)):
-        raise GenerateError(
-            f"{where}: trained on base weights {settings['base'][:12]}, but {folder} has "
-            f"{found[:12]}; name the model folder that it was trained from"
-        )
-    lora = build(Lora, {name: settings[name] for name in ("rank", "alpha", "dropout")})
-    graph, adapters, base = chameleon.split(chameleon.abstract(config, vocab, lora))
-    adapters = weights.load(Path(adapter) / "adapter.safetensors", adapters)
-    return nnx.merge(graph, adapters, export.load(folder, base))
+def score(
+    g: Generator,
+    prompts: Asked,
+    options: Sequence[Sequence[str]],
+    *,
+    end_of_turn: bool = True,
+    rows: int = 32,
+    kind: str = "model",
+) -> list[list[Score]]:
+    """How likely each of a prompt's options is to follow it; nothing is drawn.
 
-
-def _load_vqgan(file: Path, config: VQ) -> vqgan.VQGAN:
-    try:
-        return weights.load(file, vqgan.abstract(config))
-    except weights.WeightsError as error:  # HF's checkpoints of this family have no decoder
-        raise GenerateError(
-            f"{error}. Generation needs encoder and decoder: convert again with --vqgan=vqgan.ckpt"
-        ) from error
-
-
-def segments(g: Generator, written: Sequence[np.ndarray]) -> list[list[Text | Image]]:
-    """Words decoded, codes to pictures; an empty answer is one empty Text."""
-    answers, codes = [], []
-    for tokens in written:
-        parts = segments_of(tokens, g.vocab)
-        codes += [held for kind, held in parts if kind == "image"]
-        answers.append(parts or [("text", tokens[:0])])
-    pictures = iter(zip(decode(g, codes), codes, strict=True))
+    The words of an option are tokenised by themselves, as an answer is in training.
+    """
+    tokens = prompt_tokens(g, prompts, end_of_turn=end_of_turn)
+    if len(options) != len(prompts):
+        raise GenerateError(f"{len(prompts)} prompts but {len(options)} lists of options")
+    asked = [[np.array(g.tokenizer.encode(o), np.int32) for o in each] for each in options]
+    context, codes, longest = g.config.context_length, g.vq_config.codes_per_image, 0
+    for index, (prompt, each) in enumerate(zip(tokens, asked, strict=True)):
+        where = f"prompt {index}"
+        batching.check_prompt(prompt, g.vocab, codes=codes, where=where)
+        if not each or not all(map(len, each)):
+            raise GenerateError(f"{where} has no options, or an empty one; give it words")
+        longest = max(longest, len(prompt) + max(map(len, each)))
+        if longest > context:
+            raise GenerateError(
+                f"{where} and an option have {longest} tokens, the model holds {context}; "
+                "shorten them"
+            )
+    if not tokens:
+        return []
+    count = batching.rows(len(tokens), rows)
+    slots = min(batching.rounded(longest), context)
+    e = _engine(g, rows=count, lanes=count, slots=slots, kind=kind)
     return [
         [
-            Text(g.tokenizer.decode(held)) if kind == "text" else Image(*next(pictures))
-            for kind, held in parts
+            Score(total=float(one.sum()), tokens=len(one), greedy=bool(best.all()))
+            for one, best in each
         ]
-        for parts in answers
+        for each in engine.likelihoods(e, tokens, asked)
     ]
 
 
-def _key(part: Part) -> Path | int:
-    return part if isinstance(part, Path) else id(part)
+def _served(
+    g: Generator, prompts, sample: Sample, *, mode: str, seed: int, names, rows: int, kind: str
+) -> Iterator[list[serving.Written]]:
+    """An engine as large as these requests need, and what it writes chunk by chunk."""
+    batching.knobs(sample)  # settings that make no sense, before anything is made
+    codes, context = g.vq_config.codes_per_image, g.config.context_length
+    requests = batching.requests(
+        prompts, sample, g.vocab, mode=mode, names=names, codes=codes, context=context
+    )
+    count = batching.rows(len(requests), rows)
+    if not requests:
+        return
+    longest = max(len(request.tokens) for request in requests)
+    pictured = mode == "mixed" or any(ids.is_image(r.tokens, g.vocab).any() for r in requests)
+    guided = batching.guided(sample)
+    streams = 1 if mode == "text" else 1 + guided[0] + (guided[1] and pictured)
+    slots = batching.slots(longest, sample, mode=mode, codes=codes, context=context)
+    e = _engine(g, rows=count, lanes=streams * count, slots=slots, kind=kind)
+    yield from serving.serve(e, requests, sample, mode=mode, seed=seed)
 
 
-def _filled(x: np.ndarray, rows: int) -> np.ndarray:
-    """One row alone or `rows` of them, so that the VQGAN is compiled for two sizes only."""
-    return x if len(x) == 1 else np.concatenate([x, np.repeat(x[:1], rows - len(x), axis=0)])
-
-
-def _json(path: Path, mend: str) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise GenerateError(f"{path}: no such file; {mend}") from error
-    except ValueError as error:
-        raise GenerateError(f"{path}: not JSON ({error}); {mend}") from error
+def _engine(g: Generator, *, rows: int, lanes: int, slots: int, kind: str) -> engine.Engine:
+    codes = g.vq_config.codes_per_image
+    sizes = dict(codes=codes, rows=rows, lanes=lanes, slots=slots, kind=kind)
+    return engine.make(g.model, g.vocab, g.mesh, **sizes)
 
 
 # The program.
@@ -308,38 +247,61 @@ FLAGS = flags.FLAGS
 def _flags() -> None:
     flags.DEFINE_string("model", None, "model folder", required=True)
     flags.DEFINE_string("adapter", "", "adapter folder that training wrote")
-    flags.DEFINE_multi_string(
-        "prompt", None, "words of a prompt; repeat for several", required=True
-    )
-    flags.DEFINE_multi_string("image", [], "picture before the words of every prompt")
+    flags.DEFINE_bool("merge", False, "add the adapter to the base, instead of beside it")
+    flags.DEFINE_multi_string("prompt", [], "words, {a.png} for a picture; repeat for several")
+    flags.DEFINE_string("prompts", "", "JSONL file of prompts, in place of --prompt")
+    flags.DEFINE_multi_string("image", [], "picture before the words of every --prompt")
     flags.DEFINE_enum("mode", "text", grammar.MODES, "what to write")
     flags.DEFINE_bool("end_of_turn", True, "close the prompt as MedMax's fine-tuning does")
+    flags.DEFINE_integer("rows", 32, "answers that are written at a time")
+    flags.DEFINE_enum("cache", "model", cached.KINDS, "keys and values: as computed, or in bytes")
 
 
 def main(settings: ConfigDict, out: str) -> None:
-    """Answers every prompt; writes answers.jsonl and one PNG for each picture to `out`."""
-    mesh = meshes.make_mesh(build(Mesh, settings.mesh))
-    sample, folder = build(Sample, settings.sample), cli.open_workdir(out, "--out")
-    pictures = [images.load(Path(p), max_pixels=MAX_PIXELS) for p in FLAGS.image]
-    g = load(FLAGS.model, adapter=FLAGS.adapter or None, mesh=mesh)
-    prompts = [[*pictures, words] for words in FLAGS.prompt]
-    request = dict(mode=FLAGS.mode, seed=sample.seed, end_of_turn=FLAGS.end_of_turn)
-    answers = generate(g, prompts, sample, **request)
-    with open(folder / "answers.jsonl", "w") as file:
-        for index, (words, answer) in enumerate(zip(FLAGS.prompt, answers, strict=True)):
-            segments = [
-                _saved(part, folder / f"{index:04d}_{i}.png") for i, part in enumerate(answer)
-            ]
-            record = dict(prompt=words, images=FLAGS.image, mode=FLAGS.mode, segments=segments)
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            print(f"{words}\n  -> {' '.join(next(iter(s.values())) for s in segments)}")
+    """Answers every prompt; what `out` has from an interrupted run is kept."""
+    sample, mesh = build(Sample, settings.sample), meshes.make_mesh(build(Mesh, settings.mesh))
+    questions = _questions()
+    batching.knobs(sample)
+    batching.rows(len(questions), FLAGS.rows)
+    answers.check_pictures(questions)
+    folder = cli.open_workdir(out, "--out")
+    g = load(FLAGS.model, adapter=FLAGS.adapter or None, mesh=mesh, merge=FLAGS.merge)
+    fixed = dict(mode=FLAGS.mode, end_of_turn=FLAGS.end_of_turn)
+    prompts = prompt_tokens(g, [q.parts for q in questions], end_of_turn=FLAGS.end_of_turn)
+    sizes = dict(codes=g.vq_config.codes_per_image, context=g.config.context_length)
+    batching.requests(prompts, sample, g.vocab, mode=FLAGS.mode, names=None, **sizes)
+    settings = to_dict(sample) | fixed | dict(model=FLAGS.model, adapter=FLAGS.adapter)
+    book = answers.Answers(folder, questions, settings)
+    todo = [i for i, q in enumerate(questions) if q.id not in book.records]
+    names = [
+        q.id if q.named else n for q, n in zip(questions, batching.names(prompts), strict=True)
+    ]
+    clock = Items(len(todo), "answers", print, every=5.0)
+    written = write(
+        g, [prompts[i] for i in todo], sample, mode=FLAGS.mode, seed=sample.seed,
+        names=[names[i] for i in todo], rows=FLAGS.rows, kind=FLAGS.cache,
+    )  # fmt: skip
+    with cli.Stop() as stop:
+        for batch, tokens in written:
+            for index, answer in zip(batch, segments(g, tokens), strict=True):
+                question = questions[todo[index]]
+                record = book.add(question, answer, FLAGS.mode)
+                said = " ".join(next(iter(s.values())) for s in record["segments"])
+                print(f"{question.shown()}\n  -> {said}")
+            clock.tick("generate", len(batch))
+            if stop.asked:
+                raise cli.Interrupted("interrupted; the same command goes on from here")
+    print(f"gallery: {book.gallery()}\n{answers.NOTICE}")
 
 
-def _saved(part: Text | Image, path: Path) -> dict[str, str]:
-    if isinstance(part, Text):
-        return {"text": part.text}
-    part.image.save(path)
-    return {"image": path.name}
+def _questions() -> list[answers.Question]:
+    if bool(FLAGS.prompt) == bool(FLAGS.prompts):
+        raise GenerateError("give --prompt, or a file of them by --prompts: one of the two")
+    if FLAGS.prompts and FLAGS.image:
+        raise GenerateError("--image goes with --prompt; name pictures in the file of --prompts")
+    if FLAGS.prompts:
+        return answers.from_file(FLAGS.prompts)
+    return answers.from_words(FLAGS.prompt, FLAGS.image)
 
 
 if __name__ == "__main__":

@@ -49,18 +49,16 @@ def top_p(logits: Float[Array, "B V"], p: Number) -> Float[Array, "B V"]:
 def guide(
     full: Float[Array, "B V"],
     unconditional: Float[Array, "B V"],
-    image_only: Float[Array, "B V"] | None,
+    image_only: Float[Array, "B V"],
     *,
     scale_text: Number,
     scale_image: Number,
 ) -> Float[Array, "B V"]:
     """Classifier-free guidance on text and image apart (InstructPix2Pix's form), on raw logits.
 
-    uncond + s_image (image_only - uncond) + s_text (full - image_only). `image_only` None: no image
-    came before, so that stream would equal the unconditional one and need not run.
+    uncond + s_image (image_only - uncond) + s_text (full - image_only). Where no image came before,
+    image_only is the unconditional stream, and what is left is uncond + s_text (full - uncond).
     """
-    if image_only is None:
-        return unconditional + scale_text * (full - unconditional)
     return (
         unconditional
         + scale_image * (image_only - unconditional)
@@ -74,10 +72,10 @@ def row_keys(key: Key[Array, ""], numbers: Int[Array, "B"]) -> Key[Array, "B"]:
 
 
 def pick(
-    logits: Float[Array, "B V"], keys: Key[Array, "B"], step: Int[Array, ""] | int, *, greedy: bool
+    logits: Float[Array, "B V"], keys: Key[Array, "B"], count: Int[Array, "B"], *, greedy: bool
 ) -> Int[Array, "B"]:
-    """The likeliest id, or one drawn with the row's own key for this step."""
+    """The likeliest id, or one drawn with the row's own key after `count` tokens."""
     if greedy:
         return jnp.argmax(logits, axis=-1)
-    step_keys = jax.vmap(lambda key: jax.random.fold_in(key, step))(keys)
+    step_keys = jax.vmap(jax.random.fold_in)(keys, count)
     return jax.vmap(jax.random.categorical)(step_keys, logits)

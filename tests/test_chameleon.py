@@ -9,7 +9,7 @@ from flax import nnx
 from parity import chameleon_cases as cases
 
 from configs import base, chameleon_30b
-from medmax_jax import chameleon
+from medmax_jax import cached, chameleon
 from medmax_jax.config import Lora, Mesh, Model, Vocab, build
 from medmax_jax.mesh import make_mesh
 
@@ -61,8 +61,8 @@ def test_decoding_equals_the_full_forward(case):
     ids, prompts, total = tokens(3, 12), (9, 4, 6), 12
     model = loaded(case)
     want = np.asarray(hidden(model, *setup.rows(ids)))
-    decode = setup.jit(lambda m, *args: m.decode(*args))
-    cache = chameleon.init_cache(model.config, batch=3, length=16)
+    decode = setup.jit(lambda m, *args: cached.decode(m, *args, lanes=None, span=16))
+    cache = cached.empty(model.config, lanes=3, slots=16, kind="model")
     got, done = np.full_like(want, np.nan), [0, 0, 0]
 
     def feed(width, counts):

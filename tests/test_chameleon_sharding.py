@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from medmax_jax import chameleon
+from medmax_jax import cached, chameleon
 from medmax_jax.config import Lora, Mesh, Model, Vocab
 from medmax_jax.mesh import ACT, BATCH, CACHE, LOGITS, ROWS, make_mesh, put_batch
 
@@ -127,8 +127,8 @@ def decoded_on(shape: tuple[int, int, int]) -> np.ndarray:
     """Logits of a chunk of three tokens and of one more, rows at positions of their own."""
     with jax.set_mesh(mesh := mesh_of(shape)):
         model, ids = model_on_mesh(), np.random.default_rng(3).integers(0, 64, (8, 4))
-        decode = setup.jit(lambda m, *args: m.decode(*args))
-        cache = chameleon.init_cache(MODEL, batch=8, length=12)
+        decode = setup.jit(lambda m, *args: cached.decode(m, *args, lanes=None, span=12))
+        cache = cached.empty(MODEL, lanes=8, slots=12, kind="model")
         assert jax.typeof(cache.k).sharding.spec == CACHE
         prompt, chunk, outputs = np.where(np.arange(8) == 5, 2, 3)[:, None], np.arange(3)[None], []
         for positions in (np.where(chunk < prompt, chunk, -1), prompt):

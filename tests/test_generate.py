@@ -6,63 +6,37 @@ import subprocess
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
+from generate_setup import (
+    CODES,
+    DRAWN,
+    LORA,
+    MODEL,
+    PICTURE,
+    SAMPLE,
+    VOCAB,
+    Plain,
+    noise,
+    prompts,
+)  # fmt: skip
 
-from medmax_jax import batching, chameleon, cli, generate, grammar, tokenizer, vqgan, weights
+from medmax_jax import (
+    batching,
+    chameleon,
+    cli,
+    engine,
+    generate,
+    grammar,
+    tokenizer,
+    vqgan,
+    weights,
+)
 from medmax_jax import vocab as ids
-from medmax_jax.config import VQ, Lora, Mesh, Model, Sample, Vocab, to_dict
+from medmax_jax.config import Mesh, to_dict
 from medmax_jax.export import identity
 from medmax_jax.mesh import make_mesh
-
-VOCAB = Vocab(size=8_712 + 264, image_codes=16, text_start=8_712)
-MODEL = Model(
-    hidden_size=32,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    intermediate_size=48,
-    context_length=64,
-    rope_theta=10_000.0,
-    rms_norm_eps=1e-5,
-    qk_norm_eps=1e-5,
-    qk_norm_shards=1,
-    swin_norm=False,
-    param_dtype="float32",
-    quant="none",
-    compute_dtype="float32",
-    remat="none",
-    attention="xla",
-)
-PICTURE = VQ(  # 2 x 2 codes
-    image_size=4,
-    channels=32,
-    channel_mult=(1, 1),
-    num_res_blocks=1,
-    z_channels=8,
-    embed_dim=8,
-    num_codes=16,
-    norm_groups=32,
-)
-CODES = 4
-SAMPLE = Sample(
-    text_temperature=1.0,
-    text_top_p=0.9,
-    text_greedy=True,
-    repetition_penalty=1.2,
-    image_temperature=0.7,
-    image_top_p=0.9,
-    image_greedy=False,
-    guidance_scale_text=3.0,
-    guidance_scale_image=1.2,
-    max_gen_len=12,
-    seed=0,
-)
-DRAWN = dataclasses.replace(SAMPLE, text_greedy=False, text_temperature=1.3)
-LORA = Lora(rank=2, alpha=4.0, dropout=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -79,15 +53,6 @@ def folder(tmp_path_factory):
         weights.save(folder / "model.safetensors", model, {})
         weights.save(folder / "vqgan.safetensors", noise(vqgan.abstract(PICTURE), std=0.1), {})
     return folder
-
-
-def noise(like, *, std):
-    """Random weights by name; gains about 1."""
-    rng = np.random.default_rng(3)
-    return {
-        name: (rng.normal(0, std, x.shape) + name.endswith("scale")).astype(np.float32)
-        for name, x in weights.named(like).items()
-    }
 
 
 @pytest.fixture(scope="module")
@@ -108,17 +73,6 @@ def adapter(folder, tmp_path_factory):
     return path
 
 
-def prompts(count=5):
-    """Token prompts of unlike length; the odd ones hold an image."""
-    rng, found = np.random.default_rng(0), []
-    for i in range(count):
-        words = rng.integers(VOCAB.text_start, VOCAB.size, 3 + 4 * i)
-        image = np.r_[ids.BOI, rng.integers(4, 20, CODES), ids.EOI]
-        parts = [[ids.BOS], image if i % 2 else [], words, [ids.SEP]]
-        found.append(np.concatenate(parts).astype(np.int32))
-    return found
-
-
 def written(g, tokens, sample, mode, *, names, rows=8):
     found = [None] * len(tokens)
     for batch, answers in generate.write(
@@ -127,83 +81,6 @@ def written(g, tokens, sample, mode, *, names, rows=8):
         for index, answer in zip(batch, answers, strict=True):
             found[index] = answer.tolist()
     return found
-
-
-class Plain:
-    """Generation by its definition: a full forward for each token, numpy processors."""
-
-    def __init__(self, g):
-        self.g = g
-
-        @jax.jit
-        def forward(model, tokens, real):
-            positions = jnp.arange(MODEL.context_length)[None]
-            hidden = model.hidden(tokens, real.astype(np.int32), positions, key=None)
-            return model.logits(hidden)
-
-        self.forward = forward
-
-    def logits(self, tokens):
-        row = np.zeros((1, MODEL.context_length), np.int32)
-        row[0, : len(tokens)] = tokens
-        real = np.arange(MODEL.context_length)[None] < len(tokens)
-        with jax.set_mesh(self.g.mesh):
-            return np.asarray(self.forward(self.g.model, row, real))[0, len(tokens) - 1]
-
-    def text(self, tokens, sample, mode, key):
-        scores = self.logits(tokens)
-        allowed = grammar.text_ids(VOCAB, mode=mode).copy()
-        if len(tokens) >= MODEL.context_length - (CODES + 2):
-            allowed[ids.BOI] = False
-        scores = np.where(allowed, scores, -np.inf)
-        for token in set(tokens):
-            p = sample.repetition_penalty
-            scores[token] = scores[token] * p if scores[token] < 0 else scores[token] / p
-        if sample.text_greedy:
-            return int(scores.argmax())
-        return draw(scores / sample.text_temperature, sample.text_top_p, key)
-
-    def code(self, tokens, sample, key):
-        kept = (ids.BOS, ids.BOI, ids.EOI)
-        last = len(tokens) - 1 - tokens[::-1].index(ids.BOI)
-        full = self.logits(tokens)
-        image = self.logits([t for t in tokens if t in kept or 4 <= t < 20])
-        none = self.logits([ids.BOS, *tokens[last:]])
-        scores = none + sample.guidance_scale_image * (image - none)
-        scores = (scores + sample.guidance_scale_text * (full - image))[4:20]
-        if sample.image_greedy:
-            return 4 + int(scores.argmax())
-        return 4 + draw(scores / sample.image_temperature, sample.image_top_p, key)
-
-    def answer(self, prompt, sample, mode, number):
-        tokens, out, left, spent = prompt.tolist(), [], 0, 0
-        if mode == "image":
-            tokens, left = [*tokens, ids.BOI], CODES + 1
-        row = jax.random.fold_in(jax.random.key(7), number)
-        while True:
-            key = jax.random.fold_in(row, len(out))
-            if left == 0:
-                token, spent = self.text(tokens, sample, mode, key), spent + 1
-                left = CODES + 1 if token == ids.BOI else 0
-            else:
-                token = ids.EOI if left == 1 else self.code(tokens, sample, key)
-                left -= 1
-            tokens, out = [*tokens, token], [*out, token]
-            if mode == "image" and left == 1:
-                return out
-            full = spent >= sample.max_gen_len or len(tokens) >= MODEL.context_length
-            if left == 0 and mode != "image" and (token == ids.EOS or full):
-                return out
-
-
-def draw(scores, p, key):
-    order = np.argsort(-scores)
-    probabilities = np.exp(scores - scores.max())
-    mass = np.cumsum((probabilities / probabilities.sum())[order])
-    dropped = order[1:][mass[:-1] >= p]
-    scores = scores.copy()
-    scores[dropped] = -np.inf
-    return int(jax.random.categorical(key, scores.astype(np.float32)))
 
 
 SLOW = pytest.mark.slow  # each program compiles for seconds
@@ -289,25 +166,6 @@ def test_segments(g, tmp_path):
     assert len(set(drawn)) > 2  # equal prompts and other seeds give other pictures
 
 
-def test_few_programs(g):
-    """All prompt lengths and batch sizes of a model compile to a handful of programs."""
-    fixed = dict(codes=CODES, context=512)
-    for mode, streams, most in (("text", 1, 24), ("image", 2, 24), ("mixed", 3, 4)):
-        plans = {
-            batching.plan([n], SAMPLE, VOCAB, mode=mode, streams=streams, **fixed)
-            for n in range(2, 500)
-        }
-        assert len(plans) <= most
-    plan = batching.plan([9], SAMPLE, VOCAB, mode="text", streams=1, **fixed)
-    shapes = {
-        batching.batch(
-            [np.arange(9, dtype=np.int32)] * n, np.zeros(n, np.int32), plan, split=1, least=1
-        ).ids.shape[0]
-        for n in range(1, 33)
-    }
-    assert shapes == {1, 2, 4, 8, 16, 32}
-
-
 def test_an_adapter_changes_answers_and_must_fit(g, folder, adapter, tmp_path):
     tokens = prompts()
     names = list("abcde")
@@ -334,6 +192,7 @@ def test_an_adapter_changes_answers_and_must_fit(g, folder, adapter, tmp_path):
         (dict(image_temperature=0.0), "sample.image_temperature is 0.0"),
         (dict(text_top_p=1.5), "sample.text_top_p is 1.5"),
         (dict(max_gen_len=0), "sample.max_gen_len 0"),
+        (dict(budget="day"), "sample.budget is 'day'; it must be answer or segment"),
     ],
 )
 def test_settings_that_make_no_sense(g, change, message):
@@ -351,6 +210,29 @@ def test_requests_that_make_no_sense(g, folder, tmp_path):
         ask(tmp_path / "missing.png", "a")
     with pytest.raises(generate.GenerateError, match="the model holds 64; shorten"):
         ask("word " * 64)
+    for tokens, message in (
+        ([ids.BOS, 8_720, 5], "token 5 at place 2 stands outside an image"),
+        ([ids.BOS, ids.BOI, 4, 5, 6, ids.EOI], "8196 at place 5 stands 3 codes into an image"),
+        ([ids.BOS, ids.BOI, 4, 5, 6, 7, 8], "token 8 at place 6 stands 4 codes into an image"),
+        ([ids.BOS, ids.BOI, 4, 5], "prompt 0 ends inside an image"),
+        ([ids.BOS, 8_720, ids.EOS], "token 2 at place 2 stands outside an image"),
+        ([ids.BOS, VOCAB.size], "outside 0"),
+        ([8_720], "prompt 0 is empty"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            written(g, [np.array(tokens, np.int32)], SAMPLE, "text", names=None)
+    with pytest.raises(generate.GenerateError, match="prompt 0 is empty; give it words"):
+        ask("", "")
+    with pytest.raises(generate.GenerateError, match="rows is 0"):
+        generate.generate(g, [["a"]], SAMPLE, mode="text", seed=0, rows=0)
+    with pytest.raises(generate.GenerateError, match="an image needs 5, the model holds 64"):
+        ask("z" * 80, mode="image")
+    with pytest.raises(ValueError, match="kind is 'int4'"):
+        generate.generate(g, [["a"]], SAMPLE, mode="text", seed=0, kind="int4")
+    with pytest.raises(generate.GenerateError, match="out of memory: the cache of 1048576 rows"):
+        engine.make(
+            g.model, VOCAB, g.mesh, codes=CODES, rows=2**20, lanes=2**28, slots=64, kind="model"
+        )
     with pytest.raises(generate.GenerateError, match="1 prompts but 2 different names"):
         ask("a", names=["x", "y"])
     with pytest.raises(generate.GenerateError, match="config.json: no such file"):

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from medmax_jax import attention, layers
+from medmax_jax import layers
 from medmax_jax.config import Lora, Mesh
-from medmax_jax.mesh import ACT, CACHE, DOWN, HEADS, HID, UP, make_mesh, put_batch
+from medmax_jax.mesh import ACT, DOWN, HID, UP, make_mesh, put_batch
 
 RNG = np.random.default_rng(0)
 LORA = Lora(rank=4, alpha=6.0, dropout=0.25)
@@ -156,22 +156,3 @@ def test_rope_turns_complex_numbers():
     got = layers.rope(jnp.asarray(x), cos, sin)
     np.testing.assert_allclose(got, np.concatenate([want.real, want.imag], -1), atol=2e-4)
     np.testing.assert_array_equal(got[0, :, 0], x[0, :, 0])  # position 0 turns nothing
-
-
-def test_cache_mask_sees_up_to_the_own_slot():
-    got = np.asarray(attention.cache_mask(jnp.asarray([[2, -1]]), 4), int)
-    np.testing.assert_array_equal(got[0], [[1, 1, 1, 0], [0, 0, 0, 0]])
-
-
-@pytest.mark.usefixtures("four_devices")
-def test_write_cache_writes_its_slots_only():
-    cache, new = normal(3, 2, 2, 5, 4), normal(2, 2, 3, 4)
-    positions = np.array([[4, 0, -1], [-1, -1, 2]], np.int32)
-    write = jax.jit(attention.write_cache)
-    got = write(
-        put(cache, CACHE), jnp.int32(1), put(new, HEADS), put(positions, P(("data", "fsdp"), None))
-    )
-    for b, t in zip(*np.nonzero(positions >= 0), strict=True):
-        cache[1, b, :, positions[b, t]] = new[b, :, t]
-    np.testing.assert_array_equal(got, cache)
-    assert jax.typeof(got).sharding.spec == CACHE

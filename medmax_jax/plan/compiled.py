@@ -20,13 +20,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from medmax_jax import batching, chameleon, decoding, mesh, step
+from medmax_jax import batching, cached, chameleon, decoding, mesh, serving, step
 from medmax_jax.config import Run
 from medmax_jax.flops import GIB
 from medmax_jax.plan import analytic, hlo
 from medmax_jax.plan.topology import CLOCK, PlanError, Topology, devices
 
-FORMAT = 3  # of the answers; one more whenever what is read from a program changes
+FORMAT = 4  # of the answers; one more whenever what is read from a program changes
 _EXHAUSTED = re.compile(r"RESOURCE_EXHAUSTED|[Rr]an out of memory")
 _NEEDED = re.compile(r"\((\d+(?:\.\d+)?)([MG])\) exceeds available|Used (\d+(?:\.\d+)?)([MG]) of")
 
@@ -68,27 +68,30 @@ def train(run: Run, topology: Topology) -> Program:
 
 
 def decode(run: Run, topology: Topology, *, mode: str, rows: int, prompt: int) -> Program:
-    """Reading `rows` prompts of `prompt` tokens and the loop that answers them.
+    """The loop that answers `rows` prompts of `prompt` tokens, every lane and slot in use.
 
     `mode`: text, image or mixed, as in generate; an answer has at most sample.max_gen_len tokens.
     """
     streams = {"text": 1, "image": 2, "mixed": 3}[mode]
-    words = [np.full(prompt, run.vocab.text_start, np.int32)] * rows
+    codes, context = run.vq.codes_per_image, run.model.context_length
     try:
-        plan = batching.plan(
-            [prompt], run.sample, run.vocab, mode=mode, streams=streams,
-            codes=run.vq.codes_per_image, context=run.model.context_length,
-        )  # fmt: skip
+        batching.check_room(prompt, mode=mode, codes=codes, context=context, where="the prompt")
     except batching.GenerateError as error:
         raise PlanError(f"--decode={mode}: {error}") from error
-    split = run.mesh.data * run.mesh.fsdp
-    given = batching.batch(words, np.arange(rows, dtype=np.int32), plan, split=split, least=rows)
-    knobs, room = batching.knobs(run.sample), given.ids.shape[0] * streams
-    make = functools.partial(chameleon.init_cache, run.model, batch=room, length=plan.slots)
+    slots = batching.slots(prompt, run.sample, mode=mode, codes=codes, context=context)
+    blocks = run.mesh.data * run.mesh.fsdp
+    depth = -(-rows * streams // blocks)
+    plan = serving.plan(
+        run.sample, run.vocab, mode=mode, codes=codes, slots=slots, blocks=blocks, depth=depth
+    )
+    make = functools.partial(
+        cached.empty, run.model, lanes=blocks * depth, slots=slots, kind="model"
+    )
+    draws = {"text": "text", "image": "codes", "mixed": "both"}[mode]
     with _on(run, topology) as like:
         cache = _gib(_bytes(mesh.placed(jax.eval_shape(make))))
-        lowered = decoding.write.lower(like, given, knobs, _key(run), plan=plan)
-    facts = {"mode": mode, "rows": room // streams, "streams": streams, "slots": plan.slots}
+        lowered = decoding.lower(like, plan, rows=rows, slots=slots, kind="model", draws=draws)
+    facts = {"mode": mode, "rows": rows, "streams": streams, "slots": slots}
     return Program(lowered, {"base": _bytes(like)}, 0.0, facts | {"cache_gib": cache})
 
 

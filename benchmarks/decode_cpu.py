@@ -1,0 +1,143 @@
+"""python benchmarks/decode_cpu.py [--torch_python PY] [--threads 2] [--rounds 5] [--size 42m]
+
+Decoding on a CPU in fp32 with the 42M Chameleon of train_cpu.py and the same weights on both sides.
+
+    ours     tokens/s of medmax_jax/serving.py, 8 rows: prompts of 128 tokens, 128 new, greedy
+    theirs   tokens/s of HF's generate with sdpa attention (decode_hf_side.py)
+    ratio    ours / theirs at 8 rows: above 1 means that ours is faster; `batch_1` has that of one
+
+Both sides write all that they time, prompts included, take turns, and compile beforehand. If they
+do not write the same tokens up to the first choice that may fall either way, the ratio is null.
+Then our side alone, medians too:
+
+    interleaved   an image and words in each answer: 8 rows at a time against one at a time
+    guidance      an image a row: 1 stream, 2 (a prompt of words), 3 (a prompt with an image)
+    shared        10 questions on one image: in one engine against each in its own
+
+Without --torch_python theirs is skipped by name. The last line is one JSON object.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import sys
+import tempfile
+from typing import Any
+
+import numpy as np
+import sides
+from train_cpu import settings as train_settings
+
+HERE = pathlib.Path(__file__).resolve().parent
+NEEDS = ["torch", "transformers", "peft"]
+AGREE = 16  # first tokens of every row that must be the same on both sides
+SIZES = {
+    "42m": dict(prompt=128, new=128, codes=256, words=30, rows=8),
+    "tiny": dict(prompt=16, new=32, codes=16, words=8, rows=2),  # a test's
+}
+
+
+def start(scratch: pathlib.Path, args: argparse.Namespace) -> list[sides.Side]:
+    """Ours, and theirs if its Python is known."""
+    size = SIZES[args.size]
+    args.prng, args.remat = "threefry2x32", "none"
+    run = train_settings("", args)
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(run.vocab.text_start, run.vocab.size, (size["rows"], size["prompt"]))
+    prompts[:, 0], prompts[:, -1] = 0, 8_710
+    told = dict(
+        run=run.to_dict(), codes=size["codes"], words=size["words"], prompts=prompts.tolist()
+    )
+    (scratch / "ours.json").write_text(json.dumps(told))
+    command = [sys.executable, str(HERE / "decode_jax_side.py"), str(scratch / "ours.json")]
+    found = [sides.Side("ours", command, JAX_PLATFORMS="cpu")]
+    if args.torch_python:
+        spec = {name: told["run"][name] for name in ("model", "vocab")} | dict(
+            prompts=told["prompts"], threads=args.threads, attention="sdpa"
+        )
+        (scratch / "theirs.json").write_text(json.dumps(spec))
+        command = [args.torch_python, str(HERE / "decode_hf_side.py"), str(scratch / "theirs.json")]
+        found.append(sides.Side("theirs", command))
+    return found
+
+
+def text(both: list[sides.Side], rows: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Tokens a second of each side, and their ratio."""
+    new, rate, wrote = SIZES[args.size]["new"], {s.name: [] for s in both}, {}
+    for side in both:
+        wrote[side.name] = side.ask(do="text", rows=rows, new=new)["tokens"]  # compiles
+    for _ in range(args.rounds):
+        for side in both:
+            done = side.ask(do="text", rows=rows, new=new)
+            rate[side.name].append(sum(map(len, done["tokens"])) / done["seconds"])
+    told = {name: sides.median(values) for name, values in rate.items()} | dict(ratio=None)
+    if len(both) == 2:
+        same = [
+            next((n for n, (a, b) in enumerate(zip(*pair, strict=False)) if a != b), new)
+            for pair in zip(wrote["ours"], wrote["theirs"], strict=True)
+        ]
+        told["same_tokens"] = same
+        if min(same) >= AGREE:
+            told["ratio"] = round(told["ours"] / told["theirs"], 3)
+    return told
+
+
+def alone(side: sides.Side, args: argparse.Namespace) -> dict[str, Any]:
+    """What only our side does."""
+    rows = SIZES[args.size]["rows"]
+
+    def rate(**question: Any) -> float:
+        side.ask(**question)  # compiles
+        done = [side.ask(**question) for _ in range(args.rounds)]
+        return sides.median([d["tokens"] / d["seconds"] for d in done])
+
+    def seconds(**question: Any) -> tuple[float, Any]:
+        side.ask(**question)
+        done = [side.ask(**question) for _ in range(args.rounds)]
+        return sides.median([d["seconds"] for d in done]), done[0]["tokens"]
+
+    together = rate(do="interleaved", rows=rows, count=rows)
+    single = rate(do="interleaved", rows=1, count=rows)
+    streams = {str(n): rate(do="guided", streams=n, rows=rows) for n in (1, 2, 3)}
+    shared, tokens = seconds(do="shared", together=True, questions=10)
+    apart, others = seconds(do="shared", together=False, questions=10)
+    return dict(
+        interleaved=dict(rows=rows, together=together, single=single, ratio=together / single),
+        guidance=dict(tokens_per_second=streams, two_against_three=streams["2"] / streams["3"]),
+        shared=dict(seconds=shared, apart=apart, ratio=apart / shared, same=tokens == others),
+    )
+
+
+def main() -> None:
+    """The program."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--torch_python", default="", help="a Python with torch and transformers")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--size", choices=SIZES, default="42m")
+    args = parser.parse_args()
+    skipped = ""
+    if not args.torch_python:
+        skipped = "theirs: no --torch_python"
+    elif lacks := sides.missing(args.torch_python, NEEDS):
+        skipped, args.torch_python = f"theirs: {lacks} is missing", ""
+    load = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as scratch:
+        both = start(pathlib.Path(scratch), args)
+        rows = SIZES[args.size]["rows"]
+        many, one = text(both, rows, args), text(both, 1, args)
+        own = alone(both[0], args)
+        about = {side.name: side.ask(do="about") for side in both}
+        for side in both:
+            side.close()
+    told = dict(ours=many["ours"], theirs=many.get("theirs"), ratio=many["ratio"], unit="tokens/s")
+    told |= dict(rows=rows, batch_1=one, same_tokens=many.get("same_tokens")) | own
+    told |= dict(threads=args.threads, size=args.size, about=about, load=load)
+    print(json.dumps(told | (dict(skipped=skipped) if skipped else {})))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""The other side of decode_cpu.py: generate of HF's Chameleon, in a Python with torch.
+
+python decode_hf_side.py SPEC.json, then questions a line (sides.py). The same weights as ours, by
+same_weights.py; text ids and EOS are allowed, as in our text mode.
+"""
+
+import json
+import sys
+import time
+from typing import Any
+
+import sides
+import torch
+import transformers
+from hf_side import fill, hf_config
+
+
+class OnlyText(transformers.LogitsProcessor):
+    """The text decoder's allowed ids, as one mask."""
+
+    def __init__(self, vocab: dict[str, int]):
+        self.forbidden = torch.ones(vocab["size"], dtype=torch.bool)
+        self.forbidden[[2, *range(vocab["text_start"], vocab["size"])]] = False
+
+    def __call__(self, input_ids, scores):
+        return scores.masked_fill(self.forbidden, -torch.inf)
+
+
+def main(spec: dict[str, Any]) -> None:
+    """Builds the model and serves."""
+    torch.set_num_threads(spec["threads"])
+    model = transformers.ChameleonForConditionalGeneration(hf_config(spec)).eval()
+    for name, tensor in model.named_parameters():
+        if not name.startswith("model.vqmodel"):
+            fill(name, tensor)
+    only = transformers.LogitsProcessorList([OnlyText(spec["vocab"])])
+
+    def text(rows: int, new: int) -> dict[str, Any]:
+        prompts = torch.tensor(spec["prompts"][:rows])
+        start = time.perf_counter()
+        with torch.inference_mode():
+            out = model.generate(
+                prompts,
+                attention_mask=torch.ones_like(prompts),
+                max_new_tokens=new,
+                do_sample=False,
+                eos_token_id=2,
+                pad_token_id=1,
+                logits_processor=only,
+            )
+        seconds = time.perf_counter() - start
+        return dict(seconds=seconds, tokens=out[:, prompts.shape[1] :].tolist())
+
+    def about() -> dict[str, Any]:
+        return dict(torch=torch.__version__, transformers=transformers.__version__)
+
+    sides.serve(dict(text=text, about=about))
+
+
+if __name__ == "__main__":
+    with open(sys.argv[1]) as file:
+        main(json.load(file))

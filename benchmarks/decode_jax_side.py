@@ -1,0 +1,117 @@
+"""Our side of decode_cpu.py: the engine on weights of a formula.
+
+python decode_jax_side.py SPEC.json, then questions a line (sides.py). SPEC: run, the config; codes,
+of an image; words, of a prompt for one; prompts, of the text benchmark.
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import sides
+from jax_side import create
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from medmax_jax import batching, config, engine, mesh, serving  # noqa: E402
+from medmax_jax.vocab import BOI, BOS, EOI, SEP  # noqa: E402
+
+
+class Decoder:
+    """A model, and an answer to each question of the parent."""
+
+    def __init__(self, spec: dict[str, Any]):
+        run = config.from_config_dict(spec["run"])
+        run = dataclasses.replace(run, lora=dataclasses.replace(run.lora, rank=0))
+        self.run, self.codes, self.prompts = run, spec["codes"], spec["prompts"]
+        self.mesh = mesh.make_mesh(run.mesh)
+        with jax.set_mesh(self.mesh):
+            self.model = create(run)
+        self.rng, self.count = np.random.default_rng(0), spec["words"]
+
+    def fresh(self, rows: int, streams: int, slots: int) -> engine.Engine:
+        """A fresh one; its programs are compiled once for a size."""
+        return engine.make(
+            self.model, self.run.vocab, self.mesh, codes=self.codes, rows=rows,
+            lanes=streams * rows, slots=min(slots, self.run.model.context_length), kind="model",
+        )  # fmt: skip
+
+    def serve(self, e: engine.Engine, prompts: list[np.ndarray], sample, mode: str):
+        """Seconds, and the tokens of each answer."""
+        requests = [
+            batching.Request(np.asarray(p, np.int32), n, sample.max_gen_len)
+            for n, p in enumerate(prompts)
+        ]
+        start, found = time.perf_counter(), {}
+        for news in serving.serve(e, requests, sample, mode=mode, seed=0):
+            found |= {each.index: each.tokens.tolist() for each in news}
+        return time.perf_counter() - start, [found[n] for n in range(len(prompts))]
+
+    def text(self, rows: int, new: int) -> dict[str, Any]:
+        """Greedy text, as the other side writes it."""
+        sample = dataclasses.replace(
+            self.run.sample, text_greedy=True, max_gen_len=new, repetition_penalty=1.0
+        )
+        prompts = self.prompts[:rows]
+        e = self.fresh(rows, 1, len(prompts[0]) + new)
+        seconds, tokens = self.serve(e, prompts, sample, "text")
+        return dict(seconds=seconds, tokens=tokens)
+
+    def image(self) -> list[int]:
+        """A random image."""
+        vocab = self.run.vocab
+        return [BOI, *(4 + self.rng.integers(0, vocab.image_codes, self.codes)).tolist(), EOI]
+
+    def words(self, count: int) -> list[int]:
+        """Random words."""
+        vocab = self.run.vocab
+        return self.rng.integers(vocab.text_start, vocab.size, count).tolist()
+
+    def guided(self, streams: int, rows: int) -> dict[str, Any]:
+        """An image each row: 1 stream without guidance, 2 with, 3 behind a prompt with an image."""
+        scales = dict(guidance_scale_text=1.0, guidance_scale_image=1.0) if streams == 1 else {}
+        sample = dataclasses.replace(self.run.sample, **scales)
+        shown = self.image() if streams == 3 else []
+        prompts = [[BOS, *shown, *self.words(self.count), SEP, BOI] for _ in range(rows)]
+        e = self.fresh(rows, streams, len(prompts[0]) + self.codes + 1)
+        seconds, tokens = self.serve(e, prompts, sample, "image")
+        return dict(seconds=seconds, tokens=sum(map(len, tokens)))
+
+    def interleaved(self, rows: int, count: int) -> dict[str, Any]:
+        """Words, an image, words: prompts that end with BOI, in mixed mode; `rows` at a time."""
+        sample = dataclasses.replace(self.run.sample, max_gen_len=24, image_greedy=False)
+        self.rng = np.random.default_rng(1)
+        prompts = [[BOS, *self.words(self.count), SEP, BOI] for _ in range(count)]
+        slots = 32 + self.codes + 3 * 32 + self.codes
+        seconds, tokens = self.serve(self.fresh(rows, 3, slots), prompts, sample, "mixed")
+        return dict(seconds=seconds, tokens=sum(map(len, tokens)))
+
+    def shared(self, together: bool, questions: int) -> dict[str, Any]:
+        """Questions on one image, eight words of answer each: in one engine, or each in its own."""
+        sample = dataclasses.replace(self.run.sample, text_greedy=True, max_gen_len=8)
+        self.rng = np.random.default_rng(2)
+        shown = self.image()
+        prompts = [[BOS, *shown, *self.words(12), SEP] for _ in range(questions)]
+        slots = len(prompts[0]) + 8
+        if together:
+            seconds, tokens = self.serve(self.fresh(questions, 1, slots), prompts, sample, "text")
+            return dict(seconds=seconds, tokens=tokens)
+        engines = [self.fresh(questions, 1, slots) for _ in prompts]  # the same programs
+        runs = [self.serve(e, [p], sample, "text") for e, p in zip(engines, prompts, strict=True)]
+        return dict(seconds=sum(s for s, _ in runs), tokens=[t[0] for _, t in runs])
+
+    def about(self) -> dict[str, Any]:
+        """Versions."""
+        return dict(jax=jax.__version__, device=jax.devices()[0].device_kind)
+
+
+if __name__ == "__main__":
+    decoder = Decoder(json.loads(pathlib.Path(sys.argv[1]).read_text()))
+    names = ("text", "guided", "interleaved", "shared", "about")
+    sides.serve({name: getattr(decoder, name) for name in names})

@@ -1,0 +1,242 @@
+"""Prompts from the shell or a file, and answers to files: JSONL, PNGs, a gallery; or as they come.
+
+    D/asked.json      the settings and a digest of the prompts: the same command goes on from here
+    D/answers.jsonl   {"id", "prompt", "mode", "segments": [{"text"}, {"image": "0003_1.png"}], ..}
+    D/gallery.html    prompts and answers with their pictures
+
+A line is written when its pictures are on disk, so a killed run leaves whole answers.
+"""
+
+import dataclasses
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+from PIL.PngImagePlugin import PngInfo
+
+from medmax_jax import images, page
+from medmax_jax.batching import GenerateError
+from medmax_jax.generator import MAX_PIXELS, Generator, Image, Text, segments
+from medmax_jax.tokenizer import segments_of
+
+NOTICE = "Research only, not for clinical use."
+SHOWN = 200  # answers in a gallery
+_PICTURE = re.compile(r"\{([^{}]+)\}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Question:
+    """A prompt by its id. `parts`: words, and paths of pictures."""
+
+    id: str
+    named: bool  # by the user, so that its random numbers come from the name
+    parts: tuple[str | Path, ...]
+
+    def shown(self) -> str:
+        """The prompt in one line, pictures by their names."""
+        return " ".join(f"{{{p.name}}}" if isinstance(p, Path) else p.strip() for p in self.parts)
+
+
+class Telling:
+    """One answer as it comes: what has been told of it."""
+
+    def __init__(self) -> None:
+        self._segments = 0  # told to their end
+        self._letters = 0  # of the one after them
+
+    def more(self, g: Generator, tokens: np.ndarray, done: bool) -> Iterator[Text | Image]:
+        """What is new in `tokens`, all of the answer so far."""
+        parts = segments_of(tokens, g.vocab)
+        for number in range(self._segments, len(parts)):
+            kind, held = parts[number]
+            closed = done or number < len(parts) - 1
+            if kind == "image":
+                if len(held) < g.vq_config.codes_per_image:
+                    return
+                yield segments(g, [held + 4])[0][0]
+                closed = True
+            else:
+                text = g.tokenizer.decode(held)
+                if not closed:  # the bytes of a character may still be missing
+                    text = text.rstrip("\ufffd")
+                if text[self._letters :]:
+                    yield Text(text[self._letters :])
+                self._letters = len(text)
+            if closed:
+                self._segments, self._letters = number + 1, 0
+
+
+def from_words(prompts: Sequence[str], pictures: Sequence[str]) -> list[Question]:
+    """Prompts of the shell: {a.png} in the words is a picture, `pictures` come before all."""
+    first = tuple(map(Path, pictures))
+    return [
+        Question(id=str(number), named=False, parts=first + _parts(words, Path()))
+        for number, words in enumerate(prompts)
+    ]
+
+
+def from_file(path: str | Path) -> list[Question]:
+    """Prompts of a JSONL file; paths of pictures count from its folder."""
+    path, found = Path(path), []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise GenerateError(f"--prompts {path}: {error}; name a JSONL file") from error
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            found.append(_question(line, f"{path} line {number}", str(len(found)), path.parent))
+    if not found:
+        raise GenerateError(f"{path} has no prompts; write one JSON object a line")
+    names = [question.id for question in found]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise GenerateError(f"{path}: id {min(twice)!r} comes twice; give each prompt its own")
+    return found
+
+
+def check_pictures(questions: Sequence[Question]) -> None:
+    """Raises ImageError on the first picture that cannot be read."""
+    for path in dict.fromkeys(p for q in questions for p in q.parts if isinstance(p, Path)):
+        images.load(path, max_pixels=MAX_PIXELS)
+
+
+class Answers:
+    """The folder of answers: what it has, and one more at a time."""
+
+    def __init__(self, folder: Path, questions: Sequence[Question], settings: dict[str, Any]):
+        """Raises GenerateError when the folder holds answers to something else."""
+        self._folder, self._questions = folder, list(questions)
+        self._file = folder / "answers.jsonl"
+        asked = json.dumps([[q.id, *map(str, q.parts)] for q in questions])
+        facts = settings | {"prompts": hashlib.sha256(asked.encode()).hexdigest()}
+        facts = json.loads(json.dumps(facts))
+        place = folder / "asked.json"
+        if place.exists():
+            before = json.loads(place.read_text())
+            if different := sorted(k for k in facts | before if facts.get(k) != before.get(k)):
+                raise GenerateError(
+                    f"{folder} holds answers with another {different[0]}; name a fresh --out"
+                )
+        _write(place, json.dumps(facts, indent=1))
+        self.records = {record["id"]: record for record in self._read()}
+
+    def add(self, question: Question, answer: Sequence[Text | Image], mode: str) -> dict[str, Any]:
+        """Pictures first, then the line that names them."""
+        number = self._questions.index(question)
+        record = dict(
+            id=question.id,
+            prompt=[
+                {"image": str(p)} if isinstance(p, Path) else {"text": p} for p in question.parts
+            ],
+            mode=mode,
+            segments=[self._saved(part, f"{number:04d}_{i}.png") for i, part in enumerate(answer)],
+            notice=NOTICE,
+        )
+        with open(self._file, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self.records[question.id] = record
+        return record
+
+    def gallery(self) -> Path:
+        """The page of all answers."""
+        shown = [q for q in self._questions if q.id in self.records][:SHOWN]
+        body = page.paragraph(NOTICE)
+        if len(self.records) > len(shown):
+            body += page.paragraph(f"The first {len(shown)} of {len(self.records)}.", note=True)
+        drawn = [q for q in shown if self._only_drawn(q)]
+        if drawn:
+            held = [(self._png(self.records[q.id]["segments"][0]), q.shown()) for q in drawn]
+            body += page.section("Pictures from words", page.figures(held))
+        rest = [q for q in shown if q not in drawn]
+        body += "".join(self._section(q, self.records[q.id]) for q in rest)
+        target = self._folder / "gallery.html"
+        _write(target, page.document("Generated answers", body))
+        return target
+
+    def _read(self) -> list[dict[str, Any]]:
+        if not self._file.exists():
+            return []
+        data = self._file.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        if whole != data:  # a last line that a kill cut short
+            self._file.write_bytes(whole)
+        return [json.loads(line) for line in whole.splitlines()]
+
+    def _saved(self, part: Text | Image, name: str) -> dict[str, str]:
+        if isinstance(part, Text):
+            return {"text": part.text}
+        about = PngInfo()
+        about.add_text("Comment", f"Generated by a model. {NOTICE}")
+        part.image.save(self._folder / name, pnginfo=about)
+        return {"image": name}
+
+    def _only_drawn(self, question: Question) -> bool:
+        """A picture from words, which stands well beside others."""
+        segments = self.records[question.id]["segments"]
+        given = any(isinstance(part, Path) for part in question.parts)
+        return not given and len(segments) == 1 and "image" in segments[0]
+
+    def _png(self, segment: dict[str, str]) -> bytes:
+        return (self._folder / segment["image"]).read_bytes()
+
+    def _section(self, question: Question, record: dict[str, Any]) -> str:
+        given = [p for p in question.parts if isinstance(p, Path)]
+        body = ""
+        if given:
+            body += page.figures([(_thumbnail(path), f"given: {path.name}") for path in given])
+        for part in record["segments"]:
+            if "text" in part:
+                lines = part["text"].strip().splitlines() or ["(no words)"]
+                body += "".join(map(page.paragraph, lines))
+            else:
+                body += page.figures([(self._png(part), f"generated: {part['image']}")])
+        return page.section(question.shown(), body)
+
+
+def _question(line: str, where: str, number: str, folder: Path) -> Question:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise GenerateError(f"{where}: not JSON ({error})") from error
+    if not isinstance(row, dict) or not {"prompt"} <= set(row) <= {"id", "prompt"}:
+        raise GenerateError(f"{where}: write an object with prompt, and id if you like; no more")
+    prompt, name = row["prompt"], dict(id=str(row.get("id", number)), named="id" in row)
+    if isinstance(prompt, str):
+        return Question(parts=_parts(prompt, folder), **name)
+    parts: list[str | Path] = []
+    for part in prompt if isinstance(prompt, list) else [None]:
+        if not isinstance(part, dict) or len(part) != 1 or not isinstance(*part.values(), str):
+            raise GenerateError(
+                f'{where}: prompt must be words or a list of {{"text": ..}} and {{"image": ..}}'
+            )
+        ((kind, value),) = part.items()
+        if kind not in ("text", "image"):
+            raise GenerateError(f"{where}: {kind!r} is no part of a prompt; text and image are")
+        parts.append(value if kind == "text" else folder / value)
+    return Question(parts=tuple(parts), **name)
+
+
+def _parts(words: str, folder: Path) -> tuple[str | Path, ...]:
+    """ "Is {a.png} it?" -> "Is ", a.png, " it?"."""
+    pieces = _PICTURE.split(words)
+    parts = [folder / p if i % 2 else p for i, p in enumerate(pieces)]
+    return tuple(p for p in parts if isinstance(p, Path) or p) or ("",)
+
+
+def _thumbnail(path: Path) -> bytes:
+    picture = images.load(path, max_pixels=MAX_PIXELS)
+    picture.thumbnail((512, 512), PIL.Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    picture.save(file, format="PNG")
+    return file.getvalue()
+
+
+def _write(path: Path, content: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(content + "\n", encoding="utf-8")
+    partial.replace(path)

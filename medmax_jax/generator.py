@@ -1,0 +1,251 @@
+"""A model folder in memory: words and pictures to tokens, tokens back to words and pictures.
+
+g = load(folder, adapter=...)
+prompt_tokens(g, [[image, "A CT?"]])  ->  BOS BOI 64 codes EOI "A CT?" END-OF-TURN
+segments(g, [tokens])                 ->  [[Text("yes")]]
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
+from flax import nnx
+from jaxtyping import Int
+
+from medmax_jax import chameleon, export, images, vqgan, weights
+from medmax_jax import mesh as meshes
+from medmax_jax.batching import GenerateError
+from medmax_jax.config import VQ, ConfigError, Lora, Mesh, Model, Vocab, build
+from medmax_jax.tokenizer import Tokenizer, prompt_ids, segments_of
+
+Part = str | Path | PIL.Image.Image | np.ndarray  # words, a picture's file, a picture, its VQ codes
+
+SIDE_BY_SIDE = 8  # pictures through the VQGAN at once
+MAX_PIXELS = 64_000_000  # of a prompt's picture; a larger file is more likely an accident
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """Words of an answer."""
+
+    text: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Image:
+    """A picture of an answer, and the codes it was decoded from."""
+
+    image: PIL.Image.Image
+    codes: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Generator:
+    """A model folder in memory, with or without an adapter."""
+
+    model: chameleon.Chameleon
+    vq: vqgan.VQGAN
+    tokenizer: Tokenizer
+    vocab: Vocab
+    config: Model
+    vq_config: VQ
+    mesh: jax.sharding.Mesh
+
+
+def load(
+    folder: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    merge: bool = False,
+    dtype: str | None = None,
+) -> Generator:
+    """A model folder, and an adapter trained on exactly its weights. `mesh` None: one device.
+
+    merge: the adapter's product is added to the base, once, instead of running beside it. dtype:
+    of the weights and of what is computed, float32 or bfloat16; None: as the folder says.
+    """
+    folder = Path(folder)
+    settings = _json(folder / "config.json", "a model folder has config.json, weights, tokenizer")
+    try:
+        model, vocab, vq = (
+            build(kind, settings.get(name))
+            for kind, name in ((Model, "model"), (Vocab, "vocab"), (VQ, "vq"))
+        )
+    except ConfigError as error:
+        raise GenerateError(f"{folder / 'config.json'}: {error}") from error
+    if dtype is not None:
+        if dtype not in ("float32", "bfloat16"):
+            raise GenerateError(f"dtype is {dtype!r}; it must be float32 or bfloat16")
+        model = dataclasses.replace(model, param_dtype=dtype, compute_dtype=dtype)
+    mesh = mesh or meshes.make_mesh(Mesh(data=1, fsdp=1, tp=1))
+    with jax.set_mesh(mesh):
+        held = _load_model(folder, adapter, model, vocab, merge)
+    return around(held, folder, config=model, vocab=vocab, vq=vq, mesh=mesh)
+
+
+def around(
+    model: chameleon.Chameleon,
+    folder: str | Path,
+    *,
+    config: Model,
+    vocab: Vocab,
+    vq: VQ,
+    mesh: jax.sharding.Mesh,
+) -> Generator:
+    """A model that is in memory, with the tokenizer and the VQGAN of a model folder."""
+    folder = Path(folder)
+    with jax.set_mesh(mesh):
+        return Generator(
+            model=model,
+            vq=_load_vqgan(folder / "vqgan.safetensors", vq),
+            tokenizer=Tokenizer.from_file(folder / "tokenizer.json", vocab),
+            vocab=vocab,
+            config=config,
+            vq_config=vq,
+            mesh=mesh,
+        )
+
+
+def prompt_tokens(
+    g: Generator, prompts: Sequence[Sequence[Part]], *, end_of_turn: bool
+) -> list[Int[np.ndarray, "_"]]:
+    """Each prompt as token ids; a picture that several prompts show is encoded once."""
+    for index, prompt in enumerate(prompts):
+        if all(isinstance(part, str) and not part for part in prompt):
+            raise GenerateError(f"prompt {index} is empty; give it words or a picture")
+    pictures = {
+        _key(part): part
+        for prompt in prompts
+        for part in prompt
+        if not isinstance(part, str | np.ndarray)
+    }
+    codes = dict(zip(pictures, encode(g, list(pictures.values())), strict=True))
+    return [
+        prompt_ids(g.tokenizer, [codes.get(_key(p), p) for p in prompt], g.vocab, end_of_turn)
+        for prompt in prompts
+    ]
+
+
+def encode(g: Generator, pictures: Sequence[Path | PIL.Image.Image]) -> list[Int[np.ndarray, "K"]]:
+    """The VQ codes of pictures, row by row from the top left."""
+    codes = []
+    for start in range(0, len(pictures), SIDE_BY_SIDE):
+        part = [
+            images.load(p, max_pixels=MAX_PIXELS) if isinstance(p, Path) else p
+            for p in pictures[start : start + SIDE_BY_SIDE]
+        ]
+        pixels = np.stack([images.preprocess(p, g.vq_config.image_size) for p in part])
+        with jax.set_mesh(g.mesh):
+            found = vqgan.encode(g.vq, _filled(pixels, SIDE_BY_SIDE))
+        codes += list(np.asarray(found)[: len(part)].reshape(len(part), -1))
+    return codes
+
+
+def decode(g: Generator, codes: Sequence[Int[np.ndarray, "K"]]) -> list[PIL.Image.Image]:
+    """The pictures of VQ codes."""
+    side, pictures = g.vq_config.codes_per_side, []
+    for start in range(0, len(codes), SIDE_BY_SIDE):
+        part = np.stack(codes[start : start + SIDE_BY_SIDE]).reshape(-1, side, side)
+        with jax.set_mesh(g.mesh):
+            pixels = vqgan.decode_codes(g.vq, _filled(part, SIDE_BY_SIDE))
+            found = np.asarray(vqgan.to_uint8(pixels))[: len(part)]
+        pictures += [PIL.Image.fromarray(picture) for picture in found]
+    return pictures
+
+
+def segments(g: Generator, written: Sequence[Int[np.ndarray, "_"]]) -> list[list[Text | Image]]:
+    """Words decoded, codes to pictures; an empty answer is one empty Text."""
+    answers, codes = [], []
+    for tokens in written:
+        parts = segments_of(tokens, g.vocab)
+        codes += [held for kind, held in parts if kind == "image"]
+        answers.append(parts or [("text", tokens[:0])])
+    pictures = iter(zip(decode(g, codes), codes, strict=True))
+    return [
+        [
+            Text(g.tokenizer.decode(held)) if kind == "text" else Image(*next(pictures))
+            for kind, held in parts
+        ]
+        for parts in answers
+    ]
+
+
+def _load_model(
+    folder: Path, adapter: str | Path | None, config: Model, vocab: Vocab, merge: bool
+) -> chameleon.Chameleon:
+    if adapter is None:
+        return export.load(folder, chameleon.abstract(config, vocab, chameleon.NO_LORA))
+    where = Path(adapter) / "adapter_config.json"
+    settings = _json(where, "an adapter folder has adapter_config.json; training writes it")
+    if missing := {"rank", "alpha", "dropout", "base"} - set(settings):
+        raise GenerateError(f"{where}: {sorted(missing)[0]} is missing; export the adapter again")
+    if settings["base"] != (found := export.identity(folder)):
+        raise GenerateError(
+            f"{where}: trained on base weights {settings['base'][:12]}, but {folder} has "
+            f"{found[:12]}; name the model folder that it was trained from"
+        )
+    lora = build(Lora, {name: settings[name] for name in ("rank", "alpha", "dropout")})
+    graph, adapters, base = chameleon.split(chameleon.abstract(config, vocab, lora))
+    adapters = weights.load(Path(adapter) / "adapter.safetensors", adapters)
+    model = nnx.merge(graph, adapters, export.load(folder, base))
+    return merged(model, vocab, lora) if merge else model
+
+
+def merged(model: chameleon.Chameleon, vocab: Vocab, lora: Lora) -> chameleon.Chameleon:
+    """W + alpha/rank A B in place of each W and its adapter: added in fp32, rounded once."""
+    if model.config.quant != "none":
+        raise GenerateError(
+            f"the base is in {model.config.quant}: an adapter cannot be added to it; "
+            "load it with merge=False"
+        )
+    arrays = weights.named(model)
+
+    def put(path, leaf):
+        stem = (name := weights.dotted(path)).removesuffix("kernel")
+        if f"{stem}lora_a" not in arrays:
+            return arrays[name]
+        held = (arrays[f"{stem}{part}"] for part in ("kernel", "lora_a", "lora_b"))
+        return _added(*held, scale=lora.alpha / lora.rank, spec=leaf.sharding.spec)
+
+    like = chameleon.abstract(model.config, vocab, chameleon.NO_LORA)
+    return jax.tree_util.tree_map_with_path(put, like)
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "spec"), donate_argnums=0)
+def _added(kernel, a, b, *, scale: float, spec):
+    product = jnp.einsum("lir,lro->lio", a, b, out_sharding=spec)
+    return (kernel.astype(jnp.float32) + scale * product).astype(kernel.dtype)
+
+
+def _load_vqgan(file: Path, config: VQ) -> vqgan.VQGAN:
+    try:
+        return weights.load(file, vqgan.abstract(config))
+    except weights.WeightsError as error:  # HF's checkpoints of this family have no decoder
+        raise GenerateError(
+            f"{error}. Generation needs encoder and decoder: convert again with --vqgan=vqgan.ckpt"
+        ) from error
+
+
+def _key(part: Part) -> Path | int:
+    return part if isinstance(part, Path) else id(part)
+
+
+def _filled(x: np.ndarray, rows: int) -> np.ndarray:
+    """One row alone or `rows` of them, so that the VQGAN is compiled for two sizes only."""
+    return x if len(x) == 1 else np.concatenate([x, np.repeat(x[:1], rows - len(x), axis=0)])
+
+
+def _json(path: Path, mend: str) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise GenerateError(f"{path}: no such file; {mend}") from error
+    except ValueError as error:
+        raise GenerateError(f"{path}: not JSON ({error}); {mend}") from error

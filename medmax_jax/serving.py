@@ -1,0 +1,231 @@
+"""Continuous batching: a queue of requests through the rows of an engine.
+
+    queue -> row: full stream into a lane, what a lane already holds is not read again
+                  |
+          run a chunk of tokens on the device  <----------------------------+
+                  |                                                         |
+          rows that opened an image get lanes for guidance; rows that       |
+          closed one give them back; finished rows give way to the queue ---+
+
+The host decides between chunks only; what a row writes depends on its prompt, its number and the
+settings, not on who sits beside it.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from medmax_jax import batching, decoding, engine, grammar
+from medmax_jax import vocab as ids
+from medmax_jax.batching import GenerateError, Request
+from medmax_jax.config import Sample, Vocab
+from medmax_jax.engine import Engine
+
+CHUNK = 16  # tokens of every row between two looks of the host
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Written:
+    """What one request has so far."""
+
+    index: int
+    tokens: np.ndarray  # all of it, EOS included; image mode: the codes alone
+    done: bool
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class _Seat:
+    index: int
+    request: Request
+    out: list[int]
+    lanes: list[int]  # of the three streams; -1: none
+    opened: int = 0  # where the image that they are for begins
+
+    def sequence(self) -> np.ndarray:
+        return np.append(self.request.tokens, self.out).astype(np.int32)
+
+
+def serve(
+    e: Engine, requests: Sequence[Request], sample: Sample, *, mode: str, seed: int
+) -> Iterator[list[Written]]:
+    """What has changed after each chunk, until all requests are done."""
+    knobs, sizes = batching.knobs(sample), dict(blocks=e.book.blocks, depth=e.book.depth)
+    compiled = plan(sample, e.vocab, mode=mode, codes=e.codes, slots=e.slots, **sizes)
+    spare, need = e.book.blocks * e.book.depth - e.rows, sum(batching.guided(sample))
+    if mode != "text" and spare < need:
+        raise GenerateError(f"{spare} lanes beside {e.rows} rows; guidance needs {need} more")
+    for request in requests:
+        room = e.codes if mode == "image" else 1
+        if len(request.tokens) + room > e.slots:
+            raise GenerateError(
+                f"a prompt has {len(request.tokens)} tokens, its answer needs {room}, a lane "
+                f"holds {e.slots}; make the engine with more slots"
+            )
+    queue = collections.deque((i, requests[i]) for i in batching.order(requests))
+    seats: list[_Seat | None] = [None] * e.rows
+    rows = _nobody(e.rows)
+    try:
+        while queue or any(seats):
+            _admit(e, queue, seats, rows)
+            _open(e, seats, rows, batching.guided(sample))
+            rows, out = _run(e, rows, knobs, seed, compiled)
+            yield _take(e, seats, rows, out)
+    except jax.errors.JaxRuntimeError as error:
+        size = sum(x.nbytes for x in jax.tree.leaves(e.cache))
+        raise engine.out_of_memory(error, size, e.rows, e.slots) from error
+    finally:
+        for seat, at in zip(seats, rows.at, strict=True):
+            if seat:  # the caller left in the middle
+                _leave(e, seat, at, range(3))
+
+
+def plan(
+    sample: Sample, vocab: Vocab, *, mode: str, codes: int, slots: int, blocks: int, depth: int
+) -> decoding.Plan:
+    """What the programs are compiled for, besides their sizes."""
+    return decoding.Plan(
+        mode=grammar.check_mode(mode),
+        chunk=CHUNK,
+        codes=codes,
+        context=slots,
+        vocab=vocab,
+        text_greedy=sample.text_greedy,
+        image_greedy=sample.image_greedy,
+        boi_ends=sample.boi_ends,
+        per_segment=sample.budget == "segment",
+        blocks=blocks,
+        depth=depth,
+    )
+
+
+def _nobody(rows: int) -> decoding.Rows:
+    zero, none = np.zeros(rows, np.int32), np.full((rows, 3), -1, np.int32)
+    return decoding.Rows(
+        token=zero.copy(),
+        lanes=none.copy(),
+        at=none.copy(),
+        left=zero.copy(),
+        budget=zero.copy(),
+        spent=zero.copy(),
+        count=zero.copy(),
+        number=zero.copy(),
+        done=np.ones(rows, bool),
+        waiting=np.zeros(rows, bool),
+    )
+
+
+def _admit(e: Engine, queue, seats: list[_Seat | None], rows: decoding.Rows) -> None:
+    """Requests to free rows, their prompts without the last token to lanes."""
+    vacant = [row for row, seat in enumerate(seats) if seat is None]
+    taken = [(row, *queue.popleft()) for row in vacant[: len(queue)]]
+    lanes = engine.hold(e, [request.tokens[:-1] for *_, request in taken], guide=False)
+    for (row, index, request), lane in zip(taken, lanes, strict=True):
+        seats[row] = _Seat(index=index, request=request, out=[], lanes=[lane, -1, -1])
+        rows.token[row], rows.number[row] = request.tokens[-1], request.number
+        rows.budget[row], rows.spent[row], rows.count[row] = request.budget, 0, 0
+        rows.lanes[row], rows.at[row] = seats[row].lanes, (len(request.tokens) - 1, 0, 0)
+        opens = request.tokens[-1] == ids.BOI
+        rows.left[row] = e.codes + 1 if opens else 0
+        rows.done[row], rows.waiting[row] = False, opens
+        padded = np.full(e.slots, request.tokens[0], np.int32)
+        padded[: len(request.tokens)] = request.tokens
+        with jax.set_mesh(e.mesh):
+            e.seen = decoding.mark(e.seen, np.int32(row), padded)
+        e.programs.add(("mark",))
+
+
+def _open(
+    e: Engine, seats: list[_Seat | None], rows: decoding.Rows, guided: tuple[bool, bool]
+) -> None:
+    """Lanes of guidance for rows that wait to write an image, as far as lanes are free."""
+    room, chosen, wanted = int(e.book.free.sum()), [], []
+    for row in np.flatnonzero(rows.waiting & ~rows.done):
+        before = seats[row].sequence()[:-1]
+        streams = {}  # the longer one first: it has more to find
+        if guided[1] and ids.is_image(before, e.vocab).any():
+            streams[decoding.IMAGE_ONLY] = batching.pictorial(before, e.vocab)
+        if guided[0]:
+            streams[decoding.UNCONDITIONAL] = before[:1]
+        if len(streams) > room:
+            break  # the others go on, and one of them will give its lanes back
+        room -= len(streams)
+        rows.waiting[row] = False
+        seats[row].opened = len(before)
+        chosen += [(row, stream) for stream in streams]
+        wanted += list(streams.values())
+    for (row, stream), tokens, lane in zip(
+        chosen, wanted, engine.hold(e, wanted, guide=True), strict=True
+    ):
+        seats[row].lanes[stream] = rows.lanes[row, stream] = lane
+        rows.at[row, stream] = len(tokens)
+
+
+def _run(
+    e: Engine, rows: decoding.Rows, knobs: decoding.Knobs, seed: int, plan: decoding.Plan
+) -> tuple[decoding.Rows, Int[np.ndarray, "N C"]]:
+    """A chunk on the device."""
+    busy = ~(rows.done | rows.waiting)
+    in_image = (rows.left[busy] > 0).any()
+    draws = {"text": "text", "image": "codes", "mixed": "both" if in_image else "text"}[plan.mode]
+    held = rows.lanes[~rows.done]
+    deepest = int((held[held >= 0] % e.book.depth).max()) + 1
+    fixed = dict(
+        plan=plan,
+        width=_width(deepest, -(-e.rows // e.book.blocks), e.book.depth),
+        span=batching.span(int(rows.at[busy].max()) + plan.chunk, e.slots),
+        draws=draws,
+    )
+    e.programs.add(("run", *fixed.values()))
+    with jax.set_mesh(e.mesh):
+        e.cache, rows, e.seen, out = decoding.run(
+            e.model, e.cache, rows, e.seen, knobs, jax.random.key(seed), **fixed
+        )
+    rows, out = jax.device_get((rows, out))
+    return jax.tree.map(np.array, rows), out
+
+
+def _take(
+    e: Engine, seats: list[_Seat | None], rows: decoding.Rows, out: np.ndarray
+) -> list[Written]:
+    """What each row wrote; lanes of finished answers and of closed images are free again."""
+    news = []
+    for row, seat in enumerate(seats):
+        if seat is None:
+            continue
+        fresh = out[row, : rows.count[row] - len(seat.out)].tolist()
+        seat.out += fresh
+        if fresh:
+            tokens = np.array(seat.out, np.int32)
+            news.append(Written(seat.index, tokens, bool(rows.done[row])))
+        if rows.done[row]:
+            _leave(e, seat, rows.at[row], range(3))
+            seats[row], rows.lanes[row] = None, -1
+        elif rows.left[row] == 0 or rows.waiting[row]:
+            _leave(e, seat, rows.at[row], (decoding.UNCONDITIONAL, decoding.IMAGE_ONLY))
+            rows.lanes[row] = seat.lanes
+    return news
+
+
+def _leave(e: Engine, seat: _Seat, at: Int[np.ndarray, "3"], streams) -> None:
+    """Gives lanes back, and says what they hold."""
+    tokens = seat.sequence()
+    for stream in streams:
+        if (lane := seat.lanes[stream]) < 0:
+            continue
+        held = tokens
+        if stream == decoding.UNCONDITIONAL:
+            held = np.append(tokens[:1], tokens[seat.opened :])
+        elif stream == decoding.IMAGE_ONLY:
+            held = batching.pictorial(tokens, e.vocab)
+        e.book.release(lane, held[: at[stream]])
+        seat.lanes[stream] = -1
+
+
+def _width(deepest: int, near: int, depth: int) -> int:
+    """Lanes of a block that run: few sizes, at least the deepest one in use."""
+    sizes = (near, 2 * near, depth)
+    return next(size for size in sizes if deepest <= size <= depth)
