@@ -18,21 +18,17 @@ MAX_FILE_LINES = 400
 # what training needs to be read for, without how text and pictures are generated.
 MAX_TRAIN_CLOSURE = 6_400
 DOOR = "medmax_jax.samples"
-<<<<<<< HEAD
 MAX_TRAIN_FILES = 42
-=======
-MAX_TRAIN_FILES = 41
->>>>>>> h
 MAX_SHIPPED_BYTES = 25_000_000  # of medmax_jax/tiny, all files together
 
 # The house from the ground up. A module may import only what stands above it in this list.
 ORDER = """
 settings    configs configs.sampling configs.base configs.chameleon_30b configs.tiny
-            configs.tiny_base
-            configs.tiny_vqgan configs.eval_tiny configs.quickstart configs.medmax_7b_paper
-            configs.medmax_7b_lora configs.medmax_7b_qlora configs.medmax_7b_full
-            configs.chameleon_30b_lora configs.sweep_tiny configs.sweep_tiny_lora
-            configs.sweep_medmax_7b_data configs.sample_meta configs.sample_medmax
+            configs.tiny_base configs.tiny_vqgan configs.eval_tiny configs.quickstart
+            configs.medmax_7b_paper configs.medmax_7b_lora configs.medmax_7b_qlora
+            configs.medmax_7b_full configs.chameleon_30b_lora configs.sweep_tiny
+            configs.sweep_tiny_lora configs.sweep_medmax_7b_data configs.sample_meta
+            configs.sample_medmax
 
 facts       medmax_jax medmax_jax.config medmax_jax.vocab medmax_jax.mesh medmax_jax.images
             medmax_jax.page medmax_jax.cli medmax_jax.bucket medmax_jax.storage
@@ -47,18 +43,17 @@ facts       medmax_jax medmax_jax.config medmax_jax.vocab medmax_jax.mesh medmax
 
 parts       medmax_jax.weights medmax_jax.array_reader medmax_jax.arrays medmax_jax.tokenizer
             medmax_jax.splash medmax_jax.cudnn medmax_jax.attention medmax_jax.quant
-            medmax_jax.layers medmax_jax.sampling medmax_jax.grammar medmax_jax.lanes
-            data.loader data.texts
+            medmax_jax.layers medmax_jax.sampling medmax_jax.grammar data.loader data.texts
             data.sources data.sources.row data.sources.stream data.sources.prompts
             data.sources.conversations data.sources.captions data.sources.questions
             data.sources.choices data.sources.parquet data.sources.reports data.sources.dicom
+            medmax_jax.lanes
 
-models      medmax_jax.cross_entropy medmax_jax.chameleon medmax_jax.cached
-            medmax_jax.vqgan medmax_jax.lpips
+models      medmax_jax.cross_entropy medmax_jax.chameleon medmax_jax.vqgan medmax_jax.lpips
             medmax_jax.loss medmax_jax.spikes medmax_jax.optim data.codes data.batch_encoder
             data.code_reader data.picture_codes data.code_store data.scan data.looks data.held_out
             data.findings data.check data.stats_plots data.stats_page data.stats_command
-            data.who_saw
+            data.who_saw medmax_jax.cached
 
 laws        medmax_jax.scaling medmax_jax.scaling.laws medmax_jax.scaling.fit
             medmax_jax.scaling.table medmax_jax.scaling.identify medmax_jax.scaling.bootstrap
@@ -68,11 +63,10 @@ laws        medmax_jax.scaling medmax_jax.scaling.laws medmax_jax.scaling.fit
 
 machines    medmax_jax.metrics medmax_jax.step medmax_jax.integrity medmax_jax.checkpoint
             medmax_jax.export medmax_jax.decoding medmax_jax.batching medmax_jax.engine
-            medmax_jax.serving medmax_jax.generator medmax_jax.answers medmax_jax.chat
-            medmax_jax.generate
+            medmax_jax.serving medmax_jax.generator medmax_jax.answers medmax_jax.generate
             data.instruct eval.tasks eval.score_image eval.scoring eval.loop medmax_jax.resume
             medmax_jax.runlog medmax_jax.tracking medmax_jax.reports medmax_jax.samples
-            medmax_jax.startup
+            medmax_jax.startup medmax_jax.chat
 
 layouts     medmax_jax.convert medmax_jax.convert.form medmax_jax.convert.ahead
             medmax_jax.convert.tensor_files medmax_jax.convert.vq_names
