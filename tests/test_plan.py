@@ -136,6 +136,7 @@ def test_a_mesh_is_all_chips(text):
 def test_arguments_are_counted_exactly(name, axes):
     settings = FILES[name].get_config()
     settings.mesh.update(data=axes[0], fsdp=axes[1], tp=axes[2])
+    settings.optim.accumulate = 1
     run = config.from_config_dict(settings)
     with jax.set_mesh(mesh.make_mesh(run.mesh)):
         like = chameleon.abstract(run.model, run.vocab, run.lora)

@@ -107,6 +107,7 @@ def make_cells() -> Iterator[Cell]:
                 settings.model.update(attention=attention)
                 settings.train.compile = "gather" if topology.is_tpu else "default"
                 settings.mesh.update(data=1, fsdp=1, tp=1)
+                settings.optim.accumulate = 1  # rows are searched for; a run may have more of them
                 settings.data.update(seq_len=length)
                 settings.train.steps = round(tokens / length / settings.data.batch_size)
                 run = config.from_config_dict(settings)
