@@ -32,7 +32,7 @@ facts       medmax_jax medmax_jax.config medmax_jax.vocab medmax_jax.mesh medmax
             data.sample.manifest data.sample.phrases data.sample.questions data.sample.documents
             data.sample.sources data.sample.decode data.sample.dicoms data.sample.pictures
             data.sample.splits eval.stats eval.paired eval.calibration
-            eval.score_text eval.paper eval.strict
+            eval.score_text eval.paper eval.strict eval.judge
 
 parts       medmax_jax.weights medmax_jax.array_reader medmax_jax.arrays medmax_jax.tokenizer
             medmax_jax.attention medmax_jax.quant medmax_jax.layers medmax_jax.sampling
