@@ -48,7 +48,7 @@ models      medmax_jax.chameleon medmax_jax.vqgan medmax_jax.lpips medmax_jax.lo
 
 machines    medmax_jax.metrics medmax_jax.step medmax_jax.checkpoint medmax_jax.export
             medmax_jax.decoding medmax_jax.batching medmax_jax.generate data.instruct eval.tasks
-            eval.score_image eval.scoring eval.loop
+            eval.score_image eval.scoring eval.loop eval.comparing
 
 layouts     medmax_jax.convert medmax_jax.convert.form medmax_jax.convert.ahead
             medmax_jax.convert.tensor_files medmax_jax.convert.vq_names
@@ -61,7 +61,8 @@ layouts     medmax_jax.convert medmax_jax.convert.form medmax_jax.convert.ahead
 programs    eval data.sample.build data.sample.train_tokenizer data.published data.archives
             data.eval_rows data.tfds_builders data.published_command data.instruct_command
             data.tokenize_command data.build data.prepare medmax_jax.train medmax_jax.train_vqgan
-            eval.report eval.run medmax_jax.quickstart_page medmax_jax.quickstart
+            eval.report eval.run eval.compare medmax_jax.quickstart_page
+            medmax_jax.quickstart
             medmax_jax.convert.torch_side medmax_jax.convert.check medmax_jax.convert.__main__
 """
 
