@@ -68,8 +68,8 @@ def _check_same(one: Mapping[str, Any], two: Mapping[str, Any]) -> None:
     for name in ASKED:
         if one[name] != two[name]:
             raise ComparisonError(
-                f"item {one['id']}: {name} is {one[name]!r} and {two[name]!r}; evaluate both models "
-                "on the same items"
+                f"item {one['id']}: {name} is {one[name]!r} and {two[name]!r}; evaluate both on "
+                "the same items"
             )
 
 

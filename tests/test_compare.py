@@ -35,7 +35,7 @@ def test_sign_flips():
 
 
 def test_sign_flips_are_rarely_wrong_where_mcnemar_is():
-    """No true difference, ten questions a picture that go the same way: 5 % false claims, not 50."""
+    """No true difference, ten questions a picture that go the same way: 5 % false claims."""
     rng, wrong, naive = np.random.default_rng(0), 0, 0
     for world in range(200):
         side = np.repeat(rng.integers(0, 2, 20), 10)
