@@ -1,5 +1,6 @@
 """The evaluation suite: tasks, scores, intervals and reports."""
 
+from eval.comparing import compare
 from eval.loop import evaluate
 
-__all__ = ["evaluate"]
+__all__ = ["compare", "evaluate"]

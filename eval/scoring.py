@@ -53,7 +53,7 @@ def values(record: Record) -> dict[str, float]:
 def summary(records: Sequence[Record], *, seed: int, resamples: int) -> list[dict[str, Any]]:
     """{task, metric, n, groups, value, ci_low, ci_high} for every task and metric."""
     rows = []
-    for (task, metric), found in _table(records).items():
+    for (task, metric), found in table(records).items():
         groups = [group for group, _ in found.values()]
         interval = stats.mean_interval(
             [value for _, value in found.values()], groups, seed=seed, resamples=resamples
@@ -79,7 +79,7 @@ def scores(
 
     Over the items that both sides answered; the interval is of the paired difference.
     """
-    one, two, rows = _table(before), _table(after), []
+    one, two, rows = table(before), table(after), []
     for task, metric in two:
         first, second = one.get((task, metric), {}), two[task, metric]
         shared = [name for name in second if name in first]
@@ -109,7 +109,7 @@ def answered(records: Sequence[Record], answers: Mapping[str, str]) -> list[dict
     return [dict(record) | {"text": answers[record["id"]]} for record in records]
 
 
-def _table(records: Sequence[Record]) -> dict[tuple[str, str], dict[str, tuple[str, float]]]:
+def table(records: Sequence[Record]) -> dict[tuple[str, str], dict[str, tuple[str, float]]]:
     """(task, metric) -> id -> (group, value); tasks as they come, the primary one first."""
     found: dict[tuple[str, str], dict[str, tuple[str, float]]] = {}
     for record in sorted(records, key=lambda r: r["task"] != PRIMARY[0]):

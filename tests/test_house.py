@@ -39,7 +39,7 @@ facts       medmax_jax medmax_jax.config medmax_jax.vocab medmax_jax.mesh medmax
             data.sample.manifest data.sample.phrases data.sample.questions data.sample.documents
             data.sample.sources data.sample.decode data.sample.dicoms data.sample.pictures
             data.sample.splits eval.stats eval.score_text medmax_jax.flops data.objective
-            eval.paired eval.calibration eval.paper eval.strict
+            eval.paired eval.calibration eval.paper eval.strict eval.judge
 
 parts       medmax_jax.weights medmax_jax.array_reader medmax_jax.arrays medmax_jax.tokenizer
             medmax_jax.splash medmax_jax.cudnn medmax_jax.attention medmax_jax.quant
@@ -66,7 +66,7 @@ machines    medmax_jax.metrics medmax_jax.step medmax_jax.integrity medmax_jax.c
             medmax_jax.serving medmax_jax.generator medmax_jax.answers medmax_jax.generate
             data.instruct eval.tasks eval.score_image eval.scoring eval.loop medmax_jax.resume
             medmax_jax.runlog medmax_jax.tracking medmax_jax.reports medmax_jax.samples
-            medmax_jax.startup medmax_jax.chat
+            medmax_jax.startup medmax_jax.chat eval.comparing
 
 layouts     medmax_jax.convert medmax_jax.convert.form medmax_jax.convert.ahead
             medmax_jax.convert.tensor_files medmax_jax.convert.vq_names
@@ -86,7 +86,7 @@ programs    eval data.sample.build data.sample.train_tokenizer data.published da
             medmax_jax.plan.answers medmax_jax.plan.__main__ medmax_jax.plan.table
             medmax_jax.scaling.__main__ medmax_jax.sweep medmax_jax.sweep.axes
             medmax_jax.sweep.expand medmax_jax.sweep.workdirs medmax_jax.sweep.render
-            medmax_jax.sweep.runner medmax_jax.sweep.__main__
+            medmax_jax.sweep.runner medmax_jax.sweep.__main__ eval.compare
 """
 
 

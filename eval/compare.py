@@ -1,0 +1,43 @@
+"""python -m eval.compare D1 D2: two workdirs of eval.run, who wins where and where nobody can say.
+
+Status 0: compared. 1: an error to mend, in one line. 2: wrong usage.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+
+from eval import report
+from eval.comparing import compare
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the tables, or with --json one object as the last line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.compare", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("first", metavar="D1")
+    parser.add_argument("second", metavar="D2", help="differences are D2 - D1")
+    parser.add_argument("--seed", type=int, default=0, help="of the resampling")
+    parser.add_argument("--resamples", type=int, default=10_000)
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    args = parser.parse_args(argv)
+    try:
+        found = compare(args.first, args.second, seed=args.seed, resamples=args.resamples)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if args.json:
+        print(json.dumps(dataclasses.asdict(found)))
+        return 0
+    print(report.markdown(found.rows))
+    print("Mean over the tasks' headlines:\n")
+    print(report.markdown([found.suite]))
+    for line in found.left_out:
+        print(f"left out: {line}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""Tests of differences on hand values and by simulation; calibration; two workdirs compared."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from eval import calibration, comparing, paired, stats
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_mcnemar():
+    first, second = [1] * 1 + [0] * 9 + [1] * 5, [0] * 1 + [1] * 9 + [1] * 5
+    found = paired.mcnemar(first, second)
+    assert (found.only_first, found.only_second) == (1, 9)
+    assert found.p == pytest.approx(2 * (1 + 10) / 1024)
+    assert paired.mcnemar([1, 0], [1, 0]).p == 1
+    with pytest.raises(ValueError, match="is of 0 and 1"):
+        paired.mcnemar([0.5], [1])
+    with pytest.raises(ValueError, match="same items"):
+        paired.mcnemar([1], [1, 0])
+
+
+def test_sign_flips():
+    # three groups that agree: of 8 signings, + + + and - - - are as far out
+    assert paired.sign_flip([1, 1, 1], "abc", seed=0, resamples=2_000) == 2 / 8
+    assert paired.sign_flip([1] * 30, "abc" * 10, seed=0, resamples=2_000) == 2 / 8
+    assert paired.sign_flip([0, 0], "ab", seed=0, resamples=2_000) == 1
+    many = paired.sign_flip([1] * 40, range(40), seed=0, resamples=2_000)
+    assert many == 1 / 2_001
+
+
+def test_sign_flips_are_rarely_wrong_where_mcnemar_is():
+    """No true difference, ten questions a picture that go the same way: 5 % false claims."""
+    rng, wrong, naive = np.random.default_rng(0), 0, 0
+    for world in range(200):
+        side = np.repeat(rng.integers(0, 2, 20), 10)
+        groups = np.repeat(np.arange(20), 10).tolist()
+        p = paired.sign_flip(2.0 * side - 1, groups, seed=world, resamples=2_000)
+        wrong += p < 0.05
+        naive += paired.mcnemar(side.tolist(), (1 - side).tolist()).p < 0.05
+    assert wrong <= 20 and naive > 80
+
+
+def test_holm():
+    found = paired.holm({"a": 0.01, "b": 0.04, "c": 0.03})
+    assert found == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
+    assert paired.holm({"a": 0.9, "b": 0.8}) == {"a": 1.0, "b": 1.0}
+
+
+def test_detectable_differences():
+    values = [1.0] * 300 + [0.0] * 200  # 60 % of 500
+    assert stats.detectable(values, range(500), paired=False) == pytest.approx(0.087, abs=1e-3)
+    copies = np.repeat(values[::10], 10)
+    clustered = stats.detectable(copies, np.repeat(range(50), 10).tolist(), paired=False)
+    assert clustered == pytest.approx(0.087 * np.sqrt(10), rel=0.02)
+    assert stats.detectable([1.0, 0.0], "aa", paired=True) == np.inf
+
+
+def test_the_judge_s_variance_is_in_the_interval():
+    """95 % intervals of one noisy vote an item hold the truth; the judge's part is told apart."""
+    rng, held, told = np.random.default_rng(0), 0, []
+    for world in range(150):
+        chance = rng.choice([0.2, 0.8], 60)
+        votes = (rng.random((60, 3)) < chance[:, None]).astype(float)
+        found = stats.judged_interval(votes.tolist(), range(60), seed=world, resamples=2_000)
+        held += found.interval.low <= 0.5 <= found.interval.high
+        told.append(found.judge_sd)
+    assert 0.88 <= held / 150 <= 0.99
+    assert np.mean(told) == pytest.approx(np.sqrt(0.16 / 3 / 60), rel=0.05)
+    once = stats.judged_interval([[1.0], [0.0]], "ab", seed=0, resamples=2_000)
+    assert once.judge_sd is None
+    with pytest.raises(ValueError, match="item 1 has no votes"):
+        stats.judged_interval([[1.0], []], "ab", seed=0, resamples=2_000)
+
+
+def test_suite_interval_weighs_tasks_alike_and_shares_groups():
+    parts = [([1.0] * 90, list(range(90))), ([0.0] * 10, list(range(10)))]
+    assert stats.suite_interval(parts, seed=0, resamples=2_000).mean == 0.5
+    opposite = [([1.0, -1.0] * 20, list(range(40))), ([-1.0, 1.0] * 20, list(range(40)))]
+    found = stats.suite_interval(opposite, seed=0, resamples=2_000)
+    assert (found.low, found.high) == (0.0, 0.0)  # what one task gains the other loses
+
+
+def test_calibration():
+    np.testing.assert_allclose(calibration.shares([0.0, np.log(3)]), [0.25, 0.75])
+    assert calibration.answer(calibration.shares([0.0, np.log(3)])) == (1, pytest.approx(0.75))
+    assert calibration.ece([0.9] * 10, [1] * 9 + [0], bins=5) == pytest.approx(0)
+    assert calibration.ece([0.9] * 10, [0] * 10, bins=5) == pytest.approx(0.9)
+    # two levels, two bins: (|1.0 - 0.5| + |0.6 - 0.5|) / 2
+    assert calibration.ece([1, 1, 0.6, 0.6], [1, 0, 1, 0], bins=2) == pytest.approx(0.3)
+    assert calibration.brier([np.array([0.25, 0.75])], [1]) == pytest.approx(0.125)
+    curve = calibration.risk_coverage([0.9, 0.8, 0.7, 0.6], [1, 1, 0, 0])
+    np.testing.assert_allclose(curve.risk, [0, 0, 1 / 3, 1 / 2])
+    assert calibration.accuracy_at(curve, 0.5) == 1 and curve.area == pytest.approx(5 / 24)
+    ties = [
+        calibration.risk_coverage([0.5] * 4, right).area for right in ([1, 1, 0, 0], [0, 0, 1, 1])
+    ]
+    assert ties[0] == ties[1] == 0.5
+    for call in (
+        lambda: calibration.shares([0.0]),
+        lambda: calibration.shares([0.0, np.nan]),
+        lambda: calibration.ece([1.5], [1], bins=2),
+        lambda: calibration.brier([np.array([1.0, 0.0])], [2]),
+        lambda: calibration.accuracy_at(curve, 0.0),
+    ):
+        with pytest.raises(ValueError):
+            call()
+
+
+def write(folder, answers, task="vqa_closed", **changes):
+    folder.mkdir(exist_ok=True)
+    with open(folder / "records.jsonl", "a") as file:
+        for n, text in enumerate(answers):
+            row = dict(id=f"{task}/{n}", task=task, prompt="Is it?", answer="yes", image="a.png")
+            row |= dict(
+                group=f"g{n // 2}", facts=[], kind="", images=[], looks_like=None, text=text
+            )
+            file.write(json.dumps(row | changes) + "\n")
+    return folder
+
+
+def test_who_wins_and_where_nobody_can_say(tmp_path):
+    one = write(tmp_path / "one", ["no"] * 40)
+    two = write(tmp_path / "two", ["yes"] * 35 + ["no"] * 5)
+    write(one, ["a b"] * 6, "vqa_open"), write(two, ["yes"] + ["a b"] * 5, "vqa_open")
+    write(two, ["x"] * 3, "captioning")
+    found = comparing.compare(one, two, seed=0, resamples=2_000)
+    rows = {(row["task"], row["metric"]): row for row in found.rows}
+    closed = rows["vqa_closed", "accuracy"]
+    assert closed["claim"] == f"{two} wins" and closed["diff"] == 0.875
+    assert closed["p_holm"] < 0.01 and closed["p_mcnemar"] < 1e-9
+    assert (closed["n"], closed["groups"]) == (40, 20) and closed["can_find"] < 0.3
+    assert rows["vqa_open", "exact"]["claim"] == comparing.NOBODY
+    assert rows["vqa_open", "token_f1"]["claim"] == ""  # not its headline
+    assert found.left_out == ["3 items that only the second answered"]
+    assert found.suite["tasks"] == 2 and found.suite["diff"] == pytest.approx((0.875 + 1 / 6) / 2)
+    back = comparing.compare(two, one, seed=0, resamples=2_000).rows[0]
+    assert back["claim"] == f"{two} wins" and back["diff"] == -0.875
+
+
+def test_workdirs_that_cannot_be_compared(tmp_path):
+    one = write(tmp_path / "one", ["no"])
+    with pytest.raises(comparing.ComparisonError, match="is missing; name a --workdir"):
+        comparing.compare(one, tmp_path, seed=0, resamples=2_000)
+    other = write(tmp_path / "two", ["no"], prompt="Else?")
+    with pytest.raises(comparing.ComparisonError, match="prompt is 'Is it\\?' and 'Else\\?'"):
+        comparing.compare(one, other, seed=0, resamples=2_000)
+    apart = write(tmp_path / "three", ["no"], id="x")
+    with pytest.raises(comparing.ComparisonError, match="no item has a score on both"):
+        comparing.compare(one, apart, seed=0, resamples=2_000)
+
+
+def test_the_program(tmp_path):
+    one, two = write(tmp_path / "one", ["no"] * 40), write(tmp_path / "two", ["yes"] * 40)
+    command = [sys.executable, "-m", "eval.compare", str(one), str(two)]
+    said = subprocess.run(
+        [*command, "--json"], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    assert json.loads(said.stdout.splitlines()[-1])["rows"][0]["claim"] == f"{two} wins"
+    assert not said.stderr
+    wrong = subprocess.run([*command[:-1], "nowhere"], cwd=ROOT, capture_output=True, text=True)
+    assert wrong.returncode == 1 and "nowhere/records.jsonl is missing" in wrong.stderr
