@@ -73,6 +73,12 @@ def run(path: str, data: bytes) -> Any:
     return _Machine(path, data).run()
 
 
+def first(path: str, data: bytes) -> tuple[Any, int]:
+    """What the pickle at the start of `data` describes, and its bytes; more may follow."""
+    machine = _Machine(path, data)
+    return machine.run(), machine.at
+
+
 def kind(value: Any) -> str:
     """What a value is, for a message."""
     return value.name if type(value) is _Global else type(value).__name__
@@ -171,6 +177,8 @@ class _Machine:
         return _Global(asked)
 
     def _storage(self, pid: Any) -> Storage:
+        if type(pid) is tuple and len(pid) == 6 and pid[5] is None:
+            pid = pid[:5]  # torch before 1.6 had a sixth part: None, or a view, which is refused
         match pid if type(pid) is tuple else ():
             case ("storage", _Global() as cls, str(key), str(), int(numel)):
                 if cls.name in DTYPES and _sizes(numel):

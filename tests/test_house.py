@@ -28,7 +28,7 @@ settings    configs configs.sampling configs.base configs.chameleon_30b configs.
             configs.medmax_7b_paper configs.medmax_7b_lora configs.medmax_7b_qlora
             configs.medmax_7b_full configs.chameleon_30b_lora configs.sweep_tiny
             configs.sweep_tiny_lora configs.sweep_medmax_7b_data configs.sample_meta
-            configs.sample_medmax
+            configs.sample_medmax configs.biomedclip
 
 facts       medmax_jax medmax_jax.config medmax_jax.vocab medmax_jax.mesh medmax_jax.images
             medmax_jax.page medmax_jax.cli medmax_jax.bucket medmax_jax.storage
@@ -39,7 +39,7 @@ facts       medmax_jax medmax_jax.config medmax_jax.vocab medmax_jax.mesh medmax
             data.sample.manifest data.sample.phrases data.sample.questions data.sample.documents
             data.sample.sources data.sample.decode data.sample.dicoms data.sample.pictures
             data.sample.splits eval.stats eval.score_text medmax_jax.flops data.objective
-            eval.paired eval.calibration eval.paper eval.strict eval.judge
+            eval.paired eval.calibration eval.paper eval.strict eval.judge eval.score_picture
 
 parts       medmax_jax.weights medmax_jax.array_reader medmax_jax.arrays medmax_jax.tokenizer
             medmax_jax.splash medmax_jax.cudnn medmax_jax.attention medmax_jax.quant
@@ -53,7 +53,8 @@ models      medmax_jax.cross_entropy medmax_jax.chameleon medmax_jax.vqgan medma
             medmax_jax.loss medmax_jax.spikes medmax_jax.optim data.codes data.batch_encoder
             data.code_reader data.picture_codes data.code_store data.scan data.looks data.held_out
             data.findings data.check data.stats_plots data.stats_page data.stats_command
-            data.who_saw medmax_jax.cached
+            data.who_saw medmax_jax.cached medmax_jax.biomedclip medmax_jax.biomedclip_inputs
+            medmax_jax.biomedclip_files medmax_jax.biomedclip_embed medmax_jax.efficientnet
 
 laws        medmax_jax.scaling medmax_jax.scaling.laws medmax_jax.scaling.fit
             medmax_jax.scaling.table medmax_jax.scaling.identify medmax_jax.scaling.bootstrap
