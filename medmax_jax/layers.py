@@ -57,14 +57,24 @@ class Linear(nnx.Module):
         y = matmul(x, kernel, out, dtype=x.dtype)
         if not self.lora.rank:
             return y
-        # Tokens before features, also in the gradient: for the thin products with A and B alone
-        # XLA on TPUs would lay all of x out the other way, and copy it back for everybody else.
-        x = with_layout_constraint(x, Layout(major_to_minor=(0, 1, 2)))
+        x = _tokens_first(x)
         if key is not None and self.lora.dropout:
             x = dropout(x, self.lora.dropout, key=key)
         a, b = self.lora_a[...].astype(x.dtype), self.lora_b[...].astype(x.dtype)
         delta = matmul(matmul(x, a, ACT, dtype=x.dtype), b, out, dtype=x.dtype)
         return y + self.lora.alpha / self.lora.rank * delta
+
+
+def _tokens_first(x: Float[Array, "B T I"]) -> Float[Array, "B T I"]:
+    """x, laid out with tokens before features, and its gradient too.
+
+    For the thin products with A and B alone XLA on TPUs would lay all of x out the other way, and
+    copy it back for everybody else. Inside shard_map, since XLA gathers whatever the constraint
+    stands on: it does not know how to split it.
+    """
+    spec = jax.typeof(x).sharding.spec
+    local = lambda x: with_layout_constraint(x, Layout(major_to_minor=(0, 1, 2)))  # noqa: E731
+    return jax.shard_map(local, in_specs=spec, out_specs=spec)(x)
 
 
 class Embed(nnx.Module):

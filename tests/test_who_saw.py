@@ -10,7 +10,7 @@ import pytest
 
 from data import loader, overlap, prepare, records
 from data.documents import Document, Layout
-from medmax_jax import train
+from medmax_jax import startup, train
 from medmax_jax.vocab import BOI, EOI, IMAGE_START, SEP
 
 LAYOUT = Layout(vocab=micro_run.run().vocab, codes_per_image=4, tokenizer="", vqgan="")
@@ -61,7 +61,7 @@ def world(tmp_path_factory):
     settings |= dict(train__checkpoint_every=EVERY, data__seed=3)
     train.run(micro_run.run(**settings, train__steps=EVERY), top / "runs" / "a")
     run = micro_run.run(**settings, train__steps=STEPS)
-    train.run(run, top / "runs" / "a")
+    train.run(run, top / "runs" / "a", startup.Options(extend=True))
     command = ["plan", folder, "--seq_len", "32", "--seed", "3", "--save", str(top / "p.npz")]
     assert prepare.main(command) == 0
     return top, run
