@@ -7,15 +7,14 @@ Tasks take turns; documents without a separator have no prompt and are passed ov
 config.sample, the same prompts and random numbers each time, so that pages can be compared.
 """
 
+import contextlib
 import dataclasses
-import io
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-import PIL.Image
 from flax import nnx
 from jaxtyping import PyTree
 
@@ -23,9 +22,9 @@ from data.documents import Document
 from data.reader import Records
 from medmax_jax import generate, page
 from medmax_jax.config import Run
+from medmax_jax.new_folder import private
 from medmax_jax.vocab import EOS, SEP, is_image
 
-SHOWN = 192  # pixels of a picture on the page; tiny pictures are enlarged by whole factors
 NOTICE = "Samples of a research model in training, on held-out documents. Not for clinical use."
 CREDENTIALED = (
     "Some of these documents are credentialed: keep this page where the documents may be kept."
@@ -90,16 +89,16 @@ def write(
         for batch, written in generate.write(g, prompts, run.sample, names=names, **request):
             for i, answer in zip(batch, generate.segments(g, written), strict=True):
                 answers[of_mode[i]] = answer
-    body = page.paragraph(NOTICE)
-    if any(case.credential != "no" for case in asked):
-        body += page.paragraph(CREDENTIALED)
+    secret = any(case.credential != "no" for case in asked)
+    body = page.paragraph(NOTICE) + (page.paragraph(CREDENTIALED) if secret else "")
     for i, case in enumerate(asked):
         shown = {"prompt": case.prompt[:-1], "answer of the document": case.answer}
         parts = {name: generate.segments(g, [tokens])[0] for name, tokens in shown.items()}
         body += page.section(case.name, _shown(parts | {f"after step {step}": answers[i]}))
-    folder.mkdir(exist_ok=True)
     path = folder / f"{step:06d}.html"
-    path.write_text(page.document(f"Samples after step {step}", body), encoding="utf-8")
+    with private() if secret else contextlib.nullcontext():  # for its owner's eyes
+        folder.mkdir(exist_ok=True)
+        path.write_text(page.document(f"Samples after step {step}", body), encoding="utf-8")
     return path
 
 
@@ -125,18 +124,9 @@ def _shown(parts: dict[str, list[generate.Text | generate.Image]]) -> str:
     }
     words = [(name, text) for name, text in said.items() if text]
     pictures = [
-        (_png(p.image), name)
+        (page.png(p.image), name)
         for name, part in parts.items()
         for p in part
         if isinstance(p, generate.Image)
     ]
     return page.table(["", ""], words) + (page.figures(pictures) if pictures else "")
-
-
-def _png(image: PIL.Image.Image) -> bytes:
-    factor = max(1, SHOWN // max(image.size))
-    out = io.BytesIO()
-    image.resize((image.width * factor, image.height * factor), PIL.Image.Resampling.NEAREST).save(
-        out, format="PNG"
-    )
-    return out.getvalue()

@@ -7,7 +7,6 @@ plans are compressed, so they are searched decoded too. tests/test_mimic.py has 
 """
 
 import json
-import os
 import pathlib
 import stat
 import subprocess
@@ -22,15 +21,13 @@ from data import plan_file, prepare, records
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = """
-import micro_run
+from configs import tiny
 
 
 def get_config():
-    c = micro_run.settings(train__steps=3, train__log_every=1, train__checkpoint_every=2)
-    c.vocab.update(size=9_728, image_codes=256)  # the tiny tokenizer's and VQGAN's
-    c.vq.update(image_size=64, channel_mult=(1, 1, 2, 2), num_codes=256)
-    c.data.update(train={train!r}, document_limit=256, seq_len=256, batch_size=2)
-    c.model.update(context_length=256)
+    c = tiny.get_config()
+    c.data.update(train={records!r}, validation={records!r}, batch_size=2)
+    c.train.update(steps=3, log_every=1, checkpoint_every=2, eval_every=3, samples=2)
     return c
 """
 
@@ -44,10 +41,9 @@ def road(tmp_path_factory):
     told = []
 
     def ran(*command, module="data.prepare", status=0):
-        environment = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
         done = subprocess.run(
             [sys.executable, "-m", module, *map(str, command)],
-            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600,
+            cwd=ROOT, capture_output=True, text=True, timeout=600,
         )  # fmt: skip
         told.append(done.stdout + done.stderr)
         assert done.returncode == status, told[-1]
@@ -61,9 +57,9 @@ def road(tmp_path_factory):
     ran("stats", r, "--out", top / "shown.html", "--show_credentialed")
     ran("plan", r, "--seq_len", "256", "--row", "0", "--save", top / "plan.npz")
     ran("plan", top / "plan.npz", "--row", "0")
-    (top / "micro_mimic.py").write_text(CONFIG.format(train=str(r)))
+    (top / "tiny_mimic.py").write_text(CONFIG.format(records=str(r)))
     workdir = f"--workdir={top / 'run'}"
-    ran(f"--config={top / 'micro_mimic.py'}", workdir, module="medmax_jax.train")
+    ran(f"--config={top / 'tiny_mimic.py'}", workdir, module="medmax_jax.train")
     for asked in (DICOM_IDS[0], records.open_records(r)[0].id):
         ran("who_saw", asked, "--in", top)
     tokenize = ["tokenize", "--images", source, "--model", prepare.TINY, "--credentialed"]
@@ -94,6 +90,7 @@ def test_no_canary_in_any_byte(road):
         "events.out",
         "/meta/",
         "codes/",
+        "samples/000003.html",
     ):
         assert expected in names
     assert {SUBJECT, STUDY, *DICOM_IDS} <= set(SECRETS)
@@ -107,7 +104,9 @@ def test_the_road_was_walked(road):
     assert count == 3 and "shared_codes\tdocument 0" in told[2]
     page, shown = ((top / n).read_text() for n in ("page.html", "shown.html"))
     assert "no focal consolidation" in shown and "focal" not in page
-    assert stat.S_IMODE((top / "page.html").stat().st_mode) == 0o600
+    assert "no focal consolidation" in (top / "run" / "samples" / "000003.html").read_text()
+    for path in (top / "page.html", top / "run" / "samples" / "000003.html"):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert "step 3/3" in told[7] and "MIMIC-CXR" in (top / "run" / "config.json").read_text()
     assert "'documents'" not in told[8] and told[9].count("'shard': ") >= 1
     assert "'checkpoint': " in told[9] and "first_step" in told[9]
