@@ -193,6 +193,19 @@ def guided(sample: Sample) -> tuple[bool, bool]:
     return not text == image == 1.0, text != image
 
 
+def guidance(requests: Sequence[Request], sample: Sample, vocab: Vocab, *, mode: str) -> int:
+    """How many streams beside its own a row may need at once.
+
+    The image-only one is the unconditional one where nothing before holds an image: never in text,
+    in image mode by the prompts, in mixed mode not known beforehand.
+    """
+    if mode == "text":
+        return 0
+    unconditional, image_only = guided(sample)
+    pictured = mode == "mixed" or any(ids.is_image(r.tokens, vocab).any() for r in requests)
+    return unconditional + (image_only and pictured)
+
+
 def _check(sample: Sample) -> None:
     for name in ("text", "image"):
         temperature, p = (getattr(sample, f"{name}_{knob}") for knob in ("temperature", "top_p"))

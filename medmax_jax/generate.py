@@ -30,7 +30,6 @@ from ml_collections import ConfigDict
 from configs.sampling import SETS
 from medmax_jax import answers, batching, cached, cli, engine, export, grammar, serving
 from medmax_jax import mesh as meshes
-from medmax_jax import vocab as ids
 from medmax_jax.batching import GenerateError
 from medmax_jax.config import Mesh, Sample, build, to_dict
 from medmax_jax.generator import (
@@ -225,9 +224,7 @@ def _served(
     if not requests:
         return
     longest = max(len(request.tokens) for request in requests)
-    pictured = mode == "mixed" or any(ids.is_image(r.tokens, g.vocab).any() for r in requests)
-    guided = batching.guided(sample)
-    streams = 1 if mode == "text" else 1 + guided[0] + (guided[1] and pictured)
+    streams = 1 + batching.guidance(requests, sample, g.vocab, mode=mode)
     slots = batching.slots(longest, sample, mode=mode, codes=codes, context=context)
     e = _engine(g, rows=count, lanes=streams * count, slots=slots, kind=kind)
     yield from serving.serve(e, requests, sample, mode=mode, seed=seed)

@@ -55,8 +55,9 @@ def serve(
     """What has changed after each chunk, until all requests are done."""
     knobs, sizes = batching.knobs(sample), dict(blocks=e.book.blocks, depth=e.book.depth)
     compiled = plan(sample, e.vocab, mode=mode, codes=e.codes, slots=e.slots, **sizes)
-    spare, need = e.book.blocks * e.book.depth - e.rows, sum(batching.guided(sample))
-    if mode != "text" and spare < need:
+    spare = e.book.blocks * e.book.depth - e.rows
+    need = batching.guidance(requests, sample, e.vocab, mode=mode)
+    if spare < need:
         raise GenerateError(f"{spare} lanes beside {e.rows} rows; guidance needs {need} more")
     for request in requests:
         room = e.codes if mode == "image" else 1

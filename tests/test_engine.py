@@ -93,6 +93,15 @@ def test_guidance_waits_for_lanes_and_gives_them_back(g):  # noqa: F811
         answers(made(g, rows=4, lanes=5), asked(prompts, DRAWN, "mixed"), DRAWN, "mixed")
 
 
+def test_one_prompt_without_an_image_needs_one_lane_of_guidance(g):  # noqa: F811
+    """What the command line asks for one picture of words: an engine of exactly its size."""
+    prompt = np.r_[ids.BOS, words(6), ids.SEP].astype(np.int32)
+    ((_, found),) = generate.write(g, [prompt], DRAWN, mode="image", seed=0, names=None, rows=1)
+    (request,) = asked([prompt], DRAWN, "image")
+    made_alone = answers(made(g, rows=1, lanes=3), [request], DRAWN, "image")
+    assert [len(tokens) for tokens in found] == [len(tokens) for tokens in made_alone]
+
+
 def test_text_runs_no_lane_of_guidance(g):  # noqa: F811
     """While nobody writes an image, as many lanes run as there are rows."""
     e = made(g, rows=4, lanes=12)
