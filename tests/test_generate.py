@@ -268,7 +268,10 @@ def test_the_program_writes_answers_and_pictures(folder, adapter, tmp_path):
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "out" / "answers.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
-    assert [r["prompt"] for r in records] == ["Draw one.", "Draw two."]
+    image = {"image": str(picture)}
+    assert [r["prompt"] for r in records] == [
+        [image, {"text": text}] for text in ("Draw one.", "Draw two.")
+    ]
     for record in records:
         (segment,) = record["segments"]
         with PIL.Image.open(tmp_path / "out" / segment["image"]) as made:
