@@ -16,6 +16,7 @@ from array_record.python import array_record_module
 from jaxtyping import UInt8, UInt16
 
 from data.codes import PrepareError
+from data.records import file_sha256
 
 _HEAD = struct.Struct("<4sI32s")  # magic, CRC-32 of the rest, sha256 of the picture's file
 _MAGIC = b"MMC1"
@@ -97,8 +98,7 @@ def digest_of(picture: Path | bytes) -> bytes:
     """sha256 of a picture file, or of its bytes; raises OSError."""
     if isinstance(picture, bytes):
         return hashlib.sha256(picture).digest()
-    with open(picture, "rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
+    return bytes.fromhex(file_sha256(picture))
 
 
 def to_bytes(digest: UInt8[np.ndarray, "32"], codes: UInt16[np.ndarray, "K"]) -> bytes:

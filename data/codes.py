@@ -5,7 +5,6 @@ turned: left, right and orientation are facts that texts speak of.
 """
 
 import dataclasses
-import hashlib
 import json
 import logging
 import random
@@ -17,6 +16,7 @@ import PIL.Image
 from jaxtyping import Float32
 
 from data.documents import Layout
+from data.records import file_sha256
 from data.sources import dicom
 from medmax_jax import images, vqgan, weights
 from medmax_jax.config import VQ, Vocab, build
@@ -65,13 +65,11 @@ def load_encoder(folder: Path, *, vq: Any = None, tokenizer: Tokenizer | None = 
     file = folder / "vqgan.safetensors"
     vq = weights.load(file, vqgan.abstract(vq_config)) if vq is None else vq
     tokenizer = tokenizer or Tokenizer.from_file(folder / "tokenizer.json", vocab)
-    with open(file, "rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
     layout = Layout(
         vocab=vocab,
         codes_per_image=vq_config.codes_per_image,
         tokenizer=tokenizer.fingerprint,
-        vqgan=digest,
+        vqgan=file_sha256(file),
     )
     return Encoder(layout=layout, vq_config=vq_config, vq=vq, tokenizer=tokenizer)
 

@@ -125,7 +125,7 @@ def credentialed(found: Records) -> bool:
 
 
 def file_sha256(path: Path) -> str:
-    """Hex digest of a picture's file, for Document.image_sha256."""
+    """Hex digest of a file: a picture, a shard, weights."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -193,9 +193,8 @@ class _Parts:
         for n, documents in enumerate(self.documents):
             path = self.folder / f"{n:05d}-of-{len(self.documents):05d}.array_record"
             os.replace(self._path(n), path)
-            with open(path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            facts = dict(documents=documents, bytes=path.stat().st_size, sha256=digest)
+            size, digest = path.stat().st_size, file_sha256(path)
+            facts = dict(documents=documents, bytes=size, sha256=digest)
             shards.append(dict(file=path.name) | facts)
         return shards
 
