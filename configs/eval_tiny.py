@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     config.items = "sample"  # or a JSONL file of rows in the released evaluation schema
     config.images = ""  # folder that image_path is under; empty: where the items lie
     config.split = "test"  # of the sample
-    config.counts = ConfigDict(  # items of each task, groups in turn; -1: all
+    config.counts = ConfigDict(  # items of each family, groups in turn; -1: all
         dict(
             vqa_closed=-1,
             vqa_mcq=-1,
@@ -22,8 +22,10 @@ def get_config() -> ConfigDict:
             captioning=-1,
             image_generation=16,
             multimodal=8,
+            visual_chat=0,  # the sample has none
         )
     )
+    config.mode = "strict"  # of generation; paper: as the release asks, with its bounds
     config.baselines = True  # also: answer without looking, and look at somebody else's picture
     config.rows = 32  # prompts at once
     config.seed = 0  # of the choice of items, of swapping, and of the resampling

@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from eval import score_image, stats, tasks
-from medmax_jax import generate
-from medmax_jax.config import Sample
+from eval import models, tasks
 from medmax_jax.progress import Items
 
+FLUSH = 32  # answers that are written down together
 Progress = Callable[[str], None]
+Looks = Callable[[np.ndarray, np.ndarray], str]  # (codes, pixels) of a drawn picture -> modality
 
 
 class EvalError(ValueError):
@@ -28,40 +28,57 @@ class EvalError(ValueError):
 
 
 def evaluate(
-    generator: generate.Generator,
+    model: models.Model,
     items: Sequence[tasks.Item],
     *,
+    mode: str,
     images_folder: str | Path,
-    sample: Sample,
     out: str | Path,
     progress: Progress,
-    centroids: score_image.Centroids | None = None,
-    rows: int = 32,
+    looks: Looks | None = None,
+    window: int = 256,
 ) -> list[dict[str, Any]]:
     """One record an item, in their order. `out`: JSONL that is appended to; what it has is kept.
 
-    progress: called with a line of text after each batch, when its records are on disk; it may
-    raise to stop. centroids: what pictures are held against; None leaves `looks_like` open.
+    mode: of generation, paper or strict. progress: called with a line of text after each batch,
+    when its records are on disk; it may raise to stop. looks: which modality a drawn picture looks
+    like; None leaves `looks_like` open. window: items that a model is given at once.
     """
+    if mode not in tasks.MODES:
+        raise EvalError(f"mode is {mode!r}; use one of {', '.join(tasks.MODES)}")
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     known = {record["id"]: record for record in read(out)}
     for item in items:
         _check_same(item, known.get(item.id), out)
     todo = [item for item in items if item.id not in known]
-    pictures = _encoded(generator, todo, Path(images_folder), progress)
     clock = Items(len(todo), "items", progress, every=0.0)
     with open(out, "a", encoding="utf-8") as file:
-        for name in tasks.TASKS:
-            part = [item for item in todo if item.task == name]
-            for batch in _asked(generator, part, pictures, sample, rows):
-                records = [_record(generator, *one, out, centroids) for one in batch]
-                lines = [json.dumps(r, ensure_ascii=False) + "\n" for r in records]
-                file.write("".join(lines))
-                file.flush()
-                known |= {record["id"]: record for record in records}
-                clock.tick(name, len(batch))
+        for family in tasks.FAMILIES:
+            part = [item for item in todo if item.family == family]
+            for start in range(0, len(part), window):
+                some = part[start : start + window]
+                asks = [ask(item, Path(images_folder), mode) for item in some]
+                for batch in _batches(model, asks):
+                    records = [_record(some[i], answer, out, looks) for i, answer in batch]
+                    lines = [json.dumps(r, ensure_ascii=False) + "\n" for r in records]
+                    file.write("".join(lines))
+                    file.flush()
+                    known |= {record["id"]: record for record in records}
+                    clock.tick(family, len(batch))
     return [known[item.id] for item in items]
+
+
+def ask(item: tasks.Item, folder: Path, mode: str) -> models.Ask:
+    """What a model is asked about an item."""
+    family = tasks.FAMILIES[item.family]
+    return models.Ask(
+        id=item.id,
+        parts=tasks.parts(item, folder),
+        mode=family.mode,
+        max_tokens=family.tokens[mode],
+        data_class=item.data_class,
+    )
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:
@@ -83,105 +100,43 @@ def read(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
-def centroids(
-    generator: generate.Generator,
-    pictures: Sequence[tuple[str, str]],
-    *,
-    images_folder: str | Path,
-) -> score_image.Centroids:
-    """Of training pictures (path, modality), each through the VQGAN as generated ones are."""
-    found = looks(generator, [path for path, _ in pictures], images_folder=images_folder)
-    return score_image.fit(found, [kind for _, kind in pictures])
-
-
-def looks(
-    generator: generate.Generator, paths: Sequence[str], *, images_folder: str | Path
-) -> list[np.ndarray]:
-    """Features of picture files."""
-    codes = generate.encode(generator, [Path(images_folder) / path for path in paths])
-    return [
-        _features(generator, code, np.asarray(picture))
-        for code, picture in zip(codes, generate.decode(generator, codes), strict=True)
-    ]
-
-
-def ceiling(
-    generator: generate.Generator,
-    items: Sequence[tasks.Item],
-    centroids: score_image.Centroids,
-    *,
-    images_folder: str | Path,
-    seed: int,
-    resamples: int,
-) -> dict[str, Any]:
-    """How often real pictures of the items match their own modality: the most that drawing can."""
-    real = {item.image: item for item in items if item.kind}
-    found = looks(generator, list(real), images_folder=images_folder)
-    interval = stats.mean_interval(
-        [
-            float(score_image.nearest(centroids, one) == item.kind)
-            for one, item in zip(found, real.values(), strict=True)
-        ],
-        [item.group for item in real.values()],
-        seed=seed,
-        resamples=resamples,
-    )
-    return dict(
-        n=interval.n,
-        groups=interval.groups,
-        value=interval.mean,
-        ci_low=interval.low,
-        ci_high=interval.high,
-    )
-
-
-def _asked(generator, items, pictures, sample: Sample, rows: int):
-    """Batches of (item, answer)."""
-    if not items:
+def _batches(model: models.Model, asks: Sequence[models.Ask]):
+    """Lists of (index, segments), as the model gets them ready."""
+    stream = getattr(model, "stream", None)
+    if stream is None:
+        found = model.generate(asks)
+        if len(found) != len(asks):
+            raise EvalError(f"the model gave {len(found)} answers to {len(asks)} asks")
+        yield list(enumerate(found))
         return
-    task = tasks.TASKS[items[0].task]
-    sample = dataclasses.replace(sample, max_gen_len=min(sample.max_gen_len, task.tokens))
-    prompts = [tasks.prompt(item, pictures.get(item.image)) for item in items]
-    batch = []
-    answers = generate.stream(
-        generator,
-        prompts,
-        sample,
-        mode=task.mode,
-        seed=sample.seed,
-        names=[item.id for item in items],
-        rows=rows,
-    )
-    for index, answer in answers:
-        batch.append((items[index], answer))
-        if len(batch) == rows:
+    batch: list = []
+    for one in stream(asks):
+        batch.append(one)
+        if len(batch) == FLUSH:
             yield batch
             batch = []
     if batch:
         yield batch
 
 
-def _record(generator, item: tasks.Item, answer, out: Path, centroids) -> dict[str, Any]:
-    texts = [part.text for part in answer if isinstance(part, generate.Text)]
-    drawn = [part for part in answer if isinstance(part, generate.Image)]
+def _record(item: tasks.Item, answer, out: Path, looks: Looks | None) -> dict[str, Any]:
+    texts, pictures, codes = models.split(answer, where=f"item {item.id}")
     folder = out.with_name(f"{out.stem}_images")
     names = []
-    for number, part in enumerate(drawn):
+    for number, picture in enumerate(pictures):
         folder.mkdir(exist_ok=True)
         safe = re.sub(r"[^\w.-]+", "_", item.id)
         path = folder / f"{safe}_{number}.png"
-        part.image.save(path)
+        picture.save(path)
         names.append(f"{folder.name}/{path.name}")
     looks_like = None
-    if centroids is not None and tasks.TASKS[item.task].mode != "text":
-        looks_like = ""  # nothing drawn looks like nothing
-        if drawn:
-            found = _features(generator, drawn[0].codes, np.asarray(drawn[0].image))
-            looks_like = score_image.nearest(centroids, found)
+    if looks is not None and tasks.FAMILIES[item.family].mode != "text":
+        # nothing drawn looks like nothing
+        looks_like = looks(codes[0], np.asarray(pictures[0])) if pictures else ""
     return _asked_of(item) | dict(
         text=" ".join(text.strip() for text in texts).strip(),
         images=names,
-        codes=[part.codes.tolist() for part in drawn],
+        codes=[one.tolist() for one in codes if one is not None],
         looks_like=looks_like,
     )
 
@@ -197,17 +152,3 @@ def _check_same(item: tasks.Item, record: dict[str, Any] | None, out: Path) -> N
             f"{out}: item {item.id} was another question when it was answered; "
             "use a fresh workdir for other items"
         )
-
-
-def _features(generator, codes: np.ndarray, picture: np.ndarray) -> np.ndarray:
-    return score_image.features(codes, picture, num_codes=generator.vocab.image_codes)
-
-
-def _encoded(generator, items, folder: Path, progress: Progress) -> dict[str, np.ndarray]:
-    """Path -> codes of every picture that an item shows."""
-    shown = [item.image for item in items if tasks.TASKS[item.task].shows_image]
-    paths = list(dict.fromkeys(shown))
-    codes = generate.encode(generator, [folder / path for path in paths])
-    if paths:
-        progress(f"encoded {len(paths)} pictures")
-    return dict(zip(paths, codes, strict=True))

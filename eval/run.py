@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from data.sample.documents import eval_items
 from data.sample.manifest import read_manifest
-from eval import loop, report, scoring, tasks
+from eval import baselines, looks, loop, models, probes, report, scoring, tasks
 from medmax_jax import cli, export, generate
 from medmax_jax.config import Mesh, Sample, build, to_dict
 from medmax_jax.mesh import make_mesh
@@ -37,7 +37,7 @@ SWAPPED = "the same model shown a picture of another group: what looking is wort
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Counts:
-    """Items of each task; -1: all, 0: none."""
+    """Items of each family; -1: all, 0: none."""
 
     vqa_closed: int
     vqa_mcq: int
@@ -45,6 +45,7 @@ class Counts:
     captioning: int
     image_generation: int
     multimodal: int
+    visual_chat: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,7 @@ class Settings:
     images: str
     split: str
     counts: Counts
+    mode: str
     baselines: bool
     rows: int
     seed: int
@@ -113,16 +115,18 @@ def run(
     found = suite(settings)
     _claim(workdir, settings, folder, adapter, found)
     g = generate.load(folder, adapter=adapter or None, mesh=make_mesh(settings.mesh))
-    fixed = dict(
-        images_folder=found.folder, sample=settings.sample, progress=progress, rows=settings.rows
+    fixed = dict(images_folder=found.folder, mode=settings.mode, progress=progress)
+    answers = models.Native(
+        g, settings.sample, rows=settings.rows, name=folder, stamp=export.identity(folder)
     )
     numbers = dict(seed=settings.seed, resamples=settings.resamples)
-    centroids, ceiling = None, None
+    seen, ceiling = None, None
     if found.pictures:
-        centroids = loop.centroids(g, found.pictures, images_folder=found.folder)
-        ceiling = loop.ceiling(g, found.items, centroids, images_folder=found.folder, **numbers)
+        centroids = looks.centroids(g, found.pictures, images_folder=found.folder)
+        ceiling = looks.ceiling(g, found.items, centroids, images_folder=found.folder, **numbers)
+        seen = looks.by(g, centroids)
     records = loop.evaluate(
-        g, found.items, out=workdir / "records.jsonl", centroids=centroids, **fixed
+        answers, found.items, out=workdir / "records.jsonl", looks=seen, **fixed
     )
     summary = {
         "model": folder,
@@ -133,10 +137,13 @@ def run(
         "modality_ceiling": ceiling,
     }
     if settings.baselines:
-        closed = [item for item in found.items if item.task == "vqa_closed"]
+        closed = [item for item in found.items if item.family == "vqa_closed"]
         swapped = (
             loop.evaluate(
-                g, tasks.swapped(closed, seed=settings.seed), out=workdir / "swapped.jsonl", **fixed
+                answers,
+                probes.swapped(closed, seed=settings.seed),
+                out=workdir / "swapped.jsonl",
+                **fixed,
             )
             if closed
             else []
@@ -177,27 +184,27 @@ def _chosen(items: list[tasks.Item], settings: Settings) -> list[tasks.Item]:
     counts = dataclasses.asdict(settings.counts)
     return [
         item
-        for task, count in counts.items()
+        for family, count in counts.items()
         for item in tasks.choose(
-            [item for item in items if item.task == task], count, seed=settings.seed
+            [item for item in items if item.family == family], count, seed=settings.seed
         )
     ]
 
 
 def _baselines(records, swapped, found: Suite, numbers: dict[str, int]) -> list[dict[str, Any]]:
     """Each as scores with the baseline as `before` and the model as `after`."""
-    asked = [r for r in records if r["task"] in ("vqa_closed", "vqa_mcq", "vqa_open")]
-    baselines = []
+    asked = [r for r in records if r["family"] in ("vqa_closed", "vqa_mcq", "vqa_open")]
+    rivals = []
     if found.train and asked:
-        guesses = tasks.blind(found.train, found.items)
+        guesses = baselines.blind(found.train, found.items)
         guessed = scoring.answered(asked, guesses)
-        baselines.append(
+        rivals.append(
             dict(name="blind", says=BLIND, scores=scoring.scores(guessed, asked, **numbers))
         )
     if swapped:
         compared = scoring.scores(swapped, asked, **numbers)
-        baselines.append(dict(name="swapped", says=SWAPPED, scores=compared))
-    return baselines
+        rivals.append(dict(name="swapped", says=SWAPPED, scores=compared))
+    return rivals
 
 
 def _claim(workdir: Path, settings: Settings, folder: str, adapter: str, found: Suite) -> None:
@@ -206,6 +213,7 @@ def _claim(workdir: Path, settings: Settings, folder: str, adapter: str, found: 
     name, tuned = "adapter.safetensors", Folder(adapter) if adapter else None
     facts = {
         "sample": to_dict(settings.sample),
+        "mode": settings.mode,
         "model": export.identity(folder) if folder else "",
         "adapter": tuned.file(name).digest("sha256") if tuned and tuned.has(name) else "",
         "items": hashlib.sha256(items.encode()).hexdigest(),

@@ -1,6 +1,6 @@
 """Records to numbers: one value an item and metric, then means with intervals over groups.
 
-    task              metrics (the first is the task's headline)
+    family            metrics (the first is the headline of its tasks)
     vqa_closed        accuracy, unparsed
     vqa_mcq           accuracy, unparsed
     vqa_open          exact, token_f1
@@ -22,15 +22,15 @@ PRIMARY = ("vqa_closed", "accuracy")
 
 
 def values(record: Record) -> dict[str, float]:
-    """Metric -> value of one record. {"task": "vqa_closed", "text": "Yes.", "answer": "yes"} ->
+    """Metric -> value of one record. {"family": "vqa_closed", "text": "Yes.", "answer": "yes"} ->
     {"accuracy": 1.0, "unparsed": 0.0}."""
-    task, text, answer = record["task"], record["text"], record["answer"]
-    if task in ("vqa_closed", "vqa_mcq"):
-        read, expected = (strict.read(task, said, record["prompt"]) for said in (text, answer))
+    family, text, answer = record["family"], record["text"], record["answer"]
+    if family in ("vqa_closed", "vqa_mcq"):
+        read, expected = (strict.read(family, said, record["prompt"]) for said in (text, answer))
         if expected is None:
-            raise ValueError(f"item {record['id']}: answer {answer!r} is no answer of a {task}")
+            raise ValueError(f"item {record['id']}: answer {answer!r} is no answer of a {family}")
         return {"accuracy": float(read == expected), "unparsed": float(read is None)}
-    if task == "vqa_open":
+    if family == "vqa_open":
         return {
             "exact": score_text.exact(text, answer),
             "token_f1": score_text.token_f1(text, answer),
@@ -38,13 +38,13 @@ def values(record: Record) -> dict[str, float]:
     pictured = {}
     if record["looks_like"] is not None and record["kind"]:
         pictured = {"modality_match": float(record["looks_like"] == record["kind"])}
-    if task == "image_generation":
+    if family == "image_generation":
         return pictured
     written = {
         "token_f1": score_text.token_f1(text, answer),
         "rouge_l": score_text.rouge_l(text, answer),
     }
-    if task == "captioning":
+    if family == "captioning":
         known = {"fact_recall": score_text.recall(text, record["facts"])}
         return written | (known if record["facts"] else {})
     return written | {"has_image": float(bool(record["images"]))} | pictured

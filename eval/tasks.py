@@ -1,18 +1,21 @@
-"""The tasks of the suite as one table, and items made from rows of the released evaluation schema.
+"""What the suite asks: families of tasks, and items made from rows of the released schema.
 
     {"task_name": "image_captioning", "question_type": "pmc_oa", "prompt": ..., "answer": ...,
-     "image_path": ..., "id": ..., "group": ..., "template": ...}  ->  Item(task="captioning", ...)
+     "image_path": ..., "id": ..., "group": ..., "template": ...}
+         ->  Item(task="captioning_pmc_oa", family="captioning", ...)
 
-`id`, `group` (patient or volume) and `template` are this project's additions: without them a row is
-its number, its image and its task. Two baselines live here too: answering without looking at all,
-and the same model looking at a picture of somebody else.
+A family says how a question is asked and scored, a task is one row of the tables. `id`, `group`
+(patient or volume) and `template` are this project's additions: without them a row is its number,
+its image and its family.
 """
 
 import collections
 import dataclasses
 import random
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+from data import outgoing
 from data.sample.phrases import NOUNS
 
 
@@ -21,39 +24,56 @@ class TaskError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Task:
-    """How a task is asked. `tokens`: bound on an answer's text, beside sample.max_gen_len."""
+class Family:
+    """How a kind of task is asked. `tokens`: at most, of an answer's text, by generation mode."""
 
-    mode: str
+    mode: str  # text | image | mixed
     shows_image: bool
-    tokens: int
+    tokens: Mapping[str, int]
 
 
-TASKS = {
-    # The release lets closed and mcq write one token; 4 leave room where "yes" is several pieces.
-    "vqa_closed": Task(mode="text", shows_image=True, tokens=4),
-    "vqa_mcq": Task(mode="text", shows_image=True, tokens=4),
-    "vqa_open": Task(mode="text", shows_image=True, tokens=60),
-    "captioning": Task(mode="text", shows_image=True, tokens=4_096),
-    "image_generation": Task(mode="image", shows_image=False, tokens=60),
-    "multimodal": Task(mode="mixed", shows_image=False, tokens=1_024),
+def _tokens(*, paper: int, strict: int) -> Mapping[str, int]:
+    return {"paper": paper, "strict": strict}
+
+
+FAMILIES = {  # the release's bounds: vqa.py:24-31, visual_chat.py, mm_out.py, image_text.py
+    "vqa_closed": Family(mode="text", shows_image=True, tokens=_tokens(paper=1, strict=16)),
+    "vqa_mcq": Family(mode="text", shows_image=True, tokens=_tokens(paper=1, strict=16)),
+    "vqa_open": Family(mode="text", shows_image=True, tokens=_tokens(paper=60, strict=60)),
+    "captioning": Family(mode="text", shows_image=True, tokens=_tokens(paper=4_096, strict=4_096)),
+    "image_generation": Family(
+        mode="image", shows_image=False, tokens=_tokens(paper=60, strict=60)
+    ),
+    "multimodal": Family(
+        mode="mixed", shows_image=False, tokens=_tokens(paper=1_024, strict=1_024)
+    ),
+    "visual_chat": Family(mode="text", shows_image=True, tokens=_tokens(paper=4_096, strict=4_096)),
 }
-NAMED = {  # released task_name -> task; all others are question answering, by question_type
+MODES = ("paper", "strict")
+NAMED = {  # released task_name -> family; all others are question answering, by question_type
     "image_captioning": "captioning",
     "image_generation": "image_generation",
     "mm_out": "multimodal",
+    "visual_chat": "visual_chat",
 }
 ASKED = {"closed": "vqa_closed", "mcq": "vqa_mcq", "open": "vqa_open"}
 CAPTION_PROMPT = "Please describe this picture."  # what the release asks whatever the row says
 FACTS = ("body_part", "organ", "view", "plane", "sequence", "stain", "finding")
+SAMPLE = ("sample_vqa", "sample")  # names in the embedded rows: there a task is its family
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Item:
-    """One question. `image`: shown, or for generation tasks the reference. `kind`: its modality."""
+    """One question. `image`: shown, or for generation tasks the reference. `kind`: its modality.
+
+    task: its row in the tables, as in eval/cards.py. slices: (name, value) pairs that numbers are
+    also told apart by. context: what a judge is told of the picture. data_class: what
+    data/outgoing.py asks before anything leaves the machine.
+    """
 
     id: str
     task: str
+    family: str
     prompt: str
     answer: str
     image: str
@@ -61,6 +81,9 @@ class Item:
     template: str
     facts: tuple[str, ...]  # what a caption should say; () where the rows do not tell
     kind: str
+    slices: tuple[tuple[str, str], ...]
+    context: str
+    data_class: str
 
 
 def from_rows(
@@ -75,9 +98,11 @@ def from_rows(
     return items
 
 
-def prompt(item: Item, picture: object) -> list:
-    """The parts of MedMax's fine-tuned prompt, END-OF-TURN to follow: [picture, question]."""
-    return [picture, item.prompt] if TASKS[item.task].shows_image else [item.prompt]
+def parts(item: Item, folder: Path) -> tuple[Path | str, ...]:
+    """What is asked, in order: the picture's file if the family shows it, and the words."""
+    if FAMILIES[item.family].shows_image:
+        return folder / item.image, item.prompt
+    return (item.prompt,)
 
 
 def choose(items: Sequence[Item], count: int, *, seed: int) -> list[Item]:
@@ -97,64 +122,44 @@ def choose(items: Sequence[Item], count: int, *, seed: int) -> list[Item]:
     return [item for item in items if item.id in kept]
 
 
-def blind(train: Sequence[Item], items: Sequence[Item]) -> dict[str, str]:
-    """Id -> the commonest answer of the item's template in the training items; ties by alphabet.
-
-    Says what a model could score that never looks at a picture. "" for a template never seen.
-    """
-    counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
-    for item in train:
-        counts[item.template][item.answer] += 1
-    best = {t: min(c, key=lambda answer: (-c[answer], answer)) for t, c in counts.items()}
-    return {item.id: best.get(item.template, "") for item in items}
-
-
-def swapped(items: Sequence[Item], *, seed: int) -> list[Item]:
-    """The same questions with a picture of another group each; ids stay, so scores pair.
-
-    A model that looks should lose what it won over chance. Each item gets a picture drawn by the
-    seed and its id from the pictures of all other groups. With one group only there is nothing to
-    swap with, which raises.
-    """
-    pictures = sorted({(item.group, item.image) for item in items})
-    if len({group for group, _ in pictures}) < 2:
-        raise TaskError("all items are of one group: nothing to swap pictures with")
-    others = {
-        group: [image for other, image in pictures if other != group]
-        for group in {group for group, _ in pictures}
-    }
-    return [
-        dataclasses.replace(
-            item, image=random.Random(f"{seed} {item.id}").choice(others[item.group])
-        )
-        for item in items
-    ]
-
-
 def _item(number: int, row: Mapping[str, str], known: Mapping[str, Mapping]) -> Item:
     where = f"row {row.get('id', number)}"
     if missing := {"task_name", "question_type", "prompt", "answer", "image_path"} - set(row):
         raise TaskError(f"{where}: {sorted(missing)[0]} is missing; the released schema has it")
-    task = NAMED.get(row["task_name"]) or ASKED.get(row["question_type"])
-    if task is None:
+    family = NAMED.get(row["task_name"]) or ASKED.get(row["question_type"])
+    if family is None:
         raise TaskError(
             f"{where}: {row['task_name']} / {row['question_type']} is no task of this suite "
             f"({', '.join((*NAMED, *ASKED))}); leave such rows out"
         )
-    if TASKS[task].shows_image and not row["image_path"]:
-        raise TaskError(f"{where}: {task} needs image_path; name the picture")
+    if FAMILIES[family].shows_image and not row["image_path"]:
+        raise TaskError(f"{where}: {family} needs image_path; name the picture")
     facts = known.get(row["image_path"], {})
     return Item(
         id=str(row.get("id", number)),
-        task=task,
-        prompt=CAPTION_PROMPT if task == "captioning" else str(row["prompt"]),
+        task=_task(row, family),
+        family=family,
+        prompt=CAPTION_PROMPT if family == "captioning" else str(row["prompt"]),
         answer=str(row["answer"]),
         image=str(row["image_path"]),
         group=str(row.get("group") or row["image_path"] or number),
-        template=str(row.get("template") or task),
+        template=str(row.get("template") or family),
         facts=_facts(facts),
         kind=str(facts.get("modality", "")),
+        slices=tuple(sorted((str(k), str(v)) for k, v in row.get("slices", {}).items())),
+        context=str(row.get("context", "")),
+        data_class=str(row.get("data_class", outgoing.LICENCE_BOUND)),
     )
+
+
+def _task(row: Mapping[str, str], family: str) -> str:
+    """vqa_rad_closed, captioning_quilt, multimodal: as eval/cards.py names them."""
+    name, kind = row["task_name"], row["question_type"]
+    if name in SAMPLE or kind in SAMPLE:
+        return family
+    if name in NAMED:
+        return f"{family}_{kind}" if kind else family
+    return f"{name}_{kind}"
 
 
 def _facts(row: Mapping) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 
 from data import prepare, records
 from data.sample.manifest import read_manifest
-from eval import loop, scoring, tasks
+from eval import baselines, looks, loop, models, probes, scoring, tasks
 from eval import run as suites
 from medmax_jax import cli, config, generate, quickstart_page, train
 
@@ -139,8 +139,8 @@ def _evaluate(
     settings: Quickstart, road: Road, workdir: Path, tiny: Path, found: suites.Suite
 ) -> dict[str, list[dict[str, Any]]]:
     """Answers before and after LoRA, and after it with pictures swapped."""
-    closed = [item for item in found.items if item.task == "vqa_closed"]
-    swapped = tasks.swapped(closed, seed=settings.eval.seed)
+    closed = [item for item in found.items if item.family == "vqa_closed"]
+    swapped = probes.swapped(closed, seed=settings.eval.seed)
     answers = {}
     adapter = workdir / "train" / "adapter"
     mesh = suites.make_mesh(settings.eval.mesh)
@@ -158,16 +158,18 @@ def _evaluate(
                     raise cli.Interrupted("interrupted; the same command goes on from here")
 
             g = generate.load(tiny, adapter=tuned, mesh=mesh)
-            centroids = centroids or loop.centroids(g, found.pictures, images_folder=found.folder)
+            centroids = centroids or looks.centroids(g, found.pictures, images_folder=found.folder)
+            model = models.Native(
+                g, settings.eval.sample, rows=settings.eval.rows, name=name, stamp=name
+            )
             answers[name] = loop.evaluate(
-                g,
+                model,
                 items,
+                mode=settings.eval.mode,
                 images_folder=found.folder,
-                sample=settings.eval.sample,
                 out=workdir / f"{name}.jsonl",
                 progress=progress,
-                centroids=centroids,
-                rows=settings.eval.rows,
+                looks=looks.by(g, centroids),
             )
             says(f"{len(items)} items")
     return answers
@@ -181,7 +183,7 @@ def _report(
     closed = [r for r in answers["after"] if r["task"] == scoring.PRIMARY[0]]
     rivals = {
         "before": answers["before"],
-        "blind": scoring.answered(closed, tasks.blind(found.train, found.items)),
+        "blind": scoring.answered(closed, baselines.blind(found.train, found.items)),
         "swapped": answers["swapped"],
     }
     comparisons = [
@@ -227,7 +229,7 @@ def _cases(
 ) -> tuple[list[quickstart_page.Case], list[quickstart_page.Generated]]:
     """Held-out pictures of different groups, their tasks in turn, and pictures from words."""
     before = {record["id"]: record for record in answers["before"]}
-    asked = [r for r in answers["after"] if tasks.TASKS[r["task"]].shows_image]
+    asked = [r for r in answers["after"] if tasks.FAMILIES[r["family"]].shows_image]
     kinds = list(dict.fromkeys(r["task"] for r in asked))
     groups = list(dict.fromkeys(r["group"] for r in asked))
     chosen = []
@@ -250,7 +252,7 @@ def _cases(
         )
         for r, picture in zip(chosen, rebuilt, strict=True)
     ]
-    drawn = [r for r in answers["after"] if r["task"] == "image_generation"]
+    drawn = [r for r in answers["after"] if r["family"] == "image_generation"]
     pictures = [
         quickstart_page.Generated(
             prompt=r["prompt"],

@@ -3,13 +3,25 @@
 import collections
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 import test_generate as micro
 
-from eval import loop, report, run, score_image, score_text, scoring, tasks
+from eval import (
+    baselines,
+    loop,
+    models,
+    probes,
+    report,
+    run,
+    score_image,
+    score_text,
+    scoring,
+    tasks,
+)
 from medmax_jax import generate
 from medmax_jax.config import Mesh
 
@@ -98,7 +110,7 @@ def test_image_features_and_nearest_centroid():
 
 def record(task, text, answer, group="g", **more):
     fields = dict(id=f"{group}/{text}", prompt="", images=[], looks_like=None, facts=[], kind="")
-    return fields | dict(task=task, text=text, answer=answer, group=group) | more
+    return fields | dict(task=task, family=task, text=text, answer=answer, group=group) | more
 
 
 def test_values_of_each_task():
@@ -141,17 +153,21 @@ def test_scores_pair_items_and_put_the_primary_first():
 
 def test_released_rows_become_items():
     items = tasks.from_rows(ROWS)
-    assert [item.task for item in items] == list(tasks.TASKS)
+    assert [item.family for item in items] == list(tasks.FAMILIES)[: len(ROWS)]
+    assert [item.task for item in items] == [
+        "vqa_rad_closed", "pmc_vqa_mcq", "slake_open", "captioning_pmc_oa",
+        "image_generation_quilt", "multimodal",
+    ]  # fmt: skip
     assert items[3].prompt == "Please describe this picture."
-    assert tasks.prompt(items[0], "codes") == ["codes", "Is it a CT?"]
-    assert tasks.prompt(items[4], "codes") == ["Draw a CT."]
+    assert tasks.parts(items[0], Path("f")) == (Path("f/a.png"), "Is it a CT?")
+    assert tasks.parts(items[4], Path("f")) == ("Draw a CT.",)
     assert (items[0].group, items[0].id, items[0].facts) == ("a.png", "0", ())
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(task_name="visual_chat", question_type="conversation"), "is no task of this suite"),
+        (dict(task_name="chess", question_type="game"), "is no task of this suite"),
         (dict(image_path=""), "vqa_closed needs image_path"),
         (dict(id="1"), "id '1' comes more than once"),
     ],
@@ -170,7 +186,7 @@ def sample_items(split="test"):
 
 def test_the_sample_s_items():
     items = sample_items()
-    assert set(item.task for item in items) == set(tasks.TASKS)
+    assert set(item.task for item in items) == set(tasks.FAMILIES) - {"visual_chat"}
     assert all(item.kind and item.facts for item in items)
     for item in items:
         if item.task == "captioning":
@@ -181,54 +197,55 @@ def test_the_sample_s_items():
     assert len(chosen) == 25 and max(groups.values()) - min(groups.values()) <= 1
     assert tasks.choose(closed, -1, seed=0) == closed
     # each template's questions are balanced, so that the blind guesser is at chance
-    guesses = tasks.blind(sample_items("train"), closed)
+    guesses = baselines.blind(sample_items("train"), closed)
     right = np.mean([guesses[item.id] == item.answer for item in closed])
     assert 0.45 <= right <= 0.55
 
 
 def test_swapping_takes_another_group_s_picture():
     closed = [item for item in sample_items() if item.task == "vqa_closed"]
-    swapped = tasks.swapped(closed, seed=0)
+    swapped = probes.swapped(closed, seed=0)
     owner = {item.image: item.group for item in closed}
     for old, new in zip(closed, swapped, strict=True):
         assert owner[new.image] != old.group
         assert dataclasses.replace(new, image=old.image) == old
-    assert tasks.swapped(closed[::-1], seed=0) == swapped[::-1]
-    assert tasks.swapped(closed, seed=1) != swapped
+    assert probes.swapped(closed[::-1], seed=0) == swapped[::-1]
+    assert probes.swapped(closed, seed=1) != swapped
     with pytest.raises(tasks.TaskError, match="one group"):
-        tasks.swapped(closed[:1], seed=0)
+        probes.swapped(closed[:1], seed=0)
 
 
 # The loop, with scripted answers in place of a model.
 
 
-@pytest.fixture
-def scripted(monkeypatch):
-    """generate's functions answer "yes" or a grey picture, and count what they are asked."""
-    asked = []
+class Scripted:
+    """Answers "yes" or a grey picture, and counts what it is asked."""
 
-    def stream(g, prompts, sample, *, mode, seed, names, rows):
-        for index in reversed(range(len(prompts))):  # batches come in an order of their own
-            asked.append(names[index])
+    def __init__(self):
+        self.asked = []
+
+    def stream(self, asks):
+        for index in reversed(range(len(asks))):  # batches come in an order of their own
+            self.asked.append(asks[index].id)
             picture = PIL.Image.new("RGB", (16, 16), "gray")
             drawn = [generate.Image(picture, np.array([1, 2]))]
-            yield index, drawn if mode == "image" else [generate.Text(" yes ")]
-
-    monkeypatch.setattr(generate, "stream", stream)
-    monkeypatch.setattr(generate, "encode", lambda g, paths: [np.array([0])] * len(paths))
-    return asked
+            yield index, drawn if asks[index].mode == "image" else [generate.Text(" yes ")]
 
 
-def asked_all(tmp_path, items, progress=print, rows=2):
-    g = type("Fake", (), {"vocab": micro.VOCAB})
+@pytest.fixture
+def scripted(monkeypatch):
+    monkeypatch.setattr(loop, "FLUSH", 2)
+    return Scripted()
+
+
+def asked_all(model, tmp_path, items, progress=print):
     return loop.evaluate(
-        g,
+        model,
         items,
+        mode="strict",
         images_folder=tmp_path,
-        sample=micro.SAMPLE,
         out=tmp_path / "records.jsonl",
         progress=progress,
-        rows=rows,
     )
 
 
@@ -239,18 +256,18 @@ def many(count=7):
 
 def test_records_come_in_the_order_of_the_items(scripted, tmp_path):
     items = many()
-    records = asked_all(tmp_path, items)
+    records = asked_all(scripted, tmp_path, items)
     assert [r["id"] for r in records] == [item.id for item in items]
     assert records[0]["text"] == "yes" and records[4]["images"] == ["records_images/i_4_0.png"]
     assert (tmp_path / records[4]["images"][0]).exists()
-    assert sorted(scripted) == sorted(item.id for item in items)
-    assert asked_all(tmp_path, items) == records and len(scripted) == len(items)
+    assert sorted(scripted.asked) == sorted(item.id for item in items)
+    assert asked_all(scripted, tmp_path, items) == records and len(scripted.asked) == len(items)
 
 
 @pytest.mark.parametrize("cut", [0, 9])
 def test_interrupted_it_goes_on(scripted, tmp_path, cut):
     items = many(9)
-    whole = asked_all(tmp_path / "whole", items)
+    whole = asked_all(scripted, tmp_path / "whole", items)
     lines = []
 
     def stop(line):
@@ -260,24 +277,39 @@ def test_interrupted_it_goes_on(scripted, tmp_path, cut):
 
     part = tmp_path / "part"
     with pytest.raises(KeyboardInterrupt):
-        asked_all(part, items, progress=stop)
+        asked_all(scripted, part, items, progress=stop)
     path = part / "records.jsonl"
     if cut:  # a crash in the middle of a line
         path.write_bytes(path.read_bytes()[:-cut])
     kept = len(path.read_text().splitlines()) - bool(cut)
     assert 0 < kept < len(items)
-    scripted.clear()
-    assert asked_all(part, items) == whole
-    assert len(scripted) == len(items) - kept
+    scripted.asked.clear()
+    assert asked_all(scripted, part, items) == whole
+    assert len(scripted.asked) == len(items) - kept
     same = sorted((tmp_path / "whole" / "records.jsonl").read_text().splitlines())
     assert sorted(path.read_text().splitlines()) == same
 
 
 def test_other_items_need_another_workdir(scripted, tmp_path):
-    asked_all(tmp_path, many())
+    asked_all(scripted, tmp_path, many())
     changed = [dataclasses.replace(item, prompt="else") for item in many()]
     with pytest.raises(loop.EvalError, match="item i/0 was another question"):
-        asked_all(tmp_path, changed)
+        asked_all(scripted, tmp_path, changed)
+
+
+class Plain:
+    """What a user may bring: one method, words and pictures as they are."""
+
+    def generate(self, asks):
+        return [[PIL.Image.new("RGB", (16, 16))] if a.mode == "image" else "yes" for a in asks]
+
+
+def test_any_object_with_generate_is_a_model(tmp_path):
+    records = asked_all(Plain(), tmp_path, many())
+    assert [bool(r["images"]) for r in records] == [i % 5 == 4 for i in range(7)]
+    assert [r["text"] for r in records if not r["images"]] == ["yes"] * 6
+    with pytest.raises(ValueError, match="item i/0: a segment is a int; use str or PIL.Image"):
+        models.split([3], where="item i/0")
 
 
 # The program, with a model of random weights.
@@ -298,8 +330,15 @@ def settings(tmp_path):
         images="",
         split="test",
         counts=run.Counts(
-            vqa_closed=-1, vqa_mcq=-1, vqa_open=-1, captioning=0, image_generation=0, multimodal=0
-        ),
+            vqa_closed=-1,
+            vqa_mcq=-1,
+            vqa_open=-1,
+            captioning=0,
+            image_generation=0,
+            multimodal=0,
+            visual_chat=0,
+        ),  # fmt: skip
+        mode="strict",
         baselines=False,
         rows=4,
         seed=0,
@@ -315,12 +354,12 @@ def test_a_run_writes_scores_and_a_page(folder, tmp_path):
     summary = run.run(settings(tmp_path), out, **asked)
     assert summary == json.loads((out / "summary.json").read_text())
     assert {(row["task"], row["metric"]) for row in summary["scores"]} == {
-        ("vqa_closed", "accuracy"),
-        ("vqa_closed", "unparsed"),
-        ("vqa_mcq", "accuracy"),
-        ("vqa_mcq", "unparsed"),
-        ("vqa_open", "exact"),
-        ("vqa_open", "token_f1"),
+        ("vqa_rad_closed", "accuracy"),
+        ("vqa_rad_closed", "unparsed"),
+        ("pmc_vqa_mcq", "accuracy"),
+        ("pmc_vqa_mcq", "unparsed"),
+        ("slake_open", "exact"),
+        ("slake_open", "token_f1"),
     }
     text = (out / "report.html").read_text()
     assert "Content-Security-Policy" in text and "Is it a CT?" in text
