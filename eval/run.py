@@ -132,7 +132,7 @@ def run(
         "model": folder,
         "adapter": adapter,
         "settings": to_dict(settings),
-        "scores": scoring.summary(records, **numbers),
+        "scores": scoring.summary(records, mode=settings.mode, **numbers),
         "baselines": [],
         "modality_ceiling": ceiling,
     }
