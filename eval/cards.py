@@ -1,6 +1,7 @@
 """The suite as one table: what each task is, where its rows come from, how it is asked and scored.
 
-eval/suite.py prints it. To extend: write a Card, and if its rows have a form of their own a reader in data/benchmarks.py.
+eval/suite.py prints it. To extend: write a Card, and if its rows have a form of their own a
+reader in data/benchmarks.py.
 """
 
 import dataclasses
@@ -18,6 +19,14 @@ CAPTIONS_CHART, CHAT_CHART, MULTI_CHART = (
 # cmcheng/MedMax-VQA-SFT_Qwen2.5-VL-7B; the viewer rounds the total to 9.47k.
 RELEASED_ROWS = (9_465, 9_474)
 RELEASED_TOGETHER = (("vqa_rad", "pathvqa"), 2_451)
+OWN_ROWS = {  # of a benchmark's own test files, by name in data/benchmarks.py
+    "vqa_rad": 451,  # its README.md on huggingface.co, and LLaVA-Med's table
+    "slake": 1_061,  # English; LLaVA-Med's table
+    "pathvqa": 6_719,  # README.md
+    "quilt_vqa": 1_283,  # its users, of quiltvqa_test_w_ans.json
+    "probmed": 57_132,  # README.md
+    "llava_med": 193,  # the file
+}
 RELEASED = "mint-medmax/medmax_eval_data, split train; gated"
 
 

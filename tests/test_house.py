@@ -48,6 +48,7 @@ parts       medmax_jax.weights medmax_jax.array_reader medmax_jax.arrays medmax_
             data.sources data.sources.row data.sources.stream data.sources.prompts
             data.sources.conversations data.sources.captions data.sources.questions
             data.sources.choices data.sources.parquet data.sources.reports data.sources.dicom
+            data.benchmarks
             medmax_jax.lanes
 
 models      medmax_jax.cross_entropy medmax_jax.chameleon medmax_jax.vqgan medmax_jax.lpips
@@ -80,8 +81,9 @@ layouts     medmax_jax.convert medmax_jax.convert.form medmax_jax.convert.ahead
             medmax_jax.convert.describe
 
 programs    eval data.sample.build data.sample.train_tokenizer data.published data.archives
-            data.eval_rows data.tfds_builders data.published_command data.instruct_command
-            data.tokenize_command data.build data.prepare medmax_jax.train medmax_jax.train_vqgan
+            data.eval_rows data.benchmark_command data.tfds_builders data.published_command
+            data.instruct_command data.tokenize_command data.build data.prepare medmax_jax.train
+            medmax_jax.train_vqgan
             eval.suite eval.report eval.run medmax_jax.quickstart_page medmax_jax.quickstart
             medmax_jax.convert.torch_side medmax_jax.convert.check medmax_jax.convert.__main__
             medmax_jax.plan medmax_jax.plan.topology medmax_jax.plan.hlo medmax_jax.plan.analytic
