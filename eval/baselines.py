@@ -1,9 +1,9 @@
 """The floor of every table: answers that need no picture, and no model.
 
-    constant   yes, A, no words, a grey picture
-    majority   the commonest reference of the task itself: the most that one answer can get
-    random     yes or no, a letter of the question, another item's reference; by the seed and id
-    blind      the commonest training answer of the question's template
+constant   yes, A, no words, a grey picture
+majority   the commonest reference of the task itself: the most that one answer can get
+random     yes or no, a letter of the question, another item's reference; by the seed and id
+blind      the commonest training answer of the question's template
 """
 
 import collections

@@ -196,9 +196,7 @@ def png(path: Path) -> bytes:
     return file.getvalue()
 
 
-def estimate(
-    endpoint: Endpoint, asks: Sequence[Ask], cache: asking.Cache | None
-) -> dict[str, Any]:
+def estimate(endpoint: Endpoint, asks: Sequence[Ask], cache: asking.Cache | None) -> dict[str, Any]:
     """Calls, tokens and USD still to spend; raises where data may not go. Opens no connection."""
     total = dict(calls=0, tokens_in=0, tokens_out=0)
     for data_class in {ask.data_class for ask in asks}:

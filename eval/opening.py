@@ -1,7 +1,7 @@
 """--model=KIND:WHERE to a model: named first, without loading it, and opened when it is asked.
 
-    native:FOLDER       hf:FOLDER (converted once, into a cache)       endpoint:NAME@URL
-    predictions:FILE    baseline:{constant,majority,random}
+native:FOLDER       hf:FOLDER (converted once, into a cache)       endpoint:NAME@URL
+predictions:FILE    baseline:{constant,majority,random}
 """
 
 import contextlib
@@ -78,9 +78,7 @@ class Opened:
 
     @functools.cached_property
     def _centroids(self):
-        return looks.centroids(
-            self.generator, self.found.pictures, images_folder=self.found.folder
-        )
+        return looks.centroids(self.generator, self.found.pictures, images_folder=self.found.folder)
 
 
 def name(
@@ -144,9 +142,7 @@ def open_model(
         case "predictions":
             return Opened(model=predictions.Predictions(named.where, found.items), **fixed)
         case _:
-            model = baselines.Baseline(
-                named.where, found.items, found.folder, seed=settings.seed
-            )
+            model = baselines.Baseline(named.where, found.items, found.folder, seed=settings.seed)
             return Opened(model=model, **fixed)
 
 
@@ -164,9 +160,7 @@ def converted(source: str, progress: Callable[[str], None]) -> Path:
     if not place.is_dir():
         raise loop.EvalError(f"--model hf:{source}: no folder; download the checkpoint first")
     files = sorted(path for path in place.rglob("*") if path.is_file())
-    facts = [
-        [str(p.relative_to(place)), p.stat().st_size, p.stat().st_mtime_ns] for p in files
-    ]
+    facts = [[str(p.relative_to(place)), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
     key = hashlib.sha256(json.dumps([str(place.resolve()), facts]).encode()).hexdigest()[:16]
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     target = Path(root) / "medmax_jax" / "converted" / f"{place.resolve().name}-{key}"

@@ -1,8 +1,8 @@
 """One evaluation in stages, each a plain function of what is in `Run`; files are what they share.
 
-    claim -> plan -> answer -> options -> probe -> judge -> see -> summarise -> report
-             records.jsonl  options.jsonl  probe_NAME.jsonl  judged.jsonl  pictures.jsonl
-                                              summary.json  report.html  history.jsonl
+claim -> plan -> answer -> options -> probe -> judge -> see -> summarise -> report
+         records.jsonl  options.jsonl  probe_NAME.jsonl  judged.jsonl  pictures.jsonl
+                                          summary.json  report.html  history.jsonl
 """
 
 import dataclasses
@@ -12,7 +12,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from eval import baselines, endpoint_model, history, loop, opening, plan, probes, report, scoring, tasks
+from eval import (
+    baselines,
+    endpoint_model,
+    history,
+    loop,
+    opening,
+    plan,
+    probes,
+    report,
+    scoring,
+    tasks,
+)
 from eval.settings import Settings
 from eval.suites import Suite, check_images, suite
 from medmax_jax import cli
@@ -75,29 +86,52 @@ def run(
 
     model: KIND:WHERE, as eval/opening.py has it. shard: "i/n" of the items, from 0.
     """
-    found = suite(settings)
-    check_images(found)
-    part = loop.Shard.of(shard)
+    found, part = suite(settings), loop.Shard.of(shard)
     named = opening.name(model or settings.model, adapter, merge, settings, progress=progress)
-    facts = claim(Path(workdir), settings, named, found, write=not dry_run)
     workdir = Path(workdir)
-    plan.say(plan.plan(settings, found, named, workdir, part), progress)
+    return run_named(
+        settings,
+        workdir,
+        found=found,
+        named=named,
+        opened=lambda: opening.open_model(named, settings, found, workdir, part, stopped),
+        shard=part,
+        dry_run=dry_run,
+        progress=progress,
+    )
+
+
+def run_named(
+    settings: Settings,
+    workdir: str | Path,
+    *,
+    found: Suite,
+    named: opening.Named,
+    opened: Callable[[], opening.Opened],
+    shard: loop.Shard = loop.WHOLE,
+    dry_run: bool = False,
+    progress: Callable[[str], None],
+) -> dict[str, Any] | None:
+    """The same of items and a model at hand; `opened` is called once all is checked and told."""
+    check_images(found)
+    workdir = Path(workdir)
+    facts = claim(workdir, settings, named, found, write=not dry_run)
+    plan.say(plan.plan(settings, found, named, workdir, shard), progress)
     if dry_run:
         return None
-    opened = opening.open_model(named, settings, found, workdir, part, stopped)
     now = Run(
         settings=settings,
         workdir=workdir,
         found=found,
-        opened=opened,
-        shard=part,
+        opened=opened(),
+        shard=shard,
         progress=progress,
         facts=facts,
     )
     try:
         return _stages(now)
     finally:
-        opened.close()
+        now.opened.close()
 
 
 def _stages(now: Run) -> dict[str, Any] | None:
@@ -217,9 +251,7 @@ def not_run(now: Run) -> list[dict[str, str]]:
 
 def write_report(now: Run, summary: dict[str, Any], records: list[dict[str, Any]]) -> None:
     """report.html."""
-    report.write(
-        now.workdir / "report.html", summary, records, images_folder=now.found.folder
-    )
+    report.write(now.workdir / "report.html", summary, records, images_folder=now.found.folder)
 
 
 def _rivals(now: Run, records, probed) -> list[dict[str, Any]]:

@@ -33,7 +33,9 @@ def suite(settings: Settings) -> Suite:
         )
     rows = [row for path in settings.items for row in read_rows(Path(path))]
     folder = Path(settings.images or Path(settings.items[0]).parent)
-    return Suite(items=_chosen(tasks.from_rows(rows), settings), train=[], pictures=[], folder=folder)
+    return Suite(
+        items=_chosen(tasks.from_rows(rows), settings), train=[], pictures=[], folder=folder
+    )
 
 
 def sample(settings: Settings) -> Suite:
