@@ -232,9 +232,7 @@ def _cut(connection: socket.socket, late: threading.Event) -> None:
         socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
 
-def _read_reply(
-    data: bytes, whole: bool, limit: int, key: str, takes_cut: bool
-) -> Reply | _Again:
+def _read_reply(data: bytes, whole: bool, limit: int, key: str, takes_cut: bool) -> Reply | _Again:
     raw = _hide(data[: 4 * RAW_CHARS].decode(errors="replace"), key)[:RAW_CHARS]
     if not whole:
         return Reply(status=200, problem=f"longer than {limit} bytes", raw=raw)

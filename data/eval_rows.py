@@ -4,7 +4,7 @@
 
 Read batch by batch. A row of a task or question type that the suite does not have is not guessed
 at: all such rows are listed, and nothing is written. The answer of visual_chat is a dictionary as
-text; it stays text, as nothing here would evaluate it. The data set is gated, so the file is 0600.
+text; it is checked by chat_answers.py and stays text. The data set is gated, so the file is 0600.
 """
 
 import collections
@@ -17,7 +17,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data import chat_answers
 from data.published import PublishedError
+from eval import cards
 from medmax_jax.new_folder import private
 from medmax_jax.progress import Progress
 from medmax_jax.storage import Folder, StorageError, checked
@@ -39,7 +41,6 @@ KNOWN: Mapping[str, Sequence[str] | None] = {  # task_name -> question_type; Non
     "image_captioning": SOURCES,
     "image_generation": SOURCES,
 }
-NOT_ASKED = ("visual_chat",)  # eval/tasks.py has no such task yet, and refuses its rows
 BLANK = {("image_generation", "answer")}  # its caption is the prompt
 BATCH = 256  # rows
 MAX_ROWS = 1_000_000  # 9.47k are published
@@ -49,9 +50,17 @@ SHOWN = 20  # kinds of bad rows in an error
 
 
 def import_items(
-    path: str | Path, out: str | Path, *, tasks: Sequence[str], say: Callable[[str], None]
+    path: str | Path,
+    out: str | Path,
+    *,
+    tasks: Sequence[str],
+    allow_counts: bool,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Writes the rows of `tasks`, [] for all, as JSONL; the file appears whole or not at all."""
+    """Writes the rows of `tasks`, [] for all, as JSONL; the file appears whole or not at all.
+
+    `allow_counts`: go on with other numbers of rows than are published, and tell of them.
+    """
     path, out = Path(path), Path(os.path.abspath(out))
     if unknown := [t for t in tasks if t not in KNOWN]:
         raise PublishedError(f"--tasks has {unknown[0]!r}; use some of {', '.join(KNOWN)}")
@@ -69,13 +78,30 @@ def import_items(
                 # ASCII, as eval/run.py would split a string at the line ends of Unicode
                 file.write(json.dumps(_item(number, row)).encode() + b"\n")
         _check(path, bad, kept)
-    asked = sum(n for task, n in kept.items() if task not in NOT_ASKED)
+        other = _other_counts(kept, tasks)
+        if other and not allow_counts:
+            raise PublishedError(
+                f"{path}: {'; '.join(other)}; get the file again, or take it as it is by "
+                "--allow_counts"
+            )
     return dict(
         items=str(out),
         rows=kept.total(),
         tasks=dict(sorted(kept.items())),
-        not_asked_yet=kept.total() - asked,
+        other_counts=other,
     )
+
+
+def _other_counts(kept: collections.Counter[str], tasks: Sequence[str]) -> list[str]:
+    """Where the numbers of rows are not those that are public."""
+    (low, high), (pair, together) = cards.RELEASED_ROWS, cards.RELEASED_TOGETHER
+    found = []
+    if not tasks and not low <= kept.total() <= high:
+        found.append(f"{kept.total()} rows, published are {low} to {high}")
+    have = sum(kept[name] for name in pair)
+    if (not tasks or set(pair) <= set(tasks)) and have != together:
+        found.append(f"{have} rows of {' and '.join(pair)}, published are {together}")
+    return found
 
 
 def _rows(path: Path, say: Callable[[str], None]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -132,8 +158,12 @@ def _problem(row: dict[str, Any]) -> str:
             return f"{task}: {name} over {MAX_TEXT} characters"
     try:
         checked("image_path", row["image_path"].removeprefix("./"))
+        if task == "visual_chat":
+            chat_answers.read(row["answer"])
     except StorageError:
         return f"{task}: image_path leaves its folder"
+    except chat_answers.ChatAnswerError as error:
+        return f"{task}: {error}"
     return ""
 
 

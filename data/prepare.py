@@ -3,6 +3,7 @@
 python -m data.prepare sample --out D [--split train] [--kind instruction] [--views 4] [--rounds 1]
 python -m data.prepare build --source SLAKE --from FOLDER --out D --model M [--sample N --seed S]
 python -m data.prepare import --from train.jsonl --out D     the published rows: data/published.py
+python -m data.prepare eval_items --benchmark slake --from FOLDER --out D     to items of eval.run
 python -m data.prepare unpack --from images.tar.gz.a* --out D     and their images: data/archives.py
 python -m data.prepare tokenize --images D --out D2 --model M     to codes, for --codes D2
 python -m data.prepare documents --from documents.jsonl --images D --out D2     of texts.py
@@ -33,6 +34,7 @@ from typing import Any
 
 from data import (
     archives,
+    benchmark_command,
     instruct_command,
     pack,
     picture_codes,
@@ -265,6 +267,7 @@ def _parser() -> argparse.ArgumentParser:
     source_build.add_code_flags(written)
     written.set_defaults(run=_run_documents)
     curated = instruct_command.add(commands)
+    asked_items = benchmark_command.add(commands)
     tokenized = commands.add_parser("tokenize", help="pictures to codes, at scale")
     tokenize_command.add_flags(tokenized)
     tokenized.set_defaults(left="finished shards are kept")
@@ -290,6 +293,7 @@ def _parser() -> argparse.ArgumentParser:
         counted,
         planned,
         traced,
+        asked_items,
     )
     for command in asked:
         command.add_argument("--json", action="store_true", help="one JSON object as the last line")

@@ -49,6 +49,9 @@ def _import_flags(brought: argparse.ArgumentParser) -> None:
         "--tasks", nargs="*", default=[], metavar="TASK", help="of a parquet; all if not given"
     )
     brought.add_argument(
+        "--allow_counts", action="store_true", help="of a parquet: other numbers of rows are right"
+    )
+    brought.add_argument(
         "--model_layout", default=RELEASED, help="released, or a model folder with those ids"
     )
     brought.add_argument("--tokenizer", type=Path, help="compare text and tokens with this file")
@@ -69,7 +72,8 @@ def _unpack_flags(unpacked: argparse.ArgumentParser) -> None:
 
 def _run_import(args: argparse.Namespace) -> dict[str, Any]:
     if args.source.suffix == ".parquet":
-        return eval_rows.import_items(args.source, args.out, tasks=args.tasks, say=log.info)
+        fixed = dict(tasks=args.tasks, allow_counts=args.allow_counts, say=log.info)
+        return eval_rows.import_items(args.source, args.out, **fixed)
     if args.tasks:
         raise published.PublishedError(f"--tasks is for a parquet, not for {args.source}")
     layout = layout_of(args.model_layout)

@@ -163,7 +163,8 @@ class _Asking:
         folder, names = self.out.with_name(f"{self.out.stem}_images"), []
         for number, picture in enumerate(pictures):
             folder.mkdir(exist_ok=True)
-            path = folder / f"{re.sub(r'[^\w.-]+', '_', item.id)}_{number}.png"
+            safe = re.sub(r"[^\w.-]+", "_", item.id)
+            path = folder / f"{safe}_{number}.png"
             partial = path.with_suffix(".partial")
             try:
                 picture.save(partial, "PNG")

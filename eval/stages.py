@@ -92,22 +92,47 @@ def run(
 
     model: KIND:WHERE, as eval/opening.py has it. shard: "i/n" of the items, from 0.
     """
-    found = suite(settings)
-    check_images(found)
-    part = loop.Shard.of(shard)
+    found, part = suite(settings), loop.Shard.of(shard)
     named = opening.name(model or settings.model, adapter, merge, settings, progress=progress)
-    facts = claim(Path(workdir), settings, named, found, write=not dry_run)
     workdir = Path(workdir)
-    plan.say(plan.plan(settings, found, named, workdir, part), progress)
+    return run_named(
+        settings,
+        workdir,
+        found=found,
+        named=named,
+        opened=lambda: opening.open_model(named, settings, found, workdir, part, stopped),
+        shard=part,
+        dry_run=dry_run,
+        progress=progress,
+        stopped=stopped,
+    )
+
+
+def run_named(
+    settings: Settings,
+    workdir: str | Path,
+    *,
+    found: Suite,
+    named: opening.Named,
+    opened: Callable[[], opening.Opened],
+    shard: loop.Shard = loop.WHOLE,
+    dry_run: bool = False,
+    progress: Callable[[str], None],
+    stopped: Callable[[], bool] = lambda: False,
+) -> dict[str, Any] | None:
+    """The same of items and a model at hand; `opened` is called once all is checked and told."""
+    check_images(found)
+    workdir = Path(workdir)
+    facts = claim(workdir, settings, named, found, write=not dry_run)
+    plan.say(plan.plan(settings, found, named, workdir, shard), progress)
     if dry_run:
         return None
-    opened = opening.open_model(named, settings, found, workdir, part, stopped)
     now = Run(
         settings=settings,
         workdir=workdir,
         found=found,
-        opened=opened,
-        shard=part,
+        opened=opened(),
+        shard=shard,
         progress=progress,
         stopped=stopped,
         facts=facts,
@@ -115,7 +140,7 @@ def run(
     try:
         return _stages(now)
     finally:
-        opened.close()
+        now.opened.close()
 
 
 def _stages(now: Run) -> dict[str, Any] | None:

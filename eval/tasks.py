@@ -15,8 +15,9 @@ import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from data import outgoing
+from data import chat_answers, outgoing
 from data.sample.phrases import NOUNS
+from eval import cards
 
 
 class TaskError(ValueError):
@@ -56,8 +57,16 @@ NAMED = {  # released task_name -> family; all others are question answering, by
     "mm_out": "multimodal",
     "visual_chat": "visual_chat",
 }
+CHAMELEON = {  # the release's wordings for the base model
+    "vqa_closed": " and respond 'yes' or 'no'",
+    "vqa_open": "",
+    "vqa_mcq": " and respond 'A', 'B', 'C', or 'D'",
+}
 ASKED = {"closed": "vqa_closed", "mcq": "vqa_mcq", "open": "vqa_open"}
 CAPTION_PROMPT = "Please describe this picture."  # what the release asks whatever the row says
+DETAILED_PROMPT = "Analyze the image in a comprehensive and detailed manner."  # likewise
+PICTURE = "<image>"  # where a row of visual_chat wants its picture
+PROMPTS = ("sft", "chameleon", "default")  # the release's prompt processors, eval_utils.py
 FACTS = ("body_part", "organ", "view", "plane", "sequence", "stain", "finding")
 SAMPLE = ("sample_vqa", "sample")  # names in the embedded rows: there a task is its family
 
@@ -68,7 +77,8 @@ class Item:
 
     task: its row in the tables, as in eval/cards.py. slices: (name, value) pairs that numbers are
     also told apart by. context: what a judge is told of the picture. data_class: what
-    data/outgoing.py asks before anything leaves the machine.
+    data/outgoing.py asks before anything leaves the machine. released: (name, value) of the row
+    that only the release's scoring wants, and where its picture stands.
     """
 
     id: str
@@ -84,6 +94,7 @@ class Item:
     slices: tuple[tuple[str, str], ...]
     context: str
     data_class: str
+    released: tuple[tuple[str, str], ...] = ()
 
 
 def from_rows(
@@ -98,11 +109,44 @@ def from_rows(
     return items
 
 
-def parts(item: Item, folder: Path) -> tuple[Path | str, ...]:
-    """What is asked, in order: the picture's file if the family shows it, and the words."""
-    if FAMILIES[item.family].shows_image:
-        return folder / item.image, item.prompt
-    return (item.prompt,)
+def parts(item: Item, folder: Path, prompt: str = "sft") -> tuple[Path | str, ...]:
+    """What is asked, in order: the picture's file if the family shows it, and the words.
+
+    `prompt`: one of PROMPTS, whose words these are; `ends_turn` says what comes after them. Where
+    the release's `default` stops (captions without words, generation with no picture to open) the
+    words are asked that the other two ask.
+    """
+    words = worded(item, prompt)
+    if not FAMILIES[item.family].shows_image:
+        return (words,)
+    asked = dict(item.released).get("prompt", "")
+    if asked.endswith(PICTURE) and words != DETAILED_PROMPT:
+        return words, folder / item.image
+    return folder / item.image, words
+
+
+def worded(item: Item, prompt: str) -> str:
+    """The words of a question; `chameleon` tells a base model what to answer, with what letters."""
+    if prompt not in PROMPTS:
+        raise TaskError(f"prompt is {prompt!r}; use one of {', '.join(PROMPTS)}")
+    if prompt != "chameleon":
+        return item.prompt
+    if item.family == "multimodal":
+        return f"{item.prompt} Answer the question with one picture."
+    if item.family not in CHAMELEON:
+        return item.prompt
+    question = item.prompt if item.prompt.endswith("\n") else item.prompt + "\n"
+    task = f"Answer the question based on this image{CHAMELEON[item.family]}."
+    return f"{task}\nQuestion: {question}Answer:"
+
+
+def ends_turn(family: str, prompt: str) -> bool:
+    """Whether the end of turn follows the words, as it did in MedMax's fine-tuning.
+
+    `default` means a base model, and yet ends the turn of visual_chat: in the release its answer to
+    "is this fine-tuned" is a pair of lists, which Python takes for yes.
+    """
+    return prompt == "sft" or (prompt == "default" and family == "visual_chat")
 
 
 def choose(items: Sequence[Item], count: int, *, seed: int) -> list[Item]:
@@ -135,21 +179,53 @@ def _item(number: int, row: Mapping[str, str], known: Mapping[str, Mapping]) -> 
     if FAMILIES[family].shows_image and not row["image_path"]:
         raise TaskError(f"{where}: {family} needs image_path; name the picture")
     facts = known.get(row["image_path"], {})
-    return Item(
-        id=str(row.get("id", number)),
-        task=_task(row, family),
-        family=family,
+    task, slices = _task(row, family), dict(row.get("slices", {}))
+    card, said = cards.card_of(task, family), {}
+    of_task = card.data_class if card else outgoing.LICENCE_BOUND
+    if family == "visual_chat":
+        said, domain = _chat(where, row)
+        slices = {"domain": domain} | slices
+    fields = dict(
         prompt=CAPTION_PROMPT if family == "captioning" else str(row["prompt"]),
         answer=str(row["answer"]),
+        context=str(row.get("context", "")),
+        data_class=str(row.get("data_class") or of_task),
+    )
+    return Item(
+        id=str(row.get("id", number)),
+        task=task,
+        family=family,
         image=str(row["image_path"]),
         group=str(row.get("group") or row["image_path"] or number),
         template=str(row.get("template") or family),
         facts=_facts(facts),
         kind=str(facts.get("modality", "")),
-        slices=tuple(sorted((str(k), str(v)) for k, v in row.get("slices", {}).items())),
-        context=str(row.get("context", "")),
-        data_class=str(row.get("data_class", outgoing.LICENCE_BOUND)),
+        slices=tuple(sorted((str(k), str(v)) for k, v in slices.items() if v)),
+        **fields | said,
     )
+
+
+def _chat(where: str, row: Mapping[str, str]) -> tuple[dict, str]:
+    """What a visual_chat row's dictionary says, and its domain."""
+    try:
+        found = chat_answers.read(str(row["answer"]))
+    except chat_answers.ChatAnswerError as error:
+        raise TaskError(f"{where}: {error}") from error
+    asked = str(row["prompt"]).replace(PICTURE, "").strip()
+    detailed = row["question_type"] == "detailed_description"
+    released = dict(
+        prompt=str(row["prompt"]),
+        fig_label=found.label,
+        fig_caption=found.caption,
+        in_text_mention=found.mention,
+    )
+    said = dict(
+        prompt=DETAILED_PROMPT if detailed else asked,
+        answer=found.reference,
+        context=found.context,
+        released=tuple(released.items()),
+    )
+    return said, found.domain
 
 
 def _task(row: Mapping[str, str], family: str) -> str:

@@ -30,6 +30,7 @@ from data.sample.manifest import read_manifest
 from eval import baselines, looks, loop, models, probes, scoring, suites, tasks
 from eval.settings import Settings as EvalSettings
 from medmax_jax import cli, config, generate, quickstart_page, train
+from medmax_jax.mesh import make_mesh
 
 log = logging.getLogger("medmax_jax.quickstart")
 

@@ -9,11 +9,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data import eval_rows, prepare
+from data import chat_answers, eval_rows, outgoing, prepare
 from data.published import PublishedError
+from eval import cards
 from eval import tasks as suite
 
-ANSWER = "{'fig_label': 'F1', 'gpt4_answer': __import__('os').abort(), 'domain': {'mri': True}}"
+CHAT = {  # the published form, written as Python writes it
+    "fig_label": "Fig. 3",
+    "fig_caption": "A cyst's wall.",
+    "in_text_mention": [{"tokens": "None found ( Fig. 3 ) .", "entities": [{"start_tok": 3}]}],
+    "gpt4_answer": "A thin tissue.",
+    "domain": {"chest_xray": False, "mri": False, "ct_scan": False, "histology": True},
+}
 
 
 def row(task="vqa_rad", kind="closed", **changes):
@@ -24,7 +31,13 @@ def row(task="vqa_rad", kind="closed", **changes):
 def every():
     """A row of each task and question type."""
     return [
-        row(task, kind, prompt=f"{task} {kind} \u2028 é", image_path=f"./images/{task}.png")
+        row(
+            task,
+            kind,
+            prompt=f"{task} {kind} \u2028 é",
+            image_path=f"./images/{task}.png",
+            answer=repr(CHAT) if task == "visual_chat" else "yes",
+        )
         for task, kinds in eval_rows.KNOWN.items()
         for kind in (kinds or ("", "multimodal", None))
     ]
@@ -39,7 +52,8 @@ def parquet(tmp_path, rows, **types):
 
 def bring(tmp_path, rows, tasks=(), out="items.jsonl", **types):
     path = parquet(tmp_path, rows, **types)
-    return eval_rows.import_items(path, tmp_path / out, tasks=tasks, say=lambda _: None)
+    fixed = dict(tasks=tasks, allow_counts=True, say=lambda _: None)
+    return eval_rows.import_items(path, tmp_path / out, **fixed)
 
 
 def items_in(path):
@@ -60,26 +74,58 @@ def test_every_row_becomes_an_item(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["eval.parquet", "items.jsonl"]
 
 
-def test_the_suite_asks_all_but_those_named(tmp_path):
+def test_the_suite_asks_all(tmp_path):
     told = bring(tmp_path, every())
-    found = items_in(tmp_path / "items.jsonl")
-    refused = set()
-    for item in found:
-        try:
-            suite.from_rows([item])
-        except suite.TaskError:
-            refused.add(item["task_name"])
-    assert refused == set(eval_rows.NOT_ASKED) and told["not_asked_yet"] == 2
-    names = [t for t in eval_rows.KNOWN if t not in eval_rows.NOT_ASKED]
-    told = bring(tmp_path, every(), tasks=names, out="asked.jsonl")
-    items = suite.from_rows(items_in(tmp_path / "asked.jsonl"))
-    assert len(items) == told["rows"] and told["not_asked_yet"] == 0
-    assert {i.family for i in items} == set(suite.FAMILIES) - {"visual_chat"}
+    items = suite.from_rows(items_in(tmp_path / "items.jsonl"))
+    assert len(items) == told["rows"] and {i.family for i in items} == set(suite.FAMILIES)
+    reports = {i.task for i in items if i.data_class == outgoing.CREDENTIALED}
+    assert reports == {"captioning_report", "image_generation_report"}  # MIMIC-CXR
 
 
-def test_a_dictionary_as_text_stays_text(tmp_path):
-    bring(tmp_path, [row("visual_chat", "conversation", answer=ANSWER)])
-    assert items_in(tmp_path / "items.jsonl")[0]["answer"] == ANSWER
+@pytest.mark.parametrize(
+    "answer",
+    [
+        repr(CHAT | {"gpt4_answer": 1}),
+        repr(CHAT | {"gpt4_answer": " "}),
+        repr(CHAT).replace("'A thin tissue.'", "__import__('os').abort()"),
+        repr(CHAT) + "x" * chat_answers.MAX_TEXT,
+        "[" * 500,
+        "(" * 5_000 + ")" * 5_000,
+        "yes",
+        "['a']",
+    ],
+)
+def test_a_dictionary_that_is_none(tmp_path, answer):
+    with pytest.raises(PublishedError, match="visual_chat: answer"):
+        bring(tmp_path, [row("visual_chat", "conversation", answer=answer)])
+    with pytest.raises(suite.TaskError, match="row x: answer"):
+        suite.from_rows([row("visual_chat", "conversation", answer=answer, id="x")])
+
+
+@pytest.mark.parametrize("written", [repr, json.dumps])
+def test_a_dictionary_as_text_stays_text(tmp_path, written):
+    bring(tmp_path, [row("visual_chat", "conversation", answer=written(CHAT))])
+    (item,) = items_in(tmp_path / "items.jsonl")
+    assert item["answer"] == written(CHAT)
+    (read,) = suite.from_rows([item])
+    assert read.answer == "A thin tissue." and read.slices == (("domain", "histology"),)
+    assert "Fig. 3: A cyst's wall." in read.context and "None found" in read.context
+    assert dict(read.released)["in_text_mention"] == str(CHAT["in_text_mention"])
+
+
+def test_other_numbers_of_rows_than_published(tmp_path):
+    path = parquet(tmp_path, [row()] * 20)
+    fixed = dict(tasks=[], say=lambda _: None)
+    with pytest.raises(PublishedError, match="20 rows, published are 9465 to 9474; 20 rows of vqa"):
+        eval_rows.import_items(path, tmp_path / "items.jsonl", allow_counts=False, **fixed)
+    assert not (tmp_path / "items.jsonl").exists()
+    told = bring(tmp_path, [row()] * 20)
+    assert len(told["other_counts"]) == 2
+    low, together = cards.RELEASED_ROWS[0], cards.RELEASED_TOGETHER[1]
+    rows = [row("pathvqa")] * together + [row("slake")] * (low - together)
+    path = parquet(tmp_path, rows)
+    told = eval_rows.import_items(path, tmp_path / "whole.jsonl", allow_counts=False, **fixed)
+    assert told["other_counts"] == [] and told["rows"] == low
 
 
 def test_more_rows_than_a_batch(tmp_path):
@@ -128,7 +174,7 @@ def test_files_that_are_something_else(tmp_path, monkeypatch):
 
     def refused(path, said, tasks=()):
         with pytest.raises(PublishedError, match=said):
-            eval_rows.import_items(path, out, tasks=tasks, say=print)
+            eval_rows.import_items(path, out, tasks=tasks, allow_counts=True, say=print)
         assert not out.exists()
 
     refused(tmp_path / "none.parquet", "no such file; name the published parquet")
@@ -149,7 +195,7 @@ def test_files_that_are_something_else(tmp_path, monkeypatch):
     refused(path, "1 rows, in groups")
     out.write_text("mine")
     with pytest.raises(PublishedError, match="exists; choose another --out"):
-        eval_rows.import_items(path, out, tasks=[], say=print)
+        eval_rows.import_items(path, out, tasks=[], allow_counts=True, say=print)
 
 
 def test_columns_as_categories(tmp_path):

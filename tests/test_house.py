@@ -35,6 +35,7 @@ facts       medmax_jax medmax_jax.config medmax_jax.vocab medmax_jax.mesh medmax
             medmax_jax.new_folder medmax_jax.progress medmax_jax.unpickle medmax_jax.pth data
             data.mixture data.pack data.documents data.staging data.reader data.records data.mixing
             data.plan_file data.plan_report data.synthetic data.overlap data.outgoing data.journal
+            data.chat_answers eval.cards
             data.endpoint data.asking data.captions data.instruct_replies data.sample
             data.sample.manifest data.sample.phrases data.sample.questions data.sample.documents
             data.sample.sources data.sample.decode data.sample.dicoms data.sample.pictures
@@ -48,6 +49,7 @@ parts       medmax_jax.weights medmax_jax.array_reader medmax_jax.arrays medmax_
             data.sources data.sources.row data.sources.stream data.sources.prompts
             data.sources.conversations data.sources.captions data.sources.questions
             data.sources.choices data.sources.parquet data.sources.reports data.sources.dicom
+            data.benchmarks
             medmax_jax.lanes
 
 models      medmax_jax.cross_entropy medmax_jax.chameleon medmax_jax.vqgan medmax_jax.lpips
@@ -82,9 +84,11 @@ layouts     medmax_jax.convert medmax_jax.convert.form medmax_jax.convert.ahead
             medmax_jax.convert.describe
 
 programs    data.sample.build data.sample.train_tokenizer data.published data.archives
-            data.eval_rows data.tfds_builders data.published_command data.instruct_command
-            data.tokenize_command data.build data.prepare medmax_jax.train medmax_jax.train_vqgan
-            eval.report eval.opening eval.plan eval.stages eval.face eval eval.run medmax_jax.quickstart_page medmax_jax.quickstart
+            data.eval_rows data.benchmark_command data.tfds_builders data.published_command
+            data.instruct_command data.tokenize_command data.build data.prepare medmax_jax.train
+            medmax_jax.train_vqgan
+            eval.suite eval.report eval.opening eval.plan eval.stages eval.face eval eval.run
+            medmax_jax.quickstart_page medmax_jax.quickstart
             medmax_jax.convert.torch_side medmax_jax.convert.check medmax_jax.convert.__main__
             medmax_jax.plan medmax_jax.plan.topology medmax_jax.plan.hlo medmax_jax.plan.analytic
             medmax_jax.plan.speed medmax_jax.plan.search medmax_jax.plan.compiled

@@ -39,6 +39,7 @@ from data.sources.stream import csv_rows, json_lines
 
 _PMC = {"train": "train.jsonl", "validation": "valid.jsonl", "test": "test.jsonl"}
 _SUBFIGURES = "caption_T060_filtered_top4_sep_v0_subfigures"
+PMC_ROOTS = (f"images/{_SUBFIGURES}", _SUBFIGURES, "images")
 _QUILT_SPLITS = {"train": "train", "val": "validation"}
 
 
@@ -46,7 +47,7 @@ def read_pmc_oa(folder: pathlib.Path, plan: Plan) -> Iterator[Row | Bad]:
     """PMC-OA: one pair a line."""
     path = first_file(folder, ("pmc_oa.jsonl", _PMC[plan.split]), plan.source)
     split = "train" if path.name == "pmc_oa.jsonl" else plan.split
-    root = root_of(folder, (f"images/{_SUBFIGURES}", _SUBFIGURES, "images"))
+    root = root_of(folder, PMC_ROOTS)
     return collect(json_lines(path), functools.partial(_pmc_oa, plan, split, root))
 
 

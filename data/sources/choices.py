@@ -61,7 +61,7 @@ def read_pmc_vqa(folder: pathlib.Path, plan: Plan) -> Iterator[Row | Bad]:
     columns.append("Answer" if second else "Answer_label")
     rows = csv_rows(path, tuple(columns))
     root = root_of(folder, ("images_2/figures", "figures", "images_2")) if second else "images"
-    return collect(rows, functools.partial(_pmc_vqa, plan, root, columns[-1]))
+    return collect(rows, functools.partial(pmc_vqa, plan, root, columns[-1]))
 
 
 def read_omnimedvqa(folder: pathlib.Path, plan: Plan) -> Iterator[Row | Bad]:
@@ -70,7 +70,7 @@ def read_omnimedvqa(folder: pathlib.Path, plan: Plan) -> Iterator[Row | Bad]:
     if not paths:
         raise SourceError(f"{plan.source}: no QA_information/Open-access/*.json; see --from")
     for path in paths:
-        yield from collect(json_array(path), functools.partial(_omnimedvqa, plan))
+        yield from collect(json_array(path), functools.partial(omnimedvqa, plan))
 
 
 def choice_text(question: str, choices: dict[str, str]) -> str:
@@ -78,7 +78,8 @@ def choice_text(question: str, choices: dict[str, str]) -> str:
     return "\n".join([question, *(f"{letter}: {text}" for letter, text in choices.items())])
 
 
-def _pmc_vqa(plan: Plan, root: str, answer: str, place: Place, item: dict[str, Any]) -> Row:
+def pmc_vqa(plan: Plan, root: str, answer: str, place: Place, item: dict[str, Any]) -> Row:
+    """One question of PMC-VQA; `answer`: the column with the letter."""
     choices = {}
     for letter in LETTERS:
         text = re.sub(rf"^{letter}\s*:\s*", "", text_of(item, f"Choice {letter}"))
@@ -92,7 +93,8 @@ def _pmc_vqa(plan: Plan, root: str, answer: str, place: Place, item: dict[str, A
     return asked(plan, place, choice_text(text_of(item, "Question"), choices), right, **fields)
 
 
-def _omnimedvqa(plan: Plan, place: Place, item: dict[str, Any]) -> Row:
+def omnimedvqa(plan: Plan, place: Place, item: dict[str, Any]) -> Row:
+    """One question of OmniMedVQA."""
     given = [letter for letter in LETTERS if item.get(f"option_{letter}") not in (None, "")]
     choices = {letter: text_of(item, f"option_{letter}") for letter in given}
     if given != list(LETTERS[: len(given)]) or len(given) < 2:

@@ -49,13 +49,13 @@ _SLAKE = {
 def read_vqa_rad(folder: pathlib.Path, plan: Plan) -> Iterator[Row | Bad]:
     """VQA-RAD of the Open Science Framework."""
     path = first_file(folder, (VQA_RAD,), plan.source)
-    return collect(json_array(path), functools.partial(_vqa_rad, plan))
+    return collect(json_array(path), functools.partial(vqa_rad, plan))
 
 
 def read_slake(folder: pathlib.Path, plan: Plan) -> Iterator[Row | Bad]:
     """SLAKE's questions in English."""
     path = first_file(folder, _SLAKE[plan.split], plan.source)
-    return collect(json_array(path), functools.partial(_slake, plan))
+    return collect(json_array(path), functools.partial(slake, plan))
 
 
 def asked(plan: Plan, place: Place, question: str, answer: str, **fields: Any) -> Row:
@@ -64,7 +64,8 @@ def asked(plan: Plan, place: Place, question: str, answer: str, **fields: Any) -
     return Row(id=place.id(plan.source), text=text, task=VQA, source=plan.source, turns=1, **fields)
 
 
-def _vqa_rad(plan: Plan, place: Place, item: dict[str, Any]) -> Row:
+def vqa_rad(plan: Plan, place: Place, item: dict[str, Any]) -> Row:
+    """One question of VQA-RAD."""
     kind = item.get("phrase_type")
     if not isinstance(kind, str) or kind not in ("freeform", "para", "test_freeform", "test_para"):
         raise RowError("phrase_type: unknown, so the split is not known")
@@ -74,7 +75,8 @@ def _vqa_rad(plan: Plan, place: Place, item: dict[str, Any]) -> Row:
     return asked(plan, place, text_of(item, "question"), text_of(item, "answer"), **fields)
 
 
-def _slake(plan: Plan, place: Place, item: dict[str, Any]) -> Row:
+def slake(plan: Plan, place: Place, item: dict[str, Any]) -> Row:
+    """One question of SLAKE."""
     if item.get("q_lang") not in ("en", "zh"):
         raise RowError("q_lang: neither en nor zh")
     if item["q_lang"] == "zh":

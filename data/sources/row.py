@@ -12,10 +12,11 @@ import hashlib
 import pathlib
 import random
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from medmax_jax.tokenizer import IMAGE_NAME, SEP_NAME
 
+Made = TypeVar("Made")
 SPLITS = ("train", "validation", "test")
 MAX_TEXT = 100_000  # characters of one part; the longest released document has 2,048 tokens
 
@@ -82,8 +83,8 @@ class Place:
 
 
 def collect(
-    items: Iterable[tuple[Place, Any]], make: Callable[[Place, dict[str, Any]], Row]
-) -> Iterator[Row | Bad]:
+    items: Iterable[tuple[Place, Any]], make: Callable[[Place, dict[str, Any]], Made]
+) -> Iterator[Made | Bad]:
     """Rows of items, and a Bad for each that `make` refuses."""
     for place, item in items:
         try:
