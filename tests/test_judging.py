@@ -41,7 +41,7 @@ def test_every_kind_is_judged_once_and_scored_both_ways(tmp_path):
     with serving(eval_setup.judge) as llm:
         said = ask(a_judge(llm.url), records, tmp_path)
         calls = len(llm.requests)
-        assert said["calls"] == calls - 7 * 0 and said["host"] in llm.url
+        assert said["calls"] == calls and said["host"] in llm.url
         # open: 5 answers; chats and interleaved: 3 each
         assert said["judged"] == dict(correct=4, relative=4, paper_open=5, paper_relative=6)
         assert said["unscored"] == dict(correct=1, relative=2, paper_open=0, paper_relative=0)
@@ -211,7 +211,7 @@ def test_the_judge_sees_what_the_model_saw_and_no_name(tmp_path):
         prompt=paper.DETAILED,
         context="Figure 1: a CT",
     )
-    said = eval_setup.record(one, "A CT.", model="secret-name")
+    said = eval_setup.record(one, "An MRI.", model="secret-name")
     said["released"] = [["prompt", "Describe it.\n<image>"], ["fig_caption", "a CT"]]
     with serving(eval_setup.judge) as llm:
         ask(a_judge(llm.url, repeats=1), [said], tmp_path)
