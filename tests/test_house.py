@@ -68,7 +68,7 @@ machines    medmax_jax.metrics medmax_jax.step medmax_jax.integrity medmax_jax.c
             medmax_jax.export medmax_jax.decoding medmax_jax.batching medmax_jax.engine
             medmax_jax.serving medmax_jax.generator medmax_jax.answers medmax_jax.generate
             data.instruct eval.tasks eval.baselines eval.probes eval.score_image eval.scoring
-            eval.models eval.looks eval.loop medmax_jax.resume
+            eval.models eval.looks eval.loop eval.report_tables medmax_jax.resume
             medmax_jax.runlog medmax_jax.tracking medmax_jax.reports medmax_jax.samples
             medmax_jax.startup medmax_jax.chat eval.comparing
 
