@@ -1,18 +1,40 @@
-"""python -m eval.run --config=configs/eval_tiny.py --model=native:medmax_jax/tiny --workdir=D
+"""python -m eval.run --config=configs/eval_tiny.py --workdir=D
 
-The held-out half of the embedded images, all tasks. Two minutes on two CPU cores.
+The held-out half of the embedded images, all families, with the shipped tiny model. Minutes on two
+CPU cores.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from configs import base
+
+
+def service() -> ConfigDict:
+    """How an endpoint is asked, a model or a judge."""
+    return ConfigDict(
+        dict(
+            key_env="",  # name of the environment variable with the API key; empty: no key
+            parameters='{"temperature": 0}',  # a JSON object, sent as it is
+            price_in=config_dict.placeholder(float),  # USD per million tokens
+            price_out=config_dict.placeholder(float),
+            max_usd=config_dict.placeholder(float),  # dearer runs do not start; needs both prices
+            credentialed_hosts="",  # host:port,... that credentialed data may be sent to
+            concurrency=8,  # calls at once
+            per_minute=0,  # calls that may begin in a minute; 0: no limit
+            timeout_s=120.0,  # of one call
+            retries=6,  # of one call
+            max_wait_s=90.0,  # between two of them
+            max_reply_bytes=4_000_000,
+        )
+    )
 
 
 def get_config() -> ConfigDict:
     whole = base.get_config()
     config = ConfigDict()
-    config.items = "sample"  # or a JSONL file of rows in the released evaluation schema
-    config.images = ""  # folder that image_path is under; empty: where the items lie
+    config.model = "native:medmax_jax/tiny"  # without --model
+    config.items = "sample"  # or JSONL files of rows in the released schema, commas between them
+    config.images = ""  # folder that image_path is under; empty: where the first file lies
     config.split = "test"  # of the sample
     config.counts = ConfigDict(  # items of each family, groups in turn; -1: all
         dict(
@@ -26,8 +48,25 @@ def get_config() -> ConfigDict:
         )
     )
     config.mode = "strict"  # of generation; paper: as the release asks, with its bounds
-    config.baselines = True  # also: answer without looking, and look at somebody else's picture
+    config.prompt = "sft"  # the release's wordings: sft, chameleon or default
+    config.baselines = "blind,constant,majority,random"  # floors; blind: see eval/baselines.py
+    config.probes = "swapped"  # the same questions asked in another way
+    config.options = False  # also: the likelihoods of the options of closed and mcq questions
+    config.scorers = ""  # of pictures: efficientnet_lite0, biomedclip:FOLDER
+    config.train_records = ""  # folder or prefix of training records; empty: contamination unknown
+    config.judge = ConfigDict(
+        dict(
+            endpoint="",  # MODEL@URL; empty: nobody judges
+            repeats=3,  # votes on each answer
+            attempts=3,  # calls for one vote until a reply can be read
+            seed=0,
+            tokens_out=200,  # of a reply, for the estimate
+            service=service(),
+        )
+    )
+    config.service = service()  # for --model=endpoint:NAME@URL
     config.rows = 32  # prompts at once
+    config.window = 256  # items that a model is given at once
     config.seed = 0  # of the choice of items, of swapping, and of the resampling
     config.resamples = 2_000
     config.mesh = whole.mesh

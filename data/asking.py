@@ -15,12 +15,13 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from data.endpoint import Endpoint, EndpointError, Messages, NoReply, Reply, ask
+from data.endpoint import Endpoint, EndpointError, Messages, NoReply, Reply, ask, words_of
 from data.journal import Journal
 
 MAX_SILENT = 10  # calls in a row without a reply: then the endpoint is down, or wrongly set
 POLL_S = 0.2  # how soon a signal is noticed
 CHARS_PER_TOKEN = 4  # of English, about; only estimates use it
+TOKENS_PER_PICTURE = 1_000  # between the 85 and the 1,500 or so that vision endpoints count
 TOKENS_PER_MESSAGE = 8  # role and separators, about
 
 
@@ -109,7 +110,9 @@ def estimate(
         seen.add(key)
         calls += 1
         for message in one.messages:
-            tokens_in += len(message["content"]) // CHARS_PER_TOKEN + TOKENS_PER_MESSAGE
+            chars, pictures = words_of(message["content"])
+            tokens_in += chars // CHARS_PER_TOKEN + TOKENS_PER_MESSAGE
+            tokens_in += pictures * TOKENS_PER_PICTURE
     return dict(calls=calls, tokens_in=tokens_in, tokens_out=calls * tokens_out)
 
 

@@ -11,6 +11,7 @@ followed and no proxy used: the bytes go to the host that was checked. The API k
 is sent; no record, error or log has it.
 """
 
+import base64
 import contextlib
 import dataclasses
 import email.utils
@@ -28,7 +29,8 @@ from typing import Any
 
 from data import outgoing
 
-Messages = Sequence[Mapping[str, str]]
+# A message's content: its words, or a list of parts as `image_part` and `text_part` make them.
+Messages = Sequence[Mapping[str, Any]]
 PATH = "/chat/completions"
 REFUSED = (400, 413, 422)  # about this request: too long, or filtered
 TRANSIENT = (408, 429)  # and all of 5xx
@@ -65,6 +67,7 @@ class Endpoint:
     max_reply_bytes: int
     price_in: float | None
     price_out: float | None
+    takes_cut: bool = False  # whether a text that ends at the most tokens allowed is a reply
 
     def __post_init__(self):
         outgoing.parse(self.url)
@@ -113,6 +116,25 @@ def ask(
     )
 
 
+def text_part(words: str) -> dict[str, Any]:
+    """Words beside pictures in a message's content."""
+    return {"type": "text", "text": words}
+
+
+def image_part(png: bytes) -> dict[str, Any]:
+    """A picture in a message's content: its bytes go in the request, and so in the cache's key."""
+    url = "data:image/png;base64," + base64.b64encode(png).decode()
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def words_of(content: str | Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+    """(characters of words, pictures) of a message's content."""
+    if isinstance(content, str):
+        return len(content), 0
+    texts = [len(part["text"]) for part in content if part["type"] == "text"]
+    return sum(texts), len(content) - len(texts)
+
+
 def cost(endpoint: Endpoint, tokens_in: int, tokens_out: int) -> float | None:
     """USD, or None without prices."""
     if endpoint.price_in is None or endpoint.price_out is None:
@@ -142,7 +164,7 @@ def _attempt(
     except (OSError, http.client.HTTPException) as error:
         return _Again(why=str(error) or type(error).__name__)
     if status == 200:
-        return _read_reply(data, whole, endpoint.max_reply_bytes, key)
+        return _read_reply(data, whole, endpoint.max_reply_bytes, key, endpoint.takes_cut)
     said = _hide(data.decode(errors="replace"), key)
     if status in TRANSIENT or status >= 500:
         return _Again(why=f"status {status}: {_short(said)}", after_s=_retry_after(headers))
@@ -210,7 +232,7 @@ def _cut(connection: socket.socket, late: threading.Event) -> None:
         socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
 
-def _read_reply(data: bytes, whole: bool, limit: int, key: str) -> Reply | _Again:
+def _read_reply(data: bytes, whole: bool, limit: int, key: str, takes_cut: bool) -> Reply | _Again:
     raw = _hide(data[: 4 * RAW_CHARS].decode(errors="replace"), key)[:RAW_CHARS]
     if not whole:
         return Reply(status=200, problem=f"longer than {limit} bytes", raw=raw)
@@ -234,7 +256,7 @@ def _read_reply(data: bytes, whole: bool, limit: int, key: str) -> Reply | _Agai
     text = message.get("content")
     if not isinstance(text, str) or not text.strip():
         return Reply(problem="no text in the message", raw=raw, **facts)
-    if facts["finish"] == "length":
+    if facts["finish"] == "length" and not takes_cut:
         return Reply(problem="cut off at the most tokens allowed", raw=raw, **facts)
     return Reply(text=_hide(text, key), **facts)
 

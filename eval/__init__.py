@@ -1,6 +1,6 @@
 """The evaluation suite: tasks, scores, intervals and reports."""
 
 from eval.comparing import compare
-from eval.loop import evaluate
+from eval.face import evaluate
 
 __all__ = ["compare", "evaluate"]

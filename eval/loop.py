@@ -1,21 +1,27 @@
-"""Asks a model every item once and keeps each answer on disk: interrupted, it goes on where it was.
+"""Asks a model every item once and keeps each answer on disk: killed, it goes on where it was.
 
-    items -> by task, in batches -> answers -> records.jsonl, one line an item, flushed each batch
-                                               records_images/*.png
+    items -> by family, in windows -> answers -> records.jsonl, one line an item, fsync a batch
+                                                 records_images/*.png
+             a part of them (--shard) -> records.shard_0_of_4.jsonl -> read by all later runs
 
-A record holds the item, the answer, and for pictures their codes and what they look like.
+A record holds the item, the answer, how it was read where no judge is needed, and for pictures
+their codes and what they look like. One process writes a file: a second one is told to wait.
 """
 
+import contextlib
 import dataclasses
 import json
 import re
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from eval import models, tasks
+from data.journal import Journal, JournalError, open_journal, parse
+from eval import history, models, reading, tasks
+from medmax_jax import cli
 from medmax_jax.progress import Items
 
 FLUSH = 32  # answers that are written down together
@@ -25,6 +31,36 @@ Looks = Callable[[np.ndarray, np.ndarray], str]  # (codes, pixels) of a drawn pi
 
 class EvalError(ValueError):
     """An evaluation that cannot go on; the message names the file or item and the mend."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shard:
+    """Part `index` of `count`: every count-th item."""
+
+    index: int
+    count: int
+
+    @classmethod
+    def of(cls, text: str) -> "Shard":
+        """Of "i/n"; "" is the whole."""
+        if not text:
+            return WHOLE
+        found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+        if not found or int(found[1]) >= int(found[2]):
+            raise EvalError(f"--shard is {text!r}; write i/n with i from 0 to n - 1, like 0/4")
+        return cls(index=int(found[1]), count=int(found[2]))
+
+    def file(self, out: Path) -> Path:
+        """Where this part's records go."""
+        if self.count == 1:
+            return out
+        return out.with_name(f"{out.stem}.shard_{self.index}_of_{self.count}.jsonl")
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+
+WHOLE = Shard(index=0, count=1)
 
 
 def evaluate(
@@ -37,67 +73,173 @@ def evaluate(
     progress: Progress,
     looks: Looks | None = None,
     window: int = 256,
+    prompt: str = "sft",
+    shard: Shard = WHOLE,
+    facts: dict[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """One record an item, in their order. `out`: JSONL that is appended to; what it has is kept.
 
-    mode: of generation, paper or strict. progress: called with a line of text after each batch,
-    when its records are on disk; it may raise to stop. looks: which modality a drawn picture looks
-    like; None leaves `looks_like` open. window: items that a model is given at once.
+    mode: of generation, paper or strict. prompt: the release's wording. progress: called with a
+    line of text after each batch, when its records are on disk; it may raise to stop. looks: which
+    modality a drawn picture looks like; None leaves `looks_like` open. window: items that a model
+    is given at once. shard: asks and returns that part alone. facts: fingerprints that every record
+    has; one with others belongs to another run, which raises.
     """
     if mode not in tasks.MODES:
         raise EvalError(f"mode is {mode!r}; use one of {', '.join(tasks.MODES)}")
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    known = {record["id"]: record for record in read(out)}
-    for item in items:
-        _check_same(item, known.get(item.id), out)
-    todo = [item for item in items if item.id not in known]
-    clock = Items(len(todo), "items", progress, every=0.0)
-    with open(out, "a", encoding="utf-8") as file:
-        for family in tasks.FAMILIES:
-            part = [item for item in todo if item.family == family]
-            for start in range(0, len(part), window):
-                some = part[start : start + window]
-                asks = [ask(item, Path(images_folder), mode) for item in some]
-                for batch in _batches(model, asks):
-                    records = [_record(some[i], answer, out, looks) for i, answer in batch]
-                    lines = [json.dumps(r, ensure_ascii=False) + "\n" for r in records]
-                    file.write("".join(lines))
-                    file.flush()
+    items = [item for n, item in enumerate(items) if n % shard.count == shard.index]
+    run = _Asking(model, mode, prompt, Path(images_folder), out, looks, facts or {})
+    with _others(out, shard) as others, open_journal(shard.file(out)) as journal:
+        known = {record["id"]: record for record in (*others, *journal.rows)}
+        for item in items:
+            _check_same(item, known.get(item.id), run.facts, out)
+        todo = [item for item in items if item.id not in known]
+        log = history.Log(out.parent, shard.file(out).name, len(journal.rows), len(todo))
+        clock = Items(len(todo), "items", progress, every=0.0)
+        try:
+            for family, some in _windows(todo, window):
+                log.asking(len(some))
+                for records in run.batches(some):
+                    journal.append(*records)
                     known |= {record["id"]: record for record in records}
-                    clock.tick(family, len(batch))
+                    log.recorded(len(records))
+                    clock.tick(family, len(records))
+        finally:
+            log.stop()
+    lost = [item.id for item in items if item.id not in known]
+    if lost:
+        why = (
+            f"{len(lost)} of {len(items)} items had no reply this time, the first is {lost[0]}"
+            f"{models.last_error(model)}; the same command asks for these again"
+        )
+        progress(why)  # which may raise to stop
+        raise cli.Interrupted(why)
     return [known[item.id] for item in items]
 
 
-def ask(item: tasks.Item, folder: Path, mode: str) -> models.Ask:
+@dataclasses.dataclass
+class _Asking:
+    """How items are asked and what is written down."""
+
+    model: models.Model
+    mode: str
+    prompt: str
+    folder: Path
+    out: Path
+    looks: Looks | None
+    facts: dict[str, str]
+
+    def batches(self, items: Sequence[tasks.Item]):
+        """Lists of records, as the model gets its answers ready."""
+        asks = [ask(item, self.folder, self.mode, self.prompt) for item in items]
+        for batch, seconds in _timed(_batches(self.model, asks)):
+            each = round(seconds / len(batch), 4)
+            yield [self.record(items[i], found) | {"seconds": each} for i, found in batch]
+
+    def record(self, item: tasks.Item, found) -> dict[str, Any]:
+        if isinstance(found, models.Failed):
+            texts, pictures, codes, error = [], [], [], found.why
+        else:
+            texts, pictures, codes = models.split(found, where=f"item {item.id}")
+            error = ""
+        looks_like = None
+        if self.looks is not None and tasks.FAMILIES[item.family].mode != "text":
+            # nothing drawn looks like nothing
+            looks_like = self.looks(codes[0], np.asarray(pictures[0])) if pictures else ""
+        text = " ".join(text.strip() for text in texts).strip()
+        said = dict(
+            text=text,
+            images=self.saved(item, pictures),
+            codes=[one.tolist() for one in codes if one is not None],
+            looks_like=looks_like,
+        )
+        read = reading.read(item.family, text, item.answer, item.prompt)
+        failed = {"error": error} if error else {}
+        return _asked_of(item) | said | read | failed | self.facts
+
+    def saved(self, item: tasks.Item, pictures) -> list[str]:
+        folder, names = self.out.with_name(f"{self.out.stem}_images"), []
+        for number, picture in enumerate(pictures):
+            folder.mkdir(exist_ok=True)
+            safe = re.sub(r"[^\w.-]+", "_", item.id)
+            path = folder / f"{safe}_{number}.png"
+            partial = path.with_suffix(".partial")
+            try:
+                picture.save(partial, "PNG")
+                partial.replace(path)
+            except OSError as error:
+                partial.unlink(missing_ok=True)
+                raise EvalError(
+                    f"{path}: cannot be written ({error.strerror}); make room and go on"
+                ) from error
+            names.append(f"{folder.name}/{path.name}")
+        return names
+
+
+def ask(item: tasks.Item, folder: Path, mode: str, prompt: str = "sft") -> models.Ask:
     """What a model is asked about an item."""
     family = tasks.FAMILIES[item.family]
     return models.Ask(
         id=item.id,
-        parts=tasks.parts(item, folder),
+        parts=tasks.parts(item, folder, prompt),
         mode=family.mode,
         max_tokens=family.tokens[mode],
         data_class=item.data_class,
+        end_of_turn=tasks.ends_turn(item.family, prompt),
     )
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a file; a last line that a crash cut short is taken off it."""
+    """The records of a file; a last line that a crash cut short does not count."""
     path = Path(path)
     if not path.exists():
         return []
     data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole != len(data):
-        with open(path, "r+b") as file:
-            file.truncate(whole)
-    records = []
-    for number, line in enumerate(data[:whole].splitlines(), start=1):
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            raise EvalError(f"{path} line {number}: not JSON; delete that line") from error
-    return records
+    try:
+        return parse(data[: data.rfind(b"\n") + 1], path)
+    except JournalError as error:
+        raise EvalError(str(error)) from error
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """A file that is there whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _windows(todo: Sequence[tasks.Item], window: int):
+    for family in tasks.FAMILIES:
+        part = [item for item in todo if item.family == family]
+        for start in range(0, len(part), window):
+            yield family, part[start : start + window]
+
+
+@contextlib.contextmanager
+def _others(out: Path, shard: Shard):
+    """Records in the other files of the same name; the whole waits for no part that is writing."""
+    own = shard.file(out)
+    paths = [out, *sorted(out.parent.glob(f"{out.stem}.shard_*_of_*.jsonl"))]
+    with contextlib.ExitStack() as stack:
+        rows: list[dict[str, Any]] = []
+        for path in paths:
+            if path == own or not path.exists():
+                continue
+            if shard.count == 1:
+                journal: Journal = stack.enter_context(open_journal(path))
+                rows += journal.rows
+            else:
+                rows += read(path)
+        yield rows
+
+
+def _timed(batches):
+    before = time.monotonic()
+    for batch in batches:
+        yield batch, time.monotonic() - before
+        before = time.monotonic()
 
 
 def _batches(model: models.Model, asks: Sequence[models.Ask]):
@@ -119,36 +261,24 @@ def _batches(model: models.Model, asks: Sequence[models.Ask]):
         yield batch
 
 
-def _record(item: tasks.Item, answer, out: Path, looks: Looks | None) -> dict[str, Any]:
-    texts, pictures, codes = models.split(answer, where=f"item {item.id}")
-    folder = out.with_name(f"{out.stem}_images")
-    names = []
-    for number, picture in enumerate(pictures):
-        folder.mkdir(exist_ok=True)
-        safe = re.sub(r"[^\w.-]+", "_", item.id)
-        path = folder / f"{safe}_{number}.png"
-        picture.save(path)
-        names.append(f"{folder.name}/{path.name}")
-    looks_like = None
-    if looks is not None and tasks.FAMILIES[item.family].mode != "text":
-        # nothing drawn looks like nothing
-        looks_like = looks(codes[0], np.asarray(pictures[0])) if pictures else ""
-    return _asked_of(item) | dict(
-        text=" ".join(text.strip() for text in texts).strip(),
-        images=names,
-        codes=[one.tolist() for one in codes if one is not None],
-        looks_like=looks_like,
-    )
-
-
 def _asked_of(item: tasks.Item) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(item)))
 
 
-def _check_same(item: tasks.Item, record: dict[str, Any] | None, out: Path) -> None:
+def _check_same(
+    item: tasks.Item, record: dict[str, Any] | None, facts: dict[str, str], out: Path
+) -> None:
+    if record is None:
+        return
     asked = _asked_of(item)
-    if record is not None and {name: record.get(name) for name in asked} != asked:
+    if {name: record.get(name) for name in asked} != asked:
         raise EvalError(
             f"{out}: item {item.id} was another question when it was answered; "
             "use a fresh workdir for other items"
         )
+    for name, value in facts.items():
+        if record.get(name) != value:
+            raise EvalError(
+                f"{out}: item {item.id} has {name} {record.get(name)!r} and this run "
+                f"{value!r}: a record of another run; use a fresh workdir"
+            )

@@ -7,6 +7,7 @@ A model may also have
     stream(asks)                   (index, segments) as they get ready, in any order
     score_options(asks, options)   log-likelihoods of the words of each option, one list an ask
     name, fingerprint              what records and pages call it; without them, its class
+    modes                          of answers that it can write; without it, all of Ask.mode
 
 `Native` is a model folder of this project in the generation engine.
 """
@@ -31,7 +32,8 @@ class Ask:
     """One question to a model. `parts`: pictures' files and words, in order.
 
     mode: text, image or mixed, what may be written. max_tokens: of text. data_class: whose guard
-    it passes before it leaves the machine, see data/outgoing.py.
+    it passes before it leaves the machine, see data/outgoing.py. end_of_turn: after the parts, as
+    in fine-tuning; a base model goes on from the last word.
     """
 
     id: str
@@ -39,6 +41,20 @@ class Ask:
     mode: str
     max_tokens: int
     data_class: str
+    end_of_turn: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Failed:
+    """In place of segments: the model was asked and refused, and asking again is no help."""
+
+    why: str
+
+
+def last_error(model: object) -> str:
+    """What a model that left asks unanswered says of it, for the end of a sentence."""
+    said = getattr(model, "last_error", "")
+    return f" ({said})" if said else ""
 
 
 class Model(Protocol):
@@ -65,10 +81,10 @@ class Native:
         """All of one mode and bound, as the loop asks."""
         if not asks:
             return
-        kinds = {(ask.mode, ask.max_tokens) for ask in asks}
+        kinds = {(ask.mode, ask.max_tokens, ask.end_of_turn) for ask in asks}
         if len(kinds) > 1:
             raise ValueError(f"asks of {sorted(kinds)} at once; ask for one kind at a time")
-        ((mode, most),) = kinds
+        ((mode, most, ends),) = kinds
         most = min(most, self.sample.max_gen_len)
         yield from generate.stream(
             self.generator,
@@ -77,6 +93,7 @@ class Native:
             mode=mode,
             seed=self.sample.seed,
             names=[ask.id for ask in asks],
+            end_of_turn=ends,
             rows=self.rows,
         )
 
@@ -85,7 +102,12 @@ class Native:
     ) -> list[list[float]]:
         """Natural logarithms of how likely each option's words are after its prompt."""
         prompts = [self._parts(ask) for ask in self._seen(asks)]
-        found = generate.score(self.generator, prompts, options, rows=self.rows)
+        ends = {ask.end_of_turn for ask in asks}
+        if len(ends) > 1:
+            raise ValueError("asks with and without an end of turn at once; score one kind a time")
+        found = generate.score(
+            self.generator, prompts, options, end_of_turn=ends != {False}, rows=self.rows
+        )
         return [[score.total for score in scores] for scores in found]
 
     def _seen(self, asks: Sequence[Ask]) -> Sequence[Ask]:

@@ -35,29 +35,28 @@ def main_table(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
         floor["name"]: {(r["task"], r["metric"]): r["value"] for r in floor["scores"]}
         for floor in summary.get("floors", ())
     }
-    rows = []
-    for row in headlines(summary["scores"]):
-        rows.append(
-            {
-                "task": row["task"],
-                "metric": row["metric"],
-                "n": row["n"],
-                "groups": row["groups"],
-                "value": row["value"],
-                "95 % interval": interval(row),
-                "best if unread were right": row.get("best"),
-                "can find": row.get("can_find"),
-                "release's score": row.get("paper"),
-                "its n": row.get("paper_n"),
-                "unparsed": row.get("n_unparsed"),
-                "unscored": row.get("n_unscored"),
-                "errors": row.get("n_errors"),
-            }
-            | {
-                f"floor: {name}": known.get((row["task"], row["metric"]))
-                for name, known in floors.items()
-            }
-        )
+    rows = [
+        {
+            "task": row["task"],
+            "metric": row["metric"],
+            "n": row["n"],
+            "groups": row["groups"],
+            "value": row["value"],
+            "95 % interval": interval(row),
+            "best if unread were right": row.get("best"),
+            "can find": row.get("can_find"),
+            "release's score": row.get("paper"),
+            "its n": row.get("paper_n"),
+            "unparsed": row.get("n_unparsed"),
+            "unscored": row.get("n_unscored"),
+            "errors": row.get("n_errors"),
+        }
+        | {
+            f"floor: {name}": known.get((row["task"], row["metric"]))
+            for name, known in floors.items()
+        }
+        for row in headlines(summary["scores"])
+    ]
     return shrunk(rows)
 
 
@@ -111,17 +110,17 @@ def published(summary: Mapping[str, Any]) -> list[tuple[str, list[dict[str, Any]
 def not_run(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Tasks of the suite that have no score here, and why."""
     have = {row["task"] for row in summary["scores"]}
-    if not have & set(cards.CARDS):
-        return []  # the embedded sample: another suite
-    told = summary.get("not_run", {})
+    told = {one["task"]: one["why"] for one in summary.get("not_run", ())}
+    if have & set(cards.CARDS):  # the embedded sample is another suite
+        absent = {task: "no items of it were given" for task in cards.CARDS if task not in have}
+        told = absent | told
     return [
         {
             "task": task,
-            "why": told.get(task, "no items of it were given"),
-            "its rows": card.source,
+            "why": why,
+            "its rows": cards.CARDS[task].source if task in cards.CARDS else None,
         }
-        for task, card in cards.CARDS.items()
-        if task not in have
+        for task, why in told.items()
     ]
 
 

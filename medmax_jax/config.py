@@ -9,6 +9,7 @@ each number stands, with its source. Unknown, missing and contradictory settings
 import dataclasses
 import hashlib
 import json
+import types
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -246,6 +247,13 @@ def _names(cls: type) -> str:
 def _value(kind: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return _build(kind, value, where)
+    if isinstance(kind, types.UnionType):  # X | None
+        return None if value is None else _value(kind.__args__[0], value, where)
+    if kind == tuple[str, ...]:  # a list, or its words with commas between them
+        found = [v for v in value.split(",") if v] if isinstance(value, str) else value
+        if not isinstance(found, (list, tuple)) or not all(type(v) is str for v in found):
+            raise ConfigError(f"{where} is {value!r}; it must be names with commas between them")
+        return tuple(found)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if kind == tuple[int, ...]:

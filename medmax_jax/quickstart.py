@@ -27,9 +27,10 @@ from ml_collections import ConfigDict
 
 from data import prepare, records
 from data.sample.manifest import read_manifest
-from eval import baselines, looks, loop, models, probes, scoring, tasks
-from eval import run as suites
+from eval import baselines, looks, loop, models, probes, scoring, suites, tasks
+from eval.settings import Settings as EvalSettings
 from medmax_jax import cli, config, generate, quickstart_page, train
+from medmax_jax.mesh import make_mesh
 
 log = logging.getLogger("medmax_jax.quickstart")
 
@@ -50,7 +51,7 @@ class Quickstart:
     views: int
     cases: int
     run: config.Run
-    eval: suites.Settings
+    eval: EvalSettings
 
 
 class Road:
@@ -143,7 +144,7 @@ def _evaluate(
     swapped = probes.swapped(closed, seed=settings.eval.seed)
     answers = {}
     adapter = workdir / "train" / "adapter"
-    mesh = suites.make_mesh(settings.eval.mesh)
+    mesh = make_mesh(settings.eval.mesh)
     centroids = None  # of the VQGAN alone, so one time for all
     for name, tuned, items in (
         ("before", None, found.items),

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from configs import eval_tiny, tiny_vqgan
-from eval import run as suites
+from eval.settings import Settings
 from medmax_jax import cli, config, train_vqgan
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -64,7 +64,7 @@ def test_programs_refuse_a_workdir_before_they_work(tmp_path):
     (tmp_path / "file").write_text("")
     asked = dict(model="native:nowhere", adapter="", progress=print)
     with pytest.raises(cli.WorkdirError, match="file/w cannot be written .*; name another folder"):
-        settings = config.build(suites.Settings, eval_tiny.get_config())
+        settings = config.build(Settings, eval_tiny.get_config())
         suites.run(settings, tmp_path / "file" / "w", **asked)
     with pytest.raises(cli.WorkdirError, match="file/w cannot be written"):
         train_vqgan.run(

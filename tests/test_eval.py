@@ -10,20 +10,25 @@ import PIL.Image
 import pytest
 import test_generate as micro
 
+from configs import eval_tiny
+from data.sample.documents import eval_items
+from data.sample.manifest import read_manifest
 from eval import (
     baselines,
     loop,
     models,
     probes,
     report,
-    run,
     score_image,
     score_text,
     scoring,
+    stages,
+    suites,
     tasks,
 )
+from eval.settings import Settings
 from medmax_jax import generate
-from medmax_jax.config import Mesh
+from medmax_jax.config import build
 
 ROWS = [
     dict(task_name=name, question_type=kind, prompt=prompt, answer=answer, image_path=path)
@@ -180,8 +185,8 @@ def test_rows_that_cannot_be_asked(change, message):
 
 
 def sample_items(split="test"):
-    manifest = run.read_manifest(run.SAMPLE / "manifest.jsonl")
-    return tasks.from_rows(run.eval_items(manifest, 0, split=split), manifest)
+    manifest = read_manifest(suites.SAMPLE / "manifest.jsonl")
+    return tasks.from_rows(eval_items(manifest, 0, split=split), manifest)
 
 
 def test_the_sample_s_items():
@@ -325,33 +330,17 @@ def settings(tmp_path):
         PIL.Image.new("RGB", (20, 20), dict(a="red", b="blue", c="gray")[name]).save(
             tmp_path / f"{name}.png"
         )
-    return run.Settings(
-        items=str(tmp_path / "items.jsonl"),
-        images="",
-        split="test",
-        counts=run.Counts(
-            vqa_closed=-1,
-            vqa_mcq=-1,
-            vqa_open=-1,
-            captioning=0,
-            image_generation=0,
-            multimodal=0,
-            visual_chat=0,
-        ),  # fmt: skip
-        mode="strict",
-        baselines=False,
-        rows=4,
-        seed=0,
-        resamples=2_000,
-        mesh=Mesh(data=1, fsdp=1, tp=1),
-        sample=micro.SAMPLE,
-    )
+    config = eval_tiny.get_config().unlock()
+    config.items = str(tmp_path / "items.jsonl")
+    config.counts.update(captioning=0, image_generation=0, multimodal=0)
+    config.update(baselines="", probes="", rows=4)
+    return dataclasses.replace(build(Settings, config), sample=micro.SAMPLE)
 
 
 def test_a_run_writes_scores_and_a_page(folder, tmp_path):
     out = tmp_path / "out"
     asked = dict(model=f"native:{folder}", adapter="", progress=print)
-    summary = run.run(settings(tmp_path), out, **asked)
+    summary = stages.run(settings(tmp_path), out, **asked)
     assert summary == json.loads((out / "summary.json").read_text())
     assert {(row["task"], row["metric"]) for row in summary["scores"]} == {
         ("vqa_rad_closed", "accuracy"),
@@ -365,15 +354,15 @@ def test_a_run_writes_scores_and_a_page(folder, tmp_path):
     assert "Content-Security-Policy" in text and "Is it a CT?" in text
     assert report.markdown(summary["scores"]).startswith("| task | metric | n |")
     before = (out / "records.jsonl").read_bytes()
-    run.run(settings(tmp_path), out, **asked)
+    stages.run(settings(tmp_path), out, **asked)
     assert (out / "records.jsonl").read_bytes() == before
     other = dataclasses.replace(
         settings(tmp_path), sample=dataclasses.replace(micro.SAMPLE, max_gen_len=3)
     )
     with pytest.raises(loop.EvalError, match="another sample; name a fresh --workdir"):
-        run.run(other, out, **asked)
+        stages.run(other, out, **asked)
 
 
 def test_a_model_is_named_with_its_kind(tmp_path):
-    with pytest.raises(loop.EvalError, match="write native:FOLDER"):
-        run.run(settings(tmp_path), tmp_path, model="somewhere", adapter="", progress=print)
+    with pytest.raises(loop.EvalError, match="write KIND:WHERE with KIND one of native, hf"):
+        stages.run(settings(tmp_path), tmp_path, model="somewhere", adapter="", progress=print)

@@ -41,6 +41,7 @@ facts       medmax_jax medmax_jax.config medmax_jax.vocab medmax_jax.mesh medmax
             data.sample.sources data.sample.decode data.sample.dicoms data.sample.pictures
             data.sample.splits eval.stats eval.score_text medmax_jax.flops data.objective
             eval.paired eval.calibration eval.paper eval.strict eval.judge eval.score_picture
+            eval.settings eval.reading eval.history
 
 parts       medmax_jax.weights medmax_jax.array_reader medmax_jax.arrays medmax_jax.tokenizer
             medmax_jax.splash medmax_jax.cudnn medmax_jax.attention medmax_jax.quant
@@ -67,8 +68,9 @@ laws        medmax_jax.scaling medmax_jax.scaling.laws medmax_jax.scaling.fit
 machines    medmax_jax.metrics medmax_jax.step medmax_jax.integrity medmax_jax.checkpoint
             medmax_jax.export medmax_jax.decoding medmax_jax.batching medmax_jax.engine
             medmax_jax.serving medmax_jax.generator medmax_jax.answers medmax_jax.generate
-            data.instruct eval.tasks eval.baselines eval.probes eval.score_image eval.scoring
-            eval.models eval.looks eval.loop eval.report_tables medmax_jax.resume
+            data.instruct eval.tasks eval.probes eval.score_image eval.scoring
+            eval.models eval.endpoint_model eval.predictions eval.baselines eval.looks eval.loop
+            eval.suites eval.report_tables medmax_jax.resume
             medmax_jax.runlog medmax_jax.tracking medmax_jax.reports medmax_jax.samples
             medmax_jax.startup medmax_jax.chat eval.comparing
 
@@ -80,11 +82,12 @@ layouts     medmax_jax.convert medmax_jax.convert.form medmax_jax.convert.ahead
             medmax_jax.convert.sources medmax_jax.convert.card medmax_jax.convert.run
             medmax_jax.convert.describe
 
-programs    eval data.sample.build data.sample.train_tokenizer data.published data.archives
+programs    data.sample.build data.sample.train_tokenizer data.published data.archives
             data.eval_rows data.benchmark_command data.tfds_builders data.published_command
             data.instruct_command data.tokenize_command data.build data.prepare medmax_jax.train
             medmax_jax.train_vqgan
-            eval.suite eval.report eval.run medmax_jax.quickstart_page medmax_jax.quickstart
+            eval.suite eval.report eval.opening eval.plan eval.stages eval.face eval eval.run
+            medmax_jax.quickstart_page medmax_jax.quickstart
             medmax_jax.convert.torch_side medmax_jax.convert.check medmax_jax.convert.__main__
             medmax_jax.plan medmax_jax.plan.topology medmax_jax.plan.hlo medmax_jax.plan.analytic
             medmax_jax.plan.speed medmax_jax.plan.search medmax_jax.plan.compiled

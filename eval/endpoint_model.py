@@ -1,0 +1,208 @@
+"""An OpenAI-compatible vision endpoint as a model: each call guarded, cached, limited, paid for.
+
+    Ask -> PNG without metadata, as a data URL, and words -> data/asking.py -> [text]
+           refused for good (400, filtered)  -> Failed       no reply this time -> not answered
+
+It draws nothing and tells no likelihoods: `modes` says so, and there is no `score_options`.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+
+from data import asking, outgoing
+from data.endpoint import Endpoint, NoReply, Reply, cost, image_part, text_part, words_of
+from eval.models import Ask, Failed, Segment
+from eval.settings import Service
+
+MAX_PIXELS = 64_000_000
+NO_PICTURES = "a chat endpoint writes words and draws no pictures"
+NO_LIKELIHOODS = "a chat endpoint tells no likelihoods of given options"
+
+
+class ServiceError(ValueError):
+    """An endpoint's settings that cannot be used; the message names the field and the mend."""
+
+
+@dataclasses.dataclass
+class Spent:
+    """Of this start's own calls; `usd` is None without prices."""
+
+    calls: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
+    usd: float | None = None
+
+
+def connect(where: str, service: Service, *, field: str) -> Endpoint:
+    """The endpoint of NAME@URL. `field`: of the config, for errors."""
+    name, _, url = where.partition("@")
+    if not name or not url:
+        raise ServiceError(f"endpoint {where!r}; write NAME@URL, like m@http://127.0.0.1:8000/v1")
+    try:
+        parameters = json.loads(service.parameters)
+    except ValueError as error:
+        raise ServiceError(f"config.{field}.parameters is not JSON ({error})") from error
+    if not isinstance(parameters, dict):
+        raise ServiceError(f"config.{field}.parameters is {service.parameters}; write an object")
+    if service.max_usd is not None and None in (service.price_in, service.price_out):
+        raise ServiceError(f"config.{field}.max_usd needs price_in and price_out; give both")
+    return Endpoint(
+        model=name,
+        url=url.rstrip("/"),
+        parameters=parameters,
+        listed=outgoing.hosts(service.credentialed_hosts),
+        key_env=service.key_env,
+        timeout_s=service.timeout_s,
+        retries=service.retries,
+        max_wait_s=service.max_wait_s,
+        max_reply_bytes=service.max_reply_bytes,
+        price_in=service.price_in,
+        price_out=service.price_out,
+        takes_cut=True,  # an answer of 16 tokens may be meant to be longer, and is an answer
+    )
+
+
+class EndpointModel:
+    """Replies by the cache of one workdir. `stopped`: no call begins once it is true."""
+
+    modes = ("text", "mixed")
+    no_options = NO_LIKELIHOODS
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        service: Service,
+        cache: asking.Cache,
+        stopped: Callable[[], bool],
+    ):
+        self.endpoint, self.service, self.cache = endpoint, service, cache
+        self.name, self.fingerprint = endpoint.model, fingerprint(endpoint)
+        self.spent, self.last_error = Spent(usd=cost(endpoint, 0, 0)), ""
+        self._user_stopped, self._begun = stopped, 0.0
+
+    def generate(self, asks: Sequence[Ask]) -> list[list[Segment] | Failed]:
+        """All of them, or raises for one that had no reply."""
+        found = dict(self.stream(asks))
+        if len(found) < len(asks):
+            raise NoReply(f"{len(asks) - len(found)} asks had no reply: {self.last_error}")
+        return [found[index] for index in range(len(asks))]
+
+    def stream(self, asks: Sequence[Ask]) -> Iterator[tuple[int, list[Segment] | Failed]]:
+        """Asks of one bound, as they come; those without a reply this time do not come."""
+        if not asks:
+            return
+        if len({ask.max_tokens for ask in asks}) > 1:
+            raise ValueError("asks of several bounds at once; ask for one at a time")
+        endpoint = bounded(self.endpoint, asks[0].max_tokens)
+        new: set[str] = set()
+        found = asking.ask_all(
+            endpoint,
+            self._paced(asks, endpoint, new),
+            self.cache,
+            concurrency=self.service.concurrency,
+            stopped=self.stopped,
+        )
+        for one, reply in found:
+            if isinstance(reply, NoReply):
+                self.last_error = str(reply)
+                continue
+            key = asking.key_of(endpoint, one.messages)
+            if key in new:
+                new.discard(key)
+                self._pay(one, reply)
+            yield int(one.id), Failed(why=reply.problem) if reply.problem else [reply.text]
+
+    def stopped(self) -> bool:
+        """Whether the user stopped it, or the money is spent."""
+        most = self.service.max_usd
+        if most is not None and self.spent.usd >= most:
+            self.last_error = f"max_usd {most:g} is spent"
+            return True
+        return self._user_stopped()
+
+    def _paced(self, asks: Sequence[Ask], endpoint: Endpoint, new: set[str]):
+        """Known replies at once, calls no faster than per_minute."""
+        for index, ask in enumerate(asks):
+            one = message(ask, str(index))
+            key = asking.key_of(endpoint, one.messages)
+            if self.cache.get(key) is None and key not in new:
+                new.add(key)
+                self._wait()
+            yield one
+
+    def _wait(self) -> None:
+        if not self.service.per_minute:
+            return
+        pause = self._begun + 60 / self.service.per_minute - time.monotonic()
+        while pause > 0 and not self.stopped():
+            time.sleep(min(pause, asking.POLL_S))
+            pause = self._begun + 60 / self.service.per_minute - time.monotonic()
+        self._begun = time.monotonic()
+
+    def _pay(self, one: asking.Ask, reply: Reply) -> None:
+        """Where a server does not count, characters and pictures do."""
+        spent, each = self.spent, asking.CHARS_PER_TOKEN
+        chars, pictures = words_of(one.messages[0]["content"])
+        about = chars // each + pictures * asking.TOKENS_PER_PICTURE
+        spent.calls += 1
+        spent.tokens_in += about if reply.tokens_in is None else reply.tokens_in
+        spent.tokens_out += (
+            len(reply.text) // each if reply.tokens_out is None else reply.tokens_out
+        )
+        spent.usd = cost(self.endpoint, spent.tokens_in, spent.tokens_out)
+
+
+def fingerprint(endpoint: Endpoint) -> str:
+    """Changes with the address, the name and the parameters; the weights behind it are unseen."""
+    facts = [endpoint.url, endpoint.model, dict(endpoint.parameters)]
+    return "endpoint:" + hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def bounded(endpoint: Endpoint, max_tokens: int) -> Endpoint:
+    """The endpoint with the bound of a family; one that the user set lower stays."""
+    own = endpoint.parameters.get("max_tokens", max_tokens)
+    parameters = {**endpoint.parameters, "max_tokens": min(own, max_tokens)}
+    return dataclasses.replace(endpoint, parameters=parameters)
+
+
+def message(ask: Ask, name: str) -> asking.Ask:
+    """One user's message with pictures and words in order."""
+    content = [image_part(png(p)) if isinstance(p, Path) else text_part(p) for p in ask.parts]
+    messages = [{"role": "user", "content": content}]
+    return asking.Ask(id=name, messages=messages, data_class=ask.data_class)
+
+
+@functools.lru_cache(maxsize=64)
+def png(path: Path) -> bytes:
+    """A picture's pixels alone: what stands in its metadata does not leave the machine."""
+    try:
+        with PIL.Image.open(path) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise ServiceError(f"{path}: more than {MAX_PIXELS} pixels; make it smaller")
+            pixels = picture.convert("RGB")
+    except (OSError, PIL.Image.DecompressionBombError) as error:
+        raise ServiceError(f"{path}: no picture that can be read ({error}); mend it") from error
+    file = io.BytesIO()
+    pixels.save(file, "PNG")
+    return file.getvalue()
+
+
+def estimate(endpoint: Endpoint, asks: Sequence[Ask], cache: asking.Cache | None) -> dict[str, Any]:
+    """Calls, tokens and USD still to spend; raises where data may not go. Opens no connection."""
+    total = dict(calls=0, tokens_in=0, tokens_out=0)
+    for data_class in {ask.data_class for ask in asks}:
+        outgoing.check(endpoint.url, data_class, listed=endpoint.listed)
+    for most in {ask.max_tokens for ask in asks}:
+        some = (message(ask, ask.id) for ask in asks if ask.max_tokens == most)
+        about = asking.estimate(bounded(endpoint, most), some, cache, tokens_out=most)
+        total = {name: total[name] + about[name] for name in total}
+    return total | {"usd": cost(endpoint, total["tokens_in"], total["tokens_out"])}

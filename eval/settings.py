@@ -1,0 +1,74 @@
+"""What configs/eval_*.py say; configs/eval_tiny.py has every field with its meaning."""
+
+import dataclasses
+
+from medmax_jax.config import Mesh, Sample
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Counts:
+    """Items of each family; -1: all, 0: none."""
+
+    vqa_closed: int
+    vqa_mcq: int
+    vqa_open: int
+    captioning: int
+    image_generation: int
+    multimodal: int
+    visual_chat: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Service:
+    """How endpoints are asked: data/endpoint.py. `parameters`: a JSON object, sent as it is."""
+
+    key_env: str
+    parameters: str
+    price_in: float | None
+    price_out: float | None
+    max_usd: float | None
+    credentialed_hosts: tuple[str, ...]
+    concurrency: int
+    per_minute: int
+    timeout_s: float
+    retries: int
+    max_wait_s: float
+    max_reply_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JudgeSettings:
+    """Who judges, MODEL@URL; "" for nobody. The others: eval/judge.py."""
+
+    endpoint: str
+    repeats: int
+    attempts: int
+    seed: int
+    tokens_out: int
+    service: Service
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """An evaluation. Names with commas between them are tuples here."""
+
+    model: str
+    items: tuple[str, ...]
+    images: str
+    split: str
+    counts: Counts
+    mode: str
+    prompt: str
+    baselines: tuple[str, ...]
+    probes: tuple[str, ...]
+    options: bool
+    scorers: tuple[str, ...]
+    train_records: str
+    judge: JudgeSettings
+    service: Service
+    rows: int
+    window: int
+    seed: int
+    resamples: int
+    mesh: Mesh
+    sample: Sample

@@ -1,0 +1,268 @@
+"""One evaluation in stages, each a plain function of what is in `Run`; files are what they share.
+
+claim -> plan -> answer -> options -> probe -> judge -> see -> summarise -> report
+         records.jsonl  options.jsonl  probe_NAME.jsonl  judged.jsonl  pictures.jsonl
+                                          summary.json  report.html  history.jsonl
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from eval import (
+    baselines,
+    endpoint_model,
+    history,
+    loop,
+    opening,
+    plan,
+    probes,
+    report,
+    scoring,
+    tasks,
+)
+from eval.settings import Settings
+from eval.suites import Suite, check_images, suite
+from medmax_jax import cli
+from medmax_jax.config import fingerprint, to_dict
+
+SWAPPED = "the same model shown a picture of another group: what looking is worth"
+
+
+@dataclasses.dataclass(kw_only=True)
+class Run:
+    """What the stages share. `opened`: the model with its generator, if it has one."""
+
+    settings: Settings
+    workdir: Path
+    found: Suite
+    opened: opening.Opened
+    shard: loop.Shard
+    progress: Callable[[str], None]
+    facts: dict[str, str]
+
+    @property
+    def numbers(self) -> dict[str, int]:
+        return dict(seed=self.settings.seed, resamples=self.settings.resamples)
+
+    def able(self, items) -> list:
+        """Those of the items whose kind of answer the model can write."""
+        modes = getattr(self.opened.model, "modes", None)
+        return [i for i in items if modes is None or tasks.FAMILIES[i.family].mode in modes]
+
+    def ask(self, items, name: str, **more) -> list[dict[str, Any]]:
+        """The records of items, in WORKDIR/NAME.jsonl, asked as the settings say."""
+        return loop.evaluate(
+            self.opened.model,
+            items,
+            mode=self.settings.mode,
+            prompt=self.settings.prompt,
+            images_folder=self.found.folder,
+            out=self.workdir / f"{name}.jsonl",
+            progress=self.progress,
+            window=self.settings.window,
+            shard=self.shard,
+            facts=self.facts,
+            **more,
+        )
+
+
+def run(
+    settings: Settings,
+    workdir: str | Path,
+    *,
+    model: str,
+    adapter: str = "",
+    merge: bool = False,
+    shard: str = "",
+    dry_run: bool = False,
+    progress: Callable[[str], None],
+    stopped: Callable[[], bool] = lambda: False,
+) -> dict[str, Any] | None:
+    """The whole evaluation; returns what summary.json holds, None after one shard or a dry run.
+
+    model: KIND:WHERE, as eval/opening.py has it. shard: "i/n" of the items, from 0.
+    """
+    found, part = suite(settings), loop.Shard.of(shard)
+    named = opening.name(model or settings.model, adapter, merge, settings, progress=progress)
+    workdir = Path(workdir)
+    return run_named(
+        settings,
+        workdir,
+        found=found,
+        named=named,
+        opened=lambda: opening.open_model(named, settings, found, workdir, part, stopped),
+        shard=part,
+        dry_run=dry_run,
+        progress=progress,
+    )
+
+
+def run_named(
+    settings: Settings,
+    workdir: str | Path,
+    *,
+    found: Suite,
+    named: opening.Named,
+    opened: Callable[[], opening.Opened],
+    shard: loop.Shard = loop.WHOLE,
+    dry_run: bool = False,
+    progress: Callable[[str], None],
+) -> dict[str, Any] | None:
+    """The same of items and a model at hand; `opened` is called once all is checked and told."""
+    check_images(found)
+    workdir = Path(workdir)
+    facts = claim(workdir, settings, named, found, write=not dry_run)
+    plan.say(plan.plan(settings, found, named, workdir, shard), progress)
+    if dry_run:
+        return None
+    now = Run(
+        settings=settings,
+        workdir=workdir,
+        found=found,
+        opened=opened(),
+        shard=shard,
+        progress=progress,
+        facts=facts,
+    )
+    try:
+        return _stages(now)
+    finally:
+        now.opened.close()
+
+
+def _stages(now: Run) -> dict[str, Any] | None:
+    records = answer(now)
+    probed = probe(now)
+    if now.shard.count > 1:
+        now.progress(f"part {now.shard} is done; without --shard all parts are scored together")
+        return None
+    judge(now, records)
+    see(now, records)
+    summary = summarise(now, records, probed)
+    write_report(now, summary, records)
+    return summary
+
+
+def claim(
+    workdir: Path, settings: Settings, named: opening.Named, found: Suite, *, write: bool
+) -> dict[str, str]:
+    """Writes down what this workdir evaluates, or raises if it is something else.
+
+    Returns the fingerprints that every record has: of the model, the items, and the settings that
+    answers depend on.
+    """
+    items = json.dumps([dataclasses.asdict(item) for item in found.items], sort_keys=True)
+    facts = {
+        "sample": to_dict(settings.sample),
+        "mode": settings.mode,
+        "prompt": settings.prompt,
+        "model": named.fingerprint,
+        "adapter": named.adapter_digest,
+        "items": hashlib.sha256(items.encode()).hexdigest(),
+    }
+    path = workdir / "run.json"
+    if path.exists():
+        for name, value in json.loads(path.read_text()).items():
+            if facts.get(name) != value:
+                raise loop.EvalError(
+                    f"{workdir} holds an evaluation with another {name}; name a fresh --workdir"
+                )
+    elif (workdir / "records.jsonl").exists():
+        raise loop.EvalError(
+            f"{workdir} has records.jsonl but no run.json, so whose answers they are is unknown; "
+            "name a fresh --workdir"
+        )
+    elif write:
+        cli.open_workdir(workdir)
+        loop.write_json(path, facts)
+    asked = json.dumps([facts["sample"], settings.mode, settings.prompt]).encode()
+    model = "+".join(part for part in (named.fingerprint, named.adapter_digest) if part)
+    return {
+        "model": model,
+        "data": facts["items"][:16],
+        "config": hashlib.sha256(asked).hexdigest()[:16],
+    }
+
+
+def answer(now: Run) -> list[dict[str, Any]]:
+    """Every item that the model can answer, asked once."""
+    return now.ask(now.able(now.found.items), "records", looks=now.opened.looks())
+
+
+def probe(now: Run) -> dict[str, list[dict[str, Any]]]:
+    """Probe -> records of the same items asked in another way."""
+    found = {}
+    closed = [item for item in now.found.items if item.family == "vqa_closed"]
+    for name in now.settings.probes:
+        if name != "swapped":
+            raise loop.EvalError(f"config.probes has {name!r}; use swapped")
+        if closed:
+            items = probes.swapped(closed, seed=now.settings.seed)
+            found[name] = now.ask(items, f"probe_{name}")
+    return found
+
+
+def judge(now: Run, records: list[dict[str, Any]]) -> None:
+    """judged.jsonl, if there is a judge."""
+
+
+def see(now: Run, records: list[dict[str, Any]]) -> None:
+    """pictures.jsonl, if there are scorers."""
+
+
+def summarise(now: Run, records, probed) -> dict[str, Any]:
+    """summary.json: scores, floors, and what made them."""
+    named, numbers = now.opened.named, now.numbers
+    scores = scoring.summary(records, **numbers)
+    floors = baselines.floors(now.settings.baselines, now.found.items, records, **numbers)
+    baselines.beside(scores, floors)
+    summary = {
+        "model": named.where,
+        "adapter": named.adapter,
+        "kind": named.kind,
+        "fingerprints": now.facts | {"settings": fingerprint(now.settings)},
+        "settings": to_dict(now.settings),
+        "scores": scores,
+        "floors": floors,
+        "baselines": _rivals(now, records, probed),
+        "not_run": not_run(now),
+        "errors": sum(bool(record.get("error")) for record in records),
+        "modality_ceiling": now.opened.ceiling(numbers),
+        "history": history.totals(now.workdir),
+        "spent": now.opened.spent(),
+    }
+    loop.write_json(now.workdir / "summary.json", summary)
+    return summary
+
+
+def not_run(now: Run) -> list[dict[str, str]]:
+    """Tasks that the model cannot be asked, and why."""
+    able = {item.task for item in now.able(now.found.items)}
+    return [
+        dict(task=task, why=endpoint_model.NO_PICTURES)
+        for task in dict.fromkeys(item.task for item in now.found.items)
+        if task not in able
+    ]
+
+
+def write_report(now: Run, summary: dict[str, Any], records: list[dict[str, Any]]) -> None:
+    """report.html."""
+    report.write(now.workdir / "report.html", summary, records, images_folder=now.found.folder)
+
+
+def _rivals(now: Run, records, probed) -> list[dict[str, Any]]:
+    asked = [r for r in records if r["family"] in ("vqa_closed", "vqa_mcq", "vqa_open")]
+    rivals = []
+    if now.found.train and asked and "blind" in now.settings.baselines:
+        guesses = baselines.blind(now.found.train, now.found.items)
+        guessed = scoring.answered(asked, guesses)
+        compared = scoring.scores(guessed, asked, **now.numbers)
+        rivals.append(dict(name="blind", says=baselines.BLIND, scores=compared))
+    if probed.get("swapped"):
+        compared = scoring.scores(probed["swapped"], asked, **now.numbers)
+        rivals.append(dict(name="swapped", says=SWAPPED, scores=compared))
+    return rivals
