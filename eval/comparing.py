@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval import loop, paired, scoring, stats
+from eval import evidence, loop, paired, scoring, stats
 
 LOWER_IS_BETTER = ("unparsed",)
 NOBODY = "nobody can say"
@@ -32,13 +32,23 @@ class Comparison:
     left_out: list[str]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Side:
+    records: dict[str, dict[str, Any]]
+    known: evidence.Evidence
+
+
 def compare(first: str | Path, second: str | Path, *, seed: int, resamples: int) -> Comparison:
     """Of two workdirs of eval.run; differences are second minus first."""
-    sides = [_records(Path(folder)) for folder in (first, second)]
-    shared = [name for name in sides[0] if name in sides[1]]
+    sides = [_Side(_records(Path(f)), evidence.read(f)) for f in (first, second)]
+    shared = [name for name in sides[0].records if name in sides[1].records]
     for name in shared:
-        _check_same(sides[0][name], sides[1][name])
-    one, two = (scoring.table([side[name] for name in shared]) for side in sides)
+        _check_same(sides[0].records[name], sides[1].records[name])
+    told = _other_scorers(*(side.known for side in sides))
+    one, two = (
+        _without(scoring.table([side.records[name] for name in shared], side.known), told)
+        for side in sides
+    )
     both = [key for key in one if key in two]
     if not both:
         raise ComparisonError(f"{first} and {second}: no item has a score on both sides")
@@ -49,12 +59,47 @@ def compare(first: str | Path, second: str | Path, *, seed: int, resamples: int)
         if row is heads[row["task"]]:
             row["p_holm"] = adjusted[row["task"]]
             row["claim"] = _claim(row, (str(first), str(second)))
-    parts = [
-        _signed(one[task, row["metric"]], two[task, row["metric"]]) for task, row in heads.items()
-    ]
-    mean = stats.suite_interval(parts, seed=seed, resamples=resamples)
-    suite = dict(tasks=len(parts), diff=mean.mean, ci_low=mean.low, ci_high=mean.high)
-    return Comparison(rows=rows, suite=suite, left_out=_left_out(sides, shared, one, two))
+    suite = _suite(heads, one, two, seed=seed, resamples=resamples)
+    return Comparison(
+        rows=rows, suite=suite, left_out=_left_out(sides, shared, one, two) + list(told.values())
+    )
+
+
+def _suite(heads: Mapping, one: Mapping, two: Mapping, *, seed: int, resamples: int) -> dict:
+    """Of the tasks both ran, each as much as another: both means and their paired difference."""
+    keys = [(task, row["metric"]) for task, row in heads.items()]
+    found: dict[str, Any] = dict(tasks=len(keys))
+    numbers = dict(seed=seed, resamples=resamples)
+    for name, side in (("first", one), ("second", two)):
+        parts = [_pairs(side[key], one[key], two[key]) for key in keys]
+        mean = stats.suite_interval(parts, **numbers)
+        found |= {name: mean.mean, f"{name}_low": mean.low, f"{name}_high": mean.high}
+    mean = stats.suite_interval([_signed(one[key], two[key]) for key in keys], **numbers)
+    return found | dict(diff=mean.mean, ci_low=mean.low, ci_high=mean.high)
+
+
+def _pairs(side: Mapping, one: Mapping, two: Mapping) -> tuple[list[float], list[str]]:
+    names = [name for name in one if name in two]
+    return [side[name][1] for name in names], [one[name][0] for name in names]
+
+
+def _other_scorers(one: evidence.Evidence, two: evidence.Evidence) -> dict[str, str]:
+    """Prefix of metric names -> why they are left out: another judge, or another scorer's files."""
+    told = {}
+    if one.judge and two.judge and one.judge != two.judge:
+        told["judge_"] = (
+            f"judge_*: judged by {one.judge} and by {two.judge}, which differ in model, "
+            "parameters, prompts or repeats"
+        )
+    for name in one.scorers.keys() & two.scorers.keys():
+        if one.scorers[name] != two.scorers[name]:
+            prefix = f"{evidence.PREFIX[name]}_"
+            told[prefix] = f"{prefix}*: {name} of other files on each side"
+    return told
+
+
+def _without(found: Mapping, told: Mapping[str, str]) -> dict:
+    return {key: side for key, side in found.items() if not key[1].startswith(tuple(told))}
 
 
 def _records(folder: Path) -> dict[str, dict[str, Any]]:
@@ -110,11 +155,15 @@ def _signed(one: Mapping, two: Mapping) -> tuple[list[float], list[str]]:
     return [two[name][1] - one[name][1] for name in names], [one[name][0] for name in names]
 
 
-def _left_out(sides: Sequence[Mapping], shared: Sequence[str], one, two) -> list[str]:
-    told = [
-        f"{len(side) - len(shared)} items that only the {name} answered"
+def _left_out(sides: Sequence[_Side], shared: Sequence[str], one, two) -> list[str]:
+    tasks = [{r["task"] for r in side.records.values()} for side in sides]
+    told = []
+    for name, ours, theirs in (("first", *tasks), ("second", *reversed(tasks))):
+        told += [f"{task}: not run by the {name}" for task in sorted(theirs - ours)]
+    told += [
+        f"{len(side.records) - len(shared)} items that only the {name} answered"
         for name, side in zip(("first", "second"), sides, strict=True)
-        if len(side) > len(shared)
+        if len(side.records) > len(shared)
     ]
     for name, ours, theirs in (("first", one, two), ("second", two, one)):
         told += [

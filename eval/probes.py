@@ -1,10 +1,30 @@
-"""Questions asked in another way, to see whether a model looks."""
+"""Questions asked in another way, to see whether a model looks, and whether the order matters.
+
+    blank      the same grey picture for every question
+    shuffled   the pictures of the task dealt out anew, none to its own question
+    swapped    a picture of another group (patient, volume)
+    rotated_k  options of a multiple choice question moved k places on, and the answer's letter
+
+Ids stay, so that scores pair: each probe has records of its own, probe_NAME.jsonl, beside
+records.jsonl. A model that looks loses by the first three; one that reads is not moved by the last.
+"""
 
 import dataclasses
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-from eval.tasks import Item, TaskError
+import PIL.Image
+
+from eval import score_text, scoring, stats, strict
+from eval.evidence import NONE, Record
+from eval.tasks import FAMILIES, Item, TaskError
+
+NAMES = ("blank", "shuffled", "swapped", "rotated")
+ASKED = ("vqa_closed", "vqa_mcq", "vqa_open")
+ROTATED = "rotated_"
+BLANK, SIDE, GREY = "blank.png", 256, 128
 
 
 def swapped(items: Sequence[Item], *, seed: int) -> list[Item]:
@@ -27,3 +47,163 @@ def swapped(items: Sequence[Item], *, seed: int) -> list[Item]:
         )
         for item in items
     ]
+
+
+def shuffled(items: Sequence[Item], *, seed: int) -> list[Item]:
+    """The pictures of each task, each as often as before, on other questions of the task.
+
+    Items in an order by the seed are moved on by as many places as the commonest picture has, with
+    equal pictures together, so none meets its own; a task where one picture is more than half of
+    all raises.
+    """
+    found = {}
+    for task in dict.fromkeys(item.task for item in items):
+        some = [item for item in items if item.task == task]
+        count = {image: sum(i.image == image for i in some) for image in {i.image for i in some}}
+        most = max(count.values())
+        if 2 * most > len(some):
+            raise TaskError(f"{task}: one picture has over half of its questions: cannot shuffle")
+        rng = random.Random(f"{seed} {task}")
+        place = {image: rng.random() for image in sorted(count)}
+        order = sorted(some, key=lambda item: (place[item.image], item.id))
+        moved = order[most:] + order[:most]
+        found |= {a.id: b.image for a, b in zip(order, moved, strict=True)}
+    return [dataclasses.replace(item, image=found[item.id]) for item in items]
+
+
+def blank(items: Sequence[Item], folder: Path) -> list[Item]:
+    """All with one grey picture, which is written into `folder`, their new image folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / BLANK).exists():
+        PIL.Image.new("RGB", (SIDE, SIDE), (GREY,) * 3).save(folder / BLANK)
+    return [dataclasses.replace(item, image=BLANK) for item in items]
+
+
+def rotated(items: Sequence[Item], places: int) -> list[Item]:
+    """Options moved on: what stood at A stands at B after one place, and the answer says so.
+
+    Only of the items with more than `places` options of one line each and an answer among them: of
+    lines after the last option nobody can say whether they belong to it.
+    "Which?\\nA: CT\\nB: MRI", "A" -> "Which?\\nA: MRI\\nB: CT", "B"
+    """
+    found = []
+    for item in items:
+        spans = score_text.spans(item.prompt) if item.family == "vqa_mcq" else []
+        right = _letter(item) if places < len(spans) else None
+        if right is None:
+            continue
+        letters = [letter for letter, _, _ in spans]
+        texts = [item.prompt[start:end] for _, start, end in spans]
+        if any("\n" in text for text in texts):
+            continue
+        prompt = item.prompt
+        for place in reversed(range(len(spans))):
+            _, start, end = spans[place]
+            prompt = prompt[:start] + texts[(place - places) % len(spans)] + prompt[end:]
+        answer = letters[(letters.index(right) + places) % len(letters)]
+        found.append(dataclasses.replace(item, prompt=prompt, answer=answer))
+    return found
+
+
+def asked(items: Sequence[Item], names: Sequence[str]) -> dict[str, Callable[..., list[Item]]]:
+    """Probe -> what makes its items, of the names in a config; rotations one by one.
+
+    Called with `seed` and `folder`, for the blank picture.
+    """
+    if wrong := set(names) - set(NAMES):
+        raise TaskError(f"probes: {sorted(wrong)[0]!r} is none; use {', '.join(NAMES)}")
+    some = [i for i in items if i.family in ASKED and FAMILIES[i.family].shows_image]
+    made: dict[str, Callable[..., list[Item]]] = {}
+    if not some:
+        return made
+    if "blank" in names:
+        made["blank"] = lambda seed, folder: blank(some, folder)
+    if "shuffled" in names:
+        made["shuffled"] = lambda seed, folder: shuffled(some, seed=seed)
+    if "swapped" in names:
+        made["swapped"] = lambda seed, folder: swapped(some, seed=seed)
+    most = max((len(score_text.spans(i.prompt)) for i in some if i.family == "vqa_mcq"), default=0)
+    for places in range(1, most if "rotated" in names else 1):
+        made[f"{ROTATED}{places}"] = lambda seed, folder, k=places: rotated(some, k)
+    return made
+
+
+def summary(
+    records: Sequence[Record],
+    probed: Mapping[str, Sequence[Record]],
+    *,
+    seed: int,
+    resamples: int,
+) -> list[dict[str, Any]]:
+    """{probe, task, metric, n, groups, before, after, diff, ci_low, ci_high, flips, flips_low,
+    flips_high}: of each probe and task, `after` as it was probed.
+
+    Flips: answers that say something else than before, an option by its text and not its letter.
+    """
+    rows = []
+    for probe, some in probed.items():
+        before = {record["id"]: record for record in records}
+        for task, after in scoring.tasks_of(some).items():
+            both = [(before[r["id"]], r) for r in after if r["id"] in before]
+            if both:
+                rows.append(dict(probe=probe, task=task) | _row(both, seed, resamples))
+    return rows + _rotations(records, probed, seed, resamples)
+
+
+def _row(both: Sequence[tuple[Record, Record]], seed: int, resamples: int) -> dict[str, Any]:
+    metric = next(iter(scoring.values(both[0][0], NONE)))
+    old, new = ([scoring.values(r, NONE)[metric] for r in side] for side in zip(*both, strict=True))
+    flips = [float(said(one) != said(two)) for one, two in both]
+    groups = [record["group"] for record, _ in both]
+    return {"metric": metric} | _paired(old, new, flips, groups, seed, resamples)
+
+
+def _rotations(records, probed, seed: int, resamples: int) -> list[dict[str, Any]]:
+    """rotated_all: right under every rotation, beside right as the question was asked."""
+    turns = [{r["id"]: r for r in some} for name, some in probed.items() if ROTATED in name]
+    rows = []
+    for task, some in scoring.tasks_of(records).items():
+        each = [[r, *(turn[r["id"]] for turn in turns if r["id"] in turn)] for r in some]
+        each = [again for again in each if len(again) > 1]
+        if not each:
+            continue
+        old = [scoring.values(again[0])["accuracy"] for again in each]
+        new = [min(scoring.values(r)["accuracy"] for r in again) for again in each]
+        flips = [float(len({said(r) for r in again}) > 1) for again in each]
+        groups = [again[0]["group"] for again in each]
+        head = dict(probe="rotated_all", task=task, metric="accuracy")
+        rows.append(head | _paired(old, new, flips, groups, seed, resamples))
+    return rows
+
+
+def _paired(old, new, flips, groups, seed: int, resamples: int) -> dict[str, Any]:
+    found = stats.paired_interval(old, new, groups, seed=seed, resamples=resamples)
+    flipped = stats.mean_interval(flips, groups, seed=seed, resamples=resamples)
+    return dict(
+        n=found.n,
+        groups=found.groups,
+        before=sum(old) / len(old),
+        after=sum(new) / len(new),
+        diff=found.mean,
+        ci_low=found.low,
+        ci_high=found.high,
+        flips=flipped.mean,
+        flips_low=flipped.low,
+        flips_high=flipped.high,
+    )
+
+
+def said(record: Record) -> str:
+    """What an answer says: yes, an option's text, the words of an open one; "" for unread."""
+    family, text = record["family"], record["text"]
+    if family == "vqa_mcq":
+        found = strict.read(family, text, record["prompt"])
+        return score_text.options(record["prompt"]).get(found or "", found or "")
+    if family == "vqa_closed":
+        return strict.read(family, text, "") or ""
+    return " ".join(score_text.tokens(text))
+
+
+def _letter(item: Item) -> str | None:
+    known = score_text.options(item.prompt)
+    return score_text.choice(item.answer, known, letters=strict.LETTERS)

@@ -65,18 +65,24 @@ def options(prompt: str) -> dict[str, str]:
 
     {} unless they are A, B, C ... without a gap: then nothing is known of them.
     """
+    return {letter: prompt[start:end] for letter, start, end in spans(prompt)}
+
+
+def spans(prompt: str) -> list[tuple[str, int, int]]:
+    """(letter, start, end) of the texts of the options, [] where they cannot be told."""
     marks = list(re.finditer(r"(?:^|(?<=[\s(]))([A-H])\s*[:.)]\s*", prompt))
     first = next((n for n, mark in enumerate(marks) if mark[1] == "A"), None)
     if first is None:
-        return {}
-    marks = marks[first:]
+        return []
+    marks, found = marks[first:], []
     ends = [mark.start() for mark in marks[1:]] + [len(prompt)]
-    found = {
-        mark[1]: prompt[mark.end() : end].strip(" \n\t,;(")
-        for mark, end in zip(marks, ends, strict=True)
-    }
+    for mark, end in zip(marks, ends, strict=True):
+        text = prompt[mark.end() : end]
+        inner = text.strip(" \n\t,;(")
+        start = mark.end() + text.find(inner)
+        found.append((mark[1], start, start + len(inner)))
     gapless = [mark[1] for mark in marks] == list("ABCDEFGH"[: len(marks)])
-    return found if gapless and all(found.values()) and len(found) > 1 else {}
+    return found if gapless and len(found) > 1 and all(a < b for _, a, b in found) else []
 
 
 def choice(answer: str, known: Mapping[str, str], *, letters: str) -> str | None:

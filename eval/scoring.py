@@ -1,75 +1,140 @@
-"""Records to numbers: one value an item and metric, then means with intervals over groups.
+"""Records to numbers: rows of a task and metric with bounds, intervals, and the release's score.
 
-    family            metrics (the first is the headline of its tasks)
-    vqa_closed        accuracy, unparsed
-    vqa_mcq           accuracy, unparsed
-    vqa_open          exact, token_f1
-    captioning        token_f1, rouge_l, fact_recall
-    image_generation  modality_match
-    multimodal        token_f1, rouge_l, has_image, modality_match
+    records + evidence -> verdicts (evidence.py) -> totals with everything unread at its worst
+                       -> 95 % intervals over groups, and what difference they could find
+    the same records   -> the release's own scoring (paper_scores.py), beside them
 
-All lie in 0..1; only `unparsed` is better low. An answer that cannot be parsed is wrong, a missing
-picture matches nothing. `modality_match` is score_image.py's, and no BiomedCLIPScore.
+A row is {task, family, metric, mode, n, groups, value, ci_low, ci_high, best, n_unparsed,
+n_unscored, n_errors, of_scored, judge_sd, can_find, paper, paper_n, headline}. `value` has what
+could not be read or judged as wrong, `best` as right; `of_scored` is what dropping it would report.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from eval import score_text, stats, strict
+from eval import evidence, paper_scores, stats, strict
+from eval.evidence import NONE, Evidence, Record
 
-Record = Mapping[str, Any]
 PRIMARY = ("vqa_closed", "accuracy")
+PROBMED = "probmed_closed"
+KIND = "question_type"  # the slice with what ProbMed asks for
 
 
-def values(record: Record) -> dict[str, float]:
+def values(record: Record, known: Evidence = NONE) -> dict[str, float]:
     """Metric -> value of one record. {"family": "vqa_closed", "text": "Yes.", "answer": "yes"} ->
     {"accuracy": 1.0, "unparsed": 0.0}."""
-    family, text, answer = record["family"], record["text"], record["answer"]
-    if family in ("vqa_closed", "vqa_mcq"):
-        read, expected = (strict.read(family, said, record["prompt"]) for said in (text, answer))
-        if expected is None:
-            raise ValueError(f"item {record['id']}: answer {answer!r} is no answer of a {family}")
-        return {"accuracy": float(read == expected), "unparsed": float(read is None)}
-    if family == "vqa_open":
-        return {
-            "exact": score_text.exact(text, answer),
-            "token_f1": score_text.token_f1(text, answer),
-        }
-    pictured = {}
-    if record["looks_like"] is not None and record["kind"]:
-        pictured = {"modality_match": float(record["looks_like"] == record["kind"])}
-    if family == "image_generation":
-        return pictured
-    written = {
-        "token_f1": score_text.token_f1(text, answer),
-        "rouge_l": score_text.rouge_l(text, answer),
-    }
-    if family == "captioning":
-        known = {"fact_recall": score_text.recall(text, record["facts"])}
-        return written | (known if record["facts"] else {})
-    return written | {"has_image": float(bool(record["images"]))} | pictured
+    found = evidence.verdicts(record, known)
+    numbers = {metric: verdict.worst for metric, verdict in found.items()}
+    if "accuracy" in found:
+        numbers["unparsed"] = float(found["accuracy"].status == strict.UNPARSED)
+    return numbers
 
 
-def summary(records: Sequence[Record], *, seed: int, resamples: int) -> list[dict[str, Any]]:
-    """{task, metric, n, groups, value, ci_low, ci_high} for every task and metric."""
+def summary(
+    records: Sequence[Record], known: Evidence = NONE, *, mode: str, seed: int, resamples: int
+) -> list[dict[str, Any]]:
+    """The rows of every task and metric. `mode`: of the generation that made the records."""
     rows = []
-    for (task, metric), found in table(records).items():
-        groups = [group for group, _ in found.values()]
-        interval = stats.mean_interval(
-            [value for _, value in found.values()], groups, seed=seed, resamples=resamples
-        )
-        rows.append(
-            dict(
-                task=task,
-                metric=metric,
-                n=interval.n,
-                groups=interval.groups,
-                value=interval.mean,
-                ci_low=interval.low,
-                ci_high=interval.high,
-            )
-        )
+    for task, some in tasks_of(records).items():
+        found: dict[str, list[tuple[Record, strict.Verdict]]] = {}
+        for record in some:
+            for metric, verdict in evidence.verdicts(record, known).items():
+                found.setdefault(metric, []).append((record, verdict))
+        numbers = dict(seed=seed, resamples=resamples)
+        made = relative(some, known, **numbers)
+        made += [row(metric, known, asked, **numbers) for metric, asked in found.items()]
+        if task == PROBMED:
+            made += paired_accuracy(some, known, **numbers)
+        told = paper_scores.of(some, known)
+        for number, one in enumerate(made):
+            paper = told.get(one["metric"], {"paper": None, "paper_n": None, "paper_why": ""})
+            head = dict(task=task, family=some[0]["family"], metric=one.pop("metric"), mode=mode)
+            rows.append(head | one | paper | {"headline": number == 0})
     return rows
+
+
+def tasks_of(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Task -> its records, the primary task first."""
+    found: dict[str, list[Record]] = {}
+    for record in sorted(records, key=lambda r: r["task"] != PRIMARY[0]):
+        found.setdefault(record["task"], []).append(record)
+    return found
+
+
+def row(
+    metric: str,
+    known: Evidence,
+    asked: Sequence[tuple[Record, strict.Verdict]],
+    *,
+    seed: int,
+    resamples: int,
+) -> dict[str, Any]:
+    """Of verdicts on one metric."""
+    verdicts, groups = [v for _, v in asked], [r["group"] for r, _ in asked]
+    total, worst = strict.total(verdicts), [v.worst for v in verdicts]
+    interval = stats.mean_interval(worst, groups, seed=seed, resamples=resamples)
+    votes = None
+    if metric == "judge_correct":
+        lines = [known.judged[evidence.CORRECT].get(r["id"]) for r, _ in asked]
+        votes = [line["votes"] for line in lines if line and line["votes"]]
+    return _numbers(metric, interval) | dict(
+        best=total.best,
+        n_unparsed=total.n_unparsed,
+        n_unscored=total.n_unscored,
+        n_errors=sum(bool(r.get("error")) for r, _ in asked),
+        of_scored=total.of_scored,
+        judge_sd=stats.judge_sd(votes, len(asked)) if votes else None,
+        can_find=_finite(stats.detectable(worst, groups, paired=False)),
+    )
+
+
+def relative(
+    records: Sequence[Record], known: Evidence, *, seed: int, resamples: int
+) -> list[dict[str, Any]]:
+    """The judge's mean of the model over its mean of the reference; [] where nobody judged."""
+    if evidence.RELATIVE not in known.judged or records[0]["family"] not in evidence.COMPARED:
+        return []
+    means = [_mean(evidence.pairs(r, known, evidence.RELATIVE)) for r in records]
+    whole = strict.comparison(means)
+    worst = [pair or (strict.MOST, strict.LEAST) for pair in means]
+    interval = stats.ratio_interval(
+        [b for _, b in worst],
+        [a for a, _ in worst],
+        [r["group"] for r in records],
+        seed=seed,
+        resamples=resamples,
+    )
+    return [
+        _numbers("judge_relative", interval)
+        | dict(
+            best=whole["best"],
+            n_unparsed=0,
+            n_unscored=whole["n_unscored"],
+            n_errors=sum(bool(r.get("error")) for r in records),
+            of_scored=whole["ratio_of_means"],
+            judge_sd=None,
+            can_find=None,
+        )
+        | {name: whole[name] for name in ("mean_of_ratios", "win", "tie", "loss")}
+    ]
+
+
+def paired_accuracy(
+    records: Sequence[Record], known: Evidence, *, seed: int, resamples: int
+) -> list[dict[str, Any]]:
+    """ProbMed's: right only if all questions of one type about one picture are, by type too."""
+    kinds = [dict(r["slices"]).get(KIND, "") for r in records]
+    verdicts = [evidence.verdicts(r, known)["accuracy"] for r in records]
+    keys = [(r["image"], kind) for r, kind in zip(records, kinds, strict=True)]
+    first = {key: r for key, r in reversed(list(zip(keys, records, strict=True)))}
+    merged = strict.together(verdicts, keys)
+    made = []
+    for kind in ("", *sorted({k for k in kinds if k})):
+        asked = [(first[key], v) for key, v in merged.items() if not kind or key[1] == kind]
+        name = f"paired_accuracy {kind}".strip()
+        made.append(row(name, known, asked, seed=seed, resamples=resamples))
+    return made
 
 
 def scores(
@@ -109,10 +174,36 @@ def answered(records: Sequence[Record], answers: Mapping[str, str]) -> list[dict
     return [dict(record) | {"text": answers[record["id"]]} for record in records]
 
 
-def table(records: Sequence[Record]) -> dict[tuple[str, str], dict[str, tuple[str, float]]]:
+def table(
+    records: Sequence[Record], known: Evidence = NONE
+) -> dict[tuple[str, str], dict[str, tuple[str, float]]]:
     """(task, metric) -> id -> (group, value); tasks as they come, the primary one first."""
     found: dict[tuple[str, str], dict[str, tuple[str, float]]] = {}
-    for record in sorted(records, key=lambda r: r["task"] != PRIMARY[0]):
-        for metric, value in values(record).items():
-            found.setdefault((record["task"], metric), {})[record["id"]] = (record["group"], value)
+    for task, some in tasks_of(records).items():
+        for record in some:
+            for metric, value in values(record, known).items():
+                one = found.setdefault((task, metric), {})
+                one[record["id"]] = (record["group"], value)
     return found
+
+
+def _numbers(metric: str, interval: stats.Interval) -> dict[str, Any]:
+    return dict(
+        metric=metric,
+        n=interval.n,
+        groups=interval.groups,
+        value=interval.mean,
+        ci_low=interval.low,
+        ci_high=interval.high,
+    )
+
+
+def _mean(votes: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
+    if not votes:
+        return None
+    return tuple(sum(side) / len(votes) for side in zip(*votes, strict=True))
+
+
+def _finite(number: float) -> float | None:
+    """None where one group says nothing of others: JSON has no infinity."""
+    return number if math.isfinite(number) else None

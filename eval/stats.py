@@ -10,10 +10,10 @@ A judge's votes enter as their mean: what would change if it were asked again is
 
 import dataclasses
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 MIN_RESAMPLES = 2_000  # below this the ends of a 95 % interval are themselves noisy
 DETECT = 1.959963984540054 + 0.8416212335729143  # normal's 97.5 % and 80 % points: power 0.8 at 5 %
@@ -105,9 +105,59 @@ def judged_interval(
         raise ValueError(f"item {empty[0]} has no votes; count it as unscored, with bounds")
     means = [float(np.mean(some)) for some in votes]
     interval = mean_interval(means, groups, seed=seed, resamples=resamples)
+    return Judged(interval, judge_sd(votes, len(votes)))
+
+
+def judge_sd(votes: Sequence[Sequence[float]], n: int) -> float | None:
+    """How the mean over `n` items would move if the judge were asked again about these of them."""
     again = [np.var(some, ddof=1) / len(some) for some in votes if len(some) > 1]
-    sd = math.sqrt(float(np.mean(again)) / len(votes)) if again else None
-    return Judged(interval, sd)
+    return math.sqrt(float(np.mean(again)) * len(votes)) / n if again else None
+
+
+def ratio_interval(
+    above: Sequence[float],
+    below: Sequence[float],
+    groups: Sequence[Hashable],
+    *,
+    seed: int,
+    resamples: int,
+) -> Interval:
+    """Mean of `above` over mean of `below`, with the 95 % interval of a bootstrap over groups."""
+    above, below = np.asarray(above, np.float64), np.asarray(below, np.float64)
+    if len(above) != len(below):
+        raise ValueError(f"{len(above)} values above but {len(below)} below: one each")
+    return statistic_interval(
+        lambda some: float(above[some].sum() / below[some].sum()),
+        groups,
+        seed=seed,
+        resamples=resamples,
+    )
+
+
+def statistic_interval(
+    statistic: Callable[[Int[np.ndarray, "k"]], float],
+    groups: Sequence[Hashable],
+    *,
+    seed: int,
+    resamples: int,
+) -> Interval:
+    """Any number of items, by their places, with the interval of a bootstrap over groups."""
+    if not len(groups):
+        raise ValueError("no values: nothing was scored, so there is no interval")
+    if resamples < MIN_RESAMPLES:
+        raise ValueError(f"resamples is {resamples}; it must be at least {MIN_RESAMPLES}")
+    index = {name: i for i, name in enumerate(dict.fromkeys(groups))}
+    member = np.array([index[name] for name in groups])
+    order = np.argsort(member, kind="stable")
+    parts = np.split(order, np.cumsum(np.bincount(member))[:-1])
+    rng = np.random.default_rng(seed)
+    found = [
+        statistic(np.concatenate([parts[g] for g in rng.integers(len(parts), size=len(parts))]))
+        for _ in range(resamples)
+    ]
+    low, high = np.quantile(found, [0.025, 0.975])
+    value = statistic(np.arange(len(groups)))
+    return Interval(value, float(low), float(high), len(groups), len(index))
 
 
 def suite_interval(

@@ -116,7 +116,14 @@ def write(folder, answers, task="vqa_closed", **changes):
     folder.mkdir(exist_ok=True)
     with open(folder / "records.jsonl", "a") as file:
         for n, text in enumerate(answers):
-            row = dict(id=f"{task}/{n}", task=task, prompt="Is it?", answer="yes", image="a.png")
+            row = dict(
+                id=f"{task}/{n}",
+                task=task,
+                family=task,
+                prompt="Is it?",
+                answer="yes",
+                image="a.png",
+            )
             row |= dict(
                 group=f"g{n // 2}", facts=[], kind="", images=[], looks_like=None, text=text
             )
@@ -137,7 +144,12 @@ def test_who_wins_and_where_nobody_can_say(tmp_path):
     assert (closed["n"], closed["groups"]) == (40, 20) and closed["can_find"] < 0.3
     assert rows["vqa_open", "exact"]["claim"] == comparing.NOBODY
     assert rows["vqa_open", "token_f1"]["claim"] == ""  # not its headline
-    assert found.left_out == ["3 items that only the second answered"]
+    assert found.left_out == [
+        "captioning: not run by the first",
+        "3 items that only the second answered",
+    ]
+    assert found.suite["first"] == 0 and found.suite["second"] == found.suite["diff"]
+    assert found.suite["first_low"] == 0 <= found.suite["second_low"] < found.suite["diff"]
     assert found.suite["tasks"] == 2 and found.suite["diff"] == pytest.approx((0.875 + 1 / 6) / 2)
     back = comparing.compare(two, one, seed=0, resamples=2_000).rows[0]
     assert back["claim"] == f"{two} wins" and back["diff"] == -0.875

@@ -15,6 +15,7 @@ from data.sample.documents import eval_items
 from data.sample.manifest import read_manifest
 from eval import (
     baselines,
+    evidence,
     loop,
     models,
     probes,
@@ -129,8 +130,9 @@ def test_values_of_each_task():
     assert scoring.values(drawn) == dict(modality_match=1)
     without = record("multimodal", "A CT.", "A CT.", kind="CT", looks_like="")
     assert scoring.values(without) == dict(token_f1=1, rouge_l=1, has_image=0, modality_match=0)
-    with pytest.raises(ValueError, match="answer 'perhaps' is no answer of a vqa_closed"):
-        scoring.values(record("vqa_closed", "yes", "perhaps"))
+    mended = evidence.verdicts(record("vqa_closed", "yes", "perhaps"))["accuracy"]
+    assert (mended.status, mended.worst, mended.best) == ("unscored", 0, 1)
+    assert "answer 'perhaps' is no answer of a vqa_closed; mend the row" in mended.why
 
 
 def test_scores_pair_items_and_put_the_primary_first():
@@ -148,7 +150,8 @@ def test_scores_pair_items_and_put_the_primary_first():
     assert (first["n"], first["groups"], first["after"]) == (11, 4, 1.0)
     assert first["diff"] == pytest.approx(first["after"] - first["before"])
     assert first["ci_low"] <= first["diff"] <= first["ci_high"]
-    assert [r["value"] for r in scoring.summary(after, seed=0, resamples=2_000)][:2] == [1, 0]
+    first = scoring.summary(after, mode="strict", seed=0, resamples=2_000)[0]
+    assert (first["value"], first["n_unparsed"], first["headline"]) == (1, 0, True)
     guessed = scoring.answered(after, {r["id"]: "no" for r in after})
     assert scoring.scores(guessed, after, seed=0, resamples=2_000)[0]["diff"] == 1
 

@@ -68,9 +68,11 @@ laws        medmax_jax.scaling medmax_jax.scaling.laws medmax_jax.scaling.fit
 machines    medmax_jax.metrics medmax_jax.step medmax_jax.integrity medmax_jax.checkpoint
             medmax_jax.export medmax_jax.decoding medmax_jax.batching medmax_jax.engine
             medmax_jax.serving medmax_jax.generator medmax_jax.answers medmax_jax.generate
-            data.instruct eval.tasks eval.probes eval.score_image eval.scoring
-            eval.models eval.endpoint_model eval.predictions eval.baselines eval.looks eval.loop
-            eval.suites eval.report_tables medmax_jax.resume
+            data.instruct eval.tasks eval.score_image
+            eval.models eval.endpoint_model eval.predictions eval.looks eval.loop
+            eval.evidence eval.paper_scores eval.scoring eval.baselines eval.probes eval.suites
+            eval.judging eval.seeing eval.confidence eval.contamination
+            eval.report_tables medmax_jax.resume
             medmax_jax.runlog medmax_jax.tracking medmax_jax.reports medmax_jax.samples
             medmax_jax.startup medmax_jax.chat eval.comparing
 

@@ -293,7 +293,7 @@ def test_bounds_hold_whatever_the_missing_verdicts_were():
 
 
 def test_the_suite_s_accuracy_reads_option_texts():
-    record = dict(id="i", task="vqa_mcq", prompt=PROMPT, text="Left lung base.", answer="B")
+    record = dict(id="i", family="vqa_mcq", prompt=PROMPT, text="Left lung base.", answer="B")
     assert scoring.values(record) == dict(accuracy=1, unparsed=0)
 
 

@@ -1,0 +1,163 @@
+"""How likely a model finds the options of a question, and whether it knows when it is wrong.
+
+    closed            yes, no
+    multiple choice   the letters that the question lists, A B C ..
+
+    items -> model.score_options -> options.jsonl -> accuracy by likelihood, ECE, Brier, risk
+             against coverage; each with an interval over groups
+
+Letters and not the options' texts: the question asks for a letter, as the rows' answers are, and a
+letter is one token whatever its text is, so totals are compared as they are, without a
+normalisation of length. Where the options cannot be read from the question the item is left out and
+counted. Models without `score_options` have none of this: n/a, with that reason.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eval import calibration, loop, score_text, stats, tasks
+
+OPTIONS = "options.jsonl"
+BINS = 10  # of the calibration error, of equally many answers
+COVERAGE = 0.8
+WINDOW = 256  # items that a model is given at once
+ABSENT = "n/a: this model gives no likelihoods of options (it has no score_options)"
+
+
+def options_of(item: tasks.Item) -> list[str]:
+    """["yes", "no"], or the letters that a question lists; [] where they cannot be read."""
+    if item.family == "vqa_closed":
+        return ["yes", "no"]
+    return list(score_text.options(item.prompt)) if item.family == "vqa_mcq" else []
+
+
+def answer_of(item: tasks.Item) -> int | None:
+    """The place of the right one among them; None where the row's answer is none of them."""
+    known = options_of(item)
+    if item.family == "vqa_closed":
+        said = score_text.yes_no(item.answer)
+    else:
+        said = score_text.choice(item.answer, score_text.options(item.prompt), letters="ABCDEFGH")
+    return known.index(said) if said in known else None
+
+
+def score(
+    model: Any,
+    items: Sequence[tasks.Item],
+    *,
+    mode: str,
+    images_folder: str | Path,
+    out: str | Path,
+    progress: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """A line an item that has options, in order; what `out` holds is kept. [] for other models."""
+    scorer = getattr(model, "score_options", None)
+    if scorer is None:
+        progress(ABSENT)
+        return []
+    out = Path(out)
+    known = {line["id"]: line for line in loop.read(out)}
+    asked = [item for item in items if options_of(item) and answer_of(item) is not None]
+    for item in asked:
+        line = known.get(item.id)
+        if line is not None and (line["prompt"], line["image"]) != (item.prompt, item.image):
+            raise loop.EvalError(
+                f"{out}: item {item.id} was another question when it was scored; use a fresh "
+                "workdir"
+            )
+    todo = [item for item in asked if item.id not in known]
+    with open(out, "a", encoding="utf-8") as file:
+        for start in range(0, len(todo), WINDOW):
+            some = todo[start : start + WINDOW]
+            asks = [loop.ask(item, Path(images_folder), mode) for item in some]
+            found = scorer(asks, [options_of(item) for item in some])
+            lines = [_line(model, i, logs) for i, logs in zip(some, found, strict=True)]
+            file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+            file.flush()
+            known |= {line["id"]: line for line in lines}
+            progress(f"options: {start + len(some)} of {len(todo)} items")
+    return [known[item.id] for item in asked]
+
+
+def summary(
+    lines: Sequence[dict[str, Any]], *, n_items: int, seed: int, resamples: int
+) -> dict[str, Any]:
+    """{reason, rows, left_out}: rows {task, metric, n, groups, value, ci_low, ci_high}.
+
+    `n_items`: closed and multiple choice items of the run.
+    """
+    if not lines:
+        return dict(reason=ABSENT if n_items else "no closed or multiple choice items", rows=[])
+    rows = []
+    for task in dict.fromkeys(line["task"] for line in lines):
+        some = [line for line in lines if line["task"] == task]
+        groups = [line["group"] for line in some]
+        for metric, statistic in _statistics(some).items():
+            found = stats.statistic_interval(statistic, groups, seed=seed, resamples=resamples)
+            rows.append(
+                dict(
+                    task=task,
+                    metric=metric,
+                    n=found.n,
+                    groups=found.groups,
+                    value=found.mean,
+                    ci_low=found.low,
+                    ci_high=found.high,
+                )
+            )
+    return dict(reason="", rows=rows, left_out=n_items - len(lines), curves=_curves(lines))
+
+
+def _line(model: Any, item: tasks.Item, logs: Sequence[float]) -> dict[str, Any]:
+    return dict(
+        id=item.id,
+        task=item.task,
+        group=item.group,
+        prompt=item.prompt,
+        image=item.image,
+        options=options_of(item),
+        log_likelihoods=[float(one) for one in logs],
+        answer=answer_of(item),
+        model=str(getattr(model, "fingerprint", type(model).__name__)),
+    )
+
+
+def _sure(lines: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Confidence, right or wrong, and Brier's score of each."""
+    shares = [calibration.shares(line["log_likelihoods"]) for line in lines]
+    said = [calibration.answer(share) for share in shares]
+    right = [best == line["answer"] for (best, _), line in zip(said, lines, strict=True)]
+    brier = [
+        calibration.brier([s], [line["answer"]]) for s, line in zip(shares, lines, strict=True)
+    ]
+    return np.array([c for _, c in said]), np.array(right, np.float64), np.array(brier)
+
+
+def _statistics(lines: Sequence[dict[str, Any]]) -> dict[str, Callable[[np.ndarray], float]]:
+    sure, right, brier = _sure(lines)
+
+    def curve(some: np.ndarray) -> calibration.Curve:
+        return calibration.risk_coverage(sure[some], right[some])
+
+    return {
+        "accuracy_by_likelihood": lambda some: float(right[some].mean()),
+        "confidence": lambda some: float(sure[some].mean()),
+        "ece": lambda some: calibration.ece(sure[some], right[some], bins=BINS),
+        "brier": lambda some: float(brier[some].mean()),
+        "risk_coverage_area": lambda some: curve(some).area,
+        "accuracy_at_80": lambda some: calibration.accuracy_at(curve(some), COVERAGE),
+    }
+
+
+def _curves(lines: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+    """Task -> risk at coverage 0.1, 0.2 .. 1."""
+    found = {}
+    for task in dict.fromkeys(line["task"] for line in lines):
+        sure, right, _ = _sure([line for line in lines if line["task"] == task])
+        curve = calibration.risk_coverage(sure, right)
+        found[task] = [1 - calibration.accuracy_at(curve, k / 10) for k in range(1, 11)]
+    return found

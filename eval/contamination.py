@@ -1,0 +1,175 @@
+"""What of the items stands in the training records, and every headline again without it.
+
+    items  -- SHA-256 of the picture's file   --+
+           -- codes of the picture, by VQGAN  --+--> training records --> contamination.jsonl
+           -- 13 words in a row               --+    {id, picture, codes, words}
+
+    headline on the clean part | on the contaminated part, each with its interval
+
+The same questions as `data.prepare check --against` asks, of the same columns. Words in a row that
+stand in more than ten training documents are a phrase and no leak, as in GPT-3's appendix C.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt64
+
+from data import looks, overlap, scan
+from data.check import encoder_of, made_by, tokenizer_of
+from data.codes import Encoder
+from data.reader import Records, open_records
+from data.records import file_sha256
+from data.texts import spoken
+from eval import scoring, tasks
+from eval.evidence import Evidence, Record
+from medmax_jax.tokenizer import Tokenizer
+
+FILE = "contamination.jsonl"
+WAYS = ("picture", "codes", "words")
+
+
+class ContaminationError(ValueError):
+    """Training records that cannot be compared with; the message names the field and the mend."""
+
+
+def find(
+    items: Sequence[tasks.Item],
+    train: str | Path,
+    workdir: str | Path,
+    *,
+    model: str | Path,
+    images_folder: str | Path,
+    progress: Callable[[str], None],
+) -> dict[str, Any]:
+    """Writes contamination.jsonl; returns what was compared. `train`: a folder of records.
+
+    `model`: the folder whose tokenizer and VQGAN wrote them; with another VQGAN codes are not
+    compared, and with another tokenizer this raises, since words would be.
+    """
+    found = open_records(train)
+    tokenizer = tokenizer_of(found, Path(model), Path(model))
+    if tokenizer is None:
+        raise ContaminationError(
+            f"contamination.model is {str(model)!r}: its tokenizer did not write {train}; name the "
+            "folder that did"
+        )
+    path = Path(workdir) / FILE
+    key = _key(items, found)
+    if known := _known(path, key):
+        return known
+    can_encode = made_by(found, Path(model), Path(model))
+    encoder = encoder_of(found, Path(model)) if can_encode else None
+    progress(f"contamination: {len(items)} items against {len(found)} training documents")
+    flags, about = _compare(items, found, tokenizer, encoder, Path(images_folder))
+    lines = [{"compared": about, "key": key}]
+    lines += [{"id": item.id} | flag for item, flag in zip(items, flags, strict=True)]
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    partial.replace(path)
+    return about
+
+
+def read(workdir: str | Path) -> dict[str, dict[str, bool]]:
+    """id -> {picture, codes, words}."""
+    lines = (Path(workdir) / FILE).read_text(encoding="utf-8").splitlines()[1:]
+    return {row["id"]: row for row in map(json.loads, lines)}
+
+
+def summary(
+    records: Sequence[Record],
+    flags: dict[str, dict[str, bool]],
+    known: Evidence,
+    *,
+    mode: str,
+    seed: int,
+    resamples: int,
+) -> list[dict[str, Any]]:
+    """Headline rows {task, metric, part, n, groups, value, ci_low, ci_high}.
+
+    part: all, clean, contaminated, and by picture, codes, words. A part without items has n 0.
+    """
+    rows = []
+    parts: dict[str, Callable[[dict], bool]] = {
+        "all": lambda flag: True,
+        "clean": lambda flag: not any(flag[way] for way in WAYS),
+        "contaminated": lambda flag: any(flag[way] for way in WAYS),
+    } | {way: lambda flag, way=way: flag[way] for way in WAYS}
+    for task, some in scoring.tasks_of(records).items():
+        numbers = dict(mode=mode, seed=seed, resamples=resamples)
+        for part, holds in parts.items():
+            kept = [r for r in some if r["id"] in flags and holds(flags[r["id"]])]
+            heads = [r for r in scoring.summary(kept, known, **numbers) if r["headline"]]
+            head = heads[0] if heads else dict(metric=None, n=0, groups=0)
+            names = ("metric", "n", "groups", "value", "ci_low", "ci_high")
+            rows.append(dict(task=task, part=part) | {name: head.get(name) for name in names})
+    return rows
+
+
+def _compare(
+    items: Sequence[tasks.Item],
+    found: Records,
+    tokenizer: Tokenizer,
+    encoder: Encoder | None,
+    folder: Path,
+) -> tuple[list[dict[str, bool]], dict[str, Any]]:
+    grams = overlap.Grams([overlap.words(f"{i.prompt}\n{i.answer}") for i in items])
+
+    def see(document: Any, number: int) -> None:
+        grams.see(overlap.words(spoken(document, found.layout, tokenizer)), number)
+
+    def tell(kind: str, where: str, what: str) -> None:
+        raise ContaminationError(
+            f"{found.folder}: {where}: {what}; see `python -m data.prepare check`"
+        )
+
+    columns = scan.scan(found, tell, see)
+    paths = sorted({item.image for item in items if (folder / item.image).is_file()})
+    shas = _names([file_sha256(folder / path) for path in paths])
+    each = [] if encoder is None else looks.encoded(encoder, [folder / path for path in paths])
+    codes = _names([overlap.code_hash(one) for one in each])
+    same = {
+        path: bool(hit) for path, hit in zip(paths, overlap.isin(shas, columns.sha), strict=True)
+    }
+    alike = dict(zip(paths, overlap.isin(codes, columns.codes), strict=False))
+    shared = grams.shared()
+    flags = [
+        dict(
+            picture=bool(same.get(item.image, False)),
+            codes=bool(alike.get(item.image, False)),
+            words=number in shared,
+        )
+        for number, item in enumerate(items)
+    ]
+    about = dict(
+        train=found.fingerprint,
+        documents=len(found),
+        items=len(items),
+        # the first two are of pictures that could be compared: the records may know no bytes
+        by_picture=sum(item.image in same for item in items) if columns.sha.any() else 0,
+        by_codes=sum(item.image in alike for item in items),
+        by_words=int((grams.sizes > 0).sum()),
+    ) | {way: sum(flag[way] for flag in flags) for way in WAYS}
+    return flags, about
+
+
+def _names(digests: Sequence[str]) -> UInt64[np.ndarray, "n"]:
+    return np.array([overlap.short(one) for one in digests], np.uint64)
+
+
+def _key(items: Sequence[tasks.Item], found: Records) -> str:
+    told = [dataclasses.astuple(item) for item in items]
+    return hashlib.sha256(json.dumps([told, found.fingerprint]).encode()).hexdigest()
+
+
+def _known(path: Path, key: str) -> dict[str, Any] | None:
+    """What was compared, where these very items were compared with these very records."""
+    if not path.exists():
+        return None
+    first = json.loads(path.read_text(encoding="utf-8").splitlines()[0])
+    return first["compared"] if first["key"] == key else None

@@ -1,0 +1,284 @@
+"""A workdir's records before the judge: judged.jsonl, a line a record and kind, nothing twice.
+
+    records.jsonl -> open answers           correct         \\  strict: eval/judge.py, texts only,
+                     chat, interleaved      relative        /   shown what the model was shown
+                     open answers           paper_open      \\  the release's own messages, one call
+                     chat, interleaved      paper_relative  /   at the endpoint's own temperature
+                  -> data/asking.py (guard, judge_calls.jsonl) -> judged.jsonl
+
+A line is {id, kind, votes, why, judge, case}: `judge` the fingerprint, `case` a hash of what was
+judged. One without votes is unscored and is tried again by the next run: replies that could not be
+read come from the cache, and only those that never came are asked for. Of the paper kinds the vote
+is the reply as it came; eval/paper.py reads it. `max_usd` holds over all runs of a workdir.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data import asking, outgoing
+from data.endpoint import Endpoint, NoReply, Reply, cost
+from data.journal import open_journal
+from eval import evidence, judge, paper
+from eval.evidence import CORRECT, PAPER_OPEN, PAPER_RELATIVE, RELATIVE, Record
+
+CALLS = "judge_calls.jsonl"
+KINDS = {CORRECT: judge.CORRECT, RELATIVE: judge.RELATIVE}
+PICTURE = "<image>"  # where a row wants its picture; no word of the question
+Progress = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The judge as configs/eval_*.py name it; `hosts`: where credentialed texts may go.
+
+    paper: ask in the release's words too, for the paper's score of the same records.
+    """
+
+    model: str
+    url: str
+    hosts: tuple[str, ...]
+    key_env: str
+    temperature: float
+    max_tokens: int
+    repeats: int
+    attempts: int
+    concurrency: int
+    seed: int
+    timeout_s: float
+    retries: int
+    max_wait_s: float
+    max_reply_bytes: int
+    price_in: float | None
+    price_out: float | None
+    max_usd: float | None
+    tokens_out: int
+    paper: bool
+
+
+def judge_of(settings: Settings) -> judge.Judge:
+    """The judge of a config."""
+    endpoint = Endpoint(
+        model=settings.model,
+        url=settings.url,
+        parameters={"temperature": settings.temperature, "max_tokens": settings.max_tokens},
+        listed=outgoing.hosts(settings.hosts),
+        key_env=settings.key_env,
+        timeout_s=settings.timeout_s,
+        retries=settings.retries,
+        max_wait_s=settings.max_wait_s,
+        max_reply_bytes=settings.max_reply_bytes,
+        price_in=settings.price_in,
+        price_out=settings.price_out,
+    )
+    names = ("repeats", "attempts", "concurrency", "seed", "max_usd", "tokens_out")
+    return judge.Judge(endpoint=endpoint, **{name: getattr(settings, name) for name in names})
+
+
+def estimate(one: judge.Judge, records: Sequence[Record], *, released: bool) -> dict[str, Any]:
+    """Calls, tokens and USD if nothing was asked yet and every first reply can be read."""
+    return _price(one, _work(one, records, {}, released), None)
+
+
+def judge_records(
+    one: judge.Judge,
+    records: Sequence[Record],
+    workdir: str | Path,
+    *,
+    released: bool,
+    stopped: Callable[[], bool],
+    progress: Progress,
+) -> dict[str, Any]:
+    """Judges what has no votes yet; returns who judged, what it cost, and what is unscored.
+
+    `released`: in the release's words too. Raises JudgeError before the first call where the whole
+    would cost more than `max_usd`.
+    """
+    workdir = Path(workdir)
+    with (
+        open_journal(workdir / CALLS) as journal,
+        open_journal(workdir / evidence.JUDGED) as lines,
+    ):
+        cache, purse = asking.Cache(journal), _Purse(one.endpoint, journal.rows)
+        known = {(row["id"], row["kind"], row["judge"]): row for row in lines.rows}
+        work = _work(one, records, known, released)
+        _check_price(one, _price(one, work, cache), purse.usd())
+        for kind, some in work.items():
+            progress(f"judging {len(some)} answers: {kind}")
+            if kind in KINDS:
+                rows = _strict(one, purse, kind, some, cache, stopped, progress)
+            else:
+                rows = _paper(one, purse, kind, some, cache, stopped)
+            new = [row for row in rows if known.get((row["id"], kind, row["judge"])) != row]
+            lines.append(*new)
+            known |= {(row["id"], kind, row["judge"]): row for row in new}
+    counts = {
+        kind: sum(bool(known[r["id"], kind, one.fingerprint]["votes"]) for r in some)
+        for kind, some in _asked(records, released).items()
+    }
+    return dict(
+        judge=one.fingerprint,
+        model=one.endpoint.model,
+        host=outgoing.parse(one.endpoint.url).name,
+        repeats=one.repeats,
+        calls=len(purse.rows),
+        usd=purse.usd(),
+        judged=counts,
+        unscored={k: len(some) - counts[k] for k, some in _asked(records, released).items()},
+    )
+
+
+def case_of(record: Record) -> judge.Case:
+    """What strict shows the judge: the words that the model was shown, and its text alone."""
+    return judge.Case(
+        id=record["id"],
+        question=record["prompt"].replace(PICTURE, "").strip(),
+        context=record["context"],
+        reference=record["answer"],
+        answer=record["text"],
+        data_class=record["data_class"],
+    )
+
+
+def paper_messages(record: Record, model: str) -> list[dict[str, str]]:
+    """The release's; `model`: the name that its visual chat shows the judge with the answer."""
+    said = dict(record.get("released") or ())
+    if record["family"] == "vqa_open":
+        return paper.open_messages(record["prompt"], record["answer"], record["text"])
+    if record["family"] == "multimodal":
+        return paper.multimodal_messages(record["prompt"], record["answer"], record["text"])
+    question = said.get("prompt", record["prompt"])
+    row = {name: said.get(name, "") for name in ("fig_label", "fig_caption", "in_text_mention")}
+    shown = {  # defect 8: the whole record, the model's name in it
+        "question_id": record["id"],
+        "prompt": question,
+        "text": record["text"],
+        "answer_id": record["id"],
+        "model_id": model,
+        "metadata": {},
+    }
+    return paper.chat_messages(row | {"gpt4_answer": record["answer"]}, question, shown)
+
+
+def _asked(records: Sequence[Record], released: bool) -> dict[str, list[Record]]:
+    opened = [r for r in records if r["family"] == "vqa_open" and not r.get("error")]
+    chats = [r for r in records if r["family"] in evidence.COMPARED and not r.get("error")]
+    found = {CORRECT: opened, RELATIVE: chats}
+    if released:
+        found |= {PAPER_OPEN: opened, PAPER_RELATIVE: chats}
+    return {kind: some for kind, some in found.items() if some}
+
+
+def _work(
+    one: judge.Judge, records: Sequence[Record], known: Mapping, released: bool
+) -> dict[str, list[tuple[Record, str]]]:
+    """Kind -> (record, hash of its case) of all that have no votes yet."""
+    work: dict[str, list[tuple[Record, str]]] = {}
+    for kind, some in _asked(records, released).items():
+        for record in some:
+            case = _hash(kind, record)
+            row = known.get((record["id"], kind, one.fingerprint))
+            if row is not None and row["case"] != case:
+                raise judge.JudgeError(
+                    f"item {record['id']}: {kind} was judged on another answer or question; use a "
+                    f"fresh workdir, or remove {evidence.JUDGED}"
+                )
+            if row is None or not row["votes"]:
+                work.setdefault(kind, []).append((record, case))
+    return work
+
+
+def _hash(kind: str, record: Record) -> str:
+    if kind in KINDS:
+        shown: Any = dataclasses.asdict(case_of(record))
+    else:
+        shown = paper_messages(record, "")
+    return hashlib.sha256(json.dumps([kind, shown]).encode()).hexdigest()[:16]
+
+
+def _strict(one, purse, kind, some, cache, stopped, progress) -> Iterator[dict[str, Any]]:
+    """A line an answer, once all are judged."""
+    ask = judge.correctness if kind == CORRECT else judge.relative
+    cases = [case_of(record) for record, _ in some]
+    limited = dataclasses.replace(one, max_usd=purse.left(one.max_usd))
+    found, _ = ask(limited, cases, cache, stopped=stopped, progress=progress)
+    for (record, case), verdict in zip(some, found, strict=True):
+        votes = [list(v) if isinstance(v, tuple) else v for v in verdict.votes]
+        yield _line(one, record, kind, votes, list(verdict.why), case)
+
+
+def _paper(one, purse, kind, some, cache, stopped) -> Iterator[dict[str, Any]]:
+    def enough() -> bool:
+        return stopped() or purse.left(one.max_usd) == 0
+
+    endpoint, found = _own_temperature(one.endpoint), {}
+    asks = _paper_asks(one, [record for record, _ in some])
+    for ask, reply in asking.ask_all(
+        endpoint, asks, cache, concurrency=one.concurrency, stopped=enough
+    ):
+        found[ask.id] = reply
+    for record, case in some:
+        reply = found.get(record["id"], NoReply("not asked: stopped, or max_usd is spent"))
+        why = getattr(reply, "problem", str(reply))
+        votes = [reply.text] if isinstance(reply, Reply) and not why else []
+        yield _line(one, record, kind, votes, [why] if why else [], case)
+
+
+def _paper_asks(one: judge.Judge, records: Sequence[Record]) -> Iterator[asking.Ask]:
+    for record in records:
+        messages = paper_messages(record, str(record.get("model") or "model"))
+        yield asking.Ask(id=record["id"], messages=messages, data_class=record["data_class"])
+
+
+def _own_temperature(endpoint: Endpoint) -> Endpoint:
+    """Defect 17: the release sets a temperature and never sends it."""
+    return dataclasses.replace(endpoint, parameters={})
+
+
+def _line(one: judge.Judge, record, kind, votes, why, case) -> dict[str, Any]:
+    return dict(id=record["id"], kind=kind, votes=votes, why=why, judge=one.fingerprint, case=case)
+
+
+def _price(one: judge.Judge, work: Mapping, cache: asking.Cache | None) -> dict[str, Any]:
+    total = dict(calls=0, tokens_in=0, tokens_out=0)
+    for kind, some in work.items():
+        if kind in KINDS:
+            about = judge.estimate(one, KINDS[kind], [case_of(r) for r, _ in some], cache)
+        else:
+            asks = _paper_asks(one, [record for record, _ in some])
+            endpoint = _own_temperature(one.endpoint)
+            about = asking.estimate(endpoint, asks, cache, tokens_out=one.tokens_out)
+        total = {name: total[name] + about[name] for name in total}
+    return total | {"usd": cost(one.endpoint, total["tokens_in"], total["tokens_out"])}
+
+
+def _check_price(one: judge.Judge, about: Mapping[str, Any], spent: float | None) -> None:
+    if one.max_usd is not None and about["usd"] > one.max_usd - spent:
+        raise judge.JudgeError(
+            f"max_usd is {one.max_usd:g}, {spent:.4f} of it spent here, but the rest costs "
+            f"{about['usd']:.4f} USD; raise it, or judge fewer answers"
+        )
+
+
+class _Purse:
+    """USD of all replies of a journal, of earlier runs too; characters count where nobody does."""
+
+    def __init__(self, endpoint: Endpoint, rows: list[dict[str, Any]]):
+        self.rows, self._endpoint, self._seen = rows, endpoint, 0
+        self._tokens_in = self._tokens_out = 0
+
+    def usd(self) -> float | None:
+        """None without prices."""
+        for row in self.rows[self._seen :]:
+            written = len(row["text"]) // asking.CHARS_PER_TOKEN
+            self._tokens_in += row["tokens_in"] or 0
+            self._tokens_out += written if row["tokens_out"] is None else row["tokens_out"]
+            self._seen += 1
+        return cost(self._endpoint, self._tokens_in, self._tokens_out)
+
+    def left(self, most: float | None) -> float | None:
+        """What may still be spent; None without a limit."""
+        return None if most is None else max(0.0, most - self.usd())

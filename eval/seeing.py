@@ -1,0 +1,356 @@
+"""Pictures and captions before a scorer: pictures.jsonl, from embeddings that are kept.
+
+    biomedclip:FOLDER           BiomedCLIP's published files: pictures and texts, BiomedCLIPScore
+    efficientnet_lite0:WHEEL    ImageNet features of pictures only; never called BiomedCLIPScore
+
+    records -> what is to be embedded -> embeddings.jsonl (by content, written a batch at a time)
+            -> a line a record: cosines, the place of its own among the task's; a line a task: KID,
+               diversity
+
+Interrupted, the same command embeds only what is not there; pictures.jsonl is then written whole.
+"""
+
+import base64
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import PIL.Image
+from jaxtyping import Float
+
+from configs import biomedclip as published
+from data.journal import Journal, open_journal
+from data.records import file_sha256
+from eval import evidence, score_picture
+from eval.evidence import Record
+from medmax_jax import biomedclip, biomedclip_files, biomedclip_inputs, efficientnet, images
+from medmax_jax.biomedclip_embed import Embedder
+from medmax_jax.config import build
+
+STORE = "embeddings.jsonl"
+KINDS = ("biomedclip", "efficientnet_lite0")
+BLANK = "blank"  # a grey picture: what not drawing is worth
+SAME = ("RGB", "L")  # modes that both ways prepare alike
+SETS = dict(gamma=1.0, subsets=100)  # KID on unit rows, as score_picture.kid says
+SET_SIZE = 1_000  # rows of a subset, or half of what there is
+Rows = Float[np.ndarray, "n E"]
+
+
+class SeeingError(ValueError):
+    """A scorer that cannot be used; the message names the field and the mend."""
+
+
+class Scorer(Protocol):
+    """Unit rows of pictures, and of texts or None. `released`: can prepare as the release did."""
+
+    name: str
+    fingerprint: str
+    batch: int
+
+    def pictures(self, some: Sequence[PIL.Image.Image], *, released: bool) -> Rows: ...
+
+    def texts(self, some: Sequence[str]) -> Rows | None: ...
+
+
+class Clip:
+    """BiomedCLIP from its published folder."""
+
+    name = "biomedclip"
+
+    def __init__(self, model: Any, words: Any, *, size: int, fingerprint: str, batch: int):
+        self._embedder, self._words, self._size = Embedder(model, batch=batch), words, size
+        self.fingerprint, self.batch = fingerprint, batch
+
+    def pictures(self, some: Sequence[PIL.Image.Image], *, released: bool) -> Rows:
+        each = [biomedclip_inputs.pixels(x, size=self._size, released=released) for x in some]
+        return self._embedder.images(each)
+
+    def texts(self, some: Sequence[str]) -> Rows:
+        return self._embedder.texts(self._words.ids(some))
+
+
+class Lite:
+    """EfficientNet-Lite0: pictures only."""
+
+    name = "efficientnet_lite0"
+
+    def __init__(self, weights: efficientnet.Weights, *, batch: int):
+        self._weights, self.fingerprint, self.batch = weights, efficientnet.SHA256[:16], batch
+
+    def pictures(self, some: Sequence[PIL.Image.Image], *, released: bool) -> Rows:
+        each = [efficientnet.pixels(x) for x in some]
+        full = np.stack([*each, *each[:1] * (self.batch - len(each))])  # one shape, compiled once
+        return np.asarray(efficientnet.embeddings(self._weights, full))[: len(each)]
+
+    def texts(self, some: Sequence[str]) -> None:
+        return None
+
+
+def open_scorer(name: str, *, batch: int, sizes: biomedclip.Sizes | None = None) -> Scorer:
+    """`name`: KIND:PATH. `sizes`: of BiomedCLIP; None: the published ones."""
+    kind, _, path = name.partition(":")
+    if kind not in KINDS or not path:
+        raise SeeingError(
+            f"scorers: {name!r} is none; write biomedclip:FOLDER or efficientnet_lite0:WHEEL"
+        )
+    if kind == "efficientnet_lite0":
+        return Lite(efficientnet.load(path), batch=batch)
+    sizes = sizes or build(biomedclip.Sizes, published.get_config())
+    model, words = biomedclip_files.load(path, sizes)
+    files = [Path(path) / file for file in (biomedclip_files.SAFE, biomedclip_files.BIN)]
+    stamp = file_sha256(next(file for file in files if file.is_file()))[:16]
+    return Clip(model, words, size=sizes.image.size, fingerprint=stamp, batch=batch)
+
+
+def see(
+    records: Sequence[Record],
+    scorers: Sequence[Scorer],
+    workdir: str | Path,
+    *,
+    images_folder: str | Path,
+    seed: int,
+    progress: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """Writes pictures.jsonl; returns {task, scorer, metric, ...} of whole sets of pictures."""
+    workdir = Path(workdir)
+    some = [r for r in records if r["family"] in evidence.SEEN and not r.get("error")]
+    lines, sets = [], []
+    for scorer in scorers:
+        with open_journal(workdir / STORE) as journal:
+            view = _View(scorer, journal, workdir, Path(images_folder))
+            view.embed(some, progress)
+        for task in dict.fromkeys(record["task"] for record in some):
+            told = {r["id"]: view.problem(r) for r in some if r["task"] == task}
+            part = [r for r in some if r["id"] in told and not told[r["id"]]]
+            lines += [_line(view, {"id": i}) | {"problem": why} for i, why in told.items() if why]
+            if not part:
+                continue
+            lines += _lines(view, part)
+            sets += [
+                dict(task=task, scorer=scorer.name, fingerprint=scorer.fingerprint) | one
+                for one in _sets(view, part, seed)
+            ]
+    partial = workdir / f"{evidence.PICTURES}.partial"
+    partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    partial.replace(workdir / evidence.PICTURES)
+    return sets
+
+
+@dataclasses.dataclass(frozen=True)
+class _Want:
+    """Something to embed. `key`: what it is by content, "" where it cannot be read."""
+
+    key: str
+    what: Path | str
+    released: bool = False
+
+
+class _View:
+    """A scorer's embeddings of a workdir, by content."""
+
+    def __init__(self, scorer: Scorer, journal: Journal, workdir: Path, folder: Path):
+        self.scorer, self._journal, self._workdir, self._folder = scorer, journal, workdir, folder
+        self._rows: dict[str, np.ndarray] = {
+            row["key"]: np.frombuffer(base64.b64decode(row["unit"]), np.float32)
+            for row in journal.rows
+            if row["scorer"] == scorer.fingerprint
+        }
+        self._keys: dict[Path, tuple[str, bool]] = {}
+        self._problems: dict[str, str] = {}
+        self.reads = scorer.name not in evidence.PICTURES_ONLY
+
+    def embed(self, records: Sequence[Record], progress: Callable[[str], None]) -> None:
+        wanted = {w.key: w for r in records if not self._missing(r) for w in self._wanted(r)}
+        todo = [want for key, want in wanted.items() if key not in self._rows]
+        progress(f"{self.scorer.name}: {len(todo)} pictures and texts to embed")
+        for released in (False, True):
+            pictures = [w for w in todo if isinstance(w.what, Path) and w.released == released]
+            for part in _parts(pictures, self.scorer.batch):
+                loaded = [(want, one) for want in part if (one := self._open(want)) is not None]
+                if loaded:
+                    rows = self.scorer.pictures([one for _, one in loaded], released=released)
+                    self._put([want for want, _ in loaded], rows)
+        words = [want for want in todo if isinstance(want.what, str)]
+        for part in _parts(words, self.scorer.batch):
+            self._put(part, self.scorer.texts([want.what for want in part]))
+
+    def problem(self, record: Record) -> str:
+        """Why a record has no scores; "" where it has."""
+        if missing := self._missing(record):
+            return missing
+        return next(
+            (self._problems[w.key] for w in self._wanted(record) if w.key in self._problems), ""
+        )
+
+    def drawn(self, record: Record) -> list[np.ndarray]:
+        return [self._rows[self._key(self._workdir / name)] for name in record["images"]]
+
+    def released(self, record: Record) -> list[np.ndarray]:
+        """Prepared as the release did."""
+        return [self._rows[self._key(path, released=True)] for path in self.paths(record)]
+
+    def shown(self, record: Record) -> np.ndarray | None:
+        """The picture of the item: shown, or the reference of what was to be drawn."""
+        path = self._folder / record["image"]
+        return self._rows[self._key(path)] if record["image"] and path.is_file() else None
+
+    def text(self, words: str) -> np.ndarray:
+        return self._rows[_text_key(words)]
+
+    def blank(self) -> np.ndarray:
+        return self._rows[BLANK]
+
+    def paths(self, record: Record) -> list[Path]:
+        """Whose cosines with the text count: the picture shown, or those drawn."""
+        if record["family"] == "captioning":
+            return [self._folder / record["image"]]
+        return [self._workdir / name for name in record["images"]]
+
+    def _wanted(self, record: Record) -> Iterator[_Want]:
+        paths = [self._workdir / name for name in record["images"]]
+        if record["image"] and (self._folder / record["image"]).is_file():
+            paths.append(self._folder / record["image"])
+        for path in paths:
+            yield _Want(self._key(path), path)
+        if self.reads:
+            for path in self.paths(record):
+                yield _Want(self._key(path, released=True), path, released=True)
+            for words in (record["text"], record["answer"], record["prompt"]):
+                yield _Want(_text_key(words), words)
+        if record["family"] != "captioning":
+            yield _Want(BLANK, _blank(self._workdir))
+
+    def _missing(self, record: Record) -> str:
+        paths = self.paths(record) + [self._workdir / name for name in record["images"]]
+        return next((f"{path}: no such file" for path in paths if not path.is_file()), "")
+
+    def _key(self, path: Path, *, released: bool = False) -> str:
+        """By bytes. The release's way differs where it resized before it converted."""
+        if path not in self._keys:
+            self._keys[path] = file_sha256(path), _mode(path) in SAME
+        digest, same = self._keys[path]
+        return digest + (" released" if released and not same else "")
+
+    def _open(self, want: _Want) -> PIL.Image.Image | None:
+        try:
+            checked = images.load(want.what, max_pixels=images.MAX_PIXELS)
+            if not want.released:
+                return checked
+            with PIL.Image.open(want.what) as picture:
+                picture.load()
+                return picture.copy()
+        except images.ImageError as error:
+            self._problems[want.key] = str(error)
+            return None
+
+    def _put(self, part: Sequence[_Want], rows: Rows) -> None:
+        lines = []
+        for want, row in zip(part, np.asarray(rows, np.float32), strict=True):
+            self._rows[want.key] = row
+            unit = base64.b64encode(row.tobytes()).decode()
+            lines.append(dict(scorer=self.scorer.fingerprint, key=want.key, unit=unit))
+        self._journal.append(*lines)
+
+
+def _lines(view: _View, records: Sequence[Record]) -> Iterator[dict[str, Any]]:
+    ranks = _ranks(view, records)
+    for record in records:
+        line = _line(view, record) | _cosines(view, record)
+        if record["id"] in ranks:
+            line |= dict(rank=ranks[record["id"]], of=len(records))
+        yield line
+
+
+def _line(view: _View, record: Record) -> dict[str, Any]:
+    return dict(id=record["id"], scorer=view.scorer.name, fingerprint=view.scorer.fingerprint)
+
+
+def _cosines(view: _View, record: Record) -> dict[str, Any]:
+    family, shown = record["family"], view.shown(record)
+    found: dict[str, Any] = {}
+    if family == "captioning":
+        if not view.reads:
+            return {}
+        said, wanted = view.text(record["text"]), view.text(record["answer"])
+        (prepared,) = view.released(record)
+        found = dict(image_text=[_dot(shown, said)], image_text_released=[_dot(prepared, said)])
+        found["text_text"] = _dot(said, wanted)
+        both = score_picture.combined(shown[None], said[None], [wanted[None]])
+        return found | {"combined": float(both[0])}
+    drawn, blank = view.drawn(record), view.blank()
+    if view.reads and family == "image_generation":
+        asked = view.text(record["prompt"])
+        prepared = view.released(record)
+        found["image_text"] = [_dot(one, asked) for one in drawn]
+        found["image_text_released"] = [_dot(one, asked) for one in prepared]
+        found["blank_image_text"] = _dot(blank, asked)
+    if shown is not None:
+        found["image_image"] = [_dot(one, shown) for one in drawn]
+        found["blank_image_image"] = _dot(blank, shown)
+    return found
+
+
+def _ranks(view: _View, records: Sequence[Record]) -> dict[str, float]:
+    """The place of an item's own picture or prompt among the task's; who drew none is the last."""
+    if not view.reads or len(records) < 2:
+        return {}
+    family = records[0]["family"]
+    if family == "captioning":
+        said = np.stack([view.text(record["text"]) for record in records])
+        places = score_picture.ranks(said, np.stack([view.shown(record) for record in records]))
+    elif family == "image_generation":
+        drawn = [view.drawn(record) for record in records]
+        first = np.stack([some[0] if some else view.blank() for some in drawn])
+        asked = np.stack([view.text(record["prompt"]) for record in records])
+        places = score_picture.ranks(first, asked)
+        places = np.where([bool(some) for some in drawn], places, float(len(records)))
+    else:
+        return {}
+    return {r["id"]: float(place) for r, place in zip(records, places, strict=True)}
+
+
+def _sets(view: _View, records: Sequence[Record], seed: int) -> Iterator[dict[str, Any]]:
+    """KID against the references, and diversity of what was drawn beside theirs."""
+    if records[0]["family"] == "captioning":
+        return
+    made = [row for record in records for row in view.drawn(record)[:1]]
+    real = [row for record in records if (row := view.shown(record)) is not None]
+    if len(made) >= 2:
+        theirs = score_picture.diversity(np.stack(real)) if len(real) >= 2 else None
+        value = score_picture.diversity(np.stack(made))
+        yield dict(metric="diversity", n=len(made), value=value, references=theirs)
+    size = min(SET_SIZE, len(made) // 2, len(real) // 2)
+    if size >= 2:
+        kid = score_picture.kid(np.stack(real), np.stack(made), size=size, seed=seed, **SETS)
+        yield dict(metric="kid", n=len(made), value=kid.mean, std=kid.std, size=size)
+
+
+def _dot(a: np.ndarray, b: np.ndarray) -> float:
+    return float(score_picture.cosine(a[None], b[None])[0])
+
+
+def _mode(path: Path) -> str:
+    try:
+        with PIL.Image.open(path) as picture:
+            return picture.mode
+    except (OSError, ValueError, PIL.Image.DecompressionBombError):
+        return ""  # told when it is opened
+
+
+def _blank(workdir: Path) -> Path:
+    path = workdir / "blank.png"
+    if not path.exists():
+        PIL.Image.new("RGB", (256, 256), (128, 128, 128)).save(path)
+    return path
+
+
+def _text_key(words: str) -> str:
+    return "text " + hashlib.sha256(words.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _parts(some: Sequence[_Want], size: int) -> Iterable[Sequence[_Want]]:
+    return (some[start : start + size] for start in range(0, len(some), size))
