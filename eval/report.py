@@ -16,7 +16,7 @@ from typing import Any
 from absl import app, flags
 from PIL import Image
 
-from eval import loop, report_tables
+from eval import evidence, loop, report_tables, scoring
 from eval.report_tables import Values
 from medmax_jax import page
 
@@ -60,14 +60,10 @@ def write(
     records: Sequence[Mapping[str, Any]],
     *,
     images_folder: str | Path,
-    values: Values | None = None,
 ) -> None:
-    """The page of one run: `summary` as eval.run writes it, pictures from beside `path`.
-
-    `values`: scoring.table with what judge and scorers said; None: without them.
-    """
+    """The page of one run: `summary` as eval.run writes it, the rest from beside `path`."""
     path = Path(path)
-    values = report_tables.table_of(records) if values is None else values
+    values = scoring.table(records, evidence.read(path.parent))
     body = _who(summary) + _scores(summary) + _published(summary)
     for baseline in summary["baselines"]:
         body += page.section(

@@ -8,7 +8,7 @@ import collections
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from eval import cards, scoring, stats, strict
+from eval import cards, stats, strict
 
 Row = Mapping[str, Any]
 Values = Mapping[tuple[str, str], Mapping[str, tuple[str, float]]]  # as scoring.table gives them
@@ -228,11 +228,6 @@ def failure(record: Row, known: Mapping[str, tuple[str, float]]) -> str:
             return "unparsed"
     value = known.get(record["id"], ("", 1.0))[1]
     return "wrong" if value == 0.0 else ""
-
-
-def table_of(records: Sequence[Row]) -> Values:
-    """Values of records whose judge and scorers are not known here."""
-    return scoring.table(records)
 
 
 def interval(row: Row, scale: float = 1.0) -> str:
