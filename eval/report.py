@@ -74,8 +74,8 @@ def write(
         body += page.section("Ceiling of modality_match", rows_table([ceiling]))
     body += "".join(_section(summary, key, title) for key, title in SECTIONS)
     body += _slices(summary, records, values) + _failures(summary, records, values)
-    if missing := report_tables.not_run(summary):
-        body += page.section("Not run", rows_table(missing))
+    if missing := report_tables.not_run(summary, records):
+        body += page.section("Not run, or without a score", rows_table(missing))
     for task in dict.fromkeys(record["task"] for record in records):
         some = [record for record in records if record["task"] == task]
         body += page.section(f"Examples: {task}", examples(some, path.parent, Path(images_folder)))

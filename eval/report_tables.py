@@ -107,13 +107,15 @@ def published(summary: Mapping[str, Any]) -> list[tuple[str, list[dict[str, Any]
     ]
 
 
-def not_run(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+def not_run(summary: Mapping[str, Any], records: Sequence[Row]) -> list[dict[str, Any]]:
     """Tasks of the suite that have no score here, and why."""
     have = {row["task"] for row in summary["scores"]}
     told = {one["task"]: one["why"] for one in summary.get("not_run", ())}
     if have & set(cards.CARDS):  # the embedded sample is another suite
         absent = {task: "no items of it were given" for task in cards.CARDS if task not in have}
         told = absent | told
+    asked = dict.fromkeys(record["task"] for record in records if record["task"] not in have)
+    told |= {task: "answered, but no scorer said how well; see config.scorers" for task in asked}
     return [
         {
             "task": task,
