@@ -50,10 +50,11 @@ def get_config() -> ConfigDict:
     config.mode = "strict"  # of generation; paper: as the release asks, with its bounds
     config.prompt = "sft"  # the release's wordings: sft, chameleon or default
     config.baselines = "blind,constant,majority,random"  # floors; blind: see eval/baselines.py
-    config.probes = "swapped"  # the same questions asked in another way
-    config.options = False  # also: the likelihoods of the options of closed and mcq questions
-    config.scorers = ""  # of pictures: efficientnet_lite0, biomedclip:FOLDER
-    config.train_records = ""  # folder or prefix of training records; empty: contamination unknown
+    config.probes = "blank,shuffled,swapped,rotated"  # the same questions asked in another way
+    config.options = True  # also: the likelihoods of the options of closed and mcq questions
+    config.scorers = ""  # of pictures: efficientnet_lite0:WHEEL, biomedclip:FOLDER
+    config.train_records = ""  # folder of training records; empty: contamination unknown
+    config.train_model = ""  # model folder that wrote them; empty: the one that is evaluated
     config.judge = ConfigDict(
         dict(
             endpoint="",  # MODEL@URL; empty: nobody judges
@@ -61,6 +62,7 @@ def get_config() -> ConfigDict:
             attempts=3,  # calls for one vote until a reply can be read
             seed=0,
             tokens_out=200,  # of a reply, for the estimate
+            paper=False,  # ask in the words of the release too, for the score of the paper
             service=service(),
         )
     )

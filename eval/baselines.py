@@ -90,6 +90,8 @@ def floors(
     names: Sequence[str],
     items: Sequence[Item],
     records: Sequence[Mapping[str, Any]],
+    *,
+    mode: str,
     **numbers: Any,
 ) -> list[dict[str, Any]]:
     """Scores of each floor on the records' words: {name, says, scores}. Not of pictures."""
@@ -100,7 +102,7 @@ def floors(
     for name in (name for name in names if name != "blind"):
         said = answers(name, items, seed=seed)
         clean = [dict(r) | {"error": ""} for r in asked]  # the model's failures are not the floor's
-        scores = scoring.summary(scoring.answered(clean, said), **numbers)
+        scores = scoring.summary(scoring.answered(clean, said), mode=mode, **numbers)
         found.append(dict(name=name, says=SAYS[name], scores=scores))
     return found
 

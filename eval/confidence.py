@@ -25,7 +25,7 @@ OPTIONS = "options.jsonl"
 BINS = 10  # of the calibration error, of equally many answers
 COVERAGE = 0.8
 WINDOW = 256  # items that a model is given at once
-ABSENT = "n/a: this model gives no likelihoods of options (it has no score_options)"
+ABSENT = "n/a: this model has no score_options"
 
 
 def options_of(item: tasks.Item) -> list[str]:
@@ -50,6 +50,7 @@ def score(
     items: Sequence[tasks.Item],
     *,
     mode: str,
+    prompt: str,
     images_folder: str | Path,
     out: str | Path,
     progress: Callable[[str], None],
@@ -57,7 +58,7 @@ def score(
     """A line an item that has options, in order; what `out` holds is kept. [] for other models."""
     scorer = getattr(model, "score_options", None)
     if scorer is None:
-        progress(ABSENT)
+        progress(f"options: {absent(model)}")
         return []
     out = Path(out)
     known = {line["id"]: line for line in loop.read(out)}
@@ -73,7 +74,7 @@ def score(
     with open(out, "a", encoding="utf-8") as file:
         for start in range(0, len(todo), WINDOW):
             some = todo[start : start + WINDOW]
-            asks = [loop.ask(item, Path(images_folder), mode) for item in some]
+            asks = [loop.ask(item, Path(images_folder), mode, prompt) for item in some]
             found = scorer(asks, [options_of(item) for item in some])
             lines = [_line(model, i, logs) for i, logs in zip(some, found, strict=True)]
             file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
@@ -83,15 +84,23 @@ def score(
     return [known[item.id] for item in asked]
 
 
-def summary(
-    lines: Sequence[dict[str, Any]], *, n_items: int, seed: int, resamples: int
-) -> dict[str, Any]:
-    """{reason, rows, left_out}: rows {task, metric, n, groups, value, ci_low, ci_high}.
+def absent(model: Any) -> str:
+    """Why a model has no likelihoods; "" if it has."""
+    if getattr(model, "score_options", None) is not None:
+        return ""
+    why = getattr(model, "no_options", "")
+    return f"n/a: {why}" if why else ABSENT
 
-    `n_items`: closed and multiple choice items of the run.
+
+def summary(
+    lines: Sequence[dict[str, Any]], *, n_items: int, reason: str, seed: int, resamples: int
+) -> dict[str, Any]:
+    """{reason, rows, left_out, curves}: rows {task, metric, n, groups, value, ci_low, ci_high}.
+
+    `n_items`: closed and multiple choice items of the run. `reason`: why there are no lines.
     """
     if not lines:
-        return dict(reason=ABSENT if n_items else "no closed or multiple choice items", rows=[])
+        return dict(reason=reason or "no item has options that can be read", rows=[])
     rows = []
     for task in dict.fromkeys(line["task"] for line in lines):
         some = [line for line in lines if line["task"] == task]

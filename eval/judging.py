@@ -23,7 +23,9 @@ from data import asking, outgoing
 from data.endpoint import Endpoint, NoReply, Reply, cost
 from data.journal import open_journal
 from eval import evidence, judge, paper
+from eval.endpoint_model import connect
 from eval.evidence import CORRECT, PAPER_OPEN, PAPER_RELATIVE, RELATIVE, Record
+from eval.settings import JudgeSettings
 
 CALLS = "judge_calls.jsonl"
 KINDS = {CORRECT: judge.CORRECT, RELATIVE: judge.RELATIVE}
@@ -31,51 +33,18 @@ PICTURE = "<image>"  # where a row wants its picture; no word of the question
 Progress = Callable[[str], None]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """The judge as configs/eval_*.py name it; `hosts`: where credentialed texts may go.
-
-    paper: ask in the release's words too, for the paper's score of the same records.
-    """
-
-    model: str
-    url: str
-    hosts: tuple[str, ...]
-    key_env: str
-    temperature: float
-    max_tokens: int
-    repeats: int
-    attempts: int
-    concurrency: int
-    seed: int
-    timeout_s: float
-    retries: int
-    max_wait_s: float
-    max_reply_bytes: int
-    price_in: float | None
-    price_out: float | None
-    max_usd: float | None
-    tokens_out: int
-    paper: bool
-
-
-def judge_of(settings: Settings) -> judge.Judge:
+def judge_of(settings: JudgeSettings) -> judge.Judge:
     """The judge of a config."""
-    endpoint = Endpoint(
-        model=settings.model,
-        url=settings.url,
-        parameters={"temperature": settings.temperature, "max_tokens": settings.max_tokens},
-        listed=outgoing.hosts(settings.hosts),
-        key_env=settings.key_env,
-        timeout_s=settings.timeout_s,
-        retries=settings.retries,
-        max_wait_s=settings.max_wait_s,
-        max_reply_bytes=settings.max_reply_bytes,
-        price_in=settings.price_in,
-        price_out=settings.price_out,
+    endpoint = connect(settings.endpoint, settings.service, field="judge.service")
+    return judge.Judge(
+        endpoint=dataclasses.replace(endpoint, takes_cut=False),  # a verdict stands at the end
+        repeats=settings.repeats,
+        attempts=settings.attempts,
+        concurrency=settings.service.concurrency,
+        seed=settings.seed,
+        max_usd=settings.service.max_usd,
+        tokens_out=settings.tokens_out,
     )
-    names = ("repeats", "attempts", "concurrency", "seed", "max_usd", "tokens_out")
-    return judge.Judge(endpoint=endpoint, **{name: getattr(settings, name) for name in names})
 
 
 def estimate(one: judge.Judge, records: Sequence[Record], *, released: bool) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data import asking
-from eval import endpoint_model, history, loop, opening, tasks
+from eval import endpoint_model, history, loop, opening, probes, tasks
 from eval.settings import Settings
 from eval.suites import Suite
 
@@ -31,12 +31,11 @@ def plan(
     done = {record["id"] for path in paths for record in loop.read(path)}
     left = [item for item in mine if item.id not in done]
     asks = [loop.ask(item, found.folder, settings.mode, settings.prompt) for item in left]
-    closed = sum(item.family == "vqa_closed" for item in mine)
     about = dict(
         items=len(mine),
         requests=len(left),
         by_family={f: n for f in tasks.FAMILIES if (n := sum(i.family == f for i in left))},
-        probe_requests=closed * len(settings.probes),
+        probe_requests=probes.count(mine, settings.probes),
         judge_calls=judge_calls(settings, mine),
         **_tokens(settings, named, asks, shard.file(workdir / opening.CALLS)),
         minutes=_minutes(workdir, shard, len(left)),

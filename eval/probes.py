@@ -128,6 +128,13 @@ def asked(items: Sequence[Item], names: Sequence[str]) -> dict[str, Callable[...
     return made
 
 
+def count(items: Sequence[Item], names: Sequence[str]) -> int:
+    """Requests of the probes, at most."""
+    some = [i for i in items if i.family in ASKED and FAMILIES[i.family].shows_image]
+    turns = sum(max(0, len(score_text.spans(i.prompt)) - 1) for i in some if i.family == "vqa_mcq")
+    return len(some) * len(set(names) - {"rotated"}) + turns * ("rotated" in names)
+
+
 def summary(
     records: Sequence[Record],
     probed: Mapping[str, Sequence[Record]],

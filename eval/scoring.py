@@ -54,6 +54,16 @@ def summary(
     return rows
 
 
+def not_judged(records: Sequence[Record], known: Evidence = NONE) -> list[str]:
+    """Tasks whose headline needs a judge and has none: they have text metrics only."""
+    wanted = {"vqa_open": evidence.CORRECT} | dict.fromkeys(evidence.COMPARED, evidence.RELATIVE)
+    return [
+        task
+        for task, some in tasks_of(records).items()
+        if (kind := wanted.get(some[0]["family"])) and kind not in known.judged
+    ]
+
+
 def tasks_of(records: Sequence[Record]) -> dict[str, list[Record]]:
     """Task -> its records, the primary task first."""
     found: dict[str, list[Record]] = {}

@@ -38,13 +38,17 @@ class Service:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JudgeSettings:
-    """Who judges, MODEL@URL; "" for nobody. The others: eval/judge.py."""
+    """Who judges, MODEL@URL; "" for nobody. `paper`: in the release's words too.
+
+    The others: eval/judge.py.
+    """
 
     endpoint: str
     repeats: int
     attempts: int
     seed: int
     tokens_out: int
+    paper: bool
     service: Service
 
 
@@ -64,6 +68,7 @@ class Settings:
     options: bool
     scorers: tuple[str, ...]
     train_records: str
+    train_model: str
     judge: JudgeSettings
     service: Service
     rows: int

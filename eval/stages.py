@@ -14,14 +14,19 @@ from typing import Any
 
 from eval import (
     baselines,
+    confidence,
+    contamination,
     endpoint_model,
+    evidence,
     history,
+    judging,
     loop,
     opening,
     plan,
     probes,
     report,
     scoring,
+    seeing,
     tasks,
 )
 from eval.settings import Settings
@@ -42,6 +47,7 @@ class Run:
     opened: opening.Opened
     shard: loop.Shard
     progress: Callable[[str], None]
+    stopped: Callable[[], bool]
     facts: dict[str, str]
 
     @property
@@ -53,14 +59,14 @@ class Run:
         modes = getattr(self.opened.model, "modes", None)
         return [i for i in items if modes is None or tasks.FAMILIES[i.family].mode in modes]
 
-    def ask(self, items, name: str, **more) -> list[dict[str, Any]]:
+    def ask(self, items, name: str, *, folder: Path | None = None, **more) -> list[dict[str, Any]]:
         """The records of items, in WORKDIR/NAME.jsonl, asked as the settings say."""
         return loop.evaluate(
             self.opened.model,
             items,
             mode=self.settings.mode,
             prompt=self.settings.prompt,
-            images_folder=self.found.folder,
+            images_folder=folder or self.found.folder,
             out=self.workdir / f"{name}.jsonl",
             progress=self.progress,
             window=self.settings.window,
@@ -98,6 +104,7 @@ def run(
         shard=part,
         dry_run=dry_run,
         progress=progress,
+        stopped=stopped,
     )
 
 
@@ -111,6 +118,7 @@ def run_named(
     shard: loop.Shard = loop.WHOLE,
     dry_run: bool = False,
     progress: Callable[[str], None],
+    stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any] | None:
     """The same of items and a model at hand; `opened` is called once all is checked and told."""
     check_images(found)
@@ -126,6 +134,7 @@ def run_named(
         opened=opened(),
         shard=shard,
         progress=progress,
+        stopped=stopped,
         facts=facts,
     )
     try:
@@ -140,9 +149,11 @@ def _stages(now: Run) -> dict[str, Any] | None:
     if now.shard.count > 1:
         now.progress(f"part {now.shard} is done; without --shard all parts are scored together")
         return None
-    judge(now, records)
-    see(now, records)
-    summary = summarise(now, records, probed)
+    lines = options(now)
+    judged = judge(now, records)
+    sets = see(now, records)
+    compared = contaminated(now)
+    summary = summarise(now, records, probed, lines, judged, sets, compared)
     write_report(now, summary, records)
     return summary
 
@@ -195,30 +206,83 @@ def answer(now: Run) -> list[dict[str, Any]]:
 
 def probe(now: Run) -> dict[str, list[dict[str, Any]]]:
     """Probe -> records of the same items asked in another way."""
-    found = {}
-    closed = [item for item in now.found.items if item.family == "vqa_closed"]
-    for name in now.settings.probes:
-        if name != "swapped":
-            raise loop.EvalError(f"config.probes has {name!r}; use swapped")
-        if closed:
-            items = probes.swapped(closed, seed=now.settings.seed)
-            found[name] = now.ask(items, f"probe_{name}")
+    found, blank = {}, now.workdir / "probe_blank_image"
+    made = probes.asked(now.able(now.found.items), now.settings.probes)
+    for name, items_of in made.items():
+        items = items_of(now.settings.seed, blank)
+        folder = blank if name == "blank" else None
+        found[name] = now.ask(items, f"probe_{name}", folder=folder)
     return found
 
 
-def judge(now: Run, records: list[dict[str, Any]]) -> None:
-    """judged.jsonl, if there is a judge."""
+def options(now: Run) -> list[dict[str, Any]] | None:
+    """Likelihoods of the options of closed and multiple choice questions; None if not asked for."""
+    if not now.settings.options:
+        return None
+    return confidence.score(
+        now.opened.model,
+        now.found.items,
+        mode=now.settings.mode,
+        prompt=now.settings.prompt,
+        images_folder=now.found.folder,
+        out=now.workdir / confidence.OPTIONS,
+        progress=now.progress,
+    )
 
 
-def see(now: Run, records: list[dict[str, Any]]) -> None:
-    """pictures.jsonl, if there are scorers."""
+def judge(now: Run, records: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """judged.jsonl, and who judged; None without a judge."""
+    settings = now.settings.judge
+    if not settings.endpoint:
+        return None
+    return judging.judge_records(
+        judging.judge_of(settings),
+        records,
+        now.workdir,
+        released=settings.paper,
+        stopped=now.stopped,
+        progress=now.progress,
+    )
 
 
-def summarise(now: Run, records, probed) -> dict[str, Any]:
+def see(now: Run, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """pictures.jsonl, if there are scorers; scores of whole sets of pictures."""
+    if not now.settings.scorers:
+        return []
+    return seeing.see(
+        records,
+        [seeing.open_scorer(name, batch=now.settings.rows) for name in now.settings.scorers],
+        now.workdir,
+        images_folder=now.found.folder,
+        seed=now.settings.seed,
+        progress=now.progress,
+    )
+
+
+def contaminated(now: Run) -> dict[str, Any] | None:
+    """What of the items was compared with training records; None where none are named."""
+    settings, named = now.settings, now.opened.named
+    if not settings.train_records:
+        return None
+    if not settings.train_model and named.kind != "native":
+        raise loop.EvalError("config.train_model is empty; name the folder that wrote the records")
+    return contamination.find(
+        now.found.items,
+        settings.train_records,
+        now.workdir,
+        model=settings.train_model or named.where,
+        images_folder=now.found.folder,
+        progress=now.progress,
+    )
+
+
+def summarise(now: Run, records, probed, lines, judged, sets, compared) -> dict[str, Any]:
     """summary.json: scores, floors, and what made them."""
     named, numbers = now.opened.named, now.numbers
-    scores = scoring.summary(records, **numbers)
-    floors = baselines.floors(now.settings.baselines, now.found.items, records, **numbers)
+    known = evidence.read(now.workdir, judge=judged["judge"] if judged else None)
+    told = dict(mode=now.settings.mode, **numbers)
+    scores = scoring.summary(records, known, **told)
+    floors = baselines.floors(now.settings.baselines, now.found.items, records, **told)
     baselines.beside(scores, floors)
     summary = {
         "model": named.where,
@@ -230,6 +294,13 @@ def summarise(now: Run, records, probed) -> dict[str, Any]:
         "floors": floors,
         "baselines": _rivals(now, records, probed),
         "not_run": not_run(now),
+        "judge": judged,
+        "not_judged": scoring.not_judged(records, known),
+        "scorers": known.scorers,
+        "picture_sets": sets,
+        "probes": probes.summary(records, probed, **numbers),
+        "calibration": calibrated(now, lines),
+        "contamination": contamination_of(now, records, known, compared),
         "errors": sum(bool(record.get("error")) for record in records),
         "modality_ceiling": now.opened.ceiling(numbers),
         "history": history.totals(now.workdir),
@@ -237,6 +308,25 @@ def summarise(now: Run, records, probed) -> dict[str, Any]:
     }
     loop.write_json(now.workdir / "summary.json", summary)
     return summary
+
+
+def calibrated(now: Run, lines) -> dict[str, Any] | None:
+    """Of the likelihoods of options; None if they were not asked for."""
+    if lines is None:
+        return None
+    items = [i for i in now.found.items if i.family in ("vqa_closed", "vqa_mcq")]
+    reason = confidence.absent(now.opened.model)
+    return confidence.summary(lines, n_items=len(items), reason=reason, **now.numbers)
+
+
+def contamination_of(now: Run, records, known, compared) -> dict[str, Any] | None:
+    """Every headline on the clean and the contaminated part."""
+    if compared is None:
+        return None
+    flags = contamination.read(now.workdir)
+    told = dict(mode=now.settings.mode, **now.numbers)
+    rows = contamination.summary(records, flags, known, **told)
+    return dict(compared=compared, rows=rows)
 
 
 def not_run(now: Run) -> list[dict[str, str]]:
