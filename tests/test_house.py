@@ -24,7 +24,8 @@ MAX_SHIPPED_BYTES = 25_000_000  # of medmax_jax/tiny, all files together
 # The house from the ground up. A module may import only what stands above it in this list.
 ORDER = """
 settings    configs configs.sampling configs.base configs.chameleon_30b configs.tiny
-            configs.tiny_base configs.tiny_vqgan configs.eval_tiny configs.quickstart
+            configs.tiny_base configs.tiny_vqgan configs.eval_tiny configs.eval_suite
+            configs.eval_paper configs.quickstart
             configs.medmax_7b_paper configs.medmax_7b_lora configs.medmax_7b_qlora
             configs.medmax_7b_full configs.chameleon_30b_lora configs.sweep_tiny
             configs.sweep_tiny_lora configs.sweep_medmax_7b_data configs.sample_meta
@@ -71,7 +72,8 @@ machines    medmax_jax.metrics medmax_jax.step medmax_jax.integrity medmax_jax.c
             data.instruct eval.tasks eval.score_image
             eval.models eval.endpoint_model eval.predictions eval.looks eval.loop
             eval.evidence eval.paper_scores eval.scoring eval.baselines eval.probes eval.suites
-            eval.judging eval.seeing eval.confidence eval.contamination medmax_jax.resume
+            eval.judging eval.seeing eval.confidence eval.contamination
+            eval.report_tables medmax_jax.resume
             medmax_jax.runlog medmax_jax.tracking medmax_jax.reports medmax_jax.samples
             medmax_jax.startup medmax_jax.chat eval.comparing
 

@@ -1,0 +1,261 @@
+"""The page: published numbers beside, slices, failures; and the release's prompts by name."""
+
+import json
+import re
+import subprocess
+import sys
+
+import PIL.Image
+import pytest
+from test_eval_rows import CHAT
+
+from data import outgoing
+from eval import cards, evidence, loop, report, report_tables, scoring, tasks
+from medmax_jax import page
+
+NUMBERS = dict(seed=0, resamples=2_000)
+MANY = 24  # questions, so that a slice of half of them is too small and the whole is not
+
+
+def row(task, kind, **changes):
+    columns = dict(prompt="Is it a CT?", answer="yes", image_path="a.png")
+    return dict(task_name=task, question_type=kind) | columns | changes
+
+
+def rows():
+    """All families; SLAKE with slices, and with answers of every kind of failure."""
+    many = [
+        row("slake", "closed", slices={"modality": "CT" if n < 20 else "MRI"}, group=f"g{n}")
+        for n in range(MANY)
+    ]
+    choices = dict(prompt="Which?\nA: CT\nB: MRI", answer="B")
+    chat = dict(prompt="What?\n<image>", answer=repr(CHAT))
+    others = [
+        row("vqa_rad", "open", prompt="Where?", answer="left lung"),
+        row("pmc_vqa", "mcq", **choices),
+        row("image_captioning", "pmc_oa", answer="A CT of the chest."),
+        row("image_generation", "report", prompt="A <b>chest</b> X-ray.", answer=""),
+        row("mm_out", "", prompt="Explain a CT.", answer="It is a CT."),
+        row("visual_chat", "conversation", **chat),
+        row("visual_chat", "detailed_description", **chat),
+    ]
+    return [one | {"id": f"i{n}"} for n, one in enumerate(many + others)]
+
+
+class Scripted:
+    """Says yes, then no, then nothing that can be read; draws where it may."""
+
+    def generate(self, asks):
+        said = ["yes", "no", "<script>alert(1)</script>"]
+        return [
+            [PIL.Image.new("RGB", (32, 32), "teal")] * (ask.mode != "text")
+            + [said[n % 3]] * (ask.mode != "image")
+            for n, ask in enumerate(asks)
+        ]
+
+
+def made(tmp_path, asked=None):
+    """A workdir as eval.run leaves it, with a judge's verdicts and a scorer's cosines."""
+    PIL.Image.new("RGB", (64, 48), "maroon").save(tmp_path / "a.png")
+    items = tasks.from_rows(asked or rows())
+    records = loop.evaluate(
+        Scripted(),
+        items,
+        mode="strict",
+        images_folder=tmp_path,
+        out=tmp_path / "records.jsonl",
+        progress=lambda _: None,
+    )
+    lines = [
+        dict(id=r["id"], kind=kind, votes=votes, why="", judge="j", case="")
+        for r in records
+        for family, kind, votes in (
+            ("vqa_open", "correct", [0.0, 1.0, 0.0]),
+            ("visual_chat", "relative", [[8.0, 6.0], [9.0, 5.0]]),
+        )
+        if r["family"] == family
+    ]
+    put = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / evidence.JUDGED).write_text(put)
+    known = evidence.read(tmp_path)
+    floor = [dict(task="slake_closed", metric="accuracy", value=0.5)]
+    summary = dict(
+        model="scripted & co",
+        adapter="",
+        settings=dict(mode="strict", prompt="sft", images=str(tmp_path), items=["x"], **NUMBERS),
+        scores=scoring.summary(records, known, mode="strict", **NUMBERS),
+        floors=[dict(name="majority", says="the commonest answer", scores=floor)],
+        baselines=[],
+        modality_ceiling=None,
+        judge=dict(model="gpt-4o-mini-2024-07-18", repeats=3),
+        scorers={"efficientnet_lite0": "0123"},
+        probes=[dict(probe="blank", task="slake_closed", metric="accuracy", diff=-0.25, flips=0.5)],
+        calibration=dict(reason="the model gives no likelihoods", rows=[]),
+        contamination=[dict(task="slake_closed", part="clean", value=0.25)],
+    )
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    return summary, records
+
+
+def whole(tmp_path, **changes):
+    summary, records = made(tmp_path)
+    report.write(tmp_path / "report.html", summary | changes, records, images_folder=tmp_path)
+    return (tmp_path / "report.html").read_text()
+
+
+def test_the_page_has_every_part(tmp_path):
+    text = whole(tmp_path)
+    heads = re.findall(r"<h2>(.*?)</h2>", text)
+    assert heads[:3] == ["Scores", "Other metrics", "Beside the published numbers"]
+    for said in (
+        "Probes: the same questions asked in another way",
+        "Options by likelihood, and calibration",
+        "Contamination: the clean and the contaminated part",
+        "By slice",
+        "Failures",
+        "Not run, or without a score",
+        "Examples: multimodal",
+        "Examples: visual_chat_conversation",
+    ):
+        assert said in heads, said
+    for said in (
+        "scripted &amp; co",
+        "gpt-4o-mini-2024-07-18",
+        "efficientnet_lite0",
+        "Not available: the model gives no likelihoods",
+        "Floor majority: the commonest answer.",
+        "image against text only, over 256 tokens cut",  # how published captions were scored
+        "answered, but no scorer said how well",  # generation, without a scorer
+        "HuatuoGPT-Vision 7B",
+    ):
+        assert said in text, said
+
+
+def test_the_page_stands_alone_and_runs_nothing(tmp_path):
+    text = whole(tmp_path)
+    assert page.POLICY in text and "<script" not in text and "<b>chest" not in text
+    assert not re.search(r"(?:src|href)=\"(?!data:)", text)
+    assert text.count("data:image/png") >= 8
+
+
+def test_published_numbers_stand_beside(tmp_path):
+    summary, _ = made(tmp_path)
+    tables = {kind: rows for kind, rows, _ in report_tables.published(summary)}
+    closed = {r["task"]: r for r in tables["accuracy, %"]}
+    assert closed["slake_closed"]["MedMax 7B"] == 88.4
+    assert closed["slake_closed"]["here"] == pytest.approx(100 / 3)
+    assert closed["slake_closed"]["here, as released"] == pytest.approx(100 / 3)
+    chat = {r["task"]: r for r in tables["gpt-4o-mini relative score"]}
+    assert chat["visual_chat_conversation"]["here"] == pytest.approx(100 * 5.5 / 8.5)
+    (caption,) = tables["BiomedCLIP image-text cosine"]
+    assert caption["here"] is None  # the headline is of the words: BiomedCLIP saw nothing here
+    assert caption["here, 95 %"] == "not scored" and caption["MedMax 7B"] == 0.37
+
+
+def test_slices_have_enough_items_or_are_counted(tmp_path):
+    summary, records = made(tmp_path)
+    values = scoring.table(records, evidence.read(tmp_path))
+    rows, few = report_tables.slices(records, values, summary, **NUMBERS)
+    assert [(r["slice"], r["n"]) for r in rows] == [("modality: CT", 20)] and few == 1
+    assert rows[0]["value"] == pytest.approx(7 / 20)
+
+
+def test_failures_are_counted_and_shown(tmp_path):
+    summary, records = made(tmp_path)
+    values = scoring.table(records, evidence.read(tmp_path))
+    counts = {r["task"]: r for r in report_tables.failures(records, values, summary)}
+    slake = counts["slake_closed"]
+    assert (slake["items"], slake["wrong"], slake["unparsed"], slake["errors"]) == (24, 8, 8, 0)
+    records[0] = records[0] | {"text": "", "error": "HTTP 400: too large"}
+    counts = {r["task"]: r for r in report_tables.failures(records, values, summary)}
+    assert counts["slake_closed"]["errors"] == 1 and counts["slake_closed"]["answered"] == 23
+    shown = report_tables.failed_examples(records, values, summary)
+    of_slake = [r["what"] for r in shown if r["task"] == "slake_closed"]
+    assert of_slake == ["error", *["unparsed"] * 3, *["wrong"] * 3]
+    assert any(r["answer"] == "HTTP 400: too large" for r in shown)
+
+
+def test_a_table_of_the_sample_alone(tmp_path):
+    asked = [row("sample_vqa", "closed", id=str(n)) for n in range(3)]
+    summary, records = made(tmp_path, asked)
+    del summary["judge"], summary["scorers"], summary["probes"], summary["contamination"]
+    report.write(tmp_path / "report.html", summary, records, images_folder=tmp_path)
+    text = (tmp_path / "report.html").read_text()
+    assert "Not run" not in text and "Beside the published" not in text
+    assert "nobody: open answers have text metrics only" in text and "Probes" not in text
+
+
+def test_the_page_again_by_the_program(tmp_path):
+    made(tmp_path)
+    command = [sys.executable, "-m", "eval.report", f"--workdir={tmp_path}"]
+    root = report.SAMPLE.parents[1]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Examples: slake_closed" in (tmp_path / "report.html").read_text()
+    (tmp_path / "summary.json").unlink()
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 1 and "run eval.run to its end" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# The release's prompts, by name: what each asks, word for word.
+
+
+def test_sft_and_chameleon(tmp_path):
+    (closed, opened, mcq, caption, drawn, mixed, chat, detailed) = tasks.from_rows(
+        [row("vqa_rad", "closed"), *rows()[MANY:]]
+    )
+    picture = tmp_path / "a.png"
+    asked = {item.task: tasks.parts(item, tmp_path, "chameleon") for item in (closed, opened, mcq)}
+    assert asked["vqa_rad_closed"] == (
+        picture,
+        "Answer the question based on this image and respond 'yes' or 'no'.\n"
+        "Question: Is it a CT?\nAnswer:",
+    )
+    assert asked["vqa_rad_open"][1] == (
+        "Answer the question based on this image.\nQuestion: Where?\nAnswer:"
+    )
+    assert asked["pmc_vqa_mcq"][1] == (
+        "Answer the question based on this image and respond 'A', 'B', 'C', or 'D'.\n"
+        "Question: Which?\nA: CT\nB: MRI\nAnswer:"
+    )
+    more = "Explain a CT. Answer the question with one picture."
+    assert tasks.parts(mixed, tmp_path, "chameleon") == (more,)
+    for name in tasks.PROMPTS:
+        assert tasks.parts(caption, tmp_path, name) == (picture, tasks.CAPTION_PROMPT)
+        assert tasks.parts(drawn, tmp_path, name) == ("A <b>chest</b> X-ray.",)
+        assert tasks.parts(chat, tmp_path, name) == ("What?", picture)
+        assert tasks.parts(detailed, tmp_path, name) == (picture, tasks.DETAILED_PROMPT)
+    for name in ("sft", "default"):
+        assert tasks.parts(closed, tmp_path, name) == (picture, "Is it a CT?")
+        assert tasks.parts(mixed, tmp_path, name) == ("Explain a CT.",)
+    with pytest.raises(tasks.TaskError, match="prompt is 'llava'; use one of sft, chameleon"):
+        tasks.parts(closed, tmp_path, "llava")
+
+
+def test_who_ends_the_turn():
+    for family in tasks.FAMILIES:
+        assert tasks.ends_turn(family, "sft") and not tasks.ends_turn(family, "chameleon")
+        assert tasks.ends_turn(family, "default") == (family == "visual_chat")
+
+
+def test_a_row_says_its_own_class():
+    (item,) = tasks.from_rows([row("image_captioning", "report")])
+    assert item.data_class == outgoing.CREDENTIALED
+    (item,) = tasks.from_rows([row("image_captioning", "report", data_class="open")])
+    assert item.data_class == outgoing.OPEN
+    (item,) = tasks.from_rows([row("my_own", "closed")])
+    assert item.data_class == outgoing.LICENCE_BOUND
+
+
+def test_the_suite_as_a_table():
+    root = report.SAMPLE.parents[1]
+    command = [sys.executable, "-m", "eval.suite"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 + len(cards.CARDS) and "| slake_closed |" in done.stdout
+    assert done.stdout in (root / "docs" / "eval.md").read_text()
+    theirs = [*command, "published"]
+    done = subprocess.run(theirs, cwd=root, capture_output=True, text=True)
+    assert "| captioning_quilt | BiomedCLIP image-text cosine | MedMax 7B | 0.32 |" in done.stdout
