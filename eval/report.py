@@ -28,10 +28,10 @@ NOTES = (
     "Intervals are 95 % percentile bootstraps over groups (patients or volumes), so several "
     "questions about one patient do not pass for several patients.",
     "An answer that cannot be parsed, and one that the judge or a scorer failed on, counts as "
-    "wrong; “best if unread were right” has them all right, and the truth lies between.",
+    "wrong; “at best” has them all right, and the truth lies between.",
     "“Can find” is the least true difference to another model's answers to other questions that "
     "this many groups would show four times of five: smaller ones are no claims.",
-    "“Release's score” scores the same answers as the MedMax release does, with its errors; it is "
+    "“As released” scores the same answers as the MedMax release does, with its errors; it is "
     "for setting beside published numbers and for nothing else.",
     "modality_match is the nearest centroid of training pictures in code and pixel statistics; it "
     "is not BiomedCLIPScore.",
@@ -40,7 +40,7 @@ SECTIONS = (  # keys of the summary that hold rows, or {"reason", "rows"}; as th
     ("probes", "Probes: the same questions asked in another way"),
     ("calibration", "Options by likelihood, and calibration"),
     ("contamination", "Contamination: the clean and the contaminated part"),
-    ("pictures", "Whole sets of pictures"),
+    ("picture_sets", "Whole sets of pictures"),
 )
 
 
@@ -63,15 +63,16 @@ def write(
 ) -> None:
     """The page of one run: `summary` as eval.run writes it, the rest from beside `path`."""
     path = Path(path)
-    values = scoring.table(records, evidence.read(path.parent))
+    values = scoring.table(records, evidence.read(path.parent, judge=_judge(summary)))
     body = _who(summary) + _scores(summary) + _published(summary)
     for baseline in summary["baselines"]:
         body += page.section(
             f"Against: {baseline['name']}",
-            page.paragraph(baseline["says"]) + rows_table(baseline["scores"]),
+            page.paragraph(baseline["says"]) + rows_table(report_tables.folded(baseline["scores"])),
         )
     if ceiling := summary["modality_ceiling"]:
-        body += page.section("Ceiling of modality_match", rows_table([ceiling]))
+        ceiling = rows_table(report_tables.folded([ceiling]))
+        body += page.section("Ceiling of modality_match", ceiling)
     body += "".join(_section(summary, key, title) for key, title in SECTIONS)
     body += _slices(summary, records, values) + _failures(summary, records, values)
     if missing := report_tables.not_run(summary, records):
@@ -132,6 +133,12 @@ def _who(summary: Mapping[str, Any]) -> str:
     return "".join(page.paragraph(line, note=True) for line in lines)
 
 
+def _judge(summary: Mapping[str, Any]) -> str | None:
+    """The fingerprint whose verdicts the summary counts; None: the last who judged."""
+    judge = summary.get("judge")
+    return judge.get("judge") if isinstance(judge, Mapping) else None
+
+
 def _said(value: Any) -> str:
     """A value of the summary in words: a dictionary as "name value, name value"."""
     if isinstance(value, Mapping):
@@ -143,9 +150,14 @@ def _said(value: Any) -> str:
 
 def _scores(summary: Mapping[str, Any]) -> str:
     body = rows_table(report_tables.main_table(summary))
-    for floor in summary.get("floors", ()):
-        body += page.paragraph(f"Floor {floor['name']}: {floor['says']}.", note=True)
+    if unjudged := summary.get("not_judged"):
+        said = f"Not judged, so with metrics of the words only: {', '.join(unjudged)}."
+        body += page.paragraph(said, note=True)
     body = page.section("Scores", body)
+    if floors := report_tables.floors(summary):
+        said = [f"{floor['name']}: {floor['says']}." for floor in summary["floors"]]
+        notes = "".join(page.paragraph(line, note=True) for line in said)
+        body += page.section("Floors", rows_table(floors) + notes)
     if others := report_tables.other_metrics(summary):
         body += page.section("Other metrics", rows_table(others))
     return body
@@ -186,7 +198,9 @@ def _section(summary: Mapping[str, Any], key: str, title: str) -> str:
     reason = found.get("reason", "") if isinstance(found, Mapping) else ""
     rows = found.get("rows", []) if isinstance(found, Mapping) else found
     body = page.paragraph(f"Not available: {reason}") if reason else ""
-    body += rows_table(rows)
+    body += rows_table(report_tables.folded(rows))
+    if isinstance(found, Mapping) and found.get("compared"):
+        body += page.paragraph(f"Compared: {_said(found['compared'])}.", note=True)
     return page.section(title, body) if body else ""
 
 

@@ -31,10 +31,6 @@ def headlines(scores: Sequence[Row]) -> list[Row]:
 
 def main_table(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One row a task; columns that no task has are left out."""
-    floors = {
-        floor["name"]: {(r["task"], r["metric"]): r["value"] for r in floor["scores"]}
-        for floor in summary.get("floors", ())
-    }
     rows = [
         {
             "task": row["task"],
@@ -43,21 +39,30 @@ def main_table(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
             "groups": row["groups"],
             "value": row["value"],
             "95 % interval": interval(row),
-            "best if unread were right": row.get("best"),
+            "at best": row.get("best"),
             "can find": row.get("can_find"),
-            "release's score": row.get("paper"),
-            "its n": row.get("paper_n"),
-            "unparsed": row.get("n_unparsed"),
-            "unscored": row.get("n_unscored"),
-            "errors": row.get("n_errors"),
-        }
-        | {
-            f"floor: {name}": known.get((row["task"], row["metric"]))
-            for name, known in floors.items()
+            "as released": row.get("paper"),
+            "floor": row.get("floor"),
         }
         for row in headlines(summary["scores"])
     ]
     return shrunk(rows)
+
+
+def floors(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Task by floor: what answers without a picture or a model score."""
+    known = {
+        (floor["name"], row["task"], row["metric"]): row["value"]
+        for floor in summary.get("floors", ())
+        for row in floor["scores"]
+    }
+    names = dict.fromkeys(name for name, _, _ in known)
+    rows = [
+        {"task": row["task"], "metric": row["metric"], "the model": row["value"]}
+        | {name: known.get((name, row["task"], row["metric"])) for name in names}
+        for row in headlines(summary["scores"])
+    ]
+    return [row for row in rows if any(row[name] is not None for name in names)]
 
 
 def other_metrics(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -91,12 +96,11 @@ def published(summary: Mapping[str, Any]) -> list[tuple[str, list[dict[str, Any]
         kind = next(iter(metrics))
         ours = row["metric"] == card.metric
         scale = 1.0 if "cosine" in kind else PERCENT
+        released = row.get("paper") if ours else None
         cells = {
             "task": row["task"],
-            "n": row["n"],
-            "here": row["value"] * scale if ours else None,
-            "here, 95 %": interval(row, scale) if ours else "not scored",
-            "here, as released": scaled(row.get("paper"), scale) if ours else None,
+            "here": f"{shown(row['value'], scale)} ({interval(row, scale)})" if ours else None,
+            "as released": None if released is None else shown(released, scale),
         }
         cells |= {p.model: p.value for p in card.published if p.metric == kind}
         found.setdefault(kind, []).append(cells)
@@ -234,14 +238,25 @@ def failure(record: Row, known: Mapping[str, tuple[str, float]]) -> str:
 
 def interval(row: Row, scale: float = 1.0) -> str:
     """ "0.412–0.534" of a row."""
-    digits = 1 if scale == PERCENT else 3
-    low, high = (row[name] * scale for name in ("ci_low", "ci_high"))
-    return f"{low:.{digits}f}–{high:.{digits}f}"
+    return f"{shown(row['ci_low'], scale)}–{shown(row['ci_high'], scale)}"
 
 
-def scaled(value: float | None, scale: float) -> float | None:
-    """A share as percent, or as it is."""
-    return None if value is None else value * scale
+def shown(value: float, scale: float) -> str:
+    """As the published tables write it: percent to one digit, cosines to three here."""
+    return f"{value * scale:.1f}" if scale == PERCENT else f"{value * scale:.3f}"
+
+
+def folded(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Rows with each pair of bounds as one column: ci_low and ci_high, flips_low and flips_high."""
+    found = []
+    for row in rows:
+        kept = {k: v for k, v in row.items() if not k.endswith(("_low", "_high"))}
+        for name in [k.removesuffix("_low") for k in row if k.endswith("_low")]:
+            low, high = row[f"{name}_low"], row.get(f"{name}_high")
+            title = "95 % interval" if name == "ci" else f"{name}, 95 %"
+            kept[title] = None if None in (low, high) else f"{low:.3f}–{high:.3f}"
+        found.append(kept)
+    return found
 
 
 def shrunk(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

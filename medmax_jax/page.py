@@ -39,6 +39,7 @@ th, td { padding: .4rem .7rem; text-align: left; vertical-align: top; overflow-w
   border-bottom: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 600; white-space: nowrap; }
 td { white-space: pre-line; }
+td:first-child { min-width: 8.5rem; }
 th.number { text-align: right; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .figures { display: grid; gap: 1rem;
