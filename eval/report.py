@@ -212,7 +212,7 @@ def _slices(summary, records, values: Values) -> str:
         return ""
     body = rows_table(rows)
     if few:
-        said = f"{few} slices with fewer than {report_tables.LEAST} items are left out."
+        said = f"Left out, with fewer than {report_tables.LEAST} items: {few}."
         body += page.paragraph(said, note=True)
     return page.section("By slice", body)
 
