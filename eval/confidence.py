@@ -12,13 +12,13 @@ normalisation of length. Where the options cannot be read from the question the 
 counted. Models without `score_options` have none of this: n/a, with that reason.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data.journal import open_journal
 from eval import calibration, loop, score_text, stats, tasks
 
 OPTIONS = "options.jsonl"
@@ -60,25 +60,23 @@ def score(
     if scorer is None:
         progress(f"options: {absent(model)}")
         return []
-    out = Path(out)
-    known = {line["id"]: line for line in loop.read(out)}
     asked = [item for item in items if options_of(item) and answer_of(item) is not None]
-    for item in asked:
-        line = known.get(item.id)
-        if line is not None and (line["prompt"], line["image"]) != (item.prompt, item.image):
-            raise loop.EvalError(
-                f"{out}: item {item.id} was another question when it was scored; use a fresh "
-                "workdir"
-            )
-    todo = [item for item in asked if item.id not in known]
-    with open(out, "a", encoding="utf-8") as file:
+    with open_journal(out) as journal:
+        known = {line["id"]: line for line in journal.rows}
+        for item in asked:
+            line = known.get(item.id)
+            if line is not None and (line["prompt"], line["image"]) != (item.prompt, item.image):
+                raise loop.EvalError(
+                    f"{out}: item {item.id} was another question when it was scored; use a fresh "
+                    "workdir"
+                )
+        todo = [item for item in asked if item.id not in known]
         for start in range(0, len(todo), WINDOW):
             some = todo[start : start + WINDOW]
             asks = [loop.ask(item, Path(images_folder), mode, prompt) for item in some]
             found = scorer(asks, [options_of(item) for item in some])
             lines = [_line(model, i, logs) for i, logs in zip(some, found, strict=True)]
-            file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-            file.flush()
+            journal.append(*lines)
             known |= {line["id"]: line for line in lines}
             progress(f"options: {start + len(some)} of {len(todo)} items")
     return [known[item.id] for item in asked]

@@ -64,6 +64,15 @@ def not_judged(records: Sequence[Record], known: Evidence = NONE) -> list[str]:
     ]
 
 
+def not_scored(records: Sequence[Record], known: Evidence = NONE) -> list[str]:
+    """Tasks without any metric: pictures that no scorer was named for."""
+    return [
+        task
+        for task, some in tasks_of(records).items()
+        if not any(evidence.verdicts(record, known) for record in some)
+    ]
+
+
 def tasks_of(records: Sequence[Record]) -> dict[str, list[Record]]:
     """Task -> its records, the primary task first."""
     found: dict[str, list[Record]] = {}

@@ -296,6 +296,7 @@ def summarise(now: Run, records, probed, lines, judged, sets, compared) -> dict[
         "not_run": not_run(now),
         "judge": judged,
         "not_judged": scoring.not_judged(records, known),
+        "not_scored": scoring.not_scored(records, known),
         "scorers": known.scorers,
         "picture_sets": sets,
         "probes": probes.summary(records, probed, **numbers),
