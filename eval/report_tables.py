@@ -89,7 +89,7 @@ def published(summary: Mapping[str, Any]) -> list[tuple[str, list[dict[str, Any]
     """(their metric, rows of ours beside theirs, how they differ) for tasks that have numbers."""
     found: dict[str, list[dict[str, Any]]] = {}
     families: dict[str, list[str]] = {}
-    for head in headlines(summary["scores"]):
+    for head in headlines(summary["scores"]) if of_suite(summary) else ():
         card = cards.card_of(head["task"], head.get("family", ""))
         for kind in dict.fromkeys(p.metric for p in card.published) if card else ():
             metric = OURS.get(kind, card.metric)
@@ -114,11 +114,16 @@ def published(summary: Mapping[str, Any]) -> list[tuple[str, list[dict[str, Any]
     ]
 
 
+def of_suite(summary: Mapping[str, Any]) -> bool:
+    """Whether the items are of the suite: the embedded sample is another."""
+    return list(summary["settings"]["items"]) != ["sample"]
+
+
 def not_run(summary: Mapping[str, Any], records: Sequence[Row]) -> list[dict[str, Any]]:
     """Tasks of the suite that have no score here, and why."""
     have = {row["task"] for row in summary["scores"]}
     told = {one["task"]: one["why"] for one in summary.get("not_run", ())}
-    if have & set(cards.CARDS):  # the embedded sample is another suite
+    if of_suite(summary):
         absent = {task: "no items of it were given" for task in cards.CARDS if task not in have}
         told = absent | told
     asked = dict.fromkeys(record["task"] for record in records if record["task"] not in have)
@@ -164,7 +169,7 @@ def slices(
                     "n": found.n,
                     "groups": found.groups,
                     "value": found.mean,
-                    "95 % interval": f"{found.low:.3f}–{found.high:.3f}",
+                    "95 % interval": bounds(found.low, found.high, 1.0),
                 }
             )
     return rows, few
@@ -241,7 +246,7 @@ def failure(record: Row, known: Mapping[str, tuple[str, float]]) -> str:
 
 def interval(row: Row, scale: float = 1.0) -> str:
     """ "0.412–0.534" of a row."""
-    return f"{shown(row['ci_low'], scale)}–{shown(row['ci_high'], scale)}"
+    return bounds(row["ci_low"], row["ci_high"], scale) or "–"
 
 
 def shown(value: float, scale: float) -> str:
@@ -253,13 +258,23 @@ def folded(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Rows with each pair of bounds as one column: ci_low and ci_high, flips_low and flips_high."""
     found = []
     for row in rows:
-        kept = {k: v for k, v in row.items() if not k.endswith(("_low", "_high"))}
-        for name in [k.removesuffix("_low") for k in row if k.endswith("_low")]:
-            low, high = row[f"{name}_low"], row.get(f"{name}_high")
-            title = "95 % interval" if name == "ci" else f"{name}, 95 %"
-            kept[title] = None if None in (low, high) else f"{low:.3f}–{high:.3f}"
+        kept = {}
+        for key, value in row.items():
+            if key.endswith("_low"):
+                name = key.removesuffix("_low")
+                title = "95 % interval" if name == "ci" else f"{name}, 95 %"
+                kept[title] = bounds(value, row[f"{name}_high"], 1.0)
+            elif not key.endswith("_high"):
+                kept[key] = value
         found.append(kept)
     return found
+
+
+def bounds(low: float | None, high: float | None, scale: float) -> str | None:
+    """ "0.412–0.534"; "-0.1 to 0.2" where a dash could be a minus."""
+    if low is None or high is None:
+        return None
+    return f"{shown(low, scale)}{' to ' if low < 0 else '–'}{shown(high, scale)}"
 
 
 def shrunk(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

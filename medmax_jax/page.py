@@ -15,9 +15,10 @@ from collections.abc import Sequence
 import PIL.Image
 
 SHOWN = 192  # pixels of a picture on the page; tiny pictures are enlarged by whole factors
+WIDE = 8  # columns: with more, words stay whole and the table scrolls
 NOTHING = "–"  # a cell without a value
 _NUMBER = r"-?[\d,.]*\d%?"
-_FIGURE = re.compile(rf"{_NUMBER}(?:–{_NUMBER})?")  # 1,034, 56.4% or 0.31–0.42
+_FIGURE = re.compile(rf"{_NUMBER}(?:(?:–| to ){_NUMBER})?")  # 1,034, 56.4%, 0.31–0.42, -1 to 2
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 STYLE = """
@@ -42,6 +43,7 @@ th, td { padding: .4rem .7rem; text-align: left; vertical-align: top; overflow-w
 th { color: var(--soft); font-weight: 600; white-space: nowrap; }
 td { white-space: pre-line; }
 td:first-child { min-width: 8.5rem; }
+.wide td { overflow-wrap: break-word; }
 th.number { text-align: right; white-space: normal; overflow-wrap: normal; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .figures { display: grid; gap: 1rem;
@@ -97,9 +99,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]], *, caption: str
     figures = [_numeric([shown(cell) for cell in column]) for column in zip(*rows)]  # noqa: B905
     top = "".join(map(_head, head, figures or [False] * len(head)))
     lines = "".join(f"<tr>{''.join(map(_cell, row, figures))}</tr>\n" for row in rows)
+    wide = ' class="wide"' if len(head) > WIDE else ""
     title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
     return (
-        f'<div class="scroll"><table>{title}\n<thead><tr>{top}</tr></thead>\n'
+        f'<div class="scroll"><table{wide}>{title}\n<thead><tr>{top}</tr></thead>\n'
         f"<tbody>\n{lines}</tbody></table></div>\n"
     )
 

@@ -10,7 +10,7 @@ import pytest
 from test_eval_rows import CHAT
 
 from data import outgoing
-from eval import cards, evidence, loop, report, report_tables, scoring, tasks
+from eval import cards, evidence, loop, report, report_page, report_tables, scoring, tasks
 from medmax_jax import page
 
 NUMBERS = dict(seed=0, resamples=2_000)
@@ -108,7 +108,7 @@ def made(tmp_path, asked=None):
 
 def whole(tmp_path, **changes):
     summary, records = made(tmp_path)
-    report.write(tmp_path / "report.html", summary | changes, records, images_folder=tmp_path)
+    report_page.write(tmp_path / "report.html", summary | changes, records, images_folder=tmp_path)
     return (tmp_path / "report.html").read_text()
 
 
@@ -130,7 +130,7 @@ def test_the_page_has_every_part(tmp_path):
     for said in (
         "scripted &amp; co",
         "gpt-4o-mini-2024-07-18",
-        "-0.500–0.000",
+        "-0.500 to 0.000",
         "efficientnet_lite0",
         "Not available: the model gives no likelihoods",
         "majority: the commonest answer.",
@@ -188,8 +188,9 @@ def test_failures_are_counted_and_shown(tmp_path):
 def test_a_table_of_the_sample_alone(tmp_path):
     asked = [row("sample_vqa", "closed", id=str(n)) for n in range(3)]
     summary, records = made(tmp_path, asked)
+    summary["settings"]["items"] = ["sample"]
     del summary["judge"], summary["scorers"], summary["probes"], summary["contamination"]
-    report.write(tmp_path / "report.html", summary, records, images_folder=tmp_path)
+    report_page.write(tmp_path / "report.html", summary, records, images_folder=tmp_path)
     text = (tmp_path / "report.html").read_text()
     assert "Not run" not in text and "Beside the published" not in text
     assert "nobody: open answers have text metrics only" in text and "Probes" not in text
