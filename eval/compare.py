@@ -8,7 +8,7 @@ import dataclasses
 import json
 import sys
 
-from eval import report
+from eval import report_page
 from eval.comparing import compare
 
 
@@ -31,9 +31,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         print(json.dumps(dataclasses.asdict(found)))
         return 0
-    print(report.markdown(found.rows))
+    print(report_page.markdown(found.rows))
     print("Mean over the tasks' headlines:\n")
-    print(report.markdown([found.suite]))
+    print(report_page.markdown([found.suite]))
     for line in found.left_out:
         print(f"left out: {line}")
     return 0

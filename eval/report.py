@@ -1,218 +1,19 @@
-"""python -m eval.report --workdir=D [--images=FOLDER]: D/report.html again, of what eval.run wrote.
+"""python -m eval.report --workdir=D [--images=FOLDER]
 
-    summary.json, records.jsonl  ->  scores with intervals, the published numbers beside, floors,
-                                     probes, calibration, contamination, slices, failures, examples
-
-The page stands alone: no script, no request, pictures inside. `markdown` is its tables in a shell.
+Writes D/report.html again, of the summary.json and records.jsonl that eval.run left in D.
 """
 
-import io
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from absl import app, flags
-from PIL import Image
 
-from eval import evidence, loop, report_tables, scoring
-from eval.report_tables import Values
-from medmax_jax import page
+from eval import loop, report_page
 
 SAMPLE = Path(__file__).parent.parent / "data" / "sample"
-EXAMPLES = 3  # of each task
-THUMBNAIL = 256  # pixels
-SEED, RESAMPLES = 0, 2_000  # of slices, for a summary that does not say them
-NOTES = (
-    "Intervals are 95 % percentile bootstraps over groups (patients or volumes), so several "
-    "questions about one patient do not pass for several patients.",
-    "An answer that cannot be parsed, and one that the judge or a scorer failed on, counts as "
-    "wrong; “best if unread were right” has them all right, and the truth lies between.",
-    "“Can find” is the least true difference to another model's answers to other questions that "
-    "this many groups would show four times of five: smaller ones are no claims.",
-    "“Release's score” scores the same answers as the MedMax release does, with its errors; it is "
-    "for setting beside published numbers and for nothing else.",
-    "modality_match is the nearest centroid of training pictures in code and pixel statistics; it "
-    "is not BiomedCLIPScore.",
-)
-SECTIONS = (  # keys of the summary that hold rows, or {"reason", "rows"}; as they are there
-    ("probes", "Probes: the same questions asked in another way"),
-    ("calibration", "Options by likelihood, and calibration"),
-    ("contamination", "Contamination: the clean and the contaminated part"),
-    ("pictures", "Whole sets of pictures"),
-)
-
-
-def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table of rows; numbers as on the page."""
-    if not rows:
-        return ""
-    head = _columns(rows)
-    lines = [head, ["---"] * len(head)]
-    lines += [[page.shown(row.get(name)).replace("|", "\\|") for name in head] for row in rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def write(
-    path: str | Path,
-    summary: Mapping[str, Any],
-    records: Sequence[Mapping[str, Any]],
-    *,
-    images_folder: str | Path,
-) -> None:
-    """The page of one run: `summary` as eval.run writes it, the rest from beside `path`."""
-    path = Path(path)
-    values = scoring.table(records, evidence.read(path.parent))
-    body = _who(summary) + _scores(summary) + _published(summary)
-    for baseline in summary["baselines"]:
-        body += page.section(
-            f"Against: {baseline['name']}",
-            page.paragraph(baseline["says"]) + rows_table(baseline["scores"]),
-        )
-    if ceiling := summary["modality_ceiling"]:
-        body += page.section("Ceiling of modality_match", rows_table([ceiling]))
-    body += "".join(_section(summary, key, title) for key, title in SECTIONS)
-    body += _slices(summary, records, values) + _failures(summary, records, values)
-    if missing := report_tables.not_run(summary, records):
-        body += page.section("Not run, or without a score", rows_table(missing))
-    for task in dict.fromkeys(record["task"] for record in records):
-        some = [record for record in records if record["task"] == task]
-        body += page.section(f"Examples: {task}", examples(some, path.parent, Path(images_folder)))
-    body += page.section("How to read this", "".join(page.paragraph(n) for n in NOTES))
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(page.document("Evaluation", body), encoding="utf-8")
-    partial.replace(path)
-
-
-def rows_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as an HTML table; a column that a row lacks is a dash."""
-    head = _columns(rows)
-    return page.table(head, [[row.get(name) for name in head] for row in rows]) if rows else ""
-
-
-def examples(records: Sequence[Mapping[str, Any]], workdir: Path, images_folder: Path) -> str:
-    """The first items of different groups: picture, question, reference, answer."""
-    first = {record["group"]: record for record in reversed(records)}
-    chosen = list(first.values())[::-1][:EXAMPLES]
-    pictures, rows = [], []
-    for record in chosen:
-        rows.append([record["id"], record["prompt"], record["answer"], record["text"]])
-        shown = [(images_folder / record["image"], "reference" if record["images"] else "shown")]
-        shown = shown if record["image"] else []
-        shown += [(workdir / name, "generated") for name in record["images"]]
-        pictures += [
-            (png(file), f"{record['id']}: {what}") for file, what in shown if file.is_file()
-        ]
-    table = page.table(["id", "prompt", "reference", "answer"], rows)
-    return table + (page.figures(pictures) if pictures else "")
-
-
-def png(path: Path) -> bytes:
-    """A picture file, made small, as PNG."""
-    with Image.open(path) as picture:
-        small = picture.convert("RGB")
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
-    file = io.BytesIO()
-    small.save(file, "PNG")
-    return file.getvalue()
-
-
-def _who(summary: Mapping[str, Any]) -> str:
-    settings, judge = summary.get("settings", {}), summary.get("judge")
-    lines = [f"Model: {summary['model']}"]
-    if summary["adapter"]:
-        lines.append(f"Adapter: {summary['adapter']}")
-    if "mode" in settings:
-        prompt = settings.get("prompt", "sft")
-        lines.append(f"Generation: {settings['mode']}; prompts: {prompt}")
-    lines.append(f"Judge: {_said(judge) or 'nobody: open answers have text metrics only'}")
-    scorers = _said(summary.get("scorers"))
-    lines.append(f"Scorer of pictures: {scorers or 'none, so no BiomedCLIPScore'}")
-    return "".join(page.paragraph(line, note=True) for line in lines)
-
-
-def _said(value: Any) -> str:
-    """A value of the summary in words: a dictionary as "name value, name value"."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{k} {_said(v)}" for k, v in value.items() if v not in (None, "", {}))
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_said, value))
-    return "" if value is None else str(value)
-
-
-def _scores(summary: Mapping[str, Any]) -> str:
-    body = rows_table(report_tables.main_table(summary))
-    for floor in summary.get("floors", ()):
-        body += page.paragraph(f"Floor {floor['name']}: {floor['says']}.", note=True)
-    body = page.section("Scores", body)
-    if others := report_tables.other_metrics(summary):
-        body += page.section("Other metrics", rows_table(others))
-    return body
-
-
-def _published(summary: Mapping[str, Any]) -> str:
-    body = ""
-    for kind, rows, differs in report_tables.published(summary):
-        body += page.table(
-            list(rows[0]),
-            [[_rounded(cell, kind) for cell in row.values()] for row in rows],
-            caption=kind,
-        )
-        body += "".join(page.paragraph(f"Theirs: {line}.", note=True) for line in differs)
-    if not body:
-        return ""
-    mode = summary.get("settings", {}).get("mode", "")
-    body += page.paragraph(
-        f"Generated here in {mode or 'an unknown'} mode. Numbers can be compared only where "
-        "decoding, rows and scoring are the same; “as released” has the release's scoring, and "
-        "its decoding only in paper mode. Charts were read by eye: ±0.01, ±0.5.",
-        note=True,
-    )
-    return page.section("Beside the published numbers", body)
-
-
-def _rounded(cell: Any, kind: str) -> Any:
-    """As they were read: percent to one digit, cosines to two."""
-    if not isinstance(cell, float):
-        return cell
-    return f"{cell:.2f}" if "cosine" in kind else f"{cell:.1f}"
-
-
-def _section(summary: Mapping[str, Any], key: str, title: str) -> str:
-    found = summary.get(key)
-    if not found:
-        return ""
-    reason = found.get("reason", "") if isinstance(found, Mapping) else ""
-    rows = found.get("rows", []) if isinstance(found, Mapping) else found
-    body = page.paragraph(f"Not available: {reason}") if reason else ""
-    body += rows_table(rows)
-    return page.section(title, body) if body else ""
-
-
-def _slices(summary, records, values: Values) -> str:
-    settings = summary.get("settings", {})
-    numbers = dict(seed=settings.get("seed", SEED), resamples=settings.get("resamples", RESAMPLES))
-    rows, few = report_tables.slices(records, values, summary, **numbers)
-    if not rows and not few:
-        return ""
-    body = rows_table(rows)
-    if few:
-        said = f"{few} slices with fewer than {report_tables.LEAST} items are left out."
-        body += page.paragraph(said, note=True)
-    return page.section("By slice", body)
-
-
-def _failures(summary, records, values: Values) -> str:
-    if not records:
-        return ""
-    body = rows_table(report_tables.failures(records, values, summary))
-    body += rows_table(report_tables.failed_examples(records, values, summary))
-    return page.section("Failures", body)
-
-
-def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(name for row in rows for name in row))
 
 
 def folder_of(summary: Mapping[str, Any]) -> Path:
@@ -236,7 +37,7 @@ def again(workdir: str | Path, images: str) -> Path:
         ) from error
     records = loop.read(workdir / "records.jsonl")
     folder = Path(images) if images else folder_of(summary)
-    write(workdir / "report.html", summary, records, images_folder=folder)
+    report_page.write(workdir / "report.html", summary, records, images_folder=folder)
     return workdir / "report.html"
 
 

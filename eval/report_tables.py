@@ -17,6 +17,7 @@ MOST = 40  # values of a slice's name: with more it names pictures and not kinds
 WRONG = 3  # examples of each kind
 SHOWN = 200  # characters of an example
 PERCENT = 100.0
+OURS = {"BiomedCLIP image-image cosine": "clip_image_image"}  # where it is not the headline
 CLOSED = ("vqa_closed", "vqa_mcq")
 
 
@@ -31,10 +32,6 @@ def headlines(scores: Sequence[Row]) -> list[Row]:
 
 def main_table(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One row a task; columns that no task has are left out."""
-    floors = {
-        floor["name"]: {(r["task"], r["metric"]): r["value"] for r in floor["scores"]}
-        for floor in summary.get("floors", ())
-    }
     rows = [
         {
             "task": row["task"],
@@ -43,21 +40,30 @@ def main_table(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
             "groups": row["groups"],
             "value": row["value"],
             "95 % interval": interval(row),
-            "best if unread were right": row.get("best"),
+            "at best": row.get("best"),
             "can find": row.get("can_find"),
-            "release's score": row.get("paper"),
-            "its n": row.get("paper_n"),
-            "unparsed": row.get("n_unparsed"),
-            "unscored": row.get("n_unscored"),
-            "errors": row.get("n_errors"),
-        }
-        | {
-            f"floor: {name}": known.get((row["task"], row["metric"]))
-            for name, known in floors.items()
+            "as released": row.get("paper"),
+            "floor": row.get("floor"),
         }
         for row in headlines(summary["scores"])
     ]
     return shrunk(rows)
+
+
+def floors(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Task by floor: what answers without a picture or a model score."""
+    known = {
+        (floor["name"], row["task"], row["metric"]): row["value"]
+        for floor in summary.get("floors", ())
+        for row in floor["scores"]
+    }
+    names = dict.fromkeys(name for name, _, _ in known)
+    rows = [
+        {"task": row["task"], "metric": row["metric"], "the model": row["value"]}
+        | {name: known.get((name, row["task"], row["metric"])) for name in names}
+        for row in headlines(summary["scores"])
+    ]
+    return [row for row in rows if any(row[name] is not None for name in names)]
 
 
 def other_metrics(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -83,35 +89,41 @@ def published(summary: Mapping[str, Any]) -> list[tuple[str, list[dict[str, Any]
     """(their metric, rows of ours beside theirs, how they differ) for tasks that have numbers."""
     found: dict[str, list[dict[str, Any]]] = {}
     families: dict[str, list[str]] = {}
-    for row in headlines(summary["scores"]):
-        card = cards.card_of(row["task"], row.get("family", ""))
-        if card is None or not card.published:
-            continue
-        metrics = dict.fromkeys(p.metric for p in card.published)
-        kind = next(iter(metrics))
-        ours = row["metric"] == card.metric
-        scale = 1.0 if "cosine" in kind else PERCENT
-        cells = {
-            "task": row["task"],
-            "n": row["n"],
-            "here": row["value"] * scale if ours else None,
-            "here, 95 %": interval(row, scale) if ours else "not scored",
-            "here, as released": scaled(row.get("paper"), scale) if ours else None,
-        }
-        cells |= {p.model: p.value for p in card.published if p.metric == kind}
-        found.setdefault(kind, []).append(cells)
-        families.setdefault(kind, []).append(card.family)
+    for head in headlines(summary["scores"]) if of_suite(summary) else ():
+        card = cards.card_of(head["task"], head.get("family", ""))
+        for kind in dict.fromkeys(p.metric for p in card.published) if card else ():
+            metric = OURS.get(kind, card.metric)
+            same = [
+                r for r in summary["scores"] if (r["task"], r["metric"]) == (head["task"], metric)
+            ]
+            row = same[0] if same else None
+            scale = 1.0 if "cosine" in kind else PERCENT
+            released = row.get("paper") if row else None
+            cells = {
+                "task": head["task"],
+                "here": shown(row["value"], scale) if row else None,
+                "95 %": interval(row, scale) if row else None,
+                "as released": None if released is None else shown(released, scale),
+            }
+            cells |= {p.model: p.value for p in card.published if p.metric == kind}
+            found.setdefault(kind, []).append(cells)
+            families.setdefault(kind, []).append(card.family)
     return [
         (kind, _equal(rows), [cards.DIFFERS[f] for f in dict.fromkeys(families[kind])])
         for kind, rows in found.items()
     ]
 
 
+def of_suite(summary: Mapping[str, Any]) -> bool:
+    """Whether the items are of the suite: the embedded sample is another."""
+    return list(summary["settings"]["items"]) != ["sample"]
+
+
 def not_run(summary: Mapping[str, Any], records: Sequence[Row]) -> list[dict[str, Any]]:
     """Tasks of the suite that have no score here, and why."""
     have = {row["task"] for row in summary["scores"]}
     told = {one["task"]: one["why"] for one in summary.get("not_run", ())}
-    if have & set(cards.CARDS):  # the embedded sample is another suite
+    if of_suite(summary):
         absent = {task: "no items of it were given" for task in cards.CARDS if task not in have}
         told = absent | told
     asked = dict.fromkeys(record["task"] for record in records if record["task"] not in have)
@@ -157,7 +169,7 @@ def slices(
                     "n": found.n,
                     "groups": found.groups,
                     "value": found.mean,
-                    "95 % interval": f"{found.low:.3f}–{found.high:.3f}",
+                    "95 % interval": bounds(found.low, found.high, 1.0),
                 }
             )
     return rows, few
@@ -234,14 +246,35 @@ def failure(record: Row, known: Mapping[str, tuple[str, float]]) -> str:
 
 def interval(row: Row, scale: float = 1.0) -> str:
     """ "0.412–0.534" of a row."""
-    digits = 1 if scale == PERCENT else 3
-    low, high = (row[name] * scale for name in ("ci_low", "ci_high"))
-    return f"{low:.{digits}f}–{high:.{digits}f}"
+    return bounds(row["ci_low"], row["ci_high"], scale) or "–"
 
 
-def scaled(value: float | None, scale: float) -> float | None:
-    """A share as percent, or as it is."""
-    return None if value is None else value * scale
+def shown(value: float, scale: float) -> str:
+    """As the published tables write it: percent to one digit, cosines to three here."""
+    return f"{value * scale:.1f}" if scale == PERCENT else f"{value * scale:.3f}"
+
+
+def folded(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Rows with each pair of bounds as one column: ci_low and ci_high, flips_low and flips_high."""
+    found = []
+    for row in rows:
+        kept = {}
+        for key, value in row.items():
+            if key.endswith("_low"):
+                name = key.removesuffix("_low")
+                title = "95 % interval" if name == "ci" else f"{name}, 95 %"
+                kept[title] = bounds(value, row[f"{name}_high"], 1.0)
+            elif not key.endswith("_high"):
+                kept[key] = value
+        found.append(kept)
+    return found
+
+
+def bounds(low: float | None, high: float | None, scale: float) -> str | None:
+    """ "0.412–0.534"; "-0.1 to 0.2" where a dash could be a minus."""
+    if low is None or high is None:
+        return None
+    return f"{shown(low, scale)}{' to ' if low < 0 else '–'}{shown(high, scale)}"
 
 
 def shrunk(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from eval import report, stages
+from eval import report_page, stages
 from eval.settings import Settings
 from medmax_jax import cli
 from medmax_jax.config import build
@@ -54,13 +54,13 @@ def main(config: ConfigDict, workdir: str) -> None:
         )
     if summary is None:
         return
-    print(report.markdown(summary["scores"]))
+    print(report_page.markdown(summary["scores"]))
     for floor in summary["floors"]:
         print(f"floor {floor['name']}: {floor['says']}\n")
-        print(report.markdown(floor["scores"]))
+        print(report_page.markdown(floor["scores"]))
     for baseline in summary["baselines"]:
         print(f"{baseline['name']} (before) and the model (after):\n")
-        print(report.markdown(baseline["scores"]))
+        print(report_page.markdown(baseline["scores"]))
     print(f"report: {Path(workdir) / 'report.html'}")
 
 

@@ -24,7 +24,7 @@ from eval import (
     opening,
     plan,
     probes,
-    report,
+    report_page,
     scoring,
     seeing,
     tasks,
@@ -342,7 +342,7 @@ def not_run(now: Run) -> list[dict[str, str]]:
 
 def write_report(now: Run, summary: dict[str, Any], records: list[dict[str, Any]]) -> None:
     """report.html."""
-    report.write(now.workdir / "report.html", summary, records, images_folder=now.found.folder)
+    report_page.write(now.workdir / "report.html", summary, records, images_folder=now.found.folder)
 
 
 def _rivals(now: Run, records, probed) -> list[dict[str, Any]]:

@@ -15,7 +15,10 @@ from collections.abc import Sequence
 import PIL.Image
 
 SHOWN = 192  # pixels of a picture on the page; tiny pictures are enlarged by whole factors
-_FIGURE = re.compile(r"[\d,.]*\d%?")  # 1,034 or 56.4%
+WIDE = 8  # columns: with more, words stay whole and the table scrolls
+NOTHING = "–"  # a cell without a value
+_NUMBER = r"-?[\d,.]*\d%?"
+_FIGURE = re.compile(rf"{_NUMBER}(?:(?:–| to ){_NUMBER})?")  # 1,034, 56.4%, 0.31–0.42, -1 to 2
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 STYLE = """
@@ -39,7 +42,9 @@ th, td { padding: .4rem .7rem; text-align: left; vertical-align: top; overflow-w
   border-bottom: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 600; white-space: nowrap; }
 td { white-space: pre-line; }
-th.number { text-align: right; }
+td:first-child { min-width: 8.5rem; }
+.wide td { overflow-wrap: break-word; }
+th.number { text-align: right; white-space: normal; overflow-wrap: normal; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .figures { display: grid; gap: 1rem;
   grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); }
@@ -91,12 +96,13 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]], *, caption: str
     for number, row in enumerate(rows):
         if len(row) != len(head):
             raise ValueError(f"row {number} has {len(row)} cells, the head has {len(head)}")
-    figures = [all(_FIGURE.fullmatch(shown(cell)) for cell in column) for column in zip(*rows)]  # noqa: B905
+    figures = [_numeric([shown(cell) for cell in column]) for column in zip(*rows)]  # noqa: B905
     top = "".join(map(_head, head, figures or [False] * len(head)))
     lines = "".join(f"<tr>{''.join(map(_cell, row, figures))}</tr>\n" for row in rows)
+    wide = ' class="wide"' if len(head) > WIDE else ""
     title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
     return (
-        f'<div class="scroll"><table>{title}\n<thead><tr>{top}</tr></thead>\n'
+        f'<div class="scroll"><table{wide}>{title}\n<thead><tr>{top}</tr></thead>\n'
         f"<tbody>\n{lines}</tbody></table></div>\n"
     )
 
@@ -144,8 +150,14 @@ def beside(left: str, right: str) -> str:
 def shown(value: object) -> str:
     """A value as the tables write it: 0.5 -> "0.500", None -> a dash."""
     if value is None:
-        return "–"
+        return NOTHING
     return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def _numeric(cells: Sequence[str]) -> bool:
+    """Whether a column has numbers, and nothing else but dashes."""
+    told = [cell for cell in cells if cell != NOTHING]
+    return bool(told) and all(_FIGURE.fullmatch(cell) for cell in told)
 
 
 def _head(name: str, figures: bool) -> str:

@@ -19,7 +19,7 @@ from eval import (
     loop,
     models,
     probes,
-    report,
+    report_page,
     score_image,
     score_text,
     scoring,
@@ -353,7 +353,9 @@ def test_a_run_writes_scores_and_a_page(folder, tmp_path):
     }
     text = (out / "report.html").read_text()
     assert "Content-Security-Policy" in text and "Is it a CT?" in text
-    assert report.markdown(summary["scores"]).startswith("| task | family | metric | mode | n |")
+    assert report_page.markdown(summary["scores"]).startswith(
+        "| task | family | metric | mode | n |"
+    )
     before = (out / "records.jsonl").read_bytes()
     stages.run(settings(tmp_path), out, **asked)
     assert (out / "records.jsonl").read_bytes() == before

@@ -66,6 +66,13 @@ def test_the_policy_forbids_everything_but_inline_style_and_data_images():
     assert "url(" not in page.STYLE and "@import" not in page.STYLE
 
 
+def test_intervals_and_gaps_stand_with_numbers():
+    text = page.table(["a", "b", "c"], [["0.1–0.2", 1.5, "x"], [None, None, None]])
+    assert '<td class="number">0.1–0.2</td><td class="number">1.500</td><td>x</td>' in text
+    assert '<td class="number">–</td><td class="number">–</td><td>–</td>' in text
+    assert '<th scope="col" class="number">a</th>' in text and '<th scope="col">c</th>' in text
+
+
 def test_cells():
     text = page.table(["a", "b", "c", "d"], [[0.5, 3, None, True]])
     assert '<td class="number">0.500</td><td class="number">3</td><td>–</td><td>True</td>' in text
