@@ -49,7 +49,8 @@ def get_config() -> ConfigDict:
     config.probes = "blank,shuffled,swapped,rotated"  # does it look, does the order matter
     config.options = True  # also: likelihoods of the options, and calibration from them
     config.scorers = ""  # of pictures: biomedclip:FOLDER is the published score
-    config.train_records = ""  # training records, for contamination; empty: unknown
+    config.train_records = ""  # folder of training records, for contamination; empty: unknown
+    config.train_model = ""  # model folder that wrote them; empty: the one that is evaluated
     config.judge = ConfigDict()
     config.judge.endpoint = ""  # NAME@URL, a pinned name; empty: nobody judges, and this is said
     config.judge.repeats = 3  # votes on each answer
