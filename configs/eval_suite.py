@@ -57,6 +57,7 @@ def get_config() -> ConfigDict:
     config.judge.attempts = 3  # calls for one vote until a reply can be read; then unscored
     config.judge.seed = 0  # of the votes
     config.judge.tokens_out = 200  # of a reply, for the estimate of the price
+    config.judge.paper = False  # True: asked in the release's words too, for its score
     config.judge.service = service()  # how the judge is asked
     config.service = service()  # how a model is asked, for --model=endpoint:NAME@URL
     config.rows = 64  # prompts at once on the device
