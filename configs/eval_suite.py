@@ -49,7 +49,7 @@ def get_config() -> ConfigDict:
     config.probes = "blank,shuffled,swapped,rotated"  # does it look, does the order matter
     config.options = True  # also: likelihoods of the options, and calibration from them
     config.scorers = ""  # of pictures: biomedclip:FOLDER is the published score
-    config.train_records = ""  # training records, for contamination; empty: unknown
+    config.train_records = ""  # folder of training records, for contamination; empty: unknown
     config.train_model = ""  # model folder that wrote them; empty: the one that is evaluated
     config.judge = ConfigDict()
     config.judge.endpoint = ""  # NAME@URL, a pinned name; empty: nobody judges, and this is said
@@ -57,7 +57,7 @@ def get_config() -> ConfigDict:
     config.judge.attempts = 3  # calls for one vote until a reply can be read; then unscored
     config.judge.seed = 0  # of the votes
     config.judge.tokens_out = 200  # of a reply, for the estimate of the price
-    config.judge.paper = False  # ask in the words of the release too: the paper's score, for money
+    config.judge.paper = False  # True: asked in the release's words too, for its score
     config.judge.service = service()  # how the judge is asked
     config.service = service()  # how a model is asked, for --model=endpoint:NAME@URL
     config.rows = 64  # prompts at once on the device

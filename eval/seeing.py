@@ -92,11 +92,7 @@ class Lite:
 
 def open_scorer(name: str, *, batch: int, sizes: biomedclip.Sizes | None = None) -> Scorer:
     """`name`: KIND:PATH. `sizes`: of BiomedCLIP; None: the published ones."""
-    kind, _, path = name.partition(":")
-    if kind not in KINDS or not path:
-        raise SeeingError(
-            f"scorers: {name!r} is none; write biomedclip:FOLDER or efficientnet_lite0:WHEEL"
-        )
+    kind, path = check(name)
     if kind == "efficientnet_lite0":
         return Lite(efficientnet.load(path), batch=batch)
     sizes = sizes or build(biomedclip.Sizes, published.get_config())
@@ -104,6 +100,19 @@ def open_scorer(name: str, *, batch: int, sizes: biomedclip.Sizes | None = None)
     files = [Path(path) / file for file in (biomedclip_files.SAFE, biomedclip_files.BIN)]
     stamp = file_sha256(next(file for file in files if file.is_file()))[:16]
     return Clip(model, words, size=sizes.image.size, fingerprint=stamp, batch=batch)
+
+
+def check(name: str) -> tuple[str, str]:
+    """(kind, path) of a scorer's name; raises where it is none, or nothing is there."""
+    kind, _, path = name.partition(":")
+    if kind not in KINDS or not path:
+        raise SeeingError(
+            f"scorers: {name!r} is none; write biomedclip:FOLDER or efficientnet_lite0:WHEEL"
+        )
+    if not Path(path).exists():
+        fetch = efficientnet.FETCH if kind != "biomedclip" else f"{biomedclip_files.FETCH} {path}"
+        raise SeeingError(f"scorers: {path} is missing; `{fetch}`")
+    return kind, path
 
 
 def see(

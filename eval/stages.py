@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from data.reader import open_records
 from eval import (
     baselines,
     confidence,
@@ -122,9 +123,7 @@ def run_named(
 ) -> dict[str, Any] | None:
     """The same of items and a model at hand; `opened` is called once all is checked and told."""
     check_images(found)
-    if settings.judge.endpoint:
-        judging.judge_of(settings.judge)  # raises before hours of answers, not after
-    probes.asked(found.items, settings.probes)
+    check_later_stages(settings, found, named)
     workdir = Path(workdir)
     facts = claim(workdir, settings, named, found, write=not dry_run)
     plan.say(plan.plan(settings, found, named, workdir, shard), progress)
@@ -202,6 +201,21 @@ def claim(
     }
 
 
+def check_later_stages(settings: Settings, found: Suite, named: opening.Named) -> None:
+    """Raises before hours of answers, not after, where a later stage could not be done."""
+    if settings.judge.endpoint:
+        judging.judge_of(settings.judge)
+    probes.asked(found.items, settings.probes)
+    for name in settings.scorers:
+        seeing.check(name)
+    if settings.train_records:
+        if not settings.train_model and named.kind != "native":
+            raise loop.EvalError(
+                "config.train_model is empty; name the folder that wrote config.train_records"
+            )
+        open_records(settings.train_records)
+
+
 def answer(now: Run) -> list[dict[str, Any]]:
     """Every item that the model can answer, asked once."""
     return now.ask(now.able(now.found.items), "records", looks=now.opened.looks())
@@ -267,8 +281,6 @@ def contaminated(now: Run) -> dict[str, Any] | None:
     settings, named = now.settings, now.opened.named
     if not settings.train_records:
         return None
-    if not settings.train_model and named.kind != "native":
-        raise loop.EvalError("config.train_model is empty; name the folder that wrote the records")
     return contamination.find(
         now.found.items,
         settings.train_records,

@@ -43,7 +43,7 @@ th, td { padding: .4rem .7rem; text-align: left; vertical-align: top; overflow-w
 th { color: var(--soft); font-weight: 600; white-space: nowrap; }
 td { white-space: pre-line; }
 td:first-child { min-width: 8.5rem; }
-.wide td { overflow-wrap: break-word; }
+.wide th, .wide td { padding: .4rem .5rem; overflow-wrap: break-word; }
 th.number { text-align: right; white-space: normal; overflow-wrap: normal; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .figures { display: grid; gap: 1rem;

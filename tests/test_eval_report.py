@@ -4,14 +4,18 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import PIL.Image
 import pytest
 from test_eval_rows import CHAT
 
+from configs import eval_paper, eval_suite
 from data import outgoing
 from eval import cards, evidence, loop, report, report_page, report_tables, scoring, tasks
+from eval.settings import Settings
 from medmax_jax import page
+from medmax_jax.config import build
 
 NUMBERS = dict(seed=0, resamples=2_000)
 MANY = 24  # questions, so that a slice of half of them is too small and the whole is not
@@ -257,6 +261,19 @@ def test_a_row_says_its_own_class():
     assert item.data_class == outgoing.OPEN
     (item,) = tasks.from_rows([row("my_own", "closed")])
     assert item.data_class == outgoing.LICENCE_BOUND
+
+
+@pytest.mark.parametrize("config", [eval_suite, eval_paper])
+def test_the_configs_say_every_field(config):
+    found = build(Settings, config.get_config())
+    assert found.mode == ("strict" if config is eval_suite else "paper")
+    assert found.sample.text_greedy and found.sample.budget == "answer"
+    assert found.sample.repetition_penalty == (1.0 if config is eval_suite else 1.2)
+    assert found.judge.endpoint == "" and found.judge.service.credentialed_hosts == ()
+    text = Path(config.__file__).read_text().split("def get_config")[1]
+    for line in text.splitlines():
+        if re.match(r"    config\.[\w.]+ = ", line) and "ConfigDict()" not in line:
+            assert "  # " in line or ".counts." in line, f"say what it is: {line}"
 
 
 def test_the_suite_as_a_table():
