@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
     config.options = False  # nor likelihoods
     config.judge.paper = True  # in the release's words, beside our own
     config.judge.repeats = 1  # one call a verdict
+    config.judge.paper = True  # the release's own messages, reference first
     config.judge.attempts = 1  # what cannot be read is dropped by the release's scoring
     config.sample.update(sampling.SETS["medmax_eval"])  # penalty 1.2 over the prompt too
     return config.lock()

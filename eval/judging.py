@@ -15,6 +15,7 @@ is the reply as it came; eval/paper.py reads it. `max_usd` holds over all runs o
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,13 @@ Progress = Callable[[str], None]
 
 
 def judge_of(settings: JudgeSettings) -> judge.Judge:
-    """The judge of a config."""
+    """The judge of a config; raises where it cannot be asked, before anything is."""
+    key = settings.service.key_env
+    if key and not os.environ.get(key):
+        raise judge.JudgeError(
+            f"config.judge.service.key_env is {key!r}, which is not set; export it, or leave the "
+            "field empty for an endpoint without keys"
+        )
     endpoint = connect(settings.endpoint, settings.service, field="judge.service")
     return judge.Judge(
         endpoint=dataclasses.replace(endpoint, takes_cut=False),  # a verdict stands at the end

@@ -122,6 +122,9 @@ def run_named(
 ) -> dict[str, Any] | None:
     """The same of items and a model at hand; `opened` is called once all is checked and told."""
     check_images(found)
+    if settings.judge.endpoint:
+        judging.judge_of(settings.judge)  # raises before hours of answers, not after
+    probes.asked(found.items, settings.probes)
     workdir = Path(workdir)
     facts = claim(workdir, settings, named, found, write=not dry_run)
     plan.say(plan.plan(settings, found, named, workdir, shard), progress)

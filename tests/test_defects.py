@@ -5,8 +5,8 @@ docs/eval.md has the table of all; the others' goldens are in the files that it 
 
 import dataclasses
 import re
-import sys
 import tempfile
+import time
 from pathlib import Path
 
 import differences_of_families
@@ -15,6 +15,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from llm_server import serving, short_waits  # noqa: F401
+from test_efficientnet import tensors as lite_tensors
 from test_eval import settings
 from test_house import imports, modules
 from test_judging import a_judge, ask
@@ -35,9 +36,6 @@ from eval import (
 )
 from eval.settings import JudgeSettings
 from medmax_jax import efficientnet
-
-sys.path.insert(0, str(Path(__file__).parent / "parity"))
-from test_efficientnet import tensors as lite_tensors  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 NUMBERS = dict(mode="strict", seed=0, resamples=2_000)
@@ -110,7 +108,7 @@ def test_7_what_fails_ends_nothing_else(tmp_path):
              eval_setup.item("x_closed", "vqa_closed", 1, answer="yes"),
              eval_setup.item("captioning_x", "captioning", 2)]  # fmt: skip
     said = {
-        "x_closed/0": models.Failed("refused"),
+        "x_closed/0": models.Failed(why="refused"),
         "x_closed/1": ["yes"],
         "captioning_x/2": ["A CT"],
     }
@@ -200,7 +198,12 @@ def test_29_a_missing_key_is_said_before_anything_is_asked(tmp_path, monkeypatch
 
 def test_29_the_price_and_the_calls_are_told(tmp_path):
     records = [r for r in eval_setup.records(tmp_path) if r["family"] == "vqa_open"]
-    with serving(eval_setup.judge) as llm:
+
+    def behave(request, n):
+        time.sleep(0.05)  # so that calls meet
+        return eval_setup.judge(request)
+
+    with serving(behave) as llm:
         told = ask(a_judge(llm.url, price_in=1.0, price_out=10.0), records, tmp_path)
         assert told["calls"] == len(llm.requests) > 0
         assert told["usd"] == pytest.approx(2e-4 * told["calls"]) and llm.most_at_once > 1

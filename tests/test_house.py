@@ -88,9 +88,8 @@ layouts     medmax_jax.convert medmax_jax.convert.form medmax_jax.convert.ahead
 programs    data.sample.build data.sample.train_tokenizer data.published data.archives
             data.eval_rows data.benchmark_command data.tfds_builders data.published_command
             data.instruct_command data.tokenize_command data.build data.prepare medmax_jax.train
-            medmax_jax.train_vqgan
-            eval.suite eval.report_page eval.report eval.opening eval.plan eval.stages eval.face
-            eval eval.run medmax_jax.quickstart_page medmax_jax.quickstart
+            medmax_jax.train_vqgan eval.suite eval.report_page eval.report eval.opening eval.plan
+            eval.stages eval.face eval eval.run medmax_jax.quickstart_page medmax_jax.quickstart
             medmax_jax.convert.torch_side medmax_jax.convert.check medmax_jax.convert.__main__
             medmax_jax.plan medmax_jax.plan.topology medmax_jax.plan.hlo medmax_jax.plan.analytic
             medmax_jax.plan.speed medmax_jax.plan.search medmax_jax.plan.compiled
