@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
     whole = base.get_config()
     config = ConfigDict()
     config.model = ""  # KIND:WHERE; --model says it
-    config.items = "eval_items/items.jsonl"  # JSONL files in the released schema
+    config.questions = "eval_items/items.jsonl"  # JSONL files in the released schema
     config.images = "eval_items"  # folder that image_path of all of them is under
     config.split = "test"  # of the embedded sample only
     config.counts = ConfigDict()  # items of each family, groups in turn; -1: all, 0: none

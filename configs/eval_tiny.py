@@ -33,7 +33,9 @@ def get_config() -> ConfigDict:
     whole = base.get_config()
     config = ConfigDict()
     config.model = "native:medmax_jax/tiny"  # without --model
-    config.items = "sample"  # or JSONL files of rows in the released schema, commas between them
+    config.questions = (
+        "sample"  # or JSONL files of rows in the released schema, commas between them
+    )
     config.images = ""  # folder that image_path is under; empty: where the first file lies
     config.split = "test"  # of the sample
     config.counts = ConfigDict(  # items of each family, groups in turn; -1: all

@@ -1,6 +1,6 @@
 """The command line of benchmarks.py: `data.prepare eval_items`, a benchmark to a folder of items.
 
-    D/items.jsonl    rows for config.items of eval.run, one JSON a line
+    D/items.jsonl    rows for config.questions of eval.run, one JSON a line
     D/images/        only where the benchmark carries its pictures inside (PathVQA)
     D/import.json    how many rows of each task, what was left out and why, whether counts agree
 

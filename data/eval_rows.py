@@ -1,4 +1,4 @@
-"""The published evaluation parquet as items.jsonl, the file that config.items of eval/run.py names.
+"""The published evaluation parquet as items.jsonl, which config.questions of eval.run names.
 
     task_name, question_type, prompt, answer, image_path  ->  the same and an id, one JSON a line
 

@@ -34,7 +34,7 @@ def evaluate(
     """
     config = eval_tiny.get_config().unlock()
     config.mode, config.images = mode, str(images)
-    config.items = str(tasks) if isinstance(tasks, str | Path) else "sample"
+    config.questions = str(tasks) if isinstance(tasks, str | Path) else "sample"
     for name, value in changes.items():
         config[name].update(value) if isinstance(value, dict) else config.update({name: value})
     settings = build(Settings, config)

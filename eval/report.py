@@ -21,7 +21,7 @@ def folder_of(summary: Mapping[str, Any]) -> Path:
     settings = summary.get("settings", {})
     if settings.get("images"):
         return Path(settings["images"])
-    items = settings.get("items", "sample")
+    items = settings.get("questions", "sample")
     items = items if isinstance(items, str) else items[0]
     return SAMPLE if items == "sample" else Path(items).parent
 

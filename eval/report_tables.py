@@ -116,7 +116,7 @@ def published(summary: Mapping[str, Any]) -> list[tuple[str, list[dict[str, Any]
 
 def of_suite(summary: Mapping[str, Any]) -> bool:
     """Whether the items are of the suite: the embedded sample is another."""
-    return list(summary["settings"]["items"]) != ["sample"]
+    return list(summary["settings"]["questions"]) != ["sample"]
 
 
 def not_run(summary: Mapping[str, Any], records: Sequence[Row]) -> list[dict[str, Any]]:

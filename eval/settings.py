@@ -57,7 +57,7 @@ class Settings:
     """An evaluation. Names with commas between them are tuples here."""
 
     model: str
-    items: tuple[str, ...]
+    questions: tuple[str, ...]
     images: str
     split: str
     counts: Counts

@@ -25,14 +25,15 @@ class Suite:
 
 def suite(settings: Settings) -> Suite:
     """The embedded sample's items, or those of JSONL files in the released schema."""
-    if settings.items == ("sample",):
+    if settings.questions == ("sample",):
         return sample(settings)
-    if not settings.items or "sample" in settings.items:
+    if not settings.questions or "sample" in settings.questions:
         raise loop.EvalError(
-            f"config.items is {','.join(settings.items)!r}; name JSONL files, or sample alone"
+            f"config.questions is {','.join(settings.questions)!r}; name JSONL files, or sample "
+            "alone"
         )
-    rows = [row for path in settings.items for row in read_rows(Path(path))]
-    folder = Path(settings.images or Path(settings.items[0]).parent)
+    rows = [row for path in settings.questions for row in read_rows(Path(path))]
+    folder = Path(settings.images or Path(settings.questions[0]).parent)
     return Suite(
         items=_chosen(tasks.from_rows(rows), settings), train=[], pictures=[], folder=folder
     )
@@ -71,7 +72,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines if line.strip()]
     except (OSError, ValueError) as error:
         raise loop.EvalError(
-            f"config.items is {str(path)!r}: {error}; name a JSONL file, or sample"
+            f"config.questions is {str(path)!r}: {error}; name a JSONL file, or sample"
         ) from error
 
 

@@ -334,7 +334,7 @@ def settings(tmp_path):
             tmp_path / f"{name}.png"
         )
     config = eval_tiny.get_config().unlock()
-    config.items = str(tmp_path / "items.jsonl")
+    config.questions = str(tmp_path / "items.jsonl")
     config.counts.update(captioning=0, image_generation=0, multimodal=0)
     config.update(baselines="", probes="", rows=4)
     return dataclasses.replace(build(Settings, config), sample=micro.SAMPLE)

@@ -86,7 +86,9 @@ def made(tmp_path, asked=None):
     summary = dict(
         model="scripted & co",
         adapter="",
-        settings=dict(mode="strict", prompt="sft", images=str(tmp_path), items=["x"], **NUMBERS),
+        settings=dict(
+            mode="strict", prompt="sft", images=str(tmp_path), questions=["x"], **NUMBERS
+        ),
         scores=scoring.summary(records, known, mode="strict", **NUMBERS),
         floors=[dict(name="majority", says="the commonest answer", scores=floor)],
         baselines=[],
@@ -192,7 +194,7 @@ def test_failures_are_counted_and_shown(tmp_path):
 def test_a_table_of_the_sample_alone(tmp_path):
     asked = [row("sample_vqa", "closed", id=str(n)) for n in range(3)]
     summary, records = made(tmp_path, asked)
-    summary["settings"]["items"] = ["sample"]
+    summary["settings"]["questions"] = ["sample"]
     del summary["judge"], summary["scorers"], summary["probes"], summary["contamination"]
     report_page.write(tmp_path / "report.html", summary, records, images_folder=tmp_path)
     text = (tmp_path / "report.html").read_text()
