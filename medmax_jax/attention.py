@@ -29,6 +29,8 @@ from jaxtyping import Array, Bool, Float, Int
 from medmax_jax import cudnn, splash
 from medmax_jax.mesh import HEADS
 
+PIECES, SHORTEST = 8, 64  # of queries in attend_causal; tokens of one
+
 PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}  # the others run anywhere
 
 
@@ -39,7 +41,7 @@ def packed(segments: Int[Array, "B T"], *, impl: str) -> Callable[[Array, Array,
     """
     if impl == "xla":
         mask = packed_mask(segments)
-        return lambda q, k, v: checkpoint_name(attend(q, k, v, mask), "attn")
+        return lambda q, k, v: checkpoint_name(attend_causal(q, k, v, mask), "attn")
     if impl in ("splash", "splash_interpret"):
         interpret = impl == "splash_interpret"
         return lambda q, k, v: splash.attend(q, k, v, segments, interpret=interpret)
@@ -83,6 +85,29 @@ def attend(
     weights = jax.nn.softmax(jnp.where(mask, scores * dim**-0.5, -1e30), -1).astype(v.dtype)
     out = jnp.einsum("bkms,bksh->bkmh", weights, v)
     return jnp.reshape(out, (rows, heads, tokens, dim), out_sharding=HEADS)
+
+
+def attend_causal(
+    q: Float[Array, "B N T H"],
+    k: Float[Array, "B K T H"],
+    v: Float[Array, "B K T H"],
+    mask: Bool[Array, "B T T"],
+) -> Float[Array, "B N T H"]:
+    """`attend` where no query sees a later key: pieces of queries, each with the keys up to it.
+
+    Eight pieces spare 7/16 of the scores. The backward pass makes a piece's scores again instead
+    of keeping them: on CPUs fresh memory costs more. Short rows are one piece.
+    """
+    cut, tokens = jax.lax.slice_in_dim, q.shape[2]
+    if tokens % PIECES or tokens < PIECES * SHORTEST:
+        return attend(q, k, v, mask)
+    found, again, length = [], jax.checkpoint(attend), tokens // PIECES
+    for end in range(length, tokens + 1, length):
+        start = end - length
+        seen = cut(cut(mask, start, end, axis=1), 0, end, axis=2)
+        keys, values = (cut(x, 0, end, axis=2) for x in (k, v))
+        found.append(again(cut(q, start, end, axis=2), keys, values, seen))
+    return jnp.concatenate(found, axis=2)
 
 
 def reference_attend(
