@@ -28,6 +28,7 @@ from eval import (
     report_page,
     scoring,
     seeing,
+    stats,
     tasks,
 )
 from eval.settings import Settings
@@ -93,6 +94,8 @@ def run(
 
     model: KIND:WHERE, as eval/opening.py has it. shard: "i/n" of the items, from 0.
     """
+    if not dry_run:
+        cli.open_workdir(workdir)  # before minutes of work that could not be written down
     found, part = suite(settings), loop.Shard.of(shard)
     named = opening.name(model or settings.model, adapter, merge, settings, progress=progress)
     workdir = Path(workdir)
@@ -124,6 +127,7 @@ def run_named(
     """The same of items and a model at hand; `opened` is called once all is checked and told."""
     check_images(found)
     check_later_stages(settings, found, named)
+    stats.check_resamples(settings.resamples)
     workdir = Path(workdir)
     facts = claim(workdir, settings, named, found, write=not dry_run)
     plan.say(plan.plan(settings, found, named, workdir, shard), progress)

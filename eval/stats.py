@@ -37,8 +37,7 @@ def mean_interval(
         raise ValueError(f"{len(values)} values but {len(groups)} groups: one group a value")
     if not len(values):
         raise ValueError("no values: nothing was scored, so there is no interval")
-    if resamples < MIN_RESAMPLES:
-        raise ValueError(f"resamples is {resamples}; it must be at least {MIN_RESAMPLES}")
+    check_resamples(resamples)
     index = {name: i for i, name in enumerate(dict.fromkeys(groups))}
     member = np.array([index[name] for name in groups])
     means = _resampled_means(
@@ -46,6 +45,12 @@ def mean_interval(
     )
     low, high = np.quantile(means, [0.025, 0.975])
     return Interval(float(values.mean()), float(low), float(high), len(values), len(index))
+
+
+def check_resamples(resamples: int) -> None:
+    """Raises ValueError on too few of them for a 95 % interval."""
+    if resamples < MIN_RESAMPLES:
+        raise ValueError(f"resamples is {resamples}; it must be at least {MIN_RESAMPLES}")
 
 
 def paired_interval(
@@ -144,8 +149,7 @@ def statistic_interval(
     """Any number of items, by their places, with the interval of a bootstrap over groups."""
     if not len(groups):
         raise ValueError("no values: nothing was scored, so there is no interval")
-    if resamples < MIN_RESAMPLES:
-        raise ValueError(f"resamples is {resamples}; it must be at least {MIN_RESAMPLES}")
+    check_resamples(resamples)
     index = {name: i for i, name in enumerate(dict.fromkeys(groups))}
     member = np.array([index[name] for name in groups])
     order = np.argsort(member, kind="stable")
@@ -169,8 +173,7 @@ def suite_interval(
     """
     if not parts:
         raise ValueError("no tasks: nothing was scored on both sides")
-    if resamples < MIN_RESAMPLES:
-        raise ValueError(f"resamples is {resamples}; it must be at least {MIN_RESAMPLES}")
+    check_resamples(resamples)
     names = dict.fromkeys(group for _, groups in parts for group in groups)
     index = {name: i for i, name in enumerate(names)}
     sums, counts = np.zeros((2, len(parts), len(index)))

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from configs import eval_tiny, tiny_vqgan
+from eval import stages
 from eval.settings import Settings
 from medmax_jax import cli, config, train_vqgan
 
@@ -65,7 +66,7 @@ def test_programs_refuse_a_workdir_before_they_work(tmp_path):
     asked = dict(model="native:nowhere", adapter="", progress=print)
     with pytest.raises(cli.WorkdirError, match="file/w cannot be written .*; name another folder"):
         settings = config.build(Settings, eval_tiny.get_config())
-        suites.run(settings, tmp_path / "file" / "w", **asked)
+        stages.run(settings, tmp_path / "file" / "w", **asked)
     with pytest.raises(cli.WorkdirError, match="file/w cannot be written"):
         train_vqgan.run(
             config.build(train_vqgan.Run, tiny_vqgan.get_config()), tmp_path / "file" / "w"
