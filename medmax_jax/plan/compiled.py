@@ -28,7 +28,9 @@ from medmax_jax.plan.topology import CLOCK, PlanError, Topology, devices
 
 FORMAT = 4  # of the answers; one more whenever what is read from a program changes
 _EXHAUSTED = re.compile(r"RESOURCE_EXHAUSTED|[Rr]an out of memory")
-_NEEDED = re.compile(r"\((\d+(?:\.\d+)?)([MG])\) exceeds available|Used (\d+(?:\.\d+)?)([MG]) of")
+_NEEDED = re.compile(
+    r"\((\d+(?:\.\d+)?)([MG])\) exceeds available|Used (\d+(?:\.\d+)?)([MG]) of \S+ hbm"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +177,10 @@ def _gib(size: float) -> float:
 
 
 def _needed(message: str) -> float | None:
-    """GiB of "... (17.00G) exceeds available HBM" or "Used 17.00G of 15.75G"."""
+    """GiB of "... (17.00G) exceeds available HBM" or "Used 17.00G of 15.75G hbm".
+
+    None: it was another memory.
+    """
     match = _NEEDED.search(message)
     if match is None:
         return None

@@ -37,6 +37,7 @@ FIRST = (  # what is compiled before the others, at the first length
     ("7B LoRA", "v5p:2x2x1"),
 )  # fmt: skip
 UTILISATION = 0.6
+NO_ESTIMATE_S = 2**62 / 1e10  # no clock is faster
 MARKS = ("<!-- made by medmax_jax.plan.table -->\n", "<!-- end -->\n")
 
 
@@ -197,14 +198,14 @@ def _errors(cells: list[Cell]) -> list[str]:
                 f"{cell.model}, {cell.topology.slices} x {cell.topology.name}, {cell.length:,}, "
                 f"{answers.axes(run)}, {analytic.rows(run)} rows, {run.model.remat}"
             )
-            if answer["peak_hbm_gib"]:
+            if answer["peak_hbm_gib"] and not _no_vmem(answer):
                 ratios.append(rough["peak_hbm_gib"] / answer["peak_hbm_gib"])
             gathered = [_gathered(each) for each in (answer, rough)]
             lines.append(
-                f"| {name} | {answer['peak_hbm_gib']}{'' if answer['fits'] else ' (no)'} | "
+                f"| {name} | {_memory(answer)} | "
                 f"{rough['peak_hbm_gib']} | {gathered[0]} | {gathered[1]} | "
                 f"{_rates(run, cell.topology, answer)['step_s']:.2f} | "
-                f"{answer.get('scheduled_s', '-')} |"
+                f"{_scheduled(answer)} |"
             )
     if not ratios:
         return ["No setting has been compiled."]
@@ -214,6 +215,23 @@ def _errors(cells: list[Cell]) -> list[str]:
         "",
         *lines,
     ]
+
+
+def _memory(answer: dict[str, Any]) -> str:
+    if _no_vmem(answer):
+        return "vmem (no)"
+    return f"{answer['peak_hbm_gib']}{'' if answer['fits'] else ' (no)'}"
+
+
+def _no_vmem(answer: dict[str, Any]) -> bool:
+    """A kernel did not fit beside the core, whatever room there was in HBM."""
+    return not answer["fits"] and "memory space vmem" in answer.get("error", "")
+
+
+def _scheduled(answer: dict[str, Any]) -> str:
+    """Of an operation that it cannot estimate the compiler says 2**63 - 1 cycles."""
+    found = answer.get("scheduled_s")
+    return "-" if found is None or found > NO_ESTIMATE_S else str(found)
 
 
 def _gathered(found: dict[str, Any]) -> float | str:
