@@ -1,0 +1,146 @@
+"""python benchmarks/eval_throughput.py [--rounds 3] [--items 64] [--samples 10000]
+
+The evaluation loop with the shipped tiny model, all answers on the disk as eval.run writes them.
+
+    ours     samples/s of eval/loop.py with the generation engine, 32 rows at a time
+    theirs   samples/s of the same loop and model, one sample at a time, as the release asks
+    ratio    ours / theirs: above 1 means that batches are faster
+
+Both take turns in one process, on closed questions and captions of the embedded set, the programs
+compiled beforehand. Both must write the same words, else the ratio is null. Then the suite over a
+synthetic set of --samples closed questions with the constant baseline, which is all of eval.run but
+a model: seconds, and resident memory after the first tenth and at the end. The last line is JSON.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import PIL.Image
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from configs import eval_tiny  # noqa: E402
+from eval import loop, models  # noqa: E402
+from eval.settings import Settings  # noqa: E402
+from eval.suites import suite  # noqa: E402
+from medmax_jax import generate  # noqa: E402
+from medmax_jax.config import build  # noqa: E402
+
+TINY = ROOT / "medmax_jax" / "tiny"
+ROWS = 32
+
+
+def throughput(items: int, rounds: int) -> dict:
+    """Median samples/s of both sides."""
+    config = eval_tiny.get_config().unlock()
+    config.counts.update(vqa_mcq=0, vqa_open=0, image_generation=0, multimodal=0)
+    config.counts.update(vqa_closed=items // 2, captioning=items - items // 2)
+    settings = build(Settings, config)
+    found, g = suite(settings), generate.load(TINY)
+    model = {
+        name: models.Native(g, settings.sample, rows=rows, name=name, stamp=name)
+        for name, rows in (("ours", ROWS), ("theirs", 1))
+    }
+    seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
+    words: dict[str, list[str]] = {}
+    for number in range(rounds + 1):  # the first one compiles
+        for name in model if number % 2 else reversed(model):
+            with tempfile.TemporaryDirectory() as folder:
+                begin = time.perf_counter()
+                records = loop.evaluate(
+                    model[name],
+                    found.items,
+                    mode="strict",
+                    images_folder=found.folder,
+                    out=pathlib.Path(folder) / "records.jsonl",
+                    progress=lambda line: None,
+                    window=settings.window if name == "ours" else 1,
+                )
+                taken = time.perf_counter() - begin
+            words[name] = [record["text"] for record in records]
+            if number:
+                seconds[name].append(taken)
+                print(f"{name}: {len(records) / taken:.2f} samples/s", flush=True)
+    rate = {name: len(found.items) / statistics.median(each) for name, each in seconds.items()}
+    same = sum(a == b for a, b in zip(words["ours"], words["theirs"], strict=True))
+    agree = same == len(found.items)
+    return rate | {
+        "ratio": rate["ours"] / rate["theirs"] if agree else None,
+        "items": len(found.items),
+        "same_words": same,
+        "seconds": seconds,
+    }
+
+
+def write_synthetic(folder: pathlib.Path, count: int) -> pathlib.Path:
+    """Closed questions, ten on each picture."""
+    path = folder / "items.jsonl"
+    with open(path, "w") as file:
+        for n in range(count):
+            name = f"{n // 10}.png"
+            if n % 10 == 0:
+                colour = (n // 10 % 256, n // 2_560 % 256, 0)
+                PIL.Image.new("RGB", (16, 16), colour).save(folder / name)
+            row = dict(task_name="vqa_rad", question_type="closed", prompt=f"Is it {n}?")
+            row |= dict(answer="yes" if n % 3 else "no", image_path=name, id=str(n))
+            file.write(json.dumps(row | {"data_class": "open"}) + "\n")
+    return path
+
+
+def suite_of(count: int) -> dict:
+    """Seconds and peak resident memory of eval.run on `count` samples and on a tenth of them."""
+    found = {}
+    for size in (count // 10, count):
+        with tempfile.TemporaryDirectory() as name:
+            folder = pathlib.Path(name)
+            items = write_synthetic(folder, size)
+            command = [sys.executable, "-m", "eval.run", "--config=configs/eval_tiny.py"]
+            command += ["--model=baseline:constant", f"--config.questions={items}"]
+            command += ["--config.probes=", "--config.options=False", f"--workdir={folder / 'out'}"]
+            begin = time.perf_counter()
+            with open(folder / "log", "w") as log:
+                process = subprocess.Popen(
+                    command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
+                    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+                )  # fmt: skip
+                _, status, used = os.wait4(process.pid, 0)
+            if os.waitstatus_to_exitcode(status):
+                sys.exit((folder / "log").read_text()[-2_000:])
+            found[size] = dict(
+                seconds=round(time.perf_counter() - begin, 1),
+                peak_mib=round(used.ru_maxrss / 1024, 1),
+                records=sum(1 for _ in open(folder / "out" / "records.jsonl")),
+            )
+            print(f"{size} samples: {found[size]}", flush=True)
+    return {"suite": found, "mib_a_thousand_more": _slope(found)}
+
+
+def _slope(found: dict) -> float:
+    (few, small), (many, large) = found.items()
+    return round((large["peak_mib"] - small["peak_mib"]) / (many - few) * 1_000, 2)
+
+
+def main() -> None:
+    """Both parts, then one line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--items", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=10_000)
+    given, before = parser.parse_args(), os.getloadavg()
+    told = throughput(given.items, given.rounds) | suite_of(given.samples)
+    told |= {"unit": "samples/s", "load_average": [before, os.getloadavg()]}
+    versions = {"jax": importlib.metadata.version("jax"), "python": sys.version.split()[0]}
+    print(json.dumps(told | {"versions": versions}))
+
+
+if __name__ == "__main__":
+    main()
