@@ -67,6 +67,7 @@ def decode(
     *,
     lanes: Int[Array, "B"] | None,
     span: int,
+    layers: tuple[Any, ...] | None = None,
 ) -> tuple[Float[Array, "B T D"], Cache]:
     """Hidden states of T more tokens of each row, and the cache with their keys and values.
 
@@ -96,8 +97,18 @@ def decode(
 
     # The cache is carried whole, not sliced by scan: so XLA writes it in place.
     start = (model.embed_tokens(ids, config.compute_dtype), cache)
+    if layers is not None:
+        for index, layer in enumerate(layers):
+            start, _ = body(start, (layer, jnp.int32(index)))
+        return model.norm(start[0]), start[1]
     (x, cache), _ = jax.lax.scan(body, start, (model.layers, jnp.arange(config.num_layers)))
     return model.norm(x), cache
+
+
+def apart(model: Chameleon) -> tuple[Any, ...]:
+    """Each layer's own arrays: XLA on CPUs would copy its slice of the stack for every token."""
+    count = model.config.num_layers
+    return tuple(jax.tree.map(lambda x, i=i: x[i], model.layers) for i in range(count))
 
 
 def attend(

@@ -166,6 +166,7 @@ def run(
     width: lanes of each block that run, the first ones. draws: "text", "codes" or "both".
     """
     keys = sampling.row_keys(key, rows.number)
+    layers = cached.apart(model)
     state = State(
         step=jnp.int32(0),
         rows=rows,
@@ -176,7 +177,7 @@ def run(
     )
     state = jax.lax.while_loop(
         lambda s: (s.step < plan.chunk) & ~s.opened & _active(s.rows).any(),
-        lambda s: _step(model, s, knobs, keys, plan, width, span, draws),
+        lambda s: _step(model, layers, s, knobs, keys, plan, width, span, draws),
         state,
     )
     return state.cache, state.rows, state.seen, state.out
@@ -224,6 +225,7 @@ def _split(*arrays: Array) -> list[Array]:
 
 def _step(
     model: Chameleon,
+    layers: tuple,
     state: State,
     knobs: Knobs,
     keys: Key[Array, "N"],
@@ -237,7 +239,7 @@ def _step(
     places = jnp.where(active[:, None], places, -1)
     at = jnp.where(places >= 0, places + 1, rows.at)
     lanes = _lane_rows(rows.lanes, plan, width)
-    logits, cache = _logits(model, rows.token, places, lanes, state.cache, plan, width, span)
+    logits, cache = _logits(model, layers, rows.token, places, lanes, state.cache, plan, width, span)
     token = _next(logits, lanes, at[:, FULL], state, knobs, keys, plan, draws)
 
     in_text = rows.left == 0
@@ -282,7 +284,7 @@ def _lane_rows(lanes: Int[Array, "N 3"], plan: Plan, width: int) -> Int[Array, "
 
 
 def _logits(
-    model: Chameleon, token, places, lanes, cache, plan: Plan, width: int, span: int
+    model: Chameleon, layers, token, places, lanes, cache, plan: Plan, width: int, span: int
 ) -> tuple[Float[Array, "B V"], cached.Cache]:
     """Feeds one token to every stream. Each device gets all logits, and samples alike."""
     count = plan.blocks * width
@@ -290,7 +292,7 @@ def _logits(
     fed = jnp.zeros(count, jnp.int32).at[lanes].set(every, mode="drop")
     at = jnp.full(count, -1, jnp.int32).at[lanes].set(places, mode="drop")
     fed, at = _split(fed[:, None], at[:, None])
-    hidden, cache = cached.decode(model, fed, cache, at, lanes=None, span=span)
+    hidden, cache = cached.decode(model, fed, cache, at, lanes=None, span=span, layers=layers)
     return jax.sharding.reshard(model.logits(hidden), P(None, None, None))[:, 0], cache
 
 
