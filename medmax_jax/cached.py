@@ -26,6 +26,8 @@ SCALES = P(None, ROWS, "tp", None)  # [L, B, K, S]
 LANES = P(ROWS)  # [B]
 KINDS = ("model", "int8")
 
+APART_BYTES = 2 << 30  # of layers
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +80,8 @@ def decode(
                    9 -1 -1   row 1 reads one, and waits
 
     lanes: of each row, counted inside its device's block; None: row b of a block is its lane b.
-    span: slots that are read, at least the greatest position + 1.
+    span: slots that are read, at least the greatest position + 1. layers: of `apart`; None: the
+    stack.
     """
     config = model.config
     angles = rope_angles(positions, head_dim=config.head_dim, theta=config.rope_theta)
@@ -106,9 +109,18 @@ def decode(
 
 
 def apart(model: Chameleon) -> tuple[Any, ...]:
-    """Each layer's own arrays: XLA on CPUs would copy its slice of the stack for every token."""
+    """Each layer's own arrays, instead of slices of a stack."""
     count = model.config.num_layers
     return tuple(jax.tree.map(lambda x, i=i: x[i], model.layers) for i in range(count))
+
+
+def pays_apart(model: Chameleon, mesh: jax.sharding.Mesh) -> bool:
+    """XLA on CPUs copies each layer out of the stack for every token; a second stack spares that.
+
+    Not for large models, whose second stack may not find room.
+    """
+    size = sum(x.nbytes for x in jax.tree.leaves(model.layers))
+    return mesh.devices.flat[0].platform == "cpu" and size <= APART_BYTES
 
 
 def attend(

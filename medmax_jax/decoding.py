@@ -53,6 +53,7 @@ class Plan:
     per_segment: bool  # the budget begins anew after each image
     blocks: int  # of lanes: devices that split the batch
     depth: int  # lanes of a block
+    apart: bool  # a chunk makes a second stack of the layers, see cached.pays_apart
 
 
 class Knobs(NamedTuple):
@@ -166,7 +167,7 @@ def run(
     width: lanes of each block that run, the first ones. draws: "text", "codes" or "both".
     """
     keys = sampling.row_keys(key, rows.number)
-    layers = cached.apart(model)
+    layers = cached.apart(model) if plan.apart else None
     state = State(
         step=jnp.int32(0),
         rows=rows,
@@ -225,7 +226,7 @@ def _split(*arrays: Array) -> list[Array]:
 
 def _step(
     model: Chameleon,
-    layers: tuple,
+    layers: tuple | None,
     state: State,
     knobs: Knobs,
     keys: Key[Array, "N"],
@@ -239,7 +240,9 @@ def _step(
     places = jnp.where(active[:, None], places, -1)
     at = jnp.where(places >= 0, places + 1, rows.at)
     lanes = _lane_rows(rows.lanes, plan, width)
-    logits, cache = _logits(model, layers, rows.token, places, lanes, state.cache, plan, width, span)
+    logits, cache = _logits(
+        model, layers, rows.token, places, lanes, state.cache, plan, width, span
+    )
     token = _next(logits, lanes, at[:, FULL], state, knobs, keys, plan, draws)
 
     in_text = rows.left == 0

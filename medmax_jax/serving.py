@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from medmax_jax import batching, decoding, engine, grammar
+from medmax_jax import batching, cached, decoding, engine, grammar
 from medmax_jax import vocab as ids
 from medmax_jax.batching import GenerateError, Request
 from medmax_jax.config import Sample, Vocab
@@ -53,7 +53,8 @@ def serve(
     e: Engine, requests: Sequence[Request], sample: Sample, *, mode: str, seed: int
 ) -> Iterator[list[Written]]:
     """What has changed after each chunk, until all requests are done."""
-    knobs, sizes = batching.knobs(sample), dict(blocks=e.book.blocks, depth=e.book.depth)
+    knobs, apart = batching.knobs(sample), cached.pays_apart(e.model, e.mesh)
+    sizes = dict(blocks=e.book.blocks, depth=e.book.depth, apart=apart)
     compiled = plan(sample, e.vocab, mode=mode, codes=e.codes, slots=e.slots, **sizes)
     spare = e.book.blocks * e.book.depth - e.rows
     need = batching.guidance(requests, sample, e.vocab, mode=mode)
@@ -85,7 +86,15 @@ def serve(
 
 
 def plan(
-    sample: Sample, vocab: Vocab, *, mode: str, codes: int, slots: int, blocks: int, depth: int
+    sample: Sample,
+    vocab: Vocab,
+    *,
+    mode: str,
+    codes: int,
+    slots: int,
+    blocks: int,
+    depth: int,
+    apart: bool,
 ) -> decoding.Plan:
     """What the programs are compiled for, besides their sizes."""
     return decoding.Plan(
@@ -100,6 +109,7 @@ def plan(
         per_segment=sample.budget == "segment",
         blocks=blocks,
         depth=depth,
+        apart=apart,
     )
 
 

@@ -84,7 +84,14 @@ def decode(run: Run, topology: Topology, *, mode: str, rows: int, prompt: int) -
     blocks = run.mesh.data * run.mesh.fsdp
     depth = -(-rows * streams // blocks)
     plan = serving.plan(
-        run.sample, run.vocab, mode=mode, codes=codes, slots=slots, blocks=blocks, depth=depth
+        run.sample,
+        run.vocab,
+        mode=mode,
+        codes=codes,
+        slots=slots,
+        blocks=blocks,
+        depth=depth,
+        apart=False,
     )
     make = functools.partial(
         cached.empty, run.model, lanes=blocks * depth, slots=slots, kind="model"
