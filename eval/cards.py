@@ -23,7 +23,7 @@ OWN_ROWS = {  # of a benchmark's own test files, by name in data/benchmarks.py
     "vqa_rad": 451,  # its README.md on huggingface.co, and LLaVA-Med's table
     "slake": 1_061,  # English; LLaVA-Med's table
     "pathvqa": 6_719,  # README.md
-    "quilt_vqa": 1_283,  # its users, of quiltvqa_test_w_ans.json
+    "quilt_vqa": 1_283,  # Quilt-LLaVA, arXiv 2312.04746, abstract
     "probmed": 57_132,  # README.md
     "llava_med": 193,  # the file
 }
@@ -197,7 +197,7 @@ def _vqa(name: str, title: str, closed: int | None, opened: int | None, **fields
     ]
 
 
-LLAVA_MED = "table of LLaVA-Med's paper, by answer_type"
+LLAVA_MED = "LLaVA-Med's paper, arXiv 2306.00890, as remembered: its table was not at hand"
 _CARDS = (
     *_vqa(
         "vqa_rad",
@@ -233,7 +233,7 @@ _CARDS = (
         "Quilt-VQA",
         343,
         940,
-        counted="by its users, of quiltvqa_test_w_ans.json",
+        counted="by its users; 1,283 together: arXiv 2312.04746",
         source="huggingface.co/datasets/wisdomik/Quilt_VQA",
         licence="CC BY-NC-ND 3.0, gated",
     ),
