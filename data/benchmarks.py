@@ -34,6 +34,7 @@ import functools
 import json
 import pathlib
 import re
+import string
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -199,7 +200,7 @@ def _path_mmu_row(subset: str, place: Place, item: dict[str, Any]) -> Item:
     if not isinstance(given, list) or not 2 <= len(given) <= 8:
         raise RowError("options: not a list of two to eight")
     listed = {}
-    for letter, option in zip("ABCDEFGH", given, strict=False):
+    for letter, option in zip(string.ascii_uppercase, given, strict=False):
         text = text_of({"option": option}, "option")
         listed[letter] = clean(re.sub(rf"^\(?{letter}[).:]\s*", "", text), "option")
     answer = text_of(item, "answer")

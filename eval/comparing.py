@@ -122,24 +122,20 @@ def _row(key, one: Mapping, two: Mapping, *, seed: int, resamples: int) -> dict[
     (task, metric), names = key, [name for name in one if name in two]
     groups = [one[name][0] for name in names]
     before, after = ([side[name][1] for name in names] for side in (one, two))
-    interval = stats.paired_interval(before, after, groups, seed=seed, resamples=resamples)
+    numbers = dict(seed=seed, resamples=resamples)
     differences = [b - a for a, b in zip(before, after, strict=True)]
     binary = set(before) | set(after) <= {0.0, 1.0}
-    return dict(
-        task=task,
-        metric=metric,
-        n=interval.n,
-        groups=interval.groups,
-        first=sum(before) / len(before),
-        second=sum(after) / len(after),
-        diff=interval.mean,
-        ci_low=interval.low,
-        ci_high=interval.high,
-        can_find=stats.detectable(differences, groups, paired=True),
-        p=paired.sign_flip(differences, groups, seed=seed, resamples=resamples),
-        p_mcnemar=paired.mcnemar(before, after).p if binary else None,
-        p_holm=None,
-        claim="",
+    found = stats.paired_row(before, after, groups, names=("first", "second"), **numbers)
+    return (
+        dict(task=task, metric=metric)
+        | found
+        | dict(
+            can_find=stats.detectable(differences, groups, paired=True),
+            p=paired.sign_flip(differences, groups, **numbers),
+            p_mcnemar=paired.mcnemar(before, after).p if binary else None,
+            p_holm=None,
+            claim="",
+        )
     )
 
 

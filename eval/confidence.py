@@ -19,12 +19,11 @@ from typing import Any
 import numpy as np
 
 from data.journal import open_journal
-from eval import calibration, loop, score_text, stats, tasks
+from eval import calibration, loop, score_text, stats, strict, tasks
 
 OPTIONS = "options.jsonl"
 BINS = 10  # of the calibration error, of equally many answers
 COVERAGE = 0.8
-WINDOW = 256  # items that a model is given at once
 ABSENT = "n/a: this model has no score_options"
 
 
@@ -37,11 +36,7 @@ def options_of(item: tasks.Item) -> list[str]:
 
 def answer_of(item: tasks.Item) -> int | None:
     """The place of the right one among them; None where the row's answer is none of them."""
-    known = options_of(item)
-    if item.family == "vqa_closed":
-        said = score_text.yes_no(item.answer)
-    else:
-        said = score_text.choice(item.answer, score_text.options(item.prompt), letters="ABCDEFGH")
+    known, said = options_of(item), strict.read(item.family, item.answer, item.prompt)
     return known.index(said) if said in known else None
 
 
@@ -54,6 +49,7 @@ def score(
     images_folder: str | Path,
     out: str | Path,
     progress: Callable[[str], None],
+    window: int,
 ) -> list[dict[str, Any]]:
     """A line an item that has options, in order; what `out` holds is kept. [] for other models."""
     scorer = getattr(model, "score_options", None)
@@ -71,8 +67,8 @@ def score(
                     "workdir"
                 )
         todo = [item for item in asked if item.id not in known]
-        for start in range(0, len(todo), WINDOW):
-            some = todo[start : start + WINDOW]
+        for start in range(0, len(todo), window):
+            some = todo[start : start + window]
             asks = [loop.ask(item, Path(images_folder), mode, prompt) for item in some]
             found = scorer(asks, [options_of(item) for item in some])
             lines = [_line(model, i, logs) for i, logs in zip(some, found, strict=True)]
@@ -105,17 +101,7 @@ def summary(
         groups = [line["group"] for line in some]
         for metric, statistic in _statistics(some).items():
             found = stats.statistic_interval(statistic, groups, seed=seed, resamples=resamples)
-            rows.append(
-                dict(
-                    task=task,
-                    metric=metric,
-                    n=found.n,
-                    groups=found.groups,
-                    value=found.mean,
-                    ci_low=found.low,
-                    ci_high=found.high,
-                )
-            )
+            rows.append(dict(task=task, metric=metric) | found.row())
     return dict(reason="", rows=rows, left_out=n_items - len(lines), curves=_curves(lines))
 
 

@@ -44,7 +44,7 @@ def ceiling(
     """How often real pictures of the items match their own modality: the most that drawing can."""
     real = {item.image: item for item in items if item.kind}
     found = looks(generator, list(real), images_folder=images_folder)
-    interval = stats.mean_interval(
+    return stats.mean_interval(
         [
             float(score_image.nearest(centroids, one) == item.kind)
             for one, item in zip(found, real.values(), strict=True)
@@ -52,14 +52,7 @@ def ceiling(
         [item.group for item in real.values()],
         seed=seed,
         resamples=resamples,
-    )
-    return dict(
-        n=interval.n,
-        groups=interval.groups,
-        value=interval.mean,
-        ci_low=interval.low,
-        ci_high=interval.high,
-    )
+    ).row()
 
 
 def by(

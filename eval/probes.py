@@ -89,7 +89,7 @@ def rotated(items: Sequence[Item], places: int) -> list[Item]:
     found = []
     for item in items:
         spans = score_text.spans(item.prompt) if item.family == "vqa_mcq" else []
-        right = _letter(item) if places < len(spans) else None
+        right = strict.read(item.family, item.answer, item.prompt) if places < len(spans) else None
         if right is None:
             continue
         letters = [letter for letter, _, _ in spans]
@@ -112,7 +112,7 @@ def asked(items: Sequence[Item], names: Sequence[str]) -> dict[str, Callable[...
     """
     if wrong := set(names) - set(NAMES):
         raise TaskError(f"probes: {sorted(wrong)[0]!r} is none; use {', '.join(NAMES)}")
-    some = [i for i in items if i.family in ASKED and FAMILIES[i.family].shows_image]
+    some = _questions(items)
     made: dict[str, Callable[..., list[Item]]] = {}
     if not some:
         return made
@@ -130,7 +130,7 @@ def asked(items: Sequence[Item], names: Sequence[str]) -> dict[str, Callable[...
 
 def count(items: Sequence[Item], names: Sequence[str]) -> int:
     """Requests of the probes, at most."""
-    some = [i for i in items if i.family in ASKED and FAMILIES[i.family].shows_image]
+    some = _questions(items)
     turns = sum(max(0, len(score_text.spans(i.prompt)) - 1) for i in some if i.family == "vqa_mcq")
     return len(some) * len(set(names) - {"rotated"}) + turns * ("rotated" in names)
 
@@ -184,20 +184,9 @@ def _rotations(records, probed, seed: int, resamples: int) -> list[dict[str, Any
 
 
 def _paired(old, new, flips, groups, seed: int, resamples: int) -> dict[str, Any]:
-    found = stats.paired_interval(old, new, groups, seed=seed, resamples=resamples)
+    found = stats.paired_row(old, new, groups, seed=seed, resamples=resamples)
     flipped = stats.mean_interval(flips, groups, seed=seed, resamples=resamples)
-    return dict(
-        n=found.n,
-        groups=found.groups,
-        before=sum(old) / len(old),
-        after=sum(new) / len(new),
-        diff=found.mean,
-        ci_low=found.low,
-        ci_high=found.high,
-        flips=flipped.mean,
-        flips_low=flipped.low,
-        flips_high=flipped.high,
-    )
+    return found | dict(flips=flipped.mean, flips_low=flipped.low, flips_high=flipped.high)
 
 
 def said(record: Record) -> str:
@@ -211,6 +200,6 @@ def said(record: Record) -> str:
     return " ".join(score_text.tokens(text))
 
 
-def _letter(item: Item) -> str | None:
-    known = score_text.options(item.prompt)
-    return score_text.choice(item.answer, known, letters=strict.LETTERS)
+def _questions(items: Sequence[Item]) -> list[Item]:
+    """Those of the items that are asked about a picture."""
+    return [i for i in items if i.family in ASKED and FAMILIES[i.family].shows_image]

@@ -97,14 +97,18 @@ def row(
     if metric == "judge_correct":
         lines = [known.judged[evidence.CORRECT].get(r["id"]) for r, _ in asked]
         votes = [line["votes"] for line in lines if line and line["votes"]]
-    return _numbers(metric, interval) | dict(
-        best=total.best,
-        n_unparsed=total.n_unparsed,
-        n_unscored=total.n_unscored,
-        n_errors=sum(bool(r.get("error")) for r, _ in asked),
-        of_scored=total.of_scored,
-        judge_sd=stats.judge_sd(votes, len(asked)) if votes else None,
-        can_find=_finite(stats.detectable(worst, groups, paired=False)),
+    return (
+        dict(metric=metric)
+        | interval.row()
+        | dict(
+            best=total.best,
+            n_unparsed=total.n_unparsed,
+            n_unscored=total.n_unscored,
+            n_errors=sum(bool(r.get("error")) for r, _ in asked),
+            of_scored=total.of_scored,
+            judge_sd=stats.judge_sd(votes, len(asked)) if votes else None,
+            can_find=_finite(stats.detectable(worst, groups, paired=False)),
+        )
     )
 
 
@@ -125,7 +129,8 @@ def relative(
         resamples=resamples,
     )
     return [
-        _numbers("judge_relative", interval)
+        dict(metric="judge_relative")
+        | interval.row()
         | dict(
             best=whole["best"],
             n_unparsed=0,
@@ -171,20 +176,8 @@ def scores(
             continue
         old, new = ([side[name][1] for name in shared] for side in (first, second))
         groups = [second[name][0] for name in shared]
-        interval = stats.paired_interval(old, new, groups, seed=seed, resamples=resamples)
-        rows.append(
-            dict(
-                task=task,
-                metric=metric,
-                n=interval.n,
-                groups=interval.groups,
-                before=sum(old) / len(old),
-                after=sum(new) / len(new),
-                diff=interval.mean,
-                ci_low=interval.low,
-                ci_high=interval.high,
-            )
-        )
+        found = stats.paired_row(old, new, groups, seed=seed, resamples=resamples)
+        rows.append(dict(task=task, metric=metric) | found)
     return rows
 
 
@@ -204,17 +197,6 @@ def table(
                 one = found.setdefault((task, metric), {})
                 one[record["id"]] = (record["group"], value)
     return found
-
-
-def _numbers(metric: str, interval: stats.Interval) -> dict[str, Any]:
-    return dict(
-        metric=metric,
-        n=interval.n,
-        groups=interval.groups,
-        value=interval.mean,
-        ci_low=interval.low,
-        ci_high=interval.high,
-    )
 
 
 def _mean(votes: Sequence[tuple[float, float]]) -> tuple[float, float] | None:

@@ -248,6 +248,7 @@ def options(now: Run) -> list[dict[str, Any]] | None:
         images_folder=now.found.folder,
         out=now.workdir / confidence.OPTIONS,
         progress=now.progress,
+        window=now.settings.window,
     )
 
 

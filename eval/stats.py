@@ -27,6 +27,11 @@ class Interval:
     n: int
     groups: int
 
+    def row(self, name: str = "value") -> dict[str, float]:
+        """As columns of a table: {n, groups, NAME, ci_low, ci_high}."""
+        ends = dict(ci_low=self.low, ci_high=self.high)
+        return dict(n=self.n, groups=self.groups) | {name: self.mean} | ends
+
 
 def mean_interval(
     values: Sequence[float], groups: Sequence[Hashable], *, seed: int, resamples: int
@@ -69,6 +74,21 @@ def paired_interval(
         )
     difference = np.asarray(after, np.float64) - np.asarray(before, np.float64)
     return mean_interval(difference, groups, seed=seed, resamples=resamples)
+
+
+def paired_row(
+    before: Sequence[float],
+    after: Sequence[float],
+    groups: Sequence[Hashable],
+    *,
+    names: tuple[str, str] = ("before", "after"),
+    seed: int,
+    resamples: int,
+) -> dict[str, float]:
+    """The same as columns: {n, groups, BEFORE, AFTER, diff, ci_low, ci_high}, with both means."""
+    found = paired_interval(before, after, groups, seed=seed, resamples=resamples)
+    sides = {name: sum(side) / len(side) for name, side in zip(names, (before, after), strict=True)}
+    return sides | found.row("diff")
 
 
 def standard_error(values: Sequence[float], groups: Sequence[Hashable]) -> float:

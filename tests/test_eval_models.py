@@ -70,6 +70,14 @@ def says_yes(request: dict, n: int) -> bytes:
     return completion("Yes.")
 
 
+def says_yes_after(seconds: float):
+    def slowly(request: dict, n: int) -> bytes:
+        time.sleep(seconds)
+        return completion("yes")
+
+    return slowly
+
+
 # Endpoints.
 
 
@@ -129,11 +137,7 @@ def test_killed_it_goes_on_and_only_what_was_in_flight_is_asked_again(tmp_path):
     """SIGKILL of a real process, while a real server counts."""
     items, out = write_items(tmp_path / "data"), tmp_path / "out"
 
-    def slowly(request, n):
-        time.sleep(0.05)
-        return completion("yes")
-
-    with serving(slowly) as llm:
+    with serving(says_yes_after(0.05)) as llm:
         given = words(items, out, f"endpoint:m@{llm.url}", "--config.service.concurrency=2")
         process = subprocess.Popen(
             **given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
@@ -226,11 +230,7 @@ def test_parts_in_processes_are_the_whole(tmp_path):
 def test_two_writers_and_folders_of_others_are_refused(tmp_path):
     items, out = write_items(tmp_path / "data"), tmp_path / "out"
 
-    def slowly(request, n):
-        time.sleep(0.2)
-        return completion("yes")
-
-    with serving(slowly) as llm:
+    with serving(says_yes_after(0.2)) as llm:
         given = words(items, out, f"endpoint:m@{llm.url}", "--config.service.concurrency=1")
         first = subprocess.Popen(**given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         while not llm.requests and first.poll() is None:

@@ -115,6 +115,7 @@ def score(model, items, out, lines=None):
         images_folder="x",
         out=out,
         progress=(lines if lines is not None else []).append,
+        window=256,
     )
 
 
