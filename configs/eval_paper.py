@@ -19,4 +19,6 @@ def get_config() -> ConfigDict:
     config.judge.paper = True  # the release's own messages, reference first
     config.judge.attempts = 1  # what cannot be read is dropped by the release's scoring
     config.sample.update(sampling.SETS["medmax_eval"])  # penalty 1.2 over the prompt too
+    # Captions and chat up to the context, interleaved answers 1,024 tokens in each piece of text
+    config.sample.update(max_gen_len=4_096, budget="segment")
     return config.lock()

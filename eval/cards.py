@@ -20,8 +20,8 @@ CAPTIONS_CHART, CHAT_CHART, MULTI_CHART = (
 RELEASED_ROWS = (9_465, 9_474)
 RELEASED_TOGETHER = (("vqa_rad", "pathvqa"), 2_451)
 OWN_ROWS = {  # of a benchmark's own test files, by name in data/benchmarks.py
-    "vqa_rad": 451,  # its README.md on huggingface.co, and LLaVA-Med's table
-    "slake": 1_061,  # English; LLaVA-Med's table
+    "vqa_rad": 451,  # its README.md on huggingface.co; the file that its card names
+    "slake": 1_061,  # English; the file that its card names
     "pathvqa": 6_719,  # README.md
     "quilt_vqa": 1_283,  # Quilt-LLaVA, arXiv 2312.04746, abstract
     "probmed": 57_132,  # README.md
@@ -197,14 +197,13 @@ def _vqa(name: str, title: str, closed: int | None, opened: int | None, **fields
     ]
 
 
-LLAVA_MED = "LLaVA-Med's paper, arXiv 2306.00890, as remembered: its table was not at hand"
 _CARDS = (
     *_vqa(
         "vqa_rad",
         "VQA-RAD",
         272,
         179,
-        counted=LLAVA_MED,
+        counted="data/testset.json of github.com/Awenbocc/med-vqa at 0cca6811, by answer_type",
         source="osf.io/89kps, VQA_RAD Dataset Public.json",
         licence="CC0 1.0",
         data_class=OPEN,
@@ -214,7 +213,7 @@ _CARDS = (
         "SLAKE, English",
         416,
         645,
-        counted=LLAVA_MED,
+        counted="Slake1.0/test.json of github.com/xiaoman-zhang/PMC-VQA at 1678ec2c, English",
         source="huggingface.co/datasets/BoKelvin/SLAKE",
         licence="CC BY 4.0",
         data_class=OPEN,

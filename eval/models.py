@@ -24,6 +24,7 @@ from medmax_jax import generate
 from medmax_jax.config import Sample
 from medmax_jax.generator import Image, Part, Text
 
+GUIDED = 3  # lanes of a picture: full, image-only, unconditional
 Segment = str | PIL.Image.Image | Text | Image
 
 
@@ -64,7 +65,11 @@ class Model(Protocol):
 
 
 class Native:
-    """A model folder in memory; pictures are encoded once, whatever asks about them."""
+    """A model folder in memory; pictures are encoded once, whatever asks about them.
+
+    rows: answers of words at a time. Pictures take up to three lanes of the cache each while they
+    are drawn, so a third as many.
+    """
 
     def __init__(self, g: generate.Generator, sample: Sample, *, rows: int, name: str, stamp: str):
         self.generator, self.sample, self.rows = g, sample, rows
@@ -94,7 +99,7 @@ class Native:
             seed=self.sample.seed,
             names=[ask.id for ask in asks],
             end_of_turn=ends,
-            rows=self.rows,
+            rows=self.rows if mode == "text" else max(1, self.rows // GUIDED),
         )
 
     def score_options(

@@ -26,6 +26,8 @@ from medmax_jax import cli
 from medmax_jax.config import build
 
 log = logging.getLogger("medmax_jax.eval")
+# Columns of a score that fit a terminal; the page and summary.json have all, and each floor's table
+SAID = ("task", "metric", "n", "value", "ci_low", "ci_high", "best", "floor", "floor_of", "paper")
 
 
 def main(config: ConfigDict, workdir: str) -> None:
@@ -54,10 +56,10 @@ def main(config: ConfigDict, workdir: str) -> None:
         )
     if summary is None:
         return
-    print(report_page.markdown(summary["scores"]))
+    print(report_page.markdown([{k: row.get(k) for k in SAID} for row in summary["scores"]]))
     for floor in summary["floors"]:
-        print(f"floor {floor['name']}: {floor['says']}\n")
-        print(report_page.markdown(floor["scores"]))
+        print(f"floor {floor['name']}: {floor['says']}")
+    print()
     for baseline in summary["baselines"]:
         print(f"{baseline['name']} (before) and the model (after):\n")
         print(report_page.markdown(baseline["scores"]))

@@ -19,6 +19,7 @@ from eval import evaluate, history, loop, predictions, stages
 from eval.settings import Settings
 from medmax_jax import cli
 from medmax_jax.config import build
+from medmax_jax.convert import run as converting
 
 ROOT = pathlib.Path(__file__).parent.parent
 ITEMS = 24
@@ -198,7 +199,45 @@ def test_baselines_are_the_floor_and_the_same_again(tmp_path):
         run(items, tmp_path / "x", "baseline:best")
 
 
-# Parts, locks, folders.
+def test_a_checkpoint_in_another_layout_answers_alike_and_is_converted_once(
+    tmp_path, monkeypatch, capsys
+):
+    source = tmp_path / "theirs"
+    converting.convert("medmax_jax/tiny", str(source), layout="hf", say=print)
+    items = write_items(tmp_path / "data", 4)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    said = []
+    for model in ("native:medmax_jax/tiny", f"hf:{source}", f"hf:{source}"):
+        out = tmp_path / str(len(said))
+        run(items, out, model, options=True)
+        records = {r["id"]: r["text"] for r in loop.read(out / "records.jsonl")}
+        likely = [r["log_likelihoods"] for r in loop.read(out / "options.jsonl")]
+        said.append((records, likely, capsys.readouterr().out))
+    assert said[0][:2] == said[1][:2] == said[2][:2] and any(said[0][0].values())
+    assert "converting" in said[1][2] and "was converted into" in said[2][2]
+    (source / "config.json").unlink()
+    with pytest.raises(loop.EvalError, match="theirs"):
+        run(items, tmp_path / "broken", f"hf:{source}")
+
+
+# Parts, locks, folders, disks.
+
+
+def test_the_disk_is_full_and_what_was_written_is_kept(tmp_path):
+    """A real limit on the size of files, as a full disk: one line, and no answer asked again."""
+    items, out = write_items(tmp_path / "data"), tmp_path / "out"
+    with serving(says_yes) as llm:
+        given = words(items, out, f"endpoint:m@{llm.url}", "--config.service.concurrency=1")
+        limited = ["bash", "-c", 'ulimit -f 8; exec "$@"', "bash", *given.pop("args")]
+        full = subprocess.run(limited, **given, capture_output=True)
+        assert full.returncode == cli.ERROR and full.stderr.count("\n") == 1, full.stderr
+        assert "File too large" in full.stderr and ".jsonl" in full.stderr
+        asked = len(llm.requests)
+        assert 0 < asked < ITEMS
+        done = subprocess.run(limited[4:], **given, capture_output=True)
+        assert done.returncode == cli.DONE, done.stderr
+        assert ITEMS <= len(llm.requests) <= ITEMS + 1  # at most the reply without room
+    assert len(loop.read(out / "records.jsonl")) == ITEMS
 
 
 def test_parts_in_processes_are_the_whole(tmp_path):

@@ -269,8 +269,11 @@ def test_a_row_says_its_own_class():
 def test_the_configs_say_every_field(config):
     found = build(Settings, config.get_config())
     assert found.mode == ("strict" if config is eval_suite else "paper")
-    assert found.sample.text_greedy and found.sample.budget == "answer"
-    assert found.sample.repetition_penalty == (1.0 if config is eval_suite else 1.2)
+    strict, sample = config is eval_suite, found.sample
+    assert sample.text_greedy and sample.repetition_penalty == (1.0 if strict else 1.2)
+    assert (sample.budget, sample.max_gen_len) == (
+        ("answer", 1_024) if strict else ("segment", 4_096)
+    )
     assert found.judge.endpoint == "" and found.judge.service.credentialed_hosts == ()
     text = Path(config.__file__).read_text().split("def get_config")[1]
     for line in text.splitlines():
