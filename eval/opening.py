@@ -19,7 +19,7 @@ from data.journal import Journal, open_journal, parse
 from eval import baselines, endpoint_model, looks, loop, models, predictions
 from eval.settings import Settings
 from eval.suites import Suite
-from medmax_jax import export, generate
+from medmax_jax import batching, export, generate
 from medmax_jax.convert import run as converting
 from medmax_jax.convert import sources
 from medmax_jax.mesh import make_mesh
@@ -98,6 +98,7 @@ def name(
     fixed = dict(kind=kind, where=where, adapter=adapter, merge=merge)
     match kind:
         case "native" | "hf":
+            batching.one_process()  # before anything is converted, or a mesh asked for
             folder = where if kind == "native" else str(converted(where, progress))
             tuned = Folder(adapter) if adapter else None
             digest = tuned.file(ADAPTER).digest("sha256") if tuned and tuned.has(ADAPTER) else ""

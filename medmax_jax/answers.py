@@ -116,14 +116,14 @@ class Answers:
         facts = settings | {"prompts": hashlib.sha256(asked.encode()).hexdigest()}
         facts = json.loads(json.dumps(facts))
         place = folder / "asked.json"
-        if place.exists():
+        self.records = {record["id"]: record for record in self._read()}
+        if self.records and place.exists():
             before = json.loads(place.read_text())
             if different := sorted(k for k in facts | before if facts.get(k) != before.get(k)):
                 raise GenerateError(
                     f"{folder} holds answers with another {different[0]}; name a fresh --out"
                 )
         _write(place, json.dumps(facts, indent=1))
-        self.records = {record["id"]: record for record in self._read()}
 
     def add(self, question: Question, answer: Sequence[Text | Image], mode: str) -> dict[str, Any]:
         """Pictures first, then the line that names them."""

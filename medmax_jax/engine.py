@@ -4,11 +4,14 @@
     likelihoods   of options behind a prompt    the prompt is read once
 
 An engine keeps what its lanes hold from one call to the next: the next question on an image, the
-next turn of a chat. serving.py writes answers on it.
+next turn of a chat. serving.py writes answers on it. Who uses the lanes does so inside `alone`: an
+error or a stop in the middle, memory that ran out among them, leaves an engine that is empty and
+can be used again.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from medmax_jax import batching, cached, decoding
+from medmax_jax import batching, cached, decoding, room
 from medmax_jax import vocab as ids
 from medmax_jax.batching import GenerateError, Request
 from medmax_jax.chameleon import Chameleon
@@ -37,9 +40,10 @@ class Engine:
     mesh: jax.sharding.Mesh
     rows: int
     slots: int
+    kind: str  # of the cache
     book: Lanes
-    cache: cached.Cache
-    seen: jax.Array
+    cache: cached.Cache | None  # None: it was lost in the middle of something
+    seen: jax.Array | None
     programs: set[tuple[Any, ...]]  # what has been asked of the device: name and static arguments
     read: int = 0  # tokens of prompts that the model had to read; the others were copied
 
@@ -62,26 +66,50 @@ def make(
     if slots > model.config.context_length:
         raise GenerateError(f"slots is {slots}; the model holds {model.config.context_length}")
     depth, near = -(-lanes // blocks), -(-rows // blocks)
-    size = cached.bytes_of(model.config, lanes=depth * blocks, slots=slots, kind=kind)
+    with _room(model, rows=rows, lanes=depth * blocks, slots=slots, kind=kind):
+        engine = Engine(
+            model=model,
+            vocab=vocab,
+            codes=codes,
+            mesh=mesh,
+            rows=rows,
+            slots=slots,
+            kind=kind,
+            book=Lanes(blocks=blocks, depth=depth, slots=slots, near=near),
+            cache=None,
+            seen=None,
+            programs=set(),
+        )
+        _fill(engine)
+    return engine
+
+
+@contextlib.contextmanager
+def alone(engine: Engine) -> Iterator[None]:
+    """The only user of the lanes, which are all free afterwards, however it ends.
+
+    A caller who leaves between two chunks gives its lanes back itself. Any other end in the middle
+    costs what the lanes hold: a program that fails has taken the cache with it, and on some devices
+    says so only when its results are wanted. The next user gets a fresh one.
+    """
+    if not engine.book.free.all():
+        raise GenerateError(
+            "the engine is in the middle of other answers; finish or close their iterator first"
+        )
+    e, lanes = engine, engine.book.blocks * engine.book.depth
     try:
-        with jax.set_mesh(mesh):
-            cache = cached.empty(model.config, lanes=depth * blocks, slots=slots, kind=kind)
-            jax.block_until_ready(cache)
-            seen = jnp.zeros((rows, vocab.size), bool)
-    except jax.errors.JaxRuntimeError as error:
-        raise out_of_memory(error, size, rows, slots) from error
-    return Engine(
-        model=model,
-        vocab=vocab,
-        codes=codes,
-        mesh=mesh,
-        rows=rows,
-        slots=slots,
-        book=Lanes(blocks=blocks, depth=depth, slots=slots, near=near),
-        cache=cache,
-        seen=seen,
-        programs=set(),
-    )
+        with _room(e.model, rows=e.rows, lanes=lanes, slots=e.slots, kind=e.kind):
+            if engine.cache is None:
+                _fill(engine)
+            yield
+    except GeneratorExit:
+        raise
+    except BaseException:
+        for array in jax.tree.leaves((engine.cache, engine.seen)):
+            array.delete()  # now, not when the traceback that holds it is gone
+        engine.cache = engine.seen = None
+        engine.book.clear()
+        raise
 
 
 def hold(engine: Engine, wanted: Sequence[Int[np.ndarray, "_"]], *, guide: bool) -> list[int]:
@@ -114,20 +142,53 @@ def likelihoods(
     found: list[list[Any]] = [[None] * len(each) for each in options]
     most = min(engine.rows, SIDE_BY_SIDE * engine.book.blocks)
     order = batching.order([Request(p, 0, 0) for p in prompts])
-    for start in range(0, len(order), most):
-        part = order[start : start + most]
-        lanes = hold(engine, [prompts[i][:-1] for i in part], guide=False)
-        for turn in range(max(len(options[i]) for i in part)):
-            jobs = [
-                (lane, len(prompts[i]) - 1, np.append(prompts[i][-1:], options[i][turn]), i)
-                for lane, i in zip(lanes, part, strict=True)
-                if turn < len(options[i])
-            ]
-            for (*_, i), answer in zip(jobs, _score(engine, jobs), strict=True):
-                found[i][turn] = answer
-        for lane, i in zip(lanes, part, strict=True):
-            engine.book.release(lane, prompts[i][:-1])
+    with alone(engine):
+        for start in range(0, len(order), most):
+            _likelihoods(engine, prompts, options, order[start : start + most], found)
     return found
+
+
+def _likelihoods(engine: Engine, prompts, options, part: list[int], found) -> None:
+    """Those of the prompts `part`, side by side, into `found`."""
+    lanes = hold(engine, [prompts[i][:-1] for i in part], guide=False)
+    for turn in range(max(len(options[i]) for i in part)):
+        jobs = [
+            (lane, len(prompts[i]) - 1, np.append(prompts[i][-1:], options[i][turn]), i)
+            for lane, i in zip(lanes, part, strict=True)
+            if turn < len(options[i])
+        ]
+        for (*_, i), answer in zip(jobs, _score(engine, jobs), strict=True):
+            found[i][turn] = answer
+    for lane, i in zip(lanes, part, strict=True):
+        engine.book.release(lane, prompts[i][:-1])
+
+
+def _fill(engine: Engine) -> None:
+    """An empty cache, and rows that have seen nothing."""
+    lanes = engine.book.blocks * engine.book.depth
+    with jax.set_mesh(engine.mesh):
+        made = (
+            cached.empty(engine.model.config, lanes=lanes, slots=engine.slots, kind=engine.kind),
+            jnp.zeros((engine.rows, engine.vocab.size), bool),
+        )
+    engine.cache, engine.seen = jax.block_until_ready(made)
+
+
+def _room(
+    model: Chameleon, *, rows: int, lanes: int, slots: int, kind: str
+) -> contextlib.AbstractContextManager[None]:
+    """Where memory runs out, says what was asked and which settings ask for less."""
+    size = cached.bytes_of(model.config, lanes=lanes, slots=slots, kind=kind)
+    mends = [
+        "take fewer rows (--rows; --config.rows of an evaluation)",
+        "a shorter context (shorter prompts, a smaller sample.max_gen_len)",
+        'a cache in bytes (--cache=int8, kind="int8")',
+    ]
+    return room.asked(
+        f"{rows} rows of {slots} slots have a cache of {lanes} lanes, {room.mib(size)}, beside "
+        f"the model's {room.mib(room.bytes_of(model))}",
+        " or ".join(mends[: 2 if kind == "int8" else 3]),
+    )
 
 
 def _copy(engine: Engine, places: Sequence[Place]) -> None:
@@ -208,13 +269,3 @@ def _pieces(engine: Engine, jobs: Sequence[tuple[int, int, Int[np.ndarray, "_"]]
                     positions[row, : len(part)] = first + offset + np.arange(len(part))
                     rows.append((row, i, offset, len(part)))
             yield (tokens, positions, lanes), rows
-
-
-def out_of_memory(error: Exception, size: int, rows: int, slots: int) -> Exception:
-    """What to raise in place of a device's error: itself, unless it says that memory is full."""
-    if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
-        return RuntimeError(f"the device failed: {error}")
-    return GenerateError(
-        f"out of memory: the cache of {rows} rows with {slots} slots takes {size / 2**30:.1f} GiB "
-        "beside the model; take fewer rows, shorter prompts, or a cache of kind int8"
-    )

@@ -256,6 +256,7 @@ def _flags() -> None:
 
 def main(settings: ConfigDict, out: str) -> None:
     """Answers every prompt; what `out` has from an interrupted run is kept."""
+    batching.one_process()
     sample, mesh = build(Sample, settings.sample), meshes.make_mesh(build(Mesh, settings.mesh))
     questions = _questions()
     batching.knobs(sample)

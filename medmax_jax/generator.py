@@ -5,6 +5,7 @@ prompt_tokens(g, [[image, "A CT?"]])  ->  BOS BOI 64 codes EOI "A CT?" END-OF-TU
 segments(g, [tokens])                 ->  [[Text("yes")]]
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -18,9 +19,9 @@ import PIL.Image
 from flax import nnx
 from jaxtyping import Int
 
-from medmax_jax import chameleon, export, images, vqgan, weights
+from medmax_jax import chameleon, export, images, room, vqgan, weights
 from medmax_jax import mesh as meshes
-from medmax_jax.batching import GenerateError
+from medmax_jax.batching import GenerateError, one_process
 from medmax_jax.config import VQ, ConfigError, Lora, Mesh, Model, Vocab, build
 from medmax_jax.tokenizer import Tokenizer, prompt_ids, segments_of
 
@@ -71,6 +72,7 @@ def load(
     merge: the adapter's product is added to the base, once, instead of running beside it. dtype:
     of the weights and of what is computed, float32 or bfloat16; None: as the folder says.
     """
+    one_process()
     folder = Path(folder)
     settings = _json(folder / "config.json", "a model folder has config.json, weights, tokenizer")
     try:
@@ -86,7 +88,13 @@ def load(
         model = dataclasses.replace(model, param_dtype=dtype, compute_dtype=dtype)
     mesh = mesh or meshes.make_mesh(Mesh(data=1, fsdp=1, tp=1))
     with jax.set_mesh(mesh):
-        held = _load_model(folder, adapter, model, vocab, merge)
+        size = room.bytes_of(chameleon.abstract(model, vocab, chameleon.NO_LORA))
+        with room.asked(
+            f"{folder} has weights of {room.mib(size)}",
+            "spread them over more devices (--config.mesh.fsdp, --config.mesh.tp) or convert them "
+            "with --quant",
+        ):
+            held = jax.block_until_ready(_load_model(folder, adapter, model, vocab, merge))
     return around(held, folder, config=model, vocab=vocab, vq=vq, mesh=mesh)
 
 
@@ -100,6 +108,7 @@ def around(
     mesh: jax.sharding.Mesh,
 ) -> Generator:
     """A model that is in memory, with the tokenizer and the VQGAN of a model folder."""
+    one_process()
     folder = Path(folder)
     with jax.set_mesh(mesh):
         return Generator(
@@ -142,9 +151,9 @@ def encode(g: Generator, pictures: Sequence[Path | PIL.Image.Image]) -> list[Int
             for p in pictures[start : start + SIDE_BY_SIDE]
         ]
         pixels = np.stack([images.preprocess(p, g.vq_config.image_size) for p in part])
-        with jax.set_mesh(g.mesh):
-            found = vqgan.encode(g.vq, _filled(pixels, SIDE_BY_SIDE))
-        codes += list(np.asarray(found)[: len(part)].reshape(len(part), -1))
+        with jax.set_mesh(g.mesh), _room(g, len(part)):
+            found = np.asarray(vqgan.encode(g.vq, _filled(pixels, SIDE_BY_SIDE)))
+        codes += list(found[: len(part)].reshape(len(part), -1))
     return codes
 
 
@@ -153,7 +162,7 @@ def decode(g: Generator, codes: Sequence[Int[np.ndarray, "K"]]) -> list[PIL.Imag
     side, pictures = g.vq_config.codes_per_side, []
     for start in range(0, len(codes), SIDE_BY_SIDE):
         part = np.stack(codes[start : start + SIDE_BY_SIDE]).reshape(-1, side, side)
-        with jax.set_mesh(g.mesh):
+        with jax.set_mesh(g.mesh), _room(g, len(part)):
             pixels = vqgan.decode_codes(g.vq, _filled(part, SIDE_BY_SIDE))
             found = np.asarray(vqgan.to_uint8(pixels))[: len(part)]
         pictures += [PIL.Image.fromarray(picture) for picture in found]
@@ -175,6 +184,16 @@ def segments(g: Generator, written: Sequence[Int[np.ndarray, "_"]]) -> list[list
         ]
         for parts in answers
     ]
+
+
+def _room(g: Generator, count: int) -> contextlib.AbstractContextManager[None]:
+    size = room.bytes_of((g.model, g.vq))
+    return room.asked(
+        f"the VQGAN has {count} pictures of {g.vq_config.image_size} px at once, beside weights of "
+        f"{room.mib(size)}",
+        "take fewer rows, whose cache lies there too (--rows; --config.rows of an evaluation), or "
+        "a base in fewer bits (convert --quant)",
+    )
 
 
 def _load_model(

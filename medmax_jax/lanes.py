@@ -74,6 +74,10 @@ class Lanes:
         self.free[lane] = True
         self._note(lane, tokens, settled=True)
 
+    def clear(self) -> None:
+        """No lane has a user, or holds anything."""
+        self.free[:], self._settled[:], self._length[:] = True, True, 0
+
     def _common(self, tokens: Int[np.ndarray, "T"]) -> Int[np.ndarray, "B"]:
         """How many leading tokens each lane has in common with these."""
         count = len(tokens)

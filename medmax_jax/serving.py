@@ -70,19 +70,18 @@ def serve(
     queue = collections.deque((i, requests[i]) for i in batching.order(requests))
     seats: list[_Seat | None] = [None] * e.rows
     rows = _nobody(e.rows)
-    try:
-        while queue or any(seats):
-            _admit(e, queue, seats, rows)
-            _open(e, seats, rows, batching.guided(sample))
-            rows, out = _run(e, rows, knobs, seed, compiled)
-            yield _take(e, seats, rows, out)
-    except jax.errors.JaxRuntimeError as error:
-        size = sum(x.nbytes for x in jax.tree.leaves(e.cache))
-        raise engine.out_of_memory(error, size, e.rows, e.slots) from error
-    finally:
-        for seat, at in zip(seats, rows.at, strict=True):
-            if seat:  # the caller left in the middle
-                _leave(e, seat, at, range(3))
+    with engine.alone(e):
+        try:
+            while queue or any(seats):
+                _admit(e, queue, seats, rows)
+                _open(e, seats, rows, batching.guided(sample))
+                rows, out = _run(e, rows, knobs, seed, compiled)
+                yield _take(e, seats, rows, out)
+        except GeneratorExit:  # the caller left in the middle
+            for seat, at in zip(seats, rows.at, strict=True):
+                if seat:
+                    _leave(e, seat, at, range(3))
+            raise
 
 
 def plan(

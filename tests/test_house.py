@@ -67,9 +67,9 @@ laws        medmax_jax.scaling medmax_jax.scaling.laws medmax_jax.scaling.fit
             medmax_jax.scaling.pages
 
 machines    medmax_jax.metrics medmax_jax.step medmax_jax.integrity medmax_jax.checkpoint
-            medmax_jax.export medmax_jax.decoding medmax_jax.batching medmax_jax.engine
-            medmax_jax.serving medmax_jax.generator medmax_jax.answers medmax_jax.generate
-            data.instruct eval.tasks eval.score_image
+            medmax_jax.export medmax_jax.decoding medmax_jax.batching medmax_jax.room
+            medmax_jax.engine medmax_jax.serving medmax_jax.generator medmax_jax.answers
+            medmax_jax.generate data.instruct eval.tasks eval.score_image
             eval.models eval.endpoint_model eval.predictions eval.looks eval.loop
             eval.evidence eval.paper_scores eval.scoring eval.baselines eval.probes eval.suites
             eval.judging eval.seeing eval.confidence eval.contamination
