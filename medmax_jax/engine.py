@@ -45,6 +45,7 @@ class Engine:
     cache: cached.Cache | None  # None: it was lost in the middle of something
     seen: jax.Array | None
     programs: set[tuple[Any, ...]]  # what has been asked of the device: name and static arguments
+    busy: bool = False  # somebody uses the lanes
     read: int = 0  # tokens of prompts that the model had to read; the others were copied
 
 
@@ -92,11 +93,12 @@ def alone(engine: Engine) -> Iterator[None]:
     costs what the lanes hold: a program that fails has taken the cache with it, and on some devices
     says so only when its results are wanted. The next user gets a fresh one.
     """
-    if not engine.book.free.all():
+    if engine.busy:
         raise GenerateError(
             "the engine is in the middle of other answers; finish or close their iterator first"
         )
     e, lanes = engine, engine.book.blocks * engine.book.depth
+    engine.busy = True
     try:
         with _room(e.model, rows=e.rows, lanes=lanes, slots=e.slots, kind=e.kind):
             if engine.cache is None:
@@ -110,6 +112,8 @@ def alone(engine: Engine) -> Iterator[None]:
         engine.cache = engine.seen = None
         engine.book.clear()
         raise
+    finally:
+        engine.busy = False
 
 
 def hold(engine: Engine, wanted: Sequence[Int[np.ndarray, "_"]], *, guide: bool) -> list[int]:

@@ -259,6 +259,38 @@ def test_a_caller_may_leave_in_the_middle(g):  # noqa: F811
     assert e.book.free.all()
 
 
+def test_an_error_in_the_middle_leaves_no_lane_behind(g):  # noqa: F811
+    """An option of no tokens fails once the prompts are in their lanes; a long prompt before."""
+    e, short, option = made(g, rows=2, lanes=2, slots=32), np.r_[ids.BOS, words(8)], words(3)
+    long = np.r_[ids.BOS, words(40)]
+    before = engine.likelihoods(e, [short], [[option]])
+    for prompts, options in (
+        ([short, words(8)], [[option], [words(0)]]),
+        ([short, long], [[option], [option]]),
+    ):
+        with pytest.raises(ValueError):
+            engine.likelihoods(e, prompts, options)
+        assert e.book.free.all() and e.cache is None
+        again = engine.likelihoods(e, [short], [[option]])
+        np.testing.assert_array_equal(again[0][0], before[0][0])
+        assert e.book.free.all()
+
+
+def test_an_engine_writes_one_suite_at_a_time(g):  # noqa: F811
+    """A chat whose last answer still stands open refuses the next turn, until it is closed."""
+    talk = chat.Chat(g, dataclasses.replace(SAMPLE, max_gen_len=30), mode="text", seed=0)
+    open_one = talk.pieces(["Is it?"])
+    next(open_one)
+    for ask in (
+        lambda: talk.say(["Is it a CT?"]),
+        lambda: engine.likelihoods(talk.engine, [talk.tokens], [[words(2)]]),
+    ):
+        with pytest.raises(generate.GenerateError, match="in the middle of other answers; finish"):
+            ask()
+    open_one.close()
+    assert isinstance(talk.say(["Is it a CT?"])[0], generate.Text)
+
+
 @pytest.mark.slow
 def test_a_merged_adapter_answers_alike(g, folder, adapter):  # noqa: F811
     beside = generate.load(folder, adapter=adapter)
