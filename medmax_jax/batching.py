@@ -9,6 +9,7 @@ Nothing here changes an answer: idle rows and idle tokens write nothing and are 
 
 import dataclasses
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -98,6 +99,18 @@ def check_prompt(tokens: Int[np.ndarray, "_"], vocab: Vocab, *, codes: int, wher
         )
 
 
+def check_words(words: str, *, where: str) -> None:
+    """Raises GenerateError unless it is a text: JSON can write halves of characters."""
+    if any("\ud800" <= letter <= "\udfff" for letter in words):
+        raise GenerateError(f"{where} has half a character in {words[:40]!r}; write whole ones")
+
+
+def check_seed(seed: int) -> None:
+    """Raises GenerateError on a seed that another one is equal to, in JAX's 32 bits."""
+    if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
+        raise GenerateError(f"seed is {seed!r}; it must be an integer of 0 .. {2**32 - 1}")
+
+
 def check_room(count: int, *, mode: str, codes: int, context: int, where: str) -> None:
     """Raises GenerateError where a prompt of `count` tokens leaves no room for an answer."""
     room = codes + 1 if mode == "image" else 1
@@ -174,6 +187,8 @@ def numbers(
 ) -> Int[np.ndarray, "B"]:
     """A number below 2^31 for each sample, from its name."""
     given = names(prompts) if given is None else given
+    if other := [name for name in given if not isinstance(name, str)]:
+        raise GenerateError(f"a name is {other[0]!r}; names are str, one for each prompt")
     if len(given) != len(prompts) or len(set(given)) != len(given):
         raise GenerateError(
             f"{len(prompts)} prompts but {len(set(given))} different names; give each its own"
@@ -219,6 +234,11 @@ def guidance(requests: Sequence[Request], sample: Sample, vocab: Vocab, *, mode:
 
 
 def _check(sample: Sample) -> None:
+    check_seed(sample.seed)
+    for field in dataclasses.fields(sample):
+        value = getattr(sample, field.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise GenerateError(f"sample.{field.name} is {value}; it must be a finite number")
     for name in ("text", "image"):
         temperature, p = (getattr(sample, f"{name}_{knob}") for knob in ("temperature", "top_p"))
         if not temperature > 0:

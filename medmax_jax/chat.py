@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from medmax_jax import batching, engine, serving
+from medmax_jax import batching, engine, grammar, serving
 from medmax_jax import vocab as ids
 from medmax_jax.answers import Telling
 from medmax_jax.batching import GenerateError
@@ -25,6 +25,7 @@ class Chat:
     def __init__(
         self, g: Generator, sample: Sample, *, mode: str, seed: int, kind: str = "model"
     ) -> None:
+        grammar.check_mode(mode)
         self._g, self._sample, self._mode, self._seed = g, sample, mode, seed
         self.tokens = np.array([ids.BOS], np.int32)  # all turns so far
         streams = 1 if mode == "text" else 1 + sum(batching.guided(sample))

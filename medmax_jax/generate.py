@@ -46,6 +46,7 @@ from medmax_jax.generator import (
 )
 from medmax_jax.progress import Items
 from medmax_jax.storage import StorageError
+from medmax_jax.tokenizer import prompt_ids
 
 __all__ = [
     "GenerateError", "Generator", "Image", "Score", "Text", "around", "decode", "defaults",
@@ -184,13 +185,11 @@ def score(
     tokens = prompt_tokens(g, prompts, end_of_turn=end_of_turn)
     if len(options) != len(prompts):
         raise GenerateError(f"{len(prompts)} prompts but {len(options)} lists of options")
-    asked = [[np.array(g.tokenizer.encode(o), np.int32) for o in each] for each in options]
+    asked = [_options(g, each, f"prompt {index}") for index, each in enumerate(options)]
     context, codes, longest = g.config.context_length, g.vq_config.codes_per_image, 0
     for index, (prompt, each) in enumerate(zip(tokens, asked, strict=True)):
         where = f"prompt {index}"
         batching.check_prompt(prompt, g.vocab, codes=codes, where=where)
-        if not each or not all(map(len, each)):
-            raise GenerateError(f"{where} has no options, or an empty one; give it words")
         longest = max(longest, len(prompt) + max(map(len, each)))
         if longest > context:
             raise GenerateError(
@@ -209,6 +208,18 @@ def score(
         ]
         for each in engine.likelihoods(e, tokens, asked)
     ]
+
+
+def _options(g: Generator, options: Sequence[str], where: str) -> list[Int[np.ndarray, "_"]]:
+    """The tokens of each; raises GenerateError, or TokenizerError where one is not words alone."""
+    if isinstance(options, str):
+        raise GenerateError(f"the options of {where} are {options!r}; write a list of them")
+    for option in options:
+        batching.check_words(option, where=f"an option of {where}")
+    found = [prompt_ids(g.tokenizer, [o], g.vocab, False)[1:] for o in options]
+    if not found or not all(map(len, found)):
+        raise GenerateError(f"{where} has no options, or an empty one; give it words")
+    return found
 
 
 def _served(

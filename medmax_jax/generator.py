@@ -21,7 +21,7 @@ from jaxtyping import Int
 
 from medmax_jax import chameleon, export, images, room, vqgan, weights
 from medmax_jax import mesh as meshes
-from medmax_jax.batching import GenerateError, one_process
+from medmax_jax.batching import GenerateError, check_words, one_process
 from medmax_jax.config import VQ, ConfigError, Lora, Mesh, Model, Vocab, build
 from medmax_jax.tokenizer import Tokenizer, prompt_ids, segments_of
 
@@ -73,6 +73,8 @@ def load(
     of the weights and of what is computed, float32 or bfloat16; None: as the folder says.
     """
     one_process()
+    if merge and adapter is None:
+        raise GenerateError("merge (--merge) adds an adapter to the base; name the adapter too")
     folder = Path(folder)
     settings = _json(folder / "config.json", "a model folder has config.json, weights, tokenizer")
     try:
@@ -127,8 +129,7 @@ def prompt_tokens(
 ) -> list[Int[np.ndarray, "_"]]:
     """Each prompt as token ids; a picture that several prompts show is encoded once."""
     for index, prompt in enumerate(prompts):
-        if all(isinstance(part, str) and not part for part in prompt):
-            raise GenerateError(f"prompt {index} is empty; give it words or a picture")
+        _check_parts(prompt, g.vq_config.codes_per_image, where=f"prompt {index}")
     pictures = {
         _key(part): part
         for prompt in prompts
@@ -194,6 +195,30 @@ def _room(g: Generator, count: int) -> contextlib.AbstractContextManager[None]:
         "take fewer rows, whose cache lies there too (--rows; --config.rows of an evaluation), or "
         "a base in fewer bits (convert --quant)",
     )
+
+
+def _check_parts(prompt: Sequence[Part], codes: int, *, where: str) -> None:
+    if isinstance(prompt, str):
+        raise GenerateError(f"{where} is {prompt[:40]!r}; write a list of parts: [picture, words]")
+    if all(isinstance(part, str) and not part for part in prompt):
+        raise GenerateError(f"{where} is empty; give it words or a picture")
+    for part in prompt:
+        match part:
+            case str():
+                check_words(part, where=where)
+            case np.ndarray():
+                if part.size != codes or not np.issubdtype(part.dtype, np.integer):
+                    raise GenerateError(
+                        f"{where} has an array of shape {part.shape} and type {part.dtype}; an "
+                        f"array is {codes} VQ codes, a picture is a PIL.Image or the Path of a file"
+                    )
+            case Path() | PIL.Image.Image():
+                pass
+            case _:
+                raise GenerateError(
+                    f"{where} has a part of type {type(part).__name__}; parts are words (str), "
+                    "pictures (Path of a file, PIL.Image) and VQ codes (array)"
+                )
 
 
 def _load_model(

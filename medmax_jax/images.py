@@ -79,6 +79,8 @@ def preprocess(image: Image.Image, size: int) -> Float32[np.ndarray, "h w 3"]:
 
     Raises ImageError where a line of a picture would be scaled to more than MAX_PIXELS.
     """
+    if not min(image.size):
+        raise ImageError(f"has {image.width} x {image.height} pixels; give a picture of some")
     scaled = [round(size / min(image.size) * side) for side in image.size]
     if scaled[0] * scaled[1] > MAX_PIXELS:
         raise ImageError(f"too narrow ({image.width} x {image.height} pixels); crop the picture")

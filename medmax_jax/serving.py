@@ -53,6 +53,7 @@ def serve(
     e: Engine, requests: Sequence[Request], sample: Sample, *, mode: str, seed: int
 ) -> Iterator[list[Written]]:
     """What has changed after each chunk, until all requests are done."""
+    batching.check_seed(seed)
     knobs, apart = batching.knobs(sample), cached.pays_apart(e.model, e.mesh)
     sizes = dict(blocks=e.book.blocks, depth=e.book.depth, apart=apart)
     compiled = plan(sample, e.vocab, mode=mode, codes=e.codes, slots=e.slots, **sizes)

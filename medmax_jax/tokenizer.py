@@ -117,7 +117,8 @@ def prompt_ids(
             ids = np.asarray(tokenizer.encode(segment), np.int32)
             if (ids == IMAGE).any():
                 raise TokenizerError(
-                    f"a prompt's text has {IMAGE_NAME}; make it a segment: {_short(segment)}"
+                    f"a prompt's words have {IMAGE_NAME}; put the picture there, as a part of its "
+                    f"own (in --prompt: {{a.png}}): {_short(segment)}"
                 )
             _check_text(ids, segment, vocab, allowed=(SEP,))
             parts.append(ids)

@@ -103,7 +103,13 @@ SLOW = pytest.mark.slow  # a process each
         pytest.param([], cli.ERROR, "give --prompt, or a file of them by --prompts", marks=SLOW),
         pytest.param(["--prompt=a", "--hue=1"], cli.USAGE, "Unknown command line flag", marks=SLOW),
         pytest.param(["--prompt={no.png}"], cli.ERROR, "no.png: no such file", marks=SLOW),
-        pytest.param(["--prompt=IMGIMGAZ"], cli.ERROR, "writes control token 4", marks=SLOW),
+        pytest.param(["--prompt=a <image>"], cli.ERROR, "put the picture there", marks=SLOW),
+        pytest.param(["--prompt=a", "--config.sample.hue=1"], cli.USAGE, "no field", marks=SLOW),
+        pytest.param(["--prompt=a", "--merge"], cli.ERROR, "name the adapter too", marks=SLOW),
+        pytest.param(["--prompt=a", "--adapter=no"], cli.ERROR, "no such file; an ad", marks=SLOW),
+        pytest.param(
+            ["--prompt=" + "z " * 58, "--mode=image"], cli.ERROR, "an image needs 5", marks=SLOW
+        ),
         pytest.param(["--prompt=" + "z " * 60], cli.ERROR, "the model holds 64; sh", marks=SLOW),
     ],
 )

@@ -1,5 +1,6 @@
 """A training step and a decoding step are the same numbers on every mesh; and mesh.py itself."""
 
+import dataclasses
 import functools
 
 import chameleon_setup as setup
@@ -9,33 +10,25 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from generate_setup import MODEL as MICRO
 from jax.sharding import PartitionSpec as P
 
 from medmax_jax import cached, chameleon
-from medmax_jax.config import Lora, Mesh, Model, Vocab
+from medmax_jax.config import Lora, Mesh, Vocab
 from medmax_jax.mesh import ACT, BATCH, CACHE, LOGITS, ROWS, make_mesh, put_batch
 
 MESHES = ((1, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4))
 VOCAB = Vocab(size=64, image_codes=512, text_start=8_712)  # only the size shapes the model
 LORA = Lora(rank=4, alpha=6.0, dropout=0.25)
-MODEL = Model(
-    hidden_size=32,
-    num_layers=2,
+MODEL = dataclasses.replace(  # heads and norms that split over four devices
+    MICRO,
     num_heads=8,
     num_kv_heads=4,
     head_dim=4,
-    intermediate_size=48,
     context_length=16,
-    rope_theta=10_000.0,
-    rms_norm_eps=1e-5,
-    qk_norm_eps=1e-5,
     qk_norm_shards=4,
     swin_norm=True,
-    param_dtype="float32",
-    quant="none",
-    compute_dtype="float32",
     remat="attn",
-    attention="xla",
 )
 
 

@@ -200,6 +200,14 @@ def test_scores_of_words(g):  # noqa: F811
     assert generate.score(g, [], []) == []
     with pytest.raises(generate.GenerateError, match="prompt 0 has no options, or an empty one"):
         generate.score(g, [["a"]], [["yes", ""]])
+    with pytest.raises(ValueError, match="a prompt's words have <image>"):
+        generate.score(g, [["a"]], [["yes", "<image>"]])
+    with pytest.raises(generate.GenerateError, match="options of prompt 0 are 'yes'; write a list"):
+        generate.score(g, [["a"]], ["yes"])
+    with pytest.raises(generate.GenerateError, match="1 prompts but 2 lists of options"):
+        generate.score(g, [["a"]], [["yes"], ["no"]])
+    with pytest.raises(generate.GenerateError, match="rows is 0"):
+        generate.score(g, [["a"]], [["yes"]], rows=0)
     with pytest.raises(generate.GenerateError, match="the model holds 64; shorten them"):
         generate.score(g, [["a"]], [["word " * 64]])
 
@@ -221,6 +229,19 @@ def test_a_chat_reads_each_turn_once(g):  # noqa: F811
     assert len(question) <= unread <= len(question) + 2  # EOS or the last word, and SEP
     with pytest.raises(generate.GenerateError, match="the model holds 64; shorten the prompt"):
         talk.say(["word " * 60])
+    with pytest.raises(ValueError, match="mode is 'film'"):
+        chat.Chat(g, sample, mode="film", seed=0)
+
+
+def test_an_engine_too_small_for_a_prompt(g):  # noqa: F811
+    e, sample = made(g, rows=1, slots=16), dataclasses.replace(SAMPLE, max_gen_len=2)
+    with pytest.raises(generate.GenerateError, match="holds 16; make the engine with more slots"):
+        answers(e, asked([np.r_[ids.BOS, words(16)]], sample), sample)
+    for change, message in ((dict(rows=0), "rows is 0"), (dict(slots=65), "the model holds 64")):
+        with pytest.raises(generate.GenerateError, match=message):
+            made(g, **(dict(rows=1) | change))
+    (short,) = asked([np.r_[ids.BOS, words(4)]], sample)
+    assert answers(e, [short], sample)
 
 
 @pytest.mark.parametrize("mode", ["text", pytest.param("mixed", marks=pytest.mark.slow)])

@@ -192,6 +192,9 @@ def test_an_adapter_changes_answers_and_must_fit(g, folder, adapter, tmp_path):
         (dict(text_top_p=1.5), "sample.text_top_p is 1.5"),
         (dict(max_gen_len=0), "sample.max_gen_len 0"),
         (dict(budget="day"), "sample.budget is 'day'; it must be answer or segment"),
+        (dict(text_temperature=float("nan")), "sample.text_temperature is nan; .* a finite number"),
+        (dict(guidance_scale_text=float("inf")), "sample.guidance_scale_text is inf; it must be a"),
+        (dict(seed=-1), r"seed is -1; it must be an integer of 0 .. 4294967295"),
     ],
 )
 def test_settings_that_make_no_sense(g, change, message):
@@ -230,10 +233,54 @@ def test_requests_that_make_no_sense(g, folder, tmp_path):
         generate.generate(g, [["a"]], SAMPLE, mode="text", seed=0, kind="int4")
     with pytest.raises(generate.GenerateError, match="1 prompts but 2 different names"):
         ask("a", names=["x", "y"])
+    with pytest.raises(generate.GenerateError, match=r"seed is 4294967296; it must be an integer"):
+        generate.generate(g, [["a"]], SAMPLE, mode="text", seed=2**32)
     with pytest.raises(generate.GenerateError, match="config.json: no such file"):
         generate.load(tmp_path)
     with pytest.raises(generate.GenerateError, match="adapter_config.json: no such file"):
         generate.load(folder, adapter=tmp_path)
+    with pytest.raises(generate.GenerateError, match="merge .--merge. adds an adapter to the base"):
+        generate.load(folder, merge=True)
+
+
+@pytest.mark.parametrize(
+    "prompt, message",
+    [
+        ("Is it a CT?", r"prompt 1 is 'Is it a CT\?'; write a list of parts: \[picture, words\]"),
+        ([], "prompt 1 is empty; give it words or a picture"),
+        ([np.zeros((4, 4, 3), np.uint8)], r"shape \(4, 4, 3\) and type uint8; an array is 4 VQ"),
+        ([np.zeros(3, int)], r"prompt 1 has an array of shape \(3,\)"),
+        ([np.zeros(CODES)], "prompt 1 has an array of shape .* and type float64"),
+        ([np.full(CODES, 16)], r"VQ codes 16..16 leave 0..15"),
+        ([PIL.Image.new("RGB", (0, 5))], "has 0 x 5 pixels; give a picture of some"),
+        (["\ud800"], "prompt 1 has half a character in '.ud800'; write whole ones"),
+        (["a <image>?"], "a prompt's words have <image>; put the picture there, as a part of its"),
+    ],
+)
+def test_parts_that_make_no_sense(g, prompt, message):
+    with pytest.raises(ValueError, match=message):
+        generate.generate(g, [["a"], prompt], SAMPLE, mode="text", seed=0)
+
+
+def test_types_that_make_no_sense(folder):
+    """In a process of its own: the tests' check of all types would come first."""
+    script = """
+import sys
+from medmax_jax import generate
+g, sample = generate.load(sys.argv[1]), generate.defaults("medmax")
+for parts, names in ((["a", 7], None), (["a"], [7])):
+    try:
+        generate.generate(g, [parts], sample, mode="text", seed=0, names=names)
+    except generate.GenerateError as error:
+        print(error)
+"""
+    command = [sys.executable, "-c", script, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.stdout.splitlines() == [
+        "prompt 0 has a part of type int; parts are words (str), pictures (Path of a file, "
+        "PIL.Image) and VQ codes (array)",
+        "a name is 7; names are str, one for each prompt",
+    ], done.stderr
 
 
 def program(*args):

@@ -209,7 +209,7 @@ def test_prompt(tokenizer):
     ids = tk.prompt_ids(tokenizer, [np.array([7, 0]), "CT?"], vocab, end_of_turn=True)
     assert ids.tolist() == [BOS, BOI, 11, 4, EOI, *tokenizer.encode("CT?"), SEP]
     assert tk.prompt_ids(tokenizer, [], vocab, end_of_turn=False).tolist() == [BOS]
-    with pytest.raises(tk.TokenizerError, match="make it a segment"):
+    with pytest.raises(tk.TokenizerError, match="have <image>; put the picture there"):
         tk.prompt_ids(tokenizer, ["<image>CT?"], vocab, end_of_turn=True)
 
 
