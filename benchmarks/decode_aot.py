@@ -63,7 +63,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     plan = decoding.Plan(
         mode=given.mode, chunk=16, codes=1_024, context=model.context_length, vocab=vocab,
         text_greedy=True, image_greedy=False, boi_ends=False, per_segment=False, blocks=blocks,
-        depth=-(-lanes // blocks), apart=False,
+        depth=-(-lanes // blocks),
     )  # fmt: skip
     draws = {"text": "text", "image": "codes", "mixed": "both"}[given.mode]
     with jax.set_mesh(machine):

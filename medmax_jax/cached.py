@@ -28,6 +28,8 @@ KINDS = ("model", "int8")
 
 APART_BYTES = 2 << 30  # of layers
 
+Apart = tuple[tuple[Any, Array | None], ...]  # each layer's own arrays; its q, k, v side by side
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +71,7 @@ def decode(
     *,
     lanes: Int[Array, "B"] | None,
     span: int,
-    layers: tuple[Any, ...] | None = None,
+    layers: Apart | None = None,
 ) -> tuple[Float[Array, "B T D"], Cache]:
     """Hidden states of T more tokens of each row, and the cache with their keys and values.
 
@@ -80,18 +82,18 @@ def decode(
                    9 -1 -1   row 1 reads one, and waits
 
     lanes: of each row, counted inside its device's block; None: row b of a block is its lane b.
-    span: slots that are read, at least the greatest position + 1. layers: of `apart`; None: the
-    stack.
+    span: slots that are read, at least the greatest position + 1. layers: of
+    `apart`; None: the stack.
     """
     config = model.config
     angles = rope_angles(positions, head_dim=config.head_dim, theta=config.rope_theta)
 
     def body(carry, xs):
         x, cache = carry
-        layer, index = xs
+        layer, joined, index = xs
 
         def attention(module, x, keys):
-            q, k, v = module.qkv(x, angles, keys[:3])
+            q, k, v = module.qkv(x, angles, keys[:3], joined)
             out, written = attend(q, k, v, cache, index, positions, lanes, span=span)
             return module.out(out, keys[3]), written
 
@@ -101,26 +103,39 @@ def decode(
     # The cache is carried whole, not sliced by scan: so XLA writes it in place.
     start = (model.embed_tokens(ids, config.compute_dtype), cache)
     if layers is not None:
-        for index, layer in enumerate(layers):
-            start, _ = body(start, (layer, jnp.int32(index)))
+        for index, (layer, joined) in enumerate(layers):
+            start, _ = body(start, (layer, joined, jnp.int32(index)))
         return model.norm(start[0]), start[1]
-    (x, cache), _ = jax.lax.scan(body, start, (model.layers, jnp.arange(config.num_layers)))
+    stack = (model.layers, None, jnp.arange(config.num_layers))
+    (x, cache), _ = jax.lax.scan(body, start, stack)
     return model.norm(x), cache
 
 
-def apart(model: Chameleon) -> tuple[Any, ...]:
-    """Each layer's own arrays, instead of slices of a stack."""
-    count = model.config.num_layers
-    return tuple(jax.tree.map(lambda x, i=i: x[i], model.layers) for i in range(count))
+def apart(model: Chameleon, mesh: jax.sharding.Mesh) -> Apart | None:
+    """The layers a second time, as XLA reads them fastest on CPUs; None elsewhere.
 
-
-def pays_apart(model: Chameleon, mesh: jax.sharding.Mesh) -> bool:
-    """XLA on CPUs copies each layer out of the stack for every token; a second stack spares that.
-
-    Not for large models, whose second stack may not find room.
+    There it would copy each layer out of the stack for every token, and it splits a product of few
+    rows over cores only where it is wide. Large models go without: both may not find room.
     """
     size = sum(x.nbytes for x in jax.tree.leaves(model.layers))
-    return mesh.devices.flat[0].platform == "cpu" and size <= APART_BYTES
+    if mesh.devices.flat[0].platform != "cpu" or size > APART_BYTES:
+        return None
+    with jax.set_mesh(mesh):
+        return _apart(model)
+
+
+@jax.jit
+def _apart(model: Chameleon) -> Apart:
+    found, config = [], model.config
+    whole = config.quant == "none" and jax.sharding.get_abstract_mesh().shape["tp"] == 1
+    for index in range(config.num_layers):
+        layer = jax.tree.map(lambda x, i=index: x[i], model.layers)
+        at, joined = layer.self_attn, None
+        if whole:
+            kernels = [proj.kernel[...] for proj in (at.q_proj, at.k_proj, at.v_proj)]
+            joined = jnp.concatenate(kernels, axis=1).astype(config.compute_dtype)
+        found.append((layer, joined))
+    return tuple(found)
 
 
 def attend(

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
@@ -61,11 +62,20 @@ class Attention(nnx.Module):
         self.k_norm = HeadNorm(config.qk_norm_shards, config.head_dim, **norm)
         self.config = config
 
-    def qkv(self, x: Float[Array, "B T D"], angles: tuple, keys) -> tuple[Array, Array, Array]:
-        """[B, N, T, H], [B, K, T, H], [B, K, T, H], normalised and turned."""
+    def qkv(
+        self, x: Float[Array, "B T D"], angles: tuple, keys, joined: Array | None = None
+    ) -> tuple[Array, Array, Array]:
+        """[B, N, T, H], [B, K, T, H], [B, K, T, H], normalised and turned.
+
+        `joined`: the three kernels side by side [D, (N+2K)*H], for one product instead of three.
+        """
+        projs, made = (self.q_proj, self.k_proj, self.v_proj), [None] * 3
+        if joined is not None:
+            cuts = np.cumsum([p.kernel.shape[-1] for p in projs])[:-1]
+            made = jnp.split(matmul(x, joined, HID, dtype=x.dtype), cuts, axis=-1)
         q, k, v = (
-            _heads(proj(x, HID, key=key), self.config.head_dim)
-            for proj, key in zip((self.q_proj, self.k_proj, self.v_proj), keys, strict=True)
+            _heads(proj(x, HID, key=key, y=y), self.config.head_dim)
+            for proj, key, y in zip(projs, keys, made, strict=True)
         )
         q, k = rope(self.q_norm(q), *angles), rope(self.k_norm(k), *angles)
         return tuple(checkpoint_name(a, n) for a, n in ((q, "q"), (k, "k"), (v, "v")))

@@ -53,7 +53,6 @@ class Plan:
     per_segment: bool  # the budget begins anew after each image
     blocks: int  # of lanes: devices that split the batch
     depth: int  # lanes of a block
-    apart: bool  # a chunk makes a second stack of the layers, see cached.pays_apart
 
 
 class Knobs(NamedTuple):
@@ -97,6 +96,7 @@ class State(NamedTuple):
 @functools.partial(jax.jit, static_argnames="span", donate_argnames="cache")
 def prefill(
     model: Chameleon,
+    layers: cached.Apart | None,
     cache: cached.Cache,
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
@@ -106,7 +106,8 @@ def prefill(
 ) -> cached.Cache:
     """Pieces of prompts into lanes of the device's own block; -1 are idle tokens."""
     placed = _split(tokens, positions, lanes)
-    return cached.decode(model, placed[0], cache, placed[1], lanes=placed[2], span=span)[1]
+    fixed = dict(lanes=placed[2], span=span, layers=layers)
+    return cached.decode(model, placed[0], cache, placed[1], **fixed)[1]
 
 
 @functools.partial(jax.jit, static_argnames="span", donate_argnames="cache")
@@ -130,6 +131,7 @@ def mark(
 @functools.partial(jax.jit, static_argnames="span", donate_argnames="cache")
 def score(
     model: Chameleon,
+    layers: cached.Apart | None,
     cache: cached.Cache,
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
@@ -140,7 +142,8 @@ def score(
 ) -> tuple[cached.Cache, Float[Array, "B T"], Bool[Array, "B T"]]:
     """Log-likelihood of each target after its token, over the whole vocabulary; is it the best?"""
     placed = _split(tokens, positions, lanes)
-    hidden, cache = cached.decode(model, placed[0], cache, placed[1], lanes=placed[2], span=span)
+    fixed = dict(lanes=placed[2], span=span, layers=layers)
+    hidden, cache = cached.decode(model, placed[0], cache, placed[1], **fixed)
     logits = jax.sharding.reshard(model.logits(hidden), P(None, None, None))
     held = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return cache, held - jax.nn.logsumexp(logits, axis=-1), held >= logits.max(-1)
@@ -151,6 +154,7 @@ def score(
 )
 def run(
     model: Chameleon,
+    layers: cached.Apart | None,
     cache: cached.Cache,
     rows: Rows,
     seen: Bool[Array, "N V"],
@@ -167,7 +171,6 @@ def run(
     width: lanes of each block that run, the first ones. draws: "text", "codes" or "both".
     """
     keys = sampling.row_keys(key, rows.number)
-    layers = cached.apart(model) if plan.apart else None
     state = State(
         step=jnp.int32(0),
         rows=rows,
@@ -201,7 +204,7 @@ def lower(
     key = jax.eval_shape(lambda: jax.random.key(0))
     cache, asked, seen, knobs, key = placed((*given, key))
     fixed = dict(plan=plan, width=plan.depth, span=slots, draws=draws)
-    return run.lower(like, cache, asked, seen, knobs, key, **fixed)
+    return run.lower(like, None, cache, asked, seen, knobs, key, **fixed)
 
 
 def stream_slots(
@@ -226,7 +229,7 @@ def _split(*arrays: Array) -> list[Array]:
 
 def _step(
     model: Chameleon,
-    layers: tuple | None,
+    layers: cached.Apart | None,
     state: State,
     knobs: Knobs,
     keys: Key[Array, "N"],

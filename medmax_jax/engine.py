@@ -35,6 +35,7 @@ class Engine:
     """A model and a cache of `lanes` lanes, each with `slots` tokens; `rows` answers at once."""
 
     model: Chameleon
+    layers: cached.Apart | None
     vocab: Vocab
     codes: int  # of one image
     mesh: jax.sharding.Mesh
@@ -70,6 +71,7 @@ def make(
     with _room(model, rows=rows, lanes=depth * blocks, slots=slots, kind=kind):
         engine = Engine(
             model=model,
+            layers=cached.apart(model, mesh),
             vocab=vocab,
             codes=codes,
             mesh=mesh,
@@ -221,7 +223,7 @@ def _read(engine: Engine, jobs: Sequence[tuple[Place, Int[np.ndarray, "_"]]]) ->
         engine.programs.add(("prefill", tokens.shape, span))
         with jax.set_mesh(engine.mesh):
             engine.cache = decoding.prefill(
-                engine.model, engine.cache, tokens, positions, lanes, span=span
+                engine.model, engine.layers, engine.cache, tokens, positions, lanes, span=span
             )
 
 
@@ -237,7 +239,14 @@ def _score(engine: Engine, jobs: Sequence[tuple[int, int, np.ndarray, int]]) -> 
         engine.programs.add(("score", tokens.shape, span))
         with jax.set_mesh(engine.mesh):
             engine.cache, *answers = decoding.score(
-                engine.model, engine.cache, tokens, positions, lanes, targets, span=span
+                engine.model,
+                engine.layers,
+                engine.cache,
+                tokens,
+                positions,
+                lanes,
+                targets,
+                span=span,
             )
         likely, best = jax.device_get(answers)
         for row, job, _, count in rows:

@@ -49,12 +49,21 @@ class Linear(nnx.Module):
             self.lora_b = nnx.LoRAParam(jnp.zeros((lora.rank, dout), out_sharding=P(None, spec[1])))
 
     def __call__(
-        self, x: Float[Array, "B T I"], out: P, *, key: PRNGKeyArray | None
+        self,
+        x: Float[Array, "B T I"],
+        out: P,
+        *,
+        key: PRNGKeyArray | None,
+        y: Float[Array, "B T O"] | None = None,
     ) -> Float[Array, "B T O"]:
-        """`out`: sharding of the result. `key`: adapter dropout; None for none."""
-        quantised = isinstance(self.kernel, quant.Matrix)
-        kernel = self.kernel.dense(x.dtype) if quantised else self.kernel[...].astype(x.dtype)
-        y = matmul(x, kernel, out, dtype=x.dtype)
+        """`out`: sharding of the result. `key`: adapter dropout; None for none.
+
+        `y`: x W, where it is known.
+        """
+        if y is None:
+            quantised = isinstance(self.kernel, quant.Matrix)
+            kernel = self.kernel.dense(x.dtype) if quantised else self.kernel[...].astype(x.dtype)
+            y = matmul(x, kernel, out, dtype=x.dtype)
         if not self.lora.rank:
             return y
         x = _tokens_first(x)

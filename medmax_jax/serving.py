@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from medmax_jax import batching, cached, decoding, engine, grammar
+from medmax_jax import batching, decoding, engine, grammar
 from medmax_jax import vocab as ids
 from medmax_jax.batching import GenerateError, Request
 from medmax_jax.config import Sample, Vocab
@@ -54,8 +54,8 @@ def serve(
 ) -> Iterator[list[Written]]:
     """What has changed after each chunk, until all requests are done."""
     batching.check_seed(seed)
-    knobs, apart = batching.knobs(sample), cached.pays_apart(e.model, e.mesh)
-    sizes = dict(blocks=e.book.blocks, depth=e.book.depth, apart=apart)
+    knobs = batching.knobs(sample)
+    sizes = dict(blocks=e.book.blocks, depth=e.book.depth)
     compiled = plan(sample, e.vocab, mode=mode, codes=e.codes, slots=e.slots, **sizes)
     spare = e.book.blocks * e.book.depth - e.rows
     need = batching.guidance(requests, sample, e.vocab, mode=mode)
@@ -94,7 +94,6 @@ def plan(
     slots: int,
     blocks: int,
     depth: int,
-    apart: bool,
 ) -> decoding.Plan:
     """What the programs are compiled for, besides their sizes."""
     return decoding.Plan(
@@ -109,7 +108,6 @@ def plan(
         per_segment=sample.budget == "segment",
         blocks=blocks,
         depth=depth,
-        apart=apart,
     )
 
 
@@ -193,7 +191,7 @@ def _run(
     e.programs.add(("run", *fixed.values()))
     with jax.set_mesh(e.mesh):
         e.cache, rows, e.seen, out = decoding.run(
-            e.model, e.cache, rows, e.seen, knobs, jax.random.key(seed), **fixed
+            e.model, e.layers, e.cache, rows, e.seen, knobs, jax.random.key(seed), **fixed
         )
     rows, out = jax.device_get((rows, out))
     return jax.tree.map(np.array, rows), out

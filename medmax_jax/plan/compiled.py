@@ -91,7 +91,6 @@ def decode(run: Run, topology: Topology, *, mode: str, rows: int, prompt: int) -
         slots=slots,
         blocks=blocks,
         depth=depth,
-        apart=False,
     )
     make = functools.partial(
         cached.empty, run.model, lanes=blocks * depth, slots=slots, kind="model"
