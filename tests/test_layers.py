@@ -83,6 +83,10 @@ def test_dropout_keeps_the_mean_and_scales_the_rest():
     assert abs(got.mean() - 1) < 4 * (0.25 / 0.75 / got.size) ** 0.5  # four standard errors
     assert (got != np.asarray(drop(x, jax.random.key(1)))).any()
     assert abs(got[0].mean() - got[1:].mean()) < 0.1 and (got[0] != got[4]).any()
+    assert (got[:, :25] != got[:, 25:]).any()  # two halves of the same words
+    kept, odd = got > 0, np.asarray(drop(x[:, :7], KEY))
+    assert abs(np.corrcoef(kept[:, :25].ravel(), kept[:, 25:].ravel())[0, 1]) < 4 / 12_800**0.5
+    assert odd.shape == (8, 7, 64) and abs(odd.mean() - 1) < 4 * (0.25 / 0.75 / odd.size) ** 0.5
 
 
 def test_dropout_touches_the_adapter_only():
@@ -105,7 +109,8 @@ def test_dropout_masks_are_drawn_in_shards(spec, local):
     x = put(np.ones((4, 6, 8), np.float32), spec)
     drop = jax.jit(lambda x, key: layers.dropout(x, 0.5, key=key))
     found = set(re.findall(r"u32\[(\d+,\d+,\d+)\]", drop.lower(x, KEY).compile().as_text()))
-    assert found == {",".join(map(str, local))}
+    rows, tokens, features = local
+    assert found == {f"{rows},{count},{features}" for count in (tokens // 2, tokens)}
     assert jax.typeof(drop(x, KEY)).sharding.spec == spec
 
 
