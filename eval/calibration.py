@@ -2,6 +2,7 @@
 
     log p(option)  --softmax-->  0.7 0.2 0.1    says option 0 with confidence 0.7
     ece            |confidence - accuracy|, weighted, in bins of equally many answers
+    binned         which bin each answer is in: what a reliability diagram is drawn of
     brier          squared distance of the shares from the truth: 0 is best, 2 the worst
     risk_coverage  error rate among the most confident share of the answers
 
@@ -12,7 +13,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,14 +46,22 @@ def answer(probabilities: Float[np.ndarray, "o"]) -> tuple[int, float]:
 def ece(confidence: Sequence[float], right: Sequence[float], *, bins: int) -> float:
     """Expected calibration error over `bins` bins of as equal size as ties allow."""
     confidence, right = _checked(confidence, right)
-    if bins < 1:
-        raise ValueError(f"bins is {bins}; it must be at least 1")
-    level, where, count = np.unique(confidence, return_inverse=True, return_counts=True)
-    # A level of confidence goes to the bin of its middle rank, whole.
-    middle = np.cumsum(count) - (count + 1) / 2
-    chosen = np.minimum((middle * bins / len(confidence)).astype(int), bins - 1)[where]
+    chosen = binned(confidence, bins=bins)
     gaps = [abs((confidence - right)[chosen == b].sum()) for b in np.unique(chosen)]
     return float(sum(gaps) / len(confidence))
+
+
+def binned(confidence: Float[np.ndarray, "n"], *, bins: int) -> Int[np.ndarray, "n"]:
+    """The bin of each answer, of equally many each; bins that ties leave empty are not used.
+
+    [0.9, 0.5, 0.5, 0.8] in 2 bins -> [1, 0, 0, 1].
+    """
+    if bins < 1:
+        raise ValueError(f"bins is {bins}; it must be at least 1")
+    _, where, count = np.unique(confidence, return_inverse=True, return_counts=True)
+    # A level of confidence goes to the bin of its middle rank, whole.
+    middle = np.cumsum(count) - (count + 1) / 2
+    return np.minimum((middle * bins / len(confidence)).astype(int), bins - 1)[where]
 
 
 def brier(probabilities: Sequence[Float[np.ndarray, "o"]], truth: Sequence[int]) -> float:

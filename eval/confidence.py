@@ -4,7 +4,8 @@
     multiple choice   the letters that the question lists, A B C ..
 
     items -> model.score_options -> options.jsonl -> accuracy by likelihood, ECE, Brier, risk
-             against coverage; each with an interval over groups
+             against coverage; each with an interval over groups. The curves of these too, which
+             eval/report_curves.py draws
 
 Letters and not the options' texts: the question asks for a letter, as the rows' answers are, and a
 letter is one token whatever its text is, so totals are compared as they are, without a
@@ -24,6 +25,7 @@ from eval import calibration, loop, score_text, stats, strict, tasks
 OPTIONS = "options.jsonl"
 BINS = 10  # of the calibration error, of equally many answers
 COVERAGE = 0.8
+STEPS = 10  # coverages of a curve: 0.1, 0.2 .. 1
 ABSENT = "n/a: this model has no score_options"
 
 
@@ -89,20 +91,28 @@ def absent(model: Any) -> str:
 def summary(
     lines: Sequence[dict[str, Any]], *, n_items: int, reason: str, seed: int, resamples: int
 ) -> dict[str, Any]:
-    """{reason, rows, left_out, curves}: rows {task, metric, n, groups, value, ci_low, ci_high}.
+    """{reason, rows, left_out, bins, curves}, the last two by task.
+
+    rows {task, metric, n, groups, value, ci_low, ci_high}
+    bins {n, groups, confidence, low, high, accuracy, ci_low, ci_high}, the least sure first; low
+    and high are the ends of the confidences in it
+    curves {coverage, risk, ci_low, ci_high} at coverage 0.1, 0.2 .. 1
 
     `n_items`: closed and multiple choice items of the run. `reason`: why there are no lines.
     """
     if not lines:
         return dict(reason=reason or "no item has options that can be read", rows=[])
-    rows = []
+    rows, bins, curves = [], {}, {}
+    numbers = dict(seed=seed, resamples=resamples)
     for task in dict.fromkeys(line["task"] for line in lines):
         some = [line for line in lines if line["task"] == task]
         groups = [line["group"] for line in some]
         for metric, statistic in _statistics(some).items():
-            found = stats.statistic_interval(statistic, groups, seed=seed, resamples=resamples)
+            found = stats.statistic_interval(statistic, groups, **numbers)
             rows.append(dict(task=task, metric=metric) | found.row())
-    return dict(reason="", rows=rows, left_out=n_items - len(lines), curves=_curves(lines))
+        bins[task], curves[task] = _bins(some, **numbers), _curve(some, **numbers)
+    left_out = n_items - len(lines)
+    return dict(reason="", rows=rows, left_out=left_out, bins=bins, curves=curves)
 
 
 def _line(model: Any, item: tasks.Item, logs: Sequence[float]) -> dict[str, Any]:
@@ -146,11 +156,32 @@ def _statistics(lines: Sequence[dict[str, Any]]) -> dict[str, Callable[[np.ndarr
     }
 
 
-def _curves(lines: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
-    """Task -> risk at coverage 0.1, 0.2 .. 1."""
-    found = {}
-    for task in dict.fromkeys(line["task"] for line in lines):
-        sure, right, _ = _sure([line for line in lines if line["task"] == task])
-        curve = calibration.risk_coverage(sure, right)
-        found[task] = [1 - calibration.accuracy_at(curve, k / 10) for k in range(1, 11)]
+def _bins(lines: Sequence[dict[str, Any]], *, seed: int, resamples: int) -> list[dict[str, Any]]:
+    """A reliability diagram: accuracy, with its interval, of the answers of each bin."""
+    sure, right, _ = _sure(lines)
+    chosen = calibration.binned(sure, bins=BINS)
+    found = []
+    for number in np.unique(chosen):
+        some = chosen == number
+        groups = [line["group"] for line, one in zip(lines, some, strict=True) if one]
+        row = stats.mean_interval(right[some], groups, seed=seed, resamples=resamples)
+        ends = dict(low=float(sure[some].min()), high=float(sure[some].max()))
+        found.append(dict(confidence=float(sure[some].mean())) | ends | row.row("accuracy"))
     return found
+
+
+def _curve(lines: Sequence[dict[str, Any]], *, seed: int, resamples: int) -> list[dict[str, Any]]:
+    """Risk at coverage 0.1, 0.2 .. 1."""
+    sure, right, _ = _sure(lines)
+    at = [step / STEPS for step in range(1, STEPS + 1)]
+
+    def risks(some: np.ndarray) -> np.ndarray:
+        curve = calibration.risk_coverage(sure[some], right[some])
+        return np.array([1 - calibration.accuracy_at(curve, coverage) for coverage in at])
+
+    groups = [line["group"] for line in lines]
+    each = stats.each_interval(risks, groups, seed=seed, resamples=resamples)
+    return [
+        dict(coverage=coverage, risk=one.mean, ci_low=one.low, ci_high=one.high)
+        for coverage, one in zip(at, each, strict=True)
+    ]

@@ -167,6 +167,20 @@ def statistic_interval(
     resamples: int,
 ) -> Interval:
     """Any number of items, by their places, with the interval of a bootstrap over groups."""
+    (found,) = each_interval(
+        lambda some: np.array([statistic(some)]), groups, seed=seed, resamples=resamples
+    )
+    return found
+
+
+def each_interval(
+    statistics: Callable[[Int[np.ndarray, "k"]], Float[np.ndarray, "s"]],
+    groups: Sequence[Hashable],
+    *,
+    seed: int,
+    resamples: int,
+) -> list[Interval]:
+    """The same of several numbers of the same items, such as a curve's: each has its own."""
     if not len(groups):
         raise ValueError("no values: nothing was scored, so there is no interval")
     check_resamples(resamples)
@@ -176,12 +190,15 @@ def statistic_interval(
     parts = np.split(order, np.cumsum(np.bincount(member))[:-1])
     rng = np.random.default_rng(seed)
     found = [
-        statistic(np.concatenate([parts[g] for g in rng.integers(len(parts), size=len(parts))]))
+        statistics(np.concatenate([parts[g] for g in rng.integers(len(parts), size=len(parts))]))
         for _ in range(resamples)
     ]
-    low, high = np.quantile(found, [0.025, 0.975])
-    value = statistic(np.arange(len(groups)))
-    return Interval(value, float(low), float(high), len(groups), len(index))
+    ends = np.quantile(np.array(found), [0.025, 0.975], axis=0)
+    value = statistics(np.arange(len(groups)))
+    return [
+        Interval(float(v), float(low), float(high), len(groups), len(index))
+        for v, low, high in zip(value, *ends, strict=True)
+    ]
 
 
 def suite_interval(

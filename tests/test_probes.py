@@ -140,10 +140,35 @@ def test_likelihoods_are_asked_once_and_calibrated(tmp_path):
     assert rows["x_closed", "accuracy_at_80"]["value"] == pytest.approx(10 / 12)  # all as sure
     each = np.array([2 * (1 - sure) ** 2, 2 * sure**2])
     assert rows["x_closed", "brier"]["value"] == pytest.approx((10 * each[0] + 2 * each[1]) / 12)
-    assert found["curves"]["x_mcq"][-1] == pytest.approx(2 / 3)
+    (bin_,) = found["bins"]["x_closed"]  # all as sure: one bin holds them
+    assert (bin_["n"], bin_["groups"]) == (12, 6) and bin_["low"] == bin_["high"]
+    assert bin_["accuracy"] == closed["value"] and bin_["confidence"] == pytest.approx(sure)
+    assert (bin_["ci_low"], bin_["ci_high"]) == (closed["ci_low"], closed["ci_high"])
+    curve = found["curves"]["x_mcq"]
+    assert [point["coverage"] for point in curve] == [k / 10 for k in range(1, 11)]
+    assert curve[-1]["risk"] == pytest.approx(2 / 3)
+    assert all(point["ci_low"] <= point["risk"] <= point["ci_high"] for point in curve)
     changed = [dataclasses.replace(items[0], prompt="Else?")]
     with pytest.raises(loop.EvalError, match="was another question when it was scored"):
         score(model, changed, out)
+
+
+def test_bins_are_what_the_calibration_error_is_of():
+    rng = np.random.default_rng(0)
+    lines = [
+        dict(task="x", group=f"g{n // 2}", answer=int(rng.random() < 0.3),
+             log_likelihoods=[0.0, rng.normal()])
+        for n in range(105)
+    ]  # fmt: skip
+    found = confidence.summary(lines, n_items=105, reason="", **NUMBERS)
+    bins = found["bins"]["x"]
+    assert len(bins) == 10 and {one["n"] for one in bins} == {10, 11}
+    assert all(a["high"] < b["low"] for a, b in zip(bins, bins[1:], strict=False))
+    gap = sum(one["n"] * abs(one["confidence"] - one["accuracy"]) for one in bins) / 105
+    (ece,) = [row["value"] for row in found["rows"] if row["metric"] == "ece"]
+    assert gap == pytest.approx(ece) and gap > 0.01
+    assert all(one["ci_low"] <= one["accuracy"] <= one["ci_high"] for one in bins)
+    json.dumps(found, allow_nan=False)
 
 
 def test_models_without_likelihoods_say_why(tmp_path):
