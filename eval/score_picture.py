@@ -6,13 +6,14 @@
 |           | picture, text-text        | BiomedCLIP's                                            |
 | combined  | picture, text, references | harmonic mean of picture-text and the best reference    |
 | ranks     | n queries, n targets      | place of the own target among all; ties share the mean  |
-| kid       | two sets of pictures      | unbiased MMD^2 with the kernel (gamma x.y + 1)^3        |
-| diversity | one set                   | mean of 1 - cosine over all pairs                       |
+| kid       | two sets of pictures      | unbiased MMD^2 with the kernel (gamma x.y + 1)^3, as it |
+|           |                           | is published: mean and std of subsets                   |
 | pictures  | pictures of each answer   | first, best, coverage, a floor for none                 |
 
 The release takes the raw cosine (no x 100, no factor 2.5, no clamp at 0), of the first picture of
 an answer, over the answers that have one; a model that draws once and well wins. For captions it
 compares the text with the picture and never reads the reference. `pictures` has both averages.
+KID and diversity with intervals over groups: eval/picture_sets.py.
 
 Everything is float64 NumPy and a function of its arguments: seeds and sizes have no defaults.
 """
@@ -31,7 +32,7 @@ UNIT_ERROR = 1e-3  # rows further from length 1 are no embeddings
 
 def cosine(a: Float[np.ndarray, "n E"], b: Float[np.ndarray, "n E"]) -> Float64[np.ndarray, "n"]:
     """Row by row, in -1..1."""
-    a, b = _unit(a, "a"), _unit(b, "b")
+    a, b = unit(a, "a"), unit(b, "b")
     if a.shape != b.shape:
         raise ValueError(f"embeddings of shapes {a.shape} and {b.shape}; a row of b for each of a")
     return (a * b).sum(1)
@@ -52,9 +53,9 @@ def combined(
             f"{len(text)} texts, references for {len(references)}; each text needs one or more"
         )
     seen = cosine(picture, text).clip(0)
-    text = _unit(text, "text")
+    text = unit(text, "text")
     pairs = zip(references, text, strict=True)
-    said = np.array([(_unit(rows, "references") @ one).max() for rows, one in pairs]).clip(0)
+    said = np.array([(unit(rows, "references") @ one).max() for rows, one in pairs]).clip(0)
     total = seen + said
     return np.divide(2 * seen * said, total, out=np.zeros(len(total)), where=total > 0)
 
@@ -67,7 +68,7 @@ def ranks(
     Targets as near as the own one share the mean of their places, so that the same text for every
     picture ranks at (n + 1) / 2, which is chance, whatever it says.
     """
-    queries, targets = _unit(queries, "queries"), _unit(targets, "targets")
+    queries, targets = unit(queries, "queries"), unit(targets, "targets")
     if queries.shape != targets.shape:
         raise ValueError(f"{queries.shape} queries and {targets.shape} targets; one for each")
     found = np.zeros(len(queries))
@@ -114,7 +115,7 @@ def mmd2(x: Float[np.ndarray, "m E"], y: Float[np.ndarray, "n E"], *, gamma: flo
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 2:
         raise ValueError(f"features {x.shape} and {y.shape}; two rows or more of one width each")
     x, y = x.astype(np.float64), y.astype(np.float64)
-    return _other_pairs(x, gamma) + _other_pairs(y, gamma) - 2 * float(_kernel(x, y, gamma).mean())
+    return _other_pairs(x, gamma) + _other_pairs(y, gamma) - 2 * float(kernel(x, y, gamma).mean())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,16 +157,6 @@ def kid(
     return Kid(float(np.mean(found)), float(np.std(found)), subsets, size)
 
 
-def diversity(embeddings: Float[np.ndarray, "n E"]) -> float:
-    """Mean of 1 - cosine over all pairs: 0 when all are one picture, 1 when all are orthogonal."""
-    x = _unit(embeddings, "embeddings")
-    n = len(x)
-    if n < 2:
-        raise ValueError(f"{n} embeddings; diversity is of pairs and needs 2")
-    squares = (x**2).sum()  # n, up to rounding
-    return float(1 - ((x.sum(0) ** 2).sum() - squares) / (n * (n - 1)))
-
-
 @dataclasses.dataclass(frozen=True)
 class Pictures:
     """Similarities of the pictures of each answer to what was asked for."""
@@ -197,17 +188,19 @@ def pictures(similarities: Sequence[Sequence[float]], *, floor: float) -> Pictur
 
 def _other_pairs(x: Float64[np.ndarray, "m E"], gamma: float) -> float:
     """Mean of the kernel over pairs of two different rows."""
-    k = _kernel(x, x, gamma)
+    k = kernel(x, x, gamma)
     return float((k.sum() - np.trace(k)) / (len(x) * (len(x) - 1)))
 
 
-def _kernel(
+def kernel(
     x: Float64[np.ndarray, "m E"], y: Float64[np.ndarray, "n E"], gamma: float
 ) -> Float64[np.ndarray, "m n"]:
+    """KID's, of every row of x with every row of y."""
     return (gamma * (x @ y.T) + SHIFT) ** DEGREE
 
 
-def _unit(x: Float[np.ndarray, "n E"], name: str) -> Float64[np.ndarray, "n E"]:
+def unit(x: Float[np.ndarray, "n E"], name: str) -> Float64[np.ndarray, "n E"]:
+    """The rows in float64, of length 1 exactly; raises on what is no embedding."""
     x = np.asarray(x, np.float64)
     if not x.size:
         return x

@@ -25,7 +25,7 @@ from jaxtyping import Float
 from configs import biomedclip as published
 from data.journal import Journal, open_journal
 from data.records import file_sha256
-from eval import evidence, score_picture
+from eval import evidence, picture_sets, score_picture
 from eval.evidence import Record
 from medmax_jax import biomedclip, biomedclip_files, biomedclip_inputs, efficientnet, images
 from medmax_jax.biomedclip_embed import Embedder
@@ -35,7 +35,7 @@ STORE = "embeddings.jsonl"
 KINDS = ("biomedclip", "efficientnet_lite0")
 BLANK = "blank"  # a grey picture: what not drawing is worth
 SAME = ("RGB", "L")  # modes that both ways prepare alike
-SETS = dict(gamma=1.0, subsets=100)  # KID on unit rows, as score_picture.kid says
+GAMMA, SUBSETS = 1.0, 100  # of KID on unit rows, as score_picture.kid says
 SET_SIZE = 1_000  # rows of a subset, or half of what there is
 Rows = Float[np.ndarray, "n E"]
 
@@ -122,6 +122,7 @@ def see(
     *,
     images_folder: str | Path,
     seed: int,
+    resamples: int,
     progress: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """Writes pictures.jsonl; returns {task, scorer, metric, ...} of whole sets of pictures."""
@@ -141,7 +142,7 @@ def see(
             lines += _lines(view, part)
             sets += [
                 dict(task=task, scorer=scorer.name, fingerprint=scorer.fingerprint) | one
-                for one in _sets(view, part, seed)
+                for one in _sets(view, part, seed, resamples)
             ]
     partial = workdir / f"{evidence.PICTURES}.partial"
     partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -322,20 +323,44 @@ def _ranks(view: _View, records: Sequence[Record]) -> dict[str, float]:
     return {r["id"]: float(place) for r, place in zip(records, places, strict=True)}
 
 
-def _sets(view: _View, records: Sequence[Record], seed: int) -> Iterator[dict[str, Any]]:
-    """KID against the references, and diversity of what was drawn beside theirs."""
+def _sets(
+    view: _View, records: Sequence[Record], seed: int, resamples: int
+) -> Iterator[dict[str, Any]]:
+    """KID against the references, and diversity of what was drawn beside theirs.
+
+    KID's value and interval are over groups; `subsets_mean` and `subsets_std` are of subsets of
+    `size`, as it is published.
+    """
     if records[0]["family"] == "captioning":
         return
-    made = [row for record in records for row in view.drawn(record)[:1]]
-    real = [row for record in records if (row := view.shown(record)) is not None]
-    if len(made) >= 2:
-        theirs = score_picture.diversity(np.stack(real)) if len(real) >= 2 else None
-        value = score_picture.diversity(np.stack(made))
-        yield dict(metric="diversity", n=len(made), value=value, references=theirs)
+    made, of = _grouped((record["group"], view.drawn(record)[:1]) for record in records)
+    shown = ((record["group"], view.shown(record)) for record in records)
+    real, known = _grouped((group, [] if row is None else [row]) for group, row in shown)
+    numbers = dict(seed=seed, resamples=resamples)
+    if len(set(of)) >= 2:
+        found = picture_sets.diversity(np.stack(made), groups=of, **numbers)
+        row = dict(metric="diversity") | found.row()
+        if len(set(known)) >= 2:
+            theirs = picture_sets.diversity(np.stack(real), groups=known, **numbers)
+            ends = dict(references_low=theirs.low, references_high=theirs.high)
+            row |= dict(references=theirs.mean) | ends
+        yield row
     size = min(SET_SIZE, len(made) // 2, len(real) // 2)
-    if size >= 2:
-        kid = score_picture.kid(np.stack(real), np.stack(made), size=size, seed=seed, **SETS)
-        yield dict(metric="kid", n=len(made), value=kid.mean, std=kid.std, size=size)
+    if size >= 2 and min(len(set(of)), len(set(known))) >= 2:
+        real, made = np.stack(real), np.stack(made)
+        groups = dict(real_groups=known, made_groups=of)
+        found = picture_sets.distance(real, made, gamma=GAMMA, **groups, **numbers)
+        kid = score_picture.kid(real, made, gamma=GAMMA, subsets=SUBSETS, size=size, seed=seed)
+        subsets = dict(subsets_mean=kid.mean, subsets_std=kid.std, size=size)
+        yield dict(metric="kid") | found.row() | subsets
+
+
+def _grouped(
+    some: Iterable[tuple[str, Sequence[np.ndarray]]],
+) -> tuple[list[np.ndarray], list[str]]:
+    """Rows, and the group of each."""
+    pairs = [(row, group) for group, rows in some for row in rows]
+    return [row for row, _ in pairs], [group for _, group in pairs]
 
 
 def _dot(a: np.ndarray, b: np.ndarray) -> float:

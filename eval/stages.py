@@ -276,8 +276,8 @@ def see(now: Run, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         [seeing.open_scorer(name, batch=now.settings.rows) for name in now.settings.scorers],
         now.workdir,
         images_folder=now.found.folder,
-        seed=now.settings.seed,
         progress=now.progress,
+        **now.numbers,
     )
 
 

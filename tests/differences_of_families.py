@@ -34,7 +34,9 @@ def table(folder: Path) -> str:
     save_file(tensors("tiny"), clip / biomedclip_files.SAFE)
     scorer = seeing.open_scorer(f"biomedclip:{clip}", batch=4, sizes=TINY)
     quiet = lambda line: None  # noqa: E731
-    seeing.see([*records], [scorer], folder, images_folder=folder, seed=0, progress=quiet)
+    seeing.see(
+        [*records], [scorer], folder, images_folder=folder, seed=0, resamples=2_000, progress=quiet
+    )
     fixed = dict(repeats=3, attempts=2, concurrency=4, seed=0, max_usd=None, tokens_out=20)
     with serving(eval_setup.judge) as llm:
         judging.judge_records(

@@ -80,7 +80,15 @@ def test_3_folders_may_be_relative(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     lite = seeing.Lite(efficientnet.from_tensors(lite_tensors()), batch=4)
     folder = Path("deep/folder")
-    seeing.see(records, [lite], folder, images_folder=folder, seed=0, progress=lambda line: None)
+    seeing.see(
+        records,
+        [lite],
+        folder,
+        images_folder=folder,
+        seed=0,
+        resamples=2_000,
+        progress=lambda line: None,
+    )
     lines = evidence.read(folder).seen["efficientnet_lite0"]
     assert lines["multimodal/0"]["image_image"] == pytest.approx([1.0], abs=1e-5)
 
@@ -164,7 +172,13 @@ def test_27_28_all_tasks_answers_are_kept_and_no_number_comes_twice(tmp_path):
 
     def see():
         seeing.see(
-            records, [lite], tmp_path, images_folder=tmp_path, seed=0, progress=lambda line: None
+            records,
+            [lite],
+            tmp_path,
+            images_folder=tmp_path,
+            seed=0,
+            resamples=2_000,
+            progress=lambda line: None,
         )
         return (tmp_path / evidence.PICTURES).read_bytes()
 

@@ -42,6 +42,7 @@ facts       medmax_jax medmax_jax.config medmax_jax.vocab medmax_jax.mesh medmax
             data.sample.sources data.sample.decode data.sample.dicoms data.sample.pictures
             data.sample.splits eval.stats eval.score_text medmax_jax.flops data.objective
             eval.paired eval.calibration eval.paper eval.strict eval.judge eval.score_picture
+            eval.picture_sets
             eval.settings eval.reading eval.history
 
 parts       medmax_jax.weights medmax_jax.array_reader medmax_jax.arrays medmax_jax.tokenizer

@@ -179,23 +179,7 @@ def test_kid_refuses_sizes_that_it_cannot_draw(subsets, size):
         score.kid(rows, rows, gamma=1.0, subsets=subsets, size=size, seed=0)
 
 
-# ---- diversity and pictures
-
-
-def test_diversity_by_hand():
-    assert score.diversity(angle(0, 0, 0)) == pytest.approx(0, abs=1e-12)
-    assert score.diversity(np.eye(4)) == pytest.approx(1)
-    assert score.diversity(angle(0, 180)) == pytest.approx(2)
-    assert score.diversity(angle(0, 60, 120)) == pytest.approx((0.5 + 0.5 + 1.5) / 3)
-    with pytest.raises(ValueError, match="needs 2"):
-        score.diversity(angle(0))
-
-
-@given(seeds, counts)
-def test_diversity_is_the_mean_over_pairs(seed, n):
-    x = random_units(seed, n, 5)
-    pairs = [1 - a @ b for a, b in itertools.combinations(x, 2)]
-    assert score.diversity(x) == pytest.approx(np.mean(pairs), abs=1e-9)
+# ---- pictures
 
 
 def test_pictures_by_hand():

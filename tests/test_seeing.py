@@ -40,6 +40,7 @@ def see(scorers, records, folder, lines=None):
         folder,
         images_folder=folder,
         seed=0,
+        resamples=2_000,
         progress=(lines if lines is not None else []).append,
     )
 
