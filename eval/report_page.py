@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from eval import evidence, report_tables, scoring
+from eval import evidence, report_curves, report_tables, scoring
 from eval.report_tables import Values
 from medmax_jax import page
 
@@ -195,6 +195,8 @@ def _section(summary: Mapping[str, Any], key: str, title: str) -> str:
     rows = found.get("rows", []) if isinstance(found, Mapping) else found
     body = page.paragraph(f"Not available: {reason}") if reason else ""
     body += rows_table(report_tables.folded(rows))
+    if key == "calibration":
+        body += report_curves.drawn(found)
     if isinstance(found, Mapping) and found.get("compared"):
         body += page.paragraph(f"Compared: {_said(found['compared'])}.", note=True)
     return page.section(title, body) if body else ""

@@ -64,6 +64,20 @@ img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
 .beside .figures { grid-template-columns: 1fr; }
 .beside th:first-child { width: 6rem; }
 @media (max-width: 40rem) { .beside { grid-template-columns: 1fr; } }
+.charts { display: grid; gap: 1rem; margin: 1rem 0;
+  grid-template-columns: repeat(auto-fill, minmax(min(17rem, 100%), 1fr)); }
+.charts figure { margin: 0; }
+.charts figcaption b { display: block; color: var(--ink); font-size: .95rem; }
+svg { display: block; width: 100%; height: auto; font-size: 11px; }
+svg text { fill: var(--soft); font-variant-numeric: tabular-nums; }
+svg .grid { stroke: var(--line); }
+svg .guide { stroke: var(--soft); stroke-dasharray: 4 3; }
+svg .line { stroke: var(--mark); stroke-width: 2; fill: none; }
+svg .whisker { stroke: var(--mark); stroke-width: 1.5; opacity: .6; }
+svg .dot { fill: var(--mark); stroke: var(--card); }
+svg .band { fill: var(--mark); opacity: .16; }
+details { margin: .6rem 0 1.5rem; }
+summary { color: var(--soft); font-size: .9rem; cursor: pointer; }
 figcaption { color: var(--soft); font-size: .85rem; margin-top: .45rem; overflow-wrap: anywhere; }
 """
 
@@ -145,6 +159,11 @@ def tiles(numbers: Sequence[tuple[object, str]]) -> str:
 def beside(left: str, right: str) -> str:
     """Two pieces of markup in one row; one below the other where the page is narrow."""
     return f'<div class="beside"><div>{left}</div>\n<div>{right}</div></div>\n'
+
+
+def closed(title: str, body: str) -> str:
+    """Markup that opens when its title is chosen; no script is needed."""
+    return f"<details><summary>{html.escape(title)}</summary>\n{body}</details>\n"
 
 
 def shown(value: object) -> str:

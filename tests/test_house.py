@@ -32,7 +32,7 @@ settings    configs configs.sampling configs.base configs.chameleon_30b configs.
             configs.sample_medmax configs.biomedclip
 
 facts       medmax_jax medmax_jax.config medmax_jax.vocab medmax_jax.mesh medmax_jax.images
-            medmax_jax.page medmax_jax.cli medmax_jax.bucket medmax_jax.storage
+            medmax_jax.page medmax_jax.charts medmax_jax.cli medmax_jax.bucket medmax_jax.storage
             medmax_jax.new_folder medmax_jax.progress medmax_jax.unpickle medmax_jax.pth data
             data.mixture data.pack data.documents data.staging data.reader data.records data.mixing
             data.plan_file data.plan_report data.synthetic data.overlap data.outgoing data.journal
@@ -74,7 +74,7 @@ machines    medmax_jax.metrics medmax_jax.step medmax_jax.integrity medmax_jax.c
             eval.models eval.endpoint_model eval.predictions eval.looks eval.loop
             eval.evidence eval.paper_scores eval.scoring eval.baselines eval.probes eval.suites
             eval.judging eval.seeing eval.confidence eval.contamination
-            eval.report_tables medmax_jax.resume
+            eval.report_tables eval.report_curves medmax_jax.resume
             medmax_jax.runlog medmax_jax.tracking medmax_jax.reports medmax_jax.samples
             medmax_jax.startup medmax_jax.chat eval.comparing
 
