@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
     config = eval_suite.get_config().unlock()
     config.mode = "paper"  # one token for a closed answer or a letter, 60 for an open one
     config.prompt = "sft"  # as its commands for MedMax say
-    config.probes = ""  # the release has none
+    config.probes = ""  # the release has none, so no family is probed
     config.options = False  # nor likelihoods
     config.judge.repeats = 1  # one call a verdict
     config.judge.paper = True  # the release's own messages, reference first

@@ -53,6 +53,7 @@ def get_config() -> ConfigDict:
     config.prompt = "sft"  # the release's wordings: sft, chameleon or default
     config.baselines = "blind,constant,majority,random"  # floors; blind: see eval/baselines.py
     config.probes = "blank,shuffled,swapped,rotated"  # the same questions asked in another way
+    config.probe_families = "vqa_closed,vqa_mcq,vqa_open,captioning,visual_chat"  # of these
     config.options = True  # also: the likelihoods of the options of closed and mcq questions
     config.scorers = ""  # of pictures: efficientnet_lite0:WHEEL, biomedclip:FOLDER
     config.train_records = ""  # folder of training records; empty: contamination unknown

@@ -66,12 +66,22 @@ def read(workdir: str | Path, *, judge: str | None = None) -> Evidence:
     for line in lines:
         if line["judge"] == judge:
             judged.setdefault(line["kind"], {})[line["id"]] = line
+    return dataclasses.replace(looked(workdir / PICTURES), judged=judged, judge=judge)
+
+
+def of_probe(name: str) -> str:
+    """The file with what scorers said of a probe's captions, in the form of pictures.jsonl."""
+    return f"probe_{name}_{PICTURES}"
+
+
+def looked(path: Path) -> Evidence:
+    """What scorers said, of a file in the form of pictures.jsonl; nobody judged."""
     seen: dict[str, dict[str, Mapping]] = {}
     scorers = {}
-    for line in loop.read(workdir / PICTURES):
+    for line in loop.read(path):
         seen.setdefault(line["scorer"], {})[line["id"]] = line
         scorers[line["scorer"]] = line["fingerprint"]
-    return Evidence(judged=judged, seen=seen, judge=judge, scorers=scorers)
+    return Evidence(seen=seen, scorers=scorers)
 
 
 def verdicts(record: Record, known: Evidence = NONE) -> dict[str, Verdict]:

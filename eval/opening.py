@@ -26,6 +26,7 @@ from medmax_jax.mesh import make_mesh
 from medmax_jax.storage import Folder
 
 KINDS = ("native", "hf", "endpoint", "predictions", "baseline")
+NOBODY = "n/a: the answers are there already, and nobody can be asked again"
 CALLS = "calls.jsonl"
 ADAPTER = "adapter.safetensors"
 
@@ -117,6 +118,11 @@ def name(
                 )
             stamp = f"baseline:{where}:{settings.seed}"
     return Named(fingerprint=stamp, adapter_digest="", **fixed)
+
+
+def asks_nobody(named: Named) -> bool:
+    """Predictions made elsewhere: asked about another picture they would say the same."""
+    return named.kind == "predictions"
 
 
 def open_model(

@@ -35,7 +35,7 @@ def plan(
         items=len(mine),
         requests=len(left),
         by_family={f: n for f in tasks.FAMILIES if (n := sum(i.family == f for i in left))},
-        probe_requests=probes.count(mine, settings.probes),
+        probe_requests=probe_requests(settings, named, mine),
         judge_calls=judge_calls(settings, mine),
         **_tokens(settings, named, asks, shard.file(workdir / opening.CALLS)),
         minutes=_minutes(workdir, shard, len(left)),
@@ -47,6 +47,13 @@ def plan(
             f"{about['usd']:.4f} USD; raise it, or ask fewer items with config.counts"
         )
     return about
+
+
+def probe_requests(settings: Settings, named: opening.Named, items: Sequence[tasks.Item]) -> int:
+    """At most so many requests more; none of answers that are there already."""
+    if opening.asks_nobody(named):
+        return 0
+    return probes.count(items, settings.probes, settings.probe_families)
 
 
 def judge_calls(settings: Settings, items: Sequence[tasks.Item]) -> int:

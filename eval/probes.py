@@ -7,8 +7,14 @@
 
 Ids stay, so that scores pair: each probe has records of its own, probe_NAME.jsonl, beside
 records.jsonl. A model that looks loses by the first three; one that reads is not moved by the last.
+
+Nobody judges probes, since that would cost as much as the evaluation once more for each. Their
+metric is the first that both sides have without a judge: exact for open questions, words in common
+for chats; for captions the cosine with the true picture where a scorer reads text, else words in
+common. How many answers change (flips) is told of all.
 """
 
+import collections
 import dataclasses
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -18,23 +24,23 @@ from typing import Any
 import PIL.Image
 
 from eval import score_text, scoring, stats, strict
-from eval.evidence import NONE, Record
+from eval.evidence import NONE, SEEN, Evidence, Record
 from eval.tasks import FAMILIES, Item, TaskError
 
 NAMES = ("blank", "shuffled", "swapped", "rotated")
-ASKED = ("vqa_closed", "vqa_mcq", "vqa_open")
+FAMILIES_ASKED = tuple(name for name, family in FAMILIES.items() if family.shows_image)
 ROTATED = "rotated_"
 BLANK, SIDE, GREY = "blank.png", 256, 128
 
 
-def swapped(items: Sequence[Item], *, seed: int) -> list[Item]:
+def swapped(items: Sequence[Item], *, seed: int, among: Sequence[Item] | None = None) -> list[Item]:
     """The same questions with a picture of another group each; ids stay, so scores pair.
 
     A model that looks should lose what it won over chance. Each item gets a picture drawn by the
-    seed and its id from the pictures of all other groups. With one group only there is nothing to
-    swap with, which raises.
+    seed and its id from the pictures of all other groups of `among`, by default the items
+    themselves. With one group only there is nothing to swap with, which raises.
     """
-    pictures = sorted({(item.group, item.image) for item in items})
+    pictures = sorted({(item.group, item.image) for item in among or items})
     if len({group for group, _ in pictures}) < 2:
         raise TaskError("all items are of one group: nothing to swap pictures with")
     others = {
@@ -59,10 +65,13 @@ def shuffled(items: Sequence[Item], *, seed: int) -> list[Item]:
     found = {}
     for task in dict.fromkeys(item.task for item in items):
         some = [item for item in items if item.task == task]
-        count = {image: sum(i.image == image for i in some) for image in {i.image for i in some}}
+        count = collections.Counter(item.image for item in some)
         most = max(count.values())
         if 2 * most > len(some):
-            raise TaskError(f"{task}: one picture has over half of its questions: cannot shuffle")
+            raise TaskError(
+                f"{task}: one picture has over half of its {len(some)} questions: cannot shuffle; "
+                "leave shuffled out of config.probes, or the family out of config.probe_families"
+            )
         rng = random.Random(f"{seed} {task}")
         place = {image: rng.random() for image in sorted(count)}
         order = sorted(some, key=lambda item: (place[item.image], item.id))
@@ -105,14 +114,16 @@ def rotated(items: Sequence[Item], places: int) -> list[Item]:
     return found
 
 
-def asked(items: Sequence[Item], names: Sequence[str]) -> dict[str, Callable[..., list[Item]]]:
+def asked(
+    items: Sequence[Item], names: Sequence[str], families: Sequence[str]
+) -> dict[str, Callable[..., list[Item]]]:
     """Probe -> what makes its items, of the names in a config; rotations one by one.
 
-    Called with `seed` and `folder`, for the blank picture.
+    Called with `seed` and `folder`, for the blank picture. `families`: of the items to probe.
     """
     if wrong := set(names) - set(NAMES):
         raise TaskError(f"probes: {sorted(wrong)[0]!r} is none; use {', '.join(NAMES)}")
-    some = _questions(items)
+    some = _questions(items, families)
     made: dict[str, Callable[..., list[Item]]] = {}
     if not some:
         return made
@@ -121,23 +132,39 @@ def asked(items: Sequence[Item], names: Sequence[str]) -> dict[str, Callable[...
     if "shuffled" in names:
         made["shuffled"] = lambda seed, folder: shuffled(some, seed=seed)
     if "swapped" in names:
-        made["swapped"] = lambda seed, folder: swapped(some, seed=seed)
+        # among the pictures of all families: which of them are probed moves no other's question
+        shown = _questions(items, FAMILIES_ASKED)
+        made["swapped"] = lambda seed, folder: swapped(some, seed=seed, among=shown)
     most = max((len(score_text.spans(i.prompt)) for i in some if i.family == "vqa_mcq"), default=0)
     for places in range(1, most if "rotated" in names else 1):
         made[f"{ROTATED}{places}"] = lambda seed, folder, k=places: rotated(some, k)
     return made
 
 
-def count(items: Sequence[Item], names: Sequence[str]) -> int:
+def count(items: Sequence[Item], names: Sequence[str], families: Sequence[str]) -> int:
     """Requests of the probes, at most."""
-    some = _questions(items)
+    some = _questions(items, families)
     turns = sum(max(0, len(score_text.spans(i.prompt)) - 1) for i in some if i.family == "vqa_mcq")
     return len(some) * len(set(names) - {"rotated"}) + turns * ("rotated" in names)
+
+
+def seen(
+    records: Sequence[Record], probed: Mapping[str, Sequence[Record]]
+) -> dict[str, list[dict[str, Any]]]:
+    """Probe -> its captions as a scorer is to see them: beside the true picture, not the shown."""
+    true = {record["id"]: record["image"] for record in records if record["family"] in SEEN}
+    found = {
+        probe: [dict(r) | {"image": true[r["id"]]} for r in some if r["id"] in true]
+        for probe, some in probed.items()
+    }
+    return {probe: some for probe, some in found.items() if some}
 
 
 def summary(
     records: Sequence[Record],
     probed: Mapping[str, Sequence[Record]],
+    known: Evidence = NONE,
+    looked: Mapping[str, Evidence] | None = None,
     *,
     seed: int,
     resamples: int,
@@ -146,22 +173,32 @@ def summary(
     flips_high}: of each probe and task, `after` as it was probed.
 
     Flips: answers that say something else than before, an option by its text and not its letter.
+    known, looked: what scorers said of the records, and of each probe's.
     """
     rows = []
     for probe, some in probed.items():
-        before = {record["id"]: record for record in records}
+        before, of_probe = {r["id"]: r for r in records}, (looked or {}).get(probe, NONE)
         for task, after in scoring.tasks_of(some).items():
             both = [(before[r["id"]], r) for r in after if r["id"] in before]
             if both:
-                rows.append(dict(probe=probe, task=task) | _row(both, seed, resamples))
+                row = _row(both, known, of_probe, seed, resamples)
+                rows.append(dict(probe=probe, task=task) | row)
     return rows + _rotations(records, probed, seed, resamples)
 
 
-def _row(both: Sequence[tuple[Record, Record]], seed: int, resamples: int) -> dict[str, Any]:
-    metric = next(iter(scoring.values(both[0][0], NONE)))
-    old, new = ([scoring.values(r, NONE)[metric] for r in side] for side in zip(*both, strict=True))
+def _row(
+    both: Sequence[tuple[Record, Record]],
+    known: Evidence,
+    of_probe: Evidence,
+    seed: int,
+    resamples: int,
+) -> dict[str, Any]:
+    old = [scoring.values(record, known) for record, _ in both]
+    new = [scoring.values(record, of_probe) for _, record in both]
+    metric = next(name for name in old[0] if all(name in one for one in (*old, *new)))
     flips = [float(said(one) != said(two)) for one, two in both]
     groups = [record["group"] for record, _ in both]
+    old, new = ([one[metric] for one in side] for side in (old, new))
     return {"metric": metric} | _paired(old, new, flips, groups, seed, resamples)
 
 
@@ -190,7 +227,7 @@ def _paired(old, new, flips, groups, seed: int, resamples: int) -> dict[str, Any
 
 
 def said(record: Record) -> str:
-    """What an answer says: yes, an option's text, the words of an open one; "" for unread."""
+    """What an answer says: yes, an option's text, the words of all others; "" for unread."""
     family, text = record["family"], record["text"]
     if family == "vqa_mcq":
         found = strict.read(family, text, record["prompt"])
@@ -200,6 +237,11 @@ def said(record: Record) -> str:
     return " ".join(score_text.tokens(text))
 
 
-def _questions(items: Sequence[Item]) -> list[Item]:
-    """Those of the items that are asked about a picture."""
-    return [i for i in items if i.family in ASKED and FAMILIES[i.family].shows_image]
+def _questions(items: Sequence[Item], families: Sequence[str]) -> list[Item]:
+    """Those of the items that are to be probed: asked about a picture."""
+    if wrong := [name for name in families if name not in FAMILIES_ASKED]:
+        raise TaskError(
+            f"probe_families: {wrong[0]!r} shows no picture or is none; use some of "
+            f"{', '.join(FAMILIES_ASKED)}"
+        )
+    return [item for item in items if item.family in families]

@@ -32,6 +32,12 @@ NOTES = (
     "modality_match is the nearest centroid of training pictures in code and pixel statistics; it "
     "is not BiomedCLIPScore.",
 )
+PROBED = (
+    "No judge is asked about probes. Their metric is the first that both sides have without: an "
+    "exact match for open questions, words in common for chats and captions; where a scorer reads "
+    "text, a caption's cosine with the true picture, whatever picture was shown. Flips: answers "
+    "that say something else than before. A model that looks loses, and flips, by the first three."
+)
 SECTIONS = (  # keys of the summary that hold rows, or {"reason", "rows"}; as they are there
     ("probes", "Probes: the same questions asked in another way"),
     ("calibration", "Options by likelihood, and calibration"),
@@ -197,6 +203,8 @@ def _section(summary: Mapping[str, Any], key: str, title: str) -> str:
     body += rows_table(report_tables.folded(rows))
     if key == "calibration":
         body += report_curves.drawn(found)
+    if key == "probes" and rows:
+        body += page.paragraph(PROBED, note=True)
     if isinstance(found, Mapping) and found.get("compared"):
         body += page.paragraph(f"Compared: {_said(found['compared'])}.", note=True)
     return page.section(title, body) if body else ""

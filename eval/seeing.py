@@ -124,8 +124,9 @@ def see(
     seed: int,
     resamples: int,
     progress: Callable[[str], None],
+    out: str = evidence.PICTURES,
 ) -> list[dict[str, Any]]:
-    """Writes pictures.jsonl; returns {task, scorer, metric, ...} of whole sets of pictures."""
+    """Writes WORKDIR/out; returns {task, scorer, metric, ...} of whole sets of pictures."""
     workdir = Path(workdir)
     some = [r for r in records if r["family"] in evidence.SEEN and not r.get("error")]
     lines, sets = [], []
@@ -144,9 +145,9 @@ def see(
                 dict(task=task, scorer=scorer.name, fingerprint=scorer.fingerprint) | one
                 for one in _sets(view, part, seed, resamples)
             ]
-    partial = workdir / f"{evidence.PICTURES}.partial"
+    partial = workdir / f"{out}.partial"
     partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    partial.replace(workdir / evidence.PICTURES)
+    partial.replace(workdir / out)
     return sets
 
 

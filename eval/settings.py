@@ -65,6 +65,7 @@ class Settings:
     prompt: str
     baselines: tuple[str, ...]
     probes: tuple[str, ...]
+    probe_families: tuple[str, ...]
     options: bool
     scorers: tuple[str, ...]
     train_records: str

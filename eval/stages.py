@@ -1,7 +1,8 @@
 """One evaluation in stages, each a plain function of what is in `Run`; files are what they share.
 
 claim -> plan -> answer -> options -> probe -> judge -> see -> summarise -> report
-         records.jsonl  options.jsonl  probe_NAME.jsonl  judged.jsonl  pictures.jsonl
+         records.jsonl  options.jsonl  probe_NAME.jsonl  judged.jsonl  pictures.jsonl,
+                                                         probe_NAME_pictures.jsonl of captions
                                           summary.json  report.html  history.jsonl
 """
 
@@ -157,7 +158,7 @@ def _stages(now: Run) -> dict[str, Any] | None:
         return None
     lines = options(now)
     judged = judge(now, records)
-    sets = see(now, records)
+    sets = see(now, records, probed)
     compared = contaminated(now)
     summary = summarise(now, records, probed, lines, judged, sets, compared)
     write_report(now, summary, records)
@@ -209,7 +210,11 @@ def check_later_stages(settings: Settings, found: Suite, named: opening.Named) -
     """Raises before hours of answers, not after, where a later stage could not be done."""
     if settings.judge.endpoint:
         judging.judge_of(settings.judge)
-    probes.asked(found.items, settings.probes)
+    if not opening.asks_nobody(named):
+        asked = probes.asked(found.items, settings.probes, settings.probe_families)
+        for name, items_of in asked.items():
+            if name != "blank":
+                items_of(settings.seed, None)
     for name in settings.scorers:
         seeing.check(name)
     if settings.train_records:
@@ -226,9 +231,12 @@ def answer(now: Run) -> list[dict[str, Any]]:
 
 
 def probe(now: Run) -> dict[str, list[dict[str, Any]]]:
-    """Probe -> records of the same items asked in another way."""
+    """Probe -> records of the same items asked in another way; none of answers from elsewhere."""
     found, blank = {}, now.workdir / "probe_blank_image"
-    made = probes.asked(now.able(now.found.items), now.settings.probes)
+    if opening.asks_nobody(now.opened.named):
+        return found
+    settings = now.settings
+    made = probes.asked(now.able(now.found.items), settings.probes, settings.probe_families)
     for name, items_of in made.items():
         items = items_of(now.settings.seed, blank)
         folder = blank if name == "blank" else None
@@ -267,18 +275,18 @@ def judge(now: Run, records: list[dict[str, Any]]) -> dict[str, Any] | None:
     )
 
 
-def see(now: Run, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """pictures.jsonl, if there are scorers; scores of whole sets of pictures."""
-    if not now.settings.scorers:
+def see(now: Run, records: list[dict[str, Any]], probed) -> list[dict[str, Any]]:
+    """pictures.jsonl, and the same of the captions of probes, if there are scorers; scores of whole
+    sets of pictures."""
+    names = now.settings.scorers
+    scorers = [seeing.open_scorer(name, batch=now.settings.rows) for name in names]
+    if not scorers:
         return []
-    return seeing.see(
-        records,
-        [seeing.open_scorer(name, batch=now.settings.rows) for name in now.settings.scorers],
-        now.workdir,
-        images_folder=now.found.folder,
-        progress=now.progress,
-        **now.numbers,
-    )
+    about = dict(images_folder=now.found.folder, progress=now.progress, **now.numbers)
+    sets = seeing.see(records, scorers, now.workdir, **about)
+    for name, some in probes.seen(records, probed).items():
+        seeing.see(some, scorers, now.workdir, out=evidence.of_probe(name), **about)
+    return sets
 
 
 def contaminated(now: Run) -> dict[str, Any] | None:
@@ -319,7 +327,7 @@ def summarise(now: Run, records, probed, lines, judged, sets, compared) -> dict[
         "not_scored": scoring.not_scored(records, known),
         "scorers": known.scorers,
         "picture_sets": sets,
-        "probes": probes.summary(records, probed, **numbers),
+        "probes": probes_of(now, records, probed, known),
         "calibration": calibrated(now, lines),
         "contamination": contamination_of(now, records, known, compared),
         "errors": sum(bool(record.get("error")) for record in records),
@@ -329,6 +337,14 @@ def summarise(now: Run, records, probed, lines, judged, sets, compared) -> dict[
     }
     loop.write_json(now.workdir / "summary.json", summary)
     return summary
+
+
+def probes_of(now: Run, records, probed, known) -> dict[str, Any]:
+    """{reason, rows}: what moving pictures and options did."""
+    if now.settings.probes and opening.asks_nobody(now.opened.named):
+        return dict(reason=opening.NOBODY, rows=[])
+    looked = {name: evidence.looked(now.workdir / evidence.of_probe(name)) for name in probed}
+    return dict(reason="", rows=probes.summary(records, probed, known, looked, **now.numbers))
 
 
 def calibrated(now: Run, lines) -> dict[str, Any] | None:

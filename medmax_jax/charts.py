@@ -20,8 +20,9 @@ WIDTH, HEIGHT = 300, 220
 LEFT, RIGHT, TOP, BOTTOM = 44, 12, 10, 40  # margins: numbers and names of the axes
 RADIUS = 4.5  # of the largest dot
 TICKS = 5  # about so many numbers on an axis
-STEPS = (0.05, 0.1, 0.2, 0.25, 0.5, 1.0)  # between two of them, in hundredths, tenths ..
+STEPS = (0.2, 0.25, 0.5, 1.0, 2.0)  # between two of them, by the axis' power of ten
 NEAR = 1e-9
+DIGITS = 6  # of a number on an axis, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,12 +83,12 @@ def around(values: Sequence[float], *, step: float, least: float) -> tuple[float
 
     [0.52, 0.58] by 0.1, at least 0.2: (0.4, 0.6).
     """
-    low = math.floor(min(values) / step + NEAR)
-    high = max(math.ceil(max(values) / step - NEAR), low + 1)
-    missing = round(least / step) - (high - low)
-    down = min(max(missing - missing // 2, 0), low)
-    high = min(high + max(missing - down, 0), round(1 / step))
-    return (low - down) * step, high * step
+    first, top = math.floor(min(values) / step + NEAR), round(1 / step)
+    last = max(math.ceil(max(values) / step - NEAR), first + 1)
+    missing = max(round(least / step) - (last - first), 0)
+    up = min(missing // 2, top - last)
+    first = max(first - (missing - up), 0)
+    return first * step, max(last + up, min(first + round(least / step), top)) * step
 
 
 class _Place:
@@ -121,7 +122,7 @@ def _axes(place: _Place) -> str:
     body += _text(middle, foot + 32, x.label, "middle")
     _, height = place(x.low, (y.low + y.high) / 2)
     turn = f' transform="rotate(-90 11 {height:.1f})"'
-    return body + _text(11, height + 4, y.label, "middle", turn)
+    return body + _text(11.0, height + 4, y.label, "middle", turn)
 
 
 def _ticks(axis: Axis) -> list[float]:
@@ -168,4 +169,4 @@ def _path(places: Sequence[tuple[float, float]]) -> str:
 
 def _number(value: float) -> str:
     """0.5 and not 0.5000000001; 0 for what rounding left of it."""
-    return f"{value:.2f}".rstrip("0").rstrip(".").replace("-0", "0", 1) or "0"
+    return f"{round(value, DIGITS) + 0.0:g}"

@@ -95,16 +95,19 @@ def made(tmp_path, asked=None):
         modality_ceiling=None,
         judge=dict(model="gpt-4o-mini-2024-07-18", repeats=3),
         scorers={"efficientnet_lite0": "0123"},
-        probes=[
-            dict(
-                probe="blank",
-                task="slake_closed",
-                metric="accuracy",
-                diff=-0.25,
-                ci_low=-0.5,
-                ci_high=0.0,
-            )
-        ],
+        probes=dict(
+            reason="",
+            rows=[
+                dict(
+                    probe="blank",
+                    task="slake_closed",
+                    metric="accuracy",
+                    diff=-0.25,
+                    ci_low=-0.5,
+                    ci_high=0.0,
+                )
+            ],
+        ),
         calibration=dict(reason="the model gives no likelihoods", rows=[]),
         contamination=[dict(task="slake_closed", part="clean", value=0.25)],
     )

@@ -40,7 +40,7 @@ def test_every_stage_adds_to_the_summary_and_none_is_done_twice(folder, tmp_path
     rows = {(row["task"], row["metric"]): row for row in found["scores"]}
     assert rows["slake_open", "judge_correct"]["headline"] and found["not_judged"] == []
     assert rows["slake_open", "judge_correct"]["paper_n"] == 1
-    probed = {(row["probe"], row["task"]) for row in found["probes"]}
+    probed = {(row["probe"], row["task"]) for row in found["probes"]["rows"]}
     assert {("blank", "slake_open"), ("swapped", "vqa_rad_closed")} <= probed
     assert {("rotated_1", "pmc_vqa_mcq"), ("rotated_all", "pmc_vqa_mcq")} <= probed
     likely = {(row["task"], row["metric"]) for row in found["calibration"]["rows"]}
@@ -54,6 +54,8 @@ def test_what_cannot_be_done_is_said_before_anything_is_asked(folder, tmp_path):
     asked = dict(model=f"native:{folder}", progress=lambda line: None)
     wrong = [
         (dict(probes=("flipped",)), "'flipped' is none"),
+        (dict(probes=("blank",), probe_families=("multimodal",)), "'multimodal' shows no picture"),
+        (dict(probes=("shuffled",)), "cannot shuffle; leave shuffled out of config.probes"),
         (dict(scorers=("clip:x",)), "write biomedclip:FOLDER"),
         (dict(train_records=str(tmp_path / "none")), "none"),
         (dict(judge=dataclasses.replace(now.judge, endpoint="gpt-4o-mini@http://127.0.0.1:9/v1")),

@@ -35,7 +35,9 @@ def test_shuffled_pictures_stay_in_the_task_and_leave_their_question():
         assert all(a != b for a, b in zip(before, after, strict=True))
     assert moved == probes.shuffled(items, seed=0) != probes.shuffled(items, seed=1)
     alike = [dataclasses.replace(item, image="0.png") for item in items]
-    with pytest.raises(tasks.TaskError, match="over half of its questions"):
+    with pytest.raises(
+        tasks.TaskError, match="over half of its 12 questions: cannot shuffle; leave"
+    ):
         probes.shuffled(alike, seed=0)
 
 
@@ -57,15 +59,78 @@ def test_options_move_with_the_answer():
     assert probes.rotated([tail, eval_setup.item("x", "vqa_closed", 1)], 1) == []
 
 
+ALL = probes.FAMILIES_ASKED
+
+
 def test_what_is_asked_and_how_often():
     items = many()
-    made = probes.asked(items, ("blank", "shuffled", "swapped", "rotated"))
+    made = probes.asked(items, ("blank", "shuffled", "swapped", "rotated"), ALL)
     assert list(made) == ["blank", "shuffled", "swapped", "rotated_1", "rotated_2"]
     assert len(made["rotated_2"](0, None)) == 12
-    assert probes.count(items, ("blank", "swapped", "rotated")) == 2 * 24 + 2 * 12
-    assert probes.asked(items, ()) == {} and probes.asked([], ("blank",)) == {}
+    assert probes.count(items, ("blank", "swapped", "rotated"), ALL) == 2 * 24 + 2 * 12
+    assert probes.asked(items, (), ALL) == {} and probes.asked([], ("blank",), ALL) == {}
     with pytest.raises(tasks.TaskError, match="'flipped' is none; use blank, shuffled"):
-        probes.asked(items, ("flipped",))
+        probes.asked(items, ("flipped",), ALL)
+
+
+def test_every_family_that_shows_a_picture_can_be_probed():
+    assert set(ALL) == {"vqa_closed", "vqa_mcq", "vqa_open", "captioning", "visual_chat"}
+    items = many() + [
+        eval_setup.item(f"x_{family}", family, n)
+        for family in ("vqa_open", "captioning", "visual_chat", "image_generation")
+        for n in range(4)
+    ]
+    names = ("blank", "shuffled", "swapped", "rotated")
+    for families in (ALL, ("captioning", "vqa_mcq"), ("visual_chat",), ()):
+        made = probes.asked(items, names, families)
+        found = {name: of(0, None) for name, of in made.items() if name != "blank"}
+        asked = sum(len(some) for some in found.values()) + len(found.get("swapped", ()))  # blank
+        assert asked == probes.count(items, names, families)
+        assert {i.family for some in found.values() for i in some} == set(families)
+    few, whole = (probes.asked(items, names, some) for some in (("vqa_mcq",), ALL))
+    for name in ("shuffled", "swapped", "rotated_1"):  # another family asks no other question
+        assert {i.id: i for i in few[name](0, None)}.items() <= {
+            i.id: i for i in whole[name](0, None)
+        }.items()
+    with pytest.raises(tasks.TaskError, match="'image_generation' shows no picture or is none"):
+        probes.count(items, names, ("image_generation",))
+
+
+def test_captions_and_chats_have_a_metric_without_a_judge():
+    """Judged or not, a probe compares what both sides have; a scorer's word comes first."""
+    caption, chat, opened = (
+        [eval_setup.record(eval_setup.item(f"x_{f}", f, n, answer="A CT of it."), "A CT of it.")
+         for n in range(6)]
+        for f in ("captioning", "visual_chat", "vqa_open")
+    )  # fmt: skip
+    before = caption + chat + opened
+    after = [one | {"text": "An MRI" if n % 2 else "a CT of it"} for n, one in enumerate(before)]
+    after = [one | {"image": "other.png"} for one in after]
+    judged = {
+        "correct": {r["id"]: dict(votes=[1.0], why="") for r in opened},
+        "relative": {r["id"]: dict(votes=[[8.0, 9.0]], why="") for r in chat},
+    }
+    known = evidence.Evidence(judged=judged)
+    rows = {r["task"]: r for r in probes.summary(before, {"swapped": after}, known, **NUMBERS)}
+    metrics = {task: row["metric"] for task, row in rows.items()}
+    assert metrics == {
+        "x_captioning": "token_f1", "x_visual_chat": "token_f1", "x_vqa_open": "exact"
+    }  # fmt: skip
+    for row in rows.values():
+        assert (row["before"], row["flips"]) == (1, 0.5) and row["after"] == 0.5
+    true = probes.seen(before, {"swapped": after, "rotated_1": after[6:]})
+    assert list(true) == ["swapped"] and len(true["swapped"]) == 6
+    assert [one["image"] for one in true["swapped"]] == [one["image"] for one in caption]
+
+    def told(cosine):
+        lines = {r["id"]: dict(image_text=[cosine], text_text=1.0, combined=0.5) for r in caption}
+        return evidence.Evidence(seen={"biomedclip": lines})
+
+    found = probes.summary(before, {"swapped": after}, told(0.5), {"swapped": told(0.2)}, **NUMBERS)
+    (row,) = [row for row in found if row["task"] == "x_captioning"]
+    assert (row["metric"], row["before"], row["after"]) == ("clip_image_text", 0.5, 0.2)
+    unseen = probes.summary(before, {"swapped": after}, told(0.5), **NUMBERS)
+    assert [r["metric"] for r in unseen if r["task"] == "x_captioning"] == ["token_f1"]
 
 
 def test_deltas_and_flips():
