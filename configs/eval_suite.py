@@ -47,9 +47,7 @@ def get_config() -> ConfigDict:
     config.prompt = "sft"  # wordings; chameleon for a base model, see eval/tasks.py
     config.baselines = "constant,majority,random"  # floors beside every score
     config.probes = "blank,shuffled,swapped,rotated"  # does it look, does the order matter
-    config.probe_families = (
-        "vqa_closed,vqa_mcq,vqa_open,captioning,visual_chat"  # long answers cost most
-    )
+    config.probe_families = "vqa_closed,vqa_mcq,vqa_open,captioning,visual_chat"  # of these
     config.options = True  # also: likelihoods of the options, and calibration from them
     config.scorers = ""  # of pictures: biomedclip:FOLDER is the published score
     config.train_records = ""  # folder of training records, for contamination; empty: unknown
