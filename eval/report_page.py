@@ -200,7 +200,7 @@ def _section(summary: Mapping[str, Any], key: str, title: str) -> str:
     reason = found.get("reason", "") if isinstance(found, Mapping) else ""
     rows = found.get("rows", []) if isinstance(found, Mapping) else found
     body = page.paragraph(f"Not available: {reason}") if reason else ""
-    body += rows_table(report_tables.folded(rows))
+    body += "".join(rows_table(report_tables.folded(some)) for some in _tables(key, rows))
     if key == "calibration":
         body += report_curves.drawn(found)
     if key == "probes" and rows:
@@ -208,6 +208,15 @@ def _section(summary: Mapping[str, Any], key: str, title: str) -> str:
     if isinstance(found, Mapping) and found.get("compared"):
         body += page.paragraph(f"Compared: {_said(found['compared'])}.", note=True)
     return page.section(title, body) if body else ""
+
+
+def _tables(key: str, rows: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """Rows as one table; those of whole sets of pictures, which differ in columns, one a metric."""
+    if key != "picture_sets":
+        return [list(rows)]
+    kept = [{k: v for k, v in row.items() if k != "fingerprint"} for row in rows]
+    metrics = dict.fromkeys(row["metric"] for row in kept)
+    return [[row for row in kept if row["metric"] == metric] for metric in metrics]
 
 
 def _slices(summary, records, values: Values) -> str:

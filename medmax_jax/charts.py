@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 WIDTH, HEIGHT = 300, 220
 LEFT, RIGHT, TOP, BOTTOM = 44, 12, 10, 40  # margins: numbers and names of the axes
-RADIUS = 4.5  # of the largest dot
+RADIUS, LEAST = 4.5, 2.0  # of the largest dot, and of any
 TICKS = 5  # about so many numbers on an axis
 STEPS = (0.2, 0.25, 0.5, 1.0, 2.0)  # between two of them, by the axis' power of ten
 NEAR = 1e-9
@@ -148,7 +148,7 @@ def _whisker(place: _Place, point: Point) -> str:
 
 def _dot(place: _Place, point: Point) -> str:
     x, y = place(point.x, point.y)
-    radius = RADIUS * math.sqrt(point.size)
+    radius = max(RADIUS * math.sqrt(point.size), LEAST)
     says = f"<title>{html.escape(point.says)}</title>"
     return f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}">{says}</circle>\n'
 

@@ -171,6 +171,54 @@ def test_published_numbers_stand_beside(tmp_path):
     assert caption["MedMax 7B"] == 0.37
 
 
+def calibrated():
+    """As eval/confidence.py tells it, of a task whose name is markup."""
+    bins = [
+        dict(n=n, groups=2, confidence=c, low=c - 0.05, high=c + 0.05, accuracy=a, ci_low=a - 0.1,
+             ci_high=a + 0.1)
+        for n, c, a in ((4, 0.55, 0.25), (5, 0.75, 0.5), (4, 0.85, 0.75))
+    ]  # fmt: skip
+    at = [k / 10 for k in range(1, 11)]
+    curve = [dict(coverage=c, risk=c / 2, ci_low=c / 4, ci_high=min(c, 0.8)) for c in at]
+    rows = [dict(task="<b>t</b>", metric="ece", n=13, value=0.2, ci_low=0.1, ci_high=0.3)]
+    return dict(reason="", rows=rows, bins={"<b>t</b>": bins}, curves={"<b>t</b>": curve})
+
+
+def test_calibration_is_drawn_with_the_n_of_each_bin(tmp_path):
+    text = whole(tmp_path, calibration=calibrated())
+    charts = re.findall(r"<svg.*?</svg>", text, flags=re.S)
+    assert len(charts) == 2 and text.count("<svg") == 2 and "<b>t</b>" not in text
+    reliability, risk = charts
+    assert reliability.count('class="dot"') == reliability.count('class="whisker"') == 3
+    assert "4 answers, sure 0.500 to 0.600 (mean 0.550): 0.250 right" in reliability
+    assert "13 answers in 3 bins of 4 to 5" in text
+    assert risk.count('class="dot"') == 10 and risk.count('class="band"') == 1
+    assert "the surest 50 %: 0.250 wrong, 0.125–0.500" in risk
+    assert "0.500 of all are wrong, 0.250 of the surest half" in text
+    table = text.split("The bins in numbers")[1].split("</details>")[0]
+    assert table.count("<tr>") == 4 and "0.500–0.600" in table and "0.150–0.350" in table
+
+
+def test_a_page_without_likelihoods_has_no_charts(tmp_path):
+    assert "<svg" not in whole(tmp_path)
+
+
+def test_whole_sets_are_a_table_a_metric(tmp_path):
+    head = dict(task="image_generation_report", scorer="biomedclip", fingerprint="0123abcd")
+    told = dict(n=9, groups=7, value=0.5, ci_low=0.4, ci_high=0.6)
+    sets = [
+        head | dict(metric="diversity") | told | dict(references=0.7, references_low=0.6,
+                                                      references_high=0.75),
+        head | dict(metric="kid") | told | dict(subsets_mean=0.4, subsets_std=0.02, size=4),
+    ]  # fmt: skip
+    text = whole(tmp_path, picture_sets=sets)
+    part = text.split("Whole sets of pictures")[1].split("</section>")[0]
+    assert part.count("<table") == 2 and "0123abcd" not in part
+    assert "references, 95 %" in part.split("</table>")[0] and "0.600–0.750" in part
+    first, second = part.split("</table>")[:2]
+    assert "subsets_std" in second and "subsets_std" not in first
+
+
 def test_slices_have_enough_items_or_are_counted(tmp_path):
     summary, records = made(tmp_path)
     values = scoring.table(records, evidence.read(tmp_path))

@@ -12,7 +12,7 @@ from test_biomedclip import CONFIG, TINY, tensors
 from test_efficientnet import PARITY
 from test_efficientnet import tensors as lite_tensors
 
-from eval import evidence, scoring, seeing
+from eval import evidence, probes, scoring, seeing
 from medmax_jax import biomedclip_files, efficientnet
 
 sys.path.insert(0, str(PARITY))
@@ -33,7 +33,7 @@ def clip(published):
     return seeing.open_scorer(f"biomedclip:{published}", batch=3, sizes=TINY)
 
 
-def see(scorers, records, folder, lines=None):
+def see(scorers, records, folder, lines=None, **more):
     return seeing.see(
         records,
         scorers,
@@ -42,6 +42,7 @@ def see(scorers, records, folder, lines=None):
         seed=0,
         resamples=2_000,
         progress=(lines if lines is not None else []).append,
+        **more,
     )
 
 
@@ -79,6 +80,53 @@ def test_captions_pictures_and_places(clip, tmp_path):
     assert none["image_text"] == none["image_image"] == [] and none["rank"] == none["of"] == 4
     diversity = next(one for one in sets if one["metric"] == "diversity")
     assert diversity["n"] == 3 and 0 < diversity["value"] < 2 and diversity["references"] > 0
+
+
+def test_captions_of_probes_are_compared_with_the_true_picture(clip, tmp_path):
+    """A model that says of each picture what it saw: shown another, it describes that one."""
+    records = [r for r in eval_setup.records(tmp_path) if r["family"] == "captioning"]
+    other = {r["id"]: records[(n + 2) % 4] for n, r in enumerate(records)}
+    swapped = [
+        r | {"image": other[r["id"]]["image"], "text": other[r["id"]]["text"]} for r in records
+    ]
+    see([clip], records, tmp_path)
+    before, said = (tmp_path / evidence.PICTURES).read_bytes(), []
+    (some,) = probes.seen(records, {"swapped": swapped}).values()
+    see([clip], some, tmp_path, said, out=evidence.of_probe("swapped"))
+    assert (tmp_path / evidence.PICTURES).read_bytes() == before
+    assert said == ["biomedclip: 0 pictures and texts to embed"]  # all were there by content
+    looked = evidence.looked(tmp_path / "probe_swapped_pictures.jsonl")
+    for record in records:
+        (cosine,) = looked.seen["biomedclip"][record["id"]]["image_text"]
+        (shown,) = clip.pictures(
+            [PIL.Image.open(tmp_path / record["image"]).convert("RGB")], released=False
+        )
+        (words,) = clip.texts([other[record["id"]]["text"]])
+        assert cosine == pytest.approx(shown @ words, abs=1e-6), record["id"]
+    known = evidence.read(tmp_path)
+    numbers = dict(seed=0, resamples=2_000)
+    (row,) = probes.summary(records, {"swapped": swapped}, known, {"swapped": looked}, **numbers)
+    assert row["metric"] == "clip_image_text" and row["before"] != row["after"]
+    (scored,) = [row["value"] for (_, m), row in told(records, tmp_path).items()
+                 if m == "clip_image_text"]  # fmt: skip
+    assert row["before"] == pytest.approx(scored) and row["flips"] == 1
+
+
+def test_whole_sets_have_intervals_over_groups(clip, tmp_path):
+    eval_setup.pictures(tmp_path)
+    items = [
+        eval_setup.item("image_generation_x", "image_generation", n, prompt="A CT", group=f"g{n}")
+        for n in range(4)
+    ]
+    drawn = [eval_setup.record(one, "", [f"records_images/{n}.png"]) for n, one in enumerate(items)]
+    found = {one["metric"]: one for one in see([clip], drawn, tmp_path)}
+    kid, kinds = found["kid"], found["diversity"]
+    assert (kid["n"], kid["groups"], kid["size"]) == (4, 4, 2)
+    assert kid["ci_low"] <= kid["value"] <= kid["ci_high"] and kid["subsets_std"] >= 0
+    assert kinds["ci_low"] <= kinds["value"] <= kinds["ci_high"] and kinds["references_high"] > 0
+    # of one patient nothing can be said of others
+    one = [record | {"group": "g"} for record in drawn]
+    assert see([clip], one, tmp_path) == []
 
 
 def test_rows_with_floors_and_the_paper_s_numbers(clip, tmp_path):
