@@ -166,9 +166,13 @@ def test_predictions_are_scored_and_gaps_counted(tmp_path):
     path = tmp_path / "answers.jsonl"
     lines = [dict(id=f"q{n}", text="no") for n in range(5)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    summary = run(items, tmp_path / "out", f"predictions:{path}")
+    summary = run(items, tmp_path / "out", f"predictions:{path}", probes="blank,swapped")
     row = summary["scores"][0]
     assert (row["n"], row["n_errors"]) == (6, 1) and row["value"] == pytest.approx(2 / 6)
+    # asked about another picture a file says the same: no sign that its model does not look
+    assert summary["probes"]["rows"] == [] and "already" in summary["probes"]["reason"]
+    assert not list((tmp_path / "out").glob("probe_*"))
+    assert "nobody can be asked again" in (tmp_path / "out" / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,20 @@
 
 import dataclasses
 import json
+import re
+from pathlib import Path
 
 import eval_setup
+import PIL.Image
+import PIL.ImageColor
 import pytest
 import test_generate as micro
 from llm_server import serving, short_waits  # noqa: F401
 from test_eval import settings
+from test_eval_rows import CHAT
 
 from data import prepare
-from eval import loop, stages
+from eval import evaluate, loop, stages
 
 folder = micro.folder
 
@@ -47,6 +52,52 @@ def test_every_stage_adds_to_the_summary_and_none_is_done_twice(folder, tmp_path
     assert ("vqa_rad_closed", "ece") in likely and ("pmc_vqa_mcq", "accuracy_at_80") in likely
     assert found["contamination"] is None and found["scorers"] == {}
     json.dumps(found, allow_nan=False)
+
+
+COLOURS = ("red", "lime", "blue", "yellow")
+
+
+class Looking:
+    """Says the colour of the picture that it is shown, to whatever it is asked."""
+
+    def generate(self, asks):
+        return [[self.colour(next(p for p in ask.parts if isinstance(p, Path)))] for ask in asks]
+
+    def colour(self, path):
+        with PIL.Image.open(path) as picture:
+            found = picture.convert("RGB").getpixel((0, 0))
+        return next((name for name in COLOURS if PIL.ImageColor.getrgb(name) == found), "grey")
+
+
+def test_captions_and_chats_are_probed_as_often_as_the_plan_says(tmp_path):
+    rows = []
+    for n, colour in enumerate(COLOURS):
+        PIL.Image.new("RGB", (8, 8), colour).save(tmp_path / f"{n}.png")
+        fixed = dict(image_path=f"{n}.png", group=f"g{n}")
+        caption = dict(task_name="image_captioning", question_type="pmc_oa", prompt="")
+        chat = dict(task_name="visual_chat", question_type="conversation", prompt="What?\n<image>")
+        rows.append(caption | fixed | dict(answer=f"It is {colour}", id=f"a{n}"))
+        rows.append(chat | fixed | dict(answer=repr(CHAT | {"gpt4_answer": colour}), id=f"b{n}"))
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = dict(baselines="", options=False, counts=dict(visual_chat=-1))
+    for families, expected in (
+        ("captioning,visual_chat", {"captioning_pmc_oa", "visual_chat_conversation"}),
+        ("captioning", {"captioning_pmc_oa"}),
+    ):
+        out, said = tmp_path / families, []
+        found = evaluate(
+            Looking(), tmp_path / "items.jsonl", out, "strict",
+            progress=said.append, probe_families=families, **changes,
+        )  # fmt: skip
+        (told,) = [re.search(r"probes: (\d+) requests", s)[1] for s in said if "probes:" in s]
+        lines = [path.read_bytes().count(b"\n") for path in out.glob("probe_*.jsonl")]
+        assert len(lines) == 3 and sum(lines) == int(told) == 3 * 4 * len(expected)
+        table = found["probes"]["rows"]
+        assert {row["task"] for row in table} == expected and len(table) == 3 * len(expected)
+        for row in table:  # each picture has one colour: another picture, another answer
+            assert row["metric"] == "token_f1" and row["flips"] == 1
+            assert row["before"] > row["after"] == 0 and row["ci_high"] < 0
+        assert "No judge is asked about probes" in (out / "report.html").read_text()
 
 
 def test_what_cannot_be_done_is_said_before_anything_is_asked(folder, tmp_path):
