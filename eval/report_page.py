@@ -32,12 +32,14 @@ NOTES = (
     "modality_match is the nearest centroid of training pictures in code and pixel statistics; it "
     "is not BiomedCLIPScore.",
 )
-PROBED = (
-    "No judge is asked about probes. Their metric is the first that both sides have without: an "
-    "exact match for open questions, words in common for chats and captions; where a scorer reads "
-    "text, a caption's cosine with the true picture, whatever picture was shown. Flips: answers "
-    "that say something else than before. A model that looks loses, and flips, by the first three."
-)
+UNDER = {  # what is to be known of a section's rows
+    "probes": "No judge is asked about probes. Their metric is the first that needs none: an exact "
+    "match for open questions, words in common for chats and captions; where a scorer reads text, a "
+    "caption's cosine with the true picture, whatever picture was shown. Flips: answers that say "
+    "something else than before. A model that looks loses, and flips, by the first three.",
+    "picture_sets": "Values and intervals are over pairs of two different groups. “subsets” are KID "
+    "as it is published; their std is no error of the mean.",
+}
 SECTIONS = (  # keys of the summary that hold rows, or {"reason", "rows"}; as they are there
     ("probes", "Probes: the same questions asked in another way"),
     ("calibration", "Options by likelihood, and calibration"),
@@ -203,8 +205,8 @@ def _section(summary: Mapping[str, Any], key: str, title: str) -> str:
     body += "".join(rows_table(report_tables.folded(some)) for some in _tables(key, rows))
     if key == "calibration":
         body += report_curves.drawn(found)
-    if key == "probes" and rows:
-        body += page.paragraph(PROBED, note=True)
+    if key in UNDER and rows:
+        body += page.paragraph(UNDER[key], note=True)
     if isinstance(found, Mapping) and found.get("compared"):
         body += page.paragraph(f"Compared: {_said(found['compared'])}.", note=True)
     return page.section(title, body) if body else ""
