@@ -34,11 +34,11 @@ NOTES = (
 )
 UNDER = {  # what is to be known of a section's rows
     "probes": "No judge is asked about probes. Their metric is the first that needs none: an exact "
-    "match for open questions, words in common for chats and captions; where a scorer reads text, a "
-    "caption's cosine with the true picture, whatever picture was shown. Flips: answers that say "
+    "match for open questions, words in common for chats and captions; where a scorer reads text, "
+    "a caption's cosine with the true picture, whatever picture was shown. Flips: answers that say "
     "something else than before. A model that looks loses, and flips, by the first three.",
-    "picture_sets": "Values and intervals are over pairs of two different groups. “subsets” are KID "
-    "as it is published; their std is no error of the mean.",
+    "picture_sets": "Values and intervals are over pairs of two different groups. “subsets” are "
+    "KID as it is published; their std is no error of the mean.",
 }
 SECTIONS = (  # keys of the summary that hold rows, or {"reason", "rows"}; as they are there
     ("probes", "Probes: the same questions asked in another way"),
