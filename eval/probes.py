@@ -41,18 +41,18 @@ def swapped(items: Sequence[Item], *, seed: int, among: Sequence[Item] | None = 
     themselves. With one group only there is nothing to swap with, which raises.
     """
     pictures = sorted({(item.group, item.image) for item in among or items})
-    if len({group for group, _ in pictures}) < 2:
+    own: dict[str, list[int]] = {}
+    for number, (group, _) in enumerate(pictures):
+        own.setdefault(group, []).append(number)
+    if len(own) < 2:
         raise TaskError("all items are of one group: nothing to swap pictures with")
-    others = {
-        group: [image for other, image in pictures if other != group]
-        for group in {group for group, _ in pictures}
-    }
-    return [
-        dataclasses.replace(
-            item, image=random.Random(f"{seed} {item.id}").choice(others[item.group])
-        )
-        for item in items
-    ]
+
+    def other(item: Item) -> str:
+        first, count = own[item.group][0], len(own[item.group])  # its own lie together
+        place = random.Random(f"{seed} {item.id}").choice(range(len(pictures) - count))
+        return pictures[place if place < first else place + count][1]
+
+    return [dataclasses.replace(item, image=other(item)) for item in items]
 
 
 def shuffled(items: Sequence[Item], *, seed: int) -> list[Item]:
