@@ -46,7 +46,7 @@ def get_config() -> ConfigDict:
             captioning=-1,
             image_generation=16,
             multimodal=8,
-            visual_chat=0,  # the sample has none
+            visual_chat=-1,
         )
     )
     config.mode = "strict"  # of generation; paper: as the release asks, with its bounds

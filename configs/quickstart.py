@@ -14,5 +14,6 @@ def get_config() -> ConfigDict:
     config.cases = 12  # held-out pictures on the page
     config.run = tiny.get_config()  # data.train and data.validation are the quickstart's own
     config.eval = eval_tiny.get_config()
-    config.eval.counts.update(vqa_open=96, captioning=48, image_generation=12, multimodal=4)
+    config.eval.counts.update(vqa_open=96, captioning=48, visual_chat=48)
+    config.eval.counts.update(image_generation=12, multimodal=4)
     return config.lock()

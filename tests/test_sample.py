@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data import chat_answers
 from data.sample.build import ALIKE, PER_GROUP, thin, thumbnail
 from data.sample.decode import Picture, read_nifti, read_nrrd, to_bytes
 from data.sample.documents import (
@@ -210,7 +211,14 @@ def test_eval_answers_fit_their_kind(rows, items):
     letters = Counter(i["answer"] for i in items if i["question_type"] == "mcq")
     assert set(letters) == set("ABCD") and max(letters.values()) - min(letters.values()) <= 2
     kinds = {item["task_name"] for item in items}
-    assert kinds == {"sample_vqa", "image_captioning", "image_generation", "mm_out"}
+    assert kinds == {
+        "sample_vqa", "image_captioning", "image_generation", "mm_out", "visual_chat",
+    }  # fmt: skip
+    chats = [item for item in items if item["task_name"] == "visual_chat"]
+    known = [chat_answers.read(item["answer"]) for item in chats]
+    assert len(chats) == len({item["image_path"] for item in chats})
+    assert {one.domain for one in known} == {"", "chest_xray", "ct_scan", "histology", "mri"}
+    assert all(one.reference and one.caption for one in known)
 
 
 def test_mcq_options_hold_the_answer_once(items, rows):

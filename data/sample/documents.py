@@ -12,6 +12,7 @@ a user's part and its answer and between turns; `image_path` is "" in a document
 Every document carries the split of its group. Train on "train" only.
 """
 
+import json
 import random
 from collections.abc import Callable
 
@@ -53,6 +54,7 @@ DESCRIBE = (
     "Please describe this picture.",
     "Provide a brief overview of what is shown in the image",
 )
+DOMAINS = {"mri": "MRI", "histology": "histology", "ct_scan": "CT"}
 REPORT = (
     "Examine this medical image and document your observations "
     "in a standard clinical report format."
@@ -147,6 +149,11 @@ def eval_items(rows: list[dict], seed: int, split: str = "test") -> list[dict]:
             prompt, answer = _explained(row, rng)
             answer = answer.replace(f"{IMAGE}\n", "")  # the reference picture is image_path
             items.append(_item(row, "mm_out", "sample", prompt, answer, "mm_out"))
+    rng = random.Random(f"{seed} eval chat {split}")
+    for row in held:
+        question, answer = rng.choice(_turns(row, rng))
+        told = json.dumps(_chat_answer(row, answer, rng))
+        items.append(_item(row, "visual_chat", "sample", f"{question}\n{IMAGE}", told, "chat"))
     return _numbered(items, "eval")
 
 
@@ -176,27 +183,40 @@ def _report(row: dict, rng: random.Random) -> list[dict]:
 
 def _chat(row: dict, rng: random.Random) -> list[dict]:
     """A talk of two to three turns; the picture stands before or after the first question."""
-    turns = [(rng.choice(("What kind of image is this?", "What am I looking at?")),
-              f"This is {a(NOUNS[row['modality']])}.")]  # fmt: skip
-    more = []
-    if row["body_part"]:
-        more.append(("Which part of the body does it show?", f"It shows {part(row)}."))
-    if row["plane"]:
-        more.append(("In which plane is it?", f"The plane is {row['plane']}."))
-    if row["stain"]:
-        more.append(("How was it stained?", f"The stain is {row['stain']}."))
-    if patient(row):
-        more.append(("What is known about the patient?", details(row)))
-    elif details(row):
-        more.append(("What else can you tell me?", details(row)))
-    if not more:
-        more.append(("How is such an image made?", GLOSSARY[row["modality"]]))
+    opening, *more = _turns(row, rng)
     rng.shuffle(more)
-    turns += more[: rng.choice((1, 2, 2))]
-    question, answer = turns[0]
+    turns = [opening, *more[: rng.choice((1, 2, 2))]]
+    question, answer = opening
     first = rng.choice((f"{IMAGE}{question}", f"{question}{IMAGE}"))
     parts = [first, answer, *(text for pair in turns[1:] for text in pair)]
     return [_document(row, SEPARATOR.join(parts), "Visual Chat", len(turns))]
+
+
+def _turns(row: dict, rng: random.Random) -> list[tuple[str, str]]:
+    """Two or more questions on a picture with their answers; the first can open a talk."""
+    turns = [(rng.choice(("What kind of image is this?", "What am I looking at?")),
+              f"This is {a(NOUNS[row['modality']])}.")]  # fmt: skip
+    if row["body_part"]:
+        turns.append(("Which part of the body does it show?", f"It shows {part(row)}."))
+    if row["plane"]:
+        turns.append(("In which plane is it?", f"The plane is {row['plane']}."))
+    if row["stain"]:
+        turns.append(("How was it stained?", f"The stain is {row['stain']}."))
+    if patient(row):
+        turns.append(("What is known about the patient?", details(row)))
+    elif details(row):
+        turns.append(("What else can you tell me?", details(row)))
+    if len(turns) == 1:
+        turns.append(("How is such an image made?", GLOSSARY[row["modality"]]))
+    return turns
+
+
+def _chat_answer(row: dict, reference: str, rng: random.Random) -> dict:
+    """What the released rows of visual_chat have for an answer, see data/chat_answers.py."""
+    chest = row["modality"] == "X-ray" and row["body_part"] == "chest"
+    domain = {name: row["modality"] == kind for name, kind in DOMAINS.items()}
+    words = dict(fig_label="Picture", fig_caption=caption(row, rng), in_text_mention=None)
+    return words | dict(gpt4_answer=reference, domain=domain | {"chest_xray": chest})
 
 
 def _interleaved(row: dict, rng: random.Random) -> list[dict]:
