@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import signal
 
 import jax
 import numpy as np
@@ -285,11 +286,21 @@ def test_an_error_in_the_middle_leaves_no_lane_behind(g):  # noqa: F811
     e, short, option = made(g, rows=2, lanes=2, slots=32), np.r_[ids.BOS, words(8)], words(3)
     long = np.r_[ids.BOS, words(40)]
     before = engine.likelihoods(e, [short], [[option]])
-    for prompts, options in (
-        ([short, words(8)], [[option], [words(0)]]),
-        ([short, long], [[option], [option]]),
+
+    class Interrupted(list):
+        """Ctrl-C when the engine looks at it."""
+
+        def __getitem__(self, place):
+            if e.busy:
+                signal.raise_signal(signal.SIGINT)
+            return super().__getitem__(place)
+
+    for prompts, options, error in (
+        ([short, words(8)], [[option], [words(0)]], ValueError),
+        ([short, long], [[option], [option]], ValueError),
+        ([short, words(8)], [[option], Interrupted([option])], KeyboardInterrupt),
     ):
-        with pytest.raises(ValueError):
+        with pytest.raises(error):
             engine.likelihoods(e, prompts, options)
         assert e.book.free.all() and e.cache is None
         again = engine.likelihoods(e, [short], [[option]])
