@@ -52,7 +52,7 @@ try:
 except batching.GenerateError as error:
     print(json.dumps([str(error)]))
 """
-# Attention inside the VQGAN, over 64 x 64 places, has 64 MiB a picture.
+# Attention inside the VQGAN, over 64 x 64 places, has 64 MiB a picture, 512 MiB eight.
 PICTURES = """
 import numpy as np, PIL.Image
 large = dataclasses.replace(setup.PICTURE, image_size=128)
