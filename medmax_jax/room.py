@@ -23,7 +23,7 @@ def asked(what: str, mend: str) -> Iterator[None]:
     try:
         yield
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        said = (str(error).splitlines() or [""])[0].split(": ")[-1]
+        said = (str(error) or type(error).__name__).splitlines()[0].split(": ")[-1]
         full = isinstance(error, MemoryError) or any(w in str(error).lower() for w in _WORDS)
         if not full:
             raise
