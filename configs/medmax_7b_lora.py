@@ -34,6 +34,7 @@ def get_config() -> ConfigDict:
     scale = math.sqrt(DOCUMENTS_A_STEP / paper.DOCUMENTS_A_STEP)
     config.optim.update(peak_lr=round(config.optim.peak_lr * scale, 6))
     config.train.update(
+        compile="gather",  # of TPUs' compiler; elsewhere default
         steps=ROWS_AN_EPOCH * paper.EPOCHS // ROWS,
         log_every=10,
         eval_every=1_000,

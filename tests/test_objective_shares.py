@@ -132,8 +132,12 @@ def test_the_packed_config_scales_it_by_the_rule_that_it_states():
 def test_the_rows_of_an_epoch_are_the_planned_ones():
     lengths = synthetic.lengths(paper.DOCUMENTS, seed=0)
     short = lengths[lengths <= 2_048]
-    plan = pack.plan(short, seq_len=lora.ROW_TOKENS, pack=True, seed=0, epoch=0)
-    assert len(plan) == lora.ROWS_AN_EPOCH
+    rows = [
+        len(pack.plan(short, seq_len=lora.ROW_TOKENS, pack=True, seed=0, epoch=epoch))
+        for epoch in range(paper.EPOCHS)
+    ]
+    assert sum(rows) // paper.EPOCHS == lora.ROWS_AN_EPOCH
+    assert sum(rows) // lora.ROWS == lora.get_config().train.steps
 
 
 @pytest.mark.parametrize("name", ["medmax_7b_qlora", "medmax_7b_full", "chameleon_30b_lora"])
