@@ -1,11 +1,22 @@
 """Config files become frozen settings; every kind of wrong setting names its field and the mend."""
 
 import importlib
+import math
+import pathlib
+import re
 
 import pytest
 
-from configs import base, tiny
+from configs import base, medmax_7b_lora, tiny
 from medmax_jax import config
+
+LAUNCHES = {  # sections of docs/launch.md: devices, and whether they are GPUs
+    "One GPU box": (8, True),
+    "A TPU VM pod on spot, re-created and resumed by one loop": (16, False),
+    "Two slices": (32, False),
+    "GKE by xpk": (32, False),
+    "SLURM": (32, True),
+}
 
 
 @pytest.mark.parametrize(
@@ -71,3 +82,25 @@ def test_the_fingerprint_sees_every_field():
     settings = config.to_dict(run)
     settings["optim"]["eps"] = 1e-7
     assert config.fingerprint(run) != config.fingerprint(config.from_config_dict(settings))
+
+
+@pytest.mark.parametrize("title", LAUNCHES)
+def test_the_commands_of_launch_md_suit_their_machines(title):
+    devices, gpus = LAUNCHES[title]
+    text = (pathlib.Path(__file__).parent.parent / "docs" / "launch.md").read_text()
+    section = text.split(f"## {title}\n")[1].split("\n## ")[0]
+    found = re.findall(r"medmax_7b_lora\.py(.*?)--workdir", section, re.S)
+    assert found
+    for flags in found:
+        settings = medmax_7b_lora.get_config()
+        for path, value in re.findall(r"--config\.([\w.]+)=(\S+)", flags):
+            *names, last = path.split(".")
+            part = settings
+            for name in names:
+                part = part[name]
+            part[last] = type(part[last])(value)
+        run = config.from_config_dict(settings)  # batch and mesh agree, or this raises
+        sizes = (run.mesh.data, run.mesh.fsdp, run.mesh.tp)
+        assert math.prod(sizes) == devices
+        kinds = ("cudnn", "default") if gpus else ("splash", "gather")
+        assert (run.model.attention, run.train.compile) == kinds
