@@ -42,7 +42,8 @@ th, td { padding: .4rem .7rem; text-align: left; vertical-align: top; overflow-w
   border-bottom: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 600; white-space: nowrap; }
 td { white-space: pre-line; }
-td:first-child { min-width: 8.5rem; }
+td:first-child { min-width: 9.5rem; }
+td:nth-child(2) { min-width: 5rem; }
 .wide th, .wide td { padding: .4rem .5rem; overflow-wrap: break-word; }
 th.number { text-align: right; white-space: normal; overflow-wrap: normal; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
