@@ -13,7 +13,7 @@ from flax import nnx
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from medmax_jax import quant
 from medmax_jax.config import Lora
@@ -162,15 +162,23 @@ def rope(
 
 
 def dropout(x: Float[Array, "B T I"], rate: float, *, key: PRNGKeyArray) -> Float[Array, "B T I"]:
-    """Zeroes a share `rate` of the entries, to 2^-17, and scales the rest: the mean stays."""
-    # A word of 32 bits serves two tokens: drawing is what dropout costs. Not two features, whose
-    # halves TPUs would have to lay side by side. Without out_sharding every device would draw the
-    # mask of the whole batch.
-    rows, tokens, features = x.shape
-    shape, sharding = (rows, (tokens + 1) // 2, features), jax.typeof(x).sharding
-    words = jax.random.bits(key, shape, jnp.uint32, out_sharding=sharding)
-    halves = jnp.concatenate([words & 0xFFFF, words >> 16], axis=1)[:, :tokens]
-    return jnp.where(halves >= round(rate * 2**16), x / (1 - rate), 0)
+    """Zeroes a share `rate` of the entries and scales the rest, so that the mean stays."""
+    # Without out_sharding every device would draw the mask of the whole batch.
+    shape, sharding = x.shape, jax.typeof(x).sharding
+
+    def kept(key: PRNGKeyArray) -> Bool[Array, "B T I"]:
+        return jax.random.bernoulli(key, 1 - rate, shape, out_sharding=sharding)
+
+    def kept_on_cpu(key: PRNGKeyArray) -> Bool[Array, "B T I"]:
+        # A word of 32 bits serves two tokens, since drawing takes the time there; the rate is right
+        # to 2^-17. TPUs would copy the halves about.
+        half = (shape[0], (shape[1] + 1) // 2, shape[2])
+        words = jax.random.bits(key, half, jnp.uint32, out_sharding=sharding)
+        halves = jnp.concatenate([words & 0xFFFF, words >> 16], axis=1)[:, : shape[1]]
+        return halves >= round(rate * 2**16)
+
+    keep = jax.lax.platform_dependent(key, cpu=kept_on_cpu, default=kept)
+    return jnp.where(keep, x / (1 - rate), 0)
 
 
 def _rows(spec: P) -> P:
