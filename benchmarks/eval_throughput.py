@@ -96,6 +96,15 @@ def write_synthetic(folder: pathlib.Path, count: int) -> pathlib.Path:
     return path
 
 
+# A process starts with the peak of whoever forks it, so a small one must: this one has the models.
+_PEAK = """
+import resource, subprocess, sys
+code = subprocess.call(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(code)
+"""
+
+
 def suite_of(count: int) -> dict:
     """Seconds and peak resident memory of eval.run on `count` samples and on a tenth of them."""
     found = {}
@@ -107,17 +116,15 @@ def suite_of(count: int) -> dict:
             command += ["--model=baseline:constant", f"--config.questions={items}"]
             command += ["--config.probes=", "--config.options=False", f"--workdir={folder / 'out'}"]
             begin = time.perf_counter()
-            with open(folder / "log", "w") as log:
-                process = subprocess.Popen(
-                    command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
-                    env=os.environ | {"JAX_PLATFORMS": "cpu"},
-                )  # fmt: skip
-                _, status, used = os.wait4(process.pid, 0)
-            if os.waitstatus_to_exitcode(status):
-                sys.exit((folder / "log").read_text()[-2_000:])
+            done = subprocess.run(
+                [sys.executable, "-c", _PEAK, *command], cwd=ROOT, capture_output=True, text=True,
+                env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            )  # fmt: skip
+            if done.returncode:
+                sys.exit((done.stdout + done.stderr)[-2_000:])
             found[size] = dict(
                 seconds=round(time.perf_counter() - begin, 1),
-                peak_mib=round(used.ru_maxrss / 1024, 1),
+                peak_mib=round(int(done.stdout.splitlines()[-1]) / 1024, 1),
                 records=sum(1 for _ in open(folder / "out" / "records.jsonl")),
             )
             print(f"{size} samples: {found[size]}", flush=True)

@@ -101,8 +101,7 @@ def floors(
     seed, found = numbers["seed"], []
     for name in (name for name in names if name != "blind"):
         said = answers(name, items, seed=seed)
-        clean = [dict(r) | {"error": ""} for r in asked]  # the model's failures are not the floor's
-        scores = scoring.summary(scoring.answered(clean, said), mode=mode, **numbers)
+        scores = scoring.summary(scoring.answered(asked, said), mode=mode, **numbers)
         found.append(dict(name=name, says=SAYS[name], scores=scores))
     return found
 

@@ -182,8 +182,8 @@ def scores(
 
 
 def answered(records: Sequence[Record], answers: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The records as if these texts had been the answers: for baselines without a model."""
-    return [dict(record) | {"text": answers[record["id"]]} for record in records]
+    """The records as if these texts had been the answers, and none had failed: for floors."""
+    return [dict(record) | {"text": answers[record["id"]], "error": ""} for record in records]
 
 
 def table(
