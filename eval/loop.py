@@ -157,7 +157,7 @@ class _Asking:
         )
         read = reading.read(item.family, text, item.answer, item.prompt)
         failed = {"error": error} if error else {}
-        return _asked_of(item) | said | read | failed | self.facts
+        return asked_of(item) | said | read | failed | self.facts
 
     def saved(self, item: tasks.Item, pictures) -> list[str]:
         folder, names = self.out.with_name(f"{self.out.stem}_images"), []
@@ -261,7 +261,8 @@ def _batches(model: models.Model, asks: Sequence[models.Ask]):
         yield batch
 
 
-def _asked_of(item: tasks.Item) -> dict[str, Any]:
+def asked_of(item: tasks.Item) -> dict[str, Any]:
+    """The half of a record that is known before the answer."""
     return json.loads(json.dumps(dataclasses.asdict(item)))
 
 
@@ -270,7 +271,7 @@ def _check_same(
 ) -> None:
     if record is None:
         return
-    asked = _asked_of(item)
+    asked = asked_of(item)
     if {name: record.get(name) for name in asked} != asked:
         raise EvalError(
             f"{out}: item {item.id} was another question when it was answered; "

@@ -5,16 +5,15 @@ family: both are the most that is paid for. Minutes come from the rate at which 
 filled before; without one there is none to state, and the first batches' rate is shown instead.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from data import asking
-from eval import endpoint_model, history, loop, opening, probes, tasks
+from eval import endpoint_model, evidence, history, judging, loop, models, opening, probes, tasks
 from eval.settings import Settings
 from eval.suites import Suite
 
-VOTED = {"vqa_open": 1, "multimodal": 2, "visual_chat": 2}  # a judge's calls for one vote
 OF_RECORDS = "records.jsonl"
 
 
@@ -25,52 +24,85 @@ class PlanError(ValueError):
 def plan(
     settings: Settings, found: Suite, named: opening.Named, workdir: Path, shard: loop.Shard
 ) -> dict[str, Any]:
-    """Of what is left; raises where data may not go or where it would cost more than max_usd."""
-    mine = [item for n, item in enumerate(found.items) if n % shard.count == shard.index]
-    paths = [workdir / OF_RECORDS, *workdir.glob("records.shard_*_of_*.jsonl")]
-    done = {record["id"] for path in paths for record in loop.read(path)}
-    left = [item for item in mine if item.id not in done]
-    asks = [loop.ask(item, found.folder, settings.mode, settings.prompt) for item in left]
+    """Of what is left; raises where data may not go or where it would cost more than max_usd.
+
+    Tokens, price and minutes are of the items and of their probes.
+    """
+    mine = found.items[shard.index :: shard.count]
+    left = _left(mine, "records", workdir)
+    again = {}
+    if not opening.asks_nobody(named):
+        asked = probes.again(found.items, settings.probes, settings.probe_families)
+        again = {
+            name: _left(some[shard.index :: shard.count], f"probe_{name}", workdir)
+            for name, some in asked.items()
+        }
+    calls = opening.known_replies(shard.file(workdir / opening.CALLS))
+    priced = [_tokens(settings, named, _asks(settings, found, left), calls)]
+    # Each alone: the same question with another picture is another request.
+    priced += [_tokens(settings, named, _asks(settings, found, s), None) for s in again.values()]
+    probed = sum(map(len, again.values()))
     about = dict(
         items=len(mine),
         requests=len(left),
         by_family={f: n for f in tasks.FAMILIES if (n := sum(i.family == f for i in left))},
-        probe_requests=probe_requests(settings, named, mine),
-        judge_calls=judge_calls(settings, mine),
-        **_tokens(settings, named, asks, shard.file(workdir / opening.CALLS)),
-        minutes=_minutes(workdir, shard, len(left)),
+        probe_requests=probed,
+        **_judge(settings, found, mine),
+        **{name: _sum(one[name] for one in priced) for name in ("tokens_in", "tokens_out", "usd")},
+        minutes=_minutes(workdir, shard, len(left) + probed),
     )
     most = settings.service.max_usd if named.kind == "endpoint" else None
     if most is not None and about["usd"] > most:
         raise PlanError(
-            f"config.service.max_usd is {most:g} but {about['requests']} requests cost about "
-            f"{about['usd']:.4f} USD; raise it, or ask fewer items with config.counts"
+            f"config.service.max_usd is {most:g} but {len(left)} requests and {probed} of probes "
+            f"cost about {about['usd']:.4f} USD; raise it, ask fewer items with config.counts, or "
+            "fewer config.probes"
         )
     return about
 
 
-def probe_requests(settings: Settings, named: opening.Named, items: Sequence[tasks.Item]) -> int:
-    """At most so many requests more; none of answers that are there already."""
-    if opening.asks_nobody(named):
-        return 0
-    return probes.count(items, settings.probes, settings.probe_families)
+def _left(items: Sequence[tasks.Item], name: str, workdir: Path) -> list[tasks.Item]:
+    """Those without a record in NAME.jsonl or a shard of it."""
+    paths = [workdir / f"{name}.jsonl", *workdir.glob(f"{name}.shard_*_of_*.jsonl")]
+    done = {record["id"] for path in paths for record in loop.read(path)}
+    return [item for item in items if item.id not in done]
 
 
-def judge_calls(settings: Settings, items: Sequence[tasks.Item]) -> int:
-    """At least so many calls, where each first reply can be read; 0 without a judge."""
+def _asks(settings: Settings, found: Suite, items: Sequence[tasks.Item]) -> list[models.Ask]:
+    return [loop.ask(item, found.folder, settings.mode, settings.prompt) for item in items]
+
+
+def _judge(settings: Settings, found: Suite, items: Sequence[tasks.Item]) -> dict[str, Any]:
+    """Calls where each first reply can be read, and USD at most, were all answers full length."""
     if not settings.judge.endpoint:
-        return 0
-    return settings.judge.repeats * sum(VOTED.get(item.family, 0) for item in items)
+        return dict(judge_calls=0, judge_usd=None)
+    some = [item for item in items if item.family in ("vqa_open", *evidence.COMPARED)]
+    records = [
+        loop.asked_of(item) | {"text": asked.id.ljust(asked.max_tokens * asking.CHARS_PER_TOKEN)}
+        for item, asked in zip(some, _asks(settings, found, some), strict=True)
+    ]
+    one = judging.judge_of(settings.judge)
+    about = judging.estimate(one, records, released=settings.judge.paper)
+    return dict(judge_calls=about["calls"], judge_usd=about["usd"])
+
+
+def _sum(numbers: Iterable[Any]) -> Any:
+    numbers = list(numbers)
+    return None if None in numbers else sum(numbers)
 
 
 def say(about: dict[str, Any], progress: Callable[[str], None]) -> None:
     """The plan in words."""
     families = ", ".join(f"{n} {family}" for family, n in about["by_family"].items()) or "nothing"
     progress(f"plan: {about['requests']} of {about['items']} items left to ask ({families})")
-    usd = "" if about["usd"] is None else f", at most about {about['usd']:.4f} USD"
+    usd, judged = (
+        "" if about[name] is None else f", at most about {about[name]:.4f} USD"
+        for name in ("usd", "judge_usd")
+    )
+    progress(f"plan: probes: {about['probe_requests']} requests more")
     progress(
-        f"plan: about {about['tokens_in']} tokens in, at most {about['tokens_out']} out{usd}; "
-        f"probes: {about['probe_requests']} requests more; judge: {about['judge_calls']} calls"
+        f"plan: with them about {about['tokens_in']} tokens in, at most {about['tokens_out']} out"
+        f"{usd}; judge: {about['judge_calls']} calls{judged}"
     )
     minutes = about["minutes"]
     if minutes is None:
@@ -80,12 +112,15 @@ def say(about: dict[str, Any], progress: Callable[[str], None]) -> None:
 
 
 def _tokens(
-    settings: Settings, named: opening.Named, asks: Sequence, calls: Path
+    settings: Settings,
+    named: opening.Named,
+    asks: Sequence[models.Ask],
+    calls: asking.Cache | None,
 ) -> dict[str, Any]:
     if named.kind == "endpoint":
         endpoint = endpoint_model.connect(named.where, settings.service, field="service")
         able = [ask for ask in asks if ask.mode in endpoint_model.EndpointModel.modes]
-        about = endpoint_model.estimate(endpoint, able, opening.known_replies(calls))
+        about = endpoint_model.estimate(endpoint, able, calls)
         return {name: about[name] for name in ("tokens_in", "tokens_out", "usd")}
     if named.kind not in ("native", "hf"):
         return dict(tokens_in=0, tokens_out=0, usd=None)

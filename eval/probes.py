@@ -135,17 +135,20 @@ def asked(
         # among the pictures of all families: which of them are probed moves no other's question
         shown = _questions(items, FAMILIES_ASKED)
         made["swapped"] = lambda seed, folder: swapped(some, seed=seed, among=shown)
-    most = max((len(score_text.spans(i.prompt)) for i in some if i.family == "vqa_mcq"), default=0)
-    for places in range(1, most if "rotated" in names else 1):
+    for places in range(1, _options(some) if "rotated" in names else 1):
         made[f"{ROTATED}{places}"] = lambda seed, folder, k=places: rotated(some, k)
     return made
 
 
-def count(items: Sequence[Item], names: Sequence[str], families: Sequence[str]) -> int:
-    """Requests of the probes, at most."""
+def again(
+    items: Sequence[Item], names: Sequence[str], families: Sequence[str]
+) -> dict[str, list[Item]]:
+    """Probe -> what it asks, of the items' own pictures still: for counts and prices beforehand."""
     some = _questions(items, families)
-    turns = sum(max(0, len(score_text.spans(i.prompt)) - 1) for i in some if i.family == "vqa_mcq")
-    return len(some) * len(set(names) - {"rotated"}) + turns * ("rotated" in names)
+    found = {name: some for name in NAMES if name in names and name != "rotated" and some}
+    for places in range(1, _options(some) if "rotated" in names else 1):
+        found[f"{ROTATED}{places}"] = rotated(some, places)
+    return found
 
 
 def seen(
@@ -235,6 +238,11 @@ def said(record: Record) -> str:
     if family == "vqa_closed":
         return strict.read(family, text, "") or ""
     return " ".join(score_text.tokens(text))
+
+
+def _options(items: Sequence[Item]) -> int:
+    """The most that one of them lists."""
+    return max((len(score_text.spans(i.prompt)) for i in items if i.family == "vqa_mcq"), default=0)
 
 
 def _questions(items: Sequence[Item], families: Sequence[str]) -> list[Item]:

@@ -134,6 +134,38 @@ def test_a_dry_run_asks_and_writes_nothing(tmp_path, capsys):
     assert f"{ITEMS}" in (said := capsys.readouterr().out) and "USD" in said
 
 
+def test_the_price_of_probes_is_told_and_only_of_what_is_left(tmp_path, capsys):
+    items, prices = write_items(tmp_path / "data"), dict(price_in=2.0, price_out=2.0)
+    found = []
+    with serving(says_yes) as llm:
+        asked = dict(out=tmp_path / "out", model=f"endpoint:m@{llm.url}")
+        for more in (
+            dict(dry_run=True),
+            dict(dry_run=True, probes="blank,swapped"),
+            dict(probes="blank,swapped"),
+            dict(dry_run=True, probes="blank,swapped"),
+        ):
+            run(items, **asked, **prices, **more)
+            said = capsys.readouterr().out
+            found.append(
+                (
+                    int(re.search(r"probes: (\d+) requests", said)[1]),
+                    int(re.search(r"at most (\d+) out", said)[1]),
+                    float(re.search(r"at most about ([\d.]+) USD", said)[1]),
+                )
+            )
+        assert len(llm.requests) == 3 * ITEMS
+    bare, with_probes, ran, after = found
+    assert (bare[0], with_probes[0]) == (0, 2 * ITEMS) and ran == with_probes
+    assert with_probes[1] == 3 * bare[1] and with_probes[2] == pytest.approx(3 * bare[2], abs=2e-4)
+    assert after == (0, 0, 0)
+    with pytest.raises(ValueError, match=f"{ITEMS} requests and {2 * ITEMS} of probes cost about"):
+        run(
+            items, tmp_path / "dear", asked["model"], **prices, probes="blank,swapped",
+            max_usd=1.5 * bare[2],
+        )  # fmt: skip
+
+
 def test_killed_it_goes_on_and_only_what_was_in_flight_is_asked_again(tmp_path):
     """SIGKILL of a real process, while a real server counts."""
     items, out = write_items(tmp_path / "data"), tmp_path / "out"

@@ -22,15 +22,18 @@ folder = micro.folder
 
 def whole(tmp_path, url):
     now = settings(tmp_path)
-    judge = dataclasses.replace(now.judge, endpoint=f"m@{url}", repeats=2, paper=True)
+    service = dataclasses.replace(now.judge.service, price_in=1.0, price_out=1.0)
+    judge = dataclasses.replace(
+        now.judge, endpoint=f"m@{url}", repeats=2, paper=True, service=service
+    )
     probes = ("blank", "shuffled", "swapped", "rotated")
     return dataclasses.replace(now, judge=judge, probes=probes[:1] + probes[2:], options=True)
 
 
 def test_every_stage_adds_to_the_summary_and_none_is_done_twice(folder, tmp_path):
-    out = tmp_path / "out"
+    out, said = tmp_path / "out", []
     with serving(eval_setup.judge) as llm:
-        asked = dict(model=f"native:{folder}", progress=lambda line: None)
+        asked = dict(model=f"native:{folder}", progress=said.append)
         found = stages.run(whole(tmp_path, llm.url), out, **asked)
         files = {path.name: path.read_bytes() for path in out.glob("*.jsonl")}
         calls = len(llm.requests)
@@ -42,6 +45,9 @@ def test_every_stage_adds_to_the_summary_and_none_is_done_twice(folder, tmp_path
         assert name == "history.jsonl" or (out / name).read_bytes() == data, name
     assert again["scores"] == found["scores"] and again["probes"] == found["probes"]
     assert found["judge"]["model"] == "m" and found["judge"]["calls"] == calls
+    wanted = r"judge: (\d+) calls, at most about ([\d.]+) USD"
+    told = next(m for line in said if (m := re.search(wanted, line)))
+    assert int(told[1]) == calls and float(told[2]) >= found["judge"]["usd"] > 0
     rows = {(row["task"], row["metric"]): row for row in found["scores"]}
     assert rows["slake_open", "judge_correct"]["headline"] and found["not_judged"] == []
     assert rows["slake_open", "judge_correct"]["paper_n"] == 1
