@@ -217,14 +217,18 @@ def _windows(todo: Sequence[tasks.Item], window: int):
             yield family, part[start : start + window]
 
 
+def files(out: Path) -> list[Path]:
+    """The whole's file, which need not exist, and those of parts that do."""
+    return [out, *sorted(out.parent.glob(f"{out.stem}.shard_*_of_*.jsonl"))]
+
+
 @contextlib.contextmanager
 def _others(out: Path, shard: Shard):
     """Records in the other files of the same name; the whole waits for no part that is writing."""
     own = shard.file(out)
-    paths = [out, *sorted(out.parent.glob(f"{out.stem}.shard_*_of_*.jsonl"))]
     with contextlib.ExitStack() as stack:
         rows: list[dict[str, Any]] = []
-        for path in paths:
+        for path in files(out):
             if path == own or not path.exists():
                 continue
             if shard.count == 1:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data import asking
+from data.endpoint import cost
 from eval import endpoint_model, evidence, history, judging, loop, models, opening, probes, tasks
 from eval.settings import Settings
 from eval.suites import Suite
@@ -29,42 +30,39 @@ def plan(
     Tokens, price and minutes are of the items and of their probes.
     """
     mine = found.items[shard.index :: shard.count]
-    left = _left(mine, "records", workdir)
-    again = {}
+    left, again = _left(mine, workdir / OF_RECORDS), []
     if not opening.asks_nobody(named):
-        asked = probes.again(found.items, settings.probes, settings.probe_families)
-        again = {
-            name: _left(some[shard.index :: shard.count], f"probe_{name}", workdir)
-            for name, some in asked.items()
-        }
+        asked = probes.asked(found.items, settings.probes, settings.probe_families)
+        for name, items_of in asked.items():
+            some = items_of(settings.seed, None)[shard.index :: shard.count]
+            again += _left(some, workdir / f"probe_{name}.jsonl")
     calls = opening.known_replies(shard.file(workdir / opening.CALLS))
-    priced = [_tokens(settings, named, _asks(settings, found, left), calls)]
-    # Each alone: the same question with another picture is another request.
-    priced += [_tokens(settings, named, _asks(settings, found, s), None) for s in again.values()]
-    probed = sum(map(len, again.values()))
+    priced = [
+        _tokens(settings, named, _asks(settings, found, left), calls),
+        _bound(settings, named, _asks(settings, found, again)),
+    ]
     about = dict(
         items=len(mine),
         requests=len(left),
         by_family={f: n for f in tasks.FAMILIES if (n := sum(i.family == f for i in left))},
-        probe_requests=probed,
+        probe_requests=len(again),
         **_judge(settings, found, mine),
         **{name: _sum(one[name] for one in priced) for name in ("tokens_in", "tokens_out", "usd")},
-        minutes=_minutes(workdir, shard, len(left) + probed),
+        minutes=_minutes(workdir, shard, len(left) + len(again)),
     )
     most = settings.service.max_usd if named.kind == "endpoint" else None
     if most is not None and about["usd"] > most:
         raise PlanError(
-            f"config.service.max_usd is {most:g} but {len(left)} requests and {probed} of probes "
-            f"cost about {about['usd']:.4f} USD; raise it, ask fewer items with config.counts, or "
-            "fewer config.probes"
+            f"config.service.max_usd is {most:g} but {len(left)} requests and {len(again)} of "
+            f"probes cost about {about['usd']:.4f} USD; raise it, ask fewer items with "
+            "config.counts, or fewer config.probes"
         )
     return about
 
 
-def _left(items: Sequence[tasks.Item], name: str, workdir: Path) -> list[tasks.Item]:
-    """Those without a record in NAME.jsonl or a shard of it."""
-    paths = [workdir / f"{name}.jsonl", *workdir.glob(f"{name}.shard_*_of_*.jsonl")]
-    done = {record["id"] for path in paths for record in loop.read(path)}
+def _left(items: Sequence[tasks.Item], out: Path) -> list[tasks.Item]:
+    """Those without a record in a file of `out`."""
+    done = {record["id"] for path in loop.files(out) for record in loop.read(path)}
     return [item for item in items if item.id not in done]
 
 
@@ -117,20 +115,30 @@ def _tokens(
     asks: Sequence[models.Ask],
     calls: asking.Cache | None,
 ) -> dict[str, Any]:
-    if named.kind == "endpoint":
-        endpoint = endpoint_model.connect(named.where, settings.service, field="service")
-        able = [ask for ask in asks if ask.mode in endpoint_model.EndpointModel.modes]
-        about = endpoint_model.estimate(endpoint, able, calls)
-        return {name: about[name] for name in ("tokens_in", "tokens_out", "usd")}
-    if named.kind not in ("native", "hf"):
+    if named.kind != "endpoint":
+        return _bound(settings, named, asks)
+    endpoint = endpoint_model.connect(named.where, settings.service, field="service")
+    able = [ask for ask in asks if ask.mode in endpoint_model.EndpointModel.modes]
+    about = endpoint_model.estimate(endpoint, able, calls)
+    return {name: about[name] for name in ("tokens_in", "tokens_out", "usd")}
+
+
+def _bound(settings: Settings, named: opening.Named, asks: Sequence[models.Ask]) -> dict[str, Any]:
+    """Without a look at pictures or at earlier replies."""
+    if named.kind not in ("native", "hf", "endpoint"):
         return dict(tokens_in=0, tokens_out=0, usd=None)
     words = sum(len(part) for ask in asks for part in ask.parts if isinstance(part, str))
     shown = sum(isinstance(part, Path) for ask in asks for part in ask.parts)
-    return dict(
-        tokens_in=words // asking.CHARS_PER_TOKEN + shown * asking.TOKENS_PER_PICTURE,
-        tokens_out=sum(min(ask.max_tokens, settings.sample.max_gen_len) for ask in asks),
-        usd=None,
-    )
+    tokens_in = words // asking.CHARS_PER_TOKEN + shown * asking.TOKENS_PER_PICTURE
+    if named.kind != "endpoint":
+        most = settings.sample.max_gen_len
+        tokens_out = sum(min(ask.max_tokens, most) for ask in asks)
+        return dict(tokens_in=tokens_in, tokens_out=tokens_out, usd=None)
+    endpoint = endpoint_model.connect(named.where, settings.service, field="service")
+    tokens_in += len(asks) * asking.TOKENS_PER_MESSAGE
+    tokens_out = sum(ask.max_tokens for ask in asks)
+    usd = cost(endpoint, tokens_in, tokens_out)
+    return dict(tokens_in=tokens_in, tokens_out=tokens_out, usd=usd)
 
 
 def _minutes(workdir: Path, shard: loop.Shard, left: int) -> float | None:

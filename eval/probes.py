@@ -80,10 +80,13 @@ def shuffled(items: Sequence[Item], *, seed: int) -> list[Item]:
     return [dataclasses.replace(item, image=found[item.id]) for item in items]
 
 
-def blank(items: Sequence[Item], folder: Path) -> list[Item]:
-    """All with one grey picture, which is written into `folder`, their new image folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / BLANK).exists():
+def blank(items: Sequence[Item], folder: Path | None) -> list[Item]:
+    """All with one grey picture, which is written into `folder`, their new image folder.
+
+    None: nothing is written, and the items are there to be counted.
+    """
+    if folder is not None and not (folder / BLANK).exists():
+        folder.mkdir(parents=True, exist_ok=True)
         PIL.Image.new("RGB", (SIDE, SIDE), (GREY,) * 3).save(folder / BLANK)
     return [dataclasses.replace(item, image=BLANK) for item in items]
 
@@ -119,7 +122,7 @@ def asked(
 ) -> dict[str, Callable[..., list[Item]]]:
     """Probe -> what makes its items, of the names in a config; rotations one by one.
 
-    Called with `seed` and `folder`, for the blank picture. `families`: of the items to probe.
+    Called with `seed` and the `folder` of `blank`. `families`: of the items to probe.
     """
     if wrong := set(names) - set(NAMES):
         raise TaskError(f"probes: {sorted(wrong)[0]!r} is none; use {', '.join(NAMES)}")
@@ -135,20 +138,10 @@ def asked(
         # among the pictures of all families: which of them are probed moves no other's question
         shown = _questions(items, FAMILIES_ASKED)
         made["swapped"] = lambda seed, folder: swapped(some, seed=seed, among=shown)
-    for places in range(1, _options(some) if "rotated" in names else 1):
+    most = max((len(score_text.spans(i.prompt)) for i in some if i.family == "vqa_mcq"), default=0)
+    for places in range(1, most if "rotated" in names else 1):
         made[f"{ROTATED}{places}"] = lambda seed, folder, k=places: rotated(some, k)
     return made
-
-
-def again(
-    items: Sequence[Item], names: Sequence[str], families: Sequence[str]
-) -> dict[str, list[Item]]:
-    """Probe -> what it asks, of the items' own pictures still: for counts and prices beforehand."""
-    some = _questions(items, families)
-    found = {name: some for name in NAMES if name in names and name != "rotated" and some}
-    for places in range(1, _options(some) if "rotated" in names else 1):
-        found[f"{ROTATED}{places}"] = rotated(some, places)
-    return found
 
 
 def seen(
@@ -238,11 +231,6 @@ def said(record: Record) -> str:
     if family == "vqa_closed":
         return strict.read(family, text, "") or ""
     return " ".join(score_text.tokens(text))
-
-
-def _options(items: Sequence[Item]) -> int:
-    """The most that one of them lists."""
-    return max((len(score_text.spans(i.prompt)) for i in items if i.family == "vqa_mcq"), default=0)
 
 
 def _questions(items: Sequence[Item], families: Sequence[str]) -> list[Item]:

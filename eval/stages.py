@@ -212,9 +212,8 @@ def check_later_stages(settings: Settings, found: Suite, named: opening.Named) -
         judging.judge_of(settings.judge)
     if not opening.asks_nobody(named):
         asked = probes.asked(found.items, settings.probes, settings.probe_families)
-        for name, items_of in asked.items():
-            if name != "blank":
-                items_of(settings.seed, None)
+        for items_of in asked.values():
+            items_of(settings.seed, None)
     for name in settings.scorers:
         seeing.check(name)
     if settings.train_records:
