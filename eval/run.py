@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from eval import report_page, stages
 from eval.settings import Settings
-from medmax_jax import cli
+from medmax_jax import cli, generate
 from medmax_jax.config import build
 
 log = logging.getLogger("medmax_jax.eval")
@@ -72,4 +72,4 @@ if __name__ == "__main__":
     flags.DEFINE_bool("merge", False, "native: add the adapter to the weights once")
     flags.DEFINE_string("shard", "", "i/n: this part of the items, from 0")
     flags.DEFINE_bool("dry_run", False, "say what would be asked and what it costs; ask nothing")
-    cli.run(main, errors=(ValueError, OSError))
+    cli.run(main, errors=generate.ERRORS)

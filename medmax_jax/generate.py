@@ -250,6 +250,7 @@ def _engine(g: Generator, *, rows: int, lanes: int, slots: int, kind: str) -> en
 # The program.
 
 FLAGS = flags.FLAGS
+ERRORS = (ValueError, OSError, StorageError, export.ExportError)  # of whoever loads a model
 
 
 def _flags() -> None:
@@ -317,5 +318,4 @@ if __name__ == "__main__":
     _flags()
     # its `sample` and `mesh` are used
     default = {"config": str(Path(__file__).parent.parent / "configs" / "base.py")}
-    errors = (ValueError, OSError, StorageError, export.ExportError)
-    cli.run(main, errors=errors, defaults=default, folder="out")
+    cli.run(main, errors=ERRORS, defaults=default, folder="out")

@@ -166,6 +166,14 @@ def test_the_price_of_probes_is_told_and_only_of_what_is_left(tmp_path, capsys):
         )  # fmt: skip
 
 
+def test_a_model_that_is_not_there_is_an_error_in_one_line(tmp_path):
+    items = write_items(tmp_path / "data", 2)
+    given = words(items, tmp_path / "out", f"native:{tmp_path / 'nowhere'}")
+    done = subprocess.run(**given, capture_output=True)
+    assert done.returncode == cli.ERROR
+    assert done.stderr.count("\n") == 1 and "nowhere" in done.stderr, done.stderr
+
+
 def test_killed_it_goes_on_and_only_what_was_in_flight_is_asked_again(tmp_path):
     """SIGKILL of a real process, while a real server counts."""
     items, out = write_items(tmp_path / "data"), tmp_path / "out"
