@@ -13,10 +13,11 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from data.endpoint import Endpoint, EndpointError, Messages, NoReply, Reply, ask, words_of
-from data.journal import Journal
+from data.journal import Journal, parse
 
 MAX_SILENT = 10  # calls in a row without a reply: then the endpoint is down, or wrongly set
 POLL_S = 0.2  # how soon a signal is noticed
@@ -58,6 +59,15 @@ class Cache:
             self._replies[key] = reply
             self.asked += 1
             self.answered |= not reply.problem
+
+
+def known_replies(path: Path) -> Cache | None:
+    """Return the replies so far, to be read only: an estimate locks and repairs nothing."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    return Cache(Journal(path, -1, parse(data[: data.rfind(b"\n") + 1], path)))
 
 
 def key_of(endpoint: Endpoint, messages: Messages) -> str:

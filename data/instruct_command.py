@@ -10,15 +10,13 @@ import argparse
 import json
 import logging
 import math
-import re
 from pathlib import Path
 from typing import Any
 
-from data import captions, instruct, instruct_replies, outgoing
-from data.asking import Cache
-from data.endpoint import Endpoint, EndpointError
+from data import asking, captions, instruct, instruct_replies, outgoing
+from data.endpoint import Endpoint, EndpointError, check_ready, parse_model_at_url
 from data.instruct import InstructError
-from data.journal import Journal, JournalError, parse
+from data.journal import JournalError
 from medmax_jax import cli
 
 log = logging.getLogger("medmax_jax.prepare")
@@ -74,11 +72,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     settings = _settings(args, rows)
     instruct.check(rows, settings)
     calls = args.calls or args.out / instruct.CALLS
-    about = instruct.estimate(rows, settings, _known(calls))
+    about = instruct.estimate(rows, settings, asking.known_replies(calls))
     log.info("%d rows; still to ask, at most: %s", len(rows), _worded(about))
     if args.dry_run:
         return about
     cli.open_workdir(args.out, "--out")
+    if about["caption"]["calls"]:  # else which rows are still to be written depends on replies
+        for stage in instruct.PROMPT_OF:
+            check_ready(settings.endpoint(stage))
     with cli.Stop() as stop:
         report = instruct.curate(
             rows,
@@ -146,16 +147,6 @@ def _made(
     )
 
 
-def _known(calls: Path) -> Cache | None:
-    """The replies so far, to be read only: the estimate locks and mends nothing."""
-    try:
-        data = calls.read_bytes()
-    except OSError:
-        return None
-    whole = data[: data.rfind(b"\n") + 1]
-    return Cache(Journal(calls, -1, parse(whole, calls)))
-
-
 def _worded(about: dict[str, Any]) -> str:
     parts = [
         f"{stage} {about[stage]['calls']} calls, about {about[stage]['tokens_in']} tokens in and "
@@ -170,10 +161,10 @@ def _worded(about: dict[str, Any]) -> str:
 
 
 def _endpoint(text: str) -> tuple[str, str]:
-    found = re.fullmatch(r"(\S+?)@(https?://\S+)", text)
-    if not found:
-        raise argparse.ArgumentTypeError("write MODEL@URL, like gpt-4o@https://api.openai.com/v1")
-    return found[1], found[2].rstrip("/")
+    try:
+        return parse_model_at_url(text)
+    except EndpointError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _object(text: str) -> dict[str, Any]:

@@ -19,7 +19,17 @@ from typing import Any
 import PIL.Image
 
 from data import asking, outgoing
-from data.endpoint import Endpoint, NoReply, Reply, cost, image_part, text_part, words_of
+from data.endpoint import (
+    BOUNDS,
+    Endpoint,
+    NoReply,
+    Reply,
+    cost,
+    image_part,
+    parse_model_at_url,
+    text_part,
+    words_of,
+)
 from eval.models import Ask, Failed, Segment
 from eval.settings import Service
 
@@ -44,9 +54,7 @@ class Spent:
 
 def connect(where: str, service: Service, *, field: str) -> Endpoint:
     """The endpoint of NAME@URL. `field`: of the config, for errors."""
-    name, _, url = where.partition("@")
-    if not name or not url:
-        raise ServiceError(f"endpoint {where!r}; write NAME@URL, like m@http://127.0.0.1:8000/v1")
+    name, url = parse_model_at_url(where)
     try:
         parameters = json.loads(service.parameters)
     except ValueError as error:
@@ -57,7 +65,7 @@ def connect(where: str, service: Service, *, field: str) -> Endpoint:
         raise ServiceError(f"config.{field}.max_usd needs price_in and price_out; give both")
     return Endpoint(
         model=name,
-        url=url.rstrip("/"),
+        url=url,
         parameters=parameters,
         listed=outgoing.hosts(service.credentialed_hosts),
         key_env=service.key_env,
@@ -68,6 +76,7 @@ def connect(where: str, service: Service, *, field: str) -> Endpoint:
         price_in=service.price_in,
         price_out=service.price_out,
         takes_cut=True,  # an answer of 16 tokens may be meant to be longer, and is an answer
+        takes_empty=True,  # as an empty answer of a model in this process: one without a choice
     )
 
 
@@ -168,10 +177,36 @@ def fingerprint(endpoint: Endpoint) -> str:
 
 
 def bounded(endpoint: Endpoint, max_tokens: int) -> Endpoint:
-    """The endpoint with the bound of a family; one that the user set lower stays."""
-    own = endpoint.parameters.get("max_tokens", max_tokens)
-    parameters = {**endpoint.parameters, "max_tokens": min(own, max_tokens)}
-    return dataclasses.replace(endpoint, parameters=parameters)
+    """Return the endpoint with the bound of a family, unless the user set one, which is sent as is.
+
+    {"temperature": 0}          ->  {"temperature": 0, "max_tokens": 16}
+    {"max_completion_tokens": 2048} and {"max_tokens": None} stay: of the latter none is sent.
+    """
+    if set(BOUNDS) & set(endpoint.parameters):
+        return endpoint
+    return dataclasses.replace(
+        endpoint, parameters={**endpoint.parameters, "max_tokens": max_tokens}
+    )
+
+
+def reply_bound(endpoint: Endpoint, max_tokens: int) -> int:
+    """Return the tokens to price a reply at: the user's own bound, else the family's."""
+    own = [v for name in BOUNDS if (v := endpoint.parameters.get(name)) is not None]
+    return min((v for v in own if type(v) is int and v > 0), default=max_tokens)
+
+
+def own_bound(endpoint: Endpoint) -> str:
+    """Return the sentence on a bound that the user set; "" where the families' are sent."""
+    own = {name: endpoint.parameters[name] for name in BOUNDS if name in endpoint.parameters}
+    if not own:
+        return ""
+    sent = ", ".join(f"{name} {value}" for name, value in own.items() if value is not None)
+    if sent:
+        return f"{sent} of config.service.parameters is sent in place of each family's bound"
+    return (
+        "config.service.parameters sets no bound of tokens (null), so none is sent: tokens out and "
+        "price are estimates at each family's bound, not limits"
+    )
 
 
 def message(ask: Ask, name: str) -> asking.Ask:
@@ -203,6 +238,8 @@ def estimate(endpoint: Endpoint, asks: Sequence[Ask], cache: asking.Cache | None
         outgoing.check(endpoint.url, data_class, listed=endpoint.listed)
     for most in {ask.max_tokens for ask in asks}:
         some = (message(ask, ask.id) for ask in asks if ask.max_tokens == most)
-        about = asking.estimate(bounded(endpoint, most), some, cache, tokens_out=most)
+        limited = bounded(endpoint, most)
+        most = reply_bound(endpoint, most)
+        about = asking.estimate(limited, some, cache, tokens_out=most)
         total = {name: total[name] + about[name] for name in total}
     return total | {"usd": cost(endpoint, total["tokens_in"], total["tokens_out"])}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from configs import eval_tiny
-from eval import models, opening, stages, suites, tasks
+from eval import judging, models, opening, stages, suites, tasks
 from eval.settings import Settings
 from medmax_jax.config import build
 
@@ -42,6 +42,7 @@ def evaluate(
         found = suites.suite(settings)
     else:
         found = suites.Suite(items=list(tasks), train=[], pictures=[], folder=Path(images))
+    judging.check_judge(settings.judge, found.items, Path(workdir))
     kind = type(model)
     name = getattr(model, "name", f"{kind.__module__}.{kind.__qualname__}")
     named = opening.Named(

@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from data import asking, outgoing
-from data.endpoint import Endpoint, NoReply, Reply, cost
+from data.endpoint import Endpoint, NoReply, Reply, check_ready, cost, variable
 from data.journal import open_journal
-from eval import evidence, judge, paper
+from eval import evidence, judge, loop, paper, tasks
 from eval.endpoint_model import connect
 from eval.evidence import CORRECT, PAPER_OPEN, PAPER_RELATIVE, RELATIVE, Record
 from eval.settings import JudgeSettings
 
-CALLS = "judge_calls.jsonl"
+CALLS, RECORDS = "judge_calls.jsonl", "records.jsonl"
 KINDS = {CORRECT: judge.CORRECT, RELATIVE: judge.RELATIVE}
 PICTURE = "<image>"  # where a row wants its picture; no word of the question
 Progress = Callable[[str], None]
@@ -39,12 +39,13 @@ def judge_of(settings: JudgeSettings) -> judge.Judge:
     key = settings.service.key_env
     if key and not os.environ.get(key):
         raise judge.JudgeError(
-            f"config.judge.service.key_env is {key!r}, which is not set; export it, or leave the "
-            "field empty for an endpoint without keys"
+            f"config.judge.service.key_env is {variable(key)!r}, which is not set; export it, or "
+            "leave the field empty for an endpoint without keys"
         )
     endpoint = connect(settings.endpoint, settings.service, field="judge.service")
     return judge.Judge(
-        endpoint=dataclasses.replace(endpoint, takes_cut=False),  # a verdict stands at the end
+        # A verdict stands at the end, and a reply without text has none.
+        endpoint=dataclasses.replace(endpoint, takes_cut=False, takes_empty=False),
         repeats=settings.repeats,
         attempts=settings.attempts,
         concurrency=settings.service.concurrency,
@@ -57,6 +58,29 @@ def judge_of(settings: JudgeSettings) -> judge.Judge:
 def estimate(one: judge.Judge, records: Sequence[Record], *, released: bool) -> dict[str, Any]:
     """Calls, tokens and USD if nothing was asked yet and every first reply can be read."""
     return _price(one, _work(one, records, {}, released), None)
+
+
+def check_judge(settings: JudgeSettings, items: Sequence[tasks.Item], workdir: Path) -> None:
+    """Raise before anything is computed where the judge may not be sent these items or is down.
+
+    A judge that has nothing left to do in this workdir need not listen.
+    """
+    if not settings.endpoint:
+        return
+    one = judge_of(settings)
+    items = [item for item in items if item.family in ("vqa_open", *evidence.COMPARED)]
+    for data_class in {item.data_class for item in items}:
+        outgoing.check(one.endpoint.url, data_class, listed=one.endpoint.listed)
+    records = {row["id"]: row for path in loop.files(workdir / RECORDS) for row in loop.read(path)}
+    left = [item for item in items if item.id not in records]
+    if not left:
+        rows = loop.read(workdir / evidence.JUDGED)
+        known = {(row["id"], row["kind"], row["judge"]): row for row in rows}
+        of_items = [records[item.id] for item in items]
+        work = _work(one, of_items, known, settings.paper)
+        left = _price(one, work, asking.known_replies(workdir / CALLS))["calls"]
+    if left:
+        check_ready(one.endpoint)
 
 
 def judge_records(
@@ -210,8 +234,9 @@ def _paper_asks(one: judge.Judge, records: Sequence[Record]) -> Iterator[asking.
 
 
 def _own_temperature(endpoint: Endpoint) -> Endpoint:
-    """Defect 17: the release sets a temperature and never sends it."""
-    return dataclasses.replace(endpoint, parameters={})
+    """Defect 17: the release sets a temperature and never sends it; the user's bounds are sent."""
+    kept = {name: value for name, value in endpoint.parameters.items() if name != "temperature"}
+    return dataclasses.replace(endpoint, parameters=kept)
 
 
 def _line(one: judge.Judge, record, kind, votes, why, case) -> dict[str, Any]:

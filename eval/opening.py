@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data import asking
-from data.journal import Journal, open_journal, parse
+from data.journal import open_journal
 from eval import baselines, endpoint_model, looks, loop, models, predictions
 from eval.settings import Settings
 from eval.suites import Suite
@@ -151,14 +151,6 @@ def open_model(
         case _:
             model = baselines.Baseline(named.where, found.items, found.folder, seed=settings.seed)
             return Opened(model=model, **fixed)
-
-
-def known_replies(path: Path) -> asking.Cache | None:
-    """The replies so far, to be read only: an estimate locks and mends nothing."""
-    if not path.exists():
-        return None
-    data = path.read_bytes()
-    return asking.Cache(Journal(path, -1, parse(data[: data.rfind(b"\n") + 1], path)))
 
 
 def converted(source: str, progress: Callable[[str], None]) -> Path:

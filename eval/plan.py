@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from data import asking
-from data.endpoint import cost
+from data import asking, outgoing
+from data.endpoint import NoReply, check_ready, cost
 from eval import endpoint_model, evidence, history, judging, loop, models, opening, probes, tasks
 from eval.settings import Settings
 from eval.suites import Suite
@@ -30,13 +30,8 @@ def plan(
     Tokens, price and minutes are of the items and of their probes.
     """
     mine = found.items[shard.index :: shard.count]
-    left, again = _left(mine, workdir / OF_RECORDS), []
-    if not opening.asks_nobody(named):
-        asked = probes.asked(found.items, settings.probes, settings.probe_families)
-        for name, items_of in asked.items():
-            some = items_of(settings.seed, None)[shard.index :: shard.count]
-            again += _left(some, workdir / f"probe_{name}.jsonl")
-    calls = opening.known_replies(shard.file(workdir / opening.CALLS))
+    left, again = _to_ask(settings, found, named, workdir, shard)
+    calls = asking.known_replies(shard.file(workdir / opening.CALLS))
     priced = [
         _tokens(settings, named, _asks(settings, found, left), calls),
         _bound(settings, named, _asks(settings, found, again)),
@@ -49,6 +44,7 @@ def plan(
         **_judge(settings, found, mine),
         **{name: _sum(one[name] for one in priced) for name in ("tokens_in", "tokens_out", "usd")},
         minutes=_minutes(workdir, shard, len(left) + len(again)),
+        own_bound=_own_bound(settings, named),
     )
     most = settings.service.max_usd if named.kind == "endpoint" else None
     if most is not None and about["usd"] > most:
@@ -58,6 +54,46 @@ def plan(
             "config.counts, or fewer config.probes"
         )
     return about
+
+
+def check_endpoint(
+    settings: Settings, found: Suite, named: opening.Named, workdir: Path, shard: loop.Shard
+) -> None:
+    """Raise within seconds where the endpoint that is evaluated may not be asked or is down.
+
+    Where all is answered, or in the cache of replies, it need not listen.
+    """
+    if named.kind != "endpoint":
+        return
+    endpoint = endpoint_model.connect(named.where, settings.service, field="service")
+    modes = endpoint_model.EndpointModel.modes
+    left, again = (
+        [ask for ask in _asks(settings, found, items) if ask.mode in modes]
+        for items in _to_ask(settings, found, named, workdir, shard)
+    )
+    for data_class in {ask.data_class for ask in (*left, *again)}:
+        outgoing.check(endpoint.url, data_class, listed=endpoint.listed)
+    if not left and not again:
+        return
+    try:
+        check_ready(endpoint)
+    except NoReply:
+        calls = asking.known_replies(shard.file(workdir / opening.CALLS))
+        if again or calls is None or endpoint_model.estimate(endpoint, left, calls)["calls"]:
+            raise
+
+
+def _to_ask(
+    settings: Settings, found: Suite, named: opening.Named, workdir: Path, shard: loop.Shard
+) -> tuple[list[tasks.Item], list[tasks.Item]]:
+    """Return the items of this part without a record, and those of the probes."""
+    left, again = _left(found.items[shard.index :: shard.count], workdir / OF_RECORDS), []
+    if not opening.asks_nobody(named):
+        asked = probes.asked(found.items, settings.probes, settings.probe_families)
+        for name, items_of in asked.items():
+            some = items_of(settings.seed, None)[shard.index :: shard.count]
+            again += _left(some, workdir / f"probe_{name}.jsonl")
+    return left, again
 
 
 def _left(items: Sequence[tasks.Item], out: Path) -> list[tasks.Item]:
@@ -102,11 +138,20 @@ def say(about: dict[str, Any], progress: Callable[[str], None]) -> None:
         f"plan: with them about {about['tokens_in']} tokens in, at most {about['tokens_out']} out"
         f"{usd}; judge: {about['judge_calls']} calls{judged}"
     )
+    if about["own_bound"]:
+        progress(f"plan: {about['own_bound']}")
     minutes = about["minutes"]
     if minutes is None:
         progress("plan: no rate of this workdir yet; the first batches will show how long it takes")
     else:
         progress(f"plan: {minutes:.1f} minutes at the rate of this workdir so far")
+
+
+def _own_bound(settings: Settings, named: opening.Named) -> str:
+    if named.kind != "endpoint":
+        return ""
+    endpoint = endpoint_model.connect(named.where, settings.service, field="service")
+    return endpoint_model.own_bound(endpoint)
 
 
 def _tokens(
@@ -136,7 +181,7 @@ def _bound(settings: Settings, named: opening.Named, asks: Sequence[models.Ask])
         return dict(tokens_in=tokens_in, tokens_out=tokens_out, usd=None)
     endpoint = endpoint_model.connect(named.where, settings.service, field="service")
     tokens_in += len(asks) * asking.TOKENS_PER_MESSAGE
-    tokens_out = sum(ask.max_tokens for ask in asks)
+    tokens_out = sum(endpoint_model.reply_bound(endpoint, ask.max_tokens) for ask in asks)
     usd = cost(endpoint, tokens_in, tokens_out)
     return dict(tokens_in=tokens_in, tokens_out=tokens_out, usd=usd)
 

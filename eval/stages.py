@@ -98,6 +98,8 @@ def run(
     if not dry_run:
         cli.open_workdir(workdir)  # before minutes of work that could not be written down
     found, part = suite(settings), loop.Shard.of(shard)
+    if not dry_run:  # before a checkpoint is converted or its weights are read
+        judging.check_judge(settings.judge, found.items, Path(workdir))
     named = opening.name(model or settings.model, adapter, merge, settings, progress=progress)
     workdir = Path(workdir)
     return run_named(
@@ -130,8 +132,15 @@ def run_named(
     check_later_stages(settings, found, named)
     stats.check_resamples(settings.resamples)
     workdir = Path(workdir)
+    asked = (settings, found, named, workdir, shard)
+    limited = settings.service.max_usd is not None
+    if not dry_run and not limited:
+        plan.check_endpoint(*asked)
     facts = claim(workdir, settings, named, found, write=not dry_run)
-    plan.say(plan.plan(settings, found, named, workdir, shard), progress)
+    about = plan.plan(*asked)
+    if not dry_run and limited:  # nothing is connected before the price is known to be allowed
+        plan.check_endpoint(*asked)
+    plan.say(about, progress)
     if dry_run:
         return None
     now = Run(

@@ -114,10 +114,13 @@ def test_waiting_is_given_up_when_asked_to():
     "body, problem",
     [
         (b"<html>no</html>", "not JSON"),
-        (b'{"error": "quota"}', "no choices with a message"),
+        (b'{"id": "quota"}', "no choices with a message"),
         (completion(None), "no text in the message"),
         (completion("  "), "no text in the message"),
-        (completion("hal", finish="length"), "cut off at the most tokens allowed"),
+        (
+            completion("hal", finish="length"),
+            "cut off at the most tokens allowed (finish_reason length; no max_tokens was sent)",
+        ),
     ],
 )
 def test_a_reply_that_cannot_be_used_is_kept(body, problem):
