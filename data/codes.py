@@ -20,6 +20,7 @@ from data.records import file_sha256
 from data.sources import dicom
 from medmax_jax import images, vqgan, weights
 from medmax_jax.config import VQ, Vocab, build
+from medmax_jax.io.text_files import PrintableFormatter
 from medmax_jax.tokenizer import Tokenizer
 
 log = logging.getLogger("medmax_jax.prepare")
@@ -109,6 +110,6 @@ def log_to_stderr() -> None:
     """Lines of the preparing programs, with the time."""
     # Not logging.basicConfig: a library may have given the root logger a handler and a level.
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    handler.setFormatter(PrintableFormatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     log.handlers, log.propagate = [handler], False
     log.setLevel(logging.INFO)

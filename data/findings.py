@@ -13,6 +13,7 @@ from jaxtyping import Int, UInt32, UInt64
 from data import held_out, overlap, scan
 from data.reader import Records
 from data.records import credentialed
+from medmax_jax.io.text_files import printable_text
 
 NOTES = (
     *("same_document", "same_codes", "same_bytes", "near_pictures", "changed_file", "unread_file"),
@@ -31,7 +32,7 @@ class Findings:
 
     def __call__(self, kind: str, where: str, what: str) -> None:
         self.count[kind] += 1
-        clean = (" ".join(text.split()) for text in (where, what))
+        clean = (printable_text(" ".join(text.split())) for text in (where, what))
         print(self.level(kind), kind, *clean, sep="\t", file=self._out)
 
     def level(self, kind: str) -> str:

@@ -58,6 +58,7 @@ from data.sample.manifest import read_manifest
 from data.sources.row import SourceError
 from medmax_jax.cli import Interrupted
 from medmax_jax.config import ConfigError
+from medmax_jax.io.text_files import printable_text
 from medmax_jax.storage import Folder, StorageError
 from medmax_jax.tokenizer import Tokenizer, TokenizerError, document_ids
 from medmax_jax.weights import WeightsError
@@ -224,10 +225,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         result = args.run(args)
     except ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable_text(f"error: {error}"), file=sys.stderr)
         return 1
     except Interrupted as stop:
-        print(stop, file=sys.stderr)
+        print(printable_text(str(stop)), file=sys.stderr)
         return 75
     except KeyboardInterrupt:
         print(f"interrupted: {args.left}; give the same command again", file=sys.stderr)
@@ -235,7 +236,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, value in {} if args.json else result.items():
         rows = value if isinstance(value, list) and value else [value]
         for n, row in enumerate(rows):
-            print(f"{'' if n else name:>20}  {row}")
+            print(printable_text(f"{'' if n else name:>20}  {row}"))
     if args.json:
         print(json.dumps(result))
     return 1 if result.get("errors") else 0

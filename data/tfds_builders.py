@@ -28,6 +28,7 @@ import tensorflow_datasets as tfds
 
 from data import records
 from data.documents import Document, RecordsError
+from medmax_jax.io.text_files import printable_text
 from medmax_jax.new_folder import private
 from medmax_jax.progress import Progress
 
@@ -151,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         print(write(dict(args.folders), args.out, name=args.name, say=log.info))
     except RecordsError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable_text(f"error: {error}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted: no data set was written; give the same command again", file=sys.stderr)

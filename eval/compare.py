@@ -10,6 +10,7 @@ import sys
 
 from eval import report_page
 from eval.comparing import compare
+from medmax_jax.io.text_files import printable_text
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,16 +27,15 @@ def main(argv: list[str] | None = None) -> int:
     try:
         found = compare(args.first, args.second, seed=args.seed, resamples=args.resamples)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable_text(f"error: {error}"), file=sys.stderr)
         return 1
     if args.json:
         print(json.dumps(dataclasses.asdict(found)))
         return 0
-    print(report_page.markdown(found.rows))
-    print("Mean over the tasks' headlines:\n")
-    print(report_page.markdown([found.suite]))
-    for line in found.left_out:
-        print(f"left out: {line}")
+    lines = [report_page.markdown(found.rows), "Mean over the tasks' headlines:\n"]
+    lines.append(report_page.markdown([found.suite]))
+    lines += [f"left out: {line}" for line in found.left_out]
+    print(printable_text("\n".join(lines)))
     return 0
 
 

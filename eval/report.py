@@ -12,6 +12,7 @@ from typing import Any
 from absl import app, flags
 
 from eval import loop, report_page
+from medmax_jax.io.text_files import printable_text
 
 SAMPLE = Path(__file__).parent.parent / "data" / "sample"
 
@@ -45,7 +46,7 @@ def _main(_: list[str]) -> None:
     try:
         print(f"report: {again(flags.FLAGS.workdir, flags.FLAGS.images)}")
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(printable_text(f"error: {error}"))
 
 
 if __name__ == "__main__":

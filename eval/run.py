@@ -24,6 +24,7 @@ from eval import report_page, stages
 from eval.settings import Settings
 from medmax_jax import cli, generate
 from medmax_jax.config import build
+from medmax_jax.io.text_files import PrintableFormatter, printable_text
 
 log = logging.getLogger("medmax_jax.eval")
 # Columns of a score that fit a terminal; the page and summary.json have all, and each floor's table
@@ -33,6 +34,8 @@ SAID = ("task", "metric", "n", "value", "ci_low", "ci_high", "best", "floor", "f
 def main(config: ConfigDict, workdir: str) -> None:
     """The program: flags to `stages.run`, lines of progress, the table at the end."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout, force=True)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(PrintableFormatter("%(message)s"))
     log.setLevel(logging.INFO)
     settings = build(Settings, config)
     with cli.Stop() as stop:
@@ -56,14 +59,14 @@ def main(config: ConfigDict, workdir: str) -> None:
         )
     if summary is None:
         return
-    print(report_page.markdown([{k: row.get(k) for k in SAID} for row in summary["scores"]]))
-    for floor in summary["floors"]:
-        print(f"floor {floor['name']}: {floor['says']}")
-    print()
+    lines = [report_page.markdown([{k: row.get(k) for k in SAID} for row in summary["scores"]])]
+    lines += [f"floor {floor['name']}: {floor['says']}" for floor in summary["floors"]]
+    lines.append("")
     for baseline in summary["baselines"]:
-        print(f"{baseline['name']} (before) and the model (after):\n")
-        print(report_page.markdown(baseline["scores"]))
-    print(f"report: {Path(workdir) / 'report.html'}")
+        lines.append(f"{baseline['name']} (before) and the model (after):\n")
+        lines.append(report_page.markdown(baseline["scores"]))
+    lines.append(f"report: {Path(workdir) / 'report.html'}")
+    print(printable_text("\n".join(lines)))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from eval import (
 )
 from eval.settings import Settings
 from eval.suites import Suite, check_images, suite
-from medmax_jax import cli
+from medmax_jax import batching, cli
 from medmax_jax.config import fingerprint, to_dict
 
 SWAPPED = "the same model shown a picture of another group: what looking is worth"
@@ -129,6 +129,11 @@ def run_named(
 ) -> dict[str, Any] | None:
     """The same of items and a model at hand; `opened` is called once all is checked and told."""
     check_images(found)
+    for item in found.items:
+        fix = "name the file in image and write the question in prompt"
+        batching.check_no_path(
+            item.prompt, where=f"item {item.id}", fix=fix, folder=Path(found.folder)
+        )
     check_later_stages(settings, found, named)
     stats.check_resamples(settings.resamples)
     workdir = Path(workdir)

@@ -1,9 +1,8 @@
-"""medmax_jax: MedMax in JAX. Sets the two NNX flags that make modules pytrees, nothing else."""
+"""medmax_jax: MedMax in JAX. Importing it changes no setting of Flax or JAX.
 
-from flax import nnx
+Modules are stateless pytrees that jit, grad and scan of JAX itself take. Where NNX would treat one
+as a graph of objects (`nnx.split`, `nnx.iter_modules`), the call says `graph=False` (Flax FLIP
+5310): tree mode is chosen where it is needed, and models of the caller keep their own mode.
+"""
 
 __version__ = "0.1.0"
-
-# Tree mode (Flax FLIP 5310): modules are stateless pytrees; jit, grad and scan are JAX's own.
-nnx.set_graph_mode(False)
-nnx.set_graph_updates(False)

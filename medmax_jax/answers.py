@@ -21,7 +21,7 @@ import PIL.Image
 from PIL.PngImagePlugin import PngInfo
 
 from medmax_jax import images, page
-from medmax_jax.batching import GenerateError
+from medmax_jax.batching import GenerateError, check_no_path
 from medmax_jax.generator import MAX_PIXELS, Generator, Image, Text, segments
 from medmax_jax.tokenizer import segments_of
 
@@ -75,6 +75,9 @@ class Telling:
 def from_words(prompts: Sequence[str], pictures: Sequence[str]) -> list[Question]:
     """Prompts of the shell: {a.png} in the words is a picture, `pictures` come before all."""
     first = tuple(map(Path, pictures))
+    for words in prompts:
+        fix = f"write --prompt='{{{words[:80]}}} ...' or --image={words[:80]}"
+        check_no_path(words, where="--prompt", fix=fix)
     return [
         Question(id=str(number), named=False, parts=first + _parts(words, Path()))
         for number, words in enumerate(prompts)
@@ -206,7 +209,9 @@ def _question(line: str, where: str, number: str, folder: Path) -> Question:
     if not isinstance(row, dict) or not {"prompt"} <= set(row) <= {"id", "prompt"}:
         raise GenerateError(f"{where}: write an object with prompt, and id if you like; no more")
     prompt, name = row["prompt"], dict(id=str(row.get("id", number)), named="id" in row)
+    fix = 'write {"image": "FILE"} as a part of the prompt'
     if isinstance(prompt, str):
+        check_no_path(prompt, where=where, fix=fix, folder=folder)
         return Question(parts=_parts(prompt, folder), **name)
     parts: list[str | Path] = []
     for part in prompt if isinstance(prompt, list) else [None]:
@@ -217,6 +222,8 @@ def _question(line: str, where: str, number: str, folder: Path) -> Question:
         ((kind, value),) = part.items()
         if kind not in ("text", "image"):
             raise GenerateError(f"{where}: {kind!r} is no part of a prompt; text and image are")
+        if kind == "text":
+            check_no_path(value, where=where, fix=fix, folder=folder)
         parts.append(value if kind == "text" else folder / value)
     return Question(parts=tuple(parts), **name)
 

@@ -10,21 +10,28 @@ Nothing here changes an answer: idle rows and idle tokens write nothing and are 
 import dataclasses
 import hashlib
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
 from jaxtyping import Int
 
-from medmax_jax import grammar
+from medmax_jax import grammar, images
 from medmax_jax import vocab as ids
 from medmax_jax.config import Sample, Vocab
 from medmax_jax.decoding import Knobs
+from medmax_jax.io.text_files import printable
 
 PIECES = (32, 64, 128, 256)  # tokens of a prompt read at once
 SLOT_STEPS = (64, 512)  # cache sizes are multiples of these, up to 512 slots and beyond
 SHORTEST_SPAN = 256  # slots that are read; doubled until it suffices
+IMAGE_SUFFIXES = (*images.SUFFIXES, ".dcm", ".dicom", ".nii", ".nii.gz")
+MAX_PATH = 4_096  # characters; longer text is no path
+# Sampling numbers outside overflow float32, and a division by what is rounded to 0 gives NaN.
+MIN_NUMBER, MAX_NUMBER = 1e-6, 1e6
 
 
 class GenerateError(ValueError):
@@ -103,6 +110,31 @@ def check_words(words: str, *, where: str) -> None:
     """Raises GenerateError unless it is a text: JSON can write halves of characters."""
     if any("\ud800" <= letter <= "\udfff" for letter in words):
         raise GenerateError(f"{where} has half a character in {words[:40]!r}; write whole ones")
+
+
+def names_image(words: str, folder: Path = Path()) -> bool:
+    """Return whether a text is the path of an image: a file under `folder`, or named like one.
+
+    "scan.png" and "/data/my scan.dcm" are; "Is scan.png a CT?" is text.
+    """
+    if not words or len(words) > MAX_PATH or "\n" in words:
+        return False
+    alone = not re.search(r"\s", words) or re.match(r"~|\.{0,2}/|[A-Za-z]:[\\/]", words)
+    if alone and words.lower().endswith(IMAGE_SUFFIXES):
+        return True
+    try:
+        return (folder / words).is_file()
+    except (OSError, ValueError):  # too long for a name, or characters that no name has
+        return False
+
+
+def check_no_path(words: str, *, where: str, fix: str, folder: Path = Path()) -> None:
+    """Raise GenerateError where a text is the path of an image, which would be read as words."""
+    if names_image(words, folder):
+        raise GenerateError(
+            f"{where} has the text {printable(words, 80)!r}, which is the path of an image, not "
+            f"its pixels; {fix}, or add a space behind it if these words are meant"
+        )
 
 
 def check_seed(seed: int) -> None:
@@ -237,21 +269,24 @@ def _check(sample: Sample) -> None:
     check_seed(sample.seed)
     for field in dataclasses.fields(sample):
         value = getattr(sample, field.name)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise GenerateError(f"sample.{field.name} is {value}; it must be a finite number")
+        if isinstance(value, float) and not (math.isfinite(value) and abs(value) <= MAX_NUMBER):
+            raise GenerateError(
+                f"sample.{field.name} is {value}; it must be a finite number of at most "
+                f"{MAX_NUMBER:g}"
+            )
     for name in ("text", "image"):
         temperature, p = (getattr(sample, f"{name}_{knob}") for knob in ("temperature", "top_p"))
-        if not temperature > 0:
+        if not temperature >= MIN_NUMBER:
             raise GenerateError(
-                f"sample.{name}_temperature is {temperature}; it must be above 0 "
+                f"sample.{name}_temperature is {temperature}; it must be at least {MIN_NUMBER:g} "
                 f"(sample.{name}_greedy=True takes the likeliest)"
             )
         if not 0 < p <= 1:
             raise GenerateError(f"sample.{name}_top_p is {p}; it must be above 0 and at most 1")
-    if not sample.repetition_penalty > 0 or sample.max_gen_len < 1:
+    if not sample.repetition_penalty >= MIN_NUMBER or sample.max_gen_len < 1:
         raise GenerateError(
             f"sample.repetition_penalty is {sample.repetition_penalty} and sample.max_gen_len "
-            f"{sample.max_gen_len}; both must be above 0"
+            f"{sample.max_gen_len}; they must be at least {MIN_NUMBER:g} and 1"
         )
     if sample.budget not in ("answer", "segment"):
         raise GenerateError(f"sample.budget is {sample.budget!r}; it must be answer or segment")

@@ -237,19 +237,19 @@ def abstract(config: Model, vocab: Vocab, lora: Lora) -> Chameleon:
 def split(model: Chameleon) -> tuple[Any, Any, Any]:
     """(graph, adapters, base); `nnx.merge(graph, adapters, base)` is the model again."""
     # LoRAParam is a Param too: the narrow filter stands first, or the adapters would be base.
-    return nnx.split(model, nnx.LoRAParam, ...)
+    return nnx.split(model, nnx.LoRAParam, ..., graph=False)
 
 
 def with_image_columns(model: Chameleon) -> Chameleon:
     """The same model with the image columns of its head apart, as Anole's stage trains them."""
-    tuned, kernel = nnx.merge(*nnx.split(model)), model.head().kernel
+    tuned, kernel = nnx.merge(*nnx.split(model, graph=False)), model.head().kernel
     tuned.lm_head = OutputHead(kernel, image_columns(kernel, model.vocab.image_codes))
     return tuned
 
 
 def without_image_columns(model: Chameleon) -> Chameleon:
     """The inverse: the trained columns stand in the kernel, in its dtype."""
-    plain, head = nnx.merge(*nnx.split(model)), model.head()
+    plain, head = nnx.merge(*nnx.split(model, graph=False)), model.head()
     plain.lm_head = OutputHead(whole_kernel(head).astype(head.kernel.dtype), None)
     return plain
 

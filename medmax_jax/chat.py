@@ -38,6 +38,7 @@ class Chat:
             lanes=streams + 1,  # an image's streams must not drive the conversation out
             slots=g.config.context_length,
             kind=kind,
+            barred=g.tokenizer.barred,
         )
 
     def say(self, parts: Sequence[Part]) -> list[Text | Image]:

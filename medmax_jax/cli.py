@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict, config_flags
 
 from medmax_jax.config import ConfigError
+from medmax_jax.io.text_files import printable_text
 
 DONE, ERROR, USAGE, INTERRUPTED = 0, 1, 2, 75
 STOPPED = "interrupted; the same command goes on from what was saved"
@@ -56,7 +57,7 @@ def run(
         except ConfigError as error:
             return _fail(error, USAGE)
         except (Interrupted, KeyboardInterrupt) as error:
-            print(str(error) or STOPPED, file=sys.stderr, flush=True)
+            print(printable_text(str(error)) or STOPPED, file=sys.stderr, flush=True)
             return INTERRUPTED
         except errors as error:
             return _fail(error, ERROR)
@@ -175,5 +176,5 @@ def _blame(argv: list[str], error: Exception) -> str:
 
 
 def _fail(error: object, status: int) -> int:
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    print(printable_text(f"error: {error}"), file=sys.stderr, flush=True)
     return status

@@ -53,6 +53,7 @@ class Plan:
     per_segment: bool  # the budget begins anew after each image
     blocks: int  # of lanes: devices that split the batch
     depth: int  # lanes of a block
+    barred: tuple[int, ...] = ()  # ids that text never has (Tokenizer.barred)
 
 
 class Knobs(NamedTuple):
@@ -326,7 +327,7 @@ def _text(
     logits: Float[Array, "N V"], length: Int[Array, "N"], state: State, knobs: Knobs, keys, plan
 ) -> Int[Array, "N"]:
     fixed = dict(vocab=plan.vocab, mode=plan.mode, codes=plan.codes, context=plan.context)
-    allowed = grammar.allowed(jnp.zeros_like(length), length, **fixed)
+    allowed = grammar.allowed(jnp.zeros_like(length), length, barred=plan.barred, **fixed)
     logits = sampling.allow_only(logits, allowed)
     logits = sampling.penalise(logits, state.seen, knobs.repetition_penalty)
     if not plan.text_greedy:

@@ -48,6 +48,7 @@ class Engine:
     programs: set[tuple[Any, ...]]  # what has been asked of the device: name and static arguments
     busy: bool = False  # somebody uses the lanes
     read: int = 0  # tokens of prompts that the model had to read; the others were copied
+    barred: tuple[int, ...] = ()  # ids that text never has
 
 
 def make(
@@ -60,8 +61,12 @@ def make(
     lanes: int,
     slots: int,
     kind: str,
+    barred: tuple[int, ...] = (),
 ) -> Engine:
-    """An empty engine. lanes: at least rows; two more where images are guided. kind: cached.py."""
+    """An empty engine. lanes: at least rows; two more where images are guided. kind: cached.py.
+
+    barred: ids that are never written as text, `Tokenizer.barred` of the model's tokenizer.
+    """
     blocks = mesh.shape["data"] * mesh.shape["fsdp"]
     if rows < 1:
         raise GenerateError(f"rows is {rows}; at least one answer is written at once")
@@ -82,6 +87,7 @@ def make(
             cache=None,
             seen=None,
             programs=set(),
+            barred=barred,
         )
         _fill(engine)
     return engine

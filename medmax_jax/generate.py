@@ -44,6 +44,7 @@ from medmax_jax.generator import (
     prompt_tokens,
     segments,
 )
+from medmax_jax.io.text_files import printable_text
 from medmax_jax.progress import Items
 from medmax_jax.storage import StorageError
 from medmax_jax.tokenizer import prompt_ids
@@ -244,6 +245,7 @@ def _served(
 def _engine(g: Generator, *, rows: int, lanes: int, slots: int, kind: str) -> engine.Engine:
     codes = g.vq_config.codes_per_image
     sizes = dict(codes=codes, rows=rows, lanes=lanes, slots=slots, kind=kind)
+    sizes["barred"] = g.tokenizer.barred
     return engine.make(g.model, g.vocab, g.mesh, **sizes)
 
 
@@ -297,7 +299,7 @@ def main(settings: ConfigDict, out: str) -> None:
                 question = questions[todo[index]]
                 record = book.add(question, answer, FLAGS.mode)
                 said = " ".join(next(iter(s.values())) for s in record["segments"])
-                print(f"{question.shown()}\n  -> {said}")
+                print(printable_text(f"{question.shown()}\n  -> {said}"))
             clock.tick("generate", len(batch))
             if stop.asked:
                 raise cli.Interrupted("interrupted; the same command goes on from here")

@@ -21,7 +21,7 @@ from jaxtyping import Int
 
 from medmax_jax import chameleon, export, images, room, vqgan, weights
 from medmax_jax import mesh as meshes
-from medmax_jax.batching import GenerateError, check_words, one_process
+from medmax_jax.batching import GenerateError, check_no_path, check_words, one_process
 from medmax_jax.config import VQ, ConfigError, Lora, Mesh, Model, Vocab, build
 from medmax_jax.tokenizer import Tokenizer, prompt_ids, segments_of
 
@@ -206,6 +206,7 @@ def _check_parts(prompt: Sequence[Part], codes: int, *, where: str) -> None:
         match part:
             case str():
                 check_words(part, where=where)
+                check_no_path(part, where=where, fix=f"write pathlib.Path({part[:80]!r})")
             case np.ndarray():
                 if part.size != codes or not np.issubdtype(part.dtype, np.integer):
                     raise GenerateError(

@@ -1,6 +1,7 @@
 """Which token may come next: text, BOI, exactly K codes, EOI, text again; one integer a row.
 
-    left = 0         in text       text ids and EOS; in mixed mode BOI too, while the room suffices
+    left = 0         in text       text ids and EOS; in mixed mode BOI too, while the room suffices;
+                                   no id whose name is barred (vocab.is_barred_name)
     left = K+1 .. 2  in an image   image ids; left - 1 codes are still to come
     left = 1         image full    EOI, and nothing else
 
@@ -10,6 +11,8 @@
 END-OF-TURN, the sentinels and the padding are never written. An image is begun only where it fits,
 so every sequence of this grammar parses: no image is ever cut.
 """
+
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,9 +24,12 @@ from medmax_jax.config import Vocab
 MODES = ("text", "image", "mixed")
 
 
-def text_ids(vocab: Vocab, *, mode: str) -> Bool[np.ndarray, "V"]:
-    """True at the ids that may come in text: the BPE ids, EOS, and in mixed mode BOI."""
-    allowed = ids.text_mask(vocab)
+def text_ids(vocab: Vocab, *, mode: str, barred: Sequence[int] = ()) -> Bool[np.ndarray, "V"]:
+    """True at the ids that may come in text: the BPE ids, EOS, and in mixed mode BOI.
+
+    barred: ids that may not, by their names; see `vocab.text_mask`.
+    """
+    allowed = ids.text_mask(vocab, barred)
     allowed[ids.BOI] = check_mode(mode) == "mixed"
     return allowed
 
@@ -36,14 +42,15 @@ def allowed(
     mode: str,
     codes: int,
     context: int,
+    barred: Sequence[int] = (),
 ) -> Bool[Array, "B V"]:
     """The whole rule as one mask: what may follow `length` tokens in state `left`.
 
-    codes: K. context: tokens the model can hold.
+    codes: K. context: tokens the model can hold. barred: see `text_ids`.
     """
     numbers = jnp.arange(vocab.size)
     fits = image_fits(length, codes=codes, context=context)[:, None]
-    text = text_ids(vocab, mode=mode) & (fits | (numbers != ids.BOI))
+    text = text_ids(vocab, mode=mode, barred=barred) & (fits | (numbers != ids.BOI))
     image = jnp.asarray(ids.image_mask(vocab))
     full = numbers == ids.EOI
     state = left[:, None]
@@ -75,16 +82,18 @@ def check_mode(mode: str) -> str:
     return mode
 
 
-def parses(tokens: Int[np.ndarray, "T"], vocab: Vocab, *, codes: int) -> bool:
+def parses(
+    tokens: Int[np.ndarray, "T"], vocab: Vocab, *, codes: int, barred: Sequence[int] = ()
+) -> bool:
     """True when text and whole images alternate as the rule says; checks a finished answer."""
-    left = 0
+    text, left = ids.text_mask(vocab, barred), 0
     for token in tokens.tolist():
         if left > 1:
             good = bool(ids.is_image(np.asarray(token), vocab))
         elif left == 1:
             good = token == ids.EOI
         else:
-            good = bool(ids.text_mask(vocab)[token]) or token == ids.BOI
+            good = bool(text[token]) or token == ids.BOI
         if not good:
             return False
         left = left - 1 if left else (codes + 1 if token == ids.BOI else 0)

@@ -79,7 +79,7 @@ class Writer:
     def log(self, line: str) -> None:
         """One line (or a table) to stdout and D/train.log."""
         if self.writes:
-            print(line, flush=True)
+            print(printable_text(line), flush=True)
             self.log_file.write(line + "\n")
 
     def numbers(self, kind: str, step: int, values: dict[str, float]) -> None:

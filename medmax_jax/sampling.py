@@ -36,12 +36,13 @@ def temper(logits: Float[Array, "B V"], temperature: Number) -> Float[Array, "B 
 def top_p(logits: Float[Array, "B V"], p: Number) -> Float[Array, "B V"]:
     """Keeps the likeliest ids while the mass before them is below p (the first always), else -inf.
 
-    Probabilities .5 .3 .15 .05: p = .75 keeps two, p = .9 keeps three. Equals of the last stay.
+    Probabilities .5 .3 .15 .05: p = 0 keeps one, p = .75 two, p = .9 three. Equals of the last
+    stay.
     """
     probabilities = jax.nn.softmax(logits, axis=-1)
     falling = -jnp.sort(-probabilities, axis=-1)
     before = jnp.cumsum(falling, axis=-1) - falling
-    floor = jnp.where(before < p, falling, jnp.inf).min(axis=-1, keepdims=True)
+    floor = jnp.where(before < p, falling, falling[..., :1]).min(axis=-1, keepdims=True)
     keep = (probabilities >= floor) | (p >= 1)  # rounding must not cut the tail of the whole
     return jnp.where(keep, logits, -jnp.inf)
 

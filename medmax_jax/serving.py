@@ -55,7 +55,7 @@ def serve(
     """What has changed after each chunk, until all requests are done."""
     batching.check_seed(seed)
     knobs = batching.knobs(sample)
-    sizes = dict(blocks=e.book.blocks, depth=e.book.depth)
+    sizes = dict(blocks=e.book.blocks, depth=e.book.depth, barred=e.barred)
     compiled = plan(sample, e.vocab, mode=mode, codes=e.codes, slots=e.slots, **sizes)
     spare = e.book.blocks * e.book.depth - e.rows
     need = batching.guidance(requests, sample, e.vocab, mode=mode)
@@ -94,6 +94,7 @@ def plan(
     slots: int,
     blocks: int,
     depth: int,
+    barred: tuple[int, ...] = (),
 ) -> decoding.Plan:
     """What the programs are compiled for, besides their sizes."""
     return decoding.Plan(
@@ -108,6 +109,7 @@ def plan(
         per_segment=sample.budget == "segment",
         blocks=blocks,
         depth=depth,
+        barred=barred,
     )
 
 

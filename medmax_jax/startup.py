@@ -129,7 +129,7 @@ def weights(
 
     def adapters(key: jax.Array) -> PyTree:  # under jit, so the random base is never made
         model = chameleon.Chameleon(run.model, run.vocab, run.lora, key=key)
-        return nnx.split(model, nnx.LoRAParam, ...)[1]
+        return nnx.split(model, nnx.LoRAParam, ..., graph=False)[1]
 
     return None if restoring else jax.jit(adapters)(key), export.load(folder, like_frozen)
 

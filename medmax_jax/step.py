@@ -62,7 +62,7 @@ def split(model: chameleon.Chameleon, trains: str) -> tuple[Any, PyTree, PyTree]
         make = chameleon.with_image_columns
         abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(model))
         tuned = placed(jax.eval_shape(make, model)) if abstract else make(model)
-        return nnx.split(tuned, chameleon.ImageColumns, ...)
+        return nnx.split(tuned, chameleon.ImageColumns, ..., graph=False)
     graph, adapters, base = chameleon.split(model)
     return (graph, adapters, base) if trains == "lora" else (graph, base, adapters)
 

@@ -42,12 +42,22 @@ class TokenizerError(ValueError):
 
 
 class Tokenizer:
-    """A loaded tokenizer file. `fingerprint`: sha256 of the file's bytes."""
+    """A loaded tokenizer file. `fingerprint`: sha256 of the file's bytes.
+
+    `barred`: text ids whose names keep them out of generated text, see `vocab.is_barred_name`.
+    """
 
     def __init__(self, backend: tokenizers.Tokenizer, vocab: Vocab, fingerprint: str):
         self._backend = backend
         self.vocab = vocab
         self.fingerprint = fingerprint
+        names = backend.get_vocab(with_added_tokens=True)
+        self.barred = tuple(
+            sorted(
+                i for name, i in names.items()
+                if vocab.text_start <= i < vocab.size and vocabulary.is_barred_name(name)
+            )
+        )  # fmt: skip
 
     @classmethod
     def from_file(cls, path: str | Path, vocab: Vocab) -> "Tokenizer":

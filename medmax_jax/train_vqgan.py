@@ -233,7 +233,7 @@ def _optimizer(t: Train) -> optax.GradientTransformation:
 def _start(settings: Run, tx: Any, file: Path, whole: jax.NamedSharding) -> tuple[State, int]:
     def fresh() -> State:
         model = vqgan.VQGAN(settings.vq, rngs=nnx.Rngs(settings.train.seed))
-        for _, module in nnx.iter_modules(model):
+        for _, module in nnx.iter_modules(model, graph=False):
             if isinstance(module, nnx.Conv):
                 module.conv_general_dilated = convolve
         return State(model, tx.init(model), jnp.zeros(settings.vq.num_codes, jnp.int32))

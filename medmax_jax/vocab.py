@@ -15,6 +15,7 @@ Sources: Meta's Chameleon vocabulary and MedMax's tokenisation script. (HF confi
 bos_token_id 1: a stale default.)
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -58,10 +59,24 @@ def image_mask(vocab: Vocab) -> Bool[np.ndarray, "V"]:
     return is_image(np.arange(vocab.size), vocab)
 
 
-def text_mask(vocab: Vocab) -> Bool[np.ndarray, "V"]:
-    """True at the ids that a text decoder may write: the BPE ids and EOS."""
+def is_barred_name(name: str) -> bool:
+    """Return whether the release bars a token of this name from generated text.
+
+    Its `special_tokens` are all names that begin with "<", except "<" itself: also real tokens of
+    the text BPE, such as "</" or "<sub>".
+    """
+    return name.startswith("<") and name != "<"
+
+
+def text_mask(vocab: Vocab, barred: Sequence[int] = ()) -> Bool[np.ndarray, "V"]:
+    """True at the ids that a text decoder may write: EOS and the BPE ids but the barred ones.
+
+    barred: ids whose names are barred (`Tokenizer.barred`); () where there is no tokenizer.
+    """
     ids = np.arange(vocab.size)
-    return (ids >= vocab.text_start) | (ids == EOS)
+    allowed = (ids >= vocab.text_start) | (ids == EOS)
+    allowed[list(barred)] = False
+    return allowed
 
 
 def codes_to_ids(codes: Int[np.ndarray, "*K"], vocab: Vocab) -> Int[np.ndarray, "*K"]:

@@ -24,6 +24,7 @@ import jax
 
 from medmax_jax.cli import DONE, ERROR, INTERRUPTED
 from medmax_jax.convert import check, describe, run, sources
+from medmax_jax.io.text_files import printable_text
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -60,7 +61,7 @@ def _run(argv: Sequence[str]) -> int:
     if argv[:1] == ["inspect"]:
         given = _inspect_parser().parse_args(argv[1:])
         said = describe.facts(sources.read(given.path))
-        print(json.dumps(said) if given.json else describe.words(said))
+        print(json.dumps(said) if given.json else printable_text(describe.words(said)))
         return DONE
     if argv[:1] == ["check"]:
         return check.main(argv[1:])
@@ -68,7 +69,7 @@ def _run(argv: Sequence[str]) -> int:
     run.convert(
         given.source, given.target, layout=given.format, base=given.base, vqgan=given.vqgan,
         quant=given.quant, merge_native=given.merge,
-        decoder=not given.no_decoder, say=lambda s: print(s, flush=True),
+        decoder=not given.no_decoder, say=lambda s: print(printable_text(s), flush=True),
     )  # fmt: skip
     return DONE
 
@@ -83,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
         print("stopped; nothing was left behind, the same command starts again", file=sys.stderr)
         return INTERRUPTED
     except sources.ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable_text(f"error: {error}"), file=sys.stderr)
         return ERROR
 
 

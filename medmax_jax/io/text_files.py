@@ -7,8 +7,10 @@ MemoryError and UnicodeDecodeError do not leave this module.
 """
 
 import json
+import logging
 import math
 import os
+import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
@@ -108,6 +110,29 @@ def printable(value: object, max_chars: int = MAX_MESSAGE_CHARS) -> str:
     if len(text) > max_chars:
         text = text[: max_chars - 3] + "..."
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def printable_text(text: str) -> str:
+    r"""Return text of a model or a server for a terminal: lines and tabs stay, controls do not.
+
+    Escape sequences, other control characters, overrides of the writing direction and halves of
+    characters become escapes; spaces of all kinds and joiners, which scripts need, stay.
+
+    printable_text("a\x1b[2J\tb\nc") == "a\\x1b[2J\tb\nc"
+    """
+    kept = "\n\t\u200c\u200d"
+    return "".join(
+        c if c.isprintable() or c in kept or unicodedata.category(c) == "Zs" else ascii(c)[1:-1]
+        for c in text.replace("\r\n", "\n")
+    )
+
+
+class PrintableFormatter(logging.Formatter):
+    """Formats log lines for a terminal: `printable_text` of each."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line of a record."""
+        return printable_text(super().format(record))
 
 
 def _unique_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
