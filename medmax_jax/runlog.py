@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 import jax
 import tensorboardX
 
+from medmax_jax.io.text_files import printable_text
+
 # What the wall clock of a run is spent on; goodput is the share of `step`.
 BUCKETS = ("load", "compile", "data", "step", "eval", "sample", "checkpoint")
 
