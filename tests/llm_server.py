@@ -100,6 +100,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
                 self.connection.close()
                 self.close_connection = True
+            case ("raw", data):  # in place of a status line, headers and body
+                self.wfile.write(data)
+                self.close_connection = True
             case ("cut", data):
                 self.begin(len(data))
                 self.wfile.write(data[: len(data) // 2])

@@ -1,19 +1,25 @@
 """One call and many of them against a real server that also answers badly, slowly or not at all."""
 
+import base64
+import dataclasses
 import email.utils
+import html
 import json
+import re
 import shutil
 import ssl
 import subprocess
 import threading
 import time
+import urllib.parse
 
 import llm_server
 import pytest
 from llm_server import at, completion, replies, serving, short_waits  # noqa: F401
 
-from data import endpoint, outgoing
+from data import asking, endpoint, outgoing
 from data.endpoint import EndpointError, NoReply, Reply
+from data.journal import open_journal
 
 HELLO = [{"role": "user", "content": "hello"}]
 GOOD = completion("hi")
@@ -181,6 +187,149 @@ def test_no_proxy_is_used(monkeypatch):
     assert proxy.connections == 0
 
 
+# Bounds of tokens, empty answers, contents in parts, errors inside a 200.
+
+
+@pytest.mark.parametrize(
+    "parameters, sent",
+    [
+        ({"max_tokens": 5}, {"max_tokens": 5}),
+        ({"max_tokens": None}, {}),
+        ({"max_completion_tokens": 7, "max_tokens": None}, {"max_completion_tokens": 7}),
+        ({"stop": None}, {"stop": None}),
+    ],
+)
+def test_a_bound_that_is_null_is_not_sent(parameters, sent):
+    with serving(replies(GOOD)) as llm:
+        ask(llm.url, parameters=parameters)
+    assert llm.requests == [{"model": "m", "messages": HELLO} | sent]
+
+
+@pytest.mark.parametrize(
+    "parameters, sent",
+    [
+        ({"max_tokens": 16}, "finish_reason length; max_tokens 16 was sent"),
+        ({"max_completion_tokens": 9}, "finish_reason length; max_completion_tokens 9 was sent"),
+        ({}, "finish_reason length; no max_tokens was sent"),
+    ],
+)
+@pytest.mark.parametrize("text", ["", "half an answ"])
+def test_a_reply_at_its_bound_names_the_bound(parameters, sent, text):
+    with serving(replies(completion(text, finish="length"))) as llm:
+        assert sent in ask(llm.url, parameters=parameters).problem
+        reply = ask(llm.url, parameters=parameters, takes_cut=True, takes_empty=True)
+    assert reply.text == text and (sent in reply.problem) == (not text)
+
+
+def test_no_text_of_a_model_that_stopped_by_itself_is_an_answer_where_it_is_asked_for():
+    refusal = json.loads(completion(None))
+    refusal["choices"][0]["message"]["refusal"] = "I cannot help with that."
+    for body, text in [
+        (completion(""), ""),
+        (completion(None), ""),
+        (json.dumps(refusal).encode(), "I cannot help with that."),
+    ]:
+        with serving(replies(body)) as llm:
+            assert ask(llm.url).problem == "no text in the message"
+            reply = ask(llm.url, takes_empty=True)
+        assert (reply.problem, reply.text, reply.finish) == ("", text, "stop")
+    for finish in ("content_filter", "tool_calls"):
+        with serving(replies(completion("", finish=finish))) as llm:
+            assert f"(finish_reason {finish})" in ask(llm.url, takes_empty=True).problem
+
+
+@pytest.mark.parametrize(
+    "content, text",
+    [
+        ([{"type": "text", "text": "yes"}], "yes"),
+        ([{"type": "text", "text": "ye"}, {"type": "output_text", "text": "s"}], "yes"),
+        ([{"type": "thinking", "thinking": [{"text": "no"}]}, {"type": "text", "text": "yes"}],
+         "yes"),
+        (["yes"], "yes"),
+        ([{"type": "image_url", "image_url": {}}], None),
+        ([{"type": "text"}], None),
+        ([7], None),
+        ({"text": "yes"}, None),
+        (7, None),
+    ],
+)  # fmt: skip
+def test_a_content_in_parts(content, text):
+    with serving(replies(completion(content))) as llm:
+        reply = ask(llm.url)
+    assert (reply.text, reply.problem) == (text or "", "" if text else "no text in the message")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"error": {"message": "over quota", "code": 429}},
+        {"error": "over quota"},
+        {"object": "error", "message": "over quota", "code": 503},
+        {"choices": [{"error": {"message": "over quota"}, "message": {"content": "hal"}}]},
+    ],
+)
+def test_an_error_inside_a_200_is_asked_again_and_named(body):
+    data = json.dumps(body).encode()
+    with serving(replies(data, GOOD)) as llm:
+        assert ask(llm.url).text == "hi" and len(llm.requests) == 2
+    with serving(replies(data)) as llm:
+        with pytest.raises(NoReply, match="status 200 with an error: over quota"):
+            ask(llm.url)
+
+
+def test_an_error_inside_a_200_counts_as_the_status_that_it_states():
+    for code in (400, "400", "context_length_exceeded"):
+        body = json.dumps({"error": {"message": "too long", "code": code}}).encode()
+        with serving(replies(body)) as llm:
+            reply = ask(llm.url)
+        assert reply.problem == "status 200 with an error: too long" and len(llm.requests) == 1
+        assert reply.status == 400
+    body = json.dumps({"error": {"message": "no such model", "code": 404}}).encode()
+    with serving(replies(body)) as llm:
+        with pytest.raises(EndpointError, match="no such model .code 404.; look at") as caught:
+            ask(llm.url)
+    assert not isinstance(caught.value, NoReply) and len(llm.requests) == 1
+
+
+# Names, and whether somebody listens.
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("m@http://h:1/v1/", ("m", "http://h:1/v1")),
+        ("m@20250929@https://h/v1", ("m@20250929", "https://h/v1")),
+        ("@cf/acme/vision@http://h/v1", ("@cf/acme/vision", "http://h/v1")),
+        ("a@http://b@http://h/v1", ("a@http://b", "http://h/v1")),
+    ],
+)
+def test_a_model_s_name_may_have_at_signs(text, expected):
+    assert endpoint.parse_model_at_url(text) == expected
+
+
+@pytest.mark.parametrize("text", ["m", "m@", "@http://h/v1", "http://h/v1", "m@ftp://u:pass@h"])
+def test_what_is_no_model_at_url(text):
+    with pytest.raises(EndpointError, match="write MODEL@URL, like") as caught:
+        endpoint.parse_model_at_url(text)
+    assert "pass" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url, why", [(None, "refused"), ("http://no-such-host.invalid:80/v1", "cannot be reached")]
+)
+def test_a_server_that_does_not_listen_is_reported_in_two_seconds(url, why):
+    start = time.monotonic()
+    with pytest.raises(NoReply, match=f"{why}.*; start the server, or correct the URL"):
+        endpoint.check_ready(at(url or llm_server.free_url()))
+    assert time.monotonic() - start < endpoint.CONNECT_S + 0.5
+
+
+def test_a_server_that_listens_is_sent_nothing():
+    with serving() as llm:
+        endpoint.check_ready(at(llm.url))
+    assert llm.requests == []
+
+
 # TLS.
 
 
@@ -255,6 +404,99 @@ def test_an_error_that_echoes_the_key_does_not_show_it(monkeypatch, status):
         except EndpointError as error:
             said = str(error)
     assert "bad key [key] of you" in said and "secret" not in said
+
+
+SECRET = "sk-secret/123+45?abc"  # noqa: S105
+ECHOES = {
+    "plain": SECRET,
+    "JSON": "".join(f"\\u{ord(c):04x}" for c in SECRET),
+    "JSON, in part": SECRET.replace("s", "\\u0073").replace("/", "\\/"),
+    "JSON twice": json.dumps(json.dumps("".join(f"\\u{ord(c):04X}" for c in SECRET))),
+    "URL": "".join(f"%{ord(c):02X}" for c in SECRET),
+    "URL, in part": urllib.parse.quote(SECRET, safe=""),
+    "HTML": "".join(f"&#{ord(c)};" for c in SECRET),
+    "hexadecimal": SECRET.encode().hex(),
+    "base64": base64.b64encode(SECRET.encode()).decode(),
+    "base64 of a user and it": base64.b64encode(f"me:{SECRET}".encode()).decode(),
+    "base64, URL": base64.urlsafe_b64encode(f"x:{SECRET}".encode()).decode(),
+}
+
+
+def readings(text: str) -> str:
+    """A text in each way that a reader may take it."""
+    plain = text
+    for _ in range(3):
+        plain = re.sub(r"\\+u(\w{4})", lambda m: chr(int(m[1], 16)), plain).replace("\\", "")
+    coded = re.findall(r"[A-Za-z0-9+/_-]{16,}", text)
+    whole = [c[: len(c) // 4 * 4] for c in coded]
+    decoded = [base64.b64decode(c, altchars=a) for c in whole for a in (b"+/", b"-_")]
+    found = [text, plain, urllib.parse.unquote(text), html.unescape(text)]
+    return " ".join([*found, *(d.decode(errors="replace") for d in decoded)])
+
+
+@pytest.mark.parametrize("echo", ECHOES.values(), ids=ECHOES)
+@pytest.mark.parametrize(
+    "place", ["status line", "code", "body", "error", "error in 200", "finish", "text", "end"]
+)
+def test_an_echo_of_the_key_shows_nowhere(monkeypatch, tmp_path, place, echo):
+    monkeypatch.setenv("TEST_KEY", SECRET)
+    quoted = echo if echo.startswith("\\u") else json.dumps(echo)[1:-1]  # JSON escapes as they are
+    template = completion("TEXT", finish="END").decode()
+    say = {
+        "status line": ("raw", f"{echo} nonsense\r\n\r\n".encode()),
+        "code": ("raw", f"HTTP/1.1 4x1 {echo}\r\n\r\n".encode()),
+        "body": f'{{"choice": "{quoted}"}}'.encode(),
+        "error": ("says", 400, f"no: {echo}".encode()),
+        "error in 200": f'{{"error": {{"message": "{quoted}", "code": 400}}}}'.encode(),
+        "finish": template.replace("TEXT", " ").replace("END", 30 * "x" + quoted).encode(),
+        "text": template.replace("TEXT", f"it is {quoted}.").replace("END", "stop").encode(),
+        "end": b" " * 4 + b"\xf0\x9f\xa9\xba" * (endpoint.RAW_CHARS - 14) + echo.encode(),
+    }[place]
+    with serving(replies(say)) as llm, open_journal(tmp_path / "calls") as journal:
+        where = at(llm.url, key_env="TEST_KEY", retries=0)
+        try:
+            reply = endpoint.ask(where, HELLO, "open", wait=threading.Event().wait)
+            asking.Cache(journal).put("k", "m", reply)
+            said = json.dumps(dataclasses.asdict(reply), ensure_ascii=False)
+        except EndpointError as error:
+            said = str(error)
+        said += (tmp_path / "calls").read_text()
+    assert llm.keys == [f"Bearer {SECRET}"]
+    for part in (SECRET, "secret/123"):
+        assert part not in readings(said)
+
+
+def test_a_short_placeholder_of_a_key_does_not_change_answers(monkeypatch):
+    monkeypatch.setenv("TEST_KEY", "none")
+    with serving(replies(completion("There is none."))) as llm:
+        assert ask(llm.url, key_env="TEST_KEY").text == "There is none."
+
+
+ESCAPES = "\x1b[31mred\x1b]0;title\x07\x9b2J\u202eltr"
+
+
+@pytest.mark.parametrize("place", ["status line", "body", "error", "error in 200", "finish"])
+def test_escape_sequences_of_a_server_do_not_reach_a_terminal(place):
+    finish = json.loads(completion(" ", finish=ESCAPES))
+    say = {
+        "status line": ("raw", f"{ESCAPES}\r\n\r\n".encode()),
+        "body": ("says", 500, ESCAPES.encode()),
+        "error": ("says", 404, ESCAPES.encode()),
+        "error in 200": json.dumps({"error": {"message": ESCAPES, "code": 400}}).encode(),
+        "finish": json.dumps(finish).encode(),
+    }[place]
+    with serving(replies(say)) as llm:
+        try:
+            said = ask(llm.url, retries=0).problem
+        except EndpointError as error:
+            said = str(error)
+    assert said.isprintable() and "red" in said
+
+
+def test_a_key_in_place_of_a_variable_s_name_is_not_shown():
+    with pytest.raises(EndpointError, match="variable .hidden: key_env is the NAME") as caught:
+        endpoint.check_ready(at("http://localhost:1/v1", key_env="sk-secret123"))
+    assert "secret123" not in str(caught.value)
 
 
 @pytest.mark.parametrize("value", [None, "", "two words", "sk-séc", "a\nb"])
