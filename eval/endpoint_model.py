@@ -238,8 +238,8 @@ def estimate(endpoint: Endpoint, asks: Sequence[Ask], cache: asking.Cache | None
         outgoing.check(endpoint.url, data_class, listed=endpoint.listed)
     for most in {ask.max_tokens for ask in asks}:
         some = (message(ask, ask.id) for ask in asks if ask.max_tokens == most)
-        limited = bounded(endpoint, most)
-        most = reply_bound(endpoint, most)
-        about = asking.estimate(limited, some, cache, tokens_out=most)
+        about = asking.estimate(
+            bounded(endpoint, most), some, cache, tokens_out=reply_bound(endpoint, most)
+        )
         total = {name: total[name] + about[name] for name in total}
     return total | {"usd": cost(endpoint, total["tokens_in"], total["tokens_out"])}

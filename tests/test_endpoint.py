@@ -428,8 +428,10 @@ def readings(text: str) -> str:
     for _ in range(3):
         plain = re.sub(r"\\+u(\w{4})", lambda m: chr(int(m[1], 16)), plain).replace("\\", "")
     coded = re.findall(r"[A-Za-z0-9+/_-]{16,}", text)
-    whole = [c[: len(c) // 4 * 4] for c in coded]
-    decoded = [base64.b64decode(c, altchars=a) for c in whole for a in (b"+/", b"-_")]
+    decoded = [
+        base64.b64decode(c[: len(c) // 4 * 4], altchars=b"-_") for c in coded if "+" not in c
+    ]
+    decoded += [base64.b64decode(c[: len(c) // 4 * 4]) for c in coded if not {"-", "_"} & set(c)]
     found = [text, plain, urllib.parse.unquote(text), html.unescape(text)]
     return " ".join([*found, *(d.decode(errors="replace") for d in decoded)])
 
