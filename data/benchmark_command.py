@@ -74,7 +74,12 @@ def eval_items(
                     continue
                 row = _placed(found, prefix, Path(new.path))
                 tally.inside |= "picture" in found
-                (item,) = tasks.from_rows([row])  # the suite takes it, and names its task
+                try:
+                    (item,) = tasks.from_rows([row])  # the suite takes it, and names its task
+                except tasks.TaskError as error:
+                    reason = str(error).partition(": ")[2] or str(error)
+                    tally.refuse(Bad(where=row["id"], reason=reason))
+                    continue
                 tally.kept[item.task] += 1
                 file.write(json.dumps(row).encode() + b"\n")
                 if (count := tally.kept.total()) % SAID == 0:

@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from PIL.PngImagePlugin import PngInfo
 from medmax_jax import images, page
 from medmax_jax.batching import GenerateError
 from medmax_jax.generator import MAX_PIXELS, Generator, Image, Text, segments
+from medmax_jax.io import image_paths
 from medmax_jax.tokenizer import segments_of
 
 NOTICE = "Research only, not for clinical use."
@@ -76,7 +77,7 @@ def from_words(prompts: Sequence[str], pictures: Sequence[str]) -> list[Question
     """Prompts of the shell: {a.png} in the words is a picture, `pictures` come before all."""
     first = tuple(map(Path, pictures))
     return [
-        Question(id=str(number), named=False, parts=first + _parts(words, Path()))
+        Question(id=str(number), named=False, parts=first + _parts(words, Path))
         for number, words in enumerate(prompts)
     ]
 
@@ -207,7 +208,7 @@ def _question(line: str, where: str, number: str, folder: Path) -> Question:
         raise GenerateError(f"{where}: write an object with prompt, and id if you like; no more")
     prompt, name = row["prompt"], dict(id=str(row.get("id", number)), named="id" in row)
     if isinstance(prompt, str):
-        return Question(parts=_parts(prompt, folder), **name)
+        return Question(parts=_parts(prompt, lambda path: _file(folder, path, where)), **name)
     parts: list[str | Path] = []
     for part in prompt if isinstance(prompt, list) else [None]:
         if not isinstance(part, dict) or len(part) != 1 or not isinstance(*part.values(), str):
@@ -217,14 +218,22 @@ def _question(line: str, where: str, number: str, folder: Path) -> Question:
         ((kind, value),) = part.items()
         if kind not in ("text", "image"):
             raise GenerateError(f"{where}: {kind!r} is no part of a prompt; text and image are")
-        parts.append(value if kind == "text" else folder / value)
+        parts.append(value if kind == "text" else _file(folder, value, where))
     return Question(parts=tuple(parts), **name)
 
 
-def _parts(words: str, folder: Path) -> tuple[str | Path, ...]:
+def _file(folder: Path, name: str, where: str) -> Path:
+    """The image that a file of prompts names; it stays in the folder of the file."""
+    try:
+        return image_paths.resolve(folder, name)
+    except image_paths.ImagePathError as error:
+        raise GenerateError(f"{where}: {error}") from error
+
+
+def _parts(words: str, file_of: Callable[[str], Path]) -> tuple[str | Path, ...]:
     """ "Is {a.png} it?" -> "Is ", a.png, " it?"."""
     pieces = _PICTURE.split(words)
-    parts = [folder / p if i % 2 else p for i, p in enumerate(pieces)]
+    parts = [file_of(p) if i % 2 else p for i, p in enumerate(pieces)]
     return tuple(p for p in parts if isinstance(p, Path) or p) or ("",)
 
 
