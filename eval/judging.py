@@ -165,7 +165,7 @@ def _work(
             case = _hash(kind, record)
             row = known.get((record["id"], kind, one.fingerprint))
             if row is not None and row["case"] != case:
-                secret = record["data_class"] == outgoing.CREDENTIALED
+                secret = evidence.is_credentialed(record)
                 name = f"answer number {number}" if secret else f"item {record['id']}"
                 raise judge.JudgeError(
                     f"{name}: {kind} was judged on another answer or question; use a "

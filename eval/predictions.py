@@ -70,12 +70,14 @@ class Predictions:
     def _file(self, line: int, name: str, label: str) -> Path:
         """The file of an image; `label`: what messages call it, where its name must not be."""
         where, folder = f"{self.path} line {line}", self.path.parent
+        shown = label or f"image {name!r}"
         try:
             path = image_paths.resolve(folder, name, label=label)
         except image_paths.ImagePathError as error:
-            raise PredictionsError(f"{where}: {error}") from error
+            raise PredictionsError(
+                f"{where}: {shown} is no file under {folder}: {error}"
+            ) from error
         if not path.is_file():
-            shown = label or f"image {name!r}"
             raise PredictionsError(f"{where}: {shown} is no file under {folder}; put it there")
         return path
 

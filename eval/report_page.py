@@ -14,7 +14,6 @@ from typing import Any
 
 from PIL import Image
 
-from data import outgoing
 from eval import evidence, loop, report_curves, report_tables, scoring
 from eval.report_tables import Values
 from medmax_jax import page
@@ -90,15 +89,11 @@ def write(
         some = [record for record in records if record["task"] == task]
         body += page.section(f"Examples: {task}", examples(some, path.parent, Path(images_folder)))
     body += page.section("How to read this", "".join(page.paragraph(n) for n in NOTES))
-    secret = any(map(_is_secret, records))
+    secret = any(map(evidence.is_credentialed, records))
     if secret:
         body = page.paragraph(CREDENTIALED) + body
     with private() if secret else contextlib.nullcontext():
         loop.write_text(path, page.document("Evaluation", body))
-
-
-def _is_secret(record: Mapping[str, Any]) -> bool:
-    return record["data_class"] == outgoing.CREDENTIALED
 
 
 def rows_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -116,7 +111,7 @@ def examples(records: Sequence[Mapping[str, Any]], workdir: Path, images_folder:
         rows.append([record["id"], record["prompt"], record["answer"], record["text"]])
         what = "reference" if record["images"] else "shown"
         given = [record["image"], *record.get("further_images", ())] if record["image"] else []
-        label = "an image of a credentialed item" if _is_secret(record) else ""
+        label = "an image of a credentialed item" if evidence.is_credentialed(record) else ""
         shown = [(image_paths.resolve(images_folder, name, label=label), what) for name in given]
         shown += [
             (image_paths.resolve(workdir, name, label=label), "generated")

@@ -23,7 +23,6 @@ import PIL.Image
 from jaxtyping import Float
 
 from configs import biomedclip as published
-from data import outgoing
 from data.journal import Journal, open_journal
 from data.records import file_sha256
 from eval import evidence, loop, picture_sets, score_picture
@@ -232,8 +231,7 @@ class _View:
         return path if path.is_file() else None
 
     def _resolved(self, folder: Path, record: Record, name: str) -> Path:
-        secret = record["data_class"] == outgoing.CREDENTIALED
-        label = "an image of a credentialed item" if secret else ""
+        label = "an image of a credentialed item" if evidence.is_credentialed(record) else ""
         return image_paths.resolve(folder, name, label=label)
 
     def _wanted(self, record: Record) -> Iterator[_Want]:
