@@ -12,6 +12,8 @@
                  "image": "..jpg", "question": "..", "answer": "..",
                  "answer_type": "CLOSED" or "OPEN", "yes_no_answer": "Yes"}
     pmc_vqa      test_2.csv, or test.csv                                    as choices.py
+    pmc_vqa_clean  test_clean.csv, 2,000 rows of version 1 that were        images/
+                 checked by its authors
     omnimed_vqa  QA_information/Open-access/*.json                          paths in the files
     path_mmu     data.json: {"PubMed": {"test": [{"No": 1, "img": "..jpg",  images/
                  "question": "..", "options": ["A) ..", ..],
@@ -35,7 +37,7 @@ import json
 import pathlib
 import re
 import string
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from data import chat_answers
@@ -149,8 +151,8 @@ def _quilt_vqa(place: Place, item: dict[str, Any]) -> Item:
     return _item("quilt_vqa", place, kind, **fields, context=str(item.get("context") or ""))
 
 
-def _pmc_vqa(folder: pathlib.Path) -> Iterator[Item | Bad]:
-    path = first_file(folder, ("test_2.csv", "test.csv"), "PMC-VQA")
+def _pmc_vqa(name: str, files: Sequence[str], folder: pathlib.Path) -> Iterator[Item | Bad]:
+    path = first_file(folder, files, "PMC-VQA")
     second = path.stem.endswith("_2")
     answer = "Answer" if second else "Answer_label"
     roots = ("images_2/figures", "figures", "images_2")
@@ -158,7 +160,7 @@ def _pmc_vqa(folder: pathlib.Path) -> Iterator[Item | Bad]:
 
     def make(place: Place, item: dict[str, Any]) -> Item:
         row = choices.pmc_vqa(_plan("PMC-VQA"), root, answer, place, item)
-        return _of_row(row, "pmc_vqa", place, "mcq")
+        return _of_row(row, name, place, "mcq")
 
     letters = [f"Choice {letter}" for letter in choices.LETTERS]
     yield from collect(csv_rows(path, ("Figure_path", "Question", *letters, answer)), make)
@@ -288,7 +290,8 @@ READERS: Mapping[str, Callable[[pathlib.Path], Iterator[Item | Bad]]] = {
     "slake": _array("test.json", _slake),
     "pathvqa": functools.partial(_of_parquet, "pathvqa", LICENCE_BOUND),
     "quilt_vqa": _array(_QUILT, _quilt_vqa),
-    "pmc_vqa": _pmc_vqa,
+    "pmc_vqa": functools.partial(_pmc_vqa, "pmc_vqa", ("test_2.csv", "test.csv")),
+    "pmc_vqa_clean": functools.partial(_pmc_vqa, "pmc_vqa_clean", ("test_clean.csv",)),
     "omnimed_vqa": _omnimed,
     "path_mmu": _path_mmu,
     "probmed": _array("test.json", _probmed),

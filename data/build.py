@@ -42,7 +42,8 @@ from data.picture_codes import Files
 from data.sources import captions, choices, conversations, dicom, parquet, questions, reports
 from data.sources.row import SPLITS, Bad, Plan, Row
 from medmax_jax import images
-from medmax_jax.new_folder import private
+from medmax_jax.io import image_paths
+from medmax_jax.new_folder import private_folder
 from medmax_jax.progress import Items
 from medmax_jax.tokenizer import Tokenizer, TokenizerError, document_ids
 
@@ -258,14 +259,20 @@ class _Work:
         return known | fresh, {path: _reason(text, path) for path, text in unreadable.items()}
 
     def _lies(self, row: Row) -> Path | bytes:
-        return row.image if isinstance(row.image, bytes) else self.folder / row.image
+        if isinstance(row.image, bytes):
+            return row.image
+        label = f"the image of {row.id}" if self.secret else ""
+        try:
+            return image_paths.resolve(self.folder, row.image, label=label)
+        except image_paths.ImagePathError as error:
+            raise PrepareError(str(error)) from error
 
     def _open(self, row: Row) -> PIL.Image.Image:
         """The picture of a row; errors say its name in the records, not where it lies."""
         if isinstance(row.image, bytes):
             return images.load(row.image, max_pixels=images.MAX_PIXELS, name=row.image_path)
         return open_picture(
-            self.folder / row.image, name=row.image_path, burned_in=self.burned_in,
+            self._lies(row), name=row.image_path, burned_in=self.burned_in,
             secret=self.secret,
         )  # fmt: skip
 
@@ -327,7 +334,5 @@ def _private(out: Path) -> Iterator[None]:
     """A folder that is new or empty and whose files only their owner may read."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise PrepareError(f"--out is {out}: not empty; credentialed records get their own folder")
-    with private():  # for the shards too, which a library writes
-        out.mkdir(parents=True, exist_ok=True)
-        out.chmod(0o700)
+    with private_folder(out):  # for the shards too, which a library writes
         yield

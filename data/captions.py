@@ -9,14 +9,14 @@ outgoing.class_of). `group` is what a split must keep together, a patient or an 
 where it is not given.
 """
 
-import collections
 import dataclasses
 import math
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from data import outgoing
 from data.journal import parse
+from medmax_jax.io.image_paths import is_inside
 
 
 class CaptionsError(ValueError):
@@ -40,33 +40,29 @@ def read_rows(path: str | Path) -> list[Row]:
     rows = [_row(found, f"{path} row {n}") for n, found in enumerate(_jsonl(path), start=1)]
     if not rows:
         raise CaptionsError(f"{path}: has no rows; name a file of captions")
-    twice = [i for i, n in collections.Counter(row.id for row in rows).items() if n > 1]
-    if twice:
-        raise CaptionsError(f"{path}: id {twice[0]!r} comes twice; ids must differ")
+    seen: set[str] = set()
+    for n, row in enumerate(rows, start=1):
+        if row.id in seen:
+            shown = f"of row {n}" if row.data_class == outgoing.CREDENTIALED else repr(row.id)
+            raise CaptionsError(f"{path}: id {shown} comes twice; ids must differ")
+        seen.add(row.id)
     return rows
 
 
-def read_scores(path: str | Path) -> dict[str, float | None]:
-    """Scores by id; null where a picture has none."""
+def read_scores(path: str | Path, *, secret: bool = False) -> dict[str, float | None]:
+    """Return scores by id; null where a picture has none. `secret`: messages repeat no value."""
     scores: dict[str, float | None] = {}
     for n, row in enumerate(_jsonl(path), start=1):
         name, score = row.get("id"), row.get("score", "")
         number = type(score) in (int, float) and math.isfinite(score)
         if not isinstance(name, str) or name in scores or not (number or score is None):
+            shown = "id or score is wrong" if secret else f"id {name!r}, score {score!r}"
             raise CaptionsError(
-                f"{path} row {n}: id {name!r}, score {score!r}; need an id that comes once and a "
-                "finite number, or null where there is no score"
+                f"{path} row {n}: {shown}; need an id that comes once and a finite number, or null "
+                "where there is no score"
             )
         scores[name] = score
     return scores
-
-
-def is_inside(name: Any) -> bool:
-    """Whether it is the name of a file that cannot lie above its folder."""
-    if not isinstance(name, str) or not name or "\0" in name or "\\" in name:
-        return False
-    path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts
 
 
 def _jsonl(path: str | Path) -> list[dict[str, Any]]:
@@ -77,24 +73,29 @@ def _jsonl(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _row(found: dict[str, Any], where: str) -> Row:
+    data_class = outgoing.class_of(found, where)
     for name in ("id", "caption", "source"):
         if not isinstance(found.get(name), str) or not (found[name] or name == "caption"):
-            raise CaptionsError(f"{where}: {name} is {found.get(name)!r}; give it a text")
+            shown = outgoing.describe(found, name)
+            raise CaptionsError(f"{where}: {name} is {shown}; give it a text")
     one = [found["image_path"]] if "image_path" in found else None
     images = found.get("images", one)
     if not isinstance(images, list) or not images:
-        raise CaptionsError(f"{where}: images is {images!r}; give it a list of file names")
-    for name in images:
+        shown = outgoing.describe(found, "images")
+        raise CaptionsError(f"{where}: images is {shown}; give it a list of file names")
+    for number, name in enumerate(images, start=1):
         if not is_inside(name):
-            raise CaptionsError(f"{where}: picture {name!r} is no file name below --images")
+            shown = repr(name) if data_class != outgoing.CREDENTIALED else str(number)
+            raise CaptionsError(f"{where}: picture {shown} is no file name below --images")
     group = found.get("group", found["id"])
     if not isinstance(group, str):
-        raise CaptionsError(f"{where}: group is {group!r}; give it a text")
+        shown = outgoing.describe(found, "group")
+        raise CaptionsError(f"{where}: group is {shown}; give it a text")
     return Row(
         id=found["id"],
         caption=found["caption"],
         images=tuple(images),
         source=found["source"],
         group=group,
-        data_class=outgoing.class_of(found, where),
+        data_class=data_class,
     )

@@ -42,7 +42,8 @@ from data.codes import LOG_SECONDS, Encoder, PrepareError, log, open_picture
 from data.sources import dicom
 from data.sources.row import pseudonym
 from medmax_jax import images
-from medmax_jax.new_folder import private
+from medmax_jax.io import image_paths
+from medmax_jax.new_folder import private_folder
 from medmax_jax.progress import Items
 
 FORMAT = 2
@@ -108,7 +109,7 @@ def tokenize(
     )  # fmt: skip
     work = _Work(Path(out), plan, paths, Path(folder), max_bad, encoder.vq_config.image_size)
     headers = credentialed or any(path.lower().endswith(".dcm") for path in paths)
-    with private() if credentialed else contextlib.nullcontext():
+    with private_folder(out) if credentialed else contextlib.nullcontext():
         with dicom.silence() if headers else contextlib.nullcontext():
             return _all(work, encode, (process, processes))
 
@@ -140,8 +141,6 @@ class _Work:
         """Writes the plan, or checks that the folder has the same one."""
         for name in ("digests", "codes"):
             (self.out / name).mkdir(parents=True, exist_ok=True)
-        if self.plan.credentialed:
-            self.out.chmod(0o700)  # it may have been there
         wanted = dataclasses.asdict(self.plan)
         if not (self.out / "plan.json").exists():
             _write(self.out / "plan.json", json.dumps(wanted, indent=1).encode())
@@ -242,10 +241,17 @@ class _Work:
 
     def _digest(self, path: str) -> UInt8[np.ndarray, "32"]:
         try:
-            found = digest_of(self.folder / path)
+            found = digest_of(self._file(path))
         except OSError:
             found = bytes(32)
         return np.frombuffer(found, np.uint8)
+
+    def _file(self, path: str) -> Path:
+        label = pseudonym(path) if self.plan.credentialed else ""
+        try:
+            return image_paths.resolve(self.folder, path, label=label)
+        except image_paths.ImagePathError as error:
+            raise PrepareError(str(error)) from error
 
     def _pictures(self, numbers: np.ndarray) -> Iterator[Callable[[], np.ndarray]]:
         for number in numbers:
@@ -259,7 +265,7 @@ class _Work:
                 "another --out"
             )
         picture = open_picture(
-            self.folder / path, name=name, burned_in=self.plan.burned_in,
+            self._file(path), name=name, burned_in=self.plan.burned_in,
             secret=self.plan.credentialed,
         )  # fmt: skip
         return images.preprocess(picture, self.size)

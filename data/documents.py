@@ -75,9 +75,12 @@ def scored(tokens: Int[np.ndarray, "T"], mode: str, turns: int) -> Bool[np.ndarr
     return section % 2 == 1 if mode == "answers" and turns > 0 else section > 0
 
 
-def check_document(document: Document, layout: Layout) -> None:
-    """Raises RecordsError unless the document is whole: ids, ends, image spans, turns."""
-    t, where = document.tokens, f"document {document.id!r} of {document.source!r}"
+def check_document(document: Document, layout: Layout, *, name: str = "") -> None:
+    """Raise RecordsError unless the document is valid: ids, ends, image spans, turns.
+
+    `name`: what messages call it, where its id must not be repeated.
+    """
+    t, where = document.tokens, name or f"document {document.id!r} of {document.source!r}"
     if t.ndim != 1 or t.dtype != np.int32 or len(t) < 3:
         raise RecordsError(
             f"{where}: tokens are {t.dtype}{t.shape}; need int32 [T] with T >= 3", "schema"

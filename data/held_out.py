@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int, UInt32
 
-from data import looks, overlap
+from data import looks, outgoing, overlap
 from data.codes import Encoder
 from data.documents import RecordsError
 from data.overlap import words
@@ -110,7 +110,9 @@ def _of_row(line: str, where: str) -> Item:
         prompt, answer = row["prompt"], row["answer"]
         text = f"{prompt}\n{answer}".replace(IMAGE_NAME, "\n")
         path = row.get("image_path") or ""
-        name = str(row.get("id") or where.rpartition(", ")[2])
+        line = where.rpartition(", ")[2]
+        secret = outgoing.class_of(row, line, default=outgoing.LICENCE_BOUND)
+        name = line if secret == outgoing.CREDENTIALED else str(row.get("id") or line)
         return Item(name=name, words=tuple(words(text)), path=path, codes=(), sha="")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise RecordsError(

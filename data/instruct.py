@@ -13,6 +13,7 @@ of the paper are not published.
 """
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -27,6 +28,8 @@ from data.endpoint import Endpoint, NoReply, Reply, cost
 from data.instruct_replies import SEPARATOR, Invalid, Prompt, Unparsable
 from data.journal import open_journal
 from data.mixture import INTERLEAVED
+from medmax_jax.io import image_paths
+from medmax_jax.new_folder import private_folder
 from medmax_jax.progress import Items
 from medmax_jax.storage import Folder
 
@@ -71,6 +74,11 @@ def check(rows: Sequence[Row], settings: Settings) -> None:
     """Raises, before the first call, what would else stop the work in the middle of it."""
     if not settings.images.is_dir():
         raise InstructError(f"{settings.images}: no such folder; name the one with the pictures")
+    for number, row in enumerate(rows, start=1):
+        secret = row.data_class == outgoing.CREDENTIALED
+        for name in row.images:
+            label = f"image of row {number}" if secret else ""
+            image_paths.resolve(settings.images, name, label=label)
     strict = outgoing.strictest(row.data_class for row in rows)
     for stage in PROMPT_OF:
         endpoint = settings.endpoint(stage)
@@ -107,7 +115,11 @@ def curate(
     check(rows, settings)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    with open_journal(calls or out / CALLS) as journal:
+    secret = any(row.data_class == outgoing.CREDENTIALED for row in rows)
+    with contextlib.ExitStack() as stack:
+        if secret:
+            stack.enter_context(private_folder(out))
+        journal = stack.enter_context(open_journal(calls or out / CALLS))
         work = _Work(out, settings, Cache(journal), progress, stopped)
         _check_same(out / RUN, rows, settings)
         left, stages, outcome = list(rows), {}, {}
@@ -119,10 +131,10 @@ def curate(
             outcome |= {i: (stage, "undecided") for i in went}
             left = [row for row in left if lines.get(row.id, {}).get("verdict") == onward]
         report = _report(rows, outcome, stages, work)
-    if not stopped():
-        documents = [_document(row, lines[row.id]) for row in left]
-        _write(out / DOCUMENTS, "".join(json.dumps(one) + "\n" for one in documents))
-    _write(out / REPORT, json.dumps(report, indent=1) + "\n")
+        if not stopped():
+            documents = [_document(row, lines[row.id]) for row in left]
+            _write(out / DOCUMENTS, "".join(json.dumps(one) + "\n" for one in documents))
+        _write(out / REPORT, json.dumps(report, indent=1) + "\n")
     return report
 
 

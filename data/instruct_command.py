@@ -18,11 +18,13 @@ from data.endpoint import Endpoint, EndpointError, check_ready, parse_model_at_u
 from data.instruct import InstructError
 from data.journal import JournalError
 from medmax_jax import cli
+from medmax_jax.io.image_paths import ImagePathError
 
 log = logging.getLogger("medmax_jax.prepare")
 
 ERRORS = (
     InstructError,
+    ImagePathError,
     captions.CaptionsError,
     instruct_replies.PromptError,
     outgoing.OutgoingError,
@@ -101,11 +103,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _settings(args: argparse.Namespace, rows: list[captions.Row]) -> instruct.Settings:
-    scores = captions.read_scores(args.scores)
-    unknown = [row.id for row in rows if row.id not in scores]
+    secret = any(row.data_class == outgoing.CREDENTIALED for row in rows)
+    scores = captions.read_scores(args.scores, secret=secret)
+    unknown = [n for n, row in enumerate(rows) if row.id not in scores]
     if unknown:
+        first = f"row {unknown[0] + 1}" if secret else repr(rows[unknown[0]].id)
         raise captions.CaptionsError(
-            f"{args.scores}: no score of {len(unknown)} rows, the first is {unknown[0]!r}; score "
+            f"{args.scores}: no score of {len(unknown)} rows, the first is {first}; score "
             "them, or give them the score null to leave them out"
         )
     writer = _made(args, "", args.endpoint, args.key_env, args.parameters or WRITER)

@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float32, Int32
 
-from data import mixing, reader
+from data import mixing, outgoing, reader
 from data.documents import Document, RecordsError, scored
 from medmax_jax.config import Run
 from medmax_jax.vocab import PAD
@@ -138,9 +138,9 @@ class Batches:
     def named(self, step: int) -> list[str]:
         """The documents of a step as source/id; of credentialed ones only a digest of the id."""
         return [
-            f"{d.source}/{d.id}"
-            if d.credential == "no"
-            else f"{d.source}/sha256:{hashlib.sha256(d.id.encode()).hexdigest()[:16]}"
+            f"{d.source}/sha256:{hashlib.sha256(d.id.encode()).hexdigest()[:16]}"
+            if outgoing.is_credentialed(d.credential)
+            else f"{d.source}/{d.id}"
             for d in self.records.read(np.concatenate(self._rows(self._in_range(step))))
         ]
 

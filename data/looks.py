@@ -13,20 +13,22 @@ import PIL.Image
 from jaxtyping import Int, UInt8, UInt32
 
 from data import overlap
-from data.captions import is_inside
 from data.codes import BATCH, Encoder
 from data.records import file_sha256
 from medmax_jax import images, vqgan
+from medmax_jax.io import image_paths
 
 Look = UInt32[np.ndarray, "8"]
 
 
 def of_file(folder: Path, path: str) -> tuple[str, Look | None]:
     """(SHA-256 of the bytes, look, None where flat); raises ImageError."""
-    if not is_inside(path):
-        raise images.ImageError("its path leaves the image folder")
-    picture = images.load(folder / path, max_pixels=images.MAX_PIXELS, name="picture")
-    return file_sha256(folder / path), overlap.look(picture)
+    try:
+        file = image_paths.resolve(folder, path, label="its path")
+    except image_paths.ImagePathError as error:
+        raise images.ImageError(str(error)) from error
+    picture = images.load(file, max_pixels=images.MAX_PIXELS, name="picture")
+    return file_sha256(file), overlap.look(picture)
 
 
 def of_codes(encoder: Encoder, each: Iterable[Int[np.ndarray, "K"]]) -> Iterator[Look | None]:

@@ -171,7 +171,7 @@ SOURCES = (
     ),
     Source(
         name="PMC-VQA",
-        licence="not stated",
+        licence="CC BY-SA",
         data_class=BOUND,
         percent=12.1,
         domain="radiology",

@@ -13,12 +13,15 @@ import dataclasses
 import ipaddress
 import re
 import urllib.parse
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from medmax_jax.io.text_files import printable
 
 OPEN, LICENCE_BOUND, CREDENTIALED = "open", "licence-bound", "credentialed"
 CLASSES = (OPEN, LICENCE_BOUND, CREDENTIALED)  # the strictest last
 PORTS = {"https": 443, "http": 80}
+MAX_SHOWN = 9  # characters of a value in a message; a longer one may be text of a report
 
 
 class OutgoingError(ValueError):
@@ -101,23 +104,83 @@ def hosts(entries: Iterable[str]) -> frozenset[str]:
     return frozenset(parse(url).name for url in urls)
 
 
-def class_of(row: dict[str, Any], where: str) -> str:
-    """The class that a row states: `data_class`, else by the released column `credential`.
+def class_of(row: Mapping[str, Any], where: str, *, default: str | None = None) -> str:
+    """Return the data class of a row; raise OutgoingError naming `where` if none can be decided.
 
-    credential yes is credentialed; no is licence-bound, since it says nothing of the licence. A row
-    that states neither has no class: which data may leave is not for a program to guess.
+    This is the one place that decides the class of a row of any file: `data_class`, else the
+    released column `credential`. credential yes is credentialed; no is licence-bound, since it
+    states nothing about the licence. Columns that disagree are refused. `default`: the class of a
+    row that states neither, for instance that of its task; with it, `credential: no` cannot lower
+    a credentialed task. Without a default such a row has no class: a program must not guess which
+    data may leave the machine.
+
+        class_of({"credential": "yes"}, "row 1")                    ->  "credentialed"
+        class_of({"credential": "no", "data_class": "open"}, "..")  ->  "open"
     """
-    said, credential = row.get("data_class"), str(row.get("credential", "")).lower()
-    if said is not None and said not in CLASSES:
-        raise OutgoingError(f"{where}: data_class is {said!r}; use one of {', '.join(CLASSES)}")
-    if credential == "yes" and said not in (None, CREDENTIALED):
-        raise OutgoingError(f"{where}: data_class {said!r} but credential yes; mend one of them")
-    if said is None and credential not in ("yes", "no"):
+    stated, credential = row.get("data_class"), _credential_of(row, where)
+    if stated in (None, ""):
+        stated = None
+    elif stated not in CLASSES:
+        shown = _shown(stated, credential)
+        raise OutgoingError(f"{where}: data_class is {shown}; use one of {', '.join(CLASSES)}")
+    if stated and credential and (stated == CREDENTIALED) != (credential == "yes"):
+        raise OutgoingError(
+            f"{where}: data_class {stated!r} but credential {credential}; correct one of them"
+        )
+    if stated:
+        return stated
+    if credential:
+        return strictest([class_of_credential(credential), *([default] if default else [])])
+    if default is None:
         raise OutgoingError(
             f"{where}: no data_class, and credential is {row.get('credential')!r}; "
             f"give it a data_class of {', '.join(CLASSES)}"
         )
-    return said or (CREDENTIALED if credential == "yes" else LICENCE_BOUND)
+    return default
+
+
+def class_of_credential(credential: str) -> str:
+    """Return the class that a record's `credential` stands for; anything but no is credentialed."""
+    return LICENCE_BOUND if credential.strip().lower() == "no" else CREDENTIALED
+
+
+def is_credentialed(credential: str) -> bool:
+    """Return whether a record with this `credential` is credentialed."""
+    return class_of_credential(credential) == CREDENTIALED
+
+
+def describe(row: Mapping[str, Any], field: str) -> str:
+    """Return what a row has in a field, for a message: only the type unless the row is open.
+
+    describe({"text": ["words"], "credential": "yes"}, "text")  ->  "of type list"
+    describe({"text": ["words"], "credential": "no"}, "text")   ->  "['words']"
+    """
+    if field not in row:
+        return "missing"
+    try:
+        known = class_of(row, "") != CREDENTIALED
+    except OutgoingError:
+        known = False
+    value = row[field]
+    return printable(repr(value)) if known else f"of type {type(value).__name__}"
+
+
+def _credential_of(row: Mapping[str, Any], where: str) -> str:
+    """Return yes, no, or "" where the row does not state it."""
+    value = row.get("credential")
+    if value is None or value == "":
+        return ""
+    found = value.strip().lower() if isinstance(value, str) else ""
+    if found not in ("yes", "no"):
+        raise OutgoingError(f"{where}: credential is {_shown(value, 'no')}; use yes or no")
+    return found
+
+
+def _shown(value: Any, credential: str) -> str:
+    """Return a value for a message: short text of a row that is not credentialed, else its type."""
+    if isinstance(value, str) and len(value) <= MAX_SHOWN and credential != "yes":
+        return printable(repr(value))
+    return f"of type {type(value).__name__}"
 
 
 def strictest(classes: Iterable[str]) -> str:

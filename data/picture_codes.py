@@ -28,10 +28,14 @@ class Found(NamedTuple):
 
 
 class Files(NamedTuple):
-    """Where the pictures of views are: `load` raises ImageError, `content` is a file or bytes."""
+    """Where the pictures of views are: `load` raises ImageError, `content` is a file or bytes.
+
+    `name`: what messages call a path, where it must not be repeated.
+    """
 
     load: Callable[[str], PIL.Image.Image]
     content: Callable[[str], Path | bytes]
+    name: Callable[[str], str] = str
 
 
 class Encoded:
@@ -114,8 +118,8 @@ class Stored:
             digest = b""  # `load` says why it cannot be opened
         if digest and digest not in self._codes:
             raise PrepareError(
-                f"--codes {self._folder} lacks {path}, or the picture was changed since; tokenize "
-                "the pictures again, into a new folder"
+                f"--codes {self._folder} lacks {files.name(path)}, or the picture was changed "
+                "since; tokenize the pictures again, into a new folder"
             )
         codes = self._codes.of(digest) if digest else None
         if codes is not None:
@@ -125,8 +129,8 @@ class Stored:
         except images.ImageError as error:
             return str(error)
         raise PrepareError(
-            f"--codes {self._folder}: {path} could not be read then and can be now; tokenize the "
-            "pictures again, into a new folder"
+            f"--codes {self._folder}: {files.name(path)} could not be read then and can be now; "
+            "tokenize the pictures again, into a new folder"
         )
 
 

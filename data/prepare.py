@@ -25,17 +25,22 @@ or goes on (instruct).
 
 import argparse
 import collections
+import contextlib
+import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import PIL.Image
 
 from data import (
     archives,
     benchmark_command,
     instruct_command,
+    outgoing,
     pack,
     picture_codes,
     plan_report,
@@ -55,10 +60,13 @@ from data.documents import Document, RecordsError
 from data.picture_codes import Encoded, Files, Stored
 from data.sample.documents import instruction_documents, pretraining_documents
 from data.sample.manifest import read_manifest
+from data.sources import dicom
 from data.sources.row import SourceError
 from medmax_jax.cli import Interrupted
 from medmax_jax.config import ConfigError
+from medmax_jax.io import image_paths
 from medmax_jax.io.text_files import printable_text
+from medmax_jax.new_folder import private_folder
 from medmax_jax.storage import Folder, StorageError
 from medmax_jax.tokenizer import Tokenizer, TokenizerError, document_ids
 from medmax_jax.weights import WeightsError
@@ -76,6 +84,7 @@ KINDS = {
 SPLITS = ("train", "validation", "test")
 ERRORS = (
     *(PrepareError, RecordsError, TokenizerError, ConfigError, WeightsError, StorageError),
+    *(outgoing.OutgoingError, image_paths.ImagePathError),
     *(pack.PackError, published.PublishedError, archives.ArchiveError, SourceError),
     *instruct_command.ERRORS,
 )
@@ -115,7 +124,8 @@ def prepare_sample(
     shown = _dealt(_worded(kind, rows, seed, rounds), rows, views, seed)
     notes = dict(maker="sample", split=split, kind=kind, views=views, rounds=rounds, seed=seed)
     pictures = picture_codes.source(codes, encoder, precision)
-    made = _documents(shown, encoder, pictures, Path(sample), notes, max_unreadable)
+    shown_images = _Images(Path(sample), {row["file"]: row["file"] for row in rows})
+    made = _documents(shown, encoder, pictures, shown_images, notes, max_unreadable)
     meta = records.write(out, made, shard_size=SHARD_SIZE, layout=encoder.layout, notes=notes)
     log.info("%s: %d documents, %d tokens", out, meta["documents"], meta["tokens"])
     return meta
@@ -139,15 +149,51 @@ def prepare_documents(
     codes: Path | None = None,
     precision: str = "highest",
 ) -> dict[str, Any]:
-    """Writes the documents of a file (texts.py) as records; returns their dataset.json."""
+    """Write the documents of a file (texts.py) as records; return their dataset.json.
+
+    If any row is credentialed, the folder is for its owner alone, and messages and dataset.json
+    name a row and its image by the row's number.
+    """
     rows = texts.read_texts(source)
-    views = {row["image_path"]: View(row["image_path"], 0, "", False) for row in rows}
-    dealt = [(row, views[row["image_path"]] if row["image_path"] else None) for row in rows]
+    secret = any(outgoing.is_credentialed(row["credential"]) for row in rows)
+    names: dict[str, str] = {}
+    for number, row in enumerate(rows, start=1):
+        name = f"image of row {number}" if secret else row["image_path"]
+        names.setdefault(row["image_path"], name)
+    shown = _Images(Path(images), names, secret)
+    for path in names:
+        if path:
+            shown.find(path)  # before anything is opened
+    views = {path: View(path, 0, "", False) for path in names if path}
+    dealt = [(row, views.get(row["image_path"])) for row in rows]
     encoder = load_encoder(Path(model_folder))
     notes = dict(maker="documents", source=Path(source).name)
     pictures = picture_codes.source(codes, encoder, precision)
-    made = _documents(dealt, encoder, pictures, Path(images), notes, max_unreadable)
-    return records.write(out, made, shard_size=SHARD_SIZE, layout=encoder.layout, notes=notes)
+    with contextlib.ExitStack() as stack:
+        if secret:
+            stack.enter_context(private_folder(out))
+            stack.enter_context(dicom.silence())  # its warnings repeat headers
+        made = _documents(dealt, encoder, pictures, shown, notes, max_unreadable)
+        return records.write(out, made, shard_size=SHARD_SIZE, layout=encoder.layout, notes=notes)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Images:
+    """The image files of documents. `names`: what messages call a path."""
+
+    folder: Path
+    names: Mapping[str, str]
+    secret: bool = False  # messages repeat nothing of a row or a file
+
+    def find(self, path: str) -> Path:
+        try:
+            label = self.names[path] if self.secret else ""
+            return image_paths.resolve(self.folder, path, label=label)
+        except image_paths.ImagePathError as error:
+            raise PrepareError(str(error)) from error
+
+    def open(self, path: str) -> PIL.Image.Image:
+        return open_picture(self.find(path), name=self.names[path], secret=self.secret)
 
 
 def _manifest(sample: Path) -> list[dict[str, Any]]:
@@ -188,12 +234,12 @@ def _documents(
     dealt: list[tuple[dict[str, Any], View | None]],
     encoder: Encoder,
     pictures: Encoded | Stored,
-    folder: Path,
+    images: _Images,
     notes: dict[str, Any],
     max_unreadable: float,
 ) -> Iterator[Document]:
     """The documents, and in `notes` what had to be left out."""
-    files = Files(lambda path: open_picture(folder / path, name=path), lambda path: folder / path)
+    files = Files(images.open, images.find, images.names.__getitem__)
     codes, unreadable = pictures([v for _, v in dealt if v], files, tell=True)
     count = len({v.path for _, v in dealt if v})
     if len(unreadable) > max_unreadable * count:
@@ -202,14 +248,24 @@ def _documents(
             f" the share {max_unreadable}; the first: {next(iter(unreadable.values()))}"
         )
     kept = [(text, v) for text, v in dealt if not v or v.path not in unreadable]
-    notes |= dict(unreadable=unreadable, documents_left_out=len(dealt) - len(kept))
+    notes["unreadable"] = {images.names[path]: why for path, why in unreadable.items()}
+    notes["documents_left_out"] = len(dealt) - len(kept)
     notes |= dict(codes=pictures.notes())
     if unreadable:
         log.warning("%d pictures left out, %d documents", len(unreadable), len(dealt) - len(kept))
-    digests = {path: digest_of(folder / path).hex() for path in {v.path for _, v in kept if v}}
-    for text, v in kept:
+    digests = {p: digest_of(images.find(p)).hex() for p in {v.path for _, v in kept if v}}
+    for number, (text, v) in enumerate(dealt, start=1):
+        if v and v.path in unreadable:
+            continue
         image = codes[v.path, v.number] if v else None
-        tokens = document_ids(encoder.tokenizer, text["text"], image, encoder.layout.vocab)
+        try:
+            tokens = document_ids(encoder.tokenizer, text["text"], image, encoder.layout.vocab)
+        except TokenizerError:
+            if not images.secret:
+                raise
+            raise PrepareError(
+                f"row {number}: text writes the name of a control token; remove it"
+            ) from None
         names = ("image_path", "task", "source", "credential", "turns", "group", "id")
         digest = digests[v.path] if v else ""
         yield Document(tokens=tokens, image_sha256=digest, **{n: text[n] for n in names})

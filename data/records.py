@@ -4,6 +4,7 @@ The layout of the folder stands in reader.py, which opens one.
 """
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -11,7 +12,7 @@ import os
 import struct
 import zlib
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy as np
 from array_record.python import array_record_module
 from jaxtyping import Int
 
+from data import outgoing
 from data.documents import (
     COLUMNS,
     HEAD,
@@ -32,6 +34,7 @@ from data.documents import (
 )
 from data.reader import FORMAT, INDEX, META, Records, open_records
 from medmax_jax.config import Vocab
+from medmax_jax.new_folder import private_folder
 from medmax_jax.vocab import is_image
 
 __all__ = [
@@ -58,17 +61,37 @@ def write(
     """Writes a folder of records and returns its dataset.json; `notes` stand in it as given.
 
     The folder appears finished or not at all: shards carry a temporary name until the last
-    document is written, and dataset.json comes last.
+    document is written, and dataset.json comes last. From the first credentialed document on,
+    before a byte of it is written, the folder and its files are for their owner alone (0700, 0600).
     """
-    folder = _new_folder(folder)
+    with contextlib.ExitStack() as modes:
+        return _write(_new_folder(folder), documents, shard_size, layout, notes, modes)
+
+
+def _write(
+    folder: Path,
+    documents: Iterable[Document],
+    shard_size: int,
+    layout: Layout,
+    notes: dict[str, Any],
+    modes: contextlib.ExitStack,
+) -> dict[str, Any]:
     count, labels, rows = _Counter(), Labels(), array("i")
     digest, ids = hashlib.sha256(), set()
-    parts = _Parts(folder, shard_size)
+    parts, secret = _Parts(folder, shard_size), False
     try:
-        for document in documents:
-            check_document(document, layout)
+        for number, document in enumerate(documents):
+            label = ""
+            if outgoing.is_credentialed(document.credential):
+                label = f"document {number}"  # its id must not be repeated
+                if not secret:
+                    modes.enter_context(_owner_only(folder))
+                    secret = True
+            check_document(document, layout, name=label)
             if document.id in ids:
-                raise RecordsError(f"document id {document.id!r} comes twice; ids must differ")
+                raise RecordsError(
+                    f"{label or f'document id {document.id!r}'} comes twice; ids must differ"
+                )
             ids.add(document.id)
             record = to_bytes(document)
             digest.update(record)
@@ -91,6 +114,16 @@ def write(
     partial.write_text(json.dumps(meta, indent=1) + "\n")
     os.replace(partial, folder / META)
     return meta
+
+
+@contextlib.contextmanager
+def _owner_only(folder: Path) -> Iterator[None]:
+    """Close the folder and the shards of open documents that are in it; new files are private."""
+    with private_folder(folder):
+        for path in folder.iterdir():
+            if path.is_file() and not path.is_symlink():
+                path.chmod(0o600)
+        yield
 
 
 def counts(document: Document, vocab: Vocab) -> list[int]:
@@ -121,7 +154,7 @@ def to_bytes(document: Document) -> bytes:
 
 def credentialed(found: Records) -> bool:
     """Whether any document of a folder is: nothing of it is shown unasked."""
-    return any(name.lower() == "yes" for name in found.meta["credentials"])
+    return any(map(outgoing.is_credentialed, found.meta["credentials"]))
 
 
 def file_sha256(path: Path) -> str:

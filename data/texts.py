@@ -8,16 +8,21 @@
 from pathlib import Path
 from typing import Any
 
-from data.captions import is_inside
+from data import outgoing
 from data.documents import Document, Layout, RecordsError
 from data.journal import JournalError, parse
+from medmax_jax.io.image_paths import is_inside
 from medmax_jax.tokenizer import IMAGE_NAME, SEP_NAME, Tokenizer, segments_of
 
 TEXTS = ("id", "text", "image_path", "task", "source", "credential", "group")
 
 
 def read_texts(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a file, each with the fields above; raises RecordsError."""
+    """Return the rows of a file, each with the fields above; raise RecordsError or OutgoingError.
+
+    Of a row that is credentialed, or that does not state its class, messages have the row's number,
+    the field and the type alone.
+    """
     try:
         rows = parse(Path(path).read_bytes(), path)
     except (OSError, JournalError) as error:
@@ -27,11 +32,13 @@ def read_texts(path: str | Path) -> list[dict[str, Any]]:
         wrong += ["turns"] if type(row.get("turns")) is not int or row["turns"] < 0 else []
         if wrong:
             name = wrong[0]
-            raise RecordsError(f"{path} row {n}: {name} is {row.get(name)!r}; mend it")
+            raise RecordsError(f"{path} row {n}: {name} is {outgoing.describe(row, name)}; mend it")
+        outgoing.class_of(row, f"{path} row {n}")
         shown, name = IMAGE_NAME in row["text"], row["image_path"]
         if shown != bool(name) or (name and not is_inside(name)):
             raise RecordsError(
-                f"{path} row {n}: image_path is {name!r} and {IMAGE_NAME} is "
+                f"{path} row {n}: image_path is {outgoing.describe(row, 'image_path')} and "
+                f"{IMAGE_NAME} is "
                 f"{'in' if shown else 'not in'} the text; give it a file below --images, or neither"
             )
     return rows

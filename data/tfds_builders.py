@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from data import records
+from data import outgoing, records
 from data.documents import Document, RecordsError
 from medmax_jax.io.text_files import printable_text
 from medmax_jax.new_folder import private
@@ -92,8 +92,9 @@ def write(
     if target.exists():
         raise RecordsError(f"{target}: exists; choose another --name or --out, or delete it")
     opened = {split: records.open_records(folder) for split, folder in folders.items()}
-    credentials = {c.lower() for r in opened.values() for c in r.meta["credentials"]}
-    if len({c == "yes" for c in credentials}) > 1:
+    credentials = {c for r in opened.values() for c in r.meta["credentials"]}
+    secret = set(map(outgoing.is_credentialed, credentials))
+    if len(secret) > 1:
         raise RecordsError(
             "credentialed documents would lie among others; make a data set of each: "
             + ", ".join(f"{split} has {r.meta['credentials']}" for split, r in opened.items())
@@ -104,7 +105,7 @@ def write(
     config = RecordsConfig(
         name=name, folders={split: Path(f) for split, f in folders.items()}, saw=progress
     )
-    if credentials == {"yes"}:
+    if secret == {True}:
         with private():
             _prepare(config, out)
     else:

@@ -4,12 +4,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from data import outgoing
 from data.batch_encoder import PRECISIONS
-from data.captions import is_inside
 from data.code_store import SLICE, tokenize
 from data.codes import BATCH, PrepareError, load_encoder
 from data.sources.stream import json_lines
 from medmax_jax import images
+from medmax_jax.io.image_paths import is_inside
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -57,6 +58,11 @@ def _listed(folder: Path, listing: Path | None, *, credentialed: bool) -> list[s
         return sorted(str(p.relative_to(folder)) for p in found)
     paths: dict[str, None] = {}
     for place, row in json_lines(listing):
+        if isinstance(row, dict) and not credentialed:
+            # of a row that states no class nothing is known: the flag decides
+            stated = outgoing.class_of(row, str(place), default=outgoing.LICENCE_BOUND)
+            if stated == outgoing.CREDENTIALED:
+                raise PrepareError(f"{place}: is credentialed; add --credentialed")
         path = row.get("image_path", "") if isinstance(row, dict) else None
         if path is None or path and not is_inside(path):
             shown = "" if credentialed else f" {path!r},"

@@ -17,6 +17,7 @@ import PIL.Image
 from eval import score_text, scoring
 from eval.models import Ask, Segment
 from eval.tasks import FAMILIES, Item
+from medmax_jax.io import image_paths
 
 BLIND = "the commonest training answer of each question's template, without looking"
 SAYS = {
@@ -69,7 +70,7 @@ class Baseline:
         self.name, self.fingerprint = kind, f"baseline:{kind}:{seed}"
         self._kind, self._seed, self._folder = kind, seed, folder
         self._answers = answers(kind, items, seed=seed)
-        self._images = sorted({item.image for item in items if item.image})
+        self._images = sorted({image for item in items for image in item.images})
 
     def generate(self, asks: Sequence[Ask]) -> list[list[Segment]]:
         return [self._answer(ask) for ask in asks]
@@ -82,7 +83,7 @@ class Baseline:
         if self._kind != "random" or not self._images:
             return PIL.Image.new("RGB", (GREY, GREY), "gray")
         chosen = random.Random(f"{self._seed} picture {name}").choice(self._images)
-        with PIL.Image.open(self._folder / chosen) as picture:
+        with PIL.Image.open(image_paths.resolve(self._folder, chosen)) as picture:
             return picture.convert("RGB")
 
 

@@ -25,6 +25,7 @@ OWN_ROWS = {  # of a benchmark's own test files, by name in data/benchmarks.py
     "pathvqa": 6_719,  # README.md
     "quilt_vqa": 1_283,  # Quilt-LLaVA, arXiv 2312.04746, abstract
     "probmed": 57_132,  # README.md
+    "pmc_vqa_clean": 2_000,  # viewer of AdaptLLM/biomed-VQA-benchmark, a copy of it
     "llava_med": 193,  # the file
 }
 RELEASED = "mint-medmax/medmax_eval_data, split train; gated"
@@ -42,8 +43,10 @@ class Published:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Card:
-    """One task. `counts`: of its rows in the benchmark's own form; None: not published.
+    """One task. `counts`: of the rows that are asked, of its own form; None: not published.
 
+    left_out: rows that the benchmark counts to the task and the suite does not ask, because they
+    are called closed and are not answered by yes or no. counted: where the numbers were read.
     metric: the headline, as summary.json names it. differs: what the published numbers did
     otherwise than this suite's strict mode.
     """
@@ -62,6 +65,7 @@ class Card:
     metric: str
     differs: str
     published: tuple[Published, ...] = ()
+    left_out: int = 0
 
 
 MODELS = (
@@ -76,6 +80,18 @@ COLUMNS = (
     *("vqa_rad_closed", "slake_closed", "pathvqa_closed", "quilt_vqa_closed"),
     *("vqa_rad_open", "slake_open", "pathvqa_open", "quilt_vqa_open"),
     *("pmc_vqa_mcq", "omnimed_vqa_mcq", "path_mmu_mcq", "probmed_closed"),
+)
+AVERAGES = tuple(  # plain means of the twelve tasks of COLUMNS
+    Published(model=model, value=value, metric="mean accuracy of 12 VQA tasks, %", read=read)
+    for model, value, read in (
+        ("Chameleon 7B", 39.4, SITE),
+        ("LLaVA-Med v1.5 7B", 36.6, f"{SITE}; the mean of its row is 36.9"),
+        ("GPT-4o mini", 38.5, SITE),
+        ("GPT-4o", 42.0, SITE),
+        ("GPT-4o", 47.2, "the paper's abstract: MedMax is 18.3 points above GPT-4o"),
+        ("HuatuoGPT-Vision 7B", 52.4, SITE),
+        ("MedMax 7B", 65.5, SITE),
+    )
 )
 CHARTS: Mapping[str, tuple[str, str, tuple[tuple[str, float], ...]]] = {
     "captioning_pmc_oa": (
@@ -176,13 +192,16 @@ def _card(task: str, title: str, family: str, **fields) -> Card:
     return Card(task=task, title=title, family=family, **defaults | fields)
 
 
-def _vqa(name: str, title: str, closed: int | None, opened: int | None, **fields) -> list[Card]:
+def _vqa(
+    name: str, title: str, closed: int | None, opened: int | None, left_out: int = 0, **fields
+) -> list[Card]:
     return [
         _card(
             f"{name}_closed",
             f"{title}, closed",
             "vqa_closed",
             counts=closed,
+            left_out=left_out,
             metric="accuracy",
             **fields,
         ),
@@ -201,8 +220,9 @@ _CARDS = (
     *_vqa(
         "vqa_rad",
         "VQA-RAD",
-        272,
+        251,
         179,
+        left_out=21,
         counted="data/testset.json of github.com/Awenbocc/med-vqa at 0cca6811, by answer_type",
         source="osf.io/89kps, VQA_RAD Dataset Public.json",
         licence="CC0 1.0",
@@ -211,8 +231,9 @@ _CARDS = (
     *_vqa(
         "slake",
         "SLAKE, English",
-        416,
+        355,
         645,
+        left_out=61,
         counted="Slake1.0/test.json of github.com/xiaoman-zhang/PMC-VQA at 1678ec2c, English",
         source="huggingface.co/datasets/BoKelvin/SLAKE",
         licence="CC BY 4.0",
@@ -241,7 +262,20 @@ _CARDS = (
         "PMC-VQA",
         "vqa_mcq",
         source="huggingface.co/datasets/xmcmic/PMC-VQA, test_2.csv or test.csv",
-        licence="not stated",
+        counts=33_430,
+        counted="test_2.csv: README.md of huggingface.co/datasets/mdwiratathya/PMC-VQA_small, a "
+        "copy; test.csv, version 1, has about 50,000",
+        licence="CC BY-SA: README.md of the source",
+        metric="accuracy",
+    ),
+    _card(
+        "pmc_vqa_clean_mcq",
+        "PMC-VQA, the checked part of version 1",
+        "vqa_mcq",
+        source="huggingface.co/datasets/xmcmic/PMC-VQA, test_clean.csv",
+        counts=2_000,
+        counted="viewer of huggingface.co/datasets/AdaptLLM/biomed-VQA-benchmark, a copy",
+        licence="CC BY-SA: README.md of the source",
         metric="accuracy",
     ),
     _card(
@@ -269,8 +303,10 @@ _CARDS = (
         source="huggingface.co/datasets/rippleripple/ProbMed, test.json",
         counts=57_132,
         counted="README.md of github.com/eric-ai-lab/ProbMed",
-        licence="not stated; pictures of MedICaT and ChestX-ray14",
+        licence="MIT: its page on huggingface.co; pictures of MedICaT and ChestX-ray14",
         metric="accuracy",
+        differs=f"{DIFFERS['vqa_closed']}; the poster counts ProbMed to multiple choice, its rows "
+        "are closed questions",
     ),
     *(
         _card(

@@ -16,7 +16,7 @@ from eval import evidence, loop, paired, scoring, stats
 
 LOWER_IS_BETTER = ("unparsed",)
 NOBODY = "nobody can say"
-ASKED = ("task", "prompt", "answer", "image", "group")
+ASKED = ("task", "prompt", "answer", "image", "further_images", "group")
 
 
 class ComparisonError(ValueError):
@@ -110,12 +110,14 @@ def _records(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _check_same(one: Mapping[str, Any], two: Mapping[str, Any]) -> None:
+    secret = evidence.is_credentialed(one) or evidence.is_credentialed(two)
     for name in ASKED:
-        if one[name] != two[name]:
-            raise ComparisonError(
-                f"item {one['id']}: {name} is {one[name]!r} and {two[name]!r}; evaluate both on "
-                "the same items"
-            )
+        first, second = one.get(name), two.get(name)
+        if first != second:
+            shown = f"item {one['id']}: {name} is {first!r} and {second!r}"
+            if secret:
+                shown = f"{name} of a credentialed item differs"
+            raise ComparisonError(f"{shown}; evaluate both on the same items")
 
 
 def _row(key, one: Mapping, two: Mapping, *, seed: int, resamples: int) -> dict[str, Any]:

@@ -61,12 +61,12 @@ def score(
     asked = [item for item in items if options_of(item) and answer_of(item) is not None]
     with open_journal(out) as journal:
         known = {line["id"]: line for line in journal.rows}
-        for item in asked:
+        for number, item in enumerate(asked, start=1):
             line = known.get(item.id)
             if line is not None and (line["prompt"], line["image"]) != (item.prompt, item.image):
                 raise loop.EvalError(
-                    f"{out}: item {item.id} was another question when it was scored; use a fresh "
-                    "workdir"
+                    f"{out}: item {tasks.item_name(item, number)} was another question when it was "
+                    "scored; use a fresh workdir"
                 )
         todo = [item for item in asked if item.id not in known]
         for start in range(0, len(todo), window):

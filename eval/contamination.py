@@ -10,7 +10,6 @@ The same questions as `data.prepare check --against` asks, of the same columns. 
 stand in more than ten training documents are a phrase and no leak, as in GPT-3's appendix C.
 """
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -26,8 +25,9 @@ from data.codes import Encoder
 from data.reader import Records, open_records
 from data.records import file_sha256
 from data.texts import spoken
-from eval import scoring, tasks
+from eval import loop, scoring, tasks
 from eval.evidence import Evidence, Record
+from medmax_jax.io import image_paths
 from medmax_jax.tokenizer import Tokenizer
 
 FILE = "contamination.jsonl"
@@ -69,9 +69,7 @@ def find(
     flags, about = _compare(items, found, tokenizer, encoder, Path(images_folder))
     lines = [{"compared": about, "key": key}]
     lines += [{"id": item.id} | flag for item, flag in zip(items, flags, strict=True)]
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    partial.replace(path)
+    loop.write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
     return about
 
 
@@ -129,9 +127,13 @@ def _compare(
         )
 
     columns = scan.scan(found, tell, see)
-    paths = sorted({item.image for item in items if (folder / item.image).is_file()})
-    shas = _names([file_sha256(folder / path) for path in paths])
-    each = [] if encoder is None else looks.encoded(encoder, [folder / path for path in paths])
+    files = {
+        i: image_paths.resolve(folder, i) for i in sorted({i for x in items for i in x.images})
+    }
+    files = {image: file for image, file in files.items() if file.is_file()}
+    paths = list(files)
+    shas = _names([file_sha256(file) for file in files.values()])
+    each = [] if encoder is None else looks.encoded(encoder, files.values())
     codes = _names([overlap.code_hash(one) for one in each])
     same = {
         path: bool(hit) for path, hit in zip(paths, overlap.isin(shas, columns.sha), strict=True)
@@ -140,8 +142,8 @@ def _compare(
     shared = grams.shared()
     flags = [
         dict(
-            picture=bool(same.get(item.image, False)),
-            codes=bool(alike.get(item.image, False)),
+            picture=any(same.get(image, False) for image in item.images),
+            codes=bool(any(alike.get(image, False) for image in item.images)),
             words=number in shared,
         )
         for number, item in enumerate(items)
@@ -163,7 +165,7 @@ def _names(digests: Sequence[str]) -> UInt64[np.ndarray, "n"]:
 
 
 def _key(items: Sequence[tasks.Item], found: Records) -> str:
-    told = [dataclasses.astuple(item) for item in items]
+    told = [list(tasks.item_fields(item).values()) for item in items]
     return hashlib.sha256(json.dumps([told, found.fingerprint]).encode()).hexdigest()
 
 

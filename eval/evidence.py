@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from data import outgoing
 from eval import loop, score_text, strict
 from eval.strict import Verdict
 
@@ -54,6 +55,11 @@ class Evidence:
 
 
 NONE = Evidence()
+
+
+def is_credentialed(record: Record) -> bool:
+    """Return whether nothing of a record may be repeated outside the private workdir."""
+    return record.get("data_class") == outgoing.CREDENTIALED
 
 
 def read(workdir: str | Path, *, judge: str | None = None) -> Evidence:

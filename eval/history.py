@@ -46,14 +46,22 @@ class Log:
             os.close(descriptor)
 
 
+def _event(line: bytes) -> dict[str, Any] | None:
+    """Return the event of a line; None for a line that is none."""
+    try:
+        row = json.loads(line)
+        return row if {"file", "event"} <= set(row) else None
+    except (ValueError, TypeError, RecursionError):
+        return None
+
+
 def totals(folder: Path) -> dict[str, dict[str, Any]]:
     """File -> {starts, asked, recorded, repeated, seconds}; repeated: at most, by windows."""
     found: dict[str, dict[str, Any]] = {}
     path = folder / NAME
     for line in path.read_bytes().splitlines() if path.exists() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:  # half a line of a full disk
+        row = _event(line)
+        if row is None:  # half a line of a full disk
             continue
         one = found.setdefault(
             row["file"], dict(starts=0, asked=0, recorded=0, repeated=0, seconds=0.0)

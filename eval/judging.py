@@ -55,6 +55,13 @@ def judge_of(settings: JudgeSettings) -> judge.Judge:
     )
 
 
+def check_hosts(one: judge.Judge, items: Sequence[tasks.Item]) -> None:
+    """Raise OutgoingError where answers to the items may not go to the judge."""
+    judged = ("vqa_open", *evidence.COMPARED)
+    strict = outgoing.strictest(item.data_class for item in items if item.family in judged)
+    outgoing.check(one.endpoint.url, strict, listed=one.endpoint.listed)
+
+
 def estimate(one: judge.Judge, records: Sequence[Record], *, released: bool) -> dict[str, Any]:
     """Calls, tokens and USD if nothing was asked yet and every first reply can be read."""
     return _price(one, _work(one, records, {}, released), None)
@@ -178,12 +185,14 @@ def _work(
     """Kind -> (record, hash of its case) of all that have no votes yet."""
     work: dict[str, list[tuple[Record, str]]] = {}
     for kind, some in _asked(records, released).items():
-        for record in some:
+        for number, record in enumerate(some, start=1):
             case = _hash(kind, record)
             row = known.get((record["id"], kind, one.fingerprint))
             if row is not None and row["case"] != case:
+                secret = evidence.is_credentialed(record)
+                name = f"answer number {number}" if secret else f"item {record['id']}"
                 raise judge.JudgeError(
-                    f"item {record['id']}: {kind} was judged on another answer or question; use a "
+                    f"{name}: {kind} was judged on another answer or question; use a "
                     f"fresh workdir, or remove {evidence.JUDGED}"
                 )
             if row is None or not row["votes"]:

@@ -8,6 +8,7 @@ import numpy as np
 
 from eval import score_image, stats, tasks
 from medmax_jax import generate
+from medmax_jax.io import image_paths
 
 
 def centroids(
@@ -25,7 +26,8 @@ def looks(
     generator: generate.Generator, paths: Sequence[str], *, images_folder: str | Path
 ) -> list[np.ndarray]:
     """Features of picture files."""
-    codes = generate.encode(generator, [Path(images_folder) / path for path in paths])
+    files = [image_paths.resolve(images_folder, path) for path in paths]
+    codes = generate.encode(generator, files)
     return [
         _features(generator, code, np.asarray(picture))
         for code, picture in zip(codes, generate.decode(generator, codes), strict=True)

@@ -93,8 +93,9 @@ def evaluate(
     run = _Asking(model, mode, prompt, Path(images_folder), out, looks, facts or {})
     with _others(out, shard) as others, open_journal(shard.file(out)) as journal:
         known = {record["id"]: record for record in (*others, *journal.rows)}
-        for item in items:
-            _check_same(item, known.get(item.id), run.facts, out)
+        for number, item in enumerate(items, start=1):
+            name = tasks.item_name(item, number)
+            _check_same(item, known.get(item.id), run.facts, f"{out}: item {name}")
         todo = [item for item in items if item.id not in known]
         log = history.Log(out.parent, shard.file(out).name, len(journal.rows), len(todo))
         clock = Items(len(todo), "items", progress, every=0.0)
@@ -108,7 +109,11 @@ def evaluate(
                     clock.tick(family, len(records))
         finally:
             log.stop()
-    lost = [item.id for item in items if item.id not in known]
+    lost = [
+        tasks.item_name(item, number)
+        for number, item in enumerate(items, start=1)
+        if item.id not in known
+    ]
     if lost:
         why = (
             f"{len(lost)} of {len(items)} items had no reply this time, the first is {lost[0]}"
@@ -142,7 +147,7 @@ class _Asking:
         if isinstance(found, models.Failed):
             texts, pictures, codes, error = [], [], [], found.why
         else:
-            texts, pictures, codes = models.split(found, where=f"item {item.id}")
+            texts, pictures, codes = models.split(found, where=_shown(item))
             error = ""
         looks_like = None
         if self.looks is not None and tasks.FAMILIES[item.family].mode != "text":
@@ -205,9 +210,22 @@ def read(path: str | Path) -> list[dict[str, Any]]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """A file that is there whole or not at all."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file of the workdir atomically; raise EvalError where it cannot be written."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise EvalError(
+            f"{path}: cannot be written ({error.strerror}); free disk space or change its "
+            "permissions, then give the same command again"
+        ) from error
 
 
 def _windows(todo: Sequence[tasks.Item], window: int):
@@ -265,25 +283,29 @@ def _batches(model: models.Model, asks: Sequence[models.Ask]):
         yield batch
 
 
+def _shown(item: tasks.Item) -> str:
+    return "a credentialed item" if tasks.is_credentialed(item) else f"item {item.id}"
+
+
 def asked_of(item: tasks.Item) -> dict[str, Any]:
     """The half of a record that is known before the answer."""
-    return json.loads(json.dumps(dataclasses.asdict(item)))
+    return json.loads(json.dumps(tasks.item_fields(item)))
 
 
 def _check_same(
-    item: tasks.Item, record: dict[str, Any] | None, facts: dict[str, str], out: Path
+    item: tasks.Item, record: dict[str, Any] | None, facts: dict[str, str], where: str
 ) -> None:
     if record is None:
         return
     asked = asked_of(item)
     if {name: record.get(name) for name in asked} != asked:
         raise EvalError(
-            f"{out}: item {item.id} was another question when it was answered; "
-            "use a fresh workdir for other items"
+            f"{where} was another question when it was answered; use a fresh workdir for other "
+            "items"
         )
     for name, value in facts.items():
         if record.get(name) != value:
             raise EvalError(
-                f"{out}: item {item.id} has {name} {record.get(name)!r} and this run "
-                f"{value!r}: a record of another run; use a fresh workdir"
+                f"{where} has {name} {record.get(name)!r} and this run {value!r}: a record of "
+                "another run; use a fresh workdir"
             )

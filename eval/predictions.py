@@ -11,8 +11,10 @@ from pathlib import Path
 
 import PIL.Image
 
+from data import outgoing
 from eval.models import Ask, Failed, Segment
-from eval.tasks import Item
+from eval.tasks import Item, is_credentialed
+from medmax_jax.io import image_paths
 
 MAX_LINE = 1_000_000  # bytes
 MAX_IMAGES = 16  # of an answer
@@ -34,12 +36,17 @@ class Predictions:
         self.name, self.fingerprint = self.path.name, digest(self.path)
         self._rows = _read(self.path)
         known = {item.id for item in items}
+        secret = any(map(is_credentialed, items))
         strange = [name for name in self._rows if name not in known]
         if strange:
+            first = f"that of line {self._rows[strange[0]]['line']}" if secret else repr(strange[0])
             raise PredictionsError(
                 f"{path}: {len(strange)} ids are no items of this evaluation, the first is "
-                f"{strange[0]!r}; predict the items of this config, or leave those lines out"
+                f"{first}; predict the items of this config, or leave those lines out"
             )
+        for row in self._rows.values():  # before anything is opened
+            for number, name in enumerate(row["images"], start=1):
+                self._file(row["line"], name, f"image {number}" if secret else "")
         self.missing = len(known) - len(self._rows)
         if self.missing == len(known):
             raise PredictionsError(f"{path}: has no predictions; write a line for each item")
@@ -51,24 +58,42 @@ class Predictions:
         row = self._rows.get(ask.id)
         if row is None:
             return Failed(why=f"no prediction in {self.path.name}")
-        return [row["text"], *(self._image(ask.id, name) for name in row["images"])]
+        secret = ask.data_class == outgoing.CREDENTIALED
+        return [
+            row["text"],
+            *(
+                self._image(row["line"], name, f"image {number}" if secret else "")
+                for number, name in enumerate(row["images"], start=1)
+            ),
+        ]
 
-    def _image(self, where: str, name: str) -> PIL.Image.Image:
-        folder = self.path.parent.resolve()
-        path = (folder / name).resolve()
-        if not path.is_relative_to(folder) or not path.is_file():
+    def _file(self, line: int, name: str, label: str) -> Path:
+        """The file of an image; `label`: what messages call it, where its name must not be."""
+        where, folder = f"{self.path} line {line}", self.path.parent
+        shown = label or f"image {name!r}"
+        try:
+            path = image_paths.resolve(folder, name, label=label)
+        except image_paths.ImagePathError as error:
             raise PredictionsError(
-                f"{self.path}: {where}: image {name!r} is no file under {folder}; put it there"
-            )
+                f"{where}: {shown} is no file under {folder}: {error}"
+            ) from error
+        if not path.is_file():
+            raise PredictionsError(f"{where}: {shown} is no file under {folder}; put it there")
+        return path
+
+    def _image(self, line: int, name: str, label: str) -> PIL.Image.Image:
+        path = self._file(line, name, label)
+        shown = f"{self.path} line {line}: {label}" if label else str(path)
         if path.stat().st_size > MAX_IMAGE_BYTES:
-            raise PredictionsError(f"{path}: more than {MAX_IMAGE_BYTES} bytes; make it smaller")
+            raise PredictionsError(f"{shown}: more than {MAX_IMAGE_BYTES} bytes; make it smaller")
         try:
             with PIL.Image.open(path, formats=("PNG", "JPEG")) as picture:
                 if picture.width * picture.height > MAX_PIXELS:
-                    raise PredictionsError(f"{path}: more than {MAX_PIXELS} pixels; shrink it")
+                    raise PredictionsError(f"{shown}: more than {MAX_PIXELS} pixels; shrink it")
                 return picture.convert("RGB")
         except (OSError, PIL.Image.DecompressionBombError) as error:
-            raise PredictionsError(f"{path}: no PNG or JPEG ({error}); mend it") from error
+            why = "" if label else f" ({error})"
+            raise PredictionsError(f"{shown}: no PNG or JPEG{why}; mend it") from error
 
 
 def digest(path: str | Path) -> str:
@@ -90,9 +115,12 @@ def _read(path: Path) -> dict[str, dict]:
                 raise PredictionsError(f"{where}: longer than {MAX_LINE} bytes; shorten it")
             if not line.strip():
                 continue
-            row = _row(line, where)
+            row = _row(line, where) | {"line": number}
             if row["id"] in rows:
-                raise PredictionsError(f"{where}: id {row['id']!r} comes twice; keep one")
+                first = rows[row["id"]]["line"]
+                raise PredictionsError(
+                    f"{where}: its id comes twice, first in line {first}; keep one"
+                )
             rows[row["id"]] = row
     return rows
 

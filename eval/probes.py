@@ -16,6 +16,7 @@ common. How many answers change (flips) is told of all.
 
 import collections
 import dataclasses
+import itertools
 import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,9 +24,10 @@ from typing import Any
 
 import PIL.Image
 
+from data import outgoing
 from eval import score_text, scoring, stats, strict
 from eval.evidence import NONE, SEEN, Evidence, Record
-from eval.tasks import FAMILIES, Item, TaskError
+from eval.tasks import FAMILIES, Item, TaskError, is_credentialed
 
 NAMES = ("blank", "shuffled", "swapped", "rotated")
 FAMILIES_ASKED = tuple(name for name, family in FAMILIES.items() if family.shows_image)
@@ -38,21 +40,27 @@ def swapped(items: Sequence[Item], *, seed: int, among: Sequence[Item] | None = 
 
     A model that looks should lose what it won over chance. Each item gets a picture drawn by the
     seed and its id from the pictures of all other groups of `among`, by default the items
-    themselves. With one group only there is nothing to swap with, which raises.
+    themselves; one per picture, if it has several. With one group only there is nothing to swap
+    with, which raises.
     """
-    pictures = sorted({(item.group, item.image) for item in among or items})
+    among = among or items
+    secret = _credentialed_images(among)
+    pictures = sorted({(item.group, image) for item in among for image in item.images})
     own: dict[str, list[int]] = {}
     for number, (group, _) in enumerate(pictures):
         own.setdefault(group, []).append(number)
     if len(own) < 2:
         raise TaskError("all items are of one group: nothing to swap pictures with")
 
-    def other(item: Item) -> str:
+    def other(item: Item, number: int) -> str:
         first, count = own[item.group][0], len(own[item.group])  # its own lie together
-        place = random.Random(f"{seed} {item.id}").choice(range(len(pictures) - count))
+        name = f"{seed} {item.id} {number}" if number else f"{seed} {item.id}"
+        place = random.Random(name).choice(range(len(pictures) - count))
         return pictures[place if place < first else place + count][1]
 
-    return [dataclasses.replace(item, image=other(item)) for item in items]
+    return [
+        _showing(item, [other(item, n) for n in range(len(item.images))], secret) for item in items
+    ]
 
 
 def shuffled(items: Sequence[Item], *, seed: int) -> list[Item]:
@@ -65,7 +73,7 @@ def shuffled(items: Sequence[Item], *, seed: int) -> list[Item]:
     found = {}
     for task in dict.fromkeys(item.task for item in items):
         some = [item for item in items if item.task == task]
-        count = collections.Counter(item.image for item in some)
+        count = collections.Counter(item.images for item in some)
         most = max(count.values())
         if 2 * most > len(some):
             raise TaskError(
@@ -73,11 +81,29 @@ def shuffled(items: Sequence[Item], *, seed: int) -> list[Item]:
                 "leave shuffled out of config.probes, or the family out of config.probe_families"
             )
         rng = random.Random(f"{seed} {task}")
-        place = {image: rng.random() for image in sorted(count)}
-        order = sorted(some, key=lambda item: (place[item.image], item.id))
+        place = {images: rng.random() for images in sorted(count)}
+        order = sorted(some, key=lambda item: (place[item.images], item.id))
         moved = order[most:] + order[:most]
-        found |= {a.id: b.image for a, b in zip(order, moved, strict=True)}
-    return [dataclasses.replace(item, image=found[item.id]) for item in items]
+        found |= {a.id: b.images for a, b in zip(order, moved, strict=True)}
+    # of another number of pictures as many as the question shows, some of them again
+    secret = _credentialed_images(items)
+    again = {name: itertools.cycle(images) for name, images in found.items()}
+    return [
+        _showing(item, list(itertools.islice(again[item.id], len(item.images))), secret)
+        for item in items
+    ]
+
+
+def _credentialed_images(items: Sequence[Item]) -> set[str]:
+    return {image for item in items if is_credentialed(item) for image in item.images}
+
+
+def _showing(item: Item, images: Sequence[str], secret: set[str]) -> Item:
+    """Return the item with other images; credentialed if one of these is."""
+    data_class = outgoing.CREDENTIALED if secret & set(images) else item.data_class
+    return dataclasses.replace(
+        item, image=images[0], further_images=tuple(images[1:]), data_class=data_class
+    )
 
 
 def blank(items: Sequence[Item], folder: Path | None) -> list[Item]:
@@ -88,7 +114,10 @@ def blank(items: Sequence[Item], folder: Path | None) -> list[Item]:
     if folder is not None and not (folder / BLANK).exists():
         folder.mkdir(parents=True, exist_ok=True)
         PIL.Image.new("RGB", (SIDE, SIDE), (GREY,) * 3).save(folder / BLANK)
-    return [dataclasses.replace(item, image=BLANK) for item in items]
+    return [
+        dataclasses.replace(item, image=BLANK, further_images=(BLANK,) * len(item.further_images))
+        for item in items
+    ]
 
 
 def rotated(items: Sequence[Item], places: int) -> list[Item]:

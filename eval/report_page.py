@@ -6,6 +6,7 @@
 The page stands alone: no script, no request, pictures inside. `markdown` is its tables in a shell.
 """
 
+import contextlib
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,13 +14,16 @@ from typing import Any
 
 from PIL import Image
 
-from eval import evidence, report_curves, report_tables, scoring
+from eval import evidence, loop, report_curves, report_tables, scoring
 from eval.report_tables import Values
 from medmax_jax import page
+from medmax_jax.io import image_paths
+from medmax_jax.new_folder import private
 
 EXAMPLES = 3  # of each task
 THUMBNAIL = 256  # pixels
 SEED, RESAMPLES = 0, 2_000  # of slices, for a summary that does not say them
+CREDENTIALED = "Some of these items are credentialed: keep this page where the items may be kept."
 NOTES = (
     "Intervals are 95 % percentile bootstraps over groups (patients or volumes), so several "
     "questions about one patient do not pass for several patients.",
@@ -85,9 +89,11 @@ def write(
         some = [record for record in records if record["task"] == task]
         body += page.section(f"Examples: {task}", examples(some, path.parent, Path(images_folder)))
     body += page.section("How to read this", "".join(page.paragraph(n) for n in NOTES))
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(page.document("Evaluation", body), encoding="utf-8")
-    partial.replace(path)
+    secret = any(map(evidence.is_credentialed, records))
+    if secret:
+        body = page.paragraph(CREDENTIALED) + body
+    with private() if secret else contextlib.nullcontext():
+        loop.write_text(path, page.document("Evaluation", body))
 
 
 def rows_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -103,9 +109,14 @@ def examples(records: Sequence[Mapping[str, Any]], workdir: Path, images_folder:
     pictures, rows = [], []
     for record in chosen:
         rows.append([record["id"], record["prompt"], record["answer"], record["text"]])
-        shown = [(images_folder / record["image"], "reference" if record["images"] else "shown")]
-        shown = shown if record["image"] else []
-        shown += [(workdir / name, "generated") for name in record["images"]]
+        what = "reference" if record["images"] else "shown"
+        given = [record["image"], *record.get("further_images", ())] if record["image"] else []
+        label = "an image of a credentialed item" if evidence.is_credentialed(record) else ""
+        shown = [(image_paths.resolve(images_folder, name, label=label), what) for name in given]
+        shown += [
+            (image_paths.resolve(workdir, name, label=label), "generated")
+            for name in record["images"]
+        ]
         pictures += [
             (png(file), f"{record['id']}: {what}") for file, what in shown if file.is_file()
         ]

@@ -25,11 +25,12 @@ from jaxtyping import Float
 from configs import biomedclip as published
 from data.journal import Journal, open_journal
 from data.records import file_sha256
-from eval import evidence, picture_sets, score_picture
+from eval import evidence, loop, picture_sets, score_picture
 from eval.evidence import Record
 from medmax_jax import biomedclip, biomedclip_files, biomedclip_inputs, efficientnet, images
 from medmax_jax.biomedclip_embed import Embedder
 from medmax_jax.config import build
+from medmax_jax.io import image_paths
 
 STORE = "embeddings.jsonl"
 KINDS = ("biomedclip", "efficientnet_lite0")
@@ -145,9 +146,7 @@ def see(
                 dict(task=task, scorer=scorer.name, fingerprint=scorer.fingerprint) | one
                 for one in _sets(view, part, seed, resamples)
             ]
-    partial = workdir / f"{out}.partial"
-    partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    partial.replace(workdir / out)
+    loop.write_text(workdir / out, "".join(json.dumps(line) + "\n" for line in lines))
     return sets
 
 
@@ -198,7 +197,7 @@ class _View:
         )
 
     def drawn(self, record: Record) -> list[np.ndarray]:
-        return [self._rows[self._key(self._workdir / name)] for name in record["images"]]
+        return [self._rows[self._key(path)] for path in self._generated(record)]
 
     def released(self, record: Record) -> list[np.ndarray]:
         """Prepared as the release did."""
@@ -206,8 +205,8 @@ class _View:
 
     def shown(self, record: Record) -> np.ndarray | None:
         """The picture of the item: shown, or the reference of what was to be drawn."""
-        path = self._folder / record["image"]
-        return self._rows[self._key(path)] if record["image"] and path.is_file() else None
+        path = self._reference(record)
+        return None if path is None else self._rows[self._key(path)]
 
     def text(self, words: str) -> np.ndarray:
         return self._rows[_text_key(words)]
@@ -218,14 +217,26 @@ class _View:
     def paths(self, record: Record) -> list[Path]:
         """Whose cosines with the text count: the picture shown, or those drawn."""
         if record["family"] == "captioning":
-            return [self._folder / record["image"]]
-        return [self._workdir / name for name in record["images"]]
+            return [self._resolved(self._folder, record, record["image"])]
+        return self._generated(record)
+
+    def _generated(self, record: Record) -> list[Path]:
+        return [self._resolved(self._workdir, record, name) for name in record["images"]]
+
+    def _reference(self, record: Record) -> Path | None:
+        """The file of the item's image; None where there is none."""
+        if not record["image"]:
+            return None
+        path = self._resolved(self._folder, record, record["image"])
+        return path if path.is_file() else None
+
+    def _resolved(self, folder: Path, record: Record, name: str) -> Path:
+        label = "an image of a credentialed item" if evidence.is_credentialed(record) else ""
+        return image_paths.resolve(folder, name, label=label)
 
     def _wanted(self, record: Record) -> Iterator[_Want]:
-        paths = [self._workdir / name for name in record["images"]]
-        if record["image"] and (self._folder / record["image"]).is_file():
-            paths.append(self._folder / record["image"])
-        for path in paths:
+        reference = self._reference(record)
+        for path in self._generated(record) + ([reference] if reference else []):
             yield _Want(self._key(path), path)
         if self.reads:
             for path in self.paths(record):
@@ -236,7 +247,7 @@ class _View:
             yield _Want(BLANK, _blank(self._workdir))
 
     def _missing(self, record: Record) -> str:
-        paths = self.paths(record) + [self._workdir / name for name in record["images"]]
+        paths = self.paths(record) + self._generated(record)
         return next((f"{path}: no such file" for path in paths if not path.is_file()), "")
 
     def _key(self, path: Path, *, released: bool = False) -> str:

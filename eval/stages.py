@@ -6,9 +6,11 @@ claim -> plan -> answer -> options -> probe -> judge -> see -> summarise -> repo
                                           summary.json  report.html  history.jsonl
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,8 @@ from eval.settings import Settings
 from eval.suites import Suite, check_images, suite
 from medmax_jax import batching, cli
 from medmax_jax.config import fingerprint, to_dict
+from medmax_jax.io import text_files
+from medmax_jax.new_folder import private
 
 SWAPPED = "the same model shown a picture of another group: what looking is worth"
 
@@ -95,11 +99,11 @@ def run(
 
     model: KIND:WHERE, as eval/opening.py has it. shard: "i/n" of the items, from 0.
     """
-    if not dry_run:
-        cli.open_workdir(workdir)  # before minutes of work that could not be written down
     found, part = suite(settings), loop.Shard.of(shard)
     if not dry_run:  # before a checkpoint is converted or its weights are read
         judging.check_judge(settings.judge, found.items, Path(workdir))
+        with _modes(found):
+            cli.open_workdir(workdir)  # before minutes of work that could not be written down
     named = opening.name(model or settings.model, adapter, merge, settings, progress=progress)
     workdir = Path(workdir)
     return run_named(
@@ -127,7 +131,40 @@ def run_named(
     progress: Callable[[str], None],
     stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any] | None:
-    """The same of items and a model at hand; `opened` is called once all is checked and told."""
+    """The same of items and a model at hand; `opened` is called once all is checked and told.
+
+    With a credentialed item among them the workdir is for its owner alone: 0700, its files 0600.
+    """
+    with _modes(found):
+        return _run_named(
+            settings,
+            Path(workdir),
+            found=found,
+            named=named,
+            opened=opened,
+            shard=shard,
+            dry_run=dry_run,
+            progress=progress,
+            stopped=stopped,
+        )
+
+
+def _modes(found: Suite) -> contextlib.AbstractContextManager[None]:
+    return private() if any(map(tasks.is_credentialed, found.items)) else contextlib.nullcontext()
+
+
+def _run_named(
+    settings: Settings,
+    workdir: Path,
+    *,
+    found: Suite,
+    named: opening.Named,
+    opened: Callable[[], opening.Opened],
+    shard: loop.Shard,
+    dry_run: bool,
+    progress: Callable[[str], None],
+    stopped: Callable[[], bool],
+) -> dict[str, Any] | None:
     check_images(found)
     for item in found.items:
         fix = "name the file in image and write the question in prompt"
@@ -136,7 +173,6 @@ def run_named(
         )
     check_later_stages(settings, found, named)
     stats.check_resamples(settings.resamples)
-    workdir = Path(workdir)
     asked = (settings, found, named, workdir, shard)
     limited = settings.service.max_usd is not None
     if not dry_run and not limited:
@@ -187,7 +223,7 @@ def claim(
     Returns the fingerprints that every record has: of the model, the items, and the settings that
     answers depend on.
     """
-    items = json.dumps([dataclasses.asdict(item) for item in found.items], sort_keys=True)
+    items = json.dumps([tasks.item_fields(item) for item in found.items], sort_keys=True)
     facts = {
         "sample": to_dict(settings.sample),
         "mode": settings.mode,
@@ -197,8 +233,15 @@ def claim(
         "items": hashlib.sha256(items.encode()).hexdigest(),
     }
     path = workdir / "run.json"
+    if write:
+        cli.open_workdir(workdir)
+        if any(map(tasks.is_credentialed, found.items)):
+            os.chmod(workdir, 0o700)  # it may have been there
     if path.exists():
-        for name, value in json.loads(path.read_text()).items():
+        known = text_files.read_json(path)
+        if not isinstance(known, dict):
+            raise loop.EvalError(f"{path}: damaged; name a fresh --workdir")
+        for name, value in known.items():
             if facts.get(name) != value:
                 raise loop.EvalError(
                     f"{workdir} holds an evaluation with another {name}; name a fresh --workdir"
@@ -209,7 +252,6 @@ def claim(
             "name a fresh --workdir"
         )
     elif write:
-        cli.open_workdir(workdir)
         loop.write_json(path, facts)
     asked = json.dumps([facts["sample"], settings.mode, settings.prompt]).encode()
     model = "+".join(part for part in (named.fingerprint, named.adapter_digest) if part)
@@ -223,7 +265,7 @@ def claim(
 def check_later_stages(settings: Settings, found: Suite, named: opening.Named) -> None:
     """Raises before hours of answers, not after, where a later stage could not be done."""
     if settings.judge.endpoint:
-        judging.judge_of(settings.judge)
+        judging.check_hosts(judging.judge_of(settings.judge), found.items)
     if not opening.asks_nobody(named):
         asked = probes.asked(found.items, settings.probes, settings.probe_families)
         for items_of in asked.values():

@@ -3,16 +3,17 @@
 import sys
 from collections.abc import Sequence
 
-from eval.cards import CARDS, Card
+from eval.cards import AVERAGES, CARDS, Card
 
 
 def table() -> str:
     """The suite as Markdown."""
-    head = ["task", "what", "family", "source", "split", "rows", "licence", "class", "metric"]
+    head = ["task", "what", "family", "source", "split", "rows asked", "rows read in"]
+    head += ["licence", "class", "metric"]
     rows = [
         (
             *(c.task, c.title, c.family, c.source, c.split),
-            f"{c.counts:,}" if c.counts is not None else f"not published{_told(c)}",
+            *(_asked(c), c.counted or "-"),
             *(c.licence, c.data_class, c.metric),
         )
         for c in CARDS.values()
@@ -27,11 +28,19 @@ def published_table() -> str:
         for c in CARDS.values()
         for p in c.published
     ]
+    rows += [("average", p.metric, p.model, f"{p.value:g}", p.read) for p in AVERAGES]
     return _markdown(["task", "their metric", "model", "value", "read in"], rows)
 
 
-def _told(card: Card) -> str:
-    return f" ({card.counted})" if card.counted else ""
+def _asked(card: Card) -> str:
+    if card.counts is None:
+        return "not published"
+    if not card.left_out:
+        return f"{card.counts:,}"
+    return (
+        f"{card.counts:,} of {card.counts + card.left_out:,}; {card.left_out} closed ones without "
+        "a yes or no as answer are left out"
+    )
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

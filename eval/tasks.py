@@ -12,12 +12,19 @@ its image and its family.
 import collections
 import dataclasses
 import random
+import re
+import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from data import chat_answers, outgoing
 from data.sample.phrases import NOUNS
-from eval import cards
+from data.sources.choices import choice_text
+from eval import cards, score_text, strict
+from medmax_jax.io import image_paths
+from medmax_jax.io.image_paths import is_inside
+from medmax_jax.io.text_files import printable
 
 
 class TaskError(ValueError):
@@ -65,7 +72,10 @@ CHAMELEON = {  # the release's wordings for the base model
 ASKED = {"closed": "vqa_closed", "mcq": "vqa_mcq", "open": "vqa_open"}
 CAPTION_PROMPT = "Please describe this picture."  # what the release asks whatever the row says
 DETAILED_PROMPT = "Analyze the image in a comprehensive and detailed manner."  # likewise
-PICTURE = "<image>"  # where a row of visual_chat wants its picture
+PICTURE = "<image>"  # where a row wants its picture
+_MARK = re.compile(r"<image(?:[ _]?(\d{1,3}))?>")  # also numbered, as MMMU writes them
+_LETTERED = r"(?<!\w)([A-Ba-b])\s*[:.)]"  # options of a form that score_text may not read
+OPTION_FIELDS = ("options", "choices")
 PROMPTS = ("sft", "chameleon", "default")  # the release's prompt processors, eval_utils.py
 FACTS = ("body_part", "organ", "view", "plane", "sequence", "stain", "finding")
 SAMPLE = ("sample_vqa", "sample")  # names in the embedded rows: there a task is its family
@@ -78,7 +88,8 @@ class Item:
     task: its row in the tables, as in eval/cards.py. slices: (name, value) pairs that numbers are
     also told apart by. context: what a judge is told of the picture. data_class: what
     data/outgoing.py asks before anything leaves the machine. released: (name, value) of the row
-    that only the release's scoring wants, and where its picture stands.
+    that only the release's scoring wants, and where its picture stands. further_images: those after
+    the first, of a question about several images.
     """
 
     id: str
@@ -95,18 +106,64 @@ class Item:
     context: str
     data_class: str
     released: tuple[tuple[str, str], ...] = ()
+    further_images: tuple[str, ...] = ()
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """All images, in order; () for a generation task without a reference image."""
+        return (self.image, *self.further_images) if self.image else ()
 
 
 def from_rows(
-    rows: Sequence[Mapping[str, str]], manifest: Sequence[Mapping] | None = None
+    rows: Sequence[Mapping[str, Any]],
+    manifest: Sequence[Mapping] | None = None,
+    *,
+    places: Sequence[str] | None = None,
 ) -> list[Item]:
-    """Items of released rows. `manifest`: rows that know the facts of the pictures, by `file`."""
+    """Return the items of released rows; raise TaskError or OutgoingError at the first bad row.
+
+    `manifest`: rows that know the facts of the pictures, by `file`. `places`: what messages call
+    the rows, like "items.jsonl line 3". An image that any credentialed row shows is credentialed in
+    every row.
+    """
     known = {row["file"]: row for row in manifest or ()}
-    items = [_item(number, row, known) for number, row in enumerate(rows)]
-    twice = [name for name, n in collections.Counter(i.id for i in items).items() if n > 1]
-    if twice:
-        raise TaskError(f"id {twice[0]!r} comes more than once; give every row its own id")
-    return items
+    places = places or [f"row {number}" for number in range(len(rows))]
+    items = [
+        _item(number, row, known, place)
+        for number, (row, place) in enumerate(zip(rows, places, strict=True))
+    ]
+    seen: set[str] = set()
+    for item, place in zip(items, places, strict=True):
+        if item.id in seen:
+            secret = item.data_class == outgoing.CREDENTIALED
+            shown = f"the id of {place}" if secret else f"id {item.id!r}"
+            raise TaskError(f"{shown} comes more than once; give every row its own id")
+        seen.add(item.id)
+    secret = {i for item in items if is_credentialed(item) for i in item.images}
+    return [
+        dataclasses.replace(item, data_class=outgoing.CREDENTIALED)
+        if secret & set(item.images)
+        else item
+        for item in items
+    ]
+
+
+def is_credentialed(item: Item) -> bool:
+    """Return whether nothing of the item may be repeated or sent to a host that is not listed."""
+    return item.data_class == outgoing.CREDENTIALED
+
+
+def item_name(item: Item, number: int) -> str:
+    """Return what messages call an item: its id, or of a credentialed one its number from 1."""
+    return f"number {number}" if is_credentialed(item) else item.id
+
+
+def item_fields(item: Item) -> dict[str, Any]:
+    """Return the fields of an item as records have them; `further_images` only where there are."""
+    found = dataclasses.asdict(item)
+    if not item.further_images:
+        del found["further_images"]
+    return found
 
 
 def parts(item: Item, folder: Path, prompt: str = "sft") -> tuple[Path | str, ...]:
@@ -114,15 +171,39 @@ def parts(item: Item, folder: Path, prompt: str = "sft") -> tuple[Path | str, ..
 
     `prompt`: one of PROMPTS, whose words these are; `ends_turn` says what comes after them. Where
     the release's `default` stops (captions without words, generation with no picture to open) the
-    words are asked that the other two ask.
+    words are asked that the other two ask. Images come before the text, or where the marks of the
+    prompt are:
+        parts(Item(prompt="Is <image> older than <image>?", ...), f)
+        ->  ("Is", f/a.png, "older than", f/b.png, "?")
     """
     words = worded(item, prompt)
     if not FAMILIES[item.family].shows_image:
         return (words,)
+    label = "an image of a credentialed item" if is_credentialed(item) else ""
+    images = tuple(image_paths.resolve(folder, name, label=label) for name in item.images)
+    if PICTURE in words:
+        return _interleaved(words, images)
     asked = dict(item.released).get("prompt", "")
     if asked.endswith(PICTURE) and words != DETAILED_PROMPT:
-        return words, folder / item.image
-    return folder / item.image, words
+        return words, *images
+    return *images, words
+
+
+def _interleaved(words: str, images: Sequence[Path]) -> tuple[Path | str, ...]:
+    """Return the text between the marks, without the spaces next to them, and the images."""
+    texts = words.split(PICTURE)
+    if len(texts) != len(images) + 1:
+        raise TaskError(
+            f"a prompt has {len(texts) - 1} {PICTURE} marks for {len(images)} images; write one "
+            "per image, or none"
+        )
+    found: list[Path | str] = []
+    for number, text in enumerate(texts):
+        text = text.lstrip() if number else text
+        text = text.rstrip() if number < len(images) else text
+        found += [text] if text else []
+        found += images[number : number + 1]
+    return tuple(found)
 
 
 def worded(item: Item, prompt: str) -> str:
@@ -166,51 +247,220 @@ def choose(items: Sequence[Item], count: int, *, seed: int) -> list[Item]:
     return [item for item in items if item.id in kept]
 
 
-def _item(number: int, row: Mapping[str, str], known: Mapping[str, Mapping]) -> Item:
-    where = f"row {row.get('id', number)}"
-    if missing := {"task_name", "question_type", "prompt", "answer", "image_path"} - set(row):
-        raise TaskError(f"{where}: {sorted(missing)[0]} is missing; the released schema has it")
-    family = NAMED.get(row["task_name"]) or ASKED.get(row["question_type"])
-    if family is None:
-        raise TaskError(
-            f"{where}: {row['task_name']} / {row['question_type']} is no task of this suite "
-            f"({', '.join((*NAMED, *ASKED))}); leave such rows out"
-        )
-    if FAMILIES[family].shows_image and not row["image_path"]:
-        raise TaskError(f"{where}: {family} needs image_path; name the picture")
-    facts = known.get(row["image_path"], {})
-    task, slices = _task(row, family), dict(row.get("slices", {}))
+def _item(number: int, row: Mapping[str, Any], known: Mapping[str, Mapping], place: str) -> Item:
+    if not isinstance(row, Mapping):
+        raise TaskError(f"{place}: a JSON {type(row).__name__}; expected an object")
+    stated = outgoing.class_of(row, place, default=outgoing.LICENCE_BOUND)
+    where = _where(number, row, place, stated)
+    family = _family(row, where, stated)
+    task = _task(row, family)
     card, said = cards.card_of(task, family), {}
     of_task = card.data_class if card else outgoing.LICENCE_BOUND
+    data_class = outgoing.class_of(row, place, default=of_task)
+    where = _where(number, row, place, data_class)
+    images, prompt = _images_and_prompt(row, family, where, data_class)
+    facts, slices = known.get(images[0] if images else "", {}), row.get("slices") or {}
+    if not isinstance(slices, Mapping):
+        raise TaskError(f"{where}: slices is of type {type(slices).__name__}; expected an object")
+    slices = dict(slices)
     if family == "visual_chat":
-        said, domain = _chat(where, row)
+        said, domain = _chat(where, row, data_class)
         slices = {"domain": domain} | slices
+    first = images[0] if images else ""
     fields = dict(
-        prompt=CAPTION_PROMPT if family == "captioning" else str(row["prompt"]),
+        prompt=CAPTION_PROMPT if family == "captioning" else prompt,
         answer=str(row["answer"]),
-        context=str(row.get("context", "")),
-        data_class=str(row.get("data_class") or of_task),
+        context=str(row.get("context") or ""),
+        data_class=data_class,
     )
-    return Item(
-        id=str(row.get("id", number)),
+    item = Item(
+        id=str(number if row.get("id") is None else row["id"]),
         task=task,
         family=family,
-        image=str(row["image_path"]),
-        group=str(row.get("group") or row["image_path"] or number),
+        image=first,
+        group=str(row.get("group") or first or number),
         template=str(row.get("template") or family),
         facts=_facts(facts),
         kind=str(facts.get("modality", "")),
         slices=tuple(sorted((str(k), str(v)) for k, v in slices.items() if v)),
+        further_images=images[1:],
         **fields | said,
     )
+    _check_reference(item, where)
+    return item
 
 
-def _chat(where: str, row: Mapping[str, str]) -> tuple[dict, str]:
+def _where(number: int, row: Mapping[str, Any], place: str, data_class: str) -> str:
+    """Return what messages call a row: of a credentialed one nothing but its place."""
+    if data_class == outgoing.CREDENTIALED or row.get("id") is None:
+        return place
+    name = printable(row["id"], 80)
+    return f"row {name}" if place == f"row {number}" else f"{place}, id {name}"
+
+
+def _family(row: Mapping[str, Any], where: str, data_class: str) -> str:
+    """Return the family of a row whose fields have the types of the released schema."""
+    need = {"task_name", "question_type", "prompt", "answer"} - set(row)
+    need |= {"image_path"} if not {"image_path", "images"} & set(row) else set()
+    if need:
+        raise TaskError(f"{where}: {sorted(need)[0]} is missing; the released schema has it")
+    for name in ("task_name", "question_type", "prompt", "answer"):
+        value = row[name]
+        kinds = (str, int, float) if name == "answer" else str
+        if not isinstance(value, kinds) and not (name == "question_type" and value is None):
+            raise TaskError(f"{where}: {name} is of type {type(value).__name__}; expected a string")
+    family = NAMED.get(row["task_name"]) or ASKED.get(row["question_type"])
+    if family is None:
+        shown = f"{row['task_name']} / {row['question_type']}"
+        shown = shown if data_class != outgoing.CREDENTIALED else "task_name / question_type"
+        raise TaskError(
+            f"{where}: {printable(shown)} is no task of this suite "
+            f"({', '.join((*NAMED, *ASKED))}); leave such rows out"
+        )
+    return family
+
+
+def _images_and_prompt(
+    row: Mapping[str, Any], family: str, where: str, data_class: str
+) -> tuple[tuple[str, ...], str]:
+    """Return the images in the order of their marks, and the prompt with its options.
+
+    Marks before all text are dropped, since images come first anyway; others stay in the prompt,
+    where `parts` puts the images.
+        "<image> <image> Did it grow?", (a, b)      ->  (a, b), "Did it grow?"
+        "Is <image 2> older than <image 1>?", (a, b)  ->  (b, a), "Is <image> older than <image>?"
+    """
+    images, prompt = _images(row, where, data_class), row["prompt"]
+    shows = FAMILIES[family].shows_image
+    if shows and not images:
+        raise TaskError(f"{where}: {family} needs image_path; name the picture")
+    if len(images) > 1 and family not in ASKED.values():
+        raise TaskError(f"{where}: {len(images)} images, but {family} takes one; name one image")
+    if family == "vqa_mcq":
+        prompt = _with_options(row, prompt, where)
+    if family in ("captioning", "visual_chat"):  # the release's own rules on marks: `parts`
+        return images, prompt
+    marks = list(_MARK.finditer(prompt))
+    count = len(images) if shows else 0
+    if marks and len(marks) != count:
+        raise TaskError(
+            f"{where}: the prompt has {len(marks)} image marks for {count} images that are shown; "
+            f"write one {PICTURE} per image, or none"
+        )
+    if any(mark[1] for mark in marks):
+        order = [int(mark[1] or 0) - 1 for mark in marks]
+        if sorted(order) != list(range(count)):
+            raise TaskError(
+                f"{where}: the image marks of the prompt are not numbered 1 to {count}, each once"
+            )
+        images = tuple(images[place] for place in order)
+    prompt = _MARK.sub(PICTURE, prompt)
+    rest = re.sub(rf"^(?:\s*{PICTURE})+\s*", "", prompt)
+    return images, prompt if PICTURE in rest else rest
+
+
+def _images(row: Mapping[str, Any], where: str, data_class: str) -> tuple[str, ...]:
+    """Return the paths that `image_path` or `images` has, one or a list; () for none."""
+    given = [name for name in ("image_path", "images") if row.get(name) not in (None, "", [])]
+    if not given:
+        return ()
+    if len(given) == 2 and row["image_path"] != row["images"]:
+        raise TaskError(f"{where}: image_path and images differ; give one of them")
+    value = row[given[0]]
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list | tuple):
+        raise TaskError(
+            f"{where}: {given[0]} is of type {type(value).__name__}; give it a path, or a list of "
+            "paths"
+        )
+    for number, name in enumerate(names, start=1):
+        if not is_inside(name):
+            shown = f"image {number}" if len(names) > 1 else "the image"
+            if data_class != outgoing.CREDENTIALED:
+                shown = printable(repr(name))
+            raise TaskError(
+                f"{where}: {given[0]}: {shown} leads out of the image folder; use a path relative "
+                "to it, without '..'"
+            )
+    return tuple(names)
+
+
+def _with_options(row: Mapping[str, Any], prompt: str, where: str) -> str:
+    """Return the prompt of a multiple choice row with the options that a field of the row lists."""
+    field = next((name for name in OPTION_FIELDS if row.get(name)), None)
+    listed = score_text.options(prompt)
+    lettered = {"A", "B"} <= {mark.upper() for mark in re.findall(_LETTERED, prompt)}
+    if field is None:
+        if not listed and not lettered:
+            raise TaskError(
+                f"{where}: no options can be read from the prompt of a multiple choice row; list "
+                "them in it, one line each like 'A: CT', or in the field options"
+            )
+        return prompt
+    options = _options(row[field], f"{where}: {field}")
+    if listed:
+        theirs, ours = ([score_text.tokens(t) for t in o.values()] for o in (listed, options))
+        if theirs != ours:
+            raise TaskError(f"{where}: {field} is not what the prompt lists; give one of the two")
+        return prompt
+    if lettered and all(text in prompt for text in options.values()):
+        return prompt
+    prompt = choice_text(prompt, options)
+    found = score_text.options(prompt)
+    if found and len(found) != len(options):
+        raise TaskError(
+            f"{where}: {field} has {len(options)} options, of which {len(found)} can be read"
+        )
+    return prompt
+
+
+def _options(value: Any, where: str) -> dict[str, str]:
+    """Return letter -> text of a list of options, or of an object with the letters as its keys."""
+    letters = list(string.ascii_uppercase)
+    if isinstance(value, Mapping):
+        if list(value) != letters[: len(value)]:
+            raise TaskError(f"{where}: the keys are not A, B, C, ..; use these, or a list")
+        value = list(value.values())
+    if not isinstance(value, list | tuple) or not 2 <= len(value) <= len(letters):
+        raise TaskError(f"{where}: expected a list of 2 to {len(letters)} texts")
+    found = {}
+    for letter, text in zip(letters, value, strict=False):
+        if isinstance(text, bool) or not isinstance(text, str | int | float):
+            raise TaskError(
+                f"{where}: option {letter} is of type {type(text).__name__}; expected a string"
+            )
+        found[letter] = re.sub(rf"^\(?{letter}[).:]\s*", "", str(text).strip())
+        if not found[letter]:
+            raise TaskError(f"{where}: option {letter} is empty; give it a text")
+    return found
+
+
+def _check_reference(item: Item, where: str) -> None:
+    """Raise TaskError where no answer could be right, before anything is asked and paid for."""
+    try:
+        if item.family == "vqa_closed":
+            strict.closed(item.answer, item.answer)
+        elif item.family == "vqa_mcq":
+            strict.choice(item.answer, item.answer, item.prompt)
+    except strict.StrictError:
+        shown = f"answer {printable(repr(item.answer), 60)}"
+        if item.data_class == outgoing.CREDENTIALED:
+            shown = "the answer"
+        form = "yes or no" if item.family == "vqa_closed" else "one of the question's options"
+        raise TaskError(
+            f"{where}: {shown} cannot be read as {form}, so no reply could be right; correct it "
+            "(for options their letter), or leave the row out"
+        ) from None
+
+
+def _chat(where: str, row: Mapping[str, Any], data_class: str) -> tuple[dict, str]:
     """What a visual_chat row's dictionary says, and its domain."""
     try:
         found = chat_answers.read(str(row["answer"]))
     except chat_answers.ChatAnswerError as error:
-        raise TaskError(f"{where}: {error}") from error
+        secret = data_class == outgoing.CREDENTIALED
+        why = "the answer is not the dictionary of the released schema" if secret else error
+        raise TaskError(f"{where}: {why}") from (None if secret else error)
     asked = str(row["prompt"]).replace(PICTURE, "").strip()
     detailed = row["question_type"] == "detailed_description"
     released = dict(

@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from PIL.PngImagePlugin import PngInfo
 from medmax_jax import images, page
 from medmax_jax.batching import GenerateError, check_no_path
 from medmax_jax.generator import MAX_PIXELS, Generator, Image, Text, segments
+from medmax_jax.io import image_paths
 from medmax_jax.tokenizer import segments_of
 
 NOTICE = "Research only, not for clinical use."
@@ -79,7 +80,7 @@ def from_words(prompts: Sequence[str], pictures: Sequence[str]) -> list[Question
         fix = f"write --prompt='{{{words[:80]}}} ...' or --image={words[:80]}"
         check_no_path(words, where="--prompt", fix=fix)
     return [
-        Question(id=str(number), named=False, parts=first + _parts(words, Path()))
+        Question(id=str(number), named=False, parts=first + _parts(words, Path))
         for number, words in enumerate(prompts)
     ]
 
@@ -212,7 +213,7 @@ def _question(line: str, where: str, number: str, folder: Path) -> Question:
     fix = 'write {"image": "FILE"} as a part of the prompt'
     if isinstance(prompt, str):
         check_no_path(prompt, where=where, fix=fix, folder=folder)
-        return Question(parts=_parts(prompt, folder), **name)
+        return Question(parts=_parts(prompt, lambda path: _file(folder, path, where)), **name)
     parts: list[str | Path] = []
     for part in prompt if isinstance(prompt, list) else [None]:
         if not isinstance(part, dict) or len(part) != 1 or not isinstance(*part.values(), str):
@@ -224,14 +225,22 @@ def _question(line: str, where: str, number: str, folder: Path) -> Question:
             raise GenerateError(f"{where}: {kind!r} is no part of a prompt; text and image are")
         if kind == "text":
             check_no_path(value, where=where, fix=fix, folder=folder)
-        parts.append(value if kind == "text" else folder / value)
+        parts.append(value if kind == "text" else _file(folder, value, where))
     return Question(parts=tuple(parts), **name)
 
 
-def _parts(words: str, folder: Path) -> tuple[str | Path, ...]:
+def _file(folder: Path, name: str, where: str) -> Path:
+    """The image that a file of prompts names; it stays in the folder of the file."""
+    try:
+        return image_paths.resolve(folder, name)
+    except image_paths.ImagePathError as error:
+        raise GenerateError(f"{where}: {error}") from error
+
+
+def _parts(words: str, file_of: Callable[[str], Path]) -> tuple[str | Path, ...]:
     """ "Is {a.png} it?" -> "Is ", a.png, " it?"."""
     pieces = _PICTURE.split(words)
-    parts = [folder / p if i % 2 else p for i, p in enumerate(pieces)]
+    parts = [file_of(p) if i % 2 else p for i, p in enumerate(pieces)]
     return tuple(p for p in parts if isinstance(p, Path) or p) or ("",)
 
 

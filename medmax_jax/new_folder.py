@@ -47,6 +47,19 @@ def private() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def private_folder(path: str | os.PathLike) -> Iterator[None]:
+    """Make `path`, and all that the block creates, accessible to its owner alone: 0700 and 0600.
+
+    A folder that is there is closed to others before anything is written into it.
+    """
+    with private():
+        with os_errors(str(path)):
+            os.makedirs(path, exist_ok=True)
+            os.chmod(path, 0o700)
+        yield
+
+
+@contextlib.contextmanager
 def _on_disk(path: str, bytes_needed: int, seal: str) -> Iterator[Folder]:
     path = os.path.realpath(path)  # a link to an empty folder goes on pointing at it
     above, partial = os.path.dirname(path), path + ".partial"

@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import PyTree
 
+from data import outgoing
 from data.documents import Document
 from data.reader import Records
 from medmax_jax import generate, page
@@ -89,7 +90,7 @@ def write(
         for batch, written in generate.write(g, prompts, run.sample, names=names, **request):
             for i, answer in zip(batch, generate.segments(g, written), strict=True):
                 answers[of_mode[i]] = answer
-    secret = any(case.credential != "no" for case in asked)
+    secret = any(outgoing.is_credentialed(case.credential) for case in asked)
     body = page.paragraph(NOTICE) + (page.paragraph(CREDENTIALED) if secret else "")
     for i, case in enumerate(asked):
         shown = {"prompt": case.prompt[:-1], "answer of the document": case.answer}

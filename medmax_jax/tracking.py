@@ -29,7 +29,7 @@ def wandb(
     environment: Mapping[str, str],
 ) -> tuple[Callable[[int, dict[str, float]], None], Callable[[], None]]:
     """(send, close). `credentials`: of the records; `listed`: hosts for credentialed data."""
-    kinds = [outgoing.LICENCE_BOUND if c == "no" else outgoing.CREDENTIALED for c in credentials]
+    kinds = map(outgoing.class_of_credential, credentials)
     server = environment.get("WANDB_BASE_URL") or SERVER
     try:
         outgoing.check(server, outgoing.strictest(kinds), listed=outgoing.hosts(listed))

@@ -34,9 +34,9 @@ def every():
         row(
             task,
             kind,
-            prompt=f"{task} {kind} \u2028 é",
-            image_path=f"./images/{task}.png",
-            answer=repr(CHAT) if task == "visual_chat" else "yes",
+            prompt=f"{task} {kind} \u2028 é" + "\nA: CT\nB: MRI" * (kind == "mcq"),
+            image_path=f"./images/{task}_{kind}.png",  # an image has one class
+            answer=repr(CHAT) if task == "visual_chat" else "B" if kind == "mcq" else "yes",
         )
         for task, kinds in eval_rows.KNOWN.items()
         for kind in (kinds or ("", "multimodal", None))

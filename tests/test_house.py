@@ -28,12 +28,13 @@ settings    configs configs.sampling configs.base configs.chameleon_30b configs.
             configs.sweep_tiny_lora configs.sweep_medmax_7b_data configs.sample_meta
             configs.sample_medmax configs.biomedclip
 
-facts       medmax_jax medmax_jax.io medmax_jax.io.text_files
+facts       medmax_jax medmax_jax.io medmax_jax.io.text_files medmax_jax.io.image_paths
             medmax_jax.config medmax_jax.vocab medmax_jax.mesh medmax_jax.images
             medmax_jax.page medmax_jax.charts medmax_jax.cli medmax_jax.bucket medmax_jax.storage
             medmax_jax.new_folder medmax_jax.progress medmax_jax.unpickle medmax_jax.pth data
-            data.mixture data.pack data.documents data.staging data.reader data.records data.mixing
-            data.plan_file data.plan_report data.synthetic data.overlap data.outgoing data.journal
+            data.mixture data.pack data.documents data.staging data.reader data.outgoing
+            data.records data.mixing
+            data.plan_file data.plan_report data.synthetic data.overlap data.journal
             data.chat_answers eval.cards
             data.endpoint data.asking data.captions data.instruct_replies data.sample
             data.sample.manifest data.sample.phrases data.sample.questions data.sample.documents

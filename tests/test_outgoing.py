@@ -95,7 +95,6 @@ def test_hosts_are_listed_in_three_ways():
         ({"credential": "NO"}, LICENCE_BOUND),
         ({"credential": "yes"}, CREDENTIALED),
         ({"credential": "YES", "data_class": "credentialed"}, CREDENTIALED),
-        ({"credential": "no", "data_class": "credentialed"}, CREDENTIALED),
     ],
 )
 def test_the_class_of_a_row(row, data_class):
@@ -109,6 +108,11 @@ def test_the_class_of_a_row(row, data_class):
         ({"credential": "unknown"}, "credential is 'unknown'"),
         ({"data_class": "public"}, "data_class is 'public'; use one of"),
         ({"data_class": "open", "credential": "Yes"}, "data_class 'open' but credential yes"),
+        ({"data_class": "credentialed", "credential": "no"}, "'credentialed' but credential no"),
+        ({"credential": "the patient has"}, "credential is of type str; use yes or no"),
+        ({"credential": True}, "credential is of type bool"),
+        ({"data_class": ["x"], "credential": "yes"}, "data_class is of type list; use one of"),
+        ({"data_class": "secret", "credential": "yes"}, "data_class is of type str"),
     ],
 )
 def test_a_class_is_never_guessed(row, message):

@@ -14,6 +14,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
+from medmax_jax.io.image_paths import is_inside
 from medmax_jax.tokenizer import IMAGE_NAME, SEP_NAME
 
 Made = TypeVar("Made")
@@ -122,10 +123,9 @@ def picture_path(item: dict[str, Any], key: str, root: str) -> str:
     value = item.get(key)
     if not isinstance(value, str) or not value.strip():
         raise RowError(f"{key}: no path of a picture")
-    path = pathlib.PurePosixPath(value.strip())
-    if path.is_absolute() or ".." in path.parts or "\\" in value or "\0" in value:
+    if not is_inside(value.strip()):
         raise RowError(f"{key}: leads out of the folder")
-    return str(pathlib.PurePosixPath(root, path))
+    return str(pathlib.PurePosixPath(root, value.strip()))
 
 
 def joined(turns: list[tuple[str, str]], *, image: str) -> str:

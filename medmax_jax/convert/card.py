@@ -7,6 +7,7 @@ import pathlib
 from typing import Any
 
 import data.sample
+from data import outgoing
 from data.mixture import SOURCES
 from data.sample.manifest import read_manifest
 from medmax_jax.convert.form import Adapter, Checkpoint
@@ -44,7 +45,7 @@ def _first(facts: dict[str, Any]) -> str:
     table = _sources(facts)
     if named := [name for name, (credential, _) in table.items() if credential == "yes"]:
         return f"**Trained on credentialed data: {', '.join(named)}.** Check their terms."
-    if facts.get("credentials", {}).get("yes"):
+    if any(map(outgoing.is_credentialed, facts.get("credentials", {}))):
         return "**Trained on credentialed data.** Check the terms of the sources below."
     if set(facts.get("credentials", {})) == {"no"}:
         return "Trained on no credentialed data."
