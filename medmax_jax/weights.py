@@ -18,8 +18,10 @@ from jax.experimental import multihost_utils
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from medmax_jax.io.errors import FileError
 
-class WeightsError(ValueError):
+
+class WeightsError(FileError):
     """A weight file that does not fit; the message names the file, the key and the mend."""
 
 
