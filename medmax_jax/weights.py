@@ -60,6 +60,12 @@ def metadata(path_file: str | os.PathLike) -> dict[str, str]:
         return dict(file.metadata() or {})
 
 
+def names(path_file: str | os.PathLike) -> list[str]:
+    """Return the names of the arrays in the file."""
+    with _opened(path_file) as file:
+        return list(file.keys())
+
+
 def named(tree: Any) -> dict[str, Any]:
     """Dotted name -> leaf, in tree order; raises WeightsError when two leaves share a name."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]

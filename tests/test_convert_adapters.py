@@ -174,7 +174,7 @@ def edited(tmp_path, **changes) -> pathlib.Path:
         (dict(peft_type="IA3"), "peft_type is 'IA3'"),
         (
             dict(init_lora_weights="pissa"),
-            "init_lora_weights is 'pissa', which starts from other base",
+            "init_lora_weights is 'pissa', which starts from other",
         ),
         (dict(r=8), r"says rank 8; config and weights are of two adapters"),
         (dict(lora_alpha="16"), "lora_alpha is '16'; it must be a number"),
