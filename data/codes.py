@@ -18,8 +18,8 @@ from jaxtyping import Float32
 from data.documents import Layout
 from data.records import file_sha256
 from data.sources import dicom
-from medmax_jax import images, vqgan, weights
-from medmax_jax.config import VQ, Vocab, build
+from medmax_jax import images, vqgan
+from medmax_jax.config import VQ, Vocab, build, check_vq
 from medmax_jax.io.text_files import PrintableFormatter
 from medmax_jax.tokenizer import Tokenizer
 
@@ -61,10 +61,11 @@ def load_encoder(folder: Path, *, vq: Any = None, tokenizer: Tokenizer | None = 
     try:
         raw = json.loads(path.read_text())
         vocab, vq_config = build(Vocab, raw["vocab"]), build(VQ, raw["vq"])
+        check_vq(vq_config)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise PrepareError(f"{path}: no usable model folder ({error}); give --model") from error
     file = folder / "vqgan.safetensors"
-    vq = weights.load(file, vqgan.abstract(vq_config)) if vq is None else vq
+    vq = vqgan.load(file, vq_config) if vq is None else vq
     tokenizer = tokenizer or Tokenizer.from_file(folder / "tokenizer.json", vocab)
     layout = Layout(
         vocab=vocab,

@@ -14,8 +14,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from medmax_jax.io.errors import FileError, quoted
+from medmax_jax.io.text_files import printable
 
-class ConfigError(ValueError):
+
+class ConfigError(FileError):
     """A config that cannot be used; the message names the field, the value and the mend."""
 
 
@@ -189,10 +192,38 @@ CHOICES = {
     "train.prng_impl": ("threefry2x32", "rbg", "unsafe_rbg"),
     "train.compile": ("default", "gather"),
 }
-# What the rules below divide by.
-DIVISORS = (
-    "model.num_kv_heads", "model.qk_norm_shards", "vq.norm_groups", "mesh.data", "mesh.fsdp",
-)  # fmt: skip
+# Smallest and largest value of the numbers that size a model, far above any published one. A file
+# from elsewhere is held against them before anything is built from it.
+BOUNDS = {
+    "vocab.size": (1, 1 << 22),
+    "vocab.image_codes": (1, 1 << 20),
+    "vocab.text_start": (0, 1 << 22),
+    "model.hidden_size": (1, 1 << 17),
+    "model.num_layers": (1, 1 << 10),
+    "model.num_heads": (1, 1 << 12),
+    "model.num_kv_heads": (1, 1 << 12),
+    "model.head_dim": (1, 1 << 13),
+    "model.intermediate_size": (1, 1 << 20),
+    "model.context_length": (1, 1 << 24),
+    "model.rope_theta": (1e-3, 1e12),
+    "model.rms_norm_eps": (0.0, 1.0),
+    "model.qk_norm_eps": (0.0, 1.0),
+    "model.qk_norm_shards": (1, 1 << 12),
+    "vq.image_size": (1, 1 << 14),
+    "vq.channels": (1, 1 << 13),
+    "vq.channel_mult": (1, 64),
+    "vq.num_res_blocks": (1, 16),
+    "vq.z_channels": (1, 1 << 13),
+    "vq.embed_dim": (1, 1 << 13),
+    "vq.num_codes": (1, 1 << 20),
+    "vq.norm_groups": (1, 1 << 13),
+    "lora.rank": (0, 1 << 14),
+    "lora.alpha": (-1e6, 1e6),
+    "lora.dropout": (0.0, 1.0),
+    "mesh.data": (1, 1 << 20),
+    "mesh.fsdp": (1, 1 << 20),
+}
+MAX_LIST = 8  # entries of a list of numbers; the levels of a VQGAN
 
 
 def build(cls: type, config: ConfigDict | dict[str, Any]) -> Any:
@@ -213,7 +244,39 @@ def check(run: Run) -> None:
         section, field = name.split(".")
         value = getattr(getattr(run, section), field)
         _rule(value in allowed, name, value, f"one of {', '.join(allowed)}")
+    check_model(run.model, run.vocab, run.vq)
     _check_sizes(run)
+
+
+def check_model(model: Model, vocab: Vocab, vq: VQ) -> None:
+    """Raise ConfigError where the settings of a model contradict one another."""
+    m, v = model, vocab
+    for name in ("param_dtype", "compute_dtype", "quant", "remat", "attention"):
+        allowed, value = CHOICES[f"model.{name}"], getattr(m, name)
+        _rule(value in allowed, f"model.{name}", value, f"one of {', '.join(allowed)}")
+    heads, shards = m.num_heads, m.qk_norm_shards
+    _rule(heads % m.num_kv_heads == 0, "model.num_heads", heads, "divisible by num_kv_heads")
+    mend = "a divisor of num_kv_heads"
+    _rule(m.num_kv_heads % shards == 0, "model.qk_norm_shards", shards, mend)
+    _rule(m.head_dim % 2 == 0, "model.head_dim", m.head_dim, "even: RoPE turns pairs")
+    _rule(v.size > v.text_start >= 8712, "vocab.text_start", v.text_start, "in 8712..vocab.size")
+    _rule(0 < v.image_codes <= 8192, "vocab.image_codes", v.image_codes, "in 1..8192")
+    mend = f"{v.image_codes}, as vocab.image_codes"
+    _rule(vq.num_codes == v.image_codes, "vq.num_codes", vq.num_codes, mend)
+    check_vq(vq)
+    if m.quant in ("int4", "nf4"):
+        for name in ("hidden_size", "intermediate_size"):
+            _rule(getattr(m, name) % 64 == 0, f"model.{name}", getattr(m, name), "a multiple of 64")
+        mend = f"x head_dim a multiple of 64 for {m.quant}"
+        _rule(m.num_heads * m.head_dim % 64 == 0, "model.num_heads", m.num_heads, mend)
+
+
+def check_vq(vq: VQ) -> None:
+    """Raise ConfigError where the settings of a VQGAN contradict one another."""
+    mend = f"a multiple of vq.norm_groups, {vq.norm_groups}"
+    _rule(vq.channels % vq.norm_groups == 0, "vq.channels", vq.channels, mend)
+    mend = f"a multiple of {vq.downsampling}"
+    _rule(vq.image_size % vq.downsampling == 0, "vq.image_size", vq.image_size, mend)
 
 
 def to_dict(settings: Any) -> dict[str, Any]:
@@ -229,15 +292,42 @@ def fingerprint(settings: Any) -> str:
 
 def _build(cls: type, values: Any, where: str) -> Any:
     if not isinstance(values, dict):
-        raise ConfigError(f"{where} is {values!r}; it must be a section with fields {_names(cls)}")
+        raise ConfigError(
+            f"{where} is {quoted(values)}; it must be a section with fields {_names(cls)}"
+        )
     fields = {f.name: f for f in dataclasses.fields(cls)}
-    if unknown := sorted(set(values) - set(fields)):
-        raise ConfigError(f"{where}.{unknown[0]} is unknown; the fields are {_names(cls)}")
+    if unknown := sorted(map(str, set(values) - set(fields))):
+        name = printable(unknown[0], 80)
+        raise ConfigError(f"{where}.{name} is unknown; the fields are {_names(cls)}")
     if missing := sorted(set(fields) - set(values)):
         raise ConfigError(
             f"{where}.{missing[0]} is missing; set it (configs/base.py has every field)"
         )
-    return cls(**{n: _value(f.type, values[n], f"{where}.{n}") for n, f in fields.items()})
+    return cls(**{n: _field(cls, f, values[n], f"{where}.{n}") for n, f in fields.items()})
+
+
+def _field(cls: type, field: dataclasses.Field, value: Any, where: str) -> Any:
+    value = _value(field.type, value, where)
+    name = f"{cls.__name__.lower()}.{field.name}"
+    if name in BOUNDS:
+        for each in value if isinstance(value, tuple) else (value,):
+            check_bounds(name, each, where)
+    return value
+
+
+def check_bounds(name: str, value: Any, where: str) -> None:
+    """Raise ConfigError unless `value` is a number within BOUNDS[name]; `where` is in the message.
+
+    A whole number is required where the bounds are whole numbers. NaN is outside all bounds.
+    """
+    low, high = BOUNDS[name]
+    kinds = (int,) if type(low) is int else (int, float)
+    if type(value) not in kinds:
+        kind = "a whole number" if type(low) is int else "a number"
+        raise ConfigError(f"{where} is {quoted(value)}; it must be {kind}")
+    if not low <= value <= high:
+        least = "above 0" if low == 1 and value < low else f"in {low}..{high}"
+        raise ConfigError(f"{where} is {quoted(value)}; it must be {least}")
 
 
 def _names(cls: type) -> str:
@@ -252,60 +342,30 @@ def _value(kind: Any, value: Any, where: str) -> Any:
     if kind == tuple[str, ...]:  # a list, or its words with commas between them
         found = [v for v in value.split(",") if v] if isinstance(value, str) else value
         if not isinstance(found, (list, tuple)) or not all(type(v) is str for v in found):
-            raise ConfigError(f"{where} is {value!r}; it must be names with commas between them")
+            raise ConfigError(
+                f"{where} is {quoted(value)}; it must be names with commas between them"
+            )
         return tuple(found)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise ConfigError(f"{where} is {quoted(value)}; it must be a smaller number") from error
     if kind == tuple[int, ...]:
         if not isinstance(value, (list, tuple)) or not all(type(v) is int for v in value):
-            raise ConfigError(f"{where} is {value!r}; it must be a list of whole numbers")
+            raise ConfigError(f"{where} is {quoted(value)}; it must be a list of whole numbers")
+        if not 0 < len(value) <= MAX_LIST:
+            raise ConfigError(f"{where} has {len(value)} entries; it must have 1 to {MAX_LIST}")
         return tuple(value)
     if type(value) is not kind:
         raise ConfigError(
-            f"{where} is {value!r} ({type(value).__name__}); it must be {kind.__name__}"
+            f"{where} is {quoted(value)} ({type(value).__name__}); it must be {kind.__name__}"
         )
     return value
 
 
 def _check_sizes(run: Run) -> None:
-    m, v, q, d = run.model, run.vocab, run.vq, run.data
-    for name in DIVISORS:
-        section, field = name.split(".")
-        value = getattr(getattr(run, section), field)
-        _rule(value > 0, name, value, "above 0")
-    _rule(
-        m.num_heads % m.num_kv_heads == 0,
-        "model.num_heads",
-        m.num_heads,
-        "divisible by num_kv_heads",
-    )
-    _rule(
-        m.num_kv_heads % m.qk_norm_shards == 0,
-        "model.qk_norm_shards",
-        m.qk_norm_shards,
-        "a divisor of num_kv_heads",
-    )
-    _rule(m.head_dim % 2 == 0, "model.head_dim", m.head_dim, "even: RoPE turns pairs")
-    _rule(v.size > v.text_start >= 8712, "vocab.text_start", v.text_start, "in 8712..vocab.size")
-    _rule(0 < v.image_codes <= 8192, "vocab.image_codes", v.image_codes, "in 1..8192")
-    _rule(
-        q.num_codes == v.image_codes,
-        "vq.num_codes",
-        q.num_codes,
-        f"{v.image_codes}, as vocab.image_codes",
-    )
-    _rule(
-        q.channels % q.norm_groups == 0,
-        "vq.channels",
-        q.channels,
-        f"a multiple of vq.norm_groups, {q.norm_groups}",
-    )
-    _rule(
-        q.image_size % q.downsampling == 0,
-        "vq.image_size",
-        q.image_size,
-        f"a multiple of {q.downsampling}",
-    )
+    m, d = run.model, run.data
     limit = min(d.seq_len, m.context_length)  # positions begin anew with each document of a row
     mend = f"in 1..{limit}: at most data.seq_len and model.context_length"
     _rule(0 < d.document_limit <= limit, "data.document_limit", d.document_limit, mend)
@@ -336,16 +396,6 @@ def _check_sizes(run: Run) -> None:
         _rule(d.seq_len % 128 == 0, "data.seq_len", d.seq_len, "a multiple of 128 for splash")
     half = m.compute_dtype == "bfloat16" or m.attention != "cudnn"  # its kernels know no fp32
     _rule(half, "model.compute_dtype", m.compute_dtype, "bfloat16 when model.attention is cudnn")
-    if m.quant in ("int4", "nf4"):
-        for name in ("hidden_size", "intermediate_size"):
-            _rule(getattr(m, name) % 64 == 0, f"model.{name}", getattr(m, name), "a multiple of 64")
-        wide = m.num_heads * m.head_dim
-        _rule(
-            wide % 64 == 0,
-            "model.num_heads",
-            m.num_heads,
-            f"x head_dim a multiple of 64 for {m.quant}",
-        )
     whole = m.quant == "none"  # convert makes quantised matrices; none leaves in a whole model
     mend = f"none when train.trains is {run.train.trains}"
     _rule(whole or lora, "model.quant", m.quant, mend)
@@ -370,4 +420,4 @@ def _check_sizes(run: Run) -> None:
 
 def _rule(holds: bool, name: str, value: Any, mend: str) -> None:
     if not holds:
-        raise ConfigError(f"config.{name} is {value!r}; it must be {mend}")
+        raise ConfigError(f"config.{name} is {quoted(value)}; it must be {mend}")

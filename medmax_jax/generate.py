@@ -38,6 +38,7 @@ from medmax_jax.generator import (
     Part,
     Text,
     around,
+    check_decoder,
     decode,
     encode,
     load,
@@ -228,6 +229,8 @@ def _served(
 ) -> Iterator[list[serving.Written]]:
     """An engine as large as these requests need, and what it writes chunk by chunk."""
     batching.knobs(sample)  # settings that make no sense, before anything is made
+    if mode != "text":
+        check_decoder(g)
     codes, context = g.vq_config.codes_per_image, g.config.context_length
     requests = batching.requests(
         prompts, sample, g.vocab, mode=mode, names=names, codes=codes, context=context

@@ -22,7 +22,8 @@ from jaxtyping import Int
 from medmax_jax import chameleon, export, images, room, vqgan, weights
 from medmax_jax import mesh as meshes
 from medmax_jax.batching import GenerateError, check_no_path, check_words, one_process
-from medmax_jax.config import VQ, ConfigError, Lora, Mesh, Model, Vocab, build
+from medmax_jax.config import VQ, ConfigError, Lora, Mesh, Model, Vocab, build, check_model
+from medmax_jax.io.errors import quoted
 from medmax_jax.tokenizer import Tokenizer, prompt_ids, segments_of
 
 Part = str | Path | PIL.Image.Image | np.ndarray  # words, a picture's file, a picture, its VQ codes
@@ -82,6 +83,7 @@ def load(
             build(kind, settings.get(name))
             for kind, name in ((Model, "model"), (Vocab, "vocab"), (VQ, "vq"))
         )
+        check_model(model, vocab, vq)
     except ConfigError as error:
         raise GenerateError(f"{folder / 'config.json'}: {error}") from error
     if dtype is not None:
@@ -159,7 +161,9 @@ def encode(g: Generator, pictures: Sequence[Path | PIL.Image.Image]) -> list[Int
 
 
 def decode(g: Generator, codes: Sequence[Int[np.ndarray, "K"]]) -> list[PIL.Image.Image]:
-    """The pictures of VQ codes."""
+    """The pictures of VQ codes; raises GenerateError where the model folder has no decoder."""
+    if len(codes):
+        check_decoder(g)
     side, pictures = g.vq_config.codes_per_side, []
     for start in range(0, len(codes), SIDE_BY_SIDE):
         part = np.stack(codes[start : start + SIDE_BY_SIDE]).reshape(-1, side, side)
@@ -232,11 +236,17 @@ def _load_model(
     if missing := {"rank", "alpha", "dropout", "base"} - set(settings):
         raise GenerateError(f"{where}: {sorted(missing)[0]} is missing; export the adapter again")
     if settings["base"] != (found := export.identity(folder)):
+        base = quoted(str(settings["base"])[:12])
         raise GenerateError(
-            f"{where}: trained on base weights {settings['base'][:12]}, but {folder} has "
+            f"{where}: trained on base weights {base}, but {folder} has "
             f"{found[:12]}; name the model folder that it was trained from"
         )
-    lora = build(Lora, {name: settings[name] for name in ("rank", "alpha", "dropout")})
+    try:
+        lora = build(Lora, {name: settings[name] for name in ("rank", "alpha", "dropout")})
+    except ConfigError as error:
+        raise GenerateError(f"{where}: {error}; export the adapter again") from error
+    if not lora.rank:
+        raise GenerateError(f"{where}: rank is 0; export the adapter again")
     graph, adapters, base = chameleon.split(chameleon.abstract(config, vocab, lora))
     adapters = weights.load(Path(adapter) / "adapter.safetensors", adapters)
     model = nnx.merge(graph, adapters, export.load(folder, base))
@@ -271,11 +281,20 @@ def _added(kernel, a, b, *, scale: float, spec):
 
 def _load_vqgan(file: Path, config: VQ) -> vqgan.VQGAN:
     try:
-        return weights.load(file, vqgan.abstract(config))
-    except weights.WeightsError as error:  # HF's checkpoints of this family have no decoder
+        return vqgan.load(file, config)
+    except weights.WeightsError as error:
         raise GenerateError(
-            f"{error}. Generation needs encoder and decoder: convert again with --vqgan=vqgan.ckpt"
+            f"{error}. Prompts with images need a VQGAN: convert again with --vqgan=vqgan.ckpt"
         ) from error
+
+
+def check_decoder(g: Generator) -> None:
+    """Raise GenerateError where images cannot be decoded."""
+    if not g.vq.has_decoder:  # HF's checkpoints of this family have none
+        raise GenerateError(
+            "this model folder has no VQGAN decoder, so it can read images and write text alone; "
+            "to write images convert it again with --vqgan=vqgan.ckpt"
+        )
 
 
 def _key(part: Part) -> Path | int:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import PyTree
 
+from medmax_jax.io.text_files import TextFileError, parse_json
 from medmax_jax.storage import Folder, StorageError
 from medmax_jax.weights import host_array, named
 
@@ -142,9 +143,9 @@ def _manifest(digests: dict[str, str]) -> bytes:
 def _parsed(text: bytes) -> dict[str, str] | None:
     """What `_manifest` wrote; None for anything else."""
     try:
-        digests = json.loads(text.decode().partition("\n")[2])
-        return digests if _manifest(digests) == text else None
-    except (ValueError, AttributeError, TypeError):
+        digests = parse_json(text.partition(b"\n")[2], MANIFEST)
+        return digests if isinstance(digests, dict) and _manifest(digests) == text else None
+    except TextFileError:
         return None
 
 

@@ -15,7 +15,6 @@ import errno
 import functools
 import hashlib
 import io
-import json
 import os
 import re
 import stat
@@ -36,10 +35,11 @@ from medmax_jax.bucket import (
     replaced,
     wait,
 )
+from medmax_jax.io.text_files import TextFileError, parse_json
 
 __all__ = ["ByteFile", "Folder", "StorageError", "wait"]
 
-JSON_LIMIT = 256 << 20  # bytes; the index of the largest checkpoints has a few MB
+JSON_LIMIT = 32 << 20  # bytes; of the largest checkpoints an index has 9 MB. Python needs 24 x that
 MENDS = {
     errno.ENOSPC: SPACE,
     errno.EDQUOT: SPACE,
@@ -74,14 +74,14 @@ class Folder:
         return self.store.read(name, start, stop, None)
 
     def json(self, name: str) -> Any:
-        """What the file says."""
+        """Return the value of a JSON file, within the bounds of parse_json."""
         full = self.store.full(checked(self.path, name))
         if self.store.longer(name, JSON_LIMIT):
             raise StorageError(f"{full}: over {JSON_LIMIT} bytes, no JSON file of a checkpoint")
         try:
-            return json.loads(self.read(name).tobytes())
-        except (ValueError, RecursionError) as e:
-            raise StorageError(f"{full}: not JSON ({e}); copy it again") from e
+            return parse_json(self.read(name).tobytes(), full)
+        except TextFileError as e:
+            raise StorageError(f"{e}; copy it again") from e
 
     def file(self, name: str) -> "ByteFile":
         """The file for range reads."""

@@ -20,7 +20,9 @@ import tokenizers
 from jaxtyping import Int, Int32
 
 from medmax_jax import vocab as vocabulary
-from medmax_jax.config import Vocab
+from medmax_jax.config import BOUNDS, Vocab
+from medmax_jax.io.errors import FileError, quoted
+from medmax_jax.io.text_files import TextFileError, parse_json, printable
 from medmax_jax.vocab import BOI, BOS, EOI, EOS, IMAGE, PAD, SEP
 
 IMAGE_NAME, SEP_NAME = "<image>", "<reserved08706>"
@@ -34,10 +36,12 @@ _SPLITS = (
     r"(IMGIMG)((A|B|C|D|E|F|G|H|I){1,4})Z",  # A..I: nine letters, as released, though names use ten
     r"([\t\n]|    |  )",
 )
+MAX_FILE_BYTES = 32 << 20  # Chameleon's file has 4 MB
+MAX_ID = BOUNDS["vocab.size"][1]
 _MIN_PAIR_COUNT = 2  # a pair seen once is a quirk of one document
 
 
-class TokenizerError(ValueError):
+class TokenizerError(FileError):
     """A tokenizer file that does not fit the vocabulary, or a text that cannot become tokens."""
 
 
@@ -68,15 +72,12 @@ class Tokenizer:
             raise TokenizerError(
                 f"{path}: cannot be read ({error.strerror}); name a tokenizer.json"
             ) from error
-        spec = _parse(raw, path)
+        spec = parse_spec(raw, path)
         names = spec["model"]["vocab"]
         if IMAGE_NAME not in names and UNMODIFIED_IMAGE_NAME in names:
             _rename(spec, UNMODIFIED_IMAGE_NAME, IMAGE_NAME)
         _check_names(names, vocab, path)
-        try:
-            backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
-        except Exception as error:  # the library raises bare Exception
-            raise TokenizerError(f"{path}: not a usable tokenizer file ({error})") from error
+        backend = _backend(spec, path)
         backend.no_truncation()
         backend.no_padding()
         backend.add_special_tokens([_literal(IMAGE_NAME), _literal(SEP_NAME)])
@@ -225,24 +226,52 @@ def _literal(name: str) -> tokenizers.AddedToken:
     return tokenizers.AddedToken(name, normalized=False, special=True)
 
 
-def _parse(raw: bytes, path: str | Path) -> dict[str, Any]:
+def parse_spec(raw: bytes, where: object) -> dict[str, Any]:
+    """Return the JSON of a tokenizer file: byte-level BPE whose ids are whole numbers.
+
+    Raises TokenizerError naming `where` on anything else.
+    """
     try:
-        spec = json.loads(raw)
-    except ValueError as error:
-        raise TokenizerError(
-            f"{path}: not JSON ({error}); name the tokenizer.json of a Chameleon model"
-        ) from error
+        if len(raw) > MAX_FILE_BYTES:
+            raise TextFileError(f"{where}: over {MAX_FILE_BYTES:,} bytes")
+        spec = parse_json(raw, where)
+    except TextFileError as error:
+        raise TokenizerError(f"{error}; name the tokenizer.json of a Chameleon model") from error
     model = spec.get("model") if isinstance(spec, dict) else None
     names = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(names, dict) or not isinstance(model.get("merges"), list):
         raise TokenizerError(
-            f"{path}: not a BPE tokenizer file; name the tokenizer.json of a Chameleon model"
+            f"{where}: not a BPE tokenizer file; name the tokenizer.json of a Chameleon model"
         )
+    for name, i in names.items():
+        if type(i) is not int or not 0 <= i < MAX_ID:
+            raise TokenizerError(
+                f"{where}: {quoted(name)} has id {quoted(i)}; an id is a whole number in "
+                f"0..{MAX_ID - 1}, so not a tokenizer of this family"
+            )
+    tokens = spec.get("added_tokens")
+    if tokens is not None and not _are_tables(tokens):
+        raise TokenizerError(f"{where}: added_tokens is {quoted(tokens)}; not a tokenizer file")
     if "ByteLevel" not in json.dumps([spec.get("pre_tokenizer"), spec.get("decoder")]):
         raise TokenizerError(
-            f"{path}: not byte-level BPE, so another family; name a Chameleon tokenizer"
+            f"{where}: not byte-level BPE, so another family; name a Chameleon tokenizer"
         )
     return spec
+
+
+def _are_tables(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, dict) for value in values)
+
+
+def _backend(spec: dict[str, Any], path: str | Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(json.dumps(spec))
+    except BaseException as error:  # the library raises bare Exception; a panic is a BaseException
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise TokenizerError(
+            f"{path}: not a usable tokenizer file ({printable(error, 200)})"
+        ) from error
 
 
 def _rename(spec: dict[str, Any], old: str, new: str) -> None:

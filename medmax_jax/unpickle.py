@@ -15,6 +15,8 @@ import pickletools
 import struct
 from typing import Any
 
+from medmax_jax.io.errors import FileError
+
 DTYPES = {  # of torch's storage classes, under safetensors' names
     "torch.DoubleStorage": "F64",
     "torch.FloatStorage": "F32",
@@ -42,7 +44,7 @@ _MEND = (
 )
 
 
-class PthError(ValueError):
+class PthError(FileError):
     """A .pth file that cannot be used; the message names the file, the key or global, the mend."""
 
 

@@ -12,6 +12,7 @@ kernels are HWIO. Everything up to the codes runs in fp32 at the highest precisi
 product can move a patch to another code, and codes are what the language model reads.
 """
 
+import os
 from typing import NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, UInt8
 
+from medmax_jax import weights
 from medmax_jax.config import VQ
 
 EPS = 1e-6  # of every GroupNorm in taming-transformers, hence in Chameleon
@@ -33,14 +35,24 @@ def create(config: VQ, *, key: jax.Array) -> "VQGAN":
     return jax.jit(lambda key: VQGAN(config, rngs=nnx.Rngs(key)))(key)
 
 
-def abstract(config: VQ) -> "VQGAN":
+def abstract(config: VQ, *, decoder: bool = True) -> "VQGAN":
     """The same tree as ShapeDtypeStructs, replicated over the ambient mesh if there is one."""
-    like = jax.eval_shape(lambda: VQGAN(config, rngs=nnx.Rngs(0)))
+    like = jax.eval_shape(lambda: VQGAN(config, rngs=nnx.Rngs(0), decoder=decoder))
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return like
     place = NamedSharding(mesh, P())
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), like)
+
+
+def load(file: str | os.PathLike, config: VQ) -> "VQGAN":
+    """Return the weights of a vqgan.safetensors file, with or without its decoder.
+
+    Hugging Face's checkpoints of this family have no decoder; the encoder is enough to tokenize.
+    Raises WeightsError on a file that does not fit the config.
+    """
+    has_decoder = any(name.startswith("decoder.") for name in weights.names(file))
+    return weights.load(file, abstract(config, decoder=has_decoder))
 
 
 @jax.jit
@@ -61,15 +73,23 @@ def to_uint8(pixels: Float[Array, "*shape"]) -> UInt8[Array, "*shape"]:
 
 
 class VQGAN(nnx.Module):
-    """encoder, quant_conv, quantize, post_quant_conv, decoder: the whole checkpoint."""
+    """encoder, quant_conv, quantize, post_quant_conv, decoder: the whole checkpoint.
 
-    def __init__(self, config: VQ, *, rngs: nnx.Rngs):
+    Without a decoder it turns pixels into codes, and `decode_codes` cannot be called.
+    """
+
+    def __init__(self, config: VQ, *, rngs: nnx.Rngs, decoder: bool = True):
         exact, picture = (Parts(rngs, p, config.norm_groups) for p in (EXACT, PICTURE))
         self.encoder = Encoder(config, exact)
         self.quant_conv = exact.conv(config.z_channels, config.embed_dim, 1)
         self.quantize = Codebook(config.num_codes, config.embed_dim, rngs=rngs)
         self.post_quant_conv = picture.conv(config.embed_dim, config.z_channels, 1)
-        self.decoder = Decoder(config, picture)
+        self.decoder = Decoder(config, picture) if decoder else None
+
+    @property
+    def has_decoder(self) -> bool:
+        """Whether codes can be turned into images."""
+        return self.decoder is not None
 
     def latents(self, pixels: Float[Array, "b h w 3"]) -> Float[Array, "b i j E"]:
         """What the codebook is asked for."""

@@ -18,8 +18,10 @@ from jax.experimental import multihost_utils
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from medmax_jax.io.errors import FileError
 
-class WeightsError(ValueError):
+
+class WeightsError(FileError):
     """A weight file that does not fit; the message names the file, the key and the mend."""
 
 
@@ -56,6 +58,12 @@ def metadata(path_file: str | os.PathLike) -> dict[str, str]:
     """What `save` was given as metadata."""
     with _opened(path_file) as file:
         return dict(file.metadata() or {})
+
+
+def names(path_file: str | os.PathLike) -> list[str]:
+    """Return the names of the arrays in the file."""
+    with _opened(path_file) as file:
+        return list(file.keys())
 
 
 def named(tree: Any) -> dict[str, Any]:

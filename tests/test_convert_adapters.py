@@ -169,13 +169,15 @@ def edited(tmp_path, **changes) -> pathlib.Path:
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(use_rslora=True), "use_rslora is True"),
         (dict(use_dora=True), "use_dora is True"),
-        (dict(rank_pattern={"q_proj": 8}), "rank_pattern"),
+        (dict(rank_pattern={"q_proj": 8}), "q_proj.* says rank 8"),
         (dict(peft_type="IA3"), "peft_type is 'IA3'"),
-        (dict(init_lora_weights="pissa"), "pissa.*changes the base"),
+        (
+            dict(init_lora_weights="pissa"),
+            "init_lora_weights is 'pissa', which starts from other",
+        ),
         (dict(r=8), r"says rank 8; config and weights are of two adapters"),
-        (dict(lora_alpha="16"), "config.alpha is '16'"),
+        (dict(lora_alpha="16"), "lora_alpha is '16'; it must be a number"),
     ],
 )
 def test_adapters_that_are_not_plain_lora_are_refused(base, tmp_path, changes, message):

@@ -9,12 +9,14 @@ import subprocess
 import sys
 
 import numpy as np
+import PIL.Image
 import pytest
 from convert_setup import BASE, SWIN, TINY, read_pth, shards, write_meta, write_pth
 from test_convert import convert
 
 from configs import base, chameleon_30b, eval_tiny
-from medmax_jax import generate
+from data.codes import load_encoder
+from medmax_jax import generate, vqgan
 from medmax_jax.config import Model, Sample, build
 from medmax_jax.convert import check, describe, sources
 from medmax_jax.convert.__main__ import main
@@ -141,7 +143,7 @@ def test_a_disk_that_is_too_small(meta, tmp_path):
 
 
 def test_a_model_converted_from_hf_generates(tmp_path):
-    """tiny -> HF -> native: the same answers; without a decoder one clear error."""
+    """tiny -> HF -> native: the same answers; without a decoder images are read, not written."""
     hf = convert(TINY, tmp_path / "hf", "hf")
     native = convert(hf, tmp_path / "native", "native")
     sample = build(Sample, eval_tiny.get_config().sample)
@@ -151,8 +153,30 @@ def test_a_model_converted_from_hf_generates(tmp_path):
         answers.append(generate.generate(loaded, [["A CT?"]], sample, mode="text", seed=0))
     assert answers[0] == answers[1] and answers[0][0][0].text
     bare = convert(convert(TINY, tmp_path / "b", "hf", decoder=False), tmp_path / "bare", "native")
-    with pytest.raises(generate.GenerateError, match="decoder.*convert again with --vqgan"):
-        generate.load(bare)
+    encoder_only = generate.load(bare)
+    image = PIL.Image.new("RGB", (64, 64), (90, 20, 160))
+    prompts = [[image, "A CT?"]]
+    wrote = [
+        generate.generate(g, prompts, sample, mode="text", seed=0) for g in (loaded, encoder_only)
+    ]
+    assert wrote[0] == wrote[1]
+    for mode in ("image", "mixed"):
+        with pytest.raises(generate.GenerateError, match="no VQGAN decoder.*with --vqgan"):
+            generate.generate(encoder_only, prompts, sample, mode=mode, seed=0)
+    with pytest.raises(generate.GenerateError, match="no VQGAN decoder.*with --vqgan"):
+        generate.decode(encoder_only, generate.encode(encoder_only, [image]))
+
+
+def test_an_encoder_only_vqgan_tokenizes_images(tmp_path):
+    bare = convert(convert(TINY, tmp_path / "b", "hf", decoder=False), tmp_path / "bare", "native")
+    pixels = np.random.default_rng(0).uniform(-1, 1, (2, 64, 64, 3)).astype(np.float32)
+    codes = []
+    for folder in (TINY, bare):
+        encoder = load_encoder(folder)
+        size = encoder.vq_config.image_size
+        codes.append(np.asarray(vqgan.encode(encoder.vq, pixels[:, :size, :size])))
+    np.testing.assert_array_equal(codes[0], codes[1])
+    assert not encoder.vq.has_decoder
 
 
 def test_a_model_without_vqgan_has_chameleons_settings(tmp_path):

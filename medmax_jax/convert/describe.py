@@ -8,6 +8,7 @@ import numpy as np
 
 from medmax_jax.config import to_dict
 from medmax_jax.convert.form import Adapter, Checkpoint, digest
+from medmax_jax.io.text_files import printable
 from medmax_jax.vocab import IMAGE_START
 
 NAMED = {  # (hidden_size, num_layers, num_heads, num_kv_heads) -> published model
@@ -63,12 +64,12 @@ def words(said: dict[str, Any]) -> str:
 
 def _word(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{k} {_word(v)}" for k, v in value.items())
+        return ", ".join(f"{printable(k)} {_word(v)}" for k, v in value.items())
     if isinstance(value, list):
-        return " ".join(map(str, value))
+        return printable(" ".join(map(str, value)))
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "none"}[value]
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,}" if isinstance(value, int) else printable(value)
 
 
 def _adapter(found: Adapter) -> dict[str, Any]:
@@ -76,6 +77,9 @@ def _adapter(found: Adapter) -> dict[str, Any]:
     layers = {int(name.split(".")[2]) for name in found.matrices}
     count = sum(math.prod(t.shape) for pair in found.matrices.values() for t in pair)
     lora = to_dict(found.lora) | {"targets": names, "layers": len(layers)}
+    ranks = sorted({a.shape[0] for a, _ in found.matrices.values()})
+    if ranks != [found.lora.rank]:
+        lora["ranks"] = ranks
     dtypes = collections.Counter(t.dtype for pair in found.matrices.values() for t in pair)
     return dict(
         path=found.path,

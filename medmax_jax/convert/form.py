@@ -13,7 +13,8 @@ a few at a time whatever the size of the model.
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import ml_dtypes
@@ -21,7 +22,9 @@ import numpy as np
 from jaxtyping import Float
 
 from configs import base
-from medmax_jax.config import VQ, ConfigError, Lora, Model, Vocab, build
+from medmax_jax.config import VQ, ConfigError, Lora, Model, Vocab, build, check_bounds, check_model
+from medmax_jax.io.errors import FileError, quoted
+from medmax_jax.io.text_files import printable
 from medmax_jax.vocab import RELEASED_END
 
 DTYPES = {  # what weights may be, by safetensors' names
@@ -33,7 +36,7 @@ _PIECE = 1 << 18  # numbers that are looked at together: they stay in the cache
 SAMPLE_ROWS, SAMPLE_COLUMNS = 128, 16  # of each tensor, for the fingerprint
 
 
-class ConvertError(ValueError):
+class ConvertError(FileError):
     """A checkpoint that cannot be used; the message names the file, the tensor and the mend."""
 
 
@@ -48,7 +51,7 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
-        return int(np.prod(self.shape)) * DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
     def all(self) -> np.ndarray:
         """The whole tensor."""
@@ -93,6 +96,12 @@ class Adapter:
     lora: Lora
     matrices: dict[str, tuple[Tensor, Tensor]]
     facts: dict[str, Any]  # base, data, step, sources, credentials, config: where known
+    # What B A is multiplied by in each matrix, where that is not lora.alpha / lora.rank in all.
+    scales: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def scale(self, name: str) -> float:
+        """Return what B A is multiplied by before it is added to the weight of that name."""
+        return self.scales.get(name, self.lora.alpha / self.lora.rank)
 
 
 def language_shapes(model: Model, vocab: Vocab) -> dict[str, tuple[int, ...]]:
@@ -120,6 +129,61 @@ def language_shapes(model: Model, vocab: Vocab) -> dict[str, tuple[int, ...]]:
     return shapes | {"model.norm.weight": (d,), "lm_head.weight": (vocab.size, d)}
 
 
+def number(table: dict[str, Any], name: str, bound: str, where: str, default: Any = None) -> Any:
+    """Return table[name] if it is a number within config.BOUNDS[bound]; raise ConvertError.
+
+    number(params, "n_layers", "model.num_layers", "params.json") == 32
+    A missing or null setting is `default`, which None makes an error.
+    """
+    value = table.get(name)
+    if value is None:
+        if default is None:
+            raise ConvertError(f"{where}: {name} is missing; not the settings of a Chameleon model")
+        return default
+    try:
+        check_bounds(bound, value, name)
+    except ConfigError as error:
+        raise ConvertError(f"{where}: {error}; not the settings of a Chameleon model") from error
+    return value
+
+
+def section(table: Any, name: str, where: str) -> dict[str, Any]:
+    """Return table[name], {} where it is missing or null; raise ConvertError unless a table."""
+    value = table.get(name) if isinstance(table, dict) else table
+    if value is not None and not isinstance(value, dict):
+        raise ConvertError(f"{where}: {name} is {quoted(value)}; it must be a table")
+    return value or {}
+
+
+def flag(table: dict[str, Any], name: str, where: str, *, default: bool) -> bool:
+    """Return the true or false of table[name]; raise ConvertError on anything else."""
+    value = table.get(name)
+    if value is not None and type(value) is not bool:
+        raise ConvertError(f"{where}: {name} is {quoted(value)}; it must be true or false")
+    return default if value is None else value
+
+
+def check_heads(hidden: int, heads: int, kv_heads: int, where: str) -> None:
+    """Raise ConvertError where the width or the heads do not divide."""
+    if hidden % heads or heads % kv_heads:
+        raise ConvertError(
+            f"{where}: width {hidden}, {heads} heads and {kv_heads} key heads do not divide; not "
+            "the settings of a Chameleon model"
+        )
+
+
+def check_layers(layers: int, names: Collection[str], where: str) -> None:
+    """Raise ConvertError where settings ask for more layers than there are tensors.
+
+    The table of all names grows with the layers, so this is checked before it is built.
+    """
+    if layers > len(names):
+        raise ConvertError(
+            f"{where}: asks for {layers} layers, but the weights have {len(names)} tensors; "
+            "another model's config, or an incomplete copy"
+        )
+
+
 def model_settings(fields: dict[str, Any], dtypes: set[str], where: str) -> Model:
     """A Model of these fields; how it is run comes from configs/base.py and from the dtypes."""
     run = base.get_config().model.to_dict()
@@ -136,18 +200,47 @@ def vocab_settings(size: Any, names: dict[str, int], vq: VQ, where: str) -> Voca
     Without a tokenizer: the release's first id, or where the model is smaller the tiny family's.
     """
     released = base.get_config().vocab.text_start
-    whole = isinstance(size, int) and size > released
+    whole = type(size) is int and size > released
     start = names.get("!", released if whole else RELEASED_END)
-    if not isinstance(size, int) or not start < size:
+    if type(size) is not int or not start < size:
         raise ConvertError(
-            f"{where}: {size!r} ids, but text begins at {start}; not the vocabulary of this family,"
-            " or a tokenizer of another model"
+            f"{where}: {quoted(size)} ids, but text begins at {start}; not the vocabulary of this "
+            "family, or a tokenizer of another model"
         )
-    return Vocab(size=size, image_codes=vq.num_codes, text_start=start)
+    sizes = dict(size=size, image_codes=vq.num_codes, text_start=start)
+    try:
+        return build(Vocab, sizes)
+    except ConfigError as error:
+        raise ConvertError(f"{where}: {error}") from error
+
+
+def check_settings(model: Model, vocab: Vocab, vq: VQ, where: str) -> None:
+    """Raise ConvertError where settings contradict one another."""
+    try:
+        check_model(model, vocab, vq)
+    except ConfigError as error:
+        raise ConvertError(f"{where}: {error}; another model's config") from error
+
+
+def check_gathered(path: str, tensors: dict[str, Any]) -> None:
+    """Raise ConvertError where there are no tensors, or tensors without elements.
+
+    Both are what a run under DeepSpeed ZeRO-3 or FSDP saves when no rank gathered the weights.
+    """
+    empty = [name for name, tensor in tensors.items() if 0 in tensor.shape]
+    if tensors and not empty:
+        return
+    what = f"{len(empty)} of {len(tensors)} tensors have no elements {_some(empty)}"
+    raise ConvertError(
+        f"{path}: {what if tensors else 'holds no tensors'}; a sharded run (ZeRO-3, FSDP) saved it "
+        "without gathering the weights. Save it again gathered (DeepSpeed: zero_to_fp32.py, or "
+        "stage3_gather_16bit_weights_on_model_save)"
+    )
 
 
 def require(path: str, have: dict[str, Any], want: dict[str, tuple[int, ...]]) -> None:
     """Raises ConvertError unless the names are exactly these, each of its shape and a float."""
+    check_gathered(path, have)
     extra, missing = sorted(set(have) - set(want)), sorted(set(want) - set(have))
     if extra or missing:
         raise ConvertError(
@@ -157,8 +250,8 @@ def require(path: str, have: dict[str, Any], want: dict[str, tuple[int, ...]]) -
     for name, shape in want.items():
         if have[name].shape != shape:
             raise ConvertError(
-                f"{have[name].where}: shape {have[name].shape}, the config of {path} asks for "
-                f"{shape}; another model's weights or config"
+                f"{have[name].where}: shape {quoted(have[name].shape)}, the config of {path} asks "
+                f"for {shape}; another model's weights or config"
             )
 
 
@@ -214,4 +307,7 @@ def _blocks(tensor: Tensor) -> Iterator[Float[np.ndarray, "..."]]:
 
 
 def _some(names: list[str]) -> str:
-    return f"({', '.join(names[:4])}{', ..' if len(names) > 4 else ''})" if names else ""
+    if not names:
+        return ""
+    few = ", ".join(printable(name, 80) for name in names[:4])
+    return f"({few}{', ..' if len(names) > 4 else ''})"

@@ -8,7 +8,7 @@ q_norm and k_norm have a row a head there; heads of one model-parallel shard hav
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -20,11 +20,18 @@ from medmax_jax.convert.form import (
     ConvertError,
     Tensor,
     check_dtype,
+    check_heads,
+    check_layers,
+    check_settings,
+    flag,
     language_shapes,
     model_settings,
+    number,
     require,
+    section,
     vocab_settings,
 )
+from medmax_jax.io.errors import quoted
 from medmax_jax.storage import Folder
 
 VQ_PREFIX = "model.vqmodel."
@@ -52,6 +59,7 @@ def read(folder: Folder) -> Checkpoint:
             layout="hf", path=folder.path, model=None, vocab=None, vq=vq, language={},
             vqgan=vq_names.check(folder.path, tensors, vq), tokenizer=None, facts={},
         )  # fmt: skip
+    where = f"{folder.path}/config.json"
     _check_architecture(config, folder.path)
     pictures = {n.removeprefix(VQ_PREFIX): t for n, t in tensors.items() if n.startswith(VQ_PREFIX)}
     language = {n: t for n, t in tensors.items() if not n.startswith(VQ_PREFIX)}
@@ -60,9 +68,11 @@ def read(folder: Folder) -> Checkpoint:
             f"{folder.path}: no lm_head.weight; this family has a head of its own, so a file with "
             "tied weights is incomplete: save it again with tie_word_embeddings=False"
         )
-    vq = _vq(config.get("vq_config") or {}, folder.path)
+    vq = _vq(section(config, "vq_config", where), folder.path)
     tokenizer = bytes(folder.read("tokenizer.json")) if folder.has("tokenizer.json") else None
     model, vocab = _model(config, language, folder.path), _vocab(config, vq, tokenizer, folder.path)
+    check_settings(model, vocab, vq, where)
+    language = _widened(language, model, folder.path)
     require(folder.path, language, language_shapes(model, vocab))
     return Checkpoint(
         layout="hf", path=folder.path, model=model, vocab=vocab, vq=vq, language=language,
@@ -106,51 +116,65 @@ def _check_architecture(config: dict[str, Any], path: str) -> None:
     for name, value in FIXED.items():
         if (config.get(name) or value) != value:
             raise ConvertError(
-                f"{path}/config.json: {name} is {config[name]!r}; only {value!r} is supported, "
-                "as in all published models of the family"
+                f"{path}/config.json: {name} is {quoted(config[name])}; only {value!r} is "
+                "supported, as in all published models of the family"
             )
-    rope = config.get("rope_parameters") or {}
+    rope = section(config, "rope_parameters", f"{path}/config.json")
     if rope.get("rope_type", "default") != "default":
-        raise ConvertError(f"{path}/config.json: rope_type {rope['rope_type']!r} is not supported")
+        kind = quoted(rope["rope_type"])
+        raise ConvertError(f"{path}/config.json: rope_type {kind} is not supported")
 
 
 def _model(config: dict[str, Any], language: dict[str, Tensor], path: str) -> Model:
-    try:
-        heads = config["num_attention_heads"]
-        kv_heads = config.get("num_key_value_heads") or heads
-        rope = config.get("rope_parameters") or {}
-        fields = dict(
-            hidden_size=config["hidden_size"],
-            num_layers=config["num_hidden_layers"],
-            num_heads=heads,
-            num_kv_heads=kv_heads,
-            head_dim=config["hidden_size"] // heads,
-            intermediate_size=config["intermediate_size"],
-            context_length=config.get("max_position_embeddings", 4_096),
-            rope_theta=rope.get("rope_theta", config.get("rope_theta", 10_000.0)),
-            rms_norm_eps=config.get("rms_norm_eps", 1e-5),
-            qk_norm_eps=1e-5,  # fixed in HF's ChameleonLayerNorm
-            swin_norm=bool(config.get("swin_norm")),
-        )
-        fewest = config.get("model_parallel_size") or 1
-        shards = _shards(language, heads, kv_heads, fields["num_layers"], fewest, path)
-    except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise ConvertError(f"{path}/config.json: {error!r}; not a Chameleon config") from error
+    where = f"{path}/config.json"
+    heads = number(config, "num_attention_heads", "model.num_heads", where)
+    hidden = number(config, "hidden_size", "model.hidden_size", where)
+    rope = section(config, "rope_parameters", where)
+    theta = number(config, "rope_theta", "model.rope_theta", where, 10_000.0)
+    kv_heads = number(config, "num_key_value_heads", "model.num_kv_heads", where, heads)
+    check_heads(hidden, heads, kv_heads, where)
+    fields = dict(
+        hidden_size=hidden,
+        num_layers=number(config, "num_hidden_layers", "model.num_layers", where),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=hidden // heads,
+        intermediate_size=number(config, "intermediate_size", "model.intermediate_size", where),
+        context_length=number(
+            config, "max_position_embeddings", "model.context_length", where, 4_096
+        ),
+        rope_theta=number(rope, "rope_theta", "model.rope_theta", where, theta),
+        rms_norm_eps=number(config, "rms_norm_eps", "model.rms_norm_eps", where, 1e-5),
+        qk_norm_eps=1e-5,  # fixed in HF's ChameleonLayerNorm
+        swin_norm=flag(config, "swin_norm", where, default=False),
+    )
+    check_layers(fields["num_layers"], language, where)
+    fewest = number(config, "model_parallel_size", "model.qk_norm_shards", where, 1)
+    shards = _shards(language, heads, kv_heads, fields["num_layers"], fewest, path)
     dtypes = {t.dtype for t in language.values()}
-    return model_settings(fields | dict(qk_norm_shards=shards), dtypes, f"{path}/config.json")
+    return model_settings(fields | dict(qk_norm_shards=shards), dtypes, where)
+
+
+def _gains(language: dict[str, Tensor], layers: int) -> Iterator[tuple[str, str, Tensor]]:
+    """Yield (name, q_norm or k_norm, tensor) of the q/k-norm gains and biases that are there."""
+    for i in range(layers):
+        for norm in ("q_norm", "k_norm"):
+            for leaf in ("weight", "bias"):
+                name = f"model.layers.{i}.self_attn.{norm}.{leaf}"
+                if name in language:
+                    yield name, norm, language[name]
 
 
 def _shards(
     language: dict[str, Tensor], heads: int, kv_heads: int, layers: int, fewest: int, path: str
 ) -> int:
     """How many different rows of q/k-norm gains there are: `fewest` unless the file has more."""
-    gains = []
-    for i in range(layers):
-        for norm, count in (("q_norm", heads), ("k_norm", kv_heads)):
-            for leaf in ("weight", "bias"):
-                tensor = language.get(f"model.layers.{i}.self_attn.{norm}.{leaf}")
-                if tensor is not None and len(tensor.shape) == 2 and tensor.shape[0] == count:
-                    gains.append(tensor.all())
+    counts = {"q_norm": heads, "k_norm": kv_heads}
+    gains = [
+        tensor.all()
+        for _, norm, tensor in _gains(language, layers)
+        if len(tensor.shape) == 2 and tensor.shape[0] == counts[norm]
+    ]
     for shards in range(fewest, kv_heads + 1):
         if kv_heads % shards == 0 and all(_constant(g, shards) for g in gains):
             return shards
@@ -160,15 +184,44 @@ def _shards(
     )
 
 
+def _widened(language: dict[str, Tensor], model: Model, path: str) -> dict[str, Tensor]:
+    """Return the tensors with q/k-norm gains of one row (H,) as rows of every head (N, H).
+
+    The copy of transformers in Anole's repository saves one row, which it applies to every head.
+    That is the model of one model-parallel shard; of several, a row would be missing.
+    """
+    counts, found = {"q_norm": model.num_heads, "k_norm": model.num_kv_heads}, dict(language)
+    for name, norm, tensor in _gains(language, model.num_layers):
+        if tensor.shape != (model.head_dim,):
+            continue
+        if model.qk_norm_shards > 1:
+            raise ConvertError(
+                f"{tensor.where}: one row of gains, but the model has {model.qk_norm_shards} "
+                "model-parallel shards with a row each; an early transformers wrote this, which "
+                "kept the first row alone: convert Meta's original files"
+            )
+        found[name] = _repeated(tensor, counts[norm])
+    return found
+
+
+def _repeated(tensor: Tensor, count: int) -> Tensor:
+    """Return a vector (H,) as `count` equal rows (count, H)."""
+
+    def block(rows: slice, columns: slice) -> np.ndarray:
+        return np.broadcast_to(tensor.all(), (count, *tensor.shape))[rows, columns]
+
+    return Tensor((count, *tensor.shape), tensor.dtype, block, tensor.where)
+
+
 def _constant(gains: np.ndarray, shards: int) -> bool:
     grouped = gains.reshape(shards, -1, gains.shape[1])
     return bool((grouped == grouped[:, :1]).all())
 
 
 def _vocab(config: dict[str, Any], vq: VQ, tokenizer: bytes | None, path: str) -> Vocab:
-    names = config.get("vocabulary_map") or {}
+    names = section(config, "vocabulary_map", f"{path}/config.json")
     if tokenizer is not None:
-        names = hf_processor.vocabulary(tokenizer)
+        names = hf_processor.vocabulary(tokenizer, f"{path}/tokenizer.json")
     return vocab_settings(config.get("vocab_size"), names, vq, f"{path}/config.json")
 
 
@@ -176,7 +229,7 @@ def _vq(config: dict[str, Any], path: str) -> VQ:
     sizes = dict(
         image_size=config.get("resolution", 512),
         channels=config.get("base_channels", 128),
-        channel_mult=list(config.get("channel_multiplier", (1, 1, 2, 2, 4))),
+        channel_mult=config.get("channel_multiplier", [1, 1, 2, 2, 4]),
         num_res_blocks=config.get("num_res_blocks", 2),
         z_channels=config.get("latent_channels", 256),
         embed_dim=config.get("embed_dim", 256),

@@ -16,19 +16,20 @@ from typing import Any
 
 import tokenizers
 
-from medmax_jax.convert.form import Checkpoint, ConvertError
+from medmax_jax.convert.form import Checkpoint
 from medmax_jax.storage import Folder
-from medmax_jax.tokenizer import IMAGE_NAME, SEP_NAME, UNMODIFIED_IMAGE_NAME
+from medmax_jax.tokenizer import IMAGE_NAME, SEP_NAME, UNMODIFIED_IMAGE_NAME, parse_spec
 
+WHERE = "the tokenizer file"  # in messages, where its path is not known
 BOS, PAD, EOS, UNK = "<s>", "<pad>", "</s>", "<unk>"
 SPECIAL = (BOS, PAD, EOS, UNK, "<eoss>", "<racm3:break>", SEP_NAME, IMAGE_NAME)
 RESCALE = 0.0078  # HF's image processor; Meta divides by 127.5, which is 0.00784
 MEAN = STD = [1.0, 1.0, 1.0]
 
 
-def vocabulary(tokenizer: bytes) -> dict[str, int]:
-    """Name -> id, with 8711 named <image>; raises ConvertError when it is no tokenizer file."""
-    names = dict(_parsed(tokenizer)["model"]["vocab"])
+def vocabulary(tokenizer: bytes, where: str = WHERE) -> dict[str, int]:
+    """Name -> id, with 8711 named <image>; raises TokenizerError when it is no tokenizer file."""
+    names = dict(parse_spec(tokenizer, where)["model"]["vocab"])
     if UNMODIFIED_IMAGE_NAME in names and IMAGE_NAME not in names:
         names[IMAGE_NAME] = names.pop(UNMODIFIED_IMAGE_NAME)
     return dict(sorted(names.items(), key=lambda item: item[1]))
@@ -36,7 +37,7 @@ def vocabulary(tokenizer: bytes) -> dict[str, int]:
 
 def modified(tokenizer: bytes) -> bytes:
     """The file as MedMax's text_tokenizer_modified.json: `<reserved08707>` renamed `<image>`."""
-    spec = _parsed(tokenizer)
+    spec = parse_spec(tokenizer, WHERE)
     spec["model"]["vocab"] = vocabulary(tokenizer)
     for token in spec.get("added_tokens") or []:
         if token.get("content") == UNMODIFIED_IMAGE_NAME:
@@ -46,7 +47,7 @@ def modified(tokenizer: bytes) -> bytes:
 
 def unmodified(tokenizer: bytes) -> bytes:
     """The file as Meta's text_tokenizer.json; Meta's own comes back byte for byte."""
-    spec = _parsed(tokenizer)
+    spec = parse_spec(tokenizer, WHERE)
     names = spec["model"]["vocab"]
     if IMAGE_NAME not in names:
         return tokenizer
@@ -97,17 +98,3 @@ def write(folder: Folder, checkpoint: Checkpoint) -> None:
 def _added(name: str, number: int) -> dict[str, Any]:
     plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
     return dict(id=number, content=name, special=True) | plain
-
-
-def _parsed(tokenizer: bytes) -> dict[str, Any]:
-    try:
-        spec = json.loads(tokenizer)
-        names = spec["model"]["vocab"]
-        if not all(type(v) is int for v in names.values()):
-            raise ValueError("an id is no whole number")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConvertError(
-            f"the tokenizer file is not a BPE tokenizer's JSON ({error!r}); "
-            "use the one that came with the weights"
-        ) from error
-    return spec

@@ -29,6 +29,7 @@ def check_base(adapter: Adapter, base: Checkpoint) -> str:
                 f"{adapter.path}: an adapter for {name} {shape}, but in {base.path} it is {have}; "
                 "an adapter for another base"
             )
+    _check_all_layers(adapter, base)
     names = [base.fingerprint]
     if base.layout == "native":  # a small model's one file has its own name, see export.identity
         names.insert(0, export.identity(base.path))
@@ -41,12 +42,22 @@ def check_base(adapter: Adapter, base: Checkpoint) -> str:
     return wanted
 
 
+def _check_all_layers(adapter: Adapter, base: Checkpoint) -> None:
+    """Raise ConvertError where a module has matrices in some layers and none in others."""
+    modules = {name.split(".", 3)[3] for name in adapter.matrices}
+    wanted = (f"model.layers.{i}.{m}" for m in modules for i in range(base.model.num_layers))
+    if missing := sorted(name for name in wanted if name not in adapter.matrices):
+        raise ConvertError(
+            f"{adapter.path}: has no LoRA on {missing[0]}, but on that module of other layers "
+            f"({len(missing)} such); an incomplete copy: copy the adapter again"
+        )
+
+
 def merged(base: Checkpoint, adapter: Adapter) -> Checkpoint:
     """The base with the adapter in its matrices, each in the dtype that it has there."""
     language = dict(base.language)
-    scale = np.float32(adapter.lora.alpha / adapter.lora.rank)
     for name, (a, b) in adapter.matrices.items():
-        language[name] = _sum(language[name], a, b, scale)
+        language[name] = _sum(language[name], a, b, np.float32(adapter.scale(name)))
     return dataclasses.replace(base, language=language)
 
 

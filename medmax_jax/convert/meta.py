@@ -19,16 +19,22 @@ import numpy as np
 
 from medmax_jax import pth
 from medmax_jax.config import Model
-from medmax_jax.convert import hf_processor, meta_vqgan
+from medmax_jax.convert import hf_processor, meta_vqgan, tensor_files
 from medmax_jax.convert.ahead import ahead
 from medmax_jax.convert.form import (
     Checkpoint,
     ConvertError,
     Tensor,
     check_dtype,
+    check_gathered,
+    check_heads,
+    check_layers,
+    check_settings,
     finite,
+    flag,
     language_shapes,
     model_settings,
+    number,
     require,
     vocab_settings,
 )
@@ -43,6 +49,7 @@ from medmax_jax.convert.meta_shards import (
     turned_to_hf,
     unfused,
 )
+from medmax_jax.io.errors import quoted
 from medmax_jax.storage import Folder
 
 TABLE = {  # Meta's name -> (canonical name, its split); {} is the layer
@@ -65,6 +72,7 @@ TABLE = {  # Meta's name -> (canonical name, its split); {} is the layer
 }
 DROPPED = ("rope.freqs",)  # a table that every reader computes
 CONTEXT_LENGTH = 4_096  # of both published models, whose params.json does not say
+MAX_FACTOR = 64  # of ffn_dim_multiplier, the largest of a Llama is 1.3
 NAMES = {(4_096, 32): "7b", (8_192, 48): "30b"}  # (dim, layers) -> folder under models/
 _SHARD = re.compile(r"consolidated\.(\d\d)\.pth")
 
@@ -95,21 +103,23 @@ def read(folder: Folder) -> Checkpoint:
         tool_folder = Folder(f"{folder.path.rstrip('/')}/../../tokenizer")
         tools = ""
     shards = [
-        meta_vqgan.tensors(folder.file(prefix + file), dropped=DROPPED)
+        tensor_files.read_torch(folder.file(prefix + file), dropped=DROPPED)
         for file in _files(folder, prefix)
     ]
-    params = _params(folder, prefix, len(shards))
+    for shard in shards:
+        check_gathered(f"{folder.path}/{prefix}consolidated*.pth", shard)
+    params, where = _params(folder, prefix, len(shards)), f"{folder.path}/{prefix}params.json"
     pictures, vq = meta_vqgan.read(tool_folder, tools)
-    tokenizer = None
-    for name in ("text_tokenizer.json", "text_tokenizer_modified.json"):
-        if tokenizer is None and tool_folder.has(tools + name):
-            tokenizer = bytes(tool_folder.read(tools + name))
-    names = {} if tokenizer is None else hf_processor.vocabulary(tokenizer)
-    model = _model(params, shards, f"{folder.path}/{prefix}params.json")
-    size = params.get("vocab_size", -1)
-    if not isinstance(size, int) or size <= 0:
-        size = shards[0]["tok_embeddings.weight"].shape[0]
-    vocab = vocab_settings(size, names, vq, f"{folder.path}/{prefix}params.json")
+    files = ("text_tokenizer.json", "text_tokenizer_modified.json")
+    file = next((tools + name for name in files if tool_folder.has(tools + name)), None)
+    tokenizer = bytes(tool_folder.read(file)) if file else None
+    names = hf_processor.vocabulary(tokenizer, f"{tool_folder.path}/{file}") if file else {}
+    model = _model(params, shards, where)
+    size, rows = params.get("vocab_size", -1), shards[0].get("tok_embeddings.weight")
+    if rows is not None and (type(size) is not int or size <= 0):  # Meta writes -1
+        size = rows.shape[0] if rows.shape else 0
+    vocab = vocab_settings(size, names, vq, where)
+    check_settings(model, vocab, vq, where)
     for tensor in (t for shard in shards for t in shard.values()):
         check_dtype(tensor.dtype, tensor.where)
     language = _language(shards, model, f"{folder.path}/{prefix}consolidated*.pth")
@@ -221,34 +231,49 @@ def _params(folder: Folder, prefix: str, shards: int) -> dict[str, Any]:
     wanted = params.get("model_parallel_size", shards)
     if consolidated and wanted != shards:
         raise ConvertError(
-            f"{folder.path}/{name}: model_parallel_size {wanted}, but there are {shards} "
+            f"{folder.path}/{name}: model_parallel_size {quoted(wanted)}, but there are {shards} "
             "consolidated files; copy all shards"
         )
     return params
 
 
 def _model(params: dict[str, Any], shards: list[dict[str, Tensor]], where: str) -> Model:
-    try:
-        heads, dim = params["n_heads"], params["dim"]
-        fields = dict(
-            hidden_size=dim,
-            num_layers=params["n_layers"],
-            num_heads=heads,
-            num_kv_heads=params.get("n_kv_heads") or heads,
-            head_dim=dim // heads,
-            intermediate_size=_ffn(dim, params),
-            context_length=params.get("context_length", CONTEXT_LENGTH),
-            rope_theta=params.get("rope_theta", 10_000.0),
-            rms_norm_eps=params.get("norm_eps", 1e-5),
-            qk_norm_eps=1e-5,  # torch's default for LayerNorm, which Meta's code leaves alone
-            qk_norm_shards=len(shards),
-            swin_norm=bool(params.get("swin_norm")),
-        )
-    except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise ConvertError(f"{where}: {error!r}; not the params.json of a Chameleon") from error
+    heads = number(params, "n_heads", "model.num_heads", where)
+    dim = number(params, "dim", "model.hidden_size", where)
+    kv_heads = number(params, "n_kv_heads", "model.num_kv_heads", where, heads)
+    check_heads(dim, heads, kv_heads, where)
+    fields = dict(
+        hidden_size=dim,
+        num_layers=number(params, "n_layers", "model.num_layers", where),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=dim // heads,
+        intermediate_size=_checked_ffn(dim, params, where),
+        context_length=number(
+            params, "context_length", "model.context_length", where, CONTEXT_LENGTH
+        ),
+        rope_theta=number(params, "rope_theta", "model.rope_theta", where, 10_000.0),
+        rms_norm_eps=number(params, "norm_eps", "model.rms_norm_eps", where, 1e-5),
+        qk_norm_eps=1e-5,  # torch's default for LayerNorm, which Meta's code leaves alone
+        qk_norm_shards=len(shards),
+        swin_norm=flag(params, "swin_norm", where, default=False),
+    )
+    check_layers(fields["num_layers"], shards[0], where)
     if not params.get("qk_normalization", True):
         raise ConvertError(f"{where}: qk_normalization is off; the models of this family have it")
     return model_settings(fields, {t.dtype for s in shards for t in s.values()}, where)
+
+
+def _checked_ffn(dim: int, params: dict[str, Any], where: str) -> int:
+    """The width of the MLP by _ffn, of numbers within bounds."""
+    multiple = number(params, "multiple_of", "model.intermediate_size", where, 256)
+    factor = params.get("ffn_dim_multiplier")
+    if factor is not None and not (type(factor) in (int, float) and 0 < factor <= MAX_FACTOR):
+        raise ConvertError(
+            f"{where}: ffn_dim_multiplier is {quoted(factor)}; it must be above 0 and at most "
+            f"{MAX_FACTOR}"
+        )
+    return _ffn(dim, {"multiple_of": multiple, "ffn_dim_multiplier": factor})
 
 
 def _ffn(dim: int, params: dict[str, Any]) -> int:
@@ -303,6 +328,8 @@ def _language(shards: list[dict[str, Tensor]], model: Model, where: str) -> dict
         parts = [shard[name] for shard in shards]
         if len({(p.dtype, p.shape) for p in parts}) > 1:
             raise ConvertError(f"{where}: {name} differs in dtype or shape among the shards")
+        if len(parts[0].shape) != (1 if "norm" in canonical else 2):
+            raise ConvertError(f"{parts[0].where}: shape {quoted(parts[0].shape)}; not this model")
         if "_norm." in canonical:
             heads = model.num_heads if ".q_norm." in canonical else model.num_kv_heads
             found[canonical] = gains(parts, heads, model.head_dim)

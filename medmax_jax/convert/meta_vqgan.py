@@ -4,7 +4,6 @@ vqgan.ckpt   {"state_dict": {"encoder.conv_in.weight": .., "loss.": dropped}}
 vqgan.yaml   model.params: embed_dim, n_embed, ddconfig
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -14,13 +13,21 @@ import yaml
 from configs import base
 from medmax_jax import pth
 from medmax_jax.config import VQ, build
-from medmax_jax.convert import vq_names
-from medmax_jax.convert.form import Checkpoint, ConvertError, Tensor, check_dtype, finite
-from medmax_jax.storage import ByteFile, Folder
+from medmax_jax.convert import tensor_files, vq_names
+from medmax_jax.convert.form import (
+    Checkpoint,
+    ConvertError,
+    Tensor,
+    check_dtype,
+    finite,
+    section,
+)
+from medmax_jax.io.text_files import TextFileError
+from medmax_jax.io.yaml_files import MAX_YAML_BYTES, parse_yaml
+from medmax_jax.storage import Folder
 
 CKPT, YAML = "vqgan.ckpt", "vqgan.yaml"
 LOSS = "loss."  # the perceptual net and the discriminator, which only training uses
-MAX_YAML = 1_000_000  # bytes; the published one has 1,490
 
 
 def read(folder: Folder, prefix: str) -> tuple[dict[str, Tensor], VQ]:
@@ -33,27 +40,11 @@ def read(folder: Folder, prefix: str) -> tuple[dict[str, Tensor], VQ]:
             "copy it from where the checkpoint came from"
         )
     vq, file = _settings(folder, prefix), folder.file(prefix + CKPT)
-    found = {n: t for n, t in tensors(file, dropped=()).items() if not n.startswith(LOSS)}
+    held = tensor_files.read_torch(file)
+    found = {name: tensor for name, tensor in held.items() if not name.startswith(LOSS)}
     for tensor in found.values():
         check_dtype(tensor.dtype, tensor.where)
     return vq_names.check(file.name, found, vq), vq
-
-
-def tensors(file: ByteFile, *, dropped: tuple[str, ...]) -> dict[str, Tensor]:
-    """Name -> tensor of a .pth or .ckpt file."""
-    found = {}
-    for name, entry in pth.open_file(file).items():
-
-        def block(rows: slice, columns: slice, entry=entry) -> np.ndarray:
-            first, last, _ = rows.indices(entry.shape[0])
-            start = entry.start + first * entry.stride[0]
-            shape = (last - first, *entry.shape[1:])
-            array = pth.read(file, dataclasses.replace(entry, start=start, shape=shape))
-            return array[:, columns] if array.ndim > 1 else array
-
-        if name not in dropped:
-            found[name] = Tensor(entry.shape, entry.dtype, block, f"{file.name}: {name}")
-    return found
 
 
 def write(
@@ -80,23 +71,25 @@ def write(
 
 def _settings(folder: Folder, prefix: str) -> VQ:
     where = f"{folder.path}/{prefix}{YAML}"
-    if folder.size(prefix + YAML) > MAX_YAML:
-        raise ConvertError(f"{where}: over {MAX_YAML} bytes; not the settings of a net")
+    if folder.size(prefix + YAML) > MAX_YAML_BYTES:
+        raise ConvertError(f"{where}: over {MAX_YAML_BYTES} bytes; not the settings of a net")
     try:
-        params = yaml.safe_load(bytes(folder.read(prefix + YAML)))["model"]["params"]
-        net = params["ddconfig"]
-        fields = dict(
-            image_size=net["resolution"],
-            channels=net["ch"],
-            channel_mult=list(net["ch_mult"]),
-            num_res_blocks=net["num_res_blocks"],
-            z_channels=net["z_channels"],
-            embed_dim=params["embed_dim"],
-            num_codes=params["n_embed"],
-            norm_groups=net.get("norm_groups", vq_names.TAMING_GROUPS),
-        )
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ConvertError(f"{where}: {error!r}; not the yaml of a taming VQGAN") from error
+        found = parse_yaml(bytes(folder.read(prefix + YAML)), where)
+    except TextFileError as error:
+        raise ConvertError(f"{error}; not the yaml of a taming VQGAN") from error
+    params = section(section(found, "model", where), "params", where)
+    net = section(params, "ddconfig", where)
+    fields = dict(
+        image_size=net.get("resolution"),
+        channels=net.get("ch"),
+        channel_mult=net.get("ch_mult"),
+        num_res_blocks=net.get("num_res_blocks"),
+        z_channels=net.get("z_channels"),
+        embed_dim=params.get("embed_dim"),
+        num_codes=params.get("n_embed"),
+        norm_groups=net.get("norm_groups", vq_names.TAMING_GROUPS),
+    )
+    where = f"{where}: not the yaml of a taming VQGAN"
     return vq_names.settings(
         fields, double=net.get("double_z"), attention=net.get("attn_resolutions"), where=where
     )

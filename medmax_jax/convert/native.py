@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from medmax_jax import arrays, chameleon, quant, weights
-from medmax_jax.config import VQ, ConfigError, Mesh, Model, Vocab, build, to_dict
+from medmax_jax.config import VQ, ConfigError, Mesh, Model, Vocab, build, check_vq, to_dict
 from medmax_jax.convert import quantize, tensor_files, vq_names
 from medmax_jax.convert.ahead import ahead
 from medmax_jax.convert.form import (
@@ -32,10 +32,13 @@ from medmax_jax.convert.form import (
     Checkpoint,
     ConvertError,
     Tensor,
+    check_gathered,
+    check_settings,
     finite,
     language_shapes,
     require,
 )
+from medmax_jax.io.errors import quoted
 from medmax_jax.mesh import make_mesh
 from medmax_jax.storage import Folder
 
@@ -87,16 +90,25 @@ def stacks(model: Model, vocab: Vocab) -> dict[str, jax.ShapeDtypeStruct]:
 def settings(folder: Folder) -> dict[str, Any]:
     """config.json: `vocab`, `model`, `vq` as dataclasses or None, `weights` as it is."""
     config, path = folder.json("config.json"), f"{folder.path}/config.json"
+    if not is_layout(config):
+        raise ConvertError(f"{path}: has neither a model nor a vq; convert again")
     try:
         made = {
             name: build(kind, config[name]) if name in config else None
             for name, kind in (("vocab", Vocab), ("model", Model), ("vq", VQ))
         }
+        if made["vq"]:
+            check_vq(made["vq"])
     except ConfigError as error:
         raise ConvertError(f"{path}: {error}") from error
+    if made["model"]:
+        if missing := [name for name in ("vocab", "vq") if made[name] is None]:
+            raise ConvertError(f"{path}: {missing[0]} is missing; convert again")
+        check_settings(made["model"], made["vocab"], made["vq"], path)
     facts = config.get("weights", {})
-    if not isinstance(facts, dict) or not isinstance(facts.get("dtypes", {}), dict):
-        raise ConvertError(f"{path}: weights is {facts!r}; it must be a table. Convert again")
+    tables = isinstance(facts, dict) and isinstance(facts.get("dtypes", {}), dict)
+    if not tables or not isinstance(facts.get("fingerprint", ""), str):
+        raise ConvertError(f"{path}: weights is {quoted(facts)}; convert again")
     return made | {"weights": facts}
 
 
@@ -160,8 +172,9 @@ def _read_language(
     for name, shape in language_shapes(model, vocab).items():
         stack, layer = place(name)
         dtype = dtypes.get(name, held[stack].dtype)
-        if dtype not in DTYPES:
-            raise ConvertError(f"{folder.path}/config.json: weights.dtypes.{name} is {dtype!r}")
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            where = f"{folder.path}/config.json: weights.dtypes.{name}"
+            raise ConvertError(f"{where} is {quoted(dtype)}; weights are {', '.join(DTYPES)}")
         found[name] = _out(held[stack], stack.rpartition(".")[2], layer, shape, dtype)
     return found
 
@@ -301,14 +314,18 @@ def _check_stacks(folder: Folder, model: Model, vocab: Vocab) -> None:
 
 def _read_vqgan(folder: Folder, vq: VQ) -> dict[str, Tensor]:
     held, found = tensor_files.read_file(folder.file("vqgan.safetensors")), {}
+    check_gathered(f"{folder.path}/vqgan.safetensors", held)
+    vq_names.check_blocks(vq, held, f"{folder.path}/vqgan.safetensors")
     for taming, (name, shape) in vq_names.table(vq).items():
         if name in held:
             tensor = held.pop(name)
             if tensor.shape != shape:
-                raise ConvertError(f"{tensor.where}: shape {tensor.shape}, config.vq asks {shape}")
+                raise ConvertError(
+                    f"{tensor.where}: shape {quoted(tensor.shape)}, config.vq asks {shape}"
+                )
             found[taming] = vq_names.from_native(tensor)
     if held:
-        raise ConvertError(f"{folder.path}/vqgan.safetensors: {sorted(held)[0]} has no place")
+        raise ConvertError(f"{folder.path}/vqgan.safetensors: {quoted(min(held))} has no place")
     return vq_names.check(f"{folder.path}/vqgan.safetensors", found, vq)
 
 

@@ -13,15 +13,27 @@ facts     base    fingerprint of the weights it was trained on, see form.digest
 """
 
 import json
+import math
 import re
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 
 from medmax_jax import checkpoint
-from medmax_jax.config import ConfigError, Lora, build, to_dict
-from medmax_jax.convert import meta_vqgan, tensor_files
-from medmax_jax.convert.form import Adapter, ConvertError, Tensor, check_dtype
+from medmax_jax.config import BOUNDS, ConfigError, Lora, build, to_dict
+from medmax_jax.convert import tensor_files
+from medmax_jax.convert.form import (
+    Adapter,
+    ConvertError,
+    Tensor,
+    check_dtype,
+    check_gathered,
+    number,
+    section,
+)
+from medmax_jax.io.errors import quoted
+from medmax_jax.io.text_files import printable
 from medmax_jax.storage import Folder
 
 CONFIG, FACTS = "adapter_config.json", "medmax_jax.json"
@@ -33,7 +45,47 @@ PLAIN = dict(  # a LoRA whose delta is lora_alpha / r x B A and nothing else
     peft_type="LORA", bias="none", use_rslora=False, use_dora=False, fan_in_fan_out=False,
     rank_pattern={}, alpha_pattern={}, modules_to_save=None, lora_bias=False,
 )  # fmt: skip
-_PEFT = re.compile(r"base_model\.model\.(model\.layers\.\d+\.[\w.]+)\.lora_([AB])\.weight")
+# The settings of adapter_config.json that an adapter may have here. Every other one, also one of a
+# later PEFT, must be neutral: null, false, 0, or empty.
+UNDERSTOOD = {  # computed here, each by `_scales` or `_check_targets`
+    "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern",
+    "target_modules",
+}  # fmt: skip
+WITHOUT_EFFECT = {  # on what B A is added to the weights; any value
+    "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping",
+    "peft_version", "qalora_group_size", "runtime_config",
+}  # fmt: skip
+NEUTRAL = {  # where the neutral value is not null, false, 0 or empty
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    # All of these start from B A = 0 on the base's own weights, so the sum is of that base.
+    "init_lora_weights": (True, False, "gaussian", "orthogonal"),
+    "megatron_core": ("megatron.core",),
+}
+_CHANGES_BASE = (
+    "starts from other base weights or is not known to start from the base's own (LoftQ, PiSSA, "
+    "OLoRA, CorDA and LoRA-GA change them)"
+)
+_SOME_LAYERS = "puts adapters on some modules or layers only"
+_MORE_WEIGHTS = "trains weights besides LoRA's matrices"
+REASONS = {  # why a setting is refused, where "changes what the adapter computes" says too little
+    "init_lora_weights": _CHANGES_BASE, "loftq_config": _CHANGES_BASE, "eva_config": _CHANGES_BASE,
+    "corda_config": _CHANGES_BASE, "lora_ga_config": _CHANGES_BASE,
+    "layers_to_transform": _SOME_LAYERS, "layers_pattern": _SOME_LAYERS,
+    "exclude_modules": _SOME_LAYERS, "target_parameters": _SOME_LAYERS,
+    "layer_replication": "repeats layers of the base",
+    "modules_to_save": _MORE_WEIGHTS, "trainable_token_indices": _MORE_WEIGHTS,
+    "bias": _MORE_WEIGHTS, "lora_bias": _MORE_WEIGHTS,
+    "alora_invocation_tokens": "is active behind these tokens only",
+    "use_dora": "also scales the columns of each weight (DoRA)",
+}  # fmt: skip
+MAX_LAYERS = BOUNDS["model.num_layers"][1]
+MAX_PATTERNS = 4_096  # entries of rank_pattern, alpha_pattern, target_modules
+# A key of a pattern is a regular expression in PEFT. These cannot take exponential time.
+_KEY = re.compile(r"\^?(?:[\w.]|\\\.){1,200}")
+_PEFT = re.compile(
+    r"base_model\.model\.(model\.layers\.[0-9]{1,4}\.[\w.]{1,40})\.lora_([AB])\.weight"
+)
 _LORA = ("rank", "alpha", "dropout")
 
 
@@ -57,7 +109,8 @@ def read_checkpoint(folder: Folder) -> Adapter:
     """The adapters of a run's newest sound checkpoint."""
     where = f"{folder.path.rstrip('/')}/checkpoints"
     step, arrays, meta = checkpoint.newest(where)
-    if meta["config"]["train"]["trains"] != "lora":
+    config = section(section(meta, "config", where), "train", where)
+    if config.get("trains") != "lora":
         raise ConvertError(
             f"{folder.path}: trains a whole model and has not finished; convert its model/ then"
         )
@@ -69,13 +122,15 @@ def read_checkpoint(folder: Folder) -> Adapter:
     }
     facts = {k: meta[k] for k in ("base", "data", "sources", "credentials", "config") if k in meta}
     return Adapter(
-        layout="native", path=folder.path, lora=build(Lora, meta["config"]["lora"]),
-        matrices=_unstacked(folder.path, stacks), facts=facts | {"step": step},
+        layout="native", path=folder.path, lora=build(Lora, meta["config"].get("lora")),
+        matrices=_unstacked(folder.path, stacks),
+        facts=_checked_facts(facts | {"step": step}, where),
     )  # fmt: skip
 
 
 def write_peft(folder: Folder, adapter: Adapter, *, base_name: str) -> None:
     """A folder that peft.PeftModel.from_pretrained loads. `base_name`: where its base model is."""
+    _check_uniform(adapter)
     tensors = {}
     for name, pair in adapter.matrices.items():
         module = name.removesuffix(".weight")
@@ -99,6 +154,7 @@ def write_peft(folder: Folder, adapter: Adapter, *, base_name: str) -> None:
 
 def write_native(folder: Folder, adapter: Adapter, *, layers: int) -> None:
     """An adapter folder that train and generate know; every layer must have all seven modules."""
+    _check_uniform(adapter)
     stacks = {}
     for module in MODULES:
         names = [f"model.layers.{i}.{module}.weight" for i in range(layers)]
@@ -116,50 +172,174 @@ def write_native(folder: Folder, adapter: Adapter, *, layers: int) -> None:
 
 
 def _read_native(folder: Folder, config: dict[str, Any]) -> Adapter:
+    where = f"{folder.path}/{CONFIG}"
     try:
         lora = build(Lora, {name: config[name] for name in _LORA})
     except (KeyError, ConfigError) as error:
-        raise ConvertError(f"{folder.path}/{CONFIG}: {error}; export the adapter again") from error
+        raise ConvertError(f"{where}: {error}; export the adapter again") from error
+    if not lora.rank:
+        raise ConvertError(f"{where}: rank is 0; export the adapter again")
     stacks = tensor_files.read_file(folder.file("adapter.safetensors"))
+    check_gathered(f"{folder.path}/adapter.safetensors", stacks)
     facts = {name: value for name, value in config.items() if name not in _LORA}
     matrices = _unstacked(folder.path, stacks)
-    _check_rank(folder.path, matrices, lora)
+    _check_rank(folder.path, matrices, {name: lora.rank for name in matrices})
+    facts = _checked_facts(facts, where)
     return Adapter(layout="native", path=folder.path, lora=lora, matrices=matrices, facts=facts)
 
 
 def _read_peft(folder: Folder, config: dict[str, Any]) -> Adapter:
-    for name, plain in PLAIN.items():
-        if (config.get(name) or plain) != plain:
-            raise ConvertError(
-                f"{folder.path}/{CONFIG}: {name} is {config[name]!r}; only plain LoRA "
-                f"({name} {plain!r}) can be converted. Merge it with peft instead"
-            )
-    if isinstance(config.get("init_lora_weights"), str) and config["init_lora_weights"] not in (
-        "gaussian", "loftq", "eva", "orthogonal",
-    ):  # fmt: skip
-        raise ConvertError(
-            f"{folder.path}/{CONFIG}: init_lora_weights {config['init_lora_weights']!r} changes "
-            "the base weights too; save the adapter as plain LoRA with peft"
-        )
-    try:
-        lora = build(
-            Lora,
-            dict(
-                rank=config["r"],
-                alpha=config["lora_alpha"],
-                dropout=config.get("lora_dropout", 0.0),
-            ),
-        )
-    except (KeyError, ConfigError) as error:
-        raise ConvertError(f"{folder.path}/{CONFIG}: {error}; not PEFT's LoRA") from error
+    where = f"{folder.path}/{CONFIG}"
+    check_plain(config, where)
+    rank = number(config, "r", "lora.rank", where)
+    alpha = float(number(config, "lora_alpha", "lora.alpha", where))
+    dropout = float(number(config, "lora_dropout", "lora.dropout", where, 0.0))
+    if not rank:
+        raise ConvertError(f"{where}: r is 0; an adapter has a rank of at least 1")
     if folder.has("adapter_model.safetensors"):
         held = tensor_files.read_file(folder.file("adapter_model.safetensors"))
     else:
-        held = meta_vqgan.tensors(folder.file("adapter_model.bin"), dropped=())
+        held = tensor_files.read_torch(folder.file("adapter_model.bin"))
+    check_gathered(folder.path, held)
     facts = folder.json(FACTS) if folder.has(FACTS) else {}
     matrices = _paired(folder.path, held)
-    _check_rank(folder.path, matrices, lora)
-    return Adapter(layout="peft", path=folder.path, lora=lora, matrices=matrices, facts=facts)
+    _check_targets(where, config.get("target_modules"), matrices)
+    ranks, scales = _scales(config, matrices, where, rank=rank, alpha=alpha)
+    _check_rank(folder.path, matrices, ranks)
+    # What plain LoRA of this rank needs for the same sum: rsLoRA divides by the root of r.
+    plain = alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
+    lora = Lora(rank=rank, alpha=plain, dropout=dropout)
+    return Adapter(
+        layout="peft", path=folder.path, lora=lora, matrices=matrices, scales=scales,
+        facts=_checked_facts(facts, f"{folder.path}/{FACTS}"),
+    )  # fmt: skip
+
+
+def check_plain(config: dict[str, Any], where: str) -> None:
+    """Raise ConvertError at a setting of PEFT that is not computed here, by its name."""
+    if "peft_type" in config and config["peft_type"] not in NEUTRAL["peft_type"]:
+        raise ConvertError(
+            f"{where}: peft_type is {quoted(config['peft_type'])}; only LORA can be converted"
+        )
+    if type(config.get("use_rslora", False)) is not bool:
+        raise ConvertError(f"{where}: use_rslora is {quoted(config['use_rslora'])}; true or false")
+    for name, value in config.items():
+        if name in UNDERSTOOD or name in WITHOUT_EFFECT:
+            continue
+        allowed = NEUTRAL.get(name)
+        neutral = value is None or (value in allowed if allowed else not value)
+        if not neutral:
+            reason = REASONS.get(name, "changes what the adapter computes")
+            raise ConvertError(
+                f"{where}: {printable(name, 80)} is {quoted(value)}, which {reason}; only plain "
+                "LoRA can be converted. Merge it with peft instead, on the base it was trained on "
+                "(merge_and_unload)"
+            )
+
+
+def _scales(
+    config: dict[str, Any],
+    names: Collection[str],
+    where: str,
+    *,
+    rank: int,
+    alpha: float,
+) -> tuple[dict[str, int], dict[str, float]]:
+    """Return the rank of each matrix, and what its B A is multiplied by, as PEFT has them.
+
+    With {"q_proj": 8} as rank_pattern and r 4, lora_alpha 6: 6 / 8 in q_proj, 6 / 4 elsewhere;
+    with use_rslora 6 / sqrt(8) and 6 / sqrt(4).
+    """
+    of_rank = _patterns(config, "rank_pattern", "lora.rank", where)
+    of_alpha = _patterns(config, "alpha_pattern", "lora.alpha", where)
+    ranks, scales = {}, {}
+    for name in names:
+        module = name.removesuffix(".weight")
+        ranks[name] = r = _matched(of_rank, module, rank)
+        if not r:
+            raise ConvertError(f"{where}: rank_pattern gives {module} rank 0; it must be above 0")
+        divisor = math.sqrt(r) if config.get("use_rslora") else r
+        scales[name] = _matched(of_alpha, module, alpha) / divisor
+    return ranks, scales
+
+
+def _patterns(
+    config: dict[str, Any], name: str, bound: str, where: str
+) -> list[tuple[re.Pattern, Any]]:
+    """Return (regular expression, value) of a pattern in its order; the first match counts."""
+    found = []
+    table = section(config, name, where)
+    if len(table) > MAX_PATTERNS:
+        raise ConvertError(f"{where}: {name} has {len(table)} entries, over {MAX_PATTERNS}")
+    for key in table:
+        if not _KEY.fullmatch(key):
+            raise ConvertError(
+                f"{where}: {name} has the key {quoted(key)}; only names of modules, with ^ before "
+                "them, can be converted. Merge it with peft instead (merge_and_unload)"
+            )
+        value = number(table, key, bound, f"{where}: {name}")
+        found.append((re.compile(rf"(.*\.)?({key})$"), value))  # PEFT's get_pattern_key
+    return found
+
+
+def _matched(patterns: list[tuple[re.Pattern, Any]], module: str, default: Any) -> Any:
+    return next((value for key, value in patterns if key.match(module)), default)
+
+
+def _check_targets(where: str, targets: Any, names: Collection[str]) -> None:
+    """Raise ConvertError where target_modules and the matrices of the file disagree.
+
+    A list names modules by their last parts; a text ("all-linear", a regular expression) is not
+    evaluated. That all layers have a matrix is checked against the base, see merge.check_base.
+    """
+    if targets is None or isinstance(targets, str):
+        return
+    whole = isinstance(targets, list) and all(isinstance(target, str) for target in targets)
+    if not whole or len(targets) > MAX_PATTERNS:
+        raise ConvertError(f"{where}: target_modules is {quoted(targets)}; it must be names")
+    modules = {name.removesuffix(".weight") for name in names}
+    ends = {m[i:] for m in modules for i, c in enumerate("." + m) if c == "."}
+    if absent := sorted(set(targets) - ends):
+        raise ConvertError(
+            f"{where}: target_modules has {quoted(absent[0])}, but the file has no matrices of it; "
+            "an incomplete copy, or config and weights are of two adapters"
+        )
+    if other := sorted(m for m in modules if not any(f".{m}".endswith(f".{t}") for t in targets)):
+        raise ConvertError(
+            f"{where}: the file has matrices of {other[0]}, which target_modules does not name; "
+            "config and weights are of two adapters"
+        )
+
+
+def _check_uniform(adapter: Adapter) -> None:
+    """Raise ConvertError unless one rank and one factor hold for all matrices."""
+    plain = adapter.lora.alpha / adapter.lora.rank
+    for name, (a, _) in adapter.matrices.items():
+        if a.shape[0] != adapter.lora.rank or not math.isclose(adapter.scale(name), plain):
+            raise ConvertError(
+                f"{adapter.path}: {name} has rank {a.shape[0]} and factor {adapter.scale(name):g}, "
+                f"others {adapter.lora.rank} and {plain:g} (rank_pattern, alpha_pattern); an "
+                "adapter here has one of each: merge this one instead (--format hf, --base)"
+            )
+
+
+def _checked_facts(facts: Any, where: str) -> dict[str, Any]:
+    """Return the facts of an adapter; raise ConvertError unless they are as described above."""
+    good = isinstance(facts, dict) and all(
+        isinstance(facts.get(name, ""), str) for name in ("base", "data")
+    )
+    good = good and type(facts.get("step", 0)) is int
+    for name in ("sources", "credentials"):
+        table = facts.get(name, {}) if good else {}
+        good = good and isinstance(table, dict) and all(type(n) is int for n in table.values())
+    table = facts.get("config", {}) if good else {}
+    good = good and isinstance(table, dict)
+    if not good or not all(isinstance(fields, dict) for fields in table.values()):
+        raise ConvertError(
+            f"{where}: base, data, step, sources, credentials or config is not as this program "
+            "writes it; export the adapter again"
+        )
+    return facts
 
 
 def _paired(path: str, held: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -168,7 +348,8 @@ def _paired(path: str, held: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tenso
         found = _PEFT.fullmatch(name)
         if not found or not found[1].endswith(MODULES):
             raise ConvertError(
-                f"{path}: {name} has no place; LoRA on {', '.join(MODULES)} can be converted"
+                f"{path}: {printable(name, 80)} has no place; LoRA on {', '.join(MODULES)} can be "
+                "converted"
             )
         check_dtype(tensor.dtype, tensor.where)
         pairs.setdefault(f"{found[1]}.weight", {})[found[2]] = tensor
@@ -182,10 +363,15 @@ def _unstacked(path: str, stacks: dict[str, Tensor]) -> dict[str, tuple[Tensor, 
     """Each layer's A [R, in] and B [out, R] of arrays [L, in, R] and [L, R, out]."""
     wanted = {f"layers.{module}.{leaf}" for module in MODULES for leaf in ("lora_a", "lora_b")}
     if wrong := sorted(wanted ^ set(stacks)):
-        raise ConvertError(f"{path}: {wrong[0]} is missing or has no place; not this adapter")
+        name = printable(wrong[0], 80)
+        raise ConvertError(f"{path}: {name} is missing or has no place; not this adapter")
     found = {}
     for module in MODULES:
         a, b = (stacks[f"layers.{module}.{leaf}"] for leaf in ("lora_a", "lora_b"))
+        whole = len(a.shape) == len(b.shape) == 3 and a.shape[0] == b.shape[0] <= MAX_LAYERS
+        if not whole:
+            shapes = f"{quoted(a.shape)} and {quoted(b.shape)}"
+            raise ConvertError(f"{path}: {module} has {shapes}; not stacks of matrices")
         for i in range(a.shape[0]):
             found[f"model.layers.{i}.{module}.weight"] = (_layer(a, i), _layer(b, i))
     return found
@@ -200,12 +386,14 @@ def _layer(stack: Tensor, i: int) -> Tensor:
     return Tensor(stack.shape[:0:-1], stack.dtype, block, stack.where)
 
 
-def _check_rank(path: str, matrices: dict[str, tuple[Tensor, Tensor]], lora: Lora) -> None:
+def _check_rank(
+    path: str, matrices: dict[str, tuple[Tensor, Tensor]], ranks: dict[str, int]
+) -> None:
     for name, (a, b) in matrices.items():
-        if len(a.shape) != 2 or len(b.shape) != 2 or not a.shape[0] == b.shape[1] == lora.rank:
+        if len(a.shape) != 2 or len(b.shape) != 2 or not a.shape[0] == b.shape[1] == ranks[name]:
             raise ConvertError(
-                f"{path}: {name} has A {a.shape} and B {b.shape}, {CONFIG} says rank {lora.rank}; "
-                "config and weights are of two adapters"
+                f"{path}: {name} has A {quoted(a.shape)} and B {quoted(b.shape)}, {CONFIG} says "
+                f"rank {ranks[name]}; config and weights are of two adapters"
             )
 
 

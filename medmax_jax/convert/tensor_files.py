@@ -1,71 +1,109 @@
-"""Safetensors files of a folder: read by ranges, written as a stream; one tensor in memory at most.
+"""Weight files of a folder: read by ranges, written as a stream; one tensor in memory at most.
 
     model.safetensors                                     one file, or
     model-00001-of-00003.safetensors ..                   several, and
     model.safetensors.index.json {"weight_map": {tensor: file}}
+    pytorch_model.bin, pytorch_model.bin.index.json       the same from torch.save: only read, where
+                                                          there are no safetensors files
 
 The safetensors library wants a file on a local disk and, to write, all of it in memory; here the
 file may be a gs:// object. What a header says is checked against the size of its file before any
 of it is believed.
 """
 
+import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from medmax_jax import pth
 from medmax_jax.convert.ahead import ahead
 from medmax_jax.convert.form import DTYPES, ConvertError, Tensor, finite
-from medmax_jax.storage import ByteFile, Folder
+from medmax_jax.io.errors import quoted
+from medmax_jax.io.text_files import TextFileError, parse_json, printable
+from medmax_jax.storage import JSON_LIMIT, ByteFile, Folder
 
-INDEX = "model.safetensors.index.json"
-MAX_HEADER = 100_000_000  # bytes; the library's own limit
+INDEX, BIN_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
+BIN = "pytorch_model.bin"
+MAX_TENSORS = 1 << 17  # of a file; one of 30B has 760
+MAX_NAME = 512  # characters of a tensor's name
+MAX_RANK, MAX_DIM = 16, 1 << 40  # axes, and the length of one
 _SIZES = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
     **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
 }
-_PLAIN = re.compile(r"[\w.-]+\.safetensors")
+_PLAIN = re.compile(r"[\w.-]{1,200}\.(safetensors|bin)")
 
 
 def read(folder: Folder) -> dict[str, Tensor]:
-    """Tensor name -> tensor of all safetensors files of the folder."""
-    files = [n for n in folder.names() if n.endswith(".safetensors") and "/" not in n]
-    if not folder.has(INDEX):
-        if len(files) != 1:
-            raise ConvertError(
-                f"{folder.path}: {len(files)} safetensors files and no {INDEX}; copy the whole "
-                "folder again"
-            )
-        return read_file(folder.file(files[0]))
-    places = _weight_map(folder)
-    if gone := sorted(set(places.values()) - set(files)):
-        raise ConvertError(f"{folder.path}/{gone[0]}: missing, but {INDEX} names it; copy it")
+    """Return tensor name -> tensor of all weight files of the folder; safetensors come first."""
+    names = [n for n in folder.names() if "/" not in n]
+    files = [n for n in names if n.endswith(".safetensors")]
+    if folder.has(INDEX):
+        return _read_indexed(folder, INDEX, files)
+    if not files and folder.has(BIN_INDEX):
+        return _read_indexed(folder, BIN_INDEX, [n for n in names if n.endswith(".bin")])
+    if not files and folder.has(BIN):
+        return read_torch(folder.file(BIN))
+    if len(files) != 1:
+        raise ConvertError(
+            f"{folder.path}: {len(files)} safetensors files and no {INDEX} ({BIN} is read too); "
+            "copy the whole folder again"
+        )
+    return read_file(folder.file(files[0]))
+
+
+def read_torch(file: ByteFile, *, dropped: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """Return name -> tensor of a .pth, .ckpt or .bin file of torch.save, but those `dropped`."""
+    found = {}
+    for name, entry in pth.open_file(file).items():
+
+        def block(rows: slice, columns: slice, entry=entry) -> np.ndarray:
+            first, last, _ = rows.indices(entry.shape[0])
+            start = entry.start + first * entry.stride[0]
+            shape = (last - first, *entry.shape[1:])
+            array = pth.read(file, dataclasses.replace(entry, start=start, shape=shape))
+            return array[:, columns] if array.ndim > 1 else array
+
+        if name not in dropped:
+            found[name] = Tensor(entry.shape, entry.dtype, block, f"{file.name}: {name}")
+    return found
+
+
+def _read_indexed(folder: Folder, index: str, files: list[str]) -> dict[str, Tensor]:
+    by_file: dict[str, set[str]] = {}
+    for name, file in _weight_map(folder, index).items():
+        by_file.setdefault(file, set()).add(name)
+    if gone := sorted(set(by_file) - set(files)):
+        raise ConvertError(f"{folder.path}/{gone[0]}: missing, but {index} names it; copy it")
     found: dict[str, Tensor] = {}
-    for file in sorted(set(places.values())):
-        held = read_file(folder.file(file))
-        wanted = {name for name, place in places.items() if place == file}
+    for file, wanted in sorted(by_file.items()):
+        reader = read_torch if index == BIN_INDEX else read_file
+        held = reader(folder.file(file))
         if wrong := sorted(wanted ^ set(held)):
             raise ConvertError(
-                f"{folder.path}/{file}: {wrong[0]} is in the file or in {INDEX}, not in both "
-                f"({len(wrong)} such); files of two checkpoints are mixed"
+                f"{folder.path}/{file}: {printable(wrong[0], 80)} is in the file or in {index}, "
+                f"not in both ({len(wrong)} such); files of two checkpoints are mixed"
             )
         found |= held
     return found
 
 
 def read_file(file: ByteFile) -> dict[str, Tensor]:
-    """Tensor name -> tensor of one file."""
+    """Tensor name -> tensor of one safetensors file."""
     header, start = _header(file)
     found, ends = {}, [start]
     for name, entry in sorted(header.items(), key=lambda item: _offsets(file, *item)):
         shape, dtype, (begin, end) = _entry(file, name, entry)
         if begin + start != ends[-1]:
-            raise _broken(file, f"{name} begins at byte {begin}, not where the one before it ends")
+            short = printable(name, 80)
+            raise _broken(file, f"{short} begins at byte {begin}, not where the one before it ends")
         ends.append(end + start)
         found[name] = _tensor(file, name, shape, dtype, begin + start)
     if ends[-1] != file.size:
@@ -116,16 +154,19 @@ def write_file(
             progress(tensor.nbytes)
 
 
-def _weight_map(folder: Folder) -> dict[str, str]:
-    index = folder.json(INDEX)
+def _weight_map(folder: Folder, name: str) -> dict[str, str]:
+    """Return tensor name -> file name of an index; the files are plain names of this folder."""
+    index, where = folder.json(name), f"{folder.path}/{name}"
     places = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
-        raise ConvertError(f"{folder.path}/{INDEX}: has no weight_map of names; copy it again")
-    for name, file in places.items():
+        raise ConvertError(f"{where}: has no weight_map of names; copy it again")
+    if len(places) > MAX_TENSORS:
+        raise ConvertError(f"{where}: {len(places)} tensors, over {MAX_TENSORS}; not this model's")
+    for tensor, file in places.items():
         if not _PLAIN.fullmatch(file):
             raise ConvertError(
-                f"{folder.path}/{INDEX}: {name} is said to be in {file!r}, which is no plain file "
-                "name of this folder; do not trust this checkpoint"
+                f"{where}: {printable(tensor, 80)} is said to be in {quoted(file)}, which is no "
+                "plain file name of this folder; do not trust this checkpoint"
             )
     return places
 
@@ -135,43 +176,42 @@ def _header(file: ByteFile) -> tuple[dict[str, Any], int]:
     if file.size < 8:
         raise _broken(file, f"{file.size} bytes are too few for a header")
     length = int.from_bytes(bytes(file.read(0, 8)), "little")
-    if length > min(MAX_HEADER, file.size - 8):
+    if length > min(JSON_LIMIT, file.size - 8):
         raise _broken(file, f"a header of {length} bytes in a file of {file.size}")
     try:
-        header = json.loads(bytes(file.read(8, 8 + length)), object_pairs_hook=_once)
-    except (ValueError, RecursionError) as error:
-        raise _broken(file, f"its header is not JSON ({error})") from error
+        header = parse_json(bytes(file.read(8, 8 + length)), "its header")
+    except TextFileError as error:
+        raise _broken(file, str(error)) from error
     if not isinstance(header, dict):
         raise _broken(file, "its header is no table of tensors")
     header.pop("__metadata__", None)
+    if len(header) > MAX_TENSORS:
+        raise _broken(file, f"a header of {len(header)} tensors, over {MAX_TENSORS}")
+    if long := next((name for name in header if len(name) > MAX_NAME), None):
+        raise _broken(file, f"a name of {len(long)} characters, over {MAX_NAME}")
     return header, 8 + length
-
-
-def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"{name} stands twice")
-        found[name] = value
-    return found
 
 
 def _offsets(file: ByteFile, name: str, entry: Any) -> tuple[int, int]:
     offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
-    if not isinstance(offsets, list) or [type(o) for o in offsets] != [int, int]:
-        raise _broken(file, f"{name} has no data_offsets of two whole numbers")
+    whole = isinstance(offsets, list) and [type(o) for o in offsets] == [int, int]
+    if not whole or not 0 <= offsets[0] <= offsets[1] <= file.size:
+        short = printable(name, 80)
+        raise _broken(file, f"{short} has no data_offsets of two whole numbers within the file")
     return offsets[0], offsets[1]
 
 
 def _entry(file: ByteFile, name: str, entry: Any) -> tuple[tuple[int, ...], str, tuple[int, int]]:
     begin, end = _offsets(file, name, entry)
-    shape, dtype = entry.get("shape"), entry.get("dtype")
-    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
-        raise _broken(file, f"{name} has shape {shape!r}")
-    if dtype not in _SIZES:
-        raise ConvertError(f"{file.name}: {name} has dtype {dtype!r}, which is unknown here")
+    shape, dtype, short = entry.get("shape"), entry.get("dtype"), printable(name, 80)
+    whole = isinstance(shape, list) and all(type(n) is int and 0 <= n <= MAX_DIM for n in shape)
+    if not whole or len(shape) > MAX_RANK:
+        raise _broken(file, f"{short} has shape {quoted(shape)}")
+    if not isinstance(dtype, str) or dtype not in _SIZES:
+        raise ConvertError(f"{file.name}: {short} has dtype {quoted(dtype)}, which is unknown here")
     if end - begin != math.prod(shape) * _SIZES[dtype]:
-        raise _broken(file, f"{name}, {dtype} {shape}, cannot have {end - begin} bytes")
+        size = quoted(end - begin)
+        raise _broken(file, f"{short}, {dtype} {quoted(shape)}, cannot have {size} bytes")
     return tuple(shape), dtype, (begin, end)
 
 

@@ -7,13 +7,15 @@
 Meta's vqgan.ckpt and HF's `model.vqmodel.` have the same names; HF's own files lack `decoder.`.
 """
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from medmax_jax import vqgan, weights
-from medmax_jax.config import VQ, ConfigError, build
+from medmax_jax.config import VQ, ConfigError, build, check_vq
 from medmax_jax.convert.form import ConvertError, Tensor, require
+from medmax_jax.io.errors import quoted
 
 TAMING_GROUPS = 32  # of every GroupNorm, fixed in the code of taming-transformers and of HF
 
@@ -33,15 +35,34 @@ def settings(fields: dict[str, Any], *, double: Any, attention: Any, where: str)
     """
     try:
         vq = build(VQ, fields)
-        sides = {vq.image_size // 2**level for level in range(len(vq.channel_mult))}
-    except (ConfigError, TypeError) as error:
+        check_vq(vq)
+    except ConfigError as error:
         raise ConvertError(f"{where}: {error}") from error
-    if double or sides & set(attention or ()):
+    sides = [] if attention is None else attention
+    if not isinstance(sides, list) or not all(type(side) is int for side in sides):
         raise ConvertError(
-            f"{where}: double latents {double!r}, attention at {attention!r}; the VQGAN of this "
-            "family has neither"
+            f"{where}: attention at {quoted(attention)}; it must be a list of whole numbers"
+        )
+    levels = {vq.image_size // 2**level for level in range(len(vq.channel_mult))}
+    if double or levels & set(sides):
+        raise ConvertError(
+            f"{where}: double latents {quoted(double)}, attention at {quoted(attention)}; the "
+            "VQGAN of this family has neither"
         )
     return vq
+
+
+def check_blocks(vq: VQ, names: Collection[str], where: str) -> None:
+    """Raise ConvertError where settings ask for more blocks than there are tensors.
+
+    The table of names builds the net, whose time grows with its blocks, so this comes before it.
+    """
+    blocks = len(vq.channel_mult) * vq.num_res_blocks
+    if names and blocks > len(names):
+        raise ConvertError(
+            f"{where}: its config asks for a VQGAN of {blocks} blocks, but the weights have "
+            f"{len(names)} tensors; another model's config, or an incomplete copy"
+        )
 
 
 def table(vq: VQ) -> dict[str, Place]:
@@ -63,6 +84,7 @@ def shapes(vq: VQ, *, decoder: bool) -> dict[str, tuple[int, ...]]:
 def check(path: str, have: dict[str, Tensor], vq: VQ) -> dict[str, Tensor]:
     """The tensors; raises ConvertError unless they are a VQGAN, with or without its decoder."""
     if have:
+        check_blocks(vq, have, path)
         require(path, have, shapes(vq, decoder=any(n.startswith("decoder.") for n in have)))
     return have
 
