@@ -161,11 +161,14 @@ def test_gradients_are_those_of_small_differences(law):
     problem = fit.Problem(law=law, x=x, y=y, middle=middle, delta=1e-1, held={})
     at = np.array([0.3, -0.5, 0.4][: len(law.names)] + [0.31, 0.22, 1.3, 1.1][: len(law.exponents)])
     weights = np.linspace(0.5, 2, len(y))
-    _, slope = problem.value(at, weights)
-    for i in range(len(at)):
-        step = 1e-6 * np.eye(len(at))[i]
-        ends = (problem.value(at + s, weights)[0] for s in (step, -step))
-        assert slope[i] == pytest.approx((next(ends) - next(ends)) / 2e-6, rel=1e-4, abs=1e-7)
+    here = problem.evaluate(at[None], weights[None])
+    steps = 1e-6 * np.concatenate([np.eye(len(at)), -np.eye(len(at))])
+    ends = problem.evaluate(at + steps, np.tile(weights, (len(steps), 1)))
+    up, down = np.split(ends.value, 2)
+    np.testing.assert_allclose(here.gradient[0], (up - down) / 2e-6, rtol=1e-4, atol=1e-7)
+    if law.name not in ("rectified", "data_constrained"):  # their terms curve: damping makes up
+        up, down = np.split(ends.gradient, 2)
+        np.testing.assert_allclose(here.hessian[0], (up - down) / 2e-6, rtol=1e-4, atol=1e-5)
 
 
 def test_a_published_start_is_not_an_end():
@@ -177,8 +180,8 @@ def test_a_published_start_is_not_an_end():
     terms = LAWS["chinchilla"].terms((np.array([0.339]), np.array([0.285])), best.middle)
     u = [np.log(hoffmann[n]) + t.item() for n, t in zip("EAB", terms, strict=True)]
     start = dataclasses.replace(best, vector=np.array([*u, 0.339, 0.285]))
-    again = fit.refit(start, rows.x, rows.y, np.ones(len(rows)))
-    assert again.objective == pytest.approx(best.objective, rel=1e-4)
+    (again,), (done,) = fit.refit(start, rows.x, rows.y, np.ones((1, len(rows))))
+    assert done and again == pytest.approx(best.vector, rel=1e-5)
 
 
 def test_outliers_do_not_pull():
