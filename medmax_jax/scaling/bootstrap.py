@@ -87,13 +87,15 @@ def interval(draws: Float[np.ndarray, "n"], level: float) -> tuple[float, float]
     return float(low), float(high)
 
 
-def influence(found: Fit, table: Table) -> Iterator[tuple[str, Fit]]:
-    """(label, the fit without it) of every run."""
+def influence(
+    found: Fit, table: Table, *, progress: Callable[[int], None] = lambda count: None
+) -> Iterator[tuple[str, Fit]]:
+    """(label, the fit without it) of every run; `progress` gets how many more are done."""
     number = int(table.runs.max()) + 1
     for start in range(0, number, RUNS):
         runs = np.arange(start, min(start + RUNS, number))
         weights = (table.runs != runs[:, None]).astype(np.float64)
-        vectors, _ = refit(found, table.x, table.y, weights)
+        vectors, _ = refit(found, table.x, table.y, weights, progress)
         for run, vector in zip(runs, vectors, strict=True):
             label = table.labels[int(np.flatnonzero(table.runs == run)[0])]
             yield label, dataclasses.replace(found, vector=vector)

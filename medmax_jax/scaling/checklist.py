@@ -58,7 +58,7 @@ def checklist(study: Study, said: Mapping[str, str]) -> dict[str, str]:
     answers["objective"] = f"sum of Huber({o.delta:g}) of residuals of {what}, equal weights"
     answers["optimiser"] = (
         f"grid of exponents with non-negative coefficients solved for, its best {fit.STARTS} "
-        "points polished by L-BFGS-B; float64"
+        "points polished by damped Newton steps; float64"
     )
     fixed = ", ".join(f"{k} = {v:g}" for k, v in o.fixed.items())
     answers["parameters held"] = fixed or "none"

@@ -14,11 +14,11 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-ROUNDS = 400
+ROUNDS = 2_000
 TOLERANCE = 1e-12  # of the value: what an undamped step would still gain
 EXACT = 1e-24  # a value below is 0
 DAMPING = 1e-2  # at the start, of the scaled Hessian
-EASED, RAISED = 1 / 5, 4.0  # after a step that descends, and after one that does not
+EASED, RAISED = 1 / 2, 4.0  # after a step that descends, and after one that does not
 LEAST, MOST = 1e-14, 1e8  # of the damping; beyond MOST rounding hides any descent
 FLAT = 1e-10  # an eigenvalue of the scaled Hessian below which a direction is flat
 
