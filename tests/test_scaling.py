@@ -11,7 +11,7 @@ import pytest
 from scipy import optimize
 
 from benchmarks import scaling as bench
-from medmax_jax.scaling import allocate, bootstrap, fit, identify, mixed, study, table
+from medmax_jax.scaling import allocate, bootstrap, checklist, fit, identify, mixed, study, table
 from medmax_jax.scaling.laws import LAWS, ScalingError
 
 TESTBED = pathlib.Path(__file__).parent / "testbed" / "gadre_104.csv"
@@ -206,6 +206,24 @@ def test_draws_end_where_those_of_lbfgs_do(law):
     theirs = [by_lbfgs(problem, found.vector, each) for each in weights]
     assert done.all()
     np.testing.assert_allclose(ours, theirs, rtol=1e-8)
+
+
+def test_a_parameter_that_no_draw_moves_has_no_interval():
+    """A law without a floor: E is at the bound of its search in every draw, and B is held."""
+    x = bench.design("power", sizes=4, amounts=4, seeds=1)
+    noise = np.exp(0.005 * np.random.default_rng(0).standard_normal(16))
+    y = 900 / x["tokens"] ** 0.3 * noise - 0.02
+    rows = table.Table(
+        x=x, y=y, target="loss", runs=np.arange(16), labels=tuple(map(str, range(16))),
+        excluded=(), notes=(),
+    )  # fmt: skip
+    options = study.Options(delta=1e-3, fixed={}, draws=40, seed=0, flops=6.0, budgets=())
+    done = study.study(LAWS["power"], rows, options)
+    assert done.intervals["E"] is None and done.intervals["beta"][0] < done.intervals["beta"][1]
+    assert f"E        {done.found.values['E']:<12.6g} –" in checklist.words(done, {})
+    assert checklist.as_json(done, {})["intervals"]["E"] is None
+    held = dataclasses.replace(options, fixed={"beta": 0.3})
+    assert study.study(LAWS["power"], rows, held).intervals["beta"] is None
 
 
 def test_a_thousand_bootstraps_take_seconds_on_one_core():

@@ -116,13 +116,13 @@ def _mixed(given: argparse.Namespace, folder: Path | None) -> dict[str, Any]:
         found, rows, count=given.bootstraps, seed=given.seed,
         progress=lambda count: fits.tick(f"{target}: bootstraps", count),
     )  # fmt: skip
-    intervals = {name: bootstrap.interval(each, bootstrap.LEVEL) for name, each in draws.items()}
+    intervals = {name: bootstrap.parameter_interval(each) for name, each in draws.items()}
     both = mixed.parts(rows)[2]
     competing = int((found.competes(both.x) > 0).sum())
     barrier = f"the modalities compete in {competing} of {len(both)} mixed runs"
     print(f"mixed_modal: {target} = {mixed.LAW.formula}")
     for name, value in found.values.items():
-        print(f"  {name:12} {value:<12.6g} [{intervals[name][0]:.4g}, {intervals[name][1]:.4g}]")
+        print(f"  {name:12} {value:<12.6g} {checklist.ends(intervals[name])}")
     print(f"  {barrier}")
     if folder:
         png = plots.agreement(both.y, found.predict(both.x), target)
@@ -133,7 +133,7 @@ def _mixed(given: argparse.Namespace, folder: Path | None) -> dict[str, Any]:
         pages.written(folder, f"mixed_modal law of {Path(given.table).name}", body)
     return found.values | dict(
         law=mixed.LAW.name, target=target, competing=competing, mixed_runs=len(both),
-        intervals={name: list(ends) for name, ends in intervals.items()},
+        intervals={name: list(ends) if ends else None for name, ends in intervals.items()},
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from medmax_jax.scaling.fit import Fit, refit, values
 from medmax_jax.scaling.table import Table
 
 LEVEL = 0.95
+SAME = 1e-6  # relative: draws nearer to each other are one number
 RUNS = 1_000  # left out one by one at a time: their weights are [RUNS, rows]
 
 
@@ -85,6 +86,16 @@ def interval(draws: Float[np.ndarray, "n"], level: float) -> tuple[float, float]
     """The middle `level` of the draws."""
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def parameter_interval(draws: Float[np.ndarray, "n"]) -> tuple[float, float] | None:
+    """The middle LEVEL of a parameter's draws; None where they all are one number.
+
+    So are those of a parameter that is held, and of one that every draw leaves at a bound of its
+    search. Their interval would have no width and claim to be known exactly.
+    """
+    low, high = interval(draws, LEVEL)
+    return (low, high) if high - low > SAME * max(abs(low), abs(high)) else None
 
 
 def influence(

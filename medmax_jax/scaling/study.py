@@ -50,9 +50,9 @@ class Study:
     allocation: Sequence[Mapping[str, Any]]
 
     @property
-    def intervals(self) -> dict[str, tuple[float, float]]:
-        level = bootstrap.LEVEL
-        return {name: bootstrap.interval(each, level) for name, each in self.named.items()}
+    def intervals(self) -> dict[str, tuple[float, float] | None]:
+        """By parameter; None where the draws do not differ (bootstrap.parameter_interval)."""
+        return {name: bootstrap.parameter_interval(each) for name, each in self.named.items()}
 
     def band(self, x: Mapping[str, np.ndarray]) -> Float[np.ndarray, "2 n"]:
         """The interval of the prediction at each row of `x`."""
@@ -148,12 +148,14 @@ def _influence(
 ) -> tuple[str, float]:
     """(words, the move in half-widths of the interval) of the run that moves a parameter most."""
     best = ("", 0.0)
-    ends = {name: bootstrap.interval(each, bootstrap.LEVEL) for name, each in named.items()}
+    ends = {name: bootstrap.parameter_interval(each) for name, each in named.items()}
     for label, without in bootstrap.influence(found, table, progress=progress):
         for name, value in without.values.items():
+            if ends[name] is None:  # held, or at a bound in every draw
+                continue
             low, high = ends[name]
-            move = abs(value - found.values[name]) / max((high - low) / 2, 1e-300)
-            if move > best[1] and name not in found.fixed:
+            move = abs(value - found.values[name]) / ((high - low) / 2)
+            if move > best[1]:
                 was = found.values[name]
                 best = (f"{label}, {name} goes from {was:.4g} to {value:.4g}", move)
     return best
