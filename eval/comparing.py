@@ -70,12 +70,15 @@ def _suite(heads: Mapping, one: Mapping, two: Mapping, *, seed: int, resamples: 
     keys = [(task, row["metric"]) for task, row in heads.items()]
     found: dict[str, Any] = dict(tasks=len(keys))
     numbers = dict(seed=seed, resamples=resamples)
+    span = min(evidence.span(metric) for _, metric in keys)
     for name, side in (("first", one), ("second", two)):
         parts = [_pairs(side[key], one[key], two[key]) for key in keys]
-        mean = stats.suite_interval(parts, **numbers)
-        found |= {name: mean.mean, f"{name}_low": mean.low, f"{name}_high": mean.high}
-    mean = stats.suite_interval([_signed(one[key], two[key]) for key in keys], **numbers)
-    return found | dict(diff=mean.mean, ci_low=mean.low, ci_high=mean.high)
+        mean = stats.suite_interval(parts, **numbers, span=span)
+        ends = {f"{name}_low": stats.finite(mean.low), f"{name}_high": stats.finite(mean.high)}
+        found |= {name: mean.mean} | ends
+    signed = [_signed(one[key], two[key]) for key in keys]
+    mean = stats.suite_interval(signed, **numbers, span=stats.of_differences(span))
+    return found | mean.row("diff")
 
 
 def _pairs(side: Mapping, one: Mapping, two: Mapping) -> tuple[list[float], list[str]]:
@@ -127,12 +130,15 @@ def _row(key, one: Mapping, two: Mapping, *, seed: int, resamples: int) -> dict[
     numbers = dict(seed=seed, resamples=resamples)
     differences = [b - a for a, b in zip(before, after, strict=True)]
     binary = set(before) | set(after) <= {0.0, 1.0}
-    found = stats.paired_row(before, after, groups, names=("first", "second"), **numbers)
+    found = stats.paired_row(
+        before, after, groups, names=("first", "second"), span=evidence.span(metric), **numbers
+    )
+    least = stats.detectable(differences, groups, paired=True, span=evidence.span(metric))
     return (
         dict(task=task, metric=metric)
         | found
         | dict(
-            can_find=stats.detectable(differences, groups, paired=True),
+            can_find=stats.finite(least),
             p=paired.sign_flip(differences, groups, **numbers),
             p_mcnemar=paired.mcnemar(before, after).p if binary else None,
             p_holm=None,

@@ -93,10 +93,10 @@ def summary(
 ) -> dict[str, Any]:
     """{reason, rows, left_out, bins, curves}, the last two by task.
 
-    rows {task, metric, n, groups, value, ci_low, ci_high}
-    bins {n, groups, confidence, low, high, accuracy, ci_low, ci_high}, the least sure first; low
-    and high are the ends of the confidences in it
-    curves {coverage, risk, ci_low, ci_high} at coverage 0.1, 0.2 .. 1
+    rows {task, metric, n, groups, few_groups, value, ci_low, ci_high}
+    bins {n, groups, few_groups, confidence, low, high, accuracy, ci_low, ci_high}, the least sure
+    first; low and high are the ends of the confidences in it
+    curves {coverage, n, groups, few_groups, risk, ci_low, ci_high} at coverage 0.1, 0.2 .. 1
 
     `n_items`: closed and multiple choice items of the run. `reason`: why there are no lines.
     """
@@ -106,11 +106,10 @@ def summary(
     numbers = dict(seed=seed, resamples=resamples)
     for task in dict.fromkeys(line["task"] for line in lines):
         some = [line for line in lines if line["task"] == task]
-        groups = [line["group"] for line in some]
-        for metric, statistic in _statistics(some).items():
-            found = stats.statistic_interval(statistic, groups, **numbers)
-            rows.append(dict(task=task, metric=metric) | found.row())
-        bins[task], curves[task] = _bins(some, **numbers), _curve(some, **numbers)
+        measures, risks = _measures(some, **numbers)
+        rows += [dict(task=task, metric=name) | one.row() for name, one in measures.items()]
+        curves[task] = [dict(coverage=at) | one.row("risk") for at, one in risks.items()]
+        bins[task] = _bins(some, **numbers)
     left_out = n_items - len(lines)
     return dict(reason="", rows=rows, left_out=left_out, bins=bins, curves=curves)
 
@@ -140,20 +139,31 @@ def _sure(lines: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray, np.n
     return np.array([c for _, c in said]), np.array(right, np.float64), np.array(brier)
 
 
-def _statistics(lines: Sequence[dict[str, Any]]) -> dict[str, Callable[[np.ndarray], float]]:
+def _measures(
+    lines: Sequence[dict[str, Any]], *, seed: int, resamples: int
+) -> tuple[dict[str, stats.Interval], dict[float, stats.Interval]]:
+    """(the measures by name, the risk at coverage 0.1, 0.2 .. 1); one bootstrap for all of them."""
     sure, right, brier = _sure(lines)
+    groups, numbers = [line["group"] for line in lines], dict(seed=seed, resamples=resamples)
+    at = [step / STEPS for step in range(1, STEPS + 1)]
 
-    def curve(some: np.ndarray) -> calibration.Curve:
-        return calibration.risk_coverage(sure[some], right[some])
+    def statistics(some: np.ndarray) -> np.ndarray:
+        curve = calibration.risk_coverage(sure[some], right[some])
+        error = calibration.ece(sure[some], right[some], bins=BINS)
+        kept = [calibration.accuracy_at(curve, coverage) for coverage in (COVERAGE, *at)]
+        return np.array([error, curve.area, kept[0], *(1 - one for one in kept[1:])])
 
-    return {
-        "accuracy_by_likelihood": lambda some: float(right[some].mean()),
-        "confidence": lambda some: float(sure[some].mean()),
-        "ece": lambda some: calibration.ece(sure[some], right[some], bins=BINS),
-        "brier": lambda some: float(brier[some].mean()),
-        "risk_coverage_area": lambda some: curve(some).area,
-        "accuracy_at_80": lambda some: calibration.accuracy_at(curve(some), COVERAGE),
+    spans = [stats.SHARE] * (3 + len(at))
+    ece, area, kept, *risks = stats.each_interval(statistics, groups, spans=spans, **numbers)
+    measures = {
+        "accuracy_by_likelihood": stats.mean_interval(right, groups, **numbers),
+        "confidence": stats.mean_interval(sure, groups, **numbers),
+        "ece": ece,
+        "brier": stats.mean_interval(brier, groups, span=(0.0, 2.0), **numbers),
+        "risk_coverage_area": area,
+        "accuracy_at_80": kept,
     }
+    return measures, dict(zip(at, risks, strict=True))
 
 
 def _bins(lines: Sequence[dict[str, Any]], *, seed: int, resamples: int) -> list[dict[str, Any]]:
@@ -168,20 +178,3 @@ def _bins(lines: Sequence[dict[str, Any]], *, seed: int, resamples: int) -> list
         ends = dict(low=float(sure[some].min()), high=float(sure[some].max()))
         found.append(dict(confidence=float(sure[some].mean())) | ends | row.row("accuracy"))
     return found
-
-
-def _curve(lines: Sequence[dict[str, Any]], *, seed: int, resamples: int) -> list[dict[str, Any]]:
-    """Risk at coverage 0.1, 0.2 .. 1."""
-    sure, right, _ = _sure(lines)
-    at = [step / STEPS for step in range(1, STEPS + 1)]
-
-    def risks(some: np.ndarray) -> np.ndarray:
-        curve = calibration.risk_coverage(sure[some], right[some])
-        return np.array([1 - calibration.accuracy_at(curve, coverage) for coverage in at])
-
-    groups = [line["group"] for line in lines]
-    each = stats.each_interval(risks, groups, seed=seed, resamples=resamples)
-    return [
-        dict(coverage=coverage, risk=one.mean, ci_low=one.low, ci_high=one.high)
-        for coverage, one in zip(at, each, strict=True)
-    ]

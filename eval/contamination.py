@@ -88,7 +88,7 @@ def summary(
     seed: int,
     resamples: int,
 ) -> list[dict[str, Any]]:
-    """Headline rows {task, metric, part, n, groups, value, ci_low, ci_high}.
+    """Headline rows {task, metric, part, n, groups, few_groups, value, ci_low, ci_high}.
 
     part: all, clean, contaminated, and by picture, codes, words. A part without items has n 0.
     """
@@ -104,7 +104,7 @@ def summary(
             kept = [r for r in some if r["id"] in flags and holds(flags[r["id"]])]
             heads = [r for r in scoring.summary(kept, known, **numbers) if r["headline"]]
             head = heads[0] if heads else dict(metric=None, n=0, groups=0)
-            names = ("metric", "n", "groups", "value", "ci_low", "ci_high")
+            names = ("metric", "n", "groups", "few_groups", "value", "ci_low", "ci_high")
             rows.append(dict(task=task, part=part) | {name: head.get(name) for name in names})
     return rows
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from data import outgoing
-from eval import loop, score_text, strict
+from eval import loop, score_text, stats, strict
 from eval.strict import Verdict
 
 Record = Mapping[str, Any]
@@ -112,6 +112,11 @@ def verdicts(record: Record, known: Evidence = NONE) -> dict[str, Verdict]:
 def lowest(metric: str) -> float:
     """The worst that a metric can be: cosines reach -1."""
     return -1.0 if metric.endswith(COSINES) else 0.0
+
+
+def span(metric: str) -> stats.Span:
+    """The worst and the best that a metric can be."""
+    return lowest(metric), 1.0
 
 
 def pairs(record: Record, known: Evidence, kind: str) -> list[tuple[float, float]]:

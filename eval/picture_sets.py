@@ -15,9 +15,10 @@ and no two rows belong together this is the unbiased MMD^2.
 A copy kept as another picture would add k(x, x) to the inner sums and none to the outer one, and
 lift every resample above the value. Between equal sources the truth lies in the interval more often
 than 95 %: there MMD^2 varies less than its resamples do (a degenerate U-statistic). That errs
-towards "cannot say".
+towards "cannot say". The ends of an interval are stats.from_draws of the resamples.
 """
 
+import dataclasses
 from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
@@ -53,7 +54,7 @@ def distance(
         _means(one, two, lambda x, y: kernel(x, y, gamma), times)
         for one, two in ((sides[0], sides[0]), (sides[1], sides[1]), sides)
     ]
-    return _interval(means[0] + means[1] - 2 * means[2], len(made), count)
+    return _interval(means[0] + means[1] - 2 * means[2], len(made), count, span=None)
 
 
 def diversity(
@@ -67,7 +68,7 @@ def diversity(
     x = unit(_rows(embeddings, groups), "embeddings")
     places, count, times = _drawn(groups, seed, resamples)
     found = _means((x, places), (x, places), lambda a, b: 1 - a @ b.T, times)
-    return _interval(found, len(x), count)
+    return _interval(found, len(x), count, span=(0.0, 2.0))
 
 
 def _rows(x: Float[np.ndarray, "n E"], groups: Sequence[Hashable]) -> Float64[np.ndarray, "n E"]:
@@ -125,10 +126,14 @@ def _sums(x, y, at, to, of: Kernel, blocks: int) -> Float64[np.ndarray, "g g"]:
     return total
 
 
-def _interval(found: Float64[np.ndarray, "r"], n: int, groups: int) -> stats.Interval:
+def _interval(
+    found: Float64[np.ndarray, "r"], n: int, groups: int, *, span: stats.Span | None
+) -> stats.Interval:
     """Of the value and its draws; those without a pair of some kind go without one."""
     value, draws = found[0], found[1:][np.isfinite(found[1:])]
     if not np.isfinite(value) or not len(draws):
         raise ValueError(f"{groups} groups: a side has rows of fewer than 2 of them")
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return stats.Interval(float(value), float(low), float(high), n, groups)
+    blocks = min(groups, BLOCKS)
+    weights = np.full(blocks, 1 / blocks)
+    interval = stats.from_draws(float(value), draws, weights, n=n, span=span)
+    return dataclasses.replace(interval, groups=groups)

@@ -25,7 +25,7 @@ from typing import Any
 import PIL.Image
 
 from data import outgoing
-from eval import score_text, scoring, stats, strict
+from eval import evidence, score_text, scoring, stats, strict
 from eval.evidence import NONE, SEEN, Evidence, Record
 from eval.tasks import FAMILIES, Item, TaskError, is_credentialed
 
@@ -194,8 +194,8 @@ def summary(
     seed: int,
     resamples: int,
 ) -> list[dict[str, Any]]:
-    """{probe, task, metric, n, groups, before, after, diff, ci_low, ci_high, flips, flips_low,
-    flips_high}: of each probe and task, `after` as it was probed.
+    """{probe, task, metric, n, groups, few_groups, before, after, diff, ci_low, ci_high, flips,
+    flips_low, flips_high}: of each probe and task, `after` as it was probed.
 
     Flips: answers that say something else than before, an option by its text and not its letter.
     known, looked: what scorers said of the records, and of each probe's.
@@ -224,7 +224,7 @@ def _row(
     flips = [float(said(one) != said(two)) for one, two in both]
     groups = [record["group"] for record, _ in both]
     old, new = ([one[metric] for one in side] for side in (old, new))
-    return {"metric": metric} | _paired(old, new, flips, groups, seed, resamples)
+    return {"metric": metric} | _paired(metric, old, new, flips, groups, seed, resamples)
 
 
 def _rotations(records, probed, seed: int, resamples: int) -> list[dict[str, Any]]:
@@ -241,14 +241,16 @@ def _rotations(records, probed, seed: int, resamples: int) -> list[dict[str, Any
         flips = [float(len({said(r) for r in again}) > 1) for again in each]
         groups = [again[0]["group"] for again in each]
         head = dict(probe="rotated_all", task=task, metric="accuracy")
-        rows.append(head | _paired(old, new, flips, groups, seed, resamples))
+        rows.append(head | _paired("accuracy", old, new, flips, groups, seed, resamples))
     return rows
 
 
-def _paired(old, new, flips, groups, seed: int, resamples: int) -> dict[str, Any]:
-    found = stats.paired_row(old, new, groups, seed=seed, resamples=resamples)
-    flipped = stats.mean_interval(flips, groups, seed=seed, resamples=resamples)
-    return found | dict(flips=flipped.mean, flips_low=flipped.low, flips_high=flipped.high)
+def _paired(metric: str, old, new, flips, groups, seed: int, resamples: int) -> dict[str, Any]:
+    numbers = dict(seed=seed, resamples=resamples)
+    found = stats.paired_row(old, new, groups, span=evidence.span(metric), **numbers)
+    flipped = stats.mean_interval(flips, groups, **numbers)
+    low, high = stats.finite(flipped.low), stats.finite(flipped.high)
+    return found | dict(flips=flipped.mean, flips_low=low, flips_high=high)
 
 
 def said(record: Record) -> str:

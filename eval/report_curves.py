@@ -17,8 +17,7 @@ STEP, LEAST = 0.1, 0.3  # of the axes that are fitted to the values
 RELIABILITY = (
     "Reliability: a dot a bin of equally many answers, a smaller one where ties leave fewer, with "
     "the 95 % interval of its accuracy. On the dashed line the model is as sure as it is right; "
-    "below it, too sure. A bin that is all right or all wrong has no whisker: resampling can tell "
-    "nothing of it."
+    "below it, too sure. A bin of one group has a whisker from 0 to 1: it tells nothing of others."
 )
 RISK = (
     "Risk and coverage: how many are wrong among the surest share of the answers, with the 95 % "
@@ -49,8 +48,8 @@ def _reliability(bins: Rows) -> list[str]:
             charts.Point(
                 x=one["confidence"],
                 y=one["accuracy"],
-                low=one["ci_low"],
-                high=one["ci_high"],
+                low=0.0 if one["ci_low"] is None else one["ci_low"],
+                high=1.0 if one["ci_high"] is None else one["ci_high"],
                 says=f"{one['n']} answers, sure {one['low']:.3f} to {one['high']:.3f} "
                 f"(mean {one['confidence']:.3f}): {one['accuracy']:.3f} right",
                 size=one["n"] / most,
@@ -79,7 +78,8 @@ def _counted(bins: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _risk(curves: Rows) -> list[str]:
-    highest = max(point["ci_high"] for some in curves.values() for point in some)
+    ends = [point["ci_high"] for some in curves.values() for point in some]
+    highest = max(1.0 if end is None else end for end in ends)
     _, high = charts.around([0.0, highest], step=STEP, least=LEAST)
     found = []
     for task, some in curves.items():
@@ -87,8 +87,8 @@ def _risk(curves: Rows) -> list[str]:
             charts.Point(
                 x=one["coverage"],
                 y=one["risk"],
-                low=one["ci_low"],
-                high=one["ci_high"],
+                low=0.0 if one["ci_low"] is None else one["ci_low"],
+                high=highest if one["ci_high"] is None else one["ci_high"],
                 says=f"the surest {100 * one['coverage']:.0f} %: {one['risk']:.3f} wrong, "
                 f"{report_tables.interval(one)}",
                 size=0.4,

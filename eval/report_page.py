@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from eval import evidence, loop, report_curves, report_tables, scoring
+from eval import evidence, loop, report_curves, report_tables, scoring, stats
 from eval.report_tables import Values
 from medmax_jax import page
 from medmax_jax.io import image_paths
@@ -25,8 +25,12 @@ THUMBNAIL = 256  # pixels
 SEED, RESAMPLES = 0, 2_000  # of slices, for a summary that does not say them
 CREDENTIALED = "Some of these items are credentialed: keep this page where the items may be kept."
 NOTES = (
-    "Intervals are 95 % percentile bootstraps over groups (patients or volumes), so several "
-    "questions about one patient do not pass for several patients.",
+    "Intervals are 95 % intervals over groups (patients or volumes), so several questions about "
+    "one patient do not pass for several patients: Wilson's, of the effective number of items that "
+    "a bootstrap over groups shows, with Student's t. Where all items score the same the interval "
+    "bounds the share of groups that could still differ; one group alone has none.",
+    f"{report_tables.FEW_MARK}: fewer than {stats.FEW} groups. The interval allows for it, but few "
+    "groups seldom have all that the others have: read it as a rough one.",
     "An answer that cannot be parsed, and one that the judge or a scorer failed on, counts as "
     "wrong; “at best” has them all right, and the truth lies between.",
     "“Can find” is the least true difference to another model's answers to other questions that "

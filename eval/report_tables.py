@@ -8,7 +8,7 @@ import collections
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from eval import cards, stats, strict
+from eval import cards, evidence, stats, strict
 
 Row = Mapping[str, Any]
 Values = Mapping[tuple[str, str], Mapping[str, tuple[str, float]]]  # as scoring.table gives them
@@ -16,6 +16,7 @@ LEAST = 20  # items of a slice: with fewer the interval is wider than what could
 MOST = 40  # values of a slice's name: with more it names pictures and not kinds of them
 WRONG = 3  # examples of each kind
 SHOWN = 200  # characters of an example
+FEW_MARK = "†"  # of intervals over fewer groups than stats.FEW
 PERCENT = 100.0
 OURS = {"BiomedCLIP image-image cosine": "clip_image_image"}  # where it is not the headline
 CLOSED = ("vqa_closed", "vqa_mcq")
@@ -160,7 +161,9 @@ def slices(
                 few += 1
                 continue
             groups, numbers = zip(*some, strict=True)
-            found = stats.mean_interval(numbers, groups, seed=seed, resamples=resamples)
+            found = stats.mean_interval(
+                numbers, groups, seed=seed, resamples=resamples, span=evidence.span(metric[task])
+            )
             rows.append(
                 {
                     "task": task,
@@ -169,7 +172,7 @@ def slices(
                     "n": found.n,
                     "groups": found.groups,
                     "value": found.mean,
-                    "95 % interval": bounds(found.low, found.high, 1.0),
+                    "95 % interval": interval(found.row()),
                 }
             )
     return rows, few
@@ -245,8 +248,14 @@ def failure(record: Row, known: Mapping[str, tuple[str, float]]) -> str:
 
 
 def interval(row: Row, scale: float = 1.0) -> str:
-    """ "0.412–0.534" of a row."""
-    return bounds(row["ci_low"], row["ci_high"], scale) or "–"
+    """ "0.412–0.534" of a row; "0.412–0.534 †" where it has few groups."""
+    found = bounds(row["ci_low"], row["ci_high"], scale)
+    return marked(row, found) if found else "–"
+
+
+def marked(row: Row, text: str) -> str:
+    """The text of an interval, with FEW_MARK where the row has few groups."""
+    return f"{text} {FEW_MARK}" if row.get("groups", stats.FEW) < stats.FEW else text
 
 
 def shown(value: float, scale: float) -> str:
@@ -255,7 +264,10 @@ def shown(value: float, scale: float) -> str:
 
 
 def folded(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Rows with each pair of bounds as one column: ci_low and ci_high, flips_low and flips_high."""
+    """Rows with each pair of bounds as one column: ci_low and ci_high, flips_low and flips_high.
+
+    FEW_MARK in these stands for the column few_groups.
+    """
     found = []
     for row in rows:
         kept = {}
@@ -263,8 +275,9 @@ def folded(rows: Sequence[Row]) -> list[dict[str, Any]]:
             if key.endswith("_low"):
                 name = key.removesuffix("_low")
                 title = "95 % interval" if name == "ci" else f"{name}, 95 %"
-                kept[title] = bounds(value, row[f"{name}_high"], 1.0)
-            elif not key.endswith("_high"):
+                text = bounds(value, row[f"{name}_high"], 1.0)
+                kept[title] = marked(row, text) if text else None
+            elif not key.endswith("_high") and key != "few_groups":
                 kept[key] = value
         found.append(kept)
     return found

@@ -28,7 +28,10 @@ from medmax_jax.io.text_files import PrintableFormatter, printable_text
 
 log = logging.getLogger("medmax_jax.eval")
 # Columns of a score that fit a terminal; the page and summary.json have all, and each floor's table
-SAID = ("task", "metric", "n", "value", "ci_low", "ci_high", "best", "floor", "floor_of", "paper")
+SAID = (
+    "task", "metric", "n", "groups", "few_groups", "value", "ci_low", "ci_high", "best", "floor",
+    "floor_of", "paper",
+)  # fmt: skip
 
 
 def main(config: ConfigDict, workdir: str) -> None:

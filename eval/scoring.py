@@ -4,12 +4,12 @@
                        -> 95 % intervals over groups, and what difference they could find
     the same records   -> the release's own scoring (paper_scores.py), beside them
 
-A row is {task, family, metric, mode, n, groups, value, ci_low, ci_high, best, n_unparsed,
-n_unscored, n_errors, of_scored, judge_sd, can_find, paper, paper_n, headline}. `value` has what
-could not be read or judged as wrong, `best` as right; `of_scored` is what dropping it would report.
+A row is {task, family, metric, mode, n, groups, few_groups, value, ci_low, ci_high, best,
+n_unparsed, n_unscored, n_errors, of_scored, judge_sd, can_find, paper, paper_n, headline}. `value`
+has what could not be read or judged as wrong, `best` as right; `of_scored` is what dropping it
+would report. One group has no interval and no can_find (None).
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -92,7 +92,8 @@ def row(
     """Of verdicts on one metric."""
     verdicts, groups = [v for _, v in asked], [r["group"] for r, _ in asked]
     total, worst = strict.total(verdicts), [v.worst for v in verdicts]
-    interval = stats.mean_interval(worst, groups, seed=seed, resamples=resamples)
+    span = evidence.span(metric)
+    interval = stats.mean_interval(worst, groups, seed=seed, resamples=resamples, span=span)
     votes = None
     if metric == "judge_correct":
         lines = [known.judged[evidence.CORRECT].get(r["id"]) for r, _ in asked]
@@ -107,7 +108,7 @@ def row(
             n_errors=sum(bool(r.get("error")) for r, _ in asked),
             of_scored=total.of_scored,
             judge_sd=stats.judge_sd(votes, len(asked)) if votes else None,
-            can_find=_finite(stats.detectable(worst, groups, paired=False)),
+            can_find=stats.finite(stats.detectable(worst, groups, paired=False, span=span)),
         )
     )
 
@@ -127,6 +128,7 @@ def relative(
         [r["group"] for r in records],
         seed=seed,
         resamples=resamples,
+        span=(strict.LEAST / strict.MOST, strict.MOST / strict.LEAST),
     )
     return [
         dict(metric="judge_relative")
@@ -164,9 +166,9 @@ def paired_accuracy(
 def scores(
     before: Sequence[Record], after: Sequence[Record], *, seed: int, resamples: int
 ) -> list[dict[str, Any]]:
-    """{task, metric, n, groups, before, after, diff, ci_low, ci_high}, the primary metric first.
+    """{task, metric, n, groups, few_groups, before, after, diff, ci_low, ci_high} of each metric.
 
-    Over the items that both sides answered; the interval is of the paired difference.
+    The primary metric first; over the items that both sides answered, paired.
     """
     one, two, rows = table(before), table(after), []
     for task, metric in two:
@@ -176,7 +178,9 @@ def scores(
             continue
         old, new = ([side[name][1] for name in shared] for side in (first, second))
         groups = [second[name][0] for name in shared]
-        found = stats.paired_row(old, new, groups, seed=seed, resamples=resamples)
+        found = stats.paired_row(
+            old, new, groups, seed=seed, resamples=resamples, span=evidence.span(metric)
+        )
         rows.append(dict(task=task, metric=metric) | found)
     return rows
 
@@ -203,8 +207,3 @@ def _mean(votes: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
     if not votes:
         return None
     return tuple(sum(side) / len(votes) for side in zip(*votes, strict=True))
-
-
-def _finite(number: float) -> float | None:
-    """None where one group says nothing of others: JSON has no infinity."""
-    return number if math.isfinite(number) else None

@@ -25,7 +25,7 @@ from jaxtyping import Float
 from configs import biomedclip as published
 from data.journal import Journal, open_journal
 from data.records import file_sha256
-from eval import evidence, loop, picture_sets, score_picture
+from eval import evidence, loop, picture_sets, score_picture, stats
 from eval.evidence import Record
 from medmax_jax import biomedclip, biomedclip_files, biomedclip_inputs, efficientnet, images
 from medmax_jax.biomedclip_embed import Embedder
@@ -354,7 +354,9 @@ def _sets(
         row = dict(metric="diversity") | found.row()
         if len(set(known)) >= 2:
             theirs = picture_sets.diversity(np.stack(real), groups=known, **numbers)
-            ends = dict(references_low=theirs.low, references_high=theirs.high)
+            ends = dict(
+                references_low=stats.finite(theirs.low), references_high=stats.finite(theirs.high)
+            )
             row |= dict(references=theirs.mean) | ends
         yield row
     size = min(SET_SIZE, len(made) // 2, len(real) // 2)

@@ -1,8 +1,17 @@
-"""Intervals that know what they stand on: questions about one patient or volume are one cluster.
+"""Intervals over groups: questions about one patient or volume are one cluster.
 
     scores    1 0 1 | 1 1 | 0 0 0 1        three groups, nine questions
-    resample  draw three groups with replacement, mean of all questions drawn; 2,000 times or more
-    interval  2.5 % and 97.5 % of those means
+    resample  three groups with replacement, the mean of all questions drawn; 2,000 times or more
+    error     the spread of these means x sqrt(G / (G - 1)), at least that of independent items
+    interval  Wilson's, of the effective number of items that this error stands for, with Student's
+              t of G - 1 degrees of freedom; G: groups, fewer where some have most of the items
+
+Percentiles of the resampled means are too narrow with few groups and near 0 and 1 (3 groups: 77 %
+instead of 95 %); `python benchmarks/intervals.py` shows both over a table of designs.
+
+    no variation   all items score the same: the resamples do too. The share of groups that could
+                   still differ is bounded as Clopper and Pearson do: at most 1 - 0.025^(1/G)
+    one group      tells nothing of others: the interval is infinite, a missing value in tables
 
 A paired difference resamples the same groups on both sides, so what is hard for both cancels.
 A judge's votes enter as their mean: what would change if it were asked again is in the interval.
@@ -14,43 +23,65 @@ from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
+from scipy import special
 
-MIN_RESAMPLES = 2_000  # below this the ends of a 95 % interval are themselves noisy
+MIN_RESAMPLES = 2_000  # below this the error of an interval is itself noisy
+FEW = 20  # groups; with fewer an interval leans on Student's t, and tables mark it
+SHARE = (0.0, 1.0)  # the span of most scores
+TAIL = 0.025  # on each side of a 95 % interval
+POWER = 0.8  # of the comparison that `detectable` describes
+SLACK = 1e-6  # by which a value may leave its span: cosines in float32
 _DRAWN = 1 << 18  # groups drawn at a time; all of them at once would be 2,000 numbers a group
-DETECT = 1.959963984540054 + 0.8416212335729143  # normal's 97.5 % and 80 % points: power 0.8 at 5 %
+Span = tuple[float, float]
 
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
+    """`low` and `high` are infinite where nothing is known of other groups."""
+
     mean: float
     low: float
     high: float
     n: int
     groups: int
 
-    def row(self, name: str = "value") -> dict[str, float]:
-        """As columns of a table: {n, groups, NAME, ci_low, ci_high}."""
-        ends = dict(ci_low=self.low, ci_high=self.high)
-        return dict(n=self.n, groups=self.groups) | {name: self.mean} | ends
+    def row(self, name: str = "value") -> dict[str, float | None]:
+        """As columns of a table: {n, groups, few_groups, NAME, ci_low, ci_high}.
+
+        few_groups: fewer than FEW. Infinite ends are None, as JSON has no infinity.
+        """
+        ends = dict(ci_low=finite(self.low), ci_high=finite(self.high))
+        counts = dict(n=self.n, groups=self.groups, few_groups=self.groups < FEW)
+        return counts | {name: self.mean} | ends
+
+
+def finite(number: float) -> float | None:
+    """The number; None for an infinite one."""
+    return number if math.isfinite(number) else None
 
 
 def mean_interval(
-    values: Sequence[float], groups: Sequence[Hashable], *, seed: int, resamples: int
+    values: Sequence[float],
+    groups: Sequence[Hashable],
+    *,
+    seed: int,
+    resamples: int,
+    span: Span | None = SHARE,
 ) -> Interval:
-    """Mean of `values` with the 95 % percentile interval of a bootstrap over groups."""
+    """Mean of `values` with its 95 % interval over groups.
+
+    span: the least and the largest that a value can be; None if there are no such bounds.
+    """
     values = np.asarray(values, np.float64)
-    if len(values) != len(groups):
-        raise ValueError(f"{len(values)} values but {len(groups)} groups: one group a value")
-    if not len(values):
-        raise ValueError("no values: nothing was scored, so there is no interval")
+    member, count = _members(len(values), groups)
     check_resamples(resamples)
-    index = {name: i for i, name in enumerate(dict.fromkeys(groups))}
-    member = np.array([index[name] for name in groups])
-    means = _resampled_means(
-        np.bincount(member, values), np.bincount(member).astype(np.float64), seed, resamples
-    )
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Interval(float(values.mean()), float(low), float(high), len(values), len(index))
+    _check_span(values, span)
+    sizes = np.bincount(member).astype(np.float64)
+    means = _resampled_means(np.bincount(member, values), sizes, seed, resamples)
+    error = max(_error_of(means, count), _independent(values))
+    mean = float(values.mean())
+    low, high = _ends(mean, error, sizes / len(values), span, proportion=True)
+    return Interval(mean, low, high, len(values), count)
 
 
 def check_resamples(resamples: int) -> None:
@@ -66,15 +97,26 @@ def paired_interval(
     *,
     seed: int,
     resamples: int,
+    span: Span | None = SHARE,
 ) -> Interval:
-    """Mean of after - before, item by item, with its 95 % interval over groups."""
+    """Mean of after - before, item by item, with its 95 % interval over groups.
+
+    span: of the scores, as mean_interval has it; their differences reach as far as it is wide.
+    """
     if len(before) != len(after):
         raise ValueError(
             f"{len(before)} scores before but {len(after)} after: a paired difference needs the "
             "same items"
         )
     difference = np.asarray(after, np.float64) - np.asarray(before, np.float64)
-    return mean_interval(difference, groups, seed=seed, resamples=resamples)
+    return mean_interval(
+        difference, groups, seed=seed, resamples=resamples, span=of_differences(span)
+    )
+
+
+def of_differences(span: Span | None) -> Span | None:
+    """The span of differences of two scores: (0, 1) -> (-1, 1)."""
+    return None if span is None else (span[0] - span[1], span[1] - span[0])
 
 
 def paired_row(
@@ -85,31 +127,53 @@ def paired_row(
     names: tuple[str, str] = ("before", "after"),
     seed: int,
     resamples: int,
-) -> dict[str, float]:
-    """The same as columns: {n, groups, BEFORE, AFTER, diff, ci_low, ci_high}, with both means."""
-    found = paired_interval(before, after, groups, seed=seed, resamples=resamples)
+    span: Span | None = SHARE,
+) -> dict[str, float | None]:
+    """The same as columns: {BEFORE, AFTER, n, groups, few_groups, diff, ci_low, ci_high}."""
+    found = paired_interval(before, after, groups, seed=seed, resamples=resamples, span=span)
     sides = {name: sum(side) / len(side) for name, side in zip(names, (before, after), strict=True)}
     return sides | found.row("diff")
 
 
-def standard_error(values: Sequence[float], groups: Sequence[Hashable]) -> float:
-    """Of the mean, over groups; infinite with one group, which says nothing of others."""
+def standard_error(
+    values: Sequence[float], groups: Sequence[Hashable], *, span: Span | None = SHARE
+) -> float:
+    """Of the mean, over groups; infinite with one group, which says nothing of others.
+
+    Never 0: where all values are the same it is what the width of their interval stands for.
+    """
     values = np.asarray(values, np.float64)
-    index = {name: i for i, name in enumerate(dict.fromkeys(groups))}
-    member = np.array([index[name] for name in groups])
-    if len(index) < 2:
+    member, count = _members(len(values), groups)
+    if count < 2:
         return math.inf
     sums = np.bincount(member, values - values.mean())
-    return float(math.sqrt(len(index) / (len(index) - 1) * np.sum(sums**2)) / len(values))
+    error = math.sqrt(count / (count - 1) * np.sum(sums**2)) / len(values)
+    if error := max(error, _independent(values)):
+        return error
+    weights = np.bincount(member) / len(values)
+    low, high = _ends(float(values.mean()), 0.0, weights, span, proportion=True)
+    return (high - low) / 2 / _quantile(weights, 1 - TAIL)
 
 
-def detectable(values: Sequence[float], groups: Sequence[Hashable], *, paired: bool) -> float:
+def detectable(
+    values: Sequence[float],
+    groups: Sequence[Hashable],
+    *,
+    paired: bool,
+    span: Span | None = SHARE,
+) -> float:
     """The least true difference that 80 % of such evaluations would find at the 5 % level.
 
     `values`: differences of two models when `paired`, else one model's scores, and then of a second
-    model on other items as many. 500 independent answers, 60 % right: 0.087.
+    model on other items as many; `span`: of the scores. 500 independent answers, 60 % right: 0.087.
     """
-    return DETECT * standard_error(values, groups) * (1 if paired else math.sqrt(2))
+    member, count = _members(len(values), groups)
+    if count < 2:
+        return math.inf
+    error = standard_error(values, groups, span=of_differences(span) if paired else span)
+    weights = np.bincount(member) / len(values)
+    reach = _quantile(weights, 1 - TAIL) + _quantile(weights, POWER)
+    return reach * error * (1 if paired else math.sqrt(2))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,29 +211,21 @@ def ratio_interval(
     *,
     seed: int,
     resamples: int,
+    span: Span,
 ) -> Interval:
-    """Mean of `above` over mean of `below`, with the 95 % interval of a bootstrap over groups."""
+    """Mean of `above` over mean of `below`, with its 95 % interval over groups.
+
+    span: the least and the largest that the ratio can be.
+    """
     above, below = np.asarray(above, np.float64), np.asarray(below, np.float64)
     if len(above) != len(below):
         raise ValueError(f"{len(above)} values above but {len(below)} below: one each")
-    return statistic_interval(
-        lambda some: float(above[some].sum() / below[some].sum()),
+    (found,) = each_interval(
+        lambda some: np.array([above[some].sum() / below[some].sum()]),
         groups,
         seed=seed,
         resamples=resamples,
-    )
-
-
-def statistic_interval(
-    statistic: Callable[[Int[np.ndarray, "k"]], float],
-    groups: Sequence[Hashable],
-    *,
-    seed: int,
-    resamples: int,
-) -> Interval:
-    """Any number of items, by their places, with the interval of a bootstrap over groups."""
-    (found,) = each_interval(
-        lambda some: np.array([statistic(some)]), groups, seed=seed, resamples=resamples
+        spans=[span],
     )
     return found
 
@@ -180,30 +236,54 @@ def each_interval(
     *,
     seed: int,
     resamples: int,
+    spans: Sequence[Span | None],
 ) -> list[Interval]:
-    """The same of several numbers of the same items, such as a curve's: each has its own."""
-    if not len(groups):
-        raise ValueError("no values: nothing was scored, so there is no interval")
+    """Several numbers of the same items, such as a curve's, each with its interval over groups.
+
+    `statistics` gets places of items, those of a group drawn twice two times. spans: the least and
+    the largest that each number can be.
+    """
+    member, count = _members(len(groups), groups)
     check_resamples(resamples)
-    index = {name: i for i, name in enumerate(dict.fromkeys(groups))}
-    member = np.array([index[name] for name in groups])
-    order = np.argsort(member, kind="stable")
-    parts = np.split(order, np.cumsum(np.bincount(member))[:-1])
-    rng = np.random.default_rng(seed)
-    found = [
-        statistics(np.concatenate([parts[g] for g in rng.integers(len(parts), size=len(parts))]))
-        for _ in range(resamples)
-    ]
-    ends = np.quantile(np.array(found), [0.025, 0.975], axis=0)
-    value = statistics(np.arange(len(groups)))
+    order, sizes = np.argsort(member, kind="stable"), np.bincount(member)
+    firsts, rng = np.cumsum(sizes) - sizes, np.random.default_rng(seed)
+    draws = np.empty((resamples, len(spans)))
+    for number in range(resamples):
+        drawn = rng.integers(count, size=count)
+        ends = np.cumsum(sizes[drawn])
+        shift = np.repeat(firsts[drawn] - (ends - sizes[drawn]), sizes[drawn])
+        draws[number] = statistics(order[shift + np.arange(ends[-1])])
+    value, weights = statistics(np.arange(len(groups))), sizes / len(groups)
     return [
-        Interval(float(v), float(low), float(high), len(groups), len(index))
-        for v, low, high in zip(value, *ends, strict=True)
+        from_draws(float(v), each, weights, n=len(groups), span=span)
+        for v, each, span in zip(value, draws.T, spans, strict=True)
     ]
+
+
+def from_draws(
+    value: float,
+    draws: Float[np.ndarray, "r"],
+    weights: Float[np.ndarray, "g"],
+    *,
+    n: int,
+    span: Span | None,
+) -> Interval:
+    """A number that is no mean, with the interval that its bootstrap over groups gives.
+
+    It is as many errors to each side as Student's t has, within `span`. weights: the groups' shares
+    of the items, which sum to 1.
+    """
+    error = _error_of(draws, len(weights))
+    low, high = _ends(value, error, weights, span, proportion=False)
+    return Interval(value, low, high, n, len(weights))
 
 
 def suite_interval(
-    parts: Sequence[tuple[Sequence[float], Sequence[Hashable]]], *, seed: int, resamples: int
+    parts: Sequence[tuple[Sequence[float], Sequence[Hashable]]],
+    *,
+    seed: int,
+    resamples: int,
+    span: Span | None = SHARE,
 ) -> Interval:
     """Mean over tasks of each task's mean; groups that tasks share are drawn together.
 
@@ -216,6 +296,7 @@ def suite_interval(
     index = {name: i for i, name in enumerate(names)}
     sums, counts = np.zeros((2, len(parts), len(index)))
     for row, (values, groups) in enumerate(parts):
+        _check_span(np.asarray(values, np.float64), span)
         np.add.at(sums[row], [index[name] for name in groups], np.asarray(values, np.float64))
         np.add.at(counts[row], [index[name] for name in groups], 1.0)
     rng, means = np.random.default_rng(seed), np.empty(resamples)
@@ -223,9 +304,12 @@ def suite_interval(
         times = np.bincount(rng.integers(len(index), size=len(index)), minlength=len(index))
         total = counts @ times
         means[number] = np.mean((sums @ times)[total > 0] / total[total > 0])
-    low, high = np.quantile(means, [0.025, 0.975])
+    floors = [_independent(np.asarray(values, np.float64)) for values, _ in parts]
+    error = max(_error_of(means, len(index)), math.hypot(*floors) / len(parts))
     value = float(np.mean(sums.sum(1) / counts.sum(1)))
-    return Interval(value, float(low), float(high), int(counts.sum()), len(index))
+    weights = (counts / counts.sum(1, keepdims=True)).mean(0)
+    low, high = _ends(value, error, weights, span, proportion=True)
+    return Interval(value, low, high, int(counts.sum()), len(index))
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
@@ -233,10 +317,91 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     if not 0 <= successes <= n or n == 0:
         raise ValueError(f"{successes} successes of {n}: must be 0 <= successes <= n and n > 0")
     z = 1.959963984540054  # the normal's 97.5 % point
-    share, z2 = successes / n, z * z / n
+    return _wilson(successes / n, z * z / n)
+
+
+def _wilson(share: float, z2: float) -> tuple[float, float]:
+    """`z2`: the squared quantile over the number of trials."""
     middle = share + z2 / 2
     half = math.sqrt(z2 * (share * (1 - share) + z2 / 4))
     return (middle - half) / (1 + z2), (middle + half) / (1 + z2)
+
+
+def _ends(
+    value: float,
+    error: float,
+    weights: Float[np.ndarray, "g"],
+    span: Span | None,
+    *,
+    proportion: bool,
+) -> tuple[float, float]:
+    """The interval of a number whose standard error is known.
+
+    proportion: it is a mean of values within `span`, whose variance falls towards the ends of it as
+    a share's does.
+    """
+    t = _quantile(weights, 1 - TAIL)
+    if not math.isfinite(t) or (span is None and error == 0):
+        return -math.inf, math.inf
+    if span is None:
+        return value - t * error, value + t * error
+    least, most = span
+    if error == 0:  # no group differs; of others this share at most
+        share = 1 - TAIL ** (1 / len(weights))
+        return value - share * (value - least), value + share * (most - value)
+    place = (value - least) / (most - least)
+    if not proportion or not 0 < place < 1:
+        return max(least, value - t * error), min(most, value + t * error)
+    number = place * (1 - place) * ((most - least) / error) ** 2  # effective items
+    low, high = (min(max(end, 0.0), 1.0) for end in _wilson(place, t * t / number))
+    return least + low * (most - least), least + high * (most - least)
+
+
+def _quantile(weights: Float[np.ndarray, "g"], level: float) -> float:
+    """Student's t with one degree of freedom less than groups; infinite with one group.
+
+    Groups that hold most of the items leave fewer to compare: their number is 1 / sum of squared
+    shares, that of equal groups with the same error.
+    """
+    if len(weights) < 2:
+        return math.inf
+    return float(special.stdtrit(max(1 / float(np.sum(weights**2)) - 1, 1.0), level))
+
+
+def _error_of(draws: Float[np.ndarray, "r"], groups: int) -> float:
+    """The standard error that a bootstrap's draws show; 0 for what only rounding moves."""
+    spread = float(np.std(draws))
+    if groups < 2 or spread <= 1e-12 * max(1.0, float(np.max(np.abs(draws)))):
+        return 0.0
+    return spread * math.sqrt(groups / (groups - 1))
+
+
+def _independent(values: Float[np.ndarray, "n"]) -> float:
+    """The standard error of the mean if items were independent; groups are not to lower it."""
+    if len(values) < 2 or np.ptp(values) <= 1e-12 * max(1.0, float(np.max(np.abs(values)))):
+        return 0.0
+    return float(np.std(values, ddof=1)) / math.sqrt(len(values))
+
+
+def _members(n: int, groups: Sequence[Hashable]) -> tuple[Int[np.ndarray, "n"], int]:
+    """The number of each item's group, groups as they come, and how many there are."""
+    if n != len(groups):
+        raise ValueError(f"{n} values but {len(groups)} groups: one group a value")
+    if not n:
+        raise ValueError("no values: nothing was scored, so there is no interval")
+    index = {name: i for i, name in enumerate(dict.fromkeys(groups))}
+    return np.array([index[name] for name in groups]), len(index)
+
+
+def _check_span(values: Float[np.ndarray, "n"], span: Span | None) -> None:
+    if span is None:
+        return
+    low, high = float(values.min()), float(values.max())
+    if low < span[0] - SLACK or high > span[1] + SLACK:
+        raise ValueError(
+            f"values from {low:g} to {high:g} are outside of their span {span[0]:g} to "
+            f"{span[1]:g}; pass span=(least, largest), or span=None for values without bounds"
+        )
 
 
 def _resampled_means(

@@ -27,7 +27,18 @@ from ml_collections import ConfigDict
 
 from data import prepare, records
 from data.sample.manifest import read_manifest
-from eval import baselines, looks, loop, models, probes, scoring, suites, tasks
+from eval import (
+    baselines,
+    looks,
+    loop,
+    models,
+    probes,
+    report_tables,
+    scoring,
+    stats,
+    suites,
+    tasks,
+)
 from eval.settings import Settings as EvalSettings
 from medmax_jax import cli, config, generate, quickstart_page, train
 from medmax_jax.mesh import make_mesh
@@ -207,8 +218,9 @@ def _report(
             "test_groups": len({item.group for item in found.items}),
         },
         "notes": (
-            "Intervals are 95% percentile bootstraps of the paired difference, resampling whole "
-            "groups. An answer that is neither yes nor no counts as wrong: "
+            "Intervals are 95% intervals of the paired difference over groups (eval/stats.py), "
+            f"{report_tables.FEW_MARK}: of fewer than {stats.FEW} groups. "
+            "An answer that is neither yes nor no counts as wrong: "
             f"{unparsed['before']:.1%} of the closed answers before LoRA, "
             f"{unparsed['after']:.1%} after. modality_match compares generated pictures with "
             "centroids of training pictures; it is not BiomedCLIPScore."
@@ -217,7 +229,7 @@ def _report(
 
 
 def _against(name: str, row: dict[str, Any]) -> dict[str, Any]:
-    kept = {key: row[key] for key in ("n", "groups", "diff", "ci_low", "ci_high")}
+    kept = {k: row[k] for k in ("n", "groups", "few_groups", "diff", "ci_low", "ci_high")}
     return {"against": LINES[name], "theirs": row["before"], "ours": row["after"], **kept}
 
 
@@ -273,9 +285,9 @@ def _history(path: Path) -> tuple[list[dict[str, float]], list[dict[str, float]]
 def _say(report: dict[str, Any], workdir: Path) -> None:
     for row in report["comparisons"]:
         log.info(
-            "vqa_closed %.3f, %s %.3f: %+.3f [%+.3f, %+.3f] over %d held-out groups",
-            row["ours"], row["against"], row["theirs"], row["diff"], row["ci_low"], row["ci_high"],
-            row["groups"],
+            "vqa_closed %.3f, %s %.3f: %+.3f [%s] over %d held-out groups",
+            row["ours"], row["against"], row["theirs"], row["diff"],
+            quickstart_page.interval(row), row["groups"],
         )  # fmt: skip
     log.info("%s", quickstart_page.NOTICE)
     log.info("report: %s", workdir / "report.html")

@@ -7,7 +7,7 @@ curves.png ---+
 
 import dataclasses
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -16,6 +16,7 @@ matplotlib.use("Agg")  # no display is needed to draw into a file
 import matplotlib.pyplot as plt
 import PIL.Image
 
+from eval import report_tables
 from medmax_jax import page
 
 NOTICE = (
@@ -81,6 +82,13 @@ def curves(train: Sequence[dict[str, Any]], held: Sequence[dict[str, Any]]) -> b
     return out.getvalue()
 
 
+def interval(row: Mapping[str, Any]) -> str:
+    """ "+0.012 .. +0.340", marked where there are few groups; a dash for one group alone."""
+    if row["ci_low"] is None:
+        return page.NOTHING
+    return report_tables.marked(row, f"{row['ci_low']:+.3f} .. {row['ci_high']:+.3f}")
+
+
 def _summary(report: dict[str, Any]) -> str:
     ran = report["ran"]
     return (
@@ -100,13 +108,12 @@ def _scores(report: dict[str, Any]) -> str:
     rows = [
         (
             s["task"], s["metric"], s["n"], s["groups"], s["before"], s["after"], s["diff"],
-            f"{s['ci_low']:+.3f} .. {s['ci_high']:+.3f}",
+            interval(s),
         )
         for s in report["scores"]
     ]  # fmt: skip
     against = [
-        (c["against"], c["n"], c["groups"], c["theirs"], c["ours"], c["diff"],
-         f"{c['ci_low']:+.3f} .. {c['ci_high']:+.3f}")
+        (c["against"], c["n"], c["groups"], c["theirs"], c["ours"], c["diff"], interval(c))
         for c in report["comparisons"]
     ]  # fmt: skip
     return (

@@ -62,11 +62,11 @@ models      medmax_jax.cross_entropy medmax_jax.chameleon medmax_jax.vqgan medma
             data.who_saw medmax_jax.cached medmax_jax.biomedclip medmax_jax.biomedclip_inputs
             medmax_jax.biomedclip_files medmax_jax.biomedclip_embed medmax_jax.efficientnet
 
-laws        medmax_jax.scaling medmax_jax.scaling.laws medmax_jax.scaling.fit
-            medmax_jax.scaling.table medmax_jax.scaling.identify medmax_jax.scaling.bootstrap
-            medmax_jax.scaling.holdout medmax_jax.scaling.allocate medmax_jax.scaling.mixed
-            medmax_jax.scaling.study medmax_jax.scaling.checklist medmax_jax.scaling.plots
-            medmax_jax.scaling.pages
+laws        medmax_jax.scaling medmax_jax.scaling.laws medmax_jax.scaling.newton
+            medmax_jax.scaling.fit medmax_jax.scaling.table medmax_jax.scaling.identify
+            medmax_jax.scaling.bootstrap medmax_jax.scaling.holdout medmax_jax.scaling.allocate
+            medmax_jax.scaling.mixed medmax_jax.scaling.study medmax_jax.scaling.checklist
+            medmax_jax.scaling.plots medmax_jax.scaling.pages
 
 machines    medmax_jax.metrics medmax_jax.step medmax_jax.integrity medmax_jax.checkpoint
             medmax_jax.export medmax_jax.decoding medmax_jax.batching medmax_jax.room

@@ -37,7 +37,10 @@ def test_diversity_by_hand():
     half = [[1.0, 0.0], [0.5, 0.75**0.5], [-0.5, 0.75**0.5]]
     found = of(half)
     assert found.mean == pytest.approx((0.5 + 0.5 + 1.5) / 3)
-    assert (found.low, found.high) == (pytest.approx(0.5), pytest.approx(1.5))  # no copies: never 0
+    # three groups: Student's t of two degrees of freedom is wider than all they hold
+    assert (found.low, found.high) == (0.0, 2.0)
+    one = of([[1.0, 0.0]] * 30)  # no variation: the groups that could differ are bounded
+    assert one.low == 0 and one.high == pytest.approx(2 * (1 - 0.025 ** (1 / 30)))
     # the first two are of one patient: their pair is out
     two = picture_sets.diversity(np.array(half), groups=["a", "a", "b"], **NUMBERS)
     assert two.mean == pytest.approx((0.5 + 1.5) / 2) and (two.n, two.groups) == (3, 2)

@@ -297,7 +297,11 @@ def test_headlines_with_and_without_what_was_trained_on(trained, tmp_path):
     parts = {row["part"]: (row["n"], row["value"]) for row in rows}
     assert parts["all"] == (4, 0.5) and parts["clean"] == (2, 0) and parts["contaminated"] == (2, 1)
     assert parts["picture"] == (1, 1) and parts["words"] == (1, 1)
-    assert all(row["ci_low"] <= row["value"] <= row["ci_high"] for row in rows)
+    ends = {row["part"]: (row["ci_low"], row["ci_high"]) for row in rows}
+    assert ends["picture"] == ends["words"] == (None, None)  # of one group each
+    wide = [row for row in rows if row["groups"] > 1]
+    assert wide and all(row["ci_low"] < row["ci_high"] for row in wide)
+    assert all(row["few_groups"] for row in rows)
     none = contamination.summary(answers[2:], flags, evidence.NONE, mode="strict", **NUMBERS)
     assert {row["part"]: row["n"] for row in none}["contaminated"] == 0
 

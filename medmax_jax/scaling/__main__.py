@@ -23,6 +23,7 @@ from typing import Any
 
 from medmax_jax import page
 from medmax_jax.cli import DONE, ERROR, WorkdirError, open_workdir
+from medmax_jax.progress import SECONDS, Items
 from medmax_jax.scaling import bootstrap, checklist, mixed, pages, plots, table
 from medmax_jax.scaling.laws import LAWS, ScalingError
 from medmax_jax.scaling.study import Options, study
@@ -93,7 +94,7 @@ def _laws(given: argparse.Namespace, folder: Path | None) -> dict[str, Any]:
         rows = table.read(
             given.table, law, target=target, columns=dict(given.map), exclude=given.exclude
         )
-        studies.append(study(law, rows, options))
+        studies.append(study(law, rows, options, progress=_log))
         print(checklist.words(studies[-1], said))
     if folder:
         pages.write(studies, said, folder, f"{law.name} law of {Path(given.table).name}")
@@ -110,14 +111,18 @@ def _mixed(given: argparse.Namespace, folder: Path | None) -> dict[str, Any]:
         given.table, mixed.LAW, target=target, columns=dict(given.map), exclude=given.exclude
     )
     found = mixed.fit(rows, delta=given.delta)
-    draws = mixed.draw(found, rows, count=given.bootstraps, seed=given.seed)
-    intervals = {name: bootstrap.interval(each, bootstrap.LEVEL) for name, each in draws.items()}
+    fits = Items(3 * given.bootstraps, "fits", _log, every=SECONDS)
+    draws = mixed.draw(
+        found, rows, count=given.bootstraps, seed=given.seed,
+        progress=lambda count: fits.tick(f"{target}: bootstraps", count),
+    )  # fmt: skip
+    intervals = {name: bootstrap.parameter_interval(each) for name, each in draws.items()}
     both = mixed.parts(rows)[2]
     competing = int((found.competes(both.x) > 0).sum())
     barrier = f"the modalities compete in {competing} of {len(both)} mixed runs"
     print(f"mixed_modal: {target} = {mixed.LAW.formula}")
     for name, value in found.values.items():
-        print(f"  {name:12} {value:<12.6g} [{intervals[name][0]:.4g}, {intervals[name][1]:.4g}]")
+        print(f"  {name:12} {value:<12.6g} {checklist.ends(intervals[name])}")
     print(f"  {barrier}")
     if folder:
         png = plots.agreement(both.y, found.predict(both.x), target)
@@ -128,8 +133,13 @@ def _mixed(given: argparse.Namespace, folder: Path | None) -> dict[str, Any]:
         pages.written(folder, f"mixed_modal law of {Path(given.table).name}", body)
     return found.values | dict(
         law=mixed.LAW.name, target=target, competing=competing, mixed_runs=len(both),
-        intervals={name: list(ends) for name, ends in intervals.items()},
+        intervals={name: list(ends) if ends else None for name, ends in intervals.items()},
     )  # fmt: skip
+
+
+def _log(line: str) -> None:
+    """To stderr: stdout has the results, with --json as its last line."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def _usual(law: str) -> str:

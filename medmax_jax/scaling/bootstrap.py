@@ -1,11 +1,11 @@
 """Intervals by drawing runs again, and what they say about the fit.
 
 Runs are drawn, not rows: checkpoints of one run share its noise. Each draw is fitted from where the
-whole table's fit ended.
+whole table's fit ended, all draws together (fit.refit).
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from jaxtyping import Float
@@ -14,15 +14,21 @@ from medmax_jax.scaling.fit import Fit, refit, values
 from medmax_jax.scaling.table import Table
 
 LEVEL = 0.95
+SAME = 1e-6  # relative: draws nearer to each other are one number
+RUNS = 1_000  # left out one by one at a time: their weights are [RUNS, rows]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Draws:
-    """`vectors` [draws, parameters] as in fit.Fit; `poor`: draws with one size or amount."""
+    """`vectors` [draws, parameters] as in fit.Fit; `poor`: draws with one size or amount.
+
+    `stuck`: draws whose fit had not converged when the minimizer ran out of steps.
+    """
 
     found: Fit
     vectors: np.ndarray
     poor: int
+    stuck: int
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -43,19 +49,32 @@ class Draws:
         return {name: share for name, share in shares.items() if share}
 
 
-def draw(found: Fit, table: Table, *, count: int, seed: int) -> Draws:
-    """`count` fits to tables whose runs are drawn with replacement."""
+def draw(
+    found: Fit,
+    table: Table,
+    *,
+    count: int,
+    seed: int,
+    progress: Callable[[int], None] = lambda count: None,
+) -> Draws:
+    """`count` fits to tables whose runs are drawn with replacement.
+
+    `progress` gets how many more are done.
+    """
     rng, runs = np.random.default_rng(seed), table.runs
-    number, vectors, poor = int(runs.max()) + 1, [], 0
-    while len(vectors) < count:
+    number, drawn, poor = int(runs.max()) + 1, [], 0
+    while len(drawn) < count:
         weights = counts(rng, number)[runs]
         if _too_poor(found, table, weights):
             poor += 1
             if poor > 20 * count:
                 break
             continue
-        vectors.append(refit(found, table.x, table.y, weights).vector)
-    return Draws(found=found, vectors=np.array(vectors), poor=poor)
+        drawn.append(weights)
+    vectors, done = np.zeros((0, len(found.vector))), np.zeros(0, bool)
+    if drawn:
+        vectors, done = refit(found, table.x, table.y, np.array(drawn), progress)
+    return Draws(found=found, vectors=vectors, poor=poor, stuck=int((~done).sum()))
 
 
 def counts(rng: np.random.Generator, number: int) -> Float[np.ndarray, "_"]:
@@ -69,12 +88,28 @@ def interval(draws: Float[np.ndarray, "n"], level: float) -> tuple[float, float]
     return float(low), float(high)
 
 
-def influence(found: Fit, table: Table) -> Iterator[tuple[str, Fit]]:
-    """(label, the fit without it) of every run."""
-    for run in range(int(table.runs.max()) + 1):
-        weights = (table.runs != run).astype(np.float64)
-        label = table.labels[int(np.flatnonzero(table.runs == run)[0])]
-        yield label, refit(found, table.x, table.y, weights)
+def parameter_interval(draws: Float[np.ndarray, "n"]) -> tuple[float, float] | None:
+    """The middle LEVEL of a parameter's draws; None where they all are one number.
+
+    So are those of a parameter that is held, and of one that every draw leaves at a bound of its
+    search. Their interval would have no width and claim to be known exactly.
+    """
+    low, high = interval(draws, LEVEL)
+    return (low, high) if high - low > SAME * max(abs(low), abs(high)) else None
+
+
+def influence(
+    found: Fit, table: Table, *, progress: Callable[[int], None] = lambda count: None
+) -> Iterator[tuple[str, Fit]]:
+    """(label, the fit without it) of every run; `progress` gets how many more are done."""
+    number = int(table.runs.max()) + 1
+    for start in range(0, number, RUNS):
+        runs = np.arange(start, min(start + RUNS, number))
+        weights = (table.runs != runs[:, None]).astype(np.float64)
+        vectors, _ = refit(found, table.x, table.y, weights, progress)
+        for run, vector in zip(runs, vectors, strict=True):
+            label = table.labels[int(np.flatnonzero(table.runs == run)[0])]
+            yield label, dataclasses.replace(found, vector=vector)
 
 
 def _too_poor(found: Fit, table: Table, weights: np.ndarray) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from medmax_jax import page
 from medmax_jax.scaling import allocate, bootstrap, fit
 from medmax_jax.scaling.laws import ScalingError
 from medmax_jax.scaling.study import Study
@@ -58,7 +59,7 @@ def checklist(study: Study, said: Mapping[str, str]) -> dict[str, str]:
     answers["objective"] = f"sum of Huber({o.delta:g}) of residuals of {what}, equal weights"
     answers["optimiser"] = (
         f"grid of exponents with non-negative coefficients solved for, its best {fit.STARTS} "
-        "points polished by L-BFGS-B; float64"
+        "points polished by damped Newton steps; float64"
     )
     fixed = ", ".join(f"{k} = {v:g}" for k, v in o.fixed.items())
     answers["parameters held"] = fixed or "none"
@@ -73,9 +74,8 @@ def words(study: Study, said: Mapping[str, str]) -> str:
     """What the program prints."""
     lines = [f"{study.law.name}: {study.table.target} = {study.law.formula}"]
     for name, value in study.found.values.items():
-        low, high = study.intervals[name]
         held = "  held" if name in study.options.fixed else ""
-        lines.append(f"  {name:8} {value:<12.6g} [{low:.4g}, {high:.4g}]{held}")
+        lines.append(f"  {name:8} {value:<12.6g} {ends(study.intervals[name])}{held}")
     if study.law.name in allocate.LAWS:
         low, high = bootstrap.interval(allocate.exponent(study.named), bootstrap.LEVEL)
         at = allocate.exponent(study.found.values)
@@ -88,6 +88,11 @@ def words(study: Study, said: Mapping[str, str]) -> str:
     lines += ["warnings", *(f"  {w}" for w in study.warnings)] if study.warnings else []
     lines += ["checklist", *(f"  {q}: {a}" for q, a in checklist(study, said).items())]
     return "\n".join(lines)
+
+
+def ends(interval: tuple[float, float] | None) -> str:
+    """ "[1.8, 2.1]"; a dash for a parameter that no draw moves."""
+    return f"[{interval[0]:.4g}, {interval[1]:.4g}]" if interval else page.NOTHING
 
 
 def held_lines(study: Study) -> list[str]:
@@ -117,7 +122,9 @@ def as_json(study: Study, said: Mapping[str, str]) -> dict[str, Any]:
     facts |= dict(
         law=study.law.name, formula=study.law.formula, paper=study.law.paper,
         target=study.table.target, rows=len(study.table), runs=int(study.table.runs.max()) + 1,
-        intervals={name: list(ends) for name, ends in study.intervals.items()},
+        intervals={
+            name: list(found) if found else None for name, found in study.intervals.items()
+        },
         level=bootstrap.LEVEL, bootstraps=len(study.draws), objective=study.found.objective,
         condition=study.condition if math.isfinite(study.condition) else None,
         held_out={
@@ -132,6 +139,6 @@ def as_json(study: Study, said: Mapping[str, str]) -> dict[str, Any]:
     )  # fmt: skip
     if study.law.name in allocate.LAWS:
         facts["size_exponent"] = allocate.exponent(study.found.values)
-        ends = bootstrap.interval(allocate.exponent(study.named), bootstrap.LEVEL)
-        facts["intervals"]["size_exponent"] = list(ends)
+        found = bootstrap.interval(allocate.exponent(study.named), bootstrap.LEVEL)
+        facts["intervals"]["size_exponent"] = list(found)
     return facts

@@ -2,8 +2,9 @@
 
     minimise   sum_i w_i Huber_delta(ln prediction_i - ln y_i)      summed, never averaged
 
-The sum matters: scipy's tolerances are relative to max(|f|, 1), so that a mean of about 1e-6 counts
-as converged wherever it starts, which "confirms" any published constants given as a start.
+The sum matters to minimizers whose tolerances are relative to max(|f|, 1), as scipy's L-BFGS-B: a
+mean of about 1e-6 counts as converged wherever it starts, which "confirms" any published constants
+given as a start. The tolerance here is relative to the objective itself (newton.py).
 
 Inside, a coefficient is the logarithm u of its term at the table's middle point, not ln A: ln A and
 alpha of A / N^alpha with N near 1e10 are all but one parameter, u and alpha are not.
@@ -11,17 +12,18 @@ alpha of A / N^alpha with N near 1e10 are all but one parameter, u and alpha are
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
-from jaxtyping import Float, Shaped
-from scipy import optimize
+from jaxtyping import Bool, Float, Int, Shaped
 
+from medmax_jax.scaling import newton
 from medmax_jax.scaling.laws import Columns, Law, ScalingError
 
 STEP = 1e-20  # of the complex step: derivatives exact to rounding
 LOWEST = -25.0  # of u: a term of e^-25 of the prediction is none
 CHUNK = 2_000_000  # numbers of one array of the grid
+CACHE = 60_000  # numbers of one [m, n] array of a polish: what a step needs stays in the cache
 STARTS = 6  # of the grid's points, polished
 IRLS = 12
 
@@ -62,23 +64,33 @@ def fit(
     held = _held(law, fixed, middle)
     problem = Problem(law=law, x=x, y=y, middle=middle, delta=delta, held=held)
     weights = np.ones_like(y)
-    ends = [problem.polish(start, weights) for start in problem.starts(weights)]
-    best = min(ends, key=lambda end: end[1])
+    starts = problem.starts(weights)
+    ends, objectives, _ = problem.polish(starts, np.tile(weights, (len(starts), 1)))
+    best = int(np.argmin(objectives))
     return Fit(
-        law=law, delta=delta, vector=best[0], middle=middle, objective=best[1], fixed=dict(fixed)
-    )
+        law=law, delta=delta, vector=ends[best], middle=middle,
+        objective=float(objectives[best]), fixed=dict(fixed),
+    )  # fmt: skip
 
 
 def refit(
-    found: Fit, x: Columns, y: Float[np.ndarray, "n"], weights: Float[np.ndarray, "n"]
-) -> Fit:
-    """The same law with weights of the rows, from where the whole table's fit ended."""
+    found: Fit,
+    x: Columns,
+    y: Float[np.ndarray, "n"],
+    weights: Float[np.ndarray, "m n"],
+    progress: Callable[[int], None] = lambda count: None,
+) -> tuple[Float[np.ndarray, "m p"], Bool[np.ndarray, "m"]]:
+    """(vectors, which have converged) of the same law under each row of weights.
+
+    Each starts where the whole table's fit ended. `progress`: as Problem.polish has it.
+    """
     held = _held(found.law, found.fixed, found.middle)
     problem = Problem(
         law=found.law, x=x, y=y, middle=found.middle, delta=found.delta, held=held
     )  # fmt: skip
-    vector, objective = problem.polish(found.vector, weights, rounds=2)
-    return dataclasses.replace(found, vector=vector, objective=objective)
+    starts = np.tile(found.vector, (len(weights), 1))
+    vectors, _, done = problem.polish(starts, weights, progress)
+    return vectors, done
 
 
 def values(law: Law, vector: np.ndarray, middle: Columns) -> dict[str, float]:
@@ -113,7 +125,7 @@ def huber(r: Float[np.ndarray, "*n"], delta: float) -> Float[np.ndarray, "*n"]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One law and table; only the weights of the rows change."""
+    """One law and table. A column of `x` may be [m, n]: another for each row of the weights."""
 
     law: Law
     x: Columns
@@ -122,46 +134,74 @@ class Problem:
     delta: float
     held: dict[int, float]  # place in the vector -> value
 
-    def value(self, vector: np.ndarray, weights: np.ndarray) -> tuple[float, np.ndarray]:
-        """(objective, gradient)."""
-        prediction, slope = _model(self.law, vector, self.x, self.middle)
-        r = prediction - (np.log(self.y) if self.law.log else self.y)
-        if not np.isfinite(r).all():
-            return np.inf, np.zeros_like(vector)
+    def evaluate(
+        self, vectors: Float[np.ndarray, "m p"], weights: Float[np.ndarray, "m n"]
+    ) -> newton.Local:
+        """The objective about each vector, under its row of weights.
+
+        The Hessian is that of the Huber loss: a row beyond delta pulls with constant force and
+        curves only through the law. Second derivatives of ln |term| are left out; they are 0 but
+        for the laws `rectified` and `data_constrained`.
+        """
+        log = self.law.log
+        with np.errstate(all="ignore"):
+            terms, slopes = parts(self.law, vectors, self.x, self.middle)
+            prediction = terms.sum(1)
+            r = np.log(prediction) - np.log(self.y) if log else prediction - self.y
+        lost = ~np.isfinite(r).all(1)  # outside of what the law can predict: no step goes there
+        terms[lost], slopes[lost], prediction[lost], r[lost] = 0.0, 0.0, 1.0, 0.0
+        slope = jacobian(terms, slopes) / (prediction[:, None] if log else 1.0)
         pull = weights * np.clip(r, -self.delta, self.delta)
-        return float(weights @ huber(r, self.delta)), slope @ pull
+        curvature = weights * (np.abs(r) <= self.delta) - (pull if log else 0.0)
+        reweighted = weights * self.delta / np.maximum(np.abs(r), self.delta)
+        return newton.Local(
+            value=np.where(lost, np.inf, (weights * huber(r, self.delta)).sum(1)),
+            gradient=np.einsum("mpn,mn->mp", slope, pull),
+            hessian=(slope * curvature[:, None]) @ np.swapaxes(slope, 1, 2)
+            + _second(terms * (pull / prediction if log else pull)[:, None], slopes),
+            diagonal=np.einsum("mpn,mn->mp", slope**2, reweighted),
+        )
 
     def polish(
-        self, start: np.ndarray, weights: np.ndarray, *, rounds: int = 6
-    ) -> tuple[np.ndarray, float]:
-        """L-BFGS with bounds, begun anew until it finds nothing more; (vector, objective)."""
-        tolerance = 1e-13 if rounds > 2 else 1e-10  # draws of a bootstrap need less
-        best = np.clip(start, *np.array(self.bounds()).T)
-        reached = self.value(best, weights)[0]
-        for _ in range(rounds):
-            scale = 1.0 / max(reached, 1e-300)
+        self,
+        starts: Float[np.ndarray, "m p"],
+        weights: Float[np.ndarray, "m n"],
+        progress: Callable[[int], None] = lambda count: None,
+    ) -> tuple[Float[np.ndarray, "m p"], Float[np.ndarray, "m"], Bool[np.ndarray, "m"]]:
+        """(vectors, objectives, which have converged) from each start, under its row of weights.
 
-            def scaled(vector: np.ndarray, scale: float = scale) -> tuple[float, np.ndarray]:
-                value, slope = self.value(vector, weights)
-                return min(value * scale, 1e30), slope * scale
+        `progress` gets how many more are done.
+        """
+        low, high = np.array(self.bounds()).T
+        size, found = max(1, CACHE // weights.shape[1]), []
+        for first in range(0, len(weights), size):
+            some = np.arange(first, min(first + size, len(weights)))
+            found.append(
+                newton.minimize(
+                    lambda vectors, which, some=some: self._only(some[which]).evaluate(
+                        vectors, weights[some[which]]
+                    ),
+                    starts[some],
+                    low,
+                    high,
+                )
+            )
+            progress(len(some))
+        return tuple(np.concatenate(each) for each in zip(*found, strict=True))
 
-            end = optimize.minimize(
-                scaled, best, jac=True, method="L-BFGS-B", bounds=self.bounds(),
-                options=dict(maxiter=500, maxfun=1_500, ftol=tolerance, gtol=1e-9, maxcor=20),
-            )  # fmt: skip
-            gained = end.fun < 1 - 1e-9
-            if end.fun <= 1:
-                best, reached = end.x, float(end.fun / scale)
-            if not gained or reached < 1e-24:  # an exact table
-                break
-        return best, reached
+    def _only(self, rows: Int[np.ndarray, "k"]) -> "Problem":
+        """The same with these rows of the columns that have one for each row of the weights."""
+        if all(column.ndim == 1 for column in self.x.values()):
+            return self
+        x = {name: c if c.ndim == 1 else c[rows] for name, c in self.x.items()}
+        return dataclasses.replace(self, x=x)
 
     def bounds(self) -> list[tuple[float, float]]:
         count = len(self.law.names)
         each = [(LOWEST, 25.0)] * count + [(e.low, e.high) for e in self.law.exponents]
         return [(self.held.get(i, lo), self.held.get(i, hi)) for i, (lo, hi) in enumerate(each)]
 
-    def starts(self, weights: np.ndarray) -> list[np.ndarray]:
+    def starts(self, weights: Float[np.ndarray, "n"]) -> Float[np.ndarray, "m p"]:
         """The best points of the grid of exponents, with their coefficients."""
         count = len(self.law.names)
         axes = [
@@ -172,13 +212,13 @@ class Problem:
         ]
         grid = np.array(list(itertools.product(*axes))).T  # [exponents, points]
         size = max(1, CHUNK // (len(self.y) * count))
-        parts = [
+        found = [
             self._project(grid[:, i : i + size], weights) for i in range(0, grid.shape[1], size)
         ]
-        coefficients, reached = (np.concatenate(each) for each in zip(*parts, strict=True))
+        coefficients, reached = (np.concatenate(each) for each in zip(*found, strict=True))
         order = np.argsort(reached)[:STARTS]
         u = np.log(np.maximum(coefficients[order], np.exp(LOWEST)))
-        return list(np.concatenate([u, grid.T[order]], axis=1))
+        return np.concatenate([u, grid.T[order]], axis=1)
 
     def _project(self, grid: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Of each point of the grid: coefficients by reweighted least squares, objective."""
@@ -254,12 +294,51 @@ def _relative_terms(law: Law, exponents: tuple, x: Columns, middle: Columns) -> 
     return [t - m for t, m in zip(law.terms(exponents, x), there, strict=True)]
 
 
+def parts(
+    law: Law, vectors: Float[np.ndarray, "m p"], x: Columns, middle: Columns
+) -> tuple[Float[np.ndarray, "m k n"], Float[np.ndarray, "m e k n"]]:
+    """Each signed term of the prediction, and d ln |term| / d exponent by a complex step."""
+    count, shape = len(law.names), (len(vectors), next(iter(x.values())).shape[-1])
+
+    def relative(exponents: list[np.ndarray]) -> np.ndarray:
+        terms = _relative_terms(law, tuple(exponents), x, middle)
+        return np.stack([np.broadcast_to(term, shape) for term in terms], axis=1)
+
+    exponents = [vectors[:, i, None] for i in range(count, vectors.shape[1])]
+    signs = np.array(law.signs)[:, None]
+    terms = signs * np.exp(vectors[:, :count, None] + relative(exponents))
+    slopes = [
+        relative([e + 1j * STEP if i == j else e for j, e in enumerate(exponents)]).imag / STEP
+        for i in range(len(exponents))
+    ]
+    return terms, np.stack(slopes, axis=1)
+
+
+def jacobian(
+    terms: Float[np.ndarray, "m k n"], slopes: Float[np.ndarray, "m e k n"]
+) -> Float[np.ndarray, "m p n"]:
+    """d prediction / d vector: the terms themselves for each u, then the exponents."""
+    return np.concatenate([terms, np.einsum("mkn,mekn->men", terms, slopes)], axis=1)
+
+
+def _second(
+    pulled: Float[np.ndarray, "m k n"], slopes: Float[np.ndarray, "m e k n"]
+) -> Float[np.ndarray, "m p p"]:
+    """The second derivatives of the prediction, summed over rows; `pulled`: terms times weights."""
+    m, k, _ = pulled.shape
+    found = np.zeros((m, k + slopes.shape[1], k + slopes.shape[1]))
+    found[:, np.arange(k), np.arange(k)] = pulled.sum(2)
+    found[:, :k, k:] = np.einsum("mkn,mekn->mke", pulled, slopes)
+    found[:, k:, :k] = np.swapaxes(found[:, :k, k:], 1, 2)
+    found[:, k:, k:] = np.einsum("mkn,mekn,mfkn->mef", pulled, slopes, slopes)
+    return found
+
+
 def _model(
     law: Law, vector: np.ndarray, x: Columns, middle: Columns
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(prediction or its logarithm [n], its derivatives [parameters, n]) by a complex step."""
-    steps = vector[:, None] + 1j * STEP * np.eye(len(vector))
+    """(prediction or its logarithm [n], its derivatives [parameters, n])."""
     with np.errstate(all="ignore"):
-        out = predict(law, steps, x, middle)
-        value, slope = out[0].real, out.imag / STEP
+        terms, slopes = parts(law, vector[None], x, middle)
+        value, slope = terms[0].sum(0), jacobian(terms, slopes)[0]
         return (np.log(value), slope / value) if law.log else (value, slope)

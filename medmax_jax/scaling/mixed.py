@@ -9,7 +9,7 @@ small model; the barrier is where both are equal. `loss` is the mean of the two 
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from jaxtyping import Float
@@ -93,18 +93,41 @@ def fit(table: Table, *, delta: float) -> Mixed:
     return Mixed(text=alone[0], image=alone[1], both=together)
 
 
-def draw(found: Mixed, table: Table, *, count: int, seed: int) -> dict[str, np.ndarray]:
-    """Each parameter's draws; runs are drawn within each of the three groups of rows."""
-    rng, rows, groups = np.random.default_rng(seed), [], parts(table)
-    for _ in range(count):
-        weights = [bootstrap.counts(rng, len(part)) for part in groups]
-        alone = [
-            fitting.refit(fit_, part.x, part.y, w)
-            for fit_, part, w in zip((found.text, found.image), groups, weights, strict=False)
-        ]
-        x = _with_alone(groups[2].x, *alone)
-        both = fitting.refit(found.both, x, groups[2].y, weights[2])
-        rows.append(Mixed(text=alone[0], image=alone[1], both=both).values)
+def draw(
+    found: Mixed,
+    table: Table,
+    *,
+    count: int,
+    seed: int,
+    progress: Callable[[int], None] = lambda count: None,
+) -> dict[str, np.ndarray]:
+    """Each parameter's draws; runs are drawn within each of the three groups of rows.
+
+    `progress` gets how many more of the 3 x `count` fits are done.
+    """
+    rng, groups = np.random.default_rng(seed), parts(table)
+    drawn = [[bootstrap.counts(rng, len(part)) for part in groups] for _ in range(count)]
+    weights = [np.array(each) for each in zip(*drawn, strict=True)]
+    alone = [
+        fitting.refit(law, part.x, part.y, w, progress)[0]
+        for law, part, w in zip((found.text, found.image), groups, weights, strict=False)
+    ]
+    x = dict(_with_alone(groups[2].x, found.text, found.image))
+    x["alone"] = sum(
+        np.real(fitting.predict(law.law, vectors.T, column, law.middle))
+        for law, vectors, column in zip(
+            (found.text, found.image), alone, _each_alone(groups[2].x), strict=True
+        )
+    ) / 2  # fmt: skip
+    both, _ = fitting.refit(found.both, x, groups[2].y, weights[2], progress)
+    rows = [
+        Mixed(
+            text=dataclasses.replace(found.text, vector=text),
+            image=dataclasses.replace(found.image, vector=image),
+            both=dataclasses.replace(found.both, vector=vector),
+        ).values
+        for text, image, vector in zip(*alone, both, strict=True)
+    ]
     return {name: np.array([row[name] for row in rows]) for name in found.values}
 
 
@@ -130,12 +153,17 @@ def _plain(both: Table) -> Table:
 
 def _with_alone(x: Columns, text: Fit, image: Fit) -> dict[str, np.ndarray]:
     """The columns of INTERACTION."""
-    apart = (
-        law.predict({"params": x["params"], "tokens": x[name]})
-        for law, name in ((text, "tokens_text"), (image, "tokens_image"))
-    )
+    apart = (law.predict(each) for law, each in zip((text, image), _each_alone(x), strict=True))
     return {
         "params": x["params"],
         "tokens": x["tokens_text"] + x["tokens_image"],
         "alone": sum(apart) / 2,
     }
+
+
+def _each_alone(x: Columns) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The columns of the laws of text and of image alone."""
+    text, image = (
+        {"params": x["params"], "tokens": x[name]} for name in ("tokens_text", "tokens_image")
+    )
+    return text, image

@@ -30,11 +30,18 @@ def written(folder: Path, title: str, body: str) -> Path:
 
 
 def parameters(
-    found: Mapping[str, float], intervals: Mapping[str, tuple[float, float]], held: Sequence[str]
+    found: Mapping[str, float],
+    intervals: Mapping[str, tuple[float, float] | None],
+    held: Sequence[str],
 ) -> str:
     """The table of parameters."""
     rows = [
-        [name, f"{value:.5g}", _ends(intervals[name]), "held" if name in held else "fitted"]
+        [
+            name,
+            f"{value:.5g}",
+            checklist.ends(intervals[name]),
+            "held" if name in held else "fitted" if intervals[name] else "at a bound",
+        ]
         for name, value in found.items()
     ]
     return page.table(["parameter", "value", f"{LEVEL:.0%} interval", ""], rows)
@@ -76,7 +83,7 @@ def _allocation(study: Study, pictures: dict) -> str:
     columns = ("params", "tokens", "tokens_per_param", "loss")
     rows = [
         [f"{row['compute']:.3g}"]
-        + [f"{row[c]:.3g}\n{_ends(row[f'{c}_interval'])}" for c in columns]
+        + [f"{row[c]:.3g}\n{checklist.ends(row[f'{c}_interval'])}" for c in columns]
         for row in study.allocation
     ]
     at = allocate.exponent(study.found.values)
@@ -89,7 +96,3 @@ def _allocation(study: Study, pictures: dict) -> str:
         + page.figure(*pictures["allocation.png"])
         + page.table(["compute", "parameters", "tokens", "tokens a parameter", "loss"], rows)
     )
-
-
-def _ends(ends: Sequence[float]) -> str:
-    return f"[{ends[0]:.4g}, {ends[1]:.4g}]"

@@ -1,12 +1,13 @@
 """All that is said of one law on one table: parameters, intervals, and what speaks against them."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
+from medmax_jax.progress import SECONDS, Items
 from medmax_jax.scaling import allocate, bootstrap, holdout, identify
 from medmax_jax.scaling import fit as fitting
 from medmax_jax.scaling.bootstrap import Draws
@@ -49,9 +50,9 @@ class Study:
     allocation: Sequence[Mapping[str, Any]]
 
     @property
-    def intervals(self) -> dict[str, tuple[float, float]]:
-        level = bootstrap.LEVEL
-        return {name: bootstrap.interval(each, level) for name, each in self.named.items()}
+    def intervals(self) -> dict[str, tuple[float, float] | None]:
+        """By parameter; None where the draws do not differ (bootstrap.parameter_interval)."""
+        return {name: bootstrap.parameter_interval(each) for name, each in self.named.items()}
 
     def band(self, x: Mapping[str, np.ndarray]) -> Float[np.ndarray, "2 n"]:
         """The interval of the prediction at each row of `x`."""
@@ -61,17 +62,28 @@ class Study:
         return np.quantile(made, [tail, 1 - tail], axis=0)
 
 
-def study(law: Law, table: Table, options: Options) -> Study:
-    """Fits, draws and checks; raises ScalingError where the table cannot tell the parameters."""
+def study(
+    law: Law, table: Table, options: Options, *, progress: Callable[[str], None] = lambda line: None
+) -> Study:
+    """Fits, draws and checks; raises ScalingError where the table cannot tell the parameters.
+
+    `progress` gets a line of text every few seconds: how many fits are done, their rate, the rest.
+    """
     delta, fixed = options.delta, options.fixed
     warnings = [*table.notes, *identify.check(law, table, fixed)]
     found = fitting.fit(law, table.x, table.y, delta=delta, fixed=fixed)
     identify.check_end(found, table)
-    draws = bootstrap.draw(found, table, count=options.draws, seed=options.seed)
+    fits = Items(options.draws + int(table.runs.max()) + 1, "fits", progress, every=SECONDS)
+    draws = bootstrap.draw(
+        found, table, count=options.draws, seed=options.seed,
+        progress=lambda count: fits.tick(f"{table.target}: bootstraps", count),
+    )  # fmt: skip
     named = draws.named()
     condition = condition_number(found, table)
     held = holdout.all_of(law, table, delta=delta, fixed=fixed)
-    influential, share = _influence(found, table, named)
+    influential, share = _influence(
+        found, table, named, lambda count: fits.tick(f"{table.target}: without each run", count)
+    )
     warnings += _warnings(found, table, draws, condition, held)
     if share > 1:
         warnings.append(f"one run decides: without {influential}")
@@ -113,6 +125,8 @@ def _warnings(
             f"{draws.poor} draws beside the {len(draws)} held one size or amount of data and were "
             "drawn again: few distinct values carry this table"
         )
+    if draws.stuck:
+        said.append(f"{draws.stuck} of the {len(draws)} draws had not converged")
     if condition > CONDITION:
         said.append(f"condition number {condition:.1e}: some parameters nearly trade for others")
     said += [f"no fit without {each.name}: {each.why}" for each in held if each.why]
@@ -126,14 +140,22 @@ def shares(found: Fit, table: Table) -> dict[str, float]:
     return dict(zip(found.law.names, (slope / scale).max(axis=1).tolist(), strict=True))
 
 
-def _influence(found: Fit, table: Table, named: Mapping[str, np.ndarray]) -> tuple[str, float]:
+def _influence(
+    found: Fit,
+    table: Table,
+    named: Mapping[str, np.ndarray],
+    progress: Callable[[int], None],
+) -> tuple[str, float]:
     """(words, the move in half-widths of the interval) of the run that moves a parameter most."""
     best = ("", 0.0)
-    for label, without in bootstrap.influence(found, table):
+    ends = {name: bootstrap.parameter_interval(each) for name, each in named.items()}
+    for label, without in bootstrap.influence(found, table, progress=progress):
         for name, value in without.values.items():
-            low, high = bootstrap.interval(named[name], bootstrap.LEVEL)
-            move = abs(value - found.values[name]) / max((high - low) / 2, 1e-300)
-            if move > best[1] and name not in found.fixed:
+            if ends[name] is None:  # held, or at a bound in every draw
+                continue
+            low, high = ends[name]
+            move = abs(value - found.values[name]) / ((high - low) / 2)
+            if move > best[1]:
                 was = found.values[name]
                 best = (f"{label}, {name} goes from {was:.4g} to {value:.4g}", move)
     return best

@@ -1,0 +1,144 @@
+"""python benchmarks/intervals.py [--draws 500]
+
+How often 95 % intervals over groups hold the truth, by design: groups, items of each, the share of
+right answers, and how alike the items of a group are (intra-class correlation). Each draw is a new
+sample of groups; a group's own share is beta distributed about the truth.
+
+ours         eval/stats.py
+percentile   the middle 95 % of a bootstrap over groups
+t            Student's t of the means' standard error over groups, without a span
+
+The last line is one JSON object, with the mean width of ours as well.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import sys
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+import numpy as np
+from scipy import special
+
+from eval import stats
+
+RESAMPLES = 2_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Design:
+    """`each`: items of a group; 0: sizes of their own, log-normal from 1 to about 40.
+
+    paired: items are differences of two models, -1, 0 or 1, of which `share` are not 0; the truth
+    is 0 and `icc` is of their signs.
+    """
+
+    groups: int
+    each: int
+    share: float
+    icc: float
+    paired: bool = False
+
+    @property
+    def name(self) -> str:
+        of = self.each or "unequal"
+        kind = "differences, " if self.paired else ""
+        return f"{kind}{self.groups} groups of {of}, share {self.share:g}, icc {self.icc:g}"
+
+    @property
+    def truth(self) -> float:
+        return 0.0 if self.paired else self.share
+
+    def draw(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """(values, the group of each)."""
+        sizes = np.full(self.groups, self.each)
+        if not self.each:
+            sizes = np.maximum(1, np.round(rng.lognormal(1.2, 1.0, self.groups))).astype(int)
+        member = np.repeat(np.arange(self.groups), sizes)
+        middle = 0.5 if self.paired else self.share
+        shares = np.full(self.groups, middle)
+        if self.icc:
+            spread = 1 / self.icc - 1
+            shares = rng.beta(middle * spread, (1 - middle) * spread, self.groups)
+        values = (rng.uniform(size=len(member)) < shares[member]).astype(np.float64)
+        if self.paired:
+            values = (2 * values - 1) * (rng.uniform(size=len(member)) < self.share)
+        return values, member
+
+
+DESIGNS = (
+    Design(2, 30, 0.5, 0.3),
+    Design(3, 30, 0.5, 0.3),
+    Design(3, 30, 0.9, 0.3),
+    Design(5, 20, 0.5, 0.3),
+    Design(5, 20, 0.9, 0.3),
+    Design(10, 10, 0.5, 0.3),
+    Design(19, 5, 0.9, 0.2),
+    Design(19, 13, 0.98, 0.3),
+    Design(19, 13, 0.03, 0.5),
+    Design(7, 0, 0.8, 0.3),
+    Design(20, 0, 0.5, 0.3),
+    Design(20, 0, 0.9, 0.3),
+    Design(40, 5, 0.95, 0.2),
+    Design(80, 5, 0.5, 0.2),
+    Design(10, 1, 0.9, 0.0),
+    Design(20, 1, 0.95, 0.0),
+    Design(50, 1, 0.98, 0.0),
+    Design(5, 20, 0.1, 0.3, paired=True),
+    Design(19, 13, 0.02, 0.3, paired=True),
+    Design(40, 5, 0.1, 0.2, paired=True),
+)
+
+
+def coverage(design: Design, *, draws: int, seed: int) -> dict[str, float]:
+    """The share of intervals that hold the truth, by method, and the mean width of ours."""
+    rng, width = np.random.default_rng(seed), 0.0
+    held = dict.fromkeys(("ours", "percentile", "t"), 0)
+    span = stats.of_differences(stats.SHARE) if design.paired else stats.SHARE
+    for draw in range(draws):
+        values, member = design.draw(rng)
+        found = stats.mean_interval(
+            values, member.tolist(), seed=draw, resamples=RESAMPLES, span=span
+        )
+        width += (found.high - found.low) / draws
+        ends = {"ours": (found.low, found.high)} | _others(values, member, design.groups, rng)
+        for name, (low, high) in ends.items():
+            held[name] += low - 1e-12 <= design.truth <= high + 1e-12
+    return {name: round(count / draws, 3) for name, count in held.items()} | {
+        "width": round(width, 3)
+    }
+
+
+def _others(
+    values: np.ndarray, member: np.ndarray, groups: int, rng: np.random.Generator
+) -> dict[str, tuple[float, float]]:
+    sums = np.bincount(member, values, groups)
+    sizes = np.bincount(member, minlength=groups)
+    drawn = rng.integers(groups, size=(RESAMPLES, groups))
+    low, high = np.quantile(sums[drawn].sum(1) / sizes[drawn].sum(1), [0.025, 0.975])
+    mean = values.mean()
+    left = sums - sizes * mean
+    reach = special.stdtrit(groups - 1, 0.975) * np.sqrt(groups / (groups - 1) * (left**2).sum())
+    return {
+        "percentile": (float(low), float(high)),
+        "t": (mean - reach / len(values), mean + reach / len(values)),
+    }
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--draws", type=int, default=500)
+    given = parser.parse_args()
+    found, begin = {}, time.perf_counter()
+    for design in DESIGNS:
+        found[design.name] = coverage(design, draws=given.draws, seed=0)
+        print(design.name, found[design.name], f"{time.perf_counter() - begin:.0f} s", flush=True)
+    print(json.dumps({"draws": given.draws, "coverage": found}))
+
+
+if __name__ == "__main__":
+    main()
