@@ -107,7 +107,7 @@ def coverage(design: Design, *, draws: int, seed: int) -> dict[str, float]:
         ends = {"ours": (found.low, found.high)} | _others(values, member, design.groups, rng)
         for name, (low, high) in ends.items():
             held[name] += low - 1e-12 <= design.truth <= high + 1e-12
-    return {name: round(count / draws, 3) for name, count in held.items()} | {
+    return {name: round(float(count) / draws, 3) for name, count in held.items()} | {
         "width": round(width, 3)
     }
 

@@ -91,8 +91,9 @@ def test_coverage_with_few_groups(design):
 @pytest.mark.slow
 @pytest.mark.parametrize("design", intervals.DESIGNS, ids=lambda design: design.name)
 def test_coverage_over_all_designs(design):
-    """At least 88 % in each; the least are shares near 0 or 1 that differ much between groups."""
-    assert intervals.coverage(design, draws=500, seed=0)["ours"] >= 0.88
+    """At least 93 %; 85 % where one group of many has all that the others lack (icc 0.5)."""
+    least = 0.85 if design.icc >= 0.5 else 0.93
+    assert intervals.coverage(design, draws=500, seed=0)["ours"] >= least
 
 
 def test_items_of_one_group_each_have_wilson_s_interval_with_student_s_t():
