@@ -13,6 +13,7 @@ normalisation of length. Where the options cannot be read from the question the 
 counted. Models without `score_options` have none of this: n/a, with that reason.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import numpy as np
 
 from data.journal import open_journal
 from eval import calibration, loop, score_text, stats, strict, tasks
+from medmax_jax.progress import SECONDS, Items
 
 OPTIONS = "options.jsonl"
 BINS = 10  # of the calibration error, of equally many answers
@@ -89,7 +91,13 @@ def absent(model: Any) -> str:
 
 
 def summary(
-    lines: Sequence[dict[str, Any]], *, n_items: int, reason: str, seed: int, resamples: int
+    lines: Sequence[dict[str, Any]],
+    *,
+    n_items: int,
+    reason: str,
+    seed: int,
+    resamples: int,
+    progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """{reason, rows, left_out, bins, curves}, the last two by task.
 
@@ -99,6 +107,7 @@ def summary(
     curves {coverage, n, groups, few_groups, risk, ci_low, ci_high} at coverage 0.1, 0.2 .. 1
 
     `n_items`: closed and multiple choice items of the run. `reason`: why there are no lines.
+    `progress` gets a line every few seconds: tens of thousands of items take half a minute.
     """
     if not lines:
         return dict(reason=reason or "no item has options that can be read", rows=[])
@@ -106,7 +115,9 @@ def summary(
     numbers = dict(seed=seed, resamples=resamples)
     for task in dict.fromkeys(line["task"] for line in lines):
         some = [line for line in lines if line["task"] == task]
-        measures, risks = _measures(some, **numbers)
+        done = Items(resamples, "resamples", progress, every=SECONDS)
+        tick = functools.partial(done.tick, f"calibration of {task}", 1)
+        measures, risks = _measures(some, tick, **numbers)
         rows += [dict(task=task, metric=name) | one.row() for name, one in measures.items()]
         curves[task] = [dict(coverage=at) | one.row("risk") for at, one in risks.items()]
         bins[task] = _bins(some, **numbers)
@@ -140,9 +151,12 @@ def _sure(lines: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray, np.n
 
 
 def _measures(
-    lines: Sequence[dict[str, Any]], *, seed: int, resamples: int
+    lines: Sequence[dict[str, Any]], tick: Callable[[], None], *, seed: int, resamples: int
 ) -> tuple[dict[str, stats.Interval], dict[float, stats.Interval]]:
-    """(the measures by name, the risk at coverage 0.1, 0.2 .. 1); one bootstrap for all of them."""
+    """(the measures by name, the risk at coverage 0.1, 0.2 .. 1); one bootstrap for all of them.
+
+    `tick` is called at each resample.
+    """
     sure, right, brier = _sure(lines)
     groups, numbers = [line["group"] for line in lines], dict(seed=seed, resamples=resamples)
     at = [step / STEPS for step in range(1, STEPS + 1)]
@@ -154,7 +168,9 @@ def _measures(
         return np.array([error, curve.area, kept[0], *(1 - one for one in kept[1:])])
 
     spans = [stats.SHARE] * (3 + len(at))
-    ece, area, kept, *risks = stats.each_interval(statistics, groups, spans=spans, **numbers)
+    ece, area, kept, *risks = stats.each_interval(
+        statistics, groups, spans=spans, tick=tick, **numbers
+    )
     measures = {
         "accuracy_by_likelihood": stats.mean_interval(right, groups, **numbers),
         "confidence": stats.mean_interval(sure, groups, **numbers),

@@ -408,7 +408,9 @@ def calibrated(now: Run, lines) -> dict[str, Any] | None:
         return None
     items = [i for i in now.found.items if i.family in ("vqa_closed", "vqa_mcq")]
     reason = confidence.absent(now.opened.model)
-    return confidence.summary(lines, n_items=len(items), reason=reason, **now.numbers)
+    return confidence.summary(
+        lines, n_items=len(items), reason=reason, progress=now.progress, **now.numbers
+    )
 
 
 def contamination_of(now: Run, records, known, compared) -> dict[str, Any] | None:

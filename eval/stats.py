@@ -237,11 +237,12 @@ def each_interval(
     seed: int,
     resamples: int,
     spans: Sequence[Span | None],
+    tick: Callable[[], None] = lambda: None,
 ) -> list[Interval]:
     """Several numbers of the same items, such as a curve's, each with its interval over groups.
 
     `statistics` gets places of items, those of a group drawn twice two times. spans: the least and
-    the largest that each number can be.
+    the largest that each number can be. `tick` is called after each resample.
     """
     member, count = _members(len(groups), groups)
     check_resamples(resamples)
@@ -253,6 +254,7 @@ def each_interval(
         ends = np.cumsum(sizes[drawn])
         shift = np.repeat(firsts[drawn] - (ends - sizes[drawn]), sizes[drawn])
         draws[number] = statistics(order[shift + np.arange(ends[-1])])
+        tick()
     value, weights = statistics(np.arange(len(groups))), sizes / len(groups)
     return [
         from_draws(float(v), each, weights, n=len(groups), span=span)

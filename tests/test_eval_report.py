@@ -199,6 +199,22 @@ def test_calibration_is_drawn_with_the_n_of_each_bin(tmp_path):
     assert table.count("<tr>") == 4 and "0.500–0.600" in table and "0.150–0.350" in table
 
 
+def test_few_groups_are_marked_and_one_group_has_no_interval(tmp_path):
+    found = calibrated()
+    for one in (*found["bins"]["<b>t</b>"][:1], *found["curves"]["<b>t</b>"][:1]):
+        one |= dict(groups=1, ci_low=None, ci_high=None)
+    row = dict(task="t", metric="accuracy", few_groups=True, value=0.5, ci_low=0.25, ci_high=0.75)
+    found["rows"] = [row | dict(n=40, groups=19), row | dict(n=40, groups=20, few_groups=False)]
+    found["rows"].append(row | dict(n=9, groups=1, ci_low=None, ci_high=None))
+    text = whole(tmp_path, calibration=found)
+    part = text.split("Options by likelihood, and calibration")[1].split("</table>")[0]
+    assert part.count("0.250–0.750") == 2 and part.count("0.250–0.750 †") == 1
+    assert "few_groups" not in text and "†: fewer than 20 groups" in text
+    bins = text.split("The bins in numbers")[1].split("</details>")[0]
+    assert "0.400–0.600 †" in bins and "None" not in text and "nan" not in text
+    assert report_tables.interval(found["rows"][2]) == "–"
+
+
 def test_a_page_without_likelihoods_has_no_charts(tmp_path):
     assert "<svg" not in whole(tmp_path)
 

@@ -198,7 +198,9 @@ def test_likelihoods_are_asked_once_and_calibrated(tmp_path):
     rows = out.read_bytes().splitlines(keepends=True)
     out.write_bytes(b"".join(rows[:20]) + rows[20][:30])
     assert score(model, items, out) == lines and model.asked == 24 + 4
-    found = confidence.summary(lines, n_items=25, reason="", **NUMBERS)
+    said: list[str] = []
+    found = confidence.summary(lines, n_items=25, reason="", progress=said.append, **NUMBERS)
+    assert said[-1].startswith(f"calibration of {lines[-1]['task']}: 2000 of 2000 resamples")
     rows = {(row["task"], row["metric"]): row for row in found["rows"]}
     assert found["left_out"] == 1 and len(rows) == 12
     closed = rows["x_closed", "accuracy_by_likelihood"]
