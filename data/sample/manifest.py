@@ -8,6 +8,8 @@ import hashlib
 import json
 from pathlib import Path
 
+from medmax_jax.io import image_paths
+
 FACTS = (
     "modality",
     "body_part",
