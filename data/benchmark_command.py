@@ -22,6 +22,7 @@ from data.benchmarks import READERS, YES_NO
 from data.codes import log
 from data.sources.row import Bad, SourceError
 from eval import cards, tasks
+from medmax_jax.io.image_paths import is_inside
 from medmax_jax.new_folder import new_folder, private
 from medmax_jax.storage import os_errors
 
@@ -61,7 +62,7 @@ def eval_items(
     """Writes the test rows of a benchmark; what import.json holds."""
     if name not in READERS:
         raise SourceError(f"--benchmark is {name!r}; use one of {', '.join(READERS)}")
-    if PurePosixPath(prefix).is_absolute() or ".." in PurePosixPath(prefix).parts:
+    if prefix and not is_inside(prefix):
         raise SourceError(f"--prefix is {prefix!r}; use a path inside the folder of pictures")
     if not folder.is_dir():
         raise SourceError(f"--from is {str(folder)!r}, no folder; name that of the benchmark")

@@ -122,7 +122,9 @@ class EndpointModel:
         )
         for one, reply in found:
             if isinstance(reply, NoReply):
-                self.last_error = str(reply)
+                secret = one.data_class == outgoing.CREDENTIALED
+                # what a server replies may repeat the question
+                self.last_error = "no reply from the endpoint" if secret else str(reply)
                 continue
             key = asking.key_of(endpoint, one.messages)
             if key in new:

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import re
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -214,8 +215,11 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file of the workdir atomically; raise EvalError where it cannot be written."""
-    partial = path.with_name(path.name + ".partial")
+    """Write a file of the workdir atomically; raise EvalError where it cannot be written.
+
+    The partial file has a name of its own: the parts of an evaluation (--shard) write at once.
+    """
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)

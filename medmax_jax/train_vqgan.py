@@ -32,6 +32,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from medmax_jax import cli, config, images, lpips, vqgan, weights
+from medmax_jax.io import image_paths
 from medmax_jax.mesh import make_mesh, put_batch
 
 MAX_PIXELS = 40_000_000  # of a training picture
@@ -103,7 +104,8 @@ def pictures(manifest: str | Path, split: str) -> Pictures:
     if not rows:
         raise config.ConfigError(f"train.manifest {manifest} has no picture of split {split!r}")
     folder = Path(manifest).parent
-    originals = [images.load(folder / row["file"], max_pixels=MAX_PIXELS) for row in rows]
+    files = [image_paths.resolve(folder, row["file"]) for row in rows]
+    originals = [images.load(file, max_pixels=MAX_PIXELS) for file in files]
     kinds = [row["modality"] for row in rows]
     chance = np.array([kinds.count(kind) ** -0.5 for kind in kinds])
     return Pictures(originals, chance / chance.sum())

@@ -8,6 +8,8 @@ import hashlib
 import json
 from pathlib import Path
 
+from medmax_jax.io import image_paths
+
 FACTS = (
     "modality",
     "body_part",
@@ -82,8 +84,11 @@ def check_row(row: dict, where: str) -> None:
 
 def check_picture(row: dict, folder: Path) -> None:
     """Raise unless the picture's file is below `folder` and has the sha256 of its row."""
-    path = (folder / row["file"]).resolve()
-    if not path.is_relative_to(folder.resolve()) or not path.is_file():
+    try:
+        path = image_paths.resolve(folder, row["file"])
+    except image_paths.ImagePathError:
+        path = folder  # no file
+    if not path.is_file():
         raise FileNotFoundError(f"{row['id']}: file: {row['file']!r} is not a file in {folder}")
     got = hashlib.sha256(path.read_bytes()).hexdigest()
     if got != row["sha256"]:
