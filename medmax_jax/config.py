@@ -212,7 +212,7 @@ BOUNDS = {
     "vq.image_size": (1, 1 << 14),
     "vq.channels": (1, 1 << 13),
     "vq.channel_mult": (1, 64),
-    "vq.num_res_blocks": (1, 16),
+    "vq.num_res_blocks": (1, 8),
     "vq.z_channels": (1, 1 << 13),
     "vq.embed_dim": (1, 1 << 13),
     "vq.num_codes": (1, 1 << 20),
@@ -226,8 +226,11 @@ BOUNDS = {
 MAX_LIST = 8  # entries of a list of numbers; the levels of a VQGAN
 
 
-def build(cls: type, config: ConfigDict | dict[str, Any]) -> Any:
-    """A settings dataclass; raises ConfigError on unknown, missing or mistyped fields."""
+def build(cls: type, config: Any) -> Any:
+    """A settings dataclass of a ConfigDict or dict; raises ConfigError on any field that is not right.
+
+    Unknown, missing and mistyped fields are refused, and numbers outside BOUNDS.
+    """
     return _build(cls, config.to_dict() if isinstance(config, ConfigDict) else config, "config")
 
 

@@ -13,6 +13,7 @@ product can move a patch to another code, and codes are what the language model 
 """
 
 import os
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
@@ -51,8 +52,29 @@ def load(file: str | os.PathLike, config: VQ) -> "VQGAN":
     Hugging Face's checkpoints of this family have no decoder; the encoder is enough to tokenize.
     Raises WeightsError on a file that does not fit the config.
     """
-    has_decoder = any(name.startswith("decoder.") for name in weights.names(file))
+    names = weights.names(file)
+    check_blocks(names, config, file)
+    has_decoder = any(name.startswith("decoder.") for name in names)
     return weights.load(file, abstract(config, decoder=has_decoder))
+
+
+def check_blocks(names: Iterable[str], config: VQ, where: object) -> None:
+    """Raise WeightsError where the config has residual blocks that the weights have not.
+
+    Tracing a net takes some 50 ms a block, so this comes before one is made of a config from
+    elsewhere. `names` are those of this project or of taming-transformers.
+    """
+    have = {name.rpartition(".")[0] for name in names}
+    wanted = [
+        f"encoder.down.{level}.block.{block}.conv1"
+        for level in range(len(config.channel_mult))
+        for block in range(config.num_res_blocks)
+    ]
+    if missing := [name for name in wanted if name not in have]:
+        raise weights.WeightsError(
+            f"{where}: {missing[0]} is missing ({len(missing)} of {len(wanted)} blocks of the "
+            "config are); another VQGAN's config, or an incomplete copy"
+        )
 
 
 @jax.jit

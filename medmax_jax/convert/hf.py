@@ -20,6 +20,7 @@ from medmax_jax.convert.form import (
     ConvertError,
     Tensor,
     check_dtype,
+    check_gathered,
     check_heads,
     check_layers,
     check_settings,
@@ -51,6 +52,7 @@ def read(folder: Folder) -> Checkpoint:
     """A checkpoint as transformers wrote it; raises ConvertError on anything else."""
     config = folder.json("config.json")
     tensors = tensor_files.read(folder)
+    check_gathered(folder.path, tensors)
     for tensor in tensors.values():
         check_dtype(tensor.dtype, tensor.where)
     if config["model_type"] != "chameleon":

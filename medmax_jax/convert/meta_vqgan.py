@@ -39,7 +39,7 @@ def read(folder: Folder, prefix: str) -> tuple[dict[str, Tensor], VQ]:
             f"{folder.path}/{prefix}{YAML}: missing; it says how the net of {CKPT} is built, "
             "copy it from where the checkpoint came from"
         )
-    vq, file = _settings(folder, prefix), folder.file(prefix + CKPT)
+    vq, file = settings(folder, prefix), folder.file(prefix + CKPT)
     held = tensor_files.read_torch(file)
     found = {name: tensor for name, tensor in held.items() if not name.startswith(LOSS)}
     for tensor in found.values():
@@ -69,7 +69,8 @@ def write(
     folder.write(prefix + YAML, [text.encode()])
 
 
-def _settings(folder: Folder, prefix: str) -> VQ:
+def settings(folder: Folder, prefix: str) -> VQ:
+    """Return the settings of vqgan.yaml; raise ConvertError on a net of another kind."""
     where = f"{folder.path}/{prefix}{YAML}"
     if folder.size(prefix + YAML) > MAX_YAML_BYTES:
         raise ConvertError(f"{where}: over {MAX_YAML_BYTES} bytes; not the settings of a net")

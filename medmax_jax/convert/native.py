@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from medmax_jax import arrays, chameleon, quant, weights
+from medmax_jax import arrays, chameleon, quant, vqgan, weights
 from medmax_jax.config import VQ, ConfigError, Mesh, Model, Vocab, build, check_vq, to_dict
 from medmax_jax.convert import quantize, tensor_files, vq_names
 from medmax_jax.convert.ahead import ahead
@@ -315,7 +315,7 @@ def _check_stacks(folder: Folder, model: Model, vocab: Vocab) -> None:
 def _read_vqgan(folder: Folder, vq: VQ) -> dict[str, Tensor]:
     held, found = tensor_files.read_file(folder.file("vqgan.safetensors")), {}
     check_gathered(f"{folder.path}/vqgan.safetensors", held)
-    vq_names.check_blocks(vq, held, f"{folder.path}/vqgan.safetensors")
+    vqgan.check_blocks(held, vq, f"{folder.path}/vqgan.safetensors")
     for taming, (name, shape) in vq_names.table(vq).items():
         if name in held:
             tensor = held.pop(name)

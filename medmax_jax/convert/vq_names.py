@@ -7,7 +7,7 @@
 Meta's vqgan.ckpt and HF's `model.vqmodel.` have the same names; HF's own files lack `decoder.`.
 """
 
-from collections.abc import Collection
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,21 +52,9 @@ def settings(fields: dict[str, Any], *, double: Any, attention: Any, where: str)
     return vq
 
 
-def check_blocks(vq: VQ, names: Collection[str], where: str) -> None:
-    """Raise ConvertError where settings ask for more blocks than there are tensors.
-
-    The table of names builds the net, whose time grows with its blocks, so this comes before it.
-    """
-    blocks = len(vq.channel_mult) * vq.num_res_blocks
-    if names and blocks > len(names):
-        raise ConvertError(
-            f"{where}: its config asks for a VQGAN of {blocks} blocks, but the weights have "
-            f"{len(names)} tensors; another model's config, or an incomplete copy"
-        )
-
-
+@functools.lru_cache(maxsize=8)  # tracing the net takes seconds
 def table(vq: VQ) -> dict[str, Place]:
-    """Taming name -> place, for every tensor of the VQGAN."""
+    """Taming name -> place, for every tensor of the VQGAN; not to be changed."""
     found = {}
     for name, leaf in weights.named(vqgan.abstract(vq)).items():
         path, _, last = name.rpartition(".")
@@ -84,7 +72,7 @@ def shapes(vq: VQ, *, decoder: bool) -> dict[str, tuple[int, ...]]:
 def check(path: str, have: dict[str, Tensor], vq: VQ) -> dict[str, Tensor]:
     """The tensors; raises ConvertError unless they are a VQGAN, with or without its decoder."""
     if have:
-        check_blocks(vq, have, path)
+        vqgan.check_blocks(have, vq, path)
         require(path, have, shapes(vq, decoder=any(n.startswith("decoder.") for n in have)))
     return have
 
