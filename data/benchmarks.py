@@ -59,6 +59,8 @@ from data.sources.row import (
     text_of,
 )
 from data.sources.stream import csv_rows, json_array, json_lines
+from medmax_jax.io import text_files
+from medmax_jax.io.text_files import TextFileError
 from medmax_jax.tokenizer import IMAGE_NAME, SEP_NAME
 
 Item = dict[str, Any]  # "picture": bytes, where the format carries them
@@ -177,10 +179,11 @@ def _omnimed_vqa(place: Place, item: dict[str, Any]) -> Item:
 
 def _path_mmu(folder: pathlib.Path) -> Iterator[Item | Bad]:
     path = first_file(folder, ("data.json",), "PathMMU")
-    if path.stat().st_size > MAX_JSON:
-        raise SourceError(f"{path.name}: more than {MAX_JSON} bytes; give the file as published")
     try:
-        whole = json.loads(path.read_bytes())
+        data = text_files.read_bytes(path, max_bytes=MAX_JSON)
+        # The rows are checked one by one, so that one of them does not refuse the file.
+        lenient = dict(allow_nonfinite=True, allow_lone_surrogates=True)
+        whole = text_files.parse_json(data, path.name, **lenient)
         parts = [
             (subset, split, rows)
             for subset, splits in whole.items()
@@ -189,7 +192,9 @@ def _path_mmu(folder: pathlib.Path) -> Iterator[Item | Bad]:
         ]
         rows = [(subset, Place(f"{subset}-{s}.json", n), row) for subset, s, some in parts
                 for n, row in enumerate(some, 1)]  # fmt: skip
-    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+    except TextFileError as error:
+        raise SourceError(f"{error}; give the file as it is published") from error
+    except (ValueError, AttributeError, TypeError) as error:
         raise SourceError(
             f"{path.name}: not {{subset: {{split: [rows]}}}}; give the file as it is published"
         ) from error
@@ -258,13 +263,14 @@ def _pmc_oa(folder: pathlib.Path) -> Iterator[Item | Bad]:
 
 def _pmc_oa_row(name: str, root: str, place: Place, item: dict[str, Any]) -> Item:
     image, caption = picture_path(item, "image", root), text_of(item, "caption")
-    article = item.get("pmcid") or pathlib.PurePosixPath(image).name.split("_")[0]
+    name_of_article = pathlib.PurePosixPath(image).name.split("_")[0]
+    article = text_of(item, "pmcid") if item.get("pmcid") else name_of_article
     asked = name == "image_generation"
     words = dict(
         prompt=caption if asked else "Please describe this picture.",
         answer="" if asked else caption,
     )
-    return _item(name, place, "pmc_oa", **words, image_path=image, group=str(article))
+    return _item(name, place, "pmc_oa", **words, image_path=image, group=article)
 
 
 def _array(name: str, make: Callable[[Place, dict[str, Any]], Item]):

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from data import outgoing
-from data.journal import parse
 from medmax_jax.io.image_paths import is_inside
+from medmax_jax.io.text_files import TextFileError, printable, read_objects
 
 
 class CaptionsError(ValueError):
@@ -43,7 +43,8 @@ def read_rows(path: str | Path) -> list[Row]:
     seen: set[str] = set()
     for n, row in enumerate(rows, start=1):
         if row.id in seen:
-            shown = f"of row {n}" if row.data_class == outgoing.CREDENTIALED else repr(row.id)
+            shown = printable(repr(row.id), 80)
+            shown = f"of row {n}" if row.data_class == outgoing.CREDENTIALED else shown
             raise CaptionsError(f"{path}: id {shown} comes twice; ids must differ")
         seen.add(row.id)
     return rows
@@ -52,11 +53,12 @@ def read_rows(path: str | Path) -> list[Row]:
 def read_scores(path: str | Path, *, secret: bool = False) -> dict[str, float | None]:
     """Return scores by id; null where a picture has none. `secret`: messages repeat no value."""
     scores: dict[str, float | None] = {}
-    for n, row in enumerate(_jsonl(path), start=1):
+    for n, row in enumerate(_jsonl(path, allow_nonfinite=True), start=1):
         name, score = row.get("id"), row.get("score", "")
         number = type(score) in (int, float) and math.isfinite(score)
         if not isinstance(name, str) or name in scores or not (number or score is None):
-            shown = "id or score is wrong" if secret else f"id {name!r}, score {score!r}"
+            shown = printable(f"id {name!r}, score {score!r}", 120)
+            shown = "id or score is wrong" if secret else shown
             raise CaptionsError(
                 f"{path} row {n}: {shown}; need an id that comes once and a finite number, or null "
                 "where there is no score"
@@ -65,11 +67,11 @@ def read_scores(path: str | Path, *, secret: bool = False) -> dict[str, float | 
     return scores
 
 
-def _jsonl(path: str | Path) -> list[dict[str, Any]]:
+def _jsonl(path: str | Path, **rules: bool) -> list[dict[str, Any]]:
     try:
-        return parse(Path(path).read_bytes(), path)
-    except OSError as error:
-        raise CaptionsError(f"{path}: cannot be read ({error.strerror})") from error
+        return [row for _, row in read_objects(path, **rules)]
+    except TextFileError as error:
+        raise CaptionsError(f"{error}: cannot be read; mend it") from error
 
 
 def _row(found: dict[str, Any], where: str) -> Row:
@@ -85,7 +87,8 @@ def _row(found: dict[str, Any], where: str) -> Row:
         raise CaptionsError(f"{where}: images is {shown}; give it a list of file names")
     for number, name in enumerate(images, start=1):
         if not is_inside(name):
-            shown = repr(name) if data_class != outgoing.CREDENTIALED else str(number)
+            shown = printable(repr(name), 80)
+            shown = shown if data_class != outgoing.CREDENTIALED else str(number)
             raise CaptionsError(f"{where}: picture {shown} is no file name below --images")
     group = found.get("group", found["id"])
     if not isinstance(group, str):

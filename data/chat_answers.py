@@ -9,8 +9,9 @@ call for one, is refused. The longest of the 193 published ones has 4,273 charac
 
 import ast
 import dataclasses
-import json
 from typing import Any
+
+from medmax_jax.io.text_files import TextFileError, parse_json
 
 MAX_TEXT = 1 << 16  # characters of a whole dictionary
 DOMAINS = ("chest_xray", "mri", "histology", "gross", "ct_scan")  # a row is of the first that is on
@@ -66,8 +67,9 @@ def _parsed(text: str) -> Any:
     if len(text) > MAX_TEXT:
         raise ChatAnswerError(f"answer has {len(text)} characters; at most {MAX_TEXT} are read")
     try:
-        return json.loads(text)
-    except DAMAGE:
+        # Numbers and characters are not judged here: the literals of Python have the same ones.
+        return parse_json(text, "answer", allow_nonfinite=True, allow_lone_surrogates=True)
+    except TextFileError:
         pass  # Python's literals, as published
     try:
         return ast.literal_eval(text)

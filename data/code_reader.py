@@ -6,10 +6,10 @@ not be read). code_store.py makes the folder and has its layout.
 
 import functools
 import hashlib
-import json
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from array_record.python import array_record_module
@@ -17,6 +17,7 @@ from jaxtyping import UInt8, UInt16
 
 from data.codes import PrepareError
 from data.records import file_sha256
+from medmax_jax.io.text_files import TextFileError, read_json_object
 
 _HEAD = struct.Struct("<4sI32s")  # magic, CRC-32 of the rest, sha256 of the picture's file
 _MAGIC = b"MMC1"
@@ -36,13 +37,16 @@ class Codes:
     def __init__(self, folder: Path):
         self.folder, self._readers = folder, {}
         try:
-            self.meta = json.loads((folder / "dataset.json").read_text())
+            self.meta = read_json_object(folder / "dataset.json")
+            size = self.meta["plan"]["shard_size"]
+            if type(size) is not int or size < 1:
+                raise ValueError("dataset.json: plan.shard_size is no number above 0")
             self.index = np.load(folder / "index.npy", allow_pickle=False)
             slices = sorted((folder / "digests").glob("*.npy"))
             self._digests = np.concatenate([np.load(p, allow_pickle=False) for p in slices])
             if len(self._digests) != len(self.index) or self._digests.shape[1:] != (32,):
                 raise ValueError(f"{self._digests.shape} digests of {len(self.index)} pictures")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise PrepareError(
                 f"{folder}: not finished ({error}); give its tokenize command again"
             ) from error
@@ -85,13 +89,26 @@ class Codes:
 
     def _reader(self, shard: int) -> tuple[array_record_module.ArrayRecordReader, Path]:
         if shard not in self._readers:
-            facts = json.loads((self.folder / "codes" / f"{shard:05d}.json").read_text())
-            path = self.folder / "codes" / facts["file"]
+            path, facts = shard_file(self.folder / "codes" / f"{shard:05d}.json")
             size = path.stat().st_size if path.exists() else 0
             if size != facts["bytes"]:  # ArrayRecord reads a short file as empty
                 raise PrepareError(f"{path}: not the {facts['bytes']} bytes written; copy it again")
             self._readers[shard] = array_record_module.ArrayRecordReader(str(path)), path
         return self._readers[shard]
+
+
+def shard_file(path: Path) -> tuple[Path, dict[str, Any]]:
+    """(the file of a shard, what its JSON says); raises PrepareError on damage."""
+    try:
+        facts = read_json_object(path)
+    except TextFileError as error:
+        raise PrepareError(f"{error}; delete it and tokenize again") from error
+    kinds = dict(file=str, bytes=int, records=int, unreadable=dict)
+    if wrong := [name for name, kind in kinds.items() if type(facts.get(name)) is not kind]:
+        raise PrepareError(f"{path}: no {wrong[0]}: damaged; delete it and tokenize again")
+    if Path(facts["file"]).name != facts["file"]:
+        raise PrepareError(f"{path}: file leads out of the folder; delete it and tokenize again")
+    return path.parent / facts["file"], facts
 
 
 def digest_of(picture: Path | bytes) -> bytes:

@@ -37,12 +37,13 @@ from array_record.python import array_record_module
 from jaxtyping import UInt8
 
 from data.batch_encoder import BatchEncoder
-from data.code_reader import digest_of, to_bytes
+from data.code_reader import digest_of, shard_file, to_bytes
 from data.codes import LOG_SECONDS, Encoder, PrepareError, log, open_picture
 from data.sources import dicom
 from data.sources.row import pseudonym
 from medmax_jax import images
 from medmax_jax.io import image_paths
+from medmax_jax.io.text_files import TextFileError, read_json_object
 from medmax_jax.new_folder import private_folder
 from medmax_jax.progress import Items
 
@@ -144,7 +145,7 @@ class _Work:
         wanted = dataclasses.asdict(self.plan)
         if not (self.out / "plan.json").exists():
             _write(self.out / "plan.json", json.dumps(wanted, indent=1).encode())
-        have = json.loads((self.out / "plan.json").read_text())
+        have = _read(self.out / "plan.json")
         for name, value in wanted.items():
             if have.get(name) != value:
                 raise PrepareError(
@@ -154,7 +155,7 @@ class _Work:
 
     def finished(self) -> dict[str, Any] | None:
         path = self.out / "dataset.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        return _read(path) if path.exists() else None
 
     def digest_file(self, n: int) -> Path:
         return self.out / "digests" / f"{n:05d}.npy"
@@ -210,7 +211,7 @@ class _Work:
     def seal(self, unique: np.ndarray) -> None:
         """Index and counts; every process comes to the same."""
         digests, shards = self.digests, -(-len(unique) // self.plan.shard_size)
-        facts = [json.loads(self.shard_file(n).read_text()) for n in range(shards)]
+        facts = [shard_file(self.shard_file(n))[1] for n in range(shards)]
         bad = {name: why for each in facts for name, why in each["unreadable"].items()}
         place = {digests[number].tobytes(): i for i, number in enumerate(unique)}
         why = {digests[n].tobytes(): bad[self.name(n)] for n in unique if self.name(n) in bad}
@@ -218,7 +219,7 @@ class _Work:
         index = np.array([-1 if k in why else place.get(k, -1) for k in keys], np.int64)
         reasons = {self.name(n): why.get(keys[n], GONE) for n in np.flatnonzero(index < 0)}
         self._bound(len(reasons), reasons)
-        agreed = [each["agreement"] for each in facts if each["agreement"] is not None]
+        agreed = [each["agreement"] for each in facts if each.get("agreement") is not None]
         _save(self.out / "index.npy", index)
         meta = dict(
             plan=dataclasses.asdict(self.plan),
@@ -272,7 +273,7 @@ class _Work:
 
     def check(self) -> None:
         """Raises PrepareError when too many pictures so far could not be read."""
-        facts = [json.loads(p.read_text()) for p in (self.out / "codes").glob("*.json")]
+        facts = [shard_file(p)[1] for p in (self.out / "codes").glob("*.json")]
         bad = {name: why for each in facts for name, why in each["unreadable"].items()}
         gone = np.flatnonzero(~self.digests.any(axis=1))
         count = len(bad) + len(gone)
@@ -285,6 +286,13 @@ class _Work:
                 f"{count} of {len(self.paths)} pictures cannot be read, --max_bad allows the share "
                 f"{self.max_bad}; the first: {first[0]}: {first[1]}"
             )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return read_json_object(path)
+    except TextFileError as error:
+        raise PrepareError(f"{error}; name another --out") from error
 
 
 def _in_turns(

@@ -5,7 +5,6 @@ turned: left, right and orientation are facts that texts speak of.
 """
 
 import dataclasses
-import json
 import logging
 import random
 from pathlib import Path
@@ -20,7 +19,7 @@ from data.records import file_sha256
 from data.sources import dicom
 from medmax_jax import images, vqgan
 from medmax_jax.config import VQ, Vocab, build, check_vq
-from medmax_jax.io.text_files import PrintableFormatter
+from medmax_jax.io.text_files import PrintableFormatter, read_json_object
 from medmax_jax.tokenizer import Tokenizer
 
 log = logging.getLogger("medmax_jax.prepare")
@@ -59,7 +58,7 @@ def load_encoder(folder: Path, *, vq: Any = None, tokenizer: Tokenizer | None = 
     """Tokenizer and VQGAN of a model folder; the language model in it is not read."""
     path = folder / "config.json"
     try:
-        raw = json.loads(path.read_text())
+        raw = read_json_object(path)
         vocab, vq_config = build(Vocab, raw["vocab"]), build(VQ, raw["vq"])
         check_vq(vq_config)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -6,7 +6,6 @@ All numpy, no files: `records.py` keeps documents in folders.
 """
 
 import dataclasses
-import json
 import struct
 import zlib
 
@@ -14,12 +13,14 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from medmax_jax.config import Vocab
+from medmax_jax.io.text_files import parse_object
 from medmax_jax.vocab import BOI, BOS, EOI, EOS, IMAGE, IMAGE_START, PAD, SEP, check_ids, is_image
 
 COLUMNS = ("length", "image", "answers", "answers_image", "release", "release_image")
 LABELS = ("source", "task", "picture")  # numbers of names, see records.Labels
 HEAD = struct.Struct("<4sII")  # magic, CRC-32 of all that follows it, bytes of the JSON header
 MAGIC = b"MMX1"
+AS_WRITTEN = dict(allow_lone_surrogates=True, check_integers=False)  # the header, which has a CRC
 
 
 class RecordsError(ValueError):
@@ -116,9 +117,12 @@ def from_bytes(record: bytes, where: str) -> Document:
     if zlib.crc32(record[8:]) != crc:
         raise RecordsError(f"{where}: CRC differs, so it is damaged; make the data set again")
     body = record[HEAD.size :]
-    fields = json.loads(body[:size])
-    tokens = np.frombuffer(body[size:], fields["tokens"]).astype(np.int32)
-    return Document(**(fields | {"tokens": tokens}))
+    try:
+        fields = parse_object(body[:size], where, **AS_WRITTEN)
+        tokens = np.frombuffer(body[size:], fields["tokens"]).astype(np.int32)
+        return Document(**(fields | {"tokens": tokens}))
+    except (ValueError, KeyError, TypeError) as error:
+        raise RecordsError(f"{where}: its header is no document's: a foreign shard") from error
 
 
 def _check_images(t: np.ndarray, layout: Layout, where: str) -> None:

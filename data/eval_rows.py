@@ -119,7 +119,7 @@ def _rows(path: Path, say: Callable[[str], None]) -> Iterator[tuple[int, dict[st
                     number += 1
                 progress(path.stat().st_size * batch.num_rows // rows)
             progress.done(f"{number} rows of {path.name}")
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         raise PublishedError(
             f"{path}: no parquet, or damaged ({str(error)[:200]}); copy it again"
         ) from error

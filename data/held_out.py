@@ -6,9 +6,9 @@ items.jsonl {prompt, answer, image_path}   what `import` makes of the published 
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int, UInt32
@@ -22,6 +22,8 @@ from data.records import credentialed
 from data.scan import images_of
 from data.texts import spoken
 from medmax_jax import images
+from medmax_jax.io import text_files
+from medmax_jax.io.text_files import TextFileError
 from medmax_jax.tokenizer import IMAGE_NAME, Tokenizer
 
 MAX_LINE = 1 << 22  # characters: a prompt and an answer of eval_rows.MAX_TEXT each, and some
@@ -43,10 +45,10 @@ def read(path: Path, tokenizer: Tokenizer) -> list[Item]:
     if path.is_dir():
         return list(_of_records(open_records(path), tokenizer))
     try:
-        with open(path, encoding="utf-8") as lines:
-            return [_of_row(line, f"{path}, line {n}") for n, line in enumerate(lines, start=1)]
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecordsError(f"{path}: cannot be read ({error}); name records or items") from error
+        rows = text_files.read_objects(path, max_bytes=MAX_LINE)
+    except TextFileError as error:
+        raise RecordsError(f"{error}: cannot be read; name records or items") from error
+    return [_of_row(row, path, place.removeprefix(f"{path} ")) for place, row in rows]
 
 
 def with_pictures(
@@ -104,18 +106,15 @@ def _of_records(found: Records, tokenizer: Tokenizer) -> Iterator[Item]:
         )
 
 
-def _of_row(line: str, where: str) -> Item:
-    try:
-        row = json.loads(line) if len(line) <= MAX_LINE else None
-        prompt, answer = row["prompt"], row["answer"]
-        text = f"{prompt}\n{answer}".replace(IMAGE_NAME, "\n")
-        path = row.get("image_path") or ""
-        line = where.rpartition(", ")[2]
-        secret = outgoing.class_of(row, line, default=outgoing.LICENCE_BOUND)
-        name = line if secret == outgoing.CREDENTIALED else str(row.get("id") or line)
-        return Item(name=name, words=tuple(words(text)), path=path, codes=(), sha="")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+def _of_row(row: dict[str, Any], file: Path, place: str) -> Item:
+    prompt, answer, path = row.get("prompt"), row.get("answer"), row.get("image_path") or ""
+    as_text = all(type(part) in (str, int, float) for part in (prompt, answer))
+    if not as_text or not isinstance(path, str):
         raise RecordsError(
-            f"{where}: no item with prompt, answer and image_path; make the file with data.prepare "
-            "import"
-        ) from error
+            f"{file}, {place}: no item with prompt, answer and image_path; make the file with "
+            "data.prepare import"
+        )
+    text = f"{prompt}\n{answer}".replace(IMAGE_NAME, "\n")
+    secret = outgoing.class_of(row, place, default=outgoing.LICENCE_BOUND)
+    name = place if secret == outgoing.CREDENTIALED else str(row.get("id") or place)
+    return Item(name=name, words=tuple(words(text)), path=path, codes=(), sha="")

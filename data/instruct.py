@@ -29,6 +29,7 @@ from data.instruct_replies import SEPARATOR, Invalid, Prompt, Unparsable
 from data.journal import open_journal
 from data.mixture import INTERLEAVED
 from medmax_jax.io import image_paths
+from medmax_jax.io.text_files import TextFileError, read_json_object
 from medmax_jax.new_folder import private_folder
 from medmax_jax.progress import Items
 from medmax_jax.storage import Folder
@@ -295,12 +296,12 @@ def _check_same(path: Path, rows: Sequence[Row], settings: Settings) -> None:
         endpoints={s: [e.model, e.url, dict(e.parameters)] for s, e in asked.items()},
     )
     facts = json.loads(json.dumps(facts))
-    try:
-        known = json.loads(path.read_text())
-    except FileNotFoundError:
+    if not path.exists():
         return _write(path, json.dumps(facts, indent=1) + "\n")
-    except ValueError as error:
-        raise InstructError(f"{path}: damaged ({error}); use another --out") from error
+    try:
+        known = read_json_object(path)
+    except TextFileError as error:
+        raise InstructError(f"{error}: damaged; use another --out") from error
     if differing := [name for name in facts if known.get(name) != facts[name]]:
         name = differing[0]
         raise InstructError(

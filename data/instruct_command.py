@@ -7,7 +7,6 @@ python -m data.prepare instruct --from captions.jsonl --images D --out D2 \\
 """
 
 import argparse
-import json
 import logging
 import math
 from pathlib import Path
@@ -19,6 +18,7 @@ from data.instruct import InstructError
 from data.journal import JournalError
 from medmax_jax import cli
 from medmax_jax.io.image_paths import ImagePathError
+from medmax_jax.io.text_files import TextFileError, parse_json
 
 log = logging.getLogger("medmax_jax.prepare")
 
@@ -173,9 +173,9 @@ def _endpoint(text: str) -> tuple[str, str]:
 
 def _object(text: str) -> dict[str, Any]:
     try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"not JSON ({error})") from error
+        found = parse_json(text, "the flag")
+    except TextFileError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     if not isinstance(found, dict):
         raise argparse.ArgumentTypeError(f"{text} is not a JSON object")
     return found

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data.endpoint import Messages
+from medmax_jax.io.text_files import TextFileError, parse_json, read_text
 
 IMAGE, SEPARATOR = "<image>", "<reserved08706>"
 FOLDER = Path(__file__).parent / "prompts"
@@ -26,6 +27,7 @@ ANSWER_CHARS = (
 )  # 900 tokens at 4 each; with 1,026 of an image, under the 2,048 of a row
 MIN_SECTIONS = 2
 REASON_CHARS = 500
+MAX_PROMPT_BYTES = 1 << 20
 MAX_REPLY_CHARS = 100_000  # longer text is no reply to these prompts
 _HEADING = re.compile(r"^#### (?:([a-z])\) )?(.*)$", re.MULTILINE)
 _CONTROL = re.compile(r"<(?:reserved\d+|s|/s|pad|unk|eoss|racm3:break|sentinel:\d+|image)>")
@@ -64,9 +66,9 @@ def load_prompts(folder: str | Path) -> dict[str, Prompt]:
     for name in NAMES:
         path = Path(folder) / f"{name}.txt"
         try:
-            text = path.read_text(encoding="utf-8").strip()
-        except (OSError, ValueError) as error:
-            raise PromptError(f"{path}: cannot be read ({error}); write it") from error
+            text = read_text(path, max_bytes=MAX_PROMPT_BYTES).replace("\r\n", "\n").strip()
+        except TextFileError as error:
+            raise PromptError(f"{error}: cannot be read; write it") from error
         if text.count(SPLIT) != 1 or text.split(SPLIT)[1].count(PLACE) != 1:
             raise PromptError(f"{path}: needs one line {SPLIT.strip()!r} and below it one {PLACE}")
         system, user = text.split(SPLIT)
@@ -108,8 +110,9 @@ def _object(text: str) -> dict[str, Any]:
     if fenced := re.fullmatch(r"```(?:json)?\s*\n(.*)\n\s*```", text, re.DOTALL):
         text = fenced[1]
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        # Half a character is named by the rules for texts, with the place where it stands.
+        found = parse_json(text, "reply", allow_lone_surrogates=True)
+    except TextFileError as error:
         raise Unparsable("not one JSON object and nothing else") from error
     if not isinstance(found, dict):
         raise Unparsable("not a JSON object")

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from medmax_jax.io.text_files import TextFileError, parse_jsonl
+
 
 class JournalError(ValueError):
     """A journal that cannot be used; the message names file, line and mend."""
@@ -74,15 +76,9 @@ def open_journal(path: str | os.PathLike) -> Iterator[Journal]:
 
 def parse(data: bytes, where: str | os.PathLike) -> list[dict[str, Any]]:
     """The objects of JSONL bytes; raises JournalError at a line that is none."""
-    rows = []
-    for number, line in enumerate(data.split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise JournalError(f"{where} line {number}: not JSON; delete that line") from error
-        if not isinstance(row, dict):
-            raise JournalError(f"{where} line {number}: not an object; delete that line")
-        rows.append(row)
-    return rows
+    try:
+        # As `append` wrote them: a number may be NaN, a reply may hold half a surrogate pair.
+        rows = parse_jsonl(data, where, allow_nonfinite=True, allow_lone_surrogates=True)
+    except TextFileError as error:
+        raise JournalError(f"{error}; delete that line") from error
+    return [row for _, row in rows]

@@ -24,6 +24,7 @@ from data import mixing
 from data.pack import PackError, Plan
 from data.reader import Records
 from medmax_jax.config import Data, Mixing
+from medmax_jax.io.text_files import parse_json
 
 FORMAT = 1
 SUFFIX = ".npz"
@@ -97,7 +98,7 @@ def load(path: Path) -> Saved:
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             text, told = file["header"], file["sha256"].tobytes().hex()
             arrays = {name: file[name] for name in ARRAYS}
-        header = json.loads(text.tobytes())
+        header = parse_json(text.tobytes(), "header")
         found = header["format"]
     except _DAMAGE as error:
         raise PackError(f"{path}: no plan, or damaged ({error}); {_MEND}") from error

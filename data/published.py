@@ -14,6 +14,7 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -27,6 +28,8 @@ import numpy as np
 
 from data import records
 from data.documents import Document, Layout, RecordsError, check_document
+from medmax_jax.io import text_files
+from medmax_jax.io.text_files import TextFileError
 from medmax_jax.new_folder import new_folder, private
 from medmax_jax.progress import Progress
 from medmax_jax.storage import Folder, StorageError, checked
@@ -39,6 +42,8 @@ MAX_FIELD = 1_024  # characters of task, source, credential and image_path
 MAX_BAD = 0.01  # of the rows
 SURE = 1_000  # rows before the share of bad ones says something of the whole file
 WAITING = "credentialed: no tokens"
+# to_document checks what each column holds, at less cost than for all values of a row.
+AS_PUBLISHED = dict(allow_nonfinite=True, allow_lone_surrogates=True, check_integers=False)
 
 
 class PublishedError(ValueError):
@@ -119,17 +124,19 @@ def read_row(line: bytes) -> dict[str, Any]:
     if len(line) > MAX_LINE:
         raise BadRow("line too long", f"over {MAX_LINE} bytes")
     try:
-        row = json.loads(line.decode("utf-8"), object_pairs_hook=_once)
-    except BadRow:  # a column twice
-        raise
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        place = getattr(error, "pos", getattr(error, "start", 0))
+        return text_files.parse_object(line, "row", **AS_PUBLISHED)
+    except TextFileError as error:
+        if error.reason == text_files.KEY_TWICE:
+            raise BadRow("column twice", "a row must have each column once") from error
+        if error.reason == text_files.NOT_OBJECT:
+            raise BadRow("not JSON", "no object with the six columns") from error
+        if error.reason == text_files.TOO_DEEP:
+            raise BadRow("not JSON", error.reason) from error
+        cause = error.__cause__
+        place = getattr(cause, "pos", getattr(cause, "start", None))
+        if place is None:  # an integer of thousands of digits
+            raise BadRow("not JSON", "a number has too many digits") from error
         raise BadRow("not JSON", f"at byte or character {place}") from error
-    except ValueError as error:  # an integer of thousands of digits
-        raise BadRow("not JSON", "a number has too many digits") from error
-    if not isinstance(row, dict):
-        raise BadRow("not JSON", "no object with the six columns")
-    return row
 
 
 def lines_of(file: IO[bytes], saw: Callable[[bytes], None]) -> Iterator[tuple[int, int, bytes]]:
@@ -307,16 +314,21 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
         raise PublishedError(f"{path}: no such file; name the published train.jsonl")
     try:
         with open(path, "rb", buffering=1 << 20) as file:
+            _check_form(path, file)
             yield file
     except PermissionError as error:
         raise PublishedError(f"{path}: may not be read; mend its permissions") from error
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):  # which credential would count?
-        raise BadRow("column twice", "a row must have each column once")
-    return found
+def _check_form(path: Path, file: io.BufferedReader) -> None:
+    """Names the two forms that a download often has and that have no lines to go back to."""
+    if file.peek(2)[:2] == text_files.GZIP:
+        raise PublishedError(f"{path}: is compressed; unpack it first: gunzip -k {path}")
+    if text_files.starts_array(file):
+        raise PublishedError(
+            f"{path}: is one JSON array; write one row a line first: jq -c '.[]' {path} > "
+            f"{path.with_suffix('.jsonl').name}"
+        )
 
 
 def _text(row: dict[str, Any], key: str) -> str:

@@ -10,7 +10,6 @@ and says nothing, so sizes are checked when a folder opens and every record carr
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ from data.documents import (
 )
 from data.staging import INDEX, META, on_disk
 from medmax_jax.config import ConfigError, build
+from medmax_jax.io.text_files import TextFileError, printable, read_json
 
 FORMAT = 2
 
@@ -111,23 +111,44 @@ class Records(Sequence):
 def _read_meta(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise RecordsError(f"{folder}: no such folder; make it: python -m data.prepare --help")
-    try:
-        meta = json.loads((folder / META).read_text())
-    except FileNotFoundError as error:
+    if not (folder / META).exists():
         made = "so it was never finished; run its data.prepare command again"
-        raise RecordsError(f"{folder}: no {META}, {made}") from error
-    except ValueError as error:
-        raise RecordsError(f"{folder / META}: damaged ({error}); make it again") from error
+        raise RecordsError(f"{folder}: no {META}, {made}")
+    try:
+        meta = read_json(folder / META)
+    except TextFileError as error:
+        raise RecordsError(f"{error}: damaged; make it again") from error
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise RecordsError(f"{folder / META}: not of format {FORMAT}; make the data set again")
+    if wrong := _wrong_field(meta):
+        raise RecordsError(f"{folder / META}: no usable {wrong}: damaged; make it again")
     return meta
+
+
+def _wrong_field(meta: dict[str, Any]) -> str:
+    """The first field that readers rely on and that is not of its type; "" where all are."""
+    kinds = dict(sha256=str, index_sha256=str, shards=list, documents=int, tokens=int, notes=dict)
+    kinds |= dict.fromkeys(("sources", "tasks", "credentials"), dict)
+    for name, kind in kinds.items():
+        if type(meta.get(name)) is not kind:
+            return name
+    for number, shard in enumerate(meta["shards"]):
+        of_shard = dict(file=str, documents=int, bytes=int)
+        if not isinstance(shard, dict):
+            return f"shards[{number}]"
+        for name, kind in of_shard.items():
+            if type(shard.get(name)) is not kind or kind is int and shard[name] < 0:
+                return f"shards[{number}].{name}"
+        if Path(shard["file"]).name != shard["file"] or not shard["file"].isprintable():
+            return f"shards[{number}].file"
+    return ""
 
 
 def _layout(meta: dict[str, Any], folder: Path) -> Layout:
     try:
         return build(Layout, meta["layout"])
     except (ConfigError, KeyError) as error:
-        raise RecordsError(f"{folder / META}: no usable layout ({error})") from error
+        raise RecordsError(f"{folder / META}: no usable layout ({printable(error)})") from error
 
 
 def _read_index(folder: Path, meta: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -138,6 +159,8 @@ def _read_index(folder: Path, meta: dict[str, Any]) -> dict[str, np.ndarray]:
     if digest != meta["index_sha256"]:
         raise RecordsError(f"{path}: missing or damaged; make the data set again")
     table = np.load(path, mmap_mode="r", allow_pickle=False)  # columns that nobody asks for stay
+    if table.shape != (sum(s["documents"] for s in meta["shards"]), len(COLUMNS) + len(LABELS)):
+        raise RecordsError(f"{path}: of another number of documents; make the data set again")
     return {n: np.asarray(c) for n, c in zip((*COLUMNS, *LABELS), table.T, strict=True)}
 
 

@@ -13,7 +13,6 @@ import concurrent.futures
 import contextlib
 import fcntl
 import hashlib
-import json
 import os
 import shutil
 import stat
@@ -26,6 +25,7 @@ from typing import NamedTuple
 
 from data.documents import RecordsError
 from medmax_jax.bucket import PIECE, TIMEOUT_VARIABLE, silence
+from medmax_jax.io.text_files import parse_json
 from medmax_jax.new_folder import new_folder, private
 from medmax_jax.progress import Progress
 from medmax_jax.storage import Folder, StorageError
@@ -83,7 +83,7 @@ def _copy(source: Folder, meta: bytes, files: list[_File], place: Path) -> None:
 def _said(source: Folder, meta: bytes) -> tuple[list[_File], str]:
     """The shards, and the SHA-256 of the index, of a dataset.json."""
     try:
-        said = json.loads(meta)
+        said = parse_json(meta, META)
         shards = [_File(s["file"], int(s["bytes"]), str(s["sha256"])) for s in said["shards"]]
         return shards, str(said["index_sha256"])
     except (ValueError, KeyError, TypeError) as error:

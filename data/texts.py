@@ -10,8 +10,8 @@ from typing import Any
 
 from data import outgoing
 from data.documents import Document, Layout, RecordsError
-from data.journal import JournalError, parse
 from medmax_jax.io.image_paths import is_inside
+from medmax_jax.io.text_files import TextFileError, read_objects
 from medmax_jax.tokenizer import IMAGE_NAME, SEP_NAME, Tokenizer, segments_of
 
 TEXTS = ("id", "text", "image_path", "task", "source", "credential", "group")
@@ -24,9 +24,9 @@ def read_texts(path: str | Path) -> list[dict[str, Any]]:
     the field and the type alone.
     """
     try:
-        rows = parse(Path(path).read_bytes(), path)
-    except (OSError, JournalError) as error:
-        raise RecordsError(f"{path}: cannot be read ({error})") from error
+        rows = [row for _, row in read_objects(path)]
+    except TextFileError as error:
+        raise RecordsError(f"{error}: cannot be read; mend it") from error
     for n, row in enumerate(rows, start=1):
         wrong = [name for name in TEXTS if not isinstance(row.get(name), str)]
         wrong += ["turns"] if type(row.get("turns")) is not int or row["turns"] < 0 else []

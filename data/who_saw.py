@@ -16,7 +16,6 @@ credentialed.
 
 import argparse
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -33,6 +32,7 @@ from data.pack import PackError, Plan
 from data.reader import Records, open_records
 from data.records import file_sha256
 from medmax_jax.config import ConfigError, Data, Mixing, build
+from medmax_jax.io.text_files import TextFileError, read_json, read_objects
 
 HEX = re.compile(r"[0-9a-f]{16,64}")
 SKIPPED = (".git", "__pycache__", "node_modules")
@@ -169,7 +169,7 @@ def _pictures_of(folder: Path, wanted: _Image) -> list[int]:
 
 def _code_shards(folder: Path, wanted: _Image) -> Iterator[dict[str, Any]]:
     index = np.load(folder / "index.npy", allow_pickle=False)
-    size = json.loads((folder / "dataset.json").read_text())["plan"]["shard_size"]
+    size = open_codes(folder).meta["plan"]["shard_size"]
     for i in _pictures_of(folder, wanted):
         shard, record = divmod(int(index[i]), size)
         where = dict(codes=str(folder), picture=i)
@@ -231,29 +231,38 @@ def _run_of(
 def _is_run(path: Path) -> bool:
     """Whether a config.json is of medmax_jax.train; other programs have checkpoints too."""
     try:
-        facts = json.loads(path.read_text())
-    except (OSError, ValueError):
+        facts = read_json(path)
+    except TextFileError:
         return False
     return isinstance(facts, dict) and {"data", "plan", "config"} <= facts.keys()
 
 
 def _history(folder: Path) -> list[dict[str, Any]]:
     """Each start of a run and what it reads; without those that an earlier start overtook."""
-    facts = json.loads((folder / "config.json").read_text())
+    facts = read_json(folder / "config.json")
     whole = {n: facts[n] for n in ("data", "plan", "config")} | dict(start=0, validation="")
     path, kept = folder / "history.jsonl", []
     try:
-        text = path.read_text() if path.exists() else ""
-        lines = [json.loads(line) for line in text.splitlines()]
+        lines = [line for _, line in read_objects(path)] if path.exists() else []
         for line in lines or [whole]:
             kept = [k for k in kept if k["start"] < line["start"]]
             kept.append(line | dict(steps=facts["config"]["train"]["steps"]))
+            _check_start(kept[-1])
     except (ValueError, KeyError, TypeError) as error:
         raise PrepareError(
             f"{path}: damaged ({error!r}); mend its lines, or delete it to have config.json taken "
             "for the whole run"
         ) from error
     return kept
+
+
+def _check_start(line: dict[str, Any]) -> None:
+    kinds = dict(data=str, plan=str, config=dict, start=int, steps=int)
+    for name, kind in kinds.items():
+        if type(line[name]) is not kind:
+            raise ValueError(f"{name} is no {kind.__name__}")
+    if not all(isinstance(line["config"][name], dict) for name in ("data", "mixing")):
+        raise ValueError("config has no sections data and mixing")
 
 
 def _read_by(

@@ -109,7 +109,7 @@ def _records(folder: Path) -> dict[str, dict[str, Any]]:
     path = folder / "records.jsonl"
     if not path.exists():
         raise ComparisonError(f"{path} is missing; name a --workdir that eval.run wrote")
-    return {record["id"]: record for record in loop.read(path)}
+    return {record["id"]: record for record in loop.read(path, loop.RECORD)}
 
 
 def _check_same(one: Mapping[str, Any], two: Mapping[str, Any]) -> None:

@@ -28,6 +28,7 @@ from data.texts import spoken
 from eval import loop, scoring, tasks
 from eval.evidence import Evidence, Record
 from medmax_jax.io import image_paths
+from medmax_jax.io.text_files import TextFileError, read_objects
 from medmax_jax.tokenizer import Tokenizer
 
 FILE = "contamination.jsonl"
@@ -75,8 +76,7 @@ def find(
 
 def read(workdir: str | Path) -> dict[str, dict[str, bool]]:
     """id -> {picture, codes, words}."""
-    lines = (Path(workdir) / FILE).read_text(encoding="utf-8").splitlines()[1:]
-    return {row["id"]: row for row in map(json.loads, lines)}
+    return {row["id"]: row for _, row in read_objects(Path(workdir) / FILE)[1:]}
 
 
 def summary(
@@ -173,5 +173,12 @@ def _known(path: Path, key: str) -> dict[str, Any] | None:
     """What was compared, where these very items were compared with these very records."""
     if not path.exists():
         return None
-    first = json.loads(path.read_text(encoding="utf-8").splitlines()[0])
-    return first["compared"] if first["key"] == key else None
+    try:
+        rows = [row for _, row in read_objects(path)]
+    except TextFileError:  # damaged, so it is compared again
+        return None
+    flags = [type(row.get(name)) is bool for row in rows[1:] for name in WAYS]
+    whole = all(flags) and all(isinstance(row.get("id"), str) for row in rows[1:])
+    if not rows or not whole or not isinstance(rows[0].get("compared"), dict):
+        return None
+    return rows[0]["compared"] if rows[0].get("key") == key else None

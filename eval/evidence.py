@@ -65,7 +65,7 @@ def is_credentialed(record: Record) -> bool:
 def read(workdir: str | Path, *, judge: str | None = None) -> Evidence:
     """Of a workdir. `judge`: fingerprint whose verdicts count; None: those of the last line."""
     workdir = Path(workdir)
-    lines = loop.read(workdir / JUDGED)
+    lines = loop.read(workdir / JUDGED, ("id", "judge", "kind", "votes"))
     if judge is None:
         judge = lines[-1]["judge"] if lines else ""
     judged: dict[str, dict[str, Mapping]] = {}
@@ -84,7 +84,7 @@ def looked(path: Path) -> Evidence:
     """What scorers said, of a file in the form of pictures.jsonl; nobody judged."""
     seen: dict[str, dict[str, Mapping]] = {}
     scorers = {}
-    for line in loop.read(path):
+    for line in loop.read(path, ("id", "scorer", "fingerprint")):
         seen.setdefault(line["scorer"], {})[line["id"]] = line
         scorers[line["scorer"]] = line["fingerprint"]
     return Evidence(seen=seen, scorers=scorers)

@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from medmax_jax.io.text_files import TextFileError, parse_object
+
 NAME = "history.jsonl"
 
 
@@ -47,12 +49,15 @@ class Log:
 
 
 def _event(line: bytes) -> dict[str, Any] | None:
-    """Return the event of a line; None for a line that is none."""
+    """Return the event of a line; None for a line that has not what `totals` reads."""
     try:
-        row = json.loads(line)
-        return row if {"file", "event"} <= set(row) else None
-    except (ValueError, TypeError, RecursionError):
+        row = parse_object(line, NAME, allow_nonfinite=True)
+    except TextFileError:
         return None
+    numbers = [row.get(name, 0) for name in ("count", "had", "seconds")]
+    names = all(isinstance(row.get(name), str) for name in ("file", "event"))
+    had = row.get("event") != "start" or "had" in row
+    return row if names and had and all(type(n) in (int, float) for n in numbers) else None
 
 
 def totals(folder: Path) -> dict[str, dict[str, Any]]:

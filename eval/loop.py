@@ -62,6 +62,8 @@ class Shard:
 
 
 WHOLE = Shard(index=0, count=1)
+# What every record has that a score, a page or a comparison is made of.
+RECORD = ("id", "task", "family", "prompt", "answer", "image", "group", "text")
 
 
 def evaluate(
@@ -93,7 +95,8 @@ def evaluate(
     items = [item for n, item in enumerate(items) if n % shard.count == shard.index]
     run = _Asking(model, mode, prompt, Path(images_folder), out, looks, facts or {})
     with _others(out, shard) as others, open_journal(shard.file(out)) as journal:
-        known = {record["id"]: record for record in (*others, *journal.rows)}
+        own = checked(journal.rows, ("id",), journal.path)
+        known = {record["id"]: record for record in (*others, *own)}
         for number, item in enumerate(items, start=1):
             name = tasks.item_name(item, number)
             _check_same(item, known.get(item.id), run.facts, f"{out}: item {name}")
@@ -197,16 +200,26 @@ def ask(item: tasks.Item, folder: Path, mode: str, prompt: str = "sft") -> model
     )
 
 
-def read(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a file; a last line that a crash cut short does not count."""
+def read(path: str | Path, fields: Sequence[str] = ("id",)) -> list[dict[str, Any]]:
+    """The records of a file, each with `fields`; a last line that a crash cut short is none."""
     path = Path(path)
     if not path.exists():
         return []
     data = path.read_bytes()
     try:
-        return parse(data[: data.rfind(b"\n") + 1], path)
+        return checked(parse(data[: data.rfind(b"\n") + 1], path), fields, path)
     except JournalError as error:
         raise EvalError(str(error)) from error
+
+
+def checked(rows: list[dict[str, Any]], fields: Sequence[str], path: Path) -> list[dict[str, Any]]:
+    """The rows, where each has the fields and an id that is text; raises EvalError."""
+    for number, row in enumerate(rows, start=1):
+        if lacking := [name for name in fields if name not in row]:
+            raise EvalError(f"{path} row {number}: no {lacking[0]}: damaged; delete that line")
+        if not isinstance(row["id"], str):
+            raise EvalError(f"{path} row {number}: id is no text: damaged; delete that line")
+    return rows
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -255,7 +268,7 @@ def _others(out: Path, shard: Shard):
                 continue
             if shard.count == 1:
                 journal: Journal = stack.enter_context(open_journal(path))
-                rows += journal.rows
+                rows += checked(journal.rows, ("id",), path)
             else:
                 rows += read(path)
         yield rows

@@ -5,7 +5,6 @@ counted as such; a line without an item is an error, since it says that other it
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,9 +14,11 @@ from data import outgoing
 from eval.models import Ask, Failed, Segment
 from eval.tasks import Item, is_credentialed
 from medmax_jax.io import image_paths
+from medmax_jax.io.text_files import TextFileError, printable, read_objects
 
 MAX_LINE = 1_000_000  # bytes
 MAX_IMAGES = 16  # of an answer
+MAX_NAME = 1_024  # characters of an image's path
 MAX_IMAGE_BYTES = 20_000_000
 MAX_PIXELS = 64_000_000
 
@@ -39,14 +40,15 @@ class Predictions:
         secret = any(map(is_credentialed, items))
         strange = [name for name in self._rows if name not in known]
         if strange:
-            first = f"that of line {self._rows[strange[0]]['line']}" if secret else repr(strange[0])
+            shown = printable(repr(strange[0]), 80)
+            first = f"that of {self._rows[strange[0]]['place']}" if secret else shown
             raise PredictionsError(
                 f"{path}: {len(strange)} ids are no items of this evaluation, the first is "
                 f"{first}; predict the items of this config, or leave those lines out"
             )
         for row in self._rows.values():  # before anything is opened
             for number, name in enumerate(row["images"], start=1):
-                self._file(row["line"], name, f"image {number}" if secret else "")
+                self._file(row["place"], name, f"image {number}" if secret else "")
         self.missing = len(known) - len(self._rows)
         if self.missing == len(known):
             raise PredictionsError(f"{path}: has no predictions; write a line for each item")
@@ -62,14 +64,14 @@ class Predictions:
         return [
             row["text"],
             *(
-                self._image(row["line"], name, f"image {number}" if secret else "")
+                self._image(row["place"], name, f"image {number}" if secret else "")
                 for number, name in enumerate(row["images"], start=1)
             ),
         ]
 
-    def _file(self, line: int, name: str, label: str) -> Path:
+    def _file(self, place: str, name: str, label: str) -> Path:
         """The file of an image; `label`: what messages call it, where its name must not be."""
-        where, folder = f"{self.path} line {line}", self.path.parent
+        where, folder = f"{self.path} {place}", self.path.parent
         shown = label or f"image {name!r}"
         try:
             path = image_paths.resolve(folder, name, label=label)
@@ -81,9 +83,9 @@ class Predictions:
             raise PredictionsError(f"{where}: {shown} is no file under {folder}; put it there")
         return path
 
-    def _image(self, line: int, name: str, label: str) -> PIL.Image.Image:
-        path = self._file(line, name, label)
-        shown = f"{self.path} line {line}: {label}" if label else str(path)
+    def _image(self, place: str, name: str, label: str) -> PIL.Image.Image:
+        path = self._file(place, name, label)
+        shown = f"{self.path} {place}: {label}" if label else str(path)
         if path.stat().st_size > MAX_IMAGE_BYTES:
             raise PredictionsError(f"{shown}: more than {MAX_IMAGE_BYTES} bytes; make it smaller")
         try:
@@ -108,34 +110,31 @@ def digest(path: str | Path) -> str:
 
 def _read(path: Path) -> dict[str, dict]:
     rows: dict[str, dict] = {}
-    with open(path, "rb") as file:
-        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), start=1):
-            where = f"{path} line {number}"
-            if len(line) > MAX_LINE:
-                raise PredictionsError(f"{where}: longer than {MAX_LINE} bytes; shorten it")
-            if not line.strip():
-                continue
-            row = _row(line, where) | {"line": number}
-            if row["id"] in rows:
-                first = rows[row["id"]]["line"]
-                raise PredictionsError(
-                    f"{where}: its id comes twice, first in line {first}; keep one"
-                )
-            rows[row["id"]] = row
+    try:
+        found = read_objects(path, max_bytes=MAX_LINE)
+    except TextFileError as error:
+        raise PredictionsError(f"{error}; mend it") from error
+    for where, line in found:
+        place = where.removeprefix(f"{path} ")
+        row = _row(line, where) | {"place": place}
+        if row["id"] in rows:
+            first = rows[row["id"]]["place"]
+            raise PredictionsError(f"{where}: its id comes twice, first in {first}; keep one")
+        rows[row["id"]] = row
     return rows
 
 
-def _row(line: bytes, where: str) -> dict:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise PredictionsError(f"{where}: not JSON ({error}); mend it") from error
-    if not isinstance(row, dict) or not isinstance(row.get("id"), str):
+def _row(row: dict, where: str) -> dict:
+    if not isinstance(row.get("id"), str):
         raise PredictionsError(f'{where}: no id; write {{"id": ..., "text": ...}}')
     found = {"id": row["id"], "text": row.get("text", ""), "images": row.get("images", [])}
     names = found["images"]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise PredictionsError(f"{where}: images is no list of paths; mend it")
+    if not all(name.isprintable() and len(name) <= MAX_NAME for name in names):
+        raise PredictionsError(
+            f"{where}: a name in images is not printable, or over {MAX_NAME} characters; rename it"
+        )
     if not isinstance(found["text"], str) or not (found["text"] or names or "text" in row):
         raise PredictionsError(f"{where}: no text and no images; write one of them")
     if len(names) > MAX_IMAGES:

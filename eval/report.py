@@ -3,7 +3,6 @@
 Writes D/report.html again, of the summary.json and records.jsonl that eval.run left in D.
 """
 
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from absl import app, flags
 
 from eval import loop, report_page
-from medmax_jax.io.text_files import printable_text
+from medmax_jax.io.text_files import TextFileError, printable_text, read_json_object
 
 SAMPLE = Path(__file__).parent.parent / "data" / "sample"
 
@@ -31,12 +30,12 @@ def again(workdir: str | Path, images: str) -> Path:
     """Writes the page of a workdir anew; where it is."""
     workdir = Path(workdir)
     try:
-        summary = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        summary = read_json_object(workdir / "summary.json")
+    except TextFileError as error:
         raise loop.EvalError(
             f"{workdir}: no summary of a finished evaluation ({error}); run eval.run to its end"
         ) from error
-    records = loop.read(workdir / "records.jsonl")
+    records = loop.read(workdir / "records.jsonl", loop.RECORD)
     folder = Path(images) if images else folder_of(summary)
     report_page.write(workdir / "report.html", summary, records, images_folder=folder)
     return workdir / "report.html"

@@ -38,7 +38,7 @@ from eval.settings import Settings
 from eval.suites import Suite, check_images, suite
 from medmax_jax import batching, cli
 from medmax_jax.config import fingerprint, to_dict
-from medmax_jax.io import text_files
+from medmax_jax.io.text_files import TextFileError, read_json_object
 from medmax_jax.new_folder import private
 
 SWAPPED = "the same model shown a picture of another group: what looking is worth"
@@ -238,10 +238,7 @@ def claim(
         if any(map(tasks.is_credentialed, found.items)):
             os.chmod(workdir, 0o700)  # it may have been there
     if path.exists():
-        known = text_files.read_json(path)
-        if not isinstance(known, dict):
-            raise loop.EvalError(f"{path}: damaged; name a fresh --workdir")
-        for name, value in known.items():
+        for name, value in _run_facts(path).items():
             if facts.get(name) != value:
                 raise loop.EvalError(
                     f"{workdir} holds an evaluation with another {name}; name a fresh --workdir"
@@ -260,6 +257,15 @@ def claim(
         "data": facts["items"][:16],
         "config": hashlib.sha256(asked).hexdigest()[:16],
     }
+
+
+def _run_facts(path: Path) -> dict[str, Any]:
+    try:
+        return read_json_object(path)
+    except TextFileError as error:
+        raise loop.EvalError(
+            f"{error}; restore it, or name a fresh --workdir: whose answers these are is unknown"
+        ) from error
 
 
 def check_later_stages(settings: Settings, found: Suite, named: opening.Named) -> None:

@@ -89,14 +89,14 @@ def _check_readable(file: Path, label: str) -> None:
 
 
 def read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Return (place, row) of each line of a JSONL file; place is like "items.jsonl line 3"."""
+    """Return (place, row) of each row of a JSONL file; place is like "items.jsonl line 3"."""
     try:
-        rows = text_files.parse_jsonl(text_files.read_bytes(path), path)
+        rows = text_files.read_objects(path)
     except text_files.TextFileError as error:
         raise loop.EvalError(
             f"config.questions is {str(path)!r}: {error}; name a JSONL file, or sample"
         ) from error
-    return [(f"{path.name} line {number}", row) for number, row in rows]
+    return [(place.replace(str(path), path.name, 1), row) for place, row in rows]
 
 
 def _chosen(items: list[tasks.Item], settings: Settings) -> list[tasks.Item]:

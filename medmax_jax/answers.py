@@ -7,6 +7,7 @@
 A line is written when its pictures are on disk, so a killed run leaves whole answers.
 """
 
+import collections
 import dataclasses
 import hashlib
 import io
@@ -23,7 +24,8 @@ from PIL.PngImagePlugin import PngInfo
 from medmax_jax import images, page
 from medmax_jax.batching import GenerateError, check_no_path
 from medmax_jax.generator import MAX_PIXELS, Generator, Image, Text, segments
-from medmax_jax.io import image_paths
+from medmax_jax.io import image_paths, text_files
+from medmax_jax.io.text_files import TextFileError, printable
 from medmax_jax.tokenizer import segments_of
 
 NOTICE = "Research only, not for clinical use."
@@ -87,19 +89,20 @@ def from_words(prompts: Sequence[str], pictures: Sequence[str]) -> list[Question
 
 def from_file(path: str | Path) -> list[Question]:
     """Prompts of a JSONL file; paths of pictures count from its folder."""
-    path, found = Path(path), []
+    path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise GenerateError(f"--prompts {path}: {error}; name a JSONL file") from error
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            found.append(_question(line, f"{path} line {number}", str(len(found)), path.parent))
+        rows = text_files.read_objects(path)
+    except TextFileError as error:
+        raise GenerateError(f"--prompts: {error}; name a JSONL file") from error
+    found = [
+        _question(row, where, str(number), path.parent) for number, (where, row) in enumerate(rows)
+    ]
     if not found:
         raise GenerateError(f"{path} has no prompts; write one JSON object a line")
-    names = [question.id for question in found]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise GenerateError(f"{path}: id {min(twice)!r} comes twice; give each prompt its own")
+    counts = collections.Counter(question.id for question in found)
+    if twice := [name for name, n in counts.items() if n > 1]:
+        name = printable(repr(min(twice)), 80)
+        raise GenerateError(f"{path}: id {name} comes twice; give each prompt its own")
     return found
 
 
@@ -122,7 +125,7 @@ class Answers:
         place = folder / "asked.json"
         self.records = {record["id"]: record for record in self._read()}
         if self.records and place.exists():
-            before = json.loads(place.read_text())
+            before = _own(text_files.read_json_object, place)
             if different := sorted(k for k in facts | before if facts.get(k) != before.get(k)):
                 raise GenerateError(
                     f"{folder} holds answers with another {different[0]}; name a fresh --out"
@@ -169,7 +172,14 @@ class Answers:
         whole = data[: data.rfind(b"\n") + 1]
         if whole != data:  # a last line that a kill cut short
             self._file.write_bytes(whole)
-        return [json.loads(line) for line in whole.splitlines()]
+        rows = _own(text_files.parse_jsonl, whole, self._file)
+        for number, row in rows:
+            if not (isinstance(row.get("id"), str) and isinstance(row.get("segments"), list)):
+                raise GenerateError(
+                    f"{self._file} line {number}: no answer; delete that line, and its prompt is "
+                    "answered again"
+                )
+        return [row for _, row in rows]
 
     def _saved(self, part: Text | Image, name: str) -> dict[str, str]:
         if isinstance(part, Text):
@@ -202,13 +212,11 @@ class Answers:
         return page.section(question.shown(), body)
 
 
-def _question(line: str, where: str, number: str, folder: Path) -> Question:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise GenerateError(f"{where}: not JSON ({error})") from error
-    if not isinstance(row, dict) or not {"prompt"} <= set(row) <= {"id", "prompt"}:
+def _question(row: dict[str, Any], where: str, number: str, folder: Path) -> Question:
+    if not {"prompt"} <= set(row) <= {"id", "prompt"}:
         raise GenerateError(f"{where}: write an object with prompt, and id if you like; no more")
+    if type(row.get("id", number)) not in (str, int, float):
+        raise GenerateError(f"{where}: id is {printable(repr(row['id']), 80)}; write a text")
     prompt, name = row["prompt"], dict(id=str(row.get("id", number)), named="id" in row)
     fix = 'write {"image": "FILE"} as a part of the prompt'
     if isinstance(prompt, str):
@@ -222,7 +230,8 @@ def _question(line: str, where: str, number: str, folder: Path) -> Question:
             )
         ((kind, value),) = part.items()
         if kind not in ("text", "image"):
-            raise GenerateError(f"{where}: {kind!r} is no part of a prompt; text and image are")
+            kind = printable(repr(kind), 80)
+            raise GenerateError(f"{where}: {kind} is no part of a prompt; text and image are")
         if kind == "text":
             check_no_path(value, where=where, fix=fix, folder=folder)
         parts.append(value if kind == "text" else _file(folder, value, where))
@@ -235,6 +244,14 @@ def _file(folder: Path, name: str, where: str) -> Path:
         return image_paths.resolve(folder, name)
     except image_paths.ImagePathError as error:
         raise GenerateError(f"{where}: {error}") from error
+
+
+def _own(read: Callable[..., Any], *what: Any) -> Any:
+    """What a file of the folder says; damage is an error, since another command may follow."""
+    try:
+        return read(*what)
+    except TextFileError as error:
+        raise GenerateError(f"{error}; mend that line, or name a fresh --out") from error
 
 
 def _parts(words: str, file_of: Callable[[str], Path]) -> tuple[str | Path, ...]:

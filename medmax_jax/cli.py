@@ -176,5 +176,7 @@ def _blame(argv: list[str], error: Exception) -> str:
 
 
 def _fail(error: object, status: int) -> int:
+    if isinstance(error, OSError) and error.filename is not None:  # Python's own words for it
+        error = f"{error.filename}: {error.strerror}; check that it is there and may be used"
     print(printable_text(f"error: {error}"), file=sys.stderr, flush=True)
     return status

@@ -8,7 +8,6 @@ segments(g, [tokens])                 ->  [[Text("yes")]]
 import contextlib
 import dataclasses
 import functools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from medmax_jax import mesh as meshes
 from medmax_jax.batching import GenerateError, check_no_path, check_words, one_process
 from medmax_jax.config import VQ, ConfigError, Lora, Mesh, Model, Vocab, build, check_model
 from medmax_jax.io.errors import quoted
+from medmax_jax.io.text_files import TextFileError, read_json_object
 from medmax_jax.tokenizer import Tokenizer, prompt_ids, segments_of
 
 Part = str | Path | PIL.Image.Image | np.ndarray  # words, a picture's file, a picture, its VQ codes
@@ -307,9 +307,9 @@ def _filled(x: np.ndarray, rows: int) -> np.ndarray:
 
 
 def _json(path: Path, mend: str) -> dict:
+    if not path.exists():
+        raise GenerateError(f"{path}: no such file; {mend}")
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise GenerateError(f"{path}: no such file; {mend}") from error
-    except ValueError as error:
-        raise GenerateError(f"{path}: not JSON ({error}); {mend}") from error
+        return read_json_object(path)
+    except TextFileError as error:
+        raise GenerateError(f"{error}; {mend}") from error

@@ -41,6 +41,8 @@ from eval import (
 )
 from eval.settings import Settings as EvalSettings
 from medmax_jax import cli, config, generate, quickstart_page, train
+from medmax_jax.io.run_files import damage_warning, read_metrics
+from medmax_jax.io.text_files import TextFileError, read_json
 from medmax_jax.mesh import make_mesh
 
 log = logging.getLogger("medmax_jax.quickstart")
@@ -70,9 +72,7 @@ class Road:
 
     def __init__(self, workdir: Path):
         self._path = workdir / "stages.json"
-        self.stages: list[dict[str, Any]] = (
-            json.loads(self._path.read_text()) if self._path.exists() else []
-        )
+        self.stages: list[dict[str, Any]] = _stages(self._path)
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[Callable[[str], None]]:
@@ -88,15 +88,22 @@ class Road:
             entry["what"] = said[-1] if said else entry["what"]
             if before is None:
                 self.stages.append(entry)
-            self._path.write_text(json.dumps(self.stages, indent=1))
+            try:
+                self._path.write_text(json.dumps(self.stages, indent=1))
+            except OSError as error:  # seconds of earlier starts, which only the report shows
+                log.warning("WARNING: %s: cannot be written (%s)", self._path, error.strerror)
             log.info("== %s: %s (%.1f s)", name, entry["what"], entry["seconds"])
 
 
 def main(settings: ConfigDict, workdir: str) -> None:
     """The program: a log for a person, report.json for a program."""
     folder = cli.open_workdir(workdir)
-    handlers = (logging.StreamHandler(sys.stdout), logging.FileHandler(folder / "quickstart.log"))
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=handlers, force=True)
+    try:
+        logging.getLogger().addHandler(logging.FileHandler(folder / "quickstart.log"))
+    except OSError as error:
+        log.warning("WARNING: %s: cannot be written (%s)", error.filename, error.strerror)
     run(config.build(Quickstart, settings), folder)
 
 
@@ -277,8 +284,30 @@ def _cases(
     return cases, pictures
 
 
+def _stages(path: Path) -> list[dict[str, Any]]:
+    """The stages of an earlier start; none, with a warning, where their file is damaged."""
+    if not path.exists():
+        return []
+    try:
+        found = read_json(path)
+        kinds = dict(stage=str, what=str, seconds=float)
+        for entry in found:
+            if {name: type(value) for name, value in entry.items()} != kinds:
+                raise ValueError(f"{path}: not what this program writes")
+        return found
+    except (ValueError, TypeError, AttributeError) as error:
+        log.warning("WARNING: %s; stages.json is begun anew", error)
+        return []
+
+
 def _history(path: Path) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    try:
+        rows, damaged = read_metrics(path)
+    except TextFileError as error:
+        log.warning("WARNING: %s; the report has no curves", error)
+        rows, damaged = [], 0
+    if damaged:
+        log.warning("%s", damage_warning(path, damaged))
     return tuple([r for r in rows if r["kind"] == kind] for kind in ("train", "validation"))
 
 

@@ -6,6 +6,7 @@ data_share                      of that time, spent on waiting for the input
 mfu, hfu                        flops.py; compilation, evaluation and saving are not in them
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -21,6 +22,7 @@ from jaxtyping import PyTree
 from data import loader
 from medmax_jax import chameleon, cli, config, flops, metrics, runlog, step, weights
 from medmax_jax.checkpoint import CheckpointError, Checkpoints, meet
+from medmax_jax.io.run_files import LogFile
 from medmax_jax.mesh import put_batch
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "safetensors")
@@ -101,7 +103,10 @@ class Reporter:
         named = job.train_data.named(number - 1)
         where = job.folder / f"not_finite_{number}.json"
         if jax.process_index() == 0:
-            where.write_text(json.dumps({"step": number, "documents": named}, indent=1) + "\n")
+            try:
+                where.write_text(json.dumps({"step": number, "documents": named}, indent=1) + "\n")
+            except OSError as error:
+                job.writer.log(f"WARNING: {where}: cannot be written ({error.strerror})")
         some = ", ".join(named[:4]) + (f" and {len(named) - 4} more" if len(named) > 4 else "")
         text = (
             f"step {number}: loss {row['loss']}, gradient norm {row['grad_norm']} are not finite; "
@@ -256,8 +261,8 @@ def _note_start(job: Job, start: int) -> None:
     """A line of history.jsonl: what the steps from here on read, for data.prepare who_saw."""
     facts = {name: job.meta[name] for name in ("data", "plan", "config")} | {"start": start}
     facts["validation"] = job.held_data.records.fingerprint if job.held_data else ""
-    with open(job.folder / "history.jsonl", "a") as file:
-        file.write(json.dumps(facts) + "\n")
+    with contextlib.closing(LogFile(job.folder / "history.jsonl", job.writer.log)) as file:
+        file.write(json.dumps(facts))
 
 
 def surroundings(

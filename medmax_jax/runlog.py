@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator
 import jax
 import tensorboardX
 
-from medmax_jax.io.text_files import printable_text
+from medmax_jax.io.run_files import LogFile, damage_warning, metrics_lines
+from medmax_jax.io.text_files import TextFileError, printable_text
 
 # What the wall clock of a run is spent on; goodput is the share of `step`.
 BUCKETS = ("load", "compile", "data", "step", "eval", "sample", "checkpoint")
@@ -65,7 +66,7 @@ class Writer:
         self.writes = jax.process_index() == 0
         self.folder, self.board, self._also = folder, None, also
         if self.writes:
-            self.log_file = open(os.path.join(folder, "train.log"), "a", buffering=1)
+            self.log_file = LogFile(os.path.join(folder, "train.log"), _print)
 
     def start(self, *, step: int, again: str = "") -> None:
         """Opens the number files; drops what an earlier process wrote after `step`.
@@ -74,21 +75,25 @@ class Writer:
         """
         if self.writes:
             path = os.path.join(self.folder, "metrics.jsonl")
-            drop_after(path, step, again)
-            self.jsonl = open(path, "a", buffering=1)
+            try:
+                if damaged := drop_after(path, step, again):
+                    self.log(damage_warning(path, damaged))
+            except (OSError, TextFileError) as error:
+                self.log(f"WARNING: {error}; rows after step {step} may stand there twice")
+            self.jsonl = LogFile(path, self.log)
             self.board = tensorboardX.SummaryWriter(self.folder, purge_step=step + 1, flush_secs=5)
 
     def log(self, line: str) -> None:
         """One line (or a table) to stdout and D/train.log."""
         if self.writes:
-            print(printable_text(line), flush=True)
-            self.log_file.write(line + "\n")
+            _print(line)
+            self.log_file.write(line)
 
     def numbers(self, kind: str, step: int, values: dict[str, float]) -> None:
         """One row of D/metrics.jsonl, and a curve point each; NaN becomes null."""
         if self.writes:
             clean = {k: v if math.isfinite(v) else None for k, v in values.items()}
-            self.jsonl.write(json.dumps({"kind": kind, "step": step} | clean) + "\n")
+            self.jsonl.write(json.dumps({"kind": kind, "step": step} | clean))
             known = {f"{kind}/{name}": v for name, v in clean.items() if v is not None}
             for name, value in known.items():
                 self.board.add_scalar(name.replace(" ", "_"), value, step)  # its own spelling
@@ -103,25 +108,24 @@ class Writer:
             self.board.close()
 
 
-def drop_after(path: str, step: int, again: str = "") -> None:
-    """Keeps the whole rows of a JSONL file up to `step`; a torn last line goes too.
+def drop_after(path: str, step: int, again: str = "") -> int:
+    """Keeps the rows of a JSONL file up to `step`; returns how many damaged lines it dropped.
 
-    `again`: rows of this kind only from before `step`.
+    `again`: rows of this kind only from before `step`. A torn last line goes too, uncounted.
     """
     if not os.path.exists(path):
-        return
-    kept = []
-    with open(path) as lines:
-        for line in lines:
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the process died while writing it
+        return 0
+    lines, damaged = metrics_lines(path)
+    with open(path + ".tmp", "wb") as out:
+        for row, line in lines:
             if row["step"] < step or row["step"] == step and row["kind"] != again:
-                kept.append(line if line.endswith("\n") else line + "\n")
-    with open(path + ".tmp", "w") as out:
-        out.writelines(kept)
+                out.write(line + b"\n")
     os.replace(path + ".tmp", path)
+    return damaged
+
+
+def _print(line: str) -> None:
+    print(printable_text(line), flush=True)
 
 
 def step_line(step: int, steps: int, row: dict[str, float], *, eta: float) -> str:

@@ -49,7 +49,7 @@ from medmax_jax.storage import StorageError
 
 ERRORS = (
     TrainError, cli.WorkdirError, RecordsError, PackError, CheckpointError, StorageError,
-    export.ExportError, weights.WeightsError, tracking.TrackingError,
+    export.ExportError, weights.WeightsError, tracking.TrackingError, OSError,
 )  # fmt: skip
 
 
@@ -177,7 +177,12 @@ def _evaluate(
     reporter.owed = found is None or bool(sampler.asked and job.stop.poll())
     if sampler.asked and not reporter.owed:
         with job.clock.spend("sample"), jax.transfer_guard("allow"):
-            path = sampler(state.trainable, job.frozen, step=done, folder=job.folder / "samples")
+            try:
+                folder = job.folder / "samples"
+                path = sampler(state.trainable, job.frozen, step=done, folder=folder)
+            except OSError as error:  # a page for people to look at; nothing is read from it
+                job.writer.log(f"WARNING: no samples after step {done} ({error})")
+                return
         job.writer.log(f"samples after step {done}: {path}")
 
 

@@ -14,6 +14,7 @@ after a tiny run ends. D gets config.json, train.log, metrics.jsonl, checkpoint.
 curve.png and vqgan.safetensors.
 """
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -33,6 +34,8 @@ from PIL import Image
 
 from medmax_jax import cli, config, images, lpips, vqgan, weights
 from medmax_jax.io import image_paths
+from medmax_jax.io.run_files import LogFile, damage_warning, read_metrics
+from medmax_jax.io.text_files import TextFileError, read_objects
 from medmax_jax.mesh import make_mesh, put_batch
 
 MAX_PIXELS = 40_000_000  # of a training picture
@@ -93,13 +96,13 @@ def run(settings: Run, workdir: str | Path) -> dict[str, dict[str, float]]:
     workdir = cli.open_workdir(workdir)
     (workdir / "config.json").write_text(json.dumps(config.to_dict(settings), indent=1))
     mesh = make_mesh(settings.mesh)
-    with jax.set_mesh(mesh):
-        return _train(settings, workdir, mesh)
+    with jax.set_mesh(mesh), contextlib.closing(Log(workdir, settings)) as log:
+        return _train(settings, workdir, mesh, log)
 
 
 def pictures(manifest: str | Path, split: str) -> Pictures:
     """The pictures of one split, drawn by 1 / sqrt(pictures of their modality)."""
-    rows = [json.loads(line) for line in Path(manifest).read_text().splitlines()]
+    rows = [_checked(row, place) for place, row in read_objects(manifest)]
     rows = [row for row in rows if row["split"] == split]
     if not rows:
         raise config.ConfigError(f"train.manifest {manifest} has no picture of split {split!r}")
@@ -109,6 +112,13 @@ def pictures(manifest: str | Path, split: str) -> Pictures:
     kinds = [row["modality"] for row in rows]
     chance = np.array([kinds.count(kind) ** -0.5 for kind in kinds])
     return Pictures(originals, chance / chance.sum())
+
+
+def _checked(row: dict[str, Any], place: str) -> dict[str, Any]:
+    for name in ("file", "split", "modality"):
+        if not isinstance(row.get(name), str):
+            raise config.ConfigError(f"train.manifest: {place}: {name} is no text; give it one")
+    return row
 
 
 def batch(train: Pictures, settings: Run, step: int) -> Float32[np.ndarray, "b h w 3"]:
@@ -174,7 +184,9 @@ def make_steps(settings: Run, tx: optax.GradientTransformation, perceptual: lpip
     return jax.jit(step, donate_argnums=0), jax.jit(evaluate)
 
 
-def _train(settings: Run, workdir: Path, mesh: jax.sharding.Mesh) -> dict[str, dict[str, float]]:
+def _train(
+    settings: Run, workdir: Path, mesh: jax.sharding.Mesh, log: "Log"
+) -> dict[str, dict[str, float]]:
     t = settings.train
     train, held_out = pictures(t.manifest, "train"), pictures(t.manifest, "validation")
     whole = jax.NamedSharding(mesh, P())
@@ -182,7 +194,7 @@ def _train(settings: Run, workdir: Path, mesh: jax.sharding.Mesh) -> dict[str, d
     tx, checkpoint = _optimizer(t), workdir / "checkpoint.safetensors"
     step_fn, evaluate = make_steps(settings, tx, perceptual)
     state, start = _start(settings, tx, checkpoint, whole)
-    log = Log(workdir, settings, start)
+    log.begin(start)
     log.say(f"{len(train.originals)} training pictures, steps {start} to {t.steps}")
     for step in range(start, t.steps):
         if step == t.plain_steps:
@@ -289,14 +301,23 @@ def _with_codebook(state: State, table: np.ndarray) -> State:
 class Log:
     """train.log and metrics.jsonl, the sheet of reconstructions, the curve."""
 
-    def __init__(self, workdir: Path, settings: Run, start: int):
+    def __init__(self, workdir: Path, settings: Run):
         self.workdir, self.settings = workdir, settings
+        self.begin(0)
+        self._log = LogFile(workdir / "train.log", print)
+        self._rows = LogFile(workdir / "metrics.jsonl", self.say)
+
+    def begin(self, start: int) -> None:
+        """Counts seconds from now and steps from `start`."""
         self.since, self.counted, self.at = time.monotonic(), start, start
+
+    def close(self) -> None:
+        self._rows.close()
+        self._log.close()
 
     def say(self, line: str) -> None:
         print(line, flush=True)
-        with open(self.workdir / "train.log", "a") as file:
-            file.write(line + "\n")
+        self._log.write(line)
 
     def step(self, done: int, seen: dict[str, Array], usage: Array) -> None:
         t, self.at = self.settings.train, done
@@ -322,27 +343,31 @@ class Log:
             pairs = np.concatenate([((pixels + 1) * 127.5).astype(np.uint8), made], axis=1)
             sheet = Image.fromarray(np.concatenate(list(pairs[:16]), axis=1))  # originals on top
             double = sheet.resize((2 * sheet.width, 2 * sheet.height), Image.Resampling.NEAREST)
-            double.save(self.workdir / "reconstructions.png")
-            curve(self.workdir)
+            try:
+                double.save(self.workdir / "reconstructions.png")
+                if damaged := curve(self.workdir):
+                    self.say(damage_warning(self.workdir / "metrics.jsonl", damaged))
+            except (OSError, TextFileError) as error:  # images of the run; nothing reads them
+                self.say(f"WARNING: no sheet or curve of step {self.at} ({error})")
         return metrics
 
     def _row(self, kind: str, values: dict[str, float]) -> None:
-        with open(self.workdir / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"kind": kind, "step": self.at, **values}) + "\n")
+        self._rows.write(json.dumps({"kind": kind, "step": self.at, **values}))
 
 
-def curve(workdir: Path) -> None:
-    """D/curve.png from D/metrics.jsonl: L1, LPIPS, PSNR and codes in use."""
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+def curve(workdir: Path) -> int:
+    """D/curve.png from D/metrics.jsonl: L1, LPIPS, PSNR and codes in use; its damaged lines."""
+    rows, damaged = read_metrics(workdir / "metrics.jsonl")
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     names = ("l1", "lpips", "psnr", "codes_used")
     for name, axes in zip(names, figure.subplots(2, 2).flat, strict=True):
         for kind, style in (("step", "-"), ("validation", "o")):
-            points = [(row["step"], row[name]) for row in rows if row["kind"] == kind]
+            points = [(r["step"], r[name]) for r in rows if r["kind"] == kind and name in r]
             axes.plot(*zip(*points, strict=True), style, label=kind, linewidth=0.8) if points else 0
         axes.set(title=name, xlabel="step")
         axes.legend(fontsize=7)
     figure.savefig(workdir / "curve.png", dpi=80)
+    return damaged
 
 
 @jax.custom_vjp

@@ -5,10 +5,10 @@
 """
 
 import hashlib
-import json
 from pathlib import Path
 
 from medmax_jax.io import image_paths
+from medmax_jax.io.text_files import read_objects
 
 FACTS = (
     "modality",
@@ -43,8 +43,7 @@ def read_manifest(path: str | Path, check_files: bool = False) -> list[dict]:
     """Rows of a manifest; `check_files` also compares every picture beside it with its sha256."""
     path = Path(path)
     rows, seen = [], set()
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        row = json.loads(line)
+    for number, (_, row) in enumerate(read_objects(path), start=1):
         check_row(row, f"{path.name} row {number}")
         if row["id"] in seen:
             raise ValueError(f"{path.name} row {number}: id: {row['id']!r} comes twice; rename one")

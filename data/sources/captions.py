@@ -61,9 +61,9 @@ def read_quilt(folder: pathlib.Path, plan: Plan) -> Iterator[Row | Bad]:
 def _pmc_oa(plan: Plan, split: str, root: str, place: Place, item: dict[str, Any]) -> Row:
     image = picture_path(item, "image", root)
     name = pathlib.PurePosixPath(image).name
-    article = item.get("pmcid") or name.split("_")[0]
+    article = text_of(item, "pmcid") if item.get("pmcid") else name.split("_")[0]
     caption = text_of(item, "caption")
-    fields = dict(image=image, image_path=image, split=split, group=str(article))
+    fields = dict(image=image, image_path=image, split=split, group=article)
     return captioned(plan, place, caption, question=None, **fields)
 
 

@@ -63,7 +63,7 @@ def _items(paths: list[pathlib.Path], split: str) -> Iterator[tuple[Place, dict[
                     for item in batch.to_pylist():
                         n += 1
                         yield Place(f"{split}.parquet", n), item
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
             raise SourceError(
                 f"{path.name}: damaged ({type(error).__name__}); get it again"
             ) from error

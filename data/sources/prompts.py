@@ -6,19 +6,19 @@ or the report stands.
 """
 
 import functools
-import json
 import pathlib
 from typing import Any
 
 from data.mixture import CAPTION, GENERATION
 from data.sources.row import Place, Plan, Row, drawn, joined
+from medmax_jax.io.text_files import read_json
 from medmax_jax.tokenizer import IMAGE_NAME, SEP_NAME
 
 
 @functools.cache
 def wordings(kind: str) -> tuple[str, ...]:
     """All wordings of a kind, those of the release first."""
-    table = json.loads((pathlib.Path(__file__).parent / "prompts.json").read_text())
+    table = read_json(pathlib.Path(__file__).parent / "prompts.json")
     return tuple(table[kind]["released"] + table[kind]["ours"])
 
 

@@ -9,12 +9,14 @@ reason repeats nothing of the row, so that reasons can be counted, and printed f
 
 import dataclasses
 import hashlib
+import math
 import pathlib
 import random
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from medmax_jax.io.image_paths import is_inside
+from medmax_jax.io.text_files import LONE_SURROGATE, TextFileError
 from medmax_jax.tokenizer import IMAGE_NAME, SEP_NAME
 
 Made = TypeVar("Made")
@@ -89,6 +91,8 @@ def collect(
     """Rows of items, and a Bad for each that `make` refuses."""
     for place, item in items:
         try:
+            if isinstance(item, TextFileError):
+                raise RowError(item.reason)
             if not isinstance(item, dict):
                 raise RowError("not a whole row of its file")
             yield make(place, item)
@@ -99,9 +103,11 @@ def collect(
 
 
 def text_of(item: dict[str, Any], key: str) -> str:
-    """A field as text; numbers count, for some published answers are numbers."""
+    """A field as text; numbers count, for some published answers are numbers; NaN is none."""
     value = item.get(key)
     if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise RowError(f"{key}: missing or no text")
+    if isinstance(value, float) and not math.isfinite(value):
         raise RowError(f"{key}: missing or no text")
     return clean(str(value), key)
 
@@ -115,6 +121,7 @@ def clean(text: str, key: str) -> str:
         raise RowError(f"{key}: more than {MAX_TEXT} characters")
     if IMAGE_NAME in text or SEP_NAME in text:
         raise RowError(f"{key}: writes {IMAGE_NAME} or {SEP_NAME}")
+    _check_characters(text, key)
     return text
 
 
@@ -125,7 +132,15 @@ def picture_path(item: dict[str, Any], key: str, root: str) -> str:
         raise RowError(f"{key}: no path of a picture")
     if not is_inside(value.strip()):
         raise RowError(f"{key}: leads out of the folder")
+    _check_characters(value, key)
     return str(pathlib.PurePosixPath(root, value.strip()))
+
+
+def _check_characters(text: str, key: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RowError(f"{key}: {LONE_SURROGATE}") from error
 
 
 def joined(turns: list[tuple[str, str]], *, image: str) -> str:

@@ -1,4 +1,5 @@
 """Files from elsewhere.
 
 text_files: text, JSON and JSON Lines, read within stated bounds.
+run_files: metrics.jsonl and the logs of a run, which goes on without them.
 """

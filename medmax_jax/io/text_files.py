@@ -1,45 +1,94 @@
-"""Reads text, JSON and JSON Lines that another program wrote, within stated bounds.
+"""Reads text, JSON, JSON Lines and CSV that another program wrote, within stated bounds.
 
 Every reader of a file from elsewhere goes through this module, so that the bounds, the byte order
-mark and the form of the errors are the same everywhere. A file that breaks a bound raises a
+mark, gzip and the form of the errors are the same everywhere. A file that breaks a bound raises a
 TextFileError of one printable line that names the file, the problem and the fix; RecursionError,
-MemoryError and UnicodeDecodeError do not leave this module.
+MemoryError, UnicodeDecodeError and csv.Error do not leave this module.
+
+    whole file      read_bytes  read_text  read_json  read_objects
+    text in memory  parse_json  parse_object  parse_jsonl
+    stream          open_binary -> lines, array_items, csv_table
 """
 
+import codecs
+import contextlib
+import csv
+import functools
+import gzip
+import io
 import json
 import logging
 import math
 import os
 import unicodedata
-from collections.abc import Iterable
-from typing import Any
+import zlib
+from collections.abc import Iterable, Iterator
+from json.decoder import WHITESPACE
+from typing import Any, BinaryIO
 
 MAX_JSON_BYTES = 256 << 20  # the weight index of the largest published checkpoints has a few MB
 MAX_LINE_BYTES = 4 << 20  # one row of JSON Lines or CSV
 MAX_JSON_DEPTH = 64  # tokenizer.json, the deepest file of a checkpoint, has 8 levels
 MAX_MESSAGE_CHARS = 300
+MAX_GZIP_RATIO = 200  # text is compressed by 3 to 30; gzip can express 1,032
+GZIP_GRACE = 64 << 20  # bytes before the ratio counts: a small file may hold one row many times
+CHUNK_CHARS = 1 << 20
 
-_BOM = b"\xef\xbb\xbf"
+# What is wrong, in words that repeat nothing of the file: reasons are counted and may be printed
+# for credentialed rows.
+NOT_JSON = "not JSON"
+NOT_OBJECT = "not a JSON object"
+NOT_UTF8 = "not UTF-8"
+KEY_TWICE = "a key occurs twice"
+TOO_DEEP = f"nested over {MAX_JSON_DEPTH} levels"
+TOO_LONG = "line too long"
+NOT_FINITE = "a number that is not finite"
+BIG_INTEGER = "an integer beyond 64 bits"
+LONE_SURROGATE = "a lone surrogate, which is half a character"
+
+GZIP, _BOM = b"\x1f\x8b", b"\xef\xbb\xbf"  # the first bytes of such files
+_INT64, _UINT64 = -(2**63), 2**64
+_ARTICLED = {
+    list: "an array", str: "a string", int: "a number", float: "a number",
+    bool: "true or false", type(None): "null",
+}  # fmt: skip
 
 
 class TextFileError(ValueError):
-    """A file that cannot be read; the message names the file, the problem and the fix."""
+    """A file that cannot be read; the message names the file, the problem and the fix.
+
+    `reason` is one of the constants above, or empty for a problem of the file as a whole.
+    """
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(printable(message, 2 * MAX_MESSAGE_CHARS))
+        self.reason = reason
+
+
+class _Refused(ValueError):
+    """Raised inside the JSON scanner by JSON that is well-formed and not accepted."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+
+
+# ---- whole files
 
 
 def read_bytes(path: str | os.PathLike, *, max_bytes: int = MAX_JSON_BYTES) -> bytes:
-    """Return the content of a file without its byte order mark; raise TextFileError.
+    """Return the content of a file, unpacked and without byte order mark; raise TextFileError.
 
-    The size is checked before anything is read, and again while reading: a pipe or a growing file
-    states no size.
+    At most `max_bytes` are held, also of a gzip file, a pipe or a file that grows.
     """
-    try:
-        with open(path, "rb") as file:
-            data = file.read(max_bytes + 1)
-    except OSError as error:
-        raise TextFileError(f"{path}: cannot be read ({error.strerror or error})") from error
-    if len(data) > max_bytes:
+    parts, left = [], max_bytes + 1
+    with open_binary(path) as file:
+        while left and (part := file.read(min(left, CHUNK_CHARS))):
+            parts.append(part)
+            left -= len(part)
+    if not left:
         raise TextFileError(f"{path}: over {max_bytes:,} bytes; this is not the expected file")
-    return data.removeprefix(_BOM)
+    return b"".join(parts)
 
 
 def read_text(path: str | os.PathLike, *, max_bytes: int = MAX_JSON_BYTES) -> str:
@@ -47,58 +96,112 @@ def read_text(path: str | os.PathLike, *, max_bytes: int = MAX_JSON_BYTES) -> st
     return decode(read_bytes(path, max_bytes=max_bytes), path)
 
 
-def decode(data: bytes, where: object) -> str:
-    """Return UTF-8 bytes as text without a byte order mark; raise TextFileError naming `where`."""
-    try:
-        return data.removeprefix(_BOM).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise TextFileError(
-            f"{where}: byte {error.start} is not UTF-8; save the file as UTF-8"
-        ) from error
-
-
 def read_json(path: str | os.PathLike, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
     """Return the value of a JSON file; raise TextFileError."""
     return parse_json(read_bytes(path, max_bytes=max_bytes), path)
 
 
-def parse_json(data: bytes | str, where: object, *, allow_nonfinite: bool = False) -> Any:
-    """Return the value of JSON text; raise TextFileError naming `where`.
+def read_json_object(path: str | os.PathLike, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """Return the object that a JSON file is; raise TextFileError."""
+    return _as_object(read_json(path, max_bytes=max_bytes), path)
 
-    Refused besides malformed JSON: more than MAX_JSON_DEPTH levels, a key that occurs twice in one
-    object, and NaN or infinity (unless `allow_nonfinite`), also written as 1e999.
+
+def read_objects(
+    path: str | os.PathLike, *, max_bytes: int = MAX_LINE_BYTES, allow_nonfinite: bool = False
+) -> list[tuple[str, dict[str, Any]]]:
+    """Return (place, object) of each row of JSON Lines, or of one JSON array; raise TextFileError.
+
+    read_objects("q.jsonl") == [("q.jsonl line 1", {"prompt": "Is it a CT?"})]
+    `max_bytes` bounds one row.
     """
-    text = decode(data, where) if isinstance(data, bytes) else data
-    try:
-        value = json.loads(text, object_pairs_hook=_unique_keys)
-    except RecursionError as error:
-        raise TextFileError(f"{where}: nested over {MAX_JSON_DEPTH} levels") from error
-    except ValueError as error:
-        raise TextFileError(f"{where}: not JSON ({printable(error)})") from error
-    _check_depth_and_numbers(value, where, allow_nonfinite=allow_nonfinite)
-    return value
-
-
-def parse_jsonl(
-    data: bytes, where: object, *, allow_nonfinite: bool = False
-) -> list[tuple[int, dict[str, Any]]]:
-    """Return (line number from 1, object) of each non-empty line; raise TextFileError."""
     rows = []
-    for number, line in enumerate(data.removeprefix(_BOM).split(b"\n"), start=1):
-        if line.strip():
-            place = f"{where} line {number}"
-            rows.append((number, parse_object(line, place, allow_nonfinite=allow_nonfinite)))
+    with open_binary(path) as file:
+        if starts_array(file):
+            nonfinite = "keep" if allow_nonfinite else "refuse"
+            items = array_items(file, path, max_chars=max_bytes, nonfinite=nonfinite)
+            for number, item in items:
+                if isinstance(item, TextFileError):
+                    raise item
+                rows.append((f"{path} item {number}", _as_object(item, f"{path} item {number}")))
+            return rows
+        for number, line in lines(file, path, max_bytes=max_bytes):
+            place = f"{path} line {number}"
+            rows.append((place, parse_object(line, place, allow_nonfinite=allow_nonfinite)))
     return rows
 
 
-def parse_object(line: bytes, where: object, *, allow_nonfinite: bool = False) -> dict[str, Any]:
-    """Return the JSON object of one line; raise TextFileError at anything else."""
+# ---- text in memory
+
+
+def decode(data: bytes, where: object) -> str:
+    """Return UTF-8 bytes as text without a byte order mark; raise TextFileError naming `where`."""
+    try:
+        return data.removeprefix(_BOM).decode("utf-8")
+    except UnicodeDecodeError as error:
+        wide = " and it starts as UTF-16 does" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+        raise TextFileError(
+            f"{where}: byte {error.start} is not UTF-8{wide}; save the file as UTF-8", NOT_UTF8
+        ) from error
+
+
+def parse_json(
+    data: bytes | str,
+    where: object,
+    *,
+    allow_nonfinite: bool = False,
+    allow_lone_surrogates: bool = False,
+    check_integers: bool = True,
+) -> Any:
+    """Return the value of JSON text; raise TextFileError naming `where`.
+
+    Refused besides malformed JSON: more than MAX_JSON_DEPTH levels, a key that occurs twice in one
+    object, half a character ("\\ud83d" alone), an integer beyond 64 bits, and NaN or infinity, also
+    written as 1e999.
+
+    Args:
+        data: The text, or its bytes in UTF-8.
+        where: The file or row, for the message.
+        allow_nonfinite: NaN and infinity become floats, as json.loads has them.
+        allow_lone_surrogates: For JSON in ASCII that this project wrote of text from elsewhere.
+        check_integers: False where the caller checks each one: the check costs 0.1 us an integer.
+    """
+    text = decode(data, where) if isinstance(data, bytes) else data.removeprefix("\ufeff")
+    decoder = _decoder("keep" if allow_nonfinite else "refuse", check_integers)
+    return _parsed(decoder, text, where, allow_lone_surrogates)
+
+
+def parse_object(line: bytes | str, where: object, **rules: bool) -> dict[str, Any]:
+    """Return the JSON object of one line; raise TextFileError at anything else.
+
+    `rules`: those of parse_json.
+    """
     if len(line) > MAX_LINE_BYTES:
-        raise TextFileError(f"{where}: over {MAX_LINE_BYTES:,} bytes in one line")
-    row = parse_json(line, where, allow_nonfinite=allow_nonfinite)
-    if not isinstance(row, dict):
-        raise TextFileError(f"{where}: a JSON {type(row).__name__}, expected an object")
-    return row
+        raise TextFileError(f"{where}: over {MAX_LINE_BYTES:,} bytes in one line", TOO_LONG)
+    return _as_object(parse_json(line, where, **rules), where)
+
+
+def parse_jsonl(
+    data: bytes,
+    where: object,
+    *,
+    allow_nonfinite: bool = False,
+    allow_lone_surrogates: bool = False,
+) -> list[tuple[int, dict[str, Any]]]:
+    """Return (line number from 1, object) of each non-empty line; raise TextFileError."""
+    rules = dict(allow_nonfinite=allow_nonfinite, allow_lone_surrogates=allow_lone_surrogates)
+    rows = []
+    for number, line in enumerate(data.removeprefix(_BOM).split(b"\n"), start=1):
+        if line.strip():
+            rows.append((number, parse_object(line, f"{where} line {number}", **rules)))
+    return rows
+
+
+def parse_row(line: bytes, where: object) -> Any:
+    """Return the JSON value of a source's row, with null for NaN; raise TextFileError.
+
+    pandas writes NaN where a table has no value, so it means the same as null there.
+    """
+    return _parsed(_decoder("null", True), decode(line, where), where, False)
 
 
 def printable(value: object, max_chars: int = MAX_MESSAGE_CHARS) -> str:
@@ -109,7 +212,7 @@ def printable(value: object, max_chars: int = MAX_MESSAGE_CHARS) -> str:
     text = str(value)
     if len(text) > max_chars:
         text = text[: max_chars - 3] + "..."
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return text if text.isprintable() else "".join(map(_escaped, text))
 
 
 def printable_text(text: str) -> str:
@@ -135,29 +238,358 @@ class PrintableFormatter(logging.Formatter):
         return printable_text(super().format(record))
 
 
-def _unique_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    pairs = list(pairs)
+# ---- streams
+
+
+@contextlib.contextmanager
+def open_binary(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """Open a file behind its byte order mark; a gzip file is unpacked, whatever its name."""
+    try:
+        with open(path, "rb", buffering=1 << 16) as raw:
+            file = raw
+            if raw.peek(2)[:2] == GZIP:
+                file = io.BufferedReader(_Gunzip(raw, path), 1 << 16)
+            if file.peek(3)[:3] == _BOM:
+                file.read(3)
+            yield file
+    except OSError as error:
+        raise TextFileError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def starts_array(file: BinaryIO) -> bool:
+    """Whether the first character that is not white space opens a JSON array."""
+    return file.peek(1).removeprefix(_BOM).lstrip()[:1] == b"["
+
+
+def lines(
+    file: BinaryIO, where: object, *, max_bytes: int = MAX_LINE_BYTES
+) -> Iterator[tuple[int, bytes]]:
+    """Yield (number from 1, line) of the lines that are not blank; raise TextFileError."""
+    number = 0
+    while line := file.readline(max_bytes + 1):
+        number += 1
+        if len(line) > max_bytes:
+            raise TextFileError(f"{where}: line {number} has more than {max_bytes} bytes", TOO_LONG)
+        if not line.isspace():
+            yield number, line
+
+
+def array_items(
+    file: BinaryIO,
+    where: object,
+    *,
+    max_chars: int = MAX_LINE_BYTES,
+    chunk_chars: int = CHUNK_CHARS,
+    nonfinite: str = "null",
+) -> Iterator[tuple[int, Any]]:
+    """Yield (number from 1, item) of a file that is one JSON array, in bounded memory.
+
+    `nonfinite`: what NaN and infinity do, "null" as in parse_row, "keep" or "refuse". An item that
+    is JSON and not accepted comes as a TextFileError; damage, after which no item can be found,
+    raises one.
+    """
+    decoder = _decoder(nonfinite, True)
+    reader, number = _ArrayReader(file, where, max_chars, chunk_chars, decoder), 0
+    if reader.next_char() != "[":
+        raise TextFileError(f"{where}: not a JSON array; give the file as it is published")
+    reader.at += 1
+    while (char := reader.next_char()) != "]":
+        if number:
+            if char != ",":
+                raise reader.damaged(number)
+            reader.at += 1
+            reader.next_char()
+        yield number + 1, reader.item(number)
+        number += 1
+    reader.at += 1
+    if reader.next_char():
+        raise TextFileError(f"{where}: text after the end of the array; give one array")
+
+
+@contextlib.contextmanager
+def csv_table(
+    file: BinaryIO, where: object, *, max_chars: int = MAX_LINE_BYTES
+) -> Iterator[tuple[list[str], Iterator[tuple[int, list[str]]]]]:
+    """Give (header, (row number from 1, fields) of each row that is not blank).
+
+    Raises TextFileError, also while the rows are read, at a header that names a column twice, a
+    field of more than `max_chars`, a stray quote, and bytes that are not UTF-8.
+    """
+    # Python has one limit for all readers of a process, 131,072 by default; it is only raised.
+    csv.field_size_limit(max(csv.field_size_limit(), max_chars))
+    text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+    reader = csv.reader(_bounded(text, where, max_chars), strict=True)
+    header = _csv_row(reader, where, 0) or []
+    named = [name for name in header if name.strip()]
+    if len(set(named)) != len(named):
+        twice = next(name for i, name in enumerate(named) if name in named[:i])
+        raise TextFileError(
+            f"{where}: column {printable(twice, 60)!r} occurs twice; rename or remove one",
+            KEY_TWICE,
+        )
+    yield header, _csv_rows(reader, where)
+    text.detach()
+
+
+# ---- how
+
+
+@functools.cache
+def _decoder(numbers: str, check_integers: bool) -> json.JSONDecoder:
+    """A decoder. `numbers` that are not finite: refuse, keep, or null."""
+    hooks: dict[str, Any] = dict(object_pairs_hook=_unique_keys)
+    if numbers == "refuse":
+        hooks |= dict(parse_constant=_refuse_constant, parse_float=_finite)
+    elif numbers == "null":
+        hooks |= dict(parse_constant=lambda _: None, parse_float=_finite_or_none)
+    if check_integers:
+        hooks["parse_int"] = _integer
+    return json.JSONDecoder(**hooks)
+
+
+def _parsed(decoder: json.JSONDecoder, text: str, where: object, surrogates: bool) -> Any:
+    try:
+        value = decoder.decode(text)
+    except _Refused as error:
+        raise TextFileError(f"{where}: {error}", error.reason) from error
+    except RecursionError as error:
+        raise TextFileError(f"{where}: not JSON ({TOO_DEEP})", TOO_DEEP) from error
+    except MemoryError as error:
+        raise TextFileError(f"{where}: does not fit into memory") from error
+    except ValueError as error:  # also an integer of more than 4,300 digits
+        raise TextFileError(f"{where}: not JSON ({printable(error)})", NOT_JSON) from error
+    if problem := _deep_problem(text, 0, len(text), value, surrogates=surrogates):
+        raise TextFileError(f"{where}: {problem}", problem)
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"key {printable(twice, 60)!r} occurs twice")
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise _Refused(KEY_TWICE, repr(printable(twice, 60)))
     return found
 
 
-def _check_depth_and_numbers(value: Any, where: object, *, allow_nonfinite: bool) -> None:
-    """Raise TextFileError at too many levels or a number that is not finite, without recursion."""
+def _refuse_constant(name: str) -> None:
+    raise _Refused(NOT_FINITE, name)
+
+
+def _finite(digits: str) -> float:
+    if math.isfinite(value := float(digits)):
+        return value
+    raise _Refused(NOT_FINITE, printable(digits, 60))
+
+
+def _finite_or_none(digits: str) -> float | None:
+    return value if math.isfinite(value := float(digits)) else None
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 20 or not _INT64 <= (value := int(digits)) < _UINT64:
+        raise _Refused(BIG_INTEGER, f"{len(digits)} digits")
+    return value
+
+
+def _as_object(value: Any, where: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TextFileError(f"{where}: not a JSON object but {_ARTICLED[type(value)]}", NOT_OBJECT)
+    return value
+
+
+def _deep_problem(text: str, start: int, end: int, value: Any, *, surrogates: bool) -> str:
+    """TOO_DEEP, LONE_SURROGATE or "". The value is walked only where its text calls for it."""
+    many = MAX_JSON_DEPTH // 2
+    if _has_over(many, "[", text, start, end) or _has_over(many, "{", text, start, end):
+        if _is_deep(value):
+            return TOO_DEEP
+    if surrogates or text.find("\\", start, end) < 0:
+        return ""
+    # UTF-8 holds no surrogates, so they can only come from an escape.
+    escaped = text.find("\\ud", start, end) >= 0 or text.find("\\uD", start, end) >= 0
+    return LONE_SURROGATE if escaped and _has_surrogate(value) else ""
+
+
+def _has_over(limit: int, char: str, text: str, start: int, end: int) -> bool:
+    """Whether text[start:end] has `char` more often; str.count takes ten times as long."""
+    for _ in range(limit + 1):
+        start = text.find(char, start, end) + 1
+        if not start:
+            return False
+    return True
+
+
+def _below(level: Iterable[Any]) -> list[Any]:
+    below: list[Any] = []
+    for item in level:
+        if isinstance(item, dict):
+            below += item.values()
+        elif isinstance(item, list):
+            below += item
+    return below
+
+
+def _is_deep(value: Any) -> bool:
     level, depth = [value], 0
     while level:
-        depth += 1
+        level, depth = _below(level), depth + 1
         if depth > MAX_JSON_DEPTH:
-            raise TextFileError(f"{where}: nested over {MAX_JSON_DEPTH} levels")
-        below: list[Any] = []
-        for item in level:
-            if isinstance(item, dict):
-                below.extend(item.values())
-            elif isinstance(item, list):
-                below.extend(item)
-            elif isinstance(item, float) and not allow_nonfinite and not math.isfinite(item):
-                raise TextFileError(f"{where}: holds {item}, which is not a JSON number")
-        level = below
+            return True
+    return False
+
+
+def _has_surrogate(value: Any) -> bool:
+    level = [value]
+    while level:
+        texts = [item for item in level if isinstance(item, str)]
+        texts += [key for item in level if isinstance(item, dict) for key in item]
+        try:
+            "".join(texts).encode()
+        except UnicodeEncodeError:
+            return True
+        level = _below(level)
+    return False
+
+
+def _escaped(char: str) -> str:
+    return char if char.isprintable() else ascii(char)[1:-1]
+
+
+class _Gunzip(io.RawIOBase):
+    """The content of a gzip file, with a bound on what its bytes may unpack to."""
+
+    def __init__(self, raw: BinaryIO, path: object) -> None:
+        self._raw, self._path, self._given = raw, path, 0
+        self._zip = gzip.GzipFile(fileobj=raw)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            data = self._zip.read(len(buffer))
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise TextFileError(
+                f"{self._path}: damaged or cut off gzip ({error}); copy the file again"
+            ) from error
+        self._given += len(data)
+        if self._given > GZIP_GRACE + MAX_GZIP_RATIO * self._raw.tell():
+            raise TextFileError(
+                f"{self._path}: unpacks to over {MAX_GZIP_RATIO} times its size; unpack it with "
+                "gunzip where you trust it"
+            )
+        buffer[: len(data)] = data
+        return len(data)
+
+
+class _ArrayReader:
+    """The text of a JSON array, a chunk at a time, and a position in it."""
+
+    def __init__(
+        self,
+        file: BinaryIO,
+        where: object,
+        max_chars: int,
+        chunk_chars: int,
+        decoder: json.JSONDecoder,
+    ) -> None:
+        self._file, self._json = file, decoder
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._where, self._max_chars, self._chunk = where, max_chars, chunk_chars
+        self._text, self.at = "", 0
+
+    def next_char(self) -> str:
+        """Skip white space; return the character there, or "" at the end of the file."""
+        while True:
+            self.at = WHITESPACE.match(self._text, self.at).end()
+            if self.at < len(self._text) or not self._more():
+                return self._text[self.at : self.at + 1]
+
+    def item(self, number: int) -> Any:
+        """Return the item at the position and go behind it; `number` items came before it."""
+        while True:
+            value, end = self._decoded()
+            # Only what follows shows that the item is whole: of 12.5 a chunk may end behind 12.
+            after = len(self._text) if end is None else WHITESPACE.match(self._text, end).end()
+            if self._text[after : after + 1] in (",", "]") and after < len(self._text):
+                break
+            if len(self._text) - self.at > self._max_chars or not self._more():
+                raise self.damaged(number) if end is not None else self._cut_off(number)
+        problem = _deep_problem(self._text, self.at, end, value, surrogates=False)
+        self.at = after
+        place = f"{self._where} item {number + 1}"
+        if isinstance(value, _Refused):
+            return TextFileError(f"{place}: {value}", value.reason)
+        return TextFileError(f"{place}: {problem}", problem) if problem else value
+
+    def damaged(self, number: int) -> TextFileError:
+        return TextFileError(f"{self._where}: damaged after item {number}; get the file again")
+
+    def _cut_off(self, number: int) -> TextFileError:
+        return TextFileError(
+            f"{self._where}: damaged or cut off after item {number}, or an item of more than "
+            f"{self._max_chars} characters; get the file again"
+        )
+
+    def _decoded(self) -> tuple[Any, int | None]:
+        """The item and its end; the end is None where the item is not whole."""
+        try:
+            return self._json.raw_decode(self._text, self.at)
+        except _Refused as error:
+            with contextlib.suppress(ValueError, RecursionError):
+                return error, json.JSONDecoder().raw_decode(self._text, self.at)[1]
+        except (ValueError, RecursionError):
+            pass
+        return None, None
+
+    def _more(self) -> bool:
+        """Read a chunk and drop what was read before the position; False at the end."""
+        try:
+            data = self._file.read(self._chunk)
+            part = self._decoder.decode(data, final=not data)
+        except UnicodeDecodeError as error:
+            raise TextFileError(
+                f"{self._where}: damaged or not UTF-8; save the file as UTF-8", NOT_UTF8
+            ) from error
+        self._text, self.at = self._text[self.at :] + part, 0
+        return bool(data)
+
+
+def _bounded(file: io.TextIOWrapper, where: object, max_chars: int) -> Iterator[str]:
+    number = 0
+    while line := file.readline(max_chars + 1):
+        number += 1
+        if len(line) > max_chars:
+            raise TextFileError(f"{where}: line {number} has more than {max_chars} characters")
+        yield line
+
+
+def _csv_rows(reader: Any, where: object) -> Iterator[tuple[int, list[str]]]:
+    number = 1
+    while (row := _csv_row(reader, where, number)) is not None:
+        if row:
+            yield number, row
+        number += 1
+
+
+def _csv_row(reader: Any, where: object, number: int) -> list[str] | None:
+    """The next row, None at the end; `number` 0 is the header."""
+    first = reader.line_num + 1
+    try:
+        return next(reader, None)
+    except UnicodeDecodeError as error:
+        raise TextFileError(
+            f"{where}: damaged or not UTF-8 after line {reader.line_num}; save it as UTF-8",
+            NOT_UTF8,
+        ) from error
+    except csv.Error as error:
+        row = f"row {number}" if number else "the header"
+        text = str(error)
+        if "expected after" in text:
+            text = 'a quote inside a quoted field is not doubled; write it as ""'
+        elif "unexpected end" in text:
+            text = "a quote opens a field and none closes it; close it, or get the file again"
+        elif "field limit" in text:
+            text = f"a field has over {csv.field_size_limit():,} characters; is a quote not closed?"
+        raise TextFileError(f"{where}, {row} (line {first}): {text}") from error

@@ -15,6 +15,7 @@ import pathlib
 from typing import Any
 
 from medmax_jax.config import Run
+from medmax_jax.io.text_files import TextFileError, read_json_object
 from medmax_jax.plan import compiled
 from medmax_jax.plan.topology import Topology
 
@@ -38,8 +39,7 @@ def find(
     folder: pathlib.Path, program: compiled.Program, topology: Topology
 ) -> dict[str, Any] | None:
     """The answer that is there, or None."""
-    path = folder / f"{digest(program, topology)}.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return _kept(folder / f"{digest(program, topology)}.json")
 
 
 def answer(
@@ -72,7 +72,16 @@ def asked(run: Run, topology: Topology) -> dict[str, Any]:
 
 def cases(folder: pathlib.Path) -> list[dict[str, Any]]:
     """What the answers in the folder are about, be they of this step or of an older one."""
-    return [json.loads(path.read_text())["case"] for path in sorted(folder.glob("*.json"))]
+    found = [_kept(path) or {} for path in sorted(folder.glob("*.json"))]
+    return [each["case"] for each in found if isinstance(each.get("case"), dict)]
+
+
+def _kept(path: pathlib.Path) -> dict[str, Any] | None:
+    """What a file of the folder says; None where it is missing or damaged: it is made again."""
+    try:
+        return read_json_object(path)
+    except TextFileError:
+        return None
 
 
 def axes(run: Run) -> tuple[int, int, int]:

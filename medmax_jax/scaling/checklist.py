@@ -6,7 +6,6 @@ whether embeddings count as parameters, is taken from --say or from the table's 
 and is called "not stated" otherwise.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from medmax_jax import page
+from medmax_jax.io.text_files import read_json_object
 from medmax_jax.scaling import allocate, bootstrap, fit
 from medmax_jax.scaling.laws import ScalingError
 from medmax_jax.scaling.study import Study
@@ -36,9 +36,11 @@ def stated(table: str | Path, said: Mapping[str, str]) -> dict[str, str]:
     path, known = Path(table).with_suffix(".json"), {}
     if path.exists():
         try:
-            known = json.loads(path.read_text())["said"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ScalingError(f"{path}: not what `sweep collect` writes ({error!r})") from error
+            known = read_json_object(path)["said"]
+            if not (isinstance(known, dict) and all(isinstance(v, str) for v in known.values())):
+                raise ValueError("said is no object of texts")
+        except (ValueError, KeyError) as error:
+            raise ScalingError(f"{path}: not what `sweep collect` writes ({error})") from error
     for name in said:
         if name not in SAYABLE:
             raise ScalingError(f"--say {name}: use one of {', '.join(SAYABLE)}")

@@ -7,7 +7,6 @@
 together.
 """
 
-import csv
 import dataclasses
 import math
 import re
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from medmax_jax.io.text_files import TextFileError, csv_table, open_binary, printable
 from medmax_jax.scaling.laws import Columns, Law, ScalingError
 
 _RULE = re.compile(r"\s*([^=<>]+?)\s*(=|<|>)\s*(.+?)\s*$")
@@ -61,8 +61,9 @@ def read(
     names = {name: columns.get(name, name) for name in law.columns}
     for name in (*names.values(), target):
         if name not in head:
+            columns = printable(", ".join(head))
             raise ScalingError(
-                f"{path}: no column {name!r}; it has {', '.join(head)}. Name another with "
+                f"{path}: no column {name!r}; it has {columns}. Name another with "
                 "--target, or with --map NAME=COLUMN"
             )
     if not kept:
@@ -91,12 +92,19 @@ def read(
 
 
 def _rows(path: Path) -> tuple[list[dict[str, str]], list[str]]:
+    found = []
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            return list(reader), list(reader.fieldnames or [])
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ScalingError(f"--table {path}: cannot be read as CSV ({error})") from error
+        with open_binary(path) as file, csv_table(file, path) as (head, rows):
+            for number, row in rows:
+                if len(row) != len(head):
+                    raise TextFileError(
+                        f"{path}, row {number}: {len(row)} fields under {len(head)} columns; "
+                        "write one for each"
+                    )
+                found.append(dict(zip(head, row, strict=True)))
+    except TextFileError as error:
+        raise ScalingError(f"--table: cannot be read as CSV: {error}") from error
+    return found, head
 
 
 def _excluded(
@@ -109,7 +117,7 @@ def _excluded(
         if not found or found[1] not in head:
             raise ScalingError(
                 f"--exclude {rule!r}: write COLUMN=VALUE, COLUMN<NUMBER or COLUMN>NUMBER with a "
-                f"column of {path}: {', '.join(head)}"
+                f"column of {path}: {printable(', '.join(head))}"
             )
         hit = [(n, row) for n, row in kept if _hit(row, *found.groups(), rule)]
         gone += [f"{_label(n, row)} ({rule})" for n, row in hit]
@@ -123,12 +131,14 @@ def _hit(row: dict[str, str], column: str, sign: str, value: str, rule: str) -> 
     try:
         have, limit = float(row[column] or "nan"), float(value)
     except ValueError as error:
-        raise ScalingError(f"--exclude {rule!r}: {error}; < and > compare numbers") from error
+        raise ScalingError(
+            f"--exclude {rule!r}: {printable(error, 120)}; < and > compare numbers"
+        ) from error
     return have < limit if sign == "<" else have > limit
 
 
 def _label(number: int, row: dict[str, str]) -> str:
-    return f"row {number}" + (f", run {row['run']}" if row.get("run") else "")
+    return f"row {number}" + (f", run {printable(row['run'], 40)}" if row.get("run") else "")
 
 
 def _number(row: dict[str, str], column: str, label: str, path: object, *, zero: bool) -> float:
@@ -141,7 +151,9 @@ def _number(row: dict[str, str], column: str, label: str, path: object, *, zero:
     try:
         value = float(text)
     except ValueError as error:
-        raise ScalingError(f"{path}, {label}: {column} is {text!r}, not a number") from error
+        text = printable(repr(text), 80)
+        raise ScalingError(f"{path}, {label}: {column} is {text}, not a number") from error
+    text = printable(text, 80)
     if not math.isfinite(value):
         raise ScalingError(
             f"{path}, {label}: {column} is {text}: a diverged run; leave it out with --exclude and "

@@ -20,8 +20,9 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from medmax_jax.cli import DONE, ERROR, INTERRUPTED, USAGE, Interrupted, WorkdirError, open_workdir
+from medmax_jax.cli import DONE, ERROR, INTERRUPTED, USAGE, Interrupted, open_workdir
 from medmax_jax.config import ConfigError
+from medmax_jax.io.text_files import TextFileError, read_json_object
 from medmax_jax.sweep import expand, render, runner, workdirs
 from medmax_jax.sweep.axes import SweepError
 
@@ -86,7 +87,10 @@ def _run(given: argparse.Namespace, runs: list[expand.Planned], folder: Path) ->
 def _collect(given: argparse.Namespace, runs: list[expand.Planned], folder: Path) -> dict:
     rows = workdirs.collect(runs, folder, partial=given.partial)
     path = folder / SAID
-    said = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        said = read_json_object(path) if path.exists() else {}
+    except TextFileError as error:
+        raise SweepError(f"{error}; expand the sweep again") from error
     written = workdirs.write(rows, workdirs.said_of(runs, said), folder)
     diverged = [row["run"] for row in rows if row["state"] == "diverged"]
     print(f"written: {written}, {len(rows)} of {len(runs)} runs")
@@ -124,7 +128,7 @@ def main(argv: Sequence[str]) -> int:
     except Interrupted as error:
         print(error, file=sys.stderr)
         return INTERRUPTED
-    except (SweepError, WorkdirError) as error:
+    except (SweepError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return ERROR
     if given.json:

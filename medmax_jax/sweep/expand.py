@@ -10,6 +10,7 @@ every expansion. Costs are the arithmetic of medmax_jax.plan --analytic at the s
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,14 @@ from ml_collections import ConfigDict, config_flags
 
 from medmax_jax import config, flops
 from medmax_jax.config import Run
+from medmax_jax.io import text_files
+from medmax_jax.io.text_files import printable
 from medmax_jax.plan import analytic, speed, topology
 from medmax_jax.sweep.axes import WANTED, Overrides, SweepError, expand
 
 FILE = "sweep.jsonl"
 ID_LENGTH = 10  # hex digits: 40 bits
+NUMBERS = (float, float | None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,15 +126,31 @@ def write(runs: Sequence[Planned], folder: Path) -> Path:
 def read(folder: Path) -> list[Planned]:
     """The runs of D/sweep.jsonl."""
     path = folder / FILE
-    try:
-        return [Planned(**json.loads(line)) for line in path.read_text().splitlines()]
-    except FileNotFoundError as error:
+    if not path.exists():
         raise SweepError(
             f"{path}: no such file; make it: python -m medmax_jax.sweep expand --config=... "
             f"--workdir {folder}"
-        ) from error
-    except (ValueError, TypeError) as error:
-        raise SweepError(f"{path}: damaged ({error}); expand the sweep again") from error
+        )
+    try:
+        rows = text_files.read_objects(path, allow_nonfinite=True)
+        return [_read_back(row, place) for place, row in rows]
+    except ValueError as error:
+        raise SweepError(f"{error}: damaged; expand the sweep again") from error
+
+
+def _read_back(row: dict[str, Any], place: str) -> Planned:
+    """The run of a line; raises ValueError where a field is not of its type."""
+    fields = {field.name: field.type for field in dataclasses.fields(Planned)}
+    if set(row) != set(fields):
+        raise ValueError(f"{place}: lacks or has more than the fields of a run")
+    for name, kind in fields.items():
+        kinds = dict if name == "overrides" else kind | int if kind in NUMBERS else kind
+        value = row[name]
+        if not isinstance(value, kinds) or isinstance(value, bool) and name != "fits":
+            raise ValueError(f"{place}: {name} is {printable(repr(value), 60)}")
+    if not re.fullmatch(r"[0-9a-f]{10}", row["run_id"]):  # it becomes the name of a folder
+        raise ValueError(f"{place}: run_id is {printable(repr(row['run_id']), 60)}")
+    return Planned(**row)
 
 
 def totals(runs: Sequence[Planned]) -> dict[str, float | None]:

@@ -50,10 +50,14 @@ def _one(each: Planned, folder: Path, name: str, stop: Stop) -> None:
         print(f"{name}: {word}", flush=True)
         return
     begin = time.monotonic()
-    home.mkdir(parents=True, exist_ok=True)
-    with open(home / "run.log", "ab") as log:
-        process = subprocess.Popen(command(each, home), stdout=log, stderr=subprocess.STDOUT)
-        code = _wait(process, stop)
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        with open(home / "run.log", "ab") as log:
+            process = subprocess.Popen(command(each, home), stdout=log, stderr=subprocess.STDOUT)
+            code = _wait(process, stop)
+    except OSError as error:  # the other runs may go on
+        print(f"{name}: cannot be started ({error.filename}: {error.strerror})", flush=True)
+        return
     after = workdirs.state(each, folder)
     print(f"{name}: {after} in {time.monotonic() - begin:.0f} s", flush=True)
     if stop.asked:

@@ -13,11 +13,14 @@ import csv
 import fcntl
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from medmax_jax import config, flops
+from medmax_jax.io.run_files import damage_warning, read_metrics
+from medmax_jax.io.text_files import TextFileError, read_json_object
 from medmax_jax.sweep.axes import SweepError
 from medmax_jax.sweep.expand import Planned, settings
 
@@ -98,14 +101,14 @@ def _row(run: Planned, home: Path, word: str) -> dict[str, Any]:
     rows = _metrics(home)
     train = [r for r in rows if r["kind"] == "train"]
     held = [r for r in rows if r["kind"] == "validation" and r["step"] == run.steps]
-    typed, facts = settings(run), json.loads((home / "config.json").read_text())
+    typed, facts = settings(run), _config(home)
     if word == "finished" and not held:
         raise SweepError(
             f"{home}: no held-out loss at step {run.steps}; set data.validation and a "
             "train.eval_every above 0, and run it again"
         )
     losses = held[0] if word == "finished" else {}
-    seen = _seen(train)
+    seen = _seen(train, home)
     counts = flops.parameters(typed.model, typed.vocab, typed.lora)
     return {
         "run": run.run_id,
@@ -118,33 +121,53 @@ def _row(run: Planned, home: Path, word: str) -> dict[str, Any]:
         "trainable": run.trainable,
         "rank": typed.lora.rank,
         "tokens": seen,
-        "unique_tokens": min(seen, facts["epoch_tokens"]),
+        "unique_tokens": min(seen, _epoch_tokens(facts, home)),
         "flops": seen * run.flops / run.tokens,
         "loss": _number(losses.get("loss")),
         "loss_text": _number(losses.get("text_nll")),
         "loss_image": _number(losses.get("image_nll")),
-        "train_loss": _number(train[-1]["loss"]) if train else math.nan,
+        "train_loss": _number(train[-1].get("loss")) if train else math.nan,
     }
 
 
-def _seen(train: Sequence[Mapping[str, Any]]) -> int:
+def _seen(train: Sequence[Mapping[str, Any]], home: Path) -> int:
     """Tokens of all steps: each report has the mean over the steps since the one before."""
     total, before = 0.0, 0
     for row in train:
+        if row.get("tokens") is None:
+            raise SweepError(
+                f"{home / 'metrics.jsonl'}: the row of step {row['step']} has no tokens; restore "
+                "the file, or remove the folder and run it again"
+            )
         total += row["tokens"] * (row["step"] - before)
         before = row["step"]
     return round(total)
 
 
 def _metrics(home: Path) -> list[dict[str, Any]]:
-    rows = []
     path = home / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue  # a torn last line: the process died while writing it
+    try:
+        rows, damaged = read_metrics(path)
+    except TextFileError as error:
+        raise SweepError(f"{error}; restore it, or remove the folder and run it again") from error
+    if damaged:
+        print(damage_warning(path, damaged), file=sys.stderr, flush=True)
     return rows
+
+
+def _config(home: Path) -> dict[str, Any]:
+    try:
+        return read_json_object(home / "config.json")
+    except TextFileError as error:
+        raise SweepError(f"{error}; restore it, or remove the folder and run it again") from error
+
+
+def _epoch_tokens(facts: Mapping[str, Any], home: Path) -> int:
+    if type(facts.get("epoch_tokens")) is not int:
+        raise SweepError(
+            f"{home / 'config.json'}: epoch_tokens is no number; remove the folder, run it again"
+        )
+    return facts["epoch_tokens"]
 
 
 def _finished(run: Planned, home: Path) -> bool:
@@ -156,9 +179,9 @@ def _finished(run: Planned, home: Path) -> bool:
 
 def _diverged(home: Path) -> bool:
     """Whether the last step was not finite: medmax_jax.train leaves a file with its number."""
-    ends = [int(path.stem.rpartition("_")[2]) for path in home.glob("not_finite_*.json")]
+    ends = [path.stem.rpartition("_")[2] for path in home.glob("not_finite_*.json")]
     reached = max((r["step"] for r in _metrics(home)), default=0)
-    return any(step > reached for step in ends)
+    return any(step.isdecimal() and int(step) > reached for step in ends)
 
 
 def _locked(home: Path) -> bool:
@@ -175,8 +198,9 @@ def _locked(home: Path) -> bool:
 
 
 def _check_same(run: Planned, home: Path) -> None:
-    have = json.loads((home / "config.json").read_text())["config"]
-    want = config.to_dict(settings(run))
+    have, want = _config(home).get("config"), config.to_dict(settings(run))
+    if not isinstance(have, dict) or not all(isinstance(part, dict) for part in have.values()):
+        raise SweepError(f"{home / 'config.json'}: no config of a run; remove the folder")
     if wrong := _first_difference(want, have):
         raise SweepError(
             f"{home} holds another run: config.{wrong}; name another --workdir, or remove it"

@@ -1,0 +1,94 @@
+"""The files of a run that it can do without: its log and its numbers, written and read again.
+
+    metrics.jsonl    {"kind": "train", "step": 120, "loss": 3.21, ...}, a line for each report
+    train.log        the lines that stdout shows
+
+Neither holds anything that training goes on from, so damage in them, or a disk that refuses them,
+is a warning and never ends a run whose checkpoints are sound.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any, TextIO
+
+from medmax_jax.io.text_files import MAX_JSON_BYTES, TextFileError, parse_object, read_bytes
+
+Warn = Callable[[str], None]
+
+
+class LogFile:
+    """A text file that lines are added to; what cannot be written is warned of, once."""
+
+    def __init__(self, path: str | os.PathLike, warn: Warn) -> None:
+        self._path, self._warn, self._file = path, warn, None
+        try:
+            self._file: TextIO | None = open(path, "a", buffering=1, encoding="utf-8")
+        except OSError as error:
+            self._give_up(error)
+
+    def write(self, line: str) -> None:
+        """Add a line, without its line end."""
+        if self._file is not None:
+            try:
+                self._file.write(line + "\n")
+            except OSError as error:  # a full disk may have room again, but lines would be torn
+                self._give_up(error)
+
+    def close(self) -> None:
+        """Close the file; what a full disk kept back is lost."""
+        if self._file is not None:
+            try:
+                self._file.close()
+            except OSError as error:
+                self._give_up(error)
+            self._file = None
+
+    def _give_up(self, error: OSError) -> None:
+        self._file = None
+        self._warn(
+            f"WARNING: {self._path}: cannot be written ({error.strerror or error}); the run goes "
+            "on without it"
+        )
+
+
+def read_metrics(path: str | os.PathLike) -> tuple[list[dict[str, Any]], int]:
+    """Return (the rows of a metrics.jsonl, how many of its lines are damaged).
+
+    A row has a step, which is an integer, a kind, which is text, and numbers or null. A last line
+    without a line end does not count as damaged: the process died while it wrote it. A file that
+    is missing has no rows.
+
+    Raises:
+        TextFileError: The file is there and cannot be read at all.
+    """
+    lines, damaged = metrics_lines(path)
+    return [row for row, _ in lines], damaged
+
+
+def metrics_lines(path: str | os.PathLike) -> tuple[list[tuple[dict[str, Any], bytes]], int]:
+    """Return what read_metrics does, each row with its line."""
+    if not os.path.lexists(path):
+        return [], 0
+    *whole, torn = read_bytes(path, max_bytes=4 * MAX_JSON_BYTES).split(b"\n")
+    found = [(_metrics_row(line), line) for line in whole if line.strip()]
+    kept = [(row, line) for row, line in found if row is not None]
+    damaged = len(found) - len(kept)
+    if (row := _metrics_row(torn)) is not None:
+        kept.append((row, torn))
+    return kept, damaged
+
+
+def damage_warning(path: str | os.PathLike, damaged: int) -> str:
+    """The line of the log about the lines that read_metrics leaves out."""
+    what = "line that cannot be read was" if damaged == 1 else "lines that cannot be read were"
+    return f"WARNING: {path}: {damaged} {what} left out"
+
+
+def _metrics_row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = parse_object(line, "row", allow_nonfinite=True)
+    except TextFileError:
+        return None
+    numbers = [value for name, value in row.items() if name != "kind"]
+    sound = all(value is None or type(value) in (int, float) for value in numbers)
+    return row if sound and type(row.get("step")) is int and type(row.get("kind")) is str else None
