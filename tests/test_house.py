@@ -29,7 +29,8 @@ settings    configs configs.sampling configs.base configs.chameleon_30b configs.
             configs.sample_medmax configs.biomedclip
 
 facts       medmax_jax medmax_jax.io medmax_jax.io.text_files
-            medmax_jax.config medmax_jax.vocab medmax_jax.mesh medmax_jax.images
+            medmax_jax.config medmax_jax.vocab medmax_jax.mesh medmax_jax.image_headers
+            medmax_jax.image_range medmax_jax.images
             medmax_jax.page medmax_jax.charts medmax_jax.cli medmax_jax.bucket medmax_jax.storage
             medmax_jax.new_folder medmax_jax.progress medmax_jax.unpickle medmax_jax.pth data
             data.mixture data.pack data.documents data.staging data.reader data.records data.mixing
