@@ -17,6 +17,7 @@ import PIL.Image
 from eval import score_text, scoring
 from eval.models import Ask, Segment
 from eval.tasks import FAMILIES, Item
+from medmax_jax import images
 
 BLIND = "the commonest training answer of each question's template, without looking"
 SAYS = {
@@ -82,8 +83,7 @@ class Baseline:
         if self._kind != "random" or not self._images:
             return PIL.Image.new("RGB", (GREY, GREY), "gray")
         chosen = random.Random(f"{self._seed} picture {name}").choice(self._images)
-        with PIL.Image.open(self._folder / chosen) as picture:
-            return picture.convert("RGB")
+        return images.load(self._folder / chosen, max_pixels=images.MAX_PIXELS)
 
 
 def floors(

@@ -13,6 +13,7 @@ import PIL.Image
 
 from eval.models import Ask, Failed, Segment
 from eval.tasks import Item
+from medmax_jax import images
 
 MAX_LINE = 1_000_000  # bytes
 MAX_IMAGES = 16  # of an answer
@@ -63,12 +64,9 @@ class Predictions:
         if path.stat().st_size > MAX_IMAGE_BYTES:
             raise PredictionsError(f"{path}: more than {MAX_IMAGE_BYTES} bytes; make it smaller")
         try:
-            with PIL.Image.open(path, formats=("PNG", "JPEG")) as picture:
-                if picture.width * picture.height > MAX_PIXELS:
-                    raise PredictionsError(f"{path}: more than {MAX_PIXELS} pixels; shrink it")
-                return picture.convert("RGB")
-        except (OSError, PIL.Image.DecompressionBombError) as error:
-            raise PredictionsError(f"{path}: no PNG or JPEG ({error}); mend it") from error
+            return images.load(path, max_pixels=MAX_PIXELS)
+        except images.ImageError as error:
+            raise PredictionsError(str(error)) from error
 
 
 def digest(path: str | Path) -> str:

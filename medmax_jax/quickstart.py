@@ -22,14 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import PIL.Image
 from ml_collections import ConfigDict
 
 from data import prepare, records
 from data.sample.manifest import read_manifest
 from eval import baselines, looks, loop, models, probes, scoring, suites, tasks
 from eval.settings import Settings as EvalSettings
-from medmax_jax import cli, config, generate, quickstart_page, train
+from medmax_jax import cli, config, generate, images, quickstart_page, train
 from medmax_jax.mesh import make_mesh
 
 log = logging.getLogger("medmax_jax.quickstart")
@@ -244,7 +243,7 @@ def _cases(
     cases = [
         quickstart_page.Case(
             name=f"{r['group']}: {r['kind']}",
-            image=PIL.Image.open(found.folder / r["image"]).convert("RGB"),
+            image=images.load(found.folder / r["image"], max_pixels=images.MAX_PIXELS),
             reconstruction=picture,
             question=r["prompt"],
             answer=r["answer"],
@@ -257,8 +256,10 @@ def _cases(
     pictures = [
         quickstart_page.Generated(
             prompt=r["prompt"],
-            before=PIL.Image.open(workdir / before[r["id"]]["images"][0]),
-            after=PIL.Image.open(workdir / r["images"][0]),
+            before=images.load(
+                workdir / before[r["id"]]["images"][0], max_pixels=images.MAX_PIXELS
+            ),
+            after=images.load(workdir / r["images"][0], max_pixels=images.MAX_PIXELS),
         )
         for r in drawn
     ]

@@ -49,7 +49,8 @@ parts       medmax_jax.weights medmax_jax.array_reader medmax_jax.arrays medmax_
             medmax_jax.layers medmax_jax.sampling medmax_jax.grammar data.loader data.texts
             data.sources data.sources.row data.sources.stream data.sources.prompts
             data.sources.conversations data.sources.captions data.sources.questions
-            data.sources.choices data.sources.parquet data.sources.reports data.sources.dicom
+            data.sources.choices data.sources.parquet data.sources.reports
+            data.sources.dicom_bounds data.sources.dicom
             data.benchmarks
             medmax_jax.lanes
 
