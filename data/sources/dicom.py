@@ -16,7 +16,6 @@ Read at: pydicom.github.io, pydicom.pixels.processing.apply_windowing; DICOM PS3
 
 import contextlib
 import functools
-import io
 import logging
 import math
 import pathlib
@@ -43,17 +42,15 @@ def load(
 
     A file that says that text is burned into its pixels is refused unless `burned_in`.
     """
-    pydicom = _pydicom()
+    _check_pydicom()
     problem = "damaged, or not a DICOM file that is read here; check the file"
     with silence():
         try:
             content = dicom_bounds.read(path)
-            head = pydicom.dcmread(
-                io.BytesIO(dicom_bounds.header(content)), stop_before_pixels=True
-            )
+            head = dicom_bounds.header(content)
             kind = _checked(head, max_pixels, burned_in)
             dicom_bounds.check_decoder(head)
-            dataset = _with_pixels(content)
+            dataset = dicom_bounds.with_pixels(content)
             dicom_bounds.check_pixels(dataset)
             return PIL.Image.fromarray(_shown(dataset, kind))
         except RefusedError as error:
@@ -65,20 +62,11 @@ def load(
     raise ImageError(f"{name}: {problem}") from None
 
 
-def _pydicom() -> Any:
+def _check_pydicom() -> None:
     try:
-        import pydicom
-        import pydicom.pixels
+        import pydicom.pixels  # noqa: F401
     except ImportError as error:
         raise SourceError("DICOM files need pydicom: pip install pydicom") from error
-    return pydicom
-
-
-def _with_pixels(content: bytes) -> Any:
-    """The dataset to its PixelData; what follows it is not parsed."""
-    from pydicom.filereader import read_partial
-
-    return read_partial(io.BytesIO(content), stop_when=lambda tag, *_: int(tag) > 0x7FE00010)
 
 
 def _checked(head: Any, max_pixels: int, burned_in: bool) -> str:
@@ -157,13 +145,13 @@ def _rescaled(values: np.ndarray, dataset: Any) -> np.ndarray:
 
 
 def _looked_up(values: np.ndarray, item: Any, dataset: Any) -> np.ndarray:
-    """Entries of a LUT. pydicom's own wraps values at the width of an entry before it clips them."""
+    """Entries of a LUT; pydicom's own wraps values at the width of an entry, then clips them."""
     entries, first, _ = (int(n) for n in item.LUTDescriptor)
     data, entries = item.LUTData, entries or 2**16
     if isinstance(data, bytes):
         order = "<" if dataset.original_encoding[1] else ">"
         data = np.frombuffer(data, "u1" if len(data) < 2 * entries else f"{order}u2")
-    table = np.asarray(data)[:entries].astype(np.float64)
+    table = np.atleast_1d(data)[:entries].astype(np.float64)
     place = np.clip(values.astype(np.float64) - first, 0, len(table) - 1)
     return table[place.astype(np.int64)]
 
