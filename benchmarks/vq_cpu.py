@@ -116,7 +116,7 @@ def theirs(folder: pathlib.Path, size: str, threads: int) -> dict:
     import numpy as np
     import torch
     import transformers
-    from PIL import Image
+    from transformers.image_utils import load_image
     from transformers.models.chameleon import configuration_chameleon, modeling_chameleon
 
     torch.set_num_threads(threads)
@@ -130,7 +130,7 @@ def theirs(folder: pathlib.Path, size: str, threads: int) -> dict:
     vq, stored = modeling_chameleon.ChameleonVQVAE(config).eval(), np.load(folder / f"{size}.npz")
     vq.load_state_dict({name: torch.from_numpy(stored[name]) for name in vq.state_dict()})
     processor = transformers.ChameleonImageProcessor()
-    seconds = prepared(folder, lambda path: processor(Image.open(path), return_tensors="np"))
+    seconds = prepared(folder, lambda path: processor(load_image(str(path)), return_tensors="np"))
 
     @torch.no_grad()
     def encode(pixels):

@@ -17,6 +17,7 @@ import PIL.Image
 from eval import score_text, scoring
 from eval.models import Ask, Segment
 from eval.tasks import FAMILIES, Item
+from medmax_jax import images
 from medmax_jax.io import image_paths
 
 BLIND = "the commonest training answer of each question's template, without looking"
@@ -83,8 +84,8 @@ class Baseline:
         if self._kind != "random" or not self._images:
             return PIL.Image.new("RGB", (GREY, GREY), "gray")
         chosen = random.Random(f"{self._seed} picture {name}").choice(self._images)
-        with PIL.Image.open(image_paths.resolve(self._folder, chosen)) as picture:
-            return picture.convert("RGB")
+        path = image_paths.resolve(self._folder, chosen)
+        return images.load(path, max_pixels=images.MAX_PIXELS)
 
 
 def floors(

@@ -16,8 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import PIL.Image
-
 from data import asking, outgoing
 from data.endpoint import (
     BOUNDS,
@@ -32,6 +30,7 @@ from data.endpoint import (
 )
 from eval.models import Ask, Failed, Segment
 from eval.settings import Service
+from medmax_jax import images
 
 MAX_PIXELS = 64_000_000
 NO_PICTURES = "a chat endpoint writes words and draws no pictures"
@@ -222,12 +221,9 @@ def message(ask: Ask, name: str) -> asking.Ask:
 def png(path: Path) -> bytes:
     """A picture's pixels alone: what stands in its metadata does not leave the machine."""
     try:
-        with PIL.Image.open(path) as picture:
-            if picture.width * picture.height > MAX_PIXELS:
-                raise ServiceError(f"{path}: more than {MAX_PIXELS} pixels; make it smaller")
-            pixels = picture.convert("RGB")
-    except (OSError, PIL.Image.DecompressionBombError) as error:
-        raise ServiceError(f"{path}: no picture that can be read ({error}); mend it") from error
+        pixels = images.load(path, max_pixels=MAX_PIXELS)
+    except images.ImageError as error:
+        raise ServiceError(str(error)) from error
     file = io.BytesIO()
     pixels.save(file, "PNG")
     return file.getvalue()

@@ -13,6 +13,7 @@ import PIL.Image
 from data import outgoing
 from eval.models import Ask, Failed, Segment
 from eval.tasks import Item, is_credentialed
+from medmax_jax import images
 from medmax_jax.io import image_paths
 from medmax_jax.io.text_files import TextFileError, printable, read_objects
 
@@ -89,13 +90,9 @@ class Predictions:
         if path.stat().st_size > MAX_IMAGE_BYTES:
             raise PredictionsError(f"{shown}: more than {MAX_IMAGE_BYTES} bytes; make it smaller")
         try:
-            with PIL.Image.open(path, formats=("PNG", "JPEG")) as picture:
-                if picture.width * picture.height > MAX_PIXELS:
-                    raise PredictionsError(f"{shown}: more than {MAX_PIXELS} pixels; shrink it")
-                return picture.convert("RGB")
-        except (OSError, PIL.Image.DecompressionBombError) as error:
-            why = "" if label else f" ({error})"
-            raise PredictionsError(f"{shown}: no PNG or JPEG{why}; mend it") from error
+            return images.load(path, max_pixels=MAX_PIXELS, name=shown)
+        except images.ImageError as error:
+            raise PredictionsError(str(error)) from error
 
 
 def digest(path: str | Path) -> str:

@@ -12,11 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from eval import evidence, loop, report_curves, report_tables, scoring, stats
 from eval.report_tables import Values
-from medmax_jax import page
+from medmax_jax import images, page
 from medmax_jax.io import image_paths
 from medmax_jax.new_folder import private
 
@@ -110,7 +108,7 @@ def examples(records: Sequence[Mapping[str, Any]], workdir: Path, images_folder:
     """The first items of different groups: picture, question, reference, answer."""
     first = {record["group"]: record for record in reversed(records)}
     chosen = list(first.values())[::-1][:EXAMPLES]
-    pictures, rows = [], []
+    pictures, rows, problems = [], [], []
     for record in chosen:
         rows.append([record["id"], record["prompt"], record["answer"], record["text"]])
         what = "reference" if record["images"] else "shown"
@@ -121,17 +119,20 @@ def examples(records: Sequence[Mapping[str, Any]], workdir: Path, images_folder:
             (image_paths.resolve(workdir, name, label=label), "generated")
             for name in record["images"]
         ]
-        pictures += [
-            (png(file), f"{record['id']}: {what}") for file, what in shown if file.is_file()
-        ]
+        for file, what in shown:
+            if file.is_file():
+                try:
+                    pictures.append((png(file, label), f"{record['id']}: {what}"))
+                except images.ImageError as error:
+                    problems.append(f"{record['id']}: {what}: {error}")
     table = page.table(["id", "prompt", "reference", "answer"], rows)
-    return table + (page.figures(pictures) if pictures else "")
+    notes = "".join(page.paragraph(problem, note=True) for problem in problems)
+    return table + notes + (page.figures(pictures) if pictures else "")
 
 
-def png(path: Path) -> bytes:
-    """A picture file, made small, as PNG."""
-    with Image.open(path) as picture:
-        small = picture.convert("RGB")
+def png(path: Path, label: str = "") -> bytes:
+    """Return an image file as a small PNG. `label` replaces the path in errors."""
+    small = images.load(path, max_pixels=images.MAX_PIXELS, name=label)
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     file = io.BytesIO()
     small.save(file, "PNG")

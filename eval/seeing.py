@@ -259,11 +259,9 @@ class _View:
 
     def _open(self, want: _Want) -> PIL.Image.Image | None:
         try:
-            checked = images.load(want.what, max_pixels=images.MAX_PIXELS)
             if not want.released:
-                return checked
-            with PIL.Image.open(want.what) as picture:
-                picture.load()
+                return images.load(want.what, max_pixels=images.MAX_PIXELS)
+            with images.open_image(want.what, max_pixels=images.MAX_PIXELS) as picture:
                 return picture.copy()
         except images.ImageError as error:
             self._problems[want.key] = str(error)
@@ -383,9 +381,9 @@ def _dot(a: np.ndarray, b: np.ndarray) -> float:
 
 def _mode(path: Path) -> str:
     try:
-        with PIL.Image.open(path) as picture:
+        with images.open_image(path, max_pixels=images.MAX_PIXELS) as picture:
             return picture.mode
-    except (OSError, ValueError, PIL.Image.DecompressionBombError):
+    except images.ImageError:
         return ""  # told when it is opened
 
 

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import PIL.Image
 from ml_collections import ConfigDict
 
 from data import prepare, records
@@ -40,7 +39,7 @@ from eval import (
     tasks,
 )
 from eval.settings import Settings as EvalSettings
-from medmax_jax import cli, config, generate, quickstart_page, train
+from medmax_jax import cli, config, generate, images, quickstart_page, train
 from medmax_jax.io.run_files import damage_warning, read_metrics
 from medmax_jax.io.text_files import TextFileError, read_json
 from medmax_jax.mesh import make_mesh
@@ -263,7 +262,7 @@ def _cases(
     cases = [
         quickstart_page.Case(
             name=f"{r['group']}: {r['kind']}",
-            image=PIL.Image.open(found.folder / r["image"]).convert("RGB"),
+            image=images.load(found.folder / r["image"], max_pixels=images.MAX_PIXELS),
             reconstruction=picture,
             question=r["prompt"],
             answer=r["answer"],
@@ -276,8 +275,10 @@ def _cases(
     pictures = [
         quickstart_page.Generated(
             prompt=r["prompt"],
-            before=PIL.Image.open(workdir / before[r["id"]]["images"][0]),
-            after=PIL.Image.open(workdir / r["images"][0]),
+            before=images.load(
+                workdir / before[r["id"]]["images"][0], max_pixels=images.MAX_PIXELS
+            ),
+            after=images.load(workdir / r["images"][0], max_pixels=images.MAX_PIXELS),
         )
         for r in drawn
     ]

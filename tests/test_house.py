@@ -31,7 +31,8 @@ settings    configs configs.sampling configs.base configs.chameleon_30b configs.
 facts       medmax_jax medmax_jax.io medmax_jax.io.text_files medmax_jax.io.image_paths
             medmax_jax.io.errors medmax_jax.io.run_files
             medmax_jax.io.yaml_files
-            medmax_jax.config medmax_jax.vocab medmax_jax.mesh medmax_jax.images
+            medmax_jax.config medmax_jax.vocab medmax_jax.mesh medmax_jax.image_headers
+            medmax_jax.image_range medmax_jax.images
             medmax_jax.page medmax_jax.charts medmax_jax.cli medmax_jax.bucket medmax_jax.storage
             medmax_jax.new_folder medmax_jax.progress medmax_jax.unpickle medmax_jax.pth data
             data.mixture data.pack data.documents data.staging data.reader data.outgoing
@@ -51,7 +52,8 @@ parts       medmax_jax.weights medmax_jax.array_reader medmax_jax.arrays medmax_
             medmax_jax.layers medmax_jax.sampling medmax_jax.grammar data.loader data.texts
             data.sources data.sources.row data.sources.stream data.sources.prompts
             data.sources.conversations data.sources.captions data.sources.questions
-            data.sources.choices data.sources.parquet data.sources.reports data.sources.dicom
+            data.sources.choices data.sources.parquet data.sources.reports
+            data.sources.dicom_bounds data.sources.dicom
             data.benchmarks
             medmax_jax.lanes
 

