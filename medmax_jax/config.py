@@ -227,7 +227,7 @@ MAX_LIST = 8  # entries of a list of numbers; the levels of a VQGAN
 
 
 def build(cls: type, config: Any) -> Any:
-    """A settings dataclass of a ConfigDict or dict; raises ConfigError on a field that is not right.
+    """Return the settings of a ConfigDict or dict; raise ConfigError on a field that is not right.
 
     Unknown, missing and mistyped fields are refused, and numbers outside BOUNDS.
     """
