@@ -172,6 +172,12 @@ def test_a_key_is_looked_for_before_the_plan(tmp_path, capsys, monkeypatch):
     assert llm.connections == 0 and "plan" not in capsys.readouterr().out
 
 
+def test_an_item_whose_prompt_is_the_path_of_an_image_is_named(tmp_path):
+    items = write_items(tmp_path / "data", 2, prompt="0.png")
+    with pytest.raises(ValueError, match="item q0 has the text '0.png', which is the path of an"):
+        run(items, tmp_path / "out", "baseline:constant")
+
+
 # What a terminal shows.
 
 
