@@ -14,7 +14,8 @@ def service() -> ConfigDict:
     return ConfigDict(
         dict(
             key_env="",  # name of the environment variable with the API key; empty: no key
-            parameters='{"temperature": 0}',  # a JSON object, sent as it is
+            parameters='{"temperature": 0}',  # a JSON object, sent as it is. max_tokens or
+            # max_completion_tokens in it takes the place of each family's bound; null: send none
             price_in=config_dict.placeholder(float),  # USD per million tokens
             price_out=config_dict.placeholder(float),
             max_usd=config_dict.placeholder(float),  # dearer runs do not start; needs both prices

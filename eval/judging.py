@@ -30,6 +30,7 @@ from eval.settings import JudgeSettings
 
 CALLS, RECORDS = "judge_calls.jsonl", "records.jsonl"
 KINDS = {CORRECT: judge.CORRECT, RELATIVE: judge.RELATIVE}
+JUDGED = ("vqa_open", *evidence.COMPARED)  # families
 PICTURE = "<image>"  # where a row wants its picture; no word of the question
 Progress = Callable[[str], None]
 
@@ -57,8 +58,7 @@ def judge_of(settings: JudgeSettings) -> judge.Judge:
 
 def check_hosts(one: judge.Judge, items: Sequence[tasks.Item]) -> None:
     """Raise OutgoingError where answers to the items may not go to the judge."""
-    judged = ("vqa_open", *evidence.COMPARED)
-    strict = outgoing.strictest(item.data_class for item in items if item.family in judged)
+    strict = outgoing.strictest(item.data_class for item in items if item.family in JUDGED)
     outgoing.check(one.endpoint.url, strict, listed=one.endpoint.listed)
 
 
@@ -75,9 +75,8 @@ def check_judge(settings: JudgeSettings, items: Sequence[tasks.Item], workdir: P
     if not settings.endpoint:
         return
     one = judge_of(settings)
-    items = [item for item in items if item.family in ("vqa_open", *evidence.COMPARED)]
-    for data_class in {item.data_class for item in items}:
-        outgoing.check(one.endpoint.url, data_class, listed=one.endpoint.listed)
+    check_hosts(one, items)
+    items = [item for item in items if item.family in JUDGED]
     records = {row["id"]: row for path in loop.files(workdir / RECORDS) for row in loop.read(path)}
     left = [item for item in items if item.id not in records]
     if not left:

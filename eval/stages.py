@@ -166,11 +166,7 @@ def _run_named(
     stopped: Callable[[], bool],
 ) -> dict[str, Any] | None:
     check_images(found)
-    for item in found.items:
-        fix = "name the file in image and write the question in prompt"
-        batching.check_no_path(
-            item.prompt, where=f"item {item.id}", fix=fix, folder=Path(found.folder)
-        )
+    check_prompts(found)
     check_later_stages(settings, found, named)
     stats.check_resamples(settings.resamples)
     asked = (settings, found, named, workdir, shard)
@@ -266,6 +262,16 @@ def _run_facts(path: Path) -> dict[str, Any]:
         raise loop.EvalError(
             f"{error}; restore it, or name a fresh --workdir: whose answers these are is unknown"
         ) from error
+
+
+def check_prompts(found: Suite) -> None:
+    """Raise EvalError where the prompt of an item is the path of an image, so not a question."""
+    for number, item in enumerate(found.items, start=1):
+        if batching.names_image(item.prompt, Path(found.folder)):
+            raise loop.EvalError(
+                f"item {tasks.item_name(item, number)}: its prompt is the path of an image, not "
+                "its pixels; name the file in image_path and write the question in prompt"
+            )
 
 
 def check_later_stages(settings: Settings, found: Suite, named: opening.Named) -> None:

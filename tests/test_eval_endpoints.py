@@ -172,6 +172,16 @@ def test_a_key_is_looked_for_before_the_plan(tmp_path, capsys, monkeypatch):
     assert llm.connections == 0 and "plan" not in capsys.readouterr().out
 
 
+def test_an_item_whose_prompt_is_the_path_of_an_image_is_named(tmp_path):
+    items = write_items(tmp_path / "data", 2, prompt="0.png")
+    with pytest.raises(ValueError, match="item q0: its prompt is the path of an image, not its"):
+        run(items, tmp_path / "out", "baseline:constant")
+    items = write_items(tmp_path / "data", 2, prompt="0.png", data_class="credentialed")
+    with pytest.raises(ValueError, match="item number 1: its prompt is the path") as caught:
+        run(items, tmp_path / "out", "baseline:constant")
+    assert "q0" not in str(caught.value) and "0.png" not in str(caught.value)
+
+
 # What a terminal shows.
 
 

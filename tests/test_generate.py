@@ -194,6 +194,12 @@ def test_an_adapter_changes_answers_and_must_fit(g, folder, adapter, tmp_path):
         (dict(budget="day"), "sample.budget is 'day'; it must be answer or segment"),
         (dict(text_temperature=float("nan")), "sample.text_temperature is nan; .* a finite number"),
         (dict(guidance_scale_text=float("inf")), "sample.guidance_scale_text is inf; it must be a"),
+        (
+            dict(text_temperature=1e-46),
+            "sample.text_temperature is 1e-46; it must be at least 1e-06",
+        ),
+        (dict(repetition_penalty=1e-40), "sample.repetition_penalty is 1e-40"),
+        (dict(guidance_scale_image=1e39), "guidance_scale_image is 1e.39; .* at most 1e.06"),
         (dict(seed=-1), r"seed is -1; it must be an integer of 0 .. 4294967295"),
     ],
 )

@@ -105,7 +105,9 @@ def test_temperature():
     np.testing.assert_allclose(sampling.temper(jnp.array([[1.4, -0.7]]), 0.7), [[2, -1]], rtol=1e-6)
 
 
-@pytest.mark.parametrize("p, kept", [(0.45, 1), (0.75, 2), (0.9, 3), (0.97, 4), (1.0, 4)])
+@pytest.mark.parametrize(
+    "p, kept", [(0.0, 1), (1e-9, 1), (0.45, 1), (0.75, 2), (0.9, 3), (0.97, 4), (1.0, 4)]
+)
 def test_top_p_keeps_the_fewest_that_reach_p(p, kept):
     probabilities = np.array([[0.05, 0.5, 0.15, 0.3]])
     order = [1, 3, 2, 0]
