@@ -30,7 +30,7 @@ FEW = 20  # groups; with fewer an interval leans on Student's t, and tables mark
 SHARE = (0.0, 1.0)  # the span of most scores
 TAIL = 0.025  # on each side of a 95 % interval
 POWER = 0.8  # of the comparison that `detectable` describes
-SLACK = 1e-6  # by which a value may leave its span: cosines in float32
+SLACK = 1e-6  # of a span: what rounding in float32 moves, as that of cosines
 _DRAWN = 1 << 18  # groups drawn at a time; all of them at once would be 2,000 numbers a group
 Span = tuple[float, float]
 
@@ -78,7 +78,7 @@ def mean_interval(
     _check_span(values, span)
     sizes = np.bincount(member).astype(np.float64)
     means = _resampled_means(np.bincount(member, values), sizes, seed, resamples)
-    error = max(_error_of(means, count), _independent(values))
+    error = max(_error_of(means, count, span), _independent(values, span))
     mean = float(values.mean())
     low, high = _ends(mean, error, sizes / len(values), span, proportion=True)
     return Interval(mean, low, high, len(values), count)
@@ -148,7 +148,7 @@ def standard_error(
         return math.inf
     sums = np.bincount(member, values - values.mean())
     error = math.sqrt(count / (count - 1) * np.sum(sums**2)) / len(values)
-    if error := max(error, _independent(values)):
+    if error := max(0.0 if _same(values, span) else error, _independent(values, span)):
         return error
     weights = np.bincount(member) / len(values)
     low, high = _ends(float(values.mean()), 0.0, weights, span, proportion=True)
@@ -275,7 +275,7 @@ def from_draws(
     It is as many errors to each side as Student's t has, within `span`. weights: the groups' shares
     of the items, which sum to 1.
     """
-    error = _error_of(draws, len(weights))
+    error = _error_of(draws, len(weights), span)
     low, high = _ends(value, error, weights, span, proportion=False)
     return Interval(value, low, high, n, len(weights))
 
@@ -306,8 +306,8 @@ def suite_interval(
         times = np.bincount(rng.integers(len(index), size=len(index)), minlength=len(index))
         total = counts @ times
         means[number] = np.mean((sums @ times)[total > 0] / total[total > 0])
-    floors = [_independent(np.asarray(values, np.float64)) for values, _ in parts]
-    error = max(_error_of(means, len(index)), math.hypot(*floors) / len(parts))
+    floors = [_independent(np.asarray(values, np.float64), span) for values, _ in parts]
+    error = max(_error_of(means, len(index), span), math.hypot(*floors) / len(parts))
     value = float(np.mean(sums.sum(1) / counts.sum(1)))
     weights = (counts / counts.sum(1, keepdims=True)).mean(0)
     low, high = _ends(value, error, weights, span, proportion=True)
@@ -370,19 +370,24 @@ def _quantile(weights: Float[np.ndarray, "g"], level: float) -> float:
     return float(special.stdtrit(max(1 / float(np.sum(weights**2)) - 1, 1.0), level))
 
 
-def _error_of(draws: Float[np.ndarray, "r"], groups: int) -> float:
-    """The standard error that a bootstrap's draws show; 0 for what only rounding moves."""
-    spread = float(np.std(draws))
-    if groups < 2 or spread <= 1e-12 * max(1.0, float(np.max(np.abs(draws)))):
+def _error_of(draws: Float[np.ndarray, "r"], groups: int, span: Span | None) -> float:
+    """The standard error that a bootstrap's draws show; 0 where they are the same."""
+    if groups < 2 or _same(draws, span):
         return 0.0
-    return spread * math.sqrt(groups / (groups - 1))
+    return float(np.std(draws)) * math.sqrt(groups / (groups - 1))
 
 
-def _independent(values: Float[np.ndarray, "n"]) -> float:
+def _independent(values: Float[np.ndarray, "n"], span: Span | None) -> float:
     """The standard error of the mean if items were independent; groups are not to lower it."""
-    if len(values) < 2 or np.ptp(values) <= 1e-12 * max(1.0, float(np.max(np.abs(values)))):
+    if len(values) < 2 or _same(values, span):
         return 0.0
     return float(np.std(values, ddof=1)) / math.sqrt(len(values))
+
+
+def _same(values: Float[np.ndarray, "n"], span: Span | None) -> bool:
+    """Whether they differ by no more than rounding in float32 does."""
+    scale = span[1] - span[0] if span else float(np.max(np.abs(values)))
+    return float(np.ptp(values)) <= SLACK * scale
 
 
 def _members(n: int, groups: Sequence[Hashable]) -> tuple[Int[np.ndarray, "n"], int]:
@@ -399,7 +404,8 @@ def _check_span(values: Float[np.ndarray, "n"], span: Span | None) -> None:
     if span is None:
         return
     low, high = float(values.min()), float(values.max())
-    if low < span[0] - SLACK or high > span[1] + SLACK:
+    slack = SLACK * (span[1] - span[0])
+    if low < span[0] - slack or high > span[1] + slack:
         raise ValueError(
             f"values from {low:g} to {high:g} are outside of their span {span[0]:g} to "
             f"{span[1]:g}; pass span=(least, largest), or span=None for values without bounds"
