@@ -12,10 +12,10 @@ import dataclasses
 import re
 from collections.abc import Hashable, Sequence
 
-from eval import score_text
+from eval import answer_parser, score_text, yes_no_parser
+from medmax_jax.io import reasoning
 
 SCORED, UNPARSED, UNSCORED = "scored", "unparsed", "unscored"
-LETTERS = "ABCDEFGH"
 LEAST, MOST = 1.0, 10.0  # what a judge may give in a comparison
 
 
@@ -72,13 +72,13 @@ def unscored(why: str, *, low: float = 0.0, high: float = 1.0) -> Verdict:
 def read(task: str, text: str, prompt: str) -> str | None:
     """What an answer to a closed or multiple choice question says; None: unparsed."""
     if task == "vqa_closed":
-        return score_text.yes_no(text)
-    return score_text.choice(text, score_text.options(prompt), letters=LETTERS)
+        return yes_no_parser.parse_yes_no(text, prompt)
+    return answer_parser.parse_choice(text, score_text.options(prompt))
 
 
-def closed(raw: str, answer: str) -> Verdict:
+def closed(raw: str, answer: str, prompt: str = "") -> Verdict:
     """closed("Normal", "no") is unparsed; closed("No.", "no") is 1."""
-    return _matched("vqa_closed", raw, answer, "")
+    return _matched("vqa_closed", raw, answer, prompt)
 
 
 def choice(raw: str, answer: str, prompt: str) -> Verdict:
