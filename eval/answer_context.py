@@ -19,7 +19,7 @@ _TEXT_COMMAND = re.compile(
 _BOXED = re.compile(
     r"\\f?boxed\s*\{([^{}]*)\}|<\|begin_of_box\|>([^<]*)<\|end_of_box\|>|\[\[([^\[\]]{1,200})\]\]"
 )
-_ANSWER_NAMES = r"(?:answer|final_answer|final-answer|finalanswer|ans|choice|final)"
+_ANSWER_NAMES = r"(?:answer|final_answer|final-answer|finalanswer|ans|choice|option|final)"
 _TAG = re.compile(rf"<\s*({_ANSWER_NAMES})\s*>", re.IGNORECASE)
 _END_TAG = re.compile(rf"<\s*/\s*{_ANSWER_NAMES}\s*>", re.IGNORECASE)
 _STRUCK = re.compile(r"~~[^~\n]{0,500}~~|<(s|del|strike)>[^<]{0,500}</\1>", re.IGNORECASE)
@@ -33,7 +33,7 @@ ANSWER, END_ANSWER = "\u0002", "\u0003"  # around a marked final answer in a nor
 _STARTERS = (
     r"but|it|it's|its|this|that|that's|these|so|rather|instead|however|though|although|therefore|"
     r"thus|hence|then|because|since|i|i'd|i'll|i'm|we|my|the|there|which|while|whereas|making|only|"
-    r"just|must|should|more|most|sondern|sino|mais|mas|ma|maar|а|но|但|而是|而|应|應|因此|所以|故|选|選|答|应该|正"
+    r"just|must|should|more|most|sondern|sino|mais|mas|ma|maar|а|но|但|而是|而|应|應|因此|所以|故|选|選|答|应该|正|\w+\s+(?:is|was)"
 )
 _CLAUSE = re.compile(
     r"[.!?](?=[\s\"')\]\u0003]|$)|[;\n。！？；\u0002\u0003]"
@@ -48,8 +48,9 @@ _SENTENCE = re.compile(r"[.!?](?=[\s\"')\]\u0003]|$)|[;\n。！？；\u0002\u000
 NEGATORS = re.compile(
     r"\b(?:not|never|neither|nor|no|none|without|cannot|exclud\w*|rules? out|ruled out|ruling out|"
     r"eliminat\w*|reject\w*|dismiss\w*|discard\w*|except|excepting|instead of|rather than|than|"
-    r"versus|vs|unlike|as opposed to|opposed to|compared (?:to|with)|against|unlikely|unable|"
-    r"incorrect|wrong|false|lacks?|lacking|absence of|absent|free of|negative for|den(?:y|ies|ied)|"
+    r"unlike|as opposed to|opposed to|compared (?:to|with)|unlikely|unable|"
+    r"r/o|(?:incorrect|wrong|false|worst)(?=\s*(?:options?|answers?|choices?|one|is|[:\-]))|least|"
+    r"lacks?|lacking|absence of|absent(?=\s+(?:\w+\s+)?$)|(?:at least|at most|up to)(?=\s*$)|free of|negative for|den(?:y|ies|ied)|"
     r"(?:different|differentiated?|distinguish\w*|distinct) from|other than|apart from|aside from|"
     r"opposite of|mistaken for|confused with|doubt\w*|hardly|fails?|failed|improbable|impossible|"
     r"nicht|keine?[nrsm]?|weder|noch|ohne|pas|ni|sans|sin|não|nao|nem|sem|non(?!-)|né|senza|niet|"
@@ -58,9 +59,20 @@ NEGATORS = re.compile(
     re.IGNORECASE,
 )
 _CONDITIONS = re.compile(
-    r"\b(?:if|unless|whether|suppose|supposing|assuming|were it|had it|in case|wenn|ob|si (?!la\b))\b"
+    r"\b(?:if(?! (?:i|we|you) (?:had|have|must|were to|was to)\b| (?:forced|pressed|asked|anything))"
+    r"|unless|suppose|supposing|assuming|were (?:it|there|this)|had (?:it|there|this|the)|in case|wenn|ob)\b|\bwhether\b(?!.*,)"
     r"|如果|假如|是否|もし",
     re.IGNORECASE,
+)
+_OTHERS_SAY = re.compile(  # "One might think it is A", "Initially I thought that", "Differential: A"
+    r"\b(?:one|some|someone|people|others|they|many|you)\s+(?:\w+\s+){0,2}?(?:think|thinks|say|says|said|"
+    r"argue|argued|believe|assume|guess|suggest|expect|consider|considered|answer|answered|thought)\b"
+    r"|\bi\s+(?:\w+\s+)?(?:thought|assumed|expected|considered)\b|\bdifferentials?\b",
+    re.IGNORECASE,
+)
+_REASON = re.compile(r"[,;]|\b(?:because|since|as|but|so|and)\b", re.IGNORECASE)
+_CONSEQUENCE = re.compile(  # after these, an assumption of the same sentence is over
+    r"[;,]?\s*\b(?:so|therefore|thus|hence|but|however|although|though)\b|;|但|因此|所以", re.IGNORECASE
 )
 _NOT_NEGATIVE = re.compile(
     r"\b(?:no|without(?: a| any)?|beyond(?: a| any)?|not in) doubt(?: that)?\b|\bnot only\b"
@@ -74,6 +86,10 @@ _AFTER = (
     r"(?:[)\]}\"':]|[^\S\n])*(?:\.[^\S\n]*(?=incorrect|wrong|false|correct|true))?"
     r"(?:\([^()\n]{0,80}\)[^\S\n]*)?"
 )
+_EXCEPT = re.compile(
+    r"\b(everything|anything|everyone|any|all(?: (?:of|the|options|them)){0,3}) but\b", re.IGNORECASE
+)
+_SPECIAL = re.compile(r"<\|[^|<>\n]{1,40}\|>|</?s>|<(?:eos|pad|end_of_turn|unused\d+)>")
 _BE = (
     r"(?:is|are|was|were|seems?|looks?|appears?|being|(?:would|can|could|should|may|might|must|will) be"
     r"|(?:has|have) been|gets?|remains?)"
@@ -85,17 +101,19 @@ _BAD = (
     r"a distractor|contradicted|no longer|neither|missing|negative)"
 )
 _DENIED_AFTER = re.compile(
-    rf"{_AFTER}(?:[:,=\-–—]\s*)?(?:which\s+)?(?:"
-    rf"{_BE}\s+(?:(?!the\b|most\b|correct\b|right\b)\w+\s+){{0,2}}?{_BAD}"
+    rf"{_AFTER}(?:[:=\-–—]\s*|,\s*(?=which\b|{_BE}\b))?(?:which\s+)?(?:"
+    rf"{_BE}\s+(?:(?:the|a|an)\s+)?(?:(?!the\b|most\b|correct\b|right\b|best\b)\w+\s+){{0,2}}?{_BAD}"
     r"|(?:is|are|was|were|do|does|did|has|have|had|can|could|would|should|will|must)(?:n't|\s+not|"
     r"\s+never|\s+neither)\b|cannot\b|can't\b|won't\b"
-    r"|(?:no|not|n)(?=\s*(?:$|[.,;:!\n\u0003)]))|not\b|never\b"
+    r"|(?:no|not)(?=\s*(?:$|[.,;:!\n\u0003)]))"
+    r"|not\s+(?:correct|right|the|a|an|consistent|likely|supported|seen|present|visible|possible|"
+    r"compatible|true|valid|applicable|appropriate|here)\b"
     r"|(?:incorrect|wrong|false|unlikely|excluded|ruled out|eliminated|rejected|absent)\b|[✗✘❌×☒]"
     r"|(?:fails?|lacks?|contradicts?)\b"
     r"|(?:no|non|não|nao|ne|n')\s*(?:es|è|é|est|sono|son)\b|ist\s+(?:falsch|nicht|kein)|falsch\b"
     r"|(?:es|è|é|est)\s+(?:incorrect|fals|fauss|faux|pas\b|errad|sbagliat|errón)"
-    r"|(?:не|неверн|неправильн)|(?:选项|項|项)?\s*(?:是|は|が|가|이|은|는)?\s*(?:不|错|錯|非|未|没|被排除|可排除|"
-    r"可以排除|排除|では|じゃ|ではありません|間違|誤|아니|아닙|틀)"
+    r"|(?:не|неверн|неправильн)|(?:选项|項|项)?\s*(?:是|は|が|가|이|은|는)?\s*(?:不|错|錯|非|未|没|"
+    r"被排除|可排除|可以排除|排除|では|じゃ|違|間違|誤|아니|아닙|틀)"
     r")",
     re.IGNORECASE,
 )
@@ -130,15 +148,16 @@ CUE = re.compile(
     r"respuesta|resposta|réponse|reponse|antwort|lösung|risposta|antwoord|odpowiedź|svar|ответ|cevap|"
     r"yanıt|đáp án|jawaban|الإجابة|الجواب|उत्तर|opción|opção|alternativa|letra|"
     r"答案|正解|答え|回答|解答|正确选项|正確選項|정답|답)(?!\w*['’]s)"
-    r"(?:\s+(?!not\b|never\b|choices\b|options\b|cannot\b|if\b|isn't|can't|no\b)[^\W\d_]+){0,4}?"
+    r"(?:\s+(?!not\b|never\b|choices\b|options\b|cannot\b|if\b|isn't|can't|no\b|non\b|não\b|nao\b|nicht\b|ne\b|pas\b|не\b)[^\W\d_]+){0,4}?"
     r"[\"']*\s*(?:(?:\bis\b|\bwas\b|\bwould be\b|\bshould be\b|\bmust be\b|\bwill be\b|\bes\b|\bé\b|\best\b|"
     r"\bist\b|\blautet\b|\bè\b|\bto\b|\blà\b|\badalah\b|هي|هو|应该是|应为|應為|应是|应选|是|为|為|は|은|는|"
     r"[:=→—–]|->|=>|-(?=\s))\s*){1,3}",
     re.IGNORECASE,
 )
 _DENIED_CUE = re.compile(  # "I don't think the answer is", "I would not choose"
-    r"(?:\b(?:not|never|cannot|neither|nor|hardly|doubt|rather than|instead of|nicht|kein\w*|pas)\b|n't\b|"
-    r"[不非没])(?:\s+[^\W\d_]+){0,4}\s*$",
+    r"(?:\b(?:not|never|cannot|neither|nor|hardly|doubt|rather than|instead of|nicht|kein\w*|pas|"
+    r"incorrect|wrong|false|worst|least|unlikely)\b|n't\b|"
+    r"[不非没])(?:\s+[^\W\d_]+){0,4}\s*$|\b(?:no|não|nao|non|ne|не)\s*$",
     re.IGNORECASE,
 )
 _REFUSAL = re.compile(
@@ -167,19 +186,21 @@ def normalize(text: str) -> str:
     for _ in range(2):  # \boxed{\textbf{\text{B}}}
         text = _TEXT_COMMAND.sub(r"\1", text)
     text = _BOXED.sub(lambda m: f"{ANSWER}{m[1] or m[2] or m[3] or ''}{END_ANSWER}", text)
+    text = _SPECIAL.sub(" ", text)
     text = _TAG.sub(ANSWER, _HTML.sub("", re.sub(r"<br\s*/?>", "\n", text, flags=re.IGNORECASE)))
     text = _END_TAG.sub(END_ANSWER, text)
-    text = re.sub(r"\\[()\[\]]|[*`$]+|(?<!\w)__|__(?!\w)|(?m:^\s*(?:#+|>)\s*)", "", text)
+    text = re.sub(r"\\[()\[\]]|[*`$]+|(?<!\w)_+|_+(?!\w)|(?m:^\s*(?:#+|>)\s*)", "", text)
     text = re.sub(rf"(?<=[{_CJK}])(?=[A-Za-z0-9])|(?<=[A-Za-z0-9])(?=[{_CJK}])", " ", text)
-    text = _NOT_NEGATIVE.sub("certainly", text)
+    text = _EXCEPT.sub(r"\1 except", _NOT_NEGATIVE.sub("certainly", text))
     return re.sub(r"[^\S\n]+", " ", re.sub(r"\r\n?", "\n", text)).strip()
 
 
 def clause_start(text: str, start: int) -> int:
     """Return where the clause of a phrase begins that starts at `start`."""
-    begin = max(0, start - 300)
-    found = begin
-    for match in _CLAUSE.finditer(text, begin, start):
+    found = begin = max(0, start - 300)
+    for match in _CLAUSE.finditer(text, begin):
+        if match.end() > start:
+            break
         found = match.end()
     return found
 
@@ -217,11 +238,13 @@ def is_hypothetical(text: str, start: int, end: int) -> bool:
     if _HYPOTHETICAL_AFTER.match(text, end):
         return True
     first, last = sentence_span(text, start)
-    if "?" in text[max(first, last - 2) : last] or "？" in text[max(first, last - 1) : last]:
+    if "?" in text[max(first, last - 2) : last]:
         return True
-    begin = max(first, clause_start(text, start))
-    comma = text.rfind(",", begin, start)
-    return _CONDITIONS.search(text, max(begin, comma + 1), start) is not None
+    before = _CONSEQUENCE.split(text[first:start])[-1]
+    if _CONDITIONS.search(before) or _OTHERS_SAY.search(text[clause_start(text, start) : start]):
+        return True
+    after = _REASON.split(text[end:last])[0]
+    return _CONDITIONS.search(after) is not None
 
 
 def is_refusal(text: str) -> bool:

@@ -46,7 +46,7 @@ _FILLER = re.compile(
 _CONNECT = (
     r"because|since|as|for|due|and|or|nor|but|is|was|are|were|would|could|can|should|will|must|seems?|"
     r"looks?|appears?|fits?|matches|shows?|has|have|does|doesn't|isn't|rather|over|than|then|not|which|"
-    r"based|given|here|instead|more|most|best|correct|right|wrong|incorrect|therefore|in|y|et|und|oder|"
+    r"based|given|here|instead|more|most|best|correct|right|wrong|incorrect|therefore|in|it is|y|et|und|oder|"
     r"e|ou|porque|parce|weil|denn|perché|ist|es|est|è|é|sein|입니다|이다|です|だ|でしょう"
 )
 # What may follow a letter that stands for an option, unlike "B cell" or "A CT scan".
@@ -77,7 +77,7 @@ _LABEL = re.compile(
     re.I,
 )
 _BARE = re.compile(
-    r"[\s\"'(\[{<.:]*(?:(?:option|choice|letter)\s*[:.]?\s*[(\[\"']*)?([A-Za-z])[\s\"')\]}>.:,;!?。]*",
+    r"[\s\"'(\[{<.:\-•]*(?:(?:option|choice|letter)\s*[:.]?\s*[(\[\"']*)?([A-Za-z])[\s\"')\]}>.:,;!?。]*",
     re.I,
 )
 _WORD = re.compile(r"\d+(?:[.,]\d+)?|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\d_]+")
@@ -255,7 +255,7 @@ def _letter_patterns(letters: str) -> tuple[re.Pattern, re.Pattern]:
         r"(?i:\b(?:is|was|be|it's|that's|am|say|guess|think|believe|probably|likely|definitely|maybe|"
         r"perhaps|certainly|surely|clearly|obviously|only|not|but|and|or|nor|neither|either|both|than|"
         r"over|exclude|excludes|reject|eliminate|choose|select|pick|with|favou?rs?|thus|so|hence|"
-        r"therefore|versus|vs|except|es|est|ist|è|é|oder|und|ni|weder|noch)\b|[:,;=]|->|=>|→|\s[-–—]|"
+        r"therefore|versus|vs|except|like|towards?|sondern|sino|mais|mas|es|est|ist|è|é|oder|und|ni|weder|noch)\b|[:,;=]|->|=>|→|\s[-–—]|"
         r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af])"
     )
     certain = re.compile(

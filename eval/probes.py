@@ -24,7 +24,7 @@ from typing import Any
 import PIL.Image
 
 from eval import score_text, scoring, stats, strict
-from eval.evidence import NONE, SEEN, Evidence, Record
+from eval.evidence import NONE, SEEN, Evidence, Record, answer_text
 from eval.tasks import FAMILIES, Item, TaskError
 
 NAMES = ("blank", "shuffled", "swapped", "rotated")
@@ -229,8 +229,8 @@ def said(record: Record) -> str:
         found = strict.read(family, text, record["prompt"])
         return score_text.options(record["prompt"]).get(found or "", found or "")
     if family == "vqa_closed":
-        return strict.read(family, text, "") or ""
-    return " ".join(score_text.tokens(text))
+        return strict.read(family, text, record["prompt"]) or ""
+    return " ".join(score_text.tokens(answer_text(record)))
 
 
 def _questions(items: Sequence[Item], families: Sequence[str]) -> list[Item]:

@@ -90,9 +90,10 @@ def opened(reply: str) -> Verdict:
     """Of a judge's reply in the release's form: the last "Correctness: 0" or "1", bold or not.
 
     "**Correctness:** 1" is 1, "Correctness: 1 ... Correctness: 0" is 0; "Correctness: 10" and "0.5"
-    are no verdicts. Replies of eval/judge.py have a form of their own.
+    are no verdicts, nor is what a judge considers in its reasoning text. Replies of eval/judge.py
+    have a form of their own.
     """
-    plain = re.sub(r"[*_`\"']", "", reply)
+    plain = re.sub(r"[*_`\"']", "", reasoning.final_answer(reply) or "")
     found = re.findall(r"\bcorrectness\s*:\s*([01])(?![\w.]*\d)\b", plain, re.IGNORECASE)
     return scored(float(found[-1])) if found else unscored(f"{reply[:60]!r} has no verdict")
 
@@ -103,7 +104,8 @@ def pair(reply: str) -> tuple[float, float] | None:
     "8, 7", "8  7", "**8 7**" and "Assistant 1: 8 Assistant 2: 7" too; "8/10 7/10" has four numbers
     and is none: what stands there is not guessed.
     """
-    line = next((line for line in reply.splitlines() if line.strip()), "")
+    final = reasoning.final_answer(reply) or ""
+    line = next((line for line in final.splitlines() if line.strip()), "")
     text = re.sub(r"\bassistant [12]\b", " ", line, flags=re.IGNORECASE)
     found = re.findall(r"(?<![\w.-])\d+(?:\.\d+)?(?![\w])", text, re.ASCII)
     scores = [float(number) for number in found]

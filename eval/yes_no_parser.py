@@ -26,12 +26,13 @@ _FOREIGN = {
 }
 _VALUE = {word: value for value, words in _FOREIGN.items() for word in words.split("|")}
 _WORDS = "|".join(sorted(_VALUE, key=len, reverse=True))
-_STOP = r"(?=\s*(?:$|[.,;:!)\]}\"\n\u0002\u0003。、！]|[-–—](?!\w)|\s[-–—]|'(?!\w)))"
+_STOP = r"(?!\.\s*\d)(?=\s*(?:$|[.,;:!)\]}\"\n\u0002\u0003。、！]|[-–—](?!\w)|\s[-–—]|'(?!\w)))"
 _GO_ON = r"(?=\s+(?:because|since|as|it|it's|there|this|that|the|these|they|he|she|i|we|in)\b)"
-_LEAD = re.compile(
-    rf"[\s\"'(\[{{:>*•\-–—]*(?P<word>{_WORDS})(?![\w-])(?:{_STOP}|{_GO_ON})", re.IGNORECASE
+_FIRST = r"(?:[\s\"'(\[{:>*•\-–—]|\b(?:wait|actually|hmm|well|sorry|correction)\b[,.:]?)*"
+_LEAD = re.compile(rf"{_FIRST}(?P<word>{_WORDS})(?![\w-]){_STOP}", re.IGNORECASE)
+_FIRST_LEAD = re.compile(
+    rf"{_FIRST}(?P<word>{_WORDS})(?![\w-])(?:{_STOP}|{_GO_ON})", re.IGNORECASE
 )
-_FOREIGN_LEAD = re.compile(rf"[\s\"'(]*(?P<word>{_WORDS})(?![\w-]){_STOP}", re.IGNORECASE)
 _HEAD = re.compile(
     rf"[\s\"'(\[{{:]*(?:(?:a|an|indeed|clearly|probably|likely|most likely|definitely|therefore|thus|still|"
     rf"simply|certainly|also)\s+)*[\"'(]*(?P<word>{_WORDS})(?![\w-])",
@@ -42,7 +43,7 @@ _HENCE = re.compile(
     re.IGNORECASE,
 )
 _BOTH = re.compile(
-    r"\b(?:yes|no)\s*(?:/|\\|,?\s*\b(?:or|nor)\b)\s*(?:a\s+)?(?:yes|no)\b(?!\s+\w)|\bneither yes nor no\b"
+    r"\b(?:yes|no)\s*(?:/|\\|,?\s*\b(?:or|nor|and)\b)\s*(?:a\s+)?(?:yes|no)\b(?!\s+\w)|\bneither yes nor no\b"
     r"|\bno (?:yes|no)\b",
     re.IGNORECASE,
 )
@@ -51,6 +52,7 @@ _ALONE = re.compile(
     r"(?<=yes)(?=\s))",
     re.IGNORECASE,
 )
+_COMMA = re.compile(r"\s*[,;:]?\s*(?:(?:or|and|but)\s)?")
 _BEFORE_FINDING = re.compile(r"(?<![\w\-'])no\s+(?=[^\W\d_])", re.IGNORECASE)
 _WHICH = (
     r"(?:(?:clear|definite|definitive|reliable|specific|actual|further|additional|visible|attached|enough|"
@@ -89,7 +91,7 @@ _ABSENCE = re.compile(  # questions that a finding's absence answers with yes
 _COMMON = frozenset(
     "is are was were be there the a an of any in on at this that these it and or with to for from "
     "evidence sign signs seen see visible image picture present presence show shows shown does do "
-    "did have has can you patient appear appears noted identified acute any which what by".split()
+    "did have has can you patient appear appears ct mri xray scan radiograph ultrasound noted identified acute any which what by".split()
 )
 
 
@@ -109,7 +111,7 @@ def parse_yes_no(answer: str, question: str = "") -> str | None:
 def _yes_no(text: str, question: str) -> str | None:
     """ "yes", "no", AMBIGUOUS or None of a normalized text."""
     whole = _VALUE.get(
-        text.replace(ANSWER, "").replace(END_ANSWER, "").strip(" \n\"'().,:;!。").lower()
+        text.replace(ANSWER, "").replace(END_ANSWER, "").strip(" \n\"'().,:;!?。").lower()
     )
     if whole:
         return whole
@@ -156,24 +158,17 @@ def _states(text: str, head: re.Match, value: str, question: str) -> bool:
 
 def _leads(text: str) -> str | None:
     """What the sentences begin with that begin with yes or no."""
-    found = []
-    start = 0
+    found, start = set(), 0
     while start < len(text):
         end = context.sentence_span(text, start)[1]
-        pattern = _LEAD if start == 0 else _FOREIGN_LEAD
-        match = pattern.match(text, start, end) if start == 0 else pattern.match(text, start)
-        asked = "?" in text[start:end][-2:] or "？" in text[start:end][-2:]
+        match = (_LEAD if start else _FIRST_LEAD).match(text, start)
+        asked = "?" in text[max(start, end - 2) : end]
         if match and not asked and not _NOT_ANSWERING.match(text, match.end()):
-            found.append(_VALUE[match["word"].lower()])
-            rest = text[match.end() : end]
-            other = NO if found[-1] == YES else YES
-            if re.match(
-                rf"\s*[,;:]?\s*(?:wait|sorry|or|and|but)?[\s,]*{other}\b{_STOP}", rest, re.I
-            ):
-                return AMBIGUOUS
+            found.add(_VALUE[match["word"].lower()])
+            if again := _LEAD.match(text, _COMMA.match(text, match.end()).end()):
+                found.add(_VALUE[again["word"].lower()])  # "No, yes"
         start = max(end, start + 1)
-    values = set(found)
-    return None if not values else values.pop() if len(values) == 1 else AMBIGUOUS
+    return (found.pop() if len(found) == 1 else AMBIGUOUS) if found else None
 
 
 def _alone(text: str) -> str | None:
