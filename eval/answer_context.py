@@ -1,7 +1,7 @@
 """Prepares an answer for parsing, and finds what denies or hedges a phrase of it.
 
-`normalize` removes markup, so that "**B**", "`B`", "$\\\\text{B}$" and "Ｂ" are all "B", and turns the
-forms that mark a final answer into one: <answer>B</answer>, \\\\boxed{B}, [[B]].
+`normalize` removes markup, so that "**B**", "`B`", "$\\text{B}$" and a full-width B are all "B",
+and turns the forms that mark a final answer into one: <answer>B</answer>, \\boxed{B}, [[B]].
 
 A phrase is denied where its clause negates it, before ("neither A nor B", "rather than A") or after
 ("A is incorrect", "A: no"). It is hypothetical in a question, after "if", and before "would show".
@@ -31,15 +31,18 @@ ANSWER, END_ANSWER = "\u0002", "\u0003"  # around a marked final answer in a nor
 
 # Words after which a clause begins, so that a negation before them does not reach what follows.
 _STARTERS = (
-    r"but|it|it's|its|this|that|that's|these|so|rather|instead|however|though|although|therefore|"
+    r"but|it|it's|es|c'est|its|this|that|that's|these|so|rather|instead|however|though|although|"
+    r"therefore|"
     r"thus|hence|then|because|since|i|i'd|i'll|i'm|we|my|the|there|which|while|whereas|making|only|"
-    r"just|must|should|more|most|sondern|sino|mais|mas|ma|maar|а|но|但|而是|而|应|應|因此|所以|故|选|選|答|应该|正|\w+\s+(?:is|was)"
+    r"just|must|should|more|most|sondern|sino|mais|mas|ma|maar|а|но|但|而是|而|应|應|因此|所以|故|选|選|答|应该|正|"
+    r"\w+\s+(?:is|was)"
 )
 _CLAUSE = re.compile(
     r"[.!?](?=[\s\"')\]\u0003]|$)|[;\n。！？；\u0002\u0003]"
     rf"|(?:,|\band\b|\by\b|\bet\b|\bund\b|、)(?=\s*(?:{_STARTERS})(?![\w']))"
     r"|,(?=\s*(?:但|而是|应|因此|所以|故|选|答案))"
-    r"|\b(?:but|however|though|although|instead(?! of)|because|since|so|therefore|thus|hence|whereas|"
+    r"|\b(?:but|however|though|although|instead(?! of)|because|since|so|therefore|thus|hence|"
+    r"whereas|"
     r"sondern|sino|mais|mas|porque|weil|parce)\b|但|而是|因此|所以",
     re.IGNORECASE,
 )
@@ -50,7 +53,8 @@ NEGATORS = re.compile(
     r"eliminat\w*|reject\w*|dismiss\w*|discard\w*|except|excepting|instead of|rather than|than|"
     r"unlike|as opposed to|opposed to|compared (?:to|with)|unlikely|unable|"
     r"r/o|(?:incorrect|wrong|false|worst)(?=\s*(?:options?|answers?|choices?|one|is|[:\-]))|least|"
-    r"lacks?|lacking|absence of|absent(?=\s+(?:\w+\s+)?$)|(?:at least|at most|up to)(?=\s*$)|free of|negative for|den(?:y|ies|ied)|"
+    r"lacks?|lacking|absence of|absent(?=\s+(?:\w+\s+)?$)|(?:at least|at most|up to)(?=\s*$)|"
+    r"free of|negative for|den(?:y|ies|ied)|"
     r"(?:different|differentiated?|distinguish\w*|distinct) from|other than|apart from|aside from|"
     r"opposite of|mistaken for|confused with|doubt\w*|hardly|fails?|failed|improbable|impossible|"
     r"nicht|keine?[nrsm]?|weder|noch|ohne|pas|ni|sans|sin|não|nao|nem|sem|non(?!-)|né|senza|niet|"
@@ -59,20 +63,27 @@ NEGATORS = re.compile(
     re.IGNORECASE,
 )
 _CONDITIONS = re.compile(
-    r"\b(?:if(?! (?:i|we|you) (?:had|have|must|were to|was to)\b| (?:forced|pressed|asked|anything))"
-    r"|unless|suppose|supposing|assuming|were (?:it|there|this)|had (?:it|there|this|the)|in case|wenn|ob)\b|\bwhether\b(?!.*,)"
+    r"\b(?:if(?! (?:i|we|you) (?:had|have|must|were to|was to)\b| (?:forced|pressed|asked|"
+    r"anything))"
+    r"|unless|suppose|supposing|assuming|were (?:it|there|this)|had (?:it|there|this|the)|in case|"
+    r"wenn|ob)\b|\bwhether\b(?!.*,)"
     r"|如果|假如|是否|もし",
     re.IGNORECASE,
 )
-_OTHERS_SAY = re.compile(  # "One might think it is A", "Initially I thought that", "Differential: A"
-    r"\b(?:one|some|someone|people|others|they|many|you)\s+(?:\w+\s+){0,2}?(?:think|thinks|say|says|said|"
-    r"argue|argued|believe|assume|guess|suggest|expect|consider|considered|answer|answered|thought)\b"
-    r"|\bi\s+(?:\w+\s+)?(?:thought|assumed|expected|considered)\b|\bdifferentials?\b",
-    re.IGNORECASE,
+_OTHERS_SAY = (
+    re.compile(  # "One might think it is A", "Initially I thought that", "Differential: A"
+        r"\b(?:one|some|someone|people|others|they|many|you)\s+(?:\w+\s+){0,2}?(?:think|thinks|say|"
+        r"says|said|"
+        r"argue|argued|believe|assume|guess|suggest|expect|consider|considered|answer|answered|"
+        r"thought)\b"
+        r"|\bi\s+(?:\w+\s+)?(?:thought|assumed|expected|considered)\b|\bdifferentials?\b",
+        re.IGNORECASE,
+    )
 )
 _REASON = re.compile(r"[,;]|\b(?:because|since|as|but|so|and)\b", re.IGNORECASE)
 _CONSEQUENCE = re.compile(  # after these, an assumption of the same sentence is over
-    r"[;,]?\s*\b(?:so|therefore|thus|hence|but|however|although|though)\b|;|但|因此|所以", re.IGNORECASE
+    r"[;,]?\s*\b(?:so|therefore|thus|hence|but|however|although|though)\b|;|但|因此|所以",
+    re.IGNORECASE,
 )
 _NOT_NEGATIVE = re.compile(
     r"\b(?:no|without(?: a| any)?|beyond(?: a| any)?|not in) doubt(?: that)?\b|\bnot only\b"
@@ -87,11 +98,13 @@ _AFTER = (
     r"(?:\([^()\n]{0,80}\)[^\S\n]*)?"
 )
 _EXCEPT = re.compile(
-    r"\b(everything|anything|everyone|any|all(?: (?:of|the|options|them)){0,3}) but\b", re.IGNORECASE
+    r"\b(everything|anything|everyone|any|all(?: (?:of|the|options|them)){0,3}) but\b",
+    re.IGNORECASE,
 )
 _SPECIAL = re.compile(r"<\|[^|<>\n]{1,40}\|>|</?s>|<(?:eos|pad|end_of_turn|unused\d+)>")
 _BE = (
-    r"(?:is|are|was|were|seems?|looks?|appears?|being|(?:would|can|could|should|may|might|must|will) be"
+    r"(?:is|are|was|were|seems?|looks?|appears?|being|(?:would|can|could|should|may|might|must|"
+    r"will) be"
     r"|(?:has|have) been|gets?|remains?)"
 )
 _BAD = (
@@ -102,7 +115,8 @@ _BAD = (
 )
 _DENIED_AFTER = re.compile(
     rf"{_AFTER}(?:[:=\-–—]\s*|,\s*(?=which\b|{_BE}\b))?(?:which\s+)?(?:"
-    rf"{_BE}\s+(?:(?:the|a|an)\s+)?(?:(?!the\b|most\b|correct\b|right\b|best\b)\w+\s+){{0,2}}?{_BAD}"
+    rf"{_BE}\s+(?:(?:the|a|an)\s+)?(?:(?!the\b|most\b|correct\b|right\b|"
+    rf"best\b)\w+\s+){{0,2}}?{_BAD}"
     r"|(?:is|are|was|were|do|does|did|has|have|had|can|could|would|should|will|must)(?:n't|\s+not|"
     r"\s+never|\s+neither)\b|cannot\b|can't\b|won't\b"
     r"|(?:no|not)(?=\s*(?:$|[.,;:!\n\u0003)]))"
@@ -121,19 +135,29 @@ _GOOD = (
     r"(?:correct|true|accurate|the answer|my answer|right(?=\s*(?:$|[.,;:!)\n\u0003]|answer|option|"
     r"choice|one|because|since|as\b|and\b))|"
     r"(?:best|most (?:likely|probable|appropriate|consistent|suitable|accurate|plausible|fitting))"
-    r"(?=\s*(?:$|[.,;:!)\n\u0003]|answer|option|choice|one|fit|match|diagnosis|explanation|description|"
+    r"(?=\s*(?:$|[.,;:!)\n\u0003]|answer|option|choice|one|fit|match|diagnosis|explanation|"
+    r"description|"
     r"because|since|as\b|and\b|here|given|based|with)))"
 )
 _AFFIRMED_AFTER = re.compile(
     rf"{_AFTER}(?:[,=\-–—]\s*)?(?:"
     r"(?:is|are|was|would be|must be|seems?(?: to be)?|appears?(?: to be)?|should be|will be)\s+"
-    rf"(?:(?:clearly|therefore|thus|indeed|definitely|most likely|likely|probably|obviously|still|the|"
+    rf"(?:(?:clearly|therefore|thus|indeed|definitely|most likely|likely|probably|obviously|still|"
+    rf"the|"
     rf"only|my|single|a|overall)\s+){{0,3}}{_GOOD}"
     r"|fits best\b|(?:[:\-–—]\s*)?(?:correct|true|yes)(?=\s*(?:$|[.,;:!\n\u0003)]))|[✓✔✅☑]"
-    r"|es (?:la )?(?:respuesta )?correct\w*|é a (?:resposta )?corret\w*|est (?:la )?(?:bonne|correcte)"
+    r"|es (?:la )?(?:respuesta )?correct\w*|é a (?:resposta )?corret\w*|est (?:la )?(?:bonne|"
+    r"correcte)"
     r"|ist (?:die )?(?:richtig|korrekt)\w*|è (?:la )?(?:risposta )?corrett\w*|верн|правильн"
-    r"|(?:项|項)?\s*(?:是|为|為)?\s*(?:正确|正確|对的|對的|最佳)|が正解|が正しい|が最も|(?:가|이) (?:정답|맞)"
+    r"|(?:项|項)?\s*(?:是|为|為)?\s*(?:正确|正確|对的|對的|最佳)|が正解|が正しい|が最も"
+    r"|(?:가|이) (?:정답|맞)"
     r")",
+    re.IGNORECASE,
+)
+_POSSIBLE_AFTER = re.compile(
+    rf"{_AFTER}(?:is|are|could be|may be|might be|remains?)\s+(?:also\b|too\b|(?:a |another |"
+    rf"equally )*"
+    r"(?:possible|possibilit|plausible|alternative|likely too))",
     re.IGNORECASE,
 )
 _HYPOTHETICAL_AFTER = re.compile(
@@ -144,12 +168,16 @@ _HYPOTHETICAL_AFTER = re.compile(
 
 # What introduces a final answer.
 CUE = re.compile(
-    r"(?<!\w)(?:answers?|ans|choice|option|selection|response|verdict|prediction|diagnosis|conclusion|"
-    r"respuesta|resposta|réponse|reponse|antwort|lösung|risposta|antwoord|odpowiedź|svar|ответ|cevap|"
+    r"(?<!\w)(?:answers?|ans|choice|option|selection|response|verdict|prediction|diagnosis|"
+    r"conclusion|"
+    r"respuesta|resposta|réponse|reponse|antwort|lösung|risposta|antwoord|odpowiedź|svar|ответ|"
+    r"cevap|"
     r"yanıt|đáp án|jawaban|الإجابة|الجواب|उत्तर|opción|opção|alternativa|letra|"
     r"答案|正解|答え|回答|解答|正确选项|正確選項|정답|답)(?!\w*['’]s)"
-    r"(?:\s+(?!not\b|never\b|choices\b|options\b|cannot\b|if\b|isn't|can't|no\b|non\b|não\b|nao\b|nicht\b|ne\b|pas\b|не\b)[^\W\d_]+){0,4}?"
-    r"[\"']*\s*(?:(?:\bis\b|\bwas\b|\bwould be\b|\bshould be\b|\bmust be\b|\bwill be\b|\bes\b|\bé\b|\best\b|"
+    r"(?:\s+(?!not\b|never\b|choices\b|options\b|cannot\b|if\b|isn't|can't|no\b|non\b|não\b|nao\b|"
+    r"nicht\b|ne\b|pas\b|не\b)[^\W\d_]+){0,4}?"
+    r"[\"']*\s*(?:(?:\bis\b|\bwas\b|\bwould be\b|\bshould be\b|\bmust be\b|\bwill be\b|\bes\b|"
+    r"\bé\b|\best\b|"
     r"\bist\b|\blautet\b|\bè\b|\bto\b|\blà\b|\badalah\b|هي|هو|应该是|应为|應為|应是|应选|是|为|為|は|은|는|"
     r"[:=→—–]|->|=>|-(?=\s))\s*){1,3}",
     re.IGNORECASE,
@@ -161,9 +189,11 @@ _DENIED_CUE = re.compile(  # "I don't think the answer is", "I would not choose"
     re.IGNORECASE,
 )
 _REFUSAL = re.compile(
-    r"\b(?:cannot|can't|can not|could not|couldn't|unable to|not able to|(?:not )?(?:im)?possible to|"
+    r"\b(?:cannot|can't|can not|could not|couldn't|unable to|not able to|"
+    r"(?:not )?(?:im)?possible to|"
     r"difficult to|hard to|won't|will not|am not going to)\s+(?:\w+\s+){0,2}?"
-    r"(?:be\s+)?(?:determine|tell|say|said|answer|see(?:n)? (?:the|an|any|your|this|that) (?:image|picture|photo|"
+    r"(?:be\s+)?(?:determine|tell|say|said|answer|see(?:n)? (?:the|an|any|your|this|that) (?:image|"
+    r"picture|photo|"
     r"scan|x-?ray|attachment|file)|view|access|open|display|analy[sz]e|interpret|process|provide|"
     r"assist|help|confirm|conclude|comment|diagnose|give|know|assess|evaluate|decide|choose|select|"
     r"pick|drawn|made|judge|read|review|examine|offer|identify (?:the|which|what))"
@@ -172,7 +202,8 @@ _REFUSAL = re.compile(
     r"|\binsufficient\b|\bplease (?:provide|upload|share|attach|consult|send|re-?upload)"
     r"|\bi(?:'m| am) (?:very |so )?sorry\b|\bi apologi[sz]e\b|\bas an ai\b|^\s*sorry\b|\bunclear\b"
     r"|\bno (?:\w+ ){0,2}?(?:image|images|picture|pictures|photo|attachment|file)s?\b"
-    r"|\b(?:image|picture|scan|photo|x-?ray|attachment|file)s? (?:was|is|were|are|has|have)(?: not|n't)"
+    r"|\b(?:image|picture|scan|photo|x-?ray|attachment|file)s? (?:was|is|were|are|has|have)(?: not|"
+    r"n't)"
     r"|无法|無法|不能确定|不能確定|看不到|没有图|沒有圖|分かりません|わかりません|判断できません",
     re.IGNORECASE,
 )
@@ -233,6 +264,11 @@ def is_affirmed_after(text: str, end: int) -> bool:
     return _AFFIRMED_AFTER.match(text, end) is not None
 
 
+def is_possible_after(text: str, end: int) -> bool:
+    """Return whether a phrase is only called possible: "B is also possible"."""
+    return _POSSIBLE_AFTER.match(text, end) is not None
+
+
 def is_hypothetical(text: str, start: int, end: int) -> bool:
     """Return whether a phrase is in a question, in a condition, or subject of "would"."""
     if _HYPOTHETICAL_AFTER.match(text, end):
@@ -253,7 +289,7 @@ def is_refusal(text: str) -> bool:
 
 
 def is_statement(text: str, start: int) -> bool:
-    """Return whether a cue at `start` states an answer: no question, condition or negation of it."""
+    """Return whether a cue at `start` states an answer, not a question, condition or denial."""
     if is_hypothetical(text, start, start):
         return False
     return not _DENIED_CUE.search(text[clause_start(text, start) : start])

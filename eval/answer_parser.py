@@ -33,35 +33,48 @@ _CHOOSE = re.compile(
     re.IGNORECASE,
 )
 _HENCE = re.compile(
-    r"\b(?:therefore|thus|hence|so|in conclusion|in summary|to conclude|overall|finally|ergo|deshalb|"
+    r"\b(?:therefore|thus|hence|so|in conclusion|in summary|to conclude|overall|finally|ergo|"
+    r"deshalb|"
     r"also|por lo tanto|donc|quindi)\b[,:]?\s*(?:(?:it|this)(?:'s| is| must be)\s+)?",
     re.IGNORECASE,
 )
 _FILLER = re.compile(
     r"(?:[\s\"'(\[{<:]|\b(?:option|choice|letter|answer|alternative|alternativa|opción|opção|letra|"
-    r"the|indeed|clearly|probably|likely|most likely|definitely|therefore|thus|still|simply|just|actually|"
+    r"the|indeed|clearly|probably|likely|most likely|definitely|therefore|thus|still|simply|just|"
+    r"actually|"
     r"certainly|obviously|la|die|選択肢|选项|選項)\b(?!-))*",
     re.IGNORECASE,
 )
 _CONNECT = (
-    r"because|since|as|for|due|and|or|nor|but|is|was|are|were|would|could|can|should|will|must|seems?|"
-    r"looks?|appears?|fits?|matches|shows?|has|have|does|doesn't|isn't|rather|over|than|then|not|which|"
-    r"based|given|here|instead|more|most|best|correct|right|wrong|incorrect|therefore|in|it is|y|et|und|oder|"
+    r"because|since|as|for|due|and|or|nor|but|is|was|are|were|would|could|can|should|will|must|"
+    r"seems?|"
+    r"looks?|appears?|fits?|matches|shows?|has|have|does|doesn't|isn't|rather|over|than|then|not|"
+    r"which|"
+    r"based|given|here|instead|more|most|best|correct|right|wrong|incorrect|therefore|in|it is|y|"
+    r"et|und|oder|"
     r"e|ou|porque|parce|weil|denn|perché|ist|es|est|è|é|sein|입니다|이다|です|だ|でしょう"
 )
 # What may follow a letter that stands for an option, unlike "B cell" or "A CT scan".
 _BOUND = (
-    r"(?=\s*(?:$|[.,;:!?)\]}\"\n\u0002\u0003。、！？]|'(?!\w)|[=→&/|]|[^\W\d_a-zA-ZÀ-ɏ]))"
+    r"(?=\s*(?:$|[.,;:!?()\]}\"\n\u0002\u0003。、！？]|'(?!\w)|[=→&/|]|[是为為正对對项項不错錯非だでがはをと입이가은는]))"
     rf"|(?=\s+[-–—])|(?=[-–—](?!\w))|(?=\s+(?:{_CONNECT})(?![\w-]))"
 )
 _HARD = r"(?=\s*(?:$|[.:;!?)\]}\"\n\u0002\u0003]))"  # after the letter I, which is mostly a pronoun
-_JOIN = r"\s*[)\]\"']*\s*(?:,|/|&|\+|\band/or\b|\band\b|\bor\b|\bnor\b|\by\b|\bet\b|\bund\b|\boder\b|\bou\b|和|与|或|、)+\s*"
+_ALONE_WITH_TEXT = re.compile(  # "A (CT)" and not "A (large) mass"
+    r"\s*\([^()\n]*\)\s*(?:$|[.,;:!?\n\u0003]|(?:is|was|would|because|since|and|or|but)\b)"
+)
+_JOIN = (
+    r"\s*[)\]\"']*\s*(?:,|/|&|\+|\band/or\b|\band\b|\bor\b|\bnor\b|\by\b|\bet\b|\bund\b|\boder\b"
+    r"|\bou\b|和|与|或|、)+\s*"
+)
 _JOINED = re.compile(
     rf"{_JOIN}(?:(?:the|a|an|option|choice|also|maybe|both)\s+)*[(\[\"']*$", re.IGNORECASE
 )
 _NAME_BEFORE = re.compile(  # names that end in a letter: "vitamin D", "Stanford type B", "panel A"
-    r"\b(?:vitamins?|hepatitis|types?|groups?|class|grades?|stages?|panels?|fig(?:ure|s)?\.?|images?|"
-    r"arrows?|labels?|labell?ed|structures?|regions?|zones?|lines?|points?|segments?|factors?|parts?|"
+    r"\b(?:vitamins?|hepatitis|types?|groups?|class|grades?|stages?|panels?|fig(?:ure|s)?\.?|"
+    r"images?|"
+    r"arrows?|labels?|labell?ed|structures?|regions?|zones?|lines?|points?|segments?|factors?|"
+    r"parts?|"
     r"plan|leads?|levels?|areas?|lobes?|stanford|kerley|protein|influenza|strain|serotype|subtype|"
     r"phase|variant|views?|series|cases?|patients?|position|row|column|slides?|box|marker|marked|"
     r"sites?|section|category|score|pattern|child|pugh|dukes|borrmann|weber|complex|antigen|nerve|"
@@ -69,15 +82,18 @@ _NAME_BEFORE = re.compile(  # names that end in a letter: "vitamin D", "Stanford
     re.IGNORECASE,
 )
 _NAME_AFTER = re.compile(
-    r"\s+(?:cells?|lines?|mode|waves?|lymphocytes?|symptoms?|arm|section|dimers?|virus|scan|fibers?)\b"
+    r"\s+(?:cells?|lines?|mode|waves?|lymphocytes?|symptoms?|arm|section|dimers?|virus|scan|"
+    r"fibers?)\b"
     r"|\.\s?[a-z]{3,}|\.[A-Z]\b",
 )
 _LABEL = re.compile(
-    r"\s*(?:[-*•]\s+)?[(\[\"']*(?:(?:option|choice)\s+)?([A-Za-z])[\"']*\s*(?:[)\]]\s*[:.\-–—,]?|[:.;,]|[-–—](?=\s))\s*",
+    r"\s*(?:[-*•]\s+)?[(\[\"']*(?:(?:option|choice)\s+)?([A-Za-z])[\"']*\s*(?:[)\]]\s*[:.\-–—,]?|"
+    r"[:.;,]|[-–—](?=\s))\s*",
     re.I,
 )
 _BARE = re.compile(
-    r"[\s\"'(\[{<.:\-•]*(?:(?:option|choice|letter)\s*[:.]?\s*[(\[\"']*)?([A-Za-z])[\s\"')\]}>.:,;!?。]*",
+    r"[\s\"'(\[{<.:\-•]*(?:\b(?:option|choice|"
+    r"letter)\b\s*[:.]?\s*[(\[\"']*)?([A-Za-z])[\s\"')\]}>.:,;!?。]*",
     re.I,
 )
 _WORD = re.compile(r"\d+(?:[.,]\d+)?|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\d_]+")
@@ -140,6 +156,9 @@ def _choice(text: str, question: _Question) -> str | None:
 
 def _whole(text: str, question: _Question) -> str | None:
     """The complete answer is a letter, an option's text, or both."""
+    letters = set(re.sub(r"[\s.,;:!?()\[\]{}\"'✓✔✅☑→=>-]", "", text))
+    if len(letters) == 1 and letters <= set(question.letters) and not re.search(r"\w\w", text):
+        return letters.pop()  # "B", "(B)", and "B B B" of a model that repeats itself
     bare = _BARE.fullmatch(text)
     if bare and bare[1].upper() in question.letters:
         return bare[1].upper()
@@ -231,15 +250,23 @@ def _named(text: str, question: _Question) -> list[_Mention]:
                 continue
             if not re.search(r"[;!?\n]", text[some[0][1] : some[-1][2]]):
                 found.append(_Mention(letter, some[0][1], some[-1][2], False))
-    return [
-        one
-        for one in found
-        if not any(
-            (other.start <= one.start and one.end <= other.end)
-            and (other.end - other.start > one.end - one.start)
-            for other in found
-        )
-    ]
+    return [one for one in found if not _is_part(text, one, found)]
+
+
+def _is_part(text: str, one: _Mention, found: list[_Mention]) -> bool:
+    """Whether an option's text is only a part of a longer name: "PET-CT", "left lung base"."""
+    size = one.end - one.start
+    if any(
+        other.start <= one.start and one.end <= other.end and other.end - other.start > size
+        for other in found
+    ):
+        return True
+    before = re.search(r"\w[-/+&]$", text[max(0, one.start - 2) : one.start])
+    after = re.match(r"[/+&]\w|-[A-Z]", text[one.end : one.end + 2])
+    return bool(
+        (before and not any(other.end == one.start - 1 for other in found))
+        or (after and not any(other.start == one.end + 1 for other in found))
+    )
 
 
 # Mentions, and what the text does with them.
@@ -250,13 +277,19 @@ def _letter_patterns(letters: str) -> tuple[re.Pattern, re.Pattern]:
     """(letters that stand for options, any capital of them)."""
     upper = f"[{letters}]"
     both = f"[{letters}{letters.lower()}]"
-    noun = r"(?i:\b(?:option|choice|answer|letter|alternative|alternativa|opción|opção|letra|réponse|antwort)s?|选项|選項|選択肢)"
+    noun = (
+        r"(?i:\b(?:option|choice|answer|letter|alternative|alternativa|opción|opção|letra|réponse|"
+        r"antwort)s?\b|选项|選項|選択肢)"
+    )
     before = (
-        r"(?i:\b(?:is|was|be|it's|that's|am|say|guess|think|believe|probably|likely|definitely|maybe|"
-        r"perhaps|certainly|surely|clearly|obviously|only|not|but|and|or|nor|neither|either|both|than|"
+        r"(?i:\b(?:is|was|be|it's|that's|am|say|guess|think|believe|probably|likely|definitely|"
+        r"maybe|"
+        r"perhaps|certainly|surely|clearly|obviously|only|not|but|and|or|nor|neither|either|both|"
+        r"than|"
         r"over|exclude|excludes|reject|eliminate|choose|select|pick|with|favou?rs?|thus|so|hence|"
-        r"therefore|versus|vs|except|like|towards?|sondern|sino|mais|mas|es|est|ist|è|é|oder|und|ni|weder|noch)\b|[:,;=]|->|=>|→|\s[-–—]|"
-        r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af])"
+        r"therefore|versus|vs|except|like|towards?|sondern|sino|mais|mas|es|est|ist|è|é|oder|und|"
+        r"ni|weder|noch)\b|[:,;=]|->|=>|→|\s[-–—]|"
+        r"[是为為选選项項案择擇即故はが이가은는])"
     )
     certain = re.compile(
         rf"{noun}\s*[\"'(\[]*\s*(?P<a>{both})(?![\w'])(?:{_BOUND})"
@@ -264,7 +297,8 @@ def _letter_patterns(letters: str) -> tuple[re.Pattern, re.Pattern]:
         rf"|{before}\s*[\"'(\[]*(?P<c>{upper})(?![\w'])(?:{_BOUND})"
         rf"|(?:^|[.!?\n\u0002]\s*|\s[-*•]\s+)[\"'(\[]*(?P<d>{upper})(?![\w'])(?:{_BOUND})"
         rf"|(?<![\w'\-])(?P<e>{upper})(?=[)\]])"
-        rf"|(?<![\w'\-/])(?P<f>{upper})(?=\s+(?:is|was|would|seems|looks|appears|because|since|fits|matches|can|cannot|could)\b)",
+        rf"|(?<![\w'\-/])(?P<f>{upper})(?=\s+(?:is|was|would|seems|looks|appears|because|since|"
+        rf"fits|matches|can|cannot|could)\b)",
     )
     return certain, re.compile(rf"(?<![\w'\-])({upper})(?![\w'])(?!-\w)")
 
@@ -293,8 +327,10 @@ def _mentions(text: str, question: _Question) -> list[_Mention]:
 def _is_option_letter(text: str, start: int, end: int, group: str) -> bool:
     if _NAME_BEFORE.search(text, max(0, start - 24), start) or _NAME_AFTER.match(text, end):
         return group in "ab" and not _NAME_AFTER.match(text, end)
+    if text[start] == "A" and group in "cd" and text[end : end + 2].strip()[:1] == "(":
+        return _ALONE_WITH_TEXT.match(text, end) is not None
     if text[start] == "I" and group in "cdf":
-        return group != "f" and re.compile(_HARD).match(text, end) is not None
+        return re.compile(rf"{_HARD}|\s+is\b").match(text, end) is not None  # never a pronoun
     return True
 
 
@@ -303,17 +339,21 @@ def _may_be_letter(text: str, start: int, end: int) -> bool:
         return False
     if text[start] == "I":
         return re.compile(_HARD).match(text, end) is not None
+    if text[start] == "A" and text[end : end + 2].strip()[:1] == "(":
+        return _ALONE_WITH_TEXT.match(text, end) is not None
     return text[start] != "A" or re.compile(_BOUND).match(text, end) is not None
 
 
 def _status(text: str, mentions: list[_Mention]) -> list[str]:
-    """ "denied", "hypothetical" or "stated" of each; "A and B are wrong" denies both."""
+    """ "denied", "hypothetical", "possible" or "stated"; "A and B are wrong" denies both."""
     found = []
     for one in mentions:
         if context.is_denied(text, one.start, one.end):
             found.append("denied")
         elif context.is_hypothetical(text, one.start, one.end):
             found.append("hypothetical")
+        elif context.is_possible_after(text, one.end):
+            found.append("possible")
         else:
             found.append("stated")
     for index in range(len(mentions) - 2, -1, -1):
@@ -409,6 +449,9 @@ def _labelled(
         if not (comma and context.is_hypothetical(text, letters[0].start, letters[0].end)):
             if not context.is_denied(text, letters[0].start, letters[0].end):
                 return AMBIGUOUS
+    if letters and re.fullmatch(r"[\s)\]\"']*[:.]\s*[(\[\"']*", text[end : letters[0].start]):
+        if _status(text, letters[:1]) == ["stated"] and letters[0].letter != letter:
+            return AMBIGUOUS  # "B.C"
     texts = [m for m in after if not m.by_letter]
     if texts and re.fullmatch(
         r"[\s)\]\"']*[:.,(\-–—]?\s*(?:the |a |an )?", text[end : texts[0].start]
@@ -416,6 +459,10 @@ def _labelled(
         same = {m.letter for m in texts if m.start == texts[0].start}
         if letter not in same and not context.is_denied(text, texts[0].start, texts[0].end):
             return AMBIGUOUS
+        further = [m for m in letters if m.start >= texts[0].end]
+        if further and _JOINED.match(text[texts[0].end : further[0].start]):
+            if _status(text, further[:1]) == ["stated"]:
+                return AMBIGUOUS  # "B: MRI, A: CT"
     return letter
 
 
@@ -465,6 +512,8 @@ def _from_lines(text: str, mentions: list[_Mention], question: _Question) -> str
     if kept != {label.letter}:
         return AMBIGUOUS
     inner = _mentions(first, question)
+    if any(m.letter != label.letter and context.is_possible_after(text, m.end) for m in mentions):
+        return AMBIGUOUS  # "A; B is also possible"
     return _labelled(first, label.start, label.start + 1, inner, question) or AMBIGUOUS
 
 
@@ -483,6 +532,8 @@ def _from_mentions(text: str, mentions: list[_Mention], question: _Question) -> 
     by_status: dict[str, set[str]] = {"stated": set(), "denied": set(), "hypothetical": set()}
     loose, words = set(), set()
     for one, status in zip(mentions, _status(text, mentions), strict=True):
+        if status == "possible":
+            return AMBIGUOUS
         if one.by_letter and not one.certain:
             loose |= {one.letter} if status == "stated" else set()
         elif one.by_letter:

@@ -1,12 +1,12 @@
 """Scores of one answer against one reference, and the options that a question lists.
 
-| score    | of            | is                                                                     |
-|----------|---------------|------------------------------------------------------------------------|
-| exact    | open          | 1 if both are the same tokens                                          |
-| token_f1 | open, caption | harmonic mean of the precision and recall of tokens                    |
-| rouge_l  | caption, chat | ROUGE-L of the package rouge-score without stemming: F-measure of the  |
-|          |               | longest common subsequence of [a-z0-9]+, articles included             |
-| recall   | caption       | share of the stated facts all of whose tokens are in the answer        |
+| score    | of            | is                                                                    |
+|----------|---------------|-----------------------------------------------------------------------|
+| exact    | open          | 1 if both are the same tokens                                         |
+| token_f1 | open, caption | harmonic mean of the precision and recall of tokens                   |
+| rouge_l  | caption, chat | ROUGE-L of the package rouge-score without stemming: F-measure of the |
+|          |               | longest common subsequence of [a-z0-9]+, articles included            |
+| recall   | caption       | share of the stated facts all of whose tokens are in the answer       |
 
 `tokens` are of this project (no articles, numbers with decimals, "x-ray" is two), so exact and
 token_f1 are not those of SQuAD's script, which joins "x-ray" to one. Only rouge_l has other tokens.

@@ -1,14 +1,39 @@
 """Which option, and which of yes and no, an answer states: reviewed answers, and properties."""
 
 import itertools
+import json
+from pathlib import Path
 
-import answer_cases
+import eval_setup
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from eval import paper, reading, score_text, strict
+from data import instruct_replies
+from eval import evidence, judge, judging, paper, probes, reading, score_text, strict
 from medmax_jax.io import reasoning
+
+# Answers as models write them, each reviewed by hand: what the parser reads, null for nothing, and
+# in a few rows what the answer states and the parser does not read.
+LINES = (Path(__file__).parent / "answers.jsonl").read_text("utf-8").splitlines()
+ANSWERS = [json.loads(line) for line in LINES]
+QUESTIONS = {
+    "finding": "What is seen?\nA: Pleural effusion\nB: Pneumothorax\nC: Pneumonia\nD: Cardiomegaly",
+    "modality": "Which modality is this?\nA: CT\nB: MRI\nC: X-ray\nD: Ultrasound",
+    "swapped": "Which modality is this?\nA: MRI\nB: CT\nC: X-ray\nD: PET",
+    "mass": "Which is shown?\nA) Glioma\nB) Abscess\nC) Cyst\nD) Infarct",
+    "place": "Where is it?\nA: left lung\nB: left lung base\nC: heart",
+    "negated": "What does it show?\n(A) Fracture\n(B) No fracture\n(C) Dislocation",
+    "none": "Which organism?\nA. E. coli\nB. S. aureus\nC. H. pylori\nD. None of the above",
+    "virus": "Which virus?\nA: Hepatitis A\nB: Hepatitis B\nC: Hepatitis C\nD: HIV",
+    "boolean": "Is the lesion enhancing?\nA: Yes\nB: No",
+    "count": "How many lesions?\nA: 1\nB: 2\nC: 3\nD: 4",
+    "ten": "Which?\n" + "\n".join(f"{c}: finding {n}" for n, c in enumerate("ABCDEFGHIJ")),
+    "inline": "Which organ is this?\nA: Liver B: Brain\nC: Heart D: Lung",
+    "instructed": "Which plane?\nA: Axial\nB: Coronal\nC: Sagittal\nAnswer with the letter.",
+    "chinese": "图中是什么?\nA: 胸腔积液\nB: 气胸\nC: 肺炎\nD: 心脏扩大",
+    "unlisted": "Which one is it?",
+}
 
 NAMES = ["glioma", "lung abscess", "cyst", "infarct", "mitral stenosis"]
 LETTERS = "ABCDE"
@@ -75,10 +100,13 @@ STATEMENTS = ["{x}", "It is {x}.", "The answer is {x}.", "Answer: {x}", "<answer
               "**{x}**", "The correct answer is **{x}**."]  # fmt: skip
 BEFORE = ["", "The image is bright. ", "Let me think.\n", "<think>It is {y}.</think>", "- "]
 AFTER = ["", " The image is bright.", "\n\nThat is all.", " "]
-FRAGMENTS = [*LETTERS, *"abi", *NAMES, "yes", "no", "not", "neither", "nor", "or", "and", "answer", ":",
-             "is", "(", ")", ".", ",", "\n", "**", "\\boxed{", "}", "<answer>", "</answer>", "<think>",
-             "</think>", "wrong", "correct", "if", "?", "A.", "B:", "答案是", "不", "I", "option", "cannot",
-             "image", "would", "be", "but", "\u0002", "\u0003", "[[", "]]", "{", "'", '"', "n't"]  # fmt: skip
+FRAGMENTS = [
+    *LETTERS, *"abi", *NAMES, *"I:().,\n?}{'\"\u0002\u0003", "yes", "no", "not",
+    "neither", "nor",
+    "or", "and", "answer", "is", "**", "\\boxed{", "<answer>", "</answer>", "<think>", "</think>",
+    "wrong", "correct", "if", "A.", "B:", "答案是", "不", "option", "cannot", "image", "would",
+    "be", "but", "[[", "]]", "n't",
+]  # fmt: skip
 
 
 def prompt_of(names):
@@ -90,24 +118,22 @@ def read(text, names=NAMES):
     return strict.read("vqa_mcq", text, prompt_of(names))
 
 
-@pytest.mark.parametrize("question, text, letter", answer_cases.CHOICES)
-def test_choices(question, text, letter):
-    assert strict.read("vqa_mcq", text, answer_cases.QUESTIONS[question]) == letter
-
-
-@pytest.mark.parametrize("question, text, value", answer_cases.YES_NO)
-def test_yes_or_no(question, text, value):
-    assert strict.read("vqa_closed", text, question) == value
+@pytest.mark.parametrize("row", ANSWERS, ids=lambda row: f"{row['family']}-{row['kind']}")
+def test_reviewed_answers(row):
+    question = QUESTIONS[row["question"]] if row["family"] == "vqa_mcq" else row["question"]
+    assert strict.read(row["family"], row["answer"], question) == row["read"], row
 
 
 def test_the_table_is_large_and_has_no_answer_twice():
-    for cases in (answer_cases.CHOICES, answer_cases.YES_NO):
-        keys = [case[:2] for case in cases]
-        assert len(keys) >= 150 and len(set(keys)) == len(keys)
+    keys = [(row["family"], row["question"], row["answer"]) for row in ANSWERS]
+    assert len(keys) >= 800 and len(set(keys)) == len(keys)
+    assert {row["read"] for row in ANSWERS} >= {*"ABCDHIJ", "yes", "no", None}
+    unread = [row for row in ANSWERS if row.get("states")]
+    assert 0 < len(unread) < 25 and all(row["read"] is None for row in unread)
 
 
 def test_every_list_of_options_is_read_but_the_one_that_is_none():
-    for name, prompt in answer_cases.QUESTIONS.items():
+    for name, prompt in QUESTIONS.items():
         assert bool(score_text.options(prompt)) == (name != "unlisted"), name
 
 
@@ -231,7 +257,79 @@ def test_denied_yes_or_no_is_never_read(denial, value):
 # Scorings.
 
 
-@pytest.mark.parametrize("text", ["<think>x</think>B", "B.", "The answer is B", "b", "normal", "no"])
+@pytest.mark.parametrize(
+    "text", ["<think>x</think>B", "B.", "The answer is B", "b", "normal", "no"]
+)
 def test_the_scoring_of_the_release_reads_the_text_as_it_came(text):
     assert reading.read("vqa_mcq", text, "B", prompt_of(NAMES))["paper"] == paper.choice(text, "B")
     assert reading.read("vqa_closed", text, "no", "")["paper"] == paper.closed(text, "no")
+
+
+THOUGHT = "<think>It may be a CT.</think>"
+
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        ("A CT.", "A CT."),
+        (f"{THOUGHT}\n\nAn MRI.", "An MRI."),
+        (f"{THOUGHT}A{THOUGHT}B", "B"),
+        ("A CT, or not?</think>B", "B"),
+        ("<think>A CT", None),
+        (f"{THOUGHT}<think>again", None),
+        (THOUGHT, ""),
+        ("<THINK >a</ThinK>B", "B"),
+        ('<thinking mode="long">a</thinking>B', "B"),
+        ("B <reason>since</reason>", "B"),
+        ("<reason>a</reason>B<reason>since</reason>", "B"),
+        ("<reason>since</reason>", ""),
+        ("<think>a</think>B<|im_end|>", "B"),
+        ("<thinker>a</thinker>", "<thinker>a</thinker>"),
+        ("analysis of the image: a CT", "analysis of the image: a CT"),
+        ("", ""),
+    ],
+)
+def test_reasoning_text_is_no_answer(text, answer):
+    assert reasoning.final_answer(text) == answer
+
+
+def test_all_metrics_of_strict_mode_leave_reasoning_out_and_records_keep_it():
+    item = eval_setup.item("slake_open", "vqa_open", 0, answer="An MRI.")
+    record = eval_setup.record(item, f"{THOUGHT}\nAn MRI.")
+    found = evidence.verdicts(record)
+    assert found["exact"].value == found["token_f1"].value == 1
+    assert judging.case_of(record).answer == "An MRI."
+    assert probes.said(record) == "mri"
+    assert "it may be a ct" in str(judging.paper_messages(record, ""))  # as released
+    chat = eval_setup.item("visual_chat_conversation", "visual_chat", 0, answer="An MRI.")
+    assert evidence.verdicts(eval_setup.record(chat, f"{THOUGHT}An MRI."))["rouge_l"].value == 1
+    assert evidence.verdicts(eval_setup.record(chat, "<think>An MRI."))["rouge_l"].value == 0
+
+
+def test_verdicts_of_a_judge_that_reasons():
+    right, wrong = '{"case": "t", "correct": true}', '{"case": "t", "correct": false}'
+    assert judge.verdict(judge.CORRECT, f"<think>{right}</think>{wrong}", "t") == 0
+    assert judge.verdict(judge.CORRECT, f"<think>Perhaps {right}", "t") is None
+    assert judge.verdict(judge.CORRECT, f"<think>Perhaps {right}</think>", "t") is None
+    assert strict.opened("<think>Correctness: 1?</think>Correctness: 0").value == 0
+    assert strict.opened("<think>Correctness: 1").value is None
+    assert strict.pair("<think>\n9 9\n</think>\n\n8 7\nBoth are good.") == (8, 7)
+    assert strict.pair("<think>8 7") is None
+    assert paper.judged("<think>Correctness: 1</think>") is True  # as released
+
+
+def test_replies_of_a_curator_that_reasons():
+    reply = '{"keep": true, "reason": "names a finding"}'
+    drop = '{"keep": false, "reason": "vague"}'
+    assert instruct_replies.read_verdict(f"<think>{drop}</think>\n{reply}")[0] is True
+    with pytest.raises(instruct_replies.Unparsable, match="ends within its reasoning"):
+        instruct_replies.read_verdict(f"<think>{reply}")
+
+
+def test_rouge_l_is_that_of_the_package():
+    golden = json.loads((Path(__file__).parent / "parity" / "rouge.json").read_text("utf-8"))
+    assert len(golden["pairs"]) > 90
+    for pair in golden["pairs"]:
+        found = score_text.rouge_l(pair["answer"], pair["reference"])
+        assert found == pytest.approx(pair["rouge_l"], abs=1e-12), pair
+    assert score_text.rouge_l("the lung", "the heart") == 0.5
