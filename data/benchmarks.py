@@ -204,8 +204,8 @@ def _path_mmu(folder: pathlib.Path) -> Iterator[Item | Bad]:
 
 def _path_mmu_row(subset: str, place: Place, item: dict[str, Any]) -> Item:
     given = item.get("options")
-    if not isinstance(given, list) or not 2 <= len(given) <= 8:
-        raise RowError("options: not a list of two to eight")
+    if not isinstance(given, list) or not 2 <= len(given) <= 10:
+        raise RowError("options: not a list of two to ten")
     listed = {}
     for letter, option in zip(string.ascii_uppercase, given, strict=False):
         text = text_of({"option": option}, "option")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data.endpoint import Messages
+from medmax_jax.io import reasoning
 from medmax_jax.io.text_files import TextFileError, parse_json, read_text
 
 IMAGE, SEPARATOR = "<image>", "<reserved08706>"
@@ -103,9 +104,12 @@ def read_instruction(text: str) -> tuple[str, str]:
 
 
 def _object(text: str) -> dict[str, Any]:
-    """The one JSON object of a reply, alone or in a Markdown fence."""
+    """The one JSON object of a reply, alone or in a Markdown fence, after any reasoning text."""
     if len(text) > MAX_REPLY_CHARS:
         raise Unparsable(f"longer than {MAX_REPLY_CHARS} characters")
+    text = reasoning.final_answer(text)
+    if text is None:
+        raise Unparsable("ends within its reasoning")
     text = text.strip()
     if fenced := re.fullmatch(r"```(?:json)?\s*\n(.*)\n\s*```", text, re.DOTALL):
         text = fenced[1]

@@ -26,6 +26,7 @@ from typing import Any
 from data import outgoing
 from eval import loop, score_text, stats, strict
 from eval.strict import Verdict
+from medmax_jax.io import reasoning
 
 Record = Mapping[str, Any]
 JUDGED, PICTURES = "judged.jsonl", "pictures.jsonl"
@@ -90,9 +91,17 @@ def looked(path: Path) -> Evidence:
     return Evidence(seen=seen, scorers=scorers)
 
 
+def answer_text(record: Record) -> str:
+    """Return the text of a record that is its answer: "" where the model never left its reasoning.
+
+    The scoring of the release reads the complete text (eval/paper_scores.py).
+    """
+    return reasoning.final_answer(record["text"]) or ""
+
+
 def verdicts(record: Record, known: Evidence = NONE) -> dict[str, Verdict]:
     """Metric -> verdict of one record, the headline first; unscored where the model failed."""
-    family, text, answer = record["family"], record["text"], record["answer"]
+    family, text, answer = record["family"], answer_text(record), record["answer"]
     if family in ("vqa_closed", "vqa_mcq"):
         found = {"accuracy": _matched(record)}
     elif family == "vqa_open":
@@ -129,7 +138,7 @@ def _matched(record: Record) -> Verdict:
     text, answer, prompt = record["text"], record["answer"], record["prompt"]
     try:
         if record["family"] == "vqa_closed":
-            return strict.closed(text, answer)
+            return strict.closed(text, answer, prompt)
         return strict.choice(text, answer, prompt)
     except strict.StrictError as error:  # the row's fault: all that was asked is still told
         return strict.unscored(str(error))
@@ -194,7 +203,7 @@ def _one(line: Mapping, name: str, choose: Callable) -> float | None:
 
 
 def _written(record: Record) -> dict[str, Verdict]:
-    family, text, answer = record["family"], record["text"], record["answer"]
+    family, text, answer = record["family"], answer_text(record), record["answer"]
     found = {}
     if family != "image_generation":
         found["token_f1"] = score_text.token_f1(text, answer)

@@ -18,6 +18,7 @@ from typing import Any
 
 from data import asking, outgoing
 from data.endpoint import Endpoint, Messages, NoReply, Reply, cost
+from medmax_jax.io import reasoning
 
 FOLDER = Path(__file__).parent / "prompts"
 CORRECT, RELATIVE = "judge_correct", "judge_relative"
@@ -143,9 +144,13 @@ def estimate(
 
 
 def verdict(kind: str, text: str, tag: str) -> float | tuple[float, float] | None:
-    """The last verdict of a reply that has the tag: 0 or 1, or (first, second); None without."""
+    """The last verdict of a reply that has the tag: 0 or 1, or (first, second); None without.
+
+    A verdict that a reasoning model considers within its reasoning is none.
+    """
     found = None
-    for one in _objects(text[-READ_CHARS:]):
+    final = reasoning.final_answer(text) or ""
+    for one in _objects(final[-READ_CHARS:]):
         if one.get("case") != tag:
             continue
         if kind == CORRECT and isinstance(one.get("correct"), bool):

@@ -144,7 +144,7 @@ def case_of(record: Record) -> judge.Case:
         question=record["prompt"].replace(PICTURE, "").strip(),
         context=record["context"],
         reference=record["answer"],
-        answer=record["text"],
+        answer=evidence.answer_text(record),
         data_class=record["data_class"],
     )
 

@@ -26,7 +26,7 @@ import PIL.Image
 
 from data import outgoing
 from eval import evidence, score_text, scoring, stats, strict
-from eval.evidence import NONE, SEEN, Evidence, Record
+from eval.evidence import NONE, SEEN, Evidence, Record, answer_text
 from eval.tasks import FAMILIES, Item, TaskError, is_credentialed
 
 NAMES = ("blank", "shuffled", "swapped", "rotated")
@@ -260,8 +260,8 @@ def said(record: Record) -> str:
         found = strict.read(family, text, record["prompt"])
         return score_text.options(record["prompt"]).get(found or "", found or "")
     if family == "vqa_closed":
-        return strict.read(family, text, "") or ""
-    return " ".join(score_text.tokens(text))
+        return strict.read(family, text, record["prompt"]) or ""
+    return " ".join(score_text.tokens(answer_text(record)))
 
 
 def _questions(items: Sequence[Item], families: Sequence[str]) -> list[Item]:

@@ -1,63 +1,34 @@
-"""Scores of one answer against one reference; plain Python, checked on values worked out by hand.
+"""Scores of one answer against one reference, and the options that a question lists.
 
-| score    | of              | is                                                             |
-|----------|-----------------|----------------------------------------------------------------|
-| yes_no   | closed          | the one of yes / no that the answer states; None: unparsed     |
-| letter   | multiple choice | the option letter that the answer states; None: unparsed       |
-| choice   | multiple choice | that letter, or the one option whose text is stated            |
-| exact    | open            | equal after normalising (case, punctuation, articles, spaces)  |
-| token_f1 | open, caption   | harmonic mean of token precision and recall, as in SQuAD       |
-| rouge_l  | caption         | F1 of the longest common subsequence of tokens                 |
-| recall   | caption         | share of the stated facts whose words all appear               |
+| score    | of            | is                                                                    |
+|----------|---------------|-----------------------------------------------------------------------|
+| exact    | open          | 1 if both are the same tokens                                         |
+| token_f1 | open, caption | harmonic mean of the precision and recall of tokens                   |
+| rouge_l  | caption, chat | ROUGE-L of the package rouge-score without stemming: F-measure of the |
+|          |               | longest common subsequence of [a-z0-9]+, articles included            |
+| recall   | caption       | share of the stated facts all of whose tokens are in the answer       |
 
-An unparsed answer is wrong in every headline number, and its rate is reported beside it.
+`tokens` are of this project (no articles, numbers with decimals, "x-ray" is two), so exact and
+token_f1 are not those of SQuAD's script, which joins "x-ray" to one. Only rouge_l has other tokens.
+Which option or which of yes and no an answer states: eval/answer_parser.py, eval/yes_no_parser.py.
 """
 
 import re
+import string
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 ARTICLES = {"a", "an", "the"}
-_STATED = re.compile(r"\b(yes|no)\b(?!-)")
-# All of them but a "no" before a noun.
-_ALONE = re.compile(r"\byes\b(?!-)|\bno\b(?!-)(?=\s*(?:[^\w\s]|$|\n|(?:or|and|nor|but)\b))")
-_NO_ANSWER = re.compile(
-    r"\bno (?:idea|answer|clue|opinion|comment|way (?:to|of))\b|\bneither yes nor no\b"
-    r"|\b(?:cannot|can't|could not|not) (?:\w+ )?(?:yes or no|yes|no)\b(?! )"
+_LINE_MARK = re.compile(
+    r"^[ \t]*(?:[-*•][ \t]+)?[(\[]?\**([A-Za-z])\**[ \t]*([:.)\]：．）、])\**[ \t]*", re.MULTILINE
 )
+_MARK = re.compile(r"(?:^|(?<=[\s(\[]))([A-Z])\s*([:.)\]：．）、])\s*")
 
 
 def tokens(text: str) -> list[str]:
     """Lower-case words and numbers without articles: "The X-ray, 3.5 cm" -> x ray 3.5 cm."""
     found = re.findall(r"\d+(?:\.\d+)?|[^\W\d_]+", text.lower())
     return [word for word in found if word not in ARTICLES]
-
-
-def yes_no(answer: str) -> str | None:
-    """ "yes" or "no" when the answer states exactly one of them as a whole word, else None.
-
-    A "no" before a noun is no statement beside a "yes": "Yes, there is no fracture" is yes. Nor is
-    "no idea", or "cannot say yes". The released rule looks for substrings, so there "normal" and
-    "unknown" count as no; not here.
-    """
-    text = _NO_ANSWER.sub(" ", answer.lower())
-    alone = set(_ALONE.findall(text))
-    found = alone or set(_STATED.findall(text))
-    return found.pop() if len(found) == 1 else None
-
-
-def letter(answer: str, *, options: str) -> str | None:
-    """The option letter if exactly one is stated: "B", "(b)", "B: CT", "it is B"; else None.
-
-    A capital that stands alone always counts; a small one only when it is the whole answer, because
-    "a" is mostly an article. So is a leading "A " before a word: "A lung nodule" names no option.
-    """
-    bare = answer.strip().strip("().:").upper()
-    if len(bare) == 1 and bare in options:
-        return bare
-    text = re.sub(r"\bA(?= (?!or\b|and\b)[a-z])", " ", answer)
-    found = {found for found in re.findall(r"\b([A-Z])\b", text) if found in options}
-    return found.pop() if len(found) == 1 else None
 
 
 def options(prompt: str) -> dict[str, str]:
@@ -69,36 +40,37 @@ def options(prompt: str) -> dict[str, str]:
 
 
 def spans(prompt: str) -> list[tuple[str, int, int]]:
-    """(letter, start, end) of the texts of the options, [] where they cannot be told."""
-    marks = list(re.finditer(r"(?:^|(?<=[\s(]))([A-H])\s*[:.)]\s*", prompt))
-    first = next((n for n, mark in enumerate(marks) if mark[1] == "A"), None)
-    if first is None:
+    """(letter, start, end) of the texts of the options, [] where they cannot be told.
+
+    The options are the last list of the prompt: lines that begin with A, B, C ... in one style
+    ("A:", "B)", "(c)"), else such marks in running text, else marks of several styles. So "type A."
+    in the question is no option, nor is the "E." of the option "E. coli".
+    """
+    lines, inline = list(_LINE_MARK.finditer(prompt)), list(_MARK.finditer(prompt))
+    for marks in (lines, inline):
+        for style in dict.fromkeys(mark[2] for mark in reversed(marks)):
+            same = [mark for mark in marks if mark[2] == style]
+            for first in reversed(range(len(same))):
+                if found := _listed(prompt, same[first:]):
+                    return found
+    starts = [n for n, mark in enumerate(inline) if mark[1] == "A"]
+    return _listed(prompt, inline[starts[0] :]) if starts else []
+
+
+def _listed(prompt: str, marks: Sequence[re.Match]) -> list[tuple[str, int, int]]:
+    """The texts after marks that are A, B, C ... to the end; [] for any other marks."""
+    letters = [mark[1] for mark in marks]
+    alphabets = (string.ascii_uppercase, string.ascii_lowercase)
+    if len(marks) < 2 or not any(letters == list(abc[: len(letters)]) for abc in alphabets):
         return []
-    marks, found = marks[first:], []
+    found = []
     ends = [mark.start() for mark in marks[1:]] + [len(prompt)]
     for mark, end in zip(marks, ends, strict=True):
         text = prompt[mark.end() : end]
-        inner = text.strip(" \n\t,;(")
+        inner = text.strip(" \n\t,;([")
         start = mark.end() + text.find(inner)
-        found.append((mark[1], start, start + len(inner)))
-    gapless = [mark[1] for mark in marks] == list("ABCDEFGH"[: len(marks)])
-    return found if gapless and len(found) > 1 and all(a < b for _, a, b in found) else []
-
-
-def choice(answer: str, known: Mapping[str, str], *, letters: str) -> str | None:
-    """The letter stated, else that of the one option whose whole text the answer has; else None.
-
-    `known`: letter -> text, {} where the question's options cannot be read; then any of `letters`.
-    """
-    stated = letter(answer, options="".join(known) or letters)
-    if stated or not known:
-        return stated
-    said = f" {' '.join(tokens(answer))} "
-    named = {x for x, text in known.items() if f" {' '.join(tokens(text))} " in said}
-    # "left lung" is also in "left lung base": an option inside another named one is not named.
-    texts = {x: f" {' '.join(tokens(known[x]))} " for x in named}
-    named = {x for x in named if not any(texts[x] in t != texts[x] for t in texts.values())}
-    return named.pop() if len(named) == 1 else None
+        found.append((mark[1].upper(), start, start + len(inner)))
+    return found if all(start < end for _, start, end in found) else []
 
 
 def exact(answer: str, reference: str) -> float:
@@ -113,8 +85,14 @@ def token_f1(answer: str, reference: str) -> float:
 
 
 def rouge_l(answer: str, reference: str) -> float:
-    """F1 of the longest common subsequence. "y x" against "x y": LCS 1, so 0.5."""
-    ours, theirs = tokens(answer), tokens(reference)
+    """Return ROUGE-L (F-measure, no stemming) as the PyPI package rouge-score computes it.
+
+    "the lung" against "the heart": the longest common subsequence is 1 of 2 and 2, so 0.5. As
+    there, letters other than a to z separate tokens, and a text without tokens has 0.
+    """
+    ours, theirs = (re.findall(r"[a-z0-9]+", text.lower()) for text in (answer, reference))
+    if not ours or not theirs:
+        return 0.0
     row = [0] * (len(theirs) + 1)
     for word in ours:
         diagonal = 0

@@ -241,7 +241,8 @@ class _View:
         if self.reads:
             for path in self.paths(record):
                 yield _Want(self._key(path, released=True), path, released=True)
-            for words in (record["text"], record["answer"], record["prompt"]):
+            said = evidence.answer_text(record)
+            for words in dict.fromkeys((said, record["text"], record["answer"], record["prompt"])):
                 yield _Want(_text_key(words), words)
         if record["family"] != "captioning":
             yield _Want(BLANK, _blank(self._workdir))
@@ -295,9 +296,9 @@ def _cosines(view: _View, record: Record) -> dict[str, Any]:
     if family == "captioning":
         if not view.reads:
             return {}
-        said, wanted = view.text(record["text"]), view.text(record["answer"])
-        (prepared,) = view.released(record)
-        found = dict(image_text=[_dot(shown, said)], image_text_released=[_dot(prepared, said)])
+        said, wanted = view.text(evidence.answer_text(record)), view.text(record["answer"])
+        (prepared,), released = view.released(record), view.text(record["text"])
+        found = dict(image_text=[_dot(shown, said)], image_text_released=[_dot(prepared, released)])
         found["text_text"] = _dot(said, wanted)
         both = score_picture.combined(shown[None], said[None], [wanted[None]])
         return found | {"combined": float(both[0])}
@@ -320,7 +321,7 @@ def _ranks(view: _View, records: Sequence[Record]) -> dict[str, float]:
         return {}
     family = records[0]["family"]
     if family == "captioning":
-        said = np.stack([view.text(record["text"]) for record in records])
+        said = np.stack([view.text(evidence.answer_text(record)) for record in records])
         places = score_picture.ranks(said, np.stack([view.shown(record) for record in records]))
     elif family == "image_generation":
         drawn = [view.drawn(record) for record in records]

@@ -12,10 +12,10 @@ import dataclasses
 import re
 from collections.abc import Hashable, Sequence
 
-from eval import score_text
+from eval import answer_parser, score_text, yes_no_parser
+from medmax_jax.io import reasoning
 
 SCORED, UNPARSED, UNSCORED = "scored", "unparsed", "unscored"
-LETTERS = "ABCDEFGH"
 LEAST, MOST = 1.0, 10.0  # what a judge may give in a comparison
 
 
@@ -72,13 +72,13 @@ def unscored(why: str, *, low: float = 0.0, high: float = 1.0) -> Verdict:
 def read(task: str, text: str, prompt: str) -> str | None:
     """What an answer to a closed or multiple choice question says; None: unparsed."""
     if task == "vqa_closed":
-        return score_text.yes_no(text)
-    return score_text.choice(text, score_text.options(prompt), letters=LETTERS)
+        return yes_no_parser.parse_yes_no(text, prompt)
+    return answer_parser.parse_choice(text, score_text.options(prompt))
 
 
-def closed(raw: str, answer: str) -> Verdict:
+def closed(raw: str, answer: str, prompt: str = "") -> Verdict:
     """closed("Normal", "no") is unparsed; closed("No.", "no") is 1."""
-    return _matched("vqa_closed", raw, answer, "")
+    return _matched("vqa_closed", raw, answer, prompt)
 
 
 def choice(raw: str, answer: str, prompt: str) -> Verdict:
@@ -90,9 +90,10 @@ def opened(reply: str) -> Verdict:
     """Of a judge's reply in the release's form: the last "Correctness: 0" or "1", bold or not.
 
     "**Correctness:** 1" is 1, "Correctness: 1 ... Correctness: 0" is 0; "Correctness: 10" and "0.5"
-    are no verdicts. Replies of eval/judge.py have a form of their own.
+    are no verdicts, nor is what a judge considers in its reasoning text. Replies of eval/judge.py
+    have a form of their own.
     """
-    plain = re.sub(r"[*_`\"']", "", reply)
+    plain = re.sub(r"[*_`\"']", "", reasoning.final_answer(reply) or "")
     found = re.findall(r"\bcorrectness\s*:\s*([01])(?![\w.]*\d)\b", plain, re.IGNORECASE)
     return scored(float(found[-1])) if found else unscored(f"{reply[:60]!r} has no verdict")
 
@@ -103,7 +104,8 @@ def pair(reply: str) -> tuple[float, float] | None:
     "8, 7", "8  7", "**8 7**" and "Assistant 1: 8 Assistant 2: 7" too; "8/10 7/10" has four numbers
     and is none: what stands there is not guessed.
     """
-    line = next((line for line in reply.splitlines() if line.strip()), "")
+    final = reasoning.final_answer(reply) or ""
+    line = next((line for line in final.splitlines() if line.strip()), "")
     text = re.sub(r"\bassistant [12]\b", " ", line, flags=re.IGNORECASE)
     found = re.findall(r"(?<![\w.-])\d+(?:\.\d+)?(?![\w])", text, re.ASCII)
     scores = [float(number) for number in found]

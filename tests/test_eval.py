@@ -14,6 +14,7 @@ from configs import eval_tiny
 from data.sample.documents import eval_items
 from data.sample.manifest import read_manifest
 from eval import (
+    answer_parser,
     baselines,
     evidence,
     loop,
@@ -26,6 +27,7 @@ from eval import (
     stages,
     suites,
     tasks,
+    yes_no_parser,
 )
 from eval.settings import Settings
 from medmax_jax import generate
@@ -61,7 +63,7 @@ ROWS = [
     ],
 )
 def test_yes_no(text, read):
-    assert score_text.yes_no(text) == read
+    assert yes_no_parser.parse_yes_no(text) == read
 
 
 @pytest.mark.parametrize(
@@ -81,7 +83,7 @@ def test_yes_no(text, read):
     ],
 )
 def test_letter(text, read):
-    assert score_text.letter(text, options="ABCD") == read
+    assert answer_parser.parse_choice(text, {}, letters="ABCD") == read
 
 
 def test_overlap_scores():

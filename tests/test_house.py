@@ -39,11 +39,13 @@ facts       medmax_jax medmax_jax.io medmax_jax.io.text_files medmax_jax.io.imag
             data.records data.mixing
             data.plan_file data.plan_report data.synthetic data.overlap data.journal
             data.chat_answers eval.cards
-            data.endpoint data.asking data.captions data.instruct_replies data.sample
+            data.endpoint data.asking medmax_jax.io.reasoning data.captions
+            data.instruct_replies data.sample
             data.sample.manifest data.sample.phrases data.sample.questions data.sample.documents
             data.sample.sources data.sample.decode data.sample.dicoms data.sample.pictures
             data.sample.splits eval.stats eval.score_text medmax_jax.flops data.objective
-            eval.paired eval.calibration eval.paper eval.strict eval.judge eval.score_picture
+            eval.paired eval.calibration eval.paper eval.answer_context eval.yes_no_parser
+            eval.answer_parser eval.strict eval.judge eval.score_picture
             eval.picture_sets
             eval.settings eval.reading eval.history
 

@@ -112,6 +112,18 @@ def test_captions_of_probes_are_compared_with_the_true_picture(clip, tmp_path):
     assert row["before"] == pytest.approx(scored) and row["flips"] == 1
 
 
+def test_reasoning_text_is_in_the_released_cosine_only(clip, tmp_path):
+    records = [r for r in eval_setup.records(tmp_path) if r["family"] == "captioning"][:2]
+    thought = [r | {"text": f"<think>An MRI.</think>{r['text']}"} for r in records]
+    see([clip], records, tmp_path)
+    plain = evidence.read(tmp_path).seen["biomedclip"]
+    see([clip], thought, tmp_path)
+    for name, line in evidence.read(tmp_path).seen["biomedclip"].items():
+        for key in ("image_text", "text_text", "combined", "rank"):
+            assert line[key] == pytest.approx(plain[name][key]), key
+        assert line["image_text_released"] != plain[name]["image_text_released"]
+
+
 def test_whole_sets_have_intervals_over_groups(clip, tmp_path):
     eval_setup.pictures(tmp_path)
     items = [
