@@ -227,9 +227,9 @@ MAX_LIST = 8  # entries of a list of numbers; the levels of a VQGAN
 
 
 def build(cls: type, config: Any) -> Any:
-    """Return the settings of a ConfigDict or dict; raise ConfigError on a field that is not right.
+    """Return the settings of a ConfigDict or dict.
 
-    Unknown, missing and mistyped fields are refused, and numbers outside BOUNDS.
+    Raises ConfigError on unknown, missing and mistyped fields, and on numbers outside BOUNDS.
     """
     return _build(cls, config.to_dict() if isinstance(config, ConfigDict) else config, "config")
 

@@ -20,6 +20,9 @@ from safetensors.numpy import save_file
 
 from medmax_jax.io.errors import FileError
 
+_FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names; a cast of these is a rounding
+_INTEGERS = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
+
 
 class WeightsError(FileError):
     """A weight file that does not fit; the message names the file, the key and the mend."""
@@ -127,6 +130,13 @@ def _placed(path_file: str | os.PathLike, file: Any, name: str, leaf: Any) -> ja
     shape = tuple(rows.get_shape())
     if shape != tuple(leaf.shape):
         raise misfit(path_file, name, shape, leaf)
+    dtype, floats = rows.get_dtype(), np.issubdtype(_numpy_dtype(leaf.dtype), np.floating)
+    floats = floats or str(leaf.dtype) == "bfloat16"
+    if dtype not in (_FLOATS if floats else _INTEGERS):
+        raise WeightsError(
+            f"{path_file}: {name} has dtype {dtype}, the model has {leaf.dtype}; convert the file "
+            "that it was made from again"
+        )
     sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(
         jax.local_devices()[0]
     )

@@ -21,7 +21,7 @@ from test_convert import convert
 
 from medmax_jax import tokenizer, vqgan, weights
 from medmax_jax.config import Vocab
-from medmax_jax.convert import meta, meta_vqgan, native, sources, tensor_files
+from medmax_jax.convert import meta_vqgan, native, sources, tensor_files
 from medmax_jax.io.errors import MAX_CHARS
 from medmax_jax.storage import Folder
 
@@ -31,6 +31,7 @@ HOSTILE = (
     None, True, False, 0, -1, 1, 2, 3, 10**6, 10**9, 10**19, 10**400, -(10**30), 1.5, 1e308, -0.0,
     float("nan"), float("inf"), "", "x", "4", "\x1b[2J\n", "\u202e", "x" * 10_000, "../../etc",
     [], {}, [1], [[]], [1] * 1_000, {"a": 1}, [None], {"": {"": []}}, "\u00e9" * 9,
+    "I32", "F8_E4M3", "BF16",
 )  # fmt: skip
 DEEP = "[" * 20_000 + "]" * 20_000
 
@@ -139,7 +140,8 @@ def read_header(path: pathlib.Path) -> None:
     for tensor in tensor_files.read_file(Folder(path.parent).file(path.name)).values():
         if tensor.shape:
             tensor.all()
-    weights.load(path, {"a": {"weight": jax.ShapeDtypeStruct((3, 4), np.float32)}})
+    struct = jax.ShapeDtypeStruct
+    weights.load(path, {"a": {"weight": struct((3, 4), np.float32)}, "b": struct((5,), np.float16)})
 
 
 def read_torch(path: pathlib.Path) -> None:
@@ -158,19 +160,18 @@ def read_tokenizer(path: pathlib.Path) -> None:
     tokenizer.Tokenizer.from_file(path, vocab).encode("Is it a CT? 3 cm")
 
 
+def read_folder_above(path: pathlib.Path) -> None:
+    sources.read(path.parent)
+
+
 FORMATS = {  # name -> (folder, file, mutation, what reads it)
     "safetensors": ("small", "few.safetensors", mutate_header, read_header),
-    "index": ("parts", tensor_files.INDEX, mutate_json, lambda p: sources.read(p.parent)),
-    "config": ("hf", "config.json", mutate_json, lambda p: sources.read(p.parent)),
-    "params": (
-        "plain",
-        "models/7b/params.json",
-        mutate_json,
-        lambda p: meta.read(Folder(p.parent)),
-    ),
+    "index": ("parts", tensor_files.INDEX, mutate_json, read_folder_above),
+    "config": ("hf", "config.json", mutate_json, read_folder_above),
+    "params": ("plain", "models/7b/params.json", mutate_json, read_folder_above),
     "tokenizer": ("hf", "tokenizer.json", mutate_json, read_tokenizer),
     "yaml": ("meta", "tokenizer/vqgan.yaml", mutate_yaml, read_yaml),
-    "adapter": ("peft", "adapter_config.json", mutate_json, lambda p: sources.read(p.parent)),
+    "adapter": ("peft", "adapter_config.json", mutate_json, read_folder_above),
     "torch": ("small", "few.pth", mutate_bytes, read_torch),
     "native": ("native", "config.json", mutate_json, lambda p: native.settings(Folder(p.parent))),
 }

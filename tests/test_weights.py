@@ -1,5 +1,7 @@
 """Weights on disk: names, dtypes, shardings, and every way a file can fail to fit."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,3 +82,13 @@ def test_a_cut_file_and_a_clash_of_names_raise(tmp_path):
         weights.load(file, {"a": jax.ShapeDtypeStruct((100,), jnp.float32)})
     with pytest.raises(weights.WeightsError, match="share a dotted name"):
         weights.save(file, {"a.b": np.zeros(1), "a": {"b": np.zeros(1)}}, {})
+
+
+@pytest.mark.parametrize("dtype, size", [("F8_E4M3", 1), ("I64", 8), ("BOOL", 1), ("C64", 8)])
+def test_a_dtype_that_is_no_rounding_is_refused(tmp_path, dtype, size):
+    header = {"w": {"dtype": dtype, "shape": [4], "data_offsets": [0, 4 * size]}}
+    text = json.dumps(header).encode()
+    file = tmp_path / "w.safetensors"
+    file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4 * size))
+    with pytest.raises(weights.WeightsError, match=f"w has dtype {dtype}, the model has float32"):
+        weights.load(file, {"w": jax.ShapeDtypeStruct((4,), jnp.float32)})
