@@ -31,7 +31,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from data import outgoing
-from medmax_jax.io.text_files import printable
+from medmax_jax.io.text_files import TextFileError, parse_json, printable
 
 # A message's content: its words, or a list of parts as `image_part` and `text_part` make them.
 Messages = Sequence[Mapping[str, Any]]
@@ -306,8 +306,9 @@ def _read_reply(
     if not whole:
         return Reply(status=200, problem=f"longer than {endpoint.max_reply_bytes} bytes", raw=raw)
     try:
-        body = json.loads(data)
-    except (ValueError, RecursionError):
+        # Odd numbers and halves of characters are judged where they are used, or not at all.
+        body = parse_json(data, "reply", allow_nonfinite=True, allow_lone_surrogates=True)
+    except TextFileError:
         return _again("not JSON", raw)
     if (error := _error_in(body)) is not None:
         return _read_error(endpoint, address, key, error, raw)

@@ -24,7 +24,7 @@ from data import mixing
 from data.pack import PackError, Plan
 from data.reader import Records
 from medmax_jax.config import Data, Mixing
-from medmax_jax.io.text_files import parse_json
+from medmax_jax.io.text_files import parse_object, printable
 
 FORMAT = 1
 SUFFIX = ".npz"
@@ -98,17 +98,49 @@ def load(path: Path) -> Saved:
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             text, told = file["header"], file["sha256"].tobytes().hex()
             arrays = {name: file[name] for name in ARRAYS}
-        header = parse_json(text.tobytes(), "header")
+        header = parse_object(text.tobytes(), "header")
         found = header["format"]
     except _DAMAGE as error:
-        raise PackError(f"{path}: no plan, or damaged ({error}); {_MEND}") from error
+        why = printable(error)
+        raise PackError(f"{path}: no plan, or damaged ({why}); {_MEND}") from error
     if found != FORMAT:
+        found = printable(repr(found), 80)
         raise PackError(f"{path}: a plan of format {found}, not {FORMAT}; {_MEND}")
+    if wrong := _wrong(header, arrays):
+        raise PackError(f"{path}: {wrong} is not of its type or range: damaged; {_MEND}")
     plan = Plan(arrays["documents"], arrays["starts"])
     if _digest(text, arrays) != told or plan.fingerprint != header["rows"]:
         raise PackError(f"{path}: its SHA-256 is not that of what it holds: damaged; {_MEND}")
     others = {name: arrays[name] for name in ("lengths", "source", "task")}
     return Saved(header=header, plan=plan, **others)
+
+
+def _wrong(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> str:
+    """The first part of a plan that is not of its type or range; "" where all are.
+
+    Whoever changes a file can write its digest too, so the digest does not show this.
+    """
+    kinds = dict(records=str, folder=str, settings=dict, epoch=int, run=str, rows=str)
+    for name, kind in (kinds | dict(sources=list, tasks=list)).items():
+        if type(header.get(name)) is not kind:
+            return f"header.{name}"
+    for name in ("sources", "tasks"):
+        if not all(isinstance(each, str) for each in header[name]):
+            return f"header.{name}"
+    for name, array in arrays.items():
+        if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+            return name
+    documents, starts, count = arrays["documents"], arrays["starts"], len(arrays["lengths"])
+    limits = dict(documents=(documents, count))
+    for name in ("source", "task"):
+        if len(arrays[name]) != count:
+            return name
+        limits[name] = (arrays[name], len(header[f"{name}s"]))
+    for name, (array, limit) in limits.items():
+        if array.size and not (0 <= array.min() and array.max() < limit):
+            return name
+    rising = len(starts) and starts[0] == 0 and (np.diff(starts) >= 0).all()
+    return "" if rising and starts[-1] == len(documents) else "starts"
 
 
 def _digest(header: np.ndarray, arrays: dict[str, np.ndarray]) -> str:

@@ -31,6 +31,7 @@ from data.endpoint import (
 from eval.models import Ask, Failed, Segment
 from eval.settings import Service
 from medmax_jax import images
+from medmax_jax.io.text_files import TextFileError, parse_json
 
 MAX_PIXELS = 64_000_000
 NO_PICTURES = "a chat endpoint writes words and draws no pictures"
@@ -55,9 +56,9 @@ def connect(where: str, service: Service, *, field: str) -> Endpoint:
     """The endpoint of NAME@URL. `field`: of the config, for errors."""
     name, url = parse_model_at_url(where)
     try:
-        parameters = json.loads(service.parameters)
-    except ValueError as error:
-        raise ServiceError(f"config.{field}.parameters is not JSON ({error})") from error
+        parameters = parse_json(service.parameters, f"config.{field}.parameters")
+    except TextFileError as error:
+        raise ServiceError(str(error)) from error
     if not isinstance(parameters, dict):
         raise ServiceError(f"config.{field}.parameters is {service.parameters}; write an object")
     if service.max_usd is not None and None in (service.price_in, service.price_out):

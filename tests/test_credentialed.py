@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import stat
+from pathlib import Path
 
 import PIL.Image
 import pytest
@@ -341,4 +342,4 @@ def test_a_listing_with_credentialed_rows_needs_the_flag(tmp_path):
 
 def test_an_item_of_a_check_is_named_by_its_line():
     line = json.dumps(dict(prompt="a", answer="b", image_path="", id="SECRET", credential="yes"))
-    assert held_out._of_row(line, "items.jsonl, line 4").name == "line 4"
+    assert held_out._of_row(json.loads(line), Path("items.jsonl"), "line 4").name == "line 4"

@@ -118,6 +118,9 @@ QUESTION = dict(
     task_name="vqa_rad", question_type="closed", prompt="Is it?", answer="yes",
     image_path="0.png", id="q0", slices={"organ": "head"}, group="p1",
 )  # fmt: skip
+MCQ = QUESTION | dict(
+    id="q1", task_name="pmc_vqa", question_type="mcq", prompt="Which?\nA: CT\nB: MR", answer="A"
+)
 RAD = dict(
     qid=1, image_name="a.jpg", image_organ="HEAD", answer="Yes", answer_type="CLOSED",
     question_type="PRES", question="Is it normal?", phrase_type="freeform",
@@ -217,7 +220,7 @@ FORMATS = {
     ),
     "questions": (
         "q.jsonl",
-        lines_of(QUESTION, QUESTION | {"id": "q1", "question_type": "mcq", "answer": "A"}),
+        lines_of(QUESTION, MCQ),
         read_questions,
         (loop.EvalError, tasks.TaskError),
     ),

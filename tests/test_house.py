@@ -248,6 +248,31 @@ def test_shipped_weights_are_small():
     assert sum(p.stat().st_size for p in files) <= MAX_SHIPPED_BYTES
 
 
+# Values of the project's own that go through JSON and back; files are read by io/text_files.py.
+ROUND_TRIPS = {
+    "medmax_jax/io/text_files.py": 0,
+    "medmax_jax/config.py": 1,
+    "medmax_jax/answers.py": 1,
+    "medmax_jax/tokenizer.py": 1,
+    "medmax_jax/convert/hf_processor.py": 2,
+    "data/instruct.py": 1,
+    "eval/loop.py": 1,
+}
+
+
+def test_json_is_read_within_bounds():
+    """json.loads has no bound on depth, takes NaN and lets the last of two equal keys win."""
+    found = {}
+    for path in modules().values():
+        names = [n.attr for n in ast.walk(ast.parse(path.read_text()))
+                 if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)
+                 and n.value.id == "json" and n.attr in ("loads", "load")]  # fmt: skip
+        if names:
+            found[str(path.relative_to(ROOT))] = len(names)
+    more = {name: n for name, n in found.items() if n > ROUND_TRIPS.get(name, 0)}
+    assert not more, f"read these with medmax_jax/io/text_files.py: {more}"
+
+
 def test_nothing_names_a_machine():
     """Paths of one machine would break on every other."""
     listed = subprocess.run(

@@ -318,17 +318,13 @@ def csv_table(
     # Python has one limit for all readers of a process, 131,072 by default; it is only raised.
     csv.field_size_limit(max(csv.field_size_limit(), max_chars))
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
-    reader = csv.reader(_bounded(text, where, max_chars), strict=True)
-    header = _csv_row(reader, where, 0) or []
-    named = [name for name in header if name.strip()]
-    if len(set(named)) != len(named):
-        twice = next(name for i, name in enumerate(named) if name in named[:i])
-        raise TextFileError(
-            f"{where}: column {printable(twice, 60)!r} occurs twice; rename or remove one",
-            KEY_TWICE,
-        )
-    yield header, _csv_rows(reader, where)
-    text.detach()
+    try:
+        reader = csv.reader(_bounded(text, where, max_chars), strict=True)
+        header = _csv_row(reader, where, 0) or []
+        _check_columns(header, where)
+        yield header, _csv_rows(reader, where)
+    finally:
+        text.detach()  # whoever opened the file closes it
 
 
 # ---- how
@@ -563,6 +559,17 @@ def _bounded(file: io.TextIOWrapper, where: object, max_chars: int) -> Iterator[
         if len(line) > max_chars:
             raise TextFileError(f"{where}: line {number} has more than {max_chars} characters")
         yield line
+
+
+def _check_columns(header: list[str], where: object) -> None:
+    seen: set[str] = set()
+    for name in header:
+        if name.strip() and name in seen:
+            name = repr(printable(name, 60))
+            raise TextFileError(
+                f"{where}: column {name} occurs twice; rename or remove one", KEY_TWICE
+            )
+        seen.add(name)
 
 
 def _csv_rows(reader: Any, where: object) -> Iterator[tuple[int, list[str]]]:
