@@ -18,7 +18,6 @@ import os
 import stat
 import struct
 from collections.abc import Iterator
-from typing import BinaryIO
 
 MAX_BYTES = 2**29  # 512 MiB: 64 million pixels of 16-bit RGBA, uncompressed
 MAX_SIDE = 2**16  # a run-length code of BMP skips up to 255 rows at once, all of them allocated
@@ -54,7 +53,7 @@ def check_regular(path: str | os.PathLike) -> None:
         raise ImageError("not a regular file; name a picture file")
 
 
-def check_header(file: BinaryIO, *, max_pixels: int) -> int:
+def check_header(file: io.BufferedIOBase, *, max_pixels: int) -> int:
     """Raises ImageError for a file that would cost too much; returns the bits that a PNG states.
 
     0 stands for a file that has no sBIT chunk. A header that is damaged is left to Pillow.
@@ -79,7 +78,7 @@ def check_header(file: BinaryIO, *, max_pixels: int) -> int:
     return bits
 
 
-def _check_png(file: BinaryIO, max_pixels: int) -> int:
+def _check_png(file: io.BufferedIOBase, max_pixels: int) -> int:
     file.seek(8)
     bits = 0
     while len(head := file.read(8)) == 8:
@@ -96,7 +95,7 @@ def _check_png(file: BinaryIO, max_pixels: int) -> int:
     return bits
 
 
-def _check_jpeg(file: BinaryIO) -> None:
+def _check_jpeg(file: io.BufferedIOBase) -> None:
     exif = b""
     file.seek(2)
     while len(head := file.read(2)) == 2 and head != b"\xff\xda":
@@ -117,7 +116,7 @@ def _check_jpeg(file: BinaryIO) -> None:
         raise ImageError(f"a JPEG of {scans} scans; the limit is {MAX_SCANS}: save it again")
 
 
-def _check_tiff(file: BinaryIO, size: int, max_pixels: int) -> None:
+def _check_tiff(file: io.BufferedIOBase, size: int, max_pixels: int) -> None:
     file.seek(0)
     start = file.read(16)
     order = ">" if start[:2] == b"MM" else "<"
@@ -144,7 +143,7 @@ def _check_tiff(file: BinaryIO, size: int, max_pixels: int) -> None:
 
 
 def _tiff_tags(
-    file: BinaryIO, place: int, order: str, big: bool
+    file: io.BufferedIOBase, place: int, order: str, big: bool
 ) -> Iterator[tuple[int, int, int, int]]:
     """Tag, type, count, and the first value where it stands in the directory itself."""
     if place >= MAX_BYTES:
@@ -163,7 +162,7 @@ def _tiff_tags(
         yield tag, kind, count, value
 
 
-def _check_gif(file: BinaryIO) -> None:
+def _check_gif(file: io.BufferedIOBase) -> None:
     file.seek(10)
     flags = file.read(3)[0]
     file.seek(13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0))

@@ -164,9 +164,9 @@ def _extent(parts: Iterator[np.ndarray]) -> tuple[int, int, int]:
     return min(lows), max(highs), functools.reduce(int.__or__, used)
 
 
-def _range(low: int, high: int, used: int, said: Stated) -> tuple[int | float, int | float]:
+def _range(low: int, high: int, used: int, said: Stated) -> tuple[int, int]:
     if said.high is not None and said.low <= low and high <= said.high:
-        return said.low, said.high
+        return math.floor(said.low), math.ceil(said.high)
     if said.bits:
         # PNG asks for values scaled to the whole depth. Many writers store them as they are: these
         # use the lower bits, which scaled values that are so small do not.
@@ -182,7 +182,7 @@ def _range(low: int, high: int, used: int, said: Stated) -> tuple[int | float, i
 
 
 def _scaled(values: np.ndarray, first: int | float, last: int | float) -> np.ndarray:
-    if values.dtype == np.float64 or isinstance(first, float) or isinstance(last, float):
+    if values.dtype == np.float64:
         shown = np.round((values - first) / (last - first) * 255)
     else:
         shown = (values - first) * 256 // (last - first + 1)
