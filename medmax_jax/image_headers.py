@@ -29,6 +29,7 @@ SLACK = 2**20  # bytes that tags of a sound TIFF may share
 _TIFF_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
 _TIFF_SIZES |= {16: 8, 17: 8, 18: 8}  # BigTIFF
 _OFFSETS, _SUBDIRECTORIES = (273, 279, 324, 325), (34665, 34853, 40965)
+_WIDTH, _HEIGHT, _BITS, _SAMPLES, _ROWS_PER_STRIP = 256, 257, 258, 277, 278
 _TILE_WIDTH, _TILE_LENGTH = 322, 323
 
 
@@ -122,8 +123,7 @@ def _check_tiff(file: io.BufferedIOBase, size: int, max_pixels: int) -> None:
     order = ">" if start[:2] == b"MM" else "<"
     big = 43 in start[2:4]
     (first,) = struct.unpack(order + ("Q" if big else "L"), start[8:16] if big else start[4:8])
-    todo, total, tile = [first], 0, {_TILE_WIDTH: 0, _TILE_LENGTH: 0}
-    seen = set()
+    todo, total, seen, inline = [first], 0, set(), {}
     while todo and len(seen) < 8:
         seen.add(place := todo.pop())
         for tag, kind, count, value in _tiff_tags(file, place, order, big):
@@ -133,13 +133,32 @@ def _check_tiff(file: io.BufferedIOBase, size: int, max_pixels: int) -> None:
             total += width * count if width * count <= size else 0  # else cut short
             if tag in _SUBDIRECTORIES and value not in seen:
                 todo.append(value)
-            if tag in tile:
-                tile[tag] = value
+            if len(seen) == 1:  # the image's own directory; the others are EXIF's
+                inline[tag] = (count, value)
     if total > size + SLACK:
         raise ImageError(f"TIFF tags of {total} bytes in {size}; save the picture without metadata")
-    if tile[_TILE_WIDTH] * tile[_TILE_LENGTH] > max(max_pixels, MAX_TILE):
-        shown = f"{tile[_TILE_WIDTH]} x {tile[_TILE_LENGTH]}"
-        raise ImageError(f"TIFF tiles of {shown} pixels; save the picture in smaller tiles")
+    _check_block(file, inline, order, max_pixels)
+
+
+def _check_block(
+    file: io.BufferedIOBase, tags: dict[int, tuple[int, int]], order: str, max_pixels: int
+) -> None:
+    """Bounds a strip or tile, which libtiff decodes into a buffer of its own."""
+    value = lambda tag, default=0: tags[tag][1] if tag in tags else default  # noqa: E731
+    width, length = value(_TILE_WIDTH), value(_TILE_LENGTH)
+    if width * length > max(max_pixels, MAX_TILE):
+        raise ImageError(
+            f"TIFF tiles of {width} x {length} pixels; save the picture in smaller tiles"
+        )
+    width = width or value(_WIDTH)
+    length = length or min(value(_HEIGHT), value(_ROWS_PER_STRIP, MAX_BYTES))
+    count, bits = tags.get(_BITS, (1, 1))
+    if count > 2:  # too many for the directory itself, where they then have a place
+        file.seek(min(bits, MAX_BYTES))
+        (bits,) = struct.unpack(order + "H", file.read(2))
+    size = width * length * value(_SAMPLES, 1) * bits // 8
+    if size > MAX_BYTES:
+        raise ImageError(f"TIFF strips of {size} bytes; save the picture in smaller strips")
 
 
 def _tiff_tags(

@@ -31,6 +31,7 @@ from medmax_jax.image_headers import ImageError, check_header, check_regular, ch
 
 MAX_PIXELS = 89_478_485  # Pillow's own line between a large picture and a decompression bomb
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".ppm")
+MAX_WEBP = 2**26  # pixels; its decoder holds 15 bytes for each, others 4 to 12
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM")
 # What Pillow raises for damaged files, by trial: TypeError where a TIFF tag has another type
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError)
@@ -72,7 +73,8 @@ def open_image(
             warnings.simplefilter("ignore")  # of Pillow: max_pixels decides, and damage is an error
             bits = check_header(file, max_pixels=max_pixels)
             with Image.open(file, formats=FORMATS) as image:
-                check_size(*image.size, max_pixels)
+                bound = MAX_WEBP if image.format == "WEBP" else max_pixels
+                check_size(*image.size, min(bound, max_pixels))
                 image.info["significant_bits"] = bits
                 yield image
                 return

@@ -84,6 +84,7 @@ SAID = {
     "shared_tags": "TIFF tags of 1200000000 bytes",
     "exif_jpeg": "TIFF tags of 1200000000 bytes",
     "tile_tiff": "TIFF tiles of 30000 x 30000 pixels",
+    "strip_tiff": "TIFF strips of 671088640 bytes",
     "strips_tiff": "TIFF tag 273 has 2000000 values; the limit is 1048576",
     "scans_jpeg": r"a JPEG of \d+ scans; the limit is 100",
     "delta_bmp": "4000000 x 2 pixels; the limit of a side is 65536",
@@ -181,7 +182,9 @@ def test_no_reader_of_the_evaluation_starts_ghostscript(tmp_path, ghostscript):
     lines = tmp_path / "p.jsonl"
     lines.write_text('{"id": "1", "text": "no", "images": ["evil.png"]}\n')
     with pytest.raises(predictions.PredictionsError, match="not a picture"):
-        predictions.Predictions(lines, [types.SimpleNamespace(id="1")])._image("1", "evil.png")
+        predictions.Predictions(lines, [types.SimpleNamespace(id="1", data_class="public")])._image(
+            "1", "evil.png"
+        )
     model = baselines.Baseline("random", [], tmp_path, seed=0)
     model._images = ["evil.png"]
     with pytest.raises(images.ImageError, match="not a picture"):

@@ -81,6 +81,13 @@ def tile_tiff() -> bytes:
     return small_tiff((259, 3, 1, 8), *tile, body=body)
 
 
+def strip_tiff() -> bytes:
+    """A strip of 16,384 x 4,096 pixels of five samples of 16 bits: 640 MiB."""
+    tags = [(256, 4, 1, 16_384), (257, 4, 1, 4_096), (258, 3, 1, 16), (259, 3, 1, 8)]
+    tags += [(262, 3, 1, 2), (273, 4, 1, None), (277, 3, 1, 5), (278, 4, 1, 4_096), (279, 4, 1, 9)]
+    return tiff(tags, bytes(9))
+
+
 def strips_tiff() -> bytes:
     """Two million strips of one byte each, an object for each."""
     n = 2_000_000
@@ -119,7 +126,16 @@ def text_png() -> bytes:
 
 REFUSED = {
     f.__name__: f
-    for f in (apng, shared_tags, exif_jpeg, tile_tiff, strips_tiff, scans_jpeg, delta_bmp)
+    for f in (
+        apng,
+        shared_tags,
+        exif_jpeg,
+        tile_tiff,
+        strip_tiff,
+        strips_tiff,
+        scans_jpeg,
+        delta_bmp,
+    )
 } | {"comment_gif": comment_gif, "text_png": text_png}
 
 
@@ -137,6 +153,13 @@ def many_scans(mode: str) -> bytes:
     return plain[:-2] + (100 - plain.count(b"\xff\xda")) * scan + plain[-2:]
 
 
+def webp() -> bytes:
+    """As many pixels as are accepted of this format, in 34 bytes."""
+    file = io.BytesIO()
+    Image.new("RGBA", (8_192, 8_192)).save(file, "WEBP", lossless=True, quality=0, method=0)
+    return file.getvalue()
+
+
 def rle_bmp() -> bytes:
     """88 million pixels in runs of 255."""
     palette = b"".join(bytes([255 - n, 0, n, 0]) for n in range(256))
@@ -151,10 +174,11 @@ def rle_bmp() -> bytes:
 def wide_tiff() -> bytes:
     """16-bit RGBA in one deflated strip, whose values are below 4096, so that it is read twice."""
     packer = zlib.compressobj(1)
-    row = struct.pack("<4H", 9, 9, 9, 65_535) * SIDE
-    body = b"".join(packer.compress(row) for _ in range(SIDE)) + packer.flush()
-    tags = [(256, 4, 1, SIDE), (257, 4, 1, SIDE), (258, 3, 1, 16), (259, 3, 1, 8), (262, 3, 1, 2)]
-    tags += [(273, 4, 1, None), (277, 3, 1, 4), (278, 4, 1, SIDE), (279, 4, 1, len(body))]
+    side = 8_191  # of 512 MiB in this form
+    row = struct.pack("<4H", 9, 9, 9, 65_535) * side
+    body = b"".join(packer.compress(row) for _ in range(side)) + packer.flush()
+    tags = [(256, 4, 1, side), (257, 4, 1, side), (258, 3, 1, 16), (259, 3, 1, 8), (262, 3, 1, 2)]
+    tags += [(273, 4, 1, None), (277, 3, 1, 4), (278, 4, 1, side), (279, 4, 1, len(body))]
     return tiff([*tags, (338, 3, 1, 2)], body)
 
 
@@ -180,7 +204,7 @@ ACCEPTED = {
     "TIFF, CMYK": lambda: saved("CMYK", "TIFF", compression="tiff_deflate"),
     "BMP, run-length": rle_bmp,
     "GIF, transparent": lambda: saved("P", "GIF", transparency=0),
-    "WebP, lossless with alpha": lambda: saved("RGBA", "WEBP", lossless=True, quality=0, method=0),
+    "WebP, lossless with alpha": webp,
     "PPM": lambda: saved("RGB", "PPM"),
     "PPM, maximum 4095": lambda: b"P5 %d %d 4095\n" % (SIDE, SIDE) + bytes(2 * SIDE * SIDE),
     "DICOM, 16 bits with a window": dicom,
