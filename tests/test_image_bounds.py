@@ -183,7 +183,7 @@ def test_no_reader_of_the_evaluation_starts_ghostscript(tmp_path, ghostscript):
     lines.write_text('{"id": "1", "text": "no", "images": ["evil.png"]}\n')
     with pytest.raises(predictions.PredictionsError, match="not a picture"):
         predictions.Predictions(lines, [types.SimpleNamespace(id="1", data_class="public")])._image(
-            "1", "evil.png"
+            "1", "evil.png", ""
         )
     model = baselines.Baseline("random", [], tmp_path, seed=0)
     model._images = ["evil.png"]
