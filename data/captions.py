@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from data import outgoing
+from medmax_jax.io.errors import printable
 from medmax_jax.io.image_paths import is_inside
-from medmax_jax.io.text_files import TextFileError, printable, read_objects
+from medmax_jax.io.text_files import TextFileError, read_objects
 
 
 class CaptionsError(ValueError):

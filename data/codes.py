@@ -19,7 +19,8 @@ from data.records import file_sha256
 from data.sources import dicom
 from medmax_jax import images, vqgan
 from medmax_jax.config import VQ, Vocab, build, check_vq
-from medmax_jax.io.text_files import PrintableFormatter, read_json_object
+from medmax_jax.io.errors import PrintableFormatter
+from medmax_jax.io.text_files import read_json_object
 from medmax_jax.tokenizer import Tokenizer
 
 log = logging.getLogger("medmax_jax.prepare")

@@ -31,7 +31,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from data import outgoing
-from medmax_jax.io.text_files import TextFileError, parse_json, printable
+from medmax_jax.io.errors import printable
+from medmax_jax.io.text_files import TextFileError, parse_json
 
 # A message's content: its words, or a list of parts as `image_part` and `text_part` make them.
 Messages = Sequence[Mapping[str, Any]]

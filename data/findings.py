@@ -13,7 +13,7 @@ from jaxtyping import Int, UInt32, UInt64
 from data import held_out, overlap, scan
 from data.reader import Records
 from data.records import credentialed
-from medmax_jax.io.text_files import printable_text
+from medmax_jax.io.errors import printable_text
 
 NOTES = (
     *("same_document", "same_codes", "same_bytes", "near_pictures", "changed_file", "unread_file"),

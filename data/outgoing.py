@@ -16,7 +16,7 @@ import urllib.parse
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from medmax_jax.io.text_files import printable
+from medmax_jax.io.errors import printable
 
 OPEN, LICENCE_BOUND, CREDENTIALED = "open", "licence-bound", "credentialed"
 CLASSES = (OPEN, LICENCE_BOUND, CREDENTIALED)  # the strictest last

@@ -24,7 +24,8 @@ from data import mixing
 from data.pack import PackError, Plan
 from data.reader import Records
 from medmax_jax.config import Data, Mixing
-from medmax_jax.io.text_files import parse_object, printable
+from medmax_jax.io.errors import printable
+from medmax_jax.io.text_files import parse_object
 
 FORMAT = 1
 SUFFIX = ".npz"

@@ -65,7 +65,7 @@ from data.sources.row import SourceError
 from medmax_jax.cli import Interrupted
 from medmax_jax.config import ConfigError
 from medmax_jax.io import image_paths
-from medmax_jax.io.text_files import printable, printable_text
+from medmax_jax.io.errors import printable, printable_text
 from medmax_jax.new_folder import private_folder
 from medmax_jax.storage import Folder, StorageError
 from medmax_jax.tokenizer import Tokenizer, TokenizerError, document_ids

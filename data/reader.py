@@ -29,7 +29,8 @@ from data.documents import (
 )
 from data.staging import INDEX, META, on_disk
 from medmax_jax.config import ConfigError, build
-from medmax_jax.io.text_files import TextFileError, printable, read_json
+from medmax_jax.io.errors import printable
+from medmax_jax.io.text_files import TextFileError, read_json
 
 FORMAT = 2
 

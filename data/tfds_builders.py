@@ -28,7 +28,7 @@ import tensorflow_datasets as tfds
 
 from data import outgoing, records
 from data.documents import Document, RecordsError
-from medmax_jax.io.text_files import printable_text
+from medmax_jax.io.errors import printable_text
 from medmax_jax.new_folder import private
 from medmax_jax.progress import Progress
 

@@ -10,7 +10,7 @@ import sys
 
 from eval import report_page
 from eval.comparing import compare
-from medmax_jax.io.text_files import printable_text
+from medmax_jax.io.errors import printable_text
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,7 +15,8 @@ from eval.models import Ask, Failed, Segment
 from eval.tasks import Item, is_credentialed
 from medmax_jax import images
 from medmax_jax.io import image_paths
-from medmax_jax.io.text_files import TextFileError, printable, read_objects
+from medmax_jax.io.errors import printable
+from medmax_jax.io.text_files import TextFileError, read_objects
 
 MAX_LINE = 1_000_000  # bytes
 MAX_IMAGES = 16  # of an answer

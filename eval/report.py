@@ -11,7 +11,8 @@ from typing import Any
 from absl import app, flags
 
 from eval import loop, report_page
-from medmax_jax.io.text_files import TextFileError, printable_text, read_json_object
+from medmax_jax.io.errors import printable_text
+from medmax_jax.io.text_files import TextFileError, read_json_object
 
 SAMPLE = Path(__file__).parent.parent / "data" / "sample"
 

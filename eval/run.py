@@ -24,7 +24,7 @@ from eval import report_page, stages
 from eval.settings import Settings
 from medmax_jax import cli, generate
 from medmax_jax.config import build
-from medmax_jax.io.text_files import PrintableFormatter, printable_text
+from medmax_jax.io.errors import PrintableFormatter, printable_text
 
 log = logging.getLogger("medmax_jax.eval")
 # Columns of a score that fit a terminal; the page and summary.json have all, and each floor's table

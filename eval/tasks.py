@@ -23,8 +23,8 @@ from data.sample.phrases import NOUNS
 from data.sources.choices import choice_text
 from eval import cards, score_text, strict
 from medmax_jax.io import image_paths
+from medmax_jax.io.errors import printable
 from medmax_jax.io.image_paths import is_inside
-from medmax_jax.io.text_files import printable
 
 
 class TaskError(ValueError):

@@ -25,7 +25,8 @@ from medmax_jax import images, page
 from medmax_jax.batching import GenerateError, check_no_path
 from medmax_jax.generator import MAX_PIXELS, Generator, Image, Text, segments
 from medmax_jax.io import image_paths, text_files
-from medmax_jax.io.text_files import TextFileError, printable
+from medmax_jax.io.errors import printable
+from medmax_jax.io.text_files import TextFileError
 from medmax_jax.tokenizer import segments_of
 
 NOTICE = "Research only, not for clinical use."

@@ -23,7 +23,7 @@ from medmax_jax import grammar, images
 from medmax_jax import vocab as ids
 from medmax_jax.config import Sample, Vocab
 from medmax_jax.decoding import Knobs
-from medmax_jax.io.text_files import printable
+from medmax_jax.io.errors import printable
 
 PIECES = (32, 64, 128, 256)  # tokens of a prompt read at once
 SLOT_STEPS = (64, 512)  # cache sizes are multiples of these, up to 512 slots and beyond

@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict, config_flags
 
 from medmax_jax.config import ConfigError
-from medmax_jax.io.text_files import printable_text
+from medmax_jax.io.errors import printable_text
 
 DONE, ERROR, USAGE, INTERRUPTED = 0, 1, 2, 75
 STOPPED = "interrupted; the same command goes on from what was saved"

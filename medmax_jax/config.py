@@ -14,8 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from medmax_jax.io.errors import FileError, quoted
-from medmax_jax.io.text_files import printable
+from medmax_jax.io.errors import FileError, printable, quoted
 
 
 class ConfigError(FileError):

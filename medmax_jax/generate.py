@@ -45,7 +45,7 @@ from medmax_jax.generator import (
     prompt_tokens,
     segments,
 )
-from medmax_jax.io.text_files import printable_text
+from medmax_jax.io.errors import printable_text
 from medmax_jax.progress import Items
 from medmax_jax.storage import StorageError
 from medmax_jax.tokenizer import prompt_ids

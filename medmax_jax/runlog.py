@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterator
 import jax
 import tensorboardX
 
+from medmax_jax.io.errors import printable_text
 from medmax_jax.io.run_files import LogFile, damage_warning, metrics_lines
-from medmax_jax.io.text_files import TextFileError, printable_text
+from medmax_jax.io.text_files import TextFileError
 
 # What the wall clock of a run is spent on; goodput is the share of `step`.
 BUCKETS = ("load", "compile", "data", "step", "eval", "sample", "checkpoint")

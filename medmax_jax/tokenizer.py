@@ -21,8 +21,8 @@ from jaxtyping import Int, Int32
 
 from medmax_jax import vocab as vocabulary
 from medmax_jax.config import BOUNDS, Vocab
-from medmax_jax.io.errors import FileError, quoted
-from medmax_jax.io.text_files import TextFileError, parse_json, printable
+from medmax_jax.io.errors import FileError, printable, quoted
+from medmax_jax.io.text_files import TextFileError, parse_json
 from medmax_jax.vocab import BOI, BOS, EOI, EOS, IMAGE, PAD, SEP
 
 IMAGE_NAME, SEP_NAME = "<image>", "<reserved08706>"

@@ -28,8 +28,8 @@ settings    configs configs.sampling configs.base configs.chameleon_30b configs.
             configs.sweep_tiny_lora configs.sweep_medmax_7b_data configs.sample_meta
             configs.sample_medmax configs.biomedclip
 
-facts       medmax_jax medmax_jax.io medmax_jax.io.text_files medmax_jax.io.image_paths
-            medmax_jax.io.errors medmax_jax.io.run_files
+facts       medmax_jax medmax_jax.io medmax_jax.io.errors medmax_jax.io.text_files
+            medmax_jax.io.image_paths medmax_jax.io.run_files
             medmax_jax.io.yaml_files
             medmax_jax.config medmax_jax.vocab medmax_jax.mesh medmax_jax.image_headers
             medmax_jax.image_range medmax_jax.images

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from medmax_jax.io.text_files import PrintableFormatter, printable_text
+from medmax_jax.io.errors import PrintableFormatter, printable_text
 
 
 @pytest.mark.parametrize(

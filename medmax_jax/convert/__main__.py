@@ -24,7 +24,7 @@ import jax
 
 from medmax_jax.cli import DONE, ERROR, INTERRUPTED
 from medmax_jax.convert import check, describe, run, sources
-from medmax_jax.io.text_files import printable_text
+from medmax_jax.io.errors import printable_text
 
 
 def _parser() -> argparse.ArgumentParser:

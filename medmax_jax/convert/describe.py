@@ -8,7 +8,7 @@ import numpy as np
 
 from medmax_jax.config import to_dict
 from medmax_jax.convert.form import Adapter, Checkpoint, digest
-from medmax_jax.io.text_files import printable
+from medmax_jax.io.errors import printable
 from medmax_jax.vocab import IMAGE_START
 
 NAMED = {  # (hidden_size, num_layers, num_heads, num_kv_heads) -> published model

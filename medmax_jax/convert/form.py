@@ -23,8 +23,7 @@ from jaxtyping import Float
 
 from configs import base
 from medmax_jax.config import VQ, ConfigError, Lora, Model, Vocab, build, check_bounds, check_model
-from medmax_jax.io.errors import FileError, quoted
-from medmax_jax.io.text_files import printable
+from medmax_jax.io.errors import FileError, printable, quoted
 from medmax_jax.vocab import RELEASED_END
 
 DTYPES = {  # what weights may be, by safetensors' names

@@ -32,8 +32,7 @@ from medmax_jax.convert.form import (
     number,
     section,
 )
-from medmax_jax.io.errors import quoted
-from medmax_jax.io.text_files import printable
+from medmax_jax.io.errors import printable, quoted
 from medmax_jax.storage import Folder
 
 CONFIG, FACTS = "adapter_config.json", "medmax_jax.json"

@@ -23,8 +23,8 @@ import numpy as np
 from medmax_jax import pth
 from medmax_jax.convert.ahead import ahead
 from medmax_jax.convert.form import DTYPES, ConvertError, Tensor, finite
-from medmax_jax.io.errors import quoted
-from medmax_jax.io.text_files import TextFileError, parse_json, printable
+from medmax_jax.io.errors import printable, quoted
+from medmax_jax.io.text_files import TextFileError, parse_json
 from medmax_jax.storage import JSON_LIMIT, ByteFile, Folder
 
 INDEX, BIN_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"

@@ -8,9 +8,11 @@ reader has to remember it; a reader still shortens what it quotes, so that the f
 end of the message, is not what is cut.
 """
 
-from medmax_jax.io.text_files import printable
+import logging
+import unicodedata
 
-MAX_CHARS = 1_000
+MAX_CHARS = 1_000  # of an error
+MAX_MESSAGE_CHARS = 300  # of text that is quoted in one
 
 
 class FileError(ValueError):
@@ -25,3 +27,41 @@ def quoted(value: object, max_chars: int = 80) -> str:
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**20:
         return "a number of over 20 digits"  # str() refuses integers of over 4,300
     return printable(repr(value), max_chars)
+
+
+def printable(value: object, max_chars: int = MAX_MESSAGE_CHARS) -> str:
+    r"""Return text from elsewhere as one line without control characters, cut to `max_chars`.
+
+    printable("a\x1b[2J\nb") == "a\\x1b[2J\\nb"
+    """
+    text = str(value)
+    if len(text) > max_chars:
+        text = text[: max_chars - 3] + "..."
+    return text if text.isprintable() else "".join(map(_escaped, text))
+
+
+def printable_text(text: str) -> str:
+    r"""Return text of a model or a server for a terminal: lines and tabs stay, controls do not.
+
+    Escape sequences, other control characters, overrides of the writing direction and halves of
+    characters become escapes; spaces of all kinds and joiners, which scripts need, stay.
+
+    printable_text("a\x1b[2J\tb\nc") == "a\\x1b[2J\tb\nc"
+    """
+    kept = "\n\t\u200c\u200d"
+    return "".join(
+        c if c.isprintable() or c in kept or unicodedata.category(c) == "Zs" else ascii(c)[1:-1]
+        for c in text.replace("\r\n", "\n")
+    )
+
+
+class PrintableFormatter(logging.Formatter):
+    """Formats log lines for a terminal: `printable_text` of each."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line of a record."""
+        return printable_text(super().format(record))
+
+
+def _escaped(char: str) -> str:
+    return char if char.isprintable() else ascii(char)[1:-1]

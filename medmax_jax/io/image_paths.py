@@ -13,7 +13,7 @@ import os
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from medmax_jax.io.text_files import printable
+from medmax_jax.io.errors import printable
 
 
 class ImagePathError(ValueError):

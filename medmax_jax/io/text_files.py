@@ -17,19 +17,18 @@ import functools
 import gzip
 import io
 import json
-import logging
 import math
 import os
-import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator
 from json.decoder import WHITESPACE
 from typing import Any, BinaryIO
 
+from medmax_jax.io.errors import printable
+
 MAX_JSON_BYTES = 256 << 20  # the weight index of the largest published checkpoints has a few MB
 MAX_LINE_BYTES = 4 << 20  # one row of JSON Lines or CSV
 MAX_JSON_DEPTH = 64  # tokenizer.json, the deepest file of a checkpoint, has 8 levels
-MAX_MESSAGE_CHARS = 300
 MAX_GZIP_RATIO = 200  # text is compressed by 3 to 30; gzip can express 1,032
 GZIP_GRACE = 64 << 20  # bytes before the ratio counts: a small file may hold one row many times
 CHUNK_CHARS = 1 << 20
@@ -202,40 +201,6 @@ def parse_row(line: bytes, where: object) -> Any:
     pandas writes NaN where a table has no value, so it means the same as null there.
     """
     return _parsed(_decoder("null", True), decode(line, where), where, False)
-
-
-def printable(value: object, max_chars: int = MAX_MESSAGE_CHARS) -> str:
-    r"""Return text from elsewhere as one line without control characters, cut to `max_chars`.
-
-    printable("a\x1b[2J\nb") == "a\\x1b[2J\\nb"
-    """
-    text = str(value)
-    if len(text) > max_chars:
-        text = text[: max_chars - 3] + "..."
-    return text if text.isprintable() else "".join(map(_escaped, text))
-
-
-def printable_text(text: str) -> str:
-    r"""Return text of a model or a server for a terminal: lines and tabs stay, controls do not.
-
-    Escape sequences, other control characters, overrides of the writing direction and halves of
-    characters become escapes; spaces of all kinds and joiners, which scripts need, stay.
-
-    printable_text("a\x1b[2J\tb\nc") == "a\\x1b[2J\tb\nc"
-    """
-    kept = "\n\t\u200c\u200d"
-    return "".join(
-        c if c.isprintable() or c in kept or unicodedata.category(c) == "Zs" else ascii(c)[1:-1]
-        for c in text.replace("\r\n", "\n")
-    )
-
-
-class PrintableFormatter(logging.Formatter):
-    """Formats log lines for a terminal: `printable_text` of each."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the line of a record."""
-        return printable_text(super().format(record))
 
 
 # ---- streams
@@ -446,10 +411,6 @@ def _has_surrogate(value: Any) -> bool:
             return True
         level = _below(level)
     return False
-
-
-def _escaped(char: str) -> str:
-    return char if char.isprintable() else ascii(char)[1:-1]
 
 
 class _Gunzip(io.RawIOBase):

@@ -12,7 +12,8 @@ from typing import Any
 
 import yaml
 
-from medmax_jax.io.text_files import TextFileError, decode, printable
+from medmax_jax.io.errors import printable
+from medmax_jax.io.text_files import TextFileError, decode
 
 MAX_YAML_BYTES = 64 << 10  # PyYAML reads about 100 KB a second; a published vqgan.yaml has 1,490
 MAX_DEPTH = 32

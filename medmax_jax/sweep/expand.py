@@ -21,7 +21,7 @@ from ml_collections import ConfigDict, config_flags
 from medmax_jax import config, flops
 from medmax_jax.config import Run
 from medmax_jax.io import text_files
-from medmax_jax.io.text_files import printable
+from medmax_jax.io.errors import printable
 from medmax_jax.plan import analytic, speed, topology
 from medmax_jax.sweep.axes import WANTED, Overrides, SweepError, expand
 
