@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator
 from json.decoder import WHITESPACE
 from typing import Any, BinaryIO
 
-from medmax_jax.io.errors import printable
+from medmax_jax.io.errors import MAX_MESSAGE_CHARS, printable
 
 MAX_JSON_BYTES = 256 << 20  # the weight index of the largest published checkpoints has a few MB
 MAX_LINE_BYTES = 4 << 20  # one row of JSON Lines or CSV
