@@ -93,6 +93,8 @@ class Predictions:
         try:
             return images.load(path, max_pixels=MAX_PIXELS, name=shown)
         except images.ImageError as error:
+            if label:  # Pillow may repeat what it found in the file
+                raise PredictionsError(f"{shown} cannot be read as an image; replace it") from None
             raise PredictionsError(str(error)) from error
 
 

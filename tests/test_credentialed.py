@@ -197,6 +197,11 @@ def test_later_messages_repeat_nothing_of_a_row(tmp_path):
         with pytest.raises(predictions.PredictionsError) as wrong:
             predictions.Predictions(path, items)
         assert said in str(wrong.value) and "SECRET" not in str(wrong.value)
+    path.write_text(json.dumps(dict(id="SECRET", images=["SECRET.png"])))  # no image, as above
+    model, ask = predictions.Predictions(path, items), loop.ask(items[0], tmp_path, "strict")
+    with pytest.raises(predictions.PredictionsError, match="line 1: image 1 cannot be") as wrong:
+        model.generate([ask])
+    assert "SECRET" not in str(wrong.value)
     asked = loop.asked_of(items[0])
     with pytest.raises(comparing.ComparisonError, match="prompt of a credentialed item differs"):
         comparing._check_same(asked, asked | dict(prompt="SECRET2"))
