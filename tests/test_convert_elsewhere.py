@@ -23,8 +23,8 @@ from test_convert import convert
 
 from medmax_jax.convert import sources
 from medmax_jax.convert.form import ConvertError
+from medmax_jax.io.settings_files import parse_yaml
 from medmax_jax.io.text_files import TextFileError
-from medmax_jax.io.yaml_files import parse_yaml
 
 SECONDS = 5.0  # of this process for one error, which takes milliseconds
 

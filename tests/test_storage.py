@@ -72,7 +72,7 @@ def test_what_is_not_there_is_named(path):
 
 
 def test_json_has_a_limit(path, monkeypatch):
-    monkeypatch.setattr(storage, "JSON_LIMIT", 10)
+    monkeypatch.setattr(storage, "MAX_JSON_BYTES", 10)
     folder = Folder(path)
     folder.write("a.json", [b"[12345678]"])
     folder.write("b.json", [b"[123456789]"])
