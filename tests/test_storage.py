@@ -60,7 +60,9 @@ def test_what_is_not_there_is_named(path):
     for call in (folder.size, folder.read, folder.json, folder.file):
         with pytest.raises(StorageError, match=r"7b/no\.json: no such .*file; check the path"):
             call("no.json")
-    problems = dict(short="not JSON", latin="byte 1 is not UTF-8", deep="nested over 64 levels")
+    problems = dict(
+        short="not JSON", latin="byte 1 is not UTF-8", deep="not JSON .nested over 64 levels"
+    )
     for name, problem in problems.items():
         with pytest.raises(StorageError, match=rf"7b/{name}\.json: {problem}.*copy it again"):
             folder.json(f"{name}.json")
