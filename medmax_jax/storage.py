@@ -35,11 +35,11 @@ from medmax_jax.bucket import (
     replaced,
     wait,
 )
-from medmax_jax.io.text_files import TextFileError, parse_json
+from medmax_jax.io.settings_files import MAX_JSON_BYTES, parse_settings
+from medmax_jax.io.text_files import TextFileError
 
 __all__ = ["ByteFile", "Folder", "StorageError", "wait"]
 
-JSON_LIMIT = 32 << 20  # bytes; of the largest checkpoints an index has 9 MB. Python needs 24 x that
 MENDS = {
     errno.ENOSPC: SPACE,
     errno.EDQUOT: SPACE,
@@ -74,12 +74,12 @@ class Folder:
         return self.store.read(name, start, stop, None)
 
     def json(self, name: str) -> Any:
-        """Return the value of a JSON file, within the bounds of parse_json."""
+        """Return the value of a JSON file, within the bounds of parse_settings."""
         full = self.store.full(checked(self.path, name))
-        if self.store.longer(name, JSON_LIMIT):
-            raise StorageError(f"{full}: over {JSON_LIMIT} bytes, no JSON file of a checkpoint")
+        if self.store.longer(name, MAX_JSON_BYTES):
+            raise StorageError(f"{full}: over {MAX_JSON_BYTES} bytes, no JSON file of a checkpoint")
         try:
-            return parse_json(self.read(name).tobytes(), full)
+            return parse_settings(self.read(name).tobytes(), full)
         except TextFileError as e:
             raise StorageError(f"{e}; copy it again") from e
 

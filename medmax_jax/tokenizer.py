@@ -22,7 +22,8 @@ from jaxtyping import Int, Int32
 from medmax_jax import vocab as vocabulary
 from medmax_jax.config import BOUNDS, Vocab
 from medmax_jax.io.errors import FileError, printable, quoted
-from medmax_jax.io.text_files import TextFileError, parse_json
+from medmax_jax.io.settings_files import parse_settings
+from medmax_jax.io.text_files import TextFileError
 from medmax_jax.vocab import BOI, BOS, EOI, EOS, IMAGE, PAD, SEP
 
 IMAGE_NAME, SEP_NAME = "<image>", "<reserved08706>"
@@ -36,7 +37,6 @@ _SPLITS = (
     r"(IMGIMG)((A|B|C|D|E|F|G|H|I){1,4})Z",  # A..I: nine letters, as released, though names use ten
     r"([\t\n]|    |  )",
 )
-MAX_FILE_BYTES = 32 << 20  # Chameleon's file has 4 MB
 MAX_ID = BOUNDS["vocab.size"][1]
 _MIN_PAIR_COUNT = 2  # a pair seen once is a quirk of one document
 
@@ -232,9 +232,7 @@ def parse_spec(raw: bytes, where: object) -> dict[str, Any]:
     Raises TokenizerError naming `where` on anything else.
     """
     try:
-        if len(raw) > MAX_FILE_BYTES:
-            raise TextFileError(f"{where}: over {MAX_FILE_BYTES:,} bytes")
-        spec = parse_json(raw, where)
+        spec = parse_settings(raw, where)
     except TextFileError as error:
         raise TokenizerError(f"{error}; name the tokenizer.json of a Chameleon model") from error
     model = spec.get("model") if isinstance(spec, dict) else None

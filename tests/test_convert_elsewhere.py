@@ -23,8 +23,8 @@ from test_convert import convert
 
 from medmax_jax.convert import sources
 from medmax_jax.convert.form import ConvertError
+from medmax_jax.io.settings_files import parse_yaml
 from medmax_jax.io.text_files import TextFileError
-from medmax_jax.io.yaml_files import parse_yaml
 
 SECONDS = 5.0  # of this process for one error, which takes milliseconds
 
@@ -140,7 +140,7 @@ VQ_CASES = [
     (dict(attn_resolutions={"a": 1}), "attention at .*; it must be a list"),
     (dict(resolution=HUGE), "image_size is 1000000000"),
     (dict(resolution=33), "image_size is 33; it must be a multiple of 2"),
-    (dict(base_channels=10**4000), "channels is a number of over 20 digits"),
+    (dict(base_channels=10**4000), "an integer beyond 64 bits"),
     (dict(norm_groups=0), "norm_groups is 0; it must be above 0"),
     (dict(norm_groups=7), "a multiple of vq.norm_groups, 7"),
     (dict(num_embeddings=-1), "num_codes is -1"),
@@ -154,7 +154,7 @@ HF_CASES = [
     (dict(num_hidden_layers=0), "num_hidden_layers is 0; it must be above 0"),
     (dict(num_hidden_layers=True), "num_hidden_layers is True; it must be a whole number"),
     (dict(hidden_size=HUGE), "hidden_size is 1000000000"),
-    (dict(hidden_size=10**4000), "hidden_size is a number of over 20 digits"),
+    (dict(hidden_size=10**4000), "an integer beyond 64 bits"),
     (dict(num_attention_heads=3), "do not divide"),
     (dict(num_key_value_heads=3), "do not divide"),
     (dict(intermediate_size=-1), "intermediate_size is -1; it must be above 0"),
@@ -168,6 +168,7 @@ HF_CASES = [
     (dict(swin_norm="yes"), "swin_norm is 'yes'; it must be true or false"),
     (dict(vocab_size=HUGE), "size is 1000000000; it must be in 1..4194304"),
     (dict(vocab_size=[1]), r"\[1\] ids"),
+    (dict(vocabulary_map=[1]), "vocabulary_map is .*must be a table"),
     (dict(vq_config=[1]), "vq_config is .*must be a table"),
     (dict(hidden_act=["\x1b[2J\n" * 1000]), "hidden_act is"),
     (dict(model_type="chameleon\x1b[2J"), "block.0.conv1 is missing"),
@@ -201,7 +202,7 @@ def test_numbers_of_a_vq_config_are_bounded(copy, changes, message):
     [
         (dict(n_layers=HUGE), "n_layers is 1000000000; it must be in 1..1024"),
         (dict(n_layers=1000), "asks for 1000 layers, but the weights have 29 tensors"),
-        (dict(dim=10**300), "dim is a number of over 20 digits"),
+        (dict(dim=10**300), "an integer beyond 64 bits"),
         (dict(n_heads=HUGE), "n_heads is 1000000000"),
         (dict(n_kv_heads="4"), "n_kv_heads is '4'"),
         (dict(multiple_of=0), "multiple_of is 0"),

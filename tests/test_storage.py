@@ -60,7 +60,9 @@ def test_what_is_not_there_is_named(path):
     for call in (folder.size, folder.read, folder.json, folder.file):
         with pytest.raises(StorageError, match=r"7b/no\.json: no such .*file; check the path"):
             call("no.json")
-    problems = dict(short="not JSON", latin="byte 1 is not UTF-8", deep="nested over 64 levels")
+    problems = dict(
+        short="not JSON", latin="byte 1 is not UTF-8", deep="not JSON .nested over 64 levels"
+    )
     for name, problem in problems.items():
         with pytest.raises(StorageError, match=rf"7b/{name}\.json: {problem}.*copy it again"):
             folder.json(f"{name}.json")
@@ -72,7 +74,7 @@ def test_what_is_not_there_is_named(path):
 
 
 def test_json_has_a_limit(path, monkeypatch):
-    monkeypatch.setattr(storage, "JSON_LIMIT", 10)
+    monkeypatch.setattr(storage, "MAX_JSON_BYTES", 10)
     folder = Folder(path)
     folder.write("a.json", [b"[12345678]"])
     folder.write("b.json", [b"[123456789]"])

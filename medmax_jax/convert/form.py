@@ -201,9 +201,9 @@ def vocab_settings(size: Any, names: dict[str, int], vq: VQ, where: str) -> Voca
     released = base.get_config().vocab.text_start
     whole = type(size) is int and size > released
     start = names.get("!", released if whole else RELEASED_END)
-    if type(size) is not int or not start < size:
+    if type(size) is not int or type(start) is not int or not start < size:
         raise ConvertError(
-            f"{where}: {quoted(size)} ids, but text begins at {start}; not the vocabulary of this "
+            f"{where}: {quoted(size)} ids, but text begins at {quoted(start)}; not the vocabulary of this "
             "family, or a tokenizer of another model"
         )
     sizes = dict(size=size, image_codes=vq.num_codes, text_start=start)

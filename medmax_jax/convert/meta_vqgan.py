@@ -22,8 +22,8 @@ from medmax_jax.convert.form import (
     finite,
     section,
 )
+from medmax_jax.io.settings_files import MAX_YAML_BYTES, parse_yaml
 from medmax_jax.io.text_files import TextFileError
-from medmax_jax.io.yaml_files import MAX_YAML_BYTES, parse_yaml
 from medmax_jax.storage import Folder
 
 CKPT, YAML = "vqgan.ckpt", "vqgan.yaml"

@@ -24,8 +24,9 @@ from medmax_jax import pth
 from medmax_jax.convert.ahead import ahead
 from medmax_jax.convert.form import DTYPES, ConvertError, Tensor, finite
 from medmax_jax.io.errors import printable, quoted
-from medmax_jax.io.text_files import TextFileError, parse_json
-from medmax_jax.storage import JSON_LIMIT, ByteFile, Folder
+from medmax_jax.io.settings_files import MAX_JSON_BYTES, parse_settings
+from medmax_jax.io.text_files import TextFileError
+from medmax_jax.storage import ByteFile, Folder
 
 INDEX, BIN_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
 BIN = "pytorch_model.bin"
@@ -176,10 +177,10 @@ def _header(file: ByteFile) -> tuple[dict[str, Any], int]:
     if file.size < 8:
         raise _broken(file, f"{file.size} bytes are too few for a header")
     length = int.from_bytes(bytes(file.read(0, 8)), "little")
-    if length > min(JSON_LIMIT, file.size - 8):
+    if length > min(MAX_JSON_BYTES, file.size - 8):
         raise _broken(file, f"a header of {length} bytes in a file of {file.size}")
     try:
-        header = parse_json(bytes(file.read(8, 8 + length)), "its header")
+        header = parse_settings(bytes(file.read(8, 8 + length)), "its header")
     except TextFileError as error:
         raise _broken(file, str(error)) from error
     if not isinstance(header, dict):

@@ -1,9 +1,10 @@
-"""Reads the YAML settings that another program wrote, within stated bounds.
+"""Reads the settings, indexes and headers of checkpoints, JSON and YAML, within tighter bounds.
 
-Only what JSON can say is read: mappings with text keys, lists, texts, finite numbers, true, false
-and null. Aliases and anchors are refused (nine lines of them stand for 10^9 values), and so are
-tags, timestamps, a key that occurs twice, and more than MAX_DEPTH levels. All errors are a
-TextFileError of one printable line.
+A file is refused in a fraction of a second, before its values are built: Python takes up to 24
+bytes for each byte of JSON. Of YAML only what JSON can say is read: mappings with text keys, lists,
+texts, finite numbers, true, false and null. Aliases and anchors are refused (nine lines of them
+stand for 10^9 values), and so are tags, timestamps, a key that occurs twice, and more than
+MAX_YAML_DEPTH levels. All errors are a TextFileError of one printable line.
 """
 
 import collections
@@ -13,11 +14,25 @@ from typing import Any
 import yaml
 
 from medmax_jax.io.errors import printable
-from medmax_jax.io.text_files import TextFileError, decode
+from medmax_jax.io.text_files import TextFileError, decode, parse_json
 
+MAX_JSON_BYTES = 32 << 20  # an index of the largest checkpoints has 9 MB, Chameleon's tokenizer 4
+MAX_JSON_VALUES = 1 << 21  # a tokenizer of 280,000 merges, each a list, has 1.1 million
 MAX_YAML_BYTES = 64 << 10  # PyYAML reads about 100 KB a second; a published vqgan.yaml has 1,490
-MAX_DEPTH = 32
-MAX_VALUES = 10_000
+MAX_YAML_DEPTH = 32
+MAX_YAML_VALUES = 10_000
+
+
+def parse_settings(data: bytes, where: object) -> Any:
+    """Return the value of JSON of a checkpoint: config, index, header, tokenizer.
+
+    Raises TextFileError naming `where`; see parse_json for what else is refused.
+    """
+    if len(data) > MAX_JSON_BYTES:
+        raise TextFileError(f"{where}: over {MAX_JSON_BYTES:,} bytes; not a file of a checkpoint")
+    if sum(map(data.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
+        raise TextFileError(f"{where}: over {MAX_JSON_VALUES:,} values; not a file of a checkpoint")
+    return parse_json(data, where)
 
 
 def parse_yaml(data: bytes | str, where: object) -> Any:
@@ -59,8 +74,8 @@ def _check_events(text: str, where: object) -> None:
     """Raise TextFileError before anything is built: the parser of events does not recurse."""
     depth = 0
     for count, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
-        if count > MAX_VALUES:
-            raise TextFileError(f"{where}: over {MAX_VALUES:,} values; not a file of settings")
+        if count > MAX_YAML_VALUES:
+            raise TextFileError(f"{where}: over {MAX_YAML_VALUES:,} values; not a file of settings")
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             raise TextFileError(f"{where}: has an anchor or alias; write the value out")
         if getattr(event, "tag", None):
@@ -68,8 +83,8 @@ def _check_events(text: str, where: object) -> None:
             raise TextFileError(f"{where}: has the tag {tag!r}; leave it out")
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
-        if depth > MAX_DEPTH:
-            raise TextFileError(f"{where}: nested over {MAX_DEPTH} levels")
+        if depth > MAX_YAML_DEPTH:
+            raise TextFileError(f"{where}: nested over {MAX_YAML_DEPTH} levels")
 
 
 def _check_values(value: Any, where: object) -> None:
