@@ -301,7 +301,7 @@ def _stages(path: Path) -> list[dict[str, Any]]:
         return []
 
 
-def _history(path: Path) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+def _history(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     try:
         rows, damaged = read_metrics(path)
     except TextFileError as error:

@@ -365,7 +365,8 @@ def curve(workdir: Path) -> int:
             points = [(r["step"], r[name]) for r in rows if r["kind"] == kind and name in r]
             axes.plot(*zip(*points, strict=True), style, label=kind, linewidth=0.8) if points else 0
         axes.set(title=name, xlabel="step")
-        axes.legend(fontsize=7)
+        if axes.lines:
+            axes.legend(fontsize=7)
     figure.savefig(workdir / "curve.png", dpi=80)
     return damaged
 

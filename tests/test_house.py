@@ -29,7 +29,7 @@ settings    configs configs.sampling configs.base configs.chameleon_30b configs.
             configs.sample_medmax configs.biomedclip
 
 facts       medmax_jax medmax_jax.io medmax_jax.io.errors medmax_jax.io.text_files
-            medmax_jax.io.image_paths medmax_jax.io.run_files
+            medmax_jax.io.image_paths medmax_jax.io.run_files medmax_jax.io.csv_files
             medmax_jax.io.settings_files
             medmax_jax.config medmax_jax.vocab medmax_jax.mesh medmax_jax.image_headers
             medmax_jax.image_range medmax_jax.images

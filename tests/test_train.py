@@ -114,6 +114,32 @@ def test_a_finished_run_only_exports_again(done, tmp_path):
     assert list(rows(again, "train")) == [1, 2, 3, 4, 5]
 
 
+def test_a_run_goes_on_without_its_logs(done, tmp_path, capsys):
+    """Folders stand where the files go, which no rights of a user get around."""
+    run, folder, result = done
+    shutil.copytree(folder, tmp_path / "run")
+    logs = ("train.log", "metrics.jsonl", "history.jsonl")
+    for name in logs:
+        (tmp_path / "run" / name).unlink()
+        (tmp_path / "run" / name).mkdir()
+    again = train.run(run, tmp_path / "run")
+    out = capsys.readouterr().out
+    assert again["step"] == result["step"] and "Traceback" not in out
+    for name in logs:
+        assert f"WARNING: {tmp_path / 'run' / name}: cannot be" in out, name
+
+
+def test_a_damaged_row_of_the_metrics_is_left_out(done, tmp_path, capsys):
+    run, folder, result = done
+    shutil.copytree(folder, tmp_path / "run")
+    path = tmp_path / "run" / "metrics.jsonl"
+    rows = path.read_bytes().count(b"\n")
+    path.write_bytes(path.read_bytes().replace(b'"step"', b'"ste\xff"', 1))
+    assert train.run(run, tmp_path / "run")["step"] == result["step"]
+    assert "1 line that cannot be read was left out" in capsys.readouterr().out
+    assert path.read_bytes().count(b"\n") == rows - 1
+
+
 def test_a_damaged_checkpoint_is_reported_and_made_again(done, tmp_path):
     run, folder, _ = done
     again = copy(folder, tmp_path)

@@ -12,6 +12,7 @@ from typing import Any
 
 from data.sources.row import Place, SourceError
 from medmax_jax.io import text_files
+from medmax_jax.io.csv_files import csv_table
 from medmax_jax.io.text_files import TextFileError
 
 CHUNK = 2**20  # characters read at once
@@ -44,7 +45,7 @@ def csv_rows(path: pathlib.Path, columns: tuple[str, ...]) -> Iterator[tuple[Pla
     with (
         _source_errors(),
         text_files.open_binary(path) as file,
-        text_files.csv_table(file, path.name, max_chars=MAX_ITEM) as (header, rows),
+        csv_table(file, path.name, max_chars=MAX_ITEM) as (header, rows),
     ):
         if lacking := [c for c in columns if c not in header]:
             raise SourceError(

@@ -203,8 +203,8 @@ def vocab_settings(size: Any, names: dict[str, int], vq: VQ, where: str) -> Voca
     start = names.get("!", released if whole else RELEASED_END)
     if type(size) is not int or type(start) is not int or not start < size:
         raise ConvertError(
-            f"{where}: {quoted(size)} ids, but text begins at {quoted(start)}; not the vocabulary of this "
-            "family, or a tokenizer of another model"
+            f"{where}: {quoted(size)} ids, but text begins at {quoted(start)}; not the vocabulary "
+            "of this family, or a tokenizer of another model"
         )
     sizes = dict(size=size, image_codes=vq.num_codes, text_start=start)
     try:

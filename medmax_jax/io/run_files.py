@@ -7,6 +7,7 @@ Neither holds anything that training goes on from, so damage in them, or a disk 
 is a warning and never ends a run whose checkpoints are sound.
 """
 
+import contextlib
 import os
 from collections.abc import Callable
 from typing import Any, TextIO
@@ -44,6 +45,9 @@ class LogFile:
             self._file = None
 
     def _give_up(self, error: OSError) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # what could not be written, cannot now either
+                self._file.close()
         self._file = None
         self._warn(
             f"WARNING: {self._path}: cannot be written ({error.strerror or error}); the run goes "

@@ -1,18 +1,17 @@
-"""Reads text, JSON, JSON Lines and CSV that another program wrote, within stated bounds.
+"""Reads text, JSON and JSON Lines that another program wrote, within stated bounds.
 
 Every reader of a file from elsewhere goes through this module, so that the bounds, the byte order
 mark, gzip and the form of the errors are the same everywhere. A file that breaks a bound raises a
 TextFileError of one printable line that names the file, the problem and the fix; RecursionError,
-MemoryError, UnicodeDecodeError and csv.Error do not leave this module.
+MemoryError and UnicodeDecodeError do not leave this module. CSV: csv_files.py.
 
     whole file      read_bytes  read_text  read_json  read_objects
     text in memory  parse_json  parse_object  parse_jsonl
-    stream          open_binary -> lines, array_items, csv_table
+    stream          open_binary -> lines, array_items
 """
 
 import codecs
 import contextlib
-import csv
 import functools
 import gzip
 import io
@@ -271,27 +270,6 @@ def array_items(
         raise TextFileError(f"{where}: text after the end of the array; give one array")
 
 
-@contextlib.contextmanager
-def csv_table(
-    file: BinaryIO, where: object, *, max_chars: int = MAX_LINE_BYTES
-) -> Iterator[tuple[list[str], Iterator[tuple[int, list[str]]]]]:
-    """Give (header, (row number from 1, fields) of each row that is not blank).
-
-    Raises TextFileError, also while the rows are read, at a header that names a column twice, a
-    field of more than `max_chars`, a stray quote, and bytes that are not UTF-8.
-    """
-    # Python has one limit for all readers of a process, 131,072 by default; it is only raised.
-    csv.field_size_limit(max(csv.field_size_limit(), max_chars))
-    text = io.TextIOWrapper(file, encoding="utf-8", newline="")
-    try:
-        reader = csv.reader(_bounded(text, where, max_chars), strict=True)
-        header = _csv_row(reader, where, 0) or []
-        _check_columns(header, where)
-        yield header, _csv_rows(reader, where)
-    finally:
-        text.detach()  # whoever opened the file closes it
-
-
 # ---- how
 
 
@@ -511,53 +489,3 @@ class _ArrayReader:
             ) from error
         self._text, self.at = self._text[self.at :] + part, 0
         return bool(data)
-
-
-def _bounded(file: io.TextIOWrapper, where: object, max_chars: int) -> Iterator[str]:
-    number = 0
-    while line := file.readline(max_chars + 1):
-        number += 1
-        if len(line) > max_chars:
-            raise TextFileError(f"{where}: line {number} has more than {max_chars} characters")
-        yield line
-
-
-def _check_columns(header: list[str], where: object) -> None:
-    seen: set[str] = set()
-    for name in header:
-        if name.strip() and name in seen:
-            name = repr(printable(name, 60))
-            raise TextFileError(
-                f"{where}: column {name} occurs twice; rename or remove one", KEY_TWICE
-            )
-        seen.add(name)
-
-
-def _csv_rows(reader: Any, where: object) -> Iterator[tuple[int, list[str]]]:
-    number = 1
-    while (row := _csv_row(reader, where, number)) is not None:
-        if row:
-            yield number, row
-        number += 1
-
-
-def _csv_row(reader: Any, where: object, number: int) -> list[str] | None:
-    """The next row, None at the end; `number` 0 is the header."""
-    first = reader.line_num + 1
-    try:
-        return next(reader, None)
-    except UnicodeDecodeError as error:
-        raise TextFileError(
-            f"{where}: damaged or not UTF-8 after line {reader.line_num}; save it as UTF-8",
-            NOT_UTF8,
-        ) from error
-    except csv.Error as error:
-        row = f"row {number}" if number else "the header"
-        text = str(error)
-        if "expected after" in text:
-            text = 'a quote inside a quoted field is not doubled; write it as ""'
-        elif "unexpected end" in text:
-            text = "a quote opens a field and none closes it; close it, or get the file again"
-        elif "field limit" in text:
-            text = f"a field has over {csv.field_size_limit():,} characters; is a quote not closed?"
-        raise TextFileError(f"{where}, {row} (line {first}): {text}") from error

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
+from medmax_jax.io.csv_files import csv_table
 from medmax_jax.io.errors import printable
-from medmax_jax.io.text_files import TextFileError, csv_table, open_binary
+from medmax_jax.io.text_files import TextFileError, open_binary
 from medmax_jax.scaling.laws import Columns, Law, ScalingError
 
 _RULE = re.compile(r"\s*([^=<>]+?)\s*(=|<|>)\s*(.+?)\s*$")

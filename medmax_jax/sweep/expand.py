@@ -148,6 +148,8 @@ def _read_back(row: dict[str, Any], place: str) -> Planned:
         value = row[name]
         if not isinstance(value, kinds) or isinstance(value, bool) and name != "fits":
             raise ValueError(f"{place}: {name} is {printable(repr(value), 60)}")
+        if kind in NUMBERS and value is not None:
+            row[name] = float(value)
     if not re.fullmatch(r"[0-9a-f]{10}", row["run_id"]):  # it becomes the name of a folder
         raise ValueError(f"{place}: run_id is {printable(repr(row['run_id']), 60)}")
     return Planned(**row)
