@@ -10,13 +10,8 @@ import io
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from medmax_jax.io.text_files import (
-    KEY_TWICE,
-    MAX_LINE_BYTES,
-    NOT_UTF8,
-    TextFileError,
-    printable,
-)
+from medmax_jax.io.errors import printable
+from medmax_jax.io.text_files import KEY_TWICE, MAX_LINE_BYTES, NOT_UTF8, TextFileError
 
 
 @contextlib.contextmanager
