@@ -32,6 +32,7 @@ from medmax_jax.image_headers import ImageError, check_header, check_regular, ch
 MAX_PIXELS = 89_478_485  # Pillow's own line between a large picture and a decompression bomb
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".ppm")
 MAX_WEBP = 2**26  # pixels; its decoder holds 15 bytes for each, others 4 to 12
+MAX_PYTHON = 2**25  # pixels of a PPM that Pillow decodes in Python, about a microsecond for each
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM")
 # What Pillow raises for damaged files, by trial: TypeError where a TIFF tag has another type
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError)
@@ -73,8 +74,7 @@ def open_image(
             warnings.simplefilter("ignore")  # of Pillow: max_pixels decides, and damage is an error
             bits = check_header(file, max_pixels=max_pixels)
             with Image.open(file, formats=FORMATS) as image:
-                bound = MAX_WEBP if image.format == "WEBP" else max_pixels
-                check_size(*image.size, min(bound, max_pixels))
+                check_size(*image.size, _bound(image, max_pixels))
                 image.info["significant_bits"] = bits
                 yield image
                 return
@@ -127,6 +127,13 @@ def preprocess(image: Image.Image, size: int) -> Float32[np.ndarray, "h w 3"]:
     left, top = ((side - size) // 2 for side in scaled)
     square = np.asarray(image.crop((left, top, left + size, top + size)), np.float32)
     return square / np.float32(255) * 2 - 1
+
+
+def _bound(image: Image.Image, max_pixels: int) -> int:
+    if image.format == "WEBP":
+        return min(max_pixels, MAX_WEBP)
+    slow = bool(image.tile) and image.tile[0].codec_name in ("ppm", "ppm_plain")
+    return min(max_pixels, MAX_PYTHON) if slow else max_pixels
 
 
 def _file(path: str | os.PathLike | bytes) -> io.BufferedIOBase:

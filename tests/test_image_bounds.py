@@ -238,3 +238,19 @@ def test_a_jpeg_marker_in_a_segment_is_no_scan(tmp_path):
     Image.new("L", (8, 8)).save(tmp_path / "a.jpg", comment=b"\xff\xda" * 20)
     assert images.load(tmp_path / "a.jpg", max_pixels=64).size == (8, 8)
     assert struct.calcsize("<HHL4s") == 12  # an entry of a TIFF directory, as it is counted
+
+
+def test_formats_with_a_bound_of_their_own(monkeypatch):
+    """WebP for its memory, PPM of an unusual maximum for the seconds of Pillow's Python decoder."""
+    monkeypatch.setattr(images, "MAX_WEBP", 63)
+    monkeypatch.setattr(images, "MAX_PYTHON", 63)
+    for kind, said in (("WEBP", "the limit is 63"), ("PNG", ""), ("PPM", "")):
+        Image.new("RGB", (8, 8)).save(file := io.BytesIO(), kind)
+        if said:
+            with pytest.raises(images.ImageError, match=said):
+                images.load(file.getvalue(), max_pixels=64)
+        else:
+            assert images.load(file.getvalue(), max_pixels=64).size == (8, 8)
+    for head in (b"P5 8 8 4095 ", b"P2 8 8 255 "):
+        with pytest.raises(images.ImageError, match="the limit is 63"):
+            images.load(head + bytes(128), max_pixels=64)

@@ -206,7 +206,7 @@ ACCEPTED = {
     "GIF, transparent": lambda: saved("P", "GIF", transparency=0),
     "WebP, lossless with alpha": webp,
     "PPM": lambda: saved("RGB", "PPM"),
-    "PPM, maximum 4095": lambda: b"P5 %d %d 4095\n" % (SIDE, SIDE) + bytes(2 * SIDE * SIDE),
+    "PPM, maximum 4095": lambda: b"P5 8192 4096 4095\n" + bytes(2**26),
     "DICOM, 16 bits with a window": dicom,
 }
 READ = """
