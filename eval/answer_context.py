@@ -11,6 +11,7 @@ import re
 import unicodedata
 
 MAX_CHARS = 20_000  # of the end of an answer; the final answer is there
+REACH = 500  # characters of a clause or a sentence that are looked at, so that time is bounded
 
 _CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
 _TEXT_COMMAND = re.compile(
@@ -228,8 +229,8 @@ def normalize(text: str) -> str:
 
 def clause_start(text: str, start: int) -> int:
     """Return where the clause of a phrase begins that starts at `start`."""
-    found = begin = max(0, start - 300)
-    for match in _CLAUSE.finditer(text, begin):
+    found = begin = max(0, start - REACH)
+    for match in _CLAUSE.finditer(text, begin, start + 40):  # 40: what a clause may begin with
         if match.end() > start:
             break
         found = match.end()
@@ -238,11 +239,11 @@ def clause_start(text: str, start: int) -> int:
 
 def sentence_span(text: str, place: int) -> tuple[int, int]:
     """Return (start, end) of the sentence around a place, its closing mark included."""
-    begin = 0
-    for match in _SENTENCE.finditer(text, max(0, place - 600), place):
+    begin = max(0, place - REACH)
+    for match in _SENTENCE.finditer(text, begin, place):
         begin = match.end()
-    close = _SENTENCE.search(text, place)
-    return begin, close.end() if close else len(text)
+    close = _SENTENCE.search(text, place, place + REACH)
+    return begin, close.end() if close else min(len(text), place + REACH)
 
 
 def is_denied(text: str, start: int, end: int) -> bool:

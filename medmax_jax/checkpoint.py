@@ -125,7 +125,8 @@ class Checkpoints:
             self._newest_sound = _agree(lambda: self._reject(step, wrong))
             raise DamagedError(f"checkpoint {step}: {wrong}")
         state = jax.tree.unflatten(jax.tree.structure(like), list(arrays.values()))
-        return state, place.json("cursor/metadata")
+        # Means of what an interval had none of, such as image targets, are NaN in the cursor.
+        return state, place.json("cursor/metadata", allow_nonfinite=True)
 
     def close(self) -> None:
         """Waits for the thread; what failed in it has been raised or is logged here."""

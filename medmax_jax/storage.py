@@ -73,13 +73,14 @@ class Folder:
         _check_range(self.store.full(checked(self.path, name)), start, stop)
         return self.store.read(name, start, stop, None)
 
-    def json(self, name: str) -> Any:
+    def json(self, name: str, *, allow_nonfinite: bool = False) -> Any:
         """Return the value of a JSON file, within the bounds of parse_settings."""
         full = self.store.full(checked(self.path, name))
         if self.store.longer(name, MAX_JSON_BYTES):
             raise StorageError(f"{full}: over {MAX_JSON_BYTES} bytes, no JSON file of a checkpoint")
         try:
-            return parse_settings(self.read(name).tobytes(), full)
+            data = self.read(name).tobytes()
+            return parse_settings(data, full, allow_nonfinite=allow_nonfinite)
         except TextFileError as e:
             raise StorageError(f"{e}; copy it again") from e
 

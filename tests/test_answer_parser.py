@@ -191,7 +191,17 @@ def test_any_text_of_answer_and_question(text, prompt):
     reasoning.final_answer(text)
 
 
-def test_long_answers_are_read_by_their_end_and_in_time():
+@pytest.mark.parametrize(
+    "part", ["A B ", "cyst ", "the answer is ", "<answer>B", "not ", "(", "? "]
+)
+def test_long_repetitions_are_read(part):
+    """Their time once grew with the square of their length, to 40 s."""
+    text = part * (40_000 // len(part))
+    assert read(text) in (None, "A", "B")
+    assert strict.read("vqa_closed", text, "Is there a cyst?") in (None, "yes", "no")
+
+
+def test_long_answers_are_read_by_their_end():
     filler = "The opacity is not a cyst, and if A were right the margin would be sharp. " * 2_000
     assert read(filler + "\nAnswer: B") == "B"
     assert read(filler) is None

@@ -284,3 +284,14 @@ def test_yaml_of_another_kind_is_refused(meta, tmp_path, text):
     folder = pathlib.Path(shutil.copytree(meta, tmp_path / "meta"))
     (folder / "tokenizer" / "vqgan.yaml").write_text(text)
     refused(folder, "vqgan.yaml: ")
+
+
+def test_a_tokenizer_without_a_special_name_is_named(meta, tmp_path):
+    folder = pathlib.Path(shutil.copytree(meta, tmp_path / "meta"))
+    path = folder / "tokenizer" / "text_tokenizer.json"
+    spec = json.loads(path.read_text())
+    del spec["model"]["vocab"]["<pad>"]
+    path.write_text(json.dumps(spec))
+    with pytest.raises(ConvertError, match="its tokenizer has no <pad>.*came with the weights"):
+        convert(folder, tmp_path / "out", "hf")
+    assert not (tmp_path / "out").exists()

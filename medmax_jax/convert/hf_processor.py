@@ -16,7 +16,7 @@ from typing import Any
 
 import tokenizers
 
-from medmax_jax.convert.form import Checkpoint
+from medmax_jax.convert.form import Checkpoint, ConvertError
 from medmax_jax.storage import Folder
 from medmax_jax.tokenizer import IMAGE_NAME, SEP_NAME, UNMODIFIED_IMAGE_NAME, parse_spec
 
@@ -66,6 +66,11 @@ def write(folder: Folder, checkpoint: Checkpoint) -> None:
     transformers.logging.set_verbosity_error()
     spec = json.loads(modified(checkpoint.tokenizer))
     names = spec["model"]["vocab"]
+    if missing := [name for name in (BOS, PAD, EOS, SEP_NAME, IMAGE_NAME) if name not in names]:
+        raise ConvertError(
+            f"{checkpoint.path}: its tokenizer has no {missing[0]}, which Hugging Face's processor "
+            "needs; use the tokenizer that came with the weights"
+        )
     spec["added_tokens"] = [_added(name, names[name]) for name in SPECIAL if name in names]
     spec["post_processor"] = tokenizers.processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, names[BOS])]

@@ -23,16 +23,16 @@ MAX_YAML_DEPTH = 32
 MAX_YAML_VALUES = 10_000
 
 
-def parse_settings(data: bytes, where: object) -> Any:
+def parse_settings(data: bytes, where: object, *, allow_nonfinite: bool = False) -> Any:
     """Return the value of JSON of a checkpoint: config, index, header, tokenizer.
 
-    Raises TextFileError naming `where`; see parse_json for what else is refused.
+    allow_nonfinite: see parse_json, also for what is refused. Raises TextFileError naming `where`.
     """
     if len(data) > MAX_JSON_BYTES:
         raise TextFileError(f"{where}: over {MAX_JSON_BYTES:,} bytes; not a file of a checkpoint")
     if sum(map(data.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
         raise TextFileError(f"{where}: over {MAX_JSON_VALUES:,} values; not a file of a checkpoint")
-    return parse_json(data, where)
+    return parse_json(data, where, allow_nonfinite=allow_nonfinite)
 
 
 def parse_yaml(data: bytes | str, where: object) -> Any:
