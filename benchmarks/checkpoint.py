@@ -25,10 +25,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from configs import base
-from medmax_jax import chameleon, config, step, weights
-from medmax_jax.checkpoint import Checkpoints
-from medmax_jax.mesh import make_mesh
+from medmax_jax import config
+from medmax_jax.checkpoints import safetensors_file
+from medmax_jax.checkpoints.manager import Checkpoints
+from medmax_jax.configs import base
+from medmax_jax.models import chameleon
+from medmax_jax.sharding import make_mesh
+from medmax_jax.training import step
 
 
 def main() -> None:
@@ -75,7 +78,7 @@ def _measure(state: step.TrainState, place: Path, rounds: int) -> dict[str, floa
         sealed.append(time.monotonic() - begin)
         begin = time.monotonic()
         with ocp.StandardCheckpointer() as orbax:
-            orbax.save(place / f"theirs_{number}", weights.named(state))
+            orbax.save(place / f"theirs_{number}", safetensors_file.named(state))
             orbax.wait_until_finished()
         theirs.append(time.monotonic() - begin)
     like = jax.tree.map(

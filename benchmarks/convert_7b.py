@@ -32,7 +32,7 @@ import numpy as np
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from medmax_jax import pth  # noqa: E402
+from medmax_jax.checkpoints import torch_file
 
 DIM, FFN, HEADS, VOCAB = 4_096, 11_008, 32, 65_536  # Chameleon-7B
 POOL = 1 << 26  # random numbers that all weights are windows of; drawing 7e9 takes minutes
@@ -70,7 +70,7 @@ def make(folder: pathlib.Path, layers: int) -> int:
     shapes |= {"norm.weight": (DIM,), "output.weight": (VOCAB, DIM)}
     tensors = ((name, shape, "BF16", lambda s=shape: draw(s)) for name, shape in shapes.items())
     with open(models / "consolidated.pth", "wb") as out:
-        pth.write(out, tensors, wrap=None)
+        torch_file.write(out, tensors, wrap=None)
         out.flush()
         os.fsync(out.fileno())
     return (models / "consolidated.pth").stat().st_size
@@ -130,14 +130,15 @@ def copy_twice(source: pathlib.Path, scratch: pathlib.Path) -> float:
 
 def load(folder: str, address: str, process: int, mesh: tuple[int, int, int]) -> None:
     """What each of the two processes does: loads its half, prints what it read."""
-    from medmax_jax import chameleon, export
+    from medmax_jax.checkpoints import export
     from medmax_jax.config import Mesh
-    from medmax_jax.convert import native
-    from medmax_jax.mesh import make_mesh
-    from medmax_jax.storage import Folder
+    from medmax_jax.convert import native as native_layout
+    from medmax_jax.io.storage import Folder
+    from medmax_jax.models import chameleon
+    from medmax_jax.sharding import make_mesh
 
     jax.distributed.initialize(address, num_processes=2, process_id=process)
-    found = native.settings(Folder(folder))
+    found = native_layout.settings(Folder(folder))
     read = lambda: int(pathlib.Path("/proc/self/io").read_text().split()[1])  # noqa: E731  rchar
     with jax.set_mesh(make_mesh(_mesh(Mesh, mesh))):
         like = chameleon.abstract(found["model"], found["vocab"], chameleon.NO_LORA)

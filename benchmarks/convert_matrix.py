@@ -17,12 +17,12 @@ import numpy as np
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported: libtpu is chatty
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 import convert_setup as setup  # noqa: E402
 from parity import meta_reference  # noqa: E402
 
-from medmax_jax.convert import run, sources  # noqa: E402
+from medmax_jax.convert import convert as conversion
 
 MODELS = {"7B-like": setup.BASE, "30B-like, 4 shards": setup.SWIN}
 DTYPES = {"F32": ("F32",), "BF16": ("BF16",), "mixed": ("F32", "BF16", "BF16", "F16")}
@@ -54,14 +54,14 @@ for name in sorted(p.name for p in folder.glob("*_torch")):
 
 def tensors(path: pathlib.Path) -> dict[str, bytes]:
     """Name -> dtype and bits of every tensor, read through the layout's own table."""
-    found = sources.read(path)
+    found = conversion.read(path)
     each = {**found.language, **{f"vqgan.{n}": t for n, t in found.vqgan.items()}}
     return {n: t.dtype.encode() + t.all().tobytes() for n, t in each.items()}
 
 
 def convert(source: pathlib.Path, target: pathlib.Path, layout: str) -> pathlib.Path:
     """One conversion; returns its target."""
-    run.convert(str(source), str(target), layout=layout, say=lambda _: None)
+    conversion.convert(str(source), str(target), layout=layout, say=lambda _: None)
     return target
 
 
@@ -94,7 +94,7 @@ def table(folder: pathlib.Path, python: str | None) -> None:
             for path in (place / "start").glob("models/*/*.pth"):
                 (place / path.name).write_bytes(path.read_bytes())
             cells = [_round_trip(at, place, a, b) for a, b in ROUTES]
-            names = {sources.read(p).fingerprint for p in at.values()}
+            names = {conversion.read(p).fingerprint for p in at.values()}
             cells.append("yes" if len(names) == 1 else "NO")
             rows.append(([model, dtype, *cells], place, sizes, states))
     if python:

@@ -2,7 +2,8 @@
 
 Decoding on a CPU in fp32 with the 42M Chameleon of train_cpu.py and the same weights on both sides.
 
-    ours     tokens/s of medmax_jax/serving.py, 8 rows: prompts of 128 tokens, 128 new, greedy
+    ours     tokens/s of medmax_jax/generation/scheduler.py, 8 rows: prompts of 128 tokens, 128 new,
+             greedy
     theirs   tokens/s of HF's generate with sdpa attention (decode_hf_side.py)
     ratio    ours / theirs at 8 rows: above 1 means that ours is faster; `batch_1` has that of one
 

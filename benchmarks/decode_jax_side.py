@@ -19,8 +19,10 @@ from jax_side import create
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from medmax_jax import batching, config, engine, mesh, serving  # noqa: E402
-from medmax_jax.vocab import BOI, BOS, EOI, SEP  # noqa: E402
+from medmax_jax import config, sharding
+from medmax_jax.generation import engine, scheduler
+from medmax_jax.generation import requests as prompt_requests
+from medmax_jax.models.vocab import BOI, BOS, EOI, SEP
 
 
 class Decoder:
@@ -30,7 +32,7 @@ class Decoder:
         run = config.from_config_dict(spec["run"])
         run = dataclasses.replace(run, lora=dataclasses.replace(run.lora, rank=0))
         self.run, self.codes, self.prompts = run, spec["codes"], spec["prompts"]
-        self.mesh = mesh.make_mesh(run.mesh)
+        self.mesh = sharding.make_mesh(run.mesh)
         with jax.set_mesh(self.mesh):
             self.model = create(run)
         self.rng, self.count = np.random.default_rng(0), spec["words"]
@@ -45,11 +47,11 @@ class Decoder:
     def serve(self, e: engine.Engine, prompts: list[np.ndarray], sample, mode: str):
         """Seconds, and the tokens of each answer."""
         requests = [
-            batching.Request(np.asarray(p, np.int32), n, sample.max_gen_len)
+            prompt_requests.Request(np.asarray(p, np.int32), n, sample.max_gen_len)
             for n, p in enumerate(prompts)
         ]
         start, found = time.perf_counter(), {}
-        for news in serving.serve(e, requests, sample, mode=mode, seed=0):
+        for news in scheduler.serve(e, requests, sample, mode=mode, seed=0):
             found |= {each.index: each.tokens.tolist() for each in news}
         return time.perf_counter() - start, [found[n] for n in range(len(prompts))]
 

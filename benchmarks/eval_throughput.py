@@ -2,7 +2,7 @@
 
 The evaluation loop with the shipped tiny model, all answers on the disk as eval.run writes them.
 
-    ours     samples/s of eval/loop.py with the generation engine, 32 rows at a time
+    ours     samples/s of eval/pipeline/inference.py with the generation engine, 32 rows at a time
     theirs   samples/s of the same loop and model, one sample at a time, as the release asks
     ratio    ours / theirs: above 1 means that batches are faster
 
@@ -28,12 +28,13 @@ import PIL.Image
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from configs import eval_tiny  # noqa: E402
-from eval import loop, models  # noqa: E402
-from eval.settings import Settings  # noqa: E402
-from eval.suites import suite  # noqa: E402
-from medmax_jax import generate  # noqa: E402
-from medmax_jax.config import build  # noqa: E402
+from medmax_jax.config import build
+from medmax_jax.configs import eval_tiny
+from medmax_jax.eval.config import Settings
+from medmax_jax.eval.models import base
+from medmax_jax.eval.pipeline import inference
+from medmax_jax.eval.tasks.selection import suite
+from medmax_jax.generation import model_bundle
 
 TINY = ROOT / "medmax_jax" / "tiny"
 ROWS = 32
@@ -45,9 +46,9 @@ def throughput(items: int, rounds: int) -> dict:
     config.counts.update(vqa_mcq=0, vqa_open=0, image_generation=0, multimodal=0)
     config.counts.update(vqa_closed=items // 2, captioning=items - items // 2)
     settings = build(Settings, config)
-    found, g = suite(settings), generate.load(TINY)
+    found, g = suite(settings), model_bundle.load(TINY)
     model = {
-        name: models.Native(g, settings.sample, rows=rows, name=name, stamp=name)
+        name: base.Native(g, settings.sample, rows=rows, name=name, stamp=name)
         for name, rows in (("ours", ROWS), ("theirs", 1))
     }
     seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
@@ -56,7 +57,7 @@ def throughput(items: int, rounds: int) -> dict:
         for name in model if number % 2 else reversed(model):
             with tempfile.TemporaryDirectory() as folder:
                 begin = time.perf_counter()
-                records = loop.evaluate(
+                records = inference.evaluate(
                     model[name],
                     found.items,
                     mode="strict",

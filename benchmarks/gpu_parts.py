@@ -65,7 +65,7 @@ def measurements(part: str, size: str, workdir: pathlib.Path, *, theirs: bool) -
 def planned(each: Measurement, side: dict[str, Any]) -> dict[str, Any] | None:
     """Memory and time by arithmetic beside the measured ones; error is plan / measured - 1."""
     from medmax_jax import config, flops
-    from medmax_jax.plan import analytic, speed, topology
+    from medmax_jax.plan import analytic, topology
 
     if each.unit != "tokens/s" or "rows" not in each.specs["ours"] or not each.moves:
         return None
@@ -78,7 +78,7 @@ def planned(each: Measurement, side: dict[str, Any]) -> dict[str, Any] | None:
         told["memory_error"] = round(found["peak_hbm_gib"] / side["peak_gib"] - 1, 3)
     if chip is None:
         return told | dict(time="unknown device: medmax_jax/flops.py has no limits of it")
-    rates = speed.rates(run, machine, found, utilisation=UTILISATION, price=None)
+    rates = analytic.rates(run, machine, found, utilisation=UTILISATION, price=None)
     needed = flops.train_flops(
         run.model, run.vocab, run.lora, trains="lora", length=run.data.seq_len
     )
@@ -97,7 +97,7 @@ def planned(each: Measurement, side: dict[str, Any]) -> dict[str, Any] | None:
 
 def settings(part: str, size: str, folder: str, rows: int, remat: str, attention: str) -> Any:
     """The run, as a ConfigDict."""
-    from configs import base
+    from medmax_jax.configs import base
 
     c = base.get_config()
     seq = 2_048
@@ -213,9 +213,9 @@ def _decoding(part: str, size: str, workdir: pathlib.Path) -> list[Measurement]:
 
 
 def _pictures(part: str, size: str, workdir: pathlib.Path) -> list[Measurement]:
-    from configs import base
     from medmax_jax import config
-    from medmax_jax.convert import vq_names
+    from medmax_jax.configs import base
+    from medmax_jax.convert import vqgan
 
     fields = base.get_config().vq
     if size == "tiny":  # with 32 groups a norm, as HF has it and configs/tiny.py has not
@@ -224,7 +224,7 @@ def _pictures(part: str, size: str, workdir: pathlib.Path) -> list[Measurement]:
             embed_dim=32, num_codes=64,
         )  # fmt: skip
     vq = config.build(config.VQ, fields)
-    names = {n: (place.name, place.shape) for n, place in vq_names.table(vq).items()}
+    names = {n: (place.name, place.shape) for n, place in vqgan.table(vq).items()}
     pictures = workdir / "pictures.npz"
     shape = (16 if size == "7b" else 1, vq.image_size, vq.image_size, 3)
     pixels = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)

@@ -18,8 +18,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from step_aot import CLOCK, Cycles, the_mesh
 
-from medmax_jax import cross_entropy as ce
-from medmax_jax import mesh
+from medmax_jax import sharding
+from medmax_jax.models.layers import Head
+from medmax_jax.training import cross_entropy as ce
 
 LENGTH, WIDTH, VOCAB = 2_048, 4_096, 65_536
 
@@ -37,10 +38,10 @@ def main() -> None:
         shape, kind, sharding=NamedSharding(m, spec)
     )
     args = (
-        like((rows, LENGTH, WIDTH), jnp.bfloat16, mesh.ACT),
-        like((WIDTH, VOCAB), jnp.bfloat16, mesh.UP),
-        like((rows, LENGTH), jnp.int32, mesh.BATCH),
-        like((rows, LENGTH), jnp.float32, mesh.BATCH),
+        like((rows, LENGTH, WIDTH), jnp.bfloat16, sharding.ACT),
+        like((WIDTH, VOCAB), jnp.bfloat16, sharding.UP),
+        like((rows, LENGTH), jnp.int32, sharding.BATCH),
+        like((rows, LENGTH), jnp.float32, sharding.BATCH),
     )
     found = dict(topology=given.topology, mesh=given.mesh, rows=given.rows, jax=jax.__version__)
     with jax.set_mesh(m):
@@ -56,7 +57,7 @@ def main() -> None:
 
 def ours(hidden, kernel, targets, weights):
     """As the step computes it."""
-    head = ce.Head(kernel, None)
+    head = Head(kernel, None)
     chunks = ce.num_chunks(hidden, kernel)
     how = dict(trains_kernel=False, chunks=chunks)
     return ce.weighted_nll(hidden, head, targets, weights, **how)[0]
@@ -82,13 +83,13 @@ def naive(hidden, kernel, targets, weights):
 
 
 def _nll(hidden, kernel, targets):
-    rows = jnp.reshape(hidden, (-1, hidden.shape[-1]), out_sharding=P(mesh.ROWS, None))
-    out = P(mesh.ROWS, "tp")
+    rows = jnp.reshape(hidden, (-1, hidden.shape[-1]), out_sharding=P(sharding.ROWS, None))
+    out = P(sharding.ROWS, "tp")
     logits = jnp.matmul(rows, kernel, out_sharding=out, preferred_element_type=jnp.float32)
-    flat = jnp.reshape(targets, (-1,), out_sharding=P(mesh.ROWS))
+    flat = jnp.reshape(targets, (-1,), out_sharding=P(sharding.ROWS))
     hit = flat[:, None] == jnp.arange(kernel.shape[1])
     nll = jax.nn.logsumexp(logits, axis=-1) - jnp.where(hit, logits, 0).sum(-1)
-    return jnp.reshape(nll, targets.shape, out_sharding=mesh.BATCH)
+    return jnp.reshape(nll, targets.shape, out_sharding=sharding.BATCH)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ How often 95 % intervals over groups hold the truth, by design: groups, items of
 right answers, and how alike the items of a group are (intra-class correlation). Each draw is a new
 sample of groups; a group's own share is beta distributed about the truth.
 
-ours         eval/stats.py
+ours         eval/stats/intervals.py
 percentile   the middle 95 % of a bootstrap over groups
 t            Student's t of the means' standard error over groups, without a span
 
@@ -23,7 +23,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import numpy as np
 from scipy import special
 
-from eval import stats
+from medmax_jax.eval.stats import intervals
 
 RESAMPLES = 2_000
 
@@ -97,10 +97,10 @@ def coverage(design: Design, *, draws: int, seed: int) -> dict[str, float]:
     """The share of intervals that hold the truth, by method, and the mean width of ours."""
     rng, width = np.random.default_rng(seed), 0.0
     held = dict.fromkeys(("ours", "percentile", "t"), 0)
-    span = stats.of_differences(stats.SHARE) if design.paired else stats.SHARE
+    span = intervals.of_differences(intervals.SHARE) if design.paired else intervals.SHARE
     for draw in range(draws):
         values, member = design.draw(rng)
-        found = stats.mean_interval(
+        found = intervals.mean_interval(
             values, member.tolist(), seed=draw, resamples=RESAMPLES, span=span
         )
         width += (found.high - found.low) / draws

@@ -16,7 +16,9 @@ import jax_side
 import numpy as np
 import sides
 
-from medmax_jax import cached, config, mesh, vqgan
+from medmax_jax import config as medmax_jax_config
+from medmax_jax import sharding
+from medmax_jax.models import kv_cache, vqgan
 
 COLUMNS = 256  # logits that are shown to agree
 
@@ -25,12 +27,12 @@ class Decoder:
     """A model with room for a prompt and its answer."""
 
     def __init__(self, spec: dict[str, Any]):
-        run = config.from_config_dict(spec["run"])
+        run = medmax_jax_config.from_config_dict(spec["run"])
         self.prompt = jnp.asarray(np.load(spec["prompts"])["ids"][: spec["rows"]])
-        self.count, self.mesh = spec["count"], mesh.make_mesh(run.mesh)
+        self.count, self.mesh = spec["count"], sharding.make_mesh(run.mesh)
         with jax.set_mesh(self.mesh):
             self.prompt = jax.device_put(
-                self.prompt, jax.sharding.NamedSharding(self.mesh, mesh.BATCH)
+                self.prompt, jax.sharding.NamedSharding(self.mesh, sharding.BATCH)
             )
             self.model = jax_side.create(run)
             start = time.perf_counter()
@@ -60,12 +62,14 @@ class Decoder:
         return jax_side.device() | dict(compile_seconds={"both": self.compile_seconds})
 
 
-def _read(model: Any, ids: jax.Array, *, config: config.Model, count: int) -> tuple[Any, Any]:
+def _read(
+    model: Any, ids: jax.Array, *, config: medmax_jax_config.Model, count: int
+) -> tuple[Any, Any]:
     rows, length = ids.shape
-    cache = cached.empty(config, lanes=rows, slots=length + count, kind="model")
+    cache = kv_cache.empty(config, lanes=rows, slots=length + count, kind="model")
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), ids.shape)
-    places = jax.sharding.reshard(positions, mesh.BATCH)
-    hidden, cache = cached.decode(model, ids, cache, places, lanes=None, span=length + count)
+    places = jax.sharding.reshard(positions, sharding.BATCH)
+    hidden, cache = kv_cache.decode(model, ids, cache, places, lanes=None, span=length + count)
     return model.logits(hidden[:, -1:]), cache
 
 
@@ -74,13 +78,15 @@ def _write(model: Any, logits: jax.Array, cache: Any, *, count: int) -> jax.Arra
 
     def body(carry: tuple, at: jax.Array) -> tuple[tuple, jax.Array]:
         token, cache = carry
-        positions = jnp.full((rows, 1), at, jnp.int32, out_sharding=mesh.BATCH)
+        positions = jnp.full((rows, 1), at, jnp.int32, out_sharding=sharding.BATCH)
         span = cache.k.shape[3]
-        hidden, cache = cached.decode(model, token, cache, positions, lanes=None, span=span)
-        token = jax.sharding.reshard(model.logits(hidden).argmax(-1).astype(jnp.int32), mesh.BATCH)
+        hidden, cache = kv_cache.decode(model, token, cache, positions, lanes=None, span=span)
+        token = jax.sharding.reshard(
+            model.logits(hidden).argmax(-1).astype(jnp.int32), sharding.BATCH
+        )
         return (token, cache), token
 
-    token = jax.sharding.reshard(logits.argmax(-1).astype(jnp.int32), mesh.BATCH)
+    token = jax.sharding.reshard(logits.argmax(-1).astype(jnp.int32), sharding.BATCH)
     places = start + jnp.arange(count - 1, dtype=jnp.int32)
     return jax.lax.scan(body, (token, cache), places)[1]
 
@@ -89,7 +95,7 @@ class Pictures:
     """The VQGAN."""
 
     def __init__(self, spec: dict[str, Any]):
-        vq = config.build(config.VQ, spec["vq"])
+        vq = medmax_jax_config.build(medmax_jax_config.VQ, spec["vq"])
         self.model = jax_side.fill(vqgan.abstract(vq), None)
         self.pixels = jnp.asarray(np.load(spec["pictures"])["pixels"][: spec["rows"]])
         start = time.perf_counter()

@@ -23,11 +23,14 @@ import sides
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import loader, records  # noqa: E402
-from data.documents import Document, Layout  # noqa: E402
-from medmax_jax import chameleon, config, mesh, quant, step  # noqa: E402
-from medmax_jax.vocab import BOS, EOS, SEP  # noqa: E402
-from medmax_jax.weights import dotted  # noqa: E402
+from medmax_jax import config, sharding
+from medmax_jax.checkpoints.safetensors_file import dotted
+from medmax_jax.data import loader
+from medmax_jax.data.records import writer
+from medmax_jax.data.records.document import Document, Layout
+from medmax_jax.models import chameleon, quantization
+from medmax_jax.models.vocab import BOS, EOS, SEP
+from medmax_jax.training import step
 
 FIRST_TEXT = 8_712  # ids below are images and controls
 
@@ -50,7 +53,7 @@ def write_records(folder: pathlib.Path, run: config.Run, *, count: int) -> None:
 
     layout = Layout(vocab=run.vocab, codes_per_image=run.vq.codes_per_image, tokenizer="", vqgan="")
     documents = (made(number) for number in range(count))
-    records.write(folder, documents, shard_size=1_024, layout=layout, notes={})
+    writer.write(folder, documents, shard_size=1_024, layout=layout, notes={})
 
 
 def write_batches(path: pathlib.Path, run: config.Run, *, count: int) -> None:
@@ -115,7 +118,7 @@ def _quantised(name: str, like: jax.ShapeDtypeStruct, model: config.Model) -> di
     @jax.jit
     def one(salt: jax.Array) -> tuple[jax.Array, jax.Array]:
         dense = _layer(name, salt, (2 * rows, columns)).astype(model.param_dtype)
-        tiles = {0: quant.TILE}
+        tiles = {0: quantization.TILE}
         found = qwix.quantize(
             dense.astype(jnp.float32), "nf4", channelwise_axes=(1,), tiled_axes=tiles
         )
@@ -131,12 +134,12 @@ class Trainer:
     """A model and its compiled steps."""
 
     def __init__(self, run: config.Run, *, batches: int):
-        self.run, self.mesh = run, mesh.make_mesh(run.mesh)
+        self.run, self.mesh = run, sharding.make_mesh(run.mesh)
         with jax.set_mesh(self.mesh):
             self.graph, self.trainable, self.frozen = step.split(create(run), run.train.trains)
             source = loader.batches(run, run.data.train)
             self.batches = [
-                mesh.put_batch(source.batch(number), self.mesh) for number in range(batches)
+                sharding.put_batch(source.batch(number), self.mesh) for number in range(batches)
             ]
         self.key = jax.random.key(run.train.seed, impl=run.train.prng_impl)
         self.compile_seconds: dict[str, float] = {}

@@ -1,6 +1,7 @@
 """python benchmarks/loader.py --scratch D [--rows 20000] [--many 400000] [--rounds 5]
 
-How soon, how fast and in how much memory batches come, on synthetic records (data/synthetic.py):
+How soon, how fast and in how much memory batches come, on synthetic records
+(data/records/synthetic.py):
 
     ours     seconds from the imports to the first batch: open the folder, plan, read 8 rows
     theirs   the same for the released way of working, written anew: every row of a JSONL through
@@ -52,10 +53,10 @@ def say(**numbers: object) -> None:
 
 def settings(folder: str, steps: int):
     """A run that reads `folder`."""
-    from configs import base
     from medmax_jax import config
+    from medmax_jax.configs import base as base_config
 
-    raw = base.get_config()
+    raw = base_config.get_config()
     raw.data.update(
         train=folder, document_limit=LIMIT, seq_len=SEQ_LEN, batch_size=BATCH, validation=""
     )
@@ -65,7 +66,7 @@ def settings(folder: str, steps: int):
 
 def ours(folder: str, steps: int) -> None:
     """First batch and the next ones, as training has them."""
-    from data import loader
+    from medmax_jax.data import loader
 
     run = settings(folder, steps + 1)
     imported, base = time.monotonic(), memory("VmRSS")
@@ -123,7 +124,7 @@ def report(imported: float, indexed: float, first: float, tokens: int, base: flo
 
 def digests(folder: str, start: int, stop: int) -> None:
     """A digest of each batch from `start` on, one a line."""
-    from data import loader
+    from medmax_jax.data import loader
 
     batches = loader.batches(settings(folder, stop), folder)
     for step, batch in enumerate(batches.stream(start), start=start):
@@ -148,12 +149,12 @@ def child(*words: object) -> dict:
 
 def make(scratch: pathlib.Path, rows: int, jsonl: bool) -> tuple[pathlib.Path, pathlib.Path]:
     """The same documents as records and, when asked, as the released JSONL."""
-    from data import records, synthetic
+    from medmax_jax.data.records import synthetic, writer
 
     folder, path = scratch / f"records_{rows}", scratch / f"rows_{rows}.jsonl"
     documents = synthetic.documents(rows, seed=0)
     if not (folder / "dataset.json").exists():
-        records.write(folder, documents, shard_size=4_096, layout=synthetic.LAYOUT, notes={})
+        writer.write(folder, documents, shard_size=4_096, layout=synthetic.LAYOUT, notes={})
     if jsonl and not path.exists():
         with open(path, "w") as out:
             for d in synthetic.documents(rows, seed=0):
@@ -167,11 +168,13 @@ def planned() -> dict:
     """Two epochs of the whole mixture at each row length, and how full its rows are."""
     import numpy as np
 
-    from data import mixing, pack, plan_report, synthetic
+    from medmax_jax.data.packing import mixing, pack
+    from medmax_jax.data.packing import report as packing_report
+    from medmax_jax.data.records import synthetic
 
     lengths, table = synthetic.lengths(MIXTURE, seed=0), {}
     short = lengths[lengths <= LIMIT]
-    for seq_len in plan_report.ROW_LENGTHS:
+    for seq_len in packing_report.ROW_LENGTHS:
         start = time.monotonic()
         for epoch in (0, 1):
             plan = pack.plan(short, seq_len=seq_len, pack=True, seed=0, epoch=epoch)
@@ -179,16 +182,16 @@ def planned() -> dict:
         pictures = np.arange(len(short)) // 2
         windows = mixing.by_picture(np.arange(len(short)), pictures, seed=0, epoch=0)
         near = pack.plan(short, seq_len=seq_len, pack=True, seed=0, epoch=0, windows=windows)
-        offline = short.sum() / (plan_report.offline_rows(short, seq_len) * seq_len)
+        offline = short.sum() / (packing_report.offline_rows(short, seq_len) * seq_len)
         table[seq_len] = dict(
             two_epochs_seconds=round(seconds, 2),
             rows=len(plan),
-            fill=round(plan_report.fill(short, plan, seq_len), 4),
+            fill=round(packing_report.fill(short, plan, seq_len), 4),
             offline=round(float(offline), 4),
-            image_centric=round(plan_report.fill(short, near, seq_len), 4),
+            image_centric=round(packing_report.fill(short, near, seq_len), 4),
         )
         print(seq_len, table[seq_len], flush=True)
-    batches = {n: plan_report.padded(short, batch_size=n, seed=0) for n in (8, 64)}
+    batches = {n: packing_report.padded(short, batch_size=n, seed=0) for n in (8, 64)}
     left_out = MIXTURE - len(short)
     return dict(
         left_out=left_out, rows_of=table, padded_to_longest=batches, peak_mb=memory("VmHWM")
@@ -199,8 +202,9 @@ def weighted() -> dict:
     """Seconds for two epochs of the whole mixture with a weight for each source."""
     import numpy as np
 
-    from data import mixing, pack, synthetic
-    from data.mixture import SOURCES
+    from medmax_jax.data.mixture import SOURCES
+    from medmax_jax.data.packing import mixing, pack
+    from medmax_jax.data.records import synthetic
 
     lengths = synthetic.lengths(MIXTURE, seed=0)
     shares = np.array([s.percent for s in SOURCES])

@@ -20,7 +20,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from medmax_jax.scaling import allocate, bootstrap, fit, study, table
+from medmax_jax.scaling import allocation, diagnostics, fit, study, table
 from medmax_jax.scaling.laws import LAWS
 
 NOISE = 0.005  # of ln loss
@@ -80,17 +80,17 @@ def coverage(
     """The share of intervals that hold the truth, by parameter."""
     rng, x = np.random.default_rng(seed), design(law, **grid)
     want = dict(TRUE[law])
-    if law in allocate.LAWS:
-        want["size_exponent"] = allocate.exponent(want)
+    if law in allocation.LAWS:
+        want["size_exponent"] = allocation.exponent(want)
     hits = dict.fromkeys(want, 0)
     for k in range(draws):
         rows = drawn(law, x, rng)
         found = fit.fit(LAWS[law], rows.x, rows.y, delta=delta, fixed={})
-        named = bootstrap.draw(found, rows, count=bootstraps, seed=k).named()
-        if law in allocate.LAWS:
-            named["size_exponent"] = allocate.exponent(named)
+        named = diagnostics.draw(found, rows, count=bootstraps, seed=k).named()
+        if law in allocation.LAWS:
+            named["size_exponent"] = allocation.exponent(named)
         for name, value in want.items():
-            low, high = bootstrap.interval(named[name], bootstrap.LEVEL)
+            low, high = diagnostics.interval(named[name], diagnostics.LEVEL)
             hits[name] += low <= value <= high
     return {name: round(count / draws, 3) for name, count in hits.items()}
 
@@ -109,7 +109,7 @@ def speed(points: str | None) -> dict[str, float]:
         seconds.append(time.perf_counter() - begin)
         busy.append(time.process_time() - cpu)
     begin, cpu = time.perf_counter(), time.process_time()
-    bootstrap.draw(found, rows, count=1_000, seed=0)
+    diagnostics.draw(found, rows, count=1_000, seed=0)
     wall, cpu_drawn = time.perf_counter() - begin, time.process_time() - cpu
     options = study.Options(delta=1e-3, fixed={}, draws=1_000, seed=0, flops=6.0, budgets=())
     begin, cpu = time.perf_counter(), time.process_time()

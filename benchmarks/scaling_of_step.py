@@ -27,9 +27,9 @@ MEASURED = ("seconds", "temporaries_mib", "arguments_mib")
 
 def settings(folder: str, remat: str, *, length: int, rows: int, depth: int) -> Any:
     """The run, as a ConfigDict."""
-    from configs import base
+    from medmax_jax.configs import base as base_config
 
-    c = base.get_config()
+    c = base_config.get_config()
     c.vocab.update(size=9_728, text_start=8_712)
     c.model.update(
         hidden_size=128, num_layers=depth, num_heads=4, num_kv_heads=4, head_dim=32,

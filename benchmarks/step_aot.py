@@ -28,8 +28,10 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType
 
-from configs import base
-from medmax_jax import chameleon, config, mesh, step
+from medmax_jax import config, sharding
+from medmax_jax.configs import base
+from medmax_jax.models import chameleon
+from medmax_jax.training import step
 
 CLOCK = 1.5e9  # Hz, of v5e: reproduces its published peak
 
@@ -83,8 +85,8 @@ def compile_step(given: argparse.Namespace) -> Any:
     with jax.set_mesh(m):
         like = chameleon.abstract(run.model, run.vocab, run.lora)
         graph, trainable, frozen = step.split(like, run.train.trains)
-        state = mesh.placed(jax.eval_shape(lambda t: step.init_state(t, run), trainable))
-        key = mesh.placed(jax.eval_shape(lambda: jax.random.key(0, impl=run.train.prng_impl)))
+        state = sharding.placed(jax.eval_shape(lambda t: step.init_state(t, run), trainable))
+        key = sharding.placed(jax.eval_shape(lambda: jax.random.key(0, impl=run.train.prng_impl)))
         train_step = step.make_train_step(graph, run)
         return train_step.lower(state, frozen, step.abstract_batch(run), key).compile()
 
@@ -94,7 +96,7 @@ def the_mesh(topology: str, sizes: str) -> jax.sharding.Mesh:
     extra = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}
     found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **extra)
     chips = np.array(found.devices).reshape([int(n) for n in sizes.split(",")])
-    return jax.sharding.Mesh(chips, mesh.AXES, (AxisType.Explicit,) * 3)
+    return jax.sharding.Mesh(chips, sharding.AXES, (AxisType.Explicit,) * 3)
 
 
 class Cycles:

@@ -3,7 +3,7 @@
 One LoRA step of a 42M Chameleon on a CPU in fp32, text only: vocabulary 16,384, width 512, 8 layers
 of 8 heads, MLP 1,376; rank 16, dropout 0.05, four rows of 1,024 tokens, AdamW and a clip.
 
-    ours     tokens/s of medmax_jax/step.py, the median over all timed steps
+    ours     tokens/s of medmax_jax/training/step.py, the median over all timed steps
     theirs   tokens/s of HF's Chameleon with peft's LoRA, sdpa attention (hf_side.py)
     ratio    ours / theirs: above 1 means that ours is faster
 
@@ -36,7 +36,7 @@ SIZES = {
 
 def settings(folder: str, args: argparse.Namespace) -> Any:
     """The run, as a ConfigDict."""
-    from configs import base
+    from medmax_jax.configs import base
 
     size, c = SIZES[args.size], base.get_config()
     c.vocab.update(size=size["vocab"], text_start=8_712)

@@ -35,9 +35,9 @@ if CORES:  # before a library counts them
     os.sched_setaffinity(0, CORES)
 sys.path.insert(0, str(ROOT))
 SIZES = {  # config, its image_size or another, pictures of a batch, batches
-    "tiny": ("configs.tiny", 64, 16, 8),
-    "half": ("configs.base", 256, 2, 3),
-    "full": ("configs.base", 512, 1, 2),
+    "tiny": ("medmax_jax.configs.tiny", 64, 16, 8),
+    "half": ("medmax_jax.configs.base", 256, 2, 3),
+    "full": ("medmax_jax.configs.base", 512, 1, 2),
 }
 PICTURES = 24  # of preprocessing
 MAX_PIXELS = 10**8
@@ -64,9 +64,9 @@ def make(folder: pathlib.Path, sizes: list[str]) -> None:
     """Weights by their published names, pixels, and pictures to preprocess."""
     import numpy as np
 
-    from medmax_jax import images
     from medmax_jax.config import VQ, build
-    from medmax_jax.convert import vq_names
+    from medmax_jax.convert import vqgan
+    from medmax_jax.models import images
 
     files = sorted((ROOT / "data" / "sample" / "images").iterdir())
     load = lambda i: images.load(files[i * 7 % len(files)], max_pixels=MAX_PIXELS)  # noqa: E731
@@ -74,7 +74,7 @@ def make(folder: pathlib.Path, sizes: list[str]) -> None:
         module, side, batch, batches = SIZES[size]
         config = importlib.import_module(module).get_config().vq
         config.update(image_size=side, norm_groups=32)
-        shapes = vq_names.shapes(build(VQ, config.to_dict()), decoder=False)
+        shapes = vqgan.shapes(build(VQ, config.to_dict()), decoder=False)
         np.savez(folder / f"{size}.npz", **{n: tensor(n, s) for n, s in shapes.items()})
         pixels = np.stack([images.preprocess(load(i), side) for i in range(batch * batches)])
         np.save(folder / f"{size}.npy", pixels.reshape(batches, batch, side, side, 3))
@@ -91,20 +91,24 @@ def ours(folder: pathlib.Path, size: str) -> dict:
     import jax
     import numpy as np
 
-    from medmax_jax import images, vqgan, weights
+    from medmax_jax.checkpoints import safetensors_file
     from medmax_jax.config import VQ, build
-    from medmax_jax.convert import vq_names
+    from medmax_jax.convert import vqgan
+    from medmax_jax.models import images
+    from medmax_jax.models import vqgan as vqgan_model
 
     config = build(VQ, json.loads((folder / f"{size}.json").read_text()))
     stored, named = np.load(folder / f"{size}.npz"), {}
-    for name, place in vq_names.table(config).items():
+    for name, place in vqgan.table(config).items():
         value = stored[name] if name in stored else np.zeros(place.shape, np.float32)  # decoder
         turned = value.ndim == 4 and name in stored
         named[place.name] = value.transpose(2, 3, 1, 0) if turned else value
-    like = vqgan.abstract(config)
-    vq = jax.tree.unflatten(jax.tree.structure(like), [named[n] for n in weights.named(like)])
+    like = vqgan_model.abstract(config)
+    vq = jax.tree.unflatten(
+        jax.tree.structure(like), [named[n] for n in safetensors_file.named(like)]
+    )
     vq = jax.device_put(vq)
-    encode = lambda pixels: np.asarray(vqgan.encode(vq, pixels))  # noqa: E731
+    encode = lambda pixels: np.asarray(vqgan_model.encode(vq, pixels))  # noqa: E731
     load = lambda path: images.load(path, max_pixels=MAX_PIXELS)  # noqa: E731
     seconds = prepared(folder, lambda path: images.preprocess(load(path), 512))
     versions = dict(jax=jax.__version__, python=sys.version.split()[0])

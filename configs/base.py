@@ -5,7 +5,7 @@ Not run by itself: other files start from `get_config()` here.
 
 from ml_collections import ConfigDict
 
-from configs import sampling
+from medmax_jax.configs import sampling
 
 
 def get_config() -> ConfigDict:

@@ -5,7 +5,7 @@
 
 from ml_collections import ConfigDict
 
-from configs import base
+from medmax_jax.configs import base
 
 
 def get_config() -> ConfigDict:

@@ -6,7 +6,7 @@ the released 30B reads images but was never trained to write them.
 
 from ml_collections import ConfigDict
 
-from configs import chameleon_30b, medmax_7b_lora
+from medmax_jax.configs import chameleon_30b, medmax_7b_lora
 
 
 def get_config() -> ConfigDict:

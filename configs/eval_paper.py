@@ -6,7 +6,7 @@ from configs/eval_suite.py stands here; docs/eval.md says what each of it does t
 
 from ml_collections import ConfigDict
 
-from configs import eval_suite, sampling
+from medmax_jax.configs import eval_suite, sampling
 
 
 def get_config() -> ConfigDict:

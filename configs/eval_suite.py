@@ -7,7 +7,7 @@ files have commas between them. With a judge: --config.judge.endpoint=NAME@URL.
 
 from ml_collections import ConfigDict, config_dict
 
-from configs import base
+from medmax_jax.configs import base
 
 
 def service() -> ConfigDict:
@@ -44,7 +44,7 @@ def get_config() -> ConfigDict:
     config.counts.multimodal = -1
     config.counts.visual_chat = -1
     config.mode = "strict"  # of generation: 16 tokens for a closed answer or a letter
-    config.prompt = "sft"  # wordings; chameleon for a base model, see eval/tasks.py
+    config.prompt = "sft"  # wordings; chameleon for a base model, see eval/tasks/items.py
     config.baselines = "constant,majority,random"  # floors beside every score
     config.probes = "blank,shuffled,swapped,rotated"  # does it look, does the order matter
     config.probe_families = "vqa_closed,vqa_mcq,vqa_open,captioning,visual_chat"  # of these

@@ -6,7 +6,7 @@ CPU cores.
 
 from ml_collections import ConfigDict, config_dict
 
-from configs import base
+from medmax_jax.configs import base
 
 
 def service() -> ConfigDict:
@@ -52,7 +52,9 @@ def get_config() -> ConfigDict:
     )
     config.mode = "strict"  # of generation; paper: as the release asks, with its bounds
     config.prompt = "sft"  # the release's wordings: sft, chameleon or default
-    config.baselines = "blind,constant,majority,random"  # floors; blind: see eval/baselines.py
+    config.baselines = (
+        "blind,constant,majority,random"  # floors; blind: see eval/models/baselines.py
+    )
     config.probes = "blank,shuffled,swapped,rotated"  # the same questions asked in another way
     config.probe_families = "vqa_closed,vqa_mcq,vqa_open,captioning,visual_chat"  # of these
     config.options = True  # also: the likelihoods of the options of closed and mcq questions

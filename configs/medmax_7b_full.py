@@ -7,7 +7,7 @@ full training, and is not scaled with the batch.
 
 from ml_collections import ConfigDict
 
-from configs import medmax_7b_lora
+from medmax_jax.configs import medmax_7b_lora
 
 
 def get_config() -> ConfigDict:

@@ -17,10 +17,11 @@ import math
 
 from ml_collections import ConfigDict
 
-from configs import medmax_7b_paper as paper
+from medmax_jax.configs import medmax_7b_paper as paper
 
 ROWS, ROW_TOKENS = 16, 8_192
-# 1.47 M documents in 221,742 rows: `python benchmarks/loader.py`, lengths as in data/synthetic.py;
+# 1.47 M documents in 221,742 rows: `python benchmarks/loader.py`, lengths as in
+# data/records/synthetic.py;
 # `python -m data.prepare plan D --seq_len 8192 --document_limit 2048` has the rows of your records.
 ROWS_AN_EPOCH = 221_742
 DOCUMENTS_A_STEP = paper.DOCUMENTS / ROWS_AN_EPOCH * ROWS  # 106

@@ -4,13 +4,14 @@ MedMax-7B as published: LoRA on Anole-7B, eight documents a step, one a row, thr
 
 To the letter but for two things. The release cuts a document at 2,048 tokens, through images and
 answers; here a longer one is left out whole and named in the log (data.document_limit; 359 of
-1.47 M by the length model of data/synthetic.py). And its forward masks the logits of image ids,
+1.47 M by the length model of data/records/synthetic.py). And its forward masks the logits of image
+ids,
 which makes the loss on image targets infinite; here they are real.
 """
 
 from ml_collections import ConfigDict
 
-from configs import base
+from medmax_jax.configs import base
 
 DOCUMENTS = 1_470_000  # MedMax's README; `python -m data.prepare stats` counts yours
 EPOCHS = 3

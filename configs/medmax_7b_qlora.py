@@ -6,7 +6,7 @@ The packed recipe on a base in 4 bits (nf4), for one device. The base is made fi
 
 from ml_collections import ConfigDict
 
-from configs import medmax_7b_lora
+from medmax_jax.configs import medmax_7b_lora
 
 
 def get_config() -> ConfigDict:

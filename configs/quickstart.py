@@ -5,7 +5,7 @@ The whole road on the embedded images: minutes on two CPU cores.
 
 from ml_collections import ConfigDict
 
-from configs import eval_tiny, tiny
+from medmax_jax.configs import eval_tiny, tiny
 
 
 def get_config() -> ConfigDict:

@@ -5,7 +5,7 @@ The sampling settings of MedMax's copy of the Chameleon inference code.
 
 from ml_collections import ConfigDict
 
-from configs import base, sampling
+from medmax_jax.configs import base, sampling
 
 
 def get_config() -> ConfigDict:

@@ -5,7 +5,7 @@ The sampling settings of Meta's Chameleon release.
 
 from ml_collections import ConfigDict
 
-from configs import base, sampling
+from medmax_jax.configs import base, sampling
 
 
 def get_config() -> ConfigDict:

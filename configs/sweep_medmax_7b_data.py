@@ -6,7 +6,7 @@ with a schedule of its own length. `config.price`, USD a chip-hour, is an exampl
 
 from ml_collections import ConfigDict
 
-from configs import medmax_7b_lora as lora
+from medmax_jax.configs import medmax_7b_lora as lora
 
 
 def get_config() -> ConfigDict:

@@ -9,7 +9,7 @@ at most. The records are instructions about the embedded pictures:
 
 from ml_collections import ConfigDict
 
-from configs import sweep_tiny
+from medmax_jax.configs import sweep_tiny
 
 STEPS = 48
 

@@ -5,7 +5,7 @@ The tiny MedMax: LoRA on the shipped base, on the embedded images. Minutes on tw
 
 from ml_collections import ConfigDict
 
-from configs import base
+from medmax_jax.configs import base
 
 TEXT_TOKENS = 1_016  # rows of the tiny tokenizer's BPE at most: 8712 + 1016 = 9728 = 76 x 128
 

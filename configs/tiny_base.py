@@ -8,7 +8,7 @@ are made first:
 
 from ml_collections import ConfigDict
 
-from configs import tiny
+from medmax_jax.configs import tiny
 
 
 def get_config() -> ConfigDict:

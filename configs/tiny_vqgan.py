@@ -7,7 +7,7 @@ XLA's convolutions use one core of a CPU: medmax_jax/tiny/README.md has the comm
 
 from ml_collections import ConfigDict
 
-from configs import tiny
+from medmax_jax.configs import tiny
 
 
 def get_config() -> ConfigDict:

@@ -24,39 +24,14 @@ from collections.abc import Iterator
 import grain
 import jax
 import numpy as np
-from jaxtyping import Array, Float32, Int32
 
-from data import mixing, outgoing, reader
-from data.documents import Document, RecordsError, scored
 from medmax_jax.config import Run
-from medmax_jax.vocab import PAD
-
-KINDS = 128  # pairs of source and task at most; MedMax has 13 x 6
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
-class Batch:
-    """Rows of one step: numpy here, global arrays after `mesh.put_batch`."""
-
-    ids: Int32[Array | np.ndarray, "B T"]
-    segments: Int32[Array | np.ndarray, "B T"]  # 0 padding, documents 1..n in each row
-    positions: Int32[Array | np.ndarray, "B T"]  # within the document
-    weights: Float32[Array | np.ndarray, "B T"]  # of the loss of predicting this token
-    kinds: Int32[Array | np.ndarray, "B T"]  # of the document, a place in `Batches.kinds`
-
-
-@dataclasses.dataclass(frozen=True)
-class Stats:
-    """What the batch of one step holds, over all hosts."""
-
-    epoch: int  # of the first row
-    documents: int
-    scored_text: int  # tokens
-    scored_image: int
-    tokens: int  # padding apart
-    squares: int  # sum of the squared lengths: over `tokens`, how far attention looks
-    fill: float  # tokens over places
+from medmax_jax.data.packing import mixing
+from medmax_jax.data.records import reader
+from medmax_jax.data.records.document import Document, RecordsError, scored
+from medmax_jax.endpoints import egress
+from medmax_jax.models.vocab import PAD
+from medmax_jax.training.batch import KINDS, Batch, Stats
 
 
 def batches(run: Run, folder: str) -> "Batches":
@@ -139,7 +114,7 @@ class Batches:
         """The documents of a step as source/id; of credentialed ones only a digest of the id."""
         return [
             f"{d.source}/sha256:{hashlib.sha256(d.id.encode()).hexdigest()[:16]}"
-            if outgoing.is_credentialed(d.credential)
+            if egress.is_credentialed(d.credential)
             else f"{d.source}/{d.id}"
             for d in self.records.read(np.concatenate(self._rows(self._in_range(step))))
         ]

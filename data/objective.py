@@ -18,8 +18,16 @@ import argparse
 import dataclasses
 import sys
 
-from data.mixture import CAPTION, CAPTION_SHARE, GENERATION, INTERLEAVED, REPORT, TASKS, VQA
-from data.reader import open_records
+from medmax_jax.data.mixture import (
+    CAPTION,
+    CAPTION_SHARE,
+    GENERATION,
+    INTERLEAVED,
+    REPORT,
+    TASKS,
+    VQA,
+)
+from medmax_jax.data.records.reader import open_records
 
 IMAGE, MEAN = 1_026, 1_156  # tokens of an image with BOI and EOI, and of a document
 CODES = 1_024  # of an image; BOI and EOI are text targets

@@ -2,11 +2,13 @@
 
 python -m data.prepare sample --out D [--split train] [--kind instruction] [--views 4] [--rounds 1]
 python -m data.prepare build --source SLAKE --from FOLDER --out D --model M [--sample N --seed S]
-python -m data.prepare import --from train.jsonl --out D     the published rows: data/published.py
+python -m data.prepare import --from train.jsonl --out D     the published rows:
+                                                             data/release/train_rows.py
 python -m data.prepare eval_items --benchmark slake --from FOLDER --out D     to items of eval.run
-python -m data.prepare unpack --from images.tar.gz.a* --out D     and their images: data/archives.py
+python -m data.prepare unpack --from images.tar.gz.a* --out D     and their images:
+                                                                  data/release/archives.py
 python -m data.prepare tokenize --images D --out D2 --model M     to codes, for --codes D2
-python -m data.prepare documents --from documents.jsonl --images D --out D2     of texts.py
+python -m data.prepare documents --from documents.jsonl --images D --out D2     of jsonl.py
 python -m data.prepare instruct --help   captions to interleaved instructions by an LLM
 python -m data.prepare check D [--against EVAL]    damage, doubles, leaks: check.py
 python -m data.prepare stats D [--out PAGE]     what is in it, and how well it packs; a page
@@ -36,45 +38,45 @@ from typing import Any
 
 import PIL.Image
 
-from data import (
-    archives,
-    benchmark_command,
-    instruct_command,
-    outgoing,
-    pack,
-    picture_codes,
-    plan_report,
-    published,
-    published_command,
-    records,
-    stats_command,
-    texts,
-    tokenize_command,
-    who_saw,
-)  # fmt: skip
-from data import build as source_build
-from data import check as record_check
-from data.code_reader import digest_of
-from data.codes import Encoder, PrepareError, View, load_encoder, log_to_stderr, open_picture
-from data.documents import Document, RecordsError
-from data.picture_codes import Encoded, Files, Stored
-from data.sample.documents import instruction_documents, pretraining_documents
-from data.sample.manifest import read_manifest
-from data.sources import dicom
-from data.sources.row import SourceError
+import medmax_jax
+from medmax_jax.checkpoints.safetensors_file import WeightsError
 from medmax_jax.cli import Interrupted
 from medmax_jax.config import ConfigError
+from medmax_jax.data.analysis import check as record_check
+from medmax_jax.data.analysis import provenance, stats
+from medmax_jax.data.image_tokens import dicom, document_codes, store
+from medmax_jax.data.image_tokens.document_codes import Encoded, Files, Stored
+from medmax_jax.data.image_tokens.encoder import (
+    Encoder,
+    PrepareError,
+    View,
+    load_encoder,
+    log_to_stderr,
+    open_picture,
+)
+from medmax_jax.data.image_tokens.store_reader import digest_of
+from medmax_jax.data.instruct import cli
+from medmax_jax.data.packing import pack, report
+from medmax_jax.data.records import jsonl, writer
+from medmax_jax.data.records.document import Document, RecordsError
+from medmax_jax.data.records.row_streams import SourceError
+from medmax_jax.data.release import archives, train_rows
+from medmax_jax.data.release import cli as release_cli
+from medmax_jax.data.sample.documents import instruction_documents, pretraining_documents
+from medmax_jax.data.sample.manifest import read_manifest
+from medmax_jax.data.sources import build as source_build
+from medmax_jax.endpoints import egress
+from medmax_jax.eval.tasks import benchmark_import
 from medmax_jax.io import image_paths
+from medmax_jax.io.atomic_folder import private_folder
 from medmax_jax.io.errors import printable, printable_text
-from medmax_jax.new_folder import private_folder
-from medmax_jax.storage import Folder, StorageError
-from medmax_jax.tokenizer import Tokenizer, TokenizerError, document_ids
-from medmax_jax.weights import WeightsError
+from medmax_jax.io.storage import Folder, StorageError
+from medmax_jax.models.tokenizer import Tokenizer, TokenizerError, document_ids
 
 log = logging.getLogger("medmax_jax.prepare")
 
 SAMPLE = Path(__file__).parent / "sample"
-TINY = Path(__file__).parent.parent / "medmax_jax" / "tiny"
+TINY = Path(medmax_jax.__file__).parent / "tiny"
 MAX_UNREADABLE = 0.01  # of the pictures; a few broken files are usual, more is a wrong folder
 SHARD_SIZE = 4_096  # documents; about 10 MB a shard at the released document length
 KINDS = {
@@ -84,9 +86,9 @@ KINDS = {
 SPLITS = ("train", "validation", "test")
 ERRORS = (
     *(PrepareError, RecordsError, TokenizerError, ConfigError, WeightsError, StorageError),
-    *(outgoing.OutgoingError, image_paths.ImagePathError),
-    *(pack.PackError, published.PublishedError, archives.ArchiveError, SourceError),
-    *instruct_command.ERRORS,
+    *(egress.OutgoingError, image_paths.ImagePathError),
+    *(pack.PackError, train_rows.PublishedError, archives.ArchiveError, SourceError),
+    *cli.ERRORS,
 )
 
 
@@ -123,10 +125,10 @@ def prepare_sample(
     encoder = load_encoder(Path(model_folder), vq=vq, tokenizer=tokenizer)
     shown = _dealt(_worded(kind, rows, seed, rounds), rows, views, seed)
     notes = dict(maker="sample", split=split, kind=kind, views=views, rounds=rounds, seed=seed)
-    pictures = picture_codes.source(codes, encoder, precision)
+    pictures = document_codes.source(codes, encoder, precision)
     shown_images = _Images(Path(sample), {row["file"]: row["file"] for row in rows})
     made = _documents(shown, encoder, pictures, shown_images, notes, max_unreadable)
-    meta = records.write(out, made, shard_size=SHARD_SIZE, layout=encoder.layout, notes=notes)
+    meta = writer.write(out, made, shard_size=SHARD_SIZE, layout=encoder.layout, notes=notes)
     log.info("%s: %d documents, %d tokens", out, meta["documents"], meta["tokens"])
     return meta
 
@@ -149,13 +151,13 @@ def prepare_documents(
     codes: Path | None = None,
     precision: str = "highest",
 ) -> dict[str, Any]:
-    """Write the documents of a file (texts.py) as records; return their dataset.json.
+    """Write the documents of a file (jsonl.py) as records; return their dataset.json.
 
     If any row is credentialed, the folder is for its owner alone, and messages and dataset.json
     name a row and its image by the row's number.
     """
-    rows = texts.read_texts(source)
-    secret = any(outgoing.is_credentialed(row["credential"]) for row in rows)
+    rows = jsonl.read_texts(source)
+    secret = any(egress.is_credentialed(row["credential"]) for row in rows)
     names: dict[str, str] = {}
     for number, row in enumerate(rows, start=1):
         name = f"image of row {number}" if secret else row["image_path"]
@@ -168,13 +170,13 @@ def prepare_documents(
     dealt = [(row, views.get(row["image_path"])) for row in rows]
     encoder = load_encoder(Path(model_folder))
     notes = dict(maker="documents", source=Path(source).name)
-    pictures = picture_codes.source(codes, encoder, precision)
+    pictures = document_codes.source(codes, encoder, precision)
     with contextlib.ExitStack() as stack:
         if secret:
             stack.enter_context(private_folder(out))
             stack.enter_context(dicom.silence())  # its warnings repeat headers
         made = _documents(dealt, encoder, pictures, shown, notes, max_unreadable)
-        return records.write(out, made, shard_size=SHARD_SIZE, layout=encoder.layout, notes=notes)
+        return writer.write(out, made, shard_size=SHARD_SIZE, layout=encoder.layout, notes=notes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,7 +317,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--texts", action="store_true", help="--out is a file for `documents`")
     source_build.add_code_flags(sample)
     sample.set_defaults(run=_run_sample)
-    brought, unpacked = published_command.add(commands)
+    brought, unpacked = release_cli.add(commands)
     written = commands.add_parser("documents", help="texts and pictures to records")
     written.add_argument("--from", dest="source", type=Path, required=True, help="JSONL: texts.py")
     written.add_argument("--images", type=Path, required=True, help="folder of their pictures")
@@ -323,17 +325,17 @@ def _parser() -> argparse.ArgumentParser:
     written.add_argument("--max_unreadable", type=float, default=MAX_UNREADABLE, metavar="SHARE")
     source_build.add_code_flags(written)
     written.set_defaults(run=_run_documents)
-    curated = instruct_command.add(commands)
-    asked_items = benchmark_command.add(commands)
+    curated = cli.add(commands)
+    asked_items = benchmark_import.add(commands)
     tokenized = commands.add_parser("tokenize", help="pictures to codes, at scale")
-    tokenize_command.add_flags(tokenized)
+    store.add_flags(tokenized)
     tokenized.set_defaults(left="finished shards are kept")
     built = commands.add_parser("build", help="a source of MedMax, as published, to records")
     source_build.add_flags(built)
     checked = record_check.add(commands, TINY)
-    counted = stats_command.add(commands, TINY, SAMPLE / "manifest.jsonl")
-    planned = plan_report.add(commands)
-    traced = who_saw.add(commands)
+    counted = stats.add(commands, TINY, SAMPLE / "manifest.jsonl")
+    planned = report.add(commands)
+    traced = provenance.add(commands)
     for command in (checked, counted, planned):
         command.add_argument("folder", type=Path, help="folder of records; of plan, also its file")
     for command in (sample, written):

@@ -26,11 +26,12 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from data import outgoing, records
-from data.documents import Document, RecordsError
+from medmax_jax.data.records import writer
+from medmax_jax.data.records.document import Document, RecordsError
+from medmax_jax.endpoints import egress
+from medmax_jax.io.atomic_folder import private
 from medmax_jax.io.errors import printable_text
-from medmax_jax.new_folder import private
-from medmax_jax.progress import Progress
+from medmax_jax.io.progress import Progress
 
 log = logging.getLogger("medmax_jax.tfds")
 
@@ -56,7 +57,7 @@ class MedmaxRecords(tfds.core.GeneratorBasedBuilder):
     code_path = None
 
     def _info(self) -> tfds.core.DatasetInfo:
-        opened = {s: records.open_records(f) for s, f in self.builder_config.folders.items()}
+        opened = {s: writer.open_records(f) for s, f in self.builder_config.folders.items()}
         about = {
             split: {"sha256": r.fingerprint, "layout": r.meta["layout"], "notes": r.meta["notes"]}
             for split, r in opened.items()
@@ -76,7 +77,7 @@ class MedmaxRecords(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(folder) for split, folder in folders.items()}
 
     def _generate_examples(self, folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-        for number, found in enumerate(records.open_records(folder)):
+        for number, found in enumerate(writer.open_records(folder)):
             yield number, {f.name: getattr(found, f.name) for f in dataclasses.fields(found)}
             self.builder_config.saw(found.tokens.nbytes)
 
@@ -91,9 +92,9 @@ def write(
     target = Path(os.path.abspath(out)) / NAME / name / str(MedmaxRecords.VERSION)
     if target.exists():
         raise RecordsError(f"{target}: exists; choose another --name or --out, or delete it")
-    opened = {split: records.open_records(folder) for split, folder in folders.items()}
+    opened = {split: writer.open_records(folder) for split, folder in folders.items()}
     credentials = {c for r in opened.values() for c in r.meta["credentials"]}
-    secret = set(map(outgoing.is_credentialed, credentials))
+    secret = set(map(egress.is_credentialed, credentials))
     if len(secret) > 1:
         raise RecordsError(
             "credentialed documents would lie among others; make a data set of each: "

@@ -8,8 +8,8 @@ import dataclasses
 import json
 import sys
 
-from eval import report_page
-from eval.comparing import compare
+from medmax_jax.eval.reporting import page
+from medmax_jax.eval.reporting.comparison import compare
 from medmax_jax.io.errors import printable_text
 
 
@@ -32,8 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         print(json.dumps(dataclasses.asdict(found)))
         return 0
-    lines = [report_page.markdown(found.rows), "Mean over the tasks' headlines:\n"]
-    lines.append(report_page.markdown([found.suite]))
+    lines = [page.markdown(found.rows), "Mean over the tasks' headlines:\n"]
+    lines.append(page.markdown([found.suite]))
     lines += [f"left out: {line}" for line in found.left_out]
     print(printable_text("\n".join(lines)))
     return 0

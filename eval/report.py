@@ -10,7 +10,9 @@ from typing import Any
 
 from absl import app, flags
 
-from eval import loop, report_page
+from medmax_jax.eval.config import RECORD, EvalError
+from medmax_jax.eval.reporting import page
+from medmax_jax.io import journal
 from medmax_jax.io.errors import printable_text
 from medmax_jax.io.text_files import TextFileError, read_json_object
 
@@ -33,12 +35,12 @@ def again(workdir: str | Path, images: str) -> Path:
     try:
         summary = read_json_object(workdir / "summary.json")
     except TextFileError as error:
-        raise loop.EvalError(
+        raise EvalError(
             f"{workdir}: no summary of a finished evaluation ({error}); run eval.run to its end"
         ) from error
-    records = loop.read(workdir / "records.jsonl", loop.RECORD)
+    records = journal.read_jsonl(workdir / "records.jsonl", RECORD)
     folder = Path(images) if images else folder_of(summary)
-    report_page.write(workdir / "report.html", summary, records, images_folder=folder)
+    page.write(workdir / "report.html", summary, records, images_folder=folder)
     return workdir / "report.html"
 
 

@@ -20,10 +20,11 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from eval import report_page, stages
-from eval.settings import Settings
 from medmax_jax import cli, generate
 from medmax_jax.config import build
+from medmax_jax.eval.config import Settings
+from medmax_jax.eval.pipeline import stages
+from medmax_jax.eval.reporting import page
 from medmax_jax.io.errors import PrintableFormatter, printable_text
 
 log = logging.getLogger("medmax_jax.eval")
@@ -62,12 +63,12 @@ def main(config: ConfigDict, workdir: str) -> None:
         )
     if summary is None:
         return
-    lines = [report_page.markdown([{k: row.get(k) for k in SAID} for row in summary["scores"]])]
+    lines = [page.markdown([{k: row.get(k) for k in SAID} for row in summary["scores"]])]
     lines += [f"floor {floor['name']}: {floor['says']}" for floor in summary["floors"]]
     lines.append("")
     for baseline in summary["baselines"]:
         lines.append(f"{baseline['name']} (before) and the model (after):\n")
-        lines.append(report_page.markdown(baseline["scores"]))
+        lines.append(page.markdown(baseline["scores"]))
     lines.append(f"report: {Path(workdir) / 'report.html'}")
     print(printable_text("\n".join(lines)))
 

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from eval.cards import AVERAGES, CARDS, Card
+from medmax_jax.eval.tasks.catalog import AVERAGES, CARDS, Card
 
 
 def table() -> str:

@@ -12,43 +12,49 @@ CPU cores. The same command goes on after a stop. What is in the workdir afterwa
 import contextlib
 import dataclasses
 import importlib.metadata
+import io
 import json
 import logging
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import matplotlib
+import matplotlib.pyplot as plt
+import PIL.Image
 from ml_collections import ConfigDict
 
-from data import prepare, records
-from data.sample.manifest import read_manifest
-from eval import (
-    baselines,
-    looks,
-    loop,
-    models,
-    probes,
-    report_tables,
-    scoring,
-    stats,
-    suites,
-    tasks,
-)
-from eval.settings import Settings as EvalSettings
-from medmax_jax import cli, config, generate, images, quickstart_page, train
-from medmax_jax.io.run_files import damage_warning, read_metrics
+from medmax_jax import cli, config
+from medmax_jax import train as train_program
+from medmax_jax.data import prepare
+from medmax_jax.data.image_tokens import encoder
+from medmax_jax.data.records import writer
+from medmax_jax.data.sample.manifest import read_manifest
+from medmax_jax.eval.config import Settings as EvalSettings
+from medmax_jax.eval.encoders import modality
+from medmax_jax.eval.metrics import aggregate
+from medmax_jax.eval.models import base, baselines
+from medmax_jax.eval.pipeline import inference
+from medmax_jax.eval.reporting import tables
+from medmax_jax.eval.stats import intervals
+from medmax_jax.eval.tasks import items as task_items
+from medmax_jax.eval.tasks import probes, selection
+from medmax_jax.generation import model_bundle
+from medmax_jax.io import html_page
 from medmax_jax.io.text_files import TextFileError, read_json
-from medmax_jax.mesh import make_mesh
+from medmax_jax.models import images
+from medmax_jax.sharding import make_mesh
+from medmax_jax.training.run_files import damage_warning, read_metrics
 
 log = logging.getLogger("medmax_jax.quickstart")
 
-ROOT = Path(__file__).parent.parent
-DEFAULTS = {"config": str(ROOT / "configs" / "quickstart.py"), "workdir": "quickstart_run"}
-ERRORS = (*prepare.ERRORS, *train.ERRORS, ValueError, OSError)
+HERE = Path(__file__).parent
+DEFAULTS = {"config": str(HERE / "configs" / "quickstart.py"), "workdir": "quickstart_run"}
+ERRORS = (*prepare.ERRORS, *train_program.ERRORS, ValueError, OSError)
 LINES = {  # what the primary row is held against
     "before": "the same model before LoRA",
     "blind": "the commonest training answer of each question's template, without looking",
@@ -119,16 +125,16 @@ def run(settings: Quickstart, workdir: Path) -> dict[str, Any]:
             train=str(workdir / "records" / "train"),
             validation=str(workdir / "records" / "validation"),
         )
-        last = train.run(dataclasses.replace(settings.run, data=data), workdir / "train")
+        last = train_program.run(dataclasses.replace(settings.run, data=data), workdir / "train")
         says(f"{last['step']} steps of LoRA on all task kinds, loss {last['loss']:.2f}")
-    found = suites.suite(settings.eval)
+    found = selection.suite(settings.eval)
     answers = _evaluate(settings, road, workdir, tiny, found)
     report = _report(settings, road, found, answers)
     with road.stage("report") as says:
         says("report.html")
         cases, pictures = _cases(settings, tiny, found, answers, workdir)
-        curves = quickstart_page.curves(*_history(workdir / "train" / "metrics.jsonl"))
-        page = quickstart_page.build(report, cases, pictures, curves)
+        curves = plot_curves(*_history(workdir / "train" / "metrics.jsonl"))
+        page = build(report, cases, pictures, curves)
         (workdir / "report.html").write_text(page, encoding="utf-8")
         (workdir / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     _say(report, workdir)
@@ -141,9 +147,9 @@ def _tokenize(settings: Quickstart, workdir: Path, tiny: Path) -> str:
         folder = workdir / "records" / split
         asked = dict(split=split, kind="instruction", views=views, seed=settings.run.data.seed)
         if (folder / "dataset.json").exists():
-            meta = records.open_records(folder).meta
+            meta = writer.open_records(folder).meta
             if any(meta["notes"].get(name) != value for name, value in asked.items()):
-                raise prepare.PrepareError(
+                raise encoder.PrepareError(
                     f"{folder} was made with {meta['notes']}, now asked for {asked}; "
                     "name a fresh --workdir"
                 )
@@ -154,7 +160,7 @@ def _tokenize(settings: Quickstart, workdir: Path, tiny: Path) -> str:
 
 
 def _evaluate(
-    settings: Quickstart, road: Road, workdir: Path, tiny: Path, found: suites.Suite
+    settings: Quickstart, road: Road, workdir: Path, tiny: Path, found: selection.Suite
 ) -> dict[str, list[dict[str, Any]]]:
     """Answers before and after LoRA, and after it with pictures swapped."""
     closed = [item for item in found.items if item.family == "vqa_closed"]
@@ -175,41 +181,43 @@ def _evaluate(
                 if stop.asked:
                     raise cli.Interrupted("interrupted; the same command goes on from here")
 
-            g = generate.load(tiny, adapter=tuned, mesh=mesh)
-            centroids = centroids or looks.centroids(g, found.pictures, images_folder=found.folder)
-            model = models.Native(
+            g = model_bundle.load(tiny, adapter=tuned, mesh=mesh)
+            centroids = centroids or modality.centroids(
+                g, found.pictures, images_folder=found.folder
+            )
+            model = base.Native(
                 g, settings.eval.sample, rows=settings.eval.rows, name=name, stamp=name
             )
-            answers[name] = loop.evaluate(
+            answers[name] = inference.evaluate(
                 model,
                 items,
                 mode=settings.eval.mode,
                 images_folder=found.folder,
                 out=workdir / f"{name}.jsonl",
                 progress=progress,
-                looks=looks.by(g, centroids),
+                looks=modality.by(g, centroids),
             )
             says(f"{len(items)} items")
     return answers
 
 
 def _report(
-    settings: Quickstart, road: Road, found: suites.Suite, answers: dict[str, list[dict]]
+    settings: Quickstart, road: Road, found: selection.Suite, answers: dict[str, list[dict]]
 ) -> dict[str, Any]:
     numbers = dict(seed=settings.eval.seed, resamples=settings.eval.resamples)
-    scores = scoring.scores(answers["before"], answers["after"], **numbers)
-    closed = [r for r in answers["after"] if r["task"] == scoring.PRIMARY[0]]
+    scores = aggregate.scores(answers["before"], answers["after"], **numbers)
+    closed = [r for r in answers["after"] if r["task"] == aggregate.PRIMARY[0]]
     rivals = {
         "before": answers["before"],
-        "blind": scoring.answered(closed, baselines.blind(found.train, found.items)),
+        "blind": aggregate.answered(closed, baselines.blind(found.train, found.items)),
         "swapped": answers["swapped"],
     }
     comparisons = [
-        _against(name, scoring.scores(rival, closed, **numbers)[0])
+        _against(name, aggregate.scores(rival, closed, **numbers)[0])
         for name, rival in rivals.items()
     ]
     unparsed = next(s for s in scores if (s["task"], s["metric"]) == ("vqa_closed", "unparsed"))
-    manifest = read_manifest(suites.SAMPLE / "manifest.jsonl")
+    manifest = read_manifest(selection.SAMPLE / "manifest.jsonl")
     return {
         "scores": scores,
         "comparisons": comparisons,
@@ -224,8 +232,9 @@ def _report(
             "test_groups": len({item.group for item in found.items}),
         },
         "notes": (
-            "Intervals are 95% intervals of the paired difference over groups (eval/stats.py), "
-            f"{report_tables.FEW_MARK}: of fewer than {stats.FEW} groups. "
+            "Intervals are 95% intervals of the paired difference over groups "
+            "(eval/stats/intervals.py), "
+            f"{tables.FEW_MARK}: of fewer than {intervals.FEW} groups. "
             "An answer that is neither yes nor no counts as wrong: "
             f"{unparsed['before']:.1%} of the closed answers before LoRA, "
             f"{unparsed['after']:.1%} after. modality_match compares generated pictures with "
@@ -239,16 +248,38 @@ def _against(name: str, row: dict[str, Any]) -> dict[str, Any]:
     return {"against": LINES[name], "theirs": row["before"], "ours": row["after"], **kept}
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Case:
+    """One held-out picture with a question and what the two models said."""
+
+    name: str
+    image: PIL.Image.Image
+    reconstruction: PIL.Image.Image  # after the VQGAN and back
+    question: str
+    answer: str
+    before: str
+    after: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Generated:
+    """Pictures that the two models made from the same words."""
+
+    prompt: str
+    before: PIL.Image.Image
+    after: PIL.Image.Image
+
+
 def _cases(
     settings: Quickstart,
     tiny: Path,
-    found: suites.Suite,
+    found: selection.Suite,
     answers: dict[str, list[dict]],
     workdir: Path,
-) -> tuple[list[quickstart_page.Case], list[quickstart_page.Generated]]:
+) -> tuple[list[Case], list[Generated]]:
     """Held-out pictures of different groups, their tasks in turn, and pictures from words."""
     before = {record["id"]: record for record in answers["before"]}
-    asked = [r for r in answers["after"] if tasks.FAMILIES[r["family"]].shows_image]
+    asked = [r for r in answers["after"] if task_items.FAMILIES[r["family"]].shows_image]
     kinds = list(dict.fromkeys(r["task"] for r in asked))
     groups = list(dict.fromkeys(r["group"] for r in asked))
     chosen = []
@@ -256,11 +287,11 @@ def _cases(
         of_group = [r for r in asked if r["group"] == group]
         kind = kinds[turn % len(kinds)]
         chosen.append(next((r for r in of_group if r["task"] == kind), of_group[0]))
-    g = generate.load(tiny)
-    codes = generate.encode(g, [found.folder / r["image"] for r in chosen])
-    rebuilt = generate.decode(g, codes)
+    g = model_bundle.load(tiny)
+    codes = model_bundle.encode(g, [found.folder / r["image"] for r in chosen])
+    rebuilt = model_bundle.decode(g, codes)
     cases = [
-        quickstart_page.Case(
+        Case(
             name=f"{r['group']}: {r['kind']}",
             image=images.load(found.folder / r["image"], max_pixels=images.MAX_PIXELS),
             reconstruction=picture,
@@ -273,7 +304,7 @@ def _cases(
     ]
     drawn = [r for r in answers["after"] if r["family"] == "image_generation"]
     pictures = [
-        quickstart_page.Generated(
+        Generated(
             prompt=r["prompt"],
             before=images.load(
                 workdir / before[r["id"]]["images"][0], max_pixels=images.MAX_PIXELS
@@ -317,10 +348,137 @@ def _say(report: dict[str, Any], workdir: Path) -> None:
         log.info(
             "vqa_closed %.3f, %s %.3f: %+.3f [%s] over %d held-out groups",
             row["ours"], row["against"], row["theirs"], row["diff"],
-            quickstart_page.interval(row), row["groups"],
+            interval(row), row["groups"],
         )  # fmt: skip
-    log.info("%s", quickstart_page.NOTICE)
+    log.info("%s", NOTICE)
     log.info("report: %s", workdir / "report.html")
+
+
+# ---- The quickstart's page: what ran, curves, scores before and after, cases one can look at ----
+#
+# report.json --+
+# cases --------+--> report.html    one file, no script, every text escaped (html_page.py)
+# curves.png ---+
+
+
+matplotlib.use("Agg")  # no display is needed to draw into a file
+
+NOTICE = (
+    "This is a toy-sized research model, trained in minutes on a few hundred embedded pictures. "
+    "It shows that the road works from end to end. It is not for clinical use."
+)
+
+
+def build(
+    report: dict[str, Any], cases: Sequence[Case], generated: Sequence[Generated], curves: bytes
+) -> str:
+    """The whole page as HTML."""
+    body = html_page.paragraph(NOTICE) + html_page.paragraph(_summary(report), note=True)
+    body += html_page.section("What ran", _quickstart_page_stages(report))
+    body += html_page.section("Scores on held-out groups", _scores(report))
+    body += html_page.section(
+        "Curves", html_page.figure(curves, "Training loss by kind of token, and rate")
+    )
+    body += html_page.section("Held-out cases", "".join(map(_case, cases)))
+    body += html_page.section("Pictures from words", "".join(map(_generated, generated)))
+    return html_page.document("MedMax in JAX: the quickstart", body)
+
+
+def plot_curves(train: Sequence[dict[str, Any]], held: Sequence[dict[str, Any]]) -> bytes:
+    """PNG of the mean loss of text and of image tokens by step, and of tokens per second."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
+    for kind, colour in (("text", "#0b6e69"), ("image", "#b4552d")):
+        for rows, style, name in ((train, "-", "training"), (held, "o--", "validation")):
+            points = [(r["step"], r[f"{kind}_nll"]) for r in rows if f"{kind}_nll" in r]
+            if points:
+                left.plot(*zip(*points, strict=True), style, color=colour, label=f"{kind}, {name}")
+    left.set(xlabel="step", ylabel="nats per token", title="Loss")
+    left.legend(frameon=False)
+    rates = [(r["step"], r["tokens_per_second"]) for r in train if r.get("tokens_per_second")]
+    if rates:
+        right.plot(*zip(*rates, strict=True), color="#444")
+    right.set(xlabel="step", ylabel="real tokens per second", title="Rate", ylim=(0, None))
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=110)
+    plt.close(figure)
+    return out.getvalue()
+
+
+def interval(row: Mapping[str, Any]) -> str:
+    """ "+0.012 .. +0.340", marked where there are few groups; a dash for one group alone."""
+    if row["ci_low"] is None:
+        return html_page.NOTHING
+    return tables.marked(row, f"{row['ci_low']:+.3f} .. {row['ci_high']:+.3f}")
+
+
+def _summary(report: dict[str, Any]) -> str:
+    ran = report["ran"]
+    return (
+        f"{ran['device']}, {ran['seconds'] / 60:.1f} minutes, peak memory {ran['peak_gib']:.1f} "
+        f"GiB; jax {ran['jax']}, configuration {ran['config']}. Split by patient, volume or "
+        f"slide: {ran['train_groups']} groups to learn from, {ran['test_groups']} held out."
+    )
+
+
+def _quickstart_page_stages(report: dict[str, Any]) -> str:
+    rows = [(s["stage"], s["what"], round(s["seconds"], 1)) for s in report["stages"]]
+    return html_page.table(["stage", "what", "seconds"], rows)
+
+
+def _scores(report: dict[str, Any]) -> str:
+    head = ["task", "metric", "n", "groups", "before", "after", "difference", "95% interval"]
+    rows = [
+        (
+            s["task"], s["metric"], s["n"], s["groups"], s["before"], s["after"], s["diff"],
+            interval(s),
+        )
+        for s in report["scores"]
+    ]  # fmt: skip
+    against = [
+        (c["against"], c["n"], c["groups"], c["theirs"], c["ours"], c["diff"], interval(c))
+        for c in report["comparisons"]
+    ]  # fmt: skip
+    return (
+        html_page.table(
+            head, rows, caption="Before and after LoRA, the same items, the same settings"
+        )
+        + html_page.table(
+            [
+                "the primary row against",
+                "n",
+                "groups",
+                "theirs",
+                "ours",
+                "difference",
+                "95% interval",
+            ],
+            against,
+            caption="vqa_closed after LoRA against three baselines",
+        )
+        + html_page.paragraph(report["notes"], note=True)
+    )
+
+
+def _case(case: Case) -> str:
+    pictures = html_page.figures(
+        [
+            (html_page.png(case.image), case.name),
+            (html_page.png(case.reconstruction), "through the VQGAN and back"),
+        ]
+    )
+    rows = [
+        ("question", case.question), ("answer", case.answer),
+        ("before LoRA", case.before), ("after LoRA", case.after),
+    ]  # fmt: skip
+    return pictures + html_page.table(["", ""], rows)
+
+
+def _generated(made: Generated) -> str:
+    return html_page.paragraph(made.prompt) + html_page.figures(
+        [(html_page.png(made.before), "before LoRA"), (html_page.png(made.after), "after LoRA")]
+    )
 
 
 if __name__ == "__main__":

@@ -26,36 +26,28 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from data import loader
-from data.documents import RecordsError
-from data.pack import PackError
-from medmax_jax import (
-    chameleon,
-    cli,
-    config,
-    export,
-    reports,
-    runlog,
-    samples,
-    startup,
-    step,
-    tracking,
-    weights,
-)  # fmt: skip
-from medmax_jax.checkpoint import CheckpointError, Checkpoints, meet
-from medmax_jax.mesh import make_mesh, put_batch
-from medmax_jax.reports import Evaluator, Job, Reporter, TrainError
-from medmax_jax.storage import StorageError
+from medmax_jax import cli, config
+from medmax_jax.checkpoints import export, safetensors_file
+from medmax_jax.checkpoints.manager import CheckpointError, Checkpoints, meet
+from medmax_jax.data import loader
+from medmax_jax.data.packing.pack import PackError
+from medmax_jax.data.records.document import RecordsError
+from medmax_jax.io.storage import StorageError
+from medmax_jax.models import chameleon
+from medmax_jax.sharding import make_mesh, put_batch
+from medmax_jax.training import log_writer, reporting, samples, setup, step
+from medmax_jax.training.batch import Batch
+from medmax_jax.training.reporting import Evaluator, Job, Reporter, TrainError
 
 ERRORS = (
     TrainError, cli.WorkdirError, RecordsError, PackError, CheckpointError, StorageError,
-    export.ExportError, weights.WeightsError, tracking.TrackingError, OSError,
+    export.ExportError, safetensors_file.WeightsError, log_writer.TrackingError, OSError,
 )  # fmt: skip
 
 
 def main(settings: ConfigDict, workdir: str) -> None:
     """The program."""
-    options = startup.Options(
+    options = setup.Options(
         extend=FLAGS.extend,
         dry_run=FLAGS.dry_run,
         profile=_steps(FLAGS.profile_steps),
@@ -69,34 +61,33 @@ def main(settings: ConfigDict, workdir: str) -> None:
 
 
 def run(
-    run: config.Run, workdir: str | os.PathLike, options: startup.Options = startup.PLAIN
+    run: config.Run, workdir: str | os.PathLike, options: setup.Options = setup.PLAIN
 ) -> dict[str, Any]:
     """Trains to the end and exports; returns the last numbers and where the result lies.
 
     Raises cli.Interrupted after SIGINT or SIGTERM; calling it again goes on from there.
     """
-    startup.check(run, options)
+    setup.check(run, options)
     if options.dry_run:
-        return startup.dry_run(run, options)
-    clock, folder = runlog.Clock(), cli.open_workdir(workdir).absolute()
+        return setup.dry_run(run, lambda: load_data(run))
+    clock, folder = log_writer.Clock(), cli.open_workdir(workdir).absolute()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(startup.lock(folder))
+        stack.enter_context(setup.lock(folder))
         stop = stack.enter_context(cli.Stop())
-        mesh = startup.usable(lambda: make_mesh(run.mesh))
-        startup.usable(lambda: step.check(run, mesh))
+        mesh = setup.usable(lambda: make_mesh(run.mesh))
+        setup.usable(lambda: step.check(run, mesh))
         stack.enter_context(jax.set_mesh(mesh))
 
         # ---- data
-        train_data = loader.batches(run, run.data.train)
-        held_data = loader.one_pass(run, run.data.validation) if run.data.validation else None
+        train_data, held_data = load_data(run)
 
         # ---- log
-        meta = startup.meta(run, train_data)
+        meta = setup.meta(run, train_data)
         also = _tracked(run, options, folder, meta, stack)
-        writer = stack.enter_context(contextlib.closing(runlog.Writer(str(folder), also)))
+        writer = stack.enter_context(contextlib.closing(log_writer.Writer(str(folder), also)))
 
         # ---- model
-        like = startup.usable(lambda: chameleon.abstract(run.model, run.vocab, run.lora))
+        like = setup.usable(lambda: chameleon.abstract(run.model, run.vocab, run.lora))
         key_init, key = jax.random.split(jax.random.key(run.train.seed, impl=run.train.prng_impl))
         key = jax.device_put(key, NamedSharding(mesh, P()))  # the loop moves nothing by itself
 
@@ -104,8 +95,8 @@ def run(
         store = Checkpoints(folder / "checkpoints", keep=run.train.keep, log=writer.log)
         stack.callback(store.close)
         with clock.spend("load"):
-            start, state, cursor, changes = startup.restored(run, like, store, meta, options)
-            trainable, frozen = startup.weights(run, like, key_init, restoring=start is not None)
+            start, state, cursor, changes = setup.restored(run, like, store, meta, options)
+            trainable, frozen = setup.weights(run, like, key_init, restoring=start is not None)
             state = step.init_state(trainable, run) if state is None else state
         writer.start(step=start or 0, again="validation" if cursor["owed"] else "")
         job = Job(
@@ -113,15 +104,21 @@ def run(
             checkpoints=store, train_data=train_data, held_data=held_data,
             graph=step.split(like, run.train.trains)[0], frozen=frozen, key=key, meta=meta,
         )  # fmt: skip
-        reports.banner(job, state, start, changes)
+        reporting.banner(job, state, start, changes)
 
         # ---- loop and end
         state, last = _loop(job, state, start or 0, cursor, options)
         return _finish(job, state, last)
 
 
+def load_data(run: config.Run) -> tuple[loader.Batches, loader.Batches | None]:
+    """Return the training batches, and the validation batches or None."""
+    train_data = loader.batches(run, run.data.train)
+    return train_data, loader.one_pass(run, run.data.validation) if run.data.validation else None
+
+
 def _loop(
-    job: Job, state: step.TrainState, done: int, cursor: dict[str, Any], options: startup.Options
+    job: Job, state: step.TrainState, done: int, cursor: dict[str, Any], options: setup.Options
 ) -> tuple[step.TrainState, dict[str, float]]:
     """The steps that are left, with reports, evaluations and checkpoints between them."""
     t, reporter = job.run.train, Reporter(job, cursor)
@@ -137,7 +134,7 @@ def _loop(
     batches = job.train_data.stream(done)
     batch = _next(job, batches)
     train_step = _compiled(job, state, batch)
-    trace = reports.Trace(job, options.profile, done)
+    trace = reporting.Trace(job, options.profile, done)
     with jax.transfer_guard("disallow"), contextlib.closing(trace):
         while done < t.steps:
             trace.before(done + 1)
@@ -186,16 +183,18 @@ def _evaluate(
         job.writer.log(f"samples after step {done}: {path}")
 
 
-def _compiled(job: Job, state: step.TrainState, batch: loader.Batch) -> Callable:
+def _compiled(job: Job, state: step.TrainState, batch: Batch) -> Callable:
     with job.clock.spend("compile"):
         lowered = step.make_train_step(job.graph, job.run).lower(state, job.frozen, batch, job.key)
         compiled = lowered.compile()
         meet("the training step is compiled")
-    job.writer.log(f"compiled in {job.clock.seconds['compile']:.1f} s; {reports.memory(compiled)}")
+    job.writer.log(
+        f"compiled in {job.clock.seconds['compile']:.1f} s; {reporting.memory(compiled)}"
+    )
     return compiled
 
 
-def _next(job: Job, batches: Iterator[loader.Batch]) -> loader.Batch:
+def _next(job: Job, batches: Iterator[Batch]) -> Batch:
     with job.clock.spend("data"):
         return put_batch(next(batches), job.mesh)
 
@@ -270,14 +269,14 @@ def _cache() -> str | None:
 
 def _tracked(
     run: config.Run,
-    options: startup.Options,
+    options: setup.Options,
     folder: pathlib.Path,
     meta: dict[str, Any],
     stack: contextlib.ExitStack,
 ) -> Callable[[int, dict[str, float]], None] | None:
     if not options.wandb or jax.process_index():
         return None
-    send, close = tracking.wandb(
+    send, close = log_writer.wandb(
         options.wandb, run, name=folder.name, folder=str(folder), credentials=meta["credentials"],
         listed=options.listed_hosts, environment=os.environ,
     )  # fmt: skip

@@ -32,11 +32,14 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 from PIL import Image
 
-from medmax_jax import cli, config, images, lpips, vqgan, weights
+from medmax_jax import cli, config
+from medmax_jax.checkpoints import safetensors_file
 from medmax_jax.io import image_paths
-from medmax_jax.io.run_files import LogFile, damage_warning, read_metrics
 from medmax_jax.io.text_files import TextFileError, read_objects
-from medmax_jax.mesh import make_mesh, put_batch
+from medmax_jax.models import images, vqgan
+from medmax_jax.sharding import make_mesh, put_batch
+from medmax_jax.training import lpips
+from medmax_jax.training.run_files import LogFile, damage_warning, read_metrics
 
 MAX_PIXELS = 40_000_000  # of a training picture
 LAST_RESTART = 0.8  # of all steps: then codes only settle
@@ -208,8 +211,8 @@ def _train(
         if (step + 1) % t.eval_every == 0 or last:
             log.evaluation("validation", *evaluation(evaluate, state.model, held_out, settings))
         if (step + 1) % t.checkpoint_every == 0 or last:
-            weights.save(checkpoint, state, {"step": str(step + 1)})
-    weights.save(
+            safetensors_file.save(checkpoint, state, {"step": str(step + 1)})
+    safetensors_file.save(
         workdir / "vqgan.safetensors", state.model, {"vq": json.dumps(config.to_dict(settings.vq))}
     )
     return {
@@ -255,12 +258,12 @@ def _start(settings: Run, tx: Any, file: Path, whole: jax.NamedSharding) -> tupl
     if not file.exists():
         state = jax.jit(fresh)()
         if source := settings.train.init_from:
-            state = state._replace(model=weights.load(source, state.model))
+            state = state._replace(model=safetensors_file.load(source, state.model))
         return state, 0
     like = jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole), jax.eval_shape(fresh)
     )
-    return weights.load(file, like), int(weights.metadata(file)["step"])
+    return safetensors_file.load(file, like), int(safetensors_file.metadata(file)["step"])
 
 
 def _lay_codebook(state: State, train: Pictures, settings: Run, mesh: Any) -> State:

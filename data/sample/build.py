@@ -17,10 +17,10 @@ import numpy as np
 from jaxtyping import Float, Shaped
 from PIL import Image
 
-from data.sample.manifest import FACTS
-from data.sample.pictures import Picture, all_pictures
-from data.sample.sources import PACKAGES, Archive, Package, obtain
-from data.sample.splits import split_of
+from medmax_jax.data.sample.manifest import FACTS, split_of
+from medmax_jax.data.sample.medical_formats import Picture
+from medmax_jax.data.sample.packages import PACKAGES, Archive, Package, obtain
+from medmax_jax.data.sample.selection import all_pictures
 
 SHORT_SIDE = 128  # pixels
 ALIKE = 0.97  # correlation of 32 x 32 thumbnails above which a picture of the same group is dropped

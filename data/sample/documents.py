@@ -16,8 +16,8 @@ import json
 import random
 from collections.abc import Callable
 
-from data.sample.manifest import SPLITS, check_groups, read_manifest
-from data.sample.phrases import (
+from medmax_jax.data.sample.manifest import SPLITS, check_groups, read_manifest
+from medmax_jax.data.sample.phrases import (
     GLOSSARY,
     NOUNS,
     a,
@@ -29,7 +29,7 @@ from data.sample.phrases import (
     report,
     upper,
 )
-from data.sample.questions import (
+from medmax_jax.data.sample.questions import (
     Question,
     asked_values,
     checklists,
@@ -212,7 +212,9 @@ def _turns(row: dict, rng: random.Random) -> list[tuple[str, str]]:
 
 
 def _chat_answer(row: dict, reference: str, rng: random.Random) -> dict:
-    """What the released rows of visual_chat have for an answer, see data/chat_answers.py."""
+    """What the released rows of visual_chat have for an answer, see
+    data/release/chat_answers.py.
+    """
     chest = row["modality"] == "X-ray" and row["body_part"] == "chest"
     domain = {name: row["modality"] == kind for name, kind in DOMAINS.items()}
     words = dict(fig_label="Picture", fig_caption=caption(row, rng), in_text_mention=None)

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from data.sample.phrases import NOUNS, a, exclude, part
+from medmax_jax.data.sample.phrases import NOUNS, a, exclude, part
 
 LETTERS = "ABCD"
 

@@ -2,18 +2,19 @@
 
 python -m data.sample.train_tokenizer --out medmax_jax/tiny/tokenizer.json
 
-Byte-level BPE in the manner and layout of Chameleon's (medmax_jax/tokenizer.py says how), over the
+Byte-level BPE in the manner and layout of Chameleon's (medmax_jax/models/tokenizer.py says how),
+over the
 documents of pictures whose split is train: held-out wordings may cost more tokens, as in life.
 """
 
 import argparse
 from pathlib import Path
 
-from configs import tiny
-from data.sample.documents import instruction_documents, pretraining_documents
-from data.sample.manifest import read_manifest
-from medmax_jax import tokenizer
 from medmax_jax.config import Vocab, build
+from medmax_jax.configs import tiny
+from medmax_jax.data.sample.documents import instruction_documents, pretraining_documents
+from medmax_jax.data.sample.manifest import read_manifest
+from medmax_jax.models import tokenizer
 
 MANIFEST = Path(__file__).parent / "manifest.jsonl"
 SEED = 0  # of the documents' wordings

@@ -22,20 +22,19 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from data.sources.prompts import captioned
-from data.sources.row import (
+from medmax_jax.data.records.row_streams import Place, csv_rows, json_lines
+from medmax_jax.data.sources.row import (
     Bad,
-    Place,
     Plan,
     Row,
     RowError,
+    captioned,
     collect,
     first_file,
     picture_path,
     root_of,
     text_of,
 )
-from data.sources.stream import csv_rows, json_lines
 
 _PMC = {"train": "train.jsonl", "validation": "valid.jsonl", "test": "test.jsonl"}
 _SUBFIGURES = "caption_T060_filtered_top4_sep_v0_subfigures"

@@ -26,23 +26,22 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from data.mixture import CHAT
-from data.sources.prompts import captioned
-from data.sources.row import (
+from medmax_jax.data.mixture import CHAT
+from medmax_jax.data.records.row_streams import Place, json_array
+from medmax_jax.data.sources.row import (
     Bad,
     LeftOut,
-    Place,
     Plan,
     Row,
     RowError,
+    captioned,
     clean,
     collect,
     first_file,
     joined,
     picture_path,
 )
-from data.sources.stream import json_array
-from medmax_jax.tokenizer import IMAGE_NAME
+from medmax_jax.models.tokenizer import IMAGE_NAME
 
 
 @dataclasses.dataclass(frozen=True)

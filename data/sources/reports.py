@@ -31,24 +31,23 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from data.mixture import REPORT
-from data.sources.prompts import choose
-from data.sources.row import (
+from medmax_jax.data.mixture import REPORT
+from medmax_jax.data.records.document import pseudonym
+from medmax_jax.data.records.row_streams import Place, csv_rows
+from medmax_jax.data.sources.row import (
     Bad,
     LeftOut,
-    Place,
     Plan,
     Row,
     RowError,
+    choose,
     clean,
     collect,
     drawn,
     first_file,
     joined,
-    pseudonym,
 )
-from data.sources.stream import csv_rows
-from medmax_jax.tokenizer import IMAGE_NAME, SEP_NAME
+from medmax_jax.models.tokenizer import IMAGE_NAME, SEP_NAME
 
 NAME = "mimic-cxr-2.0.0"
 SPLITS = {"train": "train", "validate": "validation", "test": "test"}

@@ -8,24 +8,22 @@ reason repeats nothing of the row, so that reasons can be counted, and printed f
 """
 
 import dataclasses
-import hashlib
+import functools
 import math
 import pathlib
 import random
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
+from medmax_jax.data.mixture import CAPTION, GENERATION
+from medmax_jax.data.records.row_streams import Place, SourceError
 from medmax_jax.io.image_paths import is_inside
-from medmax_jax.io.text_files import LONE_SURROGATE, TextFileError
-from medmax_jax.tokenizer import IMAGE_NAME, SEP_NAME
+from medmax_jax.io.text_files import LONE_SURROGATE, TextFileError, read_json
+from medmax_jax.models.tokenizer import IMAGE_NAME, SEP_NAME
 
 Made = TypeVar("Made")
 SPLITS = ("train", "validation", "test")
 MAX_TEXT = 100_000  # characters of one part; the longest released document has 2,048 tokens
-
-
-class SourceError(ValueError):
-    """A source that cannot be read at all; the message names the file and the mend."""
 
 
 class RowError(ValueError):
@@ -68,21 +66,6 @@ class Bad:
     where: str
     reason: str
     by_rule: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Where a row stands: the n-th of a file, from 1."""
-
-    file: str
-    number: int
-
-    def __str__(self) -> str:
-        return f"{self.file}, row {self.number}"
-
-    def id(self, source: str) -> str:
-        """An id that holds no text of the source: "SLAKE/train-0000002"."""
-        return f"{source}/{pathlib.PurePath(self.file).name.split('.')[0]}-{self.number:07d}"
 
 
 def collect(
@@ -159,12 +142,6 @@ def drawn(*what: Any) -> random.Random:
     return random.Random("/".join(map(str, what)))
 
 
-def pseudonym(text: str | bytes) -> str:
-    """A short name for what must not be written: 64 bits of SHA-256."""
-    raw = text if isinstance(text, bytes) else text.encode()
-    return hashlib.sha256(raw).hexdigest()[:16]
-
-
 def root_of(folder: pathlib.Path, names: tuple[str, ...]) -> str:
     """The first of `names` that is a folder in `folder`: archives unpack in more than one way."""
     return next((name for name in names if (folder / name).is_dir()), names[0])
@@ -177,3 +154,40 @@ def first_file(folder: pathlib.Path, names: Iterable[str], source: str) -> pathl
         if (folder / name).is_file():
             return folder / name
     raise SourceError(f"{source}: the folder has none of {', '.join(names)}; see --from")
+
+
+# ---- Questions for the sources that have pictures and captions or reports, but no questions ----
+#
+# prompts.json holds for each kind the wordings that are seen in MedMax's release (its figures, demo
+# and evaluation) and our own; which the training rows used is not published. {} is where the
+# caption
+# or the report stands.
+
+
+@functools.cache
+def wordings(kind: str) -> tuple[str, ...]:
+    """All wordings of a kind, those of the release first."""
+    table = read_json(pathlib.Path(__file__).parent / "prompts.json")
+    return tuple(table[kind]["released"] + table[kind]["ours"])
+
+
+def choose(kind: str, plan: Plan, row_id: str) -> str:
+    """The wording of one row: a function of seed and id."""
+    return drawn(plan.seed, kind, row_id).choice(wordings(kind))
+
+
+def captioned(
+    plan: Plan, place: Place, caption: str, *, question: str | None, **fields: Any
+) -> Row:
+    """A picture and its caption as captioning or generation, drawn by seed and id.
+
+    `question`: what the source itself asks for its caption, if anything.
+    """
+    row_id = place.id(plan.source)
+    if drawn(plan.seed, "task", row_id).random() < plan.caption_share:
+        asked = question or choose("caption", plan, row_id)
+        text, task = joined([(asked, caption)], image="start"), CAPTION
+    else:
+        text = f"{choose('generation', plan, row_id).format(caption)}{SEP_NAME}{IMAGE_NAME}"
+        task = GENERATION
+    return Row(id=row_id, text=text, task=task, source=plan.source, turns=1, **fields)

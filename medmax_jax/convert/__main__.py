@@ -17,13 +17,17 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 75 stopped.
 import argparse
 import json
 import logging
+import pathlib
 import sys
 from collections.abc import Sequence
 
 import jax
 
 from medmax_jax.cli import DONE, ERROR, INTERRUPTED
-from medmax_jax.convert import check, describe, run, sources
+from medmax_jax.convert import check, convert, inspect_checkpoint, model_card
+from medmax_jax.data import sample
+from medmax_jax.data.mixture import SOURCES
+from medmax_jax.data.sample.manifest import read_manifest
 from medmax_jax.io.errors import printable_text
 
 
@@ -35,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--from", dest="source", required=True, metavar="P")
     parser.add_argument("--to", dest="target", required=True, metavar="Q")
-    parser.add_argument("--format", required=True, choices=run.FORMATS)
+    parser.add_argument("--format", required=True, choices=convert.FORMATS)
     parser.add_argument("--base", metavar="B", help="the model that an adapter was trained on")
     parser.add_argument(
         "--merge", action="store_true", help="native: merge the adapter into its base"
@@ -60,18 +64,29 @@ def _inspect_parser() -> argparse.ArgumentParser:
 def _run(argv: Sequence[str]) -> int:
     if argv[:1] == ["inspect"]:
         given = _inspect_parser().parse_args(argv[1:])
-        said = describe.facts(sources.read(given.path))
-        print(json.dumps(said) if given.json else printable_text(describe.words(said)))
+        said = inspect_checkpoint.facts(convert.read(given.path))
+        print(json.dumps(said) if given.json else printable_text(inspect_checkpoint.words(said)))
         return DONE
     if argv[:1] == ["check"]:
         return check.main(argv[1:])
     given = _parser().parse_args(argv)
-    run.convert(
+    convert.convert(
         given.source, given.target, layout=given.format, base=given.base, vqgan=given.vqgan,
         quant=given.quant, merge_native=given.merge,
         decoder=not given.no_decoder, say=lambda s: print(printable_text(s), flush=True),
+        data_sources=data_sources(),
     )  # fmt: skip
     return DONE
+
+
+def data_sources() -> dict[str, model_card.SourceTerms]:
+    """Return the terms of MedMax's sources and of the packages of the embedded sample, by name."""
+    licences: dict[str, set[str]] = {}
+    for row in read_manifest(pathlib.Path(sample.__file__).parent / "manifest.jsonl"):
+        licences.setdefault(row["source_package"].split("==")[0], set()).add(row["licence"])
+    terms = {name: ("no", "; ".join(sorted(each))) for name, each in licences.items()}
+    terms |= {source.name: (source.credential, source.licence) for source in SOURCES}
+    return {name: model_card.SourceTerms(*each) for name, each in terms.items()}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -83,7 +98,7 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("stopped; nothing was left behind, the same command starts again", file=sys.stderr)
         return INTERRUPTED
-    except sources.ERRORS as error:
+    except convert.ERRORS as error:
         print(printable_text(f"error: {error}"), file=sys.stderr)
         return ERROR
 

@@ -27,14 +27,16 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
-from medmax_jax import chameleon, export, vqgan, weights
+from medmax_jax.checkpoints import export, safetensors_file
 from medmax_jax.config import Mesh, Vocab
-from medmax_jax.convert import describe, hf_processor, run, sources, torch_side
-from medmax_jax.convert.form import Checkpoint, ConvertError, finite
-from medmax_jax.mesh import make_mesh
-from medmax_jax.progress import Progress
-from medmax_jax.storage import Folder
-from medmax_jax.tokenizer import Tokenizer, TokenizerError
+from medmax_jax.convert import convert, inspect_checkpoint, torch_reference
+from medmax_jax.convert import hf as hf_layout
+from medmax_jax.convert.state_dict import Checkpoint, ConvertError, finite
+from medmax_jax.io.progress import Progress
+from medmax_jax.io.storage import Folder
+from medmax_jax.models import chameleon, vqgan
+from medmax_jax.models.tokenizer import Tokenizer, TokenizerError
+from medmax_jax.sharding import make_mesh
 
 PUBLISHED = {  # tokenizer/checklist.chk of Meta's, Anole's and MedMax's downloads
     "text_tokenizer.json": "170a932b687671a4e676f3bf69147295",
@@ -76,11 +78,11 @@ def main(argv: Sequence[str]) -> int:
 
 def check(path: str, *, torch_python: str | None, scratch: str, say: Callable[[str], None]) -> int:
     """How many lines were not ok; see the module's text."""
-    found = sources.read(path)
+    found = convert.read(path)
     if not isinstance(found, Checkpoint):
         raise ConvertError(f"{path}: an adapter; check the model that it belongs to")
     report = Report(say)
-    for name, value in describe.facts(found).items():
+    for name, value in inspect_checkpoint.facts(found).items():
         if name in ("layout", "model", "dtypes", "vqgan", "image_rows", "fingerprint"):
             report.line(name, value)
     _files(found, report)
@@ -125,7 +127,7 @@ def _ids(tokenizer: bytes, vocab: Vocab, report: Report) -> None:
             return
     report.line("vocabulary ids", f"text from {vocab.text_start}, {vocab.size} rows", True)
     raw = tokenizers.Tokenizer.from_str(tokenizer.decode())
-    changed = tokenizers.Tokenizer.from_str(hf_processor.modified(tokenizer).decode())
+    changed = tokenizers.Tokenizer.from_str(hf_layout.modified(tokenizer).decode())
     for text in TEXTS:
         for name, each in (("as it lies there", raw), ("with <image> renamed", changed)):
             tokens = each.encode(text, add_special_tokens=False).tokens
@@ -139,9 +141,9 @@ def _torch(found: Checkpoint, python: str, scratch: str, report: Report) -> None
         hf, native, out, script = (
             f"{folder}/{name}" for name in ("hf", "native", "out.npz", "torch_side.py")
         )
-        shutil.copyfile(torch_side.__file__, script)  # beside nothing that shadows a package
+        shutil.copyfile(torch_reference.__file__, script)  # beside nothing that shadows a package
         quiet = lambda _: None  # noqa: E731
-        run.convert(found.path, hf, layout="hf", say=quiet)
+        convert.convert(found.path, hf, layout="hf", say=quiet)
         exact = {t.dtype for t in found.language.values()} == {"F32"}
         dtype = "float32" if exact else "bfloat16"
         done = subprocess.run([python, script, hf, out, dtype], capture_output=True, text=True)
@@ -150,7 +152,7 @@ def _torch(found: Checkpoint, python: str, scratch: str, report: Report) -> None
                 f"{python}: {done.stderr.strip().splitlines()[-1:]}; see its packages"
             )
         theirs = np.load(out)
-        run.convert(hf, native, layout="native", say=quiet)
+        convert.convert(hf, native, layout="native", say=quiet)
         ours = _ours(found, native, theirs)
     wide = max(1.0, float(theirs["logits"].std()))
     off = float(np.abs(ours["logits"] - theirs["logits"]).max()) / wide
@@ -176,7 +178,7 @@ def _ours(found: Checkpoint, native: str, theirs: Any) -> dict[str, np.ndarray]:
         answer["logits"] = np.asarray(logits(net, rows))
         if found.vqgan and found.has_decoder:
             path = pathlib.Path(native) / "vqgan.safetensors"
-            pictures = weights.load(path, vqgan.abstract(found.vq))
+            pictures = safetensors_file.load(path, vqgan.abstract(found.vq))
             codes = vqgan.encode(pictures, jnp.asarray(theirs["pixels"].transpose(0, 2, 3, 1)))
             answer["codes"] = np.asarray(codes).reshape(len(ids[:1]), -1)
     return answer

@@ -1,21 +1,25 @@
 """Hugging Face's layout of the Chameleon family.
 
     config.json                  ChameleonConfig with vocabulary_map; or of the VQGAN alone
-    model*.safetensors           names of form.py; the VQGAN under `model.vqmodel.`
-    tokenizer.json ..            hf_processor.py
+    model*.safetensors           names of state_dict.py; the VQGAN under `model.vqmodel.`
+    tokenizer.json ..            hf.py
 
 q_norm and k_norm have a row a head there; heads of one model-parallel shard have the same row.
 """
 
 import json
+import os
+import pathlib
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import tokenizers
 
 from medmax_jax.config import VQ, Model, Vocab
-from medmax_jax.convert import hf_processor, tensor_files, vq_names
-from medmax_jax.convert.form import (
+from medmax_jax.convert import safetensors_stream, vqgan
+from medmax_jax.convert.state_dict import (
     Checkpoint,
     ConvertError,
     Tensor,
@@ -33,7 +37,8 @@ from medmax_jax.convert.form import (
     vocab_settings,
 )
 from medmax_jax.io.errors import quoted
-from medmax_jax.storage import Folder
+from medmax_jax.io.storage import Folder
+from medmax_jax.models.tokenizer import IMAGE_NAME, SEP_NAME, UNMODIFIED_IMAGE_NAME, parse_spec
 
 VQ_PREFIX = "model.vqmodel."
 FIXED = dict(  # of the architecture; another value is another model
@@ -51,7 +56,7 @@ def is_layout(config: Any) -> bool:
 def read(folder: Folder) -> Checkpoint:
     """A checkpoint as transformers wrote it; raises ConvertError on anything else."""
     config = folder.json("config.json")
-    tensors = tensor_files.read(folder)
+    tensors = safetensors_stream.read(folder)
     check_gathered(folder.path, tensors)
     for tensor in tensors.values():
         check_dtype(tensor.dtype, tensor.where)
@@ -59,7 +64,7 @@ def read(folder: Folder) -> Checkpoint:
         vq = _vq(config, folder.path)
         return Checkpoint(
             layout="hf", path=folder.path, model=None, vocab=None, vq=vq, language={},
-            vqgan=vq_names.check(folder.path, tensors, vq), tokenizer=None, facts={},
+            vqgan=vqgan.check(folder.path, tensors, vq), tokenizer=None, facts={},
         )  # fmt: skip
     where = f"{folder.path}/config.json"
     _check_architecture(config, folder.path)
@@ -78,7 +83,7 @@ def read(folder: Folder) -> Checkpoint:
     require(folder.path, language, language_shapes(model, vocab))
     return Checkpoint(
         layout="hf", path=folder.path, model=model, vocab=vocab, vq=vq, language=language,
-        vqgan=vq_names.check(folder.path, pictures, vq), tokenizer=tokenizer, facts={},
+        vqgan=vqgan.check(folder.path, pictures, vq), tokenizer=tokenizer, facts={},
     )  # fmt: skip
 
 
@@ -101,15 +106,15 @@ def write(
         pictures = {VQ_PREFIX + name: tensor for name, tensor in pictures.items()}
         config = _config(checkpoint)
         if checkpoint.tokenizer:
-            hf_processor.write(folder, checkpoint)
-            vocabulary = hf_processor.vocabulary(checkpoint.tokenizer)
+            write_processor(folder, checkpoint)
+            vocabulary = read_vocabulary(checkpoint.tokenizer)
             config |= {"vocabulary_map": vocabulary, "image_token_id": vocabulary["<image>"]}
     else:
         config = _vq_config(checkpoint.vq) | {
             "model_type": "chameleon_vqgan", "architectures": ["ChameleonVQVAE"],
         }  # fmt: skip
     tensors = checkpoint.language | pictures
-    tensor_files.write(folder, tensors, shard_bytes=shard_bytes, progress=progress)
+    safetensors_stream.write(folder, tensors, shard_bytes=shard_bytes, progress=progress)
     text = json.dumps(config, indent=2, ensure_ascii=False)
     folder.write("config.json", [text.encode() + b"\n"])
 
@@ -223,7 +228,7 @@ def _constant(gains: np.ndarray, shards: int) -> bool:
 def _vocab(config: dict[str, Any], vq: VQ, tokenizer: bytes | None, path: str) -> Vocab:
     names = section(config, "vocabulary_map", f"{path}/config.json")
     if tokenizer is not None:
-        names = hf_processor.vocabulary(tokenizer, f"{path}/tokenizer.json")
+        names = read_vocabulary(tokenizer, f"{path}/tokenizer.json")
     return vocab_settings(config.get("vocab_size"), names, vq, f"{path}/config.json")
 
 
@@ -236,9 +241,9 @@ def _vq(config: dict[str, Any], path: str) -> VQ:
         z_channels=config.get("latent_channels", 256),
         embed_dim=config.get("embed_dim", 256),
         num_codes=config.get("num_embeddings", 8_192),
-        norm_groups=config.get("norm_groups", vq_names.TAMING_GROUPS),
+        norm_groups=config.get("norm_groups", vqgan.TAMING_GROUPS),
     )
-    return vq_names.settings(
+    return vqgan.settings(
         sizes, double=config.get("double_latent"), attention=config.get("attn_resolutions"),
         where=f"{path}/config.json, vq_config",
     )  # fmt: skip
@@ -294,5 +299,99 @@ def _vq_config(vq: VQ) -> dict[str, Any]:
         double_latent=False,
         attn_resolutions=[],
     )
-    other = vq.norm_groups != vq_names.TAMING_GROUPS
+    other = vq.norm_groups != vqgan.TAMING_GROUPS
     return config | ({"norm_groups": vq.norm_groups} if other else {})
+
+
+# ---- Hugging Face's tokenizer and processor files, written by transformers itself ----
+#
+# Meta's text_tokenizer.json holds all names in one BPE vocabulary; the two differ in three things:
+#
+#                        Meta                      HF
+#     id 8711            <reserved08707>           <image>
+#     special in text    none                      <s> .. <eoss> <racm3:break> .. <image>
+#     BOS                added by the caller       added by the tokenizer
+
+WHERE = "the tokenizer file"  # in messages, where its path is not known
+BOS, PAD, EOS, UNK = "<s>", "<pad>", "</s>", "<unk>"
+SPECIAL = (BOS, PAD, EOS, UNK, "<eoss>", "<racm3:break>", SEP_NAME, IMAGE_NAME)
+RESCALE = 0.0078  # HF's image processor; Meta divides by 127.5, which is 0.00784
+MEAN = STD = [1.0, 1.0, 1.0]
+
+
+def read_vocabulary(tokenizer: bytes, where: str = WHERE) -> dict[str, int]:
+    """Name -> id, with 8711 named <image>; raises TokenizerError when it is no tokenizer file."""
+    names = dict(parse_spec(tokenizer, where)["model"]["vocab"])
+    if UNMODIFIED_IMAGE_NAME in names and IMAGE_NAME not in names:
+        names[IMAGE_NAME] = names.pop(UNMODIFIED_IMAGE_NAME)
+    return dict(sorted(names.items(), key=lambda item: item[1]))
+
+
+def modified(tokenizer: bytes) -> bytes:
+    """The file as MedMax's text_tokenizer_modified.json: `<reserved08707>` renamed `<image>`."""
+    spec = parse_spec(tokenizer, WHERE)
+    spec["model"]["vocab"] = read_vocabulary(tokenizer)
+    for token in spec.get("added_tokens") or []:
+        if token.get("content") == UNMODIFIED_IMAGE_NAME:
+            token["content"] = IMAGE_NAME
+    return json.dumps(spec, ensure_ascii=False).encode()
+
+
+def unmodified(tokenizer: bytes) -> bytes:
+    """The file as Meta's text_tokenizer.json; Meta's own comes back byte for byte."""
+    spec = parse_spec(tokenizer, WHERE)
+    names = spec["model"]["vocab"]
+    if IMAGE_NAME not in names:
+        return tokenizer
+    names[UNMODIFIED_IMAGE_NAME] = names.pop(IMAGE_NAME)
+    spec["model"]["vocab"] = dict(sorted(names.items(), key=lambda item: item[1]))
+    spec |= {"added_tokens": [], "post_processor": None}
+    return json.dumps(spec, ensure_ascii=False).encode()
+
+
+def write_processor(folder: Folder, checkpoint: Checkpoint) -> None:
+    """tokenizer.json, tokenizer_config.json, processor and generation settings."""
+    # Without torch it warns, at its import already; nothing that is written here needs torch.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    import transformers  # seconds to import, and only this function needs it
+
+    transformers.logging.set_verbosity_error()
+    spec = json.loads(modified(checkpoint.tokenizer))
+    names = spec["model"]["vocab"]
+    if missing := [name for name in (BOS, PAD, EOS, SEP_NAME, IMAGE_NAME) if name not in names]:
+        raise ConvertError(
+            f"{checkpoint.path}: its tokenizer has no {missing[0]}, which Hugging Face's processor "
+            "needs; use the tokenizer that came with the weights"
+        )
+    spec["added_tokens"] = [_added(name, names[name]) for name in SPECIAL if name in names]
+    spec["post_processor"] = tokenizers.processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, names[BOS])]
+    )
+    spec["post_processor"] = json.loads(spec["post_processor"].__getstate__())
+    backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    text = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=BOS, eos_token=EOS, pad_token=PAD, unk_token=UNK,
+        sep_token=SEP_NAME, clean_up_tokenization_spaces=False, padding_side="left",
+        model_max_length=checkpoint.model.context_length,
+    )  # fmt: skip
+    vq = checkpoint.vq
+    size = dict(height=vq.image_size, width=vq.image_size)
+    pictures = transformers.ChameleonImageProcessor(
+        size={"shortest_edge": vq.image_size}, crop_size=size, rescale_factor=RESCALE,
+        image_mean=MEAN, image_std=STD,
+    )  # fmt: skip
+    processor = transformers.ChameleonProcessor(
+        pictures, text, image_seq_length=vq.codes_per_image, image_token=IMAGE_NAME
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        pictures.save_pretrained(scratch)  # preprocessor_config.json, which transformers 4 reads
+        processor.save_pretrained(scratch)
+        for path in sorted(pathlib.Path(scratch).iterdir()):
+            folder.write(path.name, [path.read_bytes()])
+    generation = dict(bos_token_id=0, eos_token_id=2, pad_token_id=1)
+    folder.write("generation_config.json", [json.dumps(generation, indent=2).encode() + b"\n"])
+
+
+def _added(name: str, number: int) -> dict[str, Any]:
+    plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
+    return dict(id=number, content=name, special=True) | plain

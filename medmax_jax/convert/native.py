@@ -1,9 +1,9 @@
 """This project's layout: a model folder.
 
     config.json          vocab, model, vq as in configs/; weights: see below
-    model.zarr/          arrays.py: layers stacked, matrices [in, out]; or, of a small model,
-    model.safetensors    weights.py: the same arrays in one file
-    vqgan.safetensors    by vq_names.py
+    model.zarr/          zarr_arrays.py: layers stacked, matrices [in, out]; or, of a small model,
+    model.safetensors    safetensors_file.py: the same arrays in one file
+    vqgan.safetensors    by vqgan.py
     tokenizer.json       as it lay in the source, byte for byte
 
     "weights": {"fingerprint", "quant", "dtypes": {tensor: dtype where it is not that of its stack}}
@@ -21,13 +21,17 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import qwix
+from jaxtyping import Array, Float, Shaped
 
-from medmax_jax import arrays, chameleon, quant, vqgan, weights
+from medmax_jax.checkpoints import safetensors_file, zarr_arrays
 from medmax_jax.config import VQ, ConfigError, Mesh, Model, Vocab, build, check_vq, to_dict
-from medmax_jax.convert import quantize, tensor_files, vq_names
-from medmax_jax.convert.ahead import ahead
-from medmax_jax.convert.form import (
+from medmax_jax.convert import safetensors_stream
+from medmax_jax.convert import vqgan as vqgan_layout
+from medmax_jax.convert.safetensors_stream import ahead
+from medmax_jax.convert.state_dict import (
     DTYPES,
     Checkpoint,
     ConvertError,
@@ -39,8 +43,10 @@ from medmax_jax.convert.form import (
     require,
 )
 from medmax_jax.io.errors import quoted
-from medmax_jax.mesh import make_mesh
-from medmax_jax.storage import Folder
+from medmax_jax.io.storage import Folder
+from medmax_jax.models import chameleon, quantization, vqgan
+from medmax_jax.models.quantization import PACKED, TILE
+from medmax_jax.sharding import make_mesh
 
 STORE, SMALL = "model.zarr", "model.safetensors"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
@@ -84,7 +90,7 @@ def place(canonical: str) -> Place:
 def stacks(model: Model, vocab: Vocab) -> dict[str, jax.ShapeDtypeStruct]:
     """Array name -> shape and sharding, of a model without adapters."""
     with jax.set_mesh(make_mesh(Mesh(data=1, fsdp=1, tp=1))):
-        return weights.named(chameleon.abstract(model, vocab, chameleon.NO_LORA))
+        return safetensors_file.named(chameleon.abstract(model, vocab, chameleon.NO_LORA))
 
 
 def settings(folder: Folder) -> dict[str, Any]:
@@ -154,10 +160,14 @@ def write(folder: Folder, checkpoint: Checkpoint, *, progress: Callable[[int], N
 def check_quant(checkpoint: Checkpoint) -> None:
     """Raises ConvertError where the matrices do not divide into the tiles of 4 bits."""
     for name, tensor in checkpoint.language.items():
-        tiled = checkpoint.model.quant in quant.PACKED and place(name).stack in quant.MATRICES
-        if tiled and tensor.shape[1] % quant.TILE:
+        tiled = (
+            checkpoint.model.quant in quantization.PACKED
+            and place(name).stack in quantization.MATRICES
+        )
+        if tiled and tensor.shape[1] % quantization.TILE:
             raise ConvertError(
-                f"{tensor.where}: {tensor.shape[1]} columns are no multiple of {quant.TILE}, the "
+                f"{tensor.where}: {tensor.shape[1]} columns are no multiple of "
+                f"{quantization.TILE}, the "
                 f"tile of {checkpoint.model.quant}; use int8"
             )
 
@@ -182,10 +192,10 @@ def _read_language(
 def _stored(folder: Folder) -> dict[str, Stack]:
     """The stacked arrays of either file format."""
     if folder.has(SMALL):
-        held = tensor_files.read_file(folder.file(SMALL))
+        held = safetensors_stream.read_file(folder.file(SMALL))
         return {name: _in_file(tensor) for name, tensor in held.items()}
     inside = Folder(f"{folder.path.rstrip('/')}/{STORE}")
-    return {name: _in_store(inside, name) for name in arrays.names(inside)}
+    return {name: _in_store(inside, name) for name in zarr_arrays.names(inside)}
 
 
 def _in_file(tensor: Tensor) -> Stack:
@@ -199,13 +209,13 @@ def _in_file(tensor: Tensor) -> Stack:
 
 
 def _in_store(folder: Folder, name: str) -> Stack:
-    store = arrays.open_array(folder, name)
+    store = zarr_arrays.open_array(folder, name)
 
     def read(layer: int | None, *axes: slice, turned: bool = False) -> np.ndarray:
         part = store if layer is None else store[layer]
         inside = (slice(*a.indices(n)) for a, n in zip(axes, part.shape, strict=False))
         part = part[tuple(inside)]  # numpy cuts what lies outside, zarr does not
-        return arrays.read(folder, part.T if turned else part)  # it turns block by block: fast
+        return zarr_arrays.read(folder, part.T if turned else part)  # it turns block by block: fast
 
     dtype = _NAMES.get(store.dtype.numpy_dtype, store.dtype.name)
     return Stack(tuple(store.shape), dtype, f"{folder.path}/{name}", read)
@@ -244,7 +254,7 @@ def _write_language(
     members: dict[str, list[tuple[str, Tensor]]] = {}
     for name, tensor in checkpoint.language.items():
         members.setdefault(place(name).stack, []).append((name, tensor))
-    writer = arrays.Writer(Folder(f"{folder.path.rstrip('/')}/{STORE}"))
+    writer = zarr_arrays.Writer(Folder(f"{folder.path.rstrip('/')}/{STORE}"))
     like = stacks(dataclasses.replace(model, quant="none"), checkpoint.vocab)
     stored = {stack: _widest({t.dtype for _, t in each}) for stack, each in members.items()}
     calls = [
@@ -257,8 +267,8 @@ def _write_language(
         for stack, tensors in members.items():
             dtypes |= {name: t.dtype for name, t in tensors if t.dtype != stored[stack]}
             each = _counted(itertools.islice(queue, len(tensors)), tensors, progress)
-            if model.quant != "none" and stack in quant.MATRICES:
-                quantize.write(writer, stack, each, like[stack], model.quant)
+            if model.quant != "none" and stack in quantization.MATRICES:
+                quantize_write(writer, stack, each, like[stack], model.quant)
             else:
                 _write_stack(writer, stack, each, like[stack], DTYPES[stored[stack]])
     writer.finish()
@@ -281,7 +291,7 @@ def _counted(
 
 
 def _write_stack(
-    writer: arrays.Writer,
+    writer: zarr_arrays.Writer,
     name: str,
     pieces: Iterator[np.ndarray],
     like: jax.ShapeDtypeStruct,
@@ -313,24 +323,68 @@ def _check_stacks(folder: Folder, model: Model, vocab: Vocab) -> None:
 
 
 def _read_vqgan(folder: Folder, vq: VQ) -> dict[str, Tensor]:
-    held, found = tensor_files.read_file(folder.file("vqgan.safetensors")), {}
+    held, found = safetensors_stream.read_file(folder.file("vqgan.safetensors")), {}
     check_gathered(f"{folder.path}/vqgan.safetensors", held)
     vqgan.check_blocks(held, vq, f"{folder.path}/vqgan.safetensors")
-    for taming, (name, shape) in vq_names.table(vq).items():
+    for taming, (name, shape) in vqgan_layout.table(vq).items():
         if name in held:
             tensor = held.pop(name)
             if tensor.shape != shape:
                 raise ConvertError(
                     f"{tensor.where}: shape {quoted(tensor.shape)}, config.vq asks {shape}"
                 )
-            found[taming] = vq_names.from_native(tensor)
+            found[taming] = vqgan_layout.from_native(tensor)
     if held:
         raise ConvertError(f"{folder.path}/vqgan.safetensors: {quoted(min(held))} has no place")
-    return vq_names.check(f"{folder.path}/vqgan.safetensors", found, vq)
+    return vqgan_layout.check(f"{folder.path}/vqgan.safetensors", found, vq)
 
 
 def _write_vqgan(folder: Folder, checkpoint: Checkpoint, progress: Callable[[int], None]) -> None:
-    table, out = vq_names.table(checkpoint.vq), {}
+    table, out = vqgan_layout.table(checkpoint.vq), {}
     for taming, tensor in checkpoint.vqgan.items():
-        out[table[taming].name] = vq_names.as_native(tensor, table[taming].shape)
-    tensor_files.write_file(folder, "vqgan.safetensors", out, progress=progress)
+        out[table[taming].name] = vqgan_layout.as_native(tensor, table[taming].shape)
+    safetensors_stream.write_file(folder, "vqgan.safetensors", out, progress=progress)
+
+
+# ---- quantize ----
+#
+# Matrices to 8 or 4 bits by qwix, on the host, one in memory at a time; quantization.py reads them.
+
+
+def quantize(kernel: Float[np.ndarray, "I O"], kind: str) -> dict[str, Shaped[np.ndarray, "..."]]:
+    """qvalue and scale of a matrix, on the host."""
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        found = _qwix(jnp.asarray(kernel), kind)
+    codes, scale = np.asarray(found.qvalue), np.asarray(found.scale, np.float32)
+    if kind in PACKED:
+        pairs = codes.astype(np.int8).view(np.uint8) & 15
+        codes = pairs[0::2] | (pairs[1::2] << 4)
+    return {"qvalue": codes, "scale": scale}
+
+
+def quantize_write(
+    writer: zarr_arrays.Writer,
+    name: str,
+    kernels: Iterator[Float[np.ndarray, "I O"]],
+    like: jax.ShapeDtypeStruct,
+    kind: str,
+) -> None:
+    """Quantises a stack of kernels, layer by layer, into the arrays name.qvalue and name.scale."""
+    cut, scales = tuple(axis is not None for axis in like.sharding.spec), []
+    store = None
+    for layer, kernel in enumerate(kernels):
+        made = quantize(kernel, kind)
+        scales.append(made["scale"])
+        codes = made["qvalue"]
+        if store is None:
+            store = writer.create(f"{name}.qvalue", (like.shape[0], *codes.shape), codes.dtype, cut)
+        writer.write(store, layer, codes)
+    stack = np.stack(scales)
+    store = writer.create(f"{name}.scale", stack.shape, stack.dtype, (False, False, False))
+    writer.write(store, ..., stack)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _qwix(kernel: Float[Array, "I O"], kind: str) -> qwix.QArray:
+    tiles = {0: TILE} if kind in PACKED else {}
+    return qwix.quantize(kernel.astype(jnp.float32), kind, channelwise_axes=(1,), tiled_axes=tiles)

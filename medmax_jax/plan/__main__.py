@@ -21,7 +21,8 @@ from ml_collections import ConfigDict
 
 from medmax_jax import cli, config, flops
 from medmax_jax.config import Run
-from medmax_jax.plan import analytic, answers, compiled, search, speed
+from medmax_jax.plan import analytic, compile_cache, search
+from medmax_jax.plan import compile as plan_compile
 from medmax_jax.plan.topology import PlanError, Topology, mesh_of, parse, use_no_device
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, "machine, as v5e:4x4", required=True)
@@ -49,8 +50,10 @@ def main(settings: ConfigDict, folder: str) -> None:
         raise PlanError(f"--utilisation={_UTILISATION.value}; it must be in (0, 1]")
     cache = cli.open_workdir(folder, "--cache")
     run, found = plan(settings, topology, cache)
-    found |= speed.rates(run, topology, found, utilisation=_UTILISATION.value, price=_PRICE.value)
-    found["mesh"] = dict(zip(("data", "fsdp", "tp"), answers.axes(run), strict=True))
+    found |= analytic.rates(
+        run, topology, found, utilisation=_UTILISATION.value, price=_PRICE.value
+    )
+    found["mesh"] = dict(zip(("data", "fsdp", "tp"), compile_cache.axes(run), strict=True))
     found |= {"batch_size": run.data.batch_size, "seq_len": run.data.seq_len}
     found |= {"remat": run.model.remat, "topology": topology.name, "slices": topology.slices}
     if _DECODE.value != "none" and not _ANALYTIC.value and topology.is_tpu:
@@ -97,14 +100,14 @@ def ask(run: Run, topology: Topology, cache: pathlib.Path) -> dict[str, Any]:
     """The answer for one setting."""
     if _ANALYTIC.value:
         return analytic.estimate(run, topology)
-    program = compiled.train(run, topology)
-    return dict(answers.answer(cache, program, run, topology))
+    program = plan_compile.train(run, topology)
+    return dict(compile_cache.answer(cache, program, run, topology))
 
 
 def _decoding(run: Run, topology: Topology, cache: pathlib.Path) -> dict[str, Any]:
     rows, prompt = run.mesh.data * run.mesh.fsdp, run.model.context_length // 4
-    program = compiled.decode(run, topology, mode=_DECODE.value, rows=rows, prompt=prompt)
-    found = answers.answer(cache, program, run, topology)
+    program = plan_compile.decode(run, topology, mode=_DECODE.value, rows=rows, prompt=prompt)
+    found = compile_cache.answer(cache, program, run, topology)
     streams = found["rows"] * found["streams"]
     read = flops.decode_bytes(run.model, run.vocab, run.lora, context=prompt, rows=streams)
     loops = found.get("open_loops_s") or [None]  # the last one writes tokens, one a turn

@@ -7,9 +7,9 @@ from typing import Any
 
 from medmax_jax import config
 from medmax_jax.config import ConfigError, Run
-from medmax_jax.plan import analytic, speed
+from medmax_jax.models.quantization import PACKED, TILE
+from medmax_jax.plan import analytic
 from medmax_jax.plan.topology import PlanError, Topology
-from medmax_jax.quant import PACKED, TILE
 
 MARGIN = 0.95  # of a device's memory: what arithmetic puts beyond it is not compiled
 REMAT = ("dots", "qkv_attn", "attn", "all")
@@ -49,7 +49,7 @@ def ranked(runs: Iterator[Run], topology: Topology, *, utilisation: float) -> li
     for run in runs:
         found = analytic.estimate(run, topology)
         if found["peak_hbm_gib"] <= MARGIN * found["hbm_gib"]:
-            rate = speed.rates(run, topology, found, utilisation=utilisation, price=None)
+            rate = analytic.rates(run, topology, found, utilisation=utilisation, price=None)
             scored.append((-rate["tokens_per_s_per_chip"], found["peak_hbm_gib"], run))
     return [run for *_, run in sorted(scored, key=lambda each: each[:2])]
 
@@ -74,7 +74,7 @@ def best(
             break
         found = answer(run)
         if found["fits"]:
-            rate = speed.rates(run, topology, found, utilisation=utilisation, price=None)
+            rate = analytic.rates(run, topology, found, utilisation=utilisation, price=None)
             fitting.append((rate["tokens_per_s_per_chip"], run, found))
     if not fitting:
         raise PlanError(f"none of {len(order)} settings fits {topology.slices} x {topology.name}")

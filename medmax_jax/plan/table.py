@@ -13,10 +13,11 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from configs import chameleon_30b_lora, medmax_7b_full, medmax_7b_lora, medmax_7b_qlora
 from medmax_jax import config
 from medmax_jax.config import Run
-from medmax_jax.plan import analytic, answers, compiled, search, speed
+from medmax_jax.configs import chameleon_30b_lora, medmax_7b_full, medmax_7b_lora, medmax_7b_qlora
+from medmax_jax.plan import analytic, compile_cache, search
+from medmax_jax.plan import compile as plan_compile
 from medmax_jax.plan.topology import Topology, parse, use_no_device
 
 MODELS = {
@@ -120,12 +121,12 @@ def make_cells() -> Iterator[Cell]:
 
 def collect(cells: list[Cell], cache: pathlib.Path) -> None:
     """Finds the answers that are there, of this very step."""
-    known = answers.cases(cache)
+    known = compile_cache.cases(cache)
     for cell in cells:
         for place, run in enumerate(cell.order):
-            if answers.asked(run, cell.topology) in known:
-                program = compiled.train(run, cell.topology)
-                answer = answers.find(cache, program, cell.topology)
+            if compile_cache.asked(run, cell.topology) in known:
+                program = plan_compile.train(run, cell.topology)
+                answer = compile_cache.find(cache, program, cell.topology)
                 if answer is not None:
                     cell.found[place] = answer
 
@@ -136,12 +137,12 @@ def compile_next(cell: Cell, number: int, cache: pathlib.Path) -> None:
     if not cell.topology.is_tpu or len(cell.found) > number or not places:
         return
     run, place = cell.order[places[0]], places[0]
-    program = compiled.train(run, cell.topology)
-    answer = answers.answer(cache, program, run, cell.topology)
+    program = plan_compile.train(run, cell.topology)
+    answer = compile_cache.answer(cache, program, run, cell.topology)
     cell.found[place] = answer
     print(
         f"{time.strftime('%H:%M:%S')} {cell.model}, {cell.topology.slices} x {cell.topology.name}, "
-        f"{cell.length}, {answers.axes(run)}, {run.data.batch_size} rows, {run.model.remat}: "
+        f"{cell.length}, {compile_cache.axes(run)}, {run.data.batch_size} rows, {run.model.remat}: "
         f"{answer['peak_hbm_gib']} GiB, fits {answer['fits']}, {answer['compile_s']} s",
         flush=True,
     )
@@ -172,7 +173,7 @@ def _row(cell: Cell) -> str:
         return f"{head} does not fit | | | | | | | | {why} |"
     run, found = best
     rate = _rates(run, cell.topology, found)
-    axes = ", ".join(map(str, answers.axes(run)))
+    axes = ", ".join(map(str, compile_cache.axes(run)))
     source = "compiler" if found["how"] == "compiled" else "arithmetic"
     return (
         f"{head} {axes} | {analytic.rows(run)} | {run.model.remat} | "
@@ -196,7 +197,7 @@ def _errors(cells: list[Cell]) -> list[str]:
             rough = analytic.estimate(run, cell.topology)
             name = (
                 f"{cell.model}, {cell.topology.slices} x {cell.topology.name}, {cell.length:,}, "
-                f"{answers.axes(run)}, {analytic.rows(run)} rows, {run.model.remat}"
+                f"{compile_cache.axes(run)}, {analytic.rows(run)} rows, {run.model.remat}"
             )
             if answer["peak_hbm_gib"] and not _no_vmem(answer):
                 ratios.append(rough["peak_hbm_gib"] / answer["peak_hbm_gib"])
@@ -241,7 +242,7 @@ def _gathered(found: dict[str, Any]) -> float | str:
 
 
 def _rates(run: Run, topology: Topology, found: dict[str, Any]) -> dict[str, Any]:
-    return speed.rates(run, topology, found, utilisation=UTILISATION, price=None)
+    return analytic.rates(run, topology, found, utilisation=UTILISATION, price=None)
 
 
 if __name__ == "__main__":

@@ -21,10 +21,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from medmax_jax import page
 from medmax_jax.cli import DONE, ERROR, WorkdirError, open_workdir
-from medmax_jax.progress import SECONDS, Items
-from medmax_jax.scaling import bootstrap, checklist, mixed, pages, plots, table
+from medmax_jax.io import html_page
+from medmax_jax.io.progress import SECONDS, Items
+from medmax_jax.scaling import checklist, diagnostics, mixed, report, table
 from medmax_jax.scaling.laws import LAWS, ScalingError
 from medmax_jax.scaling.study import Options, study
 
@@ -97,7 +97,7 @@ def _laws(given: argparse.Namespace, folder: Path | None) -> dict[str, Any]:
         studies.append(study(law, rows, options, progress=_log))
         print(checklist.words(studies[-1], said))
     if folder:
-        pages.write(studies, said, folder, f"{law.name} law of {Path(given.table).name}")
+        report.write(studies, said, folder, f"{law.name} law of {Path(given.table).name}")
     facts = [checklist.as_json(each, said) for each in studies]
     return facts[0] if len(facts) == 1 else {"targets": {f["target"]: f for f in facts}}
 
@@ -116,7 +116,7 @@ def _mixed(given: argparse.Namespace, folder: Path | None) -> dict[str, Any]:
         found, rows, count=given.bootstraps, seed=given.seed,
         progress=lambda count: fits.tick(f"{target}: bootstraps", count),
     )  # fmt: skip
-    intervals = {name: bootstrap.parameter_interval(each) for name, each in draws.items()}
+    intervals = {name: diagnostics.parameter_interval(each) for name, each in draws.items()}
     both = mixed.parts(rows)[2]
     competing = int((found.competes(both.x) > 0).sum())
     barrier = f"the modalities compete in {competing} of {len(both)} mixed runs"
@@ -125,12 +125,14 @@ def _mixed(given: argparse.Namespace, folder: Path | None) -> dict[str, Any]:
         print(f"  {name:12} {value:<12.6g} {checklist.ends(intervals[name])}")
     print(f"  {barrier}")
     if folder:
-        png = plots.agreement(both.y, found.predict(both.x), target)
+        png = report.agreement(both.y, found.predict(both.x), target)
         (folder / "law.png").write_bytes(png)
-        body = page.paragraph(f"{mixed.LAW.formula}; {mixed.LAW.paper}. In this table {barrier}.")
-        body += page.figure(png, "The law against the mixed runs.")
-        body += pages.parameters(found.values, intervals, ())
-        pages.written(folder, f"mixed_modal law of {Path(given.table).name}", body)
+        body = html_page.paragraph(
+            f"{mixed.LAW.formula}; {mixed.LAW.paper}. In this table {barrier}."
+        )
+        body += html_page.figure(png, "The law against the mixed runs.")
+        body += report.parameters(found.values, intervals, ())
+        report.written(folder, f"mixed_modal law of {Path(given.table).name}", body)
     return found.values | dict(
         law=mixed.LAW.name, target=target, competing=competing, mixed_runs=len(both),
         intervals={name: list(ends) if ends else None for name, ends in intervals.items()},

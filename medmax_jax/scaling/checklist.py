@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from medmax_jax import page
+from medmax_jax.io import html_page
 from medmax_jax.io.text_files import read_json_object
-from medmax_jax.scaling import allocate, bootstrap, fit
+from medmax_jax.scaling import allocation, diagnostics, fit
 from medmax_jax.scaling.laws import ScalingError
 from medmax_jax.scaling.study import Study
 
@@ -66,7 +66,7 @@ def checklist(study: Study, said: Mapping[str, str]) -> dict[str, str]:
     fixed = ", ".join(f"{k} = {v:g}" for k, v in o.fixed.items())
     answers["parameters held"] = fixed or "none"
     answers["intervals"] = (
-        f"{bootstrap.LEVEL:.0%} percentiles of {len(study.draws)} bootstraps over runs, "
+        f"{diagnostics.LEVEL:.0%} percentiles of {len(study.draws)} bootstraps over runs, "
         f"seed {o.seed}"
     )
     return answers
@@ -78,9 +78,9 @@ def words(study: Study, said: Mapping[str, str]) -> str:
     for name, value in study.found.values.items():
         held = "  held" if name in study.options.fixed else ""
         lines.append(f"  {name:8} {value:<12.6g} {ends(study.intervals[name])}{held}")
-    if study.law.name in allocate.LAWS:
-        low, high = bootstrap.interval(allocate.exponent(study.named), bootstrap.LEVEL)
-        at = allocate.exponent(study.found.values)
+    if study.law.name in allocation.LAWS:
+        low, high = diagnostics.interval(allocation.exponent(study.named), diagnostics.LEVEL)
+        at = allocation.exponent(study.found.values)
         lines.append(f"  best size grows as compute^{at:.3f} [{low:.3f}, {high:.3f}]")
     lines += [f"  objective {study.found.objective:.9g}, condition number {study.condition:.3g}"]
     lines += ["held out", *(f"  {line}" for line in held_lines(study))]
@@ -94,7 +94,7 @@ def words(study: Study, said: Mapping[str, str]) -> str:
 
 def ends(interval: tuple[float, float] | None) -> str:
     """ "[1.8, 2.1]"; a dash for a parameter that no draw moves."""
-    return f"[{interval[0]:.4g}, {interval[1]:.4g}]" if interval else page.NOTHING
+    return f"[{interval[0]:.4g}, {interval[1]:.4g}]" if interval else html_page.NOTHING
 
 
 def held_lines(study: Study) -> list[str]:
@@ -127,7 +127,7 @@ def as_json(study: Study, said: Mapping[str, str]) -> dict[str, Any]:
         intervals={
             name: list(found) if found else None for name, found in study.intervals.items()
         },
-        level=bootstrap.LEVEL, bootstraps=len(study.draws), objective=study.found.objective,
+        level=diagnostics.LEVEL, bootstraps=len(study.draws), objective=study.found.objective,
         condition=study.condition if math.isfinite(study.condition) else None,
         held_out={
             each.name: dict(
@@ -139,8 +139,8 @@ def as_json(study: Study, said: Mapping[str, str]) -> dict[str, Any]:
         allocation=list(study.allocation), warnings=list(study.warnings),
         influential=study.influential, checklist=checklist(study, said),
     )  # fmt: skip
-    if study.law.name in allocate.LAWS:
-        facts["size_exponent"] = allocate.exponent(study.found.values)
-        found = bootstrap.interval(allocate.exponent(study.named), bootstrap.LEVEL)
+    if study.law.name in allocation.LAWS:
+        facts["size_exponent"] = allocation.exponent(study.found.values)
+        found = diagnostics.interval(allocation.exponent(study.named), diagnostics.LEVEL)
         facts["intervals"]["size_exponent"] = list(found)
     return facts

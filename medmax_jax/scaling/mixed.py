@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from jaxtyping import Float
 
-from medmax_jax.scaling import bootstrap, identify
+from medmax_jax.scaling import diagnostics
 from medmax_jax.scaling import fit as fitting
 from medmax_jax.scaling.fit import Fit
 from medmax_jax.scaling.laws import LAWS, Columns, Exponent, Law, ScalingError, Terms
@@ -82,7 +82,7 @@ def fit(table: Table, *, delta: float) -> Mixed:
         ("both", _plain(both), dataclasses.replace(INTERACTION, names=("C", "A", "B"))),
     ):
         try:
-            identify.check(law, part, {})
+            diagnostics.check(law, part, {})
         except ScalingError as error:
             raise ScalingError(f"mixed_modal, rows of {name}: {error}") from error
     alone = [
@@ -106,7 +106,7 @@ def draw(
     `progress` gets how many more of the 3 x `count` fits are done.
     """
     rng, groups = np.random.default_rng(seed), parts(table)
-    drawn = [[bootstrap.counts(rng, len(part)) for part in groups] for _ in range(count)]
+    drawn = [[diagnostics.counts(rng, len(part)) for part in groups] for _ in range(count)]
     weights = [np.array(each) for each in zip(*drawn, strict=True)]
     alone = [
         fitting.refit(law, part.x, part.y, w, progress)[0]

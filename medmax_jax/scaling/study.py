@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from medmax_jax.progress import SECONDS, Items
-from medmax_jax.scaling import allocate, bootstrap, holdout, identify
+from medmax_jax.io.progress import SECONDS, Items
+from medmax_jax.scaling import allocation, diagnostics
 from medmax_jax.scaling import fit as fitting
-from medmax_jax.scaling.bootstrap import Draws
+from medmax_jax.scaling.diagnostics import Draws, Held
 from medmax_jax.scaling.fit import Fit
-from medmax_jax.scaling.holdout import Held
 from medmax_jax.scaling.laws import Law
 from medmax_jax.scaling.table import Table
 
@@ -52,13 +51,13 @@ class Study:
     @property
     def intervals(self) -> dict[str, tuple[float, float] | None]:
         """By parameter; None where the draws do not differ (bootstrap.parameter_interval)."""
-        return {name: bootstrap.parameter_interval(each) for name, each in self.named.items()}
+        return {name: diagnostics.parameter_interval(each) for name, each in self.named.items()}
 
     def band(self, x: Mapping[str, np.ndarray]) -> Float[np.ndarray, "2 n"]:
         """The interval of the prediction at each row of `x`."""
         middle = self.found.middle
         made = np.real(fitting.predict(self.law, self.draws.vectors.T, x, middle))
-        tail = (1 - bootstrap.LEVEL) / 2
+        tail = (1 - diagnostics.LEVEL) / 2
         return np.quantile(made, [tail, 1 - tail], axis=0)
 
 
@@ -70,17 +69,17 @@ def study(
     `progress` gets a line of text every few seconds: how many fits are done, their rate, the rest.
     """
     delta, fixed = options.delta, options.fixed
-    warnings = [*table.notes, *identify.check(law, table, fixed)]
+    warnings = [*table.notes, *diagnostics.check(law, table, fixed)]
     found = fitting.fit(law, table.x, table.y, delta=delta, fixed=fixed)
-    identify.check_end(found, table)
+    diagnostics.check_end(found, table)
     fits = Items(options.draws + int(table.runs.max()) + 1, "fits", progress, every=SECONDS)
-    draws = bootstrap.draw(
+    draws = diagnostics.draw(
         found, table, count=options.draws, seed=options.seed,
         progress=lambda count: fits.tick(f"{table.target}: bootstraps", count),
     )  # fmt: skip
     named = draws.named()
     condition = condition_number(found, table)
-    held = holdout.all_of(law, table, delta=delta, fixed=fixed)
+    held = diagnostics.all_of(law, table, delta=delta, fixed=fixed)
     influential, share = _influence(
         found, table, named, lambda count: fits.tick(f"{table.target}: without each run", count)
     )
@@ -148,8 +147,8 @@ def _influence(
 ) -> tuple[str, float]:
     """(words, the move in half-widths of the interval) of the run that moves a parameter most."""
     best = ("", 0.0)
-    ends = {name: bootstrap.parameter_interval(each) for name, each in named.items()}
-    for label, without in bootstrap.influence(found, table, progress=progress):
+    ends = {name: diagnostics.parameter_interval(each) for name, each in named.items()}
+    for label, without in diagnostics.influence(found, table, progress=progress):
         for name, value in without.values.items():
             if ends[name] is None:  # held, or at a bound in every draw
                 continue
@@ -164,8 +163,8 @@ def _influence(
 def _allocation(
     law: Law, table: Table, options: Options, values: Mapping[str, float], named: Mapping
 ) -> Sequence[Mapping[str, Any]]:
-    if law.name not in allocate.LAWS:
+    if law.name not in allocation.LAWS:
         return ()
     flops = options.flops
-    own = allocate.budgets_of(table.x["params"], table.x["tokens"], flops=flops)
-    return allocate.table(values, named, options.budgets or own, flops=flops)
+    own = allocation.budgets_of(table.x["params"], table.x["tokens"], flops=flops)
+    return allocation.table(values, named, options.budgets or own, flops=flops)

@@ -23,7 +23,7 @@ from pathlib import Path
 from medmax_jax.cli import DONE, ERROR, INTERRUPTED, USAGE, Interrupted, open_workdir
 from medmax_jax.config import ConfigError
 from medmax_jax.io.text_files import TextFileError, read_json_object
-from medmax_jax.sweep import expand, render, runner, workdirs
+from medmax_jax.sweep import expand, render, runner, status
 from medmax_jax.sweep.axes import SweepError
 
 SAID = "said.json"  # the sweep file's answers for the checklist
@@ -67,7 +67,7 @@ def _expand(given: argparse.Namespace, rest: Sequence[str]) -> dict:
 
 
 def _status(given: argparse.Namespace, runs: list[expand.Planned], folder: Path) -> dict:
-    known = workdirs.states(runs, folder)
+    known = status.states(runs, folder)
     for each in runs:
         changed = " ".join(f"{k}={v}" for k, v in each.overrides.items())
         print(f"{each.run_id}  {known[each.run_id]:9} {changed}")
@@ -76,7 +76,7 @@ def _status(given: argparse.Namespace, runs: list[expand.Planned], folder: Path)
 
 def _run(given: argparse.Namespace, runs: list[expand.Planned], folder: Path) -> dict:
     ended = runner.run(runs, folder)
-    if left := [run_id for run_id, word in ended.items() if word in workdirs.TO_DO]:
+    if left := [run_id for run_id, word in ended.items() if word in status.TO_DO]:
         raise SweepError(
             f"{len(left)} of {len(runs)} runs failed: {', '.join(left)}; their run.log says why, "
             "and the same command tries them again"
@@ -85,13 +85,13 @@ def _run(given: argparse.Namespace, runs: list[expand.Planned], folder: Path) ->
 
 
 def _collect(given: argparse.Namespace, runs: list[expand.Planned], folder: Path) -> dict:
-    rows = workdirs.collect(runs, folder, partial=given.partial)
+    rows = status.collect(runs, folder, partial=given.partial)
     path = folder / SAID
     try:
         said = read_json_object(path) if path.exists() else {}
     except TextFileError as error:
         raise SweepError(f"{error}; expand the sweep again") from error
-    written = workdirs.write(rows, workdirs.said_of(runs, said), folder)
+    written = status.write(rows, status.said_of(runs, said), folder)
     diverged = [row["run"] for row in rows if row["state"] == "diverged"]
     print(f"written: {written}, {len(rows)} of {len(runs)} runs")
     if diverged:
@@ -100,8 +100,8 @@ def _collect(given: argparse.Namespace, runs: list[expand.Planned], folder: Path
 
 
 def _render(given: argparse.Namespace, runs: list[expand.Planned], folder: Path) -> dict:
-    known = workdirs.states(runs, folder)
-    left = [r for r in runs if known[r.run_id] in workdirs.TO_DO]
+    known = status.states(runs, folder)
+    left = [r for r in runs if known[r.run_id] in status.TO_DO]
     written = render.write(left, folder, given)
     print("\n".join(f"written: {path}" for path in written))
     print(f"{len(left)} of {len(runs)} runs; the others are finished, running or diverged")

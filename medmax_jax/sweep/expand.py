@@ -22,7 +22,7 @@ from medmax_jax import config, flops
 from medmax_jax.config import Run
 from medmax_jax.io import text_files
 from medmax_jax.io.errors import printable
-from medmax_jax.plan import analytic, speed, topology
+from medmax_jax.plan import analytic, topology
 from medmax_jax.sweep.axes import WANTED, Overrides, SweepError, expand
 
 FILE = "sweep.jsonl"
@@ -255,7 +255,7 @@ def _cost(sweep: Sweep, run: Run) -> dict[str, Any]:
             "mesh.data, mesh.fsdp and mesh.tp in the axes"
         )
     found = analytic.estimate(run, machine)
-    rate = speed.rates(
+    rate = analytic.rates(
         run, machine, found, utilisation=sweep.utilisation, price=sweep.price or None
     )
     return dict(

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from medmax_jax.cli import INTERRUPTED, Interrupted, Stop
-from medmax_jax.sweep import workdirs
+from medmax_jax.sweep import status
 from medmax_jax.sweep.axes import SweepError
 from medmax_jax.sweep.expand import Planned
 
@@ -31,7 +31,7 @@ def run(runs: Sequence[Planned], folder: Path) -> dict[str, str]:
             raise SweepError(f"{folder} has a runner already; wait for it") from error
         for number, each in enumerate(runs, start=1):
             _one(each, folder, f"{number}/{len(runs)} {each.run_id}", stop)
-    return workdirs.states(runs, folder)
+    return status.states(runs, folder)
 
 
 def command(each: Planned, home: Path) -> list[str]:
@@ -42,11 +42,11 @@ def command(each: Planned, home: Path) -> list[str]:
 def _one(each: Planned, folder: Path, name: str, stop: Stop) -> None:
     """Starts a run and waits for it, unless it has ended."""
     home = folder / each.run_id
-    if workdirs.state(each, folder) == "running":
+    if status.state(each, folder) == "running":
         print(f"{name}: left running by another runner, waiting", flush=True)
-    while (word := workdirs.state(each, folder)) == "running":
+    while (word := status.state(each, folder)) == "running":
         _sleep(stop)
-    if word not in workdirs.TO_DO:
+    if word not in status.TO_DO:
         print(f"{name}: {word}", flush=True)
         return
     begin = time.monotonic()
@@ -58,7 +58,7 @@ def _one(each: Planned, folder: Path, name: str, stop: Stop) -> None:
     except OSError as error:  # the other runs may go on
         print(f"{name}: cannot be started ({error.filename}: {error.strerror})", flush=True)
         return
-    after = workdirs.state(each, folder)
+    after = status.state(each, folder)
     print(f"{name}: {after} in {time.monotonic() - begin:.0f} s", flush=True)
     if stop.asked:
         raise Interrupted(f"{stop.asked}: {name} is {after}; the same command goes on")

@@ -4,11 +4,11 @@ import pathlib
 import sys
 
 HERE = pathlib.Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
+sys.path[:0] = [str(HERE.parent / "support"), str(HERE.parent.parent)]
 
 import convert_setup as setup  # noqa: E402
 
-from medmax_jax.convert import run  # noqa: E402
+from medmax_jax.convert import convert
 
 
 def main(folder: pathlib.Path, adapters: bool) -> None:
@@ -16,15 +16,15 @@ def main(folder: pathlib.Path, adapters: bool) -> None:
     if adapters:
         base, adapter = str(folder / "base_native"), str(HERE / "peft_adapter")
         ours = str(folder / "base_adapter")
-        run.convert(adapter, ours, layout="native", base=base)
-        run.convert(ours, str(folder / "base_peft"), layout="peft")
-        run.convert(ours, str(folder / "base_merged"), layout="hf", base=base)
+        convert.convert(adapter, ours, layout="native", base=base)
+        convert.convert(ours, str(folder / "base_peft"), layout="peft")
+        convert.convert(ours, str(folder / "base_merged"), layout="hf", base=base)
         return
     for name, sizes in (("base", setup.BASE), ("swin", setup.SWIN)):
         states = setup.shards(sizes, dtypes=("F32",), seed=0)
         meta = setup.write_meta(folder / f"{name}_meta", sizes, states, vqgan=True)
-        run.convert(str(meta), str(folder / f"{name}_native"), layout="native")
-        run.convert(str(folder / f"{name}_native"), str(folder / f"{name}_hf"), layout="hf")
+        convert.convert(str(meta), str(folder / f"{name}_native"), layout="native")
+        convert.convert(str(folder / f"{name}_native"), str(folder / f"{name}_hf"), layout="hf")
 
 
 if __name__ == "__main__":

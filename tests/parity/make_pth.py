@@ -2,7 +2,8 @@
 
 Run in an environment of its own with torch. `--check tests/parity/our_file.pth` loads what our
 writer made, in both of torch.load's ways, and holds it against torch_file.npz. our_file.pth is
-made where medmax_jax is: PYTHONPATH=.:tests python -c "import test_pth; test_pth.write_ours()".
+made where medmax_jax is: PYTHONPATH=.:tests/support:tests/checkpoints python -c "import
+test_torch_file as t; t.write_ours()".
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""rouge.json: ROUGE-L of the package rouge-score on pairs of texts, for eval/score_text.py.
+"""rouge.json: ROUGE-L of the package rouge-score on pairs of texts, for eval/metrics/text.py.
 
 In an environment of its own, since the tests need neither the package nor nltk:
 

@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import raw_outputs  # noqa: E402
 
-from eval import paper, strict  # noqa: E402
+from medmax_jax.eval.metrics import release, strict
 
 HEAD = (
     "outputs", "n", "paper", "of", "strict", "strict best", "unread by strict", "paper too kind",
@@ -21,9 +21,9 @@ def table() -> str:
     """Markdown. Too kind: right for paper, wrong or unread for strict; too harsh: the reverse."""
     raw = raw_outputs.rows()
     rows = [
-        _row("closed", raw["closed"], lambda r, a: paper.closed(r, a), strict.closed),
-        _row("mcq", raw["mcq"], paper.choice, lambda r, a: strict.choice(r, a, "")),
-        _row("open", raw["open"], lambda r, _: paper.judged(r), lambda r, _: strict.opened(r)),
+        _row("closed", raw["closed"], lambda r, a: release.closed(r, a), strict.closed),
+        _row("mcq", raw["mcq"], release.choice, lambda r, a: strict.choice(r, a, "")),
+        _row("open", raw["open"], lambda r, _: release.judged(r), lambda r, _: strict.opened(r)),
     ]
     lines = [HEAD, ["---"] * len(HEAD), *rows]
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
@@ -43,8 +43,8 @@ def relative() -> dict[str, int]:
 
 def _readable(reply: str) -> bool:
     try:
-        paper.relative([reply])
-    except paper.PaperError:
+        release.relative([reply])
+    except release.PaperError:
         return False
     return True
 
@@ -58,7 +58,7 @@ def _row(kind: str, pairs: list, theirs: Callable, ours: Callable) -> list:
     return [
         kind,
         len(pairs),
-        f"{paper.accuracy(kept)[0]:.3f}",
+        f"{release.accuracy(kept)[0]:.3f}",
         len(kept),
         f"{total.value:.3f}",
         f"{total.best:.3f}",

@@ -1,0 +1,268 @@
+"""`python -m data.prepare check`: every record, what comes twice, what an evaluation set shares.
+
+One finding a line, tab-separated: level, kind, where, what. An `error` makes the exit code 1, a
+`note` only informs:
+
+    error  damage          a record that cannot be read, or whose CRC differs
+           schema          a field that is missing or of another kind
+           ids             a token outside the vocabulary, or a control token out of place
+           image           not BOI, n codes, EOI; or a code beyond the codebook
+           separator       not as many separators as its turns need
+           written         not what was written: digest, index, an id that comes twice
+           shared_codes    an evaluation image with the codes of a training image
+           shared_bytes    one whose file has the same bytes
+    note   same_document   documents of the same tokens
+           same_codes      images of the same codes under several paths
+           same_bytes      files of the same bytes under several paths
+           near_pictures   pictures at most 15 of 256 bits of pHash apart, under several paths
+           changed_file    a file under --images that is not the one that was encoded
+           unread_file     one that cannot be read
+           shared_look     an evaluation picture that near to a training picture
+           shared_text     an evaluation item with 13 words in a row of training text (GPT-3)
+
+`--strict` makes errors of shared_look and shared_text too.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, UInt32, UInt64
+
+from medmax_jax.data.analysis import eval_set, findings, near_duplicates, scan
+from medmax_jax.data.image_tokens.encoder import (
+    LOG_SECONDS,
+    Encoder,
+    PrepareError,
+    load_encoder,
+    log,
+)
+from medmax_jax.data.records.document import RecordsError
+from medmax_jax.data.records.jsonl import spoken, written
+from medmax_jax.data.records.reader import Records, open_records
+from medmax_jax.data.records.writer import credentialed
+from medmax_jax.io.progress import Items
+from medmax_jax.io.storage import file_sha256
+from medmax_jax.models import image_headers
+from medmax_jax.models.tokenizer import Tokenizer, TokenizerError
+
+
+def check(
+    folder: str | Path,
+    *,
+    tokenizer: Tokenizer | None,
+    encoder: Encoder | None = None,
+    against: tuple[Path, ...] = (),
+    pictures: Path | None = None,
+    held_pictures: Path | None = None,
+    strict: bool = False,
+    out: Any = None,
+) -> dict[str, Any]:
+    """Reads the folder once, compares, prints findings to `out` (stdout); returns the counts.
+
+    `tokenizer`: that of the records, for words; `encoder`: decode codes to compare looks;
+    `pictures`, `held_pictures`: folders of the image files of the records and of `against`.
+    """
+    found, tell = open_records(folder), findings.Findings(strict, out or sys.stdout)
+    if against and tokenizer is None:
+        raise PrepareError("--against compares words; name the records' model folder with --model")
+    items = [item for each in against for item in eval_set.read(Path(each), tokenizer)]
+    grams = near_duplicates.Grams([item.words for item in items])
+
+    def see(document: Any, number: int) -> None:
+        if items:
+            grams.see(near_duplicates.words(spoken(document, found.layout, tokenizer)), number)
+
+    columns = scan.scan(found, tell, see)
+    told, sha = findings.Told(found, columns), columns.sha.copy()
+    shown, looks_of, flat = _look(found, columns, sha, (pictures, encoder), tell)
+    findings.doubles(columns, sha, told, tell)
+    findings.near(looks_of, shown, columns.path, told, tell)
+    names = ("documents", "tokens", "text_tokens", "image_tokens", "sha256")
+    summary = {n: found.meta[n] for n in names} | dict(looked_at=len(looks_of), flat=flat)
+    if items:
+        held = eval_set.with_pictures(items, held_pictures, encoder)
+        findings.shared(held, columns, sha, (looks_of, shown), told, tell)
+        findings.shared_text(grams, items, told, tell)
+        summary |= _compared(held, grams)
+    return summary | tell.totals() | _example(found, tokenizer)
+
+
+def _look(
+    found: Records,
+    columns: scan.Columns,
+    sha: UInt64[np.ndarray, "n"],
+    sides: tuple[Path | None, Encoder | None],
+    tell: findings.Findings,
+) -> tuple[Int[np.ndarray, "k"], UInt32[np.ndarray, "k 8"], int]:
+    """(a document of each picture, its look, how many are flat); fills what `sha` lacks.
+
+    Of decoded codes where there is an encoder, else of files.
+    """
+    pictures, encoder = sides
+    seen = (np.zeros(0, np.int64), np.zeros((0, near_duplicates.LOOK_WORDS), np.uint32), 0)
+    if pictures is not None:
+        known, first, place = np.unique(columns.path, return_index=True, return_inverse=True)
+        numbers = first[known != 0]
+        seen = _table(numbers, _files(found, numbers, sha, pictures, tell))
+        seen = (*seen[:2], seen[2] - tell.count["unread_file"])
+        of_path = np.zeros(len(known), np.uint64)
+        of_path[known != 0] = sha[numbers]
+        sha[:] = np.where(sha == 0, of_path[place.reshape(-1)], sha)
+    if encoder is not None:
+        places = np.sort(np.unique(columns.codes, return_index=True)[1])
+        hashes = near_duplicates.of_codes(encoder, _images(found, columns, places))
+        seen = _table(columns.owner[places], hashes)
+    return seen
+
+
+def _table(
+    numbers: Int[np.ndarray, "_"], hashes: Iterable[near_duplicates.Look | None]
+) -> tuple[Int[np.ndarray, "k"], UInt32[np.ndarray, "k 8"], int]:
+    table, has = np.zeros((len(numbers), near_duplicates.LOOK_WORDS), np.uint32), []
+    progress = Items(len(numbers), "pictures", log.info, every=LOG_SECONDS)
+    for row, look in zip(table, hashes, strict=True):
+        has.append(look is not None)
+        row[:] = 0 if look is None else look
+        progress.tick("looked at", 1)
+    has = np.array(has, bool)
+    return numbers[has].astype(np.int64), table[has], int((~has).sum())
+
+
+def _images(
+    found: Records, columns: scan.Columns, places: Int[np.ndarray, "_"]
+) -> Iterator[Int[np.ndarray, "K"]]:
+    """The codes that stand at these places of the column."""
+    for place in places:
+        images_of = scan.images_of(found[int(columns.owner[place])], found)
+        yield next(
+            c for c in images_of if near_duplicates.short(c.tobytes()) == int(columns.codes[place])
+        )
+
+
+def _files(
+    found: Records,
+    numbers: Int[np.ndarray, "_"],
+    sha: UInt64[np.ndarray, "n"],
+    pictures: Path,
+    tell: findings.Findings,
+) -> Iterator[near_duplicates.Look | None]:
+    """The look of each document's file, None where there is none; notes its SHA-256."""
+    for number in numbers.tolist():
+        document, look = found[number], None
+        where = f"document {number}" + ("" if credentialed(found) else f" ({document.image_path})")
+        try:
+            digest, look = near_duplicates.of_file(pictures, document.image_path)
+            if document.image_sha256 not in ("", digest):
+                tell("changed_file", where, f"has SHA-256 {digest}, encoded was another")
+            elif not document.image_sha256:
+                sha[number] = near_duplicates.short(digest)
+        except image_headers.ImageError as error:
+            tell("unread_file", where, "unreadable" if credentialed(found) else str(error))
+        yield look
+
+
+def _compared(held: tuple, grams: near_duplicates.Grams) -> dict[str, Any]:
+    items, looks_of, _, unread = held
+    return dict(
+        compared=dict(
+            items=len(items),
+            with_codes=sum(bool(item.codes) for item in items),
+            with_bytes=sum(bool(item.sha) for item in items),
+            with_look=len(looks_of),
+            unread_pictures=unread,
+            under_13_words=int((grams.sizes == 0).sum()),
+        )
+    )
+
+
+def _example(found: Records, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """The first document in words, where it may be shown and can be read."""
+    try:
+        first = found[0]
+    except RecordsError:
+        return dict(example=None, text=None)
+    if credentialed(found):
+        return dict(example="credentialed: not shown", text=None)
+    text = None if tokenizer is None else written(first, found.layout, tokenizer)
+    return dict(example=first.id, text=text)
+
+
+# The command line.
+
+
+def add(commands: Any, tiny: Path) -> argparse.ArgumentParser:
+    """`check`; `tiny` is the model folder that is taken where it made the records."""
+    checked = commands.add_parser("check", help="every record, what comes twice, what leaks")
+    checked.add_argument("--model", type=Path, help="model folder that wrote the records")
+    checked.add_argument(
+        "--against", type=Path, nargs="+", default=[], metavar="EVAL",
+        help="evaluation set to compare with: folders of records, items.jsonl",
+    )  # fmt: skip
+    checked.add_argument("--images", type=Path, help="folder of the records' image files")
+    checked.add_argument("--eval_images", type=Path, help="folder of those of --against")
+    checked.add_argument(
+        "--decode", action="store_true",
+        help="looks of codes through the VQGAN of --model, instead of image files",
+    )  # fmt: skip
+    checked.add_argument(
+        "--strict", action="store_true", help="shared words and looks are errors too"
+    )
+    checked.set_defaults(run=_run, tiny=tiny)
+    return checked
+
+
+def _run(args: argparse.Namespace) -> dict[str, Any]:
+    found = open_records(args.folder)
+    tokenizer = tokenizer_of(found, args.model, args.tiny)
+    return check(
+        args.folder,
+        tokenizer=tokenizer,
+        encoder=encoder_of(found, args.model or args.tiny) if args.decode else None,
+        against=tuple(args.against),
+        pictures=args.images,
+        held_pictures=args.eval_images,
+        strict=args.strict,
+    )
+
+
+def tokenizer_of(found: Records, model: Path | None, tiny: Path) -> Tokenizer | None:
+    """That of --model, or the shipped one where it wrote the records, else None, which is told.
+
+    Records that do not know their tokenizer are read by the one that was named.
+    """
+    wrote = found.layout.tokenizer
+    try:
+        read = Tokenizer.from_file((model or tiny) / "tokenizer.json", found.layout.vocab)
+    except TokenizerError as error:
+        if model is not None:
+            log.warning("no text: %s", error)
+            return None
+        read = None
+    if read and (read.fingerprint == wrote or (model is not None and not wrote)):
+        return read
+    log.warning("no text: %s did not write these records; name --model", model or "the shipped one")
+    return None
+
+
+def made_by(found: Records, model: Path | None, tiny: Path) -> bool:
+    """Whether the VQGAN at hand made the records' codes; named ones of records that name none."""
+    file, wrote = (model or tiny) / "vqgan.safetensors", found.layout.vqgan
+    if not wrote:
+        return model is not None and file.is_file()
+    return file.is_file() and file_sha256(file) == wrote
+
+
+def encoder_of(found: Records, model: Path) -> Encoder:
+    """The VQGAN of a model folder; raises PrepareError unless it made the records' codes."""
+    encoder, layout = load_encoder(model), found.layout
+    alike = encoder.layout.codes_per_image == layout.codes_per_image
+    if not alike or layout.vqgan not in ("", encoder.layout.vqgan):
+        raise PrepareError(
+            f"{model}: its VQGAN did not make the codes of {found.folder}; name that one's folder "
+            "with --model"
+        )
+    return encoder

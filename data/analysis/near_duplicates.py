@@ -1,0 +1,263 @@
+"""Equal and nearly equal: hashes of pictures and texts, and who meets whom by them.
+
+    codes      SHA-256 of an image's codes as little-endian uint16, in raster order
+    look       pHash (Zauner 2010) of 256 bits: grey, 64 x 64, DCT, the 16 x 16 lowest frequencies
+               without the constant row and column, each above their median or not
+    grams      13 words in a row, lower case without punctuation, as GPT-3's appendix C
+               (arXiv 2005.14165) looked for benchmarks in its training text
+
+Arrays in, arrays out: the check of records and the evaluation suite ask the same questions. Names
+that stand in columns are 64 bits of SHA-256; two different ones among n agree by chance with
+probability n^2 / 2^65, 6e-8 for 1.47 M.
+"""
+
+import hashlib
+import itertools
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+from jaxtyping import Bool, Float, Int, UInt8, UInt32, UInt64
+
+from medmax_jax.data.image_tokens.encoder import BATCH, Encoder
+from medmax_jax.io import image_paths
+from medmax_jax.io.storage import file_sha256
+from medmax_jax.models import image_headers, images, vqgan
+
+GRAM = 13  # words; GPT-3's
+COMMON = 10  # a gram in more training documents than this is a phrase, no leak; GPT-3's
+LOOK_WORDS = 8  # of 32 bits
+NEAR = 15  # bits of 256: what two flips in eight words cannot hide, see `near`
+FLAT = 2.0  # grey levels: a picture with less spread has no look
+_SIDE, _KEPT = 64, 16
+_WORD = re.compile(r"[^\W_]+")
+_ODD = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd: powers of it are all different
+_CHUNK = 1 << 20  # candidate pairs compared at once
+
+
+def code_hash(codes: Int[np.ndarray, "K"]) -> str:
+    """The hex name of an image's codes."""
+    return hashlib.sha256(codes.astype("<u2").tobytes()).hexdigest()
+
+
+def short(name: str | bytes) -> int:
+    """64 bits of SHA-256: of bytes, or of a name that is its hex."""
+    return int(name[:16] if isinstance(name, str) else hashlib.sha256(name).hexdigest()[:16], 16)
+
+
+def look(picture: PIL.Image.Image) -> UInt32[np.ndarray, "8"] | None:
+    """The perceptual hash of a picture; None where it is flat."""
+    small = picture.convert("L").resize((_SIDE, _SIDE), PIL.Image.Resampling.LANCZOS)
+    return look_of(np.asarray(small, np.float64))
+
+
+def look_of(grey: Float[np.ndarray, "64 64"]) -> UInt32[np.ndarray, "8"] | None:
+    """The same of 64 x 64 grey levels of 0..255."""
+    if grey.std() < FLAT:
+        return None
+    low = (_DCT @ grey @ _DCT.T).reshape(-1)
+    bits = low > np.median(low)
+    return np.packbits(bits).view(">u4").astype(np.uint32)
+
+
+def near(
+    ours: UInt32[np.ndarray, "n 8"], theirs: UInt32[np.ndarray, "m 8"], most: int
+) -> Iterator[tuple[Int[np.ndarray, "_"], Int[np.ndarray, "_"], Int[np.ndarray, "_"]]]:
+    """(i, j, distance) of all pairs at most `most` bits apart; a pair may come more than once.
+
+    Of at most 15 different bits, one of the eight words has at most one: so for each word all of
+    `theirs` with that word, or with one bit of it flipped, are looked up in sorted order, 33 x 8
+    look-ups a picture instead of m. Raises ValueError where `most` is beyond that guarantee.
+    """
+    if not 0 <= most <= NEAR:
+        raise ValueError(f"most is {most}; use 0..{NEAR}, within which no pair is missed")
+    flips = np.concatenate([[0], 1 << np.arange(32, dtype=np.uint64)]).astype(np.uint32)
+    for word in range(LOOK_WORDS):
+        order = np.argsort(theirs[:, word], kind="stable")
+        column = theirs[order, word]
+        for flip in flips:
+            wanted = ours[:, word] ^ flip
+            low = np.searchsorted(column, wanted, side="left")
+            count = np.searchsorted(column, wanted, side="right") - low
+            for i, place in _ranges(low, count):
+                j = order[place]
+                apart = np.bitwise_count(ours[i] ^ theirs[j]).sum(1, dtype=np.int64)
+                close = apart <= most
+                yield i[close], j[close], apart[close]
+
+
+def groups(
+    n: int, pairs: Sequence[tuple[Int[np.ndarray, "_"], Int[np.ndarray, "_"]]]
+) -> Int[np.ndarray, "n"]:
+    """Who belongs together when pairs do: the smallest number of each one's group.
+
+    groups(5, [([0, 3], [1, 4])])  ->  [0 0 2 3 3]
+    """
+    root = np.arange(n)
+    if not pairs:
+        return root
+    left, right = (np.concatenate(side) for side in zip(*pairs, strict=True))
+    while True:
+        least = np.minimum(root[left], root[right])
+        before = root.copy()
+        for side in (left, right):
+            np.minimum.at(root, side, least)
+            np.minimum.at(root, before[side], least)
+        root = root[root]
+        if np.array_equal(root, before):
+            return root
+
+
+def repeated(
+    names: UInt64[np.ndarray, "n"], kinds: UInt64[np.ndarray, "n"]
+) -> list[Int[np.ndarray, "_"]]:
+    """Places whose name is the same, 0 apart, but which are of more than one kind.
+
+    names a a b a, kinds p p p q  ->  [0 1 3]: a stands under p and q, b only once
+    """
+    order = np.lexsort((np.arange(len(names)), kinds, names))
+    name, kind = names[order], kinds[order]
+    start = np.flatnonzero(np.diff(name, prepend=~name[:1]))  # of each group of equal names
+    stop = np.append(start[1:], len(name))
+    changes = np.append(np.diff(kind) != 0, False) & np.append(np.diff(name) == 0, False)
+    several = np.add.reduceat(changes, start) if len(start) else np.zeros(0, bool)
+    chosen = np.flatnonzero((several > 0) & (name[start] != 0))
+    return [np.sort(order[start[g] : stop[g]]) for g in chosen]
+
+
+def words(text: str) -> list[str]:
+    """Lower case, without punctuation: "No focal-consolidation." -> no focal consolidation."""
+    return _WORD.findall(text.lower())
+
+
+def grams(found: Sequence[str], size: int = GRAM) -> UInt64[np.ndarray, "_"]:
+    """The hash of each `size` words in a row; none where there are fewer words."""
+    if len(found) < size:
+        return np.zeros(0, np.uint64)
+    hashed = np.array([short(word.encode()) for word in found], np.uint64)
+    count, total = len(found) - size + 1, np.zeros(1, np.uint64)
+    for k in range(size):  # wraps around, as a polynomial modulo 2^64
+        total = total * _ODD + hashed[k : k + count]
+    return total
+
+
+class Grams:
+    """The grams of an evaluation set, and in how many training documents each one stands."""
+
+    def __init__(self, items: Sequence[Sequence[str]]):
+        """`items`: the words of each item."""
+        each = [np.unique(grams(item)) for item in items]
+        self.sizes = np.array([len(g) for g in each], np.int64)  # 0: too short to be found
+        self.item = np.repeat(np.arange(len(each)), self.sizes)
+        flat = np.concatenate([*each, np.zeros(0, np.uint64)])
+        self._known, self._place = np.unique(flat, return_inverse=True)
+        self.count = np.zeros(len(self._known), np.int64)
+        self.first = np.full(len(self._known), -1, np.int64)
+
+    def see(self, found: Sequence[str], document: int) -> None:
+        """Counts the words of one training document."""
+        if not len(self._known) or len(found) < GRAM:
+            return
+        ours = np.unique(grams(found))
+        place = np.minimum(np.searchsorted(self._known, ours), len(self._known) - 1)
+        place = place[self._known[place] == ours]
+        self.first[place[self.count[place] == 0]] = document
+        self.count[place] += 1
+
+    def shared(self) -> dict[int, tuple[int, int]]:
+        """item -> (how many of its grams stand in training text, a document with one of them).
+
+        Grams in more than COMMON documents are left aside.
+        """
+        hit = ((self.count > 0) & (self.count <= COMMON))[self._place]
+        many = np.bincount(self.item[hit], minlength=len(self.sizes))
+        first = np.full(len(self.sizes), -1, np.int64)
+        first[self.item[hit][::-1]] = self.first[self._place[hit]][::-1]
+        return {int(i): (int(many[i]), int(first[i])) for i in np.flatnonzero(many)}
+
+
+def isin(ours: UInt64[np.ndarray, "n"], theirs: UInt64[np.ndarray, "m"]) -> Bool[np.ndarray, "n"]:
+    """Which of `ours` stand in `theirs`; 0, nothing known, is nowhere."""
+    return np.isin(ours, theirs) & (ours != 0)
+
+
+def _ranges(
+    low: Int[np.ndarray, "n"], count: Int[np.ndarray, "n"]
+) -> Iterator[tuple[Int[np.ndarray, "_"], Int[np.ndarray, "_"]]]:
+    """(i, low[i] + 0 .. count[i] - 1) for all i, some at a time."""
+    some = np.flatnonzero(count)
+    ends = np.cumsum(count[some])
+    start = 0
+    while start < len(some):
+        done = ends[start - 1] if start else 0
+        stop = max(start + 1, int(np.searchsorted(ends, done + _CHUNK, side="right")))
+        part = some[start:stop]
+        i = np.repeat(part, count[part])
+        offset = np.arange(len(i)) - np.repeat(np.cumsum(count[part]) - count[part], count[part])
+        yield i, low[i] + offset
+        start = stop
+
+
+def _cosines() -> Float[np.ndarray, "16 64"]:
+    k, x = np.arange(1, _KEPT + 1)[:, None], np.arange(_SIDE)[None]
+    return np.cos(np.pi * k * (2 * x + 1) / (2 * _SIDE))
+
+
+_DCT = _cosines()  # frequencies 1 .. 16: the constant ones say how bright, not what is seen
+
+
+def grey_of(pixels: UInt8[np.ndarray, "h w 3"]) -> PIL.Image.Image:
+    """Decoded pixels as the picture that `look` takes."""
+    return PIL.Image.fromarray(pixels)
+
+
+# ---- looks ----
+#
+# What pictures look like, as perceptual hashes: of the files, or of codes through the VQGAN.
+#
+# A hash of a file and one of decoded codes are not compared with each other: what the VQGAN gives
+# back differs from the picture by more than a copy does.
+
+Look = UInt32[np.ndarray, "8"]
+
+
+def of_file(folder: Path, path: str) -> tuple[str, Look | None]:
+    """(SHA-256 of the bytes, look, None where flat); raises ImageError."""
+    try:
+        file = image_paths.resolve(folder, path, label="its path")
+    except image_paths.ImagePathError as error:
+        raise image_headers.ImageError(str(error)) from error
+    picture = images.load(file, max_pixels=images.MAX_PIXELS, name="picture")
+    return file_sha256(file), look(picture)
+
+
+def of_codes(encoder: Encoder, each: Iterable[Int[np.ndarray, "K"]]) -> Iterator[Look | None]:
+    """The look of each image, decoded."""
+    for pixels in decoded(encoder, each):
+        yield look(PIL.Image.fromarray(pixels))
+
+
+def decoded(
+    encoder: Encoder, each: Iterable[Int[np.ndarray, "K"]]
+) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+    """Images of codes, some at a time in one shape, which is compiled once."""
+    side = encoder.vq_config.codes_per_side
+    each = iter(each)
+    while some := list(itertools.islice(each, BATCH)):
+        full = np.stack([*some, *some[:1] * (BATCH - len(some))]).astype(np.int32)
+        pixels = vqgan.decode_codes(encoder.vq, full.reshape(-1, side, side))
+        yield from np.asarray(vqgan.to_uint8(pixels))[: len(some)]
+
+
+def encoded(encoder: Encoder, paths: Iterable[Path]) -> Iterator[Int[np.ndarray, "K"]]:
+    """The codes of picture files, as the records have them."""
+    paths, size = iter(paths), encoder.vq_config.image_size
+    while some := list(itertools.islice(paths, BATCH)):
+        pixels = [
+            images.preprocess(images.load(p, max_pixels=images.MAX_PIXELS), size) for p in some
+        ]
+        full = np.stack([*pixels, *pixels[:1] * (BATCH - len(pixels))])
+        found = np.asarray(vqgan.encode(encoder.vq, full)).reshape(BATCH, -1)
+        yield from found[: len(some)]

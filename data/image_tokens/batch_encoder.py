@@ -1,0 +1,108 @@
+"""Pictures to codes on all devices of a process, decoded in threads while others are encoded."""
+
+import concurrent.futures
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Float32, Int32
+
+from medmax_jax.data.image_tokens.encoder import Encoder, PrepareError
+from medmax_jax.models import image_headers, vqgan
+from medmax_jax.sharding import AXES, ROWS
+
+PRECISIONS = ("highest", "bfloat16")
+DECODERS = max(1, (os.cpu_count() or 1) - 1)  # threads; the encoder keeps one core on a CPU machine
+AHEAD = 4  # batches that are decoded while one is encoded
+COMPARED = 64  # pictures on which bfloat16 is compared with the exact encoder
+
+
+class BatchEncoder:
+    """Pictures to codes in batches of one shape, over all devices of this process.
+
+    `batch`: pictures that a device encodes at once. In another shape fp32 sums round otherwise, and
+    a latent between two rows of the codebook may take the other one.
+    """
+
+    def __init__(self, encoder: Encoder, *, precision: str, batch: int):
+        if precision not in PRECISIONS:
+            raise PrepareError(f"precision is {precision!r}; use {' or '.join(PRECISIONS)}")
+        devices = jax.local_devices()
+        mesh = jax.sharding.Mesh(
+            np.array(devices).reshape(-1, 1, 1), AXES, (AxisType.Explicit,) * 3
+        )
+        self.precision = precision
+        self._mesh, self._batch = mesh, batch * len(devices)
+        self._exact = jax.device_put(encoder.vq, NamedSharding(mesh, P()))
+        self._low = precision == "bfloat16"
+        self._vq = _rounded(self._exact) if self._low else self._exact
+        self._compared, self._agreed = 0, 0.0  # pictures; the sum of their shares of equal codes
+
+    @property
+    def agreement(self) -> float | None:
+        """The share of bfloat16 codes that are the exact ones, on the first pictures."""
+        return self._agreed / self._compared if self._compared else None
+
+    def __call__(self, pictures: Iterator[Callable[[], np.ndarray]]) -> Iterator[np.ndarray | str]:
+        """The codes of each picture, or why it has none; in order.
+
+        A picture comes as what makes its pixels, or raises an ImageError.
+        """
+        with concurrent.futures.ThreadPoolExecutor(DECODERS) as pool:
+            waiting: list[concurrent.futures.Future] = []
+            try:
+                while True:
+                    room = (AHEAD + 1) * self._batch - len(waiting)
+                    more = itertools.islice(pictures, room)
+                    waiting += [pool.submit(_pixels, picture) for picture in more]
+                    if not waiting:
+                        return
+                    part = [future.result() for future in waiting[: self._batch]]
+                    del waiting[: self._batch]
+                    yield from self._codes(part)
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _codes(self, part: list[np.ndarray | str]) -> list[np.ndarray | str]:
+        good = [i for i, each in enumerate(part) if not isinstance(each, str)]
+        if good:
+            pixels = np.stack([part[i] for i in good])
+            found = self._run(self._vq, pixels)
+            if self._low and self._compared < COMPARED:
+                equal = self._run(self._exact, pixels) == found
+                some = equal[: COMPARED - self._compared]
+                self._compared += len(some)
+                self._agreed += float(some.mean(axis=1).sum())
+            for i, codes in zip(good, found, strict=True):
+                part[i] = codes.astype(np.uint16)
+        return part
+
+    def _run(self, vq: Any, pixels: Float32[np.ndarray, "b h w 3"]) -> Int32[np.ndarray, "b K"]:
+        full = np.concatenate([pixels, np.repeat(pixels[:1], self._batch - len(pixels), axis=0)])
+        with jax.set_mesh(self._mesh):
+            placed = jax.device_put(full, NamedSharding(self._mesh, P(ROWS, None, None, None)))
+            placed = placed.astype(jnp.bfloat16) if vq is self._vq and self._low else placed
+            found = np.asarray(vqgan.encode(vq, placed))
+        return found[: len(pixels)].reshape(len(pixels), -1)
+
+
+def _pixels(picture: Callable[[], np.ndarray]) -> np.ndarray | str:
+    try:
+        return picture()
+    except image_headers.ImageError as error:
+        return str(error)
+
+
+def _rounded(vq: vqgan.VQGAN) -> vqgan.VQGAN:
+    """The VQGAN with its encoder in bfloat16; the codebook is still compared in fp32."""
+
+    def cast(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+        return x if path[0].name == "quantize" else x.astype(jnp.bfloat16)
+
+    return jax.tree_util.tree_map_with_path(cast, vq)

@@ -1,0 +1,214 @@
+"""A DICOM radiograph to a grey picture; only pixels leave this file.
+
+    header bounded -> stored values -> modality LUT -> VOI LUT or window -> 0..255 -> MONOCHROME1
+                      (no padding)     (rescale)       (what is shown)     min..max   inverted
+
+Padding (PixelPaddingValue, to PixelPaddingRangeLimit) is no part of min..max, and black. A window
+that cannot be applied, or that would show nothing, is left out, which is logged once.
+
+MIMIC-CXR-JPG was made without the VOI LUT and with histogram equalisation, so the two forms of one
+radiograph give different codes. Errors carry no value of the header: it may hold a name. The reader
+of the sample (data/sample/medical_formats.py) trusts its pinned files and hands their headers on;
+this one
+does neither.
+Read at: pydicom.github.io, pydicom.pixels.processing.apply_windowing; DICOM PS3.3 C.7.5.1.1.2
+(padding), C.11.1 and C.11.2 (LUTs and windows; neither inverts MONOCHROME1).
+"""
+
+import contextlib
+import functools
+import logging
+import math
+import pathlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from medmax_jax.data.image_tokens import dicom_bounds
+from medmax_jax.data.image_tokens.dicom_bounds import RefusedError
+from medmax_jax.data.records.row_streams import SourceError
+from medmax_jax.models.image_headers import ImageError
+from medmax_jax.models.images import MAX_PIXELS
+
+BAND = 2**18  # pixels that are computed at a time, in float64
+_log = logging.getLogger("medmax_jax.dicom")
+
+
+def load(
+    path: pathlib.Path, *, name: str, max_pixels: int = MAX_PIXELS, burned_in: bool = False
+) -> PIL.Image.Image:
+    """The picture; raises ImageError, which says `name` and never the path.
+
+    A file that says that text is burned into its pixels is refused unless `burned_in`.
+    """
+    _check_pydicom()
+    problem = "damaged, or not a DICOM file that is read here; check the file"
+    with silence():
+        try:
+            content = dicom_bounds.read(path)
+            head = dicom_bounds.header(content)
+            kind = _checked(head, max_pixels, burned_in)
+            dicom_bounds.check_decoder(head)
+            dataset = dicom_bounds.with_pixels(content)
+            dicom_bounds.check_pixels(dataset)
+            return PIL.Image.fromarray(_shown(dataset, kind))
+        except RefusedError as error:
+            problem = str(error)
+        except FileNotFoundError:
+            problem = "no such file; check the image folder"
+        except Exception:  # decoders raise anything, and may repeat the header in it
+            pass
+    raise ImageError(f"{name}: {problem}") from None
+
+
+def _check_pydicom() -> None:
+    try:
+        import pydicom.pixels  # noqa: F401
+    except ImportError as error:
+        raise SourceError("DICOM files need pydicom: pip install pydicom") from error
+
+
+def _checked(head: Any, max_pixels: int, burned_in: bool) -> str:
+    frames = int(head.get("NumberOfFrames") or 1)
+    rows, columns = int(head.Rows), int(head.Columns)
+    if min(rows, columns, frames) < 1 or rows * columns * frames > max_pixels:
+        raise RefusedError(f"Rows x Columns x NumberOfFrames is not within 1 .. {max_pixels}")
+    kind = str(head.PhotometricInterpretation)
+    grey = kind in ("MONOCHROME1", "MONOCHROME2") and int(head.SamplesPerPixel) == 1
+    if not grey or frames != 1 or int(head.BitsAllocated) not in (8, 16, 32):
+        raise RefusedError("not one frame of grey pixels, so not a radiograph")
+    if str(head.get("BurnedInAnnotation") or "").strip().upper() == "YES" and not burned_in:
+        raise RefusedError("BurnedInAnnotation is YES: the pixels may show a name")
+    return kind
+
+
+def _shown(dataset: Any, kind: str) -> np.ndarray:
+    stored = dataset.pixel_array
+    if stored.shape != (int(dataset.Rows), int(dataset.Columns)):
+        raise RefusedError("the pixels are not one picture of Rows x Columns")
+    padding = _padding(dataset)
+
+    def parts(view: Callable) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+        """Rows, their values as shown, and which of them are pixels of the picture."""
+        step = max(1, BAND // stored.shape[1])
+        for top in range(0, len(stored), step):
+            band = stored[top : top + step]
+            inside = np.ones(band.shape, bool) if padding is None else ~padding(band)
+            values = np.asarray(view(_rescaled(band, dataset)), np.float64)
+            if not np.isfinite(values).all():
+                raise RefusedError("the pixels are not one finite picture")
+            yield slice(top, top + step), values, inside
+
+    def extent(view: Callable) -> tuple[float, float]:
+        found = [(v[i].min(), v[i].max()) for _, v, i in parts(view) if i.any()]
+        return min((f[0] for f in found), default=0.0), max((f[1] for f in found), default=0.0)
+
+    view = _view(dataset)
+    low, high = extent(view)
+    if low == high and view is not _plain:
+        low, high = extent(_plain)
+        if low != high:
+            _log_left_out("it shows all pixels alike")
+            view = _plain
+    shown = np.zeros(stored.shape, np.uint8)
+    for rows, values, inside in parts(view):
+        grey = (values - low) / max(high - low, 1e-9)
+        grey = np.round(255 * (1 - grey if kind == "MONOCHROME1" else grey)).clip(0, 255)
+        shown[rows] = np.where(inside, grey, 0)
+    return shown
+
+
+def _padding(dataset: Any) -> Callable[[np.ndarray], np.ndarray] | None:
+    """Which stored values are padding; None without PixelPaddingValue."""
+    if dataset.get("PixelPaddingValue") is None:
+        return None
+    bits, signed = int(dataset.BitsAllocated), int(dataset.PixelRepresentation) == 1
+
+    def as_stored(value: int) -> int:
+        value = int(value) % 2**bits  # writers confuse the signed and the unsigned form
+        return value - 2**bits if signed and value >= 2 ** (bits - 1) else value
+
+    first = as_stored(dataset.PixelPaddingValue)
+    limit = dataset.get("PixelPaddingRangeLimit")
+    low, high = sorted((first, first if limit is None else as_stored(limit)))
+    return lambda values: (low <= values) & (values <= high)
+
+
+def _rescaled(values: np.ndarray, dataset: Any) -> np.ndarray:
+    if items := dataset.get("ModalityLUTSequence"):
+        return _looked_up(values, items[0], dataset)
+    slope, intercept = dataset.get("RescaleSlope"), dataset.get("RescaleIntercept")
+    if slope is None or intercept is None:
+        return values
+    return values.astype(np.float64) * float(slope) + float(intercept)
+
+
+def _looked_up(values: np.ndarray, item: Any, dataset: Any) -> np.ndarray:
+    """Entries of a LUT; pydicom's own wraps values at the width of an entry, then clips them."""
+    entries, first, _ = (int(n) for n in item.LUTDescriptor)
+    data, entries = item.LUTData, entries or 2**16
+    if isinstance(data, bytes):
+        order = "<" if dataset.original_encoding[1] else ">"
+        data = np.frombuffer(data, "u1" if len(data) < 2 * entries else f"{order}u2")
+    table = np.atleast_1d(data)[:entries].astype(np.float64)
+    place = np.clip(values.astype(np.float64) - first, 0, len(table) - 1)
+    return table[place.astype(np.int64)]
+
+
+def _plain(values: np.ndarray) -> np.ndarray:
+    return values
+
+
+def _view(dataset: Any) -> Callable[[np.ndarray], np.ndarray]:
+    """The VOI LUT, else the first window that can be applied, else the values as they are."""
+    from pydicom.pixels import apply_windowing
+
+    items = dataset.get("VOILUTSequence")
+    if items and items[0].get("LUTDescriptor") and items[0].get("LUTData") is not None:
+        return lambda values: _looked_up(values, items[0], dataset)
+    centres, widths = (_numbers(dataset.get(n)) for n in ("WindowCenter", "WindowWidth"))
+    if not centres or not widths:
+        return _plain
+    function = str(dataset.get("VOILUTFunction") or "LINEAR").strip().upper()
+    if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
+        raise RefusedError("VOILUTFunction is not LINEAR, LINEAR_EXACT or SIGMOID; correct it")
+    for n, (centre, width) in enumerate(zip(centres, widths, strict=False)):
+        enough = width >= 1 if function == "LINEAR" else width > 0
+        if enough and math.isfinite(centre) and math.isfinite(width):
+            return functools.partial(_windowed, dataset=dataset, index=n, apply=apply_windowing)
+    _log_left_out("its WindowWidth is below 1, or no number")
+    return _plain
+
+
+def _windowed(values: np.ndarray, *, dataset: Any, index: int, apply: Callable) -> np.ndarray:
+    return apply(values, dataset, index=index)
+
+
+def _numbers(value: Any) -> list[float]:
+    """Of an element with one value or several."""
+    some = [] if value is None else [value] if isinstance(value, int | float) else list(value)
+    return [float(v) for v in some]
+
+
+@functools.cache  # once in a run, whatever the number of files
+def _log_left_out(why: str) -> None:
+    _log.warning("DICOM: the window of a file is left out: %s", why)
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """pydicom's warnings and log lines repeat values of the header.
+
+    Warnings are the whole process's: threads that decode need this around them all as well.
+    """
+    log = logging.getLogger("pydicom")
+    before, log.disabled = log.disabled, True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.disabled = before

@@ -1,0 +1,167 @@
+"""Bound what a DICOM file makes pydicom allocate, and name the decoder that a file needs.
+
+A deflated file can be a thousand times as large as it is on the disk, a million empty items of a
+sequence fit into 8 MB and take 0.7 GB, and a compressed frame may have another size than the header
+says. Messages name constants of the standard only, never a value of the header.
+"""
+
+import io
+import pathlib
+import struct
+import zlib
+from typing import Any
+
+from medmax_jax.models.image_headers import MAX_SCANS
+
+MAX_BYTES = 2**29  # 512 MiB; a radiograph has about 10 to 30 MiB
+MAX_HEADER = 2**23  # 8 MiB before the pixels; a LUT or an overlay has 1 MiB at most
+MAX_ITEMS = 100_000  # of all sequences together
+_DEFLATED, _PLAIN = "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.1"
+# Transfer syntaxes of compressed pixels: name, package with a decoder (a plugin of pydicom 3)
+SYNTAXES = {
+    "1.2.840.10008.1.2.4.50": ("JPEG Baseline", "pylibjpeg-libjpeg"),
+    "1.2.840.10008.1.2.4.51": ("JPEG Extended, 12 bits", "pylibjpeg-libjpeg"),
+    "1.2.840.10008.1.2.4.57": ("JPEG Lossless", "pylibjpeg-libjpeg"),
+    "1.2.840.10008.1.2.4.70": ("JPEG Lossless SV1", "pylibjpeg-libjpeg"),
+    "1.2.840.10008.1.2.4.80": ("JPEG-LS Lossless", "pyjpegls"),
+    "1.2.840.10008.1.2.4.81": ("JPEG-LS Near-lossless", "pyjpegls"),
+    "1.2.840.10008.1.2.4.90": ("JPEG 2000 Lossless", "pylibjpeg-openjpeg"),
+    "1.2.840.10008.1.2.4.91": ("JPEG 2000", "pylibjpeg-openjpeg"),
+    "1.2.840.10008.1.2.4.201": ("HTJ2K Lossless", "pylibjpeg-openjpeg"),
+    "1.2.840.10008.1.2.4.202": ("HTJ2K Lossless RPCL", "pylibjpeg-openjpeg"),
+    "1.2.840.10008.1.2.4.203": ("HTJ2K", "pylibjpeg-openjpeg"),
+    "1.2.840.10008.1.2.5": ("RLE Lossless", "pylibjpeg-rle"),
+}
+_FIRST_PIXELS, _PIXELS = 0x7FE00008, 0x7FE00010  # FloatPixelData, PixelData
+_EXTENDED, _RLE = "1.2.840.10008.1.2.4.51", "1.2.840.10008.1.2.5"
+
+
+class RefusedError(ValueError):
+    """A file that is whole but not taken; the message has no value of it."""
+
+
+def read(path: pathlib.Path) -> bytes:
+    """The bytes of a file, inflated; raises RefusedError above MAX_BYTES."""
+    if path.stat().st_size > MAX_BYTES:
+        raise RefusedError(f"more than {MAX_BYTES} bytes")
+    content = path.read_bytes()
+    end, syntax = _meta(content)
+    if syntax == _DEFLATED:
+        packed = zlib.decompressobj(-zlib.MAX_WBITS)
+        rest = packed.decompress(content[end:], MAX_BYTES)
+        if packed.unconsumed_tail:
+            raise RefusedError(f"more than {MAX_BYTES} bytes when inflated")
+        plain = _PLAIN.ljust(len(_DEFLATED), "\0")  # a UID is padded with zeros
+        content = content[:end].replace(_DEFLATED.encode(), plain.encode()) + rest
+    return content
+
+
+def header(content: bytes) -> Any:
+    """The dataset before its pixels; raises RefusedError for one that costs gigabytes to parse."""
+    from pydicom.filereader import read_partial
+
+    start, reached = content[:MAX_HEADER], []
+    items = start.count(b"\xfe\xff\x00\xe0") + start.count(b"\xff\xfe\xe0\x00")
+    if items > MAX_ITEMS:
+        raise RefusedError(f"more than {MAX_ITEMS} items in its sequences")
+
+    def at_pixels(tag: int, *_: Any) -> bool:
+        reached.extend([tag] if int(tag) >= _FIRST_PIXELS else [])
+        return bool(reached)
+
+    dataset = read_partial(io.BytesIO(start), stop_when=at_pixels)
+    if not reached and len(content) > MAX_HEADER:
+        raise RefusedError(f"no pixels within the first {MAX_HEADER} bytes")
+    return dataset
+
+
+def with_pixels(content: bytes) -> Any:
+    """The dataset to its PixelData; what follows it is not parsed."""
+    from pydicom.filereader import read_partial
+
+    return read_partial(io.BytesIO(content), stop_when=lambda tag, *_: int(tag) > _PIXELS)
+
+
+def check_decoder(head: Any) -> None:
+    """Raises RefusedError, which names transfer syntax and package, where no decoder is there."""
+    from pydicom.pixels import get_decoder
+
+    syntax = str(head.file_meta.TransferSyntaxUID)
+    if syntax not in SYNTAXES:
+        return
+    decoder = get_decoder(syntax)
+    plugins = set(decoder.available_plugins) if decoder.is_available else set()
+    if syntax == _EXTENDED and int(head.BitsStored) > 8:
+        plugins.discard("pillow")  # of 8 bits only
+    if not plugins:
+        name, package = SYNTAXES[syntax]
+        raise RefusedError(
+            f"no decoder for transfer syntax {name} ({syntax}) is installed: pip install {package}"
+        )
+
+
+def check_pixels(dataset: Any) -> None:
+    """Raises RefusedError for a compressed frame that is larger than the header says."""
+    from pydicom.encaps import get_frame
+
+    syntax = str(dataset.file_meta.TransferSyntaxUID)
+    if syntax not in SYNTAXES:
+        return
+    rows, columns = int(dataset.Rows), int(dataset.Columns)
+    frame = get_frame(dataset.PixelData, 0, number_of_frames=1)
+    if syntax == _RLE:
+        most = rows * columns * int(dataset.BitsAllocated) // 8
+        if _rle_length(frame[64:], 2 * most + 2**16) > 2 * most + 2**16:
+            raise RefusedError("the compressed pixels are more than Rows x Columns")
+        return
+    if frame.count(b"\xff\xda") > MAX_SCANS:
+        raise RefusedError(f"the compressed pixels have more than {MAX_SCANS} scans")
+    size = _frame_size(frame)
+    if size and size != (rows, columns):
+        raise RefusedError("the compressed pixels are not Rows x Columns")
+
+
+def _meta(content: bytes) -> tuple[int, str]:
+    """Where the file's meta information ends, and its transfer syntax."""
+    place, syntax = 132, ""
+    while content[place : place + 2] == b"\x02\x00" and len(content) >= place + 12:
+        long = content[place + 4 : place + 6] in (b"OB", b"OW", b"UN", b"UT", b"SQ")
+        begin = place + (12 if long else 8)
+        (length,) = struct.unpack(
+            "<L" if long else "<H", content[begin - (4 if long else 2) : begin]
+        )
+        if content[place + 2 : place + 4] == b"\x10\x00":
+            syntax = content[begin : begin + length].rstrip(b"\0 ").decode("latin-1")
+        place = begin + length
+    return place, syntax
+
+
+def _frame_size(frame: bytes) -> tuple[int, int] | None:
+    """Rows and columns of a JPEG, JPEG-LS or JPEG 2000 codestream; None where it has none."""
+    if (start := frame[:4096].find(b"\xff\x4f\xff\x51")) >= 0:
+        right, bottom, left, top = struct.unpack_from(">4L", frame, start + 8)
+        return bottom - top, right - left
+    place = 2
+    while frame[:2] == b"\xff\xd8" and len(frame) >= place + 9 and frame[place] == 0xFF:
+        kind = frame[place + 1]
+        if kind == 0xFF:
+            place += 1
+            continue
+        if kind == 0xF7 or 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):
+            return struct.unpack_from(">HH", frame, place + 5)
+        place += 2 + struct.unpack_from(">H", frame, place + 2)[0]
+    return None
+
+
+def _rle_length(packed: bytes, enough: int) -> int:
+    """Bytes that the segments of an RLE frame unpack to, counted to `enough` and no further."""
+    place = total = 0
+    while place < len(packed) and total <= enough:
+        code = packed[place]
+        if code < 128:
+            total, place = total + code + 1, place + code + 2
+        elif code > 128:
+            total, place = total + 257 - code, place + 2
+        else:
+            place += 1
+    return total

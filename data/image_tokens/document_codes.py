@@ -1,0 +1,147 @@
+"""Codes of the pictures that documents show: encoded here, or read from a folder of `tokenize`.
+
+Both give the same codes on the same kind and number of devices with the same --batch, since both
+come from a BatchEncoder. A folder is asked by the bytes of a picture's file, so it does not matter
+where pictures lie or what they are called, and a picture that was changed since is not found.
+"""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import PIL.Image
+from jaxtyping import Int
+
+from medmax_jax.data.image_tokens.batch_encoder import BatchEncoder
+from medmax_jax.data.image_tokens.encoder import (
+    BATCH,
+    LOG_SECONDS,
+    Encoder,
+    PrepareError,
+    View,
+    log,
+    pixels_of,
+)
+from medmax_jax.data.image_tokens.store_reader import Codes, digest_of, open_codes
+from medmax_jax.io.progress import Items
+from medmax_jax.models import image_headers
+
+
+class Found(NamedTuple):
+    """Codes by (path, number of the view), and the reason for each path that cannot be read."""
+
+    codes: dict[tuple[str, int], Int[np.ndarray, "K"]]
+    unreadable: dict[str, str]
+
+
+class Files(NamedTuple):
+    """Where the pictures of views are: `load` raises ImageError, `content` is a file or bytes.
+
+    `name`: what messages call a path, where it must not be repeated.
+    """
+
+    load: Callable[[str], PIL.Image.Image]
+    content: Callable[[str], Path | bytes]
+    name: Callable[[str], str] = str
+
+
+class Encoded:
+    """Codes by the encoder of a model folder."""
+
+    def __init__(self, encoder: Encoder, precision: str):
+        self._encoder = encoder
+        self._encode = BatchEncoder(encoder, precision=precision, batch=BATCH)
+
+    def __call__(self, views: Iterable[View], files: Files, *, tell: bool) -> Found:
+        """The codes of views; `tell`: log the progress."""
+        todo = sorted(set(views), key=lambda v: (v.path, v.number))
+        found = Found({}, {})
+        clock = Items(len(todo), "pictures", log.info, every=LOG_SECONDS) if tell else None
+        config = self._encoder.vq_config
+        makers = (lambda v=v: pixels_of(files.load(v.path), v, config) for v in todo)
+        for v, codes in zip(todo, self._encode(makers), strict=True):
+            if not isinstance(codes, str):
+                found.codes[v.path, v.number] = codes.astype(np.int32)
+            elif v.path not in found.unreadable:
+                found.unreadable[v.path] = codes
+                log.warning("left out: %s", codes)
+            if clock:
+                clock.tick("codes", 1)
+        return found
+
+    def notes(self) -> dict[str, Any]:
+        """For dataset.json."""
+        return dict(precision=self._encode.precision, agreement=self._encode.agreement)
+
+
+class Stored:
+    """Codes of a folder that `data.prepare tokenize` made with the same VQGAN."""
+
+    def __init__(self, folder: Path, encoder: Encoder, precision: str):
+        self._codes: Codes = open_codes(folder)
+        self._folder, plan = folder, self._codes.meta["plan"]
+        wanted = dict(vqgan=encoder.layout.vqgan, codes_per_image=encoder.layout.codes_per_image)
+        for name, value in (wanted | dict(precision=precision)).items():
+            if plan[name] != value:
+                raise PrepareError(
+                    f"--codes {folder} has {name} {plan[name]!r}, and --model or --precision ask "
+                    f"for {value!r}; tokenize with the same ones"
+                )
+
+    def check_credentialed(self, *, burned_in: bool) -> None:
+        """Raises PrepareError unless it was made under the rules of a credentialed source."""
+        plan = self._codes.meta["plan"]
+        for name, value in (("credentialed", True), ("burned_in", burned_in)):
+            if plan[name] != value:
+                how = "with" if value else "without"
+                raise PrepareError(
+                    f"--codes {self._folder}: tokenize it {how} --{name} for this source"
+                )
+
+    def __call__(self, views: Iterable[View], files: Files, *, tell: bool) -> Found:
+        """The codes of views; a folder has each picture as it is, view 0."""
+        found, todo = Found({}, {}), sorted(set(views), key=lambda v: (v.path, v.number))
+        if any(v.number for v in todo):
+            raise PrepareError("--codes has one view of each picture; use --views 1")
+        for v in todo:
+            codes = self._of(v.path, files)
+            if isinstance(codes, str):
+                found.unreadable[v.path] = codes
+                log.warning("left out: %s", codes)
+            else:
+                found.codes[v.path, 0] = codes.astype(np.int32)
+        return found
+
+    def notes(self) -> dict[str, Any]:
+        """For dataset.json."""
+        return dict(
+            precision=self._codes.meta["plan"]["precision"], agreement=self._codes.meta["agreement"]
+        )
+
+    def _of(self, path: str, files: Files) -> np.ndarray | str:
+        try:
+            digest = digest_of(files.content(path))
+        except OSError:
+            digest = b""  # `load` says why it cannot be opened
+        if digest and digest not in self._codes:
+            raise PrepareError(
+                f"--codes {self._folder} lacks {files.name(path)}, or the picture was changed "
+                "since; tokenize the pictures again, into a new folder"
+            )
+        codes = self._codes.of(digest) if digest else None
+        if codes is not None:
+            return codes
+        try:
+            files.load(path)
+        except image_headers.ImageError as error:
+            return str(error)
+        raise PrepareError(
+            f"--codes {self._folder}: {files.name(path)} could not be read then and can be now; "
+            "tokenize the pictures again, into a new folder"
+        )
+
+
+def source(folder: Path | None, encoder: Encoder, precision: str) -> Encoded | Stored:
+    """By the folder of codes where one is named, else by the encoder."""
+    return Stored(folder, encoder, precision) if folder else Encoded(encoder, precision)

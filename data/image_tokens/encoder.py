@@ -1,0 +1,116 @@
+"""What turns pictures into codes: the encoder of a model folder, views, picture files to pixels.
+
+A view other than 0 is the picture slightly cropped, brightened or darkened. Nothing is mirrored or
+turned: left, right and orientation are facts that texts speak of.
+"""
+
+import dataclasses
+import logging
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+from jaxtyping import Float32
+
+from medmax_jax.config import VQ, Vocab, build, check_vq
+from medmax_jax.data.image_tokens import dicom
+from medmax_jax.data.records.document import Layout
+from medmax_jax.io.errors import PrintableFormatter
+from medmax_jax.io.storage import file_sha256
+from medmax_jax.io.text_files import read_json_object
+from medmax_jax.models import image_headers, images, vqgan
+from medmax_jax.models.tokenizer import Tokenizer
+
+log = logging.getLogger("medmax_jax.prepare")
+
+BATCH = 16  # pictures that a device encodes at once, unless asked otherwise
+LOG_SECONDS = 5.0
+MIN_CROP_AREA = 0.5  # of the centre square: smaller ones lose what texts speak of
+JITTER = 0.2  # contrast 0.8 .. 1.2 and brightness -0.2 .. 0.2 of the range -1 .. 1
+
+
+class PrepareError(ValueError):
+    """Data that cannot be prepared; the message says why and what to change."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Encoder:
+    """What turns text and pictures into ids, with the layout that records state."""
+
+    layout: Layout
+    vq_config: VQ
+    vq: Any  # vqgan.VQGAN
+    tokenizer: Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """One look at a picture: number 0 is the picture itself, others are changed a little."""
+
+    path: str
+    number: int
+    seed: str
+    crop: bool
+
+
+def load_encoder(folder: Path, *, vq: Any = None, tokenizer: Tokenizer | None = None) -> Encoder:
+    """Tokenizer and VQGAN of a model folder; the language model in it is not read."""
+    path = folder / "config.json"
+    try:
+        raw = read_json_object(path)
+        vocab, vq_config = build(Vocab, raw["vocab"]), build(VQ, raw["vq"])
+        check_vq(vq_config)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PrepareError(f"{path}: no usable model folder ({error}); give --model") from error
+    file = folder / "vqgan.safetensors"
+    vq = vqgan.load(file, vq_config) if vq is None else vq
+    tokenizer = tokenizer or Tokenizer.from_file(folder / "tokenizer.json", vocab)
+    layout = Layout(
+        vocab=vocab,
+        codes_per_image=vq_config.codes_per_image,
+        tokenizer=tokenizer.fingerprint,
+        vqgan=file_sha256(file),
+    )
+    return Encoder(layout=layout, vq_config=vq_config, vq=vq, tokenizer=tokenizer)
+
+
+def pixels_of(picture: PIL.Image.Image, view: View, config: VQ) -> Float32[np.ndarray, "h w 3"]:
+    """View 0: plain preprocessing. Others: a function of the view's seed alone."""
+    if view.number == 0:
+        return images.preprocess(picture, config.image_size)
+    draw = random.Random(view.seed)  # seeded by a string: the same in every process and version
+    if view.crop:
+        side = min(picture.size)
+        kept = max(1, round(side * draw.uniform(MIN_CROP_AREA, 1.0) ** 0.5))
+        left, top = ((n - side) // 2 + draw.randint(0, side - kept) for n in picture.size)
+        picture = picture.crop((left, top, left + kept, top + kept))
+    contrast, brightness = draw.uniform(1 - JITTER, 1 + JITTER), draw.uniform(-JITTER, JITTER)
+    pixels = images.preprocess(picture, config.image_size) * contrast + brightness
+    return np.clip(pixels, -1, 1).astype(np.float32)
+
+
+def open_picture(
+    path: Path, *, name: str, burned_in: bool = False, secret: bool = False
+) -> PIL.Image.Image:
+    """A picture file, DICOM too; an ImageError says `name`, and of a `secret` one nothing more."""
+    if path.suffix.lower() == ".dcm":
+        return dicom.load(path, name=name, burned_in=burned_in)
+    try:
+        return images.load(path, max_pixels=images.MAX_PIXELS, name=name)
+    except image_headers.ImageError:
+        if not secret:
+            raise
+        # Pillow's words may repeat what it found in the file.
+        problem = "no such file, or damaged; check the image folder"
+        raise image_headers.ImageError(f"{name}: {problem}") from None
+
+
+def log_to_stderr() -> None:
+    """Lines of the preparing programs, with the time."""
+    # Not logging.basicConfig: a library may have given the root logger a handler and a level.
+    handler = logging.StreamHandler()
+    handler.setFormatter(PrintableFormatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    log.handlers, log.propagate = [handler], False
+    log.setLevel(logging.INFO)

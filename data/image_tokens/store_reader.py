@@ -1,0 +1,134 @@
+"""Reads a folder of codes, by picture of its list or by the bytes of a picture's file.
+
+A record is a picture: magic, CRC-32 of the rest, sha256 of its file, its codes (none where it could
+not be read). store.py makes the folder and has its layout.
+"""
+
+import functools
+import hashlib
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python import array_record_module
+from jaxtyping import UInt8, UInt16
+
+from medmax_jax.data.image_tokens.encoder import PrepareError
+from medmax_jax.io.storage import file_sha256
+from medmax_jax.io.text_files import TextFileError, read_json_object
+
+_HEAD = struct.Struct("<4sI32s")  # magic, CRC-32 of the rest, sha256 of the picture's file
+_MAGIC = b"MMC1"
+
+
+def open_codes(folder: str | Path) -> "Codes":
+    """The codes of a finished folder; raises PrepareError when it is not whole."""
+    return Codes(Path(folder))
+
+
+class Codes:
+    """`codes[i]`: the codes of the i-th picture of the list; None where it could not be read.
+
+    `codes.of(digest)`: those of a picture by the sha256 of its file, wherever it lies now.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self._readers = folder, {}
+        try:
+            self.meta = read_json_object(folder / "dataset.json")
+            size = self.meta["plan"]["shard_size"]
+            if type(size) is not int or size < 1:
+                raise ValueError("dataset.json: plan.shard_size is no number above 0")
+            self.index = np.load(folder / "index.npy", allow_pickle=False)
+            slices = sorted((folder / "digests").glob("*.npy"))
+            self._digests = np.concatenate([np.load(p, allow_pickle=False) for p in slices])
+            if len(self._digests) != len(self.index) or self._digests.shape[1:] != (32,):
+                raise ValueError(f"{self._digests.shape} digests of {len(self.index)} pictures")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise PrepareError(
+                f"{folder}: not finished ({error}); give its tokenize command again"
+            ) from error
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, i: int) -> UInt16[np.ndarray, "K"] | None:
+        place = int(self.index[i])
+        if place < 0:
+            return None
+        shard, record = divmod(place, self.meta["plan"]["shard_size"])
+        reader, path = self._reader(shard)
+        digest, codes = from_bytes(reader.read([record])[0], f"{path}, record {record}")
+        if digest != self._digests[i].tobytes():
+            raise PrepareError(f"{path}, record {record}: of another picture; tokenize again")
+        return codes
+
+    def __contains__(self, digest: bytes) -> bool:
+        return self._find(digest) is not None
+
+    def of(self, digest: bytes) -> UInt16[np.ndarray, "K"] | None:
+        """The codes of the picture with this sha256; None where it could not be read."""
+        found = self._find(digest)
+        if found is None:
+            raise KeyError(digest)
+        return self[found]
+
+    def _find(self, digest: bytes) -> int | None:
+        rows, order = self._sorted
+        at = int(np.searchsorted(rows, np.frombuffer(digest, "V32")[0]))
+        same = at < len(rows) and rows[at].tobytes() == digest and any(digest)
+        return int(order[at]) if same else None
+
+    @functools.cached_property
+    def _sorted(self) -> tuple[np.ndarray, np.ndarray]:
+        rows = np.ascontiguousarray(self._digests).view("V32")[:, 0]
+        order = np.argsort(rows, kind="stable")
+        return rows[order], order
+
+    def _reader(self, shard: int) -> tuple[array_record_module.ArrayRecordReader, Path]:
+        if shard not in self._readers:
+            path, facts = shard_file(self.folder / "codes" / f"{shard:05d}.json")
+            size = path.stat().st_size if path.exists() else 0
+            if size != facts["bytes"]:  # ArrayRecord reads a short file as empty
+                raise PrepareError(f"{path}: not the {facts['bytes']} bytes written; copy it again")
+            self._readers[shard] = array_record_module.ArrayRecordReader(str(path)), path
+        return self._readers[shard]
+
+
+def shard_file(path: Path) -> tuple[Path, dict[str, Any]]:
+    """(the file of a shard, what its JSON says); raises PrepareError on damage."""
+    try:
+        facts = read_json_object(path)
+    except TextFileError as error:
+        raise PrepareError(f"{error}; delete it and tokenize again") from error
+    kinds = dict(file=str, bytes=int, records=int, unreadable=dict)
+    if wrong := [name for name, kind in kinds.items() if type(facts.get(name)) is not kind]:
+        raise PrepareError(f"{path}: no {wrong[0]}: damaged; delete it and tokenize again")
+    if Path(facts["file"]).name != facts["file"]:
+        raise PrepareError(f"{path}: file leads out of the folder; delete it and tokenize again")
+    return path.parent / facts["file"], facts
+
+
+def digest_of(picture: Path | bytes) -> bytes:
+    """sha256 of a picture file, or of its bytes; raises OSError."""
+    if isinstance(picture, bytes):
+        return hashlib.sha256(picture).digest()
+    return bytes.fromhex(file_sha256(picture))
+
+
+def to_bytes(digest: UInt8[np.ndarray, "32"], codes: UInt16[np.ndarray, "K"]) -> bytes:
+    """One record."""
+    body = digest.tobytes() + codes.astype("<u2").tobytes()
+    return _HEAD.pack(_MAGIC, zlib.crc32(body), digest.tobytes()) + body[32:]
+
+
+def from_bytes(record: bytes, where: str) -> tuple[bytes, UInt16[np.ndarray, "K"]]:
+    """(sha256, codes); raises PrepareError, with `where` in it, on damage."""
+    if len(record) < _HEAD.size or record[:4] != _MAGIC:
+        raise PrepareError(f"{where}: no codes of this format; the shard is damaged or foreign")
+    _, crc, digest = _HEAD.unpack_from(record)
+    if zlib.crc32(record[8:]) != crc:
+        raise PrepareError(f"{where}: CRC differs; delete the shard and tokenize again")
+    return digest, np.frombuffer(record[_HEAD.size :], "<u2").astype(np.uint16)

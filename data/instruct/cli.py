@@ -1,0 +1,206 @@
+"""The command `python -m data.prepare instruct`: its flags, what it costs before and after.
+
+python -m data.prepare instruct --from captions.jsonl --images D --out D2 \\
+    --scores scores.jsonl --threshold 0.3 --key_env OPENAI_API_KEY \\
+    --endpoint gpt-4o@https://api.openai.com/v1 --price_in 2.5 --price_out 10 \\
+    --filter_endpoint gpt-4o-mini@https://api.openai.com/v1 --filter_price_in .. [--dry_run]
+"""
+
+import argparse
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+from medmax_jax import cli
+from medmax_jax.data.instruct import captions, curation, replies
+from medmax_jax.data.instruct.curation import InstructError
+from medmax_jax.endpoints import cached_chat_api, egress
+from medmax_jax.endpoints.chat_api import Endpoint, EndpointError, check_ready, parse_model_at_url
+from medmax_jax.io.image_paths import ImagePathError
+from medmax_jax.io.journal import JournalError
+from medmax_jax.io.text_files import TextFileError, parse_json
+
+log = logging.getLogger("medmax_jax.prepare")
+
+ERRORS = (
+    InstructError,
+    ImagePathError,
+    captions.CaptionsError,
+    replies.PromptError,
+    egress.OutgoingError,
+    EndpointError,
+    JournalError,
+    cli.WorkdirError,
+)
+MAX_REPLY_BYTES = 4_000_000  # a thousand times what these prompts ask for
+WRITER = {"temperature": 0, "max_tokens": 1_200}
+FILTER = {"temperature": 0, "max_tokens": 120}
+
+
+def add(commands: Any) -> argparse.ArgumentParser:
+    """The command's parser."""
+    parser = commands.add_parser("instruct", help="captions to instructions by an LLM")
+    add_flag = parser.add_argument
+    add_flag("--from", dest="source", type=Path, required=True, help="captions, JSONL")
+    add_flag("--images", type=Path, required=True, help="folder that their pictures are in")
+    add_flag("--scores", type=Path, required=True, help="JSONL of id and score")
+    add_flag("--threshold", type=_finite, required=True, help="the least score that is kept")
+    add_flag("--out", type=Path, required=True, help="folder to write, or to go on with")
+    add_flag("--endpoint", type=_endpoint, required=True, metavar="MODEL@URL", help="who writes")
+    add_flag("--filter_endpoint", type=_endpoint, metavar="MODEL@URL", help="who filters captions")
+    for who in ("", "filter_"):
+        add_flag(f"--{who}key_env", metavar="NAME", help="environment variable with the API key")
+        add_flag(f"--{who}parameters", type=_object, metavar="JSON", help="sent as they are")
+        for way in ("in", "out"):
+            add_flag(f"--{who}price_{way}", type=_price, metavar="USD", help="a million tokens")
+    add_flag(
+        "--credentialed_host", action="append", default=[], metavar="HOST:PORT",
+        help="may be sent credentialed captions; may come again",
+    )  # fmt: skip
+    add_flag("--prompts", type=Path, default=replies.FOLDER, help="folder of prompts")
+    add_flag("--calls", type=Path, help="the cache of replies; OUT/calls.jsonl")
+    add_flag("--concurrency", type=_count, default=8, help="calls at once")
+    add_flag("--timeout", type=_seconds, default=120.0, metavar="S", help="of one call")
+    add_flag("--retries", type=_count, default=6, help="of one call")
+    add_flag("--max_wait", type=_seconds, default=90.0, metavar="S", help="between two of them")
+    add_flag("--dry_run", action="store_true", help="say what it would cost; send nothing")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """What the command does; returns the report, or with --dry_run the estimate."""
+    rows = captions.read_rows(args.source)
+    settings = _settings(args, rows)
+    curation.check(rows, settings)
+    calls = args.calls or args.out / curation.CALLS
+    about = curation.estimate(rows, settings, cached_chat_api.known_replies(calls))
+    log.info("%d rows; still to ask, at most: %s", len(rows), _worded(about))
+    if args.dry_run:
+        return about
+    cli.open_workdir(args.out, "--out")
+    if about["caption"]["calls"]:  # else which rows are still to be written depends on replies
+        for stage in curation.PROMPT_OF:
+            check_ready(settings.endpoint(stage))
+    with cli.Stop() as stop:
+        report = curation.curate(
+            rows,
+            args.out,
+            settings,
+            progress=log.info,
+            stopped=lambda: bool(stop.asked),
+            calls=calls,
+        )
+    if stop.asked:
+        raise cli.Interrupted(f"{cli.STOPPED}: {report['undecided']} rows are undecided")
+    if report["undecided"]:
+        raise cli.Interrupted(
+            f"{report['undecided']} of {len(rows)} rows had no reply; the same command asks for "
+            f"these again. {args.out / curation.DOCUMENTS} has the {report['written']} written. "
+            f"The last error: {report['last_error']}"
+        )
+    return report
+
+
+def _settings(args: argparse.Namespace, rows: list[captions.Row]) -> curation.Settings:
+    secret = any(row.data_class == egress.CREDENTIALED for row in rows)
+    scores = captions.read_scores(args.scores, secret=secret)
+    unknown = [n for n, row in enumerate(rows) if row.id not in scores]
+    if unknown:
+        first = f"row {unknown[0] + 1}" if secret else repr(rows[unknown[0]].id)
+        raise captions.CaptionsError(
+            f"{args.scores}: no score of {len(unknown)} rows, the first is {first}; score "
+            "them, or give them the score null to leave them out"
+        )
+    writer = _made(args, "", args.endpoint, args.key_env, args.parameters or WRITER)
+    named = args.filter_endpoint or args.endpoint
+    # A key goes to the host that it was given for, and to no other.
+    same = egress.parse(named[1]).name == egress.parse(args.endpoint[1]).name
+    key_env = args.filter_key_env or (args.key_env if same else "")
+    who = "filter_" if args.filter_endpoint else ""
+    return curation.Settings(
+        threshold=args.threshold,
+        score_of=lambda row: scores[row.id],
+        filter=_made(args, who, named, key_env, args.filter_parameters or FILTER),
+        writer=writer,
+        prompts=replies.load_prompts(args.prompts),
+        images=args.images,
+        concurrency=args.concurrency,
+    )
+
+
+def _made(
+    args: argparse.Namespace,
+    who: str,
+    named: tuple[str, str],
+    key_env: str | None,
+    parameters: dict[str, Any],
+) -> Endpoint:
+    return Endpoint(
+        model=named[0],
+        url=named[1],
+        parameters=parameters,
+        listed=egress.hosts(args.credentialed_host),
+        key_env=key_env or "",
+        timeout_s=args.timeout,
+        retries=args.retries,
+        max_wait_s=args.max_wait,
+        max_reply_bytes=MAX_REPLY_BYTES,
+        price_in=getattr(args, f"{who}price_in"),
+        price_out=getattr(args, f"{who}price_out"),
+    )
+
+
+def _worded(about: dict[str, Any]) -> str:
+    parts = [
+        f"{stage} {about[stage]['calls']} calls, about {about[stage]['tokens_in']} tokens in and "
+        f"{about[stage]['tokens_out']} out"
+        for stage in curation.PROMPT_OF
+    ]
+    usd = "give prices to see the cost" if about["usd"] is None else f"about {about['usd']:.2f} USD"
+    return "; ".join([*parts, usd])
+
+
+# What flags may be.
+
+
+def _endpoint(text: str) -> tuple[str, str]:
+    try:
+        return parse_model_at_url(text)
+    except EndpointError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        found = parse_json(text, "the flag")
+    except TextFileError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{text} is not a JSON object")
+    return found
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return number
+
+
+def _price(text: str) -> float:
+    if (number := _finite(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is less than 0")
+    return number
+
+
+def _seconds(text: str) -> float:
+    if (number := _finite(text)) <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not more than 0")
+    return number
+
+
+def _count(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return number

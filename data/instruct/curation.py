@@ -1,0 +1,326 @@
+"""The curation of interleaved instructions from captioned pictures, in the published stages.
+
+    captions -> score    >= threshold: drops statistical figures   keep low unscored
+             -> caption  an LLM keeps or drops it, with a reason   keep drop unparsable refused
+             -> images   exactly one picture file                  keep several missing
+             -> writing  an LLM writes question, answer           written invalid unparsable refused
+             -> documents.jsonl, the released schema; report.json, where the counts add up
+
+Each decision is a line of its stage's file and on the disk before the next stage; each call is
+cached (cached_chat_api.py), so the same command goes on. Only captions leave this machine, never a
+picture.
+The stages are the paper's; prompts and rules are ours and the threshold is the user's, since those
+of the paper are not published.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from medmax_jax.data.instruct import replies as instruct_replies
+from medmax_jax.data.instruct.captions import Row
+from medmax_jax.data.instruct.replies import SEPARATOR, Invalid, Prompt, Unparsable
+from medmax_jax.data.mixture import INTERLEAVED
+from medmax_jax.endpoints import cached_chat_api, egress
+from medmax_jax.endpoints.cached_chat_api import Ask, Cache
+from medmax_jax.endpoints.chat_api import Endpoint, NoReply, Reply, cost
+from medmax_jax.io import image_paths
+from medmax_jax.io.atomic_folder import private_folder
+from medmax_jax.io.journal import open_journal
+from medmax_jax.io.progress import Items
+from medmax_jax.io.storage import Folder
+from medmax_jax.io.text_files import TextFileError, read_json_object
+
+STAGES = {  # the verdict with which a row goes on
+    "score": "keep",
+    "caption": "keep",
+    "images": "keep",
+    "writing": "written",
+}
+PROMPT_OF = {"caption": "caption_filter", "writing": "instruction"}
+TOKENS_OUT = {"caption": 40, "writing": 450}  # of a reply, about; only the estimate uses it
+DOCUMENTS, REPORT, RUN, CALLS = "documents.jsonl", "report.json", "run.json", "calls.jsonl"
+BATCH = 1_000  # decisions written at once where no call is made
+PROGRESS_S = 5.0
+
+Progress = Callable[[str], None]
+Line = dict[str, Any]  # one decision: id, verdict, reason, and what the verdict is about
+
+
+class InstructError(ValueError):
+    """A curation that cannot go on; the message names what and the mend."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How to curate. `score_of`: agreement of picture and caption; None where there is none."""
+
+    threshold: float
+    score_of: Callable[[Row], float | None]
+    filter: Endpoint
+    writer: Endpoint
+    prompts: Mapping[str, Prompt]
+    images: Path
+    concurrency: int
+
+    def endpoint(self, stage: str) -> Endpoint:
+        """Whom a stage asks."""
+        return {"caption": self.filter, "writing": self.writer}[stage]
+
+
+def check(rows: Sequence[Row], settings: Settings) -> None:
+    """Raises, before the first call, what would else stop the work in the middle of it."""
+    if not settings.images.is_dir():
+        raise InstructError(f"{settings.images}: no such folder; name the one with the pictures")
+    for number, row in enumerate(rows, start=1):
+        secret = row.data_class == egress.CREDENTIALED
+        for name in row.images:
+            label = f"image of row {number}" if secret else ""
+            image_paths.resolve(settings.images, name, label=label)
+    strict = egress.strictest(row.data_class for row in rows)
+    for stage in PROMPT_OF:
+        endpoint = settings.endpoint(stage)
+        egress.check(endpoint.url, strict, listed=endpoint.listed)
+
+
+def estimate(rows: Sequence[Row], settings: Settings, cache: Cache | None) -> dict[str, Any]:
+    """Calls, tokens and USD at most: as if no caption were dropped. Nothing is sent."""
+    scored = [row for row in rows if _scored(row, settings)["verdict"] == "keep"]
+    reached = {"caption": scored, "writing": [row for row in scored if len(row.images) == 1]}
+    found: dict[str, Any] = {}
+    for stage, some in reached.items():
+        endpoint = settings.endpoint(stage)
+        asks = (_ask(stage, row, settings) for row in some)
+        about = cached_chat_api.estimate(endpoint, asks, cache, tokens_out=TOKENS_OUT[stage])
+        found[stage] = about | {"usd": cost(endpoint, about["tokens_in"], about["tokens_out"])}
+    return found | {"usd": _total(found[stage]["usd"] for stage in reached)}
+
+
+def curate(
+    rows: Sequence[Row],
+    out: str | Path,
+    settings: Settings,
+    *,
+    progress: Progress,
+    stopped: Callable[[], bool],
+    calls: str | Path | None = None,
+) -> dict[str, Any]:
+    """Takes every row through the stages; returns the report, which is in `out` too.
+
+    `stopped`: turns true to end soon; the report then counts the rest as undecided. `calls`: the
+    journal of replies, which folders may share one after another; `out`/calls.jsonl if None.
+    """
+    check(rows, settings)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    secret = any(row.data_class == egress.CREDENTIALED for row in rows)
+    with contextlib.ExitStack() as stack:
+        if secret:
+            stack.enter_context(private_folder(out))
+        journal = stack.enter_context(open_journal(calls or out / CALLS))
+        work = _Work(out, settings, Cache(journal), progress, stopped)
+        _check_same(out / RUN, rows, settings)
+        left, stages, outcome = list(rows), {}, {}
+        for stage, onward in STAGES.items():
+            lines, counted = work.stage(stage, left)
+            stages[stage] = counted
+            outcome |= {i: (stage, line["verdict"]) for i, line in lines.items()}
+            went = {row.id for row in left} - set(lines)
+            outcome |= {i: (stage, "undecided") for i in went}
+            left = [row for row in left if lines.get(row.id, {}).get("verdict") == onward]
+        report = _report(rows, outcome, stages, work)
+        if not stopped():
+            documents = [_document(row, lines[row.id]) for row in left]
+            _write(out / DOCUMENTS, "".join(json.dumps(one) + "\n" for one in documents))
+        _write(out / REPORT, json.dumps(report, indent=1) + "\n")
+    return report
+
+
+class _Work:
+    """What all stages share, and the way a row takes through one."""
+
+    def __init__(
+        self,
+        out: Path,
+        settings: Settings,
+        cache: Cache,
+        progress: Progress,
+        stopped: Callable[[], bool],
+    ):
+        self.out, self.settings, self.cache = out, settings, cache
+        self.progress, self.stopped = progress, stopped
+        self.no_reply, self.last_error = 0, ""
+
+    def stage(self, stage: str, rows: list[Row]) -> tuple[dict[str, Line], dict[str, Any]]:
+        """The decisions on `rows` by id, as far as there are any, and their counts."""
+        number = list(STAGES).index(stage) + 1
+        with open_journal(self.out / f"{number}_{stage}.jsonl") as journal:
+            if any({"id", "verdict"} - set(line) for line in journal.rows):
+                raise InstructError(f"{journal.path}: a line is no decision; use another --out")
+            lines = {line["id"]: line for line in journal.rows}
+            todo = [row for row in rows if row.id not in lines]
+            clock = Items(len(todo), "rows", self.progress, every=PROGRESS_S)
+            for made in (
+                self._asked(stage, todo) if stage in PROMPT_OF else self._local(stage, todo)
+            ):
+                journal.append(*made)
+                lines |= {line["id"]: line for line in made}
+                clock.tick(stage, len(made))
+        lines = {row.id: lines[row.id] for row in rows if row.id in lines}
+        counted = collections.Counter(line["verdict"] for line in lines.values())
+        counts = dict(rows=len(rows), **counted, undecided=len(rows) - len(lines))
+        return lines, counts | (self._calls(stage, rows) if stage in PROMPT_OF else {})
+
+    def _local(self, stage: str, rows: list[Row]) -> Iterator[list[Line]]:
+        judge = {"score": _scored, "images": _pictured}[stage]
+        for start in range(0, len(rows), BATCH):
+            if self.stopped():
+                return
+            part = rows[start : start + BATCH]
+            yield [{"id": row.id, **judge(row, self.settings)} for row in part]
+
+    def _asked(self, stage: str, rows: list[Row]) -> Iterator[list[Line]]:
+        replies = cached_chat_api.ask_all(
+            self.settings.endpoint(stage),
+            (_ask(stage, row, self.settings) for row in rows),
+            self.cache,
+            concurrency=self.settings.concurrency,
+            stopped=self.stopped,
+        )
+        for one, found in replies:
+            if isinstance(found, NoReply):
+                self.no_reply, self.last_error = self.no_reply + 1, str(found)
+            else:
+                yield [{"id": one.id, **_judged(stage, found)}]
+
+    def _calls(self, stage: str, rows: list[Row]) -> dict[str, Any]:
+        """What the replies on `rows` took, of this run and those before it."""
+        endpoint = self.settings.endpoint(stage)
+        asks = (_ask(stage, row, self.settings) for row in rows)
+        keys = {cached_chat_api.key_of(endpoint, one.messages) for one in asks}
+        replies = [reply for key in keys if (reply := self.cache.get(key)) is not None]
+        tokens_in = sum(reply.tokens_in or 0 for reply in replies)
+        tokens_out = sum(reply.tokens_out or 0 for reply in replies)
+        return dict(
+            calls=len(replies),
+            calls_without_usage=sum(None in (r.tokens_in, r.tokens_out) for r in replies),
+            tokens_in=tokens_in,
+            tokens_out=tokens_out,
+            usd=cost(endpoint, tokens_in, tokens_out),
+        )
+
+
+def _judged(stage: str, reply: Reply) -> Line:
+    """The decision that a reply is; what cannot be used is kept as it came."""
+    if reply.problem:
+        verdict = "unparsable" if reply.status == 200 else "refused"
+        return dict(verdict=verdict, reason=reply.problem, raw=reply.raw)
+    try:
+        if stage == "caption":
+            keep, reason = instruct_replies.read_verdict(reply.text)
+            return dict(verdict="keep" if keep else "drop", reason=reason)
+        question, answer = instruct_replies.read_instruction(reply.text)
+        return dict(verdict="written", reason="", question=question, answer=answer)
+    except Unparsable as error:
+        return dict(verdict="unparsable", reason=str(error), raw=reply.text)
+    except Invalid as error:
+        return dict(verdict="invalid", reason=str(error), raw=reply.text)
+
+
+def _scored(row: Row, settings: Settings) -> Line:
+    score = settings.score_of(row)
+    if score is None:
+        return dict(verdict="unscored", reason="score is null")
+    low = score < settings.threshold
+    reason = f"{score:g} {'<' if low else '>='} {settings.threshold:g}"
+    return dict(verdict="low" if low else "keep", reason=reason)
+
+
+def _pictured(row: Row, settings: Settings) -> Line:
+    if len(row.images) != 1:
+        return dict(verdict="several", reason=f"{len(row.images)} pictures")
+    if not (settings.images / row.images[0]).is_file():
+        return dict(verdict="missing", reason=f"no file {row.images[0]}")
+    return dict(verdict="keep", reason="one picture")
+
+
+def _ask(stage: str, row: Row, settings: Settings) -> Ask:
+    prompt = settings.prompts[PROMPT_OF[stage]]
+    return Ask(id=row.id, messages=prompt.messages(row.caption), data_class=row.data_class)
+
+
+def _document(row: Row, line: Line) -> dict[str, Any]:
+    return dict(
+        id=row.id,
+        text=f"{line['question']}{SEPARATOR}{line['answer']}",
+        image_path=row.images[0],
+        task=INTERLEAVED,
+        source=row.source,
+        credential="yes" if row.data_class == egress.CREDENTIALED else "no",
+        data_class=row.data_class,
+        group=row.group,
+        turns=1,
+    )
+
+
+def _report(
+    rows: Sequence[Row], outcome: dict[str, tuple[str, str]], stages: dict[str, Any], work: _Work
+) -> dict[str, Any]:
+    ends = collections.Counter(" ".join(outcome[row.id]) for row in rows)
+    if ends.total() != len(rows):
+        raise InstructError(f"{ends.total()} outcomes of {len(rows)} rows; report this as a bug")
+    return dict(
+        rows=len(rows),
+        written=ends["writing written"],
+        undecided=sum(n for name, n in ends.items() if name.endswith(" undecided")),
+        outcomes=dict(sorted(ends.items())),
+        stages=stages,
+        usd=_total(stages[stage]["usd"] for stage in PROMPT_OF),
+        calls_now=work.cache.asked,
+        no_reply_now=work.no_reply,
+        last_error=work.last_error,
+    )
+
+
+def _check_same(path: Path, rows: Sequence[Row], settings: Settings) -> None:
+    """Refuses a folder whose decisions were made from other rows or by other rules."""
+    asked = {stage: settings.endpoint(stage) for stage in PROMPT_OF}
+    facts = dict(
+        captions=_digest([dataclasses.astuple(row) for row in rows]),
+        scores=_digest([settings.score_of(row) for row in rows]),
+        threshold=settings.threshold,
+        prompts=_digest({name: dataclasses.astuple(p) for name, p in settings.prompts.items()}),
+        endpoints={s: [e.model, e.url, dict(e.parameters)] for s, e in asked.items()},
+    )
+    facts = json.loads(json.dumps(facts))
+    if not path.exists():
+        return _write(path, json.dumps(facts, indent=1) + "\n")
+    try:
+        known = read_json_object(path)
+    except TextFileError as error:
+        raise InstructError(f"{error}: damaged; use another --out") from error
+    if differing := [name for name in facts if known.get(name) != facts[name]]:
+        name = differing[0]
+        raise InstructError(
+            f"{path.parent}: was begun with {name} {known.get(name)}, this is {facts[name]}; use "
+            f"another --out, and --calls {path.parent / CALLS} to keep its replies"
+        )
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _total(parts: Iterable[float | None]) -> float | None:
+    """The sum, or None where one part is not known."""
+    found = list(parts)
+    return None if None in found else sum(found)
+
+
+def _write(path: Path, text: str) -> None:
+    Folder(path.parent).write(path.name, [text.encode()])  # whole or not at all

@@ -1,0 +1,163 @@
+"""One training document: its fields, which of its tokens are trained, when it is whole, its bytes.
+
+    tokens   BOS q u e s t i o n BOI c+4 ... EOI SEP a n s w e r EOS
+
+All numpy, no files: `writer.py` keeps documents in folders.
+"""
+
+import dataclasses
+import hashlib
+import struct
+import zlib
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from medmax_jax.config import Vocab
+from medmax_jax.io.text_files import parse_object
+from medmax_jax.models.vocab import (
+    BOI,
+    BOS,
+    EOI,
+    EOS,
+    IMAGE,
+    IMAGE_START,
+    PAD,
+    SEP,
+    check_ids,
+    is_image,
+)
+
+COLUMNS = ("length", "image", "answers", "answers_image", "release", "release_image")
+LABELS = ("source", "task", "picture")  # numbers of names, see records.Labels
+HEAD = struct.Struct("<4sII")  # magic, CRC-32 of all that follows it, bytes of the JSON header
+MAGIC = b"MMX1"
+AS_WRITTEN = dict(allow_lone_surrogates=True, check_integers=False)  # the header, which has a CRC
+
+
+class RecordsError(ValueError):
+    """A document or a folder that cannot be used; the message names it and the mend."""
+
+    def __init__(self, text: str, kind: str = ""):
+        super().__init__(text)
+        self.kind = kind  # of what is wrong with a document: schema, ids, image, separator
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Document:
+    """One training document. `turns`: user turns, 0 unknown. `group`: patient or volume."""
+
+    tokens: np.ndarray  # int32 [T], BOS first, EOS last
+    image_path: str
+    task: str
+    source: str
+    credential: str
+    turns: int
+    group: str
+    id: str
+    image_sha256: str = ""  # of the picture's file; empty where that was not at hand
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What the ids of a folder mean. `tokenizer`, `vqgan`: sha256 of the files that made them."""
+
+    vocab: Vocab
+    codes_per_image: int
+    tokenizer: str
+    vqgan: str
+
+
+def scored(tokens: Int[np.ndarray, "T"], mode: str, turns: int) -> Bool[np.ndarray, "T"]:
+    """True at the tokens whose prediction is trained.
+
+    SEP closes every turn, so the sections between SEPs are question, answer, question, answer...
+    A section owns the SEP or EOS that closes it:
+        tokens            BOS q1 SEP a1 SEP q2 SEP a2 EOS    (turns=2)
+        answers            .  .   .   x   x  .   .   x   x
+        release            .  .   .   x   x  x   x   x   x   (all after the first SEP, as released)
+    `answers` with unknown turns (0) is `release`. A document without SEP (pretraining) is scored
+    whole, but for its BOS.
+    """
+    if mode not in ("answers", "release"):
+        raise RecordsError(f"mask is {mode!r}; use answers or release")
+    is_sep = tokens == SEP
+    section = np.cumsum(is_sep) - is_sep  # SEPs strictly before
+    if not is_sep.any():
+        return np.arange(len(tokens)) > 0
+    return section % 2 == 1 if mode == "answers" and turns > 0 else section > 0
+
+
+def check_document(document: Document, layout: Layout, *, name: str = "") -> None:
+    """Raise RecordsError unless the document is valid: ids, ends, image spans, turns.
+
+    `name`: what messages call it, where its id must not be repeated.
+    """
+    t, where = document.tokens, name or f"document {document.id!r} of {document.source!r}"
+    if t.ndim != 1 or t.dtype != np.int32 or len(t) < 3:
+        raise RecordsError(
+            f"{where}: tokens are {t.dtype}{t.shape}; need int32 [T] with T >= 3", "schema"
+        )
+    try:
+        check_ids(t, layout.vocab, where=where)
+    except ValueError as error:
+        raise RecordsError(str(error), "ids") from error
+    if t[0] != BOS or t[-1] != EOS:
+        raise RecordsError(
+            f"{where}: goes from {t[0]} to {t[-1]}; need BOS {BOS} to EOS {EOS}", "ids"
+        )
+    stray = t[1:-1][np.isin(t[1:-1], (BOS, PAD, EOS, IMAGE))]
+    if stray.size:
+        raise RecordsError(
+            f"{where}: control token {stray[0]} inside; make the document anew", "ids"
+        )
+    _check_images(t, layout, where)
+    seps = int((t == SEP).sum())
+    if document.turns and seps != 2 * document.turns - 1:
+        raise RecordsError(
+            f"{where}: turns is {document.turns} but there are {seps} separators, "
+            f"not {2 * document.turns - 1}; set turns to 0 when they are not known",
+            "separator",
+        )
+
+
+def from_bytes(record: bytes, where: str) -> Document:
+    """The way back; raises RecordsError, with `where` in it, on damage."""
+    if len(record) < HEAD.size or record[:4] != MAGIC:
+        raise RecordsError(f"{where}: no document of this format; the shard is damaged or foreign")
+    _, crc, size = HEAD.unpack_from(record)
+    if zlib.crc32(record[8:]) != crc:
+        raise RecordsError(f"{where}: CRC differs, so it is damaged; make the data set again")
+    body = record[HEAD.size :]
+    try:
+        fields = parse_object(body[:size], where, **AS_WRITTEN)
+        tokens = np.frombuffer(body[size:], fields["tokens"]).astype(np.int32)
+        return Document(**(fields | {"tokens": tokens}))
+    except (ValueError, KeyError, TypeError) as error:
+        raise RecordsError(f"{where}: its header is no document's: a foreign shard") from error
+
+
+def _check_images(t: np.ndarray, layout: Layout, where: str) -> None:
+    n, code = layout.codes_per_image, is_image(t, layout.vocab)
+    begins, ends = np.flatnonzero(t == BOI), np.flatnonzero(t == EOI)
+    whole = len(begins) == len(ends) and (ends - begins == n + 1).all()
+    whole = whole and all(code[b + 1 : e].all() for b, e in zip(begins, ends, strict=True))
+    if not whole or code.sum() != n * len(begins):
+        raise RecordsError(
+            f"{where}: {int(code.sum())} image codes with {len(begins)} BOI and {len(ends)} EOI; "
+            f"every image must be BOI, {n} codes, EOI: cut off, or made for another VQGAN",
+            "image",
+        )
+    unused = t[(t >= IMAGE_START + layout.vocab.image_codes) & (t < EOI)]
+    if unused.size:
+        raise RecordsError(
+            f"{where}: image token {unused[0]} is beyond the codebook of "
+            f"{layout.vocab.image_codes} codes; use the VQGAN of this vocabulary",
+            "image",
+        )
+
+
+def pseudonym(text: str | bytes) -> str:
+    """A short name for what must not be written: 64 bits of SHA-256."""
+    raw = text if isinstance(text, bytes) else text.encode()
+    return hashlib.sha256(raw).hexdigest()[:16]

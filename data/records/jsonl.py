@@ -1,0 +1,56 @@
+"""Documents as text, JSONL in the released schema, before they are token ids and after.
+
+{"id": "PMC1_f2", "text": "question<reserved08706>answer with <image>", "image_path": "a.png",
+ "task": "Multimodal Generation", "source": "PMC-OA", "credential": "no", "group": "PMC1",
+ "turns": 1}
+"""
+
+from pathlib import Path
+from typing import Any
+
+from medmax_jax.data.records.document import Document, Layout, RecordsError
+from medmax_jax.endpoints import egress
+from medmax_jax.io.image_paths import is_inside
+from medmax_jax.io.text_files import TextFileError, read_objects
+from medmax_jax.models.tokenizer import IMAGE_NAME, SEP_NAME, Tokenizer, segments_of
+
+TEXTS = ("id", "text", "image_path", "task", "source", "credential", "group")
+
+
+def read_texts(path: str | Path) -> list[dict[str, Any]]:
+    """Return the rows of a file, each with the fields above; raise RecordsError or OutgoingError.
+
+    Of a row that is credentialed, or that does not state its class, messages have the row's number,
+    the field and the type alone.
+    """
+    try:
+        rows = [row for _, row in read_objects(path)]
+    except TextFileError as error:
+        raise RecordsError(f"{error}: cannot be read; mend it") from error
+    for n, row in enumerate(rows, start=1):
+        wrong = [name for name in TEXTS if not isinstance(row.get(name), str)]
+        wrong += ["turns"] if type(row.get("turns")) is not int or row["turns"] < 0 else []
+        if wrong:
+            name = wrong[0]
+            raise RecordsError(f"{path} row {n}: {name} is {egress.describe(row, name)}; mend it")
+        egress.class_of(row, f"{path} row {n}")
+        shown, name = IMAGE_NAME in row["text"], row["image_path"]
+        if shown != bool(name) or (name and not is_inside(name)):
+            raise RecordsError(
+                f"{path} row {n}: image_path is {egress.describe(row, 'image_path')} and "
+                f"{IMAGE_NAME} is "
+                f"{'in' if shown else 'not in'} the text; give it a file below --images, or neither"
+            )
+    return rows
+
+
+def written(document: Document, layout: Layout, tokenizer: Tokenizer) -> str:
+    """The text of a document again, with `<image>` where an image stands."""
+    parts = segments_of(document.tokens, layout.vocab)
+    return "".join(IMAGE_NAME if k == "image" else tokenizer.decode(ids) for k, ids in parts)
+
+
+def spoken(document: Document, layout: Layout, tokenizer: Tokenizer) -> str:
+    """Its words alone: a line for each stretch between images and separators."""
+    text = written(document, layout, tokenizer)
+    return text.replace(IMAGE_NAME, "\n").replace(SEP_NAME, "\n")

@@ -1,0 +1,175 @@
+"""Reads a folder of records, in any order, and notices damage. writer.py writes one.
+
+    folder/00000-of-00003.array_record   one document a record, as documents.py writes it
+    folder/index.npy                     int32 [documents, COLUMNS and LABELS]: counts, and names
+                                         by number
+    folder/dataset.json                  counts, vocabulary, image size, fingerprints; written last
+
+A folder without dataset.json is not finished. ArrayRecord reads a truncated shard as empty records
+and says nothing, so sizes are checked when a folder opens and every record carries its own CRC.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python import array_record_module
+
+from medmax_jax.config import ConfigError, build
+from medmax_jax.data.records.document import (
+    COLUMNS,
+    LABELS,
+    Document,
+    Layout,
+    RecordsError,
+    check_document,
+    from_bytes,
+)
+from medmax_jax.data.records.staging import INDEX, META, on_disk
+from medmax_jax.io.errors import printable
+from medmax_jax.io.text_files import TextFileError, read_json
+
+FORMAT = 2
+
+
+def open_records(folder: str | os.PathLike) -> "Records":
+    """A finished folder, as a sequence of Documents; raises RecordsError when it is not whole.
+
+    One on gs:// is copied to this host first (staging.py), which may raise a StorageError.
+    """
+    return Records(on_disk(folder))
+
+
+class Records(Sequence):
+    """Random access to a folder's documents. `index[column]`: int32 [documents]."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.meta = _read_meta(folder)
+        self.layout = _layout(self.meta, folder)
+        self.fingerprint: str = self.meta["sha256"]
+        self.index = _read_index(folder, self.meta)
+        self._starts = np.cumsum([0] + [s["documents"] for s in self.meta["shards"]])
+        self._readers: dict[int, Any] = {}
+        for shard in self.meta["shards"]:
+            _check_shard(folder, shard)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, i: int) -> Document:
+        return self.read([i])[0]
+
+    def __iter__(self) -> Iterator[Document]:
+        for start in range(0, len(self), 256):  # records a read
+            yield from self.read(range(start, min(start + 256, len(self))))
+
+    def read(self, indices: Iterable[int]) -> list[Document]:
+        """Documents by number, in the given order; one read per shard touched."""
+        wanted = np.asarray(list(indices), np.int64)
+        if wanted.size and (wanted.min() < 0 or wanted.max() >= len(self)):
+            raise IndexError(f"document {wanted} of {len(self)} in {self.folder}")
+        shard_of = np.searchsorted(self._starts, wanted, side="right") - 1
+        found: dict[int, Document] = {}
+        for shard in np.unique(shard_of):
+            places = np.flatnonzero(shard_of == shard)
+            local = (wanted[places] - self._starts[shard]).tolist()
+            for place, document in zip(places, self._read_shard(int(shard), local), strict=True):
+                found[int(place)] = document
+        return [found[i] for i in range(len(wanted))]
+
+    def names(self, label: str) -> list[str]:
+        """What the numbers of index["source"] or index["task"] mean."""
+        return sorted(self.meta[f"{label}s"])
+
+    def _read_shard(self, shard: int, local: list[int]) -> list[Document]:
+        path = self.folder / self.meta["shards"][shard]["file"]
+        raw = self.raw(shard, local)
+        documents = [from_bytes(r, f"{path}, record {n}") for n, r in zip(local, raw, strict=True)]
+        for document in documents:
+            check_document(document, self.layout)
+        return documents
+
+    def raw(self, shard: int, local: list[int]) -> list[bytes]:
+        """The bytes of some records of a shard, unread; raises RecordsError on damage."""
+        path = self.folder / self.meta["shards"][shard]["file"]
+        try:
+            if shard not in self._readers:
+                self._readers[shard] = array_record_module.ArrayRecordReader(str(path))
+            raw = self._readers[shard].read(local)
+            if len(raw) != len(local):
+                raise ValueError(f"{len(raw)} of {len(local)} records")
+        except (RuntimeError, ValueError) as error:
+            raise RecordsError(
+                f"{path}: damaged ({error}); make the data set again from its source"
+            ) from error
+        return raw
+
+
+def _read_meta(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise RecordsError(f"{folder}: no such folder; make it: python -m data.prepare --help")
+    if not (folder / META).exists():
+        made = "so it was never finished; run its data.prepare command again"
+        raise RecordsError(f"{folder}: no {META}, {made}")
+    try:
+        meta = read_json(folder / META)
+    except TextFileError as error:
+        raise RecordsError(f"{error}: damaged; make it again") from error
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        raise RecordsError(f"{folder / META}: not of format {FORMAT}; make the data set again")
+    if wrong := _wrong_field(meta):
+        raise RecordsError(f"{folder / META}: no usable {wrong}: damaged; make it again")
+    return meta
+
+
+def _wrong_field(meta: dict[str, Any]) -> str:
+    """The first field that readers rely on and that is not of its type; "" where all are."""
+    kinds = dict(sha256=str, index_sha256=str, shards=list, documents=int, tokens=int, notes=dict)
+    kinds |= dict.fromkeys(("sources", "tasks", "credentials"), dict)
+    for name, kind in kinds.items():
+        if type(meta.get(name)) is not kind:
+            return name
+    for number, shard in enumerate(meta["shards"]):
+        of_shard = dict(file=str, documents=int, bytes=int)
+        if not isinstance(shard, dict):
+            return f"shards[{number}]"
+        for name, kind in of_shard.items():
+            if type(shard.get(name)) is not kind or kind is int and shard[name] < 0:
+                return f"shards[{number}].{name}"
+        if Path(shard["file"]).name != shard["file"] or not shard["file"].isprintable():
+            return f"shards[{number}].file"
+    return ""
+
+
+def _layout(meta: dict[str, Any], folder: Path) -> Layout:
+    try:
+        return build(Layout, meta["layout"])
+    except (ConfigError, KeyError) as error:
+        raise RecordsError(f"{folder / META}: no usable layout ({printable(error)})") from error
+
+
+def _read_index(folder: Path, meta: dict[str, Any]) -> dict[str, np.ndarray]:
+    path, digest = folder / INDEX, ""
+    if path.exists():
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != meta["index_sha256"]:
+        raise RecordsError(f"{path}: missing or damaged; make the data set again")
+    table = np.load(path, mmap_mode="r", allow_pickle=False)  # columns that nobody asks for stay
+    if table.shape != (sum(s["documents"] for s in meta["shards"]), len(COLUMNS) + len(LABELS)):
+        raise RecordsError(f"{path}: of another number of documents; make the data set again")
+    return {n: np.asarray(c) for n, c in zip((*COLUMNS, *LABELS), table.T, strict=True)}
+
+
+def _check_shard(folder: Path, shard: dict[str, Any]) -> None:
+    path = folder / shard["file"]
+    size = path.stat().st_size if path.exists() else 0
+    if size != shard["bytes"]:
+        raise RecordsError(
+            f"{path}: {size} bytes, but {shard['bytes']} were written: cut off or copied in part; "
+            "copy it again or make the data set again"
+        )

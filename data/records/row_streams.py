@@ -1,0 +1,85 @@
+"""Files of rows as streams: JSON arrays, JSON lines, CSV, gzipped or not, with bounds.
+
+PubMedVision alone is one JSON array of 700 MB, so an array is decoded item by item. A row comes as
+its value, with None for NaN; as a TextFileError where it is no JSON that is accepted; and as None
+where a row of CSV has another width.
+"""
+
+import contextlib
+import dataclasses
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+from medmax_jax.io import text_files
+from medmax_jax.io.csv_files import csv_table
+from medmax_jax.io.text_files import TextFileError
+
+
+class SourceError(ValueError):
+    """A source that cannot be read at all; the message names the file and the mend."""
+
+
+CHUNK = 2**20  # characters read at once
+MAX_ITEM = 2**22  # characters of one item or line; the longest published ones have some thousands
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a row stands: the n-th of a file, from 1."""
+
+    file: str
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.file}, row {self.number}"
+
+    def id(self, source: str) -> str:
+        """An id that holds no text of the source: "SLAKE/train-0000002"."""
+        return f"{source}/{pathlib.PurePath(self.file).name.split('.')[0]}-{self.number:07d}"
+
+
+def json_array(path: pathlib.Path) -> Iterator[tuple[Place, Any]]:
+    """Items of a file that is one JSON array; damage ends it with a SourceError."""
+    bounds = dict(max_chars=MAX_ITEM, chunk_chars=CHUNK)
+    with _source_errors(), text_files.open_binary(path) as file:
+        for n, item in text_files.array_items(file, path.name, **bounds):
+            yield Place(path.name, n), item
+
+
+def json_lines(path: pathlib.Path) -> Iterator[tuple[Place, Any]]:
+    """One JSON value a line, or the items of one array."""
+    with _source_errors(), text_files.open_binary(path) as file:
+        is_array = text_files.starts_array(file)
+        for n, line in () if is_array else text_files.lines(file, path.name, max_bytes=MAX_ITEM):
+            try:
+                yield Place(path.name, n), text_files.parse_row(line, path.name)
+            except TextFileError as error:
+                yield Place(path.name, n), error
+    if is_array:
+        yield from json_array(path)
+
+
+def csv_rows(path: pathlib.Path, columns: tuple[str, ...]) -> Iterator[tuple[Place, Any]]:
+    """Rows of a CSV file with a header; a row of another width comes as None."""
+    with (
+        _source_errors(),
+        text_files.open_binary(path) as file,
+        csv_table(file, path.name, max_chars=MAX_ITEM) as (header, rows),
+    ):
+        if lacking := [c for c in columns if c not in header]:
+            raise SourceError(
+                f"{path.name}: lacks the columns {', '.join(lacking)}; "
+                "give the file as it is published"
+            )
+        for n, row in rows:
+            whole = len(row) == len(header)
+            yield Place(path.name, n), dict(zip(header, row, strict=True)) if whole else None
+
+
+@contextlib.contextmanager
+def _source_errors() -> Iterator[None]:
+    try:
+        yield
+    except TextFileError as error:
+        raise SourceError(str(error)) from error

@@ -1,0 +1,162 @@
+"""Records on gs:// are copied to a disk of this host, once, and checked by hash.
+
+    gs://bucket/folder/dataset.json   read at every start; its SHA-256 names the copy
+    shards and index                  copied only if the copy is not there; their SHA-256 stand in
+                                      dataset.json, and the copy is renamed when all agree
+
+Processes of a host take turns by a lock that ends with its holder; whoever comes second finds the
+copy. Copies lie in MEDMAX_STAGE, by default a folder of the user's own below the system's temporary
+one, readable by their owner alone, and may be deleted when nobody reads them.
+"""
+
+import concurrent.futures
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+import stat
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from medmax_jax.data.records.document import RecordsError
+from medmax_jax.io.atomic_folder import new_folder, private
+from medmax_jax.io.gcs import PIECE, TIMEOUT_VARIABLE, silence
+from medmax_jax.io.progress import Progress
+from medmax_jax.io.storage import Folder, StorageError
+from medmax_jax.io.text_files import parse_json
+
+META, INDEX = "dataset.json", "index.npy"
+STAGE_VARIABLE = "MEDMAX_STAGE"  # in the environment: where copies lie
+STREAMS = 8  # files on the way at once: one stream of GCS does not fill a host's network
+
+
+class _File(NamedTuple):
+    name: str
+    size: int
+    sha256: str
+
+
+def on_disk(folder: str | os.PathLike) -> Path:
+    """The folder, or the copy of one on gs://; raises StorageError or RecordsError."""
+    source = Folder(folder)
+    if not source.remote:
+        return Path(folder)
+    meta = source.read(META).tobytes()
+    shards, index = _said(source, meta)
+    place = _stage() / hashlib.sha256(meta).hexdigest()[:16]
+    if not _whole(place, shards):
+        with _turn(place):
+            if not _whole(place, shards):  # else the former holder has just made it
+                shutil.rmtree(place, ignore_errors=True)  # temporary folders lose old files
+                files = [*shards, _File(INDEX, source.size(INDEX), index)]
+                _copy(source, meta, files, place)
+    return place
+
+
+def _whole(place: Path, shards: list[_File]) -> bool:
+    """Whether a copy has all its files; what is in them, their own checks say."""
+    names = {file.name: file.size for file in shards}
+    found = {p.name: p.stat().st_size for p in place.glob("*")}
+    return {META, INDEX} <= found.keys() and names.items() <= found.items()
+
+
+def _copy(source: Folder, meta: bytes, files: list[_File], place: Path) -> None:
+    total = sum(file.size for file in files)
+    print(f"{source.path}: {len(files)} files to {place}", file=sys.stderr, flush=True)
+    progress = Progress(total, lambda line: print(line, file=sys.stderr, flush=True))
+    pool = concurrent.futures.ThreadPoolExecutor(STREAMS)
+    with private(), new_folder(place, bytes_needed=total + len(meta), seal=META) as new:
+        try:
+            for nbytes in pool.map(lambda file: _fetch(source, new, file), files):
+                progress(nbytes)
+        finally:
+            pool.shutdown(cancel_futures=True)
+        new.write(META, [meta])
+    progress.done(str(place))
+
+
+def _said(source: Folder, meta: bytes) -> tuple[list[_File], str]:
+    """The shards, and the SHA-256 of the index, of a dataset.json."""
+    try:
+        said = parse_json(meta, META)
+        shards = [_File(s["file"], int(s["bytes"]), str(s["sha256"])) for s in said["shards"]]
+        return shards, str(said["index_sha256"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise RecordsError(
+            f"{source.path}/{META}: damaged, or made before shards had hashes "
+            f"({type(error).__name__}: {error}); make the data set again"
+        ) from error
+
+
+def _fetch(source: Folder, new: Folder, file: _File) -> int:
+    digest = hashlib.sha256()
+    with new.stream(file.name) as out:
+        for start in range(0, file.size, PIECE):
+            part = source.read(file.name, start, min(start + PIECE, file.size))
+            digest.update(part)
+            out.write(part)
+    if digest.hexdigest() != file.sha256:
+        raise RecordsError(
+            f"{source.path}/{file.name}: SHA-256 is {digest.hexdigest()}, but {META} says "
+            f"{file.sha256}: damaged, or of another data set; upload the folder again"
+        )
+    return file.size
+
+
+def _stage() -> Path:
+    """The folder of all copies, this user's own."""
+    given = os.environ.get(STAGE_VARIABLE)
+    place = Path(given or Path(tempfile.gettempdir(), f"medmax_jax_{os.getuid()}"))
+    try:
+        with private():
+            place.mkdir(parents=True, exist_ok=True)
+        found = place.stat() if given else place.lstat()  # anybody may write into a temporary one
+    except OSError as error:
+        raise StorageError(
+            f"{place}: cannot be made ({error.strerror}); set {STAGE_VARIABLE} to another folder"
+        ) from error
+    if not stat.S_ISDIR(found.st_mode) or not (given or found.st_uid == os.getuid()):
+        raise StorageError(f"{place}: not a folder of this user; set {STAGE_VARIABLE} to one")
+    return place.resolve()  # new_folder writes beside what it is
+
+
+@contextlib.contextmanager
+def _turn(place: Path) -> Iterator[None]:
+    """Holds the host's lock on a copy; the kernel frees it when the process dies."""
+    partial, limit = place.with_name(f"{place.name}.partial"), silence()
+    with private():
+        lock = open(f"{place}.lock", "w")
+    with lock:
+        news, since = -1, time.monotonic()
+        while not _locked(lock.fileno()):
+            if (now := _bytes(partial)) != news:
+                news, since = now, time.monotonic()
+            elif time.monotonic() - since > limit:
+                raise StorageError(
+                    f"{partial}: another process copies it and has written nothing for {limit:.3g} "
+                    f"s; end it, or set {TIMEOUT_VARIABLE} (seconds) higher"
+                )
+            time.sleep(0.1)
+        yield
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _bytes(folder: Path) -> int:
+    """Of all files that are there; some may go meanwhile."""
+    total = 0
+    for path in folder.glob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_size
+    return total

@@ -1,0 +1,278 @@
+"""Writes documents to a folder: shards, an index of counts and names, and what it all holds.
+
+The layout of the folder stands in reader.py, which opens one.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import struct
+import zlib
+from array import array
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python import array_record_module
+from jaxtyping import Int
+
+from medmax_jax.config import Vocab
+from medmax_jax.data.records.document import (
+    COLUMNS,
+    HEAD,
+    LABELS,
+    MAGIC,
+    Document,
+    Layout,
+    RecordsError,
+    check_document,
+    scored,
+)
+from medmax_jax.data.records.reader import FORMAT, Records, open_records
+from medmax_jax.data.records.staging import INDEX, META
+from medmax_jax.endpoints import egress
+from medmax_jax.io import storage
+from medmax_jax.io.atomic_folder import private_folder
+from medmax_jax.models.vocab import is_image
+
+__all__ = ["Labels", "Records", "counts", "credentialed", "open_records", "to_bytes", "write"]
+_OPTIONS = "group_size:1,zstd:3"  # group_size 1: the only one with fast random access
+
+
+def write(
+    folder: str | os.PathLike,
+    documents: Iterable[Document],
+    *,
+    shard_size: int,
+    layout: Layout,
+    notes: dict[str, Any],
+) -> dict[str, Any]:
+    """Writes a folder of records and returns its dataset.json; `notes` stand in it as given.
+
+    The folder appears finished or not at all: shards carry a temporary name until the last
+    document is written, and dataset.json comes last. From the first credentialed document on,
+    before a byte of it is written, the folder and its files are for their owner alone (0700, 0600).
+    """
+    with contextlib.ExitStack() as modes:
+        return _write(_new_folder(folder), documents, shard_size, layout, notes, modes)
+
+
+def _write(
+    folder: Path,
+    documents: Iterable[Document],
+    shard_size: int,
+    layout: Layout,
+    notes: dict[str, Any],
+    modes: contextlib.ExitStack,
+) -> dict[str, Any]:
+    count, labels, rows = _Counter(), Labels(), array("i")
+    digest, ids = hashlib.sha256(), set()
+    parts, secret = _Parts(folder, shard_size), False
+    try:
+        for number, document in enumerate(documents):
+            label = ""
+            if egress.is_credentialed(document.credential):
+                label = f"document {number}"  # its id must not be repeated
+                if not secret:
+                    modes.enter_context(_owner_only(folder))
+                    secret = True
+            check_document(document, layout, name=label)
+            if document.id in ids:
+                raise RecordsError(
+                    f"{label or f'document id {document.id!r}'} comes twice; ids must differ"
+                )
+            ids.add(document.id)
+            record = to_bytes(document)
+            digest.update(record)
+            parts.add(record)
+            rows.extend(counts(document, layout.vocab))
+            labels.add(document.source, document.task, document.image_path)
+            count.add(document)
+        if not rows:
+            raise RecordsError(f"{folder}: no documents to write; look at the source and filters")
+        shards = parts.finish()
+    except BaseException:
+        parts.abandon()
+        raise
+    table = np.frombuffer(rows, np.int32).reshape(-1, len(COLUMNS))
+    index = np.concatenate([table, labels.table()], axis=1)
+    np.save(folder / INDEX, np.asfortranarray(index))  # column by column, as it is read
+    meta = _meta(index, count, layout, digest, shards, notes)
+    meta["index_sha256"] = hashlib.sha256((folder / INDEX).read_bytes()).hexdigest()
+    partial = folder / (META + ".partial")
+    partial.write_text(json.dumps(meta, indent=1) + "\n")
+    os.replace(partial, folder / META)
+    return meta
+
+
+@contextlib.contextmanager
+def _owner_only(folder: Path) -> Iterator[None]:
+    """Close the folder and the shards of open documents that are in it; new files are private."""
+    with private_folder(folder):
+        for path in folder.iterdir():
+            if path.is_file() and not path.is_symlink():
+                path.chmod(0o600)
+        yield
+
+
+def counts(document: Document, vocab: Vocab) -> list[int]:
+    """The document's numbers in the order of COLUMNS."""
+    t, image = document.tokens, is_image(document.tokens, vocab)
+    row = [len(t), int(image.sum())]
+    for mode in ("answers", "release"):
+        mask = scored(t, mode, document.turns)
+        row += [int(mask.sum()), int((mask & image).sum())]
+    return row
+
+
+def to_bytes(document: Document) -> bytes:
+    """One self-describing record: magic, CRC-32, JSON header, token ids; `from_bytes` reads it.
+
+    A field that is not known is left out, so that records from before there was one stay the same
+    bytes, and a folder's fingerprint with them.
+    """
+    kind = "<u2" if document.tokens.max() < 2**16 else "<i4"
+    fields = {f.name: getattr(document, f.name) for f in dataclasses.fields(document)}
+    if not document.image_sha256:
+        del fields["image_sha256"]
+    header = json.dumps(fields | {"tokens": kind}, ensure_ascii=False).encode()
+    body = header + document.tokens.astype(kind).tobytes()
+    size = struct.pack("<I", len(header))
+    return HEAD.pack(MAGIC, zlib.crc32(size + body), len(header)) + body
+
+
+def credentialed(found: Records) -> bool:
+    """Whether any document of a folder is: nothing of it is shown unasked."""
+    return any(map(egress.is_credentialed, found.meta["credentials"]))
+
+
+class Labels:
+    """Source, task and picture of each document as numbers: the place among all names, sorted.
+
+    A document without a picture has -1; the pictures of the others begin at 0.
+        ("B", "VQA", "x.png"), ("A", "VQA", "")   ->   [1 0 0], [0 0 -1]
+    """
+
+    def __init__(self):
+        self._known: list[dict[str, int]] = [{} for _ in LABELS]  # name -> its first place
+        self._numbers = array("i")  # of that order, 4 bytes a label: there are millions
+
+    def add(self, source: str, task: str, picture: str) -> None:
+        for known, name in zip(self._known, (source, task, picture), strict=True):
+            self._numbers.append(known.setdefault(name, len(known)))
+
+    def table(self) -> Int[np.ndarray, "n 3"]:
+        """Of all that were added."""
+        table = np.array(self._numbers, np.int32).reshape(-1, len(LABELS))
+        for column, known in zip(table.T, self._known, strict=True):
+            place = {name: n for n, name in enumerate(sorted(known))}
+            column[:] = np.array([place[name] for name in known], np.int32)[column]
+        table[:, 2] -= "" in self._known[2]
+        return table
+
+
+class _Counter:
+    """Documents by task, source and credential, and how many groups."""
+
+    def __init__(self):
+        self.by = {name: collections.Counter() for name in ("task", "source", "credential")}
+        self.groups: set[str] = set()
+
+    def add(self, document: Document) -> None:
+        for name, counter in self.by.items():
+            counter[getattr(document, name)] += 1
+        self.groups.add(document.group)
+
+
+class _Parts:
+    """Shards being written under temporary names; `finish` gives them their own."""
+
+    def __init__(self, folder: Path, shard_size: int):
+        if shard_size < 1:
+            raise RecordsError(f"shard_size is {shard_size}; need at least 1 document a shard")
+        self.folder, self.shard_size = folder, shard_size
+        self.documents: list[int] = []
+        self._writer: Any = None
+
+    def add(self, record: bytes) -> None:
+        if self._writer is None or self.documents[-1] == self.shard_size:
+            self._close()
+            path = str(self._path(len(self.documents)))
+            self._writer = array_record_module.ArrayRecordWriter(path, _OPTIONS)
+            self.documents.append(0)
+        self._writer.write(record)
+        self.documents[-1] += 1
+
+    def finish(self) -> list[dict[str, Any]]:
+        self._close()
+        shards = []
+        for n, documents in enumerate(self.documents):
+            path = self.folder / f"{n:05d}-of-{len(self.documents):05d}.array_record"
+            os.replace(self._path(n), path)
+            size, digest = path.stat().st_size, storage.file_sha256(path)
+            facts = dict(documents=documents, bytes=size, sha256=digest)
+            shards.append(dict(file=path.name) | facts)
+        return shards
+
+    def abandon(self) -> None:
+        self._close()
+        for n in range(len(self.documents)):
+            self._path(n).unlink(missing_ok=True)
+
+    def _path(self, n: int) -> Path:
+        return self.folder / f"{n:05d}.partial"
+
+    def _close(self) -> None:
+        writer, self._writer = self._writer, None
+        try:
+            if writer is not None:
+                writer.close()
+        except RuntimeError as error:  # ArrayRecord tells of a full disk here, not when it writes
+            raise RecordsError(
+                f"{self.folder}: cannot be written ({error}); make room, or name another folder"
+            ) from error
+
+
+def _new_folder(folder: str | os.PathLike) -> Path:
+    folder = Path(folder)
+    if (folder / META).exists():
+        raise RecordsError(
+            f"{folder}: already holds a finished data set; remove it or name another"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in [*folder.glob("*.partial"), *folder.glob("*.array_record")]:
+            left.unlink()  # of a run that was killed
+        (folder / "0.partial").write_bytes(b"")
+        (folder / "0.partial").unlink()
+    except OSError as error:
+        raise RecordsError(
+            f"{folder}: cannot be written ({error.strerror}); name a folder that can"
+        ) from error
+    return folder
+
+
+def _meta(index, count, layout, digest, shards, notes) -> dict[str, Any]:
+    sums = index[:, : len(COLUMNS)].astype(np.int64).sum(0)  # not LABELS
+    total = dict(zip(COLUMNS, sums.tolist(), strict=True))
+    return dict(
+        format=FORMAT,
+        documents=len(index),
+        groups=len(count.groups),
+        tokens=total["length"],
+        text_tokens=total["length"] - total["image"],
+        image_tokens=total["image"],
+        longest=int(index[:, 0].max()),
+        scored={m: total[m] for m in ("answers", "release")},
+        tasks=dict(sorted(count.by["task"].items())),
+        sources=dict(sorted(count.by["source"].items())),
+        credentials=dict(sorted(count.by["credential"].items())),
+        layout=dataclasses.asdict(layout),
+        sha256=digest.hexdigest(),
+        shards=shards,
+        notes=notes,
+    )

@@ -1,0 +1,284 @@
+"""The published image archives, unpacked under limits: images.tar.gz.aa to .aq, and slake.tar.gz.
+
+    parts --> one stream, never joined on disk --> gzip --> tar --> OUT/name, image by image
+
+Only regular files with an image suffix are written, under plain relative names. A link, a device,
+an unsafe name or a name that comes twice stops the work, as a limit does; other regular files are
+left out and counted. A file appears whole or not at all, so an interrupted run goes on: a file that
+is there is compared, byte by byte, and never overwritten. (gzip's checksum comes at the very end:
+of a damaged archive wrong pictures may have been written, which the next run finds.)
+"""
+
+import collections
+import contextlib
+import dataclasses
+import fcntl
+import gzip
+import hashlib
+import io
+import itertools
+import os
+import re
+import shutil
+import stat
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from medmax_jax.io.progress import Progress
+from medmax_jax.io.storage import StorageError, checked, os_errors
+from medmax_jax.models import images
+
+PARTIAL = ".unpacking.partial"
+_READ = 1 << 20  # bytes asked of the unpacked stream at once
+_SLACK = 4 << 20  # bytes read ahead, and of headers, beyond the files seen so far
+_GLOBALS = 100  # headers that hold for all files; git archive writes one, most programs none
+_GRACE = 64 << 20  # bytes before the ratio says something
+
+
+class ArchiveError(ValueError):
+    """An archive that is not unpacked any further; the message names the file and the mend."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What an archive may hold. `ratio`: unpacked bytes for a byte of the archive."""
+
+    members: int
+    member_bytes: int
+    total_bytes: int
+    ratio: int
+
+
+LIMITS = Limits(
+    members=2_000_000,  # 725K images are published
+    member_bytes=256 << 20,
+    total_bytes=1 << 40,  # the seventeen parts have 91 GB, and images hardly compress
+    ratio=20,
+)
+
+
+def unpack(
+    parts: Sequence[str | Path], out: str | Path, *, limits: Limits, say: Callable[[str], None]
+) -> dict[str, int]:
+    """Writes the images of one archive, given as its parts in order; returns what was done."""
+    parts, out = [Path(p) for p in parts], Path(os.path.abspath(out))
+    _check_parts(parts)
+    count: collections.Counter[str] = collections.Counter()
+    with _locked(out), contextlib.closing(_Parts(parts)) as joined:
+        progress = Progress(sum(p.stat().st_size for p in parts), say)
+        names: set[bytes] = set()
+        with _told(f"{parts[0]}{' and on' if len(parts) > 1 else ''}"):
+            told = 0
+            for member, name, data in _members(joined, out, limits):
+                short = hashlib.blake2b(name.encode(), digest_size=16).digest()
+                if short in names:
+                    raise ArchiveError(f"{name!r} comes twice; the first one is kept")
+                names.add(short)
+                count[_place(member, name, data, out)] += 1
+                progress(joined.given - told)
+                told = joined.given
+    progress.done(f"{out}: {count['written']} images written, {count['there']} were there")
+    return {name: count[name] for name in ("written", "there", "left_out")}
+
+
+class _Parts(io.RawIOBase):
+    """Files one after another as one stream. `given`: bytes read so far."""
+
+    def __init__(self, parts: Sequence[Path]):
+        self._left, self._file, self.given = list(parts), None, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while self._file is not None or self._left:
+            if self._file is None:
+                self._file = open(self._left.pop(0), "rb", buffering=0)
+            if got := self._file.readinto(buffer):
+                self.given += got
+                return got
+            self._file.close()
+            self._file = None
+        return 0
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        super().close()
+
+
+class _Unzipped:
+    """The bytes inside the gzip, no more than `allowed` of them and none beyond the ratio."""
+
+    def __init__(self, joined: _Parts, limits: Limits):
+        self._joined, self._limits = joined, limits
+        self._zip = gzip.GzipFile(fileobj=io.BufferedReader(joined, _READ))
+        self.given, self.allowed = 0, _SLACK
+
+    def read(self, size: int) -> bytes:
+        try:
+            data = self._zip.read(size)
+        except gzip.BadGzipFile as error:  # an OSError, which would read as one of the disk
+            raise tarfile.ReadError(str(error)) from error
+        self.given += len(data)
+        if self.given > self.allowed:
+            raise ArchiveError(f"over {_SLACK} bytes that belong to no file; not to be trusted")
+        if self.given > self._joined.given * self._limits.ratio + _GRACE:
+            raise ArchiveError(
+                f"unpacks to over {self._limits.ratio} times its size, as images never do; "
+                "where you trust it, raise --max_ratio"
+            )
+        return data
+
+
+def _members(
+    joined: _Parts, out: Path, limits: Limits
+) -> Iterator[tuple[tarfile.TarInfo, str, io.BufferedIOBase | None]]:
+    """(member, its name, its bytes) of each regular file, in the order of the archive."""
+    unzipped, total = _Unzipped(joined, limits), 0
+    with tarfile.open(fileobj=unzipped, mode="r|", bufsize=_READ) as tar:
+        for number in itertools.count(1):
+            if (member := tar.next()) is None:
+                break
+            tar.members.clear()  # else it holds every member it has seen
+            if len(tar.pax_headers) > _GLOBALS:
+                raise ArchiveError(f"over {_GLOBALS} global headers; not to be trusted")
+            total += member.size
+            _check_member(member, number, total, limits)
+            unzipped.allowed = tar.offset + _SLACK
+            name = _safe_name(member, out)
+            if member.isdir():
+                continue
+            yield member, name, tar.extractfile(member)
+        _check_end(tar)
+
+
+def _check_member(member: tarfile.TarInfo, number: int, total: int, limits: Limits) -> None:
+    for what, n, most in (
+        ("members", number, limits.members),
+        ("member_bytes", member.size, limits.member_bytes),
+        ("total_bytes", total, limits.total_bytes),
+    ):
+        if n > most:
+            raise ArchiveError(
+                f"{member.name[:200]!r}: {what} is {n}, the limit {most}; "
+                f"where you trust the archive, raise --max_{what}"
+            )
+    if member.size < 0:
+        raise ArchiveError(f"{member.name[:200]!r}: a size below 0; not to be trusted")
+
+
+def _safe_name(member: tarfile.TarInfo, out: Path) -> str:
+    """The name below OUT; raises on all but plain files and folders that stay there."""
+    shown = repr(member.name[:200])
+    regular = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.issparse()
+    if not regular and not member.isdir():
+        raise ArchiveError(f"{shown} is a link or a device, no plain file; not to be trusted")
+    name = member.name.removeprefix("./")
+    if member.isdir() and name in ("", "."):
+        return ""
+    try:
+        checked("archive", name)
+        tarfile.data_filter(member, str(out))  # looks through links that lie in OUT already
+    except (StorageError, tarfile.FilterError) as error:
+        raise ArchiveError(f"{shown} would leave {out}; not to be trusted") from error
+    return name
+
+
+def _place(member: tarfile.TarInfo, name: str, data: io.BufferedIOBase | None, out: Path) -> str:
+    """Writes one file if it is an image and not there; returns which of the three it was."""
+    last = name.rpartition("/")[2]
+    if not last.lower().endswith(images.SUFFIXES) or last.startswith("."):  # ._a.png: macOS's notes
+        return "left_out"
+    target, partial = out / name, out / PARTIAL
+    with os_errors(str(target)):
+        if os.path.lexists(target):
+            if not _same(target, member.size, data):
+                raise ArchiveError(
+                    f"{target} is there and is not this archive's file of {member.size} bytes; "
+                    "remove it, or choose another --out"
+                )
+            return "there"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "xb") as file:  # x: never through a link that was put there
+            shutil.copyfileobj(data, file, _READ)
+            written = file.tell()
+        if written != member.size:
+            raise EOFError(f"{name} has {written} of {member.size} bytes")
+        os.replace(partial, target)
+    return "written"
+
+
+def _same(target: Path, size: int, data: io.BufferedIOBase) -> bool:
+    found = os.lstat(target)
+    if not stat.S_ISREG(found.st_mode) or found.st_size != size:
+        return False
+    with open(target, "rb", buffering=0) as file:
+        return all(file.read(len(part)) == part for part in iter(lambda: data.read(_READ), b""))
+
+
+def _check_end(tar: tarfile.TarFile) -> None:
+    """tarfile takes a damaged header for the end; after a true one there are zeros only."""
+    rest = 0
+    while block := tar.fileobj.read(1 << 16):
+        rest += len(block)
+        if block.count(0) != len(block):
+            raise ArchiveError("a damaged header; copy the archive again")
+    if rest < tarfile.BLOCKSIZE:
+        raise EOFError("no end mark")
+
+
+def _check_parts(parts: Sequence[Path]) -> None:
+    for part in parts:
+        if not part.is_file():
+            raise ArchiveError(f"{part}: no such file; name the parts, images.tar.gz.a*")
+    if len(parts) == 1:
+        return
+    stem = parts[0].name[:-2]
+    letters = [f"{a}{b}" for a in map(chr, range(97, 123)) for b in map(chr, range(97, 123))]
+    for part, suffix in zip(parts, letters, strict=False):
+        if part.name != stem + suffix or not re.fullmatch(r".*\.", stem):
+            raise ArchiveError(
+                f"{part}: {stem}{suffix} should stand here; name every part of one archive, in "
+                "order, images.tar.gz.a*"
+            )
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """OUT for this process alone, without what a killed run left."""
+    with os_errors(str(out)):
+        out.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ArchiveError(f"{out}: another process unpacks into it; wait for it") from error
+        try:
+            with os_errors(str(out / PARTIAL)):
+                (out / PARTIAL).unlink(missing_ok=True)
+            yield
+        finally:
+            (out / PARTIAL).unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _told(archive: str) -> Iterator[None]:
+    """Errors of the stream name the archive and say what to do."""
+    again = "copy it again; the same command goes on"
+    try:
+        yield
+    except ArchiveError as error:
+        raise ArchiveError(f"{archive}: {error}") from error
+    except EOFError as error:
+        raise ArchiveError(
+            f"{archive}: ends early ({error}): the last part is cut off or missing; {again}"
+        ) from error
+    except (zlib.error, tarfile.TarError, RecursionError) as error:
+        raise ArchiveError(f"{archive}: damaged, or no .tar.gz ({error}); {again}") from error

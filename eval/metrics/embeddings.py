@@ -1,0 +1,213 @@
+"""Scores on embeddings: unit rows [n, E] of pictures and texts, one space for both.
+
+| score     | of                        | is                                                      |
+|-----------|---------------------------|---------------------------------------------------------|
+| cosine    | picture-text, picture-    | the dot product: BiomedCLIPScore, if the embeddings are |
+|           | picture, text-text        | BiomedCLIP's                                            |
+| combined  | picture, text, references | harmonic mean of picture-text and the best reference    |
+| ranks     | n queries, n targets      | place of the own target among all; ties share the mean  |
+| kid       | two sets of pictures      | unbiased MMD^2 with the kernel (gamma x.y + 1)^3, as it |
+|           |                           | is published: mean and std of subsets                   |
+| pictures  | pictures of each answer   | first, best, coverage, a floor for none                 |
+
+The release takes the raw cosine (no x 100, no factor 2.5, no clamp at 0), of the first picture of
+an answer, over the answers that have one; a model that draws once and well wins. For captions it
+compares the text with the picture and never reads the reference. `pictures` has both averages.
+KID and diversity with intervals over groups: eval/metrics/image_sets.py.
+
+Everything is float64 NumPy and a function of its arguments: seeds and sizes have no defaults.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float, Float64
+
+RANK_BLOCK = 1024  # queries whose similarities are in memory at a time
+TIE = 1e-6  # cosines: the same text, embedded in another batch, is about 1e-7 away
+DEGREE, SHIFT = 3, 1.0  # of KID's kernel (Binkowski et al. 2018)
+UNIT_ERROR = 1e-3  # rows further from length 1 are no embeddings
+
+
+def cosine(a: Float[np.ndarray, "n E"], b: Float[np.ndarray, "n E"]) -> Float64[np.ndarray, "n"]:
+    """Row by row, in -1..1."""
+    a, b = unit(a, "a"), unit(b, "b")
+    if a.shape != b.shape:
+        raise ValueError(f"embeddings of shapes {a.shape} and {b.shape}; a row of b for each of a")
+    return (a * b).sum(1)
+
+
+def combined(
+    picture: Float[np.ndarray, "n E"],
+    text: Float[np.ndarray, "n E"],
+    references: Sequence[Float[np.ndarray, "_ E"]],
+) -> Float64[np.ndarray, "n"]:
+    """Harmonic mean of the clamped picture-text cosine and the best clamped reference-text one.
+
+    RefCLIPScore's form without its factor 2.5: 0.3 and 0.6 -> 0.4; a negative cosine is 0.
+    `references`: the reference captions of each row, at least one.
+    """
+    if len(references) != len(text) or not all(len(rows) for rows in references):
+        raise ValueError(
+            f"{len(text)} texts, references for {len(references)}; each text needs one or more"
+        )
+    seen = cosine(picture, text).clip(0)
+    text = unit(text, "text")
+    pairs = zip(references, text, strict=True)
+    said = np.array([(unit(rows, "references") @ one).max() for rows, one in pairs]).clip(0)
+    total = seen + said
+    return np.divide(2 * seen * said, total, out=np.zeros(len(total)), where=total > 0)
+
+
+def ranks(
+    queries: Float[np.ndarray, "n E"], targets: Float[np.ndarray, "n E"]
+) -> Float64[np.ndarray, "n"]:
+    """The place of target i among all targets for query i: 1 is best, n the last.
+
+    Targets as near as the own one share the mean of their places, so that the same text for every
+    picture ranks at (n + 1) / 2, which is chance, whatever it says.
+    """
+    queries, targets = unit(queries, "queries"), unit(targets, "targets")
+    if queries.shape != targets.shape:
+        raise ValueError(f"{queries.shape} queries and {targets.shape} targets; one for each")
+    found = np.zeros(len(queries))
+    for start in range(0, len(queries), RANK_BLOCK):
+        part = slice(start, start + RANK_BLOCK)
+        near = queries[part] @ targets.T
+        own = near[np.arange(len(near)), np.arange(start, start + len(near))][:, None]
+        same = np.abs(near - own) <= TIE
+        above = ((near > own) & ~same).sum(1)
+        found[part] = 1 + above + (same.sum(1) - 1) / 2
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Retrieval:
+    n: int
+    median_rank: float
+    recall: dict[int, float]  # k -> share of queries whose own target is among the first k
+    mean_reciprocal_rank: float
+    chance_median: float
+    chance_recall: dict[int, float]
+
+
+def retrieval(found: Float[np.ndarray, "n"], *, at: Sequence[int]) -> Retrieval:
+    """Summary of `ranks`, beside what a blind model has. `at`: the k of recall at k."""
+    n = len(found)
+    if not n or min(at) < 1:
+        raise ValueError(f"{n} ranks, recall at {list(at)}; need a rank and k of at least 1")
+    return Retrieval(
+        n=n,
+        median_rank=float(np.median(found)),
+        recall={k: float((found <= k).mean()) for k in at},
+        mean_reciprocal_rank=float((1 / found).mean()),
+        chance_median=(n + 1) / 2,
+        chance_recall={k: min(k / n, 1.0) for k in at},
+    )
+
+
+def mmd2(x: Float[np.ndarray, "m E"], y: Float[np.ndarray, "n E"], *, gamma: float) -> float:
+    """Unbiased squared maximum mean discrepancy; may be below 0, is 0 on average for equal sources.
+
+    [[0], [1]] and [[2], [3]] at gamma 1: 1 + 343 - 2 * 93 / 4 = 297.5.
+    """
+    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 2:
+        raise ValueError(f"features {x.shape} and {y.shape}; two rows or more of one width each")
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    return _other_pairs(x, gamma) + _other_pairs(y, gamma) - 2 * float(kernel(x, y, gamma).mean())
+
+
+@dataclasses.dataclass(frozen=True)
+class Kid:
+    mean: float
+    std: float  # over the subsets: no error of the mean, for they share rows
+    subsets: int
+    size: int
+
+
+def kid(
+    real: Float[np.ndarray, "m E"],
+    made: Float[np.ndarray, "n E"],
+    *,
+    gamma: float,
+    subsets: int,
+    size: int,
+    seed: int,
+) -> Kid:
+    """MMD^2 over `subsets` draws of `size` rows of each side without replacement.
+
+    `gamma`: 1 for unit rows; 1 / E for raw features, whose entries are about 1. Published values
+    have 100 subsets of 1,000 on raw Inception features, and compare with no other features'.
+    """
+    if not 2 <= size <= min(len(real), len(made)) or subsets < 1:
+        raise ValueError(
+            f"subsets {subsets} of size {size} from {len(real)} and {len(made)} rows; size must be "
+            f"in 2..{min(len(real), len(made))}, subsets at least 1"
+        )
+    rng = np.random.default_rng(seed)
+    found = [
+        mmd2(
+            real[rng.choice(len(real), size, replace=False)],
+            made[rng.choice(len(made), size, replace=False)],
+            gamma=gamma,
+        )
+        for _ in range(subsets)
+    ]
+    return Kid(float(np.mean(found)), float(np.std(found)), subsets, size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """Similarities of the pictures of each answer to what was asked for."""
+
+    coverage: float  # share of answers with a picture
+    released: float | None  # mean of first pictures over answers that have one; None: nobody has
+    with_missing: float  # mean of first pictures, `floor` where there is none
+    best_of_all: float  # mean of the best picture of each answer, `floor` where there is none
+
+
+def pictures(similarities: Sequence[Sequence[float]], *, floor: float) -> Pictures:
+    """`similarities`: of every picture of every answer, in the order drawn, [] for none.
+
+    `floor`: what an answer without a picture is worth, such as the similarity of a blank one.
+    [[0.8, 0.9], []] at 0.1: coverage 0.5, released 0.8, with_missing 0.45, best_of_all 0.5.
+    """
+    if not similarities:
+        raise ValueError("no answers: nothing was scored")
+    first = [found[0] for found in similarities if len(found)]
+    n = len(similarities)
+    missing = floor * (n - len(first))
+    return Pictures(
+        coverage=len(first) / n,
+        released=sum(first) / len(first) if first else None,
+        with_missing=(sum(first) + missing) / n,
+        best_of_all=(sum(max(found) for found in similarities if len(found)) + missing) / n,
+    )
+
+
+def _other_pairs(x: Float64[np.ndarray, "m E"], gamma: float) -> float:
+    """Mean of the kernel over pairs of two different rows."""
+    k = kernel(x, x, gamma)
+    return float((k.sum() - np.trace(k)) / (len(x) * (len(x) - 1)))
+
+
+def kernel(
+    x: Float64[np.ndarray, "m E"], y: Float64[np.ndarray, "n E"], gamma: float
+) -> Float64[np.ndarray, "m n"]:
+    """KID's, of every row of x with every row of y."""
+    return (gamma * (x @ y.T) + SHIFT) ** DEGREE
+
+
+def unit(x: Float[np.ndarray, "n E"], name: str) -> Float64[np.ndarray, "n E"]:
+    """The rows in float64, of length 1 exactly; raises on what is no embedding."""
+    x = np.asarray(x, np.float64)
+    if not x.size:
+        return x
+    lengths = np.linalg.norm(x, axis=-1)
+    if x.ndim != 2 or not (np.abs(lengths - 1) < UNIT_ERROR).all():
+        raise ValueError(
+            f"{name} has shape {x.shape} and rows of length {lengths.min():.3g} to "
+            f"{lengths.max():.3g}; give unit rows, as Embedder makes them"
+        )
+    return x / lengths[:, None]

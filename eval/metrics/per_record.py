@@ -1,0 +1,220 @@
+"""What judges and scorers said of a workdir's records, and each record's verdicts by metric.
+
+    judged.jsonl    {id, kind, votes, why, judge, case}     the last line of an (id, kind) stands
+    pictures.jsonl  {id, scorer, fingerprint, ...}          one line a record and scorer
+
+    family            metrics, those of a judge or scorer only where there is one
+    vqa_closed        accuracy
+    vqa_mcq           accuracy
+    vqa_open          judge_correct, exact, token_f1
+    captioning        S_image_text, S_caption_caption, S_combined, S_recall_1, S_recall_5,
+                      token_f1, rouge_l, fact_recall
+    image_generation  S_image_text, S_image_image, S_recall_1, S_recall_5, modality_match
+    multimodal        judge_preference, S_image_image, S_image_image_best, token_f1, rouge_l,
+                      has_image, modality_match
+    visual_chat       judge_preference, token_f1, rouge_l
+
+S is `clip` for BiomedCLIP and `efficientnet` for EfficientNet-Lite0, which reads no text. What a
+judge or scorer failed on is unscored; a metric that nobody was asked for is not there.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from medmax_jax.endpoints import egress, reasoning
+from medmax_jax.eval.metrics import strict
+from medmax_jax.eval.metrics import text as text_metrics
+from medmax_jax.eval.metrics.strict import Verdict
+from medmax_jax.eval.stats import intervals
+from medmax_jax.io import journal
+
+Record = Mapping[str, Any]
+JUDGED, PICTURES = "judged.jsonl", "pictures.jsonl"
+CORRECT, RELATIVE = "correct", "relative"
+PAPER_OPEN, PAPER_RELATIVE = "paper_open", "paper_relative"
+COMPARED = ("multimodal", "visual_chat")  # families that a judge compares with a reference
+RECALLS = (1, 5)
+PREFIX = {"biomedclip": "clip", "efficientnet_lite0": "efficientnet"}
+PICTURES_ONLY = ("efficientnet_lite0",)
+SEEN = {
+    "captioning": ("image_text", "caption_caption", "combined", "recall_1", "recall_5"),
+    "image_generation": ("image_text", "image_image", "recall_1", "recall_5"),
+    "multimodal": ("image_image", "image_image_best"),
+}
+OF_PICTURES = ("image_image", "image_image_best")
+COSINES = ("image_text", "caption_caption", *OF_PICTURES)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """judged: kind -> id -> line. seen: scorer's name -> id -> line. `judge`, `scorers`: whose."""
+
+    judged: Mapping[str, Mapping[str, Mapping]] = dataclasses.field(default_factory=dict)
+    seen: Mapping[str, Mapping[str, Mapping]] = dataclasses.field(default_factory=dict)
+    judge: str = ""
+    scorers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+NONE = Evidence()
+
+
+def is_credentialed(record: Record) -> bool:
+    """Return whether nothing of a record may be repeated outside the private workdir."""
+    return record.get("data_class") == egress.CREDENTIALED
+
+
+def read(workdir: str | Path, *, judge: str | None = None) -> Evidence:
+    """Of a workdir. `judge`: fingerprint whose verdicts count; None: those of the last line."""
+    workdir = Path(workdir)
+    lines = journal.read_jsonl(workdir / JUDGED, ("id", "judge", "kind", "votes"))
+    if judge is None:
+        judge = lines[-1]["judge"] if lines else ""
+    judged: dict[str, dict[str, Mapping]] = {}
+    for line in lines:
+        if line["judge"] == judge:
+            judged.setdefault(line["kind"], {})[line["id"]] = line
+    return dataclasses.replace(looked(workdir / PICTURES), judged=judged, judge=judge)
+
+
+def of_probe(name: str) -> str:
+    """The file with what scorers said of a probe's captions, in the form of pictures.jsonl."""
+    return f"probe_{name}_{PICTURES}"
+
+
+def looked(path: Path) -> Evidence:
+    """What scorers said, of a file in the form of pictures.jsonl; nobody judged."""
+    seen: dict[str, dict[str, Mapping]] = {}
+    scorers = {}
+    for line in journal.read_jsonl(path, ("id", "scorer", "fingerprint")):
+        seen.setdefault(line["scorer"], {})[line["id"]] = line
+        scorers[line["scorer"]] = line["fingerprint"]
+    return Evidence(seen=seen, scorers=scorers)
+
+
+def answer_text(record: Record) -> str:
+    """Return the text of a record that is its answer: "" where the model never left its reasoning.
+
+    The scoring of the release reads the complete text (eval/metrics/release.py).
+    """
+    return reasoning.final_answer(record["text"]) or ""
+
+
+def verdicts(record: Record, known: Evidence = NONE) -> dict[str, Verdict]:
+    """Metric -> verdict of one record, the headline first; unscored where the model failed."""
+    family, text, answer = record["family"], answer_text(record), record["answer"]
+    if family in ("vqa_closed", "vqa_mcq"):
+        found = {"accuracy": _matched(record)}
+    elif family == "vqa_open":
+        found = _opened(record, known)
+        found["exact"] = strict.scored(text_metrics.exact(text, answer))
+        found["token_f1"] = strict.scored(text_metrics.token_f1(text, answer))
+    else:
+        found = _compared(record, known) if family in COMPARED else {}
+        for scorer, lines in known.seen.items():
+            found |= _seen(record, scorer, lines.get(record["id"]))
+        found |= _written(record)
+    if record.get("error"):
+        return {name: strict.unscored(record["error"], low=lowest(name)) for name in found}
+    return found
+
+
+def lowest(metric: str) -> float:
+    """The worst that a metric can be: cosines reach -1."""
+    return -1.0 if metric.endswith(COSINES) else 0.0
+
+
+def span(metric: str) -> intervals.Span:
+    """The worst and the best that a metric can be."""
+    return lowest(metric), 1.0
+
+
+def pairs(record: Record, known: Evidence, kind: str) -> list[tuple[float, float]]:
+    """The judge's (reference, model) votes on a record; [] for none."""
+    line = known.judged.get(kind, {}).get(record["id"])
+    return [(a, b) for a, b in line["votes"]] if line else []
+
+
+def _matched(record: Record) -> Verdict:
+    text, answer, prompt = record["text"], record["answer"], record["prompt"]
+    try:
+        if record["family"] == "vqa_closed":
+            return strict.closed(text, answer, prompt)
+        return strict.choice(text, answer, prompt)
+    except strict.StrictError as error:  # the row's fault: all that was asked is still told
+        return strict.unscored(str(error))
+
+
+def _opened(record: Record, known: Evidence) -> dict[str, Verdict]:
+    if CORRECT not in known.judged:
+        return {}
+    line = known.judged[CORRECT].get(record["id"])
+    if line is None or not line["votes"]:
+        return {"judge_correct": strict.unscored(_why(line))}
+    return {"judge_correct": strict.scored(sum(line["votes"]) / len(line["votes"]))}
+
+
+def _compared(record: Record, known: Evidence) -> dict[str, Verdict]:
+    """1 for an answer that the judge rates above the reference, a half for as good."""
+    if RELATIVE not in known.judged:
+        return {}
+    votes = pairs(record, known, RELATIVE)
+    if not votes:
+        line = known.judged[RELATIVE].get(record["id"])
+        return {"judge_preference": strict.unscored(_why(line))}
+    better = sum((b > a) + (b == a) / 2 for a, b in votes)
+    return {"judge_preference": strict.scored(better / len(votes))}
+
+
+def _why(line: Mapping | None) -> str:
+    return "; ".join(line["why"]) if line else "not judged"
+
+
+def _seen(record: Record, scorer: str, line: Mapping | None) -> dict[str, Verdict]:
+    """An answer without a picture has the blank picture's similarity: not drawing wins nothing."""
+    names = SEEN.get(record["family"], ())
+    if scorer in PICTURES_ONLY:
+        names = [name for name in names if name in OF_PICTURES]
+    if line is None or line.get("problem"):
+        why = line["problem"] if line else "the scorer has not seen it"
+        return {
+            f"{PREFIX[scorer]}_{name}": strict.unscored(why, low=lowest(name)) for name in names
+        }
+    values = {
+        "image_text": _one(line, "image_text", lambda some: some[0]),
+        "image_image": _one(line, "image_image", lambda some: some[0]),
+        "image_image_best": _one(line, "image_image", max),
+        "caption_caption": line.get("text_text"),
+        "combined": line.get("combined"),
+    }
+    if line.get("rank") is not None:
+        values |= {f"recall_{k}": float(line["rank"] <= k) for k in RECALLS}
+    return {
+        f"{PREFIX[scorer]}_{name}": strict.scored(values[name])
+        for name in names
+        if values.get(name) is not None
+    }
+
+
+def _one(line: Mapping, name: str, choose: Callable) -> float | None:
+    cosines = line.get(name)
+    if cosines is None:
+        return None
+    return choose(cosines) if cosines else line[f"blank_{name}"]
+
+
+def _written(record: Record) -> dict[str, Verdict]:
+    family, text, answer = record["family"], answer_text(record), record["answer"]
+    found = {}
+    if family != "image_generation":
+        found["token_f1"] = text_metrics.token_f1(text, answer)
+        found["rouge_l"] = text_metrics.rouge_l(text, answer)
+    if family == "captioning" and record["facts"]:
+        found["fact_recall"] = text_metrics.recall(text, record["facts"])
+    if family == "multimodal":
+        found["has_image"] = float(bool(record["images"]))
+    drew = family in ("image_generation", "multimodal")
+    if drew and record["looks_like"] is not None and record["kind"]:
+        found["modality_match"] = float(record["looks_like"] == record["kind"])
+    return {name: strict.scored(value) for name, value in found.items()}

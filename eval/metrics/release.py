@@ -1,0 +1,263 @@
+"""The scoring of the MedMax release (its evaluation/ at 20b7055), as it is, errors and all.
+
+    closed      "no" anywhere in the text is a no: normal, unknown, nodule; "eyes" says yes
+    choice      the whole text is the letter
+    open        the judge's reply holds "Correctness: 1" or "Correctness: 0", else it is dropped
+    relative    first line of the reply is two numbers, else the whole task stops without a score
+    pictures    mean cosine of what was drawn; samples without a picture are not counted
+    intervals   none; a standard error as if all questions were independent
+
+For numbers to set beside the published ones, and for nothing else; eval/metrics/strict.py is right.
+It has
+no options. PaperError: the release stops here, and its task has no score.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from medmax_jax.eval.metrics import per_record, strict
+from medmax_jax.eval.metrics.per_record import Evidence, Record
+
+FOLDER = Path(__file__).parents[1] / "prompts"
+JUDGE = "gpt-4o-mini"  # called once, at the endpoint's own temperature
+FIRST_ROWS = 100  # of each image generation task
+DOMAINS = ("chest_xray", "mri", "histology", "gross", "ct_scan")
+SHOWN = ("conversation", "detailed_description", *DOMAINS, "overall")
+SYSTEM = "'You are a helpful and precise assistant for checking the quality of the answer."
+DETAILED = "Analyze the image in a comprehensive and detailed manner."
+
+
+class PaperError(ValueError):
+    """Where the release stops with an exception; the message says at what."""
+
+
+def closed(raw: str, answer: str) -> bool:
+    """Also ProbMed: one question at a time. closed("Normal", "no") -> True."""
+    said = raw.lower()
+    yes, no = "yes" in said, "no" in said
+    return (answer == "yes" and yes and not no) or (answer == "no" and no and not yes)
+
+
+def choice(raw: str, answer: str) -> bool:
+    """choice(" b", "B") -> True; choice("B.", "B") -> False."""
+    return raw.upper().strip() == answer
+
+
+def judged(reply: str) -> bool | None:
+    """Verdict of the judge on an open answer; None is dropped: "**Correctness:** 1", "1"."""
+    if "Correctness: 1" in reply:
+        return True
+    return False if "Correctness: 0" in reply else None
+
+
+def accuracy(scores: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard error; nan where numpy gives nan. Cosines of captions too."""
+    n = len(scores)
+    if not n:
+        return math.nan, math.nan
+    mean = sum(scores) / n
+    if n == 1:
+        return mean, math.nan
+    return mean, math.sqrt(sum((x - mean) ** 2 for x in scores) / (n - 1)) / math.sqrt(n)
+
+
+def generation(cosines: Sequence[float]) -> tuple[float, float]:
+    """Of the first rows, not of a sample."""
+    if len(cosines) < FIRST_ROWS:
+        raise PaperError(f"{len(cosines)} rows: the release takes the first {FIRST_ROWS} or stops")
+    return accuracy(cosines[:FIRST_ROWS])
+
+
+def pair(reply: str) -> tuple[float, float]:
+    """Scores of assistants 1 and 2 of a judge's reply; "8, 7", "8  7" and a refusal stop it."""
+    words = reply.strip().split("\n")[0].strip().split(" ")
+    if len(words) != 2:
+        raise PaperError(f"{reply[:60]!r}: the first line is not two words")
+    try:
+        return float(words[0]), float(words[1])
+    except ValueError as error:
+        raise PaperError(f"{reply[:60]!r}: {error}") from error
+
+
+def relative(replies: Sequence[str]) -> dict[str, float]:
+    """Mean of ratios, in percent, and both means: one reply that cannot be read stops all."""
+    pairs = [pair(reply) for reply in replies]
+    if not pairs:
+        raise PaperError("no replies: the release stops without samples")
+    if any(first == 0 for first, _ in pairs):
+        raise PaperError("a reference scored 0: the release divides by it")
+    return {
+        "gpt4_score": sum(first for first, _ in pairs) / len(pairs),
+        "pred_score": sum(second for _, second in pairs) / len(pairs),
+        "pred_relative_score": sum(second / first for first, second in pairs) / len(pairs) * 100,
+        "data_size": len(pairs),
+    }
+
+
+def visual_chat(rows: Sequence[tuple[str, Mapping[str, Any], str]]) -> dict[str, dict[str, float]]:
+    """`rows`: (question type, domain flags, reply); scores by type, by domain and overall."""
+    parts: dict[str | None, list[str]] = {}
+    for kind, flags, reply in rows:
+        domain = next((name for name in DOMAINS if flags[name]), None)
+        for name in (kind, "overall", domain):
+            parts.setdefault(name, []).append(reply)
+    found = {name: relative(replies) for name, replies in parts.items()}
+    return {name: found[name] for name in SHOWN if name in found}
+
+
+def parts(outputs: Sequence[str]) -> tuple[str, str]:
+    """Text and first picture of an interleaved answer; whatever ends in .png is a picture."""
+    pictures = [out for out in outputs if out.endswith(".png")]
+    text = " ".join(out for out in outputs if not out.endswith(".png"))
+    return text, pictures[0] if pictures else ""
+
+
+def multimodal(replies: Sequence[str], cosines: Sequence[float]) -> dict[str, float]:
+    """`cosines`: of the answers that have a picture; 0 without any."""
+    text = relative(replies)
+    return {
+        "text_score": text["pred_relative_score"],
+        "num_text": text["data_size"],
+        "image_score": sum(cosines) / len(cosines) if cosines else 0,
+        "num_images": len(cosines),
+    }
+
+
+# What the judge is asked. The texts are the release's own (MIT), since replies depend on them.
+
+
+def open_messages(question: str, answer: str, raw: str) -> list[dict[str, str]]:
+    """Of an open question; the answer goes in lower case."""
+    text = _prompt("release_correctness").format(
+        question=question, answer=answer, generated=raw.lower()
+    )
+    return [{"role": "user", "content": text}]
+
+
+def multimodal_messages(question: str, reference: str, text: str) -> list[dict[str, str]]:
+    """The prompt speaks of a caption, and there is none."""
+    return _relative("[Context]\n", question, reference, text)
+
+
+def chat_messages(
+    row: Mapping[str, Any], question: str, record: Mapping[str, Any]
+) -> list[dict[str, str]]:
+    """`row`: the benchmark's answer; `record`: the model's, whole, its name in it, as a dict."""
+    context = (
+        f"[Context]\nFigure Caption:\n{row['fig_label']}: {row['fig_caption']}\n\n"
+        f"Figure Context:\n\t- {row['in_text_mention']}\n\n"
+    )
+    return _relative(context, question, row["gpt4_answer"], str(dict(record)))
+
+
+def _relative(context: str, question: str, first: str, second: str) -> list[dict[str, str]]:
+    answers = "".join(
+        f"[Assistant {n}]\n{text}\n\n[End of Assistant {n}]\n\n"
+        for n, text in ((1, first), (2, second))
+    )
+    asked = f"{context}[Question]\n{question}\n\n{answers}"
+    content = f"{asked}[System]\n{_prompt('release_relative')}\n\n"
+    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
+
+
+def _prompt(name: str) -> str:
+    return (FOLDER / f"{name}.txt").read_bytes().decode()  # spaces and line ends as they are
+
+
+# ---- The release's score of a task's records, by metric of ours that it belongs beside ----
+#
+#     accuracy         closed: substrings; choice: the text is the letter
+#     judge_correct    the release's one call, what cannot be read dropped
+# judge_relative   mean of ratios of the release's one call, reference first; a reply that cannot
+#                      be read leaves the task without a score, as it stops the release
+#     clip_image_text  captions: the raw cosine; pictures: of the first 100 rows, else none
+#     clip_image_image multimodal: of the first picture, over those who drew
+#
+# Each is a share, as ours: the published numbers are in percent, but for cosines.
+
+CLIP = "biomedclip"  # the only scorer that the release has
+
+
+def of(records: Sequence[Record], known: Evidence) -> dict[str, dict[str, Any]]:
+    """Metric -> {paper, paper_n, paper_why} of the records of one task."""
+    family = records[0]["family"]
+    if family == "vqa_closed":
+        return {"accuracy": _tell(_mean, [closed(r["text"], r["answer"]) for r in records])}
+    if family == "vqa_mcq":
+        return {"accuracy": _tell(_mean, [choice(r["text"], r["answer"]) for r in records])}
+    if family == "vqa_open":
+        replies = _replies(records, known, per_record.PAPER_OPEN)
+        if replies is None:
+            return {}
+        read = [verdict for verdict in map(judged, replies) if verdict is not None]
+        return {"judge_correct": _tell(_mean, read)}
+    found = {}
+    if family in per_record.COMPARED:
+        replies = _replies(records, known, per_record.PAPER_RELATIVE)
+        if replies is not None:
+            found["judge_relative"] = _tell(_ratio, replies)
+    lines = known.seen.get(CLIP)
+    if lines is not None and family in ("captioning", "image_generation"):
+        cosines = _cosines(records, lines, "image_text")
+        score = _mean if family == "captioning" else lambda some: generation(some)[0]
+        found["clip_image_text"] = _tell(score, cosines)
+    if lines is not None and family == "multimodal":
+        found["clip_image_image"] = _tell(_mean, _cosines(records, lines, "image_image"))
+    return found
+
+
+def _tell(score: Callable[[Sequence], float], some: Sequence) -> dict[str, Any]:
+    try:
+        value, why = score(some), ""
+    except PaperError as error:
+        value, why = math.nan, str(error)
+    if math.isnan(value):
+        return {"paper": None, "paper_n": len(some), "paper_why": why or "nothing that it can read"}
+    return {"paper": float(value), "paper_n": len(some), "paper_why": ""}
+
+
+def _mean(some: Sequence[float]) -> float:
+    return accuracy(some)[0]
+
+
+def _ratio(replies: Sequence[str]) -> float:
+    return relative(replies)["pred_relative_score"] / 100
+
+
+def _replies(records: Sequence[Record], known: Evidence, kind: str) -> list[str] | None:
+    """The replies as they were; None where nobody was asked in the release's words."""
+    lines = known.judged.get(kind)
+    if lines is None:
+        return None
+    return [lines[r["id"]]["votes"][0] for r in records if lines.get(r["id"], {}).get("votes")]
+
+
+def _cosines(records: Sequence[Record], lines: Mapping[str, Mapping], name: str) -> list[float]:
+    """Of the first pictures; as the release prepares them, where that differs."""
+    found = []
+    for record in records:
+        line = lines.get(record["id"], {})
+        some = line.get(f"{name}_released", line.get(name))
+        found += some[:1] if some else []
+    return found
+
+
+# ---- What an answer says where no judge is needed: as both scorings read it ----
+
+
+def read(family: str, text: str, answer: str, prompt: str) -> dict[str, Any]:
+    """{parsed, strict, paper}: what was read ("yes", "B", None) and each scoring's verdict.
+
+    strict: right, wrong or unparsed. paper: right or not, by the release. {} for other families.
+    """
+    if family not in ("vqa_closed", "vqa_mcq"):
+        return {}
+    said, expected = (strict.read(family, words, prompt) for words in (text, answer))
+    if said is None:
+        verdict = "unparsed"
+    else:
+        verdict = "right" if said == expected else "wrong"
+    right = closed if family == "vqa_closed" else choice
+    return {"parsed": said, "strict": verdict, "paper": right(text, answer)}

@@ -1,0 +1,243 @@
+"""Parses which of yes and no an answer states; None where it states neither, or both.
+
+    1  the last explicit statement   "Answer: No", "the answer is yes", <answer>no</answer>
+    2  sentences that begin with it  "No, it is not.", "Yes. ..."; those that disagree state nothing
+    3  the one that stands alone     "I would say yes."
+    4  no before a finding           "No pneumothorax is seen."
+
+"No" before what is no finding ("no image was provided", "no idea", "no doubt") is no answer. With
+the question known, the finding must be one that it asks about, and a question about normality or
+absence ("Are the lungs clear?") is not answered by "no effusion".
+"""
+
+import re
+
+from medmax_jax.endpoints import reasoning
+from medmax_jax.eval.metrics import answer_context as context
+from medmax_jax.eval.metrics.answer_context import ANSWER, END_ANSWER
+
+AMBIGUOUS = "?"
+YES, NO = "yes", "no"
+# Of a complete answer, or before a comma or a full stop.
+_FOREIGN = {
+    YES: "yes|yep|yeah|sí|oui|ja|sim|sì|да|是|是的|对|對|はい|ええ|네|예|نعم|हाँ|evet|tak|vâng|ya",
+    NO: "no|nope|nein|non|não|nao|нет|否|不是|不|不对|いいえ|아니요|아니오|아니|لا|नहीं|hayır|nie|"
+    "không|"
+    "tidak|nee",
+}
+_VALUE = {word: value for value, words in _FOREIGN.items() for word in words.split("|")}
+_WORDS = "|".join(sorted(_VALUE, key=len, reverse=True))
+_STOP = r"(?!\.\s*\d)(?=\s*(?:$|[.,;:!)\]}\"\n\u0002\u0003。、！]|[-–—](?!\w)|\s[-–—]|'(?!\w)))"
+_GO_ON = r"(?=\s+(?:because|since|as|it|it's|there|this|that|the|these|they|he|she|i|we|in)\b)"
+_FIRST = r"(?:[\s\"'(\[{:>*•\-–—]|\b(?:wait|actually|hmm|well|sorry|correction)\b[,.:]?)*"
+_LEAD = re.compile(rf"{_FIRST}(?P<word>{_WORDS})(?![\w-]){_STOP}", re.IGNORECASE)
+_FIRST_LEAD = re.compile(rf"{_FIRST}(?P<word>{_WORDS})(?![\w-])(?:{_STOP}|{_GO_ON})", re.IGNORECASE)
+_HEAD = re.compile(
+    rf"[\s\"'(\[{{:]*(?:(?:a|an|indeed|clearly|probably|likely|most likely|definitely|therefore|"
+    rf"thus|still|"
+    rf"simply|certainly|also)\s+)*[\"'(]*(?P<word>{_WORDS})(?![\w-])",
+    re.IGNORECASE,
+)
+_HENCE = re.compile(
+    rf"\b(?:therefore|thus|hence|so|in conclusion|overall|finally|final)\b[,:]?\s*(?P<word>yes|"
+    rf"no)\b{_STOP}",
+    re.IGNORECASE,
+)
+_BOTH = re.compile(
+    r"\b(?:yes|no)\s*(?:/|\\|,?\s*\b(?:or|nor|and)\b)\s*(?:a\s+)?(?:yes|no)\b(?!\s+\w)|"
+    r"\bneither yes nor no\b"
+    r"|\bno yes\b",
+    re.IGNORECASE,
+)
+_ALONE = re.compile(
+    rf"(?<![\w\-'])(?P<word>yes|no)\b(?!-)(?:{_STOP}|(?=\s+(?:because|since|here|or|and|nor|but|"
+    rf"then)\b)|"
+    r"(?<=yes)(?=\s))",
+    re.IGNORECASE,
+)
+_COMMA = re.compile(r"\s*[,;:.]?\s*(?:(?:or|and|but)\s)?")
+_BEFORE_FINDING = re.compile(r"(?<![\w\-'])no\s+(?=[^\W\d_])", re.IGNORECASE)
+_WHICH = (
+    r"(?:(?:clear|definite|definitive|reliable|specific|actual|further|additional|visible|attached|"
+    r"enough|"
+    r"sufficient|relevant|medical|clinical|uploaded|accompanying|firm|certain|direct|useful|such|"
+    r"other|visual|"
+    r"diagnostic|x-?ray|ct|mri|chest|lateral|valid|good|real|obvious|single|simple|corresponding|"
+    r"actionable|"
+    r"radiological|radiographic|meaningful|straightforward)\s+){0,3}"
+)
+_NO_FINDING = re.compile(
+    rf"\s*{_WHICH}(?:images?|pictures?|photos?|photographs?|scans?|x-?rays?|radiographs?|films?|"
+    rf"files?|"
+    r"attachments?|uploads?|figures?|conclusions?|information|data|details|context|descriptions?|"
+    r"idea|answers?|"
+    r"clues?|opinions?|comments?|way|doubts?|questions?|matter|wonder|one|longer|more|less|fewer|"
+    r"other|"
+    r"need|reason|access|ability|visual|visuals|text|history|diagnosis|judge?ment|determination|"
+    r"assessment|"
+    r"statements?|views?|means|certainty|confidence|guarantee|such thing|point|sense|response|"
+    r"reply|input|content|"
+    r"links?|url|prior|priors|comparison|labels?|annotations?|options?|choices?|sooner|thanks|"
+    r"worries|yes|no|"
+    r"different|better|worse|bigger|larger|smaller|wait|not|hay|se|es|hay)\b",
+    re.IGNORECASE,
+)
+_NEEDS = re.compile(
+    r"\s*[\"')]*\s*(?:would|could|might|requires?|needs?|means|implies|answer (?:would|could|needs|"
+    r"requires))\b|"
+    r"\s*-?\s*(?:or|and|/)\s*-?\s*no\b|-no\b|\s+question",
+    re.IGNORECASE,
+)
+_NOT_ANSWERING = re.compile(
+    r"[\s,.;:\-–—]*(?:sorry,?\s*)?(?:but\s*)?(?:i|we)(?:'m| am| are)?\s*(?:cannot|can't|can not|"
+    r"could not|couldn't|"
+    r"unable to|not able to|do not|don't)\s+(?:\w+ly\s+)?(?:determine|tell|say|answer|access|open|"
+    r"display|analy[sz]e|"
+    r"interpret|process|provide|assist|help|comment|diagnose|give|know|judge|have|view|"
+    r"(?:see|identify|find|receive) (?:an?|any|the|your|this|that) (?:image|picture|photo|scan|"
+    r"attachment|file))\b",
+    re.IGNORECASE,
+)
+_ABSENCE = re.compile(  # questions that a finding's absence answers with yes
+    r"\b(?:normal|unremarkable|healthy|clear|intact|benign|within normal limits|absent|absence|"
+    r"free|without|lacks?|"
+    r"lacking|negative|no|not|exclude[ds]?|ruled? out|symmetric(?:al)?|sharp|patent|preserved|well|"
+    r"none|"
+    r"isn't|aren't|doesn't|fail|fails)\b",
+    re.IGNORECASE,
+)
+_COMMON = frozenset(
+    "is are was were be there the a an of any in on at this that these it and or with to for from "
+    "evidence sign signs seen see visible image picture present presence show shows shown does do "
+    "did have has can you patient appear appears noted identified acute any which what by "
+    "ct mri xray scan radiograph ultrasound".split()
+)
+
+
+def parse_yes_no(answer: str, question: str = "") -> str | None:
+    """Return "yes" or "no" where an answer states one of them, else None.
+
+    "No. Yes would require a fracture line." -> "no"; "Normal", "No image was provided",
+    "I cannot say yes" -> None. `question`: "" where it is not known.
+    """
+    final = reasoning.final_answer(answer)
+    if final is None or not final.strip():
+        return None
+    found = _yes_no(context.normalize(final), question)
+    return None if found == AMBIGUOUS else found
+
+
+def _yes_no(text: str, question: str) -> str | None:
+    """ "yes", "no", AMBIGUOUS or None of a normalized text."""
+    whole = _VALUE.get(
+        text.replace(ANSWER, "").replace(END_ANSWER, "").strip(" \n\"'().,:;!?。").lower()
+    )
+    if whole:
+        return whole
+    if (words := set(re.findall(r"\w+", text.lower()))) in ({YES}, {NO}):
+        return words.pop()  # "no no no", of a model that repeats itself
+    cut = len(text) > context.MAX_CHARS
+    text = _BOTH.sub(" ", text[-context.MAX_CHARS :])
+    stated = _last_statement(text, question)
+    if stated or cut:
+        return stated
+    lead = _leads(text)
+    if lead:
+        return lead
+    if context.is_refusal(text):
+        return None
+    return _alone(text) or _no_finding(text, question)
+
+
+def _last_statement(text: str, question: str) -> str | None:
+    found: list[tuple[int, str]] = []
+    for match in re.finditer(f"{ANSWER}([^{ANSWER}{END_ANSWER}]*)", text):
+        inner = match[1].strip()
+        found.append((match.start(), (_yes_no(inner, question) if inner else None) or AMBIGUOUS))
+    for match in context.CUE.finditer(text):
+        if not context.is_statement(text, match.start()):
+            continue
+        head = _HEAD.match(text, match.end())
+        value = _VALUE[head["word"].lower()] if head else None
+        if value and _states(text, head, value, question):
+            found.append((match.start(), value))
+    found += [
+        (match.start(), match["word"].lower())
+        for match in _HENCE.finditer(text)
+        if context.is_statement(text, match.start())
+    ]
+    return max(found)[1] if found else None
+
+
+def _states(text: str, head: re.Match, value: str, question: str) -> bool:
+    """Whether yes or no after a cue is the answer: not the "no" of "no image was provided"."""
+    end = head.end()
+    if _NEEDS.match(text, end):
+        return False
+    if value == YES or re.compile(_STOP).match(text, end) or re.compile(_GO_ON).match(text, end):
+        return True
+    return _is_finding(text, end, question)
+
+
+def _leads(text: str) -> str | None:
+    """What the sentences begin with that begin with yes or no."""
+    found, start = set(), 0
+    while start < len(text):
+        end = context.sentence_span(text, start)[1]
+        match = (_LEAD if start else _FIRST_LEAD).match(text, start)
+        asked = "?" in text[max(start, end - 2) : end]
+        if match and context.is_denied_after(text, match.end()):
+            return AMBIGUOUS  # "Yes: incorrect"
+        if match and not asked and not _NOT_ANSWERING.match(text, match.end()):
+            found.add(_VALUE[match["word"].lower()])
+            if again := _LEAD.match(text, _COMMA.match(text, match.end()).end()):
+                found.add(_VALUE[again["word"].lower()])  # "No, yes"
+        start = max(end, start + 1)
+    return (found.pop() if len(found) == 1 else AMBIGUOUS) if found else None
+
+
+def _alone(text: str) -> str | None:
+    """The one of yes and no that is mentioned for itself."""
+    found = set()
+    for match in _ALONE.finditer(text):
+        start, end = match.span("word")
+        if _NEEDS.match(text, end) or context.is_hypothetical(text, start, end):
+            continue
+        if context.is_denied_after(text, end):
+            return AMBIGUOUS
+        before = text[context.clause_start(text, start) : start]
+        if context.NEGATORS.search(before) or re.search(r"\b(?:yes|no)\s+or\s*$", before, re.I):
+            return AMBIGUOUS  # "not yes" is neither
+        found.add(match["word"].lower())
+    if len(found) > 1:
+        return AMBIGUOUS
+    return found.pop() if found else None
+
+
+def _no_finding(text: str, question: str) -> str | None:
+    """ "no" where one before a finding that is asked about stands in a statement."""
+    for match in _BEFORE_FINDING.finditer(text):
+        start, end = match.start(), match.end()
+        if not _is_finding(text, end, question) or context.is_hypothetical(text, start, start):
+            continue
+        if not context.NEGATORS.search(text[context.clause_start(text, start) : start]):
+            return NO
+    return None
+
+
+def _is_finding(text: str, start: int, question: str) -> bool:
+    """Whether what follows a "no" is a finding, and one that the question asks about."""
+    if _NO_FINDING.match(text, start):
+        return False
+    if not question.strip():
+        return True
+    if _ABSENCE.search(question):
+        return False
+    phrase = text[start : context.sentence_span(text, start)[1]].split(",")[0]
+    return bool(_content(phrase) & _content(question))
+
+
+def _content(text: str) -> set[str]:
+    """Words that name something, without their endings."""
+    found = re.findall(r"[^\W\d_]{2,}", text.lower())
+    return {word.removesuffix("s")[:7] for word in found if word not in _COMMON}

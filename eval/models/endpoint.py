@@ -1,0 +1,247 @@
+"""An OpenAI-compatible vision endpoint as a model: each call guarded, cached, limited, paid for.
+
+    Ask -> PNG without metadata, as a data URL, and words -> medmax_jax/endpoints/cached_chat_api.py
+    -> [text]
+           refused for good (400, filtered)  -> Failed       no reply this time -> not answered
+
+It draws nothing and tells no likelihoods: `modes` says so, and there is no `score_options`.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from medmax_jax.endpoints import cached_chat_api, egress
+from medmax_jax.endpoints.chat_api import (
+    BOUNDS,
+    Endpoint,
+    NoReply,
+    Reply,
+    cost,
+    image_part,
+    parse_model_at_url,
+    text_part,
+    words_of,
+)
+from medmax_jax.eval.config import Service
+from medmax_jax.eval.models.base import Ask, Failed, Segment
+from medmax_jax.io.text_files import TextFileError, parse_json
+from medmax_jax.models import image_headers, images
+
+MAX_PIXELS = 64_000_000
+NO_PICTURES = "a chat endpoint writes words and draws no pictures"
+NO_LIKELIHOODS = "a chat endpoint tells no likelihoods of given options"
+
+
+class ServiceError(ValueError):
+    """An endpoint's settings that cannot be used; the message names the field and the mend."""
+
+
+@dataclasses.dataclass
+class Spent:
+    """Of this start's own calls; `usd` is None without prices."""
+
+    calls: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
+    usd: float | None = None
+
+
+def connect(where: str, service: Service, *, field: str) -> Endpoint:
+    """The endpoint of NAME@URL. `field`: of the config, for errors."""
+    name, url = parse_model_at_url(where)
+    try:
+        parameters = parse_json(service.parameters, f"config.{field}.parameters")
+    except TextFileError as error:
+        raise ServiceError(str(error)) from error
+    if not isinstance(parameters, dict):
+        raise ServiceError(f"config.{field}.parameters is {service.parameters}; write an object")
+    if service.max_usd is not None and None in (service.price_in, service.price_out):
+        raise ServiceError(f"config.{field}.max_usd needs price_in and price_out; give both")
+    return Endpoint(
+        model=name,
+        url=url,
+        parameters=parameters,
+        listed=egress.hosts(service.credentialed_hosts),
+        key_env=service.key_env,
+        timeout_s=service.timeout_s,
+        retries=service.retries,
+        max_wait_s=service.max_wait_s,
+        max_reply_bytes=service.max_reply_bytes,
+        price_in=service.price_in,
+        price_out=service.price_out,
+        takes_cut=True,  # an answer of 16 tokens may be meant to be longer, and is an answer
+        takes_empty=True,  # as an empty answer of a model in this process: one without a choice
+    )
+
+
+class EndpointModel:
+    """Replies by the cache of one workdir. `stopped`: no call begins once it is true."""
+
+    modes = ("text", "mixed")
+    no_options = NO_LIKELIHOODS
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        service: Service,
+        cache: cached_chat_api.Cache,
+        stopped: Callable[[], bool],
+    ):
+        self.endpoint, self.service, self.cache = endpoint, service, cache
+        self.name, self.fingerprint = endpoint.model, fingerprint(endpoint)
+        self.spent, self.last_error = Spent(usd=cost(endpoint, 0, 0)), ""
+        self._user_stopped, self._begun = stopped, 0.0
+
+    def generate(self, asks: Sequence[Ask]) -> list[list[Segment] | Failed]:
+        """All of them, or raises for one that had no reply."""
+        found = dict(self.stream(asks))
+        if len(found) < len(asks):
+            raise NoReply(f"{len(asks) - len(found)} asks had no reply: {self.last_error}")
+        return [found[index] for index in range(len(asks))]
+
+    def stream(self, asks: Sequence[Ask]) -> Iterator[tuple[int, list[Segment] | Failed]]:
+        """Asks of one bound, as they come; those without a reply this time do not come."""
+        if not asks:
+            return
+        if len({ask.max_tokens for ask in asks}) > 1:
+            raise ValueError("asks of several bounds at once; ask for one at a time")
+        endpoint = bounded(self.endpoint, asks[0].max_tokens)
+        new: set[str] = set()
+        found = cached_chat_api.ask_all(
+            endpoint,
+            self._paced(asks, endpoint, new),
+            self.cache,
+            concurrency=self.service.concurrency,
+            stopped=self.stopped,
+        )
+        for one, reply in found:
+            if isinstance(reply, NoReply):
+                secret = one.data_class == egress.CREDENTIALED
+                # what a server replies may repeat the question
+                self.last_error = "no reply from the endpoint" if secret else str(reply)
+                continue
+            key = cached_chat_api.key_of(endpoint, one.messages)
+            if key in new:
+                new.discard(key)
+                self._pay(one, reply)
+            yield int(one.id), Failed(why=reply.problem) if reply.problem else [reply.text]
+
+    def stopped(self) -> bool:
+        """Whether the user stopped it, or the money is spent."""
+        most = self.service.max_usd
+        if most is not None and self.spent.usd >= most:
+            self.last_error = f"max_usd {most:g} is spent"
+            return True
+        return self._user_stopped()
+
+    def _paced(self, asks: Sequence[Ask], endpoint: Endpoint, new: set[str]):
+        """Known replies at once, calls no faster than per_minute."""
+        for index, ask in enumerate(asks):
+            one = message(ask, str(index))
+            key = cached_chat_api.key_of(endpoint, one.messages)
+            if self.cache.get(key) is None and key not in new:
+                new.add(key)
+                self._wait()
+            yield one
+
+    def _wait(self) -> None:
+        if not self.service.per_minute:
+            return
+        pause = self._begun + 60 / self.service.per_minute - time.monotonic()
+        while pause > 0 and not self.stopped():
+            time.sleep(min(pause, cached_chat_api.POLL_S))
+            pause = self._begun + 60 / self.service.per_minute - time.monotonic()
+        self._begun = time.monotonic()
+
+    def _pay(self, one: cached_chat_api.Ask, reply: Reply) -> None:
+        """Where a server does not count, characters and pictures do."""
+        spent, each = self.spent, cached_chat_api.CHARS_PER_TOKEN
+        chars, pictures = words_of(one.messages[0]["content"])
+        about = chars // each + pictures * cached_chat_api.TOKENS_PER_PICTURE
+        spent.calls += 1
+        spent.tokens_in += about if reply.tokens_in is None else reply.tokens_in
+        spent.tokens_out += (
+            len(reply.text) // each if reply.tokens_out is None else reply.tokens_out
+        )
+        spent.usd = cost(self.endpoint, spent.tokens_in, spent.tokens_out)
+
+
+def fingerprint(endpoint: Endpoint) -> str:
+    """Changes with the address, the name and the parameters; the weights behind it are unseen."""
+    facts = [endpoint.url, endpoint.model, dict(endpoint.parameters)]
+    return "endpoint:" + hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def bounded(endpoint: Endpoint, max_tokens: int) -> Endpoint:
+    """Return the endpoint with the bound of a family, unless the user set one, which is sent as is.
+
+    {"temperature": 0}          ->  {"temperature": 0, "max_tokens": 16}
+    {"max_completion_tokens": 2048} and {"max_tokens": None} stay: of the latter none is sent.
+    """
+    if set(BOUNDS) & set(endpoint.parameters):
+        return endpoint
+    return dataclasses.replace(
+        endpoint, parameters={**endpoint.parameters, "max_tokens": max_tokens}
+    )
+
+
+def reply_bound(endpoint: Endpoint, max_tokens: int) -> int:
+    """Return the tokens to price a reply at: the user's own bound, else the family's."""
+    own = [v for name in BOUNDS if (v := endpoint.parameters.get(name)) is not None]
+    return min((v for v in own if type(v) is int and v > 0), default=max_tokens)
+
+
+def own_bound(endpoint: Endpoint) -> str:
+    """Return the sentence on a bound that the user set; "" where the families' are sent."""
+    own = {name: endpoint.parameters[name] for name in BOUNDS if name in endpoint.parameters}
+    if not own:
+        return ""
+    sent = ", ".join(f"{name} {value}" for name, value in own.items() if value is not None)
+    if sent:
+        return f"{sent} of config.service.parameters is sent in place of each family's bound"
+    return (
+        "config.service.parameters sets no bound of tokens (null), so none is sent: tokens out and "
+        "price are estimates at each family's bound, not limits"
+    )
+
+
+def message(ask: Ask, name: str) -> cached_chat_api.Ask:
+    """One user's message with pictures and words in order."""
+    content = [image_part(png(p)) if isinstance(p, Path) else text_part(p) for p in ask.parts]
+    messages = [{"role": "user", "content": content}]
+    return cached_chat_api.Ask(id=name, messages=messages, data_class=ask.data_class)
+
+
+@functools.lru_cache(maxsize=64)
+def png(path: Path) -> bytes:
+    """A picture's pixels alone: what stands in its metadata does not leave the machine."""
+    try:
+        pixels = images.load(path, max_pixels=MAX_PIXELS)
+    except image_headers.ImageError as error:
+        raise ServiceError(str(error)) from error
+    file = io.BytesIO()
+    pixels.save(file, "PNG")
+    return file.getvalue()
+
+
+def estimate(
+    endpoint: Endpoint, asks: Sequence[Ask], cache: cached_chat_api.Cache | None
+) -> dict[str, Any]:
+    """Calls, tokens and USD still to spend; raises where data may not go. Opens no connection."""
+    total = dict(calls=0, tokens_in=0, tokens_out=0)
+    for data_class in {ask.data_class for ask in asks}:
+        egress.check(endpoint.url, data_class, listed=endpoint.listed)
+    for most in {ask.max_tokens for ask in asks}:
+        some = (message(ask, ask.id) for ask in asks if ask.max_tokens == most)
+        about = cached_chat_api.estimate(
+            bounded(endpoint, most), some, cache, tokens_out=reply_bound(endpoint, most)
+        )
+        total = {name: total[name] + about[name] for name in total}
+    return total | {"usd": cost(endpoint, total["tokens_in"], total["tokens_out"])}

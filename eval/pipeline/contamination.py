@@ -1,0 +1,186 @@
+"""What of the items stands in the training records, and every headline again without it.
+
+    items  -- SHA-256 of the picture's file   --+
+           -- codes of the picture, by VQGAN  --+--> training records --> contamination.jsonl
+           -- 13 words in a row               --+    {id, picture, codes, words}
+
+    headline on the clean part | on the contaminated part, each with its interval
+
+The same questions as `data.prepare check --against` asks, of the same columns. Words in a row that
+stand in more than ten training documents are a phrase and no leak, as in GPT-3's appendix C.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt64
+
+from medmax_jax.data.analysis import near_duplicates, scan
+from medmax_jax.data.analysis.check import encoder_of, made_by, tokenizer_of
+from medmax_jax.data.image_tokens.encoder import Encoder
+from medmax_jax.data.records.jsonl import spoken
+from medmax_jax.data.records.reader import Records, open_records
+from medmax_jax.eval.metrics import aggregate
+from medmax_jax.eval.metrics.per_record import Evidence, Record
+from medmax_jax.eval.tasks import items as task_items
+from medmax_jax.io import image_paths, journal
+from medmax_jax.io.storage import file_sha256
+from medmax_jax.io.text_files import TextFileError, read_objects
+from medmax_jax.models.tokenizer import Tokenizer
+
+FILE = "contamination.jsonl"
+WAYS = ("picture", "codes", "words")
+
+
+class ContaminationError(ValueError):
+    """Training records that cannot be compared with; the message names the field and the mend."""
+
+
+def find(
+    items: Sequence[task_items.Item],
+    train: str | Path,
+    workdir: str | Path,
+    *,
+    model: str | Path,
+    images_folder: str | Path,
+    progress: Callable[[str], None],
+) -> dict[str, Any]:
+    """Writes contamination.jsonl; returns what was compared. `train`: a folder of records.
+
+    `model`: the folder whose tokenizer and VQGAN wrote them; with another VQGAN codes are not
+    compared, and with another tokenizer this raises, since words would be.
+    """
+    found = open_records(train)
+    tokenizer = tokenizer_of(found, Path(model), Path(model))
+    if tokenizer is None:
+        raise ContaminationError(
+            f"contamination.model is {str(model)!r}: its tokenizer did not write {train}; name the "
+            "folder that did"
+        )
+    path = Path(workdir) / FILE
+    key = _key(items, found)
+    if known := _known(path, key):
+        return known
+    can_encode = made_by(found, Path(model), Path(model))
+    encoder = encoder_of(found, Path(model)) if can_encode else None
+    progress(f"contamination: {len(items)} items against {len(found)} training documents")
+    flags, about = _compare(items, found, tokenizer, encoder, Path(images_folder))
+    lines = [{"compared": about, "key": key}]
+    lines += [{"id": item.id} | flag for item, flag in zip(items, flags, strict=True)]
+    journal.write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+    return about
+
+
+def read(workdir: str | Path) -> dict[str, dict[str, bool]]:
+    """id -> {picture, codes, words}."""
+    return {row["id"]: row for _, row in read_objects(Path(workdir) / FILE)[1:]}
+
+
+def summary(
+    records: Sequence[Record],
+    flags: dict[str, dict[str, bool]],
+    known: Evidence,
+    *,
+    mode: str,
+    seed: int,
+    resamples: int,
+) -> list[dict[str, Any]]:
+    """Headline rows {task, metric, part, n, groups, few_groups, value, ci_low, ci_high}.
+
+    part: all, clean, contaminated, and by picture, codes, words. A part without items has n 0.
+    """
+    rows = []
+    parts: dict[str, Callable[[dict], bool]] = {
+        "all": lambda flag: True,
+        "clean": lambda flag: not any(flag[way] for way in WAYS),
+        "contaminated": lambda flag: any(flag[way] for way in WAYS),
+    } | {way: lambda flag, way=way: flag[way] for way in WAYS}
+    for task, some in aggregate.tasks_of(records).items():
+        numbers = dict(mode=mode, seed=seed, resamples=resamples)
+        for part, holds in parts.items():
+            kept = [r for r in some if r["id"] in flags and holds(flags[r["id"]])]
+            heads = [r for r in aggregate.summary(kept, known, **numbers) if r["headline"]]
+            head = heads[0] if heads else dict(metric=None, n=0, groups=0)
+            names = ("metric", "n", "groups", "few_groups", "value", "ci_low", "ci_high")
+            rows.append(dict(task=task, part=part) | {name: head.get(name) for name in names})
+    return rows
+
+
+def _compare(
+    items: Sequence[task_items.Item],
+    found: Records,
+    tokenizer: Tokenizer,
+    encoder: Encoder | None,
+    folder: Path,
+) -> tuple[list[dict[str, bool]], dict[str, Any]]:
+    grams = near_duplicates.Grams([near_duplicates.words(f"{i.prompt}\n{i.answer}") for i in items])
+
+    def see(document: Any, number: int) -> None:
+        grams.see(near_duplicates.words(spoken(document, found.layout, tokenizer)), number)
+
+    def tell(kind: str, where: str, what: str) -> None:
+        raise ContaminationError(
+            f"{found.folder}: {where}: {what}; see `python -m data.prepare check`"
+        )
+
+    columns = scan.scan(found, tell, see)
+    files = {
+        i: image_paths.resolve(folder, i) for i in sorted({i for x in items for i in x.images})
+    }
+    files = {image: file for image, file in files.items() if file.is_file()}
+    paths = list(files)
+    shas = _names([file_sha256(file) for file in files.values()])
+    each = [] if encoder is None else near_duplicates.encoded(encoder, files.values())
+    codes = _names([near_duplicates.code_hash(one) for one in each])
+    same = {
+        path: bool(hit)
+        for path, hit in zip(paths, near_duplicates.isin(shas, columns.sha), strict=True)
+    }
+    alike = dict(zip(paths, near_duplicates.isin(codes, columns.codes), strict=False))
+    shared = grams.shared()
+    flags = [
+        dict(
+            picture=any(same.get(image, False) for image in item.images),
+            codes=bool(any(alike.get(image, False) for image in item.images)),
+            words=number in shared,
+        )
+        for number, item in enumerate(items)
+    ]
+    about = dict(
+        train=found.fingerprint,
+        documents=len(found),
+        items=len(items),
+        # the first two are of pictures that could be compared: the records may know no bytes
+        by_picture=sum(item.image in same for item in items) if columns.sha.any() else 0,
+        by_codes=sum(item.image in alike for item in items),
+        by_words=int((grams.sizes > 0).sum()),
+    ) | {way: sum(flag[way] for flag in flags) for way in WAYS}
+    return flags, about
+
+
+def _names(digests: Sequence[str]) -> UInt64[np.ndarray, "n"]:
+    return np.array([near_duplicates.short(one) for one in digests], np.uint64)
+
+
+def _key(items: Sequence[task_items.Item], found: Records) -> str:
+    told = [list(task_items.item_fields(item).values()) for item in items]
+    return hashlib.sha256(json.dumps([told, found.fingerprint]).encode()).hexdigest()
+
+
+def _known(path: Path, key: str) -> dict[str, Any] | None:
+    """What was compared, where these very items were compared with these very records."""
+    if not path.exists():
+        return None
+    try:
+        rows = [row for _, row in read_objects(path)]
+    except TextFileError:  # damaged, so it is compared again
+        return None
+    flags = [type(row.get(name)) is bool for row in rows[1:] for name in WAYS]
+    whole = all(flags) and all(isinstance(row.get("id"), str) for row in rows[1:])
+    if not rows or not whole or not isinstance(rows[0].get("compared"), dict):
+        return None
+    return rows[0]["compared"] if rows[0].get("key") == key else None

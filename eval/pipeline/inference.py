@@ -1,0 +1,330 @@
+"""Asks a model every item once and keeps each answer on disk: killed, it goes on where it was.
+
+    items -> by family, in windows -> answers -> records.jsonl, one line an item, fsync a batch
+                                                 records_images/*.png
+             a part of them (--shard) -> records.shard_0_of_4.jsonl -> read by all later runs
+
+A record holds the item, the answer, how it was read where no judge is needed, and for pictures
+their codes and what they look like. One process writes a file: a second one is told to wait.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medmax_jax import cli
+from medmax_jax.eval.config import EvalError
+from medmax_jax.eval.metrics import release
+from medmax_jax.eval.models import base
+from medmax_jax.eval.models.base import Looks
+from medmax_jax.eval.tasks import items as task_items
+from medmax_jax.eval.tasks.selection import WHOLE, Shard
+from medmax_jax.io import journal as io_journal
+from medmax_jax.io.journal import Journal, open_journal
+from medmax_jax.io.progress import Items
+from medmax_jax.io.text_files import TextFileError, parse_object
+
+FLUSH = 32  # answers that are written down together
+Progress = Callable[[str], None]
+
+
+def evaluate(
+    model: base.Model,
+    items: Sequence[task_items.Item],
+    *,
+    mode: str,
+    images_folder: str | Path,
+    out: str | Path,
+    progress: Progress,
+    looks: Looks | None = None,
+    window: int = 256,
+    prompt: str = "sft",
+    shard: Shard = WHOLE,
+    facts: dict[str, str] | None = None,
+) -> list[dict[str, Any]]:
+    """One record an item, in their order. `out`: JSONL that is appended to; what it has is kept.
+
+    mode: of generation, paper or strict. prompt: the release's wording. progress: called with a
+    line of text after each batch, when its records are on disk; it may raise to stop. looks: which
+    modality a drawn picture looks like; None leaves `looks_like` open. window: items that a model
+    is given at once. shard: asks and returns that part alone. facts: fingerprints that every record
+    has; one with others belongs to another run, which raises.
+    """
+    if mode not in task_items.MODES:
+        raise EvalError(f"mode is {mode!r}; use one of {', '.join(task_items.MODES)}")
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    items = [item for n, item in enumerate(items) if n % shard.count == shard.index]
+    run = _Asking(model, mode, prompt, Path(images_folder), out, looks, facts or {})
+    with _others(out, shard) as others, open_journal(shard.file(out)) as journal:
+        own = io_journal.checked(journal.rows, ("id",), journal.path)
+        known = {record["id"]: record for record in (*others, *own)}
+        for number, item in enumerate(items, start=1):
+            name = task_items.item_name(item, number)
+            _check_same(item, known.get(item.id), run.facts, f"{out}: item {name}")
+        todo = [item for item in items if item.id not in known]
+        log = Log(out.parent, shard.file(out).name, len(journal.rows), len(todo))
+        clock = Items(len(todo), "items", progress, every=0.0)
+        try:
+            for family, some in _windows(todo, window):
+                log.asking(len(some))
+                for records in run.batches(some):
+                    journal.append(*records)
+                    known |= {record["id"]: record for record in records}
+                    log.recorded(len(records))
+                    clock.tick(family, len(records))
+        finally:
+            log.stop()
+    lost = [
+        task_items.item_name(item, number)
+        for number, item in enumerate(items, start=1)
+        if item.id not in known
+    ]
+    if lost:
+        why = (
+            f"{len(lost)} of {len(items)} items had no reply this time, the first is {lost[0]}"
+            f"{base.last_error(model)}; the same command asks for these again"
+        )
+        progress(why)  # which may raise to stop
+        raise cli.Interrupted(why)
+    return [known[item.id] for item in items]
+
+
+@dataclasses.dataclass
+class _Asking:
+    """How items are asked and what is written down."""
+
+    model: base.Model
+    mode: str
+    prompt: str
+    folder: Path
+    out: Path
+    looks: Looks | None
+    facts: dict[str, str]
+
+    def batches(self, items: Sequence[task_items.Item]):
+        """Lists of records, as the model gets its answers ready."""
+        asks = [ask(item, self.folder, self.mode, self.prompt) for item in items]
+        for batch, seconds in _timed(_batches(self.model, asks)):
+            each = round(seconds / len(batch), 4)
+            yield [self.record(items[i], found) | {"seconds": each} for i, found in batch]
+
+    def record(self, item: task_items.Item, found) -> dict[str, Any]:
+        if isinstance(found, base.Failed):
+            texts, pictures, codes, error = [], [], [], found.why
+        else:
+            texts, pictures, codes = base.split(found, where=_shown(item))
+            error = ""
+        looks_like = None
+        if self.looks is not None and task_items.FAMILIES[item.family].mode != "text":
+            # nothing drawn looks like nothing
+            looks_like = self.looks(codes[0], np.asarray(pictures[0])) if pictures else ""
+        text = " ".join(text.strip() for text in texts).strip()
+        said = dict(
+            text=text,
+            images=self.saved(item, pictures),
+            codes=[one.tolist() for one in codes if one is not None],
+            looks_like=looks_like,
+        )
+        read = release.read(item.family, text, item.answer, item.prompt)
+        failed = {"error": error} if error else {}
+        return asked_of(item) | said | read | failed | self.facts
+
+    def saved(self, item: task_items.Item, pictures) -> list[str]:
+        folder, names = self.out.with_name(f"{self.out.stem}_images"), []
+        for number, picture in enumerate(pictures):
+            folder.mkdir(exist_ok=True)
+            safe = re.sub(r"[^\w.-]+", "_", item.id)
+            path = folder / f"{safe}_{number}.png"
+            partial = path.with_suffix(".partial")
+            try:
+                picture.save(partial, "PNG")
+                partial.replace(path)
+            except OSError as error:
+                partial.unlink(missing_ok=True)
+                raise EvalError(
+                    f"{path}: cannot be written ({error.strerror}); make room and go on"
+                ) from error
+            names.append(f"{folder.name}/{path.name}")
+        return names
+
+
+def ask(item: task_items.Item, folder: Path, mode: str, prompt: str = "sft") -> base.Ask:
+    """What a model is asked about an item."""
+    family = task_items.FAMILIES[item.family]
+    return base.Ask(
+        id=item.id,
+        parts=task_items.parts(item, folder, prompt),
+        mode=family.mode,
+        max_tokens=family.tokens[mode],
+        data_class=item.data_class,
+        end_of_turn=task_items.ends_turn(item.family, prompt),
+    )
+
+
+def _windows(todo: Sequence[task_items.Item], window: int):
+    for family in task_items.FAMILIES:
+        part = [item for item in todo if item.family == family]
+        for start in range(0, len(part), window):
+            yield family, part[start : start + window]
+
+
+def files(out: Path) -> list[Path]:
+    """The whole's file, which need not exist, and those of parts that do."""
+    return [out, *sorted(out.parent.glob(f"{out.stem}.shard_*_of_*.jsonl"))]
+
+
+@contextlib.contextmanager
+def _others(out: Path, shard: Shard):
+    """Records in the other files of the same name; the whole waits for no part that is writing."""
+    own = shard.file(out)
+    with contextlib.ExitStack() as stack:
+        rows: list[dict[str, Any]] = []
+        for path in files(out):
+            if path == own or not path.exists():
+                continue
+            if shard.count == 1:
+                journal: Journal = stack.enter_context(open_journal(path))
+                rows += io_journal.checked(journal.rows, ("id",), path)
+            else:
+                rows += io_journal.read_jsonl(path)
+        yield rows
+
+
+def _timed(batches):
+    before = time.monotonic()
+    for batch in batches:
+        yield batch, time.monotonic() - before
+        before = time.monotonic()
+
+
+def _batches(model: base.Model, asks: Sequence[base.Ask]):
+    """Lists of (index, segments), as the model gets them ready."""
+    stream = getattr(model, "stream", None)
+    if stream is None:
+        found = model.generate(asks)
+        if len(found) != len(asks):
+            raise EvalError(f"the model gave {len(found)} answers to {len(asks)} asks")
+        yield list(enumerate(found))
+        return
+    batch: list = []
+    for one in stream(asks):
+        batch.append(one)
+        if len(batch) == FLUSH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _shown(item: task_items.Item) -> str:
+    return "a credentialed item" if task_items.is_credentialed(item) else f"item {item.id}"
+
+
+def asked_of(item: task_items.Item) -> dict[str, Any]:
+    """The half of a record that is known before the answer."""
+    return json.loads(json.dumps(task_items.item_fields(item)))
+
+
+def _check_same(
+    item: task_items.Item, record: dict[str, Any] | None, facts: dict[str, str], where: str
+) -> None:
+    if record is None:
+        return
+    asked = asked_of(item)
+    if {name: record.get(name) for name in asked} != asked:
+        raise EvalError(
+            f"{where} was another question when it was answered; use a fresh workdir for other "
+            "items"
+        )
+    for name, value in facts.items():
+        if record.get(name) != value:
+            raise EvalError(
+                f"{where} has {name} {record.get(name)!r} and this run {value!r}: a record of "
+                "another run; use a fresh workdir"
+            )
+
+
+# ---- history.jsonl: what was asked, recorded and asked again, over all starts of a workdir ----
+#
+#     {"event": "start", "file": "records.jsonl", "recorded": 32, "left": 68}
+#     {"event": "asking", "count": 32}     {"event": "stop", "recorded": 32, "seconds": 4.1}
+#
+# A line is one write, so that several processes may add to the file. Who is killed leaves no stop:
+# what it was asking and did not record is asked again, and `totals` counts that.
+
+NAME = "history.jsonl"
+
+
+class Log:
+    """One run's lines on one file of records."""
+
+    def __init__(self, folder: Path, file: str, recorded: int, left: int):
+        self._path, self._file = folder / NAME, file
+        self._recorded, self._start = 0, time.monotonic()
+        self._add("start", had=recorded, left=left)
+
+    def asking(self, count: int) -> None:
+        """`count` items are about to be given to the model."""
+        self._add("asking", count=count)
+
+    def recorded(self, count: int) -> None:
+        """`count` more are on the disk."""
+        self._recorded += count
+
+    def stop(self) -> None:
+        """The last line, when the run ends on its own feet."""
+        seconds = round(time.monotonic() - self._start, 3)
+        self._add("stop", recorded=self._recorded, seconds=seconds)
+
+    def _add(self, event: str, **more: Any) -> None:
+        line = {"event": event, "file": self._file, "time": round(time.time(), 3)} | more
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            os.write(descriptor, (json.dumps(line) + "\n").encode())
+        finally:
+            os.close(descriptor)
+
+
+def _event(line: bytes) -> dict[str, Any] | None:
+    """Return the event of a line; None for a line that has not what `totals` reads."""
+    try:
+        row = parse_object(line, NAME, allow_nonfinite=True)
+    except TextFileError:
+        return None
+    numbers = [row.get(name, 0) for name in ("count", "had", "seconds")]
+    names = all(isinstance(row.get(name), str) for name in ("file", "event"))
+    had = row.get("event") != "start" or "had" in row
+    return row if names and had and all(type(n) in (int, float) for n in numbers) else None
+
+
+def totals(folder: Path) -> dict[str, dict[str, Any]]:
+    """File -> {starts, asked, recorded, repeated, seconds}; repeated: at most, by windows."""
+    found: dict[str, dict[str, Any]] = {}
+    path = folder / NAME
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        row = _event(line)
+        if row is None:  # half a line of a full disk
+            continue
+        one = found.setdefault(
+            row["file"], dict(starts=0, asked=0, recorded=0, repeated=0, seconds=0.0)
+        )
+        if row["event"] == "start":
+            one["starts"] += 1
+            one["repeated"] = one["asked"] - row["had"]
+        one["asked"] += row.get("count", 0)
+        one["seconds"] += row.get("seconds", 0.0)
+    for file, one in found.items():
+        records = folder / file
+        lines = records.read_bytes().count(b"\n") if records.exists() else 0
+        one["recorded"] = lines
+        one["seconds"] = round(one["seconds"], 3)
+    return found

@@ -1,0 +1,307 @@
+"""A workdir's records before the judge: judged.jsonl, a line a record and kind, nothing twice.
+
+    records.jsonl -> open answers           correct         \\  strict: eval/metrics/llm_judge.py,
+                                            texts only,
+                     chat, interleaved      relative        /   shown what the model was shown
+                     open answers           paper_open      \\  the release's own messages, one call
+                     chat, interleaved      paper_relative  /   at the endpoint's own temperature
+                  -> medmax_jax/endpoints/cached_chat_api.py (guard, judge_calls.jsonl) ->
+                  judged.jsonl
+
+A line is {id, kind, votes, why, judge, case}: `judge` the fingerprint, `case` a hash of what was
+judged. One without votes is unscored and is tried again by the next run: replies that could not be
+read come from the cache, and only those that never came are asked for. Of the paper kinds the vote
+is the reply as it came; eval/metrics/release.py reads it. `max_usd` holds over all runs of a
+workdir.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from medmax_jax.endpoints import cached_chat_api, egress
+from medmax_jax.endpoints.chat_api import Endpoint, NoReply, Reply, check_ready, cost, variable
+from medmax_jax.eval.config import JudgeSettings
+from medmax_jax.eval.metrics import llm_judge, per_record, release
+from medmax_jax.eval.metrics.per_record import CORRECT, PAPER_OPEN, PAPER_RELATIVE, RELATIVE, Record
+from medmax_jax.eval.models.endpoint import connect
+from medmax_jax.eval.pipeline import inference
+from medmax_jax.eval.tasks import items as task_items
+from medmax_jax.io import journal as io_journal
+from medmax_jax.io.journal import open_journal
+
+CALLS, RECORDS = "judge_calls.jsonl", "records.jsonl"
+KINDS = {CORRECT: llm_judge.CORRECT, RELATIVE: llm_judge.RELATIVE}
+JUDGED = ("vqa_open", *per_record.COMPARED)  # families
+PICTURE = "<image>"  # where a row wants its picture; no word of the question
+Progress = Callable[[str], None]
+
+
+def judge_of(settings: JudgeSettings) -> llm_judge.Judge:
+    """The judge of a config; raises where it cannot be asked, before anything is."""
+    key = settings.service.key_env
+    if key and not os.environ.get(key):
+        raise llm_judge.JudgeError(
+            f"config.judge.service.key_env is {variable(key)!r}, which is not set; export it, or "
+            "leave the field empty for an endpoint without keys"
+        )
+    endpoint = connect(settings.endpoint, settings.service, field="judge.service")
+    return llm_judge.Judge(
+        # A verdict stands at the end, and a reply without text has none.
+        endpoint=dataclasses.replace(endpoint, takes_cut=False, takes_empty=False),
+        repeats=settings.repeats,
+        attempts=settings.attempts,
+        concurrency=settings.service.concurrency,
+        seed=settings.seed,
+        max_usd=settings.service.max_usd,
+        tokens_out=settings.tokens_out,
+    )
+
+
+def check_hosts(one: llm_judge.Judge, items: Sequence[task_items.Item]) -> None:
+    """Raise OutgoingError where answers to the items may not go to the judge."""
+    strict = egress.strictest(item.data_class for item in items if item.family in JUDGED)
+    egress.check(one.endpoint.url, strict, listed=one.endpoint.listed)
+
+
+def estimate(one: llm_judge.Judge, records: Sequence[Record], *, released: bool) -> dict[str, Any]:
+    """Calls, tokens and USD if nothing was asked yet and every first reply can be read."""
+    return _price(one, _work(one, records, {}, released), None)
+
+
+def check_judge(settings: JudgeSettings, items: Sequence[task_items.Item], workdir: Path) -> None:
+    """Raise before anything is computed where the judge may not be sent these items or is down.
+
+    A judge that has nothing left to do in this workdir need not listen.
+    """
+    if not settings.endpoint:
+        return
+    one = judge_of(settings)
+    check_hosts(one, items)
+    items = [item for item in items if item.family in JUDGED]
+    records = {
+        row["id"]: row
+        for path in inference.files(workdir / RECORDS)
+        for row in io_journal.read_jsonl(path)
+    }
+    left = [item for item in items if item.id not in records]
+    if not left:
+        rows = io_journal.read_jsonl(workdir / per_record.JUDGED)
+        known = {(row["id"], row["kind"], row["judge"]): row for row in rows}
+        of_items = [records[item.id] for item in items]
+        work = _work(one, of_items, known, settings.paper)
+        left = _price(one, work, cached_chat_api.known_replies(workdir / CALLS))["calls"]
+    if left:
+        check_ready(one.endpoint)
+
+
+def judge_records(
+    one: llm_judge.Judge,
+    records: Sequence[Record],
+    workdir: str | Path,
+    *,
+    released: bool,
+    stopped: Callable[[], bool],
+    progress: Progress,
+) -> dict[str, Any]:
+    """Judges what has no votes yet; returns who judged, what it cost, and what is unscored.
+
+    `released`: in the release's words too. Raises JudgeError before the first call where the whole
+    would cost more than `max_usd`.
+    """
+    workdir = Path(workdir)
+    with (
+        open_journal(workdir / CALLS) as journal,
+        open_journal(workdir / per_record.JUDGED) as lines,
+    ):
+        cache, purse = cached_chat_api.Cache(journal), _Purse(one.endpoint, journal.rows)
+        known = {(row["id"], row["kind"], row["judge"]): row for row in lines.rows}
+        work = _work(one, records, known, released)
+        _check_price(one, _price(one, work, cache), purse.usd())
+        for kind, some in work.items():
+            progress(f"judging {len(some)} answers: {kind}")
+            if kind in KINDS:
+                rows = _strict(one, purse, kind, some, cache, stopped, progress)
+            else:
+                rows = _paper(one, purse, kind, some, cache, stopped)
+            new = [row for row in rows if known.get((row["id"], kind, row["judge"])) != row]
+            lines.append(*new)
+            known |= {(row["id"], kind, row["judge"]): row for row in new}
+    counts = {
+        kind: sum(bool(known[r["id"], kind, one.fingerprint]["votes"]) for r in some)
+        for kind, some in _asked(records, released).items()
+    }
+    return dict(
+        judge=one.fingerprint,
+        model=one.endpoint.model,
+        host=egress.parse(one.endpoint.url).name,
+        repeats=one.repeats,
+        calls=len(purse.rows),
+        usd=purse.usd(),
+        judged=counts,
+        unscored={k: len(some) - counts[k] for k, some in _asked(records, released).items()},
+    )
+
+
+def case_of(record: Record) -> llm_judge.Case:
+    """What strict shows the judge: the words that the model was shown, and its text alone."""
+    return llm_judge.Case(
+        id=record["id"],
+        question=record["prompt"].replace(PICTURE, "").strip(),
+        context=record["context"],
+        reference=record["answer"],
+        answer=per_record.answer_text(record),
+        data_class=record["data_class"],
+    )
+
+
+def paper_messages(record: Record, model: str) -> list[dict[str, str]]:
+    """The release's; `model`: the name that its visual chat shows the judge with the answer."""
+    said = dict(record.get("released") or ())
+    if record["family"] == "vqa_open":
+        return release.open_messages(record["prompt"], record["answer"], record["text"])
+    if record["family"] == "multimodal":
+        return release.multimodal_messages(record["prompt"], record["answer"], record["text"])
+    question = said.get("prompt", record["prompt"])
+    row = {name: said.get(name, "") for name in ("fig_label", "fig_caption", "in_text_mention")}
+    shown = {  # defect 8: the whole record, the model's name in it
+        "question_id": record["id"],
+        "prompt": question,
+        "text": record["text"],
+        "answer_id": record["id"],
+        "model_id": model,
+        "metadata": {},
+    }
+    return release.chat_messages(row | {"gpt4_answer": record["answer"]}, question, shown)
+
+
+def _asked(records: Sequence[Record], released: bool) -> dict[str, list[Record]]:
+    opened = [r for r in records if r["family"] == "vqa_open" and not r.get("error")]
+    chats = [r for r in records if r["family"] in per_record.COMPARED and not r.get("error")]
+    found = {CORRECT: opened, RELATIVE: chats}
+    if released:
+        found |= {PAPER_OPEN: opened, PAPER_RELATIVE: chats}
+    return {kind: some for kind, some in found.items() if some}
+
+
+def _work(
+    one: llm_judge.Judge, records: Sequence[Record], known: Mapping, released: bool
+) -> dict[str, list[tuple[Record, str]]]:
+    """Kind -> (record, hash of its case) of all that have no votes yet."""
+    work: dict[str, list[tuple[Record, str]]] = {}
+    for kind, some in _asked(records, released).items():
+        for number, record in enumerate(some, start=1):
+            case = _hash(kind, record)
+            row = known.get((record["id"], kind, one.fingerprint))
+            if row is not None and row["case"] != case:
+                secret = per_record.is_credentialed(record)
+                name = f"answer number {number}" if secret else f"item {record['id']}"
+                raise llm_judge.JudgeError(
+                    f"{name}: {kind} was judged on another answer or question; use a "
+                    f"fresh workdir, or remove {per_record.JUDGED}"
+                )
+            if row is None or not row["votes"]:
+                work.setdefault(kind, []).append((record, case))
+    return work
+
+
+def _hash(kind: str, record: Record) -> str:
+    if kind in KINDS:
+        shown: Any = dataclasses.asdict(case_of(record))
+    else:
+        shown = paper_messages(record, "")
+    return hashlib.sha256(json.dumps([kind, shown]).encode()).hexdigest()[:16]
+
+
+def _strict(one, purse, kind, some, cache, stopped, progress) -> Iterator[dict[str, Any]]:
+    """A line an answer, once all are judged."""
+    ask = llm_judge.correctness if kind == CORRECT else llm_judge.relative
+    cases = [case_of(record) for record, _ in some]
+    limited = dataclasses.replace(one, max_usd=purse.left(one.max_usd))
+    found, _ = ask(limited, cases, cache, stopped=stopped, progress=progress)
+    for (record, case), verdict in zip(some, found, strict=True):
+        votes = [list(v) if isinstance(v, tuple) else v for v in verdict.votes]
+        yield _line(one, record, kind, votes, list(verdict.why), case)
+
+
+def _paper(one, purse, kind, some, cache, stopped) -> Iterator[dict[str, Any]]:
+    def enough() -> bool:
+        return stopped() or purse.left(one.max_usd) == 0
+
+    endpoint, found = _own_temperature(one.endpoint), {}
+    asks = _paper_asks(one, [record for record, _ in some])
+    for ask, reply in cached_chat_api.ask_all(
+        endpoint, asks, cache, concurrency=one.concurrency, stopped=enough
+    ):
+        found[ask.id] = reply
+    for record, case in some:
+        reply = found.get(record["id"], NoReply("not asked: stopped, or max_usd is spent"))
+        why = getattr(reply, "problem", str(reply))
+        votes = [reply.text] if isinstance(reply, Reply) and not why else []
+        yield _line(one, record, kind, votes, [why] if why else [], case)
+
+
+def _paper_asks(one: llm_judge.Judge, records: Sequence[Record]) -> Iterator[cached_chat_api.Ask]:
+    for record in records:
+        messages = paper_messages(record, str(record.get("model") or "model"))
+        yield cached_chat_api.Ask(
+            id=record["id"], messages=messages, data_class=record["data_class"]
+        )
+
+
+def _own_temperature(endpoint: Endpoint) -> Endpoint:
+    """Defect 17: the release sets a temperature and never sends it; the user's bounds are sent."""
+    kept = {name: value for name, value in endpoint.parameters.items() if name != "temperature"}
+    return dataclasses.replace(endpoint, parameters=kept)
+
+
+def _line(one: llm_judge.Judge, record, kind, votes, why, case) -> dict[str, Any]:
+    return dict(id=record["id"], kind=kind, votes=votes, why=why, judge=one.fingerprint, case=case)
+
+
+def _price(
+    one: llm_judge.Judge, work: Mapping, cache: cached_chat_api.Cache | None
+) -> dict[str, Any]:
+    total = dict(calls=0, tokens_in=0, tokens_out=0)
+    for kind, some in work.items():
+        if kind in KINDS:
+            about = llm_judge.estimate(one, KINDS[kind], [case_of(r) for r, _ in some], cache)
+        else:
+            asks = _paper_asks(one, [record for record, _ in some])
+            endpoint = _own_temperature(one.endpoint)
+            about = cached_chat_api.estimate(endpoint, asks, cache, tokens_out=one.tokens_out)
+        total = {name: total[name] + about[name] for name in total}
+    return total | {"usd": cost(one.endpoint, total["tokens_in"], total["tokens_out"])}
+
+
+def _check_price(one: llm_judge.Judge, about: Mapping[str, Any], spent: float | None) -> None:
+    if one.max_usd is not None and about["usd"] > one.max_usd - spent:
+        raise llm_judge.JudgeError(
+            f"max_usd is {one.max_usd:g}, {spent:.4f} of it spent here, but the rest costs "
+            f"{about['usd']:.4f} USD; raise it, or judge fewer answers"
+        )
+
+
+class _Purse:
+    """USD of all replies of a journal, of earlier runs too; characters count where nobody does."""
+
+    def __init__(self, endpoint: Endpoint, rows: list[dict[str, Any]]):
+        self.rows, self._endpoint, self._seen = rows, endpoint, 0
+        self._tokens_in = self._tokens_out = 0
+
+    def usd(self) -> float | None:
+        """None without prices."""
+        for row in self.rows[self._seen :]:
+            written = len(row["text"]) // cached_chat_api.CHARS_PER_TOKEN
+            self._tokens_in += row["tokens_in"] or 0
+            self._tokens_out += written if row["tokens_out"] is None else row["tokens_out"]
+            self._seen += 1
+        return cost(self._endpoint, self._tokens_in, self._tokens_out)
+
+    def left(self, most: float | None) -> float | None:
+        """What may still be spent; None without a limit."""
+        return None if most is None else max(0.0, most - self.usd())

@@ -1,0 +1,466 @@
+"""One evaluation in stages, each a plain function of what is in `Run`; files are what they share.
+
+claim -> plan -> answer -> options -> probe -> judge -> see -> summarise -> report
+         records.jsonl  options.jsonl  probe_NAME.jsonl  judged.jsonl  pictures.jsonl,
+                                                         probe_NAME_pictures.jsonl of captions
+                                          summary.json  report.html  history.jsonl
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from medmax_jax import cli
+from medmax_jax.config import fingerprint, to_dict
+from medmax_jax.data.records.reader import open_records
+from medmax_jax.eval.config import EvalError, Settings
+from medmax_jax.eval.encoders import scorer
+from medmax_jax.eval.metrics import aggregate, per_record
+from medmax_jax.eval.models import baselines, endpoint, loading
+from medmax_jax.eval.pipeline import (
+    contamination,
+    cost_estimate,
+    image_scoring,
+    inference,
+    judging,
+    option_likelihoods,
+)
+from medmax_jax.eval.reporting import page
+from medmax_jax.eval.stats import intervals
+from medmax_jax.eval.tasks import items as task_items
+from medmax_jax.eval.tasks import probes
+from medmax_jax.eval.tasks.selection import WHOLE, Shard, Suite, check_images, suite
+from medmax_jax.generation import requests
+from medmax_jax.io import journal
+from medmax_jax.io.atomic_folder import private
+from medmax_jax.io.text_files import TextFileError, read_json_object
+
+SWAPPED = "the same model shown a picture of another group: what looking is worth"
+
+
+@dataclasses.dataclass(kw_only=True)
+class Run:
+    """What the stages share. `opened`: the model with its generator, if it has one."""
+
+    settings: Settings
+    workdir: Path
+    found: Suite
+    opened: loading.Opened
+    shard: Shard
+    progress: Callable[[str], None]
+    stopped: Callable[[], bool]
+    facts: dict[str, str]
+
+    @property
+    def numbers(self) -> dict[str, int]:
+        return dict(seed=self.settings.seed, resamples=self.settings.resamples)
+
+    def able(self, items) -> list:
+        """Those of the items whose kind of answer the model can write."""
+        modes = getattr(self.opened.model, "modes", None)
+        return [i for i in items if modes is None or task_items.FAMILIES[i.family].mode in modes]
+
+    def ask(self, items, name: str, *, folder: Path | None = None, **more) -> list[dict[str, Any]]:
+        """The records of items, in WORKDIR/NAME.jsonl, asked as the settings say."""
+        return inference.evaluate(
+            self.opened.model,
+            items,
+            mode=self.settings.mode,
+            prompt=self.settings.prompt,
+            images_folder=folder or self.found.folder,
+            out=self.workdir / f"{name}.jsonl",
+            progress=self.progress,
+            window=self.settings.window,
+            shard=self.shard,
+            facts=self.facts,
+            **more,
+        )
+
+
+def run(
+    settings: Settings,
+    workdir: str | Path,
+    *,
+    model: str,
+    adapter: str = "",
+    merge: bool = False,
+    shard: str = "",
+    dry_run: bool = False,
+    progress: Callable[[str], None],
+    stopped: Callable[[], bool] = lambda: False,
+) -> dict[str, Any] | None:
+    """The whole evaluation; returns what summary.json holds, None after one shard or a dry run.
+
+    model: KIND:WHERE, as eval/models/loading.py has it. shard: "i/n" of the items, from 0.
+    """
+    found, part = suite(settings), Shard.of(shard)
+    if not dry_run:  # before a checkpoint is converted or its weights are read
+        judging.check_judge(settings.judge, found.items, Path(workdir))
+        with _modes(found):
+            cli.open_workdir(workdir)  # before minutes of work that could not be written down
+    named = loading.name(model or settings.model, adapter, merge, settings, progress=progress)
+    workdir = Path(workdir)
+    return run_named(
+        settings,
+        workdir,
+        found=found,
+        named=named,
+        opened=lambda: loading.open_model(named, settings, found, workdir, part, stopped),
+        shard=part,
+        dry_run=dry_run,
+        progress=progress,
+        stopped=stopped,
+    )
+
+
+def run_named(
+    settings: Settings,
+    workdir: str | Path,
+    *,
+    found: Suite,
+    named: loading.Named,
+    opened: Callable[[], loading.Opened],
+    shard: Shard = WHOLE,
+    dry_run: bool = False,
+    progress: Callable[[str], None],
+    stopped: Callable[[], bool] = lambda: False,
+) -> dict[str, Any] | None:
+    """The same of items and a model at hand; `opened` is called once all is checked and told.
+
+    With a credentialed item among them the workdir is for its owner alone: 0700, its files 0600.
+    """
+    with _modes(found):
+        return _run_named(
+            settings,
+            Path(workdir),
+            found=found,
+            named=named,
+            opened=opened,
+            shard=shard,
+            dry_run=dry_run,
+            progress=progress,
+            stopped=stopped,
+        )
+
+
+def _modes(found: Suite) -> contextlib.AbstractContextManager[None]:
+    return (
+        private() if any(map(task_items.is_credentialed, found.items)) else contextlib.nullcontext()
+    )
+
+
+def _run_named(
+    settings: Settings,
+    workdir: Path,
+    *,
+    found: Suite,
+    named: loading.Named,
+    opened: Callable[[], loading.Opened],
+    shard: Shard,
+    dry_run: bool,
+    progress: Callable[[str], None],
+    stopped: Callable[[], bool],
+) -> dict[str, Any] | None:
+    check_images(found)
+    check_prompts(found)
+    check_later_stages(settings, found, named)
+    intervals.check_resamples(settings.resamples)
+    asked = (settings, found, named, workdir, shard)
+    limited = settings.service.max_usd is not None
+    if not dry_run and not limited:
+        cost_estimate.check_endpoint(*asked)
+    facts = claim(workdir, settings, named, found, write=not dry_run)
+    about = cost_estimate.plan(*asked)
+    if not dry_run and limited:  # nothing is connected before the price is known to be allowed
+        cost_estimate.check_endpoint(*asked)
+    cost_estimate.say(about, progress)
+    if dry_run:
+        return None
+    now = Run(
+        settings=settings,
+        workdir=workdir,
+        found=found,
+        opened=opened(),
+        shard=shard,
+        progress=progress,
+        stopped=stopped,
+        facts=facts,
+    )
+    try:
+        return _stages(now)
+    finally:
+        now.opened.close()
+
+
+def _stages(now: Run) -> dict[str, Any] | None:
+    records = answer(now)
+    probed = probe(now)
+    if now.shard.count > 1:
+        now.progress(f"part {now.shard} is done; without --shard all parts are scored together")
+        return None
+    lines = options(now)
+    judged = judge(now, records)
+    sets = see(now, records, probed)
+    compared = contaminated(now)
+    summary = summarise(now, records, probed, lines, judged, sets, compared)
+    write_report(now, summary, records)
+    return summary
+
+
+def claim(
+    workdir: Path, settings: Settings, named: loading.Named, found: Suite, *, write: bool
+) -> dict[str, str]:
+    """Writes down what this workdir evaluates, or raises if it is something else.
+
+    Returns the fingerprints that every record has: of the model, the items, and the settings that
+    answers depend on.
+    """
+    items = json.dumps([task_items.item_fields(item) for item in found.items], sort_keys=True)
+    facts = {
+        "sample": to_dict(settings.sample),
+        "mode": settings.mode,
+        "prompt": settings.prompt,
+        "model": named.fingerprint,
+        "adapter": named.adapter_digest,
+        "items": hashlib.sha256(items.encode()).hexdigest(),
+    }
+    path = workdir / "run.json"
+    if write:
+        cli.open_workdir(workdir)
+        if any(map(task_items.is_credentialed, found.items)):
+            os.chmod(workdir, 0o700)  # it may have been there
+    if path.exists():
+        for name, value in _run_facts(path).items():
+            if facts.get(name) != value:
+                raise EvalError(
+                    f"{workdir} holds an evaluation with another {name}; name a fresh --workdir"
+                )
+    elif (workdir / "records.jsonl").exists():
+        raise EvalError(
+            f"{workdir} has records.jsonl but no run.json, so whose answers they are is unknown; "
+            "name a fresh --workdir"
+        )
+    elif write:
+        journal.write_json(path, facts)
+    asked = json.dumps([facts["sample"], settings.mode, settings.prompt]).encode()
+    model = "+".join(part for part in (named.fingerprint, named.adapter_digest) if part)
+    return {
+        "model": model,
+        "data": facts["items"][:16],
+        "config": hashlib.sha256(asked).hexdigest()[:16],
+    }
+
+
+def _run_facts(path: Path) -> dict[str, Any]:
+    try:
+        return read_json_object(path)
+    except TextFileError as error:
+        raise EvalError(
+            f"{error}; restore it, or name a fresh --workdir: whose answers these are is unknown"
+        ) from error
+
+
+def check_prompts(found: Suite) -> None:
+    """Raise EvalError where the prompt of an item is the path of an image, so not a question."""
+    for number, item in enumerate(found.items, start=1):
+        if requests.names_image(item.prompt, Path(found.folder)):
+            raise EvalError(
+                f"item {task_items.item_name(item, number)}: its prompt is the path of an image, "
+                f"not "
+                "its pixels; name the file in image_path and write the question in prompt"
+            )
+
+
+def check_later_stages(settings: Settings, found: Suite, named: loading.Named) -> None:
+    """Raises before hours of answers, not after, where a later stage could not be done."""
+    if settings.judge.endpoint:
+        judging.check_hosts(judging.judge_of(settings.judge), found.items)
+    if not loading.asks_nobody(named):
+        asked = probes.asked(found.items, settings.probes, settings.probe_families)
+        for items_of in asked.values():
+            items_of(settings.seed, None)
+    for name in settings.scorers:
+        scorer.check(name)
+    if settings.train_records:
+        if not settings.train_model and named.kind != "native":
+            raise EvalError(
+                "config.train_model is empty; name the folder that wrote config.train_records"
+            )
+        open_records(settings.train_records)
+
+
+def answer(now: Run) -> list[dict[str, Any]]:
+    """Every item that the model can answer, asked once."""
+    return now.ask(now.able(now.found.items), "records", looks=now.opened.looks())
+
+
+def probe(now: Run) -> dict[str, list[dict[str, Any]]]:
+    """Probe -> records of the same items asked in another way; none of answers from elsewhere."""
+    found, blank = {}, now.workdir / "probe_blank_image"
+    if loading.asks_nobody(now.opened.named):
+        return found
+    settings = now.settings
+    made = probes.asked(now.able(now.found.items), settings.probes, settings.probe_families)
+    for name, items_of in made.items():
+        items = items_of(now.settings.seed, blank)
+        folder = blank if name == "blank" else None
+        found[name] = now.ask(items, f"probe_{name}", folder=folder)
+    return found
+
+
+def options(now: Run) -> list[dict[str, Any]] | None:
+    """Likelihoods of the options of closed and multiple choice questions; None if not asked for."""
+    if not now.settings.options:
+        return None
+    return option_likelihoods.score(
+        now.opened.model,
+        now.found.items,
+        mode=now.settings.mode,
+        prompt=now.settings.prompt,
+        images_folder=now.found.folder,
+        out=now.workdir / option_likelihoods.OPTIONS,
+        progress=now.progress,
+        window=now.settings.window,
+    )
+
+
+def judge(now: Run, records: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """judged.jsonl, and who judged; None without a judge."""
+    settings = now.settings.judge
+    if not settings.endpoint:
+        return None
+    return judging.judge_records(
+        judging.judge_of(settings),
+        records,
+        now.workdir,
+        released=settings.paper,
+        stopped=now.stopped,
+        progress=now.progress,
+    )
+
+
+def see(now: Run, records: list[dict[str, Any]], probed) -> list[dict[str, Any]]:
+    """pictures.jsonl, and the same of the captions of probes, if there are scorers; scores of whole
+    sets of pictures."""
+    names = now.settings.scorers
+    scorers = [scorer.open_scorer(name, batch=now.settings.rows) for name in names]
+    if not scorers:
+        return []
+    about = dict(images_folder=now.found.folder, progress=now.progress, **now.numbers)
+    sets = image_scoring.see(records, scorers, now.workdir, **about)
+    for name, some in probes.seen(records, probed).items():
+        image_scoring.see(some, scorers, now.workdir, out=per_record.of_probe(name), **about)
+    return sets
+
+
+def contaminated(now: Run) -> dict[str, Any] | None:
+    """What of the items was compared with training records; None where none are named."""
+    settings, named = now.settings, now.opened.named
+    if not settings.train_records:
+        return None
+    return contamination.find(
+        now.found.items,
+        settings.train_records,
+        now.workdir,
+        model=settings.train_model or named.where,
+        images_folder=now.found.folder,
+        progress=now.progress,
+    )
+
+
+def summarise(now: Run, records, probed, lines, judged, sets, compared) -> dict[str, Any]:
+    """summary.json: scores, floors, and what made them."""
+    named, numbers = now.opened.named, now.numbers
+    known = per_record.read(now.workdir, judge=judged["judge"] if judged else None)
+    told = dict(mode=now.settings.mode, **numbers)
+    scores = aggregate.summary(records, known, **told)
+    floors = baselines.floors(now.settings.baselines, now.found.items, records, **told)
+    baselines.beside(scores, floors)
+    summary = {
+        "model": named.where,
+        "adapter": named.adapter,
+        "kind": named.kind,
+        "fingerprints": now.facts | {"settings": fingerprint(now.settings)},
+        "settings": to_dict(now.settings),
+        "scores": scores,
+        "floors": floors,
+        "baselines": _rivals(now, records, probed),
+        "not_run": not_run(now),
+        "judge": judged,
+        "not_judged": aggregate.not_judged(records, known),
+        "not_scored": aggregate.not_scored(records, known),
+        "scorers": known.scorers,
+        "picture_sets": sets,
+        "probes": probes_of(now, records, probed, known),
+        "calibration": calibrated(now, lines),
+        "contamination": contamination_of(now, records, known, compared),
+        "errors": sum(bool(record.get("error")) for record in records),
+        "modality_ceiling": now.opened.ceiling(numbers),
+        "history": inference.totals(now.workdir),
+        "spent": now.opened.spent(),
+    }
+    journal.write_json(now.workdir / "summary.json", summary)
+    return summary
+
+
+def probes_of(now: Run, records, probed, known) -> dict[str, Any]:
+    """{reason, rows}: what moving pictures and options did."""
+    if now.settings.probes and loading.asks_nobody(now.opened.named):
+        return dict(reason=loading.NOBODY, rows=[])
+    looked = {name: per_record.looked(now.workdir / per_record.of_probe(name)) for name in probed}
+    return dict(reason="", rows=probes.summary(records, probed, known, looked, **now.numbers))
+
+
+def calibrated(now: Run, lines) -> dict[str, Any] | None:
+    """Of the likelihoods of options; None if they were not asked for."""
+    if lines is None:
+        return None
+    items = [i for i in now.found.items if i.family in ("vqa_closed", "vqa_mcq")]
+    reason = option_likelihoods.absent(now.opened.model)
+    return option_likelihoods.summary(
+        lines, n_items=len(items), reason=reason, progress=now.progress, **now.numbers
+    )
+
+
+def contamination_of(now: Run, records, known, compared) -> dict[str, Any] | None:
+    """Every headline on the clean and the contaminated part."""
+    if compared is None:
+        return None
+    flags = contamination.read(now.workdir)
+    told = dict(mode=now.settings.mode, **now.numbers)
+    rows = contamination.summary(records, flags, known, **told)
+    return dict(compared=compared, rows=rows)
+
+
+def not_run(now: Run) -> list[dict[str, str]]:
+    """Tasks that the model cannot be asked, and why."""
+    able = {item.task for item in now.able(now.found.items)}
+    return [
+        dict(task=task, why=endpoint.NO_PICTURES)
+        for task in dict.fromkeys(item.task for item in now.found.items)
+        if task not in able
+    ]
+
+
+def write_report(now: Run, summary: dict[str, Any], records: list[dict[str, Any]]) -> None:
+    """report.html."""
+    page.write(now.workdir / "report.html", summary, records, images_folder=now.found.folder)
+
+
+def _rivals(now: Run, records, probed) -> list[dict[str, Any]]:
+    asked = [r for r in records if r["family"] in ("vqa_closed", "vqa_mcq", "vqa_open")]
+    rivals = []
+    if now.found.train and asked and "blind" in now.settings.baselines:
+        guesses = baselines.blind(now.found.train, now.found.items)
+        guessed = aggregate.answered(asked, guesses)
+        compared = aggregate.scores(guessed, asked, **now.numbers)
+        rivals.append(dict(name="blind", says=baselines.BLIND, scores=compared))
+    if probed.get("swapped"):
+        compared = aggregate.scores(probed["swapped"], asked, **now.numbers)
+        rivals.append(dict(name="swapped", says=SWAPPED, scores=compared))
+    return rivals

@@ -1,0 +1,187 @@
+"""The command line of benchmark_readers.py: `data.prepare eval_items`, a benchmark to a folder of
+items.
+
+    D/items.jsonl    rows for config.questions of eval.run, one JSON a line
+    D/images/        only where the benchmark carries its pictures inside (PathVQA)
+    D/import.json    how many rows of each task, what was left out and why, whether counts agree
+
+The folder is for its owner alone, and appears whole or not at all. Other pictures stay where they
+are: image_path is --prefix and the path in the benchmark, so that one folder can hold several.
+"""
+
+import argparse
+import collections
+import dataclasses
+import itertools
+import json
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from medmax_jax.data.image_tokens.encoder import log
+from medmax_jax.data.records.row_streams import SourceError
+from medmax_jax.data.sources.row import Bad
+from medmax_jax.eval.tasks import benchmark_readers, catalog, items
+from medmax_jax.eval.tasks.benchmark_readers import READERS, YES_NO
+from medmax_jax.io.atomic_folder import new_folder, private
+from medmax_jax.io.image_paths import is_inside
+from medmax_jax.io.storage import os_errors
+
+SEAL = "import.json"
+MAX_ROWS = 1_000_000  # the largest, OmniMedVQA, has 88,996
+MAX_BAD = 0.01  # of the rows: a few are usual, more is another file
+LISTED = 20  # reasons
+SAID = 10_000  # rows between two lines
+
+
+@dataclasses.dataclass
+class Tally:
+    """What was met: kept rows by task, the others by reason, with the first of each."""
+
+    kept: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    bad: dict[tuple[str, bool], list[Any]] = dataclasses.field(default_factory=dict)
+    inside: bool = False  # pictures
+
+    def refuse(self, bad: Bad) -> None:
+        count, first = self.bad.get((bad.reason, bad.by_rule), (0, bad.where))
+        self.bad[bad.reason, bad.by_rule] = [count + 1, first]
+
+    def number(self, *, by_rule: bool) -> int:
+        return sum(n for (_, rule), (n, _) in self.bad.items() if rule == by_rule)
+
+    def reasons(self) -> list[dict[str, Any]]:
+        rows = [
+            dict(reason=reason, by_rule=rule, rows=n, first=first)
+            for (reason, rule), (n, first) in self.bad.items()
+        ]
+        return sorted(rows, key=lambda row: (row["by_rule"], -row["rows"]))
+
+
+def eval_items(
+    name: str, folder: Path, out: Path, *, prefix: str, allow_counts: bool, max_bad: float
+) -> dict[str, Any]:
+    """Writes the test rows of a benchmark; what import.json holds."""
+    if name not in READERS:
+        raise SourceError(f"--benchmark is {name!r}; use one of {', '.join(READERS)}")
+    if prefix and not is_inside(prefix):
+        raise SourceError(f"--prefix is {prefix!r}; use a path inside the folder of pictures")
+    if not folder.is_dir():
+        raise SourceError(f"--from is {str(folder)!r}, no folder; name that of the benchmark")
+    tally = Tally()
+    with private(), new_folder(out, bytes_needed=0, seal=SEAL) as new:
+        with os_errors(str(out)), open(Path(new.path) / "items.jsonl", "wb") as file:
+            for found in _bounded(name, folder):
+                if isinstance(found, Bad):
+                    tally.refuse(found)
+                    continue
+                row = _placed(found, prefix, Path(new.path))
+                tally.inside |= "picture" in found
+                try:
+                    (item,) = items.from_rows([row])  # the suite takes it, and names its task
+                except items.TaskError as error:
+                    reason = str(error).partition(": ")[2] or str(error)
+                    tally.refuse(Bad(where=row["id"], reason=reason))
+                    continue
+                tally.kept[item.task] += 1
+                file.write(json.dumps(row).encode() + b"\n")
+                if (count := tally.kept.total()) % SAID == 0:
+                    log.info("%s: %d rows", name, count)
+        told = _told(name, tally, allow_counts, max_bad)
+        new.write(SEAL, [json.dumps(told, indent=1).encode() + b"\n"])
+    return dict(items=str(out / "items.jsonl"), **told)
+
+
+def _bounded(name: str, folder: Path):
+    for number, found in enumerate(READERS[name](folder)):
+        if number == MAX_ROWS:
+            raise SourceError(f"{name}: more than {MAX_ROWS} rows; give the files as published")
+        yield found
+
+
+def _placed(found: benchmark_readers.Item, prefix: str, new: Path) -> dict[str, Any]:
+    """The row, its path under the prefix; a picture that it carries is written down."""
+    row = {key: value for key, value in found.items() if key != "picture"}
+    if "picture" in found:
+        path = new / row["image_path"]
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(found["picture"])
+    row["image_path"] = str(PurePosixPath(prefix, row["image_path"]))
+    return row
+
+
+def _told(name: str, tally: Tally, allow_counts: bool, max_bad: float) -> dict[str, Any]:
+    kept, malformed = tally.kept.total(), tally.number(by_rule=False)
+    reasons = tally.reasons()
+    shown = "; ".join(
+        f"{r['reason']} ({r['rows']} rows, first {r['first']})"
+        for r in itertools.islice(reasons, LISTED)
+    )
+    if malformed > max_bad * (kept + malformed):
+        raise SourceError(
+            f"{name}: {malformed} of {kept + malformed} rows are malformed, --max_bad allows the "
+            f"share {max_bad}: {shown}"
+        )
+    if not kept:
+        raise SourceError(f"{name}: no row is left to ask: {shown or 'the files are empty'}")
+    other = _other_counts(name, tally)
+    if other and not allow_counts:
+        raise SourceError(
+            f"{name}: {'; '.join(other)}; get the files again, or take them as they are by "
+            "--allow_counts"
+        )
+    return dict(
+        rows=kept,
+        tasks=dict(sorted(tally.kept.items())),
+        malformed=malformed,
+        left_out=tally.number(by_rule=True),
+        reasons=reasons,
+        other_counts=other,
+    )
+
+
+def _other_counts(name: str, tally: Tally) -> list[str]:
+    """Where the numbers of rows are not the published ones.
+
+    Rows that the suite leaves out count, and in a benchmark of one task the malformed ones too.
+    """
+    unasked = tally.bad.get((YES_NO, True), [0])[0]
+    counted = tally.kept + collections.Counter({f"{name}_closed": unasked})
+    if len(tally.kept) == 1:
+        counted += collections.Counter({next(iter(tally.kept)): tally.number(by_rule=False)})
+    found = []
+    if name in catalog.OWN_ROWS and counted.total() != catalog.OWN_ROWS[name]:
+        found.append(f"{counted.total()} rows, published are {catalog.OWN_ROWS[name]}")
+    if tally.inside:
+        return found  # told apart by the answer, not as those that counted did
+    known: Mapping[str, catalog.Card] = catalog.CARDS
+    for task, n in sorted(counted.items()):
+        card = known.get(task)
+        if card and card.counts is not None and card.counts + card.left_out != n:
+            found.append(f"{n} rows of {task}, published are {card.counts + card.left_out}")
+    return found
+
+
+def add(commands: Any) -> argparse.ArgumentParser:
+    """The command, on the parser's sub-commands."""
+    parser = commands.add_parser("eval_items", help="a public benchmark to items of eval.run")
+    parser.add_argument("--benchmark", required=True, choices=tuple(READERS))
+    parser.add_argument("--from", dest="source", type=Path, required=True, help="its folder")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--prefix", default="", help="put before each image_path")
+    parser.add_argument(
+        "--allow_counts", action="store_true", help="other numbers of rows than published are right"
+    )
+    parser.add_argument("--max_bad", type=float, default=MAX_BAD, metavar="SHARE")
+    parser.set_defaults(run=_run, left="no items were written")
+    return parser
+
+
+def _run(args: argparse.Namespace) -> dict[str, Any]:
+    return eval_items(
+        args.benchmark,
+        args.source,
+        args.out,
+        prefix=args.prefix,
+        allow_counts=args.allow_counts,
+        max_bad=args.max_bad,
+    )

@@ -1,0 +1,306 @@
+"""Public benchmarks in their own formats to rows of the released schema, with what that lacks.
+
+    {"task_name": "slake", "question_type": "closed", "prompt": "Is it a CT?", "answer": "yes",
+     "image_path": "imgs/xmlab1/source.jpg", "id": "slake-test-0000002", "group": "xmlab1",
+     "slices": {"modality": "CT", "organ": "Lung"}, "data_class": "open"}
+
+    benchmark    file in the folder                                         pictures
+    vqa_rad      VQA_RAD Dataset Public.json, or test-*.parquet             VQA_RAD Image Folder/
+    slake        test.json, English rows                                    imgs/
+    pathvqa      test-*.parquet                                             in the file
+    quilt_vqa    quiltvqa_test_w_ans.json: an array of {"id": 0,            images/
+                 "image": "..jpg", "question": "..", "answer": "..",
+                 "answer_type": "CLOSED" or "OPEN", "yes_no_answer": "Yes"}
+    pmc_vqa      test_2.csv, or test.csv                                    as vqa.py
+    pmc_vqa_clean  test_clean.csv, 2,000 rows of version 1 that were        images/
+                 checked by its authors
+    omnimed_vqa  QA_information/Open-access/*.json                          paths in the files
+    path_mmu     data.json: {"PubMed": {"test": [{"No": 1, "img": "..jpg",  images/
+                 "question": "..", "options": ["A) ..", ..],
+                 "answer": "A) .."}], "test_tiny": [..]}, ..}
+    probmed      test.json: an array of {"id": 1, "image": "..png",         as the paths say
+                 "question": "..", "answer": "yes", "qa_type":
+                 "entity_hallu_0", "image_type": "chest_x-ray"}
+    llava_med    llava_med_eval_qa50_qa.jsonl                               images/
+    pmc_oa       test.jsonl: captions and, of the same rows, generation     as captions.py
+
+VQA-RAD and SLAKE call questions closed that are not answered by yes or no ("Left or right?"); the
+suite's closed questions are, so those are left out, and counted. Read at, besides what
+docs/data.md says of the sources: github.com/aldraus/quilt-llava llava/eval/quilt_eval.py and cards
+of its users (question, image); github.com/PathMMU-Benchmark/PathMMU data/instructions.md and
+eval/utils/data_utils.py; github.com/eric-ai-lab/ProbMed eval/calculate_score.py and
+eval/inference/GPT-4V/gpt4v.py; github.com/microsoft/LLaVA-Med data/eval/.
+"""
+
+import functools
+import json
+import pathlib
+import re
+import string
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from medmax_jax.data.records.row_streams import Place, SourceError, csv_rows, json_array, json_lines
+from medmax_jax.data.release import chat_answers
+from medmax_jax.data.sources import captions, vqa
+from medmax_jax.data.sources.row import (
+    Bad,
+    LeftOut,
+    Plan,
+    Row,
+    RowError,
+    clean,
+    collect,
+    first_file,
+    picture_path,
+    root_of,
+    text_of,
+)
+from medmax_jax.endpoints.egress import LICENCE_BOUND, OPEN
+from medmax_jax.io import text_files
+from medmax_jax.io.text_files import TextFileError
+from medmax_jax.models.tokenizer import IMAGE_NAME, SEP_NAME
+
+Item = dict[str, Any]  # "picture": bytes, where the format carries them
+YES_NO = "closed, but not answered by yes or no"
+MAX_JSON = 1 << 27  # bytes of a file that must be read whole; PathMMU's has some 30 MB
+ASKED = ("what", "where", "when", "how", "why", "who", "which")
+_QUILT, _LLAVA = "quiltvqa_test_w_ans.json", "llava_med_eval_qa50_qa.jsonl"
+_PATH_MMU_SPLITS = ("test", "test_tiny")
+
+
+def _item(name: str, place: Place, kind: str, **fields: Any) -> Item:
+    fields.setdefault("slices", {})
+    fields["slices"] = {k: str(v) for k, v in fields["slices"].items() if v not in (None, "")}
+    id_ = place.id(name).replace("/", "-")
+    return dict(task_name=name, question_type=kind, id=id_, data_class=LICENCE_BOUND) | fields
+
+
+def _of_row(row: Row, name: str, place: Place, kind: str | None, **fields: Any) -> Item:
+    """An item of a training reader's row of one turn; kind None: by the answer."""
+    prompt, answer = row.text.removeprefix(IMAGE_NAME).split(SEP_NAME)
+    is_closed = answer.strip().rstrip(".").lower() in ("yes", "no")
+    kind = kind or ("closed" if is_closed else "open")
+    if kind == "closed":
+        if not is_closed:
+            raise LeftOut(YES_NO)
+        answer = answer.strip().rstrip(".").lower()
+    return _item(
+        name,
+        place,
+        kind,
+        prompt=prompt,
+        answer=answer,
+        image_path=row.image_path,
+        group=row.group,
+        **fields,
+    )
+
+
+def _plan(source: str) -> Plan:
+    return Plan(source=source, split="test", seed=0, caption_share=1.0)
+
+
+def _kind(item: Mapping[str, Any]) -> str:
+    said = str(item.get("answer_type", "")).strip().upper()
+    if said not in ("OPEN", "CLOSED", "OTHER"):
+        raise RowError("answer_type: neither OPEN nor CLOSED")
+    return "closed" if said == "CLOSED" else "open"
+
+
+def _vqa_rad(place: Place, item: dict[str, Any]) -> Item:
+    row = vqa.vqa_rad(_plan("VQA-RAD"), place, item)
+    if row.split != "test":
+        raise LeftOut("not of the test split")
+    kinds = str(item.get("question_type", "")).upper().split(",")
+    slices = {"organ": item.get("image_organ"), "question_type": kinds[0].strip()}
+    return _of_row(row, "vqa_rad", place, _kind(item), slices=slices, data_class=OPEN)
+
+
+def _slake(place: Place, item: dict[str, Any]) -> Item:
+    row = vqa.slake(_plan("SLAKE"), place, item)
+    names = {"modality": "modality", "organ": "location", "question_type": "content_type"}
+    slices = {ours: item.get(theirs) for ours, theirs in names.items()}
+    return _of_row(row, "slake", place, _kind(item), slices=slices, data_class=OPEN)
+
+
+def _of_parquet(name: str, data_class: str, folder: pathlib.Path) -> Iterator[Item | Bad]:
+    """PathVQA, and VQA-RAD's other form: what is closed is told by the answer."""
+    for number, row in enumerate(vqa.read(folder, _plan(name)), 1):
+        if isinstance(row, Bad):
+            yield row
+            continue
+        first = row.text.removeprefix(IMAGE_NAME).split(None, 1)[0].lower()
+        slices = {"question_type": first if first in ASKED else "yes/no or other"}
+        item = _of_row(row, name, Place("test", number), None, slices=slices, data_class=data_class)
+        suffix = ".png" if row.image.startswith(b"\x89PNG") else ".jpg"
+        yield item | {"image_path": f"images/{row.image_path}{suffix}", "picture": row.image}
+
+
+def _quilt_vqa(place: Place, item: dict[str, Any]) -> Item:
+    kind, answer = _kind(item), text_of(item, "answer")
+    if kind == "closed":
+        answer = text_of(item, "yes_no_answer").rstrip(".").lower()
+        if answer not in ("yes", "no"):
+            raise LeftOut(YES_NO)
+    asked = item.get("question")
+    prompt = clean(asked.replace(IMAGE_NAME, " ") if isinstance(asked, str) else "", "question")
+    image = picture_path(item, "image", "images")
+    group = pathlib.PurePosixPath(image).name
+    fields = dict(prompt=prompt, answer=answer, image_path=image, group=group)
+    return _item("quilt_vqa", place, kind, **fields, context=str(item.get("context") or ""))
+
+
+def _pmc_vqa(name: str, files: Sequence[str], folder: pathlib.Path) -> Iterator[Item | Bad]:
+    path = first_file(folder, files, "PMC-VQA")
+    second = path.stem.endswith("_2")
+    answer = "Answer" if second else "Answer_label"
+    roots = ("images_2/figures", "figures", "images_2")
+    root = root_of(folder, roots) if second else "images"
+
+    def make(place: Place, item: dict[str, Any]) -> Item:
+        row = vqa.pmc_vqa(_plan("PMC-VQA"), root, answer, place, item)
+        return _of_row(row, name, place, "mcq")
+
+    letters = [f"Choice {letter}" for letter in vqa.LETTERS]
+    yield from collect(csv_rows(path, ("Figure_path", "Question", *letters, answer)), make)
+
+
+def _omnimed_vqa(place: Place, item: dict[str, Any]) -> Item:
+    row = vqa.omnimedvqa(_plan("OmniMedVQA"), place, item)
+    if row.split != "test":
+        raise LeftOut("not of the test split")
+    names = {"modality": "modality_type", "question_type": "question_type", "data_set": "dataset"}
+    slices = {ours: item.get(theirs) for ours, theirs in names.items()}
+    return _of_row(row, "omnimed_vqa", place, "mcq", slices=slices)
+
+
+def _path_mmu(folder: pathlib.Path) -> Iterator[Item | Bad]:
+    path = first_file(folder, ("data.json",), "PathMMU")
+    try:
+        data = text_files.read_bytes(path, max_bytes=MAX_JSON)
+        # The rows are checked one by one, so that one of them does not refuse the file.
+        lenient = dict(allow_nonfinite=True, allow_lone_surrogates=True)
+        whole = text_files.parse_json(data, path.name, **lenient)
+        parts = [
+            (subset, split, rows)
+            for subset, splits in whole.items()
+            for split, rows in splits.items()
+            if split in _PATH_MMU_SPLITS
+        ]
+        rows = [(subset, Place(f"{subset}-{s}.json", n), row) for subset, s, some in parts
+                for n, row in enumerate(some, 1)]  # fmt: skip
+    except TextFileError as error:
+        raise SourceError(f"{error}; give the file as it is published") from error
+    except (ValueError, AttributeError, TypeError) as error:
+        raise SourceError(
+            f"{path.name}: not {{subset: {{split: [rows]}}}}; give the file as it is published"
+        ) from error
+    for subset, place, row in rows:
+        yield from collect([(place, row)], functools.partial(_path_mmu_row, subset))
+
+
+def _path_mmu_row(subset: str, place: Place, item: dict[str, Any]) -> Item:
+    given = item.get("options")
+    if not isinstance(given, list) or not 2 <= len(given) <= 10:
+        raise RowError("options: not a list of two to ten")
+    listed = {}
+    for letter, option in zip(string.ascii_uppercase, given, strict=False):
+        text = text_of({"option": option}, "option")
+        listed[letter] = clean(re.sub(rf"^\(?{letter}[).:]\s*", "", text), "option")
+    answer = text_of(item, "answer")
+    right = [c for c, text in listed.items() if re.fullmatch(rf"\(?{c}([).:].*)?", answer, re.S)]
+    if len(right) != 1:
+        raise RowError("answer: not one of the options")
+    prompt = vqa.choice_text(text_of(item, "question"), listed)
+    image = picture_path(item, "img", "images")
+    fields = dict(prompt=prompt, answer=right[0], image_path=image, group=image)
+    return _item("path_mmu", place, "mcq", **fields, slices={"subset": subset})
+
+
+def _probmed(place: Place, item: dict[str, Any]) -> Item:
+    kind = text_of(item, "qa_type")
+    names = ("modality", "body_part", "abnormality", "entity")
+    question_type = next((name for name in names if name in kind), "grounding")
+    answer = text_of(item, "answer").lower()
+    if answer not in ("yes", "no"):
+        raise RowError("answer: neither yes nor no")
+    image = picture_path(item, "image", "")
+    slices = {"question_type": question_type, "modality_organ": item.get("image_type")}
+    fields = dict(prompt=text_of(item, "question"), answer=answer, image_path=image)
+    group = text_of(item, "id")
+    return _item("probmed", place, "closed", **fields, group=group, slices=slices)
+
+
+def _llava_med(place: Place, item: dict[str, Any]) -> Item:
+    """As the release's rows: the answer is a dictionary, written here as JSON."""
+    kind = item.get("type")
+    if kind not in ("conversation", "detailed_description"):
+        raise RowError("type: neither conversation nor detailed_description")
+    names = ("fig_label", "fig_caption", "in_text_mention", "gpt4_answer", "domain")
+    answer = json.dumps({name: item.get(name) for name in names})
+    try:
+        chat_answers.read(answer)
+    except chat_answers.ChatAnswerError as error:
+        raise RowError(str(error)) from error
+    prompt = item.get("text")
+    if not isinstance(prompt, str) or not prompt.replace(IMAGE_NAME, "").strip():
+        raise RowError("text: no question")
+    image = picture_path(item, "image", "images")
+    fields = dict(prompt=prompt, answer=answer, image_path=image)
+    return _item("visual_chat", place, kind, **fields, group=text_of(item, "pair_id"))
+
+
+def _pmc_oa(folder: pathlib.Path) -> Iterator[Item | Bad]:
+    path = first_file(folder, ("test.jsonl",), "PMC-OA")
+    root = root_of(folder, captions.PMC_ROOTS)
+    for place, line in json_lines(path):
+        for name in ("image_captioning", "image_generation"):
+            yield from collect([(place, line)], functools.partial(_pmc_oa_row, name, root))
+
+
+def _pmc_oa_row(name: str, root: str, place: Place, item: dict[str, Any]) -> Item:
+    image, caption = picture_path(item, "image", root), text_of(item, "caption")
+    name_of_article = pathlib.PurePosixPath(image).name.split("_")[0]
+    article = text_of(item, "pmcid") if item.get("pmcid") else name_of_article
+    asked = name == "image_generation"
+    words = dict(
+        prompt=caption if asked else "Please describe this picture.",
+        answer="" if asked else caption,
+    )
+    return _item(name, place, "pmc_oa", **words, image_path=image, group=article)
+
+
+def _array(name: str, make: Callable[[Place, dict[str, Any]], Item]):
+    return lambda folder: collect(json_array(first_file(folder, (name,), name)), make)
+
+
+def _vqa_rad_of_either_form(folder: pathlib.Path) -> Iterator[Item | Bad]:
+    if (folder / vqa.VQA_RAD).is_file():
+        return _array(vqa.VQA_RAD, _vqa_rad)(folder)
+    return _of_parquet("vqa_rad", OPEN, folder)
+
+
+def _omnimed(folder: pathlib.Path) -> Iterator[Item | Bad]:
+    paths = sorted((folder / "QA_information" / "Open-access").glob("*.json"))
+    if not paths:
+        raise SourceError("omnimed_vqa: no QA_information/Open-access/*.json in the folder")
+    for path in paths:
+        yield from collect(json_array(path), _omnimed_vqa)
+
+
+READERS: Mapping[str, Callable[[pathlib.Path], Iterator[Item | Bad]]] = {
+    "vqa_rad": _vqa_rad_of_either_form,
+    "slake": _array("test.json", _slake),
+    "pathvqa": functools.partial(_of_parquet, "pathvqa", LICENCE_BOUND),
+    "quilt_vqa": _array(_QUILT, _quilt_vqa),
+    "pmc_vqa": functools.partial(_pmc_vqa, "pmc_vqa", ("test_2.csv", "test.csv")),
+    "pmc_vqa_clean": functools.partial(_pmc_vqa, "pmc_vqa_clean", ("test_clean.csv",)),
+    "omnimed_vqa": _omnimed,
+    "path_mmu": _path_mmu,
+    "probmed": _array("test.json", _probmed),
+    "llava_med": lambda folder: collect(
+        json_lines(first_file(folder, (_LLAVA,), "LLaVA-Med")), _llava_med
+    ),
+    "pmc_oa": _pmc_oa,
+}

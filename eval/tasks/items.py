@@ -1,0 +1,499 @@
+"""What the suite asks: families of tasks, and items made from rows of the released schema.
+
+    {"task_name": "image_captioning", "question_type": "pmc_oa", "prompt": ..., "answer": ...,
+     "image_path": ..., "id": ..., "group": ..., "template": ...}
+         ->  Item(task="captioning_pmc_oa", family="captioning", ...)
+
+A family says how a question is asked and scored, a task is one row of the tables. `id`, `group`
+(patient or volume) and `template` are this project's additions: without them a row is its number,
+its image and its family.
+"""
+
+import collections
+import dataclasses
+import random
+import re
+import string
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from medmax_jax.data.release import chat_answers
+from medmax_jax.data.sample.phrases import NOUNS
+from medmax_jax.data.sources.vqa import choice_text
+from medmax_jax.endpoints import egress
+from medmax_jax.eval.metrics import strict as metrics_strict
+from medmax_jax.eval.metrics import text as text_metrics
+from medmax_jax.eval.tasks import catalog
+from medmax_jax.io import image_paths
+from medmax_jax.io.errors import printable
+from medmax_jax.io.image_paths import is_inside
+
+
+class TaskError(ValueError):
+    """Rows that cannot be evaluated; the message names the row and the mend."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """How a kind of task is asked. `tokens`: at most, of an answer's text, by generation mode."""
+
+    mode: str  # text | image | mixed
+    shows_image: bool
+    tokens: Mapping[str, int]
+
+
+def _tokens(*, paper: int, strict: int) -> Mapping[str, int]:
+    return {"paper": paper, "strict": strict}
+
+
+FAMILIES = {  # the release's bounds: vqa.py:24-31, visual_chat.py, mm_out.py, image_text.py
+    "vqa_closed": Family(mode="text", shows_image=True, tokens=_tokens(paper=1, strict=16)),
+    "vqa_mcq": Family(mode="text", shows_image=True, tokens=_tokens(paper=1, strict=16)),
+    "vqa_open": Family(mode="text", shows_image=True, tokens=_tokens(paper=60, strict=60)),
+    "captioning": Family(mode="text", shows_image=True, tokens=_tokens(paper=4_096, strict=4_096)),
+    "image_generation": Family(
+        mode="image", shows_image=False, tokens=_tokens(paper=60, strict=60)
+    ),
+    "multimodal": Family(
+        mode="mixed", shows_image=False, tokens=_tokens(paper=1_024, strict=1_024)
+    ),
+    "visual_chat": Family(mode="text", shows_image=True, tokens=_tokens(paper=4_096, strict=4_096)),
+}
+MODES = ("paper", "strict")
+NAMED = {  # released task_name -> family; all others are question answering, by question_type
+    "image_captioning": "captioning",
+    "image_generation": "image_generation",
+    "mm_out": "multimodal",
+    "visual_chat": "visual_chat",
+}
+CHAMELEON = {  # the release's wordings for the base model
+    "vqa_closed": " and respond 'yes' or 'no'",
+    "vqa_open": "",
+    "vqa_mcq": " and respond 'A', 'B', 'C', or 'D'",
+}
+ASKED = {"closed": "vqa_closed", "mcq": "vqa_mcq", "open": "vqa_open"}
+CAPTION_PROMPT = "Please describe this picture."  # what the release asks whatever the row says
+DETAILED_PROMPT = "Analyze the image in a comprehensive and detailed manner."  # likewise
+PICTURE = "<image>"  # where a row wants its picture
+_MARK = re.compile(r"<image(?:[ _]?(\d{1,3}))?>")  # also numbered, as MMMU writes them
+_LETTERED = r"(?<!\w)([A-Ba-b])\s*[:.)]"  # options of a form that score_text may not read
+OPTION_FIELDS = ("options", "choices")
+PROMPTS = ("sft", "chameleon", "default")  # the release's prompt processors, eval_utils.py
+FACTS = ("body_part", "organ", "view", "plane", "sequence", "stain", "finding")
+SAMPLE = ("sample_vqa", "sample")  # names in the embedded rows: there a task is its family
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Item:
+    """One question. `image`: shown, or for generation tasks the reference. `kind`: its modality.
+
+    task: its row in the tables, as in eval/tasks/catalog.py. slices: (name, value) pairs that
+    numbers are
+    also told apart by. context: what a judge is told of the picture. data_class: what
+    medmax_jax/endpoints/egress.py asks before anything leaves the machine. released: (name, value)
+    of the row
+    that only the release's scoring wants, and where its picture stands. further_images: those after
+    the first, of a question about several images.
+    """
+
+    id: str
+    task: str
+    family: str
+    prompt: str
+    answer: str
+    image: str
+    group: str
+    template: str
+    facts: tuple[str, ...]  # what a caption should say; () where the rows do not tell
+    kind: str
+    slices: tuple[tuple[str, str], ...]
+    context: str
+    data_class: str
+    released: tuple[tuple[str, str], ...] = ()
+    further_images: tuple[str, ...] = ()
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """All images, in order; () for a generation task without a reference image."""
+        return (self.image, *self.further_images) if self.image else ()
+
+
+def from_rows(
+    rows: Sequence[Mapping[str, Any]],
+    manifest: Sequence[Mapping] | None = None,
+    *,
+    places: Sequence[str] | None = None,
+) -> list[Item]:
+    """Return the items of released rows; raise TaskError or OutgoingError at the first bad row.
+
+    `manifest`: rows that know the facts of the pictures, by `file`. `places`: what messages call
+    the rows, like "items.jsonl line 3". An image that any credentialed row shows is credentialed in
+    every row.
+    """
+    known = {row["file"]: row for row in manifest or ()}
+    places = places or [f"row {number}" for number in range(len(rows))]
+    items = [
+        _item(number, row, known, place)
+        for number, (row, place) in enumerate(zip(rows, places, strict=True))
+    ]
+    seen: set[str] = set()
+    for item, place in zip(items, places, strict=True):
+        if item.id in seen:
+            secret = item.data_class == egress.CREDENTIALED
+            shown = f"the id of {place}" if secret else f"id {item.id!r}"
+            raise TaskError(f"{shown} comes more than once; give every row its own id")
+        seen.add(item.id)
+    secret = {i for item in items if is_credentialed(item) for i in item.images}
+    return [
+        dataclasses.replace(item, data_class=egress.CREDENTIALED)
+        if secret & set(item.images)
+        else item
+        for item in items
+    ]
+
+
+def is_credentialed(item: Item) -> bool:
+    """Return whether nothing of the item may be repeated or sent to a host that is not listed."""
+    return item.data_class == egress.CREDENTIALED
+
+
+def item_name(item: Item, number: int) -> str:
+    """Return what messages call an item: its id, or of a credentialed one its number from 1."""
+    return f"number {number}" if is_credentialed(item) else item.id
+
+
+def item_fields(item: Item) -> dict[str, Any]:
+    """Return the fields of an item as records have them; `further_images` only where there are."""
+    found = dataclasses.asdict(item)
+    if not item.further_images:
+        del found["further_images"]
+    return found
+
+
+def parts(item: Item, folder: Path, prompt: str = "sft") -> tuple[Path | str, ...]:
+    """What is asked, in order: the picture's file if the family shows it, and the words.
+
+    `prompt`: one of PROMPTS, whose words these are; `ends_turn` says what comes after them. Where
+    the release's `default` stops (captions without words, generation with no picture to open) the
+    words are asked that the other two ask. Images come before the text, or where the marks of the
+    prompt are:
+        parts(Item(prompt="Is <image> older than <image>?", ...), f)
+        ->  ("Is", f/a.png, "older than", f/b.png, "?")
+    """
+    words = worded(item, prompt)
+    if not FAMILIES[item.family].shows_image:
+        return (words,)
+    label = "an image of a credentialed item" if is_credentialed(item) else ""
+    images = tuple(image_paths.resolve(folder, name, label=label) for name in item.images)
+    if PICTURE in words:
+        return _interleaved(words, images)
+    asked = dict(item.released).get("prompt", "")
+    if asked.endswith(PICTURE) and words != DETAILED_PROMPT:
+        return words, *images
+    return *images, words
+
+
+def _interleaved(words: str, images: Sequence[Path]) -> tuple[Path | str, ...]:
+    """Return the text between the marks, without the spaces next to them, and the images."""
+    texts = words.split(PICTURE)
+    if len(texts) != len(images) + 1:
+        raise TaskError(
+            f"a prompt has {len(texts) - 1} {PICTURE} marks for {len(images)} images; write one "
+            "per image, or none"
+        )
+    found: list[Path | str] = []
+    for number, text in enumerate(texts):
+        text = text.lstrip() if number else text
+        text = text.rstrip() if number < len(images) else text
+        found += [text] if text else []
+        found += images[number : number + 1]
+    return tuple(found)
+
+
+def worded(item: Item, prompt: str) -> str:
+    """The words of a question; `chameleon` tells a base model what to answer, with what letters."""
+    if prompt not in PROMPTS:
+        raise TaskError(f"prompt is {prompt!r}; use one of {', '.join(PROMPTS)}")
+    if prompt != "chameleon":
+        return item.prompt
+    if item.family == "multimodal":
+        return f"{item.prompt} Answer the question with one picture."
+    if item.family not in CHAMELEON:
+        return item.prompt
+    question = item.prompt if item.prompt.endswith("\n") else item.prompt + "\n"
+    task = f"Answer the question based on this image{CHAMELEON[item.family]}."
+    return f"{task}\nQuestion: {question}Answer:"
+
+
+def ends_turn(family: str, prompt: str) -> bool:
+    """Whether the end of turn follows the words, as it did in MedMax's fine-tuning.
+
+    `default` means a base model, and yet ends the turn of visual_chat: in the release its answer to
+    "is this fine-tuned" is a pair of lists, which Python takes for yes.
+    """
+    return prompt == "sft" or (prompt == "default" and family == "visual_chat")
+
+
+def choose(items: Sequence[Item], count: int, *, seed: int) -> list[Item]:
+    """`count` items, taken from the groups in turn so that each is there; -1: all."""
+    if count < 0 or count >= len(items):
+        return list(items)
+    rng = random.Random(seed)
+    groups: dict[str, list[Item]] = collections.defaultdict(list)
+    for item in items:
+        groups[item.group].append(item)
+    for members in groups.values():
+        rng.shuffle(members)
+    order = sorted(groups)
+    rng.shuffle(order)
+    turns = [groups[g][i] for i in range(len(items)) for g in order if i < len(groups[g])]
+    kept = {item.id for item in turns[:count]}
+    return [item for item in items if item.id in kept]
+
+
+def _item(number: int, row: Mapping[str, Any], known: Mapping[str, Mapping], place: str) -> Item:
+    if not isinstance(row, Mapping):
+        raise TaskError(f"{place}: a JSON {type(row).__name__}; expected an object")
+    stated = egress.class_of(row, place, default=egress.LICENCE_BOUND)
+    where = _where(number, row, place, stated)
+    family = _family(row, where, stated)
+    task = _task(row, family)
+    card, said = catalog.card_of(task, family), {}
+    of_task = card.data_class if card else egress.LICENCE_BOUND
+    data_class = egress.class_of(row, place, default=of_task)
+    where = _where(number, row, place, data_class)
+    images, prompt = _images_and_prompt(row, family, where, data_class)
+    facts, slices = known.get(images[0] if images else "", {}), row.get("slices") or {}
+    if not isinstance(slices, Mapping):
+        raise TaskError(f"{where}: slices is of type {type(slices).__name__}; expected an object")
+    slices = dict(slices)
+    if family == "visual_chat":
+        said, domain = _chat(where, row, data_class)
+        slices = {"domain": domain} | slices
+    first = images[0] if images else ""
+    fields = dict(
+        prompt=CAPTION_PROMPT if family == "captioning" else prompt,
+        answer=str(row["answer"]),
+        context=str(row.get("context") or ""),
+        data_class=data_class,
+    )
+    item = Item(
+        id=str(number if row.get("id") is None else row["id"]),
+        task=task,
+        family=family,
+        image=first,
+        group=str(row.get("group") or first or number),
+        template=str(row.get("template") or family),
+        facts=_facts(facts),
+        kind=str(facts.get("modality", "")),
+        slices=tuple(sorted((str(k), str(v)) for k, v in slices.items() if v)),
+        further_images=images[1:],
+        **fields | said,
+    )
+    _check_reference(item, where)
+    return item
+
+
+def _where(number: int, row: Mapping[str, Any], place: str, data_class: str) -> str:
+    """Return what messages call a row: of a credentialed one nothing but its place."""
+    if data_class == egress.CREDENTIALED or row.get("id") is None:
+        return place
+    name = printable(row["id"], 80)
+    return f"row {name}" if place == f"row {number}" else f"{place}, id {name}"
+
+
+def _family(row: Mapping[str, Any], where: str, data_class: str) -> str:
+    """Return the family of a row whose fields have the types of the released schema."""
+    need = {"task_name", "question_type", "prompt", "answer"} - set(row)
+    need |= {"image_path"} if not {"image_path", "images"} & set(row) else set()
+    if need:
+        raise TaskError(f"{where}: {sorted(need)[0]} is missing; the released schema has it")
+    for name in ("task_name", "question_type", "prompt", "answer"):
+        value = row[name]
+        kinds = (str, int, float) if name == "answer" else str
+        if not isinstance(value, kinds) and not (name == "question_type" and value is None):
+            raise TaskError(f"{where}: {name} is of type {type(value).__name__}; expected a string")
+    family = NAMED.get(row["task_name"]) or ASKED.get(row["question_type"])
+    if family is None:
+        shown = f"{row['task_name']} / {row['question_type']}"
+        shown = shown if data_class != egress.CREDENTIALED else "task_name / question_type"
+        raise TaskError(
+            f"{where}: {printable(shown)} is no task of this suite "
+            f"({', '.join((*NAMED, *ASKED))}); leave such rows out"
+        )
+    return family
+
+
+def _images_and_prompt(
+    row: Mapping[str, Any], family: str, where: str, data_class: str
+) -> tuple[tuple[str, ...], str]:
+    """Return the images in the order of their marks, and the prompt with its options.
+
+    Marks before all text are dropped, since images come first anyway; others stay in the prompt,
+    where `parts` puts the images.
+        "<image> <image> Did it grow?", (a, b)      ->  (a, b), "Did it grow?"
+        "Is <image 2> older than <image 1>?", (a, b)  ->  (b, a), "Is <image> older than <image>?"
+    """
+    images, prompt = _images(row, where, data_class), row["prompt"]
+    shows = FAMILIES[family].shows_image
+    if shows and not images:
+        raise TaskError(f"{where}: {family} needs image_path; name the picture")
+    if len(images) > 1 and family not in ASKED.values():
+        raise TaskError(f"{where}: {len(images)} images, but {family} takes one; name one image")
+    if family == "vqa_mcq":
+        prompt = _with_options(row, prompt, where)
+    if family in ("captioning", "visual_chat"):  # the release's own rules on marks: `parts`
+        return images, prompt
+    marks = list(_MARK.finditer(prompt))
+    count = len(images) if shows else 0
+    if marks and len(marks) != count:
+        raise TaskError(
+            f"{where}: the prompt has {len(marks)} image marks for {count} images that are shown; "
+            f"write one {PICTURE} per image, or none"
+        )
+    if any(mark[1] for mark in marks):
+        order = [int(mark[1] or 0) - 1 for mark in marks]
+        if sorted(order) != list(range(count)):
+            raise TaskError(
+                f"{where}: the image marks of the prompt are not numbered 1 to {count}, each once"
+            )
+        images = tuple(images[place] for place in order)
+    prompt = _MARK.sub(PICTURE, prompt)
+    rest = re.sub(rf"^(?:\s*{PICTURE})+\s*", "", prompt)
+    return images, prompt if PICTURE in rest else rest
+
+
+def _images(row: Mapping[str, Any], where: str, data_class: str) -> tuple[str, ...]:
+    """Return the paths that `image_path` or `images` has, one or a list; () for none."""
+    given = [name for name in ("image_path", "images") if row.get(name) not in (None, "", [])]
+    if not given:
+        return ()
+    if len(given) == 2 and row["image_path"] != row["images"]:
+        raise TaskError(f"{where}: image_path and images differ; give one of them")
+    value = row[given[0]]
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list | tuple):
+        raise TaskError(
+            f"{where}: {given[0]} is of type {type(value).__name__}; give it a path, or a list of "
+            "paths"
+        )
+    for number, name in enumerate(names, start=1):
+        if not is_inside(name):
+            shown = f"image {number}" if len(names) > 1 else "the image"
+            if data_class != egress.CREDENTIALED:
+                shown = printable(repr(name))
+            raise TaskError(
+                f"{where}: {given[0]}: {shown} leads out of the image folder; use a path relative "
+                "to it, without '..'"
+            )
+    return tuple(names)
+
+
+def _with_options(row: Mapping[str, Any], prompt: str, where: str) -> str:
+    """Return the prompt of a multiple choice row with the options that a field of the row lists."""
+    field = next((name for name in OPTION_FIELDS if row.get(name)), None)
+    listed = text_metrics.options(prompt)
+    lettered = {"A", "B"} <= {mark.upper() for mark in re.findall(_LETTERED, prompt)}
+    if field is None:
+        if not listed and not lettered:
+            raise TaskError(
+                f"{where}: no options can be read from the prompt of a multiple choice row; list "
+                "them in it, one line each like 'A: CT', or in the field options"
+            )
+        return prompt
+    options = _options(row[field], f"{where}: {field}")
+    if listed:
+        theirs, ours = ([text_metrics.tokens(t) for t in o.values()] for o in (listed, options))
+        if theirs != ours:
+            raise TaskError(f"{where}: {field} is not what the prompt lists; give one of the two")
+        return prompt
+    if lettered and all(text in prompt for text in options.values()):
+        return prompt
+    prompt = choice_text(prompt, options)
+    found = text_metrics.options(prompt)
+    if found and len(found) != len(options):
+        raise TaskError(
+            f"{where}: {field} has {len(options)} options, of which {len(found)} can be read"
+        )
+    return prompt
+
+
+def _options(value: Any, where: str) -> dict[str, str]:
+    """Return letter -> text of a list of options, or of an object with the letters as its keys."""
+    letters = list(string.ascii_uppercase)
+    if isinstance(value, Mapping):
+        if list(value) != letters[: len(value)]:
+            raise TaskError(f"{where}: the keys are not A, B, C, ..; use these, or a list")
+        value = list(value.values())
+    if not isinstance(value, list | tuple) or not 2 <= len(value) <= len(letters):
+        raise TaskError(f"{where}: expected a list of 2 to {len(letters)} texts")
+    found = {}
+    for letter, text in zip(letters, value, strict=False):
+        if isinstance(text, bool) or not isinstance(text, str | int | float):
+            raise TaskError(
+                f"{where}: option {letter} is of type {type(text).__name__}; expected a string"
+            )
+        found[letter] = re.sub(rf"^\(?{letter}[).:]\s*", "", str(text).strip())
+        if not found[letter]:
+            raise TaskError(f"{where}: option {letter} is empty; give it a text")
+    return found
+
+
+def _check_reference(item: Item, where: str) -> None:
+    """Raise TaskError where no answer could be right, before anything is asked and paid for."""
+    try:
+        if item.family == "vqa_closed":
+            metrics_strict.closed(item.answer, item.answer)
+        elif item.family == "vqa_mcq":
+            metrics_strict.choice(item.answer, item.answer, item.prompt)
+    except metrics_strict.StrictError:
+        shown = f"answer {printable(repr(item.answer), 60)}"
+        if item.data_class == egress.CREDENTIALED:
+            shown = "the answer"
+        form = "yes or no" if item.family == "vqa_closed" else "one of the question's options"
+        raise TaskError(
+            f"{where}: {shown} cannot be read as {form}, so no reply could be right; correct it "
+            "(for options their letter), or leave the row out"
+        ) from None
+
+
+def _chat(where: str, row: Mapping[str, Any], data_class: str) -> tuple[dict, str]:
+    """What a visual_chat row's dictionary says, and its domain."""
+    try:
+        found = chat_answers.read(str(row["answer"]))
+    except chat_answers.ChatAnswerError as error:
+        secret = data_class == egress.CREDENTIALED
+        why = "the answer is not the dictionary of the released schema" if secret else error
+        raise TaskError(f"{where}: {why}") from (None if secret else error)
+    asked = str(row["prompt"]).replace(PICTURE, "").strip()
+    detailed = row["question_type"] == "detailed_description"
+    released = dict(
+        prompt=str(row["prompt"]),
+        fig_label=found.label,
+        fig_caption=found.caption,
+        in_text_mention=found.mention,
+    )
+    said = dict(
+        prompt=DETAILED_PROMPT if detailed else asked,
+        answer=found.reference,
+        context=found.context,
+        released=tuple(released.items()),
+    )
+    return said, found.domain
+
+
+def _task(row: Mapping[str, str], family: str) -> str:
+    """vqa_rad_closed, captioning_quilt, multimodal: as eval/tasks/catalog.py names them."""
+    name, kind = row["task_name"], row["question_type"]
+    if name in SAMPLE or kind in SAMPLE:
+        return family
+    if name in NAMED:
+        return f"{family}_{kind}" if kind else family
+    return f"{name}_{kind}"
+
+
+def _facts(row: Mapping) -> tuple[str, ...]:
+    if not row:
+        return ()
+    return (NOUNS[row["modality"]], *(str(row[name]) for name in FACTS if row[name]))

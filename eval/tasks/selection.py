@@ -1,0 +1,141 @@
+"""What is asked: items of the embedded sample or of JSONL files, chosen by the settings' counts."""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+from medmax_jax.data.sample.documents import eval_items
+from medmax_jax.data.sample.manifest import read_manifest
+from medmax_jax.eval.config import EvalError, Settings
+from medmax_jax.eval.tasks import items as task_items
+from medmax_jax.generation.model_bundle import MAX_PIXELS
+from medmax_jax.io import image_paths, text_files
+from medmax_jax.models import image_headers, images
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shard:
+    """Part `index` of `count`: every count-th item."""
+
+    index: int
+    count: int
+
+    @classmethod
+    def of(cls, text: str) -> "Shard":
+        """Of "i/n"; "" is the whole."""
+        if not text:
+            return WHOLE
+        found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+        if not found or int(found[1]) >= int(found[2]):
+            raise EvalError(f"--shard is {text!r}; write i/n with i from 0 to n - 1, like 0/4")
+        return cls(index=int(found[1]), count=int(found[2]))
+
+    def file(self, out: Path) -> Path:
+        """Where this part's records go."""
+        if self.count == 1:
+            return out
+        return out.with_name(f"{out.stem}.shard_{self.index}_of_{self.count}.jsonl")
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+
+WHOLE = Shard(index=0, count=1)
+
+SAMPLE = Path(__file__).parents[2] / "data" / "sample"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Suite:
+    """Items, training items for the blind baseline, training pictures as (path, modality)."""
+
+    items: list[task_items.Item]
+    train: list[task_items.Item]
+    pictures: list[tuple[str, str]]
+    folder: Path
+
+
+def suite(settings: Settings) -> Suite:
+    """The embedded sample's items, or those of JSONL files in the released schema."""
+    if settings.questions == ("sample",):
+        return sample(settings)
+    if not settings.questions or "sample" in settings.questions:
+        raise EvalError(
+            f"config.questions is {','.join(settings.questions)!r}; name JSONL files, or sample "
+            "alone"
+        )
+    rows = [row for path in settings.questions for row in read_rows(Path(path))]
+    items = task_items.from_rows([row for _, row in rows], places=[place for place, _ in rows])
+    folder = Path(settings.images or Path(settings.questions[0]).parent)
+    return Suite(items=_chosen(items, settings), train=[], pictures=[], folder=folder)
+
+
+def sample(settings: Settings) -> Suite:
+    """The embedded sample's, with its training half."""
+    manifest = read_manifest(SAMPLE / "manifest.jsonl")
+    held, train = (
+        task_items.from_rows(eval_items(manifest, settings.seed, split=split), manifest)
+        for split in (settings.split, "train")
+    )
+    return Suite(
+        items=_chosen(held, settings),
+        train=train,
+        pictures=[(row["file"], row["modality"]) for row in manifest if row["split"] == "train"],
+        folder=Path(settings.images or SAMPLE),
+    )
+
+
+def check_images(found: Suite) -> None:
+    """Raise, before anything is asked, where an image that is shown or compared cannot be used.
+
+    That is an image whose path leads out of the folder or that is missing. Images of credentialed
+    items are opened too: an error later on would name the file.
+    """
+    wanted: dict[str, str] = {}  # image -> what messages call it, "" for its path
+    for number, item in enumerate(found.items, start=1):
+        label = f"the image of item number {number}" if task_items.is_credentialed(item) else ""
+        for image in item.images:
+            wanted[image] = wanted.get(image) or label
+    files = {i: image_paths.resolve(found.folder, i, label=label) for i, label in wanted.items()}
+    lost = [wanted[image] or image for image, file in files.items() if not file.is_file()]
+    if lost:
+        raise EvalError(
+            f"{len(lost)} of {len(wanted)} pictures are not under {found.folder}, the first is "
+            f"{lost[0]}; name their folder with --config.images"
+        )
+    for image, label in wanted.items():
+        if label:
+            _check_readable(files[image], label)
+
+
+def _check_readable(file: Path, label: str) -> None:
+    try:
+        images.load(file, max_pixels=MAX_PIXELS, name=label)
+    except image_headers.ImageError:
+        raise EvalError(
+            f"{label} cannot be read as an image of at most {MAX_PIXELS:,} pixels; replace the "
+            "file, or leave the item out"
+        ) from None  # Pillow may repeat what it found in the file
+
+
+def read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Return (place, row) of each row of a JSONL file; place is like "items.jsonl line 3"."""
+    try:
+        rows = text_files.read_objects(path)
+    except text_files.TextFileError as error:
+        raise EvalError(
+            f"config.questions is {str(path)!r}: {error}; name a JSONL file, or sample"
+        ) from error
+    return [(place.replace(str(path), path.name, 1), row) for place, row in rows]
+
+
+def _chosen(items: list[task_items.Item], settings: Settings) -> list[task_items.Item]:
+    counts = dataclasses.asdict(settings.counts)
+    return [
+        item
+        for family, count in counts.items()
+        for item in task_items.choose(
+            [item for item in items if item.family == family], count, seed=settings.seed
+        )
+    ]

@@ -1,0 +1,159 @@
+"""Is a saved step what training had in memory? Two chains of SHA-256, both checked on restore.
+
+    device --copy--> host --sha256 of every shard--> shards-0.json     before anything is written
+      |                                                   |
+      +-----> Orbax -----> files --sha256 of each--> sha256.json       last: the seal
+
+Orbax restores flipped bits without an error. The files' digests find what changed on the disk, the
+shards' digests what changed on its way there. A shard is named by its place in the global array,
+so that a restore onto any mesh and any number of hosts can check it. `root`, the digest of the
+manifest, is in the log: whoever keeps the log can prove which files a run wrote.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+from jaxtyping import PyTree
+
+from medmax_jax.checkpoints.safetensors_file import host_array, named
+from medmax_jax.io.storage import Folder, StorageError
+from medmax_jax.io.text_files import TextFileError, parse_json
+
+MANIFEST = "sha256.json"
+SHARDS = "shards-{}.json"  # of one process
+
+Copies = dict[str, list[tuple[list[list[int]], np.ndarray]]]  # name -> (place, values) of shards
+
+
+def copies(tree: PyTree) -> Copies:
+    """Host copies of the shards that this process is the one to save; each is in one process."""
+    leaves = named(tree)
+    for leaf in leaves.values():
+        leaf.copy_to_host_async()
+    mine = {
+        name: [shard for shard in leaf.addressable_shards if shard.replica_id == 0]
+        for name, leaf in leaves.items()
+    }
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        # np.array copies: on a CPU the buffer would be the one that the next step donates
+        values = pool.map(lambda s: np.array(s.data), (s for own in mine.values() for s in own))
+        return {
+            name: [(_place(s.index, leaves[name].shape), next(values)) for s in own]
+            for name, own in mine.items()
+        }
+
+
+def shard_digests(held: Copies) -> dict[str, list[dict[str, Any]]]:
+    """Name -> [{"at": [[start, stop] of each axis], "sha256": of dtype and bytes}]."""
+    flat = [(name, place, values) for name, shards in held.items() for place, values in shards]
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in held}
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # hashing releases the GIL
+        for (name, place, _), hexed in zip(
+            flat, pool.map(_digest, [values for *_, values in flat]), strict=True
+        ):
+            found[name].append({"at": place, "sha256": hexed})
+    return found
+
+
+def wrong_shard(expected: dict[str, list[dict[str, Any]]], tree: PyTree) -> str:
+    """The first array of `tree` that is not the one that was hashed; empty when all are.
+
+    Every process calls: arrays that lie across hosts are gathered, one at a time.
+    """
+    leaves = named(tree)
+    if expected.keys() != leaves.keys():
+        return (
+            f"hashes of {sorted(expected.keys() ^ leaves.keys())[:3]} or their arrays are missing"
+        )
+    for name, leaf in leaves.items():
+        whole = host_array(leaf)
+        covered = 0
+        for shard in expected[name]:
+            part = np.asarray(whole[tuple(slice(*ends) for ends in shard["at"])])
+            covered += part.size
+            if _digest(part) != shard["sha256"]:
+                return f"{name} {shard['at']} is not what training had in memory"
+        if covered != whole.size:
+            return f"{name}: hashes of {covered} of its {whole.size} numbers"
+    return ""
+
+
+def read_shards(folder: Folder) -> dict[str, list[dict[str, Any]]]:
+    """The shards' digests of all processes together."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name in folder.names():
+        if name.startswith("shards-"):
+            for array, shards in folder.json(name).items():
+                found.setdefault(array, []).extend(shards)
+    return found
+
+
+def seal(folder: Folder) -> str:
+    """Writes the manifest of a finished step; returns its root. From here on it is trusted."""
+    text = _manifest(file_digests(folder))
+    folder.write(MANIFEST, [text])
+    return root(text)
+
+
+def damage(folder: Folder) -> str:
+    """What is wrong with the files of a step, in a few words; empty when every digest matches."""
+    try:
+        if not folder.has(MANIFEST):
+            return "never finished"
+        text = folder.read(MANIFEST).tobytes()
+        expected = _parsed(text)
+        actual = file_digests(folder)
+    except StorageError as error:
+        return str(error)
+    if expected is None:
+        return f"{MANIFEST} has changed since it was written"
+    for name in sorted(expected.keys() | actual.keys()):
+        if name not in actual:
+            return f"{name} is missing"
+        if name not in expected:
+            return f"{name} does not belong there"
+        if actual[name] != expected[name]:
+            return f"{name} has changed since it was written"
+    return ""
+
+
+def root(manifest: bytes) -> str:
+    """The name of a step's whole content."""
+    return hashlib.sha256(manifest).hexdigest()
+
+
+def file_digests(folder: Folder) -> dict[str, str]:
+    """Name -> digest of every file below but the manifest."""
+    names = [name for name in folder.names() if name != MANIFEST]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        digests = pool.map(lambda name: folder.file(name).digest("sha256"), names)
+        return dict(zip(names, digests, strict=True))
+
+
+def _manifest(digests: dict[str, str]) -> bytes:
+    """One spelling only, and a digest of itself: so that no bit of it can change unseen."""
+    body = json.dumps(digests, sort_keys=True, indent=0)
+    own = hashlib.sha256(body.encode()).hexdigest()
+    return f"{own}\n{body}\n".encode()
+
+
+def _parsed(text: bytes) -> dict[str, str] | None:
+    """What `_manifest` wrote; None for anything else."""
+    try:
+        digests = parse_json(text.partition(b"\n")[2], MANIFEST)
+        return digests if isinstance(digests, dict) and _manifest(digests) == text else None
+    except TextFileError:
+        return None
+
+
+def _place(index: tuple[slice, ...], shape: tuple[int, ...]) -> list[list[int]]:
+    return [list(part.indices(size)[:2]) for part, size in zip(index, shape, strict=True)]
+
+
+def _digest(values: np.ndarray) -> str:
+    found = hashlib.sha256(str(values.dtype).encode())
+    found.update(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
+    return found.hexdigest()

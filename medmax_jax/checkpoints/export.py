@@ -1,0 +1,139 @@
+"""Folders that other programs read: whole models, and adapters for one base model.
+
+    model/     config.json {vocab, model, vq}, tokenizer.json, vqgan.safetensors, and the weights:
+               model.safetensors, one file; or model.zarr/, which convert makes of large models
+    adapter/   adapter_config.json, adapter.safetensors
+
+A folder appears whole or not at all, in place of an older one. A model may lie under gs://.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jaxtyping import PyTree
+
+from medmax_jax import config
+from medmax_jax.checkpoints import safetensors_file, zarr_arrays
+from medmax_jax.io.storage import Folder, StorageError
+
+SMALL, LARGE = "model.safetensors", "model.zarr"
+TOOLS = ("tokenizer.json", "vqgan.safetensors")  # what a model folder needs beside the model
+FREE = ("param_dtype", "compute_dtype", "remat", "attention")  # how a model runs, not what it is
+
+
+class ExportError(RuntimeError):
+    """A model folder that does not fit the run; the message names the field."""
+
+
+def load(folder: str | os.PathLike, like: PyTree) -> PyTree:
+    """The weights of a model folder, as `weights.load` and `array_reader.load` give them."""
+    place = Folder(folder)
+    if place.has(SMALL):
+        if place.remote:
+            raise ExportError(f"{folder}: {SMALL} cannot be loaded from there; copy the folder")
+        return safetensors_file.load(pathlib.Path(folder) / SMALL, like)
+    return zarr_arrays.load(Folder(f"{str(folder).rstrip('/')}/{LARGE}"), like)
+
+
+def identity(folder: str | os.PathLike) -> str:
+    """What an adapter calls its base: the file's sha256, or the fingerprint that convert noted."""
+    place = Folder(folder)
+    if place.has(SMALL):
+        return place.file(SMALL).digest("sha256")
+    found = place.json("config.json")
+    try:
+        return found["weights"]["fingerprint"]
+    except (TypeError, KeyError) as error:
+        raise ExportError(
+            f"{folder}: has neither {SMALL} nor a fingerprint in config.json; convert it again "
+            "(python -m medmax_jax.convert --help)"
+        ) from error
+
+
+def adapter(target: pathlib.Path, adapters: PyTree, run: config.Run, facts: dict[str, Any]) -> None:
+    """The trained adapters, and what they belong to: `facts` has base, data, step, sources."""
+    facts = config.to_dict(run.lora) | facts
+
+    def fill(folder: pathlib.Path) -> None:
+        safetensors_file.save(folder / "adapter.safetensors", adapters, _note(facts))
+        if jax.process_index() == 0:
+            _write_json(folder / "adapter_config.json", facts)
+
+    _replace(target, fill)
+
+
+def model(
+    target: pathlib.Path, base: PyTree, run: config.Run, *, data: str, step: int
+) -> list[str]:
+    """A whole model; the tools come from train.init_from. Returns the names that are missing."""
+    source = Folder(run.train.init_from) if run.train.init_from else None
+    found = [name for name in TOOLS if source and source.has(name)]
+
+    def fill(folder: pathlib.Path) -> None:
+        safetensors_file.save(folder / SMALL, base, _note({"data": data, "step": step}))
+        if jax.process_index() == 0:
+            _write_json(folder / "config.json", _sections(run))
+            for name in found:
+                (folder / name).write_bytes(source.read(name))
+
+    _replace(target, fill)
+    return [name for name in TOOLS if name not in found]
+
+
+def check_base(folder: str, run: config.Run, *, tokenizer: str, vqgan: str) -> None:
+    """Raises ExportError unless the model in `folder` is the one of the config.
+
+    Heads, RoPE and norms leave no trace in the shapes of the weights, so the settings are compared.
+    `tokenizer`, `vqgan`: sha256 of what made the records; empty where unknown.
+    """
+    place = Folder(folder)
+    try:
+        have = place.json("config.json")
+    except StorageError as error:
+        raise ExportError(f"{error}; config.train.init_from must name a model folder") from error
+    for section, fields in _sections(run).items():
+        for field, value in fields.items():
+            other = have.get(section, {}).get(field)
+            if other != value and field not in FREE:
+                raise ExportError(
+                    f"{folder} has {section}.{field} = {other!r}, this run has {value!r}; "
+                    "use the config of that model"
+                )
+    for name, digest in zip(TOOLS, (tokenizer, vqgan), strict=True):
+        held = digest and place.has(name)
+        if held and place.file(name).digest("sha256") != digest:
+            raise ExportError(
+                f"the records were made with another {name} than that of {folder}; "
+                "prepare them again with the files of this folder"
+            )
+
+
+def _sections(run: config.Run) -> dict[str, dict]:
+    return {name: config.to_dict(getattr(run, name)) for name in ("vocab", "model", "vq")}
+
+
+def _note(facts: dict) -> dict[str, str]:
+    # One entry: safetensors writes several in random order, and the file's digest is a name.
+    return {"medmax_jax": json.dumps(facts, sort_keys=True)}
+
+
+def _write_json(path: pathlib.Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _replace(target: pathlib.Path, fill: Callable[[pathlib.Path], None]) -> None:
+    """`fill` writes a folder of another name, which then takes the place of `target`."""
+    partial = target.with_name(target.name + ".partial")
+    first = jax.process_index() == 0
+    if first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    fill(partial)
+    if first:
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(partial, target)

@@ -1,0 +1,186 @@
+"""Named arrays of any size in blocks: zarr3 by TensorStore, on a disk or gs://, for any mesh.
+
+    D/layers.mlp.up_proj.kernel/zarr.json     shape, dtype, layout
+                               /c/3/0/0       a file: layer 3, half of its rows, at most 64 MiB
+         in the file: blocks of about 1 MiB, cut along the sharded axes, each with its CRC-32C
+
+A process reads the blocks that its devices hold and no others; a flipped bit is an error. Orbax
+would hold the whole tree twice to save it, and by default writes one chunk an array, which every
+process then reads whole. Arrays are written piece by piece: a model never has to fit in memory.
+"""
+
+import collections
+import math
+from typing import Any
+
+import jax
+import numpy as np
+import tensorstore as ts
+from jaxtyping import PyTree, Shaped
+
+from medmax_jax.checkpoints import safetensors_file
+from medmax_jax.io import storage
+from medmax_jax.io.storage import Folder, StorageError
+
+FILE_BYTES = 64 * 2**20  # at most, of a file
+BLOCK_BYTES = 2**20  # about, of what is read at once
+WAYS = 16  # at most, that an axis is cut into: as many shards are read without waste
+WHOLE_BYTES = 4 * 2**20  # an array up to this size is one block
+
+
+class Writer:
+    """Arrays of a new_folder being written; memory holds IN_FLIGHT bytes of them."""
+
+    def __init__(self, folder: Folder):
+        self._folder = folder
+        self._pending: collections.deque[tuple[Any, int, str]] = collections.deque()
+        self._bytes = 0
+
+    def create(
+        self, name: str, shape: tuple[int, ...], dtype: np.dtype, sharded: tuple[bool, ...]
+    ) -> ts.TensorStore:
+        """An empty array. `sharded`: the axes that a mesh may cut."""
+        file, block = layout(shape, np.dtype(dtype).itemsize, sharded)
+        kvstore = self._folder.kvstore(name)
+        if not self._folder.remote:
+            kvstore["file_io_sync"] = False  # new_folder syncs all files at its end, at once
+        codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+        inner = {"chunk_shape": block, "codecs": codecs, "index_codecs": codecs}
+        spec = array_spec(self._folder, name) | {
+            "kvstore": kvstore,
+            "metadata": {
+                "shape": shape,
+                "data_type": np.dtype(dtype).name,
+                "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": file}},
+                "codecs": [{"name": "sharding_indexed", "configuration": inner}],
+            },
+        }
+        made = ts.open(spec, create=True)
+        return storage.wait(made, f"{self._folder.path}/{name}")
+
+    def write(self, store: ts.TensorStore, index: Any, piece: Shaped[np.ndarray, "..."]) -> None:
+        """Writes store[index]; a piece should fill whole files, or they are written again."""
+        while self._pending and self._bytes + piece.nbytes > IN_FLIGHT:
+            self._settle()
+        self._pending.append((store[index].write(piece), piece.nbytes, store.kvstore.path))
+        self._bytes += piece.nbytes
+
+    def finish(self) -> None:
+        """Returns when everything is on the disk."""
+        while self._pending:
+            self._settle()
+
+    def _settle(self) -> None:
+        future, size, where = self._pending.popleft()
+        storage.wait(future, where, size)
+        self._bytes -= size
+
+
+def layout(
+    shape: tuple[int, ...], itemsize: int, sharded: tuple[bool, ...]
+) -> tuple[list[int], list[int]]:
+    """(shape of a file, shape of a block in it).
+
+    [32, 4096, 11008] of 2 bytes, both last axes sharded -> [1, 2048, 11008], [1, 512, 688]
+    Three axes are a stack of layers; a file is of one layer, so that layers can be written alone.
+    """
+    file = list(shape)
+    if math.prod(shape) * itemsize <= WHOLE_BYTES:
+        return file, list(file)
+    if len(shape) == 3:
+        file[0] = 1
+    cuts = [1] * len(shape)
+    while math.prod(file) * itemsize // math.prod(cuts) > BLOCK_BYTES:
+        able = [
+            i
+            for i, size in enumerate(file)
+            if sharded[i] and cuts[i] < WAYS and size % (2 * cuts[i]) == 0
+        ]
+        if not able:
+            break
+        cuts[min(able, key=lambda i: (cuts[i], -file[i]))] *= 2
+    block = [size // cut for size, cut in zip(file, cuts, strict=True)]
+    for axis in range(len(file)):
+        while math.prod(file) * itemsize > FILE_BYTES and file[axis] % (2 * block[axis]) == 0:
+            file[axis] //= 2
+    return file, block
+
+
+# ---- Reads named arrays in blocks onto any mesh; zarr_arrays.py has the layout, and writes them
+# ----
+#
+# A process reads the blocks that its devices hold and no others; a flipped bit is an error.
+
+IN_FLIGHT = 2**30  # bytes that are being read or written at a time
+CACHE = 2**28  # bytes of blocks that several devices of a process share
+
+
+def names(folder: Folder) -> list[str]:
+    """The arrays of a folder."""
+    return sorted(n.removesuffix("/zarr.json") for n in folder.names() if n.endswith("/zarr.json"))
+
+
+def open_array(folder: Folder, name: str, *, cache: int = 0) -> ts.TensorStore:
+    """An array of a folder, nothing of it read yet. `cache`: bytes of blocks to keep."""
+    context = ts.Context({"cache_pool": {"total_bytes_limit": cache}})
+    asked = array_spec(folder, name) | {"recheck_cached_data": False}
+    found = ts.open(asked, open=True, context=context)
+    return storage.wait(found, f"{folder.path}/{name}")
+
+
+def read(folder: Folder, store: ts.TensorStore) -> Shaped[np.ndarray, "..."]:
+    """The numbers of an array or of a part of it (`store[index]`); StorageError when damaged."""
+    size = store.dtype.numpy_dtype.itemsize * math.prod(store.shape)
+    return storage.wait(store.read(), store.kvstore.path, size)
+
+
+def load(folder: Folder, like: PyTree) -> PyTree:
+    """The tree of `like` (ShapeDtypeStructs with shardings), in its dtypes, on its devices.
+
+    A process reads what its own devices hold. Raises weights.WeightsError where names or shapes
+    differ, StorageError where a block is damaged.
+    """
+    wanted = safetensors_file.named(like)
+    safetensors_file.check_names(folder.path, set(names(folder)), set(wanted))
+    pending: collections.deque[tuple[Any, ...]] = collections.deque()
+    loaded, flying = [], 0
+    for name, leaf in wanted.items():
+        store = open_array(folder, name, cache=CACHE)
+        if tuple(store.shape) != tuple(leaf.shape):
+            raise safetensors_file.misfit(folder.path, name, tuple(store.shape), leaf)
+        sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        places: dict[Any, list[jax.Device]] = {}
+        for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+            places.setdefault(tuple((s.start, s.stop) for s in index), []).append(device)
+        parts = {k: store[tuple(slice(*s) for s in k)].read() for k in places}
+        size = store.dtype.numpy_dtype.itemsize * math.prod(leaf.shape)
+        pending.append((name, leaf, sharding, places, parts, size))
+        flying += size
+        while flying > IN_FLIGHT and pending:
+            flying -= pending[0][-1]
+            loaded.append(_placed(folder, *pending.popleft()[:-1]))
+    loaded += [_placed(folder, *each[:-1]) for each in pending]
+    return jax.tree.unflatten(jax.tree.structure(like), loaded)
+
+
+def _placed(folder: Folder, name: str, leaf, sharding, places, parts) -> jax.Array:
+    on_devices = []
+    for key, future in parts.items():
+        part = storage.wait(future, f"{folder.path}/{name}", IN_FLIGHT).astype(
+            leaf.dtype, copy=False
+        )
+        on_devices += [jax.device_put(part, device) for device in places[key]]
+    return jax.make_array_from_single_device_arrays(tuple(leaf.shape), sharding, on_devices)
+
+
+def array_spec(folder: Folder, name: str) -> dict[str, Any]:
+    """What TensorStore must know of an array, to read or to write it."""
+    if "/" in name or name.startswith("."):
+        raise StorageError(f"{folder.path}: {name!r} is no name of an array")
+    return {
+        "driver": "zarr3",
+        "kvstore": folder.kvstore(name),
+        # a file that is gone is an error and no zeros, so zeros must be stored as well
+        "fill_missing_data_reads": False,
+        "store_data_equal_to_fill_value": True,
+    }

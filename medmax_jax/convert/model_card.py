@@ -1,0 +1,96 @@
+"""The model card (README.md) of what was converted: what it is, its data, and under which terms.
+
+What is not known is said to be not known.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from medmax_jax.convert.state_dict import Adapter, Checkpoint
+from medmax_jax.endpoints import egress
+
+USE = "Research only, not for clinical use: its output may be wrong and must not guide any care."
+LICENCE = (
+    "Weights that derive from Meta's Chameleon, Anole and MedMax 7B among them, are under the "
+    "[Chameleon Research License](https://github.com/facebookresearch/chameleon), whatever other "
+    "tag they carry: non-commercial research use. Terms of the data below hold too."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceTerms:
+    """The terms of one source of training data."""
+
+    credential: str  # whether it is credentialed: yes | no | unknown
+    licence: str
+
+
+def text(
+    title: str,
+    checkpoint: Checkpoint | None,
+    adapter: Adapter | None,
+    identity: str,
+    data_sources: Mapping[str, SourceTerms],
+) -> str:
+    """Return the card as Markdown.
+
+    identity: fingerprint of the weights before the adapter, or empty. data_sources: the terms of
+    each source by its name; a source that is not among them has unknown terms.
+    """
+    facts = adapter.facts if adapter else {}
+    lines = [_first(facts, data_sources), "", f"# {title}", "", USE, "", LICENCE, ""]
+    if checkpoint and checkpoint.model:
+        m = checkpoint.model
+        lines += [
+            f"A Chameleon of {m.num_layers} layers, width {m.hidden_size}, "
+            f"{checkpoint.vocab.size:,} ids; converted from {checkpoint.layout}.",
+            "",
+        ]
+    base = identity or facts.get("base") or "not known"
+    lines += [f"Base weights: `{base}`", ""]
+    if adapter:
+        lora = adapter.lora
+        lines += [f"LoRA: rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}", ""]
+        lines += _training(facts, data_sources)
+    return "\n".join(lines) + "\n"
+
+
+def _first(facts: dict[str, Any], data_sources: Mapping[str, SourceTerms]) -> str:
+    """Credentialed data on the first line, where nobody misses them."""
+    table = _sources(facts, data_sources)
+    if named := [name for name, (credential, _) in table.items() if credential == "yes"]:
+        return f"**Trained on credentialed data: {', '.join(named)}.** Check their terms."
+    if any(map(egress.is_credentialed, facts.get("credentials", {}))):
+        return "**Trained on credentialed data.** Check the terms of the sources below."
+    if set(facts.get("credentials", {})) == {"no"}:
+        return "Trained on no credentialed data."
+    return "Whether these weights were trained on credentialed data is not known to this program."
+
+
+def _training(facts: dict[str, Any], data_sources: Mapping[str, SourceTerms]) -> list[str]:
+    steps = facts.get("step", "an unknown number of")
+    lines = [f"Trained for {steps} steps on the records `{facts.get('data', 'not known')}`:"]
+    lines += ["", "| source | documents | credentialed | licence |", "|---|---|---|---|"]
+    for name, (credential, licence) in _sources(facts, data_sources).items():
+        lines.append(f"| {name} | {facts['sources'][name]:,} | {credential} | {licence} |")
+    if not facts.get("sources"):
+        lines.append("| not known | | | |")
+    for section, fields in facts.get("config", {}).items():
+        words = ", ".join(f"{k} {v!r}" for k, v in fields.items())
+        lines += ["", f"`{section}`: {words}"]
+    return lines
+
+
+def _sources(
+    facts: dict[str, Any], data_sources: Mapping[str, SourceTerms]
+) -> dict[str, tuple[str, str]]:
+    """Return (credentialed, licence) of each source that the records name."""
+    terms = {_plain(name): (t.credential, t.licence) for name, t in data_sources.items()}
+    only_open = set(facts.get("credentials", {})) == {"no"}
+    unknown = ("no" if only_open else "unknown", "not known")
+    return {name: terms.get(_plain(name), unknown) for name in sorted(facts.get("sources", {}))}
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "")

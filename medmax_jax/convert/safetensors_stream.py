@@ -1,0 +1,271 @@
+"""Weight files of a folder: read by ranges, written as a stream; one tensor in memory at most.
+
+    model.safetensors                                     one file, or
+    model-00001-of-00003.safetensors ..                   several, and
+    model.safetensors.index.json {"weight_map": {tensor: file}}
+    pytorch_model.bin, pytorch_model.bin.index.json       the same from torch.save: only read, where
+                                                          there are no safetensors files
+
+The safetensors library wants a file on a local disk and, to write, all of it in memory; here the
+file may be a gs:// object. What a header says is checked against the size of its file before any
+of it is believed.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from medmax_jax.checkpoints import torch_file
+from medmax_jax.convert.state_dict import DTYPES, ConvertError, Tensor, finite
+from medmax_jax.io.errors import printable, quoted
+from medmax_jax.io.settings_files import MAX_JSON_BYTES, parse_settings
+from medmax_jax.io.storage import ByteFile, Folder
+from medmax_jax.io.text_files import TextFileError
+
+INDEX, BIN_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
+BIN = "pytorch_model.bin"
+MAX_TENSORS = 1 << 17  # of a file; one of 30B has 760
+MAX_NAME = 512  # characters of a tensor's name
+MAX_RANK, MAX_DIM = 16, 1 << 40  # axes, and the length of one
+_SIZES = {
+    **dict.fromkeys(("F64", "I64", "U64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
+}
+_PLAIN = re.compile(r"[\w.-]{1,200}\.(safetensors|bin)")
+
+
+def read(folder: Folder) -> dict[str, Tensor]:
+    """Return tensor name -> tensor of all weight files of the folder; safetensors come first."""
+    names = [n for n in folder.names() if "/" not in n]
+    files = [n for n in names if n.endswith(".safetensors")]
+    if folder.has(INDEX):
+        return _read_indexed(folder, INDEX, files)
+    if not files and folder.has(BIN_INDEX):
+        return _read_indexed(folder, BIN_INDEX, [n for n in names if n.endswith(".bin")])
+    if not files and folder.has(BIN):
+        return read_torch(folder.file(BIN))
+    if len(files) != 1:
+        raise ConvertError(
+            f"{folder.path}: {len(files)} safetensors files and no {INDEX} ({BIN} is read too); "
+            "copy the whole folder again"
+        )
+    return read_file(folder.file(files[0]))
+
+
+def read_torch(file: ByteFile, *, dropped: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """Return name -> tensor of a .pth, .ckpt or .bin file of torch.save, but those `dropped`."""
+    found = {}
+    for name, entry in torch_file.open_file(file).items():
+
+        def block(rows: slice, columns: slice, entry=entry) -> np.ndarray:
+            first, last, _ = rows.indices(entry.shape[0])
+            start = entry.start + first * entry.stride[0]
+            shape = (last - first, *entry.shape[1:])
+            array = torch_file.read(file, dataclasses.replace(entry, start=start, shape=shape))
+            return array[:, columns] if array.ndim > 1 else array
+
+        if name not in dropped:
+            found[name] = Tensor(entry.shape, entry.dtype, block, f"{file.name}: {name}")
+    return found
+
+
+def _read_indexed(folder: Folder, index: str, files: list[str]) -> dict[str, Tensor]:
+    by_file: dict[str, set[str]] = {}
+    for name, file in _weight_map(folder, index).items():
+        by_file.setdefault(file, set()).add(name)
+    if gone := sorted(set(by_file) - set(files)):
+        raise ConvertError(f"{folder.path}/{gone[0]}: missing, but {index} names it; copy it")
+    found: dict[str, Tensor] = {}
+    for file, wanted in sorted(by_file.items()):
+        reader = read_torch if index == BIN_INDEX else read_file
+        held = reader(folder.file(file))
+        if wrong := sorted(wanted ^ set(held)):
+            raise ConvertError(
+                f"{folder.path}/{file}: {printable(wrong[0], 80)} is in the file or in {index}, "
+                f"not in both ({len(wrong)} such); files of two checkpoints are mixed"
+            )
+        found |= held
+    return found
+
+
+def read_file(file: ByteFile) -> dict[str, Tensor]:
+    """Tensor name -> tensor of one safetensors file."""
+    header, start = _header(file)
+    found, ends = {}, [start]
+    for name, entry in sorted(header.items(), key=lambda item: _offsets(file, *item)):
+        shape, dtype, (begin, end) = _entry(file, name, entry)
+        if begin + start != ends[-1]:
+            short = printable(name, 80)
+            raise _broken(file, f"{short} begins at byte {begin}, not where the one before it ends")
+        ends.append(end + start)
+        found[name] = _tensor(file, name, shape, dtype, begin + start)
+    if ends[-1] != file.size:
+        raise _broken(file, f"its tensors end at byte {ends[-1]} of {file.size}")
+    return found
+
+
+def write(
+    folder: Folder,
+    tensors: dict[str, Tensor],
+    *,
+    shard_bytes: int,
+    progress: Callable[[int], None],
+) -> None:
+    """Writes the tensors in this order, a file at most `shard_bytes` long where tensors allow.
+
+    Raises ConvertError on a number that is not finite. `progress` is told of bytes written.
+    """
+    shards = _shards(tensors, shard_bytes)
+    places = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file = "model.safetensors" if len(shards) == 1 else file
+        write_file(folder, file, {n: tensors[n] for n in names}, progress=progress)
+        places |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        size = sum(t.nbytes for t in tensors.values())
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+        folder.write(INDEX, [json.dumps(index, indent=2).encode() + b"\n"])
+
+
+def write_file(
+    folder: Folder, file: str, tensors: dict[str, Tensor], *, progress: Callable[[int], None]
+) -> None:
+    """One safetensors file with the metadata that HF's loader asks for."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        offsets = [end, end := end + tensor.nbytes]
+        header[name] = dict(dtype=tensor.dtype, shape=tensor.shape, data_offsets=offsets)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the data lie at a multiple of 8
+    calls = [lambda t=t: np.ascontiguousarray(finite(t.all(), t.where)) for t in tensors.values()]
+    with folder.stream(file) as out, ahead(calls) as arrays:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for tensor, array in zip(tensors.values(), arrays, strict=True):
+            out.write(array())
+            progress(tensor.nbytes)
+
+
+def _weight_map(folder: Folder, name: str) -> dict[str, str]:
+    """Return tensor name -> file name of an index; the files are plain names of this folder."""
+    index, where = folder.json(name), f"{folder.path}/{name}"
+    places = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
+        raise ConvertError(f"{where}: has no weight_map of names; copy it again")
+    if len(places) > MAX_TENSORS:
+        raise ConvertError(f"{where}: {len(places)} tensors, over {MAX_TENSORS}; not this model's")
+    for tensor, file in places.items():
+        if not _PLAIN.fullmatch(file):
+            raise ConvertError(
+                f"{where}: {printable(tensor, 80)} is said to be in {quoted(file)}, which is no "
+                "plain file name of this folder; do not trust this checkpoint"
+            )
+    return places
+
+
+def _header(file: ByteFile) -> tuple[dict[str, Any], int]:
+    """The header without its metadata, and where the data begin."""
+    if file.size < 8:
+        raise _broken(file, f"{file.size} bytes are too few for a header")
+    length = int.from_bytes(bytes(file.read(0, 8)), "little")
+    if length > min(MAX_JSON_BYTES, file.size - 8):
+        raise _broken(file, f"a header of {length} bytes in a file of {file.size}")
+    try:
+        header = parse_settings(bytes(file.read(8, 8 + length)), "its header")
+    except TextFileError as error:
+        raise _broken(file, str(error)) from error
+    if not isinstance(header, dict):
+        raise _broken(file, "its header is no table of tensors")
+    header.pop("__metadata__", None)
+    if len(header) > MAX_TENSORS:
+        raise _broken(file, f"a header of {len(header)} tensors, over {MAX_TENSORS}")
+    if long := next((name for name in header if len(name) > MAX_NAME), None):
+        raise _broken(file, f"a name of {len(long)} characters, over {MAX_NAME}")
+    return header, 8 + length
+
+
+def _offsets(file: ByteFile, name: str, entry: Any) -> tuple[int, int]:
+    offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+    whole = isinstance(offsets, list) and [type(o) for o in offsets] == [int, int]
+    if not whole or not 0 <= offsets[0] <= offsets[1] <= file.size:
+        short = printable(name, 80)
+        raise _broken(file, f"{short} has no data_offsets of two whole numbers within the file")
+    return offsets[0], offsets[1]
+
+
+def _entry(file: ByteFile, name: str, entry: Any) -> tuple[tuple[int, ...], str, tuple[int, int]]:
+    begin, end = _offsets(file, name, entry)
+    shape, dtype, short = entry.get("shape"), entry.get("dtype"), printable(name, 80)
+    whole = isinstance(shape, list) and all(type(n) is int and 0 <= n <= MAX_DIM for n in shape)
+    if not whole or len(shape) > MAX_RANK:
+        raise _broken(file, f"{short} has shape {quoted(shape)}")
+    if not isinstance(dtype, str) or dtype not in _SIZES:
+        raise ConvertError(f"{file.name}: {short} has dtype {quoted(dtype)}, which is unknown here")
+    if end - begin != math.prod(shape) * _SIZES[dtype]:
+        size = quoted(end - begin)
+        raise _broken(file, f"{short}, {dtype} {quoted(shape)}, cannot have {size} bytes")
+    return tuple(shape), dtype, (begin, end)
+
+
+def _tensor(file: ByteFile, name: str, shape: tuple[int, ...], dtype: str, start: int) -> Tensor:
+    row = math.prod(shape[1:]) * _SIZES[dtype]
+
+    def block(rows: slice, columns: slice) -> np.ndarray:
+        first, last, _ = rows.indices(shape[0])
+        raw = file.read(start + first * row, start + last * row)
+        array = raw.view(DTYPES[dtype]).reshape(last - first, *shape[1:])
+        return array[:, columns] if len(shape) > 1 else array
+
+    return Tensor(shape, dtype, block, f"{file.name}: {name}")
+
+
+def _shards(tensors: dict[str, Tensor], shard_bytes: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor.nbytes
+    return shards
+
+
+def _broken(file: ByteFile, what: str) -> ConvertError:
+    return ConvertError(f"{file.name}: not a whole safetensors file: {what}; copy it again")
+
+
+# ---- The next tensor is read while one is written ----
+
+
+@contextlib.contextmanager
+def ahead(calls: Iterable[Callable[[], np.ndarray]]) -> Iterator[list[Callable[[], np.ndarray]]]:
+    """The same calls, to be made in order; while one's result is used the next one runs already.
+
+    Reading, checksums and copies leave the interpreter's lock, so a second core does them.
+    """
+    calls = list(calls)
+    futures: dict[int, concurrent.futures.Future] = {}
+    with concurrent.futures.ThreadPoolExecutor(1) as worker:
+
+        def result(i: int) -> np.ndarray:
+            for k in (i, i + 1):
+                if k < len(calls) and k not in futures:
+                    futures[k] = worker.submit(calls[k])
+            return futures.pop(i).result()
+
+        try:
+            yield [functools.partial(result, i) for i in range(len(calls))]
+        finally:
+            worker.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,213 @@
+"""Many calls of an endpoint: some at once, each reply on the disk before it is used, none twice.
+
+    asks -> known by the cache? -> reply
+              no -> thread pool -> endpoint.ask -> calls.jsonl, fsync -> reply
+
+The cache's key is SHA-256 of (url, model, messages, parameters): a run that was killed asks again
+at most what was in flight. Two asks alike are one call.
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from medmax_jax.endpoints.chat_api import (
+    Endpoint,
+    EndpointError,
+    Messages,
+    NoReply,
+    Reply,
+    ask,
+    words_of,
+)
+from medmax_jax.io.journal import Journal, parse
+
+MAX_SILENT = 10  # calls in a row without a reply: then the endpoint is down, or wrongly set
+POLL_S = 0.2  # how soon a signal is noticed
+CHARS_PER_TOKEN = 4  # of English, about; only estimates use it
+TOKENS_PER_PICTURE = 1_000  # between the 85 and the 1,500 or so that vision endpoints count
+TOKENS_PER_MESSAGE = 8  # role and separators, about
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ask:
+    """One question of the record `id`, with the class of its data."""
+
+    id: str
+    messages: Messages
+    data_class: str
+
+
+class Cache:
+    """Replies by key, in a journal."""
+
+    def __init__(self, journal: Journal):
+        self._journal, self._replies, self._lock = journal, {}, threading.Lock()
+        self.asked = 0  # calls of this run that were answered
+        names = {field.name for field in dataclasses.fields(Reply)}
+        for row in journal.rows:
+            if not names < set(row) or not isinstance(row.get("key"), str):
+                raise EndpointError(f"{journal.path}: a line is no reply; name another cache")
+            self._replies[row["key"]] = Reply(**{name: row[name] for name in names})
+        self.answered = any(not reply.problem for reply in self._replies.values())
+
+    def get(self, key: str) -> Reply | None:
+        """The reply, if there is one."""
+        return self._replies.get(key)
+
+    def put(self, key: str, model: str, reply: Reply) -> None:
+        """Keeps a reply; it is on the disk when this returns."""
+        self._journal.append({"key": key, "model": model} | dataclasses.asdict(reply))
+        with self._lock:
+            self._replies[key] = reply
+            self.asked += 1
+            self.answered |= not reply.problem
+
+
+def known_replies(path: Path) -> Cache | None:
+    """Return the replies so far, to be read only: an estimate locks and repairs nothing."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    return Cache(Journal(path, -1, parse(data[: data.rfind(b"\n") + 1], path)))
+
+
+def key_of(endpoint: Endpoint, messages: Messages) -> str:
+    """What a reply depends on, as one name."""
+    facts = [endpoint.url, endpoint.model, list(messages), dict(endpoint.parameters)]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def ask_all(
+    endpoint: Endpoint,
+    asks: Iterable[Ask],
+    cache: Cache,
+    *,
+    concurrency: int,
+    stopped: Callable[[], bool],
+) -> Iterator[tuple[Ask, Reply | NoReply]]:
+    """Each ask with its reply, as they come; NoReply for one that was not answered this time.
+
+    When `stopped()` turns true no further call starts, and those in flight are still taken: they
+    are paid for. Raises EndpointError when an endpoint refuses everything or is down.
+    """
+    with concurrent.futures.ThreadPoolExecutor(concurrency) as pool:
+        flight = _Flight(endpoint, cache, pool, stopped)
+        try:
+            for one in asks:
+                key = key_of(endpoint, one.messages)
+                if (known := cache.get(key)) is not None:
+                    yield one, known
+                elif not flight.joins(one, key):
+                    yield from flight.landed(concurrency - 1)
+                    if stopped():
+                        break
+                    flight.start(one, key)
+            yield from flight.landed(0)
+            yield from flight.given_up()
+        finally:
+            flight.halt.set()  # the pool waits for its threads: let none of them begin a retry
+
+
+def estimate(
+    endpoint: Endpoint, asks: Iterable[Ask], cache: Cache | None, *, tokens_out: int
+) -> dict[str, Any]:
+    """Calls and about how many tokens, at CHARS_PER_TOKEN and `tokens_out` a reply."""
+    calls = tokens_in = 0
+    seen: set[str] = set()
+    for one in asks:
+        key = key_of(endpoint, one.messages)
+        if key in seen or (cache is not None and cache.get(key) is not None):
+            continue
+        seen.add(key)
+        calls += 1
+        for message in one.messages:
+            chars, pictures = words_of(message["content"])
+            tokens_in += chars // CHARS_PER_TOKEN + TOKENS_PER_MESSAGE
+            tokens_in += pictures * TOKENS_PER_PICTURE
+    return dict(calls=calls, tokens_in=tokens_in, tokens_out=calls * tokens_out)
+
+
+class _Flight:
+    """The calls under way. `doubtful`: unusable replies while not one usable has come.
+
+    As long as nothing was ever usable, it is the settings that are wrong and not the records, so a
+    doubtful reply counts against its record only once another record had a usable one.
+    """
+
+    def __init__(self, endpoint: Endpoint, cache: Cache, pool: Any, stopped: Callable[[], bool]):
+        self.endpoint, self.cache, self.pool, self.stopped = endpoint, cache, pool, stopped
+        self.halt, self.silent = threading.Event(), 0
+        self.calls: dict[concurrent.futures.Future, tuple[str, list[Ask]]] = {}
+        self.by_key: dict[str, concurrent.futures.Future] = {}
+        self.doubtful: list[tuple[str, list[Ask], Reply]] = []
+
+    def joins(self, one: Ask, key: str) -> bool:
+        """Whether the same question is under way already; then it has two askers."""
+        if joined := key in self.by_key:
+            self.calls[self.by_key[key]][1].append(one)
+        return joined
+
+    def start(self, one: Ask, key: str) -> None:
+        self.by_key[key] = future = self.pool.submit(self._call, one, key)
+        self.calls[future] = (key, [one])
+
+    def landed(self, most: int) -> Iterator[tuple[Ask, Reply | NoReply]]:
+        """What has come; waits until at most `most` calls are under way."""
+        while len(self.calls) > most:
+            if self.stopped():
+                self.halt.set()
+            done, _ = concurrent.futures.wait(
+                self.calls, POLL_S, return_when=concurrent.futures.FIRST_COMPLETED
+            )
+            for future in done:
+                key, asks = self.calls.pop(future)
+                del self.by_key[key]
+                yield from self._taken(key, asks, _result(future))
+
+    def given_up(self) -> Iterator[tuple[Ask, NoReply]]:
+        """The doubtful ones, when nothing usable came to the end."""
+        for _, asks, reply in self.doubtful:
+            yield from ((one, NoReply(f"{self.endpoint.model}: {reply.problem}")) for one in asks)
+
+    def _taken(self, key: str, asks: list[Ask], found: Reply | NoReply):
+        good = isinstance(found, Reply) and (not found.problem or self.cache.answered)
+        self.silent = 0 if good else self.silent + 1
+        if not good and isinstance(found, Reply):
+            self.doubtful.append((key, asks, found))
+        else:
+            if good and self.cache.get(key) is None:  # it was doubtful when it came
+                self.cache.put(key, self.endpoint.model, found)
+            yield from ((one, found) for one in asks)
+        if good:
+            for key, asks, reply in self.doubtful:
+                self.cache.put(key, self.endpoint.model, reply)
+                yield from ((one, reply) for one in asks)
+            self.doubtful = []
+        if self.silent >= MAX_SILENT and not self.halt.is_set():
+            why = getattr(found, "problem", found)
+            raise EndpointError(
+                f"{self.endpoint.model} at {self.endpoint.url}: {self.silent} calls in a row had "
+                f"no usable reply; look at the endpoint and its parameters. The last: {why}"
+            )
+
+    def _call(self, one: Ask, key: str) -> Reply:
+        if self.halt.is_set():
+            raise NoReply("stopped before it was asked")
+        reply = ask(self.endpoint, one.messages, one.data_class, wait=self.halt.wait)
+        if not reply.problem or self.cache.answered:
+            self.cache.put(key, self.endpoint.model, reply)
+        return reply
+
+
+def _result(future: concurrent.futures.Future) -> Reply | NoReply:
+    try:
+        return future.result()
+    except NoReply as error:
+        return error

@@ -1,0 +1,496 @@
+"""One call of an OpenAI-compatible endpoint: POST URL/chat/completions, by the standard library.
+
+    guard -> key from the environment -> POST -> 200                 Reply, with a problem or none
+                 ^                               400, 413, 422       Reply: this request is refused
+                 +--- wait, as asked or doubled -- 408, 429, 5xx, timeout, reset, no reply in JSON
+                                                 other, redirects    EndpointError: mend settings
+
+Nothing else of this project opens a connection to a model, so no caller can forget the guard. What
+comes back is untrusted: bounded in bytes and time, then checked field by field. No redirect is
+followed and no proxy used: the bytes go to the host that was checked. The API key is read when it
+is sent; no record, error or log has it, also where a server echoes it escaped or encoded. Errors
+are printable: control characters of a server do not reach a terminal.
+"""
+
+import base64
+import contextlib
+import dataclasses
+import email.utils
+import functools
+import http.client
+import json
+import os
+import queue
+import random
+import re
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from medmax_jax.endpoints import egress
+from medmax_jax.io.errors import printable
+from medmax_jax.io.text_files import TextFileError, parse_json
+
+# A message's content: its words, or a list of parts as `image_part` and `text_part` make them.
+Messages = Sequence[Mapping[str, Any]]
+PATH = "/chat/completions"
+REFUSED = (400, 413, 422)  # about this request: too long, or filtered
+TRANSIENT = (408, 429)  # and all of 5xx
+OURS = {"model", "messages", "stream", "n"}  # parameters that users cannot set
+FIRST_WAIT_S = 1.0  # doubled at each retry
+RAW_CHARS = 20_000  # of a reply that cannot be read, kept for people to look at
+MAX_TOKENS = 10**9  # a count above it is no count
+BOUNDS = ("max_completion_tokens", "max_tokens")  # names of the most tokens of a reply
+CONNECT_S = 2.0  # until a server that does not listen is reported
+MIN_SECRET_CHARS = 6  # a shorter key is a placeholder, and hiding it would change answers
+# Errors inside a 200 that are about this request, as `code` or `type` of the error object.
+REFUSED_CODES = ("content_filter", "content_policy_violation", "context_length_exceeded",
+                 "invalid_request_error")  # fmt: skip
+
+
+class EndpointError(ValueError):
+    """An endpoint that cannot be used as set; the message names it and the mend."""
+
+
+class NoReply(EndpointError):
+    """An endpoint that did not answer this time; the same call may work later."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Endpoint:
+    """Whom to ask and how. `parameters`: sent as they are, like temperature or max_tokens.
+
+    `listed`: hosts for credentialed data (outgoing.hosts). `key_env`: name of the environment
+    variable with the API key, "" for none. `price_in`, `price_out`: USD per million tokens.
+    """
+
+    model: str
+    url: str
+    parameters: Mapping[str, Any]
+    listed: frozenset[str]
+    key_env: str
+    timeout_s: float
+    retries: int
+    max_wait_s: float
+    max_reply_bytes: int
+    price_in: float | None
+    price_out: float | None
+    takes_cut: bool = False  # whether a text that ends at the most tokens allowed is a reply
+    takes_empty: bool = False  # whether no text is a reply where the model stopped by itself
+
+    def __post_init__(self):
+        egress.parse(self.url)
+        if not self.model:
+            raise EndpointError(f"endpoint {self.url}: has no model; write MODEL@URL")
+        if wrong := OURS & set(self.parameters):
+            raise EndpointError(f"parameters: {sorted(wrong)[0]!r} is not yours to set; remove it")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reply:
+    """What came back. `problem` "": text is whole; else why not, and `raw` has what came."""
+
+    status: int
+    text: str = ""
+    finish: str = ""
+    tokens_in: int | None = None
+    tokens_out: int | None = None
+    problem: str = ""
+    raw: str = ""
+
+
+def ask(
+    endpoint: Endpoint, messages: Messages, data_class: str, *, wait: Callable[[float], bool]
+) -> Reply:
+    """One reply; raises OutgoingError before the first byte where the data may not go.
+
+    `wait(seconds)`: waits between retries, true to give up. Raises NoReply when all retries are
+    used up, EndpointError when no retry can help.
+    """
+    address = egress.check(endpoint.url, data_class, listed=endpoint.listed)
+    key = _key(endpoint, address)
+    parameters = sent_parameters(endpoint.parameters)
+    request = {"model": endpoint.model, "messages": list(messages), **parameters}
+    body = json.dumps(request).encode()
+    for attempt in range(endpoint.retries + 1):
+        found = _attempt(endpoint, address, key, body)
+        if isinstance(found, Reply):
+            return found
+        if attempt < endpoint.retries and wait(_pause(found, attempt, endpoint)):
+            raise NoReply(f"{endpoint.model} at {address.name}: stopped while waiting to ask again")
+    if found.reply:
+        return found.reply
+    raise NoReply(
+        f"{endpoint.model} at {address.name}: no reply after {endpoint.retries + 1} attempts "
+        f"({found.why}); try later, or with fewer calls at once"
+    )
+
+
+def parse_model_at_url(text: str) -> tuple[str, str]:
+    """Return (model, URL) of MODEL@URL, cut at the last @ that a URL follows.
+
+    parse_model_at_url("m@20250929@http://127.0.0.1:8000/v1/")
+        ->  ("m@20250929", "http://127.0.0.1:8000/v1")
+    """
+    match = re.fullmatch(r"(.+)@(https?://.+)", text, re.IGNORECASE | re.DOTALL)
+    if not match:
+        shown = re.sub(r"://[^/@]*@", "://[hidden]@", printable(text))  # a password may be there
+        raise EndpointError(f"endpoint {shown!r}: write MODEL@URL, like m@http://127.0.0.1:8000/v1")
+    return match[1], match[2].rstrip("/")
+
+
+def sent_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters as they are sent: a null bound of tokens means that none is sent."""
+    return {k: v for k, v in parameters.items() if v is not None or k not in BOUNDS}
+
+
+def variable(key_env: str) -> str:
+    """Return the name of an environment variable for a message; a key in its place is hidden."""
+    is_name = re.fullmatch(r"[A-Z_][A-Z0-9_]{0,63}", key_env)
+    return key_env if is_name else "[hidden: key_env is the NAME of a variable, not a key]"
+
+
+def check_ready(endpoint: Endpoint) -> None:
+    """Raise EndpointError within CONNECT_S seconds unless there is a key and the server listens.
+
+    Opens a connection and sends nothing; the caller asks the guard first.
+    """
+    address = egress.parse(endpoint.url)
+    _key(endpoint, address)
+    outcome: queue.SimpleQueue[OSError | None] = queue.SimpleQueue()
+
+    def connect() -> None:
+        try:
+            socket.create_connection((address.host, address.port), CONNECT_S).close()
+        except OSError as error:
+            outcome.put(error)
+        else:
+            outcome.put(None)
+
+    # In a thread: a resolver without a network has timeouts of its own, and longer ones.
+    threading.Thread(target=connect, daemon=True).start()
+    try:
+        error = outcome.get(timeout=CONNECT_S)
+    except queue.Empty:
+        error = TimeoutError(f"no connection within {CONNECT_S:g} s")
+    if error is not None:
+        raise NoReply(
+            f"{endpoint.model} at {address.name}: cannot be reached "
+            f"({error.strerror or error}); start the server, or correct the URL"
+        ) from error
+
+
+def text_part(words: str) -> dict[str, Any]:
+    """Words beside pictures in a message's content."""
+    return {"type": "text", "text": words}
+
+
+def image_part(png: bytes) -> dict[str, Any]:
+    """A picture in a message's content: its bytes go in the request, and so in the cache's key."""
+    url = "data:image/png;base64," + base64.b64encode(png).decode()
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def words_of(content: str | Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+    """(characters of words, pictures) of a message's content."""
+    if isinstance(content, str):
+        return len(content), 0
+    texts = [len(part["text"]) for part in content if part["type"] == "text"]
+    return sum(texts), len(content) - len(texts)
+
+
+def cost(endpoint: Endpoint, tokens_in: int, tokens_out: int) -> float | None:
+    """USD, or None without prices."""
+    if endpoint.price_in is None or endpoint.price_out is None:
+        return None
+    return (tokens_in * endpoint.price_in + tokens_out * endpoint.price_out) / 1e6
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Again:
+    """An attempt worth repeating. `after_s`: as the server asked. `reply`: if none better comes."""
+
+    why: str
+    after_s: float | None = None
+    reply: Reply | None = None
+
+
+def _attempt(endpoint: Endpoint, address: egress.Address, key: str, body: bytes) -> Reply | _Again:
+    try:
+        status, headers, data, whole = _post(endpoint, address, key, body)
+    except ssl.SSLCertVerificationError as error:
+        raise EndpointError(
+            f"{address.name}: certificate not trusted ({error.verify_message}); "
+            "give SSL_CERT_FILE the authority that signed it"
+        ) from error
+    except (OSError, http.client.HTTPException) as error:
+        # Parts of what the server sent stand in it, such as its status line.
+        return _Again(why=_short(_hide(str(error), key) or type(error).__name__))
+    if status == 200:
+        return _read_reply(endpoint, address, key, data, whole)
+    said = _raw(data, key)
+    if status in TRANSIENT or status >= 500:
+        return _Again(why=f"status {status}: {_short(said)}", after_s=_retry_after(headers))
+    if status in REFUSED:
+        problem = f"status {status}: {_short(said)}"
+        return Reply(status=status, problem=problem, raw=said)
+    if 300 <= status < 400:
+        raise EndpointError(
+            f"{address.name}: redirects elsewhere (status {status}); name the final URL"
+        )
+    raise EndpointError(
+        f"{endpoint.model} at {address.name}{address.path}: status {status}: {_short(said)}; "
+        "look at the URL, the model's name and the key"
+    )
+
+
+def _post(
+    endpoint: Endpoint, address: egress.Address, key: str, body: bytes
+) -> tuple[int, http.client.HTTPMessage, bytes, bool]:
+    """Status, headers, body, and whether that is all of the body."""
+    secure = address.scheme == "https"
+    make = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+    tls = {"context": ssl.create_default_context()} if secure else {}
+    connection = make(address.host, address.port, timeout=endpoint.timeout_s, **tls)
+    headers = {"Content-Type": "application/json", "Accept": "application/json"}
+    headers |= {"Authorization": f"Bearer {key}"} if key else {}
+    late = threading.Event()
+    try:
+        connection.connect()
+        # The timeout of a socket is of one read, and a server that drips would never meet it.
+        watch = threading.Timer(endpoint.timeout_s, _cut, (connection.sock, late))
+        watch.daemon = True
+        watch.start()
+        try:
+            connection.request("POST", address.path.rstrip("/") + PATH, body, headers)
+            with connection.getresponse() as response:
+                data = _read(response, endpoint.max_reply_bytes)
+        finally:
+            watch.cancel()
+    except (OSError, http.client.HTTPException):
+        if not late.is_set():
+            raise
+    finally:
+        connection.close()
+    if late.is_set():  # even without an error: a body without a length looks whole
+        raise TimeoutError(f"more than {endpoint.timeout_s:g} s")
+    whole = len(data) <= endpoint.max_reply_bytes
+    return response.status, response.headers, data, whole
+
+
+def _read(response: http.client.HTTPResponse, limit: int) -> bytes:
+    """The body, or its first bytes when it has more than `limit`."""
+    data = bytearray()
+    while len(data) <= limit and (piece := response.read1(65_536)):
+        data += piece
+    if len(data) <= limit and response.length:  # read1 does not say that bytes are missing
+        raise http.client.IncompleteRead(bytes(data), response.length)
+    return bytes(data)
+
+
+def _cut(connection: socket.socket, late: threading.Event) -> None:
+    late.set()
+    with contextlib.suppress(OSError):  # it may just have been closed
+        # Not connection.shutdown: that of TLS takes away what the reading thread is using.
+        socket.socket.shutdown(connection, socket.SHUT_RDWR)
+
+
+def _read_reply(
+    endpoint: Endpoint, address: egress.Address, key: str, data: bytes, whole: bool
+) -> Reply | _Again:
+    raw = _raw(data, key)
+    if not whole:
+        return Reply(status=200, problem=f"longer than {endpoint.max_reply_bytes} bytes", raw=raw)
+    try:
+        # Odd numbers and halves of characters are judged where they are used, or not at all.
+        body = parse_json(data, "reply", allow_nonfinite=True, allow_lone_surrogates=True)
+    except TextFileError:
+        return _again("not JSON", raw)
+    if (error := _error_in(body)) is not None:
+        return _read_error(endpoint, address, key, error, raw)
+    try:
+        choice = body["choices"][0]
+        message = choice["message"]
+        content = message.get("content")
+    except (KeyError, IndexError, TypeError, AttributeError):
+        return _again("no choices with a message", raw)
+    usage = body.get("usage")
+    usage = usage if isinstance(usage, dict) else {}
+    facts = dict(
+        status=200,
+        finish=printable(_hide(str(choice.get("finish_reason") or ""), key), 40),
+        tokens_in=_count(usage.get("prompt_tokens")),
+        tokens_out=_count(usage.get("completion_tokens")),
+    )
+    text = _text_of(content)
+    if text is not None and text.strip():
+        if facts["finish"] in ("length", "content_filter") and not endpoint.takes_cut:
+            what = f"cut off at the most tokens allowed ({_bound_sent(endpoint)})"
+            if facts["finish"] == "content_filter":
+                what = "cut off (finish_reason content_filter)"
+            return Reply(problem=what, raw=raw, **facts)
+        return Reply(text=_hide(text, key, shortest=MIN_SECRET_CHARS), **facts)
+    if endpoint.takes_empty and facts["finish"] == "stop" and text is not None:
+        refusal = message.get("refusal")
+        refusal = refusal if isinstance(refusal, str) else ""
+        return Reply(text=_hide(refusal, key, shortest=MIN_SECRET_CHARS), **facts)
+    why = {"": "", "stop": "", "length": f" ({_bound_sent(endpoint)}; allow more)"}
+    more = why.get(facts["finish"], f" (finish_reason {facts['finish']})")
+    return Reply(problem=f"no text in the message{more}", raw=raw, **facts)
+
+
+def _text_of(content: Any) -> str | None:
+    """Return the text of a message's content, a str or a list of parts; None if it is neither.
+
+    [{"type": "thinking", ...}, {"type": "text", "text": "yes"}]  ->  "yes"
+    """
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, list):
+        return None
+    texts = []
+    for part in content:
+        text = part.get("text") if isinstance(part, dict) else part
+        if isinstance(text, str):
+            texts.append(text)
+        elif not isinstance(part, dict) or part.get("type") in (None, "text", "output_text"):
+            return None
+    return "".join(texts)
+
+
+def _bound_sent(endpoint: Endpoint) -> str:
+    """Return the words on a reply that ended at its bound."""
+    sent = sent_parameters(endpoint.parameters)
+    bounds = [f"{name} {sent[name]}" for name in BOUNDS if name in sent]
+    what = f"{' and '.join(bounds)} was sent" if bounds else "no max_tokens was sent"
+    return f"finish_reason length; {what}"
+
+
+def _error_in(body: Any) -> Any:
+    """Return the error that a body of status 200 states, None without."""
+    if not isinstance(body, dict):
+        return None
+    if body.get("object") == "error":
+        return body
+    choices = body.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    if isinstance(choice, dict) and (choice.get("error") or choice.get("finish_reason") == "error"):
+        return body.get("error") or choice.get("error") or "finish_reason error"
+    return body.get("error") or None
+
+
+def _read_error(
+    endpoint: Endpoint, address: egress.Address, key: str, error: Any, raw: str
+) -> Reply | _Again:
+    """An error inside a 200, taken as the status would be taken that its code states."""
+    stated = error if isinstance(error, dict) else {}
+    message, code = stated.get("message"), stated.get("code")
+    said = message if isinstance(message, str) else error
+    said = said if isinstance(said, str) else json.dumps(said)
+    why = f"status 200 with an error: {_short(_hide(said, key))}"
+    if isinstance(code, str) and re.fullmatch(r"[1-5]\d\d", code):
+        code = int(code)
+    if type(code) is int and code in REFUSED:
+        return Reply(status=code, problem=why, raw=raw)
+    if {str(code), str(stated.get("type"))} & set(REFUSED_CODES):
+        return Reply(status=REFUSED[0], problem=why, raw=raw)
+    if type(code) is int and 400 <= code < 500 and code not in TRANSIENT:
+        raise EndpointError(
+            f"{endpoint.model} at {address.name}{address.path}: {why} (code {code}); "
+            "look at the URL, the model's name and the key"
+        )
+    return _Again(why=why)
+
+
+def _raw(data: bytes, key: str) -> str:
+    """Return the first RAW_CHARS characters of a body without the key, also at their end."""
+    most = 4 * RAW_CHARS + 64 * len(key)  # an escaped character of a key has some bytes
+    return _hide(data[:most].decode(errors="replace"), key)[:RAW_CHARS]
+
+
+def _again(why: str, raw: str) -> _Again:
+    return _Again(why=why, reply=Reply(status=200, problem=why, raw=raw))
+
+
+def _count(value: Any) -> int | None:
+    return value if type(value) is int and 0 <= value <= MAX_TOKENS else None
+
+
+def _key(endpoint: Endpoint, address: egress.Address) -> str:
+    if not endpoint.key_env:
+        return ""
+    key = os.environ.get(endpoint.key_env, "").strip()
+    if not re.fullmatch(r"[!-~]+", key):
+        # Not shown, not even in part; and http.client would show one with a line break.
+        raise EndpointError(
+            f"the environment variable {variable(endpoint.key_env)} has no usable key: set it to "
+            "one, plain ASCII without spaces"
+        )
+    if address.scheme != "https" and not address.loopback:
+        raise EndpointError(f"a key for {address.name} would be readable over http; use https")
+    return key
+
+
+def _hide(text: str, key: str, *, shortest: int = 1) -> str:
+    """Return the text without the key, as it is or escaped; keys under `shortest` characters stay.
+
+    _hide('{"k": "\\u0073k-1"}', "sk-1")  ->  '{"k": "[key]"}'
+    """
+    return _key_pattern(key).sub("[key]", text) if key and len(key) >= shortest else text
+
+
+@functools.lru_cache(maxsize=8)
+def _key_pattern(key: str) -> re.Pattern[str]:
+    """Matches a key in plain text, as JSON, URL and HTML escape it, in hexadecimal and base64."""
+    letters = []
+    for letter in key:
+        n = ord(letter)
+        letters.append(
+            rf"(?:\\{{0,8}}{re.escape(letter)}|\\{{1,8}}(?i:u00{n:02x}|x{n:02x}|u\{{0*{n:x}\}})"
+            rf"|%(?:25){{0,4}}(?i:{n:02x})|&\#(?:0*{n}|(?i:x0*{n:x}));?)"
+        )
+    forms = ["".join(letters), f"(?i:{key.encode().hex()})"] + sorted(_base64_of(key))
+    return re.compile("|".join(forms))
+
+
+def _base64_of(key: str) -> set[str]:
+    """Return patterns of the key inside base64, whatever stands before it and behind it."""
+    found = set()
+    for before in range(3):
+        coded = base64.b64encode(b"\0" * before + key.encode()).decode().rstrip("=")
+        start = (0, 2, 3)[before]  # characters that depend on the bytes before the key
+        end = len(coded) - bool((before + len(key)) % 3)
+        if end - start >= 8:
+            found |= {re.escape(coded[start:end].translate(t)) for t in ({}, {43: "-", 47: "_"})}
+    return found
+
+
+def _short(text: str) -> str:
+    return printable(text.strip()) or "nothing said"
+
+
+def _pause(found: _Again, attempt: int, endpoint: Endpoint) -> float:
+    if found.after_s is None:
+        # Random, so that calls which failed together do not come back together.
+        doubled = FIRST_WAIT_S * 2**attempt * random.uniform(0.5, 1.0)
+        return min(doubled, endpoint.max_wait_s)
+    if found.after_s > endpoint.max_wait_s:
+        raise NoReply(
+            f"{endpoint.model}: asks to wait {found.after_s:.0f} s ({found.why}), more than "
+            f"max_wait_s {endpoint.max_wait_s:g}; try later"
+        )
+    return found.after_s
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds, of a number of them or of a date."""
+    text = (headers.get("Retry-After") or "").strip()
+    if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", text):
+        return float(text)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return None

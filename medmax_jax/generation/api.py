@@ -1,0 +1,300 @@
+"""Generation from Python: prompts of text and images to text, images or both, many at a time.
+
+g = load(folder, adapter=...)
+generate(g, [[image, "A CT?"], ["An MRI?"]], sample, mode="text", seed=0)  ->  [[Text], [Text]]
+
+    mode    writes                                             stops at
+    text    text                                               EOS, max_gen_len, full context
+    image   exactly one image                                  its last code
+    mixed   text, and images where the model begins them       as text; an image is never cut
+
+A prompt becomes BOS, its parts in order, and END-OF-TURN, as in MedMax's fine-tuning. What a sample
+draws depends on `seed` and its name alone, not on what else is in the batch. `sample` is a
+config.Sample; `defaults` has those of the released programs by name.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from jaxtyping import Int
+
+from medmax_jax.config import Sample
+from medmax_jax.configs.sampling import SETS
+from medmax_jax.generation import buckets, engine, grammar, sampling_params, scheduler
+from medmax_jax.generation import requests as prompt_requests
+from medmax_jax.generation.model_bundle import (
+    Generator,
+    Image,
+    Part,
+    Telling,
+    Text,
+    check_decoder,
+    prompt_tokens,
+    segments,
+)
+from medmax_jax.generation.requests import GenerateError
+from medmax_jax.models import vocab as ids
+from medmax_jax.models.tokenizer import prompt_ids
+
+Asked = Sequence[Sequence[Part]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """How likely an option is after its prompt, in natural logarithms."""
+
+    total: float
+    tokens: int
+    greedy: bool  # each of its tokens is the likeliest of the vocabulary
+
+    @property
+    def mean(self) -> float:
+        """A token's share: for options of different lengths."""
+        return self.total / self.tokens
+
+
+def defaults(name: str) -> Sample:
+    """The sampling settings of a released program: meta, medmax or medmax_eval."""
+    if name not in SETS:
+        raise GenerateError(f"no settings are called {name!r}; use one of {', '.join(SETS)}")
+    return Sample(**SETS[name])
+
+
+def generate(
+    g: Generator,
+    prompts: Asked,
+    sample: Sample,
+    *,
+    mode: str,
+    seed: int,
+    names: Sequence[str] | None = None,
+    end_of_turn: bool = True,
+    rows: int = 32,
+    kind: str = "model",
+) -> list[list[Text | Image]]:
+    """The answers, in the order of the prompts. See `stream` for the arguments."""
+    found: list[list[Text | Image]] = [[] for _ in prompts]
+    request = dict(names=names, end_of_turn=end_of_turn, rows=rows, kind=kind)
+    for index, answer in stream(g, prompts, sample, mode=mode, seed=seed, **request):
+        found[index] = answer
+    return found
+
+
+def stream(
+    g: Generator,
+    prompts: Asked,
+    sample: Sample,
+    *,
+    mode: str,
+    seed: int,
+    names: Sequence[str] | None = None,
+    end_of_turn: bool = True,
+    rows: int = 32,
+    kind: str = "model",
+) -> Iterator[tuple[int, list[Text | Image]]]:
+    """(index of the prompt, answer) as they get ready, `rows` being written at a time.
+
+    names: the samples' ids, for their random numbers; None: a digest of the prompt, and for the
+    second of two equal prompts its count. end_of_turn False: the bare parts, for a base model.
+    kind: of the cache, "model" or "int8".
+    """
+    tokens = prompt_tokens(g, prompts, end_of_turn=end_of_turn)
+    fixed = dict(mode=mode, seed=seed, names=names, rows=rows, kind=kind)
+    for batch, written in write(g, tokens, sample, **fixed):
+        yield from zip(batch, segments(g, written), strict=True)
+
+
+def pieces(
+    g: Generator,
+    prompts: Asked,
+    sample: Sample,
+    *,
+    mode: str,
+    seed: int,
+    names: Sequence[str] | None = None,
+    end_of_turn: bool = True,
+    rows: int = 32,
+    kind: str = "model",
+) -> Iterator[tuple[int, Text | Image | None]]:
+    """(index, words as they come, or a whole picture); (index, None) where an answer ends.
+
+    The words of an answer, put together, are those of `stream`. Characters wait until their bytes
+    are whole.
+    """
+    tokens = prompt_tokens(g, prompts, end_of_turn=end_of_turn)
+    fixed = dict(mode=mode, names=names, rows=rows, kind=kind)
+    served = _served(g, tokens, sample, seed=seed, **fixed)
+    told = [Telling() for _ in prompts]
+    for news in served:
+        for each in news:
+            for part in told[each.index].more(g, each.tokens, each.done):
+                yield each.index, part
+            if each.done:
+                yield each.index, None
+
+
+def write(
+    g: Generator,
+    prompts: Sequence[Int[np.ndarray, "_"]],
+    sample: Sample,
+    *,
+    mode: str,
+    seed: int,
+    names: Sequence[str] | None,
+    rows: int,
+    kind: str = "model",
+) -> Iterator[tuple[list[int], list[Int[np.ndarray, "_"]]]]:
+    """(indices, the tokens that each of them writes, EOS included) of what is done, by ids."""
+    fixed = dict(mode=mode, names=names, rows=rows, kind=kind)
+    for news in _served(g, prompts, sample, seed=seed, **fixed):
+        done = [each for each in news if each.done]
+        if done:
+            yield [each.index for each in done], [each.tokens for each in done]
+
+
+def score(
+    g: Generator,
+    prompts: Asked,
+    options: Sequence[Sequence[str]],
+    *,
+    end_of_turn: bool = True,
+    rows: int = 32,
+    kind: str = "model",
+) -> list[list[Score]]:
+    """How likely each of a prompt's options is to follow it; nothing is drawn.
+
+    The words of an option are tokenised by themselves, as an answer is in training.
+    """
+    tokens = prompt_tokens(g, prompts, end_of_turn=end_of_turn)
+    if len(options) != len(prompts):
+        raise GenerateError(f"{len(prompts)} prompts but {len(options)} lists of options")
+    asked = [_options(g, each, f"prompt {index}") for index, each in enumerate(options)]
+    context, codes, longest = g.config.context_length, g.vq_config.codes_per_image, 0
+    for index, (prompt, each) in enumerate(zip(tokens, asked, strict=True)):
+        where = f"prompt {index}"
+        prompt_requests.check_prompt(prompt, g.vocab, codes=codes, where=where)
+        longest = max(longest, len(prompt) + max(map(len, each)))
+        if longest > context:
+            raise GenerateError(
+                f"{where} and an option have {longest} tokens, the model holds {context}; "
+                "shorten them"
+            )
+    if not tokens:
+        return []
+    count = buckets.rows(len(tokens), rows)
+    slots = min(buckets.rounded(longest), context)
+    e = _engine(g, rows=count, lanes=count, slots=slots, kind=kind)
+    return [
+        [
+            Score(total=float(one.sum()), tokens=len(one), greedy=bool(best.all()))
+            for one, best in each
+        ]
+        for each in engine.likelihoods(e, tokens, asked)
+    ]
+
+
+def _options(g: Generator, options: Sequence[str], where: str) -> list[Int[np.ndarray, "_"]]:
+    """The tokens of each; raises GenerateError, or TokenizerError where one is not words alone."""
+    if isinstance(options, str):
+        raise GenerateError(f"the options of {where} are {options!r}; write a list of them")
+    for option in options:
+        prompt_requests.check_words(option, where=f"an option of {where}")
+    found = [prompt_ids(g.tokenizer, [o], g.vocab, False)[1:] for o in options]
+    if not found or not all(map(len, found)):
+        raise GenerateError(f"{where} has no options, or an empty one; give it words")
+    return found
+
+
+def _served(
+    g: Generator, prompts, sample: Sample, *, mode: str, seed: int, names, rows: int, kind: str
+) -> Iterator[list[scheduler.Written]]:
+    """An engine as large as these requests need, and what it writes chunk by chunk."""
+    sampling_params.knobs(sample)  # settings that make no sense, before anything is made
+    if mode != "text":
+        check_decoder(g)
+    codes, context = g.vq_config.codes_per_image, g.config.context_length
+    requests = prompt_requests.requests(
+        prompts, sample, g.vocab, mode=mode, names=names, codes=codes, context=context
+    )
+    count = buckets.rows(len(requests), rows)
+    if not requests:
+        return
+    longest = max(len(request.tokens) for request in requests)
+    streams = 1 + sampling_params.guidance(requests, sample, g.vocab, mode=mode)
+    slots = buckets.slots(longest, sample, mode=mode, codes=codes, context=context)
+    e = _engine(g, rows=count, lanes=streams * count, slots=slots, kind=kind)
+    yield from scheduler.serve(e, requests, sample, mode=mode, seed=seed)
+
+
+def _engine(g: Generator, *, rows: int, lanes: int, slots: int, kind: str) -> engine.Engine:
+    codes = g.vq_config.codes_per_image
+    sizes = dict(codes=codes, rows=rows, lanes=lanes, slots=slots, kind=kind)
+    sizes["barred"] = g.tokenizer.barred
+    return engine.make(g.model, g.vocab, g.mesh, **sizes)
+
+
+# ---- chat ----
+#
+# A conversation: each turn is read and written behind the earlier ones, which stay in the cache.
+#
+# BOS  q1 SEP  a1 SEP  q2 SEP  a2          as documents of several turns in training
+#
+# chat = Chat(g, sample, mode="text", seed=0)
+# chat.say([picture, "Is it a CT?"])  ->  [Text("yes")]
+# chat.say(["Of which organ?"])       ->  [Text("the chest")]        the picture is not read again
+
+
+class Chat:
+    """One conversation, with a cache of its own."""
+
+    def __init__(
+        self, g: Generator, sample: Sample, *, mode: str, seed: int, kind: str = "model"
+    ) -> None:
+        grammar.check_mode(mode)
+        self._g, self._sample, self._mode, self._seed = g, sample, mode, seed
+        self.tokens = np.array([ids.BOS], np.int32)  # all turns so far
+        streams = 1 if mode == "text" else 1 + sum(sampling_params.guided(sample))
+        self.engine = engine.make(
+            g.model,
+            g.vocab,
+            g.mesh,
+            codes=g.vq_config.codes_per_image,
+            rows=1,
+            lanes=streams + 1,  # an image's streams must not drive the conversation out
+            slots=g.config.context_length,
+            kind=kind,
+            barred=g.tokenizer.barred,
+        )
+
+    def say(self, parts: Sequence[Part]) -> list[Text | Image]:
+        """The answer to one more turn."""
+        for _ in self.pieces(parts):
+            pass
+        return segments(self._g, [self._answer])[0]
+
+    def pieces(self, parts: Sequence[Part]) -> Iterator[Text | Image]:
+        """The answer as it comes; of a turn left in the middle the words and whole images count."""
+        g, codes = self._g, self._g.vq_config.codes_per_image
+        asked = prompt_tokens(g, [parts], end_of_turn=True)[0]
+        prompt = np.concatenate([self.tokens, asked[1:]])
+        (request,) = prompt_requests.requests(
+            [prompt], self._sample, g.vocab, mode=self._mode, names=None, codes=codes,
+            context=g.config.context_length,
+        )  # fmt: skip
+        told, self._answer = Telling(), prompt[:0]
+        fixed = dict(mode=self._mode, seed=self._seed)
+        for news in scheduler.serve(self.engine, [request], self._sample, **fixed):
+            for each in news:
+                self._answer = each.tokens
+                self._keep(request.tokens, each.tokens)
+                yield from told.more(g, each.tokens, each.done)
+
+    def _keep(self, prompt: np.ndarray, written: np.ndarray) -> None:
+        """The conversation with this answer, closed as training closes a turn: by SEP."""
+        tokens = np.append(prompt, written[written != ids.EOS])
+        opened = np.flatnonzero(tokens == ids.BOI)
+        if opened.size and ids.EOI not in tokens[opened[-1] :]:
+            whole = len(tokens) - 1 - opened[-1] == self._g.vq_config.codes_per_image
+            tokens = np.append(tokens, ids.EOI) if whole else tokens[: opened[-1]]
+        self.tokens = np.append(tokens, ids.SEP).astype(np.int32)

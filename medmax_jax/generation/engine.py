@@ -1,0 +1,292 @@
+"""A model with a cache of lanes: token lists into them without computing anything twice; scoring.
+
+    hold          BOS [image] "Is it a CT?"     lane 9: first 1,027 tokens copied, five read
+    likelihoods   of options behind a prompt    the prompt is read once
+
+An engine keeps what its lanes hold from one call to the next: the next question on an image, the
+next turn of a chat. scheduler.py writes answers on it. Who uses the lanes does so inside `alone`:
+an
+error or a stop in the middle, memory that ran out among them, leaves an engine that is empty and
+can be used again.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from medmax_jax.config import Vocab
+from medmax_jax.generation import buckets, decode_loop, requests
+from medmax_jax.generation.requests import GenerateError, Request
+from medmax_jax.generation.slots import Lanes, Place
+from medmax_jax.models import kv_cache
+from medmax_jax.models import vocab as ids
+from medmax_jax.models.chameleon import Chameleon
+
+SIDE_BY_SIDE = 8  # prompts of a block that are read at once
+COPIES = 4  # of a block in one call
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class Engine:
+    """A model and a cache of `lanes` lanes, each with `slots` tokens; `rows` answers at once."""
+
+    model: Chameleon
+    layers: kv_cache.Apart | None
+    vocab: Vocab
+    codes: int  # of one image
+    mesh: jax.sharding.Mesh
+    rows: int
+    slots: int
+    kind: str  # of the cache
+    book: Lanes
+    cache: kv_cache.Cache | None  # None: it was lost in the middle of something
+    seen: jax.Array | None
+    programs: set[tuple[Any, ...]]  # what has been asked of the device: name and static arguments
+    busy: bool = False  # somebody uses the lanes
+    read: int = 0  # tokens of prompts that the model had to read; the others were copied
+    barred: tuple[int, ...] = ()  # ids that text never has
+
+
+def make(
+    model: Chameleon,
+    vocab: Vocab,
+    mesh: jax.sharding.Mesh,
+    *,
+    codes: int,
+    rows: int,
+    lanes: int,
+    slots: int,
+    kind: str,
+    barred: tuple[int, ...] = (),
+) -> Engine:
+    """An empty engine. lanes: at least rows; two more where images are guided. kind: kv_cache.py.
+
+    barred: ids that are never written as text, `Tokenizer.barred` of the model's tokenizer.
+    """
+    blocks = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows < 1:
+        raise GenerateError(f"rows is {rows}; at least one answer is written at once")
+    if slots > model.config.context_length:
+        raise GenerateError(f"slots is {slots}; the model holds {model.config.context_length}")
+    depth, near = -(-lanes // blocks), -(-rows // blocks)
+    with _room(model, rows=rows, lanes=depth * blocks, slots=slots, kind=kind):
+        engine = Engine(
+            model=model,
+            layers=kv_cache.apart(model, mesh),
+            vocab=vocab,
+            codes=codes,
+            mesh=mesh,
+            rows=rows,
+            slots=slots,
+            kind=kind,
+            book=Lanes(blocks=blocks, depth=depth, slots=slots, near=near),
+            cache=None,
+            seen=None,
+            programs=set(),
+            barred=barred,
+        )
+        _fill(engine)
+    return engine
+
+
+@contextlib.contextmanager
+def alone(engine: Engine) -> Iterator[None]:
+    """The only user of the lanes, which are all free afterwards, however it ends.
+
+    A caller who leaves between two chunks gives its lanes back itself. Any other end in the middle
+    costs what the lanes hold: a program that fails has taken the cache with it, and on some devices
+    says so only when its results are wanted. The next user gets a fresh one.
+    """
+    if engine.busy:
+        raise GenerateError(
+            "the engine is in the middle of other answers; finish or close their iterator first"
+        )
+    e, lanes = engine, engine.book.blocks * engine.book.depth
+    engine.busy = True
+    try:
+        with _room(e.model, rows=e.rows, lanes=lanes, slots=e.slots, kind=e.kind):
+            if engine.cache is None:
+                _fill(engine)
+            yield
+    except GeneratorExit:
+        raise
+    except BaseException:
+        for array in jax.tree.leaves((engine.cache, engine.seen)):
+            array.delete()  # now, not when the traceback that holds it is gone
+        engine.cache = engine.seen = None
+        engine.book.clear()
+        raise
+    finally:
+        engine.busy = False
+
+
+def hold(engine: Engine, wanted: Sequence[Int[np.ndarray, "_"]], *, guide: bool) -> list[int]:
+    """Lanes that hold these tokens now; as many must be free.
+
+    What some lane holds is copied, what two of them share is computed once: the second waits.
+    """
+    lanes, todo = [-1] * len(wanted), list(range(len(wanted)))
+    while todo:
+        wave = [(i, engine.book.acquire(wanted[i], guide=guide)) for i in todo]
+        todo = [i for i, place in wave if place is None]
+        placed = [(i, place) for i, place in wave if place is not None]
+        _copy(engine, [place for _, place in placed])
+        _read(engine, [(place, wanted[i]) for i, place in placed])
+        engine.book.settle()
+        for i, place in placed:
+            lanes[i] = place.lane
+    return lanes
+
+
+def likelihoods(
+    engine: Engine,
+    prompts: Sequence[Int[np.ndarray, "_"]],
+    options: Sequence[Sequence[Int[np.ndarray, "_"]]],
+) -> list[list[tuple[Float[np.ndarray, "_"], Bool[np.ndarray, "_"]]]]:
+    """For each prompt and each of its options: log-likelihood and is-the-likeliest of its tokens.
+
+    A prompt is read once, and its options one after another into the same lane behind it.
+    """
+    found: list[list[Any]] = [[None] * len(each) for each in options]
+    most = min(engine.rows, SIDE_BY_SIDE * engine.book.blocks)
+    order = requests.order([Request(p, 0, 0) for p in prompts])
+    with alone(engine):
+        for start in range(0, len(order), most):
+            _likelihoods(engine, prompts, options, order[start : start + most], found)
+    return found
+
+
+def _likelihoods(engine: Engine, prompts, options, part: list[int], found) -> None:
+    """Those of the prompts `part`, side by side, into `found`."""
+    lanes = hold(engine, [prompts[i][:-1] for i in part], guide=False)
+    for turn in range(max(len(options[i]) for i in part)):
+        jobs = [
+            (lane, len(prompts[i]) - 1, np.append(prompts[i][-1:], options[i][turn]), i)
+            for lane, i in zip(lanes, part, strict=True)
+            if turn < len(options[i])
+        ]
+        for (*_, i), answer in zip(jobs, _score(engine, jobs), strict=True):
+            found[i][turn] = answer
+    for lane, i in zip(lanes, part, strict=True):
+        engine.book.release(lane, prompts[i][:-1])
+
+
+def _fill(engine: Engine) -> None:
+    """An empty cache, and rows that have seen nothing."""
+    lanes = engine.book.blocks * engine.book.depth
+    with jax.set_mesh(engine.mesh):
+        made = (
+            kv_cache.empty(engine.model.config, lanes=lanes, slots=engine.slots, kind=engine.kind),
+            jnp.zeros((engine.rows, engine.vocab.size), bool),
+        )
+    engine.cache, engine.seen = jax.block_until_ready(made)
+
+
+def _room(
+    model: Chameleon, *, rows: int, lanes: int, slots: int, kind: str
+) -> contextlib.AbstractContextManager[None]:
+    """Where memory runs out, says what was asked and which settings ask for less."""
+    size = kv_cache.bytes_of(model.config, lanes=lanes, slots=slots, kind=kind)
+    mends = [
+        "take fewer rows (--rows; --config.rows of an evaluation)",
+        "a shorter context (shorter prompts, a smaller sample.max_gen_len)",
+        'a cache in bytes (--cache=int8, kind="int8")',
+    ]
+    return buckets.asked(
+        f"{rows} rows of {slots} slots have a cache of {lanes} lanes, {buckets.mib(size)}, beside "
+        f"the model's {buckets.mib(buckets.bytes_of(model))}",
+        " or ".join(mends[: 2 if kind == "int8" else 3]),
+    )
+
+
+def _copy(engine: Engine, places: Sequence[Place]) -> None:
+    depth, blocks = engine.book.depth, engine.book.blocks
+    pairs = [(p.source, p.lane, p.kept) for p in places if p.source is not None]
+    if not pairs:
+        return
+    span = buckets.span(max(kept for *_, kept in pairs), engine.slots)
+    each = [[(s % depth, t % depth) for s, t, _ in pairs if t // depth == b] for b in range(blocks)]
+    for start in range(0, max(map(len, each)), COPIES):
+        moves = np.zeros((2, blocks, COPIES), np.int32)  # lane 0 to lane 0: nothing
+        for block, some in enumerate(each):
+            for i, move in enumerate(some[start : start + COPIES]):
+                moves[:, block, i] = move
+        engine.programs.add(("copy", span))
+        with jax.set_mesh(engine.mesh):
+            engine.cache = decode_loop.copy(engine.cache, *moves.reshape(2, -1), span=span)
+
+
+def _read(engine: Engine, jobs: Sequence[tuple[Place, Int[np.ndarray, "_"]]]) -> None:
+    """The model reads what no lane holds."""
+    left = [(p.lane, p.kept, tokens[p.kept :]) for p, tokens in jobs if p.kept < len(tokens)]
+    engine.read += sum(len(tokens) for *_, tokens in left)
+    for (tokens, positions, lanes), _ in _pieces(engine, left):
+        span = buckets.span(int(positions.max()) + 1, engine.slots)
+        engine.programs.add(("prefill", tokens.shape, span))
+        with jax.set_mesh(engine.mesh):
+            engine.cache = decode_loop.prefill(
+                engine.model, engine.layers, engine.cache, tokens, positions, lanes, span=span
+            )
+
+
+def _score(engine: Engine, jobs: Sequence[tuple[int, int, np.ndarray, int]]) -> list[Any]:
+    """Each job feeds a prompt's last token and an option; all but the option's last are read."""
+    fed = [(lane, start, tokens[:-1]) for lane, start, tokens, _ in jobs]
+    found = [([], []) for _ in jobs]
+    for (tokens, positions, lanes), rows in _pieces(engine, fed):
+        targets = np.zeros_like(tokens)
+        for row, job, offset, count in rows:
+            targets[row, :count] = jobs[job][2][offset + 1 : offset + 1 + count]
+        span = buckets.span(int(positions.max()) + 1, engine.slots)
+        engine.programs.add(("score", tokens.shape, span))
+        with jax.set_mesh(engine.mesh):
+            engine.cache, *answers = decode_loop.score(
+                engine.model,
+                engine.layers,
+                engine.cache,
+                tokens,
+                positions,
+                lanes,
+                targets,
+                span=span,
+            )
+        likely, best = jax.device_get(answers)
+        for row, job, _, count in rows:
+            found[job][0].append(likely[row, :count])
+            found[job][1].append(best[row, :count])
+    return [(np.concatenate(likely), np.concatenate(best)) for likely, best in found]
+
+
+def _pieces(engine: Engine, jobs: Sequence[tuple[int, int, Int[np.ndarray, "_"]]]):
+    """Jobs (lane, first slot, tokens) as arrays for the device, with (row, job, offset, count).
+
+    One job a call, or `side` of each block; tokens in pieces of few sizes.
+    """
+    depth, blocks = engine.book.depth, engine.book.blocks
+    by_block = [[i for i, job in enumerate(jobs) if job[0] // depth == b] for b in range(blocks)]
+    most = max(map(len, by_block))
+    side = 1 if most <= 1 else min(SIDE_BY_SIDE, 1 << (depth - 1).bit_length())
+    for start in range(0, most, side):
+        group = [some[start : start + side] for some in by_block]
+        longest = max(len(jobs[i][2]) for some in group for i in some)
+        size = buckets.piece(longest)
+        for offset in range(0, longest, size):
+            tokens = np.full((blocks * side, size), ids.PAD, np.int32)
+            positions = np.full((blocks * side, size), -1, np.int32)
+            lanes, rows = np.zeros(blocks * side, np.int32), []
+            chosen = [(b * side + n, i) for b, some in enumerate(group) for n, i in enumerate(some)]
+            for row, i in chosen:
+                lane, first, held = jobs[i]
+                part = held[offset : offset + size]
+                lanes[row] = lane % depth
+                if len(part):
+                    tokens[row, : len(part)] = part
+                    positions[row, : len(part)] = first + offset + np.arange(len(part))
+                    rows.append((row, i, offset, len(part)))
+            yield (tokens, positions, lanes), rows

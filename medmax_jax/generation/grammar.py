@@ -1,0 +1,100 @@
+"""Which token may come next: text, BOI, exactly K codes, EOI, text again; one integer a row.
+
+    left = 0         in text       text ids and EOS; in mixed mode BOI too, while the room suffices;
+                                   no id whose name is barred (vocab.is_barred_name)
+    left = K+1 .. 2  in an image   image ids; left - 1 codes are still to come
+    left = 1         image full    EOI, and nothing else
+
+    mixed, K = 2:   token   "A"  BOI   c    c   EOI  "b"  EOS
+                    left     0    3    2    1    0    0    0      after the token
+
+END-OF-TURN, the sentinels and the padding are never written. An image is begun only where it fits,
+so every sequence of this grammar parses: no image is ever cut.
+"""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+from medmax_jax.config import Vocab
+from medmax_jax.models import vocab as ids
+
+MODES = ("text", "image", "mixed")
+
+
+def text_ids(vocab: Vocab, *, mode: str, barred: Sequence[int] = ()) -> Bool[np.ndarray, "V"]:
+    """True at the ids that may come in text: the BPE ids, EOS, and in mixed mode BOI.
+
+    barred: ids that may not, by their names; see `vocab.text_mask`.
+    """
+    allowed = ids.text_mask(vocab, barred)
+    allowed[ids.BOI] = check_mode(mode) == "mixed"
+    return allowed
+
+
+def allowed(
+    left: Int[Array, "B"],
+    length: Int[Array, "B"],
+    *,
+    vocab: Vocab,
+    mode: str,
+    codes: int,
+    context: int,
+    barred: Sequence[int] = (),
+) -> Bool[Array, "B V"]:
+    """The whole rule as one mask: what may follow `length` tokens in state `left`.
+
+    codes: K. context: tokens the model can hold. barred: see `text_ids`.
+    """
+    numbers = jnp.arange(vocab.size)
+    fits = image_fits(length, codes=codes, context=context)[:, None]
+    text = text_ids(vocab, mode=mode, barred=barred) & (fits | (numbers != ids.BOI))
+    image = jnp.asarray(ids.image_mask(vocab))
+    full = numbers == ids.EOI
+    state = left[:, None]
+    return jnp.where(state == 0, text, jnp.where(state == 1, full, image))  # [B, V]
+
+
+def image_fits(length: Int[Array, "B"], *, codes: int, context: int) -> Bool[Array, "B"]:
+    """True where BOI, the codes and EOI leave room for one more token after `length` tokens.
+
+    The release's rule: BOI is blocked from length 3,070 = 4,096 - (1,024 + 2) on.
+    """
+    return length < context - (codes + 2)
+
+
+def start(last: Int[Array, "B"], *, codes: int) -> Int[Array, "B"]:
+    """The state after a prompt whose last tokens are `last`: in an image if that is BOI."""
+    return jnp.where(last == ids.BOI, codes + 1, 0)
+
+
+def advance(left: Int[Array, "B"], token: Int[Array, "B"], *, codes: int) -> Int[Array, "B"]:
+    """The state after one more token. With K = 2: (0, BOI) -> 3, (3, code) -> 2, (1, EOI) -> 0."""
+    return jnp.where(left > 0, left - 1, start(token, codes=codes))
+
+
+def check_mode(mode: str) -> str:
+    """The mode itself; raises ValueError when there is no such mode."""
+    if mode not in MODES:
+        raise ValueError(f"mode is {mode!r}; it must be one of {', '.join(MODES)}")
+    return mode
+
+
+def parses(
+    tokens: Int[np.ndarray, "T"], vocab: Vocab, *, codes: int, barred: Sequence[int] = ()
+) -> bool:
+    """True when text and whole images alternate as the rule says; checks a finished answer."""
+    text, left = ids.text_mask(vocab, barred), 0
+    for token in tokens.tolist():
+        if left > 1:
+            good = bool(ids.is_image(np.asarray(token), vocab))
+        elif left == 1:
+            good = token == ids.EOI
+        else:
+            good = bool(text[token]) or token == ids.BOI
+        if not good:
+            return False
+        left = left - 1 if left else (codes + 1 if token == ids.BOI else 0)
+    return left == 0

@@ -1,0 +1,346 @@
+"""A model folder in memory: words and pictures to tokens, tokens back to words and pictures.
+
+g = load(folder, adapter=...)
+prompt_tokens(g, [[image, "A CT?"]])  ->  BOS BOI 64 codes EOI "A CT?" END-OF-TURN
+segments(g, [tokens])                 ->  [[Text("yes")]]
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
+from flax import nnx
+from jaxtyping import Int
+
+from medmax_jax import sharding
+from medmax_jax.checkpoints import export, safetensors_file
+from medmax_jax.config import VQ, ConfigError, Lora, Mesh, Model, Vocab, build, check_model
+from medmax_jax.generation import buckets
+from medmax_jax.generation.requests import GenerateError, check_no_path, check_words, one_process
+from medmax_jax.io.errors import quoted
+from medmax_jax.io.text_files import TextFileError, read_json_object
+from medmax_jax.models import chameleon, images, vqgan
+from medmax_jax.models.tokenizer import Tokenizer, prompt_ids, segments_of
+
+Part = str | Path | PIL.Image.Image | np.ndarray  # words, a picture's file, a picture, its VQ codes
+
+SIDE_BY_SIDE = 8  # pictures through the VQGAN at once
+MAX_PIXELS = 64_000_000  # of a prompt's picture; a larger file is more likely an accident
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """Words of an answer."""
+
+    text: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Image:
+    """A picture of an answer, and the codes it was decoded from."""
+
+    image: PIL.Image.Image
+    codes: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Generator:
+    """A model folder in memory, with or without an adapter."""
+
+    model: chameleon.Chameleon
+    vq: vqgan.VQGAN
+    tokenizer: Tokenizer
+    vocab: Vocab
+    config: Model
+    vq_config: VQ
+    mesh: jax.sharding.Mesh
+
+
+def load(
+    folder: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    merge: bool = False,
+    dtype: str | None = None,
+) -> Generator:
+    """A model folder, and an adapter trained on exactly its weights. `mesh` None: one device.
+
+    merge: the adapter's product is added to the base, once, instead of running beside it. dtype:
+    of the weights and of what is computed, float32 or bfloat16; None: as the folder says.
+    """
+    one_process()
+    if merge and adapter is None:
+        raise GenerateError("merge (--merge) adds an adapter to the base; name the adapter too")
+    folder = Path(folder)
+    settings = _json(folder / "config.json", "a model folder has config.json, weights, tokenizer")
+    try:
+        model, vocab, vq = (
+            build(kind, settings.get(name))
+            for kind, name in ((Model, "model"), (Vocab, "vocab"), (VQ, "vq"))
+        )
+        check_model(model, vocab, vq)
+    except ConfigError as error:
+        raise GenerateError(f"{folder / 'config.json'}: {error}") from error
+    if dtype is not None:
+        if dtype not in ("float32", "bfloat16"):
+            raise GenerateError(f"dtype is {dtype!r}; it must be float32 or bfloat16")
+        model = dataclasses.replace(model, param_dtype=dtype, compute_dtype=dtype)
+    mesh = mesh or sharding.make_mesh(Mesh(data=1, fsdp=1, tp=1))
+    with jax.set_mesh(mesh):
+        size = buckets.bytes_of(chameleon.abstract(model, vocab, chameleon.NO_LORA))
+        with buckets.asked(
+            f"{folder} has weights of {buckets.mib(size)}",
+            "spread them over more devices (--config.mesh.fsdp, --config.mesh.tp) or convert them "
+            "with --quant",
+        ):
+            held = jax.block_until_ready(_load_model(folder, adapter, model, vocab, merge))
+    return around(held, folder, config=model, vocab=vocab, vq=vq, mesh=mesh)
+
+
+def around(
+    model: chameleon.Chameleon,
+    folder: str | Path,
+    *,
+    config: Model,
+    vocab: Vocab,
+    vq: VQ,
+    mesh: jax.sharding.Mesh,
+) -> Generator:
+    """A model that is in memory, with the tokenizer and the VQGAN of a model folder."""
+    one_process()
+    folder = Path(folder)
+    with jax.set_mesh(mesh):
+        return Generator(
+            model=model,
+            vq=_load_vqgan(folder / "vqgan.safetensors", vq),
+            tokenizer=Tokenizer.from_file(folder / "tokenizer.json", vocab),
+            vocab=vocab,
+            config=config,
+            vq_config=vq,
+            mesh=mesh,
+        )
+
+
+def prompt_tokens(
+    g: Generator, prompts: Sequence[Sequence[Part]], *, end_of_turn: bool
+) -> list[Int[np.ndarray, "_"]]:
+    """Each prompt as token ids; a picture that several prompts show is encoded once."""
+    for index, prompt in enumerate(prompts):
+        _check_parts(prompt, g.vq_config.codes_per_image, where=f"prompt {index}")
+    pictures = {
+        _key(part): part
+        for prompt in prompts
+        for part in prompt
+        if not isinstance(part, str | np.ndarray)
+    }
+    codes = dict(zip(pictures, encode(g, list(pictures.values())), strict=True))
+    return [
+        prompt_ids(g.tokenizer, [codes.get(_key(p), p) for p in prompt], g.vocab, end_of_turn)
+        for prompt in prompts
+    ]
+
+
+def encode(g: Generator, pictures: Sequence[Path | PIL.Image.Image]) -> list[Int[np.ndarray, "K"]]:
+    """The VQ codes of pictures, row by row from the top left."""
+    codes = []
+    for start in range(0, len(pictures), SIDE_BY_SIDE):
+        part = [
+            images.load(p, max_pixels=MAX_PIXELS) if isinstance(p, Path) else p
+            for p in pictures[start : start + SIDE_BY_SIDE]
+        ]
+        pixels = np.stack([images.preprocess(p, g.vq_config.image_size) for p in part])
+        with jax.set_mesh(g.mesh), _room(g, len(part)):
+            found = np.asarray(vqgan.encode(g.vq, _filled(pixels, SIDE_BY_SIDE)))
+        codes += list(found[: len(part)].reshape(len(part), -1))
+    return codes
+
+
+def decode(g: Generator, codes: Sequence[Int[np.ndarray, "K"]]) -> list[PIL.Image.Image]:
+    """The pictures of VQ codes; raises GenerateError where the model folder has no decoder."""
+    if len(codes):
+        check_decoder(g)
+    side, pictures = g.vq_config.codes_per_side, []
+    for start in range(0, len(codes), SIDE_BY_SIDE):
+        part = np.stack(codes[start : start + SIDE_BY_SIDE]).reshape(-1, side, side)
+        with jax.set_mesh(g.mesh), _room(g, len(part)):
+            pixels = vqgan.decode_codes(g.vq, _filled(part, SIDE_BY_SIDE))
+            found = np.asarray(vqgan.to_uint8(pixels))[: len(part)]
+        pictures += [PIL.Image.fromarray(picture) for picture in found]
+    return pictures
+
+
+def segments(g: Generator, written: Sequence[Int[np.ndarray, "_"]]) -> list[list[Text | Image]]:
+    """Words decoded, codes to pictures; an empty answer is one empty Text."""
+    answers, codes = [], []
+    for tokens in written:
+        parts = segments_of(tokens, g.vocab)
+        codes += [held for kind, held in parts if kind == "image"]
+        answers.append(parts or [("text", tokens[:0])])
+    pictures = iter(zip(decode(g, codes), codes, strict=True))
+    return [
+        [
+            Text(g.tokenizer.decode(held)) if kind == "text" else Image(*next(pictures))
+            for kind, held in parts
+        ]
+        for parts in answers
+    ]
+
+
+def _room(g: Generator, count: int) -> contextlib.AbstractContextManager[None]:
+    size = buckets.bytes_of((g.model, g.vq))
+    return buckets.asked(
+        f"the VQGAN has {count} pictures of {g.vq_config.image_size} px at once, beside weights of "
+        f"{buckets.mib(size)}",
+        "take fewer rows, whose cache lies there too (--rows; --config.rows of an evaluation), or "
+        "a base in fewer bits (convert --quant)",
+    )
+
+
+def _check_parts(prompt: Sequence[Part], codes: int, *, where: str) -> None:
+    if isinstance(prompt, str):
+        raise GenerateError(f"{where} is {prompt[:40]!r}; write a list of parts: [picture, words]")
+    if all(isinstance(part, str) and not part for part in prompt):
+        raise GenerateError(f"{where} is empty; give it words or a picture")
+    for part in prompt:
+        match part:
+            case str():
+                check_words(part, where=where)
+                check_no_path(part, where=where, fix=f"write pathlib.Path({part[:80]!r})")
+            case np.ndarray():
+                if part.size != codes or not np.issubdtype(part.dtype, np.integer):
+                    raise GenerateError(
+                        f"{where} has an array of shape {part.shape} and type {part.dtype}; an "
+                        f"array is {codes} VQ codes, a picture is a PIL.Image or the Path of a file"
+                    )
+            case Path() | PIL.Image.Image():
+                pass
+            case _:
+                raise GenerateError(
+                    f"{where} has a part of type {type(part).__name__}; parts are words (str), "
+                    "pictures (Path of a file, PIL.Image) and VQ codes (array)"
+                )
+
+
+def _load_model(
+    folder: Path, adapter: str | Path | None, config: Model, vocab: Vocab, merge: bool
+) -> chameleon.Chameleon:
+    if adapter is None:
+        return export.load(folder, chameleon.abstract(config, vocab, chameleon.NO_LORA))
+    where = Path(adapter) / "adapter_config.json"
+    settings = _json(where, "an adapter folder has adapter_config.json; training writes it")
+    if missing := {"rank", "alpha", "dropout", "base"} - set(settings):
+        raise GenerateError(f"{where}: {sorted(missing)[0]} is missing; export the adapter again")
+    if settings["base"] != (found := export.identity(folder)):
+        base = quoted(str(settings["base"])[:12])
+        raise GenerateError(
+            f"{where}: trained on base weights {base}, but {folder} has "
+            f"{found[:12]}; name the model folder that it was trained from"
+        )
+    try:
+        lora = build(Lora, {name: settings[name] for name in ("rank", "alpha", "dropout")})
+    except ConfigError as error:
+        raise GenerateError(f"{where}: {error}; export the adapter again") from error
+    if not lora.rank:
+        raise GenerateError(f"{where}: rank is 0; export the adapter again")
+    graph, adapters, base = chameleon.split(chameleon.abstract(config, vocab, lora))
+    adapters = safetensors_file.load(Path(adapter) / "adapter.safetensors", adapters)
+    model = nnx.merge(graph, adapters, export.load(folder, base))
+    return merged(model, vocab, lora) if merge else model
+
+
+def merged(model: chameleon.Chameleon, vocab: Vocab, lora: Lora) -> chameleon.Chameleon:
+    """W + alpha/rank A B in place of each W and its adapter: added in fp32, rounded once."""
+    if model.config.quant != "none":
+        raise GenerateError(
+            f"the base is in {model.config.quant}: an adapter cannot be added to it; "
+            "load it with merge=False"
+        )
+    arrays = safetensors_file.named(model)
+
+    def put(path, leaf):
+        stem = (name := safetensors_file.dotted(path)).removesuffix("kernel")
+        if f"{stem}lora_a" not in arrays:
+            return arrays[name]
+        held = (arrays[f"{stem}{part}"] for part in ("kernel", "lora_a", "lora_b"))
+        return _added(*held, scale=lora.alpha / lora.rank, spec=leaf.sharding.spec)
+
+    like = chameleon.abstract(model.config, vocab, chameleon.NO_LORA)
+    return jax.tree_util.tree_map_with_path(put, like)
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "spec"), donate_argnums=0)
+def _added(kernel, a, b, *, scale: float, spec):
+    product = jnp.einsum("lir,lro->lio", a, b, out_sharding=spec)
+    return (kernel.astype(jnp.float32) + scale * product).astype(kernel.dtype)
+
+
+def _load_vqgan(file: Path, config: VQ) -> vqgan.VQGAN:
+    try:
+        return vqgan.load(file, config)
+    except safetensors_file.WeightsError as error:
+        raise GenerateError(
+            f"{error}. Prompts with images need a VQGAN: convert again with --vqgan=vqgan.ckpt"
+        ) from error
+
+
+def check_decoder(g: Generator) -> None:
+    """Raise GenerateError where images cannot be decoded."""
+    if not g.vq.has_decoder:  # HF's checkpoints of this family have none
+        raise GenerateError(
+            "this model folder has no VQGAN decoder, so it can read images and write text alone; "
+            "to write images convert it again with --vqgan=vqgan.ckpt"
+        )
+
+
+def _key(part: Part) -> Path | int:
+    return part if isinstance(part, Path) else id(part)
+
+
+def _filled(x: np.ndarray, rows: int) -> np.ndarray:
+    """One row alone or `rows` of them, so that the VQGAN is compiled for two sizes only."""
+    return x if len(x) == 1 else np.concatenate([x, np.repeat(x[:1], rows - len(x), axis=0)])
+
+
+def _json(path: Path, mend: str) -> dict:
+    if not path.exists():
+        raise GenerateError(f"{path}: no such file; {mend}")
+    try:
+        return read_json_object(path)
+    except TextFileError as error:
+        raise GenerateError(f"{error}; {mend}") from error
+
+
+class Telling:
+    """One answer as it comes: what has been told of it."""
+
+    def __init__(self) -> None:
+        self._segments = 0  # told to their end
+        self._letters = 0  # of the one after them
+
+    def more(self, g: Generator, tokens: np.ndarray, done: bool) -> Iterator[Text | Image]:
+        """What is new in `tokens`, all of the answer so far."""
+        parts = segments_of(tokens, g.vocab)
+        for number in range(self._segments, len(parts)):
+            kind, held = parts[number]
+            closed = done or number < len(parts) - 1
+            if kind == "image":
+                if len(held) < g.vq_config.codes_per_image:
+                    return
+                yield segments(g, [held + 4])[0][0]
+                closed = True
+            else:
+                text = g.tokenizer.decode(held)
+                if not closed:  # the bytes of a character may still be missing
+                    text = text.rstrip("\ufffd")
+                if text[self._letters :]:
+                    yield Text(text[self._letters :])
+                self._letters = len(text)
+            if closed:
+                self._segments, self._letters = number + 1, 0

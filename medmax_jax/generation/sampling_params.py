@@ -1,0 +1,145 @@
+"""The sampling options of a request, checked: numbers and the static plan of the decode loop."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Array, Float
+
+from medmax_jax.config import Sample, Vocab
+from medmax_jax.generation import grammar
+from medmax_jax.generation.requests import MAX_NUMBER, MIN_NUMBER, GenerateError, Request
+from medmax_jax.models import vocab as ids
+
+CHUNK = 16  # tokens of every row between two looks of the host
+
+FULL, UNCONDITIONAL, IMAGE_ONLY = range(3)
+
+
+class Knobs(NamedTuple):
+    """Sampling numbers; changing them compiles nothing."""
+
+    text_temperature: Float[Array, ""]
+    text_top_p: Float[Array, ""]
+    repetition_penalty: Float[Array, ""]
+    image_temperature: Float[Array, ""]
+    image_top_p: Float[Array, ""]
+    scale_text: Float[Array, ""]
+    scale_image: Float[Array, ""]
+
+
+def knobs(sample: Sample) -> Knobs:
+    """The sampling numbers as arrays; raises GenerateError on one that makes no sense."""
+    _check(sample)
+    return Knobs(
+        text_temperature=np.float32(sample.text_temperature),
+        text_top_p=np.float32(sample.text_top_p),
+        repetition_penalty=np.float32(sample.repetition_penalty),
+        image_temperature=np.float32(sample.image_temperature),
+        image_top_p=np.float32(sample.image_top_p),
+        scale_text=np.float32(sample.guidance_scale_text),
+        scale_image=np.float32(sample.guidance_scale_image),
+    )
+
+
+def guided(sample: Sample) -> tuple[bool, bool]:
+    """Whether the unconditional and the image-only stream change anything.
+
+    With scales s and s the image-only stream cancels; with 1 and 1 both do.
+    """
+    text, image = sample.guidance_scale_text, sample.guidance_scale_image
+    return not text == image == 1.0, text != image
+
+
+def guidance(requests: Sequence[Request], sample: Sample, vocab: Vocab, *, mode: str) -> int:
+    """How many streams beside its own a row may need at once.
+
+    The image-only one is the unconditional one where nothing before holds an image: never in text,
+    in image mode by the prompts, in mixed mode not known beforehand.
+    """
+    if mode == "text":
+        return 0
+    unconditional, image_only = guided(sample)
+    pictured = mode == "mixed" or any(ids.is_image(r.tokens, vocab).any() for r in requests)
+    return unconditional + (image_only and pictured)
+
+
+def check_seed(seed: int) -> None:
+    """Raises GenerateError on a seed that another one is equal to, in JAX's 32 bits."""
+    if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
+        raise GenerateError(f"seed is {seed!r}; it must be an integer of 0 .. {2**32 - 1}")
+
+
+def _check(sample: Sample) -> None:
+    check_seed(sample.seed)
+    for field in dataclasses.fields(sample):
+        value = getattr(sample, field.name)
+        if isinstance(value, float) and not (math.isfinite(value) and abs(value) <= MAX_NUMBER):
+            raise GenerateError(
+                f"sample.{field.name} is {value}; it must be a finite number of at most "
+                f"{MAX_NUMBER:g}"
+            )
+    for name in ("text", "image"):
+        temperature, p = (getattr(sample, f"{name}_{knob}") for knob in ("temperature", "top_p"))
+        if not temperature >= MIN_NUMBER:
+            raise GenerateError(
+                f"sample.{name}_temperature is {temperature}; it must be at least {MIN_NUMBER:g} "
+                f"(sample.{name}_greedy=True takes the likeliest)"
+            )
+        if not 0 < p <= 1:
+            raise GenerateError(f"sample.{name}_top_p is {p}; it must be above 0 and at most 1")
+    if not sample.repetition_penalty >= MIN_NUMBER or sample.max_gen_len < 1:
+        raise GenerateError(
+            f"sample.repetition_penalty is {sample.repetition_penalty} and sample.max_gen_len "
+            f"{sample.max_gen_len}; they must be at least {MIN_NUMBER:g} and 1"
+        )
+    if sample.budget not in ("answer", "segment"):
+        raise GenerateError(f"sample.budget is {sample.budget!r}; it must be answer or segment")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What the compiled programs depend on, besides sizes."""
+
+    mode: str
+    chunk: int  # tokens between two looks of the host
+    codes: int  # of one image
+    context: int  # tokens a lane can hold
+    vocab: Vocab
+    text_greedy: bool
+    image_greedy: bool
+    boi_ends: bool  # an opened image ends the answer
+    per_segment: bool  # the budget begins anew after each image
+    blocks: int  # of lanes: devices that split the batch
+    depth: int  # lanes of a block
+    barred: tuple[int, ...] = ()  # ids that text never has (Tokenizer.barred)
+
+
+def plan(
+    sample: Sample,
+    vocab: Vocab,
+    *,
+    mode: str,
+    codes: int,
+    slots: int,
+    blocks: int,
+    depth: int,
+    barred: tuple[int, ...] = (),
+) -> Plan:
+    """What the programs are compiled for, besides their sizes."""
+    return Plan(
+        mode=grammar.check_mode(mode),
+        chunk=CHUNK,
+        codes=codes,
+        context=slots,
+        vocab=vocab,
+        text_greedy=sample.text_greedy,
+        image_greedy=sample.image_greedy,
+        boi_ends=sample.boi_ends,
+        per_segment=sample.budget == "segment",
+        blocks=blocks,
+        depth=depth,
+        barred=barred,
+    )

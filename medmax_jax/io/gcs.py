@@ -1,0 +1,234 @@
+"""gs://bucket/prefix through TensorStore's KvStore; medmax_jax/io/storage.py is the door to it.
+
+    GCS and TensorStore 0.1                              so here
+    a size is sent with each range, and not handed on    it is found by probing single bytes
+    a value is written whole, from copies in memory      an upload has a limit
+    a list that is refused (401, 403, 404) looks empty   an empty one is checked by a read
+    no request has a timeout, 32 retries are made        `wait`, RETRIES
+
+TENSORSTORE_GCS_HTTP_URL in the environment names another server; each new Bucket reads it.
+"""
+
+import collections
+import contextlib
+import itertools
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+from jaxtyping import UInt8
+
+SILENCE = 60.0  # seconds without an answer after which a server is dead
+TIMEOUT_VARIABLE = "MEDMAX_STORAGE_TIMEOUT"  # in the environment: overrides SILENCE
+SLOWEST = 1 << 20  # bytes a second: a transfer may last a second longer for each of these
+PIECE, IN_FLIGHT = 16 << 20, 8  # eight streams of GCS fill a host's network; 128 MiB in memory
+UPLOAD_LIMIT = 2 << 30  # bytes; KvStore.write copies twice: measured, 3.3 times this in memory
+LARGEST = 5 << 40  # bytes in one object of GCS
+CLAIM = ".partial-"  # an object of this name: somebody is writing the folder
+# 8 s in all. TensorStore's own 32 retries of up to 32 s bear with a wrong host for 15 minutes.
+RETRIES = {"max_retries": 5, "initial_delay": "250ms", "max_delay": "4s"}
+RIGHTS = (
+    "give this account the role Storage Object User, or log in: "
+    "gcloud auth application-default login"
+)
+SPACE = "free some space, or choose another disk"
+MENDS = {
+    "PERMISSION_DENIED": RIGHTS,
+    "UNAUTHENTICATED": RIGHTS,
+    "RESOURCE_EXHAUSTED": SPACE,
+    "NOT_FOUND": "check the bucket and the path",
+    "DATA_LOSS": "the stored bytes are damaged; copy the file again",
+    "OUT_OF_RANGE": "the file is shorter than it should be; copy it again",
+    "ABORTED": "check the network and the host, then try again",
+}
+
+
+class StorageError(RuntimeError):
+    """A file that cannot be read or written; the message names the path, the cause and the mend."""
+
+
+def wait(future: ts.Future | ts.WriteFutures, what: str, nbytes: int = 0) -> Any:
+    """The future's result; StorageError when it fails or outlasts SILENCE + nbytes / SLOWEST."""
+    seconds = silence() + nbytes / SLOWEST
+    try:
+        return future.result(timeout=seconds)
+    except TimeoutError as e:
+        future.cancel()
+        raise StorageError(
+            f"{what}: no answer in {seconds:.3g} s; check the network and the server, or set "
+            f"{TIMEOUT_VARIABLE} (seconds) higher"
+        ) from e
+    except (ValueError, IndexError, NotImplementedError) as e:
+        said = re.split(r" \[\w+='", str(e))[0]  # what follows are the reply's headers and body
+        mend = MENDS.get(said.split(":")[0], "check what it names")
+        raise StorageError(f"{what}: {said}; {mend}") from e
+
+
+class Bucket:
+    """The objects under one gs:// path."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.seal, self.held = "", None  # an object that is to be written last, and what it holds
+        bucket, _, prefix = path.removeprefix("gs://").partition("/")
+        self._spec = {"driver": "gcs", "bucket": bucket, "gcs_request_retries": RETRIES}
+        self._prefix = prefix + "/" if prefix else ""
+        try:
+            self._kv = wait(ts.KvStore.open({**self._spec, "path": self._prefix}), path)
+        except ValueError as e:
+            raise StorageError(f"{path}: {e}; write gs://bucket/folder") from e
+
+    def full(self, name: str) -> str:
+        """The path for messages."""
+        return f"{self.path}/{name}"
+
+    def names(self) -> list[str]:
+        """What is below, without claims."""
+        return [name for name in self.objects() if not name.startswith(CLAIM)]
+
+    def objects(self) -> list[str]:
+        """What is below, claims too, but not the empty objects that consoles make for folders."""
+        found = [key.decode() for key in wait(self._kv.list(), self.path)]
+        if not found:
+            wait(self._start(CLAIM, 0, 0), self.path)  # raises where rights were wanting
+        return sorted(key for key in found if key and not key.endswith("/"))
+
+    def stamp(self, name: str) -> bytes | None:
+        """The object's generation, None where there is none."""
+        found = wait(self._start(name, 0, 0), self.full(name))
+        return None if found.state == "missing" else found.stamp.generation
+
+    def size(self, name: str) -> int:
+        """Bytes in the object, by some ten rounds of at most 16 probes."""
+        low, high, points = 0, LARGEST, [0, *(8**k for k in range(15))]
+        while low < high:
+            futures = [self._start(name, point, point + 1) for point in points]
+            there = [self._arrived(name, future) for future in futures]
+            low = max((p + 1 for p, yes in zip(points, there, strict=True) if yes), default=low)
+            high = min((p for p, yes in zip(points, there, strict=True) if not yes), default=high)
+            points = sorted({low + (high - low) * k // 16 for k in range(16)})
+        return low
+
+    def longer(self, name: str, nbytes: int) -> bool:
+        """Whether the object has more bytes, by one probe."""
+        return self._arrived(name, self._start(name, nbytes, nbytes + 1))
+
+    def read(
+        self, name: str, start: int, stop: int | None, stamp: bytes | None
+    ) -> UInt8[np.ndarray, "n"]:
+        """The bytes; raises when a piece is of another generation than the stamp or its fellows."""
+        if stop is None and (start or self.longer(name, PIECE)):
+            stop = self.size(name)
+        if stop is None:  # short: in one request, without its size
+            found = self._found(name, self._start(name, 0, None), stamp)
+            return np.array(memoryview(found.value), np.uint8)
+        out = np.empty(stop - start, np.uint8)
+        # No bytes are one request too: it tells whether the object is there.
+        pieces = ((a, min(a + PIECE, stop)) for a in range(start, max(stop, start + 1), PIECE))
+        flying = collections.deque()
+        try:
+            while True:
+                for piece in itertools.islice(pieces, IN_FLIGHT - len(flying)):
+                    flying.append((*piece, self._start(name, *piece)))
+                if not flying:
+                    return out
+                a, b, future = flying.popleft()
+                found = self._found(name, future, stamp)
+                memoryview(out)[a - start : b - start] = found.value
+                stamp = found.stamp.generation
+        finally:
+            for _, _, future in flying:
+                future.cancel()
+
+    @contextlib.contextmanager
+    def stream(self, name: str) -> Iterator["Upload"]:
+        """What is collected becomes the object when the block ends well."""
+        upload = Upload(self.full(name))
+        yield upload
+        if name == self.seal:
+            self.held = upload.data
+        else:
+            self.put(name, upload.data)
+
+    def put(self, name: str, data: bytes | bytearray | None) -> None:
+        """Writes the object; None deletes it."""
+        wait(self._kv.write(name, data), self.full(name), len(data or b""))
+
+    def clear(self) -> None:
+        """Deletes everything below."""
+        wait(self._kv.delete_range(ts.KvStore.KeyRange()), self.path)
+
+    def kvstore(self, name: str) -> dict[str, Any]:
+        """TensorStore's spec of what is below the name."""
+        return {**self._spec, "path": f"{self._prefix}{name}/"}
+
+    def _start(self, name: str, start: int, stop: int | None) -> ts.Future:
+        return self._kv.read(name, byte_range=slice(start, stop))
+
+    def _found(self, name: str, future: ts.Future, stamp: bytes | None) -> ts.KvStore.ReadResult:
+        found = wait(future, self.full(name))
+        if found.state == "missing":
+            raise missing(self.full(name))
+        if stamp not in (None, found.stamp.generation):
+            raise replaced(self.full(name))
+        return found
+
+    def _arrived(self, name: str, future: ts.Future) -> bool:
+        """Whether the object has the byte that was asked for."""
+        try:
+            self._found(name, future, None)
+        except StorageError as e:
+            if str(e.__cause__).startswith("OUT_OF_RANGE"):
+                return False
+            raise
+        return True
+
+
+class Upload:
+    """An object that is being collected."""
+
+    def __init__(self, full: str) -> None:
+        self._full, self.data = full, bytearray()
+
+    def write(self, part: bytes | bytearray | memoryview | np.ndarray) -> None:
+        """Adds the bytes, or raises StorageError at the limit."""
+        view = as_bytes(part)
+        if len(self.data) + len(view) > UPLOAD_LIMIT:
+            raise StorageError(
+                f"{self._full}: over {UPLOAD_LIMIT} bytes, and an upload is held in memory; write "
+                "smaller files, or a local folder, and copy that: gcloud storage cp -r"
+            )
+        self.data += view
+
+
+def as_bytes(part: bytes | bytearray | memoryview | np.ndarray) -> memoryview:
+    """The part's bytes in C order."""
+    if isinstance(part, np.ndarray):  # by a view: bfloat16 has no buffer of its own
+        part = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
+    return memoryview(part).cast("B")
+
+
+def missing(full: str) -> StorageError:
+    """The error of a file that is not there."""
+    where = "bucket or file" if full.startswith("gs://") else "file"
+    return StorageError(f"{full}: no such {where}; check the path")
+
+
+def replaced(full: str) -> StorageError:
+    """The error of a file that is another one than it was."""
+    return StorageError(f"{full}: replaced while it was read; open it again")
+
+
+def silence() -> float:
+    """Seconds without news after which a server, or whoever else is waited for, is dead."""
+    text = os.environ.get(TIMEOUT_VARIABLE) or str(SILENCE)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 86400:
+        raise StorageError(f"{TIMEOUT_VARIABLE}={text}: not a number of seconds; set it to 60, say")
+    return seconds

@@ -1,0 +1,127 @@
+"""An append-only JSONL file that outlives a kill: a line is on the disk before anyone relies on it.
+
+One process writes it, from any of its threads. A last line that a crash cut short is taken off when
+the file is opened again; damage elsewhere is an error, since what is lost there was paid for.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from medmax_jax.io.text_files import TextFileError, parse_jsonl
+
+
+class JournalError(ValueError):
+    """A journal that cannot be used; the message names file, line and mend."""
+
+
+class Journal:
+    """The lines of a file as `rows`, and `append`. Made by `open_journal`."""
+
+    def __init__(self, path: Path, descriptor: int, rows: list[dict[str, Any]]):
+        self.path, self.rows = path, rows
+        self._descriptor, self._lock = descriptor, threading.Lock()
+
+    def append(self, *rows: dict[str, Any]) -> None:
+        """Adds lines; they are on the disk when it returns."""
+        # ASCII: a reply may hold half a surrogate pair, which UTF-8 cannot write.
+        data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        with self._lock:
+            before = os.fstat(self._descriptor).st_size
+            try:
+                while data:
+                    data = data[os.write(self._descriptor, data) :]
+                os.fsync(self._descriptor)
+            except OSError as error:
+                os.ftruncate(self._descriptor, before)  # else the next line joins half of this one
+                raise JournalError(
+                    f"{self.path}: cannot be written ({error.strerror}); make room and go on"
+                ) from error
+            self.rows += rows
+
+
+@contextlib.contextmanager
+def open_journal(path: str | os.PathLike) -> Iterator[Journal]:
+    """The journal at `path`, made if missing, held by this process while the block runs.
+
+    Readable by its owner only: what it holds may be credentialed.
+    """
+    path = Path(path)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+    except OSError as error:
+        raise JournalError(
+            f"{path}: cannot be opened ({error.strerror}); name another folder"
+        ) from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise JournalError(
+                f"{path}: another process is writing it; wait, or choose another folder"
+            ) from error
+        data = path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        if whole != len(data):
+            os.ftruncate(descriptor, whole)
+        yield Journal(path, descriptor, parse(data[:whole], path))
+    finally:
+        os.close(descriptor)
+
+
+def parse(data: bytes, where: str | os.PathLike) -> list[dict[str, Any]]:
+    """The objects of JSONL bytes; raises JournalError at a line that is none."""
+    try:
+        # As `append` wrote them: a number may be NaN, a reply may hold half a surrogate pair.
+        rows = parse_jsonl(data, where, allow_nonfinite=True, allow_lone_surrogates=True)
+    except TextFileError as error:
+        raise JournalError(f"{error}; delete that line") from error
+    return [row for _, row in rows]
+
+
+def read_jsonl(path: str | Path, fields: Sequence[str] = ("id",)) -> list[dict[str, Any]]:
+    """The records of a file, each with `fields`; a last line that a crash cut short is none."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    return checked(parse(data[: data.rfind(b"\n") + 1], path), fields, path)
+
+
+def checked(rows: list[dict[str, Any]], fields: Sequence[str], path: Path) -> list[dict[str, Any]]:
+    """The rows, where each has the fields and an id that is text; raises JournalError."""
+    for number, row in enumerate(rows, start=1):
+        if lacking := [name for name in fields if name not in row]:
+            raise JournalError(f"{path} row {number}: no {lacking[0]}: damaged; delete that line")
+        if not isinstance(row["id"], str):
+            raise JournalError(f"{path} row {number}: id is no text: damaged; delete that line")
+    return rows
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """A file that is there whole or not at all."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file of the workdir atomically; raise JournalError where it cannot be written.
+
+    The partial file has a name of its own: the parts of an evaluation (--shard) write at once.
+    """
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise JournalError(
+            f"{path}: cannot be written ({error.strerror}); free disk space or change its "
+            "permissions, then give the same command again"
+        ) from error

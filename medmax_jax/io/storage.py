@@ -1,0 +1,281 @@
+"""The files of a checkpoint, under a local folder or under gs://bucket/prefix.
+
+    call              local                            gs:// (medmax_jax/io/gcs.py)
+    read, file        pread                            pieces of 16 MiB, eight on the way
+    write, stream     name.partial, fsync, rename      one upload from memory, 2 GiB at most
+
+Every failure is a StorageError, in bounded time: a server that is silent for 60 s is dead
+(MEDMAX_STORAGE_TIMEOUT in the environment, in seconds, overrides it); refused connections and
+overload are retried for about 8 s. Names are like "a/b.json": they cannot leave the folder. Links
+of a disk are followed, as those of Hugging Face's cache must be.
+"""
+
+import contextlib
+import errno
+import functools
+import hashlib
+import io
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from medmax_jax.io.gcs import (
+    PIECE,
+    SPACE,
+    Bucket,
+    StorageError,
+    Upload,
+    as_bytes,
+    missing,
+    replaced,
+    wait,
+)
+from medmax_jax.io.settings_files import MAX_JSON_BYTES, parse_settings
+from medmax_jax.io.text_files import TextFileError
+
+__all__ = ["ByteFile", "Folder", "StorageError", "wait"]
+
+MENDS = {
+    errno.ENOSPC: SPACE,
+    errno.EDQUOT: SPACE,
+    errno.EACCES: "check the owner and the rights of the folder",
+    errno.EROFS: "choose a disk that can be written",
+}
+
+
+class Folder:
+    """Files under a local folder or a gs:// prefix, which need not exist yet."""
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = _normal(os.fspath(path))
+        self.remote = self.path.startswith("gs://")
+        self.store = Bucket(self.path) if self.remote else _Disk(self.path)
+
+    def names(self) -> list[str]:
+        """All files below, sorted; links to folders are not followed. [] where there is none."""
+        return self.store.names()
+
+    def has(self, name: str) -> bool:
+        """Whether the file is there."""
+        return self.store.stamp(checked(self.path, name)) is not None
+
+    def size(self, name: str) -> int:
+        """Bytes in the file; on gs:// it costs some ten round trips."""
+        return self.store.size(checked(self.path, name))
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> UInt8[np.ndarray, "n"]:
+        """Exactly these bytes, in memory of their own."""
+        _check_range(self.store.full(checked(self.path, name)), start, stop)
+        return self.store.read(name, start, stop, None)
+
+    def json(self, name: str, *, allow_nonfinite: bool = False) -> Any:
+        """Return the value of a JSON file, within the bounds of parse_settings."""
+        full = self.store.full(checked(self.path, name))
+        if self.store.longer(name, MAX_JSON_BYTES):
+            raise StorageError(f"{full}: over {MAX_JSON_BYTES} bytes, no JSON file of a checkpoint")
+        try:
+            data = self.read(name).tobytes()
+            return parse_settings(data, full, allow_nonfinite=allow_nonfinite)
+        except TextFileError as e:
+            raise StorageError(f"{e}; copy it again") from e
+
+    def file(self, name: str) -> "ByteFile":
+        """The file for range reads."""
+        return ByteFile(self.store, checked(self.path, name))
+
+    def write(
+        self, name: str, parts: Iterable[bytes | bytearray | memoryview | np.ndarray]
+    ) -> None:
+        """The parts as one file, whole or not at all; an existing one is replaced."""
+        with self.stream(name) as out:
+            for part in parts:
+                out.write(part)
+
+    def stream(self, name: str) -> contextlib.AbstractContextManager["_Sink | Upload"]:
+        """`write` piece by piece: `with folder.stream(name) as out: out.write(part)`."""
+        return self.store.stream(checked(self.path, name))
+
+    def kvstore(self, name: str) -> dict[str, Any]:
+        """TensorStore's spec of a sub-folder, retries included; `wait` for what it opens."""
+        return self.store.kvstore(checked(self.path, name))
+
+
+class ByteFile:
+    """One file for range reads; a read after the file was replaced raises."""
+
+    def __init__(self, store: "_Disk | Bucket", name: str) -> None:
+        self.name = store.full(name)
+        self.store, self._name, self._stamp = store, name, store.stamp(name)
+        if self._stamp is None:
+            raise missing(self.name)
+
+    @functools.cached_property
+    def size(self) -> int:
+        """Bytes in the file; asked for once."""
+        return self.store.size(self._name)
+
+    def read(self, start: int, stop: int | None = None) -> UInt8[np.ndarray, "n"]:
+        """Exactly these bytes, in memory of their own."""
+        _check_range(self.name, start, stop)
+        return self.store.read(self._name, start, stop, self._stamp)
+
+    def digest(self, kind: str) -> str:
+        """Hex digest of the file, in bounded memory. `kind`: hashlib's name, sha256 or md5."""
+        found = hashlib.new(kind, usedforsecurity=False)
+        for start in range(0, self.size, PIECE):
+            found.update(self.read(start, min(start + PIECE, self.size)))
+        return found.hexdigest()
+
+
+class _Disk:
+    """A local folder; its methods are those of Bucket."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def full(self, name: str) -> str:
+        return os.path.join(self.path, name)
+
+    def names(self) -> list[str]:
+        if not os.path.lexists(self.path):
+            return []
+        if not os.path.isdir(self.path):
+            raise StorageError(f"{self.path}: not a folder; name the folder that holds the files")
+        found = []
+        with os_errors(self.path):
+            for folder, _, files in os.walk(self.path, onerror=raise_it):
+                found += [os.path.relpath(os.path.join(folder, f), self.path) for f in files]
+        return sorted(found)
+
+    def stamp(self, name: str) -> tuple[int, ...] | None:
+        with os_errors(self.full(name)):
+            try:
+                found = os.stat(self.full(name))
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+        return _stamp(found) if stat.S_ISREG(found.st_mode) else None  # a pipe would hang
+
+    def size(self, name: str) -> int:
+        stamp = self.stamp(name)
+        if stamp is None:
+            raise missing(self.full(name))
+        return stamp[0]
+
+    def longer(self, name: str, nbytes: int) -> bool:
+        return self.size(name) > nbytes
+
+    def read(
+        self, name: str, start: int, stop: int | None, stamp: tuple[int, ...] | None
+    ) -> UInt8[np.ndarray, "n"]:
+        full, size = self.full(name), self.size(name)
+        stop = size if stop is None else stop
+        if not start <= stop <= size:
+            raise StorageError(f"{full}: no bytes {start} to {stop} in {size}; copy it again")
+        out = np.empty(stop - start, np.uint8)
+        rest = memoryview(out)
+        with os_errors(full), open(self.full(name), "rb", buffering=0) as file:
+            if stamp not in (None, _stamp(os.fstat(file.fileno()))):
+                raise replaced(full)
+            while rest:  # Linux hands out 2 GiB at most in one call
+                got = os.preadv(file.fileno(), [rest], stop - len(rest))
+                if not got:
+                    raise replaced(full)
+                rest = rest[got:]
+        return out
+
+    @contextlib.contextmanager
+    def stream(self, name: str) -> Iterator["_Sink"]:
+        full = self.full(name)
+        partial = full + ".partial"
+        with os_errors(full):
+            os.makedirs(os.path.dirname(full), exist_ok=True)
+            raw = open(partial, "wb", buffering=0)
+        try:
+            with raw:
+                yield _Sink(full, raw)
+                with os_errors(full):
+                    os.fsync(raw.fileno())
+            with os_errors(full):
+                os.replace(partial, full)
+                sync(os.path.dirname(full))
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(partial)
+            raise
+
+    def kvstore(self, name: str) -> dict[str, Any]:
+        return {"driver": "file", "path": self.full(name) + "/"}
+
+
+class _Sink:
+    """A local file that is being written; unbuffered, so that a full disk shows at once."""
+
+    def __init__(self, full: str, raw: io.FileIO) -> None:
+        self._full, self._raw = full, raw
+
+    def write(self, part: bytes | bytearray | memoryview | np.ndarray) -> None:
+        rest = as_bytes(part)
+        with os_errors(self._full):
+            while rest:
+                rest = rest[self._raw.write(rest) :]
+
+
+def _normal(path: str) -> str:
+    if path.startswith("gs://"):
+        bucket, _, prefix = path.removeprefix("gs://").rstrip("/").partition("/")
+        return f"gs://{bucket}/{checked(path, prefix)}" if prefix else f"gs://{bucket}"
+    if not path or re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", path):
+        raise StorageError(
+            f"{path!r}: neither a local path nor gs://bucket/folder; mount or copy the folder "
+            "(pathlib.Path drops a slash of gs://: use str)"
+        )
+    return os.path.abspath(path)
+
+
+def checked(path: str, name: str) -> str:
+    """The name, if it stays below the path."""
+    if "\\" in name or not name.isprintable() or {"", ".", ".."} & set(name.split("/")):
+        raise StorageError(f"{path}: {name!r} is no name in this folder; use one like 'a/b.json'")
+    return name
+
+
+def _check_range(full: str, start: int, stop: int | None) -> None:
+    if start < 0 or (stop is not None and stop < start):
+        raise StorageError(f"{full}: no bytes {start} to {stop}; use 0 <= start <= stop")
+
+
+def sync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _stamp(found: os.stat_result) -> tuple[int, ...]:
+    return found.st_size, found.st_mtime_ns, found.st_ino, found.st_dev
+
+
+def raise_it(error: OSError) -> None:
+    raise error
+
+
+@contextlib.contextmanager
+def os_errors(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        mend = MENDS.get(e.errno, "check the path and the disk")
+        raise StorageError(f"{path}: {e.strerror or e}; {mend}") from e
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file: a picture, a shard, weights."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,173 @@
+"""Charts as SVG inside a page: small, several side by side, in the page's colours, light or dark.
+
+    side_by_side([chart("slake_closed", "416 answers", x=Axis(...), y=Axis(...), points=[...])])
+
+    y  |        o     dots with whiskers and a text that appears over them
+       |    o         a line through them and a band around it, if asked for
+       | o   - - -    guides: dashed, from one corner to another
+       +---------- x
+
+Like html_page.py these escape what they are given. A picture needs no library, stays sharp at any
+size
+and follows the reader's theme, which a PNG does not.
+"""
+
+import dataclasses
+import html
+import math
+from collections.abc import Sequence
+
+WIDTH, HEIGHT = 300, 220
+LEFT, RIGHT, TOP, BOTTOM = 44, 12, 10, 40  # margins: numbers and names of the axes
+RADIUS, LEAST = 4.5, 2.0  # of the largest dot, and of any
+TICKS = 5  # about so many numbers on an axis
+STEPS = (0.2, 0.25, 0.5, 1.0, 2.0)  # between two of them, by the axis' power of ten
+NEAR = 1e-9
+DIGITS = 6  # of a number on an axis, at most
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """What is along one side; low < high."""
+
+    label: str
+    low: float
+    high: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """low, high: the ends of its interval. size: share of the largest dot's area. says: over it."""
+
+    x: float
+    y: float
+    low: float
+    high: float
+    says: str
+    size: float = 1.0
+
+
+def chart(
+    title: str,
+    caption: str,
+    *,
+    x: Axis,
+    y: Axis,
+    points: Sequence[Point],
+    guides: Sequence[tuple[float, float, float, float]] = (),
+    joined: bool = False,
+) -> str:
+    """A figure. `guides`: dashed lines x0, y0, x1, y1. `joined`: a line and a band, no whiskers."""
+    for axis in (x, y):
+        if not axis.low < axis.high:
+            raise ValueError(f"axis {axis.label!r} from {axis.low} to {axis.high}: low < high")
+    place = _Place(x, y)
+    body = _axes(place)
+    body += "".join(_line("guide", *place(a, b), *place(c, d)) for a, b, c, d in guides)
+    body += _band(place, points) if joined else "".join(_whisker(place, p) for p in points)
+    body += "".join(_dot(place, point) for point in points)
+    said = html.escape(f"{title}: {y.label} against {x.label}. {caption}")
+    return (
+        f'<figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{said}">\n{body}'
+        f"</svg><figcaption><b>{html.escape(title)}</b>{html.escape(caption)}</figcaption>"
+        "</figure>\n"
+    )
+
+
+def side_by_side(charts: Sequence[str]) -> str:
+    """Several charts in as many columns as the page has room for."""
+    return f'<div class="charts">\n{"".join(charts)}</div>\n'
+
+
+def around(values: Sequence[float], *, step: float, least: float) -> tuple[float, float]:
+    """Ends of an axis in 0..1 that has all values: multiples of step, at least `least` apart.
+
+    [0.52, 0.58] by 0.1, at least 0.2: (0.4, 0.6).
+    """
+    first, top = math.floor(min(values) / step + NEAR), round(1 / step)
+    last = max(math.ceil(max(values) / step - NEAR), first + 1)
+    missing = max(round(least / step) - (last - first), 0)
+    up = min(missing // 2, top - last)
+    first = max(first - (missing - up), 0)
+    return first * step, max(last + up, min(first + round(least / step), top)) * step
+
+
+class _Place:
+    """Values to places in the picture."""
+
+    def __init__(self, x: Axis, y: Axis):
+        self.x, self.y = x, y
+
+    def __call__(self, x: float, y: float) -> tuple[float, float]:
+        across = (x - self.x.low) / (self.x.high - self.x.low)
+        up = (y - self.y.low) / (self.y.high - self.y.low)
+        return (
+            LEFT + across * (WIDTH - LEFT - RIGHT),
+            HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM),
+        )
+
+
+def _axes(place: _Place) -> str:
+    """Grid lines with their numbers, and what the axes are."""
+    x, y = place.x, place.y
+    body = ""
+    for value in _ticks(x):
+        at, foot = place(value, y.low)
+        body += _line("grid", at, foot, *place(value, y.high))
+        body += _text(at, foot + 14, _number(value), "middle")
+    for value in _ticks(y):
+        left, at = place(x.low, value)
+        body += _line("grid", left, at, *place(x.high, value))
+        body += _text(left - 6, at + 4, _number(value), "end")
+    middle, foot = place((x.low + x.high) / 2, y.low)
+    body += _text(middle, foot + 32, x.label, "middle")
+    _, height = place(x.low, (y.low + y.high) / 2)
+    turn = f' transform="rotate(-90 11 {height:.1f})"'
+    return body + _text(11.0, height + 4, y.label, "middle", turn)
+
+
+def _ticks(axis: Axis) -> list[float]:
+    span = axis.high - axis.low
+    scale = 10 ** math.floor(math.log10(span))
+    step = next(s * scale for s in STEPS if span / (s * scale) <= TICKS + NEAR)
+    first, last = math.ceil(axis.low / step - NEAR), math.floor(axis.high / step + NEAR)
+    return [number * step for number in range(first, last + 1)]
+
+
+def _band(place: _Place, points: Sequence[Point]) -> str:
+    edge = [place(p.x, p.high) for p in points] + [place(p.x, p.low) for p in reversed(points)]
+    middle = [place(p.x, p.y) for p in points]
+    return (
+        f'<polygon class="band" points="{_path(edge)}"/>\n'
+        f'<polyline class="line" points="{_path(middle)}"/>\n'
+    )
+
+
+def _whisker(place: _Place, point: Point) -> str:
+    return _line("whisker", *place(point.x, point.low), *place(point.x, point.high))
+
+
+def _dot(place: _Place, point: Point) -> str:
+    x, y = place(point.x, point.y)
+    radius = max(RADIUS * math.sqrt(point.size), LEAST)
+    says = f"<title>{html.escape(point.says)}</title>"
+    return f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}">{says}</circle>\n'
+
+
+def _line(kind: str, x: float, y: float, to_x: float, to_y: float) -> str:
+    ends = f'x1="{x:.1f}" y1="{y:.1f}" x2="{to_x:.1f}" y2="{to_y:.1f}"'
+    return f'<line class="{kind}" {ends}/>\n'
+
+
+def _text(x: float, y: float, said: str, anchor: str, more: str = "") -> str:
+    place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{more}'
+    return f"<text {place}>{html.escape(said)}</text>\n"
+
+
+def _path(places: Sequence[tuple[float, float]]) -> str:
+    return " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+
+
+def _number(value: float) -> str:
+    """0.5 and not 0.5000000001; 0 for what rounding left of it."""
+    return f"{round(value, DIGITS) + 0.0:g}"

@@ -1,0 +1,309 @@
+"""Chameleon: an early-fusion transformer over text and image tokens alike.
+
+                   7B (pre-norm)                      30B (swin_norm)
+    x = x + attention(norm(x))            x = x + norm(attention(x))
+    x = x + mlp(norm(x))                  x = x + norm(mlp(x))
+
+    attention   q, k, v -> HeadNorm on q and k -> RoPE -> causal inside each document -> o
+    mlp         silu(gate) * up -> down
+
+The layers stand stacked on axis 0 (`layers.self_attn.q_proj.kernel` is [L, D, N*H]) and lax.scan
+runs them. Weights have the names of the HF checkpoint. All of it runs under
+`jax.set_mesh(make_mesh(...))`.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
+
+from medmax_jax.config import Lora, Model, Vocab
+from medmax_jax.models.attention import packed
+from medmax_jax.models.layers import (
+    INIT_STD,
+    Embed,
+    Head,
+    HeadNorm,
+    Linear,
+    RMSNorm,
+    image_columns,
+    matmul,
+    rope,
+    rope_angles,
+    whole_kernel,
+)
+from medmax_jax.models.quantization import PACKED, TILE
+from medmax_jax.sharding import ACT, DOWN, HID, LOGITS, SPLIT, UP, placed
+
+NO_LORA = Lora(rank=0, alpha=0.0, dropout=0.0)
+
+# What the backward pass finds saved; it computes the rest again. "none": no recomputation.
+_BY_NAME = jax.checkpoint_policies.save_only_these_names
+REMAT = {
+    "all": _BY_NAME(),
+    "attn": _BY_NAME("attn"),
+    "attn_offload": jax.checkpoint_policies.save_and_offload_only_these_names(  # to the host
+        names_which_can_be_saved=[], names_which_can_be_offloaded=["attn"],
+        offload_src="device", offload_dst="pinned_host",
+    ),
+    "qkv_attn": _BY_NAME("q", "k", "v", "attn"),
+    "dots": jax.checkpoint_policies.save_from_both_policies(  # every product with a matrix
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _BY_NAME("attn")
+    ),
+}  # fmt: skip
+
+
+class Attention(nnx.Module):
+    """q, k, v and o with their norms; the caller says what the queries attend to."""
+
+    def __init__(self, config: Model, lora: Lora, *, keys: Key[Array, "4 2"]):
+        wide, narrow = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
+        common = dict(dtype=config.param_dtype, kind=config.quant, lora=lora)
+        self.q_proj = Linear(config.hidden_size, wide, spec=UP, keys=keys[0], **common)
+        self.k_proj = Linear(config.hidden_size, narrow, spec=UP, keys=keys[1], **common)
+        self.v_proj = Linear(config.hidden_size, narrow, spec=UP, keys=keys[2], **common)
+        self.o_proj = Linear(wide, config.hidden_size, spec=DOWN, keys=keys[3], **common)
+        norm = dict(eps=config.qk_norm_eps, dtype=config.param_dtype)
+        self.q_norm = HeadNorm(config.qk_norm_shards, config.head_dim, **norm)
+        self.k_norm = HeadNorm(config.qk_norm_shards, config.head_dim, **norm)
+        self.config = config
+
+    def qkv(
+        self, x: Float[Array, "B T D"], angles: tuple, keys, joined: Array | None = None
+    ) -> tuple[Array, Array, Array]:
+        """[B, N, T, H], [B, K, T, H], [B, K, T, H], normalised and turned.
+
+        `joined`: the three kernels side by side [D, (N+2K)*H], for one product instead of three.
+        """
+        projs, made = (self.q_proj, self.k_proj, self.v_proj), [None] * 3
+        if joined is not None:
+            cuts = np.cumsum([p.kernel.shape[-1] for p in projs])[:-1]
+            made = jnp.split(matmul(x, joined, HID, dtype=x.dtype), cuts, axis=-1)
+        q, k, v = (
+            _heads(proj(x, HID, key=key, y=y), self.config.head_dim)
+            for proj, key, y in zip(projs, keys, made, strict=True)
+        )
+        q, k = rope(self.q_norm(q), *angles), rope(self.k_norm(k), *angles)
+        return tuple(checkpoint_name(a, n) for a, n in ((q, "q"), (k, "k"), (v, "v")))
+
+    def out(self, x: Float[Array, "B N T H"], key) -> Float[Array, "B T D"]:
+        x = x.transpose(0, 2, 1, 3)  # [B, T, N, H]
+        x = jnp.reshape(x, (*x.shape[:2], -1), out_sharding=HID)  # [B, T, N*H]
+        return self.o_proj(x, ACT, key=key)
+
+
+class MLP(nnx.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: Model, lora: Lora, *, keys: Key[Array, "3 2"]):
+        dim, hidden = config.hidden_size, config.intermediate_size
+        common = dict(dtype=config.param_dtype, kind=config.quant, lora=lora)
+        self.gate_proj = Linear(dim, hidden, spec=UP, keys=keys[0], **common)
+        self.up_proj = Linear(dim, hidden, spec=UP, keys=keys[1], **common)
+        self.down_proj = Linear(hidden, dim, spec=DOWN, keys=keys[2], **common)
+
+    def __call__(self, x: Float[Array, "B T D"], keys) -> Float[Array, "B T D"]:
+        hidden = jax.nn.silu(self.gate_proj(x, HID, key=keys[0]))
+        hidden *= self.up_proj(x, HID, key=keys[1])
+        return self.down_proj(hidden, ACT, key=keys[2])
+
+
+class Layer(nnx.Module):
+    """One transformer layer."""
+
+    def __init__(self, config: Model, lora: Lora, *, keys: Key[Array, "7 2"]):
+        self.self_attn = Attention(config, lora, keys=keys[:4])
+        self.mlp = MLP(config, lora, keys=keys[4:])
+        norm = dict(eps=config.rms_norm_eps, dtype=config.param_dtype)
+        self.input_layernorm = RMSNorm(config.hidden_size, **norm)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, **norm)
+        self.swin = config.swin_norm
+
+    def __call__(self, x: Float[Array, "B T D"], attention, keys) -> tuple[Array, Any]:
+        """`attention(module, x, keys)` gives its output and whatever else the caller wants back.
+
+        `keys`: seven, of the projections' dropout; None for none.
+        """
+        keys = [None] * 7 if keys is None else keys
+        if self.swin:
+            y, extra = attention(self.self_attn, x, keys[:4])
+            x += self.input_layernorm(y)
+            return x + self.post_attention_layernorm(self.mlp(x, keys[4:])), extra
+        y, extra = attention(self.self_attn, self.input_layernorm(x), keys[:4])
+        x += y
+        return x + self.mlp(self.post_attention_layernorm(x), keys[4:]), extra
+
+
+class ImageColumns(nnx.Param):
+    """The columns of lm_head that Anole's stage trains."""
+
+
+class OutputHead(nnx.Module):
+    """The matrix to logits; where they train, its image columns apart.
+
+    Those are fp32: in bf16 small steps vanish.
+    """
+
+    def __init__(self, kernel: Float[Array, "D V"], image: Float[Array, "D C"] | None):
+        self.kernel, self.tuned = nnx.Param(kernel), image is not None
+        if self.tuned:
+            self.image = ImageColumns(image)
+
+
+class Chameleon(nnx.Module):
+    """The language model; the VQGAN that makes its image tokens is vqgan.py."""
+
+    def __init__(self, config: Model, vocab: Vocab, lora: Lora, *, key: PRNGKeyArray):
+        key_embed, key_layers, key_head = jax.random.split(key, 3)
+        dtype = config.param_dtype
+        self.embed_tokens = Embed(vocab.size, config.hidden_size, dtype=dtype, key=key_embed)
+        # One split for all: XLA compiles every split and every draw anew.
+        keys = jax.random.split(key_layers, (config.num_layers, 7, 2))
+        self.layers = jax.vmap(lambda k: Layer(config, lora, keys=k))(keys)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        shape, key = (config.hidden_size, vocab.size), jax.random.split(key_head)[0]
+        kernel = INIT_STD * jax.random.normal(key, shape, out_sharding=UP)
+        self.lm_head = OutputHead(kernel.astype(dtype), None)
+        self.config, self.vocab = config, vocab
+
+    def hidden(
+        self,
+        ids: Int[Array, "B T"],
+        segments: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        *,
+        key: PRNGKeyArray | None,
+    ) -> Float[Array, "B T D"]:
+        """Hidden states after the final norm. `key`: adapter dropout; None for none.
+
+        ids        0 17 2 | 0 23 2 | 1      two documents and one token of padding
+        segments   1  1 1 | 2  2 2 | 0
+        positions  0  1 2 | 0  1 2 | 0
+        """
+        return self.norm(self._run(ids, segments, positions, key, keep=False)[0])
+
+    def all_hidden(
+        self,
+        ids: Int[Array, "B T"],
+        segments: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+    ) -> Float[Array, "M B T D"]:
+        """The embeddings and each layer's output before the final norm, M = L + 1; for parity."""
+        first = self.embed_tokens(ids, self.config.compute_dtype)
+        return jnp.concatenate(
+            [first[None], self._run(ids, segments, positions, None, keep=True)[1]]
+        )
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """In fp32, and nothing masked: image ids have logits like all others."""
+        kernel = whole_kernel(self.head()).astype(hidden.dtype)
+        return matmul(hidden, kernel, LOGITS, dtype=jnp.float32)
+
+    def head(self) -> Head:
+        """The matrix to logits, with its image columns apart where those train."""
+        head = self.lm_head
+        return Head(head.kernel[...], head.image[...] if head.tuned else None)
+
+    def _run(self, ids, segments, positions, key, *, keep: bool) -> tuple[Array, Array | None]:
+        attend_packed = packed(segments, impl=self.config.attention)
+        angles = self._angles(positions)
+        keys = None if key is None else jax.random.split(key, (self.config.num_layers, 7))
+
+        def attention(module, x, keys):
+            q, k, v = module.qkv(x, angles, keys[:3])
+            return module.out(attend_packed(q, k, v), keys[3]), None
+
+        def body(x, xs):
+            x, _ = xs[0](x, attention, xs[1])
+            return x, x if keep else None
+
+        if self.config.remat != "none":
+            policy = REMAT[self.config.remat]
+            body = jax.checkpoint(body, policy=policy, prevent_cse=False)  # scan prevents it
+        x = self.embed_tokens(ids, self.config.compute_dtype)
+        return jax.lax.scan(body, x, (self.layers, keys))
+
+    def _angles(self, positions: Int[Array, "B T"]) -> tuple[Array, Array]:
+        return rope_angles(positions, head_dim=self.config.head_dim, theta=self.config.rope_theta)
+
+
+def create(config: Model, vocab: Vocab, lora: Lora, *, key: PRNGKeyArray) -> Chameleon:
+    """A random model, each weight born in its shards on the ambient mesh."""
+    _check_mesh(config, vocab)
+    return _create(config, vocab, lora, key)
+
+
+def abstract(config: Model, vocab: Vocab, lora: Lora) -> Chameleon:
+    """The same tree with ShapeDtypeStructs and shardings for arrays: no memory at any size."""
+    _check_mesh(config, vocab)
+    make = lambda key: Chameleon(config, vocab, lora, key=key)  # noqa: E731
+    return placed(jax.eval_shape(make, jax.eval_shape(lambda: jax.random.key(0))))
+
+
+def split(model: Chameleon) -> tuple[Any, Any, Any]:
+    """(graph, adapters, base); `nnx.merge(graph, adapters, base)` is the model again."""
+    # LoRAParam is a Param too: the narrow filter stands first, or the adapters would be base.
+    return nnx.split(model, nnx.LoRAParam, ..., graph=False)
+
+
+def with_image_columns(model: Chameleon) -> Chameleon:
+    """The same model with the image columns of its head apart, as Anole's stage trains them."""
+    tuned, kernel = nnx.merge(*nnx.split(model, graph=False)), model.head().kernel
+    tuned.lm_head = OutputHead(kernel, image_columns(kernel, model.vocab.image_codes))
+    return tuned
+
+
+def without_image_columns(model: Chameleon) -> Chameleon:
+    """The inverse: the trained columns stand in the kernel, in its dtype."""
+    plain, head = nnx.merge(*nnx.split(model, graph=False)), model.head()
+    plain.lm_head = OutputHead(whole_kernel(head).astype(head.kernel.dtype), None)
+    return plain
+
+
+def count_parameters(tree: Any) -> int:
+    """Numbers in all arrays of a model, a state or an abstract tree."""
+    return sum(x.size for x in jax.tree.leaves(tree))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # compiled once for equal settings
+def _create(config: Model, vocab: Vocab, lora: Lora, key: PRNGKeyArray) -> Chameleon:
+    return Chameleon(config, vocab, lora, key=key)
+
+
+def _heads(x: Float[Array, "B T F"], head_dim: int) -> Float[Array, "B N T H"]:
+    shape = (*x.shape[:2], x.shape[2] // head_dim, head_dim)
+    return jnp.reshape(x, shape, out_sharding=SPLIT).transpose(0, 2, 1, 3)
+
+
+def _check_mesh(config: Model, vocab: Vocab) -> None:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        raise ValueError("no mesh is set; wrap the call in `with jax.set_mesh(make_mesh(...))`")
+    sizes = {
+        "tp": {
+            "model.num_heads": config.num_heads,
+            "model.num_kv_heads": config.num_kv_heads,
+            "model.intermediate_size": config.intermediate_size,
+            "vocab.size": vocab.size,
+        },
+        "fsdp": {"model.hidden_size": config.hidden_size},
+    }
+    if config.quant in PACKED:  # quant.TILE rows share a scale, and stay together
+        wide = config.num_heads * config.head_dim
+        sizes["tp"] |= {
+            "model.intermediate_size / 64": config.intermediate_size // TILE,
+            "model.num_heads x head_dim / 64": wide // TILE,
+        }
+        sizes["fsdp"] |= {"model.hidden_size / 64": config.hidden_size // TILE}
+    for axis, fields in sizes.items():
+        for name, value in fields.items():
+            if value % mesh.shape[axis]:
+                raise ValueError(
+                    f"config.{name} is {value}, not divisible by config.mesh.{axis} = "
+                    f"{mesh.shape[axis]}; choose a divisor of {value} for the axis"
+                )

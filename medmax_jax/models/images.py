@@ -1,0 +1,150 @@
+"""Image files to the pixels that the VQGAN reads, as Meta's Chameleon does it.
+
+    file -> 8 bits: as is, or a wider grey or colour by the range it states, or by its own
+         -> RGB: as is, or blended on white where any alpha < 255 (truncated to uint8), or converted
+         -> short side = size: other side round(size / short * side), halves to even, LANCZOS
+         -> centre crop size x size at ((w - size) // 2, (h - size) // 2)
+         -> / 255 * 2 - 1, float32 [size, size, 3]
+
+Every image file that this project reads is opened here, with one list of formats and one set of
+bounds, so that own models, endpoints, scorers and pages get the same pixels. As in the release, the
+EXIF orientation of JPEG, PNG and WebP is not applied; Pillow applies that of TIFF itself.
+
+Two things the released MedMax script does otherwise: it drops alpha before it could be blended, and
+turns an unreadable file into a black picture. Here the first is blended and the second raises an
+ImageError.
+"""
+
+import contextlib
+import functools
+import io
+import os
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+from PIL import Image
+
+from medmax_jax.models import image_range
+from medmax_jax.models.image_headers import ImageError, check_header, check_regular, check_size
+
+MAX_PIXELS = 89_478_485  # Pillow's own line between a large picture and a decompression bomb
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".ppm")
+MAX_WEBP = 2**26  # pixels; its decoder holds 15 bytes for each, others 4 to 12
+MAX_PYTHON = 2**25  # pixels of a PPM that Pillow decodes in Python, about a microsecond for each
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM")
+# What Pillow raises for damaged files, by trial: TypeError where a TIFF tag has another type
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError)
+
+
+def load(path: str | os.PathLike | bytes, *, max_pixels: int, name: str = "") -> Image.Image:
+    """The first frame as RGB; raises ImageError, also above `max_pixels` = width x height.
+
+    `path`: a file, or the bytes of one. `name`: what errors call it, if not by its path. Nothing of
+    the file's metadata is in the result.
+    """
+    opened = functools.partial(open_image, path, max_pixels=max_pixels, name=name)
+    with opened() as image:
+        said = image_range.stated(image, image.info["significant_bits"])
+        lower = image_range.lower_byte_tiles(image)
+        image.load()
+        if lower and image_range.is_below_12_bits(image):
+            with opened() as other:
+                other.tile = lower
+                other.load()
+                image_range.join_bytes(image, other, said, grey=lower[0].args == "RGBA")
+        rgb = to_rgb(image, said)
+        rgb.info = {}
+        return rgb
+
+
+@contextlib.contextmanager
+def open_image(
+    path: str | os.PathLike | bytes, *, max_pixels: int, name: str = ""
+) -> Iterator[Image.Image]:
+    """The image before it is decoded, in the mode of its file; `load` gives its RGB.
+
+    Its header is within the bounds. Any error while it is open is an ImageError. Its
+    info["significant_bits"] is what a PNG states, else 0.
+    """
+    name = name or ("a picture" if isinstance(path, bytes) else str(path))
+    try:
+        with warnings.catch_warnings(), _file(path) as file:
+            warnings.simplefilter("ignore")  # of Pillow: max_pixels decides, and damage is an error
+            bits = check_header(file, max_pixels=max_pixels)
+            with Image.open(file, formats=FORMATS) as image:
+                check_size(*image.size, _bound(image, max_pixels))
+                image.info["significant_bits"] = bits
+                yield image
+                return
+    except FileNotFoundError:
+        problem = "no such file; check the path in the record and the image folder"
+    except IsADirectoryError:
+        problem = "is a folder; name a picture file"
+    except PermissionError:
+        problem = "may not be read; mend its permissions"
+    except Image.UnidentifiedImageError:
+        problem = f"not a picture this program reads ({', '.join(FORMATS)}); convert or remove it"
+    except ImageError as e:
+        problem = str(e).removeprefix(f"{name}: ")
+    except Image.DecompressionBombError as e:  # Pillow's own bound, met before ours
+        problem = f"{e}; the limit is {max_pixels}: scale the picture down first"
+    except MemoryError:
+        problem = "needs more memory than there is; scale the picture down first"
+    except _DAMAGE as e:
+        problem = f"damaged or cut short ({e}); copy the file again or remove it"
+    raise ImageError(f"{name}: {problem}")
+
+
+def to_rgb(image: Image.Image, said: image_range.Stated = image_range.NOTHING) -> Image.Image:
+    """RGB of any mode: alpha over white, wider samples by their range (see image_range)."""
+    if image.mode == "RGB":
+        return image
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = image_range.to_eight_bits(image, said)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    rgb = Image.new("RGB", image.size)
+    for top, band in image_range.bands(image):
+        rgba = np.asarray(band.convert("RGBA"))
+        place = rgba[..., 3:].astype(np.uint16) << 8 | rgba[..., :3]
+        rgb.paste(Image.fromarray(_over_white().take(place)), (0, top))
+    return rgb
+
+
+def preprocess(image: Image.Image, size: int) -> Float32[np.ndarray, "h w 3"]:
+    """The centre square of the picture, its short side scaled to `size`, in [-1, 1].
+
+    Raises ImageError where a line of a picture would be scaled to more than MAX_PIXELS.
+    """
+    if not min(image.size):
+        raise ImageError(f"has {image.width} x {image.height} pixels; give a picture of some")
+    scaled = [round(size / min(image.size) * side) for side in image.size]
+    if scaled[0] * scaled[1] > MAX_PIXELS:
+        raise ImageError(f"too narrow ({image.width} x {image.height} pixels); crop the picture")
+    image = to_rgb(image).resize(scaled, Image.Resampling.LANCZOS)
+    left, top = ((side - size) // 2 for side in scaled)
+    square = np.asarray(image.crop((left, top, left + size, top + size)), np.float32)
+    return square / np.float32(255) * 2 - 1
+
+
+def _bound(image: Image.Image, max_pixels: int) -> int:
+    if image.format == "WEBP":
+        return min(max_pixels, MAX_WEBP)
+    slow = bool(image.tile) and image.tile[0].codec_name in ("ppm", "ppm_plain")
+    return min(max_pixels, MAX_PYTHON) if slow else max_pixels
+
+
+def _file(path: str | os.PathLike | bytes) -> io.BufferedIOBase:
+    if isinstance(path, bytes):
+        return io.BytesIO(path)
+    check_regular(path)
+    return open(path, "rb")
+
+
+@functools.cache
+def _over_white() -> UInt8[np.ndarray, "256 256"]:
+    """A value under an alpha, over white: row alpha, column value."""
+    alpha = np.arange(256)[:, None] / 255.0
+    return ((1 - alpha) * 255.0 + alpha * np.arange(256)).astype(np.uint8)  # truncates

@@ -1,0 +1,249 @@
+"""Chameleon against a cache of keys and values: a piece of a prompt, or one more token a row.
+
+    cache    k, v [L, B, K, S, H], as the products of attention read them; B counts lanes
+    lane     a row of the cache: slot s holds the s-th token of whatever sequence lies there
+    int8     a byte a number, and one fp32 scale for each token and head: greatest of H / 127
+
+A lane is read up to the position of the token that asks, so what lies behind it is never seen: an
+older, longer sequence needs no wiping. Lanes are split over data x fsdp in blocks, heads over tp;
+each device writes and reads its own, so this half of attention needs no other device.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from medmax_jax.config import Model
+from medmax_jax.models.chameleon import Chameleon
+from medmax_jax.models.layers import rope_angles
+from medmax_jax.sharding import BATCH, CACHE, HEADS, ROWS
+
+SCALES = P(None, ROWS, "tp", None)  # [L, B, K, S]
+LANES = P(ROWS)  # [B]
+KINDS = ("model", "int8")
+
+APART_BYTES = 2 << 30  # of layers
+
+Apart = tuple[tuple[Any, Array | None], ...]  # each layer's own arrays; its q, k, v side by side
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Keys and values of every layer, [L, B, K, S, H] each; with int8 their scales [L, B, K, S]."""
+
+    k: Any  # arrays, or their shardings
+    v: Any
+    k_scale: Any
+    v_scale: Any
+
+
+def empty(config: Model, *, lanes: int, slots: int, kind: str) -> Cache:
+    """Room for `slots` tokens in each of `lanes`. kind: "model", the compute dtype; or "int8"."""
+    if kind not in KINDS:
+        raise ValueError(f"the cache's kind is {kind!r}; it must be one of {', '.join(KINDS)}")
+    shape = (config.num_layers, lanes, config.num_kv_heads, slots, config.head_dim)
+    dtype = jnp.int8 if kind == "int8" else config.compute_dtype
+    k, v = (jnp.zeros(shape, dtype, out_sharding=CACHE) for _ in "kv")
+    if kind != "int8":
+        return Cache(k=k, v=v, k_scale=None, v_scale=None)
+    scales = [jnp.zeros(shape[:-1], jnp.float32, out_sharding=SCALES) for _ in "kv"]
+    return Cache(k, v, *scales)
+
+
+def bytes_of(config: Model, *, lanes: int, slots: int, kind: str) -> int:
+    """What `empty` takes, over all devices."""
+    heads = 2 * config.num_layers * lanes * config.num_kv_heads * slots
+    if kind == "int8":
+        return heads * (config.head_dim + 4)
+    return heads * config.head_dim * jnp.dtype(config.compute_dtype).itemsize
+
+
+def decode(
+    model: Chameleon,
+    ids: Int[Array, "B T"],
+    cache: Cache,
+    positions: Int[Array, "B T"],
+    *,
+    lanes: Int[Array, "B"] | None,
+    span: int,
+    layers: Apart | None = None,
+) -> tuple[Float[Array, "B T D"], Cache]:
+    """Hidden states of T more tokens of each row, and the cache with their keys and values.
+
+    Row b's token t goes to slot positions[b, t] of its lane and sees the slots up to it. Position
+    -1 is an idle token: nothing is written for it and its result means nothing.
+
+        positions  5 6 7     row 0 reads three tokens of its prompt
+                   9 -1 -1   row 1 reads one, and waits
+
+    lanes: of each row, counted inside its device's block; None: row b of a block is its lane b.
+    span: slots that are read, at least the greatest position + 1. layers: of
+    `apart`; None: the stack.
+    """
+    config = model.config
+    angles = rope_angles(positions, head_dim=config.head_dim, theta=config.rope_theta)
+
+    def body(carry, xs):
+        x, cache = carry
+        layer, joined, index = xs
+
+        def attention(module, x, keys):
+            q, k, v = module.qkv(x, angles, keys[:3], joined)
+            out, written = attend(q, k, v, cache, index, positions, lanes, span=span)
+            return module.out(out, keys[3]), written
+
+        x, cache = layer(x, attention, None)
+        return (x, cache), None
+
+    # The cache is carried whole, not sliced by scan: so XLA writes it in place.
+    start = (model.embed_tokens(ids, config.compute_dtype), cache)
+    if layers is not None:
+        for index, (layer, joined) in enumerate(layers):
+            start, _ = body(start, (layer, joined, jnp.int32(index)))
+        return model.norm(start[0]), start[1]
+    stack = (model.layers, None, jnp.arange(config.num_layers))
+    (x, cache), _ = jax.lax.scan(body, start, stack)
+    return model.norm(x), cache
+
+
+def apart(model: Chameleon, mesh: jax.sharding.Mesh) -> Apart | None:
+    """The layers a second time, as XLA reads them fastest on CPUs; None elsewhere.
+
+    There it would copy each layer out of the stack for every token, and it splits a product of few
+    rows over cores only where it is wide. Large models go without: both may not find room.
+    """
+    size = sum(x.nbytes for x in jax.tree.leaves(model.layers))
+    if mesh.devices.flat[0].platform != "cpu" or size > APART_BYTES:
+        return None
+    with jax.set_mesh(mesh):
+        return _apart(model)
+
+
+@jax.jit
+def _apart(model: Chameleon) -> Apart:
+    found, config = [], model.config
+    whole = config.quant == "none" and jax.sharding.get_abstract_mesh().shape["tp"] == 1
+    for index in range(config.num_layers):
+        layer = jax.tree.map(lambda x, i=index: x[i], model.layers)
+        at, joined = layer.self_attn, None
+        if whole:
+            kernels = [proj.kernel[...] for proj in (at.q_proj, at.k_proj, at.v_proj)]
+            joined = jnp.concatenate(kernels, axis=1).astype(config.compute_dtype)
+        found.append((layer, joined))
+    return tuple(found)
+
+
+def attend(
+    q: Float[Array, "B N T H"],
+    k: Float[Array, "B K T H"],
+    v: Float[Array, "B K T H"],
+    cache: Cache,
+    layer: Int[Array, ""],
+    positions: Int[Array, "B T"],
+    lanes: Int[Array, "B"] | None,
+    *,
+    span: int,
+) -> tuple[Float[Array, "B N T H"], Cache]:
+    """Writes k and v into their slots, then attends to the first `span` slots of each lane."""
+
+    def local(q, k, v, cache, layer, positions, lanes):
+        where = _places(cache, layer, positions, lanes)
+        cache = _write(cache, where, k, v)
+        keys, values = (_read(s, layer, lanes, len(q), span) for s in (cache.k, cache.v))
+        scales = [None, None]
+        if cache.k_scale is not None:
+            stores = (cache.k_scale, cache.v_scale)
+            scales = [_read(s, layer, lanes, len(q), span) for s in stores]
+        return _attend(q, keys, values, *scales, positions), cache
+
+    scale = None if cache.k_scale is None else SCALES
+    spec = Cache(CACHE, CACHE, scale, scale)
+    run = jax.shard_map(
+        local,
+        in_specs=(HEADS, HEADS, HEADS, spec, P(), BATCH, None if lanes is None else LANES),
+        out_specs=(HEADS, spec),
+    )
+    positions = jax.sharding.reshard(positions, BATCH)
+    return run(q, k, v, cache, layer, positions, lanes)
+
+
+def copy(cache: Cache, sources: Int[Array, "M"], targets: Int[Array, "M"], *, span: int) -> Cache:
+    """The first `span` slots of lane sources[i] to lane targets[i], one after another.
+
+    Both are counted inside a device's block, M pairs in all, M / blocks of each; a pair of equals
+    does nothing.
+    """
+
+    def local(cache, sources, targets):
+        def one(i, cache):
+            def move(store):
+                sizes = (store.shape[0], 1, store.shape[2], span, *store.shape[4:])
+                rest = (0,) * (store.ndim - 2)
+                held = jax.lax.dynamic_slice(store, (0, sources[i], *rest), sizes)
+                return jax.lax.dynamic_update_slice(store, held, (0, targets[i], *rest))
+
+            return jax.tree.map(move, cache)
+
+        return jax.lax.fori_loop(0, len(sources), one, cache)
+
+    scale = None if cache.k_scale is None else SCALES
+    spec = Cache(CACHE, CACHE, scale, scale)
+    return jax.shard_map(local, in_specs=(spec, LANES, LANES), out_specs=spec)(
+        cache, sources, targets
+    )
+
+
+def quantised(x: Float[Array, "*B H"]) -> tuple[Int[Array, "*B H"], Float[Array, "*B"]]:
+    """Whole numbers up to 127 and the scale that they are multiples of: x = code * scale."""
+    wide = x.astype(jnp.float32)
+    scale = jnp.abs(wide).max(-1) / 127
+    codes = jnp.round(wide / jnp.where(scale > 0, scale, 1)[..., None])
+    return codes.astype(jnp.int8), scale
+
+
+def _places(cache, layer, positions, lanes):
+    """The index of each token's slot; past the end where nothing is to be written."""
+    slots = jnp.where(positions < 0, cache.k.shape[3], positions)[:, None]  # [B, 1, T]
+    rows = (jnp.arange(len(positions)) if lanes is None else lanes)[:, None, None]
+    # Heads by number too, so that TPUs need not lay them beside H, and keep the cache as it comes.
+    return (layer, rows, jnp.arange(cache.k.shape[2])[:, None], slots)
+
+
+def _write(cache, where, k, v):
+    if cache.k_scale is None:
+        put = lambda store, new: store.at[where].set(new.astype(store.dtype), mode="drop")  # noqa: E731
+        return Cache(put(cache.k, k), put(cache.v, v), None, None)
+    (k, k_scale), (v, v_scale) = quantised(k), quantised(v)
+    news = (k, v, k_scale, v_scale)
+    stores = (cache.k, cache.v, cache.k_scale, cache.v_scale)
+    return Cache(*(s.at[where].set(n, mode="drop") for s, n in zip(stores, news, strict=True)))
+
+
+def _read(store, layer, lanes, rows: int, span: int):
+    """[b, K, span, H] of one layer, or [b, K, span] of its scales."""
+    if lanes is not None:
+        return store[layer, lanes, :, :span]
+    sizes = (1, rows, store.shape[2], span, *store.shape[4:])
+    return jax.lax.dynamic_slice(store, (layer, *[0] * (store.ndim - 1)), sizes)[0]
+
+
+def _attend(q, k, v, k_scale, v_scale, positions):
+    """Scores and softmax in fp32; scales are taken out of the products, which read bytes."""
+    (rows, heads, tokens, dim), shared = q.shape, k.shape[1]
+    groups = heads // shared
+    q = q.reshape(rows, shared, groups * tokens, dim)  # [B, K, G*T, H]
+    scores = jnp.einsum("bkmh,bksh->bkms", q, k.astype(q.dtype), preferred_element_type=jnp.float32)
+    if k_scale is not None:
+        scores *= k_scale[:, :, None]
+    seen = jnp.arange(k.shape[2]) <= positions[:, :, None]  # [B, T, S]
+    seen = jnp.tile(seen, (1, groups, 1))[:, None]
+    weights = jax.nn.softmax(jnp.where(seen, scores * dim**-0.5, -1e30), -1)
+    if v_scale is not None:
+        weights *= v_scale[:, :, None]
+    out = jnp.einsum("bkms,bksh->bkmh", weights.astype(q.dtype), v.astype(q.dtype))
+    return out.reshape(rows, heads, tokens, dim)

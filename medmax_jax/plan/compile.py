@@ -1,0 +1,197 @@
+"""Compiles the true training step, and the decode loop, for a machine that is not here.
+
+Nothing is allocated: state, base and batch are shapes with shardings. That the compiler runs out of
+memory is an answer. What each device holds at the peak of the step:
+
+    base, adapters, optimiser, batch     the arguments, by their shards
+    activations                          what waits for the backward pass, by its exact sizes
+    temporaries                          the rest: gathered weights, gradients, a layer's work
+    code                                 the program itself
+"""
+
+import contextlib
+import dataclasses
+import functools
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from medmax_jax import sharding
+from medmax_jax.config import Run
+from medmax_jax.flops import GIB
+from medmax_jax.generation import buckets, decode_loop, requests, sampling_params
+from medmax_jax.models import chameleon, kv_cache
+from medmax_jax.plan import analytic, hlo_analysis
+from medmax_jax.plan.topology import CLOCK, PlanError, Topology, devices
+from medmax_jax.training import step
+
+FORMAT = 4  # of the answers; one more whenever what is read from a program changes
+_EXHAUSTED = re.compile(r"RESOURCE_EXHAUSTED|[Rr]an out of memory")
+_NEEDED = re.compile(
+    r"\((\d+(?:\.\d+)?)([MG])\) exceeds available|Used (\d+(?:\.\d+)?)([MG]) of \S+ hbm"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A program for a machine, not compiled yet."""
+
+    lowered: jax.stages.Lowered
+    held: dict[str, int]  # bytes of the arguments on one device, by part
+    saved: float  # bytes of the activations that wait for the backward pass
+    facts: dict[str, Any]
+
+    @property
+    def text(self) -> str:
+        """What the compiler reads: the same text gives the same answer."""
+        return self.lowered.as_text()
+
+
+def train(run: Run, topology: Topology) -> Program:
+    """One training step. Rate and number of steps are fixed here: they change no program's size."""
+    run = dataclasses.replace(
+        run,
+        optim=dataclasses.replace(run.optim, peak_lr=1e-4),
+        train=dataclasses.replace(run.train, steps=1_000),
+    )
+    with _on(run, topology) as like:
+        graph, trainable, frozen = step.split(like, run.train.trains)
+        state = sharding.placed(jax.eval_shape(lambda t: step.init_state(t, run), trainable))
+        batch = step.abstract_batch(run)
+        trained = {"lora": "adapters", "full": "base", "image_head": "image columns"}
+        held = {"base": 0, "adapters": 0} | {trained[run.train.trains]: _bytes(trainable)}
+        held["base"] += _bytes(frozen) if run.train.trains != "full" else 0
+        held |= {"optimiser": _bytes(state.opt_state), "batch": _bytes(batch)}
+        train_step = step.make_train_step(graph, run)
+        saved = analytic.saved(run)
+        facts = {"compile": step.COMPILE[run.train.compile]}
+        return Program(train_step.lower(state, frozen, batch, _key(run)), held, saved, facts)
+
+
+def decode(run: Run, topology: Topology, *, mode: str, rows: int, prompt: int) -> Program:
+    """The loop that answers `rows` prompts of `prompt` tokens, every lane and slot in use.
+
+    `mode`: text, image or mixed, as in generate; an answer has at most sample.max_gen_len tokens.
+    """
+    streams = {"text": 1, "image": 2, "mixed": 3}[mode]
+    codes, context = run.vq.codes_per_image, run.model.context_length
+    try:
+        requests.check_room(prompt, mode=mode, codes=codes, context=context, where="the prompt")
+    except requests.GenerateError as error:
+        raise PlanError(f"--decode={mode}: {error}") from error
+    slots = buckets.slots(prompt, run.sample, mode=mode, codes=codes, context=context)
+    blocks = run.mesh.data * run.mesh.fsdp
+    depth = -(-rows * streams // blocks)
+    plan = sampling_params.plan(
+        run.sample,
+        run.vocab,
+        mode=mode,
+        codes=codes,
+        slots=slots,
+        blocks=blocks,
+        depth=depth,
+    )
+    make = functools.partial(
+        kv_cache.empty, run.model, lanes=blocks * depth, slots=slots, kind="model"
+    )
+    draws = {"text": "text", "image": "codes", "mixed": "both"}[mode]
+    with _on(run, topology) as like:
+        cache = _gib(_bytes(sharding.placed(jax.eval_shape(make))))
+        lowered = decode_loop.lower(like, plan, rows=rows, slots=slots, kind="model", draws=draws)
+    facts = {"mode": mode, "rows": rows, "streams": streams, "slots": slots}
+    return Program(lowered, {"base": _bytes(like)}, 0.0, facts | {"cache_gib": cache})
+
+
+def compile_(program: Program, topology: Topology) -> dict[str, Any]:
+    """The compiler's answer, as JSON."""
+    begin, held = time.monotonic(), program.held
+    result = program.facts | {"how": "compiled", "hbm_gib": _gib(topology.usable)}
+    try:
+        compiled = program.lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if not _EXHAUSTED.search(str(error)):
+            raise
+        needed = _needed(str(error))
+        parts = {name: _gib(size) for name, size in held.items()}
+        return result | {
+            "fits": False, "peak_hbm_gib": needed, "parts": parts, "collectives": None,
+            "error": str(error).splitlines()[0], "compile_s": round(time.monotonic() - begin, 1),
+        }  # fmt: skip
+    memory = compiled.memory_analysis()
+    arguments, code = memory.argument_size_in_bytes, memory.generated_code_size_in_bytes
+    peak = memory.peak_memory_in_bytes
+    parts = held | {
+        "padding": max(0, arguments - sum(held.values())),  # of arguments, in tiles
+        "activations": program.saved,
+        "temporaries": peak - arguments - program.saved,
+        "code": code,
+    }
+    return result | {
+        "fits": peak + code <= topology.usable,
+        "peak_hbm_gib": _gib(peak + code),
+        # One after the other instead of where the compiler has put them: an upper bound.
+        "unshared_gib": _gib(arguments + memory.temp_size_in_bytes + code),
+        "parts": {name: _gib(size) for name, size in parts.items()},
+        "compile_s": round(time.monotonic() - begin, 1),
+    } | _read(compiled, topology)  # fmt: skip
+
+
+@contextlib.contextmanager
+def _on(run: Run, topology: Topology) -> Iterator[chameleon.Chameleon]:
+    """The abstract model on the machine's mesh; PlanError where settings and machine do not fit."""
+    chips = devices(topology)
+    with contextlib.ExitStack() as stack:
+        try:
+            machine = sharding.make_mesh(run.mesh, chips)
+            step.check(run, machine)
+            stack.enter_context(jax.set_mesh(machine))
+            like = chameleon.abstract(run.model, run.vocab, run.lora)
+        except ValueError as error:
+            raise PlanError(str(error)) from error
+        yield like  # what follows is all abstract: an operation would run on chips not there
+
+
+def _read(compiled: jax.stages.Compiled, topology: Topology) -> dict[str, Any]:
+    """What stands in the program's text; some versions of libtpu cannot print some programs."""
+    clock = CLOCK[topology.chip.name]
+    try:
+        program = hlo_analysis.Program(compiled.as_text())
+    except jax.errors.JaxRuntimeError as error:
+        return {"collectives": None, "error": f"no text: {str(error).splitlines()[0]}"}
+    return {
+        "collectives": hlo_analysis.summary(program.collectives()),
+        "scheduled_s": round(program.cycles() / clock, 4),
+        "open_loops_s": [round(each / clock, 8) for each in program.open_loops()],
+    }
+
+
+def _key(run: Run) -> jax.ShapeDtypeStruct:
+    return sharding.placed(jax.eval_shape(lambda: jax.random.key(0, impl=run.train.prng_impl)))
+
+
+def _bytes(tree: Any) -> int:
+    """Of one device's shards."""
+    return sum(
+        np.prod(x.sharding.shard_shape(x.shape), dtype=int) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+    )
+
+
+def _gib(size: float) -> float:
+    return round(float(size) / GIB, 3)
+
+
+def _needed(message: str) -> float | None:
+    """GiB of "... (17.00G) exceeds available HBM" or "Used 17.00G of 15.75G hbm".
+
+    None: it was another memory.
+    """
+    match = _NEEDED.search(message)
+    if match is None:
+        return None
+    size, unit = [part for part in match.groups() if part]
+    return round(float(size) / (1024 if unit == "M" else 1), 3)

@@ -1,0 +1,89 @@
+"""Answers of the compiler, kept in a folder: a program is compiled once, whoever asks, and resumed.
+
+    D/3f9c0a...json   {"case": what was asked, "fits": ..., "peak_hbm_gib": ..., ...}
+
+An answer's name is a digest of the program's own text, the machine, the compile options and the
+versions that compile. So a config that differs in nothing that is compiled finds the answer, and
+after a change of the step nobody finds an old one.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+from typing import Any
+
+from medmax_jax.config import Run
+from medmax_jax.io.text_files import TextFileError, read_json_object
+from medmax_jax.plan import compile as plan_compile
+from medmax_jax.plan.topology import Topology
+
+PACKAGES = ("jax", "jaxlib", "libtpu")
+
+
+def versions() -> dict[str, str]:
+    """Of what compiles; libtpu is needed only here."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def digest(program: plan_compile.Program, topology: Topology) -> str:
+    """The name of an answer."""
+    machine = f"{topology.slices} x {topology.name}"
+    facts = [plan_compile.FORMAT, versions(), program.facts]
+    parts = [program.text, machine, json.dumps(facts)]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
+
+
+def find(
+    folder: pathlib.Path, program: plan_compile.Program, topology: Topology
+) -> dict[str, Any] | None:
+    """The answer that is there, or None."""
+    return _kept(folder / f"{digest(program, topology)}.json")
+
+
+def answer(
+    folder: pathlib.Path, program: plan_compile.Program, run: Run, topology: Topology
+) -> dict[str, Any]:
+    """The answer from the folder, or of the compiler, which then is in the folder."""
+    found = find(folder, program, topology)
+    if found is not None:
+        return found
+    found = plan_compile.compile_(program, topology) | {"versions": versions()}
+    found["case"] = asked(run, topology)
+    path = folder / f"{digest(program, topology)}.json"
+    part = path.with_suffix(f".{os.getpid()}.part")
+    part.write_text(json.dumps(found, indent=1) + "\n")
+    os.replace(part, path)  # whole or not at all
+    return found
+
+
+def asked(run: Run, topology: Topology) -> dict[str, Any]:
+    """What an answer is about, for readers; its name says it exactly."""
+    return {
+        "topology": topology.name, "slices": topology.slices, "compile": run.train.compile,
+        "mesh": list(axes(run)), "batch_size": run.data.batch_size, "seq_len": run.data.seq_len,
+        "remat": run.model.remat, "accumulate": run.optim.accumulate,
+        "attention": run.model.attention, "quant": run.model.quant,
+        "trains": run.train.trains, "layers": run.model.num_layers,
+        "hidden_size": run.model.hidden_size,
+    }  # fmt: skip
+
+
+def cases(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """What the answers in the folder are about, be they of this step or of an older one."""
+    found = [_kept(path) or {} for path in sorted(folder.glob("*.json"))]
+    return [each["case"] for each in found if isinstance(each.get("case"), dict)]
+
+
+def _kept(path: pathlib.Path) -> dict[str, Any] | None:
+    """What a file of the folder says; None where it is missing or damaged: it is made again."""
+    try:
+        return read_json_object(path)
+    except TextFileError:
+        return None
+
+
+def axes(run: Run) -> tuple[int, int, int]:
+    """(data, fsdp, tp)."""
+    return run.mesh.data, run.mesh.fsdp, run.mesh.tp

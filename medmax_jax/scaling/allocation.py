@@ -1,0 +1,62 @@
+"""How to spend compute C = f N D under E + A/N^alpha + B/D^beta: the size and tokens of least loss.
+
+    N = G (C/f)^(beta/(alpha+beta))     D = (C/f) / N     G = (alpha A / (beta B))^(1/(alpha+beta))
+
+Intervals are of the bootstrap's draws. A law of a product, A/(N^alpha D^beta), has no best size
+inside: all goes where the exponent is larger, so none is given.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from medmax_jax.scaling import diagnostics
+
+LAWS = ("chinchilla", "tied")
+Values = Mapping[str, Float[np.ndarray, "..."] | float]
+
+
+def optimum(
+    values: Values, compute: float, *, flops: float
+) -> dict[str, Float[np.ndarray, "..."] | float]:
+    """Size, tokens, tokens a parameter and loss; `flops`: of one token, per parameter."""
+    alpha, beta = values["alpha"], values.get("beta", values["alpha"])
+    ratio = (alpha * values["A"] / (beta * values["B"])) ** (1 / (alpha + beta))
+    product = compute / flops
+    params = ratio * product ** (beta / (alpha + beta))
+    tokens = product / params
+    loss = values["E"] + values["A"] / params**alpha + values["B"] / tokens**beta
+    return dict(params=params, tokens=tokens, tokens_per_param=tokens / params, loss=loss)
+
+
+def table(
+    found: Mapping[str, float],
+    draws: Mapping[str, np.ndarray],
+    budgets: Sequence[float],
+    *,
+    flops: float,
+) -> list[dict[str, Any]]:
+    """One row a budget: each number with its interval."""
+    rows = []
+    for budget in budgets:
+        best, spread = (optimum(v, budget, flops=flops) for v in (found, draws))
+        row: dict[str, Any] = {"compute": budget}
+        for name, value in best.items():
+            row[name] = float(value)
+            row[f"{name}_interval"] = list(diagnostics.interval(spread[name], diagnostics.LEVEL))
+        rows.append(row)
+    return rows
+
+
+def budgets_of(params: np.ndarray, tokens: np.ndarray, *, flops: float) -> list[float]:
+    """The largest run's compute, ten and a hundred times that."""
+    largest = float((flops * params * tokens).max())
+    return [largest, 10 * largest, 100 * largest]
+
+
+def exponent(values: Values) -> Float[np.ndarray, "..."] | float:
+    """beta / (alpha + beta): by which power of compute the best size grows."""
+    alpha, beta = values["alpha"], values.get("beta", values["alpha"])
+    return beta / (alpha + beta)

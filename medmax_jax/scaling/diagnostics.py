@@ -1,0 +1,256 @@
+"""Intervals by drawing runs again, and what they say about the fit.
+
+Runs are drawn, not rows: checkpoints of one run share its noise. Each draw is fitted from where the
+whole table's fit ended, all draws together (fit.refit).
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from medmax_jax.scaling import fit as fitting
+from medmax_jax.scaling.fit import Fit, refit, values
+from medmax_jax.scaling.laws import Law, ScalingError
+from medmax_jax.scaling.table import Table
+
+LEVEL = 0.95
+SAME = 1e-6  # relative: draws nearer to each other are one number
+RUNS = 1_000  # left out one by one at a time: their weights are [RUNS, rows]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Draws:
+    """`vectors` [draws, parameters] as in fit.Fit; `poor`: draws with one size or amount.
+
+    `stuck`: draws whose fit had not converged when the minimizer ran out of steps.
+    """
+
+    found: Fit
+    vectors: np.ndarray
+    poor: int
+    stuck: int
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def named(self) -> dict[str, np.ndarray]:
+        """Each parameter's draws."""
+        each = [values(self.found.law, v, self.found.middle) for v in self.vectors]
+        return {name: np.array([v[name] for v in each]) for name in self.found.values}
+
+    def at_bound(self) -> dict[str, float]:
+        """The share of draws in which an exponent ends at a bound of the search, where any does."""
+        count, shares = len(self.found.law.names), {}
+        for i, e in enumerate(self.found.law.exponents):
+            if e.name not in self.found.fixed:
+                near = 1e-3 * (e.high - e.low)
+                column = self.vectors[:, count + i]
+                shares[e.name] = float(np.mean((column < e.low + near) | (column > e.high - near)))
+        return {name: share for name, share in shares.items() if share}
+
+
+def draw(
+    found: Fit,
+    table: Table,
+    *,
+    count: int,
+    seed: int,
+    progress: Callable[[int], None] = lambda count: None,
+) -> Draws:
+    """`count` fits to tables whose runs are drawn with replacement.
+
+    `progress` gets how many more are done.
+    """
+    rng, runs = np.random.default_rng(seed), table.runs
+    number, drawn, poor = int(runs.max()) + 1, [], 0
+    while len(drawn) < count:
+        weights = counts(rng, number)[runs]
+        if _too_poor(found, table, weights):
+            poor += 1
+            if poor > 20 * count:
+                break
+            continue
+        drawn.append(weights)
+    vectors, done = np.zeros((0, len(found.vector))), np.zeros(0, bool)
+    if drawn:
+        vectors, done = refit(found, table.x, table.y, np.array(drawn), progress)
+    return Draws(found=found, vectors=vectors, poor=poor, stuck=int((~done).sum()))
+
+
+def counts(rng: np.random.Generator, number: int) -> Float[np.ndarray, "_"]:
+    """How often each of `number` runs is drawn; they sum to `number`."""
+    return np.bincount(rng.integers(0, number, number), minlength=number).astype(np.float64)
+
+
+def interval(draws: Float[np.ndarray, "n"], level: float) -> tuple[float, float]:
+    """The middle `level` of the draws."""
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def parameter_interval(draws: Float[np.ndarray, "n"]) -> tuple[float, float] | None:
+    """The middle LEVEL of a parameter's draws; None where they all are one number.
+
+    So are those of a parameter that is held, and of one that every draw leaves at a bound of its
+    search. Their interval would have no width and claim to be known exactly.
+    """
+    low, high = interval(draws, LEVEL)
+    return (low, high) if high - low > SAME * max(abs(low), abs(high)) else None
+
+
+def influence(
+    found: Fit, table: Table, *, progress: Callable[[int], None] = lambda count: None
+) -> Iterator[tuple[str, Fit]]:
+    """(label, the fit without it) of every run; `progress` gets how many more are done."""
+    number = int(table.runs.max()) + 1
+    for start in range(0, number, RUNS):
+        runs = np.arange(start, min(start + RUNS, number))
+        weights = (table.runs != runs[:, None]).astype(np.float64)
+        vectors, _ = refit(found, table.x, table.y, weights, progress)
+        for run, vector in zip(runs, vectors, strict=True):
+            label = table.labels[int(np.flatnonzero(table.runs == run)[0])]
+            yield label, dataclasses.replace(found, vector=vector)
+
+
+def _too_poor(found: Fit, table: Table, weights: np.ndarray) -> bool:
+    drawn = weights > 0
+    columns = {e.column for e in found.law.exponents if e.name not in found.fixed}
+    return any(len(np.unique(table.x[c][drawn])) < 2 for c in columns)
+
+
+# ---- What a law fitted to small runs says of larger ones that it has not seen ----
+#
+# by compute   the fifth of the runs with the most params x tokens is held out
+# by a column  the runs of the largest value of it: the largest size, the most data; the
+#                  fifth with the largest where nearly every run has a value of its own
+
+SHARE = 0.2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Held:
+    """Errors are prediction / truth - 1; `why` is set where there is no such fit."""
+
+    name: str
+    count: int
+    errors: np.ndarray
+    why: str
+
+    @property
+    def mean_size(self) -> float | None:
+        return None if self.why else float(np.abs(self.errors).mean())
+
+
+def all_of(law: Law, table: Table, *, delta: float, fixed: Mapping[str, float]) -> list[Held]:
+    """Every way of holding out that the table's columns give."""
+    ways = {"the fifth with the most compute": _top(_compute(table))}
+    for name in ("params", "tokens"):
+        if name in table.x and len(np.unique(table.x[name])) > 1:
+            ways[f"the largest {name}"] = _largest(table.x[name])
+    return [hold(law, table, keep, n, delta=delta, fixed=fixed) for n, keep in ways.items()]
+
+
+def hold(
+    law: Law, table: Table, out: Bool[np.ndarray, "n"], name: str, *, delta: float,
+    fixed: Mapping[str, float],
+) -> Held:  # fmt: skip
+    """The law fitted without the rows `out`, and its errors on them."""
+    rest, none = table.part(~out), np.zeros(0)
+    try:
+        check(law, rest, fixed)
+        found = fitting.fit(law, rest.x, rest.y, delta=delta, fixed=fixed)
+    except ScalingError as error:
+        return Held(name=name, count=int(out.sum()), errors=none, why=str(error))
+    left = table.part(out)
+    return Held(name=name, count=int(out.sum()), errors=found.predict(left.x) / left.y - 1, why="")
+
+
+def _compute(table: Table) -> Float[np.ndarray, "n"]:
+    if "loss" in table.x:  # a better model has less
+        return -table.x["loss"]
+    return table.x.get("params", 1.0) * table.x["tokens"]
+
+
+def _largest(column: Float[np.ndarray, "n"]) -> Bool[np.ndarray, "n"]:
+    if 2 * len(np.unique(column)) > len(column):
+        return _top(column)
+    return column == column.max()
+
+
+def _top(size: Float[np.ndarray, "n"]) -> Bool[np.ndarray, "n"]:
+    count = max(1, round(SHARE * len(size)))
+    return size >= np.sort(size)[-count]
+
+
+# ---- Whether a table can tell a law's parameters at all: asked before the fit, and of its end ----
+#
+# chinchilla on runs of one size        A and alpha are one number: refused
+# chinchilla where tokens = 20 params   alpha and beta are one number: refused, `tied` is not
+# finetune on one model size            refused; the mend is the law `power`
+
+FEW = 3  # distinct values of a column below which its exponent leans on the other columns alone
+ALIGNED = 1e-6  # 1 - r^2 of ln params and ln tokens
+
+
+def check(law: Law, table: Table, fixed: Mapping[str, float]) -> list[str]:
+    """Warnings; raises ScalingError where parameters cannot be told apart."""
+    free = [p for p in law.parameters if p not in fixed]
+    if len(table) <= len(free):
+        raise ScalingError(
+            f"too few points for law {law.name}: {len(table)} runs, {len(free)} parameters "
+            f"({', '.join(free)}); give at least {len(free) + 1}, or a law with fewer parameters"
+        )
+    warnings = []
+    searched = [e for e in law.exponents if e.name not in fixed]
+    for column in dict.fromkeys(e.column for e in searched):
+        distinct = len(np.unique(table.x[column]))
+        named = " and ".join(e.name for e in searched if e.column == column)
+        if distinct < 2:
+            raise ScalingError(
+                f"law {law.name} is not identified: every run has {column} = "
+                f"{table.x[column][0]:g}, so that {named} and its coefficient are one number; "
+                + _mend(law, column)
+            )
+        if distinct < FEW:
+            warnings.append(f"only {distinct} distinct {column}: {named} has no check")
+    if law.name in ("chinchilla", "finetune") and len(searched) == 2:
+        _check_aligned(law, table)
+    if law.name == "data_constrained" and "R_D" not in fixed:
+        if (table.x["tokens"] <= table.x["unique_tokens"]).all():
+            raise ScalingError(
+                "law data_constrained is not identified: no run has seen its data twice, so that "
+                "R_D is free; use the law tied, or give repeated runs"
+            )
+    return warnings
+
+
+def check_end(found: Fit, table: Table) -> None:
+    """Raises ScalingError where a parameter does not change one prediction at the fit's end."""
+    slope = np.abs(found.jacobian(table.x)).max(axis=1)
+    for name, most in zip(found.law.parameters, slope, strict=True):
+        if most < 1e-12 and name not in found.fixed and name not in found.law.names:
+            raise ScalingError(
+                f"law {found.law.name} is not identified: {name} changes no prediction on this "
+                f"table; hold it with --fix {name}=VALUE"
+                + (" (5.31 in Muennighoff et al.)" if name == "R_N" else "")
+            )
+
+
+def _mend(law: Law, column: str) -> str:
+    if law.name == "finetune" and column == "params":
+        return "use --law power (E + B/D^beta), or add runs of another size or rank"
+    if law.name == "finetune":
+        return "add runs of another amount of data"
+    return f"add runs with other {column}, or use --law power on what varies"
+
+
+def _check_aligned(law: Law, table: Table) -> None:
+    n, d = (np.log(table.x[name]) for name in ("params", "tokens"))
+    if 1 - np.corrcoef(n, d)[0, 1] ** 2 < ALIGNED:
+        other = "--law tied has one exponent" if law.name == "chinchilla" else "--law power has one"
+        raise ScalingError(
+            f"law {law.name} is not identified: tokens are a power of params in every run, so "
+            f"that alpha and beta cannot be told apart; add runs off that line, or {other}"
+        )

@@ -1,0 +1,221 @@
+"""What the folders of a sweep's runs say: who is done, who goes on, and the table for a fit.
+
+D/sweep.jsonl      the runs
+D/<run id>/        the workdir of medmax_jax.train; run.log: what the local runner saw
+D/table.csv        collect: a row a run   D/table.json: answers for the fit's checklist
+
+pending     nothing yet         running     a process holds its lock
+finished    last step, exported stopped     has a checkpoint, no process
+crashed     began, no checkpoint            diverged    its loss was not finite
+"""
+
+import csv
+import fcntl
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from medmax_jax import config, flops
+from medmax_jax.io.text_files import TextFileError, read_json_object
+from medmax_jax.sweep.axes import SweepError
+from medmax_jax.sweep.expand import Planned, settings
+from medmax_jax.training.run_files import damage_warning, read_metrics
+
+TABLE = "table.csv"
+TO_DO = ("pending", "stopped", "crashed")
+
+
+def state(run: Planned, folder: Path) -> str:
+    """One of the words above; raises SweepError where the folder is another run's."""
+    home = folder / run.run_id
+    if not (home / "config.json").exists():
+        return "running" if _locked(home) else "crashed" if home.exists() else "pending"
+    _check_same(run, home)
+    if _finished(run, home):
+        return "finished"
+    if _locked(home):
+        return "running"
+    if _diverged(home):
+        return "diverged"
+    return "stopped" if any((home / "checkpoints").glob("[0-9]*")) else "crashed"
+
+
+def states(runs: Sequence[Planned], folder: Path) -> dict[str, str]:
+    """Run id -> state."""
+    return {run.run_id: state(run, folder) for run in runs}
+
+
+def collect(runs: Sequence[Planned], folder: Path, *, partial: bool) -> list[dict[str, Any]]:
+    """A row of each run that has ended; a diverged one has nan for its losses.
+
+    Raises SweepError naming the runs that have not ended, unless `partial`, and one without
+    held-out losses in any case.
+    """
+    known = states(runs, folder)
+    left = [f"{run_id} ({word})" for run_id, word in known.items() if word in (*TO_DO, "running")]
+    if left and not partial:
+        raise SweepError(
+            f"{len(left)} of {len(runs)} runs have not ended: {', '.join(left[:5])}"
+            f"{', ...' * (len(left) > 5)}; go on with `sweep run`, or collect with --partial"
+        )
+    return [
+        _row(run, folder / run.run_id, known[run.run_id])
+        for run in runs
+        if known[run.run_id] in ("finished", "diverged")
+    ]
+
+
+def write(rows: Sequence[Mapping[str, Any]], said: Mapping[str, str], folder: Path) -> Path:
+    """table.csv, and table.json beside it."""
+    if not rows:
+        raise SweepError(f"{folder}: no run has ended, so there is no table")
+    path = folder / TABLE
+    fields = dict.fromkeys(name for row in rows for name in row)  # not every run sets the same
+    with open(path, "w", newline="") as file:
+        out = csv.DictWriter(file, list(fields), lineterminator="\n")
+        out.writeheader()
+        out.writerows(rows)
+    path.with_suffix(".json").write_text(json.dumps({"said": dict(said)}, indent=1) + "\n")
+    return path
+
+
+def said_of(runs: Sequence[Planned], said: Mapping[str, str]) -> dict[str, str]:
+    """Answers to a fit's checklist that hold for every sweep, under those of the sweep file."""
+    with_adapters = any(settings(run).train.trains == "lora" for run in runs[:1])
+    rate = "4 (LoRA: frozen matrices have no gradient)" if with_adapters else "6"
+    return {
+        "params": "matrices of layers and head; no embedding, no adapters",
+        "tokens": "tokens: seen, no padding; unique_tokens: each once; text and image together",
+        "flops": f"about {rate} per parameter and token; attention is counted apart",
+        "schedule": "yes: warm-up and cosine are shares of train.steps, which go with the data",
+        "checkpoints": "the last step only",
+        "split": "all held-out documents of config.data.validation",
+        **said,
+    }
+
+
+def _row(run: Planned, home: Path, word: str) -> dict[str, Any]:
+    rows = _metrics(home)
+    train = [r for r in rows if r["kind"] == "train"]
+    held = [r for r in rows if r["kind"] == "validation" and r["step"] == run.steps]
+    typed, facts = settings(run), _config(home)
+    if word == "finished" and not held:
+        raise SweepError(
+            f"{home}: no held-out loss at step {run.steps}; set data.validation and a "
+            "train.eval_every above 0, and run it again"
+        )
+    losses = held[0] if word == "finished" else {}
+    seen = _seen(train, home)
+    counts = flops.parameters(typed.model, typed.vocab, typed.lora)
+    return {
+        "run": run.run_id,
+        "state": word,
+        **{name: run.overrides[name] for name in sorted(run.overrides)},
+        "seed": run.seed,
+        "steps": run.steps,
+        "params": counts.matmul,
+        "params_layers": counts.layers,
+        "trainable": run.trainable,
+        "rank": typed.lora.rank,
+        "tokens": seen,
+        "unique_tokens": min(seen, _epoch_tokens(facts, home)),
+        "flops": seen * run.flops / run.tokens,
+        "loss": _number(losses.get("loss")),
+        "loss_text": _number(losses.get("text_nll")),
+        "loss_image": _number(losses.get("image_nll")),
+        "train_loss": _number(train[-1].get("loss")) if train else math.nan,
+    }
+
+
+def _seen(train: Sequence[Mapping[str, Any]], home: Path) -> int:
+    """Tokens of all steps: each report has the mean over the steps since the one before."""
+    total, before = 0.0, 0
+    for row in train:
+        if row.get("tokens") is None:
+            raise SweepError(
+                f"{home / 'metrics.jsonl'}: the row of step {row['step']} has no tokens; restore "
+                "the file, or remove the folder and run it again"
+            )
+        total += row["tokens"] * (row["step"] - before)
+        before = row["step"]
+    return round(total)
+
+
+def _metrics(home: Path) -> list[dict[str, Any]]:
+    path = home / "metrics.jsonl"
+    try:
+        rows, damaged = read_metrics(path)
+    except TextFileError as error:
+        raise SweepError(f"{error}; restore it, or remove the folder and run it again") from error
+    if damaged:
+        print(damage_warning(path, damaged), file=sys.stderr, flush=True)
+    return rows
+
+
+def _config(home: Path) -> dict[str, Any]:
+    try:
+        return read_json_object(home / "config.json")
+    except TextFileError as error:
+        raise SweepError(f"{error}; restore it, or remove the folder and run it again") from error
+
+
+def _epoch_tokens(facts: Mapping[str, Any], home: Path) -> int:
+    if type(facts.get("epoch_tokens")) is not int:
+        raise SweepError(
+            f"{home / 'config.json'}: epoch_tokens is no number; remove the folder, run it again"
+        )
+    return facts["epoch_tokens"]
+
+
+def _finished(run: Planned, home: Path) -> bool:
+    files = ("model/config.json", "adapter/adapter_config.json")  # written last
+    if not any((home / name).exists() for name in files):
+        return False
+    return any(r["kind"] == "train" and r["step"] == run.steps for r in _metrics(home))
+
+
+def _diverged(home: Path) -> bool:
+    """Whether the last step was not finite: medmax_jax.train leaves a file with its number."""
+    ends = [path.stem.rpartition("_")[2] for path in home.glob("not_finite_*.json")]
+    reached = max((r["step"] for r in _metrics(home)), default=0)
+    return any(step.isdecimal() and int(step) > reached for step in ends)
+
+
+def _locked(home: Path) -> bool:
+    """Whether a process holds the lock that medmax_jax.train takes."""
+    path = home / ".lock"
+    if not path.exists():
+        return False
+    with open(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def _check_same(run: Planned, home: Path) -> None:
+    have, want = _config(home).get("config"), config.to_dict(settings(run))
+    if not isinstance(have, dict) or not all(isinstance(part, dict) for part in have.values()):
+        raise SweepError(f"{home / 'config.json'}: no config of a run; remove the folder")
+    if wrong := _first_difference(want, have):
+        raise SweepError(
+            f"{home} holds another run: config.{wrong}; name another --workdir, or remove it"
+        )
+
+
+def _first_difference(want: Mapping[str, Any], have: Mapping[str, Any]) -> str:
+    """Of the fields that both know: a run of an older version may lack the newest."""
+    for section in sorted(set(want) & set(have)):
+        left, right = want[section], have[section]
+        for name in sorted(set(left) & set(right)):
+            if left[name] != right[name]:
+                return f"{section}.{name} is {right[name]!r}, not {left[name]!r}"
+    return ""
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value

@@ -1,0 +1,79 @@
+"""The batch of one training step, its counts, and what training asks of whoever makes batches."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float32, Int32
+
+KINDS = 128  # pairs of source and task at most; MedMax has 13 x 6
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Batch:
+    """Rows of one step: numpy here, global arrays after `mesh.put_batch`."""
+
+    ids: Int32[Array | np.ndarray, "B T"]
+    segments: Int32[Array | np.ndarray, "B T"]  # 0 padding, documents 1..n in each row
+    positions: Int32[Array | np.ndarray, "B T"]  # within the document
+    weights: Float32[Array | np.ndarray, "B T"]  # of the loss of predicting this token
+    kinds: Int32[Array | np.ndarray, "B T"]  # of the document, a place in `Batches.kinds`
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """What the batch of one step holds, over all hosts."""
+
+    epoch: int  # of the first row
+    documents: int
+    scored_text: int  # tokens
+    scored_image: int
+    tokens: int  # padding apart
+    squares: int  # sum of the squared lengths: over `tokens`, how far attention looks
+    fill: float  # tokens over places
+
+
+@runtime_checkable
+class DocumentSource(Protocol):
+    """The records that training reports on: columns by name, and documents by number."""
+
+    index: Mapping[str, np.ndarray] | np.ndarray
+    fingerprint: str
+    meta: dict[str, Any]
+    layout: Any
+
+    def __getitem__(self, number: int) -> Any:
+        """Return a document: tokens, source, task, id and credential."""
+
+
+@runtime_checkable
+class BatchSource(Protocol):
+    """What training requires of a loader; data/loader.py has the one that reads records."""
+
+    records: DocumentSource
+    plan: str  # fingerprint of the packing plan of epoch 0
+    kinds: list[tuple[str, str]]  # (source, task) of each group of documents
+
+    def __len__(self) -> int:
+        """Return the number of steps."""
+
+    def batch(self, step: int) -> Batch:
+        """Return the rows of this host at a step."""
+
+    def stream(self, start_step: int) -> Iterator[Batch]:
+        """Yield the batches from `start_step` to the end."""
+
+    def stats(self, step: int) -> Stats:
+        """Return the counts of the batch of a step, over all hosts."""
+
+    def named(self, step: int) -> list[str]:
+        """Return the names of the documents of a step."""
+
+    def words(self) -> list[str]:
+        """Return what an epoch holds, one line of the log each."""
+
+    def epoch_tokens(self) -> int:
+        """Return the tokens of the documents that the run may draw."""

@@ -1,0 +1,179 @@
+"""Cross-entropy over the whole vocabulary: no logits in memory, no gradient that nobody asked for.
+
+    device of fsdp i, tp j holds     rows of the batch [b, T, D]      kernel [D / fsdp, V / tp]
+    all_to_all over fsdp                                              kernel [D, V / (tp fsdp)]
+    for each chunk of its tokens:
+        all_gather over fsdp         tokens [n fsdp, D]  @ kernel ->  its slice of their logits
+        max, sum of exp, target      over fsdp and tp: the slices' parts of softmax
+        d loss / d hidden            its slice's part, summed and scattered over fsdp, over tp
+
+The head is never gathered, logits exist for one chunk at a time, and the gradient of the hidden
+states is made in the forward pass, where the logits are, so the backward pass only scales it. Of
+the head, a gradient is made for the columns that train: none, all, or those of image codes.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from medmax_jax.models.layers import Head
+from medmax_jax.models.vocab import IMAGE_START
+from medmax_jax.sharding import ACT, BATCH, UP
+
+# What a device works on at a time. 2**24 fp32 logits are 64 MiB, which stay in the VMEM of a v5e
+# (2**25 cost 15 % more by the compiler's count); under 1,024 tokens reading the kernel would cost
+# more than the product.
+CHUNK_LOGITS, CHUNK_TOKENS = 2**24, 1_024
+SLICES = ("tp", "fsdp")  # axes that split the vocabulary here
+
+
+def weighted_nll(
+    hidden: Float[Array, "B T D"],
+    head: Head,
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    *,
+    trains_kernel: bool,
+    chunks: int,
+) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
+    """(sum of weights x nll, nll), nll[b, t] = -log p(targets[b, t] | hidden[b, t]) in fp32.
+
+    The sum has gradients for hidden, for head.image and, with `trains_kernel`, for head.kernel;
+    `nll` is for reports and has none. `chunks` divides the tokens of a device.
+    """
+    tokens = hidden.shape[0] * hidden.shape[1] // _rows_split()
+    if tokens % chunks:
+        raise ValueError(f"{chunks} chunks do not divide {tokens} tokens; use a divisor")
+    total, nll = _weighted((trains_kernel, chunks), head, hidden, targets, weights)
+    return total, jax.lax.stop_gradient(nll)
+
+
+def num_chunks(hidden: Float[Array, "B T D"], kernel: Float[Array, "D V"]) -> int:
+    """The fewest chunks of a device's tokens within CHUNK_LOGITS, or else within CHUNK_TOKENS."""
+    rows, length, _ = jax.typeof(hidden).sharding.shard_shape(hidden.shape)
+    width, vocab = jax.typeof(kernel).sharding.shard_shape(kernel.shape)
+    gathered = kernel.shape[0] // width  # devices whose tokens come together
+    most = max(CHUNK_TOKENS, CHUNK_LOGITS * gathered // vocab)
+    tokens = rows * length
+    fitting = (c for c in range(1, tokens) if tokens % c == 0)
+    return next((c for c in fitting if tokens // c * gathered <= most), tokens)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _weighted(how, head, hidden, targets, weights):
+    return _run(how, head, hidden, targets, weights, grads=False)[:2]
+
+
+def _forward(how, head, hidden, targets, weights):
+    total, nll, *grads = _run(how, head, hidden, targets, weights, grads=True)
+    return (total, nll), grads
+
+
+def _backward(how, grads, cotangents):
+    scale = cotangents[0]  # nll has none
+    d_hidden, d_kernel, d_image = jax.tree.map(
+        lambda g: (g.astype(jnp.float32) * scale).astype(g.dtype), grads
+    )
+    return Head(d_kernel, d_image), d_hidden, None, None
+
+
+def _run(how, head, hidden, targets, weights, *, grads: bool) -> tuple:
+    """(total, nll, d_hidden, d_kernel, d_image) by shard_map; None for what is not asked."""
+    trains_kernel, chunks = how
+    wanted = (grads, grads and trains_kernel, grads and head.image is not None)
+    specs = [BATCH] + [s for s, w in zip((ACT, UP, UP), wanted, strict=True) if w]
+    local = functools.partial(_local, wanted=wanted, chunks=chunks)
+    # Gathered tokens vary over fewer axes than shard_map can see.
+    run = jax.shard_map(
+        local, in_specs=(Head(UP, head.image if head.image is None else UP), ACT, BATCH, BATCH),
+        out_specs=tuple(specs), check_vma=False,
+    )  # fmt: skip
+    nll, *found = run(head, hidden, targets, weights)
+    left = iter(found)
+    return (weights * nll).sum(), nll, *(next(left) if w else None for w in wanted)
+
+
+def _local(head, hidden, targets, weights, *, wanted: tuple, chunks: int) -> tuple:
+    """What one device computes of the whole."""
+    kernel, ids, own = _columns(head, hidden.dtype)
+    start = 0 if wanted[1] else own  # first column whose gradient is asked
+
+    def chunk(d_head, part):
+        x, target, weight = (jax.lax.all_gather(p, "fsdp", tiled=True) for p in part)
+        logits = jnp.dot(x, kernel, preferred_element_type=jnp.float32)
+        if head.image is not None:
+            logits = jnp.where(ids < 0, -jnp.inf, logits)
+        top = jax.lax.pmax(logits.max(1), SLICES)
+        exp = jnp.exp(logits - top[:, None])
+        hit = target[:, None] == ids
+        both = jnp.stack([exp.sum(1), jnp.where(hit, logits, 0).sum(1)])
+        total, of_target = jax.lax.psum(both, SLICES)
+        nll = _own_rows(jnp.log(total) + top - of_target, part[1].shape[0])
+        if not wanted[0]:
+            return d_head, (nll, None)
+        d_logits = (exp / total[:, None] - hit) * weight[:, None]
+        d_logits = d_logits.astype(hidden.dtype)
+        d_x = jax.lax.psum_scatter(jnp.dot(d_logits, kernel.T), "fsdp", tiled=True)
+        if d_head is not None:
+            d_head += jnp.dot(x.T, d_logits[:, start:], preferred_element_type=jnp.float32)
+        return d_head, (nll, jax.lax.psum(d_x, "tp"))
+
+    d_head = None
+    if wanted[1] or wanted[2]:
+        d_head = jnp.zeros((kernel.shape[0], kernel.shape[1] - start), jnp.float32)
+    split = lambda a: jnp.reshape(a, (chunks, -1, *a.shape[2:]))  # noqa: E731
+    parts = tuple(split(a) for a in (hidden, targets, weights))
+    d_head, (nll, d_hidden) = jax.lax.scan(chunk, d_head, parts)
+    out = [nll.reshape(targets.shape)]
+    if wanted[0]:
+        out.append(d_hidden.reshape(hidden.shape))
+    if d_head is not None:
+        d_head = jax.lax.psum(d_head, "data")  # the other rows of the batch
+        cut = own - start
+        if wanted[1]:
+            out.append(_back(d_head[:, :cut], head.kernel.dtype))
+        if wanted[2]:
+            out.append(_back(d_head[:, cut:], head.image.dtype))
+    return tuple(out)
+
+
+def _columns(head: Head, dtype) -> tuple[Array, Array, int]:
+    """(matrix [D, v], the ids of its columns, how many are of the kernel) of this device.
+
+    Where image columns train, they stand after the kernel's, whose own have id -1.
+    """
+    kernel = _sliced(head.kernel, dtype)
+    own = kernel.shape[1]
+    place = jax.lax.axis_index("tp") * jax.lax.axis_size("fsdp") + jax.lax.axis_index("fsdp")
+    ids = place * own + jnp.arange(own)
+    if head.image is None:
+        return kernel, ids, own
+    image = _sliced(head.image, dtype)
+    each, all_codes = image.shape[1], image.shape[1] * jax.lax.axis_size(SLICES)
+    ids = jnp.where((ids >= IMAGE_START) & (ids < IMAGE_START + all_codes), -1, ids)
+    codes = IMAGE_START + place * each + jnp.arange(each)
+    return jnp.concatenate([kernel, image], 1), jnp.concatenate([ids, codes]), own
+
+
+def _sliced(matrix: Array, dtype) -> Array:
+    """[D / fsdp, v] -> [D, v / fsdp]: whole columns."""
+    return jax.lax.all_to_all(matrix.astype(dtype), "fsdp", 1, 0, tiled=True)
+
+
+def _own_rows(gathered: Array, count: int) -> Array:
+    return jax.lax.dynamic_slice_in_dim(gathered, jax.lax.axis_index("fsdp") * count, count)
+
+
+def _back(matrix: Array, dtype) -> Array:
+    """The inverse of `_sliced`."""
+    return jax.lax.all_to_all(matrix.astype(dtype), "fsdp", 0, 1, tiled=True)
+
+
+_weighted.defvjp(_forward, _backward)
+
+
+def _rows_split() -> int:
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return sizes["data"] * sizes["fsdp"]

@@ -1,0 +1,224 @@
+"""Where a run's numbers go, and its seconds by purpose.
+
+    D/metrics.jsonl         a JSON object a line: {"kind": "train", "step": 120, "loss": 3.21, ...}
+    D/events.out.tfevents.* the same numbers for TensorBoard
+    D/train.log             the lines that stdout shows, for runs without a terminal
+
+Every line is flushed at once. A resumed run drops what was written after the checkpoint it starts
+from, so that each step stands in the files once.
+"""
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import tensorboardX
+
+from medmax_jax import config
+from medmax_jax.endpoints import egress
+from medmax_jax.io.errors import printable_text
+from medmax_jax.io.text_files import TextFileError
+from medmax_jax.training.run_files import LogFile, damage_warning, metrics_lines
+
+# What the wall clock of a run is spent on; goodput is the share of `step`.
+BUCKETS = ("load", "compile", "data", "step", "eval", "sample", "checkpoint")
+
+
+class Clock:
+    """Seconds by purpose. goodput = the share of all time since the start that went into steps."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(BUCKETS, 0.0)
+        self.start = time.monotonic()
+
+    @contextlib.contextmanager
+    def spend(self, bucket: str) -> Iterator[None]:
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[bucket] += time.monotonic() - begin
+
+    @property
+    def training(self) -> float:
+        """Seconds in steps and in waiting for their data: what a token rate divides by."""
+        return self.seconds["step"] + self.seconds["data"]
+
+    def report(self) -> dict[str, float]:
+        total = time.monotonic() - self.start
+        seconds = {f"seconds_{name}": round(s, 3) for name, s in self.seconds.items()}
+        return seconds | {
+            "seconds_total": round(total, 3),
+            "goodput": round(self.seconds["step"] / total, 4) if total else 0.0,
+        }
+
+
+class Writer:
+    """The files of a run. Only process 0 writes; elsewhere every method does nothing.
+
+    `also`: gets (step, numbers by name) too, from process 0.
+    """
+
+    def __init__(
+        self, folder: str, also: Callable[[int, dict[str, float]], None] | None = None
+    ) -> None:
+        self.writes = jax.process_index() == 0
+        self.folder, self.board, self._also = folder, None, also
+        if self.writes:
+            self.log_file = LogFile(os.path.join(folder, "train.log"), _print)
+
+    def start(self, *, step: int, again: str = "") -> None:
+        """Opens the number files; drops what an earlier process wrote after `step`.
+
+        `again`: a kind whose row of `step` itself will be written once more.
+        """
+        if self.writes:
+            path = os.path.join(self.folder, "metrics.jsonl")
+            try:
+                if damaged := drop_after(path, step, again):
+                    self.log(damage_warning(path, damaged))
+            except (OSError, TextFileError) as error:
+                self.log(f"WARNING: {error}; rows after step {step} may stand there twice")
+            self.jsonl = LogFile(path, self.log)
+            self.board = tensorboardX.SummaryWriter(self.folder, purge_step=step + 1, flush_secs=5)
+
+    def log(self, line: str) -> None:
+        """One line (or a table) to stdout and D/train.log."""
+        if self.writes:
+            _print(line)
+            self.log_file.write(line)
+
+    def numbers(self, kind: str, step: int, values: dict[str, float]) -> None:
+        """One row of D/metrics.jsonl, and a curve point each; NaN becomes null."""
+        if self.writes:
+            clean = {k: v if math.isfinite(v) else None for k, v in values.items()}
+            self.jsonl.write(json.dumps({"kind": kind, "step": step} | clean))
+            known = {f"{kind}/{name}": v for name, v in clean.items() if v is not None}
+            for name, value in known.items():
+                self.board.add_scalar(name.replace(" ", "_"), value, step)  # its own spelling
+            if self._also is not None:
+                self._also(step, known)
+
+    def close(self) -> None:
+        if self.writes:
+            self.log_file.close()
+        if self.board is not None:
+            self.jsonl.close()
+            self.board.close()
+
+
+def drop_after(path: str, step: int, again: str = "") -> int:
+    """Keeps the rows of a JSONL file up to `step`; returns how many damaged lines it dropped.
+
+    `again`: rows of this kind only from before `step`. A torn last line goes too, uncounted.
+    """
+    if not os.path.exists(path):
+        return 0
+    lines, damaged = metrics_lines(path)
+    with open(path + ".tmp", "wb") as out:
+        for row, line in lines:
+            if row["step"] < step or row["step"] == step and row["kind"] != again:
+                out.write(line + b"\n")
+    os.replace(path + ".tmp", path)
+    return damaged
+
+
+def _print(line: str) -> None:
+    print(printable_text(line), flush=True)
+
+
+def step_line(step: int, steps: int, row: dict[str, float], *, eta: float) -> str:
+    """step 120/300 loss 3.2100 text 2.900 image 5.600 lr 1.0e-03 tok/s/chip 5,120 (5,505 with ..
+
+    .. padding) fill 0.93 data 1% MFU 51.2% HFU 60.1% HBM 12.1 GiB eta 1:23. A chip without known
+    limits has no MFU, a device that does not tell its memory no HBM.
+    """
+    parts = [
+        f"step {step}/{steps} {loss_words(row)} lr {row['lr']:.1e}",
+        f"tok/s/chip {row['tokens_per_second_per_chip']:,.0f}",
+        f"({row['processed_per_second_per_chip']:,.0f} with padding) fill {row['fill']:.2f}",
+        f"data {row['data_share']:.0%}",
+    ]
+    if "mfu" in row:
+        parts.append(f"MFU {row['mfu']:.1%} HFU {row['hfu']:.1%}")
+    if "hbm_peak_gib" in row:
+        parts.append(f"HBM {row['hbm_peak_gib']:.1f} GiB")
+    return " ".join([*parts, f"eta {clock_face(eta)}"])
+
+
+def loss_words(row: dict[str, float]) -> str:
+    """loss 3.2100 text 2.900 image 5.600; a dash where there were no such targets."""
+    parts = (row["text_nll"], row["image_nll"])
+    text, image = ("-" if math.isnan(nll) else f"{nll:.3f}" for nll in parts)
+    return f"loss {row['loss']:.4f} text {text} image {image}"
+
+
+def clock_face(seconds: float) -> str:
+    """83 -> 1:23, 5025 -> 1:23:45."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+# ---- tracking ----
+#
+# Weights & Biases, for those who ask for it: the numbers of a run, never its texts or pictures.
+#
+# The package is imported only then. What leaves is asked of medmax_jax/endpoints/egress.py first:
+# numbers made
+# from credentialed records are credentialed, and go to listed hosts only.
+
+SERVER = "https://api.wandb.ai"  # WANDB_BASE_URL in the environment names another
+SECTIONS = ("model", "lora", "mesh", "optim")  # of the config: no paths, nothing of the data
+
+
+class TrackingError(RuntimeError):
+    """Numbers that cannot be sent; the message says why and what to do."""
+
+
+def wandb(
+    project: str,
+    run: config.Run,
+    *,
+    name: str,
+    folder: str,
+    credentials: Iterable[str],
+    listed: Iterable[str],
+    environment: Mapping[str, str],
+) -> tuple[Callable[[int, dict[str, float]], None], Callable[[], None]]:
+    """(send, close). `credentials`: of the records; `listed`: hosts for credentialed data."""
+    kinds = map(egress.class_of_credential, credentials)
+    server = environment.get("WANDB_BASE_URL") or SERVER
+    try:
+        egress.check(server, egress.strictest(kinds), listed=egress.hosts(listed))
+    except egress.OutgoingError as error:
+        raise TrackingError(f"--wandb={project}: {error} (--listed_host)") from error
+    try:
+        import wandb as package
+    except ImportError as error:
+        raise TrackingError(
+            f"--wandb={project}: the package wandb is not installed; pip install wandb, or leave "
+            "the flag out: metrics.jsonl and TensorBoard have the same numbers"
+        ) from error
+    whole = config.to_dict(run)
+    started = package.init(
+        project=project,
+        name=name,
+        id=name,
+        resume="allow",
+        dir=folder,
+        config={section: whole[section] for section in SECTIONS},
+        settings=package.Settings(
+            disable_code=True, disable_git=True, console="off", x_disable_meta=True
+        ),
+    )
+
+    def send(step: int, numbers: dict[str, Any]) -> None:
+        started.log(numbers, step=step)
+
+    return send, started.finish

@@ -1,0 +1,65 @@
+"""The objective: sum over positions of weight x negative log-likelihood; its parts for reports.
+
+    ids      BOS  a   BOI  c0  c1  EOI  SEP  b   EOS        hidden[t] predicts ids[t + 1]
+    weights   0   0    0   0   0    0    0   .5  .5         weights[t] belongs to predicting ids[t]
+
+The weights come from the loader, so packing, masking and `document | token` weighing are settled
+before this file: the objective is the same number whatever the rows, the chunks or the mesh. Logits
+are fp32 and never masked (a mask on image ids would make the loss on image targets infinite).
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from medmax_jax.models.chameleon import Chameleon
+from medmax_jax.models.vocab import is_image
+from medmax_jax.sharding import BATCH, ROWS
+from medmax_jax.training.batch import KINDS, Batch
+from medmax_jax.training.cross_entropy import num_chunks, weighted_nll
+
+
+def objective(
+    model: Chameleon, batch: Batch, key: PRNGKeyArray | None, *, trains: str
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """The loss of a global batch, and sums for reports; `key=None` switches dropout off.
+
+    The sums are unweighted, over scored targets, in all and for each kind of document, text and
+    image apart: `text_nll / text_count` is the mean over scored text targets. Image targets are the
+    image codes; BOI and EOI count as text. `trains`: config.train.trains.
+    """
+    hidden = model.hidden(batch.ids, batch.segments, batch.positions, key=key)
+    # The last position predicts nothing. Not jnp.roll: with one row a [1, 1] slice in it has lost
+    # its sharding, which jax 0.11 minds.
+    ahead = lambda x: jnp.pad(x[:, 1:], ((0, 0), (0, 1)))  # noqa: E731
+    targets, weights, kinds = (ahead(x) for x in (batch.ids, batch.weights, batch.kinds))
+    head = model.head()
+    total, nll = weighted_nll(
+        hidden, head, targets, weights,
+        trains_kernel=trains == "full", chunks=num_chunks(hidden, head.kernel),
+    )  # fmt: skip
+    image = is_image(targets, model.vocab)
+    nlls, counts = by_kind(nll, weights > 0, 2 * kinds + image)
+    return total, {
+        "text_nll": nlls[:, 0].sum(),
+        "text_count": counts[:, 0].sum(),
+        "image_nll": nlls[:, 1].sum(),
+        "image_count": counts[:, 1].sum(),
+        "kind_nll": nlls,
+        "kind_count": counts,
+    }
+
+
+def by_kind(
+    nll: Float[Array, "B T"], scored: Array, place: Int[Array, "B T"]
+) -> tuple[Float[Array, "KINDS 2"], Float[Array, "KINDS 2"]]:
+    """Sums and counts of the scored tokens by place = 2 * kind + image."""
+
+    def local(nll, scored, place):
+        values = jnp.stack([jnp.where(scored, nll, 0), scored.astype(jnp.float32)], -1)
+        sums = jax.ops.segment_sum(values.reshape(-1, 2), place.reshape(-1), 2 * KINDS)
+        return jax.lax.psum(sums, ROWS)
+
+    sums = jax.shard_map(local, in_specs=(BATCH,) * 3, out_specs=P())(nll, scored, place)
+    return tuple(jnp.moveaxis(sums.reshape(KINDS, 2, 2), -1, 0))

@@ -1,0 +1,124 @@
+"""AdamW behind a global-norm clip, with linear warm-up and cosine decay.
+
+    w = ceil(warmup_ratio * steps), r = final_lr_ratio, k = 0, 1, .. steps - 1
+    k < w    lr(k) = peak * k / w
+    k >= w   lr(k) = peak * (r + (1 - r) * (1 + cos(pi * (k - w) / (steps - w))) / 2)
+
+k counts the updates already made, so the first update of a warmed-up run has rate 0: the schedule
+of the published run (Hugging Face's cosine with warm-up), with a floor r.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from medmax_jax.config import Optim
+
+
+def make(config: Optim, *, steps: int) -> optax.GradientTransformationExtraArgs:
+    """Gradients, and the loss as `value=`, to updates; `steps` is the length of the whole run."""
+    inner = optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            lambda count: learning_rate(count, config, steps=steps),
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=decayed,
+        ),
+    )
+    if not config.skip_window:
+        return optax.with_extra_args_support(inner)
+    return guarded(inner, window=config.skip_window, factor=config.skip_factor)
+
+
+def learning_rate(count: Int[Array, ""] | int, config: Optim, *, steps: int) -> Float[Array, ""]:
+    """The rate of the update after `count` others. Peak 1, 10 steps, warm-up .2: 0 .5 1 .96 ..."""
+    warmup = math.ceil(config.warmup_ratio * steps)
+    progress = (count - warmup) / max(1, steps - warmup)
+    cosine = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1)))
+    decay = config.final_lr_ratio + (1 - config.final_lr_ratio) * cosine
+    return config.peak_lr * jnp.where(count < warmup, count / max(1, warmup), decay)
+
+
+def decayed(params: PyTree) -> PyTree:
+    """True at the matrices, which weight decay shrinks; False at the gains and biases of norms."""
+
+    def is_matrix(path: tuple, _: Array) -> bool:
+        return not any(
+            str(getattr(p, "key", getattr(p, "name", ""))) in ("scale", "bias") for p in path
+        )
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+
+# ---- spikes ----
+#
+# Optional: leave out the update of a step whose loss or gradient stands out, or is not finite.
+#
+#     loss > mean + factor * std of the last `window` finite ones, or the same of the gradient norm
+#     -> no update: parameters, moments and the schedule's count stay as they are
+#
+# The window is part of the optimiser's state, so a resumed run skips what the whole one skips.
+# While
+# it fills up only what is not finite is left out. After LIMIT such steps in a row the run stops.
+# The
+# rule is MaxText's and OLMo's, whose window and factor are 128 and 6.
+
+LIMIT = 10  # steps left out in a row: no longer a spike
+
+
+class SpikeState(NamedTuple):
+    """The last losses and gradient norms, and the state of what is guarded."""
+
+    losses: Float[Array, "W"]
+    norms: Float[Array, "W"]
+    seen: Int[Array, ""]  # finite steps so far
+    in_row: Int[Array, ""]  # steps left out since the last update
+    inner: optax.OptState
+
+
+def guarded(
+    inner: optax.GradientTransformation, *, window: int, factor: float
+) -> optax.GradientTransformationExtraArgs:
+    """`inner`, but for spikes; its update needs `value=`, the loss of the step."""
+
+    def init(params: optax.Params) -> SpikeState:
+        zeros = jnp.zeros(window, jnp.float32)
+        return SpikeState(zeros, zeros, jnp.int32(0), jnp.int32(0), inner.init(params))
+
+    def update(
+        updates: optax.Updates, state: SpikeState, params: optax.Params, *, value: Array
+    ) -> tuple[optax.Updates, SpikeState]:
+        norm = optax.tree.norm(updates)
+        finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        known = state.seen >= window
+        odd = known & (_odd(value, state.losses, factor) | _odd(norm, state.norms, factor))
+        take = finite & ~odd
+        new, moved = inner.update(updates, state.inner, params)
+        kept = jax.tree.map(lambda new, old: jnp.where(take, new, old), moved, state.inner)
+        at = state.seen % window
+        held = SpikeState(
+            losses=state.losses.at[at].set(jnp.where(finite, value, state.losses[at])),
+            norms=state.norms.at[at].set(jnp.where(finite, norm, state.norms[at])),
+            seen=state.seen + finite,
+            in_row=jnp.where(take, 0, state.in_row + 1),
+            inner=kept,
+        )
+        return jax.tree.map(lambda x: jnp.where(take, x, jnp.zeros_like(x)), new), held
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def left_out(state: optax.OptState) -> Int[Array, ""]:
+    """Steps left out in a row, the last one included; 0 where nothing guards."""
+    return state.in_row if isinstance(state, SpikeState) else jnp.int32(0)
+
+
+def _odd(value: Float[Array, ""], past: Float[Array, "W"], factor: float) -> Bool[Array, ""]:
+    return value > past.mean() + factor * past.std()

@@ -1,0 +1,299 @@
+"""What a run says of itself: the banner, a line each N steps, held-out losses, bad batches by name.
+
+tokens_per_second_per_chip      real tokens, padding apart, over step time and data wait
+processed_per_second_per_chip   every place of the rows; fill is the ratio of the two
+data_share                      of that time, spent on waiting for the input
+mfu, hfu                        flops.py; compilation, evaluation and saving are not in them
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import pathlib
+import platform
+import subprocess
+from typing import Any
+
+import jax
+from clu import parameter_overview
+from jaxtyping import PyTree
+
+from medmax_jax import cli, config, flops
+from medmax_jax.checkpoints import safetensors_file
+from medmax_jax.checkpoints.manager import CheckpointError, Checkpoints, meet
+from medmax_jax.models import chameleon
+from medmax_jax.sharding import put_batch
+from medmax_jax.training import log_writer, metrics, step
+from medmax_jax.training.batch import BatchSource, Stats
+from medmax_jax.training.run_files import LogFile
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "safetensors")
+
+
+class TrainError(RuntimeError):
+    """A run that cannot start or go on; the message says why and what to do."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """What stays the same from the first step to the last."""
+
+    run: config.Run
+    folder: pathlib.Path
+    mesh: jax.sharding.Mesh
+    writer: log_writer.Writer
+    clock: log_writer.Clock
+    stop: cli.Stop
+    checkpoints: Checkpoints
+    train_data: BatchSource
+    held_data: BatchSource | None
+    graph: Any  # of the model, for nnx.merge
+    frozen: PyTree
+    key: jax.Array  # of dropout
+    meta: dict[str, Any]  # what a checkpoint must agree with
+
+
+class Reporter:
+    """Sums since the last report; fetched, which waits for the device, only when needed."""
+
+    def __init__(self, job: Job, cursor: dict[str, Any]):
+        self._job = job
+        self.pending: list[metrics.Interval] = []  # on the device, one a step
+        self._interval = metrics.from_list(cursor["interval"])
+        self.last: dict[str, float] = cursor["last"]
+        self.owed = False  # an evaluation was due and a signal came before its end
+        self._since = _Span(job.clock)
+
+    def settle(self, done: int) -> None:
+        """Fetches what is pending; raises TrainError at the first step that was not finite."""
+        with self._job.clock.spend("step"):
+            fetched = [metrics.on_host(each) for each in self.pending]
+        self.pending.clear()
+        for number, each in enumerate(fetched, start=done - len(fetched) + 1):
+            if not each.finite.total:
+                self._fail(number, metrics.means(each))
+            self._interval = each if self._interval is None else self._interval.merge(each)
+            self._since.add(self._job.train_data.stats(number - 1))
+
+    def report(self, done: int) -> None:
+        """A line and a row about the interval, which then starts anew."""
+        self.settle(done)
+        job = self._job
+        row = metrics.means(self._interval) | self._since.rates(job)
+        row |= {"epoch": job.train_data.stats(done - 1).epoch}
+        eta = (job.run.train.steps - done) * self._since.seconds_per_step()
+        job.writer.log(log_writer.step_line(done, job.run.train.steps, row, eta=eta))
+        kinds = metrics.by_kind(self._interval, job.train_data.kinds)
+        job.writer.numbers("train", done, row | kinds | job.clock.report())
+        self.last = self.last | row
+        self._interval, self._since = None, _Span(job.clock)
+
+    def cursor(self, done: int) -> dict[str, Any]:
+        """What a checkpoint keeps of this, as JSON."""
+        self.settle(done)
+        sums = metrics.to_list(self._interval)
+        return {"interval": sums, "last": self.last, "owed": self.owed}
+
+    def _fail(self, number: int, row: dict[str, float]) -> None:
+        job = self._job
+        try:
+            job.checkpoints.wait()  # it may be sealed yet, and the log must end with this
+        except CheckpointError as error:
+            job.writer.log(f"WARNING: {error}")
+        good = job.checkpoints.latest()
+        kept = f"the last good checkpoint is step {good}" if good else "there is no checkpoint yet"
+        named = job.train_data.named(number - 1)
+        where = job.folder / f"not_finite_{number}.json"
+        if jax.process_index() == 0:
+            try:
+                where.write_text(json.dumps({"step": number, "documents": named}, indent=1) + "\n")
+            except OSError as error:
+                job.writer.log(f"WARNING: {where}: cannot be written ({error.strerror})")
+        some = ", ".join(named[:4]) + (f" and {len(named) - 4} more" if len(named) > 4 else "")
+        text = (
+            f"step {number}: loss {row['loss']}, gradient norm {row['grad_norm']} are not finite; "
+            f"its documents: {some} (all in {where}); {kept} ({job.folder / 'checkpoints'}). Lower "
+            "optim.peak_lr, look at these documents, or set optim.skip_window to leave spikes out"
+        )
+        job.writer.log(text)
+        raise TrainError(text)
+
+
+class _Span:
+    """Tokens and seconds since a report."""
+
+    def __init__(self, clock: log_writer.Clock):
+        self._clock = clock
+        self._training, self._data = clock.training, clock.seconds["data"]
+        self._steps = self._tokens = self._squares = 0
+
+    def add(self, stats: Stats) -> None:
+        self._steps += 1
+        self._tokens += stats.tokens
+        self._squares += stats.squares
+
+    @property
+    def _seconds(self) -> float:
+        return max(self._clock.training - self._training, 1e-9)
+
+    def seconds_per_step(self) -> float:
+        return self._seconds / max(self._steps, 1)
+
+    def rates(self, job: Job) -> dict[str, float]:
+        """What speed is: see the head of this file. Nothing is said of what is not known."""
+        run, chips = job.run, job.mesh.size
+        rate = self._tokens / self._seconds
+        slots = self._steps * run.data.batch_size * run.data.seq_len
+        found = {
+            "tokens_per_second": rate,
+            "tokens_per_second_per_chip": rate / chips,
+            "processed_per_second_per_chip": slots / self._seconds / chips,
+            "data_share": (self._clock.seconds["data"] - self._data) / self._seconds,
+        }
+        asked = dict(trains=run.train.trains, length=self._squares / max(self._tokens, 1))
+        needed = flops.train_flops(run.model, run.vocab, run.lora, **asked)
+        again = flops.remat_flops(run.model, **asked)
+        limits = flops.chip(jax.devices()[0].device_kind)
+        if (share := flops.mfu(rate, needed, chips=chips, chip=limits)) is not None:
+            found |= {"mfu": share, "hfu": flops.hfu(share, needed, again)}
+        if (peak := peak_bytes()) is not None:
+            found["hbm_peak_gib"] = peak / 2**30
+        return found
+
+
+class Evaluator:
+    """Loss on every held-out document: by text and image targets, by source, by task."""
+
+    def __init__(self, job: Job):
+        self._job, self._step = job, None
+
+    def __call__(self, state: step.TrainState, done: int) -> dict[str, float] | None:
+        """The numbers, named validation_..; None when a signal came before the end."""
+        job, total = self._job, None
+        for number in range(len(job.held_data)):
+            if job.stop.poll():
+                job.writer.log(f"validation after step {done} was cut short; it is made up for")
+                return None
+            with job.clock.spend("eval"):
+                batch = put_batch(job.held_data.batch(number), job.mesh)
+            if self._step is None:
+                with job.clock.spend("compile"):
+                    lowered = step.make_eval_step(job.graph, job.run).lower(
+                        state.trainable, job.frozen, batch
+                    )
+                    self._step = lowered.compile()
+                    meet("the evaluation step is compiled")
+            with job.clock.spend("eval"):
+                sums = metrics.on_host(self._step(state.trainable, job.frozen, batch))
+            total = sums if total is None else total.merge(sums)
+        row = metrics.means(total)
+        job.writer.log(f"validation after step {done}: {log_writer.loss_words(row)}")
+        job.writer.numbers("validation", done, row | metrics.by_kind(total, job.held_data.kinds))
+        return {f"validation_{name}": value for name, value in row.items()}
+
+
+class Trace:
+    """An xprof trace of some steps, in D/profile."""
+
+    def __init__(self, job: Job, steps: tuple[int, int] | None, done: int):
+        self._job, self._steps, self._on = job, steps, False
+        if steps and done >= steps[0]:
+            job.writer.log(f"--profile_steps: step {steps[0]} lies before step {done}: no trace")
+            self._steps = None
+
+    def before(self, number: int) -> None:
+        if self._steps and number == self._steps[0]:
+            jax.profiler.start_trace(str(self._job.folder / "profile"))
+            self._on = True
+
+    def after(self, number: int, state: step.TrainState) -> None:
+        if self._on and number == self._steps[1]:
+            jax.block_until_ready(state.step)
+            self.close()
+
+    def close(self) -> None:
+        if self._on:
+            jax.profiler.stop_trace()
+            self._on = False
+            self._job.writer.log(f"trace of steps {self._steps}: {self._job.folder / 'profile'}")
+
+
+def memory(compiled: Any) -> str:
+    """What XLA says a device needs for a step."""
+    found = compiled.memory_analysis()
+    parts = {
+        "arguments": found.argument_size_in_bytes,
+        "temporaries": found.temp_size_in_bytes,
+        "program": found.generated_code_size_in_bytes,
+    }
+    return "a device holds " + ", ".join(f"{n} {b / 2**30:.3f} GiB" for n, b in parts.items())
+
+
+def peak_bytes() -> int | None:
+    """The most memory that a device of this host has used; None where devices do not tell."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [each["peak_bytes_in_use"] for each in stats if "peak_bytes_in_use" in each]
+    return max(peaks) if peaks else None
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that numbers depend on."""
+    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return found | {"python": platform.python_version()}
+
+
+def banner(job: Job, state: step.TrainState, start: int | None, changes: list[str]) -> None:
+    """What runs, on what, from where: to the log and to config.json."""
+    run, log = job.run, job.writer.log
+    facts = job.meta | {"git": git(), "epoch_tokens": job.train_data.epoch_tokens()}
+    if jax.process_index() == 0:
+        (job.folder / "config.json").write_text(json.dumps(facts, indent=1) + "\n")
+        _note_start(job, start or 0)
+    surroundings(run, job.mesh, job.train_data, job.held_data, log=log)
+    trainable, frozen = (chameleon.count_parameters(t) for t in (state.trainable, job.frozen))
+    log(f"trains {run.train.trains}: {trainable:,} of {trainable + frozen:,} parameters")
+    tree = safetensors_file.named(state.trainable) | safetensors_file.named(job.frozen)
+    log(parameter_overview.get_parameter_overview(tree, include_stats="sharding"))
+    for change in changes:
+        log(f"changed since the checkpoint: {change}")
+    log(f"resuming after step {start}" if start else f"starting: {run.train.steps} steps")
+
+
+def _note_start(job: Job, start: int) -> None:
+    """A line of history.jsonl: what the steps from here on read, for data.prepare who_saw."""
+    facts = {name: job.meta[name] for name in ("data", "plan", "config")} | {"start": start}
+    facts["validation"] = job.held_data.records.fingerprint if job.held_data else ""
+    with contextlib.closing(LogFile(job.folder / "history.jsonl", job.writer.log)) as file:
+        file.write(json.dumps(facts))
+
+
+def surroundings(
+    run: config.Run,
+    mesh: jax.sharding.Mesh,
+    train_data: BatchSource,
+    held_data: BatchSource | None,
+    *,
+    log: Any,
+) -> None:
+    """The devices, the mesh and the data."""
+    device, shape = jax.devices()[0], " x ".join(f"{k} {v}" for k, v in mesh.shape.items())
+    log(f"medmax_jax {git()} on {jax.device_count()} {device.device_kind}, mesh {shape}")
+    if flops.chip(device.device_kind) is None:
+        log(f"the limits of {device.device_kind} are not known: no MFU is reported")
+    for name, data in (("train", train_data), ("validation", held_data)):
+        if data is not None:
+            for line in data.words():
+                log(f"{name}: {line}")
+
+
+def git() -> str:
+    """The commit of the source, with + when it was changed since; empty outside a checkout."""
+    root = pathlib.Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return ""
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""

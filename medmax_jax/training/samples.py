@@ -1,0 +1,133 @@
+"""What the model in training writes for a few held-out prompts: D/samples/000300.html.
+
+    held-out document   BOS question [image] SEP | answer EOS     the page shows all three:
+    sample              BOS question [image] SEP | what the model writes
+
+Tasks take turns; documents without a separator have no prompt and are passed over. Settings are
+config.sample, the same prompts and random numbers each time, so that pages can be compared.
+"""
+
+import contextlib
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import PyTree
+
+from medmax_jax.config import Run
+from medmax_jax.endpoints import egress
+from medmax_jax.generation import api, model_bundle
+from medmax_jax.io import html_page
+from medmax_jax.io.atomic_folder import private
+from medmax_jax.models.vocab import EOS, SEP, is_image
+from medmax_jax.training.batch import DocumentSource
+
+NOTICE = "Samples of a research model in training, on held-out documents. Not for clinical use."
+CREDENTIALED = (
+    "Some of these documents are credentialed: keep this page where the documents may be kept."
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Case:
+    """One held-out document, cut behind its first separator."""
+
+    name: str
+    credential: str
+    prompt: np.ndarray  # int32, ends with SEP
+    answer: np.ndarray  # int32, up to the next separator or EOS
+    mode: str  # text | image
+
+
+class Sampler:
+    """The prompts of a run, and the page of each step that asks for one."""
+
+    def __init__(
+        self, run: Run, records: DocumentSource | None, *, graph: Any, mesh: jax.sharding.Mesh
+    ) -> None:
+        self._run, self._graph, self._mesh = run, graph, mesh
+        some = bool(run.train.samples) and records is not None
+        self.asked = cases(records, run.train.samples, run) if some else []
+
+    def __call__(
+        self, trainable: PyTree, frozen: PyTree, *, step: int, folder: pathlib.Path
+    ) -> pathlib.Path:
+        run = self._run
+        model = nnx.merge(self._graph, trainable, frozen)
+        sizes = dict(config=run.model, vocab=run.vocab, vq=run.vq, mesh=self._mesh)
+        g = model_bundle.around(model, run.train.init_from, **sizes)
+        return write(g, self.asked, run, step=step, folder=folder)
+
+
+def cases(records: DocumentSource, count: int, run: Run) -> list[Case]:
+    """At most `count` documents with a prompt, the tasks in turn, from the first of each on."""
+    by_task: dict[int, list[int]] = {}
+    for number, task in enumerate(records.index["task"].tolist()):
+        by_task.setdefault(task, []).append(number)
+    found: list[Case] = []
+    for turn in range(max(map(len, by_task.values()), default=0)):
+        for numbers in by_task.values():
+            if turn < len(numbers) and len(found) < count:
+                found += _case(records[numbers[turn]], run)
+        if len(found) >= count:
+            break
+    return found
+
+
+def write(
+    g: model_bundle.Generator, asked: Sequence[Case], run: Run, *, step: int, folder: pathlib.Path
+) -> pathlib.Path:
+    """Answers every case and writes the page of this step; returns its path."""
+    answers: dict[int, list[model_bundle.Text | model_bundle.Image]] = {}
+    for mode in ("text", "image"):
+        of_mode = [i for i, case in enumerate(asked) if case.mode == mode]
+        request = dict(mode=mode, seed=run.sample.seed, rows=min(8, max(len(of_mode), 1)))
+        prompts, names = [asked[i].prompt for i in of_mode], [asked[i].name for i in of_mode]
+        for batch, written in api.write(g, prompts, run.sample, names=names, **request):
+            for i, answer in zip(batch, model_bundle.segments(g, written), strict=True):
+                answers[of_mode[i]] = answer
+    secret = any(egress.is_credentialed(case.credential) for case in asked)
+    body = html_page.paragraph(NOTICE) + (html_page.paragraph(CREDENTIALED) if secret else "")
+    for i, case in enumerate(asked):
+        shown = {"prompt": case.prompt[:-1], "answer of the document": case.answer}
+        parts = {name: model_bundle.segments(g, [tokens])[0] for name, tokens in shown.items()}
+        body += html_page.section(case.name, _shown(parts | {f"after step {step}": answers[i]}))
+    path = folder / f"{step:06d}.html"
+    with private() if secret else contextlib.nullcontext():  # for its owner's eyes
+        folder.mkdir(exist_ok=True)
+        path.write_text(html_page.document(f"Samples after step {step}", body), encoding="utf-8")
+    return path
+
+
+def _case(document: Any, run: Run) -> list[Case]:
+    """The document as a case; [] when it has no separator, or only an image and words to write."""
+    t = document.tokens
+    ends = np.flatnonzero(t == SEP)
+    if not ends.size:
+        return []
+    cut = int(ends[0]) + 1
+    stop = int(ends[1]) if ends.size > 1 else len(t) - 1
+    answer = t[cut:stop]
+    pictured = bool(is_image(answer, run.vocab).any())
+    name = f"{document.task}: {document.source}/{document.id}"
+    mode = "image" if pictured else "text"
+    return [Case(name, document.credential, t[:cut], np.append(answer, EOS), mode)]
+
+
+def _shown(parts: dict[str, list[model_bundle.Text | model_bundle.Image]]) -> str:
+    said = {
+        name: " ".join(p.text for p in part if isinstance(p, model_bundle.Text))
+        for name, part in parts.items()
+    }
+    words = [(name, text) for name, text in said.items() if text]
+    pictures = [
+        (html_page.png(p.image), name)
+        for name, part in parts.items()
+        for p in part
+        if isinstance(p, model_bundle.Image)
+    ]
+    return html_page.table(["", ""], words) + (html_page.figures(pictures) if pictures else "")

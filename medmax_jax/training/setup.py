@@ -1,0 +1,166 @@
+"""How a run starts: what is refused before anything is loaded, the lock, the state to go on from.
+
+check -> lock -> mesh, data, meta -> restored (a checkpoint that resume.py allows) -> weights
+dry_run: the same from shapes alone, up to the compiled first step
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
+
+from medmax_jax import config
+from medmax_jax.checkpoints import export
+from medmax_jax.checkpoints.manager import Checkpoints, DamagedError
+from medmax_jax.checkpoints.resume import check_meta
+from medmax_jax.models import chameleon
+from medmax_jax.sharding import make_mesh, placed, put_batch
+from medmax_jax.training import reporting, step
+from medmax_jax.training.batch import BatchSource
+from medmax_jax.training.reporting import TrainError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is asked of this start of a run, not of the run."""
+
+    extend: bool = False  # train.steps may be more than the checkpoint's
+    dry_run: bool = False
+    profile: tuple[int, int] | None = None  # the first and the last step of a trace
+    wandb: str = ""  # the project
+    listed_hosts: tuple[str, ...] = ()  # for credentialed data
+
+
+PLAIN = Options()
+
+
+def check(run: config.Run, options: Options) -> None:
+    """What can be told before anything is loaded."""
+    config.check(run)
+    steps = options.profile
+    if steps and not 1 <= steps[0] <= steps[1] <= run.train.steps:
+        raise config.ConfigError(
+            f"--profile_steps={steps[0]}:{steps[1]}: use A:B with 1 <= A <= B <= train.steps, "
+            f"{run.train.steps}"
+        )
+    if run.train.samples and jax.process_count() > 1:
+        raise config.ConfigError(
+            f"config.train.samples is {run.train.samples}; it must be 0 with "
+            f"{jax.process_count()} hosts: sample from the adapter on one"
+        )
+
+
+@contextlib.contextmanager
+def lock(folder: pathlib.Path) -> Iterator[None]:
+    """Two runs must not write to one folder. The system drops the lock when the process ends."""
+    with open(folder / ".lock", "w") as file:
+        if jax.process_index() == 0:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise TrainError(
+                    f"--workdir {folder} is in use by another run; wait for it or name another"
+                ) from error
+        yield
+
+
+def usable(make: Callable[[], Any]) -> Any:
+    """The value of `make`, whose ValueErrors are about the config."""
+    try:
+        return make()
+    except ValueError as error:
+        raise config.ConfigError(str(error)) from error
+
+
+def restored(
+    run: config.Run,
+    like: chameleon.Chameleon,
+    store: Checkpoints,
+    meta: dict[str, Any],
+    options: Options,
+) -> tuple[int | None, step.TrainState | None, dict[str, Any], list[str]]:
+    """(step, state, cursor, harmless changes) of the newest sound checkpoint; None, None: none."""
+    shapes = step.split(like, run.train.trains)[1]
+    while (start := store.latest()) is not None:
+        changes = check_meta(store.meta(start), meta, extend=options.extend)
+        state = placed(jax.eval_shape(lambda t: step.init_state(t, run), shapes))
+        try:
+            return start, *store.restore(start, state), changes
+        except DamagedError:
+            continue  # it has been put aside, and the log says so
+    return None, None, {"interval": [], "last": {}, "owed": False}, []
+
+
+def meta(run: config.Run, train_data: BatchSource) -> dict[str, Any]:
+    """Config, versions, and fingerprints of the base weights and of the records."""
+    folder, records = run.train.init_from, train_data.records
+    base = f"random weights of seed {run.train.seed}, {run.train.prng_impl}"
+    if folder:
+        layout = records.layout
+        export.check_base(folder, run, tokenizer=layout.tokenizer, vqgan=layout.vqgan)
+        base = export.identity(folder)
+    facts = {name: records.meta[name] for name in ("sources", "credentials")}
+    facts |= {
+        "data": records.fingerprint,
+        "plan": train_data.plan,
+        "versions": reporting.versions(),
+    }
+    return {"config": config.to_dict(run), "base": base} | facts
+
+
+def weights(
+    run: config.Run, like: chameleon.Chameleon, key: jax.Array, *, restoring: bool
+) -> tuple[PyTree, PyTree]:
+    """(trainable, frozen); `trainable` is None where a checkpoint will bring it."""
+    trains, folder = run.train.trains, run.train.init_from
+    _, like_trainable, like_frozen = step.split(like, trains)
+    if restoring and trains == "full":
+        return None, like_frozen  # which has no arrays
+    if not folder:
+        model = chameleon.create(run.model, run.vocab, run.lora, key=key)
+        return step.split(model, trains)[1:]
+    if trains == "full":
+        return export.load(folder, like_trainable), like_frozen
+    if trains == "image_head":
+        graph, _, base = chameleon.split(like)
+        model = nnx.merge(graph, export.load(folder, base))
+        return step.split(model, trains)[1:]
+
+    def adapters(key: jax.Array) -> PyTree:  # under jit, so the random base is never made
+        model = chameleon.Chameleon(run.model, run.vocab, run.lora, key=key)
+        return nnx.split(model, nnx.LoRAParam, ..., graph=False)[1]
+
+    return None if restoring else jax.jit(adapters)(key), export.load(folder, like_frozen)
+
+
+def dry_run(
+    run: config.Run, load_data: Callable[[], tuple[BatchSource, BatchSource | None]]
+) -> dict[str, Any]:
+    """All up to the compiled first step, from shapes alone."""
+    mesh = usable(lambda: make_mesh(run.mesh))
+    usable(lambda: step.check(run, mesh))
+    with jax.set_mesh(mesh):
+        train_data, held_data = load_data()
+        reporting.surroundings(run, mesh, train_data, held_data, log=print)
+        print(f"base: {meta(run, train_data)['base']}")
+        like = usable(lambda: chameleon.abstract(run.model, run.vocab, run.lora))
+        graph, trainable, frozen = step.split(like, run.train.trains)
+        state = placed(jax.eval_shape(lambda t: step.init_state(t, run), trainable))
+        counts = [chameleon.count_parameters(t) for t in (state.trainable, frozen)]
+        print(f"trains {run.train.trains}: {counts[0]:,} of {sum(counts):,} parameters")
+        batch = put_batch(train_data.batch(0), mesh)
+        key = jax.device_put(
+            jax.random.key(run.train.seed, impl=run.train.prng_impl), NamedSharding(mesh, P())
+        )
+        train_step = step.make_train_step(graph, run)
+        memory = reporting.memory(train_step.lower(state, placed(frozen), batch, key).compile())
+    print(f"the first step compiles; {memory}\ndry run: nothing was loaded or written")
+    return {"memory": memory}

@@ -1,0 +1,180 @@
+"""One training step and one evaluation step: pure functions of (state, frozen weights, batch).
+
+    state  --donated-->  train_step  -->  state'     trainable, optimiser, step + 1
+    frozen, batch, key ---^        \\-->  Interval   sums of this step, still on the device
+
+What trains is decided once, in `split`: the adapters, the whole model, or the image columns of its
+head (Anole's stage). Dropout of step s comes from fold_in(key, s), so a resumed run draws what the
+uninterrupted one would have drawn.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+from medmax_jax.config import Run
+from medmax_jax.models import attention, chameleon
+from medmax_jax.sharding import BATCH, placed
+from medmax_jax.training import loss, optimizer
+from medmax_jax.training.batch import Batch
+from medmax_jax.training.metrics import Held, Interval
+
+# By config.train.compile, options of libtpu.
+COMPILE = {
+    "default": {},
+    # A layer's weights are gathered whole, while the one before computes, instead of in a ring of
+    # partial products: docs/plan_7b.md.
+    "gather": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"},
+}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that changes in training, and all that a checkpoint needs."""
+
+    trainable: PyTree
+    opt_state: PyTree
+    step: Any  # int32 [], updates made; jit also builds this class around things that are no arrays
+
+
+def check(run: Run, mesh: jax.sharding.Mesh) -> None:
+    """Raises ValueError on settings that the devices of `mesh` cannot run."""
+    platform = mesh.devices.flat[0].platform
+    attention.check_platform(run.model.attention, platform)
+    if COMPILE[run.train.compile] and platform != "tpu":
+        raise ValueError(
+            f"config.train.compile is {run.train.compile!r}, which is for the compiler of TPUs; "
+            f"these devices are {platform}: use 'default'"
+        )
+
+
+def split(model: chameleon.Chameleon, trains: str) -> tuple[Any, PyTree, PyTree]:
+    """(graph, trainable, frozen) of a model, abstract or not; `nnx.merge` puts them together."""
+    if trains == "image_head":
+        make = chameleon.with_image_columns
+        abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(model))
+        tuned = placed(jax.eval_shape(make, model)) if abstract else make(model)
+        return nnx.split(tuned, chameleon.ImageColumns, ..., graph=False)
+    graph, adapters, base = chameleon.split(model)
+    return (graph, adapters, base) if trains == "lora" else (graph, base, adapters)
+
+
+def whole(graph: Any, trainable: PyTree, frozen: PyTree) -> PyTree:
+    """The base as it is after training, for export: trained image columns stand in the head."""
+    model = nnx.merge(graph, trainable, frozen)
+    if model.lm_head.tuned:
+        model = chameleon.without_image_columns(model)
+    return chameleon.split(model)[2]
+
+
+def init_state(trainable: PyTree, run: Run) -> TrainState:
+    """Step 0; the moments are born in the shards of their parameters."""
+
+    def make(trainable: PyTree) -> tuple[PyTree, Array]:
+        return optimizer.make(run.optim, steps=run.train.steps).init(trainable), jnp.int32(0)
+
+    return TrainState(trainable, *jax.jit(make)(trainable))
+
+
+def make_train_step(graph: Any, run: Run) -> Callable:
+    """train_step(state, frozen, batch, key) -> (state, Interval); jitted, `state` is donated."""
+    optimiser = optimizer.make(run.optim, steps=run.train.steps)
+
+    def train_step(
+        state: TrainState, frozen: PyTree, batch: Batch, key: PRNGKeyArray
+    ) -> tuple[TrainState, Interval]:
+        dropout = jax.random.fold_in(key, state.step)
+
+        def value(trainable: PyTree, batch: Batch, key: PRNGKeyArray) -> tuple[Array, dict]:
+            model = nnx.merge(graph, trainable, frozen)
+            return loss.objective(model, batch, key, trains=run.train.trains)
+
+        take = jax.value_and_grad(value, has_aux=True)
+        if run.optim.accumulate == 1:
+            (total, sums), grads = take(state.trainable, batch, dropout)
+        else:
+            total, sums, grads = accumulate(take, state.trainable, batch, dropout, run)
+        norm = optax.tree.norm(grads)
+        updates, opt_state = optimiser.update(grads, state.opt_state, state.trainable, value=total)
+        skipped = optimizer.left_out(opt_state)
+        trainable = optax.apply_updates(state.trainable, updates)
+        interval = Interval.single_from_model_output(
+            **sums,
+            loss=total,
+            grad_norm=norm,
+            finite=jnp.where(
+                skipped > 0, skipped < optimizer.LIMIT, jnp.isfinite(total) & jnp.isfinite(norm)
+            ),
+            skipped=skipped > 0,
+            lr=optimizer.learning_rate(state.step, run.optim, steps=run.train.steps),
+            tokens=(batch.segments > 0).sum(dtype=jnp.float32),
+            slots=jnp.float32(batch.ids.size),
+            steps=jnp.float32(1),
+        )
+        return TrainState(trainable, opt_state, state.step + 1), interval
+
+    options = COMPILE[run.train.compile] or None
+    return jax.jit(train_step, donate_argnums=0, compiler_options=options)
+
+
+def accumulate(
+    take: Callable, trainable: PyTree, batch: Batch, key: PRNGKeyArray, run: Run
+) -> tuple[Array, dict[str, Array], PyTree]:
+    """(loss, sums, gradients) of a batch, a microbatch at a time: only one's activations exist.
+
+    The weights of the batch are shares of all of it, so losses and gradients add up. Microbatch i
+    has rows [i * B / n, (i + 1) * B / n) whatever the mesh, and dropout of its own.
+    """
+    pieces = run.optim.accumulate
+
+    def part(x: Array) -> Array:  # [n, B / n, T]; a few bytes a token, so every device gets all
+        whole = jax.sharding.reshard(x, P(None, None))
+        return jax.sharding.reshard(whole.reshape(pieces, -1, x.shape[1]), P(None, *BATCH))
+
+    def body(grads: PyTree, xs: tuple) -> tuple[PyTree, tuple]:
+        (total, sums), found = take(trainable, *xs)
+        return jax.tree.map(jnp.add, grads, found), (total, sums)
+
+    xs = (jax.tree.map(part, batch), jax.random.split(key, pieces))
+    grads, parts = jax.lax.scan(body, jax.tree.map(jnp.zeros_like, trainable), xs)
+    total, sums = jax.tree.map(lambda x: x.sum(0), parts)
+    return total, sums, grads
+
+
+def make_eval_step(graph: Any, run: Run) -> Callable:
+    """eval_step(trainable, frozen, batch) -> Held; jitted, no dropout."""
+
+    def eval_step(trainable: PyTree, frozen: PyTree, batch: Batch) -> Held:
+        model = nnx.merge(graph, trainable, frozen)
+        total, sums = loss.objective(model, batch, None, trains=run.train.trains)
+        # A batch's loss is a mean over this many; so the mean over batches is the one over all.
+        documents = batch.segments.max(axis=1).sum().astype(jnp.float32)
+        targets = sums["text_count"] + sums["image_count"]
+        share = documents if run.train.loss_weight == "document" else targets
+        return Held.single_from_model_output(**sums, weighted_loss=total * share, share=share)
+
+    return jax.jit(eval_step)
+
+
+def abstract_batch(run: Run) -> Batch:
+    """The shapes and shardings of a global batch on the ambient mesh, to compile for."""
+    shape = (run.data.batch_size, run.data.seq_len)
+    like = {"weights": jnp.float32}
+    rows = [
+        jax.ShapeDtypeStruct(
+            shape,
+            like.get(f.name, jnp.int32),
+            sharding=NamedSharding(jax.sharding.get_mesh(), BATCH),
+        )
+        for f in dataclasses.fields(Batch)
+    ]
+    return Batch(*rows)

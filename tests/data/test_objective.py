@@ -1,0 +1,261 @@
+"""The objective is the release's: the mean of each document's mean, or of all tokens when asked.
+
+Reference: every document alone in its row, its own gradient from full logits, then a plain mean.
+Held against it: the gradient that the true training step makes of the packed batch, which its first
+moment is with b1 = 0 and nothing clipped.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import micro_run
+import numpy as np
+import pytest
+from flax import nnx
+
+from medmax_jax import config, sharding
+from medmax_jax.checkpoints import safetensors_file
+from medmax_jax.data import loader
+from medmax_jax.data.records.document import Document, scored
+from medmax_jax.models import chameleon
+from medmax_jax.training import step
+from medmax_jax.training.batch import Batch
+
+QUICK = {"xla_backend_optimization_level": 0}  # compile time is what these tests cost
+MESHES = [(1, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
+WEIGHTS = ["document", "token"]
+NEVER = 1e9  # a norm that no gradient has
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    return micro_run.write(tmp_path_factory.mktemp("records") / "r", count=61)
+
+
+@pytest.fixture(scope="module")
+def lora_run(folder) -> config.Run:
+    return micro_run.run(
+        data__train=folder, lora__dropout=0.0, optim__b1=0.0, optim__clip_norm=NEVER
+    )
+
+
+@dataclasses.dataclass
+class Made:
+    """A compiled step with everything that it takes."""
+
+    run: config.Run
+    mesh: jax.sharding.Mesh
+    graph: Any
+    trainable: Any
+    frozen: Any
+    train_step: Any
+
+
+@pytest.fixture(scope="module")
+def made(lora_run):
+    """Steps by mesh, each compiled when first asked for, with the same weights."""
+    with jax.set_mesh(sharding.make_mesh(lora_run.mesh)):
+        model = chameleon.create(
+            lora_run.model, lora_run.vocab, lora_run.lora, key=jax.random.key(0)
+        )
+    rng = np.random.default_rng(0)  # B is not zero, so that A has gradients
+    noise = lambda x: 0.1 * rng.standard_normal(x.shape, np.float32)  # noqa: E731
+    named = safetensors_file.named(model).items()
+    leaves = [noise(x) if name.endswith("lora_b") else np.asarray(x) for name, x in named]
+
+    @functools.cache
+    def on(shape: tuple[int, int, int], run: config.Run = lora_run) -> Made:
+        m = sharding.make_mesh(config.Mesh(data=shape[0], fsdp=shape[1], tp=shape[2]))
+        with jax.set_mesh(m):
+            like = chameleon.abstract(run.model, run.vocab, run.lora)
+            put = [
+                jax.device_put(x, s.sharding)
+                for x, s in zip(leaves, jax.tree.leaves(like), strict=True)
+            ]
+            placed = jax.tree.unflatten(jax.tree.structure(like), put)
+            graph, trainable, frozen = step.split(placed, run.train.trains)
+            batch = sharding.put_batch(first_batch(run), m)
+            state = step.init_state(trainable, run)
+            lowered = step.make_train_step(graph, run).lower(state, frozen, batch, key())
+            return Made(run, m, graph, trainable, frozen, lowered.compile(QUICK))
+
+    return on
+
+
+def key() -> jax.Array:
+    return jax.random.key(7)
+
+
+def numpy(tree: Any) -> dict[str, np.ndarray]:
+    return {name: np.asarray(leaf) for name, leaf in safetensors_file.named(tree).items()}
+
+
+def weighing(run: config.Run, choice: str, **data: object) -> config.Run:
+    train = dataclasses.replace(run.train, loss_weight=choice)
+    return dataclasses.replace(run, train=train, data=dataclasses.replace(run.data, **data))
+
+
+def first_batch(run: config.Run) -> Batch:
+    return loader.batches(run, run.data.train).batch(0)
+
+
+def documents_of(batch: Batch, run: config.Run) -> list[Document]:
+    """The documents that stand in a batch, from the records: found by their tokens."""
+    by_tokens = {d.tokens.tobytes(): d for d in loader.batches(run, run.data.train).records}
+    rows = zip(batch.ids, batch.segments, strict=True)
+    return [
+        by_tokens[ids[segments == n].tobytes()]
+        for ids, segments in rows
+        for n in range(1, segments.max() + 1)
+    ]
+
+
+def gradient(made: Made, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
+    """Loss and gradients of one true step on `batch`."""
+    with jax.set_mesh(made.mesh):
+        batch = sharding.put_batch(batch, made.mesh)
+        state = step.init_state(jax.tree.map(jnp.copy, made.trainable), made.run)  # is donated
+        state, sums = made.train_step(state, made.frozen, batch, key())
+    return float(jax.device_get(sums).loss.total), numpy(state.opt_state[1][0].mu)
+
+
+def alone(made: Made, documents: list[Document]) -> list[tuple[int, float, dict]]:
+    """(scored tokens, mean NLL, its gradient) of each document by itself, from full logits."""
+    run = made.run
+
+    def mean_nll(trainable, ids, targets, mask):
+        model = nnx.merge(made.graph, trainable, made.frozen)
+        positions = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
+        log_p = jax.nn.log_softmax(
+            model.logits(model.hidden(ids, ids * 0 + 1, positions, key=None))
+        )
+        hit = targets[..., None] == jnp.arange(run.vocab.size)
+        return (mask * -jnp.where(hit, log_p, 0).sum(-1)).sum() / mask.sum()
+
+    found = []
+    with jax.set_mesh(made.mesh):
+        call = jax.jit(jax.value_and_grad(mean_nll), compiler_options=QUICK)
+        for document in documents:
+            tokens, marks = document.tokens, scored(document.tokens, run.data.mask, document.turns)
+            room = run.data.seq_len - len(tokens)
+            ids = np.pad(tokens, (0, room))
+            targets, mask = np.pad(tokens[1:], (0, room + 1)), np.pad(marks[1:], (0, room + 1))
+            arrays = (jnp.asarray(x[None]) for x in (ids, targets, mask.astype(np.float32)))
+            value, grads = call(made.trainable, *arrays)
+            found.append((int(marks.sum()), float(value), numpy(grads)))
+    return found
+
+
+def expected(parts: list[tuple[int, float, dict]], choice: str) -> tuple[float, dict]:
+    """The mean over documents, or over all their tokens, of what each has by itself."""
+    counts = np.array([count for count, *_ in parts], float)
+    shares = np.ones(len(parts)) / len(parts) if choice == "document" else counts / counts.sum()
+    names = parts[0][2]
+    loss = sum(s * value for s, (_, value, _) in zip(shares, parts, strict=True))
+    sums = {
+        n: sum(s * grads[n].astype(float) for s, (*_, grads) in zip(shares, parts, strict=True))
+        for n in names
+    }
+    return loss, sums
+
+
+def distance(found: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> float:
+    """The largest error of any adapter, relative to its largest entry."""
+    return max(np.abs(found[n] - right[n]).max() / np.abs(right[n]).max() for n in right)
+
+
+@pytest.fixture(scope="module")
+def reference(made, lora_run):
+    """By loss_weight: (loss, gradients) of the first packed batch, document by document."""
+    documents = documents_of(first_batch(lora_run), lora_run)
+    assert len(documents) > lora_run.data.batch_size  # several a row
+    parts = alone(made(MESHES[0]), documents)
+    assert max(c for c, *_ in parts) > 3 * min(c for c, *_ in parts)  # the choices differ
+    return {choice: expected(parts, choice) for choice in WEIGHTS}
+
+
+@pytest.mark.parametrize("choice", WEIGHTS)
+@pytest.mark.parametrize("shape", MESHES)
+def test_packed_and_sharded_gradients_are_the_mean_of_the_documents_own(
+    made, lora_run, reference, shape, choice
+):
+    loss, grads = gradient(made(shape), first_batch(weighing(lora_run, choice)))
+    right_loss, right = reference[choice]
+    np.testing.assert_allclose(loss, right_loss, rtol=1e-5)
+    assert set(grads) == set(right)
+    assert distance(grads, right) < 1e-5
+
+
+@pytest.mark.parametrize("choice", WEIGHTS)
+@pytest.mark.parametrize("shape, pieces", [((1, 1, 1), 4), ((2, 2, 2), 2)])
+def test_accumulated_gradients_are_the_same(made, lora_run, reference, shape, pieces, choice):
+    optim = dataclasses.replace(lora_run.optim, accumulate=pieces)
+    run = dataclasses.replace(lora_run, optim=optim)
+    loss, grads = gradient(made(shape, run), first_batch(weighing(run, choice)))
+    right_loss, right = reference[choice]
+    np.testing.assert_allclose(loss, right_loss, rtol=1e-5)
+    assert distance(grads, right) < 1e-5
+
+
+@pytest.mark.parametrize("choice", WEIGHTS)
+def test_unpacked_rows_have_the_same_objective(made, lora_run, choice):
+    run = weighing(lora_run, choice, pack=False)
+    batch = first_batch(run)
+    assert batch.segments.max() == 1
+    right_loss, right = expected(alone(made(MESHES[0]), documents_of(batch, run)), choice)
+    loss, grads = gradient(made(MESHES[0]), batch)
+    np.testing.assert_allclose(loss, right_loss, rtol=1e-5)
+    assert distance(grads, right) < 1e-5
+
+
+def rows_equal(batch: Batch) -> np.ndarray:
+    """A mean over rows of the mean over a row's documents: what a loss a row, averaged, gives."""
+    weights = np.zeros_like(batch.weights)
+    for r, segments in enumerate(batch.segments):
+        for n in range(1, segments.max() + 1):
+            inside = (segments == n) & (batch.weights[r] > 0)
+            weights[r, inside] = 1 / (inside.sum() * segments.max() * len(batch.ids))
+    return weights
+
+
+def rows_by_tokens(batch: Batch) -> np.ndarray:
+    """A mean over rows of the mean over a row's tokens: what packing gives who forgets it."""
+    marks = batch.weights > 0
+    return marks / (marks.sum(1, keepdims=True) * len(marks))
+
+
+def halves_by_tokens(batch: Batch) -> np.ndarray:
+    """A mean over two halves of each half's token mean: accumulation, or devices, as often done."""
+    marks = (batch.weights > 0).reshape(2, -1)
+    return (marks / (2 * marks.sum(1, keepdims=True))).reshape(batch.weights.shape)
+
+
+def all_tokens(batch: Batch) -> np.ndarray:
+    """Questions trained like answers."""
+    inside = (batch.segments > 0) & (batch.positions > 0)
+    return inside / inside.sum()
+
+
+def late(batch: Batch) -> np.ndarray:
+    """Each weight one position late."""
+    return np.roll(batch.weights, 1, axis=1)
+
+
+WRONG = [rows_equal, rows_by_tokens, halves_by_tokens, all_tokens, late]
+
+
+@pytest.mark.parametrize("choice", WEIGHTS)
+@pytest.mark.parametrize("mutate", WRONG)
+def test_a_wrong_weighting_is_seen(made, lora_run, reference, mutate, choice):
+    """Each is an error that somebody has made; the comparison above would fail by far."""
+    batch = first_batch(weighing(lora_run, choice))
+    wrong = dataclasses.replace(batch, weights=mutate(batch).astype(np.float32))
+    _, grads = gradient(made(MESHES[0]), wrong)
+    assert distance(grads, reference[choice][1]) > 1e-2
+
+
+def test_the_choices_are_not_the_same(reference):
+    assert distance(reference["token"][1], reference["document"][1]) > 1e-2

@@ -1,0 +1,113 @@
+"""A saved plan: the same rows, who is in one, what damage and other settings do."""
+
+import json
+
+import micro_run
+import numpy as np
+import pytest
+
+from medmax_jax.data import loader, prepare
+from medmax_jax.data.packing import plan_file
+from medmax_jax.data.packing.pack import PackError
+from medmax_jax.data.records import writer
+from medmax_jax.data.records.document import RecordsError
+
+
+@pytest.fixture
+def saved(tmp_path, capsys):
+    """(folder, file, what the program told)."""
+    folder = micro_run.write(tmp_path / "r")
+    command = ["plan", folder, "--seq_len", "32", "--document_limit", "20", "--seed", "4", "--json"]
+    assert prepare.main([*command, "--save", str(tmp_path / "p.npz")]) == 0
+    return folder, tmp_path / "p.npz", json.loads(capsys.readouterr().out)
+
+
+def test_a_row_of_the_file_is_the_row_of_a_run(saved, capsys):
+    folder, path, told = saved
+    assert told["saved"] == str(path)
+    assert prepare.main(["plan", str(path), "--row", "3", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["run"] == shown["rows"] == told["plan"] and shown["row_count"] == told["rows"]
+    assert (
+        shown["fill"] == told["fill"]
+        and shown["records"] == writer.open_records(folder).meta["sha256"]
+    )
+    assert prepare.main(["plan", folder, "--seq_len", "32", "--document_limit", "20", "--seed", "4",
+                         "--row", "3", "--json"]) == 0  # fmt: skip
+    expected = json.loads(capsys.readouterr().out)["row 3"]
+    assert shown["row 3"] == [{k: d[k] for k in shown["row 3"][0]} for d in expected]
+    run = micro_run.run(data__train=folder, data__document_limit=20, data__seed=4)
+    batch = loader.batches(run, folder).batch(0)
+    assert (batch.segments[3] > 0).sum() == sum(d["tokens"] for d in shown["row 3"])
+    assert prepare.main(["plan", str(path), "--row", "3"]) == 0
+    assert capsys.readouterr().out.count("'document': ") == len(expected)
+
+
+def test_later_epochs_have_rows_of_their_own_and_the_runs_hash(saved, tmp_path, capsys):
+    folder, path, told = saved
+    command = ["plan", folder, "--seq_len", "32", "--document_limit", "20", "--seed", "4"]
+    assert prepare.main([*command, "--epoch", "2", "--save", str(tmp_path / "p2.npz")]) == 0
+    second = plan_file.load(tmp_path / "p2.npz")
+    assert second.header["run"] == told["plan"] != second.header["rows"]
+    assert sorted(second.plan.documents) == sorted(plan_file.load(path).plan.documents)
+
+
+def test_training_is_held_to_a_saved_plan(saved):
+    folder, path, told = saved
+    right = dict(data__train=folder, data__document_limit=20, data__seed=4)
+    plan = plan_file.load(path).header["run"]
+    at = loader.batches(micro_run.run(**right, data__plan=plan), folder)
+    assert at.plan == told["plan"] == plan
+    for wrong in (dict(data__seed=5), dict(data__document_limit=19), dict(data__seq_len=40)):
+        run = micro_run.run(**(right | wrong), data__plan=plan)
+        with pytest.raises(RecordsError, match="config.data.plan asks for plan .* set them back"):
+            loader.batches(run, folder)
+        loader.one_pass(run, folder)  # validation has a plan of its own
+
+
+@pytest.mark.parametrize("name", [*plan_file.ARRAYS, "header", "sha256"])
+def test_every_array_is_under_the_hash(saved, name):
+    _, path, _ = saved
+    with np.load(path) as file:
+        arrays = dict(file)
+    first = arrays[name].reshape(-1)
+    first[0] ^= 1
+    np.savez(path, **arrays)
+    with pytest.raises(PackError, match=r"p\.npz: .*make it again with data.prepare plan --save"):
+        plan_file.load(path)
+
+
+def test_any_flipped_byte_is_noticed_or_means_nothing(saved):
+    """A zip has bytes, such as times, that hold nothing of the plan."""
+    _, path, _ = saved
+    raw, whole = path.read_bytes(), plan_file.load(path)
+    for place in range(0, len(raw), 37):
+        path.write_bytes(raw[:place] + bytes([raw[place] ^ 16]) + raw[place + 1 :])
+        try:
+            found = plan_file.load(path)
+        except PackError:
+            continue
+        assert found.header == whole.header and np.array_equal(found.lengths, whole.lengths)
+        assert found.plan.fingerprint == whole.plan.fingerprint
+
+
+def test_pickles_and_foreign_files_are_refused(tmp_path, capsys):
+    np.savez(tmp_path / "evil.npz", header=np.array([{"a": 1}], object))
+    (tmp_path / "text.npz").write_text("no zip")
+    np.savez(tmp_path / "other.npz", x=np.arange(3))
+    for name in ("evil.npz", "text.npz", "other.npz"):
+        assert prepare.main(["plan", str(tmp_path / name)]) == 1
+        assert f"{name}: no plan, or damaged" in capsys.readouterr().err
+
+
+def test_refusals(saved, tmp_path, capsys):
+    folder, path, _ = saved
+    for command, said in (
+        (["plan", str(path), "--row", "999"], "--row is 999; this epoch has rows 0.."),
+        (["plan", str(path), "--seq_len", "3"], "is a saved plan: its settings are in it"),
+        (["plan", folder], "--seq_len is None; it must be above 0"),
+        (["plan", folder, "--seq_len", "32", "--save", str(tmp_path / "p")], "ends in .npz"),
+        (["plan", folder, "--seq_len", "32", "--save", "no/p.npz"], "cannot be written"),
+    ):
+        assert prepare.main(command) == 1
+        assert said in capsys.readouterr().err

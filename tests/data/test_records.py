@@ -1,0 +1,262 @@
+"""Records: round trip, whole documents only, atomic folders, and damage that names its shard."""
+
+import json
+
+import numpy as np
+import pytest
+from gs_server import fixture_small_disk  # noqa: F401
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medmax_jax.config import Vocab
+from medmax_jax.data.records import document as records_document
+from medmax_jax.data.records import synthetic, writer
+from medmax_jax.data.records.document import Document, Layout, RecordsError
+from medmax_jax.models.vocab import BOI, BOS, EOI, EOS, IMAGE, PAD, SEP
+
+VOCAB = Vocab(size=9_000, image_codes=16, text_start=8_712)
+LAYOUT = Layout(vocab=VOCAB, codes_per_image=4, tokenizer="t" * 64, vqgan="v" * 64)
+PICTURE = [BOI, 4, 19, 5, 4, EOI]
+Q, A = [8_720, 8_721], [8_730]
+
+
+def document(tokens, n=0, turns=0, **fields):
+    about = dict(image_path="a.png", task="VQA", source="sample", credential="no", group=f"g{n}")
+    return Document(
+        tokens=np.asarray(tokens, np.int32), turns=turns, id=f"d{n}", **(about | fields)
+    )
+
+
+def simple(n):
+    return document([BOS, *PICTURE, *Q, SEP, *A * (1 + n % 5), EOS], n, turns=1)
+
+
+def write(folder, docs, shard_size=3):
+    return writer.write(folder, docs, shard_size=shard_size, layout=LAYOUT, notes={})
+
+
+def same(a, b):
+    fields = [f for f in vars(a) if f != "tokens"]
+    return np.array_equal(a.tokens, b.tokens) and all(
+        getattr(a, f) == getattr(b, f) for f in fields
+    )
+
+
+def test_round_trip(tmp_path):
+    docs = [simple(n) for n in range(8)]
+    meta = write(tmp_path / "r", docs)
+    found = writer.open_records(tmp_path / "r")
+    assert len(found) == 8 and all(same(a, b) for a, b in zip(found, docs, strict=True))
+    assert all(same(found[i], docs[i]) for i in (7, 0, 3))
+    assert [d.id for d in found.read([5, 1, 7, 1])] == ["d5", "d1", "d7", "d1"]
+    assert found.layout == LAYOUT and found.fingerprint == meta["sha256"]
+    with pytest.raises(IndexError, match="of 8"):
+        found[8]
+    names = sorted(p.name for p in (tmp_path / "r").iterdir())
+    shards = [f"0000{n}-of-00003.array_record" for n in range(3)]
+    assert names == [*shards, "dataset.json", "index.npy"]
+
+
+def test_counts(tmp_path):
+    docs = [
+        document([BOS, *Q, SEP, *PICTURE, EOS], 0, turns=1, task="Image Generation"),
+        document([BOS, *Q, SEP, *A, SEP, *Q, SEP, *A, EOS], 1, turns=2, credential="YES"),
+        document([BOS, *PICTURE, *A, EOS], 2, group="g1"),
+    ]
+    meta = write(tmp_path / "r", docs)
+    assert meta["documents"] == 3 and meta["groups"] == 2
+    assert meta["tokens"] == sum(len(d.tokens) for d in docs) and meta["image_tokens"] == 8
+    assert meta["text_tokens"] == meta["tokens"] - 8 and meta["longest"] == 11
+    assert meta["tasks"] == {"Image Generation": 1, "VQA": 2}
+    assert meta["credentials"] == {"YES": 1, "no": 2}
+    # answers: 6 + EOS; A SEP and A EOS; all 8 but BOS. release: the second document keeps Q SEP.
+    assert meta["scored"] == {"answers": 7 + 4 + 8, "release": 7 + 7 + 8}
+    index = writer.open_records(tmp_path / "r").index
+    assert index["answers"].tolist() == [7, 4, 8] and index["answers_image"].tolist() == [4, 0, 4]
+
+
+def test_labels(tmp_path):
+    docs = [
+        document([BOS, *A, EOS], 0, source="B", image_path="x.png"),
+        document([BOS, *A, EOS], 1, source="A", image_path="", task="Visual Chat"),
+        document([BOS, *A, EOS], 2, source="B", image_path="a.png"),
+    ]
+    write(tmp_path / "r", docs)
+    found = writer.open_records(tmp_path / "r")
+    assert found.index["source"].tolist() == [1, 0, 1] and found.names("source") == ["A", "B"]
+    assert found.index["task"].tolist() == [0, 1, 0] and found.names("task")[1] == "Visual Chat"
+    assert found.index["picture"].tolist() == [1, -1, 0]
+    labels = writer.Labels()
+    for picture in "bab":
+        labels.add("s", "t", picture)
+    assert labels.table().tolist() == [[0, 0, 1], [0, 0, 0], [0, 0, 1]]
+
+
+def test_scored():
+    turns2 = np.array([BOS, 8_720, SEP, 8_730, SEP, 8_721, SEP, 8_731, EOS], np.int32)
+    answers = records_document.scored(turns2, "answers", 2)
+    assert answers.astype(int).tolist() == [0, 0, 0, 1, 1, 0, 0, 1, 1]
+    release = records_document.scored(turns2, "release", 2)
+    assert release.astype(int).tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 1]
+    assert np.array_equal(records_document.scored(turns2, "answers", 0), release)
+    plain = np.array([BOS, 8_720, EOS], np.int32)
+    assert records_document.scored(plain, "answers", 0).tolist() == [False, True, True]
+    with pytest.raises(RecordsError, match="'all'; use answers or release"):
+        records_document.scored(plain, "all", 0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    pieces=st.lists(st.sampled_from([Q, A, PICTURE, []]), min_size=2, max_size=8).filter(
+        lambda p: len(p) % 2 == 0
+    )
+)
+def test_answers_partition_the_document(pieces):
+    """Every token but BOS belongs to a question or an answer, and answers lie within release."""
+    tokens = [BOS]
+    for i, piece in enumerate(pieces):
+        tokens += [*piece, SEP if i + 1 < len(pieces) else EOS]
+    turns = len(pieces) // 2
+    d = document(tokens, turns=turns)
+    records_document.check_document(d, LAYOUT)
+    answers = records_document.scored(d.tokens, "answers", turns)
+    assert answers.sum() == sum(len(p) + 1 for p in pieces[1::2])
+    assert not (answers & ~records_document.scored(d.tokens, "release", turns)).any()
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    text=st.lists(st.integers(8_712, 8_999), min_size=1),
+    name=st.text(st.characters(exclude_categories=["Cs"])),
+)
+def test_bytes_round_trip(text, name):
+    d = document([BOS, *text, EOS], source=name, image_path=name)
+    assert same(records_document.from_bytes(writer.to_bytes(d), "here"), d)
+
+
+@pytest.mark.parametrize(
+    "tokens, turns, message",
+    [
+        ([BOS, 9_000, EOS], 0, "token 9000 is outside"),
+        ([8_720, 8_721, EOS], 0, "need BOS 0 to EOS 2"),
+        ([BOS, 8_720, 8_721], 0, "need BOS 0 to EOS 2"),
+        ([BOS, EOS], 0, "T >= 3"),
+        ([BOS, *A, EOS, *A, EOS], 0, "control token 2 inside"),
+        ([BOS, *A, PAD, EOS], 0, "control token 1 inside"),
+        ([BOS, IMAGE, *A, EOS], 0, "control token 8711 inside"),
+        ([BOS, BOI, 4, 5, EOS], 0, "cut off"),
+        ([BOS, BOI, 4, 5, 6, EOI, EOS], 0, "BOI, 4 codes, EOI"),
+        ([BOS, EOI, 4, 5, 6, 7, BOI, EOS], 0, "BOI, 4 codes, EOI"),
+        ([BOS, *PICTURE, 4, EOS], 0, "5 image codes"),
+        ([BOS, BOI, 4, 8_720, 5, 6, EOI, EOS], 0, "3 image codes"),
+        ([BOS, 20, *A, EOS], 0, "beyond the codebook of 16"),
+        ([BOS, *Q, SEP, *A, SEP, *Q, EOS], 1, "2 separators, not 1"),
+        ([BOS, *Q, *A, EOS], 1, "0 separators, not 1"),
+    ],
+)
+def test_documents_that_are_not_whole(tmp_path, tokens, turns, message):
+    docs = [simple(0), document(tokens, 7, turns=turns)]
+    with pytest.raises(RecordsError, match=message) as error:
+        write(tmp_path / "r", docs)
+    assert "'d7'" in str(error.value)
+    assert list((tmp_path / "r").iterdir()) == []  # nothing half-written stays
+
+
+def test_folders_are_written_once(tmp_path):
+    write(tmp_path / "r", [simple(0)])
+    with pytest.raises(RecordsError, match="already holds a finished data set"):
+        write(tmp_path / "r", [simple(0)])
+
+
+def test_a_killed_run_is_started_again(tmp_path):
+    write(tmp_path / "r", map(simple, range(9)))
+    (tmp_path / "r" / "dataset.json").unlink()  # as if killed just before the end
+    (tmp_path / "r" / "00003.partial").write_bytes(b"half")
+    with pytest.raises(RecordsError, match="never finished"):
+        writer.open_records(tmp_path / "r")
+    write(tmp_path / "r", map(simple, range(2)))
+    assert len(writer.open_records(tmp_path / "r")) == 2
+    assert len(list((tmp_path / "r").iterdir())) == 3
+
+
+def test_same_documents_same_fingerprint(tmp_path):
+    a = write(tmp_path / "a", map(simple, range(5)), shard_size=2)
+    b = write(tmp_path / "b", map(simple, range(5)), shard_size=5)
+    c = write(tmp_path / "c", map(simple, range(4)))
+    assert a["sha256"] == b["sha256"] != c["sha256"]
+
+
+def test_refusals_to_write(tmp_path):
+    with pytest.raises(RecordsError, match="no documents"):
+        write(tmp_path / "r", [])
+    with pytest.raises(RecordsError, match="'d0' comes twice"):
+        write(tmp_path / "r", [simple(0), simple(0)])
+    with pytest.raises(RecordsError, match="shard_size is 0"):
+        write(tmp_path / "r", [simple(0)], shard_size=0)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RecordsError, match="cannot be written"):
+        write(tmp_path / "file" / "r", [simple(0)])
+
+
+def test_refusals_to_open(tmp_path):
+    with pytest.raises(RecordsError, match="no such folder"):
+        writer.open_records(tmp_path / "absent")
+    write(tmp_path / "r", [simple(0)])
+    path = tmp_path / "r" / "dataset.json"
+    good = json.loads(path.read_text())
+    for bad, message in [
+        (json.dumps(good)[:-9], "damaged"),
+        (json.dumps(good | {"format": 99}), "not of format 2"),
+        (json.dumps(good | {"layout": {}}), "no usable layout"),
+        (json.dumps(good | {"index_sha256": "0"}), "index.npy: missing or damaged"),
+    ]:
+        path.write_text(bad)
+        with pytest.raises(RecordsError, match=message):
+            writer.open_records(tmp_path / "r")
+
+
+def test_truncated_or_missing_shard(tmp_path):
+    write(tmp_path / "r", map(simple, range(9)))
+    shard = tmp_path / "r" / "00001-of-00003.array_record"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(RecordsError, match="00001-of-00003.array_record.*cut off"):
+        writer.open_records(tmp_path / "r")
+    shard.unlink()
+    with pytest.raises(RecordsError, match="00001-of-00003.array_record: 0 bytes"):
+        writer.open_records(tmp_path / "r")
+
+
+def test_flipped_bits_never_pass(tmp_path):
+    """Wherever a bit flips: an error that names the shard, or the right documents."""
+    docs = [simple(n) for n in range(6)]
+    write(tmp_path / "r", docs, shard_size=6)
+    shard = tmp_path / "r" / "00000-of-00001.array_record"
+    whole = shard.read_bytes()
+    used = np.flatnonzero(np.frombuffer(whole, np.uint8))
+    caught = 0
+    for place in used[:: max(1, len(used) // 60)]:
+        shard.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        try:
+            found = list(writer.open_records(tmp_path / "r"))
+        except RecordsError as error:
+            assert "00000-of-00001.array_record" in str(error)
+            caught += 1
+        else:
+            assert all(same(a, b) for a, b in zip(found, docs, strict=True))
+    assert caught > 20
+
+
+def test_damaged_bytes():
+    good = writer.to_bytes(simple(0))
+    for bad in (b"", good[:8], b"XXXX" + good[4:], good[:-1], good[:20] + b"?" + good[21:]):
+        with pytest.raises(RecordsError, match="shard 3, record 4"):
+            records_document.from_bytes(bad, "shard 3, record 4")
+
+
+def test_a_full_disk_is_told(small_disk):
+    """ArrayRecord tells of it when a shard is closed."""
+    with pytest.raises(RecordsError, match="cannot be written .*No space left.*; make room, or"):
+        made = synthetic.documents(2_000, seed=0)
+        writer.write(small_disk / "r", made, shard_size=500, layout=synthetic.LAYOUT, notes={})
+    assert not list((small_disk / "r").iterdir())

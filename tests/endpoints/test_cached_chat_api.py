@@ -1,0 +1,193 @@
+"""Many calls of a real server, none twice; and the journal that remembers them."""
+
+import os
+import threading
+import time
+
+import pytest
+from llm_server import at, completion, replies, serving, short_waits  # noqa: F401
+
+from medmax_jax.endpoints import cached_chat_api
+from medmax_jax.endpoints.cached_chat_api import Ask, Cache
+from medmax_jax.endpoints.chat_api import Endpoint, EndpointError, NoReply
+from medmax_jax.io.journal import JournalError, open_journal
+
+GOOD = completion("hi")
+
+
+def ask_all(where: Endpoint, names, *, cache: Cache, concurrency=4, stopped=lambda: False):
+    asks = [Ask(id=n, messages=[{"role": "user", "content": n}], data_class="open") for n in names]
+    return cached_chat_api.ask_all(where, asks, cache, concurrency=concurrency, stopped=stopped)
+
+
+NAMES = [f"q{i}" for i in range(12)]
+
+
+def of(request: dict) -> str:
+    return request["messages"][0]["content"]
+
+
+def test_nothing_is_asked_twice(tmp_path):
+    with serving(lambda request, n: completion(of(request).upper())) as llm:
+        for _ in range(2):
+            with open_journal(tmp_path / "calls") as journal:
+                cache = Cache(journal)
+                found = {o.id: r.text for o, r in ask_all(at(llm.url), NAMES * 2, cache=cache)}
+            assert found == {name: name.upper() for name in NAMES}
+        assert sorted(map(of, llm.requests)) == sorted(NAMES)
+        with open_journal(tmp_path / "calls") as journal:
+            other = at(llm.url, parameters={"temperature": 1})
+            assert len(list(ask_all(other, NAMES, cache=Cache(journal)))) == 12
+    assert len(llm.requests) == 24
+
+
+def test_some_are_asked_at_once_and_no_more(tmp_path):
+    together = threading.Barrier(3)
+
+    def behave(request, n):
+        together.wait(timeout=20)
+        return GOOD
+
+    with serving(behave) as llm, open_journal(tmp_path / "calls") as journal:
+        list(ask_all(at(llm.url), NAMES, cache=Cache(journal), concurrency=3))
+    assert llm.most_at_once == 3
+
+
+def test_one_that_is_refused_has_that_reply(tmp_path):
+    """Even as the first: what was doubtful is believed once the endpoint answered another."""
+    with serving(lambda request, n: 400 if of(request) == "q0" else GOOD) as llm:
+        for _ in range(2):
+            with open_journal(tmp_path / "calls") as journal:
+                found = {
+                    o.id: r
+                    for o, r in ask_all(at(llm.url), NAMES, cache=Cache(journal), concurrency=1)
+                }
+            assert found["q0"].status == 400 and len(found) == 12
+    assert len(llm.requests) == 12
+
+
+@pytest.mark.parametrize("bad", [400, b"<html>", completion("x", finish="length"), 500])
+def test_an_endpoint_that_never_answers_well_stops_the_work(tmp_path, bad):
+    with serving(lambda request, n: bad) as llm, open_journal(tmp_path / "calls") as journal:
+        with pytest.raises(EndpointError, match="10 calls in a row had no usable reply"):
+            list(ask_all(at(llm.url, retries=0), NAMES, cache=Cache(journal)))
+    assert (tmp_path / "calls").read_bytes() == b""
+
+
+def test_a_few_without_a_reply_are_told_apart(tmp_path):
+    with serving(lambda request, n: 500 if of(request) == "q3" else GOOD) as llm:
+        with open_journal(tmp_path / "calls") as journal:
+            found = {o.id: r for o, r in ask_all(at(llm.url), NAMES, cache=Cache(journal))}
+            assert [i for i, r in found.items() if isinstance(r, NoReply)] == ["q3"]
+            again = list(ask_all(at(llm.url), ["q3"], cache=Cache(journal)))
+            assert isinstance(again[0][1], NoReply)  # asked again, since it was not recorded
+    assert len(llm.requests) == 11 + 2 * 3
+
+
+def test_asked_to_stop_it_takes_what_is_in_flight(tmp_path):
+    together = threading.Barrier(3)
+
+    def behave(request, n):
+        together.wait(timeout=20)
+        return GOOD
+
+    with serving(behave) as llm, open_journal(tmp_path / "calls") as journal:
+        stop = lambda: len(llm.requests) >= 3  # noqa: E731
+        found = list(ask_all(at(llm.url), NAMES, cache=Cache(journal), concurrency=3, stopped=stop))
+    assert len(found) == len(llm.requests) == 3 and all(r.text == "hi" for _, r in found)
+
+
+def test_a_fatal_error_ends_all(tmp_path):
+    with serving(lambda request, n: 401 if of(request) == "q5" else GOOD) as llm:
+        with open_journal(tmp_path / "calls") as journal:
+            with pytest.raises(EndpointError, match="status 401"):
+                list(ask_all(at(llm.url), NAMES, cache=Cache(journal), concurrency=1))
+    assert len(llm.requests) == 6
+
+
+def test_a_fatal_error_waits_for_no_retry(tmp_path):
+    def behave(request, n):
+        if of(request) == "q0":
+            time.sleep(0.3)
+            return 401
+        return ("status", 429, {"Retry-After": "30"})
+
+    start = time.monotonic()
+    with serving(behave) as llm, open_journal(tmp_path / "calls") as journal:
+        with pytest.raises(EndpointError, match="status 401"):
+            list(ask_all(at(llm.url, max_wait_s=60.0), NAMES, cache=Cache(journal)))
+    assert time.monotonic() - start < 10 and len(llm.requests) == 4
+
+
+def test_the_estimate_leaves_out_what_is_known(tmp_path):
+    asks = [Ask(id=n, messages=[{"role": "user", "content": n * 20}], data_class="open")
+            for n in ("ab", "cd", "ab")]  # fmt: skip
+    with serving(replies(GOOD)) as llm, open_journal(tmp_path / "calls") as journal:
+        cache, where = Cache(journal), at(llm.url)
+        both = cached_chat_api.estimate(where, asks, cache, tokens_out=7)
+        assert both == dict(calls=2, tokens_in=2 * (10 + 8), tokens_out=14)
+        list(cached_chat_api.ask_all(where, asks[:1], cache, concurrency=1, stopped=lambda: False))
+        assert cached_chat_api.estimate(where, asks, cache, tokens_out=7)["calls"] == 1
+
+
+# The journal.
+
+
+def test_a_line_that_a_crash_cut_short_is_taken_off(tmp_path):
+    path = tmp_path / "j"
+    path.write_bytes(b'{"a": 1}\n{"a": 2')
+    with open_journal(path) as journal:
+        assert journal.rows == [{"a": 1}]
+        journal.append({"a": "half \ud800 pair"}, {"a": 3})
+    with open_journal(path) as journal:
+        assert [row["a"] for row in journal.rows] == [1, "half \ud800 pair", 3]
+
+
+@pytest.mark.parametrize("bad", [b"{\n", b"[1]\n", b'{"a": 1}\x00\n', b"[" * 100_000 + b"\n"])
+def test_damage_is_an_error(tmp_path, bad):
+    path = tmp_path / "j"
+    path.write_bytes(b'{"a": 1}\n' + bad + b'{"a": 2}\n')
+    with pytest.raises(JournalError, match="line 2: not"), open_journal(path):
+        pass
+
+
+def test_one_process_writes(tmp_path):
+    with open_journal(tmp_path / "j"):
+        with pytest.raises(JournalError, match="another process is writing it"):
+            with open_journal(tmp_path / "j"):
+                pass
+    with open_journal(tmp_path / "j"):
+        pass
+
+
+def test_a_full_disk_leaves_no_half_line(tmp_path, monkeypatch):
+    real = os.write
+
+    def full(descriptor, data):
+        if len(data) > 5:
+            return real(descriptor, data[:5])
+        raise OSError(28, "No space left on device")
+
+    with open_journal(tmp_path / "j") as journal:
+        journal.append({"a": 1})
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", full)
+            with pytest.raises(JournalError, match="No space left on device.; make room and go on"):
+                journal.append({"a": 2})
+        journal.append({"a": 3})
+    with open_journal(tmp_path / "j") as journal:
+        assert journal.rows == [{"a": 1}, {"a": 3}]
+
+
+def test_a_new_journal_is_its_owners(tmp_path):
+    with open_journal(tmp_path / "j"):
+        assert (tmp_path / "j").stat().st_mode & 0o077 == 0
+    with pytest.raises(JournalError, match="cannot be opened"), open_journal(tmp_path / "no" / "j"):
+        pass
+
+
+def test_a_cache_that_is_none(tmp_path):
+    (tmp_path / "calls").write_text('{"key": "a"}\n')
+    with open_journal(tmp_path / "calls") as journal:
+        with pytest.raises(EndpointError, match="a line is no reply; name another cache"):
+            Cache(journal)

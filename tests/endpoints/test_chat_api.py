@@ -1,0 +1,531 @@
+"""One call and many of them against a real server that also answers badly, slowly or not at all."""
+
+import base64
+import dataclasses
+import email.utils
+import html
+import json
+import re
+import shutil
+import ssl
+import subprocess
+import threading
+import time
+import urllib.parse
+
+import llm_server
+import pytest
+from llm_server import at, completion, replies, serving, short_waits  # noqa: F401
+
+from medmax_jax.endpoints import cached_chat_api, chat_api, egress
+from medmax_jax.endpoints.chat_api import EndpointError, NoReply, Reply
+from medmax_jax.io.journal import open_journal
+
+HELLO = [{"role": "user", "content": "hello"}]
+GOOD = completion("hi")
+
+
+def ask(url: str, data_class: str = "open", **changes) -> Reply:
+    return chat_api.ask(at(url, **changes), HELLO, data_class, wait=threading.Event().wait)
+
+
+def test_a_good_reply():
+    with serving(replies(GOOD)) as llm:
+        reply = ask(llm.url)
+    assert reply == Reply(status=200, text="hi", finish="stop", tokens_in=100, tokens_out=10)
+    assert llm.requests == [{"model": "m", "messages": HELLO, "temperature": 0}]
+    assert llm.keys == [None]
+
+
+# Retries.
+
+
+def test_429_waits_as_long_as_it_is_told():
+    told = ("status", 429, {"Retry-After": "0.6"})
+    with serving(replies(told, GOOD)) as llm:
+        assert ask(llm.url).text == "hi"
+    assert llm.times[1] - llm.times[0] >= 0.6
+
+
+def test_retry_after_may_be_a_date():
+    until = email.utils.formatdate(time.time() + 2, usegmt=True)
+    with serving(replies(("status", 503, {"Retry-After": until}), GOOD)) as llm:
+        assert ask(llm.url).text == "hi"
+    assert llm.times[1] - llm.times[0] >= 0.9  # the date has whole seconds
+
+
+@pytest.mark.parametrize("junk", ["soon", "-1", "1e9999", "9" * 4_000, "\x7f"])
+def test_a_retry_after_that_is_none_is_not_followed(junk):
+    with serving(replies(("status", 429, {"Retry-After": junk}), GOOD)) as llm:
+        assert ask(llm.url).text == "hi"
+
+
+def test_too_long_a_wait_is_refused():
+    with serving(replies(("status", 429, {"Retry-After": "3600"}))) as llm:
+        with pytest.raises(NoReply, match="asks to wait 3600 s .* more than max_wait_s 5"):
+            ask(llm.url)
+    assert len(llm.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "bad", [500, 502, 503, 408, 429, "reset", ("cut", GOOD), b"<html>", b"[]", b"{}",
+            b'{"choices": []}', b'{"choices": [null]}', b'{"choices": [{"message": "hi"}]}',
+            b'{"choices": ' * 50_000, b"\xff\xfe{", b"1" * 5_000],
+)  # fmt: skip
+def test_what_may_pass_is_asked_again(bad):
+    with serving(replies(bad, GOOD)) as llm:
+        assert ask(llm.url, max_reply_bytes=10**6).text == "hi"
+    assert len(llm.requests) == 2
+
+
+def test_slow_is_asked_again():
+    with serving(replies(("slow", 0.6), GOOD)) as llm:
+        assert ask(llm.url, timeout_s=0.3).text == "hi"
+
+
+@pytest.mark.parametrize("how", ["drip", "drip headers", "drip, no length"])
+def test_dripping_bytes_do_not_stretch_the_timeout(how):
+    with serving(replies((how, 5))) as llm:
+        start = time.monotonic()
+        with pytest.raises(NoReply, match=r"no reply after 2 attempts \(more than 0.3 s\)"):
+            ask(llm.url, timeout_s=0.3, retries=1)
+    assert time.monotonic() - start < 2 and len(llm.requests) == 2
+
+
+@pytest.mark.parametrize("bad", [500, "reset", ("cut", GOOD)])
+def test_in_the_end_there_is_no_reply(bad):
+    with serving(replies(bad)) as llm:
+        with pytest.raises(NoReply, match="m at 127.0.0.1:.*: no reply after 3 attempts"):
+            ask(llm.url)
+    assert len(llm.requests) == 3
+
+
+def test_nobody_listens():
+    with pytest.raises(NoReply, match="refused"):
+        ask(llm_server.free_url())
+
+
+def test_waiting_is_given_up_when_asked_to():
+    stop = threading.Event()
+    stop.set()
+    with serving(replies(500)) as llm, pytest.raises(NoReply, match="stopped while waiting"):
+        chat_api.ask(at(llm.url), HELLO, "open", wait=stop.wait)
+    assert len(llm.requests) == 1
+
+
+# Replies that cannot be used.
+
+
+@pytest.mark.parametrize(
+    "body, problem",
+    [
+        (b"<html>no</html>", "not JSON"),
+        (b'{"id": "quota"}', "no choices with a message"),
+        (completion(None), "no text in the message"),
+        (completion("  "), "no text in the message"),
+        (
+            completion("hal", finish="length"),
+            "cut off at the most tokens allowed (finish_reason length; no max_tokens was sent)",
+        ),
+    ],
+)
+def test_a_reply_that_cannot_be_used_is_kept(body, problem):
+    with serving(replies(body)) as llm:
+        reply = ask(llm.url)
+    assert (reply.status, reply.problem, reply.text) == (200, problem, "")
+    assert reply.raw == body.decode()
+
+
+def test_a_huge_reply_is_not_read_and_not_asked_again():
+    with serving(replies(("huge", 2**30))) as llm:
+        start = time.monotonic()
+        reply = ask(llm.url)
+    assert reply.problem == "longer than 100000 bytes" and len(reply.raw) == chat_api.RAW_CHARS
+    assert len(llm.requests) == 1 and time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("usage", [None, [], {"prompt_tokens": -1}, {"prompt_tokens": "7"},
+                                   {"prompt_tokens": True}, {"prompt_tokens": 1e3}])  # fmt: skip
+def test_a_usage_that_is_no_count_is_not_believed(usage):
+    body = json.dumps(json.loads(GOOD) | {"usage": usage}).encode()
+    with serving(replies(body)) as llm:
+        reply = ask(llm.url)
+    assert (reply.text, reply.tokens_in, reply.tokens_out) == ("hi", None, None)
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_one_request_can_be_refused(status):
+    with serving(replies(status)) as llm:
+        reply = ask(llm.url)
+    assert reply.status == status and reply.problem.startswith(f"status {status}: ")
+    assert len(llm.requests) == 1
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_wrong_settings_are_an_error_at_once(status):
+    with serving(replies(status)) as llm:
+        with pytest.raises(EndpointError, match=f"status {status}: .* look at the URL") as caught:
+            ask(llm.url)
+    assert not isinstance(caught.value, NoReply) and len(llm.requests) == 1
+
+
+def test_a_redirect_is_not_followed():
+    with (
+        serving() as other,
+        serving(replies(("status", 307, {"Location": f"{other.url}/chat/completions"}))) as llm,
+    ):
+        with pytest.raises(EndpointError, match="redirects elsewhere"):
+            ask(llm.url)
+    assert other.connections == 0
+
+
+def test_no_proxy_is_used(monkeypatch):
+    with serving() as proxy, serving(replies(GOOD)) as llm:
+        for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+            monkeypatch.setenv(name, proxy.url)
+        assert ask(llm.url).text == "hi"
+    assert proxy.connections == 0
+
+
+# Bounds of tokens, empty answers, contents in parts, errors inside a 200.
+
+
+@pytest.mark.parametrize(
+    "parameters, sent",
+    [
+        ({"max_tokens": 5}, {"max_tokens": 5}),
+        ({"max_tokens": None}, {}),
+        ({"max_completion_tokens": 7, "max_tokens": None}, {"max_completion_tokens": 7}),
+        ({"stop": None}, {"stop": None}),
+    ],
+)
+def test_a_bound_that_is_null_is_not_sent(parameters, sent):
+    with serving(replies(GOOD)) as llm:
+        ask(llm.url, parameters=parameters)
+    assert llm.requests == [{"model": "m", "messages": HELLO} | sent]
+
+
+@pytest.mark.parametrize(
+    "parameters, sent",
+    [
+        ({"max_tokens": 16}, "finish_reason length; max_tokens 16 was sent"),
+        ({"max_completion_tokens": 9}, "finish_reason length; max_completion_tokens 9 was sent"),
+        ({}, "finish_reason length; no max_tokens was sent"),
+    ],
+)
+@pytest.mark.parametrize("text", ["", "half an answ"])
+def test_a_reply_at_its_bound_names_the_bound(parameters, sent, text):
+    with serving(replies(completion(text, finish="length"))) as llm:
+        assert sent in ask(llm.url, parameters=parameters).problem
+        reply = ask(llm.url, parameters=parameters, takes_cut=True, takes_empty=True)
+    assert reply.text == text and (sent in reply.problem) == (not text)
+
+
+def test_no_text_of_a_model_that_stopped_by_itself_is_an_answer_where_it_is_asked_for():
+    refusal = json.loads(completion(None))
+    refusal["choices"][0]["message"]["refusal"] = "I cannot help with that."
+    for body, text in [
+        (completion(""), ""),
+        (completion(None), ""),
+        (json.dumps(refusal).encode(), "I cannot help with that."),
+    ]:
+        with serving(replies(body)) as llm:
+            assert ask(llm.url).problem == "no text in the message"
+            reply = ask(llm.url, takes_empty=True)
+        assert (reply.problem, reply.text, reply.finish) == ("", text, "stop")
+    for finish in ("content_filter", "tool_calls"):
+        with serving(replies(completion("", finish=finish))) as llm:
+            assert f"(finish_reason {finish})" in ask(llm.url, takes_empty=True).problem
+
+
+@pytest.mark.parametrize(
+    "content, text",
+    [
+        ([{"type": "text", "text": "yes"}], "yes"),
+        ([{"type": "text", "text": "ye"}, {"type": "output_text", "text": "s"}], "yes"),
+        ([{"type": "thinking", "thinking": [{"text": "no"}]}, {"type": "text", "text": "yes"}],
+         "yes"),
+        (["yes"], "yes"),
+        ([{"type": "image_url", "image_url": {}}], None),
+        ([{"type": "text"}], None),
+        ([7], None),
+        ({"text": "yes"}, None),
+        (7, None),
+    ],
+)  # fmt: skip
+def test_a_content_in_parts(content, text):
+    with serving(replies(completion(content))) as llm:
+        reply = ask(llm.url)
+    assert (reply.text, reply.problem) == (text or "", "" if text else "no text in the message")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"error": {"message": "over quota", "code": 429}},
+        {"error": "over quota"},
+        {"object": "error", "message": "over quota", "code": 503},
+        {"choices": [{"error": {"message": "over quota"}, "message": {"content": "hal"}}]},
+    ],
+)
+def test_an_error_inside_a_200_is_asked_again_and_named(body):
+    data = json.dumps(body).encode()
+    with serving(replies(data, GOOD)) as llm:
+        assert ask(llm.url).text == "hi" and len(llm.requests) == 2
+    with serving(replies(data)) as llm:
+        with pytest.raises(NoReply, match="status 200 with an error: over quota"):
+            ask(llm.url)
+
+
+def test_an_error_inside_a_200_counts_as_the_status_that_it_states():
+    for code in (400, "400", "context_length_exceeded"):
+        body = json.dumps({"error": {"message": "too long", "code": code}}).encode()
+        with serving(replies(body)) as llm:
+            reply = ask(llm.url)
+        assert reply.problem == "status 200 with an error: too long" and len(llm.requests) == 1
+        assert reply.status == 400
+    body = json.dumps({"error": {"message": "no such model", "code": 404}}).encode()
+    with serving(replies(body)) as llm:
+        with pytest.raises(EndpointError, match="no such model .code 404.; look at") as caught:
+            ask(llm.url)
+    assert not isinstance(caught.value, NoReply) and len(llm.requests) == 1
+
+
+# Names, and whether somebody listens.
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("m@http://h:1/v1/", ("m", "http://h:1/v1")),
+        ("m@20250929@https://h/v1", ("m@20250929", "https://h/v1")),
+        ("@cf/acme/vision@http://h/v1", ("@cf/acme/vision", "http://h/v1")),
+        ("a@http://b@http://h/v1", ("a@http://b", "http://h/v1")),
+    ],
+)
+def test_a_model_s_name_may_have_at_signs(text, expected):
+    assert chat_api.parse_model_at_url(text) == expected
+
+
+@pytest.mark.parametrize("text", ["m", "m@", "@http://h/v1", "http://h/v1", "m@ftp://u:pass@h"])
+def test_what_is_no_model_at_url(text):
+    with pytest.raises(EndpointError, match="write MODEL@URL, like") as caught:
+        chat_api.parse_model_at_url(text)
+    assert "pass" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url, why", [(None, "refused"), ("http://no-such-host.invalid:80/v1", "cannot be reached")]
+)
+def test_a_server_that_does_not_listen_is_reported_in_two_seconds(url, why):
+    start = time.monotonic()
+    with pytest.raises(NoReply, match=f"{why}.*; start the server, or correct the URL"):
+        chat_api.check_ready(at(url or llm_server.free_url()))
+    assert time.monotonic() - start < chat_api.CONNECT_S + 0.5
+
+
+def test_a_server_that_listens_is_sent_nothing():
+    with serving() as llm:
+        chat_api.check_ready(at(llm.url))
+    assert llm.requests == []
+
+
+# TLS.
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    """A self-signed certificate of 127.0.0.1, with its key in one file."""
+    if not (openssl := shutil.which("openssl")):
+        pytest.skip("no openssl to make a certificate with")
+    folder = tmp_path_factory.mktemp("tls")
+    words = "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=test -keyout key -out cert".split()
+    words += ["-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run([openssl, *words], cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture
+def tls(certificate):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate / "cert", certificate / "key")
+    return context
+
+
+def test_https(certificate, tls, monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate / "cert"))
+    monkeypatch.setenv("TEST_KEY", "sk-secret123")
+    with serving(replies(500, GOOD), tls) as llm:
+        listed = egress.hosts([llm.url])
+        assert ask(llm.url, "credentialed", key_env="TEST_KEY", listed=listed).text == "hi"
+    assert llm.keys == ["Bearer sk-secret123"] * 2
+
+
+def test_a_certificate_that_nobody_vouches_for(tls, monkeypatch):
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    with serving(replies(GOOD), tls) as llm:
+        with pytest.raises(EndpointError, match="certificate not trusted .*; give SSL_CERT_FILE"):
+            ask(llm.url)
+    assert llm.requests == []
+
+
+def test_https_that_drips(certificate, tls, monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate / "cert"))
+    with serving(replies(("drip", 5), GOOD), tls) as llm:
+        assert ask(llm.url, timeout_s=0.5).text == "hi"
+    assert len(llm.requests) >= 2
+
+
+# The guard and the key.
+
+
+def test_the_guard_comes_before_the_first_byte():
+    with serving() as llm:
+        with pytest.raises(egress.OutgoingError, match="credentialed data may not go to"):
+            ask(llm.url, "credentialed")
+        assert llm.connections == 0
+        assert ask(llm.url, "credentialed", listed=egress.hosts([llm.url])).text
+    assert llm.connections == 1
+
+
+def test_the_key_comes_from_the_environment_and_shows_nowhere(monkeypatch):
+    monkeypatch.setenv("TEST_KEY", "sk-secret123\n")
+    with serving(replies(completion("your key is sk-secret123"))) as llm:
+        assert ask(llm.url, key_env="TEST_KEY").text == "your key is [key]"
+    assert llm.keys == ["Bearer sk-secret123"]
+
+
+@pytest.mark.parametrize("status", [400, 401, 500])
+def test_an_error_that_echoes_the_key_does_not_show_it(monkeypatch, status):
+    monkeypatch.setenv("TEST_KEY", "sk-secret123")
+    with serving(replies(("says", status, b"bad key sk-secret123 of you"))) as llm:
+        try:
+            said = str(ask(llm.url, key_env="TEST_KEY", retries=0))
+        except EndpointError as error:
+            said = str(error)
+    assert "bad key [key] of you" in said and "secret" not in said
+
+
+SECRET = "sk-secret/123+45?abc"  # noqa: S105
+ECHOES = {
+    "plain": SECRET,
+    "JSON": "".join(f"\\u{ord(c):04x}" for c in SECRET),
+    "JSON, in part": SECRET.replace("s", "\\u0073").replace("/", "\\/"),
+    "JSON twice": json.dumps(json.dumps("".join(f"\\u{ord(c):04X}" for c in SECRET))),
+    "URL": "".join(f"%{ord(c):02X}" for c in SECRET),
+    "URL, in part": urllib.parse.quote(SECRET, safe=""),
+    "HTML": "".join(f"&#{ord(c)};" for c in SECRET),
+    "hexadecimal": SECRET.encode().hex(),
+    "base64": base64.b64encode(SECRET.encode()).decode(),
+    "base64 of a user and it": base64.b64encode(f"me:{SECRET}".encode()).decode(),
+    "base64, URL": base64.urlsafe_b64encode(f"x:{SECRET}".encode()).decode(),
+}
+
+
+def readings(text: str) -> str:
+    """A text in each way that a reader may take it."""
+    plain = text
+    for _ in range(3):
+        plain = re.sub(r"\\+u(\w{4})", lambda m: chr(int(m[1], 16)), plain).replace("\\", "")
+    coded = re.findall(r"[A-Za-z0-9+/_-]{16,}", text)
+    decoded = [
+        base64.b64decode(c[: len(c) // 4 * 4], altchars=b"-_") for c in coded if "+" not in c
+    ]
+    decoded += [base64.b64decode(c[: len(c) // 4 * 4]) for c in coded if not {"-", "_"} & set(c)]
+    found = [text, plain, urllib.parse.unquote(text), html.unescape(text)]
+    return " ".join([*found, *(d.decode(errors="replace") for d in decoded)])
+
+
+@pytest.mark.parametrize("echo", ECHOES.values(), ids=ECHOES)
+@pytest.mark.parametrize(
+    "place", ["status line", "code", "body", "error", "error in 200", "finish", "text", "end"]
+)
+def test_an_echo_of_the_key_shows_nowhere(monkeypatch, tmp_path, place, echo):
+    monkeypatch.setenv("TEST_KEY", SECRET)
+    quoted = echo if echo.startswith("\\u") else json.dumps(echo)[1:-1]  # JSON escapes as they are
+    template = completion("TEXT", finish="END").decode()
+    say = {
+        "status line": ("raw", f"{echo} nonsense\r\n\r\n".encode()),
+        "code": ("raw", f"HTTP/1.1 4x1 {echo}\r\n\r\n".encode()),
+        "body": f'{{"choice": "{quoted}"}}'.encode(),
+        "error": ("says", 400, f"no: {echo}".encode()),
+        "error in 200": f'{{"error": {{"message": "{quoted}", "code": 400}}}}'.encode(),
+        "finish": template.replace("TEXT", " ").replace("END", 30 * "x" + quoted).encode(),
+        "text": template.replace("TEXT", f"it is {quoted}.").replace("END", "stop").encode(),
+        "end": b" " * 4 + b"\xf0\x9f\xa9\xba" * (chat_api.RAW_CHARS - 14) + echo.encode(),
+    }[place]
+    with serving(replies(say)) as llm, open_journal(tmp_path / "calls") as journal:
+        where = at(llm.url, key_env="TEST_KEY", retries=0)
+        try:
+            reply = chat_api.ask(where, HELLO, "open", wait=threading.Event().wait)
+            cached_chat_api.Cache(journal).put("k", "m", reply)
+            said = json.dumps(dataclasses.asdict(reply), ensure_ascii=False)
+        except EndpointError as error:
+            said = str(error)
+        said += (tmp_path / "calls").read_text()
+    assert llm.keys == [f"Bearer {SECRET}"]
+    for part in (SECRET, "secret/123"):
+        assert part not in readings(said)
+
+
+def test_a_short_placeholder_of_a_key_does_not_change_answers(monkeypatch):
+    monkeypatch.setenv("TEST_KEY", "none")
+    with serving(replies(completion("There is none."))) as llm:
+        assert ask(llm.url, key_env="TEST_KEY").text == "There is none."
+
+
+ESCAPES = "\x1b[31mred\x1b]0;title\x07\x9b2J\u202eltr"
+
+
+@pytest.mark.parametrize("place", ["status line", "body", "error", "error in 200", "finish"])
+def test_escape_sequences_of_a_server_do_not_reach_a_terminal(place):
+    finish = json.loads(completion(" ", finish=ESCAPES))
+    say = {
+        "status line": ("raw", f"{ESCAPES}\r\n\r\n".encode()),
+        "body": ("says", 500, ESCAPES.encode()),
+        "error": ("says", 404, ESCAPES.encode()),
+        "error in 200": json.dumps({"error": {"message": ESCAPES, "code": 400}}).encode(),
+        "finish": json.dumps(finish).encode(),
+    }[place]
+    with serving(replies(say)) as llm:
+        try:
+            said = ask(llm.url, retries=0).problem
+        except EndpointError as error:
+            said = str(error)
+    assert said.isprintable() and "red" in said
+
+
+def test_a_key_in_place_of_a_variable_s_name_is_not_shown():
+    with pytest.raises(EndpointError, match="variable .hidden: key_env is the NAME") as caught:
+        chat_api.check_ready(at("http://localhost:1/v1", key_env="sk-secret123"))
+    assert "secret123" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [None, "", "two words", "sk-séc", "a\nb"])
+def test_a_key_that_is_none(monkeypatch, value):
+    monkeypatch.delenv("TEST_KEY", raising=False)
+    if value is not None:
+        monkeypatch.setenv("TEST_KEY", value)
+    with serving() as llm:
+        with pytest.raises(EndpointError, match="variable TEST_KEY has no usable key") as caught:
+            ask(llm.url, key_env="TEST_KEY")
+    assert llm.connections == 0 and (not value or value not in str(caught.value))
+
+
+def test_a_key_goes_over_https_only(monkeypatch):
+    monkeypatch.setenv("TEST_KEY", "sk-secret123")
+    with pytest.raises(EndpointError, match="would be readable over http"):
+        ask("http://llm.invalid:8000/v1", key_env="TEST_KEY")
+
+
+def test_settings_that_are_ours():
+    with pytest.raises(EndpointError, match="'stream' is not yours to set"):
+        at("http://localhost:1", parameters={"stream": True})
+    with pytest.raises(EndpointError, match="has no model"):
+        at("http://localhost:1", model="")
+
+
+def test_cost():
+    assert chat_api.cost(at("http://localhost:1"), 10, 10) is None
+    priced = at("http://localhost:1", price_in=2.0, price_out=10.0)
+    assert chat_api.cost(priced, 1_000_000, 200_000) == 4.0

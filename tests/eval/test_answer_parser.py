@@ -1,0 +1,350 @@
+"""Which option, and which of yes and no, an answer states: reviewed answers, and properties."""
+
+import itertools
+import json
+from pathlib import Path
+
+import eval_setup
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from medmax_jax.data.instruct import replies
+from medmax_jax.endpoints import reasoning
+from medmax_jax.eval.metrics import llm_judge, per_record, release, strict
+from medmax_jax.eval.metrics import text as text_metrics
+from medmax_jax.eval.pipeline import judging
+from medmax_jax.eval.tasks import probes
+
+# Answers as models write them, each reviewed by hand: what the parser reads, null for nothing, and
+# in a few rows what the answer states and the parser does not read.
+LINES = (Path(__file__).parents[1] / "answers.jsonl").read_text("utf-8").splitlines()
+ANSWERS = [json.loads(line) for line in LINES]
+QUESTIONS = {
+    "finding": "What is seen?\nA: Pleural effusion\nB: Pneumothorax\nC: Pneumonia\nD: Cardiomegaly",
+    "modality": "Which modality is this?\nA: CT\nB: MRI\nC: X-ray\nD: Ultrasound",
+    "swapped": "Which modality is this?\nA: MRI\nB: CT\nC: X-ray\nD: PET",
+    "mass": "Which is shown?\nA) Glioma\nB) Abscess\nC) Cyst\nD) Infarct",
+    "place": "Where is it?\nA: left lung\nB: left lung base\nC: heart",
+    "negated": "What does it show?\n(A) Fracture\n(B) No fracture\n(C) Dislocation",
+    "none": "Which organism?\nA. E. coli\nB. S. aureus\nC. H. pylori\nD. None of the above",
+    "virus": "Which virus?\nA: Hepatitis A\nB: Hepatitis B\nC: Hepatitis C\nD: HIV",
+    "boolean": "Is the lesion enhancing?\nA: Yes\nB: No",
+    "count": "How many lesions?\nA: 1\nB: 2\nC: 3\nD: 4",
+    "ten": "Which?\n" + "\n".join(f"{c}: finding {n}" for n, c in enumerate("ABCDEFGHIJ")),
+    "inline": "Which organ is this?\nA: Liver B: Brain\nC: Heart D: Lung",
+    "instructed": "Which plane?\nA: Axial\nB: Coronal\nC: Sagittal\nAnswer with the letter.",
+    "chinese": "图中是什么?\nA: 胸腔积液\nB: 气胸\nC: 肺炎\nD: 心脏扩大",
+    "unlisted": "Which one is it?",
+}
+
+NAMES = ["glioma", "lung abscess", "cyst", "infarct", "mitral stenosis"]
+LETTERS = "ABCDE"
+# {x}: an option, by its letter or by its text, that the answer denies.
+DENIALS = [
+    "Not {x}",
+    "It is not {x}.",
+    "It isn't {x}.",
+    "Definitely not {x}!",
+    "This is not {x}",
+    "It cannot be {x}.",
+    "The answer is not {x}.",
+    "The correct answer is not {x}",
+    "The answer isn't {x}",
+    "The answer cannot be {x}.",
+    "I don't think it is {x}.",
+    "I do not think the answer is {x}.",
+    "I would not choose {x}.",
+    "I wouldn't say {x}",
+    "{x} is incorrect.",
+    "{x} is wrong",
+    "{x} is not correct.",
+    "{x} isn't right.",
+    "{x} is clearly wrong.",
+    "{x} is not the correct answer.",
+    "{x} is unlikely.",
+    "{x} is the least likely.",
+    "{x} can be ruled out.",
+    "{x} is excluded",
+    "{x} can be excluded.",
+    "{x} does not fit.",
+    "{x} doesn't match the image.",
+    "{x}: incorrect",
+    "{x}: no.",
+    "{x} - wrong",
+    "I ruled out {x}.",
+    "Excluding {x}.",
+    "Anything except {x}",
+    "Everything but {x}.",
+    "Any option other than {x}.",
+    "There is no sign of {x}.",
+    "No evidence of {x} is seen.",
+    "The incorrect option is {x}.",
+    "Wrong answer: {x}",
+    "The answer is anything but {x}.",
+    "Neither {x} nor anything else",
+    "None of them, not even {x}.",
+    "It is never {x}.",
+    "\\boxed{{not {x}}}",
+    "<answer>not {x}</answer>",
+    "**Not {x}**",
+    "{x} is false",
+    "It is unlikely to be {x}",
+    "答案不是{x}",
+    "不是{x}",
+    "No es {x}.",
+    "Es ist nicht {x}.",
+    "La réponse n'est pas {x}.",
+    "A resposta não é {x}.",
+    "La risposta non è {x}.",
+]
+STATEMENTS = ["{x}", "It is {x}.", "The answer is {x}.", "Answer: {x}", "<answer>{x}</answer>",
+              "\\boxed{{{x}}}", "{x} is the correct answer.", "I choose {x}.",
+              "**{x}**", "The correct answer is **{x}**."]  # fmt: skip
+BEFORE = ["", "The image is bright. ", "Let me think.\n", "<think>It is {y}.</think>", "- "]
+AFTER = ["", " The image is bright.", "\n\nThat is all.", " "]
+FRAGMENTS = [
+    *LETTERS, *"abi", *NAMES, *"I:().,\n?}{'\"\u0002\u0003", "yes", "no", "not",
+    "neither", "nor",
+    "or", "and", "answer", "is", "**", "\\boxed{", "<answer>", "</answer>", "<think>", "</think>",
+    "wrong", "correct", "if", "A.", "B:", "答案是", "不", "option", "cannot", "image", "would",
+    "be", "but", "[[", "]]", "n't",
+]  # fmt: skip
+
+
+def prompt_of(names):
+    lines = (f"{letter}: {name}" for letter, name in zip(LETTERS, names, strict=False))
+    return "Which is it?\n" + "\n".join(lines)
+
+
+def read(text, names=NAMES):
+    return strict.read("vqa_mcq", text, prompt_of(names))
+
+
+@pytest.mark.parametrize("row", ANSWERS, ids=lambda row: f"{row['family']}-{row['kind']}")
+def test_reviewed_answers(row):
+    question = QUESTIONS[row["question"]] if row["family"] == "vqa_mcq" else row["question"]
+    assert strict.read(row["family"], row["answer"], question) == row["read"], row
+
+
+def test_the_table_is_large_and_has_no_answer_twice():
+    keys = [(row["family"], row["question"], row["answer"]) for row in ANSWERS]
+    assert len(keys) >= 800 and len(set(keys)) == len(keys)
+    assert {row["read"] for row in ANSWERS} >= {*"ABCDHIJ", "yes", "no", None}
+    unread = [row for row in ANSWERS if row.get("states")]
+    assert 0 < len(unread) < 25 and all(row["read"] is None for row in unread)
+
+
+def test_every_list_of_options_is_read_but_the_one_that_is_none():
+    for name, prompt in QUESTIONS.items():
+        assert bool(text_metrics.options(prompt)) == (name != "unlisted"), name
+
+
+@pytest.mark.parametrize(
+    "prompt, options",
+    [
+        ("In type A. dissection, which?\nA: CT\nB: MRI", {"A": "CT", "B": "MRI"}),
+        ("Which?\nA. E. coli\nB. S. aureus", {"A": "E. coli", "B": "S. aureus"}),
+        ("Which? A: E. coli B: S. aureus", {"A": "E. coli", "B": "S. aureus"}),
+        ("Which?\na) CT\nb) MRI", {"A": "CT", "B": "MRI"}),
+        ("Which?\n(A) CT\n(B) MRI", {"A": "CT", "B": "MRI"}),
+        ("Which? (A) CT (B) MRI", {"A": "CT", "B": "MRI"}),
+        ("Which?\n- A. CT\n- B. MRI", {"A": "CT", "B": "MRI"}),
+        ("Which?\nA：CT\nB：MRI", {"A": "CT", "B": "MRI"}),
+        ("A. Look.\nB. Say which:\nA: CT\nB: MRI", {"A": "CT", "B": "MRI"}),
+        ("Which?\nA: CT B: MRI\nC: PET D: US", {"A": "CT", "B": "MRI", "C": "PET", "D": "US"}),
+        ("Which?\nA: CT\nC: MRI", {}),
+        ("Which?\nA: CT", {}),
+        ("Which?\nA: \nB: MRI", {}),
+        ("Is vitamin A: good?", {}),
+        ("", {}),
+    ],
+)
+def test_options_of_a_question(prompt, options):
+    assert text_metrics.options(prompt) == options
+
+
+def test_ten_options_and_more_are_read():
+    lines = "".join(f"\n{letter}: finding {n}" for n, letter in enumerate("ABCDEFGHIJKL"))
+    assert list(text_metrics.options("Which?" + lines)) == list("ABCDEFGHIJKL")
+    assert strict.choice("K", "K", "Which?" + lines).value == 1
+
+
+# Properties.
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(st.sampled_from(FRAGMENTS), max_size=14), st.sampled_from(["", " "]))
+def test_any_text_is_read_or_not(fragments, joint):
+    text = joint.join(fragments)
+    assert read(text) in (*LETTERS, None)
+    assert strict.read("vqa_mcq", text, "") in (*"ABCDEFGHIJ", None)
+    assert strict.read("vqa_closed", text, "Is it a cyst?") in ("yes", "no", None)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(max_size=60), st.text(max_size=60))
+@example("\ud800", "A: \ud800\nB: x")
+@example("A" * 50_000, "A: x\nB: y")
+@example("<think>" * 5_000, "")
+@example("((((" * 5_000, "A: (\nB: )")
+def test_any_text_of_answer_and_question(text, prompt):
+    strict.read("vqa_mcq", text, prompt)
+    strict.read("vqa_closed", text, prompt)
+    reasoning.final_answer(text)
+
+
+@pytest.mark.parametrize(
+    "part", ["A B ", "cyst ", "the answer is ", "<answer>B", "not ", "(", "? "]
+)
+def test_long_repetitions_are_read(part):
+    """Their time once grew with the square of their length, to 40 s."""
+    text = part * (40_000 // len(part))
+    assert read(text) in (None, "A", "B")
+    assert strict.read("vqa_closed", text, "Is there a cyst?") in (None, "yes", "no")
+
+
+def test_long_answers_are_read_by_their_end():
+    filler = "The opacity is not a cyst, and if A were right the margin would be sharp. " * 2_000
+    assert read(filler + "\nAnswer: B") == "B"
+    assert read(filler) is None
+    assert strict.read("vqa_closed", filler + " Answer: no", "") == "no"
+
+
+@settings(max_examples=600, deadline=None)
+@given(
+    st.sampled_from(DENIALS),
+    st.integers(0, len(NAMES) - 1),
+    st.booleans(),
+    st.sampled_from(BEFORE),
+    st.sampled_from(AFTER),
+)
+def test_what_an_answer_denies_is_never_read(template, option, by_letter, before, after):
+    denied = LETTERS[option] if by_letter else NAMES[option]
+    text = before.format(y=denied) + template.format(x=denied) + after
+    assert read(text) != LETTERS[option], text
+
+
+@settings(max_examples=600, deadline=None)
+@given(
+    st.sampled_from(DENIALS),
+    st.sampled_from(STATEMENTS),
+    st.integers(0, len(NAMES) - 1),
+    st.integers(0, len(NAMES) - 1),
+    st.booleans(),
+    st.sampled_from([" ", "\n", ". "]),
+)
+def test_a_denial_next_to_a_statement(denial, statement, no, yes, by_letter, joint):
+    denied = LETTERS[no] if by_letter else NAMES[no]
+    stated = LETTERS[yes] if by_letter else NAMES[yes]
+    text = denial.format(x=denied) + joint + statement.format(x=stated)
+    found = read(text)
+    assert found is None or (found == LETTERS[yes] if no != yes else True), text
+
+
+@pytest.mark.parametrize("statement", STATEMENTS)
+@pytest.mark.parametrize("before", BEFORE[:4])
+def test_the_option_named_in_words_is_read_in_any_order(statement, before):
+    for names in itertools.permutations(NAMES, 4):
+        for name in names:
+            text = before.format(y=names[0]) + statement.format(x=name)
+            assert read(text, names) == LETTERS[names.index(name)], text
+
+
+@pytest.mark.parametrize("statement", STATEMENTS)
+def test_a_stated_letter_is_read(statement):
+    lines = "".join(f"\n{letter}: finding {n}" for n, letter in enumerate("ABCDEFGHIJ"))
+    for letter in "ABCDEFGHIJ":
+        assert strict.read("vqa_mcq", statement.format(x=letter), "Which?" + lines) == letter
+
+
+@pytest.mark.parametrize("denial", DENIALS)
+@pytest.mark.parametrize("value", ["yes", "no"])
+def test_denied_yes_or_no_is_never_read(denial, value):
+    text = denial.format(x=value)
+    if value == "no" and text.startswith(("No ", "no ", "no:", "no -")):
+        return  # "no is wrong" begins as an answer does
+    assert strict.read("vqa_closed", text, "") != value, text
+
+
+# Scorings.
+
+
+@pytest.mark.parametrize(
+    "text", ["<think>x</think>B", "B.", "The answer is B", "b", "normal", "no"]
+)
+def test_the_scoring_of_the_release_reads_the_text_as_it_came(text):
+    assert release.read("vqa_mcq", text, "B", prompt_of(NAMES))["paper"] == release.choice(
+        text, "B"
+    )
+    assert release.read("vqa_closed", text, "no", "")["paper"] == release.closed(text, "no")
+
+
+THOUGHT = "<think>It may be a CT.</think>"
+
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        ("A CT.", "A CT."),
+        (f"{THOUGHT}\n\nAn MRI.", "An MRI."),
+        (f"{THOUGHT}A{THOUGHT}B", "B"),
+        ("A CT, or not?</think>B", "B"),
+        ("<think>A CT", None),
+        (f"{THOUGHT}<think>again", None),
+        (THOUGHT, ""),
+        ("<THINK >a</ThinK>B", "B"),
+        ('<thinking mode="long">a</thinking>B', "B"),
+        ("B <reason>since</reason>", "B"),
+        ("<reason>a</reason>B<reason>since</reason>", "B"),
+        ("<reason>since</reason>", ""),
+        ("<think>a</think>B<|im_end|>", "B"),
+        ("<thinker>a</thinker>", "<thinker>a</thinker>"),
+        ("analysis of the image: a CT", "analysis of the image: a CT"),
+        ("", ""),
+    ],
+)
+def test_reasoning_text_is_no_answer(text, answer):
+    assert reasoning.final_answer(text) == answer
+
+
+def test_all_metrics_of_strict_mode_leave_reasoning_out_and_records_keep_it():
+    item = eval_setup.item("slake_open", "vqa_open", 0, answer="An MRI.")
+    record = eval_setup.record(item, f"{THOUGHT}\nAn MRI.")
+    found = per_record.verdicts(record)
+    assert found["exact"].value == found["token_f1"].value == 1
+    assert judging.case_of(record).answer == "An MRI."
+    assert probes.said(record) == "mri"
+    assert "it may be a ct" in str(judging.paper_messages(record, ""))  # as released
+    chat = eval_setup.item("visual_chat_conversation", "visual_chat", 0, answer="An MRI.")
+    assert per_record.verdicts(eval_setup.record(chat, f"{THOUGHT}An MRI."))["rouge_l"].value == 1
+    assert per_record.verdicts(eval_setup.record(chat, "<think>An MRI."))["rouge_l"].value == 0
+
+
+def test_verdicts_of_a_judge_that_reasons():
+    right, wrong = '{"case": "t", "correct": true}', '{"case": "t", "correct": false}'
+    assert llm_judge.verdict(llm_judge.CORRECT, f"<think>{right}</think>{wrong}", "t") == 0
+    assert llm_judge.verdict(llm_judge.CORRECT, f"<think>Perhaps {right}", "t") is None
+    assert llm_judge.verdict(llm_judge.CORRECT, f"<think>Perhaps {right}</think>", "t") is None
+    assert strict.opened("<think>Correctness: 1?</think>Correctness: 0").value == 0
+    assert strict.opened("<think>Correctness: 1").value is None
+    assert strict.pair("<think>\n9 9\n</think>\n\n8 7\nBoth are good.") == (8, 7)
+    assert strict.pair("<think>8 7") is None
+    assert release.judged("<think>Correctness: 1</think>") is True  # as released
+
+
+def test_replies_of_a_curator_that_reasons():
+    reply = '{"keep": true, "reason": "names a finding"}'
+    drop = '{"keep": false, "reason": "vague"}'
+    assert replies.read_verdict(f"<think>{drop}</think>\n{reply}")[0] is True
+    with pytest.raises(replies.Unparsable, match="ends within its reasoning"):
+        replies.read_verdict(f"<think>{reply}")
+
+
+def test_rouge_l_is_that_of_the_package():
+    golden = json.loads((Path(__file__).parents[1] / "parity" / "rouge.json").read_text("utf-8"))
+    assert len(golden["pairs"]) > 90
+    for pair in golden["pairs"]:
+        found = text_metrics.rouge_l(pair["answer"], pair["reference"])
+        assert found == pytest.approx(pair["rouge_l"], abs=1e-12), pair
+    assert text_metrics.rouge_l("the lung", "the heart") == 0.5

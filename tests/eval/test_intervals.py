@@ -1,0 +1,190 @@
+"""Intervals on cases with known answers, and their coverage by simulation."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import special
+
+from benchmarks import intervals
+from medmax_jax.eval.stats import intervals as stats_intervals
+
+NUMBERS = dict(seed=0, resamples=2_000)
+
+
+def test_every_item_its_own_group_is_the_plain_bootstrap():
+    values = [0.0, 1.0] * 50
+    found = stats_intervals.mean_interval(values, range(100), seed=0, resamples=4_000)
+    assert (found.mean, found.n, found.groups) == (0.5, 100, 100)
+    # the mean of 100 fair coins has sd 0.05
+    np.testing.assert_allclose([found.low, found.high], [0.5 - 0.098, 0.5 + 0.098], atol=0.015)
+
+
+def test_copies_in_a_group_add_nothing():
+    """Ten copies of each of 20 values are worth 20 values, not 200."""
+    values = np.repeat([0.0, 1.0] * 10, 10)
+    groups = np.repeat(np.arange(20), 10).tolist()
+    clustered = stats_intervals.mean_interval(values, groups, seed=0, resamples=4_000)
+    plain = stats_intervals.mean_interval([0.0, 1.0] * 10, range(20), seed=0, resamples=4_000)
+    assert (clustered.low, clustered.high) == (plain.low, plain.high)
+    naive = stats_intervals.mean_interval(values, range(200), seed=0, resamples=4_000)
+    assert clustered.high - clustered.low > 2.5 * (naive.high - naive.low)
+
+
+def test_groups_of_different_size_weigh_by_their_items():
+    found = stats_intervals.mean_interval(
+        [1.0, 1.0, 1.0, 0.0], list("aaab"), seed=0, resamples=2_000
+    )
+    assert found.mean == 0.75
+    # two groups, the items of one of them mostly: nearly nothing is known of others
+    assert 0 <= found.low < 0.05 and 0.95 < found.high <= 1
+
+
+def test_a_paired_difference_cancels_what_is_hard_for_both():
+    rng = np.random.default_rng(0)
+    before = rng.normal(0, 5, 200)
+    after = before + rng.normal(0.1, 0.01, 200)
+    found = stats_intervals.paired_interval(before, after, range(200), span=None, **NUMBERS)
+    np.testing.assert_allclose([found.mean, found.low, found.high], 0.1, atol=0.005)
+
+
+def test_one_seed_one_interval():
+    values = np.linspace(0, 1, 40)
+    a, b, c = (
+        stats_intervals.mean_interval(values, range(40), seed=s, resamples=2_000) for s in (1, 1, 2)
+    )
+    assert a == b and a != c
+
+
+def test_wilson():
+    np.testing.assert_allclose(stats_intervals.wilson(8, 10), (0.49016, 0.94332), atol=1e-5)
+    np.testing.assert_allclose(stats_intervals.wilson(0, 10), (0.0, 0.27754), atol=1e-5)
+
+
+@pytest.mark.parametrize("clusters", [30, 80])
+def test_coverage(clusters):
+    """95 % intervals hold the truth in nearly 95 % of worlds with clusters of unequal size."""
+    rng, held, worlds = np.random.default_rng(3), 0, 300
+    for world in range(worlds):
+        sizes = rng.integers(1, 8, clusters)
+        ease = rng.normal(0, 1, clusters)  # mean 0 whatever the size
+        groups = np.repeat(np.arange(clusters), sizes).tolist()
+        values = np.repeat(ease, sizes) + rng.normal(0, 0.5, sizes.sum())
+        found = stats_intervals.mean_interval(
+            values, groups, seed=world, resamples=2_000, span=None
+        )
+        held += found.low <= 0 <= found.high
+    assert 0.90 <= held / worlds <= 0.98
+
+
+FEW_GROUPS = (
+    intervals.Design(5, 20, 0.5, 0.3),
+    intervals.Design(19, 5, 0.9, 0.2),
+    intervals.Design(10, 1, 0.9, 0.0),
+)
+
+
+@pytest.mark.parametrize("design", FEW_GROUPS, ids=lambda design: design.name)
+def test_coverage_with_few_groups(design):
+    """Near 95 % where percentiles of the bootstrap hold the truth in 65 to 87 % of samples."""
+    held = intervals.coverage(design, draws=400, seed=0)
+    assert 0.92 <= held["ours"] and held["percentile"] < 0.90 < held["ours"], held
+    assert held["width"] < 0.7, held
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("design", intervals.DESIGNS, ids=lambda design: design.name)
+def test_coverage_over_all_designs(design):
+    """At least 93 %; 85 % where one group of many has all that the others lack (icc 0.5)."""
+    least = 0.85 if design.icc >= 0.5 else 0.93
+    assert intervals.coverage(design, draws=500, seed=0)["ours"] >= least
+
+
+def test_items_of_one_group_each_have_wilson_s_interval_with_student_s_t():
+    values = [1.0] * 8 + [0.0] * 2
+    found = stats_intervals.mean_interval(values, range(10), seed=0, resamples=20_000)
+    t2 = special.stdtrit(9, 0.975) ** 2 / 9  # the error of 10 items, with 9 in its denominator
+    middle, half = 0.8 + t2 / 2, np.sqrt(t2 * (0.16 + t2 / 4))
+    want = [(middle - half) / (1 + t2), (middle + half) / (1 + t2)]
+    np.testing.assert_allclose([found.low, found.high], want, atol=0.004)
+
+
+def test_no_variation_bounds_the_groups_that_could_differ():
+    """255 wrong answers of 19 patients are those of 19: Clopper and Pearson's bound for 0 of 19."""
+    groups, most = [n % 19 for n in range(255)], 1 - 0.025 ** (1 / 19)
+    wrong = stats_intervals.mean_interval([0.0] * 255, groups, **NUMBERS)
+    assert (wrong.low, wrong.high) == (0.0, pytest.approx(most)) and most == pytest.approx(
+        0.1765, abs=1e-4
+    )
+    right = stats_intervals.mean_interval([1.0] * 255, groups, **NUMBERS)
+    assert (right.low, right.high) == (pytest.approx(1 - most), 1.0)
+    same = stats_intervals.paired_interval([1.0] * 255, [1.0] * 255, groups, **NUMBERS)
+    assert (same.low, same.high) == (pytest.approx(-most), pytest.approx(most))
+    third = stats_intervals.mean_interval([0.3] * 255, groups, **NUMBERS)
+    assert (third.low, third.high) == (
+        pytest.approx(0.3 * (1 - most)),
+        pytest.approx(0.3 + 0.7 * most),
+    )
+    each = stats_intervals.each_interval(
+        lambda some: np.zeros(1), groups, spans=[stats_intervals.SHARE], **NUMBERS
+    )
+    assert (each[0].low, each[0].high) == (0.0, pytest.approx(most))
+    for paired in (False, True):
+        assert 0.1 < stats_intervals.detectable([0.0] * 255, groups, paired=paired) < 0.3
+    nearly = stats_intervals.mean_interval(
+        [0.0, 1e-8] * 19, range(38), **NUMBERS
+    )  # but for rounding
+    assert nearly.high == pytest.approx(1 - 0.025 ** (1 / 38), rel=1e-4)
+    # groups whose means agree while their items do not are no more certain than their items
+    even = stats_intervals.mean_interval(
+        [0.0, 1.0] * 20, np.repeat(range(20), 2).tolist(), **NUMBERS
+    )
+    assert even.high - even.low > 0.25
+
+
+def test_one_group_has_no_interval():
+    one = stats_intervals.mean_interval([1.0, 0.0] * 20, ["one"] * 40, **NUMBERS)
+    assert (one.low, one.high) == (-np.inf, np.inf)
+    row = one.row()
+    assert (row["ci_low"], row["ci_high"], row["few_groups"]) == (None, None, True)
+    assert row["value"] == 0.5 and json.dumps(row, allow_nan=False)
+    suite = stats_intervals.suite_interval([([1.0, 0.0], "aa")], **NUMBERS)
+    each = stats_intervals.each_interval(lambda some: np.ones(1), "aa", spans=[None], **NUMBERS)
+    assert suite.low == each[0].low == -np.inf
+    assert not stats_intervals.mean_interval([1.0, 0.0] * 10, range(20), **NUMBERS).row()[
+        "few_groups"
+    ]
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.lists(st.tuples(st.floats(0, 1), st.integers(0, 6)), min_size=2, max_size=30).filter(
+        lambda items: len({group for _, group in items}) > 1
+    )
+)
+def test_an_interval_has_width_and_stays_in_its_span(items):
+    values, groups = zip(*items, strict=True)
+    for found, least in (
+        (stats_intervals.mean_interval(values, groups, **NUMBERS), 0.0),
+        (stats_intervals.paired_interval(values, [1.0] * len(values), groups, **NUMBERS), -1.0),
+        (stats_intervals.suite_interval([(values, groups), ([1.0], [9])], **NUMBERS), 0.0),
+    ):
+        assert least <= found.low <= found.mean + 1e-12 and found.mean <= found.high + 1e-12
+        assert found.high <= 1 + 1e-12 and found.high > found.low
+
+
+def test_errors_name_the_number():
+    with pytest.raises(ValueError, match="values from 0 to 3 are outside of their span 0 to 1"):
+        stats_intervals.mean_interval([0, 3], "ab", seed=0, resamples=2_000)
+    with pytest.raises(ValueError, match="2 values but 1 groups"):
+        stats_intervals.mean_interval([1, 2], "a", seed=0, resamples=2_000)
+    with pytest.raises(ValueError, match="no values"):
+        stats_intervals.mean_interval([], [], seed=0, resamples=2_000)
+    with pytest.raises(ValueError, match="resamples is 10"):
+        stats_intervals.mean_interval([1], "a", seed=0, resamples=10)
+    with pytest.raises(ValueError, match="1 scores before but 2 after"):
+        stats_intervals.paired_interval([1], [1, 2], "ab", seed=0, resamples=2_000)
+    with pytest.raises(ValueError, match="3 successes of 2"):
+        stats_intervals.wilson(3, 2)

@@ -1,0 +1,121 @@
+"""Prompts of files and of the shell, the folder of answers, its page; the program's refusals."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import PIL.Image
+import pytest
+from test_generate import folder  # noqa: F401
+
+from medmax_jax import cli
+from medmax_jax.generation import output_files
+from medmax_jax.generation.model_bundle import Image, Text
+from medmax_jax.generation.output_files import Answers, Question, from_file, from_words
+from medmax_jax.generation.requests import GenerateError
+
+
+def picture(path, colour="gray"):
+    PIL.Image.new("RGB", (9, 7), colour).save(path)
+    return path
+
+
+def program(*args):
+    command = [sys.executable, "-m", "medmax_jax.generate", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_pictures_in_any_order(tmp_path):
+    (one,) = from_words(["Is {a b.png} older than {c.png}?"], ["first.png"])
+    assert [str(p) for p in one.parts] == [
+        "first.png",
+        "Is ",
+        "a b.png",
+        " older than ",
+        "c.png",
+        "?",
+    ]
+    assert one.shown() == "{first.png} Is {a b.png} older than {c.png} ?"
+    file = tmp_path / "p.jsonl"
+    rows = [
+        {"prompt": [{"text": "A"}, {"image": "a.png"}], "id": 7},
+        {"prompt": "{b.png}What?"},
+    ]
+    file.write_text("\n\n".join(map(json.dumps, rows)))
+    listed, inline = from_file(file)
+    assert (listed.id, listed.named, listed.parts) == ("7", True, ("A", tmp_path / "a.png"))
+    assert (inline.id, inline.named) == ("1", False)
+    assert inline.parts == (tmp_path / "b.png", "What?")
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{", "line 1: not JSON"),
+        ('{"prompt": "a", "temperature": 2}', "line 1: write an object with prompt, and id"),
+        ('{"prompt": [{"text": "a", "image": "b"}]}', "line 1: prompt must be words or a list"),
+        ('{"prompt": [{"video": "a"}]}', "line 1: 'video' is no part of a prompt"),
+        ('{"prompt": "a", "id": 1}\n{"prompt": "b", "id": 1}', "id '1' comes twice"),
+        ("", "has no prompts; write one JSON object a line"),
+    ],
+)
+def test_files_that_make_no_sense(tmp_path, line, message):
+    file = tmp_path / "p.jsonl"
+    file.write_text(line)
+    with pytest.raises(GenerateError, match=message):
+        from_file(file)
+
+
+def test_a_killed_run_goes_on_and_another_is_refused(tmp_path):
+    first, second = (Question(id=n, named=True, parts=(n, tmp_path / "a.png")) for n in "ab")
+    picture(tmp_path / "a.png")
+    drawn = Image(PIL.Image.new("RGB", (4, 4), "red"), np.arange(4))
+    book = Answers(tmp_path, [first, second], dict(mode="mixed"))
+    record = book.add(first, [Text("<b>red</b>"), drawn], "mixed")
+    assert record["segments"] == [{"text": "<b>red</b>"}, {"image": "0000_1.png"}]
+    with PIL.Image.open(tmp_path / "0000_1.png") as made:
+        assert output_files.NOTICE in made.text["Comment"]
+    with open(tmp_path / "answers.jsonl", "a") as file:
+        file.write('{"id": "b", "segm')  # the kill came here
+    again = Answers(tmp_path, [first, second], dict(mode="mixed"))
+    assert again.records == {"a": record}
+    again.add(second, [Text("blue")], "mixed")
+    lines = (tmp_path / "answers.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in lines] == ["a", "b"]
+    assert all(json.loads(line)["notice"] == output_files.NOTICE for line in lines)
+    with pytest.raises(GenerateError, match="answers with another prompts; name a fresh --out"):
+        Answers(tmp_path, [first], dict(mode="mixed"))
+    with pytest.raises(GenerateError, match="answers with another mode; name a fresh --out"):
+        Answers(tmp_path, [first, second], dict(mode="text"))
+    page = again.gallery().read_text()
+    assert output_files.NOTICE in page and "&lt;b&gt;red&lt;/b&gt;" in page and "<b>red" not in page
+    assert page.count("data:image/png") == 3  # two given, one drawn
+
+
+SLOW = pytest.mark.slow  # a process each
+
+
+@pytest.mark.parametrize(
+    "flags, status, message",
+    [
+        (["--prompt="], cli.ERROR, "error: prompt 0 is empty; give it words or a picture"),
+        (["--prompt=a", "--rows=0"], cli.ERROR, "rows is 0; at least one answer"),
+        pytest.param([], cli.ERROR, "give --prompt, or a file of them by --prompts", marks=SLOW),
+        pytest.param(["--prompt=a", "--hue=1"], cli.USAGE, "Unknown command line flag", marks=SLOW),
+        pytest.param(["--prompt={no.png}"], cli.ERROR, "no.png: no such file", marks=SLOW),
+        pytest.param(["--prompt=a <image>"], cli.ERROR, "put the picture there", marks=SLOW),
+        pytest.param(["--prompt=a", "--config.sample.hue=1"], cli.USAGE, "no field", marks=SLOW),
+        pytest.param(["--prompt=a", "--merge"], cli.ERROR, "name the adapter too", marks=SLOW),
+        pytest.param(["--prompt=a", "--adapter=no"], cli.ERROR, "no such file; an ad", marks=SLOW),
+        pytest.param(
+            ["--prompt=" + "z " * 58, "--mode=image"], cli.ERROR, "an image needs 5", marks=SLOW
+        ),
+        pytest.param(["--prompt=" + "z " * 60], cli.ERROR, "the model holds 64; sh", marks=SLOW),
+    ],
+)
+def test_refusals_leave_nothing_behind(folder, tmp_path, flags, status, message):  # noqa: F811
+    done = program(f"--model={folder}", f"--out={tmp_path / 'out'}", *flags)
+    assert done.returncode == status, done.stderr
+    assert message in done.stderr + done.stdout and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())

@@ -1,0 +1,132 @@
+"""Names that the release bars from text are never generated; paths given as text are refused."""
+
+import copy
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import PIL.Image
+import pytest
+from generate_setup import DRAWN, SAMPLE, VOCAB
+from test_generate import folder, written  # noqa: F401
+
+from medmax_jax.checkpoints import safetensors_file
+from medmax_jax.generation import api, grammar, model_bundle
+from medmax_jax.generation.output_files import from_file, from_words
+from medmax_jax.generation.requests import GenerateError, names_image
+from medmax_jax.models import vocab as ids
+
+BARRED = {VOCAB.size - 2: "</", VOCAB.size - 1: "<sub>"}  # ids that the micro tokenizer leaves free
+
+
+@pytest.fixture(scope="module")
+def barred_g(folder, tmp_path_factory):  # noqa: F811
+    """The micro model with two text tokens whose names begin with "<", its favorites by far."""
+    changed = tmp_path_factory.mktemp("barred")
+    shutil.copytree(folder, changed, dirs_exist_ok=True)
+    spec = json.loads((changed / "tokenizer.json").read_text())
+    assert not set(BARRED) & set(spec["model"]["vocab"].values())
+    spec["model"]["vocab"] |= {name: i for i, name in BARRED.items()}
+    (changed / "tokenizer.json").write_text(json.dumps(spec))
+    g = model_bundle.load(changed)
+    arrays = {k: np.array(v) for k, v in safetensors_file.named(g.model).items()}
+    head = arrays["lm_head.kernel"]
+    head[:, list(BARRED)] = 30 * head[:, [8_739]]  # of "<", which is allowed
+    head[:, VOCAB.size - 1] *= -1  # so that one of the two is the likeliest everywhere
+    safetensors_file.save(changed / "model.safetensors", arrays, {})
+    return model_bundle.load(changed)
+
+
+def test_names_that_the_release_bars():
+    barred = ["<s>", "<eoss>", "<reserved08706>", "</", "<sub>", "<<"]
+    assert all(map(ids.is_barred_name, barred))
+    assert not any(map(ids.is_barred_name, ["<", "Ġ<", "a<b", ">", ""]))
+    mask = ids.text_mask(VOCAB, tuple(BARRED))
+    assert set(np.flatnonzero(ids.text_mask(VOCAB) & ~mask)) == set(BARRED)
+    for mode in grammar.MODES:
+        assert not grammar.text_ids(VOCAB, mode=mode, barred=tuple(BARRED))[list(BARRED)].any()
+    assert not grammar.parses(np.array([VOCAB.size - 1]), VOCAB, codes=4, barred=tuple(BARRED))
+
+
+@pytest.mark.parametrize("mode, sample", [("text", SAMPLE), ("text", DRAWN), ("mixed", DRAWN)])
+def test_a_barred_name_is_never_written(barred_g, mode, sample):
+    assert barred_g.tokenizer.barred == tuple(BARRED)
+    prompts = [np.array([ids.BOS, 8_720 + n, 8_730]) for n in range(4)]
+    found = written(barred_g, prompts, sample, mode, names=None)
+    assert all(found) and not {t for answer in found for t in answer} & set(BARRED)
+    # the model itself would have written nothing else
+    tokenizer = copy.copy(barred_g.tokenizer)
+    tokenizer.barred = ()
+    open_g = dataclasses.replace(barred_g, tokenizer=tokenizer)
+    free = written(open_g, prompts, SAMPLE, "text", names=None)
+    assert {t for answer in free for t in answer} & set(BARRED)
+
+
+def test_a_chat_bars_them_too(barred_g):
+    talk = api.Chat(barred_g, SAMPLE, mode="text", seed=0)
+    talk.say(["Is it?"])
+    assert talk.engine.barred == tuple(BARRED) and not set(BARRED) & set(talk.tokens.tolist())
+
+
+# Paths given as text.
+
+
+@pytest.mark.parametrize(
+    "words, is_path",
+    [
+        ("scan.png", True),
+        ("SCAN.JPEG", True),
+        ("a/b/scan.dcm", True),
+        ("/data/my scan.nii.gz", True),
+        ("./my scan.png", True),
+        ("notes", True),  # a file that is there
+        ("my scan.tif", True),  # another, with a space
+        ("your scan.tif", False),
+        ("Is this scan.png", False),
+        ("scan.png ", False),
+        ("scan.png?", False),
+        ("a\nscan.png", False),
+        ("No", False),
+        ("", False),
+        (".", False),
+        ("x" * 5_000 + ".png", False),
+        ("a\0b", False),
+    ],
+)
+def test_which_text_is_the_path_of_an_image(tmp_path, words, is_path):
+    for name in ("notes", "my scan.tif"):
+        (tmp_path / name).write_text("here")
+    assert names_image(words, tmp_path) == is_path
+
+
+def test_a_path_given_as_text_is_refused_by_every_entry_point(barred_g, tmp_path, monkeypatch):
+    g = barred_g
+    monkeypatch.chdir(tmp_path)
+    PIL.Image.new("RGB", (9, 7), "gray").save("chest", "PNG")
+    fixed = dict(mode="text", seed=0)
+    calls = [
+        lambda parts: api.generate(g, [parts], SAMPLE, **fixed),
+        lambda parts: list(api.stream(g, [parts], SAMPLE, **fixed)),
+        lambda parts: list(api.pieces(g, [parts], SAMPLE, **fixed)),
+        lambda parts: api.score(g, [parts], [["a", "b"]]),
+        lambda parts: api.Chat(g, SAMPLE, **fixed).say(parts),
+    ]
+    for call in calls:
+        for path in ("scan.png", "chest"):
+            message = rf"prompt 0 has the text '{path}', which is the path .*; write pathlib.Path"
+            with pytest.raises(GenerateError, match=message):
+                call([path, "Is it a CT?"])
+        with pytest.raises(ValueError, match="gone.png: no such file"):
+            call([tmp_path / "gone.png", "Is it a CT?"])
+
+
+@pytest.mark.parametrize("prompt", ["scan.png", [{"text": "chest"}, {"text": "Is it?"}]])
+def test_a_path_as_the_text_of_a_prompts_file(tmp_path, prompt):
+    (tmp_path / "chest").write_bytes(b"")
+    file = tmp_path / "p.jsonl"
+    file.write_text(json.dumps({"prompt": prompt}))
+    with pytest.raises(GenerateError, match=r'line 1 has the text .*; write \{"image": "FILE"\}'):
+        from_file(file)
+    with pytest.raises(GenerateError, match=r"--prompt has the text 'scan.png', .*--image=scan"):
+        from_words(["scan.png"], [])

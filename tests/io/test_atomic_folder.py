@@ -1,0 +1,239 @@
+"""Folders that appear whole or not at all: full disks, kills, rivals; on a disk and on gs://."""
+
+import concurrent.futures
+import contextlib
+import fcntl
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from gs_server import (  # noqa: F401
+    ARRAY,
+    fixture_gs,
+    fixture_path,
+    fixture_server,
+    fixture_small_disk,
+    read_array,
+    write_array,
+)
+
+from medmax_jax.io import gcs
+from medmax_jax.io.atomic_folder import new_folder
+from medmax_jax.io.storage import Folder, StorageError
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def child(code, *arguments):
+    """A Python of its own; the caller reads its lines and ends it."""
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+
+
+def test_a_full_disk_leaves_no_part_of_a_folder(small_disk):
+    with (
+        pytest.raises(StorageError, match="disk/7b.partial/x: No space left"),
+        new_folder(small_disk / "7b", bytes_needed=1000, seal="config.json") as new,
+    ):
+        new.write("config.json", [b"{}"])
+        new.write("x", (bytes(1000) for _ in range(2000)))
+    assert os.listdir(small_disk) == []
+    with (
+        pytest.raises(
+            StorageError, match="partial: RESOURCE_EXHAUSTED.*No space.*; free some space"
+        ),
+        new_folder(small_disk / "7b", bytes_needed=1000, seal="config.json") as new,
+    ):
+        new.write("x", [bytes(shutil.disk_usage(small_disk).free)])
+        write_array(new, "arrays/q")
+    needs = r"disk/a/7b: needs 1048577 bytes, 1048576 are free; free some space"
+    with (
+        pytest.raises(StorageError, match=needs),
+        new_folder(small_disk / "a/7b", bytes_needed=(1 << 20) + 1, seal="config.json"),
+    ):
+        pytest.fail("must not begin")
+    assert os.listdir(small_disk) == []
+
+
+def test_a_new_folder_appears_whole(path):
+    with new_folder(path, bytes_needed=100, seal="config.json") as new:
+        new.write("config.json", [b"{}"])
+        new.write("a/w", [b"1"])
+        write_array(new, "arrays/q")
+        assert not Folder(path).has("config.json")
+        assert {name.split("/")[0] for name in new.names()} <= {"a", "arrays", "config.json"}
+    folder = Folder(path)
+    assert folder.json("config.json") == {} and folder.read("a/w").tobytes() == b"1"
+    np.testing.assert_array_equal(read_array(folder, "arrays/q"), ARRAY)
+    assert len(folder.names()) == 5
+    with (
+        pytest.raises(StorageError, match=r"7b: .*not empty.*; choose another path, or delete"),
+        new_folder(path, bytes_needed=0, seal="config.json"),
+    ):
+        pytest.fail("must not begin")
+    assert len(Folder(path).names()) == 5
+
+
+@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt, None])
+def test_a_new_folder_that_fails_leaves_nothing(path, error):
+    with (
+        pytest.raises(error or StorageError, match=None if error else "without config.json; write"),
+        new_folder(path, bytes_needed=0, seal="config.json") as new,
+    ):
+        new.write("a/w", [b"1"])
+        write_array(new, "arrays/q")
+        if error:
+            new.write("config.json", [b"{}"])
+            raise error
+    assert Folder(path).names() == []
+    if not Folder(path).remote:
+        assert os.listdir(os.path.dirname(path)) == []
+    with new_folder(path, bytes_needed=0, seal="config.json") as new:  # and can be tried again
+        new.write("config.json", [b"{}"])
+    assert Folder(path).names() == ["config.json"]
+
+
+def test_where_a_new_folder_may_stand(tmp_path):
+    (tmp_path / "big").mkdir()
+    (tmp_path / "out").symlink_to("big")
+    with new_folder(str(tmp_path / "out") + "/", bytes_needed=0, seal="s") as new:
+        new.write("s", [b"1"])
+    assert (tmp_path / "big/s").read_bytes() == b"1" and (tmp_path / "out").is_symlink()
+    (tmp_path / "file").write_text("x")
+    for name in ("file", "big", "out"):
+        with (
+            pytest.raises(StorageError, match="exists, not empty"),
+            new_folder(tmp_path / name, bytes_needed=0, seal="s"),
+        ):
+            pytest.fail("must not begin")
+    (tmp_path / "dead.partial").mkdir()
+    for name in ("far/7b", "dead"):
+        with (
+            pytest.raises(StorageError, match=rf"{name}: needs {1 << 60} bytes, \d+ are free"),
+            new_folder(tmp_path / name, bytes_needed=1 << 60, seal="s"),
+        ):
+            pytest.fail("must not begin")
+    assert sorted(os.listdir(tmp_path)) == ["big", "file", "out"]
+
+
+HOLD = """
+import sys, time
+from medmax_jax.io.atomic_folder import new_folder
+with new_folder(sys.argv[1], bytes_needed=0, seal="config.json") as new:
+    new.write("config.json", [b"{}"])
+    with new.stream("model-00001.safetensors") as out:
+        out.write(bytes(100_000))
+        print("writing", flush=True)
+        time.sleep(600)
+"""
+
+
+def test_two_processes_and_a_kill(path):
+    def try_it():
+        with new_folder(path, bytes_needed=0, seal="config.json") as new:
+            new.write("config.json", [b"[2]"])
+
+    with child(HOLD, path) as other:
+        try:
+            assert other.stdout.readline() == "writing\n"
+            with pytest.raises(StorageError, match="another process is writing it|still writing"):
+                try_it()
+        finally:
+            other.send_signal(signal.SIGKILL)
+    assert not Folder(path).has("config.json")
+    if Folder(path).remote:  # nobody can tell a dead writer of a bucket from a slow one
+        with pytest.raises(StorageError, match=r"no config.json: a run died.*gcloud storage rm -r"):
+            try_it()
+        return
+    assert os.path.exists(path + ".partial/model-00001.safetensors.partial")  # it was mid-file
+    try_it()
+    assert Folder(path).json("config.json") == [2]
+    assert os.listdir(os.path.dirname(path)) == ["7b"]
+
+
+def test_of_many_at_once_one_writes(path):
+    start = threading.Barrier(8)
+
+    def compete(number):
+        start.wait()
+        with (
+            contextlib.suppress(StorageError),
+            new_folder(path, bytes_needed=0, seal="s.json") as new,
+        ):
+            new.write("a", [b"%d" % number])
+            time.sleep(0.05)
+            new.write("s.json", [b"%d" % number])
+            return number
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        winners = {n for n in pool.map(compete, range(8)) if n is not None}
+    folder = Folder(path)
+    assert len(winners) <= 1
+    if not folder.remote or winners:  # in a bucket all may give way to each other
+        assert folder.names() == ["a", "s.json"] and {folder.json("a")} == winners
+        assert {folder.json("s.json")} == winners
+
+
+@pytest.mark.parametrize("rival", ["finishes", "goes on"])
+def test_a_rival_between_the_first_look_and_the_lock(tmp_path, monkeypatch, rival):
+    """The lock file that was opened is then one that its holder has removed."""
+    flock, rivals = fcntl.flock, contextlib.ExitStack()
+
+    def late(*arguments):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        with (
+            contextlib.suppress(KeyError),
+            new_folder(tmp_path / "7b", bytes_needed=0, seal="s") as new,
+        ):
+            new.write("s", [b"1"])
+            if rival == "goes on":
+                raise KeyError
+        if rival == "goes on":
+            rivals.enter_context(new_folder(tmp_path / "7b", bytes_needed=0, seal="s"))
+        return flock(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    match = "not empty" if rival == "finishes" else "another process is writing it"
+    with (
+        pytest.raises(StorageError, match=match),
+        new_folder(tmp_path / "7b", bytes_needed=0, seal="s"),
+    ):
+        pytest.fail("must not begin")
+    with contextlib.suppress(StorageError):  # a rival that goes on has written no seal
+        rivals.close()
+    assert os.listdir(tmp_path) == (["7b"] if rival == "finishes" else [])
+
+
+def test_claims_are_taken_back(gs):
+    objects = gcs.Bucket(gs).objects
+    with new_folder(gs, bytes_needed=0, seal="s") as new:
+        new.write("a", [b"1"])
+        assert [name[:9] for name in objects()] == [gcs.CLAIM, "a"]
+        with (
+            pytest.raises(StorageError, match="not empty, has .partial-.* still writing"),
+            new_folder(gs, bytes_needed=0, seal="s"),
+        ):
+            pytest.fail("must not begin")
+        assert [name[:9] for name in objects()] == [gcs.CLAIM, "a"]
+        new.write("s", [b"1"])
+    assert objects() == ["a", "s"]
+
+
+def test_a_list_without_ones_own_claim_is_not_believed(gs, monkeypatch):
+    """TensorStore reports a refused list as an empty folder."""
+    with monkeypatch.context() as refused:
+        refused.setattr(gcs.Bucket, "objects", lambda self: [])
+        with (
+            pytest.raises(StorageError, match="7b: cannot list what it wrote; give this account"),
+            new_folder(gs, bytes_needed=0, seal="s"),
+        ):
+            pytest.fail("must not begin")
+    assert gcs.Bucket(gs).objects() == []

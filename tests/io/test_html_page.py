@@ -1,0 +1,85 @@
+"""Pages stand alone and show hostile text as text."""
+
+import html.parser
+import io
+
+import pytest
+from PIL import Image
+
+from medmax_jax.io import html_page
+
+HOSTILE = "\"><script>alert('x')</script><img src=http://x onerror=y>&"
+
+
+class Tags(html.parser.HTMLParser):
+    """Every tag with its attributes, and the text."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.text, self.open = [], "", []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def png() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (2, 2), "red").save(file, "PNG")
+    return file.getvalue()
+
+
+def parsed(text: str) -> Tags:
+    tags = Tags()
+    tags.feed(text)
+    assert not tags.open
+    return tags
+
+
+def test_hostile_text_stays_text_everywhere():
+    body = html_page.section(
+        HOSTILE,
+        html_page.paragraph(HOSTILE)
+        + html_page.table([HOSTILE], [[HOSTILE]], caption=HOSTILE)
+        + html_page.figures([(png(), HOSTILE)]),
+    )
+    tags = parsed(html_page.document(HOSTILE, body))
+    assert not [t for t, _ in tags.tags if t in ("script", "iframe", "link", "form", "a")]
+    images = [attrs for tag, attrs in tags.tags if tag == "img"]
+    assert len(images) == 1 and images[0]["alt"] == HOSTILE
+    assert images[0]["src"].startswith("data:image/png;base64,")
+    assert not any(name.startswith("on") for _, attrs in tags.tags for name in attrs)
+    assert tags.text.count(HOSTILE) == 8  # title, h1, h2, p, caption, th, td, figcaption
+
+
+def test_the_policy_forbids_everything_but_inline_style_and_data_images():
+    tags = parsed(html_page.document("t", "")).tags
+    policy = [a["content"] for t, a in tags if a.get("http-equiv") == "Content-Security-Policy"]
+    assert policy == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
+    assert "url(" not in html_page.STYLE and "@import" not in html_page.STYLE
+
+
+def test_intervals_and_gaps_stand_with_numbers():
+    text = html_page.table(["a", "b", "c"], [["0.1–0.2", 1.5, "x"], [None, None, None]])
+    assert '<td class="number">0.1–0.2</td><td class="number">1.500</td><td>x</td>' in text
+    assert '<td class="number">–</td><td class="number">–</td><td>–</td>' in text
+    assert '<th scope="col" class="number">a</th>' in text and '<th scope="col">c</th>' in text
+
+
+def test_cells():
+    text = html_page.table(["a", "b", "c", "d"], [[0.5, 3, None, True]])
+    assert '<td class="number">0.500</td><td class="number">3</td><td>–</td><td>True</td>' in text
+    with pytest.raises(ValueError, match="row 0 has 1 cells, the head has 2"):
+        html_page.table(["a", "b"], [["x"]])
+
+
+def test_a_figure_must_be_png():
+    with pytest.raises(ValueError, match="not a PNG"):
+        html_page.figure(b"GIF89a", "x")

@@ -1,0 +1,195 @@
+"""Chameleon's behaviour: packing, cached decoding, remat, dropout, bf16, true sizes, refusals."""
+
+import chameleon_setup as setup
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from parity import chameleon_cases as cases
+
+from medmax_jax.config import Lora, Mesh, Model, Vocab, build
+from medmax_jax.configs import base as base_config
+from medmax_jax.configs import chameleon_30b
+from medmax_jax.models import chameleon, kv_cache
+from medmax_jax.sharding import make_mesh
+
+RNG = np.random.default_rng(0)
+KEY = jax.random.key(0)
+BOTH = pytest.mark.parametrize("case", cases.CASES.values(), ids=cases.CASES)
+
+
+@pytest.fixture(autouse=True)
+def one_device():
+    with jax.set_mesh(make_mesh(Mesh(data=1, fsdp=1, tp=1))):
+        yield
+
+
+def loaded(case: cases.Case, lora: Lora = setup.NO_LORA, **changes) -> chameleon.Chameleon:
+    arrays = cases.weights(case, lora=lora.rank > 0)
+    return setup.load(setup.config(case, **changes), arrays, lora)
+
+
+@setup.jit
+def hidden(model, ids, segments, positions):
+    return model.hidden(ids, segments, positions, key=None)
+
+
+def tokens(*shape: int) -> np.ndarray:
+    return RNG.integers(0, cases.SIZE, shape).astype(np.int32)
+
+
+@BOTH
+def test_a_packed_row_is_its_documents(case):
+    """Row 0 packs three documents and padding; rows 1 to 3 hold one of them each."""
+    lengths, total = (7, 4, 9), 22
+    ids, segments, positions = (np.zeros((4, total), np.int32) for _ in range(3))
+    segments[0, 20:], ids[:, :] = 0, 1
+    starts = np.cumsum((0, *lengths))
+    for d, (start, n) in enumerate(zip(starts, lengths, strict=False)):
+        ids[d + 1, :n] = ids[0, start : start + n] = tokens(n)
+        segments[0, start : start + n], segments[d + 1, :n] = d + 1, 1
+        positions[0, start : start + n] = positions[d + 1, :n] = np.arange(n)
+    got = np.asarray(hidden(loaded(case), *(jnp.asarray(a) for a in (ids, segments, positions))))
+    assert np.isfinite(got).all()
+    for d, (start, n) in enumerate(zip(starts, lengths, strict=False)):
+        np.testing.assert_allclose(got[0, start : start + n], got[d + 1, :n], atol=2e-5)
+
+
+@BOTH
+def test_decoding_equals_the_full_forward(case):
+    """Prompts of 9, 4 and 6 tokens in chunks of 5, then single steps; rows differ and some idle."""
+    ids, prompts, total = tokens(3, 12), (9, 4, 6), 12
+    model = loaded(case)
+    want = np.asarray(hidden(model, *setup.rows(ids)))
+    decode = setup.jit(lambda m, *args: kv_cache.decode(m, *args, lanes=None, span=16))
+    cache = kv_cache.empty(model.config, lanes=3, slots=16, kind="model")
+    got, done = np.full_like(want, np.nan), [0, 0, 0]
+
+    def feed(width, counts):
+        nonlocal cache
+        chunk, positions = np.full((3, width), 7, np.int32), np.full((3, width), -1, np.int32)
+        for b, n in enumerate(counts):
+            chunk[b, :n] = ids[b, done[b] : done[b] + n]
+            positions[b, :n] = np.arange(done[b], done[b] + n)
+        out, cache = decode(model, jnp.asarray(chunk), cache, jnp.asarray(positions))
+        assert np.isfinite(out).all()
+        for b, n in enumerate(counts):
+            got[b, done[b] : done[b] + n] = out[b, :n]
+            done[b] += n
+
+    for _ in range(2):
+        feed(5, [min(5, p - d) for p, d in zip(prompts, done, strict=True)])
+    step = 0
+    while min(done) < total:
+        feed(1, [int(d < total and (b + step) % 3 > 0) for b, d in enumerate(done)])
+        step += 1
+    np.testing.assert_allclose(got, want, atol=2e-5)
+    assert not np.asarray(cache.k)[:, :, :, total:].any()  # idle tokens wrote nothing
+    assert np.asarray(cache.v)[:, :, :, :total].all()
+
+
+def lora_loss(graph, base, ids, segments, positions):
+    def loss(lora, key):
+        model = nnx.merge(graph, lora, base)
+        return (model.hidden(ids, segments, positions, key=key) ** 2).mean()
+
+    return loss
+
+
+def test_remat_policies_agree():
+    """Also with dropout: the recomputed masks are those of the forward pass."""
+    lora, arrays = Lora(rank=4, alpha=6.0, dropout=0.3), cases.weights(cases.SWIN, lora=True)
+    batch, results, sizes = setup.rows(tokens(2, 8)), {}, {}
+    for remat in ("none", "dots", "qkv_attn", "attn", "attn_offload", "all"):
+        model = setup.load(setup.config(cases.SWIN, remat=remat), arrays, lora)
+        graph, adapters, rest = chameleon.split(model)
+        loss = lora_loss(graph, rest, *batch)
+        results[remat] = jax.device_get(setup.jit(jax.value_and_grad(loss))(adapters, KEY))
+        saved = jax.eval_shape(lambda p, loss=loss: jax.vjp(lambda p: loss(p, KEY), p)[1], adapters)
+        sizes[remat] = [
+            x.shape for x in jax.tree.leaves(saved) if x.shape[:2] == (3, 2) and x.ndim > 3
+        ]
+    for remat in results:
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+            results[remat],
+            results["none"],
+        )
+    heads, keys, stream = (3, 2, 8, 8, 8), (3, 2, 4, 8, 8), (3, 2, 8, 64)
+    assert sizes["all"] == [stream]
+    assert sorted(sizes["attn"]) == sorted([stream, heads])
+    assert sorted(sizes["qkv_attn"]) == sorted([stream, heads, heads, keys, keys])
+    assert len(sizes["none"]) > len(sizes["qkv_attn"])
+
+
+def test_dropout_needs_a_key_and_follows_it():
+    model, batch = (
+        loaded(cases.BASE, Lora(rank=4, alpha=6.0, dropout=0.5)),
+        setup.rows(tokens(2, 8)),
+    )
+    run = setup.jit(lambda m, key: m.hidden(*batch, key=key))
+    first, again, other = (np.asarray(run(model, jax.random.key(k))) for k in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 1e-2
+    off = loaded(cases.BASE, Lora(rank=4, alpha=6.0, dropout=0.0))
+    np.testing.assert_array_equal(run(model, None), run(off, None))
+    assert np.abs(first - run(model, None)).max() > 1e-2
+
+
+def test_bf16_stands_a_large_residual_stream():
+    """A trained 7B reaches 9e4 in the residual stream; fp16 would overflow, bf16 must not."""
+    ids, outputs = setup.rows(cases.ids()), {}
+    for dtype in ("float32", "bfloat16"):
+        arrays = cases.weights(cases.BASE, lora=False)
+        arrays["embed_tokens.embedding"] *= 1e4
+        arrays["layers.self_attn.o_proj.kernel"] *= 1e4  # layers that matter beside it
+        arrays["layers.mlp.down_proj.kernel"] *= 1e4
+        model = setup.load(setup.config(cases.BASE, compute_dtype=dtype, param_dtype=dtype), arrays)
+        outputs[dtype] = np.asarray(hidden(model, *ids), np.float32)
+        assert hidden(model, *ids).dtype == dtype
+    assert np.isfinite(outputs["bfloat16"]).all()
+    off = outputs["bfloat16"] - outputs["float32"]
+    assert off.std() < 0.03 * outputs["float32"].std()  # bf16 keeps 8 bits: 0.4 % an operation
+
+
+def sizes(config: Model, vocab: Vocab, lora: Lora) -> tuple[int, int]:
+    """Base and adapter parameters by arithmetic."""
+    d, f, r = config.hidden_size, config.intermediate_size, lora.rank
+    q, kv = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
+    matrices = [(d, q), (d, kv), (d, kv), (q, d), (d, f), (d, f), (f, d)]
+    gains = 2 * d + 4 * config.qk_norm_shards * config.head_dim
+    layer = sum(a * b for a, b in matrices) + gains
+    adapters = sum(r * (a + b) for a, b in matrices)
+    return 2 * vocab.size * d + d + config.num_layers * layer, config.num_layers * adapters
+
+
+@pytest.mark.parametrize(
+    "file, base_count, lora_count",
+    [(base_config, 7_013_158_912, 39_976_960), (chameleon_30b, 34_293_522_432, 108_920_832)],
+    ids=["7B", "30B"],
+)
+def test_true_sizes(file, base_count, lora_count):
+    config = file.get_config()
+    model, vocab = build(Model, config.model), build(Vocab, config.vocab)
+    lora = build(Lora, config.lora)
+    assert sizes(model, vocab, lora) == (base_count, lora_count)
+    with jax.set_mesh(make_mesh(Mesh(data=1, fsdp=2, tp=4))):
+        like = chameleon.abstract(model, vocab, lora)
+        _, adapters, rest = chameleon.split(like)
+        assert chameleon.count_parameters(adapters) == lora_count
+        assert chameleon.count_parameters(rest) == base_count
+        assert {x.dtype for x in jax.tree.leaves(adapters)} == {jnp.dtype("float32")}
+        assert {x.dtype for x in jax.tree.leaves(rest)} == {jnp.dtype("bfloat16")}
+        ids = jax.ShapeDtypeStruct((8, 2_048), jnp.int32)
+        run = lambda m, i: m.logits(m.hidden(i, i, i, key=KEY))  # noqa: E731
+        logits = jax.eval_shape(run, like, ids)
+        assert (logits.shape, logits.dtype) == ((8, 2_048, 65_536), jnp.float32)
+
+
+def test_heads_must_split_over_tp():
+    with jax.set_mesh(make_mesh(Mesh(data=1, fsdp=1, tp=8))):
+        with pytest.raises(
+            ValueError, match="num_kv_heads is 4, not divisible by config.mesh.tp = 8"
+        ):
+            chameleon.create(setup.config(cases.SWIN), setup.VOCAB, setup.NO_LORA, key=KEY)

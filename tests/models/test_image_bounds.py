@@ -1,0 +1,259 @@
+"""What an image file may cost: memory of the largest, files that are refused, one place to open."""
+
+import io
+import re
+import struct
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import worst_images
+from PIL import Image, TiffImagePlugin
+
+from medmax_jax.eval.models import baselines, endpoint, predictions
+from medmax_jax.eval.pipeline import image_scoring
+from medmax_jax.eval.reporting import page as reporting_page
+from medmax_jax.models import image_headers, image_range, images
+
+ROOT = Path(__file__).parents[2]
+SIDE = 4_000
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n"
+PEAKS = """
+import pathlib, sys
+from medmax_jax.models import image_headers
+from medmax_jax.models import images
+
+def peak():
+    return int(next(n for n in open("/proc/self/status") if n.startswith("VmHWM")).split()[1])
+
+before = peak()
+for name in sys.argv[1:]:
+    try:
+        images.load(pathlib.Path(name), max_pixels=images.MAX_PIXELS)
+        print("accepted", name)
+    except image_headers.ImageError as error:
+        print(error)
+print((peak() - before) * 1024)
+"""
+
+
+def peak_of(*paths):
+    """Lines of output, and how many bytes these files need at most, in a process of its own."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("peak memory is read from /proc")
+    done = subprocess.run(
+        [sys.executable, "-c", PEAKS, *map(str, paths)],
+        cwd=ROOT, capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    *lines, last = done.stdout.splitlines()
+    return lines, int(last)
+
+
+def test_alpha_is_blended_in_bands_of_rows(tmp_path):
+    """12 bytes a pixel: the file's RGBA, the RGB, a band. In float64 at once it was 69."""
+    row = bytes([200, 100, 0, 128]) * SIDE
+    (tmp_path / "a.png").write_bytes(worst_images.png(SIDE, SIDE, depth=8, color=6, row=row))
+    (line,), peak = peak_of(tmp_path / "a.png")
+    assert line.startswith("accepted") and peak < 12 * SIDE * SIDE
+    assert 12 * images.MAX_PIXELS < 1.5 * 2**30
+
+
+def test_bands_have_the_pixels_of_the_whole(monkeypatch):
+    rgba = np.random.default_rng(0).integers(0, 256, (37, 41, 4), np.uint8)
+    rgba[:5, :, 3] = 255
+    alpha = rgba[..., 3:] / 255.0
+    whole = ((1 - alpha) * 255.0 + alpha * rgba[..., :3]).astype(np.uint8)
+    monkeypatch.setattr(image_range, "BAND", 100)
+    np.testing.assert_array_equal(np.asarray(images.to_rgb(Image.fromarray(rgba))), whole)
+    wide = np.random.default_rng(1).integers(0, 65_536, (37, 41)).astype(np.uint16)
+    grey = np.asarray(images.to_rgb(Image.fromarray(wide)))[..., 0]
+    np.testing.assert_array_equal(grey, wide >> 8)
+
+
+def test_every_value_under_every_alpha():
+    """The table of all 65,536 pairs is the formula."""
+    value, alpha = np.meshgrid(np.arange(256, dtype=np.uint8), np.arange(256, dtype=np.uint8))
+    rgba = np.dstack([value, value, value, alpha])
+    share = rgba[..., 3:] / 255.0
+    blended = ((1 - share) * 255.0 + share * rgba[..., :3]).astype(np.uint8)
+    np.testing.assert_array_equal(np.asarray(images.to_rgb(Image.fromarray(rgba))), blended)
+
+
+SAID = {
+    "apng": "30000 x 30000 pixels; the limit is 89478485",
+    "shared_tags": "TIFF tags of 1200000000 bytes",
+    "exif_jpeg": "TIFF tags of 1200000000 bytes",
+    "tile_tiff": "TIFF tiles of 30000 x 30000 pixels",
+    "strip_tiff": "TIFF strips of 671088640 bytes",
+    "strips_tiff": "TIFF tag 273 has 2000000 values; the limit is 1048576",
+    "scans_jpeg": r"a JPEG of \d+ scans; the limit is 100",
+    "delta_bmp": "4000000 x 2 pixels; the limit of a side is 65536",
+    "comment_gif": "a GIF comment above 1048576 bytes",
+    "text_png": "damaged or cut short .Too much memory used in text chunks",
+}
+
+
+def test_files_that_cost_too_much_are_refused(tmp_path):
+    """Each took gigabytes or many seconds before it was refused, or was accepted."""
+    assert SAID.keys() == worst_images.REFUSED.keys()
+    for name, make in worst_images.REFUSED.items():
+        (tmp_path / name).write_bytes(make())
+    lines, peak = peak_of(*(tmp_path / name for name in SAID))
+    for line, (name, said) in zip(lines, SAID.items(), strict=True):
+        assert re.match(rf"{re.escape(str(tmp_path / name))}: {said}", line), line
+    assert peak < 400 * 2**20
+
+
+def test_ordinary_metadata_is_accepted(tmp_path):
+    """EXIF, profiles, tiles larger than the image, comments, ten scans."""
+    image = Image.new("RGB", (50, 40), (9, 9, 9))
+    exif = Image.Exif()
+    exif[0x010E], exif.get_ifd(0x8769)[0x9286] = "a" * 9_000, b"b" * 9_000
+    directory = TiffImagePlugin.ImageFileDirectory_v2()
+    directory[270] = "description " * 1000
+    profile = bytes(9_000)
+    files = {
+        "a.jpg": dict(exif=exif, icc_profile=profile, progressive=True, comment="c" * 9_000),
+        "a.tif": dict(tiffinfo=directory, icc_profile=profile, compression="tiff_lzw"),
+        "a.png": dict(exif=exif, icc_profile=profile),
+        "a.webp": dict(exif=exif, icc_profile=profile, lossless=True),
+        "a.gif": dict(comment=b"c" * 9_000),
+    }
+    for name, options in files.items():
+        image.save(tmp_path / name, **options)
+        assert images.load(tmp_path / name, max_pixels=40 * 50).size == (50, 40)
+
+
+def test_a_large_file_and_a_pipe_are_refused(tmp_path, monkeypatch):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    monkeypatch.setattr(image_headers, "MAX_BYTES", 50)
+    with pytest.raises(image_headers.ImageError, match=r"a\.png: \d+ bytes; the limit is 50"):
+        images.load(tmp_path / "a.png", max_pixels=81)
+    with pytest.raises(image_headers.ImageError, match="a device: not a regular file"):
+        images.load("/dev/zero", max_pixels=81, name="a device")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM"])
+def test_damaged_files_are_image_errors(kind):
+    """Bytes that are changed at random: an image, or an ImageError, and nothing else."""
+    file, draw = io.BytesIO(), np.random.default_rng(0)
+    Image.fromarray(draw.integers(0, 255, (16, 16, 3), np.uint8)).save(file, kind)
+    for _ in range(300):
+        content = bytearray(file.getvalue())
+        for place in draw.integers(0, min(len(content), 400), draw.integers(1, 6)):
+            content[place] = draw.integers(0, 256)
+        try:
+            images.load(bytes(content[: draw.integers(20, 2 * len(content))]), max_pixels=10**6)
+        except image_headers.ImageError:
+            pass
+
+
+def test_one_place_opens_image_files():
+    opening = re.compile(r"\bImage\.open\(|\bImageFile\.Parser|\bimread\(|\bcv2\b|\bimageio\b")
+    found = {
+        str(path.relative_to(ROOT))
+        for room in ("medmax_jax", "data", "eval", "benchmarks", "configs")
+        for path in (ROOT / room).rglob("*.py")
+        if opening.search(path.read_text())
+    }
+    assert found == {"medmax_jax/models/images.py"}, "open image files with medmax_jax.images.load"
+
+
+@pytest.fixture
+def ghostscript(tmp_path, monkeypatch):
+    """A stand-in for gs that says when it was started."""
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "gs"
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\necho 10.0\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin", prepend=":")
+    yield
+    assert not (tmp_path / "ran").exists()
+
+
+def test_no_reader_of_the_evaluation_starts_ghostscript(tmp_path, ghostscript):
+    path = tmp_path / "evil.png"
+    path.write_bytes(POSTSCRIPT)
+    with pytest.raises(endpoint.ServiceError, match=r"evil\.png: not a picture this program"):
+        endpoint.png(path)
+    with pytest.raises(image_headers.ImageError, match="not a picture"):
+        reporting_page.png(path)
+    assert image_scoring._mode(path) == ""
+    lines = tmp_path / "p.jsonl"
+    lines.write_text('{"id": "1", "text": "no", "images": ["evil.png"]}\n')
+    with pytest.raises(predictions.PredictionsError, match="not a picture"):
+        predictions.Predictions(lines, [types.SimpleNamespace(id="1", data_class="public")])._image(
+            "1", "evil.png", ""
+        )
+    model = baselines.Baseline("random", [], tmp_path, seed=0)
+    model._images = ["evil.png"]
+    with pytest.raises(image_headers.ImageError, match="not a picture"):
+        model._picture("1")
+
+
+def test_a_page_names_the_image_that_it_cannot_show(tmp_path):
+    (tmp_path / "evil.png").write_bytes(POSTSCRIPT)
+    record = dict(id="7", group="g", prompt="p", answer="a", text="t", image="evil.png", images=[])
+    page = reporting_page.examples([record], tmp_path, tmp_path)
+    assert "7: shown: " in page and "not a picture this program reads" in page
+
+
+def test_endpoints_see_the_pixels_of_own_models(tmp_path):
+    ramp = np.linspace(0, 65_535, 64)[None].repeat(8, 0)
+    rgba = np.zeros((8, 64, 4), np.uint8)
+    rgba[:4, :, 3] = 255
+    kinds = {"16.png": ramp.astype(np.uint16), "12.png": (ramp / 16).astype(np.uint16)}
+    for name, pixels in (kinds | {"alpha.png": rgba}).items():
+        Image.fromarray(pixels).save(tmp_path / name)
+        own = np.asarray(images.load(tmp_path / name, max_pixels=10**6))
+        with Image.open(io.BytesIO(endpoint.png(tmp_path / name))) as sent:
+            np.testing.assert_array_equal(np.asarray(sent), own)
+        assert 100 < own.mean() < 150
+
+
+def test_nothing_but_pixels_is_handed_on(tmp_path):
+    """A colour profile may name a person as well as EXIF does."""
+    image = Image.new("RGB", (8, 8))
+    image.save(tmp_path / "a.png", icc_profile=b"CANARY", dpi=(7, 7))
+    assert images.load(tmp_path / "a.png", max_pixels=64).info == {}
+    assert b"iCCP" not in endpoint.png(tmp_path / "a.png")
+
+
+def test_orientation_is_that_of_the_release(tmp_path):
+    """JPEG, PNG and WebP as stored, as the released scripts read them; TIFF as Pillow turns it."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name, size in {
+        "a.jpg": (20, 10),
+        "a.png": (20, 10),
+        "a.webp": (20, 10),
+        "a.tif": (10, 20),
+    }.items():
+        Image.new("RGB", (20, 10)).save(tmp_path / name, exif=exif)
+        assert images.load(tmp_path / name, max_pixels=200).size == size
+
+
+def test_a_jpeg_marker_in_a_segment_is_no_scan(tmp_path):
+    """200 of them in a comment are 200 too many, whichever they are; 20 are not."""
+    Image.new("L", (8, 8)).save(tmp_path / "a.jpg", comment=b"\xff\xda" * 20)
+    assert images.load(tmp_path / "a.jpg", max_pixels=64).size == (8, 8)
+    assert struct.calcsize("<HHL4s") == 12  # an entry of a TIFF directory, as it is counted
+
+
+def test_formats_with_a_bound_of_their_own(monkeypatch):
+    """WebP for its memory, PPM of an unusual maximum for the seconds of Pillow's Python decoder."""
+    monkeypatch.setattr(images, "MAX_WEBP", 63)
+    monkeypatch.setattr(images, "MAX_PYTHON", 63)
+    for kind, said in (("WEBP", "the limit is 63"), ("PNG", ""), ("PPM", "")):
+        Image.new("RGB", (8, 8)).save(file := io.BytesIO(), kind)
+        if said:
+            with pytest.raises(image_headers.ImageError, match=said):
+                images.load(file.getvalue(), max_pixels=64)
+        else:
+            assert images.load(file.getvalue(), max_pixels=64).size == (8, 8)
+    for head in (b"P5 8 8 4095 ", b"P2 8 8 255 "):
+        with pytest.raises(image_headers.ImageError, match="the limit is 63"):
+            images.load(head + bytes(128), max_pixels=64)

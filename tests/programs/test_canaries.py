@@ -1,0 +1,126 @@
+"""Nothing of a patient on the whole road: canaries in every tag, path and report, then programs.
+
+    DICOM + reports -> build -> records -> check, stats, plan, who_saw, train, who_saw again
+
+Every byte that is written below the folder, and every one that is printed, is searched; records and
+plans are compressed, so they are searched decoded too. tests/data/test_mimic.py has the source.
+"""
+
+import json
+import pathlib
+import stat
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from source_setup import DICOM_IDS, STUDY, SUBJECT
+from test_mimic import SECRETS, everything_written, marked_source
+
+from medmax_jax.data import prepare
+from medmax_jax.data.packing import plan_file
+from medmax_jax.data.records import writer
+
+ROOT = pathlib.Path(__file__).parents[2]
+CONFIG = """
+from medmax_jax.configs import tiny
+
+
+def get_config():
+    c = tiny.get_config()
+    c.data.update(train={records!r}, validation={records!r}, batch_size=2)
+    c.train.update(steps=3, log_every=1, checkpoint_every=2, eval_every=3, samples=2)
+    return c
+"""
+
+
+@pytest.fixture(scope="module")
+def road(tmp_path_factory):
+    """(folder, what all programs printed) after the whole road."""
+    top = tmp_path_factory.mktemp("road")
+    source = tmp_path_factory.mktemp("source") / f"{SECRETS[0]}-folder"
+    marked_source(source)
+    told = []
+
+    def ran(*command, module="data.prepare", status=0):
+        done = subprocess.run(
+            [sys.executable, "-m", module, *map(str, command)],
+            cwd=ROOT, capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
+        told.append(done.stdout + done.stderr)
+        assert done.returncode == status, told[-1]
+
+    r = top / "r"
+    build = ["build", "--source", "MIMIC-CXR", "--from", source, "--model", prepare.TINY]
+    ran(*build, "--out", top / "no", status=1)
+    ran(*build, "--out", r, "--max_bad", "0.6")
+    ran("check", r, "--against", r, status=1)  # all of it leaks into itself
+    ran("stats", r, "--out", top / "page.html")
+    ran("stats", r, "--out", top / "shown.html", "--show_credentialed")
+    ran("plan", r, "--seq_len", "256", "--row", "0", "--save", top / "plan.npz")
+    ran("plan", top / "plan.npz", "--row", "0")
+    (top / "tiny_mimic.py").write_text(CONFIG.format(records=str(r)))
+    workdir = f"--workdir={top / 'run'}"
+    ran(f"--config={top / 'tiny_mimic.py'}", workdir, module="medmax_jax.train")
+    for asked in (DICOM_IDS[0], writer.open_records(r)[0].id):
+        ran("who_saw", asked, "--in", top)
+    tokenize = ["tokenize", "--images", source, "--model", prepare.TINY, "--credentialed"]
+    ran(*tokenize, "--out", top / "codes", "--max_bad", "0.6")
+    return top, told
+
+
+def decoded(top):
+    """What compressed files say."""
+    written, count = everything_written(top / "r")
+    saved = plan_file.load(top / "plan.npz")
+    return written + json.dumps(saved.header), count
+
+
+def test_no_canary_in_any_byte(road):
+    top, told = road
+    heaps = {"decoded": decoded(top)[0], "printed": "\n".join(told)}
+    for path in top.rglob("*"):
+        heaps[str(path.relative_to(top))] = path.name
+        if path.is_file():
+            heaps[f"{path.relative_to(top)} bytes"] = path.read_bytes().decode("latin-1")
+    names = " ".join(heaps)
+    for expected in (
+        "page.html",
+        "plan.npz",
+        "train.log",
+        "history.jsonl",
+        "events.out",
+        "/meta/",
+        "codes/",
+        "samples/000003.html",
+    ):
+        assert expected in names
+    assert {SUBJECT, STUDY, *DICOM_IDS} <= set(SECRETS)
+    assert not [(s, name) for s in SECRETS for name, heap in heaps.items() if s in heap]
+
+
+def test_the_road_was_walked(road):
+    """Silence means something only where something was said."""
+    top, told = road
+    _, count = decoded(top)
+    assert count == 3 and "shared_codes\tdocument 0" in told[2]
+    page, shown = ((top / n).read_text() for n in ("page.html", "shown.html"))
+    assert "no focal consolidation" in shown and "focal" not in page
+    assert "no focal consolidation" in (top / "run" / "samples" / "000003.html").read_text()
+    for path in (top / "page.html", top / "run" / "samples" / "000003.html"):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert "step 3/3" in told[7] and "MIMIC-CXR" in (top / "run" / "config.json").read_text()
+    assert "'documents'" not in told[8] and told[9].count("'shard': ") >= 1
+    assert "'checkpoint': " in told[9] and "first_step" in told[9]
+
+
+def test_what_is_printed_of_an_image_is_a_hash(road):
+    """Not even the records' own names, which are hashes of the ids, stand in who_saw or check."""
+    top, told = road
+    found = writer.open_records(top / "r")
+    for d in found:
+        for said in (told[2], told[9]):
+            assert d.id not in said and d.image_path not in said and d.group not in said
+    words = " ".join("".join(told).split())
+    assert "focal consolidation" not in words  # no program prints a report
+    assert np.all([d.image_sha256 for d in found])

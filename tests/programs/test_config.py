@@ -1,0 +1,106 @@
+"""Config files become frozen settings; every kind of wrong setting names its field and the mend."""
+
+import importlib
+import math
+import pathlib
+import re
+
+import pytest
+
+from medmax_jax import config
+from medmax_jax.configs import base, medmax_7b_lora, tiny
+
+LAUNCHES = {  # sections of docs/launch.md: devices, and whether they are GPUs
+    "One GPU box": (8, True),
+    "A TPU VM pod on spot, re-created and resumed by one loop": (16, False),
+    "Two slices": (32, False),
+    "GKE by xpk": (32, False),
+    "SLURM": (32, True),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["base", "tiny", "tiny_base", "chameleon_30b", "medmax_7b_paper", "medmax_7b_lora",
+     "medmax_7b_qlora", "medmax_7b_full", "chameleon_30b_lora"],
+)  # fmt: skip
+def test_every_config_file_builds_and_survives_a_round_trip(name):
+    run = config.from_config_dict(importlib.import_module(f"configs.{name}").get_config())
+    assert config.from_config_dict(config.to_dict(run)) == run
+    assert hash(run) is not None
+
+
+def test_codes_per_image_follow_from_the_vqgan():
+    assert config.from_config_dict(base.get_config()).vq.codes_per_image == 1_024
+    assert config.from_config_dict(tiny.get_config()).vq.codes_per_image == 64
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("optim.lr", 1e-3, "config.optim.lr is unknown.*peak_lr"),
+        ("optim.peak_lr", None, "config.optim.peak_lr is missing"),
+        ("optim.peak_lr", "fast", "config.optim.peak_lr is 'fast'.*float"),
+        ("train.steps", 0, "config.train.steps is 0; it must be above 0"),
+        ("train.steps", 1.5, "config.train.steps is 1.5.*int"),
+        ("train.trains", "bias", "config.train.trains is 'bias'.*lora, full"),
+        ("model.num_kv_heads", 3, "config.model.num_heads is 32.*num_kv_heads"),
+        ("vq.num_codes", 512, "config.vq.num_codes is 512; it must be 8192"),
+        ("vq.channels", 48, "a multiple of vq.norm_groups, 32"),
+        ("vq.norm_groups", 0, "config.vq.norm_groups is 0; it must be above 0"),
+        ("model.num_kv_heads", 0, "config.model.num_kv_heads is 0; it must be above 0"),
+        ("vq.channel_mult", (1, 2.5), "whole numbers"),
+        ("data.seq_len", 2_000, "config.data.document_limit is 2048; it must be in 1..2000"),
+        ("data.document_limit", 4_097, "in 1..2048: at most data.seq_len and model.context_length"),
+        ("data.document_limit", 0, "config.data.document_limit is 0; it must be in 1..2048"),
+        ("mixing.by", "image", "config.mixing.by is 'image'; it must be one of source, task"),
+        ("mixing.unit", "rows", "one of documents, tokens"),
+        ("mixing.weights", 2, "config.mixing.weights is 2 .int.; it must be str"),
+        ("data.batch_size", 3, None),
+        ("mesh.fsdp", 3, "config.data.batch_size is 8; it must be a multiple"),
+        ("vocab.text_start", 100, "config.vocab.text_start is 100"),
+        ("lora.dropout", 1.0, r"in \[0, 1\)"),
+        ("lora.rank", 0, "above 0"),
+    ],
+)
+def test_wrong_settings_say_so(path, value, message):
+    settings = base.get_config().to_dict()
+    section, field = path.split(".")
+    if value is None:
+        del settings[section][field]
+    else:
+        settings[section][field] = value
+    if message is None:
+        config.from_config_dict(settings)
+    else:
+        with pytest.raises(config.ConfigError, match=message):
+            config.from_config_dict(settings)
+
+
+def test_the_fingerprint_sees_every_field():
+    run = config.from_config_dict(base.get_config())
+    settings = config.to_dict(run)
+    settings["optim"]["eps"] = 1e-7
+    assert config.fingerprint(run) != config.fingerprint(config.from_config_dict(settings))
+
+
+@pytest.mark.parametrize("title", LAUNCHES)
+def test_the_commands_of_launch_md_suit_their_machines(title):
+    devices, gpus = LAUNCHES[title]
+    text = (pathlib.Path(__file__).parents[2] / "docs" / "launch.md").read_text()
+    section = text.split(f"## {title}\n")[1].split("\n## ")[0]
+    found = re.findall(r"medmax_7b_lora\.py(.*?)--workdir", section, re.S)
+    assert found
+    for flags in found:
+        settings = medmax_7b_lora.get_config()
+        for path, value in re.findall(r"--config\.([\w.]+)=(\S+)", flags):
+            *names, last = path.split(".")
+            part = settings
+            for name in names:
+                part = part[name]
+            part[last] = type(part[last])(value)
+        run = config.from_config_dict(settings)  # batch and mesh agree, or this raises
+        sizes = (run.mesh.data, run.mesh.fsdp, run.mesh.tp)
+        assert math.prod(sizes) == devices
+        kinds = ("cudnn", "default") if gpus else ("splash", "gather")
+        assert (run.model.attention, run.train.compile) == kinds

@@ -1,0 +1,129 @@
+"""The whole road in small: stopped, taken up again, without a network; and its page."""
+
+import html.parser
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import PIL.Image
+
+from medmax_jax import quickstart
+
+ROOT = pathlib.Path(__file__).parents[2]
+SMALL = [
+    "--config.views=1",
+    "--config.cases=3",
+    "--config.run.train.steps=4",
+    "--config.run.train.log_every=1",
+    "--config.run.train.eval_every=4",
+    "--config.run.train.checkpoint_every=2",
+    "--config.run.data.batch_size=1",
+    "--config.eval.rows=8",
+    "--config.eval.counts.vqa_closed=8",
+    "--config.eval.counts.vqa_mcq=2",
+    "--config.eval.counts.vqa_open=2",
+    "--config.eval.counts.captioning=2",
+    "--config.eval.counts.image_generation=2",
+    "--config.eval.counts.multimodal=0",
+]
+MARKUP = "<script>alert(1)</script>\"'&<img src=x onerror=alert(2)>"
+
+
+def command(workdir) -> list[str]:
+    program = [sys.executable, "-m", "medmax_jax.quickstart", f"--workdir={workdir}", *SMALL]
+    offline = (
+        shutil.which("unshare")
+        and not subprocess.run(["unshare", "-rn", "true"], capture_output=True).returncode
+    )
+    return ["unshare", "-rn", *program] if offline else program
+
+
+def environment() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+
+
+def test_the_road_survives_a_stop_and_ends_with_a_report(tmp_path):
+    work = tmp_path / "run"
+    place = dict(cwd=ROOT, env=environment(), text=True)
+    with open(tmp_path / "out.txt", "w") as out:
+        first = subprocess.Popen(command(work), stdout=out, stderr=subprocess.STDOUT, **place)
+        deadline = time.monotonic() + 400
+        while "step 1/4" not in (tmp_path / "out.txt").read_text():
+            assert first.poll() is None, (tmp_path / "out.txt").read_text()[-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        first.send_signal(signal.SIGINT)
+        status = first.wait(timeout=120)
+    said = (tmp_path / "out.txt").read_text()
+    assert status == 75 and "the same command goes on" in said, said[-3000:]
+    second = subprocess.run(command(work), capture_output=True, timeout=600, **place)
+    assert second.returncode == 0, second.stdout[-3000:] + second.stderr[-3000:]
+    assert "resuming after step" in second.stdout
+    report = json.loads((work / "report.json").read_text())
+    first_row = report["scores"][0]
+    assert first_row["task"] == "vqa_closed" and first_row["n"] == 8
+    assert {"before", "after", "diff", "ci_low", "ci_high"} <= set(first_row)
+    assert len(report["comparisons"]) == 3
+    page = (work / "report.html").read_text()
+    assert "not for clinical use" in page and page.count("data:image/png") > 8
+
+
+def picture() -> PIL.Image.Image:
+    return PIL.Image.fromarray(np.zeros((8, 8, 3), np.uint8))
+
+
+def page_with_markup() -> str:
+    row = dict(n=1, groups=1, diff=0.0, ci_low=0.0, ci_high=0.0)
+    report = {
+        "scores": [dict(task=MARKUP, metric=MARKUP, before=0.0, after=0.0, **row)],
+        "comparisons": [dict(against=MARKUP, theirs=0.0, ours=0.0, **row)],
+        "stages": [dict(stage=MARKUP, what=MARKUP, seconds=1.0)],
+        "ran": dict(
+            seconds=1.0, peak_gib=1.0, device=MARKUP, jax="0", config="0", train_groups=1,
+            test_groups=1,
+        ),
+        "notes": MARKUP,
+    }  # fmt: skip
+    case = quickstart.Case(
+        name=f"{MARKUP}.png",
+        image=picture(),
+        reconstruction=picture(),
+        question=MARKUP,
+        answer=MARKUP,
+        before=MARKUP,
+        after=MARKUP,
+    )
+    made = quickstart.Generated(prompt=MARKUP, before=picture(), after=picture())
+    train = [
+        dict(step=n, text_nll=1.0 / n, image_nll=2.0 / n, tokens_per_second=9.0) for n in (1, 2)
+    ]
+    curves = quickstart.plot_curves(train, train[:1])
+    return quickstart.build(report, [case], [made], curves)
+
+
+def test_the_page_shows_markup_as_text_and_forbids_scripts():
+    tags, attributes, policy, shown = set(), set(), [], []
+
+    class Reader(html.parser.HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            tags.add(tag)
+            attributes.update(name for name, _ in attrs)
+            if dict(attrs).get("http-equiv") == "Content-Security-Policy":
+                policy.append(dict(attrs)["content"])
+
+        def handle_data(self, data):
+            shown.append(data)
+
+    text = page_with_markup()
+    Reader().feed(text)
+    assert "script" not in tags and not {a for a in attributes if a.startswith("on")}
+    assert "default-src 'none'" in policy[0] and "script-src" not in policy[0]
+    # task, metric, rival, stage, what, notes; name, question, answer, before, after; prompt
+    assert sum(MARKUP in piece for piece in shown) == 6 + 5 + 1 + 1  # and the device
+    assert "http://" not in text and "https://" not in text

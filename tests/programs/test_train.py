@@ -1,0 +1,355 @@
+"""The training program: what a run leaves, that a stopped run is the whole one, bad inputs."""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import micro_run
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from run_setup import rows, same_numbers
+from safetensors.numpy import load_file, save_file
+
+from medmax_jax import cli, config, train
+from medmax_jax.checkpoints import checksums, export, manager, safetensors_file
+from medmax_jax.data.packing.pack import PackError
+from medmax_jax.data.records.document import RecordsError
+from medmax_jax.io.storage import Folder
+from medmax_jax.training import reporting, setup
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory):
+    """These runs have one shape: XLA compiles it for the first and reads it for the others."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache")))
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("data")
+    return {
+        "data__train": micro_run.write(folder / "train", count=40),
+        "data__validation": micro_run.write(folder / "validation", count=9, seed=1),
+    }
+
+
+@pytest.fixture(scope="module")
+def base(data, tmp_path_factory) -> pathlib.Path:
+    """A model folder, made by a full run."""
+    folder = tmp_path_factory.mktemp("full")
+    run = micro_run.run(**data, train__trains="full", lora__rank=0, train__steps=2)
+    result = train.run(run, folder)
+    assert result["export"] == str(folder / "model") and result["step"] == 2
+    return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def done(data, base, tmp_path_factory) -> tuple[config.Run, pathlib.Path, dict]:
+    """A finished run of five steps; the tests take copies of its folder."""
+    folder = tmp_path_factory.mktemp("lora")
+    run = micro_run.run(**data, train__init_from=str(base), train__eval_every=4)
+    return run, folder, train.run(run, folder)
+
+
+def copy(folder: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+    return pathlib.Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+def test_full_run_leaves_a_model_folder(base):
+    assert json.loads((base / "config.json").read_text())["model"]["hidden_size"] == 32
+    assert {p.name for p in base.iterdir()} == {"config.json", "model.safetensors"}
+    log = (base.parent / "train.log").read_text()
+    assert "has no tokenizer.json" in log and "has no vqgan.safetensors" in log
+
+
+def test_lora_run_leaves_what_it_promises(done, base):
+    run, folder, result = done
+    left = {p.name.split(".1")[0] for p in folder.iterdir()}
+    assert left >= {"config.json", "metrics.jsonl", "train.log", "events.out.tfevents", "adapter"}
+    facts = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    assert facts["base"] == Folder(base).file("model.safetensors").digest("sha256")
+    assert (facts["rank"], facts["alpha"], facts["step"]) == (4, 4.0, 5)
+    adapters = load_file(folder / "adapter" / "adapter.safetensors")
+    assert "layers.self_attn.q_proj.lora_a" in adapters
+    assert all(np.abs(a).max() > 0 for a in adapters.values())
+    assert list(rows(folder, "train")) == [1, 2, 3, 4, 5]
+    held = rows(folder, "validation")
+    assert list(held) == [4, 5] and held[5]["text_nll"] != held[5]["image_nll"]
+    assert result["validation_loss"] == held[5]["loss"]
+    assert result["loss"] == rows(folder, "train")[5]["loss"]
+    written = json.loads((folder / "config.json").read_text())
+    assert config.from_config_dict(written["config"]) == run
+    assert written["versions"]["jax"] == jax.__version__ and written["data"]
+    log = (folder / "train.log").read_text()
+    assert re.search(r"step 5/5 loss \d\.\d+ text \d\.\d+ image \d\.\d+ lr .* eta 0:00", log)
+    assert "layers.self_attn.q_proj.lora_a" in log  # the parameter table
+    assert f"plan {written['plan'][:12]}" in log and "train: generated: 100.0% of the docu" in log
+    steps = [int(p.name) for p in (folder / "checkpoints").iterdir()]
+    assert sorted(steps) == [4, 5]
+
+
+def test_a_finished_run_only_exports_again(done, tmp_path):
+    run, folder, result = done
+    again = copy(folder, tmp_path)
+    shutil.rmtree(again / "adapter")
+    second = train.run(run, again)
+    assert second["loss"] == result["loss"]
+    assert second["validation_loss"] == result["validation_loss"]
+    assert (again / "adapter" / "adapter.safetensors").read_bytes() == (
+        folder / "adapter" / "adapter.safetensors"
+    ).read_bytes()
+    assert list(rows(again, "train")) == [1, 2, 3, 4, 5]
+
+
+def test_a_run_goes_on_without_its_logs(done, tmp_path, capsys):
+    """Folders stand where the files go, which no rights of a user get around."""
+    run, folder, result = done
+    shutil.copytree(folder, tmp_path / "run")
+    logs = ("train.log", "metrics.jsonl", "history.jsonl")
+    for name in logs:
+        (tmp_path / "run" / name).unlink()
+        (tmp_path / "run" / name).mkdir()
+    again = train.run(run, tmp_path / "run")
+    out = capsys.readouterr().out
+    assert again["step"] == result["step"] and "Traceback" not in out
+    for name in logs:
+        assert f"WARNING: {tmp_path / 'run' / name}: cannot be" in out, name
+
+
+def test_a_damaged_row_of_the_metrics_is_left_out(done, tmp_path, capsys):
+    run, folder, result = done
+    shutil.copytree(folder, tmp_path / "run")
+    path = tmp_path / "run" / "metrics.jsonl"
+    rows = path.read_bytes().count(b"\n")
+    path.write_bytes(path.read_bytes().replace(b'"step"', b'"ste\xff"', 1))
+    assert train.run(run, tmp_path / "run")["step"] == result["step"]
+    assert "1 line that cannot be read was left out" in capsys.readouterr().out
+    assert path.read_bytes().count(b"\n") == rows - 1
+
+
+def test_a_damaged_checkpoint_is_reported_and_made_again(done, tmp_path):
+    run, folder, _ = done
+    again = copy(folder, tmp_path)
+    newest = again / "checkpoints" / "5"
+    victim = max((p for p in newest.rglob("d/*") if p.is_file()), key=lambda p: p.stat().st_size)
+    flipped = bytearray(victim.read_bytes())
+    flipped[len(flipped) // 2] ^= 16
+    victim.write_bytes(flipped)
+    train.run(run, again)
+    log = (again / "train.log").read_text()
+    assert "checkpoint 5 is damaged" in log and "resuming after step 4" in log
+    assert same_numbers(again, folder)
+    assert checksums.damage(Folder(newest)) == ""
+
+
+def test_a_signal_cuts_an_evaluation_short(data, base, tmp_path):
+    """The state is saved at once; the next start makes up for the evaluation, and goes on."""
+    held = micro_run.write(tmp_path / "held", count=90, seed=1)  # several batches
+    run = micro_run.run(
+        **data | {"data__validation": held}, train__init_from=str(base), train__eval_every=4,
+        train__checkpoint_every=9,
+    )  # fmt: skip
+    folder = tmp_path / "w"
+
+    def terminate() -> None:
+        log = folder / "train.log"
+        while not (log.exists() and "step 4/5" in log.read_text()):
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGTERM)  # while the first evaluation is compiled
+
+    watch = threading.Thread(target=terminate, daemon=True)
+    watch.start()
+    with pytest.raises(cli.Interrupted, match="SIGTERM: stopped after step 4"):
+        train.run(run, folder)
+    watch.join()
+    log = (folder / "train.log").read_text()
+    assert "validation after step 4 was cut short" in log and "checkpoint 4: held" in log
+    assert not rows(folder, "validation")
+    train.run(run, folder)
+    assert list(rows(folder, "validation")) == [4, 5] and list(rows(folder, "train"))[-1] == 5
+
+
+def test_what_changes_no_number_may_change(done, data, base, tmp_path):
+    _, folder, _ = done
+    again = copy(folder, tmp_path)
+    common = dict(data, train__init_from=str(base), train__eval_every=4)
+    with pytest.raises(manager.CheckpointError, match="config.lora.alpha was 4.0, is now 8.0"):
+        train.run(micro_run.run(**common, lora__alpha=8.0), again)
+    with pytest.raises(manager.CheckpointError, match="plan was .*data.seed|data.seed .*plan"):
+        train.run(micro_run.run(**common, data__seed=3), again)
+    with pytest.raises(manager.CheckpointError, match="base was .*see config.train.init_from"):
+        train.run(micro_run.run(**common | {"train__init_from": ""}), again)
+    free = dict(train__keep=1, mesh__fsdp=2, mesh__tp=2, model__remat="attn")
+    train.run(micro_run.run(**common, **free), again)
+    log = (again / "train.log").read_text()
+    assert "changed since the checkpoint: config.train.keep was 2, is now 1" in log
+    assert "config.mesh.tp was 1, is now 2" in log
+
+
+def test_a_longer_schedule_wants_extend(done, data, base, tmp_path):
+    _, folder, _ = done
+    again = copy(folder, tmp_path)
+    longer = micro_run.run(**data, train__init_from=str(base), train__eval_every=4, train__steps=7)
+    with pytest.raises(manager.CheckpointError, match="steps was 5, is now 7 .--extend allows"):
+        train.run(longer, again)
+    assert train.run(longer, again, setup.Options(extend=True))["step"] == 7
+    assert list(rows(again, "train")) == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_the_same_run_on_another_mesh_from_the_middle(done, data, base, tmp_path):
+    """Batches, losses and results are those of the run that never changed its mesh."""
+    _, folder, _ = done
+    again = copy(folder, tmp_path)
+    shutil.rmtree(again / "checkpoints" / "5")
+    common = dict(data, train__init_from=str(base), train__eval_every=4)
+    train.run(micro_run.run(**common, mesh__data=2, mesh__fsdp=2, mesh__tp=2), again)
+    ours, theirs = rows(again, "train")[5], rows(folder, "train")[5]
+    assert ours["tokens"] == theirs["tokens"] and ours["epoch"] == theirs["epoch"]
+    for name in ("loss", "text_nll", "image_nll", "grad_norm"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
+
+
+def test_the_random_numbers_are_a_setting(done, data, base, tmp_path):
+    """Adapters are drawn with train.prng_impl, so the first gradient differs; else nothing does."""
+    _, folder, _ = done
+    run = micro_run.run(**data, train__init_from=str(base), train__prng_impl="rbg", train__steps=1)
+    train.run(run, tmp_path)
+    (ours,), theirs = rows(tmp_path, "train").values(), rows(folder, "train")[1]
+    assert ours["grad_norm"] != theirs["grad_norm"]
+    assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)  # B is zero still
+
+
+def test_rows_may_be_longer_than_the_context_of_the_model(done, data, base, tmp_path):
+    """Positions begin anew in each document, so held-out losses do not depend on the row length."""
+    common = dict(data, train__init_from=str(base), train__steps=1, train__eval_every=1)
+    for seq_len in (32, 160):
+        run = micro_run.run(**common, data__seq_len=seq_len, optim__peak_lr=0.0)
+        assert run.model.context_length == 64
+        train.run(run, tmp_path / str(seq_len))
+    short, long = (rows(tmp_path / n, "validation")[1] for n in ("32", "160"))
+    for name in ("text_nll", "image_nll"):
+        assert long[name] == pytest.approx(short[name], abs=1e-5)
+
+
+def test_loss_that_is_not_finite_stops_the_run(done, data, base, tmp_path):
+    broken = copy(base, tmp_path)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["norm.scale"][0] = np.nan
+    save_file(tensors, broken / "model.safetensors")
+    run = micro_run.run(**data, train__init_from=str(broken), train__eval_every=4)
+    with pytest.raises(
+        reporting.TrainError, match="step 1: loss nan.*generated/0-.*no checkpoint yet"
+    ):
+        train.run(run, tmp_path / "w")
+    assert not (tmp_path / "w" / "adapter").exists()
+    assert "are not finite;" in (tmp_path / "w" / "train.log").read_text().splitlines()[-1]
+    named = json.loads((tmp_path / "w" / "not_finite_1.json").read_text())["documents"]
+    assert len(named) >= 8 and all(name.startswith("generated/0-") for name in named)
+
+
+def test_a_dry_run_compiles_and_leaves_nothing(data, base, tmp_path, capsys):
+    run = micro_run.run(**data, train__init_from=str(base), mesh__fsdp=2)
+    found = train.run(run, tmp_path / "w", setup.Options(dry_run=True))
+    assert not (tmp_path / "w").exists() and "temporaries" in found["memory"]
+    said = capsys.readouterr().out
+    assert "mesh data 1 x fsdp 2 x tp 1" in said and "the first step compiles" in said
+    broken = micro_run.run(**data, train__init_from=str(base), model__rope_theta=5.0)
+    with pytest.raises(export.ExportError, match="rope_theta"):
+        train.run(broken, tmp_path / "w", setup.Options(dry_run=True))
+
+
+def test_profile_steps_leave_a_trace(data, base, tmp_path):
+    run = micro_run.run(**data, train__init_from=str(base))
+    with pytest.raises(config.ConfigError, match="profile_steps=2:9: use A:B with .* 5"):
+        train.run(run, tmp_path, setup.Options(profile=(2, 9)))
+    train.run(run, tmp_path, setup.Options(profile=(2, 3)))
+    (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
+    assert trace.stat().st_size > 1000
+    assert "trace of steps (2, 3)" in (tmp_path / "train.log").read_text()
+
+
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        (dict(data__train="nowhere"), RecordsError, "nowhere: no such folder"),
+        (dict(data__document_limit=4), PackError, "longer than data.document_limit = 4"),
+        (dict(mixing__weights="VQA=1"), PackError, "for each of generated; 0 leaves"),
+        (dict(data__seq_len=16), config.ConfigError, "document_limit is 32; .* in 1..16"),
+        (dict(vocab__image_codes=8, vq__num_codes=8), RecordsError, "config.vocab is"),
+        (dict(train__init_from="nowhere"), export.ExportError, "must name a model folder"),
+        (dict(model__rope_theta=5.0), export.ExportError, "model.rope_theta = 10000.0, .* 5.0"),
+        (dict(mesh__tp=16), config.ConfigError, "asks for .* 16 devices"),
+        (dict(mesh__tp=3), config.ConfigError, "not divisible by config.mesh.tp = 3"),
+        (dict(train__trains="none"), config.ConfigError, "must be one of lora, full"),
+        (dict(train__trains="full"), config.ConfigError, "lora.rank"),
+        (dict(train__trains="full", lora__rank=0, model__param_dtype="bfloat16"),
+         config.ConfigError, "param_dtype"),
+    ],
+)  # fmt: skip
+def test_bad_settings(data, base, tmp_path, changes, error, message):
+    with pytest.raises(error, match=message):
+        train.run(micro_run.run(**{**data, "train__init_from": str(base), **changes}), tmp_path)
+
+
+def test_weights_of_another_shape_are_refused(data, base, tmp_path):
+    broken = copy(base, tmp_path)
+    tensors = load_file(broken / "model.safetensors")
+    save_file({n: t for n, t in tensors.items() if n != "norm.scale"}, broken / "model.safetensors")
+    with pytest.raises(safetensors_file.WeightsError, match="norm.scale"):
+        train.run(micro_run.run(**data, train__init_from=str(broken)), tmp_path / "w")
+
+
+def test_records_of_another_tokenizer_are_refused(base, tmp_path):
+    folder = copy(base, tmp_path)
+    (folder / "tokenizer.json").write_text("{}")
+    run = micro_run.run()
+    export.check_base(str(folder), run, tokenizer="", vqgan="")
+    with pytest.raises(export.ExportError, match="another tokenizer.json"):
+        export.check_base(str(folder), run, tokenizer="0" * 64, vqgan="")
+
+
+def test_one_run_a_folder(data, tmp_path):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", LOCK, str(tmp_path / ".lock")], stdout=subprocess.PIPE
+    )
+    holder.stdout.readline()
+    try:
+        with pytest.raises(reporting.TrainError, match="in use by another run"):
+            train.run(micro_run.run(**data), tmp_path)
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
+LOCK = """
+import fcntl, sys, time
+file = open(sys.argv[1], "w")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_the_first_signal_is_a_question():
+    before = signal.getsignal(signal.SIGTERM)
+    with cli.Stop() as stop:
+        assert stop.asked == ""
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked == "SIGTERM"
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL  # the next one ends the process
+    assert signal.getsignal(signal.SIGTERM) is before
