@@ -40,6 +40,7 @@ CORE = (
 # medmax_jax.train reaches these and no other.
 TRAINING_REACHES = (
     *("config", "sharding", "flops", "cli", "models", "training", "checkpoints", "io"),
+    "endpoints",  # the guard of data that W&B would receive
     *("generation", "configs", "data.loader", "data.packing", "data.records", "data.mixture"),
 )
 # Programs that import against the direction eval -> data -> medmax_jax -> configs.
