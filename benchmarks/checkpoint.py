@@ -27,7 +27,7 @@ import orbax.checkpoint as ocp
 
 from medmax_jax import config
 from medmax_jax.checkpoints import safetensors_file
-from medmax_jax.checkpoints.manager import Checkpoints
+from medmax_jax.checkpoints.manager import CheckpointManager
 from medmax_jax.configs import base
 from medmax_jax.models import chameleon
 from medmax_jax.sharding import make_mesh
@@ -55,8 +55,8 @@ def main() -> None:
 
 def _state(run: config.Run) -> step.TrainState:
     """Adapters, two moments and the counts of 7B, of random numbers: they do not compress."""
-    like = chameleon.abstract(run.model, run.vocab, run.lora)
-    shapes = step.split(like, "lora")[1]
+    like = chameleon.abstract_model(run.model, run.vocab, run.lora)
+    shapes = step.split_trainable(like, "lora")[1]
     state = jax.eval_shape(lambda t: step.init_state(t, run), shapes)
     rng = np.random.default_rng(0)
 
@@ -69,7 +69,7 @@ def _state(run: config.Run) -> step.TrainState:
 
 
 def _measure(state: step.TrainState, place: Path, rounds: int) -> dict[str, float]:
-    ours = Checkpoints(place / "ours", keep=1, log=print)
+    ours = CheckpointManager(place / "ours", keep=1, log=print)
     sealed, theirs = [], []
     for number in range(1, rounds + 1):
         ours.save(number, state, cursor={}, meta={})
@@ -78,7 +78,7 @@ def _measure(state: step.TrainState, place: Path, rounds: int) -> dict[str, floa
         sealed.append(time.monotonic() - begin)
         begin = time.monotonic()
         with ocp.StandardCheckpointer() as orbax:
-            orbax.save(place / f"theirs_{number}", safetensors_file.named(state))
+            orbax.save(place / f"theirs_{number}", safetensors_file.flatten_named(state))
             orbax.wait_until_finished()
         theirs.append(time.monotonic() - begin)
     like = jax.tree.map(

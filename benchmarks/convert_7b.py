@@ -141,7 +141,7 @@ def load(folder: str, address: str, process: int, mesh: tuple[int, int, int]) ->
     found = native_layout.settings(Folder(folder))
     read = lambda: int(pathlib.Path("/proc/self/io").read_text().split()[1])  # noqa: E731  rchar
     with jax.set_mesh(make_mesh(_mesh(Mesh, mesh))):
-        like = chameleon.abstract(found["model"], found["vocab"], chameleon.NO_LORA)
+        like = chameleon.abstract_model(found["model"], found["vocab"], chameleon.NO_LORA)
         before, start = read(), time.monotonic()
         tree = export.load(folder, like)
         jax.block_until_ready(tree)

@@ -54,7 +54,7 @@ for name in sorted(p.name for p in folder.glob("*_torch")):
 
 def tensors(path: pathlib.Path) -> dict[str, bytes]:
     """Name -> dtype and bits of every tensor, read through the layout's own table."""
-    found = conversion.read(path)
+    found = conversion.read_checkpoint(path)
     each = {**found.language, **{f"vqgan.{n}": t for n, t in found.vqgan.items()}}
     return {n: t.dtype.encode() + t.all().tobytes() for n, t in each.items()}
 
@@ -94,7 +94,7 @@ def table(folder: pathlib.Path, python: str | None) -> None:
             for path in (place / "start").glob("models/*/*.pth"):
                 (place / path.name).write_bytes(path.read_bytes())
             cells = [_round_trip(at, place, a, b) for a, b in ROUTES]
-            names = {conversion.read(p).fingerprint for p in at.values()}
+            names = {conversion.read_checkpoint(p).fingerprint for p in at.values()}
             cells.append("yes" if len(names) == 1 else "NO")
             rows.append(([model, dtype, *cells], place, sizes, states))
     if python:

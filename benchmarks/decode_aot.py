@@ -29,7 +29,7 @@ from step_aot import the_mesh
 from medmax_jax import config
 from medmax_jax.configs import base
 from medmax_jax.generation import decode_loop
-from medmax_jax.generation.sampling_params import Plan
+from medmax_jax.generation.sampling_params import DecodeConfig
 from medmax_jax.models import chameleon, kv_cache
 
 HBM = {"v5e": 15.75, "v6e": 31.25, "v5p": 95.74}  # GiB that a program may use
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--slots", type=int, default=2_048)
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--cache", choices=kv_cache.KINDS, default="model")
+    parser.add_argument("--cache", choices=kv_cache.CACHE_DTYPES, default="model")
     parser.add_argument("--quant", choices=["none", "int8"], default="none")
     parser.add_argument("--hlo", default="", help="file for the compiled program")
     given = parser.parse_args()
@@ -63,21 +63,23 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     machine = the_mesh(given.topology, given.mesh)
     blocks = machine.shape["data"] * machine.shape["fsdp"]
     lanes = STREAMS[given.mode] * given.rows
-    plan = Plan(
+    plan = DecodeConfig(
         mode=given.mode, chunk=16, codes=1_024, context=model.context_length, vocab=vocab,
-        text_greedy=True, image_greedy=False, boi_ends=False, per_segment=False, blocks=blocks,
+        text_greedy=True, image_greedy=False, stop_at_boi=False, per_segment=False, blocks=blocks,
         depth=-(-lanes // blocks),
     )  # fmt: skip
     draws = {"text": "text", "image": "codes", "mixed": "both"}[given.mode]
     with jax.set_mesh(machine):
-        like = chameleon.abstract(model, vocab, chameleon.NO_LORA)
+        like = chameleon.abstract_model(model, vocab, chameleon.NO_LORA)
         fixed = dict(rows=given.rows, slots=given.slots, kind=given.cache, draws=draws)
-        compiled = decode_loop.lower(like, plan, **fixed).compile()
+        compiled = decode_loop.lower_decode(like, plan, **fixed).compile()
     if given.hlo:
         with open(given.hlo, "w") as file:
             file.write(compiled.as_text())
     memory = compiled.memory_analysis()
-    whole = kv_cache.bytes_of(model, lanes=blocks * plan.depth, slots=given.slots, kind=given.cache)
+    whole = kv_cache.cache_bytes(
+        model, lanes=blocks * plan.depth, slots=given.slots, kind=given.cache
+    )
     cache = whole / machine.size
     peak, room = memory.peak_memory_in_bytes / 2**30, HBM[given.topology.split(":")[0]]
     return dict(

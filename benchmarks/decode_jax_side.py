@@ -39,7 +39,7 @@ class Decoder:
 
     def fresh(self, rows: int, streams: int, slots: int) -> engine.Engine:
         """A fresh one; its programs are compiled once for a size."""
-        return engine.make(
+        return engine.make_engine(
             self.model, self.run.vocab, self.mesh, codes=self.codes, rows=rows,
             lanes=streams * rows, slots=min(slots, self.run.model.context_length), kind="model",
         )  # fmt: skip
@@ -51,7 +51,7 @@ class Decoder:
             for n, p in enumerate(prompts)
         ]
         start, found = time.perf_counter(), {}
-        for news in scheduler.serve(e, requests, sample, mode=mode, seed=0):
+        for news in scheduler.run_requests(e, requests, sample, mode=mode, seed=0):
             found |= {each.index: each.tokens.tolist() for each in news}
         return time.perf_counter() - start, [found[n] for n in range(len(prompts))]
 

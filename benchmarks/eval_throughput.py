@@ -33,7 +33,7 @@ from medmax_jax.configs import eval_tiny
 from medmax_jax.eval.config import Settings
 from medmax_jax.eval.models import base
 from medmax_jax.eval.pipeline import inference
-from medmax_jax.eval.tasks.selection import suite
+from medmax_jax.eval.tasks.selection import load_eval_set
 from medmax_jax.generation import model_bundle
 
 TINY = ROOT / "medmax_jax" / "tiny"
@@ -46,9 +46,9 @@ def throughput(items: int, rounds: int) -> dict:
     config.counts.update(vqa_mcq=0, vqa_open=0, image_generation=0, multimodal=0)
     config.counts.update(vqa_closed=items // 2, captioning=items - items // 2)
     settings = build(Settings, config)
-    found, g = suite(settings), model_bundle.load(TINY)
+    found, g = load_eval_set(settings), model_bundle.load(TINY)
     model = {
-        name: base.Native(g, settings.sample, rows=rows, name=name, stamp=name)
+        name: base.NativeModel(g, settings.sample, rows=rows, name=name, stamp=name)
         for name, rows in (("ours", ROWS), ("theirs", 1))
     }
     seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
@@ -57,7 +57,7 @@ def throughput(items: int, rounds: int) -> dict:
         for name in model if number % 2 else reversed(model):
             with tempfile.TemporaryDirectory() as folder:
                 begin = time.perf_counter()
-                records = inference.evaluate(
+                records = inference.run_items(
                     model[name],
                     found.items,
                     mode="strict",

@@ -224,7 +224,7 @@ def _pictures(part: str, size: str, workdir: pathlib.Path) -> list[Measurement]:
             embed_dim=32, num_codes=64,
         )  # fmt: skip
     vq = config.build(config.VQ, fields)
-    names = {n: (place.name, place.shape) for n, place in vqgan.table(vq).items()}
+    names = {n: (place.name, place.shape) for n, place in vqgan.key_map(vq).items()}
     pictures = workdir / "pictures.npz"
     shape = (16 if size == "7b" else 1, vq.image_size, vq.image_size, 3)
     pixels = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)

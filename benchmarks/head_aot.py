@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from step_aot import CLOCK, Cycles, the_mesh
 
 from medmax_jax import sharding
-from medmax_jax.models.layers import Head
+from medmax_jax.models.layers import HeadWeights
 from medmax_jax.training import cross_entropy as ce
 
 LENGTH, WIDTH, VOCAB = 2_048, 4_096, 65_536
@@ -57,7 +57,7 @@ def main() -> None:
 
 def ours(hidden, kernel, targets, weights):
     """As the step computes it."""
-    head = Head(kernel, None)
+    head = HeadWeights(kernel, None)
     chunks = ce.num_chunks(hidden, kernel)
     how = dict(trains_kernel=False, chunks=chunks)
     return ce.weighted_nll(hidden, head, targets, weights, **how)[0]

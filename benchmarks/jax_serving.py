@@ -66,7 +66,7 @@ def _read(
     model: Any, ids: jax.Array, *, config: medmax_jax_config.Model, count: int
 ) -> tuple[Any, Any]:
     rows, length = ids.shape
-    cache = kv_cache.empty(config, lanes=rows, slots=length + count, kind="model")
+    cache = kv_cache.init_cache(config, lanes=rows, slots=length + count, kind="model")
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), ids.shape)
     places = jax.sharding.reshard(positions, sharding.BATCH)
     hidden, cache = kv_cache.decode(model, ids, cache, places, lanes=None, span=length + count)

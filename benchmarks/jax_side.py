@@ -24,7 +24,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from medmax_jax import config, sharding
-from medmax_jax.checkpoints.safetensors_file import dotted
+from medmax_jax.checkpoints.safetensors_file import dotted_name
 from medmax_jax.data import loader
 from medmax_jax.data.records import writer
 from medmax_jax.data.records.document import Document, Layout
@@ -58,7 +58,7 @@ def write_records(folder: pathlib.Path, run: config.Run, *, count: int) -> None:
 
 def write_batches(path: pathlib.Path, run: config.Run, *, count: int) -> None:
     """The first batches of the run, for the other side."""
-    source = loader.batches(run, run.data.train)
+    source = loader.train_batches(run, run.data.train)
     held = [source.batch(number) for number in range(count)]
     names = ("ids", "weights")
     np.savez(path, **{n: np.concatenate([getattr(batch, n) for batch in held]) for n in names})
@@ -66,7 +66,7 @@ def write_batches(path: pathlib.Path, run: config.Run, *, count: int) -> None:
 
 def create(run: config.Run) -> chameleon.Chameleon:
     """The model of same_weights.py, each weight born in its shards, quantised if config says so."""
-    like = chameleon.abstract(run.model, run.vocab, run.lora)
+    like = chameleon.abstract_model(run.model, run.vocab, run.lora)
     return fill(like, run.model)
 
 
@@ -75,12 +75,12 @@ def fill(like: Any, model: config.Model | None) -> Any:
     leaves = jax.tree_util.tree_flatten_with_path(like)
     made: dict[str, jax.Array] = {}
     for path, leaf in leaves[0]:
-        name = dotted(path)
+        name = dotted_name(path)
         if name.endswith(".qvalue"):  # its scale is the leaf after or before it
             made |= _quantised(name.removesuffix(".qvalue"), leaf, model)
         elif not name.endswith("kernel.scale"):
             made[name] = _made(name, leaf)
-    return jax.tree.unflatten(leaves[1], [made[dotted(path)] for path, _ in leaves[0]])
+    return jax.tree.unflatten(leaves[1], [made[dotted_name(path)] for path, _ in leaves[0]])
 
 
 def _made(name: str, like: jax.ShapeDtypeStruct) -> jax.Array:
@@ -136,10 +136,12 @@ class Trainer:
     def __init__(self, run: config.Run, *, batches: int):
         self.run, self.mesh = run, sharding.make_mesh(run.mesh)
         with jax.set_mesh(self.mesh):
-            self.graph, self.trainable, self.frozen = step.split(create(run), run.train.trains)
-            source = loader.batches(run, run.data.train)
+            self.graph, self.trainable, self.frozen = step.split_trainable(
+                create(run), run.train.trains
+            )
+            source = loader.train_batches(run, run.data.train)
             self.batches = [
-                sharding.put_batch(source.batch(number), self.mesh) for number in range(batches)
+                sharding.shard_batch(source.batch(number), self.mesh) for number in range(batches)
             ]
         self.key = jax.random.key(run.train.seed, impl=run.train.prng_impl)
         self.compile_seconds: dict[str, float] = {}
@@ -161,8 +163,8 @@ class Trainer:
         return compiled
 
     def _graph(self, run: config.Run) -> Any:
-        like = chameleon.abstract(run.model, run.vocab, run.lora)
-        return step.split(like, run.train.trains)[0]
+        like = chameleon.abstract_model(run.model, run.vocab, run.lora)
+        return step.split_trainable(like, run.train.trains)[0]
 
     def one(self, compiled: Any) -> Any:
         """Sums of the next step, not waited for."""

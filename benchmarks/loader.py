@@ -70,7 +70,7 @@ def ours(folder: str, steps: int) -> None:
 
     run = settings(folder, steps + 1)
     imported, base = time.monotonic(), memory("VmRSS")
-    batches = loader.batches(run, folder)
+    batches = loader.train_batches(run, folder)
     indexed = time.monotonic()
     stream = batches.stream(0)
     next(stream)
@@ -126,7 +126,7 @@ def digests(folder: str, start: int, stop: int) -> None:
     """A digest of each batch from `start` on, one a line."""
     from medmax_jax.data import loader
 
-    batches = loader.batches(settings(folder, stop), folder)
+    batches = loader.train_batches(settings(folder, stop), folder)
     for step, batch in enumerate(batches.stream(start), start=start):
         digest = hashlib.sha256()
         for name in ("ids", "segments", "positions", "weights"):
@@ -180,18 +180,18 @@ def planned() -> dict:
             plan = pack.plan(short, seq_len=seq_len, pack=True, seed=0, epoch=epoch)
         seconds = time.monotonic() - start
         pictures = np.arange(len(short)) // 2
-        windows = mixing.by_picture(np.arange(len(short)), pictures, seed=0, epoch=0)
+        windows = mixing.group_by_image(np.arange(len(short)), pictures, seed=0, epoch=0)
         near = pack.plan(short, seq_len=seq_len, pack=True, seed=0, epoch=0, windows=windows)
-        offline = short.sum() / (packing_report.offline_rows(short, seq_len) * seq_len)
+        offline = short.sum() / (packing_report.best_fit_row_count(short, seq_len) * seq_len)
         table[seq_len] = dict(
             two_epochs_seconds=round(seconds, 2),
             rows=len(plan),
-            fill=round(packing_report.fill(short, plan, seq_len), 4),
+            fill=round(packing_report.packing_efficiency(short, plan, seq_len), 4),
             offline=round(float(offline), 4),
-            image_centric=round(packing_report.fill(short, near, seq_len), 4),
+            image_centric=round(packing_report.packing_efficiency(short, near, seq_len), 4),
         )
         print(seq_len, table[seq_len], flush=True)
-    batches = {n: packing_report.padded(short, batch_size=n, seed=0) for n in (8, 64)}
+    batches = {n: packing_report.padding_efficiency(short, batch_size=n, seed=0) for n in (8, 64)}
     left_out = MIXTURE - len(short)
     return dict(
         left_out=left_out, rows_of=table, padded_to_longest=batches, peak_mb=memory("VmHWM")
@@ -210,10 +210,10 @@ def weighted() -> dict:
     shares = np.array([s.percent for s in SOURCES])
     group = np.random.default_rng(1).choice(len(SOURCES), MIXTURE, p=shares / shares.sum())
     start = time.monotonic()
-    draws = mixing.drawn_of(group, lengths, np.sqrt(shares).tolist(), "tokens")
+    draws = mixing.sample_group(group, lengths, np.sqrt(shares).tolist(), "tokens")
     for epoch in (0, 1):
-        times = mixing.copies(group, draws, seed=0, epoch=epoch)
-        windows = mixing.dealt(np.arange(MIXTURE), times, seed=0, epoch=epoch)
+        times = mixing.repeat_documents(group, draws, seed=0, epoch=epoch)
+        windows = mixing.shuffled_windows(np.arange(MIXTURE), times, seed=0, epoch=epoch)
         pack.plan(lengths, seq_len=16_384, pack=True, seed=0, epoch=epoch, windows=windows)
     twice = any(len(np.unique(w)) < len(w) for w in windows)
     return dict(two_epochs_seconds=round(time.monotonic() - start, 2), twice_in_a_window=twice)

@@ -86,7 +86,7 @@ def coverage(
     for k in range(draws):
         rows = drawn(law, x, rng)
         found = fit.fit(LAWS[law], rows.x, rows.y, delta=delta, fixed={})
-        named = diagnostics.draw(found, rows, count=bootstraps, seed=k).named()
+        named = diagnostics.bootstrap(found, rows, count=bootstraps, seed=k).named()
         if law in allocation.LAWS:
             named["size_exponent"] = allocation.exponent(named)
         for name, value in want.items():
@@ -109,11 +109,11 @@ def speed(points: str | None) -> dict[str, float]:
         seconds.append(time.perf_counter() - begin)
         busy.append(time.process_time() - cpu)
     begin, cpu = time.perf_counter(), time.process_time()
-    diagnostics.draw(found, rows, count=1_000, seed=0)
+    diagnostics.bootstrap(found, rows, count=1_000, seed=0)
     wall, cpu_drawn = time.perf_counter() - begin, time.process_time() - cpu
     options = study.Options(delta=1e-3, fixed={}, draws=1_000, seed=0, flops=6.0, budgets=())
     begin, cpu = time.perf_counter(), time.process_time()
-    study.study(LAWS["chinchilla"], rows, options)
+    study.run_study(LAWS["chinchilla"], rows, options)
     return dict(
         runs=len(rows),
         fit_seconds=round(float(np.median(seconds)), 3),

@@ -83,10 +83,14 @@ def compile_step(given: argparse.Namespace) -> Any:
     run = config.from_config_dict(settings)
     m = the_mesh(given.topology, given.mesh)
     with jax.set_mesh(m):
-        like = chameleon.abstract(run.model, run.vocab, run.lora)
-        graph, trainable, frozen = step.split(like, run.train.trains)
-        state = sharding.placed(jax.eval_shape(lambda t: step.init_state(t, run), trainable))
-        key = sharding.placed(jax.eval_shape(lambda: jax.random.key(0, impl=run.train.prng_impl)))
+        like = chameleon.abstract_model(run.model, run.vocab, run.lora)
+        graph, trainable, frozen = step.split_trainable(like, run.train.trains)
+        state = sharding.with_shardings(
+            jax.eval_shape(lambda t: step.init_state(t, run), trainable)
+        )
+        key = sharding.with_shardings(
+            jax.eval_shape(lambda: jax.random.key(0, impl=run.train.prng_impl))
+        )
         train_step = step.make_train_step(graph, run)
         return train_step.lower(state, frozen, step.abstract_batch(run), key).compile()
 

@@ -99,13 +99,13 @@ def ours(folder: pathlib.Path, size: str) -> dict:
 
     config = build(VQ, json.loads((folder / f"{size}.json").read_text()))
     stored, named = np.load(folder / f"{size}.npz"), {}
-    for name, place in vqgan.table(config).items():
+    for name, place in vqgan.key_map(config).items():
         value = stored[name] if name in stored else np.zeros(place.shape, np.float32)  # decoder
         turned = value.ndim == 4 and name in stored
         named[place.name] = value.transpose(2, 3, 1, 0) if turned else value
     like = vqgan_model.abstract(config)
     vq = jax.tree.unflatten(
-        jax.tree.structure(like), [named[n] for n in safetensors_file.named(like)]
+        jax.tree.structure(like), [named[n] for n in safetensors_file.flatten_named(like)]
     )
     vq = jax.device_put(vq)
     encode = lambda pixels: np.asarray(vqgan_model.encode(vq, pixels))  # noqa: E731

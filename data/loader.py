@@ -28,23 +28,23 @@ import numpy as np
 from medmax_jax.config import Run
 from medmax_jax.data.packing import mixing
 from medmax_jax.data.records import reader
-from medmax_jax.data.records.document import Document, RecordsError, scored
+from medmax_jax.data.records.document import Document, RecordsError, loss_mask
 from medmax_jax.endpoints import egress
 from medmax_jax.models.vocab import PAD
-from medmax_jax.training.batch import KINDS, Batch, Stats
+from medmax_jax.training.batch import MAX_GROUPS, Batch, BatchStats
 
 
-def batches(run: Run, folder: str) -> "Batches":
+def train_batches(run: Run, folder: str) -> "BatchLoader":
     """Training: `run.train.steps` batches, as many epochs as that takes."""
-    return Batches(run, folder, one_pass=False)
+    return BatchLoader(run, folder, one_pass=False)
 
 
-def one_pass(run: Run, folder: str) -> "Batches":
+def eval_batches(run: Run, folder: str) -> "BatchLoader":
     """Evaluation: every document once; the last batch is filled up with empty rows."""
-    return Batches(run, folder, one_pass=True)
+    return BatchLoader(run, folder, one_pass=True)
 
 
-class Batches:
+class BatchLoader:
     """`len(self)` steps; a batch is this host's rows of a step, stats are of all rows."""
 
     def __init__(
@@ -92,7 +92,7 @@ class Batches:
         ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
         return iter(rest.to_iter_dataset(ahead))
 
-    def stats(self, step: int) -> Stats:
+    def stats(self, step: int) -> BatchStats:
         """Counts of the whole batch of a step, without reading its documents."""
         size, seq_len = self._run.data.batch_size, self._run.data.seq_len
         documents = np.concatenate(self._rows(self._in_range(step)))
@@ -100,17 +100,17 @@ class Batches:
         scored, image = (int(self.records.index[n][documents].sum()) for n in names)
         lengths = self.records.index["length"][documents].astype(np.int64)
         tokens = int(lengths.sum())
-        return Stats(
+        return BatchStats(
             epoch=self._epochs.epoch(step * size),
             documents=len(documents),
             scored_text=scored - image,
             scored_image=image,
             tokens=tokens,
-            squares=int((lengths**2).sum()),
+            squared_lengths=int((lengths**2).sum()),
             fill=tokens / (size * seq_len),
         )
 
-    def named(self, step: int) -> list[str]:
+    def document_names(self, step: int) -> list[str]:
         """The documents of a step as source/id; of credentialed ones only a digest of the id."""
         return [
             f"{d.source}/sha256:{hashlib.sha256(d.id.encode()).hexdigest()[:16]}"
@@ -121,10 +121,10 @@ class Batches:
 
     def epoch_tokens(self) -> int:
         """Tokens of the documents that this run may draw, each counted once."""
-        documents = mixing.drawable(self.records, self._run.data, self._mixing)
+        documents = mixing.eligible_documents(self.records, self._run.data, self._mixing)
         return int(self.records.index["length"][documents].sum())
 
-    def words(self) -> list[str]:
+    def describe(self) -> list[str]:
         """What an epoch holds, for the log: documents, rows, shares, what is left out."""
         found, data, plan = self.records, self._run.data, self._epochs.first
         tokens = int(found.index["length"][plan.documents].sum())
@@ -135,7 +135,7 @@ class Batches:
         ]
         lines += [
             f"{name}: {d:.1%} of the documents, {t:.1%} of the tokens, each {n:.3g} times an epoch"
-            for name, (d, t, n) in mixing.shares(found, data, self._mixing).items()
+            for name, (d, t, n) in mixing.mixture_shares(found, data, self._mixing).items()
         ]
         long = np.flatnonzero(found.index["length"] > data.document_limit)
         if long.size:
@@ -191,16 +191,16 @@ def _kinds(records: reader.Records) -> tuple[list[tuple[str, str]], np.ndarray]:
     sources, tasks = records.names("source"), records.names("task")
     numbers = records.index["source"].astype(np.int64) * len(tasks) + records.index["task"]
     found, kind = np.unique(numbers, return_inverse=True)
-    if len(found) > KINDS:
+    if len(found) > MAX_GROUPS:
         raise RecordsError(
-            f"{records.folder}: {len(found)} pairs of source and task; at most {KINDS} can be "
+            f"{records.folder}: {len(found)} pairs of source and task; at most {MAX_GROUPS} can be "
             "reported apart: name them alike"
         )
     names = [(sources[n // len(tasks)], tasks[n % len(tasks)]) for n in found.tolist()]
     return names, kind.astype(np.int32)
 
 
-def _batch(rows: list[list[tuple[Document, int]]], stats: Stats, run: Run) -> Batch:
+def _batch(rows: list[list[tuple[Document, int]]], stats: BatchStats, run: Run) -> Batch:
     shape = (len(rows), run.data.seq_len)
     ids, weights = np.full(shape, PAD, np.int32), np.zeros(shape, np.float32)
     segments, positions, kinds = (np.zeros(shape, np.int32) for _ in range(3))
@@ -211,7 +211,7 @@ def _batch(rows: list[list[tuple[Document, int]]], stats: Stats, run: Run) -> Ba
             ids[r, span] = document.tokens
             segments[r, span], kinds[r, span] = n + 1, kind
             positions[r, span] = np.arange(len(document.tokens))
-            mask = scored(document.tokens, run.data.mask, document.turns)
+            mask = loss_mask(document.tokens, run.data.mask, document.turns)
             if run.train.loss_weight == "document":
                 weights[r, span] = mask / (mask.sum() * stats.documents)
             else:

@@ -37,7 +37,7 @@ QUESTION = 15  # tokens of a question; not published, so a flag
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Kind:
+class DocumentGroup:
     """Documents alike: a percentage of all, and the scored tokens of one."""
 
     task: str
@@ -46,7 +46,7 @@ class Kind:
     image: int
 
 
-def modelled(*, question: float, caption_share: float) -> list[Kind]:
+def published_groups(*, question: float, caption_share: float) -> list[DocumentGroup]:
     """MedMax's kinds of documents. `caption_share`: captions among captions and generations."""
     both = TASKS[CAPTION] + TASKS[GENERATION]
     percent = TASKS | {CAPTION: both * caption_share, GENERATION: both * (1 - caption_share)}
@@ -67,24 +67,30 @@ def modelled(*, question: float, caption_share: float) -> list[Kind]:
             drawn = 0 if task != INTERLEAVED else CODES
             frame = 2 if drawn else 0  # BOI and EOI
             part = share / 2 if halves else share
-            found.append(Kind(task=task, percent=part, text=words + 1 + frame, image=drawn))
+            found.append(
+                DocumentGroup(task=task, percent=part, text=words + 1 + frame, image=drawn)
+            )
         if halves or task == GENERATION:
             part = share / 2 if halves else share
-            found.append(Kind(task=task, percent=part, text=3, image=CODES))  # BOI, EOI, EOS
+            found.append(
+                DocumentGroup(task=task, percent=part, text=3, image=CODES)
+            )  # BOI, EOI, EOS
     return found
 
 
-def counted(folder: str, mask: str) -> list[Kind]:
+def groups_in_records(folder: str, mask: str) -> list[DocumentGroup]:
     """A kind for each document of a folder of records."""
     found = open_records(folder)
     image = found.index[f"{mask}_image"]
     text = found.index[mask] - image
     names, percent = found.names("task"), 100 / len(found)
     rows = zip(found.index["task"].tolist(), text.tolist(), image.tolist(), strict=True)
-    return [Kind(task=names[task], percent=percent, text=t, image=i) for task, t, i in rows]
+    return [
+        DocumentGroup(task=names[task], percent=percent, text=t, image=i) for task, t, i in rows
+    ]
 
 
-def shares(kinds: list[Kind]) -> dict[str, dict[str, float]]:
+def shares(kinds: list[DocumentGroup]) -> dict[str, dict[str, float]]:
     """By task: percent of the objective under both choices, and of that the image codes'.
 
     VQA 50 %: 1 text; Image Generation 50 %: 1 text, 2 image
@@ -105,7 +111,7 @@ def shares(kinds: list[Kind]) -> dict[str, dict[str, float]]:
     return table
 
 
-def markdown(kinds: list[Kind]) -> str:
+def markdown(kinds: list[DocumentGroup]) -> str:
     """The table of docs/objective.md."""
     table = shares(kinds)
     lines = [
@@ -137,9 +143,9 @@ def main() -> None:
     args = parser.parse_args()
     try:
         if args.records:
-            kinds = counted(args.records, args.mask)
+            kinds = groups_in_records(args.records, args.mask)
         else:
-            kinds = modelled(question=args.question, caption_share=args.captions)
+            kinds = published_groups(question=args.question, caption_share=args.captions)
     except ValueError as error:  # RecordsError is one
         sys.exit(str(error))
     print(markdown(kinds))

@@ -45,14 +45,14 @@ from medmax_jax.config import ConfigError
 from medmax_jax.data.analysis import check as record_check
 from medmax_jax.data.analysis import provenance, stats
 from medmax_jax.data.image_tokens import dicom, document_codes, store
-from medmax_jax.data.image_tokens.document_codes import Encoded, Files, Stored
+from medmax_jax.data.image_tokens.document_codes import Files, OnlineEncoder, StoredCodes
 from medmax_jax.data.image_tokens.encoder import (
     Encoder,
+    ImageView,
     PrepareError,
-    View,
     load_encoder,
     log_to_stderr,
-    open_picture,
+    open_image,
 )
 from medmax_jax.data.image_tokens.store_reader import digest_of
 from medmax_jax.data.instruct import cli
@@ -125,7 +125,7 @@ def prepare_sample(
     encoder = load_encoder(Path(model_folder), vq=vq, tokenizer=tokenizer)
     shown = _dealt(_worded(kind, rows, seed, rounds), rows, views, seed)
     notes = dict(maker="sample", split=split, kind=kind, views=views, rounds=rounds, seed=seed)
-    pictures = document_codes.source(codes, encoder, precision)
+    pictures = document_codes.open_code_source(codes, encoder, precision)
     shown_images = _Images(Path(sample), {row["file"]: row["file"] for row in rows})
     made = _documents(shown, encoder, pictures, shown_images, notes, max_unreadable)
     meta = writer.write(out, made, shard_size=SHARD_SIZE, layout=encoder.layout, notes=notes)
@@ -166,11 +166,11 @@ def prepare_documents(
     for path in names:
         if path:
             shown.find(path)  # before anything is opened
-    views = {path: View(path, 0, "", False) for path in names if path}
+    views = {path: ImageView(path, 0, "", False) for path in names if path}
     dealt = [(row, views.get(row["image_path"])) for row in rows]
     encoder = load_encoder(Path(model_folder))
     notes = dict(maker="documents", source=Path(source).name)
-    pictures = document_codes.source(codes, encoder, precision)
+    pictures = document_codes.open_code_source(codes, encoder, precision)
     with contextlib.ExitStack() as stack:
         if secret:
             stack.enter_context(private_folder(out))
@@ -195,7 +195,7 @@ class _Images:
             raise PrepareError(str(error)) from error
 
     def open(self, path: str) -> PIL.Image.Image:
-        return open_picture(self.find(path), name=self.names[path], secret=self.secret)
+        return open_image(self.find(path), name=self.names[path], secret=self.secret)
 
 
 def _manifest(sample: Path) -> list[dict[str, Any]]:
@@ -216,7 +216,7 @@ def _worded(kind: str, rows: list[dict[str, Any]], seed: int, rounds: int) -> li
 
 def _dealt(
     texts: list[dict[str, Any]], rows: list[dict[str, Any]], views: int, seed: int
-) -> list[tuple[dict[str, Any], View | None]]:
+) -> list[tuple[dict[str, Any], ImageView | None]]:
     """Each document with what it shows: the n-th of a picture shows view n % views."""
     row_of = {row["file"]: row for row in rows}
     turn: collections.Counter[str] = collections.Counter()
@@ -226,16 +226,16 @@ def _dealt(
         if path:
             row, n = row_of[path], turn[path] % views
             crop = row["count"] is None and not row["lesion"]
-            shown = View(path=path, number=n, seed=f"{seed}/{row['id']}/{n}", crop=crop)
+            shown = ImageView(path=path, number=n, seed=f"{seed}/{row['id']}/{n}", crop=crop)
             turn[path] += 1
         dealt.append((text, shown))
     return dealt
 
 
 def _documents(
-    dealt: list[tuple[dict[str, Any], View | None]],
+    dealt: list[tuple[dict[str, Any], ImageView | None]],
     encoder: Encoder,
-    pictures: Encoded | Stored,
+    pictures: OnlineEncoder | StoredCodes,
     images: _Images,
     notes: dict[str, Any],
     max_unreadable: float,

@@ -29,9 +29,9 @@ import tensorflow_datasets as tfds
 from medmax_jax.data.records import writer
 from medmax_jax.data.records.document import Document, RecordsError
 from medmax_jax.endpoints import egress
-from medmax_jax.io.atomic_folder import private
+from medmax_jax.io.atomic_folder import private_umask
 from medmax_jax.io.errors import printable_text
-from medmax_jax.io.progress import Progress
+from medmax_jax.io.progress import ByteProgress
 
 log = logging.getLogger("medmax_jax.tfds")
 
@@ -102,12 +102,12 @@ def write(
         )
     for left in target.parent.glob("incomplete.*"):  # of a run that was killed
         shutil.rmtree(left)
-    progress = Progress(4 * sum(r.meta["tokens"] for r in opened.values()), say)
+    progress = ByteProgress(4 * sum(r.meta["tokens"] for r in opened.values()), say)
     config = RecordsConfig(
         name=name, folders={split: Path(f) for split, f in folders.items()}, saw=progress
     )
     if secret == {True}:
-        with private():
+        with private_umask():
             _prepare(config, out)
     else:
         _prepare(config, out)

@@ -41,13 +41,13 @@ def evaluate(
         config[name].update(value) if isinstance(value, dict) else config.update({name: value})
     settings = build(Settings, config)
     if isinstance(tasks, str | Path):
-        found = selection.suite(settings)
+        found = selection.load_eval_set(settings)
     else:
-        found = selection.Suite(items=list(tasks), train=[], pictures=[], folder=Path(images))
+        found = selection.EvalSet(items=list(tasks), train=[], pictures=[], folder=Path(images))
     judging.check_judge(settings.judge, found.items, Path(workdir))
     kind = type(model)
     name = getattr(model, "name", f"{kind.__module__}.{kind.__qualname__}")
-    named = loading.Named(
+    named = loading.ModelSpec(
         kind="python",
         where=name,
         adapter="",
@@ -60,6 +60,6 @@ def evaluate(
         workdir,
         found=found,
         named=named,
-        opened=lambda: loading.Opened(model=model, named=named, found=found),
+        opened=lambda: loading.LoadedModel(model=model, named=named, found=found),
         progress=progress,
     )

@@ -19,7 +19,7 @@ from medmax_jax.io.text_files import TextFileError, read_json_object
 SAMPLE = Path(__file__).parent.parent / "data" / "sample"
 
 
-def folder_of(summary: Mapping[str, Any]) -> Path:
+def images_folder(summary: Mapping[str, Any]) -> Path:
     """Where the pictures of a run lie, as its settings say."""
     settings = summary.get("settings", {})
     if settings.get("images"):
@@ -29,7 +29,7 @@ def folder_of(summary: Mapping[str, Any]) -> Path:
     return SAMPLE if items == "sample" else Path(items).parent
 
 
-def again(workdir: str | Path, images: str) -> Path:
+def rewrite_report(workdir: str | Path, images: str) -> Path:
     """Writes the page of a workdir anew; where it is."""
     workdir = Path(workdir)
     try:
@@ -39,14 +39,14 @@ def again(workdir: str | Path, images: str) -> Path:
             f"{workdir}: no summary of a finished evaluation ({error}); run eval.run to its end"
         ) from error
     records = journal.read_jsonl(workdir / "records.jsonl", RECORD)
-    folder = Path(images) if images else folder_of(summary)
+    folder = Path(images) if images else images_folder(summary)
     page.write(workdir / "report.html", summary, records, images_folder=folder)
     return workdir / "report.html"
 
 
 def _main(_: list[str]) -> None:
     try:
-        print(f"report: {again(flags.FLAGS.workdir, flags.FLAGS.images)}")
+        print(f"report: {rewrite_report(flags.FLAGS.workdir, flags.FLAGS.images)}")
     except (ValueError, OSError) as error:
         sys.exit(printable_text(f"error: {error}"))
 

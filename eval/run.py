@@ -46,7 +46,7 @@ def main(config: ConfigDict, workdir: str) -> None:
 
         def progress(line: str) -> None:
             log.info(line)
-            if stop.asked:
+            if stop.requested:
                 raise cli.Interrupted("interrupted; the same command goes on from here")
 
         given = flags.FLAGS
@@ -59,7 +59,7 @@ def main(config: ConfigDict, workdir: str) -> None:
             shard=given.shard,
             dry_run=given.dry_run,
             progress=progress,
-            stopped=lambda: bool(stop.asked),
+            stopped=lambda: bool(stop.requested),
         )
     if summary is None:
         return

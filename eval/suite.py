@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from medmax_jax.eval.tasks.catalog import AVERAGES, CARDS, Card
+from medmax_jax.eval.tasks.catalog import AVERAGES, TASKS, TaskSpec
 
 
 def table() -> str:
@@ -16,7 +16,7 @@ def table() -> str:
             *(_asked(c), c.counted or "-"),
             *(c.licence, c.data_class, c.metric),
         )
-        for c in CARDS.values()
+        for c in TASKS.values()
     ]
     return _markdown(head, rows)
 
@@ -25,14 +25,14 @@ def published_table() -> str:
     """The numbers of others as Markdown."""
     rows = [
         (c.task, p.metric, p.model, f"{p.value:g}", p.read)
-        for c in CARDS.values()
+        for c in TASKS.values()
         for p in c.published
     ]
     rows += [("average", p.metric, p.model, f"{p.value:g}", p.read) for p in AVERAGES]
     return _markdown(["task", "their metric", "model", "value", "read in"], rows)
 
 
-def _asked(card: Card) -> str:
+def _asked(card: TaskSpec) -> str:
     if card.counts is None:
         return "not published"
     if not card.left_out:

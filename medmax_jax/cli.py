@@ -117,7 +117,7 @@ class Stop:
     """
 
     def __init__(self) -> None:
-        self.asked = ""
+        self.requested = ""
         self._calls = 0
 
     def __enter__(self) -> "Stop":
@@ -130,22 +130,24 @@ class Stop:
 
     def poll(self) -> str:
         """The signal that this process, or any host of the run, has got so far."""
-        if jax.process_count() > 1 and not self.asked:
+        if jax.process_count() > 1 and not self.requested:
             self._calls += 1
             if multihost_utils.reached_preemption_sync_point(self._calls):
-                self.asked = "SIGTERM to a host"
-        return self.asked
+                self.requested = "SIGTERM to a host"
+        return self.requested
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _note(self, number: int, _: object) -> None:
-        self.asked = signal.Signals(number).name
+        self.requested = signal.Signals(number).name
         for each in self._before:
             signal.signal(each, signal.SIG_DFL)
         # not print: its buffer may be in use at this very moment
-        os.write(2, f"\n{self.asked}: stopping after this step; again to stop at once\n".encode())
+        os.write(
+            2, f"\n{self.requested}: stopping after this step; again to stop at once\n".encode()
+        )
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -159,13 +161,13 @@ def _parse(argv: list[str]) -> list[str]:
     except flags.Error as error:
         sys.exit(_fail(error, USAGE))
     except Exception as error:  # noqa: BLE001  the file is Python: it can raise anything
-        sys.exit(_fail(_blame(argv, error), USAGE))
+        sys.exit(_fail(_explain_usage_error(argv, error), USAGE))
     if len(rest) > 1:
         sys.exit(_fail(f"unexpected argument {rest[1]!r}; flags are written --name=value", USAGE))
     return rest
 
 
-def _blame(argv: list[str], error: Exception) -> str:
+def _explain_usage_error(argv: list[str], error: Exception) -> str:
     """Which argument the config refused: its error names only one part of the path."""
     words = set(re.findall(r"\w+", str(error)))
     for flag in (arg.split("=")[0] for arg in argv if arg.startswith("--config.")):

@@ -91,7 +91,7 @@ def chip(device_kind: str) -> Chip | None:
 
 
 def parameters(model: Model, vocab: Vocab, lora: Lora) -> Parameters:
-    """Counts by formula; they equal those of `chameleon.abstract`."""
+    """Counts by formula; they equal those of `chameleon.abstract_model`."""
     m, d = model, model.hidden_size
     shapes = _matrices(m)
     gains = 2 * 2 * m.qk_norm_shards * m.head_dim  # scale and bias, of q and of k

@@ -72,7 +72,7 @@ class Quickstart:
     eval: EvalSettings
 
 
-class Road:
+class QuickstartRun:
     """The stages so far: their seconds and what came of them, kept in stages.json."""
 
     def __init__(self, workdir: Path):
@@ -115,7 +115,7 @@ def main(settings: ConfigDict, workdir: str) -> None:
 def run(settings: Quickstart, workdir: Path) -> dict[str, Any]:
     """Walks the road from wherever `workdir` stands; returns what report.json holds."""
     config.check(settings.run)
-    road = Road(workdir)
+    road = QuickstartRun(workdir)
     tiny = Path(settings.run.train.init_from)
     with road.stage("tokenize") as says:
         says(_tokenize(settings, workdir, tiny))
@@ -127,7 +127,7 @@ def run(settings: Quickstart, workdir: Path) -> dict[str, Any]:
         )
         last = train_program.run(dataclasses.replace(settings.run, data=data), workdir / "train")
         says(f"{last['step']} steps of LoRA on all task kinds, loss {last['loss']:.2f}")
-    found = selection.suite(settings.eval)
+    found = selection.load_eval_set(settings.eval)
     answers = _evaluate(settings, road, workdir, tiny, found)
     report = _report(settings, road, found, answers)
     with road.stage("report") as says:
@@ -160,7 +160,7 @@ def _tokenize(settings: Quickstart, workdir: Path, tiny: Path) -> str:
 
 
 def _evaluate(
-    settings: Quickstart, road: Road, workdir: Path, tiny: Path, found: selection.Suite
+    settings: Quickstart, road: QuickstartRun, workdir: Path, tiny: Path, found: selection.EvalSet
 ) -> dict[str, list[dict[str, Any]]]:
     """Answers before and after LoRA, and after it with pictures swapped."""
     closed = [item for item in found.items if item.family == "vqa_closed"]
@@ -178,38 +178,41 @@ def _evaluate(
 
             def progress(line: str, stop: cli.Stop = stop) -> None:
                 log.info(line)
-                if stop.asked:
+                if stop.requested:
                     raise cli.Interrupted("interrupted; the same command goes on from here")
 
             g = model_bundle.load(tiny, adapter=tuned, mesh=mesh)
             centroids = centroids or modality.centroids(
                 g, found.pictures, images_folder=found.folder
             )
-            model = base.Native(
+            model = base.NativeModel(
                 g, settings.eval.sample, rows=settings.eval.rows, name=name, stamp=name
             )
-            answers[name] = inference.evaluate(
+            answers[name] = inference.run_items(
                 model,
                 items,
                 mode=settings.eval.mode,
                 images_folder=found.folder,
                 out=workdir / f"{name}.jsonl",
                 progress=progress,
-                looks=modality.by(g, centroids),
+                looks=modality.make_classifier(g, centroids),
             )
             says(f"{len(items)} items")
     return answers
 
 
 def _report(
-    settings: Quickstart, road: Road, found: selection.Suite, answers: dict[str, list[dict]]
+    settings: Quickstart,
+    road: QuickstartRun,
+    found: selection.EvalSet,
+    answers: dict[str, list[dict]],
 ) -> dict[str, Any]:
     numbers = dict(seed=settings.eval.seed, resamples=settings.eval.resamples)
     scores = aggregate.scores(answers["before"], answers["after"], **numbers)
     closed = [r for r in answers["after"] if r["task"] == aggregate.PRIMARY[0]]
     rivals = {
         "before": answers["before"],
-        "blind": aggregate.answered(closed, baselines.blind(found.train, found.items)),
+        "blind": aggregate.with_answers(closed, baselines.blind(found.train, found.items)),
         "swapped": answers["swapped"],
     }
     comparisons = [
@@ -273,7 +276,7 @@ class Generated:
 def _cases(
     settings: Quickstart,
     tiny: Path,
-    found: selection.Suite,
+    found: selection.EvalSet,
     answers: dict[str, list[dict]],
     workdir: Path,
 ) -> tuple[list[Case], list[Generated]]:

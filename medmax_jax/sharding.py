@@ -78,7 +78,7 @@ def _arranged(shape: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray
     return np.array(devices).reshape(shape)  # of GPUs a slice is a node, which fsdp may leave
 
 
-def placed(like: Any) -> Any:
+def with_shardings(like: Any) -> Any:
     """What jax.eval_shape gave, on the devices of the ambient mesh: it keeps only the axes.
 
     A restore needs the devices.
@@ -92,7 +92,7 @@ def placed(like: Any) -> Any:
     return jax.tree.map(place, like)
 
 
-def put_batch(batch: Any, mesh: jax.sharding.Mesh) -> Any:
+def shard_batch(batch: Any, mesh: jax.sharding.Mesh) -> Any:
     """Numpy arrays [rows of this host, ...] to global arrays split by rows over data x fsdp."""
     split = mesh.shape["data"] * mesh.shape["fsdp"]
 

@@ -28,16 +28,16 @@ from ml_collections import ConfigDict
 
 from medmax_jax import cli, config
 from medmax_jax.checkpoints import export, safetensors_file
-from medmax_jax.checkpoints.manager import CheckpointError, Checkpoints, meet
+from medmax_jax.checkpoints.manager import CheckpointError, CheckpointManager, barrier
 from medmax_jax.data import loader
 from medmax_jax.data.packing.pack import PackError
 from medmax_jax.data.records.document import RecordsError
 from medmax_jax.io.storage import StorageError
 from medmax_jax.models import chameleon
-from medmax_jax.sharding import make_mesh, put_batch
+from medmax_jax.sharding import make_mesh, shard_batch
 from medmax_jax.training import log_writer, reporting, samples, setup, step
 from medmax_jax.training.batch import Batch
-from medmax_jax.training.reporting import Evaluator, Job, Reporter, TrainError
+from medmax_jax.training.reporting import Evaluator, Reporter, TrainContext, TrainError
 
 ERRORS = (
     TrainError, cli.WorkdirError, RecordsError, PackError, CheckpointError, StorageError,
@@ -50,95 +50,108 @@ def main(settings: ConfigDict, workdir: str) -> None:
     options = setup.Options(
         extend=FLAGS.extend,
         dry_run=FLAGS.dry_run,
-        profile=_steps(FLAGS.profile_steps),
+        profile=_parse_step_range(FLAGS.profile_steps),
         wandb=FLAGS.wandb,
         listed_hosts=tuple(FLAGS.listed_host),
     )
-    if not options.dry_run and FLAGS.compile_cache != "off" and not _cache():
+    if not options.dry_run and FLAGS.compile_cache != "off" and not _compile_cache_dir():
         place = FLAGS.compile_cache or str(cli.open_workdir(workdir).absolute() / "compiled")
         jax.config.update("jax_compilation_cache_dir", place)
     run(config.from_config_dict(settings), workdir, options)
 
 
 def run(
-    run: config.Run, workdir: str | os.PathLike, options: setup.Options = setup.PLAIN
+    run: config.Run, workdir: str | os.PathLike, options: setup.Options = setup.DEFAULT_OPTIONS
 ) -> dict[str, Any]:
     """Trains to the end and exports; returns the last numbers and where the result lies.
 
     Raises cli.Interrupted after SIGINT or SIGTERM; calling it again goes on from there.
     """
-    setup.check(run, options)
+    setup.check_options(run, options)
     if options.dry_run:
         return setup.dry_run(run, lambda: load_data(run))
-    clock, folder = log_writer.Clock(), cli.open_workdir(workdir).absolute()
+    clock, folder = log_writer.GoodputTimer(), cli.open_workdir(workdir).absolute()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(setup.lock(folder))
+        stack.enter_context(setup.workdir_lock(folder))
         stop = stack.enter_context(cli.Stop())
-        mesh = setup.usable(lambda: make_mesh(run.mesh))
-        setup.usable(lambda: step.check(run, mesh))
+        mesh = setup.as_config_error(lambda: make_mesh(run.mesh))
+        setup.as_config_error(lambda: step.check(run, mesh))
         stack.enter_context(jax.set_mesh(mesh))
 
         # ---- data
         train_data, held_data = load_data(run)
 
         # ---- log
-        meta = setup.meta(run, train_data)
-        also = _tracked(run, options, folder, meta, stack)
-        writer = stack.enter_context(contextlib.closing(log_writer.Writer(str(folder), also)))
+        meta = setup.run_metadata(run, train_data)
+        also = _wandb_sink(run, options, folder, meta, stack)
+        writer = stack.enter_context(contextlib.closing(log_writer.MetricWriter(str(folder), also)))
 
         # ---- model
-        like = setup.usable(lambda: chameleon.abstract(run.model, run.vocab, run.lora))
+        like = setup.as_config_error(
+            lambda: chameleon.abstract_model(run.model, run.vocab, run.lora)
+        )
         key_init, key = jax.random.split(jax.random.key(run.train.seed, impl=run.train.prng_impl))
         key = jax.device_put(key, NamedSharding(mesh, P()))  # the loop moves nothing by itself
 
         # ---- restore
-        store = Checkpoints(folder / "checkpoints", keep=run.train.keep, log=writer.log)
+        store = CheckpointManager(folder / "checkpoints", keep=run.train.keep, log=writer.log)
         stack.callback(store.close)
-        with clock.spend("load"):
-            start, state, cursor, changes = setup.restored(run, like, store, meta, options)
-            trainable, frozen = setup.weights(run, like, key_init, restoring=start is not None)
+        with clock.measure("load"):
+            start, state, cursor, changes = setup.restore_checkpoint(
+                run, like, store, meta, options
+            )
+            trainable, frozen = setup.load_or_init_weights(
+                run, like, key_init, restoring=start is not None
+            )
             state = step.init_state(trainable, run) if state is None else state
         writer.start(step=start or 0, again="validation" if cursor["owed"] else "")
-        job = Job(
+        job = TrainContext(
             run=run, folder=folder, mesh=mesh, writer=writer, clock=clock, stop=stop,
-            checkpoints=store, train_data=train_data, held_data=held_data,
-            graph=step.split(like, run.train.trains)[0], frozen=frozen, key=key, meta=meta,
+            checkpoints=store, train_data=train_data, eval_data=held_data,
+            graph=step.split_trainable(like, run.train.trains)[0],
+            frozen=frozen, key=key, meta=meta,
         )  # fmt: skip
-        reporting.banner(job, state, start, changes)
+        reporting.log_run_summary(job, state, start, changes)
 
         # ---- loop and end
         state, last = _loop(job, state, start or 0, cursor, options)
         return _finish(job, state, last)
 
 
-def load_data(run: config.Run) -> tuple[loader.Batches, loader.Batches | None]:
+def load_data(run: config.Run) -> tuple[loader.BatchLoader, loader.BatchLoader | None]:
     """Return the training batches, and the validation batches or None."""
-    train_data = loader.batches(run, run.data.train)
-    return train_data, loader.one_pass(run, run.data.validation) if run.data.validation else None
+    train_data = loader.train_batches(run, run.data.train)
+    return train_data, loader.eval_batches(
+        run, run.data.validation
+    ) if run.data.validation else None
 
 
 def _loop(
-    job: Job, state: step.TrainState, done: int, cursor: dict[str, Any], options: setup.Options
+    job: TrainContext,
+    state: step.TrainState,
+    done: int,
+    cursor: dict[str, Any],
+    options: setup.Options,
 ) -> tuple[step.TrainState, dict[str, float]]:
     """The steps that are left, with reports, evaluations and checkpoints between them."""
     t, reporter = job.run.train, Reporter(job, cursor)
     evaluator = Evaluator(job)
-    held = job.held_data.records if job.held_data else None
+    held = job.eval_data.records if job.eval_data else None
     sampler = samples.Sampler(job.run, held, graph=job.graph, mesh=job.mesh)
-    _go_on_or_stop(job, done)
+    _check_stop(job, done)
     if cursor["owed"]:
         _evaluate(job, state, done, reporter, evaluator, sampler)
-        _go_on_or_stop(job, done)
+        _check_stop(job, done)
     if done == t.steps:
         return state, reporter.last
     batches = job.train_data.stream(done)
     batch = _next(job, batches)
     train_step = _compiled(job, state, batch)
-    trace = reporting.Trace(job, options.profile, done)
+    trace = reporting.Profiler(job, options.profile, done)
     with jax.transfer_guard("disallow"), contextlib.closing(trace):
         while done < t.steps:
             trace.before(done + 1)
-            with job.clock.spend("step"):
+            with job.clock.measure("step"):
                 state, sums = train_step(state, job.frozen, batch, job.key)
             done += 1
             trace.after(done, state)
@@ -148,19 +161,19 @@ def _loop(
                 batch = _next(job, batches)  # while the device works
             if done % t.log_every == 0 or last:
                 reporter.report(done)
-            if t.eval_every and (done % t.eval_every == 0 or last) and job.held_data:
+            if t.eval_every and (done % t.eval_every == 0 or last) and job.eval_data:
                 _evaluate(job, state, done, reporter, evaluator, sampler)
             job.checkpoints.check()
             asked = job.stop.poll()
             if done % t.checkpoint_every == 0 or last or asked:
                 _save(job, state, done, reporter)
             if asked and (reporter.owed or not last):
-                _say_stopped(job, asked, done)
+                _stop_after_checkpoint(job, asked, done)
     return state, reporter.last
 
 
 def _evaluate(
-    job: Job,
+    job: TrainContext,
     state: step.TrainState,
     done: int,
     reporter: Reporter,
@@ -168,12 +181,12 @@ def _evaluate(
     sampler: samples.Sampler,
 ) -> None:
     """Held-out losses and samples; a signal cuts them short, and the next start makes up for it."""
-    reporter.settle(done)
+    reporter.flush(done)
     found = evaluator(state, done)
     reporter.last |= found or {}
     reporter.owed = found is None or bool(sampler.asked and job.stop.poll())
     if sampler.asked and not reporter.owed:
-        with job.clock.spend("sample"), jax.transfer_guard("allow"):
+        with job.clock.measure("sample"), jax.transfer_guard("allow"):
             try:
                 folder = job.folder / "samples"
                 path = sampler(state.trainable, job.frozen, step=done, folder=folder)
@@ -183,30 +196,30 @@ def _evaluate(
         job.writer.log(f"samples after step {done}: {path}")
 
 
-def _compiled(job: Job, state: step.TrainState, batch: Batch) -> Callable:
-    with job.clock.spend("compile"):
+def _compiled(job: TrainContext, state: step.TrainState, batch: Batch) -> Callable:
+    with job.clock.measure("compile"):
         lowered = step.make_train_step(job.graph, job.run).lower(state, job.frozen, batch, job.key)
         compiled = lowered.compile()
-        meet("the training step is compiled")
+        barrier("the training step is compiled")
     job.writer.log(
-        f"compiled in {job.clock.seconds['compile']:.1f} s; {reporting.memory(compiled)}"
+        f"compiled in {job.clock.seconds['compile']:.1f} s; {reporting.memory_summary(compiled)}"
     )
     return compiled
 
 
-def _next(job: Job, batches: Iterator[Batch]) -> Batch:
-    with job.clock.spend("data"):
-        return put_batch(next(batches), job.mesh)
+def _next(job: TrainContext, batches: Iterator[Batch]) -> Batch:
+    with job.clock.measure("data"):
+        return shard_batch(next(batches), job.mesh)
 
 
-def _save(job: Job, state: step.TrainState, done: int, reporter: Reporter) -> None:
+def _save(job: TrainContext, state: step.TrainState, done: int, reporter: Reporter) -> None:
     cursor = reporter.cursor(done)
-    with job.clock.spend("checkpoint"), jax.transfer_guard("allow"):
+    with job.clock.measure("checkpoint"), jax.transfer_guard("allow"):
         job.checkpoints.save(done, state, cursor=cursor, meta=job.meta)
-    job.writer.numbers("checkpoint", done, {"blocked_seconds": job.checkpoints.blocked[-1]})
+    job.writer.write("checkpoint", done, {"blocked_seconds": job.checkpoints.blocked[-1]})
 
 
-def _go_on_or_stop(job: Job, done: int) -> None:
+def _check_stop(job: TrainContext, done: int) -> None:
     """Before a step is made: a signal stops the run, and there is nothing new to save."""
     if asked := job.stop.poll():
         text = f"{asked}: stopped at step {done} before another; the same command goes on"
@@ -214,19 +227,19 @@ def _go_on_or_stop(job: Job, done: int) -> None:
         raise cli.Interrupted(text)
 
 
-def _say_stopped(job: Job, name: str, done: int) -> None:
-    with job.clock.spend("checkpoint"):
+def _stop_after_checkpoint(job: TrainContext, name: str, done: int) -> None:
+    with job.clock.measure("checkpoint"):
         job.checkpoints.wait()
     text = f"{name}: stopped after step {done}, checkpoint saved; the same command goes on"
     job.writer.log(text)
     raise cli.Interrupted(text)
 
 
-def _finish(job: Job, state: step.TrainState, last: dict[str, float]) -> dict[str, Any]:
+def _finish(job: TrainContext, state: step.TrainState, last: dict[str, float]) -> dict[str, Any]:
     run, facts = job.run, job.meta | {"step": job.run.train.steps}
-    with job.clock.spend("checkpoint"):
+    with job.clock.measure("checkpoint"):
         job.checkpoints.wait()
-    if wrong := _not_finite(state.trainable):
+    if wrong := _count_non_finite(state.trainable):
         raise TrainError(
             f"{wrong} of the trained parameters are not finite: nothing is exported; start again "
             f"from an earlier step of {job.folder / 'checkpoints'} with a lower optim.peak_lr"
@@ -235,7 +248,10 @@ def _finish(job: Job, state: step.TrainState, last: dict[str, float]) -> dict[st
         target = job.folder / "adapter"
         export.adapter(target, state.trainable, run, facts)
     else:
-        target, whole = job.folder / "model", step.whole(job.graph, state.trainable, job.frozen)
+        target, whole = (
+            job.folder / "model",
+            step.trained_base(job.graph, state.trainable, job.frozen),
+        )
         for name in export.model(target, whole, run, data=facts["data"], step=facts["step"]):
             job.writer.log(f"{target} has no {name}: config.train.init_from has none to copy")
     clock = job.clock.report()
@@ -247,12 +263,12 @@ def _finish(job: Job, state: step.TrainState, last: dict[str, float]) -> dict[st
     return last | {"step": run.train.steps, "export": str(target), "goodput": clock["goodput"]}
 
 
-def _not_finite(tree: PyTree) -> int:
+def _count_non_finite(tree: PyTree) -> int:
     count = jax.jit(lambda t: sum((~jnp.isfinite(x)).sum() for x in jax.tree.leaves(t)))
     return int(count(tree))
 
 
-def _steps(text: str) -> tuple[int, int] | None:
+def _parse_step_range(text: str) -> tuple[int, int] | None:
     """The two numbers of 3:5, None for nothing."""
     first, colon, last = text.partition(":")
     if not text:
@@ -262,12 +278,12 @@ def _steps(text: str) -> tuple[int, int] | None:
     return int(first), int(last)
 
 
-def _cache() -> str | None:
+def _compile_cache_dir() -> str | None:
     """Where JAX has been told to keep programs, by its own variable say."""
     return jax.config.jax_compilation_cache_dir
 
 
-def _tracked(
+def _wandb_sink(
     run: config.Run,
     options: setup.Options,
     folder: pathlib.Path,
@@ -276,7 +292,7 @@ def _tracked(
 ) -> Callable[[int, dict[str, float]], None] | None:
     if not options.wandb or jax.process_index():
         return None
-    send, close = log_writer.wandb(
+    send, close = log_writer.init_wandb(
         options.wandb, run, name=folder.name, folder=str(folder), credentials=meta["credentials"],
         listed=options.listed_hosts, environment=os.environ,
     )  # fmt: skip

@@ -37,7 +37,7 @@ from medmax_jax.checkpoints import safetensors_file
 from medmax_jax.io import image_paths
 from medmax_jax.io.text_files import TextFileError, read_objects
 from medmax_jax.models import images, vqgan
-from medmax_jax.sharding import make_mesh, put_batch
+from medmax_jax.sharding import make_mesh, shard_batch
 from medmax_jax.training import lpips
 from medmax_jax.training.run_files import LogFile, damage_warning, read_metrics
 
@@ -89,7 +89,7 @@ class State(NamedTuple):
     usage: Array  # [K] times each code was taken since the last restart
 
 
-class Pictures(NamedTuple):
+class ImageDataset(NamedTuple):
     originals: list[Image.Image]
     chance: np.ndarray  # of each to be drawn: rare modalities more often than their share
 
@@ -103,7 +103,7 @@ def run(settings: Run, workdir: str | Path) -> dict[str, dict[str, float]]:
         return _train(settings, workdir, mesh, log)
 
 
-def pictures(manifest: str | Path, split: str) -> Pictures:
+def load_images(manifest: str | Path, split: str) -> ImageDataset:
     """The pictures of one split, drawn by 1 / sqrt(pictures of their modality)."""
     rows = [_checked(row, place) for place, row in read_objects(manifest)]
     rows = [row for row in rows if row["split"] == split]
@@ -114,7 +114,7 @@ def pictures(manifest: str | Path, split: str) -> Pictures:
     originals = [images.load(file, max_pixels=MAX_PIXELS) for file in files]
     kinds = [row["modality"] for row in rows]
     chance = np.array([kinds.count(kind) ** -0.5 for kind in kinds])
-    return Pictures(originals, chance / chance.sum())
+    return ImageDataset(originals, chance / chance.sum())
 
 
 def _checked(row: dict[str, Any], place: str) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def _checked(row: dict[str, Any], place: str) -> dict[str, Any]:
     return row
 
 
-def batch(train: Pictures, settings: Run, step: int) -> Float32[np.ndarray, "b h w 3"]:
+def batch(train: ImageDataset, settings: Run, step: int) -> Float32[np.ndarray, "b h w 3"]:
     """The crops of a step, from (seed, step) alone."""
     rng = np.random.default_rng((settings.train.seed, step))
     picks = rng.choice(len(train.originals), settings.train.batch_size, p=train.chance)
@@ -191,7 +191,7 @@ def _train(
     settings: Run, workdir: Path, mesh: jax.sharding.Mesh, log: "Log"
 ) -> dict[str, dict[str, float]]:
     t = settings.train
-    train, held_out = pictures(t.manifest, "train"), pictures(t.manifest, "validation")
+    train, held_out = load_images(t.manifest, "train"), load_images(t.manifest, "validation")
     whole = jax.NamedSharding(mesh, P())
     perceptual = jax.device_put(lpips.load(t.lpips, net=t.lpips_net), whole)
     tx, checkpoint = _optimizer(t), workdir / "checkpoint.safetensors"
@@ -202,7 +202,7 @@ def _train(
     for step in range(start, t.steps):
         if step == t.plain_steps:
             state = _lay_codebook(state, train, settings, mesh)
-        pixels = put_batch(batch(train, settings, step), mesh)
+        pixels = shard_batch(batch(train, settings, step), mesh)
         state, seen, latents = step_fn(state, pixels, jnp.float32(step >= t.plain_steps))
         log.step(step + 1, seen, state.usage)
         if (step + 1) % t.restart_every == 0 and t.plain_steps <= step < LAST_RESTART * t.steps:
@@ -221,14 +221,14 @@ def _train(
     }
 
 
-def evaluation(evaluate: Any, model: vqgan.VQGAN, some: Pictures, settings: Run):
+def evaluation(evaluate: Any, model: vqgan.VQGAN, some: ImageDataset, settings: Run):
     """(mean metrics, the uncropped-by-chance pictures [n h w 3], their reconstructions)."""
     size, rows = settings.vq.image_size, settings.train.batch_size
     mesh = jax.sharding.get_mesh()
     pixels = np.stack([images.preprocess(image, size) for image in some.originals])
     filled = np.concatenate([pixels, pixels[:1].repeat(-len(pixels) % rows, 0)])
     chunks = [
-        jax.device_get(evaluate(model, put_batch(filled[n : n + rows], mesh)))
+        jax.device_get(evaluate(model, shard_batch(filled[n : n + rows], mesh)))
         for n in range(0, len(filled), rows)
     ]
     joined = jax.tree.map(lambda *parts: np.concatenate(parts)[: len(pixels)], *chunks)
@@ -252,7 +252,7 @@ def _start(settings: Run, tx: Any, file: Path, whole: jax.NamedSharding) -> tupl
         model = vqgan.VQGAN(settings.vq, rngs=nnx.Rngs(settings.train.seed))
         for _, module in nnx.iter_modules(model, graph=False):
             if isinstance(module, nnx.Conv):
-                module.conv_general_dilated = convolve
+                module.conv_general_dilated = conv_with_matmul_grad
         return State(model, tx.init(model), jnp.zeros(settings.vq.num_codes, jnp.int32))
 
     if not file.exists():
@@ -266,12 +266,12 @@ def _start(settings: Run, tx: Any, file: Path, whole: jax.NamedSharding) -> tupl
     return safetensors_file.load(file, like), int(safetensors_file.metadata(file)["step"])
 
 
-def _lay_codebook(state: State, train: Pictures, settings: Run, mesh: Any) -> State:
+def _lay_codebook(state: State, train: ImageDataset, settings: Run, mesh: Any) -> State:
     """k-means over the latents of 32 batches that no step sees."""
     latents = jax.jit(lambda model, pixels: model.latents(pixels))
     size, embed = settings.vq.num_codes, settings.vq.embed_dim
     crops = (batch(train, settings, settings.train.steps + n) for n in range(32))
-    points = [np.asarray(latents(state.model, put_batch(c, mesh))) for c in crops]
+    points = [np.asarray(latents(state.model, shard_batch(c, mesh))) for c in crops]
     points = np.concatenate(points).reshape(-1, embed)
     rng = np.random.default_rng(settings.train.seed)
     centres = points[rng.choice(len(points), size, replace=False)]
@@ -348,7 +348,7 @@ class Log:
             double = sheet.resize((2 * sheet.width, 2 * sheet.height), Image.Resampling.NEAREST)
             try:
                 double.save(self.workdir / "reconstructions.png")
-                if damaged := curve(self.workdir):
+                if damaged := plot_curves(self.workdir):
                     self.say(damage_warning(self.workdir / "metrics.jsonl", damaged))
             except (OSError, TextFileError) as error:  # images of the run; nothing reads them
                 self.say(f"WARNING: no sheet or curve of step {self.at} ({error})")
@@ -358,7 +358,7 @@ class Log:
         self._rows.write(json.dumps({"kind": kind, "step": self.at, **values}))
 
 
-def curve(workdir: Path) -> int:
+def plot_curves(workdir: Path) -> int:
     """D/curve.png from D/metrics.jsonl: L1, LPIPS, PSNR and codes in use; its damaged lines."""
     rows, damaged = read_metrics(workdir / "metrics.jsonl")
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -403,7 +403,7 @@ def _convolve3_backward(kept, grad):
 _convolve3.defvjp(_convolve3_forward, _convolve3_backward)
 
 
-def convolve(x, kernel, strides, padding, **options):
+def conv_with_matmul_grad(x, kernel, strides, padding, **options):
     """A convolution whose kernel gradient is nine matrix products where the picture is large.
 
     XLA's own is three to five times slower there on CPU, where tiny tokenizers are trained.

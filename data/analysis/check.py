@@ -41,10 +41,10 @@ from medmax_jax.data.image_tokens.encoder import (
     log,
 )
 from medmax_jax.data.records.document import RecordsError
-from medmax_jax.data.records.jsonl import spoken, written
+from medmax_jax.data.records.jsonl import plain_text, to_text
 from medmax_jax.data.records.reader import Records, open_records
-from medmax_jax.data.records.writer import credentialed
-from medmax_jax.io.progress import Items
+from medmax_jax.data.records.writer import has_credentialed
+from medmax_jax.io.progress import ItemProgress
 from medmax_jax.io.storage import file_sha256
 from medmax_jax.models import image_headers
 from medmax_jax.models.tokenizer import Tokenizer, TokenizerError
@@ -70,23 +70,26 @@ def check(
     if against and tokenizer is None:
         raise PrepareError("--against compares words; name the records' model folder with --model")
     items = [item for each in against for item in eval_set.read(Path(each), tokenizer)]
-    grams = near_duplicates.Grams([item.words for item in items])
+    grams = near_duplicates.NgramIndex([item.words for item in items])
 
     def see(document: Any, number: int) -> None:
         if items:
-            grams.see(near_duplicates.words(spoken(document, found.layout, tokenizer)), number)
+            grams.add_document(
+                near_duplicates.normalized_words(plain_text(document, found.layout, tokenizer)),
+                number,
+            )
 
     columns = scan.scan(found, tell, see)
-    told, sha = findings.Told(found, columns), columns.sha.copy()
+    told, sha = findings.DocumentNamer(found, columns), columns.sha.copy()
     shown, looks_of, flat = _look(found, columns, sha, (pictures, encoder), tell)
-    findings.doubles(columns, sha, told, tell)
-    findings.near(looks_of, shown, columns.path, told, tell)
+    findings.find_duplicates(columns, sha, told, tell)
+    findings.find_near_duplicates(looks_of, shown, columns.path, told, tell)
     names = ("documents", "tokens", "text_tokens", "image_tokens", "sha256")
     summary = {n: found.meta[n] for n in names} | dict(looked_at=len(looks_of), flat=flat)
     if items:
-        held = eval_set.with_pictures(items, held_pictures, encoder)
-        findings.shared(held, columns, sha, (looks_of, shown), told, tell)
-        findings.shared_text(grams, items, told, tell)
+        held = eval_set.with_image_hashes(items, held_pictures, encoder)
+        findings.find_shared_images(held, columns, sha, (looks_of, shown), told, tell)
+        findings.find_shared_text(grams, items, told, tell)
         summary |= _compared(held, grams)
     return summary | tell.totals() | _example(found, tokenizer)
 
@@ -103,7 +106,7 @@ def _look(
     Of decoded codes where there is an encoder, else of files.
     """
     pictures, encoder = sides
-    seen = (np.zeros(0, np.int64), np.zeros((0, near_duplicates.LOOK_WORDS), np.uint32), 0)
+    seen = (np.zeros(0, np.int64), np.zeros((0, near_duplicates.HASH_WORDS), np.uint32), 0)
     if pictures is not None:
         known, first, place = np.unique(columns.path, return_index=True, return_inverse=True)
         numbers = first[known != 0]
@@ -114,7 +117,7 @@ def _look(
         sha[:] = np.where(sha == 0, of_path[place.reshape(-1)], sha)
     if encoder is not None:
         places = np.sort(np.unique(columns.codes, return_index=True)[1])
-        hashes = near_duplicates.of_codes(encoder, _images(found, columns, places))
+        hashes = near_duplicates.hash_codes(encoder, _images(found, columns, places))
         seen = _table(columns.owner[places], hashes)
     return seen
 
@@ -122,8 +125,8 @@ def _look(
 def _table(
     numbers: Int[np.ndarray, "_"], hashes: Iterable[near_duplicates.Look | None]
 ) -> tuple[Int[np.ndarray, "k"], UInt32[np.ndarray, "k 8"], int]:
-    table, has = np.zeros((len(numbers), near_duplicates.LOOK_WORDS), np.uint32), []
-    progress = Items(len(numbers), "pictures", log.info, every=LOG_SECONDS)
+    table, has = np.zeros((len(numbers), near_duplicates.HASH_WORDS), np.uint32), []
+    progress = ItemProgress(len(numbers), "pictures", log.info, every=LOG_SECONDS)
     for row, look in zip(table, hashes, strict=True):
         has.append(look is not None)
         row[:] = 0 if look is None else look
@@ -139,7 +142,7 @@ def _images(
     for place in places:
         images_of = scan.images_of(found[int(columns.owner[place])], found)
         yield next(
-            c for c in images_of if near_duplicates.short(c.tobytes()) == int(columns.codes[place])
+            c for c in images_of if near_duplicates.hash64(c.tobytes()) == int(columns.codes[place])
         )
 
 
@@ -153,19 +156,21 @@ def _files(
     """The look of each document's file, None where there is none; notes its SHA-256."""
     for number in numbers.tolist():
         document, look = found[number], None
-        where = f"document {number}" + ("" if credentialed(found) else f" ({document.image_path})")
+        where = f"document {number}" + (
+            "" if has_credentialed(found) else f" ({document.image_path})"
+        )
         try:
-            digest, look = near_duplicates.of_file(pictures, document.image_path)
+            digest, look = near_duplicates.hash_file(pictures, document.image_path)
             if document.image_sha256 not in ("", digest):
                 tell("changed_file", where, f"has SHA-256 {digest}, encoded was another")
             elif not document.image_sha256:
-                sha[number] = near_duplicates.short(digest)
+                sha[number] = near_duplicates.hash64(digest)
         except image_headers.ImageError as error:
-            tell("unread_file", where, "unreadable" if credentialed(found) else str(error))
+            tell("unread_file", where, "unreadable" if has_credentialed(found) else str(error))
         yield look
 
 
-def _compared(held: tuple, grams: near_duplicates.Grams) -> dict[str, Any]:
+def _compared(held: tuple, grams: near_duplicates.NgramIndex) -> dict[str, Any]:
     items, looks_of, _, unread = held
     return dict(
         compared=dict(
@@ -185,9 +190,9 @@ def _example(found: Records, tokenizer: Tokenizer | None) -> dict[str, Any]:
         first = found[0]
     except RecordsError:
         return dict(example=None, text=None)
-    if credentialed(found):
+    if has_credentialed(found):
         return dict(example="credentialed: not shown", text=None)
-    text = None if tokenizer is None else written(first, found.layout, tokenizer)
+    text = None if tokenizer is None else to_text(first, found.layout, tokenizer)
     return dict(example=first.id, text=text)
 
 
@@ -217,11 +222,11 @@ def add(commands: Any, tiny: Path) -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace) -> dict[str, Any]:
     found = open_records(args.folder)
-    tokenizer = tokenizer_of(found, args.model, args.tiny)
+    tokenizer = resolve_tokenizer(found, args.model, args.tiny)
     return check(
         args.folder,
         tokenizer=tokenizer,
-        encoder=encoder_of(found, args.model or args.tiny) if args.decode else None,
+        encoder=resolve_encoder(found, args.model or args.tiny) if args.decode else None,
         against=tuple(args.against),
         pictures=args.images,
         held_pictures=args.eval_images,
@@ -229,7 +234,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
     )
 
 
-def tokenizer_of(found: Records, model: Path | None, tiny: Path) -> Tokenizer | None:
+def resolve_tokenizer(found: Records, model: Path | None, tiny: Path) -> Tokenizer | None:
     """That of --model, or the shipped one where it wrote the records, else None, which is told.
 
     Records that do not know their tokenizer are read by the one that was named.
@@ -248,7 +253,7 @@ def tokenizer_of(found: Records, model: Path | None, tiny: Path) -> Tokenizer | 
     return None
 
 
-def made_by(found: Records, model: Path | None, tiny: Path) -> bool:
+def encoder_matches(found: Records, model: Path | None, tiny: Path) -> bool:
     """Whether the VQGAN at hand made the records' codes; named ones of records that name none."""
     file, wrote = (model or tiny) / "vqgan.safetensors", found.layout.vqgan
     if not wrote:
@@ -256,7 +261,7 @@ def made_by(found: Records, model: Path | None, tiny: Path) -> bool:
     return file.is_file() and file_sha256(file) == wrote
 
 
-def encoder_of(found: Records, model: Path) -> Encoder:
+def resolve_encoder(found: Records, model: Path) -> Encoder:
     """The VQGAN of a model folder; raises PrepareError unless it made the records' codes."""
     encoder, layout = load_encoder(model), found.layout
     alike = encoder.layout.codes_per_image == layout.codes_per_image

@@ -14,13 +14,13 @@ import numpy as np
 from jaxtyping import Int, UInt32
 
 from medmax_jax.data.analysis import near_duplicates
-from medmax_jax.data.analysis.near_duplicates import words
+from medmax_jax.data.analysis.near_duplicates import normalized_words
 from medmax_jax.data.analysis.scan import images_of
 from medmax_jax.data.image_tokens.encoder import Encoder
 from medmax_jax.data.records.document import RecordsError
-from medmax_jax.data.records.jsonl import spoken
+from medmax_jax.data.records.jsonl import plain_text
 from medmax_jax.data.records.reader import Records, open_records
-from medmax_jax.data.records.writer import credentialed
+from medmax_jax.data.records.writer import has_credentialed
 from medmax_jax.endpoints import egress
 from medmax_jax.io import text_files
 from medmax_jax.io.text_files import TextFileError
@@ -31,7 +31,7 @@ MAX_LINE = 1 << 22  # characters: a prompt and an answer of eval_rows.MAX_TEXT e
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Item:
+class EvalItem:
     """What is known of one item; `path` is its image's, codes and sha are empty where unknown."""
 
     name: str
@@ -41,7 +41,7 @@ class Item:
     sha: str
 
 
-def read(path: Path, tokenizer: Tokenizer) -> list[Item]:
+def read(path: Path, tokenizer: Tokenizer) -> list[EvalItem]:
     """The items of a folder of records or of an items.jsonl."""
     if path.is_dir():
         return list(_of_records(open_records(path), tokenizer))
@@ -52,9 +52,9 @@ def read(path: Path, tokenizer: Tokenizer) -> list[Item]:
     return [_of_row(row, path, place.removeprefix(f"{path} ")) for place, row in rows]
 
 
-def with_pictures(
-    items: list[Item], folder: Path | None, encoder: Encoder | None
-) -> tuple[list[Item], UInt32[np.ndarray, "k 8"], Int[np.ndarray, "k"], int]:
+def with_image_hashes(
+    items: list[EvalItem], folder: Path | None, encoder: Encoder | None
+) -> tuple[list[EvalItem], UInt32[np.ndarray, "k 8"], Int[np.ndarray, "k"], int]:
     """(items, looks, the item of each look, pictures that cannot be read).
 
     With a folder, bytes and looks are those of the files there. With an encoder, looks are those
@@ -68,31 +68,31 @@ def with_pictures(
     else:
         items = _encoded(items, folder, encoder)
         each = {near_duplicates.code_hash(c): c for item in items for c in item.codes}
-        hashes = dict(zip(each, near_duplicates.of_codes(encoder, each.values()), strict=True))
+        hashes = dict(zip(each, near_duplicates.hash_codes(encoder, each.values()), strict=True))
         table = [
             (n, hashes[near_duplicates.code_hash(c)]) for n, i in enumerate(items) for c in i.codes
         ]
     table = [(n, look) for n, look in table if look is not None]
-    shape = np.array([look for _, look in table], np.uint32).reshape(-1, near_duplicates.LOOK_WORDS)
+    shape = np.array([look for _, look in table], np.uint32).reshape(-1, near_duplicates.HASH_WORDS)
     return items, shape, np.array([n for n, _ in table], np.int64), unread
 
 
 def _files(
-    items: list[Item], folder: Path | None
+    items: list[EvalItem], folder: Path | None
 ) -> dict[str, tuple[str, near_duplicates.Look | None]]:
     """path -> (SHA-256, look) of the files that can be read."""
     found = {}
     for path in sorted({item.path for item in items if item.path and folder is not None}):
         with contextlib.suppress(image_headers.ImageError):  # counted by who asks
-            found[path] = near_duplicates.of_file(folder, path)
+            found[path] = near_duplicates.hash_file(folder, path)
     return found
 
 
-def _encoded(items: list[Item], folder: Path | None, encoder: Encoder) -> list[Item]:
+def _encoded(items: list[EvalItem], folder: Path | None, encoder: Encoder) -> list[EvalItem]:
     """Items of files with the codes of these; one that could not be read stays without."""
     paths = sorted({item.path for item in items if item.sha and item.path and not item.codes})
     each = (
-        near_duplicates.encoded(encoder, [folder / path for path in paths])
+        near_duplicates.encode_files(encoder, [folder / path for path in paths])
         if folder is not None
         else []
     )
@@ -103,19 +103,19 @@ def _encoded(items: list[Item], folder: Path | None, encoder: Encoder) -> list[I
     ]
 
 
-def _of_records(found: Records, tokenizer: Tokenizer) -> Iterator[Item]:
+def _of_records(found: Records, tokenizer: Tokenizer) -> Iterator[EvalItem]:
     for n, d in enumerate(found):
-        text = spoken(d, found.layout, tokenizer)
-        yield Item(
-            name=f"document {n}" if credentialed(found) else d.id,
-            words=tuple(words(text)),
+        text = plain_text(d, found.layout, tokenizer)
+        yield EvalItem(
+            name=f"document {n}" if has_credentialed(found) else d.id,
+            words=tuple(normalized_words(text)),
             path=d.image_path,
             codes=tuple(images_of(d, found)),
             sha=d.image_sha256,
         )
 
 
-def _of_row(row: dict[str, Any], file: Path, place: str) -> Item:
+def _of_row(row: dict[str, Any], file: Path, place: str) -> EvalItem:
     prompt, answer, path = row.get("prompt"), row.get("answer"), row.get("image_path") or ""
     as_text = all(type(part) in (str, int, float) for part in (prompt, answer))
     if not as_text or not isinstance(path, str):
@@ -124,6 +124,6 @@ def _of_row(row: dict[str, Any], file: Path, place: str) -> Item:
             "data.prepare import"
         )
     text = f"{prompt}\n{answer}".replace(IMAGE_NAME, "\n")
-    secret = egress.class_of(row, place, default=egress.LICENCE_BOUND)
+    secret = egress.data_class_of(row, place, default=egress.LICENCE_BOUND)
     name = place if secret == egress.CREDENTIALED else str(row.get("id") or place)
-    return Item(name=name, words=tuple(words(text)), path=path, codes=(), sha="")
+    return EvalItem(name=name, words=tuple(normalized_words(text)), path=path, codes=(), sha="")

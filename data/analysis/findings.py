@@ -12,7 +12,7 @@ from jaxtyping import Int, UInt32, UInt64
 
 from medmax_jax.data.analysis import eval_set, near_duplicates, scan
 from medmax_jax.data.records.reader import Records
-from medmax_jax.data.records.writer import credentialed
+from medmax_jax.data.records.writer import has_credentialed
 from medmax_jax.io.errors import printable_text
 
 NOTES = (
@@ -46,14 +46,14 @@ class Findings:
         return dict(errors=levels["error"], notes=levels["note"], findings=dict(self.count))
 
 
-class Told:
+class DocumentNamer:
     """How documents are named: by number, id and path; if credentialed, by hashes alone."""
 
     def __init__(self, found: Records, columns: scan.Columns):
         self._found, self._columns = found, columns
 
     def __call__(self, number: int) -> str:
-        if credentialed(self._found):
+        if has_credentialed(self._found):
             codes = self._columns.codes[self._columns.owner == number]
             return (
                 f"document {number} (codes {int(codes[0]):016x})"
@@ -68,19 +68,19 @@ class Told:
         return "; ".join(self(int(n)) for n in members[:SHOWN]) + more
 
 
-def doubles(
-    columns: scan.Columns, sha: UInt64[np.ndarray, "n"], told: Told, tell: Findings
+def find_duplicates(
+    columns: scan.Columns, sha: UInt64[np.ndarray, "n"], told: DocumentNamer, tell: Findings
 ) -> None:
     """Documents, codes and files that come twice."""
     numbers = np.arange(len(columns.name), dtype=np.uint64)
-    for group in near_duplicates.repeated(columns.name, numbers):
+    for group in near_duplicates.duplicate_groups(columns.name, numbers):
         tell("written", told(int(group[1])), f"its id comes twice, also in document {group[0]}")
-    for group in near_duplicates.repeated(columns.document, numbers):
+    for group in near_duplicates.duplicate_groups(columns.document, numbers):
         tell("same_document", told(int(group[0])), f"{len(group)} alike: {told.group(group)}")
     of_image = columns.path[columns.owner]
-    for group in near_duplicates.repeated(columns.codes, of_image):
+    for group in near_duplicates.duplicate_groups(columns.codes, of_image):
         _several("same_codes", columns.owner[group], columns.path, told, tell)
-    for group in near_duplicates.repeated(sha, columns.path):
+    for group in near_duplicates.duplicate_groups(sha, columns.path):
         _several("same_bytes", group, columns.path, told, tell)
 
 
@@ -88,7 +88,7 @@ def _several(
     kind: str,
     group: Int[np.ndarray, "_"],
     path: UInt64[np.ndarray, "n"],
-    told: Told,
+    told: DocumentNamer,
     tell: Findings,
 ) -> None:
     """A line for documents that show one thing; of each path, one is named."""
@@ -96,11 +96,11 @@ def _several(
     tell(kind, told(int(first[0])), f"{len(first)} paths: {told.group(first)}")
 
 
-def near(
+def find_near_duplicates(
     looks_of: UInt32[np.ndarray, "k 8"],
     shown: Int[np.ndarray, "k"],
     path: UInt64[np.ndarray, "n"],
-    told: Told,
+    told: DocumentNamer,
     tell: Findings,
 ) -> None:
     """Groups of pictures that are chained by small distances; equal looks count as one first."""
@@ -109,20 +109,24 @@ def near(
     different, place = np.unique(looks_of, axis=0, return_inverse=True)
     pairs = [
         (i, j)
-        for i, j, _ in near_duplicates.near(different, different, near_duplicates.NEAR)
+        for i, j, _ in near_duplicates.near_duplicate_pairs(
+            different, different, near_duplicates.NEAR_DUPLICATE_BITS
+        )
         if len(i)
     ]
-    group = near_duplicates.groups(len(different), pairs)[place.reshape(-1)]
-    for members in near_duplicates.repeated(group.astype(np.uint64) + np.uint64(1), path[shown]):
+    group = near_duplicates.connected_components(len(different), pairs)[place.reshape(-1)]
+    for members in near_duplicates.duplicate_groups(
+        group.astype(np.uint64) + np.uint64(1), path[shown]
+    ):
         _several("near_pictures", shown[members], path, told, tell)
 
 
-def shared(
+def find_shared_images(
     held: tuple,
     columns: scan.Columns,
     sha: UInt64[np.ndarray, "n"],
     ours: tuple[UInt32[np.ndarray, "k 8"], Int[np.ndarray, "k"]],
-    told: Told,
+    told: DocumentNamer,
     tell: Findings,
 ) -> None:
     """Images that stand in both: by codes, by bytes, by look."""
@@ -131,17 +135,19 @@ def shared(
     first_sha = _Table(sha, np.arange(len(sha)))
     for item in items:
         for codes in item.codes:
-            name = near_duplicates.short(np.asarray(codes).astype("<u2").tobytes())
+            name = near_duplicates.hash64(np.asarray(codes).astype("<u2").tobytes())
             if name in first_codes:
                 tell("shared_codes", item.name, f"codes of {told(first_codes[name])}")
-        if item.sha and near_duplicates.short(item.sha) in first_sha:
+        if item.sha and near_duplicates.hash64(item.sha) in first_sha:
             tell(
                 "shared_bytes",
                 item.name,
-                f"file of {told(first_sha[near_duplicates.short(item.sha)])}",
+                f"file of {told(first_sha[near_duplicates.hash64(item.sha)])}",
             )
     best: dict[int, tuple[int, int]] = {}
-    for i, j, apart in near_duplicates.near(looks_of, ours[0], near_duplicates.NEAR):
+    for i, j, apart in near_duplicates.near_duplicate_pairs(
+        looks_of, ours[0], near_duplicates.NEAR_DUPLICATE_BITS
+    ):
         for a, b, bits in zip(owner[i].tolist(), j.tolist(), apart.tolist(), strict=True):
             best[a] = min(best.get(a, (bits, b)), (bits, b))
     for a, (bits, b) in sorted(best.items()):
@@ -167,11 +173,14 @@ class _Table:
         return int(self._owner[self._order[self._place(name)]])
 
 
-def shared_text(
-    grams: near_duplicates.Grams, items: list[eval_set.Item], told: Told, tell: Findings
+def find_shared_text(
+    grams: near_duplicates.NgramIndex,
+    items: list[eval_set.EvalItem],
+    told: DocumentNamer,
+    tell: Findings,
 ) -> None:
     """Items with words of training text."""
-    for n, (many, document) in grams.shared().items():
-        stretches = f"stretches of {near_duplicates.GRAM} words"
+    for n, (many, document) in grams.overlaps().items():
+        stretches = f"stretches of {near_duplicates.NGRAM_SIZE} words"
         what = f"{many} of its {grams.sizes[n]} {stretches} stand in training"
         tell("shared_text", items[n].name, f"{what} text, one in {told(document)}")

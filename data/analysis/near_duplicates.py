@@ -26,11 +26,11 @@ from medmax_jax.io import image_paths
 from medmax_jax.io.storage import file_sha256
 from medmax_jax.models import image_headers, images, vqgan
 
-GRAM = 13  # words; GPT-3's
+NGRAM_SIZE = 13  # words; GPT-3's
 COMMON = 10  # a gram in more training documents than this is a phrase, no leak; GPT-3's
-LOOK_WORDS = 8  # of 32 bits
-NEAR = 15  # bits of 256: what two flips in eight words cannot hide, see `near`
-FLAT = 2.0  # grey levels: a picture with less spread has no look
+HASH_WORDS = 8  # of 32 bits
+NEAR_DUPLICATE_BITS = 15  # bits of 256: what two flips in eight words cannot hide, see `near`
+MIN_CONTRAST = 2.0  # grey levels: a picture with less spread has no look
 _SIDE, _KEPT = 64, 16
 _WORD = re.compile(r"[^\W_]+")
 _ODD = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd: powers of it are all different
@@ -42,27 +42,27 @@ def code_hash(codes: Int[np.ndarray, "K"]) -> str:
     return hashlib.sha256(codes.astype("<u2").tobytes()).hexdigest()
 
 
-def short(name: str | bytes) -> int:
+def hash64(name: str | bytes) -> int:
     """64 bits of SHA-256: of bytes, or of a name that is its hex."""
     return int(name[:16] if isinstance(name, str) else hashlib.sha256(name).hexdigest()[:16], 16)
 
 
-def look(picture: PIL.Image.Image) -> UInt32[np.ndarray, "8"] | None:
+def perceptual_hash(picture: PIL.Image.Image) -> UInt32[np.ndarray, "8"] | None:
     """The perceptual hash of a picture; None where it is flat."""
     small = picture.convert("L").resize((_SIDE, _SIDE), PIL.Image.Resampling.LANCZOS)
-    return look_of(np.asarray(small, np.float64))
+    return perceptual_hash_of_gray(np.asarray(small, np.float64))
 
 
-def look_of(grey: Float[np.ndarray, "64 64"]) -> UInt32[np.ndarray, "8"] | None:
+def perceptual_hash_of_gray(grey: Float[np.ndarray, "64 64"]) -> UInt32[np.ndarray, "8"] | None:
     """The same of 64 x 64 grey levels of 0..255."""
-    if grey.std() < FLAT:
+    if grey.std() < MIN_CONTRAST:
         return None
     low = (_DCT @ grey @ _DCT.T).reshape(-1)
     bits = low > np.median(low)
     return np.packbits(bits).view(">u4").astype(np.uint32)
 
 
-def near(
+def near_duplicate_pairs(
     ours: UInt32[np.ndarray, "n 8"], theirs: UInt32[np.ndarray, "m 8"], most: int
 ) -> Iterator[tuple[Int[np.ndarray, "_"], Int[np.ndarray, "_"], Int[np.ndarray, "_"]]]:
     """(i, j, distance) of all pairs at most `most` bits apart; a pair may come more than once.
@@ -71,10 +71,12 @@ def near(
     `theirs` with that word, or with one bit of it flipped, are looked up in sorted order, 33 x 8
     look-ups a picture instead of m. Raises ValueError where `most` is beyond that guarantee.
     """
-    if not 0 <= most <= NEAR:
-        raise ValueError(f"most is {most}; use 0..{NEAR}, within which no pair is missed")
+    if not 0 <= most <= NEAR_DUPLICATE_BITS:
+        raise ValueError(
+            f"most is {most}; use 0..{NEAR_DUPLICATE_BITS}, within which no pair is missed"
+        )
     flips = np.concatenate([[0], 1 << np.arange(32, dtype=np.uint64)]).astype(np.uint32)
-    for word in range(LOOK_WORDS):
+    for word in range(HASH_WORDS):
         order = np.argsort(theirs[:, word], kind="stable")
         column = theirs[order, word]
         for flip in flips:
@@ -88,7 +90,7 @@ def near(
                 yield i[close], j[close], apart[close]
 
 
-def groups(
+def connected_components(
     n: int, pairs: Sequence[tuple[Int[np.ndarray, "_"], Int[np.ndarray, "_"]]]
 ) -> Int[np.ndarray, "n"]:
     """Who belongs together when pairs do: the smallest number of each one's group.
@@ -110,7 +112,7 @@ def groups(
             return root
 
 
-def repeated(
+def duplicate_groups(
     names: UInt64[np.ndarray, "n"], kinds: UInt64[np.ndarray, "n"]
 ) -> list[Int[np.ndarray, "_"]]:
     """Places whose name is the same, 0 apart, but which are of more than one kind.
@@ -127,28 +129,28 @@ def repeated(
     return [np.sort(order[start[g] : stop[g]]) for g in chosen]
 
 
-def words(text: str) -> list[str]:
+def normalized_words(text: str) -> list[str]:
     """Lower case, without punctuation: "No focal-consolidation." -> no focal consolidation."""
     return _WORD.findall(text.lower())
 
 
-def grams(found: Sequence[str], size: int = GRAM) -> UInt64[np.ndarray, "_"]:
+def ngram_hashes(found: Sequence[str], size: int = NGRAM_SIZE) -> UInt64[np.ndarray, "_"]:
     """The hash of each `size` words in a row; none where there are fewer words."""
     if len(found) < size:
         return np.zeros(0, np.uint64)
-    hashed = np.array([short(word.encode()) for word in found], np.uint64)
+    hashed = np.array([hash64(word.encode()) for word in found], np.uint64)
     count, total = len(found) - size + 1, np.zeros(1, np.uint64)
     for k in range(size):  # wraps around, as a polynomial modulo 2^64
         total = total * _ODD + hashed[k : k + count]
     return total
 
 
-class Grams:
+class NgramIndex:
     """The grams of an evaluation set, and in how many training documents each one stands."""
 
     def __init__(self, items: Sequence[Sequence[str]]):
         """`items`: the words of each item."""
-        each = [np.unique(grams(item)) for item in items]
+        each = [np.unique(ngram_hashes(item)) for item in items]
         self.sizes = np.array([len(g) for g in each], np.int64)  # 0: too short to be found
         self.item = np.repeat(np.arange(len(each)), self.sizes)
         flat = np.concatenate([*each, np.zeros(0, np.uint64)])
@@ -156,17 +158,17 @@ class Grams:
         self.count = np.zeros(len(self._known), np.int64)
         self.first = np.full(len(self._known), -1, np.int64)
 
-    def see(self, found: Sequence[str], document: int) -> None:
+    def add_document(self, found: Sequence[str], document: int) -> None:
         """Counts the words of one training document."""
-        if not len(self._known) or len(found) < GRAM:
+        if not len(self._known) or len(found) < NGRAM_SIZE:
             return
-        ours = np.unique(grams(found))
+        ours = np.unique(ngram_hashes(found))
         place = np.minimum(np.searchsorted(self._known, ours), len(self._known) - 1)
         place = place[self._known[place] == ours]
         self.first[place[self.count[place] == 0]] = document
         self.count[place] += 1
 
-    def shared(self) -> dict[int, tuple[int, int]]:
+    def overlaps(self) -> dict[int, tuple[int, int]]:
         """item -> (how many of its grams stand in training text, a document with one of them).
 
         Grams in more than COMMON documents are left aside.
@@ -208,7 +210,7 @@ def _cosines() -> Float[np.ndarray, "16 64"]:
 _DCT = _cosines()  # frequencies 1 .. 16: the constant ones say how bright, not what is seen
 
 
-def grey_of(pixels: UInt8[np.ndarray, "h w 3"]) -> PIL.Image.Image:
+def to_gray_image(pixels: UInt8[np.ndarray, "h w 3"]) -> PIL.Image.Image:
     """Decoded pixels as the picture that `look` takes."""
     return PIL.Image.fromarray(pixels)
 
@@ -223,23 +225,23 @@ def grey_of(pixels: UInt8[np.ndarray, "h w 3"]) -> PIL.Image.Image:
 Look = UInt32[np.ndarray, "8"]
 
 
-def of_file(folder: Path, path: str) -> tuple[str, Look | None]:
+def hash_file(folder: Path, path: str) -> tuple[str, Look | None]:
     """(SHA-256 of the bytes, look, None where flat); raises ImageError."""
     try:
         file = image_paths.resolve(folder, path, label="its path")
     except image_paths.ImagePathError as error:
         raise image_headers.ImageError(str(error)) from error
     picture = images.load(file, max_pixels=images.MAX_PIXELS, name="picture")
-    return file_sha256(file), look(picture)
+    return file_sha256(file), perceptual_hash(picture)
 
 
-def of_codes(encoder: Encoder, each: Iterable[Int[np.ndarray, "K"]]) -> Iterator[Look | None]:
+def hash_codes(encoder: Encoder, each: Iterable[Int[np.ndarray, "K"]]) -> Iterator[Look | None]:
     """The look of each image, decoded."""
-    for pixels in decoded(encoder, each):
-        yield look(PIL.Image.fromarray(pixels))
+    for pixels in decode_codes(encoder, each):
+        yield perceptual_hash(PIL.Image.fromarray(pixels))
 
 
-def decoded(
+def decode_codes(
     encoder: Encoder, each: Iterable[Int[np.ndarray, "K"]]
 ) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
     """Images of codes, some at a time in one shape, which is compiled once."""
@@ -251,7 +253,7 @@ def decoded(
         yield from np.asarray(vqgan.to_uint8(pixels))[: len(some)]
 
 
-def encoded(encoder: Encoder, paths: Iterable[Path]) -> Iterator[Int[np.ndarray, "K"]]:
+def encode_files(encoder: Encoder, paths: Iterable[Path]) -> Iterator[Int[np.ndarray, "K"]]:
     """The codes of picture files, as the records have them."""
     paths, size = iter(paths), encoder.vq_config.image_size
     while some := list(itertools.islice(paths, BATCH)):

@@ -40,7 +40,7 @@ SKIPPED = (".git", "__pycache__", "node_modules")
 
 
 @dataclasses.dataclass(eq=False)
-class Places:
+class Inventory:
     """What lies below the folders that were named."""
 
     records: list[tuple[Records, scan.Columns]]
@@ -49,9 +49,9 @@ class Places:
     runs: list[Path]
 
 
-def who_saw(asked: str, folders: list[Path]) -> dict[str, Any]:
+def find_image(asked: str, folders: list[Path]) -> dict[str, Any]:
     """All places of an image; raises PrepareError where a folder is missing."""
-    places = find(folders)
+    places = scan_folders(folders)
     wanted = _Image(asked)
     held = _held(places, wanted)
     both = list(zip(places.records, held, strict=True))
@@ -68,9 +68,9 @@ def who_saw(asked: str, folders: list[Path]) -> dict[str, Any]:
     return dict(documents=sum(map(len, held)), looked_into=looked) | found
 
 
-def find(folders: list[Path]) -> Places:
+def scan_folders(folders: list[Path]) -> Inventory:
     """Everything of a known kind below some folders."""
-    places = Places([], [], [], [])
+    places = Inventory([], [], [], [])
     for top in folders:
         if not top.is_dir():
             raise PrepareError(f"--in {top}: no such folder")
@@ -96,21 +96,21 @@ class _Image:
     def __init__(self, asked: str):
         if os.path.isfile(asked):
             asked = file_sha256(Path(asked))
-        self.name = near_duplicates.short(asked.encode())
+        self.name = near_duplicates.hash64(asked.encode())
         self.codes: set[int] = set()
         self.sha: set[int] = set()
         if HEX.fullmatch(asked.lower()):
             self.codes.add(int(asked[:16], 16))
             self.sha.add(int(asked[:16], 16))
 
-    def shown_by(self, columns: scan.Columns) -> Bool[np.ndarray, "n"]:
+    def matching_documents(self, columns: scan.Columns) -> Bool[np.ndarray, "n"]:
         """Which documents have the name, the bytes or the codes."""
         shown = (columns.name == self.name) | (columns.path == self.name)
         shown |= np.isin(columns.sha, _numbers(self.sha)) & (columns.sha != 0)
         shown[columns.owner[np.isin(columns.codes, _numbers(self.codes))]] = True
         return shown
 
-    def learn(self, columns: scan.Columns, shown: Bool[np.ndarray, "n"]) -> None:
+    def add_aliases(self, columns: scan.Columns, shown: Bool[np.ndarray, "n"]) -> None:
         """Codes and bytes of the documents that show it, of those with one image alone."""
         images = np.bincount(columns.owner, minlength=len(shown))
         alone = shown & (images == 1)
@@ -127,15 +127,15 @@ def _scanned(folder: Path) -> tuple[Records, scan.Columns]:
     return records, columns
 
 
-def _held(places: Places, wanted: _Image) -> list[Int[np.ndarray, "_"]]:
+def _held(places: Inventory, wanted: _Image) -> list[Int[np.ndarray, "_"]]:
     """The documents of each folder that show the image, once nothing more is learnt of it."""
     size = (0, 0)
     while True:
         for store in places.codes:
             _learn_codes(store, wanted)
-        shown = [wanted.shown_by(columns) for _, columns in places.records]
+        shown = [wanted.matching_documents(columns) for _, columns in places.records]
         for (_, columns), which in zip(places.records, shown, strict=True):
-            wanted.learn(columns, which)
+            wanted.add_aliases(columns, which)
         if size == (size := (len(wanted.codes), len(wanted.sha))):
             return [np.flatnonzero(which) for which in shown]
 
@@ -157,7 +157,7 @@ def _learn_codes(folder: Path, wanted: _Image) -> None:
     for i in _pictures_of(folder, wanted):
         codes = store[i]
         if codes is not None:
-            wanted.codes.add(near_duplicates.short(near_duplicates.code_hash(codes)))
+            wanted.codes.add(near_duplicates.hash64(near_duplicates.code_hash(codes)))
 
 
 def _pictures_of(folder: Path, wanted: _Image) -> list[int]:
@@ -314,5 +314,5 @@ def add(commands: Any) -> argparse.ArgumentParser:
         "--in", type=Path, nargs="+", default=[Path(".")], dest="folders", metavar="FOLDER",
         help="records, codes, plans and runs are looked for below them; without: here",
     )  # fmt: skip
-    asked.set_defaults(run=lambda args: who_saw(args.hash, args.folders))
+    asked.set_defaults(run=lambda args: find_image(args.hash, args.folders))
     return asked

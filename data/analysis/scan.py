@@ -28,11 +28,11 @@ from medmax_jax.data.records.document import (
     from_bytes,
 )
 from medmax_jax.data.records.reader import Records
-from medmax_jax.io.progress import Items
+from medmax_jax.io.progress import ItemProgress
 from medmax_jax.models.vocab import BOI, IMAGE_START
 
 READ = 256  # records at once
-Tell = Callable[[str, str, str], None]  # kind, where, what
+ReportFinding = Callable[[str, str, str], None]  # kind, where, what
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,12 +47,15 @@ class Columns:
     owner: Int[np.ndarray, "m"]  # the document that an image stands in
 
 
-def scan(found: Records, tell: Tell, see: Callable[[Document, int], None]) -> Columns:
+def scan(found: Records, tell: ReportFinding, see: Callable[[Document, int], None]) -> Columns:
     """Reads every record; tells what is wrong, and lets `see` look at each whole document."""
     each = {name: array("Q") for name in ("document", "path", "sha", "name")}
     codes, owner = array("Q"), array("i")
     digest, wrong, number = hashlib.sha256(), 0, 0
-    progress, labels = Items(len(found), "documents", log.info, every=LOG_SECONDS), _Labels(found)
+    progress, labels = (
+        ItemProgress(len(found), "documents", log.info, every=LOG_SECONDS),
+        _Labels(found),
+    )
     for raw in _raw(found, tell):
         if raw is not None:
             digest.update(raw)
@@ -65,7 +68,7 @@ def scan(found: Records, tell: Tell, see: Callable[[Document, int], None]) -> Co
             for column, value in zip(each.values(), row, strict=True):
                 column.append(value)
             for one in sorted(
-                {near_duplicates.short(c.tobytes()) for c in images_of(document, found)}
+                {near_duplicates.hash64(c.tobytes()) for c in images_of(document, found)}
             ):
                 codes.append(one)
                 owner.append(number)
@@ -106,7 +109,7 @@ class _Labels:
     def agree(self, document: Document, number: int, path: int) -> bool:
         """Counts, source, task, and one picture number for one path."""
         index = self._found.index
-        row = writer.counts(document, self._found.layout.vocab)
+        row = writer.token_counts(document, self._found.layout.vocab)
         if row != [int(index[name][number]) for name in COLUMNS]:
             return False
         for label, names in self._names.items():
@@ -122,14 +125,14 @@ class _Labels:
 def _names(document: Document) -> tuple[int, int, int, int]:
     path, sha = document.image_path, document.image_sha256
     return (
-        near_duplicates.short(document.tokens.tobytes()),
-        near_duplicates.short(path.encode()) if path else 0,
-        near_duplicates.short(sha) if sha else 0,
-        near_duplicates.short(document.id.encode()),
+        near_duplicates.hash64(document.tokens.tobytes()),
+        near_duplicates.hash64(path.encode()) if path else 0,
+        near_duplicates.hash64(sha) if sha else 0,
+        near_duplicates.hash64(document.id.encode()),
     )
 
 
-def _raw(found: Records, tell: Tell) -> Iterator[bytes | None]:
+def _raw(found: Records, tell: ReportFinding) -> Iterator[bytes | None]:
     """The bytes of each record in order; None for one that cannot be read."""
     for shard, facts in enumerate(found.meta["shards"]):
         for start in range(0, facts["documents"], READ):
@@ -140,7 +143,9 @@ def _raw(found: Records, tell: Tell) -> Iterator[bytes | None]:
                 yield from _one_by_one(found, shard, local, tell)
 
 
-def _one_by_one(found: Records, shard: int, local: list[int], tell: Tell) -> Iterator[bytes | None]:
+def _one_by_one(
+    found: Records, shard: int, local: list[int], tell: ReportFinding
+) -> Iterator[bytes | None]:
     for record in local:
         try:
             raw = found.raw(shard, [record])[0]
@@ -151,7 +156,7 @@ def _one_by_one(found: Records, shard: int, local: list[int], tell: Tell) -> Ite
         yield raw
 
 
-def _whole(raw: bytes, found: Records, number: int, tell: Tell) -> Document | None:
+def _whole(raw: bytes, found: Records, number: int, tell: ReportFinding) -> Document | None:
     """The document, or None when something is wrong with it, which is told without its text."""
     file, record = shard_of(found, number)
     where = f"document {number}, {file}, record {record}"

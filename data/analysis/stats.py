@@ -25,12 +25,12 @@ from medmax_jax.data.image_tokens.encoder import Encoder, PrepareError
 from medmax_jax.data.packing import report
 from medmax_jax.data.packing.pack import shuffle
 from medmax_jax.data.records.document import Document
-from medmax_jax.data.records.jsonl import written
+from medmax_jax.data.records.jsonl import to_text
 from medmax_jax.data.records.reader import Records, open_records
-from medmax_jax.data.records.writer import credentialed
+from medmax_jax.data.records.writer import has_credentialed
 from medmax_jax.data.sample.manifest import read_manifest
 from medmax_jax.io import html_page
-from medmax_jax.io.atomic_folder import private
+from medmax_jax.io.atomic_folder import private_umask
 from medmax_jax.models.tokenizer import SEP_NAME, Tokenizer
 
 LONGEST = 1_500  # characters of a part of a document
@@ -43,7 +43,7 @@ _EXAMPLES = 1 << 42  # a stream of shuffles
 def write(out: Path, markup: str, *, secret: bool) -> None:
     """The page appears whole; of a credentialed folder only its owner may read it."""
     partial = out.with_name(out.name + ".partial")
-    with private() if secret else contextlib.nullcontext():
+    with private_umask() if secret else contextlib.nullcontext():
         partial.write_text(markup, encoding="utf-8")
     os.replace(partial, out)
 
@@ -60,7 +60,9 @@ def build(
     seed: int,
 ) -> str:
     """The page. `told`: what plan_report.stats says; `manifest`: facts of the embedded pictures."""
-    body = html_page.tiles(_headline(found, told)) + html_page.paragraph(_about(found), note=True)
+    body = html_page.stat_tiles(_headline(found, told)) + html_page.paragraph(
+        _about(found), note=True
+    )
     body += html_page.section("The mixture", _mixture(found))
     body += html_page.section("Lengths", _lengths(found, told))
     body += html_page.section("Packing", _packing(found, seed))
@@ -151,8 +153,8 @@ def _packing(found: Records, seed: int) -> str:
     length = np.asarray(found.index["length"])
     sizes = row_lengths(length)
     kept = length[length <= sizes[0]]
-    fills = report.fills(kept, sizes, int(kept.max()), seed)
-    padded = report.padded(kept, batch_size=BATCH, seed=seed)
+    fills = report.packing_efficiencies(kept, sizes, int(kept.max()), seed)
+    padded = report.padding_efficiency(kept, batch_size=BATCH, seed=seed)
     body = html_page.figure(
         stats_plots.packing(fills, padded["fill"]), "Tokens over places of rows"
     )
@@ -202,7 +204,7 @@ def _examples(
     show: bool,
     seed: int,
 ) -> str:
-    if credentialed(found) and not show:
+    if has_credentialed(found) and not show:
         return html_page.paragraph(
             "Credentialed: no picture and no text is shown. --show_credentialed shows them, on a "
             "page that only you can read.",
@@ -236,7 +238,7 @@ def _cards(
     each = [images_of(d, found) for d in drawn]
     flat = [codes for images in each for codes in images]
     pixels = iter(
-        near_duplicates.decoded(encoder, flat) if encoder is not None else [None] * len(flat)
+        near_duplicates.decode_codes(encoder, flat) if encoder is not None else [None] * len(flat)
     )
     for document, images in zip(drawn, each, strict=True):
         shown = [p for p in (next(pixels) for _ in images) if p is not None]
@@ -247,13 +249,13 @@ def _cards(
             else ""
         )
         facts = _facts(found, document, tokenizer)
-        yield html_page.beside(left, facts) if left else facts
+        yield html_page.columns(left, facts) if left else facts
 
 
 def _facts(found: Records, document: Document, tokenizer: Tokenizer | None) -> str:
     rows = [("task", document.task), ("source", document.source), ("id", document.id)]
     if tokenizer is not None:
-        parts = written(document, found.layout, tokenizer).split(SEP_NAME)
+        parts = to_text(document, found.layout, tokenizer).split(SEP_NAME)
         names = ["text"] if len(parts) == 1 else ["question", "answer"] * len(parts)
         rows += [(name, _short(part)) for name, part in zip(names, parts, strict=False)]
     return html_page.table(["", f"{len(document.tokens):,} tokens"], rows)
@@ -302,14 +304,14 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
         return told
     if not args.out.parent.is_dir():
         raise PrepareError(f"--out {args.out}: no such folder; make it first")
-    secret = credentialed(found)
+    secret = has_credentialed(found)
     readable = args.examples > 0 and (not secret or args.show_credentialed)
-    made_here = readable and check.made_by(found, args.model, args.tiny)
+    made_here = readable and check.encoder_matches(found, args.model, args.tiny)
     markup = build(
         found,
         told,
-        tokenizer=check.tokenizer_of(found, args.model, args.tiny) if readable else None,
-        encoder=check.encoder_of(found, args.model or args.tiny) if made_here else None,
+        tokenizer=check.resolve_tokenizer(found, args.model, args.tiny) if readable else None,
+        encoder=check.resolve_encoder(found, args.model or args.tiny) if made_here else None,
         manifest=args.manifest,
         count=args.examples,
         show=args.show_credentialed,

@@ -18,17 +18,17 @@ from medmax_jax.data.image_tokens.encoder import (
     BATCH,
     LOG_SECONDS,
     Encoder,
+    ImageView,
     PrepareError,
-    View,
+    load_pixels,
     log,
-    pixels_of,
 )
-from medmax_jax.data.image_tokens.store_reader import Codes, digest_of, open_codes
-from medmax_jax.io.progress import Items
+from medmax_jax.data.image_tokens.store_reader import CodeStore, digest_of, open_codes
+from medmax_jax.io.progress import ItemProgress
 from medmax_jax.models import image_headers
 
 
-class Found(NamedTuple):
+class EncodeResult(NamedTuple):
     """Codes by (path, number of the view), and the reason for each path that cannot be read."""
 
     codes: dict[tuple[str, int], Int[np.ndarray, "K"]]
@@ -46,20 +46,20 @@ class Files(NamedTuple):
     name: Callable[[str], str] = str
 
 
-class Encoded:
+class OnlineEncoder:
     """Codes by the encoder of a model folder."""
 
     def __init__(self, encoder: Encoder, precision: str):
         self._encoder = encoder
         self._encode = BatchEncoder(encoder, precision=precision, batch=BATCH)
 
-    def __call__(self, views: Iterable[View], files: Files, *, tell: bool) -> Found:
+    def __call__(self, views: Iterable[ImageView], files: Files, *, tell: bool) -> EncodeResult:
         """The codes of views; `tell`: log the progress."""
         todo = sorted(set(views), key=lambda v: (v.path, v.number))
-        found = Found({}, {})
-        clock = Items(len(todo), "pictures", log.info, every=LOG_SECONDS) if tell else None
+        found = EncodeResult({}, {})
+        clock = ItemProgress(len(todo), "pictures", log.info, every=LOG_SECONDS) if tell else None
         config = self._encoder.vq_config
-        makers = (lambda v=v: pixels_of(files.load(v.path), v, config) for v in todo)
+        makers = (lambda v=v: load_pixels(files.load(v.path), v, config) for v in todo)
         for v, codes in zip(todo, self._encode(makers), strict=True):
             if not isinstance(codes, str):
                 found.codes[v.path, v.number] = codes.astype(np.int32)
@@ -75,11 +75,11 @@ class Encoded:
         return dict(precision=self._encode.precision, agreement=self._encode.agreement)
 
 
-class Stored:
+class StoredCodes:
     """Codes of a folder that `data.prepare tokenize` made with the same VQGAN."""
 
     def __init__(self, folder: Path, encoder: Encoder, precision: str):
-        self._codes: Codes = open_codes(folder)
+        self._codes: CodeStore = open_codes(folder)
         self._folder, plan = folder, self._codes.meta["plan"]
         wanted = dict(vqgan=encoder.layout.vqgan, codes_per_image=encoder.layout.codes_per_image)
         for name, value in (wanted | dict(precision=precision)).items():
@@ -99,9 +99,9 @@ class Stored:
                     f"--codes {self._folder}: tokenize it {how} --{name} for this source"
                 )
 
-    def __call__(self, views: Iterable[View], files: Files, *, tell: bool) -> Found:
+    def __call__(self, views: Iterable[ImageView], files: Files, *, tell: bool) -> EncodeResult:
         """The codes of views; a folder has each picture as it is, view 0."""
-        found, todo = Found({}, {}), sorted(set(views), key=lambda v: (v.path, v.number))
+        found, todo = EncodeResult({}, {}), sorted(set(views), key=lambda v: (v.path, v.number))
         if any(v.number for v in todo):
             raise PrepareError("--codes has one view of each picture; use --views 1")
         for v in todo:
@@ -129,7 +129,7 @@ class Stored:
                 f"--codes {self._folder} lacks {files.name(path)}, or the picture was changed "
                 "since; tokenize the pictures again, into a new folder"
             )
-        codes = self._codes.of(digest) if digest else None
+        codes = self._codes.by_digest(digest) if digest else None
         if codes is not None:
             return codes
         try:
@@ -142,6 +142,8 @@ class Stored:
         )
 
 
-def source(folder: Path | None, encoder: Encoder, precision: str) -> Encoded | Stored:
+def open_code_source(
+    folder: Path | None, encoder: Encoder, precision: str
+) -> OnlineEncoder | StoredCodes:
     """By the folder of codes where one is named, else by the encoder."""
-    return Stored(folder, encoder, precision) if folder else Encoded(encoder, precision)
+    return StoredCodes(folder, encoder, precision) if folder else OnlineEncoder(encoder, precision)

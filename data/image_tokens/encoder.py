@@ -46,7 +46,7 @@ class Encoder:
 
 
 @dataclasses.dataclass(frozen=True)
-class View:
+class ImageView:
     """One look at a picture: number 0 is the picture itself, others are changed a little."""
 
     path: str
@@ -76,7 +76,9 @@ def load_encoder(folder: Path, *, vq: Any = None, tokenizer: Tokenizer | None = 
     return Encoder(layout=layout, vq_config=vq_config, vq=vq, tokenizer=tokenizer)
 
 
-def pixels_of(picture: PIL.Image.Image, view: View, config: VQ) -> Float32[np.ndarray, "h w 3"]:
+def load_pixels(
+    picture: PIL.Image.Image, view: ImageView, config: VQ
+) -> Float32[np.ndarray, "h w 3"]:
     """View 0: plain preprocessing. Others: a function of the view's seed alone."""
     if view.number == 0:
         return images.preprocess(picture, config.image_size)
@@ -91,7 +93,7 @@ def pixels_of(picture: PIL.Image.Image, view: View, config: VQ) -> Float32[np.nd
     return np.clip(pixels, -1, 1).astype(np.float32)
 
 
-def open_picture(
+def open_image(
     path: Path, *, name: str, burned_in: bool = False, secret: bool = False
 ) -> PIL.Image.Image:
     """A picture file, DICOM too; an ImageError says `name`, and of a `secret` one nothing more."""

@@ -46,7 +46,7 @@ from medmax_jax.data.image_tokens.encoder import (
     PrepareError,
     load_encoder,
     log,
-    open_picture,
+    open_image,
 )
 from medmax_jax.data.image_tokens.store_reader import digest_of, shard_file, to_bytes
 from medmax_jax.data.records.document import pseudonym
@@ -55,14 +55,14 @@ from medmax_jax.endpoints import egress
 from medmax_jax.io import image_paths
 from medmax_jax.io.atomic_folder import private_folder
 from medmax_jax.io.image_paths import is_inside
-from medmax_jax.io.progress import Items
+from medmax_jax.io.progress import ItemProgress
 from medmax_jax.io.text_files import TextFileError, read_json_object
 from medmax_jax.models import images
 
 FORMAT = 2
 SLICE = 4_096  # files hashed by one process at a time
-GONE = "no such file, or it may not be read"
-PATIENCE = 60.0  # seconds without news after which another process's part is made here too
+NOT_FOUND = "no such file, or it may not be read"
+TAKEOVER_SECONDS = 60.0  # seconds without news after which another process's part is made here too
 _OPTIONS = "group_size:1,zstd:3"
 
 
@@ -120,14 +120,14 @@ def tokenize(
         precision=precision, shard_size=shard_size, batch=batch, credentialed=credentialed,
         burned_in=burned_in,
     )  # fmt: skip
-    work = _Work(Path(out), plan, paths, Path(folder), max_bad, encoder.vq_config.image_size)
+    work = _TokenizeJob(Path(out), plan, paths, Path(folder), max_bad, encoder.vq_config.image_size)
     headers = credentialed or any(path.lower().endswith(".dcm") for path in paths)
     with private_folder(out) if credentialed else contextlib.nullcontext():
         with dicom.silence() if headers else contextlib.nullcontext():
             return _all(work, encode, (process, processes))
 
 
-def _all(work: "_Work", encode: BatchEncoder, turn: tuple[int, int]) -> dict[str, Any]:
+def _all(work: "_TokenizeJob", encode: BatchEncoder, turn: tuple[int, int]) -> dict[str, Any]:
     work.claim()
     if not work.finished():
         _in_turns(work.slices, turn, work.digest_file, work.hash_slice, "slices hashed")
@@ -140,7 +140,7 @@ def _all(work: "_Work", encode: BatchEncoder, turn: tuple[int, int]) -> dict[str
     return work.finished()
 
 
-class _Work:
+class _TokenizeJob:
     """The files of one folder."""
 
     def __init__(
@@ -197,7 +197,7 @@ class _Work:
         """Writes the codes of a shard, then the JSON that says it is whole."""
         numbers = unique[n * self.plan.shard_size : (n + 1) * self.plan.shard_size]
         bad, count = {}, 0
-        clock = Items(len(numbers), "pictures", log.info, every=LOG_SECONDS)
+        clock = ItemProgress(len(numbers), "pictures", log.info, every=LOG_SECONDS)
         path = self.out / "codes" / f"{n:05d}-{secrets.token_hex(4)}.array_record"
         try:
             with _records(path) as writer:
@@ -229,7 +229,7 @@ class _Work:
         why = {digests[n].tobytes(): bad[self.name(n)] for n in unique if self.name(n) in bad}
         keys = [row.tobytes() for row in digests]
         index = np.array([-1 if k in why else place.get(k, -1) for k in keys], np.int64)
-        reasons = {self.name(n): why.get(keys[n], GONE) for n in np.flatnonzero(index < 0)}
+        reasons = {self.name(n): why.get(keys[n], NOT_FOUND) for n in np.flatnonzero(index < 0)}
         self._bound(len(reasons), reasons)
         agreed = [each["agreement"] for each in facts if each.get("agreement") is not None]
         _save(self.out / "index.npy", index)
@@ -277,7 +277,7 @@ class _Work:
                 f"{name}: changed since it was hashed; leave the pictures as they are, and name "
                 "another --out"
             )
-        picture = open_picture(
+        picture = open_image(
             self._file(path), name=name, burned_in=self.plan.burned_in,
             secret=self.plan.credentialed,
         )  # fmt: skip
@@ -289,7 +289,7 @@ class _Work:
         bad = {name: why for each in facts for name, why in each["unreadable"].items()}
         gone = np.flatnonzero(~self.digests.any(axis=1))
         count = len(bad) + len(gone)
-        self._bound(count, bad | {self.name(n): GONE for n in gone[:1]})
+        self._bound(count, bad | {self.name(n): NOT_FOUND for n in gone[:1]})
 
     def _bound(self, count: int, bad: dict[str, str]) -> None:
         if count > self.max_bad * len(self.paths):
@@ -329,8 +329,10 @@ def _in_turns(
     while missing := [n for n in numbers if not file(n).exists()]:
         if len(missing) != seen:
             last, seen = time.monotonic(), len(missing)
-        elif time.monotonic() - last > PATIENCE:
-            log.info("%s: %d has had no news for %.0f s: made here", what, missing[0], PATIENCE)
+        elif time.monotonic() - last > TAKEOVER_SECONDS:
+            log.info(
+                "%s: %d has had no news for %.0f s: made here", what, missing[0], TAKEOVER_SECONDS
+            )
             make(missing[0])
         else:
             time.sleep(0.2)
@@ -427,7 +429,7 @@ def _listed(folder: Path, listing: Path | None, *, credentialed: bool) -> list[s
     for place, row in json_lines(listing):
         if isinstance(row, dict) and not credentialed:
             # of a row that states no class nothing is known: the flag decides
-            stated = egress.class_of(row, str(place), default=egress.LICENCE_BOUND)
+            stated = egress.data_class_of(row, str(place), default=egress.LICENCE_BOUND)
             if stated == egress.CREDENTIALED:
                 raise PrepareError(f"{place}: is credentialed; add --credentialed")
         path = row.get("image_path", "") if isinstance(row, dict) else None

@@ -23,12 +23,12 @@ _HEAD = struct.Struct("<4sI32s")  # magic, CRC-32 of the rest, sha256 of the pic
 _MAGIC = b"MMC1"
 
 
-def open_codes(folder: str | Path) -> "Codes":
+def open_codes(folder: str | Path) -> "CodeStore":
     """The codes of a finished folder; raises PrepareError when it is not whole."""
-    return Codes(Path(folder))
+    return CodeStore(Path(folder))
 
 
-class Codes:
+class CodeStore:
     """`codes[i]`: the codes of the i-th picture of the list; None where it could not be read.
 
     `codes.of(digest)`: those of a picture by the sha256 of its file, wherever it lies now.
@@ -68,7 +68,7 @@ class Codes:
     def __contains__(self, digest: bytes) -> bool:
         return self._find(digest) is not None
 
-    def of(self, digest: bytes) -> UInt16[np.ndarray, "K"] | None:
+    def by_digest(self, digest: bytes) -> UInt16[np.ndarray, "K"] | None:
         """The codes of the picture with this sha256; None where it could not be read."""
         found = self._find(digest)
         if found is None:

@@ -76,7 +76,7 @@ def _jsonl(path: str | Path, **rules: bool) -> list[dict[str, Any]]:
 
 
 def _row(found: dict[str, Any], where: str) -> Row:
-    data_class = egress.class_of(found, where)
+    data_class = egress.data_class_of(found, where)
     for name in ("id", "caption", "source"):
         if not isinstance(found.get(name), str) or not (found[name] or name == "caption"):
             shown = egress.describe(found, name)

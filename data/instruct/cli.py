@@ -89,10 +89,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             args.out,
             settings,
             progress=log.info,
-            stopped=lambda: bool(stop.asked),
+            stopped=lambda: bool(stop.requested),
             calls=calls,
         )
-    if stop.asked:
+    if stop.requested:
         raise cli.Interrupted(f"{cli.STOPPED}: {report['undecided']} rows are undecided")
     if report["undecided"]:
         raise cli.Interrupted(
@@ -116,7 +116,7 @@ def _settings(args: argparse.Namespace, rows: list[captions.Row]) -> curation.Se
     writer = _made(args, "", args.endpoint, args.key_env, args.parameters or WRITER)
     named = args.filter_endpoint or args.endpoint
     # A key goes to the host that it was given for, and to no other.
-    same = egress.parse(named[1]).name == egress.parse(args.endpoint[1]).name
+    same = egress.parse_address(named[1]).name == egress.parse_address(args.endpoint[1]).name
     key_env = args.filter_key_env or (args.key_env if same else "")
     who = "filter_" if args.filter_endpoint else ""
     return curation.Settings(
@@ -141,7 +141,7 @@ def _made(
         model=named[0],
         url=named[1],
         parameters=parameters,
-        listed=egress.hosts(args.credentialed_host),
+        listed=egress.parse_allowed_hosts(args.credentialed_host),
         key_env=key_env or "",
         timeout_s=args.timeout,
         retries=args.retries,

@@ -27,12 +27,12 @@ from medmax_jax.data.instruct.captions import Row
 from medmax_jax.data.instruct.replies import SEPARATOR, Invalid, Prompt, Unparsable
 from medmax_jax.data.mixture import INTERLEAVED
 from medmax_jax.endpoints import cached_chat_api, egress
-from medmax_jax.endpoints.cached_chat_api import Ask, Cache
-from medmax_jax.endpoints.chat_api import Endpoint, NoReply, Reply, cost
+from medmax_jax.endpoints.cached_chat_api import Cache, ChatRequest
+from medmax_jax.endpoints.chat_api import Endpoint, Reply, TransientError, cost
 from medmax_jax.io import image_paths
 from medmax_jax.io.atomic_folder import private_folder
 from medmax_jax.io.journal import open_journal
-from medmax_jax.io.progress import Items
+from medmax_jax.io.progress import ItemProgress
 from medmax_jax.io.storage import Folder
 from medmax_jax.io.text_files import TextFileError, read_json_object
 
@@ -49,7 +49,7 @@ BATCH = 1_000  # decisions written at once where no call is made
 PROGRESS_S = 5.0
 
 Progress = Callable[[str], None]
-Line = dict[str, Any]  # one decision: id, verdict, reason, and what the verdict is about
+Decision = dict[str, Any]  # one decision: id, verdict, reason, and what the verdict is about
 
 
 class InstructError(ValueError):
@@ -123,7 +123,7 @@ def curate(
         if secret:
             stack.enter_context(private_folder(out))
         journal = stack.enter_context(open_journal(calls or out / CALLS))
-        work = _Work(out, settings, Cache(journal), progress, stopped)
+        work = _CurationRun(out, settings, Cache(journal), progress, stopped)
         _check_same(out / RUN, rows, settings)
         left, stages, outcome = list(rows), {}, {}
         for stage, onward in STAGES.items():
@@ -141,7 +141,7 @@ def curate(
     return report
 
 
-class _Work:
+class _CurationRun:
     """What all stages share, and the way a row takes through one."""
 
     def __init__(
@@ -156,7 +156,7 @@ class _Work:
         self.progress, self.stopped = progress, stopped
         self.no_reply, self.last_error = 0, ""
 
-    def stage(self, stage: str, rows: list[Row]) -> tuple[dict[str, Line], dict[str, Any]]:
+    def stage(self, stage: str, rows: list[Row]) -> tuple[dict[str, Decision], dict[str, Any]]:
         """The decisions on `rows` by id, as far as there are any, and their counts."""
         number = list(STAGES).index(stage) + 1
         with open_journal(self.out / f"{number}_{stage}.jsonl") as journal:
@@ -164,7 +164,7 @@ class _Work:
                 raise InstructError(f"{journal.path}: a line is no decision; use another --out")
             lines = {line["id"]: line for line in journal.rows}
             todo = [row for row in rows if row.id not in lines]
-            clock = Items(len(todo), "rows", self.progress, every=PROGRESS_S)
+            clock = ItemProgress(len(todo), "rows", self.progress, every=PROGRESS_S)
             for made in (
                 self._asked(stage, todo) if stage in PROMPT_OF else self._local(stage, todo)
             ):
@@ -176,7 +176,7 @@ class _Work:
         counts = dict(rows=len(rows), **counted, undecided=len(rows) - len(lines))
         return lines, counts | (self._calls(stage, rows) if stage in PROMPT_OF else {})
 
-    def _local(self, stage: str, rows: list[Row]) -> Iterator[list[Line]]:
+    def _local(self, stage: str, rows: list[Row]) -> Iterator[list[Decision]]:
         judge = {"score": _scored, "images": _pictured}[stage]
         for start in range(0, len(rows), BATCH):
             if self.stopped():
@@ -184,8 +184,8 @@ class _Work:
             part = rows[start : start + BATCH]
             yield [{"id": row.id, **judge(row, self.settings)} for row in part]
 
-    def _asked(self, stage: str, rows: list[Row]) -> Iterator[list[Line]]:
-        replies = cached_chat_api.ask_all(
+    def _asked(self, stage: str, rows: list[Row]) -> Iterator[list[Decision]]:
+        replies = cached_chat_api.complete_all(
             self.settings.endpoint(stage),
             (_ask(stage, row, self.settings) for row in rows),
             self.cache,
@@ -193,7 +193,7 @@ class _Work:
             stopped=self.stopped,
         )
         for one, found in replies:
-            if isinstance(found, NoReply):
+            if isinstance(found, TransientError):
                 self.no_reply, self.last_error = self.no_reply + 1, str(found)
             else:
                 yield [{"id": one.id, **_judged(stage, found)}]
@@ -202,7 +202,7 @@ class _Work:
         """What the replies on `rows` took, of this run and those before it."""
         endpoint = self.settings.endpoint(stage)
         asks = (_ask(stage, row, self.settings) for row in rows)
-        keys = {cached_chat_api.key_of(endpoint, one.messages) for one in asks}
+        keys = {cached_chat_api.cache_key(endpoint, one.messages) for one in asks}
         replies = [reply for key in keys if (reply := self.cache.get(key)) is not None]
         tokens_in = sum(reply.tokens_in or 0 for reply in replies)
         tokens_out = sum(reply.tokens_out or 0 for reply in replies)
@@ -215,7 +215,7 @@ class _Work:
         )
 
 
-def _judged(stage: str, reply: Reply) -> Line:
+def _judged(stage: str, reply: Reply) -> Decision:
     """The decision that a reply is; what cannot be used is kept as it came."""
     if reply.problem:
         verdict = "unparsable" if reply.status == 200 else "refused"
@@ -232,7 +232,7 @@ def _judged(stage: str, reply: Reply) -> Line:
         return dict(verdict="invalid", reason=str(error), raw=reply.text)
 
 
-def _scored(row: Row, settings: Settings) -> Line:
+def _scored(row: Row, settings: Settings) -> Decision:
     score = settings.score_of(row)
     if score is None:
         return dict(verdict="unscored", reason="score is null")
@@ -241,7 +241,7 @@ def _scored(row: Row, settings: Settings) -> Line:
     return dict(verdict="low" if low else "keep", reason=reason)
 
 
-def _pictured(row: Row, settings: Settings) -> Line:
+def _pictured(row: Row, settings: Settings) -> Decision:
     if len(row.images) != 1:
         return dict(verdict="several", reason=f"{len(row.images)} pictures")
     if not (settings.images / row.images[0]).is_file():
@@ -249,12 +249,12 @@ def _pictured(row: Row, settings: Settings) -> Line:
     return dict(verdict="keep", reason="one picture")
 
 
-def _ask(stage: str, row: Row, settings: Settings) -> Ask:
+def _ask(stage: str, row: Row, settings: Settings) -> ChatRequest:
     prompt = settings.prompts[PROMPT_OF[stage]]
-    return Ask(id=row.id, messages=prompt.messages(row.caption), data_class=row.data_class)
+    return ChatRequest(id=row.id, messages=prompt.messages(row.caption), data_class=row.data_class)
 
 
-def _document(row: Row, line: Line) -> dict[str, Any]:
+def _document(row: Row, line: Decision) -> dict[str, Any]:
     return dict(
         id=row.id,
         text=f"{line['question']}{SEPARATOR}{line['answer']}",
@@ -269,7 +269,10 @@ def _document(row: Row, line: Line) -> dict[str, Any]:
 
 
 def _report(
-    rows: Sequence[Row], outcome: dict[str, tuple[str, str]], stages: dict[str, Any], work: _Work
+    rows: Sequence[Row],
+    outcome: dict[str, tuple[str, str]],
+    stages: dict[str, Any],
+    work: _CurationRun,
 ) -> dict[str, Any]:
     ends = collections.Counter(" ".join(outcome[row.id]) for row in rows)
     if ends.total() != len(rows):

@@ -22,12 +22,12 @@ from medmax_jax.data.packing import pack
 from medmax_jax.data.packing.pack import Epochs, PackError
 from medmax_jax.data.records.reader import Records
 
-PICTURE_WINDOW = 256  # documents, two steps of 8 rows of 16,384: more pack better
+IMAGE_WINDOW = 256  # documents, two steps of 8 rows of 16,384: more pack better
 # Streams of shuffles; pack.py's own are 0 and the places of windows.
 _TURNS, _PLACES, _PICTURES, _FRACTION = 1 << 40, 2 << 40, 3 << 40, 4 << 40
 
 
-def kept(found: Records, limit: int) -> Int[np.ndarray, "_"]:
+def within_length_limit(found: Records, limit: int) -> Int[np.ndarray, "_"]:
     """The documents of at most `limit` tokens."""
     fitting = np.flatnonzero(found.index["length"] <= limit).astype(np.int32)
     if not fitting.size:
@@ -38,16 +38,16 @@ def kept(found: Records, limit: int) -> Int[np.ndarray, "_"]:
     return fitting
 
 
-def drawable(found: Records, data: Data, mixing: Mixing) -> Int[np.ndarray, "_"]:
+def eligible_documents(found: Records, data: Data, mixing: Mixing) -> Int[np.ndarray, "_"]:
     """The documents that a run with these settings may draw.
 
     A fraction is taken of all pictures, before document_limit and leave_out, so that a run without
     VQA sees the pictures that its neighbour with VQA sees.
     """
-    documents = kept(found, data.document_limit)
+    documents = within_length_limit(found, data.document_limit)
     keep = np.ones(len(found), bool)
     if mixing.fraction < 1:
-        keep = within(
+        keep = subsample(
             found.index["picture"],
             found.index["source"],
             fraction=mixing.fraction,
@@ -65,7 +65,7 @@ def drawable(found: Records, data: Data, mixing: Mixing) -> Int[np.ndarray, "_"]
     return left
 
 
-def within(
+def subsample(
     pictures: Int[np.ndarray, "n"], sources: Int[np.ndarray, "n"], *, fraction: float, seed: int
 ) -> Bool[np.ndarray, "n"]:
     """True at documents of the first pictures of each source, in an order that is the seed's.
@@ -87,26 +87,28 @@ def within(
 
 def epochs(found: Records, data: Data, mixing: Mixing) -> Epochs:
     """The rows of all epochs."""
-    documents = drawable(found, data, mixing)
+    documents = eligible_documents(found, data, mixing)
     seed = data.seed
     windows = functools.partial(pack.shuffled, documents, seed=seed)
     if mixing.weights:
         group, draws = _grouped(found, documents, mixing)
 
         def windows(epoch: int) -> list[np.ndarray]:
-            times = copies(group, draws, seed=seed, epoch=epoch)
-            return dealt(documents, times, seed=seed, epoch=epoch)
+            times = repeat_documents(group, draws, seed=seed, epoch=epoch)
+            return shuffled_windows(documents, times, seed=seed, epoch=epoch)
 
     elif mixing.image_centric:
         pictures = found.index["picture"][documents]
-        windows = functools.partial(by_picture, documents, pictures, seed=seed)
+        windows = functools.partial(group_by_image, documents, pictures, seed=seed)
     at = dict(seq_len=data.seq_len, pack=data.pack, seed=seed)
     return Epochs(found.index["length"], **at, windows=lambda epoch: windows(epoch=epoch))
 
 
-def shares(found: Records, data: Data, mixing: Mixing) -> dict[str, tuple[float, float, float]]:
+def mixture_shares(
+    found: Records, data: Data, mixing: Mixing
+) -> dict[str, tuple[float, float, float]]:
     """What each name gives to an epoch: its share of documents, of tokens, and times a document."""
-    documents = drawable(found, data, mixing)
+    documents = eligible_documents(found, data, mixing)
     group, draws = _grouped(found, documents, mixing)
     count = np.bincount(group, minlength=len(draws))
     length = np.bincount(group, found.index["length"][documents], len(draws)) / np.maximum(count, 1)
@@ -140,7 +142,7 @@ def parse(weights: str, names: list[str]) -> list[float]:
     return [found[n] for n in names]
 
 
-def drawn_of(
+def sample_group(
     group: Int[np.ndarray, "n"], lengths: Int[np.ndarray, "n"], weights: list[float], unit: str
 ) -> Int[np.ndarray, "_"]:
     """How many documents of each group an epoch draws.
@@ -161,7 +163,7 @@ def drawn_of(
     return np.where(share > 0, np.maximum(np.rint(exact), 1), 0).astype(np.int64)
 
 
-def copies(
+def repeat_documents(
     group: Int[np.ndarray, "n"], draws: Int[np.ndarray, "_"], *, seed: int, epoch: int
 ) -> Int[np.ndarray, "n"]:
     """How often each document stands in an epoch: floor or ceiling of its group's draws / size.
@@ -180,7 +182,7 @@ def copies(
     return times
 
 
-def dealt(
+def shuffled_windows(
     documents: Int[np.ndarray, "n"], times: Int[np.ndarray, "n"], *, seed: int, epoch: int
 ) -> list[Int[np.ndarray, "_"]]:
     """Windows in which no document stands twice: its copies are dealt to windows in turn."""
@@ -191,7 +193,7 @@ def dealt(
     return [drawn[place::count] for place in places]
 
 
-def by_picture(
+def group_by_image(
     documents: Int[np.ndarray, "n"], pictures: Int[np.ndarray, "n"], *, seed: int, epoch: int
 ) -> list[Int[np.ndarray, "_"]]:
     """Windows that hold all documents of their pictures; -1 is a document without one.
@@ -206,7 +208,7 @@ def by_picture(
     order = pack.shuffle(len(documents), seed, epoch, 0)
     order = order[np.argsort(place[order], kind="stable")]
     size = np.bincount(place)
-    window = ((np.cumsum(size) - size) // PICTURE_WINDOW)[place[order]]  # where a picture begins
+    window = ((np.cumsum(size) - size) // IMAGE_WINDOW)[place[order]]  # where a picture begins
     return np.split(documents[order], np.flatnonzero(np.diff(window)) + 1)
 
 
@@ -216,7 +218,7 @@ def _grouped(found: Records, documents: np.ndarray, mixing: Mixing) -> tuple:
     if not mixing.weights:
         return group, np.bincount(group, minlength=len(names))
     lengths, weights = found.index["length"][documents], parse(mixing.weights, names)
-    return group, drawn_of(group, lengths, weights, mixing.unit)
+    return group, sample_group(group, lengths, weights, mixing.unit)
 
 
 def _numbers(found: Records, mixing: Mixing) -> list[int]:

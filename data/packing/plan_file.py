@@ -38,7 +38,7 @@ _MEND = "make it again with data.prepare plan --save"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Saved:
+class SavedPlan:
     """A plan that was read back. `header["run"]`: the hash that a run of these settings has."""
 
     header: dict[str, Any]
@@ -93,7 +93,7 @@ def save(path: Path, found: Records, data: Data, mixed: Mixing, *, epoch: int) -
     return header
 
 
-def load(path: Path) -> Saved:
+def load(path: Path) -> SavedPlan:
     """The plan of a file; raises PackError unless every byte of it is what was saved."""
     try:
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
@@ -113,7 +113,7 @@ def load(path: Path) -> Saved:
     if _digest(text, arrays) != told or plan.fingerprint != header["rows"]:
         raise PackError(f"{path}: its SHA-256 is not that of what it holds: damaged; {_MEND}")
     others = {name: arrays[name] for name in ("lengths", "source", "task")}
-    return Saved(header=header, plan=plan, **others)
+    return SavedPlan(header=header, plan=plan, **others)
 
 
 def _wrong(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> str:

@@ -16,7 +16,7 @@ from jaxtyping import Int
 from medmax_jax.config import Data, Mixing
 from medmax_jax.data.packing import mixing, pack, plan_file
 from medmax_jax.data.records.reader import Records, open_records
-from medmax_jax.data.records.writer import credentialed
+from medmax_jax.data.records.writer import has_credentialed
 
 ROW_LENGTHS = (2_048, 4_096, 8_192, 16_384)
 STEP = 128  # rows are padded up to a multiple of this where shapes are compiled
@@ -34,7 +34,7 @@ def stats(folder: str | Path, *, seq_len: int) -> dict[str, Any]:
     return (
         held
         | dict(lengths=quantiles, seq_len=seq_len, rows=rows, fill=fill)
-        | dict(by_picture=picture_stats(found))
+        | dict(by_picture=image_stats(found))
     )
 
 
@@ -53,38 +53,42 @@ def report(
         epoch=epoch,
         documents=len(plan.documents),
         rows=len(plan),
-        fill=round(fill(lengths, plan, data.seq_len), 4),
-        fills=fills(lengths[plan.documents], {*ROW_LENGTHS, data.seq_len}, longest, data.seed),
-        padded=padded(lengths[plan.documents], batch_size=data.batch_size, seed=data.seed),
+        fill=round(packing_efficiency(lengths, plan, data.seq_len), 4),
+        fills=packing_efficiencies(
+            lengths[plan.documents], {*ROW_LENGTHS, data.seq_len}, longest, data.seed
+        ),
+        padded=padding_efficiency(
+            lengths[plan.documents], batch_size=data.batch_size, seed=data.seed
+        ),
         shares={
             name: dict(documents=round(d, 4), tokens=round(t, 4), times=round(n, 4))
-            for name, (d, t, n) in mixing.shares(found, data, mixed).items()
+            for name, (d, t, n) in mixing.mixture_shares(found, data, mixed).items()
         },
         left_out=len(long),
-        left_out_ids=long.tolist() if credentialed(found) else [d.id for d in found.read(long)],
+        left_out_ids=long.tolist() if has_credentialed(found) else [d.id for d in found.read(long)],
     )
-    return told if row is None else told | {f"row {row}": who(found, plan, row)}
+    return told if row is None else told | {f"row {row}": row_documents(found, plan, row)}
 
 
-def fill(lengths: Int[np.ndarray, "n"], plan: pack.Plan, seq_len: int) -> float:
+def packing_efficiency(lengths: Int[np.ndarray, "n"], plan: pack.Plan, seq_len: int) -> float:
     """Tokens over places."""
     return float(lengths[plan.documents].sum() / (len(plan) * seq_len))
 
 
-def fills(
+def packing_efficiencies(
     lengths: Int[np.ndarray, "n"], seq_lens: Iterable[int], longest: int, seed: int
 ) -> dict[int, dict[str, float]]:
     """Of each row length that holds the longest document: fill of a plan, and offline."""
     table = {}
     for seq_len in sorted(s for s in seq_lens if s >= longest):
         plan = pack.plan(lengths, seq_len=seq_len, pack=True, seed=seed, epoch=0)
-        offline = lengths.sum() / (offline_rows(lengths, seq_len) * seq_len)
-        ours = fill(lengths, plan, seq_len)
+        offline = lengths.sum() / (best_fit_row_count(lengths, seq_len) * seq_len)
+        ours = packing_efficiency(lengths, plan, seq_len)
         table[seq_len] = dict(rows=len(plan), fill=round(ours, 4), offline=round(float(offline), 4))
     return table
 
 
-def offline_rows(lengths: Int[np.ndarray, "n"], seq_len: int) -> int:
+def best_fit_row_count(lengths: Int[np.ndarray, "n"], seq_len: int) -> int:
     """Rows of best-fit decreasing over all documents at once.
 
     Rows with the same room are alike, so they are only counted: bit r of `open_` is set where some
@@ -104,7 +108,9 @@ def offline_rows(lengths: Int[np.ndarray, "n"], seq_len: int) -> int:
     return rows
 
 
-def padded(lengths: Int[np.ndarray, "n"], *, batch_size: int, seed: int) -> dict[str, Any]:
+def padding_efficiency(
+    lengths: Int[np.ndarray, "n"], *, batch_size: int, seed: int
+) -> dict[str, Any]:
     """Fill of batches of `batch_size` documents that are padded to their longest.
 
     `shapes`: how many lengths a batch has, each a compilation; `fill_of_steps` and
@@ -124,7 +130,7 @@ def padded(lengths: Int[np.ndarray, "n"], *, batch_size: int, seed: int) -> dict
     )
 
 
-def who(found: Records, plan: pack.Plan, row: int) -> list[dict[str, Any]]:
+def row_documents(found: Records, plan: pack.Plan, row: int) -> list[dict[str, Any]]:
     """The documents of a row, each with its place there; credentialed ones by number alone."""
     if not 0 <= row < len(plan):
         raise pack.PackError(f"--row is {row}; this epoch has rows 0..{len(plan) - 1}")
@@ -132,14 +138,16 @@ def who(found: Records, plan: pack.Plan, row: int) -> list[dict[str, Any]]:
     for number, document in zip(plan.row(row), found.read(plan.row(row)), strict=True):
         at = dict(document=int(number), start=start, tokens=len(document.tokens))
         names = (
-            ("source", "task") if credentialed(found) else ("id", "source", "task", "image_path")
+            ("source", "task")
+            if has_credentialed(found)
+            else ("id", "source", "task", "image_path")
         )
         told.append(at | {n: getattr(document, n) for n in names})
         start += len(document.tokens)
     return told
 
 
-def picture_stats(found: Records) -> dict[str, Any]:
+def image_stats(found: Records) -> dict[str, Any]:
     """How many documents and tasks a picture has: IMAX (arXiv 2504.09967) has 7.46 and 4.10.
 
     Three documents of picture 0 (VQA, VQA, Visual Chat), one of picture 1 (VQA), one without:

@@ -68,7 +68,7 @@ class Layout:
     vqgan: str
 
 
-def scored(tokens: Int[np.ndarray, "T"], mode: str, turns: int) -> Bool[np.ndarray, "T"]:
+def loss_mask(tokens: Int[np.ndarray, "T"], mode: str, turns: int) -> Bool[np.ndarray, "T"]:
     """True at the tokens whose prediction is trained.
 
     SEP closes every turn, so the sections between SEPs are question, answer, question, answer...

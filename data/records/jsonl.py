@@ -12,9 +12,9 @@ from medmax_jax.data.records.document import Document, Layout, RecordsError
 from medmax_jax.endpoints import egress
 from medmax_jax.io.image_paths import is_inside
 from medmax_jax.io.text_files import TextFileError, read_objects
-from medmax_jax.models.tokenizer import IMAGE_NAME, SEP_NAME, Tokenizer, segments_of
+from medmax_jax.models.tokenizer import IMAGE_NAME, SEP_NAME, Tokenizer, split_segments
 
-TEXTS = ("id", "text", "image_path", "task", "source", "credential", "group")
+TEXT_FIELDS = ("id", "text", "image_path", "task", "source", "credential", "group")
 
 
 def read_texts(path: str | Path) -> list[dict[str, Any]]:
@@ -28,12 +28,12 @@ def read_texts(path: str | Path) -> list[dict[str, Any]]:
     except TextFileError as error:
         raise RecordsError(f"{error}: cannot be read; mend it") from error
     for n, row in enumerate(rows, start=1):
-        wrong = [name for name in TEXTS if not isinstance(row.get(name), str)]
+        wrong = [name for name in TEXT_FIELDS if not isinstance(row.get(name), str)]
         wrong += ["turns"] if type(row.get("turns")) is not int or row["turns"] < 0 else []
         if wrong:
             name = wrong[0]
             raise RecordsError(f"{path} row {n}: {name} is {egress.describe(row, name)}; mend it")
-        egress.class_of(row, f"{path} row {n}")
+        egress.data_class_of(row, f"{path} row {n}")
         shown, name = IMAGE_NAME in row["text"], row["image_path"]
         if shown != bool(name) or (name and not is_inside(name)):
             raise RecordsError(
@@ -44,13 +44,13 @@ def read_texts(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def written(document: Document, layout: Layout, tokenizer: Tokenizer) -> str:
+def to_text(document: Document, layout: Layout, tokenizer: Tokenizer) -> str:
     """The text of a document again, with `<image>` where an image stands."""
-    parts = segments_of(document.tokens, layout.vocab)
+    parts = split_segments(document.tokens, layout.vocab)
     return "".join(IMAGE_NAME if k == "image" else tokenizer.decode(ids) for k, ids in parts)
 
 
-def spoken(document: Document, layout: Layout, tokenizer: Tokenizer) -> str:
+def plain_text(document: Document, layout: Layout, tokenizer: Tokenizer) -> str:
     """Its words alone: a line for each stretch between images and separators."""
-    text = written(document, layout, tokenizer)
+    text = to_text(document, layout, tokenizer)
     return text.replace(IMAGE_NAME, "\n").replace(SEP_NAME, "\n")

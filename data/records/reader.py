@@ -28,7 +28,7 @@ from medmax_jax.data.records.document import (
     check_document,
     from_bytes,
 )
-from medmax_jax.data.records.staging import INDEX, META, on_disk
+from medmax_jax.data.records.staging import INDEX, META, stage_to_disk
 from medmax_jax.io.errors import printable
 from medmax_jax.io.text_files import TextFileError, read_json
 
@@ -40,7 +40,7 @@ def open_records(folder: str | os.PathLike) -> "Records":
 
     One on gs:// is copied to this host first (staging.py), which may raise a StorageError.
     """
-    return Records(on_disk(folder))
+    return Records(stage_to_disk(folder))
 
 
 class Records(Sequence):

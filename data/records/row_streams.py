@@ -25,7 +25,7 @@ MAX_ITEM = 2**22  # characters of one item or line; the longest published ones h
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class RowLocation:
     """Where a row stands: the n-th of a file, from 1."""
 
     file: str
@@ -39,28 +39,28 @@ class Place:
         return f"{source}/{pathlib.PurePath(self.file).name.split('.')[0]}-{self.number:07d}"
 
 
-def json_array(path: pathlib.Path) -> Iterator[tuple[Place, Any]]:
+def json_array(path: pathlib.Path) -> Iterator[tuple[RowLocation, Any]]:
     """Items of a file that is one JSON array; damage ends it with a SourceError."""
     bounds = dict(max_chars=MAX_ITEM, chunk_chars=CHUNK)
     with _source_errors(), text_files.open_binary(path) as file:
         for n, item in text_files.array_items(file, path.name, **bounds):
-            yield Place(path.name, n), item
+            yield RowLocation(path.name, n), item
 
 
-def json_lines(path: pathlib.Path) -> Iterator[tuple[Place, Any]]:
+def json_lines(path: pathlib.Path) -> Iterator[tuple[RowLocation, Any]]:
     """One JSON value a line, or the items of one array."""
     with _source_errors(), text_files.open_binary(path) as file:
         is_array = text_files.starts_array(file)
         for n, line in () if is_array else text_files.lines(file, path.name, max_bytes=MAX_ITEM):
             try:
-                yield Place(path.name, n), text_files.parse_row(line, path.name)
+                yield RowLocation(path.name, n), text_files.parse_row(line, path.name)
             except TextFileError as error:
-                yield Place(path.name, n), error
+                yield RowLocation(path.name, n), error
     if is_array:
         yield from json_array(path)
 
 
-def csv_rows(path: pathlib.Path, columns: tuple[str, ...]) -> Iterator[tuple[Place, Any]]:
+def csv_rows(path: pathlib.Path, columns: tuple[str, ...]) -> Iterator[tuple[RowLocation, Any]]:
     """Rows of a CSV file with a header; a row of another width comes as None."""
     with (
         _source_errors(),
@@ -74,7 +74,7 @@ def csv_rows(path: pathlib.Path, columns: tuple[str, ...]) -> Iterator[tuple[Pla
             )
         for n, row in rows:
             whole = len(row) == len(header)
-            yield Place(path.name, n), dict(zip(header, row, strict=True)) if whole else None
+            yield RowLocation(path.name, n), dict(zip(header, row, strict=True)) if whole else None
 
 
 @contextlib.contextmanager

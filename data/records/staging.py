@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from medmax_jax.data.records.document import RecordsError
-from medmax_jax.io.atomic_folder import new_folder, private
-from medmax_jax.io.gcs import PIECE, TIMEOUT_VARIABLE, silence
-from medmax_jax.io.progress import Progress
+from medmax_jax.io.atomic_folder import atomic_folder, private_umask
+from medmax_jax.io.gcs import CHUNK_BYTES, TIMEOUT_VARIABLE, timeout_seconds
+from medmax_jax.io.progress import ByteProgress
 from medmax_jax.io.storage import Folder, StorageError
 from medmax_jax.io.text_files import parse_json
 
@@ -41,7 +41,7 @@ class _File(NamedTuple):
     sha256: str
 
 
-def on_disk(folder: str | os.PathLike) -> Path:
+def stage_to_disk(folder: str | os.PathLike) -> Path:
     """The folder, or the copy of one on gs://; raises StorageError or RecordsError."""
     source = Folder(folder)
     if not source.remote:
@@ -68,9 +68,9 @@ def _whole(place: Path, shards: list[_File]) -> bool:
 def _copy(source: Folder, meta: bytes, files: list[_File], place: Path) -> None:
     total = sum(file.size for file in files)
     print(f"{source.path}: {len(files)} files to {place}", file=sys.stderr, flush=True)
-    progress = Progress(total, lambda line: print(line, file=sys.stderr, flush=True))
+    progress = ByteProgress(total, lambda line: print(line, file=sys.stderr, flush=True))
     pool = concurrent.futures.ThreadPoolExecutor(STREAMS)
-    with private(), new_folder(place, bytes_needed=total + len(meta), seal=META) as new:
+    with private_umask(), atomic_folder(place, bytes_needed=total + len(meta), seal=META) as new:
         try:
             for nbytes in pool.map(lambda file: _fetch(source, new, file), files):
                 progress(nbytes)
@@ -96,8 +96,8 @@ def _said(source: Folder, meta: bytes) -> tuple[list[_File], str]:
 def _fetch(source: Folder, new: Folder, file: _File) -> int:
     digest = hashlib.sha256()
     with new.stream(file.name) as out:
-        for start in range(0, file.size, PIECE):
-            part = source.read(file.name, start, min(start + PIECE, file.size))
+        for start in range(0, file.size, CHUNK_BYTES):
+            part = source.read(file.name, start, min(start + CHUNK_BYTES, file.size))
             digest.update(part)
             out.write(part)
     if digest.hexdigest() != file.sha256:
@@ -113,7 +113,7 @@ def _stage() -> Path:
     given = os.environ.get(STAGE_VARIABLE)
     place = Path(given or Path(tempfile.gettempdir(), f"medmax_jax_{os.getuid()}"))
     try:
-        with private():
+        with private_umask():
             place.mkdir(parents=True, exist_ok=True)
         found = place.stat() if given else place.lstat()  # anybody may write into a temporary one
     except OSError as error:
@@ -128,8 +128,8 @@ def _stage() -> Path:
 @contextlib.contextmanager
 def _turn(place: Path) -> Iterator[None]:
     """Holds the host's lock on a copy; the kernel frees it when the process dies."""
-    partial, limit = place.with_name(f"{place.name}.partial"), silence()
-    with private():
+    partial, limit = place.with_name(f"{place.name}.partial"), timeout_seconds()
+    with private_umask():
         lock = open(f"{place}.lock", "w")
     with lock:
         news, since = -1, time.monotonic()

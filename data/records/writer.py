@@ -30,7 +30,7 @@ from medmax_jax.data.records.document import (
     Layout,
     RecordsError,
     check_document,
-    scored,
+    loss_mask,
 )
 from medmax_jax.data.records.reader import FORMAT, Records, open_records
 from medmax_jax.data.records.staging import INDEX, META
@@ -39,7 +39,15 @@ from medmax_jax.io import storage
 from medmax_jax.io.atomic_folder import private_folder
 from medmax_jax.models.vocab import is_image
 
-__all__ = ["Labels", "Records", "counts", "credentialed", "open_records", "to_bytes", "write"]
+__all__ = [
+    "LabelColumns",
+    "Records",
+    "token_counts",
+    "has_credentialed",
+    "open_records",
+    "to_bytes",
+    "write",
+]
 _OPTIONS = "group_size:1,zstd:3"  # group_size 1: the only one with fast random access
 
 
@@ -69,9 +77,9 @@ def _write(
     notes: dict[str, Any],
     modes: contextlib.ExitStack,
 ) -> dict[str, Any]:
-    count, labels, rows = _Counter(), Labels(), array("i")
+    count, labels, rows = _Counter(), LabelColumns(), array("i")
     digest, ids = hashlib.sha256(), set()
-    parts, secret = _Parts(folder, shard_size), False
+    parts, secret = _ShardWriter(folder, shard_size), False
     try:
         for number, document in enumerate(documents):
             label = ""
@@ -89,14 +97,14 @@ def _write(
             record = to_bytes(document)
             digest.update(record)
             parts.add(record)
-            rows.extend(counts(document, layout.vocab))
+            rows.extend(token_counts(document, layout.vocab))
             labels.add(document.source, document.task, document.image_path)
             count.add(document)
         if not rows:
             raise RecordsError(f"{folder}: no documents to write; look at the source and filters")
         shards = parts.finish()
     except BaseException:
-        parts.abandon()
+        parts.discard()
         raise
     table = np.frombuffer(rows, np.int32).reshape(-1, len(COLUMNS))
     index = np.concatenate([table, labels.table()], axis=1)
@@ -119,12 +127,12 @@ def _owner_only(folder: Path) -> Iterator[None]:
         yield
 
 
-def counts(document: Document, vocab: Vocab) -> list[int]:
+def token_counts(document: Document, vocab: Vocab) -> list[int]:
     """The document's numbers in the order of COLUMNS."""
     t, image = document.tokens, is_image(document.tokens, vocab)
     row = [len(t), int(image.sum())]
     for mode in ("answers", "release"):
-        mask = scored(t, mode, document.turns)
+        mask = loss_mask(t, mode, document.turns)
         row += [int(mask.sum()), int((mask & image).sum())]
     return row
 
@@ -145,12 +153,12 @@ def to_bytes(document: Document) -> bytes:
     return HEAD.pack(MAGIC, zlib.crc32(size + body), len(header)) + body
 
 
-def credentialed(found: Records) -> bool:
+def has_credentialed(found: Records) -> bool:
     """Whether any document of a folder is: nothing of it is shown unasked."""
     return any(map(egress.is_credentialed, found.meta["credentials"]))
 
 
-class Labels:
+class LabelColumns:
     """Source, task and picture of each document as numbers: the place among all names, sorted.
 
     A document without a picture has -1; the pictures of the others begin at 0.
@@ -188,7 +196,7 @@ class _Counter:
         self.groups.add(document.group)
 
 
-class _Parts:
+class _ShardWriter:
     """Shards being written under temporary names; `finish` gives them their own."""
 
     def __init__(self, folder: Path, shard_size: int):
@@ -218,7 +226,7 @@ class _Parts:
             shards.append(dict(file=path.name) | facts)
         return shards
 
-    def abandon(self) -> None:
+    def discard(self) -> None:
         self._close()
         for n in range(len(self.documents)):
             self._path(n).unlink(missing_ok=True)

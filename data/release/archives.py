@@ -27,8 +27,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from medmax_jax.io.progress import Progress
-from medmax_jax.io.storage import StorageError, checked, os_errors
+from medmax_jax.io.progress import ByteProgress
+from medmax_jax.io.storage import StorageError, check_name, os_errors
 from medmax_jax.models import images
 
 PARTIAL = ".unpacking.partial"
@@ -68,7 +68,7 @@ def unpack(
     _check_parts(parts)
     count: collections.Counter[str] = collections.Counter()
     with _locked(out), contextlib.closing(_Parts(parts)) as joined:
-        progress = Progress(sum(p.stat().st_size for p in parts), say)
+        progress = ByteProgress(sum(p.stat().st_size for p in parts), say)
         names: set[bytes] = set()
         with _told(f"{parts[0]}{' and on' if len(parts) > 1 else ''}"):
             told = 0
@@ -181,7 +181,7 @@ def _safe_name(member: tarfile.TarInfo, out: Path) -> str:
     if member.isdir() and name in ("", "."):
         return ""
     try:
-        checked("archive", name)
+        check_name("archive", name)
         tarfile.data_filter(member, str(out))  # looks through links that lie in OUT already
     except (StorageError, tarfile.FilterError) as error:
         raise ArchiveError(f"{shown} would leave {out}; not to be trusted") from error

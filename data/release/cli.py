@@ -78,7 +78,7 @@ def _run_import(args: argparse.Namespace) -> dict[str, Any]:
         raise train_rows.PublishedError(f"--tasks is for a parquet, not for {args.source}")
     layout = layout_of(args.model_layout)
     tokenizer = args.tokenizer and Tokenizer.from_file(args.tokenizer, layout.vocab)
-    rules = train_rows.Rules(
+    rules = train_rows.RowRules(
         layout=layout,
         separator=not args.no_separator,
         max_bad=args.max_bad,

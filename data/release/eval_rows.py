@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 from medmax_jax.data.mixture import RELEASED_ROWS, RELEASED_TOGETHER
 from medmax_jax.data.release import chat_answers
 from medmax_jax.data.release.train_rows import PublishedError
-from medmax_jax.io.atomic_folder import private
-from medmax_jax.io.progress import Progress
-from medmax_jax.io.storage import Folder, StorageError, checked
+from medmax_jax.io.atomic_folder import private_umask
+from medmax_jax.io.progress import ByteProgress
+from medmax_jax.io.storage import Folder, StorageError, check_name
 
 COLUMNS = ("task_name", "question_type", "prompt", "answer", "image_path")
 YES_NO, LETTER = ("closed", "open"), ("mcq",)
@@ -68,7 +68,7 @@ def import_items(
         raise PublishedError(f"{out}: exists; choose another --out, or delete it")
     kept: collections.Counter[str] = collections.Counter()
     bad: dict[str, list[int]] = {}
-    with private(), Folder(out.parent).stream(out.name) as file:
+    with private_umask(), Folder(out.parent).stream(out.name) as file:
         for number, row in _rows(path, say):
             if problem := _problem(row):
                 count, first = bad.get(problem, (0, number))
@@ -112,7 +112,7 @@ def _rows(path: Path, say: Callable[[str], None]) -> Iterator[tuple[int, dict[st
         with pq.ParquetFile(path) as file:
             _check_schema(path, file)
             rows = file.metadata.num_rows
-            progress, number = Progress(path.stat().st_size, say), 0
+            progress, number = ByteProgress(path.stat().st_size, say), 0
             for batch in file.iter_batches(batch_size=BATCH, columns=list(COLUMNS)):
                 for row in batch.to_pylist():
                     yield number, row
@@ -157,7 +157,7 @@ def _problem(row: dict[str, Any]) -> str:
         if value and len(value) > MAX_TEXT:
             return f"{task}: {name} over {MAX_TEXT} characters"
     try:
-        checked("image_path", row["image_path"].removeprefix("./"))
+        check_name("image_path", row["image_path"].removeprefix("./"))
         if task == "visual_chat":
             chat_answers.read(row["answer"])
     except StorageError:

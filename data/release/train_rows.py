@@ -29,11 +29,11 @@ import numpy as np
 from medmax_jax.data.records import staging, writer
 from medmax_jax.data.records.document import Document, Layout, RecordsError, check_document
 from medmax_jax.io import text_files
-from medmax_jax.io.atomic_folder import new_folder, private
-from medmax_jax.io.progress import Progress
-from medmax_jax.io.storage import Folder, StorageError, checked
+from medmax_jax.io.atomic_folder import atomic_folder, private_umask
+from medmax_jax.io.progress import ByteProgress
+from medmax_jax.io.storage import Folder, StorageError, check_name
 from medmax_jax.io.text_files import TextFileError
-from medmax_jax.models.tokenizer import Tokenizer, TokenizerError, document_ids, segments_of
+from medmax_jax.models.tokenizer import Tokenizer, TokenizerError, document_ids, split_segments
 from medmax_jax.models.vocab import BOS, EOS, IMAGE, PAD, SEP
 
 QUARANTINE = "quarantine.jsonl"
@@ -59,7 +59,7 @@ class BadRow(ValueError):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Rules:
+class RowRules:
     """What a row must be. `tokenizer`: None, or text and tokens are compared with it."""
 
     layout: Layout
@@ -70,7 +70,7 @@ class Rules:
 
 
 def import_rows(
-    path: str | Path, out: str | Path, *, rules: Rules, say: Callable[[str], None]
+    path: str | Path, out: str | Path, *, rules: RowRules, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Writes OUT, and OUT-credentialed where such rows have tokens; returns the counts.
 
@@ -79,7 +79,7 @@ def import_rows(
     path, out = Path(path), Path(os.path.abspath(out))
     closed = out.with_name(out.name + "-credentialed")
     with _opened(path) as file, tempfile.TemporaryFile("w+") as listed:
-        rows = _Pass(file, path, rules, listed, say)
+        rows = _RowReader(file, path, rules, listed, say)
         _check_vacant(out, closed, rows.notes)
         found = rows.documents()
         first = next(found, None)
@@ -88,7 +88,7 @@ def import_rows(
                 raise PublishedError(f"{path}: no row becomes a document: {_told(rows.reasons)}")
             _write_closed(closed, rows)
         else:
-            with new_folder(out, bytes_needed=rows.size // 3, seal=staging.META) as folder:
+            with atomic_folder(out, bytes_needed=rows.size // 3, seal=staging.META) as folder:
                 _write(folder, itertools.chain([first], found), rows, rows.notes)
                 if rows.closed_lines:
                     _write_closed(closed, rows)
@@ -96,7 +96,7 @@ def import_rows(
     return dict(folders=folders, documents=rows.open) | rows.summary()
 
 
-def to_document(row: dict[str, Any], name: str, rules: Rules) -> Document | None:
+def to_document(row: dict[str, Any], name: str, rules: RowRules) -> Document | None:
     """The document of a row, None for a credentialed row without tokens; raises BadRow."""
     text = {key: _text(row, key) for key in ("text", "task", "source", "credential")}
     credential = text["credential"].lower()  # the card writes yes and no, the README YES and NO
@@ -139,7 +139,9 @@ def read_row(line: bytes) -> dict[str, Any]:
         raise BadRow("not JSON", f"at byte or character {place}") from error
 
 
-def lines_of(file: IO[bytes], saw: Callable[[bytes], None]) -> Iterator[tuple[int, int, bytes]]:
+def bounded_lines(
+    file: IO[bytes], saw: Callable[[bytes], None]
+) -> Iterator[tuple[int, int, bytes]]:
     """(bytes before it, bytes of it, line); of a line that is too long only the beginning.
 
     `saw` is given every byte.
@@ -155,14 +157,14 @@ def lines_of(file: IO[bytes], saw: Callable[[bytes], None]) -> Iterator[tuple[in
         offset += size
 
 
-class _Pass:
+class _RowReader:
     """The rows of one file: open documents first, then on request the credentialed ones."""
 
     def __init__(
         self,
         file: IO[bytes],
         path: Path,
-        rules: Rules,
+        rules: RowRules,
         listed: IO[str],
         say: Callable[[str], None],
     ):
@@ -178,8 +180,8 @@ class _Pass:
 
     def documents(self) -> Iterator[Document]:
         """The open documents; the credentialed ones are checked, and their places kept."""
-        progress, digest = Progress(self.size, self.say), hashlib.sha256()
-        for number, (offset, size, line) in enumerate(lines_of(self.file, digest.update), 1):
+        progress, digest = ByteProgress(self.size, self.say), hashlib.sha256()
+        for number, (offset, size, line) in enumerate(bounded_lines(self.file, digest.update), 1):
             progress(size)
             self.read = offset + size
             if line.isspace():
@@ -199,7 +201,7 @@ class _Pass:
         progress.done(f"{self.rows} rows of {self.path.name}")
         self.notes |= dict(sha256=digest.hexdigest(), rows=self.rows) | self.summary()
 
-    def closed(self) -> Iterator[Document]:
+    def credentialed_documents(self) -> Iterator[Document]:
         """The credentialed documents, after all others were read."""
         for number, place in zip(self.closed_lines, self.closed_places, strict=True):
             self.file.seek(place)
@@ -272,7 +274,9 @@ class _Pass:
         return f"{self.path.stem}-{number:07d}"
 
 
-def _write(folder: Folder, found: Iterable[Document], rows: _Pass, notes: dict[str, Any]) -> None:
+def _write(
+    folder: Folder, found: Iterable[Document], rows: _RowReader, notes: dict[str, Any]
+) -> None:
     rules = rows.rules
     shape = dict(shard_size=rules.shard_size, layout=rules.layout)
     writer.write(folder.path, found, notes=notes, **shape)
@@ -282,14 +286,14 @@ def _write(folder: Folder, found: Iterable[Document], rows: _Pass, notes: dict[s
             out.write(line.encode())
 
 
-def _write_closed(closed: Path, rows: _Pass) -> None:
+def _write_closed(closed: Path, rows: _RowReader) -> None:
     notes = rows.notes | dict(only="credentialed")
     if closed.exists() and _meta_of(closed).get("notes") == notes:
         rows.say(f"{closed}: there already, of this file")  # a run died between the two folders
         return
     closed.parent.mkdir(parents=True, exist_ok=True)
-    with private(), new_folder(closed, bytes_needed=0, seal=staging.META) as folder:
-        _write(folder, rows.closed(), rows, notes)
+    with private_umask(), atomic_folder(closed, bytes_needed=0, seal=staging.META) as folder:
+        _write(folder, rows.credentialed_documents(), rows, notes)
 
 
 def _check_vacant(out: Path, closed: Path, notes: dict[str, Any]) -> None:
@@ -352,12 +356,12 @@ def _image_path(row: dict[str, Any]) -> str:
     if not isinstance(value, str) or len(value) > MAX_FIELD:
         raise BadRow("column image_path", f"is {type(value).__name__}; need a short text or none")
     try:
-        return checked("image_path", value.removeprefix("./"))
+        return check_name("image_path", value.removeprefix("./"))
     except StorageError as error:
         raise BadRow("column image_path", "leaves its folder; need one like a/b.png") from error
 
 
-def _tokens(value: Any, rules: Rules) -> np.ndarray:
+def _tokens(value: Any, rules: RowRules) -> np.ndarray:
     if not isinstance(value, list) or set(map(type, value)) != {int}:  # a bool is an int to numpy
         raise BadRow("tokens not integers", "need a list of ids")
     if min(value) < 0 or max(value) >= rules.layout.vocab.size:
@@ -373,9 +377,9 @@ def _tokens(value: Any, rules: Rules) -> np.ndarray:
     return tokens
 
 
-def _agrees(text: str, made: Document, rules: Rules) -> bool:
+def _agrees(text: str, made: Document, rules: RowRules) -> bool:
     vocab = rules.layout.vocab
-    codes = [c for kind, c in segments_of(made.tokens, vocab) if kind == "image"]
+    codes = [c for kind, c in split_segments(made.tokens, vocab) if kind == "image"]
     try:
         again = document_ids(rules.tokenizer, text, codes[0] if codes else None, vocab)
     except TokenizerError:

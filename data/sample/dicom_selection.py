@@ -8,7 +8,13 @@ build.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from medmax_jax.data.sample.medical_formats import Facts, Picture, dicom_plane, read_dicom, to_bytes
+from medmax_jax.data.sample.medical_formats import (
+    Facts,
+    SampleImage,
+    dicom_plane,
+    read_dicom,
+    to_bytes,
+)
 from medmax_jax.data.sample.packages import Archive
 
 LUNG_WINDOW, SOFT_WINDOW, BONE_WINDOW = (-1000, 400), (-160, 240), (-500, 1500)  # Hounsfield units
@@ -263,7 +269,7 @@ DICOMS = (
 )
 
 
-def dicom_pictures(archive: Archive, spec: Dicom) -> Iterator[Picture]:
+def dicom_pictures(archive: Archive, spec: Dicom) -> Iterator[SampleImage]:
     """Pictures of one DICOM file; raises when its header does not say what `spec` claims."""
     dataset, frames = read_dicom(archive.read(spec.path))
     facts = header_facts(dataset, spec)
@@ -275,7 +281,7 @@ def dicom_pictures(archive: Archive, spec: Dicom) -> Iterator[Picture]:
         for part, box in enumerate(spec.crops or ((0, 0, pixels.shape[1], pixels.shape[0]),)):
             left, top, right, bottom = box
             crop = pixels[top:bottom, left:right]
-            yield Picture(
+            yield SampleImage(
                 crop,
                 spec.package,
                 spec.path,

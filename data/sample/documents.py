@@ -20,18 +20,18 @@ from medmax_jax.data.sample.manifest import SPLITS, check_groups, read_manifest
 from medmax_jax.data.sample.phrases import (
     GLOSSARY,
     NOUNS,
-    a,
+    body_part_phrase,
+    capitalize_first,
     caption,
     details,
-    part,
+    image_phrase,
     patient,
-    phrase,
     report,
-    upper,
+    with_article,
 )
 from medmax_jax.data.sample.questions import (
     Question,
-    asked_values,
+    answerable_values,
     checklists,
     closed_questions,
     mcq_questions,
@@ -106,7 +106,7 @@ def pretraining_documents(rows: list[dict], seed: int) -> list[dict]:
                 f"{IMAGE}{caption(row, rng)}",
                 f"{IMAGE}{_prose(row, rng)}",
                 f"{caption(row, rng)}{IMAGE}",
-                f"{upper(phrase(row))}.{IMAGE}{details(row)}",
+                f"{capitalize_first(image_phrase(row))}.{IMAGE}{details(row)}",
                 f"{GLOSSARY[row['modality']]} {caption(row, rng)}",
             )
             out += [_document(row, text.strip(), "Pretraining", turns=0) for text in texts]
@@ -131,7 +131,7 @@ def eval_items(rows: list[dict], seed: int, split: str = "test") -> list[dict]:
     """
     held = [row for row in rows if row["split"] == split]
     train = [row for row in rows if row["split"] == "train"]
-    askable = asked_values(train) if train and split != "train" else None
+    askable = answerable_values(train) if train and split != "train" else None
     questions = closed_questions(held, seed, 1, askable)
     questions += open_questions(held, seed)
     questions += mcq_questions(held, seed)
@@ -139,13 +139,13 @@ def eval_items(rows: list[dict], seed: int, split: str = "test") -> list[dict]:
     rng = random.Random(f"{seed} eval {split}")
     explained: set[str] = set()
     for row in held:
-        text = f"Generate {a(phrase(row))}."
+        text = f"Generate {with_article(image_phrase(row))}."
         items.append(
             _item(row, "image_captioning", "sample", DESCRIBE[0], caption(row, rng), "captioning")
         )
         items.append(_item(row, "image_generation", "sample", text, "", "generation"))
-        if row["group"] + phrase(row) not in explained:  # one picture of each kind in a group
-            explained.add(row["group"] + phrase(row))
+        if row["group"] + image_phrase(row) not in explained:  # one picture of each kind in a group
+            explained.add(row["group"] + image_phrase(row))
             prompt, answer = _explained(row, rng)
             answer = answer.replace(f"{IMAGE}\n", "")  # the reference picture is image_path
             items.append(_item(row, "mm_out", "sample", prompt, answer, "mm_out"))
@@ -168,7 +168,10 @@ def _captioning(row: dict, rng: random.Random) -> list[dict]:
 
 
 def _generation(row: dict, rng: random.Random) -> list[dict]:
-    prompts = (f"Generate {a(phrase(row))}.", f"Generate an image. {caption(row, rng)}")
+    prompts = (
+        f"Generate {with_article(image_phrase(row))}.",
+        f"Generate an image. {caption(row, rng)}",
+    )
     return [_document(row, f"{p}{SEPARATOR}{IMAGE}", "Image Generation") for p in prompts]
 
 
@@ -176,7 +179,7 @@ def _report(row: dict, rng: random.Random) -> list[dict]:
     text = report(row)
     if not text:
         return []
-    ask = f"Generate {a(NOUNS[row['modality']])} for this report.\n{text}"
+    ask = f"Generate {with_article(NOUNS[row['modality']])} for this report.\n{text}"
     pair = (f"{IMAGE}{REPORT}{SEPARATOR}{text}", f"{ask}{SEPARATOR}{IMAGE}")
     return [_document(row, both, "Report Understanding") for both in pair]
 
@@ -195,9 +198,9 @@ def _chat(row: dict, rng: random.Random) -> list[dict]:
 def _turns(row: dict, rng: random.Random) -> list[tuple[str, str]]:
     """Two or more questions on a picture with their answers; the first can open a talk."""
     turns = [(rng.choice(("What kind of image is this?", "What am I looking at?")),
-              f"This is {a(NOUNS[row['modality']])}.")]  # fmt: skip
+              f"This is {with_article(NOUNS[row['modality']])}.")]  # fmt: skip
     if row["body_part"]:
-        turns.append(("Which part of the body does it show?", f"It shows {part(row)}."))
+        turns.append(("Which part of the body does it show?", f"It shows {body_part_phrase(row)}."))
     if row["plane"]:
         turns.append(("In which plane is it?", f"The plane is {row['plane']}."))
     if row["stain"]:
@@ -234,21 +237,22 @@ def _explained(row: dict, rng: random.Random) -> tuple[str, str]:
     points += [f"- Stain: {row['stain']}"] if row["stain"] else []
     answer = (
         f"#### a) Overview\n{GLOSSARY[row['modality']]}\n#### b) Visual Context\n{IMAGE}\n"
-        f"This is {a(phrase(row))}.\n#### c) Key Components\n" + "\n".join(points)
+        f"This is {with_article(image_phrase(row))}.\n#### c) Key Components\n" + "\n".join(points)
     )
-    return rng.choice(EXPLAIN).format(a(phrase(row))), answer
+    return rng.choice(EXPLAIN).format(with_article(image_phrase(row))), answer
 
 
 def _prose(row: dict, rng: random.Random) -> str:
     """The facts as plain sentences, in an order that changes."""
     kinds = sorted(set(NOUNS) - {row["modality"]})
     said = [
-        f"The image is {a(NOUNS[row['modality']])}.",
-        f"It is {a(NOUNS[row['modality']])}, not {a(NOUNS[rng.choice(kinds)])}.",
+        f"The image is {with_article(NOUNS[row['modality']])}.",
+        f"It is {with_article(NOUNS[row['modality']])}, "
+        f"not {with_article(NOUNS[rng.choice(kinds)])}.",
     ]
     said = [rng.choice(said)]
     if row["body_part"]:
-        said.append(f"It shows {part(row)}.")
+        said.append(f"It shows {body_part_phrase(row)}.")
     if row["plane"]:
         said.append(f"The plane is {row['plane']}.")
     if row["stain"]:

@@ -21,7 +21,7 @@ Facts = dict[str, tuple[object, str]]  # name: (value, where it comes from)
 
 
 @dataclass(frozen=True)
-class Picture:
+class SampleImage:
     """One candidate: grey [h, w] or colour [h, w, 3] bytes, and what is known of it."""
 
     pixels: Shaped[np.ndarray, "..."]

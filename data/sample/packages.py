@@ -220,7 +220,7 @@ PACKAGES = {
 }
 
 
-def obtain(package: Package, cache: Path) -> Path:
+def download_package(package: Package, cache: Path) -> Path:
     """Path of the package file in `cache`, downloaded if absent, with the pinned sha256."""
     cache.mkdir(parents=True, exist_ok=True)
     path = cache / package.file

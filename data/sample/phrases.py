@@ -61,30 +61,30 @@ def exclude(one: str, other: str) -> bool:
     return not near
 
 
-def a(words: str) -> str:
+def with_article(words: str) -> str:
     """`words` with their article: "an MRI", "a CT", "an H&E histology slide"."""
     first = words.split()[0]
     an = first[0].lower() in "aeiou" or first in ("MRI", "X-ray", "H&E")
     return f"{'an' if an else 'a'} {words}"
 
 
-def upper(words: str) -> str:
+def capitalize_first(words: str) -> str:
     """`words` with a capital first letter."""
     return words[0].upper() + words[1:]
 
 
-def part(row_or_value: dict | str) -> str:
+def body_part_phrase(row_or_value: dict | str) -> str:
     """The body part with its article: "the brain", "cell nuclei", "a lymph node"."""
     value = row_or_value if isinstance(row_or_value, str) else row_or_value["body_part"]
     return _PARTS.get(value, f"the {value}")
 
 
-def phrase(row: dict) -> str:
+def image_phrase(row: dict) -> str:
     """What the picture is, without article: "axial T1 MRI of the brain", "H&E histology slide"."""
     words = [row["view"], row["plane"], row["sequence"], row["stain"], NOUNS[row["modality"]]]
     text = " ".join(word for word in words if word)
     if row["body_part"] and row["modality"] != "blood smear":
-        text += f" of {part(row)}"
+        text += f" of {body_part_phrase(row)}"
     if row["species"]:
         text += f" of a {row['species']}"
     return text
@@ -121,7 +121,7 @@ def details(row: dict) -> str:
         said.append("Contrast was given.")
     who = patient(row)
     if who:
-        said.append(f"The patient is {who if who in ('male', 'female') else a(who)}.")
+        said.append(f"The patient is {who if who in ('male', 'female') else with_article(who)}.")
     if row["modality"] == "fundus photograph" and row["side"]:
         said.append(f"It is the {row['side']} eye.")
     return " ".join([*said, findings(row)]).strip()
@@ -129,12 +129,12 @@ def details(row: dict) -> str:
 
 def caption(row: dict, rng: random.Random) -> str:
     """All facts of the row in one of four wordings."""
-    name = phrase(row)
+    name = image_phrase(row)
     openings = (
-        f"{upper(name)}.",
-        f"This is {a(name)}.",
-        f"The image shows {a(name)}.",
-        f"{upper(a(name))}.",
+        f"{capitalize_first(name)}.",
+        f"This is {with_article(name)}.",
+        f"The image shows {with_article(name)}.",
+        f"{capitalize_first(with_article(name))}.",
     )
     return f"{rng.choice(openings)} {details(row)}".strip()
 
@@ -143,7 +143,7 @@ def report(row: dict) -> str:
     """A report of the facts, or "" where nothing is known that a report would say."""
     if row["modality"] not in RADIOLOGY or not row["body_part"] or not findings(row):
         return ""
-    lines = [f"Examination: {phrase(row)}."]
+    lines = [f"Examination: {image_phrase(row)}."]
     if patient(row):
         lines.append(f"Patient: {patient(row)}.")
     lines.append(f"Findings: {findings(row)}")

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from medmax_jax.data.sample.phrases import NOUNS, a, exclude, part
+from medmax_jax.data.sample.phrases import NOUNS, body_part_phrase, exclude, with_article
 
 LETTERS = "ABCD"
 
@@ -32,7 +32,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Closed:
+class YesNoQuestions:
     """A family of yes/no questions about the values of one field."""
 
     template: str
@@ -48,40 +48,40 @@ def _film(row: dict) -> str | None:
 
 
 CLOSED = (
-    Closed(
+    YesNoQuestions(
         "modality",
         lambda row: None if row["view"] == "localizer" else row["modality"],
         ("Is this {}?", "Is the image {}?", "Is {} shown here?"),
-        lambda value: a(NOUNS[value]),
+        lambda value: with_article(NOUNS[value]),
         rounds=3,
     ),
-    Closed(
+    YesNoQuestions(
         "body_part",
         lambda row: row["body_part"],
         ("Does the image show {}?", "Is {} shown here?", "Is this an image of {}?"),
-        part,
+        body_part_phrase,
         rounds=3,
     ),
-    Closed(
+    YesNoQuestions(
         "plane",
         lambda row: row["plane"],
         ("Is this {} slice?", "Is the slice {}?"),
         rounds=2,
     ),
-    Closed(
+    YesNoQuestions(
         "stain",
         lambda row: row["stain"] or "none",
         ("Is this tissue with {}?", "Is {} used here?"),
-        lambda value: a({"H&E": "H&E stain"}.get(value, value)),
+        lambda value: with_article({"H&E": "H&E stain"}.get(value, value)),
     ),
-    Closed(
+    YesNoQuestions(
         "lesion",
         lambda row: (
             None if row["lesion"] is None else {True: "lesion", False: "none"}[row["lesion"]]
         ),
         ("Is there a marked {} in this slice?", "Does this slice have a marked {}?"),
     ),
-    Closed(
+    YesNoQuestions(
         "pneumonia",
         _film,
         ("Is the finding of this chest X-ray {}?", "Is {} the finding here?"),
@@ -89,7 +89,7 @@ CLOSED = (
     ),
 )
 # Only this wording takes an article: "Is this an axial slice?" but "Is the slice axial?"
-_ARTICLE = {"Is this {} slice?": a}
+_ARTICLE = {"Is this {} slice?": with_article}
 
 OPEN = {
     "modality": ("What kind of image is this?", "Which modality is this?"),
@@ -113,7 +113,7 @@ def closed_questions(
 
 
 def _balanced(
-    rows: list[dict], family: Closed, rng: random.Random, askable: set[str] | None
+    rows: list[dict], family: YesNoQuestions, rng: random.Random, askable: set[str] | None
 ) -> list[Question]:
     known = [row for row in rows if family.value(row) is not None]
     used: Counter[str] = (
@@ -154,7 +154,7 @@ def checklists(rows: list[dict], seed: int) -> list[tuple[dict, str]]:
     return [(row, "\n".join(lines[row["id"]])) for row in rows if lines[row["id"]]]
 
 
-def asked_values(rows: list[dict]) -> set[str]:
+def answerable_values(rows: list[dict]) -> set[str]:
     """Every template=value that the rows can answer, to keep a test to what training has seen."""
     return {f"{f.template}={f.value(row)}" for f in CLOSED for row in rows if f.value(row)}
 

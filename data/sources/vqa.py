@@ -25,20 +25,20 @@ from typing import Any
 
 from medmax_jax.data.mixture import VQA
 from medmax_jax.data.records.document import pseudonym
-from medmax_jax.data.records.row_streams import Place, SourceError, csv_rows, json_array
+from medmax_jax.data.records.row_streams import RowLocation, SourceError, csv_rows, json_array
 from medmax_jax.data.sources.row import (
-    Bad,
-    LeftOut,
+    ExcludedRow,
     Plan,
+    RejectedRow,
     Row,
     RowError,
-    collect,
-    drawn,
+    collect_rows,
+    field_text,
+    find_root,
     first_file,
-    joined,
+    join_turns,
     picture_path,
-    root_of,
-    text_of,
+    seeded_rng,
 )
 
 VQA_RAD = "VQA_RAD Dataset Public.json"
@@ -49,25 +49,25 @@ _SLAKE = {
 }
 
 
-def read_vqa_rad(folder: pathlib.Path, plan: Plan) -> Iterator[Row | Bad]:
+def read_vqa_rad(folder: pathlib.Path, plan: Plan) -> Iterator[Row | RejectedRow]:
     """VQA-RAD of the Open Science Framework."""
     path = first_file(folder, (VQA_RAD,), plan.source)
-    return collect(json_array(path), functools.partial(vqa_rad, plan))
+    return collect_rows(json_array(path), functools.partial(vqa_rad, plan))
 
 
-def read_slake(folder: pathlib.Path, plan: Plan) -> Iterator[Row | Bad]:
+def read_slake(folder: pathlib.Path, plan: Plan) -> Iterator[Row | RejectedRow]:
     """SLAKE's questions in English."""
     path = first_file(folder, _SLAKE[plan.split], plan.source)
-    return collect(json_array(path), functools.partial(slake, plan))
+    return collect_rows(json_array(path), functools.partial(slake, plan))
 
 
-def asked(plan: Plan, place: Place, question: str, answer: str, **fields: Any) -> Row:
+def question_type(plan: Plan, place: RowLocation, question: str, answer: str, **fields: Any) -> Row:
     """One question about one picture."""
-    text = joined([(question, answer)], image="start")
+    text = join_turns([(question, answer)], image="start")
     return Row(id=place.id(plan.source), text=text, task=VQA, source=plan.source, turns=1, **fields)
 
 
-def vqa_rad(plan: Plan, place: Place, item: dict[str, Any]) -> Row:
+def vqa_rad(plan: Plan, place: RowLocation, item: dict[str, Any]) -> Row:
     """One question of VQA-RAD."""
     kind = item.get("phrase_type")
     if not isinstance(kind, str) or kind not in ("freeform", "para", "test_freeform", "test_para"):
@@ -75,19 +75,23 @@ def vqa_rad(plan: Plan, place: Place, item: dict[str, Any]) -> Row:
     image = picture_path(item, "image_name", "VQA_RAD Image Folder")
     split = "test" if kind.startswith("test_") else "train"
     fields = dict(image=image, image_path=image, split=split, group=pathlib.Path(image).stem)
-    return asked(plan, place, text_of(item, "question"), text_of(item, "answer"), **fields)
+    return question_type(
+        plan, place, field_text(item, "question"), field_text(item, "answer"), **fields
+    )
 
 
-def slake(plan: Plan, place: Place, item: dict[str, Any]) -> Row:
+def slake(plan: Plan, place: RowLocation, item: dict[str, Any]) -> Row:
     """One question of SLAKE."""
     if item.get("q_lang") not in ("en", "zh"):
         raise RowError("q_lang: neither en nor zh")
     if item["q_lang"] == "zh":
-        raise LeftOut("a question in Chinese")
+        raise ExcludedRow("a question in Chinese")
     image = picture_path(item, "img_name", "imgs")
     group = pathlib.PurePosixPath(image).parent.name
     fields = dict(image=image, image_path=image, split=plan.split, group=group)
-    return asked(plan, place, text_of(item, "question"), text_of(item, "answer"), **fields)
+    return question_type(
+        plan, place, field_text(item, "question"), field_text(item, "answer"), **fields
+    )
 
 
 # ---- Sources of multiple-choice questions: PMC-VQA and OmniMedVQA ----
@@ -120,7 +124,7 @@ OMNI_TEST = 0.09  # 1 - 81K / 88,996: the share that MedMax did not train on
 _PMC = {"train": ("train_2.csv", "train.csv"), "test": ("test_2.csv", "test.csv")}
 
 
-def read_pmc_vqa(folder: pathlib.Path, plan: Plan) -> Iterator[Row | Bad]:
+def read_pmc_vqa(folder: pathlib.Path, plan: Plan) -> Iterator[Row | RejectedRow]:
     """PMC-VQA, version 2 where the folder has it."""
     if plan.split not in _PMC:
         raise SourceError(f"{plan.source}: has no split {plan.split}; use train or test")
@@ -129,17 +133,17 @@ def read_pmc_vqa(folder: pathlib.Path, plan: Plan) -> Iterator[Row | Bad]:
     columns = ["Figure_path", "Question", *(f"Choice {c}" for c in LETTERS)]
     columns.append("Answer" if second else "Answer_label")
     rows = csv_rows(path, tuple(columns))
-    root = root_of(folder, ("images_2/figures", "figures", "images_2")) if second else "images"
-    return collect(rows, functools.partial(pmc_vqa, plan, root, columns[-1]))
+    root = find_root(folder, ("images_2/figures", "figures", "images_2")) if second else "images"
+    return collect_rows(rows, functools.partial(pmc_vqa, plan, root, columns[-1]))
 
 
-def read_omnimedvqa(folder: pathlib.Path, plan: Plan) -> Iterator[Row | Bad]:
+def read_omnimedvqa(folder: pathlib.Path, plan: Plan) -> Iterator[Row | RejectedRow]:
     """OmniMedVQA's open-access questions, file by file."""
     paths = sorted((folder / "QA_information" / "Open-access").glob("*.json"))
     if not paths:
         raise SourceError(f"{plan.source}: no QA_information/Open-access/*.json; see --from")
     for path in paths:
-        yield from collect(json_array(path), functools.partial(omnimedvqa, plan))
+        yield from collect_rows(json_array(path), functools.partial(omnimedvqa, plan))
 
 
 def choice_text(question: str, choices: dict[str, str]) -> str:
@@ -147,34 +151,38 @@ def choice_text(question: str, choices: dict[str, str]) -> str:
     return "\n".join([question, *(f"{letter}: {text}" for letter, text in choices.items())])
 
 
-def pmc_vqa(plan: Plan, root: str, answer: str, place: Place, item: dict[str, Any]) -> Row:
+def pmc_vqa(plan: Plan, root: str, answer: str, place: RowLocation, item: dict[str, Any]) -> Row:
     """One question of PMC-VQA; `answer`: the column with the letter."""
     choices = {}
     for letter in LETTERS:
-        text = re.sub(rf"^{letter}\s*:\s*", "", text_of(item, f"Choice {letter}"))
-        choices[letter] = text_of({"choice": text}, "choice")
-    right = text_of(item, answer).upper()
+        text = re.sub(rf"^{letter}\s*:\s*", "", field_text(item, f"Choice {letter}"))
+        choices[letter] = field_text({"choice": text}, "choice")
+    right = field_text(item, answer).upper()
     if right not in choices:
         raise RowError(f"{answer}: none of A, B, C, D")
     image = picture_path(item, "Figure_path", root)
     group = pathlib.PurePosixPath(image).name.split("_")[0]
     fields = dict(image=image, image_path=image, split=plan.split, group=group)
-    return asked(plan, place, choice_text(text_of(item, "Question"), choices), right, **fields)
+    return question_type(
+        plan, place, choice_text(field_text(item, "Question"), choices), right, **fields
+    )
 
 
-def omnimedvqa(plan: Plan, place: Place, item: dict[str, Any]) -> Row:
+def omnimedvqa(plan: Plan, place: RowLocation, item: dict[str, Any]) -> Row:
     """One question of OmniMedVQA."""
     given = [letter for letter in LETTERS if item.get(f"option_{letter}") not in (None, "")]
-    choices = {letter: text_of(item, f"option_{letter}") for letter in given}
+    choices = {letter: field_text(item, f"option_{letter}") for letter in given}
     if given != list(LETTERS[: len(given)]) or len(given) < 2:
         raise RowError("option_A..D: fewer than two, or with a gap")
-    right = [c for c, text in choices.items() if text == text_of(item, "gt_answer")]
+    right = [c for c, text in choices.items() if text == field_text(item, "gt_answer")]
     if len(right) != 1:
         raise RowError("gt_answer: not one of the options, or several")
     image = picture_path(item, "image_path", "")
-    split = "test" if drawn("OmniMedVQA", image).random() < OMNI_TEST else "train"
+    split = "test" if seeded_rng("OmniMedVQA", image).random() < OMNI_TEST else "train"
     fields = dict(image=image, image_path=image, split=split, group=image)
-    return asked(plan, place, choice_text(text_of(item, "question"), choices), right[0], **fields)
+    return question_type(
+        plan, place, choice_text(field_text(item, "question"), choices), right[0], **fields
+    )
 
 
 # ---- parquet ----
@@ -197,7 +205,7 @@ BATCH = 32  # rows read at once; each carries its picture
 MAX_IMAGE_BYTES = 2**26  # 64 MiB
 
 
-def read(folder: pathlib.Path, plan: Plan) -> Iterator[Row | Bad]:
+def read(folder: pathlib.Path, plan: Plan) -> Iterator[Row | RejectedRow]:
     """Rows of a split's parquet files."""
     paths = sorted(folder.glob(f"{plan.split}-*.parquet"))
     paths = paths or sorted((folder / "data").glob(f"{plan.split}-*.parquet"))
@@ -206,15 +214,15 @@ def read(folder: pathlib.Path, plan: Plan) -> Iterator[Row | Bad]:
             f"{plan.source}: no {plan.split}-*.parquet in the folder or its data/; get the parquet "
             "form (pickles are not read)"
         )
-    return collect(_items(paths, plan.split), lambda place, item: _row(plan, place, item))
+    return collect_rows(_items(paths, plan.split), lambda place, item: _row(plan, place, item))
 
 
-def read_vqa_rad_of_either_form(folder: pathlib.Path, plan: Plan) -> Iterator[Row | Bad]:
+def read_vqa_rad_of_either_form(folder: pathlib.Path, plan: Plan) -> Iterator[Row | RejectedRow]:
     """VQA-RAD: the JSON of its authors, or else parquet."""
     return (read_vqa_rad if (folder / VQA_RAD).is_file() else read)(folder, plan)
 
 
-def _items(paths: list[pathlib.Path], split: str) -> Iterator[tuple[Place, dict[str, Any]]]:
+def _items(paths: list[pathlib.Path], split: str) -> Iterator[tuple[RowLocation, dict[str, Any]]]:
     import pyarrow  # here: it takes a while, and other sources do without it
     import pyarrow.parquet
 
@@ -227,17 +235,19 @@ def _items(paths: list[pathlib.Path], split: str) -> Iterator[tuple[Place, dict[
                         raise SourceError(f"{path.name}: lacks the columns {sorted(lacking)}")
                     for item in batch.to_pylist():
                         n += 1
-                        yield Place(f"{split}.parquet", n), item
+                        yield RowLocation(f"{split}.parquet", n), item
         except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
             raise SourceError(
                 f"{path.name}: damaged ({type(error).__name__}); get it again"
             ) from error
 
 
-def _row(plan: Plan, place: Place, item: dict[str, Any]) -> Row:
+def _row(plan: Plan, place: RowLocation, item: dict[str, Any]) -> Row:
     image = item["image"].get("bytes") if isinstance(item["image"], dict) else None
     if not isinstance(image, bytes) or not 0 < len(image) <= MAX_IMAGE_BYTES:
         raise RowError("image: no bytes, or too many")
     name = pseudonym(image)
     fields = dict(image=image, image_path=name, split=plan.split, group=name)
-    return asked(plan, place, text_of(item, "question"), text_of(item, "answer"), **fields)
+    return question_type(
+        plan, place, field_text(item, "question"), field_text(item, "answer"), **fields
+    )

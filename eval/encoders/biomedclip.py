@@ -326,7 +326,7 @@ def from_tensors(where: str, reads: Reads, sizes: Sizes) -> BiomedClip:
     """The model of open_clip's tensors, each read when its turn comes. `where`: for messages."""
     like = abstract(sizes)
     leaves, structure = jax.tree_util.tree_flatten_with_path(like)
-    ours = {safetensors_file.dotted(path): leaf for path, leaf in leaves}
+    ours = {safetensors_file.dotted_name(path): leaf for path, leaf in leaves}
     sources = {name: theirs(name, sizes) for name in ours}
     known = {key for keys in sources.values() for key in keys}
     safetensors_file.check_names(where, set(reads) - DROPPED, known)

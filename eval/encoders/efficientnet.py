@@ -96,7 +96,7 @@ def old_torch_file(name: str, data: bytes) -> dict[str, np.ndarray]:
     """A state dict of torch before 1.6: four pickles, a list of storages, their raw numbers."""
     values, at = [], 0
     for _ in range(5):
-        value, used = torch_unpickler.first(name, data[at:])
+        value, used = torch_unpickler.load_prefix(name, data[at:])
         values.append(value)
         at += used
     magic, _, system, state, keys = values

@@ -45,7 +45,7 @@ def features(
     return np.concatenate([np.sqrt(histogram), pixels.reshape(-1) / np.sqrt(pixels.size)])
 
 
-def fit(found: Sequence[Float[np.ndarray, "f"]], names: Sequence[str]) -> Centroids:
+def fit_centroids(found: Sequence[Float[np.ndarray, "f"]], names: Sequence[str]) -> Centroids:
     """Centroids of the features of training pictures and their modalities."""
     if len(found) != len(names) or not names:
         raise ValueError(f"{len(found)} pictures but {len(names)} modalities; one for each")
@@ -55,7 +55,7 @@ def fit(found: Sequence[Float[np.ndarray, "f"]], names: Sequence[str]) -> Centro
     return Centroids(kinds, np.stack([table[where == i].mean(0) for i in range(len(kinds))]))
 
 
-def nearest(centroids: Centroids, one: Float[np.ndarray, "f"]) -> str:
+def nearest_centroid(centroids: Centroids, one: Float[np.ndarray, "f"]) -> str:
     """The modality whose centroid is nearest."""
     return centroids.names[int(((centroids.means - one) ** 2).sum(1).argmin())]
 
@@ -64,18 +64,20 @@ def nearest(centroids: Centroids, one: Float[np.ndarray, "f"]) -> str:
 
 
 def centroids(
-    generator: model_bundle.Generator,
+    generator: model_bundle.ModelBundle,
     pictures: Sequence[tuple[str, str]],
     *,
     images_folder: str | Path,
 ) -> Centroids:
     """Of training pictures (path, modality), each through the VQGAN as generated ones are."""
-    found = looks(generator, [path for path, _ in pictures], images_folder=images_folder)
-    return fit(found, [kind for _, kind in pictures])
+    found = modality_features(
+        generator, [path for path, _ in pictures], images_folder=images_folder
+    )
+    return fit_centroids(found, [kind for _, kind in pictures])
 
 
-def looks(
-    generator: model_bundle.Generator, paths: Sequence[str], *, images_folder: str | Path
+def modality_features(
+    generator: model_bundle.ModelBundle, paths: Sequence[str], *, images_folder: str | Path
 ) -> list[np.ndarray]:
     """Features of picture files."""
     files = [image_paths.resolve(images_folder, path) for path in paths]
@@ -86,11 +88,11 @@ def looks(
     ]
 
 
-def by(
-    generator: model_bundle.Generator, centroids: Centroids
+def make_classifier(
+    generator: model_bundle.ModelBundle, centroids: Centroids
 ) -> Callable[[np.ndarray, np.ndarray], str]:
     """(codes, pixels) -> the name of the nearest centroid."""
-    return lambda codes, picture: nearest(centroids, _features(generator, codes, picture))
+    return lambda codes, picture: nearest_centroid(centroids, _features(generator, codes, picture))
 
 
 def _features(generator, codes: np.ndarray, picture: np.ndarray) -> np.ndarray:

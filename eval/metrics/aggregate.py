@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from medmax_jax.eval.metrics import per_record, release, strict
-from medmax_jax.eval.metrics.per_record import NONE, Evidence, Record
+from medmax_jax.eval.metrics.per_record import NO_INPUTS, Record, ScoringInputs
 from medmax_jax.eval.stats import intervals
 
 PRIMARY = ("vqa_closed", "accuracy")
@@ -22,32 +22,37 @@ PROBMED = "probmed_closed"
 KIND = "question_type"  # the slice with what ProbMed asks for
 
 
-def values(record: Record, known: Evidence = NONE) -> dict[str, float]:
+def record_values(record: Record, known: ScoringInputs = NO_INPUTS) -> dict[str, float]:
     """Metric -> value of one record. {"family": "vqa_closed", "text": "Yes.", "answer": "yes"} ->
     {"accuracy": 1.0, "unparsed": 0.0}."""
-    found = per_record.verdicts(record, known)
-    numbers = {metric: verdict.worst for metric, verdict in found.items()}
+    found = per_record.record_scores(record, known)
+    numbers = {metric: verdict.lower for metric, verdict in found.items()}
     if "accuracy" in found:
         numbers["unparsed"] = float(found["accuracy"].status == strict.UNPARSED)
     return numbers
 
 
 def summary(
-    records: Sequence[Record], known: Evidence = NONE, *, mode: str, seed: int, resamples: int
+    records: Sequence[Record],
+    known: ScoringInputs = NO_INPUTS,
+    *,
+    mode: str,
+    seed: int,
+    resamples: int,
 ) -> list[dict[str, Any]]:
     """The rows of every task and metric. `mode`: of the generation that made the records."""
     rows = []
     for task, some in tasks_of(records).items():
-        found: dict[str, list[tuple[Record, strict.Verdict]]] = {}
+        found: dict[str, list[tuple[Record, strict.ItemScore]]] = {}
         for record in some:
-            for metric, verdict in per_record.verdicts(record, known).items():
+            for metric, verdict in per_record.record_scores(record, known).items():
                 found.setdefault(metric, []).append((record, verdict))
         numbers = dict(seed=seed, resamples=resamples)
-        made = relative(some, known, **numbers)
-        made += [row(metric, known, asked, **numbers) for metric, asked in found.items()]
+        made = relative_score_row(some, known, **numbers)
+        made += [metric_row(metric, known, asked, **numbers) for metric, asked in found.items()]
         if task == PROBMED:
             made += paired_accuracy(some, known, **numbers)
-        told = release.of(some, known)
+        told = release.release_scores(some, known)
         for number, one in enumerate(made):
             paper = told.get(one["metric"], {"paper": None, "paper_n": None, "paper_why": ""})
             head = dict(task=task, family=some[0]["family"], metric=one.pop("metric"), mode=mode)
@@ -55,24 +60,24 @@ def summary(
     return rows
 
 
-def not_judged(records: Sequence[Record], known: Evidence = NONE) -> list[str]:
+def not_judged(records: Sequence[Record], known: ScoringInputs = NO_INPUTS) -> list[str]:
     """Tasks whose headline needs a judge and has none: they have text metrics only."""
     wanted = {"vqa_open": per_record.CORRECT} | dict.fromkeys(
-        per_record.COMPARED, per_record.RELATIVE
+        per_record.PAIRWISE_FAMILIES, per_record.RELATIVE
     )
     return [
         task
         for task, some in tasks_of(records).items()
-        if (kind := wanted.get(some[0]["family"])) and kind not in known.judged
+        if (kind := wanted.get(some[0]["family"])) and kind not in known.judgments
     ]
 
 
-def not_scored(records: Sequence[Record], known: Evidence = NONE) -> list[str]:
+def not_scored(records: Sequence[Record], known: ScoringInputs = NO_INPUTS) -> list[str]:
     """Tasks without any metric: pictures that no scorer was named for."""
     return [
         task
         for task, some in tasks_of(records).items()
-        if not any(per_record.verdicts(record, known) for record in some)
+        if not any(per_record.record_scores(record, known) for record in some)
     ]
 
 
@@ -84,22 +89,22 @@ def tasks_of(records: Sequence[Record]) -> dict[str, list[Record]]:
     return found
 
 
-def row(
+def metric_row(
     metric: str,
-    known: Evidence,
-    asked: Sequence[tuple[Record, strict.Verdict]],
+    known: ScoringInputs,
+    asked: Sequence[tuple[Record, strict.ItemScore]],
     *,
     seed: int,
     resamples: int,
 ) -> dict[str, Any]:
     """Of verdicts on one metric."""
     verdicts, groups = [v for _, v in asked], [r["group"] for r, _ in asked]
-    total, worst = strict.total(verdicts), [v.worst for v in verdicts]
+    total, worst = strict.total(verdicts), [v.lower for v in verdicts]
     span = per_record.span(metric)
     interval = intervals.mean_interval(worst, groups, seed=seed, resamples=resamples, span=span)
     votes = None
     if metric == "judge_correct":
-        lines = [known.judged[per_record.CORRECT].get(r["id"]) for r, _ in asked]
+        lines = [known.judgments[per_record.CORRECT].get(r["id"]) for r, _ in asked]
         votes = [line["votes"] for line in lines if line and line["votes"]]
     return (
         dict(metric=metric)
@@ -111,27 +116,32 @@ def row(
             n_errors=sum(bool(r.get("error")) for r, _ in asked),
             of_scored=total.of_scored,
             judge_sd=intervals.judge_sd(votes, len(asked)) if votes else None,
-            can_find=intervals.finite(intervals.detectable(worst, groups, paired=False, span=span)),
+            can_find=intervals.finite(
+                intervals.minimum_detectable_effect(worst, groups, paired=False, span=span)
+            ),
         )
     )
 
 
-def relative(
-    records: Sequence[Record], known: Evidence, *, seed: int, resamples: int
+def relative_score_row(
+    records: Sequence[Record], known: ScoringInputs, *, seed: int, resamples: int
 ) -> list[dict[str, Any]]:
     """The judge's mean of the model over its mean of the reference; [] where nobody judged."""
-    if per_record.RELATIVE not in known.judged or records[0]["family"] not in per_record.COMPARED:
+    if (
+        per_record.RELATIVE not in known.judgments
+        or records[0]["family"] not in per_record.PAIRWISE_FAMILIES
+    ):
         return []
     means = [_mean(per_record.pairs(r, known, per_record.RELATIVE)) for r in records]
     whole = strict.comparison(means)
-    worst = [pair or (strict.MOST, strict.LEAST) for pair in means]
+    worst = [pair or (strict.MAX_SCORE, strict.MIN_SCORE) for pair in means]
     interval = intervals.ratio_interval(
         [b for _, b in worst],
         [a for a, _ in worst],
         [r["group"] for r in records],
         seed=seed,
         resamples=resamples,
-        span=(strict.LEAST / strict.MOST, strict.MOST / strict.LEAST),
+        span=(strict.MIN_SCORE / strict.MAX_SCORE, strict.MAX_SCORE / strict.MIN_SCORE),
     )
     return [
         dict(metric="judge_relative")
@@ -150,19 +160,19 @@ def relative(
 
 
 def paired_accuracy(
-    records: Sequence[Record], known: Evidence, *, seed: int, resamples: int
+    records: Sequence[Record], known: ScoringInputs, *, seed: int, resamples: int
 ) -> list[dict[str, Any]]:
     """ProbMed's: right only if all questions of one type about one picture are, by type too."""
     kinds = [dict(r["slices"]).get(KIND, "") for r in records]
-    verdicts = [per_record.verdicts(r, known)["accuracy"] for r in records]
+    verdicts = [per_record.record_scores(r, known)["accuracy"] for r in records]
     keys = [(r["image"], kind) for r, kind in zip(records, kinds, strict=True)]
     first = {key: r for key, r in reversed(list(zip(keys, records, strict=True)))}
-    merged = strict.together(verdicts, keys)
+    merged = strict.all_correct_by_key(verdicts, keys)
     made = []
     for kind in ("", *sorted({k for k in kinds if k})):
         asked = [(first[key], v) for key, v in merged.items() if not kind or key[1] == kind]
         name = f"paired_accuracy {kind}".strip()
-        made.append(row(name, known, asked, seed=seed, resamples=resamples))
+        made.append(metric_row(name, known, asked, seed=seed, resamples=resamples))
     return made
 
 
@@ -173,7 +183,7 @@ def scores(
 
     The primary metric first; over the items that both sides answered, paired.
     """
-    one, two, rows = table(before), table(after), []
+    one, two, rows = scores_by_item(before), scores_by_item(after), []
     for task, metric in two:
         first, second = one.get((task, metric), {}), two[task, metric]
         shared = [name for name in second if name in first]
@@ -188,19 +198,19 @@ def scores(
     return rows
 
 
-def answered(records: Sequence[Record], answers: Mapping[str, str]) -> list[dict[str, Any]]:
+def with_answers(records: Sequence[Record], answers: Mapping[str, str]) -> list[dict[str, Any]]:
     """The records as if these texts had been the answers, and none had failed: for floors."""
     return [dict(record) | {"text": answers[record["id"]], "error": ""} for record in records]
 
 
-def table(
-    records: Sequence[Record], known: Evidence = NONE
+def scores_by_item(
+    records: Sequence[Record], known: ScoringInputs = NO_INPUTS
 ) -> dict[tuple[str, str], dict[str, tuple[str, float]]]:
     """(task, metric) -> id -> (group, value); tasks as they come, the primary one first."""
     found: dict[tuple[str, str], dict[str, tuple[str, float]]] = {}
     for task, some in tasks_of(records).items():
         for record in some:
-            for metric, value in values(record, known).items():
+            for metric, value in record_values(record, known).items():
                 one = found.setdefault((task, metric), {})
                 one[record["id"]] = (record["group"], value)
     return found

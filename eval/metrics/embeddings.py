@@ -32,13 +32,13 @@ UNIT_ERROR = 1e-3  # rows further from length 1 are no embeddings
 
 def cosine(a: Float[np.ndarray, "n E"], b: Float[np.ndarray, "n E"]) -> Float64[np.ndarray, "n"]:
     """Row by row, in -1..1."""
-    a, b = unit(a, "a"), unit(b, "b")
+    a, b = normalize_rows(a, "a"), normalize_rows(b, "b")
     if a.shape != b.shape:
         raise ValueError(f"embeddings of shapes {a.shape} and {b.shape}; a row of b for each of a")
     return (a * b).sum(1)
 
 
-def combined(
+def combined_clip_score(
     picture: Float[np.ndarray, "n E"],
     text: Float[np.ndarray, "n E"],
     references: Sequence[Float[np.ndarray, "_ E"]],
@@ -53,14 +53,16 @@ def combined(
             f"{len(text)} texts, references for {len(references)}; each text needs one or more"
         )
     seen = cosine(picture, text).clip(0)
-    text = unit(text, "text")
+    text = normalize_rows(text, "text")
     pairs = zip(references, text, strict=True)
-    said = np.array([(unit(rows, "references") @ one).max() for rows, one in pairs]).clip(0)
+    said = np.array([(normalize_rows(rows, "references") @ one).max() for rows, one in pairs]).clip(
+        0
+    )
     total = seen + said
     return np.divide(2 * seen * said, total, out=np.zeros(len(total)), where=total > 0)
 
 
-def ranks(
+def retrieval_ranks(
     queries: Float[np.ndarray, "n E"], targets: Float[np.ndarray, "n E"]
 ) -> Float64[np.ndarray, "n"]:
     """The place of target i among all targets for query i: 1 is best, n the last.
@@ -68,7 +70,7 @@ def ranks(
     Targets as near as the own one share the mean of their places, so that the same text for every
     picture ranks at (n + 1) / 2, which is chance, whatever it says.
     """
-    queries, targets = unit(queries, "queries"), unit(targets, "targets")
+    queries, targets = normalize_rows(queries, "queries"), normalize_rows(targets, "targets")
     if queries.shape != targets.shape:
         raise ValueError(f"{queries.shape} queries and {targets.shape} targets; one for each")
     found = np.zeros(len(queries))
@@ -158,7 +160,7 @@ def kid(
 
 
 @dataclasses.dataclass(frozen=True)
-class Pictures:
+class ImageSimilarity:
     """Similarities of the pictures of each answer to what was asked for."""
 
     coverage: float  # share of answers with a picture
@@ -167,7 +169,9 @@ class Pictures:
     best_of_all: float  # mean of the best picture of each answer, `floor` where there is none
 
 
-def pictures(similarities: Sequence[Sequence[float]], *, floor: float) -> Pictures:
+def per_answer_similarity(
+    similarities: Sequence[Sequence[float]], *, floor: float
+) -> ImageSimilarity:
     """`similarities`: of every picture of every answer, in the order drawn, [] for none.
 
     `floor`: what an answer without a picture is worth, such as the similarity of a blank one.
@@ -178,7 +182,7 @@ def pictures(similarities: Sequence[Sequence[float]], *, floor: float) -> Pictur
     first = [found[0] for found in similarities if len(found)]
     n = len(similarities)
     missing = floor * (n - len(first))
-    return Pictures(
+    return ImageSimilarity(
         coverage=len(first) / n,
         released=sum(first) / len(first) if first else None,
         with_missing=(sum(first) + missing) / n,
@@ -199,7 +203,7 @@ def kernel(
     return (gamma * (x @ y.T) + SHIFT) ** DEGREE
 
 
-def unit(x: Float[np.ndarray, "n E"], name: str) -> Float64[np.ndarray, "n E"]:
+def normalize_rows(x: Float[np.ndarray, "n E"], name: str) -> Float64[np.ndarray, "n E"]:
     """The rows in float64, of length 1 exactly; raises on what is no embedding."""
     x = np.asarray(x, np.float64)
     if not x.size:

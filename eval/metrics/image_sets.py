@@ -24,7 +24,7 @@ from collections.abc import Callable, Hashable, Sequence
 import numpy as np
 from jaxtyping import Float, Float64, Int
 
-from medmax_jax.eval.metrics.embeddings import kernel, unit
+from medmax_jax.eval.metrics.embeddings import kernel, normalize_rows
 from medmax_jax.eval.stats import intervals
 
 BLOCKS = 1_000  # more groups are put together at random: an interval in bounded memory still holds
@@ -32,7 +32,7 @@ ROWS = 1_024  # rows whose kernel is in memory at a time
 Kernel = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
-def distance(
+def kid(
     real: Float[np.ndarray, "m E"],
     made: Float[np.ndarray, "n E"],
     *,
@@ -65,7 +65,7 @@ def diversity(
     resamples: int,
 ) -> intervals.Interval:
     """0 when all are one picture, 1 when all are orthogonal."""
-    x = unit(_rows(embeddings, groups), "embeddings")
+    x = normalize_rows(_rows(embeddings, groups), "embeddings")
     places, count, times = _drawn(groups, seed, resamples)
     found = _means((x, places), (x, places), lambda a, b: 1 - a @ b.T, times)
     return _interval(found, len(x), count, span=(0.0, 2.0))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from medmax_jax.endpoints import cached_chat_api, egress, reasoning
-from medmax_jax.endpoints.chat_api import Endpoint, Messages, NoReply, Reply, cost
+from medmax_jax.endpoints.chat_api import Endpoint, Messages, Reply, TransientError, cost
 
 FOLDER = Path(__file__).parents[1] / "prompts"
 CORRECT, RELATIVE = "judge_correct", "judge_relative"
@@ -89,7 +89,7 @@ class Case:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Judged:
+class Judgment:
     """Votes on one case: 0 or 1, or (reference, answer) scores. None: unscored, see `why`."""
 
     id: str
@@ -98,7 +98,7 @@ class Judged:
 
 
 @dataclasses.dataclass
-class Spent:
+class Usage:
     """Of this run's own calls; `usd` is None without prices."""
 
     calls: int = 0
@@ -114,7 +114,7 @@ def correctness(
     *,
     stopped: Callable[[], bool],
     progress: Progress,
-) -> tuple[list[Judged], Spent]:
+) -> tuple[list[Judgment], Usage]:
     """`repeats` votes of 0 or 1 on each case."""
     return _judged(judge, CORRECT, cases, cache, stopped, progress)
 
@@ -126,7 +126,7 @@ def relative(
     *,
     stopped: Callable[[], bool],
     progress: Progress,
-) -> tuple[list[Judged], Spent]:
+) -> tuple[list[Judgment], Usage]:
     """`repeats` votes on each case, the mean of both orders, so that no place is worth more."""
     return _judged(judge, RELATIVE, cases, cache, stopped, progress)
 
@@ -145,7 +145,7 @@ def estimate(
     return total | {"usd": cost(judge.endpoint, total["tokens_in"], total["tokens_out"])}
 
 
-def verdict(kind: str, text: str, tag: str) -> float | tuple[float, float] | None:
+def parse_verdict(kind: str, text: str, tag: str) -> float | tuple[float, float] | None:
     """The last verdict of a reply that has the tag: 0 or 1, or (first, second); None without.
 
     A verdict that a reasoning model considers within its reasoning is none.
@@ -179,7 +179,7 @@ def messages(kind: str, case: Case, *, swapped: bool) -> tuple[Messages, str]:
 
 def _judged(judge: Judge, kind: str, cases, cache, stopped, progress):
     about = estimate(judge, kind, cases, cache)
-    where = egress.parse(judge.endpoint.url).name
+    where = egress.parse_address(judge.endpoint.url).name
     progress(
         f"{judge.endpoint.model} at {where} gets the texts of {len(cases)} answers: at most "
         f"{about['calls']} calls, {_usd(about['usd'])}, more where a reply cannot be read"
@@ -189,7 +189,7 @@ def _judged(judge: Judge, kind: str, cases, cache, stopped, progress):
             f"max_usd is {judge.max_usd:g} but judging costs {_usd(about['usd'])}; raise it, or "
             "judge fewer answers"
         )
-    run = _Run(judge, kind, cases, cache, stopped)
+    run = _VotingRun(judge, kind, cases, cache, stopped)
     for repeat in range(judge.repeats):
         run.repeat(repeat)
     progress(
@@ -199,13 +199,13 @@ def _judged(judge: Judge, kind: str, cases, cache, stopped, progress):
     return [run.result(number) for number in range(len(cases))], run.spent
 
 
-class _Run:
+class _VotingRun:
     """Votes as they come: (case, swapped) -> one of each repeat that could be read."""
 
     def __init__(self, judge: Judge, kind: str, cases: Sequence[Case], cache, stopped):
         self.judge, self.kind, self.cases, self.cache = judge, kind, cases, cache
         self.asked_to_stop = stopped
-        self.spent = Spent(usd=cost(judge.endpoint, 0, 0))
+        self.spent = Usage(usd=cost(judge.endpoint, 0, 0))
         self.votes: dict[tuple[int, bool], dict[int, Any]] = {}
         self.why: dict[int, list[str]] = {}
 
@@ -218,7 +218,7 @@ class _Run:
                 vote = self._read(place, found)
                 if vote is not None:
                     self.votes.setdefault(place, {})[number] = vote
-                if vote is not None or isinstance(found, NoReply):
+                if vote is not None or isinstance(found, TransientError):
                     del again[place]  # no reply was asked for often enough already
             left = again
             if not left or self.stopped():
@@ -227,7 +227,7 @@ class _Run:
             if self.stopped():
                 self.why.setdefault(index, []).append("not asked: stopped, or max_usd is spent")
 
-    def result(self, index: int) -> Judged:
+    def result(self, index: int) -> Judgment:
         straight = self.votes.get((index, False), {})
         if self.kind == CORRECT:
             votes = tuple(straight.values())
@@ -239,7 +239,7 @@ class _Run:
                 for c, d in [turned.get(n, (None, None))]
                 if c is not None
             )
-        return Judged(id=self.cases[index].id, votes=votes, why=tuple(self.why.get(index, ())))
+        return Judgment(id=self.cases[index].id, votes=votes, why=tuple(self.why.get(index, ())))
 
     def stopped(self) -> bool:
         most = self.judge.max_usd
@@ -248,11 +248,11 @@ class _Run:
     def _replies(self, endpoint: Endpoint, left: dict) -> Iterator[tuple[tuple[int, bool], Any]]:
         places = {ask.id: place for place, ask in left.items()}
         new = {
-            cached_chat_api.key_of(endpoint, ask.messages)
+            cached_chat_api.cache_key(endpoint, ask.messages)
             for ask in left.values()
-            if self.cache.get(cached_chat_api.key_of(endpoint, ask.messages)) is None
+            if self.cache.get(cached_chat_api.cache_key(endpoint, ask.messages)) is None
         }
-        found = cached_chat_api.ask_all(
+        found = cached_chat_api.complete_all(
             endpoint,
             left.values(),
             self.cache,
@@ -260,13 +260,13 @@ class _Run:
             stopped=self.stopped,
         )
         for ask, reply in found:
-            key = cached_chat_api.key_of(endpoint, ask.messages)
+            key = cached_chat_api.cache_key(endpoint, ask.messages)
             if key in new and isinstance(reply, Reply):
                 new.discard(key)
                 self._pay(ask, reply)
             yield places[ask.id], reply
 
-    def _pay(self, ask: cached_chat_api.Ask, reply: Reply) -> None:
+    def _pay(self, ask: cached_chat_api.ChatRequest, reply: Reply) -> None:
         """Where a server does not count, characters do."""
         asked = sum(len(message["content"]) for message in ask.messages)
         spent, each = self.spent, cached_chat_api.CHARS_PER_TOKEN
@@ -277,17 +277,17 @@ class _Run:
         )
         spent.usd = cost(self.judge.endpoint, spent.tokens_in, spent.tokens_out)
 
-    def _read(self, place: tuple[int, bool], found: Reply | NoReply):
+    def _read(self, place: tuple[int, bool], found: Reply | TransientError):
         index, swapped = place
         why = self.why.setdefault(index, [])
-        if isinstance(found, NoReply):
+        if isinstance(found, TransientError):
             why.append(str(found))
             return None
         if found.problem:
             why.append(found.problem)
             return None
         tag = messages(self.kind, self.cases[index], swapped=swapped)[1]
-        vote = verdict(self.kind, found.text, tag)
+        vote = parse_verdict(self.kind, found.text, tag)
         if vote is None:
             why.append(f"no verdict in {found.text[-80:]!r}")
         return vote
@@ -295,12 +295,12 @@ class _Run:
 
 def _asks(
     kind: str, cases: Sequence[Case]
-) -> Iterator[tuple[tuple[int, bool], cached_chat_api.Ask]]:
+) -> Iterator[tuple[tuple[int, bool], cached_chat_api.ChatRequest]]:
     for index, case in enumerate(cases):
         for swapped in (False, True) if kind == RELATIVE else (False,):
             asked, _ = messages(kind, case, swapped=swapped)
             name = f"{index} {swapped}"
-            ask = cached_chat_api.Ask(id=name, messages=asked, data_class=case.data_class)
+            ask = cached_chat_api.ChatRequest(id=name, messages=asked, data_class=case.data_class)
             yield (index, swapped), ask
 
 

@@ -26,7 +26,7 @@ from typing import Any
 from medmax_jax.endpoints import egress, reasoning
 from medmax_jax.eval.metrics import strict
 from medmax_jax.eval.metrics import text as text_metrics
-from medmax_jax.eval.metrics.strict import Verdict
+from medmax_jax.eval.metrics.strict import ItemScore
 from medmax_jax.eval.stats import intervals
 from medmax_jax.io import journal
 
@@ -34,11 +34,11 @@ Record = Mapping[str, Any]
 JUDGED, PICTURES = "judged.jsonl", "pictures.jsonl"
 CORRECT, RELATIVE = "correct", "relative"
 PAPER_OPEN, PAPER_RELATIVE = "paper_open", "paper_relative"
-COMPARED = ("multimodal", "visual_chat")  # families that a judge compares with a reference
+PAIRWISE_FAMILIES = ("multimodal", "visual_chat")  # families that a judge compares with a reference
 RECALLS = (1, 5)
 PREFIX = {"biomedclip": "clip", "efficientnet_lite0": "efficientnet"}
 PICTURES_ONLY = ("efficientnet_lite0",)
-SEEN = {
+IMAGE_METRICS = {
     "captioning": ("image_text", "caption_caption", "combined", "recall_1", "recall_5"),
     "image_generation": ("image_text", "image_image", "recall_1", "recall_5"),
     "multimodal": ("image_image", "image_image_best"),
@@ -48,16 +48,16 @@ COSINES = ("image_text", "caption_caption", *OF_PICTURES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Evidence:
+class ScoringInputs:
     """judged: kind -> id -> line. seen: scorer's name -> id -> line. `judge`, `scorers`: whose."""
 
-    judged: Mapping[str, Mapping[str, Mapping]] = dataclasses.field(default_factory=dict)
-    seen: Mapping[str, Mapping[str, Mapping]] = dataclasses.field(default_factory=dict)
+    judgments: Mapping[str, Mapping[str, Mapping]] = dataclasses.field(default_factory=dict)
+    image_scores: Mapping[str, Mapping[str, Mapping]] = dataclasses.field(default_factory=dict)
     judge: str = ""
     scorers: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-NONE = Evidence()
+NO_INPUTS = ScoringInputs()
 
 
 def is_credentialed(record: Record) -> bool:
@@ -65,7 +65,7 @@ def is_credentialed(record: Record) -> bool:
     return record.get("data_class") == egress.CREDENTIALED
 
 
-def read(workdir: str | Path, *, judge: str | None = None) -> Evidence:
+def read(workdir: str | Path, *, judge: str | None = None) -> ScoringInputs:
     """Of a workdir. `judge`: fingerprint whose verdicts count; None: those of the last line."""
     workdir = Path(workdir)
     lines = journal.read_jsonl(workdir / JUDGED, ("id", "judge", "kind", "votes"))
@@ -75,22 +75,22 @@ def read(workdir: str | Path, *, judge: str | None = None) -> Evidence:
     for line in lines:
         if line["judge"] == judge:
             judged.setdefault(line["kind"], {})[line["id"]] = line
-    return dataclasses.replace(looked(workdir / PICTURES), judged=judged, judge=judge)
+    return dataclasses.replace(load_image_scores(workdir / PICTURES), judged=judged, judge=judge)
 
 
-def of_probe(name: str) -> str:
+def probe_scores_file(name: str) -> str:
     """The file with what scorers said of a probe's captions, in the form of pictures.jsonl."""
     return f"probe_{name}_{PICTURES}"
 
 
-def looked(path: Path) -> Evidence:
+def load_image_scores(path: Path) -> ScoringInputs:
     """What scorers said, of a file in the form of pictures.jsonl; nobody judged."""
     seen: dict[str, dict[str, Mapping]] = {}
     scorers = {}
     for line in journal.read_jsonl(path, ("id", "scorer", "fingerprint")):
         seen.setdefault(line["scorer"], {})[line["id"]] = line
         scorers[line["scorer"]] = line["fingerprint"]
-    return Evidence(seen=seen, scorers=scorers)
+    return ScoringInputs(image_scores=seen, scorers=scorers)
 
 
 def answer_text(record: Record) -> str:
@@ -101,7 +101,7 @@ def answer_text(record: Record) -> str:
     return reasoning.final_answer(record["text"]) or ""
 
 
-def verdicts(record: Record, known: Evidence = NONE) -> dict[str, Verdict]:
+def record_scores(record: Record, known: ScoringInputs = NO_INPUTS) -> dict[str, ItemScore]:
     """Metric -> verdict of one record, the headline first; unscored where the model failed."""
     family, text, answer = record["family"], answer_text(record), record["answer"]
     if family in ("vqa_closed", "vqa_mcq"):
@@ -111,32 +111,32 @@ def verdicts(record: Record, known: Evidence = NONE) -> dict[str, Verdict]:
         found["exact"] = strict.scored(text_metrics.exact(text, answer))
         found["token_f1"] = strict.scored(text_metrics.token_f1(text, answer))
     else:
-        found = _compared(record, known) if family in COMPARED else {}
-        for scorer, lines in known.seen.items():
+        found = _compared(record, known) if family in PAIRWISE_FAMILIES else {}
+        for scorer, lines in known.image_scores.items():
             found |= _seen(record, scorer, lines.get(record["id"]))
         found |= _written(record)
     if record.get("error"):
-        return {name: strict.unscored(record["error"], low=lowest(name)) for name in found}
+        return {name: strict.unscored(record["error"], low=minimum_score(name)) for name in found}
     return found
 
 
-def lowest(metric: str) -> float:
+def minimum_score(metric: str) -> float:
     """The worst that a metric can be: cosines reach -1."""
     return -1.0 if metric.endswith(COSINES) else 0.0
 
 
 def span(metric: str) -> intervals.Span:
     """The worst and the best that a metric can be."""
-    return lowest(metric), 1.0
+    return minimum_score(metric), 1.0
 
 
-def pairs(record: Record, known: Evidence, kind: str) -> list[tuple[float, float]]:
+def pairs(record: Record, known: ScoringInputs, kind: str) -> list[tuple[float, float]]:
     """The judge's (reference, model) votes on a record; [] for none."""
-    line = known.judged.get(kind, {}).get(record["id"])
+    line = known.judgments.get(kind, {}).get(record["id"])
     return [(a, b) for a, b in line["votes"]] if line else []
 
 
-def _matched(record: Record) -> Verdict:
+def _matched(record: Record) -> ItemScore:
     text, answer, prompt = record["text"], record["answer"], record["prompt"]
     try:
         if record["family"] == "vqa_closed":
@@ -146,22 +146,22 @@ def _matched(record: Record) -> Verdict:
         return strict.unscored(str(error))
 
 
-def _opened(record: Record, known: Evidence) -> dict[str, Verdict]:
-    if CORRECT not in known.judged:
+def _opened(record: Record, known: ScoringInputs) -> dict[str, ItemScore]:
+    if CORRECT not in known.judgments:
         return {}
-    line = known.judged[CORRECT].get(record["id"])
+    line = known.judgments[CORRECT].get(record["id"])
     if line is None or not line["votes"]:
         return {"judge_correct": strict.unscored(_why(line))}
     return {"judge_correct": strict.scored(sum(line["votes"]) / len(line["votes"]))}
 
 
-def _compared(record: Record, known: Evidence) -> dict[str, Verdict]:
+def _compared(record: Record, known: ScoringInputs) -> dict[str, ItemScore]:
     """1 for an answer that the judge rates above the reference, a half for as good."""
-    if RELATIVE not in known.judged:
+    if RELATIVE not in known.judgments:
         return {}
     votes = pairs(record, known, RELATIVE)
     if not votes:
-        line = known.judged[RELATIVE].get(record["id"])
+        line = known.judgments[RELATIVE].get(record["id"])
         return {"judge_preference": strict.unscored(_why(line))}
     better = sum((b > a) + (b == a) / 2 for a, b in votes)
     return {"judge_preference": strict.scored(better / len(votes))}
@@ -171,15 +171,16 @@ def _why(line: Mapping | None) -> str:
     return "; ".join(line["why"]) if line else "not judged"
 
 
-def _seen(record: Record, scorer: str, line: Mapping | None) -> dict[str, Verdict]:
+def _seen(record: Record, scorer: str, line: Mapping | None) -> dict[str, ItemScore]:
     """An answer without a picture has the blank picture's similarity: not drawing wins nothing."""
-    names = SEEN.get(record["family"], ())
+    names = IMAGE_METRICS.get(record["family"], ())
     if scorer in PICTURES_ONLY:
         names = [name for name in names if name in OF_PICTURES]
     if line is None or line.get("problem"):
         why = line["problem"] if line else "the scorer has not seen it"
         return {
-            f"{PREFIX[scorer]}_{name}": strict.unscored(why, low=lowest(name)) for name in names
+            f"{PREFIX[scorer]}_{name}": strict.unscored(why, low=minimum_score(name))
+            for name in names
         }
     values = {
         "image_text": _one(line, "image_text", lambda some: some[0]),
@@ -204,7 +205,7 @@ def _one(line: Mapping, name: str, choose: Callable) -> float | None:
     return choose(cosines) if cosines else line[f"blank_{name}"]
 
 
-def _written(record: Record) -> dict[str, Verdict]:
+def _written(record: Record) -> dict[str, ItemScore]:
     family, text, answer = record["family"], answer_text(record), record["answer"]
     found = {}
     if family != "image_generation":

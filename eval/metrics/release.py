@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from medmax_jax.eval.metrics import per_record, strict
-from medmax_jax.eval.metrics.per_record import Evidence, Record
+from medmax_jax.eval.metrics.per_record import Record, ScoringInputs
 
 FOLDER = Path(__file__).parents[1] / "prompts"
 JUDGE = "gpt-4o-mini"  # called once, at the endpoint's own temperature
@@ -45,7 +45,7 @@ def choice(raw: str, answer: str) -> bool:
     return raw.upper().strip() == answer
 
 
-def judged(reply: str) -> bool | None:
+def parse_judgment(reply: str) -> bool | None:
     """Verdict of the judge on an open answer; None is dropped: "**Correctness:** 1", "1"."""
     if "Correctness: 1" in reply:
         return True
@@ -107,7 +107,7 @@ def visual_chat(rows: Sequence[tuple[str, Mapping[str, Any], str]]) -> dict[str,
     return {name: found[name] for name in SHOWN if name in found}
 
 
-def parts(outputs: Sequence[str]) -> tuple[str, str]:
+def text_and_image(outputs: Sequence[str]) -> tuple[str, str]:
     """Text and first picture of an interleaved answer; whatever ends in .png is a picture."""
     pictures = [out for out in outputs if out.endswith(".png")]
     text = " ".join(out for out in outputs if not out.endswith(".png"))
@@ -180,7 +180,7 @@ def _prompt(name: str) -> str:
 CLIP = "biomedclip"  # the only scorer that the release has
 
 
-def of(records: Sequence[Record], known: Evidence) -> dict[str, dict[str, Any]]:
+def release_scores(records: Sequence[Record], known: ScoringInputs) -> dict[str, dict[str, Any]]:
     """Metric -> {paper, paper_n, paper_why} of the records of one task."""
     family = records[0]["family"]
     if family == "vqa_closed":
@@ -191,14 +191,14 @@ def of(records: Sequence[Record], known: Evidence) -> dict[str, dict[str, Any]]:
         replies = _replies(records, known, per_record.PAPER_OPEN)
         if replies is None:
             return {}
-        read = [verdict for verdict in map(judged, replies) if verdict is not None]
+        read = [verdict for verdict in map(parse_judgment, replies) if verdict is not None]
         return {"judge_correct": _tell(_mean, read)}
     found = {}
-    if family in per_record.COMPARED:
+    if family in per_record.PAIRWISE_FAMILIES:
         replies = _replies(records, known, per_record.PAPER_RELATIVE)
         if replies is not None:
             found["judge_relative"] = _tell(_ratio, replies)
-    lines = known.seen.get(CLIP)
+    lines = known.image_scores.get(CLIP)
     if lines is not None and family in ("captioning", "image_generation"):
         cosines = _cosines(records, lines, "image_text")
         score = _mean if family == "captioning" else lambda some: generation(some)[0]
@@ -226,9 +226,9 @@ def _ratio(replies: Sequence[str]) -> float:
     return relative(replies)["pred_relative_score"] / 100
 
 
-def _replies(records: Sequence[Record], known: Evidence, kind: str) -> list[str] | None:
+def _replies(records: Sequence[Record], known: ScoringInputs, kind: str) -> list[str] | None:
     """The replies as they were; None where nobody was asked in the release's words."""
-    lines = known.judged.get(kind)
+    lines = known.judgments.get(kind)
     if lines is None:
         return None
     return [lines[r["id"]]["votes"][0] for r in records if lines.get(r["id"], {}).get("votes")]
@@ -247,14 +247,14 @@ def _cosines(records: Sequence[Record], lines: Mapping[str, Mapping], name: str)
 # ---- What an answer says where no judge is needed: as both scorings read it ----
 
 
-def read(family: str, text: str, answer: str, prompt: str) -> dict[str, Any]:
+def parse_and_judge(family: str, text: str, answer: str, prompt: str) -> dict[str, Any]:
     """{parsed, strict, paper}: what was read ("yes", "B", None) and each scoring's verdict.
 
     strict: right, wrong or unparsed. paper: right or not, by the release. {} for other families.
     """
     if family not in ("vqa_closed", "vqa_mcq"):
         return {}
-    said, expected = (strict.read(family, words, prompt) for words in (text, answer))
+    said, expected = (strict.parse_answer(family, words, prompt) for words in (text, answer))
     if said is None:
         verdict = "unparsed"
     else:

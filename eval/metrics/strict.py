@@ -17,7 +17,7 @@ from medmax_jax.eval.metrics import answer_parser, yes_no_parser
 from medmax_jax.eval.metrics import text as text_metrics
 
 SCORED, UNPARSED, UNSCORED = "scored", "unparsed", "unscored"
-LEAST, MOST = 1.0, 10.0  # what a judge may give in a comparison
+MIN_SCORE, MAX_SCORE = 1.0, 10.0  # what a judge may give in a comparison
 
 
 class StrictError(ValueError):
@@ -25,7 +25,7 @@ class StrictError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Verdict:
+class ItemScore:
     """Of one answer. `value`: None unless scored; `low`, `high`: what it could be if it is not."""
 
     status: str
@@ -35,11 +35,11 @@ class Verdict:
     why: str = ""
 
     @property
-    def worst(self) -> float:
+    def lower(self) -> float:
         return self.low if self.value is None else self.value
 
     @property
-    def best(self) -> float:
+    def upper(self) -> float:
         return self.high if self.value is None else self.value
 
 
@@ -55,39 +55,39 @@ class Total:
     of_scored: float | None
 
 
-def scored(value: float) -> Verdict:
+def scored(value: float) -> ItemScore:
     """A value that holds."""
-    return Verdict(status=SCORED, value=float(value), low=float(value), high=float(value))
+    return ItemScore(status=SCORED, value=float(value), low=float(value), high=float(value))
 
 
-def unparsed(why: str) -> Verdict:
+def unparsed(why: str) -> ItemScore:
     """Right or wrong, nobody can say; the model's fault."""
-    return Verdict(status=UNPARSED, value=None, low=0.0, high=1.0, why=why)
+    return ItemScore(status=UNPARSED, value=None, low=0.0, high=1.0, why=why)
 
 
-def unscored(why: str, *, low: float = 0.0, high: float = 1.0) -> Verdict:
+def unscored(why: str, *, low: float = 0.0, high: float = 1.0) -> ItemScore:
     """The same, not the model's fault."""
-    return Verdict(status=UNSCORED, value=None, low=low, high=high, why=why)
+    return ItemScore(status=UNSCORED, value=None, low=low, high=high, why=why)
 
 
-def read(task: str, text: str, prompt: str) -> str | None:
+def parse_answer(task: str, text: str, prompt: str) -> str | None:
     """What an answer to a closed or multiple choice question says; None: unparsed."""
     if task == "vqa_closed":
         return yes_no_parser.parse_yes_no(text, prompt)
     return answer_parser.parse_choice(text, text_metrics.options(prompt))
 
 
-def closed(raw: str, answer: str, prompt: str = "") -> Verdict:
+def closed(raw: str, answer: str, prompt: str = "") -> ItemScore:
     """closed("Normal", "no") is unparsed; closed("No.", "no") is 1."""
     return _matched("vqa_closed", raw, answer, prompt)
 
 
-def choice(raw: str, answer: str, prompt: str) -> Verdict:
+def choice(raw: str, answer: str, prompt: str) -> ItemScore:
     """choice("It is MRI", "B", "Which?\\nA: CT\\nB: MRI") is 1."""
     return _matched("vqa_mcq", raw, answer, prompt)
 
 
-def opened(reply: str) -> Verdict:
+def parse_correctness(reply: str) -> ItemScore:
     """Of a judge's reply in the release's form: the last "Correctness: 0" or "1", bold or not.
 
     "**Correctness:** 1" is 1, "Correctness: 1 ... Correctness: 0" is 0; "Correctness: 10" and "0.5"
@@ -100,7 +100,7 @@ def opened(reply: str) -> Verdict:
     return scored(float(found[-1])) if found else unscored(f"{reply[:60]!r} has no verdict")
 
 
-def pair(reply: str) -> tuple[float, float] | None:
+def parse_score_pair(reply: str) -> tuple[float, float] | None:
     """Scores of assistants 1 and 2 in a reply of the release's form: two numbers from 1 to 10.
 
     "8, 7", "8  7", "**8 7**" and "Assistant 1: 8 Assistant 2: 7" too; "8/10 7/10" has four numbers
@@ -111,12 +111,12 @@ def pair(reply: str) -> tuple[float, float] | None:
     text = re.sub(r"\bassistant [12]\b", " ", line, flags=re.IGNORECASE)
     found = re.findall(r"(?<![\w.-])\d+(?:\.\d+)?(?![\w])", text, re.ASCII)
     scores = [float(number) for number in found]
-    if len(scores) != 2 or not all(LEAST <= score <= MOST for score in scores):
+    if len(scores) != 2 or not all(MIN_SCORE <= score <= MAX_SCORE for score in scores):
         return None
     return scores[0], scores[1]
 
 
-def total(verdicts: Sequence[Verdict]) -> Total:
+def total(verdicts: Sequence[ItemScore]) -> Total:
     """Mean with bounds over all of them."""
     if not verdicts:
         raise StrictError("no verdicts: nothing was asked, so there is no score")
@@ -126,13 +126,15 @@ def total(verdicts: Sequence[Verdict]) -> Total:
         n=len(verdicts),
         n_unparsed=states.count(UNPARSED),
         n_unscored=states.count(UNSCORED),
-        value=sum(v.worst for v in verdicts) / len(verdicts),
-        best=sum(v.best for v in verdicts) / len(verdicts),
+        value=sum(v.lower for v in verdicts) / len(verdicts),
+        best=sum(v.upper for v in verdicts) / len(verdicts),
         of_scored=sum(known) / len(known) if known else None,
     )
 
 
-def together(verdicts: Sequence[Verdict], keys: Sequence[Hashable]) -> dict[Hashable, Verdict]:
+def all_correct_by_key(
+    verdicts: Sequence[ItemScore], keys: Sequence[Hashable]
+) -> dict[Hashable, ItemScore]:
     """Key -> right only if all of its questions are: ProbMed's pairs.
 
     ProbMed asks of each thing in a picture once truly and once of something that is not there, so
@@ -141,18 +143,18 @@ def together(verdicts: Sequence[Verdict], keys: Sequence[Hashable]) -> dict[Hash
     """
     if len(verdicts) != len(keys):
         raise StrictError(f"{len(verdicts)} verdicts but {len(keys)} keys: one key a verdict")
-    found: dict[Hashable, list[Verdict]] = {}
+    found: dict[Hashable, list[ItemScore]] = {}
     for key, verdict in zip(keys, verdicts, strict=True):
         found.setdefault(key, []).append(verdict)
     return {key: _all(some) for key, some in found.items()}
 
 
-def paired_total(
-    verdicts: Sequence[Verdict], pictures: Sequence[str], kinds: Sequence[str]
+def grouped_accuracy(
+    verdicts: Sequence[ItemScore], pictures: Sequence[str], kinds: Sequence[str]
 ) -> dict[str, Total]:
     """Question type -> accuracy over pictures of `together`, and "overall"."""
     keys = list(zip(pictures, kinds, strict=True))
-    merged = together(verdicts, keys)
+    merged = all_correct_by_key(verdicts, keys)
     parts = {
         kind: [v for (_, k), v in merged.items() if k == kind] for kind in dict.fromkeys(kinds)
     }
@@ -171,23 +173,25 @@ def comparison(pairs: Sequence[tuple[float, float] | None]) -> dict[str, float |
         raise StrictError("no pairs: nothing was judged, so there is no score")
     known = [pair for pair in pairs if pair is not None]
     for pair in known:
-        if not all(LEAST <= score <= MOST for score in pair):
-            raise StrictError(f"scores {pair}: must lie between {LEAST:g} and {MOST:g}")
+        if not all(MIN_SCORE <= score <= MAX_SCORE for score in pair):
+            raise StrictError(f"scores {pair}: must lie between {MIN_SCORE:g} and {MAX_SCORE:g}")
     missing = len(pairs) - len(known)
     return {
         "n": len(pairs),
         "n_unscored": missing,
         "mean_of_ratios": sum(b / a for a, b in known) / len(known) if known else None,
         "ratio_of_means": _ratio(known),
-        "worst": _ratio(known + [(MOST, LEAST)] * missing),
-        "best": _ratio(known + [(LEAST, MOST)] * missing),
+        "worst": _ratio(known + [(MAX_SCORE, MIN_SCORE)] * missing),
+        "best": _ratio(known + [(MIN_SCORE, MAX_SCORE)] * missing),
         "win": sum(b > a for a, b in known),
         "tie": sum(b == a for a, b in known),
         "loss": sum(b < a for a, b in known),
     }
 
 
-def pictures(cosines: Sequence[Sequence[float]], *, floor: float) -> dict[str, float | None]:
+def image_similarity_summary(
+    cosines: Sequence[Sequence[float]], *, floor: float
+) -> dict[str, float | None]:
     """Of the similarities of each answer's pictures, () for none: a missing picture gets `floor`.
 
     `first` is the first picture of those who drew, as published; `with_missing` is over all.
@@ -203,15 +207,15 @@ def pictures(cosines: Sequence[Sequence[float]], *, floor: float) -> dict[str, f
     }
 
 
-def _matched(task: str, raw: str, answer: str, prompt: str) -> Verdict:
-    expected = read(task, answer, prompt)
+def _matched(task: str, raw: str, answer: str, prompt: str) -> ItemScore:
+    expected = parse_answer(task, answer, prompt)
     if expected is None:
         raise StrictError(f"answer {answer!r} is no answer of a {task}; mend the row")
-    said = read(task, raw, prompt)
+    said = parse_answer(task, raw, prompt)
     return scored(said == expected) if said else unparsed(f"{raw[:60]!r} states no answer")
 
 
-def _all(verdicts: Sequence[Verdict]) -> Verdict:
+def _all(verdicts: Sequence[ItemScore]) -> ItemScore:
     if any(v.value == 0 for v in verdicts):
         return scored(0.0)
     open_ = [v for v in verdicts if v.value is None]

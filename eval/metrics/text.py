@@ -37,10 +37,10 @@ def options(prompt: str) -> dict[str, str]:
 
     {} unless they are A, B, C ... without a gap: then nothing is known of them.
     """
-    return {letter: prompt[start:end] for letter, start, end in spans(prompt)}
+    return {letter: prompt[start:end] for letter, start, end in option_spans(prompt)}
 
 
-def spans(prompt: str) -> list[tuple[str, int, int]]:
+def option_spans(prompt: str) -> list[tuple[str, int, int]]:
     """(letter, start, end) of the texts of the options, [] where they cannot be told.
 
     The options are the last list of the prompt: lines that begin with A, B, C ... in one style

@@ -22,16 +22,16 @@ import PIL.Image
 
 from medmax_jax.config import Sample
 from medmax_jax.generation import api, model_bundle
-from medmax_jax.generation.model_bundle import Image, Part, Text
+from medmax_jax.generation.model_bundle import Image, PromptPart, Text
 
 Looks = Callable[[np.ndarray, np.ndarray], str]  # (codes, pixels) of a drawn picture -> modality
 
-GUIDED = 3  # lanes of a picture: full, image-only, unconditional
+SLOTS_PER_GUIDED_IMAGE = 3  # lanes of a picture: full, image-only, unconditional
 Segment = str | PIL.Image.Image | Text | Image
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Ask:
+class ModelRequest:
     """One question to a model. `parts`: pictures' files and words, in order.
 
     mode: text, image or mixed, what may be written. max_tokens: of text. data_class: whose guard
@@ -49,7 +49,7 @@ class Ask:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Failed:
+class FailedResponse:
     """In place of segments: the model was asked and refused, and asking again is no help."""
 
     why: str
@@ -64,10 +64,10 @@ def last_error(model: object) -> str:
 class Model(Protocol):
     """The least that can be evaluated."""
 
-    def generate(self, asks: Sequence[Ask]) -> Sequence[Sequence[Segment]]: ...
+    def generate(self, asks: Sequence[ModelRequest]) -> Sequence[Sequence[Segment]]: ...
 
 
-class Native:
+class NativeModel:
     """A model folder in memory; pictures are encoded once, whatever asks about them.
 
     rows: answers of words at a time. Pictures take up to three lanes of the cache each while they
@@ -75,19 +75,19 @@ class Native:
     """
 
     def __init__(
-        self, g: model_bundle.Generator, sample: Sample, *, rows: int, name: str, stamp: str
+        self, g: model_bundle.ModelBundle, sample: Sample, *, rows: int, name: str, stamp: str
     ):
         self.generator, self.sample, self.rows = g, sample, rows
         self.name, self.fingerprint = name, stamp
         self._codes: dict[Path, np.ndarray] = {}
 
-    def generate(self, asks: Sequence[Ask]) -> list[list[Segment]]:
+    def generate(self, asks: Sequence[ModelRequest]) -> list[list[Segment]]:
         found: list[list[Segment]] = [[] for _ in asks]
         for index, segments in self.stream(asks):
             found[index] = segments
         return found
 
-    def stream(self, asks: Sequence[Ask]) -> Iterator[tuple[int, list[Segment]]]:
+    def stream(self, asks: Sequence[ModelRequest]) -> Iterator[tuple[int, list[Segment]]]:
         """All of one mode and bound, as the loop asks."""
         if not asks:
             return
@@ -96,7 +96,7 @@ class Native:
             raise ValueError(f"asks of {sorted(kinds)} at once; ask for one kind at a time")
         ((mode, most, ends),) = kinds
         most = min(most, self.sample.max_gen_len)
-        yield from api.stream(
+        yield from api.as_completed(
             self.generator,
             [self._parts(ask) for ask in self._seen(asks)],
             dataclasses.replace(self.sample, max_gen_len=most),
@@ -104,11 +104,11 @@ class Native:
             seed=self.sample.seed,
             names=[ask.id for ask in asks],
             end_of_turn=ends,
-            rows=self.rows if mode == "text" else max(1, self.rows // GUIDED),
+            rows=self.rows if mode == "text" else max(1, self.rows // SLOTS_PER_GUIDED_IMAGE),
         )
 
     def score_options(
-        self, asks: Sequence[Ask], options: Sequence[Sequence[str]]
+        self, asks: Sequence[ModelRequest], options: Sequence[Sequence[str]]
     ) -> list[list[float]]:
         """Natural logarithms of how likely each option's words are after its prompt."""
         prompts = [self._parts(ask) for ask in self._seen(asks)]
@@ -120,7 +120,7 @@ class Native:
         )
         return [[score.total for score in scores] for scores in found]
 
-    def _seen(self, asks: Sequence[Ask]) -> Sequence[Ask]:
+    def _seen(self, asks: Sequence[ModelRequest]) -> Sequence[ModelRequest]:
         """The asks, with every picture's codes at hand."""
         shown = [part for ask in asks for part in ask.parts if isinstance(part, Path)]
         new = [path for path in dict.fromkeys(shown) if path not in self._codes]
@@ -128,11 +128,11 @@ class Native:
         self._codes |= dict(zip(new, codes, strict=True))
         return asks
 
-    def _parts(self, ask: Ask) -> list[Part]:
+    def _parts(self, ask: ModelRequest) -> list[PromptPart]:
         return [self._codes[part] if isinstance(part, Path) else part for part in ask.parts]
 
 
-def split(
+def split_segments(
     segments: Sequence[Segment], *, where: str
 ) -> tuple[list[str], list[PIL.Image.Image], list[np.ndarray | None]]:
     """The words, the pictures, and the pictures' codes where the model tells them."""

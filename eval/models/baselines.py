@@ -15,18 +15,18 @@ from typing import Any
 import PIL.Image
 
 from medmax_jax.eval.metrics import aggregate, text
-from medmax_jax.eval.models.base import Ask, Segment
+from medmax_jax.eval.models.base import ModelRequest, Segment
 from medmax_jax.eval.tasks.items import FAMILIES, Item
 from medmax_jax.io import image_paths
 from medmax_jax.models import images
 
 BLIND = "the commonest training answer of each question's template, without looking"
-SAYS = {
+DESCRIPTIONS = {
     "constant": "yes, A, and no words",
     "majority": "the commonest reference answer of each task: the most that one answer can get",
     "random": "yes or no, a letter, or another question's reference, by the seed",
 }
-KINDS = tuple(SAYS)
+KINDS = tuple(DESCRIPTIONS)
 GREY = 256  # pixels a side
 
 
@@ -43,7 +43,7 @@ def blind(train: Sequence[Item], items: Sequence[Item]) -> dict[str, str]:
     return {item.id: best.get(item.template, "") for item in items}
 
 
-def answers(kind: str, items: Sequence[Item], *, seed: int) -> dict[str, str]:
+def baseline_answers(kind: str, items: Sequence[Item], *, seed: int) -> dict[str, str]:
     """Id -> words."""
     if kind not in KINDS:
         raise BaselineError(f"baseline {kind!r}: use one of {', '.join(KINDS)}")
@@ -70,13 +70,13 @@ class Baseline:
     def __init__(self, kind: str, items: Sequence[Item], folder: Path, *, seed: int):
         self.name, self.fingerprint = kind, f"baseline:{kind}:{seed}"
         self._kind, self._seed, self._folder = kind, seed, folder
-        self._answers = answers(kind, items, seed=seed)
+        self._answers = baseline_answers(kind, items, seed=seed)
         self._images = sorted({image for item in items for image in item.images})
 
-    def generate(self, asks: Sequence[Ask]) -> list[list[Segment]]:
+    def generate(self, asks: Sequence[ModelRequest]) -> list[list[Segment]]:
         return [self._answer(ask) for ask in asks]
 
-    def _answer(self, ask: Ask) -> list[Segment]:
+    def _answer(self, ask: ModelRequest) -> list[Segment]:
         words = [] if ask.mode == "image" else [self._answers[ask.id]]
         return words if ask.mode == "text" else [*words, self._picture(ask.id)]
 
@@ -88,7 +88,7 @@ class Baseline:
         return images.load(path, max_pixels=images.MAX_PIXELS)
 
 
-def floors(
+def baseline_scores(
     names: Sequence[str],
     items: Sequence[Item],
     records: Sequence[Mapping[str, Any]],
@@ -102,13 +102,13 @@ def floors(
         return []
     seed, found = numbers["seed"], []
     for name in (name for name in names if name != "blind"):
-        said = answers(name, items, seed=seed)
-        scores = aggregate.summary(aggregate.answered(asked, said), mode=mode, **numbers)
-        found.append(dict(name=name, says=SAYS[name], scores=scores))
+        said = baseline_answers(name, items, seed=seed)
+        scores = aggregate.summary(aggregate.with_answers(asked, said), mode=mode, **numbers)
+        found.append(dict(name=name, says=DESCRIPTIONS[name], scores=scores))
     return found
 
 
-def beside(rows: Sequence[dict[str, Any]], floors: Sequence[Mapping[str, Any]]) -> None:
+def attach_baselines(rows: Sequence[dict[str, Any]], floors: Sequence[Mapping[str, Any]]) -> None:
     """Gives each row `floor`, the best of the floors on its task and metric, and its name."""
     for row in rows:
         known = [

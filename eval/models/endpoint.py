@@ -21,16 +21,16 @@ from medmax_jax.endpoints import cached_chat_api, egress
 from medmax_jax.endpoints.chat_api import (
     BOUNDS,
     Endpoint,
-    NoReply,
     Reply,
+    TransientError,
     cost,
     image_part,
+    message_size,
     parse_model_at_url,
     text_part,
-    words_of,
 )
 from medmax_jax.eval.config import Service
-from medmax_jax.eval.models.base import Ask, Failed, Segment
+from medmax_jax.eval.models.base import FailedResponse, ModelRequest, Segment
 from medmax_jax.io.text_files import TextFileError, parse_json
 from medmax_jax.models import image_headers, images
 
@@ -44,7 +44,7 @@ class ServiceError(ValueError):
 
 
 @dataclasses.dataclass
-class Spent:
+class Usage:
     """Of this start's own calls; `usd` is None without prices."""
 
     calls: int = 0
@@ -53,7 +53,7 @@ class Spent:
     usd: float | None = None
 
 
-def connect(where: str, service: Service, *, field: str) -> Endpoint:
+def make_endpoint(where: str, service: Service, *, field: str) -> Endpoint:
     """The endpoint of NAME@URL. `field`: of the config, for errors."""
     name, url = parse_model_at_url(where)
     try:
@@ -68,7 +68,7 @@ def connect(where: str, service: Service, *, field: str) -> Endpoint:
         model=name,
         url=url,
         parameters=parameters,
-        listed=egress.hosts(service.credentialed_hosts),
+        listed=egress.parse_allowed_hosts(service.credentialed_hosts),
         key_env=service.key_env,
         timeout_s=service.timeout_s,
         retries=service.retries,
@@ -96,25 +96,27 @@ class EndpointModel:
     ):
         self.endpoint, self.service, self.cache = endpoint, service, cache
         self.name, self.fingerprint = endpoint.model, fingerprint(endpoint)
-        self.spent, self.last_error = Spent(usd=cost(endpoint, 0, 0)), ""
+        self.spent, self.last_error = Usage(usd=cost(endpoint, 0, 0)), ""
         self._user_stopped, self._begun = stopped, 0.0
 
-    def generate(self, asks: Sequence[Ask]) -> list[list[Segment] | Failed]:
+    def generate(self, asks: Sequence[ModelRequest]) -> list[list[Segment] | FailedResponse]:
         """All of them, or raises for one that had no reply."""
         found = dict(self.stream(asks))
         if len(found) < len(asks):
-            raise NoReply(f"{len(asks) - len(found)} asks had no reply: {self.last_error}")
+            raise TransientError(f"{len(asks) - len(found)} asks had no reply: {self.last_error}")
         return [found[index] for index in range(len(asks))]
 
-    def stream(self, asks: Sequence[Ask]) -> Iterator[tuple[int, list[Segment] | Failed]]:
+    def stream(
+        self, asks: Sequence[ModelRequest]
+    ) -> Iterator[tuple[int, list[Segment] | FailedResponse]]:
         """Asks of one bound, as they come; those without a reply this time do not come."""
         if not asks:
             return
         if len({ask.max_tokens for ask in asks}) > 1:
             raise ValueError("asks of several bounds at once; ask for one at a time")
-        endpoint = bounded(self.endpoint, asks[0].max_tokens)
+        endpoint = with_max_tokens(self.endpoint, asks[0].max_tokens)
         new: set[str] = set()
-        found = cached_chat_api.ask_all(
+        found = cached_chat_api.complete_all(
             endpoint,
             self._paced(asks, endpoint, new),
             self.cache,
@@ -122,16 +124,16 @@ class EndpointModel:
             stopped=self.stopped,
         )
         for one, reply in found:
-            if isinstance(reply, NoReply):
+            if isinstance(reply, TransientError):
                 secret = one.data_class == egress.CREDENTIALED
                 # what a server replies may repeat the question
                 self.last_error = "no reply from the endpoint" if secret else str(reply)
                 continue
-            key = cached_chat_api.key_of(endpoint, one.messages)
+            key = cached_chat_api.cache_key(endpoint, one.messages)
             if key in new:
                 new.discard(key)
                 self._pay(one, reply)
-            yield int(one.id), Failed(why=reply.problem) if reply.problem else [reply.text]
+            yield int(one.id), FailedResponse(why=reply.problem) if reply.problem else [reply.text]
 
     def stopped(self) -> bool:
         """Whether the user stopped it, or the money is spent."""
@@ -141,11 +143,11 @@ class EndpointModel:
             return True
         return self._user_stopped()
 
-    def _paced(self, asks: Sequence[Ask], endpoint: Endpoint, new: set[str]):
+    def _paced(self, asks: Sequence[ModelRequest], endpoint: Endpoint, new: set[str]):
         """Known replies at once, calls no faster than per_minute."""
         for index, ask in enumerate(asks):
             one = message(ask, str(index))
-            key = cached_chat_api.key_of(endpoint, one.messages)
+            key = cached_chat_api.cache_key(endpoint, one.messages)
             if self.cache.get(key) is None and key not in new:
                 new.add(key)
                 self._wait()
@@ -160,10 +162,10 @@ class EndpointModel:
             pause = self._begun + 60 / self.service.per_minute - time.monotonic()
         self._begun = time.monotonic()
 
-    def _pay(self, one: cached_chat_api.Ask, reply: Reply) -> None:
+    def _pay(self, one: cached_chat_api.ChatRequest, reply: Reply) -> None:
         """Where a server does not count, characters and pictures do."""
         spent, each = self.spent, cached_chat_api.CHARS_PER_TOKEN
-        chars, pictures = words_of(one.messages[0]["content"])
+        chars, pictures = message_size(one.messages[0]["content"])
         about = chars // each + pictures * cached_chat_api.TOKENS_PER_PICTURE
         spent.calls += 1
         spent.tokens_in += about if reply.tokens_in is None else reply.tokens_in
@@ -179,7 +181,7 @@ def fingerprint(endpoint: Endpoint) -> str:
     return "endpoint:" + hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def bounded(endpoint: Endpoint, max_tokens: int) -> Endpoint:
+def with_max_tokens(endpoint: Endpoint, max_tokens: int) -> Endpoint:
     """Return the endpoint with the bound of a family, unless the user set one, which is sent as is.
 
     {"temperature": 0}          ->  {"temperature": 0, "max_tokens": 16}
@@ -212,11 +214,11 @@ def own_bound(endpoint: Endpoint) -> str:
     )
 
 
-def message(ask: Ask, name: str) -> cached_chat_api.Ask:
+def message(ask: ModelRequest, name: str) -> cached_chat_api.ChatRequest:
     """One user's message with pictures and words in order."""
     content = [image_part(png(p)) if isinstance(p, Path) else text_part(p) for p in ask.parts]
     messages = [{"role": "user", "content": content}]
-    return cached_chat_api.Ask(id=name, messages=messages, data_class=ask.data_class)
+    return cached_chat_api.ChatRequest(id=name, messages=messages, data_class=ask.data_class)
 
 
 @functools.lru_cache(maxsize=64)
@@ -232,7 +234,7 @@ def png(path: Path) -> bytes:
 
 
 def estimate(
-    endpoint: Endpoint, asks: Sequence[Ask], cache: cached_chat_api.Cache | None
+    endpoint: Endpoint, asks: Sequence[ModelRequest], cache: cached_chat_api.Cache | None
 ) -> dict[str, Any]:
     """Calls, tokens and USD still to spend; raises where data may not go. Opens no connection."""
     total = dict(calls=0, tokens_in=0, tokens_out=0)
@@ -241,7 +243,7 @@ def estimate(
     for most in {ask.max_tokens for ask in asks}:
         some = (message(ask, ask.id) for ask in asks if ask.max_tokens == most)
         about = cached_chat_api.estimate(
-            bounded(endpoint, most), some, cache, tokens_out=reply_bound(endpoint, most)
+            with_max_tokens(endpoint, most), some, cache, tokens_out=reply_bound(endpoint, most)
         )
         total = {name: total[name] + about[name] for name in total}
     return total | {"usd": cost(endpoint, total["tokens_in"], total["tokens_out"])}

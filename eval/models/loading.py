@@ -24,20 +24,20 @@ from medmax_jax.eval.models import endpoint as endpoint_model
 from medmax_jax.eval.models.base import Looks
 from medmax_jax.eval.stats import intervals
 from medmax_jax.eval.tasks import items as task_items
-from medmax_jax.eval.tasks.selection import Shard, Suite
+from medmax_jax.eval.tasks.selection import EvalSet, Shard
 from medmax_jax.generation import model_bundle, requests
 from medmax_jax.io.journal import open_journal
 from medmax_jax.io.storage import Folder
 from medmax_jax.sharding import make_mesh
 
 KINDS = ("native", "hf", "endpoint", "predictions", "baseline")
-NOBODY = "n/a: the answers are there already, and nobody can be asked again"
+RECORDED_REASON = "n/a: the answers are there already, and nobody can be asked again"
 CALLS = "calls.jsonl"
 ADAPTER = "adapter.safetensors"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Named:
+class ModelSpec:
     """Which model, and what tells it from others. `folder`: of its weights, once they are ours."""
 
     kind: str
@@ -50,20 +50,20 @@ class Named:
 
 
 @dataclasses.dataclass(kw_only=True)
-class Opened:
+class LoadedModel:
     """A model that can be asked. `generator`: of the native kinds, which see pictures as codes."""
 
     model: base.Model
-    named: Named
-    found: Suite
-    generator: model_bundle.Generator | None = None
+    named: ModelSpec
+    found: EvalSet
+    generator: model_bundle.ModelBundle | None = None
     close: Callable[[], None] = lambda: None
 
     def looks(self) -> Looks | None:
         """Which modality a drawn picture looks like, where the training pictures are known."""
         if self.generator is None or not self.found.pictures:
             return None
-        return modality.by(self.generator, self._centroids)
+        return modality.make_classifier(self.generator, self._centroids)
 
     def ceiling(self, numbers: dict[str, int]) -> dict[str, Any] | None:
         """How often real pictures look like their modality."""
@@ -89,9 +89,9 @@ class Opened:
         )
 
 
-def name(
+def parse_model_spec(
     model: str, adapter: str, merge: bool, settings: Settings, *, progress: Callable[[str], None]
-) -> Named:
+) -> ModelSpec:
     """What `--model` means. A checkpoint of another layout is converted here, once."""
     kind, _, where = model.partition(":")
     if kind not in KINDS or not where:
@@ -106,15 +106,18 @@ def name(
     fixed = dict(kind=kind, where=where, adapter=adapter, merge=merge)
     match kind:
         case "native" | "hf":
-            requests.one_process()  # before anything is converted, or a mesh asked for
-            folder = where if kind == "native" else str(converted(where, progress))
+            requests.require_single_process()  # before anything is converted, or a mesh asked for
+            folder = where if kind == "native" else str(convert_to_native(where, progress))
             tuned = Folder(adapter) if adapter else None
             digest = tuned.file(ADAPTER).digest("sha256") if tuned and tuned.has(ADAPTER) else ""
-            return Named(
-                fingerprint=export.identity(folder), adapter_digest=digest, folder=folder, **fixed
+            return ModelSpec(
+                fingerprint=export.base_fingerprint(folder),
+                adapter_digest=digest,
+                folder=folder,
+                **fixed,
             )
         case "endpoint":
-            endpoint = endpoint_model.connect(where, settings.service, field="service")
+            endpoint = endpoint_model.make_endpoint(where, settings.service, field="service")
             stamp = endpoint_model.fingerprint(endpoint)
         case "predictions":
             stamp = predictions.digest(where)
@@ -124,43 +127,43 @@ def name(
                     f"--model is {model!r}; use one of {', '.join(baselines.KINDS)}"
                 )
             stamp = f"baseline:{where}:{settings.seed}"
-    return Named(fingerprint=stamp, adapter_digest="", **fixed)
+    return ModelSpec(fingerprint=stamp, adapter_digest="", **fixed)
 
 
-def asks_nobody(named: Named) -> bool:
+def is_recorded(named: ModelSpec) -> bool:
     """Predictions made elsewhere: asked about another picture they would say the same."""
     return named.kind == "predictions"
 
 
-def open_model(
-    named: Named,
+def load_model(
+    named: ModelSpec,
     settings: Settings,
-    found: Suite,
+    found: EvalSet,
     workdir: Path,
     shard: Shard,
     stopped: Callable[[], bool],
-) -> Opened:
+) -> LoadedModel:
     """The model in memory, or what stands for it; `close` it."""
     fixed = dict(named=named, found=found)
     match named.kind:
         case "native" | "hf":
             return _native(named, settings, found)
         case "endpoint":
-            endpoint = endpoint_model.connect(named.where, settings.service, field="service")
+            endpoint = endpoint_model.make_endpoint(named.where, settings.service, field="service")
             stack = contextlib.ExitStack()
             journal = stack.enter_context(open_journal(shard.file(workdir / CALLS)))
             model = endpoint_model.EndpointModel(
                 endpoint, settings.service, cached_chat_api.Cache(journal), stopped
             )
-            return Opened(model=model, close=stack.close, **fixed)
+            return LoadedModel(model=model, close=stack.close, **fixed)
         case "predictions":
-            return Opened(model=predictions.Predictions(named.where, found.items), **fixed)
+            return LoadedModel(model=predictions.Predictions(named.where, found.items), **fixed)
         case _:
             model = baselines.Baseline(named.where, found.items, found.folder, seed=settings.seed)
-            return Opened(model=model, **fixed)
+            return LoadedModel(model=model, **fixed)
 
 
-def converted(source: str, progress: Callable[[str], None]) -> Path:
+def convert_to_native(source: str, progress: Callable[[str], None]) -> Path:
     """The native folder of a checkpoint in another layout, in the user's cache."""
     place = Path(source)
     if not place.is_dir():
@@ -182,21 +185,21 @@ def converted(source: str, progress: Callable[[str], None]) -> Path:
     return target
 
 
-def _native(named: Named, settings: Settings, found: Suite) -> Opened:
+def _native(named: ModelSpec, settings: Settings, found: EvalSet) -> LoadedModel:
     g = model_bundle.load(
         named.folder,
         adapter=named.adapter or None,
         merge=named.merge,
         mesh=make_mesh(settings.mesh),
     )
-    model = base.Native(
+    model = base.NativeModel(
         g, settings.sample, rows=settings.rows, name=named.where, stamp=named.fingerprint
     )
-    return Opened(model=model, named=named, found=found, generator=g)
+    return LoadedModel(model=model, named=named, found=found, generator=g)
 
 
 def real_image_accuracy(
-    generator: model_bundle.Generator,
+    generator: model_bundle.ModelBundle,
     items: Sequence[task_items.Item],
     centroids: modality.Centroids,
     *,
@@ -206,10 +209,10 @@ def real_image_accuracy(
 ) -> dict[str, Any]:
     """How often real pictures of the items match their own modality: the most that drawing can."""
     real = {item.image: item for item in items if item.kind}
-    found = modality.looks(generator, list(real), images_folder=images_folder)
+    found = modality.modality_features(generator, list(real), images_folder=images_folder)
     return intervals.mean_interval(
         [
-            float(modality.nearest(centroids, one) == item.kind)
+            float(modality.nearest_centroid(centroids, one) == item.kind)
             for one, item in zip(found, real.values(), strict=True)
         ],
         [item.group for item in real.values()],

@@ -11,7 +11,7 @@ from pathlib import Path
 import PIL.Image
 
 from medmax_jax.endpoints import egress
-from medmax_jax.eval.models.base import Ask, Failed, Segment
+from medmax_jax.eval.models.base import FailedResponse, ModelRequest, Segment
 from medmax_jax.eval.tasks.items import Item, is_credentialed
 from medmax_jax.io import image_paths
 from medmax_jax.io.errors import printable
@@ -55,13 +55,13 @@ class Predictions:
         if self.missing == len(known):
             raise PredictionsError(f"{path}: has no predictions; write a line for each item")
 
-    def generate(self, asks: Sequence[Ask]) -> list[list[Segment] | Failed]:
+    def generate(self, asks: Sequence[ModelRequest]) -> list[list[Segment] | FailedResponse]:
         return [self._answer(ask) for ask in asks]
 
-    def _answer(self, ask: Ask) -> list[Segment] | Failed:
+    def _answer(self, ask: ModelRequest) -> list[Segment] | FailedResponse:
         row = self._rows.get(ask.id)
         if row is None:
-            return Failed(why=f"no prediction in {self.path.name}")
+            return FailedResponse(why=f"no prediction in {self.path.name}")
         secret = ask.data_class == egress.CREDENTIALED
         return [
             row["text"],

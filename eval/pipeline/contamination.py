@@ -20,12 +20,12 @@ import numpy as np
 from jaxtyping import UInt64
 
 from medmax_jax.data.analysis import near_duplicates, scan
-from medmax_jax.data.analysis.check import encoder_of, made_by, tokenizer_of
+from medmax_jax.data.analysis.check import encoder_matches, resolve_encoder, resolve_tokenizer
 from medmax_jax.data.image_tokens.encoder import Encoder
-from medmax_jax.data.records.jsonl import spoken
+from medmax_jax.data.records.jsonl import plain_text
 from medmax_jax.data.records.reader import Records, open_records
 from medmax_jax.eval.metrics import aggregate
-from medmax_jax.eval.metrics.per_record import Evidence, Record
+from medmax_jax.eval.metrics.per_record import Record, ScoringInputs
 from medmax_jax.eval.tasks import items as task_items
 from medmax_jax.io import image_paths, journal
 from medmax_jax.io.storage import file_sha256
@@ -55,7 +55,7 @@ def find(
     compared, and with another tokenizer this raises, since words would be.
     """
     found = open_records(train)
-    tokenizer = tokenizer_of(found, Path(model), Path(model))
+    tokenizer = resolve_tokenizer(found, Path(model), Path(model))
     if tokenizer is None:
         raise ContaminationError(
             f"contamination.model is {str(model)!r}: its tokenizer did not write {train}; name the "
@@ -65,8 +65,8 @@ def find(
     key = _key(items, found)
     if known := _known(path, key):
         return known
-    can_encode = made_by(found, Path(model), Path(model))
-    encoder = encoder_of(found, Path(model)) if can_encode else None
+    can_encode = encoder_matches(found, Path(model), Path(model))
+    encoder = resolve_encoder(found, Path(model)) if can_encode else None
     progress(f"contamination: {len(items)} items against {len(found)} training documents")
     flags, about = _compare(items, found, tokenizer, encoder, Path(images_folder))
     lines = [{"compared": about, "key": key}]
@@ -83,7 +83,7 @@ def read(workdir: str | Path) -> dict[str, dict[str, bool]]:
 def summary(
     records: Sequence[Record],
     flags: dict[str, dict[str, bool]],
-    known: Evidence,
+    known: ScoringInputs,
     *,
     mode: str,
     seed: int,
@@ -117,10 +117,14 @@ def _compare(
     encoder: Encoder | None,
     folder: Path,
 ) -> tuple[list[dict[str, bool]], dict[str, Any]]:
-    grams = near_duplicates.Grams([near_duplicates.words(f"{i.prompt}\n{i.answer}") for i in items])
+    grams = near_duplicates.NgramIndex(
+        [near_duplicates.normalized_words(f"{i.prompt}\n{i.answer}") for i in items]
+    )
 
     def see(document: Any, number: int) -> None:
-        grams.see(near_duplicates.words(spoken(document, found.layout, tokenizer)), number)
+        grams.add_document(
+            near_duplicates.normalized_words(plain_text(document, found.layout, tokenizer)), number
+        )
 
     def tell(kind: str, where: str, what: str) -> None:
         raise ContaminationError(
@@ -134,14 +138,14 @@ def _compare(
     files = {image: file for image, file in files.items() if file.is_file()}
     paths = list(files)
     shas = _names([file_sha256(file) for file in files.values()])
-    each = [] if encoder is None else near_duplicates.encoded(encoder, files.values())
+    each = [] if encoder is None else near_duplicates.encode_files(encoder, files.values())
     codes = _names([near_duplicates.code_hash(one) for one in each])
     same = {
         path: bool(hit)
         for path, hit in zip(paths, near_duplicates.isin(shas, columns.sha), strict=True)
     }
     alike = dict(zip(paths, near_duplicates.isin(codes, columns.codes), strict=False))
-    shared = grams.shared()
+    shared = grams.overlaps()
     flags = [
         dict(
             picture=any(same.get(image, False) for image in item.images),
@@ -163,7 +167,7 @@ def _compare(
 
 
 def _names(digests: Sequence[str]) -> UInt64[np.ndarray, "n"]:
-    return np.array([near_duplicates.short(one) for one in digests], np.uint64)
+    return np.array([near_duplicates.hash64(one) for one in digests], np.uint64)
 
 
 def _key(items: Sequence[task_items.Item], found: Records) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from medmax_jax.endpoints import cached_chat_api, egress
-from medmax_jax.endpoints.chat_api import NoReply, check_ready, cost
+from medmax_jax.endpoints.chat_api import TransientError, check_ready, cost
 from medmax_jax.eval.config import Settings
 from medmax_jax.eval.metrics import per_record
 from medmax_jax.eval.models import base, loading
@@ -19,7 +19,7 @@ from medmax_jax.eval.models import endpoint as endpoint_model
 from medmax_jax.eval.pipeline import inference, judging
 from medmax_jax.eval.tasks import items as task_items
 from medmax_jax.eval.tasks import probes
-from medmax_jax.eval.tasks.selection import Shard, Suite
+from medmax_jax.eval.tasks.selection import EvalSet, Shard
 from medmax_jax.io import journal
 
 OF_RECORDS = "records.jsonl"
@@ -29,8 +29,8 @@ class PlanError(ValueError):
     """An evaluation that would cost too much; the message names the price and the mend."""
 
 
-def plan(
-    settings: Settings, found: Suite, named: loading.Named, workdir: Path, shard: Shard
+def estimate_cost(
+    settings: Settings, found: EvalSet, named: loading.ModelSpec, workdir: Path, shard: Shard
 ) -> dict[str, Any]:
     """Of what is left; raises where data may not go or where it would cost more than max_usd.
 
@@ -64,7 +64,7 @@ def plan(
 
 
 def check_endpoint(
-    settings: Settings, found: Suite, named: loading.Named, workdir: Path, shard: Shard
+    settings: Settings, found: EvalSet, named: loading.ModelSpec, workdir: Path, shard: Shard
 ) -> None:
     """Raise within seconds where the endpoint that is evaluated may not be asked or is down.
 
@@ -72,7 +72,7 @@ def check_endpoint(
     """
     if named.kind != "endpoint":
         return
-    endpoint = endpoint_model.connect(named.where, settings.service, field="service")
+    endpoint = endpoint_model.make_endpoint(named.where, settings.service, field="service")
     modes = endpoint_model.EndpointModel.modes
     left, again = (
         [ask for ask in _asks(settings, found, items) if ask.mode in modes]
@@ -84,19 +84,19 @@ def check_endpoint(
         return
     try:
         check_ready(endpoint)
-    except NoReply:
+    except TransientError:
         calls = cached_chat_api.known_replies(shard.file(workdir / loading.CALLS))
         if again or calls is None or endpoint_model.estimate(endpoint, left, calls)["calls"]:
             raise
 
 
 def _to_ask(
-    settings: Settings, found: Suite, named: loading.Named, workdir: Path, shard: Shard
+    settings: Settings, found: EvalSet, named: loading.ModelSpec, workdir: Path, shard: Shard
 ) -> tuple[list[task_items.Item], list[task_items.Item]]:
     """Return the items of this part without a record, and those of the probes."""
     left, again = _left(found.items[shard.index :: shard.count], workdir / OF_RECORDS), []
-    if not loading.asks_nobody(named):
-        asked = probes.asked(found.items, settings.probes, settings.probe_families)
+    if not loading.is_recorded(named):
+        asked = probes.probe_items(found.items, settings.probes, settings.probe_families)
         for name, items_of in asked.items():
             some = items_of(settings.seed, None)[shard.index :: shard.count]
             again += _left(some, workdir / f"probe_{name}.jsonl")
@@ -105,25 +105,31 @@ def _to_ask(
 
 def _left(items: Sequence[task_items.Item], out: Path) -> list[task_items.Item]:
     """Those without a record in a file of `out`."""
-    done = {record["id"] for path in inference.files(out) for record in journal.read_jsonl(path)}
+    done = {
+        record["id"] for path in inference.shard_files(out) for record in journal.read_jsonl(path)
+    }
     return [item for item in items if item.id not in done]
 
 
-def _asks(settings: Settings, found: Suite, items: Sequence[task_items.Item]) -> list[base.Ask]:
-    return [inference.ask(item, found.folder, settings.mode, settings.prompt) for item in items]
+def _asks(
+    settings: Settings, found: EvalSet, items: Sequence[task_items.Item]
+) -> list[base.ModelRequest]:
+    return [
+        inference.make_request(item, found.folder, settings.mode, settings.prompt) for item in items
+    ]
 
 
-def _judge(settings: Settings, found: Suite, items: Sequence[task_items.Item]) -> dict[str, Any]:
+def _judge(settings: Settings, found: EvalSet, items: Sequence[task_items.Item]) -> dict[str, Any]:
     """Calls where each first reply can be read, and USD at most, were all answers full length."""
     if not settings.judge.endpoint:
         return dict(judge_calls=0, judge_usd=None)
-    some = [item for item in items if item.family in ("vqa_open", *per_record.COMPARED)]
+    some = [item for item in items if item.family in ("vqa_open", *per_record.PAIRWISE_FAMILIES)]
     records = [
-        inference.asked_of(item)
+        inference.item_fields(item)
         | {"text": asked.id.ljust(asked.max_tokens * cached_chat_api.CHARS_PER_TOKEN)}
         for item, asked in zip(some, _asks(settings, found, some), strict=True)
     ]
-    one = judging.judge_of(settings.judge)
+    one = judging.make_judge(settings.judge)
     about = judging.estimate(one, records, released=settings.judge.paper)
     return dict(judge_calls=about["calls"], judge_usd=about["usd"])
 
@@ -133,7 +139,7 @@ def _sum(numbers: Iterable[Any]) -> Any:
     return None if None in numbers else sum(numbers)
 
 
-def say(about: dict[str, Any], progress: Callable[[str], None]) -> None:
+def report_estimate(about: dict[str, Any], progress: Callable[[str], None]) -> None:
     """The plan in words."""
     families = ", ".join(f"{n} {family}" for family, n in about["by_family"].items()) or "nothing"
     progress(f"plan: {about['requests']} of {about['items']} items left to ask ({families})")
@@ -155,28 +161,30 @@ def say(about: dict[str, Any], progress: Callable[[str], None]) -> None:
         progress(f"plan: {minutes:.1f} minutes at the rate of this workdir so far")
 
 
-def _own_bound(settings: Settings, named: loading.Named) -> str:
+def _own_bound(settings: Settings, named: loading.ModelSpec) -> str:
     if named.kind != "endpoint":
         return ""
-    endpoint = endpoint_model.connect(named.where, settings.service, field="service")
+    endpoint = endpoint_model.make_endpoint(named.where, settings.service, field="service")
     return endpoint_model.own_bound(endpoint)
 
 
 def _tokens(
     settings: Settings,
-    named: loading.Named,
-    asks: Sequence[base.Ask],
+    named: loading.ModelSpec,
+    asks: Sequence[base.ModelRequest],
     calls: cached_chat_api.Cache | None,
 ) -> dict[str, Any]:
     if named.kind != "endpoint":
         return _bound(settings, named, asks)
-    endpoint = endpoint_model.connect(named.where, settings.service, field="service")
+    endpoint = endpoint_model.make_endpoint(named.where, settings.service, field="service")
     able = [ask for ask in asks if ask.mode in endpoint_model.EndpointModel.modes]
     about = endpoint_model.estimate(endpoint, able, calls)
     return {name: about[name] for name in ("tokens_in", "tokens_out", "usd")}
 
 
-def _bound(settings: Settings, named: loading.Named, asks: Sequence[base.Ask]) -> dict[str, Any]:
+def _bound(
+    settings: Settings, named: loading.ModelSpec, asks: Sequence[base.ModelRequest]
+) -> dict[str, Any]:
     """Without a look at pictures or at earlier replies."""
     if named.kind not in ("native", "hf", "endpoint"):
         return dict(tokens_in=0, tokens_out=0, usd=None)
@@ -189,7 +197,7 @@ def _bound(settings: Settings, named: loading.Named, asks: Sequence[base.Ask]) -
         most = settings.sample.max_gen_len
         tokens_out = sum(min(ask.max_tokens, most) for ask in asks)
         return dict(tokens_in=tokens_in, tokens_out=tokens_out, usd=None)
-    endpoint = endpoint_model.connect(named.where, settings.service, field="service")
+    endpoint = endpoint_model.make_endpoint(named.where, settings.service, field="service")
     tokens_in += len(asks) * cached_chat_api.TOKENS_PER_MESSAGE
     tokens_out = sum(endpoint_model.reply_bound(endpoint, ask.max_tokens) for ask in asks)
     usd = cost(endpoint, tokens_in, tokens_out)

@@ -37,7 +37,7 @@ GAMMA, SUBSETS = 1.0, 100  # of KID on unit rows, as score_picture.kid says
 SET_SIZE = 1_000  # rows of a subset, or half of what there is
 
 
-def see(
+def score_images(
     records: Sequence[Record],
     scorers: Sequence[Scorer],
     workdir: str | Path,
@@ -50,11 +50,11 @@ def see(
 ) -> list[dict[str, Any]]:
     """Writes WORKDIR/out; returns {task, scorer, metric, ...} of whole sets of pictures."""
     workdir = Path(workdir)
-    some = [r for r in records if r["family"] in per_record.SEEN and not r.get("error")]
+    some = [r for r in records if r["family"] in per_record.IMAGE_METRICS and not r.get("error")]
     lines, sets = [], []
     for scorer in scorers:
         with open_journal(workdir / STORE) as journal:
-            view = _View(scorer, journal, workdir, Path(images_folder))
+            view = _EmbeddingJob(scorer, journal, workdir, Path(images_folder))
             view.embed(some, progress)
         for task in dict.fromkeys(record["task"] for record in some):
             told = {r["id"]: view.problem(r) for r in some if r["task"] == task}
@@ -72,7 +72,7 @@ def see(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Want:
+class _EmbeddingRequest:
     """Something to embed. `key`: what it is by content, "" where it cannot be read."""
 
     key: str
@@ -80,7 +80,7 @@ class _Want:
     released: bool = False
 
 
-class _View:
+class _EmbeddingJob:
     """A scorer's embeddings of a workdir, by content."""
 
     def __init__(self, scorer: Scorer, journal: Journal, workdir: Path, folder: Path):
@@ -155,18 +155,18 @@ class _View:
         label = "an image of a credentialed item" if per_record.is_credentialed(record) else ""
         return image_paths.resolve(folder, name, label=label)
 
-    def _wanted(self, record: Record) -> Iterator[_Want]:
+    def _wanted(self, record: Record) -> Iterator[_EmbeddingRequest]:
         reference = self._reference(record)
         for path in self._generated(record) + ([reference] if reference else []):
-            yield _Want(self._key(path), path)
+            yield _EmbeddingRequest(self._key(path), path)
         if self.reads:
             for path in self.paths(record):
-                yield _Want(self._key(path, released=True), path, released=True)
+                yield _EmbeddingRequest(self._key(path, released=True), path, released=True)
             said = per_record.answer_text(record)
             for words in dict.fromkeys((said, record["text"], record["answer"], record["prompt"])):
-                yield _Want(_text_key(words), words)
+                yield _EmbeddingRequest(_text_key(words), words)
         if record["family"] != "captioning":
-            yield _Want(BLANK, _blank(self._workdir))
+            yield _EmbeddingRequest(BLANK, _blank(self._workdir))
 
     def _missing(self, record: Record) -> str:
         paths = self.paths(record) + self._generated(record)
@@ -179,7 +179,7 @@ class _View:
         digest, same = self._keys[path]
         return digest + (" released" if released and not same else "")
 
-    def _open(self, want: _Want) -> PIL.Image.Image | None:
+    def _open(self, want: _EmbeddingRequest) -> PIL.Image.Image | None:
         try:
             if not want.released:
                 return images.load(want.what, max_pixels=images.MAX_PIXELS)
@@ -189,7 +189,7 @@ class _View:
             self._problems[want.key] = str(error)
             return None
 
-    def _put(self, part: Sequence[_Want], rows: Rows) -> None:
+    def _put(self, part: Sequence[_EmbeddingRequest], rows: Rows) -> None:
         lines = []
         for want, row in zip(part, np.asarray(rows, np.float32), strict=True):
             self._rows[want.key] = row
@@ -198,7 +198,7 @@ class _View:
         self._journal.append(*lines)
 
 
-def _lines(view: _View, records: Sequence[Record]) -> Iterator[dict[str, Any]]:
+def _lines(view: _EmbeddingJob, records: Sequence[Record]) -> Iterator[dict[str, Any]]:
     ranks = _ranks(view, records)
     for record in records:
         line = _line(view, record) | _cosines(view, record)
@@ -207,11 +207,11 @@ def _lines(view: _View, records: Sequence[Record]) -> Iterator[dict[str, Any]]:
         yield line
 
 
-def _line(view: _View, record: Record) -> dict[str, Any]:
+def _line(view: _EmbeddingJob, record: Record) -> dict[str, Any]:
     return dict(id=record["id"], scorer=view.scorer.name, fingerprint=view.scorer.fingerprint)
 
 
-def _cosines(view: _View, record: Record) -> dict[str, Any]:
+def _cosines(view: _EmbeddingJob, record: Record) -> dict[str, Any]:
     family, shown = record["family"], view.shown(record)
     found: dict[str, Any] = {}
     if family == "captioning":
@@ -221,7 +221,7 @@ def _cosines(view: _View, record: Record) -> dict[str, Any]:
         (prepared,), released = view.released(record), view.text(record["text"])
         found = dict(image_text=[_dot(shown, said)], image_text_released=[_dot(prepared, released)])
         found["text_text"] = _dot(said, wanted)
-        both = embeddings.combined(shown[None], said[None], [wanted[None]])
+        both = embeddings.combined_clip_score(shown[None], said[None], [wanted[None]])
         return found | {"combined": float(both[0])}
     drawn, blank = view.drawn(record), view.blank()
     if view.reads and family == "image_generation":
@@ -236,19 +236,21 @@ def _cosines(view: _View, record: Record) -> dict[str, Any]:
     return found
 
 
-def _ranks(view: _View, records: Sequence[Record]) -> dict[str, float]:
+def _ranks(view: _EmbeddingJob, records: Sequence[Record]) -> dict[str, float]:
     """The place of an item's own picture or prompt among the task's; who drew none is the last."""
     if not view.reads or len(records) < 2:
         return {}
     family = records[0]["family"]
     if family == "captioning":
         said = np.stack([view.text(per_record.answer_text(record)) for record in records])
-        places = embeddings.ranks(said, np.stack([view.shown(record) for record in records]))
+        places = embeddings.retrieval_ranks(
+            said, np.stack([view.shown(record) for record in records])
+        )
     elif family == "image_generation":
         drawn = [view.drawn(record) for record in records]
         first = np.stack([some[0] if some else view.blank() for some in drawn])
         asked = np.stack([view.text(record["prompt"]) for record in records])
-        places = embeddings.ranks(first, asked)
+        places = embeddings.retrieval_ranks(first, asked)
         places = np.where([bool(some) for some in drawn], places, float(len(records)))
     else:
         return {}
@@ -256,7 +258,7 @@ def _ranks(view: _View, records: Sequence[Record]) -> dict[str, float]:
 
 
 def _sets(
-    view: _View, records: Sequence[Record], seed: int, resamples: int
+    view: _EmbeddingJob, records: Sequence[Record], seed: int, resamples: int
 ) -> Iterator[dict[str, Any]]:
     """KID against the references, and diversity of what was drawn beside theirs.
 
@@ -284,7 +286,7 @@ def _sets(
     if size >= 2 and min(len(set(of)), len(set(known))) >= 2:
         real, made = np.stack(real), np.stack(made)
         groups = dict(real_groups=known, made_groups=of)
-        found = image_sets.distance(real, made, gamma=GAMMA, **groups, **numbers)
+        found = image_sets.kid(real, made, gamma=GAMMA, **groups, **numbers)
         kid = embeddings.kid(real, made, gamma=GAMMA, subsets=SUBSETS, size=size, seed=seed)
         subsets = dict(subsets_mean=kid.mean, subsets_std=kid.std, size=size)
         yield dict(metric="kid") | found.row() | subsets
@@ -321,5 +323,5 @@ def _text_key(words: str) -> str:
     return "text " + hashlib.sha256(words.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _parts(some: Sequence[_Want], size: int) -> Iterable[Sequence[_Want]]:
+def _parts(some: Sequence[_EmbeddingRequest], size: int) -> Iterable[Sequence[_EmbeddingRequest]]:
     return (some[start : start + size] for start in range(0, len(some), size))

@@ -29,14 +29,14 @@ from medmax_jax.eval.tasks import items as task_items
 from medmax_jax.eval.tasks.selection import WHOLE, Shard
 from medmax_jax.io import journal as io_journal
 from medmax_jax.io.journal import Journal, open_journal
-from medmax_jax.io.progress import Items
+from medmax_jax.io.progress import ItemProgress
 from medmax_jax.io.text_files import TextFileError, parse_object
 
 FLUSH = 32  # answers that are written down together
 Progress = Callable[[str], None]
 
 
-def evaluate(
+def run_items(
     model: base.Model,
     items: Sequence[task_items.Item],
     *,
@@ -63,23 +63,23 @@ def evaluate(
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     items = [item for n, item in enumerate(items) if n % shard.count == shard.index]
-    run = _Asking(model, mode, prompt, Path(images_folder), out, looks, facts or {})
-    with _others(out, shard) as others, open_journal(shard.file(out)) as journal:
+    run = _ItemRunner(model, mode, prompt, Path(images_folder), out, looks, facts or {})
+    with _other_shards(out, shard) as others, open_journal(shard.file(out)) as journal:
         own = io_journal.checked(journal.rows, ("id",), journal.path)
         known = {record["id"]: record for record in (*others, *own)}
         for number, item in enumerate(items, start=1):
             name = task_items.item_name(item, number)
             _check_same(item, known.get(item.id), run.facts, f"{out}: item {name}")
         todo = [item for item in items if item.id not in known]
-        log = Log(out.parent, shard.file(out).name, len(journal.rows), len(todo))
-        clock = Items(len(todo), "items", progress, every=0.0)
+        log = ProgressLog(out.parent, shard.file(out).name, len(journal.rows), len(todo))
+        clock = ItemProgress(len(todo), "items", progress, every=0.0)
         try:
             for family, some in _windows(todo, window):
-                log.asking(len(some))
+                log.started(len(some))
                 for records in run.batches(some):
                     journal.append(*records)
                     known |= {record["id"]: record for record in records}
-                    log.recorded(len(records))
+                    log.finished(len(records))
                     clock.tick(family, len(records))
         finally:
             log.stop()
@@ -99,7 +99,7 @@ def evaluate(
 
 
 @dataclasses.dataclass
-class _Asking:
+class _ItemRunner:
     """How items are asked and what is written down."""
 
     model: base.Model
@@ -107,26 +107,28 @@ class _Asking:
     prompt: str
     folder: Path
     out: Path
-    looks: Looks | None
+    classify_modality: Looks | None
     facts: dict[str, str]
 
     def batches(self, items: Sequence[task_items.Item]):
         """Lists of records, as the model gets its answers ready."""
-        asks = [ask(item, self.folder, self.mode, self.prompt) for item in items]
+        asks = [make_request(item, self.folder, self.mode, self.prompt) for item in items]
         for batch, seconds in _timed(_batches(self.model, asks)):
             each = round(seconds / len(batch), 4)
             yield [self.record(items[i], found) | {"seconds": each} for i, found in batch]
 
     def record(self, item: task_items.Item, found) -> dict[str, Any]:
-        if isinstance(found, base.Failed):
+        if isinstance(found, base.FailedResponse):
             texts, pictures, codes, error = [], [], [], found.why
         else:
-            texts, pictures, codes = base.split(found, where=_shown(item))
+            texts, pictures, codes = base.split_segments(found, where=_shown(item))
             error = ""
         looks_like = None
-        if self.looks is not None and task_items.FAMILIES[item.family].mode != "text":
+        if self.classify_modality is not None and task_items.FAMILIES[item.family].mode != "text":
             # nothing drawn looks like nothing
-            looks_like = self.looks(codes[0], np.asarray(pictures[0])) if pictures else ""
+            looks_like = (
+                self.classify_modality(codes[0], np.asarray(pictures[0])) if pictures else ""
+            )
         text = " ".join(text.strip() for text in texts).strip()
         said = dict(
             text=text,
@@ -134,9 +136,9 @@ class _Asking:
             codes=[one.tolist() for one in codes if one is not None],
             looks_like=looks_like,
         )
-        read = release.read(item.family, text, item.answer, item.prompt)
+        read = release.parse_and_judge(item.family, text, item.answer, item.prompt)
         failed = {"error": error} if error else {}
-        return asked_of(item) | said | read | failed | self.facts
+        return item_fields(item) | said | read | failed | self.facts
 
     def saved(self, item: task_items.Item, pictures) -> list[str]:
         folder, names = self.out.with_name(f"{self.out.stem}_images"), []
@@ -157,16 +159,18 @@ class _Asking:
         return names
 
 
-def ask(item: task_items.Item, folder: Path, mode: str, prompt: str = "sft") -> base.Ask:
+def make_request(
+    item: task_items.Item, folder: Path, mode: str, prompt: str = "sft"
+) -> base.ModelRequest:
     """What a model is asked about an item."""
     family = task_items.FAMILIES[item.family]
-    return base.Ask(
+    return base.ModelRequest(
         id=item.id,
-        parts=task_items.parts(item, folder, prompt),
+        parts=task_items.prompt_parts(item, folder, prompt),
         mode=family.mode,
         max_tokens=family.tokens[mode],
         data_class=item.data_class,
-        end_of_turn=task_items.ends_turn(item.family, prompt),
+        end_of_turn=task_items.uses_end_of_turn(item.family, prompt),
     )
 
 
@@ -177,18 +181,18 @@ def _windows(todo: Sequence[task_items.Item], window: int):
             yield family, part[start : start + window]
 
 
-def files(out: Path) -> list[Path]:
+def shard_files(out: Path) -> list[Path]:
     """The whole's file, which need not exist, and those of parts that do."""
     return [out, *sorted(out.parent.glob(f"{out.stem}.shard_*_of_*.jsonl"))]
 
 
 @contextlib.contextmanager
-def _others(out: Path, shard: Shard):
+def _other_shards(out: Path, shard: Shard):
     """Records in the other files of the same name; the whole waits for no part that is writing."""
     own = shard.file(out)
     with contextlib.ExitStack() as stack:
         rows: list[dict[str, Any]] = []
-        for path in files(out):
+        for path in shard_files(out):
             if path == own or not path.exists():
                 continue
             if shard.count == 1:
@@ -206,7 +210,7 @@ def _timed(batches):
         before = time.monotonic()
 
 
-def _batches(model: base.Model, asks: Sequence[base.Ask]):
+def _batches(model: base.Model, asks: Sequence[base.ModelRequest]):
     """Lists of (index, segments), as the model gets them ready."""
     stream = getattr(model, "stream", None)
     if stream is None:
@@ -229,7 +233,7 @@ def _shown(item: task_items.Item) -> str:
     return "a credentialed item" if task_items.is_credentialed(item) else f"item {item.id}"
 
 
-def asked_of(item: task_items.Item) -> dict[str, Any]:
+def item_fields(item: task_items.Item) -> dict[str, Any]:
     """The half of a record that is known before the answer."""
     return json.loads(json.dumps(task_items.item_fields(item)))
 
@@ -239,7 +243,7 @@ def _check_same(
 ) -> None:
     if record is None:
         return
-    asked = asked_of(item)
+    asked = item_fields(item)
     if {name: record.get(name) for name in asked} != asked:
         raise EvalError(
             f"{where} was another question when it was answered; use a fresh workdir for other "
@@ -264,7 +268,7 @@ def _check_same(
 NAME = "history.jsonl"
 
 
-class Log:
+class ProgressLog:
     """One run's lines on one file of records."""
 
     def __init__(self, folder: Path, file: str, recorded: int, left: int):
@@ -272,11 +276,11 @@ class Log:
         self._recorded, self._start = 0, time.monotonic()
         self._add("start", had=recorded, left=left)
 
-    def asking(self, count: int) -> None:
+    def started(self, count: int) -> None:
         """`count` items are about to be given to the model."""
         self._add("asking", count=count)
 
-    def recorded(self, count: int) -> None:
+    def finished(self, count: int) -> None:
         """`count` more are on the disk."""
         self._recorded += count
 

@@ -24,11 +24,18 @@ from pathlib import Path
 from typing import Any
 
 from medmax_jax.endpoints import cached_chat_api, egress
-from medmax_jax.endpoints.chat_api import Endpoint, NoReply, Reply, check_ready, cost, variable
+from medmax_jax.endpoints.chat_api import (
+    Endpoint,
+    Reply,
+    TransientError,
+    check_ready,
+    cost,
+    variable,
+)
 from medmax_jax.eval.config import JudgeSettings
 from medmax_jax.eval.metrics import llm_judge, per_record, release
 from medmax_jax.eval.metrics.per_record import CORRECT, PAPER_OPEN, PAPER_RELATIVE, RELATIVE, Record
-from medmax_jax.eval.models.endpoint import connect
+from medmax_jax.eval.models.endpoint import make_endpoint
 from medmax_jax.eval.pipeline import inference
 from medmax_jax.eval.tasks import items as task_items
 from medmax_jax.io import journal as io_journal
@@ -36,12 +43,12 @@ from medmax_jax.io.journal import open_journal
 
 CALLS, RECORDS = "judge_calls.jsonl", "records.jsonl"
 KINDS = {CORRECT: llm_judge.CORRECT, RELATIVE: llm_judge.RELATIVE}
-JUDGED = ("vqa_open", *per_record.COMPARED)  # families
+JUDGED = ("vqa_open", *per_record.PAIRWISE_FAMILIES)  # families
 PICTURE = "<image>"  # where a row wants its picture; no word of the question
 Progress = Callable[[str], None]
 
 
-def judge_of(settings: JudgeSettings) -> llm_judge.Judge:
+def make_judge(settings: JudgeSettings) -> llm_judge.Judge:
     """The judge of a config; raises where it cannot be asked, before anything is."""
     key = settings.service.key_env
     if key and not os.environ.get(key):
@@ -49,7 +56,7 @@ def judge_of(settings: JudgeSettings) -> llm_judge.Judge:
             f"config.judge.service.key_env is {variable(key)!r}, which is not set; export it, or "
             "leave the field empty for an endpoint without keys"
         )
-    endpoint = connect(settings.endpoint, settings.service, field="judge.service")
+    endpoint = make_endpoint(settings.endpoint, settings.service, field="judge.service")
     return llm_judge.Judge(
         # A verdict stands at the end, and a reply without text has none.
         endpoint=dataclasses.replace(endpoint, takes_cut=False, takes_empty=False),
@@ -80,12 +87,12 @@ def check_judge(settings: JudgeSettings, items: Sequence[task_items.Item], workd
     """
     if not settings.endpoint:
         return
-    one = judge_of(settings)
+    one = make_judge(settings)
     check_hosts(one, items)
     items = [item for item in items if item.family in JUDGED]
     records = {
         row["id"]: row
-        for path in inference.files(workdir / RECORDS)
+        for path in inference.shard_files(workdir / RECORDS)
         for row in io_journal.read_jsonl(path)
     }
     left = [item for item in items if item.id not in records]
@@ -118,7 +125,7 @@ def judge_records(
         open_journal(workdir / CALLS) as journal,
         open_journal(workdir / per_record.JUDGED) as lines,
     ):
-        cache, purse = cached_chat_api.Cache(journal), _Purse(one.endpoint, journal.rows)
+        cache, purse = cached_chat_api.Cache(journal), _Budget(one.endpoint, journal.rows)
         known = {(row["id"], row["kind"], row["judge"]): row for row in lines.rows}
         work = _work(one, records, known, released)
         _check_price(one, _price(one, work, cache), purse.usd())
@@ -138,7 +145,7 @@ def judge_records(
     return dict(
         judge=one.fingerprint,
         model=one.endpoint.model,
-        host=egress.parse(one.endpoint.url).name,
+        host=egress.parse_address(one.endpoint.url).name,
         repeats=one.repeats,
         calls=len(purse.rows),
         usd=purse.usd(),
@@ -147,7 +154,7 @@ def judge_records(
     )
 
 
-def case_of(record: Record) -> llm_judge.Case:
+def judge_case(record: Record) -> llm_judge.Case:
     """What strict shows the judge: the words that the model was shown, and its text alone."""
     return llm_judge.Case(
         id=record["id"],
@@ -181,7 +188,9 @@ def paper_messages(record: Record, model: str) -> list[dict[str, str]]:
 
 def _asked(records: Sequence[Record], released: bool) -> dict[str, list[Record]]:
     opened = [r for r in records if r["family"] == "vqa_open" and not r.get("error")]
-    chats = [r for r in records if r["family"] in per_record.COMPARED and not r.get("error")]
+    chats = [
+        r for r in records if r["family"] in per_record.PAIRWISE_FAMILIES and not r.get("error")
+    ]
     found = {CORRECT: opened, RELATIVE: chats}
     if released:
         found |= {PAPER_OPEN: opened, PAPER_RELATIVE: chats}
@@ -211,7 +220,7 @@ def _work(
 
 def _hash(kind: str, record: Record) -> str:
     if kind in KINDS:
-        shown: Any = dataclasses.asdict(case_of(record))
+        shown: Any = dataclasses.asdict(judge_case(record))
     else:
         shown = paper_messages(record, "")
     return hashlib.sha256(json.dumps([kind, shown]).encode()).hexdigest()[:16]
@@ -220,7 +229,7 @@ def _hash(kind: str, record: Record) -> str:
 def _strict(one, purse, kind, some, cache, stopped, progress) -> Iterator[dict[str, Any]]:
     """A line an answer, once all are judged."""
     ask = llm_judge.correctness if kind == CORRECT else llm_judge.relative
-    cases = [case_of(record) for record, _ in some]
+    cases = [judge_case(record) for record, _ in some]
     limited = dataclasses.replace(one, max_usd=purse.left(one.max_usd))
     found, _ = ask(limited, cases, cache, stopped=stopped, progress=progress)
     for (record, case), verdict in zip(some, found, strict=True):
@@ -234,21 +243,23 @@ def _paper(one, purse, kind, some, cache, stopped) -> Iterator[dict[str, Any]]:
 
     endpoint, found = _own_temperature(one.endpoint), {}
     asks = _paper_asks(one, [record for record, _ in some])
-    for ask, reply in cached_chat_api.ask_all(
+    for ask, reply in cached_chat_api.complete_all(
         endpoint, asks, cache, concurrency=one.concurrency, stopped=enough
     ):
         found[ask.id] = reply
     for record, case in some:
-        reply = found.get(record["id"], NoReply("not asked: stopped, or max_usd is spent"))
+        reply = found.get(record["id"], TransientError("not asked: stopped, or max_usd is spent"))
         why = getattr(reply, "problem", str(reply))
         votes = [reply.text] if isinstance(reply, Reply) and not why else []
         yield _line(one, record, kind, votes, [why] if why else [], case)
 
 
-def _paper_asks(one: llm_judge.Judge, records: Sequence[Record]) -> Iterator[cached_chat_api.Ask]:
+def _paper_asks(
+    one: llm_judge.Judge, records: Sequence[Record]
+) -> Iterator[cached_chat_api.ChatRequest]:
     for record in records:
         messages = paper_messages(record, str(record.get("model") or "model"))
-        yield cached_chat_api.Ask(
+        yield cached_chat_api.ChatRequest(
             id=record["id"], messages=messages, data_class=record["data_class"]
         )
 
@@ -269,7 +280,7 @@ def _price(
     total = dict(calls=0, tokens_in=0, tokens_out=0)
     for kind, some in work.items():
         if kind in KINDS:
-            about = llm_judge.estimate(one, KINDS[kind], [case_of(r) for r, _ in some], cache)
+            about = llm_judge.estimate(one, KINDS[kind], [judge_case(r) for r, _ in some], cache)
         else:
             asks = _paper_asks(one, [record for record, _ in some])
             endpoint = _own_temperature(one.endpoint)
@@ -286,7 +297,7 @@ def _check_price(one: llm_judge.Judge, about: Mapping[str, Any], spent: float | 
         )
 
 
-class _Purse:
+class _Budget:
     """USD of all replies of a journal, of earlier runs too; characters count where nobody does."""
 
     def __init__(self, endpoint: Endpoint, rows: list[dict[str, Any]]):

@@ -26,7 +26,7 @@ from medmax_jax.eval.pipeline import inference
 from medmax_jax.eval.stats import calibration, intervals
 from medmax_jax.eval.tasks import items as task_items
 from medmax_jax.io.journal import open_journal
-from medmax_jax.io.progress import SECONDS, Items
+from medmax_jax.io.progress import SECONDS, ItemProgress
 
 OPTIONS = "options.jsonl"
 BINS = 10  # of the calibration error, of equally many answers
@@ -35,16 +35,16 @@ STEPS = 10  # coverages of a curve: 0.1, 0.2 .. 1
 ABSENT = "n/a: this model has no score_options"
 
 
-def options_of(item: task_items.Item) -> list[str]:
+def parse_options(item: task_items.Item) -> list[str]:
     """["yes", "no"], or the letters that a question lists; [] where they cannot be read."""
     if item.family == "vqa_closed":
         return ["yes", "no"]
     return list(text.options(item.prompt)) if item.family == "vqa_mcq" else []
 
 
-def answer_of(item: task_items.Item) -> int | None:
+def correct_option(item: task_items.Item) -> int | None:
     """The place of the right one among them; None where the row's answer is none of them."""
-    known, said = options_of(item), strict.read(item.family, item.answer, item.prompt)
+    known, said = parse_options(item), strict.parse_answer(item.family, item.answer, item.prompt)
     return known.index(said) if said in known else None
 
 
@@ -62,9 +62,9 @@ def score(
     """A line an item that has options, in order; what `out` holds is kept. [] for other models."""
     scorer = getattr(model, "score_options", None)
     if scorer is None:
-        progress(f"options: {absent(model)}")
+        progress(f"options: {unsupported_reason(model)}")
         return []
-    asked = [item for item in items if options_of(item) and answer_of(item) is not None]
+    asked = [item for item in items if parse_options(item) and correct_option(item) is not None]
     with open_journal(out) as journal:
         known = {line["id"]: line for line in journal.rows}
         for number, item in enumerate(asked, start=1):
@@ -78,8 +78,10 @@ def score(
         todo = [item for item in asked if item.id not in known]
         for start in range(0, len(todo), window):
             some = todo[start : start + window]
-            asks = [inference.ask(item, Path(images_folder), mode, prompt) for item in some]
-            found = scorer(asks, [options_of(item) for item in some])
+            asks = [
+                inference.make_request(item, Path(images_folder), mode, prompt) for item in some
+            ]
+            found = scorer(asks, [parse_options(item) for item in some])
             lines = [_line(model, i, logs) for i, logs in zip(some, found, strict=True)]
             journal.append(*lines)
             known |= {line["id"]: line for line in lines}
@@ -87,7 +89,7 @@ def score(
     return [known[item.id] for item in asked]
 
 
-def absent(model: Any) -> str:
+def unsupported_reason(model: Any) -> str:
     """Why a model has no likelihoods; "" if it has."""
     if getattr(model, "score_options", None) is not None:
         return ""
@@ -120,7 +122,7 @@ def summary(
     numbers = dict(seed=seed, resamples=resamples)
     for task in dict.fromkeys(line["task"] for line in lines):
         some = [line for line in lines if line["task"] == task]
-        done = Items(resamples, "resamples", progress, every=SECONDS)
+        done = ItemProgress(resamples, "resamples", progress, every=SECONDS)
         tick = functools.partial(done.tick, f"calibration of {task}", 1)
         measures, risks = _measures(some, tick, **numbers)
         rows += [dict(task=task, metric=name) | one.row() for name, one in measures.items()]
@@ -137,17 +139,17 @@ def _line(model: Any, item: task_items.Item, logs: Sequence[float]) -> dict[str,
         group=item.group,
         prompt=item.prompt,
         image=item.image,
-        options=options_of(item),
+        options=parse_options(item),
         log_likelihoods=[float(one) for one in logs],
-        answer=answer_of(item),
+        answer=correct_option(item),
         model=str(getattr(model, "fingerprint", type(model).__name__)),
     )
 
 
 def _sure(lines: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Confidence, right or wrong, and Brier's score of each."""
-    shares = [calibration.shares(line["log_likelihoods"]) for line in lines]
-    said = [calibration.answer(share) for share in shares]
+    shares = [calibration.option_probabilities(line["log_likelihoods"]) for line in lines]
+    said = [calibration.top_option(share) for share in shares]
     right = [best == line["answer"] for (best, _), line in zip(said, lines, strict=True)]
     brier = [
         calibration.brier([s], [line["answer"]]) for s, line in zip(shares, lines, strict=True)
@@ -169,11 +171,11 @@ def _measures(
     def statistics(some: np.ndarray) -> np.ndarray:
         curve = calibration.risk_coverage(sure[some], right[some])
         error = calibration.ece(sure[some], right[some], bins=BINS)
-        kept = [calibration.accuracy_at(curve, coverage) for coverage in (COVERAGE, *at)]
+        kept = [calibration.accuracy_at_coverage(curve, coverage) for coverage in (COVERAGE, *at)]
         return np.array([error, curve.area, kept[0], *(1 - one for one in kept[1:])])
 
     spans = [intervals.SHARE] * (3 + len(at))
-    ece, area, kept, *risks = intervals.each_interval(
+    ece, area, kept, *risks = intervals.pointwise_intervals(
         statistics, groups, spans=spans, tick=tick, **numbers
     )
     measures = {
@@ -190,7 +192,7 @@ def _measures(
 def _bins(lines: Sequence[dict[str, Any]], *, seed: int, resamples: int) -> list[dict[str, Any]]:
     """A reliability diagram: accuracy, with its interval, of the answers of each bin."""
     sure, right, _ = _sure(lines)
-    chosen = calibration.binned(sure, bins=BINS)
+    chosen = calibration.equal_mass_bins(sure, bins=BINS)
     found = []
     for number in np.unique(chosen):
         some = chosen == number

@@ -34,45 +34,45 @@ from medmax_jax.eval.reporting import page
 from medmax_jax.eval.stats import intervals
 from medmax_jax.eval.tasks import items as task_items
 from medmax_jax.eval.tasks import probes
-from medmax_jax.eval.tasks.selection import WHOLE, Shard, Suite, check_images, suite
+from medmax_jax.eval.tasks.selection import WHOLE, EvalSet, Shard, check_images, load_eval_set
 from medmax_jax.generation import requests
 from medmax_jax.io import journal
-from medmax_jax.io.atomic_folder import private
+from medmax_jax.io.atomic_folder import private_umask
 from medmax_jax.io.text_files import TextFileError, read_json_object
 
 SWAPPED = "the same model shown a picture of another group: what looking is worth"
 
 
 @dataclasses.dataclass(kw_only=True)
-class Run:
+class EvalRun:
     """What the stages share. `opened`: the model with its generator, if it has one."""
 
     settings: Settings
     workdir: Path
-    found: Suite
-    opened: loading.Opened
+    eval_set: EvalSet
+    opened: loading.LoadedModel
     shard: Shard
     progress: Callable[[str], None]
     stopped: Callable[[], bool]
     facts: dict[str, str]
 
     @property
-    def numbers(self) -> dict[str, int]:
+    def resampling(self) -> dict[str, int]:
         return dict(seed=self.settings.seed, resamples=self.settings.resamples)
 
-    def able(self, items) -> list:
+    def supported_items(self, items) -> list:
         """Those of the items whose kind of answer the model can write."""
         modes = getattr(self.opened.model, "modes", None)
         return [i for i in items if modes is None or task_items.FAMILIES[i.family].mode in modes]
 
     def ask(self, items, name: str, *, folder: Path | None = None, **more) -> list[dict[str, Any]]:
         """The records of items, in WORKDIR/NAME.jsonl, asked as the settings say."""
-        return inference.evaluate(
+        return inference.run_items(
             self.opened.model,
             items,
             mode=self.settings.mode,
             prompt=self.settings.prompt,
-            images_folder=folder or self.found.folder,
+            images_folder=folder or self.eval_set.folder,
             out=self.workdir / f"{name}.jsonl",
             progress=self.progress,
             window=self.settings.window,
@@ -98,19 +98,21 @@ def run(
 
     model: KIND:WHERE, as eval/models/loading.py has it. shard: "i/n" of the items, from 0.
     """
-    found, part = suite(settings), Shard.of(shard)
+    found, part = load_eval_set(settings), Shard.of(shard)
     if not dry_run:  # before a checkpoint is converted or its weights are read
         judging.check_judge(settings.judge, found.items, Path(workdir))
         with _modes(found):
             cli.open_workdir(workdir)  # before minutes of work that could not be written down
-    named = loading.name(model or settings.model, adapter, merge, settings, progress=progress)
+    named = loading.parse_model_spec(
+        model or settings.model, adapter, merge, settings, progress=progress
+    )
     workdir = Path(workdir)
     return run_named(
         settings,
         workdir,
         found=found,
         named=named,
-        opened=lambda: loading.open_model(named, settings, found, workdir, part, stopped),
+        opened=lambda: loading.load_model(named, settings, found, workdir, part, stopped),
         shard=part,
         dry_run=dry_run,
         progress=progress,
@@ -122,9 +124,9 @@ def run_named(
     settings: Settings,
     workdir: str | Path,
     *,
-    found: Suite,
-    named: loading.Named,
-    opened: Callable[[], loading.Opened],
+    found: EvalSet,
+    named: loading.ModelSpec,
+    opened: Callable[[], loading.LoadedModel],
     shard: Shard = WHOLE,
     dry_run: bool = False,
     progress: Callable[[str], None],
@@ -148,9 +150,11 @@ def run_named(
         )
 
 
-def _modes(found: Suite) -> contextlib.AbstractContextManager[None]:
+def _modes(found: EvalSet) -> contextlib.AbstractContextManager[None]:
     return (
-        private() if any(map(task_items.is_credentialed, found.items)) else contextlib.nullcontext()
+        private_umask()
+        if any(map(task_items.is_credentialed, found.items))
+        else contextlib.nullcontext()
     )
 
 
@@ -158,9 +162,9 @@ def _run_named(
     settings: Settings,
     workdir: Path,
     *,
-    found: Suite,
-    named: loading.Named,
-    opened: Callable[[], loading.Opened],
+    found: EvalSet,
+    named: loading.ModelSpec,
+    opened: Callable[[], loading.LoadedModel],
     shard: Shard,
     dry_run: bool,
     progress: Callable[[str], None],
@@ -174,17 +178,17 @@ def _run_named(
     limited = settings.service.max_usd is not None
     if not dry_run and not limited:
         cost_estimate.check_endpoint(*asked)
-    facts = claim(workdir, settings, named, found, write=not dry_run)
-    about = cost_estimate.plan(*asked)
+    facts = check_workdir(workdir, settings, named, found, write=not dry_run)
+    about = cost_estimate.estimate_cost(*asked)
     if not dry_run and limited:  # nothing is connected before the price is known to be allowed
         cost_estimate.check_endpoint(*asked)
-    cost_estimate.say(about, progress)
+    cost_estimate.report_estimate(about, progress)
     if dry_run:
         return None
-    now = Run(
+    now = EvalRun(
         settings=settings,
         workdir=workdir,
-        found=found,
+        eval_set=found,
         opened=opened(),
         shard=shard,
         progress=progress,
@@ -197,23 +201,23 @@ def _run_named(
         now.opened.close()
 
 
-def _stages(now: Run) -> dict[str, Any] | None:
-    records = answer(now)
-    probed = probe(now)
+def _stages(now: EvalRun) -> dict[str, Any] | None:
+    records = run_inference(now)
+    probed = run_probes(now)
     if now.shard.count > 1:
         now.progress(f"part {now.shard} is done; without --shard all parts are scored together")
         return None
-    lines = options(now)
-    judged = judge(now, records)
-    sets = see(now, records, probed)
-    compared = contaminated(now)
-    summary = summarise(now, records, probed, lines, judged, sets, compared)
+    lines = score_options(now)
+    judged = run_judge(now, records)
+    sets = run_image_scoring(now, records, probed)
+    compared = run_contamination_check(now)
+    summary = build_summary(now, records, probed, lines, judged, sets, compared)
     write_report(now, summary, records)
     return summary
 
 
-def claim(
-    workdir: Path, settings: Settings, named: loading.Named, found: Suite, *, write: bool
+def check_workdir(
+    workdir: Path, settings: Settings, named: loading.ModelSpec, found: EvalSet, *, write: bool
 ) -> dict[str, str]:
     """Writes down what this workdir evaluates, or raises if it is something else.
 
@@ -265,7 +269,7 @@ def _run_facts(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def check_prompts(found: Suite) -> None:
+def check_prompts(found: EvalSet) -> None:
     """Raise EvalError where the prompt of an item is the path of an image, so not a question."""
     for number, item in enumerate(found.items, start=1):
         if requests.names_image(item.prompt, Path(found.folder)):
@@ -276,16 +280,16 @@ def check_prompts(found: Suite) -> None:
             )
 
 
-def check_later_stages(settings: Settings, found: Suite, named: loading.Named) -> None:
+def check_later_stages(settings: Settings, found: EvalSet, named: loading.ModelSpec) -> None:
     """Raises before hours of answers, not after, where a later stage could not be done."""
     if settings.judge.endpoint:
-        judging.check_hosts(judging.judge_of(settings.judge), found.items)
-    if not loading.asks_nobody(named):
-        asked = probes.asked(found.items, settings.probes, settings.probe_families)
+        judging.check_hosts(judging.make_judge(settings.judge), found.items)
+    if not loading.is_recorded(named):
+        asked = probes.probe_items(found.items, settings.probes, settings.probe_families)
         for items_of in asked.values():
             items_of(settings.seed, None)
     for name in settings.scorers:
-        scorer.check(name)
+        scorer.parse_scorer(name)
     if settings.train_records:
         if not settings.train_model and named.kind != "native":
             raise EvalError(
@@ -294,18 +298,20 @@ def check_later_stages(settings: Settings, found: Suite, named: loading.Named) -
         open_records(settings.train_records)
 
 
-def answer(now: Run) -> list[dict[str, Any]]:
+def run_inference(now: EvalRun) -> list[dict[str, Any]]:
     """Every item that the model can answer, asked once."""
-    return now.ask(now.able(now.found.items), "records", looks=now.opened.looks())
+    return now.ask(now.supported_items(now.eval_set.items), "records", looks=now.opened.looks())
 
 
-def probe(now: Run) -> dict[str, list[dict[str, Any]]]:
+def run_probes(now: EvalRun) -> dict[str, list[dict[str, Any]]]:
     """Probe -> records of the same items asked in another way; none of answers from elsewhere."""
     found, blank = {}, now.workdir / "probe_blank_image"
-    if loading.asks_nobody(now.opened.named):
+    if loading.is_recorded(now.opened.named):
         return found
     settings = now.settings
-    made = probes.asked(now.able(now.found.items), settings.probes, settings.probe_families)
+    made = probes.probe_items(
+        now.supported_items(now.eval_set.items), settings.probes, settings.probe_families
+    )
     for name, items_of in made.items():
         items = items_of(now.settings.seed, blank)
         folder = blank if name == "blank" else None
@@ -313,29 +319,29 @@ def probe(now: Run) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def options(now: Run) -> list[dict[str, Any]] | None:
+def score_options(now: EvalRun) -> list[dict[str, Any]] | None:
     """Likelihoods of the options of closed and multiple choice questions; None if not asked for."""
     if not now.settings.options:
         return None
     return option_likelihoods.score(
         now.opened.model,
-        now.found.items,
+        now.eval_set.items,
         mode=now.settings.mode,
         prompt=now.settings.prompt,
-        images_folder=now.found.folder,
+        images_folder=now.eval_set.folder,
         out=now.workdir / option_likelihoods.OPTIONS,
         progress=now.progress,
         window=now.settings.window,
     )
 
 
-def judge(now: Run, records: list[dict[str, Any]]) -> dict[str, Any] | None:
+def run_judge(now: EvalRun, records: list[dict[str, Any]]) -> dict[str, Any] | None:
     """judged.jsonl, and who judged; None without a judge."""
     settings = now.settings.judge
     if not settings.endpoint:
         return None
     return judging.judge_records(
-        judging.judge_of(settings),
+        judging.make_judge(settings),
         records,
         now.workdir,
         released=settings.paper,
@@ -344,43 +350,45 @@ def judge(now: Run, records: list[dict[str, Any]]) -> dict[str, Any] | None:
     )
 
 
-def see(now: Run, records: list[dict[str, Any]], probed) -> list[dict[str, Any]]:
+def run_image_scoring(now: EvalRun, records: list[dict[str, Any]], probed) -> list[dict[str, Any]]:
     """pictures.jsonl, and the same of the captions of probes, if there are scorers; scores of whole
     sets of pictures."""
     names = now.settings.scorers
     scorers = [scorer.open_scorer(name, batch=now.settings.rows) for name in names]
     if not scorers:
         return []
-    about = dict(images_folder=now.found.folder, progress=now.progress, **now.numbers)
-    sets = image_scoring.see(records, scorers, now.workdir, **about)
-    for name, some in probes.seen(records, probed).items():
-        image_scoring.see(some, scorers, now.workdir, out=per_record.of_probe(name), **about)
+    about = dict(images_folder=now.eval_set.folder, progress=now.progress, **now.resampling)
+    sets = image_scoring.score_images(records, scorers, now.workdir, **about)
+    for name, some in probes.captions_to_score(records, probed).items():
+        image_scoring.score_images(
+            some, scorers, now.workdir, out=per_record.probe_scores_file(name), **about
+        )
     return sets
 
 
-def contaminated(now: Run) -> dict[str, Any] | None:
+def run_contamination_check(now: EvalRun) -> dict[str, Any] | None:
     """What of the items was compared with training records; None where none are named."""
     settings, named = now.settings, now.opened.named
     if not settings.train_records:
         return None
     return contamination.find(
-        now.found.items,
+        now.eval_set.items,
         settings.train_records,
         now.workdir,
         model=settings.train_model or named.where,
-        images_folder=now.found.folder,
+        images_folder=now.eval_set.folder,
         progress=now.progress,
     )
 
 
-def summarise(now: Run, records, probed, lines, judged, sets, compared) -> dict[str, Any]:
+def build_summary(now: EvalRun, records, probed, lines, judged, sets, compared) -> dict[str, Any]:
     """summary.json: scores, floors, and what made them."""
-    named, numbers = now.opened.named, now.numbers
+    named, numbers = now.opened.named, now.resampling
     known = per_record.read(now.workdir, judge=judged["judge"] if judged else None)
     told = dict(mode=now.settings.mode, **numbers)
     scores = aggregate.summary(records, known, **told)
-    floors = baselines.floors(now.settings.baselines, now.found.items, records, **told)
-    baselines.beside(scores, floors)
+    floors = baselines.baseline_scores(now.settings.baselines, now.eval_set.items, records, **told)
+    baselines.attach_baselines(scores, floors)
     summary = {
         "model": named.where,
         "adapter": named.adapter,
@@ -389,16 +397,16 @@ def summarise(now: Run, records, probed, lines, judged, sets, compared) -> dict[
         "settings": to_dict(now.settings),
         "scores": scores,
         "floors": floors,
-        "baselines": _rivals(now, records, probed),
+        "baselines": _comparisons(now, records, probed),
         "not_run": not_run(now),
         "judge": judged,
         "not_judged": aggregate.not_judged(records, known),
         "not_scored": aggregate.not_scored(records, known),
         "scorers": known.scorers,
         "picture_sets": sets,
-        "probes": probes_of(now, records, probed, known),
-        "calibration": calibrated(now, lines),
-        "contamination": contamination_of(now, records, known, compared),
+        "probes": probe_summary(now, records, probed, known),
+        "calibration": calibration_summary(now, lines),
+        "contamination": contamination_summary(now, records, known, compared),
         "errors": sum(bool(record.get("error")) for record in records),
         "modality_ceiling": now.opened.ceiling(numbers),
         "history": inference.totals(now.workdir),
@@ -408,59 +416,62 @@ def summarise(now: Run, records, probed, lines, judged, sets, compared) -> dict[
     return summary
 
 
-def probes_of(now: Run, records, probed, known) -> dict[str, Any]:
+def probe_summary(now: EvalRun, records, probed, known) -> dict[str, Any]:
     """{reason, rows}: what moving pictures and options did."""
-    if now.settings.probes and loading.asks_nobody(now.opened.named):
-        return dict(reason=loading.NOBODY, rows=[])
-    looked = {name: per_record.looked(now.workdir / per_record.of_probe(name)) for name in probed}
-    return dict(reason="", rows=probes.summary(records, probed, known, looked, **now.numbers))
+    if now.settings.probes and loading.is_recorded(now.opened.named):
+        return dict(reason=loading.RECORDED_REASON, rows=[])
+    looked = {
+        name: per_record.load_image_scores(now.workdir / per_record.probe_scores_file(name))
+        for name in probed
+    }
+    return dict(reason="", rows=probes.summary(records, probed, known, looked, **now.resampling))
 
 
-def calibrated(now: Run, lines) -> dict[str, Any] | None:
+def calibration_summary(now: EvalRun, lines) -> dict[str, Any] | None:
     """Of the likelihoods of options; None if they were not asked for."""
     if lines is None:
         return None
-    items = [i for i in now.found.items if i.family in ("vqa_closed", "vqa_mcq")]
-    reason = option_likelihoods.absent(now.opened.model)
+    items = [i for i in now.eval_set.items if i.family in ("vqa_closed", "vqa_mcq")]
+    reason = option_likelihoods.unsupported_reason(now.opened.model)
     return option_likelihoods.summary(
-        lines, n_items=len(items), reason=reason, progress=now.progress, **now.numbers
+        lines, n_items=len(items), reason=reason, progress=now.progress, **now.resampling
     )
 
 
-def contamination_of(now: Run, records, known, compared) -> dict[str, Any] | None:
+def contamination_summary(now: EvalRun, records, known, compared) -> dict[str, Any] | None:
     """Every headline on the clean and the contaminated part."""
     if compared is None:
         return None
     flags = contamination.read(now.workdir)
-    told = dict(mode=now.settings.mode, **now.numbers)
+    told = dict(mode=now.settings.mode, **now.resampling)
     rows = contamination.summary(records, flags, known, **told)
     return dict(compared=compared, rows=rows)
 
 
-def not_run(now: Run) -> list[dict[str, str]]:
+def not_run(now: EvalRun) -> list[dict[str, str]]:
     """Tasks that the model cannot be asked, and why."""
-    able = {item.task for item in now.able(now.found.items)}
+    able = {item.task for item in now.supported_items(now.eval_set.items)}
     return [
         dict(task=task, why=endpoint.NO_PICTURES)
-        for task in dict.fromkeys(item.task for item in now.found.items)
+        for task in dict.fromkeys(item.task for item in now.eval_set.items)
         if task not in able
     ]
 
 
-def write_report(now: Run, summary: dict[str, Any], records: list[dict[str, Any]]) -> None:
+def write_report(now: EvalRun, summary: dict[str, Any], records: list[dict[str, Any]]) -> None:
     """report.html."""
-    page.write(now.workdir / "report.html", summary, records, images_folder=now.found.folder)
+    page.write(now.workdir / "report.html", summary, records, images_folder=now.eval_set.folder)
 
 
-def _rivals(now: Run, records, probed) -> list[dict[str, Any]]:
+def _comparisons(now: EvalRun, records, probed) -> list[dict[str, Any]]:
     asked = [r for r in records if r["family"] in ("vqa_closed", "vqa_mcq", "vqa_open")]
     rivals = []
-    if now.found.train and asked and "blind" in now.settings.baselines:
-        guesses = baselines.blind(now.found.train, now.found.items)
-        guessed = aggregate.answered(asked, guesses)
-        compared = aggregate.scores(guessed, asked, **now.numbers)
+    if now.eval_set.train and asked and "blind" in now.settings.baselines:
+        guesses = baselines.blind(now.eval_set.train, now.eval_set.items)
+        guessed = aggregate.with_answers(asked, guesses)
+        compared = aggregate.scores(guessed, asked, **now.resampling)
         rivals.append(dict(name="blind", says=baselines.BLIND, scores=compared))
     if probed.get("swapped"):
-        compared = aggregate.scores(probed["swapped"], asked, **now.numbers)
+        compared = aggregate.scores(probed["swapped"], asked, **now.resampling)
         rivals.append(dict(name="swapped", says=SWAPPED, scores=compared))
     return rivals

@@ -18,7 +18,7 @@ from medmax_jax.eval.stats import intervals, paired_tests
 from medmax_jax.io import journal
 
 LOWER_IS_BETTER = ("unparsed",)
-NOBODY = "nobody can say"
+INCONCLUSIVE = "nobody can say"
 ASKED = ("task", "prompt", "answer", "image", "further_images", "group")
 
 
@@ -36,20 +36,22 @@ class Comparison:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Side:
+class _Evaluation:
     records: dict[str, dict[str, Any]]
-    known: per_record.Evidence
+    known: per_record.ScoringInputs
 
 
 def compare(first: str | Path, second: str | Path, *, seed: int, resamples: int) -> Comparison:
     """Of two workdirs of eval.run; differences are second minus first."""
-    sides = [_Side(_records(Path(f)), per_record.read(f)) for f in (first, second)]
+    sides = [_Evaluation(_records(Path(f)), per_record.read(f)) for f in (first, second)]
     shared = [name for name in sides[0].records if name in sides[1].records]
     for name in shared:
         _check_same(sides[0].records[name], sides[1].records[name])
     told = _other_scorers(*(side.known for side in sides))
     one, two = (
-        _without(aggregate.table([side.records[name] for name in shared], side.known), told)
+        _without(
+            aggregate.scores_by_item([side.records[name] for name in shared], side.known), told
+        )
         for side in sides
     )
     both = [key for key in one if key in two]
@@ -92,7 +94,7 @@ def _pairs(side: Mapping, one: Mapping, two: Mapping) -> tuple[list[float], list
     return [side[name][1] for name in names], [one[name][0] for name in names]
 
 
-def _other_scorers(one: per_record.Evidence, two: per_record.Evidence) -> dict[str, str]:
+def _other_scorers(one: per_record.ScoringInputs, two: per_record.ScoringInputs) -> dict[str, str]:
     """Prefix of metric names -> why they are left out: another judge, or another scorer's files."""
     told = {}
     if one.judge and two.judge and one.judge != two.judge:
@@ -139,7 +141,9 @@ def _row(key, one: Mapping, two: Mapping, *, seed: int, resamples: int) -> dict[
     found = intervals.paired_row(
         before, after, groups, names=("first", "second"), span=per_record.span(metric), **numbers
     )
-    least = intervals.detectable(differences, groups, paired=True, span=per_record.span(metric))
+    least = intervals.minimum_detectable_effect(
+        differences, groups, paired=True, span=per_record.span(metric)
+    )
     return (
         dict(task=task, metric=metric)
         | found
@@ -155,7 +159,7 @@ def _row(key, one: Mapping, two: Mapping, *, seed: int, resamples: int) -> dict[
 
 def _claim(row: Mapping[str, Any], names: tuple[str, str]) -> str:
     if row["p_holm"] >= paired_tests.ALPHA:
-        return NOBODY
+        return INCONCLUSIVE
     better = row["diff"] * (-1 if row["metric"] in LOWER_IS_BETTER else 1) > 0
     return f"{names[better]} wins"
 
@@ -165,7 +169,7 @@ def _signed(one: Mapping, two: Mapping) -> tuple[list[float], list[str]]:
     return [two[name][1] - one[name][1] for name in names], [one[name][0] for name in names]
 
 
-def _left_out(sides: Sequence[_Side], shared: Sequence[str], one, two) -> list[str]:
+def _left_out(sides: Sequence[_Evaluation], shared: Sequence[str], one, two) -> list[str]:
     tasks = [{r["task"] for r in side.records.values()} for side in sides]
     told = []
     for name, ours, theirs in (("first", *tasks), ("second", *reversed(tasks))):

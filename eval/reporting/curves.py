@@ -27,13 +27,13 @@ RISK = (
 )
 
 
-def drawn(calibration: Mapping[str, Any]) -> str:
+def render_curves(calibration: Mapping[str, Any]) -> str:
     """Both charts of every task, and the numbers of the bins; "" where there are none."""
     bins, curves = calibration.get("bins", {}), calibration.get("curves", {})
     body = ""
     if bins:
         body += html_page.paragraph(RELIABILITY) + svg_charts.side_by_side(_reliability(bins))
-        body += html_page.closed("The bins in numbers", _table(bins))
+        body += html_page.details("The bins in numbers", _table(bins))
     if curves:
         body += html_page.paragraph(RISK) + svg_charts.side_by_side(_risk(curves))
     return body
@@ -41,7 +41,7 @@ def drawn(calibration: Mapping[str, Any]) -> str:
 
 def _reliability(bins: Rows) -> list[str]:
     ends = [one[end] for some in bins.values() for one in some for end in ("low", "high")]
-    low, high = svg_charts.around(ends, step=STEP, least=LEAST)
+    low, high = svg_charts.axis_limits(ends, step=STEP, least=LEAST)
     found = []
     for task, some in bins.items():
         most = max(one["n"] for one in some)
@@ -51,7 +51,7 @@ def _reliability(bins: Rows) -> list[str]:
                 y=one["accuracy"],
                 low=0.0 if one["ci_low"] is None else one["ci_low"],
                 high=1.0 if one["ci_high"] is None else one["ci_high"],
-                says=f"{one['n']} answers, sure {one['low']:.3f} to {one['high']:.3f} "
+                tooltip=f"{one['n']} answers, sure {one['low']:.3f} to {one['high']:.3f} "
                 f"(mean {one['confidence']:.3f}): {one['accuracy']:.3f} right",
                 size=one["n"] / most,
             )
@@ -81,7 +81,7 @@ def _counted(bins: Sequence[Mapping[str, Any]]) -> str:
 def _risk(curves: Rows) -> list[str]:
     ends = [point["ci_high"] for some in curves.values() for point in some]
     highest = max(1.0 if end is None else end for end in ends)
-    _, high = svg_charts.around([0.0, highest], step=STEP, least=LEAST)
+    _, high = svg_charts.axis_limits([0.0, highest], step=STEP, least=LEAST)
     found = []
     for task, some in curves.items():
         points = [
@@ -90,7 +90,7 @@ def _risk(curves: Rows) -> list[str]:
                 y=one["risk"],
                 low=0.0 if one["ci_low"] is None else one["ci_low"],
                 high=highest if one["ci_high"] is None else one["ci_high"],
-                says=f"the surest {100 * one['coverage']:.0f} %: {one['risk']:.3f} wrong, "
+                tooltip=f"the surest {100 * one['coverage']:.0f} %: {one['risk']:.3f} wrong, "
                 f"{tables.interval(one)}",
                 size=0.4,
             )

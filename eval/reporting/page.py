@@ -17,7 +17,7 @@ from medmax_jax.eval.reporting import curves, tables
 from medmax_jax.eval.reporting.tables import Values
 from medmax_jax.eval.stats import intervals
 from medmax_jax.io import html_page, image_paths, journal
-from medmax_jax.io.atomic_folder import private
+from medmax_jax.io.atomic_folder import private_umask
 from medmax_jax.models import image_headers, images
 
 EXAMPLES = 3  # of each task
@@ -62,7 +62,9 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         return ""
     head = _columns(rows)
     lines = [head, ["---"] * len(head)]
-    lines += [[html_page.shown(row.get(name)).replace("|", "\\|") for name in head] for row in rows]
+    lines += [
+        [html_page.format_value(row.get(name)).replace("|", "\\|") for name in head] for row in rows
+    ]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -75,15 +77,16 @@ def write(
 ) -> None:
     """The page of one run: `summary` as eval.run writes it, the rest from beside `path`."""
     path = Path(path)
-    values = aggregate.table(records, per_record.read(path.parent, judge=_judge(summary)))
+    values = aggregate.scores_by_item(records, per_record.read(path.parent, judge=_judge(summary)))
     body = _who(summary) + _scores(summary) + _published(summary)
     for baseline in summary["baselines"]:
         body += html_page.section(
             f"Against: {baseline['name']}",
-            html_page.paragraph(baseline["says"]) + rows_table(tables.folded(baseline["scores"])),
+            html_page.paragraph(baseline["says"])
+            + rows_table(tables.merge_interval_columns(baseline["scores"])),
         )
     if ceiling := summary["modality_ceiling"]:
-        ceiling = rows_table(tables.folded([ceiling]))
+        ceiling = rows_table(tables.merge_interval_columns([ceiling]))
         body += html_page.section("Ceiling of modality_match", ceiling)
     body += "".join(_section(summary, key, title) for key, title in SECTIONS)
     body += _slices(summary, records, values) + _failures(summary, records, values)
@@ -98,7 +101,7 @@ def write(
     secret = any(map(per_record.is_credentialed, records))
     if secret:
         body = html_page.paragraph(CREDENTIALED) + body
-    with private() if secret else contextlib.nullcontext():
+    with private_umask() if secret else contextlib.nullcontext():
         journal.write_text(path, html_page.document("Evaluation", body))
 
 
@@ -222,9 +225,9 @@ def _section(summary: Mapping[str, Any], key: str, title: str) -> str:
     reason = found.get("reason", "") if isinstance(found, Mapping) else ""
     rows = found.get("rows", []) if isinstance(found, Mapping) else found
     body = html_page.paragraph(f"Not available: {reason}") if reason else ""
-    body += "".join(rows_table(tables.folded(some)) for some in _tables(key, rows))
+    body += "".join(rows_table(tables.merge_interval_columns(some)) for some in _tables(key, rows))
     if key == "calibration":
-        body += curves.drawn(found)
+        body += curves.render_curves(found)
     if key in UNDER and rows:
         body += html_page.paragraph(UNDER[key], note=True)
     if isinstance(found, Mapping) and found.get("compared"):

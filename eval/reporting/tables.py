@@ -50,7 +50,7 @@ def main_table(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
         }
         for row in headlines(summary["scores"])
     ]
-    return shrunk(rows)
+    return drop_empty_columns(rows)
 
 
 def floors(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -73,7 +73,7 @@ def other_metrics(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """All that is no headline."""
     first = {(row["task"], row["metric"]) for row in headlines(summary["scores"])}
     rows = [row for row in summary["scores"] if (row["task"], row["metric"]) not in first]
-    return shrunk(
+    return drop_empty_columns(
         [
             {
                 "task": row["task"],
@@ -92,8 +92,8 @@ def published(summary: Mapping[str, Any]) -> list[tuple[str, list[dict[str, Any]
     """(their metric, rows of ours beside theirs, how they differ) for tasks that have numbers."""
     found: dict[str, list[dict[str, Any]]] = {}
     families: dict[str, list[str]] = {}
-    for head in headlines(summary["scores"]) if of_suite(summary) else ():
-        card = catalog.card_of(head["task"], head.get("family", ""))
+    for head in headlines(summary["scores"]) if is_suite(summary) else ():
+        card = catalog.task_spec(head["task"], head.get("family", ""))
         for kind in dict.fromkeys(p.metric for p in card.published) if card else ():
             metric = OURS.get(kind, card.metric)
             same = [
@@ -104,9 +104,9 @@ def published(summary: Mapping[str, Any]) -> list[tuple[str, list[dict[str, Any]
             released = row.get("paper") if row else None
             cells = {
                 "task": head["task"],
-                "here": shown(row["value"], scale) if row else None,
+                "here": format_metric(row["value"], scale) if row else None,
                 "95 %": interval(row, scale) if row else None,
-                "as released": None if released is None else shown(released, scale),
+                "as released": None if released is None else format_metric(released, scale),
             }
             cells |= {p.model: p.value for p in card.published if p.metric == kind}
             found.setdefault(kind, []).append(cells)
@@ -117,7 +117,7 @@ def published(summary: Mapping[str, Any]) -> list[tuple[str, list[dict[str, Any]
     ]
 
 
-def of_suite(summary: Mapping[str, Any]) -> bool:
+def is_suite(summary: Mapping[str, Any]) -> bool:
     """Whether the items are of the suite: the embedded sample is another."""
     return list(summary["settings"]["questions"]) != ["sample"]
 
@@ -126,8 +126,8 @@ def not_run(summary: Mapping[str, Any], records: Sequence[Row]) -> list[dict[str
     """Tasks of the suite that have no score here, and why."""
     have = {row["task"] for row in summary["scores"]}
     told = {one["task"]: one["why"] for one in summary.get("not_run", ())}
-    if of_suite(summary):
-        absent = {task: "no items of it were given" for task in catalog.CARDS if task not in have}
+    if is_suite(summary):
+        absent = {task: "no items of it were given" for task in catalog.TASKS if task not in have}
         told = absent | told
     asked = dict.fromkeys(record["task"] for record in records if record["task"] not in have)
     told |= {task: "answered, but no scorer said how well; see config.scorers" for task in asked}
@@ -135,7 +135,7 @@ def not_run(summary: Mapping[str, Any], records: Sequence[Row]) -> list[dict[str
         {
             "task": task,
             "why": why,
-            "its rows": catalog.CARDS[task].source if task in catalog.CARDS else None,
+            "its rows": catalog.TASKS[task].source if task in catalog.TASKS else None,
         }
         for task, why in told.items()
     ]
@@ -151,7 +151,7 @@ def slices(
         known = values.get((record["task"], metric.get(record["task"], "")), {})
         if record["id"] not in known:
             continue
-        for name, value in sliced(record):
+        for name, value in record_slices(record):
             by_value = parts.setdefault((record["task"], name), {})
             by_value.setdefault(value, []).append(known[record["id"]])
     rows, few = [], 0
@@ -180,7 +180,7 @@ def slices(
     return rows, few
 
 
-def sliced(record: Row) -> list[tuple[str, str]]:
+def record_slices(record: Row) -> list[tuple[str, str]]:
     """(name, value) of a record's slices; the modality that the embedded pictures know is one."""
     found = [(str(name), str(value)) for name, value in record.get("slices", ())]
     if record.get("kind") and not any(name == "modality" for name, _ in found):
@@ -230,9 +230,9 @@ def failed_examples(
                 "task": task,
                 "what": why,
                 "id": record["id"],
-                "prompt": cut(record["prompt"]),
-                "reference": cut(record["answer"]),
-                "answer": cut(record.get("error") or record["text"]),
+                "prompt": truncate(record["prompt"]),
+                "reference": truncate(record["answer"]),
+                "answer": truncate(record.get("error") or record["text"]),
             }
         )
     return sorted(rows, key=lambda row: (row["task"], row["what"]))
@@ -243,7 +243,7 @@ def failure(record: Row, known: Mapping[str, tuple[str, float]]) -> str:
     if record.get("error"):
         return "error"
     if record["family"] in CLOSED:
-        if strict.read(record["family"], record["text"], record["prompt"]) is None:
+        if strict.parse_answer(record["family"], record["text"], record["prompt"]) is None:
             return "unparsed"
     value = known.get(record["id"], ("", 1.0))[1]
     return "wrong" if value == 0.0 else ""
@@ -260,12 +260,12 @@ def marked(row: Row, text: str) -> str:
     return f"{text} {FEW_MARK}" if row.get("groups", intervals.FEW) < intervals.FEW else text
 
 
-def shown(value: float, scale: float) -> str:
+def format_metric(value: float, scale: float) -> str:
     """As the published tables write it: percent to one digit, cosines to three here."""
     return f"{value * scale:.1f}" if scale == PERCENT else f"{value * scale:.3f}"
 
 
-def folded(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def merge_interval_columns(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Rows with each pair of bounds as one column: ci_low and ci_high, flips_low and flips_high.
 
     FEW_MARK in these stands for the column few_groups.
@@ -289,16 +289,16 @@ def bounds(low: float | None, high: float | None, scale: float) -> str | None:
     """ "0.412–0.534"; "-0.1 to 0.2" where a dash could be a minus."""
     if low is None or high is None:
         return None
-    return f"{shown(low, scale)}{' to ' if low < 0 else '–'}{shown(high, scale)}"
+    return f"{format_metric(low, scale)}{' to ' if low < 0 else '–'}{format_metric(high, scale)}"
 
 
-def shrunk(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def drop_empty_columns(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Without the columns that are None in every row."""
     kept = [name for name in rows[0] if any(r[name] is not None for r in rows)] if rows else []
     return [{name: row[name] for name in kept} for row in rows]
 
 
-def cut(text: str) -> str:
+def truncate(text: str) -> str:
     """The beginning of a text."""
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"
 

@@ -25,7 +25,7 @@ class Curve:
     area: float
 
 
-def shares(log_likelihoods: Sequence[float]) -> Float[np.ndarray, "o"]:
+def option_probabilities(log_likelihoods: Sequence[float]) -> Float[np.ndarray, "o"]:
     """Probabilities over the options; [0, log 3] -> [0.25, 0.75]."""
     logs = np.asarray(log_likelihoods, np.float64)
     if len(logs) < 2 or np.isnan(logs).any() or (logs == np.inf).any() or (logs == -np.inf).all():
@@ -37,7 +37,7 @@ def shares(log_likelihoods: Sequence[float]) -> Float[np.ndarray, "o"]:
     return weights / weights.sum()
 
 
-def answer(probabilities: Float[np.ndarray, "o"]) -> tuple[int, float]:
+def top_option(probabilities: Float[np.ndarray, "o"]) -> tuple[int, float]:
     """The likeliest option and its share."""
     best = int(np.argmax(probabilities))
     return best, float(probabilities[best])
@@ -46,12 +46,12 @@ def answer(probabilities: Float[np.ndarray, "o"]) -> tuple[int, float]:
 def ece(confidence: Sequence[float], right: Sequence[float], *, bins: int) -> float:
     """Expected calibration error over `bins` bins of as equal size as ties allow."""
     confidence, right = _checked(confidence, right)
-    chosen = binned(confidence, bins=bins)
+    chosen = equal_mass_bins(confidence, bins=bins)
     gaps = [abs((confidence - right)[chosen == b].sum()) for b in np.unique(chosen)]
     return float(sum(gaps) / len(confidence))
 
 
-def binned(confidence: Float[np.ndarray, "n"], *, bins: int) -> Int[np.ndarray, "n"]:
+def equal_mass_bins(confidence: Float[np.ndarray, "n"], *, bins: int) -> Int[np.ndarray, "n"]:
     """The bin of each answer, of equally many each; bins that ties leave empty are not used.
 
     [0.9, 0.5, 0.5, 0.8] in 2 bins -> [1, 0, 0, 1].
@@ -90,7 +90,7 @@ def risk_coverage(confidence: Sequence[float], right: Sequence[float]) -> Curve:
     return Curve(n / len(n), risk, float(risk.mean()))
 
 
-def accuracy_at(curve: Curve, coverage: float) -> float:
+def accuracy_at_coverage(curve: Curve, coverage: float) -> float:
     """Accuracy among the most confident `coverage` of the answers, at least one of them."""
     if not 0 < coverage <= 1:
         raise ValueError(f"coverage is {coverage}; it must lie in (0, 1]")

@@ -155,7 +155,7 @@ def standard_error(
     return (high - low) / 2 / _quantile(weights, 1 - TAIL)
 
 
-def detectable(
+def minimum_detectable_effect(
     values: Sequence[float],
     groups: Sequence[Hashable],
     *,
@@ -177,7 +177,7 @@ def detectable(
 
 
 @dataclasses.dataclass(frozen=True)
-class Judged:
+class JudgedInterval:
     """`judge_sd`: how the mean would move if the judge were asked again; None with one vote each.
 
     It is part of `interval`, not to be added to it.
@@ -189,13 +189,13 @@ class Judged:
 
 def judged_interval(
     votes: Sequence[Sequence[float]], groups: Sequence[Hashable], *, seed: int, resamples: int
-) -> Judged:
+) -> JudgedInterval:
     """Mean of a judge's votes on each item, with the interval over groups."""
     if empty := [n for n, some in enumerate(votes) if not len(some)]:
         raise ValueError(f"item {empty[0]} has no votes; count it as unscored, with bounds")
     means = [float(np.mean(some)) for some in votes]
     interval = mean_interval(means, groups, seed=seed, resamples=resamples)
-    return Judged(interval, judge_sd(votes, len(votes)))
+    return JudgedInterval(interval, judge_sd(votes, len(votes)))
 
 
 def judge_sd(votes: Sequence[Sequence[float]], n: int) -> float | None:
@@ -220,7 +220,7 @@ def ratio_interval(
     above, below = np.asarray(above, np.float64), np.asarray(below, np.float64)
     if len(above) != len(below):
         raise ValueError(f"{len(above)} values above but {len(below)} below: one each")
-    (found,) = each_interval(
+    (found,) = pointwise_intervals(
         lambda some: np.array([above[some].sum() / below[some].sum()]),
         groups,
         seed=seed,
@@ -230,7 +230,7 @@ def ratio_interval(
     return found
 
 
-def each_interval(
+def pointwise_intervals(
     statistics: Callable[[Int[np.ndarray, "k"]], Float[np.ndarray, "s"]],
     groups: Sequence[Hashable],
     *,

@@ -20,10 +20,10 @@ from typing import Any
 
 from medmax_jax.data.image_tokens.encoder import log
 from medmax_jax.data.records.row_streams import SourceError
-from medmax_jax.data.sources.row import Bad
+from medmax_jax.data.sources.row import RejectedRow
 from medmax_jax.eval.tasks import benchmark_readers, catalog, items
 from medmax_jax.eval.tasks.benchmark_readers import READERS, YES_NO
-from medmax_jax.io.atomic_folder import new_folder, private
+from medmax_jax.io.atomic_folder import atomic_folder, private_umask
 from medmax_jax.io.image_paths import is_inside
 from medmax_jax.io.storage import os_errors
 
@@ -42,7 +42,7 @@ class Tally:
     bad: dict[tuple[str, bool], list[Any]] = dataclasses.field(default_factory=dict)
     inside: bool = False  # pictures
 
-    def refuse(self, bad: Bad) -> None:
+    def refuse(self, bad: RejectedRow) -> None:
         count, first = self.bad.get((bad.reason, bad.by_rule), (0, bad.where))
         self.bad[bad.reason, bad.by_rule] = [count + 1, first]
 
@@ -68,10 +68,10 @@ def eval_items(
     if not folder.is_dir():
         raise SourceError(f"--from is {str(folder)!r}, no folder; name that of the benchmark")
     tally = Tally()
-    with private(), new_folder(out, bytes_needed=0, seal=SEAL) as new:
+    with private_umask(), atomic_folder(out, bytes_needed=0, seal=SEAL) as new:
         with os_errors(str(out)), open(Path(new.path) / "items.jsonl", "wb") as file:
             for found in _bounded(name, folder):
-                if isinstance(found, Bad):
+                if isinstance(found, RejectedRow):
                     tally.refuse(found)
                     continue
                 row = _placed(found, prefix, Path(new.path))
@@ -80,7 +80,7 @@ def eval_items(
                     (item,) = items.from_rows([row])  # the suite takes it, and names its task
                 except items.TaskError as error:
                     reason = str(error).partition(": ")[2] or str(error)
-                    tally.refuse(Bad(where=row["id"], reason=reason))
+                    tally.refuse(RejectedRow(where=row["id"], reason=reason))
                     continue
                 tally.kept[item.task] += 1
                 file.write(json.dumps(row).encode() + b"\n")
@@ -149,11 +149,11 @@ def _other_counts(name: str, tally: Tally) -> list[str]:
     if len(tally.kept) == 1:
         counted += collections.Counter({next(iter(tally.kept)): tally.number(by_rule=False)})
     found = []
-    if name in catalog.OWN_ROWS and counted.total() != catalog.OWN_ROWS[name]:
-        found.append(f"{counted.total()} rows, published are {catalog.OWN_ROWS[name]}")
+    if name in catalog.EXPECTED_ROWS and counted.total() != catalog.EXPECTED_ROWS[name]:
+        found.append(f"{counted.total()} rows, published are {catalog.EXPECTED_ROWS[name]}")
     if tally.inside:
         return found  # told apart by the answer, not as those that counted did
-    known: Mapping[str, catalog.Card] = catalog.CARDS
+    known: Mapping[str, catalog.TaskSpec] = catalog.TASKS
     for task, n in sorted(counted.items()):
         card = known.get(task)
         if card and card.counts is not None and card.counts + card.left_out != n:

@@ -40,21 +40,27 @@ import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from medmax_jax.data.records.row_streams import Place, SourceError, csv_rows, json_array, json_lines
+from medmax_jax.data.records.row_streams import (
+    RowLocation,
+    SourceError,
+    csv_rows,
+    json_array,
+    json_lines,
+)
 from medmax_jax.data.release import chat_answers
 from medmax_jax.data.sources import captions, vqa
 from medmax_jax.data.sources.row import (
-    Bad,
-    LeftOut,
+    ExcludedRow,
     Plan,
+    RejectedRow,
     Row,
     RowError,
     clean,
-    collect,
+    collect_rows,
+    field_text,
+    find_root,
     first_file,
     picture_path,
-    root_of,
-    text_of,
 )
 from medmax_jax.endpoints.egress import LICENCE_BOUND, OPEN
 from medmax_jax.io import text_files
@@ -69,21 +75,21 @@ _QUILT, _LLAVA = "quiltvqa_test_w_ans.json", "llava_med_eval_qa50_qa.jsonl"
 _PATH_MMU_SPLITS = ("test", "test_tiny")
 
 
-def _item(name: str, place: Place, kind: str, **fields: Any) -> Item:
+def _item(name: str, place: RowLocation, kind: str, **fields: Any) -> Item:
     fields.setdefault("slices", {})
     fields["slices"] = {k: str(v) for k, v in fields["slices"].items() if v not in (None, "")}
     id_ = place.id(name).replace("/", "-")
     return dict(task_name=name, question_type=kind, id=id_, data_class=LICENCE_BOUND) | fields
 
 
-def _of_row(row: Row, name: str, place: Place, kind: str | None, **fields: Any) -> Item:
+def _of_row(row: Row, name: str, place: RowLocation, kind: str | None, **fields: Any) -> Item:
     """An item of a training reader's row of one turn; kind None: by the answer."""
     prompt, answer = row.text.removeprefix(IMAGE_NAME).split(SEP_NAME)
     is_closed = answer.strip().rstrip(".").lower() in ("yes", "no")
     kind = kind or ("closed" if is_closed else "open")
     if kind == "closed":
         if not is_closed:
-            raise LeftOut(YES_NO)
+            raise ExcludedRow(YES_NO)
         answer = answer.strip().rstrip(".").lower()
     return _item(
         name,
@@ -108,41 +114,43 @@ def _kind(item: Mapping[str, Any]) -> str:
     return "closed" if said == "CLOSED" else "open"
 
 
-def _vqa_rad(place: Place, item: dict[str, Any]) -> Item:
+def _vqa_rad(place: RowLocation, item: dict[str, Any]) -> Item:
     row = vqa.vqa_rad(_plan("VQA-RAD"), place, item)
     if row.split != "test":
-        raise LeftOut("not of the test split")
+        raise ExcludedRow("not of the test split")
     kinds = str(item.get("question_type", "")).upper().split(",")
     slices = {"organ": item.get("image_organ"), "question_type": kinds[0].strip()}
     return _of_row(row, "vqa_rad", place, _kind(item), slices=slices, data_class=OPEN)
 
 
-def _slake(place: Place, item: dict[str, Any]) -> Item:
+def _slake(place: RowLocation, item: dict[str, Any]) -> Item:
     row = vqa.slake(_plan("SLAKE"), place, item)
     names = {"modality": "modality", "organ": "location", "question_type": "content_type"}
     slices = {ours: item.get(theirs) for ours, theirs in names.items()}
     return _of_row(row, "slake", place, _kind(item), slices=slices, data_class=OPEN)
 
 
-def _of_parquet(name: str, data_class: str, folder: pathlib.Path) -> Iterator[Item | Bad]:
+def _of_parquet(name: str, data_class: str, folder: pathlib.Path) -> Iterator[Item | RejectedRow]:
     """PathVQA, and VQA-RAD's other form: what is closed is told by the answer."""
     for number, row in enumerate(vqa.read(folder, _plan(name)), 1):
-        if isinstance(row, Bad):
+        if isinstance(row, RejectedRow):
             yield row
             continue
         first = row.text.removeprefix(IMAGE_NAME).split(None, 1)[0].lower()
         slices = {"question_type": first if first in ASKED else "yes/no or other"}
-        item = _of_row(row, name, Place("test", number), None, slices=slices, data_class=data_class)
+        item = _of_row(
+            row, name, RowLocation("test", number), None, slices=slices, data_class=data_class
+        )
         suffix = ".png" if row.image.startswith(b"\x89PNG") else ".jpg"
         yield item | {"image_path": f"images/{row.image_path}{suffix}", "picture": row.image}
 
 
-def _quilt_vqa(place: Place, item: dict[str, Any]) -> Item:
-    kind, answer = _kind(item), text_of(item, "answer")
+def _quilt_vqa(place: RowLocation, item: dict[str, Any]) -> Item:
+    kind, answer = _kind(item), field_text(item, "answer")
     if kind == "closed":
-        answer = text_of(item, "yes_no_answer").rstrip(".").lower()
+        answer = field_text(item, "yes_no_answer").rstrip(".").lower()
         if answer not in ("yes", "no"):
-            raise LeftOut(YES_NO)
+            raise ExcludedRow(YES_NO)
     asked = item.get("question")
     prompt = clean(asked.replace(IMAGE_NAME, " ") if isinstance(asked, str) else "", "question")
     image = picture_path(item, "image", "images")
@@ -151,31 +159,31 @@ def _quilt_vqa(place: Place, item: dict[str, Any]) -> Item:
     return _item("quilt_vqa", place, kind, **fields, context=str(item.get("context") or ""))
 
 
-def _pmc_vqa(name: str, files: Sequence[str], folder: pathlib.Path) -> Iterator[Item | Bad]:
+def _pmc_vqa(name: str, files: Sequence[str], folder: pathlib.Path) -> Iterator[Item | RejectedRow]:
     path = first_file(folder, files, "PMC-VQA")
     second = path.stem.endswith("_2")
     answer = "Answer" if second else "Answer_label"
     roots = ("images_2/figures", "figures", "images_2")
-    root = root_of(folder, roots) if second else "images"
+    root = find_root(folder, roots) if second else "images"
 
-    def make(place: Place, item: dict[str, Any]) -> Item:
+    def make(place: RowLocation, item: dict[str, Any]) -> Item:
         row = vqa.pmc_vqa(_plan("PMC-VQA"), root, answer, place, item)
         return _of_row(row, name, place, "mcq")
 
     letters = [f"Choice {letter}" for letter in vqa.LETTERS]
-    yield from collect(csv_rows(path, ("Figure_path", "Question", *letters, answer)), make)
+    yield from collect_rows(csv_rows(path, ("Figure_path", "Question", *letters, answer)), make)
 
 
-def _omnimed_vqa(place: Place, item: dict[str, Any]) -> Item:
+def _omnimed_vqa(place: RowLocation, item: dict[str, Any]) -> Item:
     row = vqa.omnimedvqa(_plan("OmniMedVQA"), place, item)
     if row.split != "test":
-        raise LeftOut("not of the test split")
+        raise ExcludedRow("not of the test split")
     names = {"modality": "modality_type", "question_type": "question_type", "data_set": "dataset"}
     slices = {ours: item.get(theirs) for ours, theirs in names.items()}
     return _of_row(row, "omnimed_vqa", place, "mcq", slices=slices)
 
 
-def _path_mmu(folder: pathlib.Path) -> Iterator[Item | Bad]:
+def _path_mmu(folder: pathlib.Path) -> Iterator[Item | RejectedRow]:
     path = first_file(folder, ("data.json",), "PathMMU")
     try:
         data = text_files.read_bytes(path, max_bytes=MAX_JSON)
@@ -188,7 +196,7 @@ def _path_mmu(folder: pathlib.Path) -> Iterator[Item | Bad]:
             for split, rows in splits.items()
             if split in _PATH_MMU_SPLITS
         ]
-        rows = [(subset, Place(f"{subset}-{s}.json", n), row) for subset, s, some in parts
+        rows = [(subset, RowLocation(f"{subset}-{s}.json", n), row) for subset, s, some in parts
                 for n, row in enumerate(some, 1)]  # fmt: skip
     except TextFileError as error:
         raise SourceError(f"{error}; give the file as it is published") from error
@@ -197,42 +205,42 @@ def _path_mmu(folder: pathlib.Path) -> Iterator[Item | Bad]:
             f"{path.name}: not {{subset: {{split: [rows]}}}}; give the file as it is published"
         ) from error
     for subset, place, row in rows:
-        yield from collect([(place, row)], functools.partial(_path_mmu_row, subset))
+        yield from collect_rows([(place, row)], functools.partial(_path_mmu_row, subset))
 
 
-def _path_mmu_row(subset: str, place: Place, item: dict[str, Any]) -> Item:
+def _path_mmu_row(subset: str, place: RowLocation, item: dict[str, Any]) -> Item:
     given = item.get("options")
     if not isinstance(given, list) or not 2 <= len(given) <= 10:
         raise RowError("options: not a list of two to ten")
     listed = {}
     for letter, option in zip(string.ascii_uppercase, given, strict=False):
-        text = text_of({"option": option}, "option")
+        text = field_text({"option": option}, "option")
         listed[letter] = clean(re.sub(rf"^\(?{letter}[).:]\s*", "", text), "option")
-    answer = text_of(item, "answer")
+    answer = field_text(item, "answer")
     right = [c for c, text in listed.items() if re.fullmatch(rf"\(?{c}([).:].*)?", answer, re.S)]
     if len(right) != 1:
         raise RowError("answer: not one of the options")
-    prompt = vqa.choice_text(text_of(item, "question"), listed)
+    prompt = vqa.choice_text(field_text(item, "question"), listed)
     image = picture_path(item, "img", "images")
     fields = dict(prompt=prompt, answer=right[0], image_path=image, group=image)
     return _item("path_mmu", place, "mcq", **fields, slices={"subset": subset})
 
 
-def _probmed(place: Place, item: dict[str, Any]) -> Item:
-    kind = text_of(item, "qa_type")
+def _probmed(place: RowLocation, item: dict[str, Any]) -> Item:
+    kind = field_text(item, "qa_type")
     names = ("modality", "body_part", "abnormality", "entity")
     question_type = next((name for name in names if name in kind), "grounding")
-    answer = text_of(item, "answer").lower()
+    answer = field_text(item, "answer").lower()
     if answer not in ("yes", "no"):
         raise RowError("answer: neither yes nor no")
     image = picture_path(item, "image", "")
     slices = {"question_type": question_type, "modality_organ": item.get("image_type")}
-    fields = dict(prompt=text_of(item, "question"), answer=answer, image_path=image)
-    group = text_of(item, "id")
+    fields = dict(prompt=field_text(item, "question"), answer=answer, image_path=image)
+    group = field_text(item, "id")
     return _item("probmed", place, "closed", **fields, group=group, slices=slices)
 
 
-def _llava_med(place: Place, item: dict[str, Any]) -> Item:
+def _llava_med(place: RowLocation, item: dict[str, Any]) -> Item:
     """As the release's rows: the answer is a dictionary, written here as JSON."""
     kind = item.get("type")
     if kind not in ("conversation", "detailed_description"):
@@ -248,21 +256,21 @@ def _llava_med(place: Place, item: dict[str, Any]) -> Item:
         raise RowError("text: no question")
     image = picture_path(item, "image", "images")
     fields = dict(prompt=prompt, answer=answer, image_path=image)
-    return _item("visual_chat", place, kind, **fields, group=text_of(item, "pair_id"))
+    return _item("visual_chat", place, kind, **fields, group=field_text(item, "pair_id"))
 
 
-def _pmc_oa(folder: pathlib.Path) -> Iterator[Item | Bad]:
+def _pmc_oa(folder: pathlib.Path) -> Iterator[Item | RejectedRow]:
     path = first_file(folder, ("test.jsonl",), "PMC-OA")
-    root = root_of(folder, captions.PMC_ROOTS)
+    root = find_root(folder, captions.PMC_ROOTS)
     for place, line in json_lines(path):
         for name in ("image_captioning", "image_generation"):
-            yield from collect([(place, line)], functools.partial(_pmc_oa_row, name, root))
+            yield from collect_rows([(place, line)], functools.partial(_pmc_oa_row, name, root))
 
 
-def _pmc_oa_row(name: str, root: str, place: Place, item: dict[str, Any]) -> Item:
-    image, caption = picture_path(item, "image", root), text_of(item, "caption")
+def _pmc_oa_row(name: str, root: str, place: RowLocation, item: dict[str, Any]) -> Item:
+    image, caption = picture_path(item, "image", root), field_text(item, "caption")
     name_of_article = pathlib.PurePosixPath(image).name.split("_")[0]
-    article = text_of(item, "pmcid") if item.get("pmcid") else name_of_article
+    article = field_text(item, "pmcid") if item.get("pmcid") else name_of_article
     asked = name == "image_generation"
     words = dict(
         prompt=caption if asked else "Please describe this picture.",
@@ -271,25 +279,25 @@ def _pmc_oa_row(name: str, root: str, place: Place, item: dict[str, Any]) -> Ite
     return _item(name, place, "pmc_oa", **words, image_path=image, group=article)
 
 
-def _array(name: str, make: Callable[[Place, dict[str, Any]], Item]):
-    return lambda folder: collect(json_array(first_file(folder, (name,), name)), make)
+def _array(name: str, make: Callable[[RowLocation, dict[str, Any]], Item]):
+    return lambda folder: collect_rows(json_array(first_file(folder, (name,), name)), make)
 
 
-def _vqa_rad_of_either_form(folder: pathlib.Path) -> Iterator[Item | Bad]:
+def _vqa_rad_of_either_form(folder: pathlib.Path) -> Iterator[Item | RejectedRow]:
     if (folder / vqa.VQA_RAD).is_file():
         return _array(vqa.VQA_RAD, _vqa_rad)(folder)
     return _of_parquet("vqa_rad", OPEN, folder)
 
 
-def _omnimed(folder: pathlib.Path) -> Iterator[Item | Bad]:
+def _omnimed(folder: pathlib.Path) -> Iterator[Item | RejectedRow]:
     paths = sorted((folder / "QA_information" / "Open-access").glob("*.json"))
     if not paths:
         raise SourceError("omnimed_vqa: no QA_information/Open-access/*.json in the folder")
     for path in paths:
-        yield from collect(json_array(path), _omnimed_vqa)
+        yield from collect_rows(json_array(path), _omnimed_vqa)
 
 
-READERS: Mapping[str, Callable[[pathlib.Path], Iterator[Item | Bad]]] = {
+READERS: Mapping[str, Callable[[pathlib.Path], Iterator[Item | RejectedRow]]] = {
     "vqa_rad": _vqa_rad_of_either_form,
     "slake": _array("test.json", _slake),
     "pathvqa": functools.partial(_of_parquet, "pathvqa", LICENCE_BOUND),
@@ -299,7 +307,7 @@ READERS: Mapping[str, Callable[[pathlib.Path], Iterator[Item | Bad]]] = {
     "omnimed_vqa": _omnimed,
     "path_mmu": _path_mmu,
     "probmed": _array("test.json", _probmed),
-    "llava_med": lambda folder: collect(
+    "llava_med": lambda folder: collect_rows(
         json_lines(first_file(folder, (_LLAVA,), "LLaVA-Med")), _llava_med
     ),
     "pmc_oa": _pmc_oa,

@@ -15,7 +15,7 @@ CAPTIONS_CHART, CHAT_CHART, MULTI_CHART = (
     f"{CHART}: {name}"
     for name in ("perf_image_cap_gen_fig7", "visual_chabot_compare_fig9", "multimodal_gen_fig8")
 )
-OWN_ROWS = {  # of a benchmark's own test files, by name in eval/tasks/benchmark_readers.py
+EXPECTED_ROWS = {  # of a benchmark's own test files, by name in eval/tasks/benchmark_readers.py
     "vqa_rad": 451,  # its README.md on huggingface.co; the file that its card names
     "slake": 1_061,  # English; the file that its card names
     "pathvqa": 6_719,  # README.md
@@ -38,7 +38,7 @@ class Published:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Card:
+class TaskSpec:
     """One task. `counts`: of the rows that are asked, of its own form; None: not published.
 
     left_out: rows that the benchmark counts to the task and the suite does not ask, because they
@@ -174,7 +174,7 @@ def _published(task: str) -> tuple[Published, ...]:
     return tuple(found)
 
 
-def _card(task: str, title: str, family: str, **fields) -> Card:
+def _card(task: str, title: str, family: str, **fields) -> TaskSpec:
     defaults = dict(
         revision="not pinned: its publisher tags none",
         split="test",
@@ -185,12 +185,12 @@ def _card(task: str, title: str, family: str, **fields) -> Card:
         differs=DIFFERS[family],
         published=_published(task),
     )
-    return Card(task=task, title=title, family=family, **defaults | fields)
+    return TaskSpec(task=task, title=title, family=family, **defaults | fields)
 
 
 def _vqa(
     name: str, title: str, closed: int | None, opened: int | None, left_out: int = 0, **fields
-) -> list[Card]:
+) -> list[TaskSpec]:
     return [
         _card(
             f"{name}_closed",
@@ -362,9 +362,9 @@ _CARDS = (
         metric="judge_relative",
     ),
 )
-CARDS = {card.task: card for card in _CARDS}
+TASKS = {card.task: card for card in _CARDS}
 
 
-def card_of(task: str, family: str) -> Card | None:
+def task_spec(task: str, family: str) -> TaskSpec | None:
     """The card of a row of the tables; the release's interleaved tasks share one."""
-    return CARDS.get(task) or (CARDS["multimodal"] if family == "multimodal" else None)
+    return TASKS.get(task) or (TASKS["multimodal"] if family == "multimodal" else None)

@@ -61,7 +61,8 @@ FAMILIES = {  # the release's bounds: vqa.py:24-31, visual_chat.py, mm_out.py, i
     "visual_chat": Family(mode="text", shows_image=True, tokens=_tokens(paper=4_096, strict=4_096)),
 }
 MODES = ("paper", "strict")
-NAMED = {  # released task_name -> family; all others are question answering, by question_type
+# Released task_name -> family; all others are question answering, by question_type.
+FAMILY_BY_TASK = {
     "image_captioning": "captioning",
     "image_generation": "image_generation",
     "mm_out": "multimodal",
@@ -72,10 +73,10 @@ CHAMELEON = {  # the release's wordings for the base model
     "vqa_open": "",
     "vqa_mcq": " and respond 'A', 'B', 'C', or 'D'",
 }
-ASKED = {"closed": "vqa_closed", "mcq": "vqa_mcq", "open": "vqa_open"}
+FAMILY_BY_QUESTION_TYPE = {"closed": "vqa_closed", "mcq": "vqa_mcq", "open": "vqa_open"}
 CAPTION_PROMPT = "Please describe this picture."  # what the release asks whatever the row says
 DETAILED_PROMPT = "Analyze the image in a comprehensive and detailed manner."  # likewise
-PICTURE = "<image>"  # where a row wants its picture
+IMAGE_PLACEHOLDER = "<image>"  # where a row wants its picture
 _MARK = re.compile(r"<image(?:[ _]?(\d{1,3}))?>")  # also numbered, as MMMU writes them
 _LETTERED = r"(?<!\w)([A-Ba-b])\s*[:.)]"  # options of a form that score_text may not read
 OPTION_FIELDS = ("options", "choices")
@@ -171,7 +172,7 @@ def item_fields(item: Item) -> dict[str, Any]:
     return found
 
 
-def parts(item: Item, folder: Path, prompt: str = "sft") -> tuple[Path | str, ...]:
+def prompt_parts(item: Item, folder: Path, prompt: str = "sft") -> tuple[Path | str, ...]:
     """What is asked, in order: the picture's file if the family shows it, and the words.
 
     `prompt`: one of PROMPTS, whose words these are; `ends_turn` says what comes after them. Where
@@ -181,25 +182,26 @@ def parts(item: Item, folder: Path, prompt: str = "sft") -> tuple[Path | str, ..
         parts(Item(prompt="Is <image> older than <image>?", ...), f)
         ->  ("Is", f/a.png, "older than", f/b.png, "?")
     """
-    words = worded(item, prompt)
+    words = prompt_text(item, prompt)
     if not FAMILIES[item.family].shows_image:
         return (words,)
     label = "an image of a credentialed item" if is_credentialed(item) else ""
     images = tuple(image_paths.resolve(folder, name, label=label) for name in item.images)
-    if PICTURE in words:
+    if IMAGE_PLACEHOLDER in words:
         return _interleaved(words, images)
     asked = dict(item.released).get("prompt", "")
-    if asked.endswith(PICTURE) and words != DETAILED_PROMPT:
+    if asked.endswith(IMAGE_PLACEHOLDER) and words != DETAILED_PROMPT:
         return words, *images
     return *images, words
 
 
 def _interleaved(words: str, images: Sequence[Path]) -> tuple[Path | str, ...]:
     """Return the text between the marks, without the spaces next to them, and the images."""
-    texts = words.split(PICTURE)
+    texts = words.split(IMAGE_PLACEHOLDER)
     if len(texts) != len(images) + 1:
         raise TaskError(
-            f"a prompt has {len(texts) - 1} {PICTURE} marks for {len(images)} images; write one "
+            f"a prompt has {len(texts) - 1} {IMAGE_PLACEHOLDER} marks for {len(images)} images; "
+            "write one "
             "per image, or none"
         )
     found: list[Path | str] = []
@@ -211,7 +213,7 @@ def _interleaved(words: str, images: Sequence[Path]) -> tuple[Path | str, ...]:
     return tuple(found)
 
 
-def worded(item: Item, prompt: str) -> str:
+def prompt_text(item: Item, prompt: str) -> str:
     """The words of a question; `chameleon` tells a base model what to answer, with what letters."""
     if prompt not in PROMPTS:
         raise TaskError(f"prompt is {prompt!r}; use one of {', '.join(PROMPTS)}")
@@ -226,7 +228,7 @@ def worded(item: Item, prompt: str) -> str:
     return f"{task}\nQuestion: {question}Answer:"
 
 
-def ends_turn(family: str, prompt: str) -> bool:
+def uses_end_of_turn(family: str, prompt: str) -> bool:
     """Whether the end of turn follows the words, as it did in MedMax's fine-tuning.
 
     `default` means a base model, and yet ends the turn of visual_chat: in the release its answer to
@@ -235,7 +237,7 @@ def ends_turn(family: str, prompt: str) -> bool:
     return prompt == "sft" or (prompt == "default" and family == "visual_chat")
 
 
-def choose(items: Sequence[Item], count: int, *, seed: int) -> list[Item]:
+def sample_items(items: Sequence[Item], count: int, *, seed: int) -> list[Item]:
     """`count` items, taken from the groups in turn so that each is there; -1: all."""
     if count < 0 or count >= len(items):
         return list(items)
@@ -255,13 +257,13 @@ def choose(items: Sequence[Item], count: int, *, seed: int) -> list[Item]:
 def _item(number: int, row: Mapping[str, Any], known: Mapping[str, Mapping], place: str) -> Item:
     if not isinstance(row, Mapping):
         raise TaskError(f"{place}: a JSON {type(row).__name__}; expected an object")
-    stated = egress.class_of(row, place, default=egress.LICENCE_BOUND)
+    stated = egress.data_class_of(row, place, default=egress.LICENCE_BOUND)
     where = _where(number, row, place, stated)
     family = _family(row, where, stated)
     task = _task(row, family)
-    card, said = catalog.card_of(task, family), {}
+    card, said = catalog.task_spec(task, family), {}
     of_task = card.data_class if card else egress.LICENCE_BOUND
-    data_class = egress.class_of(row, place, default=of_task)
+    data_class = egress.data_class_of(row, place, default=of_task)
     where = _where(number, row, place, data_class)
     images, prompt = _images_and_prompt(row, family, where, data_class)
     facts, slices = known.get(images[0] if images else "", {}), row.get("slices") or {}
@@ -314,13 +316,15 @@ def _family(row: Mapping[str, Any], where: str, data_class: str) -> str:
         kinds = (str, int, float) if name == "answer" else str
         if not isinstance(value, kinds) and not (name == "question_type" and value is None):
             raise TaskError(f"{where}: {name} is of type {type(value).__name__}; expected a string")
-    family = NAMED.get(row["task_name"]) or ASKED.get(row["question_type"])
+    family = FAMILY_BY_TASK.get(row["task_name"]) or FAMILY_BY_QUESTION_TYPE.get(
+        row["question_type"]
+    )
     if family is None:
         shown = f"{row['task_name']} / {row['question_type']}"
         shown = shown if data_class != egress.CREDENTIALED else "task_name / question_type"
         raise TaskError(
             f"{where}: {printable(shown)} is no task of this suite "
-            f"({', '.join((*NAMED, *ASKED))}); leave such rows out"
+            f"({', '.join((*FAMILY_BY_TASK, *FAMILY_BY_QUESTION_TYPE))}); leave such rows out"
         )
     return family
 
@@ -339,7 +343,7 @@ def _images_and_prompt(
     shows = FAMILIES[family].shows_image
     if shows and not images:
         raise TaskError(f"{where}: {family} needs image_path; name the picture")
-    if len(images) > 1 and family not in ASKED.values():
+    if len(images) > 1 and family not in FAMILY_BY_QUESTION_TYPE.values():
         raise TaskError(f"{where}: {len(images)} images, but {family} takes one; name one image")
     if family == "vqa_mcq":
         prompt = _with_options(row, prompt, where)
@@ -350,7 +354,7 @@ def _images_and_prompt(
     if marks and len(marks) != count:
         raise TaskError(
             f"{where}: the prompt has {len(marks)} image marks for {count} images that are shown; "
-            f"write one {PICTURE} per image, or none"
+            f"write one {IMAGE_PLACEHOLDER} per image, or none"
         )
     if any(mark[1] for mark in marks):
         order = [int(mark[1] or 0) - 1 for mark in marks]
@@ -359,9 +363,9 @@ def _images_and_prompt(
                 f"{where}: the image marks of the prompt are not numbered 1 to {count}, each once"
             )
         images = tuple(images[place] for place in order)
-    prompt = _MARK.sub(PICTURE, prompt)
-    rest = re.sub(rf"^(?:\s*{PICTURE})+\s*", "", prompt)
-    return images, prompt if PICTURE in rest else rest
+    prompt = _MARK.sub(IMAGE_PLACEHOLDER, prompt)
+    rest = re.sub(rf"^(?:\s*{IMAGE_PLACEHOLDER})+\s*", "", prompt)
+    return images, prompt if IMAGE_PLACEHOLDER in rest else rest
 
 
 def _images(row: Mapping[str, Any], where: str, data_class: str) -> tuple[str, ...]:
@@ -466,7 +470,7 @@ def _chat(where: str, row: Mapping[str, Any], data_class: str) -> tuple[dict, st
         secret = data_class == egress.CREDENTIALED
         why = "the answer is not the dictionary of the released schema" if secret else error
         raise TaskError(f"{where}: {why}") from (None if secret else error)
-    asked = str(row["prompt"]).replace(PICTURE, "").strip()
+    asked = str(row["prompt"]).replace(IMAGE_PLACEHOLDER, "").strip()
     detailed = row["question_type"] == "detailed_description"
     released = dict(
         prompt=str(row["prompt"]),
@@ -488,7 +492,7 @@ def _task(row: Mapping[str, str], family: str) -> str:
     name, kind = row["task_name"], row["question_type"]
     if name in SAMPLE or kind in SAMPLE:
         return family
-    if name in NAMED:
+    if name in FAMILY_BY_TASK:
         return f"{family}_{kind}" if kind else family
     return f"{name}_{kind}"
 

@@ -27,12 +27,18 @@ import PIL.Image
 from medmax_jax.endpoints import egress
 from medmax_jax.eval.metrics import aggregate, per_record, strict
 from medmax_jax.eval.metrics import text as text_metrics
-from medmax_jax.eval.metrics.per_record import NONE, SEEN, Evidence, Record, answer_text
+from medmax_jax.eval.metrics.per_record import (
+    IMAGE_METRICS,
+    NO_INPUTS,
+    Record,
+    ScoringInputs,
+    answer_text,
+)
 from medmax_jax.eval.stats import intervals
 from medmax_jax.eval.tasks.items import FAMILIES, Item, TaskError, is_credentialed
 
 NAMES = ("blank", "shuffled", "swapped", "rotated")
-FAMILIES_ASKED = tuple(name for name, family in FAMILIES.items() if family.shows_image)
+IMAGE_FAMILIES = tuple(name for name, family in FAMILIES.items() if family.shows_image)
 ROTATED = "rotated_"
 BLANK, SIDE, GREY = "blank.png", 256, 128
 
@@ -131,8 +137,12 @@ def rotated(items: Sequence[Item], places: int) -> list[Item]:
     """
     found = []
     for item in items:
-        spans = text_metrics.spans(item.prompt) if item.family == "vqa_mcq" else []
-        right = strict.read(item.family, item.answer, item.prompt) if places < len(spans) else None
+        spans = text_metrics.option_spans(item.prompt) if item.family == "vqa_mcq" else []
+        right = (
+            strict.parse_answer(item.family, item.answer, item.prompt)
+            if places < len(spans)
+            else None
+        )
         if right is None:
             continue
         letters = [letter for letter, _, _ in spans]
@@ -148,7 +158,7 @@ def rotated(items: Sequence[Item], places: int) -> list[Item]:
     return found
 
 
-def asked(
+def probe_items(
     items: Sequence[Item], names: Sequence[str], families: Sequence[str]
 ) -> dict[str, Callable[..., list[Item]]]:
     """Probe -> what makes its items, of the names in a config; rotations one by one.
@@ -167,21 +177,23 @@ def asked(
         made["shuffled"] = lambda seed, folder: shuffled(some, seed=seed)
     if "swapped" in names:
         # among the pictures of all families: which of them are probed moves no other's question
-        shown = _questions(items, FAMILIES_ASKED)
+        shown = _questions(items, IMAGE_FAMILIES)
         made["swapped"] = lambda seed, folder: swapped(some, seed=seed, among=shown)
     most = max(
-        (len(text_metrics.spans(i.prompt)) for i in some if i.family == "vqa_mcq"), default=0
+        (len(text_metrics.option_spans(i.prompt)) for i in some if i.family == "vqa_mcq"), default=0
     )
     for places in range(1, most if "rotated" in names else 1):
         made[f"{ROTATED}{places}"] = lambda seed, folder, k=places: rotated(some, k)
     return made
 
 
-def seen(
+def captions_to_score(
     records: Sequence[Record], probed: Mapping[str, Sequence[Record]]
 ) -> dict[str, list[dict[str, Any]]]:
     """Probe -> its captions as a scorer is to see them: beside the true picture, not the shown."""
-    true = {record["id"]: record["image"] for record in records if record["family"] in SEEN}
+    true = {
+        record["id"]: record["image"] for record in records if record["family"] in IMAGE_METRICS
+    }
     found = {
         probe: [dict(r) | {"image": true[r["id"]]} for r in some if r["id"] in true]
         for probe, some in probed.items()
@@ -192,8 +204,8 @@ def seen(
 def summary(
     records: Sequence[Record],
     probed: Mapping[str, Sequence[Record]],
-    known: Evidence = NONE,
-    looked: Mapping[str, Evidence] | None = None,
+    known: ScoringInputs = NO_INPUTS,
+    looked: Mapping[str, ScoringInputs] | None = None,
     *,
     seed: int,
     resamples: int,
@@ -206,7 +218,7 @@ def summary(
     """
     rows = []
     for probe, some in probed.items():
-        before, of_probe = {r["id"]: r for r in records}, (looked or {}).get(probe, NONE)
+        before, of_probe = {r["id"]: r for r in records}, (looked or {}).get(probe, NO_INPUTS)
         for task, after in aggregate.tasks_of(some).items():
             both = [(before[r["id"]], r) for r in after if r["id"] in before]
             if both:
@@ -217,15 +229,15 @@ def summary(
 
 def _row(
     both: Sequence[tuple[Record, Record]],
-    known: Evidence,
-    of_probe: Evidence,
+    known: ScoringInputs,
+    of_probe: ScoringInputs,
     seed: int,
     resamples: int,
 ) -> dict[str, Any]:
-    old = [aggregate.values(record, known) for record, _ in both]
-    new = [aggregate.values(record, of_probe) for _, record in both]
+    old = [aggregate.record_values(record, known) for record, _ in both]
+    new = [aggregate.record_values(record, of_probe) for _, record in both]
     metric = next(name for name in old[0] if all(name in one for one in (*old, *new)))
-    flips = [float(said(one) != said(two)) for one, two in both]
+    flips = [float(parsed_answer(one) != parsed_answer(two)) for one, two in both]
     groups = [record["group"] for record, _ in both]
     old, new = ([one[metric] for one in side] for side in (old, new))
     return {"metric": metric} | _paired(metric, old, new, flips, groups, seed, resamples)
@@ -240,9 +252,9 @@ def _rotations(records, probed, seed: int, resamples: int) -> list[dict[str, Any
         each = [again for again in each if len(again) > 1]
         if not each:
             continue
-        old = [aggregate.values(again[0])["accuracy"] for again in each]
-        new = [min(aggregate.values(r)["accuracy"] for r in again) for again in each]
-        flips = [float(len({said(r) for r in again}) > 1) for again in each]
+        old = [aggregate.record_values(again[0])["accuracy"] for again in each]
+        new = [min(aggregate.record_values(r)["accuracy"] for r in again) for again in each]
+        flips = [float(len({parsed_answer(r) for r in again}) > 1) for again in each]
         groups = [again[0]["group"] for again in each]
         head = dict(probe="rotated_all", task=task, metric="accuracy")
         rows.append(head | _paired("accuracy", old, new, flips, groups, seed, resamples))
@@ -257,22 +269,22 @@ def _paired(metric: str, old, new, flips, groups, seed: int, resamples: int) -> 
     return found | dict(flips=flipped.mean, flips_low=low, flips_high=high)
 
 
-def said(record: Record) -> str:
+def parsed_answer(record: Record) -> str:
     """What an answer says: yes, an option's text, the words of all others; "" for unread."""
     family, text = record["family"], record["text"]
     if family == "vqa_mcq":
-        found = strict.read(family, text, record["prompt"])
+        found = strict.parse_answer(family, text, record["prompt"])
         return text_metrics.options(record["prompt"]).get(found or "", found or "")
     if family == "vqa_closed":
-        return strict.read(family, text, record["prompt"]) or ""
+        return strict.parse_answer(family, text, record["prompt"]) or ""
     return " ".join(text_metrics.tokens(answer_text(record)))
 
 
 def _questions(items: Sequence[Item], families: Sequence[str]) -> list[Item]:
     """Those of the items that are to be probed: asked about a picture."""
-    if wrong := [name for name in families if name not in FAMILIES_ASKED]:
+    if wrong := [name for name in families if name not in IMAGE_FAMILIES]:
         raise TaskError(
             f"probe_families: {wrong[0]!r} shows no picture or is none; use some of "
-            f"{', '.join(FAMILIES_ASKED)}"
+            f"{', '.join(IMAGE_FAMILIES)}"
         )
     return [item for item in items if item.family in families]

@@ -47,7 +47,7 @@ SAMPLE = Path(__file__).parents[2] / "data" / "sample"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Suite:
+class EvalSet:
     """Items, training items for the blind baseline, training pictures as (path, modality)."""
 
     items: list[task_items.Item]
@@ -56,10 +56,10 @@ class Suite:
     folder: Path
 
 
-def suite(settings: Settings) -> Suite:
+def load_eval_set(settings: Settings) -> EvalSet:
     """The embedded sample's items, or those of JSONL files in the released schema."""
     if settings.questions == ("sample",):
-        return sample(settings)
+        return load_sample(settings)
     if not settings.questions or "sample" in settings.questions:
         raise EvalError(
             f"config.questions is {','.join(settings.questions)!r}; name JSONL files, or sample "
@@ -68,17 +68,17 @@ def suite(settings: Settings) -> Suite:
     rows = [row for path in settings.questions for row in read_rows(Path(path))]
     items = task_items.from_rows([row for _, row in rows], places=[place for place, _ in rows])
     folder = Path(settings.images or Path(settings.questions[0]).parent)
-    return Suite(items=_chosen(items, settings), train=[], pictures=[], folder=folder)
+    return EvalSet(items=_chosen(items, settings), train=[], pictures=[], folder=folder)
 
 
-def sample(settings: Settings) -> Suite:
+def load_sample(settings: Settings) -> EvalSet:
     """The embedded sample's, with its training half."""
     manifest = read_manifest(SAMPLE / "manifest.jsonl")
     held, train = (
         task_items.from_rows(eval_items(manifest, settings.seed, split=split), manifest)
         for split in (settings.split, "train")
     )
-    return Suite(
+    return EvalSet(
         items=_chosen(held, settings),
         train=train,
         pictures=[(row["file"], row["modality"]) for row in manifest if row["split"] == "train"],
@@ -86,7 +86,7 @@ def sample(settings: Settings) -> Suite:
     )
 
 
-def check_images(found: Suite) -> None:
+def check_images(found: EvalSet) -> None:
     """Raise, before anything is asked, where an image that is shown or compared cannot be used.
 
     That is an image whose path leads out of the folder or that is missing. Images of credentialed
@@ -135,7 +135,7 @@ def _chosen(items: list[task_items.Item], settings: Settings) -> list[task_items
     return [
         item
         for family, count in counts.items()
-        for item in task_items.choose(
+        for item in task_items.sample_items(
             [item for item in items if item.family == family], count, seed=settings.seed
         )
     ]

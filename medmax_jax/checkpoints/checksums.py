@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import PyTree
 
-from medmax_jax.checkpoints.safetensors_file import host_array, named
+from medmax_jax.checkpoints.safetensors_file import fetch_to_host, flatten_named
 from medmax_jax.io.storage import Folder, StorageError
 from medmax_jax.io.text_files import TextFileError, parse_json
 
@@ -28,9 +28,9 @@ SHARDS = "shards-{}.json"  # of one process
 Copies = dict[str, list[tuple[list[list[int]], np.ndarray]]]  # name -> (place, values) of shards
 
 
-def copies(tree: PyTree) -> Copies:
+def host_shards(tree: PyTree) -> Copies:
     """Host copies of the shards that this process is the one to save; each is in one process."""
-    leaves = named(tree)
+    leaves = flatten_named(tree)
     for leaf in leaves.values():
         leaf.copy_to_host_async()
     mine = {
@@ -58,18 +58,18 @@ def shard_digests(held: Copies) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def wrong_shard(expected: dict[str, list[dict[str, Any]]], tree: PyTree) -> str:
+def find_corrupt_shard(expected: dict[str, list[dict[str, Any]]], tree: PyTree) -> str:
     """The first array of `tree` that is not the one that was hashed; empty when all are.
 
     Every process calls: arrays that lie across hosts are gathered, one at a time.
     """
-    leaves = named(tree)
+    leaves = flatten_named(tree)
     if expected.keys() != leaves.keys():
         return (
             f"hashes of {sorted(expected.keys() ^ leaves.keys())[:3]} or their arrays are missing"
         )
     for name, leaf in leaves.items():
-        whole = host_array(leaf)
+        whole = fetch_to_host(leaf)
         covered = 0
         for shard in expected[name]:
             part = np.asarray(whole[tuple(slice(*ends) for ends in shard["at"])])
@@ -91,14 +91,14 @@ def read_shards(folder: Folder) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def seal(folder: Folder) -> str:
+def write_manifest(folder: Folder) -> str:
     """Writes the manifest of a finished step; returns its root. From here on it is trusted."""
     text = _manifest(file_digests(folder))
     folder.write(MANIFEST, [text])
-    return root(text)
+    return manifest_digest(text)
 
 
-def damage(folder: Folder) -> str:
+def find_corrupt_file(folder: Folder) -> str:
     """What is wrong with the files of a step, in a few words; empty when every digest matches."""
     try:
         if not folder.has(MANIFEST):
@@ -120,7 +120,7 @@ def damage(folder: Folder) -> str:
     return ""
 
 
-def root(manifest: bytes) -> str:
+def manifest_digest(manifest: bytes) -> str:
     """The name of a step's whole content."""
     return hashlib.sha256(manifest).hexdigest()
 

@@ -22,7 +22,7 @@ from medmax_jax.checkpoints import safetensors_file, zarr_arrays
 from medmax_jax.io.storage import Folder, StorageError
 
 SMALL, LARGE = "model.safetensors", "model.zarr"
-TOOLS = ("tokenizer.json", "vqgan.safetensors")  # what a model folder needs beside the model
+SIDE_FILES = ("tokenizer.json", "vqgan.safetensors")  # what a model folder needs beside the model
 FREE = ("param_dtype", "compute_dtype", "remat", "attention")  # how a model runs, not what it is
 
 
@@ -40,7 +40,7 @@ def load(folder: str | os.PathLike, like: PyTree) -> PyTree:
     return zarr_arrays.load(Folder(f"{str(folder).rstrip('/')}/{LARGE}"), like)
 
 
-def identity(folder: str | os.PathLike) -> str:
+def base_fingerprint(folder: str | os.PathLike) -> str:
     """What an adapter calls its base: the file's sha256, or the fingerprint that convert noted."""
     place = Folder(folder)
     if place.has(SMALL):
@@ -72,7 +72,7 @@ def model(
 ) -> list[str]:
     """A whole model; the tools come from train.init_from. Returns the names that are missing."""
     source = Folder(run.train.init_from) if run.train.init_from else None
-    found = [name for name in TOOLS if source and source.has(name)]
+    found = [name for name in SIDE_FILES if source and source.has(name)]
 
     def fill(folder: pathlib.Path) -> None:
         safetensors_file.save(folder / SMALL, base, _note({"data": data, "step": step}))
@@ -82,7 +82,7 @@ def model(
                 (folder / name).write_bytes(source.read(name))
 
     _replace(target, fill)
-    return [name for name in TOOLS if name not in found]
+    return [name for name in SIDE_FILES if name not in found]
 
 
 def check_base(folder: str, run: config.Run, *, tokenizer: str, vqgan: str) -> None:
@@ -104,7 +104,7 @@ def check_base(folder: str, run: config.Run, *, tokenizer: str, vqgan: str) -> N
                     f"{folder} has {section}.{field} = {other!r}, this run has {value!r}; "
                     "use the config of that model"
                 )
-    for name, digest in zip(TOOLS, (tokenizer, vqgan), strict=True):
+    for name, digest in zip(SIDE_FILES, (tokenizer, vqgan), strict=True):
         held = digest and place.has(name)
         if held and place.file(name).digest("sha256") != digest:
             raise ExportError(

@@ -42,7 +42,7 @@ class DamagedError(CheckpointError):
     """A step whose arrays are not those that were saved; it has been put aside."""
 
 
-class Checkpoints:
+class CheckpointManager:
     """The steps under one folder. Every process calls every method; process 0 keeps the digests."""
 
     def __init__(self, folder: str | os.PathLike, *, keep: int, log: Callable[[str], None]) -> None:
@@ -63,7 +63,7 @@ class Checkpoints:
         """Starts to write a step; returns when `state` may change. See `wait`."""
         begin = time.monotonic()
         self.wait()
-        held = checksums.copies(state)
+        held = checksums.host_shards(state)
         self.write(step, state, held, cursor=cursor, meta=meta, begin=begin)
 
     def write(
@@ -81,7 +81,7 @@ class Checkpoints:
             self._orbax.save(
                 self.folder / str(step),
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(safetensors_file.named(state)),
+                    state=ocp.args.StandardSave(safetensors_file.flatten_named(state)),
                     cursor=ocp.args.JsonSave(cursor),
                     meta=ocp.args.JsonSave(meta),
                 ),
@@ -117,11 +117,11 @@ class Checkpoints:
         Raises DamagedError when the arrays are not the ones that were saved.
         """
         place = self._step(step)
-        wanted = safetensors_file.named(like)
+        wanted = safetensors_file.flatten_named(like)
         with ocp.StandardCheckpointer() as reader:
             found = reader.restore(self.folder / str(step) / "state", wanted)
         arrays = {name: found[name] for name in wanted}
-        if wrong := _anywhere(checksums.wrong_shard(checksums.read_shards(place), arrays)):
+        if wrong := _anywhere(checksums.find_corrupt_shard(checksums.read_shards(place), arrays)):
             self._newest_sound = _agree(lambda: self._reject(step, wrong))
             raise DamagedError(f"checkpoint {step}: {wrong}")
         state = jax.tree.unflatten(jax.tree.structure(like), list(arrays.values()))
@@ -151,7 +151,7 @@ class Checkpoints:
                 for process in range(jax.process_count()):
                     name = checksums.SHARDS.format(process)
                     _await(lambda name=name: place.has(name), f"{name} of another host")
-                root = checksums.seal(place)
+                root = checksums.write_manifest(place)
                 self.log(
                     f"checkpoint {step}: held training up {blocked:.2f} s, sealed "
                     f"{time.monotonic() - begin:.1f} s later, root {root}"
@@ -186,7 +186,7 @@ class Checkpoints:
         for entry in self.folder.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(entry)  # the process died while it wrote
         for step in sorted(_steps(self.folder), reverse=True):
-            if not (wrong := checksums.damage(self._step(step))):
+            if not (wrong := checksums.find_corrupt_file(self._step(step))):
                 return step
             self._put_aside(step, wrong)
         return -1
@@ -205,14 +205,14 @@ class Checkpoints:
         )
 
 
-def newest(folder: str | os.PathLike) -> tuple[int, dict[str, Any], dict]:
+def read_latest(folder: str | os.PathLike) -> tuple[int, dict[str, Any], dict]:
     """(step, arrays by name, meta) of the newest sound step, for reading only."""
     for step in sorted(_steps(pathlib.Path(folder)), reverse=True):
         place = Folder(pathlib.Path(folder) / str(step))
-        if not checksums.damage(place):
+        if not checksums.find_corrupt_file(place):
             with ocp.StandardCheckpointer() as reader:
                 found = reader.restore((pathlib.Path(folder) / str(step) / "state").absolute())
-            if not checksums.wrong_shard(checksums.read_shards(place), found):
+            if not checksums.find_corrupt_shard(checksums.read_shards(place), found):
                 return step, found, place.json("meta/metadata")
     raise CheckpointError(f"{folder}: holds no sound checkpoint; train on, or name another run")
 
@@ -221,7 +221,7 @@ def _steps(folder: pathlib.Path) -> list[int]:
     return [int(entry.name) for entry in folder.glob("*") if entry.name.isdigit()]
 
 
-def meet(name: str) -> None:
+def barrier(name: str) -> None:
     """All hosts wait for each other, by the coordinator; a name is for one use.
 
     After a compilation, whose length differs: Gloo gives the first collective's peers 30 s only.

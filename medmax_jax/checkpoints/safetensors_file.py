@@ -30,7 +30,7 @@ class WeightsError(FileError):
 
 def save(path_file: str | os.PathLike, tree: Any, metadata: dict[str, str]) -> None:
     """Writes every array of `tree`, whole or not at all. Every host calls, one writes."""
-    arrays = {name: host_array(leaf) for name, leaf in named(tree).items()}
+    arrays = {name: fetch_to_host(leaf) for name, leaf in flatten_named(tree).items()}
     if jax.process_index() != 0:
         return
     path_file = Path(path_file)
@@ -47,7 +47,7 @@ def load(path_file: str | os.PathLike, like: Any) -> Any:
     without a key, or a shape that differs.
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(like)
-    names = [dotted(path) for path, _ in leaves]
+    names = [dotted_name(path) for path, _ in leaves]
     with _opened(path_file) as file:
         check_names(path_file, set(file.keys()), set(names))
         arrays = [
@@ -69,10 +69,10 @@ def names(path_file: str | os.PathLike) -> list[str]:
         return list(file.keys())
 
 
-def named(tree: Any) -> dict[str, Any]:
+def flatten_named(tree: Any) -> dict[str, Any]:
     """Dotted name -> leaf, in tree order; raises WeightsError when two leaves share a name."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    names = {dotted(path): leaf for path, leaf in leaves}
+    names = {dotted_name(path): leaf for path, leaf in leaves}
     if len(names) != len(leaves):
         raise WeightsError(
             f"{len(leaves) - len(names)} arrays share a dotted name; rename an attribute"
@@ -80,7 +80,9 @@ def named(tree: Any) -> dict[str, Any]:
     return names
 
 
-def misfit(path: str | os.PathLike, name: str, shape: tuple[int, ...], leaf: Any) -> WeightsError:
+def shape_error(
+    path: str | os.PathLike, name: str, shape: tuple[int, ...], leaf: Any
+) -> WeightsError:
     """The error of a shape that is not the model's."""
     return WeightsError(
         f"{path}: {name} has shape {shape}, the model has {tuple(leaf.shape)}; use the "
@@ -88,7 +90,7 @@ def misfit(path: str | os.PathLike, name: str, shape: tuple[int, ...], leaf: Any
     )
 
 
-def dotted(path: tuple[Any, ...]) -> str:
+def dotted_name(path: tuple[Any, ...]) -> str:
     """A jax key path as a dotted name, without the `value` of an NNX variable."""
     parts = [str(getattr(k, "name", getattr(k, "key", getattr(k, "idx", None)))) for k in path]
     if len(parts) > 1 and parts[-1] == "value":
@@ -96,7 +98,7 @@ def dotted(path: tuple[Any, ...]) -> str:
     return ".".join(parts)
 
 
-def host_array(leaf: Any) -> np.ndarray:
+def fetch_to_host(leaf: Any) -> np.ndarray:
     """All of an array on this host. Every host calls where it lies on several."""
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         leaf = multihost_utils.process_allgather(leaf, tiled=True)
@@ -129,7 +131,7 @@ def _placed(path_file: str | os.PathLike, file: Any, name: str, leaf: Any) -> ja
     rows = file.get_slice(name)
     shape = tuple(rows.get_shape())
     if shape != tuple(leaf.shape):
-        raise misfit(path_file, name, shape, leaf)
+        raise shape_error(path_file, name, shape, leaf)
     dtype, floats = rows.get_dtype(), np.issubdtype(_numpy_dtype(leaf.dtype), np.floating)
     floats = floats or str(leaf.dtype) == "bfloat16"
     if dtype not in (_FLOATS if floats else _INTEGERS):

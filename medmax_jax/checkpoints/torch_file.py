@@ -62,7 +62,7 @@ class ByteFile(Protocol):
 
 
 @runtime_checkable
-class Sink(Protocol):
+class FileWriter(Protocol):
     """What a file is written to: any open binary file; seeking is not needed."""
 
     def write(self, data: Buffer, /) -> int | None: ...
@@ -109,7 +109,7 @@ def open_file(file: ByteFile) -> dict[str, Entry]:
             f"{file.name}: byteorder is {found[:9]!r}, need b'little'; save it again in torch on a "
             "little-endian machine"
         )
-    top = torch_unpickler.run(file.name, _whole(file, records[prefix + "data.pkl"]))
+    top = torch_unpickler.load(file.name, _whole(file, records[prefix + "data.pkl"]))
     return {
         name: _entry(f"{file.name}: {name[:200]!r}", value, records, prefix)
         for name, value in _state_dict(file.name, top).items()
@@ -134,14 +134,14 @@ def read(file: ByteFile, entry: Entry) -> np.ndarray:
     return view if view.flags.c_contiguous else view.copy("C")
 
 
-def write(out: Sink, tensors: Iterable[Source], *, wrap: str | None) -> None:
+def write(out: FileWriter, tensors: Iterable[Source], *, wrap: str | None) -> None:
     """A torch.load-able file, the same bytes every time; values are asked for one by one.
 
     `out` starts empty. `wrap` is the key to put the state dict under, "state_dict" for a Lightning
     checkpoint, or None.
     """
     sources = list(tensors)
-    archive = _Archive(out)
+    archive = _ZipWriter(out)
     archive.add("data.pkl", _pickled(sources, wrap))
     archive.add("byteorder", b"little")
     for n, (name, shape, dtype, values) in enumerate(sources):
@@ -154,14 +154,14 @@ def _state_dict(path: str, top: Any) -> dict[str, torch_unpickler.Tensor]:
     """Looks one level deep and no deeper, for containers may contain themselves."""
     if type(top) is not dict:
         raise PthError(
-            f"{path}: holds a {torch_unpickler.kind(top)}, not a dict; save model.state_dict()"
+            f"{path}: holds a {torch_unpickler.type_name(top)}, not a dict; save model.state_dict()"
         )
     nested = [top[key] for key in ("state_dict", "model") if type(top.get(key)) is dict]
     state = nested[0] if nested else top
     for key, value in state.items():
         if type(key) is not str or type(value) is not torch_unpickler.Tensor:
             raise PthError(
-                f"{path}: key {str(key)[:200]!r} holds a {torch_unpickler.kind(value)}, not a "
+                f"{path}: key {str(key)[:200]!r} holds a {torch_unpickler.type_name(value)}, not a "
                 f"tensor "
                 "under a name; save the state dict alone: torch.save(model.state_dict(), path)"
             )
@@ -348,10 +348,10 @@ def _raw(name: str, shape: tuple[int, ...], dtype: str, values: np.ndarray) -> m
     return np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
 
 
-class _Archive:
+class _ZipWriter:
     """A zip of stored, aligned files on a stream that cannot seek."""
 
-    def __init__(self, out: Sink):
+    def __init__(self, out: FileWriter):
         self.out, self.at, self.directory = out, 0, []
 
     def add(self, name: str, data: Buffer) -> None:

@@ -70,23 +70,23 @@ class _Global:
     name: str  # of _GLOBALS
 
 
-def run(path: str, data: bytes) -> Any:
+def load(path: str, data: bytes) -> Any:
     """What the pickle describes; `path` stands in errors. Containers may contain themselves."""
-    return _Machine(path, data).run()
+    return _RestrictedUnpickler(path, data).run()
 
 
-def first(path: str, data: bytes) -> tuple[Any, int]:
+def load_prefix(path: str, data: bytes) -> tuple[Any, int]:
     """What the pickle at the start of `data` describes, and its bytes; more may follow."""
-    machine = _Machine(path, data)
+    machine = _RestrictedUnpickler(path, data)
     return machine.run(), machine.at
 
 
-def kind(value: Any) -> str:
+def type_name(value: Any) -> str:
     """What a value is, for a message."""
     return value.name if type(value) is _Global else type(value).__name__
 
 
-class _Machine:
+class _RestrictedUnpickler:
     """The stack, the marks on it, and the memo; opcodes are those of pickle protocols 2 to 5."""
 
     def __init__(self, path: str, data: bytes):
@@ -126,11 +126,11 @@ class _Machine:
             case b"b":  # BUILD: the _metadata of a module's state dict, which nobody needs
                 stack.pop()
                 if type(stack[-1]) is not dict:
-                    raise self._error(f"sets attributes of a {kind(stack[-1])}")
+                    raise self._error(f"sets attributes of a {type_name(stack[-1])}")
             case b"a" | b"e":  # APPEND, APPENDS
                 items = self._popped() if opcode == b"e" else [stack.pop()]
                 if type(stack[-1]) is not list:
-                    raise self._error(f"appends to a {kind(stack[-1])}")
+                    raise self._error(f"appends to a {type_name(stack[-1])}")
                 stack[-1].extend(items)
             case b"s" | b"u":  # SETITEM, SETITEMS
                 items = self._popped() if opcode == b"u" else [stack.pop(-2), stack.pop()]
@@ -171,7 +171,7 @@ class _Machine:
 
     def _global(self, module: Any, name: Any) -> _Global:
         if not type(module) is type(name) is str:
-            raise self._error(f"names a global by a {kind(module)} and a {kind(name)}")
+            raise self._error(f"names a global by a {type_name(module)} and a {type_name(name)}")
         asked = f"{module}.{name}"
         if asked not in _GLOBALS:
             asked = asked if asked.isprintable() else repr(asked)
@@ -209,14 +209,14 @@ class _Machine:
             ):
                 if not hooks and _sizes(start, *shape, *stride):
                     return Tensor(storage, start, shape, stride)
-        raise self._error(f"calls {kind(called)} with arguments that a plain tensor has not")
+        raise self._error(f"calls {type_name(called)} with arguments that a plain tensor has not")
 
     def _set(self, target: Any, keys: list[Any], values: list[Any]) -> None:
         if type(target) is not dict:
-            raise self._error(f"sets items of a {kind(target)}")
+            raise self._error(f"sets items of a {type_name(target)}")
         for key in keys:  # the hash of a deep tuple recurses without end
             if type(key) not in (str, int, float, bool, type(None)):
-                raise self._error(f"has a {kind(key)} as the key of a dict")
+                raise self._error(f"has a {type_name(key)} as the key of a dict")
         target.update(zip(keys, values, strict=True))
 
     def _popped(self) -> list[Any]:

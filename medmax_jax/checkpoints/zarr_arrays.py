@@ -40,7 +40,7 @@ class Writer:
         self, name: str, shape: tuple[int, ...], dtype: np.dtype, sharded: tuple[bool, ...]
     ) -> ts.TensorStore:
         """An empty array. `sharded`: the axes that a mesh may cut."""
-        file, block = layout(shape, np.dtype(dtype).itemsize, sharded)
+        file, block = chunk_layout(shape, np.dtype(dtype).itemsize, sharded)
         kvstore = self._folder.kvstore(name)
         if not self._folder.remote:
             kvstore["file_io_sync"] = False  # new_folder syncs all files at its end, at once
@@ -76,7 +76,7 @@ class Writer:
         self._bytes -= size
 
 
-def layout(
+def chunk_layout(
     shape: tuple[int, ...], itemsize: int, sharded: tuple[bool, ...]
 ) -> tuple[list[int], list[int]]:
     """(shape of a file, shape of a block in it).
@@ -140,14 +140,14 @@ def load(folder: Folder, like: PyTree) -> PyTree:
     A process reads what its own devices hold. Raises weights.WeightsError where names or shapes
     differ, StorageError where a block is damaged.
     """
-    wanted = safetensors_file.named(like)
+    wanted = safetensors_file.flatten_named(like)
     safetensors_file.check_names(folder.path, set(names(folder)), set(wanted))
     pending: collections.deque[tuple[Any, ...]] = collections.deque()
     loaded, flying = [], 0
     for name, leaf in wanted.items():
         store = open_array(folder, name, cache=CACHE)
         if tuple(store.shape) != tuple(leaf.shape):
-            raise safetensors_file.misfit(folder.path, name, tuple(store.shape), leaf)
+            raise safetensors_file.shape_error(folder.path, name, tuple(store.shape), leaf)
         sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         places: dict[Any, list[jax.Device]] = {}
         for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():

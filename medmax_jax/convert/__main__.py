@@ -64,8 +64,12 @@ def _inspect_parser() -> argparse.ArgumentParser:
 def _run(argv: Sequence[str]) -> int:
     if argv[:1] == ["inspect"]:
         given = _inspect_parser().parse_args(argv[1:])
-        said = inspect_checkpoint.facts(convert.read(given.path))
-        print(json.dumps(said) if given.json else printable_text(inspect_checkpoint.words(said)))
+        said = inspect_checkpoint.describe(convert.read_checkpoint(given.path))
+        print(
+            json.dumps(said)
+            if given.json
+            else printable_text(inspect_checkpoint.format_description(said))
+        )
         return DONE
     if argv[:1] == ["check"]:
         return check.main(argv[1:])

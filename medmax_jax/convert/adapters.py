@@ -29,7 +29,7 @@ from medmax_jax.convert.state_dict import (
     Adapter,
     Checkpoint,
     ConvertError,
-    Tensor,
+    LazyTensor,
     check_dtype,
     check_gathered,
     number,
@@ -99,7 +99,7 @@ def find(folder: Folder) -> Folder | None:
     return inside if inside.has(CONFIG) else None
 
 
-def read(folder: Folder) -> Adapter:
+def read_adapter(folder: Folder) -> Adapter:
     """An adapter of either layout; raises ConvertError on one that is not plain LoRA."""
     config = folder.json(CONFIG)
     if not isinstance(config, dict):
@@ -110,7 +110,7 @@ def read(folder: Folder) -> Adapter:
 def read_checkpoint(folder: Folder) -> Adapter:
     """The adapters of a run's newest sound checkpoint."""
     where = f"{folder.path.rstrip('/')}/checkpoints"
-    step, arrays, meta = manager.newest(where)
+    step, arrays, meta = manager.read_latest(where)
     config = section(section(meta, "config", where), "train", where)
     if config.get("trains") != "lora":
         raise ConvertError(
@@ -167,7 +167,7 @@ def write_native(folder: Folder, adapter: Adapter, *, layers: int) -> None:
             )
         for i, leaf in enumerate(("lora_a", "lora_b")):
             pair = [adapter.matrices[n][i] for n in names]
-            stack = np.stack([t.all().astype(np.float32).T for t in pair])
+            stack = np.stack([t.read().astype(np.float32).T for t in pair])
             stacks[f"layers.{module}.{leaf}"] = _in_memory(stack, adapter.path)
     safetensors_stream.write_file(folder, "adapter.safetensors", stacks, progress=_silent)
     folder.write(CONFIG, [_json(to_dict(adapter.lora) | adapter.facts)])
@@ -344,8 +344,8 @@ def _checked_facts(facts: Any, where: str) -> dict[str, Any]:
     return facts
 
 
-def _paired(path: str, held: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    pairs: dict[str, dict[str, Tensor]] = {}
+def _paired(path: str, held: dict[str, LazyTensor]) -> dict[str, tuple[LazyTensor, LazyTensor]]:
+    pairs: dict[str, dict[str, LazyTensor]] = {}
     for name, tensor in held.items():
         found = _PEFT.fullmatch(name)
         if not found or not found[1].endswith(MODULES):
@@ -361,7 +361,9 @@ def _paired(path: str, held: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tenso
     return {name: (pair["A"], pair["B"]) for name, pair in pairs.items()}
 
 
-def _unstacked(path: str, stacks: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+def _unstacked(
+    path: str, stacks: dict[str, LazyTensor]
+) -> dict[str, tuple[LazyTensor, LazyTensor]]:
     """Each layer's A [R, in] and B [out, R] of arrays [L, in, R] and [L, R, out]."""
     wanted = {f"layers.{module}.{leaf}" for module in MODULES for leaf in ("lora_a", "lora_b")}
     if wrong := sorted(wanted ^ set(stacks)):
@@ -379,17 +381,17 @@ def _unstacked(path: str, stacks: dict[str, Tensor]) -> dict[str, tuple[Tensor, 
     return found
 
 
-def _layer(stack: Tensor, i: int) -> Tensor:
+def _layer(stack: LazyTensor, i: int) -> LazyTensor:
     """Layer i of a stack, transposed."""
 
     def block(rows: slice, columns: slice) -> np.ndarray:
         return stack.block(slice(i, i + 1), slice(None))[0].T[rows, columns]
 
-    return Tensor(stack.shape[:0:-1], stack.dtype, block, stack.where)
+    return LazyTensor(stack.shape[:0:-1], stack.dtype, block, stack.where)
 
 
 def _check_rank(
-    path: str, matrices: dict[str, tuple[Tensor, Tensor]], ranks: dict[str, int]
+    path: str, matrices: dict[str, tuple[LazyTensor, LazyTensor]], ranks: dict[str, int]
 ) -> None:
     for name, (a, b) in matrices.items():
         if len(a.shape) != 2 or len(b.shape) != 2 or not a.shape[0] == b.shape[1] == ranks[name]:
@@ -399,11 +401,11 @@ def _check_rank(
             )
 
 
-def _in_memory(array: np.ndarray, where: str) -> Tensor:
+def _in_memory(array: np.ndarray, where: str) -> LazyTensor:
     def block(rows: slice, columns: slice) -> np.ndarray:
         return array[rows] if array.ndim == 1 else array[rows, columns]
 
-    return Tensor(array.shape, "F32", block, where)
+    return LazyTensor(array.shape, "F32", block, where)
 
 
 def _whole(number: float) -> float | int:
@@ -440,8 +442,10 @@ def check_base(adapter: Adapter, base: Checkpoint) -> str:
             )
     _check_all_layers(adapter, base)
     names = [base.fingerprint]
-    if base.layout == "native":  # a small model's one file has its own name, see export.identity
-        names.insert(0, export.identity(base.path))
+    if (
+        base.layout == "native"
+    ):  # a small model's one file has its own name, see export.base_fingerprint
+        names.insert(0, export.base_fingerprint(base.path))
     wanted = adapter.facts.get("base", names[0])
     if wanted not in names:
         raise ConvertError(
@@ -470,11 +474,11 @@ def merged(base: Checkpoint, adapter: Adapter) -> Checkpoint:
     return dataclasses.replace(base, language=language)
 
 
-def _sum(weight: Tensor, a: Tensor, b: Tensor, scale: np.float32) -> Tensor:
+def _sum(weight: LazyTensor, a: LazyTensor, b: LazyTensor, scale: np.float32) -> LazyTensor:
     def block(rows: slice, columns: slice) -> np.ndarray:
         left = b.block(rows, slice(None)).astype(np.float32)
         right = a.block(slice(0, a.shape[0]), columns).astype(np.float32)
         whole = weight.block(rows, columns).astype(np.float32) + scale * (left @ right)
         return whole.astype(DTYPES[weight.dtype])
 
-    return Tensor(weight.shape, weight.dtype, block, weight.where)
+    return LazyTensor(weight.shape, weight.dtype, block, weight.where)

@@ -31,8 +31,8 @@ from medmax_jax.checkpoints import export, safetensors_file
 from medmax_jax.config import Mesh, Vocab
 from medmax_jax.convert import convert, inspect_checkpoint, torch_reference
 from medmax_jax.convert import hf as hf_layout
-from medmax_jax.convert.state_dict import Checkpoint, ConvertError, finite
-from medmax_jax.io.progress import Progress
+from medmax_jax.convert.state_dict import Checkpoint, ConvertError, check_finite
+from medmax_jax.io.progress import ByteProgress
 from medmax_jax.io.storage import Folder
 from medmax_jax.models import chameleon, vqgan
 from medmax_jax.models.tokenizer import Tokenizer, TokenizerError
@@ -78,19 +78,19 @@ def main(argv: Sequence[str]) -> int:
 
 def check(path: str, *, torch_python: str | None, scratch: str, say: Callable[[str], None]) -> int:
     """How many lines were not ok; see the module's text."""
-    found = convert.read(path)
+    found = convert.read_checkpoint(path)
     if not isinstance(found, Checkpoint):
         raise ConvertError(f"{path}: an adapter; check the model that it belongs to")
     report = Report(say)
-    for name, value in inspect_checkpoint.facts(found).items():
+    for name, value in inspect_checkpoint.describe(found).items():
         if name in ("layout", "model", "dtypes", "vqgan", "image_rows", "fingerprint"):
             report.line(name, value)
     _files(found, report)
     if found.tokenizer and found.vocab:
         _ids(found.tokenizer, found.vocab, report)
-    progress = Progress(found.nbytes, say)
+    progress = ByteProgress(found.nbytes, say)
     for tensor in (*found.language.values(), *found.vqgan.values()):
-        finite(tensor.all(), tensor.where)
+        check_finite(tensor.read(), tensor.where)
         progress(tensor.nbytes)
     report.line("weights", "every number is finite", True)
     if torch_python:
@@ -127,7 +127,7 @@ def _ids(tokenizer: bytes, vocab: Vocab, report: Report) -> None:
             return
     report.line("vocabulary ids", f"text from {vocab.text_start}, {vocab.size} rows", True)
     raw = tokenizers.Tokenizer.from_str(tokenizer.decode())
-    changed = tokenizers.Tokenizer.from_str(hf_layout.modified(tokenizer).decode())
+    changed = tokenizers.Tokenizer.from_str(hf_layout.to_medmax_tokenizer(tokenizer).decode())
     for text in TEXTS:
         for name, each in (("as it lies there", raw), ("with <image> renamed", changed)):
             tokens = each.encode(text, add_special_tokens=False).tokens
@@ -171,7 +171,7 @@ def _ours(found: Checkpoint, native: str, theirs: Any) -> dict[str, np.ndarray]:
     model = dataclasses.replace(found.model, remat="none")
     answer = {}
     with jax.set_mesh(make_mesh(Mesh(data=1, fsdp=1, tp=1))):
-        net = export.load(native, chameleon.abstract(model, found.vocab, chameleon.NO_LORA))
+        net = export.load(native, chameleon.abstract_model(model, found.vocab, chameleon.NO_LORA))
         positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
         rows = (jnp.asarray(ids), jnp.ones_like(ids), jnp.asarray(positions))
         logits = jax.jit(lambda net, rows: net.logits(net.hidden(*rows, key=None)))

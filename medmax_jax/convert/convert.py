@@ -12,8 +12,8 @@ from medmax_jax.config import ConfigError
 from medmax_jax.convert import adapters, hf, meta, model_card, native
 from medmax_jax.convert import vqgan as vqgan_layout
 from medmax_jax.convert.state_dict import Adapter, Checkpoint, ConvertError
-from medmax_jax.io.atomic_folder import new_folder
-from medmax_jax.io.progress import Progress
+from medmax_jax.io.atomic_folder import atomic_folder
+from medmax_jax.io.progress import ByteProgress
 from medmax_jax.io.storage import Folder, StorageError
 from medmax_jax.models.tokenizer import TokenizerError
 
@@ -67,7 +67,7 @@ def convert(
     without the VQGAN's decoder. data_sources: terms of the training data by source, for the model
     card. Raises one of sources.ERRORS and then leaves nothing.
     """
-    found, adapter, identity = read(source), None, ""
+    found, adapter, identity = read_checkpoint(source), None, ""
     if isinstance(found, Adapter):
         adapter, found = found, None
         if base is not None:
@@ -108,17 +108,17 @@ def _write_model(found: Checkpoint, adapter: Adapter | None, identity: str, targ
         found = dataclasses.replace(found, model=dataclasses.replace(found.model, quant=quant))
         native.check_quant(found)
     if layout == "meta" and found.vqgan and not found.has_decoder:
-        raise vqgan_layout.no_decoder(found.path)
+        raise vqgan_layout.missing_decoder_message(found.path)
     for warning in _warnings(found, layout):
         target.say(f"WARNING: {warning}")
     if found.model and not adapter:
         identity = found.fingerprint
-    card_text = model_card.text(
+    card_text = model_card.render_model_card(
         f"{target.name}, {layout} layout", found, adapter, identity, target.data_sources
     ).encode()
-    progress = Progress(found.nbytes, target.say)
+    progress = ByteProgress(found.nbytes, target.say)
     needed = int(found.nbytes * SHARE[quant]) + SLACK
-    with new_folder(target.path, bytes_needed=needed, seal=SEALS[layout]) as out:
+    with atomic_folder(target.path, bytes_needed=needed, seal=SEALS[layout]) as out:
         if layout == "native":
             native.write(out, found, progress=progress)
         elif layout == "hf":
@@ -145,10 +145,10 @@ def _write_adapter(
             f"{adapter.path}: does not say which weights it was trained on; give them as --base"
         )
     count = sum(t.nbytes for pair in adapter.matrices.values() for t in pair)
-    card_text = model_card.text(
+    card_text = model_card.render_model_card(
         f"{target.name}, LoRA adapter", None, adapter, identity, target.data_sources
     ).encode()
-    with new_folder(target.path, bytes_needed=2 * count + SLACK, seal=SEALS["peft"]) as out:
+    with atomic_folder(target.path, bytes_needed=2 * count + SLACK, seal=SEALS["peft"]) as out:
         out.write("README.md", [card_text])
         if target.layout == "peft":
             adapters.write_peft(out, adapter, base_name=base.path if base else "")
@@ -164,7 +164,7 @@ def _warnings(found: Checkpoint, layout: str) -> list[str]:
     if layout == "native" and found.model and not found.vqgan:
         lines.append(f"{found.path} has no VQGAN; give one with --vqgan to read or write images")
     elif layout == "native" and found.vqgan and not found.has_decoder:
-        lines.append(str(vqgan_layout.no_decoder(found.path)))
+        lines.append(str(vqgan_layout.missing_decoder_message(found.path)))
     if layout != "native" and found.vq and found.vq.norm_groups != vqgan_layout.TAMING_GROUPS:
         lines.append(
             f"its VQGAN normalises in {found.vq.norm_groups} groups, other programs in "
@@ -179,43 +179,43 @@ ERRORS = (  # all that a conversion raises on what a user can mend
     ConvertError, StorageError, PthError, WeightsError, CheckpointError, ConfigError,
     TokenizerError,
 )  # fmt: skip
-KNOWN = (
+SUPPORTED_LAYOUTS = (
     "a folder of Meta's (consolidated*.pth), of Hugging Face's or of this project's (config.json), "
     "a PEFT adapter (adapter_config.json), a training run, or a vqgan.ckpt with its vqgan.yaml"
 )
 
 
-def read(path: str | os.PathLike) -> Checkpoint | Adapter:
+def read_checkpoint(path: str | os.PathLike) -> Checkpoint | Adapter:
     """The checkpoint or adapter at a path or gs:// prefix; nothing but headers is read."""
     path = str(path)
     if path.endswith(".ckpt"):
         return _vqgan(*os.path.split(path))
     folder = Folder(path)
     if found := adapters.find(folder):
-        return adapters.read(found)
+        return adapters.read_adapter(found)
     if folder.has("config.json"):
         config = folder.json("config.json")
         if hf.is_layout(config):
-            return hf.read(folder)
+            return hf.read_checkpoint(folder)
         if native.is_layout(config):
-            return native.read(folder)
+            return native.read_checkpoint(folder)
     if folder.has("model/config.json"):  # a run that trained a whole model
-        return native.read(Folder(f"{path.rstrip('/')}/model"))
+        return native.read_checkpoint(Folder(f"{path.rstrip('/')}/model"))
     names = folder.names()
     if any(name.startswith("checkpoints/") for name in names):
         return adapters.read_checkpoint(folder)
     if meta.find(folder):
-        return meta.read(folder)
+        return meta.read_checkpoint(folder)
     for prefix in ("", "tokenizer/"):
         if folder.has(prefix + vqgan_layout.CKPT):
             return _vqgan(f"{path.rstrip('/')}/{prefix}".rstrip("/"), vqgan_layout.CKPT)
     what = "is empty or not there" if not names else f"has {', '.join(names[:4])}"
-    raise ConvertError(f"{path}: {what}; it must be {KNOWN}")
+    raise ConvertError(f"{path}: {what}; it must be {SUPPORTED_LAYOUTS}")
 
 
 def read_model(path: str | os.PathLike, why: str) -> Checkpoint:
     """A checkpoint with a language model; `why` says what for when it is something else."""
-    found = read(path)
+    found = read_checkpoint(path)
     if not isinstance(found, Checkpoint) or found.model is None:
         raise ConvertError(f"{path}: not a model, {why}")
     return found
@@ -223,7 +223,7 @@ def read_model(path: str | os.PathLike, why: str) -> Checkpoint:
 
 def with_vqgan(checkpoint: Checkpoint, path: str | os.PathLike) -> Checkpoint:
     """The model with the VQGAN of another path; raises ConvertError unless they fit."""
-    given = read(path)
+    given = read_checkpoint(path)
     if not isinstance(given, Checkpoint) or not given.vqgan:
         raise ConvertError(f"--vqgan {path}: no VQGAN; name a vqgan.ckpt, or a model that has one")
     if checkpoint.vq and checkpoint.vq != given.vq:
@@ -239,7 +239,7 @@ def _vqgan(folder: str, name: str) -> Checkpoint:
         raise ConvertError(
             f"{folder}/{name}: call it {vqgan_layout.CKPT}, with {vqgan_layout.YAML} beside"
         )
-    pictures, vq = vqgan_layout.read(Folder(folder or "."), "")
+    pictures, vq = vqgan_layout.read_vqgan(Folder(folder or "."), "")
     if not pictures:
         raise ConvertError(f"{folder}/{name}: no such file; check the path")
     return Checkpoint(

@@ -22,17 +22,17 @@ from medmax_jax.convert import safetensors_stream, vqgan
 from medmax_jax.convert.state_dict import (
     Checkpoint,
     ConvertError,
-    Tensor,
+    LazyTensor,
     check_dtype,
     check_gathered,
     check_heads,
     check_layers,
     check_settings,
+    check_shapes,
     flag,
     language_shapes,
     model_settings,
     number,
-    require,
     section,
     vocab_settings,
 )
@@ -53,7 +53,7 @@ def is_layout(config: Any) -> bool:
     return isinstance(config, dict) and str(config.get("model_type")).startswith("chameleon")
 
 
-def read(folder: Folder) -> Checkpoint:
+def read_checkpoint(folder: Folder) -> Checkpoint:
     """A checkpoint as transformers wrote it; raises ConvertError on anything else."""
     config = folder.json("config.json")
     tensors = safetensors_stream.read(folder)
@@ -80,7 +80,7 @@ def read(folder: Folder) -> Checkpoint:
     model, vocab = _model(config, language, folder.path), _vocab(config, vq, tokenizer, folder.path)
     check_settings(model, vocab, vq, where)
     language = _widened(language, model, folder.path)
-    require(folder.path, language, language_shapes(model, vocab))
+    check_shapes(folder.path, language, language_shapes(model, vocab))
     return Checkpoint(
         layout="hf", path=folder.path, model=model, vocab=vocab, vq=vq, language=language,
         vqgan=vqgan.check(folder.path, pictures, vq), tokenizer=tokenizer, facts={},
@@ -132,7 +132,7 @@ def _check_architecture(config: dict[str, Any], path: str) -> None:
         raise ConvertError(f"{path}/config.json: rope_type {kind} is not supported")
 
 
-def _model(config: dict[str, Any], language: dict[str, Tensor], path: str) -> Model:
+def _model(config: dict[str, Any], language: dict[str, LazyTensor], path: str) -> Model:
     where = f"{path}/config.json"
     heads = number(config, "num_attention_heads", "model.num_heads", where)
     hidden = number(config, "hidden_size", "model.hidden_size", where)
@@ -162,7 +162,7 @@ def _model(config: dict[str, Any], language: dict[str, Tensor], path: str) -> Mo
     return model_settings(fields | dict(qk_norm_shards=shards), dtypes, where)
 
 
-def _gains(language: dict[str, Tensor], layers: int) -> Iterator[tuple[str, str, Tensor]]:
+def _gains(language: dict[str, LazyTensor], layers: int) -> Iterator[tuple[str, str, LazyTensor]]:
     """Yield (name, q_norm or k_norm, tensor) of the q/k-norm gains and biases that are there."""
     for i in range(layers):
         for norm in ("q_norm", "k_norm"):
@@ -173,12 +173,12 @@ def _gains(language: dict[str, Tensor], layers: int) -> Iterator[tuple[str, str,
 
 
 def _shards(
-    language: dict[str, Tensor], heads: int, kv_heads: int, layers: int, fewest: int, path: str
+    language: dict[str, LazyTensor], heads: int, kv_heads: int, layers: int, fewest: int, path: str
 ) -> int:
     """How many different rows of q/k-norm gains there are: `fewest` unless the file has more."""
     counts = {"q_norm": heads, "k_norm": kv_heads}
     gains = [
-        tensor.all()
+        tensor.read()
         for _, norm, tensor in _gains(language, layers)
         if len(tensor.shape) == 2 and tensor.shape[0] == counts[norm]
     ]
@@ -191,7 +191,7 @@ def _shards(
     )
 
 
-def _widened(language: dict[str, Tensor], model: Model, path: str) -> dict[str, Tensor]:
+def _widened(language: dict[str, LazyTensor], model: Model, path: str) -> dict[str, LazyTensor]:
     """Return the tensors with q/k-norm gains of one row (H,) as rows of every head (N, H).
 
     The copy of transformers in Anole's repository saves one row, which it applies to every head.
@@ -211,13 +211,13 @@ def _widened(language: dict[str, Tensor], model: Model, path: str) -> dict[str, 
     return found
 
 
-def _repeated(tensor: Tensor, count: int) -> Tensor:
+def _repeated(tensor: LazyTensor, count: int) -> LazyTensor:
     """Return a vector (H,) as `count` equal rows (count, H)."""
 
     def block(rows: slice, columns: slice) -> np.ndarray:
-        return np.broadcast_to(tensor.all(), (count, *tensor.shape))[rows, columns]
+        return np.broadcast_to(tensor.read(), (count, *tensor.shape))[rows, columns]
 
-    return Tensor((count, *tensor.shape), tensor.dtype, block, tensor.where)
+    return LazyTensor((count, *tensor.shape), tensor.dtype, block, tensor.where)
 
 
 def _constant(gains: np.ndarray, shards: int) -> bool:
@@ -327,7 +327,7 @@ def read_vocabulary(tokenizer: bytes, where: str = WHERE) -> dict[str, int]:
     return dict(sorted(names.items(), key=lambda item: item[1]))
 
 
-def modified(tokenizer: bytes) -> bytes:
+def to_medmax_tokenizer(tokenizer: bytes) -> bytes:
     """The file as MedMax's text_tokenizer_modified.json: `<reserved08707>` renamed `<image>`."""
     spec = parse_spec(tokenizer, WHERE)
     spec["model"]["vocab"] = read_vocabulary(tokenizer)
@@ -337,7 +337,7 @@ def modified(tokenizer: bytes) -> bytes:
     return json.dumps(spec, ensure_ascii=False).encode()
 
 
-def unmodified(tokenizer: bytes) -> bytes:
+def to_meta_tokenizer(tokenizer: bytes) -> bytes:
     """The file as Meta's text_tokenizer.json; Meta's own comes back byte for byte."""
     spec = parse_spec(tokenizer, WHERE)
     names = spec["model"]["vocab"]
@@ -356,7 +356,7 @@ def write_processor(folder: Folder, checkpoint: Checkpoint) -> None:
     import transformers  # seconds to import, and only this function needs it
 
     transformers.logging.set_verbosity_error()
-    spec = json.loads(modified(checkpoint.tokenizer))
+    spec = json.loads(to_medmax_tokenizer(checkpoint.tokenizer))
     names = spec["model"]["vocab"]
     if missing := [name for name in (BOS, PAD, EOS, SEP_NAME, IMAGE_NAME) if name not in names]:
         raise ConvertError(

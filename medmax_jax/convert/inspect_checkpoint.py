@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from medmax_jax.config import to_dict
-from medmax_jax.convert.state_dict import Adapter, Checkpoint, digest
+from medmax_jax.convert.state_dict import Adapter, Checkpoint, fingerprint
 from medmax_jax.io.errors import printable
 from medmax_jax.models.vocab import IMAGE_START
 
@@ -18,7 +18,7 @@ NAMED = {  # (hidden_size, num_layers, num_heads, num_kv_heads) -> published mod
 SAMPLED = 256  # rows of the head that stand for the image rows, and as many for the text rows
 
 
-def facts(found: Checkpoint | Adapter) -> dict[str, Any]:
+def describe(found: Checkpoint | Adapter) -> dict[str, Any]:
     """All that `python -m medmax_jax.convert inspect` says, as JSON-able values."""
     if isinstance(found, Adapter):
         return _adapter(found)
@@ -38,19 +38,19 @@ def facts(found: Checkpoint | Adapter) -> dict[str, Any]:
     if found.language:
         said["image_rows"] = _image_rows(found)
     if found.model:
-        said["fingerprint"] = identity(found)
+        said["fingerprint"] = source_fingerprint(found)
         said["settings"] = {"vocab": to_dict(found.vocab), "model": to_dict(found.model)}
     if found.vq:
         said.setdefault("settings", {})["vq"] = to_dict(found.vq)
     return said
 
 
-def identity(found: Checkpoint) -> str:
+def source_fingerprint(found: Checkpoint) -> str:
     """The fingerprint; of quantised weights the one of what they were made from."""
     return found.facts.get("fingerprint", "") if found.quant != "none" else found.fingerprint
 
 
-def words(said: dict[str, Any]) -> str:
+def format_description(said: dict[str, Any]) -> str:
     """The same for a person."""
     rows = {name: value for name, value in said.items() if name not in ("settings", "facts")}
     lines = [f"{name:<12} {_word(value)}" for name, value in rows.items()]
@@ -88,7 +88,7 @@ def _adapter(found: Adapter) -> dict[str, Any]:
         parameters={"adapter": count},
         dtypes=dict(dtypes),
         lora=lora,
-        fingerprint=digest(
+        fingerprint=fingerprint(
             {
                 f"{n}.{side}": t
                 for n, p in found.matrices.items()

@@ -21,22 +21,22 @@ from jaxtyping import Shaped
 from medmax_jax.checkpoints import torch_file
 from medmax_jax.config import Model
 from medmax_jax.convert import hf, safetensors_stream, vqgan
-from medmax_jax.convert.safetensors_stream import ahead
+from medmax_jax.convert.safetensors_stream import prefetch
 from medmax_jax.convert.state_dict import (
     Checkpoint,
     ConvertError,
-    Tensor,
+    LazyTensor,
     check_dtype,
+    check_finite,
     check_gathered,
     check_heads,
     check_layers,
     check_settings,
-    finite,
+    check_shapes,
     flag,
     language_shapes,
     model_settings,
     number,
-    require,
     vocab_settings,
 )
 from medmax_jax.io.errors import quoted
@@ -97,7 +97,7 @@ def find(folder: Folder) -> tuple[str, str] | None:
     return (f"{place}/" if place else "", "tokenizer/")
 
 
-def read(folder: Folder) -> Checkpoint:
+def read_checkpoint(folder: Folder) -> Checkpoint:
     """A checkpoint of this layout; raises ConvertError on anything else."""
     prefix, tools = find(folder)
     tool_folder = folder
@@ -111,7 +111,7 @@ def read(folder: Folder) -> Checkpoint:
     for shard in shards:
         check_gathered(f"{folder.path}/{prefix}consolidated*.pth", shard)
     params, where = _params(folder, prefix, len(shards)), f"{folder.path}/{prefix}params.json"
-    pictures, vq = vqgan.read(tool_folder, tools)
+    pictures, vq = vqgan.read_vqgan(tool_folder, tools)
     files = ("text_tokenizer.json", "text_tokenizer_modified.json")
     file = next((tools + name for name in files if tool_folder.has(tools + name)), None)
     tokenizer = bytes(tool_folder.read(file)) if file else None
@@ -125,7 +125,7 @@ def read(folder: Folder) -> Checkpoint:
     for tensor in (t for shard in shards for t in shard.values()):
         check_dtype(tensor.dtype, tensor.where)
     language = _language(shards, model, f"{folder.path}/{prefix}consolidated*.pth")
-    require(f"{folder.path}/{prefix}", language, language_shapes(model, vocab))
+    check_shapes(f"{folder.path}/{prefix}", language, language_shapes(model, vocab))
     return Checkpoint(
         layout="meta", path=folder.path, model=model, vocab=vocab, vq=vq, language=language,
         vqgan=pictures, tokenizer=tokenizer, facts={"shards": len(shards)},
@@ -139,9 +139,9 @@ def write(folder: Folder, checkpoint: Checkpoint, *, progress: Callable[[int], N
     if checkpoint.vqgan:
         vqgan.write(folder, "tokenizer/", checkpoint, progress=progress)
     if checkpoint.tokenizer:
-        text = hf.unmodified(checkpoint.tokenizer)
+        text = hf.to_meta_tokenizer(checkpoint.tokenizer)
         folder.write("tokenizer/text_tokenizer.json", [text])
-        folder.write("tokenizer/text_tokenizer_modified.json", [hf.modified(text)])
+        folder.write("tokenizer/text_tokenizer_modified.json", [hf.to_medmax_tokenizer(text)])
 
 
 def _write_language(
@@ -163,7 +163,7 @@ def _write_language(
     for shard in range(count):
         file = "consolidated.pth" if count == 1 else f"consolidated.{shard:02}.pth"
         entries = list(_shard(checkpoint, shard, progress))
-        with folder.stream(prefix + file) as out, ahead([e[3] for e in entries]) as arrays:
+        with folder.stream(prefix + file) as out, prefetch([e[3] for e in entries]) as arrays:
             read = [(*entry[:3], array) for entry, array in zip(entries, arrays, strict=True)]
             torch_file.write(out, read, wrap=None)
 
@@ -191,7 +191,7 @@ def _shard(
             elif split == COLUMNS:
                 width = tensor.shape[1] // count
                 columns = slice(shard * width, (shard + 1) * width)
-            array = finite(tensor.block(rows, columns), tensor.where)
+            array = check_finite(tensor.block(rows, columns), tensor.where)
             progress(array.nbytes)
             if "_norm." in canonical:
                 return gains_to_meta(array[0])
@@ -239,7 +239,7 @@ def _params(folder: Folder, prefix: str, shards: int) -> dict[str, Any]:
     return params
 
 
-def _model(params: dict[str, Any], shards: list[dict[str, Tensor]], where: str) -> Model:
+def _model(params: dict[str, Any], shards: list[dict[str, LazyTensor]], where: str) -> Model:
     heads = number(params, "n_heads", "model.num_heads", where)
     dim = number(params, "dim", "model.hidden_size", where)
     kv_heads = number(params, "n_kv_heads", "model.num_kv_heads", where, heads)
@@ -313,9 +313,11 @@ def _write_params(folder: Folder, prefix: str, checkpoint: Checkpoint) -> None:
         folder.write(prefix + name, [json.dumps(content, indent=1).encode() + b"\n"])
 
 
-def _language(shards: list[dict[str, Tensor]], model: Model, where: str) -> dict[str, Tensor]:
+def _language(
+    shards: list[dict[str, LazyTensor]], model: Model, where: str
+) -> dict[str, LazyTensor]:
     """Canonical name -> tensor over all shards; every key of every shard has its place."""
-    shards = [unfused(shard, model, len(shards)) for shard in shards]
+    shards = [split_fused(shard, model, len(shards)) for shard in shards]
     wanted = {name for name, _, _ in _names(model.num_layers)}
     for shard in shards:
         if wrong := sorted(wanted ^ set(shard)):
@@ -334,11 +336,11 @@ def _language(shards: list[dict[str, Tensor]], model: Model, where: str) -> dict
             raise ConvertError(f"{parts[0].where}: shape {quoted(parts[0].shape)}; not this model")
         if "_norm." in canonical:
             heads = model.num_heads if ".q_norm." in canonical else model.num_kv_heads
-            found[canonical] = gains(parts, heads, model.head_dim)
+            found[canonical] = expand_qk_norm(parts, heads, model.head_dim)
         else:
-            found[canonical] = joined(parts, split)
+            found[canonical] = join_shards(parts, split)
             if canonical.endswith(("q_proj.weight", "k_proj.weight")):
-                found[canonical] = turned_to_hf(found[canonical], model.head_dim)
+                found[canonical] = permute_rope_to_hf(found[canonical], model.head_dim)
     return found
 
 
@@ -365,7 +367,7 @@ def gains_to_meta(x: Shaped[np.ndarray, "H"]) -> Shaped[np.ndarray, "H"]:
     return to_meta(x[:, None], len(x))[:, 0]
 
 
-def unfused(shard: dict[str, Tensor], model: Model, count: int) -> dict[str, Tensor]:
+def split_fused(shard: dict[str, LazyTensor], model: Model, count: int) -> dict[str, LazyTensor]:
     """A shard with wqkv and w13, as Meta's loader makes them, taken apart."""
     sizes = dict(
         wq=model.num_heads * model.head_dim // count,
@@ -387,17 +389,17 @@ def unfused(shard: dict[str, Tensor], model: Model, count: int) -> dict[str, Ten
     return found
 
 
-def _rows(tensor: Tensor, begin: int, end: int) -> Tensor:
+def _rows(tensor: LazyTensor, begin: int, end: int) -> LazyTensor:
     """Rows begin..end of a tensor, as a tensor."""
 
     def block(rows: slice, columns: slice) -> np.ndarray:
         first, last, _ = rows.indices(end - begin)
         return tensor.block(slice(begin + first, begin + last), columns)
 
-    return Tensor((end - begin, *tensor.shape[1:]), tensor.dtype, block, tensor.where)
+    return LazyTensor((end - begin, *tensor.shape[1:]), tensor.dtype, block, tensor.where)
 
 
-def joined(parts: list[Tensor], split: str) -> Tensor:
+def join_shards(parts: list[LazyTensor], split: str) -> LazyTensor:
     """The tensor of which each shard has rows, columns or a copy."""
     first, shape = parts[0], list(parts[0].shape)
     if len(parts) == 1:
@@ -427,10 +429,10 @@ def joined(parts: list[Tensor], split: str) -> Tensor:
                 )
         return copies[0]
 
-    return Tensor(tuple(shape), first.dtype, block, first.where)
+    return LazyTensor(tuple(shape), first.dtype, block, first.where)
 
 
-def turned_to_hf(tensor: Tensor, head_dim: int) -> Tensor:
+def permute_rope_to_hf(tensor: LazyTensor, head_dim: int) -> LazyTensor:
     """q_proj or k_proj in HF's order of rows; whole heads are read, whatever rows are asked for."""
 
     def block(rows: slice, columns: slice) -> np.ndarray:
@@ -438,14 +440,14 @@ def turned_to_hf(tensor: Tensor, head_dim: int) -> Tensor:
         low, high = begin // head_dim * head_dim, -(-end // head_dim) * head_dim
         return from_meta(tensor.block(slice(low, high), columns), head_dim)[begin - low : end - low]
 
-    return Tensor(tensor.shape, tensor.dtype, block, tensor.where)
+    return LazyTensor(tensor.shape, tensor.dtype, block, tensor.where)
 
 
-def gains(parts: list[Tensor], heads: int, head_dim: int) -> Tensor:
+def expand_qk_norm(parts: list[LazyTensor], heads: int, head_dim: int) -> LazyTensor:
     """q/k-norm gains as HF has them: a row a head, equal within a shard."""
 
     def block(rows: slice, columns: slice) -> np.ndarray:
-        each = np.stack([gains_from_meta(p.all()) for p in parts])
+        each = np.stack([gains_from_meta(p.read()) for p in parts])
         return np.repeat(each, heads // len(parts), axis=0)[rows, columns]
 
     for part in parts:
@@ -453,4 +455,4 @@ def gains(parts: list[Tensor], heads: int, head_dim: int) -> Tensor:
             raise ConvertError(
                 f"{part.where}: shape {part.shape}, params.json asks for ({head_dim},)"
             )
-    return Tensor((heads, head_dim), parts[0].dtype, block, parts[0].where)
+    return LazyTensor((heads, head_dim), parts[0].dtype, block, parts[0].where)

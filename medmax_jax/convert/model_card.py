@@ -26,7 +26,7 @@ class SourceTerms:
     licence: str
 
 
-def text(
+def render_model_card(
     title: str,
     checkpoint: Checkpoint | None,
     adapter: Adapter | None,

@@ -30,17 +30,17 @@ from medmax_jax.checkpoints import safetensors_file, zarr_arrays
 from medmax_jax.config import VQ, ConfigError, Mesh, Model, Vocab, build, check_vq, to_dict
 from medmax_jax.convert import safetensors_stream
 from medmax_jax.convert import vqgan as vqgan_layout
-from medmax_jax.convert.safetensors_stream import ahead
+from medmax_jax.convert.safetensors_stream import prefetch
 from medmax_jax.convert.state_dict import (
     DTYPES,
     Checkpoint,
     ConvertError,
-    Tensor,
+    LazyTensor,
+    check_finite,
     check_gathered,
     check_settings,
-    finite,
+    check_shapes,
     language_shapes,
-    require,
 )
 from medmax_jax.io.errors import quoted
 from medmax_jax.io.storage import Folder
@@ -53,7 +53,7 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 
 
-class Stack(NamedTuple):
+class StackedArray(NamedTuple):
     """An array; `read(layer, *slices, turned)`: of a layer or, of None, of all; transposed."""
 
     shape: tuple[int, ...]
@@ -62,7 +62,7 @@ class Stack(NamedTuple):
     read: Callable[..., np.ndarray]
 
 
-class Place(NamedTuple):
+class ArrayLocation(NamedTuple):
     """Where a canonical tensor stands: in which array, in which layer of it (None: all of it)."""
 
     stack: str
@@ -74,7 +74,7 @@ def is_layout(config: Any) -> bool:
     return isinstance(config, dict) and ("model" in config or "vq" in config)
 
 
-def place(canonical: str) -> Place:
+def place(canonical: str) -> ArrayLocation:
     """model.layers.3.mlp.up_proj.weight -> (layers.mlp.up_proj.kernel, 3)."""
     layer = None
     name = canonical.removeprefix("model.")
@@ -84,13 +84,15 @@ def place(canonical: str) -> Place:
     if leaf == "weight":
         leaf = "scale" if "norm" in path.rpartition(".")[2] else "kernel"
         leaf = "embedding" if path == "embed_tokens" else leaf
-    return Place(f"{path}.{leaf}", layer)
+    return ArrayLocation(f"{path}.{leaf}", layer)
 
 
 def stacks(model: Model, vocab: Vocab) -> dict[str, jax.ShapeDtypeStruct]:
     """Array name -> shape and sharding, of a model without adapters."""
     with jax.set_mesh(make_mesh(Mesh(data=1, fsdp=1, tp=1))):
-        return safetensors_file.named(chameleon.abstract(model, vocab, chameleon.NO_LORA))
+        return safetensors_file.flatten_named(
+            chameleon.abstract_model(model, vocab, chameleon.NO_LORA)
+        )
 
 
 def settings(folder: Folder) -> dict[str, Any]:
@@ -118,18 +120,18 @@ def settings(folder: Folder) -> dict[str, Any]:
     return made | {"weights": facts}
 
 
-def read(folder: Folder) -> Checkpoint:
+def read_checkpoint(folder: Folder) -> Checkpoint:
     """A model folder of any kind; raises ConvertError on one that is not whole."""
     found = settings(folder)
     model, vocab, vq, facts = (found[name] for name in ("model", "vocab", "vq", "weights"))
     pictures = {}
     if vq and folder.has("vqgan.safetensors"):
         pictures = _read_vqgan(folder, vq)
-    language: dict[str, Tensor] = {}
+    language: dict[str, LazyTensor] = {}
     if model:
         if model.quant == "none":
             language = _read_language(folder, model, vocab, facts.get("dtypes", {}))
-            require(folder.path, language, language_shapes(model, vocab))
+            check_shapes(folder.path, language, language_shapes(model, vocab))
         else:
             _check_stacks(folder, model, vocab)
     tokenizer = bytes(folder.read("tokenizer.json")) if folder.has("tokenizer.json") else None
@@ -174,10 +176,10 @@ def check_quant(checkpoint: Checkpoint) -> None:
 
 def _read_language(
     folder: Folder, model: Model, vocab: Vocab, dtypes: dict[str, str]
-) -> dict[str, Tensor]:
+) -> dict[str, LazyTensor]:
     held = _stored(folder)
     wanted = {name: tuple(leaf.shape) for name, leaf in stacks(model, vocab).items()}
-    require(folder.path, held, wanted)
+    check_shapes(folder.path, held, wanted)
     found = {}
     for name, shape in language_shapes(model, vocab).items():
         stack, layer = place(name)
@@ -189,7 +191,7 @@ def _read_language(
     return found
 
 
-def _stored(folder: Folder) -> dict[str, Stack]:
+def _stored(folder: Folder) -> dict[str, StackedArray]:
     """The stacked arrays of either file format."""
     if folder.has(SMALL):
         held = safetensors_stream.read_file(folder.file(SMALL))
@@ -198,17 +200,17 @@ def _stored(folder: Folder) -> dict[str, Stack]:
     return {name: _in_store(inside, name) for name in zarr_arrays.names(inside)}
 
 
-def _in_file(tensor: Tensor) -> Stack:
+def _in_file(tensor: LazyTensor) -> StackedArray:
     def read(layer: int | None, *axes: slice, turned: bool = False) -> np.ndarray:
         rows = slice(0, tensor.shape[0]) if layer is None else slice(layer, layer + 1)
         whole = tensor.block(rows, slice(None))
         found = (whole if layer is None else whole[0])[axes]
         return found.T if turned else found
 
-    return Stack(tensor.shape, tensor.dtype, tensor.where, read)
+    return StackedArray(tensor.shape, tensor.dtype, tensor.where, read)
 
 
-def _in_store(folder: Folder, name: str) -> Stack:
+def _in_store(folder: Folder, name: str) -> StackedArray:
     store = zarr_arrays.open_array(folder, name)
 
     def read(layer: int | None, *axes: slice, turned: bool = False) -> np.ndarray:
@@ -218,10 +220,12 @@ def _in_store(folder: Folder, name: str) -> Stack:
         return zarr_arrays.read(folder, part.T if turned else part)  # it turns block by block: fast
 
     dtype = _NAMES.get(store.dtype.numpy_dtype, store.dtype.name)
-    return Stack(tuple(store.shape), dtype, f"{folder.path}/{name}", read)
+    return StackedArray(tuple(store.shape), dtype, f"{folder.path}/{name}", read)
 
 
-def _out(stack: Stack, leaf: str, layer: int | None, shape: tuple[int, ...], dtype: str) -> Tensor:
+def _out(
+    stack: StackedArray, leaf: str, layer: int | None, shape: tuple[int, ...], dtype: str
+) -> LazyTensor:
     """A canonical tensor of a stack."""
 
     def block(rows: slice, columns: slice) -> np.ndarray:
@@ -236,7 +240,7 @@ def _out(stack: Stack, leaf: str, layer: int | None, shape: tuple[int, ...], dty
             found = stack.read(layer, rows)
         return found.astype(DTYPES[dtype], copy=False)
 
-    return Tensor(shape, dtype, block, stack.where)
+    return LazyTensor(shape, dtype, block, stack.where)
 
 
 def _in(array: np.ndarray, leaf: str, shards: int) -> np.ndarray:
@@ -251,7 +255,7 @@ def _write_language(
 ) -> dict[str, str]:
     """Writes the arrays; returns the dtypes of the tensors that differ from their stack's."""
     model, dtypes = checkpoint.model, {}
-    members: dict[str, list[tuple[str, Tensor]]] = {}
+    members: dict[str, list[tuple[str, LazyTensor]]] = {}
     for name, tensor in checkpoint.language.items():
         members.setdefault(place(name).stack, []).append((name, tensor))
     writer = zarr_arrays.Writer(Folder(f"{folder.path.rstrip('/')}/{STORE}"))
@@ -262,7 +266,7 @@ def _write_language(
         for stack, each in members.items()
         for name, t in each
     ]
-    with ahead(calls) as pieces:
+    with prefetch(calls) as pieces:
         queue = iter(pieces)
         for stack, tensors in members.items():
             dtypes |= {name: t.dtype for name, t in tensors if t.dtype != stored[stack]}
@@ -275,14 +279,14 @@ def _write_language(
     return dtypes
 
 
-def _piece(name: str, tensor: Tensor, dtype: np.dtype, model: Model) -> np.ndarray:
-    array = finite(tensor.all(), tensor.where).astype(dtype, copy=False)
+def _piece(name: str, tensor: LazyTensor, dtype: np.dtype, model: Model) -> np.ndarray:
+    array = check_finite(tensor.read(), tensor.where).astype(dtype, copy=False)
     return _in(array, place(name).stack.rpartition(".")[2], model.qk_norm_shards)
 
 
 def _counted(
     calls: Iterator[Callable[[], np.ndarray]],
-    tensors: list[tuple[str, Tensor]],
+    tensors: list[tuple[str, LazyTensor]],
     progress: Callable[[int], None],
 ) -> Iterator[np.ndarray]:
     for call, (_, tensor) in zip(calls, tensors, strict=True):
@@ -319,14 +323,14 @@ def _widest(dtypes: set[str]) -> str:
 
 def _check_stacks(folder: Folder, model: Model, vocab: Vocab) -> None:
     wanted = {name: tuple(leaf.shape) for name, leaf in stacks(model, vocab).items()}
-    require(folder.path, _stored(folder), wanted)
+    check_shapes(folder.path, _stored(folder), wanted)
 
 
-def _read_vqgan(folder: Folder, vq: VQ) -> dict[str, Tensor]:
+def _read_vqgan(folder: Folder, vq: VQ) -> dict[str, LazyTensor]:
     held, found = safetensors_stream.read_file(folder.file("vqgan.safetensors")), {}
     check_gathered(f"{folder.path}/vqgan.safetensors", held)
     vqgan.check_blocks(held, vq, f"{folder.path}/vqgan.safetensors")
-    for taming, (name, shape) in vqgan_layout.table(vq).items():
+    for taming, (name, shape) in vqgan_layout.key_map(vq).items():
         if name in held:
             tensor = held.pop(name)
             if tensor.shape != shape:
@@ -340,7 +344,7 @@ def _read_vqgan(folder: Folder, vq: VQ) -> dict[str, Tensor]:
 
 
 def _write_vqgan(folder: Folder, checkpoint: Checkpoint, progress: Callable[[int], None]) -> None:
-    table, out = vqgan_layout.table(checkpoint.vq), {}
+    table, out = vqgan_layout.key_map(checkpoint.vq), {}
     for taming, tensor in checkpoint.vqgan.items():
         out[table[taming].name] = vqgan_layout.as_native(tensor, table[taming].shape)
     safetensors_stream.write_file(folder, "vqgan.safetensors", out, progress=progress)

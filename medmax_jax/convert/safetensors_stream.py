@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from medmax_jax.checkpoints import torch_file
-from medmax_jax.convert.state_dict import DTYPES, ConvertError, Tensor, finite
+from medmax_jax.convert.state_dict import DTYPES, ConvertError, LazyTensor, check_finite
 from medmax_jax.io.errors import printable, quoted
 from medmax_jax.io.settings_files import MAX_JSON_BYTES, parse_settings
 from medmax_jax.io.storage import ByteFile, Folder
@@ -44,7 +44,7 @@ _SIZES = {
 _PLAIN = re.compile(r"[\w.-]{1,200}\.(safetensors|bin)")
 
 
-def read(folder: Folder) -> dict[str, Tensor]:
+def read(folder: Folder) -> dict[str, LazyTensor]:
     """Return tensor name -> tensor of all weight files of the folder; safetensors come first."""
     names = [n for n in folder.names() if "/" not in n]
     files = [n for n in names if n.endswith(".safetensors")]
@@ -62,7 +62,7 @@ def read(folder: Folder) -> dict[str, Tensor]:
     return read_file(folder.file(files[0]))
 
 
-def read_torch(file: ByteFile, *, dropped: tuple[str, ...] = ()) -> dict[str, Tensor]:
+def read_torch(file: ByteFile, *, dropped: tuple[str, ...] = ()) -> dict[str, LazyTensor]:
     """Return name -> tensor of a .pth, .ckpt or .bin file of torch.save, but those `dropped`."""
     found = {}
     for name, entry in torch_file.open_file(file).items():
@@ -75,17 +75,17 @@ def read_torch(file: ByteFile, *, dropped: tuple[str, ...] = ()) -> dict[str, Te
             return array[:, columns] if array.ndim > 1 else array
 
         if name not in dropped:
-            found[name] = Tensor(entry.shape, entry.dtype, block, f"{file.name}: {name}")
+            found[name] = LazyTensor(entry.shape, entry.dtype, block, f"{file.name}: {name}")
     return found
 
 
-def _read_indexed(folder: Folder, index: str, files: list[str]) -> dict[str, Tensor]:
+def _read_indexed(folder: Folder, index: str, files: list[str]) -> dict[str, LazyTensor]:
     by_file: dict[str, set[str]] = {}
     for name, file in _weight_map(folder, index).items():
         by_file.setdefault(file, set()).add(name)
     if gone := sorted(set(by_file) - set(files)):
         raise ConvertError(f"{folder.path}/{gone[0]}: missing, but {index} names it; copy it")
-    found: dict[str, Tensor] = {}
+    found: dict[str, LazyTensor] = {}
     for file, wanted in sorted(by_file.items()):
         reader = read_torch if index == BIN_INDEX else read_file
         held = reader(folder.file(file))
@@ -98,7 +98,7 @@ def _read_indexed(folder: Folder, index: str, files: list[str]) -> dict[str, Ten
     return found
 
 
-def read_file(file: ByteFile) -> dict[str, Tensor]:
+def read_file(file: ByteFile) -> dict[str, LazyTensor]:
     """Tensor name -> tensor of one safetensors file."""
     header, start = _header(file)
     found, ends = {}, [start]
@@ -116,7 +116,7 @@ def read_file(file: ByteFile) -> dict[str, Tensor]:
 
 def write(
     folder: Folder,
-    tensors: dict[str, Tensor],
+    tensors: dict[str, LazyTensor],
     *,
     shard_bytes: int,
     progress: Callable[[int], None],
@@ -139,7 +139,7 @@ def write(
 
 
 def write_file(
-    folder: Folder, file: str, tensors: dict[str, Tensor], *, progress: Callable[[int], None]
+    folder: Folder, file: str, tensors: dict[str, LazyTensor], *, progress: Callable[[int], None]
 ) -> None:
     """One safetensors file with the metadata that HF's loader asks for."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -149,8 +149,10 @@ def write_file(
         header[name] = dict(dtype=tensor.dtype, shape=tensor.shape, data_offsets=offsets)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the data lie at a multiple of 8
-    calls = [lambda t=t: np.ascontiguousarray(finite(t.all(), t.where)) for t in tensors.values()]
-    with folder.stream(file) as out, ahead(calls) as arrays:
+    calls = [
+        lambda t=t: np.ascontiguousarray(check_finite(t.read(), t.where)) for t in tensors.values()
+    ]
+    with folder.stream(file) as out, prefetch(calls) as arrays:
         out.write(len(text).to_bytes(8, "little") + text)
         for tensor, array in zip(tensors.values(), arrays, strict=True):
             out.write(array())
@@ -218,7 +220,9 @@ def _entry(file: ByteFile, name: str, entry: Any) -> tuple[tuple[int, ...], str,
     return tuple(shape), dtype, (begin, end)
 
 
-def _tensor(file: ByteFile, name: str, shape: tuple[int, ...], dtype: str, start: int) -> Tensor:
+def _tensor(
+    file: ByteFile, name: str, shape: tuple[int, ...], dtype: str, start: int
+) -> LazyTensor:
     row = math.prod(shape[1:]) * _SIZES[dtype]
 
     def block(rows: slice, columns: slice) -> np.ndarray:
@@ -227,10 +231,10 @@ def _tensor(file: ByteFile, name: str, shape: tuple[int, ...], dtype: str, start
         array = raw.view(DTYPES[dtype]).reshape(last - first, *shape[1:])
         return array[:, columns] if len(shape) > 1 else array
 
-    return Tensor(shape, dtype, block, f"{file.name}: {name}")
+    return LazyTensor(shape, dtype, block, f"{file.name}: {name}")
 
 
-def _shards(tensors: dict[str, Tensor], shard_bytes: int) -> list[list[str]]:
+def _shards(tensors: dict[str, LazyTensor], shard_bytes: int) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     size = 0
     for name, tensor in tensors.items():
@@ -250,7 +254,7 @@ def _broken(file: ByteFile, what: str) -> ConvertError:
 
 
 @contextlib.contextmanager
-def ahead(calls: Iterable[Callable[[], np.ndarray]]) -> Iterator[list[Callable[[], np.ndarray]]]:
+def prefetch(calls: Iterable[Callable[[], np.ndarray]]) -> Iterator[list[Callable[[], np.ndarray]]]:
     """The same calls, to be made in order; while one's result is used the next one runs already.
 
     Reading, checksums and copies leave the interpreter's lock, so a second core does them.

@@ -1,8 +1,8 @@
 """The form that every layout is read into and written from: named tensors not yet read.
 
-    meta.read --+                                   +--> meta.write
-    hf.read ----+--> Checkpoint(language, vqgan) ---+--> hf.write
-    native.read +                                   +--> native.write
+    meta.read_checkpoint --+                                   +--> meta.write
+    hf.read_checkpoint ----+--> Checkpoint(language, vqgan) ---+--> hf.write
+    native.read_checkpoint +                                   +--> native.write
     peft.read -----> Adapter ---------------------------> peft.write, merge.merged
 
 Names of `language` are Hugging Face's, matrices [out, in], RoPE in halves; those of `vqgan` are
@@ -40,7 +40,7 @@ class ConvertError(FileError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Tensor:
+class LazyTensor:
     """`block(rows, columns)` reads from the file. `where`: file and name there, for messages."""
 
     shape: tuple[int, ...]
@@ -52,7 +52,7 @@ class Tensor:
     def nbytes(self) -> int:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
-    def all(self) -> np.ndarray:
+    def read(self) -> np.ndarray:
         """The whole tensor."""
         return self.block(slice(0, self.shape[0]), slice(None))
 
@@ -66,8 +66,8 @@ class Checkpoint:
     model: Model | None
     vocab: Vocab | None
     vq: VQ | None
-    language: dict[str, Tensor]
-    vqgan: dict[str, Tensor]  # empty where absent; HF's own has no decoder
+    language: dict[str, LazyTensor]
+    vqgan: dict[str, LazyTensor]  # empty where absent; HF's own has no decoder
     tokenizer: bytes | None  # the JSON of the layout, as it lay there
     facts: dict[str, Any]  # what was found beside the weights: see each layout
     quant: str = "none"  # native only: int8 | int4 | nf4, then the matrices cannot go out again
@@ -75,7 +75,7 @@ class Checkpoint:
     @functools.cached_property
     def fingerprint(self) -> str:
         """`digest` of the language model: it reads a few percent of the weights, once."""
-        return digest(self.language)
+        return fingerprint(self.language)
 
     @property
     def has_decoder(self) -> bool:
@@ -93,7 +93,7 @@ class Adapter:
     layout: str  # native | peft
     path: str
     lora: Lora
-    matrices: dict[str, tuple[Tensor, Tensor]]
+    matrices: dict[str, tuple[LazyTensor, LazyTensor]]
     facts: dict[str, Any]  # base, data, step, sources, credentials, config: where known
     # What B A is multiplied by in each matrix, where that is not lora.alpha / lora.rank in all.
     scales: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -237,7 +237,7 @@ def check_gathered(path: str, tensors: dict[str, Any]) -> None:
     )
 
 
-def require(path: str, have: dict[str, Any], want: dict[str, tuple[int, ...]]) -> None:
+def check_shapes(path: str, have: dict[str, Any], want: dict[str, tuple[int, ...]]) -> None:
     """Raises ConvertError unless the names are exactly these, each of its shape and a float."""
     check_gathered(path, have)
     extra, missing = sorted(set(have) - set(want)), sorted(set(want) - set(have))
@@ -263,7 +263,7 @@ def check_dtype(dtype: str, where: str) -> None:
         )
 
 
-def finite(array: np.ndarray, where: str) -> np.ndarray:
+def check_finite(array: np.ndarray, where: str) -> np.ndarray:
     """The array; raises ConvertError where it holds a NaN or an infinity."""
     flat = np.ravel(array, order="K")
     for start in range(0, flat.size, _PIECE):
@@ -284,7 +284,7 @@ def _all_finite(piece: np.ndarray) -> bool:
     return int((piece.view(np.uint16) & 0x7FFF).max(initial=0)) < largest
 
 
-def digest(tensors: dict[str, Tensor]) -> str:
+def fingerprint(tensors: dict[str, LazyTensor]) -> str:
     """sha256 over two blocks of every tensor, rounded to bfloat16.
 
     The same for one model in every layout and float dtype; any training changes it. It identifies
@@ -298,7 +298,7 @@ def digest(tensors: dict[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-def _blocks(tensor: Tensor) -> Iterator[Float[np.ndarray, "..."]]:
+def _blocks(tensor: LazyTensor) -> Iterator[Float[np.ndarray, "..."]]:
     length, columns = tensor.shape[0], slice(0, SAMPLE_COLUMNS)
     yield tensor.block(slice(0, min(SAMPLE_ROWS, length)), columns)
     if length > SAMPLE_ROWS:

@@ -21,10 +21,10 @@ from medmax_jax.convert import safetensors_stream
 from medmax_jax.convert.state_dict import (
     Checkpoint,
     ConvertError,
-    Tensor,
+    LazyTensor,
     check_dtype,
-    finite,
-    require,
+    check_finite,
+    check_shapes,
     section,
 )
 from medmax_jax.io.errors import quoted
@@ -69,10 +69,10 @@ def settings(fields: dict[str, Any], *, double: Any, attention: Any, where: str)
 
 
 @functools.lru_cache(maxsize=8)  # tracing the net takes seconds
-def table(vq: VQ) -> dict[str, Place]:
+def key_map(vq: VQ) -> dict[str, Place]:
     """Taming name -> place, for every tensor of the VQGAN; not to be changed."""
     found = {}
-    for name, leaf in safetensors_file.named(vqgan.abstract(vq)).items():
+    for name, leaf in safetensors_file.flatten_named(vqgan.abstract(vq)).items():
         path, _, last = name.rpartition(".")
         taming = f"{name}.weight" if last == "embedding" else f"{path}.weight"
         found[name if last == "bias" else taming] = Place(name, tuple(leaf.shape))
@@ -81,41 +81,41 @@ def table(vq: VQ) -> dict[str, Place]:
 
 def shapes(vq: VQ, *, decoder: bool) -> dict[str, tuple[int, ...]]:
     """Taming name -> shape there."""
-    found = {name: _taming_shape(place.shape) for name, place in table(vq).items()}
+    found = {name: _taming_shape(place.shape) for name, place in key_map(vq).items()}
     return {n: s for n, s in found.items() if decoder or not n.startswith("decoder.")}
 
 
-def check(path: str, have: dict[str, Tensor], vq: VQ) -> dict[str, Tensor]:
+def check(path: str, have: dict[str, LazyTensor], vq: VQ) -> dict[str, LazyTensor]:
     """The tensors; raises ConvertError unless they are a VQGAN, with or without its decoder."""
     if have:
         vqgan.check_blocks(have, vq, path)
-        require(path, have, shapes(vq, decoder=any(n.startswith("decoder.") for n in have)))
+        check_shapes(path, have, shapes(vq, decoder=any(n.startswith("decoder.") for n in have)))
     return have
 
 
-def as_native(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+def as_native(tensor: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
     """A tensor [O, I, h, w] of taming's as this project's; anything else as it is."""
     if len(shape) != 4:
         return tensor
 
     def block(rows: slice, columns: slice) -> np.ndarray:
-        return tensor.all().transpose(2, 3, 1, 0)[rows, columns]
+        return tensor.read().transpose(2, 3, 1, 0)[rows, columns]
 
-    return Tensor(shape, tensor.dtype, block, tensor.where)
+    return LazyTensor(shape, tensor.dtype, block, tensor.where)
 
 
-def from_native(tensor: Tensor) -> Tensor:
+def from_native(tensor: LazyTensor) -> LazyTensor:
     """A tensor [h, w, I, O] of this project as taming's; anything else as it is."""
     if len(tensor.shape) != 4:
         return tensor
 
     def block(rows: slice, columns: slice) -> np.ndarray:
-        return tensor.all().transpose(3, 2, 0, 1)[rows, columns]
+        return tensor.read().transpose(3, 2, 0, 1)[rows, columns]
 
-    return Tensor(_taming_shape(tensor.shape), tensor.dtype, block, tensor.where)
+    return LazyTensor(_taming_shape(tensor.shape), tensor.dtype, block, tensor.where)
 
 
-def no_decoder(path: str) -> ConvertError:
+def missing_decoder_message(path: str) -> ConvertError:
     """What to say where a decoder is needed and none is there."""
     return ConvertError(
         f"{path}: has no VQGAN decoder, as HF's checkpoints of this family; "
@@ -136,7 +136,7 @@ CKPT, YAML = "vqgan.ckpt", "vqgan.yaml"
 LOSS = "loss."  # the perceptual net and the discriminator, which only training uses
 
 
-def read(folder: Folder, prefix: str) -> tuple[dict[str, Tensor], VQ]:
+def read_vqgan(folder: Folder, prefix: str) -> tuple[dict[str, LazyTensor], VQ]:
     """(tensors by taming's names, settings); without a vqgan.ckpt no tensors, and Chameleon's."""
     if not folder.has(prefix + CKPT):
         return {}, build(VQ, base.get_config().vq)
@@ -158,14 +158,14 @@ def write(
 ) -> None:
     """Both files; raises ConvertError without a decoder, since taming's net has one."""
     if not checkpoint.has_decoder:
-        raise no_decoder(checkpoint.path)
+        raise missing_decoder_message(checkpoint.path)
 
     def parts():
         for name, tensor in checkpoint.vqgan.items():
 
             def whole(tensor=tensor) -> np.ndarray:
                 progress(tensor.nbytes)
-                return finite(tensor.all(), tensor.where)
+                return check_finite(tensor.read(), tensor.where)
 
             yield name, tensor.shape, tensor.dtype, whole
 

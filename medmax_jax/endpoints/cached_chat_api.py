@@ -20,12 +20,12 @@ from medmax_jax.endpoints.chat_api import (
     Endpoint,
     EndpointError,
     Messages,
-    NoReply,
     Reply,
-    ask,
-    words_of,
+    TransientError,
+    message_size,
+    request_completion,
 )
-from medmax_jax.io.journal import Journal, parse
+from medmax_jax.io.journal import Journal, parse_jsonl
 
 MAX_SILENT = 10  # calls in a row without a reply: then the endpoint is down, or wrongly set
 POLL_S = 0.2  # how soon a signal is noticed
@@ -35,7 +35,7 @@ TOKENS_PER_MESSAGE = 8  # role and separators, about
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Ask:
+class ChatRequest:
     """One question of the record `id`, with the class of its data."""
 
     id: str
@@ -75,66 +75,66 @@ def known_replies(path: Path) -> Cache | None:
         data = path.read_bytes()
     except OSError:
         return None
-    return Cache(Journal(path, -1, parse(data[: data.rfind(b"\n") + 1], path)))
+    return Cache(Journal(path, -1, parse_jsonl(data[: data.rfind(b"\n") + 1], path)))
 
 
-def key_of(endpoint: Endpoint, messages: Messages) -> str:
+def cache_key(endpoint: Endpoint, messages: Messages) -> str:
     """What a reply depends on, as one name."""
     facts = [endpoint.url, endpoint.model, list(messages), dict(endpoint.parameters)]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def ask_all(
+def complete_all(
     endpoint: Endpoint,
-    asks: Iterable[Ask],
+    asks: Iterable[ChatRequest],
     cache: Cache,
     *,
     concurrency: int,
     stopped: Callable[[], bool],
-) -> Iterator[tuple[Ask, Reply | NoReply]]:
+) -> Iterator[tuple[ChatRequest, Reply | TransientError]]:
     """Each ask with its reply, as they come; NoReply for one that was not answered this time.
 
     When `stopped()` turns true no further call starts, and those in flight are still taken: they
     are paid for. Raises EndpointError when an endpoint refuses everything or is down.
     """
     with concurrent.futures.ThreadPoolExecutor(concurrency) as pool:
-        flight = _Flight(endpoint, cache, pool, stopped)
+        flight = _InFlight(endpoint, cache, pool, stopped)
         try:
             for one in asks:
-                key = key_of(endpoint, one.messages)
+                key = cache_key(endpoint, one.messages)
                 if (known := cache.get(key)) is not None:
                     yield one, known
-                elif not flight.joins(one, key):
-                    yield from flight.landed(concurrency - 1)
+                elif not flight.is_duplicate(one, key):
+                    yield from flight.wait_for_replies(concurrency - 1)
                     if stopped():
                         break
                     flight.start(one, key)
-            yield from flight.landed(0)
-            yield from flight.given_up()
+            yield from flight.wait_for_replies(0)
+            yield from flight.failed_requests()
         finally:
             flight.halt.set()  # the pool waits for its threads: let none of them begin a retry
 
 
 def estimate(
-    endpoint: Endpoint, asks: Iterable[Ask], cache: Cache | None, *, tokens_out: int
+    endpoint: Endpoint, asks: Iterable[ChatRequest], cache: Cache | None, *, tokens_out: int
 ) -> dict[str, Any]:
     """Calls and about how many tokens, at CHARS_PER_TOKEN and `tokens_out` a reply."""
     calls = tokens_in = 0
     seen: set[str] = set()
     for one in asks:
-        key = key_of(endpoint, one.messages)
+        key = cache_key(endpoint, one.messages)
         if key in seen or (cache is not None and cache.get(key) is not None):
             continue
         seen.add(key)
         calls += 1
         for message in one.messages:
-            chars, pictures = words_of(message["content"])
+            chars, pictures = message_size(message["content"])
             tokens_in += chars // CHARS_PER_TOKEN + TOKENS_PER_MESSAGE
             tokens_in += pictures * TOKENS_PER_PICTURE
     return dict(calls=calls, tokens_in=tokens_in, tokens_out=calls * tokens_out)
 
 
-class _Flight:
+class _InFlight:
     """The calls under way. `doubtful`: unusable replies while not one usable has come.
 
     As long as nothing was ever usable, it is the settings that are wrong and not the records, so a
@@ -144,21 +144,21 @@ class _Flight:
     def __init__(self, endpoint: Endpoint, cache: Cache, pool: Any, stopped: Callable[[], bool]):
         self.endpoint, self.cache, self.pool, self.stopped = endpoint, cache, pool, stopped
         self.halt, self.silent = threading.Event(), 0
-        self.calls: dict[concurrent.futures.Future, tuple[str, list[Ask]]] = {}
+        self.calls: dict[concurrent.futures.Future, tuple[str, list[ChatRequest]]] = {}
         self.by_key: dict[str, concurrent.futures.Future] = {}
-        self.doubtful: list[tuple[str, list[Ask], Reply]] = []
+        self.doubtful: list[tuple[str, list[ChatRequest], Reply]] = []
 
-    def joins(self, one: Ask, key: str) -> bool:
+    def is_duplicate(self, one: ChatRequest, key: str) -> bool:
         """Whether the same question is under way already; then it has two askers."""
         if joined := key in self.by_key:
             self.calls[self.by_key[key]][1].append(one)
         return joined
 
-    def start(self, one: Ask, key: str) -> None:
+    def start(self, one: ChatRequest, key: str) -> None:
         self.by_key[key] = future = self.pool.submit(self._call, one, key)
         self.calls[future] = (key, [one])
 
-    def landed(self, most: int) -> Iterator[tuple[Ask, Reply | NoReply]]:
+    def wait_for_replies(self, most: int) -> Iterator[tuple[ChatRequest, Reply | TransientError]]:
         """What has come; waits until at most `most` calls are under way."""
         while len(self.calls) > most:
             if self.stopped():
@@ -171,12 +171,14 @@ class _Flight:
                 del self.by_key[key]
                 yield from self._taken(key, asks, _result(future))
 
-    def given_up(self) -> Iterator[tuple[Ask, NoReply]]:
+    def failed_requests(self) -> Iterator[tuple[ChatRequest, TransientError]]:
         """The doubtful ones, when nothing usable came to the end."""
         for _, asks, reply in self.doubtful:
-            yield from ((one, NoReply(f"{self.endpoint.model}: {reply.problem}")) for one in asks)
+            yield from (
+                (one, TransientError(f"{self.endpoint.model}: {reply.problem}")) for one in asks
+            )
 
-    def _taken(self, key: str, asks: list[Ask], found: Reply | NoReply):
+    def _taken(self, key: str, asks: list[ChatRequest], found: Reply | TransientError):
         good = isinstance(found, Reply) and (not found.problem or self.cache.answered)
         self.silent = 0 if good else self.silent + 1
         if not good and isinstance(found, Reply):
@@ -197,17 +199,17 @@ class _Flight:
                 f"no usable reply; look at the endpoint and its parameters. The last: {why}"
             )
 
-    def _call(self, one: Ask, key: str) -> Reply:
+    def _call(self, one: ChatRequest, key: str) -> Reply:
         if self.halt.is_set():
-            raise NoReply("stopped before it was asked")
-        reply = ask(self.endpoint, one.messages, one.data_class, wait=self.halt.wait)
+            raise TransientError("stopped before it was asked")
+        reply = request_completion(self.endpoint, one.messages, one.data_class, wait=self.halt.wait)
         if not reply.problem or self.cache.answered:
             self.cache.put(key, self.endpoint.model, reply)
         return reply
 
 
-def _result(future: concurrent.futures.Future) -> Reply | NoReply:
+def _result(future: concurrent.futures.Future) -> Reply | TransientError:
     try:
         return future.result()
-    except NoReply as error:
+    except TransientError as error:
         return error

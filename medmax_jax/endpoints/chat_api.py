@@ -39,7 +39,7 @@ Messages = Sequence[Mapping[str, Any]]
 PATH = "/chat/completions"
 REFUSED = (400, 413, 422)  # about this request: too long, or filtered
 TRANSIENT = (408, 429)  # and all of 5xx
-OURS = {"model", "messages", "stream", "n"}  # parameters that users cannot set
+RESERVED_PARAMETERS = {"model", "messages", "stream", "n"}  # parameters that users cannot set
 FIRST_WAIT_S = 1.0  # doubled at each retry
 RAW_CHARS = 20_000  # of a reply that cannot be read, kept for people to look at
 MAX_TOKENS = 10**9  # a count above it is no count
@@ -55,7 +55,7 @@ class EndpointError(ValueError):
     """An endpoint that cannot be used as set; the message names it and the mend."""
 
 
-class NoReply(EndpointError):
+class TransientError(EndpointError):
     """An endpoint that did not answer this time; the same call may work later."""
 
 
@@ -82,10 +82,10 @@ class Endpoint:
     takes_empty: bool = False  # whether no text is a reply where the model stopped by itself
 
     def __post_init__(self):
-        egress.parse(self.url)
+        egress.parse_address(self.url)
         if not self.model:
             raise EndpointError(f"endpoint {self.url}: has no model; write MODEL@URL")
-        if wrong := OURS & set(self.parameters):
+        if wrong := RESERVED_PARAMETERS & set(self.parameters):
             raise EndpointError(f"parameters: {sorted(wrong)[0]!r} is not yours to set; remove it")
 
 
@@ -102,7 +102,7 @@ class Reply:
     raw: str = ""
 
 
-def ask(
+def request_completion(
     endpoint: Endpoint, messages: Messages, data_class: str, *, wait: Callable[[float], bool]
 ) -> Reply:
     """One reply; raises OutgoingError before the first byte where the data may not go.
@@ -120,10 +120,12 @@ def ask(
         if isinstance(found, Reply):
             return found
         if attempt < endpoint.retries and wait(_pause(found, attempt, endpoint)):
-            raise NoReply(f"{endpoint.model} at {address.name}: stopped while waiting to ask again")
+            raise TransientError(
+                f"{endpoint.model} at {address.name}: stopped while waiting to ask again"
+            )
     if found.reply:
         return found.reply
-    raise NoReply(
+    raise TransientError(
         f"{endpoint.model} at {address.name}: no reply after {endpoint.retries + 1} attempts "
         f"({found.why}); try later, or with fewer calls at once"
     )
@@ -158,7 +160,7 @@ def check_ready(endpoint: Endpoint) -> None:
 
     Opens a connection and sends nothing; the caller asks the guard first.
     """
-    address = egress.parse(endpoint.url)
+    address = egress.parse_address(endpoint.url)
     _key(endpoint, address)
     outcome: queue.SimpleQueue[OSError | None] = queue.SimpleQueue()
 
@@ -177,7 +179,7 @@ def check_ready(endpoint: Endpoint) -> None:
     except queue.Empty:
         error = TimeoutError(f"no connection within {CONNECT_S:g} s")
     if error is not None:
-        raise NoReply(
+        raise TransientError(
             f"{endpoint.model} at {address.name}: cannot be reached "
             f"({error.strerror or error}); start the server, or correct the URL"
         ) from error
@@ -194,7 +196,7 @@ def image_part(png: bytes) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url}}
 
 
-def words_of(content: str | Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+def message_size(content: str | Sequence[Mapping[str, Any]]) -> tuple[int, int]:
     """(characters of words, pictures) of a message's content."""
     if isinstance(content, str):
         return len(content), 0
@@ -210,7 +212,7 @@ def cost(endpoint: Endpoint, tokens_in: int, tokens_out: int) -> float | None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Again:
+class _Retry:
     """An attempt worth repeating. `after_s`: as the server asked. `reply`: if none better comes."""
 
     why: str
@@ -218,7 +220,7 @@ class _Again:
     reply: Reply | None = None
 
 
-def _attempt(endpoint: Endpoint, address: egress.Address, key: str, body: bytes) -> Reply | _Again:
+def _attempt(endpoint: Endpoint, address: egress.Address, key: str, body: bytes) -> Reply | _Retry:
     try:
         status, headers, data, whole = _post(endpoint, address, key, body)
     except ssl.SSLCertVerificationError as error:
@@ -228,12 +230,12 @@ def _attempt(endpoint: Endpoint, address: egress.Address, key: str, body: bytes)
         ) from error
     except (OSError, http.client.HTTPException) as error:
         # Parts of what the server sent stand in it, such as its status line.
-        return _Again(why=_short(_hide(str(error), key) or type(error).__name__))
+        return _Retry(why=_short(_hide(str(error), key) or type(error).__name__))
     if status == 200:
         return _read_reply(endpoint, address, key, data, whole)
     said = _raw(data, key)
     if status in TRANSIENT or status >= 500:
-        return _Again(why=f"status {status}: {_short(said)}", after_s=_retry_after(headers))
+        return _Retry(why=f"status {status}: {_short(said)}", after_s=_retry_after(headers))
     if status in REFUSED:
         problem = f"status {status}: {_short(said)}"
         return Reply(status=status, problem=problem, raw=said)
@@ -300,7 +302,7 @@ def _cut(connection: socket.socket, late: threading.Event) -> None:
 
 def _read_reply(
     endpoint: Endpoint, address: egress.Address, key: str, data: bytes, whole: bool
-) -> Reply | _Again:
+) -> Reply | _Retry:
     raw = _raw(data, key)
     if not whole:
         return Reply(status=200, problem=f"longer than {endpoint.max_reply_bytes} bytes", raw=raw)
@@ -384,7 +386,7 @@ def _error_in(body: Any) -> Any:
 
 def _read_error(
     endpoint: Endpoint, address: egress.Address, key: str, error: Any, raw: str
-) -> Reply | _Again:
+) -> Reply | _Retry:
     """An error inside a 200, taken as the status would be taken that its code states."""
     stated = error if isinstance(error, dict) else {}
     message, code = stated.get("message"), stated.get("code")
@@ -402,7 +404,7 @@ def _read_error(
             f"{endpoint.model} at {address.name}{address.path}: {why} (code {code}); "
             "look at the URL, the model's name and the key"
         )
-    return _Again(why=why)
+    return _Retry(why=why)
 
 
 def _raw(data: bytes, key: str) -> str:
@@ -411,8 +413,8 @@ def _raw(data: bytes, key: str) -> str:
     return _hide(data[:most].decode(errors="replace"), key)[:RAW_CHARS]
 
 
-def _again(why: str, raw: str) -> _Again:
-    return _Again(why=why, reply=Reply(status=200, problem=why, raw=raw))
+def _again(why: str, raw: str) -> _Retry:
+    return _Retry(why=why, reply=Reply(status=200, problem=why, raw=raw))
 
 
 def _count(value: Any) -> int | None:
@@ -472,13 +474,13 @@ def _short(text: str) -> str:
     return printable(text.strip()) or "nothing said"
 
 
-def _pause(found: _Again, attempt: int, endpoint: Endpoint) -> float:
+def _pause(found: _Retry, attempt: int, endpoint: Endpoint) -> float:
     if found.after_s is None:
         # Random, so that calls which failed together do not come back together.
         doubled = FIRST_WAIT_S * 2**attempt * random.uniform(0.5, 1.0)
         return min(doubled, endpoint.max_wait_s)
     if found.after_s > endpoint.max_wait_s:
-        raise NoReply(
+        raise TransientError(
             f"{endpoint.model}: asks to wait {found.after_s:.0f} s ({found.why}), more than "
             f"max_wait_s {endpoint.max_wait_s:g}; try later"
         )

@@ -56,7 +56,7 @@ def check(url: str, data_class: str, *, listed: frozenset[str]) -> Address:
     `listed`: hosts for credentialed data, as `host:port` (see `hosts`).
         check("https://me.org/v1", "credentialed", listed=frozenset({"me.org:443"}))
     """
-    address = parse(url)
+    address = parse_address(url)
     if data_class not in CLASSES:
         raise OutgoingError(
             f"class {data_class!r} of data for {address.name}: use one of {', '.join(CLASSES)}"
@@ -76,7 +76,7 @@ def check(url: str, data_class: str, *, listed: frozenset[str]) -> Address:
     return address
 
 
-def parse(url: str) -> Address:
+def parse_address(url: str) -> Address:
     """A URL in parts; raises OutgoingError at anything that two readers could read two ways."""
     if not re.fullmatch(r"[!-~]+", url) or "\\" in url:
         raise OutgoingError(f"url {url!r}: use plain ASCII without spaces or backslashes")
@@ -98,13 +98,13 @@ def parse(url: str) -> Address:
     )
 
 
-def hosts(entries: Iterable[str]) -> frozenset[str]:
+def parse_allowed_hosts(entries: Iterable[str]) -> frozenset[str]:
     """`listed` of what a user wrote: `host:port`, `host` (port 443), or a URL."""
     urls = [entry if "://" in entry else f"https://{entry}" for entry in entries]
-    return frozenset(parse(url).name for url in urls)
+    return frozenset(parse_address(url).name for url in urls)
 
 
-def class_of(row: Mapping[str, Any], where: str, *, default: str | None = None) -> str:
+def data_class_of(row: Mapping[str, Any], where: str, *, default: str | None = None) -> str:
     """Return the data class of a row; raise OutgoingError naming `where` if none can be decided.
 
     This is the one place that decides the class of a row of any file: `data_class`, else the
@@ -158,7 +158,7 @@ def describe(row: Mapping[str, Any], field: str) -> str:
     if field not in row:
         return "missing"
     try:
-        known = class_of(row, "") != CREDENTIALED
+        known = data_class_of(row, "") != CREDENTIALED
     except OutgoingError:
         known = False
     value = row[field]

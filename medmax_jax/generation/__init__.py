@@ -26,27 +26,43 @@ slots            The book of a cache's lanes: which tokens each holds, who uses 
 from medmax_jax.generation.api import (
     Chat,
     Score,
+    as_completed,
     defaults,
     generate,
-    pieces,
+    generate_tokens,
     score,
-    stream,
-    write,
+    stream_chunks,
 )
 from medmax_jax.generation.model_bundle import (
-    Generator,
     Image,
+    ModelBundle,
     Text,
-    around,
     decode,
+    decode_segments,
     encode,
+    from_model,
     load,
     prompt_tokens,
-    segments,
 )
 from medmax_jax.generation.requests import GenerateError
 
 __all__ = [
-    "Chat", "GenerateError", "Generator", "Image", "Score", "Text", "around", "decode", "defaults",
-    "encode", "generate", "load", "pieces", "prompt_tokens", "score", "segments", "stream", "write",
-]  # fmt: skip
+    "Chat",
+    "GenerateError",
+    "Image",
+    "ModelBundle",
+    "Score",
+    "Text",
+    "as_completed",
+    "decode",
+    "decode_segments",
+    "defaults",
+    "encode",
+    "from_model",
+    "generate",
+    "generate_tokens",
+    "load",
+    "prompt_tokens",
+    "score",
+    "stream_chunks",
+]

@@ -24,20 +24,20 @@ from medmax_jax.configs.sampling import SETS
 from medmax_jax.generation import buckets, engine, grammar, sampling_params, scheduler
 from medmax_jax.generation import requests as prompt_requests
 from medmax_jax.generation.model_bundle import (
-    Generator,
     Image,
-    Part,
-    Telling,
+    IncrementalDetokenizer,
+    ModelBundle,
+    PromptPart,
     Text,
     check_decoder,
+    decode_segments,
     prompt_tokens,
-    segments,
 )
 from medmax_jax.generation.requests import GenerateError
 from medmax_jax.models import vocab as ids
 from medmax_jax.models.tokenizer import prompt_ids
 
-Asked = Sequence[Sequence[Part]]
+Prompts = Sequence[Sequence[PromptPart]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +62,8 @@ def defaults(name: str) -> Sample:
 
 
 def generate(
-    g: Generator,
-    prompts: Asked,
+    g: ModelBundle,
+    prompts: Prompts,
     sample: Sample,
     *,
     mode: str,
@@ -76,14 +76,14 @@ def generate(
     """The answers, in the order of the prompts. See `stream` for the arguments."""
     found: list[list[Text | Image]] = [[] for _ in prompts]
     request = dict(names=names, end_of_turn=end_of_turn, rows=rows, kind=kind)
-    for index, answer in stream(g, prompts, sample, mode=mode, seed=seed, **request):
+    for index, answer in as_completed(g, prompts, sample, mode=mode, seed=seed, **request):
         found[index] = answer
     return found
 
 
-def stream(
-    g: Generator,
-    prompts: Asked,
+def as_completed(
+    g: ModelBundle,
+    prompts: Prompts,
     sample: Sample,
     *,
     mode: str,
@@ -101,13 +101,13 @@ def stream(
     """
     tokens = prompt_tokens(g, prompts, end_of_turn=end_of_turn)
     fixed = dict(mode=mode, seed=seed, names=names, rows=rows, kind=kind)
-    for batch, written in write(g, tokens, sample, **fixed):
-        yield from zip(batch, segments(g, written), strict=True)
+    for batch, written in generate_tokens(g, tokens, sample, **fixed):
+        yield from zip(batch, decode_segments(g, written), strict=True)
 
 
-def pieces(
-    g: Generator,
-    prompts: Asked,
+def stream_chunks(
+    g: ModelBundle,
+    prompts: Prompts,
     sample: Sample,
     *,
     mode: str,
@@ -124,18 +124,18 @@ def pieces(
     """
     tokens = prompt_tokens(g, prompts, end_of_turn=end_of_turn)
     fixed = dict(mode=mode, names=names, rows=rows, kind=kind)
-    served = _served(g, tokens, sample, seed=seed, **fixed)
-    told = [Telling() for _ in prompts]
+    served = _run_requests(g, tokens, sample, seed=seed, **fixed)
+    told = [IncrementalDetokenizer() for _ in prompts]
     for news in served:
         for each in news:
-            for part in told[each.index].more(g, each.tokens, each.done):
+            for part in told[each.index].update(g, each.tokens, each.done):
                 yield each.index, part
             if each.done:
                 yield each.index, None
 
 
-def write(
-    g: Generator,
+def generate_tokens(
+    g: ModelBundle,
     prompts: Sequence[Int[np.ndarray, "_"]],
     sample: Sample,
     *,
@@ -147,15 +147,15 @@ def write(
 ) -> Iterator[tuple[list[int], list[Int[np.ndarray, "_"]]]]:
     """(indices, the tokens that each of them writes, EOS included) of what is done, by ids."""
     fixed = dict(mode=mode, names=names, rows=rows, kind=kind)
-    for news in _served(g, prompts, sample, seed=seed, **fixed):
+    for news in _run_requests(g, prompts, sample, seed=seed, **fixed):
         done = [each for each in news if each.done]
         if done:
             yield [each.index for each in done], [each.tokens for each in done]
 
 
 def score(
-    g: Generator,
-    prompts: Asked,
+    g: ModelBundle,
+    prompts: Prompts,
     options: Sequence[Sequence[str]],
     *,
     end_of_turn: bool = True,
@@ -182,56 +182,56 @@ def score(
             )
     if not tokens:
         return []
-    count = buckets.rows(len(tokens), rows)
-    slots = min(buckets.rounded(longest), context)
-    e = _engine(g, rows=count, lanes=count, slots=slots, kind=kind)
+    count = buckets.batch_size_for(len(tokens), rows)
+    slots = min(buckets.round_cache_length(longest), context)
+    e = _engine_for(g, rows=count, lanes=count, slots=slots, kind=kind)
     return [
         [
             Score(total=float(one.sum()), tokens=len(one), greedy=bool(best.all()))
             for one, best in each
         ]
-        for each in engine.likelihoods(e, tokens, asked)
+        for each in engine.score_options(e, tokens, asked)
     ]
 
 
-def _options(g: Generator, options: Sequence[str], where: str) -> list[Int[np.ndarray, "_"]]:
+def _options(g: ModelBundle, options: Sequence[str], where: str) -> list[Int[np.ndarray, "_"]]:
     """The tokens of each; raises GenerateError, or TokenizerError where one is not words alone."""
     if isinstance(options, str):
         raise GenerateError(f"the options of {where} are {options!r}; write a list of them")
     for option in options:
-        prompt_requests.check_words(option, where=f"an option of {where}")
+        prompt_requests.check_text(option, where=f"an option of {where}")
     found = [prompt_ids(g.tokenizer, [o], g.vocab, False)[1:] for o in options]
     if not found or not all(map(len, found)):
         raise GenerateError(f"{where} has no options, or an empty one; give it words")
     return found
 
 
-def _served(
-    g: Generator, prompts, sample: Sample, *, mode: str, seed: int, names, rows: int, kind: str
-) -> Iterator[list[scheduler.Written]]:
+def _run_requests(
+    g: ModelBundle, prompts, sample: Sample, *, mode: str, seed: int, names, rows: int, kind: str
+) -> Iterator[list[scheduler.RequestOutput]]:
     """An engine as large as these requests need, and what it writes chunk by chunk."""
-    sampling_params.knobs(sample)  # settings that make no sense, before anything is made
+    sampling_params.sampling_params(sample)  # settings that make no sense, before anything is made
     if mode != "text":
         check_decoder(g)
     codes, context = g.vq_config.codes_per_image, g.config.context_length
-    requests = prompt_requests.requests(
+    requests = prompt_requests.make_requests(
         prompts, sample, g.vocab, mode=mode, names=names, codes=codes, context=context
     )
-    count = buckets.rows(len(requests), rows)
+    count = buckets.batch_size_for(len(requests), rows)
     if not requests:
         return
     longest = max(len(request.tokens) for request in requests)
-    streams = 1 + sampling_params.guidance(requests, sample, g.vocab, mode=mode)
-    slots = buckets.slots(longest, sample, mode=mode, codes=codes, context=context)
-    e = _engine(g, rows=count, lanes=streams * count, slots=slots, kind=kind)
-    yield from scheduler.serve(e, requests, sample, mode=mode, seed=seed)
+    streams = 1 + sampling_params.guidance_streams_needed(requests, sample, g.vocab, mode=mode)
+    slots = buckets.cache_length_for(longest, sample, mode=mode, codes=codes, context=context)
+    e = _engine_for(g, rows=count, lanes=streams * count, slots=slots, kind=kind)
+    yield from scheduler.run_requests(e, requests, sample, mode=mode, seed=seed)
 
 
-def _engine(g: Generator, *, rows: int, lanes: int, slots: int, kind: str) -> engine.Engine:
+def _engine_for(g: ModelBundle, *, rows: int, lanes: int, slots: int, kind: str) -> engine.Engine:
     codes = g.vq_config.codes_per_image
     sizes = dict(codes=codes, rows=rows, lanes=lanes, slots=slots, kind=kind)
     sizes["barred"] = g.tokenizer.barred
-    return engine.make(g.model, g.vocab, g.mesh, **sizes)
+    return engine.make_engine(g.model, g.vocab, g.mesh, **sizes)
 
 
 # ---- chat ----
@@ -249,13 +249,13 @@ class Chat:
     """One conversation, with a cache of its own."""
 
     def __init__(
-        self, g: Generator, sample: Sample, *, mode: str, seed: int, kind: str = "model"
+        self, g: ModelBundle, sample: Sample, *, mode: str, seed: int, kind: str = "model"
     ) -> None:
         grammar.check_mode(mode)
         self._g, self._sample, self._mode, self._seed = g, sample, mode, seed
         self.tokens = np.array([ids.BOS], np.int32)  # all turns so far
-        streams = 1 if mode == "text" else 1 + sum(sampling_params.guided(sample))
-        self.engine = engine.make(
+        streams = 1 if mode == "text" else 1 + sum(sampling_params.guidance_scales_active(sample))
+        self.engine = engine.make_engine(
             g.model,
             g.vocab,
             g.mesh,
@@ -267,28 +267,28 @@ class Chat:
             barred=g.tokenizer.barred,
         )
 
-    def say(self, parts: Sequence[Part]) -> list[Text | Image]:
+    def send(self, parts: Sequence[PromptPart]) -> list[Text | Image]:
         """The answer to one more turn."""
-        for _ in self.pieces(parts):
+        for _ in self.stream_chunks(parts):
             pass
-        return segments(self._g, [self._answer])[0]
+        return decode_segments(self._g, [self._answer])[0]
 
-    def pieces(self, parts: Sequence[Part]) -> Iterator[Text | Image]:
+    def stream_chunks(self, parts: Sequence[PromptPart]) -> Iterator[Text | Image]:
         """The answer as it comes; of a turn left in the middle the words and whole images count."""
         g, codes = self._g, self._g.vq_config.codes_per_image
         asked = prompt_tokens(g, [parts], end_of_turn=True)[0]
         prompt = np.concatenate([self.tokens, asked[1:]])
-        (request,) = prompt_requests.requests(
+        (request,) = prompt_requests.make_requests(
             [prompt], self._sample, g.vocab, mode=self._mode, names=None, codes=codes,
             context=g.config.context_length,
         )  # fmt: skip
-        told, self._answer = Telling(), prompt[:0]
+        told, self._answer = IncrementalDetokenizer(), prompt[:0]
         fixed = dict(mode=self._mode, seed=self._seed)
-        for news in scheduler.serve(self.engine, [request], self._sample, **fixed):
+        for news in scheduler.run_requests(self.engine, [request], self._sample, **fixed):
             for each in news:
                 self._answer = each.tokens
                 self._keep(request.tokens, each.tokens)
-                yield from told.more(g, each.tokens, each.done)
+                yield from told.update(g, each.tokens, each.done)
 
     def _keep(self, prompt: np.ndarray, written: np.ndarray) -> None:
         """The conversation with this answer, closed as training closes a turn: by SEP."""

@@ -23,7 +23,7 @@ _WORDS = ("resource_exhausted", "out of memory", "ynnpack operation failed")
 
 
 @contextlib.contextmanager
-def asked(what: str, mend: str) -> Iterator[None]:
+def explain_out_of_memory(what: str, mend: str) -> Iterator[None]:
     """Raises GenerateError in place of an error that says that memory is full, and no other."""
     try:
         yield
@@ -35,37 +35,37 @@ def asked(what: str, mend: str) -> Iterator[None]:
         raise GenerateError(f"out of memory: {what}; {mend} ({said})") from error
 
 
-def mib(count: int) -> str:
+def format_mib(count: int) -> str:
     """Bytes in words: 16,384 MiB."""
     return f"{count / 2**20:,.0f} MiB"
 
 
-def bytes_of(tree: PyTree) -> int:
+def tree_bytes(tree: PyTree) -> int:
     """Of arrays or their shapes, over all devices."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def rows(count: int, most: int) -> int:
+def batch_size_for(count: int, most: int) -> int:
     """Answers to write at once: a power of two, or `most`."""
     if most < 1:
         raise GenerateError(f"rows is {most}; at least one answer is written at once")
     return min(most, 1 << max(count - 1, 0).bit_length())
 
 
-def slots(longest: int, sample: Sample, *, mode: str, codes: int, context: int) -> int:
+def cache_length_for(longest: int, sample: Sample, *, mode: str, codes: int, context: int) -> int:
     """Tokens that a lane must hold for the longest prompt, rounded up."""
     room = {"text": sample.max_gen_len, "mixed": context, "image": 1 + codes}[mode]
     need = min(longest + room, context)
-    return min(rounded(need), context)
+    return min(round_cache_length(need), context)
 
 
-def rounded(count: int) -> int:
+def round_cache_length(count: int) -> int:
     """Up to a size that a cache may have."""
     step = SLOT_STEPS[count > 512]
     return -(-count // step) * step
 
 
-def span(need: int, room: int) -> int:
+def kv_length_bucket(need: int, room: int) -> int:
     """Slots to read where `need` are filled, of `room`: 256, 512, 1024 ..., so few programs."""
     size = SHORTEST_SPAN
     while size < need:
@@ -73,6 +73,6 @@ def span(need: int, room: int) -> int:
     return min(size, room)
 
 
-def piece(longest: int) -> int:
+def prefill_bucket(longest: int) -> int:
     """Tokens of a prompt to read at once."""
     return next((size for size in PIECES if size >= longest), PIECES[-1])

@@ -30,33 +30,39 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from medmax_jax.config import Vocab
 from medmax_jax.generation import grammar, sampling
-from medmax_jax.generation.sampling_params import FULL, IMAGE_ONLY, UNCONDITIONAL, Knobs, Plan
+from medmax_jax.generation.sampling_params import (
+    FULL,
+    IMAGE_ONLY,
+    UNCONDITIONAL,
+    DecodeConfig,
+    SamplingParams,
+)
 from medmax_jax.models import kv_cache
 from medmax_jax.models import vocab as ids
 from medmax_jax.models.chameleon import Chameleon
-from medmax_jax.sharding import BATCH, ROWS, placed
+from medmax_jax.sharding import BATCH, ROWS, with_shardings
 
 
-class Rows(NamedTuple):
+class SequenceState(NamedTuple):
     """[N] answers in the making; small, so it goes to the device and back with each chunk."""
 
     token: Int[Array, "N"]  # sampled, or the prompt's last; not fed yet
     lanes: Int[Array, "N 3"]  # of each stream; -1: none
-    at: Int[Array, "N 3"]  # the next free slot of each
-    left: Int[Array, "N"]  # the grammar's state
+    positions: Int[Array, "N 3"]  # the next free slot of each
+    image_tokens_left: Int[Array, "N"]  # the grammar's state
     budget: Int[Array, "N"]  # tokens of text, with BOI and EOS, without codes and EOI
-    spent: Int[Array, "N"]
+    text_tokens_used: Int[Array, "N"]
     count: Int[Array, "N"]  # tokens written
-    number: Int[Array, "N"]  # of the sample; its random numbers come from here
+    sample_seed: Int[Array, "N"]  # of the sample; its random numbers come from here
     done: Bool[Array, "N"]  # or nobody sits here
-    waiting: Bool[Array, "N"]  # for lanes, to write an image
+    needs_guidance_slots: Bool[Array, "N"]  # for lanes, to write an image
 
 
-class State(NamedTuple):
+class LoopState(NamedTuple):
     """Inside `run`, between two steps."""
 
     step: Int[Array, ""]
-    rows: Rows
+    rows: SequenceState
     seen: Bool[Array, "N V"]
     out: Int[Array, "N C"]
     opened: Bool[Array, ""]
@@ -66,7 +72,7 @@ class State(NamedTuple):
 @functools.partial(jax.jit, static_argnames="span", donate_argnames="cache")
 def prefill(
     model: Chameleon,
-    layers: kv_cache.Apart | None,
+    layers: kv_cache.UnstackedLayers | None,
     cache: kv_cache.Cache,
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
@@ -81,16 +87,16 @@ def prefill(
 
 
 @functools.partial(jax.jit, static_argnames="span", donate_argnames="cache")
-def copy(
+def copy_slots(
     cache: kv_cache.Cache, sources: Int[Array, "M"], targets: Int[Array, "M"], *, span: int
 ) -> kv_cache.Cache:
     """The start of lanes into others of the same block."""
     sources, targets = (jax.sharding.reshard(x, P(ROWS)) for x in (sources, targets))
-    return kv_cache.copy(cache, sources, targets, span=span)
+    return kv_cache.copy_slots(cache, sources, targets, span=span)
 
 
 @functools.partial(jax.jit, donate_argnames="seen")
-def mark(
+def set_seen_tokens(
     seen: Bool[Array, "N V"], row: Int[Array, ""], tokens: Int[Array, "S"]
 ) -> Bool[Array, "N V"]:
     """Row `row` has seen these ids and no others."""
@@ -99,9 +105,9 @@ def mark(
 
 
 @functools.partial(jax.jit, static_argnames="span", donate_argnames="cache")
-def score(
+def score_tokens(
     model: Chameleon,
-    layers: kv_cache.Apart | None,
+    layers: kv_cache.UnstackedLayers | None,
     cache: kv_cache.Cache,
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
@@ -122,26 +128,26 @@ def score(
 @functools.partial(
     jax.jit, static_argnames=("plan", "width", "span", "draws"), donate_argnames=("cache", "seen")
 )
-def run(
+def decode_chunk(
     model: Chameleon,
-    layers: kv_cache.Apart | None,
+    layers: kv_cache.UnstackedLayers | None,
     cache: kv_cache.Cache,
-    rows: Rows,
+    rows: SequenceState,
     seen: Bool[Array, "N V"],
-    knobs: Knobs,
+    knobs: SamplingParams,
     key: Key[Array, ""],
     *,
-    plan: Plan,
+    plan: DecodeConfig,
     width: int,
     span: int,
     draws: str,
-) -> tuple[kv_cache.Cache, Rows, Bool[Array, "N V"], Int[Array, "N C"]]:
+) -> tuple[kv_cache.Cache, SequenceState, Bool[Array, "N V"], Int[Array, "N C"]]:
     """Up to plan.chunk more tokens of each row; `out` has those that it wrote, from the left.
 
     width: lanes of each block that run, the first ones. draws: "text", "codes" or "both".
     """
-    keys = sampling.row_keys(key, rows.number)
-    state = State(
+    keys = sampling.sequence_keys(key, rows.sample_seed)
+    state = LoopState(
         step=jnp.int32(0),
         rows=rows,
         seen=seen,
@@ -157,8 +163,8 @@ def run(
     return state.cache, state.rows, state.seen, state.out
 
 
-def lower(
-    like: Chameleon, plan: Plan, *, rows: int, slots: int, kind: str, draws: str
+def lower_decode(
+    like: Chameleon, plan: DecodeConfig, *, rows: int, slots: int, kind: str, draws: str
 ) -> jax.stages.Lowered:
     """`run` for shapes alone, with every lane and slot in use; under the mesh of `like`.
 
@@ -166,18 +172,20 @@ def lower(
     """
     shape = lambda *sizes, kind=jnp.int32: jax.ShapeDtypeStruct(sizes, kind)  # noqa: E731
     row, three, flag = shape(rows), shape(rows, 3), shape(rows, kind=jnp.bool_)
-    asked = Rows(row, three, three, row, row, row, row, row, flag, flag)
-    knobs = Knobs(*[shape(kind=jnp.float32)] * len(Knobs._fields))
+    asked = SequenceState(row, three, three, row, row, row, row, row, flag, flag)
+    knobs = SamplingParams(*[shape(kind=jnp.float32)] * len(SamplingParams._fields))
     lanes = plan.blocks * plan.depth
-    cache = jax.eval_shape(lambda: kv_cache.empty(like.config, lanes=lanes, slots=slots, kind=kind))
+    cache = jax.eval_shape(
+        lambda: kv_cache.init_cache(like.config, lanes=lanes, slots=slots, kind=kind)
+    )
     given = (cache, asked, shape(rows, plan.vocab.size, kind=jnp.bool_), knobs)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    cache, asked, seen, knobs, key = placed((*given, key))
+    cache, asked, seen, knobs, key = with_shardings((*given, key))
     fixed = dict(plan=plan, width=plan.depth, span=slots, draws=draws)
-    return run.lower(like, None, cache, asked, seen, knobs, key, **fixed)
+    return decode_chunk.lower(like, None, cache, asked, seen, knobs, key, **fixed)
 
 
-def stream_slots(
+def stream_positions(
     token: Int[Array, "N"], at: Int[Array, "N 3"], lanes: Int[Array, "N 3"], vocab: Vocab
 ) -> Int[Array, "N 3"]:
     """Where each stream stores the token; -1 where there is none, or it does not hold its kind.
@@ -189,8 +197,8 @@ def stream_slots(
     return jnp.where(held & (lanes >= 0), at, -1)
 
 
-def _active(rows: Rows) -> Bool[Array, "N"]:
-    return ~(rows.done | rows.waiting)
+def _active(rows: SequenceState) -> Bool[Array, "N"]:
+    return ~(rows.done | rows.needs_guidance_slots)
 
 
 def _split(*arrays: Array) -> list[Array]:
@@ -199,41 +207,41 @@ def _split(*arrays: Array) -> list[Array]:
 
 def _step(
     model: Chameleon,
-    layers: kv_cache.Apart | None,
-    state: State,
-    knobs: Knobs,
+    layers: kv_cache.UnstackedLayers | None,
+    state: LoopState,
+    knobs: SamplingParams,
     keys: Key[Array, "N"],
-    plan: Plan,
+    plan: DecodeConfig,
     width: int,
     span: int,
     draws: str,
-) -> State:
+) -> LoopState:
     rows, active = state.rows, _active(state.rows)
-    places = stream_slots(rows.token, rows.at, rows.lanes, plan.vocab)
+    places = stream_positions(rows.token, rows.positions, rows.lanes, plan.vocab)
     places = jnp.where(active[:, None], places, -1)
-    at = jnp.where(places >= 0, places + 1, rows.at)
+    at = jnp.where(places >= 0, places + 1, rows.positions)
     lanes = _lane_rows(rows.lanes, plan, width)
     logits, cache = _logits(
         model, layers, rows.token, places, lanes, state.cache, plan, width, span
     )
     token = _next(logits, lanes, at[:, FULL], state, knobs, keys, plan, draws)
 
-    in_text = rows.left == 0
-    left = grammar.advance(rows.left, token, codes=plan.codes)
-    spent = rows.spent + in_text
+    in_text = rows.image_tokens_left == 0
+    left = grammar.advance(rows.image_tokens_left, token, codes=plan.codes)
+    spent = rows.text_tokens_used + in_text
     over, spent = _over(rows, token, left, spent, at[:, FULL], plan)
     opens = active & in_text & (token == ids.BOI) & ~over
     keep = lambda new, old: jnp.where(active, new, old)  # noqa: E731
-    return State(
+    return LoopState(
         step=state.step + 1,
         rows=rows._replace(
             token=keep(token, rows.token),
             at=at,
-            left=keep(left, rows.left),
-            spent=keep(spent, rows.spent),
+            left=keep(left, rows.image_tokens_left),
+            spent=keep(spent, rows.text_tokens_used),
             count=rows.count + active,
             done=rows.done | (active & over),
-            waiting=rows.waiting | opens,
+            waiting=rows.needs_guidance_slots | opens,
         ),
         seen=state.seen | (active[:, None] & (token[:, None] == jnp.arange(plan.vocab.size))),
         out=state.out.at[:, state.step].set(jnp.where(active, token, ids.PAD)),
@@ -242,25 +250,27 @@ def _step(
     )
 
 
-def _over(rows: Rows, token, left, spent, length, plan: Plan) -> tuple[Array, Array]:
+def _over(
+    rows: SequenceState, token, left, spent, length, plan: DecodeConfig
+) -> tuple[Array, Array]:
     """Which rows are at their end, and what they have spent of their budget."""
     if plan.mode == "image":
         return left == 1, spent  # the codes are there; EOI is not written
     if plan.per_segment:
-        spent = jnp.where(rows.left == 1, 0, spent)  # EOI: a new segment
+        spent = jnp.where(rows.image_tokens_left == 1, 0, spent)  # EOI: a new segment
     out_of_room = (spent >= rows.budget) | (length + 1 >= plan.context)
     over = (left == 0) & ((token == ids.EOS) | out_of_room)
-    return over | (plan.boi_ends & (rows.left == 0) & (token == ids.BOI)), spent
+    return over | (plan.stop_at_boi & (rows.image_tokens_left == 0) & (token == ids.BOI)), spent
 
 
-def _lane_rows(lanes: Int[Array, "N 3"], plan: Plan, width: int) -> Int[Array, "N 3"]:
+def _lane_rows(lanes: Int[Array, "N 3"], plan: DecodeConfig, width: int) -> Int[Array, "N 3"]:
     """Where a lane's logits stand among blocks * width rows; past their end for no lane."""
     block, depth = lanes // plan.depth, lanes % plan.depth
     return jnp.where(lanes >= 0, block * width + depth, plan.blocks * width)
 
 
 def _logits(
-    model: Chameleon, layers, token, places, lanes, cache, plan: Plan, width: int, span: int
+    model: Chameleon, layers, token, places, lanes, cache, plan: DecodeConfig, width: int, span: int
 ) -> tuple[Float[Array, "B V"], kv_cache.Cache]:
     """Feeds one token to every stream. Each device gets all logits, and samples alike."""
     count = plan.blocks * width
@@ -276,10 +286,10 @@ def _next(
     logits: Float[Array, "B V"],
     lanes: Int[Array, "N 3"],
     length: Int[Array, "N"],
-    state: State,
-    knobs: Knobs,
+    state: LoopState,
+    knobs: SamplingParams,
     keys: Key[Array, "N"],
-    plan: Plan,
+    plan: DecodeConfig,
     draws: str,
 ) -> Int[Array, "N"]:
     """A word, a code or EOI, as the grammar's state of the row says."""
@@ -289,24 +299,36 @@ def _next(
         text = _text(logits.at[lanes[:, FULL]].get(mode="clip"), length, state, knobs, keys, plan)
     if draws != "text":
         image = _code(logits, lanes, rows, knobs, keys, plan)
-    return jnp.where(rows.left == 0, text, jnp.where(rows.left == 1, ids.EOI, image))
+    return jnp.where(
+        rows.image_tokens_left == 0, text, jnp.where(rows.image_tokens_left == 1, ids.EOI, image)
+    )
 
 
 def _text(
-    logits: Float[Array, "N V"], length: Int[Array, "N"], state: State, knobs: Knobs, keys, plan
+    logits: Float[Array, "N V"],
+    length: Int[Array, "N"],
+    state: LoopState,
+    knobs: SamplingParams,
+    keys,
+    plan,
 ) -> Int[Array, "N"]:
     fixed = dict(vocab=plan.vocab, mode=plan.mode, codes=plan.codes, context=plan.context)
     allowed = grammar.allowed(jnp.zeros_like(length), length, barred=plan.barred, **fixed)
     logits = sampling.allow_only(logits, allowed)
-    logits = sampling.penalise(logits, state.seen, knobs.repetition_penalty)
+    logits = sampling.apply_repetition_penalty(logits, state.seen, knobs.repetition_penalty)
     if not plan.text_greedy:
-        logits = sampling.temper(logits, knobs.text_temperature)
+        logits = sampling.apply_temperature(logits, knobs.text_temperature)
         logits = sampling.top_p(logits, knobs.text_top_p)
-    return sampling.pick(logits, keys, state.rows.count, greedy=plan.text_greedy)
+    return sampling.sample_tokens(logits, keys, state.rows.count, greedy=plan.text_greedy)
 
 
 def _code(
-    logits: Float[Array, "B V"], lanes: Int[Array, "N 3"], rows: Rows, knobs: Knobs, keys, plan
+    logits: Float[Array, "B V"],
+    lanes: Int[Array, "N 3"],
+    rows: SequenceState,
+    knobs: SamplingParams,
+    keys,
+    plan,
 ) -> Int[Array, "N"]:
     """One code for all streams, from their guided logits; top_p sorts the image ids alone."""
     logits = logits[:, ids.IMAGE_START : ids.IMAGE_START + plan.vocab.image_codes]
@@ -316,7 +338,7 @@ def _code(
     held = (rows.lanes >= 0)[:, :, None]
     unconditional = jnp.where(held[:, UNCONDITIONAL], unconditional, full)
     image_only = jnp.where(held[:, IMAGE_ONLY], image_only, unconditional)
-    guided = sampling.guide(
+    guided = sampling.apply_guidance(
         full,
         unconditional,
         image_only,
@@ -324,6 +346,8 @@ def _code(
         scale_image=knobs.scale_image,
     )
     if not plan.image_greedy:
-        guided = sampling.temper(guided, knobs.image_temperature)
+        guided = sampling.apply_temperature(guided, knobs.image_temperature)
         guided = sampling.top_p(guided, knobs.image_top_p)
-    return ids.IMAGE_START + sampling.pick(guided, keys, rows.count, greedy=plan.image_greedy)
+    return ids.IMAGE_START + sampling.sample_tokens(
+        guided, keys, rows.count, greedy=plan.image_greedy
+    )

@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int
 from medmax_jax.config import Vocab
 from medmax_jax.generation import buckets, decode_loop, requests
 from medmax_jax.generation.requests import GenerateError, Request
-from medmax_jax.generation.slots import Lanes, Place
+from medmax_jax.generation.slots import SlotAssignment, SlotTable
 from medmax_jax.models import kv_cache
 from medmax_jax.models import vocab as ids
 from medmax_jax.models.chameleon import Chameleon
@@ -37,23 +37,25 @@ class Engine:
     """A model and a cache of `lanes` lanes, each with `slots` tokens; `rows` answers at once."""
 
     model: Chameleon
-    layers: kv_cache.Apart | None
+    layers: kv_cache.UnstackedLayers | None
     vocab: Vocab
     codes: int  # of one image
     mesh: jax.sharding.Mesh
-    rows: int
-    slots: int
-    kind: str  # of the cache
-    book: Lanes
+    batch_size: int
+    cache_length: int
+    cache_dtype: str  # of the cache
+    slot_table: SlotTable
     cache: kv_cache.Cache | None  # None: it was lost in the middle of something
     seen: jax.Array | None
     programs: set[tuple[Any, ...]]  # what has been asked of the device: name and static arguments
     busy: bool = False  # somebody uses the lanes
-    read: int = 0  # tokens of prompts that the model had to read; the others were copied
+    tokens_prefilled: int = (
+        0  # tokens of prompts that the model had to read; the others were copied
+    )
     barred: tuple[int, ...] = ()  # ids that text never has
 
 
-def make(
+def make_engine(
     model: Chameleon,
     vocab: Vocab,
     mesh: jax.sharding.Mesh,
@@ -78,25 +80,25 @@ def make(
     with _room(model, rows=rows, lanes=depth * blocks, slots=slots, kind=kind):
         engine = Engine(
             model=model,
-            layers=kv_cache.apart(model, mesh),
+            layers=kv_cache.unstack_layers(model, mesh),
             vocab=vocab,
             codes=codes,
             mesh=mesh,
-            rows=rows,
-            slots=slots,
-            kind=kind,
-            book=Lanes(blocks=blocks, depth=depth, slots=slots, near=near),
+            batch_size=rows,
+            cache_length=slots,
+            cache_dtype=kind,
+            slot_table=SlotTable(blocks=blocks, depth=depth, slots=slots, near=near),
             cache=None,
             seen=None,
             programs=set(),
             barred=barred,
         )
-        _fill(engine)
+        _reset_cache(engine)
     return engine
 
 
 @contextlib.contextmanager
-def alone(engine: Engine) -> Iterator[None]:
+def exclusive_use(engine: Engine) -> Iterator[None]:
     """The only user of the lanes, which are all free afterwards, however it ends.
 
     A caller who leaves between two chunks gives its lanes back itself. Any other end in the middle
@@ -107,12 +109,14 @@ def alone(engine: Engine) -> Iterator[None]:
         raise GenerateError(
             "the engine is in the middle of other answers; finish or close their iterator first"
         )
-    e, lanes = engine, engine.book.blocks * engine.book.depth
+    e, lanes = engine, engine.slot_table.blocks * engine.slot_table.depth
     engine.busy = True
     try:
-        with _room(e.model, rows=e.rows, lanes=lanes, slots=e.slots, kind=e.kind):
+        with _room(
+            e.model, rows=e.batch_size, lanes=lanes, slots=e.cache_length, kind=e.cache_dtype
+        ):
             if engine.cache is None:
-                _fill(engine)
+                _reset_cache(engine)
             yield
     except GeneratorExit:
         raise
@@ -120,31 +124,33 @@ def alone(engine: Engine) -> Iterator[None]:
         for array in jax.tree.leaves((engine.cache, engine.seen)):
             array.delete()  # now, not when the traceback that holds it is gone
         engine.cache = engine.seen = None
-        engine.book.clear()
+        engine.slot_table.clear()
         raise
     finally:
         engine.busy = False
 
 
-def hold(engine: Engine, wanted: Sequence[Int[np.ndarray, "_"]], *, guide: bool) -> list[int]:
+def prefill_prompts(
+    engine: Engine, wanted: Sequence[Int[np.ndarray, "_"]], *, guide: bool
+) -> list[int]:
     """Lanes that hold these tokens now; as many must be free.
 
     What some lane holds is copied, what two of them share is computed once: the second waits.
     """
     lanes, todo = [-1] * len(wanted), list(range(len(wanted)))
     while todo:
-        wave = [(i, engine.book.acquire(wanted[i], guide=guide)) for i in todo]
+        wave = [(i, engine.slot_table.acquire(wanted[i], guide=guide)) for i in todo]
         todo = [i for i, place in wave if place is None]
         placed = [(i, place) for i, place in wave if place is not None]
         _copy(engine, [place for _, place in placed])
         _read(engine, [(place, wanted[i]) for i, place in placed])
-        engine.book.settle()
+        engine.slot_table.commit()
         for i, place in placed:
-            lanes[i] = place.lane
+            lanes[i] = place.slot
     return lanes
 
 
-def likelihoods(
+def score_options(
     engine: Engine,
     prompts: Sequence[Int[np.ndarray, "_"]],
     options: Sequence[Sequence[Int[np.ndarray, "_"]]],
@@ -154,9 +160,9 @@ def likelihoods(
     A prompt is read once, and its options one after another into the same lane behind it.
     """
     found: list[list[Any]] = [[None] * len(each) for each in options]
-    most = min(engine.rows, SIDE_BY_SIDE * engine.book.blocks)
-    order = requests.order([Request(p, 0, 0) for p in prompts])
-    with alone(engine):
+    most = min(engine.batch_size, SIDE_BY_SIDE * engine.slot_table.blocks)
+    order = requests.group_by_shared_image([Request(p, 0, 0) for p in prompts])
+    with exclusive_use(engine):
         for start in range(0, len(order), most):
             _likelihoods(engine, prompts, options, order[start : start + most], found)
     return found
@@ -164,7 +170,7 @@ def likelihoods(
 
 def _likelihoods(engine: Engine, prompts, options, part: list[int], found) -> None:
     """Those of the prompts `part`, side by side, into `found`."""
-    lanes = hold(engine, [prompts[i][:-1] for i in part], guide=False)
+    lanes = prefill_prompts(engine, [prompts[i][:-1] for i in part], guide=False)
     for turn in range(max(len(options[i]) for i in part)):
         jobs = [
             (lane, len(prompts[i]) - 1, np.append(prompts[i][-1:], options[i][turn]), i)
@@ -174,16 +180,18 @@ def _likelihoods(engine: Engine, prompts, options, part: list[int], found) -> No
         for (*_, i), answer in zip(jobs, _score(engine, jobs), strict=True):
             found[i][turn] = answer
     for lane, i in zip(lanes, part, strict=True):
-        engine.book.release(lane, prompts[i][:-1])
+        engine.slot_table.release(lane, prompts[i][:-1])
 
 
-def _fill(engine: Engine) -> None:
+def _reset_cache(engine: Engine) -> None:
     """An empty cache, and rows that have seen nothing."""
-    lanes = engine.book.blocks * engine.book.depth
+    lanes = engine.slot_table.blocks * engine.slot_table.depth
     with jax.set_mesh(engine.mesh):
         made = (
-            kv_cache.empty(engine.model.config, lanes=lanes, slots=engine.slots, kind=engine.kind),
-            jnp.zeros((engine.rows, engine.vocab.size), bool),
+            kv_cache.init_cache(
+                engine.model.config, lanes=lanes, slots=engine.cache_length, kind=engine.cache_dtype
+            ),
+            jnp.zeros((engine.batch_size, engine.vocab.size), bool),
         )
     engine.cache, engine.seen = jax.block_until_ready(made)
 
@@ -192,25 +200,26 @@ def _room(
     model: Chameleon, *, rows: int, lanes: int, slots: int, kind: str
 ) -> contextlib.AbstractContextManager[None]:
     """Where memory runs out, says what was asked and which settings ask for less."""
-    size = kv_cache.bytes_of(model.config, lanes=lanes, slots=slots, kind=kind)
+    size = kv_cache.cache_bytes(model.config, lanes=lanes, slots=slots, kind=kind)
     mends = [
         "take fewer rows (--rows; --config.rows of an evaluation)",
         "a shorter context (shorter prompts, a smaller sample.max_gen_len)",
         'a cache in bytes (--cache=int8, kind="int8")',
     ]
-    return buckets.asked(
-        f"{rows} rows of {slots} slots have a cache of {lanes} lanes, {buckets.mib(size)}, beside "
-        f"the model's {buckets.mib(buckets.bytes_of(model))}",
+    return buckets.explain_out_of_memory(
+        f"{rows} rows of {slots} slots have a cache of {lanes} lanes, "
+        f"{buckets.format_mib(size)}, beside "
+        f"the model's {buckets.format_mib(buckets.tree_bytes(model))}",
         " or ".join(mends[: 2 if kind == "int8" else 3]),
     )
 
 
-def _copy(engine: Engine, places: Sequence[Place]) -> None:
-    depth, blocks = engine.book.depth, engine.book.blocks
-    pairs = [(p.source, p.lane, p.kept) for p in places if p.source is not None]
+def _copy(engine: Engine, places: Sequence[SlotAssignment]) -> None:
+    depth, blocks = engine.slot_table.depth, engine.slot_table.blocks
+    pairs = [(p.copy_from, p.slot, p.prefix_length) for p in places if p.copy_from is not None]
     if not pairs:
         return
-    span = buckets.span(max(kept for *_, kept in pairs), engine.slots)
+    span = buckets.kv_length_bucket(max(kept for *_, kept in pairs), engine.cache_length)
     each = [[(s % depth, t % depth) for s, t, _ in pairs if t // depth == b] for b in range(blocks)]
     for start in range(0, max(map(len, each)), COPIES):
         moves = np.zeros((2, blocks, COPIES), np.int32)  # lane 0 to lane 0: nothing
@@ -219,15 +228,19 @@ def _copy(engine: Engine, places: Sequence[Place]) -> None:
                 moves[:, block, i] = move
         engine.programs.add(("copy", span))
         with jax.set_mesh(engine.mesh):
-            engine.cache = decode_loop.copy(engine.cache, *moves.reshape(2, -1), span=span)
+            engine.cache = decode_loop.copy_slots(engine.cache, *moves.reshape(2, -1), span=span)
 
 
-def _read(engine: Engine, jobs: Sequence[tuple[Place, Int[np.ndarray, "_"]]]) -> None:
+def _read(engine: Engine, jobs: Sequence[tuple[SlotAssignment, Int[np.ndarray, "_"]]]) -> None:
     """The model reads what no lane holds."""
-    left = [(p.lane, p.kept, tokens[p.kept :]) for p, tokens in jobs if p.kept < len(tokens)]
-    engine.read += sum(len(tokens) for *_, tokens in left)
-    for (tokens, positions, lanes), _ in _pieces(engine, left):
-        span = buckets.span(int(positions.max()) + 1, engine.slots)
+    left = [
+        (p.slot, p.prefix_length, tokens[p.prefix_length :])
+        for p, tokens in jobs
+        if p.prefix_length < len(tokens)
+    ]
+    engine.tokens_prefilled += sum(len(tokens) for *_, tokens in left)
+    for (tokens, positions, lanes), _ in _prefill_batches(engine, left):
+        span = buckets.kv_length_bucket(int(positions.max()) + 1, engine.cache_length)
         engine.programs.add(("prefill", tokens.shape, span))
         with jax.set_mesh(engine.mesh):
             engine.cache = decode_loop.prefill(
@@ -239,14 +252,14 @@ def _score(engine: Engine, jobs: Sequence[tuple[int, int, np.ndarray, int]]) -> 
     """Each job feeds a prompt's last token and an option; all but the option's last are read."""
     fed = [(lane, start, tokens[:-1]) for lane, start, tokens, _ in jobs]
     found = [([], []) for _ in jobs]
-    for (tokens, positions, lanes), rows in _pieces(engine, fed):
+    for (tokens, positions, lanes), rows in _prefill_batches(engine, fed):
         targets = np.zeros_like(tokens)
         for row, job, offset, count in rows:
             targets[row, :count] = jobs[job][2][offset + 1 : offset + 1 + count]
-        span = buckets.span(int(positions.max()) + 1, engine.slots)
+        span = buckets.kv_length_bucket(int(positions.max()) + 1, engine.cache_length)
         engine.programs.add(("score", tokens.shape, span))
         with jax.set_mesh(engine.mesh):
-            engine.cache, *answers = decode_loop.score(
+            engine.cache, *answers = decode_loop.score_tokens(
                 engine.model,
                 engine.layers,
                 engine.cache,
@@ -263,19 +276,19 @@ def _score(engine: Engine, jobs: Sequence[tuple[int, int, np.ndarray, int]]) -> 
     return [(np.concatenate(likely), np.concatenate(best)) for likely, best in found]
 
 
-def _pieces(engine: Engine, jobs: Sequence[tuple[int, int, Int[np.ndarray, "_"]]]):
+def _prefill_batches(engine: Engine, jobs: Sequence[tuple[int, int, Int[np.ndarray, "_"]]]):
     """Jobs (lane, first slot, tokens) as arrays for the device, with (row, job, offset, count).
 
     One job a call, or `side` of each block; tokens in pieces of few sizes.
     """
-    depth, blocks = engine.book.depth, engine.book.blocks
+    depth, blocks = engine.slot_table.depth, engine.slot_table.blocks
     by_block = [[i for i, job in enumerate(jobs) if job[0] // depth == b] for b in range(blocks)]
     most = max(map(len, by_block))
     side = 1 if most <= 1 else min(SIDE_BY_SIDE, 1 << (depth - 1).bit_length())
     for start in range(0, most, side):
         group = [some[start : start + side] for some in by_block]
         longest = max(len(jobs[i][2]) for some in group for i in some)
-        size = buckets.piece(longest)
+        size = buckets.prefill_bucket(longest)
         for offset in range(0, longest, size):
             tokens = np.full((blocks * side, size), ids.PAD, np.int32)
             positions = np.full((blocks * side, size), -1, np.int32)

@@ -22,15 +22,22 @@ from medmax_jax import sharding
 from medmax_jax.checkpoints import export, safetensors_file
 from medmax_jax.config import VQ, ConfigError, Lora, Mesh, Model, Vocab, build, check_model
 from medmax_jax.generation import buckets
-from medmax_jax.generation.requests import GenerateError, check_no_path, check_words, one_process
+from medmax_jax.generation.requests import (
+    GenerateError,
+    check_no_path,
+    check_text,
+    require_single_process,
+)
 from medmax_jax.io.errors import quoted
 from medmax_jax.io.text_files import TextFileError, read_json_object
 from medmax_jax.models import chameleon, images, vqgan
-from medmax_jax.models.tokenizer import Tokenizer, prompt_ids, segments_of
+from medmax_jax.models.tokenizer import Tokenizer, prompt_ids, split_segments
 
-Part = str | Path | PIL.Image.Image | np.ndarray  # words, a picture's file, a picture, its VQ codes
+PromptPart = (
+    str | Path | PIL.Image.Image | np.ndarray
+)  # words, a picture's file, a picture, its VQ codes
 
-SIDE_BY_SIDE = 8  # pictures through the VQGAN at once
+VQGAN_BATCH = 8  # pictures through the VQGAN at once
 MAX_PIXELS = 64_000_000  # of a prompt's picture; a larger file is more likely an accident
 
 
@@ -50,7 +57,7 @@ class Image:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Generator:
+class ModelBundle:
     """A model folder in memory, with or without an adapter."""
 
     model: chameleon.Chameleon
@@ -69,13 +76,13 @@ def load(
     mesh: jax.sharding.Mesh | None = None,
     merge: bool = False,
     dtype: str | None = None,
-) -> Generator:
+) -> ModelBundle:
     """A model folder, and an adapter trained on exactly its weights. `mesh` None: one device.
 
     merge: the adapter's product is added to the base, once, instead of running beside it. dtype:
     of the weights and of what is computed, float32 or bfloat16; None: as the folder says.
     """
-    one_process()
+    require_single_process()
     if merge and adapter is None:
         raise GenerateError("merge (--merge) adds an adapter to the base; name the adapter too")
     folder = Path(folder)
@@ -94,17 +101,17 @@ def load(
         model = dataclasses.replace(model, param_dtype=dtype, compute_dtype=dtype)
     mesh = mesh or sharding.make_mesh(Mesh(data=1, fsdp=1, tp=1))
     with jax.set_mesh(mesh):
-        size = buckets.bytes_of(chameleon.abstract(model, vocab, chameleon.NO_LORA))
-        with buckets.asked(
-            f"{folder} has weights of {buckets.mib(size)}",
+        size = buckets.tree_bytes(chameleon.abstract_model(model, vocab, chameleon.NO_LORA))
+        with buckets.explain_out_of_memory(
+            f"{folder} has weights of {buckets.format_mib(size)}",
             "spread them over more devices (--config.mesh.fsdp, --config.mesh.tp) or convert them "
             "with --quant",
         ):
             held = jax.block_until_ready(_load_model(folder, adapter, model, vocab, merge))
-    return around(held, folder, config=model, vocab=vocab, vq=vq, mesh=mesh)
+    return from_model(held, folder, config=model, vocab=vocab, vq=vq, mesh=mesh)
 
 
-def around(
+def from_model(
     model: chameleon.Chameleon,
     folder: str | Path,
     *,
@@ -112,12 +119,12 @@ def around(
     vocab: Vocab,
     vq: VQ,
     mesh: jax.sharding.Mesh,
-) -> Generator:
+) -> ModelBundle:
     """A model that is in memory, with the tokenizer and the VQGAN of a model folder."""
-    one_process()
+    require_single_process()
     folder = Path(folder)
     with jax.set_mesh(mesh):
-        return Generator(
+        return ModelBundle(
             model=model,
             vq=_load_vqgan(folder / "vqgan.safetensors", vq),
             tokenizer=Tokenizer.from_file(folder / "tokenizer.json", vocab),
@@ -129,7 +136,7 @@ def around(
 
 
 def prompt_tokens(
-    g: Generator, prompts: Sequence[Sequence[Part]], *, end_of_turn: bool
+    g: ModelBundle, prompts: Sequence[Sequence[PromptPart]], *, end_of_turn: bool
 ) -> list[Int[np.ndarray, "_"]]:
     """Each prompt as token ids; a picture that several prompts show is encoded once."""
     for index, prompt in enumerate(prompts):
@@ -147,40 +154,44 @@ def prompt_tokens(
     ]
 
 
-def encode(g: Generator, pictures: Sequence[Path | PIL.Image.Image]) -> list[Int[np.ndarray, "K"]]:
+def encode(
+    g: ModelBundle, pictures: Sequence[Path | PIL.Image.Image]
+) -> list[Int[np.ndarray, "K"]]:
     """The VQ codes of pictures, row by row from the top left."""
     codes = []
-    for start in range(0, len(pictures), SIDE_BY_SIDE):
+    for start in range(0, len(pictures), VQGAN_BATCH):
         part = [
             images.load(p, max_pixels=MAX_PIXELS) if isinstance(p, Path) else p
-            for p in pictures[start : start + SIDE_BY_SIDE]
+            for p in pictures[start : start + VQGAN_BATCH]
         ]
         pixels = np.stack([images.preprocess(p, g.vq_config.image_size) for p in part])
         with jax.set_mesh(g.mesh), _room(g, len(part)):
-            found = np.asarray(vqgan.encode(g.vq, _filled(pixels, SIDE_BY_SIDE)))
+            found = np.asarray(vqgan.encode(g.vq, _filled(pixels, VQGAN_BATCH)))
         codes += list(found[: len(part)].reshape(len(part), -1))
     return codes
 
 
-def decode(g: Generator, codes: Sequence[Int[np.ndarray, "K"]]) -> list[PIL.Image.Image]:
+def decode(g: ModelBundle, codes: Sequence[Int[np.ndarray, "K"]]) -> list[PIL.Image.Image]:
     """The pictures of VQ codes; raises GenerateError where the model folder has no decoder."""
     if len(codes):
         check_decoder(g)
     side, pictures = g.vq_config.codes_per_side, []
-    for start in range(0, len(codes), SIDE_BY_SIDE):
-        part = np.stack(codes[start : start + SIDE_BY_SIDE]).reshape(-1, side, side)
+    for start in range(0, len(codes), VQGAN_BATCH):
+        part = np.stack(codes[start : start + VQGAN_BATCH]).reshape(-1, side, side)
         with jax.set_mesh(g.mesh), _room(g, len(part)):
-            pixels = vqgan.decode_codes(g.vq, _filled(part, SIDE_BY_SIDE))
+            pixels = vqgan.decode_codes(g.vq, _filled(part, VQGAN_BATCH))
             found = np.asarray(vqgan.to_uint8(pixels))[: len(part)]
         pictures += [PIL.Image.fromarray(picture) for picture in found]
     return pictures
 
 
-def segments(g: Generator, written: Sequence[Int[np.ndarray, "_"]]) -> list[list[Text | Image]]:
+def decode_segments(
+    g: ModelBundle, written: Sequence[Int[np.ndarray, "_"]]
+) -> list[list[Text | Image]]:
     """Words decoded, codes to pictures; an empty answer is one empty Text."""
     answers, codes = [], []
     for tokens in written:
-        parts = segments_of(tokens, g.vocab)
+        parts = split_segments(tokens, g.vocab)
         codes += [held for kind, held in parts if kind == "image"]
         answers.append(parts or [("text", tokens[:0])])
     pictures = iter(zip(decode(g, codes), codes, strict=True))
@@ -193,17 +204,17 @@ def segments(g: Generator, written: Sequence[Int[np.ndarray, "_"]]) -> list[list
     ]
 
 
-def _room(g: Generator, count: int) -> contextlib.AbstractContextManager[None]:
-    size = buckets.bytes_of((g.model, g.vq))
-    return buckets.asked(
+def _room(g: ModelBundle, count: int) -> contextlib.AbstractContextManager[None]:
+    size = buckets.tree_bytes((g.model, g.vq))
+    return buckets.explain_out_of_memory(
         f"the VQGAN has {count} pictures of {g.vq_config.image_size} px at once, beside weights of "
-        f"{buckets.mib(size)}",
+        f"{buckets.format_mib(size)}",
         "take fewer rows, whose cache lies there too (--rows; --config.rows of an evaluation), or "
         "a base in fewer bits (convert --quant)",
     )
 
 
-def _check_parts(prompt: Sequence[Part], codes: int, *, where: str) -> None:
+def _check_parts(prompt: Sequence[PromptPart], codes: int, *, where: str) -> None:
     if isinstance(prompt, str):
         raise GenerateError(f"{where} is {prompt[:40]!r}; write a list of parts: [picture, words]")
     if all(isinstance(part, str) and not part for part in prompt):
@@ -211,7 +222,7 @@ def _check_parts(prompt: Sequence[Part], codes: int, *, where: str) -> None:
     for part in prompt:
         match part:
             case str():
-                check_words(part, where=where)
+                check_text(part, where=where)
                 check_no_path(part, where=where, fix=f"write pathlib.Path({part[:80]!r})")
             case np.ndarray():
                 if part.size != codes or not np.issubdtype(part.dtype, np.integer):
@@ -232,12 +243,12 @@ def _load_model(
     folder: Path, adapter: str | Path | None, config: Model, vocab: Vocab, merge: bool
 ) -> chameleon.Chameleon:
     if adapter is None:
-        return export.load(folder, chameleon.abstract(config, vocab, chameleon.NO_LORA))
+        return export.load(folder, chameleon.abstract_model(config, vocab, chameleon.NO_LORA))
     where = Path(adapter) / "adapter_config.json"
     settings = _json(where, "an adapter folder has adapter_config.json; training writes it")
     if missing := {"rank", "alpha", "dropout", "base"} - set(settings):
         raise GenerateError(f"{where}: {sorted(missing)[0]} is missing; export the adapter again")
-    if settings["base"] != (found := export.identity(folder)):
+    if settings["base"] != (found := export.base_fingerprint(folder)):
         base = quoted(str(settings["base"])[:12])
         raise GenerateError(
             f"{where}: trained on base weights {base}, but {folder} has "
@@ -249,29 +260,29 @@ def _load_model(
         raise GenerateError(f"{where}: {error}; export the adapter again") from error
     if not lora.rank:
         raise GenerateError(f"{where}: rank is 0; export the adapter again")
-    graph, adapters, base = chameleon.split(chameleon.abstract(config, vocab, lora))
+    graph, adapters, base = chameleon.split_adapters(chameleon.abstract_model(config, vocab, lora))
     adapters = safetensors_file.load(Path(adapter) / "adapter.safetensors", adapters)
     model = nnx.merge(graph, adapters, export.load(folder, base))
-    return merged(model, vocab, lora) if merge else model
+    return merge_adapter(model, vocab, lora) if merge else model
 
 
-def merged(model: chameleon.Chameleon, vocab: Vocab, lora: Lora) -> chameleon.Chameleon:
+def merge_adapter(model: chameleon.Chameleon, vocab: Vocab, lora: Lora) -> chameleon.Chameleon:
     """W + alpha/rank A B in place of each W and its adapter: added in fp32, rounded once."""
     if model.config.quant != "none":
         raise GenerateError(
             f"the base is in {model.config.quant}: an adapter cannot be added to it; "
             "load it with merge=False"
         )
-    arrays = safetensors_file.named(model)
+    arrays = safetensors_file.flatten_named(model)
 
     def put(path, leaf):
-        stem = (name := safetensors_file.dotted(path)).removesuffix("kernel")
+        stem = (name := safetensors_file.dotted_name(path)).removesuffix("kernel")
         if f"{stem}lora_a" not in arrays:
             return arrays[name]
         held = (arrays[f"{stem}{part}"] for part in ("kernel", "lora_a", "lora_b"))
         return _added(*held, scale=lora.alpha / lora.rank, spec=leaf.sharding.spec)
 
-    like = chameleon.abstract(model.config, vocab, chameleon.NO_LORA)
+    like = chameleon.abstract_model(model.config, vocab, chameleon.NO_LORA)
     return jax.tree_util.tree_map_with_path(put, like)
 
 
@@ -290,7 +301,7 @@ def _load_vqgan(file: Path, config: VQ) -> vqgan.VQGAN:
         ) from error
 
 
-def check_decoder(g: Generator) -> None:
+def check_decoder(g: ModelBundle) -> None:
     """Raise GenerateError where images cannot be decoded."""
     if not g.vq.has_decoder:  # HF's checkpoints of this family have none
         raise GenerateError(
@@ -299,7 +310,7 @@ def check_decoder(g: Generator) -> None:
         )
 
 
-def _key(part: Part) -> Path | int:
+def _key(part: PromptPart) -> Path | int:
     return part if isinstance(part, Path) else id(part)
 
 
@@ -317,23 +328,23 @@ def _json(path: Path, mend: str) -> dict:
         raise GenerateError(f"{error}; {mend}") from error
 
 
-class Telling:
+class IncrementalDetokenizer:
     """One answer as it comes: what has been told of it."""
 
     def __init__(self) -> None:
         self._segments = 0  # told to their end
         self._letters = 0  # of the one after them
 
-    def more(self, g: Generator, tokens: np.ndarray, done: bool) -> Iterator[Text | Image]:
+    def update(self, g: ModelBundle, tokens: np.ndarray, done: bool) -> Iterator[Text | Image]:
         """What is new in `tokens`, all of the answer so far."""
-        parts = segments_of(tokens, g.vocab)
+        parts = split_segments(tokens, g.vocab)
         for number in range(self._segments, len(parts)):
             kind, held = parts[number]
             closed = done or number < len(parts) - 1
             if kind == "image":
                 if len(held) < g.vq_config.codes_per_image:
                     return
-                yield segments(g, [held + 4])[0][0]
+                yield decode_segments(g, [held + 4])[0][0]
                 closed = True
             else:
                 text = g.tokenizer.decode(held)

@@ -33,7 +33,7 @@ _PICTURE = re.compile(r"\{([^{}]+)\}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Question:
+class Prompt:
     """A prompt by its id. `parts`: words, and paths of pictures."""
 
     id: str
@@ -45,19 +45,19 @@ class Question:
         return " ".join(f"{{{p.name}}}" if isinstance(p, Path) else p.strip() for p in self.parts)
 
 
-def from_words(prompts: Sequence[str], pictures: Sequence[str]) -> list[Question]:
+def prompts_from_flags(prompts: Sequence[str], pictures: Sequence[str]) -> list[Prompt]:
     """Prompts of the shell: {a.png} in the words is a picture, `pictures` come before all."""
     first = tuple(map(Path, pictures))
     for words in prompts:
         fix = f"write --prompt='{{{words[:80]}}} ...' or --image={words[:80]}"
         check_no_path(words, where="--prompt", fix=fix)
     return [
-        Question(id=str(number), named=False, parts=first + _parts(words, Path))
+        Prompt(id=str(number), named=False, parts=first + _parts(words, Path))
         for number, words in enumerate(prompts)
     ]
 
 
-def from_file(path: str | Path) -> list[Question]:
+def read_prompts(path: str | Path) -> list[Prompt]:
     """Prompts of a JSONL file; paths of pictures count from its folder."""
     path = Path(path)
     try:
@@ -76,16 +76,16 @@ def from_file(path: str | Path) -> list[Question]:
     return found
 
 
-def check_pictures(questions: Sequence[Question]) -> None:
+def check_images(questions: Sequence[Prompt]) -> None:
     """Raises ImageError on the first picture that cannot be read."""
     for path in dict.fromkeys(p for q in questions for p in q.parts if isinstance(p, Path)):
         images.load(path, max_pixels=MAX_PIXELS)
 
 
-class Answers:
+class OutputFolder:
     """The folder of answers: what it has, and one more at a time."""
 
-    def __init__(self, folder: Path, questions: Sequence[Question], settings: dict[str, Any]):
+    def __init__(self, folder: Path, questions: Sequence[Prompt], settings: dict[str, Any]):
         """Raises GenerateError when the folder holds answers to something else."""
         self._folder, self._questions = folder, list(questions)
         self._file = folder / "answers.jsonl"
@@ -102,7 +102,7 @@ class Answers:
                 )
         _write(place, json.dumps(facts, indent=1))
 
-    def add(self, question: Question, answer: Sequence[Text | Image], mode: str) -> dict[str, Any]:
+    def add(self, question: Prompt, answer: Sequence[Text | Image], mode: str) -> dict[str, Any]:
         """Pictures first, then the line that names them."""
         number = self._questions.index(question)
         record = dict(
@@ -161,7 +161,7 @@ class Answers:
         part.image.save(self._folder / name, pnginfo=about)
         return {"image": name}
 
-    def _only_drawn(self, question: Question) -> bool:
+    def _only_drawn(self, question: Prompt) -> bool:
         """A picture from words, which stands well beside others."""
         segments = self.records[question.id]["segments"]
         given = any(isinstance(part, Path) for part in question.parts)
@@ -170,7 +170,7 @@ class Answers:
     def _png(self, segment: dict[str, str]) -> bytes:
         return (self._folder / segment["image"]).read_bytes()
 
-    def _section(self, question: Question, record: dict[str, Any]) -> str:
+    def _section(self, question: Prompt, record: dict[str, Any]) -> str:
         given = [p for p in question.parts if isinstance(p, Path)]
         body = ""
         if given:
@@ -184,7 +184,7 @@ class Answers:
         return html_page.section(question.shown(), body)
 
 
-def _question(row: dict[str, Any], where: str, number: str, folder: Path) -> Question:
+def _question(row: dict[str, Any], where: str, number: str, folder: Path) -> Prompt:
     if not {"prompt"} <= set(row) <= {"id", "prompt"}:
         raise GenerateError(f"{where}: write an object with prompt, and id if you like; no more")
     if type(row.get("id", number)) not in (str, int, float):
@@ -193,7 +193,7 @@ def _question(row: dict[str, Any], where: str, number: str, folder: Path) -> Que
     fix = 'write {"image": "FILE"} as a part of the prompt'
     if isinstance(prompt, str):
         check_no_path(prompt, where=where, fix=fix, folder=folder)
-        return Question(parts=_parts(prompt, lambda path: _file(folder, path, where)), **name)
+        return Prompt(parts=_parts(prompt, lambda path: _file(folder, path, where)), **name)
     parts: list[str | Path] = []
     for part in prompt if isinstance(prompt, list) else [None]:
         if not isinstance(part, dict) or len(part) != 1 or not isinstance(*part.values(), str):
@@ -207,7 +207,7 @@ def _question(row: dict[str, Any], where: str, number: str, folder: Path) -> Que
         if kind == "text":
             check_no_path(value, where=where, fix=fix, folder=folder)
         parts.append(value if kind == "text" else _file(folder, value, where))
-    return Question(parts=tuple(parts), **name)
+    return Prompt(parts=tuple(parts), **name)
 
 
 def _file(folder: Path, name: str, where: str) -> Path:

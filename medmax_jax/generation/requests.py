@@ -34,7 +34,7 @@ class GenerateError(ValueError):
     """A request that cannot be served; the message names the prompt or setting and the mend."""
 
 
-def one_process() -> None:
+def require_single_process() -> None:
     """Raises GenerateError in one of several processes: rows and pictures are of one host."""
     if (count := jax.process_count()) > 1:
         raise GenerateError(
@@ -54,7 +54,7 @@ class Request:
     budget: int  # tokens of text
 
 
-def requests(
+def make_requests(
     prompts: Sequence[Int[np.ndarray, "_"]],
     sample: Sample,
     vocab: Vocab,
@@ -66,10 +66,12 @@ def requests(
 ) -> list[Request]:
     """The prompts, checked; raises GenerateError on the first that cannot be answered."""
     grammar.check_mode(mode)
-    found = numbers(prompts, names)
+    found = sample_seeds(prompts, names)
     for index, prompt in enumerate(prompts):
         check_prompt(prompt, vocab, codes=codes, where=f"prompt {index}")
-        check_room(len(prompt), mode=mode, codes=codes, context=context, where=f"prompt {index}")
+        check_fits_context(
+            len(prompt), mode=mode, codes=codes, context=context, where=f"prompt {index}"
+        )
     if mode == "image":
         prompts = [np.append(p, ids.BOI).astype(np.int32) for p in prompts]
     return [
@@ -102,7 +104,7 @@ def check_prompt(tokens: Int[np.ndarray, "_"], vocab: Vocab, *, codes: int, wher
         )
 
 
-def check_words(words: str, *, where: str) -> None:
+def check_text(words: str, *, where: str) -> None:
     """Raises GenerateError unless it is a text: JSON can write halves of characters."""
     if any("\ud800" <= letter <= "\udfff" for letter in words):
         raise GenerateError(f"{where} has half a character in {words[:40]!r}; write whole ones")
@@ -133,7 +135,7 @@ def check_no_path(words: str, *, where: str, fix: str, folder: Path = Path()) ->
         )
 
 
-def check_room(count: int, *, mode: str, codes: int, context: int, where: str) -> None:
+def check_fits_context(count: int, *, mode: str, codes: int, context: int, where: str) -> None:
     """Raises GenerateError where a prompt of `count` tokens leaves no room for an answer."""
     room = codes + 1 if mode == "image" else 1
     if count + room > context:
@@ -144,7 +146,7 @@ def check_room(count: int, *, mode: str, codes: int, context: int, where: str) -
         )
 
 
-def order(requests: Sequence[Request]) -> list[int]:
+def group_by_shared_image(requests: Sequence[Request]) -> list[int]:
     """Their indices, those that begin with the same image next to each other, else as they come."""
     first: dict[bytes, int] = {}
     keys = []
@@ -155,13 +157,13 @@ def order(requests: Sequence[Request]) -> list[int]:
     return sorted(range(len(requests)), key=lambda index: (keys[index], index))
 
 
-def pictorial(tokens: Int[np.ndarray, "T"], vocab: Vocab) -> Int[np.ndarray, "_"]:
+def image_only_tokens(tokens: Int[np.ndarray, "T"], vocab: Vocab) -> Int[np.ndarray, "_"]:
     """What the image-only stream keeps: BOS, BOI, codes and EOI."""
     kept = np.isin(tokens, (ids.BOS, ids.BOI, ids.EOI)) | ids.is_image(tokens, vocab)
     return tokens[kept]
 
 
-def names(prompts: Sequence[Int[np.ndarray, "_"]]) -> list[str]:
+def sample_names(prompts: Sequence[Int[np.ndarray, "_"]]) -> list[str]:
     """A name for each: a digest of the prompt, and how many of its equals came before."""
     count, found = Counter(), []
     for prompt in prompts:
@@ -171,11 +173,11 @@ def names(prompts: Sequence[Int[np.ndarray, "_"]]) -> list[str]:
     return found
 
 
-def numbers(
+def sample_seeds(
     prompts: Sequence[Int[np.ndarray, "_"]], given: Sequence[str] | None
 ) -> Int[np.ndarray, "B"]:
     """A number below 2^31 for each sample, from its name."""
-    given = names(prompts) if given is None else given
+    given = sample_names(prompts) if given is None else given
     if other := [name for name in given if not isinstance(name, str)]:
         raise GenerateError(f"a name is {other[0]!r}; names are str, one for each prompt")
     if len(given) != len(prompts) or len(set(given)) != len(given):

@@ -18,7 +18,7 @@ def allow_only(logits: Float[Array, "B V"], allowed: Bool[Array, "#B V"]) -> Flo
     return jnp.where(allowed, logits, -jnp.inf)
 
 
-def penalise(
+def apply_repetition_penalty(
     logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Number
 ) -> Float[Array, "B V"]:
     """Hugging Face's repetition penalty at ids seen in prompt or output: s/p, or s*p below zero.
@@ -28,7 +28,7 @@ def penalise(
     return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
-def temper(logits: Float[Array, "B V"], temperature: Number) -> Float[Array, "B V"]:
+def apply_temperature(logits: Float[Array, "B V"], temperature: Number) -> Float[Array, "B V"]:
     """Logits over the temperature."""
     return logits / temperature
 
@@ -47,7 +47,7 @@ def top_p(logits: Float[Array, "B V"], p: Number) -> Float[Array, "B V"]:
     return jnp.where(keep, logits, -jnp.inf)
 
 
-def guide(
+def apply_guidance(
     full: Float[Array, "B V"],
     unconditional: Float[Array, "B V"],
     image_only: Float[Array, "B V"],
@@ -67,12 +67,12 @@ def guide(
     )
 
 
-def row_keys(key: Key[Array, ""], numbers: Int[Array, "B"]) -> Key[Array, "B"]:
+def sequence_keys(key: Key[Array, ""], numbers: Int[Array, "B"]) -> Key[Array, "B"]:
     """One key a row, from the number of its sample: independent of row and batch."""
     return jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers)
 
 
-def pick(
+def sample_tokens(
     logits: Float[Array, "B V"], keys: Key[Array, "B"], count: Int[Array, "B"], *, greedy: bool
 ) -> Int[Array, "B"]:
     """The likeliest id, or one drawn with the row's own key after `count` tokens."""

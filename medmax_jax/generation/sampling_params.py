@@ -18,7 +18,7 @@ CHUNK = 16  # tokens of every row between two looks of the host
 FULL, UNCONDITIONAL, IMAGE_ONLY = range(3)
 
 
-class Knobs(NamedTuple):
+class SamplingParams(NamedTuple):
     """Sampling numbers; changing them compiles nothing."""
 
     text_temperature: Float[Array, ""]
@@ -30,10 +30,10 @@ class Knobs(NamedTuple):
     scale_image: Float[Array, ""]
 
 
-def knobs(sample: Sample) -> Knobs:
+def sampling_params(sample: Sample) -> SamplingParams:
     """The sampling numbers as arrays; raises GenerateError on one that makes no sense."""
     _check(sample)
-    return Knobs(
+    return SamplingParams(
         text_temperature=np.float32(sample.text_temperature),
         text_top_p=np.float32(sample.text_top_p),
         repetition_penalty=np.float32(sample.repetition_penalty),
@@ -44,7 +44,7 @@ def knobs(sample: Sample) -> Knobs:
     )
 
 
-def guided(sample: Sample) -> tuple[bool, bool]:
+def guidance_scales_active(sample: Sample) -> tuple[bool, bool]:
     """Whether the unconditional and the image-only stream change anything.
 
     With scales s and s the image-only stream cancels; with 1 and 1 both do.
@@ -53,7 +53,9 @@ def guided(sample: Sample) -> tuple[bool, bool]:
     return not text == image == 1.0, text != image
 
 
-def guidance(requests: Sequence[Request], sample: Sample, vocab: Vocab, *, mode: str) -> int:
+def guidance_streams_needed(
+    requests: Sequence[Request], sample: Sample, vocab: Vocab, *, mode: str
+) -> int:
     """How many streams beside its own a row may need at once.
 
     The image-only one is the unconditional one where nothing before holds an image: never in text,
@@ -61,7 +63,7 @@ def guidance(requests: Sequence[Request], sample: Sample, vocab: Vocab, *, mode:
     """
     if mode == "text":
         return 0
-    unconditional, image_only = guided(sample)
+    unconditional, image_only = guidance_scales_active(sample)
     pictured = mode == "mixed" or any(ids.is_image(r.tokens, vocab).any() for r in requests)
     return unconditional + (image_only and pictured)
 
@@ -100,7 +102,7 @@ def _check(sample: Sample) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
+class DecodeConfig:
     """What the compiled programs depend on, besides sizes."""
 
     mode: str
@@ -110,14 +112,14 @@ class Plan:
     vocab: Vocab
     text_greedy: bool
     image_greedy: bool
-    boi_ends: bool  # an opened image ends the answer
+    stop_at_boi: bool  # an opened image ends the answer
     per_segment: bool  # the budget begins anew after each image
     blocks: int  # of lanes: devices that split the batch
     depth: int  # lanes of a block
     barred: tuple[int, ...] = ()  # ids that text never has (Tokenizer.barred)
 
 
-def plan(
+def decode_config(
     sample: Sample,
     vocab: Vocab,
     *,
@@ -127,9 +129,9 @@ def plan(
     blocks: int,
     depth: int,
     barred: tuple[int, ...] = (),
-) -> Plan:
+) -> DecodeConfig:
     """What the programs are compiled for, besides their sizes."""
-    return Plan(
+    return DecodeConfig(
         mode=grammar.check_mode(mode),
         chunk=CHUNK,
         codes=codes,
@@ -137,7 +139,7 @@ def plan(
         vocab=vocab,
         text_greedy=sample.text_greedy,
         image_greedy=sample.image_greedy,
-        boi_ends=sample.boi_ends,
+        stop_at_boi=sample.boi_ends,
         per_segment=sample.budget == "segment",
         blocks=blocks,
         depth=depth,

@@ -19,15 +19,15 @@ SHORTEST = 16  # tokens in common that are worth a copy, and a wait for whoever 
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class SlotAssignment:
     """Lane `lane` is for the tokens; the first `kept` are there, once copied from `source`."""
 
-    lane: int
-    kept: int
-    source: int | None  # None: they lie in the lane itself
+    slot: int
+    prefix_length: int
+    copy_from: int | None  # None: they lie in the lane itself
 
 
-class Lanes:
+class SlotTable:
     """Lanes 0 .. blocks * depth - 1; block b has lanes b * depth on."""
 
     def __init__(self, *, blocks: int, depth: int, slots: int, near: int):
@@ -42,7 +42,7 @@ class Lanes:
         self._clock = 0
         self._far = np.arange(count) % depth // near
 
-    def acquire(self, tokens: Int[np.ndarray, "T"], *, guide: bool) -> Place | None:
+    def acquire(self, tokens: Int[np.ndarray, "T"], *, guide: bool) -> SlotAssignment | None:
         """A free lane for the tokens; None: wait until `settle`, a lane will hold them by then.
 
         Raises IndexError when no lane is free.
@@ -58,14 +58,14 @@ class Lanes:
             return None
         if own.max() > 0 and own.max() >= have.max():
             here = np.flatnonzero(own == own.max())
-            place = Place(int(here[np.argmax(self._touched[here])]), int(own.max()), None)
+            place = SlotAssignment(int(here[np.argmax(self._touched[here])]), int(own.max()), None)
         else:
             place = self._beside(have, int(have.max()), guide)
-        self.free[place.lane] = False
-        self._note(place.lane, tokens, settled=place.kept == len(tokens))
+        self.free[place.slot] = False
+        self._note(place.slot, tokens, settled=place.prefix_length == len(tokens))
         return place
 
-    def settle(self) -> None:
+    def commit(self) -> None:
         """All that was promised is in the cache now."""
         self._settled[:] = True
 
@@ -85,7 +85,7 @@ class Lanes:
         same &= np.arange(count) < self._length[:, None]
         return np.where(same.all(1), count, np.argmin(same, axis=1)) if count else self._length * 0
 
-    def _beside(self, have: Int[np.ndarray, "B"], best: int, guide: bool) -> Place:
+    def _beside(self, have: Int[np.ndarray, "B"], best: int, guide: bool) -> SlotAssignment:
         """A free lane to copy into, in a block that has the tokens; the least useful one."""
         options = np.flatnonzero(self.free)
         block = np.arange(len(self.free)) // self.depth
@@ -101,9 +101,9 @@ class Lanes:
         )
         lane = int(options[order[0]])
         if not best:
-            return Place(lane, 0, None)
+            return SlotAssignment(lane, 0, None)
         source = np.flatnonzero((have == best) & (block == block[lane]))[0]
-        return Place(lane, best, int(source))
+        return SlotAssignment(lane, best, int(source))
 
     def _note(self, lane: int, tokens: Int[np.ndarray, "T"], *, settled: bool) -> None:
         self._clock += 1

@@ -13,12 +13,19 @@ import secrets
 import shutil
 from collections.abc import Iterator
 
-from medmax_jax.io.gcs import CLAIM, RIGHTS, SPACE, Bucket
-from medmax_jax.io.storage import Folder, StorageError, checked, os_errors, raise_it, sync
+from medmax_jax.io.gcs import LOCK_OBJECT, PERMISSION_HINT, SPACE, Bucket
+from medmax_jax.io.storage import (
+    Folder,
+    StorageError,
+    check_name,
+    fsync_folder,
+    os_errors,
+    raise_storage_error,
+)
 
 
 @contextlib.contextmanager
-def new_folder(path: str | os.PathLike, *, bytes_needed: int, seal: str) -> Iterator[Folder]:
+def atomic_folder(path: str | os.PathLike, *, bytes_needed: int, seal: str) -> Iterator[Folder]:
     """A folder that appears whole or not at all: at the end of the block, if it did not raise.
 
     `seal` is the file without which no reader takes the folder; the block must write it. Refuses
@@ -27,7 +34,7 @@ def new_folder(path: str | os.PathLike, *, bytes_needed: int, seal: str) -> Iter
     Afterwards the folder is Folder(path); what the block was given is at an end.
     """
     folder = Folder(path)
-    checked(folder.path, seal)
+    check_name(folder.path, seal)
     if folder.remote:
         with _sealed(folder.store, seal):
             yield folder
@@ -37,7 +44,7 @@ def new_folder(path: str | os.PathLike, *, bytes_needed: int, seal: str) -> Iter
 
 
 @contextlib.contextmanager
-def private() -> Iterator[None]:
+def private_umask() -> Iterator[None]:
     """What the block creates is for its owner alone from the first moment: 0700 and 0600."""
     before = os.umask(0o077)
     try:
@@ -52,7 +59,7 @@ def private_folder(path: str | os.PathLike) -> Iterator[None]:
 
     A folder that is there is closed to others before anything is written into it.
     """
-    with private():
+    with private_umask():
         with os_errors(str(path)):
             os.makedirs(path, exist_ok=True)
             os.chmod(path, 0o700)
@@ -83,7 +90,7 @@ def _on_disk(path: str, bytes_needed: int, seal: str) -> Iterator[Folder]:
             with os_errors(path):
                 _sync_below(partial)
                 os.replace(partial, path)
-                sync(above)
+                fsync_folder(above)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -92,24 +99,24 @@ def _on_disk(path: str, bytes_needed: int, seal: str) -> Iterator[Folder]:
 @contextlib.contextmanager
 def _sealed(store: Bucket, seal: str) -> Iterator[None]:
     """Holds the seal back while the block runs, writes it last; deletes everything if it raises."""
-    claim = CLAIM + secrets.token_hex(8)
-    store.put(claim, b"")
+    claim = LOCK_OBJECT + secrets.token_hex(8)
+    store.write(claim, b"")
     try:
         _check_alone(store, claim, seal)
     except BaseException:
         with contextlib.suppress(StorageError):
-            store.put(claim, None)
+            store.write(claim, None)
         raise
     store.seal, store.held = seal, None
     try:
         yield
         if store.held is None:
             raise _unsealed(store.path, seal)
-        store.put(claim, None)
-        store.put(seal, store.held)
+        store.write(claim, None)
+        store.write(seal, store.held)
     except BaseException as e:
         try:
-            store.clear()
+            store.delete_all()
         except StorageError as more:
             e.add_note(f"files remain ({more}); delete them: gcloud storage rm -r {store.path}")
         raise
@@ -121,7 +128,7 @@ def _check_alone(store: Bucket, claim: str, seal: str) -> None:
     """As each claims before it lists, of two writers at once one at most finds itself alone."""
     found = store.objects()
     if claim not in found:
-        raise StorageError(f"{store.path}: cannot list what it wrote; {RIGHTS}")
+        raise StorageError(f"{store.path}: cannot list what it wrote; {PERMISSION_HINT}")
     if others := [name for name in found if name != claim]:
         why = "" if seal in others else f" but no {seal}: a run died here, or is still writing"
         raise StorageError(
@@ -176,6 +183,6 @@ def _is_at(descriptor: int, path: str) -> bool:
 
 
 def _sync_below(path: str) -> None:
-    for folder, _, files in os.walk(path, onerror=raise_it):
+    for folder, _, files in os.walk(path, onerror=raise_storage_error):
         for name in [*files, "."]:
-            sync(os.path.join(folder, name))
+            fsync_folder(os.path.join(folder, name))

@@ -21,23 +21,26 @@ import numpy as np
 import tensorstore as ts
 from jaxtyping import UInt8
 
-SILENCE = 60.0  # seconds without an answer after which a server is dead
+DEFAULT_TIMEOUT = 60.0  # seconds without an answer after which a server is dead
 TIMEOUT_VARIABLE = "MEDMAX_STORAGE_TIMEOUT"  # in the environment: overrides SILENCE
 SLOWEST = 1 << 20  # bytes a second: a transfer may last a second longer for each of these
-PIECE, IN_FLIGHT = 16 << 20, 8  # eight streams of GCS fill a host's network; 128 MiB in memory
+CHUNK_BYTES, IN_FLIGHT = (
+    16 << 20,
+    8,
+)  # eight streams of GCS fill a host's network; 128 MiB in memory
 UPLOAD_LIMIT = 2 << 30  # bytes; KvStore.write copies twice: measured, 3.3 times this in memory
 LARGEST = 5 << 40  # bytes in one object of GCS
-CLAIM = ".partial-"  # an object of this name: somebody is writing the folder
+LOCK_OBJECT = ".partial-"  # an object of this name: somebody is writing the folder
 # 8 s in all. TensorStore's own 32 retries of up to 32 s bear with a wrong host for 15 minutes.
 RETRIES = {"max_retries": 5, "initial_delay": "250ms", "max_delay": "4s"}
-RIGHTS = (
+PERMISSION_HINT = (
     "give this account the role Storage Object User, or log in: "
     "gcloud auth application-default login"
 )
 SPACE = "free some space, or choose another disk"
-MENDS = {
-    "PERMISSION_DENIED": RIGHTS,
-    "UNAUTHENTICATED": RIGHTS,
+HINTS = {
+    "PERMISSION_DENIED": PERMISSION_HINT,
+    "UNAUTHENTICATED": PERMISSION_HINT,
     "RESOURCE_EXHAUSTED": SPACE,
     "NOT_FOUND": "check the bucket and the path",
     "DATA_LOSS": "the stored bytes are damaged; copy the file again",
@@ -52,7 +55,7 @@ class StorageError(RuntimeError):
 
 def wait(future: ts.Future | ts.WriteFutures, what: str, nbytes: int = 0) -> Any:
     """The future's result; StorageError when it fails or outlasts SILENCE + nbytes / SLOWEST."""
-    seconds = silence() + nbytes / SLOWEST
+    seconds = timeout_seconds() + nbytes / SLOWEST
     try:
         return future.result(timeout=seconds)
     except TimeoutError as e:
@@ -63,7 +66,7 @@ def wait(future: ts.Future | ts.WriteFutures, what: str, nbytes: int = 0) -> Any
         ) from e
     except (ValueError, IndexError, NotImplementedError) as e:
         said = re.split(r" \[\w+='", str(e))[0]  # what follows are the reply's headers and body
-        mend = MENDS.get(said.split(":")[0], "check what it names")
+        mend = HINTS.get(said.split(":")[0], "check what it names")
         raise StorageError(f"{what}: {said}; {mend}") from e
 
 
@@ -87,16 +90,16 @@ class Bucket:
 
     def names(self) -> list[str]:
         """What is below, without claims."""
-        return [name for name in self.objects() if not name.startswith(CLAIM)]
+        return [name for name in self.objects() if not name.startswith(LOCK_OBJECT)]
 
     def objects(self) -> list[str]:
         """What is below, claims too, but not the empty objects that consoles make for folders."""
         found = [key.decode() for key in wait(self._kv.list(), self.path)]
         if not found:
-            wait(self._start(CLAIM, 0, 0), self.path)  # raises where rights were wanting
+            wait(self._start(LOCK_OBJECT, 0, 0), self.path)  # raises where rights were wanting
         return sorted(key for key in found if key and not key.endswith("/"))
 
-    def stamp(self, name: str) -> bytes | None:
+    def version(self, name: str) -> bytes | None:
         """The object's generation, None where there is none."""
         found = wait(self._start(name, 0, 0), self.full(name))
         return None if found.state == "missing" else found.stamp.generation
@@ -112,7 +115,7 @@ class Bucket:
             points = sorted({low + (high - low) * k // 16 for k in range(16)})
         return low
 
-    def longer(self, name: str, nbytes: int) -> bool:
+    def has_more(self, name: str, nbytes: int) -> bool:
         """Whether the object has more bytes, by one probe."""
         return self._arrived(name, self._start(name, nbytes, nbytes + 1))
 
@@ -120,14 +123,16 @@ class Bucket:
         self, name: str, start: int, stop: int | None, stamp: bytes | None
     ) -> UInt8[np.ndarray, "n"]:
         """The bytes; raises when a piece is of another generation than the stamp or its fellows."""
-        if stop is None and (start or self.longer(name, PIECE)):
+        if stop is None and (start or self.has_more(name, CHUNK_BYTES)):
             stop = self.size(name)
         if stop is None:  # short: in one request, without its size
             found = self._found(name, self._start(name, 0, None), stamp)
             return np.array(memoryview(found.value), np.uint8)
         out = np.empty(stop - start, np.uint8)
         # No bytes are one request too: it tells whether the object is there.
-        pieces = ((a, min(a + PIECE, stop)) for a in range(start, max(stop, start + 1), PIECE))
+        pieces = (
+            (a, min(a + CHUNK_BYTES, stop)) for a in range(start, max(stop, start + 1), CHUNK_BYTES)
+        )
         flying = collections.deque()
         try:
             while True:
@@ -151,13 +156,13 @@ class Bucket:
         if name == self.seal:
             self.held = upload.data
         else:
-            self.put(name, upload.data)
+            self.write(name, upload.data)
 
-    def put(self, name: str, data: bytes | bytearray | None) -> None:
+    def write(self, name: str, data: bytes | bytearray | None) -> None:
         """Writes the object; None deletes it."""
         wait(self._kv.write(name, data), self.full(name), len(data or b""))
 
-    def clear(self) -> None:
+    def delete_all(self) -> None:
         """Deletes everything below."""
         wait(self._kv.delete_range(ts.KvStore.KeyRange()), self.path)
 
@@ -171,9 +176,9 @@ class Bucket:
     def _found(self, name: str, future: ts.Future, stamp: bytes | None) -> ts.KvStore.ReadResult:
         found = wait(future, self.full(name))
         if found.state == "missing":
-            raise missing(self.full(name))
+            raise not_found_error(self.full(name))
         if stamp not in (None, found.stamp.generation):
-            raise replaced(self.full(name))
+            raise changed_error(self.full(name))
         return found
 
     def _arrived(self, name: str, future: ts.Future) -> bool:
@@ -211,20 +216,20 @@ def as_bytes(part: bytes | bytearray | memoryview | np.ndarray) -> memoryview:
     return memoryview(part).cast("B")
 
 
-def missing(full: str) -> StorageError:
+def not_found_error(full: str) -> StorageError:
     """The error of a file that is not there."""
     where = "bucket or file" if full.startswith("gs://") else "file"
     return StorageError(f"{full}: no such {where}; check the path")
 
 
-def replaced(full: str) -> StorageError:
+def changed_error(full: str) -> StorageError:
     """The error of a file that is another one than it was."""
     return StorageError(f"{full}: replaced while it was read; open it again")
 
 
-def silence() -> float:
+def timeout_seconds() -> float:
     """Seconds without news after which a server, or whoever else is waited for, is dead."""
-    text = os.environ.get(TIMEOUT_VARIABLE) or str(SILENCE)
+    text = os.environ.get(TIMEOUT_VARIABLE) or str(DEFAULT_TIMEOUT)
     try:
         seconds = float(text)
     except ValueError:

@@ -111,7 +111,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]], *, caption: str
     for number, row in enumerate(rows):
         if len(row) != len(head):
             raise ValueError(f"row {number} has {len(row)} cells, the head has {len(head)}")
-    figures = [_numeric([shown(cell) for cell in column]) for column in zip(*rows)]  # noqa: B905
+    figures = [_numeric([format_value(cell) for cell in column]) for column in zip(*rows)]  # noqa: B905
     top = "".join(map(_head, head, figures or [False] * len(head)))
     lines = "".join(f"<tr>{''.join(map(_cell, row, figures))}</tr>\n" for row in rows)
     wide = ' class="wide"' if len(head) > WIDE else ""
@@ -148,26 +148,27 @@ def png(image: PIL.Image.Image) -> bytes:
     return out.getvalue()
 
 
-def tiles(numbers: Sequence[tuple[object, str]]) -> str:
+def stat_tiles(numbers: Sequence[tuple[object, str]]) -> str:
     """Large numbers, each over what it counts."""
     cells = "".join(
-        f'<div class="tile"><b>{html.escape(shown(n))}</b><span>{html.escape(what)}</span></div>\n'
+        f'<div class="tile"><b>{html.escape(format_value(n))}</b>'
+        f"<span>{html.escape(what)}</span></div>\n"
         for n, what in numbers
     )
     return f'<div class="tiles">\n{cells}</div>\n'
 
 
-def beside(left: str, right: str) -> str:
+def columns(left: str, right: str) -> str:
     """Two pieces of markup in one row; one below the other where the page is narrow."""
     return f'<div class="beside"><div>{left}</div>\n<div>{right}</div></div>\n'
 
 
-def closed(title: str, body: str) -> str:
+def details(title: str, body: str) -> str:
     """Markup that opens when its title is chosen; no script is needed."""
     return f"<details><summary>{html.escape(title)}</summary>\n{body}</details>\n"
 
 
-def shown(value: object) -> str:
+def format_value(value: object) -> str:
     """A value as the tables write it: 0.5 -> "0.500", None -> a dash."""
     if value is None:
         return NOTHING
@@ -188,4 +189,4 @@ def _head(name: str, figures: bool) -> str:
 def _cell(value: object, figures: bool) -> str:
     number = figures or (isinstance(value, int | float) and not isinstance(value, bool))
     kind = ' class="number"' if number else ""
-    return f"<td{kind}>{html.escape(shown(value))}</td>"
+    return f"<td{kind}>{html.escape(format_value(value))}</td>"

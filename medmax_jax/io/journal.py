@@ -14,7 +14,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from medmax_jax.io.text_files import TextFileError, parse_jsonl
+from medmax_jax.io import text_files
+from medmax_jax.io.text_files import TextFileError
 
 
 class JournalError(ValueError):
@@ -70,16 +71,16 @@ def open_journal(path: str | os.PathLike) -> Iterator[Journal]:
         whole = data.rfind(b"\n") + 1
         if whole != len(data):
             os.ftruncate(descriptor, whole)
-        yield Journal(path, descriptor, parse(data[:whole], path))
+        yield Journal(path, descriptor, parse_jsonl(data[:whole], path))
     finally:
         os.close(descriptor)
 
 
-def parse(data: bytes, where: str | os.PathLike) -> list[dict[str, Any]]:
+def parse_jsonl(data: bytes, where: str | os.PathLike) -> list[dict[str, Any]]:
     """The objects of JSONL bytes; raises JournalError at a line that is none."""
     try:
         # As `append` wrote them: a number may be NaN, a reply may hold half a surrogate pair.
-        rows = parse_jsonl(data, where, allow_nonfinite=True, allow_lone_surrogates=True)
+        rows = text_files.parse_jsonl(data, where, allow_nonfinite=True, allow_lone_surrogates=True)
     except TextFileError as error:
         raise JournalError(f"{error}; delete that line") from error
     return [row for _, row in rows]
@@ -91,7 +92,7 @@ def read_jsonl(path: str | Path, fields: Sequence[str] = ("id",)) -> list[dict[s
     if not path.exists():
         return []
     data = path.read_bytes()
-    return checked(parse(data[: data.rfind(b"\n") + 1], path), fields, path)
+    return checked(parse_jsonl(data[: data.rfind(b"\n") + 1], path), fields, path)
 
 
 def checked(rows: list[dict[str, Any]], fields: Sequence[str], path: Path) -> list[dict[str, Any]]:

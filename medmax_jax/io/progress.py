@@ -6,7 +6,7 @@ from collections.abc import Callable
 SECONDS = 5.0  # between two lines
 
 
-class Progress:
+class ByteProgress:
     """Bytes: a line every few seconds."""
 
     def __init__(self, total: int, say: Callable[[str], None]):
@@ -35,7 +35,7 @@ class Progress:
         )
 
 
-class Items:
+class ItemProgress:
     """The same of things that are counted: `every` seconds a line at most, and one at the end."""
 
     def __init__(self, total: int, unit: str, say: Callable[[str], None], *, every: float):

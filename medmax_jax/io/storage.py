@@ -26,14 +26,14 @@ import numpy as np
 from jaxtyping import UInt8
 
 from medmax_jax.io.gcs import (
-    PIECE,
+    CHUNK_BYTES,
     SPACE,
     Bucket,
     StorageError,
     Upload,
     as_bytes,
-    missing,
-    replaced,
+    changed_error,
+    not_found_error,
     wait,
 )
 from medmax_jax.io.settings_files import MAX_JSON_BYTES, parse_settings
@@ -41,7 +41,7 @@ from medmax_jax.io.text_files import TextFileError
 
 __all__ = ["ByteFile", "Folder", "StorageError", "wait"]
 
-MENDS = {
+HINTS = {
     errno.ENOSPC: SPACE,
     errno.EDQUOT: SPACE,
     errno.EACCES: "check the owner and the rights of the folder",
@@ -63,21 +63,21 @@ class Folder:
 
     def has(self, name: str) -> bool:
         """Whether the file is there."""
-        return self.store.stamp(checked(self.path, name)) is not None
+        return self.store.version(check_name(self.path, name)) is not None
 
     def size(self, name: str) -> int:
         """Bytes in the file; on gs:// it costs some ten round trips."""
-        return self.store.size(checked(self.path, name))
+        return self.store.size(check_name(self.path, name))
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> UInt8[np.ndarray, "n"]:
         """Exactly these bytes, in memory of their own."""
-        _check_range(self.store.full(checked(self.path, name)), start, stop)
+        _check_range(self.store.full(check_name(self.path, name)), start, stop)
         return self.store.read(name, start, stop, None)
 
     def json(self, name: str, *, allow_nonfinite: bool = False) -> Any:
         """Return the value of a JSON file, within the bounds of parse_settings."""
-        full = self.store.full(checked(self.path, name))
-        if self.store.longer(name, MAX_JSON_BYTES):
+        full = self.store.full(check_name(self.path, name))
+        if self.store.has_more(name, MAX_JSON_BYTES):
             raise StorageError(f"{full}: over {MAX_JSON_BYTES} bytes, no JSON file of a checkpoint")
         try:
             data = self.read(name).tobytes()
@@ -87,7 +87,7 @@ class Folder:
 
     def file(self, name: str) -> "ByteFile":
         """The file for range reads."""
-        return ByteFile(self.store, checked(self.path, name))
+        return ByteFile(self.store, check_name(self.path, name))
 
     def write(
         self, name: str, parts: Iterable[bytes | bytearray | memoryview | np.ndarray]
@@ -97,13 +97,13 @@ class Folder:
             for part in parts:
                 out.write(part)
 
-    def stream(self, name: str) -> contextlib.AbstractContextManager["_Sink | Upload"]:
+    def stream(self, name: str) -> contextlib.AbstractContextManager["_FileWriter | Upload"]:
         """`write` piece by piece: `with folder.stream(name) as out: out.write(part)`."""
-        return self.store.stream(checked(self.path, name))
+        return self.store.stream(check_name(self.path, name))
 
     def kvstore(self, name: str) -> dict[str, Any]:
         """TensorStore's spec of a sub-folder, retries included; `wait` for what it opens."""
-        return self.store.kvstore(checked(self.path, name))
+        return self.store.kvstore(check_name(self.path, name))
 
 
 class ByteFile:
@@ -111,9 +111,9 @@ class ByteFile:
 
     def __init__(self, store: "_Disk | Bucket", name: str) -> None:
         self.name = store.full(name)
-        self.store, self._name, self._stamp = store, name, store.stamp(name)
+        self.store, self._name, self._stamp = store, name, store.version(name)
         if self._stamp is None:
-            raise missing(self.name)
+            raise not_found_error(self.name)
 
     @functools.cached_property
     def size(self) -> int:
@@ -128,8 +128,8 @@ class ByteFile:
     def digest(self, kind: str) -> str:
         """Hex digest of the file, in bounded memory. `kind`: hashlib's name, sha256 or md5."""
         found = hashlib.new(kind, usedforsecurity=False)
-        for start in range(0, self.size, PIECE):
-            found.update(self.read(start, min(start + PIECE, self.size)))
+        for start in range(0, self.size, CHUNK_BYTES):
+            found.update(self.read(start, min(start + CHUNK_BYTES, self.size)))
         return found.hexdigest()
 
 
@@ -149,11 +149,11 @@ class _Disk:
             raise StorageError(f"{self.path}: not a folder; name the folder that holds the files")
         found = []
         with os_errors(self.path):
-            for folder, _, files in os.walk(self.path, onerror=raise_it):
+            for folder, _, files in os.walk(self.path, onerror=raise_storage_error):
                 found += [os.path.relpath(os.path.join(folder, f), self.path) for f in files]
         return sorted(found)
 
-    def stamp(self, name: str) -> tuple[int, ...] | None:
+    def version(self, name: str) -> tuple[int, ...] | None:
         with os_errors(self.full(name)):
             try:
                 found = os.stat(self.full(name))
@@ -162,12 +162,12 @@ class _Disk:
         return _stamp(found) if stat.S_ISREG(found.st_mode) else None  # a pipe would hang
 
     def size(self, name: str) -> int:
-        stamp = self.stamp(name)
+        stamp = self.version(name)
         if stamp is None:
-            raise missing(self.full(name))
+            raise not_found_error(self.full(name))
         return stamp[0]
 
-    def longer(self, name: str, nbytes: int) -> bool:
+    def has_more(self, name: str, nbytes: int) -> bool:
         return self.size(name) > nbytes
 
     def read(
@@ -181,16 +181,16 @@ class _Disk:
         rest = memoryview(out)
         with os_errors(full), open(self.full(name), "rb", buffering=0) as file:
             if stamp not in (None, _stamp(os.fstat(file.fileno()))):
-                raise replaced(full)
+                raise changed_error(full)
             while rest:  # Linux hands out 2 GiB at most in one call
                 got = os.preadv(file.fileno(), [rest], stop - len(rest))
                 if not got:
-                    raise replaced(full)
+                    raise changed_error(full)
                 rest = rest[got:]
         return out
 
     @contextlib.contextmanager
-    def stream(self, name: str) -> Iterator["_Sink"]:
+    def stream(self, name: str) -> Iterator["_FileWriter"]:
         full = self.full(name)
         partial = full + ".partial"
         with os_errors(full):
@@ -198,12 +198,12 @@ class _Disk:
             raw = open(partial, "wb", buffering=0)
         try:
             with raw:
-                yield _Sink(full, raw)
+                yield _FileWriter(full, raw)
                 with os_errors(full):
                     os.fsync(raw.fileno())
             with os_errors(full):
                 os.replace(partial, full)
-                sync(os.path.dirname(full))
+                fsync_folder(os.path.dirname(full))
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(partial)
@@ -213,7 +213,7 @@ class _Disk:
         return {"driver": "file", "path": self.full(name) + "/"}
 
 
-class _Sink:
+class _FileWriter:
     """A local file that is being written; unbuffered, so that a full disk shows at once."""
 
     def __init__(self, full: str, raw: io.FileIO) -> None:
@@ -229,7 +229,7 @@ class _Sink:
 def _normal(path: str) -> str:
     if path.startswith("gs://"):
         bucket, _, prefix = path.removeprefix("gs://").rstrip("/").partition("/")
-        return f"gs://{bucket}/{checked(path, prefix)}" if prefix else f"gs://{bucket}"
+        return f"gs://{bucket}/{check_name(path, prefix)}" if prefix else f"gs://{bucket}"
     if not path or re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", path):
         raise StorageError(
             f"{path!r}: neither a local path nor gs://bucket/folder; mount or copy the folder "
@@ -238,7 +238,7 @@ def _normal(path: str) -> str:
     return os.path.abspath(path)
 
 
-def checked(path: str, name: str) -> str:
+def check_name(path: str, name: str) -> str:
     """The name, if it stays below the path."""
     if "\\" in name or not name.isprintable() or {"", ".", ".."} & set(name.split("/")):
         raise StorageError(f"{path}: {name!r} is no name in this folder; use one like 'a/b.json'")
@@ -250,7 +250,7 @@ def _check_range(full: str, start: int, stop: int | None) -> None:
         raise StorageError(f"{full}: no bytes {start} to {stop}; use 0 <= start <= stop")
 
 
-def sync(path: str) -> None:
+def fsync_folder(path: str) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -262,7 +262,7 @@ def _stamp(found: os.stat_result) -> tuple[int, ...]:
     return found.st_size, found.st_mtime_ns, found.st_ino, found.st_dev
 
 
-def raise_it(error: OSError) -> None:
+def raise_storage_error(error: OSError) -> None:
     raise error
 
 
@@ -271,7 +271,7 @@ def os_errors(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        mend = MENDS.get(e.errno, "check the path and the disk")
+        mend = HINTS.get(e.errno, "check the path and the disk")
         raise StorageError(f"{path}: {e.strerror or e}; {mend}") from e
 
 

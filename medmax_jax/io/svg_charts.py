@@ -43,7 +43,7 @@ class Point:
     y: float
     low: float
     high: float
-    says: str
+    tooltip: str
     size: float = 1.0
 
 
@@ -61,7 +61,7 @@ def chart(
     for axis in (x, y):
         if not axis.low < axis.high:
             raise ValueError(f"axis {axis.label!r} from {axis.low} to {axis.high}: low < high")
-    place = _Place(x, y)
+    place = _Scale(x, y)
     body = _axes(place)
     body += "".join(_line("guide", *place(a, b), *place(c, d)) for a, b, c, d in guides)
     body += _band(place, points) if joined else "".join(_whisker(place, p) for p in points)
@@ -79,7 +79,7 @@ def side_by_side(charts: Sequence[str]) -> str:
     return f'<div class="charts">\n{"".join(charts)}</div>\n'
 
 
-def around(values: Sequence[float], *, step: float, least: float) -> tuple[float, float]:
+def axis_limits(values: Sequence[float], *, step: float, least: float) -> tuple[float, float]:
     """Ends of an axis in 0..1 that has all values: multiples of step, at least `least` apart.
 
     [0.52, 0.58] by 0.1, at least 0.2: (0.4, 0.6).
@@ -92,7 +92,7 @@ def around(values: Sequence[float], *, step: float, least: float) -> tuple[float
     return first * step, max(last + up, min(first + round(least / step), top)) * step
 
 
-class _Place:
+class _Scale:
     """Values to places in the picture."""
 
     def __init__(self, x: Axis, y: Axis):
@@ -107,7 +107,7 @@ class _Place:
         )
 
 
-def _axes(place: _Place) -> str:
+def _axes(place: _Scale) -> str:
     """Grid lines with their numbers, and what the axes are."""
     x, y = place.x, place.y
     body = ""
@@ -134,7 +134,7 @@ def _ticks(axis: Axis) -> list[float]:
     return [number * step for number in range(first, last + 1)]
 
 
-def _band(place: _Place, points: Sequence[Point]) -> str:
+def _band(place: _Scale, points: Sequence[Point]) -> str:
     edge = [place(p.x, p.high) for p in points] + [place(p.x, p.low) for p in reversed(points)]
     middle = [place(p.x, p.y) for p in points]
     return (
@@ -143,14 +143,14 @@ def _band(place: _Place, points: Sequence[Point]) -> str:
     )
 
 
-def _whisker(place: _Place, point: Point) -> str:
+def _whisker(place: _Scale, point: Point) -> str:
     return _line("whisker", *place(point.x, point.low), *place(point.x, point.high))
 
 
-def _dot(place: _Place, point: Point) -> str:
+def _dot(place: _Scale, point: Point) -> str:
     x, y = place(point.x, point.y)
     radius = max(RADIUS * math.sqrt(point.size), LEAST)
-    says = f"<title>{html.escape(point.says)}</title>"
+    says = f"<title>{html.escape(point.tooltip)}</title>"
     return f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}">{says}</circle>\n'
 
 

@@ -29,19 +29,21 @@ from jaxtyping import Array, Bool, Float, Int
 
 from medmax_jax.sharding import BATCH, HEADS
 
-PIECES, SHORTEST = 8, 64  # of queries in attend_causal; tokens of one
+QUERY_CHUNKS, MIN_CHUNK = 8, 64  # of queries in attend_causal; tokens of one
 
 PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}  # the others run anywhere
 
 
-def packed(segments: Int[Array, "B T"], *, impl: str) -> Callable[[Array, Array, Array], Array]:
+def make_packed_attention(
+    segments: Int[Array, "B T"], *, impl: str
+) -> Callable[[Array, Array, Array], Array]:
     """f(q, k, v) -> [B, N, T, H]: causal attention inside the documents of these rows.
 
     What the layers have in common is made once, here. The result is named "attn" for remat.
     """
     if impl == "xla":
         mask = packed_mask(segments)
-        return lambda q, k, v: checkpoint_name(attend_causal(q, k, v, mask), "attn")
+        return lambda q, k, v: checkpoint_name(chunked_causal_attention(q, k, v, mask), "attn")
     if impl in ("splash", "splash_interpret"):
         interpret = impl == "splash_interpret"
         return lambda q, k, v: splash_attend(q, k, v, segments, interpret=interpret)
@@ -68,7 +70,7 @@ def packed_mask(segments: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
     return same & (order[:, None] >= order[None, :])
 
 
-def attend(
+def attention(
     q: Float[Array, "B N T H"],
     k: Float[Array, "B K S H"],
     v: Float[Array, "B K S H"],
@@ -87,7 +89,7 @@ def attend(
     return jnp.reshape(out, (rows, heads, tokens, dim), out_sharding=HEADS)
 
 
-def attend_causal(
+def chunked_causal_attention(
     q: Float[Array, "B N T H"],
     k: Float[Array, "B K T H"],
     v: Float[Array, "B K T H"],
@@ -99,9 +101,9 @@ def attend_causal(
     of keeping them: on CPUs fresh memory costs more. Short rows are one piece.
     """
     cut, tokens = jax.lax.slice_in_dim, q.shape[2]
-    if tokens % PIECES or tokens < PIECES * SHORTEST:
-        return attend(q, k, v, mask)
-    found, again, length = [], jax.checkpoint(attend), tokens // PIECES
+    if tokens % QUERY_CHUNKS or tokens < QUERY_CHUNKS * MIN_CHUNK:
+        return attention(q, k, v, mask)
+    found, again, length = [], jax.checkpoint(attention), tokens // QUERY_CHUNKS
     for end in range(length, tokens + 1, length):
         start = end - length
         seen = cut(cut(mask, start, end, axis=1), 0, end, axis=2)
@@ -110,7 +112,7 @@ def attend_causal(
     return jnp.concatenate(found, axis=2)
 
 
-def reference_attend(
+def reference_attention(
     q: Float[Array, "B N T H"],
     k: Float[Array, "B K S H"],
     v: Float[Array, "B K S H"],

@@ -23,22 +23,22 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from medmax_jax.config import Lora, Model, Vocab
-from medmax_jax.models.attention import packed
+from medmax_jax.models.attention import make_packed_attention
 from medmax_jax.models.layers import (
     INIT_STD,
     Embed,
-    Head,
-    HeadNorm,
+    HeadWeights,
     Linear,
+    QKNorm,
     RMSNorm,
-    image_columns,
+    full_kernel,
+    image_token_columns,
     matmul,
     rope,
     rope_angles,
-    whole_kernel,
 )
 from medmax_jax.models.quantization import PACKED, TILE
-from medmax_jax.sharding import ACT, DOWN, HID, LOGITS, SPLIT, UP, placed
+from medmax_jax.sharding import ACT, DOWN, HID, LOGITS, SPLIT, UP, with_shardings
 
 NO_LORA = Lora(rank=0, alpha=0.0, dropout=0.0)
 
@@ -69,8 +69,8 @@ class Attention(nnx.Module):
         self.v_proj = Linear(config.hidden_size, narrow, spec=UP, keys=keys[2], **common)
         self.o_proj = Linear(wide, config.hidden_size, spec=DOWN, keys=keys[3], **common)
         norm = dict(eps=config.qk_norm_eps, dtype=config.param_dtype)
-        self.q_norm = HeadNorm(config.qk_norm_shards, config.head_dim, **norm)
-        self.k_norm = HeadNorm(config.qk_norm_shards, config.head_dim, **norm)
+        self.q_norm = QKNorm(config.qk_norm_shards, config.head_dim, **norm)
+        self.k_norm = QKNorm(config.qk_norm_shards, config.head_dim, **norm)
         self.config = config
 
     def qkv(
@@ -187,7 +187,7 @@ class Chameleon(nnx.Module):
         """
         return self.norm(self._run(ids, segments, positions, key, keep=False)[0])
 
-    def all_hidden(
+    def hidden_states_by_layer(
         self,
         ids: Int[Array, "B T"],
         segments: Int[Array, "B T"],
@@ -201,16 +201,16 @@ class Chameleon(nnx.Module):
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """In fp32, and nothing masked: image ids have logits like all others."""
-        kernel = whole_kernel(self.head()).astype(hidden.dtype)
+        kernel = full_kernel(self.head()).astype(hidden.dtype)
         return matmul(hidden, kernel, LOGITS, dtype=jnp.float32)
 
-    def head(self) -> Head:
+    def head(self) -> HeadWeights:
         """The matrix to logits, with its image columns apart where those train."""
         head = self.lm_head
-        return Head(head.kernel[...], head.image[...] if head.tuned else None)
+        return HeadWeights(head.kernel[...], head.image[...] if head.tuned else None)
 
     def _run(self, ids, segments, positions, key, *, keep: bool) -> tuple[Array, Array | None]:
-        attend_packed = packed(segments, impl=self.config.attention)
+        attend_packed = make_packed_attention(segments, impl=self.config.attention)
         angles = self._angles(positions)
         keys = None if key is None else jax.random.split(key, (self.config.num_layers, 7))
 
@@ -232,20 +232,20 @@ class Chameleon(nnx.Module):
         return rope_angles(positions, head_dim=self.config.head_dim, theta=self.config.rope_theta)
 
 
-def create(config: Model, vocab: Vocab, lora: Lora, *, key: PRNGKeyArray) -> Chameleon:
+def create_model(config: Model, vocab: Vocab, lora: Lora, *, key: PRNGKeyArray) -> Chameleon:
     """A random model, each weight born in its shards on the ambient mesh."""
     _check_mesh(config, vocab)
     return _create(config, vocab, lora, key)
 
 
-def abstract(config: Model, vocab: Vocab, lora: Lora) -> Chameleon:
+def abstract_model(config: Model, vocab: Vocab, lora: Lora) -> Chameleon:
     """The same tree with ShapeDtypeStructs and shardings for arrays: no memory at any size."""
     _check_mesh(config, vocab)
     make = lambda key: Chameleon(config, vocab, lora, key=key)  # noqa: E731
-    return placed(jax.eval_shape(make, jax.eval_shape(lambda: jax.random.key(0))))
+    return with_shardings(jax.eval_shape(make, jax.eval_shape(lambda: jax.random.key(0))))
 
 
-def split(model: Chameleon) -> tuple[Any, Any, Any]:
+def split_adapters(model: Chameleon) -> tuple[Any, Any, Any]:
     """(graph, adapters, base); `nnx.merge(graph, adapters, base)` is the model again."""
     # LoRAParam is a Param too: the narrow filter stands first, or the adapters would be base.
     return nnx.split(model, nnx.LoRAParam, ..., graph=False)
@@ -254,14 +254,14 @@ def split(model: Chameleon) -> tuple[Any, Any, Any]:
 def with_image_columns(model: Chameleon) -> Chameleon:
     """The same model with the image columns of its head apart, as Anole's stage trains them."""
     tuned, kernel = nnx.merge(*nnx.split(model, graph=False)), model.head().kernel
-    tuned.lm_head = OutputHead(kernel, image_columns(kernel, model.vocab.image_codes))
+    tuned.lm_head = OutputHead(kernel, image_token_columns(kernel, model.vocab.image_codes))
     return tuned
 
 
 def without_image_columns(model: Chameleon) -> Chameleon:
     """The inverse: the trained columns stand in the kernel, in its dtype."""
     plain, head = nnx.merge(*nnx.split(model, graph=False)), model.head()
-    plain.lm_head = OutputHead(whole_kernel(head).astype(head.kernel.dtype), None)
+    plain.lm_head = OutputHead(full_kernel(head).astype(head.kernel.dtype), None)
     return plain
 
 

@@ -24,11 +24,13 @@ from medmax_jax.sharding import BATCH, CACHE, HEADS, ROWS
 
 SCALES = P(None, ROWS, "tp", None)  # [L, B, K, S]
 LANES = P(ROWS)  # [B]
-KINDS = ("model", "int8")
+CACHE_DTYPES = ("model", "int8")
 
 APART_BYTES = 2 << 30  # of layers
 
-Apart = tuple[tuple[Any, Array | None], ...]  # each layer's own arrays; its q, k, v side by side
+UnstackedLayers = tuple[
+    tuple[Any, Array | None], ...
+]  # each layer's own arrays; its q, k, v side by side
 
 
 @jax.tree_util.register_dataclass
@@ -42,10 +44,12 @@ class Cache:
     v_scale: Any
 
 
-def empty(config: Model, *, lanes: int, slots: int, kind: str) -> Cache:
+def init_cache(config: Model, *, lanes: int, slots: int, kind: str) -> Cache:
     """Room for `slots` tokens in each of `lanes`. kind: "model", the compute dtype; or "int8"."""
-    if kind not in KINDS:
-        raise ValueError(f"the cache's kind is {kind!r}; it must be one of {', '.join(KINDS)}")
+    if kind not in CACHE_DTYPES:
+        raise ValueError(
+            f"the cache's kind is {kind!r}; it must be one of {', '.join(CACHE_DTYPES)}"
+        )
     shape = (config.num_layers, lanes, config.num_kv_heads, slots, config.head_dim)
     dtype = jnp.int8 if kind == "int8" else config.compute_dtype
     k, v = (jnp.zeros(shape, dtype, out_sharding=CACHE) for _ in "kv")
@@ -55,7 +59,7 @@ def empty(config: Model, *, lanes: int, slots: int, kind: str) -> Cache:
     return Cache(k, v, *scales)
 
 
-def bytes_of(config: Model, *, lanes: int, slots: int, kind: str) -> int:
+def cache_bytes(config: Model, *, lanes: int, slots: int, kind: str) -> int:
     """What `empty` takes, over all devices."""
     heads = 2 * config.num_layers * lanes * config.num_kv_heads * slots
     if kind == "int8":
@@ -71,7 +75,7 @@ def decode(
     *,
     lanes: Int[Array, "B"] | None,
     span: int,
-    layers: Apart | None = None,
+    layers: UnstackedLayers | None = None,
 ) -> tuple[Float[Array, "B T D"], Cache]:
     """Hidden states of T more tokens of each row, and the cache with their keys and values.
 
@@ -111,7 +115,7 @@ def decode(
     return model.norm(x), cache
 
 
-def apart(model: Chameleon, mesh: jax.sharding.Mesh) -> Apart | None:
+def unstack_layers(model: Chameleon, mesh: jax.sharding.Mesh) -> UnstackedLayers | None:
     """The layers a second time, as XLA reads them fastest on CPUs; None elsewhere.
 
     There it would copy each layer out of the stack for every token, and it splits a product of few
@@ -125,7 +129,7 @@ def apart(model: Chameleon, mesh: jax.sharding.Mesh) -> Apart | None:
 
 
 @jax.jit
-def _apart(model: Chameleon) -> Apart:
+def _apart(model: Chameleon) -> UnstackedLayers:
     found, config = [], model.config
     whole = config.quant == "none" and jax.sharding.get_abstract_mesh().shape["tp"] == 1
     for index in range(config.num_layers):
@@ -172,7 +176,9 @@ def attend(
     return run(q, k, v, cache, layer, positions, lanes)
 
 
-def copy(cache: Cache, sources: Int[Array, "M"], targets: Int[Array, "M"], *, span: int) -> Cache:
+def copy_slots(
+    cache: Cache, sources: Int[Array, "M"], targets: Int[Array, "M"], *, span: int
+) -> Cache:
     """The first `span` slots of lane sources[i] to lane targets[i], one after another.
 
     Both are counted inside a device's block, M pairs in all, M / blocks of each; a pair of equals
@@ -198,7 +204,7 @@ def copy(cache: Cache, sources: Int[Array, "M"], targets: Int[Array, "M"], *, sp
     )
 
 
-def quantised(x: Float[Array, "*B H"]) -> tuple[Int[Array, "*B H"], Float[Array, "*B"]]:
+def quantize_int8(x: Float[Array, "*B H"]) -> tuple[Int[Array, "*B H"], Float[Array, "*B"]]:
     """Whole numbers up to 127 and the scale that they are multiples of: x = code * scale."""
     wide = x.astype(jnp.float32)
     scale = jnp.abs(wide).max(-1) / 127
@@ -218,7 +224,7 @@ def _write(cache, where, k, v):
     if cache.k_scale is None:
         put = lambda store, new: store.at[where].set(new.astype(store.dtype), mode="drop")  # noqa: E731
         return Cache(put(cache.k, k), put(cache.v, v), None, None)
-    (k, k_scale), (v, v_scale) = quantised(k), quantised(v)
+    (k, k_scale), (v, v_scale) = quantize_int8(k), quantize_int8(v)
     news = (k, v, k_scale, v_scale)
     stores = (cache.k, cache.v, cache.k_scale, cache.v_scale)
     return Cache(*(s.at[where].set(n, mode="drop") for s, n in zip(stores, news, strict=True)))

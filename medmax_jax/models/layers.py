@@ -38,7 +38,7 @@ class Linear(nnx.Module):
             kernel = INIT_STD * jax.random.normal(keys[0], (din, dout), out_sharding=spec)
             self.kernel = nnx.Param(kernel.astype(dtype))
         else:
-            self.kernel = quantization.Matrix(din, dout, spec=spec, kind=kind)
+            self.kernel = quantization.QuantizedMatrix(din, dout, spec=spec, kind=kind)
         self.lora = lora
         if lora.rank:
             # As peft: A uniform within 1/sqrt(din), B zero. fp32: small steps vanish in bf16.
@@ -65,8 +65,10 @@ class Linear(nnx.Module):
         `y`: x W, where it is known.
         """
         if y is None:
-            quantised = isinstance(self.kernel, quantization.Matrix)
-            kernel = self.kernel.dense(x.dtype) if quantised else self.kernel[...].astype(x.dtype)
+            quantised = isinstance(self.kernel, quantization.QuantizedMatrix)
+            kernel = (
+                self.kernel.dequantize(x.dtype) if quantised else self.kernel[...].astype(x.dtype)
+            )
             y = matmul(x, kernel, out, dtype=x.dtype)
         if not self.lora.rank:
             return y
@@ -116,7 +118,7 @@ class RMSNorm(nnx.Module):
         return (wide * self.scale[...].astype(jnp.float32)).astype(x.dtype)
 
 
-class HeadNorm(nnx.Module):
+class QKNorm(nnx.Module):
     """LayerNorm of each head's vector; row s of the gains serves the s-th block of heads.
 
     The 30B was trained on four model-parallel shards with gains of their own: 64 heads and 4 rows
@@ -195,21 +197,21 @@ def _per_head(gains: Float[Array, "C H"], heads: int) -> Float[Array, "N 1 H"]:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Head:
+class HeadWeights:
     """The matrix to logits; `image`: fp32 columns in place of the kernel's, where those train."""
 
     kernel: Any  # [D, V]; a gradient or a sharding where a transformation builds one of those
     image: Any  # [D, C] or None
 
 
-def image_columns(kernel: Float[Array, "D V"], codes: int) -> Float[Array, "D C"]:
+def image_token_columns(kernel: Float[Array, "D V"], codes: int) -> Float[Array, "D C"]:
     """The columns of the image codes, in fp32."""
     whole = jax.sharding.reshard(kernel, P("fsdp", None))  # 4 is no border of a shard
     columns = whole[:, IMAGE_START : IMAGE_START + codes].astype(jnp.float32)
     return jax.sharding.reshard(columns, UP)
 
 
-def whole_kernel(head: Head) -> Float[Array, "D V"]:
+def full_kernel(head: HeadWeights) -> Float[Array, "D V"]:
     """One matrix, the image columns at their ids; the kernel itself where none are apart."""
     if head.image is None:
         return head.kernel

@@ -30,7 +30,7 @@ NF4 = (  # the quantiles of a normal distribution: QLoRA, appendix E
 )  # fmt: skip
 
 
-class Matrix(nnx.Module):
+class QuantizedMatrix(nnx.Module):
     """A quantised kernel [I, O]; its codes come from a checkpoint."""
 
     def __init__(self, din: int, dout: int, *, spec: P, kind: str):
@@ -40,7 +40,7 @@ class Matrix(nnx.Module):
         self.scale = nnx.Param(jnp.zeros((tiles, dout), jnp.float32, out_sharding=P(cut, spec[1])))
         self.kind = kind
 
-    def dense(self, dtype: DTypeLike) -> Float[Array, "I O"]:
+    def dequantize(self, dtype: DTypeLike) -> Float[Array, "I O"]:
         """The matrix, computed in fp32 and rounded once."""
         codes, scale = self.qvalue[...], self.scale[...]
         if self.kind == "int8":

@@ -138,7 +138,7 @@ def prompt_ids(
     return np.concatenate([*parts, [SEP] if end_of_turn else []]).astype(np.int32)
 
 
-def segments_of(
+def split_segments(
     ids: Int[np.ndarray, "T"], vocab: Vocab
 ) -> list[tuple[str, Int32[np.ndarray, "_"]]]:
     """The sequence as ("text", ids) and ("image", codes) in order.

@@ -58,7 +58,7 @@ def main(settings: ConfigDict, folder: str) -> None:
     found |= {"remat": run.model.remat, "topology": topology.name, "slices": topology.slices}
     if _DECODE.value != "none" and not _ANALYTIC.value and topology.is_tpu:
         found["decode"] = _decoding(run, topology, cache)
-    print("\n".join(words(run, topology, found)))
+    print("\n".join(format_plan(run, topology, found)))
     if _JSON.value:
         print(json.dumps(found))
 
@@ -76,9 +76,9 @@ def plan(settings: ConfigDict, topology: Topology, cache: pathlib.Path) -> tuple
         run = config.from_config_dict(settings)
         rows = (_ROWS.value,) if _ROWS.value else search.ROWS
         every = search.candidates(run, topology, rows=rows)
-        order = search.ranked(every, topology, utilisation=_UTILISATION.value)
-        return search.best(
-            order, topology, lambda run: ask(run, topology, cache),
+        order = search.rank_candidates(every, topology, utilisation=_UTILISATION.value)
+        return search.best_fitting(
+            order, topology, lambda run: evaluate_setting(run, topology, cache),
             utilisation=_UTILISATION.value, most=_MOST.value,
         )  # fmt: skip
     own = ",".join(str(settings.mesh[axis]) for axis in ("data", "fsdp", "tp"))
@@ -88,7 +88,7 @@ def plan(settings: ConfigDict, topology: Topology, cache: pathlib.Path) -> tuple
         settings.data.batch_size = _ROWS.value * mesh.data * mesh.fsdp * settings.optim.accumulate
     settings.train.steps = _steps(tokens, settings)
     run = config.from_config_dict(settings)
-    return run, ask(run, topology, cache)
+    return run, evaluate_setting(run, topology, cache)
 
 
 def _steps(tokens: int, settings: ConfigDict) -> int:
@@ -96,18 +96,18 @@ def _steps(tokens: int, settings: ConfigDict) -> int:
     return max(1, round(tokens / (settings.data.batch_size * settings.data.seq_len)))
 
 
-def ask(run: Run, topology: Topology, cache: pathlib.Path) -> dict[str, Any]:
+def evaluate_setting(run: Run, topology: Topology, cache: pathlib.Path) -> dict[str, Any]:
     """The answer for one setting."""
     if _ANALYTIC.value:
         return analytic.estimate(run, topology)
     program = plan_compile.train(run, topology)
-    return dict(compile_cache.answer(cache, program, run, topology))
+    return dict(compile_cache.compile_cached(cache, program, run, topology))
 
 
 def _decoding(run: Run, topology: Topology, cache: pathlib.Path) -> dict[str, Any]:
     rows, prompt = run.mesh.data * run.mesh.fsdp, run.model.context_length // 4
     program = plan_compile.decode(run, topology, mode=_DECODE.value, rows=rows, prompt=prompt)
-    found = compile_cache.answer(cache, program, run, topology)
+    found = compile_cache.compile_cached(cache, program, run, topology)
     streams = found["rows"] * found["streams"]
     read = flops.decode_bytes(run.model, run.vocab, run.lora, context=prompt, rows=streams)
     loops = found.get("open_loops_s") or [None]  # the last one writes tokens, one a turn
@@ -115,7 +115,7 @@ def _decoding(run: Run, topology: Topology, cache: pathlib.Path) -> dict[str, An
     return found | {"token_s": loops[-1], "token_limit_s": round(limit, 8)}
 
 
-def words(run: Run, topology: Topology, found: dict[str, Any]) -> list[str]:
+def format_plan(run: Run, topology: Topology, found: dict[str, Any]) -> list[str]:
     """The answer for people."""
     axes = " x ".join(f"{k} {v}" for k, v in found["mesh"].items())
     verdict = "fits" if found["fits"] else "does NOT fit"

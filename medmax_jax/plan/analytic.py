@@ -23,7 +23,11 @@ CHUNK = 2**26  # bytes of the logits of a chunk: cross_entropy.CHUNK_LOGITS in f
 
 def estimate(run: Run, topology: Topology) -> dict[str, Any]:
     """The same fields as a compiled answer, `how` being "analytic"."""
-    parts = _held(run) | {"activations": saved(run), "temporaries": _temporaries(run), "code": CODE}
+    parts = _held(run) | {
+        "activations": activation_bytes(run),
+        "temporaries": _temporaries(run),
+        "code": CODE,
+    }
     peak = sum(parts.values())
     return {
         "how": "analytic",
@@ -35,7 +39,7 @@ def estimate(run: Run, topology: Topology) -> dict[str, Any]:
     }
 
 
-def rows(run: Run) -> int:
+def rows_per_device(run: Run) -> int:
     """Of a microbatch on one device."""
     return run.data.batch_size // (run.mesh.data * run.mesh.fsdp * run.optim.accumulate)
 
@@ -65,7 +69,7 @@ def _adapters(run: Run) -> float:
 
 def _temporaries(run: Run) -> float:
     m, tp = run.model, run.mesh.tp
-    n, wide = rows(run) * run.data.seq_len, BYTES[m.compute_dtype]
+    n, wide = rows_per_device(run) * run.data.seq_len, BYTES[m.compute_dtype]
     parts = flops.parameters(m, run.vocab, run.lora)
     layer = parts.layers / m.num_layers / tp * wide  # one layer's matrices, as they are used
     gathered = 2 * layer if run.mesh.fsdp > 1 else 0  # this layer's, and the next one's
@@ -73,7 +77,7 @@ def _temporaries(run: Run) -> float:
         gathered = max(gathered, layer / 2)  # some matrices made dense, one after the other
     work = WORK * n * m.intermediate_size / tp * wide + gathered
     if m.attention == "xla":
-        work += rows(run) * m.num_heads / tp * run.data.seq_len**2 * (4 + 4 + wide)
+        work += rows_per_device(run) * m.num_heads / tp * run.data.seq_len**2 * (4 + 4 + wide)
     part = parts.head / tp / run.mesh.fsdp * wide  # of the head, by columns
     loss = part + 3 * CHUNK + n * m.hidden_size * (wide + 4)
     embedding = parts.embedding / tp * wide if run.mesh.fsdp > 1 else 0
@@ -83,11 +87,11 @@ def _temporaries(run: Run) -> float:
     return max(work, loss, embedding) + trained
 
 
-def saved(run: Run) -> float:
+def activation_bytes(run: Run) -> float:
     """Bytes of activations that wait for the backward pass, by config.model.remat."""
     if run.train.trains == "image_head":
         return 0.0  # there is no backward pass below the head
-    tokens = rows(run) * run.data.seq_len
+    tokens = rows_per_device(run) * run.data.seq_len
     m, tp, wide = run.model, run.mesh.tp, BYTES[run.model.compute_dtype]
     heads, pairs = m.num_heads * m.head_dim / tp, 2 * m.num_kv_heads * m.head_dim / tp
     attn = heads * wide + (4 * m.num_heads / tp if m.attention != "xla" else 0)
@@ -111,7 +115,7 @@ def _collectives(run: Run) -> list[dict[str, Any]]:
     m, mesh = run.model, run.mesh
     n = flops.parameters(m, run.vocab, run.lora)
     wide, width = BYTES[m.compute_dtype], BYTES[m.param_dtype]
-    turns, tokens = run.optim.accumulate, rows(run) * run.data.seq_len
+    turns, tokens = run.optim.accumulate, rows_per_device(run) * run.data.seq_len
     found = []
     if mesh.fsdp > 1:
         passes = (2 if run.train.trains != "image_head" else 1) * turns

@@ -59,16 +59,18 @@ def train(run: Run, topology: Topology) -> Program:
         train=dataclasses.replace(run.train, steps=1_000),
     )
     with _on(run, topology) as like:
-        graph, trainable, frozen = step.split(like, run.train.trains)
-        state = sharding.placed(jax.eval_shape(lambda t: step.init_state(t, run), trainable))
+        graph, trainable, frozen = step.split_trainable(like, run.train.trains)
+        state = sharding.with_shardings(
+            jax.eval_shape(lambda t: step.init_state(t, run), trainable)
+        )
         batch = step.abstract_batch(run)
         trained = {"lora": "adapters", "full": "base", "image_head": "image columns"}
         held = {"base": 0, "adapters": 0} | {trained[run.train.trains]: _bytes(trainable)}
         held["base"] += _bytes(frozen) if run.train.trains != "full" else 0
         held |= {"optimiser": _bytes(state.opt_state), "batch": _bytes(batch)}
         train_step = step.make_train_step(graph, run)
-        saved = analytic.saved(run)
-        facts = {"compile": step.COMPILE[run.train.compile]}
+        saved = analytic.activation_bytes(run)
+        facts = {"compile": step.COMPILER_OPTIONS[run.train.compile]}
         return Program(train_step.lower(state, frozen, batch, _key(run)), held, saved, facts)
 
 
@@ -80,13 +82,15 @@ def decode(run: Run, topology: Topology, *, mode: str, rows: int, prompt: int) -
     streams = {"text": 1, "image": 2, "mixed": 3}[mode]
     codes, context = run.vq.codes_per_image, run.model.context_length
     try:
-        requests.check_room(prompt, mode=mode, codes=codes, context=context, where="the prompt")
+        requests.check_fits_context(
+            prompt, mode=mode, codes=codes, context=context, where="the prompt"
+        )
     except requests.GenerateError as error:
         raise PlanError(f"--decode={mode}: {error}") from error
-    slots = buckets.slots(prompt, run.sample, mode=mode, codes=codes, context=context)
+    slots = buckets.cache_length_for(prompt, run.sample, mode=mode, codes=codes, context=context)
     blocks = run.mesh.data * run.mesh.fsdp
     depth = -(-rows * streams // blocks)
-    plan = sampling_params.plan(
+    plan = sampling_params.decode_config(
         run.sample,
         run.vocab,
         mode=mode,
@@ -96,12 +100,14 @@ def decode(run: Run, topology: Topology, *, mode: str, rows: int, prompt: int) -
         depth=depth,
     )
     make = functools.partial(
-        kv_cache.empty, run.model, lanes=blocks * depth, slots=slots, kind="model"
+        kv_cache.init_cache, run.model, lanes=blocks * depth, slots=slots, kind="model"
     )
     draws = {"text": "text", "image": "codes", "mixed": "both"}[mode]
     with _on(run, topology) as like:
-        cache = _gib(_bytes(sharding.placed(jax.eval_shape(make))))
-        lowered = decode_loop.lower(like, plan, rows=rows, slots=slots, kind="model", draws=draws)
+        cache = _gib(_bytes(sharding.with_shardings(jax.eval_shape(make))))
+        lowered = decode_loop.lower_decode(
+            like, plan, rows=rows, slots=slots, kind="model", draws=draws
+        )
     facts = {"mode": mode, "rows": rows, "streams": streams, "slots": slots}
     return Program(lowered, {"base": _bytes(like)}, 0.0, facts | {"cache_gib": cache})
 
@@ -149,7 +155,7 @@ def _on(run: Run, topology: Topology) -> Iterator[chameleon.Chameleon]:
             machine = sharding.make_mesh(run.mesh, chips)
             step.check(run, machine)
             stack.enter_context(jax.set_mesh(machine))
-            like = chameleon.abstract(run.model, run.vocab, run.lora)
+            like = chameleon.abstract_model(run.model, run.vocab, run.lora)
         except ValueError as error:
             raise PlanError(str(error)) from error
         yield like  # what follows is all abstract: an operation would run on chips not there
@@ -165,12 +171,14 @@ def _read(compiled: jax.stages.Compiled, topology: Topology) -> dict[str, Any]:
     return {
         "collectives": hlo_analysis.summary(program.collectives()),
         "scheduled_s": round(program.cycles() / clock, 4),
-        "open_loops_s": [round(each / clock, 8) for each in program.open_loops()],
+        "open_loops_s": [round(each / clock, 8) for each in program.data_dependent_loops()],
     }
 
 
 def _key(run: Run) -> jax.ShapeDtypeStruct:
-    return sharding.placed(jax.eval_shape(lambda: jax.random.key(0, impl=run.train.prng_impl)))
+    return sharding.with_shardings(
+        jax.eval_shape(lambda: jax.random.key(0, impl=run.train.prng_impl))
+    )
 
 
 def _bytes(tree: Any) -> int:

@@ -35,22 +35,22 @@ def digest(program: plan_compile.Program, topology: Topology) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 
-def find(
+def find_cached(
     folder: pathlib.Path, program: plan_compile.Program, topology: Topology
 ) -> dict[str, Any] | None:
     """The answer that is there, or None."""
     return _kept(folder / f"{digest(program, topology)}.json")
 
 
-def answer(
+def compile_cached(
     folder: pathlib.Path, program: plan_compile.Program, run: Run, topology: Topology
 ) -> dict[str, Any]:
     """The answer from the folder, or of the compiler, which then is in the folder."""
-    found = find(folder, program, topology)
+    found = find_cached(folder, program, topology)
     if found is not None:
         return found
     found = plan_compile.compile_(program, topology) | {"versions": versions()}
-    found["case"] = asked(run, topology)
+    found["case"] = case_summary(run, topology)
     path = folder / f"{digest(program, topology)}.json"
     part = path.with_suffix(f".{os.getpid()}.part")
     part.write_text(json.dumps(found, indent=1) + "\n")
@@ -58,7 +58,7 @@ def answer(
     return found
 
 
-def asked(run: Run, topology: Topology) -> dict[str, Any]:
+def case_summary(run: Run, topology: Topology) -> dict[str, Any]:
     """What an answer is about, for readers; its name says it exactly."""
     return {
         "topology": topology.name, "slices": topology.slices, "compile": run.train.compile,
@@ -70,7 +70,7 @@ def asked(run: Run, topology: Topology) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def cases(folder: pathlib.Path) -> list[dict[str, Any]]:
+def cached_cases(folder: pathlib.Path) -> list[dict[str, Any]]:
     """What the answers in the folder are about, be they of this step or of an older one."""
     found = [_kept(path) or {} for path in sorted(folder.glob("*.json"))]
     return [each["case"] for each in found if isinstance(each.get("case"), dict)]

@@ -35,7 +35,7 @@ class Collective:
     overlapped: bool  # started and awaited apart, so that other work may run between
 
     @property
-    def sent(self) -> float:
+    def bytes_sent(self) -> float:
         """Bytes that leave a device in a step, by the ring algorithm."""
         n = self.group
         share = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1}.get(self.kind, (n - 1) / n)
@@ -98,7 +98,7 @@ class Program:
         """What the compiler expects the scheduled operations to take; kernels are not in it."""
         return self._cycles(self._entry)
 
-    def open_loops(self) -> list[int]:
+    def data_dependent_loops(self) -> list[int]:
         """Cycles of one turn of each outermost loop that ends when its data say so, in order."""
         return [self._cycles(body) for body, turns in self._loops(self._entry) if turns is None]
 
@@ -169,7 +169,7 @@ def summary(collectives: list[Collective]) -> list[dict]:
         )
         row["count"] += each.times
         row["bytes"] += each.times * each.size
-        row["sent"] += round(each.sent)
+        row["sent"] += round(each.bytes_sent)
     return [rows[key] for key in sorted(rows)]
 
 

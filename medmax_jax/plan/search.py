@@ -43,7 +43,7 @@ def with_settings(run: Run, *, mesh: config.Mesh, rows: int, remat: str) -> Run:
     )
 
 
-def ranked(runs: Iterator[Run], topology: Topology, *, utilisation: float) -> list[Run]:
+def rank_candidates(runs: Iterator[Run], topology: Topology, *, utilisation: float) -> list[Run]:
     """Those that may fit, the fastest by arithmetic first; of equal ones the smaller."""
     scored = []
     for run in runs:
@@ -54,7 +54,7 @@ def ranked(runs: Iterator[Run], topology: Topology, *, utilisation: float) -> li
     return [run for *_, run in sorted(scored, key=lambda each: each[:2])]
 
 
-def best(
+def best_fitting(
     order: Sequence[Run],
     topology: Topology,
     answer: Callable[[Run], dict[str, Any]],

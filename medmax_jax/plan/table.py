@@ -43,7 +43,7 @@ MARKS = ("<!-- made by medmax_jax.plan.table -->\n", "<!-- end -->\n")
 
 
 @dataclasses.dataclass
-class Cell:
+class TableCell:
     """One row of the table: what may be best, and what the compiler has said of some of it."""
 
     model: str
@@ -90,14 +90,14 @@ def main() -> None:
     given.out.write_text(before + MARKS[0] + render(cells) + MARKS[1] + after)
 
 
-def _turn(cell: Cell) -> int:
+def _turn(cell: TableCell) -> int:
     """Its place in the queue; sorting keeps the order of the others."""
     name = (cell.model, cell.topology.name)
     first = name in FIRST and cell.length == LENGTHS[0] and cell.topology.slices == 1
     return FIRST.index(name) if first else len(FIRST)
 
 
-def make_cells() -> Iterator[Cell]:
+def make_cells() -> Iterator[TableCell]:
     """Shorter rows first, since they are what the recipe was published with."""
     for length in LENGTHS:
         for name, slices in MACHINES:
@@ -113,32 +113,32 @@ def make_cells() -> Iterator[Cell]:
                 settings.data.update(seq_len=length)
                 settings.train.steps = round(tokens / length / settings.data.batch_size)
                 run = config.from_config_dict(settings)
-                order = search.ranked(
+                order = search.rank_candidates(
                     search.candidates(run, topology), topology, utilisation=UTILISATION
                 )
-                yield Cell(model, topology, length, order, {})
+                yield TableCell(model, topology, length, order, {})
 
 
-def collect(cells: list[Cell], cache: pathlib.Path) -> None:
+def collect(cells: list[TableCell], cache: pathlib.Path) -> None:
     """Finds the answers that are there, of this very step."""
-    known = compile_cache.cases(cache)
+    known = compile_cache.cached_cases(cache)
     for cell in cells:
         for place, run in enumerate(cell.order):
-            if compile_cache.asked(run, cell.topology) in known:
+            if compile_cache.case_summary(run, cell.topology) in known:
                 program = plan_compile.train(run, cell.topology)
-                answer = compile_cache.find(cache, program, cell.topology)
+                answer = compile_cache.find_cached(cache, program, cell.topology)
                 if answer is not None:
                     cell.found[place] = answer
 
 
-def compile_next(cell: Cell, number: int, cache: pathlib.Path) -> None:
+def compile_next(cell: TableCell, number: int, cache: pathlib.Path) -> None:
     """Compiles the cell's first setting that is not yet, unless `number` of them are already."""
     places = [i for i in range(len(cell.order)) if i not in cell.found]
     if not cell.topology.is_tpu or len(cell.found) > number or not places:
         return
     run, place = cell.order[places[0]], places[0]
     program = plan_compile.train(run, cell.topology)
-    answer = compile_cache.answer(cache, program, run, cell.topology)
+    answer = compile_cache.compile_cached(cache, program, run, cell.topology)
     cell.found[place] = answer
     print(
         f"{time.strftime('%H:%M:%S')} {cell.model}, {cell.topology.slices} x {cell.topology.name}, "
@@ -148,7 +148,7 @@ def compile_next(cell: Cell, number: int, cache: pathlib.Path) -> None:
     )
 
 
-def render(cells: list[Cell]) -> str:
+def render(cells: list[TableCell]) -> str:
     """The rows, sorted as a reader looks for them, and how far arithmetic was off."""
     lines = [
         "",
@@ -162,7 +162,7 @@ def render(cells: list[Cell]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _row(cell: Cell) -> str:
+def _row(cell: TableCell) -> str:
     machine = cell.topology.name + (
         f" x {cell.topology.slices}" if cell.topology.slices > 1 else ""
     )
@@ -176,14 +176,14 @@ def _row(cell: Cell) -> str:
     axes = ", ".join(map(str, compile_cache.axes(run)))
     source = "compiler" if found["how"] == "compiled" else "arithmetic"
     return (
-        f"{head} {axes} | {analytic.rows(run)} | {run.model.remat} | "
+        f"{head} {axes} | {analytic.rows_per_device(run)} | {run.model.remat} | "
         f"{found['peak_hbm_gib']:.1f}, {found['hbm_gib']:.1f} | "
         f"{rate['tokens_per_s_per_chip']:,.0f} | {rate['mfu']:.0%} | {rate['hours']:,.0f} | "
         f"{rate['chip_hours']:,.0f} | {source} |"
     )
 
 
-def _errors(cells: list[Cell]) -> list[str]:
+def _errors(cells: list[TableCell]) -> list[str]:
     """Arithmetic beside the compiler, for every setting that was compiled."""
     lines = [
         "| compiled | GiB, compiler | GiB, arithmetic | GiB sent about, compiler | arithmetic "
@@ -197,7 +197,8 @@ def _errors(cells: list[Cell]) -> list[str]:
             rough = analytic.estimate(run, cell.topology)
             name = (
                 f"{cell.model}, {cell.topology.slices} x {cell.topology.name}, {cell.length:,}, "
-                f"{compile_cache.axes(run)}, {analytic.rows(run)} rows, {run.model.remat}"
+                f"{compile_cache.axes(run)}, {analytic.rows_per_device(run)} rows, "
+                f"{run.model.remat}"
             )
             if answer["peak_hbm_gib"] and not _no_vmem(answer):
                 ratios.append(rough["peak_hbm_gib"] / answer["peak_hbm_gib"])

@@ -23,10 +23,10 @@ from typing import Any
 
 from medmax_jax.cli import DONE, ERROR, WorkdirError, open_workdir
 from medmax_jax.io import html_page
-from medmax_jax.io.progress import SECONDS, Items
+from medmax_jax.io.progress import SECONDS, ItemProgress
 from medmax_jax.scaling import checklist, diagnostics, mixed, report, table
 from medmax_jax.scaling.laws import LAWS, ScalingError
-from medmax_jax.scaling.study import Options, study
+from medmax_jax.scaling.study import Options, run_study
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--exclude", action="append", default=[], metavar="RULE", help="COLUMN=V, COLUMN<V ...")
     add("--fix", action="append", default=[], metavar="NAME=VALUE", type=_pair)
     add("--say", action="append", default=[], metavar="NAME=TEXT", type=_pair,
-        help="for the checklist: " + ", ".join(checklist.SAYABLE))  # fmt: skip
+        help="for the checklist: " + ", ".join(checklist.STATEMENTS))  # fmt: skip
     add("--delta", type=float, default=1e-3, help="of the Huber loss; large: least squares")
     add("--residuals", choices=("log", "plain"), help="of ln loss (losses) or of the loss itself")
     add("--bootstraps", type=int, default=1_000)
@@ -82,7 +82,7 @@ def _run(given: argparse.Namespace) -> None:
 
 def _laws(given: argparse.Namespace, folder: Path | None) -> dict[str, Any]:
     """Each target's fit; of several, by target."""
-    law, said = LAWS[given.law], checklist.stated(given.table, dict(given.say))
+    law, said = LAWS[given.law], checklist.read_statements(given.table, dict(given.say))
     if given.residuals:
         law = dataclasses.replace(law, log=given.residuals == "log")
     options = Options(
@@ -94,8 +94,8 @@ def _laws(given: argparse.Namespace, folder: Path | None) -> dict[str, Any]:
         rows = table.read(
             given.table, law, target=target, columns=dict(given.map), exclude=given.exclude
         )
-        studies.append(study(law, rows, options, progress=_log))
-        print(checklist.words(studies[-1], said))
+        studies.append(run_study(law, rows, options, progress=_log))
+        print(checklist.format_fit(studies[-1], said))
     if folder:
         report.write(studies, said, folder, f"{law.name} law of {Path(given.table).name}")
     facts = [checklist.as_json(each, said) for each in studies]
@@ -111,8 +111,8 @@ def _mixed(given: argparse.Namespace, folder: Path | None) -> dict[str, Any]:
         given.table, mixed.LAW, target=target, columns=dict(given.map), exclude=given.exclude
     )
     found = mixed.fit(rows, delta=given.delta)
-    fits = Items(3 * given.bootstraps, "fits", _log, every=SECONDS)
-    draws = mixed.draw(
+    fits = ItemProgress(3 * given.bootstraps, "fits", _log, every=SECONDS)
+    draws = mixed.bootstrap_samples(
         found, rows, count=given.bootstraps, seed=given.seed,
         progress=lambda count: fits.tick(f"{target}: bootstraps", count),
     )  # fmt: skip
@@ -132,7 +132,7 @@ def _mixed(given: argparse.Namespace, folder: Path | None) -> dict[str, Any]:
         )
         body += html_page.figure(png, "The law against the mixed runs.")
         body += report.parameters(found.values, intervals, ())
-        report.written(folder, f"mixed_modal law of {Path(given.table).name}", body)
+        report.render(folder, f"mixed_modal law of {Path(given.table).name}", body)
     return found.values | dict(
         law=mixed.LAW.name, target=target, competing=competing, mixed_runs=len(both),
         intervals={name: list(ends) if ends else None for name, ends in intervals.items()},

@@ -18,7 +18,7 @@ LAWS = ("chinchilla", "tied")
 Values = Mapping[str, Float[np.ndarray, "..."] | float]
 
 
-def optimum(
+def optimal_allocation(
     values: Values, compute: float, *, flops: float
 ) -> dict[str, Float[np.ndarray, "..."] | float]:
     """Size, tokens, tokens a parameter and loss; `flops`: of one token, per parameter."""
@@ -41,7 +41,7 @@ def table(
     """One row a budget: each number with its interval."""
     rows = []
     for budget in budgets:
-        best, spread = (optimum(v, budget, flops=flops) for v in (found, draws))
+        best, spread = (optimal_allocation(v, budget, flops=flops) for v in (found, draws))
         row: dict[str, Any] = {"compute": budget}
         for name, value in best.items():
             row[name] = float(value)
@@ -50,7 +50,7 @@ def table(
     return rows
 
 
-def budgets_of(params: np.ndarray, tokens: np.ndarray, *, flops: float) -> list[float]:
+def default_budgets(params: np.ndarray, tokens: np.ndarray, *, flops: float) -> list[float]:
     """The largest run's compute, ten and a hundred times that."""
     largest = float((flops * params * tokens).max())
     return [largest, 10 * largest, 100 * largest]

@@ -20,7 +20,7 @@ from medmax_jax.scaling.laws import ScalingError
 from medmax_jax.scaling.study import Study
 
 # What the user may state, and what is asked.
-SAYABLE = {
+STATEMENTS = {
     "params": "what counts as a parameter (embeddings, head, adapters)",
     "tokens": "what counts as a token (seen or unique, padding, modality)",
     "flops": "the formula of compute",
@@ -31,7 +31,7 @@ SAYABLE = {
 }
 
 
-def stated(table: str | Path, said: Mapping[str, str]) -> dict[str, str]:
+def read_statements(table: str | Path, said: Mapping[str, str]) -> dict[str, str]:
     """Answers to SAYABLE: the .json beside the table, under those of the command line."""
     path, known = Path(table).with_suffix(".json"), {}
     if path.exists():
@@ -42,8 +42,8 @@ def stated(table: str | Path, said: Mapping[str, str]) -> dict[str, str]:
         except (ValueError, KeyError) as error:
             raise ScalingError(f"{path}: not what `sweep collect` writes ({error})") from error
     for name in said:
-        if name not in SAYABLE:
-            raise ScalingError(f"--say {name}: use one of {', '.join(SAYABLE)}")
+        if name not in STATEMENTS:
+            raise ScalingError(f"--say {name}: use one of {', '.join(STATEMENTS)}")
     return {**known, **said}
 
 
@@ -51,7 +51,7 @@ def checklist(study: Study, said: Mapping[str, str]) -> dict[str, str]:
     """Question -> answer."""
     table, law, o = study.table, study.law, study.options
     answers = {"law": f"{law.formula} ({law.paper})", "fitted to": table.target}
-    answers |= {f"{n}: {asked}": said.get(n, "not stated") for n, asked in SAYABLE.items()}
+    answers |= {f"{n}: {asked}": said.get(n, "not stated") for n, asked in STATEMENTS.items()}
     answers["runs"] = f"{int(table.runs.max()) + 1} runs, {len(table)} rows"
     for name, column in table.x.items():
         distinct = len(np.unique(column))
@@ -72,7 +72,7 @@ def checklist(study: Study, said: Mapping[str, str]) -> dict[str, str]:
     return answers
 
 
-def words(study: Study, said: Mapping[str, str]) -> str:
+def format_fit(study: Study, said: Mapping[str, str]) -> str:
     """What the program prints."""
     lines = [f"{study.law.name}: {study.table.target} = {study.law.formula}"]
     for name, value in study.found.values.items():
@@ -83,7 +83,7 @@ def words(study: Study, said: Mapping[str, str]) -> str:
         at = allocation.exponent(study.found.values)
         lines.append(f"  best size grows as compute^{at:.3f} [{low:.3f}, {high:.3f}]")
     lines += [f"  objective {study.found.objective:.9g}, condition number {study.condition:.3g}"]
-    lines += ["held out", *(f"  {line}" for line in held_lines(study))]
+    lines += ["held out", *(f"  {line}" for line in format_holdout(study))]
     if study.allocation:
         lines += [f"compute-optimal ({study.options.flops:g} N D)"]
         lines += [f"  {line}" for line in map(allocation_line, study.allocation)]
@@ -97,7 +97,7 @@ def ends(interval: tuple[float, float] | None) -> str:
     return f"[{interval[0]:.4g}, {interval[1]:.4g}]" if interval else html_page.NOTHING
 
 
-def held_lines(study: Study) -> list[str]:
+def format_holdout(study: Study) -> list[str]:
     """One line a way of holding out."""
     return [
         f"{each.name}: {each.count} held out, no fit"

@@ -21,7 +21,7 @@ RUNS = 1_000  # left out one by one at a time: their weights are [RUNS, rows]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Draws:
+class BootstrapSamples:
     """`vectors` [draws, parameters] as in fit.Fit; `poor`: draws with one size or amount.
 
     `stuck`: draws whose fit had not converged when the minimizer ran out of steps.
@@ -51,14 +51,14 @@ class Draws:
         return {name: share for name, share in shares.items() if share}
 
 
-def draw(
+def bootstrap(
     found: Fit,
     table: Table,
     *,
     count: int,
     seed: int,
     progress: Callable[[int], None] = lambda count: None,
-) -> Draws:
+) -> BootstrapSamples:
     """`count` fits to tables whose runs are drawn with replacement.
 
     `progress` gets how many more are done.
@@ -76,7 +76,7 @@ def draw(
     vectors, done = np.zeros((0, len(found.vector))), np.zeros(0, bool)
     if drawn:
         vectors, done = refit(found, table.x, table.y, np.array(drawn), progress)
-    return Draws(found=found, vectors=vectors, poor=poor, stuck=int((~done).sum()))
+    return BootstrapSamples(found=found, vectors=vectors, poor=poor, stuck=int((~done).sum()))
 
 
 def counts(rng: np.random.Generator, number: int) -> Float[np.ndarray, "_"]:
@@ -130,7 +130,7 @@ SHARE = 0.2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Held:
+class HoldoutErrors:
     """Errors are prediction / truth - 1; `why` is set where there is no such fit."""
 
     name: str
@@ -143,28 +143,32 @@ class Held:
         return None if self.why else float(np.abs(self.errors).mean())
 
 
-def all_of(law: Law, table: Table, *, delta: float, fixed: Mapping[str, float]) -> list[Held]:
+def all_holdouts(
+    law: Law, table: Table, *, delta: float, fixed: Mapping[str, float]
+) -> list[HoldoutErrors]:
     """Every way of holding out that the table's columns give."""
     ways = {"the fifth with the most compute": _top(_compute(table))}
     for name in ("params", "tokens"):
         if name in table.x and len(np.unique(table.x[name])) > 1:
             ways[f"the largest {name}"] = _largest(table.x[name])
-    return [hold(law, table, keep, n, delta=delta, fixed=fixed) for n, keep in ways.items()]
+    return [fit_without(law, table, keep, n, delta=delta, fixed=fixed) for n, keep in ways.items()]
 
 
-def hold(
+def fit_without(
     law: Law, table: Table, out: Bool[np.ndarray, "n"], name: str, *, delta: float,
     fixed: Mapping[str, float],
-) -> Held:  # fmt: skip
+) -> HoldoutErrors:  # fmt: skip
     """The law fitted without the rows `out`, and its errors on them."""
     rest, none = table.part(~out), np.zeros(0)
     try:
         check(law, rest, fixed)
         found = fitting.fit(law, rest.x, rest.y, delta=delta, fixed=fixed)
     except ScalingError as error:
-        return Held(name=name, count=int(out.sum()), errors=none, why=str(error))
+        return HoldoutErrors(name=name, count=int(out.sum()), errors=none, why=str(error))
     left = table.part(out)
-    return Held(name=name, count=int(out.sum()), errors=found.predict(left.x) / left.y - 1, why="")
+    return HoldoutErrors(
+        name=name, count=int(out.sum()), errors=found.predict(left.x) / left.y - 1, why=""
+    )
 
 
 def _compute(table: Table) -> Float[np.ndarray, "n"]:

@@ -93,7 +93,7 @@ def fit(table: Table, *, delta: float) -> Mixed:
     return Mixed(text=alone[0], image=alone[1], both=together)
 
 
-def draw(
+def bootstrap_samples(
     found: Mixed,
     table: Table,
     *,

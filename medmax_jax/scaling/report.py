@@ -25,7 +25,7 @@ COLOURS = plt.get_cmap("viridis")
 NAMES = {"params": "parameters", "tokens": "tokens", "unique_tokens": "unique tokens"}
 
 
-def all_of(study: Study) -> dict[str, tuple[bytes, str]]:
+def all_plots(study: Study) -> dict[str, tuple[bytes, str]]:
     """File name -> (PNG, caption)."""
     curves = "The law at some sizes, its interval, and the runs in the colour of the nearest."
     made = {
@@ -112,11 +112,11 @@ def allocation(study: Study) -> bytes:
     runs = flops * x["params"] * x["tokens"]
     budgets = [row["compute"] for row in study.allocation]
     compute = np.geomspace(runs.min(), max(runs.max(), *budgets), POINTS)
-    best = scaling_allocation.optimum(study.found.values, compute, flops=flops)["params"]
+    best = scaling_allocation.optimal_allocation(study.found.values, compute, flops=flops)["params"]
     tail = (1 - diagnostics.LEVEL) / 2
     drawn = {name: each[:, None] for name, each in study.named.items()}
     low, high = np.quantile(
-        scaling_allocation.optimum(drawn, compute[None], flops=flops)["params"],
+        scaling_allocation.optimal_allocation(drawn, compute[None], flops=flops)["params"],
         [tail, 1 - tail],
         axis=0,
     )
@@ -214,14 +214,14 @@ def write(studies: Sequence[Study], said: Mapping[str, str], folder: Path, title
     body = ""
     for study in studies:
         prefix = f"{study.table.target}_" if len(studies) > 1 else ""
-        pictures = all_of(study)
+        pictures = all_plots(study)
         for name, (png, _) in pictures.items():
             (folder / f"{prefix}{name}").write_bytes(png)
         body += _sections(study, pictures, said)
-    return written(folder, title, body)
+    return render(folder, title, body)
 
 
-def written(folder: Path, title: str, body: str) -> Path:
+def render(folder: Path, title: str, body: str) -> Path:
     """The file."""
     path = folder / "page.html"
     path.write_text(html_page.document(title, body), encoding="utf-8")
@@ -268,7 +268,7 @@ def _sections(study: Study, pictures: dict, said: Mapping[str, str]) -> str:
 def _doubts(study: Study, pictures: dict) -> str:
     rows: list[list[Any]] = [["condition number", f"{study.condition:.3g}"]]
     rows.append(["run that moves the fit most", study.influential])
-    rows += [line.split(": ", 1) for line in checklist.held_lines(study)]
+    rows += [line.split(": ", 1) for line in checklist.format_holdout(study)]
     warned = "".join(html_page.paragraph(f"Warning: {w}.") for w in study.warnings)
     return (
         (warned or html_page.paragraph("No warning."))

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from medmax_jax.io.progress import SECONDS, Items
+from medmax_jax.io.progress import SECONDS, ItemProgress
 from medmax_jax.scaling import allocation, diagnostics
 from medmax_jax.scaling import fit as fitting
-from medmax_jax.scaling.diagnostics import Draws, Held
+from medmax_jax.scaling.diagnostics import BootstrapSamples, HoldoutErrors
 from medmax_jax.scaling.fit import Fit
 from medmax_jax.scaling.laws import Law
 from medmax_jax.scaling.table import Table
@@ -40,9 +40,9 @@ class Study:
     table: Table
     options: Options
     found: Fit
-    draws: Draws
+    draws: BootstrapSamples
     named: Mapping[str, np.ndarray]  # the draws by parameter
-    held: Sequence[Held]
+    held: Sequence[HoldoutErrors]
     condition: float
     influential: str  # the run that moves the fit most, and by how much
     warnings: Sequence[str]
@@ -61,7 +61,7 @@ class Study:
         return np.quantile(made, [tail, 1 - tail], axis=0)
 
 
-def study(
+def run_study(
     law: Law, table: Table, options: Options, *, progress: Callable[[str], None] = lambda line: None
 ) -> Study:
     """Fits, draws and checks; raises ScalingError where the table cannot tell the parameters.
@@ -72,14 +72,14 @@ def study(
     warnings = [*table.notes, *diagnostics.check(law, table, fixed)]
     found = fitting.fit(law, table.x, table.y, delta=delta, fixed=fixed)
     diagnostics.check_end(found, table)
-    fits = Items(options.draws + int(table.runs.max()) + 1, "fits", progress, every=SECONDS)
-    draws = diagnostics.draw(
+    fits = ItemProgress(options.draws + int(table.runs.max()) + 1, "fits", progress, every=SECONDS)
+    draws = diagnostics.bootstrap(
         found, table, count=options.draws, seed=options.seed,
         progress=lambda count: fits.tick(f"{table.target}: bootstraps", count),
     )  # fmt: skip
     named = draws.named()
     condition = condition_number(found, table)
-    held = diagnostics.all_of(law, table, delta=delta, fixed=fixed)
+    held = diagnostics.all_holdouts(law, table, delta=delta, fixed=fixed)
     influential, share = _influence(
         found, table, named, lambda count: fits.tick(f"{table.target}: without each run", count)
     )
@@ -105,7 +105,11 @@ def condition_number(found: Fit, table: Table) -> float:
 
 
 def _warnings(
-    found: Fit, table: Table, draws: Draws, condition: float, held: Sequence[Held]
+    found: Fit,
+    table: Table,
+    draws: BootstrapSamples,
+    condition: float,
+    held: Sequence[HoldoutErrors],
 ) -> list[str]:
     said = []
     count = len(found.law.names)
@@ -166,5 +170,5 @@ def _allocation(
     if law.name not in allocation.LAWS:
         return ()
     flops = options.flops
-    own = allocation.budgets_of(table.x["params"], table.x["tokens"], flops=flops)
+    own = allocation.default_budgets(table.x["params"], table.x["tokens"], flops=flops)
     return allocation.table(values, named, options.budgets or own, flops=flops)

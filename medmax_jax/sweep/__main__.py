@@ -55,18 +55,18 @@ def _parser() -> argparse.ArgumentParser:
 
 def _expand(given: argparse.Namespace, rest: Sequence[str]) -> dict:
     sweep = expand.load(rest)
-    runs = expand.planned(sweep)
+    runs = expand.plan_runs(sweep)
     print("\n".join(expand.table(sweep, runs)))
     facts = dict(sweep=sweep.name, runs=len(runs)) | expand.totals(runs)
     if given.workdir:
         folder = open_workdir(given.workdir)
         facts["file"] = str(expand.write(runs, folder))
-        (folder / SAID).write_text(json.dumps(dict(sweep.said), indent=1) + "\n")
+        (folder / SAID).write_text(json.dumps(dict(sweep.notes), indent=1) + "\n")
         print(f"written: {facts['file']}")
     return facts
 
 
-def _status(given: argparse.Namespace, runs: list[expand.Planned], folder: Path) -> dict:
+def _status(given: argparse.Namespace, runs: list[expand.SweepRun], folder: Path) -> dict:
     known = status.states(runs, folder)
     for each in runs:
         changed = " ".join(f"{k}={v}" for k, v in each.overrides.items())
@@ -74,9 +74,9 @@ def _status(given: argparse.Namespace, runs: list[expand.Planned], folder: Path)
     return dict(Counter(known.values())) | {"runs": len(runs)}
 
 
-def _run(given: argparse.Namespace, runs: list[expand.Planned], folder: Path) -> dict:
+def _run(given: argparse.Namespace, runs: list[expand.SweepRun], folder: Path) -> dict:
     ended = runner.run(runs, folder)
-    if left := [run_id for run_id, word in ended.items() if word in status.TO_DO]:
+    if left := [run_id for run_id, word in ended.items() if word in status.UNFINISHED]:
         raise SweepError(
             f"{len(left)} of {len(runs)} runs failed: {', '.join(left)}; their run.log says why, "
             "and the same command tries them again"
@@ -84,14 +84,14 @@ def _run(given: argparse.Namespace, runs: list[expand.Planned], folder: Path) ->
     return dict(Counter(ended.values())) | {"runs": len(runs)}
 
 
-def _collect(given: argparse.Namespace, runs: list[expand.Planned], folder: Path) -> dict:
+def _collect(given: argparse.Namespace, runs: list[expand.SweepRun], folder: Path) -> dict:
     rows = status.collect(runs, folder, partial=given.partial)
     path = folder / SAID
     try:
         said = read_json_object(path) if path.exists() else {}
     except TextFileError as error:
         raise SweepError(f"{error}; expand the sweep again") from error
-    written = status.write(rows, status.said_of(runs, said), folder)
+    written = status.write(rows, status.sweep_notes(runs, said), folder)
     diverged = [row["run"] for row in rows if row["state"] == "diverged"]
     print(f"written: {written}, {len(rows)} of {len(runs)} runs")
     if diverged:
@@ -99,9 +99,9 @@ def _collect(given: argparse.Namespace, runs: list[expand.Planned], folder: Path
     return dict(table=str(written), rows=len(rows), runs=len(runs), diverged=diverged)
 
 
-def _render(given: argparse.Namespace, runs: list[expand.Planned], folder: Path) -> dict:
+def _render(given: argparse.Namespace, runs: list[expand.SweepRun], folder: Path) -> dict:
     known = status.states(runs, folder)
-    left = [r for r in runs if known[r.run_id] in status.TO_DO]
+    left = [r for r in runs if known[r.run_id] in status.UNFINISHED]
     written = render.write(left, folder, given)
     print("\n".join(f"written: {path}" for path in written))
     print(f"{len(left)} of {len(runs)} runs; the others are finished, running or diverged")

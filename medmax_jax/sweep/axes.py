@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 Overrides = dict[str, Any]  # dotted field -> value
-WANTED = ("tokens", "flops")  # what becomes train.steps
+DERIVED_FIELDS = ("tokens", "flops")  # what becomes train.steps
 
 
 class SweepError(ValueError):

@@ -23,7 +23,7 @@ from medmax_jax.config import Run
 from medmax_jax.io import text_files
 from medmax_jax.io.errors import printable
 from medmax_jax.plan import analytic, topology
-from medmax_jax.sweep.axes import WANTED, Overrides, SweepError, expand
+from medmax_jax.sweep.axes import DERIVED_FIELDS, Overrides, SweepError, expand
 
 FILE = "sweep.jsonl"
 ID_LENGTH = 10  # hex digits: 40 bits
@@ -42,11 +42,11 @@ class Sweep:
     utilisation: float  # of the chips' peak, for hours and money: a guess that is yours
     price: float  # USD a chip-hour; 0: money is not told
     fill: float  # tokens over places of a row: `data.prepare plan` says it
-    said: Mapping[str, str]  # answers for the fit's checklist: tuning, ...
+    notes: Mapping[str, str]  # answers for the fit's checklist: tuning, ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Planned:
+class SweepRun:
     """One run of a sweep: a line of sweep.jsonl."""
 
     run_id: str
@@ -68,7 +68,7 @@ class Planned:
     chip_hours: float | None
     usd: float | None
 
-    def arguments(self) -> list[str]:
+    def train_flags(self) -> list[str]:
         """The flags of medmax_jax.train, but for the workdir."""
         return [f"--config={self.config}", *_flags(self.overrides)]
 
@@ -86,7 +86,7 @@ def load(argv: Sequence[str]) -> Sweep:
     return Sweep(**values)
 
 
-def planned(sweep: Sweep) -> list[Planned]:
+def plan_runs(sweep: Sweep) -> list[SweepRun]:
     """The runs; raises SweepError on an unknown field, a setting that contradicts, a duplicate."""
     runs, seen = [], {}
     for number, overrides in enumerate(expand(sweep.axes), start=1):
@@ -101,12 +101,12 @@ def planned(sweep: Sweep) -> list[Planned]:
     return runs
 
 
-def settings(planned: Planned) -> Run:
+def settings(planned: SweepRun) -> Run:
     """The typed settings that medmax_jax.train will see."""
     return _settings(planned.config, planned.overrides)
 
 
-def write(runs: Sequence[Planned], folder: Path) -> Path:
+def write(runs: Sequence[SweepRun], folder: Path) -> Path:
     """D/sweep.jsonl; another sweep's is not overwritten unless it has only runs of this one."""
     path = folder / FILE
     if path.exists():
@@ -123,7 +123,7 @@ def write(runs: Sequence[Planned], folder: Path) -> Path:
     return path
 
 
-def read(folder: Path) -> list[Planned]:
+def read(folder: Path) -> list[SweepRun]:
     """The runs of D/sweep.jsonl."""
     path = folder / FILE
     if not path.exists():
@@ -138,9 +138,9 @@ def read(folder: Path) -> list[Planned]:
         raise SweepError(f"{error}: damaged; expand the sweep again") from error
 
 
-def _read_back(row: dict[str, Any], place: str) -> Planned:
+def _read_back(row: dict[str, Any], place: str) -> SweepRun:
     """The run of a line; raises ValueError where a field is not of its type."""
-    fields = {field.name: field.type for field in dataclasses.fields(Planned)}
+    fields = {field.name: field.type for field in dataclasses.fields(SweepRun)}
     if set(row) != set(fields):
         raise ValueError(f"{place}: lacks or has more than the fields of a run")
     for name, kind in fields.items():
@@ -152,10 +152,10 @@ def _read_back(row: dict[str, Any], place: str) -> Planned:
             row[name] = float(value)
     if not re.fullmatch(r"[0-9a-f]{10}", row["run_id"]):  # it becomes the name of a folder
         raise ValueError(f"{place}: run_id is {printable(repr(row['run_id']), 60)}")
-    return Planned(**row)
+    return SweepRun(**row)
 
 
-def totals(runs: Sequence[Planned]) -> dict[str, float | None]:
+def totals(runs: Sequence[SweepRun]) -> dict[str, float | None]:
     """Sums over runs; None where a cost is not told."""
     sums: dict[str, float | None] = {}
     for name in ("tokens", "flops", "chip_hours", "usd"):
@@ -164,7 +164,7 @@ def totals(runs: Sequence[Planned]) -> dict[str, float | None]:
     return sums
 
 
-def table(sweep: Sweep, runs: Sequence[Planned]) -> list[str]:
+def table(sweep: Sweep, runs: Sequence[SweepRun]) -> list[str]:
     """The dry run: a line a run, and what all of them cost."""
     varied = sorted({name for run in runs for name in run.overrides})
     varied = [n for n in varied if len({json.dumps(r.overrides.get(n)) for r in runs}) > 1]
@@ -194,8 +194,8 @@ def _cell(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _planned(sweep: Sweep, overrides: Overrides) -> Planned:
-    wanted = {name: overrides[name] for name in WANTED if name in overrides}
+def _planned(sweep: Sweep, overrides: Overrides) -> SweepRun:
+    wanted = {name: overrides[name] for name in DERIVED_FIELDS if name in overrides}
     plain = {name: v for name, v in overrides.items() if name not in wanted}
     if wanted:
         if "train.steps" in plain or len(wanted) > 1:
@@ -207,7 +207,7 @@ def _planned(sweep: Sweep, overrides: Overrides) -> Planned:
     counts = flops.parameters(run.model, run.vocab, run.lora)
     tokens = run.train.steps * _step_tokens(sweep, run)
     total = tokens * _token_flops(run)
-    return Planned(
+    return SweepRun(
         run_id=run_id(sweep.config, plain), sweep=sweep.name, config=sweep.config, overrides=plain,
         seed=run.train.seed, steps=run.train.steps, params=counts.matmul,
         trainable=counts.base if run.train.trains == "full" else counts.lora,

@@ -21,11 +21,11 @@ import yaml
 
 from medmax_jax.plan import topology
 from medmax_jax.sweep.axes import SweepError
-from medmax_jax.sweep.expand import Planned
+from medmax_jax.sweep.expand import SweepRun
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Machine:
+class LaunchTarget:
     """How the tools name the machine of a sweep."""
 
     xpk: str  # and gcloud: v5litepod-16
@@ -74,7 +74,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--tpu", help="tpu_vm: the name of the TPU VM")
 
 
-def write(runs: Sequence[Planned], folder: Path, given: argparse.Namespace) -> list[Path]:
+def write(runs: Sequence[SweepRun], folder: Path, given: argparse.Namespace) -> list[Path]:
     """The files of a form in `given.out`."""
     if missing := [n for n in NEEDS[given.form] if getattr(given, n) is None]:
         raise SweepError(f"--form {given.form} needs --{missing[0]}")
@@ -85,7 +85,7 @@ def write(runs: Sequence[Planned], folder: Path, given: argparse.Namespace) -> l
     return [given.out / name for name in files]
 
 
-def machine(run: Planned) -> Machine:
+def machine(run: SweepRun) -> LaunchTarget:
     """Raises SweepError for a sweep without a TPU topology."""
     kind, _, shape = run.topology.partition(":")
     if kind not in NAMES:
@@ -97,19 +97,19 @@ def machine(run: Planned) -> Machine:
     lone = kind in ("v5e", "v6e") and chips in SINGLE_HOST
     per_host = chips if lone else min(4, chips)
     name, accelerator = NAMES[kind]
-    return Machine(
+    return LaunchTarget(
         xpk=name.format(chips=chips, cores=2 * chips), accelerator=accelerator, shape=shape,
         chips=chips, hosts=-(-chips // per_host), per_host=per_host,
     )  # fmt: skip
 
 
-def command(run: Planned, at: str, given: argparse.Namespace) -> str:
+def command(run: SweepRun, at: str, given: argparse.Namespace) -> str:
     """One line for a shell."""
     words = [
         given.python,
         "-m",
         "medmax_jax.train",
-        *run.arguments(),
+        *run.train_flags(),
         f"--workdir={at}/{run.run_id}",
     ]
     return shlex.join(words)
@@ -119,7 +119,7 @@ def _in_repo(text: str, given: argparse.Namespace) -> str:
     return f"cd {shlex.quote(given.repo)} && {text}" if given.repo else text
 
 
-def _plain(runs: Sequence[Planned], at: str, given: argparse.Namespace) -> dict[str, str]:
+def _plain(runs: Sequence[SweepRun], at: str, given: argparse.Namespace) -> dict[str, str]:
     lines = [_in_repo(command(run, at, given), given) for run in runs]
     return {"commands.sh": "#!/bin/sh\n" + "".join(f"{line}\n" for line in lines)}
 
@@ -156,7 +156,7 @@ exit "$code"
 """
 
 
-def _slurm(runs: Sequence[Planned], at: str, given: argparse.Namespace) -> dict[str, str]:
+def _slurm(runs: Sequence[SweepRun], at: str, given: argparse.Namespace) -> dict[str, str]:
     quoted = "\n".join("  " + shlex.quote(command(run, at, given)) for run in runs)
     text = SLURM.format(
         name=runs[0].sweep if runs else "none", last=max(len(runs) - 1, 0), parallel=given.parallel,
@@ -166,7 +166,7 @@ def _slurm(runs: Sequence[Planned], at: str, given: argparse.Namespace) -> dict[
     return {"slurm.sh": text}
 
 
-def _xpk(runs: Sequence[Planned], at: str, given: argparse.Namespace) -> dict[str, str]:
+def _xpk(runs: Sequence[SweepRun], at: str, given: argparse.Namespace) -> dict[str, str]:
     lines = ["#!/bin/sh", "set -e"]
     for run in runs:
         there = machine(run)
@@ -181,7 +181,7 @@ def _xpk(runs: Sequence[Planned], at: str, given: argparse.Namespace) -> dict[st
     return {"xpk.sh": "\n".join(lines) + "\n"}
 
 
-def _jobset(runs: Sequence[Planned], at: str, given: argparse.Namespace) -> dict[str, str]:
+def _jobset(runs: Sequence[SweepRun], at: str, given: argparse.Namespace) -> dict[str, str]:
     made = {}
     for run in runs:
         text = yaml.safe_dump(_manifest(run, at, given), sort_keys=False, width=10_000)
@@ -189,7 +189,7 @@ def _jobset(runs: Sequence[Planned], at: str, given: argparse.Namespace) -> dict
     return made
 
 
-def _manifest(run: Planned, at: str, given: argparse.Namespace) -> dict[str, Any]:
+def _manifest(run: SweepRun, at: str, given: argparse.Namespace) -> dict[str, Any]:
     there = machine(run)
     chips = {"google.com/tpu": there.per_host}
     container = {
@@ -233,7 +233,7 @@ def _manifest(run: Planned, at: str, given: argparse.Namespace) -> dict[str, Any
     }
 
 
-def _tpu_vm(runs: Sequence[Planned], at: str, given: argparse.Namespace) -> dict[str, str]:
+def _tpu_vm(runs: Sequence[SweepRun], at: str, given: argparse.Namespace) -> dict[str, str]:
     lines = ["#!/bin/sh", "set -e"]
     for run in runs:
         machine(run)
@@ -246,7 +246,7 @@ def _tpu_vm(runs: Sequence[Planned], at: str, given: argparse.Namespace) -> dict
     return {"tpu_vm.sh": "\n".join(lines) + "\n"}
 
 
-def _job_name(run: Planned) -> str:
+def _job_name(run: SweepRun) -> str:
     """What Kubernetes takes: lower case, digits and dashes, a letter first, 40 at most for xpk."""
     return f"{_label(run.sweep)[:28].rstrip('-')}-{run.run_id}"
 
@@ -256,7 +256,7 @@ def _label(name: str) -> str:
     return clean if clean[:1].isalpha() else f"s{clean}"
 
 
-FORMS: dict[str, Callable[[Sequence[Planned], str, argparse.Namespace], dict[str, str]]] = {
+FORMS: dict[str, Callable[[Sequence[SweepRun], str, argparse.Namespace], dict[str, str]]] = {
     "plain": _plain,
     "slurm": _slurm,
     "xpk": _xpk,

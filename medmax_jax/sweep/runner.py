@@ -17,12 +17,12 @@ from pathlib import Path
 from medmax_jax.cli import INTERRUPTED, Interrupted, Stop
 from medmax_jax.sweep import status
 from medmax_jax.sweep.axes import SweepError
-from medmax_jax.sweep.expand import Planned
+from medmax_jax.sweep.expand import SweepRun
 
 WAIT = 0.2  # seconds between looks at a process
 
 
-def run(runs: Sequence[Planned], folder: Path) -> dict[str, str]:
+def run(runs: Sequence[SweepRun], folder: Path) -> dict[str, str]:
     """Run id -> state, when none is left to do. Raises Interrupted after a signal."""
     with open(folder / ".runner.lock", "w") as lock, Stop() as stop:
         try:
@@ -34,19 +34,19 @@ def run(runs: Sequence[Planned], folder: Path) -> dict[str, str]:
     return status.states(runs, folder)
 
 
-def command(each: Planned, home: Path) -> list[str]:
+def command(each: SweepRun, home: Path) -> list[str]:
     """What a run is started with."""
-    return [sys.executable, "-m", "medmax_jax.train", *each.arguments(), f"--workdir={home}"]
+    return [sys.executable, "-m", "medmax_jax.train", *each.train_flags(), f"--workdir={home}"]
 
 
-def _one(each: Planned, folder: Path, name: str, stop: Stop) -> None:
+def _one(each: SweepRun, folder: Path, name: str, stop: Stop) -> None:
     """Starts a run and waits for it, unless it has ended."""
     home = folder / each.run_id
     if status.state(each, folder) == "running":
         print(f"{name}: left running by another runner, waiting", flush=True)
     while (word := status.state(each, folder)) == "running":
         _sleep(stop)
-    if word not in status.TO_DO:
+    if word not in status.UNFINISHED:
         print(f"{name}: {word}", flush=True)
         return
     begin = time.monotonic()
@@ -60,8 +60,8 @@ def _one(each: Planned, folder: Path, name: str, stop: Stop) -> None:
         return
     after = status.state(each, folder)
     print(f"{name}: {after} in {time.monotonic() - begin:.0f} s", flush=True)
-    if stop.asked:
-        raise Interrupted(f"{stop.asked}: {name} is {after}; the same command goes on")
+    if stop.requested:
+        raise Interrupted(f"{stop.requested}: {name} is {after}; the same command goes on")
     if code and after != "diverged":
         print(f"{name}: exit code {code}; {_last_line(home / 'run.log')}", flush=True)
 
@@ -69,7 +69,7 @@ def _one(each: Planned, folder: Path, name: str, stop: Stop) -> None:
 def _wait(process: subprocess.Popen, stop: Stop) -> int:
     asked = False
     while (code := process.poll()) is None:
-        if stop.asked and not asked:
+        if stop.requested and not asked:
             process.send_signal(signal.SIGTERM)
             asked = True
         time.sleep(WAIT)
@@ -77,8 +77,8 @@ def _wait(process: subprocess.Popen, stop: Stop) -> int:
 
 
 def _sleep(stop: Stop) -> None:
-    if stop.asked:
-        raise Interrupted(f"{stop.asked} while waiting; the same command goes on")
+    if stop.requested:
+        raise Interrupted(f"{stop.requested} while waiting; the same command goes on")
     time.sleep(WAIT)
 
 

@@ -21,14 +21,14 @@ from typing import Any
 from medmax_jax import config, flops
 from medmax_jax.io.text_files import TextFileError, read_json_object
 from medmax_jax.sweep.axes import SweepError
-from medmax_jax.sweep.expand import Planned, settings
+from medmax_jax.sweep.expand import SweepRun, settings
 from medmax_jax.training.run_files import damage_warning, read_metrics
 
 TABLE = "table.csv"
-TO_DO = ("pending", "stopped", "crashed")
+UNFINISHED = ("pending", "stopped", "crashed")
 
 
-def state(run: Planned, folder: Path) -> str:
+def state(run: SweepRun, folder: Path) -> str:
     """One of the words above; raises SweepError where the folder is another run's."""
     home = folder / run.run_id
     if not (home / "config.json").exists():
@@ -43,19 +43,21 @@ def state(run: Planned, folder: Path) -> str:
     return "stopped" if any((home / "checkpoints").glob("[0-9]*")) else "crashed"
 
 
-def states(runs: Sequence[Planned], folder: Path) -> dict[str, str]:
+def states(runs: Sequence[SweepRun], folder: Path) -> dict[str, str]:
     """Run id -> state."""
     return {run.run_id: state(run, folder) for run in runs}
 
 
-def collect(runs: Sequence[Planned], folder: Path, *, partial: bool) -> list[dict[str, Any]]:
+def collect(runs: Sequence[SweepRun], folder: Path, *, partial: bool) -> list[dict[str, Any]]:
     """A row of each run that has ended; a diverged one has nan for its losses.
 
     Raises SweepError naming the runs that have not ended, unless `partial`, and one without
     held-out losses in any case.
     """
     known = states(runs, folder)
-    left = [f"{run_id} ({word})" for run_id, word in known.items() if word in (*TO_DO, "running")]
+    left = [
+        f"{run_id} ({word})" for run_id, word in known.items() if word in (*UNFINISHED, "running")
+    ]
     if left and not partial:
         raise SweepError(
             f"{len(left)} of {len(runs)} runs have not ended: {', '.join(left[:5])}"
@@ -82,7 +84,7 @@ def write(rows: Sequence[Mapping[str, Any]], said: Mapping[str, str], folder: Pa
     return path
 
 
-def said_of(runs: Sequence[Planned], said: Mapping[str, str]) -> dict[str, str]:
+def sweep_notes(runs: Sequence[SweepRun], said: Mapping[str, str]) -> dict[str, str]:
     """Answers to a fit's checklist that hold for every sweep, under those of the sweep file."""
     with_adapters = any(settings(run).train.trains == "lora" for run in runs[:1])
     rate = "4 (LoRA: frozen matrices have no gradient)" if with_adapters else "6"
@@ -97,7 +99,7 @@ def said_of(runs: Sequence[Planned], said: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _row(run: Planned, home: Path, word: str) -> dict[str, Any]:
+def _row(run: SweepRun, home: Path, word: str) -> dict[str, Any]:
     rows = _metrics(home)
     train = [r for r in rows if r["kind"] == "train"]
     held = [r for r in rows if r["kind"] == "validation" and r["step"] == run.steps]
@@ -170,7 +172,7 @@ def _epoch_tokens(facts: Mapping[str, Any], home: Path) -> int:
     return facts["epoch_tokens"]
 
 
-def _finished(run: Planned, home: Path) -> bool:
+def _finished(run: SweepRun, home: Path) -> bool:
     files = ("model/config.json", "adapter/adapter_config.json")  # written last
     if not any((home / name).exists() for name in files):
         return False
@@ -197,7 +199,7 @@ def _locked(home: Path) -> bool:
     return False
 
 
-def _check_same(run: Planned, home: Path) -> None:
+def _check_same(run: SweepRun, home: Path) -> None:
     have, want = _config(home).get("config"), config.to_dict(settings(run))
     if not isinstance(have, dict) or not all(isinstance(part, dict) for part in have.values()):
         raise SweepError(f"{home / 'config.json'}: no config of a run; remove the folder")

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float32, Int32
 
-KINDS = 128  # pairs of source and task at most; MedMax has 13 x 6
+MAX_GROUPS = 128  # pairs of source and task at most; MedMax has 13 x 6
 
 
 @jax.tree_util.register_dataclass
@@ -24,7 +24,7 @@ class Batch:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stats:
+class BatchStats:
     """What the batch of one step holds, over all hosts."""
 
     epoch: int  # of the first row
@@ -32,7 +32,7 @@ class Stats:
     scored_text: int  # tokens
     scored_image: int
     tokens: int  # padding apart
-    squares: int  # sum of the squared lengths: over `tokens`, how far attention looks
+    squared_lengths: int  # sum of the squared lengths: over `tokens`, how far attention looks
     fill: float  # tokens over places
 
 
@@ -66,7 +66,7 @@ class BatchSource(Protocol):
     def stream(self, start_step: int) -> Iterator[Batch]:
         """Yield the batches from `start_step` to the end."""
 
-    def stats(self, step: int) -> Stats:
+    def stats(self, step: int) -> BatchStats:
         """Return the counts of the batch of a step, over all hosts."""
 
     def named(self, step: int) -> list[str]:

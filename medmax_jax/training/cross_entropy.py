@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from medmax_jax.models.layers import Head
+from medmax_jax.models.layers import HeadWeights
 from medmax_jax.models.vocab import IMAGE_START
 from medmax_jax.sharding import ACT, BATCH, UP
 
@@ -31,7 +31,7 @@ SLICES = ("tp", "fsdp")  # axes that split the vocabulary here
 
 def weighted_nll(
     hidden: Float[Array, "B T D"],
-    head: Head,
+    head: HeadWeights,
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
     *,
@@ -76,7 +76,7 @@ def _backward(how, grads, cotangents):
     d_hidden, d_kernel, d_image = jax.tree.map(
         lambda g: (g.astype(jnp.float32) * scale).astype(g.dtype), grads
     )
-    return Head(d_kernel, d_image), d_hidden, None, None
+    return HeadWeights(d_kernel, d_image), d_hidden, None, None
 
 
 def _run(how, head, hidden, targets, weights, *, grads: bool) -> tuple:
@@ -87,7 +87,8 @@ def _run(how, head, hidden, targets, weights, *, grads: bool) -> tuple:
     local = functools.partial(_local, wanted=wanted, chunks=chunks)
     # Gathered tokens vary over fewer axes than shard_map can see.
     run = jax.shard_map(
-        local, in_specs=(Head(UP, head.image if head.image is None else UP), ACT, BATCH, BATCH),
+        local, 
+        in_specs=(HeadWeights(UP, None if head.image is None else UP), ACT, BATCH, BATCH),
         out_specs=tuple(specs), check_vma=False,
     )  # fmt: skip
     nll, *found = run(head, hidden, targets, weights)
@@ -139,7 +140,7 @@ def _local(head, hidden, targets, weights, *, wanted: tuple, chunks: int) -> tup
     return tuple(out)
 
 
-def _columns(head: Head, dtype) -> tuple[Array, Array, int]:
+def _columns(head: HeadWeights, dtype) -> tuple[Array, Array, int]:
     """(matrix [D, v], the ids of its columns, how many are of the kernel) of this device.
 
     Where image columns train, they stand after the kernel's, whose own have id -1.

@@ -29,7 +29,7 @@ from medmax_jax.training.run_files import LogFile, damage_warning, metrics_lines
 BUCKETS = ("load", "compile", "data", "step", "eval", "sample", "checkpoint")
 
 
-class Clock:
+class GoodputTimer:
     """Seconds by purpose. goodput = the share of all time since the start that went into steps."""
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class Clock:
         self.start = time.monotonic()
 
     @contextlib.contextmanager
-    def spend(self, bucket: str) -> Iterator[None]:
+    def measure(self, bucket: str) -> Iterator[None]:
         begin = time.monotonic()
         try:
             yield
@@ -58,7 +58,7 @@ class Clock:
         }
 
 
-class Writer:
+class MetricWriter:
     """The files of a run. Only process 0 writes; elsewhere every method does nothing.
 
     `also`: gets (step, numbers by name) too, from process 0.
@@ -80,7 +80,7 @@ class Writer:
         if self.writes:
             path = os.path.join(self.folder, "metrics.jsonl")
             try:
-                if damaged := drop_after(path, step, again):
+                if damaged := truncate_after_step(path, step, again):
                     self.log(damage_warning(path, damaged))
             except (OSError, TextFileError) as error:
                 self.log(f"WARNING: {error}; rows after step {step} may stand there twice")
@@ -93,7 +93,7 @@ class Writer:
             _print(line)
             self.log_file.write(line)
 
-    def numbers(self, kind: str, step: int, values: dict[str, float]) -> None:
+    def write(self, kind: str, step: int, values: dict[str, float]) -> None:
         """One row of D/metrics.jsonl, and a curve point each; NaN becomes null."""
         if self.writes:
             clean = {k: v if math.isfinite(v) else None for k, v in values.items()}
@@ -112,7 +112,7 @@ class Writer:
             self.board.close()
 
 
-def drop_after(path: str, step: int, again: str = "") -> int:
+def truncate_after_step(path: str, step: int, again: str = "") -> int:
     """Keeps the rows of a JSONL file up to `step`; returns how many damaged lines it dropped.
 
     `again`: rows of this kind only from before `step`. A torn last line goes too, uncounted.
@@ -132,14 +132,14 @@ def _print(line: str) -> None:
     print(printable_text(line), flush=True)
 
 
-def step_line(step: int, steps: int, row: dict[str, float], *, eta: float) -> str:
+def format_step(step: int, steps: int, row: dict[str, float], *, eta: float) -> str:
     """step 120/300 loss 3.2100 text 2.900 image 5.600 lr 1.0e-03 tok/s/chip 5,120 (5,505 with ..
 
     .. padding) fill 0.93 data 1% MFU 51.2% HFU 60.1% HBM 12.1 GiB eta 1:23. A chip without known
     limits has no MFU, a device that does not tell its memory no HBM.
     """
     parts = [
-        f"step {step}/{steps} {loss_words(row)} lr {row['lr']:.1e}",
+        f"step {step}/{steps} {format_losses(row)} lr {row['lr']:.1e}",
         f"tok/s/chip {row['tokens_per_second_per_chip']:,.0f}",
         f"({row['processed_per_second_per_chip']:,.0f} with padding) fill {row['fill']:.2f}",
         f"data {row['data_share']:.0%}",
@@ -148,17 +148,17 @@ def step_line(step: int, steps: int, row: dict[str, float], *, eta: float) -> st
         parts.append(f"MFU {row['mfu']:.1%} HFU {row['hfu']:.1%}")
     if "hbm_peak_gib" in row:
         parts.append(f"HBM {row['hbm_peak_gib']:.1f} GiB")
-    return " ".join([*parts, f"eta {clock_face(eta)}"])
+    return " ".join([*parts, f"eta {format_duration(eta)}"])
 
 
-def loss_words(row: dict[str, float]) -> str:
+def format_losses(row: dict[str, float]) -> str:
     """loss 3.2100 text 2.900 image 5.600; a dash where there were no such targets."""
     parts = (row["text_nll"], row["image_nll"])
     text, image = ("-" if math.isnan(nll) else f"{nll:.3f}" for nll in parts)
     return f"loss {row['loss']:.4f} text {text} image {image}"
 
 
-def clock_face(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """83 -> 1:23, 5025 -> 1:23:45."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -181,7 +181,7 @@ class TrackingError(RuntimeError):
     """Numbers that cannot be sent; the message says why and what to do."""
 
 
-def wandb(
+def init_wandb(
     project: str,
     run: config.Run,
     *,
@@ -195,7 +195,7 @@ def wandb(
     kinds = map(egress.class_of_credential, credentials)
     server = environment.get("WANDB_BASE_URL") or SERVER
     try:
-        egress.check(server, egress.strictest(kinds), listed=egress.hosts(listed))
+        egress.check(server, egress.strictest(kinds), listed=egress.parse_allowed_hosts(listed))
     except egress.OutgoingError as error:
         raise TrackingError(f"--wandb={project}: {error} (--listed_host)") from error
     try:

@@ -16,11 +16,11 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from medmax_jax.models.chameleon import Chameleon
 from medmax_jax.models.vocab import is_image
 from medmax_jax.sharding import BATCH, ROWS
-from medmax_jax.training.batch import KINDS, Batch
+from medmax_jax.training.batch import MAX_GROUPS, Batch
 from medmax_jax.training.cross_entropy import num_chunks, weighted_nll
 
 
-def objective(
+def training_objective(
     model: Chameleon, batch: Batch, key: PRNGKeyArray | None, *, trains: str
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """The loss of a global batch, and sums for reports; `key=None` switches dropout off.
@@ -40,7 +40,7 @@ def objective(
         trains_kernel=trains == "full", chunks=num_chunks(hidden, head.kernel),
     )  # fmt: skip
     image = is_image(targets, model.vocab)
-    nlls, counts = by_kind(nll, weights > 0, 2 * kinds + image)
+    nlls, counts = sum_by_group(nll, weights > 0, 2 * kinds + image)
     return total, {
         "text_nll": nlls[:, 0].sum(),
         "text_count": counts[:, 0].sum(),
@@ -51,15 +51,15 @@ def objective(
     }
 
 
-def by_kind(
+def sum_by_group(
     nll: Float[Array, "B T"], scored: Array, place: Int[Array, "B T"]
 ) -> tuple[Float[Array, "KINDS 2"], Float[Array, "KINDS 2"]]:
     """Sums and counts of the scored tokens by place = 2 * kind + image."""
 
     def local(nll, scored, place):
         values = jnp.stack([jnp.where(scored, nll, 0), scored.astype(jnp.float32)], -1)
-        sums = jax.ops.segment_sum(values.reshape(-1, 2), place.reshape(-1), 2 * KINDS)
+        sums = jax.ops.segment_sum(values.reshape(-1, 2), place.reshape(-1), 2 * MAX_GROUPS)
         return jax.lax.psum(sums, ROWS)
 
     sums = jax.shard_map(local, in_specs=(BATCH,) * 3, out_specs=P())(nll, scored, place)
-    return tuple(jnp.moveaxis(sums.reshape(KINDS, 2, 2), -1, 0))
+    return tuple(jnp.moveaxis(sums.reshape(MAX_GROUPS, 2, 2), -1, 0))

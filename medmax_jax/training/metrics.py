@@ -21,7 +21,7 @@ def _ratio(total: str, count: str) -> type[clu_metrics.Average]:
 
 
 @flax.struct.dataclass
-class Interval(clu_metrics.Collection):
+class TrainMetrics(clu_metrics.Collection):
     """Sums over the steps since the last report: made on device, merged on the host in float64."""
 
     loss: clu_metrics.Average.from_output("loss")
@@ -39,7 +39,7 @@ class Interval(clu_metrics.Collection):
 
 
 @flax.struct.dataclass
-class Held(clu_metrics.Collection):
+class EvalMetrics(clu_metrics.Collection):
     """Sums over held-out batches."""
 
     loss: _ratio("weighted_loss", "share")
@@ -48,7 +48,7 @@ class Held(clu_metrics.Collection):
     kinds: _ratio("kind_nll", "kind_count")
 
 
-def on_host(collection: clu_metrics.Collection) -> clu_metrics.Collection:
+def to_host(collection: clu_metrics.Collection) -> clu_metrics.Collection:
     """The same sums as float64 numbers of this host; waits for the device."""
     return jax.tree.map(np.float64, jax.device_get(collection))
 
@@ -58,14 +58,14 @@ def to_list(collection: clu_metrics.Collection | None) -> list[Any]:
     return [np.asarray(leaf).tolist() for leaf in jax.tree.leaves(collection)]
 
 
-def from_list(values: list[Any]) -> Interval | None:
+def from_list(values: list[Any]) -> TrainMetrics | None:
     """The inverse of `to_list`."""
     if not values:
         return None
-    return jax.tree.unflatten(jax.tree.structure(Interval.empty()), map(np.float64, values))
+    return jax.tree.unflatten(jax.tree.structure(TrainMetrics.empty()), map(np.float64, values))
 
 
-def means(collection: clu_metrics.Collection) -> dict[str, float]:
+def compute_means(collection: clu_metrics.Collection) -> dict[str, float]:
     """Name -> mean. NaN where nothing was counted (an interval without image targets)."""
     with np.errstate(invalid="ignore", divide="ignore"):
         found = collection.compute()

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from medmax_jax.config import Optim
 
 
-def make(config: Optim, *, steps: int) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(config: Optim, *, steps: int) -> optax.GradientTransformationExtraArgs:
     """Gradients, and the loss as `value=`, to updates; `steps` is the length of the whole run."""
     inner = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
@@ -29,12 +29,12 @@ def make(config: Optim, *, steps: int) -> optax.GradientTransformationExtraArgs:
             b2=config.b2,
             eps=config.eps,
             weight_decay=config.weight_decay,
-            mask=decayed,
+            mask=weight_decay_mask,
         ),
     )
     if not config.skip_window:
         return optax.with_extra_args_support(inner)
-    return guarded(inner, window=config.skip_window, factor=config.skip_factor)
+    return skip_spikes(inner, window=config.skip_window, factor=config.skip_factor)
 
 
 def learning_rate(count: Int[Array, ""] | int, config: Optim, *, steps: int) -> Float[Array, ""]:
@@ -46,7 +46,7 @@ def learning_rate(count: Int[Array, ""] | int, config: Optim, *, steps: int) -> 
     return config.peak_lr * jnp.where(count < warmup, count / max(1, warmup), decay)
 
 
-def decayed(params: PyTree) -> PyTree:
+def weight_decay_mask(params: PyTree) -> PyTree:
     """True at the matrices, which weight decay shrinks; False at the gains and biases of norms."""
 
     def is_matrix(path: tuple, _: Array) -> bool:
@@ -83,7 +83,7 @@ class SpikeState(NamedTuple):
     inner: optax.OptState
 
 
-def guarded(
+def skip_spikes(
     inner: optax.GradientTransformation, *, window: int, factor: float
 ) -> optax.GradientTransformationExtraArgs:
     """`inner`, but for spikes; its update needs `value=`, the loss of the step."""
@@ -115,7 +115,7 @@ def guarded(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def left_out(state: optax.OptState) -> Int[Array, ""]:
+def consecutive_skips(state: optax.OptState) -> Int[Array, ""]:
     """Steps left out in a row, the last one included; 0 where nothing guards."""
     return state.in_row if isinstance(state, SpikeState) else jnp.int32(0)
 

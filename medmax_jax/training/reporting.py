@@ -21,11 +21,11 @@ from jaxtyping import PyTree
 
 from medmax_jax import cli, config, flops
 from medmax_jax.checkpoints import safetensors_file
-from medmax_jax.checkpoints.manager import CheckpointError, Checkpoints, meet
+from medmax_jax.checkpoints.manager import CheckpointError, CheckpointManager, barrier
 from medmax_jax.models import chameleon
-from medmax_jax.sharding import put_batch
+from medmax_jax.sharding import shard_batch
 from medmax_jax.training import log_writer, metrics, step
-from medmax_jax.training.batch import BatchSource, Stats
+from medmax_jax.training.batch import BatchSource, BatchStats
 from medmax_jax.training.run_files import LogFile
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "safetensors")
@@ -36,18 +36,18 @@ class TrainError(RuntimeError):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Job:
+class TrainContext:
     """What stays the same from the first step to the last."""
 
     run: config.Run
     folder: pathlib.Path
     mesh: jax.sharding.Mesh
-    writer: log_writer.Writer
-    clock: log_writer.Clock
+    writer: log_writer.MetricWriter
+    clock: log_writer.GoodputTimer
     stop: cli.Stop
-    checkpoints: Checkpoints
+    checkpoints: CheckpointManager
     train_data: BatchSource
-    held_data: BatchSource | None
+    eval_data: BatchSource | None
     graph: Any  # of the model, for nnx.merge
     frozen: PyTree
     key: jax.Array  # of dropout
@@ -57,41 +57,41 @@ class Job:
 class Reporter:
     """Sums since the last report; fetched, which waits for the device, only when needed."""
 
-    def __init__(self, job: Job, cursor: dict[str, Any]):
+    def __init__(self, job: TrainContext, cursor: dict[str, Any]):
         self._job = job
-        self.pending: list[metrics.Interval] = []  # on the device, one a step
+        self.pending: list[metrics.TrainMetrics] = []  # on the device, one a step
         self._interval = metrics.from_list(cursor["interval"])
         self.last: dict[str, float] = cursor["last"]
         self.owed = False  # an evaluation was due and a signal came before its end
-        self._since = _Span(job.clock)
+        self._since = Throughput(job.clock)
 
-    def settle(self, done: int) -> None:
+    def flush(self, done: int) -> None:
         """Fetches what is pending; raises TrainError at the first step that was not finite."""
-        with self._job.clock.spend("step"):
-            fetched = [metrics.on_host(each) for each in self.pending]
+        with self._job.clock.measure("step"):
+            fetched = [metrics.to_host(each) for each in self.pending]
         self.pending.clear()
         for number, each in enumerate(fetched, start=done - len(fetched) + 1):
             if not each.finite.total:
-                self._fail(number, metrics.means(each))
+                self._fail(number, metrics.compute_means(each))
             self._interval = each if self._interval is None else self._interval.merge(each)
             self._since.add(self._job.train_data.stats(number - 1))
 
     def report(self, done: int) -> None:
         """A line and a row about the interval, which then starts anew."""
-        self.settle(done)
+        self.flush(done)
         job = self._job
-        row = metrics.means(self._interval) | self._since.rates(job)
+        row = metrics.compute_means(self._interval) | self._since.rates(job)
         row |= {"epoch": job.train_data.stats(done - 1).epoch}
         eta = (job.run.train.steps - done) * self._since.seconds_per_step()
-        job.writer.log(log_writer.step_line(done, job.run.train.steps, row, eta=eta))
+        job.writer.log(log_writer.format_step(done, job.run.train.steps, row, eta=eta))
         kinds = metrics.by_kind(self._interval, job.train_data.kinds)
-        job.writer.numbers("train", done, row | kinds | job.clock.report())
+        job.writer.write("train", done, row | kinds | job.clock.report())
         self.last = self.last | row
-        self._interval, self._since = None, _Span(job.clock)
+        self._interval, self._since = None, Throughput(job.clock)
 
     def cursor(self, done: int) -> dict[str, Any]:
         """What a checkpoint keeps of this, as JSON."""
-        self.settle(done)
+        self.flush(done)
         sums = metrics.to_list(self._interval)
         return {"interval": sums, "last": self.last, "owed": self.owed}
 
@@ -120,18 +120,18 @@ class Reporter:
         raise TrainError(text)
 
 
-class _Span:
+class Throughput:
     """Tokens and seconds since a report."""
 
-    def __init__(self, clock: log_writer.Clock):
+    def __init__(self, clock: log_writer.GoodputTimer):
         self._clock = clock
         self._training, self._data = clock.training, clock.seconds["data"]
         self._steps = self._tokens = self._squares = 0
 
-    def add(self, stats: Stats) -> None:
+    def add(self, stats: BatchStats) -> None:
         self._steps += 1
         self._tokens += stats.tokens
-        self._squares += stats.squares
+        self._squares += stats.squared_lengths
 
     @property
     def _seconds(self) -> float:
@@ -140,7 +140,7 @@ class _Span:
     def seconds_per_step(self) -> float:
         return self._seconds / max(self._steps, 1)
 
-    def rates(self, job: Job) -> dict[str, float]:
+    def rates(self, job: TrainContext) -> dict[str, float]:
         """What speed is: see the head of this file. Nothing is said of what is not known."""
         run, chips = job.run, job.mesh.size
         rate = self._tokens / self._seconds
@@ -165,38 +165,38 @@ class _Span:
 class Evaluator:
     """Loss on every held-out document: by text and image targets, by source, by task."""
 
-    def __init__(self, job: Job):
+    def __init__(self, job: TrainContext):
         self._job, self._step = job, None
 
     def __call__(self, state: step.TrainState, done: int) -> dict[str, float] | None:
         """The numbers, named validation_..; None when a signal came before the end."""
         job, total = self._job, None
-        for number in range(len(job.held_data)):
+        for number in range(len(job.eval_data)):
             if job.stop.poll():
                 job.writer.log(f"validation after step {done} was cut short; it is made up for")
                 return None
-            with job.clock.spend("eval"):
-                batch = put_batch(job.held_data.batch(number), job.mesh)
+            with job.clock.measure("eval"):
+                batch = shard_batch(job.eval_data.batch(number), job.mesh)
             if self._step is None:
-                with job.clock.spend("compile"):
+                with job.clock.measure("compile"):
                     lowered = step.make_eval_step(job.graph, job.run).lower(
                         state.trainable, job.frozen, batch
                     )
                     self._step = lowered.compile()
-                    meet("the evaluation step is compiled")
-            with job.clock.spend("eval"):
-                sums = metrics.on_host(self._step(state.trainable, job.frozen, batch))
+                    barrier("the evaluation step is compiled")
+            with job.clock.measure("eval"):
+                sums = metrics.to_host(self._step(state.trainable, job.frozen, batch))
             total = sums if total is None else total.merge(sums)
-        row = metrics.means(total)
-        job.writer.log(f"validation after step {done}: {log_writer.loss_words(row)}")
-        job.writer.numbers("validation", done, row | metrics.by_kind(total, job.held_data.kinds))
+        row = metrics.compute_means(total)
+        job.writer.log(f"validation after step {done}: {log_writer.format_losses(row)}")
+        job.writer.write("validation", done, row | metrics.by_kind(total, job.eval_data.kinds))
         return {f"validation_{name}": value for name, value in row.items()}
 
 
-class Trace:
+class Profiler:
     """An xprof trace of some steps, in D/profile."""
 
-    def __init__(self, job: Job, steps: tuple[int, int] | None, done: int):
+    def __init__(self, job: TrainContext, steps: tuple[int, int] | None, done: int):
         self._job, self._steps, self._on = job, steps, False
         if steps and done >= steps[0]:
             job.writer.log(f"--profile_steps: step {steps[0]} lies before step {done}: no trace")
@@ -219,7 +219,7 @@ class Trace:
             self._job.writer.log(f"trace of steps {self._steps}: {self._job.folder / 'profile'}")
 
 
-def memory(compiled: Any) -> str:
+def memory_summary(compiled: Any) -> str:
     """What XLA says a device needs for a step."""
     found = compiled.memory_analysis()
     parts = {
@@ -243,32 +243,36 @@ def versions() -> dict[str, str]:
     return found | {"python": platform.python_version()}
 
 
-def banner(job: Job, state: step.TrainState, start: int | None, changes: list[str]) -> None:
+def log_run_summary(
+    job: TrainContext, state: step.TrainState, start: int | None, changes: list[str]
+) -> None:
     """What runs, on what, from where: to the log and to config.json."""
     run, log = job.run, job.writer.log
     facts = job.meta | {"git": git(), "epoch_tokens": job.train_data.epoch_tokens()}
     if jax.process_index() == 0:
         (job.folder / "config.json").write_text(json.dumps(facts, indent=1) + "\n")
         _note_start(job, start or 0)
-    surroundings(run, job.mesh, job.train_data, job.held_data, log=log)
+    environment_summary(run, job.mesh, job.train_data, job.eval_data, log=log)
     trainable, frozen = (chameleon.count_parameters(t) for t in (state.trainable, job.frozen))
     log(f"trains {run.train.trains}: {trainable:,} of {trainable + frozen:,} parameters")
-    tree = safetensors_file.named(state.trainable) | safetensors_file.named(job.frozen)
+    tree = safetensors_file.flatten_named(state.trainable) | safetensors_file.flatten_named(
+        job.frozen
+    )
     log(parameter_overview.get_parameter_overview(tree, include_stats="sharding"))
     for change in changes:
         log(f"changed since the checkpoint: {change}")
     log(f"resuming after step {start}" if start else f"starting: {run.train.steps} steps")
 
 
-def _note_start(job: Job, start: int) -> None:
+def _note_start(job: TrainContext, start: int) -> None:
     """A line of history.jsonl: what the steps from here on read, for data.prepare who_saw."""
     facts = {name: job.meta[name] for name in ("data", "plan", "config")} | {"start": start}
-    facts["validation"] = job.held_data.records.fingerprint if job.held_data else ""
+    facts["validation"] = job.eval_data.records.fingerprint if job.eval_data else ""
     with contextlib.closing(LogFile(job.folder / "history.jsonl", job.writer.log)) as file:
         file.write(json.dumps(facts))
 
 
-def surroundings(
+def environment_summary(
     run: config.Run,
     mesh: jax.sharding.Mesh,
     train_data: BatchSource,

@@ -22,7 +22,7 @@ from medmax_jax.config import Run
 from medmax_jax.endpoints import egress
 from medmax_jax.generation import api, model_bundle
 from medmax_jax.io import html_page
-from medmax_jax.io.atomic_folder import private
+from medmax_jax.io.atomic_folder import private_umask
 from medmax_jax.models.vocab import EOS, SEP, is_image
 from medmax_jax.training.batch import DocumentSource
 
@@ -33,7 +33,7 @@ CREDENTIALED = (
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Case:
+class SamplePrompt:
     """One held-out document, cut behind its first separator."""
 
     name: str
@@ -51,7 +51,7 @@ class Sampler:
     ) -> None:
         self._run, self._graph, self._mesh = run, graph, mesh
         some = bool(run.train.samples) and records is not None
-        self.asked = cases(records, run.train.samples, run) if some else []
+        self.asked = select_prompts(records, run.train.samples, run) if some else []
 
     def __call__(
         self, trainable: PyTree, frozen: PyTree, *, step: int, folder: pathlib.Path
@@ -59,16 +59,16 @@ class Sampler:
         run = self._run
         model = nnx.merge(self._graph, trainable, frozen)
         sizes = dict(config=run.model, vocab=run.vocab, vq=run.vq, mesh=self._mesh)
-        g = model_bundle.around(model, run.train.init_from, **sizes)
+        g = model_bundle.from_model(model, run.train.init_from, **sizes)
         return write(g, self.asked, run, step=step, folder=folder)
 
 
-def cases(records: DocumentSource, count: int, run: Run) -> list[Case]:
+def select_prompts(records: DocumentSource, count: int, run: Run) -> list[SamplePrompt]:
     """At most `count` documents with a prompt, the tasks in turn, from the first of each on."""
     by_task: dict[int, list[int]] = {}
     for number, task in enumerate(records.index["task"].tolist()):
         by_task.setdefault(task, []).append(number)
-    found: list[Case] = []
+    found: list[SamplePrompt] = []
     for turn in range(max(map(len, by_task.values()), default=0)):
         for numbers in by_task.values():
             if turn < len(numbers) and len(found) < count:
@@ -79,7 +79,12 @@ def cases(records: DocumentSource, count: int, run: Run) -> list[Case]:
 
 
 def write(
-    g: model_bundle.Generator, asked: Sequence[Case], run: Run, *, step: int, folder: pathlib.Path
+    g: model_bundle.ModelBundle,
+    asked: Sequence[SamplePrompt],
+    run: Run,
+    *,
+    step: int,
+    folder: pathlib.Path,
 ) -> pathlib.Path:
     """Answers every case and writes the page of this step; returns its path."""
     answers: dict[int, list[model_bundle.Text | model_bundle.Image]] = {}
@@ -87,23 +92,25 @@ def write(
         of_mode = [i for i, case in enumerate(asked) if case.mode == mode]
         request = dict(mode=mode, seed=run.sample.seed, rows=min(8, max(len(of_mode), 1)))
         prompts, names = [asked[i].prompt for i in of_mode], [asked[i].name for i in of_mode]
-        for batch, written in api.write(g, prompts, run.sample, names=names, **request):
-            for i, answer in zip(batch, model_bundle.segments(g, written), strict=True):
+        for batch, written in api.generate_tokens(g, prompts, run.sample, names=names, **request):
+            for i, answer in zip(batch, model_bundle.decode_segments(g, written), strict=True):
                 answers[of_mode[i]] = answer
     secret = any(egress.is_credentialed(case.credential) for case in asked)
     body = html_page.paragraph(NOTICE) + (html_page.paragraph(CREDENTIALED) if secret else "")
     for i, case in enumerate(asked):
         shown = {"prompt": case.prompt[:-1], "answer of the document": case.answer}
-        parts = {name: model_bundle.segments(g, [tokens])[0] for name, tokens in shown.items()}
+        parts = {
+            name: model_bundle.decode_segments(g, [tokens])[0] for name, tokens in shown.items()
+        }
         body += html_page.section(case.name, _shown(parts | {f"after step {step}": answers[i]}))
     path = folder / f"{step:06d}.html"
-    with private() if secret else contextlib.nullcontext():  # for its owner's eyes
+    with private_umask() if secret else contextlib.nullcontext():  # for its owner's eyes
         folder.mkdir(exist_ok=True)
         path.write_text(html_page.document(f"Samples after step {step}", body), encoding="utf-8")
     return path
 
 
-def _case(document: Any, run: Run) -> list[Case]:
+def _case(document: Any, run: Run) -> list[SamplePrompt]:
     """The document as a case; [] when it has no separator, or only an image and words to write."""
     t = document.tokens
     ends = np.flatnonzero(t == SEP)
@@ -115,7 +122,7 @@ def _case(document: Any, run: Run) -> list[Case]:
     pictured = bool(is_image(answer, run.vocab).any())
     name = f"{document.task}: {document.source}/{document.id}"
     mode = "image" if pictured else "text"
-    return [Case(name, document.credential, t[:cut], np.append(answer, EOS), mode)]
+    return [SamplePrompt(name, document.credential, t[:cut], np.append(answer, EOS), mode)]
 
 
 def _shown(parts: dict[str, list[model_bundle.Text | model_bundle.Image]]) -> str:

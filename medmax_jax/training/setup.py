@@ -19,10 +19,10 @@ from jaxtyping import PyTree
 
 from medmax_jax import config
 from medmax_jax.checkpoints import export
-from medmax_jax.checkpoints.manager import Checkpoints, DamagedError
+from medmax_jax.checkpoints.manager import CheckpointManager, DamagedError
 from medmax_jax.checkpoints.resume import check_meta
 from medmax_jax.models import chameleon
-from medmax_jax.sharding import make_mesh, placed, put_batch
+from medmax_jax.sharding import make_mesh, shard_batch, with_shardings
 from medmax_jax.training import reporting, step
 from medmax_jax.training.batch import BatchSource
 from medmax_jax.training.reporting import TrainError
@@ -39,10 +39,10 @@ class Options:
     listed_hosts: tuple[str, ...] = ()  # for credentialed data
 
 
-PLAIN = Options()
+DEFAULT_OPTIONS = Options()
 
 
-def check(run: config.Run, options: Options) -> None:
+def check_options(run: config.Run, options: Options) -> None:
     """What can be told before anything is loaded."""
     config.check(run)
     steps = options.profile
@@ -59,7 +59,7 @@ def check(run: config.Run, options: Options) -> None:
 
 
 @contextlib.contextmanager
-def lock(folder: pathlib.Path) -> Iterator[None]:
+def workdir_lock(folder: pathlib.Path) -> Iterator[None]:
     """Two runs must not write to one folder. The system drops the lock when the process ends."""
     with open(folder / ".lock", "w") as file:
         if jax.process_index() == 0:
@@ -72,7 +72,7 @@ def lock(folder: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def usable(make: Callable[[], Any]) -> Any:
+def as_config_error(make: Callable[[], Any]) -> Any:
     """The value of `make`, whose ValueErrors are about the config."""
     try:
         return make()
@@ -80,18 +80,18 @@ def usable(make: Callable[[], Any]) -> Any:
         raise config.ConfigError(str(error)) from error
 
 
-def restored(
+def restore_checkpoint(
     run: config.Run,
     like: chameleon.Chameleon,
-    store: Checkpoints,
+    store: CheckpointManager,
     meta: dict[str, Any],
     options: Options,
 ) -> tuple[int | None, step.TrainState | None, dict[str, Any], list[str]]:
     """(step, state, cursor, harmless changes) of the newest sound checkpoint; None, None: none."""
-    shapes = step.split(like, run.train.trains)[1]
+    shapes = step.split_trainable(like, run.train.trains)[1]
     while (start := store.latest()) is not None:
         changes = check_meta(store.meta(start), meta, extend=options.extend)
-        state = placed(jax.eval_shape(lambda t: step.init_state(t, run), shapes))
+        state = with_shardings(jax.eval_shape(lambda t: step.init_state(t, run), shapes))
         try:
             return start, *store.restore(start, state), changes
         except DamagedError:
@@ -99,14 +99,14 @@ def restored(
     return None, None, {"interval": [], "last": {}, "owed": False}, []
 
 
-def meta(run: config.Run, train_data: BatchSource) -> dict[str, Any]:
+def run_metadata(run: config.Run, train_data: BatchSource) -> dict[str, Any]:
     """Config, versions, and fingerprints of the base weights and of the records."""
     folder, records = run.train.init_from, train_data.records
     base = f"random weights of seed {run.train.seed}, {run.train.prng_impl}"
     if folder:
         layout = records.layout
         export.check_base(folder, run, tokenizer=layout.tokenizer, vqgan=layout.vqgan)
-        base = export.identity(folder)
+        base = export.base_fingerprint(folder)
     facts = {name: records.meta[name] for name in ("sources", "credentials")}
     facts |= {
         "data": records.fingerprint,
@@ -116,23 +116,23 @@ def meta(run: config.Run, train_data: BatchSource) -> dict[str, Any]:
     return {"config": config.to_dict(run), "base": base} | facts
 
 
-def weights(
+def load_or_init_weights(
     run: config.Run, like: chameleon.Chameleon, key: jax.Array, *, restoring: bool
 ) -> tuple[PyTree, PyTree]:
     """(trainable, frozen); `trainable` is None where a checkpoint will bring it."""
     trains, folder = run.train.trains, run.train.init_from
-    _, like_trainable, like_frozen = step.split(like, trains)
+    _, like_trainable, like_frozen = step.split_trainable(like, trains)
     if restoring and trains == "full":
         return None, like_frozen  # which has no arrays
     if not folder:
-        model = chameleon.create(run.model, run.vocab, run.lora, key=key)
-        return step.split(model, trains)[1:]
+        model = chameleon.create_model(run.model, run.vocab, run.lora, key=key)
+        return step.split_trainable(model, trains)[1:]
     if trains == "full":
         return export.load(folder, like_trainable), like_frozen
     if trains == "image_head":
-        graph, _, base = chameleon.split(like)
+        graph, _, base = chameleon.split_adapters(like)
         model = nnx.merge(graph, export.load(folder, base))
-        return step.split(model, trains)[1:]
+        return step.split_trainable(model, trains)[1:]
 
     def adapters(key: jax.Array) -> PyTree:  # under jit, so the random base is never made
         model = chameleon.Chameleon(run.model, run.vocab, run.lora, key=key)
@@ -145,22 +145,24 @@ def dry_run(
     run: config.Run, load_data: Callable[[], tuple[BatchSource, BatchSource | None]]
 ) -> dict[str, Any]:
     """All up to the compiled first step, from shapes alone."""
-    mesh = usable(lambda: make_mesh(run.mesh))
-    usable(lambda: step.check(run, mesh))
+    mesh = as_config_error(lambda: make_mesh(run.mesh))
+    as_config_error(lambda: step.check(run, mesh))
     with jax.set_mesh(mesh):
         train_data, held_data = load_data()
-        reporting.surroundings(run, mesh, train_data, held_data, log=print)
-        print(f"base: {meta(run, train_data)['base']}")
-        like = usable(lambda: chameleon.abstract(run.model, run.vocab, run.lora))
-        graph, trainable, frozen = step.split(like, run.train.trains)
-        state = placed(jax.eval_shape(lambda t: step.init_state(t, run), trainable))
+        reporting.environment_summary(run, mesh, train_data, held_data, log=print)
+        print(f"base: {run_metadata(run, train_data)['base']}")
+        like = as_config_error(lambda: chameleon.abstract_model(run.model, run.vocab, run.lora))
+        graph, trainable, frozen = step.split_trainable(like, run.train.trains)
+        state = with_shardings(jax.eval_shape(lambda t: step.init_state(t, run), trainable))
         counts = [chameleon.count_parameters(t) for t in (state.trainable, frozen)]
         print(f"trains {run.train.trains}: {counts[0]:,} of {sum(counts):,} parameters")
-        batch = put_batch(train_data.batch(0), mesh)
+        batch = shard_batch(train_data.batch(0), mesh)
         key = jax.device_put(
             jax.random.key(run.train.seed, impl=run.train.prng_impl), NamedSharding(mesh, P())
         )
         train_step = step.make_train_step(graph, run)
-        memory = reporting.memory(train_step.lower(state, placed(frozen), batch, key).compile())
+        memory = reporting.memory_summary(
+            train_step.lower(state, with_shardings(frozen), batch, key).compile()
+        )
     print(f"the first step compiles; {memory}\ndry run: nothing was loaded or written")
     return {"memory": memory}

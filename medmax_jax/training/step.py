@@ -22,13 +22,13 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from medmax_jax.config import Run
 from medmax_jax.models import attention, chameleon
-from medmax_jax.sharding import BATCH, placed
+from medmax_jax.sharding import BATCH, with_shardings
 from medmax_jax.training import loss, optimizer
 from medmax_jax.training.batch import Batch
-from medmax_jax.training.metrics import Held, Interval
+from medmax_jax.training.metrics import EvalMetrics, TrainMetrics
 
 # By config.train.compile, options of libtpu.
-COMPILE = {
+COMPILER_OPTIONS = {
     "default": {},
     # A layer's weights are gathered whole, while the one before computes, instead of in a ring of
     # partial products: docs/plan_7b.md.
@@ -50,53 +50,55 @@ def check(run: Run, mesh: jax.sharding.Mesh) -> None:
     """Raises ValueError on settings that the devices of `mesh` cannot run."""
     platform = mesh.devices.flat[0].platform
     attention.check_platform(run.model.attention, platform)
-    if COMPILE[run.train.compile] and platform != "tpu":
+    if COMPILER_OPTIONS[run.train.compile] and platform != "tpu":
         raise ValueError(
             f"config.train.compile is {run.train.compile!r}, which is for the compiler of TPUs; "
             f"these devices are {platform}: use 'default'"
         )
 
 
-def split(model: chameleon.Chameleon, trains: str) -> tuple[Any, PyTree, PyTree]:
+def split_trainable(model: chameleon.Chameleon, trains: str) -> tuple[Any, PyTree, PyTree]:
     """(graph, trainable, frozen) of a model, abstract or not; `nnx.merge` puts them together."""
     if trains == "image_head":
         make = chameleon.with_image_columns
         abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(model))
-        tuned = placed(jax.eval_shape(make, model)) if abstract else make(model)
+        tuned = with_shardings(jax.eval_shape(make, model)) if abstract else make(model)
         return nnx.split(tuned, chameleon.ImageColumns, ..., graph=False)
-    graph, adapters, base = chameleon.split(model)
+    graph, adapters, base = chameleon.split_adapters(model)
     return (graph, adapters, base) if trains == "lora" else (graph, base, adapters)
 
 
-def whole(graph: Any, trainable: PyTree, frozen: PyTree) -> PyTree:
+def trained_base(graph: Any, trainable: PyTree, frozen: PyTree) -> PyTree:
     """The base as it is after training, for export: trained image columns stand in the head."""
     model = nnx.merge(graph, trainable, frozen)
     if model.lm_head.tuned:
         model = chameleon.without_image_columns(model)
-    return chameleon.split(model)[2]
+    return chameleon.split_adapters(model)[2]
 
 
 def init_state(trainable: PyTree, run: Run) -> TrainState:
     """Step 0; the moments are born in the shards of their parameters."""
 
     def make(trainable: PyTree) -> tuple[PyTree, Array]:
-        return optimizer.make(run.optim, steps=run.train.steps).init(trainable), jnp.int32(0)
+        return optimizer.make_optimizer(run.optim, steps=run.train.steps).init(
+            trainable
+        ), jnp.int32(0)
 
     return TrainState(trainable, *jax.jit(make)(trainable))
 
 
 def make_train_step(graph: Any, run: Run) -> Callable:
     """train_step(state, frozen, batch, key) -> (state, Interval); jitted, `state` is donated."""
-    optimiser = optimizer.make(run.optim, steps=run.train.steps)
+    optimiser = optimizer.make_optimizer(run.optim, steps=run.train.steps)
 
     def train_step(
         state: TrainState, frozen: PyTree, batch: Batch, key: PRNGKeyArray
-    ) -> tuple[TrainState, Interval]:
+    ) -> tuple[TrainState, TrainMetrics]:
         dropout = jax.random.fold_in(key, state.step)
 
         def value(trainable: PyTree, batch: Batch, key: PRNGKeyArray) -> tuple[Array, dict]:
             model = nnx.merge(graph, trainable, frozen)
-            return loss.objective(model, batch, key, trains=run.train.trains)
+            return loss.training_objective(model, batch, key, trains=run.train.trains)
 
         take = jax.value_and_grad(value, has_aux=True)
         if run.optim.accumulate == 1:
@@ -105,9 +107,9 @@ def make_train_step(graph: Any, run: Run) -> Callable:
             total, sums, grads = accumulate(take, state.trainable, batch, dropout, run)
         norm = optax.tree.norm(grads)
         updates, opt_state = optimiser.update(grads, state.opt_state, state.trainable, value=total)
-        skipped = optimizer.left_out(opt_state)
+        skipped = optimizer.consecutive_skips(opt_state)
         trainable = optax.apply_updates(state.trainable, updates)
-        interval = Interval.single_from_model_output(
+        interval = TrainMetrics.single_from_model_output(
             **sums,
             loss=total,
             grad_norm=norm,
@@ -122,7 +124,7 @@ def make_train_step(graph: Any, run: Run) -> Callable:
         )
         return TrainState(trainable, opt_state, state.step + 1), interval
 
-    options = COMPILE[run.train.compile] or None
+    options = COMPILER_OPTIONS[run.train.compile] or None
     return jax.jit(train_step, donate_argnums=0, compiler_options=options)
 
 
@@ -153,14 +155,16 @@ def accumulate(
 def make_eval_step(graph: Any, run: Run) -> Callable:
     """eval_step(trainable, frozen, batch) -> Held; jitted, no dropout."""
 
-    def eval_step(trainable: PyTree, frozen: PyTree, batch: Batch) -> Held:
+    def eval_step(trainable: PyTree, frozen: PyTree, batch: Batch) -> EvalMetrics:
         model = nnx.merge(graph, trainable, frozen)
-        total, sums = loss.objective(model, batch, None, trains=run.train.trains)
+        total, sums = loss.training_objective(model, batch, None, trains=run.train.trains)
         # A batch's loss is a mean over this many; so the mean over batches is the one over all.
         documents = batch.segments.max(axis=1).sum().astype(jnp.float32)
         targets = sums["text_count"] + sums["image_count"]
         share = documents if run.train.loss_weight == "document" else targets
-        return Held.single_from_model_output(**sums, weighted_loss=total * share, share=share)
+        return EvalMetrics.single_from_model_output(
+            **sums, weighted_loss=total * share, share=share
+        )
 
     return jax.jit(eval_step)
 

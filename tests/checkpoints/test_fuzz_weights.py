@@ -145,7 +145,7 @@ def made(tmp_path_factory) -> dict[str, pathlib.Path]:
 def read_header(path: pathlib.Path) -> None:
     for tensor in safetensors_stream.read_file(Folder(path.parent).file(path.name)).values():
         if tensor.shape:
-            tensor.all()
+            tensor.read()
     struct = jax.ShapeDtypeStruct
     safetensors_file.load(
         path, {"a": {"weight": struct((3, 4), np.float32)}, "b": struct((5,), np.float16)}
@@ -155,7 +155,7 @@ def read_header(path: pathlib.Path) -> None:
 def read_torch(path: pathlib.Path) -> None:
     for tensor in safetensors_stream.read_torch(Folder(path.parent).file(path.name)).values():
         if tensor.shape:
-            tensor.all()
+            tensor.read()
 
 
 def read_yaml(path: pathlib.Path) -> None:
@@ -169,7 +169,7 @@ def read_tokenizer(path: pathlib.Path) -> None:
 
 
 def read_folder_above(path: pathlib.Path) -> None:
-    conversion.read(path.parent)
+    conversion.read_checkpoint(path.parent)
 
 
 FORMATS = {  # name -> (folder, file, mutation, what reads it)

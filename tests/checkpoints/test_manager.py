@@ -44,8 +44,8 @@ def like(tree: State) -> State:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
-def opened(folder: pathlib.Path, lines: list[str]) -> manager.Checkpoints:
-    return manager.Checkpoints(folder, keep=2, log=lines.append)
+def opened(folder: pathlib.Path, lines: list[str]) -> manager.CheckpointManager:
+    return manager.CheckpointManager(folder, keep=2, log=lines.append)
 
 
 def split() -> jax.sharding.Mesh:
@@ -64,7 +64,7 @@ def saved(tmp_path_factory) -> pathlib.Path:
     assert saver.latest() == 3 and len(saver.blocked) == 3
     saver.close()
     manifest = (folder / "3" / checksums.MANIFEST).read_bytes()
-    assert checksums.root(manifest) in lines[-1]  # the log can prove what was written
+    assert checksums.manifest_digest(manifest) in lines[-1]  # the log can prove what was written
     return folder
 
 
@@ -100,7 +100,7 @@ def test_restores_bit_for_bit_on_another_mesh(folder):
     assert found.weights["scale"].dtype == jnp.bfloat16 and int(found.step) == 3
     assert found.weights["kernel"].sharding == other.weights["kernel"].sharding
     assert sorted(p.name for p in folder.iterdir()) == ["2", "3"]
-    step, arrays, meta = manager.newest(folder)
+    step, arrays, meta = manager.read_latest(folder)
     assert (step, meta) == (3, META) and set(arrays) >= {"weights.kernel", "step"}
 
 
@@ -113,16 +113,16 @@ def test_every_shard_is_hashed_once(saved):
 def test_any_flipped_bit_of_any_file_is_seen(folder):
     """Each file, the manifest and empty-looking ones included, at random places."""
     pick, step = random.Random(0), folder / "3"
-    assert checksums.damage(Folder(step)) == ""
+    assert checksums.find_corrupt_file(Folder(step)) == ""
     held = [p for p in files(step) if p.stat().st_size]
     assert {checksums.MANIFEST, "shards-0.json"} <= {p.name for p in held}
     for n in range(FLIPS):
         victim = held[n % len(held)]
         bit = pick.randrange(victim.stat().st_size * 8)
         flip(victim, bit)
-        assert checksums.damage(Folder(step)), f"bit {bit} of {victim.relative_to(step)}"
+        assert checksums.find_corrupt_file(Folder(step)), f"bit {bit} of {victim.relative_to(step)}"
         flip(victim, bit)
-    assert checksums.damage(Folder(step)) == ""
+    assert checksums.find_corrupt_file(Folder(step)) == ""
 
 
 def test_what_changes_between_hash_and_write_is_seen(tmp_path):
@@ -139,13 +139,13 @@ def test_what_changes_between_hash_and_write_is_seen(tmp_path):
         saver.write(
             step,
             State(good.weights | {"kernel": bad}, good.step),
-            checksums.copies(good),
+            checksums.host_shards(good),
             cursor={},
             meta=META,
             begin=time.monotonic(),
         )
         saver.wait()
-        assert checksums.damage(Folder(tmp_path / str(step))) == ""
+        assert checksums.find_corrupt_file(Folder(tmp_path / str(step))) == ""
         with pytest.raises(manager.DamagedError, match="kernel .* not what training had"):
             saver.restore(step, like(good))
         assert saver.latest() == 1 and (tmp_path / f"damaged_{step}").is_dir()
@@ -189,7 +189,7 @@ def test_orbax_alone_does_not_see_a_flipped_bit(tmp_path):
     with manager.ocp.StandardCheckpointer() as orbax:
         found = orbax.restore(tmp_path / "1" / "state")
     assert (np.asarray(found["noise"]) != np.asarray(tree["noise"])).sum() == 1
-    assert "has changed" in checksums.damage(Folder(tmp_path / "1"))
+    assert "has changed" in checksums.find_corrupt_file(Folder(tmp_path / "1"))
 
 
 def test_the_next_step_may_donate_what_is_being_saved(tmp_path):

@@ -33,7 +33,7 @@ def test_a_module_its_state_and_a_dict_share_one_file(tmp_path):
     assert safetensors_file.metadata(file) == {"made": "here"}
     assert_same(safetensors_file.load(file, jax.eval_shape(Toy)), toy)
     assert_same(safetensors_file.load(file, nnx.state(toy)), nnx.state(toy))
-    assert list(safetensors_file.named(toy)) == [
+    assert list(safetensors_file.flatten_named(toy)) == [
         "blocks.0.bias",
         "blocks.0.kernel",
         "blocks.1.bias",

@@ -106,7 +106,7 @@ def test_files_and_blocks_of_7b():
         ((65_536, 4_096), (True, True), [8_192, 4_096], [4_096, 256]),
         ((4_096,), (False,), [4_096], [4_096]),
     ):
-        assert zarr_arrays.layout(shape, 2, sharded) == (file, block)
+        assert zarr_arrays.chunk_layout(shape, 2, sharded) == (file, block)
 
 
 @given(
@@ -117,7 +117,7 @@ def test_files_and_blocks_of_7b():
 )
 def test_blocks_fill_files_and_files_fill_arrays(shape, layers, itemsize, sharded):
     whole = (layers, *shape)
-    file, block = zarr_arrays.layout(whole, itemsize, (False, *sharded))
+    file, block = zarr_arrays.chunk_layout(whole, itemsize, (False, *sharded))
     for size, of_file, of_block in zip(whole, file, block, strict=True):
         assert size % of_file == 0 and of_file % of_block == 0
     small = np.prod(whole) * itemsize <= zarr_arrays.WHOLE_BYTES

@@ -51,9 +51,9 @@ def convert(source, target, layout, **more) -> pathlib.Path:
 
 def logits(folder) -> np.ndarray:
     """fp32 logits of a native model folder."""
-    found = conversion.read(folder)
+    found = conversion.read_checkpoint(folder)
     with jax.set_mesh(make_mesh(Mesh(data=1, fsdp=1, tp=1))):
-        like = chameleon.abstract(found.model, found.vocab, chameleon.NO_LORA)
+        like = chameleon.abstract_model(found.model, found.vocab, chameleon.NO_LORA)
         model = export.load(folder, like)
         positions = np.tile(np.arange(IDS.shape[1], dtype=np.int32), (2, 1))
         rows = (jnp.asarray(IDS), jnp.ones_like(IDS), jnp.asarray(positions))
@@ -154,14 +154,16 @@ def test_dtypes_are_kept_per_tensor_and_cast_once_on_load(tmp_path):
         states, meta_files(convert(native, tmp_path / "back", "meta")), strict=True
     ):
         assert_equal(wanted, found)
-    said = inspect_checkpoint.facts(conversion.read(native))
+    said = inspect_checkpoint.describe(conversion.read_checkpoint(native))
     assert set(said["dtypes"]) == {"F32", "BF16", "F16"}
-    assert said["dtypes"] == inspect_checkpoint.facts(conversion.read(meta))["dtypes"]
-    model = conversion.read(native).model
+    assert said["dtypes"] == inspect_checkpoint.describe(conversion.read_checkpoint(meta))["dtypes"]
+    model = conversion.read_checkpoint(native).model
     assert model.param_dtype == "bfloat16"
     with jax.set_mesh(make_mesh(Mesh(data=1, fsdp=1, tp=1))):
-        like = chameleon.abstract(model, conversion.read(native).vocab, chameleon.NO_LORA)
-        loaded = safetensors_file.named(export.load(native, like))
+        like = chameleon.abstract_model(
+            model, conversion.read_checkpoint(native).vocab, chameleon.NO_LORA
+        )
+        loaded = safetensors_file.flatten_named(export.load(native, like))
     head = np.concatenate([s["output.weight"] for s in states])
     np.testing.assert_array_equal(
         np.asarray(loaded["lm_head.kernel"]), head.astype(NUMPY["BF16"]).T
@@ -170,29 +172,29 @@ def test_dtypes_are_kept_per_tensor_and_cast_once_on_load(tmp_path):
 
 def test_one_fingerprint_in_every_layout_and_dtype(case, tmp_path):
     _, sizes, states, meta, native, hf = case
-    found = {conversion.read(p).fingerprint for p in (meta, native, hf)}
+    found = {conversion.read_checkpoint(p).fingerprint for p in (meta, native, hf)}
     rounded = [{n: a.astype(NUMPY["BF16"]) for n, a in s.items()} for s in states]
     half = write_meta(tmp_path / "half", sizes, rounded, vqgan=False)
-    found.add(conversion.read(half).fingerprint)
-    found.add(export.identity(native))
+    found.add(conversion.read_checkpoint(half).fingerprint)
+    found.add(export.base_fingerprint(native))
     assert len(found) == 1
     states = [dict(s) for s in states]
     states[0]["layers.1.feed_forward.w2.weight"] = (
         states[0]["layers.1.feed_forward.w2.weight"] * 1.01
     ).astype(np.float32)
     other = write_meta(tmp_path / "other", sizes, states, vqgan=False)
-    assert conversion.read(other).fingerprint not in found
+    assert conversion.read_checkpoint(other).fingerprint not in found
 
 
 def test_the_vqgan_alone_goes_in_and_out(tmp_path):
     meta = write_meta(tmp_path / "meta", BASE, shards(BASE, dtypes=("F32",), seed=0), vqgan=True)
     native = convert(meta / "tokenizer" / "vqgan.ckpt", tmp_path / "native", "native")
-    assert conversion.read(native).language == {}
+    assert conversion.read_checkpoint(native).language == {}
     hf = convert(native, tmp_path / "hf", "hf")
     assert set(read_safetensors(hf)) == set(random_vqgan(seed=1))
     back = convert(hf, tmp_path / "back", "meta")
     assert_equal(read_pth(back / "tokenizer/vqgan.ckpt"), random_vqgan(seed=1))
-    vq = conversion.read(native).vq
+    vq = conversion.read_checkpoint(native).vq
     model = safetensors_file.load(native / "vqgan.safetensors", vqgan.abstract(vq))
     assert vqgan.encode(model, jnp.zeros((1, 32, 32, 3))).shape == (1, 16, 16)
 
@@ -201,7 +203,7 @@ def test_hf_without_a_decoder_takes_one_from_meta(case, tmp_path):
     *_, meta, native, _ = case
     hf = convert(native, tmp_path / "hf", "hf", decoder=False)
     assert not any(".decoder." in name for name in read_safetensors(hf))
-    assert inspect_checkpoint.facts(conversion.read(hf))["vqgan"] == "encoder only"
+    assert inspect_checkpoint.describe(conversion.read_checkpoint(hf))["vqgan"] == "encoder only"
     with pytest.raises(state_dict.ConvertError, match="no VQGAN decoder.*--vqgan"):
         convert(hf, tmp_path / "none", "meta")
     ckpt = meta / "tokenizer" / "vqgan.ckpt"
@@ -237,7 +239,7 @@ def test_the_processor_of_hf_makes_our_prompt(tmp_path):
     processor = transformers.ChameleonProcessor.from_pretrained(hf)
     picture = PIL.Image.new("RGB", (40, 50), (200, 10, 10))
     ids = processor(text="<image>Is it a CT?", images=picture, return_tensors="np")
-    vocab = conversion.read(TINY).vocab
+    vocab = conversion.read_checkpoint(TINY).vocab
     ours = prompt_ids(
         Tokenizer.from_file(hf / "tokenizer.json", vocab),
         [np.zeros(64, np.int32), "Is it a CT?"],

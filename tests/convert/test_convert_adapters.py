@@ -48,11 +48,14 @@ def trained(tmp_path_factory) -> tuple[pathlib.Path, pathlib.Path]:
 
 def adapted_logits(model: pathlib.Path, adapter: pathlib.Path, ids: np.ndarray) -> np.ndarray:
     """Logits with the adapter beside the matrices, as training and generation compute them."""
-    found, facts = conversion.read(model), json.loads((adapter / "adapter_config.json").read_text())
+    found, facts = (
+        conversion.read_checkpoint(model),
+        json.loads((adapter / "adapter_config.json").read_text()),
+    )
     lora = Lora(**{name: facts[name] for name in ("rank", "alpha", "dropout")})
     with jax.set_mesh(make_mesh(Mesh(data=1, fsdp=1, tp=1))):
-        like = chameleon.abstract(found.model, found.vocab, lora)
-        graph, adapters, rest = chameleon.split(like)
+        like = chameleon.abstract_model(found.model, found.vocab, lora)
+        graph, adapters, rest = chameleon.split_adapters(like)
         adapters = safetensors_file.load(adapter / "adapter.safetensors", adapters)
         net = nnx.merge(graph, adapters, export.load(model, rest))
         positions = np.tile(np.arange(ids.shape[1], dtype=np.int32), (len(ids), 1))
@@ -81,7 +84,7 @@ def test_adapters_go_round_exactly(base, tmp_path):
     assert_equal(read_safetensors(native), read_safetensors(again))
     one, two = (json.loads((p / "adapter_config.json").read_text()) for p in (native, again))
     assert one == two and one["rank"] == 4 and one["alpha"] == 6 and one["dropout"] == 0.05
-    assert one["base"] == export.identity(base)
+    assert one["base"] == export.base_fingerprint(base)
     settings = json.loads((peft / "adapter_config.json").read_text())
     assert (settings["r"], settings["lora_alpha"], settings["lora_dropout"]) == (4, 6, 0.05)
 
@@ -91,15 +94,17 @@ def test_a_run_is_merged_into_its_base(trained, layout, tmp_path):
     model, run = trained
     there = convert(run, tmp_path / layout, layout, base=str(model))
     back = convert(there, tmp_path / "native", "native")
-    found = conversion.read(back)
+    found = conversion.read_checkpoint(back)
     ids = np.random.default_rng(0).integers(0, 8_776, (2, 24)).astype(np.int32)
     with jax.set_mesh(make_mesh(Mesh(data=1, fsdp=1, tp=1))):
-        net = export.load(back, chameleon.abstract(found.model, found.vocab, chameleon.NO_LORA))
+        net = export.load(
+            back, chameleon.abstract_model(found.model, found.vocab, chameleon.NO_LORA)
+        )
         rows = (jnp.asarray(ids), jnp.ones_like(ids), jnp.tile(jnp.arange(24), (2, 1)))
         merged = np.asarray(net.logits(net.hidden(*rows, key=None)))
     beside = adapted_logits(model, run / "adapter", ids)
     np.testing.assert_allclose(merged, beside, rtol=0, atol=2e-5 * max(1.0, float(beside.std())))
-    assert export.identity(back) != export.identity(model)
+    assert export.base_fingerprint(back) != export.base_fingerprint(model)
 
 
 def test_merging_is_in_fp32_and_rounds_once(base, tmp_path):
@@ -124,7 +129,7 @@ def test_the_card_names_what_a_run_was_trained_on(trained, tmp_path):
     assert text.startswith("Trained on no credentialed data.")
     for wanted in (
         "Research only, not for clinical use", "Chameleon Research License", "| generated | 40 |",
-        export.identity(model), "rank 4, alpha 4, dropout 0.1", "Trained for 4 steps",
+        export.base_fingerprint(model), "rank 4, alpha 4, dropout 0.1", "Trained for 4 steps",
     ):  # fmt: skip
         assert wanted in text, wanted
     facts = json.loads((run / "adapter" / "adapter_config.json").read_text())
@@ -147,18 +152,18 @@ def test_an_interrupted_run_gives_its_newest_checkpoint(trained, tmp_path):
     native = convert(cut, tmp_path / "native", "native")
     assert_equal(read_safetensors(native), read_safetensors(run / "adapter"))
     (cut / "checkpoints" / "4" / "sha256.json").unlink()
-    said = inspect_checkpoint.facts(conversion.read(cut))
+    said = inspect_checkpoint.describe(conversion.read_checkpoint(cut))
     assert said["facts"]["step"] == 2 and said["lora"]["rank"] == 4
 
 
 def test_inspect_reads_rank_alpha_and_targets(trained):
-    said = inspect_checkpoint.facts(conversion.read(PEFT))
+    said = inspect_checkpoint.describe(conversion.read_checkpoint(PEFT))
     assert said["layout"] == "peft adapter"
     assert said["lora"]["rank"] == 4 and said["lora"]["alpha"] == 6
     assert said["lora"]["targets"] == sorted(
         "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
     )
-    assert "rank 4" in inspect_checkpoint.words(said)
+    assert "rank 4" in inspect_checkpoint.format_description(said)
 
 
 def edited(tmp_path, **changes) -> pathlib.Path:

@@ -72,10 +72,10 @@ def test_torch_files_of_hugging_face_are_read(hf, copy, tmp_path):
         assert_equal(read_safetensors(back), read_safetensors(wanted))
     index.write_text(json.dumps({"weight_map": places | {names[0]: "../x.bin"}}))
     with pytest.raises(ConvertError, match="no plain file name"):
-        conversion.read(copy)
+        conversion.read_checkpoint(copy)
     index.unlink()
     with pytest.raises(ConvertError, match="0 safetensors files.*pytorch_model.bin is read too"):
-        conversion.read(copy)
+        conversion.read_checkpoint(copy)
 
 
 def one_row(folder: pathlib.Path) -> dict[str, np.ndarray]:
@@ -89,7 +89,7 @@ def test_gains_of_one_row_are_every_heads(hf, copy, tmp_path):
     one_row(copy)
     for config in ({}, {"model_parallel_size": None}):
         edit_config(copy, **config)
-        found, wanted = conversion.read(copy), conversion.read(hf)
+        found, wanted = conversion.read_checkpoint(copy), conversion.read_checkpoint(hf)
         assert found.fingerprint == wanted.fingerprint and found.model == wanted.model
     native = convert(copy, tmp_path / "native", "native")
     back = convert(native, tmp_path / "back", "hf")
@@ -101,7 +101,7 @@ def test_gains_of_one_row_for_several_shards_are_refused(tmp_path):
     folder = convert(swin, tmp_path / "hf", "hf")
     one_row(folder)
     with pytest.raises(ConvertError, match="one row of gains, but the model has 4 model-parallel"):
-        conversion.read(folder)
+        conversion.read_checkpoint(folder)
 
 
 @pytest.mark.parametrize("zero", ["some", "all", "none there"])
@@ -115,16 +115,16 @@ def test_ungathered_weights_name_the_cause(meta, copy, tmp_path, zero):
     arrays = emptied(read_safetensors(copy))
     save_file(arrays, copy / "model.safetensors")
     with pytest.raises(ConvertError, match="without gathering the weights. Save it again"):
-        conversion.read(copy)
+        conversion.read_checkpoint(copy)
     (copy / "model.safetensors").unlink()
     write_pth(copy / "pytorch_model.bin", arrays, wrap=None)
     with pytest.raises(ConvertError, match="without gathering the weights. Save it again"):
-        conversion.read(copy)
+        conversion.read_checkpoint(copy)
     other = pathlib.Path(shutil.copytree(meta, tmp_path / "meta"))
     path = other / "models/7b/consolidated.pth"
     write_pth(path, emptied(read_pth(path)), wrap=None)
     with pytest.raises(ConvertError, match="without gathering the weights. Save it again"):
-        conversion.read(other)
+        conversion.read_checkpoint(other)
 
 
 HUGE = 10**9
@@ -179,7 +179,7 @@ def refused(path: pathlib.Path, message: str) -> None:
     """Reading ends in one printable line with `message`, soon."""
     begin = time.process_time()
     with pytest.raises(conversion.ERRORS, match=message) as caught:
-        conversion.read(path)
+        conversion.read_checkpoint(path)
     assert time.process_time() - begin < SECONDS
     assert str(caught.value).isprintable() and len(str(caught.value)) <= 1_000
 

@@ -28,7 +28,7 @@ from medmax_jax.checkpoints.torch_unpickler import PthError
 from medmax_jax.convert import convert as conversion
 from medmax_jax.convert import native
 from medmax_jax.convert.__main__ import main
-from medmax_jax.convert.state_dict import ConvertError, finite
+from medmax_jax.convert.state_dict import ConvertError, check_finite
 from medmax_jax.io.storage import Folder, StorageError
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -208,7 +208,7 @@ def test_a_tied_head_and_gains_of_single_heads(hf, tmp_path):
     arrays["model.layers.1.self_attn.q_norm.weight"][2] += 1
     save_file(arrays, folder / "m.safetensors")
     native_folder = convert(folder, tmp_path / "native", "native")
-    assert conversion.read(native_folder).model.qk_norm_shards == 4  # a row a head
+    assert conversion.read_checkpoint(native_folder).model.qk_norm_shards == 4  # a row a head
     swin = convert(meta_of(tmp_path / "swin", SWIN), tmp_path / "swin_hf", "hf")
     arrays = read_safetensors(swin)
     arrays["model.layers.1.self_attn.q_norm.weight"][1] += 1  # of two that share a key head
@@ -260,7 +260,7 @@ def test_safetensors_headers_are_not_believed(hf, tmp_path, content, message):
     (folder / "config.json").write_bytes((hf / "config.json").read_bytes())
     (folder / "model.safetensors").write_bytes(content)
     with pytest.raises(ConvertError, match=message):
-        conversion.read(folder)
+        conversion.read_checkpoint(folder)
 
 
 def test_a_flipped_bit_in_a_native_base_is_noticed(tmp_path):
@@ -297,7 +297,7 @@ def test_where_nothing_is_and_where_something_is(tmp_path, capsys):
         folder = Folder("gs://bucket/x")
         from medmax_jax.convert import meta as meta_layout
 
-        meta_layout.write(folder, conversion.read(meta), progress=lambda _: None)
+        meta_layout.write(folder, conversion.read_checkpoint(meta), progress=lambda _: None)
 
 
 def test_a_killed_conversion_leaves_nothing_that_reads(tmp_path):
@@ -311,7 +311,7 @@ def test_a_killed_conversion_leaves_nothing_that_reads(tmp_path):
     run.kill()
     assert run.wait() != 0 and not target.exists()
     done = subprocess.run([*command, "--format", "native"], cwd=ROOT, env=environment)
-    assert done.returncode == 0 and conversion.read(target).language
+    assert done.returncode == 0 and conversion.read_checkpoint(target).language
     assert sorted(p.name for p in tmp_path.iterdir() if not p.name.endswith(".lock")) == [
         "meta", "native",
     ]  # fmt: skip
@@ -323,7 +323,7 @@ def test_a_config_that_names_wrong_dtypes(tmp_path):
     config["weights"]["dtypes"] = {"lm_head.weight": "I8"}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConvertError, match="weights.dtypes.lm_head.weight is 'I8'"):
-        native.read(Folder(folder))
+        native.read_checkpoint(Folder(folder))
 
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
@@ -332,7 +332,7 @@ def test_one_bad_number_is_found_wherever_it_is(dtype, value):
     largest = float(finfo(NUMPY[dtype]).max)
     for place in (0, 300_000, 599_999):
         array = np.full(600_000, largest).astype(NUMPY[dtype])
-        assert finite(array, "w") is array
+        assert check_finite(array, "w") is array
         array[place] = value
         with pytest.raises(ConvertError, match="w: 1 of 600000 numbers"):
-            finite(array.reshape(600, 1000).T, "w")
+            check_finite(array.reshape(600, 1000).T, "w")

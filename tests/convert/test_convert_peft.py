@@ -110,7 +110,10 @@ def test_rslora_becomes_an_adapter_of_this_project(base, tmp_path):
 def test_several_ranks_do_not_become_an_adapter_of_this_project(base, tmp_path):
     ranks = {f"model.layers.{i}.self_attn.q_proj": 2 for i in (0, 1)}
     source = adapter(tmp_path / "ranks", ranks=ranks, rank_pattern={"q_proj": 2})
-    assert inspect_checkpoint.facts(conversion.read(source))["lora"]["ranks"] == [2, 4]
+    assert inspect_checkpoint.describe(conversion.read_checkpoint(source))["lora"]["ranks"] == [
+        2,
+        4,
+    ]
     factors = adapter(tmp_path / "factors", alpha_pattern={"q_proj": 2})
     for path in (source, factors):
         for layout in ("native", "peft"):
@@ -175,7 +178,7 @@ def test_several_ranks_do_not_become_an_adapter_of_this_project(base, tmp_path):
 def test_settings_that_are_not_computed_are_refused_by_name(tmp_path, settings, message):
     source = adapter(tmp_path / "adapter", **settings)
     with pytest.raises(ConvertError, match=f"adapter_config.json: .*{message}"):
-        conversion.read(source)
+        conversion.read_checkpoint(source)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +195,7 @@ def test_settings_that_are_not_computed_are_refused_by_name(tmp_path, settings, 
     ],
 )
 def test_neutral_settings_are_accepted(tmp_path, settings):
-    found = conversion.read(adapter(tmp_path / "adapter", **settings))
+    found = conversion.read_checkpoint(adapter(tmp_path / "adapter", **settings))
     assert found.lora.rank == 4 and found.scale(next(iter(found.matrices))) == 6 / 4
 
 
@@ -212,7 +215,7 @@ def test_adapters_on_some_layers_are_refused(base, tmp_path):
         convert(source, tmp_path / "out", "hf", base=str(base))
     far = adapter(tmp_path / "far", layers=(10**9,))
     with pytest.raises(ConvertError, match="layers.1000000000.* has no place"):
-        conversion.read(far)
+        conversion.read_checkpoint(far)
 
 
 def test_adapters_on_some_modules_are_merged(base, tmp_path):
@@ -235,4 +238,4 @@ def test_facts_of_another_kind_are_refused(tmp_path, facts):
     source = adapter(tmp_path / "adapter")
     (source / "medmax_jax.json").write_text(json.dumps(facts))
     with pytest.raises(ConvertError, match="medmax_jax.json: .*export the adapter again"):
-        conversion.read(source)
+        conversion.read_checkpoint(source)

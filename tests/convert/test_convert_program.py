@@ -65,8 +65,10 @@ def test_inspect_of_every_layout(meta, tmp_path, capsys):
 def test_inspect_knows_the_published_sizes():
     for settings, name in ((base.get_config(), "7B"), (chameleon_30b.get_config(), "30B")):
         model = build(Model, settings.model)
-        found = dataclasses.replace(conversion.read(TINY), model=model, language={}, vqgan={})
-        assert inspect_checkpoint.facts(found)["model"] == name
+        found = dataclasses.replace(
+            conversion.read_checkpoint(TINY), model=model, language={}, vqgan={}
+        )
+        assert inspect_checkpoint.describe(found)["model"] == name
 
 
 def test_two_models_in_one_download(meta, tmp_path):
@@ -74,8 +76,8 @@ def test_two_models_in_one_download(meta, tmp_path):
     shutil.copytree(meta, folder)
     shutil.copytree(folder / "models" / "7b", folder / "models" / "30b")
     with pytest.raises(ConvertError, match="holds 2 models .models/30b, models/7b."):
-        conversion.read(folder)
-    found = conversion.read(folder / "models" / "30b")
+        conversion.read_checkpoint(folder)
+    found = conversion.read_checkpoint(folder / "models" / "30b")
     assert found.tokenizer and found.has_decoder  # from ../../tokenizer
     names = json.loads(
         (convert(folder / "models/7b", tmp_path / "out", "meta")
@@ -181,5 +183,5 @@ def test_an_encoder_only_vqgan_tokenizes_images(tmp_path):
 
 def test_a_model_without_vqgan_has_chameleons_settings(tmp_path):
     meta = write_meta(tmp_path / "m", BASE, shards(BASE, dtypes=("F32",), seed=0), vqgan=False)
-    found = conversion.read(convert(meta, tmp_path / "n", "native"))
+    found = conversion.read_checkpoint(convert(meta, tmp_path / "n", "native"))
     assert found.vqgan == {} and found.vq.num_codes == 8192

@@ -52,7 +52,7 @@ def test_every_layout_is_read_from_a_bucket(bucket, meta, tmp_path):
     run("native", "hf", "hf")
     run("hf", "again", "native")
     said = [
-        inspect_checkpoint.facts(conversion.read(f"{bucket}/{p}"))
+        inspect_checkpoint.describe(conversion.read_checkpoint(f"{bucket}/{p}"))
         for p in ("meta", "native", "hf", "again")
     ]
     assert len({s["fingerprint"] for s in said}) == 1
@@ -73,11 +73,11 @@ def test_a_base_is_loaded_from_a_bucket_onto_a_mesh(bucket, meta, tmp_path):
     there = f"{bucket}/native"
     convert(meta, there, "native")
     here = convert(meta, tmp_path / "native", "native")
-    found = conversion.read(here)
+    found = conversion.read_checkpoint(here)
     with jax.set_mesh(make_mesh(Mesh(data=1, fsdp=2, tp=4))):
-        like = chameleon.abstract(found.model, found.vocab, chameleon.NO_LORA)
+        like = chameleon.abstract_model(found.model, found.vocab, chameleon.NO_LORA)
         one, two = (jax.tree.leaves(export.load(p, like)) for p in (there, here))
-    assert export.identity(there) == export.identity(here)
+    assert export.base_fingerprint(there) == export.base_fingerprint(here)
     for a, b in zip(one, two, strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
@@ -99,7 +99,7 @@ def test_a_server_that_does_not_answer_is_an_error_in_bounded_time(monkeypatch, 
         use_server(monkeypatch, url if where == "silent" else f"http://127.0.0.1:{free_port()}")
         start = time.monotonic()
         with pytest.raises(StorageError, match="gs://bucket/x"):
-            conversion.read("gs://bucket/x")
+            conversion.read_checkpoint("gs://bucket/x")
     assert time.monotonic() - start < 30
 
 
@@ -117,4 +117,4 @@ def test_lora_trains_on_a_base_in_a_bucket(bucket, tmp_path):
         adapters.append(read_safetensors(tmp_path / name / "adapter"))
     assert_equal(*adapters)
     merged = convert(tmp_path / "a", tmp_path / "merged", "hf", base=there)
-    assert conversion.read(merged).language
+    assert conversion.read_checkpoint(merged).language

@@ -93,7 +93,7 @@ def test_codes_are_those_of_the_picture(make, source, encoder, tmp_path):
         begin = int(np.flatnonzero(document.tokens == BOI)[0]) + 1
         assert np.array_equal(document.tokens[begin : begin + 64], codes.ravel() + IMAGE_START)
         assert document.image_path == f"imgs/xmlab{n}/source.jpg"
-        text = jsonl.written(document, encoder.layout, encoder.tokenizer)
+        text = jsonl.to_text(document, encoder.layout, encoder.tokenizer)
         assert text == "<image>What modality is used?<reserved08706>CT"
 
 

@@ -226,8 +226,8 @@ def test_a_leak_is_found_by_bytes_look_and_codes(sample, leaking, capsys):
 
 def test_shared_words_are_notes_and_errors_when_strict(sample, tmp_path, capsys):
     found = records_writer.open_records(sample / "validation")
-    tokenizer = check.tokenizer_of(found, None, prepare.TINY)
-    texts = [jsonl.spoken(d, found.layout, tokenizer) for d in found]
+    tokenizer = check.resolve_tokenizer(found, None, prepare.TINY)
+    texts = [jsonl.plain_text(d, found.layout, tokenizer) for d in found]
     long = max(texts, key=lambda t: len(t.split()))
     rows = [dict(id="said", prompt=long, answer="", image_path=""),
             dict(id="new", prompt=" ".join(f"w{n}" for n in range(30)), answer="")]  # fmt: skip
@@ -275,4 +275,4 @@ def test_refusals(tmp_path, sample, capsys):
     found = records_writer.open_records(sample / "test")
     vars(found)["layout"] = dataclasses.replace(found.layout, vqgan="0" * 64)
     with pytest.raises(PrepareError, match="its VQGAN did not make the codes"):
-        check.encoder_of(found, prepare.TINY)
+        check.resolve_encoder(found, prepare.TINY)

@@ -13,8 +13,8 @@ from test_mimic import DICOM_IDS, SECRETS, logger_as_before, marked_source  # no
 
 from medmax_jax.data import prepare
 from medmax_jax.data.image_tokens import document_codes
-from medmax_jax.data.image_tokens.document_codes import Encoded, Files, Stored
-from medmax_jax.data.image_tokens.encoder import PrepareError, View, load_encoder, open_picture
+from medmax_jax.data.image_tokens.document_codes import Files, OnlineEncoder, StoredCodes
+from medmax_jax.data.image_tokens.encoder import ImageView, PrepareError, load_encoder, open_image
 from medmax_jax.data.image_tokens.store import tokenize
 from medmax_jax.data.image_tokens.store_reader import digest_of, open_codes
 from medmax_jax.data.records import writer
@@ -42,11 +42,11 @@ def files_of(folder: pathlib.Path) -> dict[str, bytes]:
 
 
 def pictures_of(folder: pathlib.Path) -> Files:
-    return Files(lambda p: open_picture(folder / p, name=p), lambda p: folder / p)
+    return Files(lambda p: open_image(folder / p, name=p), lambda p: folder / p)
 
 
-def views(*paths: str) -> list[View]:
-    return [View(path, 0, "", False) for path in paths]
+def views(*paths: str) -> list[ImageView]:
+    return [ImageView(path, 0, "", False) for path in paths]
 
 
 @pytest.mark.parametrize("source", ["SLAKE", "PathVQA"])
@@ -109,7 +109,7 @@ def codes(folder, encoder, tmp_path) -> pathlib.Path:
 
 
 def test_pictures_are_found_by_their_bytes_and_bad_ones_told_alike(folder, codes, encoder):
-    stored, made = Stored(codes, encoder, "highest"), Encoded(encoder, "highest")
+    stored, made = StoredCodes(codes, encoder, "highest"), OnlineEncoder(encoder, "highest")
     shutil.copyfile(folder / "1.jpg", folder / "elsewhere.jpg")
     asked = views("0.jpg", "elsewhere.jpg", "2.jpg", "gone.jpg")
     one = stored(asked, pictures_of(folder), tell=False)
@@ -120,7 +120,7 @@ def test_pictures_are_found_by_their_bytes_and_bad_ones_told_alike(folder, codes
 
 
 def test_a_picture_that_is_not_in_the_folder_is_no_quarantine(folder, codes, encoder):
-    stored = Stored(codes, encoder, "highest")
+    stored = StoredCodes(codes, encoder, "highest")
     with pytest.raises(PrepareError, match=r"--codes .* lacks 3.jpg, or the picture was changed"):
         stored(views("3.jpg"), pictures_of(folder), tell=False)
     shutil.copyfile(PICTURES[5], folder / "0.jpg")
@@ -135,17 +135,20 @@ def test_a_folder_of_another_model_or_precision_is_refused(codes, encoder, tmp_p
         file.seek(-4, 2)
         file.write(b"\0\0\0\1")
     with pytest.raises(PrepareError, match="has vqgan '.*, and --model or --precision ask for"):
-        Stored(codes, load_encoder(other), "highest")
+        StoredCodes(codes, load_encoder(other), "highest")
     with pytest.raises(PrepareError, match="has precision 'highest', .* ask for 'bfloat16'"):
-        Stored(codes, encoder, "bfloat16")
+        StoredCodes(codes, encoder, "bfloat16")
     with pytest.raises(PrepareError, match="not finished"):
-        Stored(tmp_path, encoder, "highest")
+        StoredCodes(tmp_path, encoder, "highest")
 
 
 def test_records_of_bfloat16_codes_say_how_many_agree(folder, encoder, tmp_path):
     how = HOW | dict(precision="bfloat16")
     meta = tokenize(tmp_path / "low", ["0.jpg", "1.jpg"], folder=folder, encoder=encoder, **how)
-    stored, made = Stored(tmp_path / "low", encoder, "bfloat16"), Encoded(encoder, "bfloat16")
+    stored, made = (
+        StoredCodes(tmp_path / "low", encoder, "bfloat16"),
+        OnlineEncoder(encoder, "bfloat16"),
+    )
     asked = views("0.jpg", "1.jpg")
     one, two = (source(asked, pictures_of(folder), tell=False) for source in (stored, made))
     assert all(np.array_equal(one.codes[k], two.codes[k]) for k in two.codes)
@@ -184,9 +187,9 @@ def test_codes_of_a_credentialed_source_are_private_and_nameless(tmp_path, capsy
 
 def test_open_codes_are_not_taken_for_a_credentialed_source(folder, codes, encoder, tmp_path):
     with pytest.raises(PrepareError, match="tokenize it with --credentialed for this source"):
-        Stored(codes, encoder, "highest").check_credentialed(burned_in=False)
+        StoredCodes(codes, encoder, "highest").check_credentialed(burned_in=False)
     private, rules = tmp_path / "private", dict(credentialed=True, burned_in=True)
     tokenize(private, ["0.jpg"], folder=folder, encoder=encoder, **HOW | rules)
     with pytest.raises(PrepareError, match="tokenize it without --burned_in for this source"):
-        Stored(private, encoder, "highest").check_credentialed(burned_in=False)
-    Stored(private, encoder, "highest").check_credentialed(burned_in=True)
+        StoredCodes(private, encoder, "highest").check_credentialed(burned_in=False)
+    StoredCodes(private, encoder, "highest").check_credentialed(burned_in=True)

@@ -37,7 +37,7 @@ from medmax_jax.data.image_tokens import store
 from medmax_jax.data.image_tokens.encoder import load_encoder
 
 out, folder, paths, model, how, patience = json.loads(sys.argv[1])
-store.PATIENCE = patience
+store.TAKEOVER_SECONDS = patience
 encoder = load_encoder(Path(model))
 print("ready", flush=True)
 store.tokenize(out, paths, folder=folder, encoder=encoder, **how)

@@ -89,7 +89,7 @@ def test_the_example_of_the_docstring(tmp_path):
         run = run_config(
             data__document_limit=12, data__seq_len=12, data__batch_size=1, train__loss_weight=weight
         )
-        batch = loader.batches(run, folder).batch(0)
+        batch = loader.train_batches(run, folder).batch(0)
         ids = [0, 8_722, 8_723, SEP, 8_724, 2, 0, 8_732, 8_733, 2, PAD, PAD]
         assert batch.ids.tolist() == [ids]
         assert batch.segments.tolist() == [[1] * 6 + [2] * 4 + [0] * 2]
@@ -108,7 +108,7 @@ def test_three_turns(tmp_path):
         run = run_config(
             data__document_limit=15, data__seq_len=15, data__batch_size=1, data__mask=mask
         )
-        at = loader.one_pass(run, folder)
+        at = loader.eval_batches(run, folder)
         np.testing.assert_allclose(at.batch(0).weights[0], expected / expected.sum(), rtol=1e-6)
         assert at.stats(0).scored_text == expected.sum() and at.stats(0).scored_image == 0
 
@@ -118,7 +118,7 @@ def test_three_turns(tmp_path):
 @pytest.mark.parametrize("pack", [True, False])
 def test_weights_sum_to_one(folder, weight, mask, pack):
     run = run_config(data__mask=mask, data__pack=pack, train__loss_weight=weight)
-    at = loader.batches(run, folder)
+    at = loader.train_batches(run, folder)
     for step in (0, 3, 17):
         batch, stats = at.batch(step), at.stats(step)
         assert abs(batch.weights.sum() - 1) < 1e-5 and batch.weights.dtype == np.float32
@@ -134,7 +134,7 @@ def test_weights_sum_to_one(folder, weight, mask, pack):
 
 
 def test_every_document_once_an_epoch(folder):
-    at = loader.one_pass(run_config(), folder)
+    at = loader.eval_batches(run_config(), folder)
     found = [d for step in range(len(at)) for d in gather(at.batch(step))]
     expected = [some(n).tokens.tolist() for n in range(40)]
     assert sorted(found) == sorted(expected)
@@ -142,14 +142,14 @@ def test_every_document_once_an_epoch(folder):
 
 
 def test_unpacked_rows_have_one_document(folder):
-    at = loader.one_pass(run_config(data__pack=False), folder)
+    at = loader.eval_batches(run_config(data__pack=False), folder)
     assert len(at) == 10
     assert all(at.batch(s).segments.max() == 1 for s in range(10))
 
 
 def test_the_last_batch_of_a_pass_is_filled_up(tmp_path):
     folder = write(tmp_path, map(some, range(5)))
-    at = loader.one_pass(run_config(data__pack=False), folder)
+    at = loader.eval_batches(run_config(data__pack=False), folder)
     assert len(at) == 2
     last = at.batch(1)
     assert last.ids.shape == (4, SEQ) and not last.segments[1:].any()
@@ -159,7 +159,7 @@ def test_the_last_batch_of_a_pass_is_filled_up(tmp_path):
 
 def test_epochs_differ_and_steps_do_not(folder):
     run = run_config()
-    one, two = loader.batches(run, folder), loader.batches(run, folder)
+    one, two = loader.train_batches(run, folder), loader.train_batches(run, folder)
     late = [two.batch(s) for s in (200, 31, 0)]  # in another order
     assert [one.stats(s).epoch for s in (0, 200)] == [0, one.stats(200).epoch]
     assert one.stats(200).epoch > 5
@@ -169,22 +169,22 @@ def test_epochs_differ_and_steps_do_not(folder):
 
 def test_stream_resumes_anywhere(folder):
     run = run_config(train__steps=40)
-    at = loader.batches(run, folder)
+    at = loader.train_batches(run, folder)
     whole = list(at.stream(0))
     assert len(whole) == len(at) == 40
-    rest = list(loader.batches(run, folder).stream(33))
+    rest = list(loader.train_batches(run, folder).stream(33))
     assert all(equal(a, b) for a, b in zip(whole[33:], rest, strict=True))
     assert list(at.stream(40)) == []
-    longer = loader.batches(run_config(train__steps=60), folder)
+    longer = loader.train_batches(run_config(train__steps=60), folder)
     assert equal(longer.batch(39), whole[39])
 
 
 def test_hosts_share_a_step_in_blocks(folder):
     run = run_config()
-    whole = loader.batches(run, folder).batch(7)
+    whole = loader.train_batches(run, folder).batch(7)
     for hosts in (2, 4):
         parts = [
-            loader.Batches(run, folder, one_pass=False, host=h, hosts=hosts).batch(7)
+            loader.BatchLoader(run, folder, one_pass=False, host=h, hosts=hosts).batch(7)
             for h in range(hosts)
         ]
         assert equal(jax.tree.map(lambda *x: np.concatenate(x), *parts), whole)
@@ -204,8 +204,10 @@ def test_any_hosts_read_the_same_rows(folder, steps, hosts, weights, centric, se
         data__seed=seed, train__steps=61, mixing__by="task", mixing__weights=weights,
         mixing__image_centric=centric and not weights,
     )  # fmt: skip
-    whole = loader.batches(run, folder)
-    parts = [loader.Batches(run, folder, one_pass=False, host=h, hosts=hosts) for h in range(hosts)]
+    whole = loader.train_batches(run, folder)
+    parts = [
+        loader.BatchLoader(run, folder, one_pass=False, host=h, hosts=hosts) for h in range(hosts)
+    ]
     assert len({at.plan for at in (whole, *parts)}) == 1
     for step in steps:
         rows = [at.batch(step) for at in parts]
@@ -216,10 +218,10 @@ def test_any_hosts_read_the_same_rows(folder, steps, hosts, weights, centric, se
 def test_a_run_goes_on_with_other_hosts(folder):
     """Six steps on one host, the next on four, the rest on two: the documents of one run."""
     run, found = run_config(train__steps=18), []
-    whole = [b for s in range(18) for b in gather(loader.batches(run, folder).batch(s))]
+    whole = [b for s in range(18) for b in gather(loader.train_batches(run, folder).batch(s))]
     for hosts, steps in ((1, range(6)), (4, range(6, 12)), (2, range(12, 18))):
         streams = [
-            loader.Batches(run, folder, one_pass=False, host=h, hosts=hosts).stream(steps[0])
+            loader.BatchLoader(run, folder, one_pass=False, host=h, hosts=hosts).stream(steps[0])
             for h in range(hosts)
         ]
         for _ in steps:
@@ -231,15 +233,15 @@ def test_long_documents_are_left_out_whole_and_named(folder):
     """None is cut, so none loses its answer or half of its image."""
     lengths = np.array([len(some(n).tokens) for n in range(40)])
     run = run_config(data__document_limit=84)
-    at = loader.one_pass(run, folder)
+    at = loader.eval_batches(run, folder)
     found = [d for step in range(len(at)) for d in gather(at.batch(step))]
     kept = np.flatnonzero(lengths <= 84)
     assert sorted(found) == sorted(some(n).tokens.tolist() for n in kept)
     long = np.flatnonzero(lengths > 84)
     names = ", ".join(f"d{n}" for n in long[:5])
-    assert at.words()[-1].startswith("left out, longer than data.document_limit = 84")
-    assert f"{len(long)} documents: {names}, ...;" in at.words()[-1] and len(long) > 5
-    assert "left out" not in " ".join(loader.batches(run_config(), folder).words())
+    assert at.describe()[-1].startswith("left out, longer than data.document_limit = 84")
+    assert f"{len(long)} documents: {names}, ...;" in at.describe()[-1] and len(long) > 5
+    assert "left out" not in " ".join(loader.train_batches(run_config(), folder).describe())
 
 
 def test_words_say_both_shares(tmp_path):
@@ -249,18 +251,18 @@ def test_words_say_both_shares(tmp_path):
     ]
     folder = write(tmp_path, docs)
     run = run_config(mixing__by="task", mixing__weights="Visual Chat=1, VQA=1")
-    words = loader.batches(run, folder).words()
+    words = loader.train_batches(run, folder).describe()
     tokens = np.array([len(d.tokens) for d in docs])
     vqa = tokens[20:].mean() / (tokens[20:].mean() + tokens[:20].mean())
     assert f"VQA: 50.0% of the documents, {vqa:.1%} of the tokens, each 1.5 times an epoch" in words
     assert "an epoch draws 30 into" in words[0]
-    held = loader.one_pass(run, folder)  # validation is not weighted
+    held = loader.eval_batches(run, folder)  # validation is not weighted
     assert sum(held.stats(s).documents for s in range(len(held))) == 30
-    assert any(w.startswith("VQA: 33.3% of the documents") for w in held.words())
+    assert any(w.startswith("VQA: 33.3% of the documents") for w in held.describe())
 
 
 def test_batches_are_trees(folder):
-    batch = loader.batches(run_config(), folder).batch(0)
+    batch = loader.train_batches(run_config(), folder).batch(0)
     assert [x.shape for x in jax.tree.leaves(batch)] == [(ROWS, SEQ)] * 5
     assert isinstance(jax.tree.map(np.asarray, batch), Batch)
 
@@ -274,7 +276,7 @@ def test_kinds_number_the_pairs_of_source_and_task(tmp_path):
     layout = Layout(vocab=micro_run.run().vocab, codes_per_image=4, tokenizer="", vqgan="")
     writer.write(tmp_path / "r", made, shard_size=16, layout=layout, notes={})
     run = micro_run.run(data__train=str(tmp_path / "r"), data__batch_size=8)
-    data = loader.one_pass(run, str(tmp_path / "r"))
+    data = loader.eval_batches(run, str(tmp_path / "r"))
     assert len(data.kinds) == 6 and data.kinds == sorted(data.kinds)
     known = {tuple(d.tokens.tolist()): (d.source, d.task) for d in made}
     met = 0
@@ -290,27 +292,27 @@ def test_kinds_number_the_pairs_of_source_and_task(tmp_path):
     many = [dataclasses.replace(made[0], id=str(n), source=f"s{n}") for n in range(129)]
     writer.write(tmp_path / "many", many, shard_size=200, layout=layout, notes={})
     with pytest.raises(RecordsError, match="129 pairs of source and task; at most 128"):
-        loader.one_pass(run, str(tmp_path / "many"))
+        loader.eval_batches(run, str(tmp_path / "many"))
 
 
 def test_refusals(folder, tmp_path):
     run = run_config(train__steps=5)
-    at = loader.batches(run, folder)
+    at = loader.train_batches(run, folder)
     for step in (-1, 5):
         with pytest.raises(IndexError, match=f"step {step} of 5"):
             at.batch(step)
     with pytest.raises(RecordsError, match="config.vocab is"):
         vocab = dataclasses.replace(run.vocab, size=9_800)
-        loader.batches(dataclasses.replace(run, vocab=vocab), folder)
+        loader.train_batches(dataclasses.replace(run, vocab=vocab), folder)
     with pytest.raises(RecordsError, match="64 codes, but config.vq makes 16"):
         vq = dataclasses.replace(run.vq, image_size=32)
-        loader.batches(dataclasses.replace(run, vq=vq), folder)
+        loader.train_batches(dataclasses.replace(run, vq=vq), folder)
     with pytest.raises(RecordsError, match="multiple of the 3 hosts"):
-        loader.Batches(run, folder, one_pass=False, host=0, hosts=3)
+        loader.BatchLoader(run, folder, one_pass=False, host=0, hosts=3)
     with pytest.raises(ValueError, match=r"all 40 documents are longer than .*limit = 5; the long"):
-        loader.batches(run_config(data__document_limit=5), folder)
+        loader.train_batches(run_config(data__document_limit=5), folder)
     with pytest.raises(RecordsError, match="no such folder"):
-        loader.batches(run, tmp_path / "absent")
+        loader.train_batches(run, tmp_path / "absent")
 
 
 def test_a_damaged_shard_stops_the_stream(tmp_path):
@@ -321,4 +323,4 @@ def test_a_damaged_shard_stops_the_stream(tmp_path):
     raw[place] ^= 4
     shard.write_bytes(raw)
     with pytest.raises(RecordsError, match="00001-of-00003"):
-        list(loader.one_pass(run_config(), folder).stream(0))
+        list(loader.eval_batches(run_config(), folder).stream(0))

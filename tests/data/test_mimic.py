@@ -15,7 +15,7 @@ from medmax_jax.data.image_tokens import dicom, document_codes
 from medmax_jax.data.records import jsonl, writer
 from medmax_jax.data.records.row_streams import SourceError
 from medmax_jax.data.sources import reports
-from medmax_jax.data.sources.row import Bad, Row, wordings
+from medmax_jax.data.sources.row import RejectedRow, Row, templates
 from medmax_jax.models.image_headers import ImageError
 from medmax_jax.models.tokenizer import Tokenizer
 
@@ -27,7 +27,9 @@ SECRETS = (CANARY, LOWER, SUBJECT, STUDY, "17351017", "17351018", "ascites", *DI
 
 def rows_of(folder, **asked):
     found = list(reports.read(folder, plan("MIMIC-CXR", **asked)))
-    return [r for r in found if isinstance(r, Row)], [r for r in found if isinstance(r, Bad)]
+    return [r for r in found if isinstance(r, Row)], [
+        r for r in found if isinstance(r, RejectedRow)
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +83,7 @@ def test_documents_of_both_directions(tmp_path):
     assert texts["report"] and texts["radiograph"]
     for text in texts["report"]:
         question, answer = text.removeprefix("<image>").split("<reserved08706>")
-        assert question in wordings("report")
+        assert question in templates("report")
         assert answer.startswith("Findings: There") and "\nImpression: No acute" in answer
     assert all(t.endswith("process.<reserved08706><image>") for t in texts["radiograph"])
     assert all("___" not in r.text and "ascites" not in r.text for r in rows)
@@ -251,7 +253,7 @@ def everything_written(folder):
     parts += [p.read_bytes().decode("latin-1") for p in folder.iterdir()]
     for d in found:
         parts += [d.image_path, d.id, d.group, d.source, d.task]
-        parts += [jsonl.written(d, found.layout, tokenizer)]
+        parts += [jsonl.to_text(d, found.layout, tokenizer)]
     return "\n".join(parts), len(found)
 
 

@@ -59,10 +59,10 @@ def test_each_document_has_the_floor_or_the_ceiling_of_its_share(group, weights,
     if not drawable(group, weights):
         return
     lengths = np.random.default_rng(seed).integers(1, 65, len(group))
-    draws = mixing.drawn_of(group, lengths, weights, unit)
+    draws = mixing.sample_group(group, lengths, weights, unit)
     total = np.zeros(len(group), int)
     for epoch in range(last):
-        times = mixing.copies(group, draws, seed=seed, epoch=epoch)
+        times = mixing.repeat_documents(group, draws, seed=seed, epoch=epoch)
         share = draws[group] / np.bincount(group, minlength=3)[group]
         assert ((times == np.floor(share)) | (times == np.ceil(share))).all()
         assert (np.bincount(group, times, 3) == draws).all()
@@ -77,10 +77,10 @@ def test_no_window_holds_a_document_twice(group, weights, seed, epoch):
         return
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pack, "WINDOW", 16)
-        draws = mixing.drawn_of(group, np.ones(len(group), int), weights, "documents")
-        times = mixing.copies(group, draws, seed=seed, epoch=epoch)
+        draws = mixing.sample_group(group, np.ones(len(group), int), weights, "documents")
+        times = mixing.repeat_documents(group, draws, seed=seed, epoch=epoch)
         documents = np.arange(len(group)) + 100
-        windows = mixing.dealt(documents, times, seed=seed, epoch=epoch)
+        windows = mixing.shuffled_windows(documents, times, seed=seed, epoch=epoch)
     assert all(len(np.unique(w)) == len(w) <= 16 for w in windows)
     found, counts = np.unique(np.concatenate(windows), return_counts=True)
     assert dict(zip(found - 100, counts, strict=True)) == {i: n for i, n in enumerate(times) if n}
@@ -97,7 +97,7 @@ def test_a_plan_holds_what_the_shares_say(group, weights, seed, unit):
     words = ", ".join(f"{n}={w}" for n, w in zip(NAMES, weights, strict=True))
     plan = mixing.epochs(found, DATA, mixed(words, unit=unit)).first
     held = group[plan.documents]
-    shares = mixing.shares(found, DATA, mixed(words, unit=unit))
+    shares = mixing.mixture_shares(found, DATA, mixed(words, unit=unit))
     by_documents = np.bincount(held, minlength=3) / len(held)
     assert np.allclose(by_documents, [s[0] for s in shares.values()])
     assert all(len(set(plan.row(i))) == len(plan.row(i)) for i in range(len(plan)))
@@ -108,7 +108,7 @@ def test_tokens_are_a_share_of_tokens():
     """A tenth as long: the same share of the tokens is ten times the documents."""
     group = np.repeat([0, 1, 2], [4_000, 4_000, 2_000])
     found = Found(np.where(group == 0, 6, 60), group, np.zeros(10_000))
-    shares = mixing.shares(found, DATA, mixed("A=1, B=1, C=2", unit="tokens"))
+    shares = mixing.mixture_shares(found, DATA, mixed("A=1, B=1, C=2", unit="tokens"))
     assert [round(t, 2) for _, t, _ in shares.values()] == [0.25, 0.25, 0.5]
     documents = [d for d, _, _ in shares.values()]
     assert documents[0] == pytest.approx(10 * documents[1], rel=0.01)
@@ -120,10 +120,10 @@ def test_tokens_are_a_share_of_tokens():
 
 def test_the_examples_of_the_docstrings():
     group, lengths = np.array([0] * 6 + [1] * 2), np.array([10] * 6 + [20] * 2)
-    assert mixing.drawn_of(group, lengths, [1, 1], "documents").tolist() == [4, 4]
-    assert mixing.drawn_of(group, lengths, [1, 1], "tokens").tolist() == [5, 2]
+    assert mixing.sample_group(group, lengths, [1, 1], "documents").tolist() == [4, 4]
+    assert mixing.sample_group(group, lengths, [1, 1], "tokens").tolist() == [5, 2]
     five = np.zeros(5, int)
-    turns = [mixing.copies(five, np.array([7]), seed=0, epoch=e) for e in range(5)]
+    turns = [mixing.repeat_documents(five, np.array([7]), seed=0, epoch=e) for e in range(5)]
     assert [sorted(t.tolist()) for t in turns] == [[1, 1, 1, 2, 2]] * 5
     assert sum(turns).tolist() == [7] * 5
     names = ["VQA", "Visual Chat"]
@@ -170,7 +170,7 @@ def test_without_weights_nothing_changes(group, seed):
     ours = mixing.epochs(found, DATA, mixed()).first
     at = dict(seq_len=128, pack=True, seed=5, epoch=0)
     assert ours.fingerprint == pack.plan(found.index["length"], **at).fingerprint
-    times = mixing.shares(found, DATA, mixed())
+    times = mixing.mixture_shares(found, DATA, mixed())
     assert all(n == 1 for g, (_, _, n) in enumerate(times.values()) if (group == g).any())
 
 
@@ -182,8 +182,8 @@ PICTURES = st.lists(st.integers(-1, 40), min_size=1, max_size=300).map(np.array)
 def test_a_picture_is_in_one_window(pictures, seed, epoch):
     documents = np.arange(len(pictures)) * 2
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mixing, "PICTURE_WINDOW", 20)
-        windows = mixing.by_picture(documents, pictures, seed=seed, epoch=epoch)
+        patch.setattr(mixing, "IMAGE_WINDOW", 20)
+        windows = mixing.group_by_image(documents, pictures, seed=seed, epoch=epoch)
     assert sorted(np.concatenate(windows)) == documents.tolist()
     where = np.concatenate([[n] * len(w) for n, w in enumerate(windows)])
     at = dict(zip(np.concatenate(windows), where, strict=True))
@@ -224,7 +224,7 @@ def test_a_run_without_a_name_draws_none_of_it():
     found = some(np.arange(90) % 3, seed=0)
     assert drawn(found, leave_out="B") == {d for d in range(90) if d % 3 != 1}
     assert drawn(found, leave_out="C, A", by="task") == {d for d in range(90) if d % 3 == 1}
-    held = mixing.shares(found, DATA, mixed(leave_out="B"))
+    held = mixing.mixture_shares(found, DATA, mixed(leave_out="B"))
     assert held["B"][0] == 0 and held["A"][0] == pytest.approx(0.5)
     with pytest.raises(PackError, match="has no source 'D'; it has A, B, C"):
         drawn(found, leave_out="A, D")

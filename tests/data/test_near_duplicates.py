@@ -30,7 +30,7 @@ def distances(a, b):
 
 
 @settings(max_examples=40, deadline=None)
-@given(SEEDS, st.integers(0, near_duplicates.NEAR))
+@given(SEEDS, st.integers(0, near_duplicates.NEAR_DUPLICATE_BITS))
 def test_no_pair_is_missed_and_none_is_invented(seed, most):
     rng = np.random.default_rng(seed)
     theirs = rng.integers(0, 2**32, (40, 8), dtype=np.uint32)
@@ -38,7 +38,7 @@ def test_no_pair_is_missed_and_none_is_invented(seed, most):
     far = distances(ours, theirs)
     found = {
         (i, j): d
-        for part in near_duplicates.near(ours, theirs, most)
+        for part in near_duplicates.near_duplicate_pairs(ours, theirs, most)
         for i, j, d in zip(*part, strict=True)
     }
     assert found == {(i, j): far[i, j] for i, j in np.argwhere(far <= most)}
@@ -54,7 +54,7 @@ def test_crowded_words_are_compared_in_parts(monkeypatch):
     table[1, 0] ^= 5
     pairs = {
         (int(i), int(j))
-        for p in near_duplicates.near(table, table, 15)
+        for p in near_duplicates.near_duplicate_pairs(table, table, 15)
         for i, j, _ in zip(*p, strict=True)
     }
     assert pairs == {(i, i) for i in range(60)} | {(0, 1), (1, 0)}
@@ -62,9 +62,9 @@ def test_crowded_words_are_compared_in_parts(monkeypatch):
 
 def test_beyond_the_guarantee_is_refused():
     none = np.zeros((0, 8), np.uint32)
-    assert not [p for p in near_duplicates.near(none, none, 15) if len(p[0])]
+    assert not [p for p in near_duplicates.near_duplicate_pairs(none, none, 15) if len(p[0])]
     with pytest.raises(ValueError, match="most is 16; use 0..15"):
-        list(near_duplicates.near(none, none, 16))
+        list(near_duplicates.near_duplicate_pairs(none, none, 16))
 
 
 @settings(max_examples=60, deadline=None)
@@ -76,7 +76,10 @@ def test_groups_are_the_connected_ones(n, pairs):
         for i, j in pairs:
             expected[i] = expected[j] = min(expected[i], expected[j])
     sides = [np.array(side, np.int64) for side in zip(*pairs, strict=True)]
-    assert near_duplicates.groups(n, [tuple(sides)] if pairs else []).tolist() == expected
+    assert (
+        near_duplicates.connected_components(n, [tuple(sides)] if pairs else []).tolist()
+        == expected
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -88,14 +91,14 @@ def test_repeated_names_of_several_kinds(rows):
         places = [i for i, row in enumerate(rows) if row[0] == name]
         if len({rows[i][1] for i in places}) > 1:
             expected.append(places)
-    assert [g.tolist() for g in near_duplicates.repeated(names, kinds)] == expected
+    assert [g.tolist() for g in near_duplicates.duplicate_groups(names, kinds)] == expected
 
 
 def looks_of(change):
     found = []
     for path in PICTURES:
         with PIL.Image.open(path) as picture:
-            found.append(near_duplicates.look(change(picture.convert("RGB"))))
+            found.append(near_duplicates.perceptual_hash(change(picture.convert("RGB"))))
     return np.stack(found)
 
 
@@ -113,16 +116,20 @@ def test_looks_survive_copies_and_tell_pictures_apart():
         return np.bitwise_count(plain ^ looks_of(change)).sum(1, dtype=int)
 
     for copy in (as_jpeg, lambda p: p.resize([s // 2 for s in p.size])):
-        assert (apart(copy) <= near_duplicates.NEAR).mean() > 0.94
+        assert (apart(copy) <= near_duplicates.NEAR_DUPLICATE_BITS).mean() > 0.94
     for other in (cropped, lambda p: p.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT)):
         assert (
-            apart(other) > near_duplicates.NEAR
+            apart(other) > near_duplicates.NEAR_DUPLICATE_BITS
         ).all()  # sides are facts; a crop is a known miss
     rows = {r["file"]: r["group"] for r in read_manifest(prepare.SAMPLE / "manifest.jsonl")}
     group = np.array([rows[f"images/{p.name}"] for p in PICTURES])
     i, j = np.triu_indices(len(plain), 1)
     far, alike = distances(plain, plain)[i, j], group[i] == group[j]
-    assert far[~alike].min() > 80 and far[alike].min() > near_duplicates.NEAR and alike.any()
+    assert (
+        far[~alike].min() > 80
+        and far[alike].min() > near_duplicates.NEAR_DUPLICATE_BITS
+        and alike.any()
+    )
 
 
 def cropped(picture):
@@ -132,20 +139,20 @@ def cropped(picture):
 
 
 def test_flat_pictures_have_no_look():
-    assert near_duplicates.look(PIL.Image.new("RGB", (50, 40), (7, 7, 7))) is None
+    assert near_duplicates.perceptual_hash(PIL.Image.new("RGB", (50, 40), (7, 7, 7))) is None
 
 
 def test_words_and_grams():
-    assert near_duplicates.words("No focal-consolidation; T2_FLAIR, Ärzte!") == [
+    assert near_duplicates.normalized_words("No focal-consolidation; T2_FLAIR, Ärzte!") == [
         *("no", "focal", "consolidation", "t2", "flair", "ärzte")
     ]
     text = [str(n) for n in range(20)]
-    found = near_duplicates.grams(text)
+    found = near_duplicates.ngram_hashes(text)
     assert len(found) == len(set(found.tolist())) == 8
-    assert near_duplicates.grams(text[3:16]).tolist() == [found[3]]
-    assert len(near_duplicates.grams(text[:12])) == 0
+    assert near_duplicates.ngram_hashes(text[3:16]).tolist() == [found[3]]
+    assert len(near_duplicates.ngram_hashes(text[:12])) == 0
     swapped = [*text[:2], text[3], text[2], *text[4:13]]
-    assert near_duplicates.grams(swapped)[0] != found[0]  # the order counts
+    assert near_duplicates.ngram_hashes(swapped)[0] != found[0]  # the order counts
 
 
 @settings(max_examples=40, deadline=None)
@@ -154,9 +161,9 @@ def test_shared_grams_against_the_long_way(seed):
     rng = np.random.default_rng(seed)
     pool = [[str(w) for w in rng.integers(0, 4, rng.integers(1, 40))] for _ in range(30)]
     items = [pool[i] for i in rng.integers(0, 30, 6)]
-    grams = near_duplicates.Grams(items)
+    grams = near_duplicates.NgramIndex(items)
     for n, words in enumerate(pool):
-        grams.see(words, n)
+        grams.add_document(words, n)
 
     def stretches(words):
         return {tuple(words[i : i + 13]) for i in range(len(words) - 12)}
@@ -170,7 +177,7 @@ def test_shared_grams_against_the_long_way(seed):
         held = {g: where[g] for g in stretches(item) if len(where[g]) <= near_duplicates.COMMON}
         if held:
             expected[n] = len(held)
-    found = grams.shared()
+    found = grams.overlaps()
     assert {n: many for n, (many, _) in found.items()} == expected
     for n, (_, document) in found.items():
         assert stretches(pool[document]) & stretches(items[n])
@@ -183,15 +190,15 @@ def test_phrases_of_many_documents_are_no_leak():
         (near_duplicates.COMMON, {0: (1, 0)}),
         (near_duplicates.COMMON + 1, {}),
     ):
-        grams = near_duplicates.Grams([phrase])
+        grams = near_duplicates.NgramIndex([phrase])
         for n in range(documents):
-            grams.see([*phrase, *itertools.repeat(f"d{n}", 3)], n)
-        assert grams.shared() == expected
+            grams.add_document([*phrase, *itertools.repeat(f"d{n}", 3)], n)
+        assert grams.overlaps() == expected
 
 
 def test_names_of_codes():
     codes = np.arange(4)
-    assert near_duplicates.short(near_duplicates.code_hash(codes)) == near_duplicates.short(
+    assert near_duplicates.hash64(near_duplicates.code_hash(codes)) == near_duplicates.hash64(
         codes.astype("<u2").tobytes()
     )
     assert near_duplicates.code_hash(codes) != near_duplicates.code_hash(codes[::-1])

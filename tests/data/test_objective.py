@@ -19,7 +19,7 @@ from flax import nnx
 from medmax_jax import config, sharding
 from medmax_jax.checkpoints import safetensors_file
 from medmax_jax.data import loader
-from medmax_jax.data.records.document import Document, scored
+from medmax_jax.data.records.document import Document, loss_mask
 from medmax_jax.models import chameleon
 from medmax_jax.training import step
 from medmax_jax.training.batch import Batch
@@ -58,26 +58,26 @@ class Made:
 def made(lora_run):
     """Steps by mesh, each compiled when first asked for, with the same weights."""
     with jax.set_mesh(sharding.make_mesh(lora_run.mesh)):
-        model = chameleon.create(
+        model = chameleon.create_model(
             lora_run.model, lora_run.vocab, lora_run.lora, key=jax.random.key(0)
         )
     rng = np.random.default_rng(0)  # B is not zero, so that A has gradients
     noise = lambda x: 0.1 * rng.standard_normal(x.shape, np.float32)  # noqa: E731
-    named = safetensors_file.named(model).items()
+    named = safetensors_file.flatten_named(model).items()
     leaves = [noise(x) if name.endswith("lora_b") else np.asarray(x) for name, x in named]
 
     @functools.cache
     def on(shape: tuple[int, int, int], run: config.Run = lora_run) -> Made:
         m = sharding.make_mesh(config.Mesh(data=shape[0], fsdp=shape[1], tp=shape[2]))
         with jax.set_mesh(m):
-            like = chameleon.abstract(run.model, run.vocab, run.lora)
+            like = chameleon.abstract_model(run.model, run.vocab, run.lora)
             put = [
                 jax.device_put(x, s.sharding)
                 for x, s in zip(leaves, jax.tree.leaves(like), strict=True)
             ]
             placed = jax.tree.unflatten(jax.tree.structure(like), put)
-            graph, trainable, frozen = step.split(placed, run.train.trains)
-            batch = sharding.put_batch(first_batch(run), m)
+            graph, trainable, frozen = step.split_trainable(placed, run.train.trains)
+            batch = sharding.shard_batch(first_batch(run), m)
             state = step.init_state(trainable, run)
             lowered = step.make_train_step(graph, run).lower(state, frozen, batch, key())
             return Made(run, m, graph, trainable, frozen, lowered.compile(QUICK))
@@ -90,7 +90,7 @@ def key() -> jax.Array:
 
 
 def numpy(tree: Any) -> dict[str, np.ndarray]:
-    return {name: np.asarray(leaf) for name, leaf in safetensors_file.named(tree).items()}
+    return {name: np.asarray(leaf) for name, leaf in safetensors_file.flatten_named(tree).items()}
 
 
 def weighing(run: config.Run, choice: str, **data: object) -> config.Run:
@@ -99,12 +99,12 @@ def weighing(run: config.Run, choice: str, **data: object) -> config.Run:
 
 
 def first_batch(run: config.Run) -> Batch:
-    return loader.batches(run, run.data.train).batch(0)
+    return loader.train_batches(run, run.data.train).batch(0)
 
 
 def documents_of(batch: Batch, run: config.Run) -> list[Document]:
     """The documents that stand in a batch, from the records: found by their tokens."""
-    by_tokens = {d.tokens.tobytes(): d for d in loader.batches(run, run.data.train).records}
+    by_tokens = {d.tokens.tobytes(): d for d in loader.train_batches(run, run.data.train).records}
     rows = zip(batch.ids, batch.segments, strict=True)
     return [
         by_tokens[ids[segments == n].tobytes()]
@@ -116,7 +116,7 @@ def documents_of(batch: Batch, run: config.Run) -> list[Document]:
 def gradient(made: Made, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
     """Loss and gradients of one true step on `batch`."""
     with jax.set_mesh(made.mesh):
-        batch = sharding.put_batch(batch, made.mesh)
+        batch = sharding.shard_batch(batch, made.mesh)
         state = step.init_state(jax.tree.map(jnp.copy, made.trainable), made.run)  # is donated
         state, sums = made.train_step(state, made.frozen, batch, key())
     return float(jax.device_get(sums).loss.total), numpy(state.opt_state[1][0].mu)
@@ -139,7 +139,10 @@ def alone(made: Made, documents: list[Document]) -> list[tuple[int, float, dict]
     with jax.set_mesh(made.mesh):
         call = jax.jit(jax.value_and_grad(mean_nll), compiler_options=QUICK)
         for document in documents:
-            tokens, marks = document.tokens, scored(document.tokens, run.data.mask, document.turns)
+            tokens, marks = (
+                document.tokens,
+                loss_mask(document.tokens, run.data.mask, document.turns),
+            )
             room = run.data.seq_len - len(tokens)
             ids = np.pad(tokens, (0, room))
             targets, mask = np.pad(tokens[1:], (0, room + 1)), np.pad(marks[1:], (0, room + 1))

@@ -43,7 +43,7 @@ def test_shares_of_records_are_the_weights_that_training_gives(folder, choice, m
         data__train=folder, data__batch_size=64, data__pack=False, data__mask=mask,
         train__loss_weight=choice,
     )  # fmt: skip
-    batches = loader.one_pass(run, folder)
+    batches = loader.eval_batches(run, folder)
     batch, task = batches.batch(0), {d.tokens.tobytes(): d.task for d in batches.records}
     found, image = collections.Counter(), collections.Counter()
     for ids, segments, weights in zip(batch.ids, batch.segments, batch.weights, strict=True):
@@ -51,7 +51,7 @@ def test_shares_of_records_are_the_weights_that_training_gives(folder, choice, m
             name = task[ids[segments == 1].tobytes()]
             found[name] += 100 * weights.sum()
             image[name] += 100 * weights[is_image(ids, run.vocab)].sum()
-    table = objective.shares(objective.counted(folder, mask))
+    table = objective.shares(objective.groups_in_records(folder, mask))
     assert set(table) == set(TASKS)
     for name, row in table.items():
         np.testing.assert_allclose(row[choice], found[name], rtol=1e-5)
@@ -60,8 +60,8 @@ def test_shares_of_records_are_the_weights_that_training_gives(folder, choice, m
 
 def test_the_example_of_the_docstring():
     kinds = [
-        objective.Kind(task="VQA", percent=50, text=1, image=0),
-        objective.Kind(task="Image Generation", percent=50, text=1, image=2),
+        objective.DocumentGroup(task="VQA", percent=50, text=1, image=0),
+        objective.DocumentGroup(task="Image Generation", percent=50, text=1, image=2),
     ]
     table = objective.shares(kinds)
     assert table["VQA"] == dict(document=50, document_image=0, token=25, token_image=0)
@@ -72,7 +72,7 @@ def test_the_example_of_the_docstring():
 @pytest.mark.parametrize("question", [0, 15, 60])
 def test_the_length_model_has_the_published_mean(question):
     """Every token of every document, questions and pictures that are read included."""
-    kinds = objective.modelled(question=question, caption_share=mixture.CAPTION_SHARE)
+    kinds = objective.published_groups(question=question, caption_share=mixture.CAPTION_SHARE)
     long = max(k.text for k in kinds if not k.image) - 1
     tokens = 0.0
     for k in kinds:
@@ -86,7 +86,7 @@ def test_the_length_model_has_the_published_mean(question):
 
 def test_a_question_longer_than_the_text_is_refused():
     with pytest.raises(ValueError, match="--question is 200"):
-        objective.modelled(question=200, caption_share=0.5)
+        objective.published_groups(question=200, caption_share=0.5)
 
 
 def test_the_document_shows_what_the_command_prints():

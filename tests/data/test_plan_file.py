@@ -37,7 +37,7 @@ def test_a_row_of_the_file_is_the_row_of_a_run(saved, capsys):
     expected = json.loads(capsys.readouterr().out)["row 3"]
     assert shown["row 3"] == [{k: d[k] for k in shown["row 3"][0]} for d in expected]
     run = micro_run.run(data__train=folder, data__document_limit=20, data__seed=4)
-    batch = loader.batches(run, folder).batch(0)
+    batch = loader.train_batches(run, folder).batch(0)
     assert (batch.segments[3] > 0).sum() == sum(d["tokens"] for d in shown["row 3"])
     assert prepare.main(["plan", str(path), "--row", "3"]) == 0
     assert capsys.readouterr().out.count("'document': ") == len(expected)
@@ -56,13 +56,13 @@ def test_training_is_held_to_a_saved_plan(saved):
     folder, path, told = saved
     right = dict(data__train=folder, data__document_limit=20, data__seed=4)
     plan = plan_file.load(path).header["run"]
-    at = loader.batches(micro_run.run(**right, data__plan=plan), folder)
+    at = loader.train_batches(micro_run.run(**right, data__plan=plan), folder)
     assert at.plan == told["plan"] == plan
     for wrong in (dict(data__seed=5), dict(data__document_limit=19), dict(data__seq_len=40)):
         run = micro_run.run(**(right | wrong), data__plan=plan)
         with pytest.raises(RecordsError, match="config.data.plan asks for plan .* set them back"):
-            loader.batches(run, folder)
-        loader.one_pass(run, folder)  # validation has a plan of its own
+            loader.train_batches(run, folder)
+        loader.eval_batches(run, folder)  # validation has a plan of its own
 
 
 @pytest.mark.parametrize("name", [*plan_file.ARRAYS, "header", "sha256"])

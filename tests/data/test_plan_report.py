@@ -24,7 +24,7 @@ def test_offline_is_best_fit_decreasing(lengths):
     whole = pack.plan(
         lengths, seq_len=64, pack=True, seed=0, epoch=0, windows=[np.arange(len(lengths))]
     )
-    assert report.offline_rows(lengths, 64) == len(whole)
+    assert report.best_fit_row_count(lengths, 64) == len(whole)
 
 
 def test_the_length_model():
@@ -36,22 +36,24 @@ def test_the_length_model():
 
 def test_fill_is_within_a_point_of_offline_packing():
     lengths = synthetic.lengths(40_000, seed=0)
-    table = report.fills(lengths, (2_048, 4_096, 8_192, 16_384), int(lengths.max()), seed=0)
+    table = report.packing_efficiencies(
+        lengths, (2_048, 4_096, 8_192, 16_384), int(lengths.max()), seed=0
+    )
     assert list(table) == [4_096, 8_192, 16_384]  # some document is longer than 2,048
     for row in table.values():
         assert row["offline"] - row["fill"] < 0.01
     assert table[4_096]["fill"] < table[8_192]["fill"] < table[16_384]["fill"]
     short = lengths[lengths <= 2_048]
-    row = report.fills(short, (2_048,), 2_048, seed=0)[2_048]
+    row = report.packing_efficiencies(short, (2_048,), 2_048, seed=0)[2_048]
     assert 0.55 < row["fill"] < 0.57  # two images never fit
 
 
 def test_padding_to_the_longest():
     lengths = np.array([100, 200, 128, 128])
-    told = report.padded(lengths, batch_size=4, seed=0)
+    told = report.padding_efficiency(lengths, batch_size=4, seed=0)
     assert told == dict(fill=0.695, shapes=1, fill_of_steps=0.543, shapes_of_steps=1)
-    assert report.padded(lengths, batch_size=8, seed=0) == told  # fewer than a batch
-    assert report.padded(lengths, batch_size=1, seed=0)["fill"] == 1
+    assert report.padding_efficiency(lengths, batch_size=8, seed=0) == told  # fewer than a batch
+    assert report.padding_efficiency(lengths, batch_size=1, seed=0)["fill"] == 1
 
 
 def test_pictures(tmp_path):
@@ -62,11 +64,11 @@ def test_pictures(tmp_path):
         vars(d).update(task=task, image_path=path)
     layout = writer.open_records(micro_run.write(tmp_path / "other")).layout
     writer.write(tmp_path / "r", docs, shard_size=9, layout=layout, notes={})
-    told = report.picture_stats(writer.open_records(tmp_path / "r"))
+    told = report.image_stats(writer.open_records(tmp_path / "r"))
     assert told == dict(
         pictures=2, without_picture=1, entries=2.0, tasks=1.5, of_entries={1: 1, 3: 1}
     )
-    without = report.picture_stats(writer.open_records(tmp_path / "other"))
+    without = report.image_stats(writer.open_records(tmp_path / "other"))
     assert without == dict(pictures=0, without_picture=40)
 
 
@@ -81,7 +83,7 @@ def test_synthetic_records_are_whole_and_can_be_trained_on(tmp_path):
     found = writer.open_records(tmp_path / "r")
     assert found.index["length"].tolist() == synthetic.lengths(60, seed=3).tolist()
     assert (found.index["image"] == 1_024).all() and len(meta["sources"]) > 3
-    told = report.picture_stats(found)
+    told = report.image_stats(found)
     assert told["pictures"] == 30 and told["entries"] == 2
     codes = [found[n].tokens[2:1_026] for n in (0, 1, 2)]
     assert np.array_equal(codes[0], codes[1]) and not np.array_equal(codes[1], codes[2])
@@ -91,7 +93,7 @@ def test_synthetic_records_are_whole_and_can_be_trained_on(tmp_path):
 def test_the_program_shows_the_plan_of_a_run(tmp_path, capsys):
     folder = micro_run.write(tmp_path / "r")
     run = micro_run.run(data__train=folder, data__document_limit=20, data__seed=4)
-    at = loader.batches(run, folder)
+    at = loader.train_batches(run, folder)
     command = ["plan", folder, "--seq_len", "32", "--document_limit", "20", "--seed", "4", "--json"]
     assert prepare.main([*command, "--row", "3"]) == 0
     told = json.loads(capsys.readouterr().out)
@@ -139,7 +141,7 @@ def test_rows_out_of_range(tmp_path):
     found = writer.open_records(micro_run.write(tmp_path / "r"))
     plan = pack.plan(found.index["length"], seq_len=32, pack=True, seed=0, epoch=0)
     with pytest.raises(PackError, match="--row is -1"):
-        report.who(found, plan, -1)
+        report.row_documents(found, plan, -1)
 
 
 def test_credentialed_documents_are_numbers(tmp_path, capsys):

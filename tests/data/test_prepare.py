@@ -15,10 +15,10 @@ from medmax_jax.config import VQ, Vocab, to_dict
 from medmax_jax.data import mixture, prepare
 from medmax_jax.data.analysis import check
 from medmax_jax.data.image_tokens import encoder as image_encoder
-from medmax_jax.data.image_tokens.encoder import PrepareError, View, load_encoder, pixels_of
+from medmax_jax.data.image_tokens.encoder import ImageView, PrepareError, load_encoder, load_pixels
 from medmax_jax.data.records import writer
 from medmax_jax.data.records.document import RecordsError
-from medmax_jax.data.records.jsonl import written
+from medmax_jax.data.records.jsonl import to_text
 from medmax_jax.io import progress
 from medmax_jax.models import images, tokenizer, vqgan
 from medmax_jax.models.vocab import BOI, IMAGE_START
@@ -112,7 +112,7 @@ def test_records_hold_the_pictures_and_the_text(make, encoder, sample, tmp_path)
     expected = np.asarray(vqgan.encode(encoder.vq, batch)[0]).reshape(-1) + IMAGE_START
     begin = int(np.flatnonzero(document.tokens == BOI)[0]) + 1
     assert np.array_equal(document.tokens[begin : begin + 64], expected)
-    text = written(document, found.layout, encoder.tokenizer)
+    text = to_text(document, found.layout, encoder.tokenizer)
     assert text.startswith("<image>") and "<reserved08706>" in text
 
 
@@ -125,7 +125,7 @@ def test_documents_are_those_of_the_sample(make, encoder, sample, tmp_path):
         assert {d.id for d in found} == set(texts)
         for document in found:
             text = texts[document.id]
-            assert written(document, found.layout, encoder.tokenizer) == text["text"]
+            assert to_text(document, found.layout, encoder.tokenizer) == text["text"]
             assert (document.group, document.turns) == (text["group"], text["turns"])
 
 
@@ -160,12 +160,12 @@ def test_views_change_little_and_never_turn():
     ramp = np.tile(np.linspace(20, 230, 60, dtype=np.uint8), (40, 1))  # dark left, bright right
     noisy = (ramp + rng.integers(0, 5, ramp.shape)).astype(np.uint8)
     picture = PIL.Image.fromarray(noisy).convert("RGB")
-    plain = pixels_of(picture, View("a", 0, "s", True), SMALL)
+    plain = load_pixels(picture, ImageView("a", 0, "s", True), SMALL)
     assert np.array_equal(plain, images.preprocess(picture, SMALL.image_size))
     for n in range(1, 20):
-        view = View("a", n, f"0/a/{n}", crop=True)
-        changed = pixels_of(picture, view, SMALL)
-        assert np.array_equal(changed, pixels_of(picture, view, SMALL))
+        view = ImageView("a", n, f"0/a/{n}", crop=True)
+        changed = load_pixels(picture, view, SMALL)
+        assert np.array_equal(changed, load_pixels(picture, view, SMALL))
         assert changed.dtype == np.float32 and changed.shape == plain.shape
         assert np.abs(changed).max() <= 1 and not np.array_equal(changed, plain)
         assert changed[:, -1].mean() > changed[:, 0].mean() + 0.5  # still dark left, bright right
@@ -176,8 +176,8 @@ def test_counted_pictures_are_not_cropped():
     """Without a crop a view is a straight line of the plain pixels: nothing has left the frame."""
     rng = np.random.default_rng(1)
     picture = PIL.Image.fromarray(rng.integers(90, 160, (32, 32, 3), dtype=np.uint8))
-    plain = pixels_of(picture, View("a", 0, "s", False), SMALL)
-    changed = pixels_of(picture, View("a", 1, "0/a/1", crop=False), SMALL)
+    plain = load_pixels(picture, ImageView("a", 0, "s", False), SMALL)
+    changed = load_pixels(picture, ImageView("a", 1, "0/a/1", crop=False), SMALL)
     slope, shift = np.polyfit(plain.ravel(), changed.ravel(), 1)
     np.testing.assert_allclose(plain * slope + shift, changed, atol=1e-5)
     rows = prepare._manifest(prepare.SAMPLE)
@@ -257,7 +257,7 @@ def test_ctrl_c_leaves_nothing_and_says_so(model, encoder, sample, tmp_path, cap
 
     monkeypatch.setattr(prepare, "prepare_sample", whole)
     with monkeypatch.context() as patch:
-        patch.setattr(progress.Items, "tick", stop)
+        patch.setattr(progress.ItemProgress, "tick", stop)
         assert prepare.main([*command, "--split", "test"]) == 75
     assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted: no records were")
     assert list(out.iterdir()) == []

@@ -73,7 +73,7 @@ def world(tmp_path_factory):
 
 def read_at(run, documents):
     """Steps, counted from 1, whose batch holds one of the documents."""
-    at = loader.batches(run, run.data.train)
+    at = loader.train_batches(run, run.data.train)
     rows = [np.concatenate(at._rows(s)) for s in range(len(at))]
     return [s + 1 for s, row in enumerate(rows) if np.isin(row, documents).any()]
 
@@ -105,7 +105,7 @@ def test_steps_and_checkpoints_are_those_of_the_batches(world, capsys, picture):
                 assert line["not_yet_seen_by_step"] == int(name)
         names = [line["checkpoint"].rpartition("/")[2] for line in told["checkpoints"]]
         assert names == (["3", "6", "9", "adapter"] if expected else [])
-        plan = writer.open_records(run.data.train), loader.batches(run, run.data.train)
+        plan = writer.open_records(run.data.train), loader.train_batches(run, run.data.train)
         rows = [r for r in range(len(plan[1]._epochs.first))
                 if np.isin(plan[1]._epochs.row(r), documents).any()]  # fmt: skip
         assert told["plans"] == [dict(plan=str(top / "p.npz"), epoch=0, rows=rows)]

@@ -17,7 +17,7 @@ READER = """
 import sys
 import micro_run, test_reader_kill as t
 folder, start = sys.argv[1], int(sys.argv[2])
-at = t.loader.batches(micro_run.run(data__train=folder, **t.SETTINGS), folder)
+at = t.loader.train_batches(micro_run.run(data__train=folder, **t.SETTINGS), folder)
 for step, batch in enumerate(at.stream(start), start=start):
     print(step, at.stats(step).epoch, t.digest(batch), flush=True)
     if sys.argv[3] == "wait" and at.stats(step).epoch == 1 and at.stats(step - 4).epoch == 1:
@@ -43,7 +43,7 @@ def reader(folder, start, how):
 
 def test_killed_in_the_second_epoch(tmp_path):
     folder = micro_run.write(tmp_path / "r")
-    at = loader.batches(micro_run.run(data__train=folder, **SETTINGS), folder)
+    at = loader.train_batches(micro_run.run(data__train=folder, **SETTINGS), folder)
     whole = [f"{s} {at.stats(s).epoch} {digest(at.batch(s))}" for s in range(len(at))]
     assert at.stats(len(at) - 1).epoch > 1  # there is more than the epoch in which it dies
     first, lines = reader(folder, 0, "wait"), []

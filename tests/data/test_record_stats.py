@@ -12,7 +12,7 @@ from test_html_page import parsed
 from medmax_jax.data import prepare
 from medmax_jax.data.analysis import check, stats
 from medmax_jax.data.records import writer
-from medmax_jax.data.records.jsonl import written
+from medmax_jax.data.records.jsonl import to_text
 from medmax_jax.models.vocab import is_image
 
 
@@ -44,10 +44,10 @@ def test_the_page_shows_numbers_plots_pictures_and_texts(sample, tmp_path, capsy
     shown = [a for a in pictures_of(tags) if a["alt"].startswith("images/")]
     drawn = found.read(stats._drawn(found, 7, 0))
     assert [a["alt"] for a in shown] == [d.image_path for d in drawn] and len(drawn) == 7
-    tokenizer = check.tokenizer_of(found, None, prepare.TINY)
+    tokenizer = check.resolve_tokenizer(found, None, prepare.TINY)
     for document in drawn:
         assert document.id in tags.text
-        for part in written(document, found.layout, tokenizer).split("<reserved08706>"):
+        for part in to_text(document, found.layout, tokenizer).split("<reserved08706>"):
             assert part in tags.text
     assert f"{len(found):,}" in tags.text and f"{found.meta['tokens']:,}" in tags.text
     assert len({d.task for d in drawn}) == min(7, len(found.names("task")))
@@ -105,8 +105,8 @@ def test_a_credentialed_folder_is_not_shown_unasked(closed, tmp_path, capsys):
     tags = parsed(page)
     assert len(pictures_of(tags)) == 4  # the plots
     found = writer.open_records(closed)
-    tokenizer = check.tokenizer_of(found, None, prepare.TINY)
-    parts = {p for d in found for p in written(d, found.layout, tokenizer).split("<reserved08706>")}
+    tokenizer = check.resolve_tokenizer(found, None, prepare.TINY)
+    parts = {p for d in found for p in to_text(d, found.layout, tokenizer).split("<reserved08706>")}
     assert not [p for p in parts if len(p) > 12 and p in tags.text]
     assert prepare.main(["stats", str(closed), "--out", str(out), "--show_credentialed"]) == 0
     assert "SECRET" in out.read_text() and stat.S_IMODE(out.stat().st_mode) == 0o600

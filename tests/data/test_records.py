@@ -86,7 +86,7 @@ def test_labels(tmp_path):
     assert found.index["source"].tolist() == [1, 0, 1] and found.names("source") == ["A", "B"]
     assert found.index["task"].tolist() == [0, 1, 0] and found.names("task")[1] == "Visual Chat"
     assert found.index["picture"].tolist() == [1, -1, 0]
-    labels = writer.Labels()
+    labels = writer.LabelColumns()
     for picture in "bab":
         labels.add("s", "t", picture)
     assert labels.table().tolist() == [[0, 0, 1], [0, 0, 0], [0, 0, 1]]
@@ -94,15 +94,15 @@ def test_labels(tmp_path):
 
 def test_scored():
     turns2 = np.array([BOS, 8_720, SEP, 8_730, SEP, 8_721, SEP, 8_731, EOS], np.int32)
-    answers = records_document.scored(turns2, "answers", 2)
+    answers = records_document.loss_mask(turns2, "answers", 2)
     assert answers.astype(int).tolist() == [0, 0, 0, 1, 1, 0, 0, 1, 1]
-    release = records_document.scored(turns2, "release", 2)
+    release = records_document.loss_mask(turns2, "release", 2)
     assert release.astype(int).tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 1]
-    assert np.array_equal(records_document.scored(turns2, "answers", 0), release)
+    assert np.array_equal(records_document.loss_mask(turns2, "answers", 0), release)
     plain = np.array([BOS, 8_720, EOS], np.int32)
-    assert records_document.scored(plain, "answers", 0).tolist() == [False, True, True]
+    assert records_document.loss_mask(plain, "answers", 0).tolist() == [False, True, True]
     with pytest.raises(RecordsError, match="'all'; use answers or release"):
-        records_document.scored(plain, "all", 0)
+        records_document.loss_mask(plain, "all", 0)
 
 
 @settings(max_examples=100, deadline=None)
@@ -119,9 +119,9 @@ def test_answers_partition_the_document(pieces):
     turns = len(pieces) // 2
     d = document(tokens, turns=turns)
     records_document.check_document(d, LAYOUT)
-    answers = records_document.scored(d.tokens, "answers", turns)
+    answers = records_document.loss_mask(d.tokens, "answers", turns)
     assert answers.sum() == sum(len(p) + 1 for p in pieces[1::2])
-    assert not (answers & ~records_document.scored(d.tokens, "release", turns)).any()
+    assert not (answers & ~records_document.loss_mask(d.tokens, "release", turns)).any()
 
 
 @settings(max_examples=100, deadline=None)

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from medmax_jax.data.release import chat_answers
-from medmax_jax.data.sample.build import ALIKE, PER_GROUP, thin, thumbnail
+from medmax_jax.data.sample.build import ALIKE, PER_GROUP, drop_near_copies, thumbnail
 from medmax_jax.data.sample.documents import (
     IMAGE,
     SEPARATOR,
@@ -29,9 +29,9 @@ from medmax_jax.data.sample.manifest import (
     read_manifest,
     split_of,
 )
-from medmax_jax.data.sample.medical_formats import Picture, read_nifti, read_nrrd, to_bytes
+from medmax_jax.data.sample.medical_formats import SampleImage, read_nifti, read_nrrd, to_bytes
 from medmax_jax.data.sample.packages import PACKAGES, Archive
-from medmax_jax.data.sample.phrases import NOUNS, a, caption, phrase
+from medmax_jax.data.sample.phrases import NOUNS, caption, image_phrase, with_article
 from medmax_jax.data.sample.questions import checklists, closed_questions, mcq_questions
 
 FOLDER = Path(__file__).parents[2] / "data" / "sample"
@@ -84,7 +84,7 @@ def test_neighbouring_slices_are_thinned(rows):
         assert alike.max() <= ALIKE, group
     grain = np.random.default_rng(0).integers(0, 200, (40, 64, 64), dtype=np.uint8)
     slices = [grain[0], grain[0] + 3, *grain[1:]]
-    kept = thin([Picture(s, "p", "f", n, "g", {}) for n, s in enumerate(slices)])
+    kept = drop_near_copies([SampleImage(s, "p", "f", n, "g", {}) for n, s in enumerate(slices)])
     assert len(kept) == PER_GROUP and 1 not in {picture.frame for picture in kept}
 
 
@@ -192,9 +192,9 @@ def test_closed_questions_are_balanced_per_template_and_asked_value(rows, split,
 def test_checklists_are_true_and_even(rows):
     chosen = [row for row in rows if row["split"] == "train"]
     counts = Counter()
-    kinds = {a(noun) for noun in NOUNS.values()}
+    kinds = {with_article(noun) for noun in NOUNS.values()}
     for row, text in checklists(chosen, seed=0):
-        own = a(NOUNS[row["modality"]])
+        own = with_article(NOUNS[row["modality"]])
         for words, answer in (line.split(":") for line in text.split("\n")):
             counts[words, answer] += 1
             if words in kinds:
@@ -278,9 +278,9 @@ def test_manifest_errors_name_row_field_and_mend(tmp_path, rows):
 
 def test_phrase_reads_well(rows):
     by_id = {row["id"]: row for row in rows}
-    assert phrase(by_id["mri-pd-brain_00"]) == "axial proton density MRI of the brain"
-    assert phrase(by_id["film-cat_00"]) == "X-ray of the chest of a cat"
-    assert phrase(by_id["blood-smear_00"]) == "blood smear"
+    assert image_phrase(by_id["mri-pd-brain_00"]) == "axial proton density MRI of the brain"
+    assert image_phrase(by_id["film-cat_00"]) == "X-ray of the chest of a cat"
+    assert image_phrase(by_id["blood-smear_00"]) == "blood smear"
 
 
 def nrrd(array, directions, encoding="gzip"):

@@ -11,7 +11,7 @@ from medmax_jax.data.records import row_streams
 from medmax_jax.data.records.row_streams import SourceError
 from medmax_jax.data.sources import row
 from medmax_jax.data.sources.build import READERS
-from medmax_jax.data.sources.row import Bad, Row
+from medmax_jax.data.sources.row import RejectedRow, Row
 
 SEP = "<reserved08706>"
 
@@ -19,7 +19,9 @@ SEP = "<reserved08706>"
 def read(source, folder, **asked):
     """Rows and bad rows of a source."""
     found = list(READERS[source](folder, plan(source, **asked)))
-    return [r for r in found if isinstance(r, Row)], [r for r in found if isinstance(r, Bad)]
+    return [r for r in found if isinstance(r, Row)], [
+        r for r in found if isinstance(r, RejectedRow)
+    ]
 
 
 @pytest.fixture
@@ -70,8 +72,8 @@ def test_wordings_are_drawn_by_seed_and_id(made):
     assert texts[0] == texts[1] != texts[2]
     rows, _ = read("PMC-OA", folder, caption_share=1.0)
     asked = {r.text.removeprefix("<image>").split(SEP)[0] for r in rows}
-    assert asked <= set(row.wordings("caption")) and rows[0].group == "PMC212310"
-    assert row.wordings("caption")[1] == "Please describe this picture."
+    assert asked <= set(row.templates("caption")) and rows[0].group == "PMC212310"
+    assert row.templates("caption")[1] == "Please describe this picture."
 
 
 def test_older_pmc_oa_has_splits(tmp_path):

@@ -133,7 +133,7 @@ def test_records_are_those_of_the_same_folder_read_locally(local, remote, stage,
     assert {p.name: p.read_bytes() for p in found.folder.iterdir()} == {
         p.name: p.read_bytes() for p in local.iterdir()
     }
-    one, two = loader.batches(run, remote), loader.batches(run, str(local))
+    one, two = loader.train_batches(run, remote), loader.train_batches(run, str(local))
     assert one.plan == two.plan
     for step in range(3):
         assert (one.batch(step).ids == two.batch(step).ids).all()
@@ -149,7 +149,7 @@ def test_a_run_trains_on_them_as_on_a_local_folder(local, remote, stage, tmp_pat
     ]
     assert losses[0] == losses[1]
     log = (tmp_path / "gs" / "train.log").read_text()
-    assert loader.batches(settings(local), str(local)).plan[:12] in log
+    assert loader.train_batches(settings(local), str(local)).plan[:12] in log
 
 
 def test_other_records_at_the_same_path_are_another_copy(remote, stage, tmp_path):
@@ -229,7 +229,7 @@ def test_damage_is_refused_by_name(local, remote, stage):
     Folder(remote).write(name, [whole[:-1]])
     with pytest.raises(StorageError, match=rf"{remote}/{name}: .*copy it again"):
         open_records(remote)
-    Folder(remote).store.put(name, None)
+    Folder(remote).store.write(name, None)
     with pytest.raises(StorageError, match=rf"{remote}/{name}: no such bucket or file"):
         open_records(remote)
     Folder(remote).write(name, [whole])

@@ -116,7 +116,7 @@ def test_whole_or_not_at_all(folders, tmp_path, monkeypatch):
     left = out / "medmax_records" / "mine" / "incomplete.ABC_1.0.0"
     left.mkdir(parents=True)  # of a run that was killed
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(progress.Progress, "__call__", lambda *_: stop(0))
+        patch.setattr(progress.ByteProgress, "__call__", lambda *_: stop(0))
         tfds_builders.write(folders, out, name="mine", say=print)
     assert list(left.parent.iterdir()) == []
     tfds_builders.write(folders, out, name="mine", say=print)

@@ -15,7 +15,7 @@ from medmax_jax.data import prepare
 from medmax_jax.data.records import writer
 from medmax_jax.data.records.document import Layout
 from medmax_jax.data.release import cli, train_rows
-from medmax_jax.data.release.train_rows import BadRow, PublishedError, Rules
+from medmax_jax.data.release.train_rows import BadRow, PublishedError, RowRules
 from medmax_jax.models import tokenizer
 from medmax_jax.models.vocab import BOI, BOS, EOI, EOS, IMAGE, PAD, SEP
 
@@ -27,7 +27,7 @@ WHOLE = [BOS, *PICTURE, 8_720, SEP, 8_730, EOS]
 
 def rules(**changes):
     asked = dict(layout=LAYOUT, separator=True, max_bad=0.01, shard_size=3, tokenizer=None)
-    return Rules(**(asked | changes))
+    return RowRules(**(asked | changes))
 
 
 def row(**changes):

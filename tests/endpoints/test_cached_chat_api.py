@@ -8,16 +8,21 @@ import pytest
 from llm_server import at, completion, replies, serving, short_waits  # noqa: F401
 
 from medmax_jax.endpoints import cached_chat_api
-from medmax_jax.endpoints.cached_chat_api import Ask, Cache
-from medmax_jax.endpoints.chat_api import Endpoint, EndpointError, NoReply
+from medmax_jax.endpoints.cached_chat_api import Cache, ChatRequest
+from medmax_jax.endpoints.chat_api import Endpoint, EndpointError, TransientError
 from medmax_jax.io.journal import JournalError, open_journal
 
 GOOD = completion("hi")
 
 
 def ask_all(where: Endpoint, names, *, cache: Cache, concurrency=4, stopped=lambda: False):
-    asks = [Ask(id=n, messages=[{"role": "user", "content": n}], data_class="open") for n in names]
-    return cached_chat_api.ask_all(where, asks, cache, concurrency=concurrency, stopped=stopped)
+    asks = [
+        ChatRequest(id=n, messages=[{"role": "user", "content": n}], data_class="open")
+        for n in names
+    ]
+    return cached_chat_api.complete_all(
+        where, asks, cache, concurrency=concurrency, stopped=stopped
+    )
 
 
 NAMES = [f"q{i}" for i in range(12)]
@@ -78,9 +83,9 @@ def test_a_few_without_a_reply_are_told_apart(tmp_path):
     with serving(lambda request, n: 500 if of(request) == "q3" else GOOD) as llm:
         with open_journal(tmp_path / "calls") as journal:
             found = {o.id: r for o, r in ask_all(at(llm.url), NAMES, cache=Cache(journal))}
-            assert [i for i, r in found.items() if isinstance(r, NoReply)] == ["q3"]
+            assert [i for i, r in found.items() if isinstance(r, TransientError)] == ["q3"]
             again = list(ask_all(at(llm.url), ["q3"], cache=Cache(journal)))
-            assert isinstance(again[0][1], NoReply)  # asked again, since it was not recorded
+            assert isinstance(again[0][1], TransientError)  # asked again, since it was not recorded
     assert len(llm.requests) == 11 + 2 * 3
 
 
@@ -120,13 +125,17 @@ def test_a_fatal_error_waits_for_no_retry(tmp_path):
 
 
 def test_the_estimate_leaves_out_what_is_known(tmp_path):
-    asks = [Ask(id=n, messages=[{"role": "user", "content": n * 20}], data_class="open")
+    asks = [ChatRequest(id=n, messages=[{"role": "user", "content": n * 20}], data_class="open")
             for n in ("ab", "cd", "ab")]  # fmt: skip
     with serving(replies(GOOD)) as llm, open_journal(tmp_path / "calls") as journal:
         cache, where = Cache(journal), at(llm.url)
         both = cached_chat_api.estimate(where, asks, cache, tokens_out=7)
         assert both == dict(calls=2, tokens_in=2 * (10 + 8), tokens_out=14)
-        list(cached_chat_api.ask_all(where, asks[:1], cache, concurrency=1, stopped=lambda: False))
+        list(
+            cached_chat_api.complete_all(
+                where, asks[:1], cache, concurrency=1, stopped=lambda: False
+            )
+        )
         assert cached_chat_api.estimate(where, asks, cache, tokens_out=7)["calls"] == 1
 
 

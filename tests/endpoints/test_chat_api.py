@@ -18,7 +18,7 @@ import pytest
 from llm_server import at, completion, replies, serving, short_waits  # noqa: F401
 
 from medmax_jax.endpoints import cached_chat_api, chat_api, egress
-from medmax_jax.endpoints.chat_api import EndpointError, NoReply, Reply
+from medmax_jax.endpoints.chat_api import EndpointError, Reply, TransientError
 from medmax_jax.io.journal import open_journal
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -26,7 +26,9 @@ GOOD = completion("hi")
 
 
 def ask(url: str, data_class: str = "open", **changes) -> Reply:
-    return chat_api.ask(at(url, **changes), HELLO, data_class, wait=threading.Event().wait)
+    return chat_api.request_completion(
+        at(url, **changes), HELLO, data_class, wait=threading.Event().wait
+    )
 
 
 def test_a_good_reply():
@@ -62,7 +64,7 @@ def test_a_retry_after_that_is_none_is_not_followed(junk):
 
 def test_too_long_a_wait_is_refused():
     with serving(replies(("status", 429, {"Retry-After": "3600"}))) as llm:
-        with pytest.raises(NoReply, match="asks to wait 3600 s .* more than max_wait_s 5"):
+        with pytest.raises(TransientError, match="asks to wait 3600 s .* more than max_wait_s 5"):
             ask(llm.url)
     assert len(llm.requests) == 1
 
@@ -87,7 +89,7 @@ def test_slow_is_asked_again():
 def test_dripping_bytes_do_not_stretch_the_timeout(how):
     with serving(replies((how, 5))) as llm:
         start = time.monotonic()
-        with pytest.raises(NoReply, match=r"no reply after 2 attempts \(more than 0.3 s\)"):
+        with pytest.raises(TransientError, match=r"no reply after 2 attempts \(more than 0.3 s\)"):
             ask(llm.url, timeout_s=0.3, retries=1)
     assert time.monotonic() - start < 2 and len(llm.requests) == 2
 
@@ -95,21 +97,21 @@ def test_dripping_bytes_do_not_stretch_the_timeout(how):
 @pytest.mark.parametrize("bad", [500, "reset", ("cut", GOOD)])
 def test_in_the_end_there_is_no_reply(bad):
     with serving(replies(bad)) as llm:
-        with pytest.raises(NoReply, match="m at 127.0.0.1:.*: no reply after 3 attempts"):
+        with pytest.raises(TransientError, match="m at 127.0.0.1:.*: no reply after 3 attempts"):
             ask(llm.url)
     assert len(llm.requests) == 3
 
 
 def test_nobody_listens():
-    with pytest.raises(NoReply, match="refused"):
+    with pytest.raises(TransientError, match="refused"):
         ask(llm_server.free_url())
 
 
 def test_waiting_is_given_up_when_asked_to():
     stop = threading.Event()
     stop.set()
-    with serving(replies(500)) as llm, pytest.raises(NoReply, match="stopped while waiting"):
-        chat_api.ask(at(llm.url), HELLO, "open", wait=stop.wait)
+    with serving(replies(500)) as llm, pytest.raises(TransientError, match="stopped while waiting"):
+        chat_api.request_completion(at(llm.url), HELLO, "open", wait=stop.wait)
     assert len(llm.requests) == 1
 
 
@@ -166,7 +168,7 @@ def test_wrong_settings_are_an_error_at_once(status):
     with serving(replies(status)) as llm:
         with pytest.raises(EndpointError, match=f"status {status}: .* look at the URL") as caught:
             ask(llm.url)
-    assert not isinstance(caught.value, NoReply) and len(llm.requests) == 1
+    assert not isinstance(caught.value, TransientError) and len(llm.requests) == 1
 
 
 def test_a_redirect_is_not_followed():
@@ -273,7 +275,7 @@ def test_an_error_inside_a_200_is_asked_again_and_named(body):
     with serving(replies(data, GOOD)) as llm:
         assert ask(llm.url).text == "hi" and len(llm.requests) == 2
     with serving(replies(data)) as llm:
-        with pytest.raises(NoReply, match="status 200 with an error: over quota"):
+        with pytest.raises(TransientError, match="status 200 with an error: over quota"):
             ask(llm.url)
 
 
@@ -288,7 +290,7 @@ def test_an_error_inside_a_200_counts_as_the_status_that_it_states():
     with serving(replies(body)) as llm:
         with pytest.raises(EndpointError, match="no such model .code 404.; look at") as caught:
             ask(llm.url)
-    assert not isinstance(caught.value, NoReply) and len(llm.requests) == 1
+    assert not isinstance(caught.value, TransientError) and len(llm.requests) == 1
 
 
 # Names, and whether somebody listens.
@@ -319,7 +321,7 @@ def test_what_is_no_model_at_url(text):
 )
 def test_a_server_that_does_not_listen_is_reported_in_two_seconds(url, why):
     start = time.monotonic()
-    with pytest.raises(NoReply, match=f"{why}.*; start the server, or correct the URL"):
+    with pytest.raises(TransientError, match=f"{why}.*; start the server, or correct the URL"):
         chat_api.check_ready(at(url or llm_server.free_url()))
     assert time.monotonic() - start < chat_api.CONNECT_S + 0.5
 
@@ -356,7 +358,7 @@ def test_https(certificate, tls, monkeypatch):
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate / "cert"))
     monkeypatch.setenv("TEST_KEY", "sk-secret123")
     with serving(replies(500, GOOD), tls) as llm:
-        listed = egress.hosts([llm.url])
+        listed = egress.parse_allowed_hosts([llm.url])
         assert ask(llm.url, "credentialed", key_env="TEST_KEY", listed=listed).text == "hi"
     assert llm.keys == ["Bearer sk-secret123"] * 2
 
@@ -384,7 +386,7 @@ def test_the_guard_comes_before_the_first_byte():
         with pytest.raises(egress.OutgoingError, match="credentialed data may not go to"):
             ask(llm.url, "credentialed")
         assert llm.connections == 0
-        assert ask(llm.url, "credentialed", listed=egress.hosts([llm.url])).text
+        assert ask(llm.url, "credentialed", listed=egress.parse_allowed_hosts([llm.url])).text
     assert llm.connections == 1
 
 
@@ -457,7 +459,7 @@ def test_an_echo_of_the_key_shows_nowhere(monkeypatch, tmp_path, place, echo):
     with serving(replies(say)) as llm, open_journal(tmp_path / "calls") as journal:
         where = at(llm.url, key_env="TEST_KEY", retries=0)
         try:
-            reply = chat_api.ask(where, HELLO, "open", wait=threading.Event().wait)
+            reply = chat_api.request_completion(where, HELLO, "open", wait=threading.Event().wait)
             cached_chat_api.Cache(journal).put("k", "m", reply)
             said = json.dumps(dataclasses.asdict(reply), ensure_ascii=False)
         except EndpointError as error:

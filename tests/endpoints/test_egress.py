@@ -10,7 +10,7 @@ from medmax_jax.endpoints.egress import CREDENTIALED, LICENCE_BOUND, OPEN, Outgo
 
 ROOT = pathlib.Path(__file__).parents[2]
 NETWORK = {"http", "urllib", "socket", "ssl", "requests", "httpx", "aiohttp", "openai", "wandb"}
-LISTED = egress.hosts(["llm.hospital.org:8443", "127.0.0.1:8000", "[::1]:8000"])
+LISTED = egress.parse_allowed_hosts(["llm.hospital.org:8443", "127.0.0.1:8000", "[::1]:8000"])
 
 
 @pytest.mark.parametrize("data_class", [OPEN, LICENCE_BOUND])
@@ -79,12 +79,17 @@ def test_a_url_that_can_be_read_two_ways_is_refused(url):
 
 def test_an_unknown_class_goes_nowhere():
     with pytest.raises(OutgoingError, match="class 'secret' .* use one of open, licence-bound"):
-        egress.check("https://a.org", "secret", listed=egress.hosts(["a.org"]))
+        egress.check("https://a.org", "secret", listed=egress.parse_allowed_hosts(["a.org"]))
 
 
 def test_hosts_are_listed_in_three_ways():
     entries = ["a.org", "B.org:8000", "https://c.org/v1", "http://localhost:1/v1"]
-    assert egress.hosts(entries) == {"a.org:443", "b.org:8000", "c.org:443", "localhost:1"}
+    assert egress.parse_allowed_hosts(entries) == {
+        "a.org:443",
+        "b.org:8000",
+        "c.org:443",
+        "localhost:1",
+    }
 
 
 @pytest.mark.parametrize(
@@ -98,7 +103,7 @@ def test_hosts_are_listed_in_three_ways():
     ],
 )
 def test_the_class_of_a_row(row, data_class):
-    assert egress.class_of(row, "row 1") == data_class
+    assert egress.data_class_of(row, "row 1") == data_class
 
 
 @pytest.mark.parametrize(
@@ -117,7 +122,7 @@ def test_the_class_of_a_row(row, data_class):
 )
 def test_a_class_is_never_guessed(row, message):
     with pytest.raises(OutgoingError) as caught:
-        egress.class_of(row, "row 1")
+        egress.data_class_of(row, "row 1")
     assert message in str(caught.value)
 
 

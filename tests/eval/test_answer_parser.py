@@ -118,13 +118,13 @@ def prompt_of(names):
 
 
 def read(text, names=NAMES):
-    return strict.read("vqa_mcq", text, prompt_of(names))
+    return strict.parse_answer("vqa_mcq", text, prompt_of(names))
 
 
 @pytest.mark.parametrize("row", ANSWERS, ids=lambda row: f"{row['family']}-{row['kind']}")
 def test_reviewed_answers(row):
     question = QUESTIONS[row["question"]] if row["family"] == "vqa_mcq" else row["question"]
-    assert strict.read(row["family"], row["answer"], question) == row["read"], row
+    assert strict.parse_answer(row["family"], row["answer"], question) == row["read"], row
 
 
 def test_the_table_is_large_and_has_no_answer_twice():
@@ -178,8 +178,8 @@ def test_ten_options_and_more_are_read():
 def test_any_text_is_read_or_not(fragments, joint):
     text = joint.join(fragments)
     assert read(text) in (*LETTERS, None)
-    assert strict.read("vqa_mcq", text, "") in (*"ABCDEFGHIJ", None)
-    assert strict.read("vqa_closed", text, "Is it a cyst?") in ("yes", "no", None)
+    assert strict.parse_answer("vqa_mcq", text, "") in (*"ABCDEFGHIJ", None)
+    assert strict.parse_answer("vqa_closed", text, "Is it a cyst?") in ("yes", "no", None)
 
 
 @settings(max_examples=300, deadline=None)
@@ -189,8 +189,8 @@ def test_any_text_is_read_or_not(fragments, joint):
 @example("<think>" * 5_000, "")
 @example("((((" * 5_000, "A: (\nB: )")
 def test_any_text_of_answer_and_question(text, prompt):
-    strict.read("vqa_mcq", text, prompt)
-    strict.read("vqa_closed", text, prompt)
+    strict.parse_answer("vqa_mcq", text, prompt)
+    strict.parse_answer("vqa_closed", text, prompt)
     reasoning.final_answer(text)
 
 
@@ -201,14 +201,14 @@ def test_long_repetitions_are_read(part):
     """Their time once grew with the square of their length, to 40 s."""
     text = part * (40_000 // len(part))
     assert read(text) in (None, "A", "B")
-    assert strict.read("vqa_closed", text, "Is there a cyst?") in (None, "yes", "no")
+    assert strict.parse_answer("vqa_closed", text, "Is there a cyst?") in (None, "yes", "no")
 
 
 def test_long_answers_are_read_by_their_end():
     filler = "The opacity is not a cyst, and if A were right the margin would be sharp. " * 2_000
     assert read(filler + "\nAnswer: B") == "B"
     assert read(filler) is None
-    assert strict.read("vqa_closed", filler + " Answer: no", "") == "no"
+    assert strict.parse_answer("vqa_closed", filler + " Answer: no", "") == "no"
 
 
 @settings(max_examples=600, deadline=None)
@@ -255,7 +255,9 @@ def test_the_option_named_in_words_is_read_in_any_order(statement, before):
 def test_a_stated_letter_is_read(statement):
     lines = "".join(f"\n{letter}: finding {n}" for n, letter in enumerate("ABCDEFGHIJ"))
     for letter in "ABCDEFGHIJ":
-        assert strict.read("vqa_mcq", statement.format(x=letter), "Which?" + lines) == letter
+        assert (
+            strict.parse_answer("vqa_mcq", statement.format(x=letter), "Which?" + lines) == letter
+        )
 
 
 @pytest.mark.parametrize("denial", DENIALS)
@@ -264,7 +266,7 @@ def test_denied_yes_or_no_is_never_read(denial, value):
     text = denial.format(x=value)
     if value == "no" and text.startswith(("No ", "no ", "no:", "no -")):
         return  # "no is wrong" begins as an answer does
-    assert strict.read("vqa_closed", text, "") != value, text
+    assert strict.parse_answer("vqa_closed", text, "") != value, text
 
 
 # Scorings.
@@ -274,10 +276,12 @@ def test_denied_yes_or_no_is_never_read(denial, value):
     "text", ["<think>x</think>B", "B.", "The answer is B", "b", "normal", "no"]
 )
 def test_the_scoring_of_the_release_reads_the_text_as_it_came(text):
-    assert release.read("vqa_mcq", text, "B", prompt_of(NAMES))["paper"] == release.choice(
-        text, "B"
+    assert release.parse_and_judge("vqa_mcq", text, "B", prompt_of(NAMES))[
+        "paper"
+    ] == release.choice(text, "B")
+    assert release.parse_and_judge("vqa_closed", text, "no", "")["paper"] == release.closed(
+        text, "no"
     )
-    assert release.read("vqa_closed", text, "no", "")["paper"] == release.closed(text, "no")
 
 
 THOUGHT = "<think>It may be a CT.</think>"
@@ -311,26 +315,30 @@ def test_reasoning_text_is_no_answer(text, answer):
 def test_all_metrics_of_strict_mode_leave_reasoning_out_and_records_keep_it():
     item = eval_setup.item("slake_open", "vqa_open", 0, answer="An MRI.")
     record = eval_setup.record(item, f"{THOUGHT}\nAn MRI.")
-    found = per_record.verdicts(record)
+    found = per_record.record_scores(record)
     assert found["exact"].value == found["token_f1"].value == 1
-    assert judging.case_of(record).answer == "An MRI."
-    assert probes.said(record) == "mri"
+    assert judging.judge_case(record).answer == "An MRI."
+    assert probes.parsed_answer(record) == "mri"
     assert "it may be a ct" in str(judging.paper_messages(record, ""))  # as released
     chat = eval_setup.item("visual_chat_conversation", "visual_chat", 0, answer="An MRI.")
-    assert per_record.verdicts(eval_setup.record(chat, f"{THOUGHT}An MRI."))["rouge_l"].value == 1
-    assert per_record.verdicts(eval_setup.record(chat, "<think>An MRI."))["rouge_l"].value == 0
+    assert (
+        per_record.record_scores(eval_setup.record(chat, f"{THOUGHT}An MRI."))["rouge_l"].value == 1
+    )
+    assert per_record.record_scores(eval_setup.record(chat, "<think>An MRI."))["rouge_l"].value == 0
 
 
 def test_verdicts_of_a_judge_that_reasons():
     right, wrong = '{"case": "t", "correct": true}', '{"case": "t", "correct": false}'
-    assert llm_judge.verdict(llm_judge.CORRECT, f"<think>{right}</think>{wrong}", "t") == 0
-    assert llm_judge.verdict(llm_judge.CORRECT, f"<think>Perhaps {right}", "t") is None
-    assert llm_judge.verdict(llm_judge.CORRECT, f"<think>Perhaps {right}</think>", "t") is None
-    assert strict.opened("<think>Correctness: 1?</think>Correctness: 0").value == 0
-    assert strict.opened("<think>Correctness: 1").value is None
-    assert strict.pair("<think>\n9 9\n</think>\n\n8 7\nBoth are good.") == (8, 7)
-    assert strict.pair("<think>8 7") is None
-    assert release.judged("<think>Correctness: 1</think>") is True  # as released
+    assert llm_judge.parse_verdict(llm_judge.CORRECT, f"<think>{right}</think>{wrong}", "t") == 0
+    assert llm_judge.parse_verdict(llm_judge.CORRECT, f"<think>Perhaps {right}", "t") is None
+    assert (
+        llm_judge.parse_verdict(llm_judge.CORRECT, f"<think>Perhaps {right}</think>", "t") is None
+    )
+    assert strict.parse_correctness("<think>Correctness: 1?</think>Correctness: 0").value == 0
+    assert strict.parse_correctness("<think>Correctness: 1").value is None
+    assert strict.parse_score_pair("<think>\n9 9\n</think>\n\n8 7\nBoth are good.") == (8, 7)
+    assert strict.parse_score_pair("<think>8 7") is None
+    assert release.parse_judgment("<think>Correctness: 1</think>") is True  # as released
 
 
 def test_replies_of_a_curator_that_reasons():

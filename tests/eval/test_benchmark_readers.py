@@ -164,7 +164,7 @@ def test_pictures_inside(tmp_path, name):
     assert dict(opened.slices) == {"question_type": "what"}
     with PIL.Image.open(tmp_path / "out" / closed.image.removeprefix("p/")) as shown:
         assert shown.getpixel((0, 0)) == (255, 0, 0)
-    assert told["other_counts"] == [f"2 rows, published are {catalog.OWN_ROWS[name]}"]
+    assert told["other_counts"] == [f"2 rows, published are {catalog.EXPECTED_ROWS[name]}"]
 
 
 def test_quilt_vqa(tmp_path):
@@ -214,7 +214,7 @@ def test_the_table_has_the_rows_that_are_asked():
     averages = [line for line in suite.published_table().splitlines() if "| average |" in line]
     assert sum("MedMax 7B | 65.5" in line for line in averages) == 1
     assert sum("GPT-4o | 4" in line for line in averages) == 2  # the site and the abstract differ
-    assert "poster" in catalog.CARDS["probmed_closed"].differs
+    assert "poster" in catalog.TASKS["probmed_closed"].differs
 
 
 def test_omnimed_vqa(tmp_path):
@@ -261,11 +261,11 @@ def test_llava_med(tmp_path):
     )
     assert talk.answer == "The conjunctiva." and dict(talk.slices) == {"domain": "histology"}
     assert talk.context == "Figure Caption:\nFig. 3: A cystic wall."
-    assert task_items.parts(talk, tmp_path) == (
+    assert task_items.prompt_parts(talk, tmp_path) == (
         "What is the organ in the image?",
         tmp_path / "images/18063892_F3.jpg",
     )
-    assert task_items.parts(told, tmp_path)[1] == task_items.DETAILED_PROMPT
+    assert task_items.prompt_parts(told, tmp_path)[1] == task_items.DETAILED_PROMPT
 
 
 def test_pmc_oa(tmp_path):
@@ -345,7 +345,7 @@ def test_every_card_has_its_rows():
     assert read | {"probmed", "llava_med", "pmc_oa", "pmc_vqa_clean"} == set(
         benchmark_readers.READERS
     )
-    for task, card in catalog.CARDS.items():
+    for task, card in catalog.TASKS.items():
         assert card.task == task and card.family in task_items.FAMILIES
         assert card.source and card.licence
         assert card.published or task == "pmc_vqa_clean_mcq"  # no part of MedMax's tables

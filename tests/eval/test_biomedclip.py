@@ -94,7 +94,7 @@ def test_embeddings_at_the_published_sizes():
 
 def test_all_351_names_have_one_place():
     names = golden("full")["names"]
-    like = safetensors_file.named(biomedclip.abstract(FULL))
+    like = safetensors_file.flatten_named(biomedclip.abstract(FULL))
     used = [key for name in like for key in biomedclip.theirs(name, FULL)]
     assert sorted(used) == sorted(names) and len(set(used)) == len(used) == 351
     assert sum(int(np.prod(leaf.shape)) for leaf in like.values()) == 195_902_721
@@ -108,7 +108,7 @@ def test_every_tensor_of_every_layer_is_computed_with(tiny):
         text = biomedclip.text_embeddings(made, jnp.asarray(cases.ids(48, 16)))
         return (image[:, ::2] ** 3).sum() + (text[:, ::2] ** 3).sum()
 
-    slopes = safetensors_file.named(jax.jit(jax.grad(total))(tiny))
+    slopes = safetensors_file.flatten_named(jax.jit(jax.grad(total))(tiny))
     largest = {}
     for name, slope in slopes.items():
         stacked = name.startswith(("visual.blocks.", "text.layers."))

@@ -73,14 +73,18 @@ def test_holm():
 
 def test_detectable_differences():
     values = [1.0] * 300 + [0.0] * 200  # 60 % of 500
-    assert intervals.detectable(values, range(500), paired=False) == pytest.approx(0.087, abs=1e-3)
+    assert intervals.minimum_detectable_effect(values, range(500), paired=False) == pytest.approx(
+        0.087, abs=1e-3
+    )
     copies = np.repeat(values[::10], 10)
-    clustered = intervals.detectable(copies, np.repeat(range(50), 10).tolist(), paired=False)
+    clustered = intervals.minimum_detectable_effect(
+        copies, np.repeat(range(50), 10).tolist(), paired=False
+    )
     # 49 degrees of freedom instead of 499, and 50 / 49 in the variance
     reach = [sum(special.stdtrit(df, [0.975, 0.8])) for df in (49, 499)]
     wider = np.sqrt(10 * 50 / 49) * reach[0] / reach[1]
     assert clustered == pytest.approx(0.087 * wider, rel=0.005)
-    assert intervals.detectable([1.0, 0.0], "aa", paired=True) == np.inf
+    assert intervals.minimum_detectable_effect([1.0, 0.0], "aa", paired=True) == np.inf
 
 
 def test_the_judge_s_variance_is_in_the_interval():
@@ -112,8 +116,11 @@ def test_suite_interval_weighs_tasks_alike_and_shares_groups():
 
 
 def test_calibration():
-    np.testing.assert_allclose(calibration.shares([0.0, np.log(3)]), [0.25, 0.75])
-    assert calibration.answer(calibration.shares([0.0, np.log(3)])) == (1, pytest.approx(0.75))
+    np.testing.assert_allclose(calibration.option_probabilities([0.0, np.log(3)]), [0.25, 0.75])
+    assert calibration.top_option(calibration.option_probabilities([0.0, np.log(3)])) == (
+        1,
+        pytest.approx(0.75),
+    )
     assert calibration.ece([0.9] * 10, [1] * 9 + [0], bins=5) == pytest.approx(0)
     assert calibration.ece([0.9] * 10, [0] * 10, bins=5) == pytest.approx(0.9)
     # two levels, two bins: (|1.0 - 0.5| + |0.6 - 0.5|) / 2
@@ -121,17 +128,17 @@ def test_calibration():
     assert calibration.brier([np.array([0.25, 0.75])], [1]) == pytest.approx(0.125)
     curve = calibration.risk_coverage([0.9, 0.8, 0.7, 0.6], [1, 1, 0, 0])
     np.testing.assert_allclose(curve.risk, [0, 0, 1 / 3, 1 / 2])
-    assert calibration.accuracy_at(curve, 0.5) == 1 and curve.area == pytest.approx(5 / 24)
+    assert calibration.accuracy_at_coverage(curve, 0.5) == 1 and curve.area == pytest.approx(5 / 24)
     ties = [
         calibration.risk_coverage([0.5] * 4, right).area for right in ([1, 1, 0, 0], [0, 0, 1, 1])
     ]
     assert ties[0] == ties[1] == 0.5
     for call in (
-        lambda: calibration.shares([0.0]),
-        lambda: calibration.shares([0.0, np.nan]),
+        lambda: calibration.option_probabilities([0.0]),
+        lambda: calibration.option_probabilities([0.0, np.nan]),
         lambda: calibration.ece([1.5], [1], bins=2),
         lambda: calibration.brier([np.array([1.0, 0.0])], [2]),
-        lambda: calibration.accuracy_at(curve, 0.0),
+        lambda: calibration.accuracy_at_coverage(curve, 0.0),
     ):
         with pytest.raises(ValueError):
             call()
@@ -167,7 +174,7 @@ def test_who_wins_and_where_nobody_can_say(tmp_path):
     assert closed["claim"] == f"{two} wins" and closed["diff"] == 0.875
     assert closed["p_holm"] < 0.01 and closed["p_mcnemar"] < 1e-9
     assert (closed["n"], closed["groups"]) == (40, 20) and closed["can_find"] < 0.3
-    assert rows["vqa_open", "exact"]["claim"] == comparison.NOBODY
+    assert rows["vqa_open", "exact"]["claim"] == comparison.INCONCLUSIVE
     assert rows["vqa_open", "token_f1"]["claim"] == ""  # not its headline
     assert found.left_out == [
         "captioning: not run by the first",

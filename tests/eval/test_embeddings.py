@@ -48,18 +48,18 @@ def test_cosine_refuses_what_is_no_embedding():
 def test_combined_is_a_harmonic_mean_with_the_best_reference():
     picture, text = angle(0, 0, 0), angle(60, 60, 120)
     references = [angle(60, 240), angle(150, 120), angle(120)]
-    found = embeddings.combined(picture, text, references)
+    found = embeddings.combined_clip_score(picture, text, references)
     # 0.5 with 1; 0.5 with the better of 0 and 0.5; -0.5, which counts as 0
     np.testing.assert_allclose(found, [2 / 3, 0.5, 0], atol=1e-12)
     with pytest.raises(ValueError, match="each text needs one or more"):
-        embeddings.combined(picture, text, [*references[:2], angle()[:0].reshape(0, 2)])
+        embeddings.combined_clip_score(picture, text, [*references[:2], angle()[:0].reshape(0, 2)])
 
 
 @given(seeds, counts)
 def test_combined_lies_between_its_parts(seed, n):
     picture, text, said = (random_units(seed + i, n, 5) for i in range(3))
     parts = np.stack([embeddings.cosine(picture, text), embeddings.cosine(text, said)]).clip(0)
-    found = embeddings.combined(picture, text, list(said[:, None]))
+    found = embeddings.combined_clip_score(picture, text, list(said[:, None]))
     assert (parts.min(0) - 1e-9 <= found).all() and (found <= parts.max(0) + 1e-9).all()
 
 
@@ -69,25 +69,25 @@ def test_combined_lies_between_its_parts(seed, n):
 def test_ranks_by_hand():
     queries, targets = angle(0, 10, 90), angle(20, 0, 180)
     # cosines grow as angles fall: query 0 -> 20 0 180, query 1 -> 10 10 170, query 2 -> 70 90 90
-    np.testing.assert_array_equal(embeddings.ranks(queries, targets), [2, 1.5, 2.5])
+    np.testing.assert_array_equal(embeddings.retrieval_ranks(queries, targets), [2, 1.5, 2.5])
 
 
 def test_the_same_text_for_everything_is_chance():
     targets = random_units(0, 101, 16)
     same = np.repeat(random_units(1, 1, 16), 101, axis=0)
-    found = embeddings.retrieval(embeddings.ranks(same, targets), at=(1, 5))
+    found = embeddings.retrieval(embeddings.retrieval_ranks(same, targets), at=(1, 5))
     assert found.median_rank == found.chance_median == 51
     assert found.recall == pytest.approx({1: 1 / 101, 5: 5 / 101})
     assert found.recall == pytest.approx(found.chance_recall)
     # and where all targets are one: every rank is the middle
-    np.testing.assert_array_equal(embeddings.ranks(targets, same), np.full(101, 51.0))
+    np.testing.assert_array_equal(embeddings.retrieval_ranks(targets, same), np.full(101, 51.0))
 
 
 def test_targets_that_only_rounding_holds_apart_tie():
     targets = np.repeat(random_units(0, 1, 16), 5, axis=0).astype(np.float32)
     targets += np.linspace(-1e-8, 1e-8, 5, dtype=np.float32)[:, None]
     np.testing.assert_array_equal(
-        embeddings.ranks(random_units(1, 5, 16), targets), np.full(5, 3.0)
+        embeddings.retrieval_ranks(random_units(1, 5, 16), targets), np.full(5, 3.0)
     )
 
 
@@ -95,18 +95,20 @@ def test_targets_that_only_rounding_holds_apart_tie():
 @given(seeds, counts)
 def test_ranks_move_with_the_rows_and_lie_in_bounds(seed, n):
     queries, targets = random_units(seed, n, 4), random_units(seed + 1, n, 4)
-    found = embeddings.ranks(queries, targets)
+    found = embeddings.retrieval_ranks(queries, targets)
     order = np.random.default_rng(seed).permutation(n)
-    np.testing.assert_array_equal(embeddings.ranks(queries[order], targets[order]), found[order])
+    np.testing.assert_array_equal(
+        embeddings.retrieval_ranks(queries[order], targets[order]), found[order]
+    )
     assert ((found >= 1) & (found <= n)).all()
-    np.testing.assert_array_equal(embeddings.ranks(targets, targets), np.ones(n))
+    np.testing.assert_array_equal(embeddings.retrieval_ranks(targets, targets), np.ones(n))
 
 
 def test_blocks_of_queries_change_nothing(monkeypatch):
     queries, targets = random_units(0, 23, 8), random_units(1, 23, 8)
-    whole = embeddings.ranks(queries, targets)
+    whole = embeddings.retrieval_ranks(queries, targets)
     monkeypatch.setattr(embeddings, "RANK_BLOCK", 5)
-    np.testing.assert_array_equal(embeddings.ranks(queries, targets), whole)
+    np.testing.assert_array_equal(embeddings.retrieval_ranks(queries, targets), whole)
     brute = [1 + sum(t @ q > targets[i] @ q for t in targets) for i, q in enumerate(queries)]
     np.testing.assert_array_equal(whole, brute)
 
@@ -185,16 +187,16 @@ def test_kid_refuses_sizes_that_it_cannot_draw(subsets, size):
 
 
 def test_pictures_by_hand():
-    found = embeddings.pictures([[0.8, 0.9], []], floor=0.1)
+    found = embeddings.per_answer_similarity([[0.8, 0.9], []], floor=0.1)
     assert (found.coverage, found.released) == (0.5, 0.8)
     assert found.with_missing == pytest.approx(0.45) and found.best_of_all == pytest.approx(0.5)
 
 
 def test_who_draws_once_and_well_wins_only_in_the_release():
     once, always = [[0.9]] + [[]] * 9, [[0.7]] * 10
-    one, two = (embeddings.pictures(found, floor=0.2) for found in (once, always))
+    one, two = (embeddings.per_answer_similarity(found, floor=0.2) for found in (once, always))
     assert one.released > two.released
     assert one.with_missing == pytest.approx(0.27) and two.with_missing == pytest.approx(0.7)
-    assert embeddings.pictures([[], []], floor=0.2).released is None
+    assert embeddings.per_answer_similarity([[], []], floor=0.2).released is None
     with pytest.raises(ValueError, match="nothing was scored"):
-        embeddings.pictures([], floor=0.0)
+        embeddings.per_answer_similarity([], floor=0.0)

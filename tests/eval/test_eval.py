@@ -98,9 +98,9 @@ def test_image_features_and_nearest_centroid():
     np.testing.assert_allclose(one[:4], np.sqrt([0.5, 0.5, 0, 0]))
     np.testing.assert_allclose(one[4:], -1 / np.sqrt(192))
     two = modality.features(np.array([2, 2, 2, 2]), light, num_codes=4)
-    centroids = modality.fit([one, two, two], ["CT", "MRI", "MRI"])
+    centroids = modality.fit_centroids([one, two, two], ["CT", "MRI", "MRI"])
     assert centroids.names == ("CT", "MRI")
-    assert [modality.nearest(centroids, x) for x in (one, two, 0.9 * two)] == [
+    assert [modality.nearest_centroid(centroids, x) for x in (one, two, 0.9 * two)] == [
         "CT",
         "MRI",
         "MRI",
@@ -115,18 +115,24 @@ def record(task, text, answer, group="g", **more):
 
 
 def test_values_of_each_task():
-    assert aggregate.values(record("vqa_closed", "Yes.", "yes")) == dict(accuracy=1, unparsed=0)
-    assert aggregate.values(record("vqa_closed", "normal", "no")) == dict(accuracy=0, unparsed=1)
-    assert aggregate.values(record("vqa_mcq", "b", "B")) == dict(accuracy=1, unparsed=0)
-    assert aggregate.values(record("vqa_open", "a CT", "CT")) == dict(exact=1, token_f1=1)
-    said = aggregate.values(record("captioning", "A CT.", "A CT.", facts=["CT", "chest"]))
+    assert aggregate.record_values(record("vqa_closed", "Yes.", "yes")) == dict(
+        accuracy=1, unparsed=0
+    )
+    assert aggregate.record_values(record("vqa_closed", "normal", "no")) == dict(
+        accuracy=0, unparsed=1
+    )
+    assert aggregate.record_values(record("vqa_mcq", "b", "B")) == dict(accuracy=1, unparsed=0)
+    assert aggregate.record_values(record("vqa_open", "a CT", "CT")) == dict(exact=1, token_f1=1)
+    said = aggregate.record_values(record("captioning", "A CT.", "A CT.", facts=["CT", "chest"]))
     assert said == dict(token_f1=1, rouge_l=1, fact_recall=0.5)
     drawn = record("image_generation", "", "", kind="CT", looks_like="CT")
-    assert aggregate.values(drawn) == dict(modality_match=1)
+    assert aggregate.record_values(drawn) == dict(modality_match=1)
     without = record("multimodal", "A CT.", "A CT.", kind="CT", looks_like="")
-    assert aggregate.values(without) == dict(token_f1=1, rouge_l=1, has_image=0, modality_match=0)
-    mended = per_record.verdicts(record("vqa_closed", "yes", "perhaps"))["accuracy"]
-    assert (mended.status, mended.worst, mended.best) == ("unscored", 0, 1)
+    assert aggregate.record_values(without) == dict(
+        token_f1=1, rouge_l=1, has_image=0, modality_match=0
+    )
+    mended = per_record.record_scores(record("vqa_closed", "yes", "perhaps"))["accuracy"]
+    assert (mended.status, mended.lower, mended.upper) == ("unscored", 0, 1)
     assert "answer 'perhaps' is no answer of a vqa_closed; mend the row" in mended.why
 
 
@@ -147,7 +153,7 @@ def test_scores_pair_items_and_put_the_primary_first():
     assert first["ci_low"] <= first["diff"] <= first["ci_high"]
     first = aggregate.summary(after, mode="strict", seed=0, resamples=2_000)[0]
     assert (first["value"], first["n_unparsed"], first["headline"]) == (1, 0, True)
-    guessed = aggregate.answered(after, {r["id"]: "no" for r in after})
+    guessed = aggregate.with_answers(after, {r["id"]: "no" for r in after})
     assert aggregate.scores(guessed, after, seed=0, resamples=2_000)[0]["diff"] == 1
 
 
@@ -162,8 +168,8 @@ def test_released_rows_become_items():
         "image_generation_quilt", "multimodal",
     ]  # fmt: skip
     assert items[3].prompt == "Please describe this picture."
-    assert task_items.parts(items[0], Path("f")) == (Path("f/a.png"), "Is it a CT?")
-    assert task_items.parts(items[4], Path("f")) == ("Draw a CT.",)
+    assert task_items.prompt_parts(items[0], Path("f")) == (Path("f/a.png"), "Is it a CT?")
+    assert task_items.prompt_parts(items[4], Path("f")) == ("Draw a CT.",)
     assert (items[0].group, items[0].id, items[0].facts) == ("a.png", "0", ())
 
 
@@ -195,10 +201,10 @@ def test_the_sample_s_items():
         if item.task == "captioning":
             assert text_metrics.recall(item.answer, list(item.facts)) == 1, item
     closed = [item for item in items if item.task == "vqa_closed"]
-    chosen = task_items.choose(closed, 25, seed=0)
+    chosen = task_items.sample_items(closed, 25, seed=0)
     groups = collections.Counter(item.group for item in chosen)
     assert len(chosen) == 25 and max(groups.values()) - min(groups.values()) <= 1
-    assert task_items.choose(closed, -1, seed=0) == closed
+    assert task_items.sample_items(closed, -1, seed=0) == closed
     # each template's questions are balanced, so that the blind guesser is at chance
     guesses = baselines.blind(sample_items("train"), closed)
     right = np.mean([guesses[item.id] == item.answer for item in closed])
@@ -242,7 +248,7 @@ def scripted(monkeypatch):
 
 
 def asked_all(model, tmp_path, items, progress=print):
-    return inference.evaluate(
+    return inference.run_items(
         model,
         items,
         mode="strict",
@@ -320,7 +326,7 @@ def test_any_object_with_generate_is_a_model(tmp_path):
     assert [bool(r["images"]) for r in records] == [i % 5 == 4 for i in range(7)]
     assert [r["text"] for r in records if not r["images"]] == ["yes"] * 6
     with pytest.raises(ValueError, match="item i/0: a segment is a int; use str or PIL.Image"):
-        base.split([3], where="item i/0")
+        base.split_segments([3], where="item i/0")
 
 
 # The program, with a model of random weights.

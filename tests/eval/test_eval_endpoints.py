@@ -11,7 +11,7 @@ from test_eval_models import run, says_yes, words, write_items
 
 from medmax_jax import cli
 from medmax_jax.configs import eval_tiny
-from medmax_jax.endpoints.chat_api import EndpointError, NoReply
+from medmax_jax.endpoints.chat_api import EndpointError, TransientError
 from medmax_jax.endpoints.egress import OutgoingError
 from medmax_jax.eval import evaluate
 from medmax_jax.io import journal
@@ -114,7 +114,7 @@ def test_a_name_with_at_signs(tmp_path, name):
 )
 def test_an_endpoint_that_is_down_is_reported_before_the_plan(tmp_path, capsys, url, why):
     items, start = write_items(tmp_path / "data", 2), time.monotonic()
-    with pytest.raises(NoReply, match=f"{why}.*; start the server, or correct the URL"):
+    with pytest.raises(TransientError, match=f"{why}.*; start the server, or correct the URL"):
         run(items, tmp_path / "out", f"endpoint:m@{url or free_url()}")
     assert time.monotonic() - start < 4  # 2 s, and reading the items on a busy machine
     assert "plan" not in capsys.readouterr().out and not list((tmp_path / "out").iterdir())
@@ -125,17 +125,19 @@ def test_a_judge_that_is_down_is_reported_before_the_model_is_asked(tmp_path, ca
     items = write_items(tmp_path / "data", 2, question_type="open")
     url = url or free_url()
     with serving(says_yes) as llm:
-        with pytest.raises(NoReply, match="j at .* cannot be reached"):
+        with pytest.raises(TransientError, match="j at .* cannot be reached"):
             run(items, tmp_path / "out", f"endpoint:m@{llm.url}", judge=judge(url))
         assert llm.connections == 0 and "plan" not in capsys.readouterr().out
-        with pytest.raises(NoReply, match="j at .* cannot be reached"):  # before it is converted
+        with pytest.raises(
+            TransientError, match="j at .* cannot be reached"
+        ):  # before it is converted
             run(items, tmp_path / "out", f"hf:{tmp_path}", judge=judge(url))
 
     class Asked:
         def generate(self, asks):
             raise AssertionError("asked before the judge was looked for")
 
-    with pytest.raises(NoReply, match="j at .* cannot be reached"):
+    with pytest.raises(TransientError, match="j at .* cannot be reached"):
         own = dict(judge=dict(endpoint=f"j@{url}"), progress=print)
         evaluate(Asked(), items, tmp_path / "own", "strict", **own)
 
@@ -150,7 +152,7 @@ def test_what_is_done_needs_no_server_again(tmp_path):
     assert run(items, tmp_path / "out", **given)["scores"] == first["scores"]
     (tmp_path / "out" / "records.jsonl").unlink()  # the replies are in the cache
     (tmp_path / "out" / "judged.jsonl").unlink()
-    with pytest.raises(NoReply, match="j at "):  # what it will be shown is not known yet
+    with pytest.raises(TransientError, match="j at "):  # what it will be shown is not known yet
         run(items, tmp_path / "out", **given)
     del given["judge"]
     assert run(items, tmp_path / "out", **given)["errors"] == 0

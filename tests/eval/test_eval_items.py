@@ -45,9 +45,9 @@ def test_several_images_stand_where_their_marks_are(prompt, parts, field):
     row = {k: v for k, v in CLOSED.items() if k != "image_path"}
     item = only(row, prompt=prompt, **{field: ["a.png", "b.png"]})
     paths = tuple(F / f"{p}.png" if p in ("a", "b") else p for p in parts)
-    assert task_items.parts(item, F) == paths
+    assert task_items.prompt_parts(item, F) == paths
     for style in ("default", "chameleon"):
-        found = task_items.parts(item, F, style)
+        found = task_items.prompt_parts(item, F, style)
         assert [p for p in found if isinstance(p, pathlib.Path)] == [F / n for n in item.images]
         assert not any("<image" in p for p in found if isinstance(p, str))
 
@@ -55,11 +55,11 @@ def test_several_images_stand_where_their_marks_are(prompt, parts, field):
 def test_a_single_image_has_one_mark_or_none():
     item = only(CLOSED, prompt="<image>\nDid it grow?")
     assert (item.prompt, item.images, item.further_images) == ("Did it grow?", ("a.png",), ())
-    assert task_items.parts(item, F) == (F / "a.png", "Did it grow?")
+    assert task_items.prompt_parts(item, F) == (F / "a.png", "Did it grow?")
     assert only(CLOSED, image_path=["a.png"]) == only(CLOSED)
     assert "further_images" not in task_items.item_fields(item)  # workdirs of before go on
     two = only(CLOSED, image_path=["a.png", "b.png"])
-    assert inference.asked_of(two)["further_images"] == ["b.png"]
+    assert inference.item_fields(two)["further_images"] == ["b.png"]
 
 
 @pytest.mark.parametrize(

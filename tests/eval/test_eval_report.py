@@ -68,7 +68,7 @@ def made(tmp_path, asked=None):
     """A workdir as eval.run leaves it, with a judge's verdicts and a scorer's cosines."""
     PIL.Image.new("RGB", (64, 48), "maroon").save(tmp_path / "a.png")
     items = task_items.from_rows(asked or rows())
-    records = inference.evaluate(
+    records = inference.run_items(
         Scripted(),
         items,
         mode="strict",
@@ -243,7 +243,7 @@ def test_whole_sets_are_a_table_a_metric(tmp_path):
 
 def test_slices_have_enough_items_or_are_counted(tmp_path):
     summary, records = made(tmp_path)
-    values = aggregate.table(records, per_record.read(tmp_path))
+    values = aggregate.scores_by_item(records, per_record.read(tmp_path))
     rows, few = reporting_tables.slices(records, values, summary, **NUMBERS)
     assert [(r["slice"], r["n"]) for r in rows] == [("modality: CT", 20)] and few == 1
     assert rows[0]["value"] == pytest.approx(7 / 20)
@@ -251,7 +251,7 @@ def test_slices_have_enough_items_or_are_counted(tmp_path):
 
 def test_failures_are_counted_and_shown(tmp_path):
     summary, records = made(tmp_path)
-    values = aggregate.table(records, per_record.read(tmp_path))
+    values = aggregate.scores_by_item(records, per_record.read(tmp_path))
     counts = {r["task"]: r for r in reporting_tables.failures(records, values, summary)}
     slake = counts["slake_closed"]
     assert (slake["items"], slake["wrong"], slake["unparsed"], slake["errors"]) == (24, 8, 8, 0)
@@ -297,7 +297,8 @@ def test_sft_and_chameleon(tmp_path):
     )
     picture = tmp_path / "a.png"
     asked = {
-        item.task: task_items.parts(item, tmp_path, "chameleon") for item in (closed, opened, mcq)
+        item.task: task_items.prompt_parts(item, tmp_path, "chameleon")
+        for item in (closed, opened, mcq)
     }
     assert asked["vqa_rad_closed"] == (
         picture,
@@ -312,23 +313,31 @@ def test_sft_and_chameleon(tmp_path):
         "Question: Which?\nA: CT\nB: MRI\nAnswer:"
     )
     more = "Explain a CT. Answer the question with one picture."
-    assert task_items.parts(mixed, tmp_path, "chameleon") == (more,)
+    assert task_items.prompt_parts(mixed, tmp_path, "chameleon") == (more,)
     for name in task_items.PROMPTS:
-        assert task_items.parts(caption, tmp_path, name) == (picture, task_items.CAPTION_PROMPT)
-        assert task_items.parts(drawn, tmp_path, name) == ("A <b>chest</b> X-ray.",)
-        assert task_items.parts(chat, tmp_path, name) == ("What?", picture)
-        assert task_items.parts(detailed, tmp_path, name) == (picture, task_items.DETAILED_PROMPT)
+        assert task_items.prompt_parts(caption, tmp_path, name) == (
+            picture,
+            task_items.CAPTION_PROMPT,
+        )
+        assert task_items.prompt_parts(drawn, tmp_path, name) == ("A <b>chest</b> X-ray.",)
+        assert task_items.prompt_parts(chat, tmp_path, name) == ("What?", picture)
+        assert task_items.prompt_parts(detailed, tmp_path, name) == (
+            picture,
+            task_items.DETAILED_PROMPT,
+        )
     for name in ("sft", "default"):
-        assert task_items.parts(closed, tmp_path, name) == (picture, "Is it a CT?")
-        assert task_items.parts(mixed, tmp_path, name) == ("Explain a CT.",)
+        assert task_items.prompt_parts(closed, tmp_path, name) == (picture, "Is it a CT?")
+        assert task_items.prompt_parts(mixed, tmp_path, name) == ("Explain a CT.",)
     with pytest.raises(task_items.TaskError, match="prompt is 'llava'; use one of sft, chameleon"):
-        task_items.parts(closed, tmp_path, "llava")
+        task_items.prompt_parts(closed, tmp_path, "llava")
 
 
 def test_who_ends_the_turn():
     for family in task_items.FAMILIES:
-        assert task_items.ends_turn(family, "sft") and not task_items.ends_turn(family, "chameleon")
-        assert task_items.ends_turn(family, "default") == (family == "visual_chat")
+        assert task_items.uses_end_of_turn(family, "sft") and not task_items.uses_end_of_turn(
+            family, "chameleon"
+        )
+        assert task_items.uses_end_of_turn(family, "default") == (family == "visual_chat")
 
 
 def test_a_row_says_its_own_class():
@@ -362,7 +371,7 @@ def test_the_suite_as_a_table():
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == ""
     lines = done.stdout.splitlines()
-    assert len(lines) == 2 + len(catalog.CARDS) and "| slake_closed |" in done.stdout
+    assert len(lines) == 2 + len(catalog.TASKS) and "| slake_closed |" in done.stdout
     assert done.stdout in (root / "docs" / "eval.md").read_text()
     theirs = [*command, "published"]
     done = subprocess.run(theirs, cwd=root, capture_output=True, text=True)

@@ -13,7 +13,7 @@ from test_efficientnet import PARITY
 from test_efficientnet import tensors as lite_tensors
 
 from medmax_jax.eval.encoders import biomedclip, efficientnet, scorer
-from medmax_jax.eval.encoders.scorer import Lite, SeeingError
+from medmax_jax.eval.encoders.scorer import EfficientNetScorer, ImageScoringError
 from medmax_jax.eval.metrics import aggregate, per_record
 from medmax_jax.eval.pipeline import image_scoring
 from medmax_jax.eval.tasks import probes
@@ -37,7 +37,7 @@ def clip(published):
 
 
 def see(scorers, records, folder, lines=None, **more):
-    return image_scoring.see(
+    return image_scoring.score_images(
         records,
         scorers,
         folder,
@@ -61,7 +61,7 @@ def test_captions_pictures_and_places(clip, tmp_path):
     sets = see([clip], records, tmp_path)
     known = per_record.read(tmp_path)
     assert known.scorers == {"biomedclip": clip.fingerprint}
-    lines = known.seen["biomedclip"]
+    lines = known.image_scores["biomedclip"]
     caption = lines["captioning_pmc_oa/2"]
     (shown,) = clip.pictures([PIL.Image.open(tmp_path / "2.png")], released=False)
     said, wanted = clip.texts(["An MRI of the head", "A slide"])
@@ -96,13 +96,13 @@ def test_captions_of_probes_are_compared_with_the_true_picture(clip, tmp_path):
     ]
     see([clip], records, tmp_path)
     before, said = (tmp_path / per_record.PICTURES).read_bytes(), []
-    (some,) = probes.seen(records, {"swapped": swapped}).values()
-    see([clip], some, tmp_path, said, out=per_record.of_probe("swapped"))
+    (some,) = probes.captions_to_score(records, {"swapped": swapped}).values()
+    see([clip], some, tmp_path, said, out=per_record.probe_scores_file("swapped"))
     assert (tmp_path / per_record.PICTURES).read_bytes() == before
     assert said == ["biomedclip: 0 pictures and texts to embed"]  # all were there by content
-    looked = per_record.looked(tmp_path / "probe_swapped_pictures.jsonl")
+    looked = per_record.load_image_scores(tmp_path / "probe_swapped_pictures.jsonl")
     for record in records:
-        (cosine,) = looked.seen["biomedclip"][record["id"]]["image_text"]
+        (cosine,) = looked.image_scores["biomedclip"][record["id"]]["image_text"]
         (shown,) = clip.pictures(
             [PIL.Image.open(tmp_path / record["image"]).convert("RGB")], released=False
         )
@@ -121,9 +121,9 @@ def test_reasoning_text_is_in_the_released_cosine_only(clip, tmp_path):
     records = [r for r in eval_setup.records(tmp_path) if r["family"] == "captioning"][:2]
     thought = [r | {"text": f"<think>An MRI.</think>{r['text']}"} for r in records]
     see([clip], records, tmp_path)
-    plain = per_record.read(tmp_path).seen["biomedclip"]
+    plain = per_record.read(tmp_path).image_scores["biomedclip"]
     see([clip], thought, tmp_path)
-    for name, line in per_record.read(tmp_path).seen["biomedclip"].items():
+    for name, line in per_record.read(tmp_path).image_scores["biomedclip"].items():
         for key in ("image_text", "text_text", "combined", "rank"):
             assert line[key] == pytest.approx(plain[name][key]), key
         assert line["image_text_released"] != plain[name]["image_text_released"]
@@ -149,7 +149,7 @@ def test_whole_sets_have_intervals_over_groups(clip, tmp_path):
 def test_rows_with_floors_and_the_paper_s_numbers(clip, tmp_path):
     records = eval_setup.records(tmp_path)
     see([clip], records, tmp_path)
-    lines, rows = per_record.read(tmp_path).seen["biomedclip"], told(records, tmp_path)
+    lines, rows = per_record.read(tmp_path).image_scores["biomedclip"], told(records, tmp_path)
     many = rows["image_generation_pmc_oa", "clip_image_text"]
     drawn = [lines[f"image_generation_pmc_oa/{n}"]["image_text"][0] for n in range(3)]
     blank = lines["image_generation_pmc_oa/3"]["blank_image_text"]
@@ -200,25 +200,25 @@ def test_what_cannot_be_seen_is_unscored(clip, tmp_path):
         row["n"] == 4 and row["n_unscored"] == 2 and row["value"] < row["of_scored"] < row["best"]
     )
     assert row["paper_n"] == 2
-    lines = per_record.read(tmp_path).seen["biomedclip"]
+    lines = per_record.read(tmp_path).image_scores["biomedclip"]
     assert "not a picture this program reads" in lines["captioning_pmc_oa/0"]["problem"]
     assert "no such file" in lines["captioning_pmc_oa/2"]["problem"]
 
 
 def test_efficientnet_compares_pictures_only_under_its_own_name(tmp_path):
     records = eval_setup.records(tmp_path)
-    see([Lite(efficientnet.from_tensors(lite_tensors()), batch=2)], records, tmp_path)
+    see([EfficientNetScorer(efficientnet.from_tensors(lite_tensors()), batch=2)], records, tmp_path)
     rows = told(records, tmp_path)
     metrics = {metric for _, metric in rows if "_image" in metric or metric.startswith("clip")}
     assert metrics == {"efficientnet_image_image", "efficientnet_image_image_best", "has_image"}
-    same = per_record.read(tmp_path).seen["efficientnet_lite0"]["image_generation_pmc_oa/0"]
+    same = per_record.read(tmp_path).image_scores["efficientnet_lite0"]["image_generation_pmc_oa/0"]
     assert same["image_image"] == pytest.approx([1.0], abs=1e-5)
     assert rows["multimodal", "efficientnet_image_image"]["paper"] is None
 
 
 @pytest.mark.parametrize("name", ["biomedclip", "clip:x", "efficientnet_lite0:"])
 def test_other_scorers_are_refused(name):
-    with pytest.raises(SeeingError, match="write biomedclip:FOLDER or efficientnet_lite0"):
+    with pytest.raises(ImageScoringError, match="write biomedclip:FOLDER or efficientnet_lite0"):
         scorer.open_scorer(name, batch=2)
 
 

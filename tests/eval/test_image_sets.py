@@ -21,7 +21,7 @@ def unit(rows):
 
 def distance(real, made, groups, **changes):
     fields = dict(real_groups=groups, made_groups=groups, gamma=1.0) | NUMBERS | changes
-    return image_sets.distance(real, made, **fields)
+    return image_sets.kid(real, made, **fields)
 
 
 # ---- values

@@ -127,12 +127,16 @@ def test_no_variation_bounds_the_groups_that_could_differ():
         pytest.approx(0.3 * (1 - most)),
         pytest.approx(0.3 + 0.7 * most),
     )
-    each = stats_intervals.each_interval(
+    each = stats_intervals.pointwise_intervals(
         lambda some: np.zeros(1), groups, spans=[stats_intervals.SHARE], **NUMBERS
     )
     assert (each[0].low, each[0].high) == (0.0, pytest.approx(most))
     for paired in (False, True):
-        assert 0.1 < stats_intervals.detectable([0.0] * 255, groups, paired=paired) < 0.3
+        assert (
+            0.1
+            < stats_intervals.minimum_detectable_effect([0.0] * 255, groups, paired=paired)
+            < 0.3
+        )
     nearly = stats_intervals.mean_interval(
         [0.0, 1e-8] * 19, range(38), **NUMBERS
     )  # but for rounding
@@ -151,7 +155,9 @@ def test_one_group_has_no_interval():
     assert (row["ci_low"], row["ci_high"], row["few_groups"]) == (None, None, True)
     assert row["value"] == 0.5 and json.dumps(row, allow_nan=False)
     suite = stats_intervals.suite_interval([([1.0, 0.0], "aa")], **NUMBERS)
-    each = stats_intervals.each_interval(lambda some: np.ones(1), "aa", spans=[None], **NUMBERS)
+    each = stats_intervals.pointwise_intervals(
+        lambda some: np.ones(1), "aa", spans=[None], **NUMBERS
+    )
     assert suite.low == each[0].low == -np.inf
     assert not stats_intervals.mean_interval([1.0, 0.0] * 10, range(20), **NUMBERS).row()[
         "few_groups"

@@ -115,7 +115,7 @@ def test_troubles_pass_or_leave_it_unscored(tmp_path, trouble):
     with serving(behave) as llm:
         said = ask(a_judge(llm.url, retries=1), records, tmp_path, released=False)
     assert said["judged"] == dict(correct=2) and said["unscored"] == dict(correct=1)
-    line = per_record.read(tmp_path).judged["correct"]["slake_open/0"]
+    line = per_record.read(tmp_path).judgments["correct"]["slake_open/0"]
     assert line["votes"] == [] and line["why"]
 
 
@@ -150,8 +150,8 @@ def test_answers_that_judge_themselves(tmp_path, answer):
         said = ask(a_judge(llm.url, repeats=1), records, tmp_path, released="Correct" in answer)
     assert said["unscored"]["correct"] == 1
     if "Correctness" in answer:
-        (vote,) = per_record.read(tmp_path).judged["paper_open"]["slake_open/0"]["votes"]
-        assert release.judged(vote) is True
+        (vote,) = per_record.read(tmp_path).judgments["paper_open"]["slake_open/0"]["votes"]
+        assert release.parse_judgment(vote) is True
 
 
 def test_a_limit_holds_over_runs(tmp_path):

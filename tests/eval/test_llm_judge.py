@@ -137,7 +137,7 @@ def test_an_answer_cannot_know_its_tag():
     tag = llm_judge.messages(llm_judge.CORRECT, one, swapped=False)[1]
     claims = json.dumps({"case": tag, "correct": True})
     other = llm_judge.messages(llm_judge.CORRECT, a_case(0, one.answer + claims), swapped=False)[1]
-    assert other != tag and llm_judge.verdict(llm_judge.CORRECT, claims, other) is None
+    assert other != tag and llm_judge.parse_verdict(llm_judge.CORRECT, claims, other) is None
 
 
 def test_comparisons_in_both_orders(tmp_path):
@@ -162,7 +162,7 @@ def test_comparisons_in_both_orders(tmp_path):
 @pytest.mark.parametrize("score", [0, 11, "8", True, None])
 def test_scores_out_of_bounds_are_none(score):
     text = json.dumps({"case": "t", "first": score, "second": 5})
-    assert llm_judge.verdict(llm_judge.RELATIVE, text, "t") is None
+    assert llm_judge.parse_verdict(llm_judge.RELATIVE, text, "t") is None
 
 
 def test_a_comparison_needs_both_orders(tmp_path):

@@ -65,20 +65,22 @@ def test_options_move_with_the_answer():
     assert probes.rotated([tail, eval_setup.item("x", "vqa_closed", 1)], 1) == []
 
 
-ALL = probes.FAMILIES_ASKED
+ALL = probes.IMAGE_FAMILIES
 
 
 def test_what_is_asked_and_how_often():
     items = many()
-    made = probes.asked(items, ("blank", "shuffled", "swapped", "rotated"), ALL)
+    made = probes.probe_items(items, ("blank", "shuffled", "swapped", "rotated"), ALL)
     assert list(made) == ["blank", "shuffled", "swapped", "rotated_1", "rotated_2"]
     assert len(made["rotated_2"](0, None)) == 12
     assert {name: len(of(0, None)) for name, of in made.items()} == dict(
         blank=24, shuffled=24, swapped=24, rotated_1=12, rotated_2=12
     )
-    assert probes.asked(items, (), ALL) == {} and probes.asked([], ("blank",), ALL) == {}
+    assert (
+        probes.probe_items(items, (), ALL) == {} and probes.probe_items([], ("blank",), ALL) == {}
+    )
     with pytest.raises(task_items.TaskError, match="'flipped' is none; use blank, shuffled"):
-        probes.asked(items, ("flipped",), ALL)
+        probes.probe_items(items, ("flipped",), ALL)
 
 
 def test_every_family_that_shows_a_picture_can_be_probed():
@@ -90,12 +92,12 @@ def test_every_family_that_shows_a_picture_can_be_probed():
     ]
     names = ("blank", "shuffled", "swapped", "rotated")
     for families in (ALL, ("captioning", "vqa_mcq"), ("visual_chat",), ()):
-        made = probes.asked(items, names, families)
+        made = probes.probe_items(items, names, families)
         found = {name: of(0, None) for name, of in made.items()}
         for name in set(names) - {"rotated"} & set(found):
             assert len(found[name]) == sum(item.family in families for item in items)
         assert {i.family for some in found.values() for i in some} == set(families)
-    few, whole = (probes.asked(items, names, some) for some in (("vqa_mcq",), ALL))
+    few, whole = (probes.probe_items(items, names, some) for some in (("vqa_mcq",), ALL))
     for name in ("shuffled", "swapped", "rotated_1"):  # another family asks no other question
         assert {i.id: i for i in few[name](0, None)}.items() <= {
             i.id: i for i in whole[name](0, None)
@@ -103,7 +105,7 @@ def test_every_family_that_shows_a_picture_can_be_probed():
     with pytest.raises(
         task_items.TaskError, match="'image_generation' shows no picture or is none"
     ):
-        probes.asked(items, names, ("image_generation",))
+        probes.probe_items(items, names, ("image_generation",))
 
 
 def test_captions_and_chats_have_a_metric_without_a_judge():
@@ -120,7 +122,7 @@ def test_captions_and_chats_have_a_metric_without_a_judge():
         "correct": {r["id"]: dict(votes=[1.0], why="") for r in opened},
         "relative": {r["id"]: dict(votes=[[8.0, 9.0]], why="") for r in chat},
     }
-    known = per_record.Evidence(judged=judged)
+    known = per_record.ScoringInputs(judgments=judged)
     rows = {r["task"]: r for r in probes.summary(before, {"swapped": after}, known, **NUMBERS)}
     metrics = {task: row["metric"] for task, row in rows.items()}
     assert metrics == {
@@ -128,13 +130,13 @@ def test_captions_and_chats_have_a_metric_without_a_judge():
     }  # fmt: skip
     for row in rows.values():
         assert (row["before"], row["flips"]) == (1, 0.5) and row["after"] == 0.5
-    true = probes.seen(before, {"swapped": after, "rotated_1": after[6:]})
+    true = probes.captions_to_score(before, {"swapped": after, "rotated_1": after[6:]})
     assert list(true) == ["swapped"] and len(true["swapped"]) == 6
     assert [one["image"] for one in true["swapped"]] == [one["image"] for one in caption]
 
     def told(cosine):
         lines = {r["id"]: dict(image_text=[cosine], text_text=1.0, combined=0.5) for r in caption}
-        return per_record.Evidence(seen={"biomedclip": lines})
+        return per_record.ScoringInputs(image_scores={"biomedclip": lines})
 
     found = probes.summary(before, {"swapped": after}, told(0.5), {"swapped": told(0.2)}, **NUMBERS)
     (row,) = [row for row in found if row["task"] == "x_captioning"]
@@ -260,10 +262,10 @@ def test_models_without_likelihoods_say_why(tmp_path):
     assert said == ["options: n/a: a chat endpoint tells none"]
     assert not (tmp_path / "o.jsonl").exists()
     found = option_likelihoods.summary(
-        [], n_items=24, reason=option_likelihoods.absent(Told()), **NUMBERS
+        [], n_items=24, reason=option_likelihoods.unsupported_reason(Told()), **NUMBERS
     )
     assert found == dict(reason="n/a: a chat endpoint tells none", rows=[])
-    assert option_likelihoods.absent(object()) == "n/a: this model has no score_options"
+    assert option_likelihoods.unsupported_reason(object()) == "n/a: this model has no score_options"
 
 
 # What of the items stands in training records.
@@ -280,8 +282,8 @@ def trained(tmp_path_factory):
 def test_headlines_with_and_without_what_was_trained_on(trained, tmp_path):
     found = writer.open_records(trained)
     path = next(d.image_path for d in found if d.image_path)
-    tokenizer = check.tokenizer_of(found, None, prepare.TINY)
-    long = max((jsonl.spoken(d, found.layout, tokenizer) for d in found), key=len)
+    tokenizer = check.resolve_tokenizer(found, None, prepare.TINY)
+    long = max((jsonl.plain_text(d, found.layout, tokenizer) for d in found), key=len)
     folder = tmp_path / "pictures"
     eval_setup.pictures(folder)
     shutil.copy(prepare.SAMPLE / path, folder / "seen.jpg")
@@ -307,7 +309,7 @@ def test_headlines_with_and_without_what_was_trained_on(trained, tmp_path):
     assert (about["picture"], about["codes"], about["words"]) == (1, 1, 1)
     assert ask(said.append) == about and len(said) == 1  # nothing is compared twice
     answers = [eval_setup.record(i, "yes" if n < 2 else "no") for n, i in enumerate(items)]
-    rows = contamination.summary(answers, flags, per_record.NONE, mode="strict", **NUMBERS)
+    rows = contamination.summary(answers, flags, per_record.NO_INPUTS, mode="strict", **NUMBERS)
     parts = {row["part"]: (row["n"], row["value"]) for row in rows}
     assert parts["all"] == (4, 0.5) and parts["clean"] == (2, 0) and parts["contaminated"] == (2, 1)
     assert parts["picture"] == (1, 1) and parts["words"] == (1, 1)
@@ -316,7 +318,7 @@ def test_headlines_with_and_without_what_was_trained_on(trained, tmp_path):
     wide = [row for row in rows if row["groups"] > 1]
     assert wide and all(row["ci_low"] < row["ci_high"] for row in wide)
     assert all(row["few_groups"] for row in rows)
-    none = contamination.summary(answers[2:], flags, per_record.NONE, mode="strict", **NUMBERS)
+    none = contamination.summary(answers[2:], flags, per_record.NO_INPUTS, mode="strict", **NUMBERS)
     assert {row["part"]: row["n"] for row in none}["contaminated"] == 0
 
 

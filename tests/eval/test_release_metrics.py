@@ -40,7 +40,7 @@ def test_the_outputs_are_those_that_the_release_judged():
     [
         ("closed", release.closed),
         ("mcq", release.choice),
-        ("open", lambda raw, _: release.judged(raw)),
+        ("open", lambda raw, _: release.parse_judgment(raw)),
     ],
 )
 def test_every_verdict_is_the_release_s(kind, rule):
@@ -71,7 +71,7 @@ def test_totals_are_the_release_s():
     theirs = SAID["tasks"]
     good = [r for (_, r), v in zip(RAW["relative"], SAID["relative"], strict=True) if v]
     good = [r for r in good if "nan" not in r and "inf" not in r][: len(scripts.OUTPUTS)]
-    pictured = [out for out in scripts.OUTPUTS if release.parts(out)[1]]
+    pictured = [out for out in scripts.OUTPUTS if release.text_and_image(out)[1]]
     found = release.multimodal(good, scripts.COSINES[: len(pictured)])
     assert found == pytest.approx(theirs["mm_out"], rel=1e-12)
     chat = release.visual_chat([(kind, row["domain"], reply) for kind, row, reply in scripts.CHAT])
@@ -94,7 +94,7 @@ def test_the_judge_is_asked_in_the_release_s_words():
     ]
     assert digest(asked) == SAID["messages"]["open"]
     asked = [
-        [release.multimodal_messages("Explain.", "It is.", release.parts(out)[0])]
+        [release.multimodal_messages("Explain.", "It is.", release.text_and_image(out)[0])]
         for out in scripts.OUTPUTS
     ]
     assert digest(asked) == SAID["messages"]["mm_out"]
@@ -175,8 +175,8 @@ def test_choices(raw, of_paper, of_strict):
     ],
 )
 def test_replies_on_open_answers(reply, of_paper, of_strict):
-    assert release.judged(reply) is of_paper
-    assert strict.opened(reply).value == of_strict
+    assert release.parse_judgment(reply) is of_paper
+    assert strict.parse_correctness(reply).value == of_strict
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_replies_on_open_answers(reply, of_paper, of_strict):
     ],
 )
 def test_replies_on_comparisons(reply, read):
-    assert strict.pair(reply) == read
+    assert strict.parse_score_pair(reply) == read
     if reply.startswith("8 7"):
         assert release.pair(reply) == read
     elif reply != "nan 5":
@@ -207,9 +207,9 @@ def test_replies_on_comparisons(reply, read):
 def test_dropping_wrong_answers_raises_the_paper_s_number():
     """5 of 40 wrong ones have unread verdicts: 63.2 % for the paper, 60 to 65 in truth."""
     replies = ["Correctness: 1"] * 60 + ["Correctness: 0"] * 35 + ["Wrong."] * 5
-    kept = [x for reply in replies if (x := release.judged(reply)) is not None]
+    kept = [x for reply in replies if (x := release.parse_judgment(reply)) is not None]
     assert release.accuracy(kept)[0] == pytest.approx(0.632, abs=5e-4)
-    found = strict.total([strict.opened(reply) for reply in replies])
+    found = strict.total([strict.parse_correctness(reply) for reply in replies])
     assert (found.n, found.n_unscored, found.value, found.best) == (100, 5, 0.60, 0.65)
     assert found.of_scored == pytest.approx(0.632, abs=5e-4)
 
@@ -235,11 +235,11 @@ def test_who_draws_once_and_well_wins_in_the_paper():
         for side in (once, always)
     ]
     assert scores[0] > scores[1]
-    one, two = (strict.pictures(side, floor=0.1) for side in (once, always))
+    one, two = (strict.image_similarity_summary(side, floor=0.1) for side in (once, always))
     assert (one["coverage"], two["coverage"]) == (0.1, 1.0)
     assert one["with_missing"] == pytest.approx(0.18) and two["with_missing"] == pytest.approx(0.8)
-    assert strict.pictures([[0.2, 0.7]], floor=0)["best_of_all"] == 0.7
-    assert strict.pictures([[], []], floor=0)["first"] is None
+    assert strict.image_similarity_summary([[0.2, 0.7]], floor=0)["best_of_all"] == 0.7
+    assert strict.image_similarity_summary([[], []], floor=0)["first"] is None
     assert release.multimodal(["8 8"], [])["image_score"] == 0
 
 
@@ -260,18 +260,18 @@ def test_probmed_pairs():
     kinds = ["modality", "modality", "entity", "entity"] * 3
     always = [strict.closed("yes", answer) for answer in answers]
     assert release.accuracy([release.closed("yes", a) for a in answers])[0] == 0.5
-    found = strict.paired_total(always, pictures, kinds)
+    found = strict.grouped_accuracy(always, pictures, kinds)
     assert {name: part.value for name, part in found.items()} == dict(
         modality=0, entity=0, overall=0
     )
     assert found["overall"].n == 6 and found["modality"].n == 3
     right = [strict.closed(answer, answer) for answer in answers]
-    assert strict.paired_total(right, pictures, kinds)["overall"].value == 1
+    assert strict.grouped_accuracy(right, pictures, kinds)["overall"].value == 1
     right[0] = strict.closed("maybe", "yes")
-    half = strict.paired_total(right, pictures, kinds)["overall"]
+    half = strict.grouped_accuracy(right, pictures, kinds)["overall"]
     assert (half.value, half.best, half.n_unparsed) == (5 / 6, 1, 1)
     right[1] = strict.closed("yes", "no")  # wrong: now the pair cannot be right
-    lost = strict.paired_total(right, pictures, kinds)["overall"]
+    lost = strict.grouped_accuracy(right, pictures, kinds)["overall"]
     assert (lost.value, lost.best, lost.n_unparsed) == (5 / 6, 5 / 6, 0)
 
 
@@ -294,7 +294,7 @@ def test_bounds_hold_whatever_the_missing_verdicts_were():
 
 def test_the_suite_s_accuracy_reads_option_texts():
     record = dict(id="i", family="vqa_mcq", prompt=PROMPT, text="Left lung base.", answer="B")
-    assert aggregate.values(record) == dict(accuracy=1, unparsed=0)
+    assert aggregate.record_values(record) == dict(accuracy=1, unparsed=0)
 
 
 def test_the_documents_have_the_table():

@@ -27,7 +27,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 CHUNK = """
 rows = 512
 sample = dataclasses.replace(setup.DRAWN, max_gen_len=1)
-e = engine.make(
+e = engine.make_engine(
     g.model, g.vocab, g.mesh, codes=setup.CODES, rows=rows, lanes=3 * rows, slots=64, kind="model"
 )
 
@@ -127,7 +127,9 @@ def test_memory_runs_out_while_weights_are_read(folder, tmp_path):  # noqa: F811
     sections = dict(model=to_dict(wide), vocab=to_dict(VOCAB), vq=to_dict(PICTURE))
     (tmp_path / "config.json").write_text(json.dumps(sections))
     with jax.set_mesh(make_mesh(Mesh(data=1, fsdp=1, tp=1))):
-        like = safetensors_file.named(chameleon.abstract(wide, VOCAB, chameleon.NO_LORA))
+        like = safetensors_file.flatten_named(
+            chameleon.abstract_model(wide, VOCAB, chameleon.NO_LORA)
+        )
     safetensors_file.save(
         tmp_path / "model.safetensors", jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like), {}
     )
@@ -150,7 +152,7 @@ def test_an_engine_larger_than_the_machine(g):  # noqa: F811
         ("int8", "len) ("),
     ):
         with pytest.raises(GenerateError) as error:
-            engine.make(g.model, VOCAB, g.mesh, kind=kind, **fixed)
+            engine.make_engine(g.model, VOCAB, g.mesh, kind=kind, **fixed)
         assert "out of memory: 1048576 rows of 64 slots have a cache" in str(error.value)
         assert mend in str(error.value)
 
@@ -178,8 +180,11 @@ def test_the_program_out_of_memory_leaves_no_answer_and_binds_nothing(folder, tm
 
 
 def test_other_errors_stay_what_they_are():
-    with pytest.raises(KeyError), buckets.asked("", ""):
+    with pytest.raises(KeyError), buckets.explain_out_of_memory("", ""):
         raise KeyError("a")
-    with pytest.raises(GenerateError, match="out of memory: x; y"), buckets.asked("x", "y"):
+    with (
+        pytest.raises(GenerateError, match="out of memory: x; y"),
+        buckets.explain_out_of_memory("x", "y"),
+    ):
         np.zeros(2**58)
-    assert buckets.mib(3 * 2**30) == "3,072 MiB"
+    assert buckets.format_mib(3 * 2**30) == "3,072 MiB"

@@ -37,18 +37,18 @@ def image(count=CODES):
 def made(g, *, rows=4, lanes=None, slots=64, codes=CODES, kind="model"):  # noqa: F811
     lanes = lanes or 3 * rows
     fixed = dict(codes=codes, rows=rows, lanes=lanes, slots=slots, kind=kind)
-    return engine.make(g.model, VOCAB, g.mesh, **fixed)
+    return engine.make_engine(g.model, VOCAB, g.mesh, **fixed)
 
 
 def asked(prompts, sample, mode="text", names=None, codes=CODES, context=64):
-    return prompt_requests.requests(
+    return prompt_requests.make_requests(
         prompts, sample, VOCAB, mode=mode, names=names, codes=codes, context=context
     )
 
 
 def answers(e, requests, sample, mode="text"):
     found = {}
-    for news in scheduler.serve(e, requests, sample, mode=mode, seed=7):
+    for news in scheduler.run_requests(e, requests, sample, mode=mode, seed=7):
         found |= {each.index: each.tokens.tolist() for each in news if each.done}
     return [found[i] for i in range(len(requests))]
 
@@ -65,7 +65,7 @@ def test_ten_questions_on_one_image_read_it_once(long_g):
         alone += answers(e, asked([prompt], DRAWN, names=[name], **fixed), DRAWN)
     e = made(long_g, rows=8, lanes=8, slots=128, codes=64)
     assert answers(e, asked(prompts, DRAWN, names=names, **fixed), DRAWN) == alone
-    assert e.read == len(shown) + sum(len(p) - len(shown) - 1 for p in prompts)
+    assert e.tokens_prefilled == len(shown) + sum(len(p) - len(shown) - 1 for p in prompts)
 
 
 def test_a_second_image_reads_only_what_closed_the_first(g):  # noqa: F811
@@ -73,14 +73,14 @@ def test_a_second_image_reads_only_what_closed_the_first(g):  # noqa: F811
     first = np.r_[ids.BOS, words(6), ids.SEP].astype(np.int32)
     e = made(g, rows=4)
     (codes,) = answers(e, asked([first], DRAWN, "image"), DRAWN, "image")
-    read, more = e.read, words(3)
+    read, more = e.tokens_prefilled, words(3)
     second = np.r_[first, ids.BOI, codes, ids.EOI, more].astype(np.int32)
     (request,) = asked([second], DRAWN, "image")
     plain = micro.Plain(g)
     (found,) = answers(e, [request], DRAWN, "image")
     assert found == plain.answer(second, DRAWN, "image", request.number)
     # full: the last code, EOI and the words; image-only: the last code and EOI; BOS was there
-    assert e.read - read == (2 + len(more)) + 2
+    assert e.tokens_prefilled - read == (2 + len(more)) + 2
     assert read == len(first)
 
 
@@ -90,7 +90,7 @@ def test_guidance_waits_for_lanes_and_gives_them_back(g):  # noqa: F811
     wide, narrow = made(g, rows=4, lanes=12), made(g, rows=4, lanes=6)
     requests = asked(prompts, DRAWN, "image", names)
     assert answers(wide, requests, DRAWN, "image") == answers(narrow, requests, DRAWN, "image")
-    assert wide.book.free.all() and narrow.book.free.all()
+    assert wide.slot_table.free.all() and narrow.slot_table.free.all()
     with pytest.raises(
         prompt_requests.GenerateError, match="1 lanes beside 4 rows; guidance needs 2"
     ):
@@ -100,7 +100,9 @@ def test_guidance_waits_for_lanes_and_gives_them_back(g):  # noqa: F811
 def test_one_prompt_without_an_image_needs_one_lane_of_guidance(g):  # noqa: F811
     """What the command line asks for one picture of words: an engine of exactly its size."""
     prompt = np.r_[ids.BOS, words(6), ids.SEP].astype(np.int32)
-    ((_, found),) = api.write(g, [prompt], DRAWN, mode="image", seed=0, names=None, rows=1)
+    ((_, found),) = api.generate_tokens(
+        g, [prompt], DRAWN, mode="image", seed=0, names=None, rows=1
+    )
     (request,) = asked([prompt], DRAWN, "image")
     made_alone = answers(made(g, rows=1, lanes=3), [request], DRAWN, "image")
     assert [len(tokens) for tokens in found] == [len(tokens) for tokens in made_alone]
@@ -134,10 +136,10 @@ def test_programs_are_few_and_counted(g):  # noqa: F811
     """What the engine says it asked for is what was compiled; a second suite compiles nothing."""
     jitted = (
         decode_loop.prefill,
-        decode_loop.copy,
-        decode_loop.mark,
-        decode_loop.run,
-        decode_loop.score,
+        decode_loop.copy_slots,
+        decode_loop.set_seen_tokens,
+        decode_loop.decode_chunk,
+        decode_loop.score_tokens,
     )
     size = lambda: sum(f._cache_size() for f in jitted)  # noqa: E731
     before = size()
@@ -190,7 +192,7 @@ def test_likelihoods_are_those_of_the_whole_forward(g):  # noqa: F811
     prompts = [np.r_[ids.BOS, image(), words(4), ids.SEP].astype(np.int32) for _ in range(5)]
     options = [[words(n) for n in (1, 3, 2)[: 1 + i % 3]] for i in range(5)]
     e, plain = made(g, rows=2, lanes=2), micro.Plain(g)
-    found = engine.likelihoods(e, prompts, options)
+    found = engine.score_options(e, prompts, options)
     for prompt, each, scored in zip(prompts, options, found, strict=True):
         for option, (likely, best) in zip(each, scored, strict=True):
             tokens = prompt.tolist()
@@ -199,8 +201,10 @@ def test_likelihoods_are_those_of_the_whole_forward(g):  # noqa: F811
                 want = logits[token] - np.logaddexp.reduce(logits)
                 assert abs(value - want) < 1e-4 and first == (logits.argmax() == token)
                 tokens.append(token)
-    assert e.read == sum(len(p) - 1 for p in prompts)  # options are not read with their prompts
-    assert e.book.free.all()
+    assert e.tokens_prefilled == sum(
+        len(p) - 1 for p in prompts
+    )  # options are not read with their prompts
+    assert e.slot_table.free.all()
 
 
 def test_scores_of_words(g):  # noqa: F811
@@ -231,20 +235,20 @@ def test_a_chat_reads_each_turn_once(g):  # noqa: F811
     sample = dataclasses.replace(SAMPLE, max_gen_len=4)
     talk = api.Chat(g, sample, mode="text", seed=0)
     picture = np.array([1, 2, 3, 4])
-    talk.say([picture, "Is it?"])
-    before, read = talk.tokens, talk.engine.read
-    second = talk.say(["Is it a CT?"])
+    talk.send([picture, "Is it?"])
+    before, read = talk.tokens, talk.engine.tokens_prefilled
+    second = talk.send(["Is it a CT?"])
     question = g.tokenizer.encode("Is it a CT?")
     whole = np.r_[before, question, ids.SEP].astype(np.int32)
     assert (talk.tokens[: len(whole)] == whole).all() and talk.tokens[-1] == ids.SEP
     (alone,) = micro.written(g, [whole], sample, "text", names=None)
-    assert model_bundle.segments(g, [np.array(alone)])[0][0].text == second[0].text
-    unread = talk.engine.read - read
+    assert model_bundle.decode_segments(g, [np.array(alone)])[0][0].text == second[0].text
+    unread = talk.engine.tokens_prefilled - read
     assert len(question) <= unread <= len(question) + 2  # EOS or the last word, and SEP
     with pytest.raises(
         prompt_requests.GenerateError, match="the model holds 64; shorten the prompt"
     ):
-        talk.say(["word " * 60])
+        talk.send(["word " * 60])
     with pytest.raises(ValueError, match="mode is 'film'"):
         api.Chat(g, sample, mode="film", seed=0)
 
@@ -269,7 +273,7 @@ def test_pieces_make_up_the_answers(g, mode):  # noqa: F811
     whole = api.generate(g, prompts, DRAWN, **fixed)
     shown = lambda p: p.text if isinstance(p, model_bundle.Text) else p.codes.tolist()  # noqa: E731
     told, ended = [[] for _ in prompts], set()
-    for index, part in api.pieces(g, prompts, DRAWN, **fixed):
+    for index, part in api.stream_chunks(g, prompts, DRAWN, **fixed):
         assert index not in ended
         if part is None:
             ended.add(index)
@@ -292,17 +296,19 @@ def test_pieces_make_up_the_answers(g, mode):  # noqa: F811
 def test_a_caller_may_leave_in_the_middle(g):  # noqa: F811
     e = made(g, rows=2, lanes=6)
     long = dataclasses.replace(DRAWN, max_gen_len=60)
-    served = scheduler.serve(e, asked(micro.prompts(), long, "mixed"), long, mode="mixed", seed=0)
+    served = scheduler.run_requests(
+        e, asked(micro.prompts(), long, "mixed"), long, mode="mixed", seed=0
+    )
     next(served)
     served.close()
-    assert e.book.free.all()
+    assert e.slot_table.free.all()
 
 
 def test_an_error_in_the_middle_leaves_no_lane_behind(g):  # noqa: F811
     """An option of no tokens fails once the prompts are in their lanes; a long prompt before."""
     e, short, option = made(g, rows=2, lanes=2, slots=32), np.r_[ids.BOS, words(8)], words(3)
     long = np.r_[ids.BOS, words(40)]
-    before = engine.likelihoods(e, [short], [[option]])
+    before = engine.score_options(e, [short], [[option]])
 
     class Interrupted(list):
         """Ctrl-C when the engine looks at it."""
@@ -318,28 +324,28 @@ def test_an_error_in_the_middle_leaves_no_lane_behind(g):  # noqa: F811
         ([short, words(8)], [[option], Interrupted([option])], KeyboardInterrupt),
     ):
         with pytest.raises(error):
-            engine.likelihoods(e, prompts, options)
-        assert e.book.free.all() and e.cache is None
-        again = engine.likelihoods(e, [short], [[option]])
+            engine.score_options(e, prompts, options)
+        assert e.slot_table.free.all() and e.cache is None
+        again = engine.score_options(e, [short], [[option]])
         np.testing.assert_array_equal(again[0][0], before[0][0])
-        assert e.book.free.all()
+        assert e.slot_table.free.all()
 
 
 def test_an_engine_writes_one_suite_at_a_time(g):  # noqa: F811
     """A chat whose last answer still stands open refuses the next turn, until it is closed."""
     talk = api.Chat(g, dataclasses.replace(SAMPLE, max_gen_len=30), mode="text", seed=0)
-    open_one = talk.pieces(["Is it?"])
+    open_one = talk.stream_chunks(["Is it?"])
     next(open_one)
     for ask in (
-        lambda: talk.say(["Is it a CT?"]),
-        lambda: engine.likelihoods(talk.engine, [talk.tokens], [[words(2)]]),
+        lambda: talk.send(["Is it a CT?"]),
+        lambda: engine.score_options(talk.engine, [talk.tokens], [[words(2)]]),
     ):
         with pytest.raises(
             prompt_requests.GenerateError, match="in the middle of other answers; finish"
         ):
             ask()
     open_one.close()
-    assert isinstance(talk.say(["Is it a CT?"])[0], model_bundle.Text)
+    assert isinstance(talk.send(["Is it a CT?"])[0], model_bundle.Text)
 
 
 @pytest.mark.slow

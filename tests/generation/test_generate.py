@@ -24,7 +24,7 @@ from generate_setup import (
 
 from medmax_jax import cli
 from medmax_jax.checkpoints import safetensors_file
-from medmax_jax.checkpoints.export import identity
+from medmax_jax.checkpoints.export import base_fingerprint
 from medmax_jax.config import Mesh, to_dict
 from medmax_jax.generation import api, grammar, model_bundle, requests
 from medmax_jax.models import chameleon, tokenizer, vqgan
@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
     (folder / "config.json").write_text(json.dumps(sections))
     (folder / "tokenizer.json").write_text(tokenizer.train(["Is it a CT of the chest?"], VOCAB))
     with jax.set_mesh(make_mesh(Mesh(data=1, fsdp=1, tp=1))):
-        model = noise(chameleon.abstract(MODEL, VOCAB, chameleon.NO_LORA), std=0.1)
+        model = noise(chameleon.abstract_model(MODEL, VOCAB, chameleon.NO_LORA), std=0.1)
         model["lm_head.kernel"] *= 4
         model["lm_head.kernel"][:, [ids.BOI, ids.EOS]] *= 3
         safetensors_file.save(folder / "model.safetensors", model, {})
@@ -59,18 +59,20 @@ def g(folder):
 def adapter(folder, tmp_path_factory):
     """An adapter folder that changes answers."""
     path = tmp_path_factory.mktemp("adapter")
-    base = identity(folder)
+    base = base_fingerprint(folder)
     settings = to_dict(LORA) | {"base": base}
     (path / "adapter_config.json").write_text(json.dumps(settings))
     with jax.set_mesh(make_mesh(Mesh(data=1, fsdp=1, tp=1))):
-        like = chameleon.split(chameleon.abstract(MODEL, VOCAB, LORA))[1]
+        like = chameleon.split_adapters(chameleon.abstract_model(MODEL, VOCAB, LORA))[1]
     safetensors_file.save(path / "adapter.safetensors", noise(like, std=0.5), {})
     return path
 
 
 def written(g, tokens, sample, mode, *, names, rows=8):
     found = [None] * len(tokens)
-    for batch, answers in api.write(g, tokens, sample, mode=mode, seed=7, names=names, rows=rows):
+    for batch, answers in api.generate_tokens(
+        g, tokens, sample, mode=mode, seed=7, names=names, rows=rows
+    ):
         for index, answer in zip(batch, answers, strict=True):
             found[index] = answer.tolist()
     return found
@@ -92,7 +94,7 @@ SLOW = pytest.mark.slow  # each program compiles for seconds
 )
 def test_equals_the_plain_loop_token_for_token(g, mode, sample, count):
     tokens, names = prompts(count), list("abcdefghijkl"[:count])
-    plain, numbers = Plain(g), requests.numbers(tokens, names)
+    plain, numbers = Plain(g), requests.sample_seeds(tokens, names)
     expected = [plain.answer(p, sample, mode, int(n)) for p, n in zip(tokens, numbers, strict=True)]
     assert written(g, tokens, sample, mode, names=names) == expected
     if mode == "mixed":

@@ -30,14 +30,14 @@ def test_greedy_text_is_that_of_hf(case):
     mesh = make_mesh(Mesh(data=1, fsdp=1, tp=1))
     with jax.set_mesh(mesh):
         model = setup.load(setup.config(case), cases.weights(case, lora=False))
-    e = engine.make(
+    e = engine.make_engine(
         model, setup.VOCAB, mesh, codes=24, rows=2, lanes=2, slots=128, kind="model"
     )  # fmt: skip
     requests = [
         Request(p, n, generate_cases.NEW) for n, p in enumerate(generate_cases.prompts(cases.ids()))
     ]
     found = {}
-    for news in scheduler.serve(e, requests, SAMPLE, mode="text", seed=0):
+    for news in scheduler.run_requests(e, requests, SAMPLE, mode="text", seed=0):
         found |= {each.index: each.tokens for each in news}
     for number in range(len(requests)):
         want, margins = golden[f"tokens{number}"], golden[f"margins{number}"]

@@ -97,12 +97,16 @@ def test_penalty_divides_above_zero_and_multiplies_below():
     logits = jnp.array([[3.0, -3.0, 3.0, -3.0, -jnp.inf]])
     seen = jnp.array([[True, True, False, False, True]])
     np.testing.assert_allclose(
-        sampling.penalise(logits, seen, 1.2), [[2.5, -3.6, 3.0, -3.0, -INF]], rtol=1e-6
+        sampling.apply_repetition_penalty(logits, seen, 1.2),
+        [[2.5, -3.6, 3.0, -3.0, -INF]],
+        rtol=1e-6,
     )
 
 
 def test_temperature():
-    np.testing.assert_allclose(sampling.temper(jnp.array([[1.4, -0.7]]), 0.7), [[2, -1]], rtol=1e-6)
+    np.testing.assert_allclose(
+        sampling.apply_temperature(jnp.array([[1.4, -0.7]]), 0.7), [[2, -1]], rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -121,11 +125,11 @@ def test_top_p_keeps_the_fewest_that_reach_p(p, kept):
 def test_guidance_is_the_formula():
     full, none, image = (jnp.array([[x, 1.0]]) for x in (5.0, 1.0, 2.0))
     # 1 + 1.2 (2 - 1) + 3 (5 - 2) = 11.2;  two streams: 1 + 3 (5 - 1) = 13
-    three = sampling.guide(full, none, image, scale_text=3.0, scale_image=1.2)
+    three = sampling.apply_guidance(full, none, image, scale_text=3.0, scale_image=1.2)
     two = none + 3.0 * (full - none)  # no image came before
     np.testing.assert_allclose(three, [[11.2, 1.0]], rtol=1e-6)
     np.testing.assert_allclose(two, [[13.0, 1.0]], rtol=1e-6)
-    same = sampling.guide(full, none, none, scale_text=3.0, scale_image=1.2)
+    same = sampling.apply_guidance(full, none, none, scale_text=3.0, scale_image=1.2)
     np.testing.assert_allclose(same, two)
 
 
@@ -135,14 +139,17 @@ def test_a_row_draws_alike_in_every_batch():
     key = jax.random.key(1)
 
     def draw(rows):
-        keys = sampling.row_keys(key, numbers[rows])
-        return sampling.pick(logits[rows], keys, jnp.full(len(rows), 4), greedy=False)
+        keys = sampling.sequence_keys(key, numbers[rows])
+        return sampling.sample_tokens(logits[rows], keys, jnp.full(len(rows), 4), greedy=False)
 
     whole = draw(jnp.arange(6))
     for row in range(6):
         assert draw(jnp.array([row]))[0] == whole[row]
-    again = sampling.pick(
-        jnp.tile(logits[:1], (6, 1)), sampling.row_keys(key, numbers), jnp.full(6, 4), greedy=False
+    again = sampling.sample_tokens(
+        jnp.tile(logits[:1], (6, 1)),
+        sampling.sequence_keys(key, numbers),
+        jnp.full(6, 4),
+        greedy=False,
     )
     assert again[0] == again[2] and len(set(again.tolist())) > 1
 
@@ -151,6 +158,8 @@ def test_draws_follow_the_distribution():
     probabilities = np.array([0.5, 0.3, 0.2])
     rows = 4_000
     logits = jnp.tile(jnp.log(probabilities), (rows, 1))
-    keys = sampling.row_keys(jax.random.key(0), jnp.arange(rows))
-    drawn = np.asarray(sampling.pick(logits, keys, jnp.zeros(len(keys), int), greedy=False))
+    keys = sampling.sequence_keys(jax.random.key(0), jnp.arange(rows))
+    drawn = np.asarray(
+        sampling.sample_tokens(logits, keys, jnp.zeros(len(keys), int), greedy=False)
+    )
     np.testing.assert_allclose(np.bincount(drawn, minlength=3) / rows, probabilities, atol=0.03)

@@ -12,7 +12,12 @@ from test_generate import folder  # noqa: F401
 from medmax_jax import cli
 from medmax_jax.generation import output_files
 from medmax_jax.generation.model_bundle import Image, Text
-from medmax_jax.generation.output_files import Answers, Question, from_file, from_words
+from medmax_jax.generation.output_files import (
+    OutputFolder,
+    Prompt,
+    prompts_from_flags,
+    read_prompts,
+)
 from medmax_jax.generation.requests import GenerateError
 
 
@@ -27,7 +32,7 @@ def program(*args):
 
 
 def test_pictures_in_any_order(tmp_path):
-    (one,) = from_words(["Is {a b.png} older than {c.png}?"], ["first.png"])
+    (one,) = prompts_from_flags(["Is {a b.png} older than {c.png}?"], ["first.png"])
     assert [str(p) for p in one.parts] == [
         "first.png",
         "Is ",
@@ -43,7 +48,7 @@ def test_pictures_in_any_order(tmp_path):
         {"prompt": "{b.png}What?"},
     ]
     file.write_text("\n\n".join(map(json.dumps, rows)))
-    listed, inline = from_file(file)
+    listed, inline = read_prompts(file)
     assert (listed.id, listed.named, listed.parts) == ("7", True, ("A", tmp_path / "a.png"))
     assert (inline.id, inline.named) == ("1", False)
     assert inline.parts == (tmp_path / "b.png", "What?")
@@ -64,30 +69,30 @@ def test_files_that_make_no_sense(tmp_path, line, message):
     file = tmp_path / "p.jsonl"
     file.write_text(line)
     with pytest.raises(GenerateError, match=message):
-        from_file(file)
+        read_prompts(file)
 
 
 def test_a_killed_run_goes_on_and_another_is_refused(tmp_path):
-    first, second = (Question(id=n, named=True, parts=(n, tmp_path / "a.png")) for n in "ab")
+    first, second = (Prompt(id=n, named=True, parts=(n, tmp_path / "a.png")) for n in "ab")
     picture(tmp_path / "a.png")
     drawn = Image(PIL.Image.new("RGB", (4, 4), "red"), np.arange(4))
-    book = Answers(tmp_path, [first, second], dict(mode="mixed"))
+    book = OutputFolder(tmp_path, [first, second], dict(mode="mixed"))
     record = book.add(first, [Text("<b>red</b>"), drawn], "mixed")
     assert record["segments"] == [{"text": "<b>red</b>"}, {"image": "0000_1.png"}]
     with PIL.Image.open(tmp_path / "0000_1.png") as made:
         assert output_files.NOTICE in made.text["Comment"]
     with open(tmp_path / "answers.jsonl", "a") as file:
         file.write('{"id": "b", "segm')  # the kill came here
-    again = Answers(tmp_path, [first, second], dict(mode="mixed"))
+    again = OutputFolder(tmp_path, [first, second], dict(mode="mixed"))
     assert again.records == {"a": record}
     again.add(second, [Text("blue")], "mixed")
     lines = (tmp_path / "answers.jsonl").read_text().splitlines()
     assert [json.loads(line)["id"] for line in lines] == ["a", "b"]
     assert all(json.loads(line)["notice"] == output_files.NOTICE for line in lines)
     with pytest.raises(GenerateError, match="answers with another prompts; name a fresh --out"):
-        Answers(tmp_path, [first], dict(mode="mixed"))
+        OutputFolder(tmp_path, [first], dict(mode="mixed"))
     with pytest.raises(GenerateError, match="answers with another mode; name a fresh --out"):
-        Answers(tmp_path, [first, second], dict(mode="text"))
+        OutputFolder(tmp_path, [first, second], dict(mode="text"))
     page = again.gallery().read_text()
     assert output_files.NOTICE in page and "&lt;b&gt;red&lt;/b&gt;" in page and "<b>red" not in page
     assert page.count("data:image/png") == 3  # two given, one drawn

@@ -5,13 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medmax_jax.generation.slots import SHORTEST, Lanes
+from medmax_jax.generation.slots import SHORTEST, SlotTable
 
 SLOTS = 64
 
 
 def book(blocks=1, depth=4, near=2):
-    return Lanes(blocks=blocks, depth=depth, slots=SLOTS, near=near)
+    return SlotTable(blocks=blocks, depth=depth, slots=SLOTS, near=near)
 
 
 def tokens(*parts):
@@ -21,30 +21,30 @@ def tokens(*parts):
 def test_the_table_of_the_docstring():
     b, image = book(), (7, 30)
     first = b.acquire(tokens(image, (1, 3)), guide=False)
-    assert (first.lane, first.kept, first.source) == (0, 0, None)
+    assert (first.slot, first.prefix_length, first.copy_from) == (0, 0, None)
     assert b.acquire(tokens(image, (2, 3)), guide=False) is None  # wait: it is being computed
-    b.settle()
+    b.commit()
     second = b.acquire(tokens(image, (2, 3)), guide=False)
-    assert (second.lane, second.kept, second.source) == (1, 30, 0)
+    assert (second.slot, second.prefix_length, second.copy_from) == (1, 30, 0)
     b.release(0, tokens(image, (1, 3), (9, 4)))
     again = b.acquire(tokens(image, (1, 3), (9, 4), (3, 2)), guide=False)  # the next turn
-    assert (again.lane, again.kept, again.source) == (0, 37, None)
+    assert (again.slot, again.prefix_length, again.copy_from) == (0, 37, None)
 
 
 def test_little_in_common_is_computed_again_unless_it_is_all():
     b = book()
     b.acquire(tokens((7, SHORTEST - 1), (1, 9)), guide=False)
-    b.settle()
+    b.commit()
     other = b.acquire(tokens((7, SHORTEST - 1), (2, 9)), guide=False)
-    assert (other.kept, other.source) == (0, None)
-    b.settle()
+    assert (other.prefix_length, other.copy_from) == (0, None)
+    b.commit()
     start = b.acquire(tokens((7, 1)), guide=True)
-    assert (start.kept, start.source) == (1, 0)
+    assert (start.prefix_length, start.copy_from) == (1, 0)
 
 
 def test_streams_of_guidance_stand_behind_the_rows():
     b = book(depth=6, near=2)
-    lanes = [b.acquire(tokens((i, 5)), guide=bool(g)).lane for i, g in enumerate([1, 0, 1, 0, 0])]
+    lanes = [b.acquire(tokens((i, 5)), guide=bool(g)).slot for i, g in enumerate([1, 0, 1, 0, 0])]
     assert lanes == [2, 0, 3, 1, 4]
 
 
@@ -67,11 +67,11 @@ def test_what_is_kept_lies_there(asked):
             b.release(lane, held)
         place = b.acquire(want, guide=bool(tail % 2))
         assert place is not None  # all is settled
-        if place.source is not None:
-            assert place.source // 3 == place.lane // 3  # the same device
-            cache[place.lane, : place.kept] = cache[place.source, : place.kept]
-        assert (cache[place.lane, : place.kept] == want[: place.kept]).all()
-        cache[place.lane, place.kept : len(want)] = want[place.kept :]
-        b.settle()
-        busy.append((place.lane, want))
+        if place.copy_from is not None:
+            assert place.copy_from // 3 == place.slot // 3  # the same device
+            cache[place.slot, : place.prefix_length] = cache[place.copy_from, : place.prefix_length]
+        assert (cache[place.slot, : place.prefix_length] == want[: place.prefix_length]).all()
+        cache[place.slot, place.prefix_length : len(want)] = want[place.prefix_length :]
+        b.commit()
+        busy.append((place.slot, want))
     assert len({lane for lane, _ in busy}) == len(busy)

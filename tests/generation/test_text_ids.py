@@ -13,7 +13,7 @@ from test_generate import folder, written  # noqa: F401
 
 from medmax_jax.checkpoints import safetensors_file
 from medmax_jax.generation import api, grammar, model_bundle
-from medmax_jax.generation.output_files import from_file, from_words
+from medmax_jax.generation.output_files import prompts_from_flags, read_prompts
 from medmax_jax.generation.requests import GenerateError, names_image
 from medmax_jax.models import vocab as ids
 
@@ -30,7 +30,7 @@ def barred_g(folder, tmp_path_factory):  # noqa: F811
     spec["model"]["vocab"] |= {name: i for i, name in BARRED.items()}
     (changed / "tokenizer.json").write_text(json.dumps(spec))
     g = model_bundle.load(changed)
-    arrays = {k: np.array(v) for k, v in safetensors_file.named(g.model).items()}
+    arrays = {k: np.array(v) for k, v in safetensors_file.flatten_named(g.model).items()}
     head = arrays["lm_head.kernel"]
     head[:, list(BARRED)] = 30 * head[:, [8_739]]  # of "<", which is allowed
     head[:, VOCAB.size - 1] *= -1  # so that one of the two is the likeliest everywhere
@@ -65,7 +65,7 @@ def test_a_barred_name_is_never_written(barred_g, mode, sample):
 
 def test_a_chat_bars_them_too(barred_g):
     talk = api.Chat(barred_g, SAMPLE, mode="text", seed=0)
-    talk.say(["Is it?"])
+    talk.send(["Is it?"])
     assert talk.engine.barred == tuple(BARRED) and not set(BARRED) & set(talk.tokens.tolist())
 
 
@@ -107,10 +107,10 @@ def test_a_path_given_as_text_is_refused_by_every_entry_point(barred_g, tmp_path
     fixed = dict(mode="text", seed=0)
     calls = [
         lambda parts: api.generate(g, [parts], SAMPLE, **fixed),
-        lambda parts: list(api.stream(g, [parts], SAMPLE, **fixed)),
-        lambda parts: list(api.pieces(g, [parts], SAMPLE, **fixed)),
+        lambda parts: list(api.as_completed(g, [parts], SAMPLE, **fixed)),
+        lambda parts: list(api.stream_chunks(g, [parts], SAMPLE, **fixed)),
         lambda parts: api.score(g, [parts], [["a", "b"]]),
-        lambda parts: api.Chat(g, SAMPLE, **fixed).say(parts),
+        lambda parts: api.Chat(g, SAMPLE, **fixed).send(parts),
     ]
     for call in calls:
         for path in ("scan.png", "chest"):
@@ -127,6 +127,6 @@ def test_a_path_as_the_text_of_a_prompts_file(tmp_path, prompt):
     file = tmp_path / "p.jsonl"
     file.write_text(json.dumps({"prompt": prompt}))
     with pytest.raises(GenerateError, match=r'line 1 has the text .*; write \{"image": "FILE"\}'):
-        from_file(file)
+        read_prompts(file)
     with pytest.raises(GenerateError, match=r"--prompt has the text 'scan.png', .*--image=scan"):
-        from_words(["scan.png"], [])
+        prompts_from_flags(["scan.png"], [])

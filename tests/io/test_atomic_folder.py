@@ -25,7 +25,7 @@ from gs_server import (  # noqa: F401
 )
 
 from medmax_jax.io import gcs
-from medmax_jax.io.atomic_folder import new_folder
+from medmax_jax.io.atomic_folder import atomic_folder
 from medmax_jax.io.storage import Folder, StorageError
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -41,7 +41,7 @@ def child(code, *arguments):
 def test_a_full_disk_leaves_no_part_of_a_folder(small_disk):
     with (
         pytest.raises(StorageError, match="disk/7b.partial/x: No space left"),
-        new_folder(small_disk / "7b", bytes_needed=1000, seal="config.json") as new,
+        atomic_folder(small_disk / "7b", bytes_needed=1000, seal="config.json") as new,
     ):
         new.write("config.json", [b"{}"])
         new.write("x", (bytes(1000) for _ in range(2000)))
@@ -50,21 +50,21 @@ def test_a_full_disk_leaves_no_part_of_a_folder(small_disk):
         pytest.raises(
             StorageError, match="partial: RESOURCE_EXHAUSTED.*No space.*; free some space"
         ),
-        new_folder(small_disk / "7b", bytes_needed=1000, seal="config.json") as new,
+        atomic_folder(small_disk / "7b", bytes_needed=1000, seal="config.json") as new,
     ):
         new.write("x", [bytes(shutil.disk_usage(small_disk).free)])
         write_array(new, "arrays/q")
     needs = r"disk/a/7b: needs 1048577 bytes, 1048576 are free; free some space"
     with (
         pytest.raises(StorageError, match=needs),
-        new_folder(small_disk / "a/7b", bytes_needed=(1 << 20) + 1, seal="config.json"),
+        atomic_folder(small_disk / "a/7b", bytes_needed=(1 << 20) + 1, seal="config.json"),
     ):
         pytest.fail("must not begin")
     assert os.listdir(small_disk) == []
 
 
 def test_a_new_folder_appears_whole(path):
-    with new_folder(path, bytes_needed=100, seal="config.json") as new:
+    with atomic_folder(path, bytes_needed=100, seal="config.json") as new:
         new.write("config.json", [b"{}"])
         new.write("a/w", [b"1"])
         write_array(new, "arrays/q")
@@ -76,7 +76,7 @@ def test_a_new_folder_appears_whole(path):
     assert len(folder.names()) == 5
     with (
         pytest.raises(StorageError, match=r"7b: .*not empty.*; choose another path, or delete"),
-        new_folder(path, bytes_needed=0, seal="config.json"),
+        atomic_folder(path, bytes_needed=0, seal="config.json"),
     ):
         pytest.fail("must not begin")
     assert len(Folder(path).names()) == 5
@@ -86,7 +86,7 @@ def test_a_new_folder_appears_whole(path):
 def test_a_new_folder_that_fails_leaves_nothing(path, error):
     with (
         pytest.raises(error or StorageError, match=None if error else "without config.json; write"),
-        new_folder(path, bytes_needed=0, seal="config.json") as new,
+        atomic_folder(path, bytes_needed=0, seal="config.json") as new,
     ):
         new.write("a/w", [b"1"])
         write_array(new, "arrays/q")
@@ -96,7 +96,7 @@ def test_a_new_folder_that_fails_leaves_nothing(path, error):
     assert Folder(path).names() == []
     if not Folder(path).remote:
         assert os.listdir(os.path.dirname(path)) == []
-    with new_folder(path, bytes_needed=0, seal="config.json") as new:  # and can be tried again
+    with atomic_folder(path, bytes_needed=0, seal="config.json") as new:  # and can be tried again
         new.write("config.json", [b"{}"])
     assert Folder(path).names() == ["config.json"]
 
@@ -104,21 +104,21 @@ def test_a_new_folder_that_fails_leaves_nothing(path, error):
 def test_where_a_new_folder_may_stand(tmp_path):
     (tmp_path / "big").mkdir()
     (tmp_path / "out").symlink_to("big")
-    with new_folder(str(tmp_path / "out") + "/", bytes_needed=0, seal="s") as new:
+    with atomic_folder(str(tmp_path / "out") + "/", bytes_needed=0, seal="s") as new:
         new.write("s", [b"1"])
     assert (tmp_path / "big/s").read_bytes() == b"1" and (tmp_path / "out").is_symlink()
     (tmp_path / "file").write_text("x")
     for name in ("file", "big", "out"):
         with (
             pytest.raises(StorageError, match="exists, not empty"),
-            new_folder(tmp_path / name, bytes_needed=0, seal="s"),
+            atomic_folder(tmp_path / name, bytes_needed=0, seal="s"),
         ):
             pytest.fail("must not begin")
     (tmp_path / "dead.partial").mkdir()
     for name in ("far/7b", "dead"):
         with (
             pytest.raises(StorageError, match=rf"{name}: needs {1 << 60} bytes, \d+ are free"),
-            new_folder(tmp_path / name, bytes_needed=1 << 60, seal="s"),
+            atomic_folder(tmp_path / name, bytes_needed=1 << 60, seal="s"),
         ):
             pytest.fail("must not begin")
     assert sorted(os.listdir(tmp_path)) == ["big", "file", "out"]
@@ -138,7 +138,7 @@ with new_folder(sys.argv[1], bytes_needed=0, seal="config.json") as new:
 
 def test_two_processes_and_a_kill(path):
     def try_it():
-        with new_folder(path, bytes_needed=0, seal="config.json") as new:
+        with atomic_folder(path, bytes_needed=0, seal="config.json") as new:
             new.write("config.json", [b"[2]"])
 
     with child(HOLD, path) as other:
@@ -166,7 +166,7 @@ def test_of_many_at_once_one_writes(path):
         start.wait()
         with (
             contextlib.suppress(StorageError),
-            new_folder(path, bytes_needed=0, seal="s.json") as new,
+            atomic_folder(path, bytes_needed=0, seal="s.json") as new,
         ):
             new.write("a", [b"%d" % number])
             time.sleep(0.05)
@@ -191,20 +191,20 @@ def test_a_rival_between_the_first_look_and_the_lock(tmp_path, monkeypatch, riva
         monkeypatch.setattr(fcntl, "flock", flock)
         with (
             contextlib.suppress(KeyError),
-            new_folder(tmp_path / "7b", bytes_needed=0, seal="s") as new,
+            atomic_folder(tmp_path / "7b", bytes_needed=0, seal="s") as new,
         ):
             new.write("s", [b"1"])
             if rival == "goes on":
                 raise KeyError
         if rival == "goes on":
-            rivals.enter_context(new_folder(tmp_path / "7b", bytes_needed=0, seal="s"))
+            rivals.enter_context(atomic_folder(tmp_path / "7b", bytes_needed=0, seal="s"))
         return flock(*arguments)
 
     monkeypatch.setattr(fcntl, "flock", late)
     match = "not empty" if rival == "finishes" else "another process is writing it"
     with (
         pytest.raises(StorageError, match=match),
-        new_folder(tmp_path / "7b", bytes_needed=0, seal="s"),
+        atomic_folder(tmp_path / "7b", bytes_needed=0, seal="s"),
     ):
         pytest.fail("must not begin")
     with contextlib.suppress(StorageError):  # a rival that goes on has written no seal
@@ -214,15 +214,15 @@ def test_a_rival_between_the_first_look_and_the_lock(tmp_path, monkeypatch, riva
 
 def test_claims_are_taken_back(gs):
     objects = gcs.Bucket(gs).objects
-    with new_folder(gs, bytes_needed=0, seal="s") as new:
+    with atomic_folder(gs, bytes_needed=0, seal="s") as new:
         new.write("a", [b"1"])
-        assert [name[:9] for name in objects()] == [gcs.CLAIM, "a"]
+        assert [name[:9] for name in objects()] == [gcs.LOCK_OBJECT, "a"]
         with (
             pytest.raises(StorageError, match="not empty, has .partial-.* still writing"),
-            new_folder(gs, bytes_needed=0, seal="s"),
+            atomic_folder(gs, bytes_needed=0, seal="s"),
         ):
             pytest.fail("must not begin")
-        assert [name[:9] for name in objects()] == [gcs.CLAIM, "a"]
+        assert [name[:9] for name in objects()] == [gcs.LOCK_OBJECT, "a"]
         new.write("s", [b"1"])
     assert objects() == ["a", "s"]
 
@@ -233,7 +233,7 @@ def test_a_list_without_ones_own_claim_is_not_believed(gs, monkeypatch):
         refused.setattr(gcs.Bucket, "objects", lambda self: [])
         with (
             pytest.raises(StorageError, match="7b: cannot list what it wrote; give this account"),
-            new_folder(gs, bytes_needed=0, seal="s"),
+            atomic_folder(gs, bytes_needed=0, seal="s"),
         ):
             pytest.fail("must not begin")
     assert gcs.Bucket(gs).objects() == []

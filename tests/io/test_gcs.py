@@ -23,7 +23,7 @@ from gs_server import (  # noqa: F401
 )
 
 from medmax_jax.io import gcs, storage
-from medmax_jax.io.atomic_folder import new_folder
+from medmax_jax.io.atomic_folder import atomic_folder
 from medmax_jax.io.storage import Folder, StorageError
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -31,7 +31,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 @pytest.mark.parametrize("nbytes", [0, 1, 2, 8, 9, 99, 100, 101, 4096, 12_345])
 def test_sizes_and_pieces(gs, nbytes, monkeypatch):
-    monkeypatch.setattr(gcs, "PIECE", 100)
+    monkeypatch.setattr(gcs, "CHUNK_BYTES", 100)
     data = np.random.default_rng(nbytes).integers(0, 256, nbytes, np.uint8)
     folder = Folder(gs)
     folder.write("w", [data])
@@ -41,7 +41,7 @@ def test_sizes_and_pieces(gs, nbytes, monkeypatch):
 
 
 def test_pieces_of_two_writings_are_not_mixed(gs, monkeypatch):
-    monkeypatch.setattr(gcs, "PIECE", 10)
+    monkeypatch.setattr(gcs, "CHUNK_BYTES", 10)
     folder = Folder(gs)
     folder.write("w", [b"a" * 1000])
     start, count = gcs.Bucket._start, iter(range(1000))
@@ -76,7 +76,7 @@ def test_a_bucket_that_is_not_there(gs):
         folder.write("w", [b"1"])
     with (
         pytest.raises(StorageError, match=r"gs://other/7b/.*NOT_FOUND"),
-        new_folder("gs://other/7b", bytes_needed=0, seal="s"),
+        atomic_folder("gs://other/7b", bytes_needed=0, seal="s"),
     ):
         pytest.fail("must not begin")
 
@@ -92,7 +92,7 @@ def every_call(folder):
     yield "file", lambda: folder.file("w")
     yield "write", lambda: folder.write("w", [b"1"])
     yield "array", lambda: storage.wait(ts.open(array), f"{folder.path}/a")
-    yield "new", lambda: new_folder(folder.path, bytes_needed=0, seal="s").__enter__()
+    yield "new", lambda: atomic_folder(folder.path, bytes_needed=0, seal="s").__enter__()
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_a_server_that_dies_while_a_folder_is_written(tmp_path, monkeypatch):
         use_server(monkeypatch, stack.enter_context(fake_gcs(tmp_path)))
         with (
             pytest.raises(StorageError, match="7b/v: ABORTED.*Could not connect") as caught,
-            new_folder("gs://bucket/7b", bytes_needed=0, seal="s") as new,
+            atomic_folder("gs://bucket/7b", bytes_needed=0, seal="s") as new,
         ):
             new.write("w", [b"1"])
             stack.close()

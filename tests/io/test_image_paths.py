@@ -16,7 +16,7 @@ from medmax_jax.data.records import jsonl
 from medmax_jax.data.records.document import RecordsError
 from medmax_jax.data.sources.row import RowError, picture_path
 from medmax_jax.eval.models import predictions
-from medmax_jax.eval.models.base import Ask
+from medmax_jax.eval.models.base import ModelRequest
 from medmax_jax.eval.pipeline import inference
 from medmax_jax.eval.reporting import page
 from medmax_jax.eval.tasks import items, selection
@@ -89,21 +89,21 @@ def test_every_reader_refuses_it(folder, name, tmp_path):
             jsonl.read_texts(folder / "d.jsonl")
     item = items.from_rows([ROW | {"image_path": "a.png"}])[0]
     moved = [items.dataclasses.replace(item, image=name)]
-    found = selection.Suite(items=moved, train=[], pictures=[], folder=folder)
+    found = selection.EvalSet(items=moved, train=[], pictures=[], folder=folder)
     with pytest.raises(ImagePathError):
         selection.check_images(found)
     with pytest.raises(ImagePathError):
-        inference.ask(moved[0], folder, "strict")
+        inference.make_request(moved[0], folder, "strict")
     write(folder / "p.jsonl", dict(id="0", text="yes", images=[name]))
     with pytest.raises(predictions.PredictionsError, match="line 1: .*leads out"):
         predictions.Predictions(folder / "p.jsonl", [item])
     for prompt in (f"Is it {{{name}}}?", [{"image": name}, {"text": "q"}]):
         write(folder / "q.jsonl", dict(prompt=prompt))
         with pytest.raises(GenerateError, match="line 1: .*leads out"):
-            output_files.from_file(folder / "q.jsonl")
+            output_files.read_prompts(folder / "q.jsonl")
     with pytest.raises(image_headers.ImageError, match="leads out"):
-        near_duplicates.of_file(folder, name)
-    record = inference.asked_of(moved[0]) | dict(text="yes", images=[], looks_like=None)
+        near_duplicates.hash_file(folder, name)
+    record = inference.item_fields(moved[0]) | dict(text="yes", images=[], looks_like=None)
     with pytest.raises(ImagePathError):
         page.examples([record], tmp_path, folder)
 
@@ -131,7 +131,7 @@ def test_links_are_followed_by_the_preparing_programs(folder, tmp_path):
 
 
 def test_prompts_of_the_shell_name_any_file(tmp_path):
-    (question,) = output_files.from_words(
+    (question,) = output_files.prompts_from_flags(
         [f"Is it {{{tmp_path}/a.png}}?"], [str(tmp_path / "b.png")]
     )
     assert [p for p in question.parts if not isinstance(p, str)] == [
@@ -145,7 +145,7 @@ def test_predictions_are_refused_before_an_image_is_opened(folder, monkeypatch):
     rows = [dict(id="0", text="yes", images=["a.png"])]
     (folder / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     model = predictions.Predictions(folder / "p.jsonl", [item])
-    ask = Ask(id="0", parts=(), mode="mixed", max_tokens=1, data_class="open")
+    ask = ModelRequest(id="0", parts=(), mode="mixed", max_tokens=1, data_class="open")
     ((text, picture),) = model.generate([ask])
     assert text == "yes" and np.asarray(picture).shape == (8, 8, 3)
 

@@ -17,7 +17,7 @@ from gs_server import (  # noqa: F401
 )
 
 from medmax_jax.io import storage
-from medmax_jax.io.atomic_folder import new_folder
+from medmax_jax.io.atomic_folder import atomic_folder
 from medmax_jax.io.storage import Folder, StorageError
 
 GIB = 1 << 30
@@ -91,7 +91,10 @@ def test_names_stay_in_the_folder(path, name):
     for call in calls:
         with pytest.raises(StorageError, match="is no name in this folder; use one like"):
             call(name)
-    with pytest.raises(StorageError, match="no name"), new_folder(path, bytes_needed=0, seal=name):
+    with (
+        pytest.raises(StorageError, match="no name"),
+        atomic_folder(path, bytes_needed=0, seal=name),
+    ):
         pass
 
 

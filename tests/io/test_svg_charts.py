@@ -67,7 +67,7 @@ def test_hostile_text_stays_text_and_nothing_is_fetched():
     axes = Axis(HOSTILE, 0.0, 1.0), Axis(HOSTILE, 0.0, 1.0)
     one = svg_charts.chart(HOSTILE, HOSTILE, x=axes[0], y=axes[1], points=[point])
     tags = parsed(
-        html_page.document("t", svg_charts.side_by_side([one]) + html_page.closed(HOSTILE, ""))
+        html_page.document("t", svg_charts.side_by_side([one]) + html_page.details(HOSTILE, ""))
     )
     assert not [t for t, _ in tags.tags if t in ("script", "img", "iframe", "image", "use", "a")]
     assert tags.text.count(HOSTILE) == 6  # two axes, over the point, title, caption, summary
@@ -102,7 +102,7 @@ def test_axes_have_a_few_round_numbers_within_them(low, span):
     ],
 )
 def test_an_axis_around_values(values, ends):
-    assert svg_charts.around(values, step=0.1, least=0.3) == pytest.approx(ends)
+    assert svg_charts.axis_limits(values, step=0.1, least=0.3) == pytest.approx(ends)
 
 
 def test_an_axis_without_length_is_refused():

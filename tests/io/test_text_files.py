@@ -11,7 +11,7 @@ from medmax_jax.data import prepare
 from medmax_jax.data.records.row_streams import SourceError
 from medmax_jax.data.release import train_rows
 from medmax_jax.data.sources import build
-from medmax_jax.data.sources.row import Bad, Row
+from medmax_jax.data.sources.row import RejectedRow, Row
 from medmax_jax.eval.models import predictions
 from medmax_jax.eval.tasks import selection
 from medmax_jax.generation import output_files
@@ -26,7 +26,7 @@ CSV_ROW = "0,P1_F1.jpg,c,Which?,A: 1,B: 2,C: 3,D: 4,A,train\n"
 RAD = dict(image_name="p1.jpg", question="Is it normal?", answer="Yes", phrase_type="freeform")
 
 
-def rows_of(source: str, folder: pathlib.Path) -> list[Row | Bad]:
+def rows_of(source: str, folder: pathlib.Path) -> list[Row | RejectedRow]:
     return list(build.READERS[source](folder, plan(source)))
 
 
@@ -88,7 +88,7 @@ def test_rows_are_read_in_every_form(tmp_path, form):
     path = tmp_path / "p.jsonl"
     path.write_bytes(gzip.compress(data) if form == "gzip" else data)
     assert [row for _, row in text_files.read_objects(path)] == rows
-    assert [q.parts for q in output_files.from_file(path)] == [("a\u2028b",), ("é",)]
+    assert [q.parts for q in output_files.read_prompts(path)] == [("a\u2028b",), ("é",)]
 
 
 def test_a_gzip_file_is_unpacked_within_bounds(tmp_path, monkeypatch):
@@ -115,7 +115,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
 def test_deep_json_is_one_line_everywhere(tmp_path):
     path = tmp_path / "deep.jsonl"
     path.write_bytes(DEEP)
-    for read in (output_files.from_file, selection.read_rows, predictions._read):
+    for read in (output_files.read_prompts, selection.read_rows, predictions._read):
         with pytest.raises(ValueError, match=r"deep\.jsonl line 1: .*nested over 64 levels"):
             read(path)
 
@@ -129,7 +129,7 @@ def test_a_byte_order_mark_is_skipped(tmp_path, name):
         assert found.y.tolist() == [3.0]
     elif name == "prompts":
         path.write_text('{"prompt": "ok?"}\n', encoding="utf-8-sig")
-        assert output_files.from_file(path)[0].parts == ("ok?",)
+        assert output_files.read_prompts(path)[0].parts == ("ok?",)
     elif name == "questions":
         path.write_text('{"prompt": "ok?"}\n', encoding="utf-8-sig")
         assert selection.read_rows(path) == [("a line 1", {"prompt": "ok?"})]
@@ -205,7 +205,7 @@ def test_what_is_no_text_is_counted(tmp_path, value):
     odd = json.dumps(RAD).replace('"Yes"', value)
     write_rad(tmp_path, json.dumps(RAD), odd, json.dumps(RAD))
     whole, bad, last = rows_of("VQA-RAD", tmp_path)
-    assert isinstance(bad, Bad) and not bad.by_rule and bad.where.endswith("row 2")
+    assert isinstance(bad, RejectedRow) and not bad.by_rule and bad.where.endswith("row 2")
     assert isinstance(whole, Row) and isinstance(last, Row) and last.id.endswith("3")
 
 

@@ -49,10 +49,10 @@ def test_attend_equals_the_reference(fsdp, tp, rows, tokens, kv_heads):
     q, k, v = normal(rows, 8, tokens, 4), *(normal(rows, kv_heads, 9, 4) for _ in range(2))
     mask = RNG.random((rows, tokens, 9)) < 0.5
     mask[..., 0] = True
-    want = attention.reference_attend(*(jnp.asarray(a) for a in (q, k, v, mask)))
+    want = attention.reference_attention(*(jnp.asarray(a) for a in (q, k, v, mask)))
     with jax.set_mesh(make_mesh(Mesh(data=1, fsdp=fsdp, tp=tp))):
         args = (*(put(a, HEADS) for a in (q, k, v)), put(mask, ACT))
-        got = jax.jit(lambda *a: attention.attend(*a))(*args)
+        got = jax.jit(lambda *a: attention.attention(*a))(*args)
         assert jax.typeof(got).sharding.spec == HEADS
     np.testing.assert_allclose(got, want, atol=1e-5)
 
@@ -60,13 +60,13 @@ def test_attend_equals_the_reference(fsdp, tp, rows, tokens, kv_heads):
 def test_attend_of_a_row_that_sees_nothing_is_finite():
     with jax.set_mesh(make_mesh(Mesh(data=1, fsdp=1, tp=1))):
         q, mask = put(normal(2, 2, 1, 4), HEADS), put(np.zeros((2, 1, 1), bool), ACT)
-        assert np.isfinite(attention.attend(q, q, q, mask)).all()
+        assert np.isfinite(attention.attention(q, q, q, mask)).all()
 
 
 def through(impl: str, segments: jax.Array):
     if impl == "cudnn":  # its kernel runs on GPUs only; all that is around it runs here
         return lambda q, k, v: attention.cudnn_attend(q, k, v, segments, implementation="xla")
-    return attention.packed(segments, impl=impl)
+    return attention.make_packed_attention(segments, impl=impl)
 
 
 def value_and_grads(attend, q, k, v, weights) -> list[np.ndarray]:
@@ -86,7 +86,7 @@ def test_every_implementation_is_the_reference(impl, length, mesh):
     k, v = (normal(ROWS, KEY_HEADS, length, DIM) for _ in range(2))
     segments = documents(length)
     mask = attention.packed_mask(jnp.asarray(segments))
-    want = value_and_grads(lambda *a: attention.reference_attend(*a, mask), q, k, v, weights)
+    want = value_and_grads(lambda *a: attention.reference_attention(*a, mask), q, k, v, weights)
     with jax.set_mesh(make_mesh(Mesh(data=mesh[0], fsdp=mesh[1], tp=mesh[2]))):
         args = [put(x, HEADS) for x in (q, k, v, weights)]
         placed = put(segments, BATCH)
@@ -144,7 +144,7 @@ def test_settings_that_cannot_be(changes, message):
 
 def test_an_unknown_name_is_refused():
     with pytest.raises(ValueError, match="config.model.attention is 'flash'"):
-        attention.packed(jnp.ones((1, 4), int), impl="flash")
+        attention.make_packed_attention(jnp.ones((1, 4), int), impl="flash")
 
 
 def test_long_rows_in_pieces_are_the_reference():
@@ -159,7 +159,7 @@ def test_long_rows_in_pieces_are_the_reference():
             jax.value_and_grad(lambda *a, f=f: (jnp.sin(f(*a, mask))).sum(), argnums=(0, 1, 2))(
                 q, k, v
             )
-            for f in (attention.attend_causal, attention.reference_attend)
+            for f in (attention.chunked_causal_attention, attention.reference_attention)
         )
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)

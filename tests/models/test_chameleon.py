@@ -63,7 +63,7 @@ def test_decoding_equals_the_full_forward(case):
     model = loaded(case)
     want = np.asarray(hidden(model, *setup.rows(ids)))
     decode = setup.jit(lambda m, *args: kv_cache.decode(m, *args, lanes=None, span=16))
-    cache = kv_cache.empty(model.config, lanes=3, slots=16, kind="model")
+    cache = kv_cache.init_cache(model.config, lanes=3, slots=16, kind="model")
     got, done = np.full_like(want, np.nan), [0, 0, 0]
 
     def feed(width, counts):
@@ -103,7 +103,7 @@ def test_remat_policies_agree():
     batch, results, sizes = setup.rows(tokens(2, 8)), {}, {}
     for remat in ("none", "dots", "qkv_attn", "attn", "attn_offload", "all"):
         model = setup.load(setup.config(cases.SWIN, remat=remat), arrays, lora)
-        graph, adapters, rest = chameleon.split(model)
+        graph, adapters, rest = chameleon.split_adapters(model)
         loss = lora_loss(graph, rest, *batch)
         results[remat] = jax.device_get(setup.jit(jax.value_and_grad(loss))(adapters, KEY))
         saved = jax.eval_shape(lambda p, loss=loss: jax.vjp(lambda p: loss(p, KEY), p)[1], adapters)
@@ -175,8 +175,8 @@ def test_true_sizes(file, base_count, lora_count):
     lora = build(Lora, config.lora)
     assert sizes(model, vocab, lora) == (base_count, lora_count)
     with jax.set_mesh(make_mesh(Mesh(data=1, fsdp=2, tp=4))):
-        like = chameleon.abstract(model, vocab, lora)
-        _, adapters, rest = chameleon.split(like)
+        like = chameleon.abstract_model(model, vocab, lora)
+        _, adapters, rest = chameleon.split_adapters(like)
         assert chameleon.count_parameters(adapters) == lora_count
         assert chameleon.count_parameters(rest) == base_count
         assert {x.dtype for x in jax.tree.leaves(adapters)} == {jnp.dtype("float32")}
@@ -192,4 +192,4 @@ def test_heads_must_split_over_tp():
         with pytest.raises(
             ValueError, match="num_kv_heads is 4, not divisible by config.mesh.tp = 8"
         ):
-            chameleon.create(setup.config(cases.SWIN), setup.VOCAB, setup.NO_LORA, key=KEY)
+            chameleon.create_model(setup.config(cases.SWIN), setup.VOCAB, setup.NO_LORA, key=KEY)

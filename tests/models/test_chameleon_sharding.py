@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from medmax_jax.config import Lora, Mesh, Vocab
 from medmax_jax.models import chameleon, kv_cache
-from medmax_jax.sharding import ACT, BATCH, CACHE, LOGITS, ROWS, make_mesh, put_batch
+from medmax_jax.sharding import ACT, BATCH, CACHE, LOGITS, ROWS, make_mesh, shard_batch
 
 MESHES = ((1, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4))
 VOCAB = Vocab(size=64, image_codes=512, text_start=8_712)  # only the size shapes the model
@@ -46,7 +46,7 @@ def model_on_mesh(lora: Lora = LORA) -> chameleon.Chameleon:
         value = rng.standard_normal(leaf.shape) * leaf.shape[-2 if leaf.ndim > 1 else -1] ** -0.5
         return jax.device_put(value.astype(np.float32), leaf.sharding)
 
-    return jax.tree.map(fill, chameleon.abstract(MODEL, VOCAB, lora))
+    return jax.tree.map(fill, chameleon.abstract_model(MODEL, VOCAB, lora))
 
 
 def batch_on(mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
@@ -56,7 +56,7 @@ def batch_on(mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
     positions = np.array([0, 1, 2, 3, 0, 1, 2, 3, 4, 0], np.int32)
     rows = dict(ids=rng.integers(0, 64, (8, length)).astype(np.int32))
     rows |= dict(segments=np.tile(segments, (8, 1)), positions=np.tile(positions, (8, 1)))
-    return put_batch(rows, mesh)
+    return shard_batch(rows, mesh)
 
 
 def loss_of(model, batch, key):
@@ -73,7 +73,7 @@ def loss_of(model, batch, key):
 def step_on(shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
     """Loss with dropout, gradients of the adapters, and the adapters after an AdamW update."""
     with jax.set_mesh(mesh := mesh_of(shape)):
-        graph, lora, base = chameleon.split(model_on_mesh())
+        graph, lora, base = chameleon.split_adapters(model_on_mesh())
         tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, weight_decay=0.0))
 
         @setup.jit
@@ -123,12 +123,12 @@ def decoded_on(shape: tuple[int, int, int]) -> np.ndarray:
     with jax.set_mesh(mesh := mesh_of(shape)):
         model, ids = model_on_mesh(), np.random.default_rng(3).integers(0, 64, (8, 4))
         decode = setup.jit(lambda m, *args: kv_cache.decode(m, *args, lanes=None, span=12))
-        cache = kv_cache.empty(MODEL, lanes=8, slots=12, kind="model")
+        cache = kv_cache.init_cache(MODEL, lanes=8, slots=12, kind="model")
         assert jax.typeof(cache.k).sharding.spec == CACHE
         prompt, chunk, outputs = np.where(np.arange(8) == 5, 2, 3)[:, None], np.arange(3)[None], []
         for positions in (np.where(chunk < prompt, chunk, -1), prompt):
             pieces = (np.take_along_axis(ids, positions, 1), positions)
-            fed = put_batch([a.astype(np.int32) for a in pieces], mesh)
+            fed = shard_batch([a.astype(np.int32) for a in pieces], mesh)
             hidden, cache = decode(model, fed[0], cache, fed[1])
             outputs.append(jax.device_get(setup.jit(lambda m, h: m.logits(h))(model, hidden)))
         assert jax.typeof(cache.v).sharding.spec == CACHE
@@ -142,7 +142,7 @@ def test_decoding_is_the_same_on_every_mesh(shape):
 
 def test_weights_have_their_shards():
     with jax.set_mesh(mesh_of((2, 2, 2))):
-        like = chameleon.abstract(MODEL, VOCAB, LORA)
+        like = chameleon.abstract_model(MODEL, VOCAB, LORA)
     specs = {n: x.sharding.spec for n, x in setup.named(like).items()}
     assert specs["embed_tokens.embedding"] == P("tp", "fsdp")
     assert specs["lm_head.kernel"] == P("fsdp", "tp")
@@ -165,8 +165,8 @@ def test_create_is_the_same_on_every_mesh_and_as_abstract_says():
     made = []
     for shape in ((1, 1, 1), (2, 2, 2)):
         with jax.set_mesh(mesh_of(shape)):
-            model = chameleon.create(MODEL, VOCAB, LORA, key=jax.random.key(0))
-            like = chameleon.abstract(MODEL, VOCAB, LORA)
+            model = chameleon.create_model(MODEL, VOCAB, LORA, key=jax.random.key(0))
+            like = chameleon.abstract_model(MODEL, VOCAB, LORA)
         for name, leaf in setup.named(model).items():
             want = setup.named(like)[name]
             assert (leaf.shape, leaf.dtype, leaf.sharding) == (
@@ -188,12 +188,12 @@ def test_too_few_devices():
 def test_put_batch_splits_rows():
     mesh = mesh_of((2, 2, 2))
     batch = {"ids": np.arange(24, dtype=np.int32).reshape(8, 3), "count": np.ones(8, np.float32)}
-    placed = put_batch(batch, mesh)
+    placed = shard_batch(batch, mesh)
     assert placed["ids"].sharding.spec == BATCH and placed["count"].sharding.spec == P(ROWS)
     assert {s.data.shape for s in placed["ids"].addressable_shards} == {(2, 3)}
     jax.tree.map(np.testing.assert_array_equal, placed, batch)
     with pytest.raises(ValueError, match="6 rows does not split over data x fsdp = 4"):
-        put_batch(batch["ids"][:6], mesh)
+        shard_batch(batch["ids"][:6], mesh)
 
 
 @pytest.mark.parametrize(
@@ -205,9 +205,9 @@ def test_put_batch_splits_rows():
 )
 def test_sizes_must_split_over_the_mesh(shape, message):
     with jax.set_mesh(mesh_of(shape)), pytest.raises(ValueError, match=message):
-        chameleon.abstract(MODEL, VOCAB, LORA)
+        chameleon.abstract_model(MODEL, VOCAB, LORA)
 
 
 def test_a_model_needs_a_mesh():
     with pytest.raises(ValueError, match="no mesh is set"):
-        chameleon.create(MODEL, VOCAB, LORA, key=jax.random.key(0))
+        chameleon.create_model(MODEL, VOCAB, LORA, key=jax.random.key(0))

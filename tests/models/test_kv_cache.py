@@ -51,7 +51,7 @@ def test_any_lane_serves_any_row(mesh):
     m, rng = model(), np.random.default_rng(0)
     ids = rng.integers(0, cases.SIZE, (2 * split, 9)).astype(np.int32)
     want = np.asarray(full(m, ids))
-    cache = kv_cache.empty(m.config, lanes=4 * split, slots=SLOTS, kind="model")
+    cache = kv_cache.init_cache(m.config, lanes=4 * split, slots=SLOTS, kind="model")
     lanes, places = np.tile([2, 0], split), np.tile(np.arange(8), (2 * split, 1))
     got, cache = feed(m, cache, ids[:, :8], places, lanes)
     np.testing.assert_allclose(got, want[:, :8], atol=3e-5)
@@ -69,10 +69,10 @@ def test_a_copied_lane_goes_on_like_the_first(mesh):
     split = mesh.shape["data"] * mesh.shape["fsdp"]
     m, rng = model(), np.random.default_rng(1)
     ids = rng.integers(0, cases.SIZE, (split, 8)).astype(np.int32)
-    cache = kv_cache.empty(m.config, lanes=3 * split, slots=SLOTS, kind="model")
+    cache = kv_cache.init_cache(m.config, lanes=3 * split, slots=SLOTS, kind="model")
     _, cache = feed(m, cache, ids[:, :6], np.tile(np.arange(6), (split, 1)), np.zeros(split))
     pairs = [blocks(np.tile(a, split).astype(np.int32), mesh) for a in ([0, 0], [2, 0])]
-    cache = jax.jit(kv_cache.copy, static_argnames="span")(cache, *pairs, span=16)
+    cache = jax.jit(kv_cache.copy_slots, static_argnames="span")(cache, *pairs, span=16)
     got, cache = feed(m, cache, ids[:, 6:], np.tile([6, 7], (split, 1)), np.full(split, 2))
     np.testing.assert_allclose(got, np.asarray(full(m, ids))[:, 6:], atol=3e-5)
     assert not np.asarray(cache.k).reshape(3, split, 3, -1)[:, :, 1].any()
@@ -83,24 +83,24 @@ def test_bytes_with_scales(mesh):
     split = mesh.shape["data"] * mesh.shape["fsdp"]
     m, rng = model(), np.random.default_rng(2)
     ids = rng.integers(0, cases.SIZE, (split, 12)).astype(np.int32)
-    cache = kv_cache.empty(m.config, lanes=split, slots=SLOTS, kind="int8")
+    cache = kv_cache.init_cache(m.config, lanes=split, slots=SLOTS, kind="int8")
     assert cache.k.dtype == jnp.int8
     places = np.tile(np.arange(12), (split, 1))
     got, cache = feed(m, cache, ids, places, None)
     off = np.asarray(got) - np.asarray(full(m, ids))
     assert 1e-5 < off.std() < 0.02  # hidden states have a deviation of about 1
-    size = kv_cache.bytes_of(m.config, lanes=split, slots=SLOTS, kind="int8")
+    size = kv_cache.cache_bytes(m.config, lanes=split, slots=SLOTS, kind="int8")
     assert size == sum(x.nbytes for x in jax.tree.leaves(cache))
-    plain = kv_cache.empty(m.config, lanes=split, slots=SLOTS, kind="model")
-    whole = kv_cache.bytes_of(m.config, lanes=split, slots=SLOTS, kind="model")
+    plain = kv_cache.init_cache(m.config, lanes=split, slots=SLOTS, kind="model")
+    whole = kv_cache.cache_bytes(m.config, lanes=split, slots=SLOTS, kind="model")
     assert whole == sum(x.nbytes for x in jax.tree.leaves(plain))
 
 
 def test_quantised_by_hand():
-    codes, scale = kv_cache.quantised(jnp.array([[127.0, -63.5, 0.4], [0.0, 0.0, 0.0]]))
+    codes, scale = kv_cache.quantize_int8(jnp.array([[127.0, -63.5, 0.4], [0.0, 0.0, 0.0]]))
     assert codes.tolist() == [[127, -64, 0], [0, 0, 0]] and scale.tolist() == [1.0, 0.0]
 
 
 def test_an_unknown_kind_of_cache():
     with pytest.raises(ValueError, match="kind is 'int4'; it must be one of model, int8"):
-        kv_cache.empty(setup.config(cases.SWIN), lanes=1, slots=8, kind="int4")
+        kv_cache.init_cache(setup.config(cases.SWIN), lanes=1, slots=8, kind="int4")

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from medmax_jax.config import Lora, Mesh
 from medmax_jax.models import layers
-from medmax_jax.sharding import ACT, DOWN, HID, UP, make_mesh, put_batch
+from medmax_jax.sharding import ACT, DOWN, HID, UP, make_mesh, shard_batch
 
 RNG = np.random.default_rng(0)
 LORA = Lora(rank=4, alpha=6.0, dropout=0.25)
@@ -119,7 +119,7 @@ def test_embed_reads_rows():
     make = lambda: layers.Embed(40, 8, dtype="float32", key=KEY)  # noqa: E731
     layer, ids = jax.jit(make)(), RNG.integers(0, 40, (4, 7)).astype(np.int32)
     ids[0, :2] = 0, 39
-    batch = put_batch(ids, jax.sharding.get_mesh())
+    batch = shard_batch(ids, jax.sharding.get_mesh())
     got = jax.jit(lambda m, i: m(i, "bfloat16"))(layer, batch)
     table = np.asarray(layer.embedding[...].astype("bfloat16"))
     np.testing.assert_array_equal(np.asarray(got), table[ids])
@@ -141,7 +141,7 @@ def test_rms_norm_of_bf16_counts_in_fp32():
 
 
 def test_head_norm_gives_each_block_of_heads_its_row():
-    layer, x = layers.HeadNorm(2, 4, eps=1e-2, dtype="float32"), normal(2, 6, 3, 4)
+    layer, x = layers.QKNorm(2, 4, eps=1e-2, dtype="float32"), normal(2, 6, 3, 4)
     scale, bias = normal(2, 4), normal(2, 4)
     layer.scale[...], layer.bias[...] = jnp.asarray(scale), jnp.asarray(bias)
     want = np.empty_like(x)

@@ -30,9 +30,9 @@ MEASURED = {"int8": 0.0076, "int4": 0.111, "nf4": 0.091}  # mean error of a matr
 WEIGHT = 0.05 * np.random.default_rng(0).standard_normal((256, 96)).astype(np.float32)
 
 
-def matrix(kind: str) -> quantization.Matrix:
+def matrix(kind: str) -> quantization.QuantizedMatrix:
     """WEIGHT, quantised, on the ambient mesh."""
-    made = quantization.Matrix(*WEIGHT.shape, spec=P("fsdp", "tp"), kind=kind)
+    made = quantization.QuantizedMatrix(*WEIGHT.shape, spec=P("fsdp", "tp"), kind=kind)
     return jax.tree.map(
         lambda leaf, value: jax.device_put(value, leaf.sharding),
         made,
@@ -40,7 +40,9 @@ def matrix(kind: str) -> quantization.Matrix:
     )
 
 
-def _like(made: quantization.Matrix, values: dict[str, np.ndarray]) -> quantization.Matrix:
+def _like(
+    made: quantization.QuantizedMatrix, values: dict[str, np.ndarray]
+) -> quantization.QuantizedMatrix:
     structure = jax.tree.structure(made)
     names = [str(path[0].name) for path, _ in jax.tree_util.tree_leaves_with_path(made)]
     return jax.tree.unflatten(structure, [values[n] for n in names])
@@ -72,9 +74,9 @@ def meta(tmp_path_factory) -> pathlib.Path:
 def test_a_quantised_base_computes_nearly_the_same(meta, tmp_path, kind):
     whole = convert(meta, tmp_path / "whole", "native")
     small = convert(meta, tmp_path / "small", "native", quant=kind)
-    said = inspect_checkpoint.facts(conversion.read(small))
+    said = inspect_checkpoint.describe(conversion.read_checkpoint(small))
     assert said["quant"] == kind
-    assert said["fingerprint"] == export.identity(whole) == export.identity(small)
+    assert said["fingerprint"] == export.base_fingerprint(whole) == export.base_fingerprint(small)
     wanted, found = logits(whole), logits(small)
     off = np.abs(found - wanted).mean() / wanted.std()
     assert 1e-4 < off < {"int8": 0.02, "int4": 0.3, "nf4": 0.2}[kind]
@@ -85,14 +87,14 @@ def test_a_quantised_base_computes_nearly_the_same(meta, tmp_path, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_on_every_mesh(meta, tmp_path, kind):
     small = convert(meta, tmp_path / "small", "native", quant=kind)
-    found = conversion.read(small)
+    found = conversion.read_checkpoint(small)
     model = dataclasses.replace(found.model, compute_dtype="float32")
     ids = jnp.asarray(np.tile(IDS, (4, 1)))
     rows = (ids, jnp.ones_like(ids), jnp.tile(jnp.arange(24, dtype=jnp.int32), (8, 1)))
     answers = []
     for sizes in ((1, 1, 1), (2, 2, 2), (8, 1, 1)):
         with jax.set_mesh(make_mesh(Mesh(**named(sizes)))):
-            like = chameleon.abstract(model, found.vocab, chameleon.NO_LORA)
+            like = chameleon.abstract_model(model, found.vocab, chameleon.NO_LORA)
             net = export.load(small, like)
             answer = setup.jit(lambda n, r: n.logits(n.hidden(*r, key=None)))(net, rows)
             answers.append(np.asarray(answer))
@@ -116,7 +118,7 @@ def test_lora_trains_on_a_quantised_base(tmp_path):
         tmp_path / "run", tmp_path / "merged", "native", base=str(tmp_path / "whole" / "model"),
         merge_native=True,
     )  # fmt: skip
-    assert conversion.read(merged).quant == "none"
+    assert conversion.read_checkpoint(merged).quant == "none"
 
 
 def test_settings_that_cannot_be(meta, tmp_path):

@@ -217,16 +217,16 @@ def test_segments_are_the_way_back(tokenizer):
     vocab = tokenizer.vocab
     codes = np.array([7, 0, 3])
     ids = tk.document_ids(tokenizer, "CT<image>no", codes, vocab)
-    kinds = [(k, v.tolist()) for k, v in tk.segments_of(ids, vocab)]
+    kinds = [(k, v.tolist()) for k, v in tk.split_segments(ids, vocab)]
     assert kinds == [
         ("text", tokenizer.encode("CT")),
         ("image", [7, 0, 3]),
         ("text", tokenizer.encode("no")),
     ]
-    unfinished = tk.segments_of(np.array([BOS, BOI, 11, 4], np.int32), vocab)
+    unfinished = tk.split_segments(np.array([BOS, BOI, 11, 4], np.int32), vocab)
     assert [(k, v.tolist()) for k, v in unfinished] == [("image", [7, 0])]
-    assert tk.segments_of(np.array([BOS, EOS], np.int32), vocab) == []
-    two = tk.segments_of(np.array([BOI, 5, EOI, BOI, 6, EOI], np.int32), vocab)
+    assert tk.split_segments(np.array([BOS, EOS], np.int32), vocab) == []
+    two = tk.split_segments(np.array([BOI, 5, EOI, BOI, 6, EOI], np.int32), vocab)
     assert [v.tolist() for _, v in two] == [[1], [2]]
 
 

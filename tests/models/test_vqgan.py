@@ -42,7 +42,7 @@ def settings(case: cases.Case) -> config.VQ:
 @functools.cache
 def parts(case: cases.Case):
     like = vqgan.abstract(settings(case))
-    values = [cases.weight(n, s.shape) for n, s in safetensors_file.named(like).items()]
+    values = [cases.weight(n, s.shape) for n, s in safetensors_file.flatten_named(like).items()]
     return jax.tree.structure(like), values
 
 
@@ -224,7 +224,7 @@ def mid(width):
 
 def test_the_released_size():
     like = vqgan.abstract(config.build(config.VQ, base.get_config().vq))
-    names = safetensors_file.named(like)
+    names = safetensors_file.flatten_named(like)
     count = {part: sum(v.size for n, v in names.items() if n.startswith(part)) for part in PARTS}
     down = 4 * block(128, 128) + block(128, 256) + 3 * block(256, 256)
     down += block(256, 512) + block(512, 512)

@@ -92,8 +92,8 @@ def test_cycles_are_those_of_scheduled_lines():
 def test_a_loop_that_ends_by_its_data_counts_once():
     text = PROGRAM.replace("compare(%i.5, %limit.5), direction=LT", "and(%i.5, %limit.5)")
     program = hlo_analysis.Program(text)
-    assert program.cycles() == 10 + 300 + 5 and program.open_loops() == [10 + 300]
-    assert hlo_analysis.Program(PROGRAM).open_loops() == []
+    assert program.cycles() == 10 + 300 + 5 and program.data_dependent_loops() == [10 + 300]
+    assert hlo_analysis.Program(PROGRAM).data_dependent_loops() == []
 
 
 def test_a_gather_that_stands_alone_is_synchronous():
@@ -147,10 +147,10 @@ def test_arguments_are_counted_exactly(name, axes):
     settings.optim.accumulate = 1
     run = config.from_config_dict(settings)
     with jax.set_mesh(sharding.make_mesh(run.mesh)):
-        like = chameleon.abstract(run.model, run.vocab, run.lora)
-        _, adapters, frozen = chameleon.split(like)
-        trainable = step.split(like, run.train.trains)[1]
-        moments = sharding.placed(
+        like = chameleon.abstract_model(run.model, run.vocab, run.lora)
+        _, adapters, frozen = chameleon.split_adapters(like)
+        trainable = step.split_trainable(like, run.train.trains)[1]
+        moments = sharding.with_shardings(
             jax.eval_shape(lambda t: step.init_state(t, run), trainable)
         ).opt_state
     parts = analytic.estimate(run, V5E)["parts"]
@@ -241,23 +241,23 @@ def test_slices_lie_along_data():
 
 def test_the_search_takes_the_fastest_that_fits():
     run, topology = setting("medmax_7b_lora", "v5e:2x2", "1,4,1", 4, "all")
-    order = search.ranked(search.candidates(run, topology), topology, utilisation=0.6)
+    order = search.rank_candidates(search.candidates(run, topology), topology, utilisation=0.6)
     answer = lambda each: analytic.estimate(each, topology)  # noqa: E731
-    best, found = search.best(order, topology, answer, utilisation=0.6, most=3)
+    best, found = search.best_fitting(order, topology, answer, utilisation=0.6, most=3)
     assert found["fits"] and best in order[:3]
     with pytest.raises(PlanError, match="nothing fits 1 x v5e:2x2"):
-        search.best([], topology, answer, utilisation=0.6, most=3)
+        search.best_fitting([], topology, answer, utilisation=0.6, most=3)
 
 
 def test_the_search_goes_on_when_the_favourites_do_not_fit():
     run, topology = setting("medmax_7b_lora", "v5e:2x2", "1,4,1", 4, "all")
-    order = search.ranked(search.candidates(run, topology), topology, utilisation=0.6)
+    order = search.rank_candidates(search.candidates(run, topology), topology, utilisation=0.6)
     refused = order[:4]
 
     def answer(each):
         return analytic.estimate(each, topology) | ({"fits": False} if each in refused else {})
 
-    best, _ = search.best(order, topology, answer, utilisation=0.6, most=2)
+    best, _ = search.best_fitting(order, topology, answer, utilisation=0.6, most=2)
     assert best == order[4]
 
 

@@ -129,7 +129,7 @@ def test_nothing_reaches_a_host_that_is_not_listed(tmp_path):
 
 def test_a_judge_is_checked_for_what_it_judges(tmp_path):
     now = settings(tmp_path)
-    one = judging.judge_of(dataclasses.replace(now.judge, endpoint="m@http://127.0.0.1:9/v1"))
+    one = judging.make_judge(dataclasses.replace(now.judge, endpoint="m@http://127.0.0.1:9/v1"))
     judging.check_hosts(one, from_rows([ROW]))  # closed questions are not judged
     with pytest.raises(egress.OutgoingError):
         judging.check_hosts(one, from_rows([ROW | dict(question_type="open")]))
@@ -152,7 +152,7 @@ def test_the_workdir_is_private_from_the_first_byte(tmp_path):
     assert not any("SECRET" in line for line in said)
     assert "keep this page where the items may be kept" in (out / "report.html").read_text()
     os.chmod(out / "report.html", 0o644)
-    report.again(out, "")
+    report.rewrite_report(out, "")
     assert_private(out)
     assert os.umask(0o022) == 0o022  # as it was before
 
@@ -181,7 +181,7 @@ def test_messages_repeat_nothing_of_a_row(tmp_path, change, message):
     (tmp_path / "q.jsonl").write_text(json.dumps(ROW | change))
     now = dataclasses.replace(settings(tmp_path), questions=(str(tmp_path / "q.jsonl"),), images="")
     with pytest.raises(TaskError) as caught:
-        selection.suite(now)
+        selection.load_eval_set(now)
     assert message in str(caught.value) and "SECRET" not in str(caught.value)
     assert caught.value.__cause__ is None
 
@@ -190,7 +190,7 @@ def test_later_messages_repeat_nothing_of_a_row(tmp_path):
     with pytest.raises(TaskError, match="the id of row 1 comes more than once"):
         from_rows([ROW, ROW])
     items = from_rows([ROW])
-    found = selection.Suite(items=items, train=[], pictures=[], folder=tmp_path)
+    found = selection.EvalSet(items=items, train=[], pictures=[], folder=tmp_path)
     with pytest.raises(EvalError, match="the first is the image of item number 1") as caught:
         selection.check_images(found)
     (tmp_path / "SECRET.png").write_bytes(b"SECRET")
@@ -208,11 +208,14 @@ def test_later_messages_repeat_nothing_of_a_row(tmp_path):
             predictions.Predictions(path, items)
         assert said in str(wrong.value) and "SECRET" not in str(wrong.value)
     path.write_text(json.dumps(dict(id="SECRET", images=["SECRET.png"])))  # no image, as above
-    model, ask = predictions.Predictions(path, items), inference.ask(items[0], tmp_path, "strict")
+    model, ask = (
+        predictions.Predictions(path, items),
+        inference.make_request(items[0], tmp_path, "strict"),
+    )
     with pytest.raises(predictions.PredictionsError, match="line 1: image 1 cannot be") as wrong:
         model.generate([ask])
     assert "SECRET" not in str(wrong.value)
-    asked = inference.asked_of(items[0])
+    asked = inference.item_fields(items[0])
     with pytest.raises(comparison.ComparisonError, match="prompt of a credentialed item differs"):
         comparison._check_same(asked, asked | dict(prompt="SECRET2"))
 

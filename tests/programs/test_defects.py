@@ -23,7 +23,7 @@ from test_judging import a_judge, ask
 from medmax_jax.configs import eval_paper, eval_suite
 from medmax_jax.eval.config import JudgeSettings
 from medmax_jax.eval.encoders import efficientnet
-from medmax_jax.eval.encoders.scorer import Lite
+from medmax_jax.eval.encoders.scorer import EfficientNetScorer
 from medmax_jax.eval.metrics import aggregate, llm_judge, per_record, release
 from medmax_jax.eval.models import base
 from medmax_jax.eval.pipeline import image_scoring, inference, judging, stages
@@ -52,7 +52,7 @@ class Scripted:
 
 def answers(model, items, folder, **more):
     fixed = dict(mode="strict", images_folder=folder, out=folder / "records.jsonl")
-    return inference.evaluate(model, items, progress=lambda line: None, **fixed, **more)
+    return inference.run_items(model, items, progress=lambda line: None, **fixed, **more)
 
 
 def test_1_2_image_generation_runs_on_all_rows_and_on_fewer_than_100(tmp_path):
@@ -72,9 +72,9 @@ def test_1_2_image_generation_runs_on_all_rows_and_on_fewer_than_100(tmp_path):
 def test_3_folders_may_be_relative(tmp_path, monkeypatch):
     records = eval_setup.records(tmp_path / "deep" / "folder")
     monkeypatch.chdir(tmp_path)
-    lite = Lite(efficientnet.from_tensors(lite_tensors()), batch=4)
+    lite = EfficientNetScorer(efficientnet.from_tensors(lite_tensors()), batch=4)
     folder = Path("deep/folder")
-    image_scoring.see(
+    image_scoring.score_images(
         records,
         [lite],
         folder,
@@ -83,14 +83,14 @@ def test_3_folders_may_be_relative(tmp_path, monkeypatch):
         resamples=2_000,
         progress=lambda line: None,
     )
-    lines = per_record.read(folder).seen["efficientnet_lite0"]
+    lines = per_record.read(folder).image_scores["efficientnet_lite0"]
     assert lines["multimodal/0"]["image_image"] == pytest.approx([1.0], abs=1e-5)
 
 
 @pytest.mark.parametrize("family", task_items.FAMILIES)
 def test_5_every_prompt_asks_words_and_pictures_that_are_there(family, tmp_path):
     for prompt in task_items.PROMPTS:
-        found = task_items.parts(eval_setup.item("x", family, 0), tmp_path, prompt)
+        found = task_items.prompt_parts(eval_setup.item("x", family, 0), tmp_path, prompt)
         assert all(found) and sum(isinstance(part, Path) for part in found) == (
             task_items.FAMILIES[family].shows_image
         )
@@ -110,7 +110,7 @@ def test_7_what_fails_ends_nothing_else(tmp_path):
              eval_setup.item("x_closed", "vqa_closed", 1, answer="yes"),
              eval_setup.item("captioning_x", "captioning", 2)]  # fmt: skip
     said = {
-        "x_closed/0": base.Failed(why="refused"),
+        "x_closed/0": base.FailedResponse(why="refused"),
         "x_closed/1": ["yes"],
         "captioning_x/2": ["A CT"],
     }
@@ -132,7 +132,7 @@ def test_22_the_reference_caption_counts(tmp_path):
     one = eval_setup.item("captioning_x", "captioning", 0, answer="A CT of the chest")
     rows = aggregate.summary([eval_setup.record(one, "A CT of the chest")], **NUMBERS)
     assert {row["metric"]: row["value"] for row in rows} == {"token_f1": 1, "rouge_l": 1}
-    assert "caption_caption" in per_record.SEEN["captioning"]
+    assert "caption_caption" in per_record.IMAGE_METRICS["captioning"]
 
 
 def test_23_the_rubric_asks_for_the_same_and_not_for_good_enough():
@@ -156,16 +156,16 @@ def test_26_intervals_know_of_questions_that_share_a_picture():
     naive = 2 * 1.96 * release.accuracy(right.astype(float))[1]
     assert row["groups"] == 40 and row["ci_high"] - row["ci_low"] > 3 * naive
     assert row["can_find"] == pytest.approx(
-        intervals.detectable(right, [i.group for i in items], paired=False)
+        intervals.minimum_detectable_effect(right, [i.group for i in items], paired=False)
     )
 
 
 def test_27_28_all_tasks_answers_are_kept_and_no_number_comes_twice(tmp_path):
     records = eval_setup.records(tmp_path)
-    lite = Lite(efficientnet.from_tensors(lite_tensors()), batch=4)
+    lite = EfficientNetScorer(efficientnet.from_tensors(lite_tensors()), batch=4)
 
     def see():
-        image_scoring.see(
+        image_scoring.score_images(
             records,
             [lite],
             tmp_path,
@@ -178,8 +178,8 @@ def test_27_28_all_tasks_answers_are_kept_and_no_number_comes_twice(tmp_path):
 
     once = see()
     assert see() == once
-    named = {record["task"] for record in records if record["family"] in per_record.SEEN}
-    lines = per_record.read(tmp_path).seen["efficientnet_lite0"]
+    named = {record["task"] for record in records if record["family"] in per_record.IMAGE_METRICS}
+    lines = per_record.read(tmp_path).image_scores["efficientnet_lite0"]
     assert {name.split("/")[0] for name in lines} == named and len(named) == 3
     items = [eval_setup.item(task, "captioning", n) for task in ("a", "b") for n in range(2)]
     items = [dataclasses.replace(i, id=f"{i.task}{n}") for n, i in enumerate(items)]

@@ -21,7 +21,9 @@ def test_parameters_are_those_of_the_tree(file):
     run = config.from_config_dict(file.get_config())
     n = flops.parameters(run.model, run.vocab, run.lora)
     with jax.set_mesh(make_mesh(Mesh(data=1, fsdp=1, tp=1))):
-        _, adapters, frozen = chameleon.split(chameleon.abstract(run.model, run.vocab, run.lora))
+        _, adapters, frozen = chameleon.split_adapters(
+            chameleon.abstract_model(run.model, run.vocab, run.lora)
+        )
     assert n.lora == chameleon.count_parameters(adapters)
     assert n.base == chameleon.count_parameters(frozen)
 

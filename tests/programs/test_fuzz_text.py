@@ -30,14 +30,14 @@ from medmax_jax.data.records.document import Layout, RecordsError
 from medmax_jax.data.records.row_streams import SourceError
 from medmax_jax.data.release import train_rows
 from medmax_jax.data.sources import build
-from medmax_jax.data.sources.row import Bad, Row
+from medmax_jax.data.sources.row import RejectedRow, Row
 from medmax_jax.endpoints.egress import OutgoingError
 from medmax_jax.eval.config import EvalError
 from medmax_jax.eval.models import predictions
 from medmax_jax.eval.tasks import items, selection
 from medmax_jax.generation import output_files
 from medmax_jax.generation.requests import GenerateError
-from medmax_jax.io.journal import JournalError, parse
+from medmax_jax.io.journal import JournalError, parse_jsonl
 from medmax_jax.io.text_files import TextFileError
 from medmax_jax.models.vocab import BOI, BOS, EOI, EOS, SEP
 from medmax_jax.scaling import table
@@ -122,7 +122,9 @@ TRAIN_ROW = dict(
     source="pathvqa",
     credential="no",
 )
-RULES = train_rows.Rules(layout=LAYOUT, separator=True, max_bad=1.0, shard_size=3, tokenizer=None)
+RULES = train_rows.RowRules(
+    layout=LAYOUT, separator=True, max_bad=1.0, shard_size=3, tokenizer=None
+)
 QUESTION = dict(
     task_name="vqa_rad", question_type="closed", prompt="Is it?", answer="yes",
     image_path="0.png", id="q0", slices={"organ": "head"}, group="p1",
@@ -152,7 +154,7 @@ def read_manifest(path: pathlib.Path) -> None:
 
 def read_published(path: pathlib.Path) -> None:
     with train_rows._opened(path) as file:
-        for _, _, line in train_rows.lines_of(file, lambda _: None):
+        for _, _, line in train_rows.bounded_lines(file, lambda _: None):
             try:
                 train_rows.to_document(train_rows.read_row(line), "n", RULES)
             except train_rows.BadRow as error:
@@ -162,7 +164,7 @@ def read_published(path: pathlib.Path) -> None:
 def read_source(name: str):
     def read(path: pathlib.Path) -> None:
         for row in build.READERS[name](path.parents[name == "OmniMedVQA" and 2], plan(name)):
-            assert isinstance(row, Bad | Row)
+            assert isinstance(row, RejectedRow | Row)
             if isinstance(row, Row):  # what the rest of the build takes for granted
                 for text in (row.text, row.group, row.id, str(row.image_path)):
                     text.encode()
@@ -179,7 +181,7 @@ def read_questions(path: pathlib.Path) -> None:
 def read_metrics(path: pathlib.Path) -> None:
     rows, damaged = run_files.read_metrics(path)
     assert all(row["step"] >= 0 or row["kind"] for row in rows) and damaged >= 0
-    assert log_writer.drop_after(str(path), 2) == damaged
+    assert log_writer.truncate_after_step(str(path), 2) == damaged
     assert run_files.read_metrics(path)[1] == 0
 
 
@@ -224,7 +226,7 @@ FORMATS = {
             {"prompt": "Is {a.png} a CT?"},
             {"id": "b", "prompt": [{"text": "x"}, {"image": "a"}]},
         ),
-        output_files.from_file,
+        output_files.read_prompts,
         (GenerateError,),
     ),
     "questions": (
@@ -320,7 +322,7 @@ FORMATS = {
     "journal": (
         "calls.jsonl",
         lines_of({"key": "a", "text": "\ud83d", "n": float("nan")}, {"key": "b"}),
-        lambda path: parse(path.read_bytes(), path),
+        lambda path: parse_jsonl(path.read_bytes(), path),
         (JournalError,),
     ),
     "table": (

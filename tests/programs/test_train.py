@@ -154,7 +154,7 @@ def test_a_damaged_checkpoint_is_reported_and_made_again(done, tmp_path):
     log = (again / "train.log").read_text()
     assert "checkpoint 5 is damaged" in log and "resuming after step 4" in log
     assert same_numbers(again, folder)
-    assert checksums.damage(Folder(newest)) == ""
+    assert checksums.find_corrupt_file(Folder(newest)) == ""
 
 
 def test_a_signal_cuts_an_evaluation_short(data, base, tmp_path):
@@ -348,8 +348,8 @@ time.sleep(600)
 def test_the_first_signal_is_a_question():
     before = signal.getsignal(signal.SIGTERM)
     with cli.Stop() as stop:
-        assert stop.asked == ""
+        assert stop.requested == ""
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.asked == "SIGTERM"
+        assert stop.requested == "SIGTERM"
         assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL  # the next one ends the process
     assert signal.getsignal(signal.SIGTERM) is before

@@ -56,7 +56,7 @@ def losses(folder):
 
 
 def test_a_batch_is_a_function_of_seed_and_step(settings):
-    train = train_vqgan.pictures(settings.train.manifest, "train")
+    train = train_vqgan.load_images(settings.train.manifest, "train")
     assert len(train.originals) == 4  # the fifth is held out
     np.testing.assert_allclose(train.chance, np.array([1, 3**-0.5, 3**-0.5, 3**-0.5]) / 2.7320508)
     one, same, other = (train_vqgan.batch(train, settings, step) for step in (7, 7, 8))
@@ -65,7 +65,7 @@ def test_a_batch_is_a_function_of_seed_and_step(settings):
     again = dataclasses.replace(settings, train=dataclasses.replace(settings.train, seed=1))
     assert (train_vqgan.batch(train, again, 7) != one).any()
     with pytest.raises(config.ConfigError, match="no picture of split 'tset'"):
-        train_vqgan.pictures(settings.train.manifest, "tset")
+        train_vqgan.load_images(settings.train.manifest, "tset")
 
 
 def test_saturation_changes_colours_and_no_greys(settings):
@@ -88,7 +88,7 @@ def test_the_fast_kernel_gradient_is_the_gradient():
         return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=names)
 
     def ours(x, kernel):
-        return train_vqgan.convolve(x, kernel, (1, 1), "SAME", dimension_numbers=names)
+        return train_vqgan.conv_with_matmul_grad(x, kernel, (1, 1), "SAME", dimension_numbers=names)
 
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
     with jax.set_mesh(mesh):

@@ -23,7 +23,12 @@ def table() -> str:
     rows = [
         _row("closed", raw["closed"], lambda r, a: release.closed(r, a), strict.closed),
         _row("mcq", raw["mcq"], release.choice, lambda r, a: strict.choice(r, a, "")),
-        _row("open", raw["open"], lambda r, _: release.judged(r), lambda r, _: strict.opened(r)),
+        _row(
+            "open",
+            raw["open"],
+            lambda r, _: release.parse_judgment(r),
+            lambda r, _: strict.parse_correctness(r),
+        ),
     ]
     lines = [HEAD, ["---"] * len(HEAD), *rows]
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
@@ -33,7 +38,7 @@ def relative() -> dict[str, int]:
     """How many replies of a comparison each side can read: one unread stops all of the paper's."""
     found = {"n": 0, "paper": 0, "strict": 0, "only paper": 0, "only strict": 0}
     for _, reply in raw_outputs.rows()["relative"]:
-        ours, theirs = strict.pair(reply) is not None, _readable(reply)
+        ours, theirs = strict.parse_score_pair(reply) is not None, _readable(reply)
         for name, holds in zip(
             found, (True, theirs, ours, theirs and not ours, ours and not theirs), strict=True
         ):

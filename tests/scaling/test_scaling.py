@@ -218,12 +218,12 @@ def test_a_parameter_that_no_draw_moves_has_no_interval():
         excluded=(), notes=(),
     )  # fmt: skip
     options = study.Options(delta=1e-3, fixed={}, draws=40, seed=0, flops=6.0, budgets=())
-    done = study.study(LAWS["power"], rows, options)
+    done = study.run_study(LAWS["power"], rows, options)
     assert done.intervals["E"] is None and done.intervals["beta"][0] < done.intervals["beta"][1]
-    assert f"E        {done.found.values['E']:<12.6g} –" in checklist.words(done, {})
+    assert f"E        {done.found.values['E']:<12.6g} –" in checklist.format_fit(done, {})
     assert checklist.as_json(done, {})["intervals"]["E"] is None
     held = dataclasses.replace(options, fixed={"beta": 0.3})
-    assert study.study(LAWS["power"], rows, held).intervals["beta"] is None
+    assert study.run_study(LAWS["power"], rows, held).intervals["beta"] is None
 
 
 def test_a_thousand_bootstraps_take_seconds_on_one_core():
@@ -233,7 +233,7 @@ def test_a_thousand_bootstraps_take_seconds_on_one_core():
     options = study.Options(delta=1e-3, fixed={}, draws=1_000, seed=0, flops=6.0, budgets=(1e22,))
     lines: list[str] = []
     begin, cpu = time.perf_counter(), time.process_time()
-    done = study.study(LAWS["chinchilla"], rows, options, progress=lines.append)
+    done = study.run_study(LAWS["chinchilla"], rows, options, progress=lines.append)
     wall, cpu = time.perf_counter() - begin, time.process_time() - cpu
     assert cpu < 15 and cpu < 1.3 * wall, (cpu, wall)
     assert len(done.draws) == 1_000 and done.draws.stuck == 0 and len(done.held) == 3
@@ -279,7 +279,7 @@ def test_runs_are_drawn_and_not_rows():
     ends = []
     for rows in (one, three):
         found = fit.fit(LAWS["power"], rows.x, rows.y, delta=1e-3, fixed={})
-        ends.append(diagnostics.draw(found, rows, count=60, seed=0).named()["beta"])
+        ends.append(diagnostics.bootstrap(found, rows, count=60, seed=0).named()["beta"])
     assert np.percentile(ends[1], [10, 90]) == pytest.approx(
         np.percentile(ends[0], [10, 90]), rel=0.05
     )
@@ -287,12 +287,12 @@ def test_runs_are_drawn_and_not_rows():
 
 def test_the_best_size_is_where_the_loss_is_least():
     v = bench.TRUE["chinchilla"]
-    best = allocation.optimum(v, 1e21, flops=6.0)
+    best = allocation.optimal_allocation(v, 1e21, flops=6.0)
     n = np.geomspace(1e7, 1e12, 200_001)
     loss = v["E"] + v["A"] / n ** v["alpha"] + v["B"] / (1e21 / 6 / n) ** v["beta"]
     assert best["params"] == pytest.approx(n[loss.argmin()], rel=1e-3)
     assert best["loss"] == pytest.approx(loss.min(), rel=1e-9)
-    bigger = allocation.optimum(v, 1e23, flops=6.0)["params"] / best["params"]
+    bigger = allocation.optimal_allocation(v, 1e23, flops=6.0)["params"] / best["params"]
     assert np.log(bigger) / np.log(100) == pytest.approx(allocation.exponent(v))
 
 
@@ -341,7 +341,7 @@ def test_what_modalities_cost_each_other():
         > 0.8
     )
     assert ((found.competes(both.x) > 0) == exact).mean() > 0.95 and 0 < exact.mean() < 1
-    draws = mixed.draw(found, rows, count=4, seed=0)
+    draws = mixed.bootstrap_samples(found, rows, count=4, seed=0)
     assert draws["C"].std() > 0 or np.allclose(draws["C"], 0.8, rtol=0.05)
 
 

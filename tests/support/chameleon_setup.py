@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from parity import chameleon_cases as cases
 
-from medmax_jax.checkpoints.safetensors_file import dotted
+from medmax_jax.checkpoints.safetensors_file import dotted_name
 from medmax_jax.config import Lora, Model, Vocab
 from medmax_jax.models import chameleon
 
@@ -45,11 +45,11 @@ def config(case: cases.Case, **changes) -> Model:
 
 def load(model: Model, arrays: dict[str, np.ndarray], lora: Lora = NO_LORA) -> chameleon.Chameleon:
     """A model with these weights, on the ambient mesh; every array must have its place."""
-    like = chameleon.abstract(model, VOCAB, lora)
+    like = chameleon.abstract_model(model, VOCAB, lora)
     left = dict(arrays)
 
     def put(path, leaf):
-        return jax.device_put(left.pop(dotted(path)).astype(leaf.dtype), leaf.sharding)
+        return jax.device_put(left.pop(dotted_name(path)).astype(leaf.dtype), leaf.sharding)
 
     loaded = jax.tree_util.tree_map_with_path(put, like)
     assert not left
@@ -65,4 +65,4 @@ def rows(ids: np.ndarray) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 def named(tree) -> dict[str, jax.Array]:
     """Dotted name -> array."""
-    return {dotted(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {dotted_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

@@ -37,7 +37,7 @@ def table(folder: Path) -> str:
     save_file(tensors("tiny"), clip / biomedclip.SAFE)
     scorer = encoders_scorer.open_scorer(f"biomedclip:{clip}", batch=4, sizes=TINY)
     quiet = lambda line: None  # noqa: E731
-    image_scoring.see(
+    image_scoring.score_images(
         [*records], [scorer], folder, images_folder=folder, seed=0, resamples=2_000, progress=quiet
     )
     fixed = dict(repeats=3, attempts=2, concurrency=4, seed=0, max_usd=None, tokens_out=20)

@@ -66,7 +66,7 @@ def noise(like, *, std):
     rng = np.random.default_rng(3)
     return {
         name: (rng.normal(0, std, x.shape) + name.endswith("scale")).astype(np.float32)
-        for name, x in safetensors_file.named(like).items()
+        for name, x in safetensors_file.flatten_named(like).items()
     }
 
 

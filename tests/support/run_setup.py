@@ -89,6 +89,6 @@ def same_numbers(a: pathlib.Path, b: pathlib.Path) -> bool:
 
 def same_state(a: pathlib.Path, b: pathlib.Path) -> bool:
     """Every array of the two last checkpoints: parameters, moments and step, bit for bit."""
-    (first, ours, _), (second, theirs, _) = (manager.newest(f / "checkpoints") for f in (a, b))
+    (first, ours, _), (second, theirs, _) = (manager.read_latest(f / "checkpoints") for f in (a, b))
     assert first == second and ours.keys() == theirs.keys()
     return all(np.asarray(ours[n]).tobytes() == np.asarray(theirs[n]).tobytes() for n in ours)

@@ -102,14 +102,14 @@ def test_axes_that_are_refused(given, words):
 
 
 def test_a_run_has_one_name_in_every_expansion():
-    one = expand.planned(sweep({"seeds": (0, 1)}, {"grid": {"optim.peak_lr": (1e-3, 2e-3)}}))
-    other = expand.planned(sweep({"grid": {"optim.peak_lr": (2e-3,)}}, {"seeds": (1,)}, name="t"))
+    one = expand.plan_runs(sweep({"seeds": (0, 1)}, {"grid": {"optim.peak_lr": (1e-3, 2e-3)}}))
+    other = expand.plan_runs(sweep({"grid": {"optim.peak_lr": (2e-3,)}}, {"seeds": (1,)}, name="t"))
     assert len({r.run_id for r in one}) == 4 and other[0].run_id == one[3].run_id
     assert one[0].run_id == "696be880ae"  # for ever: workdirs are found by it
 
 
 def test_costs_are_those_of_flops_py():
-    (run,) = expand.planned(sweep({"fixed": {"train.steps": 10}}))
+    (run,) = expand.plan_runs(sweep({"fixed": {"train.steps": 10}}))
     typed = expand.settings(run)
     counts = flops.parameters(typed.model, typed.vocab, typed.lora)
     assert (run.params, run.trainable) == (counts.matmul, counts.base)
@@ -121,10 +121,10 @@ def test_costs_are_those_of_flops_py():
 
 def test_equal_compute_and_equal_tokens():
     sizes = ({"model.num_layers": 2}, {"model.num_layers": 8})
-    iso = expand.planned(sweep({"isoflop": {"sizes": sizes, "flops": (4e12,)}}))
+    iso = expand.plan_runs(sweep({"isoflop": {"sizes": sizes, "flops": (4e12,)}}))
     assert [r.flops for r in iso] == pytest.approx([4e12, 4e12], rel=0.02)
     assert iso[0].steps > iso[1].steps and iso[0].params < iso[1].params
-    grid = expand.planned(sweep({"n_by_d": {"sizes": sizes, "tokens": (1e5,)}}))
+    grid = expand.plan_runs(sweep({"n_by_d": {"sizes": sizes, "tokens": (1e5,)}}))
     assert [r.tokens for r in grid] == pytest.approx([1e5, 1e5], rel=0.02)
     assert "tokens" not in grid[0].overrides
 
@@ -140,7 +140,7 @@ def test_the_papers_data_sweep_on_v5e_16(tmp_path, capsys):
     assert facts["usd"] == pytest.approx(1.2 * facts["chip_hours"], rel=1e-3)
     hours = runs[-1].flops / (16 * 197e12 * 0.5) / 3600  # without recomputation and the network
     assert hours < runs[-1].hours < 3 * hours
-    assert expand.planned(expand.load([MEDMAX, "--config.price=0.0"]))[0].usd is None
+    assert expand.plan_runs(expand.load([MEDMAX, "--config.price=0.0"]))[0].usd is None
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_the_papers_data_sweep_on_v5e_16(tmp_path, capsys):
 )
 def test_sweeps_that_are_refused(given, words):
     with pytest.raises(SweepError, match=words):
-        expand.planned(given)
+        expand.plan_runs(given)
 
 
 def test_a_sweep_file_with_an_unknown_field(tmp_path, capsys):
@@ -181,12 +181,12 @@ def test_a_sweep_file_with_an_unknown_field(tmp_path, capsys):
 
 
 def test_another_sweep_is_not_written_over_begun_runs(tmp_path):
-    one = expand.planned(sweep({"seeds": (0, 1)}))
+    one = expand.plan_runs(sweep({"seeds": (0, 1)}))
     expand.write(one, tmp_path)
-    expand.write(expand.planned(sweep({"seeds": (1, 2)})), tmp_path)  # nothing had begun
+    expand.write(expand.plan_runs(sweep({"seeds": (1, 2)})), tmp_path)  # nothing had begun
     (tmp_path / one[1].run_id).mkdir()
     with pytest.raises(SweepError, match=f"have begun: {one[1].run_id}"):
-        expand.write(expand.planned(sweep({"seeds": (2, 3)})), tmp_path)
+        expand.write(expand.plan_runs(sweep({"seeds": (2, 3)})), tmp_path)
 
 
 # ---- fractions of the data
@@ -196,7 +196,7 @@ def test_fractions_are_nested_by_picture_and_stratified_by_source():
     rng = np.random.default_rng(0)
     sources = np.sort(rng.integers(0, 3, 4_000)) * (np.arange(4_000) > 100)
     pictures = np.where(rng.random(4_000) < 0.1, -1, sources * 1_000 + rng.integers(0, 300, 4_000))
-    held = [mixing.within(pictures, sources, fraction=f, seed=7) for f in (0.25, 0.5, 0.75, 1.0)]
+    held = [mixing.subsample(pictures, sources, fraction=f, seed=7) for f in (0.25, 0.5, 0.75, 1.0)]
     assert held[-1].all()
     for small, large in zip(held, held[1:], strict=False):
         assert not (small & ~large).any(), "a larger fraction holds all of a smaller one"
@@ -210,7 +210,7 @@ def test_fractions_are_nested_by_picture_and_stratified_by_source():
             alone = (~seen & (sources == s)).sum()
             share = (len(kept) + (keep & ~seen & (sources == s)).sum()) / (len(units) + alone)
             assert share == pytest.approx(f, abs=2 / (len(units) + alone))
-    other = mixing.within(pictures, sources, fraction=0.5, seed=8)
+    other = mixing.subsample(pictures, sources, fraction=0.5, seed=8)
     assert (other != held[1]).any()
 
 
@@ -228,8 +228,8 @@ def rendered(tmp_path: pathlib.Path, runs: list, form: str, **flags: object) -> 
 
 
 @pytest.fixture(scope="module")
-def medmax() -> list[expand.Planned]:
-    return expand.planned(expand.load([MEDMAX]))
+def medmax() -> list[expand.SweepRun]:
+    return expand.plan_runs(expand.load([MEDMAX]))
 
 
 @pytest.mark.parametrize("form,name", [("plain", "commands.sh"), ("slurm", "slurm.sh"),
@@ -333,10 +333,10 @@ def test_what_a_form_needs(tmp_path, medmax, form, flags, words):
 
 def test_a_sweep_without_a_machine_is_not_rendered_for_one(tmp_path):
     with pytest.raises(SweepError, match="need a TPU, as v5e:4x4: set --config.topology"):
-        rendered(tmp_path, expand.planned(sweep({"seeds": (0,)})), "xpk")
+        rendered(tmp_path, expand.plan_runs(sweep({"seeds": (0,)})), "xpk")
 
 
 @pytest.mark.parametrize("name", ["sweep_tiny", "sweep_tiny_lora", "sweep_medmax_7b_data"])
 def test_shipped_sweeps_expand(name):
-    runs = expand.planned(expand.load([f"--config=configs/{name}.py"]))
+    runs = expand.plan_runs(expand.load([f"--config=configs/{name}.py"]))
     assert len(runs) == {"sweep_tiny": 32, "sweep_tiny_lora": 24, "sweep_medmax_7b_data": 4}[name]

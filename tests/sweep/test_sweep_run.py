@@ -44,21 +44,21 @@ def file(tmp_path_factory) -> pathlib.Path:
     return path
 
 
-def planned(file: pathlib.Path, *axes: dict) -> list[expand.Planned]:
-    return expand.planned(
+def planned(file: pathlib.Path, *axes: dict) -> list[expand.SweepRun]:
+    return expand.plan_runs(
         expand.Sweep(
             name="micro", config=str(file), axes=axes, topology="", slices=1, utilisation=0.4,
-            price=0.0, fill=0.6, said={"tuning": "none"},
+            price=0.0, fill=0.6, notes={"tuning": "none"},
         )
     )  # fmt: skip
 
 
-def state(run: expand.Planned, folder: pathlib.Path) -> str:
+def state(run: expand.SweepRun, folder: pathlib.Path) -> str:
     return status.state(run, folder)
 
 
 @pytest.fixture(scope="module")
-def ended(file, tmp_path_factory) -> tuple[list[expand.Planned], pathlib.Path]:
+def ended(file, tmp_path_factory) -> tuple[list[expand.SweepRun], pathlib.Path]:
     """Two finished runs and one that diverged, as medmax_jax.train leaves them."""
     folder = tmp_path_factory.mktemp("sweep")
     half = {"grid": {"mixing.fraction": (0.5, 1.0)}}

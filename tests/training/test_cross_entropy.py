@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding
 
 from medmax_jax import config, sharding
 from medmax_jax.models import layers
-from medmax_jax.models.layers import Head
+from medmax_jax.models.layers import HeadWeights
 from medmax_jax.training import cross_entropy as ce
 
 ROWS, LENGTH, WIDTH, VOCAB, CODES = 8, 12, 16, 40, 16
@@ -69,7 +69,9 @@ def test_values_and_gradients_are_the_reference(shape, chunks, trains, expected)
     with jax.set_mesh(m := the_mesh(shape)):
         put = lambda x, spec: jax.device_put(x, NamedSharding(m, spec))  # noqa: E731
         targets, weights = (put(a[n], sharding.BATCH) for n in ("targets", "weights"))
-        head = Head(put(a["kernel"], sharding.UP), put(a["image"], sharding.UP) if tuned else None)
+        head = HeadWeights(
+            put(a["kernel"], sharding.UP), put(a["image"], sharding.UP) if tuned else None
+        )
 
         def total(hidden, head):
             found, nll = ce.weighted_nll(
@@ -99,7 +101,7 @@ def plain(hidden, kernel, chunks: int) -> tuple[jax.Array, jax.Array]:
     with jax.set_mesh(m := the_mesh((1, 1, 1))):
         put = lambda x, spec: jax.device_put(x, NamedSharding(m, spec))  # noqa: E731
         placed = [put(arrays()[n], sharding.BATCH) for n in ("targets", "weights")]
-        head = Head(put(kernel, sharding.UP), None)
+        head = HeadWeights(put(kernel, sharding.UP), None)
         run = lambda h: ce.weighted_nll(h, head, *placed, trains_kernel=False, chunks=chunks)  # noqa: E731
         return jax.jit(jax.value_and_grad(run, has_aux=True))(put(hidden, sharding.ACT))
 
@@ -130,10 +132,10 @@ def test_the_columns_of_a_head_come_and_go():
     for shape in (MESHES[0], MESHES[2]):
         with jax.set_mesh(m := the_mesh(shape)):
             kernel = jax.device_put(a["kernel"], NamedSharding(m, sharding.UP))
-            image = layers.image_columns(kernel, CODES)
+            image = layers.image_token_columns(kernel, CODES)
             assert image.sharding.spec == sharding.UP and image.dtype == jnp.float32
             np.testing.assert_array_equal(image, a["kernel"][:, 4 : 4 + CODES])
-            whole = np.asarray(layers.whole_kernel(Head(kernel, image + 1)))
+            whole = np.asarray(layers.full_kernel(HeadWeights(kernel, image + 1)))
         changed = whole - a["kernel"]
         np.testing.assert_allclose(changed[:, 4 : 4 + CODES], 1, rtol=1e-6)
         changed[:, 4 : 4 + CODES] = 0

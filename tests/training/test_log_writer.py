@@ -12,18 +12,18 @@ def test_rows_after_the_checkpoint_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     rows = [json.dumps({"kind": "train", "step": s}) for s in (2, 4, 6)]
     path.write_text("\n".join(rows) + '\n{"kind": "tra')
-    log_writer.drop_after(str(path), 4)
+    log_writer.truncate_after_step(str(path), 4)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [2, 4]
-    log_writer.drop_after(str(path), 4, again="train")
+    log_writer.truncate_after_step(str(path), 4, again="train")
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [2]
-    log_writer.drop_after(str(tmp_path / "none"), 4)
+    log_writer.truncate_after_step(str(tmp_path / "none"), 4)
 
 
 def test_writer_flushes_every_line(tmp_path, capsys):
-    writer = log_writer.Writer(str(tmp_path))
+    writer = log_writer.MetricWriter(str(tmp_path))
     writer.start(step=0)
     writer.log("one line")
-    writer.numbers("train", 1, {"loss": 0.5, "image_nll": math.nan})
+    writer.write("train", 1, {"loss": 0.5, "image_nll": math.nan})
     assert (tmp_path / "train.log").read_text() == capsys.readouterr().out == "one line\n"
     row = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert row == {"kind": "train", "step": 1, "loss": 0.5, "image_nll": None}
@@ -38,19 +38,23 @@ def test_step_line():
     )  # fmt: skip
     start = "step 120/300 loss 3.2100 text 2.900 image - lr 1.0e-03 tok/s/chip 5,120 "
     start += "(5,500 with padding) fill 0.93 data 1%"
-    assert log_writer.step_line(120, 300, row, eta=83.0) == f"{start} eta 1:23"
+    assert log_writer.format_step(120, 300, row, eta=83.0) == f"{start} eta 1:23"
     known = row | dict(mfu=0.512, hfu=0.6012, hbm_peak_gib=12.06)
-    assert log_writer.step_line(120, 300, known, eta=83.0) == (
+    assert log_writer.format_step(120, 300, known, eta=83.0) == (
         f"{start} MFU 51.2% HFU 60.1% HBM 12.1 GiB eta 1:23"
     )
-    assert [log_writer.clock_face(s) for s in (0.4, 59.6, 5025.0)] == ["0:00", "1:00", "1:23:45"]
+    assert [log_writer.format_duration(s) for s in (0.4, 59.6, 5025.0)] == [
+        "0:00",
+        "1:00",
+        "1:23:45",
+    ]
 
 
 def test_clock_counts_every_second_once():
-    clock = log_writer.Clock()
-    with pytest.raises(KeyError), clock.spend("step"):
+    clock = log_writer.GoodputTimer()
+    with pytest.raises(KeyError), clock.measure("step"):
         raise KeyError  # time counts also when the block fails
-    with clock.spend("data"):
+    with clock.measure("data"):
         pass
     report = clock.report()
     assert clock.seconds["step"] > 0 and clock.training == sum(clock.seconds.values())

@@ -10,7 +10,7 @@ import pytest
 from medmax_jax import config, sharding
 from medmax_jax.data import loader
 from medmax_jax.data.records import writer
-from medmax_jax.data.records.document import Layout, scored
+from medmax_jax.data.records.document import Layout, loss_mask
 from medmax_jax.models import chameleon
 from medmax_jax.models.vocab import is_image
 from medmax_jax.training import loss, metrics
@@ -24,7 +24,7 @@ def the_mesh(shape: tuple[int, int, int]) -> jax.sharding.Mesh:
 def model() -> chameleon.Chameleon:
     run = micro_run.run()
     with jax.set_mesh(the_mesh((1, 1, 1))):
-        return chameleon.create(run.model, run.vocab, run.lora, key=jax.random.key(0))
+        return chameleon.create_model(run.model, run.vocab, run.lora, key=jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +45,8 @@ def folder(tmp_path_factory) -> str:
 def on(model, run, batch, m):
     """objective() of one batch, jitted, as numpy."""
     with jax.set_mesh(m):
-        call = jax.jit(lambda model, b: loss.objective(model, b, None, trains="lora"))
-        return jax.device_get(call(model, sharding.put_batch(batch, m)))
+        call = jax.jit(lambda model, b: loss.training_objective(model, b, None, trains="lora"))
+        return jax.device_get(call(model, sharding.shard_batch(batch, m)))
 
 
 def nll_alone(model, documents, run, m) -> list[np.ndarray]:
@@ -59,7 +59,7 @@ def nll_alone(model, documents, run, m) -> list[np.ndarray]:
     with jax.set_mesh(m):
         logits = lambda model, *a: model.logits(model.hidden(*a, key=None))  # noqa: E731
         full = jax.jit(lambda *a: jax.nn.log_softmax(logits(*a)))
-        log_p = np.asarray(full(model, *sharding.put_batch((ids, segments, positions), m)))
+        log_p = np.asarray(full(model, *sharding.shard_batch((ids, segments, positions), m)))
     found = np.take_along_axis(log_p[:, :-1], ids[:, 1:, None], -1)[..., 0]
     return [np.r_[0, -n][: len(d.tokens)] for n, d in zip(found, documents, strict=True)]
 
@@ -71,9 +71,9 @@ def test_packed_objective_is_the_mean_over_documents(model, folder, weighing):
     packed = micro_run.run(data__train=folder, train__loss_weight=weighing, data__batch_size=24)
     alone = dataclasses.replace(packed, data=dataclasses.replace(packed.data, pack=False))
     means, sums, text, image, kinds = [], [], [], [], {}
-    documents = list(loader.one_pass(packed, folder).records)
+    documents = list(loader.eval_batches(packed, folder).records)
     for document, nll in zip(documents, nll_alone(model, documents, packed, m), strict=True):
-        mask = scored(document.tokens, packed.data.mask, document.turns)
+        mask = loss_mask(document.tokens, packed.data.mask, document.turns)
         means.append(nll[mask].mean())
         sums += list(nll[mask])
         picture = is_image(document.tokens, packed.vocab)
@@ -83,7 +83,7 @@ def test_packed_objective_is_the_mean_over_documents(model, folder, weighing):
                 kinds.setdefault(f"{name}/{what}_nll", []).extend(nll[part])
     expected = np.mean(means if weighing == "document" else sums)
     for run in (packed, alone):
-        data = loader.one_pass(run, folder)
+        data = loader.eval_batches(run, folder)
         assert len(data) == 1
         batch = data.batch(0)
         assert (batch.segments.max() > 1) == run.data.pack
@@ -92,7 +92,7 @@ def test_packed_objective_is_the_mean_over_documents(model, folder, weighing):
         np.testing.assert_allclose(parts["text_nll"], sum(text), rtol=1e-5)
         np.testing.assert_allclose(parts["image_nll"], sum(image), rtol=1e-5)
         assert (parts["text_count"], parts["image_count"]) == (len(text), len(image))
-        held = metrics.Held.single_from_model_output(**parts, weighted_loss=total, share=1.0)
+        held = metrics.EvalMetrics.single_from_model_output(**parts, weighted_loss=total, share=1.0)
         found, wanted = (
             metrics.by_kind(held, data.kinds),
             {k: np.mean(v) for k, v in kinds.items() if v},

@@ -9,22 +9,22 @@ import pytest
 from medmax_jax.training import metrics
 
 
-def interval(loss: float, text: tuple[float, float], tokens: float) -> metrics.Interval:
+def interval(loss: float, text: tuple[float, float], tokens: float) -> metrics.TrainMetrics:
     values = dict(
         loss=loss, grad_norm=2.0, finite=1.0, skipped=0.0, lr=0.1, text_nll=text[0],
         text_count=text[1], image_nll=0.0, image_count=0.0, tokens=tokens, slots=100.0, steps=1.0,
         kind_nll=[[text[0] / 4, 0.0], [text[0] * 3 / 4, 2.0]],
         kind_count=[[text[1] / 2, 0.0], [text[1] / 2, 4.0]],
     )  # fmt: skip
-    made = metrics.Interval.single_from_model_output(
+    made = metrics.TrainMetrics.single_from_model_output(
         **{k: jnp.float32(v) for k, v in values.items()}
     )
-    return metrics.on_host(made)
+    return metrics.to_host(made)
 
 
 def test_means_are_over_targets_and_over_steps():
     both = interval(1.0, (30.0, 10.0), 90).merge(interval(3.0, (10.0, 30.0), 50))
-    found = metrics.means(both)
+    found = metrics.compute_means(both)
     assert found["loss"] == 2.0  # over steps
     assert found["text_nll"] == 1.0  # 40 nats over 40 targets
     assert math.isnan(found["image_nll"])  # there were none
@@ -41,7 +41,7 @@ def test_means_by_source_and_task():
         "task/VQA/image_nll": 0.5,
         "task/VQA/text_nll": 1.0,
     }
-    assert "kinds" not in metrics.means(both)
+    assert "kinds" not in metrics.compute_means(both)
 
 
 def test_an_interval_goes_through_json_bit_for_bit():

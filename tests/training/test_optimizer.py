@@ -55,7 +55,7 @@ def test_first_updates_are_adamw_behind_a_clip():
     settings = dataclasses.replace(
         OPTIM, peak_lr=0.1, warmup_ratio=0.0, final_lr_ratio=1.0, weight_decay=0.5
     )
-    tx = optimizer.make(settings, steps=10)
+    tx = optimizer.make_optimizer(settings, steps=10)
     params = {"kernel": jnp.array([1.0, 2.0]), "scale": jnp.array([3.0])}
     state = tx.init(params)
     m, v, expected = np.zeros(3), np.zeros(3), np.array([1.0, 2.0, 3.0])
@@ -78,7 +78,7 @@ def test_small_gradients_are_not_scaled_up():
 
 def test_norm_gains_are_not_decayed():
     tree = {"q_norm": {"scale": 0, "bias": 0}, "q_proj": {"kernel": 0, "lora_a": 0}, "embedding": 0}
-    assert optimizer.decayed(jax.tree.map(jnp.float32, tree)) == {
+    assert optimizer.weight_decay_mask(jax.tree.map(jnp.float32, tree)) == {
         "q_norm": {"scale": False, "bias": False},
         "q_proj": {"kernel": True, "lora_a": True},
         "embedding": True,

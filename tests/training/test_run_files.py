@@ -13,7 +13,7 @@ from medmax_jax.configs import tiny_vqgan
 from medmax_jax.io.text_files import TextFileError
 from medmax_jax.sweep import expand, runner, status
 from medmax_jax.sweep.axes import SweepError
-from medmax_jax.sweep.expand import Planned, read
+from medmax_jax.sweep.expand import SweepRun, read
 from medmax_jax.training import log_writer, run_files
 
 ROWS = b'{"kind": "train", "step": 1, "loss": 1.0}\n{"kind": "train", "step": 2, "loss": 1.0}\n'
@@ -40,9 +40,9 @@ def test_a_damaged_line_is_left_out_and_told(tmp_path, capsys, name):
     path.write_bytes(DAMAGE[name] + b'{"kind": "tra')  # torn, as by a kill: that is no damage
     expected = ROWS.splitlines(keepends=True)[-DAMAGE[name].count(b"\n") + 1 :]
     assert run_files.read_metrics(path)[1] == 1
-    writer = log_writer.Writer(str(tmp_path))
+    writer = log_writer.MetricWriter(str(tmp_path))
     writer.start(step=2)
-    writer.numbers("train", 3, {"loss": 0.5})
+    writer.write("train", 3, {"loss": 0.5})
     writer.close()
     warning = f"WARNING: {path}: 1 line that cannot be read was left out\n"
     assert capsys.readouterr().out == warning == (tmp_path / "train.log").read_text()
@@ -82,7 +82,7 @@ def test_a_curve_leaves_damaged_rows_out(tmp_path):
     rows = [{"kind": "step", "step": n, "l1": 0.5} for n in range(3)]
     lines = [json.dumps(row) for row in rows]
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, "x", "{}"]) + "\n")
-    assert train_vqgan.curve(tmp_path) == 2 and (tmp_path / "curve.png").exists()
+    assert train_vqgan.plot_curves(tmp_path) == 2 and (tmp_path / "curve.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -92,13 +92,13 @@ def test_a_curve_leaves_damaged_rows_out(tmp_path):
 def test_a_manifest_of_a_tokenizer_is_named_by_its_line(tmp_path, line, said):
     (tmp_path / "m.jsonl").write_text(line + "\n")
     with pytest.raises(ValueError, match=rf"m\.jsonl {said}"):
-        train_vqgan.pictures(tmp_path / "m.jsonl", "train")
+        train_vqgan.load_images(tmp_path / "m.jsonl", "train")
 
 
 def test_the_quickstart_goes_on_without_its_notes(tmp_path, caplog):
     (tmp_path / "stages.json").write_text('[{"stage": "tokenize"}]')
     with caplog.at_level(logging.WARNING):
-        road = quickstart.Road(tmp_path)
+        road = quickstart.QuickstartRun(tmp_path)
         assert road.stages == [] and "stages.json is begun anew" in caplog.text
         (tmp_path / "stages.json").unlink()
         (tmp_path / "stages.json").mkdir()
@@ -134,7 +134,7 @@ def test_a_plan_of_a_sweep_is_checked(tmp_path, change, said):
 
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl"])
 def test_damage_of_a_run_is_one_line(tmp_path, name):
-    run = Planned(**PLANNED)
+    run = SweepRun(**PLANNED)
     home = tmp_path / run.run_id
     (home / "adapter").mkdir(parents=True)
     (home / "adapter" / "adapter_config.json").write_text("{}")
@@ -156,7 +156,7 @@ def test_damage_of_a_run_is_one_line(tmp_path, name):
 
 
 def test_a_run_that_cannot_be_logged_does_not_stop_the_others(tmp_path, capsys):
-    run = Planned(**PLANNED)
+    run = SweepRun(**PLANNED)
     (tmp_path / run.run_id / "run.log").mkdir(parents=True)
     assert runner.run([run], tmp_path) == {run.run_id: "crashed"}
     assert "cannot be started" in capsys.readouterr().out

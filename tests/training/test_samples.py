@@ -25,14 +25,14 @@ def held(tmp_path_factory) -> reader.Records:
 
 def test_cases_are_cut_behind_the_question(held):
     run = micro_run.run()
-    found = samples.cases(held, 4, run)
+    found = samples.select_prompts(held, 4, run)
     assert len(found) == 4
     for case, document in zip(found, [held[0], held[1], held[2], held[4]], strict=True):
         whole = np.concatenate([case.prompt, case.answer])
         np.testing.assert_array_equal(whole, document.tokens)
         assert case.prompt[-1] == SEP and (case.prompt[:-1] != SEP).all()
         assert (case.mode == "image") == bool(is_image(case.answer, run.vocab).any())
-    assert len(samples.cases(held, 99, run)) == 7  # two of the nine have no separator
+    assert len(samples.select_prompts(held, 99, run)) == 7  # two of the nine have no separator
 
 
 def test_samples_want_a_model_folder():

@@ -20,7 +20,7 @@ def settings(**changes: float) -> Optim:
 
 def walk(config: Optim, losses: list[float], scales: list[float]) -> list[np.ndarray]:
     """The parameters after each step; gradients are `scales` in every place."""
-    tx = optimizer.make(config, steps=len(losses))
+    tx = optimizer.make_optimizer(config, steps=len(losses))
     params = {"w": jnp.ones(3)}
     state, seen = tx.init(params), []
 
@@ -28,7 +28,7 @@ def walk(config: Optim, losses: list[float], scales: list[float]) -> list[np.nda
     def step(params, state, loss, scale):
         grads = jax.tree.map(lambda p: jnp.full_like(p, scale), params)
         updates, state = tx.update(grads, state, params, value=loss)
-        return optax.apply_updates(params, updates), state, optimizer.left_out(state)
+        return optax.apply_updates(params, updates), state, optimizer.consecutive_skips(state)
 
     for loss, scale in zip(losses, scales, strict=True):
         params, state, left = step(params, state, loss, scale)

@@ -45,25 +45,25 @@ def setup(run: config.Run, model: chameleon.Chameleon, shape: tuple[int, int, in
     """`model`'s weights on another mesh, and the first batch of the run."""
     m = sharding.make_mesh(config.Mesh(data=shape[0], fsdp=shape[1], tp=shape[2]))
     with jax.set_mesh(m):
-        like = chameleon.abstract(run.model, run.vocab, run.lora)
+        like = chameleon.abstract_model(run.model, run.vocab, run.lora)
         shards, structure = jax.tree.flatten(like)  # its settings may differ from the model's
         leaves = zip(jax.tree.leaves(model), shards, strict=True)
         placed = structure.unflatten([jax.device_put(np.asarray(x), s.sharding) for x, s in leaves])
-        graph, trainable, frozen = step.split(placed, run.train.trains)
+        graph, trainable, frozen = step.split_trainable(placed, run.train.trains)
         state = step.init_state(trainable, run)
-        batch = sharding.put_batch(loader.batches(run, run.data.train).batch(0), m)
+        batch = sharding.shard_batch(loader.train_batches(run, run.data.train).batch(0), m)
         lowered = step.make_train_step(graph, run).lower(state, frozen, batch, key())
         return Setup(run, m, graph, state, frozen, batch, lowered.compile(QUICK))
 
 
-def take(s: Setup, state: step.TrainState) -> tuple[step.TrainState, metrics.Interval]:
+def take(s: Setup, state: step.TrainState) -> tuple[step.TrainState, metrics.TrainMetrics]:
     with jax.set_mesh(s.mesh):
         state, sums = s.train_step(state, s.frozen, s.batch, key())
-    return state, metrics.on_host(sums)
+    return state, metrics.to_host(sums)
 
 
 def numpy(tree: Any) -> dict[str, np.ndarray]:
-    return {name: np.asarray(leaf) for name, leaf in safetensors_file.named(tree).items()}
+    return {name: np.asarray(leaf) for name, leaf in safetensors_file.flatten_named(tree).items()}
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +81,10 @@ def model(lora_run) -> chameleon.Chameleon:
     """Random weights; B is not zero, so that A has gradients and dropout shows."""
     run = lora_run
     with jax.set_mesh(sharding.make_mesh(run.mesh)):
-        model = chameleon.create(run.model, run.vocab, run.lora, key=jax.random.key(0))
+        model = chameleon.create_model(run.model, run.vocab, run.lora, key=jax.random.key(0))
     rng = np.random.default_rng(0)
     noise = lambda x: jnp.asarray(0.1 * rng.standard_normal(x.shape, np.float32))  # noqa: E731
-    named = safetensors_file.named(model)
+    named = safetensors_file.flatten_named(model)
     leaves = [noise(x) if name.endswith("lora_b") else x for name, x in named.items()]
     return jax.tree.unflatten(jax.tree.structure(model), leaves)
 
@@ -99,8 +99,10 @@ def test_a_step_is_the_same_on_every_mesh(lora, lora_run, model, shape):
     """Loss, gradient norm, every updated adapter and moment, dropout included."""
     other = setup(lora_run, model, shape)
     (expected, sums), (found, other_sums) = take(lora, lora.fresh()), take(other, other.fresh())
-    for name, value in metrics.means(sums).items():
-        np.testing.assert_allclose(metrics.means(other_sums)[name], value, rtol=1e-5, err_msg=name)
+    for name, value in metrics.compute_means(sums).items():
+        np.testing.assert_allclose(
+            metrics.compute_means(other_sums)[name], value, rtol=1e-5, err_msg=name
+        )
     expected, found = numpy(expected), numpy(found)
     assert expected.keys() == found.keys()
     for name, value in expected.items():
@@ -161,7 +163,7 @@ def test_full_training_moves_every_weight(folder):
         data__train=folder, optim__warmup_ratio=0.0, train__trains="full", lora__rank=0
     )
     with jax.set_mesh(sharding.make_mesh(run.mesh)):
-        model = chameleon.create(run.model, run.vocab, run.lora, key=jax.random.key(0))
+        model = chameleon.create_model(run.model, run.vocab, run.lora, key=jax.random.key(0))
     s = setup(run, model, (1, 1, 1))
     assert not jax.tree.leaves(s.frozen)
     before = numpy(s.state.trainable)
@@ -178,15 +180,15 @@ def test_evaluation_is_the_mean_over_all_documents(lora, tmp_path):
     found = []
     with jax.set_mesh(lora.mesh):
         for run in (small, large):
-            batches, total = loader.one_pass(run, held), None
+            batches, total = loader.eval_batches(run, held), None
             evaluate = step.make_eval_step(lora.graph, run)
             for i in range(len(batches)):
-                batch = sharding.put_batch(batches.batch(i), lora.mesh)
-                sums = metrics.on_host(evaluate(lora.state.trainable, lora.frozen, batch))
+                batch = sharding.shard_batch(batches.batch(i), lora.mesh)
+                sums = metrics.to_host(evaluate(lora.state.trainable, lora.frozen, batch))
                 total = sums if total is None else total.merge(sums)
-            found.append(metrics.means(total))
+            found.append(metrics.compute_means(total))
             assert total.loss.count == 27
-    assert len(loader.one_pass(small, held)) > 1 == len(loader.one_pass(large, held))
+    assert len(loader.eval_batches(small, held)) > 1 == len(loader.eval_batches(large, held))
     for name, value in found[0].items():
         np.testing.assert_allclose(value, found[1][name], rtol=1e-5, err_msg=name)
 
@@ -201,8 +203,10 @@ def test_accumulated_gradients_are_those_of_the_batch(lora, lora_run, model, pie
     parts = setup(dataclasses.replace(lora_run, **changes), model, (1, 2, 1))
     assert np.asarray(whole.batch.segments).max() > 1  # several documents a row
     (want, sums), (got, part_sums) = take(whole, whole.fresh()), take(parts, parts.fresh())
-    for name, value in metrics.means(sums).items():
-        np.testing.assert_allclose(metrics.means(part_sums)[name], value, rtol=1e-5, err_msg=name)
+    for name, value in metrics.compute_means(sums).items():
+        np.testing.assert_allclose(
+            metrics.compute_means(part_sums)[name], value, rtol=1e-5, err_msg=name
+        )
     np.testing.assert_allclose(part_sums.kinds.total, sums.kinds.total, rtol=1e-5)
     want, got = numpy(want.opt_state), numpy(got.opt_state)
     for name, value in want.items():  # the first moments are the gradients, clipped, times 1 - b1
@@ -220,7 +224,7 @@ def test_full_training_in_bfloat16_keeps_fp32_weights(folder):
     for kind in ("float32", "bfloat16"):
         run = micro_run.run(**base, model__compute_dtype=kind)
         with jax.set_mesh(sharding.make_mesh(run.mesh)):
-            model = chameleon.create(run.model, run.vocab, run.lora, key=jax.random.key(0))
+            model = chameleon.create_model(run.model, run.vocab, run.lora, key=jax.random.key(0))
         s = setup(run, model, (1, 1, 1))
         before = numpy(s.state.trainable)
         after, _ = take(s, s.fresh())
@@ -243,7 +247,7 @@ def test_only_the_image_columns_of_the_head_move(folder):
         model__param_dtype="bfloat16",
     )  # fmt: skip
     with jax.set_mesh(sharding.make_mesh(run.mesh)):
-        model = chameleon.create(run.model, run.vocab, run.lora, key=jax.random.key(0))
+        model = chameleon.create_model(run.model, run.vocab, run.lora, key=jax.random.key(0))
     head = np.asarray(model.lm_head.kernel[...], np.float32)
     s = setup(run, model, (1, 2, 2))
     (before,) = numpy(s.state.trainable).values()
@@ -257,8 +261,8 @@ def test_only_the_image_columns_of_the_head_move(folder):
     (after,) = numpy(state.trainable).values()
     assert (after != before).any(axis=0).all()
     with jax.set_mesh(s.mesh):
-        whole = step.whole(s.graph, state.trainable, s.frozen)
-    exported, was = numpy(whole), numpy(chameleon.split(model)[2])
+        whole = step.trained_base(s.graph, state.trainable, s.frozen)
+    exported, was = numpy(whole), numpy(chameleon.split_adapters(model)[2])
     assert exported.keys() == was.keys()
     kernel = exported.pop("lm_head.kernel")
     assert kernel.dtype == was["lm_head.kernel"].dtype

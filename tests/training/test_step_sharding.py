@@ -66,12 +66,12 @@ def updated(case: str, folder: str, shape: tuple[int, int, int]) -> tuple[dict, 
     """(reported means, the state after an update) of a step on a mesh."""
     run = run_of(case, folder)
     with jax.set_mesh(sharding.make_mesh(config.Mesh(data=1, fsdp=1, tp=1))):
-        model = filled(chameleon.abstract(run.model, run.vocab, run.lora))
+        model = filled(chameleon.abstract_model(run.model, run.vocab, run.lora))
     s = setup(run, model, shape)
     assert np.asarray(s.batch.segments).max() > 1  # packed
     state, sums = take(s, s.fresh())
     kinds = {f"kind {i}": v for i, v in enumerate(np.ravel(sums.kinds.total)[:8])}
-    return metrics.means(sums) | kinds, numpy(state)
+    return metrics.compute_means(sums) | kinds, numpy(state)
 
 
 def filled(like: chameleon.Chameleon) -> chameleon.Chameleon:
@@ -89,7 +89,7 @@ def filled(like: chameleon.Chameleon) -> chameleon.Chameleon:
             value = rng.standard_normal(leaf.shape) * 0.1 + name.endswith("norm.scale")
         return jax.device_put(value.astype(leaf.dtype), leaf.sharding)
 
-    named = safetensors_file.named(like)
+    named = safetensors_file.flatten_named(like)
     return jax.tree.unflatten(jax.tree.structure(like), [fill(n, x) for n, x in named.items()])
 
 

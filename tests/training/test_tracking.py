@@ -10,7 +10,7 @@ from medmax_jax.training import log_writer
 
 def ask(credentials: dict, listed: list[str] = (), server: str = ""):
     environment = {"WANDB_BASE_URL": server} if server else {}
-    return log_writer.wandb(
+    return log_writer.init_wandb(
         "p", micro_run.run(), name="r", folder=".", credentials=credentials, listed=listed,
         environment=environment,
     )  # fmt: skip
