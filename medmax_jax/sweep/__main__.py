@@ -61,7 +61,7 @@ def _expand(given: argparse.Namespace, rest: Sequence[str]) -> dict:
     if given.workdir:
         folder = open_workdir(given.workdir)
         facts["file"] = str(expand.write(runs, folder))
-        (folder / SAID).write_text(json.dumps(dict(sweep.notes), indent=1) + "\n")
+        (folder / SAID).write_text(json.dumps(dict(sweep.said), indent=1) + "\n")
         print(f"written: {facts['file']}")
     return facts
 

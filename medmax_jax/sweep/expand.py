@@ -42,7 +42,7 @@ class Sweep:
     utilisation: float  # of the chips' peak, for hours and money: a guess that is yours
     price: float  # USD a chip-hour; 0: money is not told
     fill: float  # tokens over places of a row: `data.prepare plan` says it
-    notes: Mapping[str, str]  # answers for the fit's checklist: tuning, ...
+    said: Mapping[str, str]  # answers for the fit's checklist: tuning, ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class SweepRun:
     chip_hours: float | None
     usd: float | None
 
-    def train_flags(self) -> list[str]:
+    def arguments(self) -> list[str]:
         """The flags of medmax_jax.train, but for the workdir."""
         return [f"--config={self.config}", *_flags(self.overrides)]
 

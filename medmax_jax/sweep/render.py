@@ -109,7 +109,7 @@ def command(run: SweepRun, at: str, given: argparse.Namespace) -> str:
         given.python,
         "-m",
         "medmax_jax.train",
-        *run.train_flags(),
+        *run.arguments(),
         f"--workdir={at}/{run.run_id}",
     ]
     return shlex.join(words)

@@ -36,7 +36,7 @@ def run(runs: Sequence[SweepRun], folder: Path) -> dict[str, str]:
 
 def command(each: SweepRun, home: Path) -> list[str]:
     """What a run is started with."""
-    return [sys.executable, "-m", "medmax_jax.train", *each.train_flags(), f"--workdir={home}"]
+    return [sys.executable, "-m", "medmax_jax.train", *each.arguments(), f"--workdir={home}"]
 
 
 def _one(each: SweepRun, folder: Path, name: str, stop: Stop) -> None:
