@@ -48,7 +48,7 @@ def planned(file: pathlib.Path, *axes: dict) -> list[expand.SweepRun]:
     return expand.plan_runs(
         expand.Sweep(
             name="micro", config=str(file), axes=axes, topology="", slices=1, utilisation=0.4,
-            price=0.0, fill=0.6, notes={"tuning": "none"},
+            price=0.0, fill=0.6, said={"tuning": "none"},
         )
     )  # fmt: skip
 
