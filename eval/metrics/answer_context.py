@@ -11,6 +11,7 @@ import re
 import unicodedata
 
 MAX_CHARS = 20_000  # of the end of an answer; the final answer is there
+MAX_CUES = 100  # the last ones of an answer
 REACH = 500  # characters of a clause or a sentence that are looked at, so that time is bounded
 
 _CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"

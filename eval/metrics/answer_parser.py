@@ -26,6 +26,8 @@ from medmax_jax.eval.metrics.answer_context import ANSWER, END_ANSWER
 
 LETTERS = "ABCDEFGHIJ"  # of options that cannot be read from the question
 AMBIGUOUS = "?"
+MAX_LISTED = 30  # options in the sentence of a statement
+MAX_MENTIONS = 300  # of options; of an answer with more, only explicit statements are read
 
 _CHOOSE = re.compile(
     r"\b(?:choose|chose|choosing|select|selected|selecting|pick|picked|opt for|go with|going with|"
@@ -143,6 +145,8 @@ def _choice(text: str, question: _Question) -> str | None:
     cut = len(text) > context.MAX_CHARS
     text = text[-context.MAX_CHARS :]
     mentions = _mentions(text, question)
+    cut = cut or len(mentions) > MAX_MENTIONS
+    mentions = mentions[-MAX_MENTIONS:]
     stated = _last_statement(text, mentions, question)
     if stated:
         return stated
@@ -385,7 +389,7 @@ def _last_statement(text: str, mentions: list[_Mention], question: _Question) ->
         said = _choice(inner, question) if inner else None
         found.append((match.start(), said or AMBIGUOUS))
     for pattern, words in ((context.CUE, True), (_CHOOSE, True), (_HENCE, False)):
-        for match in pattern.finditer(text):
+        for match in list(pattern.finditer(text))[-context.MAX_CUES :]:
             if context.is_statement(text, match.start()):
                 said = _head(text, match.end(), mentions, question, words=words)
                 if said:
@@ -417,9 +421,11 @@ def _head(
         return own[1]  # "B pneumothorax"
     if not words:
         return None
-    status = dict(zip(mentions, _status(text, mentions), strict=True))
-    here = [m for m in mentions if at <= m.start < end and not m.by_letter]
-    here = [m for m in here if status[m] == "stated"]
+    within = [m for m in mentions if at <= m.start < end]
+    if all(m.by_letter for m in within) or len(within) > MAX_LISTED:
+        return None
+    pairs = zip(within, _status(text, within), strict=True)
+    here = [m for m, status in pairs if status == "stated" and not m.by_letter]
     first = [m for m in here if text[at : m.start].strip(" \"'(").lower() in ("", "a", "an", "the")]
     if first and _first_alone(text, first[0], here):
         return first[0].letter

@@ -154,7 +154,7 @@ def _last_statement(text: str, question: str) -> str | None:
     for match in re.finditer(f"{ANSWER}([^{ANSWER}{END_ANSWER}]*)", text):
         inner = match[1].strip()
         found.append((match.start(), (_yes_no(inner, question) if inner else None) or AMBIGUOUS))
-    for match in context.CUE.finditer(text):
+    for match in list(context.CUE.finditer(text))[-context.MAX_CUES :]:
         if not context.is_statement(text, match.start()):
             continue
         head = _HEAD.match(text, match.end())

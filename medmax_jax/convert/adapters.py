@@ -372,6 +372,8 @@ def _unstacked(
     found = {}
     for module in MODULES:
         a, b = (stacks[f"layers.{module}.{leaf}"] for leaf in ("lora_a", "lora_b"))
+        for tensor in (a, b):
+            check_dtype(tensor.dtype, tensor.where)
         whole = len(a.shape) == len(b.shape) == 3 and a.shape[0] == b.shape[0] <= MAX_LAYERS
         if not whole:
             shapes = f"{quoted(a.shape)} and {quoted(b.shape)}"

@@ -36,6 +36,7 @@ from medmax_jax.convert.state_dict import (
     Checkpoint,
     ConvertError,
     LazyTensor,
+    check_dtype,
     check_finite,
     check_gathered,
     check_settings,
@@ -337,6 +338,7 @@ def _read_vqgan(folder: Folder, vq: VQ) -> dict[str, LazyTensor]:
                 raise ConvertError(
                     f"{tensor.where}: shape {quoted(tensor.shape)}, config.vq asks {shape}"
                 )
+            check_dtype(tensor.dtype, tensor.where)
             found[taming] = vqgan_layout.from_native(tensor)
     if held:
         raise ConvertError(f"{folder.path}/vqgan.safetensors: {quoted(min(held))} has no place")

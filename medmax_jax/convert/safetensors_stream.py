@@ -24,7 +24,13 @@ from typing import Any
 import numpy as np
 
 from medmax_jax.checkpoints import torch_file
-from medmax_jax.convert.state_dict import DTYPES, ConvertError, LazyTensor, check_finite
+from medmax_jax.convert.state_dict import (
+    DTYPES,
+    ConvertError,
+    LazyTensor,
+    check_dtype,
+    check_finite,
+)
 from medmax_jax.io.errors import printable, quoted
 from medmax_jax.io.settings_files import MAX_JSON_BYTES, parse_settings
 from medmax_jax.io.storage import ByteFile, Folder
@@ -226,6 +232,7 @@ def _tensor(
     row = math.prod(shape[1:]) * _SIZES[dtype]
 
     def block(rows: slice, columns: slice) -> np.ndarray:
+        check_dtype(dtype, f"{file.name}: {name}")
         first, last, _ = rows.indices(shape[0])
         raw = file.read(start + first * row, start + last * row)
         array = raw.view(DTYPES[dtype]).reshape(last - first, *shape[1:])

@@ -32,7 +32,7 @@ from medmax_jax.models.image_headers import ImageError, check_header, check_regu
 MAX_PIXELS = 89_478_485  # Pillow's own line between a large picture and a decompression bomb
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".ppm")
 MAX_WEBP = 2**26  # pixels; its decoder holds 15 bytes for each, others 4 to 12
-MAX_PYTHON = 2**25  # pixels of a PPM that Pillow decodes in Python, about a microsecond for each
+MAX_PYTHON = 2**24  # pixels of a PPM that Pillow decodes in Python, microseconds for each
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM")
 # What Pillow raises for damaged files, by trial: TypeError where a TIFF tag has another type
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError)

@@ -3,6 +3,7 @@
 Each format has 60 mutations in the default suite and 500 that are marked slow.
 """
 
+import copy
 import json
 import pathlib
 import random
@@ -53,11 +54,11 @@ def mutate_value(value: Any, rng: random.Random) -> Any:
     """One to three values replaced, removed, renamed, wrapped or exchanged."""
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         if not value:
-            return rng.choice(HOSTILE)
+            return copy.deepcopy(rng.choice(HOSTILE))
         holder, key = place(value, rng)
         kind = rng.randrange(6)
         if kind <= 2:
-            holder[key] = rng.choice(HOSTILE)
+            holder[key] = copy.deepcopy(rng.choice(HOSTILE))
         elif kind == 3:
             del holder[key]
         elif kind == 4:

@@ -295,3 +295,11 @@ def test_a_tokenizer_without_a_special_name_is_named(meta, tmp_path):
     with pytest.raises(ConvertError, match="its tokenizer has no <pad>.*came with the weights"):
         convert(folder, tmp_path / "out", "hf")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_vqgan_of_whole_numbers_is_refused(meta, tmp_path):
+    native = convert(meta, tmp_path / "native", "native")
+    arrays = read_safetensors(native)
+    name = "quantize.embedding"
+    save_file(arrays | {name: arrays[name].astype(np.int32)}, native / "vqgan.safetensors")
+    refused(native, "quantize.embedding: dtype I32; weights are F32, BF16, F16")

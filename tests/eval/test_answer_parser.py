@@ -195,12 +195,12 @@ def test_any_text_of_answer_and_question(text, prompt):
 
 
 @pytest.mark.parametrize(
-    "part", ["A B ", "cyst ", "the answer is ", "<answer>B", "not ", "(", "? "]
+    "part", ["A B ", "cyst ", "the answer is cyst ", "我选B", "<answer>B", "not ", "(", "? "]
 )
 def test_long_repetitions_are_read(part):
     """Their time once grew with the square of their length, to 40 s."""
     text = part * (40_000 // len(part))
-    assert read(text) in (None, "A", "B")
+    assert read(text) in (None, "A", "B", "C")
     assert strict.parse_answer("vqa_closed", text, "Is there a cyst?") in (None, "yes", "no")
 
 

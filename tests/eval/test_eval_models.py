@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import PIL.Image
@@ -316,12 +317,19 @@ def test_parts_in_processes_are_the_whole(tmp_path):
 def test_two_writers_and_folders_of_others_are_refused(tmp_path):
     items, out = write_items(tmp_path / "data"), tmp_path / "out"
 
-    with serving(says_yes_after(0.2)) as llm:
+    second_ended = threading.Event()
+
+    def behave(request, n):
+        second_ended.wait(100)
+        return completion("yes")
+
+    with serving(behave) as llm:
         given = words(items, out, f"endpoint:m@{llm.url}", "--config.service.concurrency=1")
         first = subprocess.Popen(**given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         while not llm.requests and first.poll() is None:
             time.sleep(0.01)
         second = subprocess.run(**given, capture_output=True)
+        second_ended.set()
         assert second.returncode == cli.ERROR and second.stderr.count("\n") == 1, second.stderr
         said, _ = first.communicate()
         assert first.returncode == cli.DONE, said

@@ -207,7 +207,7 @@ ACCEPTED = {
     "GIF, transparent": lambda: saved("P", "GIF", transparency=0),
     "WebP, lossless with alpha": webp,
     "PPM": lambda: saved("RGB", "PPM"),
-    "PPM, maximum 4095": lambda: b"P5 8192 4096 4095\n" + bytes(2**26),
+    "PPM, maximum 4095": lambda: b"P5 4096 4096 4095\n" + bytes(2**25),
     "DICOM, 16 bits with a window": dicom,
 }
 READ = """
