@@ -5,4 +5,4 @@ as a graph of objects (`nnx.split`, `nnx.iter_modules`), the call says `graph=Fa
 5310): tree mode is chosen where it is needed, and models of the caller keep their own mode.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
