@@ -69,10 +69,10 @@ class BatchSource(Protocol):
     def stats(self, step: int) -> BatchStats:
         """Return the counts of the batch of a step, over all hosts."""
 
-    def named(self, step: int) -> list[str]:
+    def document_names(self, step: int) -> list[str]:
         """Return the names of the documents of a step."""
 
-    def words(self) -> list[str]:
+    def describe(self) -> list[str]:
         """Return what an epoch holds, one line of the log each."""
 
     def epoch_tokens(self) -> int:

@@ -103,7 +103,7 @@ class Reporter:
             job.writer.log(f"WARNING: {error}")
         good = job.checkpoints.latest()
         kept = f"the last good checkpoint is step {good}" if good else "there is no checkpoint yet"
-        named = job.train_data.named(number - 1)
+        named = job.train_data.document_names(number - 1)
         where = job.folder / f"not_finite_{number}.json"
         if jax.process_index() == 0:
             try:
@@ -287,7 +287,7 @@ def environment_summary(
         log(f"the limits of {device.device_kind} are not known: no MFU is reported")
     for name, data in (("train", train_data), ("validation", held_data)):
         if data is not None:
-            for line in data.words():
+            for line in data.describe():
                 log(f"{name}: {line}")
 
 
