@@ -86,14 +86,14 @@ def test_rows_are_read_in_every_form(tmp_path, form):
     data = (text.replace("\n", "\r\n") if form == "crlf" else text).encode()
     data = b"\xef\xbb\xbf" + data if form.startswith("bom") else data
     path = tmp_path / "p.jsonl"
-    path.write_bytes(gzip.compress(data) if form == "gzip" else data)
+    path.write_bytes(gzip.compress(data, mtime=0) if form == "gzip" else data)
     assert [row for _, row in text_files.read_objects(path)] == rows
     assert [q.parts for q in output_files.read_prompts(path)] == [("a\u2028b",), ("é",)]
 
 
 def test_a_gzip_file_is_unpacked_within_bounds(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
-    path.write_bytes(gzip.compress(b"[" + b" " * 3_000_000 + b"]"))
+    path.write_bytes(gzip.compress(b"[" + b" " * 3_000_000 + b"]", mtime=0))
     assert text_files.read_json(path) == []
     with pytest.raises(TextFileError, match=r"over 1,000 bytes"):
         text_files.read_json(path, max_bytes=1_000)
@@ -140,7 +140,7 @@ def test_a_byte_order_mark_is_skipped(tmp_path, name):
 @pytest.mark.parametrize(
     "name, data, said",
     [
-        ("train.jsonl.gz", gzip.compress(b'{"text": "a"}\n'), "is compressed; unpack it first"),
+        ("train.jsonl.gz", gzip.compress(b'{"text": "a"}\n', mtime=0), "is compressed; unpack it first"),
         ("train.json", b'\n [{"text": "a"}]', "is one JSON array; write one row a line first"),
     ],
 )
@@ -231,7 +231,7 @@ def test_optional_columns_may_be_nan(tmp_path):
 
 def test_one_array_may_stand_for_lines(tmp_path):
     rows = [{"image": f"P{n}_F1.jpg", "caption": "A scan."} for n in range(3)]
-    (tmp_path / "pmc_oa.jsonl").write_bytes(gzip.compress(json.dumps(rows).encode()))
+    (tmp_path / "pmc_oa.jsonl").write_bytes(gzip.compress(json.dumps(rows, mtime=0).encode()))
     assert [row.group for row in rows_of("PMC-OA", tmp_path)] == ["P0", "P1", "P2"]
 
 
