@@ -140,7 +140,11 @@ def test_a_byte_order_mark_is_skipped(tmp_path, name):
 @pytest.mark.parametrize(
     "name, data, said",
     [
-        ("train.jsonl.gz", gzip.compress(b'{"text": "a"}\n', mtime=0), "is compressed; unpack it first"),
+        (
+            "train.jsonl.gz",
+            gzip.compress(b'{"text": "a"}\n', mtime=0),
+            "is compressed; unpack it first",
+        ),
         ("train.json", b'\n [{"text": "a"}]', "is one JSON array; write one row a line first"),
     ],
 )
