@@ -352,7 +352,7 @@ def test_a_missing_picture_is_named_before_anything_is_asked(tmp_path):
 
 def test_the_readme_s_example_runs_as_written(tmp_path, monkeypatch):
     text = (ROOT / "README.md").read_text()
-    code = re.search(r"```python\n(from eval import .*?)```", text, re.S)[1]
+    code = re.search(r"```python\n(from medmax_jax\.eval import .*?)```", text, re.S)[1]
     assert code.count("\n") <= 16
     monkeypatch.chdir(tmp_path)
     told: dict = {}
