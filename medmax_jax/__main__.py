@@ -9,7 +9,7 @@ import importlib.metadata
 import runpy
 import sys
 
-# Command -> (module that is run as a program, what it does).
+# Command -> (module that is run as a program, description).
 COMMANDS = {
     "quickstart": ("medmax_jax.quickstart", "run the complete pipeline on the sample images"),
     "prepare": ("medmax_jax.data.prepare", "convert sources to records; check and describe them"),
@@ -28,7 +28,7 @@ COMMANDS = {
 
 
 def main() -> int:
-    """Run the program that the first argument names; return the exit status of a usage message."""
+    """Run the program that the first argument selects; return the status of a usage message."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("--help", "-h", "help"):
         print(_usage())
