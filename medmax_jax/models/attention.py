@@ -32,7 +32,7 @@ from medmax_jax.sharding import BATCH, HEADS
 QUERY_CHUNKS, MIN_CHUNK = (
     8,
     64,
-)  # chunks of queries in chunked_causal_attention; least tokens of one
+)  # chunks of queries in chunked_causal_attention; least tokens of each
 
 PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}  # the others run anywhere
 
@@ -146,8 +146,8 @@ def reference_attention(
 # for config.model.remat.
 
 LANES = 128  # T must be a multiple of this, the smallest block of the kernel
-# Among the blocks that compile for v5e at T 2048, 1024 computes 3/4 of the scores and 512 5/8, since
-# only complete blocks are skipped; 2048 does not fit into VMEM.
+# Among the blocks that compile for v5e at T 2048, 1024 computes 3/4 of the scores and 512 5/8,
+# since only complete blocks are skipped; 2048 does not fit into VMEM.
 BLOCK = 512
 
 
@@ -166,9 +166,7 @@ def splash_attend(
 
     def local(q, k, v, segments):
         kernel = _kernel(q.shape[1], length, interpret)
-        q = (q.astype(jnp.float32) * q.shape[3] ** -0.5).astype(
-            q.dtype
-        )  # the kernel does not scale q
+        q = (q.astype(jnp.float32) * q.shape[3] ** -0.5).astype(q.dtype)  # the kernel does not
         ids = kernels.SegmentIds(q=segments, kv=segments)
         return jax.vmap(kernel)(q, k, v, ids)
 

@@ -47,7 +47,7 @@ _BY_NAME = jax.checkpoint_policies.save_only_these_names
 REMAT = {
     "all": _BY_NAME(),
     "attn": _BY_NAME("attn"),
-    "attn_offload": jax.checkpoint_policies.save_and_offload_only_these_names(  # offloaded to the host
+    "attn_offload": jax.checkpoint_policies.save_and_offload_only_these_names(  # to the host
         names_which_can_be_saved=[], names_which_can_be_offloaded=["attn"],
         offload_src="device", offload_dst="pinned_host",
     ),
