@@ -29,10 +29,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from medmax_jax.sharding import BATCH, HEADS
 
-QUERY_CHUNKS, MIN_CHUNK = (
-    8,
-    64,
-)  # chunks of queries in chunked_causal_attention; least tokens of each
+QUERY_CHUNKS, MIN_CHUNK = 8, 64  # chunks in chunked_causal_attention; least tokens per chunk
 
 PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}  # the others run anywhere
 

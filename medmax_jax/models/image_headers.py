@@ -12,7 +12,6 @@ what these formats can make Pillow do before that, or in addition to the pixels:
 
 WebP, BMP and PPM need only the limits of `check_size` and MAX_BYTES.
 """
-"""
 
 import io
 import os

@@ -207,15 +207,13 @@ class HeadWeights:
 
 def image_token_columns(kernel: Float[Array, "D V"], codes: int) -> Float[Array, "D C"]:
     """Return the columns of the image codes, in fp32."""
-    whole = jax.sharding.reshard(
-        kernel, P("fsdp", None)
-    )  # IMAGE_START = 4 is not at a shard boundary
+    whole = jax.sharding.reshard(kernel, P("fsdp", None))  # 4 is not at a shard boundary
     columns = whole[:, IMAGE_START : IMAGE_START + codes].astype(jnp.float32)
     return jax.sharding.reshard(columns, UP)
 
 
 def full_kernel(head: HeadWeights) -> Float[Array, "D V"]:
-    """Return one matrix with the image columns at their ids; the kernel itself if there are none."""
+    """Return one matrix with the image columns at their ids; the kernel where there are none."""
     if head.image is None:
         return head.kernel
     codes, size = head.image.shape[1], head.kernel.shape[1]
