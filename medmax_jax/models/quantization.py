@@ -4,7 +4,7 @@
     nf4    [I, O]  ->  qvalue uint8 [I / 2, O], scale fp32 [I / 64, O]  greatest of 64 rows
     int4   as nf4, its sixteen values -8 .. 7 instead of the quantiles; greatest of 64 rows / 7.5
 
-convert/quantize.py creates them once, on the host: a chip never holds the complete model in bf16.
+convert/native.py creates them once, on the host: a chip never holds the complete model in bf16.
 The codes of rows 2k and 2k + 1 share a byte, the first in its low half, since not every backend has
 uint4. Embeddings, norms and head are not quantized.
 """

@@ -90,7 +90,7 @@ def decode_codes(model: "VQGAN", codes: Int[Array, "b i j"]) -> Float[Array, "b 
 
 
 def to_uint8(pixels: Float[Array, "*shape"]) -> UInt8[Array, "*shape"]:
-    """Map [-1, 1] to 0..255, clamped and truncated as Meta's decoder does. 0.999 -> 254, -1 -> 0."""
+    """Map [-1, 1] to 0..255, clamped and truncated as in Meta's decoder. 0.999 -> 254, -1 -> 0."""
     return ((jnp.clip(pixels, -1, 1) + 1) / 2 * 255).astype(jnp.uint8)
 
 
