@@ -100,9 +100,7 @@ class MetricWriter:
             self.jsonl.write(json.dumps({"kind": kind, "step": step} | clean))
             known = {f"{kind}/{name}": v for name, v in clean.items() if v is not None}
             for name, value in known.items():
-                self.board.add_scalar(
-                    name.replace(" ", "_"), value, step
-                )  # TensorBoard's own spelling
+                self.board.add_scalar(name.replace(" ", "_"), value, step)  # its own spelling
             if self._also is not None:
                 self._also(step, known)
 

@@ -22,7 +22,7 @@ def _ratio(total: str, count: str) -> type[clu_metrics.Average]:
 
 @flax.struct.dataclass
 class TrainMetrics(clu_metrics.Collection):
-    """Sums over the steps since the last report: computed on device, merged on host in float64."""
+    """Collects sums since the last report: computed on device, merged on host in float64."""
 
     loss: clu_metrics.Average.from_output("loss")
     text_nll: _ratio("text_nll", "text_count")  # over scored text targets, each counted once
@@ -40,7 +40,7 @@ class TrainMetrics(clu_metrics.Collection):
 
 @flax.struct.dataclass
 class EvalMetrics(clu_metrics.Collection):
-    """Sums over held-out batches."""
+    """Collects sums over held-out batches."""
 
     loss: _ratio("weighted_loss", "share")
     text_nll: _ratio("text_nll", "text_count")

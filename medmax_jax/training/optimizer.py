@@ -20,7 +20,7 @@ from medmax_jax.config import Optim
 
 
 def make_optimizer(config: Optim, *, steps: int) -> optax.GradientTransformationExtraArgs:
-    """Return the optimizer; `update` needs the loss as `value=`. `steps`: length of the full run."""
+    """Return the optimizer; `update` needs the loss as `value=`. `steps`: length of the run."""
     inner = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
@@ -50,7 +50,7 @@ def learning_rate(count: Int[Array, ""] | int, config: Optim, *, steps: int) -> 
 
 
 def weight_decay_mask(params: PyTree) -> PyTree:
-    """Return True at the matrices, which weight decay applies to; False at norm gains and biases."""
+    """Return True at the matrices, which weight decay shrinks; False at norm gains and biases."""
 
     def is_matrix(path: tuple, _: Array) -> bool:
         return not any(
