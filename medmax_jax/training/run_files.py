@@ -32,9 +32,7 @@ class LogFile:
         if self._file is not None:
             try:
                 self._file.write(line + "\n")
-            except (
-                OSError
-            ) as error:  # a full disk may have space later, but lines would be incomplete
+            except OSError as error:  # a retry later could leave incomplete lines
                 self._give_up(error)
 
     def close(self) -> None:
@@ -48,9 +46,7 @@ class LogFile:
 
     def _give_up(self, error: OSError) -> None:
         if self._file is not None:
-            with contextlib.suppress(
-                OSError
-            ):  # what could not be written before cannot be written now
+            with contextlib.suppress(OSError):  # an earlier failed write fails again
                 self._file.close()
         self._file = None
         self._warn(

@@ -33,8 +33,8 @@ CREDENTIALED = (
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class SamplePrompt:
     """Holds one held-out document, split after its first separator."""
-    """One held-out document, cut behind its first separator."""
 
     name: str
     credential: str

@@ -102,7 +102,7 @@ def restore_checkpoint(
         try:
             return start, *store.restore(start, state), changes
         except DamagedError:
-            continue  # the checkpoint was moved to another folder, and the log reports it
+            continue  # it was renamed to damaged_*, and the log reports it
     return None, None, {"interval": [], "last": {}, "owed": False}, []
 
 
@@ -124,9 +124,9 @@ def run_metadata(run: config.Run, train_data: BatchSource) -> dict[str, Any]:
 
 
 def load_or_init_weights(
-    """Return (trainable, frozen); `trainable` is None where a checkpoint provides it."""
+    run: config.Run, like: chameleon.Chameleon, key: jax.Array, *, restoring: bool
 ) -> tuple[PyTree, PyTree]:
-    """(trainable, frozen); `trainable` is None where a checkpoint will bring it."""
+    """Return (trainable, frozen); `trainable` is None where a checkpoint provides it."""
     trains, folder = run.train.trains, run.train.init_from
     _, like_trainable, like_frozen = step.split_trainable(like, trains)
     if restoring and trains == "full":
