@@ -15,11 +15,13 @@ def service() -> ConfigDict:
     service = ConfigDict()
     service.key_env = "OPENAI_API_KEY"  # environment variable with the key; empty: no key is sent
     service.parameters = '{"temperature": 0}'  # a JSON object, sent as it is, part of the cache key
-    service.price_in = config_dict.placeholder(float)  # USD per million tokens; unset: not reported
+    service.price_in = config_dict.placeholder(
+        float
+    )  # USD per million tokens; unset: no cost is reported
     service.price_out = config_dict.placeholder(float)  # USD per million output tokens
     service.max_usd = config_dict.placeholder(
         float
-    )  # more expensive runs do not start; needs both prices
+    )  # costlier runs do not start; needs both prices
     service.credentialed_hosts = ""  # host:port,... that MIMIC-CXR may be sent to; none by default
     service.concurrency = 8  # concurrent calls
     service.per_minute = 0  # calls that may start in a minute; 0: no limit
@@ -48,10 +50,8 @@ def get_config() -> ConfigDict:
     config.mode = "strict"  # of generation: 16 tokens for a closed answer or a letter
     config.prompt = "sft"  # wording; chameleon for a base model, see eval/tasks/items.py
     config.baselines = "constant,majority,random"  # baseline scores next to every score
-    config.probes = "blank,shuffled,swapped,rotated"  # does the model use the image, does the option order matter
-    config.probe_families = (
-        "vqa_closed,vqa_mcq,vqa_open,captioning,visual_chat"  # families that are probed
-    )
+    config.probes = "blank,shuffled,swapped,rotated"  # is the image used, is the order used
+    config.probe_families = "vqa_closed,vqa_mcq,vqa_open,captioning,visual_chat"  # probed families
     config.options = True  # also: likelihoods of the options, and calibration from them
     config.scorers = ""  # of images: biomedclip:FOLDER is the published score
     config.train_records = ""  # folder of training records, for contamination; empty: unknown
@@ -74,9 +74,7 @@ def get_config() -> ConfigDict:
     config.mesh = whole.mesh  # axes of the devices
     config.sample = whole.sample  # temperatures and guidance; images are sampled
     config.sample.text_greedy = True  # text is not sampled
-    config.sample.repetition_penalty = (
-        1.0  # 1.2 would penalize "yes" because the question contains it
-    )
+    config.sample.repetition_penalty = 1.0  # 1.2 would penalize a "yes" of the question
     config.sample.max_gen_len = 1_024  # maximum tokens of an answer, whatever its family allows
     config.sample.budget = "answer"  # over the complete answer, with or without images
     return config.lock()

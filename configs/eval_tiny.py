@@ -18,9 +18,7 @@ def service() -> ConfigDict:
             # max_completion_tokens in it replaces the limit of each family; null: send none
             price_in=config_dict.placeholder(float),  # USD per million tokens
             price_out=config_dict.placeholder(float),
-            max_usd=config_dict.placeholder(
-                float
-            ),  # more expensive runs do not start; needs both prices
+            max_usd=config_dict.placeholder(float),  # costlier runs do not start; needs both prices
             credentialed_hosts="",  # host:port,... that credentialed data may be sent to
             concurrency=8,  # concurrent calls
             per_minute=0,  # calls that may start in a minute; 0: no limit
@@ -56,9 +54,7 @@ def get_config() -> ConfigDict:
     config.prompt = "sft"  # the release's wording: sft, chameleon or default
     config.baselines = "blind,constant,majority,random"  # blind: see eval/models/baselines.py
     config.probes = "blank,shuffled,swapped,rotated"  # the same questions with changed inputs
-    config.probe_families = (
-        "vqa_closed,vqa_mcq,vqa_open,captioning,visual_chat"  # families that are probed
-    )
+    config.probe_families = "vqa_closed,vqa_mcq,vqa_open,captioning,visual_chat"  # probed families
     config.options = True  # also: the likelihoods of the options of closed and mcq questions
     config.scorers = ""  # of images: efficientnet_lite0:WHEEL, biomedclip:FOLDER
     config.train_records = ""  # folder of training records; empty: contamination unknown
@@ -82,7 +78,5 @@ def get_config() -> ConfigDict:
     config.mesh = whole.mesh
     config.sample = whole.sample
     config.sample.max_gen_len = 96  # the longest answer of the sample has about 80 tokens
-    config.sample.repetition_penalty = (
-        1.0  # 1.2 would penalize "yes" because the question contains it
-    )
+    config.sample.repetition_penalty = 1.0  # 1.2 would penalize a "yes" of the question
     return config.lock()

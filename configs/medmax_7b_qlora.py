@@ -13,8 +13,6 @@ def get_config() -> ConfigDict:
     config = medmax_7b_lora.get_config()
     config.mesh.update(data=1, fsdp=1)
     config.model.update(quant="nf4", remat="all")
-    config.optim.update(
-        accumulate=config.data.batch_size
-    )  # one row at a time: the result of a step is the same
+    config.optim.update(accumulate=config.data.batch_size)  # one row at a time: the same step
     config.train.update(init_from="models/anole_nf4")
     return config
