@@ -1,8 +1,8 @@
 """python -m eval.run --config=configs/eval_paper.py --model=native:M --adapter=A --workdir=D
 
-This is the suite with generation as published: for scores to compare with the paper's, not for
-claims. The differences from configs/eval_suite.py are in this file; docs/eval.md describes the
-effect of each on the scores.
+Runs the suite with generation as published.
+The scores are for comparison with the paper's, not for claims. This file has the differences from
+configs/eval_suite.py; docs/eval.md describes the effect of each on the scores.
 """
 
 from ml_collections import ConfigDict

@@ -1,8 +1,9 @@
 """python -m eval.run --config=configs/eval_suite.py --model=native:M --adapter=A --workdir=D
 
-This is the complete suite in strict mode: scores for claims. The items are those of the released
-parquet (`data.prepare import`), or of benchmarks in their own formats (`data.prepare eval_items`);
-separate several files with commas. With a judge: --config.judge.endpoint=NAME@URL.
+Runs the complete suite in strict mode, for scores that support claims.
+The items are those of the released parquet (`data.prepare import`), or of benchmarks in their own
+formats (`data.prepare eval_items`); separate several files with commas. With a judge:
+--config.judge.endpoint=NAME@URL.
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -17,11 +18,11 @@ def service() -> ConfigDict:
     service.parameters = '{"temperature": 0}'  # a JSON object, sent as it is, part of the cache key
     service.price_in = config_dict.placeholder(
         float
-    )  # USD per million tokens; unset: no cost is reported
+    )  # USD per million tokens; unset: no cost report
     service.price_out = config_dict.placeholder(float)  # USD per million output tokens
     service.max_usd = config_dict.placeholder(
         float
-    )  # costlier runs do not start; needs both prices
+    )  # costlier runs do not start; both prices needed
     service.credentialed_hosts = ""  # host:port,... that MIMIC-CXR may be sent to; none by default
     service.concurrency = 8  # concurrent calls
     service.per_minute = 0  # calls that may start in a minute; 0: no limit

@@ -1,7 +1,7 @@
 """python -m eval.run --config=configs/eval_tiny.py --workdir=D
 
-This evaluates the shipped tiny model on the held-out half of the embedded images, all families. It
-takes minutes on two CPU cores.
+Evaluates the shipped tiny model on the held-out half of the embedded images, with all families.
+It takes minutes on two CPU cores.
 """
 
 from ml_collections import ConfigDict, config_dict

@@ -1,6 +1,6 @@
 """python -m medmax_jax.train --config=configs/medmax_7b_lora.py --workdir runs/lora
 
-This is the published recipe on packed rows: 16 rows of 8,192 tokens, about 106 documents per step.
+Applies the published recipe to packed rows: 16 rows of 8,192 tokens, about 106 documents per step.
 
 The recipe of 8 documents per step (configs/medmax_7b_paper.py) was adapted as follows. None of this
 is published or measured for MedMax: it is an assumption, to be checked by a sweep of optim.peak_lr.

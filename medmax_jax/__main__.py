@@ -1,4 +1,4 @@
-"""The `medmax` command: `medmax COMMAND [flags]` runs one of the programs.
+"""Runs one of the programs as a subcommand: `medmax COMMAND [flags]`.
 
 `medmax train --workdir=D` is the same program as `python -m medmax_jax.train --workdir=D`. This
 module imports no program before it runs one, so that `medmax --help` starts at once.

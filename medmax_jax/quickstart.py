@@ -1,7 +1,8 @@
 """python -m medmax_jax.quickstart [--workdir=quickstart_run] [--config.run.train.steps=100 ...]
 
-Runs the complete pipeline on the embedded real images, with the programs that also serve 7B, in
-minutes on two CPU cores. The same command resumes after a stop. The workdir then contains:
+Runs the complete pipeline on the embedded real images in minutes on two CPU cores.
+It uses the programs that also serve 7B. The same command resumes after a stop. The workdir then
+contains:
 
     report.html  report.json     what ran, curves, scores before and after LoRA, example cases
     records/                     the images and texts as token ids

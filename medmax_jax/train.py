@@ -1,7 +1,7 @@
 """python -m medmax_jax.train --config=configs/tiny.py --workdir=D [--config.optim.peak_lr=1e-3 ...]
 
-Trains adapters (train.trains = lora) or a complete model (full). The same command resumes after a
-stop of any kind. D then contains:
+Trains adapters (train.trains = lora) or a complete model (full) and exports the result.
+The same command resumes after a stop of any kind. D then contains:
 
     config.json      settings, versions and fingerprints of this run; history.jsonl: of each start
     train.log        what stdout showed           metrics.jsonl, events.out.*    the metrics
@@ -9,7 +9,8 @@ stop of any kind. D then contains:
     samples/         samples during training      profile/             with --profile_steps
     compiled/        XLA's cache of programs, so that a restart does not compile again
 
---dry_run does everything up to the compiled first step, reports it, loads and writes nothing.
+--dry_run does everything up to the compiled first step and reports the result; it loads and writes
+nothing.
 """
 
 import contextlib

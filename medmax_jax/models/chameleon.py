@@ -157,7 +157,7 @@ class OutputHead(nnx.Module):
 
 
 class Chameleon(nnx.Module):
-    """The language model; the VQGAN that produces its image tokens is in vqgan.py."""
+    """Defines the language model; the VQGAN that produces its image tokens is in vqgan.py."""
 
     def __init__(self, config: Model, vocab: Vocab, lora: Lora, *, key: PRNGKeyArray):
         key_embed, key_layers, key_head = jax.random.split(key, 3)

@@ -42,7 +42,7 @@ _LOWER |= {"LA;16B": "RGBA"}  # the two bytes of gray in R and G, those of alpha
 
 @dataclasses.dataclass(frozen=True)
 class Stated:
-    """Holds what a file states about its samples; nothing by default."""
+    """Holds the statements of a file about its samples; nothing by default."""
 
     bits: int = 0  # significant bits of a PNG
     low: int | float = 0
@@ -125,7 +125,7 @@ def is_below_12_bits(image: Image.Image) -> bool:
 def join_bytes(upper: Image.Image, lower: Image.Image, said: Stated, *, grey: bool) -> None:
     """Scale 16-bit color, in place, by the range of its values; alpha keeps its upper byte.
 
-    `grey`: `lower` has both bytes of gray in its first two channels.
+    `grey`: whether `lower` has both bytes of gray in its first two channels.
     """
 
     def values() -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
