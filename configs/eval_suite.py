@@ -16,13 +16,9 @@ def service() -> ConfigDict:
     service = ConfigDict()
     service.key_env = "OPENAI_API_KEY"  # environment variable with the key; empty: no key is sent
     service.parameters = '{"temperature": 0}'  # a JSON object, sent as it is, part of the cache key
-    service.price_in = config_dict.placeholder(
-        float
-    )  # USD per million tokens; unset: no cost report
+    service.price_in = config_dict.placeholder(float)  # USD per million tokens; unset: no cost
     service.price_out = config_dict.placeholder(float)  # USD per million output tokens
-    service.max_usd = config_dict.placeholder(
-        float
-    )  # costlier runs do not start; both prices needed
+    service.max_usd = config_dict.placeholder(float)  # no costlier run starts; needs both prices
     service.credentialed_hosts = ""  # host:port,... that MIMIC-CXR may be sent to; none by default
     service.concurrency = 8  # concurrent calls
     service.per_minute = 0  # calls that may start in a minute; 0: no limit

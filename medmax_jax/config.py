@@ -2,8 +2,9 @@
 
     configs/x.py (ConfigDict)  --from_config_dict-->  Run(vocab, model, vq, lora, mesh, data, ...)
 
-No library code inside the package receives a ConfigDict. No field has a default: `configs/base.py`
-defines each value with its source. Unknown, missing and contradictory settings raise ConfigError.
+Only the programs handle a ConfigDict; all other code takes these classes. No field has a default:
+`configs/base.py` defines each value with its source. Unknown, missing and contradictory settings
+raise ConfigError.
 """
 
 import dataclasses

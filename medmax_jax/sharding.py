@@ -61,7 +61,7 @@ def make_mesh(config: Mesh, devices: Sequence[Any] | None = None) -> jax.shardin
 
 
 def _arranged(shape: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray:
-    """Place neighbors on an axis next to each other in the chips' network; slices along data."""
+    """Arrange devices so that mesh neighbors are network neighbors; slices are along data."""
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
