@@ -170,7 +170,7 @@ def rope(
 
 def dropout(x: Float[Array, "B T I"], rate: float, *, key: PRNGKeyArray) -> Float[Array, "B T I"]:
     """Zero a share `rate` of the entries and scale the rest, so that the mean is unchanged."""
-    # Without out_sharding every device would draw the mask of the whole batch.
+    # Without out_sharding every device would draw the mask of the complete batch.
     shape, sharding = x.shape, jax.typeof(x).sharding
 
     def kept(key: PRNGKeyArray) -> Bool[Array, "B T I"]:

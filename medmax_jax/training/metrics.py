@@ -31,7 +31,7 @@ class TrainMetrics(clu_metrics.Collection):
     grad_norm: clu_metrics.Average.from_output("grad_norm")  # before the clip
     finite: clu_metrics.Average.from_output(
         "finite"
-    )  # share of steps with finite loss and gradient, or left out as spikes
+    )  # share of steps with finite loss and gradient, or skipped as spikes
     skipped: clu_metrics.Average.from_output("skipped")  # share of steps without an update
     lr: clu_metrics.LastValue.from_output("lr")
     tokens: _ratio("tokens", "steps")  # real tokens per step, without padding
