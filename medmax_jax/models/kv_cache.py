@@ -1,14 +1,14 @@
 """Runs Chameleon against a KV cache: a chunk of a prompt, or one more token per row.
 
-    cache     k, v [L, B, K, S, H], in the layout that the products of attention read
-    KV slot   one of the B rows of the cache, `lanes` in the code; it holds one sequence, whose
-              token s is stored at its position s, of `slots` positions
-    int8      one byte per number, and one fp32 scale for each token and head: greatest of H / 127
+    cache   k, v [L, B, K, S, H], in the layout that the products of attention read
+    slot    KV-cache slot, one of the B rows of the cache, `lanes` in the code; it holds one
+            sequence, and token s is stored at its position s, of S = `slots` positions
+    int8    one byte per number, and one fp32 scale for each token and head: greatest of H / 127
 
-A KV slot is read only up to the position of the query token, so later positions are never used: an
-older, longer sequence does not have to be erased. KV slots are split over data x fsdp in blocks,
-heads over tp; each device writes and reads its own, so this part of attention needs no
-communication.
+A KV-cache slot is read only up to the position of the query token, so later positions are never
+used: an older, longer sequence does not have to be erased. KV-cache slots are split over data x
+fsdp in blocks, heads over tp; each device writes and reads its own, so this part of attention needs
+no communication.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ class Cache:
 
 
 def init_cache(config: Model, *, lanes: int, slots: int, kind: str) -> Cache:
-    """Allocate a cache of `lanes` KV slots of `slots` tokens each.
+    """Allocate a cache of `lanes` KV-cache slots of `slots` tokens each.
 
     `kind`: "model", the compute dtype; or "int8".
     """
@@ -82,17 +82,17 @@ def decode(
     span: int,
     layers: UnstackedLayers | None = None,
 ) -> tuple[Float[Array, "B T D"], Cache]:
-    """Return the hidden states of T more tokens of each row, and the cache with their KV.
+    """Return the hidden states of T more tokens of each row, and the cache with their KV pairs.
 
-    Token t of row b is stored at position positions[b, t] of its KV slot and attends to all
+    Token t of row b is stored at position positions[b, t] of its KV-cache slot and attends to all
     positions up to it. Position -1 is an idle token: nothing is written for it and its result has
     no meaning.
 
         positions  5 6 7     row 0 reads three tokens of its prompt
                    9 -1 -1   row 1 reads one, and waits
 
-    lanes: the KV slot of each row, counted inside its device's block; None: row b of a block uses
-    its KV slot b. span: positions that are read, at least the greatest position + 1. layers: the
+    lanes: the KV-cache slot of each row, counted inside its device's block; None: row b of a block
+    uses its slot b. span: positions that are read, at least the greatest position + 1. layers: the
     result of `unstack_layers`; None: the stacked layers of the model.
     """
     config = model.config
@@ -160,7 +160,7 @@ def attend(
     *,
     span: int,
 ) -> tuple[Float[Array, "B N T H"], Cache]:
-    """Write k and v to their positions, then attend to the first `span` ones of each KV slot."""
+    """Write k and v to their positions, then attend to the first `span` of each KV-cache slot."""
 
     def local(q, k, v, cache, layer, positions, lanes):
         where = _places(cache, layer, positions, lanes)
@@ -186,7 +186,7 @@ def attend(
 def copy_slots(
     cache: Cache, sources: Int[Array, "M"], targets: Int[Array, "M"], *, span: int
 ) -> Cache:
-    """Copy the first `span` positions of KV slot sources[i] to targets[i], in sequence.
+    """Copy the first `span` positions of KV-cache slot sources[i] to targets[i], in sequence.
 
     Both are counted inside a device's block, M pairs in all, M / blocks of each; a pair of equal
     numbers does nothing.
