@@ -263,7 +263,7 @@ def with_image_columns(model: Chameleon) -> Chameleon:
 
 
 def without_image_columns(model: Chameleon) -> Chameleon:
-    """Return the model with the trained columns in the kernel, in its dtype; the inverse."""
+    """Invert `with_image_columns`: put the trained columns into the kernel, in its dtype."""
     plain, head = nnx.merge(*nnx.split(model, graph=False)), model.head()
     plain.lm_head = OutputHead(full_kernel(head).astype(head.kernel.dtype), None)
     return plain

@@ -77,7 +77,7 @@ def workdir_lock(folder: pathlib.Path) -> Iterator[None]:
 
 
 def as_config_error(make: Callable[[], Any]) -> Any:
-    """Return the value of `make`; convert its ValueErrors, which concern the config."""
+    """Return the value of `make`; raise ConfigError for its ValueErrors, caused by the config."""
     try:
         return make()
     except ValueError as error:
