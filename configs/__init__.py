@@ -1,1 +1,1 @@
-"""Run settings as ml_collections ConfigDicts; each file's first line is its command."""
+"""Contains run settings as ml_collections ConfigDicts; each file's first line is its command."""

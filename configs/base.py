@@ -1,6 +1,7 @@
-"""Every field with its source; the values are Chameleon/Anole 7B and the published MedMax recipe.
+"""Defines every field with its source; the values are Chameleon/Anole 7B and the MedMax recipe.
 
-Not run by itself: other files start from `get_config()` here.
+The recipe is the published one. This file is not run by itself: other files start from its
+`get_config()`.
 """
 
 from ml_collections import ConfigDict
@@ -50,9 +51,9 @@ def get_config() -> ConfigDict:
         dict(
             train="records/train",
             validation="records/validation",
-            document_limit=2_048,  # MedMax training/data.py truncates here; ours leaves out whole
+            document_limit=2_048,  # MedMax training/data.py truncates here; ours omits them
             seq_len=2_048,
-            batch_size=8,  # the paper's
+            batch_size=8,  # as in the paper
             pack=True,
             mask="answers",
             seed=0,
@@ -60,7 +61,7 @@ def get_config() -> ConfigDict:
         )
     )
     config.mixing = ConfigDict(
-        dict(  # each document once an epoch, as released
+        dict(  # each document once per epoch, as in the MedMax release
             by="source",
             unit="documents",
             weights="",
@@ -71,7 +72,7 @@ def get_config() -> ConfigDict:
         )
     )
     config.optim = ConfigDict(
-        dict(  # peak and warm-up: the paper; the rest: HF Trainer defaults, which it left alone
+        dict(  # peak and warm-up: the paper; the rest: HF Trainer defaults, which it did not change
             peak_lr=1e-4,
             warmup_ratio=0.1,
             final_lr_ratio=0.0,

@@ -1,6 +1,7 @@
 """python -m medmax_jax.train --config=configs/chameleon_30b.py --workdir runs/30b
 
-34.3 B parameters: swin-norm, 8 KV heads, q/k-norm gains of 4 model-parallel shards.
+Defines Chameleon-30B, which has 34.3 B parameters.
+It has swin-norm, 8 KV heads and q/k-norm gains of 4 model-parallel shards.
 """
 
 from ml_collections import ConfigDict

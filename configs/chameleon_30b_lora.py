@@ -1,7 +1,8 @@
 """python -m medmax_jax.train --config=configs/chameleon_30b_lora.py --workdir runs/lora_30b
 
-The packed recipe on Chameleon-30B. No 30B Anole or MedMax is published: the rate is the 7B's, and
-the released 30B reads images but was never trained to write them.
+Applies the packed recipe to Chameleon-30B.
+No 30B Anole or MedMax is published: the learning rate is that of the 7B, and the released 30B reads
+images but was never trained to generate them.
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,7 @@
 """python -m eval.run --config=configs/eval_tiny.py --workdir=D
 
-The held-out half of the embedded images, all families, with the shipped tiny model. Minutes on two
-CPU cores.
+Evaluates the shipped tiny model on the held-out half of the embedded images, with all families.
+It takes minutes on two CPU cores.
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -10,21 +10,21 @@ from medmax_jax.configs import base
 
 
 def service() -> ConfigDict:
-    """How an endpoint is asked, a model or a judge."""
+    """Return the request settings of an endpoint, of a model or a judge."""
     return ConfigDict(
         dict(
             key_env="",  # name of the environment variable with the API key; empty: no key
             parameters='{"temperature": 0}',  # a JSON object, sent as it is. max_tokens or
-            # max_completion_tokens in it takes the place of each family's bound; null: send none
+            # max_completion_tokens in it replaces the limit of each family; null: send none
             price_in=config_dict.placeholder(float),  # USD per million tokens
             price_out=config_dict.placeholder(float),
-            max_usd=config_dict.placeholder(float),  # dearer runs do not start; needs both prices
+            max_usd=config_dict.placeholder(float),  # costlier runs do not start; needs both prices
             credentialed_hosts="",  # host:port,... that credentialed data may be sent to
-            concurrency=8,  # calls at once
-            per_minute=0,  # calls that may begin in a minute; 0: no limit
+            concurrency=8,  # concurrent calls
+            per_minute=0,  # calls that may start in a minute; 0: no limit
             timeout_s=120.0,  # of one call
             retries=6,  # of one call
-            max_wait_s=90.0,  # between two of them
+            max_wait_s=90.0,  # between two retries
             max_reply_bytes=4_000_000,
         )
     )
@@ -33,13 +33,13 @@ def service() -> ConfigDict:
 def get_config() -> ConfigDict:
     whole = base.get_config()
     config = ConfigDict()
-    config.model = "native:medmax_jax/tiny"  # without --model
+    config.model = "native:medmax_jax/tiny"  # used without --model
     config.questions = (
-        "sample"  # or JSONL files of rows in the released schema, commas between them
+        "sample"  # or JSONL files of rows in the released schema, separated by commas
     )
-    config.images = ""  # folder that image_path is under; empty: where the first file lies
+    config.images = ""  # folder that image_path is relative to; empty: that of the first file
     config.split = "test"  # of the sample
-    config.counts = ConfigDict(  # items of each family, groups in turn; -1: all
+    config.counts = ConfigDict(  # items of each family, alternating groups; -1: all
         dict(
             vqa_closed=-1,
             vqa_mcq=-1,
@@ -50,35 +50,33 @@ def get_config() -> ConfigDict:
             visual_chat=-1,
         )
     )
-    config.mode = "strict"  # of generation; paper: as the release asks, with its bounds
-    config.prompt = "sft"  # the release's wordings: sft, chameleon or default
-    config.baselines = (
-        "blind,constant,majority,random"  # floors; blind: see eval/models/baselines.py
-    )
-    config.probes = "blank,shuffled,swapped,rotated"  # the same questions asked in another way
-    config.probe_families = "vqa_closed,vqa_mcq,vqa_open,captioning,visual_chat"  # of these
+    config.mode = "strict"  # of generation; paper: the MedMax release's prompts, with its limits
+    config.prompt = "sft"  # the release's wording: sft, chameleon or default
+    config.baselines = "blind,constant,majority,random"  # blind: see eval/models/baselines.py
+    config.probes = "blank,shuffled,swapped,rotated"  # the same questions with changed inputs
+    config.probe_families = "vqa_closed,vqa_mcq,vqa_open,captioning,visual_chat"  # probed families
     config.options = True  # also: the likelihoods of the options of closed and mcq questions
-    config.scorers = ""  # of pictures: efficientnet_lite0:WHEEL, biomedclip:FOLDER
+    config.scorers = ""  # of images: efficientnet_lite0:WHEEL, biomedclip:FOLDER
     config.train_records = ""  # folder of training records; empty: contamination unknown
-    config.train_model = ""  # model folder that wrote them; empty: the one that is evaluated
+    config.train_model = ""  # model folder that wrote them; empty: the evaluated one
     config.judge = ConfigDict(
         dict(
-            endpoint="",  # MODEL@URL; empty: nobody judges
+            endpoint="",  # MODEL@URL; empty: no judge
             repeats=3,  # votes on each answer
-            attempts=3,  # calls for one vote until a reply can be read
+            attempts=3,  # calls for one vote until a reply can be parsed
             seed=0,
             tokens_out=200,  # of a reply, for the estimate
-            paper=False,  # ask in the words of the release too, for the score of the paper
+            paper=False,  # also use the release's messages, for the score of the paper
             service=service(),
         )
     )
     config.service = service()  # for --model=endpoint:NAME@URL
     config.rows = 32  # prompts at once
-    config.window = 256  # items that a model is given at once
+    config.window = 256  # items passed to a model at once
     config.seed = 0  # of the choice of items, of swapping, and of the resampling
     config.resamples = 2_000
     config.mesh = whole.mesh
     config.sample = whole.sample
     config.sample.max_gen_len = 96  # the longest answer of the sample has about 80 tokens
-    config.sample.repetition_penalty = 1.0  # 1.2 would punish "yes" for standing in the question
+    config.sample.repetition_penalty = 1.0  # 1.2 would penalize a "yes" of the question
     return config.lock()

@@ -1,8 +1,9 @@
 """python -m medmax_jax.train --config=configs/medmax_7b_full.py --workdir runs/full
 
-The whole model in fp32 with AdamW, 84 GB of weights and moments, on the packed rows. MedMax has no
-published full run: the rate is the default of its command line (training/parser.py), which is for
-full training, and is not scaled with the batch.
+Trains the complete model in fp32 with AdamW on the packed rows.
+Weights and moments take 84 GB. MedMax has no published full run: the learning rate is the default
+of its command line (training/parser.py), which is for full training, and is not scaled with the
+batch.
 """
 
 from ml_collections import ConfigDict

@@ -1,12 +1,13 @@
 """python -m medmax_jax.train --config=configs/medmax_7b_paper.py --workdir runs/paper
 
-MedMax-7B as published: LoRA on Anole-7B, eight documents a step, one a row, three epochs.
+Trains MedMax-7B as published, with LoRA on Anole-7B.
+It uses eight documents per step, one per row, and three epochs.
 
-To the letter but for two things. The release cuts a document at 2,048 tokens, through images and
-answers; here a longer one is left out whole and named in the log (data.document_limit; 359 of
-1.47 M by the length model of data/records/synthetic.py). And its forward masks the logits of image
-ids,
-which makes the loss on image targets infinite; here they are real.
+There are two differences. The MedMax release truncates a document at 2,048 tokens, through images
+and answers; here a longer document is left out completely and listed in the log
+(data.document_limit; 359 of 1.47 M by the length model of data/records/synthetic.py). And its
+forward pass masks the logits of image ids, which makes the loss on image targets infinite; here
+they are not masked.
 """
 
 from ml_collections import ConfigDict
@@ -20,7 +21,7 @@ DOCUMENTS_A_STEP = 8  # eight L40S, one document each, gradients averaged: docum
 
 def get_config() -> ConfigDict:
     config = base.get_config()  # rank, dropout, peak, schedule and AdamW are the published ones
-    config.mesh.update(fsdp=8)  # changes no result; the release had one replica a GPU
+    config.mesh.update(fsdp=8)  # changes no result; the release had one replica per GPU
     config.data.update(
         pack=False,
         batch_size=DOCUMENTS_A_STEP,

@@ -1,6 +1,6 @@
 """python -m medmax_jax.generate --config=configs/sample_medmax.py --model=M --prompt=P --out=D
 
-The sampling settings of MedMax's copy of the Chameleon inference code.
+Selects the sampling settings of MedMax's copy of the Chameleon inference code.
 """
 
 from ml_collections import ConfigDict

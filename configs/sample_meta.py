@@ -1,6 +1,6 @@
 """python -m medmax_jax.generate --config=configs/sample_meta.py --model=M --prompt=P --out=D
 
-The sampling settings of Meta's Chameleon release.
+Selects the sampling settings of Meta's Chameleon release.
 """
 
 from ml_collections import ConfigDict

@@ -1,14 +1,14 @@
-"""The sampling settings of the released programs, by name.
+"""Defines the sampling settings of the released programs, by name.
 
-| name        | whose                                        | differs in                          |
+| name        | source                                       | differs in                          |
 |-------------|----------------------------------------------|-------------------------------------|
 | meta        | options of Meta's Chameleon release          | temperature 0.7; BOI ends an answer |
 | medmax      | options of MedMax's (and Anole's) copy of it | temperature 1.0                     |
 | medmax_eval | MedMax's evaluation, chameleon_generate      | greedy text                         |
 
-Both programs count max_gen_len anew after each image; medmax_eval here counts it over the whole
-answer, so that an answer's length is bounded by its task. The modality is no sampling number:
-Meta's default is --mode=text, MedMax's --mode=mixed.
+Both programs restart the count of max_gen_len after each image; medmax_eval here counts it over the
+complete answer, so that an answer's length is limited by its task. The modality is not a sampling
+setting: Meta's default is --mode=text, MedMax's --mode=mixed.
 """
 
 _BOTH = dict(

@@ -1,7 +1,8 @@
 """python -m medmax_jax.sweep expand --config=configs/sweep_medmax_7b_data.py --workdir runs/data
 
-The paper's data scaling, 25, 50, 75 and 100% of the pictures, on a v5e-16: nested fractions, each
-with a schedule of its own length. `config.price`, USD a chip-hour, is an example: set your own.
+Repeats the paper's data scaling, 25, 50, 75 and 100% of the images, on a v5e-16.
+The fractions are nested, each with a schedule of its own length. `config.price`, USD per chip-hour,
+is an example: set your own.
 """
 
 from ml_collections import ConfigDict

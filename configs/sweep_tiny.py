@@ -1,8 +1,8 @@
 """python -m medmax_jax.sweep expand --config=configs/sweep_tiny.py --workdir runs/sweep_tiny
 
-Four sizes x four amounts of data x two seeds, from nothing, on the embedded pictures: small enough
-for two cores. Every run sees its data once at most: 128 steps are 97% of an epoch. The records are
-those of configs/tiny_base.py, fewer:
+Trains four sizes x four amounts of data x two seeds, from scratch, on the embedded images.
+The models are small enough for two cores. Every run uses its data at most once: 128 steps are 97%
+of an epoch. The records are those of configs/tiny_base.py, but fewer:
     python -m data.prepare sample --out runs/sweep/train --kind pretraining --views 8 --rounds 1
     python -m data.prepare sample --out runs/sweep/validation --kind pretraining --split validation
 """

@@ -1,7 +1,7 @@
 """python -m medmax_jax.sweep expand --config=configs/sweep_tiny_lora.py --workdir runs/sweep_lora
 
-Four LoRA ranks x three amounts of data x two seeds on the shipped base, a run seeing its data once
-at most. The records are instructions about the embedded pictures:
+Trains four LoRA ranks x three amounts of data x two seeds on the shipped base.
+A run uses its data at most once. The records are instructions about the embedded images:
     python -m data.prepare sample --out runs/sweep/lora_train --kind instruction
     python -m data.prepare sample --out runs/sweep/lora_validation --kind instruction \\
         --split validation

@@ -1,13 +1,14 @@
 """python -m medmax_jax.train --config=configs/tiny.py --workdir runs/tiny
 
-The tiny MedMax: LoRA on the shipped base, on the embedded images. Minutes on two CPU cores.
+Trains the tiny MedMax with LoRA on the shipped base and the embedded images.
+It takes minutes on two CPU cores.
 """
 
 from ml_collections import ConfigDict
 
 from medmax_jax.configs import base
 
-TEXT_TOKENS = 1_016  # rows of the tiny tokenizer's BPE at most: 8712 + 1016 = 9728 = 76 x 128
+TEXT_TOKENS = 1_016  # maximum rows of the tiny tokenizer's BPE: 8712 + 1016 = 9728 = 76 x 128
 
 
 def get_config() -> ConfigDict:
@@ -33,7 +34,7 @@ def get_config() -> ConfigDict:
         z_channels=64,
         embed_dim=64,
         num_codes=256,
-        norm_groups=8,  # 4 channels each, as released: with 32 each channel alone, colours go grey
+        norm_groups=8,  # 4 channels each, as released: with 32 each channel alone, colors turn gray
     )
     config.data.update(document_limit=256, seq_len=256, batch_size=8)
     config.optim.update(peak_lr=3e-3)

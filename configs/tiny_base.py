@@ -1,7 +1,7 @@
 """python -m medmax_jax.train --config=configs/tiny_base.py --workdir runs/tiny_base
 
-The tiny family's "Anole": a base model from nothing, on prose, pictures and checklists. The records
-are made first:
+Trains the "Anole" of the tiny family, a base model, from scratch on prose, images and checklists.
+Create the records first:
     python -m data.prepare sample --out runs/base/train --kind pretraining --views 32 --rounds 4
     python -m data.prepare sample --out runs/base/validation --kind pretraining --split validation
 """

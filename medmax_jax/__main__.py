@@ -1,4 +1,4 @@
-"""The `medmax` command: `medmax COMMAND [flags]` runs one of the programs.
+"""Runs one of the programs as a subcommand: `medmax COMMAND [flags]`.
 
 `medmax train --workdir=D` is the same program as `python -m medmax_jax.train --workdir=D`. This
 module imports no program before it runs one, so that `medmax --help` starts at once.
@@ -9,7 +9,7 @@ import importlib.metadata
 import runpy
 import sys
 
-# Command -> (module that is run as a program, what it does).
+# Command -> (module that is run as a program, description).
 COMMANDS = {
     "quickstart": ("medmax_jax.quickstart", "run the complete pipeline on the sample images"),
     "prepare": ("medmax_jax.data.prepare", "convert sources to records; check and describe them"),
@@ -28,7 +28,7 @@ COMMANDS = {
 
 
 def main() -> int:
-    """Run the program that the first argument names; return the exit status of a usage message."""
+    """Run the program that the first argument selects; return the status of a usage message."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("--help", "-h", "help"):
         print(_usage())

@@ -1,9 +1,9 @@
-"""The command line that every program has, and what its exit status says.
+"""Provides the command line and the exit statuses that all programs share.
 
 python -m medmax_jax.train --config=configs/tiny.py --workdir=D [--config.optim.peak_lr=1e-3 ..]
 
-0  done      1  an error that the user can mend, in one line      2  wrong usage or config
-75  interrupted, and the same command goes on from where it stopped (EX_TEMPFAIL)
+0  done      1  an error that the user can fix, in one line      2  wrong usage or config
+75  interrupted; the same command resumes from where it stopped (EX_TEMPFAIL)
 """
 
 import logging
@@ -29,7 +29,7 @@ STOPPED = "interrupted; the same command goes on from what was saved"
 
 
 class Interrupted(RuntimeError):
-    """A signal stopped the program at a place from which the same command goes on."""
+    """Raised when a signal stopped the program in a state from which the same command resumes."""
 
 
 def run(
@@ -39,18 +39,18 @@ def run(
     defaults: dict[str, str] | None = None,
     folder: str = "workdir",
 ) -> None:
-    """Reads the flags, calls `main(config, workdir)` and exits with one of the statuses above.
+    """Read the flags, call `main(config, workdir)` and exit with one of the statuses above.
 
-    `errors`: exceptions whose message is all that the user needs. Any other one is a bug and
-    shows its traceback. `defaults`: flags of a program that can be started without. `folder`: what
-    the flag of the workdir is called.
+    `errors`: exceptions whose message is all that the user needs. Any other exception is a bug and
+    shows its traceback. `defaults`: flag values of a program that can be started without them.
+    `folder`: the name of the flag that sets the workdir.
     """
     settings = config_flags.DEFINE_config_file("config", None, "settings; a file of configs/")
     place = flags.DEFINE_string(folder, None, "folder that the run writes to")
     flags.mark_flags_as_required(["config", folder])
 
     def guarded(_: list[str]) -> int:
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its every move
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every operation
         init_distributed(os.environ)
         try:
             main(settings.value, place.value)
@@ -64,16 +64,16 @@ def run(
         return DONE
 
     given = {word.split("=")[0].lstrip("-") for word in sys.argv[1:]}
-    # Not as defaults of the flags: absl would read the config, and overrides of it, too early.
+    # Not set as flag defaults: absl would read the config and its overrides too early.
     missing = {k: v for k, v in (defaults or {}).items() if k not in given}
     sys.argv[1:1] = [f"--{name}={value}" for name, value in missing.items()]
     app.run(guarded, flags_parser=_parse)
 
 
 def init_distributed(environment: Mapping[str, str]) -> None:
-    """Joins the other hosts of a run, before anything touches a device.
+    """Connect to the other hosts of a run, before anything touches a device.
 
-    MEDMAX_MULTIHOST=1                        where JAX finds the others: Cloud TPU, Slurm, k8s
+    MEDMAX_MULTIHOST=1                        where JAX detects the hosts: Cloud TPU, Slurm, k8s
     MEDMAX_COORDINATOR=host:port MEDMAX_PROCESSES=2 MEDMAX_PROCESS=0   elsewhere
     """
     if address := environment.get("MEDMAX_COORDINATOR"):
@@ -84,11 +84,11 @@ def init_distributed(environment: Mapping[str, str]) -> None:
 
 
 class WorkdirError(OSError):
-    """A --workdir that nothing can be written to."""
+    """Raised for a --workdir that cannot be written to."""
 
 
 def open_workdir(workdir: str | os.PathLike, flag: str = "--workdir") -> pathlib.Path:
-    """The folder, made where it is missing; raises WorkdirError unless a file can be made in it."""
+    """Return the folder, created where missing; raise WorkdirError where no file can be created."""
     if os.fspath(workdir).startswith("gs://"):
         raise WorkdirError(
             f"{flag} {workdir}: a workdir is a local or mounted folder; mount the bucket (Cloud "
@@ -107,13 +107,14 @@ def open_workdir(workdir: str | os.PathLike, flag: str = "--workdir") -> pathlib
 
 
 class Stop:
-    """Turns SIGINT and SIGTERM into a question that a loop asks after each step.
+    """Record SIGINT and SIGTERM, so that a loop can check for them after each step.
 
     with Stop() as stop:
         while ... and not stop.poll(): ...      # "" or the signal's name
 
-    A second signal ends the process at once. Of several hosts each calls `poll` equally often: JAX
-    catches the SIGTERM of any of them, and all are told at the same call, some calls later.
+    A second signal ends the process at once. In a run of several hosts, each must call `poll`
+    equally often: JAX catches the SIGTERM of any host and reports it to all hosts at the same call,
+    some calls later.
     """
 
     def __init__(self) -> None:
@@ -129,7 +130,7 @@ class Stop:
         return self
 
     def poll(self) -> str:
-        """The signal that this process, or any host of the run, has got so far."""
+        """Return the signal that this process, or any host of the run, has received so far."""
         if jax.process_count() > 1 and not self.requested:
             self._calls += 1
             if multihost_utils.reached_preemption_sync_point(self._calls):
@@ -144,7 +145,7 @@ class Stop:
         self.requested = signal.Signals(number).name
         for each in self._before:
             signal.signal(each, signal.SIG_DFL)
-        # not print: its buffer may be in use at this very moment
+        # not print: its buffer may be in use at this moment
         os.write(
             2, f"\n{self.requested}: stopping after this step; again to stop at once\n".encode()
         )
@@ -157,7 +158,7 @@ def _parse(argv: list[str]) -> list[str]:
         sys.exit(DONE)
     try:
         rest = flags.FLAGS(argv)
-        flags.FLAGS.config.to_dict()  # a file that did not load says so when it is first used
+        flags.FLAGS.config.to_dict()  # a file that failed to load raises when it is first used
     except flags.Error as error:
         sys.exit(_fail(error, USAGE))
     except Exception as error:  # noqa: BLE001  the file is Python: it can raise anything
@@ -168,7 +169,7 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _explain_usage_error(argv: list[str], error: Exception) -> str:
-    """Which argument the config refused: its error names only one part of the path."""
+    """Return which argument the config rejected: its error names only one part of the path."""
     words = set(re.findall(r"\w+", str(error)))
     for flag in (arg.split("=")[0] for arg in argv if arg.startswith("--config.")):
         unknown = isinstance(error, AttributeError | KeyError)
@@ -178,7 +179,7 @@ def _explain_usage_error(argv: list[str], error: Exception) -> str:
 
 
 def _fail(error: object, status: int) -> int:
-    if isinstance(error, OSError) and error.filename is not None:  # Python's own words for it
+    if isinstance(error, OSError) and error.filename is not None:  # Python's own text for it
         error = f"{error.filename}: {error.strerror}; check that it is there and may be used"
     print(printable_text(f"error: {error}"), file=sys.stderr, flush=True)
     return status

@@ -1,9 +1,10 @@
-"""Every setting of a run as frozen dataclasses; config files become these once, at the door.
+"""Defines every setting of a run as frozen dataclasses, built once from the config files.
 
     configs/x.py (ConfigDict)  --from_config_dict-->  Run(vocab, model, vq, lora, mesh, data, ...)
 
-Inside the library nobody sees a ConfigDict. No field has a default: `configs/base.py` is where
-each number stands, with its source. Unknown, missing and contradictory settings raise.
+Only the programs handle a ConfigDict; all other code takes these classes. No field has a default:
+`configs/base.py` defines each value with its source. Unknown, missing and contradictory settings
+raise ConfigError.
 """
 
 import dataclasses
@@ -18,12 +19,12 @@ from medmax_jax.io.errors import FileError, printable, quoted
 
 
 class ConfigError(FileError):
-    """A config that cannot be used; the message names the field, the value and the mend."""
+    """Raised for an unusable config; the message gives the field, the value and the fix."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Vocab:
-    size: int  # all ids, the rows of the embedding
+    size: int  # number of ids, the rows of the embedding
     image_codes: int  # VQ codes that have an id; id = code + 4
     text_start: int  # first id of the text BPE
 
@@ -44,11 +45,11 @@ class Model:
         int  # rows of the q/k-norm gains: 1 for 7B, 4 for 30B (one per model-parallel shard)
     )
     swin_norm: bool  # 30B: norms after attention and MLP instead of before
-    param_dtype: str  # of the frozen base
-    quant: str  # none | int8 | int4 | nf4: of the matrices inside its layers
+    param_dtype: str  # of the frozen base weights
+    quant: str  # none | int8 | int4 | nf4: format of the matrices inside the layers
     compute_dtype: str
-    remat: str  # none | dots | qkv_attn | attn | attn_offload | all: how much is computed twice
-    attention: str  # xla | splash | cudnn: of whole rows in training, see attention.py
+    remat: str  # none | dots | qkv_attn | attn | attn_offload | all: how much is recomputed
+    attention: str  # xla | splash | cudnn: for complete rows in training, see attention.py
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,11 +61,11 @@ class VQ:
     z_channels: int
     embed_dim: int
     num_codes: int  # rows of the codebook
-    norm_groups: int  # of every GroupNorm; 32 in every released one
+    norm_groups: int  # of every GroupNorm; 32 in every released VQGAN
 
     @property
     def downsampling(self) -> int:
-        """Pixels per code along one side."""
+        """Return the pixels per code along one side."""
         return 2 ** (len(self.channel_mult) - 1)
 
     @property
@@ -92,25 +93,25 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
-    train: str  # folder of ArrayRecord shards; gs:// is copied to this host first
-    validation: str  # the same; empty: no validation
-    document_limit: int  # tokens; a longer document is left out, none is cut
-    seq_len: int  # tokens a row, of one or several documents
-    batch_size: int  # rows a step, over all devices
-    pack: bool  # several documents a row; otherwise one
+    train: str  # folder of ArrayRecord shards; a gs:// folder is first copied to this host
+    validation: str  # as `train`; empty: no validation
+    document_limit: int  # tokens; a longer document is left out, none is truncated
+    seq_len: int  # tokens per row, of one or several documents
+    batch_size: int  # rows per step, over all devices
+    pack: bool  # several documents per row; otherwise one
     mask: str  # answers | release: which tokens are scored
     seed: int
-    plan: str  # SHA-256 of the plan that the run must have; empty: any
+    plan: str  # SHA-256 of the packing plan that the run requires; empty: any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mixing:
-    by: str  # source | task: whose names the weights have
-    unit: str  # documents | tokens: what a weight is a share of
-    weights: str  # "name=3, other=1"; empty: each document once an epoch
-    image_centric: bool  # documents of an image in one window of the plan: our reading of IMAX
-    leave_out: str  # "name, other": no document of these; empty: none is left out
-    fraction: float  # of the pictures of each source, nested; 1: all
+    by: str  # source | task: which names `weights` refers to
+    unit: str  # documents | tokens: the unit of which a weight is a share
+    weights: str  # "name=3, other=1"; empty: each document once per epoch
+    image_centric: bool  # all documents of an image in one window of the plan: our reading of IMAX
+    leave_out: str  # "name, other": all documents of these are left out; empty: none
+    fraction: float  # of the images of each source, nested; 1: all
     fraction_seed: int
 
 
@@ -124,9 +125,9 @@ class Optim:
     eps: float
     weight_decay: float
     clip_norm: float
-    skip_window: int  # steps that a spike stands out from; 0: none is left out
-    skip_factor: float  # standard deviations above their mean
-    accumulate: int  # microbatches a step, one after the other; 1: the batch at once
+    skip_window: int  # steps against which a spike is measured; 0: no step is skipped
+    skip_factor: float  # standard deviations above the mean of those steps
+    accumulate: int  # microbatches per step, in sequence; 1: the complete batch at once
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,10 +138,10 @@ class Train:
     loss_weight: str  # document | token
     seed: int
     prng_impl: str  # threefry2x32 | rbg | unsafe_rbg
-    compile: str  # default | gather: options of the TPU's compiler, see step.py
+    compile: str  # default | gather: options of the TPU compiler, see step.py
     log_every: int  # steps
     eval_every: int  # steps; 0: never
-    samples: int  # answers written at each evaluation; 0: none
+    samples: int  # samples written at each evaluation; 0: none
     checkpoint_every: int  # steps
     keep: int  # checkpoints
 
@@ -156,9 +157,9 @@ class Sample:
     image_greedy: bool
     guidance_scale_text: float
     guidance_scale_image: float
-    max_gen_len: int  # tokens of text
-    budget: str  # answer | segment: what max_gen_len bounds; segment: anew after each image
-    boi_ends: bool  # an opened image ends the answer, as Meta's extra_eos_tokens
+    max_gen_len: int  # text tokens
+    budget: str  # answer | segment: what max_gen_len limits; segment: restarts after each image
+    boi_ends: bool  # an opened image ends the answer, as with Meta's extra_eos_tokens
     seed: int
 
 
@@ -191,8 +192,8 @@ CHOICES = {
     "train.prng_impl": ("threefry2x32", "rbg", "unsafe_rbg"),
     "train.compile": ("default", "gather"),
 }
-# Smallest and largest value of the numbers that size a model, far above any published one. A file
-# from elsewhere is held against them before anything is built from it.
+# Smallest and largest value of the numbers that set the size of a model, far above any published
+# one. The settings of an external file are checked against them before anything is built from it.
 BOUNDS = {
     "vocab.size": (1, 1 << 22),
     "vocab.image_codes": (1, 1 << 20),
@@ -234,14 +235,14 @@ def build(cls: type, config: Any) -> Any:
 
 
 def from_config_dict(config: ConfigDict | dict[str, Any]) -> Run:
-    """The typed run of a config file; raises ConfigError also on settings that contradict."""
+    """Return the typed run of a config; also raises ConfigError on contradictory settings."""
     run = build(Run, config)
     check(run)
     return run
 
 
 def check(run: Run) -> None:
-    """Raises ConfigError on a value outside its choices and on settings that contradict."""
+    """Raise ConfigError on a value outside its choices and on contradictory settings."""
     for name, allowed in CHOICES.items():
         section, field = name.split(".")
         value = getattr(getattr(run, section), field)
@@ -251,7 +252,7 @@ def check(run: Run) -> None:
 
 
 def check_model(model: Model, vocab: Vocab, vq: VQ) -> None:
-    """Raise ConfigError where the settings of a model contradict one another."""
+    """Raise ConfigError where the settings of a model contradict each other."""
     m, v = model, vocab
     for name in ("param_dtype", "compute_dtype", "quant", "remat", "attention"):
         allowed, value = CHOICES[f"model.{name}"], getattr(m, name)
@@ -274,7 +275,7 @@ def check_model(model: Model, vocab: Vocab, vq: VQ) -> None:
 
 
 def check_vq(vq: VQ) -> None:
-    """Raise ConfigError where the settings of a VQGAN contradict one another."""
+    """Raise ConfigError where the settings of a VQGAN contradict each other."""
     mend = f"a multiple of vq.norm_groups, {vq.norm_groups}"
     _rule(vq.channels % vq.norm_groups == 0, "vq.channels", vq.channels, mend)
     mend = f"a multiple of {vq.downsampling}"
@@ -282,12 +283,12 @@ def check_vq(vq: VQ) -> None:
 
 
 def to_dict(settings: Any) -> dict[str, Any]:
-    """A JSON-able dict; `from_config_dict(to_dict(run)) == run`."""
+    """Return a dict that JSON can encode; `from_config_dict(to_dict(run)) == run`."""
     return json.loads(json.dumps(dataclasses.asdict(settings)))
 
 
 def fingerprint(settings: Any) -> str:
-    """Twelve hex digits that change when any field changes."""
+    """Return twelve hex digits that change when any field changes."""
     canonical = json.dumps(dataclasses.asdict(settings), sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
@@ -318,9 +319,9 @@ def _field(cls: type, field: dataclasses.Field, value: Any, where: str) -> Any:
 
 
 def check_bounds(name: str, value: Any, where: str) -> None:
-    """Raise ConfigError unless `value` is a number within BOUNDS[name]; `where` is in the message.
+    """Raise ConfigError unless `value` is within BOUNDS[name]; `where` appears in the message.
 
-    A whole number is required where the bounds are whole numbers. NaN is outside all bounds.
+    An integer is required where the bounds are integers. NaN is outside all bounds.
     """
     low, high = BOUNDS[name]
     kinds = (int,) if type(low) is int else (int, float)
@@ -341,7 +342,7 @@ def _value(kind: Any, value: Any, where: str) -> Any:
         return _build(kind, value, where)
     if isinstance(kind, types.UnionType):  # X | None
         return None if value is None else _value(kind.__args__[0], value, where)
-    if kind == tuple[str, ...]:  # a list, or its words with commas between them
+    if kind == tuple[str, ...]:  # a list, or its names separated by commas
         found = [v for v in value.split(",") if v] if isinstance(value, str) else value
         if not isinstance(found, (list, tuple)) or not all(type(v) is str for v in found):
             raise ConfigError(
@@ -368,7 +369,7 @@ def _value(kind: Any, value: Any, where: str) -> Any:
 
 def _check_sizes(run: Run) -> None:
     m, d = run.model, run.data
-    limit = min(d.seq_len, m.context_length)  # positions begin anew with each document of a row
+    limit = min(d.seq_len, m.context_length)  # positions restart with each document of a row
     mend = f"in 1..{limit}: at most data.seq_len and model.context_length"
     _rule(0 < d.document_limit <= limit, "data.document_limit", d.document_limit, mend)
     plain = not (run.mixing.weights and run.mixing.image_centric)
@@ -396,9 +397,9 @@ def _check_sizes(run: Run) -> None:
     _rule(exact, "model.param_dtype", m.param_dtype, "float32 when train.trains is full")
     if m.attention.startswith("splash"):
         _rule(d.seq_len % 128 == 0, "data.seq_len", d.seq_len, "a multiple of 128 for splash")
-    half = m.compute_dtype == "bfloat16" or m.attention != "cudnn"  # its kernels know no fp32
+    half = m.compute_dtype == "bfloat16" or m.attention != "cudnn"  # its kernels have no fp32
     _rule(half, "model.compute_dtype", m.compute_dtype, "bfloat16 when model.attention is cudnn")
-    whole = m.quant == "none"  # convert makes quantised matrices; none leaves in a whole model
+    whole = m.quant == "none"  # convert makes quantized matrices; a full export has none
     mend = f"none when train.trains is {run.train.trains}"
     _rule(whole or lora, "model.quant", m.quant, mend)
     _rule(whole or bool(run.train.init_from), "train.init_from", "", f"set: weights in {m.quant}")

@@ -1,14 +1,15 @@
-"""What a model costs by arithmetic: parameters, FLOPs a token, bytes of decoding; chips' limits.
+"""Computes the arithmetic cost of a model: parameters, FLOPs per token, bytes read in decoding.
 
     forward of a token      2 x matrices                  + 2 S d L   causal attention, d = N H
     train, lora             4 x frozen + 6 x adapters     + 6 S d L   no gradient of a frozen matrix
     train, full             6 x matrices                  + 6 S d L
-    train, image_head       2 x layers + (2 + share) head + 2 S d L   nothing below the head moves
+    train, image_head       2 x layers + (2 + share) head + 2 S d L   no gradient below the head
 
-A multiply-add is two. S is sum(len^2) / sum(len) over the documents of the rows, not their length:
-packed documents do not see each other. The head is a matrix; looking up an embedding costs nothing.
-Recomputation is in HFU and not in MFU. MaxText, LLaMA-Factory and Tunix count 6 x all parameters
-for LoRA too, which makes an MFU of 1.5 times this one.
+A multiply-add counts as two FLOPs. S is sum(len^2) / sum(len) over the documents of the rows, not
+the row length: packed documents do not attend to each other. The head is a matrix; looking up an
+embedding costs nothing. HFU includes recomputation and MFU does not. MaxText, LLaMA-Factory and
+Tunix count 6 x all parameters for LoRA too, which gives an MFU of 1.5 times this one. The module
+also has the limits of known chips.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ BYTES = {"float32": 4, "bfloat16": 2}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """Numbers in each part of a model."""
+    """Counts the parameters in each part of a model."""
 
     layers: int  # matrices of all layers
     head: int
@@ -33,30 +34,30 @@ class Parameters:
 
     @property
     def matmul(self) -> int:
-        """Frozen numbers that every token is multiplied with."""
+        """Return the count of frozen parameters that every token is multiplied with."""
         return self.layers + self.head
 
     @property
     def base(self) -> int:
-        """All but the adapters."""
+        """Return the count of all parameters except the adapters."""
         return self.matmul + self.embedding + self.norms
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-    """What one device can do at most, in units of one second."""
+    """Holds the peak rates of one device, per second."""
 
     name: str
     flops: float  # bf16, dense
     hbm: float  # bytes
     hbm_rate: float  # bytes
-    link_rate: float  # bytes, one way: of an ICI link, of all NVLinks, of PCIe
-    links: int  # that a device sends over at once along one axis: a TPU's ring goes both ways
+    link_rate: float  # bytes in one direction: of an ICI link, of all NVLinks, of PCIe
+    links: int  # used at once along one axis: a TPU ring transfers in both directions
 
 
 # TPUs: scaling-book (jax-ml.github.io/scaling-book/tpus) and docs.cloud.google.com/tpu/docs/{v4,
-# v5e,v5p,v6e}. GPUs: NVIDIA's data sheets A100 (80 GB SXM), H100 (SXM), L40S, the dense figures: a
-# sheet's 1,979 TF of an H100 are for 2:4 sparse matrices.
+# v5e,v5p,v6e}. GPUs: NVIDIA's data sheets A100 (80 GB SXM), H100 (SXM), L40S, the dense figures:
+# the 1,979 TF of an H100 in its data sheet are for 2:4 sparse matrices.
 CHIPS = {
     chip.name: chip
     for chip in (
@@ -69,7 +70,7 @@ CHIPS = {
         Chip(name="L40S", flops=362e12, hbm=48e9, hbm_rate=0.864e12, link_rate=32e9, links=1),
     )
 }
-# jax.Device.device_kind -> the name above. Variants with other limits (H100 PCIe) are left unknown.
+# jax.Device.device_kind -> the name above. Variants with other limits (H100 PCIe) are not listed.
 KINDS = {
     "TPU v4": "v4",
     "TPU v5 lite": "v5e",
@@ -85,13 +86,13 @@ KINDS = {
 
 
 def chip(device_kind: str) -> Chip | None:
-    """The limits of `jax.devices()[0].device_kind`; None where they are not known."""
+    """Return the limits of `jax.devices()[0].device_kind`; None where they are unknown."""
     name = KINDS.get(device_kind)
     return None if name is None else CHIPS[name]
 
 
 def parameters(model: Model, vocab: Vocab, lora: Lora) -> Parameters:
-    """Counts by formula; they equal those of `chameleon.abstract_model`."""
+    """Count parameters by formula; the counts equal those of `chameleon.abstract_model`."""
     m, d = model, model.hidden_size
     shapes = _matrices(m)
     gains = 2 * 2 * m.qk_norm_shards * m.head_dim  # scale and bias, of q and of k
@@ -105,12 +106,12 @@ def parameters(model: Model, vocab: Vocab, lora: Lora) -> Parameters:
 
 
 def attended_length(lengths: Sequence[int]) -> float:
-    """S of packed rows: [3, 1] -> (9 + 1) / (3 + 1) = 2.5."""
+    """Return S of packed rows: [3, 1] -> (9 + 1) / (3 + 1) = 2.5."""
     return sum(n * n for n in lengths) / sum(lengths)
 
 
 def train_flops(model: Model, vocab: Vocab, lora: Lora, *, trains: str, length: Number) -> float:
-    """Needed FLOPs of one real token: what MFU counts. `length`: S above."""
+    """Return the required FLOPs of one real token, which MFU counts. `length`: S above."""
     n, attention = parameters(model, vocab, lora), _attention(model, length)
     if trains == "lora":
         return 4 * n.matmul + 6 * n.lora + 3 * attention
@@ -122,10 +123,10 @@ def train_flops(model: Model, vocab: Vocab, lora: Lora, *, trains: str, length: 
 
 
 def remat_flops(model: Model, *, trains: str, length: Number) -> float:
-    """FLOPs of one token that the backward pass does again, by config.model.remat.
+    """Return the FLOPs of one token that the backward pass recomputes, by config.model.remat.
 
-    The scores of attention are computed again whatever is saved of its result, and so are the
-    products that the norms of q and k read; a saved v spares one matrix.
+    The scores of attention are recomputed whatever is saved of its result, and so are the products
+    that are the inputs of the q and k norms; saving v avoids recomputing one matrix product.
     """
     if model.remat == "none" or trains == "image_head":
         return 0.0
@@ -145,46 +146,46 @@ def remat_flops(model: Model, *, trains: str, length: Number) -> float:
 
 
 def decode_flops(model: Model, vocab: Vocab, lora: Lora, *, context: Number) -> float:
-    """FLOPs of one generated token that sees `context` others."""
+    """Return the FLOPs of one generated token that attends to `context` others."""
     n = parameters(model, vocab, lora)
     return 2 * (n.matmul + n.lora) + 2 * _attention(model, context)
 
 
 def decode_bytes(model: Model, vocab: Vocab, lora: Lora, *, context: Number, rows: int) -> float:
-    """Bytes that a step of `rows` rows reads: the weights once, keys and values of each row."""
+    """Return the bytes read by a step of `rows` rows: weights once, and each row's KV cache."""
     n, width = parameters(model, vocab, lora), BYTES[model.param_dtype]
     weights = n.layers * matrix_bytes(model) + (n.head + n.norms) * width + 4 * n.lora
     return weights + rows * context * cache_bytes(model)
 
 
 def cache_bytes(model: Model) -> int:
-    """Of the keys and values of one token in all layers."""
+    """Return the bytes of the keys and values of one token in all layers."""
     heads = model.num_kv_heads * model.head_dim
     return 2 * model.num_layers * heads * BYTES[model.compute_dtype]
 
 
 def matrix_bytes(model: Model) -> float:
-    """Of one number in a frozen matrix of the layers, with its share of a scale."""
+    """Return the bytes per number in a frozen matrix of the layers, with its share of a scale."""
     return {
         "none": float(BYTES[model.param_dtype]),
-        "int8": 1.0,  # a scale a column: under 0.1%
+        "int8": 1.0,  # one scale per column: under 0.1%
         "int4": 0.5 + 4 / 64,
         "nf4": 0.5 + 4 / 64,
     }[model.quant]
 
 
 def mfu(tokens_per_second: Number, flops: Number, *, chips: int, chip: Chip | None) -> float | None:
-    """The share of the chips' peak that `flops` a real token are; None on an unknown chip."""
+    """Return `flops` per real token as a share of the chips' peak; None for an unknown chip."""
     return None if chip is None else tokens_per_second * flops / (chips * chip.flops)
 
 
 def hfu(mfu: float | None, flops: Number, again: Number) -> float | None:
-    """The share that the hardware does, recomputation included."""
+    """Return the share of the peak that the hardware executes, including recomputation."""
     return None if mfu is None else mfu * (flops + again) / flops
 
 
 def _matrices(model: Model) -> dict[str, tuple[int, int]]:
-    """[in, out] of the matrices of one layer."""
+    """Return the shape [in, out] of each matrix of one layer."""
     d, f = model.hidden_size, model.intermediate_size
     wide, narrow = (n * model.head_dim for n in (model.num_heads, model.num_kv_heads))
     return {
@@ -199,5 +200,5 @@ def _matrices(model: Model) -> dict[str, tuple[int, int]]:
 
 
 def _attention(model: Model, length: Number) -> float:
-    """FLOPs of the forward core of causal attention, one token in a document of `length`."""
+    """Return the forward FLOPs of causal attention for one token in a document of `length`."""
     return 2.0 * length * model.num_heads * model.head_dim * model.num_layers

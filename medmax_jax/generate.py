@@ -2,9 +2,10 @@
 
 python -m medmax_jax.generate --model=medmax_jax/tiny --prompt="A CT?" --image=a.png --out=runs/x
 
-In --prompt, {a.png} stands for an image: "Is {a.png} older than {b.png}?". --prompts=F.jsonl asks
-many: {"prompt": "..."} or {"prompt": [{"image": "a.png"}, {"text": "A CT?"}], "id": "7"} a line.
-The same from Python: medmax_jax.generation.
+In --prompt, {a.png} inserts an image: "Is {a.png} older than {b.png}?". --prompts=F.jsonl reads
+many prompts, one per line: {"prompt": "..."} or
+{"prompt": [{"image": "a.png"}, {"text": "A CT?"}], "id": "7"}. The Python interface is
+medmax_jax.generation.
 """
 
 from pathlib import Path
@@ -24,10 +25,10 @@ from medmax_jax.io.progress import ItemProgress
 from medmax_jax.io.storage import StorageError
 from medmax_jax.models import kv_cache
 
-# The program.
+# ---- The program ----
 
 FLAGS = flags.FLAGS
-ERRORS = (ValueError, OSError, StorageError, export.ExportError)  # of whoever loads a model
+ERRORS = (ValueError, OSError, StorageError, export.ExportError)  # raised while a model is loaded
 
 
 def _flags() -> None:
@@ -46,7 +47,7 @@ def _flags() -> None:
 
 
 def main(settings: ConfigDict, out: str) -> None:
-    """Answers every prompt; what `out` has from an interrupted run is kept."""
+    """Answer every prompt; the answers that `out` has from an interrupted run are kept."""
     prompt_requests.require_single_process()
     sample, mesh = build(Sample, settings.sample), sharding.make_mesh(build(Mesh, settings.mesh))
     questions = _questions()

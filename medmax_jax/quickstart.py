@@ -1,12 +1,13 @@
 """python -m medmax_jax.quickstart [--workdir=quickstart_run] [--config.run.train.steps=100 ...]
 
-The whole road on the embedded real images, with the programs that also serve 7B: minutes on two
-CPU cores. The same command goes on after a stop. What is in the workdir afterwards:
+Runs the complete pipeline on the embedded real images in minutes on two CPU cores.
+It uses the programs that also serve 7B. The same command resumes after a stop. The workdir then
+contains:
 
-    report.html  report.json     what ran, curves, scores before and after LoRA, cases to look at
-    records/                     the pictures and texts as token ids
+    report.html  report.json     what ran, curves, scores before and after LoRA, example cases
+    records/                     the images and texts as token ids
     train/                       log, curves, checkpoints and train/adapter
-    before.jsonl after.jsonl     every answer; swapped.jsonl: shown a picture of another group
+    before.jsonl after.jsonl     every answer; swapped.jsonl: given an image of another group
 """
 
 import contextlib
@@ -55,7 +56,7 @@ log = logging.getLogger("medmax_jax.quickstart")
 HERE = Path(__file__).parent
 DEFAULTS = {"config": str(HERE / "configs" / "quickstart.py"), "workdir": "quickstart_run"}
 ERRORS = (*prepare.ERRORS, *train_program.ERRORS, ValueError, OSError)
-LINES = {  # what the primary row is held against
+LINES = {  # what the primary row is compared with
     "before": "the same model before LoRA",
     "blind": "the commonest training answer of each question's template, without looking",
     "swapped": "the model after LoRA, shown a picture of another group",
@@ -64,7 +65,7 @@ LINES = {  # what the primary row is held against
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Quickstart:
-    """configs/quickstart.py, typed."""
+    """Holds the typed settings of configs/quickstart.py."""
 
     views: int
     cases: int
@@ -73,7 +74,7 @@ class Quickstart:
 
 
 class QuickstartRun:
-    """The stages so far: their seconds and what came of them, kept in stages.json."""
+    """Records the stages so far, with their seconds and results, in stages.json."""
 
     def __init__(self, workdir: Path):
         self._path = workdir / "stages.json"
@@ -81,7 +82,7 @@ class QuickstartRun:
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[Callable[[str], None]]:
-        """Times a stage; its body says what came of it. A repeated stage adds to its seconds."""
+        """Time a stage; its body reports the result. A repeated stage adds to its seconds."""
         log.info("== %s", name)
         begin, said = time.monotonic(), []
         try:
@@ -101,7 +102,7 @@ class QuickstartRun:
 
 
 def main(settings: ConfigDict, workdir: str) -> None:
-    """The program: a log for a person, report.json for a program."""
+    """Run the pipeline, with a log for people and report.json for programs."""
     folder = cli.open_workdir(workdir)
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=handlers, force=True)
@@ -113,7 +114,7 @@ def main(settings: ConfigDict, workdir: str) -> None:
 
 
 def run(settings: Quickstart, workdir: Path) -> dict[str, Any]:
-    """Walks the road from wherever `workdir` stands; returns what report.json holds."""
+    """Run the pipeline from the current state of `workdir`; return the content of report.json."""
     config.check(settings.run)
     road = QuickstartRun(workdir)
     tiny = Path(settings.run.train.init_from)
@@ -162,13 +163,13 @@ def _tokenize(settings: Quickstart, workdir: Path, tiny: Path) -> str:
 def _evaluate(
     settings: Quickstart, road: QuickstartRun, workdir: Path, tiny: Path, found: selection.EvalSet
 ) -> dict[str, list[dict[str, Any]]]:
-    """Answers before and after LoRA, and after it with pictures swapped."""
+    """Return the answers before and after LoRA, and after LoRA with swapped images."""
     closed = [item for item in found.items if item.family == "vqa_closed"]
     swapped = probes.swapped(closed, seed=settings.eval.seed)
     answers = {}
     adapter = workdir / "train" / "adapter"
     mesh = make_mesh(settings.eval.mesh)
-    centroids = None  # of the VQGAN alone, so one time for all
+    centroids = None  # they depend on the VQGAN alone, so they are computed once
     for name, tuned, items in (
         ("before", None, found.items),
         ("after", adapter, found.items),
@@ -253,11 +254,11 @@ def _against(name: str, row: dict[str, Any]) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Case:
-    """One held-out picture with a question and what the two models said."""
+    """Holds one held-out image with a question and the answers of the two models."""
 
     name: str
     image: PIL.Image.Image
-    reconstruction: PIL.Image.Image  # after the VQGAN and back
+    reconstruction: PIL.Image.Image  # encoded and decoded by the VQGAN
     question: str
     answer: str
     before: str
@@ -266,7 +267,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Generated:
-    """Pictures that the two models made from the same words."""
+    """Holds the images that the two models generated from the same text."""
 
     prompt: str
     before: PIL.Image.Image
@@ -280,7 +281,7 @@ def _cases(
     answers: dict[str, list[dict]],
     workdir: Path,
 ) -> tuple[list[Case], list[Generated]]:
-    """Held-out pictures of different groups, their tasks in turn, and pictures from words."""
+    """Select held-out images of different groups, alternating tasks, and the generated images."""
     before = {record["id"]: record for record in answers["before"]}
     asked = [r for r in answers["after"] if task_items.FAMILIES[r["family"]].shows_image]
     kinds = list(dict.fromkeys(r["task"] for r in asked))
@@ -320,7 +321,7 @@ def _cases(
 
 
 def _stages(path: Path) -> list[dict[str, Any]]:
-    """The stages of an earlier start; none, with a warning, where their file is damaged."""
+    """Return the stages of an earlier start; none, with a warning, where their file is damaged."""
     if not path.exists():
         return []
     try:
@@ -357,10 +358,10 @@ def _say(report: dict[str, Any], workdir: Path) -> None:
     log.info("report: %s", workdir / "report.html")
 
 
-# ---- The quickstart's page: what ran, curves, scores before and after, cases one can look at ----
+# ---- The page of the quickstart: what ran, curves, scores before and after, example cases ----
 #
 # report.json --+
-# cases --------+--> report.html    one file, no script, every text escaped (html_page.py)
+# cases --------+--> report.html    one file, no script, all text escaped (html_page.py)
 # curves.png ---+
 
 
@@ -375,7 +376,7 @@ NOTICE = (
 def build(
     report: dict[str, Any], cases: Sequence[Case], generated: Sequence[Generated], curves: bytes
 ) -> str:
-    """The whole page as HTML."""
+    """Return the complete page as HTML."""
     body = html_page.paragraph(NOTICE) + html_page.paragraph(_summary(report), note=True)
     body += html_page.section("What ran", _quickstart_page_stages(report))
     body += html_page.section("Scores on held-out groups", _scores(report))
@@ -388,7 +389,7 @@ def build(
 
 
 def plot_curves(train: Sequence[dict[str, Any]], held: Sequence[dict[str, Any]]) -> bytes:
-    """PNG of the mean loss of text and of image tokens by step, and of tokens per second."""
+    """Return a PNG of the mean text and image token losses by step, and of tokens per second."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
     for kind, colour in (("text", "#0b6e69"), ("image", "#b4552d")):
         for rows, style, name in ((train, "-", "training"), (held, "o--", "validation")):
@@ -410,7 +411,7 @@ def plot_curves(train: Sequence[dict[str, Any]], held: Sequence[dict[str, Any]])
 
 
 def interval(row: Mapping[str, Any]) -> str:
-    """ "+0.012 .. +0.340", marked where there are few groups; a dash for one group alone."""
+    """Format an interval: "+0.012 .. +0.340", marked for few groups; a dash for a single group."""
     if row["ci_low"] is None:
         return html_page.NOTHING
     return tables.marked(row, f"{row['ci_low']:+.3f} .. {row['ci_high']:+.3f}")

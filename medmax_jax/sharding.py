@@ -1,4 +1,4 @@
-"""The device mesh, and every sharding by the name of what it shards.
+"""Builds the device mesh and defines every sharding, named after what it shards.
 
     axis   devices along it hold
     data   copies of the weights, different rows of the batch
@@ -6,7 +6,7 @@
     tp     slices of the heads, of the MLP and of the vocabulary, the same rows of the batch
 
 All three axes are Explicit: an array's type carries its sharding, and an operation whose result
-could lie in two ways says `out_sharding=`. An axis of size 1 costs nothing.
+could be sharded in two ways passes `out_sharding=`. An axis of size 1 costs nothing.
 """
 
 from collections.abc import Sequence
@@ -36,9 +36,9 @@ DOWN = P("tp", "fsdp")  # [F, D], a kernel back to the residual stream
 
 
 def make_mesh(config: Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
-    """The mesh over the first data x fsdp x tp devices; ValueError when they do not suffice.
+    """Return the mesh over the first data x fsdp x tp devices; raise ValueError for too few.
 
-    `devices`: of a machine that is compiled for; None: of this one.
+    `devices`: those of a machine to compile for; None: those of this machine.
     """
     shape = (config.data, config.fsdp, config.tp)
     if min(shape) < 1:
@@ -61,7 +61,7 @@ def make_mesh(config: Mesh, devices: Sequence[Any] | None = None) -> jax.shardin
 
 
 def _arranged(shape: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray:
-    """Neighbours on an axis are neighbours on the chips' network; slices lie along data."""
+    """Arrange devices so that mesh neighbors are network neighbors; slices are along data."""
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
@@ -75,13 +75,13 @@ def _arranged(shape: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray
             f"config.mesh.data is {shape[0]} and the devices lie in {slices} slices; make it a "
             "multiple of them, since only data may run over the slow network between slices"
         )
-    return np.array(devices).reshape(shape)  # of GPUs a slice is a node, which fsdp may leave
+    return np.array(devices).reshape(shape)  # on GPUs a slice is a node, which fsdp may cross
 
 
 def with_shardings(like: Any) -> Any:
-    """What jax.eval_shape gave, on the devices of the ambient mesh: it keeps only the axes.
+    """Return the result of jax.eval_shape with the devices of the ambient mesh added.
 
-    A restore needs the devices.
+    jax.eval_shape keeps only the axes, and a restore needs the devices.
     """
     mesh = jax.sharding.get_mesh()
 
@@ -93,7 +93,7 @@ def with_shardings(like: Any) -> Any:
 
 
 def shard_batch(batch: Any, mesh: jax.sharding.Mesh) -> Any:
-    """Numpy arrays [rows of this host, ...] to global arrays split by rows over data x fsdp."""
+    """Convert NumPy arrays [rows of this host, ...] to global arrays split over data x fsdp."""
     split = mesh.shape["data"] * mesh.shape["fsdp"]
 
     def put(local: np.ndarray) -> jax.Array:
@@ -106,6 +106,6 @@ def shard_batch(batch: Any, mesh: jax.sharding.Mesh) -> Any:
         sharding = NamedSharding(mesh, P(ROWS, *[None] * (local.ndim - 1)))
         return jax.make_array_from_process_local_data(sharding, local)
 
-    # With several hosts JAX takes this for an implicit transfer, which the train loop forbids.
+    # With several hosts JAX treats this as an implicit transfer, which the train loop forbids.
     with jax.transfer_guard_host_to_device("allow"):
         return jax.tree.map(put, batch)

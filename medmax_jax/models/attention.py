@@ -1,7 +1,7 @@
-"""Causal attention inside packed documents.
+"""Computes causal attention inside packed documents.
 
-    segments  1 1 1 2 2 0        query t sees key s where s <= t and both stand in the same document
-    allowed   x . . . . .        (0 is padding; it sees only padding, and nobody reads it)
+    segments  1 1 1 2 2 0        query t attends to key s where s <= t, in the same document
+    allowed   x . . . . .        (0 is padding; it attends only to padding and is never used)
               x x . . . .
               x x x . . .
               . . . x . .
@@ -10,13 +10,13 @@
 
 N query heads share K key heads, N/K each: query head n reads key head n // (N/K).
 
-    config.model.attention    whole rows, in training
-    xla                       any device: `attend` with the mask above; scores in memory
-    splash                    TPU: attention.py
+    config.model.attention    complete rows, in training
+    xla                       any device: `attention` with the mask above; scores in memory
+    splash                    TPU: `splash_attend`
     splash_interpret          the same kernel where there is no TPU, very slow: for tests
-    cudnn                     NVIDIA GPU: attention.py
+    cudnn                     NVIDIA GPU: `cudnn_attend`
 
-Against a cache of keys and values: kv_cache.py.
+Attention against a cache of keys and values is in kv_cache.py.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from medmax_jax.sharding import BATCH, HEADS
 
-QUERY_CHUNKS, MIN_CHUNK = 8, 64  # of queries in attend_causal; tokens of one
+QUERY_CHUNKS, MIN_CHUNK = 8, 64  # chunks in chunked_causal_attention; least tokens per chunk
 
 PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}  # the others run anywhere
 
@@ -37,9 +37,10 @@ PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}  # the others run anywhere
 def make_packed_attention(
     segments: Int[Array, "B T"], *, impl: str
 ) -> Callable[[Array, Array, Array], Array]:
-    """f(q, k, v) -> [B, N, T, H]: causal attention inside the documents of these rows.
+    """Return f(q, k, v) -> [B, N, T, H]: causal attention inside the documents of these rows.
 
-    What the layers have in common is made once, here. The result is named "attn" for remat.
+    The mask and other values that the layers share are computed once, here. The result is named
+    "attn" for remat.
     """
     if impl == "xla":
         mask = packed_mask(segments)
@@ -54,7 +55,7 @@ def make_packed_attention(
 
 
 def check_platform(impl: str, platform: str) -> None:
-    """Raises ValueError where devices of `platform` cannot run `impl`."""
+    """Raise ValueError where devices of `platform` cannot run `impl`."""
     needed = PLATFORMS.get(impl, platform)
     if needed != platform:
         raise ValueError(
@@ -64,7 +65,10 @@ def check_platform(impl: str, platform: str) -> None:
 
 
 def packed_mask(segments: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
-    """True where query t may see key s. [[1, 1, 2]] -> [[1, 0, 0], [1, 1, 0], [0, 0, 1]]."""
+    """Return True where query t may attend to key s.
+
+    [[1, 1, 2]] -> [[1, 0, 0], [1, 1, 0], [0, 0, 1]].
+    """
     order = jnp.arange(segments.shape[1])
     same = segments[:, :, None] == segments[:, None, :]
     return same & (order[:, None] >= order[None, :])
@@ -76,11 +80,14 @@ def attention(
     v: Float[Array, "B K S H"],
     mask: Bool[Array, "B T S"],
 ) -> Float[Array, "B N T H"]:
-    """Attention with scores and softmax in fp32. A row that sees nothing gives finite nonsense."""
+    """Compute attention with scores and softmax in fp32.
+
+    A row without any allowed key gives finite but meaningless values.
+    """
     (rows, heads, tokens, dim), keys = q.shape, k.shape[1]
     groups = heads // keys
-    # One [G*T, S] product a key head: on CPUs XLA is twice as slow with N or G inside.
-    # Shardings are said, not left to reshape: it loses those of axes of size 1.
+    # One [G*T, S] product per key head: on CPUs XLA is twice as slow with N or G inside.
+    # Shardings are explicit, not left to reshape: it loses those of axes of size 1.
     q = jnp.reshape(q, (rows, keys, groups * tokens, dim), out_sharding=HEADS)  # [B, K, G*T, H]
     mask = jnp.tile(mask, (1, groups, 1))[:, None]  # [B, 1, G*T, S]
     scores = jnp.einsum("bkmh,bksh->bkms", q, k, preferred_element_type=jnp.float32)
@@ -95,10 +102,10 @@ def chunked_causal_attention(
     v: Float[Array, "B K T H"],
     mask: Bool[Array, "B T T"],
 ) -> Float[Array, "B N T H"]:
-    """`attend` where no query sees a later key: pieces of queries, each with the keys up to it.
+    """Compute `attention` in chunks of queries, each with only the keys up to its end.
 
-    Eight pieces spare 7/16 of the scores. The backward pass makes a piece's scores again instead
-    of keeping them: on CPUs fresh memory costs more. Short rows are one piece.
+    Eight chunks avoid 7/16 of the scores. The backward pass recomputes the scores of a chunk
+    instead of keeping them: on CPUs fresh memory costs more. Short rows are one chunk.
     """
     cut, tokens = jax.lax.slice_in_dim, q.shape[2]
     if tokens % QUERY_CHUNKS or tokens < QUERY_CHUNKS * MIN_CHUNK:
@@ -118,7 +125,7 @@ def reference_attention(
     v: Float[Array, "B K S H"],
     mask: Bool[Array, "B T S"],
 ) -> Float[Array, "B N T H"]:
-    """The definition, for tests: every key head repeated, everything in fp32."""
+    """Compute attention by its definition, for tests: key heads repeated, everything in fp32."""
     k, v = (jnp.repeat(x.astype(jnp.float32), q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = jnp.einsum("bnth,bnsh->bnts", q.astype(jnp.float32), k) / jnp.sqrt(q.shape[3])
     scores = jnp.where(mask[:, None], scores, -jnp.inf)
@@ -127,7 +134,7 @@ def reference_attention(
 
 # ---- splash ----
 #
-# Attention inside packed documents by the splash kernel of JAX: TPUs, no [T, T] scores in memory.
+# Attention inside packed documents with the splash kernel of JAX: TPUs, no [T, T] scores in memory.
 #
 #     q [B, N, T, H] --shard_map--> rows and heads of a device --vmap over rows--> kernel [N, T, H]
 #
@@ -135,9 +142,9 @@ def reference_attention(
 # heads for one key head. It names its output and the logsumexp that its backward pass needs "attn",
 # for config.model.remat.
 
-LANES = 128  # T is a multiple: the kernel's smallest block
-# Of the blocks that compile for v5e at T 2048, 1024 computes 3/4 of the scores and 512 5/8, since
-# whole blocks are skipped; 2048 does not fit into VMEM.
+LANES = 128  # T must be a multiple of this, the smallest block of the kernel
+# Among the blocks that compile for v5e at T 2048, 1024 computes 3/4 of the scores and 512 5/8,
+# since only complete blocks are skipped; 2048 does not fit into VMEM.
 BLOCK = 512
 
 
@@ -149,7 +156,7 @@ def splash_attend(
     *,
     interpret: bool,
 ) -> Float[Array, "B N T H"]:
-    """Causal attention within each segment. `interpret`: on a CPU, slowly, for tests."""
+    """Compute causal attention within each segment. `interpret`: on a CPU, slowly, for tests."""
     length = q.shape[2]
     if length % LANES:
         raise ValueError(f"{length} tokens a row; splash attention needs a multiple of {LANES}")
@@ -161,13 +168,16 @@ def splash_attend(
         return jax.vmap(kernel)(q, k, v, ids)
 
     specs = (HEADS, HEADS, HEADS, BATCH)
-    # A kernel's result says nothing of the axes it varies over, so nothing can be checked.
+    # The result of a kernel does not state the axes it varies over, so nothing can be checked.
     run = jax.shard_map(local, in_specs=specs, out_specs=HEADS, check_vma=False)
     return run(q, k, v, segments)
 
 
 def block_size(length: int) -> int:
-    """The largest multiple of LANES up to BLOCK that divides `length`. 2048 -> 512, 640 -> 128."""
+    """Return the largest multiple of LANES up to BLOCK that divides `length`.
+
+    2048 -> 512, 640 -> 128.
+    """
     return max(b for b in range(LANES, BLOCK + 1, LANES) if length % b == 0)
 
 
@@ -175,7 +185,7 @@ def _kernel(heads: int, length: int, interpret: bool):
     block = block_size(length)
     sizes = kernels.BlockSizes(
         block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block,
-        use_fused_bwd_kernel=True,  # five products a block in the backward pass instead of seven
+        use_fused_bwd_kernel=True,  # five products per block in the backward pass instead of seven
     )  # fmt: skip
     return kernels.make_splash_mha(
         kernels.MultiHeadMask([kernels.CausalMask((length, length))] * heads),
@@ -186,9 +196,8 @@ def _kernel(heads: int, length: int, interpret: bool):
 
 # ---- Attention inside packed documents by cuDNN: NVIDIA GPUs, no [N, T, T] scores in memory ----
 #
-# The kernel skips what lies above the diagonal; that a key stands in another document comes as a
-# mask
-# [B, 1, T, T], which JAX hands to cuDNN as a bias in the dtype of q.
+# The kernel skips everything above the diagonal; document boundaries are passed as a mask
+# [B, 1, T, T], which JAX passes to cuDNN as a bias in the dtype of q.
 
 
 def cudnn_attend(
@@ -199,13 +208,14 @@ def cudnn_attend(
     *,
     implementation: str,
 ) -> Float[Array, "B N T H"]:
-    """Causal attention within each segment. `implementation`: "cudnn"; "xla" where there is none.
+    """Compute causal attention within each segment with `implementation`, normally "cudnn".
 
-    Tests give "xla": the same call, mask and shards, so that only the kernel itself is left out.
+    Tests pass "xla", for machines without cuDNN: the call, the mask and the shards are the same, so
+    that only the kernel itself is left out.
     """
 
     def local(q, k, v, segments):
-        turned = (x.transpose(0, 2, 1, 3) for x in (q, k, v))  # layouts to XLA, no copies
+        turned = (x.transpose(0, 2, 1, 3) for x in (q, k, v))  # only layouts for XLA, no copies
         mask = same_document(segments)
         out = jax.nn.dot_product_attention(
             *turned, mask=mask, is_causal=True, implementation=implementation
@@ -219,5 +229,8 @@ def cudnn_attend(
 
 
 def same_document(segments: Int[Array, "B T"]) -> Bool[Array, "B 1 T T"]:
-    """True where query and key stand in one document. [1, 1, 2] -> [[1, 1, 0], [1, 1, 0], ...]."""
+    """Return True where query and key belong to one document.
+
+    [1, 1, 2] -> [[1, 1, 0], [1, 1, 0], ...].
+    """
     return (segments[:, :, None] == segments[:, None, :])[:, None]

@@ -1,14 +1,14 @@
-"""Chameleon: an early-fusion transformer over text and image tokens alike.
+"""Defines Chameleon, an early-fusion transformer over text and image tokens alike.
 
                    7B (pre-norm)                      30B (swin_norm)
     x = x + attention(norm(x))            x = x + norm(attention(x))
     x = x + mlp(norm(x))                  x = x + norm(mlp(x))
 
-    attention   q, k, v -> HeadNorm on q and k -> RoPE -> causal inside each document -> o
+    attention   q, k, v -> QKNorm on q and k -> RoPE -> causal inside each document -> o
     mlp         silu(gate) * up -> down
 
-The layers stand stacked on axis 0 (`layers.self_attn.q_proj.kernel` is [L, D, N*H]) and lax.scan
-runs them. Weights have the names of the HF checkpoint. All of it runs under
+The layers are stacked on axis 0 (`layers.self_attn.q_proj.kernel` is [L, D, N*H]) and lax.scan
+runs them. Weights have the names of the HF checkpoint. All functions run under
 `jax.set_mesh(make_mesh(...))`.
 """
 
@@ -42,7 +42,7 @@ from medmax_jax.sharding import ACT, DOWN, HID, LOGITS, SPLIT, UP, with_sharding
 
 NO_LORA = Lora(rank=0, alpha=0.0, dropout=0.0)
 
-# What the backward pass finds saved; it computes the rest again. "none": no recomputation.
+# The values that are saved for the backward pass, which recomputes all others. "none": no remat.
 _BY_NAME = jax.checkpoint_policies.save_only_these_names
 REMAT = {
     "all": _BY_NAME(),
@@ -59,7 +59,7 @@ REMAT = {
 
 
 class Attention(nnx.Module):
-    """q, k, v and o with their norms; the caller says what the queries attend to."""
+    """Applies q, k, v and o with their norms; the caller computes what the queries attend to."""
 
     def __init__(self, config: Model, lora: Lora, *, keys: Key[Array, "4 2"]):
         wide, narrow = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
@@ -76,9 +76,9 @@ class Attention(nnx.Module):
     def qkv(
         self, x: Float[Array, "B T D"], angles: tuple, keys, joined: Array | None = None
     ) -> tuple[Array, Array, Array]:
-        """[B, N, T, H], [B, K, T, H], [B, K, T, H], normalised and turned.
+        """Return [B, N, T, H], [B, K, T, H], [B, K, T, H], normalized and rotated by RoPE.
 
-        `joined`: the three kernels side by side [D, (N+2K)*H], for one product instead of three.
+        `joined`: the three kernels concatenated, [D, (N+2K)*H], for one product instead of three.
         """
         projs, made = (self.q_proj, self.k_proj, self.v_proj), [None] * 3
         if joined is not None:
@@ -98,7 +98,7 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """SwiGLU."""
+    """Applies the SwiGLU MLP."""
 
     def __init__(self, config: Model, lora: Lora, *, keys: Key[Array, "3 2"]):
         dim, hidden = config.hidden_size, config.intermediate_size
@@ -114,7 +114,7 @@ class MLP(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """One transformer layer."""
+    """Applies one transformer layer."""
 
     def __init__(self, config: Model, lora: Lora, *, keys: Key[Array, "7 2"]):
         self.self_attn = Attention(config, lora, keys=keys[:4])
@@ -125,9 +125,10 @@ class Layer(nnx.Module):
         self.swin = config.swin_norm
 
     def __call__(self, x: Float[Array, "B T D"], attention, keys) -> tuple[Array, Any]:
-        """`attention(module, x, keys)` gives its output and whatever else the caller wants back.
+        """Apply the layer; `attention(module, x, keys)` returns its output and an extra result.
 
-        `keys`: seven, of the projections' dropout; None for none.
+        The extra result is returned to the caller. `keys`: seven dropout keys, one per projection;
+        None for no dropout.
         """
         keys = [None] * 7 if keys is None else keys
         if self.swin:
@@ -140,13 +141,13 @@ class Layer(nnx.Module):
 
 
 class ImageColumns(nnx.Param):
-    """The columns of lm_head that Anole's stage trains."""
+    """Marks the columns of lm_head that Anole's stage trains."""
 
 
 class OutputHead(nnx.Module):
-    """The matrix to logits; where they train, its image columns apart.
+    """Holds the output projection; where its image columns are trained, they are stored separately.
 
-    Those are fp32: in bf16 small steps vanish.
+    The trained columns are fp32: in bf16 small steps vanish.
     """
 
     def __init__(self, kernel: Float[Array, "D V"], image: Float[Array, "D C"] | None):
@@ -156,13 +157,13 @@ class OutputHead(nnx.Module):
 
 
 class Chameleon(nnx.Module):
-    """The language model; the VQGAN that makes its image tokens is vqgan.py."""
+    """Defines the language model; the VQGAN that produces its image tokens is in vqgan.py."""
 
     def __init__(self, config: Model, vocab: Vocab, lora: Lora, *, key: PRNGKeyArray):
         key_embed, key_layers, key_head = jax.random.split(key, 3)
         dtype = config.param_dtype
         self.embed_tokens = Embed(vocab.size, config.hidden_size, dtype=dtype, key=key_embed)
-        # One split for all: XLA compiles every split and every draw anew.
+        # One split for all: XLA compiles every split and every draw separately.
         keys = jax.random.split(key_layers, (config.num_layers, 7, 2))
         self.layers = jax.vmap(lambda k: Layer(config, lora, keys=k))(keys)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
@@ -179,7 +180,7 @@ class Chameleon(nnx.Module):
         *,
         key: PRNGKeyArray | None,
     ) -> Float[Array, "B T D"]:
-        """Hidden states after the final norm. `key`: adapter dropout; None for none.
+        """Return the hidden states after the final norm. `key`: adapter dropout; None for none.
 
         ids        0 17 2 | 0 23 2 | 1      two documents and one token of padding
         segments   1  1 1 | 2  2 2 | 0
@@ -193,19 +194,22 @@ class Chameleon(nnx.Module):
         segments: Int[Array, "B T"],
         positions: Int[Array, "B T"],
     ) -> Float[Array, "M B T D"]:
-        """The embeddings and each layer's output before the final norm, M = L + 1; for parity."""
+        """Return the embeddings and each layer's output before the final norm, for parity.
+
+        M = L + 1.
+        """
         first = self.embed_tokens(ids, self.config.compute_dtype)
         return jnp.concatenate(
             [first[None], self._run(ids, segments, positions, None, keep=True)[1]]
         )
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """In fp32, and nothing masked: image ids have logits like all others."""
+        """Return fp32 logits without a mask: image ids have logits like all others."""
         kernel = full_kernel(self.head()).astype(hidden.dtype)
         return matmul(hidden, kernel, LOGITS, dtype=jnp.float32)
 
     def head(self) -> HeadWeights:
-        """The matrix to logits, with its image columns apart where those train."""
+        """Return the output projection, with separate image columns where those are trained."""
         head = self.lm_head
         return HeadWeights(head.kernel[...], head.image[...] if head.tuned else None)
 
@@ -233,40 +237,40 @@ class Chameleon(nnx.Module):
 
 
 def create_model(config: Model, vocab: Vocab, lora: Lora, *, key: PRNGKeyArray) -> Chameleon:
-    """A random model, each weight born in its shards on the ambient mesh."""
+    """Create a random model, each weight initialized in its shards on the ambient mesh."""
     _check_mesh(config, vocab)
     return _create(config, vocab, lora, key)
 
 
 def abstract_model(config: Model, vocab: Vocab, lora: Lora) -> Chameleon:
-    """The same tree with ShapeDtypeStructs and shardings for arrays: no memory at any size."""
+    """Return the model tree with ShapeDtypeStructs and shardings: no memory at any size."""
     _check_mesh(config, vocab)
     make = lambda key: Chameleon(config, vocab, lora, key=key)  # noqa: E731
     return with_shardings(jax.eval_shape(make, jax.eval_shape(lambda: jax.random.key(0))))
 
 
 def split_adapters(model: Chameleon) -> tuple[Any, Any, Any]:
-    """(graph, adapters, base); `nnx.merge(graph, adapters, base)` is the model again."""
-    # LoRAParam is a Param too: the narrow filter stands first, or the adapters would be base.
+    """Return (graph, adapters, base); `nnx.merge(graph, adapters, base)` restores the model."""
+    # LoRAParam is a Param too: the narrow filter comes first, or the adapters would be base.
     return nnx.split(model, nnx.LoRAParam, ..., graph=False)
 
 
 def with_image_columns(model: Chameleon) -> Chameleon:
-    """The same model with the image columns of its head apart, as Anole's stage trains them."""
+    """Return the model with separate image columns in its head, as Anole's stage trains them."""
     tuned, kernel = nnx.merge(*nnx.split(model, graph=False)), model.head().kernel
     tuned.lm_head = OutputHead(kernel, image_token_columns(kernel, model.vocab.image_codes))
     return tuned
 
 
 def without_image_columns(model: Chameleon) -> Chameleon:
-    """The inverse: the trained columns stand in the kernel, in its dtype."""
+    """Invert `with_image_columns`: put the trained columns into the kernel, in its dtype."""
     plain, head = nnx.merge(*nnx.split(model, graph=False)), model.head()
     plain.lm_head = OutputHead(full_kernel(head).astype(head.kernel.dtype), None)
     return plain
 
 
 def count_parameters(tree: Any) -> int:
-    """Numbers in all arrays of a model, a state or an abstract tree."""
+    """Return the number of parameters in all arrays of a model, a state or an abstract tree."""
     return sum(x.size for x in jax.tree.leaves(tree))
 
 
@@ -293,7 +297,7 @@ def _check_mesh(config: Model, vocab: Vocab) -> None:
         },
         "fsdp": {"model.hidden_size": config.hidden_size},
     }
-    if config.quant in PACKED:  # quant.TILE rows share a scale, and stay together
+    if config.quant in PACKED:  # TILE rows share a scale and must not be split
         wide = config.num_heads * config.head_dim
         sizes["tp"] |= {
             "model.intermediate_size / 64": config.intermediate_size // TILE,

@@ -1,16 +1,16 @@
-"""Bound what an image file makes its decoder allocate, from the header, before Pillow reads it.
+"""Limits what an image file can make its decoder allocate, before Pillow reads the file.
 
-Pillow checks width x height after it has parsed a file. What these formats can make it do before
-that, or beside the pixels, is checked here:
+Pillow checks width x height after it has parsed a file. This module reads the header and checks
+what these formats can make Pillow do before that, or in addition to the pixels:
 
-    PNG    an APNG of 124 bytes allocates its whole canvas while it is opened
+    PNG    an APNG of 124 bytes allocates its complete canvas while it is opened
     JPEG   each scan of a progressive file passes over all coefficients again;
            EXIF is a TIFF directory (see there)
     TIFF   65,535 tags may point to the same bytes, each of which is copied; a tile may be larger
            than the image; offsets of strips become one object each
     GIF    comments are joined 255 bytes at a time, in quadratic time
 
-WebP, BMP and PPM need nothing but the bounds of `check_size` and MAX_BYTES.
+WebP, BMP and PPM need only the limits of `check_size` and MAX_BYTES.
 """
 
 import io
@@ -23,9 +23,9 @@ MAX_BYTES = 2**29  # 512 MiB: 64 million pixels of 16-bit RGBA, uncompressed
 MAX_SIDE = 2**16  # a run-length code of BMP skips up to 255 rows at once, all of them allocated
 MAX_SCANS = 100  # of a JPEG; progressive encoders write about 10
 MAX_COMMENT = 2**20  # bytes of a GIF before its first frame
-MAX_TILE = 2**24  # pixels of a TIFF tile, where the bound of the image is smaller
+MAX_TILE = 2**24  # pixels of a TIFF tile, where the limit of the image is smaller
 MAX_VALUES = 2**20  # of one TIFF tag; each becomes a Python object
-SLACK = 2**20  # bytes that tags of a sound TIFF may share
+SLACK = 2**20  # bytes that the tags of a valid TIFF may share
 _TIFF_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
 _TIFF_SIZES |= {16: 8, 17: 8, 18: 8}  # BigTIFF
 _OFFSETS, _SUBDIRECTORIES = (273, 279, 324, 325), (34665, 34853, 40965)
@@ -34,11 +34,11 @@ _TILE_WIDTH, _TILE_LENGTH = 322, 323
 
 
 class ImageError(ValueError):
-    """An image that cannot be used; the message names the file, the problem and the fix."""
+    """Raised for an image that cannot be used; the message gives the file, problem and fix."""
 
 
 def check_size(width: int, height: int, max_pixels: int) -> None:
-    """Raises ImageError above `max_pixels` = width x height, or MAX_SIDE on one side."""
+    """Raise ImageError above `max_pixels` = width x height, or MAX_SIDE on one side."""
     if width * height > max_pixels:
         raise ImageError(
             f"{width} x {height} pixels; the limit is {max_pixels}: scale the picture down first"
@@ -48,16 +48,16 @@ def check_size(width: int, height: int, max_pixels: int) -> None:
 
 
 def check_regular(path: str | os.PathLike) -> None:
-    """Raises ImageError for a pipe or device, which would be read without end."""
+    """Raise ImageError for a pipe or device, which would be read without end."""
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise ImageError("not a regular file; name a picture file")
 
 
 def check_header(file: io.BufferedIOBase, *, max_pixels: int) -> int:
-    """Raises ImageError for a file that would cost too much; returns the bits that a PNG states.
+    """Raise ImageError for a file that would cost too much; return the bits that a PNG states.
 
-    0 stands for a file that has no sBIT chunk. A header that is damaged is left to Pillow.
+    Returns 0 for a file without an sBIT chunk. A damaged header is left to Pillow.
     """
     size = file.seek(0, os.SEEK_END)
     if size > MAX_BYTES:
@@ -74,7 +74,7 @@ def check_header(file: io.BufferedIOBase, *, max_pixels: int) -> int:
         elif start.startswith(b"GIF8"):
             _check_gif(file)
     except (struct.error, IndexError):
-        pass  # cut short: Pillow names the problem
+        pass  # truncated: Pillow reports the problem
     file.seek(0)
     return bits
 
@@ -89,7 +89,7 @@ def _check_png(file: io.BufferedIOBase, max_pixels: int) -> int:
             check_size(*struct.unpack(">LL", file.read(8)), max_pixels)
         elif kind == b"sBIT" and 1 <= length <= 4:
             stated = file.read(length)
-            bits = max(stated[:3] if length >= 3 else stated[:1])  # colour; alpha is the last
+            bits = max(stated[:3] if length >= 3 else stated[:1])  # color; alpha is the last
         elif kind == b"IDAT":
             break
         file.seek(here + length + 4)  # the CRC
@@ -101,12 +101,12 @@ def _check_jpeg(file: io.BufferedIOBase) -> None:
     file.seek(2)
     while len(head := file.read(2)) == 2 and head != b"\xff\xda":
         if head[0] != 0xFF or head[1] in (0x00, 0x01, 0xFF) or 0xD0 <= head[1] <= 0xD8:
-            file.seek(-1, os.SEEK_CUR)  # filling, or a marker without a length
+            file.seek(-1, os.SEEK_CUR)  # fill bytes, or a marker without a length
             continue
         body = file.read(struct.unpack(">H", file.read(2))[0] - 2)
         if head == b"\xff\xe1" and body.startswith(b"Exif\0\0"):
             exif += body[6:]
-    if len(exif) > 2**16:  # a single segment is small enough, whatever it holds
+    if len(exif) > 2**16:  # a single segment is small enough, whatever it contains
         _check_tiff(io.BytesIO(exif), len(exif), MAX_TILE)
     file.seek(0)
     scans, tail = 0, b""
@@ -130,7 +130,7 @@ def _check_tiff(file: io.BufferedIOBase, size: int, max_pixels: int) -> None:
             width = _TIFF_SIZES.get(kind, 0)
             if count * (width > 1 or tag in _OFFSETS) > MAX_VALUES:
                 raise ImageError(f"TIFF tag {tag} has {count} values; the limit is {MAX_VALUES}")
-            total += width * count if width * count <= size else 0  # else cut short
+            total += width * count if width * count <= size else 0  # otherwise truncated
             if tag in _SUBDIRECTORIES and value not in seen:
                 todo.append(value)
             if len(seen) == 1:  # the image's own directory; the others are EXIF's
@@ -143,7 +143,7 @@ def _check_tiff(file: io.BufferedIOBase, size: int, max_pixels: int) -> None:
 def _check_block(
     file: io.BufferedIOBase, tags: dict[int, tuple[int, int]], order: str, max_pixels: int
 ) -> None:
-    """Bounds a strip or tile, which libtiff decodes into a buffer of its own."""
+    """Check the size of a strip or tile, which libtiff decodes into a separate buffer."""
     value = lambda tag, default=0: tags[tag][1] if tag in tags else default  # noqa: E731
     width, length = value(_TILE_WIDTH), value(_TILE_LENGTH)
     if width * length > max(max_pixels, MAX_TILE):
@@ -153,7 +153,7 @@ def _check_block(
     width = width or value(_WIDTH)
     length = length or min(value(_HEIGHT), value(_ROWS_PER_STRIP, MAX_BYTES))
     count, bits = tags.get(_BITS, (1, 1))
-    if count > 2:  # too many for the directory itself, where they then have a place
+    if count > 2:  # too many for the directory entry, whose value is then an offset
         file.seek(min(bits, MAX_BYTES))
         (bits,) = struct.unpack(order + "H", file.read(2))
     size = width * length * value(_SAMPLES, 1) * bits // 8
@@ -164,7 +164,7 @@ def _check_block(
 def _tiff_tags(
     file: io.BufferedIOBase, place: int, order: str, big: bool
 ) -> Iterator[tuple[int, int, int, int]]:
-    """Tag, type, count, and the first value where it stands in the directory itself."""
+    """Yield tag, type, count, and the first value where it is stored in the directory itself."""
     if place >= MAX_BYTES:
         return
     file.seek(place)

@@ -1,12 +1,12 @@
-"""Map samples of more than 8 bits to 8, by the range that a file states, or else by their own.
+"""Maps samples of more than 8 bits to 8 bits, by the range the file states or by their own.
 
-    stated   PNG: sBIT; TIFF: 12 bits a sample, SMinSampleValue and SMaxSampleValue, or
+    stated   PNG: sBIT; TIFF: 12 bits per sample, SMinSampleValue and SMaxSampleValue, or
              MaxSampleValue; PPM: 16 bits, to which Pillow scales
     own      0 .. 255, 0 .. 4095 or 0 .. 65535, the first that holds the largest value; least to
              largest where values are negative or above 65535, for which no depth is customary
 
-A value v of the range a .. b becomes floor(256 (v - a) / (b - a + 1)): of 16 bits the upper byte,
-of 12 bits v >> 4. A statement that the values contradict does not count.
+A value v of the range a .. b becomes floor(256 (v - a) / (b - a + 1)): the upper byte of 16 bits,
+v >> 4 of 12 bits. A stated range that the values contradict is ignored.
 """
 
 import dataclasses
@@ -34,15 +34,15 @@ _BITS_PER_SAMPLE, _PHOTOMETRIC, _MAX_VALUE, _SAMPLE_FORMAT, _SMIN, _SMAX = (
     341,
 )
 _NATIVE = "L" if sys.byteorder == "little" else "B"
-# Where Pillow unpacks the upper bytes of 16-bit colour, these raw modes unpack the lower ones.
+# Where Pillow unpacks the upper bytes of 16-bit color, these raw modes unpack the lower ones.
 _LOWER = {f"{m};16{a}": f"{m};16{b}" for m in ("RGB", "RGBA") for a, b in ("BL", "LB")}
 _LOWER |= {f"{m};16N": _LOWER[f"{m};16{_NATIVE}"] for m in ("RGB", "RGBA")}
-_LOWER |= {"LA;16B": "RGBA"}  # grey's two bytes in R and G, alpha's in B and A
+_LOWER |= {"LA;16B": "RGBA"}  # the two bytes of gray in R and G, those of alpha in B and A
 
 
 @dataclasses.dataclass(frozen=True)
 class Stated:
-    """What a file says of its samples; nothing by default."""
+    """Holds the statements of a file about its samples; nothing by default."""
 
     bits: int = 0  # significant bits of a PNG
     low: int | float = 0
@@ -55,7 +55,7 @@ NOTHING = Stated()
 
 
 def stated(image: Image.Image, bits: int) -> Stated:
-    """What the file of an opened image states; `bits` are those of sBIT, or 0."""
+    """Return what the file of an opened image states; `bits` are those of sBIT, or 0."""
     if image.format == "PPM":
         return NOTHING if image.mode == "F" else Stated(high=65_535)
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
@@ -75,7 +75,7 @@ def stated(image: Image.Image, bits: int) -> Stated:
 
 
 def bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
-    """The first row of each band, and the band."""
+    """Yield the first row of each band, and the band."""
     rows = max(1, BAND // max(1, image.width))
     for top in range(0, image.height, rows):
         bottom = min(top + rows, image.height)
@@ -83,7 +83,7 @@ def bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
 
 
 def to_eight_bits(image: Image.Image, said: Stated) -> Image.Image:
-    """Grey of 16 or 32 bits as mode L; pixels of the transparent value become white."""
+    """Convert gray of 16 or 32 bits to mode L; pixels of the transparent value become white."""
     if image.mode == "F":
         if said.high is None:
             raise ImageError("mode F states no range; save the picture with 8 or 16 bit integers")
@@ -103,9 +103,9 @@ def to_eight_bits(image: Image.Image, said: Stated) -> Image.Image:
 
 
 def lower_byte_tiles(image: Image.Image) -> list[Any] | None:
-    """Tiles that decode the lower bytes of 16-bit colour, of which Pillow keeps the upper ones.
+    """Return tiles that decode the lower bytes of 16-bit color; Pillow keeps the upper ones.
 
-    None for any other image.
+    Returns None for any other image.
     """
     tiles = []
     for tile in image.tile:
@@ -118,14 +118,14 @@ def lower_byte_tiles(image: Image.Image) -> list[Any] | None:
 
 
 def is_below_12_bits(image: Image.Image) -> bool:
-    """Whether the upper bytes of 16-bit colour are those of values below 4096."""
+    """Return whether the upper bytes of 16-bit color are those of values below 4096."""
     return max(high for _, high in image.getextrema()[:3]) < 16
 
 
 def join_bytes(upper: Image.Image, lower: Image.Image, said: Stated, *, grey: bool) -> None:
-    """Scales 16-bit colour, in place, by the range of its values; alpha keeps its upper byte.
+    """Scale 16-bit color, in place, by the range of its values; alpha keeps its upper byte.
 
-    `grey`: `lower` has both bytes of grey in its first two channels.
+    `grey`: whether `lower` has both bytes of gray in its first two channels.
     """
 
     def values() -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
@@ -141,7 +141,7 @@ def join_bytes(upper: Image.Image, lower: Image.Image, said: Stated, *, grey: bo
 
 
 def _first(value: Any) -> float | int | None:
-    """The first value of a TIFF tag, where it is a finite number."""
+    """Return the first value of a TIFF tag, where it is a finite number, or None."""
     value = value[0] if isinstance(value, Sequence) and value else value
     number = isinstance(value, int | float) and math.isfinite(value)
     return value if number else None
@@ -158,7 +158,7 @@ def _values(band: Image.Image, said: Stated) -> np.ndarray:
 
 
 def _extent(parts: Iterator[np.ndarray]) -> tuple[int, int, int]:
-    """The least and the largest value, and the bits that any of them uses."""
+    """Return the least and the largest value, and the bits that any value uses."""
     found = [(int(v.min()), int(v.max()), int(np.bitwise_or.reduce(v, axis=None))) for v in parts]
     lows, highs, used = zip(*found, strict=True)
     return min(lows), max(highs), functools.reduce(int.__or__, used)
@@ -168,8 +168,8 @@ def _range(low: int, high: int, used: int, said: Stated) -> tuple[int, int]:
     if said.high is not None and said.low <= low and high <= said.high:
         return math.floor(said.low), math.ceil(said.high)
     if said.bits:
-        # PNG asks for values scaled to the whole depth. Many writers store them as they are: these
-        # use the lower bits, which scaled values that are so small do not.
+        # PNG requires values scaled to the full depth. Many writers store them unscaled: such
+        # values use the lower bits, which scaled values of this size do not use.
         plain = high < 2**said.bits and used & (2 ** (16 - said.bits) - 1)
         return 0, 2 ** (said.bits if plain else 16) - 1
     if low < 0 or high > 65_535:
@@ -189,6 +189,6 @@ def _scaled(values: np.ndarray, first: int | float, last: int | float) -> np.nda
     return np.clip(shown, 0, 255).astype(np.uint8)
 
 
-@functools.cache  # once in a run, whatever the number of images
+@functools.cache  # once per run, whatever the number of images
 def _log_range(how: str) -> None:
     log.warning("images of 16 or 32 bits a sample that state no range are read %s", how)

@@ -1,17 +1,17 @@
-"""Image files to the pixels that the VQGAN reads, as Meta's Chameleon does it.
+"""Converts image files to the pixels that the VQGAN reads, as Meta's Chameleon does.
 
-    file -> 8 bits: as is, or a wider grey or colour by the range it states, or by its own
+    file -> 8 bits: as is, or wider gray or color by the range it states, or by its own
          -> RGB: as is, or blended on white where any alpha < 255 (truncated to uint8), or converted
          -> short side = size: other side round(size / short * side), halves to even, LANCZOS
-         -> centre crop size x size at ((w - size) // 2, (h - size) // 2)
+         -> center crop size x size at ((w - size) // 2, (h - size) // 2)
          -> / 255 * 2 - 1, float32 [size, size, 3]
 
 Every image file that this project reads is opened here, with one list of formats and one set of
-bounds, so that own models, endpoints, scorers and pages get the same pixels. As in the release, the
-EXIF orientation of JPEG, PNG and WebP is not applied; Pillow applies that of TIFF itself.
+limits, so that local models, endpoints, scorers and pages get the same pixels. As in the MedMax
+release, the EXIF orientation of JPEG, PNG and WebP is not applied; Pillow applies that of TIFF.
 
-Two things the released MedMax script does otherwise: it drops alpha before it could be blended, and
-turns an unreadable file into a black picture. Here the first is blended and the second raises an
+The released MedMax script differs in two ways: it drops alpha before it could be blended, and it
+turns an unreadable file into a black image. Here alpha is blended and an unreadable file raises an
 ImageError.
 """
 
@@ -29,20 +29,20 @@ from PIL import Image
 from medmax_jax.models import image_range
 from medmax_jax.models.image_headers import ImageError, check_header, check_regular, check_size
 
-MAX_PIXELS = 89_478_485  # Pillow's own line between a large picture and a decompression bomb
+MAX_PIXELS = 89_478_485  # Pillow's own limit between a large image and a decompression bomb
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".ppm")
 MAX_WEBP = 2**26  # pixels; its decoder holds 15 bytes for each, others 4 to 12
 MAX_PYTHON = 2**24  # pixels of a PPM that Pillow decodes in Python, microseconds for each
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM")
-# What Pillow raises for damaged files, by trial: TypeError where a TIFF tag has another type
+# What Pillow raises for damaged files, found by trial: TypeError where a TIFF tag has another type
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError)
 
 
 def load(path: str | os.PathLike | bytes, *, max_pixels: int, name: str = "") -> Image.Image:
-    """The first frame as RGB; raises ImageError, also above `max_pixels` = width x height.
+    """Return the first frame as RGB; raise ImageError, also above `max_pixels` = width x height.
 
-    `path`: a file, or the bytes of one. `name`: what errors call it, if not by its path. Nothing of
-    the file's metadata is in the result.
+    `path`: a file, or the bytes of one. `name`: its name in errors, if not its path. The result
+    contains none of the file's metadata.
     """
     opened = functools.partial(open_image, path, max_pixels=max_pixels, name=name)
     with opened() as image:
@@ -63,9 +63,9 @@ def load(path: str | os.PathLike | bytes, *, max_pixels: int, name: str = "") ->
 def open_image(
     path: str | os.PathLike | bytes, *, max_pixels: int, name: str = ""
 ) -> Iterator[Image.Image]:
-    """The image before it is decoded, in the mode of its file; `load` gives its RGB.
+    """Open the image without decoding it, in the mode of its file; `load` returns its RGB.
 
-    Its header is within the bounds. Any error while it is open is an ImageError. Its
+    Its header is within the limits. Any error while it is open becomes an ImageError. Its
     info["significant_bits"] is what a PNG states, else 0.
     """
     name = name or ("a picture" if isinstance(path, bytes) else str(path))
@@ -88,7 +88,7 @@ def open_image(
         problem = f"not a picture this program reads ({', '.join(FORMATS)}); convert or remove it"
     except ImageError as e:
         problem = str(e).removeprefix(f"{name}: ")
-    except Image.DecompressionBombError as e:  # Pillow's own bound, met before ours
+    except Image.DecompressionBombError as e:  # Pillow's own limit, reached before ours
         problem = f"{e}; the limit is {max_pixels}: scale the picture down first"
     except MemoryError:
         problem = "needs more memory than there is; scale the picture down first"
@@ -98,7 +98,7 @@ def open_image(
 
 
 def to_rgb(image: Image.Image, said: image_range.Stated = image_range.NOTHING) -> Image.Image:
-    """RGB of any mode: alpha over white, wider samples by their range (see image_range)."""
+    """Convert any mode to RGB: alpha over white, wider samples by their range (image_range)."""
     if image.mode == "RGB":
         return image
     if image.mode == "F" or image.mode.startswith("I"):
@@ -114,9 +114,9 @@ def to_rgb(image: Image.Image, said: image_range.Stated = image_range.NOTHING) -
 
 
 def preprocess(image: Image.Image, size: int) -> Float32[np.ndarray, "h w 3"]:
-    """The centre square of the picture, its short side scaled to `size`, in [-1, 1].
+    """Return the center square of the image, its short side scaled to `size`, in [-1, 1].
 
-    Raises ImageError where a line of a picture would be scaled to more than MAX_PIXELS.
+    Raises ImageError where a narrow image would be scaled to more than MAX_PIXELS.
     """
     if not min(image.size):
         raise ImageError(f"has {image.width} x {image.height} pixels; give a picture of some")
@@ -145,6 +145,6 @@ def _file(path: str | os.PathLike | bytes) -> io.BufferedIOBase:
 
 @functools.cache
 def _over_white() -> UInt8[np.ndarray, "256 256"]:
-    """A value under an alpha, over white: row alpha, column value."""
+    """Tabulate a value under an alpha, over white: row alpha, column value."""
     alpha = np.arange(256)[:, None] / 255.0
     return ((1 - alpha) * 255.0 + alpha * np.arange(256)).astype(np.uint8)  # truncates

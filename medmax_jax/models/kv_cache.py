@@ -1,12 +1,14 @@
-"""Chameleon against a cache of keys and values: a piece of a prompt, or one more token a row.
+"""Runs Chameleon against a KV cache: a chunk of a prompt, or one more token per row.
 
-    cache    k, v [L, B, K, S, H], as the products of attention read them; B counts lanes
-    lane     a row of the cache: slot s holds the s-th token of whatever sequence lies there
-    int8     a byte a number, and one fp32 scale for each token and head: greatest of H / 127
+    cache   k, v [L, B, K, S, H], in the layout that the products of attention read
+    slot    KV-cache slot, one of the B rows of the cache, `lanes` in the code; it holds one
+            sequence, and token s is stored at its position s, of S = `slots` positions
+    int8    one byte per number, and one fp32 scale for each token and head: greatest of H / 127
 
-A lane is read up to the position of the token that asks, so what lies behind it is never seen: an
-older, longer sequence needs no wiping. Lanes are split over data x fsdp in blocks, heads over tp;
-each device writes and reads its own, so this half of attention needs no other device.
+A KV-cache slot is read only up to the position of the query token, so later positions are never
+used: an older, longer sequence does not have to be erased. KV-cache slots are split over data x
+fsdp in blocks, heads over tp; each device writes and reads its own, so this part of attention needs
+no communication.
 """
 
 import dataclasses
@@ -26,17 +28,17 @@ SCALES = P(None, ROWS, "tp", None)  # [L, B, K, S]
 LANES = P(ROWS)  # [B]
 CACHE_DTYPES = ("model", "int8")
 
-APART_BYTES = 2 << 30  # of layers
+APART_BYTES = 2 << 30  # of layers, which unstack_layers copies at most
 
 UnstackedLayers = tuple[
     tuple[Any, Array | None], ...
-]  # each layer's own arrays; its q, k, v side by side
+]  # each layer's own arrays; its q, k, v kernels concatenated
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Keys and values of every layer, [L, B, K, S, H] each; with int8 their scales [L, B, K, S]."""
+    """Holds keys and values of all layers, [L, B, K, S, H]; with int8 their scales [L, B, K, S]."""
 
     k: Any  # arrays, or their shardings
     v: Any
@@ -45,7 +47,10 @@ class Cache:
 
 
 def init_cache(config: Model, *, lanes: int, slots: int, kind: str) -> Cache:
-    """Room for `slots` tokens in each of `lanes`. kind: "model", the compute dtype; or "int8"."""
+    """Allocate a cache of `lanes` KV-cache slots of `slots` tokens each.
+
+    `kind`: "model", the compute dtype; or "int8".
+    """
     if kind not in CACHE_DTYPES:
         raise ValueError(
             f"the cache's kind is {kind!r}; it must be one of {', '.join(CACHE_DTYPES)}"
@@ -60,7 +65,7 @@ def init_cache(config: Model, *, lanes: int, slots: int, kind: str) -> Cache:
 
 
 def cache_bytes(config: Model, *, lanes: int, slots: int, kind: str) -> int:
-    """What `empty` takes, over all devices."""
+    """Return the bytes that `init_cache` allocates, over all devices."""
     heads = 2 * config.num_layers * lanes * config.num_kv_heads * slots
     if kind == "int8":
         return heads * (config.head_dim + 4)
@@ -77,17 +82,18 @@ def decode(
     span: int,
     layers: UnstackedLayers | None = None,
 ) -> tuple[Float[Array, "B T D"], Cache]:
-    """Hidden states of T more tokens of each row, and the cache with their keys and values.
+    """Return the hidden states of T more tokens of each row, and the cache with their KV pairs.
 
-    Row b's token t goes to slot positions[b, t] of its lane and sees the slots up to it. Position
-    -1 is an idle token: nothing is written for it and its result means nothing.
+    Token t of row b is stored at position positions[b, t] of its KV-cache slot and attends to all
+    positions up to it. Position -1 is an idle token: nothing is written for it and its result has
+    no meaning.
 
         positions  5 6 7     row 0 reads three tokens of its prompt
                    9 -1 -1   row 1 reads one, and waits
 
-    lanes: of each row, counted inside its device's block; None: row b of a block is its lane b.
-    span: slots that are read, at least the greatest position + 1. layers: of
-    `apart`; None: the stack.
+    lanes: the KV-cache slot of each row, counted inside its device's block; None: row b of a block
+    uses its slot b. span: positions that are read, at least the greatest position + 1. layers: the
+    result of `unstack_layers`; None: the stacked layers of the model.
     """
     config = model.config
     angles = rope_angles(positions, head_dim=config.head_dim, theta=config.rope_theta)
@@ -104,7 +110,7 @@ def decode(
         x, cache = layer(x, attention, None)
         return (x, cache), None
 
-    # The cache is carried whole, not sliced by scan: so XLA writes it in place.
+    # The complete cache is carried, not sliced by scan, so that XLA writes it in place.
     start = (model.embed_tokens(ids, config.compute_dtype), cache)
     if layers is not None:
         for index, (layer, joined) in enumerate(layers):
@@ -116,10 +122,11 @@ def decode(
 
 
 def unstack_layers(model: Chameleon, mesh: jax.sharding.Mesh) -> UnstackedLayers | None:
-    """The layers a second time, as XLA reads them fastest on CPUs; None elsewhere.
+    """Return a second copy of the layers, as XLA reads them fastest on CPUs; None elsewhere.
 
-    There it would copy each layer out of the stack for every token, and it splits a product of few
-    rows over cores only where it is wide. Large models go without: both may not find room.
+    On CPUs XLA would copy each layer out of the stack for every token, and it splits a product of
+    few rows over cores only where the product is wide. Large models return None: both copies may
+    not fit into memory.
     """
     size = sum(x.nbytes for x in jax.tree.leaves(model.layers))
     if mesh.devices.flat[0].platform != "cpu" or size > APART_BYTES:
@@ -153,7 +160,7 @@ def attend(
     *,
     span: int,
 ) -> tuple[Float[Array, "B N T H"], Cache]:
-    """Writes k and v into their slots, then attends to the first `span` slots of each lane."""
+    """Write k and v to their positions, then attend to the first `span` of each KV-cache slot."""
 
     def local(q, k, v, cache, layer, positions, lanes):
         where = _places(cache, layer, positions, lanes)
@@ -179,10 +186,10 @@ def attend(
 def copy_slots(
     cache: Cache, sources: Int[Array, "M"], targets: Int[Array, "M"], *, span: int
 ) -> Cache:
-    """The first `span` slots of lane sources[i] to lane targets[i], one after another.
+    """Copy the first `span` positions of KV-cache slot sources[i] to targets[i], in sequence.
 
-    Both are counted inside a device's block, M pairs in all, M / blocks of each; a pair of equals
-    does nothing.
+    Both are counted inside a device's block, M pairs in all, M / blocks of each; a pair of equal
+    numbers does nothing.
     """
 
     def local(cache, sources, targets):
@@ -205,7 +212,7 @@ def copy_slots(
 
 
 def quantize_int8(x: Float[Array, "*B H"]) -> tuple[Int[Array, "*B H"], Float[Array, "*B"]]:
-    """Whole numbers up to 127 and the scale that they are multiples of: x = code * scale."""
+    """Return integers up to 127 and the scale that they are multiples of: x = code * scale."""
     wide = x.astype(jnp.float32)
     scale = jnp.abs(wide).max(-1) / 127
     codes = jnp.round(wide / jnp.where(scale > 0, scale, 1)[..., None])
@@ -213,10 +220,10 @@ def quantize_int8(x: Float[Array, "*B H"]) -> tuple[Int[Array, "*B H"], Float[Ar
 
 
 def _places(cache, layer, positions, lanes):
-    """The index of each token's slot; past the end where nothing is to be written."""
+    """Return the cache index of each token; past the end where nothing is to be written."""
     slots = jnp.where(positions < 0, cache.k.shape[3], positions)[:, None]  # [B, 1, T]
     rows = (jnp.arange(len(positions)) if lanes is None else lanes)[:, None, None]
-    # Heads by number too, so that TPUs need not lay them beside H, and keep the cache as it comes.
+    # Heads are indexed too, so that TPUs need not put them next to H, and keep the cache layout.
     return (layer, rows, jnp.arange(cache.k.shape[2])[:, None], slots)
 
 
@@ -231,7 +238,7 @@ def _write(cache, where, k, v):
 
 
 def _read(store, layer, lanes, rows: int, span: int):
-    """[b, K, span, H] of one layer, or [b, K, span] of its scales."""
+    """Return [b, K, span, H] of one layer, or [b, K, span] of its scales."""
     if lanes is not None:
         return store[layer, lanes, :, :span]
     sizes = (1, rows, store.shape[2], span, *store.shape[4:])
@@ -239,7 +246,7 @@ def _read(store, layer, lanes, rows: int, span: int):
 
 
 def _attend(q, k, v, k_scale, v_scale, positions):
-    """Scores and softmax in fp32; scales are taken out of the products, which read bytes."""
+    """Attend with scores and softmax in fp32; scales are applied outside the int8 products."""
     (rows, heads, tokens, dim), shared = q.shape, k.shape[1]
     groups = heads // shared
     q = q.reshape(rows, shared, groups * tokens, dim)  # [B, K, G*T, H]

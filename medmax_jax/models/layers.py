@@ -1,10 +1,11 @@
-"""The parts of a Chameleon layer: Linear with LoRA inside, Embed, the two norms, RoPE.
+"""Defines the parts of a Chameleon layer: Linear with LoRA, Embed, the two norms, RoPE.
 
     Linear     y = x W + (alpha / rank) drop(x) A B     only A and B are nnx.LoRAParam
     RMSNorm    x / rms(x) * scale                       over D, statistics in fp32
-    HeadNorm   (x - mean) / std * scale + bias          over each head's H, before RoPE
+    QKNorm     (x - mean) / std * scale + bias          over each head's H, before RoPE
 
-Matrices stand as [in, out]. Every part is made for one layer; chameleon.py stacks them with vmap.
+Matrices are stored as [in, out]. Every part is built for one layer; chameleon.py stacks them with
+vmap.
 """
 
 import dataclasses
@@ -27,13 +28,13 @@ INIT_STD = 0.02  # of matrices and embeddings, as HF's initializer_range
 
 
 class Linear(nnx.Module):
-    """A matrix without bias and, at rank > 0, its adapter."""
+    """Applies a matrix without bias and, at rank > 0, its LoRA adapter."""
 
     def __init__(
         self, din: int, dout: int, *, spec: P, dtype: str, kind: str, lora: Lora,
         keys: Key[Array, "2"],
     ):  # fmt: skip
-        """`kind`: config.model.quant. `keys`: two, of the matrix and of A."""
+        """Initialize the layer. `kind`: config.model.quant. `keys`: two, of the matrix and of A."""
         if kind == "none":
             kernel = INIT_STD * jax.random.normal(keys[0], (din, dout), out_sharding=spec)
             self.kernel = nnx.Param(kernel.astype(dtype))
@@ -60,9 +61,9 @@ class Linear(nnx.Module):
         key: PRNGKeyArray | None,
         y: Float[Array, "B T O"] | None = None,
     ) -> Float[Array, "B T O"]:
-        """`out`: sharding of the result. `key`: adapter dropout; None for none.
+        """Return the product. `out`: sharding of the result. `key`: adapter dropout; None: none.
 
-        `y`: x W, where it is known.
+        `y`: x W, where it is already computed.
         """
         if y is None:
             quantised = isinstance(self.kernel, quantization.QuantizedMatrix)
@@ -81,11 +82,11 @@ class Linear(nnx.Module):
 
 
 def _tokens_first(x: Float[Array, "B T I"]) -> Float[Array, "B T I"]:
-    """x, laid out with tokens before features, and its gradient too.
+    """Return x in a layout with tokens before features, for its gradient too.
 
-    For the thin products with A and B alone XLA on TPUs would lay all of x out the other way, and
-    copy it back for everybody else. Inside shard_map, since XLA gathers whatever the constraint
-    stands on: it does not know how to split it.
+    For the thin products with A and B alone, XLA on TPUs would use the other layout for all of x,
+    and copy it back for all other uses. The constraint is applied inside shard_map, since XLA would
+    otherwise gather its operand: it cannot split the constraint.
     """
     spec = jax.typeof(x).sharding.spec
     local = lambda x: with_layout_constraint(x, Layout(major_to_minor=(0, 1, 2)))  # noqa: E731
@@ -93,14 +94,14 @@ def _tokens_first(x: Float[Array, "B T I"]) -> Float[Array, "B T I"]:
 
 
 class Embed(nnx.Module):
-    """The embedding table."""
+    """Looks up token ids in the embedding table."""
 
     def __init__(self, size: int, dim: int, *, dtype: str, key: PRNGKeyArray):
         table = INIT_STD * jax.random.normal(key, (size, dim), out_sharding=EMBED)
         self.embedding = nnx.Param(table.astype(dtype))
 
     def __call__(self, ids: Int[Array, "B T"], dtype: str) -> Float[Array, "B T D"]:
-        # Whole rows first: with columns and batch on one axis XLA would copy activations about.
+        # Complete rows first: with columns and batch on one axis XLA would move activations.
         table = jax.sharding.reshard(self.embedding[...], P("tp", None))
         return table.at[ids].get(out_sharding=ACT).astype(dtype)
 
@@ -119,10 +120,10 @@ class RMSNorm(nnx.Module):
 
 
 class QKNorm(nnx.Module):
-    """LayerNorm of each head's vector; row s of the gains serves the s-th block of heads.
+    """Applies LayerNorm to each head's vector; row s of the gains applies to block s of heads.
 
-    The 30B was trained on four model-parallel shards with gains of their own: 64 heads and 4 rows
-    mean that row 0 serves heads 0..15, row 1 heads 16..31, and so on.
+    The 30B was trained on four model-parallel shards with separate gains: 64 heads and 4 rows mean
+    that row 0 applies to heads 0..15, row 1 to heads 16..31, and so on.
     """
 
     def __init__(self, shards: int, head_dim: int, *, eps: float, dtype: str):
@@ -141,7 +142,7 @@ class QKNorm(nnx.Module):
 def matmul(
     x: Float[Array, "B T I"], kernel: Float[Array, "I O"], out: P, *, dtype: DTypeLike
 ) -> Float[Array, "B T O"]:
-    """x @ kernel, summed into `dtype` and laid out as `out`."""
+    """Return x @ kernel, summed in `dtype` and sharded as `out`."""
     # Over rows, not [B, T]: with three axes XLA on CPUs transposes all of the gradient of y.
     rows, tokens, din = x.shape
     flat = jnp.reshape(x, (rows * tokens, din), out_sharding=_rows(jax.typeof(x).sharding.spec))
@@ -152,7 +153,7 @@ def matmul(
 def rope_angles(
     positions: Int[Array, "B T"], *, head_dim: int, theta: float
 ) -> tuple[Float[Array, "B 1 T J"], Float[Array, "B 1 T J"]]:
-    """Cosine and sine of position * theta^(-2j/H) for j < J = H/2, in fp32."""
+    """Return cosine and sine of position * theta^(-2j/H) for j < J = H/2, in fp32."""
     frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angle = positions[:, None, :, None].astype(jnp.float32) * frequency
     return jnp.cos(angle), jnp.sin(angle)
@@ -161,23 +162,23 @@ def rope_angles(
 def rope(
     x: Float[Array, "B N T H"], cos: Float[Array, "B 1 T J"], sin: Float[Array, "B 1 T J"]
 ) -> Float[Array, "B N T H"]:
-    """Turns the pairs (x[j], x[j + H/2]): the layout of HF, not Meta's (x[2j], x[2j + 1])."""
+    """Rotate the pairs (x[j], x[j + H/2]): the layout of HF, not Meta's (x[2j], x[2j + 1])."""
     first, second = jnp.split(x.astype(jnp.float32), 2, -1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
     return turned.astype(x.dtype)
 
 
 def dropout(x: Float[Array, "B T I"], rate: float, *, key: PRNGKeyArray) -> Float[Array, "B T I"]:
-    """Zeroes a share `rate` of the entries and scales the rest, so that the mean stays."""
-    # Without out_sharding every device would draw the mask of the whole batch.
+    """Zero a share `rate` of the entries and scale the rest, so that the mean is unchanged."""
+    # Without out_sharding every device would draw the mask of the complete batch.
     shape, sharding = x.shape, jax.typeof(x).sharding
 
     def kept(key: PRNGKeyArray) -> Bool[Array, "B T I"]:
         return jax.random.bernoulli(key, 1 - rate, shape, out_sharding=sharding)
 
     def kept_on_cpu(key: PRNGKeyArray) -> Bool[Array, "B T I"]:
-        # A word of 32 bits serves two tokens, since drawing takes the time there; the rate is right
-        # to 2^-17. TPUs would copy the halves about.
+        # 32 random bits are used for two tokens, since drawing them takes most of the time there;
+        # the rate is exact to 2^-17. TPUs would have to copy the halves.
         half = (shape[0], (shape[1] + 1) // 2, shape[2])
         words = jax.random.bits(key, half, jnp.uint32, out_sharding=sharding)
         halves = jnp.concatenate([words & 0xFFFF, words >> 16], axis=1)[:, : shape[1]]
@@ -198,21 +199,21 @@ def _per_head(gains: Float[Array, "C H"], heads: int) -> Float[Array, "N 1 H"]:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class HeadWeights:
-    """The matrix to logits; `image`: fp32 columns in place of the kernel's, where those train."""
+    """Holds the output projection; `image`: fp32 columns that replace the kernel's if trained."""
 
-    kernel: Any  # [D, V]; a gradient or a sharding where a transformation builds one of those
+    kernel: Any  # [D, V]; or a gradient or a sharding, where a transformation builds this class
     image: Any  # [D, C] or None
 
 
 def image_token_columns(kernel: Float[Array, "D V"], codes: int) -> Float[Array, "D C"]:
-    """The columns of the image codes, in fp32."""
-    whole = jax.sharding.reshard(kernel, P("fsdp", None))  # 4 is no border of a shard
+    """Return the columns of the image codes, in fp32."""
+    whole = jax.sharding.reshard(kernel, P("fsdp", None))  # 4 is not at a shard boundary
     columns = whole[:, IMAGE_START : IMAGE_START + codes].astype(jnp.float32)
     return jax.sharding.reshard(columns, UP)
 
 
 def full_kernel(head: HeadWeights) -> Float[Array, "D V"]:
-    """One matrix, the image columns at their ids; the kernel itself where none are apart."""
+    """Return one matrix with the image columns at their ids; the kernel where there are none."""
     if head.image is None:
         return head.kernel
     codes, size = head.image.shape[1], head.kernel.shape[1]

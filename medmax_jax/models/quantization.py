@@ -1,12 +1,12 @@
-"""The frozen matrices of the layers in 8 or 4 bits, as the layers read them.
+"""Stores the frozen matrices of the layers in 8 or 4 bits, in the format the layers read.
 
     int8   [I, O]  ->  qvalue int8 [I, O],      scale fp32 [1, O]       greatest of a column / 127
     nf4    [I, O]  ->  qvalue uint8 [I / 2, O], scale fp32 [I / 64, O]  greatest of 64 rows
     int4   as nf4, its sixteen values -8 .. 7 instead of the quantiles; greatest of 64 rows / 7.5
 
-convert/quantize.py makes them, on the host and once: a chip never holds all of the model in bf16.
+convert/native.py creates them once, on the host: a chip never holds the complete model in bf16.
 The codes of rows 2k and 2k + 1 share a byte, the first in its low half, since not every backend has
-uint4. Embeddings, norms and head stay as they are.
+uint4. Embeddings, norms and head are not quantized.
 """
 
 import jax
@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
-PACKED = ("nf4", "int4")  # two codes a byte
+PACKED = ("nf4", "int4")  # two codes per byte
 TILE = 64  # rows that share a scale in those, as in QLoRA (arXiv:2305.14314, section 4)
 MATRICES = frozenset(
     [f"layers.self_attn.{name}.kernel" for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
@@ -31,7 +31,7 @@ NF4 = (  # the quantiles of a normal distribution: QLoRA, appendix E
 
 
 class QuantizedMatrix(nnx.Module):
-    """A quantised kernel [I, O]; its codes come from a checkpoint."""
+    """Holds a quantized kernel [I, O]; its codes come from a checkpoint."""
 
     def __init__(self, din: int, dout: int, *, spec: P, kind: str):
         rows, dtype = (din // 2, jnp.uint8) if kind in PACKED else (din, jnp.int8)
@@ -41,7 +41,7 @@ class QuantizedMatrix(nnx.Module):
         self.kind = kind
 
     def dequantize(self, dtype: DTypeLike) -> Float[Array, "I O"]:
-        """The matrix, computed in fp32 and rounded once."""
+        """Return the matrix, computed in fp32 and rounded once."""
         codes, scale = self.qvalue[...], self.scale[...]
         if self.kind == "int8":
             return (codes.astype(jnp.float32) * scale).astype(dtype)
@@ -56,12 +56,12 @@ class QuantizedMatrix(nnx.Module):
 
 
 def _int4_value(codes: Shaped[Array, "..."]) -> Float[Array, "..."]:
-    """Half a byte in two's complement: 0 .. 7 -> 0 .. 7, 8 .. 15 -> -8 .. -1."""
+    """Decode half a byte in two's complement: 0 .. 7 -> 0 .. 7, 8 .. 15 -> -8 .. -1."""
     return (codes.astype(jnp.int32) ^ 8).astype(jnp.float32) - 8
 
 
 def _nf4_value(codes: Shaped[Array, "..."]) -> Float[Array, "..."]:
-    """NF4[codes] by comparisons: a gather would need to know how the codes are sharded."""
+    """Return NF4[codes] by comparisons: a gather would depend on how the codes are sharded."""
     value = jnp.full_like(codes, NF4[0], dtype=jnp.float32)
     for code, each in enumerate(NF4[1:], start=1):
         value = jnp.where(codes == code, each, value)

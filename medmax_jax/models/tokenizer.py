@@ -1,12 +1,13 @@
-"""Text <-> token ids, and the one place where text and image codes become a sequence.
+"""Converts text to token ids and back, and builds token sequences from text and image codes.
 
     document_ids  "Is it a CT? <image>" + codes  ->  BOS | Is it a CT? | BOI c+4 c+4 ... EOI | EOS
     prompt_ids    ["Is it a CT?", codes]         ->  BOS | Is it a CT? | BOI c+4 c+4 ... EOI | SEP
 
-The file is a Hugging Face `tokenizers` JSON of the Chameleon family: byte-level BPE whose
-vocabulary also holds the specials and image names at the ids of `vocab.py`. Meta's
-`text_tokenizer.json`, MedMax's `text_tokenizer_modified.json`, the HF `tokenizer.json` and the
-shipped tiny one all load; any other file is refused with what is wrong with it.
+Only this module joins text and image codes. The file is a Hugging Face `tokenizers` JSON of the
+Chameleon family: byte-level BPE whose vocabulary also has the special tokens and image names at the
+ids of `vocab.py`. Meta's `text_tokenizer.json`, MedMax's `text_tokenizer_modified.json`, the HF
+`tokenizer.json` and the included tiny one can all be loaded; any other file raises an error that
+states what is wrong with it.
 """
 
 import hashlib
@@ -27,28 +28,28 @@ from medmax_jax.models import vocab as vocabulary
 from medmax_jax.models.vocab import BOI, BOS, EOI, EOS, IMAGE, PAD, SEP
 
 IMAGE_NAME, SEP_NAME = "<image>", "<reserved08706>"
-UNMODIFIED_IMAGE_NAME = "<reserved08707>"  # what Meta's own file calls id 8711
-# Names that every file of the family surely has. The others (<unk>, sentinels, <reservedN>) may
-# be missing, but where they stand they must stand at their ids.
+UNMODIFIED_IMAGE_NAME = "<reserved08707>"  # the name of id 8711 in Meta's own file
+# Names that every file of the family must have. The others (<unk>, sentinels, <reservedN>) may be
+# missing, but where present they must have their ids.
 _REQUIRED = ("<s>", "<pad>", "</s>", "<eoss>", "<racm3:break>", SEP_NAME, IMAGE_NAME)
-# Chameleon's pre-tokeniser, in order; single digits, single punctuation and GPT-2's split follow.
+# Chameleon's pre-tokenizer, in order; single digits, single punctuation and GPT-2's split follow.
 _SPLITS = (
     r"(<sentinel:[0-9]+>)",
     r"(IMGIMG)((A|B|C|D|E|F|G|H|I){1,4})Z",  # A..I: nine letters, as released, though names use ten
     r"([\t\n]|    |  )",
 )
 MAX_ID = BOUNDS["vocab.size"][1]
-_MIN_PAIR_COUNT = 2  # a pair seen once is a quirk of one document
+_MIN_PAIR_COUNT = 2  # a pair seen once is specific to one document
 
 
 class TokenizerError(FileError):
-    """A tokenizer file that does not fit the vocabulary, or a text that cannot become tokens."""
+    """Raised for a tokenizer file that does not fit the vocabulary, or an invalid text."""
 
 
 class Tokenizer:
-    """A loaded tokenizer file. `fingerprint`: sha256 of the file's bytes.
+    """Encodes and decodes text with a tokenizer file. `fingerprint`: sha256 of the file's bytes.
 
-    `barred`: text ids whose names keep them out of generated text, see `vocab.is_barred_name`.
+    `barred`: text ids whose names exclude them from generated text, see `vocab.is_barred_name`.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, vocab: Vocab, fingerprint: str):
@@ -65,7 +66,7 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: str | Path, vocab: Vocab) -> "Tokenizer":
-        """Loads and checks a tokenizer JSON; raises TokenizerError on one that does not fit."""
+        """Load and check a tokenizer JSON; raise TokenizerError on one that does not fit."""
         try:
             raw = Path(path).read_bytes()
         except OSError as error:
@@ -84,11 +85,14 @@ class Tokenizer:
         return cls(backend, vocab, hashlib.sha256(raw).hexdigest())
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, nothing added; `<image>` in it is 8711, `<reserved08706>` is 8710."""
+        """Return the ids of a text, nothing added.
+
+        `<image>` in the text becomes 8711, `<reserved08706>` becomes 8710.
+        """
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of ids. BOS, PAD and EOS are silent; every other special appears by its name."""
+        """Return the text of ids without BOS, PAD and EOS; other special tokens appear by name."""
         shown = [int(i) for i in ids if i not in (BOS, PAD, EOS)]
         return self._backend.decode(shown, skip_special_tokens=False)
 
@@ -96,11 +100,11 @@ class Tokenizer:
 def document_ids(
     tokenizer: Tokenizer, text: str, codes: Int[np.ndarray, "K"] | None, vocab: Vocab
 ) -> Int32[np.ndarray, "T"]:
-    """A whole document: BOS, the text with each `<image>` replaced by the image, EOS.
+    """Return a complete document: BOS, the text with each `<image>` replaced by the image, EOS.
 
     With text ids 8720.. and an image of two codes:
         document_ids(t, "A CT<image>", [7, 0], v)  ->  [0, 8745, 8761, 8197, 11, 4, 8196, 2]
-    Raises TokenizerError when text and image do not match, or when the text writes a control
+    Raises TokenizerError when text and image do not match, or when the text contains a control
     token other than `<image>` and `<reserved08706>`.
     """
     ids = np.asarray(tokenizer.encode(text), np.int32)
@@ -121,7 +125,7 @@ def document_ids(
 def prompt_ids(
     tokenizer: Tokenizer, segments: Sequence[str | np.ndarray], vocab: Vocab, end_of_turn: bool
 ) -> Int32[np.ndarray, "T"]:
-    """BOS, the segments in order (a str, or an array of VQ codes), then SEP if `end_of_turn`."""
+    """Return BOS, the segments in order (str or array of VQ codes), then SEP if `end_of_turn`."""
     parts: list[Any] = [[BOS]]
     for segment in segments:
         if isinstance(segment, str):
@@ -141,9 +145,9 @@ def prompt_ids(
 def split_segments(
     ids: Int[np.ndarray, "T"], vocab: Vocab
 ) -> list[tuple[str, Int32[np.ndarray, "_"]]]:
-    """The sequence as ("text", ids) and ("image", codes) in order.
+    """Split a sequence into ("text", ids) and ("image", codes) in order.
 
-    Each run of image codes is one image, finished or not. BOS, PAD, EOS, BOI and EOI belong to no
+    Each run of image codes is one image, complete or not. BOS, PAD, EOS, BOI and EOI belong to no
     segment; SEP is text.
         [0, 8745, 8197, 11, 4, 8196, 8761, 2]
         ->  [("text", [8745]), ("image", [7, 0]), ("text", [8761])]
@@ -162,10 +166,10 @@ def split_segments(
 
 
 def train(texts: Iterable[str], vocab: Vocab) -> str:
-    """The JSON of a tokenizer of the Chameleon family whose text BPE is learnt from `texts`.
+    """Train the text BPE of a Chameleon-family tokenizer on `texts`; return its JSON.
 
     All 256 bytes come first ("!" is `vocab.text_start`, as released), then merges up to
-    `vocab.size`, fewer when the texts have no more. Deterministic.
+    `vocab.size`, fewer when the texts have no more. The result is deterministic.
     """
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = _pre_tokenizer()
@@ -183,7 +187,7 @@ def train(texts: Iterable[str], vocab: Vocab) -> str:
     names = vocabulary.special_names(vocab.text_start)
     names |= {name: vocab.text_start + i for name, i in learnt}
     spec["model"]["vocab"] = names
-    # Only these two are special inside a text: nobody can type an end of document.
+    # Only these two are special inside a text: no input text can contain an end of document.
     spec["added_tokens"] = [_added(SEP_NAME, SEP), _added(IMAGE_NAME, IMAGE)]
     return json.dumps(spec, ensure_ascii=False, indent=0) + "\n"
 
@@ -227,7 +231,7 @@ def _literal(name: str) -> tokenizers.AddedToken:
 
 
 def parse_spec(raw: bytes, where: object) -> dict[str, Any]:
-    """Return the JSON of a tokenizer file: byte-level BPE whose ids are whole numbers.
+    """Return the JSON of a tokenizer file: byte-level BPE whose ids are integers.
 
     Raises TokenizerError naming `where` on anything else.
     """

@@ -1,4 +1,4 @@
-"""Every id of the Chameleon vocabulary, and which of them mean what.
+"""Defines every id of the Chameleon vocabulary and its meaning.
 
 | ids               | meaning                                                          |
 |-------------------|------------------------------------------------------------------|
@@ -11,8 +11,8 @@
 | 8712 .. text_start-1 | <reservedN>, id = N + 4 (release: up to 16383; tiny: none)    |
 | text_start .. size-1 | text BPE (release: 16384 .. 65535, "!" = 16384; tiny: from 8712) |
 
-Sources: Meta's Chameleon vocabulary and MedMax's tokenisation script. (HF config.json says
-bos_token_id 1: a stale default.)
+"release" is the MedMax release. Sources: Meta's Chameleon vocabulary and MedMax's tokenization
+script. (HF config.json has bos_token_id 1, which is a stale default.)
 """
 
 from collections.abc import Sequence
@@ -34,12 +34,12 @@ MAX_IMAGE_CODES = 8192
 
 
 def image_token_name(code: int) -> str:
-    """The checkpoint's name of a VQ code: decimal digits as letters A=0 .. J=9. 53 -> IMGIMGFDZ."""
+    """Return the checkpoint's name of a VQ code: decimal digits as A=0 .. J=9. 53 -> IMGIMGFDZ."""
     return "IMGIMG" + "".join(chr(ord("A") + int(d)) for d in str(code)) + "Z"
 
 
 def special_names(text_start: int) -> dict[str, int]:
-    """Name -> id of everything below `text_start`, the first text id; image codes included."""
+    """Map name to id for all ids below `text_start`, the first text id; with the image codes."""
     names = {"<s>": BOS, "<pad>": PAD, "</s>": EOS, "<unk>": UNK}
     names |= {image_token_name(c): c + IMAGE_START for c in range(MAX_IMAGE_CODES)}
     names |= {"<eoss>": EOI, "<racm3:break>": BOI}
@@ -50,26 +50,26 @@ def special_names(text_start: int) -> dict[str, int]:
 
 
 def is_image(ids: Int[Any, "*T"], vocab: Vocab) -> Bool[Any, "*T"]:
-    """True at image codes (BOI and EOI are not codes). Works on numpy and on jax arrays."""
+    """Return True at image codes (BOI and EOI are not codes), for NumPy and JAX arrays."""
     return (ids >= IMAGE_START) & (ids < IMAGE_START + vocab.image_codes)
 
 
 def image_mask(vocab: Vocab) -> Bool[np.ndarray, "V"]:
-    """True at the ids that are image codes of this family member."""
+    """Return True at the ids that are image codes of this family member."""
     return is_image(np.arange(vocab.size), vocab)
 
 
 def is_barred_name(name: str) -> bool:
-    """Return whether the release bars a token of this name from generated text.
+    """Return whether the MedMax release excludes a token of this name from generated text.
 
-    Its `special_tokens` are all names that begin with "<", except "<" itself: also real tokens of
-    the text BPE, such as "</" or "<sub>".
+    Its `special_tokens` are all names that begin with "<", except "<" itself: this includes real
+    tokens of the text BPE, such as "</" or "<sub>".
     """
     return name.startswith("<") and name != "<"
 
 
 def text_mask(vocab: Vocab, barred: Sequence[int] = ()) -> Bool[np.ndarray, "V"]:
-    """True at the ids that a text decoder may write: EOS and the BPE ids but the barred ones.
+    """Return True at the ids that a text decoder may generate: EOS and unbarred BPE ids.
 
     barred: ids whose names are barred (`Tokenizer.barred`); () where there is no tokenizer.
     """
@@ -80,7 +80,7 @@ def text_mask(vocab: Vocab, barred: Sequence[int] = ()) -> Bool[np.ndarray, "V"]
 
 
 def codes_to_ids(codes: Int[np.ndarray, "*K"], vocab: Vocab) -> Int[np.ndarray, "*K"]:
-    """VQ codes to token ids; raises ValueError on a code outside the codebook."""
+    """Convert VQ codes to token ids; raise ValueError on a code outside the codebook."""
     codes = np.asarray(codes)
     if codes.size and (codes.min() < 0 or codes.max() >= vocab.image_codes):
         raise ValueError(
@@ -91,7 +91,7 @@ def codes_to_ids(codes: Int[np.ndarray, "*K"], vocab: Vocab) -> Int[np.ndarray, 
 
 
 def ids_to_codes(ids: Int[np.ndarray, "*K"], vocab: Vocab) -> Int[np.ndarray, "*K"]:
-    """Token ids to VQ codes; raises ValueError on an id that is no image code."""
+    """Convert token ids to VQ codes; raise ValueError on an id that is not an image code."""
     ids = np.asarray(ids)
     if not is_image(ids, vocab).all():
         bad = ids[~is_image(ids, vocab)][0]
@@ -102,7 +102,7 @@ def ids_to_codes(ids: Int[np.ndarray, "*K"], vocab: Vocab) -> Int[np.ndarray, "*
 
 
 def check_ids(ids: Int[np.ndarray, "*T"], vocab: Vocab, *, where: str) -> None:
-    """Raises ValueError when an id lies outside the vocabulary; `where` names the document."""
+    """Raise ValueError when an id is outside the vocabulary; `where` is the document's name."""
     ids = np.asarray(ids)
     if ids.size and (ids.min() < 0 or ids.max() >= vocab.size):
         bad = ids[(ids < 0) | (ids >= vocab.size)][0]

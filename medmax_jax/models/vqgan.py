@@ -1,4 +1,4 @@
-"""The image tokenizer: Chameleon's VQGAN, pixels <-> a raster of codes.
+"""Defines Chameleon's VQGAN, the image tokenizer: pixels <-> a raster of codes.
 
     pixels b h w 3 --Encoder--> b i j Z --quant_conv--> b i j E --nearest row--> codes b i j
     codes b i j --row--> b i j E --post_quant_conv--> b i j Z --Decoder--> pixels b h w 3
@@ -8,8 +8,8 @@
     lowest level                     mid: block_1 attn_1 block_2   mid: block_1 attn_1 block_2
 
 Names are the checkpoint's (`encoder.down.0.block.0.conv1`; `decoder.up.0` is the full size),
-kernels are HWIO. Everything up to the codes runs in fp32 at the highest precision: a rounded
-product can move a patch to another code, and codes are what the language model reads.
+kernels are HWIO. All operations up to the codes run in fp32 at the highest precision: a rounded
+product can move a patch to another code, and codes are the input of the language model.
 """
 
 import os
@@ -32,12 +32,12 @@ PICTURE = jax.lax.Precision.HIGH  # decoder on TPU: three passes are enough for 
 
 
 def create(config: VQ, *, key: jax.Array) -> "VQGAN":
-    """Random weights, replicated over the ambient mesh if there is one."""
+    """Create random weights, replicated over the ambient mesh if there is one."""
     return jax.jit(lambda key: VQGAN(config, rngs=nnx.Rngs(key)))(key)
 
 
 def abstract(config: VQ, *, decoder: bool = True) -> "VQGAN":
-    """The same tree as ShapeDtypeStructs, replicated over the ambient mesh if there is one."""
+    """Return the model tree with ShapeDtypeStructs, replicated over any ambient mesh."""
     like = jax.eval_shape(lambda: VQGAN(config, rngs=nnx.Rngs(0), decoder=decoder))
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
@@ -59,10 +59,10 @@ def load(file: str | os.PathLike, config: VQ) -> "VQGAN":
 
 
 def check_blocks(names: Iterable[str], config: VQ, where: object) -> None:
-    """Raise WeightsError where the config has residual blocks that the weights have not.
+    """Raise WeightsError where the config has residual blocks that the weights do not have.
 
-    Tracing a net takes some 50 ms a block, so this comes before one is made of a config from
-    elsewhere. `names` are those of this project or of taming-transformers.
+    Tracing a network takes some 50 ms per block, so this check runs before a network is built from
+    an external config. `names` are those of this project or of taming-transformers.
     """
     have = {name.rpartition(".")[0] for name in names}
     wanted = [
@@ -79,25 +79,25 @@ def check_blocks(names: Iterable[str], config: VQ, where: object) -> None:
 
 @jax.jit
 def encode(model: "VQGAN", pixels: Float[Array, "b h w 3"]) -> Int[Array, "b i j"]:
-    """Pixels in [-1, 1] to codes; row-major, so codes.reshape(b, -1) is the token order."""
+    """Encode pixels in [-1, 1] to codes; codes.reshape(b, -1) is the token order (row-major)."""
     return model.quantize.nearest(model.latents(pixels))
 
 
 @jax.jit
 def decode_codes(model: "VQGAN", codes: Int[Array, "b i j"]) -> Float[Array, "b h w 3"]:
-    """Codes to pixels, about [-1, 1]; `to_uint8` clamps."""
+    """Decode codes to pixels, about [-1, 1]; `to_uint8` clamps."""
     return model.pixels(model.quantize.rows(codes))
 
 
 def to_uint8(pixels: Float[Array, "*shape"]) -> UInt8[Array, "*shape"]:
-    """[-1, 1] to 0..255, clamped and truncated as Meta's decoder does. 0.999 -> 254, -1 -> 0."""
+    """Map [-1, 1] to 0..255, clamped and truncated as in Meta's decoder. 0.999 -> 254, -1 -> 0."""
     return ((jnp.clip(pixels, -1, 1) + 1) / 2 * 255).astype(jnp.uint8)
 
 
 class VQGAN(nnx.Module):
-    """encoder, quant_conv, quantize, post_quant_conv, decoder: the whole checkpoint.
+    """Combines encoder, quant_conv, quantize, post_quant_conv and decoder: the full checkpoint.
 
-    Without a decoder it turns pixels into codes, and `decode_codes` cannot be called.
+    Without a decoder it converts pixels to codes, and `decode_codes` cannot be called.
     """
 
     def __init__(self, config: VQ, *, rngs: nnx.Rngs, decoder: bool = True):
@@ -110,28 +110,28 @@ class VQGAN(nnx.Module):
 
     @property
     def has_decoder(self) -> bool:
-        """Whether codes can be turned into images."""
+        """Return whether codes can be decoded to images."""
         return self.decoder is not None
 
     def latents(self, pixels: Float[Array, "b h w 3"]) -> Float[Array, "b i j E"]:
-        """What the codebook is asked for."""
+        """Return the latents whose nearest codebook rows are looked up."""
         return self.quant_conv(self.encoder(pixels))
 
     def quantized(
         self, pixels: Float[Array, "b h w 3"]
     ) -> tuple[Float[Array, "b i j E"], Int[Array, "b i j"], Float[Array, "b i j E"]]:
-        """(latents, codes, their codebook rows), for training."""
+        """Return (latents, codes, their codebook rows), for training."""
         latents = self.latents(pixels)
         codes = self.quantize.nearest(jax.lax.stop_gradient(latents))
         return latents, codes, self.quantize.rows(codes)
 
     def pixels(self, rows: Float[Array, "b i j E"]) -> Float[Array, "b h w 3"]:
-        """The picture of a raster of codebook rows."""
+        """Return the image of a raster of codebook rows."""
         return self.decoder(self.post_quant_conv(rows))
 
 
 class Codebook(nnx.Module):
-    """num_codes rows of width E; a latent takes the nearest one."""
+    """Holds num_codes rows of width E; a latent is assigned the nearest one."""
 
     def __init__(self, num_codes: int, embed_dim: int, *, rngs: nnx.Rngs):
         start = jax.random.uniform(
@@ -140,14 +140,14 @@ class Codebook(nnx.Module):
         self.embedding = nnx.Param(start)
 
     def nearest(self, z: Float[Array, "b i j E"]) -> Int[Array, "b i j"]:
-        """argmin of |z - e|^2 in fp32; the lowest code wins a tie."""
+        """Return the argmin of |z - e|^2 in fp32; the lowest code wins a tie."""
         z, table = z.astype(jnp.float32), self.embedding[...].astype(jnp.float32)
         dots = jnp.einsum("bije,ke->bijk", z, table, precision=EXACT)
         squares = (z**2).sum(-1, keepdims=True) + (table**2).sum(-1)
         return jnp.argmin(squares - 2 * dots, axis=-1)  # [b, i, j]
 
     def rows(self, codes: Int[Array, "b i j"]) -> Float[Array, "b i j E"]:
-        """The rows of the codes, sharded like them."""
+        """Return the rows of the codes, with the sharding of the codes."""
         sharding = jax.typeof(codes).sharding
         if sharding.mesh.empty:
             return self.embedding[...][codes]
@@ -155,7 +155,7 @@ class Codebook(nnx.Module):
 
 
 class Parts(NamedTuple):
-    """What every layer of one half is made with."""
+    """Builds the layers of one half of the model with shared settings."""
 
     rngs: nnx.Rngs
     precision: jax.lax.Precision
@@ -176,7 +176,7 @@ class Parts(NamedTuple):
 
 
 class Encoder(nnx.Module):
-    """Pixels to latents of Z channels at 1 / 2^(levels - 1) of the size."""
+    """Encodes pixels to latents of Z channels at 1 / 2^(levels - 1) of the size."""
 
     def __init__(self, config: VQ, parts: Parts):
         widths = [config.channels * m for m in config.channel_mult]
@@ -200,7 +200,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Latents of Z channels to pixels."""
+    """Decodes latents of Z channels to pixels."""
 
     def __init__(self, config: VQ, parts: Parts):
         widths = [config.channels * m for m in config.channel_mult]
@@ -224,7 +224,7 @@ class Decoder(nnx.Module):
 
 
 class Level(nnx.Module):
-    """Residual blocks at one size, then a change of size (`downsample`, `upsample` or none)."""
+    """Applies residual blocks at one size, then `downsample`, `upsample` or no change of size."""
 
     def __init__(self, widths: list[int], out: int, change: str | None, parts: Parts):
         self.block = nnx.List([ResBlock(w, out, parts) for w in widths])
@@ -240,7 +240,7 @@ class Level(nnx.Module):
 
 
 class Mid(nnx.Module):
-    """Block, attention over all places, block."""
+    """Applies a residual block, attention over all positions, and another residual block."""
 
     def __init__(self, width: int, parts: Parts):
         self.block_1 = ResBlock(width, width, parts)
@@ -252,7 +252,10 @@ class Mid(nnx.Module):
 
 
 class ResBlock(nnx.Module):
-    """x + conv(swish(norm(conv(swish(norm(x)))))); a 1x1 `nin_shortcut` where the width changes."""
+    """Computes x + conv(swish(norm(conv(swish(norm(x)))))).
+
+    A 1x1 convolution `nin_shortcut` is applied to x where the width changes.
+    """
 
     def __init__(self, width: int, out: int, parts: Parts):
         self.norm1 = parts.norm(width)
@@ -268,7 +271,7 @@ class ResBlock(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """One head over all places of an image, on a residual branch."""
+    """Applies single-head attention over all positions of an image, on a residual branch."""
 
     def __init__(self, width: int, parts: Parts):
         self.norm = parts.norm(width)
@@ -288,7 +291,7 @@ class Attention(nnx.Module):
 
 
 class Downsample(nnx.Module):
-    """Half the size; the padding is one row below and one column right, as in the checkpoint."""
+    """Halves the size; padding is one row below and one column right, as in the checkpoint."""
 
     def __init__(self, width: int, parts: Parts):
         self.conv = nnx.Conv(
@@ -306,7 +309,7 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Twice the size by repeating every place, then a convolution."""
+    """Doubles the size by repeating every position, then applies a convolution."""
 
     def __init__(self, width: int, parts: Parts):
         self.conv = parts.conv(width, width, 3)

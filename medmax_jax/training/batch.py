@@ -1,4 +1,4 @@
-"""The batch of one training step, its counts, and what training asks of whoever makes batches."""
+"""Defines the batch of one training step, its counts, and the interface of a batch loader."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -14,31 +14,31 @@ MAX_GROUPS = 128  # pairs of source and task at most; MedMax has 13 x 6
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Batch:
-    """Rows of one step: numpy here, global arrays after `mesh.put_batch`."""
+    """Holds the rows of one step: NumPy here, global arrays after `sharding.shard_batch`."""
 
     ids: Int32[Array | np.ndarray, "B T"]
     segments: Int32[Array | np.ndarray, "B T"]  # 0 padding, documents 1..n in each row
     positions: Int32[Array | np.ndarray, "B T"]  # within the document
     weights: Float32[Array | np.ndarray, "B T"]  # of the loss of predicting this token
-    kinds: Int32[Array | np.ndarray, "B T"]  # of the document, a place in `Batches.kinds`
+    kinds: Int32[Array | np.ndarray, "B T"]  # of the document, an index into `BatchSource.kinds`
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchStats:
-    """What the batch of one step holds, over all hosts."""
+    """Holds the counts of the batch of one step, over all hosts."""
 
     epoch: int  # of the first row
     documents: int
     scored_text: int  # tokens
     scored_image: int
-    tokens: int  # padding apart
-    squared_lengths: int  # sum of the squared lengths: over `tokens`, how far attention looks
-    fill: float  # tokens over places
+    tokens: int  # without padding
+    squared_lengths: int  # sum of the squared lengths; over `tokens`: the mean attended length
+    fill: float  # tokens over positions
 
 
 @runtime_checkable
 class DocumentSource(Protocol):
-    """The records that training reports on: columns by name, and documents by number."""
+    """Defines the records that training reports on: columns by name, and documents by number."""
 
     index: Mapping[str, np.ndarray] | np.ndarray
     fingerprint: str
@@ -51,7 +51,7 @@ class DocumentSource(Protocol):
 
 @runtime_checkable
 class BatchSource(Protocol):
-    """What training requires of a loader; data/loader.py has the one that reads records."""
+    """Defines what training requires of a loader; data/loader.py has one that reads records."""
 
     records: DocumentSource
     plan: str  # fingerprint of the packing plan of epoch 0
@@ -73,7 +73,7 @@ class BatchSource(Protocol):
         """Return the names of the documents of a step."""
 
     def describe(self) -> list[str]:
-        """Return what an epoch holds, one line of the log each."""
+        """Return a description of an epoch, one line of the log each."""
 
     def epoch_tokens(self) -> int:
         """Return the tokens of the documents that the run may draw."""

@@ -1,4 +1,4 @@
-"""Cross-entropy over the whole vocabulary: no logits in memory, no gradient that nobody asked for.
+"""Computes cross-entropy over the full vocabulary without storing logits or unused gradients.
 
     device of fsdp i, tp j holds     rows of the batch [b, T, D]      kernel [D / fsdp, V / tp]
     all_to_all over fsdp                                              kernel [D, V / (tp fsdp)]
@@ -8,8 +8,9 @@
         d loss / d hidden            its slice's part, summed and scattered over fsdp, over tp
 
 The head is never gathered, logits exist for one chunk at a time, and the gradient of the hidden
-states is made in the forward pass, where the logits are, so the backward pass only scales it. Of
-the head, a gradient is made for the columns that train: none, all, or those of image codes.
+states is computed in the forward pass, where the logits are, so the backward pass only scales it.
+For the head, a gradient is computed only for the columns that train: none, all, or those of image
+codes.
 """
 
 import functools
@@ -22,9 +23,9 @@ from medmax_jax.models.layers import HeadWeights
 from medmax_jax.models.vocab import IMAGE_START
 from medmax_jax.sharding import ACT, BATCH, UP
 
-# What a device works on at a time. 2**24 fp32 logits are 64 MiB, which stay in the VMEM of a v5e
-# (2**25 cost 15 % more by the compiler's count); under 1,024 tokens reading the kernel would cost
-# more than the product.
+# The size of a chunk. 2**24 fp32 logits are 64 MiB, which stay in the VMEM of a v5e (2**25 cost
+# 15 % more by the compiler's count); under 1,024 tokens reading the kernel would cost more than the
+# product.
 CHUNK_LOGITS, CHUNK_TOKENS = 2**24, 1_024
 SLICES = ("tp", "fsdp")  # axes that split the vocabulary here
 
@@ -38,7 +39,7 @@ def weighted_nll(
     trains_kernel: bool,
     chunks: int,
 ) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
-    """(sum of weights x nll, nll), nll[b, t] = -log p(targets[b, t] | hidden[b, t]) in fp32.
+    """Return (sum of weights x nll, nll), nll[b, t] = -log p(targets[b, t] | hidden[b, t]) in fp32.
 
     The sum has gradients for hidden, for head.image and, with `trains_kernel`, for head.kernel;
     `nll` is for reports and has none. `chunks` divides the tokens of a device.
@@ -51,10 +52,10 @@ def weighted_nll(
 
 
 def num_chunks(hidden: Float[Array, "B T D"], kernel: Float[Array, "D V"]) -> int:
-    """The fewest chunks of a device's tokens within CHUNK_LOGITS, or else within CHUNK_TOKENS."""
+    """Return the fewest chunks of a device's tokens within CHUNK_LOGITS, or else CHUNK_TOKENS."""
     rows, length, _ = jax.typeof(hidden).sharding.shard_shape(hidden.shape)
     width, vocab = jax.typeof(kernel).sharding.shard_shape(kernel.shape)
-    gathered = kernel.shape[0] // width  # devices whose tokens come together
+    gathered = kernel.shape[0] // width  # devices whose tokens are gathered
     most = max(CHUNK_TOKENS, CHUNK_LOGITS * gathered // vocab)
     tokens = rows * length
     fitting = (c for c in range(1, tokens) if tokens % c == 0)
@@ -72,7 +73,7 @@ def _forward(how, head, hidden, targets, weights):
 
 
 def _backward(how, grads, cotangents):
-    scale = cotangents[0]  # nll has none
+    scale = cotangents[0]  # nll has no gradient
     d_hidden, d_kernel, d_image = jax.tree.map(
         lambda g: (g.astype(jnp.float32) * scale).astype(g.dtype), grads
     )
@@ -80,12 +81,12 @@ def _backward(how, grads, cotangents):
 
 
 def _run(how, head, hidden, targets, weights, *, grads: bool) -> tuple:
-    """(total, nll, d_hidden, d_kernel, d_image) by shard_map; None for what is not asked."""
+    """Return (total, nll, d_hidden, d_kernel, d_image) by shard_map; None for unused gradients."""
     trains_kernel, chunks = how
     wanted = (grads, grads and trains_kernel, grads and head.image is not None)
     specs = [BATCH] + [s for s, w in zip((ACT, UP, UP), wanted, strict=True) if w]
     local = functools.partial(_local, wanted=wanted, chunks=chunks)
-    # Gathered tokens vary over fewer axes than shard_map can see.
+    # Gathered tokens vary over fewer axes than shard_map can infer.
     run = jax.shard_map(
         local, 
         in_specs=(HeadWeights(UP, None if head.image is None else UP), ACT, BATCH, BATCH),
@@ -97,9 +98,9 @@ def _run(how, head, hidden, targets, weights, *, grads: bool) -> tuple:
 
 
 def _local(head, hidden, targets, weights, *, wanted: tuple, chunks: int) -> tuple:
-    """What one device computes of the whole."""
+    """Compute the part of one device."""
     kernel, ids, own = _columns(head, hidden.dtype)
-    start = 0 if wanted[1] else own  # first column whose gradient is asked
+    start = 0 if wanted[1] else own  # first column whose gradient is required
 
     def chunk(d_head, part):
         x, target, weight = (jax.lax.all_gather(p, "fsdp", tiled=True) for p in part)
@@ -141,9 +142,10 @@ def _local(head, hidden, targets, weights, *, wanted: tuple, chunks: int) -> tup
 
 
 def _columns(head: HeadWeights, dtype) -> tuple[Array, Array, int]:
-    """(matrix [D, v], the ids of its columns, how many are of the kernel) of this device.
+    """Return (matrix [D, v], the ids of its columns, how many are of the kernel) of this device.
 
-    Where image columns train, they stand after the kernel's, whose own have id -1.
+    Where image columns train, they follow those of the kernel, and the kernel's own image columns
+    have id -1.
     """
     kernel = _sliced(head.kernel, dtype)
     own = kernel.shape[1]
@@ -159,7 +161,7 @@ def _columns(head: HeadWeights, dtype) -> tuple[Array, Array, int]:
 
 
 def _sliced(matrix: Array, dtype) -> Array:
-    """[D / fsdp, v] -> [D, v / fsdp]: whole columns."""
+    """Reshard [D / fsdp, v] -> [D, v / fsdp], with complete columns."""
     return jax.lax.all_to_all(matrix.astype(dtype), "fsdp", 1, 0, tiled=True)
 
 
@@ -168,7 +170,7 @@ def _own_rows(gathered: Array, count: int) -> Array:
 
 
 def _back(matrix: Array, dtype) -> Array:
-    """The inverse of `_sliced`."""
+    """Invert `_sliced`."""
     return jax.lax.all_to_all(matrix.astype(dtype), "fsdp", 0, 1, tiled=True)
 
 

@@ -1,11 +1,11 @@
-"""Where a run's numbers go, and its seconds by purpose.
+"""Writes the metrics and the log of a run, and measures its seconds by purpose.
 
-    D/metrics.jsonl         a JSON object a line: {"kind": "train", "step": 120, "loss": 3.21, ...}
-    D/events.out.tfevents.* the same numbers for TensorBoard
+    D/metrics.jsonl         one JSON object per line: {"kind": "train", "step": 120, "loss": 3.21}
+    D/events.out.tfevents.* the same metrics for TensorBoard
     D/train.log             the lines that stdout shows, for runs without a terminal
 
-Every line is flushed at once. A resumed run drops what was written after the checkpoint it starts
-from, so that each step stands in the files once.
+Every line is flushed at once. A resumed run drops everything written after the checkpoint it starts
+from, so that each step is in the files once.
 """
 
 import contextlib
@@ -25,12 +25,12 @@ from medmax_jax.io.errors import printable_text
 from medmax_jax.io.text_files import TextFileError
 from medmax_jax.training.run_files import LogFile, damage_warning, metrics_lines
 
-# What the wall clock of a run is spent on; goodput is the share of `step`.
+# The purposes that the wall clock time of a run is split into; goodput is the share of `step`.
 BUCKETS = ("load", "compile", "data", "step", "eval", "sample", "checkpoint")
 
 
 class GoodputTimer:
-    """Seconds by purpose. goodput = the share of all time since the start that went into steps."""
+    """Measures seconds by purpose; goodput is the share of the time since the start in steps."""
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(BUCKETS, 0.0)
@@ -46,7 +46,7 @@ class GoodputTimer:
 
     @property
     def training(self) -> float:
-        """Seconds in steps and in waiting for their data: what a token rate divides by."""
+        """Return the seconds in steps and in waiting for their data: the divisor of token rates."""
         return self.seconds["step"] + self.seconds["data"]
 
     def report(self) -> dict[str, float]:
@@ -59,9 +59,9 @@ class GoodputTimer:
 
 
 class MetricWriter:
-    """The files of a run. Only process 0 writes; elsewhere every method does nothing.
+    """Writes the files of a run. Only process 0 writes; elsewhere every method does nothing.
 
-    `also`: gets (step, numbers by name) too, from process 0.
+    `also`: a function that process 0 also calls with (step, metrics by name).
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class MetricWriter:
             self.log_file = LogFile(os.path.join(folder, "train.log"), _print)
 
     def start(self, *, step: int, again: str = "") -> None:
-        """Opens the number files; drops what an earlier process wrote after `step`.
+        """Open the metrics files; drop what an earlier process wrote after `step`.
 
         `again`: a kind whose row of `step` itself will be written once more.
         """
@@ -88,13 +88,13 @@ class MetricWriter:
             self.board = tensorboardX.SummaryWriter(self.folder, purge_step=step + 1, flush_secs=5)
 
     def log(self, line: str) -> None:
-        """One line (or a table) to stdout and D/train.log."""
+        """Write one line (or a table) to stdout and D/train.log."""
         if self.writes:
             _print(line)
             self.log_file.write(line)
 
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:
-        """One row of D/metrics.jsonl, and a curve point each; NaN becomes null."""
+        """Write one row of D/metrics.jsonl, and a curve point for each value; NaN becomes null."""
         if self.writes:
             clean = {k: v if math.isfinite(v) else None for k, v in values.items()}
             self.jsonl.write(json.dumps({"kind": kind, "step": step} | clean))
@@ -113,9 +113,10 @@ class MetricWriter:
 
 
 def truncate_after_step(path: str, step: int, again: str = "") -> int:
-    """Keeps the rows of a JSONL file up to `step`; returns how many damaged lines it dropped.
+    """Keep the rows of a JSONL file up to `step`; return how many damaged lines it dropped.
 
-    `again`: rows of this kind only from before `step`. A torn last line goes too, uncounted.
+    `again`: rows of this kind are kept only from before `step`. An incomplete last line is dropped
+    too, but not counted.
     """
     if not os.path.exists(path):
         return 0
@@ -133,10 +134,11 @@ def _print(line: str) -> None:
 
 
 def format_step(step: int, steps: int, row: dict[str, float], *, eta: float) -> str:
-    """step 120/300 loss 3.2100 text 2.900 image 5.600 lr 1.0e-03 tok/s/chip 5,120 (5,505 with ..
+    """Format the line of a step: losses, rates, utilization, memory and the remaining time.
 
-    .. padding) fill 0.93 data 1% MFU 51.2% HFU 60.1% HBM 12.1 GiB eta 1:23. A chip without known
-    limits has no MFU, a device that does not tell its memory no HBM.
+    step 120/300 loss 3.2100 text 2.900 image 5.600 lr 1.0e-03 tok/s/chip 5,120 (5,505 with
+    padding) fill 0.93 data 1% MFU 51.2% HFU 60.1% HBM 12.1 GiB eta 1:23. A chip without known
+    limits has no MFU, and a device that does not report its memory has no HBM.
     """
     parts = [
         f"step {step}/{steps} {format_losses(row)} lr {row['lr']:.1e}",
@@ -152,14 +154,14 @@ def format_step(step: int, steps: int, row: dict[str, float], *, eta: float) -> 
 
 
 def format_losses(row: dict[str, float]) -> str:
-    """loss 3.2100 text 2.900 image 5.600; a dash where there were no such targets."""
+    """Format losses: loss 3.2100 text 2.900 image 5.600; a dash where there were no targets."""
     parts = (row["text_nll"], row["image_nll"])
     text, image = ("-" if math.isnan(nll) else f"{nll:.3f}" for nll in parts)
     return f"loss {row['loss']:.4f} text {text} image {image}"
 
 
 def format_duration(seconds: float) -> str:
-    """83 -> 1:23, 5025 -> 1:23:45."""
+    """Format seconds: 83 -> 1:23, 5025 -> 1:23:45."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
@@ -167,18 +169,18 @@ def format_duration(seconds: float) -> str:
 
 # ---- tracking ----
 #
-# Weights & Biases, for those who ask for it: the numbers of a run, never its texts or pictures.
+# Weights & Biases, optional: the metrics of a run, never its texts or images.
 #
-# The package is imported only then. What leaves is asked of medmax_jax/endpoints/egress.py first:
-# numbers made
-# from credentialed records are credentialed, and go to listed hosts only.
+# The package is imported only when requested. Before anything is sent,
+# medmax_jax/endpoints/egress.py checks it: metrics computed from credentialed records are
+# credentialed, and are sent to listed hosts only.
 
-SERVER = "https://api.wandb.ai"  # WANDB_BASE_URL in the environment names another
-SECTIONS = ("model", "lora", "mesh", "optim")  # of the config: no paths, nothing of the data
+SERVER = "https://api.wandb.ai"  # WANDB_BASE_URL in the environment overrides it
+SECTIONS = ("model", "lora", "mesh", "optim")  # of the config: no paths, nothing about the data
 
 
 class TrackingError(RuntimeError):
-    """Numbers that cannot be sent; the message says why and what to do."""
+    """Raised for metrics that cannot be sent; the message gives the reason and the fix."""
 
 
 def init_wandb(
@@ -191,7 +193,10 @@ def init_wandb(
     listed: Iterable[str],
     environment: Mapping[str, str],
 ) -> tuple[Callable[[int, dict[str, float]], None], Callable[[], None]]:
-    """(send, close). `credentials`: of the records; `listed`: hosts for credentialed data."""
+    """Return (send, close) of a started Weights & Biases run.
+
+    `credentials`: of the records; `listed`: hosts for credentialed data.
+    """
     kinds = map(egress.class_of_credential, credentials)
     server = environment.get("WANDB_BASE_URL") or SERVER
     try:

@@ -1,11 +1,11 @@
-"""The objective: sum over positions of weight x negative log-likelihood; its parts for reports.
+"""Computes the objective, the sum of weight x negative log-likelihood, and sums for reports.
 
     ids      BOS  a   BOI  c0  c1  EOI  SEP  b   EOS        hidden[t] predicts ids[t + 1]
-    weights   0   0    0   0   0    0    0   .5  .5         weights[t] belongs to predicting ids[t]
+    weights   0   0    0   0   0    0    0   .5  .5         weights[t] is for predicting ids[t]
 
-The weights come from the loader, so packing, masking and `document | token` weighing are settled
-before this file: the objective is the same number whatever the rows, the chunks or the mesh. Logits
-are fp32 and never masked (a mask on image ids would make the loss on image targets infinite).
+The weights come from the loader, so packing, masking and `document | token` weighting are decided
+before this file: the objective is the same number for all rows, chunks and meshes. Logits are fp32
+and never masked (a mask on image ids would make the loss on image targets infinite).
 """
 
 import jax
@@ -23,15 +23,15 @@ from medmax_jax.training.cross_entropy import num_chunks, weighted_nll
 def training_objective(
     model: Chameleon, batch: Batch, key: PRNGKeyArray | None, *, trains: str
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """The loss of a global batch, and sums for reports; `key=None` switches dropout off.
+    """Return the loss of a global batch, and sums for reports; `key=None` disables dropout.
 
-    The sums are unweighted, over scored targets, in all and for each kind of document, text and
-    image apart: `text_nll / text_count` is the mean over scored text targets. Image targets are the
-    image codes; BOI and EOI count as text. `trains`: config.train.trains.
+    The sums are unweighted, over scored targets, in total and for each kind of document, text and
+    image separately: `text_nll / text_count` is the mean over scored text targets. Image targets
+    are the image codes; BOI and EOI count as text. `trains`: config.train.trains.
     """
     hidden = model.hidden(batch.ids, batch.segments, batch.positions, key=key)
     # The last position predicts nothing. Not jnp.roll: with one row a [1, 1] slice in it has lost
-    # its sharding, which jax 0.11 minds.
+    # its sharding, which is an error in jax 0.11.
     ahead = lambda x: jnp.pad(x[:, 1:], ((0, 0), (0, 1)))  # noqa: E731
     targets, weights, kinds = (ahead(x) for x in (batch.ids, batch.weights, batch.kinds))
     head = model.head()
@@ -54,7 +54,7 @@ def training_objective(
 def sum_by_group(
     nll: Float[Array, "B T"], scored: Array, place: Int[Array, "B T"]
 ) -> tuple[Float[Array, "KINDS 2"], Float[Array, "KINDS 2"]]:
-    """Sums and counts of the scored tokens by place = 2 * kind + image."""
+    """Sum and count the scored tokens by place = 2 * kind + image."""
 
     def local(nll, scored, place):
         values = jnp.stack([jnp.where(scored, nll, 0), scored.astype(jnp.float32)], -1)

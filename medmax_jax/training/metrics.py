@@ -1,4 +1,4 @@
-"""What a step counts: sums over an interval (clu), and the means of them that are reported."""
+"""Sums what steps count over an interval (clu), and computes the means for reports."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from clu import metrics as clu_metrics
 
 
 def _ratio(total: str, count: str) -> type[clu_metrics.Average]:
-    """A mean whose sum and count the step has already taken."""
+    """Return a metric class for a mean whose sum and count the step has already computed."""
 
     @flax.struct.dataclass
     class Ratio(clu_metrics.Average):
@@ -22,25 +22,25 @@ def _ratio(total: str, count: str) -> type[clu_metrics.Average]:
 
 @flax.struct.dataclass
 class TrainMetrics(clu_metrics.Collection):
-    """Sums over the steps since the last report: made on device, merged on the host in float64."""
+    """Collects sums since the last report: computed on device, merged on host in float64."""
 
     loss: clu_metrics.Average.from_output("loss")
-    text_nll: _ratio("text_nll", "text_count")  # over scored text targets, each counting once
+    text_nll: _ratio("text_nll", "text_count")  # over scored text targets, each counted once
     image_nll: _ratio("image_nll", "image_count")
-    kinds: _ratio("kind_nll", "kind_count")  # [KINDS, 2]: of each kind of document, text and image
+    kinds: _ratio("kind_nll", "kind_count")  # [KINDS, 2]: for each kind of document, text and image
     grad_norm: clu_metrics.Average.from_output("grad_norm")  # before the clip
     finite: clu_metrics.Average.from_output(
         "finite"
-    )  # share of steps with finite loss and gradient, or left out as spikes
+    )  # share of steps with finite loss and gradient, or skipped as spikes
     skipped: clu_metrics.Average.from_output("skipped")  # share of steps without an update
     lr: clu_metrics.LastValue.from_output("lr")
-    tokens: _ratio("tokens", "steps")  # real tokens a step, padding not counted
+    tokens: _ratio("tokens", "steps")  # real tokens per step, without padding
     fill: _ratio("tokens", "slots")  # real tokens over all positions
 
 
 @flax.struct.dataclass
 class EvalMetrics(clu_metrics.Collection):
-    """Sums over held-out batches."""
+    """Collects sums over held-out batches."""
 
     loss: _ratio("weighted_loss", "share")
     text_nll: _ratio("text_nll", "text_count")
@@ -49,33 +49,34 @@ class EvalMetrics(clu_metrics.Collection):
 
 
 def to_host(collection: clu_metrics.Collection) -> clu_metrics.Collection:
-    """The same sums as float64 numbers of this host; waits for the device."""
+    """Return the sums as float64 numbers of this host; waits for the device."""
     return jax.tree.map(np.float64, jax.device_get(collection))
 
 
 def to_list(collection: clu_metrics.Collection | None) -> list[Any]:
-    """The bare sums for a checkpoint's cursor; empty for no collection."""
+    """Return the plain sums for a checkpoint's cursor; empty for no collection."""
     return [np.asarray(leaf).tolist() for leaf in jax.tree.leaves(collection)]
 
 
 def from_list(values: list[Any]) -> TrainMetrics | None:
-    """The inverse of `to_list`."""
+    """Invert `to_list`."""
     if not values:
         return None
     return jax.tree.unflatten(jax.tree.structure(TrainMetrics.empty()), map(np.float64, values))
 
 
 def compute_means(collection: clu_metrics.Collection) -> dict[str, float]:
-    """Name -> mean. NaN where nothing was counted (an interval without image targets)."""
+    """Map name to mean; NaN where nothing was counted (an interval without image targets)."""
     with np.errstate(invalid="ignore", divide="ignore"):
         found = collection.compute()
     return {name: float(value) for name, value in found.items() if name != "kinds"}
 
 
 def by_kind(collection: clu_metrics.Collection, kinds: list[tuple[str, str]]) -> dict[str, float]:
-    """{"source/SLAKE/text_nll": 1.5, ...}: means per source and per task, where there are targets.
+    """Return means per source and per task, where there are targets.
 
-    `kinds`: source and task of each kind, as the loader's `Batches.kinds` has them.
+    Example: {"source/SLAKE/text_nll": 1.5, ...}. `kinds`: source and task of each kind, as in the
+    loader's `BatchSource.kinds`.
     """
     sums = np.stack([collection.kinds.total, collection.kinds.count], -1)  # [KINDS, 2, 2]
     totals: dict[str, np.ndarray] = {}

@@ -1,11 +1,11 @@
-"""AdamW behind a global-norm clip, with linear warm-up and cosine decay.
+"""Builds AdamW with a global-norm clip, linear warm-up and cosine decay.
 
     w = ceil(warmup_ratio * steps), r = final_lr_ratio, k = 0, 1, .. steps - 1
     k < w    lr(k) = peak * k / w
     k >= w   lr(k) = peak * (r + (1 - r) * (1 + cos(pi * (k - w) / (steps - w))) / 2)
 
-k counts the updates already made, so the first update of a warmed-up run has rate 0: the schedule
-of the published run (Hugging Face's cosine with warm-up), with a floor r.
+k counts the updates already made, so the first update of a run with warm-up has rate 0: the
+schedule of the published run (Hugging Face's cosine with warm-up), with a minimum of r * peak.
 """
 
 import math
@@ -20,7 +20,7 @@ from medmax_jax.config import Optim
 
 
 def make_optimizer(config: Optim, *, steps: int) -> optax.GradientTransformationExtraArgs:
-    """Gradients, and the loss as `value=`, to updates; `steps` is the length of the whole run."""
+    """Return the optimizer; `update` needs the loss as `value=`. `steps`: length of the run."""
     inner = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
@@ -38,7 +38,10 @@ def make_optimizer(config: Optim, *, steps: int) -> optax.GradientTransformation
 
 
 def learning_rate(count: Int[Array, ""] | int, config: Optim, *, steps: int) -> Float[Array, ""]:
-    """The rate of the update after `count` others. Peak 1, 10 steps, warm-up .2: 0 .5 1 .96 ..."""
+    """Return the rate of the update after `count` others.
+
+    Peak 1, 10 steps, warm-up .2: 0 .5 1 .96 ...
+    """
     warmup = math.ceil(config.warmup_ratio * steps)
     progress = (count - warmup) / max(1, steps - warmup)
     cosine = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1)))
@@ -47,7 +50,7 @@ def learning_rate(count: Int[Array, ""] | int, config: Optim, *, steps: int) -> 
 
 
 def weight_decay_mask(params: PyTree) -> PyTree:
-    """True at the matrices, which weight decay shrinks; False at the gains and biases of norms."""
+    """Return True at the matrices, which weight decay shrinks; False at norm gains and biases."""
 
     def is_matrix(path: tuple, _: Array) -> bool:
         return not any(
@@ -59,34 +62,33 @@ def weight_decay_mask(params: PyTree) -> PyTree:
 
 # ---- spikes ----
 #
-# Optional: leave out the update of a step whose loss or gradient stands out, or is not finite.
+# Optional: skip the update of a step whose loss or gradient is an outlier, or is not finite.
 #
-#     loss > mean + factor * std of the last `window` finite ones, or the same of the gradient norm
+#     loss > mean + factor * std of the last `window` finite ones, or likewise for the gradient norm
 #     -> no update: parameters, moments and the schedule's count stay as they are
 #
-# The window is part of the optimiser's state, so a resumed run skips what the whole one skips.
-# While
-# it fills up only what is not finite is left out. After LIMIT such steps in a row the run stops.
-# The
-# rule is MaxText's and OLMo's, whose window and factor are 128 and 6.
+# The window is part of the optimizer's state, so a resumed run skips what the uninterrupted one
+# skips. Until the window is full, only steps that are not finite are skipped. After LIMIT skipped
+# steps in a row the run stops. The rule is that of MaxText and OLMo, whose window and factor are
+# 128 and 6.
 
-LIMIT = 10  # steps left out in a row: no longer a spike
+LIMIT = 10  # skipped steps in a row: no longer a spike
 
 
 class SpikeState(NamedTuple):
-    """The last losses and gradient norms, and the state of what is guarded."""
+    """Holds the last losses and gradient norms, and the state of the inner transformation."""
 
     losses: Float[Array, "W"]
     norms: Float[Array, "W"]
     seen: Int[Array, ""]  # finite steps so far
-    in_row: Int[Array, ""]  # steps left out since the last update
+    in_row: Int[Array, ""]  # steps skipped since the last update
     inner: optax.OptState
 
 
 def skip_spikes(
     inner: optax.GradientTransformation, *, window: int, factor: float
 ) -> optax.GradientTransformationExtraArgs:
-    """`inner`, but for spikes; its update needs `value=`, the loss of the step."""
+    """Return `inner` without its updates at spikes; `update` needs `value=`, the loss."""
 
     def init(params: optax.Params) -> SpikeState:
         zeros = jnp.zeros(window, jnp.float32)
@@ -116,7 +118,7 @@ def skip_spikes(
 
 
 def consecutive_skips(state: optax.OptState) -> Int[Array, ""]:
-    """Steps left out in a row, the last one included; 0 where nothing guards."""
+    """Return the steps skipped in a row, including the last one; 0 without spike skipping."""
     return state.in_row if isinstance(state, SpikeState) else jnp.int32(0)
 
 

@@ -1,9 +1,9 @@
-"""What a run says of itself: the banner, a line each N steps, held-out losses, bad batches by name.
+"""Reports on a run: run summary, metrics, held-out losses, documents of non-finite batches.
 
-tokens_per_second_per_chip      real tokens, padding apart, over step time and data wait
-processed_per_second_per_chip   every place of the rows; fill is the ratio of the two
-data_share                      of that time, spent on waiting for the input
-mfu, hfu                        flops.py; compilation, evaluation and saving are not in them
+tokens_per_second_per_chip      real tokens, without padding, over step time and data wait
+processed_per_second_per_chip   every position of the rows; fill is the ratio of the two
+data_share                      share of that time spent on waiting for the input
+mfu, hfu                        flops.py; compilation, evaluation and saving are not included
 """
 
 import contextlib
@@ -32,12 +32,12 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 
 
 class TrainError(RuntimeError):
-    """A run that cannot start or go on; the message says why and what to do."""
+    """Raised when a run cannot start or continue; the message gives the reason and the fix."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainContext:
-    """What stays the same from the first step to the last."""
+    """Holds what is constant from the first step to the last."""
 
     run: config.Run
     folder: pathlib.Path
@@ -51,22 +51,22 @@ class TrainContext:
     graph: Any  # of the model, for nnx.merge
     frozen: PyTree
     key: jax.Array  # of dropout
-    meta: dict[str, Any]  # what a checkpoint must agree with
+    meta: dict[str, Any]  # what a checkpoint must be consistent with
 
 
 class Reporter:
-    """Sums since the last report; fetched, which waits for the device, only when needed."""
+    """Collects sums since the last report; fetches them, waiting for the device, when needed."""
 
     def __init__(self, job: TrainContext, cursor: dict[str, Any]):
         self._job = job
-        self.pending: list[metrics.TrainMetrics] = []  # on the device, one a step
+        self.pending: list[metrics.TrainMetrics] = []  # on the device, one per step
         self._interval = metrics.from_list(cursor["interval"])
         self.last: dict[str, float] = cursor["last"]
-        self.owed = False  # an evaluation was due and a signal came before its end
+        self.owed = False  # an evaluation was due and a signal arrived before its end
         self._since = Throughput(job.clock)
 
     def flush(self, done: int) -> None:
-        """Fetches what is pending; raises TrainError at the first step that was not finite."""
+        """Fetch the pending sums; raise TrainError at the first step that was not finite."""
         with self._job.clock.measure("step"):
             fetched = [metrics.to_host(each) for each in self.pending]
         self.pending.clear()
@@ -77,7 +77,7 @@ class Reporter:
             self._since.add(self._job.train_data.stats(number - 1))
 
     def report(self, done: int) -> None:
-        """A line and a row about the interval, which then starts anew."""
+        """Write a log line and a metrics row for the interval, then start a new one."""
         self.flush(done)
         job = self._job
         row = metrics.compute_means(self._interval) | self._since.rates(job)
@@ -90,7 +90,7 @@ class Reporter:
         self._interval, self._since = None, Throughput(job.clock)
 
     def cursor(self, done: int) -> dict[str, Any]:
-        """What a checkpoint keeps of this, as JSON."""
+        """Return the state that a checkpoint stores for this reporter, as JSON."""
         self.flush(done)
         sums = metrics.to_list(self._interval)
         return {"interval": sums, "last": self.last, "owed": self.owed}
@@ -98,7 +98,7 @@ class Reporter:
     def _fail(self, number: int, row: dict[str, float]) -> None:
         job = self._job
         try:
-            job.checkpoints.wait()  # it may be sealed yet, and the log must end with this
+            job.checkpoints.wait()  # it may still be written, and the log must end with this error
         except CheckpointError as error:
             job.writer.log(f"WARNING: {error}")
         good = job.checkpoints.latest()
@@ -121,7 +121,7 @@ class Reporter:
 
 
 class Throughput:
-    """Tokens and seconds since a report."""
+    """Counts tokens and seconds since the last report."""
 
     def __init__(self, clock: log_writer.GoodputTimer):
         self._clock = clock
@@ -141,7 +141,7 @@ class Throughput:
         return self._seconds / max(self._steps, 1)
 
     def rates(self, job: TrainContext) -> dict[str, float]:
-        """What speed is: see the head of this file. Nothing is said of what is not known."""
+        """Return the rates in the module docstring; a rate that is unknown is left out."""
         run, chips = job.run, job.mesh.size
         rate = self._tokens / self._seconds
         slots = self._steps * run.data.batch_size * run.data.seq_len
@@ -163,13 +163,13 @@ class Throughput:
 
 
 class Evaluator:
-    """Loss on every held-out document: by text and image targets, by source, by task."""
+    """Computes the loss on all held-out documents: by text and image targets, source and task."""
 
     def __init__(self, job: TrainContext):
         self._job, self._step = job, None
 
     def __call__(self, state: step.TrainState, done: int) -> dict[str, float] | None:
-        """The numbers, named validation_..; None when a signal came before the end."""
+        """Return the metrics, named validation_..; None when a signal arrived before the end."""
         job, total = self._job, None
         for number in range(len(job.eval_data)):
             if job.stop.poll():
@@ -194,7 +194,7 @@ class Evaluator:
 
 
 class Profiler:
-    """An xprof trace of some steps, in D/profile."""
+    """Writes an xprof trace of some steps to D/profile."""
 
     def __init__(self, job: TrainContext, steps: tuple[int, int] | None, done: int):
         self._job, self._steps, self._on = job, steps, False
@@ -220,7 +220,7 @@ class Profiler:
 
 
 def memory_summary(compiled: Any) -> str:
-    """What XLA says a device needs for a step."""
+    """Return the memory that a device needs for a step, as reported by XLA."""
     found = compiled.memory_analysis()
     parts = {
         "arguments": found.argument_size_in_bytes,
@@ -231,14 +231,14 @@ def memory_summary(compiled: Any) -> str:
 
 
 def peak_bytes() -> int | None:
-    """The most memory that a device of this host has used; None where devices do not tell."""
+    """Return the peak memory used by a device of this host; None if devices do not report it."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [each["peak_bytes_in_use"] for each in stats if "peak_bytes_in_use" in each]
     return max(peaks) if peaks else None
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that numbers depend on."""
+    """Return the versions of the packages that results depend on."""
     found = {name: importlib.metadata.version(name) for name in PACKAGES}
     return found | {"python": platform.python_version()}
 
@@ -246,7 +246,7 @@ def versions() -> dict[str, str]:
 def log_run_summary(
     job: TrainContext, state: step.TrainState, start: int | None, changes: list[str]
 ) -> None:
-    """What runs, on what, from where: to the log and to config.json."""
+    """Write the run's settings, hardware and starting step to the log and to config.json."""
     run, log = job.run, job.writer.log
     facts = job.meta | {"git": git(), "epoch_tokens": job.train_data.epoch_tokens()}
     if jax.process_index() == 0:
@@ -265,7 +265,7 @@ def log_run_summary(
 
 
 def _note_start(job: TrainContext, start: int) -> None:
-    """A line of history.jsonl: what the steps from here on read, for data.prepare who_saw."""
+    """Add a line to history.jsonl: the data of the steps from here, for data.prepare who_saw."""
     facts = {name: job.meta[name] for name in ("data", "plan", "config")} | {"start": start}
     facts["validation"] = job.eval_data.records.fingerprint if job.eval_data else ""
     with contextlib.closing(LogFile(job.folder / "history.jsonl", job.writer.log)) as file:
@@ -280,7 +280,7 @@ def environment_summary(
     *,
     log: Any,
 ) -> None:
-    """The devices, the mesh and the data."""
+    """Log the devices, the mesh and the data."""
     device, shape = jax.devices()[0], " x ".join(f"{k} {v}" for k, v in mesh.shape.items())
     log(f"medmax_jax {git()} on {jax.device_count()} {device.device_kind}, mesh {shape}")
     if flops.chip(device.device_kind) is None:
@@ -292,7 +292,7 @@ def environment_summary(
 
 
 def git() -> str:
-    """The commit of the source, with + when it was changed since; empty outside a checkout."""
+    """Return the commit of the source, with + when it was changed; empty outside a checkout."""
     root = pathlib.Path(__file__).parents[2]
     if not (root / ".git").exists():
         return ""

@@ -1,10 +1,10 @@
-"""The files of a run that it can do without: its log and its numbers, written and read again.
+"""Writes and reads the files that a run does not depend on: its log and its metrics.
 
-    metrics.jsonl    {"kind": "train", "step": 120, "loss": 3.21, ...}, a line for each report
+    metrics.jsonl    {"kind": "train", "step": 120, "loss": 3.21, ...}, one line per report
     train.log        the lines that stdout shows
 
-Neither holds anything that training goes on from, so damage in them, or a disk that refuses them,
-is a warning and never ends a run whose checkpoints are sound.
+Neither contains anything that training resumes from, so damage in them, or a disk that they cannot
+be written to, is a warning and never ends a run whose checkpoints are valid.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ Warn = Callable[[str], None]
 
 
 class LogFile:
-    """A text file that lines are added to; what cannot be written is warned of, once."""
+    """Appends lines to a text file; a failed write causes a single warning."""
 
     def __init__(self, path: str | os.PathLike, warn: Warn) -> None:
         self._path, self._warn, self._file = path, warn, None
@@ -32,11 +32,11 @@ class LogFile:
         if self._file is not None:
             try:
                 self._file.write(line + "\n")
-            except OSError as error:  # a full disk may have room again, but lines would be torn
+            except OSError as error:  # a retry later could leave incomplete lines
                 self._give_up(error)
 
     def close(self) -> None:
-        """Close the file; what a full disk kept back is lost."""
+        """Close the file; lines that could not be written to a full disk are lost."""
         if self._file is not None:
             try:
                 self._file.close()
@@ -46,7 +46,7 @@ class LogFile:
 
     def _give_up(self, error: OSError) -> None:
         if self._file is not None:
-            with contextlib.suppress(OSError):  # what could not be written, cannot now either
+            with contextlib.suppress(OSError):  # an earlier failed write fails again
                 self._file.close()
         self._file = None
         self._warn(
@@ -59,18 +59,18 @@ def read_metrics(path: str | os.PathLike) -> tuple[list[dict[str, Any]], int]:
     """Return (the rows of a metrics.jsonl, how many of its lines are damaged).
 
     A row has a step, which is an integer, a kind, which is text, and numbers or null. A last line
-    without a line end does not count as damaged: the process died while it wrote it. A file that
-    is missing has no rows.
+    without a line end does not count as damaged: the process ended while writing it. A missing file
+    has no rows.
 
     Raises:
-        TextFileError: The file is there and cannot be read at all.
+        TextFileError: The file exists and cannot be read at all.
     """
     lines, damaged = metrics_lines(path)
     return [row for row, _ in lines], damaged
 
 
 def metrics_lines(path: str | os.PathLike) -> tuple[list[tuple[dict[str, Any], bytes]], int]:
-    """Return what read_metrics does, each row with its line."""
+    """Return what read_metrics returns, each row with its line."""
     if not os.path.lexists(path):
         return [], 0
     *whole, torn = read_bytes(path, max_bytes=4 * MAX_JSON_BYTES).split(b"\n")
@@ -83,7 +83,7 @@ def metrics_lines(path: str | os.PathLike) -> tuple[list[tuple[dict[str, Any], b
 
 
 def damage_warning(path: str | os.PathLike, damaged: int) -> str:
-    """The line of the log about the lines that read_metrics leaves out."""
+    """Return the log line about the lines that read_metrics leaves out."""
     what = "line that cannot be read was" if damaged == 1 else "lines that cannot be read were"
     return f"WARNING: {path}: {damaged} {what} left out"
 

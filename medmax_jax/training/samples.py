@@ -1,10 +1,10 @@
-"""What the model in training writes for a few held-out prompts: D/samples/000300.html.
+"""Writes samples of the model in training for held-out prompts: D/samples/000300.html.
 
     held-out document   BOS question [image] SEP | answer EOS     the page shows all three:
     sample              BOS question [image] SEP | what the model writes
 
-Tasks take turns; documents without a separator have no prompt and are passed over. Settings are
-config.sample, the same prompts and random numbers each time, so that pages can be compared.
+Tasks alternate; documents without a separator have no prompt and are skipped. The settings are
+config.sample, with the same prompts and random numbers each time, so that pages can be compared.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ CREDENTIALED = (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SamplePrompt:
-    """One held-out document, cut behind its first separator."""
+    """Holds one held-out document, split after its first separator."""
 
     name: str
     credential: str
@@ -44,7 +44,7 @@ class SamplePrompt:
 
 
 class Sampler:
-    """The prompts of a run, and the page of each step that asks for one."""
+    """Holds the prompts of a run, and writes the page of each step that requests one."""
 
     def __init__(
         self, run: Run, records: DocumentSource | None, *, graph: Any, mesh: jax.sharding.Mesh
@@ -64,7 +64,7 @@ class Sampler:
 
 
 def select_prompts(records: DocumentSource, count: int, run: Run) -> list[SamplePrompt]:
-    """At most `count` documents with a prompt, the tasks in turn, from the first of each on."""
+    """Return at most `count` documents with a prompt, alternating tasks, first documents first."""
     by_task: dict[int, list[int]] = {}
     for number, task in enumerate(records.index["task"].tolist()):
         by_task.setdefault(task, []).append(number)
@@ -86,7 +86,7 @@ def write(
     step: int,
     folder: pathlib.Path,
 ) -> pathlib.Path:
-    """Answers every case and writes the page of this step; returns its path."""
+    """Answer every prompt and write the page of this step; return its path."""
     answers: dict[int, list[model_bundle.Text | model_bundle.Image]] = {}
     for mode in ("text", "image"):
         of_mode = [i for i, case in enumerate(asked) if case.mode == mode]
@@ -104,14 +104,14 @@ def write(
         }
         body += html_page.section(case.name, _shown(parts | {f"after step {step}": answers[i]}))
     path = folder / f"{step:06d}.html"
-    with private_umask() if secret else contextlib.nullcontext():  # for its owner's eyes
+    with private_umask() if secret else contextlib.nullcontext():  # readable by its owner only
         folder.mkdir(exist_ok=True)
         path.write_text(html_page.document(f"Samples after step {step}", body), encoding="utf-8")
     return path
 
 
 def _case(document: Any, run: Run) -> list[SamplePrompt]:
-    """The document as a case; [] when it has no separator, or only an image and words to write."""
+    """Return the document as a prompt, in a list; [] when it has no separator."""
     t = document.tokens
     ends = np.flatnonzero(t == SEP)
     if not ends.size:

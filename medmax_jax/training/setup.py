@@ -1,6 +1,7 @@
-"""How a run starts: what is refused before anything is loaded, the lock, the state to go on from.
+"""Starts a run: checks before anything is loaded, the lock, the state to resume from.
 
-check -> lock -> mesh, data, meta -> restored (a checkpoint that resume.py allows) -> weights
+check_options -> workdir_lock -> mesh, data, run_metadata
+    -> restore_checkpoint (one that checkpoints/resume.py accepts) -> load_or_init_weights
 dry_run: the same from shapes alone, up to the compiled first step
 """
 
@@ -30,7 +31,7 @@ from medmax_jax.training.reporting import TrainError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is asked of this start of a run, not of the run."""
+    """Holds the options of this start of a run, which are not settings of the run."""
 
     extend: bool = False  # train.steps may be more than the checkpoint's
     dry_run: bool = False
@@ -43,7 +44,7 @@ DEFAULT_OPTIONS = Options()
 
 
 def check_options(run: config.Run, options: Options) -> None:
-    """What can be told before anything is loaded."""
+    """Raise ConfigError for invalid settings that are detectable before anything is loaded."""
     config.check(run)
     steps = options.profile
     if steps and not 1 <= steps[0] <= steps[1] <= run.train.steps:
@@ -60,7 +61,10 @@ def check_options(run: config.Run, options: Options) -> None:
 
 @contextlib.contextmanager
 def workdir_lock(folder: pathlib.Path) -> Iterator[None]:
-    """Two runs must not write to one folder. The system drops the lock when the process ends."""
+    """Lock `folder`, so that a second run cannot write to it; raise TrainError if it is locked.
+
+    The operating system releases the lock when the process ends.
+    """
     with open(folder / ".lock", "w") as file:
         if jax.process_index() == 0:
             try:
@@ -73,7 +77,7 @@ def workdir_lock(folder: pathlib.Path) -> Iterator[None]:
 
 
 def as_config_error(make: Callable[[], Any]) -> Any:
-    """The value of `make`, whose ValueErrors are about the config."""
+    """Return the value of `make`; raise ConfigError for its ValueErrors, caused by the config."""
     try:
         return make()
     except ValueError as error:
@@ -87,7 +91,10 @@ def restore_checkpoint(
     meta: dict[str, Any],
     options: Options,
 ) -> tuple[int | None, step.TrainState | None, dict[str, Any], list[str]]:
-    """(step, state, cursor, harmless changes) of the newest sound checkpoint; None, None: none."""
+    """Restore the newest valid checkpoint: (step, state, cursor, harmless changes).
+
+    The step and the state are None where there is no checkpoint.
+    """
     shapes = step.split_trainable(like, run.train.trains)[1]
     while (start := store.latest()) is not None:
         changes = check_meta(store.meta(start), meta, extend=options.extend)
@@ -95,12 +102,12 @@ def restore_checkpoint(
         try:
             return start, *store.restore(start, state), changes
         except DamagedError:
-            continue  # it has been put aside, and the log says so
+            continue  # it was renamed to damaged_*, and the log reports it
     return None, None, {"interval": [], "last": {}, "owed": False}, []
 
 
 def run_metadata(run: config.Run, train_data: BatchSource) -> dict[str, Any]:
-    """Config, versions, and fingerprints of the base weights and of the records."""
+    """Return the config, versions, and fingerprints of the base weights and of the records."""
     folder, records = run.train.init_from, train_data.records
     base = f"random weights of seed {run.train.seed}, {run.train.prng_impl}"
     if folder:
@@ -119,11 +126,11 @@ def run_metadata(run: config.Run, train_data: BatchSource) -> dict[str, Any]:
 def load_or_init_weights(
     run: config.Run, like: chameleon.Chameleon, key: jax.Array, *, restoring: bool
 ) -> tuple[PyTree, PyTree]:
-    """(trainable, frozen); `trainable` is None where a checkpoint will bring it."""
+    """Return (trainable, frozen); `trainable` is None where a checkpoint provides it."""
     trains, folder = run.train.trains, run.train.init_from
     _, like_trainable, like_frozen = step.split_trainable(like, trains)
     if restoring and trains == "full":
-        return None, like_frozen  # which has no arrays
+        return None, like_frozen  # the frozen part has no arrays
     if not folder:
         model = chameleon.create_model(run.model, run.vocab, run.lora, key=key)
         return step.split_trainable(model, trains)[1:]
@@ -134,7 +141,7 @@ def load_or_init_weights(
         model = nnx.merge(graph, export.load(folder, base))
         return step.split_trainable(model, trains)[1:]
 
-    def adapters(key: jax.Array) -> PyTree:  # under jit, so the random base is never made
+    def adapters(key: jax.Array) -> PyTree:  # under jit, so the random base is never created
         model = chameleon.Chameleon(run.model, run.vocab, run.lora, key=key)
         return nnx.split(model, nnx.LoRAParam, ..., graph=False)[1]
 
@@ -144,7 +151,7 @@ def load_or_init_weights(
 def dry_run(
     run: config.Run, load_data: Callable[[], tuple[BatchSource, BatchSource | None]]
 ) -> dict[str, Any]:
-    """All up to the compiled first step, from shapes alone."""
+    """Run everything up to the compiled first step, from shapes alone."""
     mesh = as_config_error(lambda: make_mesh(run.mesh))
     as_config_error(lambda: step.check(run, mesh))
     with jax.set_mesh(mesh):

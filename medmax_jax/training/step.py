@@ -1,11 +1,11 @@
-"""One training step and one evaluation step: pure functions of (state, frozen weights, batch).
+"""Defines one training step and one evaluation step as pure functions of state and batch.
 
-    state  --donated-->  train_step  -->  state'     trainable, optimiser, step + 1
-    frozen, batch, key ---^        \\-->  Interval   sums of this step, still on the device
+    state  --donated-->  train_step  -->  state'         trainable, optimizer, step + 1
+    frozen, batch, key ---^        \\-->  TrainMetrics   sums of this step, still on the device
 
-What trains is decided once, in `split`: the adapters, the whole model, or the image columns of its
-head (Anole's stage). Dropout of step s comes from fold_in(key, s), so a resumed run draws what the
-uninterrupted one would have drawn.
+`frozen` has the weights that are not trained. `split_trainable` alone decides what trains: the
+adapters, the complete model, or the image columns of its head (Anole's stage). Dropout of step s is
+drawn from fold_in(key, s), so a resumed run draws what the uninterrupted one would have drawn.
 """
 
 import dataclasses
@@ -27,11 +27,11 @@ from medmax_jax.training import loss, optimizer
 from medmax_jax.training.batch import Batch
 from medmax_jax.training.metrics import EvalMetrics, TrainMetrics
 
-# By config.train.compile, options of libtpu.
+# Options of libtpu by config.train.compile.
 COMPILER_OPTIONS = {
     "default": {},
-    # A layer's weights are gathered whole, while the one before computes, instead of in a ring of
-    # partial products: docs/plan_7b.md.
+    # The weights of a layer are gathered completely, while the previous layer computes, instead of
+    # in a ring of partial products: docs/plan_7b.md.
     "gather": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"},
 }
 
@@ -39,15 +39,15 @@ COMPILER_OPTIONS = {
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that changes in training, and all that a checkpoint needs."""
+    """Holds everything that changes in training, and everything that a checkpoint needs."""
 
     trainable: PyTree
     opt_state: PyTree
-    step: Any  # int32 [], updates made; jit also builds this class around things that are no arrays
+    step: Any  # int32 [], updates made; jit also builds this class with values that are not arrays
 
 
 def check(run: Run, mesh: jax.sharding.Mesh) -> None:
-    """Raises ValueError on settings that the devices of `mesh` cannot run."""
+    """Raise ValueError on settings that the devices of `mesh` cannot run."""
     platform = mesh.devices.flat[0].platform
     attention.check_platform(run.model.attention, platform)
     if COMPILER_OPTIONS[run.train.compile] and platform != "tpu":
@@ -58,7 +58,7 @@ def check(run: Run, mesh: jax.sharding.Mesh) -> None:
 
 
 def split_trainable(model: chameleon.Chameleon, trains: str) -> tuple[Any, PyTree, PyTree]:
-    """(graph, trainable, frozen) of a model, abstract or not; `nnx.merge` puts them together."""
+    """Return (graph, trainable, frozen) of a model, abstract or not; `nnx.merge` inverts this."""
     if trains == "image_head":
         make = chameleon.with_image_columns
         abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(model))
@@ -69,7 +69,7 @@ def split_trainable(model: chameleon.Chameleon, trains: str) -> tuple[Any, PyTre
 
 
 def trained_base(graph: Any, trainable: PyTree, frozen: PyTree) -> PyTree:
-    """The base as it is after training, for export: trained image columns stand in the head."""
+    """Return the base after training, for export; trained image columns are put into the head."""
     model = nnx.merge(graph, trainable, frozen)
     if model.lm_head.tuned:
         model = chameleon.without_image_columns(model)
@@ -77,7 +77,7 @@ def trained_base(graph: Any, trainable: PyTree, frozen: PyTree) -> PyTree:
 
 
 def init_state(trainable: PyTree, run: Run) -> TrainState:
-    """Step 0; the moments are born in the shards of their parameters."""
+    """Return the state of step 0; the moments are initialized in the shards of their parameters."""
 
     def make(trainable: PyTree) -> tuple[PyTree, Array]:
         return optimizer.make_optimizer(run.optim, steps=run.train.steps).init(
@@ -88,7 +88,10 @@ def init_state(trainable: PyTree, run: Run) -> TrainState:
 
 
 def make_train_step(graph: Any, run: Run) -> Callable:
-    """train_step(state, frozen, batch, key) -> (state, Interval); jitted, `state` is donated."""
+    """Return train_step(state, frozen, batch, key) -> (state, TrainMetrics).
+
+    The function is jitted, and `state` is donated.
+    """
     optimiser = optimizer.make_optimizer(run.optim, steps=run.train.steps)
 
     def train_step(
@@ -131,14 +134,15 @@ def make_train_step(graph: Any, run: Run) -> Callable:
 def accumulate(
     take: Callable, trainable: PyTree, batch: Batch, key: PRNGKeyArray, run: Run
 ) -> tuple[Array, dict[str, Array], PyTree]:
-    """(loss, sums, gradients) of a batch, a microbatch at a time: only one's activations exist.
+    """Return (loss, sums, gradients) of a batch, computed one microbatch at a time.
 
-    The weights of the batch are shares of all of it, so losses and gradients add up. Microbatch i
-    has rows [i * B / n, (i + 1) * B / n) whatever the mesh, and dropout of its own.
+    The activations of only one microbatch exist at any time. The weights of the batch are shares of
+    all of it, so losses and gradients add up. Microbatch i has rows [i * B / n, (i + 1) * B / n)
+    for any mesh, and its own dropout.
     """
     pieces = run.optim.accumulate
 
-    def part(x: Array) -> Array:  # [n, B / n, T]; a few bytes a token, so every device gets all
+    def part(x: Array) -> Array:  # [n, B / n, T]; a few bytes per token, so every device gets all
         whole = jax.sharding.reshard(x, P(None, None))
         return jax.sharding.reshard(whole.reshape(pieces, -1, x.shape[1]), P(None, *BATCH))
 
@@ -153,12 +157,12 @@ def accumulate(
 
 
 def make_eval_step(graph: Any, run: Run) -> Callable:
-    """eval_step(trainable, frozen, batch) -> Held; jitted, no dropout."""
+    """Return eval_step(trainable, frozen, batch) -> EvalMetrics; jitted, without dropout."""
 
     def eval_step(trainable: PyTree, frozen: PyTree, batch: Batch) -> EvalMetrics:
         model = nnx.merge(graph, trainable, frozen)
         total, sums = loss.training_objective(model, batch, None, trains=run.train.trains)
-        # A batch's loss is a mean over this many; so the mean over batches is the one over all.
+        # A batch's loss is a mean over this many, so the mean over batches is the one over all.
         documents = batch.segments.max(axis=1).sum().astype(jnp.float32)
         targets = sums["text_count"] + sums["image_count"]
         share = documents if run.train.loss_weight == "document" else targets
@@ -170,7 +174,7 @@ def make_eval_step(graph: Any, run: Run) -> Callable:
 
 
 def abstract_batch(run: Run) -> Batch:
-    """The shapes and shardings of a global batch on the ambient mesh, to compile for."""
+    """Return the shapes and shardings of a global batch on the ambient mesh, to compile for."""
     shape = (run.data.batch_size, run.data.seq_len)
     like = {"weights": jnp.float32}
     rows = [
