@@ -154,7 +154,7 @@ def is_credentialed(credential: str) -> bool:
 
 
 def describe(row: Mapping[str, Any], field: str) -> str:
-    """Return the content of a field for a message: only its type unless the row is open.
+    """Return the content of a field for a message: only its type if the row may be credentialed.
 
     describe({"text": ["words"], "credential": "yes"}, "text")  ->  "of type list"
     describe({"text": ["words"], "credential": "no"}, "text")   ->  "['words']"
