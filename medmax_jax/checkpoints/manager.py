@@ -4,8 +4,7 @@
                      /cursor         JSON: the positions of the input and of the reports
                      /meta           JSON: config, fingerprints of the base and of the records
                      /shards-0.json  digests of the arrays, taken in memory before they were saved
-                     /sha256.json    digests of the files, written last; a step without it is
-                     invalid
+                     /sha256.json    digests of the files, written last; required for a valid step
     D/checkpoints/damaged_300        a step that does not match; set aside, never used
 
 `save` blocks only while the arrays are copied to the host; a thread writes and commits the step and

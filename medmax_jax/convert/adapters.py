@@ -133,7 +133,7 @@ def read_checkpoint(folder: Folder) -> Adapter:
 
 
 def write_peft(folder: Folder, adapter: Adapter, *, base_name: str) -> None:
-    """Write a folder for peft.PeftModel.from_pretrained; `base_name`: the path of its base model."""
+    """Write a folder for peft.PeftModel.from_pretrained; `base_name`: the path of its base."""
     _check_uniform(adapter)
     tensors = {}
     for name, pair in adapter.matrices.items():

@@ -238,8 +238,7 @@ def _out(
             found = stack.read(layer, columns, rows, turned=True)
         elif leaf == "embedding":
             found = stack.read(layer, rows, columns)
-        # the gains of q_norm and k_norm: one row per shard, here one row per head
-        elif len(shape) == 2:
+        elif len(shape) == 2:  # q/k-norm gains: one row per shard, here one row per head
             each = stack.read(layer, slice(None), columns)
             found = np.repeat(each, shape[0] // len(each), axis=0)[rows]
         else:

@@ -1,9 +1,11 @@
 """One call of an OpenAI-compatible endpoint: POST URL/chat/completions, with the standard library.
 
-    egress check -> key from the environment -> POST -> 200          Reply, with a problem or none
-                 ^                               400, 413, 422       Reply: this request is refused
-                 +- wait, as requested or doubled - 408, 429, 5xx, timeout, reset, not JSON
-                                                 other, redirects    EndpointError: fix settings
+    egress check -> key from the environment -> POST -> response
+
+    200                                            Reply, with a problem or none
+    400, 413, 422                                  Reply: this request is refused
+    408, 429, 5xx, timeout, reset, no JSON         POST again after a wait, as requested or doubled
+    other, redirects                               EndpointError: fix the settings
 
 No other module of this project opens a connection to a model, so no caller can omit the check. The
 reply is untrusted: bounded in bytes and time, then checked field by field. No redirect is followed

@@ -45,6 +45,8 @@ class RequestOutput:
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class RunningRequest:
+    """A request that occupies a row, with its output and its KV-cache slots."""
+
     index: int
     request: Request
     out: list[int]
@@ -52,6 +54,7 @@ class RunningRequest:
     opened: int = 0  # start of the image that the slots serve
 
     def sequence(self) -> np.ndarray:
+        """Return the tokens of the prompt and of the output so far."""
         return np.append(self.request.tokens, self.out).astype(np.int32)
 
 

@@ -1,6 +1,6 @@
 """Bookkeeping for KV-cache slots: contents, use, and prefixes that can be reused.
 
-    wanted        BOS [image] "Is it a CT?"            32 slots, slot 4: BOS [image] "Which organ?"
+    request       BOS [image] "Is it a CT?"            32 slots, slot 4: BOS [image] "Which organ?"
     acquire       slot 9, first 1,027 tokens from slot 4; the model computes the rest
 
 A slot (`lane` in the code) keeps its tokens when it is released, so a second question about an
