@@ -1,17 +1,17 @@
 """Training checkpoints and weight files.
 
-checksums         Is a saved step what training had in memory? Two chains of SHA-256, both checked
-                  on restore.
-export            Folders that other programs read: whole models, and adapters for one base model.
-manager           Checkpoints of a run: Orbax for the arrays, and digests that tell whether they
-                  are whole.
-resume            May a run go on from a checkpoint? Everything that changes its numbers must be
-                  the same.
-safetensors_file  Weights on disk: any pytree of arrays as one safetensors file with dotted names.
-torch_file        torch's .pth and .ckpt files, read and written without torch; nothing in a file
-                  is executed.
-torch_unpickler   data.pkl of a torch file as inert values: pickle's opcodes, run without pickle
-                  and without calls.
-zarr_arrays       Named arrays of any size in blocks: zarr3 by TensorStore, on a disk or gs://, for
-                  any mesh.
+checksums         Verify that a saved step equals what training had in memory, by two chains of
+                  SHA-256.
+export            Write folders that other programs read: complete models, and adapters for one
+                  base model.
+manager           Checkpoints of a run: Orbax for the arrays, and digests that detect damage.
+resume            Decide whether a run may resume from a checkpoint: settings that affect its
+                  results must be the same.
+safetensors_file  Store any pytree of arrays as one safetensors file with dotted names.
+torch_file        Read and write torch's .pth and .ckpt files without torch; nothing in a file is
+                  executed.
+torch_unpickler   Read data.pkl of a torch file as inert values: pickle's opcodes, run without
+                  pickle and without calls.
+zarr_arrays       Store named arrays of any size in blocks: zarr3 by TensorStore, on a disk or
+                  gs://, for any mesh.
 """

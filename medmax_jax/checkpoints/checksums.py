@@ -1,13 +1,14 @@
-"""Is a saved step what training had in memory? Two chains of SHA-256, both checked on restore.
+"""Verify that a saved step equals what training had in memory, by two chains of SHA-256.
 
     device --copy--> host --sha256 of every shard--> shards-0.json     before anything is written
       |                                                   |
-      +-----> Orbax -----> files --sha256 of each--> sha256.json       last: the seal
+      +-----> Orbax -----> files --sha256 of each--> sha256.json       last: the commit file
 
-Orbax restores flipped bits without an error. The files' digests find what changed on the disk, the
-shards' digests what changed on its way there. A shard is named by its place in the global array,
-so that a restore onto any mesh and any number of hosts can check it. `root`, the digest of the
-manifest, is in the log: whoever keeps the log can prove which files a run wrote.
+Both chains are checked on restore. Orbax restores flipped bits without an error. The digests of the
+files detect changes on the disk, those of the shards detect changes on the way there. A shard is
+named by its position in the global array, so that a restore onto any mesh and any number of hosts
+can check it. `root`, the digest of the manifest, is in the log: with the log it can be proved which
+files a run wrote.
 """
 
 import concurrent.futures
@@ -23,13 +24,13 @@ from medmax_jax.io.storage import Folder, StorageError
 from medmax_jax.io.text_files import TextFileError, parse_json
 
 MANIFEST = "sha256.json"
-SHARDS = "shards-{}.json"  # of one process
+SHARDS = "shards-{}.json"  # one file per process
 
-Copies = dict[str, list[tuple[list[list[int]], np.ndarray]]]  # name -> (place, values) of shards
+Copies = dict[str, list[tuple[list[list[int]], np.ndarray]]]  # name -> (position, values) of shards
 
 
 def host_shards(tree: PyTree) -> Copies:
-    """Host copies of the shards that this process is the one to save; each is in one process."""
+    """Return host copies of the shards that this process saves; each shard is in one process."""
     leaves = flatten_named(tree)
     for leaf in leaves.values():
         leaf.copy_to_host_async()
@@ -47,7 +48,10 @@ def host_shards(tree: PyTree) -> Copies:
 
 
 def shard_digests(held: Copies) -> dict[str, list[dict[str, Any]]]:
-    """Name -> [{"at": [[start, stop] of each axis], "sha256": of dtype and bytes}]."""
+    """Return the digests of the shards by name.
+
+    Name -> [{"at": [[start, stop] of each axis], "sha256": of dtype and bytes}].
+    """
     flat = [(name, place, values) for name, shards in held.items() for place, values in shards]
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in held}
     with concurrent.futures.ThreadPoolExecutor() as pool:  # hashing releases the GIL
@@ -59,9 +63,10 @@ def shard_digests(held: Copies) -> dict[str, list[dict[str, Any]]]:
 
 
 def find_corrupt_shard(expected: dict[str, list[dict[str, Any]]], tree: PyTree) -> str:
-    """The first array of `tree` that is not the one that was hashed; empty when all are.
+    """Return the first array of `tree` that differs from what was hashed; empty if none does.
 
-    Every process calls: arrays that lie across hosts are gathered, one at a time.
+    Every process must call this: arrays that are distributed over hosts are gathered, one at a
+    time.
     """
     leaves = flatten_named(tree)
     if expected.keys() != leaves.keys():
@@ -82,7 +87,7 @@ def find_corrupt_shard(expected: dict[str, list[dict[str, Any]]], tree: PyTree) 
 
 
 def read_shards(folder: Folder) -> dict[str, list[dict[str, Any]]]:
-    """The shards' digests of all processes together."""
+    """Return the digests of the shards of all processes."""
     found: dict[str, list[dict[str, Any]]] = {}
     for name in folder.names():
         if name.startswith("shards-"):
@@ -92,14 +97,14 @@ def read_shards(folder: Folder) -> dict[str, list[dict[str, Any]]]:
 
 
 def write_manifest(folder: Folder) -> str:
-    """Writes the manifest of a finished step; returns its root. From here on it is trusted."""
+    """Write the manifest of a finished step and return its root; the step is now trusted."""
     text = _manifest(file_digests(folder))
     folder.write(MANIFEST, [text])
     return manifest_digest(text)
 
 
 def find_corrupt_file(folder: Folder) -> str:
-    """What is wrong with the files of a step, in a few words; empty when every digest matches."""
+    """Return a short description of the first defect of a step's files; empty if all match."""
     try:
         if not folder.has(MANIFEST):
             return "never finished"
@@ -121,12 +126,12 @@ def find_corrupt_file(folder: Folder) -> str:
 
 
 def manifest_digest(manifest: bytes) -> str:
-    """The name of a step's whole content."""
+    """Return the digest that identifies the complete content of a step."""
     return hashlib.sha256(manifest).hexdigest()
 
 
 def file_digests(folder: Folder) -> dict[str, str]:
-    """Name -> digest of every file below but the manifest."""
+    """Return name -> digest of every file below except the manifest."""
     names = [name for name in folder.names() if name != MANIFEST]
     with concurrent.futures.ThreadPoolExecutor() as pool:
         digests = pool.map(lambda name: folder.file(name).digest("sha256"), names)
@@ -134,14 +139,17 @@ def file_digests(folder: Folder) -> dict[str, str]:
 
 
 def _manifest(digests: dict[str, str]) -> bytes:
-    """One spelling only, and a digest of itself: so that no bit of it can change unseen."""
+    """Return a manifest in its only valid form, with a digest of itself.
+
+    Therefore no bit of it can change undetected.
+    """
     body = json.dumps(digests, sort_keys=True, indent=0)
     own = hashlib.sha256(body.encode()).hexdigest()
     return f"{own}\n{body}\n".encode()
 
 
 def _parsed(text: bytes) -> dict[str, str] | None:
-    """What `_manifest` wrote; None for anything else."""
+    """Parse what `_manifest` wrote; return None for anything else."""
     try:
         digests = parse_json(text.partition(b"\n")[2], MANIFEST)
         return digests if isinstance(digests, dict) and _manifest(digests) == text else None

@@ -1,10 +1,10 @@
-"""Folders that other programs read: whole models, and adapters for one base model.
+"""Write folders that other programs read: complete models, and adapters for one base model.
 
     model/     config.json {vocab, model, vq}, tokenizer.json, vqgan.safetensors, and the weights:
                model.safetensors, one file; or model.zarr/, which convert makes of large models
     adapter/   adapter_config.json, adapter.safetensors
 
-A folder appears whole or not at all, in place of an older one. A model may lie under gs://.
+A folder is written atomically and replaces an older one. A model may be stored under gs://.
 """
 
 import json
@@ -22,7 +22,8 @@ from medmax_jax.checkpoints import safetensors_file, zarr_arrays
 from medmax_jax.io.storage import Folder, StorageError
 
 SMALL, LARGE = "model.safetensors", "model.zarr"
-SIDE_FILES = ("tokenizer.json", "vqgan.safetensors")  # what a model folder needs beside the model
+# files of a model folder in addition to the weights
+SIDE_FILES = ("tokenizer.json", "vqgan.safetensors")
 FREE = ("param_dtype", "compute_dtype", "remat", "attention")  # how a model runs, not what it is
 
 
@@ -31,7 +32,7 @@ class ExportError(RuntimeError):
 
 
 def load(folder: str | os.PathLike, like: PyTree) -> PyTree:
-    """The weights of a model folder, as `weights.load` and `array_reader.load` give them."""
+    """Return the weights of a model folder, by `safetensors_file.load` or `zarr_arrays.load`."""
     place = Folder(folder)
     if place.has(SMALL):
         if place.remote:
@@ -41,7 +42,7 @@ def load(folder: str | os.PathLike, like: PyTree) -> PyTree:
 
 
 def base_fingerprint(folder: str | os.PathLike) -> str:
-    """What an adapter calls its base: the file's sha256, or the fingerprint that convert noted."""
+    """Return the identity of a base for adapters: sha256 of its file, or convert's fingerprint."""
     place = Folder(folder)
     if place.has(SMALL):
         return place.file(SMALL).digest("sha256")
@@ -56,7 +57,7 @@ def base_fingerprint(folder: str | os.PathLike) -> str:
 
 
 def adapter(target: pathlib.Path, adapters: PyTree, run: config.Run, facts: dict[str, Any]) -> None:
-    """The trained adapters, and what they belong to: `facts` has base, data, step, sources."""
+    """Write the trained adapters and `facts`, which has base, data, step, sources."""
     facts = config.to_dict(run.lora) | facts
 
     def fill(folder: pathlib.Path) -> None:
@@ -70,7 +71,10 @@ def adapter(target: pathlib.Path, adapters: PyTree, run: config.Run, facts: dict
 def model(
     target: pathlib.Path, base: PyTree, run: config.Run, *, data: str, step: int
 ) -> list[str]:
-    """A whole model; the tools come from train.init_from. Returns the names that are missing."""
+    """Write a complete model; return the names of the side files that are missing.
+
+    The tokenizer and the VQGAN come from train.init_from.
+    """
     source = Folder(run.train.init_from) if run.train.init_from else None
     found = [name for name in SIDE_FILES if source and source.has(name)]
 
@@ -86,10 +90,10 @@ def model(
 
 
 def check_base(folder: str, run: config.Run, *, tokenizer: str, vqgan: str) -> None:
-    """Raises ExportError unless the model in `folder` is the one of the config.
+    """Raise ExportError unless the model in `folder` is the one of the config.
 
     Heads, RoPE and norms leave no trace in the shapes of the weights, so the settings are compared.
-    `tokenizer`, `vqgan`: sha256 of what made the records; empty where unknown.
+    `tokenizer`, `vqgan`: sha256 of the files that made the records; empty where unknown.
     """
     place = Folder(folder)
     try:
@@ -118,7 +122,7 @@ def _sections(run: config.Run) -> dict[str, dict]:
 
 
 def _note(facts: dict) -> dict[str, str]:
-    # One entry: safetensors writes several in random order, and the file's digest is a name.
+    # One entry: safetensors writes several in random order, and the file's digest is an identity.
     return {"medmax_jax": json.dumps(facts, sort_keys=True)}
 
 
@@ -127,7 +131,7 @@ def _write_json(path: pathlib.Path, content: dict) -> None:
 
 
 def _replace(target: pathlib.Path, fill: Callable[[pathlib.Path], None]) -> None:
-    """`fill` writes a folder of another name, which then takes the place of `target`."""
+    """Write a folder under another name by `fill`, then replace `target` by it."""
     partial = target.with_name(target.name + ".partial")
     first = jax.process_index() == 0
     if first:

@@ -1,14 +1,15 @@
-"""Checkpoints of a run: Orbax for the arrays, and digests that tell whether they are whole.
+"""Checkpoints of a run: Orbax for the arrays, and digests that detect damage.
 
-    D/checkpoints/300/state          trained parameters, optimiser, step; never the frozen base
-                     /cursor         JSON: where the input and the reports stand
+    D/checkpoints/300/state          trained parameters, optimizer, step; never the frozen base
+                     /cursor         JSON: the positions of the input and of the reports
                      /meta           JSON: config, fingerprints of the base and of the records
                      /shards-0.json  digests of the arrays, taken in memory before they were saved
-                     /sha256.json    digests of the files, written last: without it no step
-    D/checkpoints/damaged_300        a step that does not match; put aside, never used
+                     /sha256.json    digests of the files, written last; required for a valid step
+    D/checkpoints/damaged_300        a step that does not match; set aside, never used
 
-`save` blocks only while the arrays are copied to the host; a thread writes, seals and tidies up.
-Older steps go only when a newer one is sealed. The folder is on a local or mounted file system.
+`save` blocks only while the arrays are copied to the host; a thread writes and commits the step and
+removes old ones. Older steps are removed only when a newer one is committed. The folder is on a
+local or mounted file system.
 """
 
 import json
@@ -35,32 +36,35 @@ PEERS = 600.0  # seconds that hosts wait for each other's files of a step
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or used; the message says why and what to do."""
+    """A checkpoint that cannot be written or used; the message states the cause and the fix."""
 
 
 class DamagedError(CheckpointError):
-    """A step whose arrays are not those that were saved; it has been put aside."""
+    """A step whose arrays are not those that were saved; it has been set aside."""
 
 
 class CheckpointManager:
-    """The steps under one folder. Every process calls every method; process 0 keeps the digests."""
+    """The steps under one folder.
+
+    Every process calls every method; process 0 keeps the digests.
+    """
 
     def __init__(self, folder: str | os.PathLike, *, keep: int, log: Callable[[str], None]) -> None:
         self.folder, self.log, self._keep = pathlib.Path(folder).absolute(), log, keep
         self.folder.mkdir(parents=True, exist_ok=True)
         self._newest_sound = _agree(self._clean)
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its every move
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every operation
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._thread: threading.Thread | None = None
         self._failed: BaseException | None = None
-        self.blocked: list[float] = []  # seconds that each save held training up
+        self.blocked: list[float] = []  # seconds that each save blocked training
 
     def latest(self) -> int | None:
-        """The newest step that was sound when this folder was opened, or sealed since."""
+        """Return the newest step that was valid when this folder was opened, or committed since."""
         return self._newest_sound
 
     def save(self, step: int, state: PyTree, *, cursor: dict, meta: dict) -> None:
-        """Starts to write a step; returns when `state` may change. See `wait`."""
+        """Start to write a step; return when `state` may change. See `wait`."""
         begin = time.monotonic()
         self.wait()
         held = checksums.host_shards(state)
@@ -76,7 +80,7 @@ class CheckpointManager:
         meta: dict,
         begin: float,
     ) -> None:
-        """The second half of `save`: `state` to files, digests of `held` beside them."""
+        """Run the second half of `save`: write `state` to files, and the digests of `held`."""
         try:
             self._orbax.save(
                 self.folder / str(step),
@@ -95,26 +99,27 @@ class CheckpointManager:
         self._thread.start()
 
     def check(self) -> None:
-        """Raises CheckpointError when the last save has failed meanwhile."""
+        """Raise CheckpointError if the last save has failed since."""
         if self._failed is not None:
             failed, self._failed = self._failed, None
             raise failed
 
     def wait(self) -> None:
-        """Until the last save is sealed; raises CheckpointError when it failed."""
+        """Wait until the last save is committed; raise CheckpointError if it failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         self.check()
 
     def meta(self, step: int) -> dict:
-        """The JSON that was saved beside the arrays."""
+        """Return the JSON that was saved with the arrays."""
         return self._step(step).json("meta/metadata")
 
     def restore(self, step: int, like: PyTree) -> tuple[PyTree, dict]:
-        """(state, cursor) of a step; `like` gives structure, shapes and shardings (any mesh).
+        """Return (state, cursor) of a step.
 
-        Raises DamagedError when the arrays are not the ones that were saved.
+        `like` gives structure, shapes and shardings (any mesh). Raises DamagedError when the arrays
+        are not the ones that were saved.
         """
         place = self._step(step)
         wanted = safetensors_file.flatten_named(like)
@@ -125,11 +130,12 @@ class CheckpointManager:
             self._newest_sound = _agree(lambda: self._reject(step, wrong))
             raise DamagedError(f"checkpoint {step}: {wrong}")
         state = jax.tree.unflatten(jax.tree.structure(like), list(arrays.values()))
-        # Means of what an interval had none of, such as image targets, are NaN in the cursor.
+        # Means over nothing, such as of image targets in an interval without any, are NaN in the
+        # cursor.
         return state, place.json("cursor/metadata", allow_nonfinite=True)
 
     def close(self) -> None:
-        """Waits for the thread; what failed in it has been raised or is logged here."""
+        """Wait for the thread; its error has been raised or is logged here."""
         try:
             self.wait()
         except CheckpointError as error:
@@ -137,13 +143,13 @@ class CheckpointManager:
         self._orbax.close()
 
     def _complete(self, step: int, held: checksums.Copies, blocked: float) -> None:
-        """In the thread: digests, the rest of Orbax's writing, the seal, and old steps go."""
+        """Write digests, complete Orbax's writing, commit and remove old steps, in the thread."""
         begin = time.monotonic()
         try:
             digests = checksums.shard_digests(held)
             self._orbax.wait_until_finished()
             place = self._step(step)
-            # Process 0 renames the folder; a file written before that would be in its way.
+            # Process 0 renames the folder; a file written before that would obstruct the rename.
             _await(lambda: (self.folder / str(step)).is_dir(), f"folder of step {step}")
             own = checksums.SHARDS.format(jax.process_index())
             place.write(own, [json.dumps(digests).encode()])
@@ -158,7 +164,7 @@ class CheckpointManager:
                 )
                 self._tidy(step)
             self._newest_sound = step
-        except Exception as error:  # noqa: BLE001  a thread has nobody to raise to
+        except Exception as error:  # noqa: BLE001  a thread has no caller to raise to
             self._failed = self._unwritten(step, error)
 
     def _unwritten(self, step: int, error: BaseException) -> CheckpointError:
@@ -175,16 +181,16 @@ class CheckpointManager:
         return Folder(self.folder / str(step))
 
     def _tidy(self, newest: int) -> None:
-        """Removes all but the `keep` newest steps; the seal of each goes first."""
+        """Remove all but the `keep` newest steps; the commit file of each is removed first."""
         steps = sorted((s for s in _steps(self.folder) if s <= newest), reverse=True)
         for old in steps[self._keep :]:
             (self.folder / str(old) / checksums.MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(self.folder / str(old))
 
     def _clean(self) -> int:
-        """Puts newer steps that are damaged or unfinished aside; the newest sound step, or -1."""
+        """Set newer damaged or unfinished steps aside; return the newest valid step, or -1."""
         for entry in self.folder.glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(entry)  # the process died while it wrote
+            shutil.rmtree(entry)  # the process died during the write
         for step in sorted(_steps(self.folder), reverse=True):
             if not (wrong := checksums.find_corrupt_file(self._step(step))):
                 return step
@@ -206,7 +212,7 @@ class CheckpointManager:
 
 
 def read_latest(folder: str | os.PathLike) -> tuple[int, dict[str, Any], dict]:
-    """(step, arrays by name, meta) of the newest sound step, for reading only."""
+    """Return (step, arrays by name, meta) of the newest valid step, for reading only."""
     for step in sorted(_steps(pathlib.Path(folder)), reverse=True):
         place = Folder(pathlib.Path(folder) / str(step))
         if not checksums.find_corrupt_file(place):
@@ -222,9 +228,10 @@ def _steps(folder: pathlib.Path) -> list[int]:
 
 
 def barrier(name: str) -> None:
-    """All hosts wait for each other, by the coordinator; a name is for one use.
+    """Synchronize all hosts through the coordinator; each name is used once.
 
-    After a compilation, whose length differs: Gloo gives the first collective's peers 30 s only.
+    It is used after a compilation, whose duration differs: Gloo gives the peers of the first
+    collective only 30 s.
     """
     if jax.process_count() > 1:
         everybody = set(range(jax.process_count()))
@@ -232,7 +239,10 @@ def barrier(name: str) -> None:
 
 
 def _await(holds: Callable[[], bool], what: str) -> None:
-    """Until `holds`: hosts meet in the shared folder, so that no collective disturbs a step."""
+    """Wait until `holds` returns true.
+
+    Hosts synchronize through the shared folder, so that no collective delays a step.
+    """
     end = time.monotonic() + PEERS
     while not holds():
         if time.monotonic() > end:
@@ -241,7 +251,7 @@ def _await(holds: Callable[[], bool], what: str) -> None:
 
 
 def _anywhere(wrong: str) -> str:
-    """What is wrong on this host, or that another host has found something: all decide alike."""
+    """Return the error of this host, or that another host has one: all hosts decide alike."""
     if jax.process_count() == 1:
         return wrong
     found = multihost_utils.process_allgather(np.array(bool(wrong)))
@@ -249,7 +259,7 @@ def _anywhere(wrong: str) -> str:
 
 
 def _agree(choose: Callable[[], int]) -> int | None:
-    """Process 0's choice, known to all; negative means none. A barrier too."""
+    """Return process 0's choice on all processes, or None if it is negative; a barrier too."""
     if jax.process_count() == 1:
         choice = choose()
     else:

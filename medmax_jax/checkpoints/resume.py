@@ -1,7 +1,7 @@
-"""May a run go on from a checkpoint? Everything that changes its numbers must be the same.
+"""Decide whether a run may resume from a checkpoint: settings that affect results must be equal.
 
-free     FREE below: how fast, on what, how much is told; logged, not refused
-extend   train.steps may grow, with --extend alone: the schedule is a function of it
+free     FREE below: speed, devices, amount of logging; a change is logged, not refused
+extend   train.steps may grow, only with --extend: the schedule is a function of it
 bound    every other field of the config, and the fingerprints of BOUND: refused, both shown
 """
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from medmax_jax.checkpoints.manager import CheckpointError
 
-# Why each may change: the batches and the objective stay the same.
+# The reason why each may change: the batches and the objective stay the same.
 FREE = {
     "mesh": "sums are taken in another order, so losses agree to rounding",
     "model.remat": "the same numbers, computed again or kept",
@@ -35,7 +35,7 @@ EXTENSIBLE = "train.steps"
 
 
 def check_meta(saved: dict, now: dict, *, extend: bool) -> list[str]:
-    """The harmless differences in words; raises CheckpointError with all those that are not."""
+    """Return descriptions of the harmless differences; raise CheckpointError with all others."""
     harmless, refused = [], []
     for name, (old, new) in sorted(differences(saved["config"], now["config"]).items()):
         text = f"config.{name} was {old!r}, is now {new!r}"
@@ -63,12 +63,15 @@ def check_meta(saved: dict, now: dict, *, extend: bool) -> list[str]:
 
 
 def is_free(name: str) -> bool:
-    """Whether a dotted field, or the section that it is in, may change."""
+    """Return whether a dotted field, or the section that it is in, may change."""
     return name in FREE or name.split(".")[0] in FREE
 
 
 def differences(old: dict, new: dict, prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Dotted field -> (old, new) wherever two nested configs differ; None where one lacks it."""
+    """Return dotted field -> (old, new) of every difference of two nested configs.
+
+    None represents a field that one of them lacks.
+    """
     found = {}
     for name in old.keys() | new.keys():
         a, b = old.get(name), new.get(name)

@@ -1,9 +1,9 @@
-"""Weights on disk: any pytree of arrays as one safetensors file with dotted names.
+"""Store any pytree of arrays as one safetensors file with dotted names.
 
     model.layers.self_attn.q_proj.kernel  <->  "layers.self_attn.q_proj.kernel"
     model.down[0].block[1].conv1.kernel   <->  "down.0.block.1.conv1.kernel"
 
-The `value` that NNX hangs under every variable is no part of a name, so a module and its state read
+The `value` that NNX adds under every variable is not part of a name, so a module and its state read
 the same file.
 """
 
@@ -20,16 +20,16 @@ from safetensors.numpy import save_file
 
 from medmax_jax.io.errors import FileError
 
-_FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names; a cast of these is a rounding
+_FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names; a cast between these only rounds
 _INTEGERS = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
 
 
 class WeightsError(FileError):
-    """A weight file that does not fit; the message names the file, the key and the mend."""
+    """A weight file that does not fit; the message names the file, the key and the fix."""
 
 
 def save(path_file: str | os.PathLike, tree: Any, metadata: dict[str, str]) -> None:
-    """Writes every array of `tree`, whole or not at all. Every host calls, one writes."""
+    """Write every array of `tree` atomically; every host calls this, one writes."""
     arrays = {name: fetch_to_host(leaf) for name, leaf in flatten_named(tree).items()}
     if jax.process_index() != 0:
         return
@@ -41,10 +41,10 @@ def save(path_file: str | os.PathLike, tree: Any, metadata: dict[str, str]) -> N
 
 
 def load(path_file: str | os.PathLike, like: Any) -> Any:
-    """The tree of `like` (arrays or ShapeDtypeStructs) from the file, in its dtypes and shardings.
+    """Return the tree of `like` from the file, in its dtypes and shardings.
 
-    A host reads only the rows it holds. Raises WeightsError on a key without a place, a place
-    without a key, or a shape that differs.
+    `like` has arrays or ShapeDtypeStructs. A host reads only the rows that it holds. Raises
+    WeightsError on a key that `like` lacks, a name that the file lacks, or a shape that differs.
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(like)
     names = [dotted_name(path) for path, _ in leaves]
@@ -58,7 +58,7 @@ def load(path_file: str | os.PathLike, like: Any) -> Any:
 
 
 def metadata(path_file: str | os.PathLike) -> dict[str, str]:
-    """What `save` was given as metadata."""
+    """Return the metadata that was passed to `save`."""
     with _opened(path_file) as file:
         return dict(file.metadata() or {})
 
@@ -70,7 +70,7 @@ def names(path_file: str | os.PathLike) -> list[str]:
 
 
 def flatten_named(tree: Any) -> dict[str, Any]:
-    """Dotted name -> leaf, in tree order; raises WeightsError when two leaves share a name."""
+    """Return dotted name -> leaf, in tree order; raise WeightsError when two share a name."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     names = {dotted_name(path): leaf for path, leaf in leaves}
     if len(names) != len(leaves):
@@ -83,7 +83,7 @@ def flatten_named(tree: Any) -> dict[str, Any]:
 def shape_error(
     path: str | os.PathLike, name: str, shape: tuple[int, ...], leaf: Any
 ) -> WeightsError:
-    """The error of a shape that is not the model's."""
+    """Return the error for a shape that is not the model's."""
     return WeightsError(
         f"{path}: {name} has shape {shape}, the model has {tuple(leaf.shape)}; use the "
         "config that the file was written with"
@@ -91,7 +91,7 @@ def shape_error(
 
 
 def dotted_name(path: tuple[Any, ...]) -> str:
-    """A jax key path as a dotted name, without the `value` of an NNX variable."""
+    """Return a jax key path as a dotted name, without the `value` of an NNX variable."""
     parts = [str(getattr(k, "name", getattr(k, "key", getattr(k, "idx", None)))) for k in path]
     if len(parts) > 1 and parts[-1] == "value":
         parts = parts[:-1]
@@ -99,7 +99,7 @@ def dotted_name(path: tuple[Any, ...]) -> str:
 
 
 def fetch_to_host(leaf: Any) -> np.ndarray:
-    """All of an array on this host. Every host calls where it lies on several."""
+    """Return all of an array on this host; every host must call this for a distributed array."""
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         leaf = multihost_utils.process_allgather(leaf, tiled=True)
     return np.ascontiguousarray(np.asarray(leaf)).reshape(np.shape(leaf))
@@ -117,7 +117,7 @@ def _opened(path_file: str | os.PathLike) -> Any:
 
 
 def check_names(path_file: str | os.PathLike, have: set[str], want: set[str]) -> None:
-    """Raises WeightsError unless the file has exactly the names that the model wants."""
+    """Raise WeightsError unless the file has exactly the names that the model requires."""
     extra, missing = sorted(have - want), sorted(want - have)
     if extra or missing:
         raise WeightsError(

@@ -1,12 +1,12 @@
-"""torch's .pth and .ckpt files, read and written without torch; nothing in a file is executed.
+"""Read and write torch's .pth and .ckpt files without torch; nothing in a file is executed.
 
     <root>/data.pkl    a pickle: {name: tensor of storage "0", storage_offset, shape, stride}
     <root>/data/0 ...  the storages, raw and little-endian
     <root>/byteorder   "little"; a file from before torch 2.1 has none, and is little-endian too
     <root>/version     of this layout
 
-One zip, its files stored without compression, as torch writes it since 1.6. Reading a tensor reads
-its bytes and no others, so files of 13 GB in a bucket are as good as local ones.
+The format is one zip, whose files are stored without compression, as torch writes it since 1.6.
+Reading a tensor reads only its bytes, so files of 13 GB in a bucket can be used like local ones.
 """
 
 import dataclasses
@@ -41,19 +41,19 @@ _NUMPY = {
 _TORCH = {dtype: name for name, dtype in torch_unpickler.DTYPES.items()}
 
 _MAX_META = 64 << 20  # bytes of the zip's directory, and of data.pkl; those of 30B are < 1 MiB
-_MAX_RANK = 32  # axes; numpy 1's limit
+_MAX_RANK = 32  # axes; the limit of numpy 1
 _MAX_EMPTY = 1 << 40  # of a tensor without elements: the product of its other axes
-_PIECE = 16 << 20  # bytes a read or a write
-_ALIGN = 64  # bytes; torch's, for mmap=True
+_PIECE = 16 << 20  # bytes per read or write
+_ALIGN = 64  # bytes; torch's value, for mmap=True
 _ZIP64 = (1 << 31) - 1  # larger sizes and offsets take 64 bits; some readers' 32 are signed
-_FULL = 0xFFFFFFFF  # in a field of 32 bits: see the one of 64
+_FULL = 0xFFFFFFFF  # in a 32-bit field: see the 64-bit one
 _CENTRAL, _LOCAL = "<4s6H3L5H2L", "<4s5H3L2H"  # a file in the directory, and before its data
-_END64, _LOCATOR, _END = "<4sQ2H2L4Q", "<4sLQL", "<4s4H2LH"  # the three records that end a zip
+_END64, _LOCATOR, _END = "<4sQ2H2L4Q", "<4sLQL", "<4s4H2LH"  # the three records at the end of a zip
 
 
 @runtime_checkable
 class ByteFile(Protocol):
-    """A file read by ranges: a local one, or an object in a bucket."""
+    """A file that is read by ranges: a local one, or an object in a bucket."""
 
     name: str
     size: int
@@ -63,7 +63,7 @@ class ByteFile(Protocol):
 
 @runtime_checkable
 class FileWriter(Protocol):
-    """What a file is written to: any open binary file; seeking is not needed."""
+    """A destination of `write`: any open binary file; seeking is not needed."""
 
     def write(self, data: Buffer, /) -> int | None: ...
 
@@ -73,15 +73,15 @@ class _Record:
     """One file inside the zip."""
 
     name: bytes
-    header: int  # where its local header starts
+    header: int  # the offset of its local header
     size: int
     crc: int  # 0: not computed (torch.serialization.set_crc32_options(False))
-    limit: int  # where the next header, or the directory, starts
+    limit: int  # the offset of the next header, or of the directory
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One tensor of a file, not yet read. Entries of one `storage` share their memory in torch."""
+    """One tensor of a file, not yet read; entries of one `storage` share their memory in torch."""
 
     shape: tuple[int, ...]
     dtype: str  # safetensors' name: F32, BF16, I64, ...
@@ -92,9 +92,9 @@ class Entry:
 
 
 def open_file(file: ByteFile) -> dict[str, Entry]:
-    """Name -> tensor of a state dict, or of the `state_dict` or `model` inside a checkpoint.
+    """Return name -> tensor of a state dict, or of the `state_dict` or `model` in a checkpoint.
 
-    Reads the zip's directory, byteorder and data.pkl. What stands beside `state_dict` is ignored.
+    It reads the zip's directory, byteorder and data.pkl. Entries next to `state_dict` are ignored.
     """
     records = _directory(file)
     roots = [name.removesuffix("/data.pkl") for name in records if name.endswith("/data.pkl")]
@@ -117,7 +117,7 @@ def open_file(file: ByteFile) -> dict[str, Entry]:
 
 
 def read(file: ByteFile, entry: Entry) -> np.ndarray:
-    """The tensor as a new contiguous array; reads the bytes from its first to its last element."""
+    """Return the tensor as a new contiguous array; read only from its first to its last element."""
     dtype = _NUMPY[entry.dtype]
     if 0 in entry.shape:
         return np.zeros(entry.shape, dtype)
@@ -135,10 +135,10 @@ def read(file: ByteFile, entry: Entry) -> np.ndarray:
 
 
 def write(out: FileWriter, tensors: Iterable[Source], *, wrap: str | None) -> None:
-    """A torch.load-able file, the same bytes every time; values are asked for one by one.
+    """Write a file for torch.load, deterministically; values are requested one by one.
 
-    `out` starts empty. `wrap` is the key to put the state dict under, "state_dict" for a Lightning
-    checkpoint, or None.
+    `out` is empty at the start. `wrap` is the key to store the state dict under, "state_dict" for a
+    Lightning checkpoint, or None.
     """
     sources = list(tensors)
     archive = _ZipWriter(out)
@@ -146,12 +146,12 @@ def write(out: FileWriter, tensors: Iterable[Source], *, wrap: str | None) -> No
     archive.add("byteorder", b"little")
     for n, (name, shape, dtype, values) in enumerate(sources):
         archive.add(f"data/{n}", _raw(name, shape, dtype, values()))
-    archive.add("version", b"3\n")  # torch's, since 1.6
+    archive.add("version", b"3\n")  # the version that torch writes since 1.6
     archive.close()
 
 
 def _state_dict(path: str, top: Any) -> dict[str, torch_unpickler.Tensor]:
-    """Looks one level deep and no deeper, for containers may contain themselves."""
+    """Return the state dict; search one level deep only, as containers may contain themselves."""
     if type(top) is not dict:
         raise PthError(
             f"{path}: holds a {torch_unpickler.type_name(top)}, not a dict; save model.state_dict()"
@@ -196,7 +196,7 @@ def _entry(
 
 
 def _directory(file: ByteFile) -> dict[str, _Record]:
-    """The files of the zip by name: stored, whole, apart from one another."""
+    """Return the files of the zip by name: uncompressed, complete, without overlap."""
     start, size, count = _end(file)
     data = bytes(_bytes(file, start, start + size))
     found, at = [], 0
@@ -220,7 +220,10 @@ def _directory(file: ByteFile) -> dict[str, _Record]:
 
 
 def _end(file: ByteFile) -> tuple[int, int, int]:
-    """Where the zip's directory starts, its bytes, its files. torch writes no comment behind it."""
+    """Return the offset of the zip's directory, its size in bytes, and its number of files.
+
+    torch writes no comment after it.
+    """
     sizes = [struct.calcsize(layout) for layout in (_END64, _LOCATOR, _END)]
     tail = bytes(_bytes(file, max(0, file.size - sum(sizes)), file.size))
     if len(tail) < sizes[2] or not tail[-sizes[2] :].startswith(b"PK\5\6"):
@@ -262,7 +265,10 @@ def _central(file: ByteFile, data: bytes, at: int) -> tuple[_Record, int]:
 
 
 def _wide(values: list[int], extra: bytes) -> list[int]:
-    """Size, packed size and offset, those that are full taken from the 64-bit extra field."""
+    """Return size, packed size and offset.
+
+    Values that exceed 32 bits are taken from the 64-bit extra field.
+    """
     while len(extra) >= 4:
         tag, n = struct.unpack_from("<2H", extra)
         if tag == 1:
@@ -306,7 +312,7 @@ def _damaged(file: ByteFile, why: str) -> PthError:
 
 
 def _pickled(sources: list[Source], wrap: str | None) -> bytes:
-    """data.pkl as pickle protocol 2, the one that torch.load(weights_only=True) reads."""
+    """Return data.pkl as pickle protocol 2, which torch.load(weights_only=True) reads."""
     if len({name for name, *_ in sources}) != len(sources):
         raise PthError("two tensors share a name; give each its own")
     parts = [b"\x80\x02", b"}" + _string(wrap) if wrap is not None else b"", b"}("]
@@ -330,7 +336,7 @@ def _global(name: str) -> bytes:
 
 
 def _integer(n: int) -> bytes:
-    size = n.bit_length() // 8 + 1  # with a sign
+    size = n.bit_length() // 8 + 1  # including the sign
     data = n.to_bytes(max(size, 4), "little", signed=True)
     return b"J" + data if size <= 4 else bytes([0x8A, size]) + data
 
@@ -349,7 +355,7 @@ def _raw(name: str, shape: tuple[int, ...], dtype: str, values: np.ndarray) -> m
 
 
 class _ZipWriter:
-    """A zip of stored, aligned files on a stream that cannot seek."""
+    """Writes a zip of uncompressed, aligned files to a stream that cannot seek."""
 
     def __init__(self, out: FileWriter):
         self.out, self.at, self.directory = out, 0, []
@@ -362,7 +368,8 @@ class _ZipWriter:
         padding = -before % _ALIGN  # under 0xD935, the tag that Android's zipalign pads with
         extra += struct.pack("<2H", 0xD935, padding) + bytes(padding)
         narrow = (_FULL, _FULL) if wide else (size, size)
-        version, date = 45 if wide else 20, 33  # 1980-01-01, the first day that a zip knows
+        # 1980-01-01, the first date that a zip can represent
+        version, date = 45 if wide else 20, 33
         fields = (version, 0, 0, 0, date, crc, *narrow, len(path))
         self._write(struct.pack(_LOCAL, b"PK\3\4", *fields, len(extra)) + path + extra)
         self._write(data)
@@ -373,7 +380,7 @@ class _ZipWriter:
         self.directory.append(struct.pack(_CENTRAL, b"PK\1\2", *fields) + path + extra)
 
     def close(self) -> None:
-        """The directory and its end, in 64 and in 32 bits as torch does."""
+        """Write the directory and its end, in 64 and in 32 bits as torch does."""
         start, count, data = self.at, len(self.directory), b"".join(self.directory)
         end = start + len(data)
         places = (count, count, len(data), start)

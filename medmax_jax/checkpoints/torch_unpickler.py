@@ -1,8 +1,9 @@
-"""data.pkl of a torch file as inert values: pickle's opcodes, run without pickle and without calls.
+"""Read data.pkl of a torch file as inert values, without pickle and without calls.
 
 A pickle is a program for a small stack machine, and pickle's own machine imports and calls whatever
-the program names. This one knows dicts, lists, tuples, numbers, strings, and the few names below,
-which it compares as text; it can import, call and set nothing. Every other program is a PthError.
+the program names. The machine of this module supports dicts, lists, tuples, numbers, strings, and
+the few names below, which it compares as text; it can import, call and set nothing. Every other
+program raises PthError.
 
     torch._utils._rebuild_tensor_v2(storage, 0, (2, 3), (3, 1), False, OrderedDict())  ->  Tensor
     torch._utils._rebuild_parameter(tensor, True, OrderedDict())                       ->  Tensor
@@ -17,7 +18,7 @@ from typing import Any
 
 from medmax_jax.io.errors import FileError
 
-DTYPES = {  # of torch's storage classes, under safetensors' names
+DTYPES = {  # of torch's storage classes, by safetensors' names
     "torch.DoubleStorage": "F64",
     "torch.FloatStorage": "F32",
     "torch.HalfStorage": "F16",
@@ -35,9 +36,9 @@ _GLOBALS = {
     "torch._utils._rebuild_tensor_v2",
     "torch._utils._rebuild_parameter",
     *DTYPES,
-    *(f"torch.{name}" for name in _VALUES.split()),  # in the settings beside a state dict
+    *(f"torch.{name}" for name in _VALUES.split()),  # in the settings next to a state dict
 }
-_MAX_STEPS = 1 << 20  # opcodes; a tensor takes about 35, so 30,000 tensors
+_MAX_STEPS = 1 << 20  # opcodes; a tensor takes about 35, so this allows 30,000 tensors
 _MEND = (
     "If you trust it, open it in torch and keep the weights alone: "
     'torch.save({"state_dict": model.state_dict()}, path)'
@@ -45,7 +46,7 @@ _MEND = (
 
 
 class PthError(FileError):
-    """A .pth file that cannot be used; the message names the file, the key or global, the mend."""
+    """A .pth file that cannot be used; the message names the file, the key or global, the fix."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,10 @@ class Storage:
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """As the pickle says it, not yet held against the storage: >= 0 is all that is known."""
+    """A tensor as the pickle describes it, not yet checked against the storage.
+
+    Its numbers are only known to be >= 0.
+    """
 
     storage: Storage
     start: int
@@ -71,18 +75,21 @@ class _Global:
 
 
 def load(path: str, data: bytes) -> Any:
-    """What the pickle describes; `path` stands in errors. Containers may contain themselves."""
+    """Return the object that the pickle describes; `path` appears in errors.
+
+    Containers may contain themselves.
+    """
     return _RestrictedUnpickler(path, data).run()
 
 
 def load_prefix(path: str, data: bytes) -> tuple[Any, int]:
-    """What the pickle at the start of `data` describes, and its bytes; more may follow."""
+    """Return the object of the pickle at the start of `data`, and its size; more may follow."""
     machine = _RestrictedUnpickler(path, data)
     return machine.run(), machine.at
 
 
 def type_name(value: Any) -> str:
-    """What a value is, for a message."""
+    """Return the type of a value, for a message."""
     return value.name if type(value) is _Global else type(value).__name__
 
 
@@ -113,7 +120,7 @@ class _RestrictedUnpickler:
         raise self._error(f"has more than {_MAX_STEPS} opcodes")
 
     def _step(self, opcode: bytes) -> None:
-        """One opcode that changes what is there; `_value` has those that only push."""
+        """Run one opcode that changes the state; `_value` has those that only push."""
         stack = self.stack
         match opcode:
             case b"\x80" | b"\x95":  # PROTO, FRAME
@@ -123,7 +130,7 @@ class _RestrictedUnpickler:
             case b"q" | b"r" | b"\x94":  # BINPUT, LONG_BINPUT, MEMOIZE
                 n = len(self.memo) if opcode == b"\x94" else self._uint(1 if opcode == b"q" else 4)
                 self.memo[n] = stack[-1]
-            case b"b":  # BUILD: the _metadata of a module's state dict, which nobody needs
+            case b"b":  # BUILD: the _metadata of a module's state dict, which is not used
                 stack.pop()
                 if type(stack[-1]) is not dict:
                     raise self._error(f"sets attributes of a {type_name(stack[-1])}")
@@ -188,7 +195,7 @@ class _RestrictedUnpickler:
         raise self._error("has a persistent id that is no storage")
 
     def _call(self, called: Any, args: Any) -> Any:
-        """What torch's function would give; a hook or a lazy view (conj, neg) fits no case."""
+        """Return the result of torch's function; a hook or a lazy view (conj, neg) is refused."""
         name = called.name if type(called) is _Global else None
         match (name, *args) if type(args) is tuple else ():
             case ("collections.OrderedDict",):
@@ -214,7 +221,7 @@ class _RestrictedUnpickler:
     def _set(self, target: Any, keys: list[Any], values: list[Any]) -> None:
         if type(target) is not dict:
             raise self._error(f"sets items of a {type_name(target)}")
-        for key in keys:  # the hash of a deep tuple recurses without end
+        for key in keys:  # the hash of a deep tuple recurses without a limit
             if type(key) not in (str, int, float, bool, type(None)):
                 raise self._error(f"has a {type_name(key)} as the key of a dict")
         target.update(zip(keys, values, strict=True))

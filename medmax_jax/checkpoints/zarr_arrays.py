@@ -1,12 +1,13 @@
-"""Named arrays of any size in blocks: zarr3 by TensorStore, on a disk or gs://, for any mesh.
+"""Store named arrays of any size in blocks: zarr3 by TensorStore, on a disk or gs://.
 
     D/layers.mlp.up_proj.kernel/zarr.json     shape, dtype, layout
                                /c/3/0/0       a file: layer 3, half of its rows, at most 64 MiB
          in the file: blocks of about 1 MiB, cut along the sharded axes, each with its CRC-32C
 
-A process reads the blocks that its devices hold and no others; a flipped bit is an error. Orbax
-would hold the whole tree twice to save it, and by default writes one chunk an array, which every
-process then reads whole. Arrays are written piece by piece: a model never has to fit in memory.
+The arrays can be loaded onto any mesh. A process reads only the blocks that its devices hold; a
+flipped bit is an error. Orbax would hold the complete tree twice to save it, and by default writes
+one chunk per array, which every process then reads completely. Arrays are written piece by piece: a
+model never has to fit in memory.
 """
 
 import collections
@@ -22,14 +23,14 @@ from medmax_jax.checkpoints import safetensors_file
 from medmax_jax.io import storage
 from medmax_jax.io.storage import Folder, StorageError
 
-FILE_BYTES = 64 * 2**20  # at most, of a file
-BLOCK_BYTES = 2**20  # about, of what is read at once
-WAYS = 16  # at most, that an axis is cut into: as many shards are read without waste
+FILE_BYTES = 64 * 2**20  # maximum size of a file
+BLOCK_BYTES = 2**20  # approximate size of what is read at once
+WAYS = 16  # maximum number of parts of an axis: this many shards are read without waste
 WHOLE_BYTES = 4 * 2**20  # an array up to this size is one block
 
 
 class Writer:
-    """Arrays of a new_folder being written; memory holds IN_FLIGHT bytes of them."""
+    """Writes arrays to an atomic_folder; at most IN_FLIGHT bytes of them are in memory."""
 
     def __init__(self, folder: Folder):
         self._folder = folder
@@ -39,11 +40,11 @@ class Writer:
     def create(
         self, name: str, shape: tuple[int, ...], dtype: np.dtype, sharded: tuple[bool, ...]
     ) -> ts.TensorStore:
-        """An empty array. `sharded`: the axes that a mesh may cut."""
+        """Create an empty array; `sharded` states which axes a mesh may cut."""
         file, block = chunk_layout(shape, np.dtype(dtype).itemsize, sharded)
         kvstore = self._folder.kvstore(name)
         if not self._folder.remote:
-            kvstore["file_io_sync"] = False  # new_folder syncs all files at its end, at once
+            kvstore["file_io_sync"] = False  # atomic_folder syncs all files once at its end
         codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
         inner = {"chunk_shape": block, "codecs": codecs, "index_codecs": codecs}
         spec = array_spec(self._folder, name) | {
@@ -59,14 +60,14 @@ class Writer:
         return storage.wait(made, f"{self._folder.path}/{name}")
 
     def write(self, store: ts.TensorStore, index: Any, piece: Shaped[np.ndarray, "..."]) -> None:
-        """Writes store[index]; a piece should fill whole files, or they are written again."""
+        """Write store[index]; a piece should fill complete files, or they are written again."""
         while self._pending and self._bytes + piece.nbytes > IN_FLIGHT:
             self._settle()
         self._pending.append((store[index].write(piece), piece.nbytes, store.kvstore.path))
         self._bytes += piece.nbytes
 
     def finish(self) -> None:
-        """Returns when everything is on the disk."""
+        """Return when everything is on the disk."""
         while self._pending:
             self._settle()
 
@@ -79,10 +80,11 @@ class Writer:
 def chunk_layout(
     shape: tuple[int, ...], itemsize: int, sharded: tuple[bool, ...]
 ) -> tuple[list[int], list[int]]:
-    """(shape of a file, shape of a block in it).
+    """Return (shape of a file, shape of a block in it).
 
     [32, 4096, 11008] of 2 bytes, both last axes sharded -> [1, 2048, 11008], [1, 512, 688]
-    Three axes are a stack of layers; a file is of one layer, so that layers can be written alone.
+    Three axes are a stack of layers; a file contains one layer, so that layers can be written
+    separately.
     """
     file = list(shape)
     if math.prod(shape) * itemsize <= WHOLE_BYTES:
@@ -106,22 +108,21 @@ def chunk_layout(
     return file, block
 
 
-# ---- Reads named arrays in blocks onto any mesh; zarr_arrays.py has the layout, and writes them
-# ----
+# ---- Reading arrays onto any mesh ----
 #
-# A process reads the blocks that its devices hold and no others; a flipped bit is an error.
+# A process reads only the blocks that its devices hold; a flipped bit is an error.
 
 IN_FLIGHT = 2**30  # bytes that are being read or written at a time
 CACHE = 2**28  # bytes of blocks that several devices of a process share
 
 
 def names(folder: Folder) -> list[str]:
-    """The arrays of a folder."""
+    """Return the names of the arrays of a folder."""
     return sorted(n.removesuffix("/zarr.json") for n in folder.names() if n.endswith("/zarr.json"))
 
 
 def open_array(folder: Folder, name: str, *, cache: int = 0) -> ts.TensorStore:
-    """An array of a folder, nothing of it read yet. `cache`: bytes of blocks to keep."""
+    """Open an array of a folder without reading it; `cache`: bytes of blocks to keep."""
     context = ts.Context({"cache_pool": {"total_bytes_limit": cache}})
     asked = array_spec(folder, name) | {"recheck_cached_data": False}
     found = ts.open(asked, open=True, context=context)
@@ -129,16 +130,17 @@ def open_array(folder: Folder, name: str, *, cache: int = 0) -> ts.TensorStore:
 
 
 def read(folder: Folder, store: ts.TensorStore) -> Shaped[np.ndarray, "..."]:
-    """The numbers of an array or of a part of it (`store[index]`); StorageError when damaged."""
+    """Read an array or a part of it (`store[index]`); raise StorageError when it is damaged."""
     size = store.dtype.numpy_dtype.itemsize * math.prod(store.shape)
     return storage.wait(store.read(), store.kvstore.path, size)
 
 
 def load(folder: Folder, like: PyTree) -> PyTree:
-    """The tree of `like` (ShapeDtypeStructs with shardings), in its dtypes, on its devices.
+    """Return the tree of `like`, in its dtypes, on its devices.
 
-    A process reads what its own devices hold. Raises weights.WeightsError where names or shapes
-    differ, StorageError where a block is damaged.
+    `like` has ShapeDtypeStructs with shardings. A process reads what its own devices hold. Raises
+    safetensors_file.WeightsError where names or shapes differ, StorageError where a block is
+    damaged.
     """
     wanted = safetensors_file.flatten_named(like)
     safetensors_file.check_names(folder.path, set(names(folder)), set(wanted))
@@ -174,13 +176,13 @@ def _placed(folder: Folder, name: str, leaf, sharding, places, parts) -> jax.Arr
 
 
 def array_spec(folder: Folder, name: str) -> dict[str, Any]:
-    """What TensorStore must know of an array, to read or to write it."""
+    """Return TensorStore's spec of an array, to read or to write it."""
     if "/" in name or name.startswith("."):
         raise StorageError(f"{folder.path}: {name!r} is no name of an array")
     return {
         "driver": "zarr3",
         "kvstore": folder.kvstore(name),
-        # a file that is gone is an error and no zeros, so zeros must be stored as well
+        # a missing file is an error and not zeros, so zeros must be stored too
         "fill_missing_data_reads": False,
         "store_data_equal_to_fill_value": True,
     }

@@ -1,15 +1,15 @@
-"""Checkpoints of the Chameleon family from one layout to another, exact in both directions.
+"""Convert checkpoints of the Chameleon family between layouts, exactly in both directions.
 
 python -m medmax_jax.convert --from P --to Q --format {native,hf,meta,peft} [--base B]
-python -m medmax_jax.convert inspect P [--json]       what P is, without loading its weights
-python -m medmax_jax.convert check P                  whether P is what was published
+python -m medmax_jax.convert inspect P [--json]       describe P without loading its weights
+python -m medmax_jax.convert check P                  check whether P is what was published
 
-P     Meta's, Anole's or Hugging Face's checkpoint, this project's, a PEFT adapter, a training run,
-      or a vqgan.ckpt; a path or gs://bucket/prefix. Its layout is found out.
-Q     a new folder; it appears whole or not at all.
+P     a checkpoint of Meta, Anole, Hugging Face or this project, a PEFT adapter, a training run,
+      or a vqgan.ckpt; a path or gs://bucket/prefix. Its layout is detected.
+Q     a new folder, written atomically.
 
-B     the weights that an adapter or a run was trained on. To hf and meta both go merged; to peft
-      the adapter goes alone, and to native too unless --merge is given.
+B     the weights that an adapter or a run was trained on. For hf and meta the adapter is merged
+      into them; for peft the adapter is written alone, and also for native unless --merge is given.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 75 stopped.
 """
@@ -94,9 +94,9 @@ def data_sources() -> dict[str, model_card.SourceTerms]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """The program; returns its exit code."""
+    """Run the program and return its exit code."""
     logging.getLogger("absl").setLevel(logging.ERROR)
-    jax.config.update("jax_platforms", "cpu")  # nothing here needs an accelerator
+    jax.config.update("jax_platforms", "cpu")  # no accelerator is needed
     try:
         return _run(list(argv))
     except KeyboardInterrupt:

@@ -2,12 +2,12 @@
 
 PEFT      adapter_config.json {"peft_type": "LORA", "r", "lora_alpha", ..}
           adapter_model.safetensors   base_model.model.model.layers.3.mlp.up_proj.lora_A.weight
-          medmax_jax.json             the facts below; PEFT leaves it alone
+          medmax_jax.json             the facts below; PEFT ignores it
 native    adapter_config.json {"rank", "alpha", "dropout"} and the facts below
           adapter.safetensors         layers.mlp.up_proj.lora_a, the layers stacked
-a run     adapter/ of a finished one, else the newest sound checkpoint
+a run     adapter/ of a finished run, else the newest valid checkpoint
 
-facts     base    fingerprint of the weights it was trained on, see form.digest
+facts     base    fingerprint of the weights it was trained on, see state_dict.fingerprint
           data    fingerprint of the records; sources, credentials: documents of each
           step, config
 """
@@ -47,20 +47,20 @@ PLAIN = dict(  # a LoRA whose delta is lora_alpha / r x B A and nothing else
     peft_type="LORA", bias="none", use_rslora=False, use_dora=False, fan_in_fan_out=False,
     rank_pattern={}, alpha_pattern={}, modules_to_save=None, lora_bias=False,
 )  # fmt: skip
-# The settings of adapter_config.json that an adapter may have here. Every other one, also one of a
-# later PEFT, must be neutral: null, false, 0, or empty.
+# The settings of adapter_config.json that an adapter may have here. Every other one, including
+# those of later PEFT versions, must be neutral: null, false, 0, or empty.
 UNDERSTOOD = {  # computed here, each by `_scales` or `_check_targets`
     "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern",
     "target_modules",
 }  # fmt: skip
-WITHOUT_EFFECT = {  # on what B A is added to the weights; any value
+WITHOUT_EFFECT = {  # no effect on the B A that is added to the weights; any value
     "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping",
     "peft_version", "qalora_group_size", "runtime_config",
 }  # fmt: skip
 NEUTRAL = {  # where the neutral value is not null, false, 0 or empty
     "peft_type": ("LORA",),
     "bias": ("none",),
-    # All of these start from B A = 0 on the base's own weights, so the sum is of that base.
+    # All of these start from B A = 0 on the base's own weights, so the sum belongs to that base.
     "init_lora_weights": (True, False, "gaussian", "orthogonal"),
     "megatron_core": ("megatron.core",),
 }
@@ -70,7 +70,8 @@ _CHANGES_BASE = (
 )
 _SOME_LAYERS = "puts adapters on some modules or layers only"
 _MORE_WEIGHTS = "trains weights besides LoRA's matrices"
-REASONS = {  # why a setting is refused, where "changes what the adapter computes" says too little
+# why a setting is refused, where "changes what the adapter computes" is not specific enough
+REASONS = {
     "init_lora_weights": _CHANGES_BASE, "loftq_config": _CHANGES_BASE, "eva_config": _CHANGES_BASE,
     "corda_config": _CHANGES_BASE, "lora_ga_config": _CHANGES_BASE,
     "layers_to_transform": _SOME_LAYERS, "layers_pattern": _SOME_LAYERS,
@@ -83,7 +84,8 @@ REASONS = {  # why a setting is refused, where "changes what the adapter compute
 }  # fmt: skip
 MAX_LAYERS = BOUNDS["model.num_layers"][1]
 MAX_PATTERNS = 4_096  # entries of rank_pattern, alpha_pattern, target_modules
-# A key of a pattern is a regular expression in PEFT. These cannot take exponential time.
+# A key of a pattern is a regular expression in PEFT. Keys of this form cannot take exponential
+# time.
 _KEY = re.compile(r"\^?(?:[\w.]|\\\.){1,200}")
 _PEFT = re.compile(
     r"base_model\.model\.(model\.layers\.[0-9]{1,4}\.[\w.]{1,40})\.lora_([AB])\.weight"
@@ -92,7 +94,7 @@ _LORA = ("rank", "alpha", "dropout")
 
 
 def find(folder: Folder) -> Folder | None:
-    """The adapter folder that is here or in a run's `adapter`; None where there is none."""
+    """Return the adapter folder at this path or in a run's `adapter`; None if there is none."""
     if folder.has(CONFIG):
         return folder
     inside = Folder(f"{folder.path.rstrip('/')}/adapter")
@@ -100,7 +102,7 @@ def find(folder: Folder) -> Folder | None:
 
 
 def read_adapter(folder: Folder) -> Adapter:
-    """An adapter of either layout; raises ConvertError on one that is not plain LoRA."""
+    """Read an adapter of either layout; raise ConvertError on one that is not plain LoRA."""
     config = folder.json(CONFIG)
     if not isinstance(config, dict):
         raise ConvertError(f"{folder.path}/{CONFIG}: no table of settings; copy it again")
@@ -108,7 +110,7 @@ def read_adapter(folder: Folder) -> Adapter:
 
 
 def read_checkpoint(folder: Folder) -> Adapter:
-    """The adapters of a run's newest sound checkpoint."""
+    """Read the adapters of a run's newest valid checkpoint."""
     where = f"{folder.path.rstrip('/')}/checkpoints"
     step, arrays, meta = manager.read_latest(where)
     config = section(section(meta, "config", where), "train", where)
@@ -131,7 +133,7 @@ def read_checkpoint(folder: Folder) -> Adapter:
 
 
 def write_peft(folder: Folder, adapter: Adapter, *, base_name: str) -> None:
-    """A folder that peft.PeftModel.from_pretrained loads. `base_name`: where its base model is."""
+    """Write a folder for peft.PeftModel.from_pretrained; `base_name`: the path of its base."""
     _check_uniform(adapter)
     tensors = {}
     for name, pair in adapter.matrices.items():
@@ -155,7 +157,7 @@ def write_peft(folder: Folder, adapter: Adapter, *, base_name: str) -> None:
 
 
 def write_native(folder: Folder, adapter: Adapter, *, layers: int) -> None:
-    """An adapter folder that train and generate know; every layer must have all seven modules."""
+    """Write an adapter folder for train and generate; every layer must have all seven modules."""
     _check_uniform(adapter)
     stacks = {}
     for module in MODULES:
@@ -208,7 +210,8 @@ def _read_peft(folder: Folder, config: dict[str, Any]) -> Adapter:
     _check_targets(where, config.get("target_modules"), matrices)
     ranks, scales = _scales(config, matrices, where, rank=rank, alpha=alpha)
     _check_rank(folder.path, matrices, ranks)
-    # What plain LoRA of this rank needs for the same sum: rsLoRA divides by the root of r.
+    # The alpha that plain LoRA of this rank needs for the same sum: rsLoRA divides by the root of
+    # r.
     plain = alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
     lora = Lora(rank=rank, alpha=plain, dropout=dropout)
     return Adapter(
@@ -218,7 +221,7 @@ def _read_peft(folder: Folder, config: dict[str, Any]) -> Adapter:
 
 
 def check_plain(config: dict[str, Any], where: str) -> None:
-    """Raise ConvertError at a setting of PEFT that is not computed here, by its name."""
+    """Raise ConvertError, by its name, at a setting of PEFT that is not supported here."""
     if "peft_type" in config and config["peft_type"] not in NEUTRAL["peft_type"]:
         raise ConvertError(
             f"{where}: peft_type is {quoted(config['peft_type'])}; only LORA can be converted"
@@ -247,10 +250,10 @@ def _scales(
     rank: int,
     alpha: float,
 ) -> tuple[dict[str, int], dict[str, float]]:
-    """Return the rank of each matrix, and what its B A is multiplied by, as PEFT has them.
+    """Return the rank of each matrix, and the factor of its B A, as PEFT computes them.
 
-    With {"q_proj": 8} as rank_pattern and r 4, lora_alpha 6: 6 / 8 in q_proj, 6 / 4 elsewhere;
-    with use_rslora 6 / sqrt(8) and 6 / sqrt(4).
+    With {"q_proj": 8} as rank_pattern and r 4, lora_alpha 6: 6 / 8 in q_proj, 6 / 4 elsewhere; with
+    use_rslora 6 / sqrt(8) and 6 / sqrt(4).
     """
     of_rank = _patterns(config, "rank_pattern", "lora.rank", where)
     of_alpha = _patterns(config, "alpha_pattern", "lora.alpha", where)
@@ -292,7 +295,7 @@ def _check_targets(where: str, targets: Any, names: Collection[str]) -> None:
     """Raise ConvertError where target_modules and the matrices of the file disagree.
 
     A list names modules by their last parts; a text ("all-linear", a regular expression) is not
-    evaluated. That all layers have a matrix is checked against the base, see merge.check_base.
+    evaluated. `check_base` checks against the base that all layers have a matrix.
     """
     if targets is None or isinstance(targets, str):
         return
@@ -314,7 +317,7 @@ def _check_targets(where: str, targets: Any, names: Collection[str]) -> None:
 
 
 def _check_uniform(adapter: Adapter) -> None:
-    """Raise ConvertError unless one rank and one factor hold for all matrices."""
+    """Raise ConvertError unless one rank and one factor apply to all matrices."""
     plain = adapter.lora.alpha / adapter.lora.rank
     for name, (a, _) in adapter.matrices.items():
         if a.shape[0] != adapter.lora.rank or not math.isclose(adapter.scale(name), plain):
@@ -364,7 +367,7 @@ def _paired(path: str, held: dict[str, LazyTensor]) -> dict[str, tuple[LazyTenso
 def _unstacked(
     path: str, stacks: dict[str, LazyTensor]
 ) -> dict[str, tuple[LazyTensor, LazyTensor]]:
-    """Each layer's A [R, in] and B [out, R] of arrays [L, in, R] and [L, R, out]."""
+    """Return each layer's A [R, in] and B [out, R] of arrays [L, in, R] and [L, R, out]."""
     wanted = {f"layers.{module}.{leaf}" for module in MODULES for leaf in ("lora_a", "lora_b")}
     if wrong := sorted(wanted ^ set(stacks)):
         name = printable(wrong[0], 80)
@@ -384,7 +387,7 @@ def _unstacked(
 
 
 def _layer(stack: LazyTensor, i: int) -> LazyTensor:
-    """Layer i of a stack, transposed."""
+    """Return layer i of a stack, transposed."""
 
     def block(rows: slice, columns: slice) -> np.ndarray:
         return stack.block(slice(i, i + 1), slice(None))[0].T[rows, columns]
@@ -419,16 +422,17 @@ def _json(content: dict[str, Any]) -> bytes:
 
 
 def _silent(_: int) -> None:
-    """Adapters are small: no progress is shown."""
+    """Report no progress, because adapters are small."""
 
 
 # ---- merge ----
 #
-# Adapters into the weights they were trained on: W + alpha / rank B A, in fp32, rounded once.
+# Merging adapters into the weights they were trained on: W + alpha / rank B A, in fp32, rounded
+# once.
 
 
 def check_base(adapter: Adapter, base: Checkpoint) -> str:
-    """What the adapter calls the base; raises ConvertError when it belongs to another model."""
+    """Return the adapter's identity of its base; raise ConvertError if it has another base."""
     if base.quant != "none":
         raise ConvertError(
             f"{base.path}: its matrices are {base.quant}, which lost digits; give the weights that "
@@ -446,7 +450,7 @@ def check_base(adapter: Adapter, base: Checkpoint) -> str:
     names = [base.fingerprint]
     if (
         base.layout == "native"
-    ):  # a small model's one file has its own name, see export.base_fingerprint
+    ):  # the file of a small model has its own identity, see export.base_fingerprint
         names.insert(0, export.base_fingerprint(base.path))
     wanted = adapter.facts.get("base", names[0])
     if wanted not in names:
@@ -469,7 +473,7 @@ def _check_all_layers(adapter: Adapter, base: Checkpoint) -> None:
 
 
 def merged(base: Checkpoint, adapter: Adapter) -> Checkpoint:
-    """The base with the adapter in its matrices, each in the dtype that it has there."""
+    """Return the base with the adapter merged into its matrices, each in its own dtype."""
     language = dict(base.language)
     for name, (a, b) in adapter.matrices.items():
         language[name] = _sum(language[name], a, b, np.float32(adapter.scale(name)))

@@ -1,11 +1,11 @@
-"""Whether a checkpoint is what was published, and computes here what it computes in torch.
+"""Check whether a checkpoint is what was published, and computes the same here as in torch.
 
 python -m medmax_jax.convert check P [--torch_python PY] [--scratch D]
 
     files       MD5 of the tokenizer's files against Meta's, which Anole and MedMax share
     ids         every name of the vocabulary at its id; how separators tokenize inside a text
     weights     every number is finite (reads all of them)
-    torch       with a Python that has torch and transformers: logits and image codes side by side;
+    torch       with a Python that has torch and transformers: compares logits and image codes;
                 writes P in two layouts under --scratch, so it needs twice its size there
 
 Each line ends in ok, NOT OK or a finding; the exit code is 1 when one is not ok.
@@ -48,19 +48,19 @@ FP32_TOLERANCE, BF16_TOLERANCE = 2e-5, 0.1  # x max(1, std of the logits); bfloa
 
 
 class Report:
-    """Lines, and whether one of them was bad."""
+    """Logs lines and counts those that are not ok."""
 
     def __init__(self, say: Callable[[str], None]):
         self._say, self.bad = say, 0
 
     def line(self, what: str, found: Any, ok: bool | None = None) -> None:
-        """ok None: a finding that is neither."""
+        """Log a line; ok None: a finding that is neither ok nor not ok."""
         self.bad += ok is False
         self._say(f"{what}: {found}{'' if ok is None else ' ok' if ok else ' NOT OK'}")
 
 
 def main(argv: Sequence[str]) -> int:
-    """The program; 1 when something is not as it should be."""
+    """Run the program; return 1 when a check fails."""
     parser = argparse.ArgumentParser(
         prog="python -m medmax_jax.convert check",
         description=__doc__,
@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def check(path: str, *, torch_python: str | None, scratch: str, say: Callable[[str], None]) -> int:
-    """How many lines were not ok; see the module's text."""
+    """Run all checks and return 1 when a line is not ok, else 0; see the module's docstring."""
     found = convert.read_checkpoint(path)
     if not isinstance(found, Checkpoint):
         raise ConvertError(f"{path}: an adapter; check the model that it belongs to")
@@ -141,7 +141,8 @@ def _torch(found: Checkpoint, python: str, scratch: str, report: Report) -> None
         hf, native, out, script = (
             f"{folder}/{name}" for name in ("hf", "native", "out.npz", "torch_side.py")
         )
-        shutil.copyfile(torch_reference.__file__, script)  # beside nothing that shadows a package
+        # in a folder where nothing shadows a package
+        shutil.copyfile(torch_reference.__file__, script)
         quiet = lambda _: None  # noqa: E731
         convert.convert(found.path, hf, layout="hf", say=quiet)
         exact = {t.dtype for t in found.language.values()} == {"F32"}
@@ -166,7 +167,7 @@ def _torch(found: Checkpoint, python: str, scratch: str, report: Report) -> None
 
 
 def _ours(found: Checkpoint, native: str, theirs: Any) -> dict[str, np.ndarray]:
-    """The logits of the same ids and the codes of the same pixels, by this project."""
+    """Return the logits of the same ids and the codes of the same pixels, by this project."""
     ids = theirs["ids"].astype(np.int32)
     model = dataclasses.replace(found.model, remat="none")
     answer = {}

@@ -1,4 +1,4 @@
-"""One conversion from a path to a path: read, merge, quantise, write; whole or not at all."""
+"""Convert from a path to a path atomically: read, merge, quantize, write."""
 
 import dataclasses
 import os
@@ -19,26 +19,26 @@ from medmax_jax.models.tokenizer import TokenizerError
 
 FORMATS = ("native", "hf", "meta", "peft")
 SEALS = dict(native="config.json", hf="config.json", meta="README.md", peft="adapter_config.json")
-SHARD_BYTES = 5 * 10**9  # of a safetensors file, as transformers cuts them
-REMOTE_SHARD_BYTES = 10**9  # an upload is held in memory
+SHARD_BYTES = 5 * 10**9  # per safetensors file, the size that transformers uses
+REMOTE_SHARD_BYTES = 10**9  # an upload is kept in memory
 SHARE = {
     "none": 1.02,
     "int8": 0.6,
     "int4": 0.45,
     "nf4": 0.45,
-}  # of the source's bytes that a target needs
+}  # share of the source's bytes that a target needs
 SLACK = 64 * 2**20  # bytes, for tokenizer and settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Target:
-    """Where a conversion goes, and how."""
+    """The destination of a conversion and its options."""
 
     path: str
     layout: str  # one of FORMATS
     quant: str  # of a native base: none | int8 | int4 | nf4
     decoder: bool  # hf: with the VQGAN's decoder
-    merges: bool  # an adapter goes into its base, not beside it
+    merges: bool  # whether an adapter is merged into its base
     say: Callable[[str], None]
     data_sources: Mapping[str, model_card.SourceTerms]
 
@@ -60,12 +60,21 @@ def convert(
     say: Callable[[str], None] = print,
     data_sources: Mapping[str, model_card.SourceTerms] = types.MappingProxyType({}),
 ) -> None:
-    """Writes `target`, a new folder. layout: one of FORMATS. base: what an adapter merges into.
+    """Convert `source` to `target`, a new folder.
 
-    merge_native: into a native model too, where an adapter else stays one. vqgan: take the VQGAN
-    from this path. quant: of a native base, none | int8 | int4 | nf4. decoder False: an hf target
-    without the VQGAN's decoder. data_sources: terms of the training data by source, for the model
-    card. Raises one of sources.ERRORS and then leaves nothing.
+    Args:
+        source: a checkpoint, adapter or run; a path or a gs:// prefix.
+        target: the path of the new folder.
+        layout: one of FORMATS.
+        base: the weights that an adapter is merged into.
+        vqgan: a path to take the VQGAN from.
+        quant: of a native base, none | int8 | int4 | nf4.
+        merge_native: merge an adapter into a native model too, instead of writing it separately.
+        decoder: False writes an hf target without the VQGAN's decoder.
+        say: logs a line.
+        data_sources: terms of the training data by source, for the model card.
+
+    Raises one of ERRORS and then leaves nothing behind.
     """
     found, adapter, identity = read_checkpoint(source), None, ""
     if isinstance(found, Adapter):
@@ -173,9 +182,9 @@ def _warnings(found: Checkpoint, layout: str) -> list[str]:
     return lines
 
 
-# ---- What lies at a path: which layout, and the checkpoint or adapter in it ----
+# ---- The layout of a path, and the checkpoint or adapter in it ----
 
-ERRORS = (  # all that a conversion raises on what a user can mend
+ERRORS = (  # all errors of a conversion that a user can fix
     ConvertError, StorageError, PthError, WeightsError, CheckpointError, ConfigError,
     TokenizerError,
 )  # fmt: skip
@@ -186,7 +195,7 @@ SUPPORTED_LAYOUTS = (
 
 
 def read_checkpoint(path: str | os.PathLike) -> Checkpoint | Adapter:
-    """The checkpoint or adapter at a path or gs:// prefix; nothing but headers is read."""
+    """Return the checkpoint or adapter at a path or gs:// prefix; only headers are read."""
     path = str(path)
     if path.endswith(".ckpt"):
         return _vqgan(*os.path.split(path))
@@ -199,7 +208,7 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint | Adapter:
             return hf.read_checkpoint(folder)
         if native.is_layout(config):
             return native.read_checkpoint(folder)
-    if folder.has("model/config.json"):  # a run that trained a whole model
+    if folder.has("model/config.json"):  # a run that trained a complete model
         return native.read_checkpoint(Folder(f"{path.rstrip('/')}/model"))
     names = folder.names()
     if any(name.startswith("checkpoints/") for name in names):
@@ -214,7 +223,7 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint | Adapter:
 
 
 def read_model(path: str | os.PathLike, why: str) -> Checkpoint:
-    """A checkpoint with a language model; `why` says what for when it is something else."""
+    """Return a checkpoint with a language model; the error for anything else states `why`."""
     found = read_checkpoint(path)
     if not isinstance(found, Checkpoint) or found.model is None:
         raise ConvertError(f"{path}: not a model, {why}")
@@ -222,7 +231,7 @@ def read_model(path: str | os.PathLike, why: str) -> Checkpoint:
 
 
 def with_vqgan(checkpoint: Checkpoint, path: str | os.PathLike) -> Checkpoint:
-    """The model with the VQGAN of another path; raises ConvertError unless they fit."""
+    """Return the model with the VQGAN of another path; raise ConvertError unless they fit."""
     given = read_checkpoint(path)
     if not isinstance(given, Checkpoint) or not given.vqgan:
         raise ConvertError(f"--vqgan {path}: no VQGAN; name a vqgan.ckpt, or a model that has one")

@@ -2,9 +2,10 @@
 
     config.json                  ChameleonConfig with vocabulary_map; or of the VQGAN alone
     model*.safetensors           names of state_dict.py; the VQGAN under `model.vqmodel.`
-    tokenizer.json ..            hf.py
+    tokenizer.json ..            see the end of this module
 
-q_norm and k_norm have a row a head there; heads of one model-parallel shard have the same row.
+q_norm and k_norm have one row per head in this layout; heads of one model-parallel shard have the
+same row.
 """
 
 import json
@@ -41,7 +42,7 @@ from medmax_jax.io.storage import Folder
 from medmax_jax.models.tokenizer import IMAGE_NAME, SEP_NAME, UNMODIFIED_IMAGE_NAME, parse_spec
 
 VQ_PREFIX = "model.vqmodel."
-FIXED = dict(  # of the architecture; another value is another model
+FIXED = dict(  # fixed by the architecture; another value is another model
     hidden_act="silu", attention_bias=False, mlp_bias=False, tie_word_embeddings=False,
     rope_scaling=None,
 )  # fmt: skip
@@ -49,12 +50,12 @@ _TORCH = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 def is_layout(config: Any) -> bool:
-    """Whether a config.json is one of this layout."""
+    """Return whether a config.json is of this layout."""
     return isinstance(config, dict) and str(config.get("model_type")).startswith("chameleon")
 
 
 def read_checkpoint(folder: Folder) -> Checkpoint:
-    """A checkpoint as transformers wrote it; raises ConvertError on anything else."""
+    """Read a checkpoint that transformers wrote; raise ConvertError on anything else."""
     config = folder.json("config.json")
     tensors = safetensors_stream.read(folder)
     check_gathered(folder.path, tensors)
@@ -95,7 +96,7 @@ def write(
     decoder: bool,
     progress: Callable[[int], None],
 ) -> None:
-    """The files that transformers loads. `decoder` False leaves the VQGAN's decoder out."""
+    """Write the files that transformers loads; `decoder` False omits the VQGAN's decoder."""
     pictures = {
         name: tensor
         for name, tensor in checkpoint.vqgan.items()
@@ -163,7 +164,7 @@ def _model(config: dict[str, Any], language: dict[str, LazyTensor], path: str) -
 
 
 def _gains(language: dict[str, LazyTensor], layers: int) -> Iterator[tuple[str, str, LazyTensor]]:
-    """Yield (name, q_norm or k_norm, tensor) of the q/k-norm gains and biases that are there."""
+    """Yield (name, q_norm or k_norm, tensor) of the existing q/k-norm gains and biases."""
     for i in range(layers):
         for norm in ("q_norm", "k_norm"):
             for leaf in ("weight", "bias"):
@@ -175,7 +176,7 @@ def _gains(language: dict[str, LazyTensor], layers: int) -> Iterator[tuple[str, 
 def _shards(
     language: dict[str, LazyTensor], heads: int, kv_heads: int, layers: int, fewest: int, path: str
 ) -> int:
-    """How many different rows of q/k-norm gains there are: `fewest` unless the file has more."""
+    """Return the number of different rows of q/k-norm gains, at least `fewest`."""
     counts = {"q_norm": heads, "k_norm": kv_heads}
     gains = [
         tensor.read()
@@ -195,7 +196,7 @@ def _widened(language: dict[str, LazyTensor], model: Model, path: str) -> dict[s
     """Return the tensors with q/k-norm gains of one row (H,) as rows of every head (N, H).
 
     The copy of transformers in Anole's repository saves one row, which it applies to every head.
-    That is the model of one model-parallel shard; of several, a row would be missing.
+    This is correct for a model of one model-parallel shard; with several, a row would be missing.
     """
     counts, found = {"q_norm": model.num_heads, "k_norm": model.num_kv_heads}, dict(language)
     for name, norm, tensor in _gains(language, model.num_layers):
@@ -259,7 +260,7 @@ def _check_head_dim(checkpoint: Checkpoint) -> None:
 
 
 def _config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """config.json for transformers 4 and 5: some fields stand there under two names."""
+    """Return config.json for transformers 4 and 5: some fields appear there under two names."""
     model, dtypes = checkpoint.model, {t.dtype for t in checkpoint.language.values()}
     dtype = _TORCH["BF16" if len(dtypes) > 1 else dtypes.pop()]
     return dict(
@@ -305,7 +306,7 @@ def _vq_config(vq: VQ) -> dict[str, Any]:
 
 # ---- Hugging Face's tokenizer and processor files, written by transformers itself ----
 #
-# Meta's text_tokenizer.json holds all names in one BPE vocabulary; the two differ in three things:
+# Meta's text_tokenizer.json has all names in one BPE vocabulary; the two differ in three points:
 #
 #                        Meta                      HF
 #     id 8711            <reserved08707>           <image>
@@ -315,12 +316,12 @@ def _vq_config(vq: VQ) -> dict[str, Any]:
 WHERE = "the tokenizer file"  # in messages, where its path is not known
 BOS, PAD, EOS, UNK = "<s>", "<pad>", "</s>", "<unk>"
 SPECIAL = (BOS, PAD, EOS, UNK, "<eoss>", "<racm3:break>", SEP_NAME, IMAGE_NAME)
-RESCALE = 0.0078  # HF's image processor; Meta divides by 127.5, which is 0.00784
+RESCALE = 0.0078  # of HF's image processor; Meta divides by 127.5, which is 0.00784
 MEAN = STD = [1.0, 1.0, 1.0]
 
 
 def read_vocabulary(tokenizer: bytes, where: str = WHERE) -> dict[str, int]:
-    """Name -> id, with 8711 named <image>; raises TokenizerError when it is no tokenizer file."""
+    """Return name -> id, with 8711 named <image>; raise TokenizerError on another file."""
     names = dict(parse_spec(tokenizer, where)["model"]["vocab"])
     if UNMODIFIED_IMAGE_NAME in names and IMAGE_NAME not in names:
         names[IMAGE_NAME] = names.pop(UNMODIFIED_IMAGE_NAME)
@@ -328,7 +329,10 @@ def read_vocabulary(tokenizer: bytes, where: str = WHERE) -> dict[str, int]:
 
 
 def to_medmax_tokenizer(tokenizer: bytes) -> bytes:
-    """The file as MedMax's text_tokenizer_modified.json: `<reserved08707>` renamed `<image>`."""
+    """Return the file as MedMax's text_tokenizer_modified.json.
+
+    `<reserved08707>` is renamed `<image>`.
+    """
     spec = parse_spec(tokenizer, WHERE)
     spec["model"]["vocab"] = read_vocabulary(tokenizer)
     for token in spec.get("added_tokens") or []:
@@ -338,7 +342,7 @@ def to_medmax_tokenizer(tokenizer: bytes) -> bytes:
 
 
 def to_meta_tokenizer(tokenizer: bytes) -> bytes:
-    """The file as Meta's text_tokenizer.json; Meta's own comes back byte for byte."""
+    """Return the file as Meta's text_tokenizer.json; Meta's own is reproduced byte for byte."""
     spec = parse_spec(tokenizer, WHERE)
     names = spec["model"]["vocab"]
     if IMAGE_NAME not in names:
@@ -350,10 +354,10 @@ def to_meta_tokenizer(tokenizer: bytes) -> bytes:
 
 
 def write_processor(folder: Folder, checkpoint: Checkpoint) -> None:
-    """tokenizer.json, tokenizer_config.json, processor and generation settings."""
-    # Without torch it warns, at its import already; nothing that is written here needs torch.
+    """Write tokenizer.json, tokenizer_config.json, processor and generation settings."""
+    # Without torch it warns already at its import; nothing that is written here needs torch.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    import transformers  # seconds to import, and only this function needs it
+    import transformers  # takes seconds to import, and only this function needs it
 
     transformers.logging.set_verbosity_error()
     spec = json.loads(to_medmax_tokenizer(checkpoint.tokenizer))

@@ -1,4 +1,4 @@
-"""What a checkpoint is, from its headers and a few percent of its weights."""
+"""Describe a checkpoint from its headers and a few percent of its weights."""
 
 import collections
 import math
@@ -15,11 +15,11 @@ NAMED = {  # (hidden_size, num_layers, num_heads, num_kv_heads) -> published mod
     (4_096, 32, 32, 32): "7B",
     (8_192, 48, 64, 8): "30B",
 }
-SAMPLED = 256  # rows of the head that stand for the image rows, and as many for the text rows
+SAMPLED = 256  # rows of the head that represent the image rows, and as many for the text rows
 
 
 def describe(found: Checkpoint | Adapter) -> dict[str, Any]:
-    """All that `python -m medmax_jax.convert inspect` says, as JSON-able values."""
+    """Return everything that `python -m medmax_jax.convert inspect` reports, as JSON values."""
     if isinstance(found, Adapter):
         return _adapter(found)
     said: dict[str, Any] = dict(
@@ -46,12 +46,12 @@ def describe(found: Checkpoint | Adapter) -> dict[str, Any]:
 
 
 def source_fingerprint(found: Checkpoint) -> str:
-    """The fingerprint; of quantised weights the one of what they were made from."""
+    """Return the fingerprint; for quantized weights that of their source."""
     return found.facts.get("fingerprint", "") if found.quant != "none" else found.fingerprint
 
 
 def format_description(said: dict[str, Any]) -> str:
-    """The same for a person."""
+    """Return the description as readable text."""
     rows = {name: value for name, value in said.items() if name not in ("settings", "facts")}
     lines = [f"{name:<12} {_word(value)}" for name, value in rows.items()]
     for section, fields in said.get("settings", {}).items():
@@ -116,7 +116,7 @@ def _counts(found: Checkpoint) -> dict[str, int]:
 
 
 def _dtypes(found: Checkpoint) -> dict[str, int]:
-    """How many tensors have which dtype."""
+    """Return how many tensors have which dtype."""
     both = (*found.language.values(), *found.vqgan.values())
     return dict(collections.Counter(t.dtype for t in both).most_common())
 
@@ -128,9 +128,10 @@ def _vqgan(found: Checkpoint) -> str:
 
 
 def _image_rows(found: Checkpoint) -> dict[str, Any]:
-    """Whether the head can write images: the spread of its image rows beside its text rows.
+    """Return whether the head can generate images: the spread of its image and text rows.
 
-    Meta's release cannot; Anole trained these rows alone. What Meta left in them is not published.
+    Meta's released head cannot; Anole trained only these rows. Their values in Meta's release are
+    not documented.
     """
     head, first = found.language["lm_head.weight"], found.vocab.text_start
     spread = {}

@@ -1,13 +1,14 @@
-"""Meta's layout, as Chameleon, Anole and MedMax are published.
+"""Meta's layout, in which Chameleon, Anole and MedMax are published.
 
-    models/7b/consolidated.pth                  or one file a model-parallel shard:
-    models/30b/consolidated.00.pth .. 03.pth    see TABLE for what is split how
+    models/7b/consolidated.pth                  or one file per model-parallel shard:
+    models/30b/consolidated.00.pth .. 03.pth    see TABLE for how each tensor is split
     models/7b/params.json, consolidate_params.json
     tokenizer/text_tokenizer.json               and text_tokenizer_modified.json
     tokenizer/vqgan.ckpt, vqgan.yaml            taming-transformers' VQGAN
 
-A path may be the folder above `models`, or the one that holds consolidated*.pth. RoPE turns the
-pairs (x[2j], x[2j + 1]) there, so the rows of q and k, and their gains, stand in another order.
+A path may be the folder above `models`, or the one that contains consolidated*.pth. RoPE rotates
+the pairs (x[2j], x[2j + 1]) in this layout, so the rows of q and k, and their gains, are in another
+order.
 """
 
 import json
@@ -42,15 +43,15 @@ from medmax_jax.convert.state_dict import (
 from medmax_jax.io.errors import quoted
 from medmax_jax.io.storage import Folder
 
-# ---- The pieces of a model-parallel checkpoint of Meta's, and the order of the rows of a head ----
+# ---- The pieces of Meta's model-parallel checkpoints, and the order of the rows of a head ----
 #
-# split     the shards of a tensor hold
+# split     the shards of a tensor contain
 # rows      wq wk wv w1 w3 output        the rows of some heads, of some hidden units
 # columns   wo w2 tok_embeddings         the columns of them
-# copies    the norms over D             all of it, each
+# copies    the norms over D             the complete tensor each
 #
-# row of a head, H = 6     HF turns (x[j], x[j + H/2])      a0 a1 a2 b0 b1 b2
-#                          Meta turns (x[2j], x[2j + 1])    a0 b0 a1 b1 a2 b2
+# row of a head, H = 6     HF rotates (x[j], x[j + H/2])      a0 a1 a2 b0 b1 b2
+#                          Meta rotates (x[2j], x[2j + 1])    a0 b0 a1 b1 a2 b2
 
 ROWS, COLUMNS, COPIES = "rows", "columns", "copies"
 
@@ -73,14 +74,14 @@ TABLE = {  # Meta's name -> (canonical name, its split); {} is the layer
     "output.weight": ("lm_head.weight", ROWS),
 }
 DROPPED = ("rope.freqs",)  # a table that every reader computes
-CONTEXT_LENGTH = 4_096  # of both published models, whose params.json does not say
-MAX_FACTOR = 64  # of ffn_dim_multiplier, the largest of a Llama is 1.3
+CONTEXT_LENGTH = 4_096  # of both published models, whose params.json does not state it
+MAX_FACTOR = 64  # of ffn_dim_multiplier; the largest of a Llama is 1.3
 NAMES = {(4_096, 32): "7b", (8_192, 48): "30b"}  # (dim, layers) -> folder under models/
 _SHARD = re.compile(r"consolidated\.(\d\d)\.pth")
 
 
 def find(folder: Folder) -> tuple[str, str] | None:
-    """(folder of consolidated*.pth, folder of the tokenizer) as prefixes of names, or None."""
+    """Return the prefixes of consolidated*.pth and of the tokenizer's files, or None."""
     places = {
         name.rpartition("/")[0]
         for name in folder.names()
@@ -98,7 +99,7 @@ def find(folder: Folder) -> tuple[str, str] | None:
 
 
 def read_checkpoint(folder: Folder) -> Checkpoint:
-    """A checkpoint of this layout; raises ConvertError on anything else."""
+    """Read a checkpoint of this layout; raise ConvertError on anything else."""
     prefix, tools = find(folder)
     tool_folder = folder
     if not any(name.startswith(tools) for name in folder.names()):
@@ -133,7 +134,7 @@ def read_checkpoint(folder: Folder) -> Checkpoint:
 
 
 def write(folder: Folder, checkpoint: Checkpoint, *, progress: Callable[[int], None]) -> None:
-    """The files above; as many shards as the q/k-norm gains have rows."""
+    """Write the files above, with as many shards as the q/k-norm gains have rows."""
     if checkpoint.language:
         _write_language(folder, checkpoint, progress)
     if checkpoint.vqgan:
@@ -171,7 +172,7 @@ def _write_language(
 def _shard(
     checkpoint: Checkpoint, shard: int, progress: Callable[[int], None]
 ) -> Iterator[tuple[str, tuple[int, ...], str, Callable[[], np.ndarray]]]:
-    """(name, shape, dtype, how to read it) of every tensor of one file."""
+    """Yield (name, shape, dtype, function that reads it) of every tensor of one file."""
     model, count = checkpoint.model, checkpoint.model.qk_norm_shards
     for name, canonical, split in _names(model.num_layers):
         tensor = checkpoint.language[canonical]
@@ -202,7 +203,7 @@ def _shard(
 
 
 def _names(layers: int) -> Iterator[tuple[str, str, str]]:
-    """(Meta's name, canonical name, split) of every tensor."""
+    """Yield (Meta's name, canonical name, split) of every tensor."""
     for name, (canonical, split) in TABLE.items():
         for i in range(layers if "{}" in name else 1):
             yield name.format(i), canonical.format(i), split
@@ -222,7 +223,7 @@ def _files(folder: Folder, prefix: str) -> list[str]:
 
 
 def _params(folder: Folder, prefix: str, shards: int) -> dict[str, Any]:
-    """The three tables that Meta's loader merges: params.json, its `model`, consolidate_params."""
+    """Return the tables that Meta's loader merges: params.json, its `model`, consolidate_params."""
     params = folder.json(f"{prefix}params.json")
     name = f"{prefix}consolidate_params.json"
     consolidated = folder.json(name) if folder.has(name) else {}
@@ -256,7 +257,7 @@ def _model(params: dict[str, Any], shards: list[dict[str, LazyTensor]], where: s
         ),
         rope_theta=number(params, "rope_theta", "model.rope_theta", where, 10_000.0),
         rms_norm_eps=number(params, "norm_eps", "model.rms_norm_eps", where, 1e-5),
-        qk_norm_eps=1e-5,  # torch's default for LayerNorm, which Meta's code leaves alone
+        qk_norm_eps=1e-5,  # torch's default for LayerNorm, which Meta's code does not change
         qk_norm_shards=len(shards),
         swin_norm=flag(params, "swin_norm", where, default=False),
     )
@@ -267,7 +268,7 @@ def _model(params: dict[str, Any], shards: list[dict[str, LazyTensor]], where: s
 
 
 def _checked_ffn(dim: int, params: dict[str, Any], where: str) -> int:
-    """The width of the MLP by _ffn, of numbers within bounds."""
+    """Return the width of the MLP by _ffn, after checking the bounds of the numbers."""
     multiple = number(params, "multiple_of", "model.intermediate_size", where, 256)
     factor = params.get("ffn_dim_multiplier")
     if factor is not None and not (type(factor) in (int, float) and 0 < factor <= MAX_FACTOR):
@@ -279,7 +280,7 @@ def _checked_ffn(dim: int, params: dict[str, Any], where: str) -> int:
 
 
 def _ffn(dim: int, params: dict[str, Any]) -> int:
-    """Meta's rule for the width of the MLP: 2/3 of 4 dim, scaled, up to a multiple."""
+    """Return the width of the MLP by Meta's rule: 2/3 of 4 dim, scaled, up to a multiple."""
     hidden = int(2 * (4 * dim) / 3)
     if params.get("ffn_dim_multiplier") is not None:
         hidden = int(params["ffn_dim_multiplier"] * hidden)
@@ -297,14 +298,15 @@ def _write_params(folder: Folder, prefix: str, checkpoint: Checkpoint) -> None:
         n_heads=model.num_heads,
         n_kv_heads=model.num_kv_heads,
         vocab_size=checkpoint.vocab.size,
-        # A multiple of itself and a factor at or below 1: _ffn gives exactly this width.
+        # With a multiple equal to the width and a factor of at most 1, _ffn gives exactly this
+        # width.
         ffn_dim_multiplier=None if plain else min(1.0, width / start),
         multiple_of=256 if plain else width,
         norm_eps=model.rms_norm_eps,
         rope_theta=model.rope_theta,
         qk_normalization=True,
         swin_norm=model.swin_norm,
-        context_length=model.context_length,  # Meta's loader takes the fields it knows
+        context_length=model.context_length,  # Meta's loader ignores fields that it does not know
     )
     for name, content in (
         ("params.json", {"model": settings}),
@@ -316,7 +318,7 @@ def _write_params(folder: Folder, prefix: str, checkpoint: Checkpoint) -> None:
 def _language(
     shards: list[dict[str, LazyTensor]], model: Model, where: str
 ) -> dict[str, LazyTensor]:
-    """Canonical name -> tensor over all shards; every key of every shard has its place."""
+    """Return canonical name -> tensor over all shards; every key of every shard is used."""
     shards = [split_fused(shard, model, len(shards)) for shard in shards]
     wanted = {name for name, _, _ in _names(model.num_layers)}
     for shard in shards:
@@ -348,27 +350,27 @@ FUSED = {"attention.wqkv": ("wq", "wk", "wv"), "feed_forward.w13": ("w1", "w3")}
 
 
 def from_meta(x: Shaped[np.ndarray, "NH D"], head_dim: int) -> Shaped[np.ndarray, "NH D"]:
-    """Rows of whole heads in Meta's order, in HF's."""
+    """Return rows of complete heads in HF's order, given Meta's."""
     return x.reshape(-1, head_dim // 2, 2, x.shape[1]).swapaxes(1, 2).reshape(x.shape)
 
 
 def to_meta(x: Shaped[np.ndarray, "NH D"], head_dim: int) -> Shaped[np.ndarray, "NH D"]:
-    """Rows of whole heads in HF's order, in Meta's."""
+    """Return rows of complete heads in Meta's order, given HF's."""
     return x.reshape(-1, 2, head_dim // 2, x.shape[1]).swapaxes(1, 2).reshape(x.shape)
 
 
 def gains_from_meta(x: Shaped[np.ndarray, "H"]) -> Shaped[np.ndarray, "H"]:
-    """The gains or biases of a head, likewise."""
+    """Return the gains or biases of a head in HF's order, given Meta's."""
     return from_meta(x[:, None], len(x))[:, 0]
 
 
 def gains_to_meta(x: Shaped[np.ndarray, "H"]) -> Shaped[np.ndarray, "H"]:
-    """The gains or biases of a head, likewise."""
+    """Return the gains or biases of a head in Meta's order, given HF's."""
     return to_meta(x[:, None], len(x))[:, 0]
 
 
 def split_fused(shard: dict[str, LazyTensor], model: Model, count: int) -> dict[str, LazyTensor]:
-    """A shard with wqkv and w13, as Meta's loader makes them, taken apart."""
+    """Return a shard with wqkv and w13 split; Meta's loader makes these fused tensors."""
     sizes = dict(
         wq=model.num_heads * model.head_dim // count,
         wk=model.num_kv_heads * model.head_dim // count,
@@ -390,7 +392,7 @@ def split_fused(shard: dict[str, LazyTensor], model: Model, count: int) -> dict[
 
 
 def _rows(tensor: LazyTensor, begin: int, end: int) -> LazyTensor:
-    """Rows begin..end of a tensor, as a tensor."""
+    """Return rows begin..end of a tensor, as a tensor."""
 
     def block(rows: slice, columns: slice) -> np.ndarray:
         first, last, _ = rows.indices(end - begin)
@@ -400,7 +402,7 @@ def _rows(tensor: LazyTensor, begin: int, end: int) -> LazyTensor:
 
 
 def join_shards(parts: list[LazyTensor], split: str) -> LazyTensor:
-    """The tensor of which each shard has rows, columns or a copy."""
+    """Return the tensor of which each shard has rows, columns or a copy."""
     first, shape = parts[0], list(parts[0].shape)
     if len(parts) == 1:
         return first
@@ -433,7 +435,7 @@ def join_shards(parts: list[LazyTensor], split: str) -> LazyTensor:
 
 
 def permute_rope_to_hf(tensor: LazyTensor, head_dim: int) -> LazyTensor:
-    """q_proj or k_proj in HF's order of rows; whole heads are read, whatever rows are asked for."""
+    """Return q_proj or k_proj in HF's order of rows; complete heads are read for any rows."""
 
     def block(rows: slice, columns: slice) -> np.ndarray:
         begin, end, _ = rows.indices(tensor.shape[0])
@@ -444,7 +446,7 @@ def permute_rope_to_hf(tensor: LazyTensor, head_dim: int) -> LazyTensor:
 
 
 def expand_qk_norm(parts: list[LazyTensor], heads: int, head_dim: int) -> LazyTensor:
-    """q/k-norm gains as HF has them: a row a head, equal within a shard."""
+    """Return q/k-norm gains in HF's form: one row per head, equal within a shard."""
 
     def block(rows: slice, columns: slice) -> np.ndarray:
         each = np.stack([gains_from_meta(p.read()) for p in parts])

@@ -1,6 +1,6 @@
-"""The model card (README.md) of what was converted: what it is, its data, and under which terms.
+"""The model card (README.md) of a converted model: its origin, data and terms.
 
-What is not known is said to be not known.
+The card states explicitly what is not known.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ def render_model_card(
     """Return the card as Markdown.
 
     identity: fingerprint of the weights before the adapter, or empty. data_sources: the terms of
-    each source by its name; a source that is not among them has unknown terms.
+    each source by its name; a source that is missing there has unknown terms.
     """
     facts = adapter.facts if adapter else {}
     lines = [_first(facts, data_sources), "", f"# {title}", "", USE, "", LICENCE, ""]
@@ -57,7 +57,7 @@ def render_model_card(
 
 
 def _first(facts: dict[str, Any], data_sources: Mapping[str, SourceTerms]) -> str:
-    """Credentialed data on the first line, where nobody misses them."""
+    """Return the first line, a notice of credentialed data, placed where it is not overlooked."""
     table = _sources(facts, data_sources)
     if named := [name for name, (credential, _) in table.items() if credential == "yes"]:
         return f"**Trained on credentialed data: {', '.join(named)}.** Check their terms."
@@ -85,7 +85,7 @@ def _training(facts: dict[str, Any], data_sources: Mapping[str, SourceTerms]) ->
 def _sources(
     facts: dict[str, Any], data_sources: Mapping[str, SourceTerms]
 ) -> dict[str, tuple[str, str]]:
-    """Return (credentialed, licence) of each source that the records name."""
+    """Return (credentialed, license) of each source that the records name."""
     terms = {_plain(name): (t.credential, t.licence) for name, t in data_sources.items()}
     only_open = set(facts.get("credentials", {})) == {"no"}
     unknown = ("no" if only_open else "unknown", "not known")

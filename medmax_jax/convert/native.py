@@ -1,15 +1,15 @@
 """This project's layout: a model folder.
 
     config.json          vocab, model, vq as in configs/; weights: see below
-    model.zarr/          zarr_arrays.py: layers stacked, matrices [in, out]; or, of a small model,
+    model.zarr/          zarr_arrays.py: layers stacked, matrices [in, out]; or, for a small model,
     model.safetensors    safetensors_file.py: the same arrays in one file
     vqgan.safetensors    by vqgan.py
-    tokenizer.json       as it lay in the source, byte for byte
+    tokenizer.json       a copy of the source's, byte for byte
 
     "weights": {"fingerprint", "quant", "dtypes": {tensor: dtype where it is not that of its stack}}
 
-A stack has one dtype, the narrowest that holds all of its layers' exactly; on the way out every
-tensor takes the dtype again that it came with.
+A stack has one dtype, the narrowest that represents all of its layers' exactly; when it is written
+to another layout, every tensor gets its original dtype again.
 """
 
 import dataclasses
@@ -55,7 +55,10 @@ _NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 
 
 class StackedArray(NamedTuple):
-    """An array; `read(layer, *slices, turned)`: of a layer or, of None, of all; transposed."""
+    """An array; `read(layer, *slices, turned)` reads one layer, or all layers for None.
+
+    turned: transpose the result.
+    """
 
     shape: tuple[int, ...]
     dtype: str
@@ -64,19 +67,19 @@ class StackedArray(NamedTuple):
 
 
 class ArrayLocation(NamedTuple):
-    """Where a canonical tensor stands: in which array, in which layer of it (None: all of it)."""
+    """The location of a canonical tensor: the array, and the layer in it (None: all of it)."""
 
     stack: str
     layer: int | None
 
 
 def is_layout(config: Any) -> bool:
-    """Whether a config.json is one of this layout."""
+    """Return whether a config.json is of this layout."""
     return isinstance(config, dict) and ("model" in config or "vq" in config)
 
 
 def place(canonical: str) -> ArrayLocation:
-    """model.layers.3.mlp.up_proj.weight -> (layers.mlp.up_proj.kernel, 3)."""
+    """Return the location: model.layers.3.mlp.up_proj.weight -> (layers.mlp.up_proj.kernel, 3)."""
     layer = None
     name = canonical.removeprefix("model.")
     if found := _LAYER.fullmatch(canonical):
@@ -89,7 +92,7 @@ def place(canonical: str) -> ArrayLocation:
 
 
 def stacks(model: Model, vocab: Vocab) -> dict[str, jax.ShapeDtypeStruct]:
-    """Array name -> shape and sharding, of a model without adapters."""
+    """Return array name -> shape and sharding, of a model without adapters."""
     with jax.set_mesh(make_mesh(Mesh(data=1, fsdp=1, tp=1))):
         return safetensors_file.flatten_named(
             chameleon.abstract_model(model, vocab, chameleon.NO_LORA)
@@ -97,7 +100,7 @@ def stacks(model: Model, vocab: Vocab) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def settings(folder: Folder) -> dict[str, Any]:
-    """config.json: `vocab`, `model`, `vq` as dataclasses or None, `weights` as it is."""
+    """Return config.json: `vocab`, `model`, `vq` as dataclasses or None, `weights` unchanged."""
     config, path = folder.json("config.json"), f"{folder.path}/config.json"
     if not is_layout(config):
         raise ConvertError(f"{path}: has neither a model nor a vq; convert again")
@@ -122,7 +125,7 @@ def settings(folder: Folder) -> dict[str, Any]:
 
 
 def read_checkpoint(folder: Folder) -> Checkpoint:
-    """A model folder of any kind; raises ConvertError on one that is not whole."""
+    """Read a model folder of any kind; raise ConvertError on an incomplete one."""
     found = settings(folder)
     model, vocab, vq, facts = (found[name] for name in ("model", "vocab", "vq", "weights"))
     pictures = {}
@@ -143,7 +146,7 @@ def read_checkpoint(folder: Folder) -> Checkpoint:
 
 
 def write(folder: Folder, checkpoint: Checkpoint, *, progress: Callable[[int], None]) -> None:
-    """A model folder; config.model.quant says whether its matrices are quantised."""
+    """Write a model folder; config.model.quant states whether its matrices are quantized."""
     config: dict[str, Any] = {}
     if checkpoint.language:
         model, vocab = checkpoint.model, checkpoint.vocab
@@ -161,7 +164,7 @@ def write(folder: Folder, checkpoint: Checkpoint, *, progress: Callable[[int], N
 
 
 def check_quant(checkpoint: Checkpoint) -> None:
-    """Raises ConvertError where the matrices do not divide into the tiles of 4 bits."""
+    """Raise ConvertError where the matrices are not divisible into the tiles of 4 bits."""
     for name, tensor in checkpoint.language.items():
         tiled = (
             checkpoint.model.quant in quantization.PACKED
@@ -193,7 +196,7 @@ def _read_language(
 
 
 def _stored(folder: Folder) -> dict[str, StackedArray]:
-    """The stacked arrays of either file format."""
+    """Return the stacked arrays of either file format."""
     if folder.has(SMALL):
         held = safetensors_stream.read_file(folder.file(SMALL))
         return {name: _in_file(tensor) for name, tensor in held.items()}
@@ -217,8 +220,9 @@ def _in_store(folder: Folder, name: str) -> StackedArray:
     def read(layer: int | None, *axes: slice, turned: bool = False) -> np.ndarray:
         part = store if layer is None else store[layer]
         inside = (slice(*a.indices(n)) for a, n in zip(axes, part.shape, strict=False))
-        part = part[tuple(inside)]  # numpy cuts what lies outside, zarr does not
-        return zarr_arrays.read(folder, part.T if turned else part)  # it turns block by block: fast
+        part = part[tuple(inside)]  # numpy clips slices outside the array, zarr does not
+        # TensorStore transposes block by block, which is fast
+        return zarr_arrays.read(folder, part.T if turned else part)
 
     dtype = _NAMES.get(store.dtype.numpy_dtype, store.dtype.name)
     return StackedArray(tuple(store.shape), dtype, f"{folder.path}/{name}", read)
@@ -227,14 +231,14 @@ def _in_store(folder: Folder, name: str) -> StackedArray:
 def _out(
     stack: StackedArray, leaf: str, layer: int | None, shape: tuple[int, ...], dtype: str
 ) -> LazyTensor:
-    """A canonical tensor of a stack."""
+    """Return a canonical tensor of a stack."""
 
     def block(rows: slice, columns: slice) -> np.ndarray:
         if leaf == "kernel":
             found = stack.read(layer, columns, rows, turned=True)
         elif leaf == "embedding":
             found = stack.read(layer, rows, columns)
-        elif len(shape) == 2:  # the gains of q_norm and k_norm: a row a shard, here a row a head
+        elif len(shape) == 2:  # q/k-norm gains: one row per shard, here one row per head
             each = stack.read(layer, slice(None), columns)
             found = np.repeat(each, shape[0] // len(each), axis=0)[rows]
         else:
@@ -245,7 +249,7 @@ def _out(
 
 
 def _in(array: np.ndarray, leaf: str, shards: int) -> np.ndarray:
-    """A canonical tensor as its stack holds it."""
+    """Return a canonical tensor in the form of its stack."""
     if leaf == "kernel":
         return array.T
     return array[:: len(array) // shards] if array.ndim == 2 and leaf != "embedding" else array
@@ -254,7 +258,7 @@ def _in(array: np.ndarray, leaf: str, shards: int) -> np.ndarray:
 def _write_language(
     folder: Folder, checkpoint: Checkpoint, progress: Callable[[int], None]
 ) -> dict[str, str]:
-    """Writes the arrays; returns the dtypes of the tensors that differ from their stack's."""
+    """Write the arrays; return the dtypes of the tensors that differ from their stack's."""
     model, dtypes = checkpoint.model, {}
     members: dict[str, list[tuple[str, LazyTensor]]] = {}
     for name, tensor in checkpoint.language.items():
@@ -319,7 +323,7 @@ def _spec(like: jax.ShapeDtypeStruct) -> tuple[Any, ...]:
 
 
 def _widest(dtypes: set[str]) -> str:
-    return dtypes.pop() if len(dtypes) == 1 else "F32"  # holds bfloat16 and float16 exactly
+    return dtypes.pop() if len(dtypes) == 1 else "F32"  # represents bfloat16 and float16 exactly
 
 
 def _check_stacks(folder: Folder, model: Model, vocab: Vocab) -> None:
@@ -354,11 +358,12 @@ def _write_vqgan(folder: Folder, checkpoint: Checkpoint, progress: Callable[[int
 
 # ---- quantize ----
 #
-# Matrices to 8 or 4 bits by qwix, on the host, one in memory at a time; quantization.py reads them.
+# Matrices are quantized to 8 or 4 bits by qwix, on the host, one in memory at a time;
+# quantization.py reads them.
 
 
 def quantize(kernel: Float[np.ndarray, "I O"], kind: str) -> dict[str, Shaped[np.ndarray, "..."]]:
-    """qvalue and scale of a matrix, on the host."""
+    """Return qvalue and scale of a matrix, computed on the host."""
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         found = _qwix(jnp.asarray(kernel), kind)
     codes, scale = np.asarray(found.qvalue), np.asarray(found.scale, np.float32)
@@ -375,7 +380,7 @@ def quantize_write(
     like: jax.ShapeDtypeStruct,
     kind: str,
 ) -> None:
-    """Quantises a stack of kernels, layer by layer, into the arrays name.qvalue and name.scale."""
+    """Quantize a stack of kernels, layer by layer, into the arrays name.qvalue and name.scale."""
     cut, scales = tuple(axis is not None for axis in like.sharding.spec), []
     store = None
     for layer, kernel in enumerate(kernels):

@@ -1,4 +1,4 @@
-"""Weight files of a folder: read by ranges, written as a stream; one tensor in memory at most.
+"""Weight files of a folder: read by ranges, written as a stream; at most one tensor in memory.
 
     model.safetensors                                     one file, or
     model-00001-of-00003.safetensors ..                   several, and
@@ -6,9 +6,9 @@
     pytorch_model.bin, pytorch_model.bin.index.json       the same from torch.save: only read, where
                                                           there are no safetensors files
 
-The safetensors library wants a file on a local disk and, to write, all of it in memory; here the
-file may be a gs:// object. What a header says is checked against the size of its file before any
-of it is believed.
+The safetensors library requires a file on a local disk and, to write, all tensors in memory; here
+the file may be a gs:// object. The values of a header are checked against the size of the file
+before any of them is used.
 """
 
 import concurrent.futures
@@ -38,7 +38,7 @@ from medmax_jax.io.text_files import TextFileError
 
 INDEX, BIN_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
 BIN = "pytorch_model.bin"
-MAX_TENSORS = 1 << 17  # of a file; one of 30B has 760
+MAX_TENSORS = 1 << 17  # per file; 30B has 760
 MAX_NAME = 512  # characters of a tensor's name
 MAX_RANK, MAX_DIM = 16, 1 << 40  # axes, and the length of one
 _SIZES = {
@@ -51,7 +51,7 @@ _PLAIN = re.compile(r"[\w.-]{1,200}\.(safetensors|bin)")
 
 
 def read(folder: Folder) -> dict[str, LazyTensor]:
-    """Return tensor name -> tensor of all weight files of the folder; safetensors come first."""
+    """Return tensor name -> tensor of all weight files of the folder; safetensors files first."""
     names = [n for n in folder.names() if "/" not in n]
     files = [n for n in names if n.endswith(".safetensors")]
     if folder.has(INDEX):
@@ -69,7 +69,7 @@ def read(folder: Folder) -> dict[str, LazyTensor]:
 
 
 def read_torch(file: ByteFile, *, dropped: tuple[str, ...] = ()) -> dict[str, LazyTensor]:
-    """Return name -> tensor of a .pth, .ckpt or .bin file of torch.save, but those `dropped`."""
+    """Return name -> tensor of a .pth, .ckpt or .bin file of torch.save, except those `dropped`."""
     found = {}
     for name, entry in torch_file.open_file(file).items():
 
@@ -105,7 +105,7 @@ def _read_indexed(folder: Folder, index: str, files: list[str]) -> dict[str, Laz
 
 
 def read_file(file: ByteFile) -> dict[str, LazyTensor]:
-    """Tensor name -> tensor of one safetensors file."""
+    """Return tensor name -> tensor of one safetensors file."""
     header, start = _header(file)
     found, ends = {}, [start]
     for name, entry in sorted(header.items(), key=lambda item: _offsets(file, *item)):
@@ -127,9 +127,10 @@ def write(
     shard_bytes: int,
     progress: Callable[[int], None],
 ) -> None:
-    """Writes the tensors in this order, a file at most `shard_bytes` long where tensors allow.
+    """Write the tensors in this order, in files of at most `shard_bytes` where tensors allow.
 
-    Raises ConvertError on a number that is not finite. `progress` is told of bytes written.
+    Raises ConvertError on a number that is not finite. `progress` receives the number of bytes
+    written.
     """
     shards = _shards(tensors, shard_bytes)
     places = {}
@@ -147,14 +148,14 @@ def write(
 def write_file(
     folder: Folder, file: str, tensors: dict[str, LazyTensor], *, progress: Callable[[int], None]
 ) -> None:
-    """One safetensors file with the metadata that HF's loader asks for."""
+    """Write one safetensors file with the metadata that HF's loader requires."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():
         offsets = [end, end := end + tensor.nbytes]
         header[name] = dict(dtype=tensor.dtype, shape=tensor.shape, data_offsets=offsets)
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that the data lie at a multiple of 8
+    text += b" " * (-len(text) % 8)  # so that the data start at a multiple of 8
     calls = [
         lambda t=t: np.ascontiguousarray(check_finite(t.read(), t.where)) for t in tensors.values()
     ]
@@ -183,7 +184,7 @@ def _weight_map(folder: Folder, name: str) -> dict[str, str]:
 
 
 def _header(file: ByteFile) -> tuple[dict[str, Any], int]:
-    """The header without its metadata, and where the data begin."""
+    """Return the header without its metadata, and the offset of the data."""
     if file.size < 8:
         raise _broken(file, f"{file.size} bytes are too few for a header")
     length = int.from_bytes(bytes(file.read(0, 8)), "little")
@@ -257,14 +258,14 @@ def _broken(file: ByteFile, what: str) -> ConvertError:
     return ConvertError(f"{file.name}: not a whole safetensors file: {what}; copy it again")
 
 
-# ---- The next tensor is read while one is written ----
+# ---- Reading the next tensor while one is written ----
 
 
 @contextlib.contextmanager
 def prefetch(calls: Iterable[Callable[[], np.ndarray]]) -> Iterator[list[Callable[[], np.ndarray]]]:
-    """The same calls, to be made in order; while one's result is used the next one runs already.
+    """Yield the same calls, to be made in order; the next one runs while a result is used.
 
-    Reading, checksums and copies leave the interpreter's lock, so a second core does them.
+    Reading, checksums and copies release the interpreter's lock, so a second core runs them.
     """
     calls = list(calls)
     futures: dict[int, concurrent.futures.Future] = {}

@@ -1,13 +1,13 @@
-"""The form that every layout is read into and written from: named tensors not yet read.
+"""The common form of all layouts: named tensors that are not yet read.
 
     meta.read_checkpoint --+                                   +--> meta.write
     hf.read_checkpoint ----+--> Checkpoint(language, vqgan) ---+--> hf.write
     native.read_checkpoint +                                   +--> native.write
-    peft.read -----> Adapter ---------------------------> peft.write, merge.merged
+    adapters.read_adapter --> Adapter ----------> adapters.write_peft, adapters.merged
 
 Names of `language` are Hugging Face's, matrices [out, in], RoPE in halves; those of `vqgan` are
-taming-transformers', kernels OIHW. A tensor is read when a writer asks for it, so that memory holds
-a few at a time whatever the size of the model.
+taming-transformers', kernels OIHW. A tensor is read when a writer requests it, so that only a few
+are in memory at a time whatever the size of the model.
 """
 
 import dataclasses
@@ -26,26 +26,26 @@ from medmax_jax.configs import base
 from medmax_jax.io.errors import FileError, printable, quoted
 from medmax_jax.models.vocab import RELEASED_END
 
-DTYPES = {  # what weights may be, by safetensors' names
+DTYPES = {  # permitted dtypes of weights, by safetensors' names
     "F32": np.dtype(np.float32),
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
 }
-_PIECE = 1 << 18  # numbers that are looked at together: they stay in the cache
+_PIECE = 1 << 18  # numbers that are checked together: they fit in the CPU cache
 SAMPLE_ROWS, SAMPLE_COLUMNS = 128, 16  # of each tensor, for the fingerprint
 
 
 class ConvertError(FileError):
-    """A checkpoint that cannot be used; the message names the file, the tensor and the mend."""
+    """A checkpoint that cannot be used; the message names the file, the tensor and the fix."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LazyTensor:
-    """`block(rows, columns)` reads from the file. `where`: file and name there, for messages."""
+    """A tensor that `block(rows, columns)` reads from its file; `where` names both for messages."""
 
     shape: tuple[int, ...]
     dtype: str
-    block: Callable[[slice, slice], np.ndarray]  # columns mean nothing for a vector
+    block: Callable[[slice, slice], np.ndarray]  # columns are ignored for a vector
     where: str
 
     @property
@@ -53,7 +53,7 @@ class LazyTensor:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
     def read(self) -> np.ndarray:
-        """The whole tensor."""
+        """Read the complete tensor."""
         return self.block(slice(0, self.shape[0]), slice(None))
 
 
@@ -68,13 +68,13 @@ class Checkpoint:
     vq: VQ | None
     language: dict[str, LazyTensor]
     vqgan: dict[str, LazyTensor]  # empty where absent; HF's own has no decoder
-    tokenizer: bytes | None  # the JSON of the layout, as it lay there
-    facts: dict[str, Any]  # what was found beside the weights: see each layout
-    quant: str = "none"  # native only: int8 | int4 | nf4, then the matrices cannot go out again
+    tokenizer: bytes | None  # the JSON of the layout, unchanged
+    facts: dict[str, Any]  # additional data next to the weights: see each layout
+    quant: str = "none"  # native only: int8 | int4 | nf4; such matrices cannot be converted again
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """`digest` of the language model: it reads a few percent of the weights, once."""
+        """Return `fingerprint` of the language model; reads a few percent of the weights, once."""
         return fingerprint(self.language)
 
     @property
@@ -88,23 +88,23 @@ class Checkpoint:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """LoRA matrices as PEFT has them: canonical name of the weight -> A [R, in], B [out, R]."""
+    """LoRA matrices in PEFT's form: canonical name of the weight -> A [R, in], B [out, R]."""
 
     layout: str  # native | peft
     path: str
     lora: Lora
     matrices: dict[str, tuple[LazyTensor, LazyTensor]]
     facts: dict[str, Any]  # base, data, step, sources, credentials, config: where known
-    # What B A is multiplied by in each matrix, where that is not lora.alpha / lora.rank in all.
+    # The factor of B A in each matrix, where it is not lora.alpha / lora.rank in all.
     scales: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def scale(self, name: str) -> float:
-        """Return what B A is multiplied by before it is added to the weight of that name."""
+        """Return the factor of B A before it is added to the weight of that name."""
         return self.scales.get(name, self.lora.alpha / self.lora.rank)
 
 
 def language_shapes(model: Model, vocab: Vocab) -> dict[str, tuple[int, ...]]:
-    """Canonical name -> shape of every tensor of the language model, in the model's order."""
+    """Return canonical name -> shape of every tensor of the language model, in its order."""
     d, h, f = model.hidden_size, model.head_dim, model.intermediate_size
     wide, narrow = model.num_heads * h, model.num_kv_heads * h
     layer = {
@@ -132,7 +132,7 @@ def number(table: dict[str, Any], name: str, bound: str, where: str, default: An
     """Return table[name] if it is a number within config.BOUNDS[bound]; raise ConvertError.
 
     number(params, "n_layers", "model.num_layers", "params.json") == 32
-    A missing or null setting is `default`, which None makes an error.
+    A missing or null setting has the value `default`; if that is None, it is an error.
     """
     value = table.get(name)
     if value is None:
@@ -163,7 +163,7 @@ def flag(table: dict[str, Any], name: str, where: str, *, default: bool) -> bool
 
 
 def check_heads(hidden: int, heads: int, kv_heads: int, where: str) -> None:
-    """Raise ConvertError where the width or the heads do not divide."""
+    """Raise ConvertError where the width or the heads are not divisible."""
     if hidden % heads or heads % kv_heads:
         raise ConvertError(
             f"{where}: width {hidden}, {heads} heads and {kv_heads} key heads do not divide; not "
@@ -172,7 +172,7 @@ def check_heads(hidden: int, heads: int, kv_heads: int, where: str) -> None:
 
 
 def check_layers(layers: int, names: Collection[str], where: str) -> None:
-    """Raise ConvertError where settings ask for more layers than there are tensors.
+    """Raise ConvertError where settings require more layers than there are tensors.
 
     The table of all names grows with the layers, so this is checked before it is built.
     """
@@ -184,7 +184,7 @@ def check_layers(layers: int, names: Collection[str], where: str) -> None:
 
 
 def model_settings(fields: dict[str, Any], dtypes: set[str], where: str) -> Model:
-    """A Model of these fields; how it is run comes from configs/base.py and from the dtypes."""
+    """Return a Model of these fields; run options come from configs/base.py and the dtypes."""
     run = base.get_config().model.to_dict()
     run["param_dtype"] = run["compute_dtype"] = "float32" if dtypes == {"F32"} else "bfloat16"
     try:
@@ -194,9 +194,10 @@ def model_settings(fields: dict[str, Any], dtypes: set[str], where: str) -> Mode
 
 
 def vocab_settings(size: Any, names: dict[str, int], vq: VQ, where: str) -> Vocab:
-    """The vocabulary; its first text id is that of "!", the first byte symbol of the BPE.
+    """Return the vocabulary; its first text id is that of "!", the first byte symbol of the BPE.
 
-    Without a tokenizer: the release's first id, or where the model is smaller the tiny family's.
+    Without a tokenizer it is the first id of the MedMax release, or that of the tiny family if the
+    model is smaller.
     """
     released = base.get_config().vocab.text_start
     whole = type(size) is int and size > released
@@ -224,7 +225,7 @@ def check_settings(model: Model, vocab: Vocab, vq: VQ, where: str) -> None:
 def check_gathered(path: str, tensors: dict[str, Any]) -> None:
     """Raise ConvertError where there are no tensors, or tensors without elements.
 
-    Both are what a run under DeepSpeed ZeRO-3 or FSDP saves when no rank gathered the weights.
+    Both are saved by a run under DeepSpeed ZeRO-3 or FSDP when no rank gathered the weights.
     """
     empty = [name for name, tensor in tensors.items() if 0 in tensor.shape]
     if tensors and not empty:
@@ -238,7 +239,7 @@ def check_gathered(path: str, tensors: dict[str, Any]) -> None:
 
 
 def check_shapes(path: str, have: dict[str, Any], want: dict[str, tuple[int, ...]]) -> None:
-    """Raises ConvertError unless the names are exactly these, each of its shape and a float."""
+    """Raise ConvertError unless the names are exactly these, each of its shape and a float."""
     check_gathered(path, have)
     extra, missing = sorted(set(have) - set(want)), sorted(set(want) - set(have))
     if extra or missing:
@@ -255,7 +256,7 @@ def check_shapes(path: str, have: dict[str, Any], want: dict[str, tuple[int, ...
 
 
 def check_dtype(dtype: str, where: str) -> None:
-    """Raises ConvertError on integers, float64, float8: no weights of this family."""
+    """Raise ConvertError on integers, float64, float8: no weights of this family have these."""
     if dtype not in DTYPES:
         raise ConvertError(
             f"{where}: dtype {dtype}; weights are {', '.join(DTYPES)}, so cast them in the program "
@@ -264,7 +265,7 @@ def check_dtype(dtype: str, where: str) -> None:
 
 
 def check_finite(array: np.ndarray, where: str) -> np.ndarray:
-    """The array; raises ConvertError where it holds a NaN or an infinity."""
+    """Return the array; raise ConvertError where it contains a NaN or an infinity."""
     flat = np.ravel(array, order="K")
     for start in range(0, flat.size, _PIECE):
         if not _all_finite(flat[start : start + _PIECE]):
@@ -279,16 +280,16 @@ def check_finite(array: np.ndarray, where: str) -> np.ndarray:
 def _all_finite(piece: np.ndarray) -> bool:
     if piece.dtype.itemsize != 2:
         return bool(np.isfinite(piece).all())
-    # Of 16-bit floats by their bits: isfinite is eight times slower there.
+    # 16-bit floats are checked by their bits: isfinite is eight times slower for them.
     largest = 0x7C00 if piece.dtype == np.float16 else 0x7F80  # all ones in the exponent
     return int((piece.view(np.uint16) & 0x7FFF).max(initial=0)) < largest
 
 
 def fingerprint(tensors: dict[str, LazyTensor]) -> str:
-    """sha256 over two blocks of every tensor, rounded to bfloat16.
+    """Return sha256 over two blocks of every tensor, rounded to bfloat16.
 
-    The same for one model in every layout and float dtype; any training changes it. It identifies
-    and does not guard: that is the work of the CRCs.
+    It is the same for one model in every layout and float dtype; any training changes it. It
+    identifies a model and does not protect against damage: the CRCs do.
     """
     found = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):

@@ -1,4 +1,4 @@
-"""The half of `check` that runs in a Python with torch and transformers; nothing of ours in it.
+"""The part of `check` that runs in a Python with torch and transformers, without this project.
 
 python torch_reference.py HF_FOLDER OUT.npz {float32,bfloat16}
 """
@@ -10,7 +10,7 @@ TOKENS = 48
 
 
 def main(folder: str, out: str, dtype: str) -> None:
-    """Logits of random text ids around an image, and the VQ codes of a random smooth picture."""
+    """Save logits of random text ids around an image, and VQ codes of a random smooth image."""
     import numpy as np
     import torch
     import transformers

@@ -1,4 +1,4 @@
-"""The VQGAN's tensors: taming-transformers' names and layout beside this project's.
+"""The VQGAN's tensors: names and layout of taming-transformers and of this project.
 
     encoder.down.0.block.0.conv1.weight [O, I, h, w]  <->  ..conv1.kernel [h, w, I, O]
     encoder.norm_out.weight                           <->  encoder.norm_out.scale
@@ -37,16 +37,16 @@ TAMING_GROUPS = 32  # of every GroupNorm, fixed in the code of taming-transforme
 
 
 class Place(NamedTuple):
-    """Where a taming tensor stands in this project, and its shape there."""
+    """The location of a taming tensor in this project, and its shape there."""
 
     name: str
     shape: tuple[int, ...]
 
 
 def settings(fields: dict[str, Any], *, double: Any, attention: Any, where: str) -> VQ:
-    """A VQ; raises ConvertError on sizes of a wrong kind and on parts that Chameleon's has not.
+    """Return a VQ; raise ConvertError on invalid sizes and on parts that Chameleon's lacks.
 
-    attention: sides in codes at which the net would attend; those it never has are harmless
+    attention: sides in codes at which the net would attend; sides that do not occur are harmless
     (MedMax's own recipe names 16, the released net goes from 512 to 32).
     """
     try:
@@ -70,7 +70,7 @@ def settings(fields: dict[str, Any], *, double: Any, attention: Any, where: str)
 
 @functools.lru_cache(maxsize=8)  # tracing the net takes seconds
 def key_map(vq: VQ) -> dict[str, Place]:
-    """Taming name -> place, for every tensor of the VQGAN; not to be changed."""
+    """Return taming name -> location of every tensor of the VQGAN; must not be modified."""
     found = {}
     for name, leaf in safetensors_file.flatten_named(vqgan.abstract(vq)).items():
         path, _, last = name.rpartition(".")
@@ -80,13 +80,13 @@ def key_map(vq: VQ) -> dict[str, Place]:
 
 
 def shapes(vq: VQ, *, decoder: bool) -> dict[str, tuple[int, ...]]:
-    """Taming name -> shape there."""
+    """Return taming name -> shape in taming-transformers."""
     found = {name: _taming_shape(place.shape) for name, place in key_map(vq).items()}
     return {n: s for n, s in found.items() if decoder or not n.startswith("decoder.")}
 
 
 def check(path: str, have: dict[str, LazyTensor], vq: VQ) -> dict[str, LazyTensor]:
-    """The tensors; raises ConvertError unless they are a VQGAN, with or without its decoder."""
+    """Return the tensors; raise ConvertError unless they are a VQGAN, with or without decoder."""
     if have:
         vqgan.check_blocks(have, vq, path)
         check_shapes(path, have, shapes(vq, decoder=any(n.startswith("decoder.") for n in have)))
@@ -94,7 +94,7 @@ def check(path: str, have: dict[str, LazyTensor], vq: VQ) -> dict[str, LazyTenso
 
 
 def as_native(tensor: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
-    """A tensor [O, I, h, w] of taming's as this project's; anything else as it is."""
+    """Return a taming tensor [O, I, h, w] in this project's layout; others unchanged."""
     if len(shape) != 4:
         return tensor
 
@@ -105,7 +105,7 @@ def as_native(tensor: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
 
 
 def from_native(tensor: LazyTensor) -> LazyTensor:
-    """A tensor [h, w, I, O] of this project as taming's; anything else as it is."""
+    """Return this project's tensor [h, w, I, O] in taming's layout; others unchanged."""
     if len(tensor.shape) != 4:
         return tensor
 
@@ -116,7 +116,7 @@ def from_native(tensor: LazyTensor) -> LazyTensor:
 
 
 def missing_decoder_message(path: str) -> ConvertError:
-    """What to say where a decoder is needed and none is there."""
+    """Return the error for a missing decoder where one is needed."""
     return ConvertError(
         f"{path}: has no VQGAN decoder, as HF's checkpoints of this family; "
         "give Meta's with --vqgan=PATH/tokenizer/vqgan.ckpt"
@@ -137,7 +137,10 @@ LOSS = "loss."  # the perceptual net and the discriminator, which only training 
 
 
 def read_vqgan(folder: Folder, prefix: str) -> tuple[dict[str, LazyTensor], VQ]:
-    """(tensors by taming's names, settings); without a vqgan.ckpt no tensors, and Chameleon's."""
+    """Return (tensors by taming's names, settings).
+
+    Without a vqgan.ckpt there are no tensors, and the settings are Chameleon's.
+    """
     if not folder.has(prefix + CKPT):
         return {}, build(VQ, base.get_config().vq)
     if not folder.has(prefix + YAML):
@@ -156,7 +159,7 @@ def read_vqgan(folder: Folder, prefix: str) -> tuple[dict[str, LazyTensor], VQ]:
 def write(
     folder: Folder, prefix: str, checkpoint: Checkpoint, *, progress: Callable[[int], None]
 ) -> None:
-    """Both files; raises ConvertError without a decoder, since taming's net has one."""
+    """Write both files; raise ConvertError without a decoder, since taming's net has one."""
     if not checkpoint.has_decoder:
         raise missing_decoder_message(checkpoint.path)
 

@@ -1,11 +1,11 @@
-"""Model servers: the client, its cache, and the guard of data that may leave.
+"""Model servers: the client, its cache, and the check of where data may be sent.
 
-cached_chat_api  Many calls of an endpoint: some at once, each reply on the disk before it is used,
-                 none twice.
-chat_api         One call of an OpenAI-compatible endpoint: POST URL/chat/completions, by the
+cached_chat_api  Concurrent calls of an endpoint: each reply is on the disk before it is used, and
+                 no call is repeated.
+chat_api         One call of an OpenAI-compatible endpoint: POST URL/chat/completions, with the
                  standard library.
-egress           Where data may go: the one guard that every outgoing call passes before its first
-                 byte.
-reasoning        Separates the answer of a reasoning model from the reasoning text that some
-                 servers leave in it.
+egress           Where data may be sent: the one check that every outgoing call passes before its
+                 first byte.
+reasoning        Separate the answer of a reasoning model from the reasoning text that some servers
+                 leave in it.
 """

@@ -1,10 +1,10 @@
-"""Many calls of an endpoint: some at once, each reply on the disk before it is used, none twice.
+"""Concurrent calls of an endpoint: each reply is on the disk before its use, no call is repeated.
 
-    asks -> known by the cache? -> reply
-              no -> thread pool -> endpoint.ask -> calls.jsonl, fsync -> reply
+    requests -> in the cache? -> reply
+                  no -> thread pool -> request_completion -> calls.jsonl, fsync -> reply
 
-The cache's key is SHA-256 of (url, model, messages, parameters): a run that was killed asks again
-at most what was in flight. Two asks alike are one call.
+The cache key is SHA-256 of (url, model, messages, parameters): a run that was killed repeats at
+most the calls that were in flight. Two equal requests are one call.
 """
 
 import concurrent.futures
@@ -27,16 +27,18 @@ from medmax_jax.endpoints.chat_api import (
 )
 from medmax_jax.io.journal import Journal, parse_jsonl
 
-MAX_SILENT = 10  # calls in a row without a reply: then the endpoint is down, or wrongly set
-POLL_S = 0.2  # how soon a signal is noticed
-CHARS_PER_TOKEN = 4  # of English, about; only estimates use it
-TOKENS_PER_PICTURE = 1_000  # between the 85 and the 1,500 or so that vision endpoints count
-TOKENS_PER_MESSAGE = 8  # role and separators, about
+# consecutive calls without a reply, after which the endpoint is considered down or misconfigured
+MAX_SILENT = 10
+POLL_S = 0.2  # seconds until a signal is noticed
+CHARS_PER_TOKEN = 4  # approximate, for English; only estimates use it
+# between the 85 and the roughly 1,500 tokens that vision endpoints count
+TOKENS_PER_PICTURE = 1_000
+TOKENS_PER_MESSAGE = 8  # role and separators, approximate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatRequest:
-    """One question of the record `id`, with the class of its data."""
+    """One request for the record `id`, with the data class of its content."""
 
     id: str
     messages: Messages
@@ -44,7 +46,7 @@ class ChatRequest:
 
 
 class Cache:
-    """Replies by key, in a journal."""
+    """Replies by cache key, in a journal."""
 
     def __init__(self, journal: Journal):
         self._journal, self._replies, self._lock = journal, {}, threading.Lock()
@@ -57,11 +59,11 @@ class Cache:
         self.answered = any(not reply.problem for reply in self._replies.values())
 
     def get(self, key: str) -> Reply | None:
-        """The reply, if there is one."""
+        """Return the reply, or None if there is none."""
         return self._replies.get(key)
 
     def put(self, key: str, model: str, reply: Reply) -> None:
-        """Keeps a reply; it is on the disk when this returns."""
+        """Store a reply; it is on the disk when this returns."""
         self._journal.append({"key": key, "model": model} | dataclasses.asdict(reply))
         with self._lock:
             self._replies[key] = reply
@@ -70,7 +72,7 @@ class Cache:
 
 
 def known_replies(path: Path) -> Cache | None:
-    """Return the replies so far, to be read only: an estimate locks and repairs nothing."""
+    """Return the replies so far, for reading only: an estimate locks and repairs nothing."""
     try:
         data = path.read_bytes()
     except OSError:
@@ -79,7 +81,7 @@ def known_replies(path: Path) -> Cache | None:
 
 
 def cache_key(endpoint: Endpoint, messages: Messages) -> str:
-    """What a reply depends on, as one name."""
+    """Return a digest of everything that a reply depends on."""
     facts = [endpoint.url, endpoint.model, list(messages), dict(endpoint.parameters)]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -92,10 +94,11 @@ def complete_all(
     concurrency: int,
     stopped: Callable[[], bool],
 ) -> Iterator[tuple[ChatRequest, Reply | TransientError]]:
-    """Each ask with its reply, as they come; NoReply for one that was not answered this time.
+    """Yield each request with its reply, in order of completion.
 
-    When `stopped()` turns true no further call starts, and those in flight are still taken: they
-    are paid for. Raises EndpointError when an endpoint refuses everything or is down.
+    A request that was not answered this time is yielded with a TransientError. When `stopped()`
+    becomes true no further call starts, and the replies of those in flight are still collected,
+    because they are paid for. Raises EndpointError when an endpoint refuses everything or is down.
     """
     with concurrent.futures.ThreadPoolExecutor(concurrency) as pool:
         flight = _InFlight(endpoint, cache, pool, stopped)
@@ -112,13 +115,16 @@ def complete_all(
             yield from flight.wait_for_replies(0)
             yield from flight.failed_requests()
         finally:
-            flight.halt.set()  # the pool waits for its threads: let none of them begin a retry
+            flight.halt.set()  # the pool waits for its threads: they must not start a retry
 
 
 def estimate(
     endpoint: Endpoint, asks: Iterable[ChatRequest], cache: Cache | None, *, tokens_out: int
 ) -> dict[str, Any]:
-    """Calls and about how many tokens, at CHARS_PER_TOKEN and `tokens_out` a reply."""
+    """Return the number of calls and the approximate number of tokens.
+
+    The estimate uses CHARS_PER_TOKEN and `tokens_out` per reply.
+    """
     calls = tokens_in = 0
     seen: set[str] = set()
     for one in asks:
@@ -135,9 +141,9 @@ def estimate(
 
 
 class _InFlight:
-    """The calls under way. `doubtful`: unusable replies while not one usable has come.
+    """The calls in flight; `doubtful` are unusable replies while no usable one has arrived.
 
-    As long as nothing was ever usable, it is the settings that are wrong and not the records, so a
+    As long as no reply was ever usable, the settings are the likely cause and not the records, so a
     doubtful reply counts against its record only once another record had a usable one.
     """
 
@@ -149,7 +155,7 @@ class _InFlight:
         self.doubtful: list[tuple[str, list[ChatRequest], Reply]] = []
 
     def is_duplicate(self, one: ChatRequest, key: str) -> bool:
-        """Whether the same question is under way already; then it has two askers."""
+        """Return whether an equal request is in flight; if so, add this one to it."""
         if joined := key in self.by_key:
             self.calls[self.by_key[key]][1].append(one)
         return joined
@@ -159,7 +165,7 @@ class _InFlight:
         self.calls[future] = (key, [one])
 
     def wait_for_replies(self, most: int) -> Iterator[tuple[ChatRequest, Reply | TransientError]]:
-        """What has come; waits until at most `most` calls are under way."""
+        """Yield the replies that arrived; wait until at most `most` calls are in flight."""
         while len(self.calls) > most:
             if self.stopped():
                 self.halt.set()
@@ -172,7 +178,7 @@ class _InFlight:
                 yield from self._taken(key, asks, _result(future))
 
     def failed_requests(self) -> Iterator[tuple[ChatRequest, TransientError]]:
-        """The doubtful ones, when nothing usable came to the end."""
+        """Yield the doubtful requests, when no usable reply arrived until the end."""
         for _, asks, reply in self.doubtful:
             yield from (
                 (one, TransientError(f"{self.endpoint.model}: {reply.problem}")) for one in asks
@@ -184,7 +190,7 @@ class _InFlight:
         if not good and isinstance(found, Reply):
             self.doubtful.append((key, asks, found))
         else:
-            if good and self.cache.get(key) is None:  # it was doubtful when it came
+            if good and self.cache.get(key) is None:  # it was doubtful when it arrived
                 self.cache.put(key, self.endpoint.model, found)
             yield from ((one, found) for one in asks)
         if good:

@@ -1,14 +1,16 @@
-"""One call of an OpenAI-compatible endpoint: POST URL/chat/completions, by the standard library.
+"""One call of an OpenAI-compatible endpoint: POST URL/chat/completions, with the standard library.
 
-    guard -> key from the environment -> POST -> 200                 Reply, with a problem or none
-                 ^                               400, 413, 422       Reply: this request is refused
-                 +--- wait, as asked or doubled -- 408, 429, 5xx, timeout, reset, no reply in JSON
-                                                 other, redirects    EndpointError: mend settings
+    egress check -> key from the environment -> POST -> response
 
-Nothing else of this project opens a connection to a model, so no caller can forget the guard. What
-comes back is untrusted: bounded in bytes and time, then checked field by field. No redirect is
-followed and no proxy used: the bytes go to the host that was checked. The API key is read when it
-is sent; no record, error or log has it, also where a server echoes it escaped or encoded. Errors
+    200                                            Reply, with a problem or none
+    400, 413, 422                                  Reply: this request is refused
+    408, 429, 5xx, timeout, reset, no JSON         POST again after a wait, as requested or doubled
+    other, redirects                               EndpointError: fix the settings
+
+No other module of this project opens a connection to a model, so no caller can omit the check. The
+reply is untrusted: bounded in bytes and time, then checked field by field. No redirect is followed
+and no proxy is used: the bytes go to the host that was checked. The API key is read when it is
+sent; no record, error or log contains it, also where a server echoes it escaped or encoded. Errors
 are printable: control characters of a server do not reach a terminal.
 """
 
@@ -34,37 +36,38 @@ from medmax_jax.endpoints import egress
 from medmax_jax.io.errors import printable
 from medmax_jax.io.text_files import TextFileError, parse_json
 
-# A message's content: its words, or a list of parts as `image_part` and `text_part` make them.
+# The content of a message: its text, or a list of parts made by `image_part` and `text_part`.
 Messages = Sequence[Mapping[str, Any]]
 PATH = "/chat/completions"
-REFUSED = (400, 413, 422)  # about this request: too long, or filtered
+REFUSED = (400, 413, 422)  # specific to this request: too long, or filtered
 TRANSIENT = (408, 429)  # and all of 5xx
 RESERVED_PARAMETERS = {"model", "messages", "stream", "n"}  # parameters that users cannot set
 FIRST_WAIT_S = 1.0  # doubled at each retry
-RAW_CHARS = 20_000  # of a reply that cannot be read, kept for people to look at
-MAX_TOKENS = 10**9  # a count above it is no count
-BOUNDS = ("max_completion_tokens", "max_tokens")  # names of the most tokens of a reply
-CONNECT_S = 2.0  # until a server that does not listen is reported
+RAW_CHARS = 20_000  # of a reply that cannot be parsed, kept for inspection
+MAX_TOKENS = 10**9  # a larger count is invalid
+BOUNDS = ("max_completion_tokens", "max_tokens")  # names of the maximum number of tokens of a reply
+CONNECT_S = 2.0  # seconds until a server that does not listen is reported
 MIN_SECRET_CHARS = 6  # a shorter key is a placeholder, and hiding it would change answers
-# Errors inside a 200 that are about this request, as `code` or `type` of the error object.
+# Errors inside a 200 that are specific to this request, as `code` or `type` of the error object.
 REFUSED_CODES = ("content_filter", "content_policy_violation", "context_length_exceeded",
                  "invalid_request_error")  # fmt: skip
 
 
 class EndpointError(ValueError):
-    """An endpoint that cannot be used as set; the message names it and the mend."""
+    """An endpoint that cannot be used as configured; the message names it and the fix."""
 
 
 class TransientError(EndpointError):
-    """An endpoint that did not answer this time; the same call may work later."""
+    """An endpoint that did not answer this time; the same call may succeed later."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Endpoint:
-    """Whom to ask and how. `parameters`: sent as they are, like temperature or max_tokens.
+    """A model endpoint and how to call it.
 
-    `listed`: hosts for credentialed data (outgoing.hosts). `key_env`: name of the environment
-    variable with the API key, "" for none. `price_in`, `price_out`: USD per million tokens.
+    `parameters`: sent unchanged, for example temperature or max_tokens. `listed`: hosts for
+    credentialed data (egress.parse_allowed_hosts). `key_env`: name of the environment variable with
+    the API key, "" for none. `price_in`, `price_out`: USD per million tokens.
     """
 
     model: str
@@ -78,8 +81,8 @@ class Endpoint:
     max_reply_bytes: int
     price_in: float | None
     price_out: float | None
-    takes_cut: bool = False  # whether a text that ends at the most tokens allowed is a reply
-    takes_empty: bool = False  # whether no text is a reply where the model stopped by itself
+    takes_cut: bool = False  # whether a text that ends at the token limit is a reply
+    takes_empty: bool = False  # whether an empty text is a reply where the model stopped by itself
 
     def __post_init__(self):
         egress.parse_address(self.url)
@@ -91,7 +94,11 @@ class Endpoint:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reply:
-    """What came back. `problem` "": text is whole; else why not, and `raw` has what came."""
+    """The reply of an endpoint.
+
+    `problem` "": the text is complete; otherwise it states why not, and `raw` has the received
+    data.
+    """
 
     status: int
     text: str = ""
@@ -105,10 +112,10 @@ class Reply:
 def request_completion(
     endpoint: Endpoint, messages: Messages, data_class: str, *, wait: Callable[[float], bool]
 ) -> Reply:
-    """One reply; raises OutgoingError before the first byte where the data may not go.
+    """Return one reply; raise OutgoingError before the first byte where the data may not be sent.
 
-    `wait(seconds)`: waits between retries, true to give up. Raises NoReply when all retries are
-    used up, EndpointError when no retry can help.
+    `wait(seconds)`: waits between retries, true to give up. Raises TransientError when all retries
+    are used up, EndpointError when no retry can help.
     """
     address = egress.check(endpoint.url, data_class, listed=endpoint.listed)
     key = _key(endpoint, address)
@@ -139,13 +146,13 @@ def parse_model_at_url(text: str) -> tuple[str, str]:
     """
     match = re.fullmatch(r"(.+)@(https?://.+)", text, re.IGNORECASE | re.DOTALL)
     if not match:
-        shown = re.sub(r"://[^/@]*@", "://[hidden]@", printable(text))  # a password may be there
+        shown = re.sub(r"://[^/@]*@", "://[hidden]@", printable(text))  # it may contain a password
         raise EndpointError(f"endpoint {shown!r}: write MODEL@URL, like m@http://127.0.0.1:8000/v1")
     return match[1], match[2].rstrip("/")
 
 
 def sent_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parameters as they are sent: a null bound of tokens means that none is sent."""
+    """Return the parameters as they are sent: a null token limit is omitted."""
     return {k: v for k, v in parameters.items() if v is not None or k not in BOUNDS}
 
 
@@ -158,7 +165,7 @@ def variable(key_env: str) -> str:
 def check_ready(endpoint: Endpoint) -> None:
     """Raise EndpointError within CONNECT_S seconds unless there is a key and the server listens.
 
-    Opens a connection and sends nothing; the caller asks the guard first.
+    It opens a connection and sends nothing; the caller calls egress.check first.
     """
     address = egress.parse_address(endpoint.url)
     _key(endpoint, address)
@@ -172,7 +179,7 @@ def check_ready(endpoint: Endpoint) -> None:
         else:
             outcome.put(None)
 
-    # In a thread: a resolver without a network has timeouts of its own, and longer ones.
+    # In a thread: a resolver without a network has longer timeouts of its own.
     threading.Thread(target=connect, daemon=True).start()
     try:
         error = outcome.get(timeout=CONNECT_S)
@@ -186,18 +193,21 @@ def check_ready(endpoint: Endpoint) -> None:
 
 
 def text_part(words: str) -> dict[str, Any]:
-    """Words beside pictures in a message's content."""
+    """Return text as a part of a message's content, next to images."""
     return {"type": "text", "text": words}
 
 
 def image_part(png: bytes) -> dict[str, Any]:
-    """A picture in a message's content: its bytes go in the request, and so in the cache's key."""
+    """Return an image as a part of a message's content.
+
+    Its bytes are in the request, and therefore in the cache key.
+    """
     url = "data:image/png;base64," + base64.b64encode(png).decode()
     return {"type": "image_url", "image_url": {"url": url}}
 
 
 def message_size(content: str | Sequence[Mapping[str, Any]]) -> tuple[int, int]:
-    """(characters of words, pictures) of a message's content."""
+    """Return (characters of text, number of images) of a message's content."""
     if isinstance(content, str):
         return len(content), 0
     texts = [len(part["text"]) for part in content if part["type"] == "text"]
@@ -205,7 +215,7 @@ def message_size(content: str | Sequence[Mapping[str, Any]]) -> tuple[int, int]:
 
 
 def cost(endpoint: Endpoint, tokens_in: int, tokens_out: int) -> float | None:
-    """USD, or None without prices."""
+    """Return the cost in USD, or None without prices."""
     if endpoint.price_in is None or endpoint.price_out is None:
         return None
     return (tokens_in * endpoint.price_in + tokens_out * endpoint.price_out) / 1e6
@@ -213,7 +223,11 @@ def cost(endpoint: Endpoint, tokens_in: int, tokens_out: int) -> float | None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Retry:
-    """An attempt worth repeating. `after_s`: as the server asked. `reply`: if none better comes."""
+    """A failed attempt that should be repeated.
+
+    `after_s`: seconds to wait, as the server requested. `reply`: the result if no better one
+    follows.
+    """
 
     why: str
     after_s: float | None = None
@@ -229,7 +243,7 @@ def _attempt(endpoint: Endpoint, address: egress.Address, key: str, body: bytes)
             "give SSL_CERT_FILE the authority that signed it"
         ) from error
     except (OSError, http.client.HTTPException) as error:
-        # Parts of what the server sent stand in it, such as its status line.
+        # It contains parts of what the server sent, such as its status line.
         return _Retry(why=_short(_hide(str(error), key) or type(error).__name__))
     if status == 200:
         return _read_reply(endpoint, address, key, data, whole)
@@ -252,7 +266,7 @@ def _attempt(endpoint: Endpoint, address: egress.Address, key: str, body: bytes)
 def _post(
     endpoint: Endpoint, address: egress.Address, key: str, body: bytes
 ) -> tuple[int, http.client.HTTPMessage, bytes, bool]:
-    """Status, headers, body, and whether that is all of the body."""
+    """Return status, headers, body, and whether the body is complete."""
     secure = address.scheme == "https"
     make = http.client.HTTPSConnection if secure else http.client.HTTPConnection
     tls = {"context": ssl.create_default_context()} if secure else {}
@@ -262,7 +276,8 @@ def _post(
     late = threading.Event()
     try:
         connection.connect()
-        # The timeout of a socket is of one read, and a server that drips would never meet it.
+        # The timeout of a socket applies to one read, and a server that sends slowly would never
+        # exceed it.
         watch = threading.Timer(endpoint.timeout_s, _cut, (connection.sock, late))
         watch.daemon = True
         watch.start()
@@ -277,26 +292,26 @@ def _post(
             raise
     finally:
         connection.close()
-    if late.is_set():  # even without an error: a body without a length looks whole
+    if late.is_set():  # even without an error: a body without a length looks complete
         raise TimeoutError(f"more than {endpoint.timeout_s:g} s")
     whole = len(data) <= endpoint.max_reply_bytes
     return response.status, response.headers, data, whole
 
 
 def _read(response: http.client.HTTPResponse, limit: int) -> bytes:
-    """The body, or its first bytes when it has more than `limit`."""
+    """Return the body, or its first bytes when it has more than `limit`."""
     data = bytearray()
     while len(data) <= limit and (piece := response.read1(65_536)):
         data += piece
-    if len(data) <= limit and response.length:  # read1 does not say that bytes are missing
+    if len(data) <= limit and response.length:  # read1 does not report that bytes are missing
         raise http.client.IncompleteRead(bytes(data), response.length)
     return bytes(data)
 
 
 def _cut(connection: socket.socket, late: threading.Event) -> None:
     late.set()
-    with contextlib.suppress(OSError):  # it may just have been closed
-        # Not connection.shutdown: that of TLS takes away what the reading thread is using.
+    with contextlib.suppress(OSError):  # it may already be closed
+        # Not connection.shutdown: that of TLS removes what the reading thread is using.
         socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
 
@@ -307,7 +322,7 @@ def _read_reply(
     if not whole:
         return Reply(status=200, problem=f"longer than {endpoint.max_reply_bytes} bytes", raw=raw)
     try:
-        # Odd numbers and halves of characters are judged where they are used, or not at all.
+        # Non-finite numbers and lone surrogates are judged where they are used, or not at all.
         body = parse_json(data, "reply", allow_nonfinite=True, allow_lone_surrogates=True)
     except TextFileError:
         return _again("not JSON", raw)
@@ -364,7 +379,7 @@ def _text_of(content: Any) -> str | None:
 
 
 def _bound_sent(endpoint: Endpoint) -> str:
-    """Return the words on a reply that ended at its bound."""
+    """Return the message on a reply that ended at its token limit."""
     sent = sent_parameters(endpoint.parameters)
     bounds = [f"{name} {sent[name]}" for name in BOUNDS if name in sent]
     what = f"{' and '.join(bounds)} was sent" if bounds else "no max_tokens was sent"
@@ -372,7 +387,7 @@ def _bound_sent(endpoint: Endpoint) -> str:
 
 
 def _error_in(body: Any) -> Any:
-    """Return the error that a body of status 200 states, None without."""
+    """Return the error that a body of status 200 states, or None."""
     if not isinstance(body, dict):
         return None
     if body.get("object") == "error":
@@ -387,7 +402,7 @@ def _error_in(body: Any) -> Any:
 def _read_error(
     endpoint: Endpoint, address: egress.Address, key: str, error: Any, raw: str
 ) -> Reply | _Retry:
-    """An error inside a 200, taken as the status would be taken that its code states."""
+    """Return the result of an error inside a 200, handled like the status that its code states."""
     stated = error if isinstance(error, dict) else {}
     message, code = stated.get("message"), stated.get("code")
     said = message if isinstance(message, str) else error
@@ -409,7 +424,7 @@ def _read_error(
 
 def _raw(data: bytes, key: str) -> str:
     """Return the first RAW_CHARS characters of a body without the key, also at their end."""
-    most = 4 * RAW_CHARS + 64 * len(key)  # an escaped character of a key has some bytes
+    most = 4 * RAW_CHARS + 64 * len(key)  # an escaped character of a key has several bytes
     return _hide(data[:most].decode(errors="replace"), key)[:RAW_CHARS]
 
 
@@ -426,7 +441,7 @@ def _key(endpoint: Endpoint, address: egress.Address) -> str:
         return ""
     key = os.environ.get(endpoint.key_env, "").strip()
     if not re.fullmatch(r"[!-~]+", key):
-        # Not shown, not even in part; and http.client would show one with a line break.
+        # Not shown, not even in part; and http.client would show a key with a line break.
         raise EndpointError(
             f"the environment variable {variable(endpoint.key_env)} has no usable key: set it to "
             "one, plain ASCII without spaces"
@@ -446,7 +461,10 @@ def _hide(text: str, key: str, *, shortest: int = 1) -> str:
 
 @functools.lru_cache(maxsize=8)
 def _key_pattern(key: str) -> re.Pattern[str]:
-    """Matches a key in plain text, as JSON, URL and HTML escape it, in hexadecimal and base64."""
+    """Return a pattern for a key in plain text, in hexadecimal, in base64, and escaped.
+
+    The escapes are those of JSON, URL and HTML.
+    """
     letters = []
     for letter in key:
         n = ord(letter)
@@ -459,7 +477,7 @@ def _key_pattern(key: str) -> re.Pattern[str]:
 
 
 def _base64_of(key: str) -> set[str]:
-    """Return patterns of the key inside base64, whatever stands before it and behind it."""
+    """Return patterns of the key inside base64, whatever precedes and follows it."""
     found = set()
     for before in range(3):
         coded = base64.b64encode(b"\0" * before + key.encode()).decode().rstrip("=")
@@ -476,7 +494,7 @@ def _short(text: str) -> str:
 
 def _pause(found: _Retry, attempt: int, endpoint: Endpoint) -> float:
     if found.after_s is None:
-        # Random, so that calls which failed together do not come back together.
+        # Random, so that calls which failed together are not repeated together.
         doubled = FIRST_WAIT_S * 2**attempt * random.uniform(0.5, 1.0)
         return min(doubled, endpoint.max_wait_s)
     if found.after_s > endpoint.max_wait_s:
@@ -488,7 +506,7 @@ def _pause(found: _Retry, attempt: int, endpoint: Endpoint) -> float:
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds, of a number of them or of a date."""
+    """Return the seconds of a Retry-After header, which is a number of seconds or a date."""
     text = (headers.get("Retry-After") or "").strip()
     if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", text):
         return float(text)

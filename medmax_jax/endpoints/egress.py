@@ -1,12 +1,13 @@
-"""Where data may go: the one guard that every outgoing call passes before its first byte.
+"""Where data may be sent: the one check that every outgoing call passes before its first byte.
 
-    class            leaves to
+    class            may be sent to
     open             any host
-    licence-bound    any host: a licence binds what is published, not who computes on it
+    licence-bound    any host: a license binds what is published, not who computes on it
     credentialed     hosts that the user listed for it, by host and port, over https or to itself
 
-What is made from a record (a question, a verdict) has the class of the record. `check` returns the
-address in parts, and callers connect to these parts: a URL that is read twice can be read two ways.
+Data that is made from a record (a question, a verdict) has the class of the record. `check` returns
+the parsed address, and callers connect to its parts: a URL that is parsed twice can be parsed in
+two ways.
 """
 
 import dataclasses
@@ -25,12 +26,12 @@ MAX_SHOWN = 9  # characters of a value in a message; a longer one may be text of
 
 
 class OutgoingError(ValueError):
-    """A call that must not be made; the message names the class, the host and the mend."""
+    """A call that must not be made; the message names the class, the host and the fix."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Address:
-    """Where a call goes. `name`: host:port, as users list it."""
+    """The destination of a call; `name` is host:port, as users list it."""
 
     scheme: str
     host: str
@@ -43,7 +44,7 @@ class Address:
 
     @property
     def loopback(self) -> bool:
-        """Whether bytes to it stay on this machine."""
+        """Return whether bytes sent to it stay on this machine."""
         try:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
@@ -51,9 +52,9 @@ class Address:
 
 
 def check(url: str, data_class: str, *, listed: frozenset[str]) -> Address:
-    """The parts of `url` if data of the class may go there; raises OutgoingError if not.
+    """Return the parts of `url` if data of the class may be sent there; else raise OutgoingError.
 
-    `listed`: hosts for credentialed data, as `host:port` (see `hosts`).
+    `listed`: hosts for credentialed data, as `host:port` (see `parse_allowed_hosts`).
         check("https://me.org/v1", "credentialed", listed=frozenset({"me.org:443"}))
     """
     address = parse_address(url)
@@ -77,7 +78,10 @@ def check(url: str, data_class: str, *, listed: frozenset[str]) -> Address:
 
 
 def parse_address(url: str) -> Address:
-    """A URL in parts; raises OutgoingError at anything that two readers could read two ways."""
+    """Return the parts of a URL; raise OutgoingError at anything that is ambiguous.
+
+    Ambiguous means that two parsers could read it in two ways.
+    """
     if not re.fullmatch(r"[!-~]+", url) or "\\" in url:
         raise OutgoingError(f"url {url!r}: use plain ASCII without spaces or backslashes")
     try:
@@ -86,7 +90,7 @@ def parse_address(url: str) -> Address:
     except ValueError as error:
         raise OutgoingError(f"url {url!r}: {error}; write https://host:port/path") from error
     if parts.username is not None or parts.password is not None:
-        # Not shown: what stands before an @ is a secret.
+        # Not shown: the part before an @ is a secret.
         raise OutgoingError("url has a user or password in it; name a variable with the key")
     host = (parts.hostname or "").removesuffix(".")
     if parts.scheme not in PORTS or not re.fullmatch(r"[a-z0-9._-]+|[0-9a-f:.]+", host):
@@ -99,23 +103,23 @@ def parse_address(url: str) -> Address:
 
 
 def parse_allowed_hosts(entries: Iterable[str]) -> frozenset[str]:
-    """`listed` of what a user wrote: `host:port`, `host` (port 443), or a URL."""
+    """Return the hosts that a user listed as `host:port`, `host` (port 443), or a URL."""
     urls = [entry if "://" in entry else f"https://{entry}" for entry in entries]
     return frozenset(parse_address(url).name for url in urls)
 
 
 def data_class_of(row: Mapping[str, Any], where: str, *, default: str | None = None) -> str:
-    """Return the data class of a row; raise OutgoingError naming `where` if none can be decided.
+    """Return the data class of a row; raise OutgoingError naming `where` if it is undecidable.
 
-    This is the one place that decides the class of a row of any file: `data_class`, else the
-    released column `credential`. credential yes is credentialed; no is licence-bound, since it
-    states nothing about the licence. Columns that disagree are refused. `default`: the class of a
-    row that states neither, for instance that of its task; with it, `credential: no` cannot lower
+    This is the one place that decides the class of a row of any file: `data_class`, else the column
+    `credential` of the MedMax release. credential yes is credentialed; no is licence-bound, since
+    it states nothing about the license. Columns that disagree are refused. `default`: the class of
+    a row that states neither, for instance that of its task; with it, `credential: no` cannot lower
     a credentialed task. Without a default such a row has no class: a program must not guess which
     data may leave the machine.
 
-        class_of({"credential": "yes"}, "row 1")                    ->  "credentialed"
-        class_of({"credential": "no", "data_class": "open"}, "..")  ->  "open"
+        data_class_of({"credential": "yes"}, "row 1")                    ->  "credentialed"
+        data_class_of({"credential": "no", "data_class": "open"}, "..")  ->  "open"
     """
     stated, credential = row.get("data_class"), _credential_of(row, where)
     if stated in (None, ""):
@@ -140,7 +144,7 @@ def data_class_of(row: Mapping[str, Any], where: str, *, default: str | None = N
 
 
 def class_of_credential(credential: str) -> str:
-    """Return the class that a record's `credential` stands for; anything but no is credentialed."""
+    """Return the class that a record's `credential` represents; all but "no" is credentialed."""
     return LICENCE_BOUND if credential.strip().lower() == "no" else CREDENTIALED
 
 
@@ -150,7 +154,7 @@ def is_credentialed(credential: str) -> bool:
 
 
 def describe(row: Mapping[str, Any], field: str) -> str:
-    """Return what a row has in a field, for a message: only the type unless the row is open.
+    """Return the content of a field for a message: only its type if the row may be credentialed.
 
     describe({"text": ["words"], "credential": "yes"}, "text")  ->  "of type list"
     describe({"text": ["words"], "credential": "no"}, "text")   ->  "['words']"
@@ -184,5 +188,5 @@ def _shown(value: Any, credential: str) -> str:
 
 
 def strictest(classes: Iterable[str]) -> str:
-    """The class of what is made from data of several."""
+    """Return the class of data that is made from data of several classes."""
     return max(classes, key=CLASSES.index, default=OPEN)

@@ -1,15 +1,15 @@
-"""Separates the answer of a reasoning model from the reasoning text that some servers leave in it.
+"""Separate the answer of a reasoning model from the reasoning text that some servers leave in it.
 
     "<think>It may be A or C.</think>\\n\\nB"                  -> "B"
     "It may be A or C.</think>B"                              -> "B"    the prompt opened the tag
     "<answer>B</answer><reason>C is dark.</reason>"           -> "<answer>B</answer>"
     "<|channel|>analysis<|message|>..<|channel|>final<|message|>B<|return|>"  -> "B"
-    "<think>It may be A, or"                                  -> None   never left its reasoning
+    "<think>It may be A, or"                                  -> None   the reasoning does not end
 
 Tags: DeepSeek-R1, Qwen and GLM (think), Magistral ([THINK]), Seed-OSS (seed:think), Kimi-VL
 (◁think▷), Sky-T1 (begin_of_thought), Command A (START_THINKING), MedGemma (unused94), gpt-oss
-(channels, also where a server dropped the special tokens), and the XML names that prompts
-commonly ask for.
+(channels, also where a server dropped the special tokens), and the XML names that prompts commonly
+request.
 """
 
 import re
@@ -30,7 +30,7 @@ _CLOSE = re.compile(
     re.IGNORECASE,
 )
 _EXPLAINED = re.compile(rf"<\s*/\s*(?:{_EXPLANATIONS})\s*>", re.IGNORECASE)
-# gpt-oss without its special tokens: the names of its channels run into the text.
+# gpt-oss without its special tokens: the names of its channels are joined to the text.
 _BARE_CHANNEL = re.compile(r"\s*analysis(?=[A-Z\"'])")
 _BARE_FINAL = "assistantfinal"
 _END = re.compile(
@@ -43,8 +43,8 @@ _END = re.compile(
 def final_answer(text: str) -> str | None:
     """Return what follows the last closing tag of reasoning; None if the reasoning does not end.
 
-    A text without any tag is returned as it is. Of an explanation that ends the text and follows
-    an answer, the answer is returned.
+    A text without any tag is returned unchanged. If an explanation ends the text and follows an
+    answer, the answer is returned.
     """
     if _BARE_CHANNEL.match(text):
         _, found, answer = text.rpartition(_BARE_FINAL)

@@ -1,26 +1,22 @@
-"""Prompts to text and images.
+"""Generation of text and images from prompts.
 
-api              Generation from Python: prompts of text and images to text, images or both, many
-                 at a time.
-buckets          A device without room says so in words: what was asked of it, and the mend.
-decode_loop      The compiled half of generation: five programs over one cache of keys and values.
-engine           A model with a cache of lanes: token lists into them without computing anything
-                 twice; scoring.
-grammar          Which token may come next: text, BOI, exactly K codes, EOI, text again; one
-                 integer a row.
-model_bundle     A model folder in memory: words and pictures to tokens, tokens back to words and
-                 pictures.
-output_files     Prompts from the shell or a file, and answers to files: JSONL, PNGs, a gallery; or
-                 as they come.
-requests         The host half of generation before anything runs: prompts to checked requests,
-                 sizes to few.
-sampling         From logits to one token a row: the processors of the Chameleon inference code, in
-                 its order.
-sampling_params  The sampling options of a request, checked: numbers and the static plan of the
+api              Generate text and images from prompts of text and images; the Python API.
+buckets          Round batch and cache sizes to few values; turn out-of-memory errors into messages.
+decode_loop      The compiled half of generation: five programs over one KV cache.
+engine           A model with a KV cache: prefill with reuse of common prefixes, and scoring of
+                 options.
+grammar          The rule for the next token: text, BOI, exactly K codes, EOI, text again.
+model_bundle     A model folder in memory: text and images to tokens, and tokens back to text and
+                 images.
+output_files     Read prompts from flags or a file; write answers to JSONL, PNG files and a gallery.
+requests         The host half of generation before anything runs: validates prompts and creates
+                 requests.
+sampling         From logits to one token per row: the logit processors of Chameleon's inference
+                 code, in order.
+sampling_params  The validated sampling options of a request: numbers and the static plan of the
                  decode loop.
-scheduler        Continuous batching: a queue of requests through the rows of an engine.
-slots            The book of a cache's lanes: which tokens each holds, who uses it, and what can be
-                 taken over.
+scheduler        Continuous batching: run a queue of requests through the rows of an engine.
+slots            Bookkeeping for KV-cache slots: contents, use, and prefixes that can be reused.
 """
 
 from medmax_jax.generation.api import (

@@ -1,16 +1,17 @@
-"""Generation from Python: prompts of text and images to text, images or both, many at a time.
+"""Generate text and images from prompts of text and images; the Python API.
 
 g = load(folder, adapter=...)
 generate(g, [[image, "A CT?"], ["An MRI?"]], sample, mode="text", seed=0)  ->  [[Text], [Text]]
 
-    mode    writes                                             stops at
+    mode    generates                                          stops at
     text    text                                               EOS, max_gen_len, full context
     image   exactly one image                                  its last code
-    mixed   text, and images where the model begins them       as text; an image is never cut
+    mixed   text, and images where the model opens them        as text; an image is never truncated
 
-A prompt becomes BOS, its parts in order, and END-OF-TURN, as in MedMax's fine-tuning. What a sample
-draws depends on `seed` and its name alone, not on what else is in the batch. `sample` is a
-config.Sample; `defaults` has those of the released programs by name.
+A prompt is encoded as BOS, its parts in order, and END-OF-TURN, as in MedMax's fine-tuning. What is
+sampled for a prompt depends on `seed` and the name of its sample only, not on the other prompts of
+the batch. `sample` is a config.Sample; `defaults` returns the settings of the released programs
+(Meta's and MedMax's) by name.
 """
 
 import dataclasses
@@ -42,20 +43,20 @@ Prompts = Sequence[Sequence[PromptPart]]
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """How likely an option is after its prompt, in natural logarithms."""
+    """The log-likelihood of an option after its prompt, in natural logarithms."""
 
     total: float
     tokens: int
-    greedy: bool  # each of its tokens is the likeliest of the vocabulary
+    greedy: bool  # each of its tokens is the most likely one of the vocabulary
 
     @property
     def mean(self) -> float:
-        """A token's share: for options of different lengths."""
+        """Return the log-likelihood per token, which compares options of different lengths."""
         return self.total / self.tokens
 
 
 def defaults(name: str) -> Sample:
-    """The sampling settings of a released program: meta, medmax or medmax_eval."""
+    """Return the sampling settings of a released program: meta, medmax or medmax_eval."""
     if name not in SETS:
         raise GenerateError(f"no settings are called {name!r}; use one of {', '.join(SETS)}")
     return Sample(**SETS[name])
@@ -73,7 +74,7 @@ def generate(
     rows: int = 32,
     kind: str = "model",
 ) -> list[list[Text | Image]]:
-    """The answers, in the order of the prompts. See `stream` for the arguments."""
+    """Return the answers, in the order of the prompts; see `as_completed` for the arguments."""
     found: list[list[Text | Image]] = [[] for _ in prompts]
     request = dict(names=names, end_of_turn=end_of_turn, rows=rows, kind=kind)
     for index, answer in as_completed(g, prompts, sample, mode=mode, seed=seed, **request):
@@ -93,11 +94,19 @@ def as_completed(
     rows: int = 32,
     kind: str = "model",
 ) -> Iterator[tuple[int, list[Text | Image]]]:
-    """(index of the prompt, answer) as they get ready, `rows` being written at a time.
+    """Yield (index of the prompt, answer) in order of completion, `rows` in progress at a time.
 
-    names: the samples' ids, for their random numbers; None: a digest of the prompt, and for the
-    second of two equal prompts its count. end_of_turn False: the bare parts, for a base model.
-    kind: of the cache, "model" or "int8".
+    Args:
+        g: the model, its tokenizer and its VQGAN.
+        prompts: the parts of each prompt.
+        sample: the sampling settings.
+        mode: "text", "image" or "mixed".
+        seed: the seed of all samples.
+        names: the ids of the samples, from which their random numbers are derived. None: a digest
+            of the prompt and, for the second of two equal prompts, its count.
+        end_of_turn: False passes the parts without END-OF-TURN, for a base model.
+        rows: the largest batch size.
+        kind: the KV-cache dtype, "model" or "int8".
     """
     tokens = prompt_tokens(g, prompts, end_of_turn=end_of_turn)
     fixed = dict(mode=mode, seed=seed, names=names, rows=rows, kind=kind)
@@ -117,10 +126,10 @@ def stream_chunks(
     rows: int = 32,
     kind: str = "model",
 ) -> Iterator[tuple[int, Text | Image | None]]:
-    """(index, words as they come, or a whole picture); (index, None) where an answer ends.
+    """Yield (index, text as it is generated, or a complete image); (index, None) ends an answer.
 
-    The words of an answer, put together, are those of `stream`. Characters wait until their bytes
-    are whole.
+    The concatenated text of an answer equals that of `generate`. A character is yielded only when
+    all of its bytes are complete. See `as_completed` for the arguments.
     """
     tokens = prompt_tokens(g, prompts, end_of_turn=end_of_turn)
     fixed = dict(mode=mode, names=names, rows=rows, kind=kind)
@@ -145,7 +154,7 @@ def generate_tokens(
     rows: int,
     kind: str = "model",
 ) -> Iterator[tuple[list[int], list[Int[np.ndarray, "_"]]]]:
-    """(indices, the tokens that each of them writes, EOS included) of what is done, by ids."""
+    """Yield (indices, tokens including EOS) of the requests that finish; prompts are token ids."""
     fixed = dict(mode=mode, names=names, rows=rows, kind=kind)
     for news in _run_requests(g, prompts, sample, seed=seed, **fixed):
         done = [each for each in news if each.done]
@@ -162,9 +171,9 @@ def score(
     rows: int = 32,
     kind: str = "model",
 ) -> list[list[Score]]:
-    """How likely each of a prompt's options is to follow it; nothing is drawn.
+    """Return the likelihood of each option of each prompt as its continuation; nothing is sampled.
 
-    The words of an option are tokenised by themselves, as an answer is in training.
+    The text of an option is tokenized separately, as an answer is in training.
     """
     tokens = prompt_tokens(g, prompts, end_of_turn=end_of_turn)
     if len(options) != len(prompts):
@@ -195,7 +204,10 @@ def score(
 
 
 def _options(g: ModelBundle, options: Sequence[str], where: str) -> list[Int[np.ndarray, "_"]]:
-    """The tokens of each; raises GenerateError, or TokenizerError where one is not words alone."""
+    """Return the token ids of each option.
+
+    Raises GenerateError, or TokenizerError where an option is not text only.
+    """
     if isinstance(options, str):
         raise GenerateError(f"the options of {where} are {options!r}; write a list of them")
     for option in options:
@@ -209,8 +221,8 @@ def _options(g: ModelBundle, options: Sequence[str], where: str) -> list[Int[np.
 def _run_requests(
     g: ModelBundle, prompts, sample: Sample, *, mode: str, seed: int, names, rows: int, kind: str
 ) -> Iterator[list[scheduler.RequestOutput]]:
-    """An engine as large as these requests need, and what it writes chunk by chunk."""
-    sampling_params.sampling_params(sample)  # settings that make no sense, before anything is made
+    """Create an engine that is large enough for these requests and yield its output per chunk."""
+    sampling_params.sampling_params(sample)  # reject invalid settings before anything is allocated
     if mode != "text":
         check_decoder(g)
     codes, context = g.vq_config.codes_per_image, g.config.context_length
@@ -236,17 +248,17 @@ def _engine_for(g: ModelBundle, *, rows: int, lanes: int, slots: int, kind: str)
 
 # ---- chat ----
 #
-# A conversation: each turn is read and written behind the earlier ones, which stay in the cache.
+# A conversation: each turn is processed after the earlier ones, which stay in the KV cache.
 #
 # BOS  q1 SEP  a1 SEP  q2 SEP  a2          as documents of several turns in training
 #
 # chat = Chat(g, sample, mode="text", seed=0)
-# chat.say([picture, "Is it a CT?"])  ->  [Text("yes")]
-# chat.say(["Of which organ?"])       ->  [Text("the chest")]        the picture is not read again
+# chat.send([image, "Is it a CT?"])   ->  [Text("yes")]
+# chat.send(["Of which organ?"])      ->  [Text("the chest")]     the image is not processed again
 
 
 class Chat:
-    """One conversation, with a cache of its own."""
+    """A conversation with its own KV cache."""
 
     def __init__(
         self, g: ModelBundle, sample: Sample, *, mode: str, seed: int, kind: str = "model"
@@ -261,20 +273,24 @@ class Chat:
             g.mesh,
             codes=g.vq_config.codes_per_image,
             rows=1,
-            lanes=streams + 1,  # an image's streams must not drive the conversation out
+            lanes=streams + 1,  # the guidance streams of an image must not evict the conversation
             slots=g.config.context_length,
             kind=kind,
             barred=g.tokenizer.barred,
         )
 
     def send(self, parts: Sequence[PromptPart]) -> list[Text | Image]:
-        """The answer to one more turn."""
+        """Return the answer to one more turn."""
         for _ in self.stream_chunks(parts):
             pass
         return decode_segments(self._g, [self._answer])[0]
 
     def stream_chunks(self, parts: Sequence[PromptPart]) -> Iterator[Text | Image]:
-        """The answer as it comes; of a turn left in the middle the words and whole images count."""
+        """Yield the answer as it is generated.
+
+        If the iterator is closed early, the text and the complete images so far stay in the
+        conversation.
+        """
         g, codes = self._g, self._g.vq_config.codes_per_image
         asked = prompt_tokens(g, [parts], end_of_turn=True)[0]
         prompt = np.concatenate([self.tokens, asked[1:]])
@@ -291,7 +307,7 @@ class Chat:
                 yield from told.update(g, each.tokens, each.done)
 
     def _keep(self, prompt: np.ndarray, written: np.ndarray) -> None:
-        """The conversation with this answer, closed as training closes a turn: by SEP."""
+        """Store the conversation with this answer, closed by SEP as training closes a turn."""
         tokens = np.append(prompt, written[written != ids.EOS])
         opened = np.flatnonzero(tokens == ids.BOI)
         if opened.size and ids.EOI not in tokens[opened[-1] :]:

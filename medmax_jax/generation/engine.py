@@ -1,13 +1,12 @@
-"""A model with a cache of lanes: token lists into them without computing anything twice; scoring.
+"""A model with a KV cache: prefill with reuse of common prefixes, and scoring of options.
 
-    hold          BOS [image] "Is it a CT?"     lane 9: first 1,027 tokens copied, five read
-    likelihoods   of options behind a prompt    the prompt is read once
+    prefill_prompts   BOS [image] "Is it a CT?"     slot 9: first 1,027 tokens copied, five computed
+    score_options     options after a prompt        the prompt is computed once
 
-An engine keeps what its lanes hold from one call to the next: the next question on an image, the
-next turn of a chat. scheduler.py writes answers on it. Who uses the lanes does so inside `alone`:
-an
-error or a stop in the middle, memory that ran out among them, leaves an engine that is empty and
-can be used again.
+An engine keeps the contents of its KV-cache slots from one call to the next: the next question
+about an image, the next turn of a chat. scheduler.py generates answers with it. A user of the slots
+runs inside `exclusive_use`: an error or an interruption, including out of memory, leaves an engine
+that is empty and can be used again.
 """
 
 import contextlib
@@ -28,31 +27,29 @@ from medmax_jax.models import kv_cache
 from medmax_jax.models import vocab as ids
 from medmax_jax.models.chameleon import Chameleon
 
-SIDE_BY_SIDE = 8  # prompts of a block that are read at once
-COPIES = 4  # of a block in one call
+SIDE_BY_SIDE = 8  # prompts of a block that are computed in one call
+COPIES = 4  # copies per block in one call
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class Engine:
-    """A model and a cache of `lanes` lanes, each with `slots` tokens; `rows` answers at once."""
+    """A model and a cache of slots with `cache_length` tokens; `batch_size` answers at once."""
 
     model: Chameleon
     layers: kv_cache.UnstackedLayers | None
     vocab: Vocab
-    codes: int  # of one image
+    codes: int  # per image
     mesh: jax.sharding.Mesh
     batch_size: int
     cache_length: int
-    cache_dtype: str  # of the cache
+    cache_dtype: str  # "model" or "int8"
     slot_table: SlotTable
-    cache: kv_cache.Cache | None  # None: it was lost in the middle of something
+    cache: kv_cache.Cache | None  # None: it was lost by a failure
     seen: jax.Array | None
-    programs: set[tuple[Any, ...]]  # what has been asked of the device: name and static arguments
-    busy: bool = False  # somebody uses the lanes
-    tokens_prefilled: int = (
-        0  # tokens of prompts that the model had to read; the others were copied
-    )
-    barred: tuple[int, ...] = ()  # ids that text never has
+    programs: set[tuple[Any, ...]]  # programs requested so far: name and static arguments
+    busy: bool = False  # the slots are in use
+    tokens_prefilled: int = 0  # prompt tokens that the model had to compute; the others were copied
+    barred: tuple[int, ...] = ()  # ids that text never contains
 
 
 def make_engine(
@@ -67,9 +64,16 @@ def make_engine(
     kind: str,
     barred: tuple[int, ...] = (),
 ) -> Engine:
-    """An empty engine. lanes: at least rows; two more where images are guided. kind: kv_cache.py.
+    """Create an empty engine.
 
-    barred: ids that are never written as text, `Tokenizer.barred` of the model's tokenizer.
+    Args:
+        model: the model; its mesh is `mesh`.
+        codes: VQ codes per image.
+        rows: batch size.
+        lanes: number of KV-cache slots, at least `rows`; two more where images are guided.
+        slots: cache length in tokens.
+        kind: KV-cache dtype, see kv_cache.py.
+        barred: ids that are never generated as text, `Tokenizer.barred` of the model's tokenizer.
     """
     blocks = mesh.shape["data"] * mesh.shape["fsdp"]
     if rows < 1:
@@ -99,11 +103,11 @@ def make_engine(
 
 @contextlib.contextmanager
 def exclusive_use(engine: Engine) -> Iterator[None]:
-    """The only user of the lanes, which are all free afterwards, however it ends.
+    """Give the block exclusive use of the slots; all of them are free afterwards.
 
-    A caller who leaves between two chunks gives its lanes back itself. Any other end in the middle
-    costs what the lanes hold: a program that fails has taken the cache with it, and on some devices
-    says so only when its results are wanted. The next user gets a fresh one.
+    A caller that leaves between two chunks releases its slots itself. Any other exit during the
+    work discards the contents of the slots: a failed program has consumed the cache, and on some
+    devices reports this only when its results are read. The next user gets a fresh cache.
     """
     if engine.busy:
         raise GenerateError(
@@ -122,7 +126,7 @@ def exclusive_use(engine: Engine) -> Iterator[None]:
         raise
     except BaseException:
         for array in jax.tree.leaves((engine.cache, engine.seen)):
-            array.delete()  # now, not when the traceback that holds it is gone
+            array.delete()  # now, not when the traceback that refers to it is gone
         engine.cache = engine.seen = None
         engine.slot_table.clear()
         raise
@@ -133,9 +137,10 @@ def exclusive_use(engine: Engine) -> Iterator[None]:
 def prefill_prompts(
     engine: Engine, wanted: Sequence[Int[np.ndarray, "_"]], *, guide: bool
 ) -> list[int]:
-    """Lanes that hold these tokens now; as many must be free.
+    """Return slots that now hold these tokens; the same number of slots must be free.
 
-    What some lane holds is copied, what two of them share is computed once: the second waits.
+    A prefix that some slot holds is copied. A prefix that two prompts share is computed once: the
+    second prompt waits.
     """
     lanes, todo = [-1] * len(wanted), list(range(len(wanted)))
     while todo:
@@ -155,9 +160,9 @@ def score_options(
     prompts: Sequence[Int[np.ndarray, "_"]],
     options: Sequence[Sequence[Int[np.ndarray, "_"]]],
 ) -> list[list[tuple[Float[np.ndarray, "_"], Bool[np.ndarray, "_"]]]]:
-    """For each prompt and each of its options: log-likelihood and is-the-likeliest of its tokens.
+    """Return the log-likelihood of each token of each option, and whether it is the best token.
 
-    A prompt is read once, and its options one after another into the same lane behind it.
+    A prompt is computed once, and its options one after another in the same slot behind it.
     """
     found: list[list[Any]] = [[None] * len(each) for each in options]
     most = min(engine.batch_size, SIDE_BY_SIDE * engine.slot_table.blocks)
@@ -169,7 +174,7 @@ def score_options(
 
 
 def _likelihoods(engine: Engine, prompts, options, part: list[int], found) -> None:
-    """Those of the prompts `part`, side by side, into `found`."""
+    """Compute the likelihoods for the prompts `part` in one batch and write them to `found`."""
     lanes = prefill_prompts(engine, [prompts[i][:-1] for i in part], guide=False)
     for turn in range(max(len(options[i]) for i in part)):
         jobs = [
@@ -184,7 +189,7 @@ def _likelihoods(engine: Engine, prompts, options, part: list[int], found) -> No
 
 
 def _reset_cache(engine: Engine) -> None:
-    """An empty cache, and rows that have seen nothing."""
+    """Allocate an empty cache, and rows that have seen no tokens."""
     lanes = engine.slot_table.blocks * engine.slot_table.depth
     with jax.set_mesh(engine.mesh):
         made = (
@@ -199,7 +204,7 @@ def _reset_cache(engine: Engine) -> None:
 def _room(
     model: Chameleon, *, rows: int, lanes: int, slots: int, kind: str
 ) -> contextlib.AbstractContextManager[None]:
-    """Where memory runs out, says what was asked and which settings ask for less."""
+    """Explain an out-of-memory error: the allocation and the settings that reduce it."""
     size = kv_cache.cache_bytes(model.config, lanes=lanes, slots=slots, kind=kind)
     mends = [
         "take fewer rows (--rows; --config.rows of an evaluation)",
@@ -222,7 +227,7 @@ def _copy(engine: Engine, places: Sequence[SlotAssignment]) -> None:
     span = buckets.kv_length_bucket(max(kept for *_, kept in pairs), engine.cache_length)
     each = [[(s % depth, t % depth) for s, t, _ in pairs if t // depth == b] for b in range(blocks)]
     for start in range(0, max(map(len, each)), COPIES):
-        moves = np.zeros((2, blocks, COPIES), np.int32)  # lane 0 to lane 0: nothing
+        moves = np.zeros((2, blocks, COPIES), np.int32)  # copying slot 0 to slot 0 does nothing
         for block, some in enumerate(each):
             for i, move in enumerate(some[start : start + COPIES]):
                 moves[:, block, i] = move
@@ -232,7 +237,7 @@ def _copy(engine: Engine, places: Sequence[SlotAssignment]) -> None:
 
 
 def _read(engine: Engine, jobs: Sequence[tuple[SlotAssignment, Int[np.ndarray, "_"]]]) -> None:
-    """The model reads what no lane holds."""
+    """Compute the tokens that no slot holds."""
     left = [
         (p.slot, p.prefix_length, tokens[p.prefix_length :])
         for p, tokens in jobs
@@ -249,7 +254,7 @@ def _read(engine: Engine, jobs: Sequence[tuple[SlotAssignment, Int[np.ndarray, "
 
 
 def _score(engine: Engine, jobs: Sequence[tuple[int, int, np.ndarray, int]]) -> list[Any]:
-    """Each job feeds a prompt's last token and an option; all but the option's last are read."""
+    """Score jobs: each feeds a prompt's last token and all tokens of an option but the last."""
     fed = [(lane, start, tokens[:-1]) for lane, start, tokens, _ in jobs]
     found = [([], []) for _ in jobs]
     for (tokens, positions, lanes), rows in _prefill_batches(engine, fed):
@@ -277,9 +282,9 @@ def _score(engine: Engine, jobs: Sequence[tuple[int, int, np.ndarray, int]]) -> 
 
 
 def _prefill_batches(engine: Engine, jobs: Sequence[tuple[int, int, Int[np.ndarray, "_"]]]):
-    """Jobs (lane, first slot, tokens) as arrays for the device, with (row, job, offset, count).
+    """Yield jobs (slot, first position, tokens) as device arrays, with (row, job, offset, count).
 
-    One job a call, or `side` of each block; tokens in pieces of few sizes.
+    One job per call, or `side` jobs of each block; tokens in chunks of few sizes.
     """
     depth, blocks = engine.slot_table.depth, engine.slot_table.blocks
     by_block = [[i for i, job in enumerate(jobs) if job[0] // depth == b] for b in range(blocks)]

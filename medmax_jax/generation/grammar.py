@@ -1,6 +1,8 @@
-"""Which token may come next: text, BOI, exactly K codes, EOI, text again; one integer a row.
+"""The rule for the next token: text, BOI, exactly K codes, EOI, text again.
 
-    left = 0         in text       text ids and EOS; in mixed mode BOI too, while the room suffices;
+The state is one integer per row:
+
+    left = 0         in text       text ids and EOS; in mixed mode also BOI, while an image fits;
                                    no id whose name is barred (vocab.is_barred_name)
     left = K+1 .. 2  in an image   image ids; left - 1 codes are still to come
     left = 1         image full    EOI, and nothing else
@@ -8,8 +10,8 @@
     mixed, K = 2:   token   "A"  BOI   c    c   EOI  "b"  EOS
                     left     0    3    2    1    0    0    0      after the token
 
-END-OF-TURN, the sentinels and the padding are never written. An image is begun only where it fits,
-so every sequence of this grammar parses: no image is ever cut.
+END-OF-TURN, the sentinels and the padding are never generated. An image is started only where it
+fits, so every sequence of this grammar parses: no image is ever truncated.
 """
 
 from collections.abc import Sequence
@@ -25,9 +27,9 @@ MODES = ("text", "image", "mixed")
 
 
 def text_ids(vocab: Vocab, *, mode: str, barred: Sequence[int] = ()) -> Bool[np.ndarray, "V"]:
-    """True at the ids that may come in text: the BPE ids, EOS, and in mixed mode BOI.
+    """Return a mask of the ids that may appear in text: the BPE ids, EOS, and in mixed mode BOI.
 
-    barred: ids that may not, by their names; see `vocab.text_mask`.
+    barred: ids that are excluded by their names; see `vocab.text_mask`.
     """
     allowed = ids.text_mask(vocab, barred)
     allowed[ids.BOI] = check_mode(mode) == "mixed"
@@ -44,9 +46,9 @@ def allowed(
     context: int,
     barred: Sequence[int] = (),
 ) -> Bool[Array, "B V"]:
-    """The whole rule as one mask: what may follow `length` tokens in state `left`.
+    """Return the complete rule as one mask: what may follow `length` tokens in state `left`.
 
-    codes: K. context: tokens the model can hold. barred: see `text_ids`.
+    codes: K. context: the number of tokens that the model can hold. barred: see `text_ids`.
     """
     numbers = jnp.arange(vocab.size)
     fits = image_fits(length, codes=codes, context=context)[:, None]
@@ -58,25 +60,28 @@ def allowed(
 
 
 def image_fits(length: Int[Array, "B"], *, codes: int, context: int) -> Bool[Array, "B"]:
-    """True where BOI, the codes and EOI leave room for one more token after `length` tokens.
+    """Return whether BOI, the codes, EOI and one more token fit after `length` tokens.
 
-    The release's rule: BOI is blocked from length 3,070 = 4,096 - (1,024 + 2) on.
+    The rule of the MedMax release: BOI is blocked from length 3,070 = 4,096 - (1,024 + 2) on.
     """
     return length < context - (codes + 2)
 
 
 def start(last: Int[Array, "B"], *, codes: int) -> Int[Array, "B"]:
-    """The state after a prompt whose last tokens are `last`: in an image if that is BOI."""
+    """Return the state after a prompt whose last token is `last`: in an image if it is BOI."""
     return jnp.where(last == ids.BOI, codes + 1, 0)
 
 
 def advance(left: Int[Array, "B"], token: Int[Array, "B"], *, codes: int) -> Int[Array, "B"]:
-    """The state after one more token. With K = 2: (0, BOI) -> 3, (3, code) -> 2, (1, EOI) -> 0."""
+    """Return the state after one more token.
+
+    With K = 2: (0, BOI) -> 3, (3, code) -> 2, (1, EOI) -> 0.
+    """
     return jnp.where(left > 0, left - 1, start(token, codes=codes))
 
 
 def check_mode(mode: str) -> str:
-    """The mode itself; raises ValueError when there is no such mode."""
+    """Return the mode unchanged; raise ValueError when it does not exist."""
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}; it must be one of {', '.join(MODES)}")
     return mode
@@ -85,7 +90,7 @@ def check_mode(mode: str) -> str:
 def parses(
     tokens: Int[np.ndarray, "T"], vocab: Vocab, *, codes: int, barred: Sequence[int] = ()
 ) -> bool:
-    """True when text and whole images alternate as the rule says; checks a finished answer."""
+    """Return whether text and complete images alternate as required; checks a finished answer."""
     text, left = ids.text_mask(vocab, barred), 0
     for token in tokens.tolist():
         if left > 1:

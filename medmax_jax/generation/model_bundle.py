@@ -1,8 +1,8 @@
-"""A model folder in memory: words and pictures to tokens, tokens back to words and pictures.
+"""A model folder in memory: text and images to tokens, and tokens back to text and images.
 
 g = load(folder, adapter=...)
 prompt_tokens(g, [[image, "A CT?"]])  ->  BOS BOI 64 codes EOI "A CT?" END-OF-TURN
-segments(g, [tokens])                 ->  [[Text("yes")]]
+decode_segments(g, [tokens])          ->  [[Text("yes")]]
 """
 
 import contextlib
@@ -35,22 +35,22 @@ from medmax_jax.models.tokenizer import Tokenizer, prompt_ids, split_segments
 
 PromptPart = (
     str | Path | PIL.Image.Image | np.ndarray
-)  # words, a picture's file, a picture, its VQ codes
+)  # text, an image file, an image, its VQ codes
 
-VQGAN_BATCH = 8  # pictures through the VQGAN at once
-MAX_PIXELS = 64_000_000  # of a prompt's picture; a larger file is more likely an accident
+VQGAN_BATCH = 8  # images per VQGAN call
+MAX_PIXELS = 64_000_000  # of an image in a prompt; a larger file is more likely a mistake
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """Words of an answer."""
+    """A text segment of an answer."""
 
     text: str
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Image:
-    """A picture of an answer, and the codes it was decoded from."""
+    """An image of an answer, and the codes that it was decoded from."""
 
     image: PIL.Image.Image
     codes: np.ndarray
@@ -77,10 +77,16 @@ def load(
     merge: bool = False,
     dtype: str | None = None,
 ) -> ModelBundle:
-    """A model folder, and an adapter trained on exactly its weights. `mesh` None: one device.
+    """Load a model folder, and an adapter that was trained on exactly its weights.
 
-    merge: the adapter's product is added to the base, once, instead of running beside it. dtype:
-    of the weights and of what is computed, float32 or bfloat16; None: as the folder says.
+    Args:
+        folder: the model folder.
+        adapter: the folder of the adapter.
+        mesh: None: one device.
+        merge: add the product of the adapter's factors to the base once, instead of computing it
+            separately in each forward pass.
+        dtype: of the weights and of the computation, float32 or bfloat16; None: as config.json
+        states.
     """
     require_single_process()
     if merge and adapter is None:
@@ -120,7 +126,7 @@ def from_model(
     vq: VQ,
     mesh: jax.sharding.Mesh,
 ) -> ModelBundle:
-    """A model that is in memory, with the tokenizer and the VQGAN of a model folder."""
+    """Return a bundle of a model in memory and the tokenizer and VQGAN of a model folder."""
     require_single_process()
     folder = Path(folder)
     with jax.set_mesh(mesh):
@@ -138,7 +144,7 @@ def from_model(
 def prompt_tokens(
     g: ModelBundle, prompts: Sequence[Sequence[PromptPart]], *, end_of_turn: bool
 ) -> list[Int[np.ndarray, "_"]]:
-    """Each prompt as token ids; a picture that several prompts show is encoded once."""
+    """Return each prompt as token ids; an image that several prompts contain is encoded once."""
     for index, prompt in enumerate(prompts):
         _check_parts(prompt, g.vq_config.codes_per_image, where=f"prompt {index}")
     pictures = {
@@ -157,7 +163,7 @@ def prompt_tokens(
 def encode(
     g: ModelBundle, pictures: Sequence[Path | PIL.Image.Image]
 ) -> list[Int[np.ndarray, "K"]]:
-    """The VQ codes of pictures, row by row from the top left."""
+    """Return the VQ codes of images, row by row from the top left."""
     codes = []
     for start in range(0, len(pictures), VQGAN_BATCH):
         part = [
@@ -172,7 +178,7 @@ def encode(
 
 
 def decode(g: ModelBundle, codes: Sequence[Int[np.ndarray, "K"]]) -> list[PIL.Image.Image]:
-    """The pictures of VQ codes; raises GenerateError where the model folder has no decoder."""
+    """Return the images of VQ codes; raise GenerateError if the model folder has no decoder."""
     if len(codes):
         check_decoder(g)
     side, pictures = g.vq_config.codes_per_side, []
@@ -188,7 +194,7 @@ def decode(g: ModelBundle, codes: Sequence[Int[np.ndarray, "K"]]) -> list[PIL.Im
 def decode_segments(
     g: ModelBundle, written: Sequence[Int[np.ndarray, "_"]]
 ) -> list[list[Text | Image]]:
-    """Words decoded, codes to pictures; an empty answer is one empty Text."""
+    """Decode tokens to text segments and codes to images; an empty answer is one empty Text."""
     answers, codes = [], []
     for tokens in written:
         parts = split_segments(tokens, g.vocab)
@@ -267,7 +273,7 @@ def _load_model(
 
 
 def merge_adapter(model: chameleon.Chameleon, vocab: Vocab, lora: Lora) -> chameleon.Chameleon:
-    """W + alpha/rank A B in place of each W and its adapter: added in fp32, rounded once."""
+    """Replace each W and its adapter by W + alpha/rank A B, added in fp32 and rounded once."""
     if model.config.quant != "none":
         raise GenerateError(
             f"the base is in {model.config.quant}: an adapter cannot be added to it; "
@@ -303,7 +309,7 @@ def _load_vqgan(file: Path, config: VQ) -> vqgan.VQGAN:
 
 def check_decoder(g: ModelBundle) -> None:
     """Raise GenerateError where images cannot be decoded."""
-    if not g.vq.has_decoder:  # HF's checkpoints of this family have none
+    if not g.vq.has_decoder:  # Hugging Face checkpoints of this model family have none
         raise GenerateError(
             "this model folder has no VQGAN decoder, so it can read images and write text alone; "
             "to write images convert it again with --vqgan=vqgan.ckpt"
@@ -315,7 +321,7 @@ def _key(part: PromptPart) -> Path | int:
 
 
 def _filled(x: np.ndarray, rows: int) -> np.ndarray:
-    """One row alone or `rows` of them, so that the VQGAN is compiled for two sizes only."""
+    """Return one row unchanged, or pad to `rows`, so that the VQGAN is compiled for two sizes."""
     return x if len(x) == 1 else np.concatenate([x, np.repeat(x[:1], rows - len(x), axis=0)])
 
 
@@ -329,14 +335,14 @@ def _json(path: Path, mend: str) -> dict:
 
 
 class IncrementalDetokenizer:
-    """One answer as it comes: what has been told of it."""
+    """Decodes one answer incrementally and tracks what has been yielded."""
 
     def __init__(self) -> None:
-        self._segments = 0  # told to their end
-        self._letters = 0  # of the one after them
+        self._segments = 0  # segments that are yielded completely
+        self._letters = 0  # characters yielded of the segment after them
 
     def update(self, g: ModelBundle, tokens: np.ndarray, done: bool) -> Iterator[Text | Image]:
-        """What is new in `tokens`, all of the answer so far."""
+        """Yield what is new in `tokens`, which holds the complete answer so far."""
         parts = split_segments(tokens, g.vocab)
         for number in range(self._segments, len(parts)):
             kind, held = parts[number]

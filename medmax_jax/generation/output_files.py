@@ -1,10 +1,10 @@
-"""Prompts from the shell or a file, and answers to files: JSONL, PNGs, a gallery; or as they come.
+"""Read prompts from flags or a file; write answers to JSONL, PNG files and a gallery.
 
-    D/asked.json      the settings and a digest of the prompts: the same command goes on from here
+    D/asked.json      the settings and a digest of the prompts: the same command resumes from here
     D/answers.jsonl   {"id", "prompt", "mode", "segments": [{"text"}, {"image": "0003_1.png"}], ..}
-    D/gallery.html    prompts and answers with their pictures
+    D/gallery.html    prompts and answers with their images
 
-A line is written when its pictures are on disk, so a killed run leaves whole answers.
+A line is written after its images are on disk, so a killed run leaves only complete answers.
 """
 
 import collections
@@ -34,19 +34,19 @@ _PICTURE = re.compile(r"\{([^{}]+)\}")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A prompt by its id. `parts`: words, and paths of pictures."""
+    """A prompt with its id; `parts` are text and paths of images."""
 
     id: str
-    named: bool  # by the user, so that its random numbers come from the name
+    named: bool  # the user gave the id, so the random numbers derive from it
     parts: tuple[str | Path, ...]
 
     def shown(self) -> str:
-        """The prompt in one line, pictures by their names."""
+        """Return the prompt as one line, with images by their file names."""
         return " ".join(f"{{{p.name}}}" if isinstance(p, Path) else p.strip() for p in self.parts)
 
 
 def prompts_from_flags(prompts: Sequence[str], pictures: Sequence[str]) -> list[Prompt]:
-    """Prompts of the shell: {a.png} in the words is a picture, `pictures` come before all."""
+    """Return prompts from flags: {a.png} in the text is an image; `pictures` precede the rest."""
     first = tuple(map(Path, pictures))
     for words in prompts:
         fix = f"write --prompt='{{{words[:80]}}} ...' or --image={words[:80]}"
@@ -58,7 +58,7 @@ def prompts_from_flags(prompts: Sequence[str], pictures: Sequence[str]) -> list[
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
-    """Prompts of a JSONL file; paths of pictures count from its folder."""
+    """Return the prompts of a JSONL file; image paths are relative to its folder."""
     path = Path(path)
     try:
         rows = text_files.read_objects(path)
@@ -77,16 +77,16 @@ def read_prompts(path: str | Path) -> list[Prompt]:
 
 
 def check_images(questions: Sequence[Prompt]) -> None:
-    """Raises ImageError on the first picture that cannot be read."""
+    """Raise ImageError on the first image that cannot be read."""
     for path in dict.fromkeys(p for q in questions for p in q.parts if isinstance(p, Path)):
         images.load(path, max_pixels=MAX_PIXELS)
 
 
 class OutputFolder:
-    """The folder of answers: what it has, and one more at a time."""
+    """The output folder of answers: the records so far, and a method to add one."""
 
     def __init__(self, folder: Path, questions: Sequence[Prompt], settings: dict[str, Any]):
-        """Raises GenerateError when the folder holds answers to something else."""
+        """Raise GenerateError when the folder holds answers to another request."""
         self._folder, self._questions = folder, list(questions)
         self._file = folder / "answers.jsonl"
         asked = json.dumps([[q.id, *map(str, q.parts)] for q in questions])
@@ -103,7 +103,7 @@ class OutputFolder:
         _write(place, json.dumps(facts, indent=1))
 
     def add(self, question: Prompt, answer: Sequence[Text | Image], mode: str) -> dict[str, Any]:
-        """Pictures first, then the line that names them."""
+        """Write the images first, then the line that refers to them."""
         number = self._questions.index(question)
         record = dict(
             id=question.id,
@@ -120,7 +120,7 @@ class OutputFolder:
         return record
 
     def gallery(self) -> Path:
-        """The page of all answers."""
+        """Write the page of all answers and return its path."""
         shown = [q for q in self._questions if q.id in self.records][:SHOWN]
         body = html_page.paragraph(NOTICE)
         if len(self.records) > len(shown):
@@ -142,7 +142,7 @@ class OutputFolder:
             return []
         data = self._file.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
-        if whole != data:  # a last line that a kill cut short
+        if whole != data:  # the last line was truncated by a kill
             self._file.write_bytes(whole)
         rows = _own(text_files.parse_jsonl, whole, self._file)
         for number, row in rows:
@@ -162,7 +162,7 @@ class OutputFolder:
         return {"image": name}
 
     def _only_drawn(self, question: Prompt) -> bool:
-        """A picture from words, which stands well beside others."""
+        """Return whether the answer is one image from text, which is shown in a grid."""
         segments = self.records[question.id]["segments"]
         given = any(isinstance(part, Path) for part in question.parts)
         return not given and len(segments) == 1 and "image" in segments[0]
@@ -211,7 +211,7 @@ def _question(row: dict[str, Any], where: str, number: str, folder: Path) -> Pro
 
 
 def _file(folder: Path, name: str, where: str) -> Path:
-    """The image that a file of prompts names; it stays in the folder of the file."""
+    """Return the image that a prompt file refers to; it must be inside the folder of the file."""
     try:
         return image_paths.resolve(folder, name)
     except image_paths.ImagePathError as error:
@@ -219,7 +219,10 @@ def _file(folder: Path, name: str, where: str) -> Path:
 
 
 def _own(read: Callable[..., Any], *what: Any) -> Any:
-    """What a file of the folder says; damage is an error, since another command may follow."""
+    """Return what `read` returns for a file of the folder; damage raises GenerateError.
+
+    Damage is an error because the same command may be run again.
+    """
     try:
         return read(*what)
     except TextFileError as error:
@@ -227,7 +230,7 @@ def _own(read: Callable[..., Any], *what: Any) -> Any:
 
 
 def _parts(words: str, file_of: Callable[[str], Path]) -> tuple[str | Path, ...]:
-    """ "Is {a.png} it?" -> "Is ", a.png, " it?"."""
+    """Split text into parts: "Is {a.png} it?" -> "Is ", a.png, " it?"."""
     pieces = _PICTURE.split(words)
     parts = [file_of(p) if i % 2 else p for i, p in enumerate(pieces)]
     return tuple(p for p in parts if isinstance(p, Path) or p) or ("",)

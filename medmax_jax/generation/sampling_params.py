@@ -1,4 +1,4 @@
-"""The sampling options of a request, checked: numbers and the static plan of the decode loop."""
+"""The validated sampling options of a request: numbers and the static plan of the decode loop."""
 
 import dataclasses
 import math
@@ -13,13 +13,13 @@ from medmax_jax.generation import grammar
 from medmax_jax.generation.requests import MAX_NUMBER, MIN_NUMBER, GenerateError, Request
 from medmax_jax.models import vocab as ids
 
-CHUNK = 16  # tokens of every row between two looks of the host
+CHUNK = 16  # tokens per row between two synchronizations with the host
 
 FULL, UNCONDITIONAL, IMAGE_ONLY = range(3)
 
 
 class SamplingParams(NamedTuple):
-    """Sampling numbers; changing them compiles nothing."""
+    """Numeric sampling options; changing them does not recompile."""
 
     text_temperature: Float[Array, ""]
     text_top_p: Float[Array, ""]
@@ -31,7 +31,7 @@ class SamplingParams(NamedTuple):
 
 
 def sampling_params(sample: Sample) -> SamplingParams:
-    """The sampling numbers as arrays; raises GenerateError on one that makes no sense."""
+    """Return the sampling options as arrays; raise GenerateError on an invalid value."""
     _check(sample)
     return SamplingParams(
         text_temperature=np.float32(sample.text_temperature),
@@ -45,7 +45,7 @@ def sampling_params(sample: Sample) -> SamplingParams:
 
 
 def guidance_scales_active(sample: Sample) -> tuple[bool, bool]:
-    """Whether the unconditional and the image-only stream change anything.
+    """Return whether the unconditional and the image-only stream have an effect.
 
     With scales s and s the image-only stream cancels; with 1 and 1 both do.
     """
@@ -56,10 +56,10 @@ def guidance_scales_active(sample: Sample) -> tuple[bool, bool]:
 def guidance_streams_needed(
     requests: Sequence[Request], sample: Sample, vocab: Vocab, *, mode: str
 ) -> int:
-    """How many streams beside its own a row may need at once.
+    """Return how many streams in addition to its own a row may need at once.
 
-    The image-only one is the unconditional one where nothing before holds an image: never in text,
-    in image mode by the prompts, in mixed mode not known beforehand.
+    The image-only stream equals the unconditional one where no image precedes: always in text mode,
+    depending on the prompts in image mode, not known in advance in mixed mode.
     """
     if mode == "text":
         return 0
@@ -69,7 +69,7 @@ def guidance_streams_needed(
 
 
 def check_seed(seed: int) -> None:
-    """Raises GenerateError on a seed that another one is equal to, in JAX's 32 bits."""
+    """Raise GenerateError on a seed that equals another one in JAX's 32 bits."""
     if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
         raise GenerateError(f"seed is {seed!r}; it must be an integer of 0 .. {2**32 - 1}")
 
@@ -103,20 +103,20 @@ def _check(sample: Sample) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodeConfig:
-    """What the compiled programs depend on, besides sizes."""
+    """The static options of the compiled programs, in addition to sizes."""
 
     mode: str
-    chunk: int  # tokens between two looks of the host
-    codes: int  # of one image
-    context: int  # tokens a lane can hold
+    chunk: int  # tokens between two synchronizations with the host
+    codes: int  # per image
+    context: int  # tokens that a KV-cache slot can hold
     vocab: Vocab
     text_greedy: bool
     image_greedy: bool
     stop_at_boi: bool  # an opened image ends the answer
-    per_segment: bool  # the budget begins anew after each image
-    blocks: int  # of lanes: devices that split the batch
-    depth: int  # lanes of a block
-    barred: tuple[int, ...] = ()  # ids that text never has (Tokenizer.barred)
+    per_segment: bool  # the budget starts again after each image
+    blocks: int  # blocks of slots: devices that split the batch
+    depth: int  # slots per block
+    barred: tuple[int, ...] = ()  # ids that text never contains (Tokenizer.barred)
 
 
 def decode_config(
@@ -130,7 +130,7 @@ def decode_config(
     depth: int,
     barred: tuple[int, ...] = (),
 ) -> DecodeConfig:
-    """What the programs are compiled for, besides their sizes."""
+    """Return the static options of the compiled programs, in addition to their sizes."""
     return DecodeConfig(
         mode=grammar.check_mode(mode),
         chunk=CHUNK,

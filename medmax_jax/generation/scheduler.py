@@ -1,14 +1,15 @@
-"""Continuous batching: a queue of requests through the rows of an engine.
+"""Continuous batching: run a queue of requests through the rows of an engine.
 
-    queue -> row: full stream into a lane, what a lane already holds is not read again
+    queue -> row: full stream into a KV-cache slot; a prefix that a slot holds is not recomputed
                   |
-          run a chunk of tokens on the device  <----------------------------+
+          decode a chunk of tokens on the device  <-------------------------+
                   |                                                         |
-          rows that opened an image get lanes for guidance; rows that       |
-          closed one give them back; finished rows give way to the queue ---+
+          rows that opened an image get slots for guidance; rows that       |
+          closed one release them; finished rows are replaced from the -----+
+          queue
 
-The host decides between chunks only; what a row writes depends on its prompt, its number and the
-settings, not on who sits beside it.
+The host decides between chunks only; the tokens of a row depend on its prompt, its sample number
+and the settings, not on the other rows.
 """
 
 import collections
@@ -35,29 +36,32 @@ from medmax_jax.models import vocab as ids
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RequestOutput:
-    """What one request has so far."""
+    """The output of one request so far."""
 
     index: int
-    tokens: np.ndarray  # all of it, EOS included; image mode: the codes alone
+    tokens: np.ndarray  # all tokens, EOS included; image mode: only the codes
     done: bool
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class RunningRequest:
+    """A request that occupies a row, with its output and its KV-cache slots."""
+
     index: int
     request: Request
     out: list[int]
-    lanes: list[int]  # of the three streams; -1: none
-    opened: int = 0  # where the image that they are for begins
+    lanes: list[int]  # KV-cache slots of the three streams; -1: none
+    opened: int = 0  # start of the image that the slots serve
 
     def sequence(self) -> np.ndarray:
+        """Return the tokens of the prompt and of the output so far."""
         return np.append(self.request.tokens, self.out).astype(np.int32)
 
 
 def run_requests(
     e: Engine, requests: Sequence[Request], sample: Sample, *, mode: str, seed: int
 ) -> Iterator[list[RequestOutput]]:
-    """What has changed after each chunk, until all requests are done."""
+    """Yield the outputs that changed after each chunk, until all requests are done."""
     sampling_params.check_seed(seed)
     knobs = sampling_params.sampling_params(sample)
     sizes = dict(blocks=e.slot_table.blocks, depth=e.slot_table.depth, barred=e.barred)
@@ -87,7 +91,7 @@ def run_requests(
                 _start_guidance(e, seats, rows, sampling_params.guidance_scales_active(sample))
                 rows, out = _run(e, rows, knobs, seed, compiled)
                 yield _collect_outputs(e, seats, rows, out)
-        except GeneratorExit:  # the caller left in the middle
+        except GeneratorExit:  # the caller closed the iterator
             for seat, at in zip(seats, rows.positions, strict=True):
                 if seat:
                     _release_slots(e, seat, at, range(3))
@@ -113,7 +117,7 @@ def _empty_state(rows: int) -> decode_loop.SequenceState:
 def _admit(
     e: Engine, queue, seats: list[RunningRequest | None], rows: decode_loop.SequenceState
 ) -> None:
-    """Requests to free rows, their prompts without the last token to lanes."""
+    """Assign requests to free rows and prefill their prompts without the last token."""
     vacant = [row for row, seat in enumerate(seats) if seat is None]
     taken = [(row, *queue.popleft()) for row in vacant[: len(queue)]]
     lanes = engine.prefill_prompts(e, [request.tokens[:-1] for *_, request in taken], guide=False)
@@ -138,17 +142,17 @@ def _start_guidance(
     rows: decode_loop.SequenceState,
     guided: tuple[bool, bool],
 ) -> None:
-    """Lanes of guidance for rows that wait to write an image, as far as lanes are free."""
+    """Assign guidance slots to rows that wait to generate an image, as far as slots are free."""
     room, chosen, wanted = int(e.slot_table.free.sum()), [], []
     for row in np.flatnonzero(rows.needs_guidance_slots & ~rows.done):
         before = seats[row].sequence()[:-1]
-        streams = {}  # the longer one first: it has more to find
+        streams = {}  # the longer one first: more of it may be cached
         if guided[1] and ids.is_image(before, e.vocab).any():
             streams[IMAGE_ONLY] = prompt_requests.image_only_tokens(before, e.vocab)
         if guided[0]:
             streams[UNCONDITIONAL] = before[:1]
         if len(streams) > room:
-            break  # the others go on, and one of them will give its lanes back
+            break  # the other rows continue, and one of them will release its slots
         room -= len(streams)
         rows.needs_guidance_slots[row] = False
         seats[row].opened = len(before)
@@ -164,7 +168,7 @@ def _start_guidance(
 def _run(
     e: Engine, rows: decode_loop.SequenceState, knobs: SamplingParams, seed: int, plan: DecodeConfig
 ) -> tuple[decode_loop.SequenceState, Int[np.ndarray, "N C"]]:
-    """A chunk on the device."""
+    """Decode one chunk on the device."""
     busy = ~(rows.done | rows.needs_guidance_slots)
     in_image = (rows.image_tokens_left[busy] > 0).any()
     draws = {"text": "text", "image": "codes", "mixed": "both" if in_image else "text"}[plan.mode]
@@ -190,7 +194,7 @@ def _run(
 def _collect_outputs(
     e: Engine, seats: list[RunningRequest | None], rows: decode_loop.SequenceState, out: np.ndarray
 ) -> list[RequestOutput]:
-    """What each row wrote; lanes of finished answers and of closed images are free again."""
+    """Return the new tokens per row; free the slots of finished answers and of closed images."""
     news = []
     for row, seat in enumerate(seats):
         if seat is None:
@@ -210,7 +214,7 @@ def _collect_outputs(
 
 
 def _release_slots(e: Engine, seat: RunningRequest, at: Int[np.ndarray, "3"], streams) -> None:
-    """Gives lanes back, and says what they hold."""
+    """Release slots and record which tokens they hold."""
     tokens = seat.sequence()
     for stream in streams:
         if (lane := seat.lanes[stream]) < 0:
@@ -225,6 +229,6 @@ def _release_slots(e: Engine, seat: RunningRequest, at: Int[np.ndarray, "3"], st
 
 
 def _active_slots_bucket(deepest: int, near: int, depth: int) -> int:
-    """Lanes of a block that run: few sizes, at least the deepest one in use."""
+    """Return the number of slots per block that run: few sizes, at least the deepest in use."""
     sizes = (near, 2 * near, depth)
     return next(size for size in sizes if deepest <= size <= depth)

@@ -1,8 +1,8 @@
-"""A folder of a checkpoint that appears whole or not at all, on a disk or under gs://.
+"""Create a checkpoint folder atomically, on a local disk or under gs://.
 
-local     path.partial, fsync, rename; one writer by a lock file beside it
-gs://     no rename exists there: in place, but the seal, a file that every reader asks for, is
-          held back and written last; one writer by a claim, an object .partial-..
+local     path.partial, fsync, rename; a lock file next to it ensures a single writer
+gs://     has no rename: written in place, but the commit file (`seal`), which every reader
+          requires, is held back and written last; a lock object .partial-.. ensures a single writer
 """
 
 import contextlib
@@ -26,12 +26,13 @@ from medmax_jax.io.storage import (
 
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike, *, bytes_needed: int, seal: str) -> Iterator[Folder]:
-    """A folder that appears whole or not at all: at the end of the block, if it did not raise.
+    """Create a folder atomically: it appears at the end of the block, if the block did not raise.
 
-    `seal` is the file without which no reader takes the folder; the block must write it. Refuses
-    a path with files in it, one that another process is writing, and too small a local disk. A
-    leftover of a killed run is removed from a disk; on gs:// it looks like a run, so it is named.
-    Afterwards the folder is Folder(path); what the block was given is at an end.
+    `seal` is the commit file, without which no reader accepts the folder; the block must write it.
+    A path that contains files, a path that another process is writing, and a local disk with too
+    little space are refused. A leftover of a killed run is removed from a disk; on gs:// it looks
+    like an active run, so the error names it. Afterwards the folder is Folder(path); the object
+    that the block received is no longer valid.
     """
     folder = Folder(path)
     check_name(folder.path, seal)
@@ -45,7 +46,7 @@ def atomic_folder(path: str | os.PathLike, *, bytes_needed: int, seal: str) -> I
 
 @contextlib.contextmanager
 def private_umask() -> Iterator[None]:
-    """What the block creates is for its owner alone from the first moment: 0700 and 0600."""
+    """Restrict files that the block creates to their owner from creation on: 0700 and 0600."""
     before = os.umask(0o077)
     try:
         yield
@@ -55,9 +56,9 @@ def private_umask() -> Iterator[None]:
 
 @contextlib.contextmanager
 def private_folder(path: str | os.PathLike) -> Iterator[None]:
-    """Make `path`, and all that the block creates, accessible to its owner alone: 0700 and 0600.
+    """Make `path` and all that the block creates accessible to its owner only: 0700 and 0600.
 
-    A folder that is there is closed to others before anything is written into it.
+    An existing folder is closed to others before anything is written into it.
     """
     with private_umask():
         with os_errors(str(path)):
@@ -68,7 +69,7 @@ def private_folder(path: str | os.PathLike) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _on_disk(path: str, bytes_needed: int, seal: str) -> Iterator[Folder]:
-    path = os.path.realpath(path)  # a link to an empty folder goes on pointing at it
+    path = os.path.realpath(path)  # a link to an empty folder continues to point to it
     above, partial = os.path.dirname(path), path + ".partial"
     _check_vacant(path)
     if not os.path.lexists(partial):
@@ -76,11 +77,11 @@ def _on_disk(path: str, bytes_needed: int, seal: str) -> Iterator[Folder]:
     with os_errors(above):
         os.makedirs(above, exist_ok=True)
     with _locked(partial + ".lock", path):
-        _check_vacant(path)  # again: its former writer may just have finished
+        _check_vacant(path)  # again: another writer may have finished just now
         try:
             with os_errors(partial):
                 if os.path.lexists(partial):
-                    shutil.rmtree(partial)  # of a killed run
+                    shutil.rmtree(partial)  # left by a killed run
                 _check_space(path, bytes_needed)
                 os.mkdir(partial)
             unfinished = Folder(partial)
@@ -98,7 +99,7 @@ def _on_disk(path: str, bytes_needed: int, seal: str) -> Iterator[Folder]:
 
 @contextlib.contextmanager
 def _sealed(store: Bucket, seal: str) -> Iterator[None]:
-    """Holds the seal back while the block runs, writes it last; deletes everything if it raises."""
+    """Hold the commit file back and write it after the block; delete everything on an error."""
     claim = LOCK_OBJECT + secrets.token_hex(8)
     store.write(claim, b"")
     try:
@@ -125,7 +126,11 @@ def _sealed(store: Bucket, seal: str) -> Iterator[None]:
 
 
 def _check_alone(store: Bucket, claim: str, seal: str) -> None:
-    """As each claims before it lists, of two writers at once one at most finds itself alone."""
+    """Raise StorageError unless this is the only writer.
+
+    Each writer creates its lock object before it lists the folder, so of two concurrent writers at
+    most one finds itself alone.
+    """
     found = store.objects()
     if claim not in found:
         raise StorageError(f"{store.path}: cannot list what it wrote; {PERMISSION_HINT}")
@@ -138,7 +143,7 @@ def _check_alone(store: Bucket, claim: str, seal: str) -> None:
 
 
 def _unsealed(path: str, seal: str) -> StorageError:
-    """The error of a new folder that lacks what readers look for."""
+    """Return the error for a new folder that lacks its commit file."""
     return StorageError(f"{path}: finished without {seal}; write it in the block")
 
 
@@ -158,10 +163,11 @@ def _check_space(path: str, bytes_needed: int) -> None:
 
 @contextlib.contextmanager
 def _locked(lock: str, path: str) -> Iterator[None]:
-    """Holds the lock file while the block runs; the kernel frees it when the process dies."""
+    """Hold the lock file during the block; the kernel releases it when the process dies."""
     with contextlib.ExitStack() as stack:
         mine = None
-        while mine is None or not _is_at(mine, lock):  # else its last holder has just removed it
+        # otherwise its previous holder has just removed it
+        while mine is None or not _is_at(mine, lock):
             with os_errors(lock):
                 mine = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
                 stack.callback(os.close, mine)

@@ -1,4 +1,4 @@
-"""Reads CSV that another program wrote, within stated bounds; what is wrong is named by its row.
+"""Read CSV that another program wrote, within stated bounds; errors name the row.
 
 with open_binary(path) as file, csv_table(file, path) as (header, rows):
     for number, fields in rows: ...
@@ -18,7 +18,7 @@ from medmax_jax.io.text_files import KEY_TWICE, MAX_LINE_BYTES, NOT_UTF8, TextFi
 def csv_table(
     file: BinaryIO, where: object, *, max_chars: int = MAX_LINE_BYTES
 ) -> Iterator[tuple[list[str], Iterator[tuple[int, list[str]]]]]:
-    """Give (header, (row number from 1, fields) of each row that is not blank).
+    """Yield (header, (row number from 1, fields) of each row that is not blank).
 
     Raises TextFileError, also while the rows are read, at a header that names a column twice, a
     field of more than `max_chars`, a stray quote, and bytes that are not UTF-8.
@@ -32,7 +32,7 @@ def csv_table(
         _check_columns(header, where)
         yield header, _csv_rows(reader, where)
     finally:
-        text.detach()  # whoever opened the file closes it
+        text.detach()  # the caller that opened the file closes it
 
 
 def _bounded(file: io.TextIOWrapper, where: object, max_chars: int) -> Iterator[str]:
@@ -64,7 +64,7 @@ def _csv_rows(reader: Any, where: object) -> Iterator[tuple[int, list[str]]]:
 
 
 def _csv_row(reader: Any, where: object, number: int) -> list[str] | None:
-    """The next row, None at the end; `number` 0 is the header."""
+    """Return the next row, or None at the end; `number` 0 is the header."""
     first = reader.line_num + 1
     try:
         return next(reader, None)

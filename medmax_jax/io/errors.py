@@ -1,18 +1,18 @@
-"""The base of errors about a file from elsewhere: one printable line, whatever the file holds.
+"""The base class of errors about files from elsewhere: one printable line, whatever they contain.
 
     class PthError(FileError): ...
     str(PthError(f"{path}: key {name!r} ..."))    no control characters, at most MAX_CHARS of them
 
-Messages quote names and values of the file. The bound is kept here, in one place, so that no
-reader has to remember it; a reader still shortens what it quotes, so that the fix, which is the
-end of the message, is not what is cut.
+Messages quote names and values of the file. The bound is enforced here, in one place, so that no
+reader has to enforce it; a reader still shortens what it quotes, so that the fix at the end of the
+message is not truncated.
 """
 
 import logging
 import unicodedata
 
-MAX_CHARS = 1_000  # of an error
-MAX_MESSAGE_CHARS = 300  # of text that is quoted in one
+MAX_CHARS = 1_000  # per error
+MAX_MESSAGE_CHARS = 300  # of quoted text in an error
 
 
 class FileError(ValueError):
@@ -23,7 +23,7 @@ class FileError(ValueError):
 
 
 def quoted(value: object, max_chars: int = 80) -> str:
-    """Return a name or value of a file as one printable line, cut short."""
+    """Return a name or value of a file as one printable line, truncated."""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**20:
         return "a number of over 20 digits"  # str() refuses integers of over 4,300
     return printable(repr(value), max_chars)

@@ -1,8 +1,8 @@
-"""gs://bucket/prefix through TensorStore's KvStore; medmax_jax/io/storage.py is the door to it.
+"""Access gs://bucket/prefix through TensorStore's KvStore; used through medmax_jax/io/storage.py.
 
-    GCS and TensorStore 0.1                              so here
-    a size is sent with each range, and not handed on    it is found by probing single bytes
-    a value is written whole, from copies in memory      an upload has a limit
+    GCS and TensorStore 0.1                              therefore
+    a size is sent with each range, and not passed on    it is found by probing single bytes
+    a value is written at once, from copies in memory    an upload has a limit
     a list that is refused (401, 403, 404) looks empty   an empty one is checked by a read
     no request has a timeout, 32 retries are made        `wait`, RETRIES
 
@@ -21,17 +21,18 @@ import numpy as np
 import tensorstore as ts
 from jaxtyping import UInt8
 
-DEFAULT_TIMEOUT = 60.0  # seconds without an answer after which a server is dead
-TIMEOUT_VARIABLE = "MEDMAX_STORAGE_TIMEOUT"  # in the environment: overrides SILENCE
-SLOWEST = 1 << 20  # bytes a second: a transfer may last a second longer for each of these
+DEFAULT_TIMEOUT = 60.0  # seconds without an answer after which a server counts as dead
+TIMEOUT_VARIABLE = "MEDMAX_STORAGE_TIMEOUT"  # environment variable that overrides DEFAULT_TIMEOUT
+SLOWEST = 1 << 20  # bytes per second: a transfer may take one more second for each of these
 CHUNK_BYTES, IN_FLIGHT = (
     16 << 20,
     8,
-)  # eight streams of GCS fill a host's network; 128 MiB in memory
+)  # eight streams of GCS saturate the network of a host; 128 MiB in memory
 UPLOAD_LIMIT = 2 << 30  # bytes; KvStore.write copies twice: measured, 3.3 times this in memory
 LARGEST = 5 << 40  # bytes in one object of GCS
-LOCK_OBJECT = ".partial-"  # an object of this name: somebody is writing the folder
-# 8 s in all. TensorStore's own 32 retries of up to 32 s bear with a wrong host for 15 minutes.
+LOCK_OBJECT = ".partial-"  # an object with this prefix marks a folder that is being written
+# 8 s in total. TensorStore's own 32 retries of up to 32 s would tolerate a wrong host for 15
+# minutes.
 RETRIES = {"max_retries": 5, "initial_delay": "250ms", "max_delay": "4s"}
 PERMISSION_HINT = (
     "give this account the role Storage Object User, or log in: "
@@ -50,11 +51,14 @@ HINTS = {
 
 
 class StorageError(RuntimeError):
-    """A file that cannot be read or written; the message names the path, the cause and the mend."""
+    """A file that cannot be read or written; the message names the path, the cause and the fix."""
 
 
 def wait(future: ts.Future | ts.WriteFutures, what: str, nbytes: int = 0) -> Any:
-    """The future's result; StorageError when it fails or outlasts SILENCE + nbytes / SLOWEST."""
+    """Return the future's result.
+
+    Raises StorageError when it fails or takes longer than DEFAULT_TIMEOUT + nbytes / SLOWEST.
+    """
     seconds = timeout_seconds() + nbytes / SLOWEST
     try:
         return future.result(timeout=seconds)
@@ -65,7 +69,8 @@ def wait(future: ts.Future | ts.WriteFutures, what: str, nbytes: int = 0) -> Any
             f"{TIMEOUT_VARIABLE} (seconds) higher"
         ) from e
     except (ValueError, IndexError, NotImplementedError) as e:
-        said = re.split(r" \[\w+='", str(e))[0]  # what follows are the reply's headers and body
+        # the rest are the headers and the body of the reply
+        said = re.split(r" \[\w+='", str(e))[0]
         mend = HINTS.get(said.split(":")[0], "check what it names")
         raise StorageError(f"{what}: {said}; {mend}") from e
 
@@ -75,7 +80,7 @@ class Bucket:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.seal, self.held = "", None  # an object that is to be written last, and what it holds
+        self.seal, self.held = "", None  # an object that is to be written last, and its content
         bucket, _, prefix = path.removeprefix("gs://").partition("/")
         self._spec = {"driver": "gcs", "bucket": bucket, "gcs_request_retries": RETRIES}
         self._prefix = prefix + "/" if prefix else ""
@@ -85,27 +90,30 @@ class Bucket:
             raise StorageError(f"{path}: {e}; write gs://bucket/folder") from e
 
     def full(self, name: str) -> str:
-        """The path for messages."""
+        """Return the full path, for messages."""
         return f"{self.path}/{name}"
 
     def names(self) -> list[str]:
-        """What is below, without claims."""
+        """Return the names below, without lock objects."""
         return [name for name in self.objects() if not name.startswith(LOCK_OBJECT)]
 
     def objects(self) -> list[str]:
-        """What is below, claims too, but not the empty objects that consoles make for folders."""
+        """Return the names below with lock objects, without the empty objects for folders.
+
+        Consoles create an empty object for a folder.
+        """
         found = [key.decode() for key in wait(self._kv.list(), self.path)]
         if not found:
-            wait(self._start(LOCK_OBJECT, 0, 0), self.path)  # raises where rights were wanting
+            wait(self._start(LOCK_OBJECT, 0, 0), self.path)  # raises if permissions are missing
         return sorted(key for key in found if key and not key.endswith("/"))
 
     def version(self, name: str) -> bytes | None:
-        """The object's generation, None where there is none."""
+        """Return the object's generation, or None where it does not exist."""
         found = wait(self._start(name, 0, 0), self.full(name))
         return None if found.state == "missing" else found.stamp.generation
 
     def size(self, name: str) -> int:
-        """Bytes in the object, by some ten rounds of at most 16 probes."""
+        """Return the size of the object in bytes, by about ten rounds of at most 16 probes."""
         low, high, points = 0, LARGEST, [0, *(8**k for k in range(15))]
         while low < high:
             futures = [self._start(name, point, point + 1) for point in points]
@@ -116,20 +124,23 @@ class Bucket:
         return low
 
     def has_more(self, name: str, nbytes: int) -> bool:
-        """Whether the object has more bytes, by one probe."""
+        """Return whether the object has more than `nbytes` bytes, by one probe."""
         return self._arrived(name, self._start(name, nbytes, nbytes + 1))
 
     def read(
         self, name: str, start: int, stop: int | None, stamp: bytes | None
     ) -> UInt8[np.ndarray, "n"]:
-        """The bytes; raises when a piece is of another generation than the stamp or its fellows."""
+        """Return the bytes.
+
+        Raises when a piece is of another generation than the stamp or the other pieces.
+        """
         if stop is None and (start or self.has_more(name, CHUNK_BYTES)):
             stop = self.size(name)
         if stop is None:  # short: in one request, without its size
             found = self._found(name, self._start(name, 0, None), stamp)
             return np.array(memoryview(found.value), np.uint8)
         out = np.empty(stop - start, np.uint8)
-        # No bytes are one request too: it tells whether the object is there.
+        # An empty range takes one request too: it shows whether the object exists.
         pieces = (
             (a, min(a + CHUNK_BYTES, stop)) for a in range(start, max(stop, start + 1), CHUNK_BYTES)
         )
@@ -150,7 +161,7 @@ class Bucket:
 
     @contextlib.contextmanager
     def stream(self, name: str) -> Iterator["Upload"]:
-        """What is collected becomes the object when the block ends well."""
+        """Collect the content of an object and write it when the block ends without an error."""
         upload = Upload(self.full(name))
         yield upload
         if name == self.seal:
@@ -159,15 +170,15 @@ class Bucket:
             self.write(name, upload.data)
 
     def write(self, name: str, data: bytes | bytearray | None) -> None:
-        """Writes the object; None deletes it."""
+        """Write the object; None deletes it."""
         wait(self._kv.write(name, data), self.full(name), len(data or b""))
 
     def delete_all(self) -> None:
-        """Deletes everything below."""
+        """Delete everything below."""
         wait(self._kv.delete_range(ts.KvStore.KeyRange()), self.path)
 
     def kvstore(self, name: str) -> dict[str, Any]:
-        """TensorStore's spec of what is below the name."""
+        """Return TensorStore's spec of the objects below the name."""
         return {**self._spec, "path": f"{self._prefix}{name}/"}
 
     def _start(self, name: str, start: int, stop: int | None) -> ts.Future:
@@ -182,7 +193,7 @@ class Bucket:
         return found
 
     def _arrived(self, name: str, future: ts.Future) -> bool:
-        """Whether the object has the byte that was asked for."""
+        """Return whether the object has the requested byte."""
         try:
             self._found(name, future, None)
         except StorageError as e:
@@ -193,13 +204,13 @@ class Bucket:
 
 
 class Upload:
-    """An object that is being collected."""
+    """The content of an object that is being collected."""
 
     def __init__(self, full: str) -> None:
         self._full, self.data = full, bytearray()
 
     def write(self, part: bytes | bytearray | memoryview | np.ndarray) -> None:
-        """Adds the bytes, or raises StorageError at the limit."""
+        """Add the bytes, or raise StorageError at the limit."""
         view = as_bytes(part)
         if len(self.data) + len(view) > UPLOAD_LIMIT:
             raise StorageError(
@@ -210,25 +221,25 @@ class Upload:
 
 
 def as_bytes(part: bytes | bytearray | memoryview | np.ndarray) -> memoryview:
-    """The part's bytes in C order."""
-    if isinstance(part, np.ndarray):  # by a view: bfloat16 has no buffer of its own
+    """Return the bytes of the part in C order."""
+    if isinstance(part, np.ndarray):  # through a view: bfloat16 has no buffer of its own
         part = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
     return memoryview(part).cast("B")
 
 
 def not_found_error(full: str) -> StorageError:
-    """The error of a file that is not there."""
+    """Return the error for a file that does not exist."""
     where = "bucket or file" if full.startswith("gs://") else "file"
     return StorageError(f"{full}: no such {where}; check the path")
 
 
 def changed_error(full: str) -> StorageError:
-    """The error of a file that is another one than it was."""
+    """Return the error for a file that was replaced."""
     return StorageError(f"{full}: replaced while it was read; open it again")
 
 
 def timeout_seconds() -> float:
-    """Seconds without news after which a server, or whoever else is waited for, is dead."""
+    """Return the seconds without a response after which a server or process counts as dead."""
     text = os.environ.get(TIMEOUT_VARIABLE) or str(DEFAULT_TIMEOUT)
     try:
         seconds = float(text)

@@ -1,9 +1,9 @@
-"""HTML pages that stand alone: no script, no request, every text escaped; pictures ride inside.
+"""Self-contained HTML pages: no script, no request, all text escaped, images embedded.
 
     document("Title", section("Scores", table(["task", "n"], [["closed", 12]])))
 
-Only the functions here make markup, and each escapes what it is given; so text that a model wrote
-can be shown as it is.
+Only the functions here create markup, and each escapes its arguments, so text that a model
+generated can be shown unchanged.
 """
 
 import base64
@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 import PIL.Image
 
-SHOWN = 192  # pixels of a picture on the page; tiny pictures are enlarged by whole factors
-WIDE = 8  # columns: with more, words stay whole and the table scrolls
+SHOWN = 192  # pixels of an image on the page; tiny images are enlarged by integer factors
+WIDE = 8  # columns: with more, words are not broken and the table scrolls
 NOTHING = "–"  # a cell without a value
 _NUMBER = r"-?[\d,.]*\d%?"
 _FIGURE = re.compile(rf"{_NUMBER}(?:(?:–| to ){_NUMBER})?")  # 1,034, 56.4%, 0.31–0.42, -1 to 2
@@ -84,7 +84,7 @@ figcaption { color: var(--soft); font-size: .85rem; margin-top: .45rem; overflow
 
 
 def document(title: str, body: str) -> str:
-    """The page. `body` is markup made by the functions below; `title` is text."""
+    """Return the page; `body` is markup made by the functions below, `title` is text."""
     safe = html.escape(title)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -96,18 +96,22 @@ def document(title: str, body: str) -> str:
 
 
 def section(title: str, body: str) -> str:
-    """A heading over markup."""
+    """Return a heading followed by markup."""
     return f"<section>\n<h2>{html.escape(title)}</h2>\n{body}</section>\n"
 
 
 def paragraph(text: str, *, note: bool = False) -> str:
-    """A paragraph of text; `note` sets it smaller and softer."""
+    """Return a paragraph of text; `note` makes it smaller and softer."""
     kind = ' class="note"' if note else ""
     return f"<p{kind}>{html.escape(text)}</p>\n"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]], *, caption: str = "") -> str:
-    """A table; numbers and columns of them right-aligned, floats to 0.001, None as a dash."""
+    """Return a table.
+
+    Numbers and columns of numbers are right-aligned, floats are rounded to 0.001, and None is a
+    dash.
+    """
     for number, row in enumerate(rows):
         if len(row) != len(head):
             raise ValueError(f"row {number} has {len(row)} cells, the head has {len(head)}")
@@ -123,7 +127,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]], *, caption: str
 
 
 def figure(png_bytes: bytes, caption: str) -> str:
-    """A PNG with its caption, which is also the text for those who cannot see it."""
+    """Return a PNG with its caption, which is also the alternative text."""
     if not png_bytes.startswith(b"\x89PNG\r\n\x1a\n"):
         raise ValueError(f"figure {caption!r}: not a PNG; save the picture with format='PNG'")
     data, safe = base64.b64encode(png_bytes).decode("ascii"), html.escape(caption)
@@ -134,12 +138,12 @@ def figure(png_bytes: bytes, caption: str) -> str:
 
 
 def figures(pictures: Sequence[tuple[bytes, str]]) -> str:
-    """Several (PNG, caption) side by side."""
+    """Return several (PNG, caption) side by side."""
     return f'<div class="figures">\n{"".join(figure(*p) for p in pictures)}</div>\n'
 
 
 def png(image: PIL.Image.Image) -> bytes:
-    """PNG bytes, small pictures enlarged by a whole factor so that their pixels stay visible."""
+    """Return PNG bytes; small images are enlarged by an integer factor to keep pixels visible."""
     factor = max(1, SHOWN // max(image.size))
     out = io.BytesIO()
     image.resize((image.width * factor, image.height * factor), PIL.Image.Resampling.NEAREST).save(
@@ -149,7 +153,7 @@ def png(image: PIL.Image.Image) -> bytes:
 
 
 def stat_tiles(numbers: Sequence[tuple[object, str]]) -> str:
-    """Large numbers, each over what it counts."""
+    """Return large numbers, each above its label."""
     cells = "".join(
         f'<div class="tile"><b>{html.escape(format_value(n))}</b>'
         f"<span>{html.escape(what)}</span></div>\n"
@@ -159,24 +163,24 @@ def stat_tiles(numbers: Sequence[tuple[object, str]]) -> str:
 
 
 def columns(left: str, right: str) -> str:
-    """Two pieces of markup in one row; one below the other where the page is narrow."""
+    """Return two pieces of markup in one row, or one below the other on a narrow page."""
     return f'<div class="beside"><div>{left}</div>\n<div>{right}</div></div>\n'
 
 
 def details(title: str, body: str) -> str:
-    """Markup that opens when its title is chosen; no script is needed."""
+    """Return markup that expands when its title is selected; no script is needed."""
     return f"<details><summary>{html.escape(title)}</summary>\n{body}</details>\n"
 
 
 def format_value(value: object) -> str:
-    """A value as the tables write it: 0.5 -> "0.500", None -> a dash."""
+    """Return a value as the tables show it: 0.5 -> "0.500", None -> a dash."""
     if value is None:
         return NOTHING
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def _numeric(cells: Sequence[str]) -> bool:
-    """Whether a column has numbers, and nothing else but dashes."""
+    """Return whether a column has numbers, and nothing else but dashes."""
     told = [cell for cell in cells if cell != NOTHING]
     return bool(told) and all(_FIGURE.fullmatch(cell) for cell in told)
 

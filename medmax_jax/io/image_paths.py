@@ -1,12 +1,12 @@
-"""Resolves the image paths that data files state; a path never leaves its image folder.
+"""Resolve the image paths that data files state; a path never leaves its image folder.
 
-    a/b.png           taken          ../b.png, a/../../b.png     refused
+    a/b.png           accepted       ../b.png, a/../../b.png     refused
     /etc/b.png        refused        a symbolic link to a file outside the folder: refused
 
-A question file, a predictions file or a release archive from elsewhere could otherwise name any
-image of this machine, which an evaluation would send to an endpoint and put on its report. Readers
-call `is_inside` while they read rows, before any folder is known, and `resolve` before they open a
-file.
+A question file, a predictions file or an archive of a release from elsewhere could otherwise name
+any image of this machine, which an evaluation would send to an endpoint and put on its report.
+Readers call `is_inside` while they read rows, before any folder is known, and `resolve` before they
+open a file.
 """
 
 import os

@@ -1,7 +1,7 @@
-"""An append-only JSONL file that outlives a kill: a line is on the disk before anyone relies on it.
+"""An append-only JSONL file that survives a kill: a line is on the disk before its use.
 
-One process writes it, from any of its threads. A last line that a crash cut short is taken off when
-the file is opened again; damage elsewhere is an error, since what is lost there was paid for.
+One process writes it, from any of its threads. A last line that a crash truncated is removed when
+the file is opened again; damage elsewhere is an error, because the lost replies were paid for.
 """
 
 import contextlib
@@ -19,19 +19,19 @@ from medmax_jax.io.text_files import TextFileError
 
 
 class JournalError(ValueError):
-    """A journal that cannot be used; the message names file, line and mend."""
+    """A journal that cannot be used; the message names the file, the line and the fix."""
 
 
 class Journal:
-    """The lines of a file as `rows`, and `append`. Made by `open_journal`."""
+    """The lines of a file as `rows`, and `append`; `open_journal` creates it."""
 
     def __init__(self, path: Path, descriptor: int, rows: list[dict[str, Any]]):
         self.path, self.rows = path, rows
         self._descriptor, self._lock = descriptor, threading.Lock()
 
     def append(self, *rows: dict[str, Any]) -> None:
-        """Adds lines; they are on the disk when it returns."""
-        # ASCII: a reply may hold half a surrogate pair, which UTF-8 cannot write.
+        """Add lines; they are on the disk when this returns."""
+        # ASCII: a reply may contain a lone surrogate, which UTF-8 cannot encode.
         data = "".join(json.dumps(row) + "\n" for row in rows).encode()
         with self._lock:
             before = os.fstat(self._descriptor).st_size
@@ -40,7 +40,8 @@ class Journal:
                     data = data[os.write(self._descriptor, data) :]
                 os.fsync(self._descriptor)
             except OSError as error:
-                os.ftruncate(self._descriptor, before)  # else the next line joins half of this one
+                # otherwise the next line would be joined to half of this one
+                os.ftruncate(self._descriptor, before)
                 raise JournalError(
                     f"{self.path}: cannot be written ({error.strerror}); make room and go on"
                 ) from error
@@ -49,9 +50,9 @@ class Journal:
 
 @contextlib.contextmanager
 def open_journal(path: str | os.PathLike) -> Iterator[Journal]:
-    """The journal at `path`, made if missing, held by this process while the block runs.
+    """Open the journal at `path`, created if missing and locked by this process during the block.
 
-    Readable by its owner only: what it holds may be credentialed.
+    It is readable by its owner only, because its content may be credentialed.
     """
     path = Path(path)
     try:
@@ -77,9 +78,9 @@ def open_journal(path: str | os.PathLike) -> Iterator[Journal]:
 
 
 def parse_jsonl(data: bytes, where: str | os.PathLike) -> list[dict[str, Any]]:
-    """The objects of JSONL bytes; raises JournalError at a line that is none."""
+    """Return the objects of JSONL bytes; raise JournalError at a line that is not an object."""
     try:
-        # As `append` wrote them: a number may be NaN, a reply may hold half a surrogate pair.
+        # As `append` wrote them: a number may be NaN, a reply may contain a lone surrogate.
         rows = text_files.parse_jsonl(data, where, allow_nonfinite=True, allow_lone_surrogates=True)
     except TextFileError as error:
         raise JournalError(f"{error}; delete that line") from error
@@ -87,7 +88,7 @@ def parse_jsonl(data: bytes, where: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def read_jsonl(path: str | Path, fields: Sequence[str] = ("id",)) -> list[dict[str, Any]]:
-    """The records of a file, each with `fields`; a last line that a crash cut short is none."""
+    """Return the records of a file, each with `fields`; a truncated last line is ignored."""
     path = Path(path)
     if not path.exists():
         return []
@@ -96,7 +97,7 @@ def read_jsonl(path: str | Path, fields: Sequence[str] = ("id",)) -> list[dict[s
 
 
 def checked(rows: list[dict[str, Any]], fields: Sequence[str], path: Path) -> list[dict[str, Any]]:
-    """The rows, where each has the fields and an id that is text; raises JournalError."""
+    """Return the rows if each has the fields and an id that is text; else raise JournalError."""
     for number, row in enumerate(rows, start=1):
         if lacking := [name for name in fields if name not in row]:
             raise JournalError(f"{path} row {number}: no {lacking[0]}: damaged; delete that line")
@@ -106,14 +107,15 @@ def checked(rows: list[dict[str, Any]], fields: Sequence[str], path: Path) -> li
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """A file that is there whole or not at all."""
+    """Write a JSON file atomically."""
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file of the workdir atomically; raise JournalError where it cannot be written.
 
-    The partial file has a name of its own: the parts of an evaluation (--shard) write at once.
+    The partial file has a unique name, because the parts of an evaluation (--shard) write
+    concurrently.
     """
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:

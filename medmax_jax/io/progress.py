@@ -1,4 +1,4 @@
-"""How far long work is, how fast it goes and when it will be done, a line at a time."""
+"""Progress logs of long work: amount done, rate and remaining time, one line at a time."""
 
 import time
 from collections.abc import Callable
@@ -7,7 +7,7 @@ SECONDS = 5.0  # between two lines
 
 
 class ByteProgress:
-    """Bytes: a line every few seconds."""
+    """Logs progress in bytes, one line every few seconds."""
 
     def __init__(self, total: int, say: Callable[[str], None]):
         self._total, self._say = total, say
@@ -27,7 +27,7 @@ class ByteProgress:
             )
 
     def done(self, what: str) -> None:
-        """The last line."""
+        """Log the last line."""
         seconds = max(time.monotonic() - self._start, 1e-9)
         self._say(
             f"{what}: {self._done / 1e9:.3f} GB in {seconds:.1f} s, "
@@ -36,7 +36,7 @@ class ByteProgress:
 
 
 class ItemProgress:
-    """The same of things that are counted: `every` seconds a line at most, and one at the end."""
+    """Logs progress in items: at most one line per `every` seconds, and one at the end."""
 
     def __init__(self, total: int, unit: str, say: Callable[[str], None], *, every: float):
         self._total, self._unit, self._say, self._every = total, unit, say, every
@@ -44,7 +44,7 @@ class ItemProgress:
         self._said = self._start
 
     def tick(self, what: str, count: int) -> None:
-        """`count` more are done; `what` the work is on."""
+        """Count `count` more items as done; `what` names the work."""
         self._done += count
         now = time.monotonic()
         if now - self._said >= self._every or self._done == self._total:

@@ -1,10 +1,10 @@
-"""Reads the settings, indexes and headers of checkpoints, JSON and YAML, within tighter bounds.
+"""Read the settings, indexes and headers of checkpoints, JSON and YAML, within tighter bounds.
 
 A file is refused in a fraction of a second, before its values are built: Python takes up to 24
-bytes for each byte of JSON. Of YAML only what JSON can say is read: mappings with text keys, lists,
-texts, finite numbers, true, false and null. Aliases and anchors are refused (nine lines of them
-stand for 10^9 values), and so are tags, timestamps, a key that occurs twice, and more than
-MAX_YAML_DEPTH levels. All errors are a TextFileError of one printable line.
+bytes for each byte of JSON. YAML is limited to what JSON can express: mappings with text keys,
+lists, texts, finite numbers, true, false and null. Aliases and anchors are refused (nine lines of
+them can represent 10^9 values), and so are tags, timestamps, a key that occurs twice, and more than
+MAX_YAML_DEPTH levels. Every error is a TextFileError of one printable line.
 """
 
 import collections
@@ -46,7 +46,7 @@ def parse_yaml(data: bytes | str, where: object) -> Any:
     try:
         _check_events(text, where)
         value = yaml.load(text, _Loader)  # noqa: S506, a SafeLoader
-    # A number may look like one and be none, as 0x_ or 2001-99-99.
+    # A value may look like a number and not be one, such as 0x_ or 2001-99-99.
     except (yaml.YAMLError, ValueError, OverflowError, AttributeError, IndexError) as error:
         if isinstance(error, TextFileError):
             raise
@@ -57,7 +57,7 @@ def parse_yaml(data: bytes | str, where: object) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader without duplicate keys; what it loads has passed _check_events."""
+    """PyYAML's safe loader without duplicate keys; its input has passed _check_events."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
         keys = [key.value for key, _ in node.value]
@@ -71,7 +71,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _check_events(text: str, where: object) -> None:
-    """Raise TextFileError before anything is built: the parser of events does not recurse."""
+    """Raise TextFileError before anything is built: the event parser does not recurse."""
     depth = 0
     for count, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
         if count > MAX_YAML_VALUES:

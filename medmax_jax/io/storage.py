@@ -1,13 +1,13 @@
 """The files of a checkpoint, under a local folder or under gs://bucket/prefix.
 
     call              local                            gs:// (medmax_jax/io/gcs.py)
-    read, file        pread                            pieces of 16 MiB, eight on the way
+    read, file        pread                            pieces of 16 MiB, eight in flight
     write, stream     name.partial, fsync, rename      one upload from memory, 2 GiB at most
 
-Every failure is a StorageError, in bounded time: a server that is silent for 60 s is dead
-(MEDMAX_STORAGE_TIMEOUT in the environment, in seconds, overrides it); refused connections and
-overload are retried for about 8 s. Names are like "a/b.json": they cannot leave the folder. Links
-of a disk are followed, as those of Hugging Face's cache must be.
+Every failure is a StorageError, in bounded time: a server that does not respond for 60 s counts as
+dead (MEDMAX_STORAGE_TIMEOUT in the environment, in seconds, overrides it); refused connections and
+overload are retried for about 8 s. Names have the form "a/b.json": they cannot leave the folder.
+Symbolic links on a disk are followed, because Hugging Face's cache requires it.
 """
 
 import contextlib
@@ -58,19 +58,22 @@ class Folder:
         self.store = Bucket(self.path) if self.remote else _Disk(self.path)
 
     def names(self) -> list[str]:
-        """All files below, sorted; links to folders are not followed. [] where there is none."""
+        """Return all files below, sorted, or [] if there are none.
+
+        Links to folders are not followed.
+        """
         return self.store.names()
 
     def has(self, name: str) -> bool:
-        """Whether the file is there."""
+        """Return whether the file exists."""
         return self.store.version(check_name(self.path, name)) is not None
 
     def size(self, name: str) -> int:
-        """Bytes in the file; on gs:// it costs some ten round trips."""
+        """Return the size of the file in bytes; on gs:// this takes about ten round trips."""
         return self.store.size(check_name(self.path, name))
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> UInt8[np.ndarray, "n"]:
-        """Exactly these bytes, in memory of their own."""
+        """Return exactly these bytes, in newly allocated memory."""
         _check_range(self.store.full(check_name(self.path, name)), start, stop)
         return self.store.read(name, start, stop, None)
 
@@ -86,28 +89,28 @@ class Folder:
             raise StorageError(f"{e}; copy it again") from e
 
     def file(self, name: str) -> "ByteFile":
-        """The file for range reads."""
+        """Return the file for range reads."""
         return ByteFile(self.store, check_name(self.path, name))
 
     def write(
         self, name: str, parts: Iterable[bytes | bytearray | memoryview | np.ndarray]
     ) -> None:
-        """The parts as one file, whole or not at all; an existing one is replaced."""
+        """Write the parts as one file, atomically; an existing file is replaced."""
         with self.stream(name) as out:
             for part in parts:
                 out.write(part)
 
     def stream(self, name: str) -> contextlib.AbstractContextManager["_FileWriter | Upload"]:
-        """`write` piece by piece: `with folder.stream(name) as out: out.write(part)`."""
+        """Write piece by piece: `with folder.stream(name) as out: out.write(part)`."""
         return self.store.stream(check_name(self.path, name))
 
     def kvstore(self, name: str) -> dict[str, Any]:
-        """TensorStore's spec of a sub-folder, retries included; `wait` for what it opens."""
+        """Return TensorStore's spec of a sub-folder, retries included; `wait` for what it opens."""
         return self.store.kvstore(check_name(self.path, name))
 
 
 class ByteFile:
-    """One file for range reads; a read after the file was replaced raises."""
+    """One file for range reads; a read after the file was replaced raises StorageError."""
 
     def __init__(self, store: "_Disk | Bucket", name: str) -> None:
         self.name = store.full(name)
@@ -117,16 +120,16 @@ class ByteFile:
 
     @functools.cached_property
     def size(self) -> int:
-        """Bytes in the file; asked for once."""
+        """Return the size of the file in bytes; it is requested only once."""
         return self.store.size(self._name)
 
     def read(self, start: int, stop: int | None = None) -> UInt8[np.ndarray, "n"]:
-        """Exactly these bytes, in memory of their own."""
+        """Return exactly these bytes, in newly allocated memory."""
         _check_range(self.name, start, stop)
         return self.store.read(self._name, start, stop, self._stamp)
 
     def digest(self, kind: str) -> str:
-        """Hex digest of the file, in bounded memory. `kind`: hashlib's name, sha256 or md5."""
+        """Return the hex digest of the file, in bounded memory; `kind` is sha256 or md5."""
         found = hashlib.new(kind, usedforsecurity=False)
         for start in range(0, self.size, CHUNK_BYTES):
             found.update(self.read(start, min(start + CHUNK_BYTES, self.size)))
@@ -134,7 +137,7 @@ class ByteFile:
 
 
 class _Disk:
-    """A local folder; its methods are those of Bucket."""
+    """A local folder with the methods of Bucket."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -159,7 +162,7 @@ class _Disk:
                 found = os.stat(self.full(name))
             except (FileNotFoundError, NotADirectoryError):
                 return None
-        return _stamp(found) if stat.S_ISREG(found.st_mode) else None  # a pipe would hang
+        return _stamp(found) if stat.S_ISREG(found.st_mode) else None  # a pipe would block
 
     def size(self, name: str) -> int:
         stamp = self.version(name)
@@ -182,7 +185,7 @@ class _Disk:
         with os_errors(full), open(self.full(name), "rb", buffering=0) as file:
             if stamp not in (None, _stamp(os.fstat(file.fileno()))):
                 raise changed_error(full)
-            while rest:  # Linux hands out 2 GiB at most in one call
+            while rest:  # Linux returns at most 2 GiB per call
                 got = os.preadv(file.fileno(), [rest], stop - len(rest))
                 if not got:
                     raise changed_error(full)
@@ -214,7 +217,10 @@ class _Disk:
 
 
 class _FileWriter:
-    """A local file that is being written; unbuffered, so that a full disk shows at once."""
+    """A local file that is being written.
+
+    It is unbuffered, so that a full disk is detected immediately.
+    """
 
     def __init__(self, full: str, raw: io.FileIO) -> None:
         self._full, self._raw = full, raw
@@ -239,7 +245,7 @@ def _normal(path: str) -> str:
 
 
 def check_name(path: str, name: str) -> str:
-    """The name, if it stays below the path."""
+    """Return the name if it stays below the path; otherwise raise StorageError."""
     if "\\" in name or not name.isprintable() or {"", ".", ".."} & set(name.split("/")):
         raise StorageError(f"{path}: {name!r} is no name in this folder; use one like 'a/b.json'")
     return name
@@ -276,6 +282,6 @@ def os_errors(path: str) -> Iterator[None]:
 
 
 def file_sha256(path: Path) -> str:
-    """Hex digest of a file: a picture, a shard, weights."""
+    """Return the hex digest of a file: an image, a shard, weights."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

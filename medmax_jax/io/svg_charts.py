@@ -1,15 +1,14 @@
-"""Charts as SVG inside a page: small, several side by side, in the page's colours, light or dark.
+"""Small SVG charts inside a page, side by side, in the page's colors, light or dark.
 
     side_by_side([chart("slake_closed", "416 answers", x=Axis(...), y=Axis(...), points=[...])])
 
-    y  |        o     dots with whiskers and a text that appears over them
-       |    o         a line through them and a band around it, if asked for
+    y  |        o     dots with whiskers and a tooltip
+       |    o         a line through them and a band around it, if requested
        | o   - - -    guides: dashed, from one corner to another
        +---------- x
 
-Like html_page.py these escape what they are given. A picture needs no library, stays sharp at any
-size
-and follows the reader's theme, which a PNG does not.
+Like html_page.py these functions escape their arguments. An SVG needs no library, is sharp at any
+size and follows the reader's theme, which a PNG does not.
 """
 
 import dataclasses
@@ -19,16 +18,16 @@ from collections.abc import Sequence
 
 WIDTH, HEIGHT = 300, 220
 LEFT, RIGHT, TOP, BOTTOM = 44, 12, 10, 40  # margins: numbers and names of the axes
-RADIUS, LEAST = 4.5, 2.0  # of the largest dot, and of any
-TICKS = 5  # about so many numbers on an axis
-STEPS = (0.2, 0.25, 0.5, 1.0, 2.0)  # between two of them, by the axis' power of ten
+RADIUS, LEAST = 4.5, 2.0  # of the largest dot, and of the smallest
+TICKS = 5  # approximate number of labels on an axis
+STEPS = (0.2, 0.25, 0.5, 1.0, 2.0)  # between two labels, times the axis' power of ten
 NEAR = 1e-9
 DIGITS = 6  # of a number on an axis, at most
 
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """What is along one side; low < high."""
+    """The label and the range of one axis; low < high."""
 
     label: str
     low: float
@@ -37,7 +36,10 @@ class Axis:
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """low, high: the ends of its interval. size: share of the largest dot's area. says: over it."""
+    """A data point; low and high are the ends of its interval.
+
+    size: share of the area of the largest dot. tooltip: the text that appears over the dot.
+    """
 
     x: float
     y: float
@@ -57,7 +59,10 @@ def chart(
     guides: Sequence[tuple[float, float, float, float]] = (),
     joined: bool = False,
 ) -> str:
-    """A figure. `guides`: dashed lines x0, y0, x1, y1. `joined`: a line and a band, no whiskers."""
+    """Return a figure.
+
+    guides: dashed lines x0, y0, x1, y1. joined: draw a line and a band instead of whiskers.
+    """
     for axis in (x, y):
         if not axis.low < axis.high:
             raise ValueError(f"axis {axis.label!r} from {axis.low} to {axis.high}: low < high")
@@ -75,14 +80,15 @@ def chart(
 
 
 def side_by_side(charts: Sequence[str]) -> str:
-    """Several charts in as many columns as the page has room for."""
+    """Return several charts in as many columns as fit on the page."""
     return f'<div class="charts">\n{"".join(charts)}</div>\n'
 
 
 def axis_limits(values: Sequence[float], *, step: float, least: float) -> tuple[float, float]:
-    """Ends of an axis in 0..1 that has all values: multiples of step, at least `least` apart.
+    """Return the ends of an axis in 0..1 that contains all values.
 
-    [0.52, 0.58] by 0.1, at least 0.2: (0.4, 0.6).
+    The ends are multiples of step and differ by at least `least`: [0.52, 0.58] by 0.1, at least
+    0.2: (0.4, 0.6).
     """
     first, top = math.floor(min(values) / step + NEAR), round(1 / step)
     last = max(math.ceil(max(values) / step - NEAR), first + 1)
@@ -93,7 +99,7 @@ def axis_limits(values: Sequence[float], *, step: float, least: float) -> tuple[
 
 
 class _Scale:
-    """Values to places in the picture."""
+    """Maps values to coordinates in the chart."""
 
     def __init__(self, x: Axis, y: Axis):
         self.x, self.y = x, y
@@ -108,7 +114,7 @@ class _Scale:
 
 
 def _axes(place: _Scale) -> str:
-    """Grid lines with their numbers, and what the axes are."""
+    """Return grid lines with their numbers, and the labels of the axes."""
     x, y = place.x, place.y
     body = ""
     for value in _ticks(x):
@@ -169,5 +175,5 @@ def _path(places: Sequence[tuple[float, float]]) -> str:
 
 
 def _number(value: float) -> str:
-    """0.5 and not 0.5000000001; 0 for what rounding left of it."""
+    """Return 0.5 and not 0.5000000001, and 0 for a rounding error of 0."""
     return f"{round(value, DIGITS) + 0.0:g}"

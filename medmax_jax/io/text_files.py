@@ -1,11 +1,11 @@
-"""Reads text, JSON and JSON Lines that another program wrote, within stated bounds.
+"""Read text, JSON and JSON Lines that another program wrote, within stated bounds.
 
-Every reader of a file from elsewhere goes through this module, so that the bounds, the byte order
-mark, gzip and the form of the errors are the same everywhere. A file that breaks a bound raises a
+Every reader of a file from elsewhere uses this module, so that the bounds, the byte order mark,
+gzip and the form of the errors are the same everywhere. A file that exceeds a bound raises a
 TextFileError of one printable line that names the file, the problem and the fix; RecursionError,
 MemoryError and UnicodeDecodeError do not leave this module. CSV: csv_files.py.
 
-    whole file      read_bytes  read_text  read_json  read_objects
+    complete file   read_bytes  read_text  read_json  read_objects
     text in memory  parse_json  parse_object  parse_jsonl
     stream          open_binary -> lines, array_items
 """
@@ -29,11 +29,12 @@ MAX_JSON_BYTES = 256 << 20  # the weight index of the largest published checkpoi
 MAX_LINE_BYTES = 4 << 20  # one row of JSON Lines or CSV
 MAX_JSON_DEPTH = 64  # tokenizer.json, the deepest file of a checkpoint, has 8 levels
 MAX_GZIP_RATIO = 200  # text is compressed by 3 to 30; gzip can express 1,032
-GZIP_GRACE = 64 << 20  # bytes before the ratio counts: a small file may hold one row many times
+# bytes before the ratio is checked: a small file may repeat one row many times
+GZIP_GRACE = 64 << 20
 CHUNK_CHARS = 1 << 20
 
-# What is wrong, in words that repeat nothing of the file: reasons are counted and may be printed
-# for credentialed rows.
+# The problem, in terms that repeat nothing of the file: reasons are counted and may be printed for
+# credentialed rows.
 NOT_JSON = "not JSON"
 NOT_OBJECT = "not a JSON object"
 NOT_UTF8 = "not UTF-8"
@@ -71,13 +72,13 @@ class _Refused(ValueError):
         self.reason = reason
 
 
-# ---- whole files
+# ---- complete files
 
 
 def read_bytes(path: str | os.PathLike, *, max_bytes: int = MAX_JSON_BYTES) -> bytes:
     """Return the content of a file, unpacked and without byte order mark; raise TextFileError.
 
-    At most `max_bytes` are held, also of a gzip file, a pipe or a file that grows.
+    At most `max_bytes` are kept in memory, also of a gzip file, a pipe or a file that grows.
     """
     parts, left = [], max_bytes + 1
     with open_binary(path) as file:
@@ -100,7 +101,7 @@ def read_json(path: str | os.PathLike, *, max_bytes: int = MAX_JSON_BYTES) -> An
 
 
 def read_json_object(path: str | os.PathLike, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """Return the object that a JSON file is; raise TextFileError."""
+    """Return the value of a JSON file that is an object; raise TextFileError otherwise."""
     return _as_object(read_json(path, max_bytes=max_bytes), path)
 
 
@@ -152,16 +153,16 @@ def parse_json(
 ) -> Any:
     """Return the value of JSON text; raise TextFileError naming `where`.
 
-    Refused besides malformed JSON: more than MAX_JSON_DEPTH levels, a key that occurs twice in one
-    object, half a character ("\\ud83d" alone), an integer beyond 64 bits, and NaN or infinity, also
-    written as 1e999.
+    In addition to malformed JSON these are refused: more than MAX_JSON_DEPTH levels, a key that
+    occurs twice in one object, a lone surrogate ("\\ud83d" alone), an integer beyond 64 bits, and
+    NaN or infinity, also written as 1e999.
 
     Args:
         data: The text, or its bytes in UTF-8.
         where: The file or row, for the message.
-        allow_nonfinite: NaN and infinity become floats, as json.loads has them.
-        allow_lone_surrogates: For JSON in ASCII that this project wrote of text from elsewhere.
-        check_integers: False where the caller checks each one: the check costs 0.1 us an integer.
+        allow_nonfinite: Convert NaN and infinity to floats, as json.loads does.
+        allow_lone_surrogates: For JSON in ASCII that this project wrote from external text.
+        check_integers: False where the caller checks each one: the check costs 0.1 us per integer.
     """
     text = decode(data, where) if isinstance(data, bytes) else data.removeprefix("\ufeff")
     decoder = _decoder("keep" if allow_nonfinite else "refuse", check_integers)
@@ -171,7 +172,7 @@ def parse_json(
 def parse_object(line: bytes | str, where: object, **rules: bool) -> dict[str, Any]:
     """Return the JSON object of one line; raise TextFileError at anything else.
 
-    `rules`: those of parse_json.
+    `rules`: the keyword arguments of parse_json.
     """
     if len(line) > MAX_LINE_BYTES:
         raise TextFileError(f"{where}: over {MAX_LINE_BYTES:,} bytes in one line", TOO_LONG)
@@ -195,9 +196,9 @@ def parse_jsonl(
 
 
 def parse_row(line: bytes, where: object) -> Any:
-    """Return the JSON value of a source's row, with null for NaN; raise TextFileError.
+    """Return the JSON value of a row of a source, with null for NaN; raise TextFileError.
 
-    pandas writes NaN where a table has no value, so it means the same as null there.
+    pandas writes NaN where a table has no value, so it has the meaning of null there.
     """
     return _parsed(_decoder("null", True), decode(line, where), where, False)
 
@@ -207,7 +208,7 @@ def parse_row(line: bytes, where: object) -> Any:
 
 @contextlib.contextmanager
 def open_binary(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """Open a file behind its byte order mark; a gzip file is unpacked, whatever its name."""
+    """Open a file after its byte order mark; a gzip file is unpacked, whatever its name."""
     try:
         with open(path, "rb", buffering=1 << 16) as raw:
             file = raw
@@ -221,7 +222,7 @@ def open_binary(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 
 def starts_array(file: BinaryIO) -> bool:
-    """Whether the first character that is not white space opens a JSON array."""
+    """Return whether the first character that is not white space opens a JSON array."""
     return file.peek(1).removeprefix(_BOM).lstrip()[:1] == b"["
 
 
@@ -248,9 +249,9 @@ def array_items(
 ) -> Iterator[tuple[int, Any]]:
     """Yield (number from 1, item) of a file that is one JSON array, in bounded memory.
 
-    `nonfinite`: what NaN and infinity do, "null" as in parse_row, "keep" or "refuse". An item that
-    is JSON and not accepted comes as a TextFileError; damage, after which no item can be found,
-    raises one.
+    `nonfinite`: how NaN and infinity are handled, "null" as in parse_row, "keep" or "refuse". An
+    item that is valid JSON but not accepted is yielded as a TextFileError; damage, after which no
+    item can be found, raises one.
     """
     decoder = _decoder(nonfinite, True)
     reader, number = _ArrayReader(file, where, max_chars, chunk_chars, decoder), 0
@@ -270,12 +271,12 @@ def array_items(
         raise TextFileError(f"{where}: text after the end of the array; give one array")
 
 
-# ---- how
+# ---- implementation
 
 
 @functools.cache
 def _decoder(numbers: str, check_integers: bool) -> json.JSONDecoder:
-    """A decoder. `numbers` that are not finite: refuse, keep, or null."""
+    """Return a decoder; `numbers` is the handling of non-finite numbers: refuse, keep, or null."""
     hooks: dict[str, Any] = dict(object_pairs_hook=_unique_keys)
     if numbers == "refuse":
         hooks |= dict(parse_constant=_refuse_constant, parse_float=_finite)
@@ -338,20 +339,26 @@ def _as_object(value: Any, where: object) -> dict[str, Any]:
 
 
 def _deep_problem(text: str, start: int, end: int, value: Any, *, surrogates: bool) -> str:
-    """TOO_DEEP, LONE_SURROGATE or "". The value is walked only where its text calls for it."""
+    """Return TOO_DEEP, LONE_SURROGATE or "".
+
+    The value is walked only where its text requires it.
+    """
     many = MAX_JSON_DEPTH // 2
     if _has_over(many, "[", text, start, end) or _has_over(many, "{", text, start, end):
         if _is_deep(value):
             return TOO_DEEP
     if surrogates or text.find("\\", start, end) < 0:
         return ""
-    # UTF-8 holds no surrogates, so they can only come from an escape.
+    # Valid UTF-8 has no surrogates, so they can only come from an escape.
     escaped = text.find("\\ud", start, end) >= 0 or text.find("\\uD", start, end) >= 0
     return LONE_SURROGATE if escaped and _has_surrogate(value) else ""
 
 
 def _has_over(limit: int, char: str, text: str, start: int, end: int) -> bool:
-    """Whether text[start:end] has `char` more often; str.count takes ten times as long."""
+    """Return whether text[start:end] has `char` more than `limit` times.
+
+    str.count takes ten times as long.
+    """
     for _ in range(limit + 1):
         start = text.find(char, start, end) + 1
         if not start:
@@ -392,7 +399,7 @@ def _has_surrogate(value: Any) -> bool:
 
 
 class _Gunzip(io.RawIOBase):
-    """The content of a gzip file, with a bound on what its bytes may unpack to."""
+    """The content of a gzip file, with a bound on its uncompressed size."""
 
     def __init__(self, raw: BinaryIO, path: object) -> None:
         self._raw, self._path, self._given = raw, path, 0
@@ -419,7 +426,7 @@ class _Gunzip(io.RawIOBase):
 
 
 class _ArrayReader:
-    """The text of a JSON array, a chunk at a time, and a position in it."""
+    """The text of a JSON array, one chunk at a time, and a position in it."""
 
     def __init__(
         self,
@@ -442,10 +449,11 @@ class _ArrayReader:
                 return self._text[self.at : self.at + 1]
 
     def item(self, number: int) -> Any:
-        """Return the item at the position and go behind it; `number` items came before it."""
+        """Return the item at the position and advance behind it; `number` items precede it."""
         while True:
             value, end = self._decoded()
-            # Only what follows shows that the item is whole: of 12.5 a chunk may end behind 12.
+            # Only the next character shows that an item is complete: a chunk may end after the 12
+            # of 12.5.
             after = len(self._text) if end is None else WHITESPACE.match(self._text, end).end()
             if self._text[after : after + 1] in (",", "]") and after < len(self._text):
                 break
@@ -468,7 +476,7 @@ class _ArrayReader:
         )
 
     def _decoded(self) -> tuple[Any, int | None]:
-        """The item and its end; the end is None where the item is not whole."""
+        """Return the item and its end; the end is None where the item is incomplete."""
         try:
             return self._json.raw_decode(self._text, self.at)
         except _Refused as error:
@@ -479,7 +487,7 @@ class _ArrayReader:
         return None, None
 
     def _more(self) -> bool:
-        """Read a chunk and drop what was read before the position; False at the end."""
+        """Read a chunk and drop what was read before the position; return False at the end."""
         try:
             data = self._file.read(self._chunk)
             part = self._decoder.decode(data, final=not data)
