@@ -14,5 +14,5 @@ import importlib
 import sys
 
 if __name__ == "data":
-    # `python -m data.PROGRAM` in a checkout: nothing is loaded under two names.
+    # `python -m data.PROGRAM` in a checkout: no module is loaded under two names.
     sys.modules[__name__] = importlib.import_module("medmax_jax.data")
