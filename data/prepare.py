@@ -115,8 +115,7 @@ def prepare_sample(
     `kind`: one of KINDS. `rounds`: wordings of each document, from as many seeds. `vq`,
     `tokenizer`: those of `model_folder`, if they are loaded already. An unreadable image and its
     documents are left out and listed in dataset.json; if more than the share `max_unreadable` of
-    all
-    images is unreadable, the work stops. `codes`, `precision`: see build_source.
+    all images is unreadable, the work stops. `codes`, `precision`: see build_source.
     """
     if kind not in KINDS:
         raise PrepareError(f"kind is {kind!r}; use one of {', '.join(KINDS)}")

@@ -73,7 +73,7 @@ def build(
 
 
 def tokens_by(found: Records, label: str) -> dict[str, dict[str, int]]:
-    """Return name -> documents, images, tokens of text and of images; names are sources or tasks."""
+    """Return name -> documents, images, text and image tokens; names are sources or tasks."""
     group, names = found.index[label], found.names(label)
     length, image = found.index["length"], found.index["image"]
     picture = found.index["picture"]

@@ -162,7 +162,7 @@ def _plain(values: np.ndarray) -> np.ndarray:
 
 
 def _view(dataset: Any) -> Callable[[np.ndarray], np.ndarray]:
-    """Return the VOI LUT, else the first window that can be applied, else the values as they are."""
+    """Return the VOI LUT, else the first window that can be applied, else unchanged values."""
     from pydicom.pixels import apply_windowing
 
     items = dataset.get("VOILUTSequence")

@@ -90,7 +90,7 @@ class StoredCodes:
                 )
 
     def check_credentialed(self, *, burned_in: bool) -> None:
-        """Raise PrepareError unless the folder was made under the rules of a credentialed source."""
+        """Raise PrepareError unless the folder was made by the rules of a credentialed source."""
         plan = self._codes.meta["plan"]
         for name, value in (("credentialed", True), ("burned_in", burned_in)):
             if plan[name] != value:

@@ -103,8 +103,7 @@ def tokenize(
     `batch`: images that a device encodes at once; the plan contains it, since codes depend on it
     slightly (batch_encoder.py). If more than the share `max_bad` of images cannot be read, the work
     stops. `credentialed`, `burned_in`: see Plan. Raises PrepareError. The same call resumes where
-    it
-    was stopped, with any number of processes.
+    it was stopped, with any number of processes.
     """
     if not paths or len(set(paths)) != len(paths):
         raise PrepareError(f"{len(paths)} pictures, {len(set(paths))} different; list each once")
@@ -363,7 +362,7 @@ def _save(path: Path, array: np.ndarray) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write a file atomically, also across a power cut; keep an existing one: others have read it."""
+    """Write a file atomically, also across a power cut; keep an existing one: others read it."""
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
         with open(partial, "wb") as file:
@@ -419,7 +418,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _listed(folder: Path, listing: Path | None, *, credentialed: bool) -> list[str]:
-    """Return the images by path, each once: of a JSONL of rows, or all files with an image suffix."""
+    """Return the images by path, each once: of a JSONL of rows, or all files with image suffixes."""
     for path, there in ((folder, folder.is_dir()), (listing, not listing or listing.is_file())):
         if not there:
             raise PrepareError(f"{path}: not there; check --images and --list")

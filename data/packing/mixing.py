@@ -200,8 +200,7 @@ def group_by_image(
     """Return windows that hold all documents of their images; -1 is a document without one.
 
     This is an interpretation of image-centric training (IMAX, arXiv 2504.09967), not a
-    reproduction:
-    the paper's order of training is not published.
+    reproduction: the paper's order of training is not published.
     """
     alone = len(documents) + np.arange(len(documents))  # more than any image number that occurs
     _, number = np.unique(pictures, return_inverse=True)

@@ -61,8 +61,7 @@ def plan(
 
     Packing is best-fit decreasing within windows: each document, longest first, goes into the
     fullest row that still has enough free tokens. Rows are then shuffled within their window, so
-    that
-    a window does not begin with its long documents. `windows` None: every document once.
+    that a window does not begin with its long documents. `windows` None: every document once.
     """
     if windows is None:
         windows = shuffled(np.arange(len(lengths)), seed=seed, epoch=epoch)
@@ -126,8 +125,7 @@ def shuffle(n: int, seed: int, epoch: int, stream: int) -> Int[np.ndarray, "n"]:
     """Return a permutation of 0 .. n-1, different for each (seed, epoch, stream).
 
     It uses sorted raw draws, not Generator.permutation: numpy guarantees the raw stream forever,
-    the
-    permutation only within one version, and a resumed run must reproduce its old order.
+    the permutation only within one version, and a resumed run must reproduce its old order.
     """
     bits = np.random.PCG64(np.random.SeedSequence([seed, epoch, stream]))
     return np.argsort(bits.random_raw(n), kind="stable")

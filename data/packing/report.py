@@ -92,9 +92,8 @@ def best_fit_row_count(lengths: Int[np.ndarray, "n"], seq_len: int) -> int:
     """Return the number of rows of best-fit decreasing over all documents at once.
 
     Rows with equal free space are interchangeable, so they are only counted: bit r of `open_` is
-    set
-    if some row has r free tokens, and the lowest set bit from a document's length on is its best
-    fit.
+    set if some row has r free tokens, and the lowest set bit from a document's length on is its
+    best fit.
     """
     count, open_, rows = [0] * (seq_len + 1), 0, 0
     for length in np.sort(lengths)[::-1].tolist():

@@ -21,8 +21,7 @@ def read_texts(path: str | Path) -> list[dict[str, Any]]:
     """Return the rows of a file, each with the fields above; raise RecordsError or OutgoingError.
 
     For a row that is credentialed, or that does not state its class, messages contain only the
-    row's
-    number, the field and the type.
+    row's number, the field and the type.
     """
     try:
         rows = [row for _, row in read_objects(path)]
