@@ -131,7 +131,10 @@ def duplicate_groups(
 
 
 def normalized_words(text: str) -> list[str]:
-    """Return lower-case words without punctuation: "No focal-consolidation." -> no focal consolidation."""
+    """Return lower-case words without punctuation.
+
+    "No focal-consolidation."  ->  no focal consolidation
+    """
     return _WORD.findall(text.lower())
 
 

@@ -239,7 +239,7 @@ def _is_run(path: Path) -> bool:
 
 
 def _history(folder: Path) -> list[dict[str, Any]]:
-    """Return each start of a run and what it reads, without starts that an earlier one replaced."""
+    """Return each start of a run and what it reads, without starts that a later resume replaced."""
     facts = read_json(folder / "config.json")
     whole = {n: facts[n] for n in ("data", "plan", "config")} | dict(start=0, validation="")
     path, kept = folder / "history.jsonl", []

@@ -418,7 +418,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _listed(folder: Path, listing: Path | None, *, credentialed: bool) -> list[str]:
-    """Return the images by path, each once: of a JSONL of rows, or all files with image suffixes."""
+    """Return the images by path, each once: of a JSONL of rows, or all files with image suffix."""
     for path, there in ((folder, folder.is_dir()), (listing, not listing or listing.is_file())):
         if not there:
             raise PrepareError(f"{path}: not there; check --images and --list")
