@@ -1,4 +1,4 @@
-"""The files of the MedMax release: training rows, evaluation rows, image archives.
+"""Read the files of the MedMax release: training rows, evaluation rows, image archives.
 
 archives      The published image archives, unpacked under limits: images.tar.gz.aa to .aq, and
               slake.tar.gz.

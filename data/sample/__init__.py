@@ -23,5 +23,5 @@ import importlib
 import sys
 
 if __name__ == "data.sample":
-    # `python -m data.sample.PROGRAM` in a checkout: nothing is loaded under two names.
+    # `python -m data.sample.PROGRAM` in a checkout: no module is loaded under two names.
     sys.modules[__name__] = importlib.import_module("medmax_jax.data.sample")
