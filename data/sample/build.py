@@ -82,7 +82,10 @@ def drop_near_copies(pictures: list[SampleImage]) -> list[SampleImage]:
 
 
 def thumbnail(pixels: Shaped[np.ndarray, "..."]) -> Float[np.ndarray, "n"]:
-    """Return the unit vector, mean zero, of the 32 x 32 gray image; dot products correlate."""
+    """Return the unit vector, mean zero, of the 32 x 32 gray image.
+
+    The dot product of two such vectors is a correlation.
+    """
     small = Image.fromarray(pixels).convert("L").resize((32, 32), Image.Resampling.BOX)
     vector = np.asarray(small, dtype=np.float64).ravel()
     vector -= vector.mean()

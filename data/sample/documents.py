@@ -189,7 +189,10 @@ def _report(row: dict, rng: random.Random) -> list[dict]:
 
 
 def _chat(row: dict, rng: random.Random) -> list[dict]:
-    """Return a conversation of two to three turns; the image precedes or follows question 1."""
+    """Return a conversation of two to three turns.
+
+    The image is placed before or after the first question.
+    """
     opening, *more = _turns(row, rng)
     rng.shuffle(more)
     turns = [opening, *more[: rng.choice((1, 2, 2))]]

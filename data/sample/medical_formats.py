@@ -40,7 +40,7 @@ class Volume:
     spacing: tuple[float, float, float]
 
     def slice(self, plane: str, k: int) -> Shaped[np.ndarray, "h w"]:
-        """Return one upright slice; coronal and sagittal ones need cubic voxels for true aspect."""
+        """Return one upright slice; coronal and sagittal ones need cubic voxels to look right."""
         if plane == "axial":
             return self.data[k]
         if max(self.spacing) > 1.01 * min(self.spacing):
@@ -119,7 +119,10 @@ def _voxels(body: bytes, dtype: np.dtype, sizes: list[int]) -> Shaped[np.ndarray
 
 
 def _canonical(data: Shaped[np.ndarray, "k j i"], axes: Float[np.ndarray, "3 3"]) -> Volume:
-    """Return voxels in canonical order; rows of `axes` (left, back, up) are their stored axes."""
+    """Return voxels in canonical order.
+
+    The stored axes point along the rows of `axes` (left, back, up).
+    """
     main = np.abs(axes).argmax(axis=1)  # which body axis each stored axis is along
     length = np.abs(axes).max(axis=1)
     if sorted(main) != [0, 1, 2] or (length < 0.99 * np.linalg.norm(axes, axis=1)).any():

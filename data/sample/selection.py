@@ -115,7 +115,7 @@ ATLASES = (
 def atlas_pictures(
     archive: Archive, package: str, path: str, group: str, facts: Facts
 ) -> Iterator[SampleImage]:
-    """Yield slices of a template volume in three planes, eight evenly spaced from the middle."""
+    """Yield slices of a template volume in three planes: eight, evenly spaced, in each middle."""
     volume = read_nifti(archive.read(path))
     for number, plane in enumerate(("axial", "coronal", "sagittal")):
         size = volume.data.shape[number]

@@ -1,7 +1,7 @@
 """Build one of the thirteen sources as a folder of records; `data.prepare build` is its program.
 
     published files -> rows -> (a seeded sample) -> images to codes -> token ids -> records
-                         \-> malformed, or left out by a rule: counted by reason
+                         \\-> malformed, or left out by a rule: counted by reason
 
 The rows are read twice, once to count and draw, once to write, so that memory holds a few images
 whatever the source's size. A sample has the rows whose hash of seed and id is smallest: it does not
