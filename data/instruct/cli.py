@@ -1,8 +1,8 @@
 """Define the command `python -m data.prepare instruct`: its flags, cost estimate and cost report.
 
-python -m data.prepare instruct --from captions.jsonl --images D --out D2 \
-    --scores scores.jsonl --threshold 0.3 --key_env OPENAI_API_KEY \
-    --endpoint gpt-4o@https://api.openai.com/v1 --price_in 2.5 --price_out 10 \
+python -m data.prepare instruct --from captions.jsonl --images D --out D2 \\
+    --scores scores.jsonl --threshold 0.3 --key_env OPENAI_API_KEY \\
+    --endpoint gpt-4o@https://api.openai.com/v1 --price_in 2.5 --price_out 10 \\
     --filter_endpoint gpt-4o-mini@https://api.openai.com/v1 --filter_price_in .. [--dry_run]
 """
 

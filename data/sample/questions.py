@@ -143,7 +143,7 @@ def _balanced(
 def checklists(rows: list[dict], seed: int) -> list[tuple[dict, str]]:
     """Return (row, text) once per row: its closed questions as lines, in any order.
 
-    "an MRI:yes\nthe heart:no\na CT:no". Per value "yes" occurs as often as "no".
+    "an MRI:yes\\nthe heart:no\\na CT:no". Per value "yes" occurs as often as "no".
     """
     rng = random.Random(f"{seed} checklists")
     words = {f"closed/{family.template}": family.words for family in CLOSED}

@@ -8,7 +8,7 @@
     Quilt-Instruct          quilt_instruct_107k.json                              quilt_instruct/
 
     {"id": "..", "image": "a.jpg" or ["images/a.jpg", ..],
-     "conversations": [{"from": "human", "value": "<image>\n.."}, {"from": "gpt", "value": ".."}]}
+     "conversations": [{"from": "human", "value": "<image>\\n.."}, {"from": "gpt", "value": ".."}]}
 
 Some files of LLaVA-Med misspell the key as "conversatons". None has splits: all is "train".
 Read at: github.com/microsoft/LLaVA-Med README.md, llava/data/download_images.py (an image is named

@@ -9,9 +9,9 @@
 The tables come with MIMIC-CXR-JPG, the reports and DICOM files with MIMIC-CXR; reports may be
 stored under mimic-cxr-reports/, as in their zip. split is train, validate or test.
 
-    report      "    FINAL REPORT\n EXAMINATION:  CHEST (PA AND LAT)\n\n FINDINGS: \n ..
-                 \n IMPRESSION: \n ..", with ___ where an identifier was removed
-    document    "<image>Examine this ..<reserved08706>Findings: ..\nImpression: .."
+    report      "    FINAL REPORT\\n EXAMINATION:  CHEST (PA AND LAT)\\n\\n FINDINGS: \\n ..
+                 \\n IMPRESSION: \\n ..", with ___ where an identifier was removed
+    document    "<image>Examine this ..<reserved08706>Findings: ..\\nImpression: .."
                 "Generate a chest x-ray for ..<reserved08706><image>"
 
 Half of the radiographs, by hash, request the report, half the image, as in MedMax. Only the last
@@ -69,7 +69,7 @@ def read(folder: pathlib.Path, plan: Plan) -> Iterator[Row | RejectedRow]:
 def sections(report: str) -> dict[str, str]:
     """Return the last section of each heading, in one line, without placeholders.
 
-    sections("FINDINGS:  Clear\n lungs, ___.\n IMPRESSION: Normal.")
+    sections("FINDINGS:  Clear\\n lungs, ___.\\n IMPRESSION: Normal.")
     ->  {"FINDINGS": "Clear lungs.", "IMPRESSION": "Normal."}
     """
     marks = list(_HEADING.finditer(report))
