@@ -3,7 +3,7 @@
 __main__       Predict whether a run fits, its best possible speed and its cost.
 analytic       Estimate memory by part and bytes on the network by arithmetic, roughly and within a
                second.
-compile        Compile the true training step, and the decode loop, for a machine that is not
+compile        Compile the actual training step, and the decode loop, for a machine that is not
                available.
 compile_cache  Cache the compiler's answers in a folder: each program is compiled once, and work can
                resume.

@@ -1,6 +1,6 @@
 """python -m medmax_jax.plan --config=configs/medmax_7b_lora.py --topology=v5e:4x4 [--seq=2048] ...
 
-Predict whether a run fits, its best possible speed and its cost. The program compiles the true
+Predict whether a run fits, its best possible speed and its cost. The program compiles the actual
 training step, and the decode loop, for a machine that is not available; nothing is allocated.
 Answers are stored in --cache.
 

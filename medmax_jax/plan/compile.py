@@ -1,4 +1,4 @@
-"""Compile the true training step, and the decode loop, for a machine that is not available.
+"""Compile the actual training step, and the decode loop, for a machine that is not available.
 
 Nothing is allocated: state, base and batch are shapes with shardings. If the compiler runs out of
 memory, that is an answer too. What each device holds at the peak of the step:

@@ -244,7 +244,7 @@ def nonnegative(
     target: Float[np.ndarray, "n"],
     weights: Float[np.ndarray, "g n"],
 ) -> Float[np.ndarray, "g k"]:
-    """Solve weighted least squares with coefficients >= 0; all choices of zeros are tried (k <= 3)."""
+    """Solve weighted least squares with coefficients >= 0, by trying all choices of zeros (k <= 3)."""
     weighted = basis * weights[:, :, None]
     gram = np.swapaxes(weighted, 1, 2) @ basis
     right = np.swapaxes(weighted, 1, 2) @ target
