@@ -89,7 +89,7 @@ def _files(
 
 
 def _encoded(items: list[EvalItem], folder: Path | None, encoder: Encoder) -> list[EvalItem]:
-    """Return items with the codes of their files; one whose file is unreadable remains without."""
+    """Return items with the codes of their files; an item whose file is unreadable has none."""
     paths = sorted({item.path for item in items if item.sha and item.path and not item.codes})
     each = (
         near_duplicates.encode_files(encoder, [folder / path for path in paths])

@@ -110,7 +110,7 @@ def open_image(
 
 
 def log_to_stderr() -> None:
-    """Log the lines of the preparing programs to stderr, with the time."""
+    """Log the lines of the data preparation programs to stderr, with the time."""
     # Not logging.basicConfig: a library may have given the root logger a handler and a level.
     handler = logging.StreamHandler()
     handler.setFormatter(PrintableFormatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))

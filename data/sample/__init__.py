@@ -1,7 +1,6 @@
 """Provide the embedded sample: real biomedical images, licenses and texts.
 
-build            Make the sample images: python -m data.sample.build --out DIR [--cache DIR]
-                 [--extra]
+build            Make the sample images from pinned packages.
 dicom_selection  Select the DICOM files of the sample, with the header field that proves every fact
                  about them.
 documents        Make documents from manifest rows: training in MedMax's release schema,

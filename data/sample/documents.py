@@ -222,8 +222,9 @@ def _turns(row: dict, rng: random.Random) -> list[tuple[str, str]]:
 
 
 def _chat_answer(row: dict, reference: str, rng: random.Random) -> dict:
-    """Return the answer in the form of the released visual_chat rows, see
-    data/release/chat_answers.py.
+    """Return the answer in the form of the released visual_chat rows.
+
+    data/release/chat_answers.py documents this form.
     """
     chest = row["modality"] == "X-ray" and row["body_part"] == "chest"
     domain = {name: row["modality"] == kind for name, kind in DOMAINS.items()}

@@ -1,6 +1,6 @@
 """Fit a law to a table: variable projection over a grid of exponents, then refine all parameters.
 
-    minimise   sum_i w_i Huber_delta(ln prediction_i - ln y_i)      summed, never averaged
+    minimize   sum_i w_i Huber_delta(ln prediction_i - ln y_i)      summed, never averaged
 
 The sum matters to minimizers whose tolerances are relative to max(|f|, 1), such as scipy's
 L-BFGS-B: a mean of about 1e-6 counts as converged wherever it starts, which "confirms" any
@@ -244,7 +244,7 @@ def nonnegative(
     target: Float[np.ndarray, "n"],
     weights: Float[np.ndarray, "g n"],
 ) -> Float[np.ndarray, "g k"]:
-    """Solve weighted least squares with coefficients >= 0, by trying all choices of zeros (k <= 3)."""
+    """Solve weighted least squares with coefficients >= 0, trying all sets of zeros (k <= 3)."""
     weighted = basis * weights[:, :, None]
     gram = np.swapaxes(weighted, 1, 2) @ basis
     right = np.swapaxes(weighted, 1, 2) @ target
