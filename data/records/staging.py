@@ -59,7 +59,7 @@ def stage_to_disk(folder: str | os.PathLike) -> Path:
 
 
 def _whole(place: Path, shards: list[_File]) -> bool:
-    """Return whether a copy has all its files; separate checks validate their content."""
+    """Return whether a copy has all its files; their content has its own checks."""
     names = {file.name: file.size for file in shards}
     found = {p.name: p.stat().st_size for p in place.glob("*")}
     return {META, INDEX} <= found.keys() and names.items() <= found.items()

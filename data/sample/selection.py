@@ -115,7 +115,10 @@ ATLASES = (
 def atlas_pictures(
     archive: Archive, package: str, path: str, group: str, facts: Facts
 ) -> Iterator[SampleImage]:
-    """Yield slices of a template volume in three planes: eight, evenly spaced, in each middle."""
+    """Yield slices of a template volume in three planes.
+
+    Eight evenly spaced slices are taken from the middle of each plane's range.
+    """
     volume = read_nifti(archive.read(path))
     for number, plane in enumerate(("axial", "coronal", "sagittal")):
         size = volume.data.shape[number]

@@ -318,7 +318,7 @@ def _rank(seed: int, row_id: str) -> int:
 
 
 def _keep(heap: list[tuple[int, str]], item: tuple[int, str], size: int) -> None:
-    """Keep the `size` largest items: ranks are negative, so those of the smallest hashes."""
+    """Keep the `size` largest items; ranks are negative, so these have the smallest hashes."""
     if len(heap) < size:
         heapq.heappush(heap, item)
     else:

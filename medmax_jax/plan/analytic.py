@@ -210,7 +210,7 @@ def rates(
 
 
 def _between(topology: Topology, found: dict[str, Any]) -> float:
-    """Return the seconds for the gradients, which are half as large as the optimizer's moments."""
+    """Return the seconds for the gradients, whose size is half of the optimizer's moments."""
     if topology.slices == 1:
         return 0.0
     gradients = found["parts"]["optimiser"] / 2 * flops.GIB

@@ -75,9 +75,10 @@ def train(run: Run, topology: Topology) -> Program:
 
 
 def decode(run: Run, topology: Topology, *, mode: str, rows: int, prompt: int) -> Program:
-    """Return the loop that answers `rows` prompts of `prompt` tokens, with a full KV cache.
+    """Return the loop that answers `rows` prompts of `prompt` tokens.
 
-    `mode`: text, image or mixed, as in generate; an answer has at most sample.max_gen_len tokens.
+    Every KV-cache slot and every position in it is in use. `mode`: text, image or mixed, as in
+    generate; an answer has at most sample.max_gen_len tokens.
     """
     streams = {"text": 1, "image": 2, "mixed": 3}[mode]
     codes, context = run.vq.codes_per_image, run.model.context_length

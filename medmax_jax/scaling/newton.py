@@ -51,7 +51,10 @@ def minimize(
     low: Float[np.ndarray, "p"],
     high: Float[np.ndarray, "p"],
 ) -> tuple[Float[np.ndarray, "m p"], Float[np.ndarray, "m"], Bool[np.ndarray, "m"]]:
-    """Return (vectors, values, which have converged). `evaluate(vectors, which)`: Local."""
+    """Return (vectors, values, which have converged).
+
+    `evaluate(vectors, which)` returns the functions numbered `which` around `vectors`.
+    """
     vectors = np.clip(starts, low, high)
     todo, damping = np.arange(len(vectors)), np.full(len(vectors), DAMPING)
     now = evaluate(vectors, todo)

@@ -180,7 +180,10 @@ def _finished(run: SweepRun, home: Path) -> bool:
 
 
 def _diverged(home: Path) -> bool:
-    """Return whether the last step was not finite: medmax_jax.train writes a file with it."""
+    """Return whether the last step was not finite.
+
+    medmax_jax.train leaves a file with the number of that step.
+    """
     ends = [path.stem.rpartition("_")[2] for path in home.glob("not_finite_*.json")]
     reached = max((r["step"] for r in _metrics(home)), default=0)
     return any(step.isdecimal() and int(step) > reached for step in ends)
