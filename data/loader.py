@@ -1,8 +1,8 @@
-"""Step number -> the batch of that step: packed rows, and the loss weight of every token.
+"""Map a step number to the batch of that step: packed rows, and the loss weight of every token.
 
-A batch is a function of (records, run, step). There is no reader state: to resume is to ask for
-the next step, on any number of hosts. Row r of step s is row s * batch_size + r of the packed
-epochs; host h of H reads the h-th H-th of the rows of a step.
+A batch is a function of (records, run, step). The loader has no reader state: a resumed run
+requests the next step, on any number of hosts. Row r of step s is row s * batch_size + r of the
+packed epochs; host h of H reads the h-th of H equal parts of the rows of a step.
 
     documents   A = 0 11 12 8710 13 2        one turn: scored 13 2
                 B = 0 21 22 2                no separator: scored 21 22 2
@@ -12,9 +12,9 @@ epochs; host h of H reads the h-th H-th of the rows of a step.
     positions   0   1   2     3   4   5   0   1   2   3   0   0
     weights     0   0   0     0  1/4 1/4  0  1/6 1/6 1/6  0   0
 
-`weights[:, t]` belongs to the prediction of ids[:, t] from what stands before it, so the loss of a
-step is sum(weights * nll); they sum to 1 over the global batch. With loss_weight token each scored
-token above has 1/5.
+`weights[:, t]` belongs to the prediction of ids[:, t] from the tokens before it, so the loss of a
+step is sum(weights * nll); the weights sum to 1 over the global batch. With loss_weight token, each
+scored token above has weight 1/5.
 """
 
 import dataclasses
@@ -35,17 +35,17 @@ from medmax_jax.training.batch import MAX_GROUPS, Batch, BatchStats
 
 
 def train_batches(run: Run, folder: str) -> "BatchLoader":
-    """Training: `run.train.steps` batches, as many epochs as that takes."""
+    """Return the training batches: `run.train.steps` batches, over as many epochs as they need."""
     return BatchLoader(run, folder, one_pass=False)
 
 
 def eval_batches(run: Run, folder: str) -> "BatchLoader":
-    """Evaluation: every document once; the last batch is filled up with empty rows."""
+    """Return the evaluation batches: every document once; empty rows fill up the last batch."""
     return BatchLoader(run, folder, one_pass=True)
 
 
 class BatchLoader:
-    """`len(self)` steps; a batch is this host's rows of a step, stats are of all rows."""
+    """Loads `len(self)` steps; a batch holds this host's rows of a step, stats cover all rows."""
 
     def __init__(
         self,
@@ -53,15 +53,15 @@ class BatchLoader:
         folder: str,
         *,
         one_pass: bool,
-        host: int | None = None,  # this process
-        hosts: int | None = None,  # all processes
+        host: int | None = None,  # default: this process
+        hosts: int | None = None,  # default: all processes
     ):
         self.records = reader.open_records(folder)
         self._run = run
         self._host = jax.process_index() if host is None else host
         self._hosts = jax.process_count() if hosts is None else hosts
         self._check()
-        # Held-out documents are met once each, whatever training draws.
+        # Each held-out document is used exactly once, whatever training draws.
         everything = dict(weights="", leave_out="", fraction=1.0)
         self._mixing = dataclasses.replace(run.mixing, **everything) if one_pass else run.mixing
         self._epochs = mixing.epochs(self.records, run.data, self._mixing)
@@ -81,11 +81,11 @@ class BatchLoader:
         return len(self._steps)
 
     def batch(self, step: int) -> Batch:
-        """The rows of this host at a step."""
+        """Return the rows of this host at a step."""
         return self._steps[self._in_range(step)]
 
     def stream(self, start_step: int) -> Iterator[Batch]:
-        """The batches from `start_step` to the end; a thread makes the next one ahead."""
+        """Yield the batches from `start_step` to the end; a thread prepares the next one."""
         if start_step == len(self):
             return iter(())
         rest = self._steps.slice(slice(self._in_range(start_step), None))
@@ -93,7 +93,7 @@ class BatchLoader:
         return iter(rest.to_iter_dataset(ahead))
 
     def stats(self, step: int) -> BatchStats:
-        """Counts of the whole batch of a step, without reading its documents."""
+        """Return the counts of the complete batch of a step, without reading its documents."""
         size, seq_len = self._run.data.batch_size, self._run.data.seq_len
         documents = np.concatenate(self._rows(self._in_range(step)))
         names = (mask := self._run.data.mask, f"{mask}_image")
@@ -111,7 +111,7 @@ class BatchLoader:
         )
 
     def document_names(self, step: int) -> list[str]:
-        """The documents of a step as source/id; of credentialed ones only a digest of the id."""
+        """Return the documents of a step as source/id; for credentialed ones a digest of the id."""
         return [
             f"{d.source}/sha256:{hashlib.sha256(d.id.encode()).hexdigest()[:16]}"
             if egress.is_credentialed(d.credential)
@@ -120,12 +120,12 @@ class BatchLoader:
         ]
 
     def epoch_tokens(self) -> int:
-        """Tokens of the documents that this run may draw, each counted once."""
+        """Return the tokens of the documents that this run may draw, each counted once."""
         documents = mixing.eligible_documents(self.records, self._run.data, self._mixing)
         return int(self.records.index["length"][documents].sum())
 
     def describe(self) -> list[str]:
-        """What an epoch holds, for the log: documents, rows, shares, what is left out."""
+        """Return log lines about an epoch: documents, rows, shares, and what is left out."""
         found, data, plan = self.records, self._run.data, self._epochs.first
         tokens = int(found.index["length"][plan.documents].sum())
         lines = [
@@ -156,7 +156,7 @@ class BatchLoader:
         return _batch(held, stats, self._run)
 
     def _rows(self, step: int) -> list[np.ndarray]:
-        """Document numbers of each row of the global batch."""
+        """Return the document numbers of each row of the global batch."""
         size, none = self._run.data.batch_size, np.zeros(0, np.int32)
         return [
             self._epochs.row(i) if self._last is None or i < self._last else none
@@ -187,7 +187,7 @@ class BatchLoader:
 
 
 def _kinds(records: reader.Records) -> tuple[list[tuple[str, str]], np.ndarray]:
-    """The pairs of source and task that occur, and each document's place among them."""
+    """Return the pairs of source and task that occur, and the index of each document's pair."""
     sources, tasks = records.names("source"), records.names("task")
     numbers = records.index["source"].astype(np.int64) * len(tasks) + records.index["task"]
     found, kind = np.unique(numbers, return_inverse=True)

@@ -1,20 +1,20 @@
-"""What MedMax is mixed of: thirteen sources and six tasks, as published; and the embedded sample.
+"""Define the MedMax mixture: thirteen sources and six tasks, as published; and the embedded sample.
 
-The one table. Percentages are those of the authors' two charts, printed to 0.1; instances are
-percent x 1.47M, itself rounded to 10K, so `expected` is a range. `noted` are counts in thousands
-from a summary of the paper, rounded as it gives them. The charts agree with each other and with the
-notes, but for:
+This is the only such table. Percentages are those of the authors' two charts, printed to 0.1;
+instances are percent x 1.47M, itself rounded to 10K, so `expected` is a range. `noted` holds counts
+in thousands from a summary of the paper, rounded as the summary gives them. The charts agree with
+each other and with the notes, with these exceptions:
 
     captioning : generation   18.3 % : 3.4 % in the chart, 160K : 160K in the notes
-    PMC-OA, Quilt-1M          the notes count captioning and generation only (83K, 100K); in the
-                              chart's 147K and 122K there is interleaved generation too
+    PMC-OA, Quilt-1M          the notes count captioning and generation only (83K, 100K); the
+                              chart's 147K and 122K include interleaved generation too
     interleaved generation    86.7K in the chart, 88K in the notes
 
 `licence` is what the source's own publisher states; Apache-2.0 on the card of medmax_data does not
 replace it. `data_class`: open, licence-bound (terms or a gate beyond attribution, or none stated),
-or credentialed. `credential` is the release's column: which rows have yes is not published.
-`weight`: how often a document is seen in an epoch; MedMax draws each once. `python -m data.mixture`
-prints the table; docs/data.md says where each licence was read.
+or credentialed. `credential` is that column of the MedMax release: which rows have yes is not
+published. `weight`: how often an epoch contains a document; MedMax draws each once. `python -m
+data.mixture` prints the table; docs/data.md states where each license was read.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ OPEN, BOUND, CREDENTIALED = "open", "licence-bound", "credentialed"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-    """One source. `percent` None: no part of MedMax. `credential`: yes, no, or unknown."""
+    """One source. `percent` None: not part of MedMax. `credential`: yes, no, or unknown."""
 
     name: str
     percent: float | None
@@ -46,12 +46,12 @@ class Source:
 
     @property
     def instances(self) -> int | None:
-        """About how many, from the percentage."""
+        """Return the approximate number of instances, computed from the percentage."""
         return None if self.percent is None else round(self.percent / 100 * INSTANCES)
 
     @property
     def expected(self) -> tuple[int, int] | None:
-        """The fewest and the most documents that round to the chart's percentage."""
+        """Return the fewest and the most documents that round to the chart's percentage."""
         if self.percent is None:
             return None
         low = (self.percent - 0.05) / 100 * (INSTANCES - _ROUNDING)
@@ -222,7 +222,7 @@ CAPTION_SHARE = TASKS[CAPTION] / (TASKS[CAPTION] + TASKS[GENERATION])  # the cha
 
 
 def compare(name: str, documents: int) -> str:
-    """How far a build of one source is from what MedMax took of it, in words."""
+    """Describe how far a build of one source is from the number that MedMax took from it."""
     source = BY_NAME[name]
     low, high = source.expected
     said = f"{name}: {documents:,} documents; the chart's {source.percent} % is {low:,} to {high:,}"
@@ -236,7 +236,7 @@ def compare(name: str, documents: int) -> str:
 
 
 def markdown() -> str:
-    """The table of docs/data.md."""
+    """Return the table of docs/data.md."""
     lines = [
         "| source | % | documents by the chart | notes | domain | from | tasks | credential |"
         " class | weight | licence |",

@@ -1,12 +1,12 @@
-"""python -m data.objective [--records D] [--mask answers]: each task's share of the objective.
+"""python -m data.objective [--records D] [--mask answers]: compute task shares of the objective.
 
     document   the mean of each document's mean: a task weighs as many documents as it has
     token      the mean over scored tokens: it weighs as many tokens as its answers have
 
-The share of a task is the sum of the loss weights of its targets, which is the share of the
-gradient that comes from it, when each target's own gradient is as large. Of a folder of records the
-shares are counted. Without one they are MedMax's, from the published percentages and a length model
-that agrees with the published mean of 1,156 tokens a document:
+The share of a task is the sum of the loss weights of its targets. It equals the task's share of the
+gradient if each target's own gradient has the same size. For a folder of records the shares are
+counted. Without one they are MedMax's, computed from the published percentages and a length model
+that agrees with the published mean of 1,156 tokens per document:
 
     every document     BOS, SEP and EOS, one image of 1,026 tokens, a question of --question tokens
     VQA                an answer of one token; the rest of the text is spread evenly over the others
@@ -32,13 +32,13 @@ from medmax_jax.data.records.reader import open_records
 IMAGE, MEAN = 1_026, 1_156  # tokens of an image with BOI and EOI, and of a document
 CODES = 1_024  # of an image; BOI and EOI are text targets
 CONTROL = 3  # BOS, SEP and EOS
-VQA_ANSWER = 1  # the evaluation lets closed and multiple-choice answers have one token
+VQA_ANSWER = 1  # the evaluation allows one token for closed and multiple-choice answers
 QUESTION = 15  # tokens of a question; not published, so a flag
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DocumentGroup:
-    """Documents alike: a percentage of all, and the scored tokens of one."""
+    """A group of similar documents: its percentage of all, and the scored tokens of one."""
 
     task: str
     percent: float
@@ -47,12 +47,12 @@ class DocumentGroup:
 
 
 def published_groups(*, question: float, caption_share: float) -> list[DocumentGroup]:
-    """MedMax's kinds of documents. `caption_share`: captions among captions and generations."""
+    """Return MedMax's document groups. `caption_share`: captions among captions and generations."""
     both = TASKS[CAPTION] + TASKS[GENERATION]
     percent = TASKS | {CAPTION: both * caption_share, GENERATION: both * (1 - caption_share)}
     total = sum(percent.values())
     text = (MEAN - IMAGE - CONTROL) * total  # of all documents, questions included
-    asked = question * (total - percent[GENERATION])  # there the text itself is the question
+    asked = question * (total - percent[GENERATION])  # generation: the text is the question
     long = (text - asked - VQA_ANSWER * percent[VQA]) / (total - percent[VQA])
     if long <= VQA_ANSWER:
         raise ValueError(
@@ -79,7 +79,7 @@ def published_groups(*, question: float, caption_share: float) -> list[DocumentG
 
 
 def groups_in_records(folder: str, mask: str) -> list[DocumentGroup]:
-    """A kind for each document of a folder of records."""
+    """Return one group for each document of a folder of records."""
     found = open_records(folder)
     image = found.index[f"{mask}_image"]
     text = found.index[mask] - image
@@ -91,7 +91,7 @@ def groups_in_records(folder: str, mask: str) -> list[DocumentGroup]:
 
 
 def shares(kinds: list[DocumentGroup]) -> dict[str, dict[str, float]]:
-    """By task: percent of the objective under both choices, and of that the image codes'.
+    """Return, by task, the percent of the objective under both choices, and the image codes' part.
 
     VQA 50 %: 1 text; Image Generation 50 %: 1 text, 2 image
         {"VQA": {"document": 50, "document_image": 0, "token": 25, "token_image": 0},
@@ -112,7 +112,7 @@ def shares(kinds: list[DocumentGroup]) -> dict[str, dict[str, float]]:
 
 
 def markdown(kinds: list[DocumentGroup]) -> str:
-    """The table of docs/objective.md."""
+    """Return the table of docs/objective.md."""
     table = shares(kinds)
     lines = [
         "| task | `document` | its image codes | `token` | its image codes | ratio |",
@@ -128,7 +128,7 @@ def markdown(kinds: list[DocumentGroup]) -> str:
 
 
 def main() -> None:
-    """The program."""
+    """Run the program."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -146,7 +146,7 @@ def main() -> None:
             kinds = groups_in_records(args.records, args.mask)
         else:
             kinds = published_groups(question=args.question, caption_share=args.captions)
-    except ValueError as error:  # RecordsError is one
+    except ValueError as error:  # RecordsError is a subclass
         sys.exit(str(error))
     print(markdown(kinds))
 

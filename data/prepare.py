@@ -1,4 +1,4 @@
-"""From pictures and text to the folder of records that training reads.
+"""Convert images and text to the folder of records that training reads.
 
 python -m data.prepare sample --out D [--split train] [--kind instruction] [--views 4] [--rounds 1]
 python -m data.prepare build --source SLAKE --from FOLDER --out D --model M [--sample N --seed S]
@@ -8,21 +8,23 @@ python -m data.prepare eval_items --benchmark slake --from FOLDER --out D     to
 python -m data.prepare unpack --from images.tar.gz.a* --out D     and their images:
                                                                   data/release/archives.py
 python -m data.prepare tokenize --images D --out D2 --model M     to codes, for --codes D2
-python -m data.prepare documents --from documents.jsonl --images D --out D2     of jsonl.py
+python -m data.prepare documents --from documents.jsonl --images D --out D2     in the format of
+                                                                  data/records/jsonl.py
 python -m data.prepare instruct --help   captions to interleaved instructions by an LLM
-python -m data.prepare check D [--against EVAL]    damage, doubles, leaks: check.py
-python -m data.prepare stats D [--out PAGE]     what is in it, and how well it packs; a page
-python -m data.prepare plan D --seq_len N [--row 17] [--save F.npz]    how full rows are, who is in
-    one; plan F.npz [--row 17] of what was saved
+python -m data.prepare check D [--against EVAL]    corrupt records, duplicates, and overlap with an
+    evaluation set: data/analysis/check.py
+python -m data.prepare stats D [--out PAGE]     contents and packing efficiency; an HTML page
+python -m data.prepare plan D --seq_len N [--row 17] [--save F.npz]    how full rows are, and the
+    documents of one row; plan F.npz [--row 17] reads a saved plan
 python -m data.prepare who_saw HASH --in FOLDER ..    shards, plans, runs, checkpoints of an image
 
-    manifest row -> picture -> views 0 .. n-1 -> VQGAN codes --+
-                 -> documents (text with <image>) -------------+-> token ids -> records
+    manifest row -> image -> views 0 .. n-1 -> VQGAN codes --+
+                 -> documents (text with <image>) -----------+-> token ids -> records
 
-The documents of a picture are dealt over its views in turn. A picture whose facts a crop could make
-untrue (a count, a marked lesion) is never cropped. Exit codes: 0 done, 1 failed, 2 wrong usage, 75
-interrupted: the same command starts again, as a folder of records is written whole or not at all,
-or goes on (instruct).
+The documents of an image are assigned to its views in turn. An image for which a crop could make
+facts untrue (a count, a marked lesion) is never cropped. Exit codes: 0 done, 1 failed, 2 wrong
+usage, 75 interrupted: rerun the same command. A folder of records is written atomically, so the
+command starts again; `instruct` resumes.
 """
 
 import argparse
@@ -77,8 +79,8 @@ log = logging.getLogger("medmax_jax.prepare")
 
 SAMPLE = Path(__file__).parent / "sample"
 TINY = Path(medmax_jax.__file__).parent / "tiny"
-MAX_UNREADABLE = 0.01  # of the pictures; a few broken files are usual, more is a wrong folder
-SHARD_SIZE = 4_096  # documents; about 10 MB a shard at the released document length
+MAX_UNREADABLE = 0.01  # of the images; a few broken files are usual, more indicate a wrong folder
+SHARD_SIZE = 4_096  # documents; about 10 MB per shard at the released document length
 KINDS = {
     "instruction": instruction_documents,
     "pretraining": pretraining_documents,
@@ -108,12 +110,12 @@ def prepare_sample(
     codes: Path | None = None,
     precision: str = "highest",
 ) -> dict[str, Any]:
-    """Writes one split of the sample as records; returns its dataset.json.
+    """Write one split of the sample as records; return its dataset.json.
 
     `kind`: one of KINDS. `rounds`: wordings of each document, from as many seeds. `vq`,
-    `tokenizer`: those of `model_folder`, where they are loaded already. An unreadable picture and
-    its documents are left out and listed in dataset.json; more than the share `max_unreadable` of
-    all pictures stop the work. `codes`, `precision`: as of build_source.
+    `tokenizer`: those of `model_folder`, if they are loaded already. An unreadable image and its
+    documents are left out and listed in dataset.json; if more than the share `max_unreadable` of
+    all images is unreadable, the work stops. `codes`, `precision`: see build_source.
     """
     if kind not in KINDS:
         raise PrepareError(f"kind is {kind!r}; use one of {', '.join(KINDS)}")
@@ -134,7 +136,7 @@ def prepare_sample(
 
 
 def write_texts(out: Path, split: str, kind: str, seed: int, rounds: int) -> dict[str, Any]:
-    """Writes the documents of a split of the sample as text, for `documents`; how many they are."""
+    """Write the documents of a sample split as text, for `documents`; return their number."""
     rows = [row for row in _manifest(SAMPLE) if row["split"] == split]
     lines = [json.dumps(text) + "\n" for text in _worded(kind, rows, seed, rounds)]
     Folder(out.parent).write(out.name, [line.encode() for line in lines])
@@ -153,8 +155,8 @@ def prepare_documents(
 ) -> dict[str, Any]:
     """Write the documents of a file (jsonl.py) as records; return their dataset.json.
 
-    If any row is credentialed, the folder is for its owner alone, and messages and dataset.json
-    name a row and its image by the row's number.
+    If any row is credentialed, only the owner can read the folder, and messages and dataset.json
+    identify a row and its image by the row's number.
     """
     rows = jsonl.read_texts(source)
     secret = any(egress.is_credentialed(row["credential"]) for row in rows)
@@ -165,7 +167,7 @@ def prepare_documents(
     shown = _Images(Path(images), names, secret)
     for path in names:
         if path:
-            shown.find(path)  # before anything is opened
+            shown.find(path)  # before any file is opened
     views = {path: ImageView(path, 0, "", False) for path in names if path}
     dealt = [(row, views.get(row["image_path"])) for row in rows]
     encoder = load_encoder(Path(model_folder))
@@ -174,18 +176,18 @@ def prepare_documents(
     with contextlib.ExitStack() as stack:
         if secret:
             stack.enter_context(private_folder(out))
-            stack.enter_context(dicom.silence())  # its warnings repeat headers
+            stack.enter_context(dicom.silence())  # pydicom's warnings repeat headers
         made = _documents(dealt, encoder, pictures, shown, notes, max_unreadable)
         return writer.write(out, made, shard_size=SHARD_SIZE, layout=encoder.layout, notes=notes)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Images:
-    """The image files of documents. `names`: what messages call a path."""
+    """The image files of documents. `names`: the names of paths in messages."""
 
     folder: Path
     names: Mapping[str, str]
-    secret: bool = False  # messages repeat nothing of a row or a file
+    secret: bool = False  # True: messages repeat nothing of a row or a file
 
     def find(self, path: str) -> Path:
         try:
@@ -207,7 +209,7 @@ def _manifest(sample: Path) -> list[dict[str, Any]]:
 
 
 def _worded(kind: str, rows: list[dict[str, Any]], seed: int, rounds: int) -> list[dict[str, Any]]:
-    """The documents of `rounds` seeds from `seed` on: the same facts in other words."""
+    """Return the documents of `rounds` seeds starting at `seed`: the same facts in other words."""
     found = KINDS[kind](rows, seed)
     for n in range(1, rounds):
         found += [d | {"id": f"{d['id']}-r{n}"} for d in KINDS[kind](rows, seed + n)]
@@ -217,7 +219,7 @@ def _worded(kind: str, rows: list[dict[str, Any]], seed: int, rounds: int) -> li
 def _dealt(
     texts: list[dict[str, Any]], rows: list[dict[str, Any]], views: int, seed: int
 ) -> list[tuple[dict[str, Any], ImageView | None]]:
-    """Each document with what it shows: the n-th of a picture shows view n % views."""
+    """Return each document with the view it shows: the n-th of an image shows view n % views."""
     row_of = {row["file"]: row for row in rows}
     turn: collections.Counter[str] = collections.Counter()
     dealt = []
@@ -240,7 +242,7 @@ def _documents(
     notes: dict[str, Any],
     max_unreadable: float,
 ) -> Iterator[Document]:
-    """The documents, and in `notes` what had to be left out."""
+    """Yield the documents, and record in `notes` what had to be left out."""
     files = Files(images.open, images.find, images.names.__getitem__)
     codes, unreadable = pictures([v for _, v in dealt if v], files, tell=True)
     count = len({v.path for _, v in dealt if v})
@@ -273,11 +275,11 @@ def _documents(
         yield Document(tokens=tokens, image_sha256=digest, **{n: text[n] for n in names})
 
 
-# The program.
+# ---- The program ----
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns the exit code."""
+    """Run one command; return the exit code."""
     args = _parser().parse_args(argv)
     log_to_stderr()
     try:

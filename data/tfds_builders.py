@@ -1,4 +1,4 @@
-"""Folders of records as a TensorFlow data set, written and read without TensorFlow.
+"""Convert folders of records to a TensorFlow data set, written and read without TensorFlow.
 
 python -m data.tfds_builders --from train=records/train validation=records/val --out D --name mine
 
@@ -7,9 +7,9 @@ python -m data.tfds_builders --from train=records/train validation=records/val -
     source = tfds.data_source("medmax_records/mine", data_dir="D", split="train")      # the same
     source[0]["tokens"]           int32 [T]; document(source[0]) is the Document of the records
 
-Every split holds the documents of one folder in their order; metadata.json has what their ids mean
-and the folders' fingerprints. Exit codes: 0 done, 1 failed, 2 wrong usage, 75 interrupted: the data
-set appears whole or not at all.
+Every split holds the documents of one folder in their order; metadata.json states what their ids
+mean and the folders' fingerprints. Exit codes: 0 done, 1 failed, 2 wrong usage, 75 interrupted. The
+data set is written atomically.
 """
 
 import argparse
@@ -42,18 +42,18 @@ _WORD = re.compile(r"[a-z][a-z0-9_]*")
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class RecordsConfig(tfds.core.BuilderConfig):
-    """Which folder each split is made of."""
+    """The folder that each split is made from."""
 
     folders: Mapping[str, Path]
     saw: Callable[[int], None] = dataclasses.field(repr=False)  # bytes of tokens written
 
 
 class MedmaxRecords(tfds.core.GeneratorBasedBuilder):
-    """Documents of MedMax: one token sequence of text and images each."""
+    """Documents of MedMax: each is one token sequence of text and images."""
 
     VERSION = tfds.core.Version("1.0.0")
-    # Nothing is downloaded, so no checksums lie beside this file. TFDS 4.9 would look for them with
-    # importlib_resources, which it does not require.
+    # Nothing is downloaded, so no checksums are stored next to this file. TFDS 4.9 would look for
+    # them with importlib_resources, which it does not require.
     code_path = None
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -62,13 +62,14 @@ class MedmaxRecords(tfds.core.GeneratorBasedBuilder):
             split: {"sha256": r.fingerprint, "layout": r.meta["layout"], "notes": r.meta["notes"]}
             for split, r in opened.items()
         }
-        # A Tensor, as Sequence(int32) would decode to a list of numpy scalars, thirty times slower.
+        # A Tensor, because Sequence(int32) would decode to a list of numpy scalars, thirty times
+        # slower.
         features = {"tokens": tfds.features.Tensor(shape=(None,), dtype=np.int32)}
         features |= {name: tfds.features.Text() for name in TEXTS}
         return tfds.core.DatasetInfo(
             builder=self,
             features=tfds.features.FeaturesDict(features | {"turns": np.int32}),
-            disable_shuffling=True,  # the order of the records; training shuffles by itself
+            disable_shuffling=True,  # keeps the order of the records; training shuffles by itself
             metadata=tfds.core.MetadataDict(about),
         )
 
@@ -85,7 +86,7 @@ class MedmaxRecords(tfds.core.GeneratorBasedBuilder):
 def write(
     folders: Mapping[str, str | Path], out: str | Path, *, name: str, say: Callable[[str], None]
 ) -> Path:
-    """Writes OUT/medmax_records/NAME/1.0.0, of records by split; returns that folder."""
+    """Write OUT/medmax_records/NAME/1.0.0 from records by split; return that folder."""
     for word in (name, *folders):
         if not _WORD.fullmatch(word):
             raise RecordsError(f"{word!r} is no name of a data set or split; use one like train_2")
@@ -100,7 +101,7 @@ def write(
             "credentialed documents would lie among others; make a data set of each: "
             + ", ".join(f"{split} has {r.meta['credentials']}" for split, r in opened.items())
         )
-    for left in target.parent.glob("incomplete.*"):  # of a run that was killed
+    for left in target.parent.glob("incomplete.*"):  # left by a run that was killed
         shutil.rmtree(left)
     progress = ByteProgress(4 * sum(r.meta["tokens"] for r in opened.values()), say)
     config = RecordsConfig(
@@ -116,23 +117,24 @@ def write(
 
 
 def document(example: Mapping[str, Any]) -> Document:
-    """The document that an example of a data source was made of."""
-    # Data sets from before there was a digest have none.
+    """Return the document from which an example of a data source was made."""
+    # Data sets written before the digest was added have none.
     texts = {name: example[name].decode() for name in TEXTS if name in example}
     return Document(tokens=example["tokens"], turns=int(example["turns"]), **texts)
 
 
 def _prepare(config: RecordsConfig, out: str | Path) -> None:
-    # array_record: the only format that TFDS both writes and reads at random without TensorFlow
+    # array_record: the only format that TFDS both writes and reads in random order without
+    # TensorFlow
     builder = MedmaxRecords(config=config, data_dir=os.fspath(out), file_format="array_record")
     builder.download_and_prepare()
 
 
-# The program.
+# ---- The program ----
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Writes one data set; returns the exit code."""
+    """Write one data set; return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m data.tfds_builders", description=__doc__.split("\n")[0]
     )

@@ -1,16 +1,17 @@
-"""Checks and statistics of records.
+"""Check records, compute their statistics and compare them with evaluation sets.
 
-check            `python -m data.prepare check`: every record, what comes twice, what an evaluation
-                 set shares.
-eval_set         An evaluation set as training data is compared with it: words, codes, bytes and
-                 looks of items.
-findings         What the check of records finds: its lines, and the comparisons that make them.
-near_duplicates  Equal and nearly equal: hashes of pictures and texts, and who meets whom by them.
-provenance       `python -m data.prepare who_saw HASH --in FOLDER ...`: where an image lies, and
-                 who has seen it.
-scan             One pass over records: what is wrong with each document, and what equals what, as
+check            `python -m data.prepare check`: check records for corruption, duplicates and
+                 eval-set overlap.
+eval_set         Read an evaluation set for comparison with training data: text, codes, bytes and
+                 hashes of items.
+findings         Format the findings of the check of records, and make the comparisons that they
+                 come from.
+near_duplicates  Find equal and nearly equal images and texts by their hashes.
+provenance       `python -m data.prepare who_saw HASH --in FOLDER ...`: find an image and the runs
+                 that read it.
+scan             Scan records once: problems of each document, and hashes that reveal equality, as
                  columns.
-stats            The page of `python -m data.prepare stats D --out PAGE`: what is in a folder, to
-                 look at.
-stats_plots      The plots of a page of statistics, each as PNG bytes, made of counts alone.
+stats            Write the page of `python -m data.prepare stats D --out PAGE`: the contents of a
+                 folder.
+stats_plots      Draw the plots of a page of statistics, each as PNG bytes, from counts only.
 """

@@ -1,26 +1,26 @@
-"""`python -m data.prepare check`: every record, what comes twice, what an evaluation set shares.
+"""`python -m data.prepare check`: check records for corruption, duplicates and eval-set overlap.
 
-One finding a line, tab-separated: level, kind, where, what. An `error` makes the exit code 1, a
-`note` only informs:
+It prints one finding per line, tab-separated: level, kind, where, what. An `error` makes the exit
+code 1, a `note` only informs:
 
     error  damage          a record that cannot be read, or whose CRC differs
            schema          a field that is missing or of another kind
-           ids             a token outside the vocabulary, or a control token out of place
+           ids             a token outside the vocabulary, or a misplaced control token
            image           not BOI, n codes, EOI; or a code beyond the codebook
-           separator       not as many separators as its turns need
-           written         not what was written: digest, index, an id that comes twice
+           separator       fewer or more separators than its turns need
+           written         not as written: digest, index, an id that occurs twice
            shared_codes    an evaluation image with the codes of a training image
            shared_bytes    one whose file has the same bytes
     note   same_document   documents of the same tokens
            same_codes      images of the same codes under several paths
            same_bytes      files of the same bytes under several paths
-           near_pictures   pictures at most 15 of 256 bits of pHash apart, under several paths
+           near_pictures   images whose pHash differs in at most 15 of 256 bits, under several paths
            changed_file    a file under --images that is not the one that was encoded
            unread_file     one that cannot be read
-           shared_look     an evaluation picture that near to a training picture
-           shared_text     an evaluation item with 13 words in a row of training text (GPT-3)
+           shared_look     an evaluation image that near to a training image
+           shared_text     an evaluation item with 13 consecutive words of training text (GPT-3)
 
-`--strict` makes errors of shared_look and shared_text too.
+`--strict` treats shared_look and shared_text as errors too.
 """
 
 import argparse
@@ -61,10 +61,10 @@ def check(
     strict: bool = False,
     out: Any = None,
 ) -> dict[str, Any]:
-    """Reads the folder once, compares, prints findings to `out` (stdout); returns the counts.
+    """Read the folder once, compare, print findings to `out` (stdout); return the counts.
 
-    `tokenizer`: that of the records, for words; `encoder`: decode codes to compare looks;
-    `pictures`, `held_pictures`: folders of the image files of the records and of `against`.
+    `tokenizer`: that of the records, for text; `encoder`: decodes codes to compare perceptual
+    hashes; `pictures`, `held_pictures`: folders of the image files of the records and of `against`.
     """
     found, tell = open_records(folder), findings.Findings(strict, out or sys.stdout)
     if against and tokenizer is None:
@@ -101,9 +101,9 @@ def _look(
     sides: tuple[Path | None, Encoder | None],
     tell: findings.Findings,
 ) -> tuple[Int[np.ndarray, "k"], UInt32[np.ndarray, "k 8"], int]:
-    """(a document of each picture, its look, how many are flat); fills what `sha` lacks.
+    """Return (a document of each image, its hash, how many are flat); fill missing values of `sha`.
 
-    Of decoded codes where there is an encoder, else of files.
+    The perceptual hashes are those of decoded codes if there is an encoder, else of files.
     """
     pictures, encoder = sides
     seen = (np.zeros(0, np.int64), np.zeros((0, near_duplicates.HASH_WORDS), np.uint32), 0)
@@ -138,7 +138,7 @@ def _table(
 def _images(
     found: Records, columns: scan.Columns, places: Int[np.ndarray, "_"]
 ) -> Iterator[Int[np.ndarray, "K"]]:
-    """The codes that stand at these places of the column."""
+    """Yield the codes at these indices of the column."""
     for place in places:
         images_of = scan.images_of(found[int(columns.owner[place])], found)
         yield next(
@@ -153,7 +153,7 @@ def _files(
     pictures: Path,
     tell: findings.Findings,
 ) -> Iterator[near_duplicates.Look | None]:
-    """The look of each document's file, None where there is none; notes its SHA-256."""
+    """Yield the perceptual hash of each document's file, None without one; record its SHA-256."""
     for number in numbers.tolist():
         document, look = found[number], None
         where = f"document {number}" + (
@@ -185,7 +185,7 @@ def _compared(held: tuple, grams: near_duplicates.NgramIndex) -> dict[str, Any]:
 
 
 def _example(found: Records, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """The first document in words, where it may be shown and can be read."""
+    """Return the first document as text, if it may be shown and can be read."""
     try:
         first = found[0]
     except RecordsError:
@@ -196,11 +196,11 @@ def _example(found: Records, tokenizer: Tokenizer | None) -> dict[str, Any]:
     return dict(example=first.id, text=text)
 
 
-# The command line.
+# ---- The command line ----
 
 
 def add(commands: Any, tiny: Path) -> argparse.ArgumentParser:
-    """`check`; `tiny` is the model folder that is taken where it made the records."""
+    """Add `check`; `tiny` is the model folder that is used if it made the records."""
     checked = commands.add_parser("check", help="every record, what comes twice, what leaks")
     checked.add_argument("--model", type=Path, help="model folder that wrote the records")
     checked.add_argument(
@@ -235,9 +235,9 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def resolve_tokenizer(found: Records, model: Path | None, tiny: Path) -> Tokenizer | None:
-    """That of --model, or the shipped one where it wrote the records, else None, which is told.
+    """Return that of --model, or the shipped one if it wrote the records, else None (logged).
 
-    Records that do not know their tokenizer are read by the one that was named.
+    Records that do not state their tokenizer are read with the one that was named.
     """
     wrote = found.layout.tokenizer
     try:
@@ -254,7 +254,7 @@ def resolve_tokenizer(found: Records, model: Path | None, tiny: Path) -> Tokeniz
 
 
 def encoder_matches(found: Records, model: Path | None, tiny: Path) -> bool:
-    """Whether the VQGAN at hand made the records' codes; named ones of records that name none."""
+    """Return whether this VQGAN made the codes; if the records name none, whether it was named."""
     file, wrote = (model or tiny) / "vqgan.safetensors", found.layout.vqgan
     if not wrote:
         return model is not None and file.is_file()
@@ -262,7 +262,7 @@ def encoder_matches(found: Records, model: Path | None, tiny: Path) -> bool:
 
 
 def resolve_encoder(found: Records, model: Path) -> Encoder:
-    """The VQGAN of a model folder; raises PrepareError unless it made the records' codes."""
+    """Return the VQGAN of a model folder; raise PrepareError unless it made the records' codes."""
     encoder, layout = load_encoder(model), found.layout
     alike = encoder.layout.codes_per_image == layout.codes_per_image
     if not alike or layout.vqgan not in ("", encoder.layout.vqgan):

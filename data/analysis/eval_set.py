@@ -1,7 +1,7 @@
-"""An evaluation set as training data is compared with it: words, codes, bytes and looks of items.
+"""Read an evaluation set for comparison with training data: text, codes, bytes and hashes of items.
 
 folder of records                          every document is an item
-items.jsonl {prompt, answer, image_path}   what `import` makes of the published parquet
+items.jsonl {prompt, answer, image_path}   the output of `import` for the published parquet
 """
 
 import contextlib
@@ -27,12 +27,12 @@ from medmax_jax.io.text_files import TextFileError
 from medmax_jax.models import image_headers
 from medmax_jax.models.tokenizer import IMAGE_NAME, Tokenizer
 
-MAX_LINE = 1 << 22  # characters: a prompt and an answer of eval_rows.MAX_TEXT each, and some
+MAX_LINE = 1 << 22  # characters: a prompt and an answer of eval_rows.MAX_TEXT each, with a margin
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class EvalItem:
-    """What is known of one item; `path` is its image's, codes and sha are empty where unknown."""
+    """One item; `path` is its image's, codes and sha are empty if unknown."""
 
     name: str
     words: tuple[str, ...]
@@ -42,7 +42,7 @@ class EvalItem:
 
 
 def read(path: Path, tokenizer: Tokenizer) -> list[EvalItem]:
-    """The items of a folder of records or of an items.jsonl."""
+    """Read the items of a folder of records or of an items.jsonl."""
     if path.is_dir():
         return list(_of_records(open_records(path), tokenizer))
     try:
@@ -55,10 +55,10 @@ def read(path: Path, tokenizer: Tokenizer) -> list[EvalItem]:
 def with_image_hashes(
     items: list[EvalItem], folder: Path | None, encoder: Encoder | None
 ) -> tuple[list[EvalItem], UInt32[np.ndarray, "k 8"], Int[np.ndarray, "k"], int]:
-    """(items, looks, the item of each look, pictures that cannot be read).
+    """Return (items, perceptual hashes, the item of each hash, number of unreadable images).
 
-    With a folder, bytes and looks are those of the files there. With an encoder, looks are those
-    of decoded codes, and an item without codes has its file encoded.
+    With a folder, bytes and hashes are those of the files there. With an encoder, hashes are those
+    of decoded codes, and the file of an item without codes is encoded.
     """
     files = _files(items, folder)
     unread = sum(bool(item.path) and item.path not in files for item in items) * bool(folder)
@@ -80,16 +80,16 @@ def with_image_hashes(
 def _files(
     items: list[EvalItem], folder: Path | None
 ) -> dict[str, tuple[str, near_duplicates.Look | None]]:
-    """path -> (SHA-256, look) of the files that can be read."""
+    """Return path -> (SHA-256, perceptual hash) of the files that can be read."""
     found = {}
     for path in sorted({item.path for item in items if item.path and folder is not None}):
-        with contextlib.suppress(image_headers.ImageError):  # counted by who asks
+        with contextlib.suppress(image_headers.ImageError):  # counted by the caller
             found[path] = near_duplicates.hash_file(folder, path)
     return found
 
 
 def _encoded(items: list[EvalItem], folder: Path | None, encoder: Encoder) -> list[EvalItem]:
-    """Items of files with the codes of these; one that could not be read stays without."""
+    """Return items with the codes of their files; an item whose file is unreadable has none."""
     paths = sorted({item.path for item in items if item.sha and item.path and not item.codes})
     each = (
         near_duplicates.encode_files(encoder, [folder / path for path in paths])

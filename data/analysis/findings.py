@@ -1,6 +1,6 @@
-"""What the check of records finds: its lines, and the comparisons that make them.
+"""Format the findings of the check of records, and make the comparisons that they come from.
 
-A line is level, kind, where, what, with tabs between; check.py has the table of kinds. A document
+A line is level, kind, where, what, separated by tabs; check.py has the table of kinds. A document
 of a credentialed folder is named by its number and a hash, never by id or path.
 """
 
@@ -23,7 +23,7 @@ SHOWN = 10  # members of a group in its line
 
 
 class Findings:
-    """Prints a line for each and counts them."""
+    """Prints one line for each finding and counts the findings."""
 
     def __init__(self, strict: bool, out: IO[str]):
         self._notes = set(NOTES) - ({"shared_look", "shared_text"} if strict else set())
@@ -39,7 +39,7 @@ class Findings:
         return "note" if kind in self._notes else "error"
 
     def totals(self) -> dict[str, Any]:
-        """How many of each level and kind."""
+        """Return the number of findings of each level and kind."""
         levels = collections.Counter()
         for kind, n in self.count.items():
             levels[self.level(kind)] += n
@@ -47,7 +47,7 @@ class Findings:
 
 
 class DocumentNamer:
-    """How documents are named: by number, id and path; if credentialed, by hashes alone."""
+    """Names documents: by number, id and path; if credentialed, by hashes only."""
 
     def __init__(self, found: Records, columns: scan.Columns):
         self._found, self._columns = found, columns
@@ -71,7 +71,7 @@ class DocumentNamer:
 def find_duplicates(
     columns: scan.Columns, sha: UInt64[np.ndarray, "n"], told: DocumentNamer, tell: Findings
 ) -> None:
-    """Documents, codes and files that come twice."""
+    """Report documents, codes and files that occur more than once."""
     numbers = np.arange(len(columns.name), dtype=np.uint64)
     for group in near_duplicates.duplicate_groups(columns.name, numbers):
         tell("written", told(int(group[1])), f"its id comes twice, also in document {group[0]}")
@@ -91,7 +91,7 @@ def _several(
     told: DocumentNamer,
     tell: Findings,
 ) -> None:
-    """A line for documents that show one thing; of each path, one is named."""
+    """Report documents that show the same image in one line; of each path, one is named."""
     first = group[np.sort(np.unique(path[group], return_index=True)[1])]
     tell(kind, told(int(first[0])), f"{len(first)} paths: {told.group(first)}")
 
@@ -103,7 +103,7 @@ def find_near_duplicates(
     told: DocumentNamer,
     tell: Findings,
 ) -> None:
-    """Groups of pictures that are chained by small distances; equal looks count as one first."""
+    """Report groups of images linked by small distances; equal hashes are first counted as one."""
     if not len(looks_of):
         return
     different, place = np.unique(looks_of, axis=0, return_inverse=True)
@@ -129,7 +129,7 @@ def find_shared_images(
     told: DocumentNamer,
     tell: Findings,
 ) -> None:
-    """Images that stand in both: by codes, by bytes, by look."""
+    """Report images that are in both sets: by codes, by bytes, by perceptual hash."""
     items, looks_of, owner, _ = held
     first_codes = _Table(columns.codes, columns.owner)
     first_sha = _Table(sha, np.arange(len(sha)))
@@ -156,7 +156,7 @@ def find_shared_images(
 
 
 class _Table:
-    """name -> the first document that has it, by bisection: no dictionary of millions."""
+    """Maps name -> the first document that has it, by bisection: no dictionary of millions."""
 
     def __init__(self, names: UInt64[np.ndarray, "m"], owner: Int[np.ndarray, "m"]):
         self._order = np.argsort(names, kind="stable")
@@ -179,7 +179,7 @@ def find_shared_text(
     told: DocumentNamer,
     tell: Findings,
 ) -> None:
-    """Items with words of training text."""
+    """Report items that share text with training data."""
     for n, (many, document) in grams.overlaps().items():
         stretches = f"stretches of {near_duplicates.NGRAM_SIZE} words"
         what = f"{many} of its {grams.sizes[n]} {stretches} stand in training"

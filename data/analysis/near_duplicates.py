@@ -1,14 +1,15 @@
-"""Equal and nearly equal: hashes of pictures and texts, and who meets whom by them.
+"""Find equal and nearly equal images and texts by their hashes.
 
     codes      SHA-256 of an image's codes as little-endian uint16, in raster order
-    look       pHash (Zauner 2010) of 256 bits: grey, 64 x 64, DCT, the 16 x 16 lowest frequencies
-               without the constant row and column, each above their median or not
-    grams      13 words in a row, lower case without punctuation, as GPT-3's appendix C
-               (arXiv 2005.14165) looked for benchmarks in its training text
+    look       perceptual hash: pHash (Zauner 2010) of 256 bits: gray, 64 x 64, DCT, the 16 x 16
+               lowest frequencies without the constant row and column, each above their median or
+               not
+    grams      13 consecutive words, lower case without punctuation, as GPT-3's appendix C
+               (arXiv 2005.14165) searched for benchmarks in its training text
 
-Arrays in, arrays out: the check of records and the evaluation suite ask the same questions. Names
-that stand in columns are 64 bits of SHA-256; two different ones among n agree by chance with
-probability n^2 / 2^65, 6e-8 for 1.47 M.
+Functions take and return arrays, because the check of records and the evaluation suite use the same
+comparisons. Names in columns are 64 bits of SHA-256; two different ones among n agree by chance
+with probability n^2 / 2^65, 6e-8 for 1.47 M.
 """
 
 import hashlib
@@ -27,10 +28,10 @@ from medmax_jax.io.storage import file_sha256
 from medmax_jax.models import image_headers, images, vqgan
 
 NGRAM_SIZE = 13  # words; GPT-3's
-COMMON = 10  # a gram in more training documents than this is a phrase, no leak; GPT-3's
+COMMON = 10  # a gram in more training documents than this is a phrase, not a leak; GPT-3's
 HASH_WORDS = 8  # of 32 bits
-NEAR_DUPLICATE_BITS = 15  # bits of 256: what two flips in eight words cannot hide, see `near`
-MIN_CONTRAST = 2.0  # grey levels: a picture with less spread has no look
+NEAR_DUPLICATE_BITS = 15  # of 256; the most that near_duplicate_pairs is sure to find
+MIN_CONTRAST = 2.0  # gray levels: an image with less spread has no hash
 _SIDE, _KEPT = 64, 16
 _WORD = re.compile(r"[^\W_]+")
 _ODD = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd: powers of it are all different
@@ -38,23 +39,23 @@ _CHUNK = 1 << 20  # candidate pairs compared at once
 
 
 def code_hash(codes: Int[np.ndarray, "K"]) -> str:
-    """The hex name of an image's codes."""
+    """Return the hex name of an image's codes."""
     return hashlib.sha256(codes.astype("<u2").tobytes()).hexdigest()
 
 
 def hash64(name: str | bytes) -> int:
-    """64 bits of SHA-256: of bytes, or of a name that is its hex."""
+    """Return 64 bits of SHA-256: of bytes, or of a name that is its hex."""
     return int(name[:16] if isinstance(name, str) else hashlib.sha256(name).hexdigest()[:16], 16)
 
 
 def perceptual_hash(picture: PIL.Image.Image) -> UInt32[np.ndarray, "8"] | None:
-    """The perceptual hash of a picture; None where it is flat."""
+    """Return the perceptual hash of an image; None if it is flat."""
     small = picture.convert("L").resize((_SIDE, _SIDE), PIL.Image.Resampling.LANCZOS)
     return perceptual_hash_of_gray(np.asarray(small, np.float64))
 
 
 def perceptual_hash_of_gray(grey: Float[np.ndarray, "64 64"]) -> UInt32[np.ndarray, "8"] | None:
-    """The same of 64 x 64 grey levels of 0..255."""
+    """Return the perceptual hash of 64 x 64 gray levels of 0..255."""
     if grey.std() < MIN_CONTRAST:
         return None
     low = (_DCT @ grey @ _DCT.T).reshape(-1)
@@ -65,11 +66,11 @@ def perceptual_hash_of_gray(grey: Float[np.ndarray, "64 64"]) -> UInt32[np.ndarr
 def near_duplicate_pairs(
     ours: UInt32[np.ndarray, "n 8"], theirs: UInt32[np.ndarray, "m 8"], most: int
 ) -> Iterator[tuple[Int[np.ndarray, "_"], Int[np.ndarray, "_"], Int[np.ndarray, "_"]]]:
-    """(i, j, distance) of all pairs at most `most` bits apart; a pair may come more than once.
+    """Yield (i, j, distance) of all pairs at most `most` bits apart; a pair may be repeated.
 
     Of at most 15 different bits, one of the eight words has at most one: so for each word all of
     `theirs` with that word, or with one bit of it flipped, are looked up in sorted order, 33 x 8
-    look-ups a picture instead of m. Raises ValueError where `most` is beyond that guarantee.
+    look-ups per image instead of m. Raises ValueError if `most` is beyond that guarantee.
     """
     if not 0 <= most <= NEAR_DUPLICATE_BITS:
         raise ValueError(
@@ -93,9 +94,9 @@ def near_duplicate_pairs(
 def connected_components(
     n: int, pairs: Sequence[tuple[Int[np.ndarray, "_"], Int[np.ndarray, "_"]]]
 ) -> Int[np.ndarray, "n"]:
-    """Who belongs together when pairs do: the smallest number of each one's group.
+    """Return each item's group when pairs are linked: the smallest number of its group.
 
-    groups(5, [([0, 3], [1, 4])])  ->  [0 0 2 3 3]
+    connected_components(5, [([0, 3], [1, 4])])  ->  [0 0 2 3 3]
     """
     root = np.arange(n)
     if not pairs:
@@ -115,9 +116,9 @@ def connected_components(
 def duplicate_groups(
     names: UInt64[np.ndarray, "n"], kinds: UInt64[np.ndarray, "n"]
 ) -> list[Int[np.ndarray, "_"]]:
-    """Places whose name is the same, 0 apart, but which are of more than one kind.
+    """Return the indices with equal names that are of more than one kind; name 0 is ignored.
 
-    names a a b a, kinds p p p q  ->  [0 1 3]: a stands under p and q, b only once
+    names a a b a, kinds p p p q  ->  [0 1 3]: a occurs under p and q, b only once
     """
     order = np.lexsort((np.arange(len(names)), kinds, names))
     name, kind = names[order], kinds[order]
@@ -130,12 +131,15 @@ def duplicate_groups(
 
 
 def normalized_words(text: str) -> list[str]:
-    """Lower case, without punctuation: "No focal-consolidation." -> no focal consolidation."""
+    """Return lower-case words without punctuation.
+
+    "No focal-consolidation."  ->  no focal consolidation
+    """
     return _WORD.findall(text.lower())
 
 
 def ngram_hashes(found: Sequence[str], size: int = NGRAM_SIZE) -> UInt64[np.ndarray, "_"]:
-    """The hash of each `size` words in a row; none where there are fewer words."""
+    """Return the hash of each `size` consecutive words; none if there are fewer words."""
     if len(found) < size:
         return np.zeros(0, np.uint64)
     hashed = np.array([hash64(word.encode()) for word in found], np.uint64)
@@ -146,10 +150,10 @@ def ngram_hashes(found: Sequence[str], size: int = NGRAM_SIZE) -> UInt64[np.ndar
 
 
 class NgramIndex:
-    """The grams of an evaluation set, and in how many training documents each one stands."""
+    """The grams of an evaluation set, and how many training documents contain each one."""
 
     def __init__(self, items: Sequence[Sequence[str]]):
-        """`items`: the words of each item."""
+        """Build the index; `items`: the words of each item."""
         each = [np.unique(ngram_hashes(item)) for item in items]
         self.sizes = np.array([len(g) for g in each], np.int64)  # 0: too short to be found
         self.item = np.repeat(np.arange(len(each)), self.sizes)
@@ -159,7 +163,7 @@ class NgramIndex:
         self.first = np.full(len(self._known), -1, np.int64)
 
     def add_document(self, found: Sequence[str], document: int) -> None:
-        """Counts the words of one training document."""
+        """Count the words of one training document."""
         if not len(self._known) or len(found) < NGRAM_SIZE:
             return
         ours = np.unique(ngram_hashes(found))
@@ -169,9 +173,9 @@ class NgramIndex:
         self.count[place] += 1
 
     def overlaps(self) -> dict[int, tuple[int, int]]:
-        """item -> (how many of its grams stand in training text, a document with one of them).
+        """Return item -> (how many of its grams are in training text, a document with one of them).
 
-        Grams in more than COMMON documents are left aside.
+        Grams in more than COMMON documents are ignored.
         """
         hit = ((self.count > 0) & (self.count <= COMMON))[self._place]
         many = np.bincount(self.item[hit], minlength=len(self.sizes))
@@ -181,14 +185,14 @@ class NgramIndex:
 
 
 def isin(ours: UInt64[np.ndarray, "n"], theirs: UInt64[np.ndarray, "m"]) -> Bool[np.ndarray, "n"]:
-    """Which of `ours` stand in `theirs`; 0, nothing known, is nowhere."""
+    """Return which of `ours` are in `theirs`; 0, which means unknown, is in none."""
     return np.isin(ours, theirs) & (ours != 0)
 
 
 def _ranges(
     low: Int[np.ndarray, "n"], count: Int[np.ndarray, "n"]
 ) -> Iterator[tuple[Int[np.ndarray, "_"], Int[np.ndarray, "_"]]]:
-    """(i, low[i] + 0 .. count[i] - 1) for all i, some at a time."""
+    """Yield (i, low[i] + 0 .. count[i] - 1) for all i, in chunks."""
     some = np.flatnonzero(count)
     ends = np.cumsum(count[some])
     start = 0
@@ -207,26 +211,26 @@ def _cosines() -> Float[np.ndarray, "16 64"]:
     return np.cos(np.pi * k * (2 * x + 1) / (2 * _SIDE))
 
 
-_DCT = _cosines()  # frequencies 1 .. 16: the constant ones say how bright, not what is seen
+_DCT = _cosines()  # frequencies 1 .. 16: constant ones encode brightness, not content
 
 
 def to_gray_image(pixels: UInt8[np.ndarray, "h w 3"]) -> PIL.Image.Image:
-    """Decoded pixels as the picture that `look` takes."""
+    """Return decoded pixels as the image that `perceptual_hash` takes."""
     return PIL.Image.fromarray(pixels)
 
 
-# ---- looks ----
+# ---- Perceptual hashes ----
 #
-# What pictures look like, as perceptual hashes: of the files, or of codes through the VQGAN.
+# They are computed from the files, or from codes decoded by the VQGAN.
 #
-# A hash of a file and one of decoded codes are not compared with each other: what the VQGAN gives
-# back differs from the picture by more than a copy does.
+# A hash of a file and one of decoded codes are not compared with each other: the VQGAN's output
+# differs from the image by more than a copy does.
 
 Look = UInt32[np.ndarray, "8"]
 
 
 def hash_file(folder: Path, path: str) -> tuple[str, Look | None]:
-    """(SHA-256 of the bytes, look, None where flat); raises ImageError."""
+    """Return (SHA-256 of the bytes, perceptual hash, None if flat); raise ImageError."""
     try:
         file = image_paths.resolve(folder, path, label="its path")
     except image_paths.ImagePathError as error:
@@ -236,7 +240,7 @@ def hash_file(folder: Path, path: str) -> tuple[str, Look | None]:
 
 
 def hash_codes(encoder: Encoder, each: Iterable[Int[np.ndarray, "K"]]) -> Iterator[Look | None]:
-    """The look of each image, decoded."""
+    """Yield the perceptual hash of each image, decoded."""
     for pixels in decode_codes(encoder, each):
         yield perceptual_hash(PIL.Image.fromarray(pixels))
 
@@ -244,7 +248,7 @@ def hash_codes(encoder: Encoder, each: Iterable[Int[np.ndarray, "K"]]) -> Iterat
 def decode_codes(
     encoder: Encoder, each: Iterable[Int[np.ndarray, "K"]]
 ) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
-    """Images of codes, some at a time in one shape, which is compiled once."""
+    """Yield the images of codes, in batches of one shape, which is compiled once."""
     side = encoder.vq_config.codes_per_side
     each = iter(each)
     while some := list(itertools.islice(each, BATCH)):
@@ -254,7 +258,7 @@ def decode_codes(
 
 
 def encode_files(encoder: Encoder, paths: Iterable[Path]) -> Iterator[Int[np.ndarray, "K"]]:
-    """The codes of picture files, as the records have them."""
+    """Yield the codes of image files, as they are in the records."""
     paths, size = iter(paths), encoder.vq_config.image_size
     while some := list(itertools.islice(paths, BATCH)):
         pixels = [

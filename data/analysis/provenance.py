@@ -1,14 +1,14 @@
-"""`python -m data.prepare who_saw HASH --in FOLDER ...`: where an image lies, and who has seen it.
+"""`python -m data.prepare who_saw HASH --in FOLDER ...`: find an image and the runs that read it.
 
     HASH   SHA-256 of the image's file, or of its codes (at least 16 digits of either); the id or
-           image_path of a record; or a picture file, which is hashed
+           image_path of a record; or an image file, which is hashed
 
     records    shards and records in them            codes    shards of `tokenize`
     plans      rows of a saved plan                  runs     steps of a training run, by its plan
     checkpoints, adapters                            which of them came after such a step
 
-The images of a record that was found are looked for by their codes and bytes in all folders, so a
-copy under another name counts. What a run has read is not logged step by step: its plan says it, a
+The images of a matching record are searched for by their codes and bytes in all folders, so a copy
+under another name counts. A run does not log what it reads step by step: its plan determines it, a
 function of the records and of the settings in history.jsonl, which a run writes at every start. A
 line names documents by number and image by hash, never by id or path: the image may be
 credentialed.
@@ -41,7 +41,7 @@ SKIPPED = (".git", "__pycache__", "node_modules")
 
 @dataclasses.dataclass(eq=False)
 class Inventory:
-    """What lies below the folders that were named."""
+    """The contents of the folders that were named."""
 
     records: list[tuple[Records, scan.Columns]]
     codes: list[Path]
@@ -50,7 +50,7 @@ class Inventory:
 
 
 def find_image(asked: str, folders: list[Path]) -> dict[str, Any]:
-    """All places of an image; raises PrepareError where a folder is missing."""
+    """Return all locations of an image; raise PrepareError if a folder is missing."""
     places = scan_folders(folders)
     wanted = _Image(asked)
     held = _held(places, wanted)
@@ -69,7 +69,7 @@ def find_image(asked: str, folders: list[Path]) -> dict[str, Any]:
 
 
 def scan_folders(folders: list[Path]) -> Inventory:
-    """Everything of a known kind below some folders."""
+    """Return everything of a known kind below some folders."""
     places = Inventory([], [], [], [])
     for top in folders:
         if not top.is_dir():
@@ -91,7 +91,7 @@ def scan_folders(folders: list[Path]) -> Inventory:
 
 
 class _Image:
-    """What is known of the image: names of 64 bits, and the digits of a hash that was asked for."""
+    """The image: names of 64 bits, and the digits of a requested hash."""
 
     def __init__(self, asked: str):
         if os.path.isfile(asked):
@@ -104,14 +104,14 @@ class _Image:
             self.sha.add(int(asked[:16], 16))
 
     def matching_documents(self, columns: scan.Columns) -> Bool[np.ndarray, "n"]:
-        """Which documents have the name, the bytes or the codes."""
+        """Return which documents have the name, the bytes or the codes."""
         shown = (columns.name == self.name) | (columns.path == self.name)
         shown |= np.isin(columns.sha, _numbers(self.sha)) & (columns.sha != 0)
         shown[columns.owner[np.isin(columns.codes, _numbers(self.codes))]] = True
         return shown
 
     def add_aliases(self, columns: scan.Columns, shown: Bool[np.ndarray, "n"]) -> None:
-        """Codes and bytes of the documents that show it, of those with one image alone."""
+        """Add codes and bytes of the documents that show it, of those with one image only."""
         images = np.bincount(columns.owner, minlength=len(shown))
         alone = shown & (images == 1)
         self.codes |= set(columns.codes[alone[columns.owner]].tolist())
@@ -128,7 +128,7 @@ def _scanned(folder: Path) -> tuple[Records, scan.Columns]:
 
 
 def _held(places: Inventory, wanted: _Image) -> list[Int[np.ndarray, "_"]]:
-    """The documents of each folder that show the image, once nothing more is learnt of it."""
+    """Return each folder's documents that show the image, once no more aliases are found."""
     size = (0, 0)
     while True:
         for store in places.codes:
@@ -152,7 +152,7 @@ def _shards(
 
 
 def _learn_codes(folder: Path, wanted: _Image) -> None:
-    """A file that was asked for by its bytes has these codes, whatever its name."""
+    """Add the codes of a file that was requested by its bytes, whatever its name."""
     store = open_codes(folder)
     for i in _pictures_of(folder, wanted):
         codes = store[i]
@@ -161,7 +161,7 @@ def _learn_codes(folder: Path, wanted: _Image) -> None:
 
 
 def _pictures_of(folder: Path, wanted: _Image) -> list[int]:
-    """Places in the list of pictures of a folder of codes."""
+    """Return the matching indices in the image list of a folder of codes."""
     slices = [np.load(p, allow_pickle=False) for p in sorted((folder / "digests").glob("*.npy"))]
     table = np.concatenate([*slices, np.zeros((0, 32), np.uint8)])
     names = np.ascontiguousarray(table[:, :8]).view(">u8")[:, 0].astype(np.uint64)
@@ -180,7 +180,7 @@ def _code_shards(folder: Path, wanted: _Image) -> Iterator[dict[str, Any]]:
 def _plan(
     path: Path, known: dict[str, tuple[Records, Int[np.ndarray, "_"]]]
 ) -> Iterator[dict[str, Any]]:
-    """Rows of a saved plan, or that its records are not here."""
+    """Yield rows of a saved plan, or a note that its records are not available."""
     try:
         saved = plan_file.load(path)
     except PackError:
@@ -202,11 +202,11 @@ def _rows(plan: Plan, documents: Int[np.ndarray, "_"]) -> Int[np.ndarray, "_"]:
 def _run_of(
     folder: Path, known: dict[str, tuple[Records, Int[np.ndarray, "_"]]]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(what the run reads of the image, what each of its checkpoints has seen)."""
+    """Return (what the run reads of the image, what each of its checkpoints has seen)."""
     starts = _history(folder)
     steps = sorted(int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit())
     ends = [start["start"] for start in starts[1:]] + [max([*steps, starts[-1]["steps"]])]
-    seen: list[tuple[int, int]] = []  # (step, epoch), steps counted from 1 as the log does
+    seen: list[tuple[int, int]] = []  # (step, epoch), steps counted from 1 as in the log
     runs = []
     for start, end in zip(starts, ends, strict=True):
         part, line = _read_by(folder, start, end, known)
@@ -230,7 +230,7 @@ def _run_of(
 
 
 def _is_run(path: Path) -> bool:
-    """Whether a config.json is of medmax_jax.train; other programs have checkpoints too."""
+    """Return whether a config.json is of medmax_jax.train; other programs have checkpoints too."""
     try:
         facts = read_json(path)
     except TextFileError:
@@ -239,7 +239,7 @@ def _is_run(path: Path) -> bool:
 
 
 def _history(folder: Path) -> list[dict[str, Any]]:
-    """Each start of a run and what it reads; without those that an earlier start overtook."""
+    """Return each start of a run and what it reads, without starts that a later resume replaced."""
     facts = read_json(folder / "config.json")
     whole = {n: facts[n] for n in ("data", "plan", "config")} | dict(start=0, validation="")
     path, kept = folder / "history.jsonl", []
@@ -272,7 +272,7 @@ def _read_by(
     end: int,
     known: dict[str, tuple[Records, Int[np.ndarray, "_"]]],
 ) -> tuple[list[tuple[int, int]], dict[str, Any] | None]:
-    """Steps start + 1 .. end at which the image was read, and a line about them."""
+    """Return steps start + 1 .. end at which the image was read, and a line about them."""
     line: dict[str, Any] = dict(run=str(folder), plan=start["plan"][:16])
     held = len(known.get(start.get("validation", ""), ((), ()))[1])
     if held:
@@ -303,11 +303,11 @@ def _numbers(names: set[int]) -> UInt64[np.ndarray, "_"]:
     return np.array(sorted(names), np.uint64)
 
 
-# The command line.
+# ---- The command line ----
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
-    """`who_saw`."""
+    """Add `who_saw`."""
     asked = commands.add_parser("who_saw", help="where an image lies, who was trained on it")
     asked.add_argument("hash", metavar="HASH", help="SHA-256 of file or codes, id, path, or a file")
     asked.add_argument(

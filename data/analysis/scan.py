@@ -1,11 +1,11 @@
-"""One pass over records: what is wrong with each document, and what equals what, as columns.
+"""Scan records once: problems of each document, and hashes that reveal equality, as columns.
 
-    columns   document  path  sha  id    codes  owner        8 bytes each, owner 4: 44 bytes a
+    columns   document  path  sha  id    codes  owner        8 bytes each, owner 4: 44 bytes for a
               ------------------------   ------------        document with one image
-              one a document             one an image
+              one per document           one per image
 
-Columns hold 64 bits of SHA-256; 0 is: not known, or no such thing. A document that is not whole is
-told and stands in them as 0, so what is compared later can be read.
+Columns hold 64 bits of SHA-256; 0 means unknown or absent. A document that is invalid is reported
+and has 0 in the columns, so any document compared later can be read.
 """
 
 import dataclasses
@@ -37,18 +37,18 @@ ReportFinding = Callable[[str, str, str], None]  # kind, where, what
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Columns:
-    """Who is who in a folder, by number of the document."""
+    """Hashes of the documents and images of a folder, by number of the document."""
 
     document: UInt64[np.ndarray, "n"]  # its tokens
     path: UInt64[np.ndarray, "n"]  # its image_path
-    sha: UInt64[np.ndarray, "n"]  # bytes of its picture's file
+    sha: UInt64[np.ndarray, "n"]  # bytes of its image file
     name: UInt64[np.ndarray, "n"]  # its id
     codes: UInt64[np.ndarray, "m"]
-    owner: Int[np.ndarray, "m"]  # the document that an image stands in
+    owner: Int[np.ndarray, "m"]  # the document that contains an image
 
 
 def scan(found: Records, tell: ReportFinding, see: Callable[[Document, int], None]) -> Columns:
-    """Reads every record; tells what is wrong, and lets `see` look at each whole document."""
+    """Read every record; report problems, and call `see` on each valid document."""
     each = {name: array("Q") for name in ("document", "path", "sha", "name")}
     codes, owner = array("Q"), array("i")
     digest, wrong, number = hashlib.sha256(), 0, 0
@@ -85,13 +85,13 @@ def scan(found: Records, tell: ReportFinding, see: Callable[[Document, int], Non
 
 
 def images_of(document: Document, found: Records) -> list[Int[np.ndarray, "K"]]:
-    """The codes of each image, uint16 in raster order, of a whole document."""
+    """Return the codes of each image, uint16 in raster order, of a valid document."""
     t, n = document.tokens, found.layout.codes_per_image
     return [(t[b + 1 : b + 1 + n] - IMAGE_START).astype("<u2") for b in np.flatnonzero(t == BOI)]
 
 
 def shard_of(found: Records, document: int) -> tuple[str, int]:
-    """(file, record in it) of a document's number."""
+    """Return (file, record in it) of a document's number."""
     ends = np.cumsum([shard["documents"] for shard in found.meta["shards"]])
     shard = int(np.searchsorted(ends, document, side="right"))
     facts = found.meta["shards"][shard]
@@ -99,7 +99,7 @@ def shard_of(found: Records, document: int) -> tuple[str, int]:
 
 
 class _Labels:
-    """Whether the index says what the documents say."""
+    """Checks whether the index agrees with the documents."""
 
     def __init__(self, found: Records):
         self._found = found
@@ -107,7 +107,7 @@ class _Labels:
         self._path = np.zeros(int(found.index["picture"].max(initial=-1)) + 1, np.uint64)
 
     def agree(self, document: Document, number: int, path: int) -> bool:
-        """Counts, source, task, and one picture number for one path."""
+        """Check counts, source, task, and that one path has one image number."""
         index = self._found.index
         row = writer.token_counts(document, self._found.layout.vocab)
         if row != [int(index[name][number]) for name in COLUMNS]:
@@ -133,7 +133,7 @@ def _names(document: Document) -> tuple[int, int, int, int]:
 
 
 def _raw(found: Records, tell: ReportFinding) -> Iterator[bytes | None]:
-    """The bytes of each record in order; None for one that cannot be read."""
+    """Yield the bytes of each record in order; None for one that cannot be read."""
     for shard, facts in enumerate(found.meta["shards"]):
         for start in range(0, facts["documents"], READ):
             local = list(range(start, min(start + READ, facts["documents"])))
@@ -157,7 +157,7 @@ def _one_by_one(
 
 
 def _whole(raw: bytes, found: Records, number: int, tell: ReportFinding) -> Document | None:
-    """The document, or None when something is wrong with it, which is told without its text."""
+    """Return the document, or None if it is invalid, which is reported without its text."""
     file, record = shard_of(found, number)
     where = f"document {number}, {file}, record {record}"
     try:
@@ -165,7 +165,7 @@ def _whole(raw: bytes, found: Records, number: int, tell: ReportFinding) -> Docu
     except RecordsError as error:
         tell("damage", where, str(error).removeprefix("it: "))
         return None
-    except (ValueError, KeyError, TypeError):  # whole, but not of to_bytes
+    except (ValueError, KeyError, TypeError):  # complete, but not written by to_bytes
         tell("schema", where, "fields of another format; make the data set again")
         return None
     try:
@@ -179,7 +179,7 @@ def _whole(raw: bytes, found: Records, number: int, tell: ReportFinding) -> Docu
 
 
 def _check_fields(document: Document) -> None:
-    """Raises RecordsError unless the texts of a document are what the schema says."""
+    """Raise RecordsError unless the texts of a document follow the schema."""
 
     def rule(holds: bool, text: str) -> None:
         if not holds:

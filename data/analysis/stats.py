@@ -1,11 +1,11 @@
-"""The page of `python -m data.prepare stats D --out PAGE`: what is in a folder, to look at.
+"""Write the page of `python -m data.prepare stats D --out PAGE`: the contents of a folder.
 
-numbers    columns of the index, all documents: tokens, lengths, packing, pictures
-examples   a few documents, drawn by a seed, task by task: pictures through the VQGAN's decoder,
+numbers    columns of the index, all documents: tokens, lengths, packing, images
+examples   a few documents, drawn by a seed, task by task: images through the VQGAN's decoder,
            texts by the tokenizer, both of --model
 
 Memory holds the columns and the few documents that are shown. Of a credentialed folder neither
-pictures nor texts are shown unless `show` says so, and the page is for its owner's eyes: 0600.
+images nor texts are shown unless `show` is set, and only the owner can read the page: 0600.
 """
 
 import argparse
@@ -35,13 +35,13 @@ from medmax_jax.models.tokenizer import SEP_NAME, Tokenizer
 
 LONGEST = 1_500  # characters of a part of a document
 BATCH = 8  # the paper's, for padding to the longest
-ROWS = 4  # row lengths, each twice the one before
-WHOLE = 0.999  # of the documents fit in the first of them
+ROWS = 4  # row lengths, each twice the previous one
+WHOLE = 0.999  # share of the documents that fit in the first of them
 _EXAMPLES = 1 << 42  # a stream of shuffles
 
 
 def write(out: Path, markup: str, *, secret: bool) -> None:
-    """The page appears whole; of a credentialed folder only its owner may read it."""
+    """Write the page atomically; for a credentialed folder only its owner can read it."""
     partial = out.with_name(out.name + ".partial")
     with private_umask() if secret else contextlib.nullcontext():
         partial.write_text(markup, encoding="utf-8")
@@ -59,7 +59,7 @@ def build(
     show: bool,
     seed: int,
 ) -> str:
-    """The page. `told`: what plan_report.stats says; `manifest`: facts of the embedded pictures."""
+    """Return the page. `told`: the output of report.stats; `manifest`: facts of embedded images."""
     body = html_page.stat_tiles(_headline(found, told)) + html_page.paragraph(
         _about(found), note=True
     )
@@ -73,7 +73,7 @@ def build(
 
 
 def tokens_by(found: Records, label: str) -> dict[str, dict[str, int]]:
-    """name -> documents, pictures, tokens of text and of images; names are sources or tasks."""
+    """Return name -> documents, images, text and image tokens; names are sources or tasks."""
     group, names = found.index[label], found.names(label)
     length, image = found.index["length"], found.index["image"]
     picture = found.index["picture"]
@@ -92,7 +92,7 @@ def tokens_by(found: Records, label: str) -> dict[str, dict[str, int]]:
 
 
 def row_lengths(lengths: Int[np.ndarray, "n"]) -> list[int]:
-    """Powers of two, from the first that holds nearly every document."""
+    """Return powers of two, starting from the first that holds nearly every document."""
     most = float(np.quantile(lengths, WHOLE, method="inverted_cdf"))
     first = 1 << int(np.ceil(np.log2(max(most, 2.0))))
     return [first << k for k in range(ROWS)]
@@ -224,7 +224,7 @@ def _examples(
 
 
 def _drawn(found: Records, count: int, seed: int) -> list[int]:
-    """Documents of each task in turn, as the seed shuffles them."""
+    """Return documents of each task in turn, shuffled by the seed."""
     task = np.asarray(found.index["task"])
     order = shuffle(len(found), seed, 0, _EXAMPLES)
     each = [order[task[order] == n][:count] for n in np.unique(task)]
@@ -270,15 +270,13 @@ def _short(text: str) -> str:
     return text if more <= 0 else f"{text[:LONGEST]} … ({more:,} characters more)"
 
 
-# ---- stats_command ----
-#
-# The command line of `python -m data.prepare stats`: counts, and with --out a page to look at.
+# ---- The command line of `python -m data.prepare stats`: counts, and with --out a page ----
 
 EXAMPLES = 12
 
 
 def add(commands: Any, tiny: Path, manifest: Path) -> argparse.ArgumentParser:
-    """`stats`. `tiny`: the model folder taken where it made the records; `manifest`: its facts."""
+    """Add `stats`. `tiny`: model folder used if it made the records; `manifest`: image facts."""
     counted = commands.add_parser("stats", help="what a folder of records holds; a page of it")
     counted.add_argument(
         "--seq_len", type=int, default=0, help="row length; 0: the longest document"

@@ -1,4 +1,4 @@
-"""The plots of a page of statistics, each as PNG bytes, made of counts alone."""
+"""Draw the plots of a page of statistics, each as PNG bytes, from counts only."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -13,12 +13,12 @@ from matplotlib.ticker import FuncFormatter
 TEXT, IMAGE, GREY = "#0b6e69", "#b4552d", "#8a94a3"
 COLOURS = ("#0b6e69", "#b4552d", "#3b5b92", "#a58a1f", "#7a4a88", "#5f6b78", "#2f8f4e", "#c2568b")
 BINS = 60
-BARS = 25  # at most, of documents a picture
+BARS = 25  # at most, of documents per image
 WIDE = 9.6  # inches
 
 
 def mixture(by_source: Mapping[str, tuple], by_task: Mapping[str, tuple]) -> bytes:
-    """Tokens of text and of images, a bar for each name; values are (text, image)."""
+    """Plot tokens of text and of images, one bar for each name; values are (text, image)."""
     rows = max(len(by_source), len(by_task))
     figure = Figure(figsize=(WIDE, 1.3 + 0.3 * rows), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -40,7 +40,7 @@ def lengths(
     task: Int[np.ndarray, "n"],
     names: Sequence[str],
 ) -> bytes:
-    """Documents by tokens, and by tokens of text alone; each task a layer."""
+    """Plot documents by tokens, and by tokens of text only; each task is a layer."""
     figure = Figure(figsize=(WIDE, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for axis, values, title in ((left, length, "all tokens"), (right, text, "tokens of text")):
@@ -58,7 +58,7 @@ def lengths(
 
 
 def packing(fills: Mapping[int, Mapping[str, float]], padded: float) -> bytes:
-    """How full rows are at each row length, beside offline packing and padding."""
+    """Plot how full rows are at each row length, next to offline packing and padding."""
     figure = Figure(figsize=(WIDE, 3.2), layout="constrained")
     axis = figure.subplots()
     places = np.arange(len(fills))
@@ -78,7 +78,7 @@ def packing(fills: Mapping[int, Mapping[str, float]], padded: float) -> bytes:
 
 
 def pictures(kinds: Mapping[str, int], title: str, of_entries: Mapping[int, int]) -> bytes:
-    """Pictures by modality or source, and how many documents each has."""
+    """Plot images by modality or source, and how many documents each has."""
     figure = Figure(figsize=(WIDE, max(3.2, 1.2 + 0.26 * len(kinds))), layout="constrained")
     left, right = figure.subplots(1, 2)
     names = sorted(kinds, key=lambda name: kinds[name])

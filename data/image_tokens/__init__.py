@@ -1,15 +1,14 @@
-"""Images to VQGAN codes.
+"""Convert images to VQGAN codes.
 
-batch_encoder   Pictures to codes on all devices of a process, decoded in threads while others are
-                encoded.
-dicom           A DICOM radiograph to a grey picture; only pixels leave this file.
-dicom_bounds    Bound what a DICOM file makes pydicom allocate, and name the decoder that a file
-                needs.
-document_codes  Codes of the pictures that documents show: encoded here, or read from a folder of
+batch_encoder   Convert images to codes on all devices of a process; threads decode files in the
+                meantime.
+dicom           Convert a DICOM radiograph to a gray image; only pixels leave this module.
+dicom_bounds    Limit the memory that pydicom allocates for a DICOM file, and name the decoder a
+                file requires.
+document_codes  Provide the codes of document images: encoded here, or read from a folder written by
                 `tokenize`.
-encoder         What turns pictures into codes: the encoder of a model folder, views, picture files
-                to pixels.
-store           Pictures to VQGAN codes at scale: any number of processes, killed and started again
-                at any point.
-store_reader    Reads a folder of codes, by picture of its list or by the bytes of a picture's file.
+encoder         Load the encoder of a model folder, the views of images, and image files as pixels.
+store           Convert images to VQGAN codes at scale: any number of processes, restartable at any
+                point.
+store_reader    Read a folder of codes, by index in its list or by the bytes of an image file.
 """

@@ -1,4 +1,4 @@
-"""Pictures to codes on all devices of a process, decoded in threads while others are encoded."""
+"""Convert images to codes on all devices of a process; threads decode files in the meantime."""
 
 import concurrent.futures
 import itertools
@@ -20,14 +20,14 @@ from medmax_jax.sharding import AXES, ROWS
 PRECISIONS = ("highest", "bfloat16")
 DECODERS = max(1, (os.cpu_count() or 1) - 1)  # threads; the encoder keeps one core on a CPU machine
 AHEAD = 4  # batches that are decoded while one is encoded
-COMPARED = 64  # pictures on which bfloat16 is compared with the exact encoder
+COMPARED = 64  # images on which bfloat16 is compared with the exact encoder
 
 
 class BatchEncoder:
-    """Pictures to codes in batches of one shape, over all devices of this process.
+    """Converts images to codes in batches of one shape, over all devices of this process.
 
-    `batch`: pictures that a device encodes at once. In another shape fp32 sums round otherwise, and
-    a latent between two rows of the codebook may take the other one.
+    `batch`: images that a device encodes at once. In another shape fp32 sums round differently, and
+    a latent between two rows of the codebook may be assigned to the other one.
     """
 
     def __init__(self, encoder: Encoder, *, precision: str, batch: int):
@@ -42,17 +42,17 @@ class BatchEncoder:
         self._exact = jax.device_put(encoder.vq, NamedSharding(mesh, P()))
         self._low = precision == "bfloat16"
         self._vq = _rounded(self._exact) if self._low else self._exact
-        self._compared, self._agreed = 0, 0.0  # pictures; the sum of their shares of equal codes
+        self._compared, self._agreed = 0, 0.0  # images; the sum of their shares of equal codes
 
     @property
     def agreement(self) -> float | None:
-        """The share of bfloat16 codes that are the exact ones, on the first pictures."""
+        """Return the share of bfloat16 codes that equal the exact ones, on the first images."""
         return self._agreed / self._compared if self._compared else None
 
     def __call__(self, pictures: Iterator[Callable[[], np.ndarray]]) -> Iterator[np.ndarray | str]:
-        """The codes of each picture, or why it has none; in order.
+        """Yield the codes of each image, or the reason why it has none; in order.
 
-        A picture comes as what makes its pixels, or raises an ImageError.
+        An image is given as a function that returns its pixels or raises an ImageError.
         """
         with concurrent.futures.ThreadPoolExecutor(DECODERS) as pool:
             waiting: list[concurrent.futures.Future] = []
@@ -100,7 +100,7 @@ def _pixels(picture: Callable[[], np.ndarray]) -> np.ndarray | str:
 
 
 def _rounded(vq: vqgan.VQGAN) -> vqgan.VQGAN:
-    """The VQGAN with its encoder in bfloat16; the codebook is still compared in fp32."""
+    """Return the VQGAN with its encoder in bfloat16; the codebook is still compared in fp32."""
 
     def cast(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
         return x if path[0].name == "quantize" else x.astype(jnp.bfloat16)

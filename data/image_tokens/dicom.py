@@ -1,16 +1,15 @@
-"""A DICOM radiograph to a grey picture; only pixels leave this file.
+"""Convert a DICOM radiograph to a gray image; only pixels leave this module.
 
     header bounded -> stored values -> modality LUT -> VOI LUT or window -> 0..255 -> MONOCHROME1
                       (no padding)     (rescale)       (what is shown)     min..max   inverted
 
-Padding (PixelPaddingValue, to PixelPaddingRangeLimit) is no part of min..max, and black. A window
-that cannot be applied, or that would show nothing, is left out, which is logged once.
+Padding (PixelPaddingValue, to PixelPaddingRangeLimit) is excluded from min..max, and black. A
+window that cannot be applied, or that would show nothing, is left out, which is logged once.
 
-MIMIC-CXR-JPG was made without the VOI LUT and with histogram equalisation, so the two forms of one
-radiograph give different codes. Errors carry no value of the header: it may hold a name. The reader
-of the sample (data/sample/medical_formats.py) trusts its pinned files and hands their headers on;
-this one
-does neither.
+MIMIC-CXR-JPG was made without the VOI LUT and with histogram equalization, so the two forms of one
+radiograph give different codes. Errors contain no value of the header: it may hold a name. The
+reader of the sample (data/sample/medical_formats.py) trusts its pinned files and returns their
+headers; this module does neither.
 Read at: pydicom.github.io, pydicom.pixels.processing.apply_windowing; DICOM PS3.3 C.7.5.1.1.2
 (padding), C.11.1 and C.11.2 (LUTs and windows; neither inverts MONOCHROME1).
 """
@@ -40,9 +39,9 @@ _log = logging.getLogger("medmax_jax.dicom")
 def load(
     path: pathlib.Path, *, name: str, max_pixels: int = MAX_PIXELS, burned_in: bool = False
 ) -> PIL.Image.Image:
-    """The picture; raises ImageError, which says `name` and never the path.
+    """Return the image; raise ImageError, whose message has `name` and never the path.
 
-    A file that says that text is burned into its pixels is refused unless `burned_in`.
+    A file whose header states that text is burned into its pixels is rejected unless `burned_in`.
     """
     _check_pydicom()
     problem = "damaged, or not a DICOM file that is read here; check the file"
@@ -59,7 +58,7 @@ def load(
             problem = str(error)
         except FileNotFoundError:
             problem = "no such file; check the image folder"
-        except Exception:  # decoders raise anything, and may repeat the header in it
+        except Exception:  # decoders raise any exception, and may repeat the header in it
             pass
     raise ImageError(f"{name}: {problem}") from None
 
@@ -92,7 +91,7 @@ def _shown(dataset: Any, kind: str) -> np.ndarray:
     padding = _padding(dataset)
 
     def parts(view: Callable) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-        """Rows, their values as shown, and which of them are pixels of the picture."""
+        """Yield rows, their displayed values, and which of them are pixels of the image."""
         step = max(1, BAND // stored.shape[1])
         for top in range(0, len(stored), step):
             band = stored[top : top + step]
@@ -122,7 +121,7 @@ def _shown(dataset: Any, kind: str) -> np.ndarray:
 
 
 def _padding(dataset: Any) -> Callable[[np.ndarray], np.ndarray] | None:
-    """Which stored values are padding; None without PixelPaddingValue."""
+    """Return a test for stored padding values; None without PixelPaddingValue."""
     if dataset.get("PixelPaddingValue") is None:
         return None
     bits, signed = int(dataset.BitsAllocated), int(dataset.PixelRepresentation) == 1
@@ -147,7 +146,7 @@ def _rescaled(values: np.ndarray, dataset: Any) -> np.ndarray:
 
 
 def _looked_up(values: np.ndarray, item: Any, dataset: Any) -> np.ndarray:
-    """Entries of a LUT; pydicom's own wraps values at the width of an entry, then clips them."""
+    """Return entries of a LUT; pydicom's own wraps values at an entry's width, then clips them."""
     entries, first, _ = (int(n) for n in item.LUTDescriptor)
     data, entries = item.LUTData, entries or 2**16
     if isinstance(data, bytes):
@@ -163,7 +162,7 @@ def _plain(values: np.ndarray) -> np.ndarray:
 
 
 def _view(dataset: Any) -> Callable[[np.ndarray], np.ndarray]:
-    """The VOI LUT, else the first window that can be applied, else the values as they are."""
+    """Return the VOI LUT, else the first window that can be applied, else unchanged values."""
     from pydicom.pixels import apply_windowing
 
     items = dataset.get("VOILUTSequence")
@@ -188,21 +187,22 @@ def _windowed(values: np.ndarray, *, dataset: Any, index: int, apply: Callable) 
 
 
 def _numbers(value: Any) -> list[float]:
-    """Of an element with one value or several."""
+    """Return the numbers of an element with one value or several."""
     some = [] if value is None else [value] if isinstance(value, int | float) else list(value)
     return [float(v) for v in some]
 
 
-@functools.cache  # once in a run, whatever the number of files
+@functools.cache  # once per run, whatever the number of files
 def _log_left_out(why: str) -> None:
     _log.warning("DICOM: the window of a file is left out: %s", why)
 
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """pydicom's warnings and log lines repeat values of the header.
+    """Silence pydicom's warnings and log lines, which repeat values of the header.
 
-    Warnings are the whole process's: threads that decode need this around them all as well.
+    Warnings are a setting of the complete process: threads that decode must run inside this
+    context as well.
     """
     log = logging.getLogger("pydicom")
     before, log.disabled = log.disabled, True

@@ -1,8 +1,8 @@
-"""Bound what a DICOM file makes pydicom allocate, and name the decoder that a file needs.
+"""Limit the memory that pydicom allocates for a DICOM file, and name the decoder a file requires.
 
-A deflated file can be a thousand times as large as it is on the disk, a million empty items of a
+A deflated file can be a thousand times larger in memory than on disk, a million empty items of a
 sequence fit into 8 MB and take 0.7 GB, and a compressed frame may have another size than the header
-says. Messages name constants of the standard only, never a value of the header.
+states. Messages name constants of the standard only, never a value of the header.
 """
 
 import io
@@ -37,11 +37,11 @@ _EXTENDED, _RLE = "1.2.840.10008.1.2.4.51", "1.2.840.10008.1.2.5"
 
 
 class RefusedError(ValueError):
-    """A file that is whole but not taken; the message has no value of it."""
+    """A valid file that is not accepted; the message contains no value of it."""
 
 
 def read(path: pathlib.Path) -> bytes:
-    """The bytes of a file, inflated; raises RefusedError above MAX_BYTES."""
+    """Return the bytes of a file, inflated; raise RefusedError above MAX_BYTES."""
     if path.stat().st_size > MAX_BYTES:
         raise RefusedError(f"more than {MAX_BYTES} bytes")
     content = path.read_bytes()
@@ -57,7 +57,7 @@ def read(path: pathlib.Path) -> bytes:
 
 
 def header(content: bytes) -> Any:
-    """The dataset before its pixels; raises RefusedError for one that costs gigabytes to parse."""
+    """Return the dataset before its pixels; raise RefusedError if parsing it costs gigabytes."""
     from pydicom.filereader import read_partial
 
     start, reached = content[:MAX_HEADER], []
@@ -76,14 +76,14 @@ def header(content: bytes) -> Any:
 
 
 def with_pixels(content: bytes) -> Any:
-    """The dataset to its PixelData; what follows it is not parsed."""
+    """Return the dataset up to its PixelData; anything after it is not parsed."""
     from pydicom.filereader import read_partial
 
     return read_partial(io.BytesIO(content), stop_when=lambda tag, *_: int(tag) > _PIXELS)
 
 
 def check_decoder(head: Any) -> None:
-    """Raises RefusedError, which names transfer syntax and package, where no decoder is there."""
+    """Raise RefusedError, naming transfer syntax and package, if no decoder is installed."""
     from pydicom.pixels import get_decoder
 
     syntax = str(head.file_meta.TransferSyntaxUID)
@@ -92,7 +92,7 @@ def check_decoder(head: Any) -> None:
     decoder = get_decoder(syntax)
     plugins = set(decoder.available_plugins) if decoder.is_available else set()
     if syntax == _EXTENDED and int(head.BitsStored) > 8:
-        plugins.discard("pillow")  # of 8 bits only
+        plugins.discard("pillow")  # for 8 bits only
     if not plugins:
         name, package = SYNTAXES[syntax]
         raise RefusedError(
@@ -101,7 +101,7 @@ def check_decoder(head: Any) -> None:
 
 
 def check_pixels(dataset: Any) -> None:
-    """Raises RefusedError for a compressed frame that is larger than the header says."""
+    """Raise RefusedError for a compressed frame that is larger than the header states."""
     from pydicom.encaps import get_frame
 
     syntax = str(dataset.file_meta.TransferSyntaxUID)
@@ -122,7 +122,7 @@ def check_pixels(dataset: Any) -> None:
 
 
 def _meta(content: bytes) -> tuple[int, str]:
-    """Where the file's meta information ends, and its transfer syntax."""
+    """Return where the file's meta information ends, and its transfer syntax."""
     place, syntax = 132, ""
     while content[place : place + 2] == b"\x02\x00" and len(content) >= place + 12:
         long = content[place + 4 : place + 6] in (b"OB", b"OW", b"UN", b"UT", b"SQ")
@@ -137,7 +137,7 @@ def _meta(content: bytes) -> tuple[int, str]:
 
 
 def _frame_size(frame: bytes) -> tuple[int, int] | None:
-    """Rows and columns of a JPEG, JPEG-LS or JPEG 2000 codestream; None where it has none."""
+    """Return rows and columns of a JPEG, JPEG-LS or JPEG 2000 codestream; None if it has none."""
     if (start := frame[:4096].find(b"\xff\x4f\xff\x51")) >= 0:
         right, bottom, left, top = struct.unpack_from(">4L", frame, start + 8)
         return bottom - top, right - left
@@ -154,7 +154,7 @@ def _frame_size(frame: bytes) -> tuple[int, int] | None:
 
 
 def _rle_length(packed: bytes, enough: int) -> int:
-    """Bytes that the segments of an RLE frame unpack to, counted to `enough` and no further."""
+    """Return the unpacked bytes of an RLE frame's segments, counted up to `enough` only."""
     place = total = 0
     while place < len(packed) and total <= enough:
         code = packed[place]

@@ -1,8 +1,8 @@
-"""Codes of the pictures that documents show: encoded here, or read from a folder of `tokenize`.
+"""Provide the codes of document images: encoded here, or read from a folder written by `tokenize`.
 
 Both give the same codes on the same kind and number of devices with the same --batch, since both
-come from a BatchEncoder. A folder is asked by the bytes of a picture's file, so it does not matter
-where pictures lie or what they are called, and a picture that was changed since is not found.
+come from a BatchEncoder. The folder is indexed by the bytes of an image file, so the location and
+name of an image do not matter, and an image that was changed since is not found.
 """
 
 from collections.abc import Callable, Iterable
@@ -36,9 +36,9 @@ class EncodeResult(NamedTuple):
 
 
 class Files(NamedTuple):
-    """Where the pictures of views are: `load` raises ImageError, `content` is a file or bytes.
+    """The image files of views: `load` raises ImageError, `content` is a file or bytes.
 
-    `name`: what messages call a path, where it must not be repeated.
+    `name`: the name of a path in messages, if the path must not be repeated.
     """
 
     load: Callable[[str], PIL.Image.Image]
@@ -47,14 +47,14 @@ class Files(NamedTuple):
 
 
 class OnlineEncoder:
-    """Codes by the encoder of a model folder."""
+    """Computes codes with the encoder of a model folder."""
 
     def __init__(self, encoder: Encoder, precision: str):
         self._encoder = encoder
         self._encode = BatchEncoder(encoder, precision=precision, batch=BATCH)
 
     def __call__(self, views: Iterable[ImageView], files: Files, *, tell: bool) -> EncodeResult:
-        """The codes of views; `tell`: log the progress."""
+        """Return the codes of views; `tell`: log the progress."""
         todo = sorted(set(views), key=lambda v: (v.path, v.number))
         found = EncodeResult({}, {})
         clock = ItemProgress(len(todo), "pictures", log.info, every=LOG_SECONDS) if tell else None
@@ -71,12 +71,12 @@ class OnlineEncoder:
         return found
 
     def notes(self) -> dict[str, Any]:
-        """For dataset.json."""
+        """Return the notes for dataset.json."""
         return dict(precision=self._encode.precision, agreement=self._encode.agreement)
 
 
 class StoredCodes:
-    """Codes of a folder that `data.prepare tokenize` made with the same VQGAN."""
+    """Reads codes from a folder that `data.prepare tokenize` made with the same VQGAN."""
 
     def __init__(self, folder: Path, encoder: Encoder, precision: str):
         self._codes: CodeStore = open_codes(folder)
@@ -90,7 +90,7 @@ class StoredCodes:
                 )
 
     def check_credentialed(self, *, burned_in: bool) -> None:
-        """Raises PrepareError unless it was made under the rules of a credentialed source."""
+        """Raise PrepareError unless the folder was made by the rules of a credentialed source."""
         plan = self._codes.meta["plan"]
         for name, value in (("credentialed", True), ("burned_in", burned_in)):
             if plan[name] != value:
@@ -100,7 +100,7 @@ class StoredCodes:
                 )
 
     def __call__(self, views: Iterable[ImageView], files: Files, *, tell: bool) -> EncodeResult:
-        """The codes of views; a folder has each picture as it is, view 0."""
+        """Return the codes of views; a folder has each image unchanged, view 0."""
         found, todo = EncodeResult({}, {}), sorted(set(views), key=lambda v: (v.path, v.number))
         if any(v.number for v in todo):
             raise PrepareError("--codes has one view of each picture; use --views 1")
@@ -114,7 +114,7 @@ class StoredCodes:
         return found
 
     def notes(self) -> dict[str, Any]:
-        """For dataset.json."""
+        """Return the notes for dataset.json."""
         return dict(
             precision=self._codes.meta["plan"]["precision"], agreement=self._codes.meta["agreement"]
         )
@@ -123,7 +123,7 @@ class StoredCodes:
         try:
             digest = digest_of(files.content(path))
         except OSError:
-            digest = b""  # `load` says why it cannot be opened
+            digest = b""  # `load` reports why it cannot be opened
         if digest and digest not in self._codes:
             raise PrepareError(
                 f"--codes {self._folder} lacks {files.name(path)}, or the picture was changed "
@@ -145,5 +145,5 @@ class StoredCodes:
 def open_code_source(
     folder: Path | None, encoder: Encoder, precision: str
 ) -> OnlineEncoder | StoredCodes:
-    """By the folder of codes where one is named, else by the encoder."""
+    """Return the folder of codes if one is named, else the encoder."""
     return StoredCodes(folder, encoder, precision) if folder else OnlineEncoder(encoder, precision)

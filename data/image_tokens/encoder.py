@@ -1,7 +1,7 @@
-"""What turns pictures into codes: the encoder of a model folder, views, picture files to pixels.
+"""Load the encoder of a model folder, the views of images, and image files as pixels.
 
-A view other than 0 is the picture slightly cropped, brightened or darkened. Nothing is mirrored or
-turned: left, right and orientation are facts that texts speak of.
+A view other than 0 is the image slightly cropped, brightened or darkened. No view is mirrored or
+rotated: left, right and orientation are facts that texts refer to.
 """
 
 import dataclasses
@@ -25,19 +25,19 @@ from medmax_jax.models.tokenizer import Tokenizer
 
 log = logging.getLogger("medmax_jax.prepare")
 
-BATCH = 16  # pictures that a device encodes at once, unless asked otherwise
+BATCH = 16  # images that a device encodes at once, by default
 LOG_SECONDS = 5.0
-MIN_CROP_AREA = 0.5  # of the centre square: smaller ones lose what texts speak of
+MIN_CROP_AREA = 0.5  # of the center square: smaller crops lose what texts describe
 JITTER = 0.2  # contrast 0.8 .. 1.2 and brightness -0.2 .. 0.2 of the range -1 .. 1
 
 
 class PrepareError(ValueError):
-    """Data that cannot be prepared; the message says why and what to change."""
+    """Data that cannot be prepared; the message states the reason and what to change."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Encoder:
-    """What turns text and pictures into ids, with the layout that records state."""
+    """Converts text and images to ids, with the layout that records state."""
 
     layout: Layout
     vq_config: VQ
@@ -47,7 +47,7 @@ class Encoder:
 
 @dataclasses.dataclass(frozen=True)
 class ImageView:
-    """One look at a picture: number 0 is the picture itself, others are changed a little."""
+    """One view of an image: number 0 is the image itself, others are changed slightly."""
 
     path: str
     number: int
@@ -56,7 +56,7 @@ class ImageView:
 
 
 def load_encoder(folder: Path, *, vq: Any = None, tokenizer: Tokenizer | None = None) -> Encoder:
-    """Tokenizer and VQGAN of a model folder; the language model in it is not read."""
+    """Load tokenizer and VQGAN of a model folder; the language model in it is not read."""
     path = folder / "config.json"
     try:
         raw = read_json_object(path)
@@ -79,7 +79,7 @@ def load_encoder(folder: Path, *, vq: Any = None, tokenizer: Tokenizer | None = 
 def load_pixels(
     picture: PIL.Image.Image, view: ImageView, config: VQ
 ) -> Float32[np.ndarray, "h w 3"]:
-    """View 0: plain preprocessing. Others: a function of the view's seed alone."""
+    """Return pixels: view 0 is plain preprocessing, others depend on the view's seed only."""
     if view.number == 0:
         return images.preprocess(picture, config.image_size)
     draw = random.Random(view.seed)  # seeded by a string: the same in every process and version
@@ -96,7 +96,7 @@ def load_pixels(
 def open_image(
     path: Path, *, name: str, burned_in: bool = False, secret: bool = False
 ) -> PIL.Image.Image:
-    """A picture file, DICOM too; an ImageError says `name`, and of a `secret` one nothing more."""
+    """Open an image file, also DICOM; an ImageError has `name`, and if `secret` nothing more."""
     if path.suffix.lower() == ".dcm":
         return dicom.load(path, name=name, burned_in=burned_in)
     try:
@@ -104,13 +104,13 @@ def open_image(
     except image_headers.ImageError:
         if not secret:
             raise
-        # Pillow's words may repeat what it found in the file.
+        # Pillow's message may repeat content of the file.
         problem = "no such file, or damaged; check the image folder"
         raise image_headers.ImageError(f"{name}: {problem}") from None
 
 
 def log_to_stderr() -> None:
-    """Lines of the preparing programs, with the time."""
+    """Log the lines of the data preparation programs to stderr, with the time."""
     # Not logging.basicConfig: a library may have given the root logger a handler and a level.
     handler = logging.StreamHandler()
     handler.setFormatter(PrintableFormatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))

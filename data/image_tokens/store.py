@@ -1,21 +1,22 @@
-"""Pictures to VQGAN codes at scale: any number of processes, killed and started again at any point.
+"""Convert images to VQGAN codes at scale: any number of processes, restartable at any point.
 
-    list of pictures --sha256 of each file--> unique pictures --VQGAN--> shards of codes
+    list of images --sha256 of each file--> unique images --VQGAN--> shards of codes
 
-    D/plan.json                      what is tokenized, by what; a folder belongs to one plan
-    D/digests/00003.npy              sha256 of the files of slice 3, zeros where one cannot be read
-    D/codes/00003-5f0c.array_record  a picture a record: its sha256, its codes (store_reader.py)
-    D/codes/00003.json               names that file, how many, and the pictures that no decoder
-                                     took; written last
-    D/dataset.json                   counts; written when every shard stands
-    D/index.npy                      for each picture of the list: its record, or -1
+    D/plan.json                      what is tokenized, with which VQGAN; a folder has one plan
+    D/digests/00003.npy              sha256 of the files of slice 3, zeros if one cannot be read
+    D/codes/00003-5f0c.array_record  one image per record: its sha256, its codes (store_reader.py)
+    D/codes/00003.json               names that file, the count, and the images that no decoder
+                                     accepted; written last
+    D/dataset.json                   counts; written when every shard exists
+    D/index.npy                      for each image of the list: its record, or -1
 
-A slice or a shard is a function of the plan and appears whole and once: a second process that made
-the same one throws its own away. So processes need not talk: process i of n makes those numbered
-i, i + n, .., then what the others leave undone for a while, and who finds everything there writes
-the end. Codes are equal bit for bit on the same kind and number of devices; elsewhere a sum in
-another order may decide between two rows of the codebook that are equally near. Identical files are
-encoded once. A folder of credentialed pictures is its owner's alone and has no name of a file.
+A slice or a shard is a function of the plan and is written atomically and once: a second process
+that made the same one discards its own. So processes need not communicate: process i of n makes
+those numbered i, i + n, .., then those that others have left undone for a while, and a process that
+finds everything complete writes the final files. Codes are equal bit for bit on the same kind and
+number of devices; on others, a different order of summation may decide between two rows of the
+codebook that are equally near. Identical files are encoded once. A folder of credentialed images is
+readable by its owner only and contains no file names.
 """
 
 import argparse
@@ -62,23 +63,23 @@ from medmax_jax.models import images
 FORMAT = 2
 SLICE = 4_096  # files hashed by one process at a time
 NOT_FOUND = "no such file, or it may not be read"
-TAKEOVER_SECONDS = 60.0  # seconds without news after which another process's part is made here too
+TAKEOVER_SECONDS = 60.0  # seconds without progress until another process's part is made here too
 _OPTIONS = "group_size:1,zstd:3"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a folder holds; two processes with different plans must not write to one."""
+    """The content of a folder; two processes with different plans must not write to one."""
 
     pictures: str  # sha256 of the list
     count: int  # of the list
     vqgan: str  # sha256 of the weights
     codes_per_image: int
     precision: str  # highest | bfloat16
-    shard_size: int  # pictures
+    shard_size: int  # images
     batch: int  # of one device
-    credentialed: bool  # no name of a file is written or told, and only the owner may read
-    burned_in: bool  # DICOM files that say they show text are taken
+    credentialed: bool  # no file name is written or logged, and only the owner may read
+    burned_in: bool  # DICOM files whose header states that they show text are accepted
     format: int = FORMAT
 
 
@@ -97,12 +98,12 @@ def tokenize(
     credentialed: bool = False,
     burned_in: bool = False,
 ) -> dict[str, Any]:
-    """Codes of the pictures `folder`/path; returns dataset.json when all is done.
+    """Compute the codes of the images `folder`/path; return dataset.json when all are done.
 
-    `batch`: pictures that a device encodes at once; the plan has it, since codes depend on it a
-    little (batch_encoder.py). More than the share `max_bad` of pictures that cannot be read stop
-    the work. `credentialed`, `burned_in`: see Plan. Raises PrepareError; the same call goes on
-    where it was stopped, with any number of processes.
+    `batch`: images that a device encodes at once; the plan contains it, since codes depend on it
+    slightly (batch_encoder.py). If more than the share `max_bad` of images cannot be read, the work
+    stops. `credentialed`, `burned_in`: see Plan. Raises PrepareError. The same call resumes where
+    it was stopped, with any number of processes.
     """
     if not paths or len(set(paths)) != len(paths):
         raise PrepareError(f"{len(paths)} pictures, {len(set(paths))} different; list each once")
@@ -151,7 +152,7 @@ class _TokenizeJob:
         self.slices = range(-(-len(paths) // SLICE))
 
     def claim(self) -> None:
-        """Writes the plan, or checks that the folder has the same one."""
+        """Write the plan, or check that the folder has the same one."""
         for name in ("digests", "codes"):
             (self.out / name).mkdir(parents=True, exist_ok=True)
         wanted = dataclasses.asdict(self.plan)
@@ -176,14 +177,14 @@ class _TokenizeJob:
         return self.out / "codes" / f"{n:05d}.json"
 
     def hash_slice(self, n: int) -> None:
-        """sha256 of each file of a slice; zeros for one that cannot be opened."""
+        """Write the sha256 of each file of a slice; zeros for one that cannot be opened."""
         names = self.paths[n * SLICE : (n + 1) * SLICE]
         with concurrent.futures.ThreadPoolExecutor() as pool:
             found = list(pool.map(self._digest, names))
         _save(self.digest_file(n), np.stack(found))
 
     def unique(self) -> np.ndarray:
-        """Numbers of the pictures that are encoded: the first of each content, in list order."""
+        """Return the images that are encoded: the first of each content, in list order."""
         digests = self.digests
         rows = np.ascontiguousarray(digests).view("V32")[:, 0]
         first = np.sort(np.unique(rows, return_index=True)[1])
@@ -194,7 +195,7 @@ class _TokenizeJob:
         return np.concatenate([np.load(self.digest_file(n)) for n in self.slices])
 
     def encode_shard(self, n: int, unique: np.ndarray, encode: BatchEncoder) -> None:
-        """Writes the codes of a shard, then the JSON that says it is whole."""
+        """Write the codes of a shard, then the JSON that marks it as complete."""
         numbers = unique[n * self.plan.shard_size : (n + 1) * self.plan.shard_size]
         bad, count = {}, 0
         clock = ItemProgress(len(numbers), "pictures", log.info, every=LOG_SECONDS)
@@ -204,14 +205,14 @@ class _TokenizeJob:
                 for number, codes in zip(numbers, encode(self._pictures(numbers)), strict=True):
                     if isinstance(codes, str):
                         bad[self.name(number)] = codes
-                        codes = np.zeros(0, np.uint16)  # keeps its place; the index says -1
+                        codes = np.zeros(0, np.uint16)  # keeps its position; the index has -1
                     writer.write(to_bytes(self.digests[number], codes))
                     count += 1
                     clock.tick(f"shard {n}", 1)
         except BaseException:
             path.unlink(missing_ok=True)
             raise
-        if self.shard_file(n).exists():  # another process was sooner
+        if self.shard_file(n).exists():  # another process finished first
             return path.unlink(missing_ok=True)
         with open(path, "rb") as file:
             os.fsync(file.fileno())
@@ -221,7 +222,7 @@ class _TokenizeJob:
         self.check()
 
     def seal(self, unique: np.ndarray) -> None:
-        """Index and counts; every process comes to the same."""
+        """Write index and counts; every process computes the same ones."""
         digests, shards = self.digests, -(-len(unique) // self.plan.shard_size)
         facts = [shard_file(self.shard_file(n))[1] for n in range(shards)]
         bad = {name: why for each in facts for name, why in each["unreadable"].items()}
@@ -239,16 +240,16 @@ class _TokenizeJob:
             unique=len(unique),
             unreadable=len(reasons),
             reasons=reasons,
-            agreement=min(agreed, default=None),  # of bfloat16 codes, the least of all processes
+            agreement=min(agreed, default=None),  # of bfloat16 codes, the minimum of all processes
         )
         _write(self.out / "dataset.json", json.dumps(meta, ensure_ascii=False, indent=1).encode())
         named = {each["file"] for each in facts}
         for path in (self.out / "codes").glob("*.array_record"):
-            if path.name not in named:  # of a process that was killed, or that came second
+            if path.name not in named:  # of a process that was killed, or that finished second
                 path.unlink(missing_ok=True)
 
     def name(self, number: int) -> str:
-        """What the picture is called in messages."""
+        """Return the name of the image in messages."""
         path = self.paths[number]
         return pseudonym(path) if self.plan.credentialed else path
 
@@ -284,7 +285,7 @@ class _TokenizeJob:
         return images.preprocess(picture, self.size)
 
     def check(self) -> None:
-        """Raises PrepareError when too many pictures so far could not be read."""
+        """Raise PrepareError if too many images so far could not be read."""
         facts = [shard_file(p)[1] for p in (self.out / "codes").glob("*.json")]
         bad = {name: why for each in facts for name, why in each["unreadable"].items()}
         gone = np.flatnonzero(~self.digests.any(axis=1))
@@ -314,7 +315,7 @@ def _in_turns(
     make: Callable[[int], None],
     what: str,
 ) -> None:
-    """Makes what is missing: this process's own first, then what others seem to have left."""
+    """Make what is missing: this process's own parts first, then parts that others left undone."""
     process, processes = turn
     start, made = time.monotonic(), 0
     for number in numbers[process::processes]:
@@ -346,7 +347,7 @@ def _records(path: Path) -> Iterator[array_record_module.ArrayRecordWriter]:
     finally:
         try:
             writer.close()
-        except RuntimeError as error:  # it tells of a full disk here, not when it writes
+        except RuntimeError as error:  # it reports a full disk here, not when it writes
             raise _unwritable(path, error) from error
 
 
@@ -361,7 +362,7 @@ def _save(path: Path, array: np.ndarray) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """The file, whole, also after a power cut; one that is there stays: others have read it."""
+    """Write a file atomically, also across a power cut; keep an existing one: others read it."""
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
         with open(partial, "wb") as file:
@@ -379,11 +380,11 @@ def _write(path: Path, content: bytes) -> None:
         os.replace(partial, path)
 
 
-# ---- The command line of `python -m data.prepare tokenize`; store.py does the work ----
+# ---- The command line of `python -m data.prepare tokenize` ----
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of `python -m data.prepare tokenize`."""
+    """Add the flags of `python -m data.prepare tokenize`."""
     parser.add_argument("--images", type=Path, required=True, help="folder of the pictures")
     parser.add_argument(
         "--list", type=Path, help="JSONL with image_path; without: every picture of the folder"
@@ -417,7 +418,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _listed(folder: Path, listing: Path | None, *, credentialed: bool) -> list[str]:
-    """The pictures by path, each once: of a JSONL of rows, or all files with a picture's suffix."""
+    """Return the images by path, each once: of a JSONL of rows, or all files with image suffix."""
     for path, there in ((folder, folder.is_dir()), (listing, not listing or listing.is_file())):
         if not there:
             raise PrepareError(f"{path}: not there; check --images and --list")
@@ -428,7 +429,7 @@ def _listed(folder: Path, listing: Path | None, *, credentialed: bool) -> list[s
     paths: dict[str, None] = {}
     for place, row in json_lines(listing):
         if isinstance(row, dict) and not credentialed:
-            # of a row that states no class nothing is known: the flag decides
+            # The class of a row that states none is unknown: the flag decides.
             stated = egress.data_class_of(row, str(place), default=egress.LICENCE_BOUND)
             if stated == egress.CREDENTIALED:
                 raise PrepareError(f"{place}: is credentialed; add --credentialed")

@@ -1,7 +1,7 @@
-"""Reads a folder of codes, by picture of its list or by the bytes of a picture's file.
+"""Read a folder of codes, by index in its list or by the bytes of an image file.
 
-A record is a picture: magic, CRC-32 of the rest, sha256 of its file, its codes (none where it could
-not be read). store.py makes the folder and has its layout.
+A record is one image: magic, CRC-32 of the rest, sha256 of its file, its codes (none if it could
+not be read). store.py makes the folder and documents its layout.
 """
 
 import functools
@@ -19,19 +19,19 @@ from medmax_jax.data.image_tokens.encoder import PrepareError
 from medmax_jax.io.storage import file_sha256
 from medmax_jax.io.text_files import TextFileError, read_json_object
 
-_HEAD = struct.Struct("<4sI32s")  # magic, CRC-32 of the rest, sha256 of the picture's file
+_HEAD = struct.Struct("<4sI32s")  # magic, CRC-32 of the rest, sha256 of the image file
 _MAGIC = b"MMC1"
 
 
 def open_codes(folder: str | Path) -> "CodeStore":
-    """The codes of a finished folder; raises PrepareError when it is not whole."""
+    """Open the codes of a finished folder; raise PrepareError if it is incomplete."""
     return CodeStore(Path(folder))
 
 
 class CodeStore:
-    """`codes[i]`: the codes of the i-th picture of the list; None where it could not be read.
+    """`codes[i]`: the codes of the i-th image of the list; None if it could not be read.
 
-    `codes.of(digest)`: those of a picture by the sha256 of its file, wherever it lies now.
+    `codes.by_digest(digest)`: those of an image by the sha256 of its file, wherever it is now.
     """
 
     def __init__(self, folder: Path):
@@ -69,7 +69,7 @@ class CodeStore:
         return self._find(digest) is not None
 
     def by_digest(self, digest: bytes) -> UInt16[np.ndarray, "K"] | None:
-        """The codes of the picture with this sha256; None where it could not be read."""
+        """Return the codes of the image with this sha256; None if it could not be read."""
         found = self._find(digest)
         if found is None:
             raise KeyError(digest)
@@ -98,7 +98,7 @@ class CodeStore:
 
 
 def shard_file(path: Path) -> tuple[Path, dict[str, Any]]:
-    """(the file of a shard, what its JSON says); raises PrepareError on damage."""
+    """Return (the file of a shard, its JSON); raise PrepareError on corruption."""
     try:
         facts = read_json_object(path)
     except TextFileError as error:
@@ -112,20 +112,20 @@ def shard_file(path: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def digest_of(picture: Path | bytes) -> bytes:
-    """sha256 of a picture file, or of its bytes; raises OSError."""
+    """Return the sha256 of an image file, or of its bytes; raise OSError."""
     if isinstance(picture, bytes):
         return hashlib.sha256(picture).digest()
     return bytes.fromhex(file_sha256(picture))
 
 
 def to_bytes(digest: UInt8[np.ndarray, "32"], codes: UInt16[np.ndarray, "K"]) -> bytes:
-    """One record."""
+    """Return the bytes of one record."""
     body = digest.tobytes() + codes.astype("<u2").tobytes()
     return _HEAD.pack(_MAGIC, zlib.crc32(body), digest.tobytes()) + body[32:]
 
 
 def from_bytes(record: bytes, where: str) -> tuple[bytes, UInt16[np.ndarray, "K"]]:
-    """(sha256, codes); raises PrepareError, with `where` in it, on damage."""
+    """Return (sha256, codes); raise PrepareError, with `where` in it, on corruption."""
     if len(record) < _HEAD.size or record[:4] != _MAGIC:
         raise PrepareError(f"{where}: no codes of this format; the shard is damaged or foreign")
     _, crc, digest = _HEAD.unpack_from(record)

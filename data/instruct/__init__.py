@@ -1,8 +1,8 @@
-"""Captions to interleaved instructions by a language model.
+"""Turn captions into interleaved instructions with a language model.
 
-captions  Captioned pictures and their scores, as JSONL that the curation starts from.
-cli       The command `python -m data.prepare instruct`: its flags, what it costs before and after.
-curation  The curation of interleaved instructions from captioned pictures, in the published stages.
-replies   What is asked for each caption, and which replies are taken: the two prompts and their
-          rules.
+captions  Read captioned images and their scores: the JSONL files that the curation starts from.
+cli       Define the command `python -m data.prepare instruct`: its flags, cost estimate and cost
+          report.
+curation  Curate interleaved instructions from captioned images, in the published stages.
+replies   Build the prompt for each caption and validate the replies: two prompts and their rules.
 """

@@ -1,12 +1,12 @@
-"""Captioned pictures and their scores, as JSONL that the curation starts from.
+"""Read captioned images and their scores: the JSONL files that the curation starts from.
 
     {"id": "PMC1_f2", "caption": "CT of ...", "images": ["PMC1_f2.jpg"], "source": "PMC-OA",
      "data_class": "licence-bound", "group": "PMC1"}
     {"id": "PMC1_f2", "score": 0.31}
 
-`image_path` with one name may stand for `images`, `credential` for `data_class` (see
-outgoing.class_of). `group` is what a split must keep together, a patient or an article; the id
-where it is not given.
+`image_path` with one name may replace `images`, `credential` may replace `data_class` (see
+egress.data_class_of). `group` is what a split must keep together, a patient or an article; it
+defaults to the id.
 """
 
 import dataclasses
@@ -21,12 +21,12 @@ from medmax_jax.io.text_files import TextFileError, read_objects
 
 
 class CaptionsError(ValueError):
-    """A file of captions or scores that cannot be used; the message names the row and the mend."""
+    """A file of captions or scores that cannot be used; the message names the row and the fix."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One captioned picture. `images`: files below the folder of pictures."""
+    """One captioned image. `images`: files below the folder of images."""
 
     id: str
     caption: str
@@ -37,7 +37,7 @@ class Row:
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """The captions of a file, each checked; raises CaptionsError or OutgoingError."""
+    """Return the captions of a file, each checked; raise CaptionsError or OutgoingError."""
     rows = [_row(found, f"{path} row {n}") for n, found in enumerate(_jsonl(path), start=1)]
     if not rows:
         raise CaptionsError(f"{path}: has no rows; name a file of captions")
@@ -52,7 +52,7 @@ def read_rows(path: str | Path) -> list[Row]:
 
 
 def read_scores(path: str | Path, *, secret: bool = False) -> dict[str, float | None]:
-    """Return scores by id; null where a picture has none. `secret`: messages repeat no value."""
+    """Return scores by id; null if an image has none. `secret`: messages repeat no value."""
     scores: dict[str, float | None] = {}
     for n, row in enumerate(_jsonl(path, allow_nonfinite=True), start=1):
         name, score = row.get("id"), row.get("score", "")

@@ -1,4 +1,4 @@
-"""The command `python -m data.prepare instruct`: its flags, what it costs before and after.
+"""Define the command `python -m data.prepare instruct`: its flags, cost estimate and cost report.
 
 python -m data.prepare instruct --from captions.jsonl --images D --out D2 \\
     --scores scores.jsonl --threshold 0.3 --key_env OPENAI_API_KEY \\
@@ -33,13 +33,13 @@ ERRORS = (
     JournalError,
     cli.WorkdirError,
 )
-MAX_REPLY_BYTES = 4_000_000  # a thousand times what these prompts ask for
+MAX_REPLY_BYTES = 4_000_000  # a thousand times what these prompts request
 WRITER = {"temperature": 0, "max_tokens": 1_200}
 FILTER = {"temperature": 0, "max_tokens": 120}
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
-    """The command's parser."""
+    """Return the command's parser."""
     parser = commands.add_parser("instruct", help="captions to instructions by an LLM")
     add_flag = parser.add_argument
     add_flag("--from", dest="source", type=Path, required=True, help="captions, JSONL")
@@ -70,7 +70,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """What the command does; returns the report, or with --dry_run the estimate."""
+    """Run the command; return the report, or with --dry_run the estimate."""
     rows = captions.read_rows(args.source)
     settings = _settings(args, rows)
     curation.check(rows, settings)
@@ -115,7 +115,7 @@ def _settings(args: argparse.Namespace, rows: list[captions.Row]) -> curation.Se
         )
     writer = _made(args, "", args.endpoint, args.key_env, args.parameters or WRITER)
     named = args.filter_endpoint or args.endpoint
-    # A key goes to the host that it was given for, and to no other.
+    # A key is sent only to the host that it was given for.
     same = egress.parse_address(named[1]).name == egress.parse_address(args.endpoint[1]).name
     key_env = args.filter_key_env or (args.key_env if same else "")
     who = "filter_" if args.filter_endpoint else ""
@@ -162,7 +162,7 @@ def _worded(about: dict[str, Any]) -> str:
     return "; ".join([*parts, usd])
 
 
-# What flags may be.
+# ---- Types of flags ----
 
 
 def _endpoint(text: str) -> tuple[str, str]:

@@ -1,14 +1,13 @@
-"""The curation of interleaved instructions from captioned pictures, in the published stages.
+"""Curate interleaved instructions from captioned images, in the published stages.
 
     captions -> score    >= threshold: drops statistical figures   keep low unscored
              -> caption  an LLM keeps or drops it, with a reason   keep drop unparsable refused
-             -> images   exactly one picture file                  keep several missing
+             -> images   exactly one image file                    keep several missing
              -> writing  an LLM writes question, answer           written invalid unparsable refused
              -> documents.jsonl, the released schema; report.json, where the counts add up
 
-Each decision is a line of its stage's file and on the disk before the next stage; each call is
-cached (cached_chat_api.py), so the same command goes on. Only captions leave this machine, never a
-picture.
+Each decision is one line of its stage's file and on disk before the next stage; each call is cached
+(cached_chat_api.py), so the same command resumes. Only captions leave this machine, never an image.
 The stages are the paper's; prompts and rules are ours and the threshold is the user's, since those
 of the paper are not published.
 """
@@ -36,16 +35,19 @@ from medmax_jax.io.progress import ItemProgress
 from medmax_jax.io.storage import Folder
 from medmax_jax.io.text_files import TextFileError, read_json_object
 
-STAGES = {  # the verdict with which a row goes on
+STAGES = {  # the verdict with which a row continues to the next stage
     "score": "keep",
     "caption": "keep",
     "images": "keep",
     "writing": "written",
 }
 PROMPT_OF = {"caption": "caption_filter", "writing": "instruction"}
-TOKENS_OUT = {"caption": 40, "writing": 450}  # of a reply, about; only the estimate uses it
+TOKENS_OUT = {
+    "caption": 40,
+    "writing": 450,
+}  # of a reply, about; only the estimate uses it
 DOCUMENTS, REPORT, RUN, CALLS = "documents.jsonl", "report.json", "run.json", "calls.jsonl"
-BATCH = 1_000  # decisions written at once where no call is made
+BATCH = 1_000  # decisions written at once if no call is made
 PROGRESS_S = 5.0
 
 Progress = Callable[[str], None]
@@ -53,12 +55,12 @@ Decision = dict[str, Any]  # one decision: id, verdict, reason, and what the ver
 
 
 class InstructError(ValueError):
-    """A curation that cannot go on; the message names what and the mend."""
+    """A curation that cannot continue; the message names the problem and the fix."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How to curate. `score_of`: agreement of picture and caption; None where there is none."""
+    """How to curate. `score_of`: agreement of image and caption; None if there is none."""
 
     threshold: float
     score_of: Callable[[Row], float | None]
@@ -69,12 +71,12 @@ class Settings:
     concurrency: int
 
     def endpoint(self, stage: str) -> Endpoint:
-        """Whom a stage asks."""
+        """Return the endpoint that a stage uses."""
         return {"caption": self.filter, "writing": self.writer}[stage]
 
 
 def check(rows: Sequence[Row], settings: Settings) -> None:
-    """Raises, before the first call, what would else stop the work in the middle of it."""
+    """Raise, before the first call, for anything that would stop the work in the middle."""
     if not settings.images.is_dir():
         raise InstructError(f"{settings.images}: no such folder; name the one with the pictures")
     for number, row in enumerate(rows, start=1):
@@ -89,7 +91,7 @@ def check(rows: Sequence[Row], settings: Settings) -> None:
 
 
 def estimate(rows: Sequence[Row], settings: Settings, cache: Cache | None) -> dict[str, Any]:
-    """Calls, tokens and USD at most: as if no caption were dropped. Nothing is sent."""
+    """Return calls, tokens and USD at most: as if no caption were dropped. Nothing is sent."""
     scored = [row for row in rows if _scored(row, settings)["verdict"] == "keep"]
     reached = {"caption": scored, "writing": [row for row in scored if len(row.images) == 1]}
     found: dict[str, Any] = {}
@@ -110,10 +112,10 @@ def curate(
     stopped: Callable[[], bool],
     calls: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Takes every row through the stages; returns the report, which is in `out` too.
+    """Take every row through the stages; return the report, which is also written to `out`.
 
-    `stopped`: turns true to end soon; the report then counts the rest as undecided. `calls`: the
-    journal of replies, which folders may share one after another; `out`/calls.jsonl if None.
+    `stopped`: returns true to end soon; the report then counts the rest as undecided. `calls`: the
+    journal of replies, which several folders may share in sequence; `out`/calls.jsonl if None.
     """
     check(rows, settings)
     out = Path(out)
@@ -142,7 +144,7 @@ def curate(
 
 
 class _CurationRun:
-    """What all stages share, and the way a row takes through one."""
+    """The state that all stages share, and the path of a row through one stage."""
 
     def __init__(
         self,
@@ -157,7 +159,7 @@ class _CurationRun:
         self.no_reply, self.last_error = 0, ""
 
     def stage(self, stage: str, rows: list[Row]) -> tuple[dict[str, Decision], dict[str, Any]]:
-        """The decisions on `rows` by id, as far as there are any, and their counts."""
+        """Return the decisions on `rows` by id, as far as there are any, and their counts."""
         number = list(STAGES).index(stage) + 1
         with open_journal(self.out / f"{number}_{stage}.jsonl") as journal:
             if any({"id", "verdict"} - set(line) for line in journal.rows):
@@ -199,7 +201,7 @@ class _CurationRun:
                 yield [{"id": one.id, **_judged(stage, found)}]
 
     def _calls(self, stage: str, rows: list[Row]) -> dict[str, Any]:
-        """What the replies on `rows` took, of this run and those before it."""
+        """Return the usage of the replies on `rows`, in this run and earlier ones."""
         endpoint = self.settings.endpoint(stage)
         asks = (_ask(stage, row, self.settings) for row in rows)
         keys = {cached_chat_api.cache_key(endpoint, one.messages) for one in asks}
@@ -216,7 +218,7 @@ class _CurationRun:
 
 
 def _judged(stage: str, reply: Reply) -> Decision:
-    """The decision that a reply is; what cannot be used is kept as it came."""
+    """Return the decision of a reply; an unusable reply is kept as received."""
     if reply.problem:
         verdict = "unparsable" if reply.status == 200 else "refused"
         return dict(verdict=verdict, reason=reply.problem, raw=reply.raw)
@@ -291,7 +293,7 @@ def _report(
 
 
 def _check_same(path: Path, rows: Sequence[Row], settings: Settings) -> None:
-    """Refuses a folder whose decisions were made from other rows or by other rules."""
+    """Reject a folder whose decisions were made from other rows or by other rules."""
     asked = {stage: settings.endpoint(stage) for stage in PROMPT_OF}
     facts = dict(
         captions=_digest([dataclasses.astuple(row) for row in rows]),
@@ -320,10 +322,10 @@ def _digest(value: Any) -> str:
 
 
 def _total(parts: Iterable[float | None]) -> float | None:
-    """The sum, or None where one part is not known."""
+    """Return the sum, or None if one part is not known."""
     found = list(parts)
     return None if None in found else sum(found)
 
 
 def _write(path: Path, text: str) -> None:
-    Folder(path.parent).write(path.name, [text.encode()])  # whole or not at all
+    Folder(path.parent).write(path.name, [text.encode()])  # atomic

@@ -1,10 +1,10 @@
-"""What is asked for each caption, and which replies are taken: the two prompts and their rules.
+"""Build the prompt for each caption and validate the replies: two prompts and their rules.
 
     caption_filter   {"keep": true, "reason": "..."}                     -> keep | drop
     instruction      {"question": "...", "answer": "#### a) ... <image> ..."}  -> written | invalid
 
-A reply that is no such JSON object is `unparsable`; one that is but breaks a rule is `invalid`.
-Nothing is mended: what a model did not say is not guessed.
+A reply that is not such a JSON object is `unparsable`; one that is but breaks a rule is `invalid`.
+Nothing is repaired: content that is missing from a model's reply is not guessed.
 """
 
 import dataclasses
@@ -29,18 +29,18 @@ ANSWER_CHARS = (
 MIN_SECTIONS = 2
 REASON_CHARS = 500
 MAX_PROMPT_BYTES = 1 << 20
-MAX_REPLY_CHARS = 100_000  # longer text is no reply to these prompts
+MAX_REPLY_CHARS = 100_000  # longer text is not a reply to these prompts
 _HEADING = re.compile(r"^#### (?:([a-z])\) )?(.*)$", re.MULTILINE)
 _CONTROL = re.compile(r"<(?:reserved\d+|s|/s|pad|unk|eoss|racm3:break|sentinel:\d+|image)>")
 _BAD_CHARS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")  # all but tab, line feed
 
 
 class PromptError(ValueError):
-    """A prompt file that cannot be used; the message names it and the mend."""
+    """A prompt file that cannot be used; the message names it and the fix."""
 
 
 class Unparsable(ValueError):
-    """A reply that is not the JSON object asked for."""
+    """A reply that is not the requested JSON object."""
 
 
 class Invalid(ValueError):
@@ -49,20 +49,20 @@ class Invalid(ValueError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A system message, and a user's message with a place for the caption."""
+    """A system message, and a user message with a placeholder for the caption."""
 
     system: str
     user: str
 
     def messages(self, caption: str) -> Messages:
-        """The prompt about one caption, which stands in it as a JSON string."""
+        """Return the prompt about one caption, which it contains as a JSON string."""
         quoted = json.dumps(caption, ensure_ascii=False)
         user = self.user.replace(PLACE, quoted)
         return [{"role": "system", "content": self.system}, {"role": "user", "content": user}]
 
 
 def load_prompts(folder: str | Path) -> dict[str, Prompt]:
-    """The prompts of a folder by name."""
+    """Load the prompts of a folder by name."""
     prompts = {}
     for name in NAMES:
         path = Path(folder) / f"{name}.txt"
@@ -78,7 +78,7 @@ def load_prompts(folder: str | Path) -> dict[str, Prompt]:
 
 
 def read_verdict(text: str) -> tuple[bool, str]:
-    """(keep, reason) of a reply to caption_filter; raises Unparsable."""
+    """Return (keep, reason) of a reply to caption_filter; raise Unparsable."""
     found = _object(text)
     keep, reason = found.get("keep"), found.get("reason")
     if not isinstance(keep, bool):
@@ -89,7 +89,7 @@ def read_verdict(text: str) -> tuple[bool, str]:
 
 
 def read_instruction(text: str) -> tuple[str, str]:
-    """(question, answer) of a reply to instruction; raises Unparsable or Invalid."""
+    """Return (question, answer) of a reply to instruction; raise Unparsable or Invalid."""
     found = _object(text)
     for name in ("question", "answer"):
         if not isinstance(found.get(name), str):
@@ -104,7 +104,7 @@ def read_instruction(text: str) -> tuple[str, str]:
 
 
 def _object(text: str) -> dict[str, Any]:
-    """The one JSON object of a reply, alone or in a Markdown fence, after any reasoning text."""
+    """Return the one JSON object of a reply, alone or in a Markdown fence, after any reasoning."""
     if len(text) > MAX_REPLY_CHARS:
         raise Unparsable(f"longer than {MAX_REPLY_CHARS} characters")
     text = reasoning.final_answer(text)
@@ -114,7 +114,7 @@ def _object(text: str) -> dict[str, Any]:
     if fenced := re.fullmatch(r"```(?:json)?\s*\n(.*)\n\s*```", text, re.DOTALL):
         text = fenced[1]
     try:
-        # Half a character is named by the rules for texts, with the place where it stands.
+        # The rules for texts report half a character, with its position.
         found = parse_json(text, "reply", allow_lone_surrogates=True)
     except TextFileError as error:
         raise Unparsable("not one JSON object and nothing else") from error

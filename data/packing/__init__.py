@@ -1,8 +1,9 @@
-"""Which documents share a row, and which documents an epoch holds.
+"""Decide which documents an epoch holds, and which share a row.
 
-mixing     Which documents an epoch holds, how often, and which may share a row.
-pack       Which documents share a row: a plan per epoch, made of lengths alone.
-plan_file  A plan as a file: one epoch's rows, what they were made of, and a SHA-256 of all of it.
-report     What `python -m data.prepare stats` and `plan` say: how full rows are, who is in one,
-           pictures.
+mixing     Decide which documents an epoch holds, how often, and which may share a row.
+pack       Decide which documents share a row: one plan per epoch, computed from lengths alone.
+plan_file  Save a plan as a file: one epoch's rows, what they were made from, and a SHA-256 of all
+           of it.
+report     Report for `python -m data.prepare stats` and `plan`: how full rows are, their documents,
+           images.
 """

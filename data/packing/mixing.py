@@ -1,15 +1,15 @@
-"""Which documents an epoch holds, how often, and which may share a row.
+"""Decide which documents an epoch holds, how often, and which may share a row.
 
     mixing.weights   one epoch of n documents within data.document_limit
     ""               each once, in the order of the epoch
     "A=3, B=1"       as many documents (or tokens: mixing.unit) as n of them have, 3/4 from A, 1/4
                      from B; names are sources or tasks (mixing.by)
 
-    mixing.fraction  of the pictures of each source, with all their documents; 0.25 lies within 0.5
+    mixing.fraction  of the images of each source, with all their documents; 0.25 is a subset of 0.5
     mixing.leave_out "VQA, Captioning": no document of these
 
-A document over the limit is left out whole: cut, it would lose its answer or half an image. No
-window of pack.py holds a document twice, so no row does.
+A document over the limit is left out entirely: if it were cut, it would lose its answer or half an
+image. No window of pack.py holds a document twice, so no row does.
 """
 
 import functools
@@ -22,13 +22,13 @@ from medmax_jax.data.packing import pack
 from medmax_jax.data.packing.pack import Epochs, PackError
 from medmax_jax.data.records.reader import Records
 
-IMAGE_WINDOW = 256  # documents, two steps of 8 rows of 16,384: more pack better
-# Streams of shuffles; pack.py's own are 0 and the places of windows.
+IMAGE_WINDOW = 256  # documents, two steps of 8 rows of 16,384: larger windows pack better
+# Streams of shuffles; pack.py itself uses stream 0 and the indices of windows.
 _TURNS, _PLACES, _PICTURES, _FRACTION = 1 << 40, 2 << 40, 3 << 40, 4 << 40
 
 
 def within_length_limit(found: Records, limit: int) -> Int[np.ndarray, "_"]:
-    """The documents of at most `limit` tokens."""
+    """Return the documents of at most `limit` tokens."""
     fitting = np.flatnonzero(found.index["length"] <= limit).astype(np.int32)
     if not fitting.size:
         raise PackError(
@@ -39,10 +39,10 @@ def within_length_limit(found: Records, limit: int) -> Int[np.ndarray, "_"]:
 
 
 def eligible_documents(found: Records, data: Data, mixing: Mixing) -> Int[np.ndarray, "_"]:
-    """The documents that a run with these settings may draw.
+    """Return the documents that a run with these settings may draw.
 
-    A fraction is taken of all pictures, before document_limit and leave_out, so that a run without
-    VQA sees the pictures that its neighbour with VQA sees.
+    A fraction is taken of all images, before document_limit and leave_out, so that a run without
+    VQA sees the same images as the corresponding run with VQA.
     """
     documents = within_length_limit(found, data.document_limit)
     keep = np.ones(len(found), bool)
@@ -68,10 +68,10 @@ def eligible_documents(found: Records, data: Data, mixing: Mixing) -> Int[np.nda
 def subsample(
     pictures: Int[np.ndarray, "n"], sources: Int[np.ndarray, "n"], *, fraction: float, seed: int
 ) -> Bool[np.ndarray, "n"]:
-    """True at documents of the first pictures of each source, in an order that is the seed's.
+    """Return True at documents of the first images of each source, in an order given by the seed.
 
-    A picture belongs to the source of its first document; -1 is a document without a picture, and
-    counts as a picture of its own. A larger fraction of the same seed holds all of a smaller one.
+    An image belongs to the source of its first document; -1 is a document without an image, and
+    counts as an image of its own. A larger fraction of the same seed holds all of a smaller one.
     """
     alone = len(pictures) + np.arange(len(pictures))
     _, first, unit = np.unique(
@@ -86,7 +86,7 @@ def subsample(
 
 
 def epochs(found: Records, data: Data, mixing: Mixing) -> Epochs:
-    """The rows of all epochs."""
+    """Return the rows of all epochs."""
     documents = eligible_documents(found, data, mixing)
     seed = data.seed
     windows = functools.partial(pack.shuffled, documents, seed=seed)
@@ -107,7 +107,7 @@ def epochs(found: Records, data: Data, mixing: Mixing) -> Epochs:
 def mixture_shares(
     found: Records, data: Data, mixing: Mixing
 ) -> dict[str, tuple[float, float, float]]:
-    """What each name gives to an epoch: its share of documents, of tokens, and times a document."""
+    """Return, by name, its share of an epoch's documents, of its tokens, and its repeats."""
     documents = eligible_documents(found, data, mixing)
     group, draws = _grouped(found, documents, mixing)
     count = np.bincount(group, minlength=len(draws))
@@ -120,7 +120,7 @@ def mixture_shares(
 
 
 def parse(weights: str, names: list[str]) -> list[float]:
-    """The weight of each name; raises PackError unless each has one and no other has.
+    """Return the weight of each name; raise PackError unless exactly these names have one.
 
     "VQA=2, Visual Chat=0.5", ["VQA", "Visual Chat"]   ->   [2.0, 0.5]
     """
@@ -145,7 +145,7 @@ def parse(weights: str, names: list[str]) -> list[float]:
 def sample_group(
     group: Int[np.ndarray, "n"], lengths: Int[np.ndarray, "n"], weights: list[float], unit: str
 ) -> Int[np.ndarray, "_"]:
-    """How many documents of each group an epoch draws.
+    """Return how many documents of each group an epoch draws.
 
     Six documents of 10 tokens and two of 20 (100 tokens), weights 1 and 1:
         documents   4 and 4 documents
@@ -166,11 +166,12 @@ def sample_group(
 def repeat_documents(
     group: Int[np.ndarray, "n"], draws: Int[np.ndarray, "_"], *, seed: int, epoch: int
 ) -> Int[np.ndarray, "n"]:
-    """How often each document stands in an epoch: floor or ceiling of its group's draws / size.
+    """Return each document's count in an epoch: floor or ceiling of its group's draws / size.
 
-    Who gets one more takes turns, so that over any epochs it is floor or ceiling too:
+    The extra repeats rotate over the documents, so that over any epochs the count is floor or
+    ceiling too:
         one group of 5, 7 draws     epoch 0: 2 2 1 1 1    1: 1 1 2 2 1    2: 2 1 1 1 2
-    but for the order of the group, which is the seed's.
+    up to the order of the group, which depends on the seed.
     """
     times = np.zeros(len(group), np.int64)
     for g in np.unique(group):
@@ -185,35 +186,35 @@ def repeat_documents(
 def shuffled_windows(
     documents: Int[np.ndarray, "n"], times: Int[np.ndarray, "n"], *, seed: int, epoch: int
 ) -> list[Int[np.ndarray, "_"]]:
-    """Windows in which no document stands twice: its copies are dealt to windows in turn."""
+    """Return windows without repeated documents: copies are assigned to windows in turn."""
     order = pack.shuffle(len(documents), seed, epoch, 0)
     drawn = np.repeat(documents[order], times[order])
     count = max(-(-len(drawn) // pack.WINDOW), int(times.max()))
-    places = pack.shuffle(count, seed, epoch, _PLACES)  # or copies would stand in neighbours
+    places = pack.shuffle(count, seed, epoch, _PLACES)  # else copies would be in adjacent windows
     return [drawn[place::count] for place in places]
 
 
 def group_by_image(
     documents: Int[np.ndarray, "n"], pictures: Int[np.ndarray, "n"], *, seed: int, epoch: int
 ) -> list[Int[np.ndarray, "_"]]:
-    """Windows that hold all documents of their pictures; -1 is a document without one.
+    """Return windows that hold all documents of their images; -1 is a document without one.
 
-    An interpretation of image-centric training (IMAX, arXiv 2504.09967), not a reproduction: the
-    paper's order of training is not published.
+    This is an interpretation of image-centric training (IMAX, arXiv 2504.09967), not a
+    reproduction: the paper's order of training is not published.
     """
-    alone = len(documents) + np.arange(len(documents))  # more than any picture that is met
+    alone = len(documents) + np.arange(len(documents))  # more than any image number that occurs
     _, number = np.unique(pictures, return_inverse=True)
     _, number = np.unique(np.where(pictures < 0, alone, number), return_inverse=True)
     place = pack.shuffle(number.max() + 1, seed, epoch, _PICTURES)[number]
     order = pack.shuffle(len(documents), seed, epoch, 0)
     order = order[np.argsort(place[order], kind="stable")]
     size = np.bincount(place)
-    window = ((np.cumsum(size) - size) // IMAGE_WINDOW)[place[order]]  # where a picture begins
+    window = ((np.cumsum(size) - size) // IMAGE_WINDOW)[place[order]]  # where an image begins
     return np.split(documents[order], np.flatnonzero(np.diff(window)) + 1)
 
 
 def _grouped(found: Records, documents: np.ndarray, mixing: Mixing) -> tuple:
-    """(group of each document, draws of each group)."""
+    """Return (group of each document, draws of each group)."""
     group, names = found.index[mixing.by][documents], found.names(mixing.by)
     if not mixing.weights:
         return group, np.bincount(group, minlength=len(names))

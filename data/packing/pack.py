@@ -1,12 +1,12 @@
-"""Which documents share a row: a plan per epoch, made of lengths alone.
+"""Decide which documents share a row: one plan per epoch, computed from lengths alone.
 
     lengths 60 200 50 140 90, seq_len 256  ->  [200 50] [140 90] [60]        pack=True
                                                [60] [200] [50] [140] [90]    pack=False
 
-Every document of a window stands in exactly one row, whole; windows are stretches of an epoch's
+Every document of a window is in exactly one row, uncut; windows are stretches of an epoch's
 documents, by default of all of them shuffled, each once (mixing.py has the others). A plan is a
-function of (lengths, windows, seq_len, pack, seed, epoch): nothing else, so a run can start at any
-step on any number of hosts.
+function of (lengths, windows, seq_len, pack, seed, epoch) only, so a run can start at any step on
+any number of hosts.
 """
 
 import bisect
@@ -23,12 +23,12 @@ WINDOW = 4_096
 
 
 class PackError(ValueError):
-    """Documents that cannot be packed or mixed; the message says which and what to change."""
+    """Documents that cannot be packed or mixed; the message names them and states a fix."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
-    """One epoch. Row i holds documents[starts[i]:starts[i + 1]]."""
+    """The rows of one epoch. Row i holds documents[starts[i]:starts[i + 1]]."""
 
     documents: np.ndarray  # int32 [documents of the epoch]
     starts: np.ndarray  # int64 [rows + 1]
@@ -37,12 +37,12 @@ class Plan:
         return len(self.starts) - 1
 
     def row(self, i: int) -> Int[np.ndarray, "n"]:
-        """The documents of row i, in their order there."""
+        """Return the documents of row i, in their order within the row."""
         return self.documents[self.starts[i] : self.starts[i + 1]]
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of who stands where."""
+        """Return the SHA-256 of the assignment of documents to rows."""
         digest = hashlib.sha256(self.documents.astype("<i4").tobytes())
         digest.update(self.starts.astype("<i8").tobytes())
         return digest.hexdigest()
@@ -57,11 +57,11 @@ def plan(
     epoch: int,
     windows: list[np.ndarray] | None = None,
 ) -> Plan:
-    """The rows of one epoch; raises PackError when a document is longer than a row.
+    """Return the rows of one epoch; raise PackError if a document is longer than a row.
 
     Packing is best-fit decreasing within windows: each document, longest first, goes into the
-    fullest row that still has room. Rows then change places within their window, so that a window
-    does not begin with its long documents. `windows` None: every document once.
+    fullest row that still has enough free tokens. Rows are then shuffled within their window, so
+    that a window does not begin with its long documents. `windows` None: every document once.
     """
     if windows is None:
         windows = shuffled(np.arange(len(lengths)), seed=seed, epoch=epoch)
@@ -80,7 +80,7 @@ def plan(
 
 
 class Epochs:
-    """The rows of epochs 0, 1, 2, ... one after the other, without end; planned when needed."""
+    """The rows of epochs 0, 1, 2, ... in sequence, without end; each epoch is planned on demand."""
 
     def __init__(
         self,
@@ -97,15 +97,15 @@ class Epochs:
         self.first = self.plan(0)
         self._plans = [self.first]
         self._starts = [0, len(self.first)]  # first row of each epoch, and of the next one
-        self._lock = threading.Lock()  # a prefetching thread asks too
+        self._lock = threading.Lock()  # a prefetching thread uses it too
 
     def row(self, i: int) -> Int[np.ndarray, "n"]:
-        """The documents of row i of all epochs."""
+        """Return the documents of row i of all epochs."""
         epoch = self.epoch(i)
         return self._plans[epoch].row(i - self._starts[epoch])
 
     def epoch(self, i: int) -> int:
-        """The epoch that row i belongs to."""
+        """Return the epoch that row i belongs to."""
         with self._lock:
             while i >= self._starts[-1]:
                 self._plans.append(self.plan(len(self._plans)))
@@ -116,16 +116,16 @@ class Epochs:
 def shuffled(
     documents: Int[np.ndarray, "n"], *, seed: int, epoch: int
 ) -> list[Int[np.ndarray, "_"]]:
-    """Windows of all `documents`, each once, in the order of this epoch."""
+    """Return windows of all `documents`, each once, in the order of this epoch."""
     order = documents[shuffle(len(documents), seed, epoch, 0)]
     return [order[i : i + WINDOW] for i in range(0, len(order), WINDOW)]
 
 
 def shuffle(n: int, seed: int, epoch: int, stream: int) -> Int[np.ndarray, "n"]:
-    """A permutation of 0 .. n-1, another for each (seed, epoch, stream).
+    """Return a permutation of 0 .. n-1, different for each (seed, epoch, stream).
 
-    Sorted raw draws, not Generator.permutation: numpy promises the raw stream for ever, the
-    permutation only for one version, and a resumed run must find its old order.
+    It uses sorted raw draws, not Generator.permutation: numpy guarantees the raw stream forever,
+    the permutation only within one version, and a resumed run must reproduce its old order.
     """
     bits = np.random.PCG64(np.random.SeedSequence([seed, epoch, stream]))
     return np.argsort(bits.random_raw(n), kind="stable")

@@ -1,12 +1,12 @@
-"""A plan as a file: one epoch's rows, what they were made of, and a SHA-256 of all of it.
+"""Save a plan as a file: one epoch's rows, what they were made from, and a SHA-256 of all of it.
 
     plan.npz   header     JSON as bytes: format, records, settings, epoch, names of labels
-               documents  int32, starts int64: the rows, as pack.Plan has them
+               documents  int32, starts int64: the rows, as in pack.Plan
                lengths    int32, source, task int32: of every document of the records
                sha256     of the header and the arrays
 
-Only numpy's own arrays, nothing pickled. A run whose config.data.plan is header["run"] has this
-plan or does not start.
+The file holds only numpy arrays, nothing pickled. A run whose config.data.plan is header["run"] has
+this plan or does not start.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from medmax_jax.io.text_files import parse_object
 FORMAT = 1
 SUFFIX = ".npz"
 ARRAYS = ("documents", "starts", "lengths", "source", "task")
-_DAMAGE = (  # whatever numpy, zipfile and zlib say of bytes that were changed
+_DAMAGE = (  # all errors that numpy, zipfile and zlib raise for changed bytes
     *(OSError, ValueError, KeyError, TypeError, EOFError, MemoryError, RuntimeError),
     *(zipfile.BadZipFile, zlib.error),
 )
@@ -39,16 +39,16 @@ _MEND = "make it again with data.prepare plan --save"
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class SavedPlan:
-    """A plan that was read back. `header["run"]`: the hash that a run of these settings has."""
+    """A plan read from a file. `header["run"]`: the hash of a run with these settings."""
 
     header: dict[str, Any]
     plan: Plan
     lengths: np.ndarray  # int32 [documents of the records]
-    source: np.ndarray  # number in header["sources"]
+    source: np.ndarray  # index into header["sources"]
     task: np.ndarray
 
     def who(self, row: int) -> list[dict[str, Any]]:
-        """The documents of a row, each with its place there."""
+        """Return the documents of a row, each with its position in the row."""
         if not 0 <= row < len(self.plan):
             raise PackError(f"--row is {row}; this epoch has rows 0..{len(self.plan) - 1}")
         told, start = [], 0
@@ -62,7 +62,7 @@ class SavedPlan:
 
 
 def save(path: Path, found: Records, data: Data, mixed: Mixing, *, epoch: int) -> dict[str, Any]:
-    """Writes the plan of an epoch, whole or not at all; returns its header."""
+    """Write the plan of an epoch atomically; return its header."""
     if path.suffix != SUFFIX:
         raise PackError(f"--save {path}: name a file that ends in {SUFFIX}")
     epochs = mixing.epochs(found, data, mixed)
@@ -94,7 +94,7 @@ def save(path: Path, found: Records, data: Data, mixed: Mixing, *, epoch: int) -
 
 
 def load(path: Path) -> SavedPlan:
-    """The plan of a file; raises PackError unless every byte of it is what was saved."""
+    """Read the plan of a file; raise PackError unless every byte is as it was saved."""
     try:
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             text, told = file["header"], file["sha256"].tobytes().hex()
@@ -117,9 +117,9 @@ def load(path: Path) -> SavedPlan:
 
 
 def _wrong(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> str:
-    """The first part of a plan that is not of its type or range; "" where all are.
+    """Return the first part of a plan that has a wrong type or range; "" if all are valid.
 
-    Whoever changes a file can write its digest too, so the digest does not show this.
+    A program that changes a file can also rewrite its digest, so the digest does not detect this.
     """
     kinds = dict(records=str, folder=str, settings=dict, epoch=int, run=str, rows=str)
     for name, kind in (kinds | dict(sources=list, tasks=list)).items():

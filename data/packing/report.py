@@ -1,8 +1,8 @@
-"""What `python -m data.prepare stats` and `plan` say: how full rows are, who is in one, pictures.
+"""Report for `python -m data.prepare stats` and `plan`: how full rows are, their documents, images.
 
-fill     tokens over places, of rows of a length; `offline` is best-fit decreasing over all
-         documents at once, which a plan of shuffled windows comes close to
-padded   the released way: a document a row, a batch as long as its longest
+fill     tokens divided by positions, for rows of a given length; `offline` is best-fit decreasing
+         over all documents at once, which a plan of shuffled windows nearly reaches
+padded   the method of the MedMax release: one document per row, a batch as long as its longest
 """
 
 import argparse
@@ -19,11 +19,11 @@ from medmax_jax.data.records.reader import Records, open_records
 from medmax_jax.data.records.writer import has_credentialed
 
 ROW_LENGTHS = (2_048, 4_096, 8_192, 16_384)
-STEP = 128  # rows are padded up to a multiple of this where shapes are compiled
+STEP = 128  # rows are padded to a multiple of this if shapes are compiled
 
 
 def stats(folder: str | Path, *, seq_len: int) -> dict[str, Any]:
-    """What a folder holds, and how full rows of `seq_len` tokens are when packed."""
+    """Return the contents of a folder, and how full packed rows of `seq_len` tokens are."""
     found = open_records(folder)
     lengths = found.index["length"]
     rows = len(pack.plan(lengths, seq_len=seq_len, pack=True, seed=0, epoch=0))
@@ -41,7 +41,7 @@ def stats(folder: str | Path, *, seq_len: int) -> dict[str, Any]:
 def report(
     found: Records, data: Data, mixed: Mixing, *, epoch: int, row: int | None
 ) -> dict[str, Any]:
-    """One epoch of a run with these settings, and its row number `row`."""
+    """Describe one epoch of a run with these settings, and its row number `row`."""
     if epoch < 0:
         raise pack.PackError(f"--epoch is {epoch}; the first is 0")
     epochs = mixing.epochs(found, data, mixed)
@@ -71,14 +71,14 @@ def report(
 
 
 def packing_efficiency(lengths: Int[np.ndarray, "n"], plan: pack.Plan, seq_len: int) -> float:
-    """Tokens over places."""
+    """Return tokens divided by positions."""
     return float(lengths[plan.documents].sum() / (len(plan) * seq_len))
 
 
 def packing_efficiencies(
     lengths: Int[np.ndarray, "n"], seq_lens: Iterable[int], longest: int, seed: int
 ) -> dict[int, dict[str, float]]:
-    """Of each row length that holds the longest document: fill of a plan, and offline."""
+    """Return the fill of a plan, and offline, for each row length that holds every document."""
     table = {}
     for seq_len in sorted(s for s in seq_lens if s >= longest):
         plan = pack.plan(lengths, seq_len=seq_len, pack=True, seed=seed, epoch=0)
@@ -89,10 +89,11 @@ def packing_efficiencies(
 
 
 def best_fit_row_count(lengths: Int[np.ndarray, "n"], seq_len: int) -> int:
-    """Rows of best-fit decreasing over all documents at once.
+    """Return the number of rows of best-fit decreasing over all documents at once.
 
-    Rows with the same room are alike, so they are only counted: bit r of `open_` is set where some
-    row has room r, and the lowest set bit from a document's length on is its best fit.
+    Rows with equal free space are interchangeable, so they are only counted: bit r of `open_` is
+    set if some row has r free tokens, and the lowest set bit from a document's length on is its
+    best fit.
     """
     count, open_, rows = [0] * (seq_len + 1), 0, 0
     for length in np.sort(lengths)[::-1].tolist():
@@ -111,10 +112,10 @@ def best_fit_row_count(lengths: Int[np.ndarray, "n"], seq_len: int) -> int:
 def padding_efficiency(
     lengths: Int[np.ndarray, "n"], *, batch_size: int, seed: int
 ) -> dict[str, Any]:
-    """Fill of batches of `batch_size` documents that are padded to their longest.
+    """Return the fill of batches of `batch_size` documents that are padded to their longest.
 
-    `shapes`: how many lengths a batch has, each a compilation; `fill_of_steps` and
-    `shapes_of_steps` are with lengths rounded up to a multiple of STEP.
+    `shapes`: how many different lengths the batches have, each a compilation; `fill_of_steps` and
+    `shapes_of_steps` are the same with lengths rounded up to a multiple of STEP.
     """
     order = lengths[pack.shuffle(len(lengths), seed, 0, 0)]
     whole = order[: len(order) // batch_size * batch_size].reshape(-1, batch_size)
@@ -131,7 +132,7 @@ def padding_efficiency(
 
 
 def row_documents(found: Records, plan: pack.Plan, row: int) -> list[dict[str, Any]]:
-    """The documents of a row, each with its place there; credentialed ones by number alone."""
+    """Return a row's documents with their positions; credentialed ones by number only."""
     if not 0 <= row < len(plan):
         raise pack.PackError(f"--row is {row}; this epoch has rows 0..{len(plan) - 1}")
     told, start = [], 0
@@ -148,9 +149,9 @@ def row_documents(found: Records, plan: pack.Plan, row: int) -> list[dict[str, A
 
 
 def image_stats(found: Records) -> dict[str, Any]:
-    """How many documents and tasks a picture has: IMAX (arXiv 2504.09967) has 7.46 and 4.10.
+    """Count the documents and tasks per image: IMAX (arXiv 2504.09967) has 7.46 and 4.10.
 
-    Three documents of picture 0 (VQA, VQA, Visual Chat), one of picture 1 (VQA), one without:
+    Three documents of image 0 (VQA, VQA, Visual Chat), one of image 1 (VQA), one without:
         pictures 2, without_picture 1, entries 2.0, tasks 1.5, of_entries {1: 1, 3: 1}
     """
     picture, task = found.index["picture"], found.index["task"]
@@ -169,11 +170,11 @@ def image_stats(found: Records) -> dict[str, Any]:
     )
 
 
-# The command line.
+# ---- The command line ----
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
-    """`plan`, with the flags of config.data and config.mixing."""
+    """Add `plan`, with the flags of config.data and config.mixing."""
     planned = commands.add_parser("plan", help="which documents share a row, as a run has it")
     planned.add_argument("--seq_len", type=int, help="tokens a row; not for a saved plan")
     planned.add_argument("--document_limit", type=int, default=0, help="0: the row length")
@@ -214,7 +215,7 @@ def _run_plan(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _saved(args: argparse.Namespace) -> dict[str, Any]:
-    """What a saved plan says, by itself."""
+    """Describe a saved plan from the file alone."""
     if args.seq_len or args.save or args.weights:
         raise pack.PackError(f"{args.folder} is a saved plan: its settings are in it; --row alone")
     saved = plan_file.load(args.folder)

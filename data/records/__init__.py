@@ -1,13 +1,14 @@
-"""The record format: one training document, written, read, staged and streamed.
+"""Store training documents as records: write, read, stage and stream them.
 
-document     One training document: its fields, which of its tokens are trained, when it is whole,
-             its bytes.
-jsonl        Documents as text, JSONL in the released schema, before they are token ids and after.
-reader       Reads a folder of records, in any order, and notices damage. writer.py writes one.
-row_streams  Files of rows as streams: JSON arrays, JSON lines, CSV, gzipped or not, with bounds.
-staging      Records on gs:// are copied to a disk of this host, once, and checked by hash.
-synthetic    Records as long as MedMax's, of any number, made of random ids: for benchmarks and
+document     Define one training document: its fields, trained tokens, validity checks and bytes.
+jsonl        Read and write documents as text: JSONL in the schema of the MedMax release, without
+             token ids.
+reader       Read a folder of records in any order and detect corruption; writer.py writes one.
+row_streams  Read files of rows as streams: JSON arrays, JSON lines, CSV, gzipped or not, within
+             size limits.
+staging      Copy records on gs:// to a disk of this host, once, and check them by hash.
+synthetic    Make records as long as MedMax's, any number, from random ids: for benchmarks and
              tests.
-writer       Writes documents to a folder: shards, an index of counts and names, and what it all
-             holds.
+writer       Write documents to a folder: shards, an index of counts and names, and a description of
+             both.
 """

@@ -1,8 +1,8 @@
-"""One training document: its fields, which of its tokens are trained, when it is whole, its bytes.
+"""Define one training document: its fields, trained tokens, validity checks and bytes.
 
     tokens   BOS q u e s t i o n BOI c+4 ... EOI SEP a n s w e r EOS
 
-All numpy, no files: `writer.py` keeps documents in folders.
+This module uses numpy only and no files: `writer.py` stores documents in folders.
 """
 
 import dataclasses
@@ -29,18 +29,18 @@ from medmax_jax.models.vocab import (
 )
 
 COLUMNS = ("length", "image", "answers", "answers_image", "release", "release_image")
-LABELS = ("source", "task", "picture")  # numbers of names, see records.Labels
-HEAD = struct.Struct("<4sII")  # magic, CRC-32 of all that follows it, bytes of the JSON header
+LABELS = ("source", "task", "picture")  # names stored as numbers, see reader.Records.names
+HEAD = struct.Struct("<4sII")  # magic, CRC-32 of all bytes after it, bytes of the JSON header
 MAGIC = b"MMX1"
 AS_WRITTEN = dict(allow_lone_surrogates=True, check_integers=False)  # the header, which has a CRC
 
 
 class RecordsError(ValueError):
-    """A document or a folder that cannot be used; the message names it and the mend."""
+    """A document or a folder that cannot be used; the message names it and states the fix."""
 
     def __init__(self, text: str, kind: str = ""):
         super().__init__(text)
-        self.kind = kind  # of what is wrong with a document: schema, ids, image, separator
+        self.kind = kind  # the kind of problem of a document: schema, ids, image, separator
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,12 +55,12 @@ class Document:
     turns: int
     group: str
     id: str
-    image_sha256: str = ""  # of the picture's file; empty where that was not at hand
+    image_sha256: str = ""  # of the image file; empty if the file was not available
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What the ids of a folder mean. `tokenizer`, `vqgan`: sha256 of the files that made them."""
+    """The meaning of a folder's ids. `tokenizer`, `vqgan`: sha256 of the files that made them."""
 
     vocab: Vocab
     codes_per_image: int
@@ -69,15 +69,16 @@ class Layout:
 
 
 def loss_mask(tokens: Int[np.ndarray, "T"], mode: str, turns: int) -> Bool[np.ndarray, "T"]:
-    """True at the tokens whose prediction is trained.
+    """Return a mask that is True at the tokens whose prediction is trained.
 
     SEP closes every turn, so the sections between SEPs are question, answer, question, answer...
-    A section owns the SEP or EOS that closes it:
+    A section includes the SEP or EOS that closes it:
         tokens            BOS q1 SEP a1 SEP q2 SEP a2 EOS    (turns=2)
         answers            .  .   .   x   x  .   .   x   x
-        release            .  .   .   x   x  x   x   x   x   (all after the first SEP, as released)
-    `answers` with unknown turns (0) is `release`. A document without SEP (pretraining) is scored
-    whole, but for its BOS.
+        release            .  .   .   x   x  x   x   x   x   (all after the first SEP, as in the
+                                                              MedMax release)
+    `answers` with unknown turns (0) equals `release`. In a document without SEP (pretraining) every
+    token except BOS is scored.
     """
     if mode not in ("answers", "release"):
         raise RecordsError(f"mask is {mode!r}; use answers or release")
@@ -91,7 +92,7 @@ def loss_mask(tokens: Int[np.ndarray, "T"], mode: str, turns: int) -> Bool[np.nd
 def check_document(document: Document, layout: Layout, *, name: str = "") -> None:
     """Raise RecordsError unless the document is valid: ids, ends, image spans, turns.
 
-    `name`: what messages call it, where its id must not be repeated.
+    `name`: the name of the document in messages, if its id must not be repeated.
     """
     t, where = document.tokens, name or f"document {document.id!r} of {document.source!r}"
     if t.ndim != 1 or t.dtype != np.int32 or len(t) < 3:
@@ -122,7 +123,7 @@ def check_document(document: Document, layout: Layout, *, name: str = "") -> Non
 
 
 def from_bytes(record: bytes, where: str) -> Document:
-    """The way back; raises RecordsError, with `where` in it, on damage."""
+    """Read a document from its bytes; raise RecordsError, with `where` in it, on corruption."""
     if len(record) < HEAD.size or record[:4] != MAGIC:
         raise RecordsError(f"{where}: no document of this format; the shard is damaged or foreign")
     _, crc, size = HEAD.unpack_from(record)
@@ -158,6 +159,6 @@ def _check_images(t: np.ndarray, layout: Layout, where: str) -> None:
 
 
 def pseudonym(text: str | bytes) -> str:
-    """A short name for what must not be written: 64 bits of SHA-256."""
+    """Return a short name for text that must not be written: 64 bits of SHA-256."""
     raw = text if isinstance(text, bytes) else text.encode()
     return hashlib.sha256(raw).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Documents as text, JSONL in the released schema, before they are token ids and after.
+"""Read and write documents as text: JSONL in the schema of the MedMax release, without token ids.
 
 {"id": "PMC1_f2", "text": "question<reserved08706>answer with <image>", "image_path": "a.png",
  "task": "Multimodal Generation", "source": "PMC-OA", "credential": "no", "group": "PMC1",
@@ -20,8 +20,8 @@ TEXT_FIELDS = ("id", "text", "image_path", "task", "source", "credential", "grou
 def read_texts(path: str | Path) -> list[dict[str, Any]]:
     """Return the rows of a file, each with the fields above; raise RecordsError or OutgoingError.
 
-    Of a row that is credentialed, or that does not state its class, messages have the row's number,
-    the field and the type alone.
+    For a row that is credentialed, or that does not state its class, messages contain only the
+    row's number, the field and the type.
     """
     try:
         rows = [row for _, row in read_objects(path)]
@@ -45,12 +45,12 @@ def read_texts(path: str | Path) -> list[dict[str, Any]]:
 
 
 def to_text(document: Document, layout: Layout, tokenizer: Tokenizer) -> str:
-    """The text of a document again, with `<image>` where an image stands."""
+    """Return the text of a document, with `<image>` at the position of each image."""
     parts = split_segments(document.tokens, layout.vocab)
     return "".join(IMAGE_NAME if k == "image" else tokenizer.decode(ids) for k, ids in parts)
 
 
 def plain_text(document: Document, layout: Layout, tokenizer: Tokenizer) -> str:
-    """Its words alone: a line for each stretch between images and separators."""
+    """Return only the text: one line for each stretch between images and separators."""
     text = to_text(document, layout, tokenizer)
     return text.replace(IMAGE_NAME, "\n").replace(SEP_NAME, "\n")

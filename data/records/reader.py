@@ -1,12 +1,12 @@
-"""Reads a folder of records, in any order, and notices damage. writer.py writes one.
+"""Read a folder of records in any order and detect corruption; writer.py writes one.
 
-    folder/00000-of-00003.array_record   one document a record, as documents.py writes it
+    folder/00000-of-00003.array_record   one document per record, see document.py
     folder/index.npy                     int32 [documents, COLUMNS and LABELS]: counts, and names
                                          by number
     folder/dataset.json                  counts, vocabulary, image size, fingerprints; written last
 
 A folder without dataset.json is not finished. ArrayRecord reads a truncated shard as empty records
-and says nothing, so sizes are checked when a folder opens and every record carries its own CRC.
+without an error, so sizes are checked when a folder opens and every record carries its own CRC.
 """
 
 import hashlib
@@ -36,9 +36,9 @@ FORMAT = 2
 
 
 def open_records(folder: str | os.PathLike) -> "Records":
-    """A finished folder, as a sequence of Documents; raises RecordsError when it is not whole.
+    """Open a finished folder as a sequence of Documents; raise RecordsError if it is incomplete.
 
-    One on gs:// is copied to this host first (staging.py), which may raise a StorageError.
+    A folder on gs:// is copied to this host first (staging.py), which may raise a StorageError.
     """
     return Records(stage_to_disk(folder))
 
@@ -64,11 +64,11 @@ class Records(Sequence):
         return self.read([i])[0]
 
     def __iter__(self) -> Iterator[Document]:
-        for start in range(0, len(self), 256):  # records a read
+        for start in range(0, len(self), 256):  # records per read
             yield from self.read(range(start, min(start + 256, len(self))))
 
     def read(self, indices: Iterable[int]) -> list[Document]:
-        """Documents by number, in the given order; one read per shard touched."""
+        """Return documents by number, in the given order, with one read per shard touched."""
         wanted = np.asarray(list(indices), np.int64)
         if wanted.size and (wanted.min() < 0 or wanted.max() >= len(self)):
             raise IndexError(f"document {wanted} of {len(self)} in {self.folder}")
@@ -82,7 +82,7 @@ class Records(Sequence):
         return [found[i] for i in range(len(wanted))]
 
     def names(self, label: str) -> list[str]:
-        """What the numbers of index["source"] or index["task"] mean."""
+        """Return the names that the numbers of index["source"] or index["task"] refer to."""
         return sorted(self.meta[f"{label}s"])
 
     def _read_shard(self, shard: int, local: list[int]) -> list[Document]:
@@ -94,7 +94,7 @@ class Records(Sequence):
         return documents
 
     def raw(self, shard: int, local: list[int]) -> list[bytes]:
-        """The bytes of some records of a shard, unread; raises RecordsError on damage."""
+        """Return the unparsed bytes of some records of a shard; raise RecordsError if corrupt."""
         path = self.folder / self.meta["shards"][shard]["file"]
         try:
             if shard not in self._readers:
@@ -127,7 +127,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
 
 
 def _wrong_field(meta: dict[str, Any]) -> str:
-    """The first field that readers rely on and that is not of its type; "" where all are."""
+    """Return the first required field that is not of its type; "" if all are valid."""
     kinds = dict(sha256=str, index_sha256=str, shards=list, documents=int, tokens=int, notes=dict)
     kinds |= dict.fromkeys(("sources", "tasks", "credentials"), dict)
     for name, kind in kinds.items():
@@ -159,7 +159,7 @@ def _read_index(folder: Path, meta: dict[str, Any]) -> dict[str, np.ndarray]:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != meta["index_sha256"]:
         raise RecordsError(f"{path}: missing or damaged; make the data set again")
-    table = np.load(path, mmap_mode="r", allow_pickle=False)  # columns that nobody asks for stay
+    table = np.load(path, mmap_mode="r", allow_pickle=False)  # unused columns stay on disk
     if table.shape != (sum(s["documents"] for s in meta["shards"]), len(COLUMNS) + len(LABELS)):
         raise RecordsError(f"{path}: of another number of documents; make the data set again")
     return {n: np.asarray(c) for n, c in zip((*COLUMNS, *LABELS), table.T, strict=True)}

@@ -1,8 +1,8 @@
-"""Files of rows as streams: JSON arrays, JSON lines, CSV, gzipped or not, with bounds.
+"""Read files of rows as streams: JSON arrays, JSON lines, CSV, gzipped or not, within size limits.
 
-PubMedVision alone is one JSON array of 700 MB, so an array is decoded item by item. A row comes as
-its value, with None for NaN; as a TextFileError where it is no JSON that is accepted; and as None
-where a row of CSV has another width.
+PubMedVision alone is one JSON array of 700 MB, so an array is decoded item by item. A row is
+returned as its value, with None for NaN; as a TextFileError if it is not accepted JSON; and as None
+if a row of CSV has a different width.
 """
 
 import contextlib
@@ -17,16 +17,16 @@ from medmax_jax.io.text_files import TextFileError
 
 
 class SourceError(ValueError):
-    """A source that cannot be read at all; the message names the file and the mend."""
+    """A source that cannot be read at all; the message names the file and states the fix."""
 
 
 CHUNK = 2**20  # characters read at once
-MAX_ITEM = 2**22  # characters of one item or line; the longest published ones have some thousands
+MAX_ITEM = 2**22  # characters of one item or line; the longest published ones have a few thousand
 
 
 @dataclasses.dataclass(frozen=True)
 class RowLocation:
-    """Where a row stands: the n-th of a file, from 1."""
+    """The location of a row: the n-th of a file, from 1."""
 
     file: str
     number: int
@@ -35,12 +35,12 @@ class RowLocation:
         return f"{self.file}, row {self.number}"
 
     def id(self, source: str) -> str:
-        """An id that holds no text of the source: "SLAKE/train-0000002"."""
+        """Return an id that holds no text of the source: "SLAKE/train-0000002"."""
         return f"{source}/{pathlib.PurePath(self.file).name.split('.')[0]}-{self.number:07d}"
 
 
 def json_array(path: pathlib.Path) -> Iterator[tuple[RowLocation, Any]]:
-    """Items of a file that is one JSON array; damage ends it with a SourceError."""
+    """Yield the items of a file that is one JSON array; corruption ends it with a SourceError."""
     bounds = dict(max_chars=MAX_ITEM, chunk_chars=CHUNK)
     with _source_errors(), text_files.open_binary(path) as file:
         for n, item in text_files.array_items(file, path.name, **bounds):
@@ -48,7 +48,7 @@ def json_array(path: pathlib.Path) -> Iterator[tuple[RowLocation, Any]]:
 
 
 def json_lines(path: pathlib.Path) -> Iterator[tuple[RowLocation, Any]]:
-    """One JSON value a line, or the items of one array."""
+    """Yield one JSON value per line, or the items of one array."""
     with _source_errors(), text_files.open_binary(path) as file:
         is_array = text_files.starts_array(file)
         for n, line in () if is_array else text_files.lines(file, path.name, max_bytes=MAX_ITEM):
@@ -61,7 +61,7 @@ def json_lines(path: pathlib.Path) -> Iterator[tuple[RowLocation, Any]]:
 
 
 def csv_rows(path: pathlib.Path, columns: tuple[str, ...]) -> Iterator[tuple[RowLocation, Any]]:
-    """Rows of a CSV file with a header; a row of another width comes as None."""
+    """Yield the rows of a CSV file with a header; a row of another width is returned as None."""
     with (
         _source_errors(),
         text_files.open_binary(path) as file,

@@ -1,12 +1,12 @@
-"""Records on gs:// are copied to a disk of this host, once, and checked by hash.
+"""Copy records on gs:// to a disk of this host, once, and check them by hash.
 
     gs://bucket/folder/dataset.json   read at every start; its SHA-256 names the copy
-    shards and index                  copied only if the copy is not there; their SHA-256 stand in
-                                      dataset.json, and the copy is renamed when all agree
+    shards and index                  copied only if the copy does not exist; their SHA-256 are
+                                      stored in dataset.json, and the copy is renamed when all agree
 
-Processes of a host take turns by a lock that ends with its holder; whoever comes second finds the
-copy. Copies lie in MEDMAX_STAGE, by default a folder of the user's own below the system's temporary
-one, readable by their owner alone, and may be deleted when nobody reads them.
+Processes of a host take turns with a lock that ends with its holder; a later process finds the
+copy. Copies are stored in MEDMAX_STAGE, by default a folder of the user's own below the system's
+temporary folder. Only their owner can read them. They may be deleted when no process reads them.
 """
 
 import concurrent.futures
@@ -31,8 +31,8 @@ from medmax_jax.io.storage import Folder, StorageError
 from medmax_jax.io.text_files import parse_json
 
 META, INDEX = "dataset.json", "index.npy"
-STAGE_VARIABLE = "MEDMAX_STAGE"  # in the environment: where copies lie
-STREAMS = 8  # files on the way at once: one stream of GCS does not fill a host's network
+STAGE_VARIABLE = "MEDMAX_STAGE"  # environment variable: the folder of copies
+STREAMS = 8  # files in transfer at once: one GCS stream does not fill a host's network
 
 
 class _File(NamedTuple):
@@ -42,7 +42,7 @@ class _File(NamedTuple):
 
 
 def stage_to_disk(folder: str | os.PathLike) -> Path:
-    """The folder, or the copy of one on gs://; raises StorageError or RecordsError."""
+    """Return the folder, or the local copy of one on gs://; raise StorageError or RecordsError."""
     source = Folder(folder)
     if not source.remote:
         return Path(folder)
@@ -51,7 +51,7 @@ def stage_to_disk(folder: str | os.PathLike) -> Path:
     place = _stage() / hashlib.sha256(meta).hexdigest()[:16]
     if not _whole(place, shards):
         with _turn(place):
-            if not _whole(place, shards):  # else the former holder has just made it
+            if not _whole(place, shards):  # else the previous holder has just made it
                 shutil.rmtree(place, ignore_errors=True)  # temporary folders lose old files
                 files = [*shards, _File(INDEX, source.size(INDEX), index)]
                 _copy(source, meta, files, place)
@@ -59,7 +59,7 @@ def stage_to_disk(folder: str | os.PathLike) -> Path:
 
 
 def _whole(place: Path, shards: list[_File]) -> bool:
-    """Whether a copy has all its files; what is in them, their own checks say."""
+    """Return whether a copy has all its files; their content has its own checks."""
     names = {file.name: file.size for file in shards}
     found = {p.name: p.stat().st_size for p in place.glob("*")}
     return {META, INDEX} <= found.keys() and names.items() <= found.items()
@@ -81,7 +81,7 @@ def _copy(source: Folder, meta: bytes, files: list[_File], place: Path) -> None:
 
 
 def _said(source: Folder, meta: bytes) -> tuple[list[_File], str]:
-    """The shards, and the SHA-256 of the index, of a dataset.json."""
+    """Return the shards, and the SHA-256 of the index, from a dataset.json."""
     try:
         said = parse_json(meta, META)
         shards = [_File(s["file"], int(s["bytes"]), str(s["sha256"])) for s in said["shards"]]
@@ -109,25 +109,25 @@ def _fetch(source: Folder, new: Folder, file: _File) -> int:
 
 
 def _stage() -> Path:
-    """The folder of all copies, this user's own."""
+    """Return the folder of all copies, which belongs to this user."""
     given = os.environ.get(STAGE_VARIABLE)
     place = Path(given or Path(tempfile.gettempdir(), f"medmax_jax_{os.getuid()}"))
     try:
         with private_umask():
             place.mkdir(parents=True, exist_ok=True)
-        found = place.stat() if given else place.lstat()  # anybody may write into a temporary one
+        found = place.stat() if given else place.lstat()  # any user may write to a temporary folder
     except OSError as error:
         raise StorageError(
             f"{place}: cannot be made ({error.strerror}); set {STAGE_VARIABLE} to another folder"
         ) from error
     if not stat.S_ISDIR(found.st_mode) or not (given or found.st_uid == os.getuid()):
         raise StorageError(f"{place}: not a folder of this user; set {STAGE_VARIABLE} to one")
-    return place.resolve()  # new_folder writes beside what it is
+    return place.resolve()  # new_folder writes next to its target
 
 
 @contextlib.contextmanager
 def _turn(place: Path) -> Iterator[None]:
-    """Holds the host's lock on a copy; the kernel frees it when the process dies."""
+    """Hold the host's lock on a copy; the kernel frees it when the process dies."""
     partial, limit = place.with_name(f"{place.name}.partial"), timeout_seconds()
     with private_umask():
         lock = open(f"{place}.lock", "w")
@@ -154,7 +154,7 @@ def _locked(descriptor: int) -> bool:
 
 
 def _bytes(folder: Path) -> int:
-    """Of all files that are there; some may go meanwhile."""
+    """Return the size of all existing files; some may be deleted in the meantime."""
     total = 0
     for path in folder.glob("*"):
         with contextlib.suppress(FileNotFoundError):

@@ -1,11 +1,11 @@
-"""Records as long as MedMax's, of any number, made of random ids: for benchmarks and tests.
+"""Make records as long as MedMax's, any number, from random ids: for benchmarks and tests.
 
     BOS BOI 1024 codes EOI question SEP answer EOS       at least 1,034 tokens, 1,156 on average
 
 The mixture's lengths are not published. Known are its mean (1.7 B tokens in 1.47 M documents) and
-that an image has 1,026 tokens; the length model is the one that knows no more than that: above the
-least, every further token is as likely to be the last (geometric). Sources and tasks have the
-published shares, and a picture has two documents (1.47 M with 725 K pictures).
+that an image has 1,026 tokens. The length model assumes nothing more: above the minimum, every
+further token is equally likely to be the last (geometric distribution). Sources and tasks have the
+published shares, and an image has two documents (1.47 M with 725 K images).
 """
 
 from collections.abc import Iterator
@@ -28,13 +28,13 @@ LAYOUT = Layout(
 
 
 def lengths(count: int, *, seed: int) -> Int[np.ndarray, "n"]:
-    """Tokens of `count` documents."""
+    """Return the number of tokens of `count` documents."""
     rng = np.random.default_rng(seed)
     return LEAST - 1 + rng.geometric(1 / (MEAN - LEAST + 1), count)
 
 
 def documents(count: int, *, seed: int) -> Iterator[Document]:
-    """`count` documents of those lengths."""
+    """Yield `count` documents of those lengths."""
     vocab, rng = LAYOUT.vocab, np.random.default_rng([seed, 1])
     shares = np.array([source.percent for source in SOURCES])
     of_source = rng.choice(len(SOURCES), count, p=shares / shares.sum())

@@ -1,6 +1,6 @@
-"""Writes documents to a folder: shards, an index of counts and names, and what it all holds.
+"""Write documents to a folder: shards, an index of counts and names, and a description of both.
 
-The layout of the folder stands in reader.py, which opens one.
+reader.py, which opens such a folder, documents its layout.
 """
 
 import collections
@@ -59,11 +59,11 @@ def write(
     layout: Layout,
     notes: dict[str, Any],
 ) -> dict[str, Any]:
-    """Writes a folder of records and returns its dataset.json; `notes` stand in it as given.
+    """Write a folder of records and return its dataset.json, which contains `notes` as given.
 
-    The folder appears finished or not at all: shards carry a temporary name until the last
-    document is written, and dataset.json comes last. From the first credentialed document on,
-    before a byte of it is written, the folder and its files are for their owner alone (0700, 0600).
+    The folder is written atomically: shards have a temporary name until the last document is
+    written, and dataset.json comes last. From the first credentialed document on, before any of its
+    bytes is written, only the owner can access the folder and its files (0700, 0600).
     """
     with contextlib.ExitStack() as modes:
         return _write(_new_folder(folder), documents, shard_size, layout, notes, modes)
@@ -108,7 +108,7 @@ def _write(
         raise
     table = np.frombuffer(rows, np.int32).reshape(-1, len(COLUMNS))
     index = np.concatenate([table, labels.table()], axis=1)
-    np.save(folder / INDEX, np.asfortranarray(index))  # column by column, as it is read
+    np.save(folder / INDEX, np.asfortranarray(index))  # stored by column, as it is read
     meta = _meta(index, count, layout, digest, shards, notes)
     meta["index_sha256"] = hashlib.sha256((folder / INDEX).read_bytes()).hexdigest()
     partial = folder / (META + ".partial")
@@ -119,7 +119,7 @@ def _write(
 
 @contextlib.contextmanager
 def _owner_only(folder: Path) -> Iterator[None]:
-    """Close the folder and the shards of open documents that are in it; new files are private."""
+    """Restrict the folder and its shards of open documents to the owner; new files are private."""
     with private_folder(folder):
         for path in folder.iterdir():
             if path.is_file() and not path.is_symlink():
@@ -128,7 +128,7 @@ def _owner_only(folder: Path) -> Iterator[None]:
 
 
 def token_counts(document: Document, vocab: Vocab) -> list[int]:
-    """The document's numbers in the order of COLUMNS."""
+    """Return the document's counts in the order of COLUMNS."""
     t, image = document.tokens, is_image(document.tokens, vocab)
     row = [len(t), int(image.sum())]
     for mode in ("answers", "release"):
@@ -138,10 +138,10 @@ def token_counts(document: Document, vocab: Vocab) -> list[int]:
 
 
 def to_bytes(document: Document) -> bytes:
-    """One self-describing record: magic, CRC-32, JSON header, token ids; `from_bytes` reads it.
+    """Return one self-describing record: magic, CRC-32, JSON header, token ids (see `from_bytes`).
 
-    A field that is not known is left out, so that records from before there was one stay the same
-    bytes, and a folder's fingerprint with them.
+    An unknown field is left out, so that records written before the field existed keep the same
+    bytes, and the folder keeps its fingerprint.
     """
     kind = "<u2" if document.tokens.max() < 2**16 else "<i4"
     fields = {f.name: getattr(document, f.name) for f in dataclasses.fields(document)}
@@ -154,27 +154,27 @@ def to_bytes(document: Document) -> bytes:
 
 
 def has_credentialed(found: Records) -> bool:
-    """Whether any document of a folder is: nothing of it is shown unasked."""
+    """Return whether any document is credentialed; such a folder is shown only on request."""
     return any(map(egress.is_credentialed, found.meta["credentials"]))
 
 
 class LabelColumns:
-    """Source, task and picture of each document as numbers: the place among all names, sorted.
+    """Stores source, task and image of each document as indices into the sorted list of all names.
 
-    A document without a picture has -1; the pictures of the others begin at 0.
+    A document without an image has -1; the images of the others begin at 0.
         ("B", "VQA", "x.png"), ("A", "VQA", "")   ->   [1 0 0], [0 0 -1]
     """
 
     def __init__(self):
-        self._known: list[dict[str, int]] = [{} for _ in LABELS]  # name -> its first place
-        self._numbers = array("i")  # of that order, 4 bytes a label: there are millions
+        self._known: list[dict[str, int]] = [{} for _ in LABELS]  # name -> its first index
+        self._numbers = array("i")  # in that order, 4 bytes per label, because there are millions
 
     def add(self, source: str, task: str, picture: str) -> None:
         for known, name in zip(self._known, (source, task, picture), strict=True):
             self._numbers.append(known.setdefault(name, len(known)))
 
     def table(self) -> Int[np.ndarray, "n 3"]:
-        """Of all that were added."""
+        """Return the table of all documents that were added."""
         table = np.array(self._numbers, np.int32).reshape(-1, len(LABELS))
         for column, known in zip(table.T, self._known, strict=True):
             place = {name: n for n, name in enumerate(sorted(known))}
@@ -184,7 +184,7 @@ class LabelColumns:
 
 
 class _Counter:
-    """Documents by task, source and credential, and how many groups."""
+    """Counts documents by task, source and credential, and the number of groups."""
 
     def __init__(self):
         self.by = {name: collections.Counter() for name in ("task", "source", "credential")}
@@ -197,7 +197,7 @@ class _Counter:
 
 
 class _ShardWriter:
-    """Shards being written under temporary names; `finish` gives them their own."""
+    """Writes shards under temporary names; `finish` gives them their final names."""
 
     def __init__(self, folder: Path, shard_size: int):
         if shard_size < 1:
@@ -239,7 +239,7 @@ class _ShardWriter:
         try:
             if writer is not None:
                 writer.close()
-        except RuntimeError as error:  # ArrayRecord tells of a full disk here, not when it writes
+        except RuntimeError as error:  # ArrayRecord reports a full disk here, not when it writes
             raise RecordsError(
                 f"{self.folder}: cannot be written ({error}); make room, or name another folder"
             ) from error
@@ -254,7 +254,7 @@ def _new_folder(folder: str | os.PathLike) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for left in [*folder.glob("*.partial"), *folder.glob("*.array_record")]:
-            left.unlink()  # of a run that was killed
+            left.unlink()  # left by a run that was killed
         (folder / "0.partial").write_bytes(b"")
         (folder / "0.partial").unlink()
     except OSError as error:

@@ -1,12 +1,12 @@
-"""The published image archives, unpacked under limits: images.tar.gz.aa to .aq, and slake.tar.gz.
+"""Unpack the published image archives under limits: images.tar.gz.aa to .aq, and slake.tar.gz.
 
     parts --> one stream, never joined on disk --> gzip --> tar --> OUT/name, image by image
 
 Only regular files with an image suffix are written, under plain relative names. A link, a device,
-an unsafe name or a name that comes twice stops the work, as a limit does; other regular files are
-left out and counted. A file appears whole or not at all, so an interrupted run goes on: a file that
-is there is compared, byte by byte, and never overwritten. (gzip's checksum comes at the very end:
-of a damaged archive wrong pictures may have been written, which the next run finds.)
+an unsafe name or a duplicate name stops the work, and so does a limit; other regular files are left
+out and counted. A file is written atomically, so an interrupted run resumes: an existing file is
+compared, byte by byte, and never overwritten. (gzip's checksum comes at the very end: from a
+damaged archive wrong images may have been written, which the next run detects.)
 """
 
 import collections
@@ -32,19 +32,19 @@ from medmax_jax.io.storage import StorageError, check_name, os_errors
 from medmax_jax.models import images
 
 PARTIAL = ".unpacking.partial"
-_READ = 1 << 20  # bytes asked of the unpacked stream at once
+_READ = 1 << 20  # bytes requested from the unpacked stream at once
 _SLACK = 4 << 20  # bytes read ahead, and of headers, beyond the files seen so far
-_GLOBALS = 100  # headers that hold for all files; git archive writes one, most programs none
-_GRACE = 64 << 20  # bytes before the ratio says something
+_GLOBALS = 100  # headers that apply to all files; git archive writes one, most programs none
+_GRACE = 64 << 20  # bytes before the ratio is meaningful
 
 
 class ArchiveError(ValueError):
-    """An archive that is not unpacked any further; the message names the file and the mend."""
+    """An archive that is not unpacked any further; the message names the file and the fix."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What an archive may hold. `ratio`: unpacked bytes for a byte of the archive."""
+    """The limits of an archive. `ratio`: unpacked bytes per byte of the archive."""
 
     members: int
     member_bytes: int
@@ -63,7 +63,7 @@ LIMITS = Limits(
 def unpack(
     parts: Sequence[str | Path], out: str | Path, *, limits: Limits, say: Callable[[str], None]
 ) -> dict[str, int]:
-    """Writes the images of one archive, given as its parts in order; returns what was done."""
+    """Write the images of one archive, given as its parts in order; return the counts."""
     parts, out = [Path(p) for p in parts], Path(os.path.abspath(out))
     _check_parts(parts)
     count: collections.Counter[str] = collections.Counter()
@@ -85,7 +85,7 @@ def unpack(
 
 
 class _Parts(io.RawIOBase):
-    """Files one after another as one stream. `given`: bytes read so far."""
+    """Reads files one after another as one stream. `given`: bytes read so far."""
 
     def __init__(self, parts: Sequence[Path]):
         self._left, self._file, self.given = list(parts), None, 0
@@ -111,7 +111,7 @@ class _Parts(io.RawIOBase):
 
 
 class _Unzipped:
-    """The bytes inside the gzip, no more than `allowed` of them and none beyond the ratio."""
+    """Reads the bytes inside the gzip, at most `allowed` of them and none beyond the ratio."""
 
     def __init__(self, joined: _Parts, limits: Limits):
         self._joined, self._limits = joined, limits
@@ -121,7 +121,7 @@ class _Unzipped:
     def read(self, size: int) -> bytes:
         try:
             data = self._zip.read(size)
-        except gzip.BadGzipFile as error:  # an OSError, which would read as one of the disk
+        except gzip.BadGzipFile as error:  # an OSError, which would look like an error of the disk
             raise tarfile.ReadError(str(error)) from error
         self.given += len(data)
         if self.given > self.allowed:
@@ -137,7 +137,7 @@ class _Unzipped:
 def _members(
     joined: _Parts, out: Path, limits: Limits
 ) -> Iterator[tuple[tarfile.TarInfo, str, io.BufferedIOBase | None]]:
-    """(member, its name, its bytes) of each regular file, in the order of the archive."""
+    """Yield (member, its name, its bytes) of each regular file, in the order of the archive."""
     unzipped, total = _Unzipped(joined, limits), 0
     with tarfile.open(fileobj=unzipped, mode="r|", bufsize=_READ) as tar:
         for number in itertools.count(1):
@@ -172,7 +172,7 @@ def _check_member(member: tarfile.TarInfo, number: int, total: int, limits: Limi
 
 
 def _safe_name(member: tarfile.TarInfo, out: Path) -> str:
-    """The name below OUT; raises on all but plain files and folders that stay there."""
+    """Return the name below OUT; raise for all but plain files and folders inside OUT."""
     shown = repr(member.name[:200])
     regular = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.issparse()
     if not regular and not member.isdir():
@@ -182,14 +182,14 @@ def _safe_name(member: tarfile.TarInfo, out: Path) -> str:
         return ""
     try:
         check_name("archive", name)
-        tarfile.data_filter(member, str(out))  # looks through links that lie in OUT already
+        tarfile.data_filter(member, str(out))  # follows links that are already in OUT
     except (StorageError, tarfile.FilterError) as error:
         raise ArchiveError(f"{shown} would leave {out}; not to be trusted") from error
     return name
 
 
 def _place(member: tarfile.TarInfo, name: str, data: io.BufferedIOBase | None, out: Path) -> str:
-    """Writes one file if it is an image and not there; returns which of the three it was."""
+    """Write one file if it is an image and not there; return which of the three cases it was."""
     last = name.rpartition("/")[2]
     if not last.lower().endswith(images.SUFFIXES) or last.startswith("."):  # ._a.png: macOS's notes
         return "left_out"
@@ -203,7 +203,7 @@ def _place(member: tarfile.TarInfo, name: str, data: io.BufferedIOBase | None, o
                 )
             return "there"
         target.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "xb") as file:  # x: never through a link that was put there
+        with open(partial, "xb") as file:  # x: never through a link that was placed there
             shutil.copyfileobj(data, file, _READ)
             written = file.tell()
         if written != member.size:
@@ -221,7 +221,7 @@ def _same(target: Path, size: int, data: io.BufferedIOBase) -> bool:
 
 
 def _check_end(tar: tarfile.TarFile) -> None:
-    """tarfile takes a damaged header for the end; after a true one there are zeros only."""
+    """Check the end: tarfile stops at a damaged header too; after a true end are zeros only."""
     rest = 0
     while block := tar.fileobj.read(1 << 16):
         rest += len(block)
@@ -249,7 +249,7 @@ def _check_parts(parts: Sequence[Path]) -> None:
 
 @contextlib.contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    """OUT for this process alone, without what a killed run left."""
+    """Lock OUT for this process, and remove what a killed run left."""
     with os_errors(str(out)):
         out.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
@@ -270,7 +270,7 @@ def _locked(out: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _told(archive: str) -> Iterator[None]:
-    """Errors of the stream name the archive and say what to do."""
+    """Convert errors of the stream to messages that name the archive and state what to do."""
     again = "copy it again; the same command goes on"
     try:
         yield

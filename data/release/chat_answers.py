@@ -1,10 +1,11 @@
-"""The answer of a visual_chat row: a dictionary written as text, read without running any of it.
+"""Read the answer of a visual_chat row: a dictionary written as text, without running any of it.
 
     "{'fig_label': 'Fig. 3', 'fig_caption': '..', 'in_text_mention': [{'tokens': ..}] or None,
       'gpt4_answer': '..', 'domain': {'mri': True, ..}}"   ->   ChatAnswer(reference="..", ...)
 
-JSON, or literals of Python: text, numbers, lists, dictionaries, True, False, None. Anything else, a
-call for one, is refused. The longest of the 193 published ones has 4,273 characters.
+The text is JSON, or literals of Python: text, numbers, lists, dictionaries, True, False, None.
+Anything else, such as a call, is rejected. The longest of the 193 published ones has 4,273
+characters.
 """
 
 import ast
@@ -13,18 +14,24 @@ from typing import Any
 
 from medmax_jax.io.text_files import TextFileError, parse_json
 
-MAX_TEXT = 1 << 16  # characters of a whole dictionary
-DOMAINS = ("chest_xray", "mri", "histology", "gross", "ct_scan")  # a row is of the first that is on
+MAX_TEXT = 1 << 16  # characters of a complete dictionary
+DOMAINS = (
+    "chest_xray",
+    "mri",
+    "histology",
+    "gross",
+    "ct_scan",
+)  # a row has the first that is on
 DAMAGE = (ValueError, SyntaxError, TypeError, RecursionError, MemoryError)
 
 
 class ChatAnswerError(ValueError):
-    """Text that is no such dictionary; the message repeats nothing of it."""
+    """Text that is not such a dictionary; the message repeats nothing of it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatAnswer:
-    """What a row says. `mention`: of the figure in the article, as the release's judge reads it."""
+    """The fields of a row. `mention`: of the figure in the article, as MedMax's judge reads it."""
 
     reference: str
     label: str
@@ -34,7 +41,7 @@ class ChatAnswer:
 
     @property
     def context(self) -> str:
-        """What a judge is told of the picture, in words."""
+        """Return the description of the image that a judge receives, as text."""
         said = f"Figure Caption:\n{self.label}: {self.caption}"
         return (
             said if self.mention in ("", "None") else f"{said}\n\nFigure Context:\n{self.mention}"
@@ -42,7 +49,7 @@ class ChatAnswer:
 
 
 def read(text: str) -> ChatAnswer:
-    """The dictionary, checked."""
+    """Return the dictionary, checked."""
     found = _parsed(text)
     if not isinstance(found, dict):
         raise ChatAnswerError(
@@ -69,7 +76,7 @@ def _parsed(text: str) -> Any:
     if len(text) > MAX_TEXT:
         raise ChatAnswerError(f"answer has {len(text)} characters; at most {MAX_TEXT} are read")
     try:
-        # Numbers and characters are not judged here: the literals of Python have the same ones.
+        # Numbers and characters are not checked here: the literals of Python have the same ones.
         return parse_json(text, "answer", allow_nonfinite=True, allow_lone_surrogates=True)
     except TextFileError:
         pass  # Python's literals, as published

@@ -1,4 +1,4 @@
-"""The command line of the published files: `data.prepare import` and `data.prepare unpack`."""
+"""Define the commands of the published files: `data.prepare import` and `data.prepare unpack`."""
 
 import argparse
 import dataclasses
@@ -13,11 +13,11 @@ from medmax_jax.data.release import archives, eval_rows, train_rows
 from medmax_jax.models.tokenizer import Tokenizer
 
 RELEASED = "released"
-SHARD_SIZE = 4_096  # documents; about 10 MB a shard at the released document length
+SHARD_SIZE = 4_096  # documents; about 10 MB per shard at the released document length
 
 
 def add(commands: Any) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
-    """Both commands, on the parser's sub-commands."""
+    """Add both commands to the parser's sub-commands."""
     brought = commands.add_parser("import", help="published rows to records")
     _import_flags(brought)
     brought.set_defaults(run=_run_import)
@@ -28,7 +28,7 @@ def add(commands: Any) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser
 
 
 def layout_of(name: str) -> Layout:
-    """What the ids of published rows mean: "released", or those of a model folder."""
+    """Return the meaning of the ids of published rows: "released", or those of a model folder."""
     if name != RELEASED:
         return load_encoder(Path(name), vq=()).layout  # its weights are not needed
     config = base.get_config()

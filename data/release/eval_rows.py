@@ -1,10 +1,11 @@
-"""The published evaluation parquet as items.jsonl, which config.questions of eval.run names.
+"""Convert the published evaluation parquet to items.jsonl, read by eval.run's config.questions.
 
-    task_name, question_type, prompt, answer, image_path  ->  the same and an id, one JSON a line
+    task_name, question_type, prompt, answer, image_path  ->  the same and an id, one JSON per line
 
-Read batch by batch. A row of a task or question type that the suite does not have is not guessed
-at: all such rows are listed, and nothing is written. The answer of visual_chat is a dictionary as
-text; it is checked by chat_answers.py and stays text. The data set is gated, so the file is 0600.
+Rows are read batch by batch. A row of a task or question type that the suite does not have is not
+guessed at: all such rows are listed, and nothing is written. The answer of visual_chat is a
+dictionary as text; it is checked by chat_answers.py and remains text. The data set is gated, so the
+file is 0600.
 """
 
 import collections
@@ -57,9 +58,9 @@ def import_items(
     allow_counts: bool,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Writes the rows of `tasks`, [] for all, as JSONL; the file appears whole or not at all.
+    """Write the rows of `tasks`, [] for all, as JSONL; the file is written atomically.
 
-    `allow_counts`: go on with other numbers of rows than are published, and tell of them.
+    `allow_counts`: continue with other numbers of rows than are published, and report them.
     """
     path, out = Path(path), Path(os.path.abspath(out))
     if unknown := [t for t in tasks if t not in KNOWN]:
@@ -75,7 +76,7 @@ def import_items(
                 bad[problem] = [count + 1, first]
             elif not tasks or row["task_name"] in tasks:
                 kept[row["task_name"]] += 1
-                # ASCII, as eval/run.py would split a string at the line ends of Unicode
+                # ASCII, since eval/run.py would split a string at the line ends of Unicode
                 file.write(json.dumps(_item(number, row)).encode() + b"\n")
         _check(path, bad, kept)
         other = _other_counts(kept, tasks)
@@ -93,7 +94,7 @@ def import_items(
 
 
 def _other_counts(kept: collections.Counter[str], tasks: Sequence[str]) -> list[str]:
-    """Where the numbers of rows are not those that are public."""
+    """Return where the numbers of rows differ from the public ones."""
     (low, high), (pair, together) = RELEASED_ROWS, RELEASED_TOGETHER
     found = []
     if not tasks and not low <= kept.total() <= high:
@@ -105,7 +106,7 @@ def _other_counts(kept: collections.Counter[str], tasks: Sequence[str]) -> list[
 
 
 def _rows(path: Path, say: Callable[[str], None]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number from 0, the five columns) of each row."""
+    """Yield (number from 0, the five columns) of each row."""
     if not path.is_file():
         raise PublishedError(f"{path}: no such file; name the published parquet")
     try:
@@ -145,7 +146,7 @@ def _check_schema(path: Path, file: pq.ParquetFile) -> None:
 
 
 def _problem(row: dict[str, Any]) -> str:
-    """Why the row is no item, or ''."""
+    """Return why the row is not an item, or ''."""
     task, kind = row["task_name"], row["question_type"]
     types = KNOWN.get(task, ())
     if types is not None and kind not in types:

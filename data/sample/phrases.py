@@ -1,13 +1,15 @@
-"""Words for facts: names, short phrases, captions and reports made of one manifest row.
+"""Write text for facts: names, short phrases, captions and reports made from one manifest row.
 
     MRI, brain, axial, T1, lesion   "Axial T1 MRI of the brain. A lesion is marked."
     X-ray, chest, AP, child, normal "AP X-ray of the chest. The patient is a child. It is normal."
 
-Only facts of the row are said of a picture. GLOSSARY holds general sentences about a kind of image.
+Text about an image states only facts of its row. GLOSSARY holds general sentences about a kind of
+image.
 """
 
 import random
 
+# Verbatim: part of the data.
 NOUNS = {
     "X-ray": "X-ray",
     "MRI": "MRI",
@@ -40,7 +42,8 @@ _PARTS = {"cell nuclei": "cell nuclei", "cell": "a cell", "lymph node": "a lymph
 _PARTS |= {"blood": "blood", "whole body": "the whole body"}
 RADIOLOGY = ("X-ray", "MRI", "CT", "ultrasound", "angiography", "bone scan")
 
-# Values that a picture of one may also show: never asked about as if they excluded each other.
+# Pairs of values that one image may both show: never used in questions as if they excluded each
+# other.
 _NEAR = (
     {"brain", "head"},
     {"heart", "chest"},
@@ -56,31 +59,31 @@ _NEAR = (
 
 
 def exclude(one: str, other: str) -> bool:
-    """Whether a picture of `one` is surely none of `other`: brain, leg yes; brain, head no."""
+    """Return whether an image of `one` is surely not `other`: brain, leg yes; brain, head no."""
     near = one == other or {one, other} in _NEAR or "whole body" in (one, other)
     return not near
 
 
 def with_article(words: str) -> str:
-    """`words` with their article: "an MRI", "a CT", "an H&E histology slide"."""
+    """Return `words` with their article: "an MRI", "a CT", "an H&E histology slide"."""
     first = words.split()[0]
     an = first[0].lower() in "aeiou" or first in ("MRI", "X-ray", "H&E")
     return f"{'an' if an else 'a'} {words}"
 
 
 def capitalize_first(words: str) -> str:
-    """`words` with a capital first letter."""
+    """Return `words` with a capital first letter."""
     return words[0].upper() + words[1:]
 
 
 def body_part_phrase(row_or_value: dict | str) -> str:
-    """The body part with its article: "the brain", "cell nuclei", "a lymph node"."""
+    """Return the body part with its article: "the brain", "cell nuclei", "a lymph node"."""
     value = row_or_value if isinstance(row_or_value, str) else row_or_value["body_part"]
     return _PARTS.get(value, f"the {value}")
 
 
 def image_phrase(row: dict) -> str:
-    """What the picture is, without article: "axial T1 MRI of the brain", "H&E histology slide"."""
+    """Describe the image, without article: "axial T1 MRI of the brain", "H&E histology slide"."""
     words = [row["view"], row["plane"], row["sequence"], row["stain"], NOUNS[row["modality"]]]
     text = " ".join(word for word in words if word)
     if row["body_part"] and row["modality"] != "blood smear":
@@ -91,14 +94,14 @@ def image_phrase(row: dict) -> str:
 
 
 def patient(row: dict) -> str:
-    """The patient as far as known: "28-year-old female", "male", "child"; else ""."""
+    """Describe the patient as far as known: "28-year-old female", "male", "child"; else ""."""
     if row["age"] is not None:
         return f"{row['age']}-year-old {row['sex'] or 'person'}"
     return row["sex"] or row["age_group"] or ""
 
 
 def findings(row: dict) -> str:
-    """Sentences about finding, lesion and count; "" when nothing is known."""
+    """Return sentences about finding, lesion and count; "" if nothing is known."""
     said = []
     if row["finding"] == "normal":
         said.append("It is normal.")
@@ -113,7 +116,7 @@ def findings(row: dict) -> str:
 
 
 def details(row: dict) -> str:
-    """Every fact that `phrase` does not say, in short sentences."""
+    """Return every fact that `image_phrase` does not state, in short sentences."""
     said = []
     if row["organ"]:
         said.append(f"It shows the {row['organ']}.")
@@ -128,7 +131,7 @@ def details(row: dict) -> str:
 
 
 def caption(row: dict, rng: random.Random) -> str:
-    """All facts of the row in one of four wordings."""
+    """Return all facts of the row in one of four wordings."""
     name = image_phrase(row)
     openings = (
         f"{capitalize_first(name)}.",
@@ -140,7 +143,7 @@ def caption(row: dict, rng: random.Random) -> str:
 
 
 def report(row: dict) -> str:
-    """A report of the facts, or "" where nothing is known that a report would say."""
+    """Return a report of the facts, or "" if no fact that a report would state is known."""
     if row["modality"] not in RADIOLOGY or not row["body_part"] or not findings(row):
         return ""
     lines = [f"Examination: {image_phrase(row)}."]

@@ -1,12 +1,12 @@
-"""Questions about the sample's pictures whose answers cannot be had without looking.
+"""Make questions about the sample's images that cannot be answered without the image.
 
-    closed   as many "yes" as "no" per asked value: "Is this an MRI?" is right half of the time
-    mcq      the right letter goes round A B C D; common values are thinned
+    closed   as many "yes" as "no" per value: "Is this an MRI?" is right half of the time
+    mcq      the right letter cycles through A B C D; common values are thinned
     open     the value itself
     lists    the values of closed questions without the question, for the base model
 
-A `Question` names its template, so that an image-blind guesser (the commonest answer of a template)
-can be scored beside the model.
+A `Question` names its template, so that an image-blind baseline (the most common answer of a
+template) can be scored alongside the model.
 """
 
 import random
@@ -21,7 +21,7 @@ LETTERS = "ABCD"
 
 @dataclass(frozen=True)
 class Question:
-    """One question about the picture `row`; `value` is what it asks for or about."""
+    """One question about the image of `row`; `value` is the value that it asks for or about."""
 
     row: dict
     template: str
@@ -36,10 +36,10 @@ class YesNoQuestions:
     """A family of yes/no questions about the values of one field."""
 
     template: str
-    value: Callable[[dict], str | None]  # what is true of a row; None: unknown, do not ask
+    value: Callable[[dict], str | None]  # what is true of a row; None: unknown, no question
     wordings: tuple[str, ...]
     words: Callable[[str], str] = str  # how a value is written inside a wording
-    rounds: int = 1  # how often every picture is asked in training
+    rounds: int = 1  # how often every image is used in training
 
 
 def _film(row: dict) -> str | None:
@@ -47,6 +47,7 @@ def _film(row: dict) -> str | None:
     return row["finding"] if is_film and row["finding"] else None
 
 
+# Verbatim: part of the data.
 CLOSED = (
     YesNoQuestions(
         "modality",
@@ -91,6 +92,7 @@ CLOSED = (
 # Only this wording takes an article: "Is this an axial slice?" but "Is the slice axial?"
 _ARTICLE = {"Is this {} slice?": with_article}
 
+# Verbatim: part of the data.
 OPEN = {
     "modality": ("What kind of image is this?", "Which modality is this?"),
     "body_part": ("Which part of the body is shown?", "What does the image show?"),
@@ -103,7 +105,7 @@ MCQ = ("modality", "body_part")
 def closed_questions(
     rows: list[dict], seed: int, rounds: int | None, askable: set[str] | None = None
 ) -> list[Question]:
-    """Balanced yes/no questions about `askable` values; `rounds` None takes each template's own."""
+    """Return balanced yes/no questions about `askable` values; `rounds` None: per template."""
     out = []
     for family in CLOSED:
         for turn in range(family.rounds if rounds is None else rounds):
@@ -118,7 +120,7 @@ def _balanced(
     known = [row for row in rows if family.value(row) is not None]
     used: Counter[str] = (
         Counter()
-    )  # how many "no" a picture has had: the next goes to the least asked
+    )  # how many "no" an image has had: the next goes to the least used one
     out = []
     for value in sorted({family.value(row) for row in known} - {"none"}):
         if askable is not None and f"{family.template}={value}" not in askable:
@@ -139,9 +141,9 @@ def _balanced(
 
 
 def checklists(rows: list[dict], seed: int) -> list[tuple[dict, str]]:
-    """(row, text) once a row: its closed questions as lines, in any order.
+    """Return (row, text) once per row: its closed questions as lines, in any order.
 
-    "an MRI:yes\nthe heart:no\na CT:no". Per value "yes" stands as often as "no".
+    "an MRI:yes\\nthe heart:no\\na CT:no". Per value "yes" occurs as often as "no".
     """
     rng = random.Random(f"{seed} checklists")
     words = {f"closed/{family.template}": family.words for family in CLOSED}
@@ -155,12 +157,12 @@ def checklists(rows: list[dict], seed: int) -> list[tuple[dict, str]]:
 
 
 def answerable_values(rows: list[dict]) -> set[str]:
-    """Every template=value that the rows can answer, to keep a test to what training has seen."""
+    """Return every template=value that the rows can answer, to limit a test to seen values."""
     return {f"{f.template}={f.value(row)}" for f in CLOSED for row in rows if f.value(row)}
 
 
 def open_questions(rows: list[dict], seed: int) -> list[Question]:
-    """Every known value asked once; not a field with a single value, which needs no looking."""
+    """Return one question per known value; not for a single-valued field, which needs no image."""
     rng = random.Random(f"{seed} open")
     return [
         Question(row, f"open/{field}", "open", row[field], rng.choice(wordings), row[field])
@@ -171,7 +173,7 @@ def open_questions(rows: list[dict], seed: int) -> list[Question]:
 
 
 def mcq_questions(rows: list[dict], seed: int) -> list[Question]:
-    """Four options a question; common values are thinned, so that naming them blindly is chance."""
+    """Return four-option questions; common values are thinned, so blind answers are at chance."""
     out = []
     for field in MCQ:
         rng = random.Random(f"{seed} mcq {field}")
@@ -192,7 +194,7 @@ def mcq_questions(rows: list[dict], seed: int) -> list[Question]:
 
 
 def _thinned(rows: list[dict], field: str, rng: random.Random) -> list[dict]:
-    """Shuffled rows in which no value of `field` is commoner than the third commonest was."""
+    """Return shuffled rows; no value of `field` is commoner than the third commonest was."""
     counts = Counter(row[field] for row in rows)
     most = sorted(counts.values(), reverse=True)[min(2, len(counts) - 1)] if counts else 0
     rng.shuffle(rows)
@@ -206,7 +208,7 @@ def _thinned(rows: list[dict], field: str, rng: random.Random) -> list[dict]:
 
 
 def _distractors(value: str, counts: Counter, rng: random.Random) -> list[str]:
-    """Three values that exclude `value` and each other, drawn by how common they are."""
+    """Return three values that exclude `value` and each other, drawn by how common they are."""
     pool = {other: n for other, n in sorted(counts.items()) if exclude(value, other)}
     drawn: list[str] = []
     while pool and len(drawn) < 3:

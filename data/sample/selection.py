@@ -1,8 +1,8 @@
-"""Which pictures are taken out of the packages, and every fact said about them with its source.
+"""Select the sample images from the packages, with every fact about them and its source.
 
 A fact is (value, source): "hdr" a header field, "label" a file name or an operator's caption,
-"mask" computed from a label volume, "doc" the publisher's documentation. What one could only see in
-the picture is not a fact.
+"mask" computed from a label volume, "doc" the publisher's documentation. A property that is only
+visible in the image is not a fact.
 """
 
 from collections.abc import Callable, Iterator
@@ -55,7 +55,10 @@ CASES = (
 
 
 def case_pictures(archive: Archive, case: Case) -> Iterator[SampleImage]:
-    """Axial slices, lesion and side from the mask; slices next to a lesion's ends say nothing."""
+    """Yield axial slices, with lesion and side from the mask.
+
+    Slices next to a lesion's ends carry no fact about a lesion.
+    """
     stem = f"pyradiomics-3.0.1/data/{case.name}_"
     image = read_nrrd(archive.read(stem + "image.nrrd"))
     mask = read_nrrd(archive.read(stem + "label.nrrd"))
@@ -63,7 +66,7 @@ def case_pictures(archive: Archive, case: Case) -> Iterator[SampleImage]:
     marked = np.flatnonzero(area)
     for k in case.slices:
         facts = {**case.facts, "plane": ("axial", "hdr")}
-        if area[k] >= 40:  # pixels: smaller specks cannot be told from the rim of the mask
+        if area[k] >= 40:  # pixels: smaller specks cannot be distinguished from the rim of the mask
             facts |= {"lesion": (True, "mask")}
             if case.name != "breast1":  # a cut-out of one breast has no midline
                 facts |= _side(image, mask, k)
@@ -74,7 +77,7 @@ def case_pictures(archive: Archive, case: Case) -> Iterator[SampleImage]:
 
 
 def _side(image: Volume, mask: Volume, k: int) -> Facts:
-    """Patient's side of the lesion, when its centre is well off the middle of the body."""
+    """Return the patient's side of the lesion, if its center is well off the middle of the body."""
     slab = image.data[k]
     body = np.flatnonzero((slab > np.percentile(slab, 60)).sum(0) > 10)
     middle, width = (body[0] + body[-1]) / 2, body[-1] - body[0]
@@ -112,7 +115,10 @@ ATLASES = (
 def atlas_pictures(
     archive: Archive, package: str, path: str, group: str, facts: Facts
 ) -> Iterator[SampleImage]:
-    """Slices of a template volume in three planes, eight evenly spaced in the middle of each."""
+    """Yield slices of a template volume in three planes.
+
+    Eight evenly spaced slices are taken from the middle of each plane's range.
+    """
     volume = read_nifti(archive.read(path))
     for number, plane in enumerate(("axial", "coronal", "sagittal")):
         size = volume.data.shape[number]
@@ -130,7 +136,7 @@ def atlas_pictures(
 
 @dataclass(frozen=True)
 class Flat:
-    """An ordinary picture file cut into square tiles of `tile` pixels (0: taken whole)."""
+    """An ordinary image file cut into square tiles of `tile` pixels (0: used uncut)."""
 
     package: str
     path: str
@@ -218,7 +224,7 @@ FLATS = (
 
 
 def flat_pictures(archive: Archive, spec: Flat) -> Iterator[SampleImage]:
-    """The file whole, or its tiles in reading order; a slide's tile must be 60 % tissue."""
+    """Yield the uncut file, or its tiles in reading order; a slide's tile must be 60 % tissue."""
     pixels = _open(archive.read(spec.path))
     labels = _open(archive.read(spec.mask)) if spec.mask else None
     if spec.stretch:
@@ -255,13 +261,13 @@ def _frames(content: bytes, some: range) -> list[Shaped[np.ndarray, "h w"]]:
 
 
 def _count(labels: Shaped[np.ndarray, "h w"]) -> int:
-    """Objects with at least 20 pixels inside the crop; slivers at its border do not count."""
+    """Count objects with at least 20 pixels inside the crop; slivers at its border do not count."""
     sizes = np.bincount(labels.ravel())[1:]
     return int((sizes >= 20).sum())
 
 
 def stack_pictures(archive: Archive) -> Iterator[SampleImage]:
-    """Slices of two TIFF stacks: nuclei with their instance mask, and a cryo-electron tomogram."""
+    """Yield slices of two TIFF stacks: nuclei with their instance mask, and a cryo-ET tomogram."""
     some = range(20, 50, 3)
     nuclei = _frames(archive.read(_NAPARI + "nuclei.tif"), some)
     labels = _frames(archive.read(_NAPARI + "nuclei_label.tif"), some)
@@ -281,7 +287,7 @@ def stack_pictures(archive: Archive) -> Iterator[SampleImage]:
 
 
 def film_pictures(archive: Archive) -> Iterator[SampleImage]:
-    """Chest films of children; the patient and the finding are in the file name."""
+    """Yield chest films of children; the patient and the finding are in the file name."""
     for path in archive.names(r"pneumonia_model_package/datasets/pneumonia-data/val/.*\.jpeg"):
         name = path.rsplit("/", 1)[1]
         normal = name.startswith("NORMAL2-IM-")
@@ -302,7 +308,7 @@ def film_pictures(archive: Archive) -> Iterator[SampleImage]:
 
 
 def all_pictures(archives: Callable[[str], Archive | None]) -> Iterator[SampleImage]:
-    """Every candidate in a fixed order; `archives` gives None for a package that is not used."""
+    """Yield all candidates in a fixed order; `archives` returns None for an unused package."""
     yield from film_pictures(archives("pneumonia-model-package"))
     for spec in DICOMS:
         if archive := archives(spec.package):

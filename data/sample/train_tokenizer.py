@@ -1,10 +1,10 @@
-"""Trains the tiny tokenizer on the sample's training text.
+"""Train the tiny tokenizer on the sample's training text.
 
 python -m data.sample.train_tokenizer --out medmax_jax/tiny/tokenizer.json
 
-Byte-level BPE in the manner and layout of Chameleon's (medmax_jax/models/tokenizer.py says how),
-over the
-documents of pictures whose split is train: held-out wordings may cost more tokens, as in life.
+Byte-level BPE in the manner and layout of Chameleon's (see medmax_jax/models/tokenizer.py), over
+the documents of images whose split is train: held-out wordings may need more tokens, as in
+practice.
 """
 
 import argparse
@@ -21,7 +21,7 @@ SEED = 0  # of the documents' wordings
 
 
 def main() -> None:
-    """Reads the flags, trains, writes, and loads what it wrote."""
+    """Read the flags, train, write, and load the written file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="tokenizer.json to write")
     out = parser.parse_args().out
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def training_texts() -> list[str]:
-    """The text of every training document, in the order in which they are made."""
+    """Return the text of every training document, in the order in which they are made."""
     rows = [r for r in read_manifest(MANIFEST) if r["split"] == "train"]
     documents = instruction_documents(rows, SEED) + pretraining_documents(rows, SEED)
     return [d["text"] for d in documents]

@@ -1,13 +1,13 @@
-"""One of the thirteen sources to a folder of records; `data.prepare build` is its program.
+"""Build one of the thirteen sources as a folder of records; `data.prepare build` is its program.
 
-    published files -> rows -> (a seeded sample) -> pictures to codes -> token ids -> records
+    published files -> rows -> (a seeded sample) -> images to codes -> token ids -> records
                          \\-> malformed, or left out by a rule: counted by reason
 
-The rows are read twice, once to count and draw, once to write, so that memory holds a few pictures
+The rows are read twice, once to count and draw, once to write, so that memory holds a few images
 whatever the source's size. A sample has the rows whose hash of seed and id is smallest: it does not
-depend on their order. What comes out is a rebuild and says so: which rows MedMax chose is not
+depend on their order. The output is a rebuild and is marked as one: which rows MedMax chose is not
 published. A credentialed source gets a folder of its own that only its owner may read, and neither
-its paths nor its ids are written or told.
+its paths nor its ids are written or logged.
 """
 
 import argparse
@@ -49,11 +49,11 @@ from medmax_jax.models import images
 from medmax_jax.models.tokenizer import Tokenizer, TokenizerError, document_ids
 
 LABEL = "not the released subset"
-SHARD_SIZE = 4_096  # documents, as of the sample
-Coded = tuple[np.ndarray, str]  # codes of a picture, SHA-256 of its file
-CHUNK = 64  # rows read ahead, with their pictures
-CACHE = 4_096  # pictures whose codes are kept: questions about one follow each other
-MAX_BAD = 0.01  # share of malformed rows and unreadable pictures; more is a wrong folder
+SHARD_SIZE = 4_096  # documents, as in the sample
+Coded = tuple[np.ndarray, str]  # codes of an image, SHA-256 of its file
+CHUNK = 64  # rows read ahead, with their images
+CACHE = 4_096  # images whose codes are kept: questions about one image are adjacent
+MAX_BAD = 0.01  # share of malformed rows and unreadable images; more indicates a wrong folder
 FIRST = 20  # bad rows named in dataset.json
 READERS: dict[str, Callable[[Path, Plan], Iterator[Row | RejectedRow]]] = {
     "PMC-OA": captions.read_pmc_oa,
@@ -89,11 +89,12 @@ def build_source(
     vq: Any = None,
     tokenizer: Tokenizer | None = None,
 ) -> dict[str, Any]:
-    """Writes a split of `source`, as published in `folder`, as records; returns dataset.json.
+    """Write a split of `source`, as published in `folder`, as records; return dataset.json.
 
-    `sample`: so many documents, drawn by `seed`; None: all. `codes`: a folder of `tokenize` with
-    the pictures' codes; without, they are encoded here, at `precision`. More than the share
-    `max_bad` of malformed rows and unreadable pictures stop the work before anything is written.
+    `sample`: the number of documents, drawn by `seed`; None: all. `codes`: a folder of `tokenize`
+    with the images' codes; without it, they are encoded here, at `precision`. If more than the
+    share `max_bad` of rows is malformed or of images is unreadable, the work stops before anything
+    is written.
     """
     if source not in BY_NAME:
         raise PrepareError(f"source is {source!r}; use one of {', '.join(READERS)}")
@@ -118,14 +119,14 @@ def build_source(
     with contextlib.ExitStack() as stack:
         if work.secret:
             stack.enter_context(_private(Path(out)))
-            stack.enter_context(dicom.silence())  # around the threads that decode
+            stack.enter_context(dicom.silence())  # around the decoding threads
         meta = writer.write(out, made, shard_size=SHARD_SIZE, layout=encoder.layout, notes=notes)
     log.info("%s. %s: %s", compare(source, meta["documents"]), LABEL[0].upper() + LABEL[1:], out)
     return meta
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of `python -m data.prepare build`."""
+    """Add the flags of `python -m data.prepare build`."""
     parser.add_argument("--source", choices=tuple(READERS), required=True)
     parser.add_argument("--from", type=Path, required=True, dest="folder", help="its folder")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
@@ -149,7 +150,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_code_flags(parser: argparse.ArgumentParser) -> None:
-    """Where the codes of pictures come from."""
+    """Add the flags that select the source of image codes."""
     parser.add_argument("--codes", type=Path, help="folder of tokenize; without: encoded here")
     parser.add_argument("--precision", choices=PRECISIONS, default="highest", help="of the codes")
 
@@ -178,13 +179,13 @@ class _Work:
         self.plan, self.folder, self.facts = plan, folder, facts
         self.max_bad, self.burned_in = max_bad, burned_in
         self.secret = facts.data_class == CREDENTIALED
-        self.total = self.rows = 0  # of the split; with malformed ones
+        self.total = self.rows = 0  # of the split; including malformed ones
         self.bad: collections.Counter[str] = collections.Counter()
         self.left: collections.Counter[str] = collections.Counter()
         self.first: list[str] = []
 
     def survey(self, sample: int | None) -> set[str] | None:
-        """Counts the rows; ids of the sample, or None for all."""
+        """Count the rows; return the ids of the sample, or None for all."""
         heap: list[tuple[int, str]] = []
         said = time.monotonic()
         for row in READERS[self.plan.source](self.folder, self.plan):
@@ -216,7 +217,7 @@ class _Work:
         pictures: document_codes.OnlineEncoder | document_codes.StoredCodes,
         notes: dict[str, Any],
     ) -> Iterator[Document]:
-        """The documents, and in `notes` what was left out."""
+        """Yield the documents, and record in `notes` what was left out."""
         cache: collections.OrderedDict[str, Coded] = collections.OrderedDict()
         count = self.total if chosen is None else len(chosen)
         clock = ItemProgress(count, "documents", log.info, every=LOG_SECONDS)
@@ -247,7 +248,7 @@ class _Work:
         pictures: document_codes.OnlineEncoder | document_codes.StoredCodes,
         cache: collections.OrderedDict[str, Coded],
     ) -> tuple[dict[str, Coded], dict[str, str]]:
-        """Codes and SHA-256 of the rows' pictures, and what is wrong with the unreadable ones."""
+        """Return codes and SHA-256 of the rows' images, and the problems of the unreadable ones."""
         where = {r.image_path: r for r in rows if r.image is not None}
         known = {path: cache[path] for path in where if path in cache}
         views = [ImageView(path, 0, "", False) for path in where if path not in known]
@@ -269,7 +270,7 @@ class _Work:
             raise PrepareError(str(error)) from error
 
     def _open(self, row: Row) -> PIL.Image.Image:
-        """The picture of a row; errors say its name in the records, not where it lies."""
+        """Open the image of a row; errors contain its name in the records, not its location."""
         if isinstance(row.image, bytes):
             return images.load(row.image, max_pixels=images.MAX_PIXELS, name=row.image_path)
         return open_image(
@@ -307,7 +308,7 @@ class _Work:
 
 
 def _reason(text: str, path: str) -> str:
-    """A countable reason: without the picture's name, and without Pillow's details."""
+    """Return a countable reason: without the image's name, and without Pillow's details."""
     return text.removeprefix(f"{path}: ").split("(")[0].strip()
 
 
@@ -317,7 +318,7 @@ def _rank(seed: int, row_id: str) -> int:
 
 
 def _keep(heap: list[tuple[int, str]], item: tuple[int, str], size: int) -> None:
-    """Keeps the `size` largest items: ranks are negative, so those of the smallest hashes."""
+    """Keep the `size` largest items; ranks are negative, so these have the smallest hashes."""
     if len(heap) < size:
         heapq.heappush(heap, item)
     else:
@@ -332,7 +333,7 @@ def _chunks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
 
 @contextlib.contextmanager
 def _private(out: Path) -> Iterator[None]:
-    """A folder that is new or empty and whose files only their owner may read."""
+    """Create a folder that is new or empty and whose files only their owner may read."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise PrepareError(f"--out is {out}: not empty; credentialed records get their own folder")
     with private_folder(out):  # for the shards too, which a library writes

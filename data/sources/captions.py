@@ -1,6 +1,6 @@
-"""Sources of pictures with captions: PMC-OA and Quilt-1M.
+"""Read sources of images with captions: PMC-OA and Quilt-1M.
 
-    source    file in the folder                               pictures
+    source    file in the folder                               images
     PMC-OA    pmc_oa.jsonl, or train/valid/test.jsonl          images/, or what images.zip has:
               a folder caption_T060_filtered_top4_sep_v0_subfigures
               {"image": "PMC212319_Fig3_4.jpg", "caption": "A. Real time ..", "pmcid": ".."}
@@ -8,12 +8,12 @@
               ,caption,image_path,subset,split,pathology,roi_text,noisy_text,corrected_text,
               med_umls_ids,magnification,height,width          split: train or val
 
-pmc_oa.jsonl has no splits and no pmcid: all is "train", the article is in the picture's name.
+pmc_oa.jsonl has no splits and no pmcid: all is "train", the article is in the image's name.
 Read at: huggingface.co/datasets/axiong/pmc_oa README.md (both forms; the folder as its users read
 it); github.com/wisdomikezogwo/quilt1m README.md, whose table is described by its users (columns
 and the names ID_image_UUID.jpg).
 MedMax dropped statistical figures and poor captions with models and a threshold that are not
-published; nothing is dropped here.
+published; this module drops nothing.
 """
 
 import functools
@@ -43,7 +43,7 @@ _QUILT_SPLITS = {"train": "train", "val": "validation"}
 
 
 def read_pmc_oa(folder: pathlib.Path, plan: Plan) -> Iterator[Row | RejectedRow]:
-    """PMC-OA: one pair a line."""
+    """Read PMC-OA: one pair per line."""
     path = first_file(folder, ("pmc_oa.jsonl", _PMC[plan.split]), plan.source)
     split = "train" if path.name == "pmc_oa.jsonl" else plan.split
     root = find_root(folder, PMC_ROOTS)
@@ -51,7 +51,7 @@ def read_pmc_oa(folder: pathlib.Path, plan: Plan) -> Iterator[Row | RejectedRow]
 
 
 def read_quilt(folder: pathlib.Path, plan: Plan) -> Iterator[Row | RejectedRow]:
-    """Quilt-1M: one pair a line of the table; a picture may have several captions."""
+    """Read Quilt-1M: one pair per line of the table; an image may have several captions."""
     path = first_file(folder, ("quilt_1M_lookup.csv",), plan.source)
     rows = csv_rows(path, ("caption", "image_path", "split"))
     return collect_rows(rows, functools.partial(_quilt, plan))

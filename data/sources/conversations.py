@@ -1,6 +1,6 @@
-"""Sources in LLaVA's conversation format: two of LLaVA-Med, two of PubMedVision, Quilt-Instruct.
+"""Read sources in LLaVA's format: two of LLaVA-Med, two of PubMedVision, Quilt-Instruct.
 
-    source                  file in the folder (one JSON array)                   pictures
+    source                  file in the folder (one JSON array)                   images
     LLaVA-Med-PMC           llava_med_alignment_500k.json                         images/
     LLaVA-Med-IT            llava_med_instruct_60k_inline_mention.json, or 60k    images/
     PubMedVision-Alignment  PubMedVision_Alignment_VQA.json                       paths in the file
@@ -11,10 +11,10 @@
      "conversations": [{"from": "human", "value": "<image>\\n.."}, {"from": "gpt", "value": ".."}]}
 
 Some files of LLaVA-Med misspell the key as "conversatons". None has splits: all is "train".
-Read at: github.com/microsoft/LLaVA-Med README.md, llava/data/download_images.py (a picture is named
+Read at: github.com/microsoft/LLaVA-Med README.md, llava/data/download_images.py (an image is named
 pair_id.jpg), llava/instruct/instruct_postprocess.py (<image> before or after the first question);
 huggingface.co/datasets/FreedomIntelligence/PubMedVision README.md, and mtybilly/
-PubMedVision-Alignment-VQA README.md (several pictures a row); github.com/aldraus/quilt-llava
+PubMedVision-Alignment-VQA README.md (several images per row); github.com/aldraus/quilt-llava
 docs/Data.md. Whether MedMax took its 37K captions of LLaVA-Med from the alignment file is not
 published.
 """
@@ -46,7 +46,7 @@ from medmax_jax.models.tokenizer import IMAGE_NAME
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """One source: its file, where its pictures lie, and what of a picture's name is its origin."""
+    """One source: its file, its image folder, and which part of an image's name is its origin."""
 
     files: tuple[str, ...]
     root: str
@@ -70,7 +70,7 @@ LAYOUTS = {
 
 
 def read(folder: pathlib.Path, plan: Plan) -> Iterator[Row | RejectedRow]:
-    """Rows of one of LAYOUTS; captions become captioning or generation, talks Visual Chat."""
+    """Yield rows of one of LAYOUTS; captions become captioning or generation, talks Visual Chat."""
     layout = LAYOUTS[plan.source]
     path = first_file(folder, layout.files, plan.source)
     return collect_rows(json_array(path), functools.partial(_row, layout, plan))
@@ -108,7 +108,7 @@ def _picture(item: dict[str, Any], root: str) -> str:
 
 
 def _turns(item: dict[str, Any]) -> tuple[list[tuple[str, str]], str]:
-    """Questions with answers, and at which end of the first question the picture stands."""
+    """Return questions with answers, and at which end of the first question the image is placed."""
     said = item.get("conversations", item.get("conversatons"))
     if not isinstance(said, list) or not said or len(said) % 2:
         raise RowError("conversations: no list of questions with answers")

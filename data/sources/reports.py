@@ -1,24 +1,25 @@
-"""MIMIC-CXR: chest radiographs, as JPG or DICOM, with the reports of their studies.
+"""Read MIMIC-CXR: chest radiographs, as JPG or DICOM, with the reports of their studies.
 
     file in the folder                                   what is read of it
     mimic-cxr-2.0.0-split.csv.gz (or .csv)               dicom_id, study_id, subject_id, split
-    mimic-cxr-2.0.0-metadata.csv.gz, if it is there      dicom_id, ViewPosition
+    mimic-cxr-2.0.0-metadata.csv.gz, if it exists        dicom_id, ViewPosition
     files/p10/p10000032/s50414267.txt                    the report of a study
     files/p10/p10000032/s50414267/<dicom_id>.jpg, .dcm   a radiograph
 
-The tables come with MIMIC-CXR-JPG, the reports and DICOM files with MIMIC-CXR; reports may lie
-under mimic-cxr-reports/, as their zip has them. split is train, validate or test.
+The tables come with MIMIC-CXR-JPG, the reports and DICOM files with MIMIC-CXR; reports may be
+stored under mimic-cxr-reports/, as in their zip. split is train, validate or test.
 
     report      "    FINAL REPORT\\n EXAMINATION:  CHEST (PA AND LAT)\\n\\n FINDINGS: \\n ..
                  \\n IMPRESSION: \\n ..", with ___ where an identifier was removed
     document    "<image>Examine this ..<reserved08706>Findings: ..\\nImpression: .."
                 "Generate a chest x-ray for ..<reserved08706><image>"
 
-Half of the radiographs, by hash, ask for the report, half for the picture, as in MedMax. Only the
-last section of each of the two names is kept: indications and comparisons tell of the patient. A
-placeholder is dropped. Which views MedMax took is not published: PA and AP where the metadata are
-there, otherwise all. Ids and paths of MIMIC are never written, only hashes of them: whoever has the
-data can find a row, nobody else learns anything. Nothing said about a row repeats any of it.
+Half of the radiographs, by hash, request the report, half the image, as in MedMax. Only the last
+section of each of the two names is kept: indications and comparisons describe the patient. A
+placeholder is dropped. Which views MedMax took is not published: PA and AP if the metadata are
+available, otherwise all. Ids and paths of MIMIC are never written, only hashes of them: users who
+have the data can find a row, and no other reader learns anything. No message about a row repeats
+any of it.
 Read at: mimic.mit.edu/docs/iv/modules/cxr (ids and tables; the files of mimic-cxr and mimic-cxr-jpg
 2.0.0 as public code that uses them names them, PhysioNet's own pages were not read);
 github.com/MIT-LCP/mimic-cxr txt/section_parser.py, whose list of exceptions for single studies is
@@ -52,21 +53,21 @@ from medmax_jax.models.tokenizer import IMAGE_NAME, SEP_NAME
 NAME = "mimic-cxr-2.0.0"
 SPLITS = {"train": "train", "validate": "validation", "test": "test"}
 FRONTAL = ("PA", "AP")
-MAX_REPORT = 2**17  # bytes; the longest have some thousands
+MAX_REPORT = 2**17  # bytes; the longest have a few thousand
 _HEADING = re.compile(r"^[ \t]*([A-Z][A-Z ,/()&-]{2,60}):", re.MULTILINE)
 _PLACEHOLDER = re.compile(r"_{2,}")
 _ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{8}){4}")  # 40 hexadecimal digits in five groups
 
 
 def read(folder: pathlib.Path, plan: Plan) -> Iterator[Row | RejectedRow]:
-    """A document of each radiograph of the split that has a report with findings."""
+    """Yield a document for each radiograph of the split that has a report with findings."""
     path = first_file(folder, (f"{NAME}-split.csv.gz", f"{NAME}-split.csv"), plan.source)
     rows = csv_rows(path, ("dicom_id", "study_id", "subject_id", "split"))
     return collect_rows(rows, functools.partial(_row, folder, plan, _frontal(folder)))
 
 
 def sections(report: str) -> dict[str, str]:
-    """The last section of each heading, in one line, without placeholders.
+    """Return the last section of each heading, in one line, without placeholders.
 
     sections("FINDINGS:  Clear\\n lungs, ___.\\n IMPRESSION: Normal.")
     ->  {"FINDINGS": "Clear lungs.", "IMPRESSION": "Normal."}
@@ -84,7 +85,7 @@ def sections(report: str) -> dict[str, str]:
 
 
 def _frontal(folder: pathlib.Path) -> set[str] | None:
-    """Ids of frontal radiographs, or None where the folder does not say."""
+    """Return the ids of frontal radiographs, or None if the folder does not state them."""
     names = (f"{NAME}-metadata.csv.gz", f"{NAME}-metadata.csv")
     if not any((folder / name).is_file() for name in names):
         return None
@@ -100,7 +101,7 @@ def _row(
     item: dict[str, Any],
 ) -> Row:
     dicom, study, subject = item["dicom_id"], item["study_id"], item["subject_id"]
-    # They become parts of a path, so they must be what MIMIC says they are.
+    # They become parts of a path, so they must have the form that MIMIC documents.
     if not (_ID.fullmatch(dicom) and re.fullmatch(r"5\d{7}", study)):
         raise RowError("dicom_id or study_id: not of MIMIC's form")
     if not re.fullmatch(r"1\d{7}", subject) or item["split"] not in SPLITS:

@@ -1,10 +1,11 @@
-"""One row of a source in the released schema, or the reason why there is none.
+"""Define one row of a source in the schema of the MedMax release, or the reason for its rejection.
 
     Row(id="SLAKE/train-0000002", text="<image>Is this a CT?<reserved08706>yes", turns=1,
         image="imgs/xmlab1/source.jpg", task="VQA", source="SLAKE", split="train", group="xmlab1")
 
-A row that cannot be used is a Bad: malformed, or left out by a rule that docs/data.md states. Its
-reason repeats nothing of the row, so that reasons can be counted, and printed for any source.
+A row that cannot be used is a RejectedRow: malformed, or left out by a rule that docs/data.md
+states. Its reason repeats nothing of the row, so that reasons can be counted, and printed for any
+source.
 """
 
 import dataclasses
@@ -27,16 +28,16 @@ MAX_TEXT = 100_000  # characters of one part; the longest released document has 
 
 
 class RowError(ValueError):
-    """A row that is not of its format."""
+    """A row that does not follow its format."""
 
 
 class ExcludedRow(RowError):
-    """A whole row that a rule of the rebuild leaves out."""
+    """A valid row that a rule of the rebuild leaves out."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a reader is asked for. `caption_share`: captioning among captioning and generation."""
+    """The request to a reader. `caption_share`: captioning among captioning and generation."""
 
     source: str  # a name of data.mixture
     split: str
@@ -46,7 +47,7 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One document. `image`: where it lies in the folder, or its bytes; `image_path`: its name."""
+    """One document. `image`: its location in the folder, or its bytes; `image_path`: its name."""
 
     id: str
     text: str
@@ -55,13 +56,13 @@ class Row:
     task: str
     source: str
     split: str
-    group: str  # patient, article, video or picture: what must not be on both sides of a split
+    group: str  # patient, article, video or image: must not be on both sides of a split
     turns: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RejectedRow:
-    """A row that gives no document. `by_rule`: whole, but left out."""
+    """A row that gives no document. `by_rule`: valid, but left out."""
 
     where: str
     reason: str
@@ -71,7 +72,7 @@ class RejectedRow:
 def collect_rows(
     items: Iterable[tuple[RowLocation, Any]], make: Callable[[RowLocation, dict[str, Any]], Made]
 ) -> Iterator[Made | RejectedRow]:
-    """Rows of items, and a Bad for each that `make` refuses."""
+    """Yield the rows of items, and a RejectedRow for each that `make` rejects."""
     for place, item in items:
         try:
             if isinstance(item, TextFileError):
@@ -86,7 +87,7 @@ def collect_rows(
 
 
 def field_text(item: dict[str, Any], key: str) -> str:
-    """A field as text; numbers count, for some published answers are numbers; NaN is none."""
+    """Return a field as text; numbers count, as some published answers are numbers; NaN is none."""
     value = item.get(key)
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise RowError(f"{key}: missing or no text")
@@ -96,7 +97,7 @@ def field_text(item: dict[str, Any], key: str) -> str:
 
 
 def clean(text: str, key: str) -> str:
-    """Text that may stand in a document: stripped, not empty, without names of control tokens."""
+    """Return text allowed in a document: stripped, not empty, without names of control tokens."""
     text = text.strip()
     if not text:
         raise RowError(f"{key}: empty")
@@ -109,7 +110,7 @@ def clean(text: str, key: str) -> str:
 
 
 def picture_path(item: dict[str, Any], key: str, root: str) -> str:
-    """A path inside the source's folder; one that leads out of it is refused."""
+    """Return a path inside the source's folder; one that leads out of it is rejected."""
     value = item.get(key)
     if not isinstance(value, str) or not value.strip():
         raise RowError(f"{key}: no path of a picture")
@@ -127,9 +128,9 @@ def _check_characters(text: str, key: str) -> None:
 
 
 def join_turns(turns: list[tuple[str, str]], *, image: str) -> str:
-    """Questions and answers with separators between; `image`: start or end of the question.
+    """Join questions and answers with separators; `image`: start or end of the question.
 
-    joined([("Is it a CT?", "yes"), ("Of what?", "the head")], image="start")
+    join_turns([("Is it a CT?", "yes"), ("Of what?", "the head")], image="start")
     ->  "<image>Is it a CT?<reserved08706>yes<reserved08706>Of what?<reserved08706>the head"
     """
     (question, answer), *more = turns
@@ -138,17 +139,17 @@ def join_turns(turns: list[tuple[str, str]], *, image: str) -> str:
 
 
 def seeded_rng(*what: Any) -> random.Random:
-    """Random numbers that are a function of names: the same in every process and order."""
+    """Return random numbers that are a function of names: the same in every process and order."""
     return random.Random("/".join(map(str, what)))
 
 
 def find_root(folder: pathlib.Path, names: tuple[str, ...]) -> str:
-    """The first of `names` that is a folder in `folder`: archives unpack in more than one way."""
+    """Return the first of `names` that is a folder in `folder`: archives differ in layout."""
     return next((name for name in names if (folder / name).is_dir()), names[0])
 
 
 def first_file(folder: pathlib.Path, names: Iterable[str], source: str) -> pathlib.Path:
-    """The first of `names` that the folder has."""
+    """Return the first of `names` that the folder has."""
     names = tuple(names)
     for name in names:
         if (folder / name).is_file():
@@ -156,32 +157,31 @@ def first_file(folder: pathlib.Path, names: Iterable[str], source: str) -> pathl
     raise SourceError(f"{source}: the folder has none of {', '.join(names)}; see --from")
 
 
-# ---- Questions for the sources that have pictures and captions or reports, but no questions ----
+# ---- Questions for the sources that have images and captions or reports, but no questions ----
 #
-# prompts.json holds for each kind the wordings that are seen in MedMax's release (its figures, demo
-# and evaluation) and our own; which the training rows used is not published. {} is where the
-# caption
-# or the report stands.
+# prompts.json holds for each kind the wordings that occur in the MedMax release (its figures, demo
+# and evaluation) and our own; which the training rows used is not published. {} marks the position
+# of the caption or the report.
 
 
 @functools.cache
 def templates(kind: str) -> tuple[str, ...]:
-    """All wordings of a kind, those of the release first."""
+    """Return all wordings of a kind, those of the MedMax release first."""
     table = read_json(pathlib.Path(__file__).parent / "prompts.json")
     return tuple(table[kind]["released"] + table[kind]["ours"])
 
 
 def choose_template(kind: str, plan: Plan, row_id: str) -> str:
-    """The wording of one row: a function of seed and id."""
+    """Return the wording of one row: a function of seed and id."""
     return seeded_rng(plan.seed, kind, row_id).choice(templates(kind))
 
 
 def caption_task(
     plan: Plan, place: RowLocation, caption: str, *, question: str | None, **fields: Any
 ) -> Row:
-    """A picture and its caption as captioning or generation, drawn by seed and id.
+    """Return an image and its caption as captioning or generation, drawn by seed and id.
 
-    `question`: what the source itself asks for its caption, if anything.
+    `question`: the question that the source itself has for its caption, if any.
     """
     row_id = place.id(plan.source)
     if seeded_rng(plan.seed, "task", row_id).random() < plan.caption_share:

@@ -1,6 +1,6 @@
-"""Sources of open and closed questions in their own JSON: VQA-RAD and SLAKE.
+"""Read sources of open and closed questions in their own JSON: VQA-RAD and SLAKE.
 
-    source   file in the folder                       pictures
+    source   file in the folder                       images
     VQA-RAD  VQA_RAD Dataset Public.json              VQA_RAD Image Folder/
              {"qid": 1, "image_name": "synpic54610.jpg", "image_organ": "HEAD", "answer": "Yes",
               "answer_type": "CLOSED", "question_type": "PRES", "question": "Are regions of ..?",
@@ -10,9 +10,9 @@
               "q_lang": "en", "location": "..", "modality": "CT", "answer_type": "OPEN",
               "base_type": "vqa", "content_type": "Modality", "triple": [..], "qid": 0}
 
-Both are JSON arrays. VQA-RAD as parquet is read by vqa.py. Its test questions share pictures
+Both are JSON arrays. VQA-RAD as parquet is read by `read` below. Its test questions share images
 with its train questions, as published. SLAKE is in English and Chinese; which MedMax took is not
-published, its other sources are English, and English is taken.
+published. MedMax's other sources are English, so the English questions are read.
 Read at: osf.io/89kps through huggingface.co/datasets/flaviagiammarino/vqa-rad README.md (the
 counts), public loaders of the JSON (its fields); huggingface.co/datasets/BoKelvin/SLAKE files.
 """
@@ -50,25 +50,25 @@ _SLAKE = {
 
 
 def read_vqa_rad(folder: pathlib.Path, plan: Plan) -> Iterator[Row | RejectedRow]:
-    """VQA-RAD of the Open Science Framework."""
+    """Read VQA-RAD of the Open Science Framework."""
     path = first_file(folder, (VQA_RAD,), plan.source)
     return collect_rows(json_array(path), functools.partial(vqa_rad, plan))
 
 
 def read_slake(folder: pathlib.Path, plan: Plan) -> Iterator[Row | RejectedRow]:
-    """SLAKE's questions in English."""
+    """Read SLAKE's questions in English."""
     path = first_file(folder, _SLAKE[plan.split], plan.source)
     return collect_rows(json_array(path), functools.partial(slake, plan))
 
 
 def question_type(plan: Plan, place: RowLocation, question: str, answer: str, **fields: Any) -> Row:
-    """One question about one picture."""
+    """Return one question about one image."""
     text = join_turns([(question, answer)], image="start")
     return Row(id=place.id(plan.source), text=text, task=VQA, source=plan.source, turns=1, **fields)
 
 
 def vqa_rad(plan: Plan, place: RowLocation, item: dict[str, Any]) -> Row:
-    """One question of VQA-RAD."""
+    """Return one question of VQA-RAD."""
     kind = item.get("phrase_type")
     if not isinstance(kind, str) or kind not in ("freeform", "para", "test_freeform", "test_para"):
         raise RowError("phrase_type: unknown, so the split is not known")
@@ -81,7 +81,7 @@ def vqa_rad(plan: Plan, place: RowLocation, item: dict[str, Any]) -> Row:
 
 
 def slake(plan: Plan, place: RowLocation, item: dict[str, Any]) -> Row:
-    """One question of SLAKE."""
+    """Return one question of SLAKE."""
     if item.get("q_lang") not in ("en", "zh"):
         raise RowError("q_lang: neither en nor zh")
     if item["q_lang"] == "zh":
@@ -96,25 +96,24 @@ def slake(plan: Plan, place: RowLocation, item: dict[str, Any]) -> Row:
 
 # ---- Sources of multiple-choice questions: PMC-VQA and OmniMedVQA ----
 #
-#     source      file in the folder                            pictures
+#     source      file in the folder                            images
 #     PMC-VQA     train_2.csv, test_2.csv (version 2)           images_2/figures/, figures/
 #                 index,Figure_path,Caption,Question,Choice A,..,Choice D,Answer,split
 #                 Answer is a letter, a choice reads " A: Brain "
 #                 or train.csv, test.csv (version 1)            images/
 #                 Figure_path,Question,Answer,Choice A,..,Choice D,Answer_label
-#                 Answer is words, Answer_label the letter
+#                 Answer is text, Answer_label the letter
 #     OmniMedVQA  QA_information/Open-access/*.json             paths in the files
 #                 {"dataset": "ACRIMA", "question_id": "ACRIMA_0000", "question_type": "..",
 #                  "question": "..", "gt_answer": "..", "image_path": "Images/ACRIMA/..png",
-# "option_A": "..", "option_B": "..", .., "modality_type": ".."}  two to four options
+#                  "option_A": "..", .., "modality_type": ".."}  two to four options, A to D
 #
-# A document asks as the release does, and answers with the letter:
+# A document has the question format of the MedMax release, and answers with the letter:
 #     <image>Which organ is this?\nA: Liver B: Brain\nC: Heart D: Lung<reserved08706>B
-# (its figure breaks lines after the question, B and C; ours has one choice a line). Version 2 of
-# PMC-VQA has 176,948 train rows, which is MedMax's 178K but for rounding. OmniMedVQA publishes no
-# split; MedMax trained on 81K of its 88,996 open questions, so 9 % of its pictures, by hash, are
-# test
-# here: not the released split. Restricted-access questions come without pictures and are not read.
+# (its figure breaks lines after the question, B and C; ours has one choice per line). Version 2 of
+# PMC-VQA has 176,948 train rows, which is MedMax's 178K up to rounding. OmniMedVQA publishes no
+# split; MedMax trained on 81K of its 88,996 open questions, so 9 % of its images, by hash, are test
+# here: not the released split. Restricted-access questions come without images and are not read.
 # Read at: huggingface.co/datasets/xmcmic/PMC-VQA README.md (version 1) and files; public loaders of
 # train_2.csv (version 2); huggingface.co/datasets/foreverbeliever/OmniMedVQA README.md, github.com/
 # GiovanniCornejo/MediVision-OmniMedVQA reports/draft_reports/part1_dataexploration.md (counts).
@@ -125,7 +124,7 @@ _PMC = {"train": ("train_2.csv", "train.csv"), "test": ("test_2.csv", "test.csv"
 
 
 def read_pmc_vqa(folder: pathlib.Path, plan: Plan) -> Iterator[Row | RejectedRow]:
-    """PMC-VQA, version 2 where the folder has it."""
+    """Read PMC-VQA, version 2 if the folder has it."""
     if plan.split not in _PMC:
         raise SourceError(f"{plan.source}: has no split {plan.split}; use train or test")
     path = first_file(folder, _PMC[plan.split], plan.source)
@@ -138,7 +137,7 @@ def read_pmc_vqa(folder: pathlib.Path, plan: Plan) -> Iterator[Row | RejectedRow
 
 
 def read_omnimedvqa(folder: pathlib.Path, plan: Plan) -> Iterator[Row | RejectedRow]:
-    """OmniMedVQA's open-access questions, file by file."""
+    """Read OmniMedVQA's open-access questions, file by file."""
     paths = sorted((folder / "QA_information" / "Open-access").glob("*.json"))
     if not paths:
         raise SourceError(f"{plan.source}: no QA_information/Open-access/*.json; see --from")
@@ -147,12 +146,12 @@ def read_omnimedvqa(folder: pathlib.Path, plan: Plan) -> Iterator[Row | Rejected
 
 
 def choice_text(question: str, choices: dict[str, str]) -> str:
-    """The question with its choices, one a line."""
+    """Return the question with its choices, one per line."""
     return "\n".join([question, *(f"{letter}: {text}" for letter, text in choices.items())])
 
 
 def pmc_vqa(plan: Plan, root: str, answer: str, place: RowLocation, item: dict[str, Any]) -> Row:
-    """One question of PMC-VQA; `answer`: the column with the letter."""
+    """Return one question of PMC-VQA; `answer`: the column with the letter."""
     choices = {}
     for letter in LETTERS:
         text = re.sub(rf"^{letter}\s*:\s*", "", field_text(item, f"Choice {letter}"))
@@ -169,7 +168,7 @@ def pmc_vqa(plan: Plan, root: str, answer: str, place: RowLocation, item: dict[s
 
 
 def omnimedvqa(plan: Plan, place: RowLocation, item: dict[str, Any]) -> Row:
-    """One question of OmniMedVQA."""
+    """Return one question of OmniMedVQA."""
     given = [letter for letter in LETTERS if item.get(f"option_{letter}") not in (None, "")]
     choices = {letter: field_text(item, f"option_{letter}") for letter in given}
     if given != list(LETTERS[: len(given)]) or len(given) < 2:
@@ -185,28 +184,24 @@ def omnimedvqa(plan: Plan, place: RowLocation, item: dict[str, Any]) -> Row:
     )
 
 
-# ---- parquet ----
-#
-# Sources of questions as parquet with the pictures inside: PathVQA, and VQA-RAD's other form.
+# ---- Sources of questions as parquet with images: PathVQA, and VQA-RAD's other form ----
 #
 #     file in the folder, or in data/ of it                columns
 #     train-00000-of-00007-<hash>.parquet and so on        image {bytes, path}, question, answer
 #     validation-.., test-..
 #
-# PathVQA's first release holds its questions as pickles, which can execute code when they are
-# opened;
-# they are not read. The picture's name is the hash of its bytes, which is also its group: the
-# parquet
-# does not say which figure of a book it is. Ids count rows through a split's files in name order.
+# PathVQA's first release holds its questions as pickles, which can execute code when opened;
+# they are not read. The image's name is the hash of its bytes, which is also its group: the parquet
+# does not state which figure of a book it is. Ids count rows through a split's files in name order.
 # Read at: huggingface.co/datasets/flaviagiammarino/path-vqa and vqa-rad, README.md and files.
 
 COLUMNS = ["image", "question", "answer"]
-BATCH = 32  # rows read at once; each carries its picture
+BATCH = 32  # rows read at once; each carries its image
 MAX_IMAGE_BYTES = 2**26  # 64 MiB
 
 
 def read(folder: pathlib.Path, plan: Plan) -> Iterator[Row | RejectedRow]:
-    """Rows of a split's parquet files."""
+    """Read the rows of a split's parquet files."""
     paths = sorted(folder.glob(f"{plan.split}-*.parquet"))
     paths = paths or sorted((folder / "data").glob(f"{plan.split}-*.parquet"))
     if not paths:
@@ -218,12 +213,12 @@ def read(folder: pathlib.Path, plan: Plan) -> Iterator[Row | RejectedRow]:
 
 
 def read_vqa_rad_of_either_form(folder: pathlib.Path, plan: Plan) -> Iterator[Row | RejectedRow]:
-    """VQA-RAD: the JSON of its authors, or else parquet."""
+    """Read VQA-RAD: the JSON of its authors, or else parquet."""
     return (read_vqa_rad if (folder / VQA_RAD).is_file() else read)(folder, plan)
 
 
 def _items(paths: list[pathlib.Path], split: str) -> Iterator[tuple[RowLocation, dict[str, Any]]]:
-    import pyarrow  # here: it takes a while, and other sources do without it
+    import pyarrow  # here: the import is slow, and other sources do not need it
     import pyarrow.parquet
 
     n = 0

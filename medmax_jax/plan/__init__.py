@@ -1,18 +1,17 @@
-"""Whether a run fits, how fast it can be and what it costs, before it is paid for.
+"""Predict whether a run fits, how fast it can be and what it costs, before it starts.
 
-__main__       Will it fit, how fast at best, what will it cost. Compiles the true training step,
-               and the loop that
-analytic       A rough answer in a second, by arithmetic: memory by part, bytes on the network. It
-               says so.
-compile        Compiles the true training step, and the decode loop, for a machine that is not here.
-compile_cache  Answers of the compiler, kept in a folder: a program is compiled once, whoever asks,
-               and resumed.
-hlo_analysis   Reads a compiled program's text: which collectives, how often, how many bytes;
-               cycles.
-search         The best (data, fsdp, tp), batch and remat of a machine: arithmetic sorts, compiling
+__main__       Predict whether a run fits, its best possible speed and its cost.
+analytic       Estimate memory by part and bytes on the network by arithmetic, roughly and within a
+               second.
+compile        Compile the actual training step, and the decode loop, for a machine that is not
+               available.
+compile_cache  Cache the compiler's answers in a folder: each program is compiled once, and work can
+               resume.
+hlo_analysis   Parse a compiled program's text: its collectives, their counts and bytes; cycles.
+search         Search the best mesh, batch and remat of a machine: arithmetic ranks, compiling
                decides.
-table          The table of docs/plan_7b.md: models x machines x lengths, each with its best mesh,
-               batch and remat.
-topology       Machines by name, and their devices for the compiler: no TPU is needed to compile
-               for one.
+table          Write the table of docs/plan_7b.md: models x machines x lengths, each with its best
+               mesh, batch and remat.
+topology       Define machines by name, and their devices for the compiler; compiling for a TPU
+               needs no TPU.
 """

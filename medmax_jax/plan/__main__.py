@@ -1,14 +1,15 @@
 """python -m medmax_jax.plan --config=configs/medmax_7b_lora.py --topology=v5e:4x4 [--seq=2048] ...
 
-Will it fit, how fast at best, what will it cost. Compiles the true training step, and the loop that
-answers prompts, for a machine that is not here; nothing is allocated. Answers are kept in --cache.
+Predict whether a run fits, its best possible speed and its cost. The program compiles the actual
+training step, and the decode loop, for a machine that is not available; nothing is allocated.
+Answers are stored in --cache.
 
     --topology=v5e:4x4 --slices=2       the machine: v4, v5e, v5p, v6e; A100-80, H100, L40S:N
     --mesh=1,16,1                       data,fsdp,tp; or search, also over batch and remat
     --per_chip_batch=4 --seq=2048       rows of a microbatch on a device; tokens of a row
-    --analytic                          in a second and roughly, by arithmetic
+    --analytic                          a rough answer in a second, by arithmetic
     --decode=none                       the training step alone; or text, image, mixed
-    --utilisation=0.6 --price=1.2       of the peak while products run; USD an hour of a chip
+    --utilisation=0.6 --price=1.2       of the peak while products run; USD per chip-hour
 """
 
 import dataclasses
@@ -43,7 +44,7 @@ _JSON = flags.DEFINE_bool("json", False, "the last line is one JSON object")
 
 
 def main(settings: ConfigDict, folder: str) -> None:
-    """The program."""
+    """Run the program."""
     use_no_device()
     topology = parse(_TOPOLOGY.value, slices=_SLICES.value)
     if not 0 < _UTILISATION.value <= 1:
@@ -64,13 +65,13 @@ def main(settings: ConfigDict, folder: str) -> None:
 
 
 def plan(settings: ConfigDict, topology: Topology, cache: pathlib.Path) -> tuple[Run, dict]:
-    """The run that the flags ask for, or the best one found, and its answer."""
+    """Return the run given by the flags, or the best one found, and its answer."""
     tokens = settings.train.steps * settings.data.batch_size * settings.data.seq_len
     if _SEQ.value:
         limit = min(settings.data.document_limit, _SEQ.value)
         settings.data.update(seq_len=_SEQ.value, document_limit=limit)
     if _MESH.value == "search":
-        # Checked as it stands but for the mesh, which the search replaces.
+        # Everything is checked as given except the mesh, which the search replaces.
         settings.mesh.update(data=1, fsdp=1, tp=1)
         settings.train.steps = _steps(tokens, settings)
         run = config.from_config_dict(settings)
@@ -92,12 +93,12 @@ def plan(settings: ConfigDict, topology: Topology, cache: pathlib.Path) -> tuple
 
 
 def _steps(tokens: int, settings: ConfigDict) -> int:
-    """As many as have the tokens of the config's own run, whatever the batch."""
+    """Return the steps that process as many tokens as the config's own run, whatever the batch."""
     return max(1, round(tokens / (settings.data.batch_size * settings.data.seq_len)))
 
 
 def evaluate_setting(run: Run, topology: Topology, cache: pathlib.Path) -> dict[str, Any]:
-    """The answer for one setting."""
+    """Return the answer for one setting."""
     if _ANALYTIC.value:
         return analytic.estimate(run, topology)
     program = plan_compile.train(run, topology)
@@ -110,13 +111,13 @@ def _decoding(run: Run, topology: Topology, cache: pathlib.Path) -> dict[str, An
     found = compile_cache.compile_cached(cache, program, run, topology)
     streams = found["rows"] * found["streams"]
     read = flops.decode_bytes(run.model, run.vocab, run.lora, context=prompt, rows=streams)
-    loops = found.get("open_loops_s") or [None]  # the last one writes tokens, one a turn
+    loops = found.get("open_loops_s") or [None]  # the last loop writes tokens, one per iteration
     limit = read / topology.chips / topology.chip.hbm_rate
     return found | {"token_s": loops[-1], "token_limit_s": round(limit, 8)}
 
 
 def format_plan(run: Run, topology: Topology, found: dict[str, Any]) -> list[str]:
-    """The answer for people."""
+    """Format the answer as text."""
     axes = " x ".join(f"{k} {v}" for k, v in found["mesh"].items())
     verdict = "fits" if found["fits"] else "does NOT fit"
     peak = "?" if found["peak_hbm_gib"] is None else f"{found['peak_hbm_gib']:.2f}"

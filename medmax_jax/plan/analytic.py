@@ -1,11 +1,12 @@
-"""A rough answer in a second, by arithmetic: memory by part, bytes on the network. It says so.
+"""Estimate memory by part and bytes on the network by arithmetic, roughly and within a second.
 
     base, adapters, optimiser    exact: numbers in a device's shards
     activations                  what remat saves, exactly
     temporaries                  max(a layer's work, the loss) + gradients
     collectives                  weights gathered twice over fsdp, activations summed over tp
 
-Its constants were set beside compiled steps; docs/plan_7b.md has the error that is left.
+The answer is marked as analytic. Its constants were fitted to compiled steps; docs/plan_7b.md has
+the remaining error.
 """
 
 import math
@@ -17,12 +18,12 @@ from medmax_jax.flops import BYTES, GIB
 from medmax_jax.plan.topology import Topology
 
 CODE = 0.04 * GIB  # of the 7B step
-WORK = 10  # arrays [tokens, F] that a layer's backward pass holds at once
+WORK = 10  # arrays [tokens, F] that a layer's backward pass needs at once
 CHUNK = 2**26  # bytes of the logits of a chunk: cross_entropy.CHUNK_LOGITS in fp32
 
 
 def estimate(run: Run, topology: Topology) -> dict[str, Any]:
-    """The same fields as a compiled answer, `how` being "analytic"."""
+    """Return the same fields as a compiled answer, with `how` equal to "analytic"."""
     parts = _held(run) | {
         "activations": activation_bytes(run),
         "temporaries": _temporaries(run),
@@ -40,12 +41,12 @@ def estimate(run: Run, topology: Topology) -> dict[str, Any]:
 
 
 def rows_per_device(run: Run) -> int:
-    """Of a microbatch on one device."""
+    """Return the rows of a microbatch on one device."""
     return run.data.batch_size // (run.mesh.data * run.mesh.fsdp * run.optim.accumulate)
 
 
 def _held(run: Run) -> dict[str, float]:
-    """Bytes of the arguments on one device."""
+    """Return the bytes of the arguments on one device."""
     n, width = flops.parameters(run.model, run.vocab, run.lora), BYTES[run.model.param_dtype]
     shards = run.mesh.fsdp * run.mesh.tp
     base = n.layers * flops.matrix_bytes(run.model) + (n.head + n.embedding) * width
@@ -58,7 +59,7 @@ def _held(run: Run) -> dict[str, float]:
 
 
 def _adapters(run: Run) -> float:
-    """Numbers on one device. Of A and B of a matrix each follows one of the matrix's two axes."""
+    """Return the adapter numbers on one device: A and B each follow one axis of their matrix."""
     m, tp, fsdp = run.model, run.mesh.tp, run.mesh.fsdp
     d, wide, narrow = m.hidden_size, m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
     into = [(d, wide), (d, narrow), (d, narrow), (d, m.intermediate_size), (d, m.intermediate_size)]
@@ -74,21 +75,21 @@ def _temporaries(run: Run) -> float:
     layer = parts.layers / m.num_layers / tp * wide  # one layer's matrices, as they are used
     gathered = 2 * layer if run.mesh.fsdp > 1 else 0  # this layer's, and the next one's
     if m.quant != "none":
-        gathered = max(gathered, layer / 2)  # some matrices made dense, one after the other
+        gathered = max(gathered, layer / 2)  # some matrices made dense, one after another
     work = WORK * n * m.intermediate_size / tp * wide + gathered
     if m.attention == "xla":
         work += rows_per_device(run) * m.num_heads / tp * run.data.seq_len**2 * (4 + 4 + wide)
     part = parts.head / tp / run.mesh.fsdp * wide  # of the head, by columns
     loss = part + 3 * CHUNK + n * m.hidden_size * (wide + 4)
     embedding = parts.embedding / tp * wide if run.mesh.fsdp > 1 else 0
-    trained = _held(run)["optimiser"] / 2  # gradients lie as what they belong to
+    trained = _held(run)["optimiser"] / 2  # gradients are sharded like their parameters
     if run.optim.accumulate > 1:
         trained *= 2  # the sum, and a microbatch's own
     return max(work, loss, embedding) + trained
 
 
 def activation_bytes(run: Run) -> float:
-    """Bytes of activations that wait for the backward pass, by config.model.remat."""
+    """Return bytes of activations kept for the backward pass, by config.model.remat."""
     if run.train.trains == "image_head":
         return 0.0  # there is no backward pass below the head
     tokens = rows_per_device(run) * run.data.seq_len
@@ -100,7 +101,7 @@ def activation_bytes(run: Run) -> float:
     each = {
         "all": 0.0,
         "attn": attn,
-        "attn_offload": 0.0,  # in the memory of the host
+        "attn_offload": 0.0,  # in host memory
         "qkv_attn": attn + (heads + pairs) * wide,
         "dots": attn + dots * wide,
         "none": attn + (2 * (heads + pairs) + 4 * m.intermediate_size / tp) * wide,
@@ -111,7 +112,7 @@ def activation_bytes(run: Run) -> float:
 
 
 def _collectives(run: Run) -> list[dict[str, Any]]:
-    """Rows as those of hlo.summary."""
+    """Return rows in the format of hlo_analysis.summary."""
     m, mesh = run.model, run.mesh
     n = flops.parameters(m, run.vocab, run.lora)
     wide, width = BYTES[m.compute_dtype], BYTES[m.param_dtype]
@@ -125,14 +126,15 @@ def _collectives(run: Run) -> list[dict[str, Any]]:
         )
         table = turns * n.embedding * width / mesh.tp
         found.append(_row("all-gather", table, turns, mesh.fsdp, False))
-        # The loss: tokens are gathered and their gradients scattered, the head changes its cut.
+        # The loss: tokens are gathered and their gradients scattered, the head changes its
+        # sharding.
         size = turns * tokens * mesh.fsdp * m.hidden_size
         found.append(_row("all-gather", size * wide, turns, mesh.fsdp, False))
         found.append(_row("reduce-scatter", size * wide, turns, mesh.fsdp, False))
         head = turns * n.head * width / mesh.tp / mesh.fsdp
         found.append(_row("all-to-all", head, turns, mesh.fsdp, False))
     if mesh.tp > 1:
-        sums = 2 + 2 + (1 if m.remat != "none" else 0)  # forward, backward, again
+        sums = 2 + 2 + (1 if m.remat != "none" else 0)  # forward, backward, recomputation
         times, size = sums * m.num_layers * turns, tokens * m.hidden_size * wide
         found.append(_row("all-reduce", times * size, times, mesh.tp, False))
     group = mesh.data * mesh.fsdp
@@ -156,19 +158,19 @@ def _row(kind: str, size: flops.Number, count: int, group: int, overlapped: bool
     }  # fmt: skip
 
 
-# ---- speed ----
+# ---- Speed ----
 #
-# How fast at best, how long, for how much: from FLOPs, bytes on the network and a utilisation.
+# Best possible speed, duration and cost: from FLOPs, bytes on the network and a utilization.
 #
 #     compute      (needed + again) FLOPs / (utilisation x peak)
 #     overlapped   bytes of collectives that other work may hide / rate of a ring
 #     exposed      bytes of those that nothing hides / the same
 #     step         max(compute, overlapped) + exposed + (between slices) gradients / their rate
 #
-# The utilisation is an assumption that the user states: what matrix products reach while they run.
+# The utilization is an assumption of the user: what matrix products reach while they run.
 # Packing is one too: tokens are positions of rows, and a document is as long as its row at most.
 
-# Bytes a second of one chip between slices. v5e, v6e: 6.4 and 25.6 Tb/s for a pod of 256
+# Bytes per second of one chip between slices. v5e, v6e: 6.4 and 25.6 Tb/s for a pod of 256
 # (docs.cloud.google.com/tpu/docs/v6e). v4, v5p: 200 Gb/s for a host of four, an assumption.
 BETWEEN_SLICES = {"v4": 6.25e9, "v5e": 3.125e9, "v5p": 6.25e9, "v6e": 12.5e9}
 
@@ -176,7 +178,7 @@ BETWEEN_SLICES = {"v4": 6.25e9, "v5e": 3.125e9, "v5p": 6.25e9, "v6e": 12.5e9}
 def rates(
     run: Run, topology: Topology, found: dict[str, Any], *, utilisation: float, price: float | None
 ) -> dict[str, Any]:
-    """Seconds of a step, tokens/s/chip, MFU, and hours, chip-hours and cost of the whole run."""
+    """Return seconds per step, tokens/s/chip, MFU, and the run's hours, chip-hours and cost."""
     length = min(run.data.document_limit, run.data.seq_len)
     sizes = (run.model, run.vocab, run.lora)
     need = flops.train_flops(*sizes, trains=run.train.trains, length=length)
@@ -208,7 +210,7 @@ def rates(
 
 
 def _between(topology: Topology, found: dict[str, Any]) -> float:
-    """Seconds for the gradients, which are as large as half of the optimiser's moments."""
+    """Return the seconds for the gradients, whose size is half of the optimizer's moments."""
     if topology.slices == 1:
         return 0.0
     gradients = found["parts"]["optimiser"] / 2 * flops.GIB

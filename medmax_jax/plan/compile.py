@@ -1,10 +1,10 @@
-"""Compiles the true training step, and the decode loop, for a machine that is not here.
+"""Compile the actual training step, and the decode loop, for a machine that is not available.
 
-Nothing is allocated: state, base and batch are shapes with shardings. That the compiler runs out of
-memory is an answer. What each device holds at the peak of the step:
+Nothing is allocated: state, base and batch are shapes with shardings. If the compiler runs out of
+memory, that is an answer too. What each device holds at the peak of the step:
 
     base, adapters, optimiser, batch     the arguments, by their shards
-    activations                          what waits for the backward pass, by its exact sizes
+    activations                          kept for the backward pass, by their exact sizes
     temporaries                          the rest: gathered weights, gradients, a layer's work
     code                                 the program itself
 """
@@ -29,7 +29,7 @@ from medmax_jax.plan import analytic, hlo_analysis
 from medmax_jax.plan.topology import CLOCK, PlanError, Topology, devices
 from medmax_jax.training import step
 
-FORMAT = 4  # of the answers; one more whenever what is read from a program changes
+FORMAT = 4  # of the answers; incremented whenever what is read from a program changes
 _EXHAUSTED = re.compile(r"RESOURCE_EXHAUSTED|[Rr]an out of memory")
 _NEEDED = re.compile(
     r"\((\d+(?:\.\d+)?)([MG])\) exceeds available|Used (\d+(?:\.\d+)?)([MG]) of \S+ hbm"
@@ -42,17 +42,17 @@ class Program:
 
     lowered: jax.stages.Lowered
     held: dict[str, int]  # bytes of the arguments on one device, by part
-    saved: float  # bytes of the activations that wait for the backward pass
+    saved: float  # bytes of the activations kept for the backward pass
     facts: dict[str, Any]
 
     @property
     def text(self) -> str:
-        """What the compiler reads: the same text gives the same answer."""
+        """Return the compiler's input: the same text gives the same answer."""
         return self.lowered.as_text()
 
 
 def train(run: Run, topology: Topology) -> Program:
-    """One training step. Rate and number of steps are fixed here: they change no program's size."""
+    """Return one training step. Rate and step count are fixed: they change no program's size."""
     run = dataclasses.replace(
         run,
         optim=dataclasses.replace(run.optim, peak_lr=1e-4),
@@ -75,9 +75,10 @@ def train(run: Run, topology: Topology) -> Program:
 
 
 def decode(run: Run, topology: Topology, *, mode: str, rows: int, prompt: int) -> Program:
-    """The loop that answers `rows` prompts of `prompt` tokens, every lane and slot in use.
+    """Return the loop that answers `rows` prompts of `prompt` tokens.
 
-    `mode`: text, image or mixed, as in generate; an answer has at most sample.max_gen_len tokens.
+    Every KV-cache slot and every position in it is in use. `mode`: text, image or mixed, as in
+    generate; an answer has at most sample.max_gen_len tokens.
     """
     streams = {"text": 1, "image": 2, "mixed": 3}[mode]
     codes, context = run.vq.codes_per_image, run.model.context_length
@@ -113,7 +114,7 @@ def decode(run: Run, topology: Topology, *, mode: str, rows: int, prompt: int) -
 
 
 def compile_(program: Program, topology: Topology) -> dict[str, Any]:
-    """The compiler's answer, as JSON."""
+    """Return the compiler's answer, as JSON."""
     begin, held = time.monotonic(), program.held
     result = program.facts | {"how": "compiled", "hbm_gib": _gib(topology.usable)}
     try:
@@ -131,7 +132,7 @@ def compile_(program: Program, topology: Topology) -> dict[str, Any]:
     arguments, code = memory.argument_size_in_bytes, memory.generated_code_size_in_bytes
     peak = memory.peak_memory_in_bytes
     parts = held | {
-        "padding": max(0, arguments - sum(held.values())),  # of arguments, in tiles
+        "padding": max(0, arguments - sum(held.values())),  # padding of arguments to tiles
         "activations": program.saved,
         "temporaries": peak - arguments - program.saved,
         "code": code,
@@ -139,7 +140,7 @@ def compile_(program: Program, topology: Topology) -> dict[str, Any]:
     return result | {
         "fits": peak + code <= topology.usable,
         "peak_hbm_gib": _gib(peak + code),
-        # One after the other instead of where the compiler has put them: an upper bound.
+        # As if placed one after another instead of as the compiler placed them: an upper bound.
         "unshared_gib": _gib(arguments + memory.temp_size_in_bytes + code),
         "parts": {name: _gib(size) for name, size in parts.items()},
         "compile_s": round(time.monotonic() - begin, 1),
@@ -148,7 +149,7 @@ def compile_(program: Program, topology: Topology) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _on(run: Run, topology: Topology) -> Iterator[chameleon.Chameleon]:
-    """The abstract model on the machine's mesh; PlanError where settings and machine do not fit."""
+    """Yield the abstract model on the machine's mesh; raise PlanError if settings do not fit it."""
     chips = devices(topology)
     with contextlib.ExitStack() as stack:
         try:
@@ -158,11 +159,11 @@ def _on(run: Run, topology: Topology) -> Iterator[chameleon.Chameleon]:
             like = chameleon.abstract_model(run.model, run.vocab, run.lora)
         except ValueError as error:
             raise PlanError(str(error)) from error
-        yield like  # what follows is all abstract: an operation would run on chips not there
+        yield like  # everything below is abstract: operations would run on absent chips
 
 
 def _read(compiled: jax.stages.Compiled, topology: Topology) -> dict[str, Any]:
-    """What stands in the program's text; some versions of libtpu cannot print some programs."""
+    """Return the content of the program's text; some libtpu versions cannot print all programs."""
     clock = CLOCK[topology.chip.name]
     try:
         program = hlo_analysis.Program(compiled.as_text())
@@ -182,7 +183,7 @@ def _key(run: Run) -> jax.ShapeDtypeStruct:
 
 
 def _bytes(tree: Any) -> int:
-    """Of one device's shards."""
+    """Return the bytes of one device's shards."""
     return sum(
         np.prod(x.sharding.shard_shape(x.shape), dtype=int) * x.dtype.itemsize
         for x in jax.tree.leaves(tree)
@@ -194,9 +195,9 @@ def _gib(size: float) -> float:
 
 
 def _needed(message: str) -> float | None:
-    """GiB of "... (17.00G) exceeds available HBM" or "Used 17.00G of 15.75G hbm".
+    """Return GiB of "... (17.00G) exceeds available HBM" or "Used 17.00G of 15.75G hbm".
 
-    None: it was another memory.
+    None: the message is about another memory.
     """
     match = _NEEDED.search(message)
     if match is None:

@@ -1,10 +1,10 @@
-"""Answers of the compiler, kept in a folder: a program is compiled once, whoever asks, and resumed.
+"""Cache the compiler's answers in a folder: each program is compiled once, and work can resume.
 
     D/3f9c0a...json   {"case": what was asked, "fits": ..., "peak_hbm_gib": ..., ...}
 
 An answer's name is a digest of the program's own text, the machine, the compile options and the
 versions that compile. So a config that differs in nothing that is compiled finds the answer, and
-after a change of the step nobody finds an old one.
+after a change of the step no old answer is found.
 """
 
 import hashlib
@@ -23,12 +23,12 @@ PACKAGES = ("jax", "jaxlib", "libtpu")
 
 
 def versions() -> dict[str, str]:
-    """Of what compiles; libtpu is needed only here."""
+    """Return the versions that affect compilation; libtpu is needed only here."""
     return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def digest(program: plan_compile.Program, topology: Topology) -> str:
-    """The name of an answer."""
+    """Return the name of an answer."""
     machine = f"{topology.slices} x {topology.name}"
     facts = [plan_compile.FORMAT, versions(), program.facts]
     parts = [program.text, machine, json.dumps(facts)]
@@ -38,14 +38,14 @@ def digest(program: plan_compile.Program, topology: Topology) -> str:
 def find_cached(
     folder: pathlib.Path, program: plan_compile.Program, topology: Topology
 ) -> dict[str, Any] | None:
-    """The answer that is there, or None."""
+    """Return the cached answer, or None."""
     return _kept(folder / f"{digest(program, topology)}.json")
 
 
 def compile_cached(
     folder: pathlib.Path, program: plan_compile.Program, run: Run, topology: Topology
 ) -> dict[str, Any]:
-    """The answer from the folder, or of the compiler, which then is in the folder."""
+    """Return the answer from the folder, or compile and store it there."""
     found = find_cached(folder, program, topology)
     if found is not None:
         return found
@@ -54,12 +54,12 @@ def compile_cached(
     path = folder / f"{digest(program, topology)}.json"
     part = path.with_suffix(f".{os.getpid()}.part")
     part.write_text(json.dumps(found, indent=1) + "\n")
-    os.replace(part, path)  # whole or not at all
+    os.replace(part, path)  # atomic
     return found
 
 
 def case_summary(run: Run, topology: Topology) -> dict[str, Any]:
-    """What an answer is about, for readers; its name says it exactly."""
+    """Describe the case of an answer for readers; its name identifies it exactly."""
     return {
         "topology": topology.name, "slices": topology.slices, "compile": run.train.compile,
         "mesh": list(axes(run)), "batch_size": run.data.batch_size, "seq_len": run.data.seq_len,
@@ -71,13 +71,13 @@ def case_summary(run: Run, topology: Topology) -> dict[str, Any]:
 
 
 def cached_cases(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """What the answers in the folder are about, be they of this step or of an older one."""
+    """Return the cases of the cached answers, whether of this step or of an older one."""
     found = [_kept(path) or {} for path in sorted(folder.glob("*.json"))]
     return [each["case"] for each in found if isinstance(each.get("case"), dict)]
 
 
 def _kept(path: pathlib.Path) -> dict[str, Any] | None:
-    """What a file of the folder says; None where it is missing or damaged: it is made again."""
+    """Return the content of a cached file; None if missing or corrupt: it is computed again."""
     try:
         return read_json_object(path)
     except TextFileError:
@@ -85,5 +85,5 @@ def _kept(path: pathlib.Path) -> dict[str, Any] | None:
 
 
 def axes(run: Run) -> tuple[int, int, int]:
-    """(data, fsdp, tp)."""
+    """Return (data, fsdp, tp)."""
     return run.mesh.data, run.mesh.fsdp, run.mesh.tp

@@ -1,11 +1,11 @@
-"""Reads a compiled program's text: which collectives, how often, how many bytes; cycles.
+"""Parse a compiled program's text: its collectives, their counts and bytes; cycles.
 
     ENTRY  while (condition: i < 32, body) -> body: fusion(calls=f) -> f: all-gather, channel 7
            an instruction of f runs 32 times; the same channel in ten pieces of one asynchronous
            gather is one gather
 
-An instruction's line may be broken inside its metadata, so only what opens a computation and what
-opens an instruction is looked for.
+An instruction's line may be broken inside its metadata, so the parser searches only for the start
+of a computation and the start of an instruction.
 """
 
 import dataclasses
@@ -29,14 +29,14 @@ class Collective:
     """One collective of the program, with the loops around it."""
 
     kind: str
-    times: int  # a step
-    size: int  # bytes, once: of the whole gathered, reduced or sent array
+    times: int  # per step
+    size: int  # bytes, once: of the complete gathered, reduced or sent array
     group: int  # devices that take part
-    overlapped: bool  # started and awaited apart, so that other work may run between
+    overlapped: bool  # started and awaited separately, so that other work may run between
 
     @property
     def bytes_sent(self) -> float:
-        """Bytes that leave a device in a step, by the ring algorithm."""
+        """Return the bytes that leave a device in a step, by the ring algorithm."""
         n = self.group
         share = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1}.get(self.kind, (n - 1) / n)
         return float(self.times * self.size * share)
@@ -50,7 +50,7 @@ class _Op:
 
 
 class Program:
-    """The computations of a module, and who calls whom."""
+    """The computations of a module, and their calls."""
 
     def __init__(self, text: str):
         self._bodies: dict[str, list[_Op]] = {}
@@ -67,7 +67,7 @@ class Program:
             raise ValueError("this is no text of a compiled program: it has no ENTRY")
 
     def collectives(self) -> list[Collective]:
-        """Each collective once, whatever pieces it was cut into."""
+        """Return each collective once, however many pieces it was split into."""
         found: dict[tuple, Collective] = {}
         for name, op, times in self._reached():
             kind = op.name.removesuffix("-start")
@@ -75,7 +75,7 @@ class Program:
                 continue
             size, group = _size(op, kind), _group(op.rest)
             if kind == "reduce-scatter":
-                size *= group  # its result is a share
+                size *= group  # its result is one shard
             if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
                 kind = "reduce-scatter"
             channel = re.search(r"channel_id=(\d+)", op.rest)
@@ -95,15 +95,15 @@ class Program:
         return list(found.values())
 
     def cycles(self) -> int:
-        """What the compiler expects the scheduled operations to take; kernels are not in it."""
+        """Return the compiler's estimate for the scheduled operations; kernels are not included."""
         return self._cycles(self._entry)
 
     def data_dependent_loops(self) -> list[int]:
-        """Cycles of one turn of each outermost loop that ends when its data say so, in order."""
+        """Return cycles per iteration of each outermost data-dependent loop, in order."""
         return [self._cycles(body) for body, turns in self._loops(self._entry) if turns is None]
 
     def _cycles(self, name: str) -> int:
-        """Of ENTRY or a loop's body: they stand on its lines, not inside of fusions."""
+        """Return the cycles of ENTRY or a loop's body: they are on its lines, not in fusions."""
         own = sum(
             int(estimate[1])
             for op in self._bodies[name]
@@ -113,7 +113,7 @@ class Program:
         return own + sum((turns or 1) * self._cycles(body) for body, turns in self._loops(name))
 
     def _loops(self, name: str) -> Iterator[tuple[str, int | None]]:
-        """(body, turns) of the loops in a computation; None: nobody knows how many."""
+        """Yield (body, iterations) of the loops in a computation; None: the count is unknown."""
         for op in self._bodies[name]:
             if op.name == "while":
                 condition = re.search(r"condition=%([\w.\-]+)", op.rest)[1]
@@ -121,7 +121,7 @@ class Program:
 
     @functools.cached_property
     def _times(self) -> dict[str, int]:
-        """How often each computation runs; the text has what is called before what calls it."""
+        """Return how often each computation runs; in the text, callees precede their callers."""
         counts = dict.fromkeys(self._bodies, 0) | {self._entry: 1}
         for name in reversed(self._bodies):
             for target, turns in self._targets(name):
@@ -143,16 +143,16 @@ class Program:
                     yield target, 1
 
     def _turns(self, condition: str) -> int | None:
-        """JAX's loops count from 0 to the constant of their condition."""
+        """Return a loop's iterations: JAX's loops count from 0 to their condition's constant."""
         ops = self._bodies[condition]
         if any(op.name in ("and", "or", "fusion", "call") for op in ops):
-            return None  # it looks at more than a counter
+            return None  # it depends on more than a counter
         constants = [op.rest.partition(")")[0] for op in ops if op.name == "constant"]
         limits = {int(each) for each in constants if each.isdigit()}
         return limits.pop() if len(limits) == 1 else None
 
     def _calls(self, name: str) -> str:
-        """The custom calls of a computation."""
+        """Return the custom calls of a computation."""
         return " ".join(
             target for op in self._bodies[name] if op.name == "custom-call"
             for target in re.findall(r'custom_call_target="(\w+)"', op.rest)
@@ -160,7 +160,7 @@ class Program:
 
 
 def summary(collectives: list[Collective]) -> list[dict]:
-    """One row for each kind, overlapped or not: count and bytes of a step."""
+    """Return one row for each kind, overlapped or not: count and bytes per step."""
     rows: dict[tuple[str, bool], dict] = {}
     for each in collectives:
         row = rows.setdefault(
@@ -174,7 +174,7 @@ def summary(collectives: list[Collective]) -> list[dict]:
 
 
 def _size(op: _Op, kind: str) -> int:
-    """Bytes of the arrays that move; of (operand, result) of a started one, the greater."""
+    """Return bytes of the arrays that move; of (operand, result) of a started one, the greater."""
     arrays = []
     for dtype, dims in _ARRAY.findall(op.shape):
         if dtype in WIDTHS and not (dtype == "u32" and not dims):  # u32[]: a flag of its transport
@@ -187,7 +187,7 @@ def _size(op: _Op, kind: str) -> int:
 
 
 def _group(rest: str) -> int:
-    """Devices of one group: {{0,1},{2,3}} 2, [2,4]<=[8] 4, mesh['a'=2,'b'=4] {'b'} 4."""
+    """Return the devices of one group: {{0,1},{2,3}} 2, [2,4]<=[8] 4, mesh['a'=2,'b'=4] {'b'} 4."""
     if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
         sizes = {k: int(n) for k, n in re.findall(r"'(\w+)'=(\d+)", named[1])}
         count = 1

@@ -1,4 +1,4 @@
-"""The best (data, fsdp, tp), batch and remat of a machine: arithmetic sorts, compiling decides."""
+"""Search the best mesh, batch and remat of a machine: arithmetic ranks, compiling decides."""
 
 import dataclasses
 import math
@@ -11,14 +11,14 @@ from medmax_jax.models.quantization import PACKED, TILE
 from medmax_jax.plan import analytic
 from medmax_jax.plan.topology import PlanError, Topology
 
-MARGIN = 0.95  # of a device's memory: what arithmetic puts beyond it is not compiled
+MARGIN = 0.95  # of a device's memory: settings estimated above it are not compiled
 REMAT = ("dots", "qkv_attn", "attn", "all")
 ROWS = (1, 2, 4, 8, 16)  # of a device
 TP = (1, 2, 4, 8)
 
 
 def candidates(run: Run, topology: Topology, *, rows: Sequence[int] = ROWS) -> Iterator[Run]:
-    """Every setting of mesh, batch and remat that the model allows on the machine."""
+    """Yield every setting of mesh, batch and remat that the model allows on the machine."""
     for tp in TP:
         for fsdp in (2**i for i in range(int(math.log2(topology.chips)) + 1)):
             data, rest = divmod(topology.chips, fsdp * tp)
@@ -31,7 +31,7 @@ def candidates(run: Run, topology: Topology, *, rows: Sequence[int] = ROWS) -> I
 
 
 def with_settings(run: Run, *, mesh: config.Mesh, rows: int, remat: str) -> Run:
-    """The run with these, `rows` of a microbatch on each device; as many tokens in all."""
+    """Return the run with these, `rows` of a microbatch per device; total tokens are unchanged."""
     size = rows * mesh.data * mesh.fsdp * run.optim.accumulate
     steps = max(1, round(run.train.steps * run.data.batch_size / size))
     return dataclasses.replace(
@@ -44,7 +44,7 @@ def with_settings(run: Run, *, mesh: config.Mesh, rows: int, remat: str) -> Run:
 
 
 def rank_candidates(runs: Iterator[Run], topology: Topology, *, utilisation: float) -> list[Run]:
-    """Those that may fit, the fastest by arithmetic first; of equal ones the smaller."""
+    """Return the runs that may fit, fastest by arithmetic first; of equal ones the smaller."""
     scored = []
     for run in runs:
         found = analytic.estimate(run, topology)
@@ -62,7 +62,7 @@ def best_fitting(
     utilisation: float,
     most: int,
 ) -> tuple[Run, dict[str, Any]]:
-    """The fastest of the first `most` that fit, or else the first of the others that does."""
+    """Return the fastest of the first `most` that fit, else the first of the others that does."""
     if not order:
         raise PlanError(
             f"nothing fits {topology.slices} x {topology.name}, by arithmetic; take more chips, "

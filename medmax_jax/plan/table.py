@@ -1,8 +1,9 @@
 """python -m medmax_jax.plan.table --cache=runs/plan --minutes=60 --out=docs/plan_7b.md
 
-The table of docs/plan_7b.md: models x machines x lengths, each with its best mesh, batch and remat.
-Compiles what arithmetic likes best, cell by cell, one program at a time, for as long as is given;
-cells not reached say "arithmetic". The same command goes on where it stopped.
+Write the table of docs/plan_7b.md: models x machines x lengths, each with its best mesh, batch and
+remat. The program compiles the settings that arithmetic ranks first, cell by cell, one program at a
+time, within the given time; cells not reached show "arithmetic". The same command resumes where it
+stopped.
 """
 
 import argparse
@@ -32,28 +33,28 @@ MACHINES = (
     ("A100-80:1", 1), ("H100:1", 1), ("L40S:1", 1),
 )  # fmt: skip
 LENGTHS = (2_048, 4_096)
-FIRST = (  # what is compiled before the others, at the first length
+FIRST = (  # what is compiled first, at the first length
     ("7B QLoRA (nf4)", "v5e:1x1"), ("7B LoRA", "v5e:2x2"), ("7B LoRA", "v5e:4x4"),
     ("30B LoRA", "v5p:4x4x4"), ("7B full", "v5e:4x4"), ("7B LoRA", "v6e:1x1"),
     ("7B LoRA", "v5p:2x2x1"),
 )  # fmt: skip
 UTILISATION = 0.6
-NO_ESTIMATE_S = 2**62 / 1e10  # no clock is faster
+NO_ESTIMATE_S = 2**62 / 1e10  # longer than any clock rate allows
 MARKS = ("<!-- made by medmax_jax.plan.table -->\n", "<!-- end -->\n")
 
 
 @dataclasses.dataclass
 class TableCell:
-    """One row of the table: what may be best, and what the compiler has said of some of it."""
+    """One row of the table: candidate settings, and the compiler's answers for some of them."""
 
     model: str
     topology: Topology
     length: int
     order: list[Run]
-    found: dict[int, dict[str, Any]]  # place in `order` -> answer
+    found: dict[int, dict[str, Any]]  # index in `order` -> answer
 
     def best(self) -> tuple[Run, dict[str, Any]] | None:
-        """The fastest compiled that fits; else what arithmetic likes best and nobody refuted."""
+        """Return the fastest compiled setting that fits; else the best-ranked one not refuted."""
         fitting = [
             (_rates(self.order[i], self.topology, answer)["tokens_per_s_per_chip"], i)
             for i, answer in self.found.items()
@@ -67,7 +68,7 @@ class TableCell:
 
 
 def main() -> None:
-    """Compiles while there is time, then writes the table."""
+    """Compile while there is time, then write the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--cache", type=pathlib.Path, required=True, help="folder of answers")
     parser.add_argument("--minutes", type=float, required=True, help="0: what is there alone")
@@ -91,14 +92,14 @@ def main() -> None:
 
 
 def _turn(cell: TableCell) -> int:
-    """Its place in the queue; sorting keeps the order of the others."""
+    """Return its position in the queue; sorting keeps the order of the others."""
     name = (cell.model, cell.topology.name)
     first = name in FIRST and cell.length == LENGTHS[0] and cell.topology.slices == 1
     return FIRST.index(name) if first else len(FIRST)
 
 
 def make_cells() -> Iterator[TableCell]:
-    """Shorter rows first, since they are what the recipe was published with."""
+    """Yield the cells, shorter rows first, since the recipe was published with them."""
     for length in LENGTHS:
         for name, slices in MACHINES:
             topology = parse(name, slices=slices)
@@ -109,7 +110,7 @@ def make_cells() -> Iterator[TableCell]:
                 settings.model.update(attention=attention)
                 settings.train.compile = "gather" if topology.is_tpu else "default"
                 settings.mesh.update(data=1, fsdp=1, tp=1)
-                settings.optim.accumulate = 1  # rows are searched for; a run may have more of them
+                settings.optim.accumulate = 1  # the search varies rows; a run may have more of them
                 settings.data.update(seq_len=length)
                 settings.train.steps = round(tokens / length / settings.data.batch_size)
                 run = config.from_config_dict(settings)
@@ -120,7 +121,7 @@ def make_cells() -> Iterator[TableCell]:
 
 
 def collect(cells: list[TableCell], cache: pathlib.Path) -> None:
-    """Finds the answers that are there, of this very step."""
+    """Find the cached answers, of exactly this step."""
     known = compile_cache.cached_cases(cache)
     for cell in cells:
         for place, run in enumerate(cell.order):
@@ -132,7 +133,7 @@ def collect(cells: list[TableCell], cache: pathlib.Path) -> None:
 
 
 def compile_next(cell: TableCell, number: int, cache: pathlib.Path) -> None:
-    """Compiles the cell's first setting that is not yet, unless `number` of them are already."""
+    """Compile the cell's first setting not yet compiled, unless `number` of them are already."""
     places = [i for i in range(len(cell.order)) if i not in cell.found]
     if not cell.topology.is_tpu or len(cell.found) > number or not places:
         return
@@ -149,7 +150,7 @@ def compile_next(cell: TableCell, number: int, cache: pathlib.Path) -> None:
 
 
 def render(cells: list[TableCell]) -> str:
-    """The rows, sorted as a reader looks for them, and how far arithmetic was off."""
+    """Return the rows, sorted for readers, and the error of the arithmetic."""
     lines = [
         "",
         "| model | machine | tokens a row | data, fsdp, tp | rows a chip | remat | GiB a chip, of "
@@ -184,7 +185,7 @@ def _row(cell: TableCell) -> str:
 
 
 def _errors(cells: list[TableCell]) -> list[str]:
-    """Arithmetic beside the compiler, for every setting that was compiled."""
+    """Compare arithmetic with the compiler, for every setting that was compiled."""
     lines = [
         "| compiled | GiB, compiler | GiB, arithmetic | GiB sent about, compiler | arithmetic "
         "| step s, bound | scheduled |",
@@ -226,12 +227,12 @@ def _memory(answer: dict[str, Any]) -> str:
 
 
 def _no_vmem(answer: dict[str, Any]) -> bool:
-    """A kernel did not fit beside the core, whatever room there was in HBM."""
+    """Return whether a kernel exceeded the core's own memory, however much HBM was free."""
     return not answer["fits"] and "memory space vmem" in answer.get("error", "")
 
 
 def _scheduled(answer: dict[str, Any]) -> str:
-    """Of an operation that it cannot estimate the compiler says 2**63 - 1 cycles."""
+    """Format cycles: for an operation that it cannot estimate the compiler returns 2**63 - 1."""
     found = answer.get("scheduled_s")
     return "-" if found is None or found > NO_ESTIMATE_S else str(found)
 

@@ -1,9 +1,10 @@
-"""Machines by name, and their devices for the compiler: no TPU is needed to compile for one.
+"""Define machines by name, and their devices for the compiler; compiling for a TPU needs no TPU.
 
     v5e:4x4    sixteen chips of a v5e slice          v5p:2x2x1    four chips
     v5e:1x1    one                                   H100:8       eight GPUs, by arithmetic alone
 
-With several slices the chips of each have a fast network of their own, and data runs between them.
+With several slices the chips of each have a fast network of their own, and data parallelism runs
+between them.
 """
 
 import dataclasses
@@ -19,16 +20,16 @@ from jax.experimental import topologies
 from medmax_jax.config import Mesh
 from medmax_jax.flops import CHIPS, GIB, Chip
 
-# GiB that libtpu leaves to a program: "available HBM" of its message when one does not fit.
+# GiB that libtpu leaves to a program: "available HBM" in its message when a program does not fit.
 USABLE = {"v4": 30.75, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25}
-GPU_SHARE = 0.92  # of a GPU's memory; the rest is CUDA's, cuDNN's and fragmentation: an assumption
+GPU_SHARE = 0.92  # of a GPU's memory; the rest is for CUDA, cuDNN and fragmentation: an assumption
 # Hz: with these clocks the widths of the matrix units give the published peak.
 CLOCK = {"v4": 1.05e9, "v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}
 DIMENSIONS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}
 
 
 class PlanError(ValueError):
-    """A plan that cannot be made; the message names the flag, the value and the mend."""
+    """A plan that cannot be made; the message names the flag, the value and the fix."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Topology:
 
     @property
     def usable(self) -> float:
-        """Bytes of one device that a program may have."""
+        """Return the bytes of one device that a program may use."""
         return USABLE[self.chip.name] * GIB if self.is_tpu else GPU_SHARE * self.chip.hbm
 
     @property
@@ -55,7 +56,7 @@ class Topology:
 
 
 def parse(name: str, *, slices: int) -> Topology:
-    """v5e:4x4 -> sixteen v5e chips; PlanError on anything else."""
+    """Parse a machine: v5e:4x4 -> sixteen v5e chips; raise PlanError on anything else."""
     match = re.fullmatch(r"([\w\-]+):(\d+(?:x\d+)*)", name)
     chip = CHIPS.get(match[1]) if match else None
     if chip is None:
@@ -73,13 +74,13 @@ def parse(name: str, *, slices: int) -> Topology:
 
 
 def devices(topology: Topology) -> Sequence[Any]:
-    """Its devices, from libtpu; PlanError where it has no such machine, or is not installed."""
+    """Return the devices from libtpu; raise PlanError if it lacks the machine or is missing."""
     if not topology.is_tpu:
         raise PlanError(f"--topology={topology.name} is planned by arithmetic; add --analytic")
-    # libtpu asks no metadata server, and does not mind that another process has loaded it.
+    # libtpu then queries no metadata server, and accepts that another process has loaded it.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
-    os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")  # nor tells that it found no TPU
+    os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")  # nor does it log that it found no TPU
     x, y, z = (*topology.shape, 1)[:3]
     # A host has 2x2 chips; a machine with an odd side is made of smaller hosts.
     kwargs: dict[str, Any] = {"chips_per_host_bounds": (2 - x % 2, 2 - y % 2, 1)}
@@ -104,16 +105,17 @@ def devices(topology: Topology) -> Sequence[Any]:
 
 
 def use_no_device() -> None:
-    """For programs that only compile: this machine's devices are not asked, JAX keeps no programs.
+    """Prepare a program that only compiles: no local devices are used, JAX caches no programs.
 
-    What libtpu compiles without a TPU can be written to JAX's own cache but not read from it.
+    Programs that libtpu compiles without a TPU can be written to JAX's own cache but not read from
+    it.
     """
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
 
 
 def mesh_of(text: str, topology: Topology) -> Mesh:
-    """ "1,4,1" -> Mesh(data=1, fsdp=4, tp=1); PlanError unless it is all chips of the machine."""
+    """Parse "1,4,1" -> Mesh(data=1, fsdp=4, tp=1); raise PlanError unless it covers all chips."""
     sizes = [int(n) for n in text.split(",")] if re.fullmatch(r"\d+,\d+,\d+", text) else []
     if math.prod(sizes) != topology.chips or not sizes:
         raise PlanError(

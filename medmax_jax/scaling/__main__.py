@@ -1,14 +1,14 @@
-"""Fits a scaling law to a table of runs, with intervals, checks and a page.
+"""Fit a scaling law to a table of runs, with intervals, checks and an HTML page.
 
 python -m medmax_jax.scaling --table T.csv --law chinchilla [--workdir D] [--json]
 
-T.csv   columns by law: params, tokens, loss (`--law list` says which; --map and --target rename)
+T.csv   columns by law: params, tokens, loss (`--law list` shows which; --map and --target rename)
 D       fit.json, *.png and page.html
 laws    chinchilla tied power data_constrained finetune rectified accuracy mixed_modal
 
---target loss_text,loss_image fits each column apart. --map params=rank puts adapters' ranks where a
-law has sizes. --fix alpha=0.34 holds a parameter. --exclude "loss>3.4" leaves rows out, and the
-checklist says so.
+--target loss_text,loss_image fits each column separately. --map params=rank uses adapters' ranks
+where a law has sizes. --fix alpha=0.34 fixes a parameter. --exclude "loss>3.4" leaves rows out, and
+the checklist states this.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage.
 """
@@ -81,7 +81,7 @@ def _run(given: argparse.Namespace) -> None:
 
 
 def _laws(given: argparse.Namespace, folder: Path | None) -> dict[str, Any]:
-    """Each target's fit; of several, by target."""
+    """Return each target's fit; if there are several, by target."""
     law, said = LAWS[given.law], checklist.read_statements(given.table, dict(given.say))
     if given.residuals:
         law = dataclasses.replace(law, log=given.residuals == "log")
@@ -103,7 +103,7 @@ def _laws(given: argparse.Namespace, folder: Path | None) -> dict[str, Any]:
 
 
 def _mixed(given: argparse.Namespace, folder: Path | None) -> dict[str, Any]:
-    """The law of two modalities together."""
+    """Fit the law of two modalities together."""
     if given.fix:
         raise ScalingError("--fix: law mixed_modal holds no parameter; leave it away")
     target = given.target or "loss"
@@ -140,7 +140,7 @@ def _mixed(given: argparse.Namespace, folder: Path | None) -> dict[str, Any]:
 
 
 def _log(line: str) -> None:
-    """To stderr: stdout has the results, with --json as its last line."""
+    """Log to stderr: stdout has the results, with --json as its last line."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -156,7 +156,7 @@ def _float(name: str, text: str) -> float:
 
 
 def main(argv: Sequence[str]) -> int:
-    """The program; returns its exit code."""
+    """Run the program; return its exit code."""
     given = _parser().parse_args(argv)
     try:
         _run(given)

@@ -1,9 +1,9 @@
-"""How to spend compute C = f N D under E + A/N^alpha + B/D^beta: the size and tokens of least loss.
+"""Find the size and tokens of least loss for compute C = f N D under E + A/N^alpha + B/D^beta.
 
     N = G (C/f)^(beta/(alpha+beta))     D = (C/f) / N     G = (alpha A / (beta B))^(1/(alpha+beta))
 
-Intervals are of the bootstrap's draws. A law of a product, A/(N^alpha D^beta), has no best size
-inside: all goes where the exponent is larger, so none is given.
+Intervals come from the bootstrap's draws. A law of a product, A/(N^alpha D^beta), has no interior
+optimum: all compute goes to the larger exponent, so none is given.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ Values = Mapping[str, Float[np.ndarray, "..."] | float]
 def optimal_allocation(
     values: Values, compute: float, *, flops: float
 ) -> dict[str, Float[np.ndarray, "..."] | float]:
-    """Size, tokens, tokens a parameter and loss; `flops`: of one token, per parameter."""
+    """Return size, tokens, tokens per parameter and loss; `flops`: of one token, per parameter."""
     alpha, beta = values["alpha"], values.get("beta", values["alpha"])
     ratio = (alpha * values["A"] / (beta * values["B"])) ** (1 / (alpha + beta))
     product = compute / flops
@@ -38,7 +38,7 @@ def table(
     *,
     flops: float,
 ) -> list[dict[str, Any]]:
-    """One row a budget: each number with its interval."""
+    """Return one row per budget: each number with its interval."""
     rows = []
     for budget in budgets:
         best, spread = (optimal_allocation(v, budget, flops=flops) for v in (found, draws))
@@ -51,12 +51,12 @@ def table(
 
 
 def default_budgets(params: np.ndarray, tokens: np.ndarray, *, flops: float) -> list[float]:
-    """The largest run's compute, ten and a hundred times that."""
+    """Return the largest run's compute, ten and a hundred times that."""
     largest = float((flops * params * tokens).max())
     return [largest, 10 * largest, 100 * largest]
 
 
 def exponent(values: Values) -> Float[np.ndarray, "..."] | float:
-    """beta / (alpha + beta): by which power of compute the best size grows."""
+    """Return beta / (alpha + beta): by which power of compute the best size grows."""
     alpha, beta = values["alpha"], values.get("beta", values["alpha"])
     return beta / (alpha + beta)

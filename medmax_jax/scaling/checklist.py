@@ -1,9 +1,9 @@
-"""The words of a fit: its parameters, its checks, and the checklist that others need to repeat it.
+"""Write the text of a fit: its parameters, its checks, and the checklist needed to repeat it.
 
 The questions are those of the survey "(Mis)Fitting: A Survey of Scaling Laws" (Li et al. 2025,
-arXiv 2502.18969), which finds that few papers answer them. What a table cannot know, such as
-whether embeddings count as parameters, is taken from --say or from the table's .json neighbour,
-and is called "not stated" otherwise.
+arXiv 2502.18969), which finds that few papers answer them. Facts that a table cannot contain, such
+as whether embeddings count as parameters, are taken from --say or from the .json file next to the
+table; otherwise they appear as "not stated".
 """
 
 import math
@@ -19,7 +19,7 @@ from medmax_jax.scaling import allocation, diagnostics, fit
 from medmax_jax.scaling.laws import ScalingError
 from medmax_jax.scaling.study import Study
 
-# What the user may state, and what is asked.
+# Statements that the user may provide, and the question that each answers.
 STATEMENTS = {
     "params": "what counts as a parameter (embeddings, head, adapters)",
     "tokens": "what counts as a token (seen or unique, padding, modality)",
@@ -32,7 +32,7 @@ STATEMENTS = {
 
 
 def read_statements(table: str | Path, said: Mapping[str, str]) -> dict[str, str]:
-    """Answers to SAYABLE: the .json beside the table, under those of the command line."""
+    """Return answers to STATEMENTS: the command line overrides the .json next to the table."""
     path, known = Path(table).with_suffix(".json"), {}
     if path.exists():
         try:
@@ -48,7 +48,7 @@ def read_statements(table: str | Path, said: Mapping[str, str]) -> dict[str, str
 
 
 def checklist(study: Study, said: Mapping[str, str]) -> dict[str, str]:
-    """Question -> answer."""
+    """Return question -> answer."""
     table, law, o = study.table, study.law, study.options
     answers = {"law": f"{law.formula} ({law.paper})", "fitted to": table.target}
     answers |= {f"{n}: {asked}": said.get(n, "not stated") for n, asked in STATEMENTS.items()}
@@ -73,7 +73,7 @@ def checklist(study: Study, said: Mapping[str, str]) -> dict[str, str]:
 
 
 def format_fit(study: Study, said: Mapping[str, str]) -> str:
-    """What the program prints."""
+    """Return the text that the program prints."""
     lines = [f"{study.law.name}: {study.table.target} = {study.law.formula}"]
     for name, value in study.found.values.items():
         held = "  held" if name in study.options.fixed else ""
@@ -93,12 +93,12 @@ def format_fit(study: Study, said: Mapping[str, str]) -> str:
 
 
 def ends(interval: tuple[float, float] | None) -> str:
-    """ "[1.8, 2.1]"; a dash for a parameter that no draw moves."""
+    """Format "[1.8, 2.1]"; a dash for a parameter that no draw moves."""
     return f"[{interval[0]:.4g}, {interval[1]:.4g}]" if interval else html_page.NOTHING
 
 
 def format_holdout(study: Study) -> list[str]:
-    """One line a way of holding out."""
+    """Return one line per way of holding out."""
     return [
         f"{each.name}: {each.count} held out, no fit"
         if each.why
@@ -109,7 +109,7 @@ def format_holdout(study: Study) -> list[str]:
 
 
 def allocation_line(row: Mapping[str, Any]) -> str:
-    """compute 1e+21: params 2.1e+09 [..], tokens 7.9e+10 [..], loss 2.3 [..]"""
+    """Format compute 1e+21: params 2.1e+09 [..], tokens 7.9e+10 [..], loss 2.3 [..]."""
     parts = [
         f"{name} {row[name]:.4g} [{row[f'{name}_interval'][0]:.3g}, "
         f"{row[f'{name}_interval'][1]:.3g}]"
@@ -119,7 +119,7 @@ def allocation_line(row: Mapping[str, Any]) -> str:
 
 
 def as_json(study: Study, said: Mapping[str, str]) -> dict[str, Any]:
-    """All of it, for programs."""
+    """Return all of it as JSON."""
     facts: dict[str, Any] = dict(study.found.values)
     facts |= dict(
         law=study.law.name, formula=study.law.formula, paper=study.law.paper,

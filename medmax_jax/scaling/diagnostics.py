@@ -1,7 +1,7 @@
-"""Intervals by drawing runs again, and what they say about the fit.
+"""Compute bootstrap intervals by resampling runs, and check the fit with them.
 
-Runs are drawn, not rows: checkpoints of one run share its noise. Each draw is fitted from where the
-whole table's fit ended, all draws together (fit.refit).
+Runs are resampled, not rows: checkpoints of one run share its noise. Each resample is fitted from
+the end of the complete table's fit, all resamples together (fit.refit).
 """
 
 import dataclasses
@@ -16,8 +16,8 @@ from medmax_jax.scaling.laws import Law, ScalingError
 from medmax_jax.scaling.table import Table
 
 LEVEL = 0.95
-SAME = 1e-6  # relative: draws nearer to each other are one number
-RUNS = 1_000  # left out one by one at a time: their weights are [RUNS, rows]
+SAME = 1e-6  # relative: draws nearer to each other count as one number
+RUNS = 1_000  # left out one by one in one batch: their weights are [RUNS, rows]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,12 +36,12 @@ class BootstrapSamples:
         return len(self.vectors)
 
     def named(self) -> dict[str, np.ndarray]:
-        """Each parameter's draws."""
+        """Return each parameter's draws."""
         each = [values(self.found.law, v, self.found.middle) for v in self.vectors]
         return {name: np.array([v[name] for v in each]) for name in self.found.values}
 
     def at_bound(self) -> dict[str, float]:
-        """The share of draws in which an exponent ends at a bound of the search, where any does."""
+        """Return, for each exponent that ends at a bound of the search, the share of such draws."""
         count, shares = len(self.found.law.names), {}
         for i, e in enumerate(self.found.law.exponents):
             if e.name not in self.found.fixed:
@@ -59,9 +59,9 @@ def bootstrap(
     seed: int,
     progress: Callable[[int], None] = lambda count: None,
 ) -> BootstrapSamples:
-    """`count` fits to tables whose runs are drawn with replacement.
+    """Return `count` fits to tables whose runs are drawn with replacement.
 
-    `progress` gets how many more are done.
+    `progress` receives how many more are done.
     """
     rng, runs = np.random.default_rng(seed), table.runs
     number, drawn, poor = int(runs.max()) + 1, [], 0
@@ -80,21 +80,21 @@ def bootstrap(
 
 
 def counts(rng: np.random.Generator, number: int) -> Float[np.ndarray, "_"]:
-    """How often each of `number` runs is drawn; they sum to `number`."""
+    """Return how often each of `number` runs is drawn; the counts sum to `number`."""
     return np.bincount(rng.integers(0, number, number), minlength=number).astype(np.float64)
 
 
 def interval(draws: Float[np.ndarray, "n"], level: float) -> tuple[float, float]:
-    """The middle `level` of the draws."""
+    """Return the middle `level` of the draws."""
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
 def parameter_interval(draws: Float[np.ndarray, "n"]) -> tuple[float, float] | None:
-    """The middle LEVEL of a parameter's draws; None where they all are one number.
+    """Return the middle LEVEL of a parameter's draws; None if they are all equal.
 
-    So are those of a parameter that is held, and of one that every draw leaves at a bound of its
-    search. Their interval would have no width and claim to be known exactly.
+    That is so for a fixed parameter, and for one that every draw leaves at a bound of its search.
+    Their interval would have no width and suggest exact knowledge.
     """
     low, high = interval(draws, LEVEL)
     return (low, high) if high - low > SAME * max(abs(low), abs(high)) else None
@@ -103,7 +103,7 @@ def parameter_interval(draws: Float[np.ndarray, "n"]) -> tuple[float, float] | N
 def influence(
     found: Fit, table: Table, *, progress: Callable[[int], None] = lambda count: None
 ) -> Iterator[tuple[str, Fit]]:
-    """(label, the fit without it) of every run; `progress` gets how many more are done."""
+    """Yield (label, the fit without it) of every run; `progress` receives how many remain."""
     number = int(table.runs.max()) + 1
     for start in range(0, number, RUNS):
         runs = np.arange(start, min(start + RUNS, number))
@@ -120,18 +120,18 @@ def _too_poor(found: Fit, table: Table, weights: np.ndarray) -> bool:
     return any(len(np.unique(table.x[c][drawn])) < 2 for c in columns)
 
 
-# ---- What a law fitted to small runs says of larger ones that it has not seen ----
+# ---- Errors of a law fitted to small runs on larger runs that it has not seen ----
 #
 # by compute   the fifth of the runs with the most params x tokens is held out
-# by a column  the runs of the largest value of it: the largest size, the most data; the
-#                  fifth with the largest where nearly every run has a value of its own
+# by a column  the runs of its largest value: the largest size, the most data; the fifth with the
+#              largest values if nearly every run has a value of its own
 
 SHARE = 0.2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HoldoutErrors:
-    """Errors are prediction / truth - 1; `why` is set where there is no such fit."""
+    """Errors are prediction / truth - 1; `why` is set if there is no such fit."""
 
     name: str
     count: int
@@ -146,7 +146,7 @@ class HoldoutErrors:
 def all_holdouts(
     law: Law, table: Table, *, delta: float, fixed: Mapping[str, float]
 ) -> list[HoldoutErrors]:
-    """Every way of holding out that the table's columns give."""
+    """Return every holdout that the table's columns allow."""
     ways = {"the fifth with the most compute": _top(_compute(table))}
     for name in ("params", "tokens"):
         if name in table.x and len(np.unique(table.x[name])) > 1:
@@ -158,7 +158,7 @@ def fit_without(
     law: Law, table: Table, out: Bool[np.ndarray, "n"], name: str, *, delta: float,
     fixed: Mapping[str, float],
 ) -> HoldoutErrors:  # fmt: skip
-    """The law fitted without the rows `out`, and its errors on them."""
+    """Return the law fitted without the rows `out`, and its errors on them."""
     rest, none = table.part(~out), np.zeros(0)
     try:
         check(law, rest, fixed)
@@ -188,18 +188,18 @@ def _top(size: Float[np.ndarray, "n"]) -> Bool[np.ndarray, "n"]:
     return size >= np.sort(size)[-count]
 
 
-# ---- Whether a table can tell a law's parameters at all: asked before the fit, and of its end ----
+# ---- Whether a table can identify a law's parameters: checked before the fit, and at its end ----
 #
-# chinchilla on runs of one size        A and alpha are one number: refused
-# chinchilla where tokens = 20 params   alpha and beta are one number: refused, `tied` is not
-# finetune on one model size            refused; the mend is the law `power`
+# chinchilla on runs of one size        A and alpha are one number: rejected
+# chinchilla where tokens = 20 params   alpha and beta are one number: rejected, `tied` is not
+# finetune on one model size            rejected; the fix is the law `power`
 
-FEW = 3  # distinct values of a column below which its exponent leans on the other columns alone
+FEW = 3  # distinct values of a column; with fewer its exponent depends on the other columns
 ALIGNED = 1e-6  # 1 - r^2 of ln params and ln tokens
 
 
 def check(law: Law, table: Table, fixed: Mapping[str, float]) -> list[str]:
-    """Warnings; raises ScalingError where parameters cannot be told apart."""
+    """Return warnings; raise ScalingError if parameters cannot be identified."""
     free = [p for p in law.parameters if p not in fixed]
     if len(table) <= len(free):
         raise ScalingError(
@@ -231,7 +231,7 @@ def check(law: Law, table: Table, fixed: Mapping[str, float]) -> list[str]:
 
 
 def check_end(found: Fit, table: Table) -> None:
-    """Raises ScalingError where a parameter does not change one prediction at the fit's end."""
+    """Raise ScalingError if a parameter does not change any prediction at the fit's end."""
     slope = np.abs(found.jacobian(table.x)).max(axis=1)
     for name, most in zip(found.law.parameters, slope, strict=True):
         if most < 1e-12 and name not in found.fixed and name not in found.law.names:

@@ -1,13 +1,14 @@
-"""A law to a table: variable projection over a grid of exponents, then a polish of all parameters.
+"""Fit a law to a table: variable projection over a grid of exponents, then refine all parameters.
 
-    minimise   sum_i w_i Huber_delta(ln prediction_i - ln y_i)      summed, never averaged
+    minimize   sum_i w_i Huber_delta(ln prediction_i - ln y_i)      summed, never averaged
 
-The sum matters to minimizers whose tolerances are relative to max(|f|, 1), as scipy's L-BFGS-B: a
-mean of about 1e-6 counts as converged wherever it starts, which "confirms" any published constants
-given as a start. The tolerance here is relative to the objective itself (newton.py).
+The sum matters to minimizers whose tolerances are relative to max(|f|, 1), such as scipy's
+L-BFGS-B: a mean of about 1e-6 counts as converged wherever it starts, which "confirms" any
+published constants given as a start. The tolerance here is relative to the objective itself
+(newton.py).
 
-Inside, a coefficient is the logarithm u of its term at the table's middle point, not ln A: ln A and
-alpha of A / N^alpha with N near 1e10 are all but one parameter, u and alpha are not.
+Internally, a coefficient is the logarithm u of its term at the table's middle point, not ln A: ln A
+and alpha of A / N^alpha with N near 1e10 are almost one parameter, u and alpha are not.
 """
 
 import dataclasses
@@ -21,16 +22,16 @@ from medmax_jax.scaling import newton
 from medmax_jax.scaling.laws import Columns, Law, ScalingError
 
 STEP = 1e-20  # of the complex step: derivatives exact to rounding
-LOWEST = -25.0  # of u: a term of e^-25 of the prediction is none
+LOWEST = -25.0  # of u: a term of e^-25 of the prediction is negligible
 CHUNK = 2_000_000  # numbers of one array of the grid
-CACHE = 60_000  # numbers of one [m, n] array of a polish: what a step needs stays in the cache
-STARTS = 6  # of the grid's points, polished
+CACHE = 60_000  # numbers of one [m, n] array of a refinement: the data of a step fits in the cache
+STARTS = 6  # of the grid's points, refined
 IRLS = 12
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fit:
-    """`vector`: u of each coefficient, then each exponent as the search holds it."""
+    """`vector`: u of each coefficient, then each exponent in the search's form."""
 
     law: Law
     delta: float
@@ -47,7 +48,7 @@ class Fit:
         return np.real(predict(self.law, self.vector[:, None], x, self.middle))[0]
 
     def jacobian(self, x: Columns) -> np.ndarray:
-        """d ln prediction (or prediction) / d vector: [parameters, n]."""
+        """Return d ln prediction (or prediction) / d vector: [parameters, n]."""
         return _model(self.law, self.vector, x, self.middle)[1]
 
 
@@ -59,7 +60,7 @@ def fit(
     delta: float,
     fixed: Mapping[str, float],
 ) -> Fit:
-    """The best fit of the law. `fixed`: exponents that are given, by name, as the table shows."""
+    """Return the best fit of the law. `fixed`: given exponents, by name, as in the table."""
     middle = {n: np.array([_middle(law, n, v)]) for n, v in x.items() if n in law.columns}
     held = _held(law, fixed, middle)
     problem = Problem(law=law, x=x, y=y, middle=middle, delta=delta, held=held)
@@ -80,9 +81,9 @@ def refit(
     weights: Float[np.ndarray, "m n"],
     progress: Callable[[int], None] = lambda count: None,
 ) -> tuple[Float[np.ndarray, "m p"], Bool[np.ndarray, "m"]]:
-    """(vectors, which have converged) of the same law under each row of weights.
+    """Return (vectors, which have converged) of the same law under each row of weights.
 
-    Each starts where the whole table's fit ended. `progress`: as Problem.polish has it.
+    Each starts where the complete table's fit ended. `progress`: see Problem.polish.
     """
     held = _held(found.law, found.fixed, found.middle)
     problem = Problem(
@@ -94,7 +95,7 @@ def refit(
 
 
 def values(law: Law, vector: np.ndarray, middle: Columns) -> dict[str, float]:
-    """The parameters as the papers write them, by name."""
+    """Return the parameters as the papers write them, by name."""
     count = len(law.names)
     there = law.terms(tuple(vector[count:, None]), middle)
     named = {
@@ -110,7 +111,7 @@ def values(law: Law, vector: np.ndarray, middle: Columns) -> dict[str, float]:
 def predict(
     law: Law, vectors: Shaped[np.ndarray, "p m"], x: Columns, middle: Columns
 ) -> Shaped[np.ndarray, "m n"]:
-    """Of each column of `vectors`; a complex vector gives a complex prediction."""
+    """Return the prediction of each column of `vectors`; complex in, complex out."""
     count = len(law.names)
     terms = _relative_terms(law, tuple(vectors[count:, :, None]), x, middle)
     signed = zip(law.signs, vectors[:count, :, None], terms, strict=True)
@@ -118,29 +119,29 @@ def predict(
 
 
 def huber(r: Float[np.ndarray, "*n"], delta: float) -> Float[np.ndarray, "*n"]:
-    """r^2 / 2 up to delta, then as steep as there. [0.5, 3], delta 1 -> [0.125, 2.5]."""
+    """Return r^2 / 2 up to delta, linear beyond. [0.5, 3], delta 1 -> [0.125, 2.5]."""
     size = np.abs(r)
     return np.where(size <= delta, 0.5 * r * r, delta * (size - 0.5 * delta))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One law and table. A column of `x` may be [m, n]: another for each row of the weights."""
+    """One law and table. A column of `x` may be [m, n]: different for each row of the weights."""
 
     law: Law
     x: Columns
     y: np.ndarray
     middle: Columns
     delta: float
-    held: dict[int, float]  # place in the vector -> value
+    held: dict[int, float]  # index in the vector -> value
 
     def evaluate(
         self, vectors: Float[np.ndarray, "m p"], weights: Float[np.ndarray, "m n"]
     ) -> newton.Local:
-        """The objective about each vector, under its row of weights.
+        """Return the objective around each vector, under its row of weights.
 
-        The Hessian is that of the Huber loss: a row beyond delta pulls with constant force and
-        curves only through the law. Second derivatives of ln |term| are left out; they are 0 but
+        The Hessian is that of the Huber loss: a row beyond delta has a constant gradient and
+        curves only through the law. Second derivatives of ln |term| are left out; they are 0 except
         for the laws `rectified` and `data_constrained`.
         """
         log = self.law.log
@@ -148,7 +149,7 @@ class Problem:
             terms, slopes = parts(self.law, vectors, self.x, self.middle)
             prediction = terms.sum(1)
             r = np.log(prediction) - np.log(self.y) if log else prediction - self.y
-        lost = ~np.isfinite(r).all(1)  # outside of what the law can predict: no step goes there
+        lost = ~np.isfinite(r).all(1)  # outside the law's domain: no step goes there
         terms[lost], slopes[lost], prediction[lost], r[lost] = 0.0, 0.0, 1.0, 0.0
         slope = jacobian(terms, slopes) / (prediction[:, None] if log else 1.0)
         pull = weights * np.clip(r, -self.delta, self.delta)
@@ -168,9 +169,9 @@ class Problem:
         weights: Float[np.ndarray, "m n"],
         progress: Callable[[int], None] = lambda count: None,
     ) -> tuple[Float[np.ndarray, "m p"], Float[np.ndarray, "m"], Bool[np.ndarray, "m"]]:
-        """(vectors, objectives, which have converged) from each start, under its row of weights.
+        """Return (vectors, objectives, which have converged) from each start.
 
-        `progress` gets how many more are done.
+        Each start has its own row of weights. `progress` receives how many more are done.
         """
         low, high = np.array(self.bounds()).T
         size, found = max(1, CACHE // weights.shape[1]), []
@@ -190,7 +191,7 @@ class Problem:
         return tuple(np.concatenate(each) for each in zip(*found, strict=True))
 
     def _only(self, rows: Int[np.ndarray, "k"]) -> "Problem":
-        """The same with these rows of the columns that have one for each row of the weights."""
+        """Return the problem with these rows of the columns that are per row of the weights."""
         if all(column.ndim == 1 for column in self.x.values()):
             return self
         x = {name: c if c.ndim == 1 else c[rows] for name, c in self.x.items()}
@@ -202,7 +203,7 @@ class Problem:
         return [(self.held.get(i, lo), self.held.get(i, hi)) for i, (lo, hi) in enumerate(each)]
 
     def starts(self, weights: Float[np.ndarray, "n"]) -> Float[np.ndarray, "m p"]:
-        """The best points of the grid of exponents, with their coefficients."""
+        """Return the best points of the grid of exponents, with their coefficients."""
         count = len(self.law.names)
         axes = [
             np.array([self.held[count + i]])
@@ -221,7 +222,7 @@ class Problem:
         return np.concatenate([u, grid.T[order]], axis=1)
 
     def _project(self, grid: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of each point of the grid: coefficients by reweighted least squares, objective."""
+        """Return, per point of the grid: coefficients by reweighted least squares, objective."""
         terms = _relative_terms(self.law, tuple(grid[:, :, None]), self.x, self.middle)
         shape = (grid.shape[1], len(self.y))
         signed = zip(self.law.signs, terms, strict=True)
@@ -243,7 +244,7 @@ def nonnegative(
     target: Float[np.ndarray, "n"],
     weights: Float[np.ndarray, "g n"],
 ) -> Float[np.ndarray, "g k"]:
-    """Weighted least squares with coefficients >= 0: every choice of zeros is tried (k <= 3)."""
+    """Solve weighted least squares with coefficients >= 0, trying all sets of zeros (k <= 3)."""
     weighted = basis * weights[:, :, None]
     gram = np.swapaxes(weighted, 1, 2) @ basis
     right = np.swapaxes(weighted, 1, 2) @ target
@@ -254,7 +255,7 @@ def nonnegative(
         at = np.array(used)
         square = gram[:, at[:, None], at] + ridge * np.eye(len(at))
         found = np.linalg.solve(square, right[:, at, None])[:, :, 0]
-        gain = -np.einsum("gk,gk->g", found, right[:, at])  # the objective but for a constant
+        gain = -np.einsum("gk,gk->g", found, right[:, at])  # the objective up to a constant
         better = (found >= 0).all(1) & (gain < reached)
         reached = np.where(better, gain, reached)
         whole = np.zeros_like(best)
@@ -264,7 +265,7 @@ def nonnegative(
 
 
 def _held(law: Law, fixed: Mapping[str, float], middle: Columns) -> dict[int, float]:
-    """Place in the vector -> its value there; a coefficient only where its term has no exponent."""
+    """Return index in the vector -> its value; a coefficient only if its term has no exponent."""
     names, held = {e.name: e for e in law.exponents}, {}
     ones = tuple(np.ones((1, 1)) for _ in law.exponents)
     twos = tuple(np.full((1, 1), 2.0) for _ in law.exponents)
@@ -285,7 +286,7 @@ def _held(law: Law, fixed: Mapping[str, float], middle: Columns) -> dict[int, fl
 
 
 def _middle(law: Law, name: str, column: np.ndarray) -> float:
-    """Geometric mean; of a loss in an exponential the plain one."""
+    """Return the geometric mean; for a loss in an exponential the arithmetic mean."""
     return float(np.mean(column) if name == "loss" else np.exp(np.mean(np.log(column))))
 
 
@@ -297,7 +298,7 @@ def _relative_terms(law: Law, exponents: tuple, x: Columns, middle: Columns) -> 
 def parts(
     law: Law, vectors: Float[np.ndarray, "m p"], x: Columns, middle: Columns
 ) -> tuple[Float[np.ndarray, "m k n"], Float[np.ndarray, "m e k n"]]:
-    """Each signed term of the prediction, and d ln |term| / d exponent by a complex step."""
+    """Return each signed term of the prediction, and d ln |term| / d exponent by a complex step."""
     count, shape = len(law.names), (len(vectors), next(iter(x.values())).shape[-1])
 
     def relative(exponents: list[np.ndarray]) -> np.ndarray:
@@ -317,14 +318,14 @@ def parts(
 def jacobian(
     terms: Float[np.ndarray, "m k n"], slopes: Float[np.ndarray, "m e k n"]
 ) -> Float[np.ndarray, "m p n"]:
-    """d prediction / d vector: the terms themselves for each u, then the exponents."""
+    """Return d prediction / d vector: the terms themselves for each u, then the exponents."""
     return np.concatenate([terms, np.einsum("mkn,mekn->men", terms, slopes)], axis=1)
 
 
 def _second(
     pulled: Float[np.ndarray, "m k n"], slopes: Float[np.ndarray, "m e k n"]
 ) -> Float[np.ndarray, "m p p"]:
-    """The second derivatives of the prediction, summed over rows; `pulled`: terms times weights."""
+    """Return second derivatives of the prediction, summed over rows; `pulled`: weighted terms."""
     m, k, _ = pulled.shape
     found = np.zeros((m, k + slopes.shape[1], k + slopes.shape[1]))
     found[:, np.arange(k), np.arange(k)] = pulled.sum(2)
@@ -337,7 +338,7 @@ def _second(
 def _model(
     law: Law, vector: np.ndarray, x: Columns, middle: Columns
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(prediction or its logarithm [n], its derivatives [parameters, n])."""
+    """Return (prediction or its logarithm [n], its derivatives [parameters, n])."""
     with np.errstate(all="ignore"):
         terms, slopes = parts(law, vector[None], x, middle)
         value, slope = terms[0].sum(0), jacobian(terms, slopes)[0]

@@ -1,4 +1,4 @@
-"""The laws: losses as sums of power laws, each with the paper that it is from.
+"""Define the laws: losses as sums of power laws, each with the paper that it is from.
 
     name              y =                                                        columns
     chinchilla        E + A / N^alpha + B / D^beta                               params tokens
@@ -11,7 +11,7 @@
 
 Every law is sum_j coefficient_j * term_j(x; exponents) with coefficients >= 0: a few exponents are
 searched for, and the coefficients given the exponents are a small linear problem (fit.py).
-The mixed-modal law stands on two of these and has a room of its own (mixed.py).
+The mixed-modal law builds on two of these and has its own module (mixed.py).
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ Terms = tuple[np.ndarray, ...]  # each [..., n]
 
 
 class ScalingError(ValueError):
-    """A table, law or option that cannot be used; the message names it and the mend."""
+    """A table, law or option that cannot be used; the message names it and the fix."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,11 +33,11 @@ class Exponent:
     """A parameter that terms depend on in a nonlinear way."""
 
     name: str
-    low: float  # of the search; a fit that ends here says so
+    low: float  # of the search; a fit that ends here is reported
     high: float
     points: int  # of the first grid
-    log: bool  # the fit holds its logarithm, and the table of results shows it as it is
-    column: str  # whose spread tells it apart from a constant
+    log: bool  # the fit uses its logarithm, and the table of results its value
+    column: str  # whose spread distinguishes its term from a constant
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class Law:
 
 
 def _exponent(name: str, column: str, *, points: int = 46, high: float = 2.5) -> Exponent:
-    """From a value at which its term is all but a constant."""
+    """Return an exponent whose lower bound makes its term almost a constant."""
     return Exponent(name=name, low=1e-3, high=high, points=points, log=False, column=column)
 
 
@@ -99,7 +99,10 @@ def _accuracy(e: tuple, x: Columns) -> Terms:
 
 
 def _data_constrained(e: tuple, x: Columns) -> Terms:
-    """Muennighoff et al., their G by ln(A/B) here, so that E and B are the linear coefficients."""
+    """Return the terms of Muennighoff et al.
+
+    Their G is computed from ln(A/B) here, so that E and B are the linear coefficients.
+    """
     alpha, ratio, r_d, r_n = e
     params, unique = x["params"], x["unique_tokens"]
     epochs = np.maximum(x["tokens"] / unique - 1, 0)  # R_D: repeats beyond the first
@@ -113,7 +116,7 @@ def _data_constrained(e: tuple, x: Columns) -> Terms:
 
 
 def _law(name: str, formula: str, paper: str, terms: Callable, **given) -> Law:
-    """A law of losses, all of whose terms are added, unless said otherwise."""
+    """Return a law of losses, all of whose terms are added, unless specified otherwise."""
     names = given.pop("names")
     signs = given.pop("signs", (1,) * len(names))
     exponents = given.pop("exponents")

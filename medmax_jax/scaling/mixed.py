@@ -1,11 +1,13 @@
-"""Two modalities in one model: what they cost or give each other (Aghajanyan et al. 2023,
-arXiv 2301.03728).
+"""Fit the law of two modalities in one model, with their competition (Aghajanyan et al. 2023).
+
+arXiv 2301.03728:
 
     L(N, D_t, D_i) = [L_t(N, D_t) + L_i(N, D_i)] / 2 - C + A / N^alpha + B / (D_t + D_i)^beta
 
 L_t and L_i are Chinchilla laws of runs on one modality alone: rows with tokens_image = 0 and with
-tokens_text = 0. C is what the modalities give each other at scale, the rest how they compete for a
-small model; the barrier is where both are equal. `loss` is the mean of the two losses.
+tokens_text = 0. C is the benefit of the modalities to each other at scale, the remaining terms are
+their competition in a small model; the barrier is where both are equal. `loss` is the mean of the
+two losses.
 """
 
 import dataclasses
@@ -42,7 +44,7 @@ INTERACTION = Law(
     terms=_terms,
     log=True,
 )
-# What the table must have, for table.read.
+# The columns that table.read requires.
 LAW = dataclasses.replace(INTERACTION, columns=COLUMNS, zeros=COLUMNS[1:])
 
 
@@ -56,25 +58,25 @@ class Mixed:
 
     @property
     def values(self) -> dict[str, float]:
-        """text_E, text_A, ..., image_E, ..., C, A, B, alpha, beta."""
+        """Return text_E, text_A, ..., image_E, ..., C, A, B, alpha, beta."""
         named = {}
         for part in ("text", "image"):
             named |= {f"{part}_{k}": v for k, v in getattr(self, part).values.items()}
         return named | {k: v for k, v in self.both.values.items() if k != "alone"}
 
     def predict(self, x: Columns) -> Float[np.ndarray, "n"]:
-        """Mixed rows only."""
+        """Return predictions for mixed rows only."""
         return self.both.predict(_with_alone(x, self.text, self.image))
 
     def competes(self, x: Columns) -> Float[np.ndarray, "n"]:
-        """Above 0 where the modalities cost each other more than they give."""
+        """Return values above 0 where the modalities' competition exceeds their benefit."""
         v = self.both.values
         tokens = x["tokens_text"] + x["tokens_image"]
         return v["A"] / x["params"] ** v["alpha"] + v["B"] / tokens ** v["beta"] - v["C"]
 
 
 def fit(table: Table, *, delta: float) -> Mixed:
-    """The laws of each modality alone, then of both."""
+    """Fit the laws of each modality alone, then of both."""
     text, image, both = parts(table)
     for name, part, law in (
         ("text", text, LAWS["chinchilla"]),
@@ -101,9 +103,9 @@ def bootstrap_samples(
     seed: int,
     progress: Callable[[int], None] = lambda count: None,
 ) -> dict[str, np.ndarray]:
-    """Each parameter's draws; runs are drawn within each of the three groups of rows.
+    """Return each parameter's draws; runs are drawn within each of the three groups of rows.
 
-    `progress` gets how many more of the 3 x `count` fits are done.
+    `progress` receives how many more of the 3 x `count` fits are done.
     """
     rng, groups = np.random.default_rng(seed), parts(table)
     drawn = [[diagnostics.counts(rng, len(part)) for part in groups] for _ in range(count)]
@@ -132,7 +134,7 @@ def bootstrap_samples(
 
 
 def parts(table: Table) -> tuple[Table, Table, Table]:
-    """(text alone, image alone, both); the first two as tables of `params` and `tokens`."""
+    """Return (text alone, image alone, both); the first two as tables of `params` and `tokens`."""
     text, image = table.x["tokens_text"] > 0, table.x["tokens_image"] > 0
     alone = [
         _as_tokens(table.part(text & ~image), "tokens_text"),
@@ -152,7 +154,7 @@ def _plain(both: Table) -> Table:
 
 
 def _with_alone(x: Columns, text: Fit, image: Fit) -> dict[str, np.ndarray]:
-    """The columns of INTERACTION."""
+    """Return the columns of INTERACTION."""
     apart = (law.predict(each) for law, each in zip((text, image), _each_alone(x), strict=True))
     return {
         "params": x["params"],
@@ -162,7 +164,7 @@ def _with_alone(x: Columns, text: Fit, image: Fit) -> dict[str, np.ndarray]:
 
 
 def _each_alone(x: Columns) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """The columns of the laws of text and of image alone."""
+    """Return the columns of the laws of text and of image alone."""
     text, image = (
         {"params": x["params"], "tokens": x[name]} for name in ("tokens_text", "tokens_image")
     )

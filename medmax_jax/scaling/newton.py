@@ -1,4 +1,4 @@
-"""Minimizes many small functions of one kind at once, within bounds, by damped Newton steps.
+"""Minimize many small functions of one kind at once, within bounds, by damped Newton steps.
 
     starts [m, p] --steps of all that are not done, together--> vectors [m, p], values [m]
 
@@ -25,7 +25,7 @@ FLAT = 1e-10  # an eigenvalue of the scaled Hessian below which a direction is f
 
 @dataclasses.dataclass(frozen=True)
 class Local:
-    """Functions about m vectors. `diagonal`: positive, at least as large as the curvature."""
+    """Functions around m vectors. `diagonal`: positive, at least as large as the curvature."""
 
     value: Float[np.ndarray, "m"]
     gradient: Float[np.ndarray, "m p"]
@@ -33,11 +33,11 @@ class Local:
     diagonal: Float[np.ndarray, "m p"]
 
     def part(self, keep: Bool[np.ndarray, "m"]) -> "Local":
-        """Those of the functions where `keep`."""
+        """Return the functions selected by `keep`."""
         return Local(*(each[keep] for each in self._arrays()))
 
     def take(self, other: "Local", where: Bool[np.ndarray, "m"]) -> None:
-        """Overwrites the functions where `where` by those of `other`."""
+        """Overwrite the functions selected by `where` with those of `other`."""
         for mine, theirs in zip(self._arrays(), other._arrays(), strict=True):
             mine[where] = theirs[where]
 
@@ -51,7 +51,10 @@ def minimize(
     low: Float[np.ndarray, "p"],
     high: Float[np.ndarray, "p"],
 ) -> tuple[Float[np.ndarray, "m p"], Float[np.ndarray, "m"], Bool[np.ndarray, "m"]]:
-    """(vectors, values, which have converged). `evaluate(vectors, which)`: of those functions."""
+    """Return (vectors, values, which have converged).
+
+    `evaluate(vectors, which)` returns the functions numbered `which` around `vectors`.
+    """
     vectors = np.clip(starts, low, high)
     todo, damping = np.arange(len(vectors)), np.full(len(vectors), DAMPING)
     now = evaluate(vectors, todo)
@@ -79,7 +82,7 @@ def _step(
     high: Float[np.ndarray, "p"],
     damping: Float[np.ndarray, "m"],
 ) -> tuple[Float[np.ndarray, "m p"], Float[np.ndarray, "m"]]:
-    """(the damped step, what an undamped one would gain); parameters stay that a bound holds."""
+    """Return (the damped step, what an undamped one would gain); bounds hold parameters fixed."""
     held = (at <= low) & (now.gradient > 0) | (at >= high) & (now.gradient < 0) | (low == high)
     scale = np.where(held, 0.0, 1 / np.sqrt(now.diagonal + 1e-300))
     curvature, basis = np.linalg.eigh(now.hessian * scale[:, :, None] * scale[:, None, :])

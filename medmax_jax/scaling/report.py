@@ -1,4 +1,4 @@
-"""The figures of a study, as PNG bytes: the law, its misses, its exponents, the best sizes."""
+"""Draw the figures of a study, as PNG bytes: the law, its residuals, exponents and best sizes."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -19,14 +19,14 @@ from medmax_jax.scaling.study import Study
 matplotlib.use("Agg")  # no display is needed to draw into a file
 
 POINTS = 120  # of a drawn curve
-BEYOND = 3.0  # a curve goes on by this factor beyond the largest run
-CURVES = 6  # sizes that get a curve of their own; of more, as many are shown
+BEYOND = 3.0  # a curve continues by this factor beyond the largest run
+CURVES = 6  # sizes that get a curve of their own; of more, this many are shown
 COLOURS = plt.get_cmap("viridis")
 NAMES = {"params": "parameters", "tokens": "tokens", "unique_tokens": "unique tokens"}
 
 
 def all_plots(study: Study) -> dict[str, tuple[bytes, str]]:
-    """File name -> (PNG, caption)."""
+    """Return file name -> (PNG, caption)."""
     curves = "The law at some sizes, its interval, and the runs in the colour of the nearest."
     made = {
         "law.png": (law(study), curves),
@@ -40,7 +40,7 @@ def all_plots(study: Study) -> dict[str, tuple[bytes, str]]:
 
 
 def law(study: Study) -> bytes:
-    """Loss by tokens, a curve for each size; loss alone where the law has no size."""
+    """Plot loss by tokens, a curve for each size; loss alone if the law has no size."""
     across = "loss" if "loss" in study.table.x else "tokens"
     figure, axes = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
     by, groups = _groups(study)
@@ -63,7 +63,7 @@ def law(study: Study) -> bytes:
 
 
 def residuals(study: Study) -> bytes:
-    """Relative residuals by the largest column, held-out errors beside them."""
+    """Plot relative residuals by the largest column, with held-out errors."""
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(8.6, 3.4), layout="constrained", width_ratios=(2, 1), sharey=True
     )
@@ -86,7 +86,7 @@ def residuals(study: Study) -> bytes:
 
 
 def spread(study: Study) -> bytes:
-    """Two exponents against each other, or the one there is as a histogram."""
+    """Plot two exponents against each other, or a single one as a histogram."""
     names = [e.name for e in study.law.exponents if e.name not in study.options.fixed][:2]
     figure, axes = plt.subplots(figsize=(4.6, 3.8), layout="constrained")
     if len(names) == 2:
@@ -107,7 +107,7 @@ def spread(study: Study) -> bytes:
 
 
 def allocation(study: Study) -> bytes:
-    """Best size by compute with its interval, over the runs that the law comes from."""
+    """Plot best size by compute with its interval, over the runs that the law comes from."""
     flops, x = study.options.flops, study.table.x
     runs = flops * x["params"] * x["tokens"]
     budgets = [row["compute"] for row in study.allocation]
@@ -131,7 +131,7 @@ def allocation(study: Study) -> bytes:
 
 
 def agreement(y: np.ndarray, made: np.ndarray, target: str) -> bytes:
-    """Prediction against truth, for laws of several tables."""
+    """Plot prediction against truth, for laws of several tables."""
     figure, axes = plt.subplots(figsize=(4.6, 4.2), layout="constrained")
     ends = [min(y.min(), made.min()), max(y.max(), made.max())]
     axes.plot(ends, ends, color="#999", lw=1)
@@ -141,7 +141,7 @@ def agreement(y: np.ndarray, made: np.ndarray, target: str) -> bytes:
 
 
 def _groups(study: Study) -> tuple[str, list[tuple[float | None, np.ndarray]]]:
-    """What a curve stands for, and (its value, its rows); with repeats, of the largest size."""
+    """Return what curves represent, and (value, rows) of each; with repeats, the largest size."""
     x, every = study.table.x, np.arange(len(study.table))
     if "unique_tokens" in x:
         largest = np.flatnonzero(x["params"] == x["params"].max())
@@ -153,9 +153,9 @@ def _groups(study: Study) -> tuple[str, list[tuple[float | None, np.ndarray]]]:
 
 
 def _spread(column: np.ndarray, rows: np.ndarray) -> list[tuple[float | None, np.ndarray]]:
-    """At most CURVES values over all of a column's, each with its rows; continuous ones in bins."""
+    """Return at most CURVES values of a column, each with its rows; continuous ones are binned."""
     distinct = np.unique(column[rows])
-    if len(distinct) > 2 * CURVES:  # every run its own size: neighbours share a curve
+    if len(distinct) > 2 * CURVES:  # every run has its own size: neighbors share a curve
         parts = np.array_split(rows[np.argsort(column[rows])], CURVES)
         return [(float(np.exp(np.log(column[part]).mean())), part) for part in parts]
     places = np.unique(np.linspace(0, len(distinct) - 1, CURVES).round().astype(int))
@@ -163,7 +163,7 @@ def _spread(column: np.ndarray, rows: np.ndarray) -> list[tuple[float | None, np
 
 
 def _along(study: Study, across: str, rows: np.ndarray) -> dict[str, np.ndarray]:
-    """The columns of a curve: `across` runs, the others stay at their middle among `rows`."""
+    """Return the columns of a curve: `across` varies, others stay at their middle in `rows`."""
     column, table = study.table.x[across], study.table
     if across == "loss":
         points = np.linspace(column.min(), column.max(), POINTS)
@@ -180,7 +180,7 @@ def _along(study: Study, across: str, rows: np.ndarray) -> dict[str, np.ndarray]
 
 
 def _log_y(axes: plt.Axes) -> None:
-    """A logarithmic axis over less than a decade, with plain numbers on it."""
+    """Set a logarithmic axis over less than a decade, with plain numbers on it."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     axes.set_yticks([t for t in np.round(np.geomspace(low, high, 7), 2) if low <= t <= high])
@@ -204,13 +204,13 @@ def _png(figure: plt.Figure, *axes: plt.Axes) -> bytes:
     return out.getvalue()
 
 
-# ---- pages ----
+# ---- Pages ----
 #
-# page.html of a fit: every figure, number, check and answer, in one file that stands alone.
+# page.html of a fit: every figure, number, check and answer, in one self-contained file.
 
 
 def write(studies: Sequence[Study], said: Mapping[str, str], folder: Path, title: str) -> Path:
-    """The page of one study or several, and each figure as a file of its own."""
+    """Write the page of one study or several, and each figure as a file of its own."""
     body = ""
     for study in studies:
         prefix = f"{study.table.target}_" if len(studies) > 1 else ""
@@ -222,7 +222,7 @@ def write(studies: Sequence[Study], said: Mapping[str, str], folder: Path, title
 
 
 def render(folder: Path, title: str, body: str) -> Path:
-    """The file."""
+    """Write the page and return its path."""
     path = folder / "page.html"
     path.write_text(html_page.document(title, body), encoding="utf-8")
     return path
@@ -233,7 +233,7 @@ def parameters(
     intervals: Mapping[str, tuple[float, float] | None],
     held: Sequence[str],
 ) -> str:
-    """The table of parameters."""
+    """Return the table of parameters."""
     rows = [
         [
             name,

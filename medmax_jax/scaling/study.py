@@ -1,4 +1,4 @@
-"""All that is said of one law on one table: parameters, intervals, and what speaks against them."""
+"""Study one law on one table: parameters, intervals, and the evidence against them."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ from medmax_jax.scaling.table import Table
 
 POOR_SHARE = 0.05  # of draws at a bound of the search: the interval's end is the bound's
 CONDITION = 1e5  # of the normal matrix with columns of length 1
-NOTHING = 1e-4  # of every prediction: a term below is none
+NOTHING = 1e-4  # of every prediction: a smaller term is negligible
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class Options:
     fixed: Mapping[str, float]
     draws: int
     seed: int
-    flops: float  # of one token, per parameter: 6 for training of all
+    flops: float  # of one token, per parameter: 6 for training all of them
     budgets: tuple[float, ...]  # empty: the largest run's, ten and a hundred times that
 
 
@@ -50,11 +50,14 @@ class Study:
 
     @property
     def intervals(self) -> dict[str, tuple[float, float] | None]:
-        """By parameter; None where the draws do not differ (bootstrap.parameter_interval)."""
+        """Return intervals by parameter.
+
+        An interval is None if the draws are equal (diagnostics.parameter_interval).
+        """
         return {name: diagnostics.parameter_interval(each) for name, each in self.named.items()}
 
     def band(self, x: Mapping[str, np.ndarray]) -> Float[np.ndarray, "2 n"]:
-        """The interval of the prediction at each row of `x`."""
+        """Return the interval of the prediction at each row of `x`."""
         middle = self.found.middle
         made = np.real(fitting.predict(self.law, self.draws.vectors.T, x, middle))
         tail = (1 - diagnostics.LEVEL) / 2
@@ -64,9 +67,10 @@ class Study:
 def run_study(
     law: Law, table: Table, options: Options, *, progress: Callable[[str], None] = lambda line: None
 ) -> Study:
-    """Fits, draws and checks; raises ScalingError where the table cannot tell the parameters.
+    """Fit, resample and check; raise ScalingError if the table cannot identify the parameters.
 
-    `progress` gets a line of text every few seconds: how many fits are done, their rate, the rest.
+    `progress` receives a line of text every few seconds: how many fits are done, their rate, the
+    rest.
     """
     delta, fixed = options.delta, options.fixed
     warnings = [*table.notes, *diagnostics.check(law, table, fixed)]
@@ -94,7 +98,10 @@ def run_study(
 
 
 def condition_number(found: Fit, table: Table) -> float:
-    """Of the normal matrix of ln coefficients and exponents, each column scaled to length 1."""
+    """Return the condition number of the normal matrix of ln coefficients and exponents.
+
+    Each column is scaled to length 1.
+    """
     free = [i for i, name in enumerate(found.law.parameters) if name not in found.fixed]
     slope = found.jacobian(table.x)[free]
     length = np.linalg.norm(slope, axis=1, keepdims=True)
@@ -137,7 +144,7 @@ def _warnings(
 
 
 def shares(found: Fit, table: Table) -> dict[str, float]:
-    """The largest share of a prediction that each coefficient's term has on the table."""
+    """Return the largest share of a prediction that each coefficient's term has on the table."""
     slope = np.abs(found.jacobian(table.x)[: len(found.law.names)])  # d / d u is the term
     scale = 1.0 if found.law.log else np.abs(found.predict(table.x))
     return dict(zip(found.law.names, (slope / scale).max(axis=1).tolist(), strict=True))
@@ -149,12 +156,12 @@ def _influence(
     named: Mapping[str, np.ndarray],
     progress: Callable[[int], None],
 ) -> tuple[str, float]:
-    """(words, the move in half-widths of the interval) of the run that moves a parameter most."""
+    """Return (text, the move in half-widths of the interval) of the most influential run."""
     best = ("", 0.0)
     ends = {name: diagnostics.parameter_interval(each) for name, each in named.items()}
     for label, without in diagnostics.influence(found, table, progress=progress):
         for name, value in without.values.items():
-            if ends[name] is None:  # held, or at a bound in every draw
+            if ends[name] is None:  # fixed, or at a bound in every draw
                 continue
             low, high = ends[name]
             move = abs(value - found.values[name]) / ((high - low) / 2)

@@ -1,4 +1,4 @@
-"""A CSV of runs -> columns of numbers, with what was left out and which rows are one run.
+"""Read a CSV of runs as columns of numbers; record excluded rows and which rows are one run.
 
     run,params,tokens,loss,loss_text,loss_image     header; other columns are ignored
     3f2a91c0de,1200000,5.2e6,3.41,1.72,4.61
@@ -25,7 +25,7 @@ _RULE = re.compile(r"\s*([^=<>]+?)\s*(=|<|>)\s*(.+?)\s*$")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Table:
-    """n rows; `y` is what the law predicts from `x`."""
+    """n rows; the law predicts `y` from `x`."""
 
     x: Columns
     y: np.ndarray
@@ -39,7 +39,7 @@ class Table:
         return len(self.y)
 
     def part(self, keep: np.ndarray) -> "Table":
-        """The rows where `keep`."""
+        """Return the rows selected by `keep`."""
         return dataclasses.replace(
             self,
             x={name: column[keep] for name, column in self.x.items()},
@@ -57,7 +57,7 @@ def read(
     columns: Mapping[str, str],
     exclude: Sequence[str],
 ) -> Table:
-    """The rows of a CSV that the law needs. `columns`: law's name -> the table's name."""
+    """Return the rows of a CSV that the law needs. `columns`: law's name -> the table's name."""
     rows, head = _rows(Path(path))
     kept, excluded = _excluded(rows, head, exclude, path)
     names = {name: columns.get(name, name) for name in law.columns}
@@ -112,7 +112,7 @@ def _rows(path: Path) -> tuple[list[dict[str, str]], list[str]]:
 def _excluded(
     rows: list[dict[str, str]], head: list[str], rules: Sequence[str], path: object
 ) -> tuple[list[tuple[int, dict[str, str]]], tuple[str, ...]]:
-    """((number, row) that stay, names of those that go)."""
+    """Return ((number, row) of the kept rows, names of the excluded ones)."""
     kept, gone = list(enumerate(rows, start=1)), []
     for rule in rules:
         found = _RULE.match(rule)

@@ -1,14 +1,14 @@
-"""Sweeps as data: expand a sweep file, render it for a cluster or run it here, collect a table.
+"""Expand a sweep file, render it for a cluster or run it here, and collect a table of results.
 
 python -m medmax_jax.sweep expand --config=configs/sweep_x.py --workdir D   a table; D/sweep.jsonl
-python -m medmax_jax.sweep status --workdir D                        who has ended
+python -m medmax_jax.sweep status --workdir D                        the state of each run
 python -m medmax_jax.sweep run --workdir D                           what is left, on this machine
-python -m medmax_jax.sweep render --workdir D --form slurm --out F   files for what starts runs
+python -m medmax_jax.sweep render --workdir D --form slurm --out F   files for a cluster's launcher
 python -m medmax_jax.sweep collect --workdir D                       D/table.csv for a fit
 
 expand without --workdir writes nothing. status, collect and render read the folders of the runs, so
-all may be repeated; render leaves finished runs out and gives the others under their old ids.
-Overrides of the sweep file: --config.price=1.2. Run from the repository's root.
+all may be repeated; render leaves finished runs out and keeps the ids of the others. Overrides of
+the sweep file: --config.price=1.2. Run from the repository's root.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 75 stopped early and restartable.
 """
@@ -112,7 +112,7 @@ COMMANDS = {"status": _status, "run": _run, "collect": _collect, "render": _rend
 
 
 def main(argv: Sequence[str]) -> int:
-    """The program; returns its exit code."""
+    """Run the program; return its exit code."""
     given, rest = _parser().parse_known_args(argv)
     try:
         if given.command == "expand":

@@ -1,7 +1,7 @@
-"""The axes of a sweep file, dicts of one key, to lists of overrides; a sweep is their product.
+"""Convert the axes of a sweep file, dicts of one key, to lists of overrides: their product.
 
     {"grid": {"optim.peak_lr": (1e-3, 1e-4), "lora.rank": (8, 16)}}          every combination: 4
-    {"zip": {"model.num_layers": (2, 4), "model.hidden_size": (64, 128)}}    side by side: 2
+    {"zip": {"model.num_layers": (2, 4), "model.hidden_size": (64, 128)}}    in parallel: 2
     {"fixed": {"train.eval_every": 0}}                                       1
     {"log_range": {"field": "optim.peak_lr", "low": 1e-4, "high": 1e-2, "count": 3}}
     {"random": {"count": 8, "seed": 0, "fields": {"optim.peak_lr": ("log", 1e-4, 1e-2),
@@ -14,7 +14,7 @@
     {"seeds": (0, 1, 2)}                                                     of training and order
     {"product": (axis, axis)}  {"union": (axis, axis)}                       of other axes
 
-`tokens` and `flops` are no fields of a run: expand.py turns them into train.steps.
+`tokens` and `flops` are not fields of a run: expand.py turns them into train.steps.
 """
 
 import itertools
@@ -25,15 +25,15 @@ from typing import Any
 import numpy as np
 
 Overrides = dict[str, Any]  # dotted field -> value
-DERIVED_FIELDS = ("tokens", "flops")  # what becomes train.steps
+DERIVED_FIELDS = ("tokens", "flops")  # converted to train.steps
 
 
 class SweepError(ValueError):
-    """A sweep that cannot be expanded, run or collected; the message has the part and the mend."""
+    """A sweep that cannot be expanded, run or collected; the message names the part and the fix."""
 
 
 def expand(axes: Sequence[Mapping[str, Any]]) -> list[Overrides]:
-    """Every combination of the axes, in their order, the last axis fastest."""
+    """Return every combination of the axes, in their order, the last axis fastest."""
     made = []
     for parts in itertools.product(*(_axis(axis) for axis in axes)):
         names = [name for part in parts for name in part]
@@ -168,5 +168,5 @@ def _fields(kind: str, given: Any, names: Sequence[str]) -> list[Any]:
 
 
 def _rounded(value: float) -> float:
-    """Six digits: what is drawn can be written on a command line and read there."""
+    """Round to six digits: a drawn value can be written on a command line and read back."""
     return float(f"{value:.6g}")

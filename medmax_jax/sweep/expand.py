@@ -1,10 +1,10 @@
-"""A sweep file to the list of its runs, each with a stable name and what it would cost.
+"""Expand a sweep file to the list of its runs, each with a stable name and its estimated cost.
 
     configs/sweep_x.py --axes--> overrides --> run id, steps, parameters, FLOPs, memory, hours
-                                                      money: a line of D/sweep.jsonl each
+                                                      money: one line of D/sweep.jsonl each
 
 A run's id is a hash of its config file's name and its overrides, so the same run has the same id in
-every expansion. Costs are the arithmetic of medmax_jax.plan --analytic at the sweep's utilisation.
+every expansion. Costs are the arithmetic of medmax_jax.plan --analytic at the sweep's utilization.
 """
 
 import dataclasses
@@ -37,17 +37,17 @@ class Sweep:
     name: str
     config: str  # the file that every run starts from
     axes: tuple  # see axes.py
-    topology: str  # "v5e:4x4" as medmax_jax.plan has it; empty: costs are not told
+    topology: str  # "v5e:4x4" in the form of medmax_jax.plan; empty: no costs
     slices: int
-    utilisation: float  # of the chips' peak, for hours and money: a guess that is yours
-    price: float  # USD a chip-hour; 0: money is not told
-    fill: float  # tokens over places of a row: `data.prepare plan` says it
+    utilisation: float  # of the chips' peak, for hours and cost: the user's estimate
+    price: float  # USD per chip-hour; 0: no cost in USD
+    fill: float  # tokens over positions of a row, see `data.prepare plan`
     said: Mapping[str, str]  # answers for the fit's checklist: tuning, ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SweepRun:
-    """One run of a sweep: a line of sweep.jsonl."""
+    """One run of a sweep: one line of sweep.jsonl."""
 
     run_id: str
     sweep: str
@@ -55,7 +55,7 @@ class SweepRun:
     overrides: Overrides
     seed: int
     steps: int
-    params: int  # matrices of layers and head: what a token is multiplied with
+    params: int  # matrices of layers and head, by which a token is multiplied
     trainable: int
     tokens: float  # seen, estimated
     flops: float
@@ -69,12 +69,12 @@ class SweepRun:
     usd: float | None
 
     def arguments(self) -> list[str]:
-        """The flags of medmax_jax.train, but for the workdir."""
+        """Return the flags of medmax_jax.train, except the workdir."""
         return [f"--config={self.config}", *_flags(self.overrides)]
 
 
 def load(argv: Sequence[str]) -> Sweep:
-    """The sweep of `--config=configs/sweep_x.py --config.price=2.0`."""
+    """Return the sweep of `--config=configs/sweep_x.py --config.price=2.0`."""
     given = _parsed(argv)
     names = [f.name for f in dataclasses.fields(Sweep)]
     if set(given) != set(names):
@@ -87,7 +87,7 @@ def load(argv: Sequence[str]) -> Sweep:
 
 
 def plan_runs(sweep: Sweep) -> list[SweepRun]:
-    """The runs; raises SweepError on an unknown field, a setting that contradicts, a duplicate."""
+    """Return the runs; raise SweepError on an unknown field, a contradiction, a duplicate."""
     runs, seen = [], {}
     for number, overrides in enumerate(expand(sweep.axes), start=1):
         run = _planned(sweep, overrides)
@@ -102,12 +102,12 @@ def plan_runs(sweep: Sweep) -> list[SweepRun]:
 
 
 def settings(planned: SweepRun) -> Run:
-    """The typed settings that medmax_jax.train will see."""
+    """Return the typed settings that medmax_jax.train will use."""
     return _settings(planned.config, planned.overrides)
 
 
 def write(runs: Sequence[SweepRun], folder: Path) -> Path:
-    """D/sweep.jsonl; another sweep's is not overwritten unless it has only runs of this one."""
+    """Write D/sweep.jsonl; raise SweepError if an existing file has other runs that have begun."""
     path = folder / FILE
     if path.exists():
         gone = {r.run_id for r in read(folder)} - {r.run_id for r in runs}
@@ -124,7 +124,7 @@ def write(runs: Sequence[SweepRun], folder: Path) -> Path:
 
 
 def read(folder: Path) -> list[SweepRun]:
-    """The runs of D/sweep.jsonl."""
+    """Return the runs of D/sweep.jsonl."""
     path = folder / FILE
     if not path.exists():
         raise SweepError(
@@ -139,7 +139,7 @@ def read(folder: Path) -> list[SweepRun]:
 
 
 def _read_back(row: dict[str, Any], place: str) -> SweepRun:
-    """The run of a line; raises ValueError where a field is not of its type."""
+    """Return the run of a line; raise ValueError if a field is not of its type."""
     fields = {field.name: field.type for field in dataclasses.fields(SweepRun)}
     if set(row) != set(fields):
         raise ValueError(f"{place}: lacks or has more than the fields of a run")
@@ -156,7 +156,7 @@ def _read_back(row: dict[str, Any], place: str) -> SweepRun:
 
 
 def totals(runs: Sequence[SweepRun]) -> dict[str, float | None]:
-    """Sums over runs; None where a cost is not told."""
+    """Return sums over runs; None if a cost is not known."""
     sums: dict[str, float | None] = {}
     for name in ("tokens", "flops", "chip_hours", "usd"):
         each = [getattr(run, name) for run in runs]
@@ -165,7 +165,7 @@ def totals(runs: Sequence[SweepRun]) -> dict[str, float | None]:
 
 
 def table(sweep: Sweep, runs: Sequence[SweepRun]) -> list[str]:
-    """The dry run: a line a run, and what all of them cost."""
+    """Return the dry run: one line per run, and their total cost."""
     varied = sorted({name for run in runs for name in run.overrides})
     varied = [n for n in varied if len({json.dumps(r.overrides.get(n)) for r in runs}) > 1]
     head = f"{'run':10} {'params':>8} {'trained':>8} {'tokens':>8} {'FLOPs':>8} {'steps':>8}"
@@ -217,7 +217,7 @@ def _planned(sweep: Sweep, overrides: Overrides) -> SweepRun:
 
 
 def run_id(name: str, overrides: Overrides) -> str:
-    """Ten hex digits of the canonical overrides."""
+    """Return ten hex digits of the canonical overrides."""
     canonical = json.dumps([name, overrides], sort_keys=True)
     return hashlib.sha1(canonical.encode()).hexdigest()[:ID_LENGTH]
 
@@ -227,7 +227,7 @@ def _step_tokens(sweep: Sweep, run: Run) -> float:
 
 
 def _token_flops(run: Run) -> float:
-    """At documents as long as any may be: attention's share is then not too small."""
+    """Return FLOPs at the longest allowed documents, so that attention is not underestimated."""
     length = min(run.data.document_limit, run.data.seq_len)
     return flops.train_flops(
         run.model, run.vocab, run.lora, trains=run.train.trains, length=length
@@ -240,7 +240,7 @@ def _steps(sweep: Sweep, run: Run, wanted: Mapping[str, float]) -> int:
 
 
 def _cost(sweep: Sweep, run: Run) -> dict[str, Any]:
-    """By the plan's arithmetic; nothing is compiled."""
+    """Return costs by the plan's arithmetic; nothing is compiled."""
     if not sweep.topology:
         return dict(chips=0, fits=None, hbm_gib=None, hours=None, chip_hours=None, usd=None)
     try:
@@ -276,7 +276,7 @@ def _flags(overrides: Overrides) -> list[str]:
 
 
 def _parsed(argv: Sequence[str]) -> ConfigDict:
-    """What train's flags make of these, by the same parser."""
+    """Parse these arguments with the parser of medmax_jax.train's flags."""
     values = flags.FlagValues()
     line = ["sweep", *argv]
     config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=line)
@@ -299,7 +299,7 @@ def _parsed(argv: Sequence[str]) -> ConfigDict:
 
 
 def _blamed(argv: Sequence[str], error: Exception) -> str:
-    """The override whose name is in the error, for the error names only a part of it."""
+    """Return the override whose name is in the error, since the error names only a part of it."""
     words = str(error).replace("'", " ").replace('"', " ").replace(".", " ").split()
     for flag in argv:
         name = flag.split("=")[0].removeprefix("--config.")
@@ -309,7 +309,7 @@ def _blamed(argv: Sequence[str], error: Exception) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """ConfigDicts inside tuples as dicts."""
+    """Convert ConfigDicts inside tuples to dicts."""
     if isinstance(value, ConfigDict | Mapping):
         return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

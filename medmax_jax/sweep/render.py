@@ -1,13 +1,13 @@
-"""A sweep's runs as files for what starts them; nothing here starts anything or knows a password.
+"""Write a sweep's runs as files for launchers; this module starts nothing and needs no password.
 
-    plain    commands.sh     one command a line, for a shell or a queue of your own
+    plain    commands.sh     one command per line, for a shell or your own queue
     slurm    slurm.sh        an array job that requeues itself on a warning signal
-    xpk      xpk.sh          xpk workload create, a workload a run
-    jobset   <run id>.yaml   a JobSet with a Kueue label, a file a run
+    xpk      xpk.sh          xpk workload create, one workload per run
+    jobset   <run id>.yaml   a JobSet with a Kueue label, one file per run
     tpu_vm   tpu_vm.sh       gcloud compute tpus tpu-vm ssh --worker=all
 
 Each run keeps its id as job name and workdir, and resumes from its workdir, so rendering again and
-submitting again is safe: what has ended is left out.
+submitting again is safe: finished runs are left out.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from medmax_jax.sweep.expand import SweepRun
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LaunchTarget:
-    """How the tools name the machine of a sweep."""
+    """The names of a sweep's machine in the launchers."""
 
     xpk: str  # and gcloud: v5litepod-16
     accelerator: str  # label of GKE's nodes
@@ -37,7 +37,7 @@ class LaunchTarget:
 
 
 # Labels of GKE: docs.cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus. Types as gcloud
-# and xpk write them: v4 and v5p count cores, two a chip.
+# and xpk write them: v4 and v5p count cores, two per chip.
 NAMES = {
     "v4": ("v4-{cores}", "tpu-v4-podslice"),
     "v5e": ("v5litepod-{chips}", "tpu-v5-lite-podslice"),
@@ -55,7 +55,7 @@ NEEDS = {
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of `render`; what a form needs has no default."""
+    """Add the flags of `render`; flags that a form requires have no default."""
     add = parser.add_argument
     add("--form", required=True, choices=tuple(NEEDS))
     add("--out", type=Path, required=True, metavar="F", help="folder of the files")
@@ -75,7 +75,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def write(runs: Sequence[SweepRun], folder: Path, given: argparse.Namespace) -> list[Path]:
-    """The files of a form in `given.out`."""
+    """Write the files of a form to `given.out`."""
     if missing := [n for n in NEEDS[given.form] if getattr(given, n) is None]:
         raise SweepError(f"--form {given.form} needs --{missing[0]}")
     given.out.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,7 @@ def write(runs: Sequence[SweepRun], folder: Path, given: argparse.Namespace) -> 
 
 
 def machine(run: SweepRun) -> LaunchTarget:
-    """Raises SweepError for a sweep without a TPU topology."""
+    """Return the launch target; raise SweepError for a sweep without a TPU topology."""
     kind, _, shape = run.topology.partition(":")
     if kind not in NAMES:
         raise SweepError(
@@ -104,7 +104,7 @@ def machine(run: SweepRun) -> LaunchTarget:
 
 
 def command(run: SweepRun, at: str, given: argparse.Namespace) -> str:
-    """One line for a shell."""
+    """Return one line for a shell."""
     words = [
         given.python,
         "-m",
@@ -198,7 +198,10 @@ def _manifest(run: SweepRun, at: str, given: argparse.Namespace) -> dict[str, An
         "command": ["bash", "-c", _in_repo(command(run, at, given), given)],
         "env": [{"name": "MEDMAX_MULTIHOST", "value": "1"}],
         "ports": [{"containerPort": 8471}, {"containerPort": 8080}],  # of the TPU runtime
-        "resources": {"requests": dict(chips), "limits": dict(chips)},  # twice, or YAML aliases
+        "resources": {
+            "requests": dict(chips),
+            "limits": dict(chips),
+        },  # twice, or YAML aliases
     }
     pod = {
         "restartPolicy": "Never",
@@ -247,7 +250,10 @@ def _tpu_vm(runs: Sequence[SweepRun], at: str, given: argparse.Namespace) -> dic
 
 
 def _job_name(run: SweepRun) -> str:
-    """What Kubernetes takes: lower case, digits and dashes, a letter first, 40 at most for xpk."""
+    """Return a valid Kubernetes name.
+
+    It has lower case, digits and dashes, a letter first, and 40 characters at most for xpk.
+    """
     return f"{_label(run.sweep)[:28].rstrip('-')}-{run.run_id}"
 
 

@@ -1,9 +1,9 @@
-"""Runs a sweep on this machine, one process after the other; killed at any point, it goes on.
+"""Run a sweep on this machine, one process after another; it resumes if killed at any point.
 
     for each run that has not ended: python -m medmax_jax.train ... --workdir D/<run id>
 
-A signal goes on to the run, which saves a checkpoint. A run that an earlier, killed runner left
-alone is waited for. A run that fails or diverges does not stop the others.
+A signal is passed to the run, which saves a checkpoint. If an earlier runner was killed, the
+process that it left running is waited for. A run that fails or diverges does not stop the others.
 """
 
 import fcntl
@@ -19,11 +19,11 @@ from medmax_jax.sweep import status
 from medmax_jax.sweep.axes import SweepError
 from medmax_jax.sweep.expand import SweepRun
 
-WAIT = 0.2  # seconds between looks at a process
+WAIT = 0.2  # seconds between checks of a process
 
 
 def run(runs: Sequence[SweepRun], folder: Path) -> dict[str, str]:
-    """Run id -> state, when none is left to do. Raises Interrupted after a signal."""
+    """Return run id -> state, when no run is left. Raises Interrupted after a signal."""
     with open(folder / ".runner.lock", "w") as lock, Stop() as stop:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -35,12 +35,12 @@ def run(runs: Sequence[SweepRun], folder: Path) -> dict[str, str]:
 
 
 def command(each: SweepRun, home: Path) -> list[str]:
-    """What a run is started with."""
+    """Return the command that starts a run."""
     return [sys.executable, "-m", "medmax_jax.train", *each.arguments(), f"--workdir={home}"]
 
 
 def _one(each: SweepRun, folder: Path, name: str, stop: Stop) -> None:
-    """Starts a run and waits for it, unless it has ended."""
+    """Start a run and wait for it, unless it has ended."""
     home = folder / each.run_id
     if status.state(each, folder) == "running":
         print(f"{name}: left running by another runner, waiting", flush=True)
@@ -55,7 +55,7 @@ def _one(each: SweepRun, folder: Path, name: str, stop: Stop) -> None:
         with open(home / "run.log", "ab") as log:
             process = subprocess.Popen(command(each, home), stdout=log, stderr=subprocess.STDOUT)
             code = _wait(process, stop)
-    except OSError as error:  # the other runs may go on
+    except OSError as error:  # the other runs may continue
         print(f"{name}: cannot be started ({error.filename}: {error.strerror})", flush=True)
         return
     after = status.state(each, folder)
@@ -83,6 +83,6 @@ def _sleep(stop: Stop) -> None:
 
 
 def _last_line(path: Path) -> str:
-    """The error that the run ended with, or the last line it wrote."""
+    """Return the error that ended the run, or the last line it wrote."""
     lines = path.read_text(errors="replace").splitlines() or [""]
     return next((line for line in reversed(lines) if line.startswith("error:")), lines[-1])

@@ -1,8 +1,8 @@
-"""What the folders of a sweep's runs say: who is done, who goes on, and the table for a fit.
+"""Read the folders of a sweep's runs: the state of each run, and the table for a fit.
 
 D/sweep.jsonl      the runs
-D/<run id>/        the workdir of medmax_jax.train; run.log: what the local runner saw
-D/table.csv        collect: a row a run   D/table.json: answers for the fit's checklist
+D/<run id>/        the workdir of medmax_jax.train; run.log: the output seen by the local runner
+D/table.csv        collect: one row per run   D/table.json: answers for the fit's checklist
 
 pending     nothing yet         running     a process holds its lock
 finished    last step, exported stopped     has a checkpoint, no process
@@ -29,7 +29,7 @@ UNFINISHED = ("pending", "stopped", "crashed")
 
 
 def state(run: SweepRun, folder: Path) -> str:
-    """One of the words above; raises SweepError where the folder is another run's."""
+    """Return one of the states above; raise SweepError if the folder belongs to another run."""
     home = folder / run.run_id
     if not (home / "config.json").exists():
         return "running" if _locked(home) else "crashed" if home.exists() else "pending"
@@ -44,15 +44,15 @@ def state(run: SweepRun, folder: Path) -> str:
 
 
 def states(runs: Sequence[SweepRun], folder: Path) -> dict[str, str]:
-    """Run id -> state."""
+    """Return run id -> state."""
     return {run.run_id: state(run, folder) for run in runs}
 
 
 def collect(runs: Sequence[SweepRun], folder: Path, *, partial: bool) -> list[dict[str, Any]]:
-    """A row of each run that has ended; a diverged one has nan for its losses.
+    """Return a row of each run that has ended; a diverged one has nan for its losses.
 
-    Raises SweepError naming the runs that have not ended, unless `partial`, and one without
-    held-out losses in any case.
+    Raises SweepError naming the runs that have not ended, unless `partial`, and, in any case, a run
+    without held-out losses.
     """
     known = states(runs, folder)
     left = [
@@ -71,11 +71,11 @@ def collect(runs: Sequence[SweepRun], folder: Path, *, partial: bool) -> list[di
 
 
 def write(rows: Sequence[Mapping[str, Any]], said: Mapping[str, str], folder: Path) -> Path:
-    """table.csv, and table.json beside it."""
+    """Write table.csv, and table.json next to it."""
     if not rows:
         raise SweepError(f"{folder}: no run has ended, so there is no table")
     path = folder / TABLE
-    fields = dict.fromkeys(name for row in rows for name in row)  # not every run sets the same
+    fields = dict.fromkeys(name for row in rows for name in row)  # runs may set different fields
     with open(path, "w", newline="") as file:
         out = csv.DictWriter(file, list(fields), lineterminator="\n")
         out.writeheader()
@@ -85,7 +85,7 @@ def write(rows: Sequence[Mapping[str, Any]], said: Mapping[str, str], folder: Pa
 
 
 def sweep_notes(runs: Sequence[SweepRun], said: Mapping[str, str]) -> dict[str, str]:
-    """Answers to a fit's checklist that hold for every sweep, under those of the sweep file."""
+    """Return checklist answers that hold for every sweep; the sweep file's take precedence."""
     with_adapters = any(settings(run).train.trains == "lora" for run in runs[:1])
     rate = "4 (LoRA: frozen matrices have no gradient)" if with_adapters else "6"
     return {
@@ -133,7 +133,7 @@ def _row(run: SweepRun, home: Path, word: str) -> dict[str, Any]:
 
 
 def _seen(train: Sequence[Mapping[str, Any]], home: Path) -> int:
-    """Tokens of all steps: each report has the mean over the steps since the one before."""
+    """Return tokens of all steps: each report has the mean over the steps since the last one."""
     total, before = 0.0, 0
     for row in train:
         if row.get("tokens") is None:
@@ -180,14 +180,17 @@ def _finished(run: SweepRun, home: Path) -> bool:
 
 
 def _diverged(home: Path) -> bool:
-    """Whether the last step was not finite: medmax_jax.train leaves a file with its number."""
+    """Return whether the last step was not finite.
+
+    medmax_jax.train leaves a file with the number of that step.
+    """
     ends = [path.stem.rpartition("_")[2] for path in home.glob("not_finite_*.json")]
     reached = max((r["step"] for r in _metrics(home)), default=0)
     return any(step.isdecimal() and int(step) > reached for step in ends)
 
 
 def _locked(home: Path) -> bool:
-    """Whether a process holds the lock that medmax_jax.train takes."""
+    """Return whether a process holds the lock that medmax_jax.train takes."""
     path = home / ".lock"
     if not path.exists():
         return False
@@ -210,7 +213,7 @@ def _check_same(run: SweepRun, home: Path) -> None:
 
 
 def _first_difference(want: Mapping[str, Any], have: Mapping[str, Any]) -> str:
-    """Of the fields that both know: a run of an older version may lack the newest."""
+    """Return the first difference in fields of both: an older run may lack the newest ones."""
     for section in sorted(set(want) & set(have)):
         left, right = want[section], have[section]
         for name in sorted(set(left) & set(right)):
