@@ -21,7 +21,7 @@ def modules() -> list[pathlib.Path]:
     """Return every module of the package, each file once, without the links in medmax_jax/."""
     paths = []
     for name in FOLDERS:
-        for path in sorted((ROOT / name).rglob("*.py")):
+        for path in sorted((ROOT / name).rglob("*.py"), key=lambda p: (p.parent, p.name)):
             parts = path.relative_to(ROOT).parts
             if parts[0] == "medmax_jax" and parts[1] in FOLDERS:
                 continue
