@@ -53,7 +53,7 @@ _SENTENCE = re.compile(r"[.!?](?=[\s\"')\]\u0003]|$)|[;\n。！？；\u0002\u000
 NEGATORS = re.compile(
     r"\b(?:not|never|neither|nor|no|none|without|cannot|exclud\w*|rules? out|ruled out|ruling out|"
     r"eliminat\w*|reject\w*|dismiss\w*|discard\w*|except|excepting|instead of|rather than|than|"
-    r"unlike|as opposed to|opposed to|compared (?:to|with)|unlikely|unable|"
+    r"unlike|as opposed to|opposed to|compared (?:to|with)|unlikely|unable|against|"
     r"r/o|(?:incorrect|wrong|false|worst)(?=\s*(?:options?|answers?|choices?|one|is|[:\-]))|least|"
     r"lacks?|lacking|absence of|absent(?=\s+(?:\w+\s+)?$)|(?:at least|at most|up to)(?=\s*$)|"
     r"free of|negative for|den(?:y|ies|ied)|"
@@ -68,7 +68,7 @@ _CONDITIONS = re.compile(
     r"\b(?:if(?! (?:i|we|you) (?:had|have|must|were to|was to)\b| (?:forced|pressed|asked|"
     r"anything))"
     r"|unless|suppose|supposing|assuming|were (?:it|there|this)|had (?:it|there|this|the)|in case|"
-    r"wenn|ob)\b|\bwhether\b(?!.*,)"
+    r"when(?! (?:i|we|you|\w+ing)\b)|wenn|ob)\b|\bwhether\b(?!.*,)"
     r"|如果|假如|是否|もし",
     re.IGNORECASE,
 )
@@ -100,7 +100,7 @@ _AFTER = (
     r"(?:\([^()\n]{0,80}\)[^\S\n]*)?"
 )
 _EXCEPT = re.compile(
-    r"\b(everything|anything|everyone|any|all(?: (?:of|the|options|them)){0,3}) but\b",
+    r"\b(everything|anything|everyone|any|all(?: (?:of|the|options|answers|them)){0,3}) but\b",
     re.IGNORECASE,
 )
 _SPECIAL = re.compile(r"<\|[^|<>\n]{1,40}\|>|</?s>|<(?:eos|pad|end_of_turn|unused\d+)>")
@@ -157,7 +157,7 @@ _AFFIRMED_AFTER = re.compile(
     re.IGNORECASE,
 )
 _POSSIBLE_AFTER = re.compile(
-    rf"{_AFTER}(?:is|are|could be|may be|might be|remains?)\s+(?:also\b|too\b|(?:a |another |"
+    rf"{_AFTER}(?:is|are|could be|may be|might be|remains?|seems)\s+(?:also\b|too\b|(?:a |another |"
     rf"equally )*"
     r"(?:possible|possibilit|plausible|alternative|likely too))",
     re.IGNORECASE,
@@ -168,6 +168,11 @@ _HYPOTHETICAL_AFTER = re.compile(
     re.IGNORECASE,
 )
 
+_RETRACTED = re.compile(
+    r"\b(?:scratch that|no,? (?:wait|actually)|wait,? no|(?:just )?kidding|actually,? no|"
+    r"on second thoughts?|i take (?:that|it) back|correction)\b",
+    re.IGNORECASE,
+)
 # What introduces a final answer.
 CUE = re.compile(
     r"(?<!\w)(?:answers?|ans|choice|option|selection|response|verdict|prediction|diagnosis|"
@@ -186,7 +191,7 @@ CUE = re.compile(
 )
 _DENIED_CUE = re.compile(  # "I don't think the answer is", "I would not choose"
     r"(?:\b(?:not|never|cannot|neither|nor|hardly|doubt|rather than|instead of|nicht|kein\w*|pas|"
-    r"incorrect|wrong|false|worst|least|unlikely)\b|n't\b|"
+    r"incorrect|wrong|false|worst|least|unlikely|initial|initially|original|previous)\b|n't\b|"
     r"[不非没])(?:\s+[^\W\d_]+){0,4}\s*$|\b(?:no|não|nao|non|ne|не)\s*$",
     re.IGNORECASE,
 )
@@ -194,9 +199,8 @@ _REFUSAL = re.compile(
     r"\b(?:cannot|can't|can not|could not|couldn't|unable to|not able to|"
     r"(?:not )?(?:im)?possible to|"
     r"difficult to|hard to|won't|will not|am not going to)\s+(?:\w+\s+){0,2}?"
-    r"(?:be\s+)?(?:determine|tell|say|said|answer|see(?:n)? (?:the|an|any|your|this|that) (?:image|"
-    r"picture|photo|"
-    r"scan|x-?ray|attachment|file)|view|access|open|display|analy[sz]e|interpret|process|provide|"
+    r"(?:be\s+)?(?:determine|tell|say|said|answer|seen? (?:(?:the|an|any|your|this|that) )?"
+    r"(?:image|picture|photo|scan|x-?ray|attachment|file)|view|access|open|display|analy[sz]e|interpret|process|provide|"
     r"assist|help|confirm|conclude|comment|diagnose|give|know|assess|evaluate|decide|choose|select|"
     r"pick|drawn|made|judge|read|review|examine|offer|identify (?:the|which|what))"
     r"|\b(?:i|we) (?:do not|don't) (?:have|see|know|receive)\b(?! (?:any )?(?:evidence|sign))"
@@ -283,6 +287,11 @@ def is_hypothetical(text: str, start: int, end: int) -> bool:
         return True
     after = _REASON.split(text[end:last])[0]
     return _CONDITIONS.search(after) is not None
+
+
+def is_retracted(text: str, start: int = 0) -> bool:
+    """Return whether an answer takes back something after `start`: "C, no wait, D"."""
+    return _RETRACTED.search(text, start) is not None
 
 
 def is_refusal(text: str) -> bool:

@@ -398,6 +398,8 @@ def _last_statement(text: str, mentions: list[_Mention], question: _Question) ->
     if not found:
         return None
     place, said = max(found)
+    if context.is_retracted(text, place):
+        return AMBIGUOUS
     for one in mentions:
         later = one.start > place and one.by_letter and one.letter == said
         if later and context.is_denied_after(text, one.end):
@@ -499,6 +501,8 @@ def _is_asked(text: str, one: _Mention) -> bool:
 
 def _from_lines(text: str, mentions: list[_Mention], question: _Question) -> str | None:
     """Lines that are one letter, if they agree; then labelled lines, those denied left out."""
+    if context.is_retracted(text):
+        return AMBIGUOUS
     lines = [line for line in re.split(f"[\n{ANSWER}{END_ANSWER}]", text) if line.strip()]
     bare = [
         m[1] for line in lines if (m := re.fullmatch(r"[\s\"'(\[]*([A-Z])[\s\"')\].:!]*", line))
@@ -521,6 +525,8 @@ def _from_lines(text: str, mentions: list[_Mention], question: _Question) -> str
     inner = _mentions(first, question)
     if any(m.letter != label.letter and context.is_possible_after(text, m.end) for m in mentions):
         return AMBIGUOUS  # "A; B is also possible"
+    if any(m.letter != label.letter and _is_labelling(first, m) for m in inner):
+        return AMBIGUOUS  # "A: 10 %, B: 80 %"
     return _labelled(first, label.start, label.start + 1, inner, question) or AMBIGUOUS
 
 
@@ -529,7 +535,13 @@ def _is_denied_line(line: str, label: _Mention, question: _Question) -> bool:
     if context.is_denied_after(line, label.start + 1) or context.is_denied_after(line, label.end):
         return True
     own = [m for m in _named(line, question) if m.letter == label.letter]
-    return any(context.is_denied_after(line, m.end) for m in own)
+    return any(context.is_denied(line, m.start, m.end) for m in own)
+
+
+def _is_labelling(text: str, one: _Mention) -> bool:
+    """Whether a letter labels something within a line, and is not denied."""
+    labels = one.by_letter and text[one.end : one.end + 1] in (":", "=")
+    return labels and not context.is_denied(text, one.start, one.end)
 
 
 def _from_mentions(text: str, mentions: list[_Mention], question: _Question) -> str | None:

@@ -106,6 +106,17 @@ _ABSENCE = re.compile(  # questions that a finding's absence answers with yes
     r"isn't|aren't|doesn't|fail|fails)\b",
     re.IGNORECASE,
 )
+_EVIDENCE = re.compile(
+    r"^\s*(?:\w+\s+)?(?:evidence|signs?|indications?|suggestion|features|findings?|presence)\s+"
+    r"(?:of|for)\s+",
+    re.IGNORECASE,
+)
+_OR = re.compile(r"\b(?:or|nor)\b|/", re.IGNORECASE)
+_END_OF_FINDING = re.compile(
+    r"[,;:.!?()\n]|\b(?:is|are|was|were|in|on|at|of|for|from|seen|noted|identified|"
+    r"but|and|with|within|under|to|that|which|can|could|here|has|have|appears?|detected|found)\b",
+    re.IGNORECASE,
+)
 _COMMON = frozenset(
     "is are was were be there the a an of any in on at this that these it and or with to for from "
     "evidence sign signs seen see visible image picture present presence show shows shown does do "
@@ -233,11 +244,19 @@ def _is_finding(text: str, start: int, question: str) -> bool:
         return True
     if _ABSENCE.search(question):
         return False
-    phrase = text[start : context.sentence_span(text, start)[1]].split(",")[0]
-    return bool(_content(phrase) & _content(question))
+    phrase = text[start : context.sentence_span(text, start)[1]]
+    phrase = _END_OF_FINDING.split(_EVIDENCE.sub("", phrase, count=1), maxsplit=1)[0]
+    heads = {_stem(words[-1]) for part in _OR.split(phrase) if (words := _content(part))}
+    return bool(heads & set(map(_stem, _content(question))))
 
 
-def _content(text: str) -> set[str]:
-    """Words that name something, without their endings."""
-    found = re.findall(r"[^\W\d_]{2,}", text.lower())
-    return {word.removesuffix("s")[:7] for word in found if word not in _COMMON}
+def _content(text: str) -> list[str]:
+    """Words that name something."""
+    return [w for w in re.findall(r"[^\W\d_]{2,}", text.lower()) if w not in _COMMON]
+
+
+def _stem(word: str) -> str:
+    """A word without its plural ending: masses, effusions."""
+    if word.endswith(("sses", "xes", "ches", "shes", "ies")):
+        return word[:-3] + "y" if word.endswith("ies") else word[:-2]
+    return word if word.endswith("ss") else word.removesuffix("s")
