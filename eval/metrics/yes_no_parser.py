@@ -177,7 +177,10 @@ def _last_statement(text: str, question: str) -> str | None:
         for match in _HENCE.finditer(text)
         if context.is_statement(text, match.start())
     ]
-    return max(found)[1] if found else None
+    if not found:
+        return None
+    place, value = max(found)
+    return AMBIGUOUS if context.is_retracted(text, place) else value
 
 
 def _states(text: str, head: re.Match, value: str, question: str) -> bool:
