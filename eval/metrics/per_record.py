@@ -75,7 +75,7 @@ def read(workdir: str | Path, *, judge: str | None = None) -> ScoringInputs:
     for line in lines:
         if line["judge"] == judge:
             judged.setdefault(line["kind"], {})[line["id"]] = line
-    return dataclasses.replace(load_image_scores(workdir / PICTURES), judged=judged, judge=judge)
+    return dataclasses.replace(load_image_scores(workdir / PICTURES), judgments=judged, judge=judge)
 
 
 def probe_scores_file(name: str) -> str:
