@@ -26,7 +26,7 @@ OF_RECORDS = "records.jsonl"
 
 
 class PlanError(ValueError):
-    """Raised for an evaluation that would cost too much; the message names the price and the fix."""
+    """Raised for an evaluation that costs too much; the message names the price and the fix."""
 
 
 def estimate_cost(

@@ -7,7 +7,7 @@
             -> one line per record: cosines and the rank of its own image; one per task: KID,
                diversity
 
-After an interruption, the same command embeds only what is missing; pictures.jsonl is then rewritten completely.
+After an interruption the same command embeds only what is missing and rewrites pictures.jsonl.
 """
 
 import base64

@@ -326,7 +326,7 @@ def run_probes(now: EvalRun) -> dict[str, list[dict[str, Any]]]:
 
 
 def score_options(now: EvalRun) -> list[dict[str, Any]] | None:
-    """Return likelihoods of the options of closed and multiple choice questions; None if disabled."""
+    """Return likelihoods of the options of closed and multiple choice questions, or None."""
     if not now.settings.options:
         return None
     return option_likelihoods.score(
