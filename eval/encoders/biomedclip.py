@@ -421,7 +421,7 @@ def _check_config(where: str, found: Any, sizes: Sizes) -> None:
 # Embeddings of many images and texts, in batches of few shapes, over all devices of a process.
 #
 #     images     batches of `batch` per device, the last one padded with copies that are dropped
-#     texts      sorted by length, each batch cut to the first of LENGTHS that holds its longest text
+#     texts      sorted by length, each batch cut to the first of LENGTHS that fits its longest text
 #
 # Rows are split over the devices; weights are replicated. Each process embeds its own share.
 
@@ -486,7 +486,7 @@ class Embedder:
 #
 # There are two orders of conversion to RGB. The correct one converts first (images.to_rgb).
 # `released` is the order of the evaluation in the MedMax release: only RGBA is converted first, and
-# alpha dropped; every other mode is resized unconverted, so a palette is resized by nearest neighbor
+# alpha dropped; other modes are resized without conversion: a palette by nearest neighbor,
 # and 16-bit gray saturates to white.
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP's, as in open_clip_config.json

@@ -12,7 +12,7 @@ import unicodedata
 
 MAX_CHARS = 20_000  # of the end of an answer; the final answer is there
 MAX_CUES = 100  # the last ones of an answer
-REACH = 500  # characters of a clause or a sentence that are looked at, so that time is bounded
+REACH = 500  # characters of a clause or a sentence that are examined, so that time is bounded
 
 _CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
 _TEXT_COMMAND = re.compile(
@@ -94,7 +94,7 @@ _NOT_NEGATIVE = re.compile(
     re.IGNORECASE,
 )
 
-# What may stand between a phrase and its predicate: "B) (CT) is", "A. Incorrect".
+# Text that may occur between a phrase and its predicate: "B) (CT) is", "A. Incorrect".
 _AFTER = (
     r"(?:[)\]}\"':]|[^\S\n])*(?:\.[^\S\n]*(?=incorrect|wrong|false|correct|true))?"
     r"(?:\([^()\n]{0,80}\)[^\S\n]*)?"
@@ -168,7 +168,7 @@ _HYPOTHETICAL_AFTER = re.compile(
     re.IGNORECASE,
 )
 
-# What introduces a final answer.
+# Text that introduces a final answer.
 CUE = re.compile(
     r"(?<!\w)(?:answers?|ans|choice|option|selection|response|verdict|prediction|diagnosis|"
     r"conclusion|"
@@ -212,7 +212,7 @@ _REFUSAL = re.compile(
 
 
 def normalize(text: str) -> str:
-    """Return an answer without markup; marked final answers stand between ANSWER and END_ANSWER."""
+    """Return an answer without markup; marked final answers are between ANSWER and END_ANSWER."""
     text = unicodedata.normalize("NFKC", text).translate(_QUOTES)
     text = text.replace(ANSWER, " ").replace(END_ANSWER, " ")
     text = _STRUCK.sub(" ", text)
