@@ -6,7 +6,10 @@ from medmax_jax.config import Mesh, Sample
 
 
 class EvalError(ValueError):
-    """Raised where an evaluation cannot continue; the message names the file or item and the fix."""
+    """Raised where an evaluation cannot continue.
+
+    The message names the file or item, and the fix.
+    """
 
 
 # The fields of every record from which a score, a page or a comparison is computed.

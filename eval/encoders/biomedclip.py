@@ -525,7 +525,7 @@ def pixels(image: Image.Image, *, size: int, released: bool) -> Float32[np.ndarr
 def clean(text: str) -> str:
     """Clean a text as open_clip does: fix wrong encodings, entities and spaces.
 
-    "a &amp;lt; b \n c" -> "a < b c".
+    "a &amp;lt; b \\n c" -> "a < b c".
     """
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
 

@@ -1,4 +1,4 @@
-"""Aggregates records into rows per task and metric: value, bounds, interval and the release's score.
+"""Aggregates records into rows per task and metric: value, bounds, interval, the release's score.
 
     records + evidence -> verdicts (per_record.py) -> totals with every unread answer at its worst
                        -> 95 % intervals over groups, and the difference they could detect
@@ -216,7 +216,7 @@ def with_answers(records: Sequence[Record], answers: Mapping[str, str]) -> list[
 def scores_by_item(
     records: Sequence[Record], known: ScoringInputs = NO_INPUTS
 ) -> dict[tuple[str, str], dict[str, tuple[str, float]]]:
-    """Return (task, metric) -> id -> (group, value); tasks in their order, the primary one first."""
+    """Return (task, metric) -> id -> (group, value); tasks in order, the primary one first."""
     found: dict[tuple[str, str], dict[str, tuple[str, float]]] = {}
     for task, some in tasks_of(records).items():
         for record in some:

@@ -411,7 +411,7 @@ def _last_statement(text: str, mentions: list[_Mention], question: _Question) ->
 def _head(
     text: str, start: int, mentions: list[_Mention], question: _Question, *, words: bool
 ) -> str | None:
-    """Parse the text after a cue: a letter, or an option's text at once or alone in the sentence."""
+    """Parse the text after a cue: a letter, or an option's text at once or as the only option."""
     end = context.sentence_span(text, min(start, len(text) - 1))[1] if start < len(text) else start
     at = _FILLER.match(text, start).end()
     letter = re.compile(

@@ -132,7 +132,7 @@ def _sums(x, y, at, to, of: Kernel, blocks: int) -> Float64[np.ndarray, "g g"]:
 def _interval(
     found: Float64[np.ndarray, "r"], n: int, groups: int, *, span: intervals.Span | None
 ) -> intervals.Interval:
-    """Return the interval of a value and its draws; draws without a pair of some kind are left out."""
+    """Return the interval of a value and its draws; draws without a pair are left out."""
     value, draws = found[0], found[1:][np.isfinite(found[1:])]
     if not np.isfinite(value) or not len(draws):
         raise ValueError(f"{groups} groups: a side has rows of fewer than 2 of them")

@@ -61,7 +61,7 @@ def parse_judgment(reply: str) -> bool | None:
 
 
 def accuracy(scores: Sequence[float]) -> tuple[float, float]:
-    """Return mean and standard error; nan where numpy gives nan. Also used for cosines of captions."""
+    """Return mean and standard error; nan where numpy gives nan. Cosines of captions too."""
     n = len(scores)
     if not n:
         return math.nan, math.nan
@@ -111,7 +111,10 @@ def relative(replies: Sequence[str]) -> dict[str, float]:
 
 
 def visual_chat(rows: Sequence[tuple[str, Mapping[str, Any], str]]) -> dict[str, dict[str, float]]:
-    """Return scores by type, by domain and overall; `rows`: (question type, domain flags, reply)."""
+    """Return the scores of visual chat by type, by domain and overall.
+
+    `rows`: (question type, domain flags, reply).
+    """
     parts: dict[str | None, list[str]] = {}
     for kind, flags, reply in rows:
         domain = next((name for name in DOMAINS if flags[name]), None)
@@ -190,7 +193,7 @@ def _prompt(name: str) -> str:
 #
 #     accuracy         closed: substrings; choice: the text is the letter
 #     judge_correct    the release's one call, unreadable replies dropped
-#     judge_relative   mean of ratios of the release's one call, reference first; an unreadable reply
+#     judge_relative   mean of ratios of the release's one call, reference first; one bad reply
 #                      leaves the task without a score, as it stops the release
 #     clip_image_text  captions: the raw cosine; images: of the first 100 rows, else none
 #     clip_image_image multimodal: of the first image, over the answers with an image

@@ -91,7 +91,7 @@ def closed(raw: str, answer: str, prompt: str = "") -> ItemScore:
 def choice(raw: str, answer: str, prompt: str) -> ItemScore:
     """Score a multiple choice question.
 
-    choice("It is MRI", "B", "Which?\nA: CT\nB: MRI") is 1.
+    choice("It is MRI", "B", "Which?\\nA: CT\\nB: MRI") is 1.
     """
     return _matched("vqa_mcq", raw, answer, prompt)
 

@@ -1,9 +1,9 @@
 """Judges the records of a workdir and writes judged.jsonl, one line per record and kind.
 
-    records.jsonl -> open answers           correct         \  strict: eval/metrics/llm_judge.py,
+    records.jsonl -> open answers           correct         \\  strict: eval/metrics/llm_judge.py,
                                             texts only,
                      chat, interleaved      relative        /   with what the model was shown
-                     open answers           paper_open      \  the release's own messages, one call
+                     open answers           paper_open      \\  the release's own messages, one call
                      chat, interleaved      paper_relative  /   at the endpoint's own temperature
                   -> medmax_jax/endpoints/cached_chat_api.py (guard, judge_calls.jsonl) ->
                   judged.jsonl
