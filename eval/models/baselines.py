@@ -96,7 +96,10 @@ def baseline_scores(
     mode: str,
     **numbers: Any,
 ) -> list[dict[str, Any]]:
-    """Return the text scores of each baseline on the records: {name, says, scores}. Images have none."""
+    """Return the text scores of each baseline on the records: {name, says, scores}.
+
+    Images have no baseline scores.
+    """
     asked = [r for r in records if FAMILIES[r["family"]].mode == "text"]
     if not asked:
         return []

@@ -131,7 +131,7 @@ def parse_model_spec(
 
 
 def is_recorded(named: ModelSpec) -> bool:
-    """Return whether the answers were recorded elsewhere, so that a changed image changes nothing."""
+    """Return whether the answers are recorded, so that a changed image changes nothing."""
     return named.kind == "predictions"
 
 

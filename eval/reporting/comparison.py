@@ -102,7 +102,7 @@ def _pairs(side: Mapping, one: Mapping, two: Mapping) -> tuple[list[float], list
 
 
 def _other_scorers(one: per_record.ScoringInputs, two: per_record.ScoringInputs) -> dict[str, str]:
-    """Return prefix of metric names -> why they are left out: another judge, or other scorer files."""
+    """Return prefix of metric names -> why they are left out: another judge or scorer files."""
     told = {}
     if one.judge and two.judge and one.judge != two.judge:
         told["judge_"] = (

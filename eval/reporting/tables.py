@@ -89,7 +89,10 @@ def other_metrics(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def published(summary: Mapping[str, Any]) -> list[tuple[str, list[dict[str, Any]], list[str]]]:
-    """Return (published metric, rows of both scores, differences) for tasks with published scores."""
+    """Return (metric, rows, differences) for the tasks that have published scores.
+
+    The metric is the published one, and the rows have the scores of both.
+    """
     found: dict[str, list[dict[str, Any]]] = {}
     families: dict[str, list[str]] = {}
     for head in headlines(summary["scores"]) if is_suite(summary) else ():
@@ -239,7 +242,7 @@ def failed_examples(
 
 
 def failure(record: Row, known: Mapping[str, tuple[str, float]]) -> str:
-    """Return error, unparsed or wrong; "" for a correct answer, or one that is scored by degrees."""
+    """Return error, unparsed or wrong; "" for a correct answer, or one scored by degrees."""
     if record.get("error"):
         return "error"
     if record["family"] in CLOSED:

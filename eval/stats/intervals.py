@@ -345,7 +345,7 @@ def _ends(
 ) -> tuple[float, float]:
     """Return the interval of a number whose standard error is known.
 
-    proportion: it is a mean of values within `span`, the variance of which falls towards its ends as
+    proportion: it is a mean of values within `span`; its variance falls towards the ends of it as
     that of a share does.
     """
     t = _quantile(weights, 1 - TAIL)
@@ -421,7 +421,7 @@ def _check_span(values: Float[np.ndarray, "n"], span: Span | None) -> None:
 def _resampled_means(
     sums: Float[np.ndarray, "g"], counts: Float[np.ndarray, "g"], seed: int, resamples: int
 ) -> Float[np.ndarray, "r"]:
-    """Return the means of `resamples` draws of complete groups; a group drawn twice counts twice."""
+    """Return the means of `resamples` draws of groups; a group drawn twice counts twice."""
     rng, found = np.random.default_rng(seed), []
     step = max(1, _DRAWN // len(sums))
     for start in range(0, resamples, step):
