@@ -241,7 +241,7 @@ def _probmed(place: RowLocation, item: dict[str, Any]) -> Item:
 
 
 def _llava_med(place: RowLocation, item: dict[str, Any]) -> Item:
-    """Return an item in the form of the release's rows: the answer is a dictionary, stored as JSON."""
+    """Return an item in the form of the release's rows: the answer dictionary is stored as JSON."""
     kind = item.get("type")
     if kind not in ("conversation", "detailed_description"):
         raise RowError("type: neither conversation nor detailed_description")

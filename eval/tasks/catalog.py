@@ -29,7 +29,7 @@ RELEASED = "mint-medmax/medmax_eval_data, split train; gated"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Published:
-    """Holds a published score. `metric`: its metric, which may differ from this suite's headline."""
+    """Holds a published score. `metric`: its metric, which may differ from this suite's."""
 
     model: str
     value: float

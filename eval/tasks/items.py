@@ -87,7 +87,7 @@ SAMPLE = ("sample_vqa", "sample")  # names in the embedded rows: their task is t
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Item:
-    """Holds one question. `image`: shown, or for generation tasks the reference. `kind`: its modality.
+    """Holds one question. `image`: shown, or the reference of generation tasks. `kind`: its modality.
 
     task: its row in the tables, as in eval/tasks/catalog.py. slices: (name, value) pairs by which
     scores are also grouped. context: the description of the image for a judge. data_class: the

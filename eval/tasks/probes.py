@@ -7,11 +7,12 @@
 
 Ids are kept, so that scores pair: each probe has records of its own, probe_NAME.jsonl, next to
 records.jsonl. The first three lower the scores of a model that uses the image; the last does not
+change those of a model that reads the options.
 
-change a model that reads the options. Probes have no judge, since each would cost as much as the
-evaluation. Their metric is the first that both sides have without a judge: exact for open questions,
-token overlap for chats; for captions the cosine with the true image where a scorer reads text, else
-token overlap. The number of changed answers (flips) is reported for all.
+Probes have no judge, since each would cost as much as the evaluation. Their metric is the first
+that both sides have without a judge: exact for open questions, token overlap for chats; for
+captions the cosine with the true image where a scorer reads text, else token overlap. The number of
+changed answers (flips) is reported for all.
 """
 
 import collections
@@ -129,7 +130,7 @@ def blank(items: Sequence[Item], folder: Path | None) -> list[Item]:
 
 
 def rotated(items: Sequence[Item], places: int) -> list[Item]:
-    """Return items with rotated options: the option at A moves to B by one place, as does the answer.
+    """Return items with rotated options: by one place, the option at A moves to B, and the answer too.
 
     Only items with more than `places` options of one line each and an answer among them are used:
     lines after the last option cannot be assigned to it reliably.
