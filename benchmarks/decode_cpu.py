@@ -5,7 +5,7 @@ Measures CPU decoding in fp32 with the 42M Chameleon of train_cpu.py and the sam
     ours     tokens/s of medmax_jax/generation/scheduler.py, 8 rows: prompts of 128 tokens, 128 new,
              greedy
     theirs   tokens/s of HF's generate with sdpa attention (decode_hf_side.py)
-    ratio    ours / theirs at 8 rows: above 1 means that ours is faster; `batch_1` has the ratio at 1 row
+    ratio    ours / theirs at 8 rows: above 1 means that ours is faster; `batch_1` is at 1 row
 
 Both sides process prompts and output in the timed part, alternate, and compile beforehand. If they
 do not write the same tokens up to the first near tie, the ratio is null.

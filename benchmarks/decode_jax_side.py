@@ -89,7 +89,10 @@ class Decoder:
         return dict(seconds=seconds, tokens=sum(map(len, tokens)))
 
     def interleaved(self, rows: int, count: int) -> dict[str, Any]:
-        """Generate text, an image, text: prompts that end with BOI, in mixed mode; `rows` at a time."""
+        """Generate text, an image, text: prompts that end with BOI, in mixed mode, in batches.
+
+        `rows`: prompts at a time.
+        """
         sample = dataclasses.replace(self.run.sample, max_gen_len=24, image_greedy=False)
         self.rng = np.random.default_rng(1)
         prompts = [[BOS, *self.words(self.count), SEP, BOI] for _ in range(count)]
@@ -98,7 +101,7 @@ class Decoder:
         return dict(seconds=seconds, tokens=sum(map(len, tokens)))
 
     def shared(self, together: bool, questions: int) -> dict[str, Any]:
-        """Answer questions on one image, eight tokens each: in one engine, or in one engine each."""
+        """Answer questions on one image, eight tokens each: in one engine or one engine each."""
         sample = dataclasses.replace(self.run.sample, text_greedy=True, max_gen_len=8)
         self.rng = np.random.default_rng(2)
         shown = self.image()

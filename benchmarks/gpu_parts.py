@@ -63,7 +63,10 @@ def measurements(part: str, size: str, workdir: pathlib.Path, *, theirs: bool) -
 
 
 def planned(each: Measurement, side: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the computed memory and time next to the measured ones; error is plan / measured - 1."""
+    """Return the computed memory and time next to the measured ones.
+
+    error is plan / measured - 1.
+    """
     from medmax_jax import config, flops
     from medmax_jax.plan import analytic, topology
 

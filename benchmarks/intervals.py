@@ -95,7 +95,7 @@ DESIGNS = (
 
 
 def coverage(design: Design, *, draws: int, seed: int) -> dict[str, float]:
-    """Return the share of intervals that contain the truth, by method, and the mean width of ours."""
+    """Return the share of intervals that contain the truth by method, and our mean width."""
     rng, width = np.random.default_rng(seed), 0.0
     held = dict.fromkeys(("ours", "percentile", "t"), 0)
     span = intervals.of_differences(intervals.SHARE) if design.paired else intervals.SHARE

@@ -1,6 +1,6 @@
 """Runs this project's side of training benchmarks: the step of train.py, on weights of a formula.
 
-python jax_side.py SPEC.json, then one request per line (sides.py). SPEC has the full config of a run
+python jax_side.py SPEC.json, then one request per line (sides.py). SPEC has the config of a run
 and how many batches to hold; they come from its records through the loader.
 """
 

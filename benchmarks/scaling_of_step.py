@@ -5,7 +5,7 @@ Measures how a LoRA step's time and memory grow with row length, rows and depth,
 From one base size (width 128, 4 heads, MLP 384, vocabulary 9,728; rows of 256, 2 rows, 2 layers)
 each axis is doubled separately. A line has seconds (median of --repeats), tokens/s, temporaries of
 the step by the compiler, and its input bytes (weights, optimizer, batch). `slope`: d log / d
-log of an axis by least squares; 1 is proportional. Attention is xla: scores are stored in memory, so
+log of an axis by least squares; 1 is proportional. Attention is xla: it stores all scores, so
 length tends to 2, and rows and depth stay at or under 1. Memory is exact; seconds have the noise
 of the machine.
 """

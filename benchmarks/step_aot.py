@@ -126,7 +126,7 @@ class Cycles:
         return [self.total(b) for _, n, b in self._calls("ENTRY") if b and n == turns]
 
     def _calls(self, name: str) -> list[tuple[str, int, str]]:
-        """Return (line, turns, body) of a computation's instructions; body is empty except for loops."""
+        """Return (line, turns, body) of a computation's instructions; only loops have a body."""
         found = []
         for line in self.bodies[name]:
             loop = re.search(r" while\(.*condition=%([\w.\-]+), body=%([\w.\-]+)", line)

@@ -13,8 +13,8 @@ cores; the first batch, with compilation, is reported separately. On a machine w
 of both sides are compared: the sums are equal but in another order, so a latent that is
 between two rows of the codebook may take the other one; where more than --differ of the codes
 differ, the run is void. The two preprocessings are timed and not compared: Hugging Face scales by
-0.0078, the MedMax release and ours by 2 / 255. The tiny size is that of configs/tiny.py with the 32 groups
-that are fixed in the reference. The last line is one JSON object.
+0.0078, the MedMax release and ours by 2 / 255. The tiny size is that of configs/tiny.py with the 32
+groups that are fixed in the reference. The last line is one JSON object.
 """
 
 import argparse

@@ -74,6 +74,7 @@ CHAMELEON = {  # the release's wordings for the base model
     "vqa_mcq": " and respond 'A', 'B', 'C', or 'D'",
 }
 FAMILY_BY_QUESTION_TYPE = {"closed": "vqa_closed", "mcq": "vqa_mcq", "open": "vqa_open"}
+# Verbatim: part of the data.
 CAPTION_PROMPT = "Please describe this picture."  # the release's prompt, whatever the row has
 DETAILED_PROMPT = "Analyze the image in a comprehensive and detailed manner."  # likewise
 IMAGE_PLACEHOLDER = "<image>"  # where a row places its image
@@ -87,7 +88,7 @@ SAMPLE = ("sample_vqa", "sample")  # names in the embedded rows: their task is t
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Item:
-    """Holds one question. `image`: shown, or the reference of generation tasks. `kind`: its modality.
+    """Holds one question. `image`: shown, or the reference to generate. `kind`: its modality.
 
     task: its row in the tables, as in eval/tasks/catalog.py. slices: (name, value) pairs by which
     scores are also grouped. context: the description of the image for a judge. data_class: the

@@ -130,7 +130,7 @@ def blank(items: Sequence[Item], folder: Path | None) -> list[Item]:
 
 
 def rotated(items: Sequence[Item], places: int) -> list[Item]:
-    """Return items with rotated options: by one place, the option at A moves to B, and the answer too.
+    """Return items with rotated options and answers: by one place, the option at A moves to B.
 
     Only items with more than `places` options of one line each and an answer among them are used:
     lines after the last option cannot be assigned to it reliably.
