@@ -1,6 +1,6 @@
 """Scores of answers, of images and of sets of images.
 
-aggregate       Aggregates records into rows per task and metric: value, bounds, interval and the
+aggregate       Aggregates records into rows per task and metric: values, intervals, the MedMax
                 release's score.
 answer_context  Prepares an answer for parsing, and finds what denies or hedges a phrase of it.
 answer_parser   Parses which option, or which of yes and no, an answer states; None where it states

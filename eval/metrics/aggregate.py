@@ -1,8 +1,8 @@
-"""Aggregates records into rows per task and metric: value, bounds, interval, the release's score.
+"""Aggregates records into rows per task and metric: values, intervals, the MedMax release's score.
 
     records + evidence -> verdicts (per_record.py) -> totals with every unread answer at its worst
                        -> 95 % intervals over groups, and the difference they could detect
-    the same records   -> the scoring of the MedMax release (release.py), next to them
+    the same records   -> the scoring of the release (release.py), next to them
 
 A row is {task, family, metric, mode, n, groups, few_groups, value, ci_low, ci_high, best,
 n_unparsed, n_unscored, n_errors, of_scored, judge_sd, can_find, paper, paper_n, headline}. `value`

@@ -31,7 +31,7 @@ _HTML = re.compile(
 _QUOTES = str.maketrans("‘’‚‛“”„‟«»「」『』′″\u00a0", '\'\'\'\'""""""""""\'" ')
 ANSWER, END_ANSWER = "\u0002", "\u0003"  # around a marked final answer in a normalized text
 
-# Words after which a clause begins, so that a negation before them does not reach what follows.
+# Text after which a clause begins, so that a negation before them does not reach what follows.
 _STARTERS = (
     r"but|it|it's|es|c'est|its|this|that|that's|these|so|rather|instead|however|though|although|"
     r"therefore|"

@@ -18,7 +18,7 @@ from medmax_jax.eval.metrics.answer_context import ANSWER, END_ANSWER
 
 AMBIGUOUS = "?"
 YES, NO = "yes", "no"
-# Marks of other languages: of a complete answer, or before a comma or a full stop.
+# Yes and no in other languages: as a complete answer, or before a comma or a full stop.
 _FOREIGN = {
     YES: "yes|yep|yeah|sí|oui|ja|sim|sì|да|是|是的|对|對|はい|ええ|네|예|نعم|हाँ|evet|tak|vâng|ya",
     NO: "no|nope|nein|non|não|nao|нет|否|不是|不|不对|いいえ|아니요|아니오|아니|لا|नहीं|hayır|nie|"

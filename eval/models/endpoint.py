@@ -131,7 +131,7 @@ class EndpointModel:
         for one, reply in found:
             if isinstance(reply, TransientError):
                 secret = one.data_class == egress.CREDENTIALED
-                # what a server replies may repeat the question
+                # A server's reply may repeat the question.
                 self.last_error = "no reply from the endpoint" if secret else str(reply)
                 continue
             key = cached_chat_api.cache_key(endpoint, one.messages)

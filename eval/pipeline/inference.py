@@ -6,7 +6,7 @@
 
 A record holds the item, the answer, how the answer was parsed where no judge is needed, and for
 images their codes and the predicted modality. One process writes a file; a second process raises
-an error that asks it to wait.
+with an error until the first one has ended.
 """
 
 import contextlib

@@ -7,7 +7,7 @@
              against coverage; each with an interval over groups. The curves of these too, which
              eval/reporting/curves.py draws
 
-The letters are scored, not the options' texts: the question asks for a letter, as the rows'
+The letters are scored, not the options' texts: the question requires a letter, as the rows'
 answers are, and a letter is one token whatever its text is, so totals are compared as they are,
 without length normalization. Where the options cannot be parsed from the question the item is left
 out and counted. Models without `score_options` have no such scores: n/a, with that reason.

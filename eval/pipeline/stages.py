@@ -1,6 +1,6 @@
 """Runs one evaluation in stages; each stage is a plain function of an `EvalRun` and shares files.
 
-claim -> plan -> answer -> options -> probe -> judge -> image scores -> summarize -> report
+lock  -> plan -> answer -> options -> probe -> judge -> image scores -> summarize -> report
          records.jsonl  options.jsonl  probe_NAME.jsonl  judged.jsonl  pictures.jsonl,
                                                          probe_NAME_pictures.jsonl of captions
                                           summary.json  report.html  history.jsonl

@@ -3,7 +3,7 @@
     scores    1 0 1 | 1 1 | 0 0 0 1        three groups, nine questions
     resample  three groups with replacement, the mean of all questions drawn; 2,000 times or more
     error     the spread of these means x sqrt(G / (G - 1)), at least that of independent items
-    interval  Wilson's, of the effective number of items that this error stands for, with Student's
+    interval  Wilson's, of the effective number of items that this error implies, with Student's
               t of G - 1 degrees of freedom; G: groups, fewer where some have most of the items
 
 Percentiles of the resampled means are too narrow with few groups and near 0 and 1 (3 groups: 77 %

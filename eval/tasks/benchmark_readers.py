@@ -18,7 +18,7 @@
     path_mmu     data.json: {"PubMed": {"test": [{"No": 1, "img": "..jpg",  images/
                  "question": "..", "options": ["A) ..", ..],
                  "answer": "A) .."}], "test_tiny": [..]}, ..}
-    probmed      test.json: an array of {"id": 1, "image": "..png",         as the paths say
+    probmed      test.json: an array of {"id": 1, "image": "..png",         as in the paths
                  "question": "..", "answer": "yes", "qa_type":
                  "entity_hallu_0", "image_type": "chest_x-ray"}
     llava_med    llava_med_eval_qa50_qa.jsonl                               images/

@@ -366,5 +366,5 @@ TASKS = {card.task: card for card in _CARDS}
 
 
 def task_spec(task: str, family: str) -> TaskSpec | None:
-    """Return the task of a row of the tables; the release's interleaved tasks share one."""
+    """Return the task of a row of the tables; interleaved tasks of the release share one."""
     return TASKS.get(task) or (TASKS["multimodal"] if family == "multimodal" else None)

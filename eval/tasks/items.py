@@ -115,7 +115,7 @@ class Item:
 
     @property
     def images(self) -> tuple[str, ...]:
-        """All images, in order; () for a generation task without a reference image."""
+        """Return all images, in order; () for a generation task without a reference image."""
         return (self.image, *self.further_images) if self.image else ()
 
 
