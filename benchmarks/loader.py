@@ -11,7 +11,7 @@ Measures the latency, rate and memory of loading batches, on synthetic records
 Each measurement is a separate process, ours and theirs in turn, files in the page cache. In
 addition: imports, index (ours: open and plan), tokens/s of one process over --steps batches, peak
 memory (VmHWM) and memory after the imports; ours also at --many rows. `theirs` has no torch:
-numpy's int64 replaces its tensors and this process its DataLoader, which favors it.
+numpy's int64 replaces its tensors and this process its DataLoader, which minimizes its work.
 Then two epochs of the full mixture (1.47 M documents) are planned, next to offline packing, and a
 reader is killed in the middle of its second epoch and started again. The last line is one JSON
 object.

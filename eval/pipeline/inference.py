@@ -5,7 +5,7 @@
              one part (--shard)     -> records.shard_0_of_4.jsonl -> read by all later runs
 
 A record holds the item, the answer, how the answer was parsed where no judge is needed, and for
-images their codes and the predicted modality. One process writes a file; a second process raises
+images their codes and the predicted modality. One process writes a file; a second one stops
 with an error until the first one has ended.
 """
 

@@ -125,7 +125,7 @@ def from_rows(
     *,
     places: Sequence[str] | None = None,
 ) -> list[Item]:
-    """Return the items of released rows; raise TaskError or OutgoingError at the first bad row.
+    """Return the items of the rows; raise TaskError or OutgoingError at the first bad row.
 
     `manifest`: rows with the facts of the images, by `file`. `places`: the names in messages of
     the rows, like "items.jsonl line 3". An image that any credentialed row shows is credentialed in
