@@ -8,7 +8,7 @@
                   -> medmax_jax/endpoints/cached_chat_api.py (guard, judge_calls.jsonl) ->
                   judged.jsonl
 
-"Release" refers to the MedMax release. A line is {id, kind, votes, why, judge, case}: `judge` is the
+"Release" means the MedMax release. A line is {id, kind, votes, why, judge, case}: `judge` is the
 fingerprint, `case` a hash of the judged content. Nothing is judged twice. A line without votes is
 unscored and is retried by the next run: unreadable replies come from the cache, and only missing
 replies are requested. For the paper kinds the vote is the unchanged reply, which
