@@ -1,10 +1,10 @@
-"""How long a save of the 7B LoRA state (0.48 GB) holds training up, beside Orbax without digests.
+"""Measures how long a save of the 7B LoRA state (0.48 GB) blocks training, compared with Orbax.
 
 python benchmarks/checkpoint.py [--rounds 5] [--folder D]
 
-    ours      seconds that `Checkpoints.save` blocks; digests, writing and the seal follow behind
-    theirs    seconds of Orbax's own synchronous save of the same state
-    sealed    seconds until the step can be trusted; restore: reading it with all digests checked
+    ours      seconds that `Checkpoints.save` blocks; digests, writing and the commit file follow
+    theirs    seconds of Orbax's own synchronous save of the same state, without digests
+    sealed    seconds until the step is committed; restore: reading it with all digests checked
 
 Rounds alternate between the two, each after the other has finished. Prints a JSON object as its
 last line. The files go to a temporary folder below D, by default the system's.
@@ -35,7 +35,7 @@ from medmax_jax.training import step
 
 
 def main() -> None:
-    """Measures, and prints what it found."""
+    """Run the measurements and print the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", default=None)
@@ -54,7 +54,10 @@ def main() -> None:
 
 
 def _state(run: config.Run) -> step.TrainState:
-    """Adapters, two moments and the counts of 7B, of random numbers: they do not compress."""
+    """Return adapters, two moments and the counters of 7B, filled with random numbers.
+
+    Random numbers do not compress.
+    """
     like = chameleon.abstract_model(run.model, run.vocab, run.lora)
     shapes = step.split_trainable(like, "lora")[1]
     state = jax.eval_shape(lambda t: step.init_state(t, run), shapes)

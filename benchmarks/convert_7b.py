@@ -3,12 +3,12 @@
 Converts a random 7B from Meta's layout to this project's and to HF's, and back, on this machine:
 
     ours     seconds to convert meta -> native, the median of the rounds
-    theirs   seconds to write the input's bytes twice, by cp and fsync, in turn with ours
+    theirs   seconds to write the input's bytes twice, by cp and fsync, alternating with ours
     ratio    theirs / ours: above 1 means that a conversion costs less than two copies
 
-Beside it, for each conversion: seconds, and the peaks of RssAnon (memory that is the process's own)
+In addition, for each conversion: seconds, and the peaks of RssAnon (memory private to the process)
 and of VmRSS (with the pages of files that it reads), sampled 50 times a second. Then two processes
-of four devices each load the native base onto a mesh together: bytes that they read, by the
+of four devices each load the native base onto a mesh together: the bytes read, by the
 kernel's count, over the bytes of the checkpoint. Needs 70 GB of disk, 24 GB of memory. The last
 line is one JSON object.
 """
@@ -35,12 +35,12 @@ sys.path.insert(0, str(ROOT))
 from medmax_jax.checkpoints import torch_file
 
 DIM, FFN, HEADS, VOCAB = 4_096, 11_008, 32, 65_536  # Chameleon-7B
-POOL = 1 << 26  # random numbers that all weights are windows of; drawing 7e9 takes minutes
+POOL = 1 << 26  # random numbers of which all weights are windows; drawing 7e9 takes minutes
 MESHES = ((1, 8, 1), (1, 2, 4), (1, 4, 2))  # data, fsdp, tp; a data axis would hold copies
 
 
 def make(folder: pathlib.Path, layers: int) -> int:
-    """A random 7B in Meta's layout; its bytes."""
+    """Write a random 7B in Meta's layout; return its bytes."""
     models = folder / "models" / "7b"
     models.mkdir(parents=True)
     settings = dict(
@@ -77,7 +77,7 @@ def make(folder: pathlib.Path, layers: int) -> int:
 
 
 def measured(command: list[str]) -> dict[str, float]:
-    """Seconds and peak memory in GB of a command; raises when it fails."""
+    """Return seconds and peak memory in GB of a command; raises when it fails."""
     start, peaks = time.monotonic(), {"RssAnon": 0, "VmRSS": 0}
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
 
@@ -105,7 +105,7 @@ def measured(command: list[str]) -> dict[str, float]:
 
 
 def convert(source: pathlib.Path, target: pathlib.Path, layout: str, *more: str) -> dict:
-    """One conversion in a process of its own."""
+    """Run one conversion in a separate process."""
     shutil.rmtree(target, ignore_errors=True)
     program = [sys.executable, "-m", "medmax_jax.convert", "--from", str(source), "--to"]
     found = measured([*program, str(target), "--format", layout, *more])
@@ -114,7 +114,7 @@ def convert(source: pathlib.Path, target: pathlib.Path, layout: str, *more: str)
 
 
 def copy_twice(source: pathlib.Path, scratch: pathlib.Path) -> float:
-    """Seconds to write the file's bytes twice, each copy safe on the disk."""
+    """Return the seconds to write the file's bytes twice, each copy synced to disk."""
     start = time.monotonic()
     for i in range(2):
         target = scratch / f"copy{i}"
@@ -129,7 +129,7 @@ def copy_twice(source: pathlib.Path, scratch: pathlib.Path) -> float:
 
 
 def load(folder: str, address: str, process: int, mesh: tuple[int, int, int]) -> None:
-    """What each of the two processes does: loads its half, prints what it read."""
+    """Run one of the two processes: load its half and print the number of bytes read."""
     from medmax_jax.checkpoints import export
     from medmax_jax.config import Mesh
     from medmax_jax.convert import native as native_layout
@@ -156,14 +156,14 @@ def _mesh(kind, sizes):
 
 @jax.jit
 def _sum(x: jax.Array) -> jax.Array:
-    """A sum of the bits, so that one number changed anywhere shows."""
+    """Return a sum of the bits, so that a change of any number changes it."""
     bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype("uint32")
     weight = jax.lax.broadcasted_iota("uint32", x.shape, x.ndim - 1) * 2 + 1
     return (bits * jax.reshard(weight, jax.typeof(bits).sharding)).sum()
 
 
 def load_in_two(folder: pathlib.Path, size: int, mesh: tuple[int, int, int]) -> dict:
-    """Two processes of four devices load the base together."""
+    """Load the base in two processes of four devices."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -189,12 +189,12 @@ def load_in_two(folder: pathlib.Path, size: int, mesh: tuple[int, int, int]) -> 
 
 
 def size_of(folder: pathlib.Path) -> int:
-    """Bytes of all files below."""
+    """Return the bytes of all files below a folder."""
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
 
 
 def main() -> None:
-    """The program."""
+    """Run the program."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,8 +1,8 @@
 """python benchmarks/convert_matrix.py [--torch_python PY]: which conversions are exact, as a table.
 
-Random models in every dtype go from every layout to every other and back; a cell says how many
-tensors came back with the same bits. With a Python that has torch, transformers and peft the files
-are also opened there, and the logits compared.
+Random models in every dtype are converted from every layout to every other and back; a cell has
+the number of tensors with unchanged bits. With a Python that has torch, transformers and peft the
+files are also opened there, and the logits compared.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import tempfile
 
 import numpy as np
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported: libtpu is chatty
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported: libtpu logs a lot
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
@@ -53,20 +53,20 @@ for name in sorted(p.name for p in folder.glob("*_torch")):
 
 
 def tensors(path: pathlib.Path) -> dict[str, bytes]:
-    """Name -> dtype and bits of every tensor, read through the layout's own table."""
+    """Return name -> dtype and bits of every tensor, read through the layout's own table."""
     found = conversion.read_checkpoint(path)
     each = {**found.language, **{f"vqgan.{n}": t for n, t in found.vqgan.items()}}
     return {n: t.dtype.encode() + t.all().tobytes() for n, t in each.items()}
 
 
 def convert(source: pathlib.Path, target: pathlib.Path, layout: str) -> pathlib.Path:
-    """One conversion; returns its target."""
+    """Run one conversion; return its target."""
     conversion.convert(str(source), str(target), layout=layout, say=lambda _: None)
     return target
 
 
 def main() -> None:
-    """The program."""
+    """Run the program."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def table(folder: pathlib.Path, python: str | None) -> None:
-    """Prints a row for each model and dtype."""
+    """Print one row per model and dtype."""
     routes = [f"{a} -> {b} -> {a}" for a, b in ROUTES]
     heads = ["model", "dtype", *routes, "one fingerprint", "HF logits", "torch.load"]
     print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads), flush=True)

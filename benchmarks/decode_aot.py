@@ -1,13 +1,13 @@
-"""Compiles the decode loop of 7B for TPUs on a machine without one; will it fit, does it copy?
+"""Compiles the 7B decode loop for TPUs on a machine without one: memory use and copies.
 
     python benchmarks/decode_aot.py --topology=v5e:2x2 --mesh=1,1,4 --rows=8 --slots=2048
 
-Printed as JSON, GiB of a device:
+Printed as JSON, GiB per device:
     weights, cache   the arguments
     temp             temporaries
-    peak, hbm        what the program needs at most, and what the chip has
+    peak, hbm        the peak memory of the program, and the memory of the chip
     fits             peak <= hbm
-    copies           of the whole keys or values: in the program's loops, that is for each token,
+    copies           of all keys or values: in the program's loops, that is for each token,
                      and around them, that is for each chunk of 16 tokens
 """
 
@@ -20,7 +20,7 @@ import time
 from typing import Any
 
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
-os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "true"  # another process may have it
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "true"  # another process may use it
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
 import jax
@@ -37,7 +37,7 @@ STREAMS = {"text": 1, "image": 3, "mixed": 3}
 
 
 def main() -> None:
-    """Reads the flags, compiles, prints one JSON object."""
+    """Parse the flags, compile, and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--topology", default="v5e:2x2")
     parser.add_argument("--mesh", default="1,1,4", help="data,fsdp,tp")
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def measure(given: argparse.Namespace) -> dict[str, Any]:
-    """What the compiler says of the loop."""
+    """Return the compiler's report on the loop."""
     settings = base.get_config()
     settings.model.update(num_layers=given.layers, quant=given.quant)
     model = config.build(config.Model, settings.model)
@@ -95,7 +95,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def copies(text: str, model: Any, lanes: int, given: argparse.Namespace, machine: Any) -> dict:
-    """Copies of an array as large as a device's keys: in the loops, and around them."""
+    """Count copies of an array as large as a device's keys: in the loops, and around them."""
     tp = machine.shape["tp"]
     rows = lanes * tp // machine.size
     shape = f"{model.num_layers},{rows},{model.num_kv_heads // tp},{given.slots},{model.head_dim}"

@@ -1,21 +1,21 @@
 """python benchmarks/decode_cpu.py [--torch_python PY] [--threads 2] [--rounds 5] [--size 42m]
 
-Decoding on a CPU in fp32 with the 42M Chameleon of train_cpu.py and the same weights on both sides.
+Measures CPU decoding in fp32 with the 42M Chameleon of train_cpu.py and the same weights.
 
     ours     tokens/s of medmax_jax/generation/scheduler.py, 8 rows: prompts of 128 tokens, 128 new,
              greedy
     theirs   tokens/s of HF's generate with sdpa attention (decode_hf_side.py)
-    ratio    ours / theirs at 8 rows: above 1 means that ours is faster; `batch_1` has that of one
+    ratio    ours / theirs at 8 rows: above 1 means that ours is faster; `batch_1` is at 1 row
 
-Both sides write all that they time, prompts included, take turns, and compile beforehand. If they
-do not write the same tokens up to the first choice that may fall either way, the ratio is null.
-Then our side alone, medians too:
+Both sides process prompts and output in the timed part, alternate, and compile beforehand. If they
+do not write the same tokens up to the first near tie, the ratio is null.
+Then this project alone, medians too:
 
-    interleaved   an image and words in each answer: 8 rows at a time against one at a time
-    guidance      an image a row: 1 stream, 2 (a prompt of words), 3 (a prompt with an image)
-    shared        10 questions on one image: in one engine against each in its own
+    interleaved   an image and text in each answer: 8 rows at a time against one at a time
+    guidance      one image per row: 1 stream, 2 (a text prompt), 3 (a prompt with an image)
+    shared        10 questions on one image: in one engine against one engine each
 
-Without --torch_python theirs is skipped by name. The last line is one JSON object.
+Without --torch_python the other side is reported as skipped. The last line is one JSON object.
 """
 
 import argparse
@@ -35,12 +35,12 @@ NEEDS = ["torch", "transformers", "peft"]
 AGREE = 16  # first tokens of every row that must be the same on both sides
 SIZES = {
     "42m": dict(prompt=128, new=128, codes=256, words=30, rows=8),
-    "tiny": dict(prompt=16, new=32, codes=16, words=8, rows=2),  # a test's
+    "tiny": dict(prompt=16, new=32, codes=16, words=8, rows=2),  # for a test
 }
 
 
 def start(scratch: pathlib.Path, args: argparse.Namespace) -> list[sides.Side]:
-    """Ours, and theirs if its Python is known."""
+    """Start this project's side, and the other side if its Python is given."""
     size = SIZES[args.size]
     args.prng, args.remat = "threefry2x32", "none"
     run = train_settings("", args)
@@ -64,7 +64,7 @@ def start(scratch: pathlib.Path, args: argparse.Namespace) -> list[sides.Side]:
 
 
 def text(both: list[sides.Side], rows: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Tokens a second of each side, and their ratio."""
+    """Return the tokens per second of each side, and their ratio."""
     new, rate, wrote = SIZES[args.size]["new"], {s.name: [] for s in both}, {}
     for side in both:
         wrote[side.name] = side.ask(do="text", rows=rows, new=new)["tokens"]  # compiles
@@ -85,7 +85,7 @@ def text(both: list[sides.Side], rows: int, args: argparse.Namespace) -> dict[st
 
 
 def alone(side: sides.Side, args: argparse.Namespace) -> dict[str, Any]:
-    """What only our side does."""
+    """Return the measurements that only this project's side has."""
     rows = SIZES[args.size]["rows"]
 
     def rate(**question: Any) -> float:
@@ -111,7 +111,7 @@ def alone(side: sides.Side, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """The program."""
+    """Run the program."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

@@ -1,7 +1,7 @@
-"""The other side of decode_cpu.py: generate of HF's Chameleon, in a Python with torch.
+"""Runs the other side of decode_cpu.py: generate of HF's Chameleon, in a Python with torch.
 
-python decode_hf_side.py SPEC.json, then questions a line (sides.py). The same weights as ours, by
-same_weights.py; text ids and EOS are allowed, as in our text mode.
+python decode_hf_side.py SPEC.json, then one request per line (sides.py). The weights are equal, by
+same_weights.py; text ids and EOS are allowed, as in this project's text mode.
 """
 
 import json
@@ -16,7 +16,7 @@ from hf_side import fill, hf_config
 
 
 class OnlyText(transformers.LogitsProcessor):
-    """The text decoder's allowed ids, as one mask."""
+    """Holds the text decoder's allowed ids as one mask."""
 
     def __init__(self, vocab: dict[str, int]):
         self.forbidden = torch.ones(vocab["size"], dtype=torch.bool)
@@ -27,7 +27,7 @@ class OnlyText(transformers.LogitsProcessor):
 
 
 def main(spec: dict[str, Any]) -> None:
-    """Builds the model and serves."""
+    """Build the model and serve requests."""
     torch.set_num_threads(spec["threads"])
     model = transformers.ChameleonForConditionalGeneration(hf_config(spec)).eval()
     for name, tensor in model.named_parameters():

@@ -1,7 +1,7 @@
-"""Our side of decode_cpu.py: the engine on weights of a formula.
+"""Runs this project's side of decode_cpu.py: the engine on weights of a formula.
 
-python decode_jax_side.py SPEC.json, then questions a line (sides.py). SPEC: run, the config; codes,
-of an image; words, of a prompt for one; prompts, of the text benchmark.
+python decode_jax_side.py SPEC.json, then one request per line (sides.py). SPEC: run, the config;
+codes, per image; words, tokens per prompt for one; prompts, of the text benchmark.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from medmax_jax.models.vocab import BOI, BOS, EOI, SEP
 
 
 class Decoder:
-    """A model, and an answer to each question of the parent."""
+    """Holds a model, and answers the requests of the parent."""
 
     def __init__(self, spec: dict[str, Any]):
         run = config.from_config_dict(spec["run"])
@@ -38,14 +38,14 @@ class Decoder:
         self.rng, self.count = np.random.default_rng(0), spec["words"]
 
     def fresh(self, rows: int, streams: int, slots: int) -> engine.Engine:
-        """A fresh one; its programs are compiled once for a size."""
+        """Return a fresh engine; its programs are compiled once per size."""
         return engine.make_engine(
             self.model, self.run.vocab, self.mesh, codes=self.codes, rows=rows,
             lanes=streams * rows, slots=min(slots, self.run.model.context_length), kind="model",
         )  # fmt: skip
 
     def serve(self, e: engine.Engine, prompts: list[np.ndarray], sample, mode: str):
-        """Seconds, and the tokens of each answer."""
+        """Return the seconds, and the tokens of each answer."""
         requests = [
             prompt_requests.Request(np.asarray(p, np.int32), n, sample.max_gen_len)
             for n, p in enumerate(prompts)
@@ -56,7 +56,7 @@ class Decoder:
         return time.perf_counter() - start, [found[n] for n in range(len(prompts))]
 
     def text(self, rows: int, new: int) -> dict[str, Any]:
-        """Greedy text, as the other side writes it."""
+        """Generate greedy text, as the other side does."""
         sample = dataclasses.replace(
             self.run.sample, text_greedy=True, max_gen_len=new, repetition_penalty=1.0
         )
@@ -66,17 +66,20 @@ class Decoder:
         return dict(seconds=seconds, tokens=tokens)
 
     def image(self) -> list[int]:
-        """A random image."""
+        """Return a random image."""
         vocab = self.run.vocab
         return [BOI, *(4 + self.rng.integers(0, vocab.image_codes, self.codes)).tolist(), EOI]
 
     def words(self, count: int) -> list[int]:
-        """Random words."""
+        """Return random text tokens."""
         vocab = self.run.vocab
         return self.rng.integers(vocab.text_start, vocab.size, count).tolist()
 
     def guided(self, streams: int, rows: int) -> dict[str, Any]:
-        """An image each row: 1 stream without guidance, 2 with, 3 behind a prompt with an image."""
+        """Generate one image per row with guidance streams.
+
+        1 stream without guidance, 2 with, 3 after a prompt with an image.
+        """
         scales = dict(guidance_scale_text=1.0, guidance_scale_image=1.0) if streams == 1 else {}
         sample = dataclasses.replace(self.run.sample, **scales)
         shown = self.image() if streams == 3 else []
@@ -86,7 +89,10 @@ class Decoder:
         return dict(seconds=seconds, tokens=sum(map(len, tokens)))
 
     def interleaved(self, rows: int, count: int) -> dict[str, Any]:
-        """Words, an image, words: prompts that end with BOI, in mixed mode; `rows` at a time."""
+        """Generate text, an image, text: prompts that end with BOI, in mixed mode, in batches.
+
+        `rows`: prompts at a time.
+        """
         sample = dataclasses.replace(self.run.sample, max_gen_len=24, image_greedy=False)
         self.rng = np.random.default_rng(1)
         prompts = [[BOS, *self.words(self.count), SEP, BOI] for _ in range(count)]
@@ -95,7 +101,7 @@ class Decoder:
         return dict(seconds=seconds, tokens=sum(map(len, tokens)))
 
     def shared(self, together: bool, questions: int) -> dict[str, Any]:
-        """Questions on one image, eight words of answer each: in one engine, or each in its own."""
+        """Answer questions on one image, eight tokens each: in one engine or one engine each."""
         sample = dataclasses.replace(self.run.sample, text_greedy=True, max_gen_len=8)
         self.rng = np.random.default_rng(2)
         shown = self.image()
@@ -109,7 +115,7 @@ class Decoder:
         return dict(seconds=sum(s for s, _ in runs), tokens=[t[0] for _, t in runs])
 
     def about(self) -> dict[str, Any]:
-        """Versions."""
+        """Return the versions."""
         return dict(jax=jax.__version__, device=jax.devices()[0].device_kind)
 
 

@@ -1,14 +1,14 @@
 """python benchmarks/eval_throughput.py [--rounds 3] [--items 64] [--samples 10000]
 
-The evaluation loop with the shipped tiny model, all answers on the disk as eval.run writes them.
+Measures the evaluation loop with the shipped tiny model; answers are stored as by eval.run.
 
     ours     samples/s of eval/pipeline/inference.py with the generation engine, 32 rows at a time
-    theirs   samples/s of the same loop and model, one sample at a time, as the release asks
+    theirs   samples/s of the same loop and model, one sample at a time, as in the MedMax release
     ratio    ours / theirs: above 1 means that batches are faster
 
-Both take turns in one process, on closed questions and captions of the embedded set, the programs
-compiled beforehand. Both must write the same words, else the ratio is null. Then the suite over a
-synthetic set of --samples closed questions with the constant baseline, which is all of eval.run but
+Both alternate in one process, on closed questions and captions of the embedded set, the programs
+compiled beforehand. Both must write the same text, else the ratio is null. Then the suite over a
+synthetic set of --samples closed questions with the constant baseline, which is eval.run without
 a model: seconds, and resident memory after the first tenth and at the end. The last line is JSON.
 """
 
@@ -41,7 +41,7 @@ ROWS = 32
 
 
 def throughput(items: int, rounds: int) -> dict:
-    """Median samples/s of both sides."""
+    """Return the median samples/s of both sides."""
     config = eval_tiny.get_config().unlock()
     config.counts.update(vqa_mcq=0, vqa_open=0, image_generation=0, multimodal=0)
     config.counts.update(vqa_closed=items // 2, captioning=items - items // 2)
@@ -83,7 +83,7 @@ def throughput(items: int, rounds: int) -> dict:
 
 
 def write_synthetic(folder: pathlib.Path, count: int) -> pathlib.Path:
-    """Closed questions, ten on each picture."""
+    """Write closed questions, ten on each image."""
     path = folder / "items.jsonl"
     with open(path, "w") as file:
         for n in range(count):
@@ -97,7 +97,8 @@ def write_synthetic(folder: pathlib.Path, count: int) -> pathlib.Path:
     return path
 
 
-# A process starts with the peak of whoever forks it, so a small one must: this one has the models.
+# A process starts with the peak of its parent, so a small process must fork it: this one holds the
+# models.
 _PEAK = """
 import resource, subprocess, sys
 code = subprocess.call(sys.argv[1:])
@@ -107,7 +108,7 @@ sys.exit(code)
 
 
 def suite_of(count: int) -> dict:
-    """Seconds and peak resident memory of eval.run on `count` samples and on a tenth of them."""
+    """Return seconds and peak memory of eval.run on `count` samples and on a tenth of them."""
     found = {}
     for size in (count // 10, count):
         with tempfile.TemporaryDirectory() as name:
@@ -138,7 +139,7 @@ def _slope(found: dict) -> float:
 
 
 def main() -> None:
-    """Both parts, then one line of JSON."""
+    """Run both parts, then print one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--items", type=int, default=64)

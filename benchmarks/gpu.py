@@ -1,19 +1,19 @@
 """python benchmarks/gpu.py --part {train,qlora,decode,vq} --workdir D [--torch_python PY] [...]
 
-Chameleon-7B with random weights on one GPU, beside HF and peft on the same GPU in turn.
+Compares Chameleon-7B with random weights on one GPU with HF and peft on the same GPU in turn.
 
     train    a LoRA step, rows of 2,048 tokens, bf16: the same batch, then each side's best batch
     qlora    the same on a base in nf4; bitsandbytes on the other side
     decode   tokens/s: a prompt of 1,034 tokens and 256 greedy ones of each row
-    vq       pictures of 512 px/s to codes; ours also back, which HF's has no decoder for
+    vq       images of 512 px/s to codes; ours also back, for which HF has no decoder
 
-A measurement is a process of each side, and stands in D/PART.json when it is done: the same command
-goes on with those that are missing. None is begun that may not end within --minutes; then the exit
-code is 75 and `unfinished` names what is left. A side that runs out of memory or lacks a package
-is an answer, by name. In measurement "same" both sides are alive and take turns, and show first
-that they compute the same from the same weights: if not, `ratio` is null. The last line is one JSON
-object: ours, theirs (the best of each), ratio, `same_batch`, and beside each of our measurements
-what medmax_jax.plan says by arithmetic of its memory and time, with the error.
+A measurement is one process per side, and is stored in D/PART.json when it is done: the same
+command resumes with the missing ones. None is started that may not end within --minutes; then the
+exit code is 75 and `unfinished` names the rest. If a side runs out of memory or lacks a package,
+that is recorded as the result. In measurement "same" both sides are alive and alternate, and first
+show that they compute the same from the same weights: if not, `ratio` is null. The last line is
+one JSON object: ours, theirs (the best of each), ratio, `same_batch`, and next to each of our
+measurements the memory and time that medmax_jax.plan computes for it, with the error.
 """
 
 import argparse
@@ -28,13 +28,13 @@ import gpu_parts
 import sides
 
 HERE = pathlib.Path(__file__).resolve().parent
-RESTART = 75  # exit code: stopped early, the same command goes on
+RESTART = 75  # exit code: stopped early, the same command resumes
 ROUNDS, FIRST_STEPS = 3, 10
-GUESS = 150.0  # seconds of a measurement before one has been made: a cold start of 7B
+GUESS = 150.0  # seconds of a measurement before the first one is done: a cold start of 7B
 
 
 def run(each: gpu_parts.Measurement, args: argparse.Namespace) -> dict[str, Any]:
-    """One measurement; its failure is a result."""
+    """Run one measurement; its failure is a result."""
     begin, alive, found = time.perf_counter(), [], {}
     try:
         for name, spec in each.specs.items():
@@ -74,7 +74,7 @@ def run(each: gpu_parts.Measurement, args: argparse.Namespace) -> dict[str, Any]
 def measure(
     todo: list[gpu_parts.Measurement], path: pathlib.Path, args: argparse.Namespace
 ) -> tuple[dict[str, Any], list[str]]:
-    """(results by name, names that are left); what an earlier call has done is not done again."""
+    """Return (results by name, names of the rest); completed results are not repeated."""
     done = json.loads(path.read_text()) if path.exists() else {}
     end, longest = time.monotonic() + 60 * args.minutes, GUESS if args.size == "7b" else 0.0
     for number, each in enumerate(todo):
@@ -92,7 +92,7 @@ def measure(
 
 
 def result(done: dict[str, Any], todo: list[gpu_parts.Measurement], args: argparse.Namespace):
-    """The last line, without what is left."""
+    """Return the last line, without the list of missing measurements."""
     told: dict[str, Any] = dict(ours=None, theirs=None, ratio=None, unit=todo[0].unit)
     best: dict[str, tuple[float, str]] = {}
     for each in todo:
@@ -113,7 +113,7 @@ def result(done: dict[str, Any], todo: list[gpu_parts.Measurement], args: argpar
             told["ratio"] = round(told["ours"] / told["theirs"], 3)
     if args.skipped:
         told["skipped"] = args.skipped
-    for each in done.values():  # long, and said in `agreement`
+    for each in done.values():  # long, and part of `agreement`
         for side in each["sides"].values():
             if isinstance(side, dict):
                 side.pop("losses", None)
@@ -122,7 +122,7 @@ def result(done: dict[str, Any], todo: list[gpu_parts.Measurement], args: argpar
 
 
 def main() -> None:
-    """The program."""
+    """Run the program."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""What gpu.py measures: each part as a list of measurements, and what a plan says of ours."""
+"""Defines the measurements of gpu.py: each part as a list, and the plan's estimates for ours."""
 
 import dataclasses
 import json
@@ -18,10 +18,10 @@ NEEDS = {  # packages of the other side
     "decode": ["torch", "transformers", "peft"],
     "vq": ["torch", "transformers", "peft"],
 }
-HELD = 10  # batches that the sides share
-UTILISATION = 0.6  # that the plan of time assumes, as medmax_jax.plan --utilisation
+HELD = 10  # batches that both sides share
+UTILISATION = 0.6  # of the time estimate, as medmax_jax.plan --utilisation
 PROMPT, WRITTEN = {"7b": 1_034, "tiny": 24}, {"7b": 256, "tiny": 8}
-# Rows, what remat saves and the attention, the likeliest best first.
+# Rows, what remat saves and the attention, the most promising first.
 OURS = [(4, "attn", "cudnn"), (8, "attn", "cudnn"), (2, "dots", "cudnn"), (4, "qkv_attn", "cudnn"),
         (16, "attn", "cudnn"), (16, "all", "cudnn"), (2, "attn", "xla")]  # fmt: skip
 # Rows, recomputation by layers, torch.compile.
@@ -31,7 +31,7 @@ THEIRS = [(4, True, False), (2, False, False), (8, True, False), (2, False, True
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One or both sides at one setting. `work`: tokens or pictures of a step."""
+    """Describes one or both sides at one setting. `work`: tokens or images of a step."""
 
     name: str
     unit: str
@@ -42,14 +42,14 @@ class Measurement:
     work: float
     steps: int
     within: float  # of the first losses, logits or codes of both sides
-    moves: bool  # they are losses, which have to move too
+    moves: bool  # they are losses, which must also change
 
     def agree(self, ours: list[float], theirs: list[float]) -> dict[str, Any]:
-        """Do the sides compute the same?"""
+        """Check whether both sides compute the same."""
         if self.moves:
             return sides.agree(ours, theirs, within=self.within)
         a, b = np.array(ours), np.array(theirs)
-        if self.unit == "pictures/s":  # codes: a share of them may lie between two rows
+        if self.unit == "pictures/s":  # codes: a share of them may be equally near to two rows
             apart = float((a != b).mean())
         else:
             apart = float(np.abs(a - b).max() / b.std())
@@ -57,13 +57,16 @@ class Measurement:
 
 
 def measurements(part: str, size: str, workdir: pathlib.Path, *, theirs: bool) -> list[Measurement]:
-    """What a part measures; the files that the sides share are made in `workdir`."""
+    """Return the measurements of a part; files shared by the sides are written to `workdir`."""
     make = {"train": _training, "qlora": _training, "decode": _decoding, "vq": _pictures}[part]
     return [m for m in make(part, size, workdir) if theirs or "ours" in m.specs]
 
 
 def planned(each: Measurement, side: dict[str, Any]) -> dict[str, Any] | None:
-    """Memory and time by arithmetic beside the measured ones; error is plan / measured - 1."""
+    """Return the computed memory and time next to the measured ones.
+
+    error is plan / measured - 1.
+    """
     from medmax_jax import config, flops
     from medmax_jax.plan import analytic, topology
 
@@ -96,7 +99,7 @@ def planned(each: Measurement, side: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def settings(part: str, size: str, folder: str, rows: int, remat: str, attention: str) -> Any:
-    """The run, as a ConfigDict."""
+    """Return the run as a ConfigDict."""
     from medmax_jax.configs import base
 
     c = base.get_config()
@@ -151,7 +154,7 @@ def _training(part: str, size: str, workdir: pathlib.Path) -> list[Measurement]:
         environment = dict(XLA_PYTHON_CLIENT_MEM_FRACTION="0.45" if both else "0.94")
         if size == "tiny":
             environment = dict(JAX_PLATFORMS="cpu")
-        exact = size == "tiny" and part == "train"  # bitsandbytes rounds its scales once more
+        exact = size == "tiny" and part == "train"  # bitsandbytes rounds its scales a second time
         return Measurement(
             name=name, unit="tokens/s", specs=specs, environment=environment,
             scripts=dict(ours="jax_side.py", theirs="hf_side.py"), work=rows * run.data.seq_len,
@@ -160,7 +163,7 @@ def _training(part: str, size: str, workdir: pathlib.Path) -> list[Measurement]:
 
     found = [made("same", 1, True, ours=our(1, "attn", "cudnn"), theirs=spec(1, False, False))]
     ours, theirs = (OURS, THEIRS) if size == "7b" else (OURS[:1], THEIRS[:1])
-    for number in range(max(len(ours), len(theirs))):  # in turn
+    for number in range(max(len(ours), len(theirs))):  # alternating
         if number < len(ours):
             rows, remat, attention = ours[number]
             name = f"ours: {rows} rows, remat {remat}, {attention}"
@@ -184,7 +187,7 @@ def _decoding(part: str, size: str, workdir: pathlib.Path) -> list[Measurement]:
     c.model.update(param_dtype="float32")
     told = config.to_dict(config.from_config_dict(c))
     told["model"]["param_dtype"] = told["model"]["compute_dtype"]
-    told["train"]["trains"] = "image_head"  # whose base may be in bf16; nothing trains here
+    told["train"]["trains"] = "image_head"  # its base may be in bf16; nothing is trained here
     prompts, length, count = workdir / "prompts.npz", PROMPT[size], WRITTEN[size]
     ids = np.random.default_rng(0).integers(8_712, told["vocab"]["size"], (32, length))
     np.savez(prompts, ids=ids.astype(np.int32))
@@ -218,7 +221,7 @@ def _pictures(part: str, size: str, workdir: pathlib.Path) -> list[Measurement]:
     from medmax_jax.convert import vqgan
 
     fields = base.get_config().vq
-    if size == "tiny":  # with 32 groups a norm, as HF has it and configs/tiny.py has not
+    if size == "tiny":  # with 32 groups per norm, as in HF and unlike configs/tiny.py
         fields.update(
             image_size=32, channels=32, channel_mult=(1, 2), num_res_blocks=1, z_channels=32,
             embed_dim=32, num_codes=64,
@@ -253,7 +256,7 @@ def _pictures(part: str, size: str, workdir: pathlib.Path) -> list[Measurement]:
 
 
 def _both(size: str) -> dict[str, str]:
-    """For two sides that are alive together."""
+    """Return the settings for two sides that are alive together."""
     if size == "tiny":
         return dict(JAX_PLATFORMS="cpu")
     return dict(XLA_PYTHON_CLIENT_MEM_FRACTION="0.45")

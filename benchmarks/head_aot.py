@@ -1,12 +1,12 @@
-"""The loss over the whole vocabulary, compiled for TPUs in three ways: temporaries and cycles.
+"""Compiles the loss over the complete vocabulary for TPUs in three ways: temporaries and cycles.
 
     python benchmarks/head_aot.py --topology=v5e:2x2 --mesh=1,4,1 --rows=4
 
     ours      cross_entropy.weighted_nll, the head frozen
-    remat     chunks under jax.checkpoint, the head gathered once over fsdp: what stood here before
+    remat     chunks under jax.checkpoint, the head gathered once over fsdp: the former code
     naive     all logits at once
 
-At the widths of 7B and 2,048 tokens a row. Prints one JSON object; step_aot.py says what est_ms is.
+At the widths of 7B and 2,048 tokens per row. Prints one JSON object; step_aot.py defines est_ms.
 """
 
 import argparse
@@ -26,7 +26,7 @@ LENGTH, WIDTH, VOCAB = 2_048, 4_096, 65_536
 
 
 def main() -> None:
-    """Reads the flags, compiles, prints one JSON object."""
+    """Parse the flags, compile, and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--topology", default="v5e:2x2")
     parser.add_argument("--mesh", default="1,4,1", help="data,fsdp,tp")
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def ours(hidden, kernel, targets, weights):
-    """As the step computes it."""
+    """Compute the loss as the training step does."""
     head = HeadWeights(kernel, None)
     chunks = ce.num_chunks(hidden, kernel)
     how = dict(trains_kernel=False, chunks=chunks)
@@ -64,7 +64,7 @@ def ours(hidden, kernel, targets, weights):
 
 
 def remat(hidden, kernel, targets, weights):
-    """Logits of a chunk of every row at a time, made once more in the backward pass."""
+    """Compute the logits chunk by chunk of every row, and again in the backward pass."""
     rows, length, width = hidden.shape
     chunks = ce.num_chunks(hidden, kernel)
     kernel = jax.reshard(kernel, P(None, "tp"))
@@ -78,7 +78,7 @@ def remat(hidden, kernel, targets, weights):
 
 
 def naive(hidden, kernel, targets, weights):
-    """All logits of a device in fp32."""
+    """Compute all logits of a device in fp32."""
     return (weights * _nll(hidden, jax.reshard(kernel, P(None, "tp")), targets)).sum()
 
 

@@ -1,4 +1,4 @@
-"""The other side of the decode and vq parts of gpu.py, in a Python with torch and transformers."""
+"""Runs the other side of gpu.py's decode and vq parts, in a Python with torch and transformers."""
 
 import json
 import math
@@ -18,7 +18,7 @@ COLUMNS = 256  # as in jax_serving.py
 
 
 class Decoder:
-    """HF's model and its generate, greedy, with its static cache."""
+    """Runs HF's model and its generate, greedy, with its static cache."""
 
     def __init__(self, spec: dict[str, Any]):
         dtype, device = getattr(torch, spec["dtype"]), spec["device"]
@@ -36,13 +36,13 @@ class Decoder:
 
     @torch.inference_mode()
     def losses(self, count: int) -> dict[str, Any]:
-        """Logits after the prompt of the first row."""
+        """Return the logits after the prompt of the first row."""
         hidden = self.model.model(self.prompt).last_hidden_state[:, -1:]
         return dict(losses=self.model.lm_head(hidden)[0, -1, :COLUMNS].float().tolist())
 
     @torch.inference_mode()
     def steps(self, count: int) -> dict[str, Any]:
-        """Seconds of prompt and answer together."""
+        """Return the seconds of prompt and answer together."""
         seconds, asked = [], self.spec["count"]
         for _ in range(count):
             start = time.perf_counter()
@@ -55,12 +55,12 @@ class Decoder:
         return dict(seconds=seconds)
 
     def about(self) -> dict[str, Any]:
-        """Versions and the peak of memory."""
+        """Return the versions and the peak of memory."""
         return hf_side.device(self.spec)
 
 
 class Pictures:
-    """HF's VQGAN, which has an encoder only."""
+    """Runs HF's VQGAN, which has only an encoder."""
 
     def __init__(self, spec: dict[str, Any]):
         vq, self.spec = spec["vq"], spec
@@ -80,13 +80,13 @@ class Pictures:
 
     @torch.inference_mode()
     def losses(self, count: int) -> dict[str, Any]:
-        """Codes of the first picture."""
+        """Return the codes of the first image."""
         codes = self.model.encode(self.pixels).image_tokens.reshape(len(self.pixels), -1)
         return dict(losses=codes[0].tolist())
 
     @torch.inference_mode()
     def steps(self, count: int) -> dict[str, Any]:
-        """Seconds to encode."""
+        """Return the seconds to encode."""
         seconds = []
         for _ in range(count):
             start = time.perf_counter()
@@ -95,13 +95,16 @@ class Pictures:
         return dict(seconds=seconds)
 
     def about(self) -> dict[str, Any]:
-        """Versions and the peak of memory."""
+        """Return the versions and the peak of memory."""
         return hf_side.device(self.spec)
 
 
 @torch.no_grad()
 def _fill(tensor: torch.Tensor, name: str, shape: list[int]) -> None:
-    """A tensor of taming's layout from our name and shape: [h, w, I, O] is [O, I, h, w] there."""
+    """Fill a tensor of taming's layout from this project's name and shape.
+
+    [h, w, I, O] is [O, I, h, w] there.
+    """
     wide = same_weights.width(name, shape[0])
     if wide is None:
         tensor.fill_(same_weights.constant(name))
@@ -113,7 +116,7 @@ def _fill(tensor: torch.Tensor, name: str, shape: list[int]) -> None:
 
 
 def main() -> None:
-    """Builds, then serves."""
+    """Build the models, then serve requests."""
     with open(sys.argv[1]) as file:
         spec = json.load(file)
     made = {"decode": Decoder, "vq": Pictures}[spec["part"]](spec)

@@ -1,7 +1,7 @@
-"""The other side of training benchmarks: Chameleon of HF with LoRA of peft, in a Python with both.
+"""Runs the other side of training benchmarks: HF's Chameleon with peft's LoRA.
 
-python hf_side.py SPEC.json, then questions a line (sides.py). SPEC: what the other side says of its
-model, and the batches, so that both train the same weights on the same tokens:
+python hf_side.py SPEC.json, then one request per line (sides.py), in a Python with both. SPEC: the
+model of the other side, and the batches, so that both train the same weights on the same tokens:
 
     model vocab lora optim   the fields of medmax_jax.config     batches   .npz of ids and weights
     device dtype threads quant checkpointing compile             rows      of a step
@@ -27,7 +27,7 @@ NAMES = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
 
 
 def build(spec: dict[str, Any]) -> torch.nn.Module:
-    """HF's model with peft's adapters and the weights of same_weights.py."""
+    """Return HF's model with peft's adapters and the weights of same_weights.py."""
     dtype = getattr(torch, spec["dtype"])
     torch.set_default_dtype(dtype)
     with torch.device(spec["device"]):
@@ -45,11 +45,11 @@ def build(spec: dict[str, Any]) -> torch.nn.Module:
     adapters = peft.LoraConfig(
         r=lora["rank"], lora_alpha=lora["alpha"], lora_dropout=lora["dropout"], target_modules=NAMES
     )
-    return peft.get_peft_model(model, adapters)  # adapters in fp32, whatever the base
+    return peft.get_peft_model(model, adapters)  # adapters in fp32 for any base
 
 
 def hf_config(spec: dict[str, Any]) -> transformers.ChameleonConfig:
-    """The same architecture; the image tokenizer inside HF's model is as small as it goes."""
+    """Return the same architecture, with the smallest image tokenizer inside HF's model."""
     m = spec["model"]
     return transformers.ChameleonConfig(
         vocab_size=spec["vocab"]["size"],
@@ -73,7 +73,10 @@ def hf_config(spec: dict[str, Any]) -> transformers.ChameleonConfig:
 
 
 def ours(name: str) -> tuple[str, int]:
-    """Our name of a tensor and its layer: model.layers.3.mlp.up_proj.weight -> layers.mlp..., 3."""
+    """Return this project's name of a tensor, and its layer.
+
+    model.layers.3.mlp.up_proj.weight -> layers.mlp..., 3.
+    """
     parts = [
         p for p in name.split(".") if p not in ("base_model", "model", "default", "base_layer")
     ]
@@ -89,9 +92,9 @@ def ours(name: str) -> tuple[str, int]:
 
 @torch.no_grad()
 def fill(name: str, tensor: torch.Tensor) -> None:
-    """The tensor's weights in place."""
+    """Write the tensor's weights in place."""
     name, layer = ours(name)
-    turned = not name.endswith(("embedding", "scale", "bias"))  # torch has matrices as [out, in]
+    turned = not name.endswith(("embedding", "scale", "bias"))  # torch stores matrices as [out, in]
     shape = tensor.shape[::-1] if turned else tensor.shape
     wide = same_weights.width(name, shape[0])
     if wide is None:
@@ -104,7 +107,10 @@ def fill(name: str, tensor: torch.Tensor) -> None:
 
 
 def quantise(model: torch.nn.Module) -> None:
-    """The matrices of the layers in nf4 of bitsandbytes, in place; the embedding and head stay."""
+    """Quantize the matrices of the layers to nf4 of bitsandbytes, in place.
+
+    The embedding and head are unchanged.
+    """
     import bitsandbytes as bnb
 
     for layer in model.model.layers:
@@ -123,7 +129,7 @@ def quantise(model: torch.nn.Module) -> None:
 
 @dataclasses.dataclass
 class Trainer:
-    """A model, its optimiser and its batches."""
+    """Holds a model, its optimizer and its batches."""
 
     spec: dict[str, Any]
 
@@ -149,7 +155,7 @@ class Trainer:
         return (nll * weights[:, 1:].reshape(-1)).sum()
 
     def restart(self, *, dropout: float) -> None:
-        """The first weights again, and a new optimiser."""
+        """Restore the first weights, and create a new optimizer."""
         for name, tensor in self.model.named_parameters():
             if "lora_" in name:
                 fill(name, tensor)
@@ -176,14 +182,14 @@ class Trainer:
         return loss.detach()
 
     def losses(self, count: int) -> dict[str, Any]:
-        """Losses of the first steps, without dropout."""
+        """Return the losses of the first steps, without dropout."""
         self.restart(dropout=0.0)
         found = [self.step().item() for _ in range(count)]
         self.restart(dropout=self.spec["lora"]["dropout"])
         return dict(losses=found)
 
     def steps(self, count: int) -> dict[str, Any]:
-        """Seconds of each of `count` steps."""
+        """Return the seconds of each of `count` steps."""
         seconds = []
         for _ in range(count):
             start = time.perf_counter()
@@ -192,12 +198,12 @@ class Trainer:
         return dict(seconds=seconds)
 
     def about(self) -> dict[str, Any]:
-        """Versions, and the peak of the device's memory so far."""
+        """Return the versions, and the peak of the device's memory so far."""
         return device(self.spec) | dict(trained=sum(p.numel() for p in self.trained))
 
 
 def device(spec: dict[str, Any]) -> dict[str, Any]:
-    """What it runs on, with what."""
+    """Return the device and the versions."""
     cuda, modules = spec["device"] != "cpu", (torch, transformers, peft)
     return dict(
         versions={m.__name__: m.__version__ for m in modules},
@@ -208,7 +214,7 @@ def device(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Builds, then serves."""
+    """Build the model, then serve requests."""
     with open(sys.argv[1]) as file:
         trainer = Trainer(json.load(file))
     sides.serve({"losses": trainer.losses, "steps": trainer.steps, "about": trainer.about})

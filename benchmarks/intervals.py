@@ -1,7 +1,7 @@
 """python benchmarks/intervals.py [--draws 500]
 
-How often 95 % intervals over groups hold the truth, by design: groups, items of each, the share of
-right answers, and how alike the items of a group are (intra-class correlation). Each draw is a new
+Measures how often 95 % intervals over groups contain the truth, by design: groups, items of each,
+share of right answers, and correlation within groups (intra-class correlation). Each draw is a new
 sample of groups; a group's own share is beta distributed about the truth.
 
 ours         eval/stats/intervals.py
@@ -30,8 +30,9 @@ RESAMPLES = 2_000
 
 @dataclasses.dataclass(frozen=True)
 class Design:
-    """`each`: items of a group; 0: sizes of their own, log-normal from 1 to about 40.
+    """Describes the groups and items of a test of coverage.
 
+    `each`: items of a group; 0: sizes of their own, log-normal from 1 to about 40.
     paired: items are differences of two models, -1, 0 or 1, of which `share` are not 0; the truth
     is 0 and `icc` is of their signs.
     """
@@ -53,7 +54,7 @@ class Design:
         return 0.0 if self.paired else self.share
 
     def draw(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """(values, the group of each)."""
+        """Return (values, the group of each)."""
         sizes = np.full(self.groups, self.each)
         if not self.each:
             sizes = np.maximum(1, np.round(rng.lognormal(1.2, 1.0, self.groups))).astype(int)
@@ -94,7 +95,7 @@ DESIGNS = (
 
 
 def coverage(design: Design, *, draws: int, seed: int) -> dict[str, float]:
-    """The share of intervals that hold the truth, by method, and the mean width of ours."""
+    """Return the share of intervals that contain the truth by method, and our mean width."""
     rng, width = np.random.default_rng(seed), 0.0
     held = dict.fromkeys(("ours", "percentile", "t"), 0)
     span = intervals.of_differences(intervals.SHARE) if design.paired else intervals.SHARE
@@ -129,7 +130,7 @@ def _others(
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--draws", type=int, default=500)
     given = parser.parse_args()

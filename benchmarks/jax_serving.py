@@ -1,7 +1,7 @@
-"""Our side of the decode and vq parts of gpu.py; questions a line, as in jax_side.py.
+"""Runs this project's side of gpu.py's decode and vq parts; one request per line, as jax_side.py.
 
 decode   a prompt is read, then `count` tokens are written greedily, in one jitted loop
-vq       pictures to codes and back
+vq       images to codes and back
 """
 
 import functools
@@ -20,11 +20,11 @@ from medmax_jax import config as medmax_jax_config
 from medmax_jax import sharding
 from medmax_jax.models import kv_cache, vqgan
 
-COLUMNS = 256  # logits that are shown to agree
+COLUMNS = 256  # logits that are compared
 
 
 class Decoder:
-    """A model with room for a prompt and its answer."""
+    """Holds a model with cache capacity for a prompt and its answer."""
 
     def __init__(self, spec: dict[str, Any]):
         run = medmax_jax_config.from_config_dict(spec["run"])
@@ -42,13 +42,13 @@ class Decoder:
         self.compile_seconds = round(time.perf_counter() - start, 2)
 
     def losses(self, count: int) -> dict[str, Any]:
-        """Logits after the prompt of the first row."""
+        """Return the logits after the prompt of the first row."""
         with jax.set_mesh(self.mesh):
             logits, _ = self.read(self.model, self.prompt)
         return dict(losses=np.asarray(logits)[0, -1, :COLUMNS].tolist())
 
     def steps(self, count: int) -> dict[str, Any]:
-        """Seconds of prompt and answer together."""
+        """Return the seconds of prompt and answer together."""
         seconds = []
         with jax.set_mesh(self.mesh):
             for _ in range(count):
@@ -58,7 +58,7 @@ class Decoder:
         return dict(seconds=seconds)
 
     def about(self) -> dict[str, Any]:
-        """As jax_side.Trainer.about."""
+        """Return the values of jax_side.Trainer.about."""
         return jax_side.device() | dict(compile_seconds={"both": self.compile_seconds})
 
 
@@ -92,7 +92,7 @@ def _write(model: Any, logits: jax.Array, cache: Any, *, count: int) -> jax.Arra
 
 
 class Pictures:
-    """The VQGAN."""
+    """Runs the VQGAN."""
 
     def __init__(self, spec: dict[str, Any]):
         vq = medmax_jax_config.build(medmax_jax_config.VQ, spec["vq"])
@@ -104,11 +104,11 @@ class Pictures:
         self.compile_seconds = round(time.perf_counter() - start, 2)
 
     def losses(self, count: int) -> dict[str, Any]:
-        """Codes of the first picture."""
+        """Return the codes of the first image."""
         return dict(losses=np.asarray(self.codes[0]).reshape(-1).tolist())
 
     def steps(self, count: int) -> dict[str, Any]:
-        """Seconds to encode, and beside them to decode, which the other side cannot."""
+        """Return the seconds to encode, and to decode, which the other side cannot."""
         seconds, back = [], []
         for _ in range(count):
             for call, what, kept in (
@@ -121,12 +121,12 @@ class Pictures:
         return dict(seconds=seconds, decode_seconds=back)
 
     def about(self) -> dict[str, Any]:
-        """As jax_side.Trainer.about."""
+        """Return the values of jax_side.Trainer.about."""
         return jax_side.device() | dict(compile_seconds={"both": self.compile_seconds})
 
 
 def main() -> None:
-    """Compiles, then serves."""
+    """Compile, then serve requests."""
     with open(sys.argv[1]) as file:
         spec = json.load(file)
     made = {"decode": Decoder, "vq": Pictures}[spec["part"]](spec)

@@ -1,6 +1,6 @@
-"""Our side of training benchmarks: the training step as train.py has it, on weights of a formula.
+"""Runs this project's side of training benchmarks: the step of train.py, on weights of a formula.
 
-python jax_side.py SPEC.json, then questions a line (sides.py). SPEC has the whole config of a run
+python jax_side.py SPEC.json, then one request per line (sides.py). SPEC has the config of a run
 and how many batches to hold; they come from its records through the loader.
 """
 
@@ -36,7 +36,7 @@ FIRST_TEXT = 8_712  # ids below are images and controls
 
 
 def write_records(folder: pathlib.Path, run: config.Run, *, count: int) -> None:
-    """Text documents of a row each, full; ids by Zipf's law, so that there is something to learn.
+    """Write full text documents of one row each, with ids by Zipf's law so that a model can learn.
 
     Answers are 1/4 to 3/4 of a document: by `loss_weight` document each weighs the same.
     """
@@ -57,7 +57,7 @@ def write_records(folder: pathlib.Path, run: config.Run, *, count: int) -> None:
 
 
 def write_batches(path: pathlib.Path, run: config.Run, *, count: int) -> None:
-    """The first batches of the run, for the other side."""
+    """Write the first batches of the run, for the other side."""
     source = loader.train_batches(run, run.data.train)
     held = [source.batch(number) for number in range(count)]
     names = ("ids", "weights")
@@ -65,13 +65,16 @@ def write_batches(path: pathlib.Path, run: config.Run, *, count: int) -> None:
 
 
 def create(run: config.Run) -> chameleon.Chameleon:
-    """The model of same_weights.py, each weight born in its shards, quantised if config says so."""
+    """Create the model of same_weights.py, each weight initialized in its shards.
+
+    Weights are quantized if the config requires it.
+    """
     like = chameleon.abstract_model(run.model, run.vocab, run.lora)
     return fill(like, run.model)
 
 
 def fill(like: Any, model: config.Model | None) -> Any:
-    """The tree with arrays for shapes. `model`: where matrices may be quantised."""
+    """Return the tree with arrays for shapes. `model`: where matrices may be quantized."""
     leaves = jax.tree_util.tree_flatten_with_path(like)
     made: dict[str, jax.Array] = {}
     for path, leaf in leaves[0]:
@@ -100,7 +103,7 @@ def _salts(name: str, layers: int) -> jax.Array:
 
 
 def _layer(name: str, salt: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The numbers of one layer in fp32."""
+    """Return the numbers of one layer in fp32."""
     wide = same_weights.width(name, shape[0])
     if wide is None:
         return jnp.full(shape, same_weights.constant(name), jnp.float32)
@@ -110,7 +113,7 @@ def _layer(name: str, salt: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _quantised(name: str, like: jax.ShapeDtypeStruct, model: config.Model) -> dict[str, jax.Array]:
-    """A stack of matrices in nf4, as convert/quantize.py makes it, but on the device."""
+    """Return a stack of matrices in nf4, as by convert/quantize.py, but on the device."""
     if model.quant != "nf4":
         raise ValueError(f"model.quant is {model.quant!r}; this benchmark makes only nf4")
     layers, rows, columns = like.shape
@@ -131,7 +134,7 @@ def _quantised(name: str, like: jax.ShapeDtypeStruct, model: config.Model) -> di
 
 
 class Trainer:
-    """A model and its compiled steps."""
+    """Holds a model and its compiled steps."""
 
     def __init__(self, run: config.Run, *, batches: int):
         self.run, self.mesh = run, sharding.make_mesh(run.mesh)
@@ -149,7 +152,7 @@ class Trainer:
         self.compiled = self._compiled("with dropout", run)
 
     def restart(self) -> None:
-        """The first weights again, and a new optimiser; a step donates its state."""
+        """Restore the first weights and create a new optimizer; a step donates its state."""
         with jax.set_mesh(self.mesh):
             self.state = step.init_state(jax.tree.map(jnp.copy, self.trainable), self.run)
         self.at = 0
@@ -167,7 +170,7 @@ class Trainer:
         return step.split_trainable(like, run.train.trains)[0]
 
     def one(self, compiled: Any) -> Any:
-        """Sums of the next step, not waited for."""
+        """Return the sums of the next step, without waiting for them."""
         batch = self.batches[self.at % len(self.batches)]
         self.at += 1
         with jax.set_mesh(self.mesh):
@@ -175,7 +178,7 @@ class Trainer:
         return sums
 
     def losses(self, count: int) -> dict[str, Any]:
-        """Losses of the first steps, without dropout."""
+        """Return the losses of the first steps, without dropout."""
         self.restart()
         still = dataclasses.replace(self.run.lora, dropout=0.0)
         compiled = self._compiled("without dropout", dataclasses.replace(self.run, lora=still))
@@ -184,7 +187,7 @@ class Trainer:
         return dict(losses=found)
 
     def steps(self, count: int) -> dict[str, Any]:
-        """Seconds of each of `count` steps."""
+        """Return the seconds of each of `count` steps."""
         seconds = []
         for _ in range(count):
             start = time.perf_counter()
@@ -193,7 +196,7 @@ class Trainer:
         return dict(seconds=seconds)
 
     def about(self) -> dict[str, Any]:
-        """Versions, compile times, what the compiler plans to use and the device did use."""
+        """Return versions, compile times, and planned and used device memory."""
         planned = self.compiled.memory_analysis()
         return device() | dict(
             compile_seconds=self.compile_seconds,
@@ -204,7 +207,7 @@ class Trainer:
 
 
 def device() -> dict[str, Any]:
-    """What it runs on, with what."""
+    """Return the device and the versions."""
     stats = jax.devices()[0].memory_stats() or {}
     return dict(
         versions={"jax": jax.__version__, "python": sys.version.split()[0]},
@@ -214,7 +217,7 @@ def device() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Compiles, then serves."""
+    """Compile, then serve requests."""
     with open(sys.argv[1]) as file:
         spec = json.load(file)
     trainer = Trainer(config.from_config_dict(spec["run"]), batches=spec["batches"])

@@ -1,18 +1,18 @@
 """python benchmarks/loader.py --scratch D [--rows 20000] [--many 400000] [--rounds 5]
 
-How soon, how fast and in how much memory batches come, on synthetic records
+Measures the latency, rate and memory of loading batches, on synthetic records
 (data/records/synthetic.py):
 
     ours     seconds from the imports to the first batch: open the folder, plan, read 8 rows
-    theirs   the same for the released way of working, written anew: every row of a JSONL through
-             json.loads into RAM, int64, a document a row, a batch padded to its longest
-    ratio    theirs / ours: above 1 means that ours has a batch sooner
+    theirs   the same for the method of the MedMax release, reimplemented: every row of a JSONL by
+             json.loads into RAM, int64, one document per row, a batch padded to its longest
+    ratio    theirs / ours: above 1 means that ours has a batch earlier
 
-Each measurement is a process of its own, ours and theirs in turn, files in the page cache. Beside
-it: imports, index (ours: open and plan), tokens/s of one process over --steps batches, peak memory
-(VmHWM) and what it had after its imports; ours also at --many rows. `theirs` has no torch: numpy's
-int64 stands for its tensors and this process for its DataLoader, which leaves its work the least.
-Then two epochs of the whole mixture (1.47 M documents) are planned, beside offline packing, and a
+Each measurement is a separate process, ours and theirs in turn, files in the page cache. In
+addition: imports, index (ours: open and plan), tokens/s of one process over --steps batches, peak
+memory (VmHWM) and memory after the imports; ours also at --many rows. `theirs` has no torch:
+numpy's int64 replaces its tensors and this process its DataLoader, which minimizes its work.
+Then two epochs of the full mixture (1.47 M documents) are planned, next to offline packing, and a
 reader is killed in the middle of its second epoch and started again. The last line is one JSON
 object.
 """
@@ -36,7 +36,7 @@ SEQ_LEN, LIMIT, BATCH, MIXTURE = 4_096, 2_048, 8, 1_470_000
 
 
 def memory(name: str) -> float:
-    """VmRSS or VmHWM of this process, in MB."""
+    """Return VmRSS or VmHWM of this process, in MB."""
     for line in pathlib.Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name):
             return round(int(line.split()[1]) * 1024 / 1e6, 1)
@@ -44,15 +44,15 @@ def memory(name: str) -> float:
 
 
 def say(**numbers: object) -> None:
-    """One line of JSON, for the process that waits."""
+    """Print one line of JSON for the waiting process."""
     print(json.dumps(numbers), flush=True)
 
 
-# ---- what each process does
+# ---- programs of each process
 
 
 def settings(folder: str, steps: int):
-    """A run that reads `folder`."""
+    """Return a run that reads `folder`."""
     from medmax_jax import config
     from medmax_jax.configs import base as base_config
 
@@ -65,7 +65,7 @@ def settings(folder: str, steps: int):
 
 
 def ours(folder: str, steps: int) -> None:
-    """First batch and the next ones, as training has them."""
+    """Load the first batch and the next ones, as training does."""
     from medmax_jax.data import loader
 
     run = settings(folder, steps + 1)
@@ -80,7 +80,7 @@ def ours(folder: str, steps: int) -> None:
 
 
 def theirs(path: str, steps: int) -> None:
-    """The released way: all rows first, then a padded batch of documents."""
+    """Load all rows first, then padded batches of documents, as the MedMax release does."""
     import numpy as np
 
     imported, base = time.monotonic(), memory("VmRSS")
@@ -97,7 +97,10 @@ def theirs(path: str, steps: int) -> None:
 
 
 def padded(rows: list) -> tuple:
-    """ids, mask and labels of a batch as long as its longest; labels -100 up to the separator."""
+    """Return ids, mask and labels of a batch, padded to its longest row.
+
+    Labels are -100 up to the separator.
+    """
     import numpy as np
 
     shape = (len(rows), max(map(len, rows)))
@@ -111,7 +114,7 @@ def padded(rows: list) -> tuple:
 
 
 def report(imported: float, indexed: float, first: float, tokens: int, base: float) -> None:
-    """The numbers of either."""
+    """Print the numbers of one side."""
     say(
         imports=round(imported - START, 3),
         index=round(indexed - imported, 4),
@@ -123,7 +126,7 @@ def report(imported: float, indexed: float, first: float, tokens: int, base: flo
 
 
 def digests(folder: str, start: int, stop: int) -> None:
-    """A digest of each batch from `start` on, one a line."""
+    """Print a digest of each batch from `start` on, one per line."""
     from medmax_jax.data import loader
 
     batches = loader.train_batches(settings(folder, stop), folder)
@@ -135,11 +138,11 @@ def digests(folder: str, start: int, stop: int) -> None:
         print(f"{step} {epoch} {digest.hexdigest()}", flush=True)
 
 
-# ---- what is asked of them
+# ---- measurements
 
 
 def child(*words: object) -> dict:
-    """Runs one of the above; what it said."""
+    """Run one of the above; return its output."""
     command = [sys.executable, __file__, "--child", *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     found = json.loads(done.stdout.splitlines()[-1])
@@ -148,7 +151,7 @@ def child(*words: object) -> dict:
 
 
 def make(scratch: pathlib.Path, rows: int, jsonl: bool) -> tuple[pathlib.Path, pathlib.Path]:
-    """The same documents as records and, when asked, as the released JSONL."""
+    """Write the same documents as records and, if requested, as the released JSONL."""
     from medmax_jax.data.records import synthetic, writer
 
     folder, path = scratch / f"records_{rows}", scratch / f"rows_{rows}.jsonl"
@@ -165,7 +168,7 @@ def make(scratch: pathlib.Path, rows: int, jsonl: bool) -> tuple[pathlib.Path, p
 
 
 def planned() -> dict:
-    """Two epochs of the whole mixture at each row length, and how full its rows are."""
+    """Plan two epochs of the full mixture at each row length; return how full its rows are."""
     import numpy as np
 
     from medmax_jax.data.packing import mixing, pack
@@ -199,7 +202,7 @@ def planned() -> dict:
 
 
 def weighted() -> dict:
-    """Seconds for two epochs of the whole mixture with a weight for each source."""
+    """Return the seconds for two epochs of the full mixture with a weight for each source."""
     import numpy as np
 
     from medmax_jax.data.mixture import SOURCES
@@ -220,7 +223,7 @@ def weighted() -> dict:
 
 
 def killed(folder: pathlib.Path, steps_an_epoch: int) -> dict:
-    """A reader is killed in its second epoch; another goes on. Are its batches the same?"""
+    """Kill a reader in its second epoch, resume in another, and compare the batches."""
     stop = 2 * steps_an_epoch
     command = [sys.executable, __file__, "--child", "digests", str(folder)]
     whole = subprocess.run(
@@ -244,12 +247,12 @@ def killed(folder: pathlib.Path, steps_an_epoch: int) -> dict:
 
 
 def middle(runs: list[dict]) -> dict:
-    """The median of each number."""
+    """Return the median of each number."""
     return {name: statistics.median(r[name] for r in runs) for name in runs[0]}
 
 
 def main() -> None:
-    """The program."""
+    """Run the program."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -284,7 +287,7 @@ def main() -> None:
 
 
 def finish(runs: dict, many: list[dict], told: dict, load: tuple) -> None:
-    """The last line."""
+    """Print the last line."""
     import grain
     import jax
     import numpy as np

@@ -1,4 +1,4 @@
-"""The same random weights on both sides without a file: each entry is a hash of its place.
+"""Generates the same random weights on both sides without a file: each entry hashes its position.
 
     entry i of layer l of `name`  =  ((hash(i, crc32("name.l")) >> 8) / 2**24 - 1/2) * width
 
@@ -11,17 +11,17 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
-STD = 0.02  # of matrices and embeddings, as at a model's birth
+STD = 0.02  # of matrices and embeddings, as at initialization
 ROOT_12 = 12**0.5  # width of a uniform distribution over its standard deviation
 
 
 def salt(name: str, layer: int) -> int:
-    """What tells one tensor from another."""
+    """Return a number that distinguishes one tensor from another."""
     return zlib.crc32(f"{name}.{layer}".encode())
 
 
 def bits(place: Any, salt: Any, const: Callable[[int], Any]) -> Any:
-    """24 pseudo-random bits an entry (Wellons' lowbias32).
+    """Return 24 pseudo-random bits per entry (Wellons' lowbias32).
 
     `place` and `salt` hold integers below 2**32, in uint32 or something wider; `const` makes a
     number of their kind.
@@ -34,12 +34,12 @@ def bits(place: Any, salt: Any, const: Callable[[int], Any]) -> Any:
 
 
 def width(name: str, fan_in: int) -> float | None:
-    """Of a tensor's uniform distribution; None where it is no random one."""
+    """Return the width of a tensor's uniform distribution; None where it is not random."""
     if name.endswith(("kernel", "embedding")):
         return STD * ROOT_12
     return 2 * fan_in**-0.5 if name.endswith("lora_a") else None
 
 
 def constant(name: str) -> float:
-    """The value of every entry of what is not random."""
+    """Return the value of every entry of a tensor that is not random."""
     return 1.0 if name.endswith("scale") else 0.0

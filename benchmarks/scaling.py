@@ -1,6 +1,6 @@
 """python benchmarks/scaling.py --part {coverage,speed} [--draws 200] [--points T.csv]
 
-coverage   how often 95% intervals of medmax_jax.scaling hold the true parameter of laws that are
+coverage   how often 95% intervals of medmax_jax.scaling contain the true parameter of laws that are
            known: tables are drawn from a law with noise of 0.5% (runs of a size and an amount of
            data, two seeds), fitted, bootstrapped
 speed      seconds of one fit, of 1,000 bootstraps, and of all that the program does (with held-outs
@@ -35,7 +35,7 @@ TRUE = {
 
 
 def design(law: str, *, sizes: int, amounts: int, seeds: int) -> dict[str, np.ndarray]:
-    """The columns of a grid of runs."""
+    """Return the columns of a grid of runs."""
     n = np.geomspace(5e7, 1.5e10, sizes)
     d = np.geomspace(1e9, 3e11, amounts)
     if law in ("finetune", "rectified"):
@@ -49,7 +49,7 @@ def design(law: str, *, sizes: int, amounts: int, seeds: int) -> dict[str, np.nd
 
 
 def truth(law: str, x: dict[str, np.ndarray]) -> np.ndarray:
-    """The law's own values, without noise."""
+    """Return the law's values without noise."""
     v, found = TRUE[law], LAWS[law]
     exponents = tuple(
         np.array([np.log(v[e.name]) if e.log else v[e.name]]) for e in found.exponents
@@ -60,7 +60,7 @@ def truth(law: str, x: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def drawn(law: str, x: dict[str, np.ndarray], rng: np.random.Generator) -> table.Table:
-    """A table of runs of the law with noise."""
+    """Return a table of runs of the law with noise."""
     exact = truth(law, x)
     noise = NOISE * rng.standard_normal(len(exact))
     return table.Table(
@@ -77,7 +77,7 @@ def drawn(law: str, x: dict[str, np.ndarray], rng: np.random.Generator) -> table
 def coverage(
     law: str, *, draws: int, bootstraps: int, seed: int, delta: float, **grid: int
 ) -> dict[str, float]:
-    """The share of intervals that hold the truth, by parameter."""
+    """Return the share of intervals that contain the truth, by parameter."""
     rng, x = np.random.default_rng(seed), design(law, **grid)
     want = dict(TRUE[law])
     if law in allocation.LAWS:
@@ -96,7 +96,7 @@ def coverage(
 
 
 def speed(points: str | None) -> dict[str, float]:
-    """Seconds; the median of five fits."""
+    """Return the seconds; the median of five fits."""
     if points:
         rows = table.read(points, LAWS["chinchilla"], target="loss", columns={}, exclude=())
     else:
@@ -126,7 +126,7 @@ def speed(points: str | None) -> dict[str, float]:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", required=True, choices=("coverage", "speed"))
     parser.add_argument("--draws", type=int, default=200)

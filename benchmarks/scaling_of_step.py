@@ -1,13 +1,13 @@
 """python benchmarks/scaling_of_step.py [--points 4] [--repeats 5] [--remat attn] [--json]
 
-How a LoRA step's time and memory grow with the row's length, the rows and the depth, on this CPU.
+Measures how a LoRA step's time and memory grow with row length, rows and depth, on this CPU.
 
 From one base size (width 128, 4 heads, MLP 384, vocabulary 9,728; rows of 256, 2 rows, 2 layers)
-each axis is doubled alone. A line has seconds (median of --repeats), tokens/s, temporaries of the
-step by the compiler, and the bytes that it is given (weights, optimiser, batch). `slope`: d log / d
-log of an axis by least squares; 1 is proportional. Attention is xla: scores stand in memory, so
-length goes towards 2, and rows and depth stay at or under 1. Memory is exact; seconds are as quiet
-as the machine.
+each axis is doubled separately. A line has seconds (median of --repeats), tokens/s, temporaries of
+the step by the compiler, and its input bytes (weights, optimizer, batch). `slope`: d log / d
+log of an axis by least squares; 1 is proportional. Attention is xla: it stores all scores, so
+length tends to 2, and rows and depth stay at or under 1. Memory is exact; seconds have the noise
+of the machine.
 """
 
 import argparse
@@ -26,7 +26,7 @@ MEASURED = ("seconds", "temporaries_mib", "arguments_mib")
 
 
 def settings(folder: str, remat: str, *, length: int, rows: int, depth: int) -> Any:
-    """The run, as a ConfigDict."""
+    """Return the run as a ConfigDict."""
     from medmax_jax.configs import base as base_config
 
     c = base_config.get_config()
@@ -45,7 +45,7 @@ def settings(folder: str, remat: str, *, length: int, rows: int, depth: int) -> 
 
 
 def measure(remat: str, repeats: int, **size: int) -> dict[str, float]:
-    """One step at one size."""
+    """Measure one step at one size."""
     from medmax_jax import config
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -65,12 +65,12 @@ def measure(remat: str, repeats: int, **size: int) -> dict[str, float]:
 
 
 def slope(sizes: list[int], values: list[float]) -> float:
-    """Of log value over log size. 1, 2, 4 and 3, 6, 12: 1.0."""
+    """Return the slope of log value over log size. 1, 2, 4 and 3, 6, 12: 1.0."""
     return round(float(np.polyfit(np.log(sizes), np.log(values), 1)[0]), 3)
 
 
 def main() -> None:
-    """The program."""
+    """Run the program."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

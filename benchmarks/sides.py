@@ -1,4 +1,4 @@
-"""The sides of a benchmark: processes that answer one question a line, and take turns.
+"""Runs the sides of a benchmark: processes that answer one request per line, and alternate.
 
     parent   side.ask(do="steps", count=3)   -->  {"do": "steps", "count": 3}    on the side's stdin
     side     serve({"steps": steps})         -->  {"seconds": [1.9, 1.8, 1.8]}   on its stdout
@@ -23,11 +23,11 @@ PROBE = (
 
 
 class Failed(RuntimeError):
-    """A side that ended before it answered; the message has the end of what it wrote."""
+    """Raised for a side that ended before its answer; the message has the end of its output."""
 
 
 class Side:
-    """A process that serves questions."""
+    """Runs a process that serves requests."""
 
     def __init__(self, name: str, command: list[str], **environment: str):
         self.name = name
@@ -37,7 +37,7 @@ class Side:
         )  # fmt: skip
 
     def ask(self, **question: Any) -> dict[str, Any]:
-        """The answer to one question; what else the side prints goes to stderr."""
+        """Return the answer to one request; other output of the side goes to stderr."""
         try:
             self._process.stdin.write(json.dumps(question) + "\n")
             self._process.stdin.flush()
@@ -50,7 +50,7 @@ class Side:
         raise self._failed(question)
 
     def close(self) -> None:
-        """Ends the process, which a closed stdin tells it to."""
+        """End the process by closing its stdin."""
         with contextlib.suppress(BrokenPipeError):  # it has ended by itself
             self._process.stdin.close()
         self._process.wait()
@@ -63,14 +63,14 @@ class Side:
 
 
 def serve(answers: dict[str, Callable[..., dict[str, Any]]]) -> None:
-    """Answers questions until stdin is closed; `do` names the function, the rest its arguments."""
+    """Answer requests until stdin is closed; `do` names the function, the rest its arguments."""
     for line in sys.stdin:
         question = json.loads(line)
         print(json.dumps(answers[question.pop("do")](**question)), flush=True)
 
 
 def missing(python: str, packages: list[str]) -> str:
-    """The first package that this Python lacks; empty when it has all."""
+    """Return the first package that this Python lacks; empty when it has all."""
     done = subprocess.run(
         [python, "-c", PROBE, *packages], capture_output=True, text=True, check=True
     )
@@ -78,14 +78,14 @@ def missing(python: str, packages: list[str]) -> str:
 
 
 def median(values: list[float]) -> float:
-    """To four digits, as results are printed."""
+    """Return the median to four digits, as results are printed."""
     return float(f"{statistics.median(values):.4g}")
 
 
 def agree(ours: list[float], theirs: list[float], *, within: float) -> dict[str, Any]:
-    """Do two curves of losses agree, and do they say anything?
+    """Check whether two curves of losses agree and change.
 
-    `ok` wants every pair within `within` of each other, relative, and a curve that moves by ten
+    `ok` requires every pair within `within` of each other, relative, and a curve that moves by ten
     times that: two sides that train nothing would agree as well.
     """
     apart = max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))

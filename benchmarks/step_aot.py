@@ -1,14 +1,14 @@
-"""Compiles a training step for TPUs on a machine without one, and says what the compiler says.
+"""Compiles a training step for TPUs on a machine without one, and prints the compiler's report.
 
     python benchmarks/step_aot.py --topology=v5e:2x2 --mesh=1,4,1 --layers=3 --rows=4 \
         --set model.attention=splash --set model.remat=attn
 
 Widths are those of 7B, the depth is small so that it compiles in seconds. Printed as JSON:
-    temp_gib      temporaries of a device
-    est_ms        scheduled cycles x trip counts / 1.5 GHz: ranks variants of a program, is no speed
+    temp_gib      temporaries per device
+    est_ms        scheduled cycles x trip counts / 1.5 GHz: ranks variants of a program, not a speed
                   (kernels written in Pallas and exposed communication have no cycles in it)
-    layer_cycles  of the loops over layers alone, forward and backward
-    other_ms      the rest: embedding, head, loss, optimiser
+    layer_cycles  of the loops over layers only, forward and backward
+    other_ms      the rest: embedding, head, loss, optimizer
 """
 
 import argparse
@@ -20,7 +20,7 @@ import time
 from typing import Any
 
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
-os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "true"  # another process may have it
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "true"  # another process may use it
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
 import jax
@@ -37,7 +37,7 @@ CLOCK = 1.5e9  # Hz, of v5e: reproduces its published peak
 
 
 def main() -> None:
-    """Reads the flags, compiles, prints one JSON object."""
+    """Parse the flags, compile, and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--topology", default="v5e:2x2")
     parser.add_argument("--mesh", default="1,4,1", help="data,fsdp,tp")
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def compile_step(given: argparse.Namespace) -> Any:
-    """The program of `step.make_train_step` for the topology; nothing is allocated."""
+    """Compile the program of `step.make_train_step` for the topology without allocation."""
     sizes = tuple(int(n) for n in given.mesh.split(","))
     settings = base.get_config()
     settings.model.num_layers = given.layers
@@ -96,7 +96,7 @@ def compile_step(given: argparse.Namespace) -> Any:
 
 
 def the_mesh(topology: str, sizes: str) -> jax.sharding.Mesh:
-    """data x fsdp x tp chips of a topology that is not here."""
+    """Return data x fsdp x tp chips of a topology that is not attached."""
     extra = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}
     found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **extra)
     chips = np.array(found.devices).reshape([int(n) for n in sizes.split(",")])
@@ -104,7 +104,7 @@ def the_mesh(topology: str, sizes: str) -> jax.sharding.Mesh:
 
 
 class Cycles:
-    """Estimated cycles of a scheduled HLO module, loops counted as often as they turn."""
+    """Estimates the cycles of a scheduled HLO module, loops multiplied by their trip counts."""
 
     def __init__(self, text: str):
         self.bodies: dict[str, list[str]] = {}
@@ -117,16 +117,16 @@ class Cycles:
                 self.bodies[name].append(line)
 
     def total(self, name: str = "ENTRY") -> int:
-        """Of a computation with the loops in it."""
+        """Return the cycles of a computation including its loops."""
         calls = self._calls(name)
         return sum(self._own(x) + (n * self.total(body) if body else 0) for x, n, body in calls)
 
     def layer_loops(self, turns: int) -> list[int]:
-        """One turn of each outermost loop of `turns` turns."""
+        """Return the cycles of one iteration of each outermost loop of `turns` iterations."""
         return [self.total(b) for _, n, b in self._calls("ENTRY") if b and n == turns]
 
     def _calls(self, name: str) -> list[tuple[str, int, str]]:
-        """(line, turns, body) of a computation's instructions; body is empty but for loops."""
+        """Return (line, turns, body) of a computation's instructions; only loops have a body."""
         found = []
         for line in self.bodies[name]:
             loop = re.search(r" while\(.*condition=%([\w.\-]+), body=%([\w.\-]+)", line)
@@ -134,7 +134,7 @@ class Cycles:
         return found
 
     def _turns(self, condition: str) -> int:
-        """JAX's loops count from 0 to the one constant of their condition."""
+        """Return the trip count: JAX's loops count from 0 to the constant of their condition."""
         limits = [re.search(r" constant\((\d+)\)", line) for line in self.bodies[condition]]
         (limit,) = {int(m[1]) for m in limits if m}
         return limit

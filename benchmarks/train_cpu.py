@@ -1,16 +1,16 @@
 """python benchmarks/train_cpu.py [--torch_python PY] [--threads 2] [--rounds 5] [--prng rbg] [...]
 
-One LoRA step of a 42M Chameleon on a CPU in fp32, text only: vocabulary 16,384, width 512, 8 layers
-of 8 heads, MLP 1,376; rank 16, dropout 0.05, four rows of 1,024 tokens, AdamW and a clip.
+Measures a LoRA step of a 42M Chameleon on a CPU in fp32, text only: vocabulary 16,384, width 512, 8
+layers of 8 heads, MLP 1,376; rank 16, dropout 0.05, four rows of 1,024 tokens, AdamW and a clip.
 
     ours     tokens/s of medmax_jax/training/step.py, the median over all timed steps
     theirs   tokens/s of HF's Chameleon with peft's LoRA, sdpa attention (hf_side.py)
     ratio    ours / theirs: above 1 means that ours is faster
 
-Both sides are processes with the same threads, which take turns; compile time and the first step
-are apart. Before the clock runs, both make the first ten steps without dropout from the same
-weights on the same batches: if the losses differ by more than 1e-4, or do not move, the ratio is
-null. Without --torch_python theirs is skipped by name. The last line is one JSON object.
+Both sides are processes with the same threads, which alternate; compile time and the first step
+are separate. Before the timed part, both run the first ten steps without dropout from the same
+weights on the same batches: if the losses differ by more than 1e-4, or do not change, the ratio is
+null. Without --torch_python theirs is reported as skipped. The last line is one JSON object.
 """
 
 import argparse
@@ -30,12 +30,12 @@ NEEDS = ["torch", "transformers", "peft"]
 AGREE, FIRST_STEPS = 1e-4, 10
 SIZES = {
     "42m": dict(vocab=16_384, dim=512, layers=8, heads=8, mlp=1_376, seq=1_024, rows=4),
-    "tiny": dict(vocab=9_728, dim=64, layers=2, heads=2, mlp=128, seq=64, rows=2),  # a test's
+    "tiny": dict(vocab=9_728, dim=64, layers=2, heads=2, mlp=128, seq=64, rows=2),  # for a test
 }
 
 
 def settings(folder: str, args: argparse.Namespace) -> Any:
-    """The run, as a ConfigDict."""
+    """Return the run as a ConfigDict."""
     from medmax_jax.configs import base
 
     size, c = SIZES[args.size], base.get_config()
@@ -50,14 +50,14 @@ def settings(folder: str, args: argparse.Namespace) -> Any:
         train=folder, validation="", document_limit=size["seq"], seq_len=size["seq"],
         batch_size=size["rows"], pack=False,
     )  # fmt: skip
-    # A rate that moves the loss within ten steps, the same at every step.
+    # A rate that changes the loss within ten steps, the same at every step.
     c.optim.update(peak_lr=3e-3, warmup_ratio=0.0, final_lr_ratio=1.0)
     c.train.update(steps=1_000, prng_impl=args.prng)
     return c
 
 
 def start(scratch: pathlib.Path, args: argparse.Namespace) -> list[sides.Side]:
-    """Ours, and theirs if its Python is known."""
+    """Start this project's side, and the other side if its Python is given."""
     import jax_side
 
     from medmax_jax import config
@@ -82,7 +82,7 @@ def start(scratch: pathlib.Path, args: argparse.Namespace) -> list[sides.Side]:
 
 
 def measure(both: list[sides.Side], args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """By side: the first losses, seconds of every timed step, and what it says of itself."""
+    """Return by side: the first losses, seconds of every timed step, and its description."""
     found: dict[str, dict[str, Any]] = {}
     for side in both:
         begin = time.perf_counter()
@@ -95,7 +95,7 @@ def measure(both: list[sides.Side], args: argparse.Namespace) -> dict[str, dict[
             timed = side.ask(do="steps", count=args.steps)["seconds"]
             found[side.name]["seconds"] += timed
             print(side.name, timed, file=sys.stderr, flush=True)
-            time.sleep(args.pause)  # threads of the one that has worked stop spinning
+            time.sleep(args.pause)  # threads of the side that has worked stop spinning
     for side in both:
         found[side.name] |= side.ask(do="about")
         side.close()
@@ -103,7 +103,7 @@ def measure(both: list[sides.Side], args: argparse.Namespace) -> dict[str, dict[
 
 
 def result(found: dict[str, dict[str, Any]], skipped: str, args: argparse.Namespace) -> dict:
-    """The last line."""
+    """Return the last line."""
     size = SIZES[args.size]
     tokens = size["rows"] * size["seq"]
     rate = {n: sides.median([tokens / s for s in f["seconds"]]) for n, f in found.items()}
@@ -121,7 +121,7 @@ def result(found: dict[str, dict[str, Any]], skipped: str, args: argparse.Namesp
 
 
 def main() -> None:
-    """The program."""
+    """Run the program."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -138,7 +138,7 @@ def main() -> None:
     cores = sorted(os.sched_getaffinity(0))[: args.threads]
     if len(cores) < args.threads:
         parser.error(f"--threads is {args.threads}, but this process may use {len(cores)} cores")
-    os.sched_setaffinity(0, cores)  # which both sides inherit, and count
+    os.sched_setaffinity(0, cores)  # which both sides inherit and count
     skipped = ""
     if not args.torch_python:
         skipped = "theirs: no --torch_python"

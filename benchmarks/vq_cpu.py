@@ -1,20 +1,20 @@
 """python benchmarks/vq_cpu.py [--torch_python PY] [--sizes tiny full] [--rounds 3] [--threads 1]
 
-Pictures a second through the image tokenizer on a CPU, ours beside the torch reference (Hugging
+Measures images per second of the image tokenizer on a CPU, against the torch reference (Hugging
 Face's ChameleonVQVAE and ChameleonImageProcessor, in the Python that --torch_python names):
 
     encoder         the same float32 pixels to codes, with the same random weights on both sides
     preprocessing   JPEG files of 1,024 x 768 to pixels of 512 x 512, one thread on both sides
     ratio           ours / theirs of the encoder at the last of --sizes: above 1, ours is faster
 
-Each measurement is a process of its own, theirs and ours in turn, bound to the same --threads
-cores; the first batch, with compilation, is told apart. On a machine that does other work too,
-`encoder_per_cpu_second` (pictures by the process's CPU time) says more than the rates. The codes
-of both sides are compared: the sums are the same and taken in another order, so a latent that lies
-between two rows of the codebook may take the other one; where more than --differ of the codes are
-others, the run is void. The two preprocessings are timed and not compared: Hugging Face's scales by
-0.0078, the release and ours by 2 / 255. The tiny size is that of configs/tiny.py with the 32 groups
-that are fixed in the reference. The last line is one JSON object.
+Each measurement is a separate process, theirs and ours in turn, bound to the same --threads
+cores; the first batch, with compilation, is reported separately. On a machine with other work,
+`encoder_per_cpu_second` (images by the process's CPU time) is more reliable than rates. The codes
+of both sides are compared: the sums are equal but in another order, so a latent that is
+between two rows of the codebook may take the other one; where more than --differ of the codes
+differ, the run is void. The two preprocessings are timed and not compared: Hugging Face scales by
+0.0078, the MedMax release and ours by 2 / 255. The tiny size is that of configs/tiny.py with the 32
+groups that are fixed in the reference. The last line is one JSON object.
 """
 
 import argparse
@@ -34,7 +34,7 @@ CORES = [int(n) for n in os.environ.get("BENCHMARK_CORES", "").split(",") if n]
 if CORES:  # before a library counts them
     os.sched_setaffinity(0, CORES)
 sys.path.insert(0, str(ROOT))
-SIZES = {  # config, its image_size or another, pictures of a batch, batches
+SIZES = {  # config, its image_size or another, images per batch, batches
     "tiny": ("medmax_jax.configs.tiny", 64, 16, 8),
     "half": ("medmax_jax.configs.base", 256, 2, 3),
     "full": ("medmax_jax.configs.base", 512, 1, 2),
@@ -43,11 +43,11 @@ PICTURES = 24  # of preprocessing
 MAX_PIXELS = 10**8
 
 
-# ---- what both sides are given
+# ---- inputs of both sides
 
 
 def tensor(name: str, shape: tuple[int, ...]):
-    """Random values by a tensor's name, such that every layer's output deviates by about one."""
+    """Return random values by a tensor's name: every layer's output deviates by about one."""
     import numpy as np
 
     values = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
@@ -61,7 +61,7 @@ def tensor(name: str, shape: tuple[int, ...]):
 
 
 def make(folder: pathlib.Path, sizes: list[str]) -> None:
-    """Weights by their published names, pixels, and pictures to preprocess."""
+    """Write weights by their published names, pixels, and images to preprocess."""
     import numpy as np
 
     from medmax_jax.config import VQ, build
@@ -83,11 +83,11 @@ def make(folder: pathlib.Path, sizes: list[str]) -> None:
         load(i).resize((1_024, 768)).save(folder / f"{i}.jpg", quality=92)
 
 
-# ---- what each process does
+# ---- programs of each process
 
 
 def ours(folder: pathlib.Path, size: str) -> dict:
-    """The numbers of this project."""
+    """Return the numbers of this project."""
     import jax
     import numpy as np
 
@@ -116,7 +116,7 @@ def ours(folder: pathlib.Path, size: str) -> dict:
 
 
 def theirs(folder: pathlib.Path, size: str, threads: int) -> dict:
-    """The same by torch."""
+    """Return the numbers of the torch reference."""
     import numpy as np
     import torch
     import transformers
@@ -146,7 +146,7 @@ def theirs(folder: pathlib.Path, size: str, threads: int) -> dict:
 
 
 def prepared(folder: pathlib.Path, prepare) -> float:
-    """Pictures a second of preprocessing."""
+    """Return the images per second of preprocessing."""
     paths = [folder / f"{i}.jpg" for i in range(PICTURES)]
     prepare(paths[0])
     start = time.perf_counter()
@@ -156,7 +156,7 @@ def prepared(folder: pathlib.Path, prepare) -> float:
 
 
 def timed(folder: pathlib.Path, size: str, encode, side: str) -> dict:
-    """Pictures a second of the encoder, by its median batch; its codes go to a file."""
+    """Return the images per second of the encoder's median batch; write its codes to a file."""
     import numpy as np
 
     pixels, seconds, cpu, codes = np.load(folder / f"{size}.npy"), [], [], []
@@ -174,11 +174,11 @@ def timed(folder: pathlib.Path, size: str, encode, side: str) -> dict:
     )
 
 
-# ---- what is asked of them
+# ---- measurements
 
 
 def child(python: str, cores: list[int], *words: str) -> dict:
-    """One measurement; what it said."""
+    """Run one measurement; return its output."""
     count = str(len(cores))
     environment = os.environ | {"BENCHMARK_CORES": ",".join(map(str, cores))}
     environment |= {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count}
@@ -190,13 +190,13 @@ def child(python: str, cores: list[int], *words: str) -> dict:
 
 
 def middle(runs: list[dict]) -> dict:
-    """The median of each number; words as they are."""
+    """Return the median of each number; texts are unchanged."""
     both = {name: [run[name] for run in runs] for name in runs[0]}
     return {n: v[0] if isinstance(v[0], str) else statistics.median(v) for n, v in both.items()}
 
 
 def compare(given: argparse.Namespace, folder: pathlib.Path, size: str, cores: list[int]) -> dict:
-    """Both sides of a size in turn."""
+    """Measure both sides of a size in turn."""
     import numpy as np
 
     mine, other = [], []
@@ -218,7 +218,7 @@ def compare(given: argparse.Namespace, folder: pathlib.Path, size: str, cores: l
 
 
 def main() -> None:
-    """The program."""
+    """Run the program."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""evaluate, from Python: one's own model on items, a JSONL file, or the embedded sample.
+"""Evaluates a model from Python: on items, on a JSONL file, or on the embedded sample.
 
     from medmax_jax.eval import compare, evaluate
     summary = evaluate(model, "sample", "workdir", "strict")
@@ -28,11 +28,13 @@ def evaluate(
     progress: Callable[[str], None] = print,
     **changes: Any,
 ) -> dict[str, Any]:
-    """What summary.json holds; interrupted, the same call goes on from the workdir.
+    """Run an evaluation and return the content of summary.json.
 
-    tasks: items, "sample", or a JSONL file in the released schema. mode: strict or paper. images:
-    folder of the pictures; "": where the file lies, which a list of items has not. changes: fields
-    of configs/eval_tiny.py, like counts or baselines.
+    After an interruption, the same call resumes from the workdir.
+
+    tasks: items, "sample", or a JSONL file in the schema of the MedMax release. mode: strict or
+    paper. images: folder of the images; "": the folder of the file, which a list of items does not
+    have. changes: fields of configs/eval_tiny.py, like counts or baselines.
     """
     config = eval_tiny.get_config().unlock()
     config.mode, config.images = mode, str(images)

@@ -1,6 +1,6 @@
-"""python -m eval.compare D1 D2: two workdirs of eval.run, who wins where and where nobody can say.
+"""python -m eval.compare D1 D2: compares two workdirs of eval.run task by task.
 
-Status 0: compared. 1: an error to mend, in one line. 2: wrong usage.
+Status 0: compared. 1: an error, reported in one line. 2: wrong usage.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from medmax_jax.io.errors import printable_text
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints the tables, or with --json one object as the last line."""
+    """Print the tables, or with --json one object as the last line."""
     parser = argparse.ArgumentParser(
         prog="python -m eval.compare", description=__doc__.split("\n")[0]
     )

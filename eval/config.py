@@ -1,4 +1,4 @@
-"""What configs/eval_*.py say; configs/eval_tiny.py has every field with its meaning."""
+"""Defines the fields of configs/eval_*.py; configs/eval_tiny.py documents every field."""
 
 import dataclasses
 
@@ -6,16 +6,19 @@ from medmax_jax.config import Mesh, Sample
 
 
 class EvalError(ValueError):
-    """An evaluation that cannot go on; the message names the file or item and the mend."""
+    """Raised where an evaluation cannot continue.
+
+    The message names the file or item, and the fix.
+    """
 
 
-# What every record has that a score, a page or a comparison is made of.
+# The fields of every record from which a score, a page or a comparison is computed.
 RECORD = ("id", "task", "family", "prompt", "answer", "image", "group", "text")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Counts:
-    """Items of each family; -1: all, 0: none."""
+    """Sets the number of items of each family; -1: all, 0: none."""
 
     vqa_closed: int
     vqa_mcq: int
@@ -28,8 +31,9 @@ class Counts:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Service:
-    """How endpoints are asked: medmax_jax/endpoints/chat_api.py. `parameters`: a JSON object,
-    sent as it is.
+    """Configures requests to endpoints: medmax_jax/endpoints/chat_api.py.
+
+    `parameters`: a JSON object, sent unchanged.
     """
 
     key_env: str
@@ -48,9 +52,10 @@ class Service:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JudgeSettings:
-    """Who judges, MODEL@URL; "" for nobody. `paper`: in the release's words too.
+    """Configures the judge, MODEL@URL; "" for none.
 
-    The others: eval/metrics/llm_judge.py.
+    `paper`: also judge with the messages of the MedMax release. The other fields:
+    eval/metrics/llm_judge.py.
     """
 
     endpoint: str
@@ -64,7 +69,7 @@ class JudgeSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """An evaluation. Names with commas between them are tuples here."""
+    """Holds the settings of an evaluation. Comma-separated names are tuples here."""
 
     model: str
     questions: tuple[str, ...]

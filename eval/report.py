@@ -1,6 +1,6 @@
 """python -m eval.report --workdir=D [--images=FOLDER]
 
-Writes D/report.html again, of the summary.json and records.jsonl that eval.run left in D.
+Rewrites D/report.html from the summary.json and records.jsonl that eval.run left in D.
 """
 
 import sys
@@ -20,7 +20,7 @@ SAMPLE = Path(__file__).parent.parent / "data" / "sample"
 
 
 def images_folder(summary: Mapping[str, Any]) -> Path:
-    """Where the pictures of a run lie, as its settings say."""
+    """Return the folder of a run's images, from its settings."""
     settings = summary.get("settings", {})
     if settings.get("images"):
         return Path(settings["images"])
@@ -30,7 +30,7 @@ def images_folder(summary: Mapping[str, Any]) -> Path:
 
 
 def rewrite_report(workdir: str | Path, images: str) -> Path:
-    """Writes the page of a workdir anew; where it is."""
+    """Rewrite the page of a workdir and return its path."""
     workdir = Path(workdir)
     try:
         summary = read_json_object(workdir / "summary.json")

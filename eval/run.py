@@ -2,15 +2,15 @@
 
     native:FOLDER       a model folder of this project   [--adapter A [--merge]]
     hf:FOLDER           a checkpoint in Hugging Face's, Meta's or Anole's layout, converted once
-    endpoint:NAME@URL   an OpenAI-compatible endpoint that takes pictures
-    predictions:FILE    answers that are there already, JSONL of id, text, images
+    endpoint:NAME@URL   an OpenAI-compatible endpoint that accepts images
+    predictions:FILE    recorded answers, JSONL of id, text, images
     baseline:KIND       constant, majority or random
 
 Evaluates one model and writes records.jsonl, summary.json, report.html and what docs/eval.md lists
-into the workdir; killed at any moment, the same command goes on. --dry_run says what it will ask
-and cost, and stops. --shard=i/n asks one part; without --shard all parts are scored together.
+into the workdir; after an interruption, the same command resumes. --dry_run reports the requests
+and the cost, and stops. --shard=i/n runs one part; without --shard all parts are scored together.
 
-Status 0: done. 75: interrupted. 1: an error to mend, in one line.
+Status 0: done. 75: interrupted. 1: an error, reported in one line.
 """
 
 import logging
@@ -28,7 +28,8 @@ from medmax_jax.eval.reporting import page
 from medmax_jax.io.errors import PrintableFormatter, printable_text
 
 log = logging.getLogger("medmax_jax.eval")
-# Columns of a score that fit a terminal; the page and summary.json have all, and each floor's table
+# Columns of a score that fit a terminal; the page and summary.json have all columns, and the table
+# of each baseline.
 SAID = (
     "task", "metric", "n", "groups", "few_groups", "value", "ci_low", "ci_high", "best", "floor",
     "floor_of", "paper",
@@ -36,7 +37,7 @@ SAID = (
 
 
 def main(config: ConfigDict, workdir: str) -> None:
-    """The program: flags to `stages.run`, lines of progress, the table at the end."""
+    """Run the program: pass the flags to `stages.run`, log progress, and print the final table."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout, force=True)
     for handler in logging.getLogger().handlers:
         handler.setFormatter(PrintableFormatter("%(message)s"))

@@ -1,4 +1,4 @@
-"""The cards as a Markdown table, or the numbers of others: python -m eval.suite [published]."""
+"""Prints the task cards, or published scores, as Markdown: python -m eval.suite [published]."""
 
 import sys
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from medmax_jax.eval.tasks.catalog import AVERAGES, TASKS, TaskSpec
 
 
 def table() -> str:
-    """The suite as Markdown."""
+    """Return the suite as Markdown."""
     head = ["task", "what", "family", "source", "split", "rows asked", "rows read in"]
     head += ["licence", "class", "metric"]
     rows = [
@@ -22,7 +22,7 @@ def table() -> str:
 
 
 def published_table() -> str:
-    """The numbers of others as Markdown."""
+    """Return the published scores of other models as Markdown."""
     rows = [
         (c.task, p.metric, p.model, f"{p.value:g}", p.read)
         for c in TASKS.values()

@@ -1,12 +1,12 @@
-"""BiomedCLIP: pictures and texts to unit vectors of one space, whose dot product is the score.
+"""BiomedCLIP maps images and texts to unit vectors of one space; their dot product is the score.
 
     pixels b h w 3 --patches, CLS--> B T D --pre-norm blocks, norm--> CLS --head--> B E
     ids B T --words, positions--> B T D --post-norm blocks (BERT)--> CLS --proj_in, proj_out--> B E
 
-A port of open_clip's `CustomTextCLIP` around timm's ViT and Hugging Face's BERT. Blocks stand
+A port of open_clip's `CustomTextCLIP` around timm's ViT and Hugging Face's BERT. Blocks are
 stacked on axis 0 and lax.scan runs them. All in fp32 at the highest precision: TPU's default moves
-a score in its third digit. biomedclip.py reads the published weights, biomedclip.py
-makes pixels and ids.
+a score in its third digit. This module also reads the published weights and
+prepares pixels and ids.
 """
 
 import dataclasses
@@ -70,7 +70,7 @@ class TextSizes:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """eval/encoders/biomedclip.py has the published ones."""
+    """Holds the sizes of both towers; PUBLISHED_SIZES has those of the published model."""
 
     embed_dim: int
     image: ImageSizes
@@ -78,24 +78,24 @@ class Sizes:
 
 
 def abstract(sizes: Sizes) -> "BiomedClip":
-    """The tree of weights as ShapeDtypeStructs."""
+    """Return the tree of weights as ShapeDtypeStructs."""
     return jax.eval_shape(lambda: BiomedClip(sizes, rngs=nnx.Rngs(0)))
 
 
 @jax.jit
 def image_embeddings(model: "BiomedClip", pixels: Float[Array, "b h w 3"]) -> Float[Array, "b E"]:
-    """Unit vectors of normalised pixels."""
+    """Return unit vectors of normalized pixels."""
     return _unit(model.visual(pixels))
 
 
 @jax.jit
 def text_embeddings(model: "BiomedClip", ids: Int[Array, "B T"]) -> Float[Array, "B E"]:
-    """Unit vectors of texts; padding at the end changes nothing."""
+    """Return unit vectors of texts; padding at the end changes nothing."""
     return _unit(model.text(ids))
 
 
 class BiomedClip(nnx.Module):
-    """Both towers, and the temperature of training, which no score uses."""
+    """Holds both towers, and the training temperature, which no score uses."""
 
     def __init__(self, sizes: Sizes, *, rngs: nnx.Rngs):
         self.visual = ImageTower(sizes.image, sizes.embed_dim, rngs=rngs)
@@ -104,7 +104,7 @@ class BiomedClip(nnx.Module):
 
 
 class ImageTower(nnx.Module):
-    """timm's ViT with its CLS token, and a projection."""
+    """Implements timm's ViT with its CLS token, and a projection."""
 
     def __init__(self, sizes: ImageSizes, embed_dim: int, *, rngs: nnx.Rngs):
         side = (sizes.patch, sizes.patch)
@@ -122,7 +122,7 @@ class ImageTower(nnx.Module):
     def __call__(self, pixels: Float[Array, "b h w 3"]) -> Float[Array, "b E"]:
         x = self.patch_embed(pixels)  # [b, i, j, D]
         x = x.reshape(x.shape[0], -1, x.shape[-1])
-        # An empty place before the patches, filled by the addition: under any sharding of b.
+        # The addition fills a zero row before the patches: this holds under any sharding of b.
         first = jnp.pad(self.cls_token[...], ((0, 0), (0, x.shape[1]), (0, 0)))
         x = jnp.pad(x, ((0, 0), (1, 0), (0, 0))) + (self.pos_embed[...] + first)  # [b, T, D]
         x, _ = jax.lax.scan(lambda x, block: (block(x), None), x, self.blocks)
@@ -130,7 +130,7 @@ class ImageTower(nnx.Module):
 
 
 class TextTower(nnx.Module):
-    """BERT without its pooler, and an MLP on its CLS token."""
+    """Implements BERT without its pooler, and an MLP on its CLS token."""
 
     def __init__(self, sizes: TextSizes, embed_dim: int, *, rngs: nnx.Rngs):
         self.word_embeddings = nnx.Param(jnp.zeros((sizes.vocab, sizes.width)))
@@ -152,7 +152,7 @@ class TextTower(nnx.Module):
 
 
 class ImageBlock(nnx.Module):
-    """x + proj(attention(norm1 x)), then x + mlp(norm2 x)."""
+    """Computes x + proj(attention(norm1 x)), then x + mlp(norm2 x)."""
 
     def __init__(self, sizes: ImageSizes, *, rngs: nnx.Rngs):
         self.norm1 = _norm(sizes.width, IMAGE_EPS, rngs)
@@ -170,7 +170,7 @@ class ImageBlock(nnx.Module):
 
 
 class TextBlock(nnx.Module):
-    """norm1(x + attended(attention(x))), then norm2(x + mlp(x))."""
+    """Computes norm1(x + attended(attention(x))), then norm2(x + mlp(x))."""
 
     def __init__(self, sizes: TextSizes, *, rngs: nnx.Rngs):
         self.query = _linear(sizes.width, sizes.width, rngs)
@@ -190,7 +190,7 @@ class TextBlock(nnx.Module):
 
 
 def _rows(table: Float[Array, "V D"], ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """The rows of the ids, sharded like them."""
+    """Return the rows of the ids, sharded like them."""
     sharding = jax.typeof(ids).sharding
     if sharding.mesh.empty:
         return table[ids]
@@ -205,7 +205,7 @@ def _attend(
     heads: int,
     mask: Bool[Array, "B T"] | None,
 ) -> Float[Array, "B T D"]:
-    """Every token looks at every key that the mask has; None for all."""
+    """Attend from every token to every key that the mask allows; None allows all."""
     b, t, d = q.shape
     q, k, v = (x.reshape(b, t, heads, d // heads) for x in (q, k, v))  # [B, T, N, H]
     scores = jnp.einsum("btnh,bsnh->bnts", q, k, precision=EXACT) * (d // heads) ** -0.5
@@ -235,14 +235,14 @@ def _unit(x: Float[Array, "b E"]) -> Float[Array, "b E"]:
 # ---- BiomedCLIP's published files to the Flax model: every tensor by its name, or an error ----
 #
 #     open_clip_model.safetensors, or open_clip_pytorch_model.bin    351 tensors
-#     open_clip_config.json                                          must say what is computed here
-#     vocab.txt                                                      a word a line
+#     open_clip_config.json                                          must match the code here
+#     vocab.txt                                                      one word per line
 #
-# PLACES says where each of our arrays stands there; `{}` is the layer, over which ours are stacked.
-# Kernels are transposed weights, scales and tables the weights themselves. The .bin is read without
-# torch and nothing in it is executed.
+# PLACES maps each array of this model to its published name; `{}` is the layer, over which arrays
+# are stacked here. Kernels are transposed weights; scales and tables are the weights themselves.
+# The .bin is read without torch, and nothing in it is executed.
 
-Reads = dict[str, Callable[[], np.ndarray]]  # name -> what reads the tensor
+Reads = dict[str, Callable[[], np.ndarray]]  # name -> function that reads the tensor
 SAFE, BIN = "open_clip_model.safetensors", "open_clip_pytorch_model.bin"
 CONFIG, VOCAB = "open_clip_config.json", "vocab.txt"
 FETCH = "hf download microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224 --local-dir"
@@ -275,15 +275,15 @@ PLACES = {
     "text.proj_out": "text.proj.2",
     "logit_scale": "logit_scale",
 }
-# A buffer 0, 1, 2, .. that transformers kept in checkpoints until 4.31; no weight.
+# A buffer 0, 1, 2, .. that transformers stored in checkpoints until 4.31; not a weight.
 DROPPED = {"text.transformer.embeddings.position_ids"}
 
 
 class WordPiece:
-    """The published vocabulary as a tokenizer of texts to rows of `context` ids."""
+    """Tokenizes texts into rows of `context` ids with the published vocabulary."""
 
     def __init__(self, vocab: str | Path, *, size: int, context: int):
-        """`size`: ids that the model has rows for."""
+        """Read the vocabulary. `size`: the number of ids that the model has rows for."""
         words = _words(Path(vocab), size)
         self.context = context
         self._backend = tokenizers.Tokenizer(
@@ -299,15 +299,15 @@ class WordPiece:
         self._backend.enable_padding(length=context, pad_id=PAD, pad_token="[PAD]")
 
     def ids(self, texts: Sequence[str]) -> Int32[np.ndarray, "n T"]:
-        """A row each, cut or padded to `context`."""
+        """Return one row per text, cut or padded to `context`."""
         found = self._backend.encode_batch([clean(text) for text in texts])
         return np.array([row.ids for row in found], np.int32).reshape(len(texts), self.context)
 
 
 def load(folder: str, sizes: Sizes) -> tuple[BiomedClip, WordPiece]:
-    """Model and tokenizer of the published repository's folder, on a local disk.
+    """Load model and tokenizer from the published repository's folder on a local disk.
 
-    Raises WeightsError on files that are not there, not whole, or not of these sizes.
+    Raises WeightsError on files that are missing, incomplete, or not of these sizes.
     """
     if "://" in folder:
         raise WeightsError(f"{folder}: BiomedCLIP is read from a local disk; copy the folder there")
@@ -323,7 +323,10 @@ def load(folder: str, sizes: Sizes) -> tuple[BiomedClip, WordPiece]:
 
 
 def from_tensors(where: str, reads: Reads, sizes: Sizes) -> BiomedClip:
-    """The model of open_clip's tensors, each read when its turn comes. `where`: for messages."""
+    """Build the model from open_clip's tensors, each read when it is needed.
+
+    `where`: the source, for messages.
+    """
     like = abstract(sizes)
     leaves, structure = jax.tree_util.tree_flatten_with_path(like)
     ours = {safetensors_file.dotted_name(path): leaf for path, leaf in leaves}
@@ -335,7 +338,7 @@ def from_tensors(where: str, reads: Reads, sizes: Sizes) -> BiomedClip:
 
 
 def theirs(name: str, sizes: Sizes) -> list[str]:
-    """Their names of one of our arrays, a layer each.
+    """Return the published names of one array of this model, one per layer.
 
     "visual.blocks.qkv.kernel" -> ["visual.trunk.blocks.0.attn.qkv.weight", ..]
     """
@@ -348,7 +351,7 @@ def theirs(name: str, sizes: Sizes) -> list[str]:
 
 
 def _array(where: str, name: str, keys: list[str], reads: Reads, like: Any) -> jax.Array:
-    """One of our arrays, float32."""
+    """Return one array of this model, float32."""
     stacked = name.startswith(("visual.blocks.", "text.layers."))
     shape = tuple(like.shape)[1:] if stacked else tuple(like.shape)
     parts = []
@@ -390,7 +393,7 @@ def _safe(path: str) -> Reads:
 
 
 def _check_config(where: str, found: Any, sizes: Sizes) -> None:
-    """Raises WeightsError where the published settings are not those computed here."""
+    """Raise WeightsError where the published settings differ from those implemented here."""
     wanted = {
         "model_cfg.embed_dim": sizes.embed_dim,
         "model_cfg.vision_cfg.image_size": sizes.image.size,
@@ -415,18 +418,18 @@ def _check_config(where: str, found: Any, sizes: Sizes) -> None:
 
 # ---- biomedclip_embed ----
 #
-# Embeddings of many pictures and texts, in batches of few shapes, over all devices of a process.
+# Embeddings of many images and texts, in batches of few shapes, over all devices of a process.
 #
-#     pictures   batches of `batch` a device, the last one filled up with copies that are dropped
-# texts      sorted by length, each batch cut to the first of LENGTHS that holds its longest text
+#     images     batches of `batch` per device, the last one padded with copies that are dropped
+#     texts      sorted by length, each batch cut to the first of LENGTHS that fits its longest text
 #
-# Rows are split over the devices, weights stand on each. Processes embed their own shares.
+# Rows are split over the devices; weights are replicated. Each process embeds its own share.
 
 LENGTHS = (32, 64, 128)  # tokens; the next is the context. A caption has about 40
 
 
 class Embedder:
-    """The model on all devices of this process. `batch`: rows of a device."""
+    """Runs the model on all devices of this process. `batch`: rows per device."""
 
     def __init__(self, model: BiomedClip, *, batch: int):
         devices = np.array(jax.local_devices()).reshape(-1, 1, 1)
@@ -437,12 +440,12 @@ class Embedder:
     def images(
         self, pictures: Iterable[Float32[np.ndarray, "h w 3"]]
     ) -> Float32[np.ndarray, "n E"]:
-        """A unit vector a picture, in order; a batch of them in memory at a time."""
+        """Return one unit vector per image, in order; one batch is in memory at a time."""
         found = [self._run(image_embeddings, np.stack(part)) for part in self._parts(pictures)]
         return np.concatenate(found) if found else self._none()
 
     def texts(self, ids: Int32[np.ndarray, "n T"]) -> Float32[np.ndarray, "n E"]:
-        """A unit vector a row of ids, in order."""
+        """Return one unit vector per row of ids, in order."""
         lengths = (ids != PAD).sum(1)
         order = np.argsort(lengths, kind="stable")
         found = self._none(len(ids))
@@ -475,15 +478,16 @@ class Embedder:
 
 # ---- biomedclip_inputs ----
 #
-# What BiomedCLIP reads: pictures as open_clip's eval transform makes them, texts as WordPiece ids.
+# BiomedCLIP's inputs: images as open_clip's eval transform prepares them, texts as WordPiece ids.
 #
-#     picture -> short side = size, the other int(size * long / short), BICUBIC
-#             -> centre crop at round((side - size) / 2), halves to even -> / 255, normalised
+#     image   -> short side = size, the other int(size * long / short), BICUBIC
+#             -> center crop at round((side - size) / 2), halves to even -> / 255, normalized
 #     text    -> ftfy, HTML entities twice, spaces -> lower-case WordPiece -> CLS .. SEP, cut
 #
-# Two orders of conversion to RGB. The right one converts first (images.to_rgb). `released` is what
-# MedMax's evaluation did: only RGBA is converted first, and alpha dropped; every other mode is
-# resized as it is, so a palette is resized by nearest neighbour and 16-bit grey saturates to white.
+# There are two orders of conversion to RGB. The correct one converts first (images.to_rgb).
+# `released` is the order of the evaluation in the MedMax release: only RGBA is converted first, and
+# alpha dropped; other modes are resized without conversion: a palette by nearest neighbor,
+# and 16-bit gray saturates to white.
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP's, as in open_clip_config.json
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -492,11 +496,14 @@ MAX_WORD = 100  # characters; a longer word is [UNK], as in BERT
 
 
 class InputError(ValueError):
-    """A vocabulary or a text that cannot be used; the message says why and what to change."""
+    """Raised for an unusable vocabulary or text; the message states the reason and the fix."""
 
 
 def pixels(image: Image.Image, *, size: int, released: bool) -> Float32[np.ndarray, "h w 3"]:
-    """The normalised centre square; raises ImageError on a picture too narrow to be scaled."""
+    """Return the normalized center square.
+
+    Raises ImageError on an image too narrow to be scaled.
+    """
     if not released:
         image = images.to_rgb(image)
     elif image.mode == "RGBA":
@@ -516,7 +523,10 @@ def pixels(image: Image.Image, *, size: int, released: bool) -> Float32[np.ndarr
 
 
 def clean(text: str) -> str:
-    """As open_clip: wrong encodings mended, entities, spaces. "a &amp;lt; b \\n c" -> "a < b c"."""
+    """Clean a text as open_clip does: fix wrong encodings, entities and spaces.
+
+    "a &amp;lt; b \\n c" -> "a < b c".
+    """
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
 
 

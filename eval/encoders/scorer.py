@@ -16,16 +16,19 @@ from medmax_jax.io.storage import file_sha256
 
 
 class ImageScoringError(ValueError):
-    """A scorer that cannot be used; the message names the field and the mend."""
+    """Raised for an unusable scorer; the message names the field and the fix."""
 
 
 KINDS = ("biomedclip", "efficientnet_lite0")
-SAME = ("RGB", "L")  # modes that both ways prepare alike
+SAME = ("RGB", "L")  # modes that both orders of conversion prepare alike
 Rows = Float[np.ndarray, "n E"]
 
 
 class Scorer(Protocol):
-    """Unit rows of pictures, and of texts or None. `released`: can prepare as the release did."""
+    """Computes unit rows of images, and of texts or None.
+
+    `released`: whether it can prepare images as the MedMax release did.
+    """
 
     name: str
     fingerprint: str
@@ -37,7 +40,7 @@ class Scorer(Protocol):
 
 
 class BiomedClipScorer:
-    """BiomedCLIP from its published folder."""
+    """Scores with BiomedCLIP from its published folder."""
 
     name = "biomedclip"
 
@@ -54,7 +57,7 @@ class BiomedClipScorer:
 
 
 class EfficientNetScorer:
-    """EfficientNet-Lite0: pictures only."""
+    """Scores images with EfficientNet-Lite0; it embeds no text."""
 
     name = "efficientnet_lite0"
 
@@ -71,7 +74,7 @@ class EfficientNetScorer:
 
 
 def open_scorer(name: str, *, batch: int, sizes: biomedclip.Sizes | None = None) -> Scorer:
-    """`name`: KIND:PATH. `sizes`: of BiomedCLIP; None: the published ones."""
+    """Open a scorer. `name`: KIND:PATH. `sizes`: of BiomedCLIP; None: the published ones."""
     kind, path = parse_scorer(name)
     if kind == "efficientnet_lite0":
         return EfficientNetScorer(efficientnet.load(path), batch=batch)
@@ -83,7 +86,7 @@ def open_scorer(name: str, *, batch: int, sizes: biomedclip.Sizes | None = None)
 
 
 def parse_scorer(name: str) -> tuple[str, str]:
-    """(kind, path) of a scorer's name; raises where it is none, or nothing is there."""
+    """Return (kind, path) of a scorer's name; raise for an invalid name or a missing path."""
     kind, _, path = name.partition(":")
     if kind not in KINDS or not path:
         raise ImageScoringError(

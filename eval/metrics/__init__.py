@@ -1,19 +1,18 @@
-"""Scores of answers, of images and of sets of them.
+"""Scores of answers, of images and of sets of images.
 
-aggregate       Records to numbers: rows of a task and metric with bounds, intervals, and the
+aggregate       Aggregates records into rows per task and metric: values, intervals, the MedMax
                 release's score.
 answer_context  Prepares an answer for parsing, and finds what denies or hedges a phrase of it.
 answer_parser   Parses which option, or which of yes and no, an answer states; None where it states
                 none.
-embeddings      Scores on embeddings: unit rows [n, E] of pictures and texts, one space for both.
-image_sets      Whole sets of pictures with intervals over groups: KID's MMD^2, and diversity.
-llm_judge       A language model as judge of answers: asked several times, in both orders, and
-                never trusted.
-per_record      What judges and scorers said of a workdir's records, and each record's verdicts by
+embeddings      Scores embeddings: unit rows [n, E] of images and texts in one space.
+image_sets      Scores complete image sets with intervals over groups: KID's MMD^2, and diversity.
+llm_judge       Judges answers with a language model: several votes, both orders, tagged verdicts.
+per_record      Reads the results of judges and scorers, and computes each record's scores by
                 metric.
-release         The scoring of the MedMax release (its evaluation/ at 20b7055), as it is, errors
-                and all.
-strict          Right scores of one answer, and totals that drop nothing and guess nothing.
-text            Scores of one answer against one reference, and the options that a question lists.
+release         Reproduces the scoring of the MedMax release (its evaluation/ at 20b7055), errors
+                included.
+strict          Scores one answer strictly; totals drop no answer and guess no verdict.
+text            Scores one answer against one reference, and reads the options of a question.
 yes_no_parser   Parses which of yes and no an answer states; None where it states neither, or both.
 """

@@ -1,13 +1,13 @@
-"""Records to numbers: rows of a task and metric with bounds, intervals, and the release's score.
+"""Aggregates records into rows per task and metric: values, intervals, the MedMax release's score.
 
-    records + evidence -> verdicts (per_record.py) -> totals with everything unread at its worst
-                       -> 95 % intervals over groups, and what difference they could find
-    the same records   -> the release's own scoring (release.py), beside them
+    records + evidence -> verdicts (per_record.py) -> totals with every unread answer at its worst
+                       -> 95 % intervals over groups, and the difference they could detect
+    the same records   -> the scoring of the release (release.py), next to them
 
 A row is {task, family, metric, mode, n, groups, few_groups, value, ci_low, ci_high, best,
 n_unparsed, n_unscored, n_errors, of_scored, judge_sd, can_find, paper, paper_n, headline}. `value`
-has what could not be read or judged as wrong, `best` as right; `of_scored` is what dropping it
-would report. One group has no interval and no can_find (None).
+counts what could not be parsed or judged as wrong, `best` as right; `of_scored` is the value if it
+were dropped. One group has no interval and no can_find (None).
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,12 +19,15 @@ from medmax_jax.eval.stats import intervals
 
 PRIMARY = ("vqa_closed", "accuracy")
 PROBMED = "probmed_closed"
-KIND = "question_type"  # the slice with what ProbMed asks for
+KIND = "question_type"  # the slice with the question type of ProbMed
 
 
 def record_values(record: Record, known: ScoringInputs = NO_INPUTS) -> dict[str, float]:
-    """Metric -> value of one record. {"family": "vqa_closed", "text": "Yes.", "answer": "yes"} ->
-    {"accuracy": 1.0, "unparsed": 0.0}."""
+    """Return metric -> value of one record.
+
+    {"family": "vqa_closed", "text": "Yes.", "answer": "yes"} ->
+    {"accuracy": 1.0, "unparsed": 0.0}.
+    """
     found = per_record.record_scores(record, known)
     numbers = {metric: verdict.lower for metric, verdict in found.items()}
     if "accuracy" in found:
@@ -40,7 +43,7 @@ def summary(
     seed: int,
     resamples: int,
 ) -> list[dict[str, Any]]:
-    """The rows of every task and metric. `mode`: of the generation that made the records."""
+    """Return the rows of every task and metric. `mode`: of the generation of the records."""
     rows = []
     for task, some in tasks_of(records).items():
         found: dict[str, list[tuple[Record, strict.ItemScore]]] = {}
@@ -61,7 +64,7 @@ def summary(
 
 
 def not_judged(records: Sequence[Record], known: ScoringInputs = NO_INPUTS) -> list[str]:
-    """Tasks whose headline needs a judge and has none: they have text metrics only."""
+    """Return the tasks that require a judge and have none: they have text metrics only."""
     wanted = {"vqa_open": per_record.CORRECT} | dict.fromkeys(
         per_record.PAIRWISE_FAMILIES, per_record.RELATIVE
     )
@@ -73,7 +76,7 @@ def not_judged(records: Sequence[Record], known: ScoringInputs = NO_INPUTS) -> l
 
 
 def not_scored(records: Sequence[Record], known: ScoringInputs = NO_INPUTS) -> list[str]:
-    """Tasks without any metric: pictures that no scorer was named for."""
+    """Return the tasks without any metric: those of images without a configured scorer."""
     return [
         task
         for task, some in tasks_of(records).items()
@@ -82,7 +85,7 @@ def not_scored(records: Sequence[Record], known: ScoringInputs = NO_INPUTS) -> l
 
 
 def tasks_of(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """Task -> its records, the primary task first."""
+    """Return task -> its records, the primary task first."""
     found: dict[str, list[Record]] = {}
     for record in sorted(records, key=lambda r: r["task"] != PRIMARY[0]):
         found.setdefault(record["task"], []).append(record)
@@ -97,7 +100,7 @@ def metric_row(
     seed: int,
     resamples: int,
 ) -> dict[str, Any]:
-    """Of verdicts on one metric."""
+    """Return the summary row of one metric: mean, confidence interval and counts."""
     verdicts, groups = [v for _, v in asked], [r["group"] for r, _ in asked]
     total, worst = strict.total(verdicts), [v.lower for v in verdicts]
     span = per_record.span(metric)
@@ -126,7 +129,10 @@ def metric_row(
 def relative_score_row(
     records: Sequence[Record], known: ScoringInputs, *, seed: int, resamples: int
 ) -> list[dict[str, Any]]:
-    """The judge's mean of the model over its mean of the reference; [] where nobody judged."""
+    """Return the judge's mean score of the model over its mean score of the reference.
+
+    Returns [] without a judge.
+    """
     if (
         per_record.RELATIVE not in known.judgments
         or records[0]["family"] not in per_record.PAIRWISE_FAMILIES
@@ -162,7 +168,10 @@ def relative_score_row(
 def paired_accuracy(
     records: Sequence[Record], known: ScoringInputs, *, seed: int, resamples: int
 ) -> list[dict[str, Any]]:
-    """ProbMed's: right only if all questions of one type about one picture are, by type too."""
+    """Return ProbMed's paired accuracy, overall and by question type.
+
+    An image counts as right only if all questions of one type about it are answered correctly.
+    """
     kinds = [dict(r["slices"]).get(KIND, "") for r in records]
     verdicts = [per_record.record_scores(r, known)["accuracy"] for r in records]
     keys = [(r["image"], kind) for r, kind in zip(records, kinds, strict=True)]
@@ -179,9 +188,10 @@ def paired_accuracy(
 def scores(
     before: Sequence[Record], after: Sequence[Record], *, seed: int, resamples: int
 ) -> list[dict[str, Any]]:
-    """{task, metric, n, groups, few_groups, before, after, diff, ci_low, ci_high} of each metric.
+    """Return the paired scores of two sets of records, the primary metric first.
 
-    The primary metric first; over the items that both sides answered, paired.
+    Rows are {task, metric, n, groups, few_groups, before, after, diff, ci_low, ci_high}, over the
+    items that both sides answered.
     """
     one, two, rows = scores_by_item(before), scores_by_item(after), []
     for task, metric in two:
@@ -199,14 +209,14 @@ def scores(
 
 
 def with_answers(records: Sequence[Record], answers: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The records as if these texts had been the answers, and none had failed: for floors."""
+    """Return the records with these texts as their answers and no failures: for baselines."""
     return [dict(record) | {"text": answers[record["id"]], "error": ""} for record in records]
 
 
 def scores_by_item(
     records: Sequence[Record], known: ScoringInputs = NO_INPUTS
 ) -> dict[tuple[str, str], dict[str, tuple[str, float]]]:
-    """(task, metric) -> id -> (group, value); tasks as they come, the primary one first."""
+    """Return (task, metric) -> id -> (group, value); tasks in order, the primary one first."""
     found: dict[tuple[str, str], dict[str, tuple[str, float]]] = {}
     for task, some in tasks_of(records).items():
         for record in some:

@@ -1,19 +1,19 @@
-"""Scores on embeddings: unit rows [n, E] of pictures and texts, one space for both.
+"""Scores embeddings: unit rows [n, E] of images and texts in one space.
 
 | score     | of                        | is                                                      |
 |-----------|---------------------------|---------------------------------------------------------|
-| cosine    | picture-text, picture-    | the dot product: BiomedCLIPScore, if the embeddings are |
-|           | picture, text-text        | BiomedCLIP's                                            |
-| combined  | picture, text, references | harmonic mean of picture-text and the best reference    |
-| ranks     | n queries, n targets      | place of the own target among all; ties share the mean  |
-| kid       | two sets of pictures      | unbiased MMD^2 with the kernel (gamma x.y + 1)^3, as it |
+| cosine    | image-text, image-image,  | the dot product: BiomedCLIPScore, if the embeddings are |
+|           | text-text                 | BiomedCLIP's                                            |
+| combined  | image, text, references   | harmonic mean of image-text and the best reference      |
+| ranks     | n queries, n targets      | rank of the own target among all; ties share the mean   |
+| kid       | two sets of images        | unbiased MMD^2 with the kernel (gamma x.y + 1)^3, as it |
 |           |                           | is published: mean and std of subsets                   |
-| pictures  | pictures of each answer   | first, best, coverage, a floor for none                 |
+| images    | images of each answer     | first, best, coverage, a floor for none                 |
 
-The release takes the raw cosine (no x 100, no factor 2.5, no clamp at 0), of the first picture of
-an answer, over the answers that have one; a model that draws once and well wins. For captions it
-compares the text with the picture and never reads the reference. `pictures` has both averages.
-KID and diversity with intervals over groups: eval/metrics/image_sets.py.
+The MedMax release takes the raw cosine (no x 100, no factor 2.5, no clamp at 0), of the first image
+of an answer, over the answers that have one; a model that draws once and well wins. For captions it
+compares the text with the image and never reads the reference. `per_answer_similarity` has both
+averages. KID and diversity with intervals over groups: eval/metrics/image_sets.py.
 
 Everything is float64 NumPy and a function of its arguments: seeds and sizes have no defaults.
 """
@@ -27,11 +27,11 @@ from jaxtyping import Float, Float64
 RANK_BLOCK = 1024  # queries whose similarities are in memory at a time
 TIE = 1e-6  # cosines: the same text, embedded in another batch, is about 1e-7 away
 DEGREE, SHIFT = 3, 1.0  # of KID's kernel (Binkowski et al. 2018)
-UNIT_ERROR = 1e-3  # rows further from length 1 are no embeddings
+UNIT_ERROR = 1e-3  # rows further from length 1 are not embeddings
 
 
 def cosine(a: Float[np.ndarray, "n E"], b: Float[np.ndarray, "n E"]) -> Float64[np.ndarray, "n"]:
-    """Row by row, in -1..1."""
+    """Return the cosine of each pair of rows, in -1..1."""
     a, b = normalize_rows(a, "a"), normalize_rows(b, "b")
     if a.shape != b.shape:
         raise ValueError(f"embeddings of shapes {a.shape} and {b.shape}; a row of b for each of a")
@@ -43,7 +43,7 @@ def combined_clip_score(
     text: Float[np.ndarray, "n E"],
     references: Sequence[Float[np.ndarray, "_ E"]],
 ) -> Float64[np.ndarray, "n"]:
-    """Harmonic mean of the clamped picture-text cosine and the best clamped reference-text one.
+    """Return the harmonic mean of the clamped image-text and best reference-text cosines.
 
     RefCLIPScore's form without its factor 2.5: 0.3 and 0.6 -> 0.4; a negative cosine is 0.
     `references`: the reference captions of each row, at least one.
@@ -65,10 +65,10 @@ def combined_clip_score(
 def retrieval_ranks(
     queries: Float[np.ndarray, "n E"], targets: Float[np.ndarray, "n E"]
 ) -> Float64[np.ndarray, "n"]:
-    """The place of target i among all targets for query i: 1 is best, n the last.
+    """Return the rank of target i among all targets for query i: 1 is best, n the last.
 
-    Targets as near as the own one share the mean of their places, so that the same text for every
-    picture ranks at (n + 1) / 2, which is chance, whatever it says.
+    Targets with the same similarity as the own one share the mean of their ranks, so the same text
+    for every image ranks at (n + 1) / 2, which is chance, whatever its content.
     """
     queries, targets = normalize_rows(queries, "queries"), normalize_rows(targets, "targets")
     if queries.shape != targets.shape:
@@ -95,7 +95,7 @@ class Retrieval:
 
 
 def retrieval(found: Float[np.ndarray, "n"], *, at: Sequence[int]) -> Retrieval:
-    """Summary of `ranks`, beside what a blind model has. `at`: the k of recall at k."""
+    """Return a summary of ranks and its chance level. `at`: the k of recall at k."""
     n = len(found)
     if not n or min(at) < 1:
         raise ValueError(f"{n} ranks, recall at {list(at)}; need a rank and k of at least 1")
@@ -110,8 +110,9 @@ def retrieval(found: Float[np.ndarray, "n"], *, at: Sequence[int]) -> Retrieval:
 
 
 def mmd2(x: Float[np.ndarray, "m E"], y: Float[np.ndarray, "n E"], *, gamma: float) -> float:
-    """Unbiased squared maximum mean discrepancy; may be below 0, is 0 on average for equal sources.
+    """Return the unbiased squared maximum mean discrepancy.
 
+    It may be below 0, and is 0 on average for equal sources.
     [[0], [1]] and [[2], [3]] at gamma 1: 1 + 343 - 2 * 93 / 4 = 297.5.
     """
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 2:
@@ -123,7 +124,7 @@ def mmd2(x: Float[np.ndarray, "m E"], y: Float[np.ndarray, "n E"], *, gamma: flo
 @dataclasses.dataclass(frozen=True)
 class Kid:
     mean: float
-    std: float  # over the subsets: no error of the mean, for they share rows
+    std: float  # over the subsets: not an error of the mean, since they share rows
     subsets: int
     size: int
 
@@ -137,10 +138,10 @@ def kid(
     size: int,
     seed: int,
 ) -> Kid:
-    """MMD^2 over `subsets` draws of `size` rows of each side without replacement.
+    """Return MMD^2 over `subsets` draws of `size` rows of each side without replacement.
 
     `gamma`: 1 for unit rows; 1 / E for raw features, whose entries are about 1. Published values
-    have 100 subsets of 1,000 on raw Inception features, and compare with no other features'.
+    have 100 subsets of 1,000 on raw Inception features, and are not comparable with other features.
     """
     if not 2 <= size <= min(len(real), len(made)) or subsets < 1:
         raise ValueError(
@@ -161,20 +162,20 @@ def kid(
 
 @dataclasses.dataclass(frozen=True)
 class ImageSimilarity:
-    """Similarities of the pictures of each answer to what was asked for."""
+    """Holds similarities of the images of each answer to the requested content."""
 
-    coverage: float  # share of answers with a picture
-    released: float | None  # mean of first pictures over answers that have one; None: nobody has
-    with_missing: float  # mean of first pictures, `floor` where there is none
-    best_of_all: float  # mean of the best picture of each answer, `floor` where there is none
+    coverage: float  # share of answers with an image
+    released: float | None  # mean of first images over answers that have one; None: no answer has
+    with_missing: float  # mean of first images, `floor` where there is none
+    best_of_all: float  # mean of the best image of each answer, `floor` where there is none
 
 
 def per_answer_similarity(
     similarities: Sequence[Sequence[float]], *, floor: float
 ) -> ImageSimilarity:
-    """`similarities`: of every picture of every answer, in the order drawn, [] for none.
+    """Summarize the similarities of every image of every answer, in their order, [] for none.
 
-    `floor`: what an answer without a picture is worth, such as the similarity of a blank one.
+    `floor`: the score of an answer without an image, such as the similarity of a blank one.
     [[0.8, 0.9], []] at 0.1: coverage 0.5, released 0.8, with_missing 0.45, best_of_all 0.5.
     """
     if not similarities:
@@ -191,7 +192,7 @@ def per_answer_similarity(
 
 
 def _other_pairs(x: Float64[np.ndarray, "m E"], gamma: float) -> float:
-    """Mean of the kernel over pairs of two different rows."""
+    """Return the mean of the kernel over pairs of two different rows."""
     k = kernel(x, x, gamma)
     return float((k.sum() - np.trace(k)) / (len(x) * (len(x) - 1)))
 
@@ -199,12 +200,12 @@ def _other_pairs(x: Float64[np.ndarray, "m E"], gamma: float) -> float:
 def kernel(
     x: Float64[np.ndarray, "m E"], y: Float64[np.ndarray, "n E"], gamma: float
 ) -> Float64[np.ndarray, "m n"]:
-    """KID's, of every row of x with every row of y."""
+    """Return KID's kernel of every row of x with every row of y."""
     return (gamma * (x @ y.T) + SHIFT) ** DEGREE
 
 
 def normalize_rows(x: Float[np.ndarray, "n E"], name: str) -> Float64[np.ndarray, "n E"]:
-    """The rows in float64, of length 1 exactly; raises on what is no embedding."""
+    """Return the rows in float64 with length exactly 1; raise for rows of another length."""
     x = np.asarray(x, np.float64)
     if not x.size:
         return x

@@ -1,21 +1,21 @@
-"""Whole sets of pictures with intervals over groups: KID's MMD^2, and diversity.
+"""Scores complete image sets with intervals over groups: KID's MMD^2, and diversity.
 
     distance   mean k(real, real') + mean k(made, made') - 2 mean k(real, made)
     diversity  mean of 1 - cosine(made, made')
                each mean is over pairs of two different groups
 
-Two pictures of one patient are more alike than two of the source, and a picture is more like the
-reference that it was asked after than like another. Over independent groups these pairs say nothing
-of the sources and bias the sums, so they are left out of all three; where every picture is a group
-and no two rows belong together this is the unbiased MMD^2.
+Two images of one patient are more alike than two images of the source, and an image is more like
+its own reference than like another. Over independent groups these pairs carry no information about
+the sources and bias the sums, so they are left out of all three; where every image is a group and
+no two rows belong together this is the unbiased MMD^2.
 
     resample   groups with replacement: a pair (g, h) counts times_g * times_h
-               pairs within a group, so those of a picture with its own copy, stay left out
+               pairs within a group, so those of an image with its own copy, stay left out
 
-A copy kept as another picture would add k(x, x) to the inner sums and none to the outer one, and
-lift every resample above the value. Between equal sources the truth lies in the interval more often
-than 95 %: there MMD^2 varies less than its resamples do (a degenerate U-statistic). That errs
-towards "cannot say". The ends of an interval are stats.from_draws of the resamples.
+A copy kept as another image would add k(x, x) to the inner sums and none to the outer one, and lift
+every resample above the value. Between equal sources the truth is in the interval more often than
+95 %: there MMD^2 varies less than its resamples do (a degenerate U-statistic). That errs towards
+"inconclusive". The ends of an interval are intervals.from_draws of the resamples.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from jaxtyping import Float, Float64, Int
 from medmax_jax.eval.metrics.embeddings import kernel, normalize_rows
 from medmax_jax.eval.stats import intervals
 
-BLOCKS = 1_000  # more groups are put together at random: an interval in bounded memory still holds
+BLOCKS = 1_000  # more groups are merged at random: an interval in bounded memory remains valid
 ROWS = 1_024  # rows whose kernel is in memory at a time
 Kernel = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -42,10 +42,10 @@ def kid(
     seed: int,
     resamples: int,
 ) -> intervals.Interval:
-    """MMD^2 of KID's kernel between two sets; may be below 0. `n`: pictures made.
+    """Return MMD^2 of KID's kernel between two sets; it may be below 0. `n`: generated images.
 
-    Groups of both sides have names in common and are drawn together. `gamma`: as for
-    score_picture.kid.
+    Groups of both sides share names and are drawn together. `gamma`: as for
+    eval/metrics/embeddings.py:kid.
     """
     real, made = _rows(real, real_groups), _rows(made, made_groups)
     places, count, times = _drawn([*real_groups, *made_groups], seed, resamples)
@@ -64,7 +64,7 @@ def diversity(
     seed: int,
     resamples: int,
 ) -> intervals.Interval:
-    """0 when all are one picture, 1 when all are orthogonal."""
+    """Return the diversity: 0 when all images are equal, 1 when all are orthogonal."""
     x = normalize_rows(_rows(embeddings, groups), "embeddings")
     places, count, times = _drawn(groups, seed, resamples)
     found = _means((x, places), (x, places), lambda a, b: 1 - a @ b.T, times)
@@ -80,7 +80,10 @@ def _rows(x: Float[np.ndarray, "n E"], groups: Sequence[Hashable]) -> Float64[np
 def _drawn(
     groups: Sequence[Hashable], seed: int, resamples: int
 ) -> tuple[Int[np.ndarray, "n"], int, Float64[np.ndarray, "r g"]]:
-    """The block of each row, how many groups, and how often each draw has a block: first, once."""
+    """Return the block of each row, the number of blocks, and the counts of each block per draw.
+
+    The first draw has every block once.
+    """
     intervals.check_resamples(resamples)
     index = {name: i for i, name in enumerate(dict.fromkeys(groups))}
     rng = np.random.default_rng(seed)
@@ -99,7 +102,7 @@ def _means(
     of: Kernel,
     times: Float64[np.ndarray, "r g"],
 ) -> Float64[np.ndarray, "r"]:
-    """Mean over pairs of two blocks, in each draw; NaN where a draw has no such pair.
+    """Return the mean over pairs of two blocks, in each draw; NaN where a draw has no such pair.
 
     A side is (rows, their blocks).
     """
@@ -113,7 +116,7 @@ def _means(
 
 
 def _sums(x, y, at, to, of: Kernel, blocks: int) -> Float64[np.ndarray, "g g"]:
-    """The kernel summed over the rows of every two blocks."""
+    """Return the kernel summed over the rows of every two blocks."""
     order = np.argsort(to, kind="stable")
     present, starts = np.unique(to[order], return_index=True)
     total = np.zeros((blocks, blocks))
@@ -129,7 +132,7 @@ def _sums(x, y, at, to, of: Kernel, blocks: int) -> Float64[np.ndarray, "g g"]:
 def _interval(
     found: Float64[np.ndarray, "r"], n: int, groups: int, *, span: intervals.Span | None
 ) -> intervals.Interval:
-    """Of the value and its draws; those without a pair of some kind go without one."""
+    """Return the interval of a value and its draws; draws without a pair are left out."""
     value, draws = found[0], found[1:][np.isfinite(found[1:])]
     if not np.isfinite(value) or not len(draws):
         raise ValueError(f"{groups} groups: a side has rows of fewer than 2 of them")

@@ -1,12 +1,13 @@
-"""A language model as judge of answers: asked several times, in both orders, and never trusted.
+"""Judges answers with a language model: several votes, both orders, tagged verdicts.
 
     cases -> messages, the texts as JSON strings -> medmax_jax/endpoints/cached_chat_api.py (guard,
     cache, retries)
-          -> the last verdict with the case's own tag -> votes; none: asked again, then unscored
+          -> the last verdict with the case's own tag -> votes; none: retried, then unscored
 
-The tag is a hash of the case with its answer, so no answer can carry a verdict on itself: what has
-another tag, or none, does not count, wherever it stands. Each repeat has its own `seed` among the
-parameters, which the cache's key holds with the pinned model; the same run asks nothing twice.
+The tag is a hash of the case with its answer, so no answer can contain a verdict on itself: a
+verdict with another tag, or none, does not count, wherever it appears. Each repeat has its own
+`seed` among the parameters, which is part of the cache's key together with the pinned model; the
+same run repeats no request.
 """
 
 import dataclasses
@@ -22,24 +23,24 @@ from medmax_jax.endpoints.chat_api import Endpoint, Messages, Reply, TransientEr
 
 FOLDER = Path(__file__).parents[1] / "prompts"
 CORRECT, RELATIVE = "judge_correct", "judge_relative"
-READ_CHARS = 20_000  # of the end of a reply, where the verdict stands
+READ_CHARS = 20_000  # of the end of a reply, where the verdict is
 LEAST, MOST = 1, 10  # of a comparison
-# Names that their owner moves to other weights; gpt-oss is weights of its own.
+# Names that the provider moves to other weights; gpt-oss has weights of its own.
 _MOVES = re.compile(r"(?:chatgpt|gpt-(?!oss)|o\d)(?!.*\d{4}-?\d{2}-?\d{2}$)(?!.*-\d{4}$)|.*latest$")
 
 Progress = Callable[[str], None]
 
 
 class JudgeError(ValueError):
-    """A judge that cannot be used as set; the message names the field and the mend."""
+    """Raised for an unusable judge; the message names the field and the fix."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Judge:
-    """Who judges and how often. `attempts`: calls for one vote until a reply can be read.
+    """Configures the judge and its repeats. `attempts`: calls per vote until a reply is readable.
 
-    `max_usd`: no call begins once so much is spent; None for no limit. `tokens_out`: of a reply,
-    for the estimate.
+    `max_usd`: no call begins once this amount is spent; None for no limit. `tokens_out`: of a
+    reply, for the estimate.
     """
 
     endpoint: Endpoint
@@ -70,7 +71,10 @@ class Judge:
 
     @property
     def fingerprint(self) -> str:
-        """Verdicts with equal fingerprints may be compared: model, parameters, prompts, repeats."""
+        """Return the fingerprint of model, parameters, prompts and repeats.
+
+        Verdicts with equal fingerprints are comparable.
+        """
         facts = [self.endpoint.model, dict(self.endpoint.parameters), self.repeats, self.seed]
         facts += [_prompt(CORRECT), _prompt(RELATIVE)]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
@@ -78,7 +82,7 @@ class Judge:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """An answer to be judged, with the class of its data."""
+    """Holds an answer to be judged, with the class of its data."""
 
     id: str
     question: str
@@ -90,7 +94,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Judgment:
-    """Votes on one case: 0 or 1, or (reference, answer) scores. None: unscored, see `why`."""
+    """Holds the votes on one case: 0 or 1, or (reference, answer) scores; None: see `why`."""
 
     id: str
     votes: tuple
@@ -99,7 +103,7 @@ class Judgment:
 
 @dataclasses.dataclass
 class Usage:
-    """Of this run's own calls; `usd` is None without prices."""
+    """Counts this run's own calls; `usd` is None without prices."""
 
     calls: int = 0
     tokens_in: int = 0
@@ -115,7 +119,7 @@ def correctness(
     stopped: Callable[[], bool],
     progress: Progress,
 ) -> tuple[list[Judgment], Usage]:
-    """`repeats` votes of 0 or 1 on each case."""
+    """Return `repeats` votes of 0 or 1 on each case."""
     return _judged(judge, CORRECT, cases, cache, stopped, progress)
 
 
@@ -127,14 +131,14 @@ def relative(
     stopped: Callable[[], bool],
     progress: Progress,
 ) -> tuple[list[Judgment], Usage]:
-    """`repeats` votes on each case, the mean of both orders, so that no place is worth more."""
+    """Return `repeats` votes per case, each the mean of both orders to cancel position bias."""
     return _judged(judge, RELATIVE, cases, cache, stopped, progress)
 
 
 def estimate(
     judge: Judge, kind: str, cases: Sequence[Case], cache: cached_chat_api.Cache | None
 ) -> dict[str, Any]:
-    """Calls, tokens and USD still to spend if every first reply can be read."""
+    """Return the remaining calls, tokens and USD if every first reply can be read."""
     total = dict(calls=0, tokens_in=0, tokens_out=0)
     for repeat in range(judge.repeats):
         asks = [ask for _, ask in _asks(kind, cases)]
@@ -146,9 +150,9 @@ def estimate(
 
 
 def parse_verdict(kind: str, text: str, tag: str) -> float | tuple[float, float] | None:
-    """The last verdict of a reply that has the tag: 0 or 1, or (first, second); None without.
+    """Return the last tagged verdict of a reply: 0 or 1, or (first, second); None without one.
 
-    A verdict that a reasoning model considers within its reasoning is none.
+    A verdict inside the reasoning of a reasoning model does not count.
     """
     found = None
     final = reasoning.final_answer(text) or ""
@@ -163,7 +167,7 @@ def parse_verdict(kind: str, text: str, tag: str) -> float | tuple[float, float]
 
 
 def messages(kind: str, case: Case, *, swapped: bool) -> tuple[Messages, str]:
-    """What is asked about a case, and its verdict's tag. `swapped`: the answer stands first."""
+    """Return the request for a case and its verdict's tag. `swapped`: the answer is first."""
     told: dict[str, str] = {"question": case.question}
     if kind == CORRECT:
         told |= {"reference": case.reference, "answer": case.answer}
@@ -200,7 +204,7 @@ def _judged(judge: Judge, kind: str, cases, cache, stopped, progress):
 
 
 class _VotingRun:
-    """Votes as they come: (case, swapped) -> one of each repeat that could be read."""
+    """Collects votes: (case, swapped) -> one for each repeat whose reply could be read."""
 
     def __init__(self, judge: Judge, kind: str, cases: Sequence[Case], cache, stopped):
         self.judge, self.kind, self.cases, self.cache = judge, kind, cases, cache
@@ -219,7 +223,7 @@ class _VotingRun:
                 if vote is not None:
                     self.votes.setdefault(place, {})[number] = vote
                 if vote is not None or isinstance(found, TransientError):
-                    del again[place]  # no reply was asked for often enough already
+                    del again[place]  # the number of attempts is exhausted
             left = again
             if not left or self.stopped():
                 break
@@ -267,7 +271,7 @@ class _VotingRun:
             yield places[ask.id], reply
 
     def _pay(self, ask: cached_chat_api.ChatRequest, reply: Reply) -> None:
-        """Where a server does not count, characters do."""
+        """Add the cost of a reply; characters count where a server reports no tokens."""
         asked = sum(len(message["content"]) for message in ask.messages)
         spent, each = self.spent, cached_chat_api.CHARS_PER_TOKEN
         spent.calls += 1
@@ -305,7 +309,7 @@ def _asks(
 
 
 def _seeded(judge: Judge, repeat: int, attempt: int) -> Endpoint:
-    """Its own seed for each repeat and attempt: else the cache would give the first reply again."""
+    """Set a seed per repeat and attempt: otherwise the cache would return the first reply."""
     seed = judge.seed + repeat + judge.repeats * attempt
     return dataclasses.replace(
         judge.endpoint, parameters={**judge.endpoint.parameters, "seed": seed}
@@ -313,7 +317,7 @@ def _seeded(judge: Judge, repeat: int, attempt: int) -> Endpoint:
 
 
 def _objects(text: str) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a text, outermost ones only, whatever stands around them."""
+    """Yield the outermost JSON objects of a text, with any text around them."""
     decoder, start = json.JSONDecoder(), text.find("{")
     while start >= 0:
         try:

@@ -1,9 +1,9 @@
-"""What judges and scorers said of a workdir's records, and each record's verdicts by metric.
+"""Reads the results of judges and scorers, and computes each record's scores by metric.
 
-    judged.jsonl    {id, kind, votes, why, judge, case}     the last line of an (id, kind) stands
-    pictures.jsonl  {id, scorer, fingerprint, ...}          one line a record and scorer
+    judged.jsonl    {id, kind, votes, why, judge, case}     the last line of an (id, kind) counts
+    pictures.jsonl  {id, scorer, fingerprint, ...}          one line per record and scorer
 
-    family            metrics, those of a judge or scorer only where there is one
+    family            metrics, those of a judge or scorer only where one is configured
     vqa_closed        accuracy
     vqa_mcq           accuracy
     vqa_open          judge_correct, exact, token_f1
@@ -14,8 +14,8 @@
                       has_image, modality_match
     visual_chat       judge_preference, token_f1, rouge_l
 
-S is `clip` for BiomedCLIP and `efficientnet` for EfficientNet-Lite0, which reads no text. What a
-judge or scorer failed on is unscored; a metric that nobody was asked for is not there.
+S is `clip` for BiomedCLIP and `efficientnet` for EfficientNet-Lite0, which reads no text. A record
+on which a judge or scorer failed is unscored; a metric without its judge or scorer is absent.
 """
 
 import dataclasses
@@ -49,7 +49,11 @@ COSINES = ("image_text", "caption_caption", *OF_PICTURES)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScoringInputs:
-    """judged: kind -> id -> line. seen: scorer's name -> id -> line. `judge`, `scorers`: whose."""
+    """Holds the results of judges and scorers.
+
+    judged: kind -> id -> line. seen: scorer's name -> id -> line. `judge`, `scorers`: their
+    fingerprints.
+    """
 
     judgments: Mapping[str, Mapping[str, Mapping]] = dataclasses.field(default_factory=dict)
     image_scores: Mapping[str, Mapping[str, Mapping]] = dataclasses.field(default_factory=dict)
@@ -61,12 +65,15 @@ NO_INPUTS = ScoringInputs()
 
 
 def is_credentialed(record: Record) -> bool:
-    """Return whether nothing of a record may be repeated outside the private workdir."""
+    """Return whether a record's content must not leave the private workdir."""
     return record.get("data_class") == egress.CREDENTIALED
 
 
 def read(workdir: str | Path, *, judge: str | None = None) -> ScoringInputs:
-    """Of a workdir. `judge`: fingerprint whose verdicts count; None: those of the last line."""
+    """Read the results of a workdir.
+
+    `judge`: fingerprint of the verdicts that count; None: that of the last line.
+    """
     workdir = Path(workdir)
     lines = journal.read_jsonl(workdir / JUDGED, ("id", "judge", "kind", "votes"))
     if judge is None:
@@ -79,12 +86,12 @@ def read(workdir: str | Path, *, judge: str | None = None) -> ScoringInputs:
 
 
 def probe_scores_file(name: str) -> str:
-    """The file with what scorers said of a probe's captions, in the form of pictures.jsonl."""
+    """Return the file of scores of a probe's captions, in the form of pictures.jsonl."""
     return f"probe_{name}_{PICTURES}"
 
 
 def load_image_scores(path: Path) -> ScoringInputs:
-    """What scorers said, of a file in the form of pictures.jsonl; nobody judged."""
+    """Read the scores in a file of the form of pictures.jsonl, without judgments."""
     seen: dict[str, dict[str, Mapping]] = {}
     scorers = {}
     for line in journal.read_jsonl(path, ("id", "scorer", "fingerprint")):
@@ -96,13 +103,16 @@ def load_image_scores(path: Path) -> ScoringInputs:
 def answer_text(record: Record) -> str:
     """Return the text of a record that is its answer: "" where the model never left its reasoning.
 
-    The scoring of the release reads the complete text (eval/metrics/release.py).
+    The scoring of the MedMax release reads the complete text (eval/metrics/release.py).
     """
     return reasoning.final_answer(record["text"]) or ""
 
 
 def record_scores(record: Record, known: ScoringInputs = NO_INPUTS) -> dict[str, ItemScore]:
-    """Metric -> verdict of one record, the headline first; unscored where the model failed."""
+    """Return metric -> verdict of one record, the headline first.
+
+    Verdicts are unscored where the model failed.
+    """
     family, text, answer = record["family"], answer_text(record), record["answer"]
     if family in ("vqa_closed", "vqa_mcq"):
         found = {"accuracy": _matched(record)}
@@ -121,17 +131,17 @@ def record_scores(record: Record, known: ScoringInputs = NO_INPUTS) -> dict[str,
 
 
 def minimum_score(metric: str) -> float:
-    """The worst that a metric can be: cosines reach -1."""
+    """Return the lowest possible value of a metric: cosines reach -1."""
     return -1.0 if metric.endswith(COSINES) else 0.0
 
 
 def span(metric: str) -> intervals.Span:
-    """The worst and the best that a metric can be."""
+    """Return the lowest and the highest possible value of a metric."""
     return minimum_score(metric), 1.0
 
 
 def pairs(record: Record, known: ScoringInputs, kind: str) -> list[tuple[float, float]]:
-    """The judge's (reference, model) votes on a record; [] for none."""
+    """Return the judge's (reference, model) votes on a record; [] for none."""
     line = known.judgments.get(kind, {}).get(record["id"])
     return [(a, b) for a, b in line["votes"]] if line else []
 
@@ -142,7 +152,7 @@ def _matched(record: Record) -> ItemScore:
         if record["family"] == "vqa_closed":
             return strict.closed(text, answer, prompt)
         return strict.choice(text, answer, prompt)
-    except strict.StrictError as error:  # the row's fault: all that was asked is still told
+    except strict.StrictError as error:  # the row is invalid: report it after all others
         return strict.unscored(str(error))
 
 
@@ -156,7 +166,7 @@ def _opened(record: Record, known: ScoringInputs) -> dict[str, ItemScore]:
 
 
 def _compared(record: Record, known: ScoringInputs) -> dict[str, ItemScore]:
-    """1 for an answer that the judge rates above the reference, a half for as good."""
+    """Return 1 for an answer that the judge rates above the reference, 0.5 for equal ones."""
     if RELATIVE not in known.judgments:
         return {}
     votes = pairs(record, known, RELATIVE)
@@ -172,7 +182,10 @@ def _why(line: Mapping | None) -> str:
 
 
 def _seen(record: Record, scorer: str, line: Mapping | None) -> dict[str, ItemScore]:
-    """An answer without a picture has the blank picture's similarity: not drawing wins nothing."""
+    """Return the image scores of a record.
+
+    An answer without an image has the blank image's similarity, so not drawing gains nothing.
+    """
     names = IMAGE_METRICS.get(record["family"], ())
     if scorer in PICTURES_ONLY:
         names = [name for name in names if name in OF_PICTURES]

@@ -1,15 +1,14 @@
-"""The scoring of the MedMax release (its evaluation/ at 20b7055), as it is, errors and all.
+"""Reproduces the scoring of the MedMax release (its evaluation/ at 20b7055), errors included.
 
-    closed      "no" anywhere in the text is a no: normal, unknown, nodule; "eyes" says yes
-    choice      the whole text is the letter
+    closed      "no" anywhere in the text is a no: normal, unknown, nodule; "eyes" counts as yes
+    choice      the complete text is the letter
     open        the judge's reply holds "Correctness: 1" or "Correctness: 0", else it is dropped
     relative    first line of the reply is two numbers, else the whole task stops without a score
-    pictures    mean cosine of what was drawn; samples without a picture are not counted
+    images      mean cosine of the generated images; samples without an image are not counted
     intervals   none; a standard error as if all questions were independent
 
-For numbers to set beside the published ones, and for nothing else; eval/metrics/strict.py is right.
-It has
-no options. PaperError: the release stops here, and its task has no score.
+Use it only for comparison with the published numbers; eval/metrics/strict.py has the correct
+scores. It has no options. PaperError: the release stops here, and its task has no score.
 """
 
 import math
@@ -30,30 +29,39 @@ DETAILED = "Analyze the image in a comprehensive and detailed manner."
 
 
 class PaperError(ValueError):
-    """Where the release stops with an exception; the message says at what."""
+    """Raised where the release stops with an exception; the message names the cause."""
 
 
 def closed(raw: str, answer: str) -> bool:
-    """Also ProbMed: one question at a time. closed("Normal", "no") -> True."""
+    """Score a closed question, also of ProbMed: one question at a time.
+
+    closed("Normal", "no") -> True.
+    """
     said = raw.lower()
     yes, no = "yes" in said, "no" in said
     return (answer == "yes" and yes and not no) or (answer == "no" and no and not yes)
 
 
 def choice(raw: str, answer: str) -> bool:
-    """choice(" b", "B") -> True; choice("B.", "B") -> False."""
+    """Score a multiple choice question.
+
+    choice(" b", "B") -> True; choice("B.", "B") -> False.
+    """
     return raw.upper().strip() == answer
 
 
 def parse_judgment(reply: str) -> bool | None:
-    """Verdict of the judge on an open answer; None is dropped: "**Correctness:** 1", "1"."""
+    """Return the judge's verdict on an open answer, or None, which is dropped.
+
+    None: "**Correctness:** 1", "1".
+    """
     if "Correctness: 1" in reply:
         return True
     return False if "Correctness: 0" in reply else None
 
 
 def accuracy(scores: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard error; nan where numpy gives nan. Cosines of captions too."""
+    """Return mean and standard error; nan where numpy gives nan. Cosines of captions too."""
     n = len(scores)
     if not n:
         return math.nan, math.nan
@@ -64,14 +72,17 @@ def accuracy(scores: Sequence[float]) -> tuple[float, float]:
 
 
 def generation(cosines: Sequence[float]) -> tuple[float, float]:
-    """Of the first rows, not of a sample."""
+    """Return mean and standard error of the first rows, not of a sample."""
     if len(cosines) < FIRST_ROWS:
         raise PaperError(f"{len(cosines)} rows: the release takes the first {FIRST_ROWS} or stops")
     return accuracy(cosines[:FIRST_ROWS])
 
 
 def pair(reply: str) -> tuple[float, float]:
-    """Scores of assistants 1 and 2 of a judge's reply; "8, 7", "8  7" and a refusal stop it."""
+    """Return the scores of assistants 1 and 2 of a judge's reply.
+
+    "8, 7", "8  7" and a refusal raise PaperError.
+    """
     words = reply.strip().split("\n")[0].strip().split(" ")
     if len(words) != 2:
         raise PaperError(f"{reply[:60]!r}: the first line is not two words")
@@ -82,7 +93,10 @@ def pair(reply: str) -> tuple[float, float]:
 
 
 def relative(replies: Sequence[str]) -> dict[str, float]:
-    """Mean of ratios, in percent, and both means: one reply that cannot be read stops all."""
+    """Return the mean of ratios, in percent, and both means.
+
+    One unreadable reply raises PaperError for the complete task.
+    """
     pairs = [pair(reply) for reply in replies]
     if not pairs:
         raise PaperError("no replies: the release stops without samples")
@@ -97,7 +111,10 @@ def relative(replies: Sequence[str]) -> dict[str, float]:
 
 
 def visual_chat(rows: Sequence[tuple[str, Mapping[str, Any], str]]) -> dict[str, dict[str, float]]:
-    """`rows`: (question type, domain flags, reply); scores by type, by domain and overall."""
+    """Return the scores of visual chat by type, by domain and overall.
+
+    `rows`: (question type, domain flags, reply).
+    """
     parts: dict[str | None, list[str]] = {}
     for kind, flags, reply in rows:
         domain = next((name for name in DOMAINS if flags[name]), None)
@@ -108,14 +125,14 @@ def visual_chat(rows: Sequence[tuple[str, Mapping[str, Any], str]]) -> dict[str,
 
 
 def text_and_image(outputs: Sequence[str]) -> tuple[str, str]:
-    """Text and first picture of an interleaved answer; whatever ends in .png is a picture."""
+    """Return text and first image of an interleaved answer; any .png ending is an image."""
     pictures = [out for out in outputs if out.endswith(".png")]
     text = " ".join(out for out in outputs if not out.endswith(".png"))
     return text, pictures[0] if pictures else ""
 
 
 def multimodal(replies: Sequence[str], cosines: Sequence[float]) -> dict[str, float]:
-    """`cosines`: of the answers that have a picture; 0 without any."""
+    """Return the interleaved scores. `cosines`: of the answers with an image; 0 without any."""
     text = relative(replies)
     return {
         "text_score": text["pred_relative_score"],
@@ -125,11 +142,11 @@ def multimodal(replies: Sequence[str], cosines: Sequence[float]) -> dict[str, fl
     }
 
 
-# What the judge is asked. The texts are the release's own (MIT), since replies depend on them.
+# Messages for the judge. The texts are the release's own (MIT), since replies depend on them.
 
 
 def open_messages(question: str, answer: str, raw: str) -> list[dict[str, str]]:
-    """Of an open question; the answer goes in lower case."""
+    """Return the messages for an open question; the answer is sent in lower case."""
     text = _prompt("release_correctness").format(
         question=question, answer=answer, generated=raw.lower()
     )
@@ -137,14 +154,20 @@ def open_messages(question: str, answer: str, raw: str) -> list[dict[str, str]]:
 
 
 def multimodal_messages(question: str, reference: str, text: str) -> list[dict[str, str]]:
-    """The prompt speaks of a caption, and there is none."""
+    """Return the messages for an interleaved answer.
+
+    The prompt mentions a caption, and there is none.
+    """
     return _relative("[Context]\n", question, reference, text)
 
 
 def chat_messages(
     row: Mapping[str, Any], question: str, record: Mapping[str, Any]
 ) -> list[dict[str, str]]:
-    """`row`: the benchmark's answer; `record`: the model's, whole, its name in it, as a dict."""
+    """Return the messages for a visual chat answer.
+
+    `row`: the benchmark's answer; `record`: the model's complete record, with its name, as a dict.
+    """
     context = (
         f"[Context]\nFigure Caption:\n{row['fig_label']}: {row['fig_caption']}\n\n"
         f"Figure Context:\n\t- {row['in_text_mention']}\n\n"
@@ -163,25 +186,25 @@ def _relative(context: str, question: str, first: str, second: str) -> list[dict
 
 
 def _prompt(name: str) -> str:
-    return (FOLDER / f"{name}.txt").read_bytes().decode()  # spaces and line ends as they are
+    return (FOLDER / f"{name}.txt").read_bytes().decode()  # spaces and line ends unchanged
 
 
-# ---- The release's score of a task's records, by metric of ours that it belongs beside ----
+# ---- The release's score of a task's records, keyed by the corresponding metric here ----
 #
 #     accuracy         closed: substrings; choice: the text is the letter
-#     judge_correct    the release's one call, what cannot be read dropped
-# judge_relative   mean of ratios of the release's one call, reference first; a reply that cannot
-#                      be read leaves the task without a score, as it stops the release
-#     clip_image_text  captions: the raw cosine; pictures: of the first 100 rows, else none
-#     clip_image_image multimodal: of the first picture, over those who drew
+#     judge_correct    the release's one call, unreadable replies dropped
+#     judge_relative   mean of ratios of the release's one call, reference first; one bad reply
+#                      leaves the task without a score, as it stops the release
+#     clip_image_text  captions: the raw cosine; images: of the first 100 rows, else none
+#     clip_image_image multimodal: of the first image, over the answers with an image
 #
-# Each is a share, as ours: the published numbers are in percent, but for cosines.
+# Each is a share, as here: the published numbers are in percent, except for cosines.
 
 CLIP = "biomedclip"  # the only scorer that the release has
 
 
 def release_scores(records: Sequence[Record], known: ScoringInputs) -> dict[str, dict[str, Any]]:
-    """Metric -> {paper, paper_n, paper_why} of the records of one task."""
+    """Return metric -> {paper, paper_n, paper_why} of the records of one task."""
     family = records[0]["family"]
     if family == "vqa_closed":
         return {"accuracy": _tell(_mean, [closed(r["text"], r["answer"]) for r in records])}
@@ -227,7 +250,7 @@ def _ratio(replies: Sequence[str]) -> float:
 
 
 def _replies(records: Sequence[Record], known: ScoringInputs, kind: str) -> list[str] | None:
-    """The replies as they were; None where nobody was asked in the release's words."""
+    """Return the unchanged replies; None where no judge received the release's messages."""
     lines = known.judgments.get(kind)
     if lines is None:
         return None
@@ -235,7 +258,7 @@ def _replies(records: Sequence[Record], known: ScoringInputs, kind: str) -> list
 
 
 def _cosines(records: Sequence[Record], lines: Mapping[str, Mapping], name: str) -> list[float]:
-    """Of the first pictures; as the release prepares them, where that differs."""
+    """Return the cosines of the first images; as the release prepares them, where that differs."""
     found = []
     for record in records:
         line = lines.get(record["id"], {})
@@ -244,11 +267,11 @@ def _cosines(records: Sequence[Record], lines: Mapping[str, Mapping], name: str)
     return found
 
 
-# ---- What an answer says where no judge is needed: as both scorings read it ----
+# ---- The content of an answer where no judge is needed, as both scorings parse it ----
 
 
 def parse_and_judge(family: str, text: str, answer: str, prompt: str) -> dict[str, Any]:
-    """{parsed, strict, paper}: what was read ("yes", "B", None) and each scoring's verdict.
+    """Return {parsed, strict, paper}: the parsed answer ("yes", "B", None) and both verdicts.
 
     strict: right, wrong or unparsed. paper: right or not, by the release. {} for other families.
     """

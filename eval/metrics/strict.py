@@ -1,11 +1,11 @@
-"""Right scores of one answer, and totals that drop nothing and guess nothing.
+"""Scores one answer strictly; totals drop no answer and guess no verdict.
 
-scored     the answer says something that can be held against the reference
-unparsed   the model said nothing that can be read: wrong, and at best right
+scored     the answer states something that can be compared with the reference
+unparsed   the model's answer cannot be parsed: wrong, and at best right
 unscored   the judge or the scorer failed, not the model: counted as worst, and at best right
 
-value      unparsed and unscored at their worst  ]  the truth lies between `value` and `best`;
-best       unparsed and unscored at their best   ]  `of_scored` is what dropping would report
+value      unparsed and unscored at their worst  ]  the truth is between `value` and `best`;
+best       unparsed and unscored at their best   ]  `of_scored` is the value if they are dropped
 """
 
 import dataclasses
@@ -17,16 +17,19 @@ from medmax_jax.eval.metrics import answer_parser, yes_no_parser
 from medmax_jax.eval.metrics import text as text_metrics
 
 SCORED, UNPARSED, UNSCORED = "scored", "unparsed", "unscored"
-MIN_SCORE, MAX_SCORE = 1.0, 10.0  # what a judge may give in a comparison
+MIN_SCORE, MAX_SCORE = 1.0, 10.0  # the range of a judge's score in a comparison
 
 
 class StrictError(ValueError):
-    """Scores that cannot be had; the message names the value and the mend."""
+    """Raised for scores that cannot be computed; the message names the value and the fix."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ItemScore:
-    """Of one answer. `value`: None unless scored; `low`, `high`: what it could be if it is not."""
+    """Holds the score of one answer; `value` is None unless it is scored.
+
+    `low`, `high`: the possible range of an unscored value.
+    """
 
     status: str
     value: float | None
@@ -45,7 +48,7 @@ class ItemScore:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Total:
-    """Of many verdicts; `of_scored` is None when nothing was scored."""
+    """Holds the total of many verdicts; `of_scored` is None when nothing was scored."""
 
     n: int
     n_unparsed: int
@@ -56,44 +59,49 @@ class Total:
 
 
 def scored(value: float) -> ItemScore:
-    """A value that holds."""
+    """Return the score of a known value."""
     return ItemScore(status=SCORED, value=float(value), low=float(value), high=float(value))
 
 
 def unparsed(why: str) -> ItemScore:
-    """Right or wrong, nobody can say; the model's fault."""
+    """Return the score of an answer that the model wrote and that cannot be parsed."""
     return ItemScore(status=UNPARSED, value=None, low=0.0, high=1.0, why=why)
 
 
 def unscored(why: str, *, low: float = 0.0, high: float = 1.0) -> ItemScore:
-    """The same, not the model's fault."""
+    """Return the score of an answer that a judge or scorer failed to score."""
     return ItemScore(status=UNSCORED, value=None, low=low, high=high, why=why)
 
 
 def parse_answer(task: str, text: str, prompt: str) -> str | None:
-    """What an answer to a closed or multiple choice question says; None: unparsed."""
+    """Return the parsed answer to a closed or multiple choice question; None: unparsed."""
     if task == "vqa_closed":
         return yes_no_parser.parse_yes_no(text, prompt)
     return answer_parser.parse_choice(text, text_metrics.options(prompt))
 
 
 def closed(raw: str, answer: str, prompt: str = "") -> ItemScore:
-    """closed("Normal", "no") is unparsed; closed("No.", "no") is 1."""
+    """Score a closed question.
+
+    closed("Normal", "no") is unparsed; closed("No.", "no") is 1.
+    """
     return _matched("vqa_closed", raw, answer, prompt)
 
 
 def choice(raw: str, answer: str, prompt: str) -> ItemScore:
-    """choice("It is MRI", "B", "Which?\\nA: CT\\nB: MRI") is 1."""
+    """Score a multiple choice question.
+
+    choice("It is MRI", "B", "Which?\\nA: CT\\nB: MRI") is 1.
+    """
     return _matched("vqa_mcq", raw, answer, prompt)
 
 
 def parse_correctness(reply: str) -> ItemScore:
-    """Of a judge's reply in the release's form: the last "Correctness: 0" or "1", bold or not.
+    """Parse a judge's reply in the MedMax release's form: the last "Correctness: 0" or "1".
 
-    "**Correctness:** 1" is 1, "Correctness: 1 ... Correctness: 0" is 0; "Correctness: 10" and "0.5"
-    are no verdicts, nor is what a judge considers in its reasoning text. Replies of
-    eval/metrics/llm_judge.py
-    have a form of their own.
+    Bold marks are allowed. "**Correctness:** 1" is 1, "Correctness: 1 ... Correctness: 0" is 0;
+    "Correctness: 10" and "0.5" are no verdicts, nor is a verdict inside a judge's reasoning text.
+    Replies of eval/metrics/llm_judge.py have a form of their own.
     """
     plain = re.sub(r"[*_`\"']", "", reasoning.final_answer(reply) or "")
     found = re.findall(r"\bcorrectness\s*:\s*([01])(?![\w.]*\d)\b", plain, re.IGNORECASE)
@@ -101,10 +109,10 @@ def parse_correctness(reply: str) -> ItemScore:
 
 
 def parse_score_pair(reply: str) -> tuple[float, float] | None:
-    """Scores of assistants 1 and 2 in a reply of the release's form: two numbers from 1 to 10.
+    """Parse the scores of assistants 1 and 2 in the release's form: two numbers from 1 to 10.
 
     "8, 7", "8  7", "**8 7**" and "Assistant 1: 8 Assistant 2: 7" too; "8/10 7/10" has four numbers
-    and is none: what stands there is not guessed.
+    and is rejected: an ambiguous reply is not guessed.
     """
     final = reasoning.final_answer(reply) or ""
     line = next((line for line in final.splitlines() if line.strip()), "")
@@ -117,7 +125,7 @@ def parse_score_pair(reply: str) -> tuple[float, float] | None:
 
 
 def total(verdicts: Sequence[ItemScore]) -> Total:
-    """Mean with bounds over all of them."""
+    """Return the mean with bounds over all verdicts."""
     if not verdicts:
         raise StrictError("no verdicts: nothing was asked, so there is no score")
     known = [v.value for v in verdicts if v.value is not None]
@@ -135,11 +143,11 @@ def total(verdicts: Sequence[ItemScore]) -> Total:
 def all_correct_by_key(
     verdicts: Sequence[ItemScore], keys: Sequence[Hashable]
 ) -> dict[Hashable, ItemScore]:
-    """Key -> right only if all of its questions are: ProbMed's pairs.
+    """Return key -> right only if all of its questions are: ProbMed's pairs.
 
-    ProbMed asks of each thing in a picture once truly and once of something that is not there, so
-    the key is (picture, question type): who says yes to everything gets nothing. One wrong answer
-    decides, whatever else is unscored.
+    ProbMed poses one question about each thing in an image and one about a thing that is absent, so
+    the key is (image, question type): a model that answers yes to everything scores nothing. One
+    wrong answer decides, even if others are unscored.
     """
     if len(verdicts) != len(keys):
         raise StrictError(f"{len(verdicts)} verdicts but {len(keys)} keys: one key a verdict")
@@ -152,7 +160,7 @@ def all_correct_by_key(
 def grouped_accuracy(
     verdicts: Sequence[ItemScore], pictures: Sequence[str], kinds: Sequence[str]
 ) -> dict[str, Total]:
-    """Question type -> accuracy over pictures of `together`, and "overall"."""
+    """Return question type -> accuracy over images of `all_correct_by_key`, and "overall"."""
     keys = list(zip(pictures, kinds, strict=True))
     merged = all_correct_by_key(verdicts, keys)
     parts = {
@@ -164,10 +172,10 @@ def grouped_accuracy(
 
 
 def comparison(pairs: Sequence[tuple[float, float] | None]) -> dict[str, float | int | None]:
-    """Of a judge's (reference, model) scores, None for an unscored answer.
+    """Summarize a judge's (reference, model) scores, None for an unscored answer.
 
-    `ratio_of_means` does not soar when one reference is rated low, as the mean of ratios does; its
-    bounds give unscored answers 1 of 10 against 10 of 10, and the reverse.
+    `ratio_of_means` does not become large when one reference is rated low, as the mean of ratios
+    does; its bounds give unscored answers 1 of 10 against 10 of 10, and the reverse.
     """
     if not pairs:
         raise StrictError("no pairs: nothing was judged, so there is no score")
@@ -192,9 +200,10 @@ def comparison(pairs: Sequence[tuple[float, float] | None]) -> dict[str, float |
 def image_similarity_summary(
     cosines: Sequence[Sequence[float]], *, floor: float
 ) -> dict[str, float | None]:
-    """Of the similarities of each answer's pictures, () for none: a missing picture gets `floor`.
+    """Summarize the similarities of each answer's images, () for none; missing ones get `floor`.
 
-    `first` is the first picture of those who drew, as published; `with_missing` is over all.
+    `first` is the first image over the answers with an image, as published; `with_missing` is over
+    all.
     """
     if not cosines:
         raise StrictError("no answers: nothing was asked, so there is no score")

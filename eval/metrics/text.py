@@ -1,4 +1,4 @@
-"""Scores of one answer against one reference, and the options that a question lists.
+"""Scores one answer against one reference, and reads the options of a question.
 
 | score    | of            | is                                                                    |
 |----------|---------------|-----------------------------------------------------------------------|
@@ -10,7 +10,7 @@
 
 `tokens` are of this project (no articles, numbers with decimals, "x-ray" is two), so exact and
 token_f1 are not those of SQuAD's script, which joins "x-ray" to one. Only rouge_l has other tokens.
-Which option or which of yes and no an answer states: eval/metrics/answer_parser.py,
+The parsers of options and of yes and no are eval/metrics/answer_parser.py and
 eval/metrics/yes_no_parser.py.
 """
 
@@ -27,21 +27,25 @@ _MARK = re.compile(r"(?:^|(?<=[\s(\[]))([A-Z])\s*([:.)\]：．）、])\s*")
 
 
 def tokens(text: str) -> list[str]:
-    """Lower-case words and numbers without articles: "The X-ray, 3.5 cm" -> x ray 3.5 cm."""
+    """Return lower-case words and numbers without articles.
+
+    "The X-ray, 3.5 cm" -> x ray 3.5 cm.
+    """
     found = re.findall(r"\d+(?:\.\d+)?|[^\W\d_]+", text.lower())
     return [word for word in found if word not in ARTICLES]
 
 
 def options(prompt: str) -> dict[str, str]:
-    """Letter -> text of the options a question lists, "A: CT" or "B) MRI", one a line or in turn.
+    """Return letter -> text of the options of a question, like "A: CT" or "B) MRI".
 
-    {} unless they are A, B, C ... without a gap: then nothing is known of them.
+    Options are one per line or consecutive. {} unless they are A, B, C ... without a gap: then
+    nothing is known of them.
     """
     return {letter: prompt[start:end] for letter, start, end in option_spans(prompt)}
 
 
 def option_spans(prompt: str) -> list[tuple[str, int, int]]:
-    """(letter, start, end) of the texts of the options, [] where they cannot be told.
+    """Return (letter, start, end) of the texts of the options, [] where they cannot be determined.
 
     The options are the last list of the prompt: lines that begin with A, B, C ... in one style
     ("A:", "B)", "(c)"), else such marks in running text, else marks of several styles. So "type A."
@@ -59,7 +63,7 @@ def option_spans(prompt: str) -> list[tuple[str, int, int]]:
 
 
 def _listed(prompt: str, marks: Sequence[re.Match]) -> list[tuple[str, int, int]]:
-    """The texts after marks that are A, B, C ... to the end; [] for any other marks."""
+    """Return the texts after marks that are A, B, C ... to the end; [] for any other marks."""
     letters = [mark[1] for mark in marks]
     alphabets = (string.ascii_uppercase, string.ascii_lowercase)
     if len(marks) < 2 or not any(letters == list(abc[: len(letters)]) for abc in alphabets):
@@ -75,12 +79,15 @@ def _listed(prompt: str, marks: Sequence[re.Match]) -> list[tuple[str, int, int]
 
 
 def exact(answer: str, reference: str) -> float:
-    """1.0 when both are the same tokens, else 0.0."""
+    """Return 1.0 when both are the same tokens, else 0.0."""
     return float(tokens(answer) == tokens(reference))
 
 
 def token_f1(answer: str, reference: str) -> float:
-    """F1 of the token multisets. "left lung" against "the left lower lung": P 1, R 2/3, F1 0.8."""
+    """Return the F1 of the token multisets.
+
+    "left lung" against "the left lower lung": P 1, R 2/3, F1 0.8.
+    """
     ours, theirs = tokens(answer), tokens(reference)
     return _f1(sum((Counter(ours) & Counter(theirs)).values()), len(ours), len(theirs))
 
@@ -104,7 +111,7 @@ def rouge_l(answer: str, reference: str) -> float:
 
 
 def recall(answer: str, facts: list[str]) -> float:
-    """Share of `facts` all of whose words are in the answer; 1.0 without facts."""
+    """Return the share of `facts` all of whose tokens are in the answer; 1.0 without facts."""
     if not facts:
         return 1.0
     said = set(tokens(answer))
@@ -113,5 +120,5 @@ def recall(answer: str, facts: list[str]) -> float:
 
 def _f1(common: int, ours: int, theirs: int) -> float:
     if not ours and not theirs:
-        return 1.0  # nothing asked and nothing said
+        return 1.0  # nothing expected and nothing stated
     return 2 * common / (ours + theirs)

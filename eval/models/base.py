@@ -1,15 +1,15 @@
-"""What answers: any object with `generate(asks) -> one list of segments an ask`.
+"""Defines the model interface: any object with `generate(asks)`, one result per request.
 
-    Ask(id, parts, mode, max_tokens, data_class)  ->  [Text("yes")]  or  ["yes"], [PIL.Image], ...
+    ModelRequest(id, parts, mode, max_tokens, data_class)  ->  [Text("yes")] or ["yes"], [PIL.Image]
 
 A model may also have
 
-    stream(asks)                   (index, segments) as they get ready, in any order
-    score_options(asks, options)   log-likelihoods of the words of each option, one list an ask
-    name, fingerprint              what records and pages call it; without them, its class
-    modes                          of answers that it can write; without it, all of Ask.mode
+    stream(asks)                   (index, segments) as they complete, in any order
+    score_options(asks, options)   log-likelihoods of each option's text, one list per request
+    name, fingerprint              its name in records and pages; default: its class
+    modes                          of answers that it can write; default: all of ModelRequest.mode
 
-`Native` is a model folder of this project in the generation engine.
+`NativeModel` runs a model folder of this project in the generation engine.
 """
 
 import dataclasses
@@ -24,20 +24,19 @@ from medmax_jax.config import Sample
 from medmax_jax.generation import api, model_bundle
 from medmax_jax.generation.model_bundle import Image, PromptPart, Text
 
-Looks = Callable[[np.ndarray, np.ndarray], str]  # (codes, pixels) of a drawn picture -> modality
+Looks = Callable[[np.ndarray, np.ndarray], str]  # (codes, pixels) of a generated image -> modality
 
-SLOTS_PER_GUIDED_IMAGE = 3  # lanes of a picture: full, image-only, unconditional
+SLOTS_PER_GUIDED_IMAGE = 3  # KV-cache slots of an image: full, image-only, unconditional
 Segment = str | PIL.Image.Image | Text | Image
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelRequest:
-    """One question to a model. `parts`: pictures' files and words, in order.
+    """Describes one request to a model. `parts`: image files and text, in order.
 
-    mode: text, image or mixed, what may be written. max_tokens: of text. data_class: whose guard
-    it passes before it leaves the machine, see medmax_jax/endpoints/egress.py. end_of_turn: after
-    the parts, as
-    in fine-tuning; a base model goes on from the last word.
+    mode: text, image or mixed, what may be generated. max_tokens: of text. data_class: the class of
+    data that a guard checks before it leaves the machine, see medmax_jax/endpoints/egress.py.
+    end_of_turn: after the parts, as in fine-tuning; a base model continues from the last token.
     """
 
     id: str
@@ -50,28 +49,28 @@ class ModelRequest:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FailedResponse:
-    """In place of segments: the model was asked and refused, and asking again is no help."""
+    """Takes the place of segments where the model refused and a retry would not help."""
 
     why: str
 
 
 def last_error(model: object) -> str:
-    """What a model that left asks unanswered says of it, for the end of a sentence."""
+    """Return why a model left requests unanswered, for the end of a sentence."""
     said = getattr(model, "last_error", "")
     return f" ({said})" if said else ""
 
 
 class Model(Protocol):
-    """The least that can be evaluated."""
+    """Defines the minimal interface that can be evaluated."""
 
     def generate(self, asks: Sequence[ModelRequest]) -> Sequence[Sequence[Segment]]: ...
 
 
 class NativeModel:
-    """A model folder in memory; pictures are encoded once, whatever asks about them.
+    """Runs a model folder in memory; each image is encoded once for all of its requests.
 
-    rows: answers of words at a time. Pictures take up to three lanes of the cache each while they
-    are drawn, so a third as many.
+    rows: text answers at a time. Images take up to three KV-cache slots each during generation, so
+    a third as many images run at a time.
     """
 
     def __init__(
@@ -88,7 +87,7 @@ class NativeModel:
         return found
 
     def stream(self, asks: Sequence[ModelRequest]) -> Iterator[tuple[int, list[Segment]]]:
-        """All of one mode and bound, as the loop asks."""
+        """Yield (index, segments) of requests of one mode and bound, as the caller groups them."""
         if not asks:
             return
         kinds = {(ask.mode, ask.max_tokens, ask.end_of_turn) for ask in asks}
@@ -110,7 +109,7 @@ class NativeModel:
     def score_options(
         self, asks: Sequence[ModelRequest], options: Sequence[Sequence[str]]
     ) -> list[list[float]]:
-        """Natural logarithms of how likely each option's words are after its prompt."""
+        """Return the natural log-likelihood of each option's text after its prompt."""
         prompts = [self._parts(ask) for ask in self._seen(asks)]
         ends = {ask.end_of_turn for ask in asks}
         if len(ends) > 1:
@@ -121,7 +120,7 @@ class NativeModel:
         return [[score.total for score in scores] for scores in found]
 
     def _seen(self, asks: Sequence[ModelRequest]) -> Sequence[ModelRequest]:
-        """The asks, with every picture's codes at hand."""
+        """Return the requests after the codes of all their images are computed."""
         shown = [part for ask in asks for part in ask.parts if isinstance(part, Path)]
         new = [path for path in dict.fromkeys(shown) if path not in self._codes]
         codes = model_bundle.encode(self.generator, new)
@@ -135,7 +134,7 @@ class NativeModel:
 def split_segments(
     segments: Sequence[Segment], *, where: str
 ) -> tuple[list[str], list[PIL.Image.Image], list[np.ndarray | None]]:
-    """The words, the pictures, and the pictures' codes where the model tells them."""
+    """Return the texts, the images, and the images' codes where the model provides them."""
     if isinstance(segments, str | PIL.Image.Image | Text | Image):
         segments = [segments]
     texts, pictures, codes = [], [], []

@@ -1,9 +1,9 @@
-"""The floor of every table: answers that need no picture, and no model.
+"""Computes baselines: answers that require no image and no model.
 
-constant   yes, A, no words, a grey picture
-majority   the commonest reference of the task itself: the most that one answer can get
+constant   yes, A, empty text, a gray image
+majority   the most common reference of the task: the best score of any single answer
 random     yes or no, a letter of the question, another item's reference; by the seed and id
-blind      the commonest training answer of the question's template
+blind      the most common training answer of the question's template
 """
 
 import collections
@@ -27,24 +27,24 @@ DESCRIPTIONS = {
     "random": "yes or no, a letter, or another question's reference, by the seed",
 }
 KINDS = tuple(DESCRIPTIONS)
-GREY = 256  # pixels a side
+GREY = 256  # pixels per side
 
 
 class BaselineError(ValueError):
-    """A baseline that there is not; the message names the mend."""
+    """Raised for an unknown or unavailable baseline; the message names the fix."""
 
 
 def blind(train: Sequence[Item], items: Sequence[Item]) -> dict[str, str]:
-    """Id -> the commonest answer of the item's template in the training items; ties by alphabet.
+    """Return id -> the most common training answer of the item's template; ties by alphabet.
 
-    Says what a model could score that never looks at a picture. "" for a template never seen.
+    This is the score of a model that never uses an image. "" for a template without training items.
     """
     best = _commonest((item.template, item.answer) for item in train)
     return {item.id: best.get(item.template, "") for item in items}
 
 
 def baseline_answers(kind: str, items: Sequence[Item], *, seed: int) -> dict[str, str]:
-    """Id -> words."""
+    """Return id -> text."""
     if kind not in KINDS:
         raise BaselineError(f"baseline {kind!r}: use one of {', '.join(KINDS)}")
     best = _commonest((item.task, item.answer) for item in items)
@@ -63,7 +63,7 @@ def baseline_answers(kind: str, items: Sequence[Item], *, seed: int) -> dict[str
 
 
 class Baseline:
-    """A floor as a model, with pictures too."""
+    """Runs a baseline as a model, with images too."""
 
     no_options = "a baseline has no likelihoods"
 
@@ -96,7 +96,10 @@ def baseline_scores(
     mode: str,
     **numbers: Any,
 ) -> list[dict[str, Any]]:
-    """Scores of each floor on the records' words: {name, says, scores}. Not of pictures."""
+    """Return the text scores of each baseline on the records: {name, says, scores}.
+
+    Images have no baseline scores.
+    """
     asked = [r for r in records if FAMILIES[r["family"]].mode == "text"]
     if not asked:
         return []
@@ -109,7 +112,7 @@ def baseline_scores(
 
 
 def attach_baselines(rows: Sequence[dict[str, Any]], floors: Sequence[Mapping[str, Any]]) -> None:
-    """Gives each row `floor`, the best of the floors on its task and metric, and its name."""
+    """Add to each row `floor`, the best baseline on its task and metric, and its name."""
     for row in rows:
         known = [
             (one["value"], floor["name"])

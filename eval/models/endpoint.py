@@ -1,10 +1,12 @@
-"""An OpenAI-compatible vision endpoint as a model: each call guarded, cached, limited, paid for.
+"""Runs an OpenAI-compatible vision endpoint as a model: guarded, cached, paced and priced calls.
 
-    Ask -> PNG without metadata, as a data URL, and words -> medmax_jax/endpoints/cached_chat_api.py
-    -> [text]
-           refused for good (400, filtered)  -> Failed       no reply this time -> not answered
+    ModelRequest -> PNG without metadata, as a data URL, and text
+    -> medmax_jax/endpoints/cached_chat_api.py -> [text]
+           permanently refused (400, filtered)  -> FailedResponse
+           no reply in this run                 -> not answered
 
-It draws nothing and tells no likelihoods: `modes` says so, and there is no `score_options`.
+It generates no images and returns no likelihoods: `modes` excludes images, and there is no
+`score_options`.
 """
 
 import dataclasses
@@ -40,12 +42,12 @@ NO_LIKELIHOODS = "a chat endpoint tells no likelihoods of given options"
 
 
 class ServiceError(ValueError):
-    """An endpoint's settings that cannot be used; the message names the field and the mend."""
+    """Raised for unusable endpoint settings; the message names the field and the fix."""
 
 
 @dataclasses.dataclass
 class Usage:
-    """Of this start's own calls; `usd` is None without prices."""
+    """Counts the calls of this start; `usd` is None without prices."""
 
     calls: int = 0
     tokens_in: int = 0
@@ -54,7 +56,7 @@ class Usage:
 
 
 def make_endpoint(where: str, service: Service, *, field: str) -> Endpoint:
-    """The endpoint of NAME@URL. `field`: of the config, for errors."""
+    """Return the endpoint of NAME@URL. `field`: of the config, for errors."""
     name, url = parse_model_at_url(where)
     try:
         parameters = parse_json(service.parameters, f"config.{field}.parameters")
@@ -76,13 +78,13 @@ def make_endpoint(where: str, service: Service, *, field: str) -> Endpoint:
         max_reply_bytes=service.max_reply_bytes,
         price_in=service.price_in,
         price_out=service.price_out,
-        takes_cut=True,  # an answer of 16 tokens may be meant to be longer, and is an answer
-        takes_empty=True,  # as an empty answer of a model in this process: one without a choice
+        takes_cut=True,  # an answer of 16 tokens may be cut at its bound, and is an answer
+        takes_empty=True,  # like an empty answer of a local model: no option chosen
     )
 
 
 class EndpointModel:
-    """Replies by the cache of one workdir. `stopped`: no call begins once it is true."""
+    """Answers through the cache of one workdir. `stopped`: no call begins once it is true."""
 
     modes = ("text", "mixed")
     no_options = NO_LIKELIHOODS
@@ -100,7 +102,7 @@ class EndpointModel:
         self._user_stopped, self._begun = stopped, 0.0
 
     def generate(self, asks: Sequence[ModelRequest]) -> list[list[Segment] | FailedResponse]:
-        """All of them, or raises for one that had no reply."""
+        """Return all answers, or raise for a request that had no reply."""
         found = dict(self.stream(asks))
         if len(found) < len(asks):
             raise TransientError(f"{len(asks) - len(found)} asks had no reply: {self.last_error}")
@@ -109,7 +111,10 @@ class EndpointModel:
     def stream(
         self, asks: Sequence[ModelRequest]
     ) -> Iterator[tuple[int, list[Segment] | FailedResponse]]:
-        """Asks of one bound, as they come; those without a reply this time do not come."""
+        """Yield the answers to requests of one bound as they arrive.
+
+        Requests without a reply in this run are not yielded.
+        """
         if not asks:
             return
         if len({ask.max_tokens for ask in asks}) > 1:
@@ -126,7 +131,7 @@ class EndpointModel:
         for one, reply in found:
             if isinstance(reply, TransientError):
                 secret = one.data_class == egress.CREDENTIALED
-                # what a server replies may repeat the question
+                # A server's reply may repeat the question.
                 self.last_error = "no reply from the endpoint" if secret else str(reply)
                 continue
             key = cached_chat_api.cache_key(endpoint, one.messages)
@@ -136,7 +141,7 @@ class EndpointModel:
             yield int(one.id), FailedResponse(why=reply.problem) if reply.problem else [reply.text]
 
     def stopped(self) -> bool:
-        """Whether the user stopped it, or the money is spent."""
+        """Return whether the user stopped it, or the budget is spent."""
         most = self.service.max_usd
         if most is not None and self.spent.usd >= most:
             self.last_error = f"max_usd {most:g} is spent"
@@ -144,7 +149,7 @@ class EndpointModel:
         return self._user_stopped()
 
     def _paced(self, asks: Sequence[ModelRequest], endpoint: Endpoint, new: set[str]):
-        """Known replies at once, calls no faster than per_minute."""
+        """Yield cached replies at once, and make calls no faster than per_minute."""
         for index, ask in enumerate(asks):
             one = message(ask, str(index))
             key = cached_chat_api.cache_key(endpoint, one.messages)
@@ -163,7 +168,7 @@ class EndpointModel:
         self._begun = time.monotonic()
 
     def _pay(self, one: cached_chat_api.ChatRequest, reply: Reply) -> None:
-        """Where a server does not count, characters and pictures do."""
+        """Add the cost of a reply; estimate tokens where a server does not report them."""
         spent, each = self.spent, cached_chat_api.CHARS_PER_TOKEN
         chars, pictures = message_size(one.messages[0]["content"])
         about = chars // each + pictures * cached_chat_api.TOKENS_PER_PICTURE
@@ -176,7 +181,10 @@ class EndpointModel:
 
 
 def fingerprint(endpoint: Endpoint) -> str:
-    """Changes with the address, the name and the parameters; the weights behind it are unseen."""
+    """Return a fingerprint of the address, the name and the parameters.
+
+    The weights behind the endpoint are unknown.
+    """
     facts = [endpoint.url, endpoint.model, dict(endpoint.parameters)]
     return "endpoint:" + hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -185,7 +193,7 @@ def with_max_tokens(endpoint: Endpoint, max_tokens: int) -> Endpoint:
     """Return the endpoint with the bound of a family, unless the user set one, which is sent as is.
 
     {"temperature": 0}          ->  {"temperature": 0, "max_tokens": 16}
-    {"max_completion_tokens": 2048} and {"max_tokens": None} stay: of the latter none is sent.
+    {"max_completion_tokens": 2048} and {"max_tokens": None} stay; the latter sends no bound.
     """
     if set(BOUNDS) & set(endpoint.parameters):
         return endpoint
@@ -215,7 +223,7 @@ def own_bound(endpoint: Endpoint) -> str:
 
 
 def message(ask: ModelRequest, name: str) -> cached_chat_api.ChatRequest:
-    """One user's message with pictures and words in order."""
+    """Return one user message with images and text in order."""
     content = [image_part(png(p)) if isinstance(p, Path) else text_part(p) for p in ask.parts]
     messages = [{"role": "user", "content": content}]
     return cached_chat_api.ChatRequest(id=name, messages=messages, data_class=ask.data_class)
@@ -223,7 +231,7 @@ def message(ask: ModelRequest, name: str) -> cached_chat_api.ChatRequest:
 
 @functools.lru_cache(maxsize=64)
 def png(path: Path) -> bytes:
-    """A picture's pixels alone: what stands in its metadata does not leave the machine."""
+    """Return only an image's pixels as PNG: its metadata does not leave the machine."""
     try:
         pixels = images.load(path, max_pixels=MAX_PIXELS)
     except image_headers.ImageError as error:
@@ -236,7 +244,10 @@ def png(path: Path) -> bytes:
 def estimate(
     endpoint: Endpoint, asks: Sequence[ModelRequest], cache: cached_chat_api.Cache | None
 ) -> dict[str, Any]:
-    """Calls, tokens and USD still to spend; raises where data may not go. Opens no connection."""
+    """Return the remaining calls, tokens and USD; opens no connection.
+
+    Raises where data may not be sent.
+    """
     total = dict(calls=0, tokens_in=0, tokens_out=0)
     for data_class in {ask.data_class for ask in asks}:
         egress.check(endpoint.url, data_class, listed=endpoint.listed)

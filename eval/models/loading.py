@@ -1,4 +1,4 @@
-"""--model=KIND:WHERE to a model: named first, without loading it, and opened when it is asked.
+"""Resolves --model=KIND:WHERE to a model, and loads the model when it is first used.
 
 native:FOLDER       hf:FOLDER (converted once, into a cache)       endpoint:NAME@URL
 predictions:FILE    baseline:{constant,majority,random}
@@ -38,7 +38,7 @@ ADAPTER = "adapter.safetensors"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """Which model, and what tells it from others. `folder`: of its weights, once they are ours."""
+    """Identifies a model. `folder`: of its weights in the native layout, if it has one."""
 
     kind: str
     where: str
@@ -51,7 +51,7 @@ class ModelSpec:
 
 @dataclasses.dataclass(kw_only=True)
 class LoadedModel:
-    """A model that can be asked. `generator`: of the native kinds, which see pictures as codes."""
+    """Holds a loaded model. `generator`: of the native kinds, which encode images as codes."""
 
     model: base.Model
     named: ModelSpec
@@ -60,13 +60,13 @@ class LoadedModel:
     close: Callable[[], None] = lambda: None
 
     def looks(self) -> Looks | None:
-        """Which modality a drawn picture looks like, where the training pictures are known."""
+        """Return the modality classifier of generated images, if training images are known."""
         if self.generator is None or not self.found.pictures:
             return None
         return modality.make_classifier(self.generator, self._centroids)
 
     def ceiling(self, numbers: dict[str, int]) -> dict[str, Any] | None:
-        """How often real pictures look like their modality."""
+        """Return how often real images match their modality, as the upper bound."""
         if self.generator is None or not self.found.pictures:
             return None
         return real_image_accuracy(
@@ -78,7 +78,7 @@ class LoadedModel:
         )
 
     def spent(self) -> dict[str, Any] | None:
-        """Calls, tokens and USD of this start, of endpoints."""
+        """Return calls, tokens and USD of this start, for endpoints."""
         spent = getattr(self.model, "spent", None)
         return None if spent is None else dataclasses.asdict(spent)
 
@@ -92,7 +92,7 @@ class LoadedModel:
 def parse_model_spec(
     model: str, adapter: str, merge: bool, settings: Settings, *, progress: Callable[[str], None]
 ) -> ModelSpec:
-    """What `--model` means. A checkpoint of another layout is converted here, once."""
+    """Resolve `--model`. A checkpoint of another layout is converted here, once."""
     kind, _, where = model.partition(":")
     if kind not in KINDS or not where:
         raise EvalError(
@@ -106,7 +106,7 @@ def parse_model_spec(
     fixed = dict(kind=kind, where=where, adapter=adapter, merge=merge)
     match kind:
         case "native" | "hf":
-            requests.require_single_process()  # before anything is converted, or a mesh asked for
+            requests.require_single_process()  # before a conversion or a mesh is started
             folder = where if kind == "native" else str(convert_to_native(where, progress))
             tuned = Folder(adapter) if adapter else None
             digest = tuned.file(ADAPTER).digest("sha256") if tuned and tuned.has(ADAPTER) else ""
@@ -131,7 +131,7 @@ def parse_model_spec(
 
 
 def is_recorded(named: ModelSpec) -> bool:
-    """Predictions made elsewhere: asked about another picture they would say the same."""
+    """Return whether the answers are recorded, so that a changed image changes nothing."""
     return named.kind == "predictions"
 
 
@@ -143,7 +143,7 @@ def load_model(
     shard: Shard,
     stopped: Callable[[], bool],
 ) -> LoadedModel:
-    """The model in memory, or what stands for it; `close` it."""
+    """Load the model, or open what replaces it; the caller calls `close`."""
     fixed = dict(named=named, found=found)
     match named.kind:
         case "native" | "hf":
@@ -164,7 +164,7 @@ def load_model(
 
 
 def convert_to_native(source: str, progress: Callable[[str], None]) -> Path:
-    """The native folder of a checkpoint in another layout, in the user's cache."""
+    """Return the native folder, in the user's cache, of a checkpoint in another layout."""
     place = Path(source)
     if not place.is_dir():
         raise EvalError(f"--model hf:{source}: no folder; download the checkpoint first")
@@ -207,7 +207,7 @@ def real_image_accuracy(
     seed: int,
     resamples: int,
 ) -> dict[str, Any]:
-    """How often real pictures of the items match their own modality: the most that drawing can."""
+    """Return how often real images of the items match their modality: the bound for generation."""
     real = {item.image: item for item in items if item.kind}
     found = modality.modality_features(generator, list(real), images_folder=images_folder)
     return intervals.mean_interval(

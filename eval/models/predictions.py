@@ -1,7 +1,7 @@
-"""Answers that are there already, as a model: JSONL of {"id", "text", "images": [paths]}.
+"""Reads recorded answers as a model: JSONL of {"id", "text", "images": [paths]}.
 
-Paths are relative to the file and stay under its folder. Items without a line are failed answers,
-counted as such; a line without an item is an error, since it says that other items were answered.
+Paths are relative to the file and must be inside its folder. Items without a line are failed
+answers, counted as such; a line without an item is an error, since other items were answered.
 """
 
 import hashlib
@@ -26,11 +26,11 @@ MAX_PIXELS = 64_000_000
 
 
 class PredictionsError(ValueError):
-    """Predictions that cannot be used; the message names the line and the mend."""
+    """Raised for unusable predictions; the message names the line and the fix."""
 
 
 class Predictions:
-    """Answers by the item's id. `missing`: how many items have none."""
+    """Returns answers by the item's id. `missing`: the number of items without an answer."""
 
     no_options = "predictions are texts; nobody told their likelihoods"
 
@@ -48,7 +48,7 @@ class Predictions:
                 f"{path}: {len(strange)} ids are no items of this evaluation, the first is "
                 f"{first}; predict the items of this config, or leave those lines out"
             )
-        for row in self._rows.values():  # before anything is opened
+        for row in self._rows.values():  # before any file is opened
             for number, name in enumerate(row["images"], start=1):
                 self._file(row["place"], name, f"image {number}" if secret else "")
         self.missing = len(known) - len(self._rows)
@@ -72,7 +72,7 @@ class Predictions:
         ]
 
     def _file(self, place: str, name: str, label: str) -> Path:
-        """The file of an image; `label`: what messages call it, where its name must not be."""
+        """Return the file of an image; `label` replaces the path in messages if it is private."""
         where, folder = f"{self.path} {place}", self.path.parent
         shown = label or f"image {name!r}"
         try:
@@ -93,13 +93,13 @@ class Predictions:
         try:
             return images.load(path, max_pixels=MAX_PIXELS, name=shown)
         except image_headers.ImageError as error:
-            if label:  # Pillow may repeat what it found in the file
+            if label:  # Pillow may repeat the content of the file
                 raise PredictionsError(f"{shown} cannot be read as an image; replace it") from None
             raise PredictionsError(str(error)) from error
 
 
 def digest(path: str | Path) -> str:
-    """Of the file's bytes; the pictures that it names are not in it."""
+    """Return the digest of the file's bytes, without the images that it names."""
     try:
         return "predictions:" + hashlib.sha256(Path(path).read_bytes()).hexdigest()
     except OSError as error:

@@ -1,13 +1,13 @@
-"""What of the items stands in the training records, and every headline again without it.
+"""Finds items that overlap with the training records, and repeats every headline without them.
 
-    items  -- SHA-256 of the picture's file   --+
-           -- codes of the picture, by VQGAN  --+--> training records --> contamination.jsonl
-           -- 13 words in a row               --+    {id, picture, codes, words}
+    items  -- SHA-256 of the image file      --+
+           -- codes of the image, by VQGAN   --+--> training records --> contamination.jsonl
+           -- 13 consecutive words           --+    {id, picture, codes, words}
 
     headline on the clean part | on the contaminated part, each with its interval
 
-The same questions as `data.prepare check --against` asks, of the same columns. Words in a row that
-stand in more than ten training documents are a phrase and no leak, as in GPT-3's appendix C.
+The comparison is that of `data.prepare check --against`, on the same columns. Consecutive words
+that occur in more than ten training documents are a phrase and no leak, as in GPT-3's appendix C.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ WAYS = ("picture", "codes", "words")
 
 
 class ContaminationError(ValueError):
-    """Training records that cannot be compared with; the message names the field and the mend."""
+    """Raised for unusable training records; the message names the field and the fix."""
 
 
 def find(
@@ -49,10 +49,10 @@ def find(
     images_folder: str | Path,
     progress: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Writes contamination.jsonl; returns what was compared. `train`: a folder of records.
+    """Write contamination.jsonl; return what was compared. `train`: a folder of records.
 
-    `model`: the folder whose tokenizer and VQGAN wrote them; with another VQGAN codes are not
-    compared, and with another tokenizer this raises, since words would be.
+    `model`: the folder that holds the tokenizer and VQGAN of the records; with another VQGAN codes
+    are not compared, and another tokenizer raises, since word n-grams are compared as tokens.
     """
     found = open_records(train)
     tokenizer = resolve_tokenizer(found, Path(model), Path(model))
@@ -76,7 +76,7 @@ def find(
 
 
 def read(workdir: str | Path) -> dict[str, dict[str, bool]]:
-    """id -> {picture, codes, words}."""
+    """Return id -> {picture, codes, words}."""
     return {row["id"]: row for _, row in read_objects(Path(workdir) / FILE)[1:]}
 
 
@@ -89,7 +89,7 @@ def summary(
     seed: int,
     resamples: int,
 ) -> list[dict[str, Any]]:
-    """Headline rows {task, metric, part, n, groups, few_groups, value, ci_low, ci_high}.
+    """Return headline rows {task, metric, part, n, groups, few_groups, value, ci_low, ci_high}.
 
     part: all, clean, contaminated, and by picture, codes, words. A part without items has n 0.
     """
@@ -158,7 +158,7 @@ def _compare(
         train=found.fingerprint,
         documents=len(found),
         items=len(items),
-        # the first two are of pictures that could be compared: the records may know no bytes
+        # The first two are of images that could be compared: records may have no file hashes.
         by_picture=sum(item.image in same for item in items) if columns.sha.any() else 0,
         by_codes=sum(item.image in alike for item in items),
         by_words=int((grams.sizes > 0).sum()),
@@ -176,12 +176,12 @@ def _key(items: Sequence[task_items.Item], found: Records) -> str:
 
 
 def _known(path: Path, key: str) -> dict[str, Any] | None:
-    """What was compared, where these very items were compared with these very records."""
+    """Return what was compared, if these exact items and records were compared before."""
     if not path.exists():
         return None
     try:
         rows = [row for _, row in read_objects(path)]
-    except TextFileError:  # damaged, so it is compared again
+    except TextFileError:  # corrupt, so it is compared again
         return None
     flags = [type(row.get(name)) is bool for row in rows[1:] for name in WAYS]
     whole = all(flags) and all(isinstance(row.get("id"), str) for row in rows[1:])

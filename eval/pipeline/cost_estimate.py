@@ -1,9 +1,9 @@
-"""What an evaluation will ask before it asks: requests, tokens, judge's calls, price, minutes.
+"""Estimates an evaluation before it runs: requests, tokens, judge calls, price and minutes.
 
-Tokens in of pictures and words are counted as medmax_jax/endpoints/cached_chat_api.py does, tokens
-out are the bound of each
-family: both are the most that is paid for. Minutes come from the rate at which this workdir was
-filled before; without one there is none to state, and the first batches' rate is shown instead.
+Input tokens of images and text are counted as medmax_jax/endpoints/cached_chat_api.py does, output
+tokens are the bound of each family: both are upper bounds of what is paid for. Minutes come from
+the rate at which this workdir was filled before; without such a rate none is stated, and the rate
+of the first batches is reported instead.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -26,15 +26,16 @@ OF_RECORDS = "records.jsonl"
 
 
 class PlanError(ValueError):
-    """An evaluation that would cost too much; the message names the price and the mend."""
+    """Raised for an evaluation that costs too much; the message names the price and the fix."""
 
 
 def estimate_cost(
     settings: Settings, found: EvalSet, named: loading.ModelSpec, workdir: Path, shard: Shard
 ) -> dict[str, Any]:
-    """Of what is left; raises where data may not go or where it would cost more than max_usd.
+    """Return the estimate of the remaining work.
 
-    Tokens, price and minutes are of the items and of their probes.
+    Raises where data may not be sent or where it would cost more than max_usd. Tokens, price and
+    minutes are of the items and of their probes.
     """
     mine = found.items[shard.index :: shard.count]
     left, again = _to_ask(settings, found, named, workdir, shard)
@@ -66,9 +67,9 @@ def estimate_cost(
 def check_endpoint(
     settings: Settings, found: EvalSet, named: loading.ModelSpec, workdir: Path, shard: Shard
 ) -> None:
-    """Raise within seconds where the endpoint that is evaluated may not be asked or is down.
+    """Raise within seconds where the evaluated endpoint may not be used or is down.
 
-    Where all is answered, or in the cache of replies, it need not listen.
+    Where every reply is recorded or cached, the endpoint need not be reachable.
     """
     if named.kind != "endpoint":
         return
@@ -104,7 +105,7 @@ def _to_ask(
 
 
 def _left(items: Sequence[task_items.Item], out: Path) -> list[task_items.Item]:
-    """Those without a record in a file of `out`."""
+    """Return the items without a record in a file of `out`."""
     done = {
         record["id"] for path in inference.shard_files(out) for record in journal.read_jsonl(path)
     }
@@ -120,7 +121,7 @@ def _asks(
 
 
 def _judge(settings: Settings, found: EvalSet, items: Sequence[task_items.Item]) -> dict[str, Any]:
-    """Calls where each first reply can be read, and USD at most, were all answers full length."""
+    """Return judge calls if each first reply is readable, and USD at most for full answers."""
     if not settings.judge.endpoint:
         return dict(judge_calls=0, judge_usd=None)
     some = [item for item in items if item.family in ("vqa_open", *per_record.PAIRWISE_FAMILIES)]
@@ -140,7 +141,7 @@ def _sum(numbers: Iterable[Any]) -> Any:
 
 
 def report_estimate(about: dict[str, Any], progress: Callable[[str], None]) -> None:
-    """The plan in words."""
+    """Log the estimate as text."""
     families = ", ".join(f"{n} {family}" for family, n in about["by_family"].items()) or "nothing"
     progress(f"plan: {about['requests']} of {about['items']} items left to ask ({families})")
     usd, judged = (
@@ -185,7 +186,7 @@ def _tokens(
 def _bound(
     settings: Settings, named: loading.ModelSpec, asks: Sequence[base.ModelRequest]
 ) -> dict[str, Any]:
-    """Without a look at pictures or at earlier replies."""
+    """Return an upper bound without reading images or earlier replies."""
     if named.kind not in ("native", "hf", "endpoint"):
         return dict(tokens_in=0, tokens_out=0, usd=None)
     words = sum(len(part) for ask in asks for part in ask.parts if isinstance(part, str))

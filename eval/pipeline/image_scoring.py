@@ -1,13 +1,13 @@
-"""Pictures and captions before a scorer: pictures.jsonl, from embeddings that are kept.
+"""Scores images and captions with an encoder; caches embeddings and writes pictures.jsonl.
 
-    biomedclip:FOLDER           BiomedCLIP's published files: pictures and texts, BiomedCLIPScore
-    efficientnet_lite0:WHEEL    ImageNet features of pictures only; never called BiomedCLIPScore
+    biomedclip:FOLDER           BiomedCLIP's published files: images and texts, BiomedCLIPScore
+    efficientnet_lite0:WHEEL    ImageNet features of images only; never called BiomedCLIPScore
 
-    records -> what is to be embedded -> embeddings.jsonl (by content, written a batch at a time)
-            -> a line a record: cosines, the place of its own among the task's; a line a task: KID,
+    records -> inputs to embed -> embeddings.jsonl (keyed by content, written batch by batch)
+            -> one line per record: cosines and the rank of its own image; one per task: KID,
                diversity
 
-Interrupted, the same command embeds only what is not there; pictures.jsonl is then written whole.
+After an interruption the same command embeds only what is missing and rewrites pictures.jsonl.
 """
 
 import base64
@@ -32,9 +32,9 @@ from medmax_jax.io.storage import file_sha256
 from medmax_jax.models import image_headers, images
 
 STORE = "embeddings.jsonl"
-BLANK = "blank"  # a grey picture: what not drawing is worth
-GAMMA, SUBSETS = 1.0, 100  # of KID on unit rows, as score_picture.kid says
-SET_SIZE = 1_000  # rows of a subset, or half of what there is
+BLANK = "blank"  # a gray image: the score of an answer that draws nothing
+GAMMA, SUBSETS = 1.0, 100  # of KID on unit rows, see eval/metrics/embeddings.py:kid
+SET_SIZE = 1_000  # rows of a subset, or half of the rows that exist
 
 
 def score_images(
@@ -48,7 +48,7 @@ def score_images(
     progress: Callable[[str], None],
     out: str = per_record.PICTURES,
 ) -> list[dict[str, Any]]:
-    """Writes WORKDIR/out; returns {task, scorer, metric, ...} of whole sets of pictures."""
+    """Write WORKDIR/out; return {task, scorer, metric, ...} of complete image sets."""
     workdir = Path(workdir)
     some = [r for r in records if r["family"] in per_record.IMAGE_METRICS and not r.get("error")]
     lines, sets = [], []
@@ -73,7 +73,7 @@ def score_images(
 
 @dataclasses.dataclass(frozen=True)
 class _EmbeddingRequest:
-    """Something to embed. `key`: what it is by content, "" where it cannot be read."""
+    """Describes one input to embed. `key`: a hash of its content, "" where it cannot be read."""
 
     key: str
     what: Path | str
@@ -81,7 +81,7 @@ class _EmbeddingRequest:
 
 
 class _EmbeddingJob:
-    """A scorer's embeddings of a workdir, by content."""
+    """Holds the embeddings of one scorer for a workdir, keyed by content."""
 
     def __init__(self, scorer: Scorer, journal: Journal, workdir: Path, folder: Path):
         self.scorer, self._journal, self._workdir, self._folder = scorer, journal, workdir, folder
@@ -110,7 +110,7 @@ class _EmbeddingJob:
             self._put(part, self.scorer.texts([want.what for want in part]))
 
     def problem(self, record: Record) -> str:
-        """Why a record has no scores; "" where it has."""
+        """Return why a record has no scores, or "" where it has scores."""
         if missing := self._missing(record):
             return missing
         return next(
@@ -121,11 +121,11 @@ class _EmbeddingJob:
         return [self._rows[self._key(path)] for path in self._generated(record)]
 
     def released(self, record: Record) -> list[np.ndarray]:
-        """Prepared as the release did."""
+        """Return the embeddings of images that are prepared as in the MedMax release."""
         return [self._rows[self._key(path, released=True)] for path in self.paths(record)]
 
     def shown(self, record: Record) -> np.ndarray | None:
-        """The picture of the item: shown, or the reference of what was to be drawn."""
+        """Return the image of the item: the one shown, or the reference of an image to generate."""
         path = self._reference(record)
         return None if path is None else self._rows[self._key(path)]
 
@@ -136,7 +136,7 @@ class _EmbeddingJob:
         return self._rows[BLANK]
 
     def paths(self, record: Record) -> list[Path]:
-        """Whose cosines with the text count: the picture shown, or those drawn."""
+        """Return the images to compare with the text: the image shown, or the generated ones."""
         if record["family"] == "captioning":
             return [self._resolved(self._folder, record, record["image"])]
         return self._generated(record)
@@ -145,7 +145,7 @@ class _EmbeddingJob:
         return [self._resolved(self._workdir, record, name) for name in record["images"]]
 
     def _reference(self, record: Record) -> Path | None:
-        """The file of the item's image; None where there is none."""
+        """Return the file of the item's image; None where there is none."""
         if not record["image"]:
             return None
         path = self._resolved(self._folder, record, record["image"])
@@ -173,7 +173,10 @@ class _EmbeddingJob:
         return next((f"{path}: no such file" for path in paths if not path.is_file()), "")
 
     def _key(self, path: Path, *, released: bool = False) -> str:
-        """By bytes. The release's way differs where it resized before it converted."""
+        """Return a key of the file's bytes.
+
+        The preparation of the release has a key of its own where it resizes before it converts.
+        """
         if path not in self._keys:
             self._keys[path] = file_sha256(path), _mode(path) in SAME
         digest, same = self._keys[path]
@@ -237,7 +240,7 @@ def _cosines(view: _EmbeddingJob, record: Record) -> dict[str, Any]:
 
 
 def _ranks(view: _EmbeddingJob, records: Sequence[Record]) -> dict[str, float]:
-    """The place of an item's own picture or prompt among the task's; who drew none is the last."""
+    """Return the rank of each item's own image or prompt in its task; no image ranks last."""
     if not view.reads or len(records) < 2:
         return {}
     family = records[0]["family"]
@@ -260,10 +263,10 @@ def _ranks(view: _EmbeddingJob, records: Sequence[Record]) -> dict[str, float]:
 def _sets(
     view: _EmbeddingJob, records: Sequence[Record], seed: int, resamples: int
 ) -> Iterator[dict[str, Any]]:
-    """KID against the references, and diversity of what was drawn beside theirs.
+    """Yield KID against the references, and the diversity of generated and reference images.
 
     KID's value and interval are over groups; `subsets_mean` and `subsets_std` are of subsets of
-    `size`, as it is published.
+    `size`, as KID is published.
     """
     if records[0]["family"] == "captioning":
         return
@@ -295,7 +298,7 @@ def _sets(
 def _grouped(
     some: Iterable[tuple[str, Sequence[np.ndarray]]],
 ) -> tuple[list[np.ndarray], list[str]]:
-    """Rows, and the group of each."""
+    """Return the rows and the group of each row."""
     pairs = [(row, group) for group, rows in some for row in rows]
     return [row for row, _ in pairs], [group for _, group in pairs]
 
@@ -309,7 +312,7 @@ def _mode(path: Path) -> str:
         with images.open_image(path, max_pixels=images.MAX_PIXELS) as picture:
             return picture.mode
     except image_headers.ImageError:
-        return ""  # told when it is opened
+        return ""  # reported when it is opened
 
 
 def _blank(workdir: Path) -> Path:

@@ -1,11 +1,12 @@
-"""Asks a model every item once and keeps each answer on disk: killed, it goes on where it was.
+"""Runs a model on every item once, stores each answer on disk, and resumes after interruptions.
 
-    items -> by family, in windows -> answers -> records.jsonl, one line an item, fsync a batch
+    items -> by family, in windows -> answers -> records.jsonl, one line per item, fsync per batch
                                                  records_images/*.png
-             a part of them (--shard) -> records.shard_0_of_4.jsonl -> read by all later runs
+             one part (--shard)     -> records.shard_0_of_4.jsonl -> read by all later runs
 
-A record holds the item, the answer, how it was read where no judge is needed, and for pictures
-their codes and what they look like. One process writes a file: a second one is told to wait.
+A record holds the item, the answer, how the answer was parsed where no judge is needed, and for
+images their codes and the predicted modality. One process writes a file; a second one stops
+with an error until the first one has ended.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ from medmax_jax.io.journal import Journal, open_journal
 from medmax_jax.io.progress import ItemProgress
 from medmax_jax.io.text_files import TextFileError, parse_object
 
-FLUSH = 32  # answers that are written down together
+FLUSH = 32  # answers that are written together
 Progress = Callable[[str], None]
 
 
@@ -50,13 +51,16 @@ def run_items(
     shard: Shard = WHOLE,
     facts: dict[str, str] | None = None,
 ) -> list[dict[str, Any]]:
-    """One record an item, in their order. `out`: JSONL that is appended to; what it has is kept.
+    """Return one record per item, in their order; `out` is the JSONL file that is appended to.
 
-    mode: of generation, paper or strict. prompt: the release's wording. progress: called with a
-    line of text after each batch, when its records are on disk; it may raise to stop. looks: which
-    modality a drawn picture looks like; None leaves `looks_like` open. window: items that a model
-    is given at once. shard: asks and returns that part alone. facts: fingerprints that every record
-    has; one with others belongs to another run, which raises.
+    Existing records in `out` are kept.
+
+    mode: of generation, paper or strict. prompt: the wording of the MedMax release. progress:
+    called with a line of text after each batch, when its records are on disk; it may raise to stop.
+    looks: the classifier that predicts the modality of a generated image; None leaves `looks_like`
+    open. window: items that a model receives at once. shard: runs and returns that part alone.
+    facts: fingerprints that every record has; a record with others belongs to another run and
+    raises.
     """
     if mode not in task_items.MODES:
         raise EvalError(f"mode is {mode!r}; use one of {', '.join(task_items.MODES)}")
@@ -100,7 +104,7 @@ def run_items(
 
 @dataclasses.dataclass
 class _ItemRunner:
-    """How items are asked and what is written down."""
+    """Sends items to a model and formats the records to write."""
 
     model: base.Model
     mode: str
@@ -111,7 +115,7 @@ class _ItemRunner:
     facts: dict[str, str]
 
     def batches(self, items: Sequence[task_items.Item]):
-        """Lists of records, as the model gets its answers ready."""
+        """Yield lists of records in the order in which the model completes its answers."""
         asks = [make_request(item, self.folder, self.mode, self.prompt) for item in items]
         for batch, seconds in _timed(_batches(self.model, asks)):
             each = round(seconds / len(batch), 4)
@@ -125,7 +129,7 @@ class _ItemRunner:
             error = ""
         looks_like = None
         if self.classify_modality is not None and task_items.FAMILIES[item.family].mode != "text":
-            # nothing drawn looks like nothing
+            # An answer without an image has no predicted modality.
             looks_like = (
                 self.classify_modality(codes[0], np.asarray(pictures[0])) if pictures else ""
             )
@@ -162,7 +166,7 @@ class _ItemRunner:
 def make_request(
     item: task_items.Item, folder: Path, mode: str, prompt: str = "sft"
 ) -> base.ModelRequest:
-    """What a model is asked about an item."""
+    """Return the request that a model receives for an item."""
     family = task_items.FAMILIES[item.family]
     return base.ModelRequest(
         id=item.id,
@@ -182,13 +186,13 @@ def _windows(todo: Sequence[task_items.Item], window: int):
 
 
 def shard_files(out: Path) -> list[Path]:
-    """The whole's file, which need not exist, and those of parts that do."""
+    """Return the file of the complete run, which may be missing, and the shard files that exist."""
     return [out, *sorted(out.parent.glob(f"{out.stem}.shard_*_of_*.jsonl"))]
 
 
 @contextlib.contextmanager
 def _other_shards(out: Path, shard: Shard):
-    """Records in the other files of the same name; the whole waits for no part that is writing."""
+    """Yield records of the other files of this name; the complete run ignores locked shards."""
     own = shard.file(out)
     with contextlib.ExitStack() as stack:
         rows: list[dict[str, Any]] = []
@@ -211,7 +215,7 @@ def _timed(batches):
 
 
 def _batches(model: base.Model, asks: Sequence[base.ModelRequest]):
-    """Lists of (index, segments), as the model gets them ready."""
+    """Yield lists of (index, segments) as the model completes them."""
     stream = getattr(model, "stream", None)
     if stream is None:
         found = model.generate(asks)
@@ -234,7 +238,7 @@ def _shown(item: task_items.Item) -> str:
 
 
 def item_fields(item: task_items.Item) -> dict[str, Any]:
-    """The half of a record that is known before the answer."""
+    """Return the fields of a record that are known before the answer."""
     return json.loads(json.dumps(task_items.item_fields(item)))
 
 
@@ -257,19 +261,19 @@ def _check_same(
             )
 
 
-# ---- history.jsonl: what was asked, recorded and asked again, over all starts of a workdir ----
+# ---- history.jsonl: requests, records and repeated requests over all starts of a workdir ----
 #
 #     {"event": "start", "file": "records.jsonl", "recorded": 32, "left": 68}
 #     {"event": "asking", "count": 32}     {"event": "stop", "recorded": 32, "seconds": 4.1}
 #
-# A line is one write, so that several processes may add to the file. Who is killed leaves no stop:
-# what it was asking and did not record is asked again, and `totals` counts that.
+# A line is one write, so several processes may append to the file. A killed process writes no stop:
+# its requests without a record are repeated, and `totals` counts them.
 
 NAME = "history.jsonl"
 
 
 class ProgressLog:
-    """One run's lines on one file of records."""
+    """Writes the events of one run for one file of records."""
 
     def __init__(self, folder: Path, file: str, recorded: int, left: int):
         self._path, self._file = folder / NAME, file
@@ -277,15 +281,15 @@ class ProgressLog:
         self._add("start", had=recorded, left=left)
 
     def started(self, count: int) -> None:
-        """`count` items are about to be given to the model."""
+        """Log that `count` items are about to be given to the model."""
         self._add("asking", count=count)
 
     def finished(self, count: int) -> None:
-        """`count` more are on the disk."""
+        """Log that `count` more records are on disk."""
         self._recorded += count
 
     def stop(self) -> None:
-        """The last line, when the run ends on its own feet."""
+        """Write the last line of a run that ends normally."""
         seconds = round(time.monotonic() - self._start, 3)
         self._add("stop", recorded=self._recorded, seconds=seconds)
 
@@ -299,7 +303,7 @@ class ProgressLog:
 
 
 def _event(line: bytes) -> dict[str, Any] | None:
-    """Return the event of a line; None for a line that has not what `totals` reads."""
+    """Return the event of a line; None for a line without the fields that `totals` reads."""
     try:
         row = parse_object(line, NAME, allow_nonfinite=True)
     except TextFileError:
@@ -311,12 +315,15 @@ def _event(line: bytes) -> dict[str, Any] | None:
 
 
 def totals(folder: Path) -> dict[str, dict[str, Any]]:
-    """File -> {starts, asked, recorded, repeated, seconds}; repeated: at most, by windows."""
+    """Return file -> {starts, asked, recorded, repeated, seconds}.
+
+    repeated: an upper bound, counted by windows.
+    """
     found: dict[str, dict[str, Any]] = {}
     path = folder / NAME
     for line in path.read_bytes().splitlines() if path.exists() else ():
         row = _event(line)
-        if row is None:  # half a line of a full disk
+        if row is None:  # a partial line, from a full disk
             continue
         one = found.setdefault(
             row["file"], dict(starts=0, asked=0, recorded=0, repeated=0, seconds=0.0)

@@ -1,18 +1,18 @@
-"""A workdir's records before the judge: judged.jsonl, a line a record and kind, nothing twice.
+"""Judges the records of a workdir and writes judged.jsonl, one line per record and kind.
 
     records.jsonl -> open answers           correct         \\  strict: eval/metrics/llm_judge.py,
                                             texts only,
-                     chat, interleaved      relative        /   shown what the model was shown
+                     chat, interleaved      relative        /   with what the model was shown
                      open answers           paper_open      \\  the release's own messages, one call
                      chat, interleaved      paper_relative  /   at the endpoint's own temperature
                   -> medmax_jax/endpoints/cached_chat_api.py (guard, judge_calls.jsonl) ->
                   judged.jsonl
 
-A line is {id, kind, votes, why, judge, case}: `judge` the fingerprint, `case` a hash of what was
-judged. One without votes is unscored and is tried again by the next run: replies that could not be
-read come from the cache, and only those that never came are asked for. Of the paper kinds the vote
-is the reply as it came; eval/metrics/release.py reads it. `max_usd` holds over all runs of a
-workdir.
+"Release" means the MedMax release. A line is {id, kind, votes, why, judge, case}: `judge` is the
+fingerprint, `case` a hash of the judged content. Nothing is judged twice. A line without votes is
+unscored and is retried by the next run: unreadable replies come from the cache, and only missing
+replies are requested. For the paper kinds the vote is the unchanged reply, which
+eval/metrics/release.py parses. `max_usd` applies to all runs of a workdir together.
 """
 
 import dataclasses
@@ -44,12 +44,12 @@ from medmax_jax.io.journal import open_journal
 CALLS, RECORDS = "judge_calls.jsonl", "records.jsonl"
 KINDS = {CORRECT: llm_judge.CORRECT, RELATIVE: llm_judge.RELATIVE}
 JUDGED = ("vqa_open", *per_record.PAIRWISE_FAMILIES)  # families
-PICTURE = "<image>"  # where a row wants its picture; no word of the question
+PICTURE = "<image>"  # where a row places its image; not part of the question's text
 Progress = Callable[[str], None]
 
 
 def make_judge(settings: JudgeSettings) -> llm_judge.Judge:
-    """The judge of a config; raises where it cannot be asked, before anything is."""
+    """Return the judge of a config; raise before any call where it cannot be used."""
     key = settings.service.key_env
     if key and not os.environ.get(key):
         raise llm_judge.JudgeError(
@@ -58,7 +58,7 @@ def make_judge(settings: JudgeSettings) -> llm_judge.Judge:
         )
     endpoint = make_endpoint(settings.endpoint, settings.service, field="judge.service")
     return llm_judge.Judge(
-        # A verdict stands at the end, and a reply without text has none.
+        # A verdict is at the end of a reply, and a reply without text has none.
         endpoint=dataclasses.replace(endpoint, takes_cut=False, takes_empty=False),
         repeats=settings.repeats,
         attempts=settings.attempts,
@@ -76,14 +76,14 @@ def check_hosts(one: llm_judge.Judge, items: Sequence[task_items.Item]) -> None:
 
 
 def estimate(one: llm_judge.Judge, records: Sequence[Record], *, released: bool) -> dict[str, Any]:
-    """Calls, tokens and USD if nothing was asked yet and every first reply can be read."""
+    """Return calls, tokens and USD if nothing is cached and every first reply can be read."""
     return _price(one, _work(one, records, {}, released), None)
 
 
 def check_judge(settings: JudgeSettings, items: Sequence[task_items.Item], workdir: Path) -> None:
-    """Raise before anything is computed where the judge may not be sent these items or is down.
+    """Raise early where the judge may not receive these items or is not reachable.
 
-    A judge that has nothing left to do in this workdir need not listen.
+    A judge that has nothing left to do in this workdir need not be reachable.
     """
     if not settings.endpoint:
         return
@@ -115,10 +115,10 @@ def judge_records(
     stopped: Callable[[], bool],
     progress: Progress,
 ) -> dict[str, Any]:
-    """Judges what has no votes yet; returns who judged, what it cost, and what is unscored.
+    """Judge the records without votes; return the judge, its cost and the unscored records.
 
-    `released`: in the release's words too. Raises JudgeError before the first call where the whole
-    would cost more than `max_usd`.
+    `released`: also with the messages of the MedMax release. Raises JudgeError before the first
+    call where the complete run would cost more than `max_usd`.
     """
     workdir = Path(workdir)
     with (
@@ -155,7 +155,7 @@ def judge_records(
 
 
 def judge_case(record: Record) -> llm_judge.Case:
-    """What strict shows the judge: the words that the model was shown, and its text alone."""
+    """Return the case that strict mode judges: the text shown to the model, and its text answer."""
     return llm_judge.Case(
         id=record["id"],
         question=record["prompt"].replace(PICTURE, "").strip(),
@@ -167,7 +167,10 @@ def judge_case(record: Record) -> llm_judge.Case:
 
 
 def paper_messages(record: Record, model: str) -> list[dict[str, str]]:
-    """The release's; `model`: the name that its visual chat shows the judge with the answer."""
+    """Return the messages of the MedMax release.
+
+    `model`: the name that its visual chat shows the judge with the answer.
+    """
     said = dict(record.get("released") or ())
     if record["family"] == "vqa_open":
         return release.open_messages(record["prompt"], record["answer"], record["text"])
@@ -175,7 +178,7 @@ def paper_messages(record: Record, model: str) -> list[dict[str, str]]:
         return release.multimodal_messages(record["prompt"], record["answer"], record["text"])
     question = said.get("prompt", record["prompt"])
     row = {name: said.get(name, "") for name in ("fig_label", "fig_caption", "in_text_mention")}
-    shown = {  # defect 8: the whole record, the model's name in it
+    shown = {  # defect 8: the complete record, including the model's name
         "question_id": record["id"],
         "prompt": question,
         "text": record["text"],
@@ -200,7 +203,7 @@ def _asked(records: Sequence[Record], released: bool) -> dict[str, list[Record]]
 def _work(
     one: llm_judge.Judge, records: Sequence[Record], known: Mapping, released: bool
 ) -> dict[str, list[tuple[Record, str]]]:
-    """Kind -> (record, hash of its case) of all that have no votes yet."""
+    """Return kind -> (record, hash of its case) of all records that have no votes yet."""
     work: dict[str, list[tuple[Record, str]]] = {}
     for kind, some in _asked(records, released).items():
         for number, record in enumerate(some, start=1):
@@ -227,7 +230,7 @@ def _hash(kind: str, record: Record) -> str:
 
 
 def _strict(one, purse, kind, some, cache, stopped, progress) -> Iterator[dict[str, Any]]:
-    """A line an answer, once all are judged."""
+    """Yield one line per answer, once all are judged."""
     ask = llm_judge.correctness if kind == CORRECT else llm_judge.relative
     cases = [judge_case(record) for record, _ in some]
     limited = dataclasses.replace(one, max_usd=purse.left(one.max_usd))
@@ -265,7 +268,10 @@ def _paper_asks(
 
 
 def _own_temperature(endpoint: Endpoint) -> Endpoint:
-    """Defect 17: the release sets a temperature and never sends it; the user's bounds are sent."""
+    """Return the endpoint without a temperature; the bounds of the user are sent.
+
+    Defect 17: the release sets a temperature and never sends it.
+    """
     kept = {name: value for name, value in endpoint.parameters.items() if name != "temperature"}
     return dataclasses.replace(endpoint, parameters=kept)
 
@@ -298,14 +304,17 @@ def _check_price(one: llm_judge.Judge, about: Mapping[str, Any], spent: float | 
 
 
 class _Budget:
-    """USD of all replies of a journal, of earlier runs too; characters count where nobody does."""
+    """Sums the USD of all replies in a journal, including those of earlier runs.
+
+    Where a server reports no token counts, they are estimated from characters.
+    """
 
     def __init__(self, endpoint: Endpoint, rows: list[dict[str, Any]]):
         self.rows, self._endpoint, self._seen = rows, endpoint, 0
         self._tokens_in = self._tokens_out = 0
 
     def usd(self) -> float | None:
-        """None without prices."""
+        """Return the USD spent; None without prices."""
         for row in self.rows[self._seen :]:
             written = len(row["text"]) // cached_chat_api.CHARS_PER_TOKEN
             self._tokens_in += row["tokens_in"] or 0
@@ -314,5 +323,5 @@ class _Budget:
         return cost(self._endpoint, self._tokens_in, self._tokens_out)
 
     def left(self, most: float | None) -> float | None:
-        """What may still be spent; None without a limit."""
+        """Return the remaining budget; None without a limit."""
         return None if most is None else max(0.0, most - self.usd())

@@ -1,4 +1,4 @@
-"""How likely a model finds the options of a question, and whether it knows when it is wrong.
+"""Scores the options of a question by likelihood, and measures the model's calibration.
 
     closed            yes, no
     multiple choice   the letters that the question lists, A B C ..
@@ -7,10 +7,10 @@
              against coverage; each with an interval over groups. The curves of these too, which
              eval/reporting/curves.py draws
 
-Letters and not the options' texts: the question asks for a letter, as the rows' answers are, and a
-letter is one token whatever its text is, so totals are compared as they are, without a
-normalisation of length. Where the options cannot be read from the question the item is left out and
-counted. Models without `score_options` have none of this: n/a, with that reason.
+The letters are scored, not the options' texts: the question requires a letter, as the rows'
+answers are, and a letter is one token whatever its text is, so totals are compared as they are,
+without length normalization. Where the options cannot be parsed from the question the item is left
+out and counted. Models without `score_options` have no such scores: n/a, with that reason.
 """
 
 import functools
@@ -29,21 +29,21 @@ from medmax_jax.io.journal import open_journal
 from medmax_jax.io.progress import SECONDS, ItemProgress
 
 OPTIONS = "options.jsonl"
-BINS = 10  # of the calibration error, of equally many answers
+BINS = 10  # of the calibration error, with equally many answers each
 COVERAGE = 0.8
 STEPS = 10  # coverages of a curve: 0.1, 0.2 .. 1
 ABSENT = "n/a: this model has no score_options"
 
 
 def parse_options(item: task_items.Item) -> list[str]:
-    """["yes", "no"], or the letters that a question lists; [] where they cannot be read."""
+    """Return ["yes", "no"], or the letters a question lists; [] where they cannot be read."""
     if item.family == "vqa_closed":
         return ["yes", "no"]
     return list(text.options(item.prompt)) if item.family == "vqa_mcq" else []
 
 
 def correct_option(item: task_items.Item) -> int | None:
-    """The place of the right one among them; None where the row's answer is none of them."""
+    """Return the index of the correct option; None where the row's answer is not an option."""
     known, said = parse_options(item), strict.parse_answer(item.family, item.answer, item.prompt)
     return known.index(said) if said in known else None
 
@@ -59,7 +59,10 @@ def score(
     progress: Callable[[str], None],
     window: int,
 ) -> list[dict[str, Any]]:
-    """A line an item that has options, in order; what `out` holds is kept. [] for other models."""
+    """Return one line per item with options, in order; [] for models without likelihoods.
+
+    The lines that `out` already holds are kept.
+    """
     scorer = getattr(model, "score_options", None)
     if scorer is None:
         progress(f"options: {unsupported_reason(model)}")
@@ -90,7 +93,7 @@ def score(
 
 
 def unsupported_reason(model: Any) -> str:
-    """Why a model has no likelihoods; "" if it has."""
+    """Return why a model has no likelihoods; "" if it has them."""
     if getattr(model, "score_options", None) is not None:
         return ""
     why = getattr(model, "no_options", "")
@@ -106,10 +109,10 @@ def summary(
     resamples: int,
     progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """{reason, rows, left_out, bins, curves}, the last two by task.
+    """Return {reason, rows, left_out, bins, curves}, the last two by task.
 
     rows {task, metric, n, groups, few_groups, value, ci_low, ci_high}
-    bins {n, groups, few_groups, confidence, low, high, accuracy, ci_low, ci_high}, the least sure
+    bins {n, groups, few_groups, confidence, low, high, accuracy, ci_low, ci_high}, least confident
     first; low and high are the ends of the confidences in it
     curves {coverage, n, groups, few_groups, risk, ci_low, ci_high} at coverage 0.1, 0.2 .. 1
 
@@ -147,7 +150,7 @@ def _line(model: Any, item: task_items.Item, logs: Sequence[float]) -> dict[str,
 
 
 def _sure(lines: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Confidence, right or wrong, and Brier's score of each."""
+    """Return the confidence, the correctness and the Brier score of each line."""
     shares = [calibration.option_probabilities(line["log_likelihoods"]) for line in lines]
     said = [calibration.top_option(share) for share in shares]
     right = [best == line["answer"] for (best, _), line in zip(said, lines, strict=True)]
@@ -160,7 +163,7 @@ def _sure(lines: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray, np.n
 def _measures(
     lines: Sequence[dict[str, Any]], tick: Callable[[], None], *, seed: int, resamples: int
 ) -> tuple[dict[str, intervals.Interval], dict[float, intervals.Interval]]:
-    """(the measures by name, the risk at coverage 0.1, 0.2 .. 1); one bootstrap for all of them.
+    """Return (measures by name, risk at coverage 0.1, 0.2 .. 1) from one shared bootstrap.
 
     `tick` is called at each resample.
     """
@@ -190,7 +193,7 @@ def _measures(
 
 
 def _bins(lines: Sequence[dict[str, Any]], *, seed: int, resamples: int) -> list[dict[str, Any]]:
-    """A reliability diagram: accuracy, with its interval, of the answers of each bin."""
+    """Return a reliability diagram: the accuracy of each bin with its interval."""
     sure, right, _ = _sure(lines)
     chosen = calibration.equal_mass_bins(sure, bins=BINS)
     found = []

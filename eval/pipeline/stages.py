@@ -1,6 +1,6 @@
-"""One evaluation in stages, each a plain function of what is in `Run`; files are what they share.
+"""Runs one evaluation in stages; each stage is a plain function of an `EvalRun` and shares files.
 
-claim -> plan -> answer -> options -> probe -> judge -> see -> summarise -> report
+lock  -> plan -> answer -> options -> probe -> judge -> image scores -> summarize -> report
          records.jsonl  options.jsonl  probe_NAME.jsonl  judged.jsonl  pictures.jsonl,
                                                          probe_NAME_pictures.jsonl of captions
                                           summary.json  report.html  history.jsonl
@@ -45,7 +45,7 @@ SWAPPED = "the same model shown a picture of another group: what looking is wort
 
 @dataclasses.dataclass(kw_only=True)
 class EvalRun:
-    """What the stages share. `opened`: the model with its generator, if it has one."""
+    """Holds what the stages share. `opened`: the model with its generator, if it has one."""
 
     settings: Settings
     workdir: Path
@@ -61,12 +61,12 @@ class EvalRun:
         return dict(seed=self.settings.seed, resamples=self.settings.resamples)
 
     def supported_items(self, items) -> list:
-        """Those of the items whose kind of answer the model can write."""
+        """Return the items that require an answer of a kind that the model can write."""
         modes = getattr(self.opened.model, "modes", None)
         return [i for i in items if modes is None or task_items.FAMILIES[i.family].mode in modes]
 
     def ask(self, items, name: str, *, folder: Path | None = None, **more) -> list[dict[str, Any]]:
-        """The records of items, in WORKDIR/NAME.jsonl, asked as the settings say."""
+        """Return the records of items, in WORKDIR/NAME.jsonl, run with the settings."""
         return inference.run_items(
             self.opened.model,
             items,
@@ -94,7 +94,9 @@ def run(
     progress: Callable[[str], None],
     stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any] | None:
-    """The whole evaluation; returns what summary.json holds, None after one shard or a dry run.
+    """Run the complete evaluation and return the content of summary.json.
+
+    Returns None after one shard or a dry run.
 
     model: KIND:WHERE, as eval/models/loading.py has it. shard: "i/n" of the items, from 0.
     """
@@ -102,7 +104,7 @@ def run(
     if not dry_run:  # before a checkpoint is converted or its weights are read
         judging.check_judge(settings.judge, found.items, Path(workdir))
         with _modes(found):
-            cli.open_workdir(workdir)  # before minutes of work that could not be written down
+            cli.open_workdir(workdir)  # before minutes of work that could not be stored
     named = loading.parse_model_spec(
         model or settings.model, adapter, merge, settings, progress=progress
     )
@@ -132,9 +134,10 @@ def run_named(
     progress: Callable[[str], None],
     stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any] | None:
-    """The same of items and a model at hand; `opened` is called once all is checked and told.
+    """Run an evaluation of given items and a given model; see `run`.
 
-    With a credentialed item among them the workdir is for its owner alone: 0700, its files 0600.
+    `opened` is called once everything is checked and reported. With a credentialed item among the
+    items only the owner can read the workdir: mode 0700, its files 0600.
     """
     with _modes(found):
         return _run_named(
@@ -180,7 +183,7 @@ def _run_named(
         cost_estimate.check_endpoint(*asked)
     facts = check_workdir(workdir, settings, named, found, write=not dry_run)
     about = cost_estimate.estimate_cost(*asked)
-    if not dry_run and limited:  # nothing is connected before the price is known to be allowed
+    if not dry_run and limited:  # no connection is opened before the price is known to be allowed
         cost_estimate.check_endpoint(*asked)
     cost_estimate.report_estimate(about, progress)
     if dry_run:
@@ -219,7 +222,7 @@ def _stages(now: EvalRun) -> dict[str, Any] | None:
 def check_workdir(
     workdir: Path, settings: Settings, named: loading.ModelSpec, found: EvalSet, *, write: bool
 ) -> dict[str, str]:
-    """Writes down what this workdir evaluates, or raises if it is something else.
+    """Record what this workdir evaluates, or raise if it belongs to another evaluation.
 
     Returns the fingerprints that every record has: of the model, the items, and the settings that
     answers depend on.
@@ -237,7 +240,7 @@ def check_workdir(
     if write:
         cli.open_workdir(workdir)
         if any(map(task_items.is_credentialed, found.items)):
-            os.chmod(workdir, 0o700)  # it may have been there
+            os.chmod(workdir, 0o700)  # it may have existed
     if path.exists():
         for name, value in _run_facts(path).items():
             if facts.get(name) != value:
@@ -270,7 +273,7 @@ def _run_facts(path: Path) -> dict[str, Any]:
 
 
 def check_prompts(found: EvalSet) -> None:
-    """Raise EvalError where the prompt of an item is the path of an image, so not a question."""
+    """Raise EvalError where the prompt of an item is the path of an image, not a question."""
     for number, item in enumerate(found.items, start=1):
         if requests.names_image(item.prompt, Path(found.folder)):
             raise EvalError(
@@ -281,7 +284,7 @@ def check_prompts(found: EvalSet) -> None:
 
 
 def check_later_stages(settings: Settings, found: EvalSet, named: loading.ModelSpec) -> None:
-    """Raises before hours of answers, not after, where a later stage could not be done."""
+    """Raise before the answers are computed where a later stage could not run."""
     if settings.judge.endpoint:
         judging.check_hosts(judging.make_judge(settings.judge), found.items)
     if not loading.is_recorded(named):
@@ -299,12 +302,15 @@ def check_later_stages(settings: Settings, found: EvalSet, named: loading.ModelS
 
 
 def run_inference(now: EvalRun) -> list[dict[str, Any]]:
-    """Every item that the model can answer, asked once."""
+    """Return the records of every item that the model can answer, each run once."""
     return now.ask(now.supported_items(now.eval_set.items), "records", looks=now.opened.looks())
 
 
 def run_probes(now: EvalRun) -> dict[str, list[dict[str, Any]]]:
-    """Probe -> records of the same items asked in another way; none of answers from elsewhere."""
+    """Return probe -> records of the same items in modified form.
+
+    Answers that were recorded elsewhere have no probes.
+    """
     found, blank = {}, now.workdir / "probe_blank_image"
     if loading.is_recorded(now.opened.named):
         return found
@@ -320,7 +326,7 @@ def run_probes(now: EvalRun) -> dict[str, list[dict[str, Any]]]:
 
 
 def score_options(now: EvalRun) -> list[dict[str, Any]] | None:
-    """Likelihoods of the options of closed and multiple choice questions; None if not asked for."""
+    """Return likelihoods of the options of closed and multiple choice questions, or None."""
     if not now.settings.options:
         return None
     return option_likelihoods.score(
@@ -336,7 +342,7 @@ def score_options(now: EvalRun) -> list[dict[str, Any]] | None:
 
 
 def run_judge(now: EvalRun, records: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """judged.jsonl, and who judged; None without a judge."""
+    """Write judged.jsonl and return the judge's summary; None without a judge."""
     settings = now.settings.judge
     if not settings.endpoint:
         return None
@@ -351,8 +357,10 @@ def run_judge(now: EvalRun, records: list[dict[str, Any]]) -> dict[str, Any] | N
 
 
 def run_image_scoring(now: EvalRun, records: list[dict[str, Any]], probed) -> list[dict[str, Any]]:
-    """pictures.jsonl, and the same of the captions of probes, if there are scorers; scores of whole
-    sets of pictures."""
+    """Write pictures.jsonl, also for probe captions; return the scores of complete image sets.
+
+    Without scorers nothing is written.
+    """
     names = now.settings.scorers
     scorers = [scorer.open_scorer(name, batch=now.settings.rows) for name in names]
     if not scorers:
@@ -367,7 +375,7 @@ def run_image_scoring(now: EvalRun, records: list[dict[str, Any]], probed) -> li
 
 
 def run_contamination_check(now: EvalRun) -> dict[str, Any] | None:
-    """What of the items was compared with training records; None where none are named."""
+    """Compare the items with training records; None where none are configured."""
     settings, named = now.settings, now.opened.named
     if not settings.train_records:
         return None
@@ -382,7 +390,7 @@ def run_contamination_check(now: EvalRun) -> dict[str, Any] | None:
 
 
 def build_summary(now: EvalRun, records, probed, lines, judged, sets, compared) -> dict[str, Any]:
-    """summary.json: scores, floors, and what made them."""
+    """Return the content of summary.json: scores, baselines and provenance."""
     named, numbers = now.opened.named, now.resampling
     known = per_record.read(now.workdir, judge=judged["judge"] if judged else None)
     told = dict(mode=now.settings.mode, **numbers)
@@ -417,7 +425,7 @@ def build_summary(now: EvalRun, records, probed, lines, judged, sets, compared) 
 
 
 def probe_summary(now: EvalRun, records, probed, known) -> dict[str, Any]:
-    """{reason, rows}: what moving pictures and options did."""
+    """Return {reason, rows}: the effect of changed images and options."""
     if now.settings.probes and loading.is_recorded(now.opened.named):
         return dict(reason=loading.RECORDED_REASON, rows=[])
     looked = {
@@ -428,7 +436,7 @@ def probe_summary(now: EvalRun, records, probed, known) -> dict[str, Any]:
 
 
 def calibration_summary(now: EvalRun, lines) -> dict[str, Any] | None:
-    """Of the likelihoods of options; None if they were not asked for."""
+    """Return the calibration of option likelihoods; None if they were not requested."""
     if lines is None:
         return None
     items = [i for i in now.eval_set.items if i.family in ("vqa_closed", "vqa_mcq")]
@@ -439,7 +447,7 @@ def calibration_summary(now: EvalRun, lines) -> dict[str, Any] | None:
 
 
 def contamination_summary(now: EvalRun, records, known, compared) -> dict[str, Any] | None:
-    """Every headline on the clean and the contaminated part."""
+    """Return every headline on the clean and on the contaminated part."""
     if compared is None:
         return None
     flags = contamination.read(now.workdir)
@@ -449,7 +457,7 @@ def contamination_summary(now: EvalRun, records, known, compared) -> dict[str, A
 
 
 def not_run(now: EvalRun) -> list[dict[str, str]]:
-    """Tasks that the model cannot be asked, and why."""
+    """Return the tasks that the model cannot run, and why."""
     able = {item.task for item in now.supported_items(now.eval_set.items)}
     return [
         dict(task=task, why=endpoint.NO_PICTURES)
@@ -459,7 +467,7 @@ def not_run(now: EvalRun) -> list[dict[str, str]]:
 
 
 def write_report(now: EvalRun, summary: dict[str, Any], records: list[dict[str, Any]]) -> None:
-    """report.html."""
+    """Write report.html."""
     page.write(now.workdir / "report.html", summary, records, images_folder=now.eval_set.folder)
 
 

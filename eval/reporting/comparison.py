@@ -1,10 +1,11 @@
-"""Two evaluations side by side: who wins where, and where nobody can say.
+"""Compares two evaluations: which is better on which task, and where the result is inconclusive.
 
     D1/records.jsonl  D2/records.jsonl -> items both answered -> scores both have
-      -> each task's headline: paired interval, sign flips over groups, Holm over the tasks -> claim
+      -> each task's headline: paired interval, sign flips over groups, Holm over the tasks
+      -> verdict
 
-A task is won when Holm's p is below 0.05. Metrics beside the headline have numbers and no claim.
-`can_find`: the least true difference that such a comparison finds four times of five.
+A task is decided when Holm's p is below 0.05. Other metrics have numbers and no verdict.
+`can_find`: the smallest true difference that such a comparison finds four times of five.
 """
 
 import dataclasses
@@ -23,12 +24,18 @@ ASKED = ("task", "prompt", "answer", "image", "further_images", "group")
 
 
 class ComparisonError(ValueError):
-    """Two workdirs that cannot be compared; the message names what differs and the mend."""
+    """Raised for workdirs that cannot be compared.
+
+    The message names the difference and the fix.
+    """
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """`rows`: one a task and metric, `suite`: the mean over headlines, `left_out`: and why."""
+    """Holds a comparison of two evaluations.
+
+    `rows`: one per task and metric, `suite`: the mean over headlines, `left_out`: with the reason.
+    """
 
     rows: list[dict[str, Any]]
     suite: dict[str, Any]
@@ -42,7 +49,7 @@ class _Evaluation:
 
 
 def compare(first: str | Path, second: str | Path, *, seed: int, resamples: int) -> Comparison:
-    """Of two workdirs of eval.run; differences are second minus first."""
+    """Compare two workdirs of eval.run; differences are second minus first."""
     sides = [_Evaluation(_records(Path(f)), per_record.read(f)) for f in (first, second)]
     shared = [name for name in sides[0].records if name in sides[1].records]
     for name in shared:
@@ -71,7 +78,7 @@ def compare(first: str | Path, second: str | Path, *, seed: int, resamples: int)
 
 
 def _suite(heads: Mapping, one: Mapping, two: Mapping, *, seed: int, resamples: int) -> dict:
-    """Of the tasks both ran, each as much as another: both means and their paired difference."""
+    """Return both means over the common tasks, with equal weights, and their paired difference."""
     keys = [(task, row["metric"]) for task, row in heads.items()]
     found: dict[str, Any] = dict(tasks=len(keys))
     numbers = dict(seed=seed, resamples=resamples)
@@ -95,7 +102,7 @@ def _pairs(side: Mapping, one: Mapping, two: Mapping) -> tuple[list[float], list
 
 
 def _other_scorers(one: per_record.ScoringInputs, two: per_record.ScoringInputs) -> dict[str, str]:
-    """Prefix of metric names -> why they are left out: another judge, or another scorer's files."""
+    """Return prefix of metric names -> why they are left out: another judge or scorer files."""
     told = {}
     if one.judge and two.judge and one.judge != two.judge:
         told["judge_"] = (

@@ -1,10 +1,9 @@
-"""Does a model know when it is wrong, drawn: eval/pipeline/option_likelihoods.py's bins and curves,
-a chart a task.
+"""Draws calibration charts per task from the results of eval/pipeline/option_likelihoods.py.
 
-reliability      confidence of a bin of answers across, how many of them were right up; on the
-                 dashed diagonal it is as sure as it is right, below it too sure
-risk, coverage   the share of the answers that are kept, the surest first, across; how many of these
-                 are wrong up; the dashed line is keeping a random share
+reliability      x: confidence of a bin of answers, y: the share of correct ones; on the dashed
+                 diagonal the model is calibrated, below it overconfident
+risk, coverage   x: the share of the answers that are kept, the most confident first, y: the share
+                 of these that are wrong; the dashed line is keeping a random share
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +27,7 @@ RISK = (
 
 
 def render_curves(calibration: Mapping[str, Any]) -> str:
-    """Both charts of every task, and the numbers of the bins; "" where there are none."""
+    """Return both charts of every task, and the numbers of the bins; "" if there are none."""
     bins, curves = calibration.get("bins", {}), calibration.get("curves", {})
     body = ""
     if bins:
@@ -71,7 +70,7 @@ def _reliability(bins: Rows) -> list[str]:
 
 
 def _counted(bins: Sequence[Mapping[str, Any]]) -> str:
-    """ "105 answers in 10 bins of 10 or 11"."""
+    """Return a text like "105 answers in 10 bins of 10 or 11"."""
     counts = sorted({one["n"] for one in bins})
     of = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     noun = "bin" if len(bins) == 1 else "bins"

@@ -1,9 +1,10 @@
-"""One evaluation as a page and as Markdown: eval/report.py is the program.
+"""Renders one evaluation as a page and as Markdown: eval/report.py is the program.
 
-    summary.json, records.jsonl  ->  scores with intervals, the published numbers beside, floors,
+    summary.json, records.jsonl  ->  scores with intervals, published scores, baselines,
                                      probes, calibration, contamination, slices, failures, examples
 
-The page stands alone: no script, no request, pictures inside. `markdown` is its tables in a shell.
+The page is self-contained: no script, no request, images embedded. `markdown` returns its tables
+for a shell.
 """
 
 import contextlib
@@ -20,9 +21,9 @@ from medmax_jax.io import html_page, image_paths, journal
 from medmax_jax.io.atomic_folder import private_umask
 from medmax_jax.models import image_headers, images
 
-EXAMPLES = 3  # of each task
+EXAMPLES = 3  # per task
 THUMBNAIL = 256  # pixels
-SEED, RESAMPLES = 0, 2_000  # of slices, for a summary that does not say them
+SEED, RESAMPLES = 0, 2_000  # of slices, for a summary without these settings
 CREDENTIALED = "Some of these items are credentialed: keep this page where the items may be kept."
 NOTES = (
     "Intervals are 95 % intervals over groups (patients or volumes), so several questions about "
@@ -40,7 +41,7 @@ NOTES = (
     "modality_match is the nearest centroid of training pictures in code and pixel statistics; it "
     "is not BiomedCLIPScore.",
 )
-UNDER = {  # what is to be known of a section's rows
+UNDER = {  # notes on a section's rows
     "probes": "No judge is asked about probes. Their metric is the first that needs none: an exact "
     "match for open questions, words in common for chats and captions; where a scorer reads text, "
     "a caption's cosine with the true picture, whatever picture was shown. Flips: answers that say "
@@ -48,7 +49,7 @@ UNDER = {  # what is to be known of a section's rows
     "picture_sets": "Values and intervals are over pairs of two different groups. “subsets” are "
     "KID as it is published; their std is no error of the mean.",
 }
-SECTIONS = (  # keys of the summary that hold rows, or {"reason", "rows"}; as they are there
+SECTIONS = (  # keys of the summary that hold rows, or {"reason", "rows"}, shown unchanged
     ("probes", "Probes: the same questions asked in another way"),
     ("calibration", "Options by likelihood, and calibration"),
     ("contamination", "Contamination: the clean and the contaminated part"),
@@ -57,7 +58,7 @@ SECTIONS = (  # keys of the summary that hold rows, or {"reason", "rows"}; as th
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table of rows; numbers as on the page."""
+    """Return a table of rows, with numbers as on the page."""
     if not rows:
         return ""
     head = _columns(rows)
@@ -75,7 +76,7 @@ def write(
     *,
     images_folder: str | Path,
 ) -> None:
-    """The page of one run: `summary` as eval.run writes it, the rest from beside `path`."""
+    """Write the page of one run; `summary` as eval.run writes it, the rest from next to `path`."""
     path = Path(path)
     values = aggregate.scores_by_item(records, per_record.read(path.parent, judge=_judge(summary)))
     body = _who(summary) + _scores(summary) + _published(summary)
@@ -106,13 +107,13 @@ def write(
 
 
 def rows_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as an HTML table; what a row lacks is a dash."""
+    """Return rows as an HTML table; a missing value is a dash."""
     head = _columns(rows)
     return html_page.table(head, [[row.get(name) for name in head] for row in rows]) if rows else ""
 
 
 def examples(records: Sequence[Mapping[str, Any]], workdir: Path, images_folder: Path) -> str:
-    """The first items of different groups: picture, question, reference, answer."""
+    """Return the first items of different groups: image, question, reference, answer."""
     first = {record["group"]: record for record in reversed(records)}
     chosen = list(first.values())[::-1][:EXAMPLES]
     pictures, rows, problems = [], [], []
@@ -161,13 +162,13 @@ def _who(summary: Mapping[str, Any]) -> str:
 
 
 def _judge(summary: Mapping[str, Any]) -> str | None:
-    """The fingerprint whose verdicts the summary counts; None: the last who judged."""
+    """Return the fingerprint of the verdicts that the summary counts; None: the last judge."""
     judge = summary.get("judge")
     return judge.get("judge") if isinstance(judge, Mapping) else None
 
 
 def _said(value: Any) -> str:
-    """A value of the summary in words: a dictionary as "name value, name value"."""
+    """Return a value of the summary as text: a dictionary as "name value, name value"."""
     if isinstance(value, Mapping):
         return ", ".join(f"{k} {_said(v)}" for k, v in value.items() if v not in (None, "", {}))
     if isinstance(value, list | tuple):
@@ -212,7 +213,7 @@ def _published(summary: Mapping[str, Any]) -> str:
 
 
 def _rounded(cell: Any, kind: str) -> Any:
-    """As they were read: percent to one digit, cosines to two."""
+    """Return a rounded cell: percent to one digit, cosines to two."""
     if not isinstance(cell, float):
         return cell
     return f"{cell:.2f}" if "cosine" in kind else f"{cell:.1f}"
@@ -236,7 +237,7 @@ def _section(summary: Mapping[str, Any], key: str, title: str) -> str:
 
 
 def _tables(key: str, rows: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
-    """Rows as one table; those of whole sets of pictures, which differ in columns, one a metric."""
+    """Return rows as one table; rows of image sets have different columns, so one per metric."""
     if key != "picture_sets":
         return [list(rows)]
     kept = [{k: v for k, v in row.items() if k != "fingerprint"} for row in rows]

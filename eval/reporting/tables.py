@@ -1,6 +1,6 @@
-"""The tables of the page: headlines, published numbers beside, slices, what went wrong.
+"""Builds the tables of the page: headlines, published scores, slices and failures.
 
-summary["scores"]  rows of a task and metric  ->  one row a task, its headline metric
+summary["scores"]  rows of a task and metric  ->  one row per task, its headline metric
 records            items and answers          ->  rows by slice; wrong, unread and failed ones
 """
 
@@ -13,19 +13,19 @@ from medmax_jax.eval.stats import intervals
 from medmax_jax.eval.tasks import catalog
 
 Row = Mapping[str, Any]
-Values = Mapping[tuple[str, str], Mapping[str, tuple[str, float]]]  # as scoring.table gives them
-LEAST = 20  # items of a slice: with fewer the interval is wider than what could be said
-MOST = 40  # values of a slice's name: with more it names pictures and not kinds of them
+Values = Mapping[tuple[str, str], Mapping[str, tuple[str, float]]]  # see aggregate.scores_by_item
+LEAST = 20  # items of a slice: with fewer the interval is too wide to be useful
+MOST = 40  # values of a slice's name: with more it names images and not kinds of them
 WRONG = 3  # examples of each kind
 SHOWN = 200  # characters of an example
-FEW_MARK = "†"  # of intervals over fewer groups than stats.FEW
+FEW_MARK = "†"  # of intervals over fewer groups than intervals.FEW
 PERCENT = 100.0
 OURS = {"BiomedCLIP image-image cosine": "clip_image_image"}  # where it is not the headline
 CLOSED = ("vqa_closed", "vqa_mcq")
 
 
 def headlines(scores: Sequence[Row]) -> list[Row]:
-    """The headline row of each task: as marked, else its first."""
+    """Return the headline row of each task: as marked, else its first."""
     found: dict[str, Row] = {}
     for row in scores:
         if row.get("headline") or row["task"] not in found:
@@ -34,7 +34,7 @@ def headlines(scores: Sequence[Row]) -> list[Row]:
 
 
 def main_table(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row a task; columns that no task has are left out."""
+    """Return one row per task; columns that no task has are left out."""
     rows = [
         {
             "task": row["task"],
@@ -54,7 +54,7 @@ def main_table(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def floors(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Task by floor: what answers without a picture or a model score."""
+    """Return task by baseline: the scores of answers without an image or a model."""
     known = {
         (floor["name"], row["task"], row["metric"]): row["value"]
         for floor in summary.get("floors", ())
@@ -70,7 +70,7 @@ def floors(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def other_metrics(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """All that is no headline."""
+    """Return the rows of all other metrics."""
     first = {(row["task"], row["metric"]) for row in headlines(summary["scores"])}
     rows = [row for row in summary["scores"] if (row["task"], row["metric"]) not in first]
     return drop_empty_columns(
@@ -89,7 +89,10 @@ def other_metrics(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def published(summary: Mapping[str, Any]) -> list[tuple[str, list[dict[str, Any]], list[str]]]:
-    """(their metric, rows of ours beside theirs, how they differ) for tasks that have numbers."""
+    """Return (metric, rows, differences) for the tasks that have published scores.
+
+    The metric is the published one, and the rows have the scores of both.
+    """
     found: dict[str, list[dict[str, Any]]] = {}
     families: dict[str, list[str]] = {}
     for head in headlines(summary["scores"]) if is_suite(summary) else ():
@@ -118,12 +121,12 @@ def published(summary: Mapping[str, Any]) -> list[tuple[str, list[dict[str, Any]
 
 
 def is_suite(summary: Mapping[str, Any]) -> bool:
-    """Whether the items are of the suite: the embedded sample is another."""
+    """Return whether the items are of the suite, not of the embedded sample."""
     return list(summary["settings"]["questions"]) != ["sample"]
 
 
 def not_run(summary: Mapping[str, Any], records: Sequence[Row]) -> list[dict[str, Any]]:
-    """Tasks of the suite that have no score here, and why."""
+    """Return the tasks of the suite that have no score here, and why."""
     have = {row["task"] for row in summary["scores"]}
     told = {one["task"]: one["why"] for one in summary.get("not_run", ())}
     if is_suite(summary):
@@ -144,7 +147,7 @@ def not_run(summary: Mapping[str, Any], records: Sequence[Row]) -> list[dict[str
 def slices(
     records: Sequence[Row], values: Values, summary: Mapping[str, Any], *, seed: int, resamples: int
 ) -> tuple[list[dict[str, Any]], int]:
-    """The headline metric by slice, and how many slices have too few items to be told."""
+    """Return the headline metric by slice, and how many slices have too few items."""
     metric = {row["task"]: row["metric"] for row in headlines(summary["scores"])}
     parts: dict[tuple[str, str], dict[str, list[tuple[str, float]]]] = {}
     for record in records:
@@ -181,7 +184,7 @@ def slices(
 
 
 def record_slices(record: Row) -> list[tuple[str, str]]:
-    """(name, value) of a record's slices; the modality that the embedded pictures know is one."""
+    """Return (name, value) of a record's slices; the modality of embedded images is one."""
     found = [(str(name), str(value)) for name, value in record.get("slices", ())]
     if record.get("kind") and not any(name == "modality" for name, _ in found):
         found.append(("modality", str(record["kind"])))
@@ -189,7 +192,7 @@ def record_slices(record: Row) -> list[tuple[str, str]]:
 
 
 def failures(records: Sequence[Row], values: Values, summary: Mapping[str, Any]) -> list[dict]:
-    """Counts by task of what is wrong with the answers, by the headline."""
+    """Return counts by task of the failures of the answers, by the headline."""
     rows = []
     for row in headlines(summary["scores"]):
         some = [record for record in records if record["task"] == row["task"]]
@@ -215,7 +218,7 @@ def failures(records: Sequence[Row], values: Values, summary: Mapping[str, Any])
 def failed_examples(
     records: Iterable[Row], values: Values, summary: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """A few answers of each task and kind of failure."""
+    """Return a few answers of each task and kind of failure."""
     metric = {row["task"]: row["metric"] for row in headlines(summary["scores"])}
     told: collections.Counter[tuple[str, str]] = collections.Counter()
     rows = []
@@ -239,7 +242,7 @@ def failed_examples(
 
 
 def failure(record: Row, known: Mapping[str, tuple[str, float]]) -> str:
-    """error, unparsed or wrong; "" for what is right, or scored by degrees and not by right."""
+    """Return error, unparsed or wrong; "" for a correct answer, or one scored by degrees."""
     if record.get("error"):
         return "error"
     if record["family"] in CLOSED:
@@ -250,25 +253,26 @@ def failure(record: Row, known: Mapping[str, tuple[str, float]]) -> str:
 
 
 def interval(row: Row, scale: float = 1.0) -> str:
-    """ "0.412–0.534" of a row; "0.412–0.534 †" where it has few groups."""
+    """Return "0.412–0.534" of a row; "0.412–0.534 †" where it has few groups."""
     found = bounds(row["ci_low"], row["ci_high"], scale)
     return marked(row, found) if found else "–"
 
 
 def marked(row: Row, text: str) -> str:
-    """The text of an interval, with FEW_MARK where the row has few groups."""
+    """Return the text of an interval, with FEW_MARK where the row has few groups."""
     return f"{text} {FEW_MARK}" if row.get("groups", intervals.FEW) < intervals.FEW else text
 
 
 def format_metric(value: float, scale: float) -> str:
-    """As the published tables write it: percent to one digit, cosines to three here."""
+    """Return a number as published tables write it: percent to one digit, cosines to three."""
     return f"{value * scale:.1f}" if scale == PERCENT else f"{value * scale:.3f}"
 
 
 def merge_interval_columns(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Rows with each pair of bounds as one column: ci_low and ci_high, flips_low and flips_high.
+    """Return rows with each pair of bounds as one column.
 
-    FEW_MARK in these stands for the column few_groups.
+    The pairs are ci_low and ci_high, flips_low and flips_high. FEW_MARK in these replaces the
+    column few_groups.
     """
     found = []
     for row in rows:
@@ -286,24 +290,24 @@ def merge_interval_columns(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def bounds(low: float | None, high: float | None, scale: float) -> str | None:
-    """ "0.412–0.534"; "-0.1 to 0.2" where a dash could be a minus."""
+    """Return "0.412–0.534"; "-0.1 to 0.2" where a dash could be a minus."""
     if low is None or high is None:
         return None
     return f"{format_metric(low, scale)}{' to ' if low < 0 else '–'}{format_metric(high, scale)}"
 
 
 def drop_empty_columns(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Without the columns that are None in every row."""
+    """Return rows without the columns that are None in every row."""
     kept = [name for name in rows[0] if any(r[name] is not None for r in rows)] if rows else []
     return [{name: row[name] for name in kept} for row in rows]
 
 
 def truncate(text: str) -> str:
-    """The beginning of a text."""
+    """Return the beginning of a text."""
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"
 
 
 def _equal(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows with the keys of all of them."""
+    """Return rows with the keys of all of them."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     return [{name: row.get(name) for name in names} for row in rows]

@@ -1,6 +1,6 @@
 """Intervals, paired tests and calibration.
 
-calibration   Does a model know when it is wrong? From its likelihoods of a question's options.
-intervals     Intervals over groups: questions about one patient or volume are one cluster.
-paired_tests  Do two models differ? Tests of paired scores, over groups, and over a suite of them.
+calibration   Measures calibration from a model's likelihoods of a question's options.
+intervals     Computes intervals over groups: questions about one patient or volume are one cluster.
+paired_tests  Tests whether two models differ: paired scores, over groups and over a suite.
 """

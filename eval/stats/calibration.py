@@ -1,12 +1,12 @@
-"""Does a model know when it is wrong? From its likelihoods of a question's options.
+"""Measures calibration from a model's likelihoods of a question's options.
 
-    log p(option)  --softmax-->  0.7 0.2 0.1    says option 0 with confidence 0.7
+    log p(option)  --softmax-->  0.7 0.2 0.1    answers option 0 with confidence 0.7
     ece            |confidence - accuracy|, weighted, in bins of equally many answers
-    binned         which bin each answer is in: what a reliability diagram is drawn of
+    equal_mass_bins  the bin of each answer, from which a reliability diagram is drawn
     brier          squared distance of the shares from the truth: 0 is best, 2 the worst
     risk_coverage  error rate among the most confident share of the answers
 
-Answers of equal confidence stand or fall together: their order in a file moves no number.
+Answers of equal confidence are treated together: their order in a file changes no number.
 """
 
 import dataclasses
@@ -18,7 +18,10 @@ from jaxtyping import Float, Int
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """Risk at each coverage 1/n .. 1. `area`: mean risk, lower is better; 0 for no errors."""
+    """Holds the risk at each coverage 1/n .. 1.
+
+    `area`: mean risk, lower is better; 0 for no errors.
+    """
 
     coverage: Float[np.ndarray, "n"]
     risk: Float[np.ndarray, "n"]
@@ -26,7 +29,7 @@ class Curve:
 
 
 def option_probabilities(log_likelihoods: Sequence[float]) -> Float[np.ndarray, "o"]:
-    """Probabilities over the options; [0, log 3] -> [0.25, 0.75]."""
+    """Return probabilities over the options; [0, log 3] -> [0.25, 0.75]."""
     logs = np.asarray(log_likelihoods, np.float64)
     if len(logs) < 2 or np.isnan(logs).any() or (logs == np.inf).any() or (logs == -np.inf).all():
         raise ValueError(
@@ -38,13 +41,13 @@ def option_probabilities(log_likelihoods: Sequence[float]) -> Float[np.ndarray, 
 
 
 def top_option(probabilities: Float[np.ndarray, "o"]) -> tuple[int, float]:
-    """The likeliest option and its share."""
+    """Return the most likely option and its probability."""
     best = int(np.argmax(probabilities))
     return best, float(probabilities[best])
 
 
 def ece(confidence: Sequence[float], right: Sequence[float], *, bins: int) -> float:
-    """Expected calibration error over `bins` bins of as equal size as ties allow."""
+    """Return the expected calibration error over `bins` bins, of equal size up to ties."""
     confidence, right = _checked(confidence, right)
     chosen = equal_mass_bins(confidence, bins=bins)
     gaps = [abs((confidence - right)[chosen == b].sum()) for b in np.unique(chosen)]
@@ -52,20 +55,20 @@ def ece(confidence: Sequence[float], right: Sequence[float], *, bins: int) -> fl
 
 
 def equal_mass_bins(confidence: Float[np.ndarray, "n"], *, bins: int) -> Int[np.ndarray, "n"]:
-    """The bin of each answer, of equally many each; bins that ties leave empty are not used.
+    """Return the bin of each answer; bins that ties leave empty are not used.
 
     [0.9, 0.5, 0.5, 0.8] in 2 bins -> [1, 0, 0, 1].
     """
     if bins < 1:
         raise ValueError(f"bins is {bins}; it must be at least 1")
     _, where, count = np.unique(confidence, return_inverse=True, return_counts=True)
-    # A level of confidence goes to the bin of its middle rank, whole.
+    # All answers of one confidence go to the bin of their middle rank.
     middle = np.cumsum(count) - (count + 1) / 2
     return np.minimum((middle * bins / len(confidence)).astype(int), bins - 1)[where]
 
 
 def brier(probabilities: Sequence[Float[np.ndarray, "o"]], truth: Sequence[int]) -> float:
-    """Mean over answers of sum_o (share_o - [o is true])^2."""
+    """Return the mean over answers of sum_o (share_o - [o is true])^2."""
     if len(probabilities) != len(truth) or not len(truth):
         raise ValueError(
             f"{len(probabilities)} answers but {len(truth)} truths: one each, 1 or more"
@@ -79,7 +82,10 @@ def brier(probabilities: Sequence[Float[np.ndarray, "o"]], truth: Sequence[int])
 
 
 def risk_coverage(confidence: Sequence[float], right: Sequence[float]) -> Curve:
-    """Within a level of confidence, errors are spread evenly: what a random order gives."""
+    """Return the risk-coverage curve.
+
+    Within one confidence, errors are spread evenly: the average of a random order.
+    """
     confidence, right = _checked(confidence, right)
     order = np.argsort(-confidence, kind="stable")
     _, where = np.unique(-confidence[order], return_inverse=True)
@@ -91,7 +97,7 @@ def risk_coverage(confidence: Sequence[float], right: Sequence[float]) -> Curve:
 
 
 def accuracy_at_coverage(curve: Curve, coverage: float) -> float:
-    """Accuracy among the most confident `coverage` of the answers, at least one of them."""
+    """Return the accuracy among the most confident `coverage` of the answers, at least one."""
     if not 0 < coverage <= 1:
         raise ValueError(f"coverage is {coverage}; it must lie in (0, 1]")
     kept = max(1, round(coverage * len(curve.risk)))

@@ -1,9 +1,9 @@
-"""Intervals over groups: questions about one patient or volume are one cluster.
+"""Computes intervals over groups: questions about one patient or volume are one cluster.
 
     scores    1 0 1 | 1 1 | 0 0 0 1        three groups, nine questions
     resample  three groups with replacement, the mean of all questions drawn; 2,000 times or more
     error     the spread of these means x sqrt(G / (G - 1)), at least that of independent items
-    interval  Wilson's, of the effective number of items that this error stands for, with Student's
+    interval  Wilson's, of the effective number of items that this error implies, with Student's
               t of G - 1 degrees of freedom; G: groups, fewer where some have most of the items
 
 Percentiles of the resampled means are too narrow with few groups and near 0 and 1 (3 groups: 77 %
@@ -11,10 +11,10 @@ instead of 95 %); `python benchmarks/intervals.py` shows both over a table of de
 
     no variation   all items score the same: the resamples do too. The share of groups that could
                    still differ is bounded as Clopper and Pearson do: at most 1 - 0.025^(1/G)
-    one group      tells nothing of others: the interval is infinite, a missing value in tables
+    one group      carries no information on others: the interval is infinite, missing in tables
 
 A paired difference resamples the same groups on both sides, so what is hard for both cancels.
-A judge's votes enter as their mean: what would change if it were asked again is in the interval.
+A judge's votes enter as their mean: the variation between its votes is part of the interval.
 """
 
 import dataclasses
@@ -26,18 +26,21 @@ from jaxtyping import Float, Int
 from scipy import special
 
 MIN_RESAMPLES = 2_000  # below this the error of an interval is itself noisy
-FEW = 20  # groups; with fewer an interval leans on Student's t, and tables mark it
+FEW = 20  # groups; with fewer an interval depends on Student's t, and tables mark it
 SHARE = (0.0, 1.0)  # the span of most scores
 TAIL = 0.025  # on each side of a 95 % interval
 POWER = 0.8  # of the comparison that `detectable` describes
-SLACK = 1e-6  # of a span: what rounding in float32 moves, as that of cosines
-_DRAWN = 1 << 18  # groups drawn at a time; all of them at once would be 2,000 numbers a group
+SLACK = 1e-6  # of a span: the size of float32 rounding errors, as in cosines
+_DRAWN = 1 << 18  # groups drawn at a time; all of them at once would be 2,000 numbers per group
 Span = tuple[float, float]
 
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """`low` and `high` are infinite where nothing is known of other groups."""
+    """Holds a value with its 95 % interval.
+
+    `low` and `high` are infinite where nothing is known of other groups.
+    """
 
     mean: float
     low: float
@@ -46,7 +49,7 @@ class Interval:
     groups: int
 
     def row(self, name: str = "value") -> dict[str, float | None]:
-        """As columns of a table: {n, groups, few_groups, NAME, ci_low, ci_high}.
+        """Return the columns of a table: {n, groups, few_groups, NAME, ci_low, ci_high}.
 
         few_groups: fewer than FEW. Infinite ends are None, as JSON has no infinity.
         """
@@ -56,7 +59,7 @@ class Interval:
 
 
 def finite(number: float) -> float | None:
-    """The number; None for an infinite one."""
+    """Return the number; None for an infinite one."""
     return number if math.isfinite(number) else None
 
 
@@ -68,9 +71,9 @@ def mean_interval(
     resamples: int,
     span: Span | None = SHARE,
 ) -> Interval:
-    """Mean of `values` with its 95 % interval over groups.
+    """Return the mean of `values` with its 95 % interval over groups.
 
-    span: the least and the largest that a value can be; None if there are no such bounds.
+    span: the smallest and the largest possible value; None if there are no such bounds.
     """
     values = np.asarray(values, np.float64)
     member, count = _members(len(values), groups)
@@ -85,7 +88,7 @@ def mean_interval(
 
 
 def check_resamples(resamples: int) -> None:
-    """Raises ValueError on too few of them for a 95 % interval."""
+    """Raise ValueError where there are too few for a 95 % interval."""
     if resamples < MIN_RESAMPLES:
         raise ValueError(f"resamples is {resamples}; it must be at least {MIN_RESAMPLES}")
 
@@ -99,9 +102,9 @@ def paired_interval(
     resamples: int,
     span: Span | None = SHARE,
 ) -> Interval:
-    """Mean of after - before, item by item, with its 95 % interval over groups.
+    """Return the mean of after - before, paired by item, with its 95 % interval over groups.
 
-    span: of the scores, as mean_interval has it; their differences reach as far as it is wide.
+    span: of the scores, as in mean_interval; their differences reach up to its width.
     """
     if len(before) != len(after):
         raise ValueError(
@@ -115,7 +118,7 @@ def paired_interval(
 
 
 def of_differences(span: Span | None) -> Span | None:
-    """The span of differences of two scores: (0, 1) -> (-1, 1)."""
+    """Return the span of differences of two scores: (0, 1) -> (-1, 1)."""
     return None if span is None else (span[0] - span[1], span[1] - span[0])
 
 
@@ -129,7 +132,10 @@ def paired_row(
     resamples: int,
     span: Span | None = SHARE,
 ) -> dict[str, float | None]:
-    """The same as columns: {BEFORE, AFTER, n, groups, few_groups, diff, ci_low, ci_high}."""
+    """Return `paired_interval` as columns.
+
+    {BEFORE, AFTER, n, groups, few_groups, diff, ci_low, ci_high}.
+    """
     found = paired_interval(before, after, groups, seed=seed, resamples=resamples, span=span)
     sides = {name: sum(side) / len(side) for name, side in zip(names, (before, after), strict=True)}
     return sides | found.row("diff")
@@ -138,9 +144,9 @@ def paired_row(
 def standard_error(
     values: Sequence[float], groups: Sequence[Hashable], *, span: Span | None = SHARE
 ) -> float:
-    """Of the mean, over groups; infinite with one group, which says nothing of others.
+    """Return the standard error of the mean, over groups; infinite with one group.
 
-    Never 0: where all values are the same it is what the width of their interval stands for.
+    It is never 0: where all values are equal it corresponds to the width of their interval.
     """
     values = np.asarray(values, np.float64)
     member, count = _members(len(values), groups)
@@ -162,10 +168,10 @@ def minimum_detectable_effect(
     paired: bool,
     span: Span | None = SHARE,
 ) -> float:
-    """The least true difference that 80 % of such evaluations would find at the 5 % level.
+    """Return the smallest true difference that 80 % of such evaluations find at the 5 % level.
 
     `values`: differences of two models when `paired`, else one model's scores, and then of a second
-    model on other items as many; `span`: of the scores. 500 independent answers, 60 % right: 0.087.
+    model on as many other items; `span`: of the scores. 500 independent answers, 60 % right: 0.087.
     """
     member, count = _members(len(values), groups)
     if count < 2:
@@ -178,9 +184,9 @@ def minimum_detectable_effect(
 
 @dataclasses.dataclass(frozen=True)
 class JudgedInterval:
-    """`judge_sd`: how the mean would move if the judge were asked again; None with one vote each.
+    """Holds an interval with `judge_sd`, the spread of the mean over repeated judging.
 
-    It is part of `interval`, not to be added to it.
+    `judge_sd` is None with one vote each. It is part of `interval`, not to be added to it.
     """
 
     interval: Interval
@@ -190,7 +196,7 @@ class JudgedInterval:
 def judged_interval(
     votes: Sequence[Sequence[float]], groups: Sequence[Hashable], *, seed: int, resamples: int
 ) -> JudgedInterval:
-    """Mean of a judge's votes on each item, with the interval over groups."""
+    """Return the mean of a judge's votes on each item, with the interval over groups."""
     if empty := [n for n, some in enumerate(votes) if not len(some)]:
         raise ValueError(f"item {empty[0]} has no votes; count it as unscored, with bounds")
     means = [float(np.mean(some)) for some in votes]
@@ -199,7 +205,7 @@ def judged_interval(
 
 
 def judge_sd(votes: Sequence[Sequence[float]], n: int) -> float | None:
-    """How the mean over `n` items would move if the judge were asked again about these of them."""
+    """Return the spread of the mean over `n` items if the judge voted again on these of them."""
     again = [np.var(some, ddof=1) / len(some) for some in votes if len(some) > 1]
     return math.sqrt(float(np.mean(again)) * len(votes)) / n if again else None
 
@@ -213,9 +219,9 @@ def ratio_interval(
     resamples: int,
     span: Span,
 ) -> Interval:
-    """Mean of `above` over mean of `below`, with its 95 % interval over groups.
+    """Return mean of `above` over mean of `below`, with its 95 % interval over groups.
 
-    span: the least and the largest that the ratio can be.
+    span: the smallest and the largest possible ratio.
     """
     above, below = np.asarray(above, np.float64), np.asarray(below, np.float64)
     if len(above) != len(below):
@@ -239,10 +245,10 @@ def pointwise_intervals(
     spans: Sequence[Span | None],
     tick: Callable[[], None] = lambda: None,
 ) -> list[Interval]:
-    """Several numbers of the same items, such as a curve's, each with its interval over groups.
+    """Return intervals over groups for several numbers of the same items, as of a curve.
 
-    `statistics` gets places of items, those of a group drawn twice two times. spans: the least and
-    the largest that each number can be. `tick` is called after each resample.
+    `statistics` gets indices of items, twice for a group drawn twice. spans: the smallest and
+    the largest possible value of each number. `tick` is called after each resample.
     """
     member, count = _members(len(groups), groups)
     check_resamples(resamples)
@@ -270,10 +276,10 @@ def from_draws(
     n: int,
     span: Span | None,
 ) -> Interval:
-    """A number that is no mean, with the interval that its bootstrap over groups gives.
+    """Return the interval of a number that is not a mean, from its bootstrap draws over groups.
 
-    It is as many errors to each side as Student's t has, within `span`. weights: the groups' shares
-    of the items, which sum to 1.
+    It extends as many errors to each side as Student's t has, within `span`. weights: the groups'
+    shares of the items, which sum to 1.
     """
     error = _error_of(draws, len(weights), span)
     low, high = _ends(value, error, weights, span, proportion=False)
@@ -287,9 +293,9 @@ def suite_interval(
     resamples: int,
     span: Span | None = SHARE,
 ) -> Interval:
-    """Mean over tasks of each task's mean; groups that tasks share are drawn together.
+    """Return the mean over tasks of each task's mean; shared groups are drawn together.
 
-    `parts`: values and groups of each task. A draw without any item of a task goes without it.
+    `parts`: values and groups of each task. A draw without any item of a task leaves the task out.
     """
     if not parts:
         raise ValueError("no tasks: nothing was scored on both sides")
@@ -315,7 +321,7 @@ def suite_interval(
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share of independent trials: 8 of 10 -> (0.490, 0.943)."""
+    """Return Wilson's 95 % interval of a share of independent trials: 8 of 10 -> (0.490, 0.943)."""
     if not 0 <= successes <= n or n == 0:
         raise ValueError(f"{successes} successes of {n}: must be 0 <= successes <= n and n > 0")
     z = 1.959963984540054  # the normal's 97.5 % point
@@ -323,7 +329,7 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
 
 
 def _wilson(share: float, z2: float) -> tuple[float, float]:
-    """`z2`: the squared quantile over the number of trials."""
+    """Return Wilson's interval. `z2`: the squared quantile over the number of trials."""
     middle = share + z2 / 2
     half = math.sqrt(z2 * (share * (1 - share) + z2 / 4))
     return (middle - half) / (1 + z2), (middle + half) / (1 + z2)
@@ -337,10 +343,10 @@ def _ends(
     *,
     proportion: bool,
 ) -> tuple[float, float]:
-    """The interval of a number whose standard error is known.
+    """Return the interval of a number whose standard error is known.
 
-    proportion: it is a mean of values within `span`, whose variance falls towards the ends of it as
-    a share's does.
+    proportion: it is a mean of values within `span`; its variance falls towards the ends of it as
+    that of a share does.
     """
     t = _quantile(weights, 1 - TAIL)
     if not math.isfinite(t) or (span is None and error == 0):
@@ -348,7 +354,7 @@ def _ends(
     if span is None:
         return value - t * error, value + t * error
     least, most = span
-    if error == 0:  # no group differs; of others this share at most
+    if error == 0:  # no group differs; at most this share of others does
         share = 1 - TAIL ** (1 / len(weights))
         return value - share * (value - least), value + share * (most - value)
     place = (value - least) / (most - least)
@@ -360,7 +366,7 @@ def _ends(
 
 
 def _quantile(weights: Float[np.ndarray, "g"], level: float) -> float:
-    """Student's t with one degree of freedom less than groups; infinite with one group.
+    """Return Student's t with groups - 1 degrees of freedom; infinite with one group.
 
     Groups that hold most of the items leave fewer to compare: their number is 1 / sum of squared
     shares, that of equal groups with the same error.
@@ -371,27 +377,27 @@ def _quantile(weights: Float[np.ndarray, "g"], level: float) -> float:
 
 
 def _error_of(draws: Float[np.ndarray, "r"], groups: int, span: Span | None) -> float:
-    """The standard error that a bootstrap's draws show; 0 where they are the same."""
+    """Return the standard error of a bootstrap's draws; 0 where all are equal."""
     if groups < 2 or _same(draws, span):
         return 0.0
     return float(np.std(draws)) * math.sqrt(groups / (groups - 1))
 
 
 def _independent(values: Float[np.ndarray, "n"], span: Span | None) -> float:
-    """The standard error of the mean if items were independent; groups are not to lower it."""
+    """Return the standard error for independent items, a lower bound for groups."""
     if len(values) < 2 or _same(values, span):
         return 0.0
     return float(np.std(values, ddof=1)) / math.sqrt(len(values))
 
 
 def _same(values: Float[np.ndarray, "n"], span: Span | None) -> bool:
-    """Whether they differ by no more than rounding in float32 does."""
+    """Return whether values differ by no more than float32 rounding does."""
     scale = span[1] - span[0] if span else float(np.max(np.abs(values)))
     return float(np.ptp(values)) <= SLACK * scale
 
 
 def _members(n: int, groups: Sequence[Hashable]) -> tuple[Int[np.ndarray, "n"], int]:
-    """The number of each item's group, groups as they come, and how many there are."""
+    """Return the index of each item's group, groups in their order, and how many there are."""
     if n != len(groups):
         raise ValueError(f"{n} values but {len(groups)} groups: one group a value")
     if not n:
@@ -415,7 +421,7 @@ def _check_span(values: Float[np.ndarray, "n"], span: Span | None) -> None:
 def _resampled_means(
     sums: Float[np.ndarray, "g"], counts: Float[np.ndarray, "g"], seed: int, resamples: int
 ) -> Float[np.ndarray, "r"]:
-    """Means of `resamples` draws of whole groups; a group drawn twice counts twice."""
+    """Return the means of `resamples` draws of groups; a group drawn twice counts twice."""
     rng, found = np.random.default_rng(seed), []
     step = max(1, _DRAWN // len(sums))
     for start in range(0, resamples, step):

@@ -1,11 +1,11 @@
-"""Do two models differ? Tests of paired scores, over groups, and over a suite of them.
+"""Tests whether two models differ: paired scores, over groups and over a suite.
 
-    mcnemar     0/1 scores, items independent: exact, of the items that only one side got
+    mcnemar     0/1 scores, items independent: exact, of the items that only one side got right
     sign_flip   any scores, groups independent: were the signs of the groups' differences chance?
-    holm        p values of a suite, so that all claims hold together
+    holm        p values of a suite, so that all conclusions hold together
 
-Several questions about one picture are not independent, so claims stand on `sign_flip`; `mcnemar`
-is beside it for readers of tables that have it.
+Several questions about one image are not independent, so conclusions use `sign_flip`; `mcnemar`
+is reported in addition for comparison with other tables.
 """
 
 import dataclasses
@@ -16,9 +16,9 @@ import numpy as np
 from jaxtyping import Float
 from scipy import special
 
-EXACT_GROUPS = 12  # up to so many, all 2^groups signs are tried
+EXACT_GROUPS = 12  # up to this number, all 2^groups signs are tried
 ALPHA = 0.05
-SLACK = 1e-9  # sums that are equal but for rounding are equal
+SLACK = 1e-9  # sums that differ only by rounding are equal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,21 +29,21 @@ class McNemar:
 
 
 def mcnemar(first: Sequence[float], second: Sequence[float]) -> McNemar:
-    """Exact, two-sided: 1 and 9 of 10 discordant items give p 0.0215."""
+    """Return McNemar's exact two-sided test: 1 and 9 of 10 discordant items give p 0.0215."""
     _check_paired(first, second)
     if wrong := {x for x in (*first, *second)} - {0, 1}:
         raise ValueError(f"score {min(wrong)}: McNemar's test is of 0 and 1; use sign_flip")
     b = sum(x > y for x, y in zip(first, second, strict=True))
     c = sum(x < y for x, y in zip(first, second, strict=True))
-    # The binomial tail by its incomplete beta function: a sum of binomials in whole numbers is the
-    # same number in a time that grows with the square of the discordant items.
+    # The binomial tail is computed by its incomplete beta function: a sum of binomials in integers
+    # is the same number, in a time that grows with the square of the discordant items.
     return McNemar(b, c, min(1.0, 2 * float(special.bdtr(min(b, c), b + c, 0.5))))
 
 
 def sign_flip(
     differences: Sequence[float], groups: Sequence[Hashable], *, seed: int, resamples: int
 ) -> float:
-    """Two-sided p that these differences are as likely the other way round, group by group.
+    """Return the two-sided p of the hypothesis that each group's sign is random.
 
     Exact up to EXACT_GROUPS groups (three that agree cannot go below 2/8); else of `resamples`
     draws, where p cannot be below 1 / (resamples + 1).
@@ -54,7 +54,7 @@ def sign_flip(
         signs = np.array(list(itertools.product((1.0, -1.0), repeat=len(sums))))
         return float(np.mean(np.abs(signs @ sums) >= least))
     rng, extreme = np.random.default_rng(seed), 0
-    for start in range(0, resamples, 500):  # rows at once, so that memory stays flat
+    for start in range(0, resamples, 500):  # rows at a time, so that memory stays constant
         size = (min(500, resamples - start), len(sums))
         signs = rng.integers(0, 2, size=size) * 2.0 - 1.0
         extreme += int(np.sum(np.abs(signs @ sums) >= least))
@@ -62,7 +62,7 @@ def sign_flip(
 
 
 def holm(p_values: Mapping[Hashable, float]) -> dict[Hashable, float]:
-    """Adjusted p values: {a: 0.01, b: 0.04, c: 0.03} -> {a: 0.03, b: 0.06, c: 0.06}."""
+    """Return adjusted p values: {a: 0.01, b: 0.04, c: 0.03} -> {a: 0.03, b: 0.06, c: 0.06}."""
     adjusted, highest = {}, 0.0
     for rank, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
         highest = max(highest, min(1.0, p_values[name] * (len(p_values) - rank)))
@@ -71,7 +71,7 @@ def holm(p_values: Mapping[Hashable, float]) -> dict[Hashable, float]:
 
 
 def group_sums(values: Sequence[float], groups: Sequence[Hashable]) -> Float[np.ndarray, "g"]:
-    """Sum of each group's values, groups as they come."""
+    """Return the sum of each group's values, groups in their order."""
     if len(values) != len(groups):
         raise ValueError(f"{len(values)} values but {len(groups)} groups: one group a value")
     if not len(values):

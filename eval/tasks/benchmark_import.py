@@ -1,12 +1,11 @@
-"""The command line of benchmark_readers.py: `data.prepare eval_items`, a benchmark to a folder of
-items.
+"""Implements `data.prepare eval_items`: converts a benchmark to a folder of items.
 
-    D/items.jsonl    rows for config.questions of eval.run, one JSON a line
-    D/images/        only where the benchmark carries its pictures inside (PathVQA)
+    D/items.jsonl    rows for config.questions of eval.run, one JSON object per line
+    D/images/        only where the benchmark embeds its images (PathVQA)
     D/import.json    how many rows of each task, what was left out and why, whether counts agree
 
-The folder is for its owner alone, and appears whole or not at all. Other pictures stay where they
-are: image_path is --prefix and the path in the benchmark, so that one folder can hold several.
+Only the owner can read the folder, and it appears atomically. Other images stay in place:
+image_path is --prefix and the path in the benchmark, so that one folder can hold several.
 """
 
 import argparse
@@ -29,18 +28,18 @@ from medmax_jax.io.storage import os_errors
 
 SEAL = "import.json"
 MAX_ROWS = 1_000_000  # the largest, OmniMedVQA, has 88,996
-MAX_BAD = 0.01  # of the rows: a few are usual, more is another file
+MAX_BAD = 0.01  # share of the rows: a few are usual, more indicate another file
 LISTED = 20  # reasons
-SAID = 10_000  # rows between two lines
+SAID = 10_000  # rows between two log lines
 
 
 @dataclasses.dataclass
 class Tally:
-    """What was met: kept rows by task, the others by reason, with the first of each."""
+    """Counts kept rows by task, and the others by reason with the first of each."""
 
     kept: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     bad: dict[tuple[str, bool], list[Any]] = dataclasses.field(default_factory=dict)
-    inside: bool = False  # pictures
+    inside: bool = False  # images
 
     def refuse(self, bad: RejectedRow) -> None:
         count, first = self.bad.get((bad.reason, bad.by_rule), (0, bad.where))
@@ -60,7 +59,7 @@ class Tally:
 def eval_items(
     name: str, folder: Path, out: Path, *, prefix: str, allow_counts: bool, max_bad: float
 ) -> dict[str, Any]:
-    """Writes the test rows of a benchmark; what import.json holds."""
+    """Write the test rows of a benchmark; return the content of import.json."""
     if name not in READERS:
         raise SourceError(f"--benchmark is {name!r}; use one of {', '.join(READERS)}")
     if prefix and not is_inside(prefix):
@@ -77,7 +76,9 @@ def eval_items(
                 row = _placed(found, prefix, Path(new.path))
                 tally.inside |= "picture" in found
                 try:
-                    (item,) = items.from_rows([row])  # the suite takes it, and names its task
+                    (item,) = items.from_rows(
+                        [row]
+                    )  # checks that the suite accepts it, and names its task
                 except items.TaskError as error:
                     reason = str(error).partition(": ")[2] or str(error)
                     tally.refuse(RejectedRow(where=row["id"], reason=reason))
@@ -99,7 +100,7 @@ def _bounded(name: str, folder: Path):
 
 
 def _placed(found: benchmark_readers.Item, prefix: str, new: Path) -> dict[str, Any]:
-    """The row, its path under the prefix; a picture that it carries is written down."""
+    """Return the row with its path under the prefix; write an embedded image to a file."""
     row = {key: value for key, value in found.items() if key != "picture"}
     if "picture" in found:
         path = new / row["image_path"]
@@ -140,7 +141,7 @@ def _told(name: str, tally: Tally, allow_counts: bool, max_bad: float) -> dict[s
 
 
 def _other_counts(name: str, tally: Tally) -> list[str]:
-    """Where the numbers of rows are not the published ones.
+    """Return where the numbers of rows differ from the published ones.
 
     Rows that the suite leaves out count, and in a benchmark of one task the malformed ones too.
     """
@@ -152,7 +153,7 @@ def _other_counts(name: str, tally: Tally) -> list[str]:
     if name in catalog.EXPECTED_ROWS and counted.total() != catalog.EXPECTED_ROWS[name]:
         found.append(f"{counted.total()} rows, published are {catalog.EXPECTED_ROWS[name]}")
     if tally.inside:
-        return found  # told apart by the answer, not as those that counted did
+        return found  # classified by the answer, unlike the published counts
     known: Mapping[str, catalog.TaskSpec] = catalog.TASKS
     for task, n in sorted(counted.items()):
         card = known.get(task)
@@ -162,7 +163,7 @@ def _other_counts(name: str, tally: Tally) -> list[str]:
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
-    """The command, on the parser's sub-commands."""
+    """Add the command to the parser's sub-commands."""
     parser = commands.add_parser("eval_items", help="a public benchmark to items of eval.run")
     parser.add_argument("--benchmark", required=True, choices=tuple(READERS))
     parser.add_argument("--from", dest="source", type=Path, required=True, help="its folder")

@@ -1,10 +1,10 @@
-"""Public benchmarks in their own formats to rows of the released schema, with what that lacks.
+"""Reads public benchmarks in their own formats into rows of the MedMax release's schema.
 
     {"task_name": "slake", "question_type": "closed", "prompt": "Is it a CT?", "answer": "yes",
      "image_path": "imgs/xmlab1/source.jpg", "id": "slake-test-0000002", "group": "xmlab1",
      "slices": {"modality": "CT", "organ": "Lung"}, "data_class": "open"}
 
-    benchmark    file in the folder                                         pictures
+    benchmark    file in the folder                                         images
     vqa_rad      VQA_RAD Dataset Public.json, or test-*.parquet             VQA_RAD Image Folder/
     slake        test.json, English rows                                    imgs/
     pathvqa      test-*.parquet                                             in the file
@@ -18,15 +18,15 @@
     path_mmu     data.json: {"PubMed": {"test": [{"No": 1, "img": "..jpg",  images/
                  "question": "..", "options": ["A) ..", ..],
                  "answer": "A) .."}], "test_tiny": [..]}, ..}
-    probmed      test.json: an array of {"id": 1, "image": "..png",         as the paths say
+    probmed      test.json: an array of {"id": 1, "image": "..png",         as in the paths
                  "question": "..", "answer": "yes", "qa_type":
                  "entity_hallu_0", "image_type": "chest_x-ray"}
     llava_med    llava_med_eval_qa50_qa.jsonl                               images/
     pmc_oa       test.jsonl: captions and, of the same rows, generation     as captions.py
 
-VQA-RAD and SLAKE call questions closed that are not answered by yes or no ("Left or right?"); the
-suite's closed questions are, so those are left out, and counted. Read at, besides what
-docs/data.md says of the sources: github.com/aldraus/quilt-llava llava/eval/quilt_eval.py and cards
+Some fields are additions to the schema. VQA-RAD and SLAKE call some questions closed that are not
+answered by yes or no ("Left or right?"); those are left out, and counted. Sources, in addition to
+docs/data.md: github.com/aldraus/quilt-llava llava/eval/quilt_eval.py and cards
 of its users (question, image); github.com/PathMMU-Benchmark/PathMMU data/instructions.md and
 eval/utils/data_utils.py; github.com/eric-ai-lab/ProbMed eval/calculate_score.py and
 eval/inference/GPT-4V/gpt4v.py; github.com/microsoft/LLaVA-Med data/eval/.
@@ -67,9 +67,9 @@ from medmax_jax.io import text_files
 from medmax_jax.io.text_files import TextFileError
 from medmax_jax.models.tokenizer import IMAGE_NAME, SEP_NAME
 
-Item = dict[str, Any]  # "picture": bytes, where the format carries them
+Item = dict[str, Any]  # "picture": bytes, where the format embeds them
 YES_NO = "closed, but not answered by yes or no"
-MAX_JSON = 1 << 27  # bytes of a file that must be read whole; PathMMU's has some 30 MB
+MAX_JSON = 1 << 27  # bytes of a file that must be read completely; PathMMU's has some 30 MB
 ASKED = ("what", "where", "when", "how", "why", "who", "which")
 _QUILT, _LLAVA = "quiltvqa_test_w_ans.json", "llava_med_eval_qa50_qa.jsonl"
 _PATH_MMU_SPLITS = ("test", "test_tiny")
@@ -83,7 +83,7 @@ def _item(name: str, place: RowLocation, kind: str, **fields: Any) -> Item:
 
 
 def _of_row(row: Row, name: str, place: RowLocation, kind: str | None, **fields: Any) -> Item:
-    """An item of a training reader's row of one turn; kind None: by the answer."""
+    """Return an item of a training reader's row of one turn; kind None: by the answer."""
     prompt, answer = row.text.removeprefix(IMAGE_NAME).split(SEP_NAME)
     is_closed = answer.strip().rstrip(".").lower() in ("yes", "no")
     kind = kind or ("closed" if is_closed else "open")
@@ -131,7 +131,7 @@ def _slake(place: RowLocation, item: dict[str, Any]) -> Item:
 
 
 def _of_parquet(name: str, data_class: str, folder: pathlib.Path) -> Iterator[Item | RejectedRow]:
-    """PathVQA, and VQA-RAD's other form: what is closed is told by the answer."""
+    """Yield the items of PathVQA, or of VQA-RAD as parquet; closed is set by the answer."""
     for number, row in enumerate(vqa.read(folder, _plan(name)), 1):
         if isinstance(row, RejectedRow):
             yield row
@@ -187,7 +187,7 @@ def _path_mmu(folder: pathlib.Path) -> Iterator[Item | RejectedRow]:
     path = first_file(folder, ("data.json",), "PathMMU")
     try:
         data = text_files.read_bytes(path, max_bytes=MAX_JSON)
-        # The rows are checked one by one, so that one of them does not refuse the file.
+        # The rows are checked one by one, so that one invalid row does not reject the file.
         lenient = dict(allow_nonfinite=True, allow_lone_surrogates=True)
         whole = text_files.parse_json(data, path.name, **lenient)
         parts = [
@@ -241,7 +241,7 @@ def _probmed(place: RowLocation, item: dict[str, Any]) -> Item:
 
 
 def _llava_med(place: RowLocation, item: dict[str, Any]) -> Item:
-    """As the release's rows: the answer is a dictionary, written here as JSON."""
+    """Return an item in the form of the release's rows: the answer dictionary is stored as JSON."""
     kind = item.get("type")
     if kind not in ("conversation", "detailed_description"):
         raise RowError("type: neither conversation nor detailed_description")

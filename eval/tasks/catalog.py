@@ -1,6 +1,6 @@
-"""The suite as one table: what each task is, where its rows come from, how it is asked and scored.
+"""Lists the suite's tasks in one table: their rows, prompts and metrics.
 
-eval/suite.py prints it. To extend: write a Card, and if its rows have a form of their own a
+eval/suite.py prints it. To extend it, write a TaskSpec, and if its rows have a form of their own a
 reader in eval/tasks/benchmark_readers.py.
 """
 
@@ -29,7 +29,7 @@ RELEASED = "mint-medmax/medmax_eval_data, split train; gated"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Published:
-    """A number of others. `metric`: theirs, which need not be the headline of this suite."""
+    """Holds a published score. `metric`: its metric, which may differ from this suite's."""
 
     model: str
     value: float
@@ -39,12 +39,12 @@ class Published:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskSpec:
-    """One task. `counts`: of the rows that are asked, of its own form; None: not published.
+    """Describes one task. `counts`: of its rows, in its own form; None: not published.
 
-    left_out: rows that the benchmark counts to the task and the suite does not ask, because they
-    are called closed and are not answered by yes or no. counted: where the numbers were read.
-    metric: the headline, as summary.json names it. differs: what the published numbers did
-    otherwise than this suite's strict mode.
+    left_out: rows that the benchmark assigns to the task and the suite leaves out, because they are
+    called closed and are not answered by yes or no. counted: the source of the numbers. metric: the
+    headline, as summary.json names it. differs: how the published evaluation differs from this
+    suite's strict mode.
     """
 
     task: str
@@ -143,7 +143,7 @@ CHARTS: Mapping[str, tuple[str, str, tuple[tuple[str, float], ...]]] = {
     ),
 }
 MULTI_PICTURES = (("Chameleon 7B", 0.35), ("MedMax 7B", 0.46))  # image-image cosine, same chart
-DIFFERS = {  # by family; docs/eval.md has the whole of it
+DIFFERS = {  # by family; docs/eval.md has all of them
     "vqa_closed": "1 token, repetition penalty 1.2 over the prompt too, substring match",
     "vqa_mcq": "1 token, repetition penalty 1.2 over the prompt too, the letter alone",
     "vqa_open": "60 tokens, penalty 1.2; one gpt-4o-mini verdict, unreadable ones dropped",
@@ -366,5 +366,5 @@ TASKS = {card.task: card for card in _CARDS}
 
 
 def task_spec(task: str, family: str) -> TaskSpec | None:
-    """The card of a row of the tables; the release's interleaved tasks share one."""
+    """Return the task of a row of the tables; interleaved tasks of the release share one."""
     return TASKS.get(task) or (TASKS["multimodal"] if family == "multimodal" else None)

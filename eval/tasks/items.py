@@ -1,12 +1,12 @@
-"""What the suite asks: families of tasks, and items made from rows of the released schema.
+"""Defines families of tasks and items, made from rows of the MedMax release's schema.
 
     {"task_name": "image_captioning", "question_type": "pmc_oa", "prompt": ..., "answer": ...,
      "image_path": ..., "id": ..., "group": ..., "template": ...}
          ->  Item(task="captioning_pmc_oa", family="captioning", ...)
 
-A family says how a question is asked and scored, a task is one row of the tables. `id`, `group`
-(patient or volume) and `template` are this project's additions: without them a row is its number,
-its image and its family.
+A family defines how a question is posed and scored; a task is one row of the tables. `id`, `group`
+(patient or volume) and `template` are this project's additions: without them a row is identified
+by its number, its image and its family.
 """
 
 import collections
@@ -31,12 +31,12 @@ from medmax_jax.io.image_paths import is_inside
 
 
 class TaskError(ValueError):
-    """Rows that cannot be evaluated; the message names the row and the mend."""
+    """Raised for rows that cannot be evaluated; the message names the row and the fix."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """How a kind of task is asked. `tokens`: at most, of an answer's text, by generation mode."""
+    """Defines a kind of task. `tokens`: at most, of an answer's text, by generation mode."""
 
     mode: str  # text | image | mixed
     shows_image: bool
@@ -61,7 +61,7 @@ FAMILIES = {  # the release's bounds: vqa.py:24-31, visual_chat.py, mm_out.py, i
     "visual_chat": Family(mode="text", shows_image=True, tokens=_tokens(paper=4_096, strict=4_096)),
 }
 MODES = ("paper", "strict")
-# Released task_name -> family; all others are question answering, by question_type.
+# The release's task_name -> family; all others are question answering, by question_type.
 FAMILY_BY_TASK = {
     "image_captioning": "captioning",
     "image_generation": "image_generation",
@@ -74,28 +74,27 @@ CHAMELEON = {  # the release's wordings for the base model
     "vqa_mcq": " and respond 'A', 'B', 'C', or 'D'",
 }
 FAMILY_BY_QUESTION_TYPE = {"closed": "vqa_closed", "mcq": "vqa_mcq", "open": "vqa_open"}
-CAPTION_PROMPT = "Please describe this picture."  # what the release asks whatever the row says
+# Verbatim: part of the data.
+CAPTION_PROMPT = "Please describe this picture."  # the release's prompt, whatever the row has
 DETAILED_PROMPT = "Analyze the image in a comprehensive and detailed manner."  # likewise
-IMAGE_PLACEHOLDER = "<image>"  # where a row wants its picture
+IMAGE_PLACEHOLDER = "<image>"  # where a row places its image
 _MARK = re.compile(r"<image(?:[ _]?(\d{1,3}))?>")  # also numbered, as MMMU writes them
-_LETTERED = r"(?<!\w)([A-Ba-b])\s*[:.)]"  # options of a form that score_text may not read
+_LETTERED = r"(?<!\w)([A-Ba-b])\s*[:.)]"  # options of a form that metrics/text.py may not read
 OPTION_FIELDS = ("options", "choices")
 PROMPTS = ("sft", "chameleon", "default")  # the release's prompt processors, eval_utils.py
 FACTS = ("body_part", "organ", "view", "plane", "sequence", "stain", "finding")
-SAMPLE = ("sample_vqa", "sample")  # names in the embedded rows: there a task is its family
+SAMPLE = ("sample_vqa", "sample")  # names in the embedded rows: their task is their family
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Item:
-    """One question. `image`: shown, or for generation tasks the reference. `kind`: its modality.
+    """Holds one question. `image`: shown, or the reference to generate. `kind`: its modality.
 
-    task: its row in the tables, as in eval/tasks/catalog.py. slices: (name, value) pairs that
-    numbers are
-    also told apart by. context: what a judge is told of the picture. data_class: what
-    medmax_jax/endpoints/egress.py asks before anything leaves the machine. released: (name, value)
-    of the row
-    that only the release's scoring wants, and where its picture stands. further_images: those after
-    the first, of a question about several images.
+    task: its row in the tables, as in eval/tasks/catalog.py. slices: (name, value) pairs by which
+    scores are also grouped. context: the description of the image for a judge. data_class: the
+    class that medmax_jax/endpoints/egress.py checks before anything leaves the machine. released:
+    (name, value) of the row that only the release's scoring uses, and the position of its image.
+    further_images: those after the first, of a question about several images.
     """
 
     id: str
@@ -106,7 +105,7 @@ class Item:
     image: str
     group: str
     template: str
-    facts: tuple[str, ...]  # what a caption should say; () where the rows do not tell
+    facts: tuple[str, ...]  # facts that a caption should state; () where the rows have none
     kind: str
     slices: tuple[tuple[str, str], ...]
     context: str
@@ -116,7 +115,7 @@ class Item:
 
     @property
     def images(self) -> tuple[str, ...]:
-        """All images, in order; () for a generation task without a reference image."""
+        """Return all images, in order; () for a generation task without a reference image."""
         return (self.image, *self.further_images) if self.image else ()
 
 
@@ -126,9 +125,9 @@ def from_rows(
     *,
     places: Sequence[str] | None = None,
 ) -> list[Item]:
-    """Return the items of released rows; raise TaskError or OutgoingError at the first bad row.
+    """Return the items of the rows; raise TaskError or OutgoingError at the first bad row.
 
-    `manifest`: rows that know the facts of the pictures, by `file`. `places`: what messages call
+    `manifest`: rows with the facts of the images, by `file`. `places`: the names in messages of
     the rows, like "items.jsonl line 3". An image that any credentialed row shows is credentialed in
     every row.
     """
@@ -155,17 +154,17 @@ def from_rows(
 
 
 def is_credentialed(item: Item) -> bool:
-    """Return whether nothing of the item may be repeated or sent to a host that is not listed."""
+    """Return whether the item must not be repeated or sent to a host that is not listed."""
     return item.data_class == egress.CREDENTIALED
 
 
 def item_name(item: Item, number: int) -> str:
-    """Return what messages call an item: its id, or of a credentialed one its number from 1."""
+    """Return an item's name in messages: its id, or for a credentialed one its number from 1."""
     return f"number {number}" if is_credentialed(item) else item.id
 
 
 def item_fields(item: Item) -> dict[str, Any]:
-    """Return the fields of an item as records have them; `further_images` only where there are."""
+    """Return the fields of an item as stored in records; `further_images` only if present."""
     found = dataclasses.asdict(item)
     if not item.further_images:
         del found["further_images"]
@@ -173,13 +172,13 @@ def item_fields(item: Item) -> dict[str, Any]:
 
 
 def prompt_parts(item: Item, folder: Path, prompt: str = "sft") -> tuple[Path | str, ...]:
-    """What is asked, in order: the picture's file if the family shows it, and the words.
+    """Return the request in order: the image's file if the family shows it, and the text.
 
-    `prompt`: one of PROMPTS, whose words these are; `ends_turn` says what comes after them. Where
-    the release's `default` stops (captions without words, generation with no picture to open) the
-    words are asked that the other two ask. Images come before the text, or where the marks of the
-    prompt are:
-        parts(Item(prompt="Is <image> older than <image>?", ...), f)
+    `prompt`: one of PROMPTS, which sets the wording; `uses_end_of_turn` states what follows it.
+    Where the release's `default` stops (captions without text, generation with no image to open)
+    the wording of the other two is used. Images come before the text, or at the marks of the
+    prompt:
+        prompt_parts(Item(prompt="Is <image> older than <image>?", ...), f)
         ->  ("Is", f/a.png, "older than", f/b.png, "?")
     """
     words = prompt_text(item, prompt)
@@ -214,7 +213,10 @@ def _interleaved(words: str, images: Sequence[Path]) -> tuple[Path | str, ...]:
 
 
 def prompt_text(item: Item, prompt: str) -> str:
-    """The words of a question; `chameleon` tells a base model what to answer, with what letters."""
+    """Return the text of a question.
+
+    `chameleon` adds instructions for a base model: the form of the answer, and the letters to use.
+    """
     if prompt not in PROMPTS:
         raise TaskError(f"prompt is {prompt!r}; use one of {', '.join(PROMPTS)}")
     if prompt != "chameleon":
@@ -229,16 +231,16 @@ def prompt_text(item: Item, prompt: str) -> str:
 
 
 def uses_end_of_turn(family: str, prompt: str) -> bool:
-    """Whether the end of turn follows the words, as it did in MedMax's fine-tuning.
+    """Return whether the end-of-turn token follows the text, as in MedMax's fine-tuning.
 
     `default` means a base model, and yet ends the turn of visual_chat: in the release its answer to
-    "is this fine-tuned" is a pair of lists, which Python takes for yes.
+    "is this fine-tuned" is a pair of lists, which Python evaluates as true.
     """
     return prompt == "sft" or (prompt == "default" and family == "visual_chat")
 
 
 def sample_items(items: Sequence[Item], count: int, *, seed: int) -> list[Item]:
-    """`count` items, taken from the groups in turn so that each is there; -1: all."""
+    """Return `count` items, taken from the groups in turn to cover all groups; -1: all."""
     if count < 0 or count >= len(items):
         return list(items)
     rng = random.Random(seed)
@@ -298,7 +300,7 @@ def _item(number: int, row: Mapping[str, Any], known: Mapping[str, Mapping], pla
 
 
 def _where(number: int, row: Mapping[str, Any], place: str, data_class: str) -> str:
-    """Return what messages call a row: of a credentialed one nothing but its place."""
+    """Return a row's name in messages: for a credentialed one nothing but its place."""
     if data_class == egress.CREDENTIALED or row.get("id") is None:
         return place
     name = printable(row["id"], 80)
@@ -335,7 +337,7 @@ def _images_and_prompt(
     """Return the images in the order of their marks, and the prompt with its options.
 
     Marks before all text are dropped, since images come first anyway; others stay in the prompt,
-    where `parts` puts the images.
+    where `prompt_parts` places the images.
         "<image> <image> Did it grow?", (a, b)      ->  (a, b), "Did it grow?"
         "Is <image 2> older than <image 1>?", (a, b)  ->  (b, a), "Is <image> older than <image>?"
     """
@@ -347,7 +349,7 @@ def _images_and_prompt(
         raise TaskError(f"{where}: {len(images)} images, but {family} takes one; name one image")
     if family == "vqa_mcq":
         prompt = _with_options(row, prompt, where)
-    if family in ("captioning", "visual_chat"):  # the release's own rules on marks: `parts`
+    if family in ("captioning", "visual_chat"):  # the release's own rules on marks: `prompt_parts`
         return images, prompt
     marks = list(_MARK.finditer(prompt))
     count = len(images) if shows else 0
@@ -369,7 +371,7 @@ def _images_and_prompt(
 
 
 def _images(row: Mapping[str, Any], where: str, data_class: str) -> tuple[str, ...]:
-    """Return the paths that `image_path` or `images` has, one or a list; () for none."""
+    """Return the paths in `image_path` or `images`, one or a list; () for none."""
     given = [name for name in ("image_path", "images") if row.get(name) not in (None, "", [])]
     if not given:
         return ()
@@ -445,7 +447,7 @@ def _options(value: Any, where: str) -> dict[str, str]:
 
 
 def _check_reference(item: Item, where: str) -> None:
-    """Raise TaskError where no answer could be right, before anything is asked and paid for."""
+    """Raise TaskError where no answer could be correct, before any request is made and paid for."""
     try:
         if item.family == "vqa_closed":
             metrics_strict.closed(item.answer, item.answer)
@@ -463,7 +465,7 @@ def _check_reference(item: Item, where: str) -> None:
 
 
 def _chat(where: str, row: Mapping[str, Any], data_class: str) -> tuple[dict, str]:
-    """What a visual_chat row's dictionary says, and its domain."""
+    """Return the content of a visual_chat row's dictionary, and its domain."""
     try:
         found = chat_answers.read(str(row["answer"]))
     except chat_answers.ChatAnswerError as error:
@@ -488,7 +490,10 @@ def _chat(where: str, row: Mapping[str, Any], data_class: str) -> tuple[dict, st
 
 
 def _task(row: Mapping[str, str], family: str) -> str:
-    """vqa_rad_closed, captioning_quilt, multimodal: as eval/tasks/catalog.py names them."""
+    """Return the task's name as in eval/tasks/catalog.py.
+
+    Examples: vqa_rad_closed, captioning_quilt, multimodal.
+    """
     name, kind = row["task_name"], row["question_type"]
     if name in SAMPLE or kind in SAMPLE:
         return family

@@ -1,17 +1,18 @@
-"""Questions asked in another way, to see whether a model looks, and whether the order matters.
+"""Modifies questions to test whether a model uses the image and the option order.
 
-    blank      the same grey picture for every question
-    shuffled   the pictures of the task dealt out anew, none to its own question
-    swapped    a picture of another group (patient, volume)
-    rotated_k  options of a multiple choice question moved k places on, and the answer's letter
+    blank      the same gray image for every question
+    shuffled   the images of the task in a new order, none at its own question
+    swapped    an image of another group (patient, volume)
+    rotated_k  options of a multiple choice question rotated by k places, and the answer's letter
 
-Ids stay, so that scores pair: each probe has records of its own, probe_NAME.jsonl, beside
-records.jsonl. A model that looks loses by the first three; one that reads is not moved by the last.
+Ids are kept, so that scores pair: each probe has records of its own, probe_NAME.jsonl, next to
+records.jsonl. The first three lower the scores of a model that uses the image; the last does not
+change those of a model that reads the options.
 
-Nobody judges probes, since that would cost as much as the evaluation once more for each. Their
-metric is the first that both sides have without a judge: exact for open questions, words in common
-for chats; for captions the cosine with the true picture where a scorer reads text, else words in
-common. How many answers change (flips) is told of all.
+Probes have no judge, since each would cost as much as the evaluation. Their metric is the first
+that both sides have without a judge: exact for open questions, token overlap for chats; for
+captions the cosine with the true image where a scorer reads text, else token overlap. The number of
+changed answers (flips) is reported for all.
 """
 
 import collections
@@ -44,12 +45,12 @@ BLANK, SIDE, GREY = "blank.png", 256, 128
 
 
 def swapped(items: Sequence[Item], *, seed: int, among: Sequence[Item] | None = None) -> list[Item]:
-    """The same questions with a picture of another group each; ids stay, so scores pair.
+    """Return the same questions, each with an image of another group; ids stay, so scores pair.
 
-    A model that looks should lose what it won over chance. Each item gets a picture drawn by the
-    seed and its id from the pictures of all other groups of `among`, by default the items
-    themselves; one per picture, if it has several. With one group only there is nothing to swap
-    with, which raises.
+    A model that uses the image should lose its advantage over chance. Each item gets an image drawn
+    by the seed and its id from the images of all other groups of `among`, by default the items
+    themselves; one per image, if it has several. With one group only there is nothing to swap with,
+    which raises.
     """
     among = among or items
     secret = _credentialed_images(among)
@@ -61,7 +62,7 @@ def swapped(items: Sequence[Item], *, seed: int, among: Sequence[Item] | None = 
         raise TaskError("all items are of one group: nothing to swap pictures with")
 
     def other(item: Item, number: int) -> str:
-        first, count = own[item.group][0], len(own[item.group])  # its own lie together
+        first, count = own[item.group][0], len(own[item.group])  # its own are adjacent
         name = f"{seed} {item.id} {number}" if number else f"{seed} {item.id}"
         place = random.Random(name).choice(range(len(pictures) - count))
         return pictures[place if place < first else place + count][1]
@@ -72,11 +73,11 @@ def swapped(items: Sequence[Item], *, seed: int, among: Sequence[Item] | None = 
 
 
 def shuffled(items: Sequence[Item], *, seed: int) -> list[Item]:
-    """The pictures of each task, each as often as before, on other questions of the task.
+    """Return the items with the images of each task permuted, each used as often as before.
 
-    Items in an order by the seed are moved on by as many places as the commonest picture has, with
-    equal pictures together, so none meets its own; a task where one picture is more than half of
-    all raises.
+    Items in an order by the seed are moved on by as many places as the most common image has, with
+    equal images together, so none gets its own; a task where one image is more than half of all
+    raises.
     """
     found = {}
     for task in dict.fromkeys(item.task for item in items):
@@ -93,7 +94,7 @@ def shuffled(items: Sequence[Item], *, seed: int) -> list[Item]:
         order = sorted(some, key=lambda item: (place[item.images], item.id))
         moved = order[most:] + order[:most]
         found |= {a.id: b.images for a, b in zip(order, moved, strict=True)}
-    # of another number of pictures as many as the question shows, some of them again
+    # If the drawn item has another number of images, some repeat to match the question's number.
     secret = _credentialed_images(items)
     again = {name: itertools.cycle(images) for name, images in found.items()}
     return [
@@ -107,7 +108,7 @@ def _credentialed_images(items: Sequence[Item]) -> set[str]:
 
 
 def _showing(item: Item, images: Sequence[str], secret: set[str]) -> Item:
-    """Return the item with other images; credentialed if one of these is."""
+    """Return the item with other images; it is credentialed if one of these is."""
     data_class = egress.CREDENTIALED if secret & set(images) else item.data_class
     return dataclasses.replace(
         item, image=images[0], further_images=tuple(images[1:]), data_class=data_class
@@ -115,9 +116,9 @@ def _showing(item: Item, images: Sequence[str], secret: set[str]) -> Item:
 
 
 def blank(items: Sequence[Item], folder: Path | None) -> list[Item]:
-    """All with one grey picture, which is written into `folder`, their new image folder.
+    """Return all items with one gray image, which is written into `folder`, their new image folder.
 
-    None: nothing is written, and the items are there to be counted.
+    None: nothing is written, and the items can only be counted.
     """
     if folder is not None and not (folder / BLANK).exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -129,10 +130,10 @@ def blank(items: Sequence[Item], folder: Path | None) -> list[Item]:
 
 
 def rotated(items: Sequence[Item], places: int) -> list[Item]:
-    """Options moved on: what stood at A stands at B after one place, and the answer says so.
+    """Return items with rotated options and answers: by one place, the option at A moves to B.
 
-    Only of the items with more than `places` options of one line each and an answer among them: of
-    lines after the last option nobody can say whether they belong to it.
+    Only items with more than `places` options of one line each and an answer among them are used:
+    lines after the last option cannot be assigned to it reliably.
     "Which?\\nA: CT\\nB: MRI", "A" -> "Which?\\nA: MRI\\nB: CT", "B"
     """
     found = []
@@ -161,9 +162,10 @@ def rotated(items: Sequence[Item], places: int) -> list[Item]:
 def probe_items(
     items: Sequence[Item], names: Sequence[str], families: Sequence[str]
 ) -> dict[str, Callable[..., list[Item]]]:
-    """Probe -> what makes its items, of the names in a config; rotations one by one.
+    """Return probe -> a function that makes its items, for the names in a config.
 
-    Called with `seed` and the `folder` of `blank`. `families`: of the items to probe.
+    Each rotation is a probe. Called with `seed` and the `folder` of `blank`. `families`: of the
+    items to probe.
     """
     if wrong := set(names) - set(NAMES):
         raise TaskError(f"probes: {sorted(wrong)[0]!r} is none; use {', '.join(NAMES)}")
@@ -176,7 +178,7 @@ def probe_items(
     if "shuffled" in names:
         made["shuffled"] = lambda seed, folder: shuffled(some, seed=seed)
     if "swapped" in names:
-        # among the pictures of all families: which of them are probed moves no other's question
+        # Among the images of all families: the set of probed families changes no other question.
         shown = _questions(items, IMAGE_FAMILIES)
         made["swapped"] = lambda seed, folder: swapped(some, seed=seed, among=shown)
     most = max(
@@ -190,7 +192,7 @@ def probe_items(
 def captions_to_score(
     records: Sequence[Record], probed: Mapping[str, Sequence[Record]]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Probe -> its captions as a scorer is to see them: beside the true picture, not the shown."""
+    """Return probe -> its captions for a scorer: with the true image, not the one shown."""
     true = {
         record["id"]: record["image"] for record in records if record["family"] in IMAGE_METRICS
     }
@@ -210,11 +212,11 @@ def summary(
     seed: int,
     resamples: int,
 ) -> list[dict[str, Any]]:
-    """{probe, task, metric, n, groups, few_groups, before, after, diff, ci_low, ci_high, flips,
-    flips_low, flips_high}: of each probe and task, `after` as it was probed.
+    """Return the scores of each probe and task; `after` is the score of the probe.
 
-    Flips: answers that say something else than before, an option by its text and not its letter.
-    known, looked: what scorers said of the records, and of each probe's.
+    Rows are {probe, task, metric, n, groups, few_groups, before, after, diff, ci_low, ci_high,
+    flips, flips_low, flips_high}. Flips: answers with another content than before, an option by its
+    text and not its letter. known, looked: the image scores of the records, and of each probe's.
     """
     rows = []
     for probe, some in probed.items():
@@ -244,7 +246,7 @@ def _row(
 
 
 def _rotations(records, probed, seed: int, resamples: int) -> list[dict[str, Any]]:
-    """rotated_all: right under every rotation, beside right as the question was asked."""
+    """Return rotated_all: correct under every rotation, next to correct as originally posed."""
     turns = [{r["id"]: r for r in some} for name, some in probed.items() if ROTATED in name]
     rows = []
     for task, some in aggregate.tasks_of(records).items():
@@ -270,7 +272,7 @@ def _paired(metric: str, old, new, flips, groups, seed: int, resamples: int) -> 
 
 
 def parsed_answer(record: Record) -> str:
-    """What an answer says: yes, an option's text, the words of all others; "" for unread."""
+    """Return the content of an answer: yes, an option's text, other text; "" if unparsed."""
     family, text = record["family"], record["text"]
     if family == "vqa_mcq":
         found = strict.parse_answer(family, text, record["prompt"])
@@ -281,7 +283,7 @@ def parsed_answer(record: Record) -> str:
 
 
 def _questions(items: Sequence[Item], families: Sequence[str]) -> list[Item]:
-    """Those of the items that are to be probed: asked about a picture."""
+    """Return the items to be probed: those about an image."""
     if wrong := [name for name in families if name not in IMAGE_FAMILIES]:
         raise TaskError(
             f"probe_families: {wrong[0]!r} shows no picture or is none; use some of "

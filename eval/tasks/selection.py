@@ -1,4 +1,4 @@
-"""What is asked: items of the embedded sample or of JSONL files, chosen by the settings' counts."""
+"""Selects items of the embedded sample or of JSONL files by the settings' counts."""
 
 import dataclasses
 import re
@@ -16,14 +16,14 @@ from medmax_jax.models import image_headers, images
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shard:
-    """Part `index` of `count`: every count-th item."""
+    """Describes part `index` of `count`: every count-th item."""
 
     index: int
     count: int
 
     @classmethod
     def of(cls, text: str) -> "Shard":
-        """Of "i/n"; "" is the whole."""
+        """Parse "i/n"; "" is the complete set."""
         if not text:
             return WHOLE
         found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
@@ -32,7 +32,7 @@ class Shard:
         return cls(index=int(found[1]), count=int(found[2]))
 
     def file(self, out: Path) -> Path:
-        """Where this part's records go."""
+        """Return the file of this part's records."""
         if self.count == 1:
             return out
         return out.with_name(f"{out.stem}.shard_{self.index}_of_{self.count}.jsonl")
@@ -48,7 +48,10 @@ SAMPLE = Path(__file__).parents[2] / "data" / "sample"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalSet:
-    """Items, training items for the blind baseline, training pictures as (path, modality)."""
+    """Holds the items, the training items of the blind baseline, and training images with modality.
+
+    A training image is (path, modality).
+    """
 
     items: list[task_items.Item]
     train: list[task_items.Item]
@@ -57,7 +60,7 @@ class EvalSet:
 
 
 def load_eval_set(settings: Settings) -> EvalSet:
-    """The embedded sample's items, or those of JSONL files in the released schema."""
+    """Load the embedded sample's items, or those of JSONL files in the MedMax schema."""
     if settings.questions == ("sample",):
         return load_sample(settings)
     if not settings.questions or "sample" in settings.questions:
@@ -72,7 +75,7 @@ def load_eval_set(settings: Settings) -> EvalSet:
 
 
 def load_sample(settings: Settings) -> EvalSet:
-    """The embedded sample's, with its training half."""
+    """Load the embedded sample's items, with its training half."""
     manifest = read_manifest(SAMPLE / "manifest.jsonl")
     held, train = (
         task_items.from_rows(eval_items(manifest, settings.seed, split=split), manifest)
@@ -87,12 +90,12 @@ def load_sample(settings: Settings) -> EvalSet:
 
 
 def check_images(found: EvalSet) -> None:
-    """Raise, before anything is asked, where an image that is shown or compared cannot be used.
+    """Raise, before any request is made, where an image that is shown or compared is unusable.
 
-    That is an image whose path leads out of the folder or that is missing. Images of credentialed
-    items are opened too: an error later on would name the file.
+    That is an image with a path that leaves the folder or that is missing. Images of credentialed
+    items are opened too: a later error would name the file.
     """
-    wanted: dict[str, str] = {}  # image -> what messages call it, "" for its path
+    wanted: dict[str, str] = {}  # image -> its name in messages, "" for its path
     for number, item in enumerate(found.items, start=1):
         label = f"the image of item number {number}" if task_items.is_credentialed(item) else ""
         for image in item.images:
@@ -116,7 +119,7 @@ def _check_readable(file: Path, label: str) -> None:
         raise EvalError(
             f"{label} cannot be read as an image of at most {MAX_PIXELS:,} pixels; replace the "
             "file, or leave the item out"
-        ) from None  # Pillow may repeat what it found in the file
+        ) from None  # Pillow may repeat the content of the file
 
 
 def read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
