@@ -12,7 +12,7 @@ import unicodedata
 
 MAX_CHARS = 20_000  # of the end of an answer; the final answer is there
 MAX_CUES = 100  # the last ones of an answer
-REACH = 500  # characters of a clause or a sentence that are examined, so that time is bounded
+REACH = 500  # characters of a clause or a sentence that are looked at, so that time is bounded
 
 _CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
 _TEXT_COMMAND = re.compile(
@@ -31,7 +31,7 @@ _HTML = re.compile(
 _QUOTES = str.maketrans("‘’‚‛“”„‟«»「」『』′″\u00a0", '\'\'\'\'""""""""""\'" ')
 ANSWER, END_ANSWER = "\u0002", "\u0003"  # around a marked final answer in a normalized text
 
-# Text after which a clause begins, so that a negation before them does not reach what follows.
+# Words after which a clause begins, so that a negation before them does not reach what follows.
 _STARTERS = (
     r"but|it|it's|es|c'est|its|this|that|that's|these|so|rather|instead|however|though|although|"
     r"therefore|"
@@ -94,7 +94,7 @@ _NOT_NEGATIVE = re.compile(
     re.IGNORECASE,
 )
 
-# Text that may occur between a phrase and its predicate: "B) (CT) is", "A. Incorrect".
+# What may stand between a phrase and its predicate: "B) (CT) is", "A. Incorrect".
 _AFTER = (
     r"(?:[)\]}\"':]|[^\S\n])*(?:\.[^\S\n]*(?=incorrect|wrong|false|correct|true))?"
     r"(?:\([^()\n]{0,80}\)[^\S\n]*)?"
@@ -168,16 +168,12 @@ _HYPOTHETICAL_AFTER = re.compile(
     re.IGNORECASE,
 )
 
-<<<<<<< HEAD
 _RETRACTED = re.compile(
     r"\b(?:scratch that|no,? (?:wait|actually)|wait,? no|(?:just )?kidding|actually,? no|"
     r"on second thoughts?|i take (?:that|it) back|correction)\b",
     re.IGNORECASE,
 )
 # What introduces a final answer.
-=======
-# Text that introduces a final answer.
->>>>>>> f9fd00f93969c5112a2bf3f29c9cc8c3a4edfe6a
 CUE = re.compile(
     r"(?<!\w)(?:answers?|ans|choice|option|selection|response|verdict|prediction|diagnosis|"
     r"conclusion|"
@@ -220,7 +216,7 @@ _REFUSAL = re.compile(
 
 
 def normalize(text: str) -> str:
-    """Return an answer without markup; marked final answers are between ANSWER and END_ANSWER."""
+    """Return an answer without markup; marked final answers stand between ANSWER and END_ANSWER."""
     text = unicodedata.normalize("NFKC", text).translate(_QUOTES)
     text = text.replace(ANSWER, " ").replace(END_ANSWER, " ")
     text = _STRUCK.sub(" ", text)

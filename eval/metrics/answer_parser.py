@@ -5,13 +5,13 @@
        statement             "I choose B", "B is correct"
     3  lines and labels      "B" alone on a line, "B. Pneumothorax. ..." at the start
     4  the one letter        "It is B because ..."; without any letter, the one option whose
-       mentioned             complete text occurs
+       mentioned             complete text is there
 
-A wrong parse is worse than none: a phrase that the answer denies, questions or assumes
+A wrong parse is worse than none: a phrase that the answer denies, asks about or assumes
 (eval/metrics/answer_context.py) is never read, several candidates at one level are not decided by
 the next
 level, and the article "a" and letters of other names (hepatitis B, Kerley B lines) are no letters.
-Reasoning text is removed first (medmax_jax/endpoints/reasoning.py).
+Reasoning text is left out first (medmax_jax/endpoints/reasoning.py).
 """
 
 import dataclasses
@@ -57,7 +57,7 @@ _CONNECT = (
     r"et|und|oder|"
     r"e|ou|porque|parce|weil|denn|perché|ist|es|est|è|é|sein|입니다|이다|です|だ|でしょう"
 )
-# Text that may follow a letter that denotes an option, unlike "B cell" or "A CT scan".
+# What may follow a letter that stands for an option, unlike "B cell" or "A CT scan".
 _BOUND = (
     r"(?=\s*(?:$|[.,;:!?()\]}\"\n\u0002\u0003。、！？]|'(?!\w)|[=→&/|]|[是为為正对對项項不错錯非だでがはをと입이가은는]))"
     rf"|(?=\s+[-–—])|(?=[-–—](?!\w))|(?=\s+(?:{_CONNECT})(?![\w-]))"
@@ -104,18 +104,18 @@ _WORD = re.compile(r"\d+(?:[.,]\d+)?|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[
 
 @dataclasses.dataclass(frozen=True)
 class _Mention:
-    """Describes one option mentioned in a text: by its letter, or by its text."""
+    """An option in a text: by its letter, or by its words."""
 
     letter: str
     start: int
     end: int
     by_letter: bool
-    certain: bool = True  # not certain: a capital that may have another meaning
+    certain: bool = True  # not certain: a capital that may stand for something else
 
 
 @dataclasses.dataclass(frozen=True)
 class _Question:
-    """Holds the letters of a question and the words of each option; {} where unknown."""
+    """The letters of a question, and the words of each option; {} where they are not known."""
 
     letters: str
     words: Mapping[str, tuple[str, ...]]
@@ -137,7 +137,7 @@ def parse_choice(answer: str, known: Mapping[str, str], *, letters: str = LETTER
 
 
 def _choice(text: str, question: _Question) -> str | None:
-    """Return the letter, AMBIGUOUS, or None, of a normalized text."""
+    """The letter, AMBIGUOUS, or None, of a normalized text."""
     plain = _unmarked(text)
     whole = _whole(plain, question)
     if whole:
@@ -151,7 +151,7 @@ def _choice(text: str, question: _Question) -> str | None:
     if stated:
         return stated
     if cut:
-        return None  # the subject of the remaining text is unknown
+        return None  # what the rest mentions is not known
     found = _from_lines(text, mentions, question)
     if found or not {("yes",), ("no",)} <= set(question.words.values()):
         return found or _from_mentions(text, mentions, question)
@@ -160,7 +160,7 @@ def _choice(text: str, question: _Question) -> str | None:
 
 
 def _whole(text: str, question: _Question) -> str | None:
-    """Return the letter where the complete answer is a letter, an option's text, or both."""
+    """The complete answer is a letter, an option's text, or both."""
     letters = set(re.sub(r"[\s.,;:!?()\[\]{}\"'✓✔✅☑→=>-]", "", text))
     if len(letters) == 1 and letters <= set(question.letters) and not re.search(r"\w\w", text):
         return letters.pop()  # "B", "(B)", and "B B B" of a model that repeats itself
@@ -183,7 +183,7 @@ def _whole(text: str, question: _Question) -> str | None:
 
 
 def _label(text: str, question: _Question, start: int = 0) -> _Mention | None:
-    """Return the letter that labels a line: "B. ", "(b) ", "C: "; not the "E. " of "E. coli"."""
+    """The letter that labels a line: "B. ", "(b) ", "C: "; not the "E. " of "E. coli"."""
     match = _LABEL.match(text, start)
     if not match or match[1].upper() not in question.letters:
         return None
@@ -199,7 +199,7 @@ def _label(text: str, question: _Question, start: int = 0) -> _Mention | None:
     return _Mention(letter, match.start(1), match.end(), True)
 
 
-# ---- The words of options. ----
+# The words of options.
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -207,7 +207,7 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def _word_spans(text: str) -> list[tuple[str, int, int]]:
-    """Return lower-case words and their positions, without articles, except "Hepatitis A"."""
+    """Lower-case words with their places, without articles; "Hepatitis A" keeps its letter."""
     found = []
     for match in _WORD.finditer(text):
         word = match[0]
@@ -225,10 +225,7 @@ def _word_spans(text: str) -> list[tuple[str, int, int]]:
 
 
 def _option_words(known: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    """Return letter -> words.
-
-    Lines after the last option are instructions where the other options have one line each.
-    """
+    """Letter -> words. Lines after the last option are instructions where the others have one."""
     letters = list(known)
     single = all("\n" not in known[letter].strip() for letter in letters[:-1])
     found = {}
@@ -246,7 +243,7 @@ def _begins(text: str, words: tuple[str, ...] | None) -> bool:
 
 
 def _named(text: str, question: _Question) -> list[_Mention]:
-    """Return options whose complete text occurs; one inside a longer one is not named."""
+    """Options whose complete text is there; one inside a longer one is not named."""
     spans, found = _word_spans(text), []
     places: dict[str, list[int]] = {}
     for index, (word, _, _) in enumerate(spans):
@@ -262,7 +259,7 @@ def _named(text: str, question: _Question) -> list[_Mention]:
 
 
 def _is_part(text: str, one: _Mention, found: list[_Mention]) -> bool:
-    """Return whether an option's text is part of a longer name: "PET-CT", "left lung base"."""
+    """Whether an option's text is only a part of a longer name: "PET-CT", "left lung base"."""
     size = one.end - one.start
     if any(
         other.start <= one.start and one.end <= other.end and other.end - other.start > size
@@ -277,12 +274,12 @@ def _is_part(text: str, one: _Mention, found: list[_Mention]) -> bool:
     )
 
 
-# ---- Mentions of options, and how the text qualifies them. ----
+# Mentions, and what the text does with them.
 
 
 @functools.lru_cache(maxsize=64)
 def _letter_patterns(letters: str) -> tuple[re.Pattern, re.Pattern]:
-    """Return the patterns (letters that denote options, any capital of them)."""
+    """(letters that stand for options, any capital of them)."""
     upper = f"[{letters}]"
     both = f"[{letters}{letters.lower()}]"
     noun = (
@@ -312,7 +309,7 @@ def _letter_patterns(letters: str) -> tuple[re.Pattern, re.Pattern]:
 
 
 def _mentions(text: str, question: _Question) -> list[_Mention]:
-    """Return all mentions in order; letters inside an option's text belong to that text."""
+    """All of them in order; letters inside an option's text are part of that text."""
     named = _named(text, question)
     certain, any_capital = _letter_patterns(question.letters)
     taken = [(m.start, m.end) for m in named if m.end - m.start > 1]
@@ -353,7 +350,7 @@ def _may_be_letter(text: str, start: int, end: int) -> bool:
 
 
 def _status(text: str, mentions: list[_Mention]) -> list[str]:
-    """Return "denied", "hypothetical", "possible" or "stated"; "A and B are wrong" denies both."""
+    """ "denied", "hypothetical", "possible" or "stated"; "A and B are wrong" denies both."""
     found = []
     for one in mentions:
         if context.is_denied(text, one.start, one.end):
@@ -374,18 +371,18 @@ def _status(text: str, mentions: list[_Mention]) -> list[str]:
 
 
 def _is_same(text: str, one: _Mention, other: _Mention, between: str) -> bool:
-    """Return whether two mentions share one predicate: "A and B", "A (CT)", "A. CT"."""
+    """Whether one predicate is of both: "A and B", "A (CT)", "A. CT"."""
     if _JOINED.match(between):
         return True
     attached = re.fullmatch(r"\s*[)\]]?\s*[:.(,\-–—\[]?\s*(?:the |a |an )?", between)
     return one.by_letter != other.by_letter and one.letter == other.letter and bool(attached)
 
 
-# ---- Explicit statements. ----
+# Explicit statements.
 
 
 def _last_statement(text: str, mentions: list[_Mention], question: _Question) -> str | None:
-    """Return the letter of the last explicit statement; AMBIGUOUS where it names several."""
+    """The letter of the last explicit statement; AMBIGUOUS where it names several."""
     found: list[tuple[int, str]] = []
     for match in re.finditer(f"{ANSWER}([^{ANSWER}{END_ANSWER}]*)", text):
         inner = match[1].strip()
@@ -413,7 +410,7 @@ def _last_statement(text: str, mentions: list[_Mention], question: _Question) ->
 def _head(
     text: str, start: int, mentions: list[_Mention], question: _Question, *, words: bool
 ) -> str | None:
-    """Parse the text after a cue: a letter, or an option's text at once or as the only option."""
+    """What follows a cue: a letter, or an option's text at once or alone in the sentence."""
     end = context.sentence_span(text, min(start, len(text) - 1))[1] if start < len(text) else start
     at = _FILLER.match(text, start).end()
     letter = re.compile(
@@ -439,7 +436,7 @@ def _head(
 
 
 def _first_alone(text: str, first: _Mention, others: list[_Mention]) -> bool:
-    """Return whether the first option after a cue is alone in its list: not "CT or MRI"."""
+    """Whether the first option after a cue is the only one of its list: not "CT or MRI"."""
     after = [m for m in others if m.start >= first.end]
     same = [m for m in others if m.start == first.start and m.letter != first.letter]
     return not same and not (after and _JOINED.match(text[first.end : after[0].start]))
@@ -448,7 +445,7 @@ def _first_alone(text: str, first: _Mention, others: list[_Mention]) -> bool:
 def _labelled(
     text: str, start: int, end: int, mentions: list[_Mention], question: _Question
 ) -> str | None:
-    """Return a letter, unless it is denied, one of several, or has the text of another option."""
+    """A letter, unless it is denied, one of several, or has the text of another option."""
     letter = text[start].upper()
     if context.is_denied_after(text, end):
         return None
@@ -479,7 +476,7 @@ def _labelled(
 
 
 def _affirmed(text: str, mentions: list[_Mention]) -> list[tuple[int, str]]:
-    """Return (position, letter) of "B is the correct answer"; AMBIGUOUS where several are."""
+    """(place, letter) of "B is the correct answer"; AMBIGUOUS where several are."""
     found = []
     for index, one in enumerate(mentions):
         if not one.certain or not context.is_affirmed_after(text, one.end):
@@ -499,20 +496,13 @@ def _is_asked(text: str, one: _Mention) -> bool:
     return context.is_hypothetical(text, one.start, one.start)
 
 
-# ---- Lines and single mentions. ----
+# Lines and single mentions.
 
 
 def _from_lines(text: str, mentions: list[_Mention], question: _Question) -> str | None:
-<<<<<<< HEAD
     """Lines that are one letter, if they agree; then labelled lines, those denied left out."""
     if context.is_retracted(text):
         return AMBIGUOUS
-=======
-    """Return the letter of lines that are one letter, if they agree; then that of labeled lines.
-
-    Denied labels are left out.
-    """
->>>>>>> f9fd00f93969c5112a2bf3f29c9cc8c3a4edfe6a
     lines = [line for line in re.split(f"[\n{ANSWER}{END_ANSWER}]", text) if line.strip()]
     bare = [
         m[1] for line in lines if (m := re.fullmatch(r"[\s\"'(\[]*([A-Z])[\s\"')\].:!]*", line))
@@ -541,7 +531,7 @@ def _from_lines(text: str, mentions: list[_Mention], question: _Question) -> str
 
 
 def _is_denied_line(line: str, label: _Mention, question: _Question) -> bool:
-    """Return whether a line denies its label: "A. Incorrect", "A. Pleural effusion: no"."""
+    """ "A. Incorrect", "A: CT is wrong", "A. Pleural effusion: no"."""
     if context.is_denied_after(line, label.start + 1) or context.is_denied_after(line, label.end):
         return True
     own = [m for m in _named(line, question) if m.letter == label.letter]
@@ -555,7 +545,7 @@ def _is_labelling(text: str, one: _Mention) -> bool:
 
 
 def _from_mentions(text: str, mentions: list[_Mention], question: _Question) -> str | None:
-    """Return the one option that is mentioned and not denied."""
+    """The one option that is mentioned and not denied."""
     if context.is_refusal(text):
         return None
     by_status: dict[str, set[str]] = {"stated": set(), "denied": set(), "hypothetical": set()}
@@ -587,7 +577,7 @@ def _unmarked(text: str) -> str:
 
 
 def _yes_no_option(text: str, question: _Question) -> str | None:
-    """Return the letter of a question with the options yes and no."""
+    """Of a question whose options are yes and no."""
     said = yes_no_parser.parse_yes_no(text)
     named = [letter for letter, words in question.words.items() if words == (said,)]
     return named[0] if len(named) == 1 else None

@@ -1,12 +1,12 @@
 """Parses which of yes and no an answer states; None where it states neither, or both.
 
     1  the last explicit statement   "Answer: No", "the answer is yes", <answer>no</answer>
-    2  sentences that begin with it  "No, it is not.", "Yes. ..."; none if these disagree
-    3  an isolated mention           "I would say yes."
+    2  sentences that begin with it  "No, it is not.", "Yes. ..."; those that disagree state nothing
+    3  the one that stands alone     "I would say yes."
     4  no before a finding           "No pneumothorax is seen."
 
 "No" before what is no finding ("no image was provided", "no idea", "no doubt") is no answer. With
-a known question, the finding must be one that it names, and a question about normality or
+the question known, the finding must be one that it asks about, and a question about normality or
 absence ("Are the lungs clear?") is not answered by "no effusion".
 """
 
@@ -18,7 +18,7 @@ from medmax_jax.eval.metrics.answer_context import ANSWER, END_ANSWER
 
 AMBIGUOUS = "?"
 YES, NO = "yes", "no"
-# Yes and no in other languages: as a complete answer, or before a comma or a full stop.
+# Of a complete answer, or before a comma or a full stop.
 _FOREIGN = {
     YES: "yes|yep|yeah|sí|oui|ja|sim|sì|да|是|是的|对|對|はい|ええ|네|예|نعم|हाँ|evet|tak|vâng|ya",
     NO: "no|nope|nein|non|não|nao|нет|否|不是|不|不对|いいえ|아니요|아니오|아니|لا|नहीं|hayır|nie|"
@@ -139,7 +139,7 @@ def parse_yes_no(answer: str, question: str = "") -> str | None:
 
 
 def _yes_no(text: str, question: str) -> str | None:
-    """Return "yes", "no", AMBIGUOUS or None of a normalized text."""
+    """ "yes", "no", AMBIGUOUS or None of a normalized text."""
     whole = _VALUE.get(
         text.replace(ANSWER, "").replace(END_ANSWER, "").strip(" \n\"'().,:;!?。").lower()
     )
@@ -184,7 +184,7 @@ def _last_statement(text: str, question: str) -> str | None:
 
 
 def _states(text: str, head: re.Match, value: str, question: str) -> bool:
-    """Return whether yes or no after a cue is the answer: not "no image was provided"."""
+    """Whether yes or no after a cue is the answer: not the "no" of "no image was provided"."""
     end = head.end()
     if _NEEDS.match(text, end):
         return False
@@ -194,7 +194,7 @@ def _states(text: str, head: re.Match, value: str, question: str) -> bool:
 
 
 def _leads(text: str) -> str | None:
-    """Return the verdict of the sentences that begin with yes or no."""
+    """What the sentences begin with that begin with yes or no."""
     found, start = set(), 0
     while start < len(text):
         end = context.sentence_span(text, start)[1]
@@ -211,7 +211,7 @@ def _leads(text: str) -> str | None:
 
 
 def _alone(text: str) -> str | None:
-    """Return the one of yes and no that is mentioned on its own."""
+    """The one of yes and no that is mentioned for itself."""
     found = set()
     for match in _ALONE.finditer(text):
         start, end = match.span("word")
@@ -229,7 +229,7 @@ def _alone(text: str) -> str | None:
 
 
 def _no_finding(text: str, question: str) -> str | None:
-    """Return "no" where a statement has one before a finding that the question names."""
+    """ "no" where one before a finding that is asked about stands in a statement."""
     for match in _BEFORE_FINDING.finditer(text):
         start, end = match.start(), match.end()
         if not _is_finding(text, end, question) or context.is_hypothetical(text, start, start):
@@ -240,7 +240,7 @@ def _no_finding(text: str, question: str) -> str | None:
 
 
 def _is_finding(text: str, start: int, question: str) -> bool:
-    """Return whether the text after a "no" is a finding that the question names."""
+    """Whether what follows a "no" is a finding, and one that the question asks about."""
     if _NO_FINDING.match(text, start):
         return False
     if not question.strip():
@@ -253,7 +253,6 @@ def _is_finding(text: str, start: int, question: str) -> bool:
     return bool(heads & set(map(_stem, _content(question))))
 
 
-<<<<<<< HEAD
 def _content(text: str) -> list[str]:
     """Words that name something."""
     return [w for w in re.findall(r"[^\W\d_]{2,}", text.lower()) if w not in _COMMON]
@@ -264,9 +263,3 @@ def _stem(word: str) -> str:
     if word.endswith(("sses", "xes", "ches", "shes", "ies")):
         return word[:-3] + "y" if word.endswith("ies") else word[:-2]
     return word if word.endswith("ss") else word.removesuffix("s")
-=======
-def _content(text: str) -> set[str]:
-    """Return the words that name something, without their endings."""
-    found = re.findall(r"[^\W\d_]{2,}", text.lower())
-    return {word.removesuffix("s")[:7] for word in found if word not in _COMMON}
->>>>>>> f9fd00f93969c5112a2bf3f29c9cc8c3a4edfe6a
