@@ -87,6 +87,17 @@ def run_items(
                     clock.tick(family, len(records))
         finally:
             log.stop()
+    _check_complete(items, known, model, progress)
+    return [known[item.id] for item in items]
+
+
+def _check_complete(
+    items: Sequence[task_items.Item],
+    known: Mapping[str, Any],
+    model: base.Model,
+    progress: Progress,
+) -> None:
+    """Raise Interrupted if items had no reply, so that the same command requests them again."""
     lost = [
         task_items.item_name(item, number)
         for number, item in enumerate(items, start=1)
@@ -99,7 +110,6 @@ def run_items(
         )
         progress(why)  # which may raise to stop
         raise cli.Interrupted(why)
-    return [known[item.id] for item in items]
 
 
 @dataclasses.dataclass
