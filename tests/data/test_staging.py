@@ -30,11 +30,11 @@ ROOT = pathlib.Path(__file__).parents[2]
 CHILD = """
 import sys
 sys.path.insert(0, ".")
-from medmax_jax.data.records.staging import on_disk
+from medmax_jax.data.records.staging import stage_to_disk
 from medmax_jax.io.gcs import StorageError
 
 try:
-    print("copy", on_disk(sys.argv[1]), flush=True)
+    print("copy", stage_to_disk(sys.argv[1]), flush=True)
 except StorageError as error:
     print(error, flush=True)
 """

@@ -13,7 +13,6 @@ from test_eval_rows import CHAT
 from medmax_jax.config import build
 from medmax_jax.configs import eval_paper, eval_suite
 from medmax_jax.endpoints import egress
-from medmax_jax.eval import report
 from medmax_jax.eval.config import Settings
 from medmax_jax.eval.metrics import aggregate, per_record
 from medmax_jax.eval.pipeline import inference
@@ -278,7 +277,7 @@ def test_a_table_of_the_sample_alone(tmp_path):
 def test_the_page_again_by_the_program(tmp_path):
     made(tmp_path)
     command = [sys.executable, "-m", "eval.report", f"--workdir={tmp_path}"]
-    root = report.SAMPLE.parents[1]
+    root = Path(__file__).parents[2]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Examples: slake_closed" in (tmp_path / "report.html").read_text()
@@ -366,7 +365,7 @@ def test_the_configs_say_every_field(config):
 
 
 def test_the_suite_as_a_table():
-    root = report.SAMPLE.parents[1]
+    root = Path(__file__).parents[2]
     command = [sys.executable, "-m", "eval.suite"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == ""

@@ -32,27 +32,27 @@ e = engine.make_engine(
 )
 
 def answers(mode):
-    asked = batching.requests(
+    asked = requests.make_requests(
         setup.prompts(), sample, g.vocab, mode=mode, names=None, codes=setup.CODES, context=64
     )
-    served = serving.serve(e, asked, sample, mode=mode, seed=7)
+    served = scheduler.run_requests(e, asked, sample, mode=mode, seed=7)
     return {n.index: n.tokens.tolist() for news in served for n in news if n.done}
 
 text, image = answers("text"), answers("image")
 with no_more_than(64):
     try:
         answers("text")
-    except batching.GenerateError as error:
+    except requests.GenerateError as error:
         said, cause = str(error), str(error.__cause__)
-    empty = e.cache is None and bool(e.book.free.all())
+    empty = e.cache is None and bool(e.slot_table.free.all())
     smaller = answers("image") == image
 print(json.dumps([said, cause, empty, smaller, answers("text") == text]))
 """
 LOAD = """
 try:
     with no_more_than(176):
-        generate.load(sys.argv[2])
-except batching.GenerateError as error:
+        model_bundle.load(sys.argv[2])
+except requests.GenerateError as error:
     print(json.dumps([str(error)]))
 """
 # Attention inside the VQGAN, over 64 x 64 places, has 64 MiB a picture, 512 MiB eight.
@@ -61,7 +61,7 @@ import numpy as np, PIL.Image
 large = dataclasses.replace(setup.PICTURE, image_size=128)
 g = dataclasses.replace(g, vq_config=large)
 pictures = [PIL.Image.new("RGB", (9, 7), (10 * i, 0, 0)) for i in range(8)]
-both = (lambda: generate.encode(g, pictures), lambda: generate.decode(g, codes))
+both = (lambda: model_bundle.encode(g, pictures), lambda: model_bundle.decode(g, codes))
 codes = both[0]()
 both[1]()
 said = []
@@ -69,7 +69,7 @@ for each in both:
     with no_more_than(64):
         try:
             each()
-        except batching.GenerateError as error:
+        except requests.GenerateError as error:
             said.append(str(error))
 print(json.dumps(said))
 """

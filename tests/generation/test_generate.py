@@ -170,7 +170,7 @@ def test_an_adapter_changes_answers_and_must_fit(g, folder, adapter, tmp_path):
     )
     settings = json.loads((adapter / "adapter_config.json").read_text())
     for key, value, message in (
-        ("base", "0" * 64, "trained on base weights 000000000000"),
+        ("base", "0" * 64, "trained on base weights '000000000000'"),
         ("rank", 3, "has shape"),
     ):
         (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {key: value}))

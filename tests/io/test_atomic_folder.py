@@ -126,8 +126,8 @@ def test_where_a_new_folder_may_stand(tmp_path):
 
 HOLD = """
 import sys, time
-from medmax_jax.io.atomic_folder import new_folder
-with new_folder(sys.argv[1], bytes_needed=0, seal="config.json") as new:
+from medmax_jax.io.atomic_folder import atomic_folder
+with atomic_folder(sys.argv[1], bytes_needed=0, seal="config.json") as new:
     new.write("config.json", [b"{}"])
     with new.stream("model-00001.safetensors") as out:
         out.write(bytes(100_000))

@@ -40,7 +40,7 @@ def forward(model: chameleon.Chameleon) -> dict[str, np.ndarray]:
         hidden = model.hidden(ids, segments, positions, key=None)
         logits = model.logits(hidden)
         return dict(
-            layers=model.all_hidden(ids, segments, positions),
+            layers=model.hidden_states_by_layer(ids, segments, positions),
             hidden=hidden,
             logits=logits,
             logsumexp=jax.nn.logsumexp(logits, -1),

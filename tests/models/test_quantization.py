@@ -53,7 +53,7 @@ def _like(
 def test_dense_is_what_qwix_says(kind, sizes):
     tiles = {0: quantization.TILE} if kind in quantization.PACKED else {}
     with jax.set_mesh(make_mesh(Mesh(**named(sizes)))):
-        found = jax.jit(lambda m: m.dense(jnp.float32))(matrix(kind))
+        found = jax.jit(lambda m: m.dequantize(jnp.float32))(matrix(kind))
         assert found.sharding.spec == P("fsdp", "tp")
     theirs = qwix.dequantize(
         qwix.quantize(jnp.asarray(WEIGHT), kind, channelwise_axes=(1,), tiled_axes=tiles)
