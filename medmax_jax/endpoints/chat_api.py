@@ -82,6 +82,7 @@ class Endpoint:
     price_in: float | None
     price_out: float | None
     takes_cut: bool = False  # whether a text that ends at the token limit is a reply
+    quotes_server: bool = True  # whether errors quote the server's text, which may echo a request
     takes_empty: bool = False  # whether an empty text is a reply where the model stopped by itself
 
     def __post_init__(self):
@@ -119,6 +120,8 @@ def request_completion(
     """
     address = egress.check(endpoint.url, data_class, listed=endpoint.listed)
     key = _key(endpoint, address)
+    if data_class == egress.CREDENTIALED:
+        endpoint = dataclasses.replace(endpoint, quotes_server=False)
     parameters = sent_parameters(endpoint.parameters)
     request = {"model": endpoint.model, "messages": list(messages), **parameters}
     body = json.dumps(request).encode()
@@ -243,23 +246,25 @@ def _attempt(endpoint: Endpoint, address: egress.Address, key: str, body: bytes)
             "give SSL_CERT_FILE the authority that signed it"
         ) from error
     except (OSError, http.client.HTTPException) as error:
-        # It contains parts of what the server sent, such as its status line.
-        return _Retry(why=_short(_hide(str(error), key) or type(error).__name__))
+        said = _hide(str(error), key) or type(error).__name__
+        # An OSError is this machine's own text; any other has the server's status line in it.
+        return _Retry(why=_short(said) if isinstance(error, OSError) else _quote(endpoint, said))
     if status == 200:
         return _read_reply(endpoint, address, key, data, whole)
     said = _raw(data, key)
     if status in TRANSIENT or status >= 500:
-        return _Retry(why=f"status {status}: {_short(said)}", after_s=_retry_after(headers))
+        why = f"status {status}: {_quote(endpoint, said)}"
+        return _Retry(why=why, after_s=_retry_after(headers))
     if status in REFUSED:
-        problem = f"status {status}: {_short(said)}"
+        problem = f"status {status}: {_quote(endpoint, said)}"
         return Reply(status=status, problem=problem, raw=said)
     if 300 <= status < 400:
         raise EndpointError(
             f"{address.name}: redirects elsewhere (status {status}); name the final URL"
         )
     raise EndpointError(
-        f"{endpoint.model} at {address.name}{address.path}: status {status}: {_short(said)}; "
-        "look at the URL, the model's name and the key"
+        f"{endpoint.model} at {address.name}{address.path}: status {status}: "
+        f"{_quote(endpoint, said)}; look at the URL, the model's name and the key"
     )
 
 
@@ -407,7 +412,7 @@ def _read_error(
     message, code = stated.get("message"), stated.get("code")
     said = message if isinstance(message, str) else error
     said = said if isinstance(said, str) else json.dumps(said)
-    why = f"status 200 with an error: {_short(_hide(said, key))}"
+    why = f"status 200 with an error: {_quote(endpoint, _hide(said, key))}"
     if isinstance(code, str) and re.fullmatch(r"[1-5]\d\d", code):
         code = int(code)
     if type(code) is int and code in REFUSED:
@@ -486,6 +491,11 @@ def _base64_of(key: str) -> set[str]:
         if end - start >= 8:
             found |= {re.escape(coded[start:end].translate(t)) for t in ({}, {43: "-", 47: "_"})}
     return found
+
+
+def _quote(endpoint: Endpoint, text: str) -> str:
+    """Return the server's text for an error, unless it may repeat credentialed data."""
+    return _short(text) if endpoint.quotes_server else "its text is not shown for credentialed data"
 
 
 def _short(text: str) -> str:

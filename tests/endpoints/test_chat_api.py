@@ -531,3 +531,23 @@ def test_cost():
     assert chat_api.cost(at("http://localhost:1"), 10, 10) is None
     priced = at("http://localhost:1", price_in=2.0, price_out=10.0)
     assert chat_api.cost(priced, 1_000_000, 200_000) == 4.0
+
+
+@pytest.mark.parametrize(
+    "behavior",
+    [
+        *(("says", status, b"no: hello") for status in (400, 404, 500)),
+        ("raw", b"hello nonsense\r\n\r\n"),
+        b'{"error": {"message": "no: hello", "code": 404}}',
+        b'{"error": "no: hello"}',
+    ],
+)
+@pytest.mark.parametrize("data_class", ["open", "credentialed"])
+def test_a_server_that_repeats_a_credentialed_row_is_not_quoted(behavior, data_class):
+    with serving(replies(behavior)) as llm:
+        try:
+            listed = frozenset({egress.parse_address(llm.url).name})
+            shown = ask(llm.url, data_class, listed=listed, retries=0).problem
+        except (EndpointError, TransientError) as error:
+            shown = str(error)
+    assert shown and ("hello" in shown) == (data_class == "open")
