@@ -36,7 +36,7 @@ def reader(folder, start, how):
     return subprocess.Popen(
         [sys.executable, "-c", READER, folder, str(start), how],
         cwd=ROOT, text=True,
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}"},
+        env=os.environ | {"PYTHONPATH": f"{ROOT / 'tests' / 'data'}:{ROOT / 'tests' / 'support'}"},
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
 
