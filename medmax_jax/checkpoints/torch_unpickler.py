@@ -1,4 +1,4 @@
-"""Read data.pkl of a torch file as inert values, without pickle and without calls.
+"""Read data.pkl of a torch file, and pickled NumPy arrays, without pickle and without calls.
 
 A pickle is a program for a small stack machine, and pickle's own machine imports and calls whatever
 the program names. The machine of this module supports dicts, lists, tuples, numbers, strings, and
@@ -9,12 +9,16 @@ program raises PthError.
     torch._utils._rebuild_parameter(tensor, True, OrderedDict())                       ->  Tensor
     ("storage", torch.BFloat16Storage, "0", "cpu", 6), a persistent id                 ->  Storage
     collections.OrderedDict()                                                          ->  dict
+
+`load_arrays` supports the names of a pickled `numpy.ndarray` instead of torch's.
 """
 
 import dataclasses
 import pickletools
 import struct
 from typing import Any
+
+import numpy as np
 
 from medmax_jax.io.errors import FileError
 
@@ -71,7 +75,16 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class _Global:
-    name: str  # of _GLOBALS
+    name: str  # of the names that the unpickler supports
+
+
+@dataclasses.dataclass(frozen=True)
+class _Dtype:
+    name: str  # of _ARRAY_DTYPES, little endian
+
+
+class _EmptyArray:
+    """An array between its construction and the state that gives it a shape and values."""
 
 
 def load(path: str, data: bytes) -> Any:
@@ -88,6 +101,14 @@ def load_prefix(path: str, data: bytes) -> tuple[Any, int]:
     return machine.run(), machine.at
 
 
+def load_arrays(path: str, data: bytes) -> Any:
+    """Return pickled dicts, lists and tuples of NumPy arrays and plain values.
+
+    Raises PthError for a pickle of anything else, which is not executed.
+    """
+    return _ArrayUnpickler(path, data).run()
+
+
 def type_name(value: Any) -> str:
     """Return the type of a value, for a message."""
     return value.name if type(value) is _Global else type(value).__name__
@@ -95,6 +116,12 @@ def type_name(value: Any) -> str:
 
 class _RestrictedUnpickler:
     """The stack, the marks on it, and the memo; opcodes are those of pickle protocols 2 to 5."""
+
+    PROGRAM = "data.pkl"  # how errors call the pickle
+    WRITER = "torch"
+    NAMES = frozenset(_GLOBALS)
+    PURPOSE = "no state dict needs"
+    FIX = _MEND
 
     def __init__(self, path: str, data: bytes):
         self.path, self.data, self.at = path, data, 0
@@ -114,7 +141,7 @@ class _RestrictedUnpickler:
             raise
         except (IndexError, KeyError, ValueError, struct.error) as e:
             raise PthError(
-                f"{self.path}: data.pkl is damaged at byte {self.at} ({type(e).__name__}); "
+                f"{self.path}: {self.PROGRAM} is damaged at byte {self.at} ({type(e).__name__}); "
                 "copy or download the file again"
             ) from e
         raise self._error(f"has more than {_MAX_STEPS} opcodes")
@@ -130,10 +157,8 @@ class _RestrictedUnpickler:
             case b"q" | b"r" | b"\x94":  # BINPUT, LONG_BINPUT, MEMOIZE
                 n = len(self.memo) if opcode == b"\x94" else self._uint(1 if opcode == b"q" else 4)
                 self.memo[n] = stack[-1]
-            case b"b":  # BUILD: the _metadata of a module's state dict, which is not used
-                stack.pop()
-                if type(stack[-1]) is not dict:
-                    raise self._error(f"sets attributes of a {type_name(stack[-1])}")
+            case b"b":  # BUILD
+                self._build(stack.pop())
             case b"a" | b"e":  # APPEND, APPENDS
                 items = self._popped() if opcode == b"e" else [stack.pop()]
                 if type(stack[-1]) is not list:
@@ -174,15 +199,17 @@ class _RestrictedUnpickler:
             case b"\x85" | b"\x86" | b"\x87":  # TUPLE1, TUPLE2, TUPLE3
                 return tuple(self._last(opcode[0] - 0x84))
         known = pickletools.code2op.get(opcode.decode("latin-1"))
-        raise self._error(f"uses {known.name if known else opcode}, which torch never writes")
+        raise self._error(
+            f"uses {known.name if known else opcode}, which {self.WRITER} never writes"
+        )
 
     def _global(self, module: Any, name: Any) -> _Global:
         if not type(module) is type(name) is str:
             raise self._error(f"names a global by a {type_name(module)} and a {type_name(name)}")
         asked = f"{module}.{name}"
-        if asked not in _GLOBALS:
+        if asked not in self.NAMES:
             asked = asked if asked.isprintable() else repr(asked)
-            raise self._error(f"asks for {asked[:100]}, which no state dict needs")
+            raise self._error(f"asks for {asked[:100]}, which {self.PURPOSE}")
         return _Global(asked)
 
     def _storage(self, pid: Any) -> Storage:
@@ -218,6 +245,11 @@ class _RestrictedUnpickler:
                     return Tensor(storage, start, shape, stride)
         raise self._error(f"calls {type_name(called)} with arguments that a plain tensor has not")
 
+    def _build(self, state: Any) -> None:
+        """Drop the _metadata of a module's state dict; set nothing."""
+        if type(self.stack[-1]) is not dict:
+            raise self._error(f"sets attributes of a {type_name(self.stack[-1])}")
+
     def _set(self, target: Any, keys: list[Any], values: list[Any]) -> None:
         if type(target) is not dict:
             raise self._error(f"sets items of a {type_name(target)}")
@@ -248,7 +280,58 @@ class _RestrictedUnpickler:
         return self._take(self.data.index(b"\n", self.at) + 1 - self.at)[:-1].decode()
 
     def _error(self, what: str) -> PthError:
-        return PthError(f"{self.path}: data.pkl {what}; the file was not executed. {_MEND}")
+        return PthError(
+            f"{self.path}: {self.PROGRAM} {what}; the file was not executed. {self.FIX}"
+        )
+
+
+_ARRAY_DTYPES = frozenset("f2 f4 f8 i1 i2 i4 i8 u1 u2 u4 u8 b1".split())
+_RECONSTRUCT = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
+
+
+class _ArrayUnpickler(_RestrictedUnpickler):
+    """Builds arrays from their bytes; NumPy's own functions are compared by name, never called."""
+
+    PROGRAM = "the pickle"
+    WRITER = "NumPy"
+    NAMES = frozenset({"numpy.ndarray", "numpy.dtype", *_RECONSTRUCT})
+    PURPOSE = "no NumPy array needs"
+    FIX = "If you trust it, save its arrays again with numpy.savez"
+    unset = 0  # arrays without a state so far
+
+    def run(self) -> Any:
+        value = super().run()
+        if self.unset:
+            raise self._error(f"has {self.unset} arrays without values")
+        return value
+
+    def _value(self, opcode: bytes) -> Any:
+        if opcode in (b"C", b"B"):  # SHORT_BINBYTES, BINBYTES
+            return self._take(self._uint(1 if opcode == b"C" else 4))
+        return super()._value(opcode)
+
+    def _call(self, called: Any, args: Any) -> Any:
+        name = called.name if type(called) is _Global else None
+        match (name, *args) if type(args) is tuple else ():
+            case (_, _Global("numpy.ndarray"), (0,), b"b") if name in _RECONSTRUCT:
+                self.unset += 1
+                return _EmptyArray()
+            case ("numpy.dtype", str(dtype), bool(), bool()) if dtype in _ARRAY_DTYPES:
+                return _Dtype(dtype)
+        raise self._error(f"calls {type_name(called)} with arguments that a plain array has not")
+
+    def _build(self, state: Any) -> None:
+        match (self.stack[-1], *state) if type(state) is tuple else ():
+            case (_Dtype(), 3, "<" | "|", None, None, None, -1, -1, 0):
+                return
+            case (_EmptyArray() as empty, 1, tuple(shape), _Dtype(dtype), bool(fortran), bytes(b)):
+                if not _sizes(*shape):
+                    raise self._error(f"has an array of shape {shape}")
+                array = np.frombuffer(b, f"<{dtype}").reshape(shape, order="FC"[not fortran])
+                self.stack[-1], self.unset = array, self.unset - 1
+                self.memo = {k: array if v is empty else v for k, v in self.memo.items()}
+                return
+        raise self._error(f"sets the state of a {type_name(self.stack[-1])}")
 
 
 def _sizes(*values: Any) -> bool:

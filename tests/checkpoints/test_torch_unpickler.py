@@ -1,9 +1,12 @@
 """data.pkl as an attacker would write it: every program ends, none runs, errors name the cause."""
 
 import copyreg
+import pathlib
 import pickle
+import re
 import tracemalloc
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -224,3 +227,69 @@ WORDS += [b"ctorch._utils\n_rebuild_parameter\n", numbers(6), numbers(2**40, 2**
 def test_any_program_ends(program):
     survives(zipped(program + b"."))
     survives(zipped(state(program)))
+
+
+ARRAYS = {
+    "float32": np.arange(6, dtype="f4").reshape(2, 3),
+    "Fortran order": np.asfortranarray(np.arange(6, dtype="f8").reshape(2, 3)),
+    "bool": np.array([True, False]),
+    "scalar": np.array(3, "i8"),
+    "empty": np.zeros((0, 4), "f2"),
+}
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+@pytest.mark.parametrize("case", ARRAYS)
+def test_arrays_equal_what_numpy_unpickles(case, protocol):
+    array = ARRAYS[case]
+    tree = {"a": {"kernel": array}, "again": [array, (array, 1.5, None)]}
+    if protocol == 2:  # bytes are text then, decoded by a call
+        with pytest.raises(
+            torch_unpickler.PthError, match="asks for _codecs.encode, which no NumPy"
+        ):
+            torch_unpickler.load_arrays("f", pickle.dumps(tree, protocol))
+        return
+    loaded = torch_unpickler.load_arrays("f", pickle.dumps(tree, protocol))
+    for read in (loaded["a"]["kernel"], loaded["again"][0], loaded["again"][1][0]):
+        np.testing.assert_array_equal(read, array, strict=True)
+    assert loaded["again"][1][1:] == (1.5, None)
+
+
+HOSTILE_ARRAYS = {
+    "a call": (pickle.dumps({"w": Harm(eval, "1")}, 4), "asks for builtins.eval, which no NumPy"),
+    "objects": (pickle.dumps(np.array([print, 1], object), 4), "numpy.dtype with arguments"),
+    "big endian": (pickle.dumps(np.zeros(2, ">f4"), 4), "sets the state of a _Dtype"),
+    "records": (pickle.dumps(np.zeros(2, "f4,i4"), 4), "numpy.dtype with arguments"),
+    "torch": (called("torch.Size"), "asks for torch.Size, which no NumPy"),
+    "a subclass": (
+        pickle.dumps(np.zeros(2, "f4"), 3).replace(b"cnumpy\nndarray", b"cnumpy\nmatrix"),
+        "asks for numpy.matrix,",
+    ),
+    "a longer shape": (
+        pickle.dumps(np.zeros(2, "f4"), 3).replace(b"K\x02\x85", b"K\x09\x85"), "is damaged",
+    ),
+    "no state": (
+        pickle.dumps(np.zeros(2, "f4"), 3).split(b"K\x01K\x02")[0][:-1] + b".", "without values",
+    ),
+    "cut": (pickle.dumps(np.zeros(2, "f4"), 4)[:-9], "is damaged"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HOSTILE_ARRAYS)
+def test_only_plain_arrays_are_read(case):
+    program, message = HOSTILE_ARRAYS[case]
+    with pytest.raises(torch_unpickler.PthError, match=message):
+        torch_unpickler.load_arrays("f", program)
+
+
+def test_no_other_unpickler_in_the_tree():
+    root = pathlib.Path(__file__).parents[2]
+    uses = [
+        str(path.relative_to(root))
+        for folder in ("medmax_jax", "data", "eval", "configs")
+        for path in sorted((root / folder).rglob("*.py"))
+        if re.search(
+            r"^\s*(import|from) (pickle|dill|cloudpickle|shelve|marshal)\b", path.read_text(), re.M
+        )
+    ]
+    assert uses == []
