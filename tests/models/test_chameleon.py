@@ -62,8 +62,8 @@ def test_decoding_equals_the_full_forward(case):
     ids, prompts, total = tokens(3, 12), (9, 4, 6), 12
     model = loaded(case)
     want = np.asarray(hidden(model, *setup.rows(ids)))
-    decode = setup.jit(lambda m, *args: kv_cache.decode(m, *args, lanes=None, span=16))
-    cache = kv_cache.init_cache(model.config, lanes=3, slots=16, kind="model")
+    decode = setup.jit(lambda m, *args: kv_cache.decode(m, *args, slots=None, span=16))
+    cache = kv_cache.init_cache(model.config, num_slots=3, cache_length=16, cache_dtype="model")
     got, done = np.full_like(want, np.nan), [0, 0, 0]
 
     def feed(width, counts):

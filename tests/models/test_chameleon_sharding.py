@@ -122,8 +122,8 @@ def decoded_on(shape: tuple[int, int, int]) -> np.ndarray:
     """Logits of a chunk of three tokens and of one more, rows at positions of their own."""
     with jax.set_mesh(mesh := mesh_of(shape)):
         model, ids = model_on_mesh(), np.random.default_rng(3).integers(0, 64, (8, 4))
-        decode = setup.jit(lambda m, *args: kv_cache.decode(m, *args, lanes=None, span=12))
-        cache = kv_cache.init_cache(MODEL, lanes=8, slots=12, kind="model")
+        decode = setup.jit(lambda m, *args: kv_cache.decode(m, *args, slots=None, span=12))
+        cache = kv_cache.init_cache(MODEL, num_slots=8, cache_length=12, cache_dtype="model")
         assert jax.typeof(cache.k).sharding.spec == CACHE
         prompt, chunk, outputs = np.where(np.arange(8) == 5, 2, 3)[:, None], np.arange(3)[None], []
         for positions in (np.where(chunk < prompt, chunk, -1), prompt):

@@ -90,7 +90,7 @@ SAID = {
     "strip_tiff": "TIFF strips of 671088640 bytes",
     "strips_tiff": "TIFF tag 273 has 2000000 values; the limit is 1048576",
     "scans_jpeg": r"a JPEG of \d+ scans; the limit is 100",
-    "delta_bmp": "4000000 x 2 pixels; the limit of a side is 65536",
+    "delta_bmp": "4000000 x 2 pixels; the limit per side is 65536",
     "comment_gif": "a GIF comment above 1048576 bytes",
     "text_png": "damaged or cut short .Too much memory used in text chunks",
 }
