@@ -29,6 +29,7 @@ EOI, BOI = 8196, 8197
 SENTINEL_START, NUM_SENTINELS = 8198, 512
 SEP = 8710
 IMAGE = 8711  # a placeholder in text; never a token of a finished document
+RELEASED = Vocab(size=65_536, image_codes=8_192, text_start=16_384)
 RELEASED_END = 8712  # ids below this are the release's in every vocabulary of the family
 MAX_IMAGE_CODES = 8192
 

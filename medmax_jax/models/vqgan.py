@@ -26,6 +26,16 @@ from jaxtyping import Array, Float, Int, UInt8
 from medmax_jax.checkpoints import safetensors_file
 from medmax_jax.config import VQ
 
+RELEASED = VQ(  # vqgan.yaml of Chameleon
+    image_size=512,
+    channels=128,
+    channel_mult=(1, 1, 2, 2, 4),
+    num_res_blocks=2,
+    z_channels=256,
+    embed_dim=256,
+    num_codes=8_192,
+    norm_groups=32,  # fixed in the code of taming-transformers
+)
 EPS = 1e-6  # of every GroupNorm in taming-transformers, hence in Chameleon
 ENCODER_PRECISION = jax.lax.Precision.HIGHEST  # TPU: six bf16 passes, as good as fp32
 DECODER_PRECISION = jax.lax.Precision.HIGH  # decoder on TPU: three passes are enough for uint8

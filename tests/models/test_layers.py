@@ -1,4 +1,4 @@
-"""The parts of a layer against formulas written down once more in numpy."""
+"""The parts of a layer against their formulas in numpy."""
 
 import re
 
@@ -68,7 +68,7 @@ def test_linear_starts_as_its_base():
 
 @pytest.mark.usefixtures("four_devices")
 @pytest.mark.parametrize("spec", [UP, DOWN], ids=["up", "down"])
-def test_adapters_lie_as_their_kernel(spec):
+def test_adapters_are_sharded_as_their_kernel(spec):
     layer = linear(LORA, spec)
     assert jax.typeof(layer.kernel[...]).sharding.spec == spec
     assert jax.typeof(layer.lora_a[...]).sharding.spec == P(spec[0], None)
@@ -83,7 +83,7 @@ def test_dropout_keeps_the_mean_and_scales_the_rest():
     assert abs(got.mean() - 1) < 4 * (0.25 / 0.75 / got.size) ** 0.5  # four standard errors
     assert (got != np.asarray(drop(x, jax.random.key(1)))).any()
     assert abs(got[0].mean() - got[1:].mean()) < 0.1 and (got[0] != got[4]).any()
-    assert (got[:, :25] != got[:, 25:]).any()  # two halves of the same words
+    assert (got[:, :25] != got[:, 25:]).any()  # two halves of the same random bits
     kept, odd = got > 0, np.asarray(drop(x[:, :7], KEY))
     assert abs(np.corrcoef(kept[:, :25].ravel(), kept[:, 25:].ravel())[0, 1]) < 4 / 12_800**0.5
     assert odd.shape == (8, 7, 64) and abs(odd.mean() - 1) < 4 * (0.25 / 0.75 / odd.size) ** 0.5
@@ -105,7 +105,7 @@ def test_dropout_touches_the_adapter_only():
 @pytest.mark.usefixtures("four_devices")
 @pytest.mark.parametrize("spec, local", [(ACT, (2, 6, 8)), (HID, (2, 6, 4))], ids=["ACT", "HID"])
 def test_dropout_masks_are_drawn_in_shards(spec, local):
-    """A device's program has random words for its own shard, none for the whole batch."""
+    """The program of a device draws random bits for its own shard, not for the complete batch."""
     x = put(np.ones((4, 6, 8), np.float32), spec)
     drop = jax.jit(lambda x, key: layers.dropout(x, 0.5, key=key))
     found = set(re.findall(r"u32\[(\d+,\d+,\d+)\]", drop.lower(x, KEY).compile().as_text()))
@@ -140,7 +140,7 @@ def test_rms_norm_of_bf16_counts_in_fp32():
     np.testing.assert_allclose((got**2).mean(-1), 1, rtol=2e-3)
 
 
-def test_head_norm_gives_each_block_of_heads_its_row():
+def test_qk_norm_applies_one_row_of_gains_per_block_of_heads():
     layer, x = layers.QKNorm(2, 4, eps=1e-2, dtype="float32"), normal(2, 6, 3, 4)
     scale, bias = normal(2, 4), normal(2, 4)
     layer.scale[...], layer.bias[...] = jnp.asarray(scale), jnp.asarray(bias)
@@ -153,7 +153,7 @@ def test_head_norm_gives_each_block_of_heads_its_row():
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
-def test_rope_turns_complex_numbers():
+def test_rope_rotates_complex_numbers():
     x, positions = normal(2, 3, 5, 8), np.array([[0, 1, 2, 3, 4], [0, 7, 0, 1, 300]], np.int32)
     cos, sin = layers.rope_angles(jnp.asarray(positions), head_dim=8, theta=100.0)
     turn = np.exp(1j * positions[:, None, :, None] * 100.0 ** (-np.arange(4) / 4))
