@@ -127,7 +127,8 @@ def theirs(folder: pathlib.Path, size: str, threads: int) -> dict:
     settings = json.loads((folder / f"{size}.json").read_text())
     config = configuration_chameleon.ChameleonVQVAEConfig(
         base_channels=settings["channels"], latent_channels=settings["z_channels"],
-        channel_multiplier=list(settings["channel_mult"]), num_res_blocks=settings["num_res_blocks"],
+        channel_multiplier=list(settings["channel_mult"]),
+        num_res_blocks=settings["num_res_blocks"],
         embed_dim=settings["embed_dim"], num_embeddings=settings["num_codes"],
         resolution=settings["image_size"], attn_resolutions=None, dropout=0.0,
     )  # fmt: skip
