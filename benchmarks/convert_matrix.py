@@ -105,8 +105,8 @@ def table(folder: pathlib.Path, python: str | None) -> None:
 
 
 def _round_trip(models: dict[str, pathlib.Path], scratch: pathlib.Path, a: str, b: str) -> str:
-    there = convert(models[a], scratch / f"{a}_{b}", b)
-    back = convert(there, scratch / f"{a}_{b}_{a}", a)
+    target = convert(models[a], scratch / f"{a}_{b}", b)
+    back = convert(target, scratch / f"{a}_{b}_{a}", a)
     expected, converted = tensors(models[a]), tensors(back)
     same = sum(converted.get(name) == bits for name, bits in expected.items())
     return f"{same}/{len(expected)}" + ("" if len(converted) == len(expected) else " NAMES DIFFER")

@@ -62,17 +62,17 @@ def start(scratch: pathlib.Path, args: argparse.Namespace) -> list[sides.Side]:
     return started
 
 
-def text(both: list[sides.Side], rows: int, args: argparse.Namespace) -> dict[str, Any]:
+def text(running: list[sides.Side], rows: int, args: argparse.Namespace) -> dict[str, Any]:
     """Return the tokens per second of each side, and their ratio."""
-    new, rate, answers = SIZES[args.size]["new"], {s.name: [] for s in both}, {}
-    for side in both:
+    new, rate, answers = SIZES[args.size]["new"], {s.name: [] for s in running}, {}
+    for side in running:
         answers[side.name] = side.ask(do="text", rows=rows, new=new)["tokens"]  # compiles
     for _ in range(args.rounds):
-        for side in both:
+        for side in running:
             done = side.ask(do="text", rows=rows, new=new)
             rate[side.name].append(sum(map(len, done["tokens"])) / done["seconds"])
     summary = {name: sides.median(values) for name, values in rate.items()} | dict(ratio=None)
-    if len(both) == 2:
+    if len(running) == 2:
         same = [
             next((n for n, (a, b) in enumerate(zip(*pair, strict=False)) if a != b), new)
             for pair in zip(answers["ours"], answers["theirs"], strict=True)
@@ -97,13 +97,13 @@ def measure_ours(side: sides.Side, args: argparse.Namespace) -> dict[str, Any]:
         done = [side.ask(**question) for _ in range(args.rounds)]
         return sides.median([d["seconds"] for d in done]), done[0]["tokens"]
 
-    together = rate(do="interleaved", rows=rows, count=rows)
+    batched = rate(do="interleaved", rows=rows, count=rows)
     single = rate(do="interleaved", rows=1, count=rows)
     streams = {str(n): rate(do="guided", streams=n, rows=rows) for n in (1, 2, 3)}
     shared, tokens = seconds(do="shared", together=True, questions=10)
     separate, others = seconds(do="shared", together=False, questions=10)
     return dict(
-        interleaved=dict(rows=rows, together=together, single=single, ratio=together / single),
+        interleaved=dict(rows=rows, batched=batched, single=single, ratio=batched / single),
         guidance=dict(tokens_per_second=streams, two_against_three=streams["2"] / streams["3"]),
         shared=dict(
             seconds=shared, separate=separate, ratio=separate / shared, same=tokens == others
@@ -128,17 +128,17 @@ def main() -> None:
         skipped, args.torch_python = f"theirs: {package} is missing", ""
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as scratch:
-        both = start(pathlib.Path(scratch), args)
+        running = start(pathlib.Path(scratch), args)
         rows = SIZES[args.size]["rows"]
-        many, one = text(both, rows, args), text(both, 1, args)
-        own = measure_ours(both[0], args)
-        about = {side.name: side.ask(do="about") for side in both}
-        for side in both:
+        many, single = text(running, rows, args), text(running, 1, args)
+        own = measure_ours(running[0], args)
+        about = {side.name: side.ask(do="about") for side in running}
+        for side in running:
             side.close()
     summary = dict(
         ours=many["ours"], theirs=many.get("theirs"), ratio=many["ratio"], unit="tokens/s"
     )
-    summary |= dict(rows=rows, batch_1=one, same_tokens=many.get("same_tokens")) | own
+    summary |= dict(rows=rows, batch_1=single, same_tokens=many.get("same_tokens")) | own
     summary |= dict(threads=args.threads, size=args.size, about=about, load=load)
     print(json.dumps(summary | (dict(skipped=skipped) if skipped else {})))
 

@@ -32,20 +32,20 @@ RESAMPLES = 2_000
 class Design:
     """Describes the groups and items of a test of coverage.
 
-    `each`: items per group; 0: log-normal sizes from 1 to about 40.
+    `group_size`: items per group; 0: log-normal sizes from 1 to about 40.
     paired: items are differences of two models, -1, 0 or 1, of which `share` are not 0; the truth
     is 0 and `icc` is of their signs.
     """
 
     groups: int
-    each: int
+    group_size: int
     share: float
     icc: float
     paired: bool = False
 
     @property
     def name(self) -> str:
-        size = self.each or "unequal"
+        size = self.group_size or "unequal"
         kind = "differences, " if self.paired else ""
         return f"{kind}{self.groups} groups of {size}, share {self.share:g}, icc {self.icc:g}"
 
@@ -55,8 +55,8 @@ class Design:
 
     def draw(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Return (values, the group of each)."""
-        sizes = np.full(self.groups, self.each)
-        if not self.each:
+        sizes = np.full(self.groups, self.group_size)
+        if not self.group_size:
             sizes = np.maximum(1, np.round(rng.lognormal(1.2, 1.0, self.groups))).astype(int)
         member = np.repeat(np.arange(self.groups), sizes)
         center = 0.5 if self.paired else self.share

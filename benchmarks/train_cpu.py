@@ -81,22 +81,22 @@ def start(scratch: pathlib.Path, args: argparse.Namespace) -> list[sides.Side]:
     return started
 
 
-def measure(both: list[sides.Side], args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+def measure(running: list[sides.Side], args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Return by side: the first losses, seconds of every timed step, and its description."""
     results: dict[str, dict[str, Any]] = {}
-    for side in both:
+    for side in running:
         begin = time.perf_counter()
         losses = side.ask(do="losses", count=FIRST_STEPS)
         side.ask(do="steps", count=1)
         results[side.name] = losses | dict(seconds=[], ready=round(time.perf_counter() - begin, 1))
         print(side.name, losses, file=sys.stderr, flush=True)
     for _ in range(args.rounds):
-        for side in both:
+        for side in running:
             timed = side.ask(do="steps", count=args.steps)["seconds"]
             results[side.name]["seconds"] += timed
             print(side.name, timed, file=sys.stderr, flush=True)
             time.sleep(args.pause)  # threads of the side that has worked stop spinning
-    for side in both:
+    for side in running:
         results[side.name] |= side.ask(do="about")
         side.close()
     return results

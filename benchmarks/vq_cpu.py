@@ -194,8 +194,8 @@ def child(python: str, cores: list[int], *arguments: str) -> dict:
 
 def medians(runs: list[dict]) -> dict:
     """Return the median of each number; texts are unchanged."""
-    both = {name: [run[name] for run in runs] for name in runs[0]}
-    return {n: v[0] if isinstance(v[0], str) else statistics.median(v) for n, v in both.items()}
+    columns = {name: [run[name] for run in runs] for name in runs[0]}
+    return {n: v[0] if isinstance(v[0], str) else statistics.median(v) for n, v in columns.items()}
 
 
 def compare(args: argparse.Namespace, folder: pathlib.Path, size: str, cores: list[int]) -> dict:

@@ -249,17 +249,17 @@ def _step(
     stored = stream_positions(rows.token, rows.positions, rows.slots, config.vocab)
     stored = jnp.where(active[:, None], stored, -1)
     positions = jnp.where(stored >= 0, stored + 1, rows.positions)
-    length, context = positions[:, FULL], state.cache.k.shape[3]
     slot_rows = _slot_rows(rows.slots, state.cache, width)
     logits, cache = _logits(
         model, layers, rows.token, stored, slot_rows, state.cache, width=width, span=span
     )
-    token = _next(logits, slot_rows, length, state, params, keys, config, draws)
+    token = _next(logits, slot_rows, positions[:, FULL], state, params, keys, config, draws)
 
     in_text = rows.image_tokens_left == 0
     left = grammar.advance(rows.image_tokens_left, token, codes=config.codes)
     used = rows.text_tokens_used + in_text
-    over, used = _over(rows, token, left, used, length, config, context)
+    context = state.cache.k.shape[3]
+    over, used = _over(rows, token, left, used, positions[:, FULL], config, context)
     opens = active & in_text & (token == ids.BOI) & ~over
     keep = lambda new, old: jnp.where(active, new, old)  # noqa: E731
     return LoopState(
@@ -297,8 +297,8 @@ def _slot_rows(slots: Int[Array, "N 3"], cache: kv_cache.Cache, width: int) -> I
     """Return the row of each slot's logits among shards * width rows; past the end if absent."""
     shards = _shards()
     slots_per_shard = cache.k.shape[1] // shards
-    row = slots // slots_per_shard * width + slots % slots_per_shard
-    return jnp.where(slots >= 0, row, shards * width)
+    shard, index = slots // slots_per_shard, slots % slots_per_shard
+    return jnp.where(slots >= 0, shard * width + index, shards * width)
 
 
 def _logits(

@@ -113,7 +113,7 @@ def run_script(script, *folders):
 
 
 def test_engine_recovers_from_out_of_memory_during_decoding(folder):  # noqa: F811
-    message, cause, empty, smaller, again = run_script(CHUNK, folder)
+    message, cause, empty, smaller, recovered = run_script(CHUNK, folder)
     assert "Out of memory allocating" in cause
     assert message.startswith(
         "out of memory: batch size 512 and cache length 64 need 1536 cache slots (24 MiB) in "
@@ -121,7 +121,7 @@ def test_engine_recovers_from_out_of_memory_during_decoding(folder):  # noqa: F8
         "an evaluation) or "
     )
     assert 'max_gen_len) or use an int8 cache (--cache=int8, cache_dtype="int8") (' in message
-    assert empty and smaller and again
+    assert empty and smaller and recovered
 
 
 def test_out_of_memory_while_weights_are_loaded(folder, tmp_path):  # noqa: F811

@@ -177,10 +177,10 @@ def test_programs_are_few_and_counted(g):  # noqa: F811
     )  # sizes of no other test
     first = answers(e, make_requests(micro.prompts(12), DRAWN, "mixed", names), DRAWN, "mixed")
     assert size() - before == len(e.programs) <= 10
-    again = answers(e, make_requests(micro.prompts(12), DRAWN, "mixed", names), DRAWN, "mixed")
+    repeated = answers(e, make_requests(micro.prompts(12), DRAWN, "mixed", names), DRAWN, "mixed")
     hotter = dataclasses.replace(DRAWN, text_temperature=1.7)
     answers(e, make_requests(micro.prompts(9)[::-1], hotter, "mixed"), hotter, "mixed")
-    assert again == first
+    assert repeated == first
     assert size() - before == len(e.programs) <= 12
 
 
@@ -194,12 +194,14 @@ def test_int8_cache_changes_little(g, mode):  # noqa: F811
     exact = answers(make_engine(g), requests, sample, mode)
     int8 = answers(make_engine(g, cache_dtype="int8"), requests, sample, mode)
     agreed = 0
-    for prompt, one, other in zip(prompts, exact, int8, strict=True):
-        same = len(list(itertools.takewhile(lambda p: p[0] == p[1], zip(one, other, strict=False))))
+    for prompt, tokens, other in zip(prompts, exact, int8, strict=True):
+        same = len(
+            list(itertools.takewhile(lambda p: p[0] == p[1], zip(tokens, other, strict=False)))
+        )
         agreed += same
-        if same < min(len(one), len(other)) and mode == "text":
-            scores = plain.logits([*prompt, *one[:same]])
-            assert abs(scores[one[same]] - scores[other[same]]) < 0.3
+        if same < min(len(tokens), len(other)) and mode == "text":
+            scores = plain.logits([*prompt, *tokens[:same]])
+            assert abs(scores[tokens[same]] - scores[other[same]]) < 0.3
     assert agreed > sum(map(len, exact)) / 2
 
 
@@ -361,8 +363,8 @@ def test_error_while_scoring_releases_all_slots(g):  # noqa: F811
         with pytest.raises(error):
             engine.score_options(e, prompts, options)
         assert e.slot_table.free.all() and e.cache is None
-        again = engine.score_options(e, [short], [[option]])
-        np.testing.assert_array_equal(again[0][0], before[0][0])
+        repeated = engine.score_options(e, [short], [[option]])
+        np.testing.assert_array_equal(repeated[0][0], before[0][0])
         assert e.slot_table.free.all()
 
 

@@ -32,8 +32,8 @@ def test_worked_example():
     second = table.acquire(tokens(image, (2, 3)), guide=False)
     assert (second.slot, second.prefix_length, second.copy_from) == (1, 30, 0)
     table.release(0, tokens(image, (1, 3), (9, 4)))
-    again = table.acquire(tokens(image, (1, 3), (9, 4), (3, 2)), guide=False)  # the next turn
-    assert (again.slot, again.prefix_length, again.copy_from) == (0, 37, None)
+    next_turn = table.acquire(tokens(image, (1, 3), (9, 4), (3, 2)), guide=False)  # the next turn
+    assert (next_turn.slot, next_turn.prefix_length, next_turn.copy_from) == (0, 37, None)
 
 
 def test_short_common_prefix_is_recomputed_unless_it_is_everything():

@@ -103,8 +103,8 @@ def test_remat_policies_agree():
     batch, results, sizes = setup.rows(tokens(2, 8)), {}, {}
     for remat in ("none", "dots", "qkv_attn", "attn", "attn_offload", "all"):
         model = setup.load(setup.config(cases.SWIN, remat=remat), arrays, lora)
-        graph, adapters, rest = chameleon.split_adapters(model)
-        loss = lora_loss(graph, rest, *batch)
+        graph, adapters, base = chameleon.split_adapters(model)
+        loss = lora_loss(graph, base, *batch)
         results[remat] = jax.device_get(setup.jit(jax.value_and_grad(loss))(adapters, KEY))
         saved = jax.eval_shape(lambda p, loss=loss: jax.vjp(lambda p: loss(p, KEY), p)[1], adapters)
         sizes[remat] = [
@@ -176,11 +176,11 @@ def test_true_sizes(file, base_count, lora_count):
     assert sizes(model, vocab, lora) == (base_count, lora_count)
     with jax.set_mesh(make_mesh(Mesh(data=1, fsdp=2, tp=4))):
         like = chameleon.abstract_model(model, vocab, lora)
-        _, adapters, rest = chameleon.split_adapters(like)
+        _, adapters, base = chameleon.split_adapters(like)
         assert chameleon.count_parameters(adapters) == lora_count
-        assert chameleon.count_parameters(rest) == base_count
+        assert chameleon.count_parameters(base) == base_count
         assert {x.dtype for x in jax.tree.leaves(adapters)} == {jnp.dtype("float32")}
-        assert {x.dtype for x in jax.tree.leaves(rest)} == {jnp.dtype("bfloat16")}
+        assert {x.dtype for x in jax.tree.leaves(base)} == {jnp.dtype("bfloat16")}
         ids = jax.ShapeDtypeStruct((8, 2_048), jnp.int32)
         run = lambda m, i: m.logits(m.hidden(i, i, i, key=KEY))  # noqa: E731
         logits = jax.eval_shape(run, like, ids)

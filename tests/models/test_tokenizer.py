@@ -195,11 +195,11 @@ def test_document_without_its_image_or_placeholder_raises(tokenizer):
 def test_control_tokens_in_text_raise(folder):
     """The released file encodes special names in text; a document must not end inside its text."""
 
-    def more(spec):
+    def add_special(spec):
         end = dict(spec["added_tokens"][0], id=EOS, content="</s>")
         spec["added_tokens"] = [end, *spec["added_tokens"]]
 
-    tokenizer = tk.Tokenizer.from_file(edited(folder, more), TINY)
+    tokenizer = tk.Tokenizer.from_file(edited(folder, add_special), TINY)
     assert tokenizer.encode("</s>") == [EOS]
     with pytest.raises(tk.TokenizerError, match="control token 2"):
         tk.document_ids(tokenizer, "the </s> end", None, TINY)

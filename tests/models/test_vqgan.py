@@ -161,10 +161,10 @@ def test_everything_up_to_the_codes_is_at_highest_precision():
     # conv_in, 2 in each of 5 blocks, shortcut, 2 halvings, q k v proj, conv_out, quant_conv; then
     # scores, mixing, codebook
     assert len(products) == (1 + 2 * 5 + 1 + 2 + 4 + 1 + 1) + 3
-    for _, rest in products:
-        assert "HIGHEST, HIGHEST" in rest.upper().replace("#STABLEHLO<PRECISION ", "").replace(
-            ">", ""
-        )
+    for _, attributes in products:
+        assert "HIGHEST, HIGHEST" in attributes.upper().replace(
+            "#STABLEHLO<PRECISION ", ""
+        ).replace(">", "")
     assert "bf16" not in text
 
 
