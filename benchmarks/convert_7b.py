@@ -99,7 +99,7 @@ def run_measured(command: list[str]) -> dict[str, float]:
     seconds = time.monotonic() - start
     watcher.join()
     if code:
-        raise SystemExit(f"{' '.join(command)}: exit {code}")
+        raise SystemExit(f"{' '.join(command)}: exit code {code}")
     in_gb = {f"peak_{name}_gb": round(value * 1024 / 1e9, 2) for name, value in peaks.items()}
     return {"seconds": round(seconds, 1)} | in_gb
 
@@ -194,10 +194,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--scratch", type=pathlib.Path, help="a folder on the disk to measure")
+    parser.add_argument("--scratch", type=pathlib.Path, help="folder on the disk to measure")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--keep", action="store_true", help="leave the checkpoints there")
+    parser.add_argument("--keep", action="store_true", help="keep the checkpoints")
     parser.add_argument("--load", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.load:

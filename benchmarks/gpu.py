@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument(
         "--workdir", type=pathlib.Path, required=True, help="folder of the results so far"
     )
-    parser.add_argument("--torch_python", default="", help="a Python with torch, transformers, ...")
+    parser.add_argument("--torch_python", default="", help="Python with torch, transformers, ...")
     parser.add_argument("--minutes", type=float, default=9.0, help="time limit of this call")
     parser.add_argument(
         "--size",

@@ -125,11 +125,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--torch_python", default="", help="a Python with " + ", ".join(NEEDS))
-    parser.add_argument("--threads", type=int, default=2, help="processors, the same ones for both")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each side")
-    parser.add_argument("--steps", type=int, default=2, help="steps of a turn")
-    parser.add_argument("--pause", type=float, default=1.0, help="seconds between two turns")
+    parser.add_argument("--torch_python", default="", help="Python with " + ", ".join(NEEDS))
+    parser.add_argument("--threads", type=int, default=2, help="cores, the same for both sides")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of each side")
+    parser.add_argument("--steps", type=int, default=2, help="steps per round")
+    parser.add_argument("--pause", type=float, default=1.0, help="seconds between two rounds")
     parser.add_argument("--prng", default="rbg", choices=("threefry2x32", "rbg", "unsafe_rbg"))
     parser.add_argument("--remat", default="none", help="config.model.remat of ours")
     parser.add_argument("--size", default="42m", choices=sorted(SIZES))

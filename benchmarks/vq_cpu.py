@@ -213,7 +213,7 @@ def compare(args: argparse.Namespace, folder: pathlib.Path, size: str, cores: li
     codes = [np.load(folder / f"{size}_{side}.npy") for side in ("ours", "theirs")]
     agreement = round(float((codes[0] == codes[1]).mean()), 6)
     if 1 - agreement > args.differ:
-        raise SystemExit(f"{size}: {agreement} of the codes agree; this run is void")
+        raise SystemExit(f"{size}: only {agreement} of the codes agree; the run is not valid")
     result = dict(ours=medians(mine), theirs=medians(other), agreement=agreement)
     names = ("encoder", "encoder_per_cpu_second", "preprocessing")
     result["ratio"] = {n: round(result["ours"][n] / result["theirs"][n], 2) for n in names}
@@ -225,11 +225,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--torch_python", help="a Python with torch, transformers and pillow")
+    parser.add_argument("--torch_python", help="Python with torch, transformers and pillow")
     parser.add_argument("--sizes", nargs="+", choices=tuple(SIZES), default=["tiny", "full"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--differ", type=float, default=0.005, help="share of codes that may")
+    parser.add_argument(
+        "--differ", type=float, default=0.005, help="share of codes that may differ"
+    )
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
