@@ -2,9 +2,9 @@
 
 python benchmarks/checkpoint.py [--rounds 5] [--folder D]
 
-    ours      seconds that `Checkpoints.save` blocks; digests, writing and the commit file follow
+    ours      seconds that `CheckpointManager.save` blocks; digests and writing follow
     theirs    seconds of Orbax's own synchronous save of the same state, without digests
-    sealed    seconds until the step is committed; restore: reading it with all digests checked
+    committed seconds until the step is committed; restore: reading it with all digests checked
 
 Rounds alternate between the two, each after the other has finished. Prints a JSON object as its
 last line. The files go to a temporary folder below D, by default the system's.
@@ -39,18 +39,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", default=None)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     run = config.from_config_dict(base.get_config())
-    with jax.set_mesh(make_mesh(run.mesh)), tempfile.TemporaryDirectory(dir=asked.folder) as place:
+    with jax.set_mesh(make_mesh(run.mesh)), tempfile.TemporaryDirectory(dir=args.folder) as folder:
         state = _state(run)
-        numbers = _measure(state, Path(place), asked.rounds)
+        results = _measure(state, Path(folder), args.rounds)
     size = sum(x.nbytes for x in jax.tree.leaves(state))
     count = len(jax.tree.leaves(state))
     print(f"{size / 1e6:.0f} MB in {count} arrays; load {os.getloadavg()[0]:.1f}")
-    ratio = numbers["theirs"] / numbers["ours"]
-    about = {"bytes": size, "load": os.getloadavg()[0], "cores": os.cpu_count()}
+    ratio = results["theirs"] / results["ours"]
+    machine = {"bytes": size, "load": os.getloadavg()[0], "cores": os.cpu_count()}
     versions = {"jax": jax.__version__, "orbax": ocp.__version__}
-    print(json.dumps(numbers | {"ratio": ratio} | about | {"versions": versions}))
+    print(json.dumps(results | {"ratio": ratio} | machine | {"versions": versions}))
 
 
 def _state(run: config.Run) -> step.TrainState:
@@ -63,25 +63,25 @@ def _state(run: config.Run) -> step.TrainState:
     state = jax.eval_shape(lambda t: step.init_state(t, run), shapes)
     rng = np.random.default_rng(0)
 
-    def filled(x: jax.ShapeDtypeStruct) -> jax.Array:
+    def random_like(x: jax.ShapeDtypeStruct) -> jax.Array:
         if x.dtype == np.float32 and x.shape:
             return jax.device_put(rng.standard_normal(x.shape, np.float32))
         return jax.device_put(np.zeros(x.shape, x.dtype))
 
-    return jax.tree.map(filled, state)
+    return jax.tree.map(random_like, state)
 
 
-def _measure(state: step.TrainState, place: Path, rounds: int) -> dict[str, float]:
-    ours = CheckpointManager(place / "ours", keep=1, log=print)
-    sealed, theirs = [], []
+def _measure(state: step.TrainState, folder: Path, rounds: int) -> dict[str, float]:
+    ours = CheckpointManager(folder / "ours", keep=1, log=print)
+    committed, theirs = [], []
     for number in range(1, rounds + 1):
         ours.save(number, state, cursor={}, meta={})
         begin = time.monotonic()
         ours.wait()
-        sealed.append(time.monotonic() - begin)
+        committed.append(time.monotonic() - begin)
         begin = time.monotonic()
         with ocp.StandardCheckpointer() as orbax:
-            orbax.save(place / f"theirs_{number}", safetensors_file.flatten_named(state))
+            orbax.save(folder / f"theirs_{number}", safetensors_file.flatten_named(state))
             orbax.wait_until_finished()
         theirs.append(time.monotonic() - begin)
     like = jax.tree.map(
@@ -91,8 +91,8 @@ def _measure(state: step.TrainState, place: Path, rounds: int) -> dict[str, floa
     ours.restore(rounds, like)
     restore = time.monotonic() - begin
     ours.close()
-    found = {"ours": ours.blocked, "theirs": theirs, "sealed": sealed}
-    return {name: round(statistics.median(v), 3) for name, v in found.items()} | {
+    seconds = {"ours": ours.blocked, "theirs": theirs, "committed": committed}
+    return {name: round(statistics.median(v), 3) for name, v in seconds.items()} | {
         "ours_worst": round(max(ours.blocked), 3),
         "restore": round(restore, 3),
     }

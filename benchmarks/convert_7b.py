@@ -58,15 +58,15 @@ def make(folder: pathlib.Path, layers: int) -> int:
 
     shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (VOCAB, DIM)}
     for i in range(layers):
-        at = f"layers.{i}."
+        prefix = f"layers.{i}."
         for name in ("wq", "wk", "wv", "wo"):
-            shapes[f"{at}attention.{name}.weight"] = (DIM, DIM)
+            shapes[f"{prefix}attention.{name}.weight"] = (DIM, DIM)
         for name in ("q", "k"):
             for leaf in ("weight", "bias"):
-                shapes[f"{at}attention.{name}_normalization.{leaf}"] = (DIM // HEADS,)
-        shapes |= {f"{at}attention_norm.weight": (DIM,), f"{at}ffn_norm.weight": (DIM,)}
-        shapes |= {f"{at}feed_forward.w{n}.weight": (FFN, DIM) for n in (1, 3)}
-        shapes[f"{at}feed_forward.w2.weight"] = (DIM, FFN)
+                shapes[f"{prefix}attention.{name}_normalization.{leaf}"] = (DIM // HEADS,)
+        shapes |= {f"{prefix}attention_norm.weight": (DIM,), f"{prefix}ffn_norm.weight": (DIM,)}
+        shapes |= {f"{prefix}feed_forward.w{n}.weight": (FFN, DIM) for n in (1, 3)}
+        shapes[f"{prefix}feed_forward.w2.weight"] = (DIM, FFN)
     shapes |= {"norm.weight": (DIM,), "output.weight": (VOCAB, DIM)}
     tensors = ((name, shape, "BF16", lambda s=shape: draw(s)) for name, shape in shapes.items())
     with open(models / "consolidated.pth", "wb") as out:
@@ -76,7 +76,7 @@ def make(folder: pathlib.Path, layers: int) -> int:
     return (models / "consolidated.pth").stat().st_size
 
 
-def measured(command: list[str]) -> dict[str, float]:
+def run_measured(command: list[str]) -> dict[str, float]:
     """Return seconds and peak memory in GB of a command; raises when it fails."""
     start, peaks = time.monotonic(), {"RssAnon": 0, "VmRSS": 0}
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
@@ -99,18 +99,18 @@ def measured(command: list[str]) -> dict[str, float]:
     seconds = time.monotonic() - start
     watcher.join()
     if code:
-        raise SystemExit(f"{' '.join(command)}: exit {code}")
+        raise SystemExit(f"{' '.join(command)}: exit code {code}")
     in_gb = {f"peak_{name}_gb": round(value * 1024 / 1e9, 2) for name, value in peaks.items()}
     return {"seconds": round(seconds, 1)} | in_gb
 
 
-def convert(source: pathlib.Path, target: pathlib.Path, layout: str, *more: str) -> dict:
+def convert(source: pathlib.Path, target: pathlib.Path, layout: str, *flags: str) -> dict:
     """Run one conversion in a separate process."""
     shutil.rmtree(target, ignore_errors=True)
     program = [sys.executable, "-m", "medmax_jax.convert", "--from", str(source), "--to"]
-    found = measured([*program, str(target), "--format", layout, *more])
-    print(f"{source.name} -> {target.name}: {found}", flush=True)
-    return found
+    result = run_measured([*program, str(target), "--format", layout, *flags])
+    print(f"{source.name} -> {target.name}: {result}", flush=True)
+    return result
 
 
 def copy_twice(source: pathlib.Path, scratch: pathlib.Path) -> float:
@@ -138,20 +138,16 @@ def load(folder: str, address: str, process: int, mesh: tuple[int, int, int]) ->
     from medmax_jax.sharding import make_mesh
 
     jax.distributed.initialize(address, num_processes=2, process_id=process)
-    found = native_layout.settings(Folder(folder))
+    sections = native_layout.settings(Folder(folder))
     read = lambda: int(pathlib.Path("/proc/self/io").read_text().split()[1])  # noqa: E731  rchar
-    with jax.set_mesh(make_mesh(_mesh(Mesh, mesh))):
-        like = chameleon.abstract_model(found["model"], found["vocab"], chameleon.NO_LORA)
+    with jax.set_mesh(make_mesh(Mesh(data=mesh[0], fsdp=mesh[1], tp=mesh[2]))):
+        like = chameleon.abstract_model(sections["model"], sections["vocab"], chameleon.NO_LORA)
         before, start = read(), time.monotonic()
         tree = export.load(folder, like)
         jax.block_until_ready(tree)
         result = dict(bytes_read=read() - before, seconds=time.monotonic() - start)
         result["sums"] = [int(_sum(x)) for x in jax.tree.leaves(tree)]
     print(json.dumps(result), flush=True)
-
-
-def _mesh(kind, sizes):
-    return kind(**dict(zip(("data", "fsdp", "tp"), sizes, strict=True)))
 
 
 @jax.jit
@@ -169,23 +165,23 @@ def load_in_two(folder: pathlib.Path, size: int, mesh: tuple[int, int, int]) -> 
         address = f"127.0.0.1:{free.getsockname()[1]}"
     flags = "--xla_force_host_platform_device_count=4"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    mesh_words = ",".join(map(str, mesh))
+    mesh_text = ",".join(map(str, mesh))
     runs = [
         subprocess.Popen(
-            [sys.executable, __file__, "--load", str(folder), address, str(i), mesh_words],
+            [sys.executable, __file__, "--load", str(folder), address, str(i), mesh_text],
             env=environment, stdout=subprocess.PIPE, text=True, cwd=ROOT,
         )
         for i in range(2)
     ]  # fmt: skip
-    said = [json.loads(run.communicate()[0].splitlines()[-1]) for run in runs]
-    found = dict(
-        mesh=mesh_words,
-        read_over_size=round(sum(s["bytes_read"] for s in said) / size, 3),
-        seconds=round(max(s["seconds"] for s in said), 1),
-        sums=said[0]["sums"],
+    outputs = [json.loads(run.communicate()[0].splitlines()[-1]) for run in runs]
+    result = dict(
+        mesh=mesh_text,
+        read_over_size=round(sum(s["bytes_read"] for s in outputs) / size, 3),
+        seconds=round(max(s["seconds"] for s in outputs), 1),
+        sums=outputs[0]["sums"],
     )
-    print({k: v for k, v in found.items() if k != "sums"}, flush=True)
-    return found
+    print({k: v for k, v in result.items() if k != "sums"}, flush=True)
+    return result
 
 
 def size_of(folder: pathlib.Path) -> int:
@@ -198,25 +194,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--scratch", type=pathlib.Path, help="a folder on the disk to measure")
+    parser.add_argument("--scratch", type=pathlib.Path, help="folder on the disk to measure")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--keep", action="store_true", help="leave the checkpoints there")
+    parser.add_argument("--keep", action="store_true", help="keep the checkpoints")
     parser.add_argument("--load", nargs=4, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.load:
-        folder, address, process, mesh = given.load
+    args = parser.parse_args()
+    if args.load:
+        folder, address, process, mesh = args.load
         load(folder, address, int(process), tuple(map(int, mesh.split(","))))
         return
-    scratch = given.scratch / "convert_7b"
+    scratch = args.scratch / "convert_7b"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     meta, native, hf = scratch / "meta", scratch / "native", scratch / "hf"
     load_at_start = os.getloadavg()
-    size = make(meta, given.layers)
-    print(f"made {size / 1e9:.2f} GB", flush=True)
+    size = make(meta, args.layers)
+    print(f"wrote {size / 1e9:.2f} GB", flush=True)
     ours, theirs, runs = [], [], {}
-    for _ in range(given.rounds):
+    for _ in range(args.rounds):
         theirs.append(copy_twice(meta / "models/7b/consolidated.pth", scratch))
         runs["meta -> native"] = convert(meta, native, "native")
         ours.append(runs["meta -> native"]["seconds"])
@@ -227,10 +223,10 @@ def main() -> None:
     runs["hf -> native"] = convert(hf, native, "native")
     runs["native -> meta"] = convert(native, meta, "meta")
     shutil.rmtree(native)
-    for kind in ("int8", "nf4"):
-        runs[f"hf -> native {kind}"] = convert(hf, native, "native", "--quant", kind)
-        runs[f"hf -> native {kind}"]["gb"] = round(size_of(native) / 1e9, 2)
-    if not given.keep:
+    for quant in ("int8", "nf4"):
+        runs[f"hf -> native {quant}"] = convert(hf, native, "native", "--quant", quant)
+        runs[f"hf -> native {quant}"]["gb"] = round(size_of(native) / 1e9, 2)
+    if not args.keep:
         shutil.rmtree(scratch)
     result = dict(
         ours=statistics.median(ours),

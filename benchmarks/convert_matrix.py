@@ -54,9 +54,9 @@ for name in sorted(p.name for p in folder.glob("*_torch")):
 
 def tensors(path: pathlib.Path) -> dict[str, bytes]:
     """Return name -> dtype and bits of every tensor, read through the layout's own table."""
-    found = conversion.read_checkpoint(path)
-    each = {**found.language, **{f"vqgan.{n}": t for n, t in found.vqgan.items()}}
-    return {n: t.dtype.encode() + t.all().tobytes() for n, t in each.items()}
+    checkpoint = conversion.read_checkpoint(path)
+    arrays = {**checkpoint.language, **{f"vqgan.{n}": t for n, t in checkpoint.vqgan.items()}}
+    return {n: t.dtype.encode() + t.read().tobytes() for n, t in arrays.items()}
 
 
 def convert(source: pathlib.Path, target: pathlib.Path, layout: str) -> pathlib.Path:
@@ -71,9 +71,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--torch_python")
-    given = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        table(pathlib.Path(scratch), given.torch_python)
+        table(pathlib.Path(scratch), args.torch_python)
 
 
 def table(folder: pathlib.Path, python: str | None) -> None:
@@ -85,38 +85,38 @@ def table(folder: pathlib.Path, python: str | None) -> None:
     rows = []
     for number, (model, sizes) in enumerate(MODELS.items()):
         for dtype, dtypes in DTYPES.items():
-            place = folder / f"{number}_{dtype}_torch"
+            scratch = folder / f"{number}_{dtype}_torch"
             states = setup.shards(sizes, dtypes=dtypes, seed=number)
-            at = {"meta": setup.write_meta(place / "start", sizes, states, vqgan=True)}
-            at["native"] = convert(at["meta"], place / "native", "native")
-            at["hf"] = convert(at["native"], place / "hf", "hf")
-            convert(at["hf"], place / "meta", "meta")
-            for path in (place / "start").glob("models/*/*.pth"):
-                (place / path.name).write_bytes(path.read_bytes())
-            cells = [_round_trip(at, place, a, b) for a, b in ROUTES]
-            names = {conversion.read_checkpoint(p).fingerprint for p in at.values()}
+            models = {"meta": setup.write_meta(scratch / "start", sizes, states, vqgan=True)}
+            models["native"] = convert(models["meta"], scratch / "native", "native")
+            models["hf"] = convert(models["native"], scratch / "hf", "hf")
+            convert(models["hf"], scratch / "meta", "meta")
+            for path in (scratch / "start").glob("models/*/*.pth"):
+                (scratch / path.name).write_bytes(path.read_bytes())
+            cells = [_round_trip(models, scratch, a, b) for a, b in ROUTES]
+            names = {conversion.read_checkpoint(p).fingerprint for p in models.values()}
             cells.append("yes" if len(names) == 1 else "NO")
-            rows.append(([model, dtype, *cells], place, sizes, states))
+            rows.append(([model, dtype, *cells], scratch, sizes, states))
     if python:
         subprocess.run([python, "-c", TORCH, str(folder)], check=True, stderr=subprocess.DEVNULL)
-    for cells, place, sizes, states in rows:
-        cells += _in_torch(place, sizes, states) if python else ["not run", "not run"]
+    for cells, scratch, sizes, states in rows:
+        cells += _in_torch(scratch, sizes, states) if python else ["not run", "not run"]
         print("| " + " | ".join(cells) + " |", flush=True)
 
 
-def _round_trip(at: dict[str, pathlib.Path], place: pathlib.Path, a: str, b: str) -> str:
-    there = convert(at[a], place / f"{a}_{b}", b)
-    back = convert(there, place / f"{a}_{b}_{a}", a)
-    wanted, found = tensors(at[a]), tensors(back)
-    same = sum(found.get(name) == bits for name, bits in wanted.items())
-    return f"{same}/{len(wanted)}" + ("" if len(found) == len(wanted) else " NAMES DIFFER")
+def _round_trip(models: dict[str, pathlib.Path], scratch: pathlib.Path, a: str, b: str) -> str:
+    target = convert(models[a], scratch / f"{a}_{b}", b)
+    back = convert(target, scratch / f"{a}_{b}_{a}", a)
+    expected, converted = tensors(models[a]), tensors(back)
+    same = sum(converted.get(name) == bits for name, bits in expected.items())
+    return f"{same}/{len(expected)}" + ("" if len(converted) == len(expected) else " NAMES DIFFER")
 
 
-def _in_torch(place: pathlib.Path, sizes: setup.Sizes, states: list) -> list[str]:
-    wanted = meta_reference.logits(states, setup.params(sizes), IDS)
-    off = np.abs(np.load(place / "logits.npy") - wanted).max() / max(1.0, wanted.std())
+def _in_torch(scratch: pathlib.Path, sizes: setup.Sizes, states: list) -> list[str]:
+    reference = meta_reference.logits(states, setup.params(sizes), IDS)
+    error = np.abs(np.load(scratch / "logits.npy") - reference).max() / max(1.0, reference.std())
     count = sum(len(state) for state in states)
-    return [f"{off:.1e}", f"{json.loads((place / 'pth.json').read_text())}/{count}"]
+    return [f"{error:.1e}", f"{json.loads((scratch / 'pth.json').read_text())}/{count}"]
 
 
 if __name__ == "__main__":

@@ -24,12 +24,11 @@ os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "true"  # another process may use it
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
 import jax
-from step_aot import the_mesh
+from step_aot import make_topology_mesh
 
 from medmax_jax import config
 from medmax_jax.configs import base
-from medmax_jax.generation import decode_loop
-from medmax_jax.generation.sampling_params import DecodeConfig
+from medmax_jax.generation import decode_loop, sampling_params
 from medmax_jax.models import chameleon, kv_cache
 
 HBM = {"v5e": 15.75, "v6e": 31.25, "v5p": 95.74}  # GiB that a program may use
@@ -43,62 +42,61 @@ def main() -> None:
     parser.add_argument("--mesh", default="1,1,4", help="data,fsdp,tp")
     parser.add_argument("--mode", choices=STREAMS, default="text")
     parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--slots", type=int, default=2_048)
+    parser.add_argument("--slots", type=int, default=2_048, help="cache length in tokens")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--cache", choices=kv_cache.CACHE_DTYPES, default="model")
     parser.add_argument("--quant", choices=["none", "int8"], default="none")
     parser.add_argument("--hlo", default="", help="file for the compiled program")
-    given = parser.parse_args()
+    args = parser.parse_args()
     begin = time.monotonic()
-    found = vars(given) | measure(given)
-    print(json.dumps(found | dict(compile_s=round(time.monotonic() - begin, 1))))
+    report = vars(args) | measure(args)
+    print(json.dumps(report | dict(compile_s=round(time.monotonic() - begin, 1))))
 
 
-def measure(given: argparse.Namespace) -> dict[str, Any]:
+def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Return the compiler's report on the loop."""
     settings = base.get_config()
-    settings.model.update(num_layers=given.layers, quant=given.quant)
+    settings.model.update(num_layers=args.layers, quant=args.quant)
     model = config.build(config.Model, settings.model)
     vocab = config.build(config.Vocab, settings.vocab)
-    machine = the_mesh(given.topology, given.mesh)
-    blocks = machine.shape["data"] * machine.shape["fsdp"]
-    lanes = STREAMS[given.mode] * given.rows
-    plan = DecodeConfig(
-        mode=given.mode, chunk=16, codes=1_024, context=model.context_length, vocab=vocab,
-        text_greedy=True, image_greedy=False, stop_at_boi=False, per_segment=False, blocks=blocks,
-        depth=-(-lanes // blocks),
-    )  # fmt: skip
-    draws = {"text": "text", "image": "codes", "mixed": "both"}[given.mode]
+    machine = make_topology_mesh(args.topology, args.mesh)
+    shards = machine.shape["data"] * machine.shape["fsdp"]
+    num_slots = -(-STREAMS[args.mode] * args.rows // shards) * shards
+    sample = config.build(config.Sample, settings.sample)
+    decode = sampling_params.resolve(sample, vocab, mode=args.mode, codes=1_024).config
+    draws = {"text": "text", "image": "codes", "mixed": "both"}[args.mode]
     with jax.set_mesh(machine):
         like = chameleon.abstract_model(model, vocab, chameleon.NO_LORA)
-        fixed = dict(rows=given.rows, slots=given.slots, kind=given.cache, draws=draws)
-        compiled = decode_loop.lower_decode(like, plan, **fixed).compile()
-    if given.hlo:
-        with open(given.hlo, "w") as file:
+        compiled = decode_loop.lower_decode(
+            like, decode, batch_size=args.rows, num_slots=num_slots, cache_length=args.slots,
+            cache_dtype=args.cache, draws=draws,
+        ).compile()  # fmt: skip
+    if args.hlo:
+        with open(args.hlo, "w") as file:
             file.write(compiled.as_text())
     memory = compiled.memory_analysis()
-    whole = kv_cache.cache_bytes(
-        model, lanes=blocks * plan.depth, slots=given.slots, kind=given.cache
+    cache = kv_cache.cache_bytes(
+        model, num_slots=num_slots, cache_length=args.slots, cache_dtype=args.cache
     )
-    cache = whole / machine.size
-    peak, room = memory.peak_memory_in_bytes / 2**30, HBM[given.topology.split(":")[0]]
+    cache /= machine.size
+    peak, hbm = memory.peak_memory_in_bytes / 2**30, HBM[args.topology.split(":")[0]]
     return dict(
         cache=round(cache / 2**30, 3),
         weights=round((memory.argument_size_in_bytes - cache) / 2**30, 3),
         temp=round(memory.temp_size_in_bytes / 2**30, 3),
         peak=round(peak, 3),
-        hbm=room,
-        fits=peak <= room,
-        copies=copies(compiled.as_text(), model, blocks * plan.depth, given, machine),
+        hbm=hbm,
+        fits=peak <= hbm,
+        copies=copies(compiled.as_text(), model, num_slots, args, machine),
         jax=jax.__version__,
     )
 
 
-def copies(text: str, model: Any, lanes: int, given: argparse.Namespace, machine: Any) -> dict:
+def copies(text: str, model: Any, num_slots: int, args: argparse.Namespace, machine: Any) -> dict:
     """Count copies of an array as large as a device's keys: in the loops, and around them."""
     tp = machine.shape["tp"]
-    rows = lanes * tp // machine.size
-    shape = f"{model.num_layers},{rows},{model.num_kv_heads // tp},{given.slots},{model.head_dim}"
+    slots = num_slots * tp // machine.size
+    shape = f"{model.num_layers},{slots},{model.num_kv_heads // tp},{args.slots},{model.head_dim}"
     copy = re.compile(rf"= \w+\[{shape}\]\S* (?:copy|transpose)\(")
     entry = text[text.index("\nENTRY ") :].partition("\n}")[0]
     around = len(copy.findall(entry))

@@ -47,44 +47,43 @@ def start(scratch: pathlib.Path, args: argparse.Namespace) -> list[sides.Side]:
     rng = np.random.default_rng(0)
     prompts = rng.integers(run.vocab.text_start, run.vocab.size, (size["rows"], size["prompt"]))
     prompts[:, 0], prompts[:, -1] = 0, 8_710
-    told = dict(
+    spec = dict(
         run=run.to_dict(), codes=size["codes"], words=size["words"], prompts=prompts.tolist()
     )
-    (scratch / "ours.json").write_text(json.dumps(told))
+    (scratch / "ours.json").write_text(json.dumps(spec))
     command = [sys.executable, str(HERE / "decode_jax_side.py"), str(scratch / "ours.json")]
-    found = [sides.Side("ours", command, JAX_PLATFORMS="cpu")]
+    started = [sides.Side("ours", command, JAX_PLATFORMS="cpu")]
     if args.torch_python:
-        spec = {name: told["run"][name] for name in ("model", "vocab")} | dict(
-            prompts=told["prompts"], threads=args.threads, attention="sdpa"
-        )
+        sections = {name: spec["run"][name] for name in ("model", "vocab")}
+        spec = sections | dict(prompts=spec["prompts"], threads=args.threads, attention="sdpa")
         (scratch / "theirs.json").write_text(json.dumps(spec))
         command = [args.torch_python, str(HERE / "decode_hf_side.py"), str(scratch / "theirs.json")]
-        found.append(sides.Side("theirs", command))
-    return found
+        started.append(sides.Side("theirs", command))
+    return started
 
 
-def text(both: list[sides.Side], rows: int, args: argparse.Namespace) -> dict[str, Any]:
+def text(running: list[sides.Side], rows: int, args: argparse.Namespace) -> dict[str, Any]:
     """Return the tokens per second of each side, and their ratio."""
-    new, rate, wrote = SIZES[args.size]["new"], {s.name: [] for s in both}, {}
-    for side in both:
-        wrote[side.name] = side.ask(do="text", rows=rows, new=new)["tokens"]  # compiles
+    new, rate, answers = SIZES[args.size]["new"], {s.name: [] for s in running}, {}
+    for side in running:
+        answers[side.name] = side.ask(do="text", rows=rows, new=new)["tokens"]  # compiles
     for _ in range(args.rounds):
-        for side in both:
+        for side in running:
             done = side.ask(do="text", rows=rows, new=new)
             rate[side.name].append(sum(map(len, done["tokens"])) / done["seconds"])
-    told = {name: sides.median(values) for name, values in rate.items()} | dict(ratio=None)
-    if len(both) == 2:
+    summary = {name: sides.median(values) for name, values in rate.items()} | dict(ratio=None)
+    if len(running) == 2:
         same = [
             next((n for n, (a, b) in enumerate(zip(*pair, strict=False)) if a != b), new)
-            for pair in zip(wrote["ours"], wrote["theirs"], strict=True)
+            for pair in zip(answers["ours"], answers["theirs"], strict=True)
         ]
-        told["same_tokens"] = same
+        summary["same_tokens"] = same
         if min(same) >= AGREE:
-            told["ratio"] = round(told["ours"] / told["theirs"], 3)
-    return told
+            summary["ratio"] = round(summary["ours"] / summary["theirs"], 3)
+    return summary
 
 
-def alone(side: sides.Side, args: argparse.Namespace) -> dict[str, Any]:
+def measure_ours(side: sides.Side, args: argparse.Namespace) -> dict[str, Any]:
     """Return the measurements that only this project's side has."""
     rows = SIZES[args.size]["rows"]
 
@@ -98,15 +97,17 @@ def alone(side: sides.Side, args: argparse.Namespace) -> dict[str, Any]:
         done = [side.ask(**question) for _ in range(args.rounds)]
         return sides.median([d["seconds"] for d in done]), done[0]["tokens"]
 
-    together = rate(do="interleaved", rows=rows, count=rows)
+    batched = rate(do="interleaved", rows=rows, count=rows)
     single = rate(do="interleaved", rows=1, count=rows)
     streams = {str(n): rate(do="guided", streams=n, rows=rows) for n in (1, 2, 3)}
     shared, tokens = seconds(do="shared", together=True, questions=10)
-    apart, others = seconds(do="shared", together=False, questions=10)
+    separate, others = seconds(do="shared", together=False, questions=10)
     return dict(
-        interleaved=dict(rows=rows, together=together, single=single, ratio=together / single),
+        interleaved=dict(rows=rows, batched=batched, single=single, ratio=batched / single),
         guidance=dict(tokens_per_second=streams, two_against_three=streams["2"] / streams["3"]),
-        shared=dict(seconds=shared, apart=apart, ratio=apart / shared, same=tokens == others),
+        shared=dict(
+            seconds=shared, separate=separate, ratio=separate / shared, same=tokens == others
+        ),
     )
 
 
@@ -115,7 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--torch_python", default="", help="a Python with torch and transformers")
+    parser.add_argument("--torch_python", default="", help="Python with torch and transformers")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--size", choices=SIZES, default="42m")
@@ -123,21 +124,23 @@ def main() -> None:
     skipped = ""
     if not args.torch_python:
         skipped = "theirs: no --torch_python"
-    elif lacks := sides.missing(args.torch_python, NEEDS):
-        skipped, args.torch_python = f"theirs: {lacks} is missing", ""
+    elif package := sides.missing(args.torch_python, NEEDS):
+        skipped, args.torch_python = f"theirs: {package} is missing", ""
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as scratch:
-        both = start(pathlib.Path(scratch), args)
+        running = start(pathlib.Path(scratch), args)
         rows = SIZES[args.size]["rows"]
-        many, one = text(both, rows, args), text(both, 1, args)
-        own = alone(both[0], args)
-        about = {side.name: side.ask(do="about") for side in both}
-        for side in both:
+        many, single = text(running, rows, args), text(running, 1, args)
+        own = measure_ours(running[0], args)
+        about = {side.name: side.ask(do="about") for side in running}
+        for side in running:
             side.close()
-    told = dict(ours=many["ours"], theirs=many.get("theirs"), ratio=many["ratio"], unit="tokens/s")
-    told |= dict(rows=rows, batch_1=one, same_tokens=many.get("same_tokens")) | own
-    told |= dict(threads=args.threads, size=args.size, about=about, load=load)
-    print(json.dumps(told | (dict(skipped=skipped) if skipped else {})))
+    summary = dict(
+        ours=many["ours"], theirs=many.get("theirs"), ratio=many["ratio"], unit="tokens/s"
+    )
+    summary |= dict(rows=rows, batch_1=single, same_tokens=many.get("same_tokens")) | own
+    summary |= dict(threads=args.threads, size=args.size, about=about, load=load)
+    print(json.dumps(summary | (dict(skipped=skipped) if skipped else {})))
 
 
 if __name__ == "__main__":

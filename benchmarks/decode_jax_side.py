@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from medmax_jax import config, sharding
-from medmax_jax.generation import engine, scheduler
+from medmax_jax.generation import engine, sampling_params, scheduler
 from medmax_jax.generation import requests as prompt_requests
 from medmax_jax.models.vocab import BOI, BOS, EOI, SEP
 
@@ -37,12 +37,15 @@ class Decoder:
             self.model = create(run)
         self.rng, self.count = np.random.default_rng(0), spec["words"]
 
-    def fresh(self, rows: int, streams: int, slots: int) -> engine.Engine:
+    def fresh(self, rows: int, streams: int, cache_length: int) -> engine.Engine:
         """Return a fresh engine; its programs are compiled once per size."""
-        return engine.make_engine(
-            self.model, self.run.vocab, self.mesh, codes=self.codes, rows=rows,
-            lanes=streams * rows, slots=min(slots, self.run.model.context_length), kind="model",
-        )  # fmt: skip
+        sizes = engine.EngineSizes(
+            batch_size=rows,
+            num_slots=streams * rows,
+            cache_length=min(cache_length, self.run.model.context_length),
+            cache_dtype="model",
+        )
+        return engine.make_engine(self.model, self.run.vocab, self.mesh, sizes, codes=self.codes)
 
     def serve(self, e: engine.Engine, prompts: list[np.ndarray], sample, mode: str):
         """Return the seconds, and the tokens of each answer."""
@@ -50,10 +53,11 @@ class Decoder:
             prompt_requests.Request(np.asarray(p, np.int32), n, sample.max_gen_len)
             for n, p in enumerate(prompts)
         ]
-        start, found = time.perf_counter(), {}
-        for news in scheduler.run_requests(e, requests, sample, mode=mode, seed=0):
-            found |= {each.index: each.tokens.tolist() for each in news}
-        return time.perf_counter() - start, [found[n] for n in range(len(prompts))]
+        start, answers = time.perf_counter(), {}
+        settings = sampling_params.resolve(sample, self.run.vocab, mode=mode, codes=self.codes)
+        for outputs in scheduler.run_requests(e, requests, settings, seed=0):
+            answers |= {output.index: output.tokens.tolist() for output in outputs}
+        return time.perf_counter() - start, [answers[n] for n in range(len(prompts))]
 
     def text(self, rows: int, new: int) -> dict[str, Any]:
         """Generate greedy text, as the other side does."""
@@ -82,8 +86,8 @@ class Decoder:
         """
         scales = dict(guidance_scale_text=1.0, guidance_scale_image=1.0) if streams == 1 else {}
         sample = dataclasses.replace(self.run.sample, **scales)
-        shown = self.image() if streams == 3 else []
-        prompts = [[BOS, *shown, *self.words(self.count), SEP, BOI] for _ in range(rows)]
+        image = self.image() if streams == 3 else []
+        prompts = [[BOS, *image, *self.words(self.count), SEP, BOI] for _ in range(rows)]
         e = self.fresh(rows, streams, len(prompts[0]) + self.codes + 1)
         seconds, tokens = self.serve(e, prompts, sample, "image")
         return dict(seconds=seconds, tokens=sum(map(len, tokens)))
@@ -96,21 +100,23 @@ class Decoder:
         sample = dataclasses.replace(self.run.sample, max_gen_len=24, image_greedy=False)
         self.rng = np.random.default_rng(1)
         prompts = [[BOS, *self.words(self.count), SEP, BOI] for _ in range(count)]
-        slots = 32 + self.codes + 3 * 32 + self.codes
-        seconds, tokens = self.serve(self.fresh(rows, 3, slots), prompts, sample, "mixed")
+        cache_length = 32 + self.codes + 3 * 32 + self.codes
+        seconds, tokens = self.serve(self.fresh(rows, 3, cache_length), prompts, sample, "mixed")
         return dict(seconds=seconds, tokens=sum(map(len, tokens)))
 
     def shared(self, together: bool, questions: int) -> dict[str, Any]:
         """Answer questions on one image, eight tokens each: in one engine or one engine each."""
         sample = dataclasses.replace(self.run.sample, text_greedy=True, max_gen_len=8)
         self.rng = np.random.default_rng(2)
-        shown = self.image()
-        prompts = [[BOS, *shown, *self.words(12), SEP] for _ in range(questions)]
-        slots = len(prompts[0]) + 8
+        image = self.image()
+        prompts = [[BOS, *image, *self.words(12), SEP] for _ in range(questions)]
+        cache_length = len(prompts[0]) + 8
         if together:
-            seconds, tokens = self.serve(self.fresh(questions, 1, slots), prompts, sample, "text")
+            seconds, tokens = self.serve(
+                self.fresh(questions, 1, cache_length), prompts, sample, "text"
+            )
             return dict(seconds=seconds, tokens=tokens)
-        engines = [self.fresh(questions, 1, slots) for _ in prompts]  # the same programs
+        engines = [self.fresh(questions, 1, cache_length) for _ in prompts]  # the same programs
         runs = [self.serve(e, [p], sample, "text") for e, p in zip(engines, prompts, strict=True)]
         return dict(seconds=sum(s for s, _ in runs), tokens=[t[0] for _, t in runs])
 

@@ -46,38 +46,40 @@ def throughput(items: int, rounds: int) -> dict:
     config.counts.update(vqa_mcq=0, vqa_open=0, image_generation=0, multimodal=0)
     config.counts.update(vqa_closed=items // 2, captioning=items - items // 2)
     settings = build(Settings, config)
-    found, g = load_eval_set(settings), model_bundle.load(TINY)
+    eval_set, g = load_eval_set(settings), model_bundle.load(TINY)
     model = {
         name: base.NativeModel(g, settings.sample, rows=rows, name=name, stamp=name)
         for name, rows in (("ours", ROWS), ("theirs", 1))
     }
     seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
-    words: dict[str, list[str]] = {}
+    texts: dict[str, list[str]] = {}
     for number in range(rounds + 1):  # the first one compiles
         for name in model if number % 2 else reversed(model):
             with tempfile.TemporaryDirectory() as folder:
                 begin = time.perf_counter()
                 records = inference.run_items(
                     model[name],
-                    found.items,
+                    eval_set.items,
                     mode="strict",
-                    images_folder=found.folder,
+                    images_folder=eval_set.folder,
                     out=pathlib.Path(folder) / "records.jsonl",
                     progress=lambda line: None,
                     window=settings.window if name == "ours" else 1,
                 )
-                taken = time.perf_counter() - begin
-            words[name] = [record["text"] for record in records]
+                elapsed = time.perf_counter() - begin
+            texts[name] = [record["text"] for record in records]
             if number:
-                seconds[name].append(taken)
-                print(f"{name}: {len(records) / taken:.2f} samples/s", flush=True)
-    rate = {name: len(found.items) / statistics.median(each) for name, each in seconds.items()}
-    same = sum(a == b for a, b in zip(words["ours"], words["theirs"], strict=True))
-    agree = same == len(found.items)
+                seconds[name].append(elapsed)
+                print(f"{name}: {len(records) / elapsed:.2f} samples/s", flush=True)
+    rate = {
+        name: len(eval_set.items) / statistics.median(values) for name, values in seconds.items()
+    }
+    same = sum(a == b for a, b in zip(texts["ours"], texts["theirs"], strict=True))
+    agree = same == len(eval_set.items)
     return rate | {
         "ratio": rate["ours"] / rate["theirs"] if agree else None,
-        "items": len(found.items),
-        "same_words": same,
+        "items": len(eval_set.items),
+        "same_texts": same,
         "seconds": seconds,
     }
 
@@ -89,8 +91,8 @@ def write_synthetic(folder: pathlib.Path, count: int) -> pathlib.Path:
         for n in range(count):
             name = f"{n // 10}.png"
             if n % 10 == 0:
-                colour = (n // 10 % 256, n // 2_560 % 256, 0)
-                PIL.Image.new("RGB", (16, 16), colour).save(folder / name)
+                color = (n // 10 % 256, n // 2_560 % 256, 0)
+                PIL.Image.new("RGB", (16, 16), color).save(folder / name)
             row = dict(task_name="vqa_rad", question_type="closed", prompt=f"Is it {n}?")
             row |= dict(answer="yes" if n % 3 else "no", image_path=name, id=str(n))
             file.write(json.dumps(row | {"data_class": "open"}) + "\n")
@@ -109,7 +111,7 @@ sys.exit(code)
 
 def suite_of(count: int) -> dict:
     """Return seconds and peak memory of eval.run on `count` samples and on a tenth of them."""
-    found = {}
+    by_size = {}
     for size in (count // 10, count):
         with tempfile.TemporaryDirectory() as name:
             folder = pathlib.Path(name)
@@ -124,17 +126,17 @@ def suite_of(count: int) -> dict:
             )  # fmt: skip
             if done.returncode:
                 sys.exit((done.stdout + done.stderr)[-2_000:])
-            found[size] = dict(
+            by_size[size] = dict(
                 seconds=round(time.perf_counter() - begin, 1),
                 peak_mib=round(int(done.stdout.splitlines()[-1]) / 1024, 1),
                 records=sum(1 for _ in open(folder / "out" / "records.jsonl")),
             )
-            print(f"{size} samples: {found[size]}", flush=True)
-    return {"suite": found, "mib_a_thousand_more": _slope(found)}
+            print(f"{size} samples: {by_size[size]}", flush=True)
+    return {"suite": by_size, "mib_per_thousand": _slope(by_size)}
 
 
-def _slope(found: dict) -> float:
-    (few, small), (many, large) = found.items()
+def _slope(by_size: dict) -> float:
+    (few, small), (many, large) = by_size.items()
     return round((large["peak_mib"] - small["peak_mib"]) / (many - few) * 1_000, 2)
 
 
@@ -144,11 +146,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--items", type=int, default=64)
     parser.add_argument("--samples", type=int, default=10_000)
-    given, before = parser.parse_args(), os.getloadavg()
-    told = throughput(given.items, given.rounds) | suite_of(given.samples)
-    told |= {"unit": "samples/s", "load_average": [before, os.getloadavg()]}
+    args, before = parser.parse_args(), os.getloadavg()
+    result = throughput(args.items, args.rounds) | suite_of(args.samples)
+    result |= {"unit": "samples/s", "load_average": [before, os.getloadavg()]}
     versions = {"jax": importlib.metadata.version("jax"), "python": sys.version.split()[0]}
-    print(json.dumps(told | {"versions": versions}))
+    print(json.dumps(result | {"versions": versions}))
 
 
 if __name__ == "__main__":

@@ -33,42 +33,46 @@ ROUNDS, FIRST_STEPS = 3, 10
 GUESS = 150.0  # seconds of a measurement before the first one is done: a cold start of 7B
 
 
-def run(each: gpu_parts.Measurement, args: argparse.Namespace) -> dict[str, Any]:
+def run(measurement: gpu_parts.Measurement, args: argparse.Namespace) -> dict[str, Any]:
     """Run one measurement; its failure is a result."""
-    begin, alive, found = time.perf_counter(), [], {}
+    begin, running, results = time.perf_counter(), [], {}
     try:
-        for name, spec in each.specs.items():
+        for name, spec in measurement.specs.items():
             if name == "theirs" and args.skipped:
                 continue
             path = args.workdir / f"{name}.json"
             path.write_text(json.dumps(spec))
             python = sys.executable if name == "ours" else args.torch_python
             side = sides.Side(
-                name, [python, str(HERE / each.scripts[name]), str(path)], **each.environment
+                name,
+                [python, str(HERE / measurement.scripts[name]), str(path)],
+                **measurement.environment,
             )
-            alive.append(side)
-            found[name] = dict(seconds=[])
-        if len(each.specs) > 1:
-            for side in alive:
-                found[side.name] |= side.ask(do="losses", count=FIRST_STEPS)
-        for side in alive:
+            running.append(side)
+            results[name] = dict(seconds=[])
+        if len(measurement.specs) > 1:
+            for side in running:
+                results[side.name] |= side.ask(do="losses", count=FIRST_STEPS)
+        for side in running:
             side.ask(do="steps", count=1)
         for _ in range(ROUNDS):
-            for side in alive:
-                told = side.ask(do="steps", count=each.steps)
-                for key, values in told.items():
-                    found[side.name].setdefault(key, []).extend(values)
-        for side in alive:
-            found[side.name] |= side.ask(do="about")
-            found[side.name]["rate"] = sides.median(
-                [each.work / s for s in found[side.name]["seconds"]]
+            for side in running:
+                reply = side.ask(do="steps", count=measurement.steps)
+                for key, values in reply.items():
+                    results[side.name].setdefault(key, []).extend(values)
+        for side in running:
+            results[side.name] |= side.ask(do="about")
+            results[side.name]["rate"] = sides.median(
+                [measurement.work / s for s in results[side.name]["seconds"]]
             )
     except sides.Failed as error:
-        found = dict(failed=str(error))
+        results = dict(failed=str(error))
     finally:
-        for side in alive:
+        for side in running:
             side.close()
-    return dict(sides=found, wall=round(time.perf_counter() - begin, 1), settings=each.settings)
+    return dict(
+        sides=results, wall=round(time.perf_counter() - begin, 1), settings=measurement.settings
+    )
 
 
 def measure(
@@ -77,14 +81,14 @@ def measure(
     """Return (results by name, names of the rest); completed results are not repeated."""
     done = json.loads(path.read_text()) if path.exists() else {}
     end, longest = time.monotonic() + 60 * args.minutes, GUESS if args.size == "7b" else 0.0
-    for number, each in enumerate(todo):
-        if each.name in done:
+    for number, measurement in enumerate(todo):
+        if measurement.name in done:
             continue
         if time.monotonic() + longest > end:
             return done, [m.name for m in todo[number:] if m.name not in done]
-        print(f"{each.name} ...", file=sys.stderr, flush=True)
-        done[each.name] = run(each, args)
-        longest = max(longest, done[each.name]["wall"])
+        print(f"{measurement.name} ...", file=sys.stderr, flush=True)
+        done[measurement.name] = run(measurement, args)
+        longest = max(longest, done[measurement.name]["wall"])
         draft = path.with_suffix(".tmp")
         draft.write_text(json.dumps(done, indent=1))
         draft.replace(path)
@@ -93,32 +97,34 @@ def measure(
 
 def result(done: dict[str, Any], todo: list[gpu_parts.Measurement], args: argparse.Namespace):
     """Return the last line, without the list of missing measurements."""
-    told: dict[str, Any] = dict(ours=None, theirs=None, ratio=None, unit=todo[0].unit)
+    summary: dict[str, Any] = dict(ours=None, theirs=None, ratio=None, unit=todo[0].unit)
     best: dict[str, tuple[float, str]] = {}
-    for each in todo:
-        for name, side in done.get(each.name, {}).get("sides", {}).items():
+    for measurement in todo:
+        for name, side in done.get(measurement.name, {}).get("sides", {}).items():
             if name != "failed" and side["rate"] > best.get(name, (0.0, ""))[0]:
-                best[name] = (side["rate"], each.name)
+                best[name] = (side["rate"], measurement.name)
             if name == "ours":
-                told.setdefault("plan", {})[each.name] = gpu_parts.planned(each, side)
+                summary.setdefault("plan", {})[measurement.name] = gpu_parts.planned(
+                    measurement, side
+                )
     for name, (rate, where) in best.items():
-        told |= {name: rate, f"{name}_best": where}
+        summary |= {name: rate, f"{name}_best": where}
     same = done.get("same", {}).get("sides", {})
     if {"ours", "theirs"} <= set(same):
         agreement = todo[0].agree(same["ours"]["losses"], same["theirs"]["losses"])
         rates = {name: same[name]["rate"] for name in ("ours", "theirs")}
-        told["same_batch"] = rates | dict(agreement=agreement, ratio=None)
+        summary["same_batch"] = rates | dict(agreement=agreement, ratio=None)
         if agreement["ok"]:
-            told["same_batch"]["ratio"] = round(rates["ours"] / rates["theirs"], 3)
-            told["ratio"] = round(told["ours"] / told["theirs"], 3)
+            summary["same_batch"]["ratio"] = round(rates["ours"] / rates["theirs"], 3)
+            summary["ratio"] = round(summary["ours"] / summary["theirs"], 3)
     if args.skipped:
-        told["skipped"] = args.skipped
-    for each in done.values():  # long, and part of `agreement`
-        for side in each["sides"].values():
+        summary["skipped"] = args.skipped
+    for measured in done.values():  # long, and part of `agreement`
+        for side in measured["sides"].values():
             if isinstance(side, dict):
                 side.pop("losses", None)
     failures = {n: d["sides"]["failed"] for n, d in done.items() if "failed" in d["sides"]}
-    return told | dict(failed=failures, measured=done)
+    return summary | dict(failed=failures, measured=done)
 
 
 def main() -> None:
@@ -127,24 +133,29 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--part", required=True, choices=sorted(gpu_parts.NEEDS))
-    parser.add_argument("--workdir", type=pathlib.Path, required=True, help="what is done so far")
-    parser.add_argument("--torch_python", default="", help="a Python with torch, transformers, ...")
-    parser.add_argument("--minutes", type=float, default=9.0, help="of this call")
     parser.add_argument(
-        "--size", default="7b", choices=("7b", "tiny"), help="tiny: the same on a CPU, for tests"
+        "--workdir", type=pathlib.Path, required=True, help="folder of the results so far"
+    )
+    parser.add_argument("--torch_python", default="", help="Python with torch, transformers, ...")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time limit of this call")
+    parser.add_argument(
+        "--size",
+        default="7b",
+        choices=("7b", "tiny"),
+        help="tiny: a small model on a CPU, for tests",
     )
     args = parser.parse_args()
     args.workdir.mkdir(parents=True, exist_ok=True)
     needs, args.skipped, load = gpu_parts.NEEDS[args.part], "", os.getloadavg()
     if not args.torch_python:
         args.skipped = "theirs: no --torch_python"
-    elif lacks := sides.missing(args.torch_python, needs):
-        args.skipped = f"theirs: {args.torch_python} lacks {lacks}"
+    elif package := sides.missing(args.torch_python, needs):
+        args.skipped = f"theirs: {args.torch_python} lacks {package}"
     todo = gpu_parts.measurements(args.part, args.size, args.workdir, theirs=not args.skipped)
-    done, left = measure(todo, args.workdir / f"{args.part}.json", args)
-    told = result(done, todo, args) | dict(unfinished=left, part=args.part, size=args.size)
-    print(json.dumps(told | dict(load_average=[load, os.getloadavg()])))
-    sys.exit(RESTART if left else 0)
+    done, remaining = measure(todo, args.workdir / f"{args.part}.json", args)
+    summary = result(done, todo, args) | dict(unfinished=remaining, part=args.part, size=args.size)
+    print(json.dumps(summary | dict(load_average=[load, os.getloadavg()])))
+    sys.exit(RESTART if remaining else 0)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ NEEDS = {  # packages of the other side
     "decode": ["torch", "transformers", "peft"],
     "vq": ["torch", "transformers", "peft"],
 }
-HELD = 10  # batches that both sides share
-UTILISATION = 0.6  # of the time estimate, as medmax_jax.plan --utilisation
+BATCHES = 10  # batches that both sides share
+UTILIZATION = 0.6  # of the time estimate, as medmax_jax.plan --utilisation
 PROMPT, WRITTEN = {"7b": 1_034, "tiny": 24}, {"7b": 256, "tiny": 8}
 # Rows, what remat saves and the attention, the most promising first.
 OURS = [(4, "attn", "cudnn"), (8, "attn", "cudnn"), (2, "dots", "cudnn"), (4, "qkv_attn", "cudnn"),
@@ -49,20 +49,20 @@ class Measurement:
         if self.moves:
             return sides.agree(ours, theirs, within=self.within)
         a, b = np.array(ours), np.array(theirs)
-        if self.unit == "pictures/s":  # codes: a share of them may be equally near to two rows
-            apart = float((a != b).mean())
+        if self.unit == "images/s":  # codes: a share of them may be equally near to two rows
+            difference = float((a != b).mean())
         else:
-            apart = float(np.abs(a - b).max() / b.std())
-        return dict(ok=apart <= self.within, apart=apart, within=self.within)
+            difference = float(np.abs(a - b).max() / b.std())
+        return dict(ok=difference <= self.within, difference=difference, within=self.within)
 
 
 def measurements(part: str, size: str, workdir: pathlib.Path, *, theirs: bool) -> list[Measurement]:
     """Return the measurements of a part; files shared by the sides are written to `workdir`."""
-    make = {"train": _training, "qlora": _training, "decode": _decoding, "vq": _pictures}[part]
+    make = {"train": _training, "qlora": _training, "decode": _decoding, "vq": _images}[part]
     return [m for m in make(part, size, workdir) if theirs or "ours" in m.specs]
 
 
-def planned(each: Measurement, side: dict[str, Any]) -> dict[str, Any] | None:
+def planned(measurement: Measurement, side: dict[str, Any]) -> dict[str, Any] | None:
     """Return the computed memory and time next to the measured ones.
 
     error is plan / measured - 1.
@@ -70,28 +70,32 @@ def planned(each: Measurement, side: dict[str, Any]) -> dict[str, Any] | None:
     from medmax_jax import config, flops
     from medmax_jax.plan import analytic, topology
 
-    if each.unit != "tokens/s" or "rows" not in each.specs["ours"] or not each.moves:
+    if (
+        measurement.unit != "tokens/s"
+        or "rows" not in measurement.specs["ours"]
+        or not measurement.moves
+    ):
         return None
-    run = config.from_config_dict(each.specs["ours"]["run"])
+    run = config.from_config_dict(measurement.specs["ours"]["run"])
     chip = flops.chip(side["device"])
     machine = topology.parse(f"{chip.name if chip else 'H100'}:1", slices=1)
-    found = analytic.estimate(run, machine)
-    told = dict(device=side["device"], plan_gib=found["peak_hbm_gib"], gib=side["peak_gib"])
+    plan = analytic.estimate(run, machine)
+    estimate = dict(device=side["device"], plan_gib=plan["peak_hbm_gib"], gib=side["peak_gib"])
     if side["peak_gib"]:
-        told["memory_error"] = round(found["peak_hbm_gib"] / side["peak_gib"] - 1, 3)
+        estimate["memory_error"] = round(plan["peak_hbm_gib"] / side["peak_gib"] - 1, 3)
     if chip is None:
-        return told | dict(time="unknown device: medmax_jax/flops.py has no limits of it")
-    rates = analytic.rates(run, machine, found, utilisation=UTILISATION, price=None)
-    needed = flops.train_flops(
+        return estimate | dict(time="unknown device: medmax_jax/flops.py has no limits of it")
+    rates = analytic.rates(run, machine, plan, utilisation=UTILIZATION, price=None)
+    flops_needed = flops.train_flops(
         run.model, run.vocab, run.lora, trains="lora", length=run.data.seq_len
     )
-    again = flops.remat_flops(run.model, trains="lora", length=run.data.seq_len)
-    mfu = flops.mfu(side["rate"], needed, chips=1, chip=chip)
-    step = each.work / side["rate"]
-    return told | dict(
-        plan_step_s=rates["step_s"], step_s=round(step, 4), utilisation=UTILISATION,
+    recomputed = flops.remat_flops(run.model, trains="lora", length=run.data.seq_len)
+    mfu = flops.mfu(side["rate"], flops_needed, chips=1, chip=chip)
+    step = measurement.work / side["rate"]
+    return estimate | dict(
+        plan_step_s=rates["step_s"], step_s=round(step, 4), utilization=UTILIZATION,
         time_error=round(rates["step_s"] / step - 1, 3), mfu_lora=round(mfu, 4),
-        hfu=round(flops.hfu(mfu, needed, again), 4),
+        hfu=round(flops.hfu(mfu, flops_needed, recomputed), 4),
     )  # fmt: skip
 
 
@@ -115,7 +119,7 @@ def settings(part: str, size: str, folder: str, rows: int, remat: str, attention
     c.model.update(remat=remat, attention=attention if size == "7b" else "xla")
     if part == "qlora":
         c.model.update(quant="nf4")
-        c.train.update(init_from="made by same_weights.py")  # no folder is read
+        c.train.update(init_from="generated by same_weights.py")  # no folder is read
     c.data.update(
         train=folder, validation="", document_limit=seq, seq_len=seq, batch_size=rows, pack=False
     )
@@ -129,28 +133,28 @@ def _training(part: str, size: str, workdir: pathlib.Path) -> list[Measurement]:
 
     from medmax_jax import config
 
-    folder, most = workdir / "records", max(rows for rows, *_ in OURS + THEIRS)
+    folder, max_rows = workdir / "records", max(rows for rows, *_ in OURS + THEIRS)
     run = config.from_config_dict(settings(part, size, str(folder), 1, "attn", "cudnn"))
     if not (folder / "dataset.json").exists():
-        jax_side.write_records(folder, run, count=most * HELD)
+        jax_side.write_records(folder, run, count=max_rows * BATCHES)
     batches = workdir / "batches.npz"
     if not batches.exists():
-        jax_side.write_batches(batches, run, count=most * HELD)
+        jax_side.write_batches(batches, run, count=max_rows * BATCHES)
 
-    def spec(rows: int, checkpointing: bool, compiled: bool) -> dict[str, Any]:
-        told = config.to_dict(run)
-        shared = {name: told[name] for name in ("model", "vocab", "lora", "optim")}
+    def their_spec(rows: int, checkpointing: bool, compiled: bool) -> dict[str, Any]:
+        run_settings = config.to_dict(run)
+        shared = {name: run_settings[name] for name in ("model", "vocab", "lora", "optim")}
         return shared | dict(
             batches=str(batches), rows=rows, device="cuda" if size == "7b" else "cpu", threads=2,
             dtype=run.model.compute_dtype, quant=run.model.quant, checkpointing=checkpointing,
             compile=compiled, attention="sdpa",
         )  # fmt: skip
 
-    def our(rows: int, remat: str, attention: str) -> dict[str, Any]:
+    def our_spec(rows: int, remat: str, attention: str) -> dict[str, Any]:
         c = settings(part, size, str(folder), rows, remat, attention)
-        return dict(run=config.to_dict(config.from_config_dict(c)), batches=HELD, rows=rows)
+        return dict(run=config.to_dict(config.from_config_dict(c)), batches=BATCHES, rows=rows)
 
-    def made(name: str, rows: int, both: bool, **specs: Any) -> Measurement:
+    def make_measurement(name: str, rows: int, both: bool, **specs: Any) -> Measurement:
         environment = dict(XLA_PYTHON_CLIENT_MEM_FRACTION="0.45" if both else "0.94")
         if size == "tiny":
             environment = dict(JAX_PLATFORMS="cpu")
@@ -161,18 +165,28 @@ def _training(part: str, size: str, workdir: pathlib.Path) -> list[Measurement]:
             steps=3, within=1e-4 if exact else 3e-3, moves=True, settings=dict(rows=rows),
         )  # fmt: skip
 
-    found = [made("same", 1, True, ours=our(1, "attn", "cudnn"), theirs=spec(1, False, False))]
+    results = [
+        make_measurement(
+            "same", 1, True, ours=our_spec(1, "attn", "cudnn"), theirs=their_spec(1, False, False)
+        )
+    ]
     ours, theirs = (OURS, THEIRS) if size == "7b" else (OURS[:1], THEIRS[:1])
     for number in range(max(len(ours), len(theirs))):  # alternating
         if number < len(ours):
             rows, remat, attention = ours[number]
             name = f"ours: {rows} rows, remat {remat}, {attention}"
-            found.append(made(name, rows, False, ours=our(rows, remat, attention)))
+            results.append(
+                make_measurement(name, rows, False, ours=our_spec(rows, remat, attention))
+            )
         if number < len(theirs):
             rows, checkpointing, compiled = theirs[number]
             name = f"theirs: {rows} rows, checkpointing {checkpointing}, compiled {compiled}"
-            found.append(made(name, rows, False, theirs=spec(rows, checkpointing, compiled)))
-    return found
+            results.append(
+                make_measurement(
+                    name, rows, False, theirs=their_spec(rows, checkpointing, compiled)
+                )
+            )
+    return results
 
 
 # ---- decode and vq
@@ -185,25 +199,26 @@ def _decoding(part: str, size: str, workdir: pathlib.Path) -> list[Measurement]:
     c.lora.update(rank=0, alpha=0.0, dropout=0.0)
     c.train.update(trains="full")
     c.model.update(param_dtype="float32")
-    told = config.to_dict(config.from_config_dict(c))
-    told["model"]["param_dtype"] = told["model"]["compute_dtype"]
-    told["train"]["trains"] = "image_head"  # its base may be in bf16; nothing is trained here
+    run_settings = config.to_dict(config.from_config_dict(c))
+    run_settings["model"]["param_dtype"] = run_settings["model"]["compute_dtype"]
+    # Nothing is trained here; the base of image_head may be in bf16.
+    run_settings["train"]["trains"] = "image_head"
     prompts, length, count = workdir / "prompts.npz", PROMPT[size], WRITTEN[size]
-    ids = np.random.default_rng(0).integers(8_712, told["vocab"]["size"], (32, length))
+    ids = np.random.default_rng(0).integers(8_712, run_settings["vocab"]["size"], (32, length))
     np.savez(prompts, ids=ids.astype(np.int32))
-    found = []
+    results = []
     for rows in (1, 16) if size == "7b" else (1,):
         shared = dict(part=part, prompts=str(prompts), rows=rows, count=count)
-        theirs = {n: told[n] for n in ("model", "vocab", "lora", "optim")} | dict(
-            dtype=told["model"]["compute_dtype"], device="cuda" if size == "7b" else "cpu",
+        theirs = {n: run_settings[n] for n in ("model", "vocab", "lora", "optim")} | dict(
+            dtype=run_settings["model"]["compute_dtype"], device="cuda" if size == "7b" else "cpu",
             attention="sdpa",
         )  # fmt: skip
-        found.append(
+        results.append(
             Measurement(
                 name="same" if rows == 1 else f"{rows} rows",
                 unit="tokens/s",
                 scripts=dict(ours="jax_serving.py", theirs="hf_serving.py"),
-                specs=dict(ours=shared | dict(run=told), theirs=shared | theirs),
+                specs=dict(ours=shared | dict(run=run_settings), theirs=shared | theirs),
                 environment=_both(size),
                 work=rows * count,
                 steps=1,
@@ -212,10 +227,10 @@ def _decoding(part: str, size: str, workdir: pathlib.Path) -> list[Measurement]:
                 moves=False,
             )  # fmt: skip
         )
-    return found
+    return results
 
 
-def _pictures(part: str, size: str, workdir: pathlib.Path) -> list[Measurement]:
+def _images(part: str, size: str, workdir: pathlib.Path) -> list[Measurement]:
     from medmax_jax import config
     from medmax_jax.configs import base
     from medmax_jax.convert import vqgan
@@ -227,18 +242,18 @@ def _pictures(part: str, size: str, workdir: pathlib.Path) -> list[Measurement]:
             embed_dim=32, num_codes=64,
         )  # fmt: skip
     vq = config.build(config.VQ, fields)
-    names = {n: (place.name, place.shape) for n, place in vqgan.key_map(vq).items()}
-    pictures = workdir / "pictures.npz"
+    names = {n: (location.name, location.shape) for n, location in vqgan.key_map(vq).items()}
+    path = workdir / "images.npz"
     shape = (16 if size == "7b" else 1, vq.image_size, vq.image_size, 3)
     pixels = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
-    np.savez(pictures, pixels=pixels)
-    found = []
+    np.savez(path, pixels=pixels)
+    results = []
     for rows in (1, 8, 16) if size == "7b" else (1,):
-        shared = dict(part=part, pictures=str(pictures), rows=rows, vq=json.loads(fields.to_json()))
-        found.append(
+        shared = dict(part=part, images=str(path), rows=rows, vq=json.loads(fields.to_json()))
+        results.append(
             Measurement(
-                name="same" if rows == 1 else f"{rows} pictures",
-                unit="pictures/s",
+                name="same" if rows == 1 else f"{rows} images",
+                unit="images/s",
                 scripts=dict(ours="jax_serving.py", theirs="hf_serving.py"),
                 specs=dict(
                     ours=shared,
@@ -252,7 +267,7 @@ def _pictures(part: str, size: str, workdir: pathlib.Path) -> list[Measurement]:
                 moves=False,
             )  # fmt: skip
         )
-    return found
+    return results
 
 
 def _both(size: str) -> dict[str, str]:

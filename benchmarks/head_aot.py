@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from step_aot import CLOCK, Cycles, the_mesh
+from step_aot import CLOCK, Cycles, make_topology_mesh
 
 from medmax_jax import sharding
 from medmax_jax.models.layers import HeadWeights
@@ -30,37 +30,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--topology", default="v5e:2x2")
     parser.add_argument("--mesh", default="1,4,1", help="data,fsdp,tp")
-    parser.add_argument("--rows", type=int, default=4, help="of a device")
-    given = parser.parse_args()
-    m = the_mesh(given.topology, given.mesh)
-    rows = given.rows * m.shape["data"] * m.shape["fsdp"]
-    like = lambda shape, kind, spec: jax.ShapeDtypeStruct(  # noqa: E731
-        shape, kind, sharding=NamedSharding(m, spec)
+    parser.add_argument("--rows", type=int, default=4, help="rows per device")
+    args = parser.parse_args()
+    m = make_topology_mesh(args.topology, args.mesh)
+    rows = args.rows * m.shape["data"] * m.shape["fsdp"]
+    like = lambda shape, dtype, spec: jax.ShapeDtypeStruct(  # noqa: E731
+        shape, dtype, sharding=NamedSharding(m, spec)
     )
-    args = (
+    inputs = (
         like((rows, LENGTH, WIDTH), jnp.bfloat16, sharding.ACT),
         like((WIDTH, VOCAB), jnp.bfloat16, sharding.UP),
         like((rows, LENGTH), jnp.int32, sharding.BATCH),
         like((rows, LENGTH), jnp.float32, sharding.BATCH),
     )
-    found = dict(topology=given.topology, mesh=given.mesh, rows=given.rows, jax=jax.__version__)
+    report = dict(topology=args.topology, mesh=args.mesh, rows=args.rows, jax=jax.__version__)
     with jax.set_mesh(m):
         for name, total in (("ours", ours), ("remat", remat), ("naive", naive)):
-            compiled = jax.jit(jax.value_and_grad(total)).lower(*args).compile()
+            compiled = jax.jit(jax.value_and_grad(total)).lower(*inputs).compile()
             temp = compiled.memory_analysis().temp_size_in_bytes
             cycles = Cycles(compiled.as_text()).total()
-            found[name] = dict(
+            report[name] = dict(
                 temp_gib=round(temp / 2**30, 3), est_ms=round(cycles / CLOCK * 1e3, 1)
             )
-    print(json.dumps(found))
+    print(json.dumps(report))
 
 
 def ours(hidden, kernel, targets, weights):
     """Compute the loss as the training step does."""
     head = HeadWeights(kernel, None)
     chunks = ce.num_chunks(hidden, kernel)
-    how = dict(trains_kernel=False, chunks=chunks)
-    return ce.weighted_nll(hidden, head, targets, weights, **how)[0]
+    return ce.weighted_nll(hidden, head, targets, weights, trains_kernel=False, chunks=chunks)[0]
 
 
 def remat(hidden, kernel, targets, weights):

@@ -43,14 +43,14 @@ class Decoder:
     @torch.inference_mode()
     def steps(self, count: int) -> dict[str, Any]:
         """Return the seconds of prompt and answer together."""
-        seconds, asked = [], self.spec["count"]
+        seconds, new_tokens = [], self.spec["count"]
         for _ in range(count):
             start = time.perf_counter()
-            found = self.model.generate(
+            output = self.model.generate(
                 self.prompt, attention_mask=torch.ones_like(self.prompt), do_sample=False,
-                max_new_tokens=asked, min_new_tokens=asked, cache_implementation="static",
+                max_new_tokens=new_tokens, min_new_tokens=new_tokens, cache_implementation="static",
             )  # fmt: skip
-            found[0, -1].item()  # waits for the device
+            output[0, -1].item()  # waits for the device
             seconds.append(time.perf_counter() - start)
         return dict(seconds=seconds)
 
@@ -59,7 +59,7 @@ class Decoder:
         return hf_side.device(self.spec)
 
 
-class Pictures:
+class Images:
     """Runs HF's VQGAN, which has only an encoder."""
 
     def __init__(self, spec: dict[str, Any]):
@@ -74,7 +74,7 @@ class Pictures:
             self.model = modeling_chameleon.ChameleonVQVAE(settings).eval()
         for name, tensor in self.model.named_parameters():
             _fill(tensor, *spec["names"][name])
-        pixels = np.load(spec["pictures"])["pixels"][: spec["rows"]].transpose(0, 3, 1, 2)
+        pixels = np.load(spec["images"])["pixels"][: spec["rows"]].transpose(0, 3, 1, 2)
         self.pixels = torch.tensor(np.ascontiguousarray(pixels)).to(spec["device"])
         self.steps(1)
 
@@ -109,8 +109,8 @@ def _fill(tensor: torch.Tensor, name: str, shape: list[int]) -> None:
     if wide is None:
         tensor.fill_(same_weights.constant(name))
         return
-    place = torch.arange(math.prod(shape), device=tensor.device)
-    bits = same_weights.bits(place, same_weights.salt(name, 0), int)
+    index = torch.arange(math.prod(shape), device=tensor.device)
+    bits = same_weights.bits(index, same_weights.salt(name, 0), int)
     value = ((bits.float() / 2**24 - 0.5) * wide).reshape(shape)
     tensor.copy_(value.permute(3, 2, 0, 1) if len(shape) == 4 else value)
 
@@ -119,8 +119,8 @@ def main() -> None:
     """Build the models, then serve requests."""
     with open(sys.argv[1]) as file:
         spec = json.load(file)
-    made = {"decode": Decoder, "vq": Pictures}[spec["part"]](spec)
-    sides.serve({"losses": made.losses, "steps": made.steps, "about": made.about})
+    side = {"decode": Decoder, "vq": Images}[spec["part"]](spec)
+    sides.serve({"losses": side.losses, "steps": side.steps, "about": side.about})
 
 
 if __name__ == "__main__":

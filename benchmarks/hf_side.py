@@ -37,7 +37,7 @@ def build(spec: dict[str, Any]) -> torch.nn.Module:
         if not name.startswith("model.vqmodel"):
             fill(name, tensor)
     if spec["quant"] == "nf4":
-        quantise(model)
+        quantize(model)
     if spec["checkpointing"]:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
@@ -94,19 +94,20 @@ def ours(name: str) -> tuple[str, int]:
 def fill(name: str, tensor: torch.Tensor) -> None:
     """Write the tensor's weights in place."""
     name, layer = ours(name)
-    turned = not name.endswith(("embedding", "scale", "bias"))  # torch stores matrices as [out, in]
-    shape = tensor.shape[::-1] if turned else tensor.shape
+    # torch stores matrices as [out, in]
+    transposed = not name.endswith(("embedding", "scale", "bias"))
+    shape = tensor.shape[::-1] if transposed else tensor.shape
     wide = same_weights.width(name, shape[0])
     if wide is None:
         tensor.fill_(same_weights.constant(name))
         return
-    place = torch.arange(shape[0] * shape[1], device=tensor.device)  # int64
-    bits = same_weights.bits(place, same_weights.salt(name, layer), int)
+    index = torch.arange(shape[0] * shape[1], device=tensor.device)  # int64
+    bits = same_weights.bits(index, same_weights.salt(name, layer), int)
     value = ((bits.float() / 2**24 - 0.5) * wide).reshape(shape)
-    tensor.copy_(value.T if turned else value)
+    tensor.copy_(value.T if transposed else value)
 
 
-def quantise(model: torch.nn.Module) -> None:
+def quantize(model: torch.nn.Module) -> None:
     """Quantize the matrices of the layers to nf4 of bitsandbytes, in place.
 
     The embedding and head are unchanged.
@@ -114,8 +115,8 @@ def quantise(model: torch.nn.Module) -> None:
     import bitsandbytes as bnb
 
     for layer in model.model.layers:
-        for room in (layer.self_attn, layer.mlp):
-            for name, old in list(room.named_children()):
+        for block in (layer.self_attn, layer.mlp):
+            for name, old in list(block.named_children()):
                 if name in NAMES:
                     new = bnb.nn.Linear4bit(
                         old.in_features, old.out_features, bias=False, quant_type="nf4",
@@ -124,7 +125,7 @@ def quantise(model: torch.nn.Module) -> None:
                     new.weight = bnb.nn.Params4bit(
                         old.weight.data.cpu(), requires_grad=False, quant_type="nf4"
                     )
-                    setattr(room, name, new.to(old.weight.device))
+                    setattr(block, name, new.to(old.weight.device))
 
 
 @dataclasses.dataclass
@@ -138,9 +139,9 @@ class Trainer:
         if spec["device"] == "cpu":
             torch.set_num_threads(spec["threads"])
         self.model = build(spec).train()
-        held = np.load(spec["batches"])
+        batches = np.load(spec["batches"])
         self.ids, self.weights = (
-            torch.tensor(held[name]).to(spec["device"]) for name in ("ids", "weights")
+            torch.tensor(batches[name]).to(spec["device"]) for name in ("ids", "weights")
         )
         self.forward = torch.compile(self.loss) if spec["compile"] else self.loss
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -184,9 +185,9 @@ class Trainer:
     def losses(self, count: int) -> dict[str, Any]:
         """Return the losses of the first steps, without dropout."""
         self.restart(dropout=0.0)
-        found = [self.step().item() for _ in range(count)]
+        losses = [self.step().item() for _ in range(count)]
         self.restart(dropout=self.spec["lora"]["dropout"])
-        return dict(losses=found)
+        return dict(losses=losses)
 
     def steps(self, count: int) -> dict[str, Any]:
         """Return the seconds of each of `count` steps."""

@@ -32,22 +32,22 @@ RESAMPLES = 2_000
 class Design:
     """Describes the groups and items of a test of coverage.
 
-    `each`: items of a group; 0: sizes of their own, log-normal from 1 to about 40.
+    `group_size`: items per group; 0: log-normal sizes from 1 to about 40.
     paired: items are differences of two models, -1, 0 or 1, of which `share` are not 0; the truth
     is 0 and `icc` is of their signs.
     """
 
     groups: int
-    each: int
+    group_size: int
     share: float
     icc: float
     paired: bool = False
 
     @property
     def name(self) -> str:
-        of = self.each or "unequal"
+        size = self.group_size or "unequal"
         kind = "differences, " if self.paired else ""
-        return f"{kind}{self.groups} groups of {of}, share {self.share:g}, icc {self.icc:g}"
+        return f"{kind}{self.groups} groups of {size}, share {self.share:g}, icc {self.icc:g}"
 
     @property
     def truth(self) -> float:
@@ -55,15 +55,15 @@ class Design:
 
     def draw(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Return (values, the group of each)."""
-        sizes = np.full(self.groups, self.each)
-        if not self.each:
+        sizes = np.full(self.groups, self.group_size)
+        if not self.group_size:
             sizes = np.maximum(1, np.round(rng.lognormal(1.2, 1.0, self.groups))).astype(int)
         member = np.repeat(np.arange(self.groups), sizes)
-        middle = 0.5 if self.paired else self.share
-        shares = np.full(self.groups, middle)
+        center = 0.5 if self.paired else self.share
+        shares = np.full(self.groups, center)
         if self.icc:
             spread = 1 / self.icc - 1
-            shares = rng.beta(middle * spread, (1 - middle) * spread, self.groups)
+            shares = rng.beta(center * spread, (1 - center) * spread, self.groups)
         values = (rng.uniform(size=len(member)) < shares[member]).astype(np.float64)
         if self.paired:
             values = (2 * values - 1) * (rng.uniform(size=len(member)) < self.share)
@@ -97,18 +97,18 @@ DESIGNS = (
 def coverage(design: Design, *, draws: int, seed: int) -> dict[str, float]:
     """Return the share of intervals that contain the truth by method, and our mean width."""
     rng, width = np.random.default_rng(seed), 0.0
-    held = dict.fromkeys(("ours", "percentile", "t"), 0)
+    contained = dict.fromkeys(("ours", "percentile", "t"), 0)
     span = intervals.of_differences(intervals.SHARE) if design.paired else intervals.SHARE
     for draw in range(draws):
         values, member = design.draw(rng)
-        found = intervals.mean_interval(
+        interval = intervals.mean_interval(
             values, member.tolist(), seed=draw, resamples=RESAMPLES, span=span
         )
-        width += (found.high - found.low) / draws
-        ends = {"ours": (found.low, found.high)} | _others(values, member, design.groups, rng)
+        width += (interval.high - interval.low) / draws
+        ends = {"ours": (interval.low, interval.high)} | _others(values, member, design.groups, rng)
         for name, (low, high) in ends.items():
-            held[name] += low - 1e-12 <= design.truth <= high + 1e-12
-    return {name: round(float(count) / draws, 3) for name, count in held.items()} | {
+            contained[name] += low - 1e-12 <= design.truth <= high + 1e-12
+    return {name: round(float(count) / draws, 3) for name, count in contained.items()} | {
         "width": round(width, 3)
     }
 
@@ -121,11 +121,13 @@ def _others(
     drawn = rng.integers(groups, size=(RESAMPLES, groups))
     low, high = np.quantile(sums[drawn].sum(1) / sizes[drawn].sum(1), [0.025, 0.975])
     mean = values.mean()
-    left = sums - sizes * mean
-    reach = special.stdtrit(groups - 1, 0.975) * np.sqrt(groups / (groups - 1) * (left**2).sum())
+    residuals = sums - sizes * mean
+    half_width = special.stdtrit(groups - 1, 0.975) * np.sqrt(
+        groups / (groups - 1) * (residuals**2).sum()
+    )
     return {
         "percentile": (float(low), float(high)),
-        "t": (mean - reach / len(values), mean + reach / len(values)),
+        "t": (mean - half_width / len(values), mean + half_width / len(values)),
     }
 
 
@@ -133,12 +135,12 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--draws", type=int, default=500)
-    given = parser.parse_args()
-    found, begin = {}, time.perf_counter()
+    args = parser.parse_args()
+    shares, begin = {}, time.perf_counter()
     for design in DESIGNS:
-        found[design.name] = coverage(design, draws=given.draws, seed=0)
-        print(design.name, found[design.name], f"{time.perf_counter() - begin:.0f} s", flush=True)
-    print(json.dumps({"draws": given.draws, "coverage": found}))
+        shares[design.name] = coverage(design, draws=args.draws, seed=0)
+        print(design.name, shares[design.name], f"{time.perf_counter() - begin:.0f} s", flush=True)
+    print(json.dumps({"draws": args.draws, "coverage": shares}))
 
 
 if __name__ == "__main__":

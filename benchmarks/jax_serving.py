@@ -66,38 +66,40 @@ def _read(
     model: Any, ids: jax.Array, *, config: medmax_jax_config.Model, count: int
 ) -> tuple[Any, Any]:
     rows, length = ids.shape
-    cache = kv_cache.init_cache(config, lanes=rows, slots=length + count, kind="model")
+    cache = kv_cache.init_cache(
+        config, num_slots=rows, cache_length=length + count, cache_dtype="model"
+    )
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), ids.shape)
-    places = jax.sharding.reshard(positions, sharding.BATCH)
-    hidden, cache = kv_cache.decode(model, ids, cache, places, lanes=None, span=length + count)
+    positions = jax.sharding.reshard(positions, sharding.BATCH)
+    hidden, cache = kv_cache.decode(model, ids, cache, positions, slots=None, span=length + count)
     return model.logits(hidden[:, -1:]), cache
 
 
 def _write(model: Any, logits: jax.Array, cache: Any, *, count: int) -> jax.Array:
     rows, start = logits.shape[0], cache.k.shape[3] - count
 
-    def body(carry: tuple, at: jax.Array) -> tuple[tuple, jax.Array]:
+    def body(carry: tuple, position: jax.Array) -> tuple[tuple, jax.Array]:
         token, cache = carry
-        positions = jnp.full((rows, 1), at, jnp.int32, out_sharding=sharding.BATCH)
+        positions = jnp.full((rows, 1), position, jnp.int32, out_sharding=sharding.BATCH)
         span = cache.k.shape[3]
-        hidden, cache = kv_cache.decode(model, token, cache, positions, lanes=None, span=span)
+        hidden, cache = kv_cache.decode(model, token, cache, positions, slots=None, span=span)
         token = jax.sharding.reshard(
             model.logits(hidden).argmax(-1).astype(jnp.int32), sharding.BATCH
         )
         return (token, cache), token
 
     token = jax.sharding.reshard(logits.argmax(-1).astype(jnp.int32), sharding.BATCH)
-    places = start + jnp.arange(count - 1, dtype=jnp.int32)
-    return jax.lax.scan(body, (token, cache), places)[1]
+    positions = start + jnp.arange(count - 1, dtype=jnp.int32)
+    return jax.lax.scan(body, (token, cache), positions)[1]
 
 
-class Pictures:
+class Images:
     """Runs the VQGAN."""
 
     def __init__(self, spec: dict[str, Any]):
         vq = medmax_jax_config.build(medmax_jax_config.VQ, spec["vq"])
         self.model = jax_side.fill(vqgan.abstract(vq), None)
-        self.pixels = jnp.asarray(np.load(spec["pictures"])["pixels"][: spec["rows"]])
+        self.pixels = jnp.asarray(np.load(spec["images"])["pixels"][: spec["rows"]])
         start = time.perf_counter()
         self.codes = jax.block_until_ready(vqgan.encode(self.model, self.pixels))
         jax.block_until_ready(vqgan.decode_codes(self.model, self.codes))
@@ -109,16 +111,16 @@ class Pictures:
 
     def steps(self, count: int) -> dict[str, Any]:
         """Return the seconds to encode, and to decode, which the other side cannot."""
-        seconds, back = [], []
+        seconds, decode_seconds = [], []
         for _ in range(count):
-            for call, what, kept in (
+            for call, inputs, times in (
                 (vqgan.encode, self.pixels, seconds),
-                (vqgan.decode_codes, self.codes, back),
+                (vqgan.decode_codes, self.codes, decode_seconds),
             ):
                 start = time.perf_counter()
-                jax.block_until_ready(call(self.model, what))
-                kept.append(time.perf_counter() - start)
-        return dict(seconds=seconds, decode_seconds=back)
+                jax.block_until_ready(call(self.model, inputs))
+                times.append(time.perf_counter() - start)
+        return dict(seconds=seconds, decode_seconds=decode_seconds)
 
     def about(self) -> dict[str, Any]:
         """Return the values of jax_side.Trainer.about."""
@@ -129,8 +131,8 @@ def main() -> None:
     """Compile, then serve requests."""
     with open(sys.argv[1]) as file:
         spec = json.load(file)
-    made = {"decode": Decoder, "vq": Pictures}[spec["part"]](spec)
-    sides.serve({"losses": made.losses, "steps": made.steps, "about": made.about})
+    side = {"decode": Decoder, "vq": Images}[spec["part"]](spec)
+    sides.serve({"losses": side.losses, "steps": side.steps, "about": side.about})
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def write_records(folder: pathlib.Path, run: config.Run, *, count: int) -> None:
     rng, length = np.random.default_rng(0), run.data.seq_len
     chance = 1 / np.arange(1, run.vocab.size - FIRST_TEXT + 1)
 
-    def made(number: int) -> Document:
+    def document(number: int) -> Document:
         text = FIRST_TEXT + rng.choice(len(chance), length, p=chance / chance.sum())
         text[0], text[rng.integers(length // 4, 3 * length // 4)], text[-1] = BOS, SEP, EOS
         return Document(
@@ -52,16 +52,16 @@ def write_records(folder: pathlib.Path, run: config.Run, *, count: int) -> None:
         )  # fmt: skip
 
     layout = Layout(vocab=run.vocab, codes_per_image=run.vq.codes_per_image, tokenizer="", vqgan="")
-    documents = (made(number) for number in range(count))
+    documents = (document(number) for number in range(count))
     writer.write(folder, documents, shard_size=1_024, layout=layout, notes={})
 
 
 def write_batches(path: pathlib.Path, run: config.Run, *, count: int) -> None:
     """Write the first batches of the run, for the other side."""
     source = loader.train_batches(run, run.data.train)
-    held = [source.batch(number) for number in range(count)]
+    batches = [source.batch(number) for number in range(count)]
     names = ("ids", "weights")
-    np.savez(path, **{n: np.concatenate([getattr(batch, n) for batch in held]) for n in names})
+    np.savez(path, **{n: np.concatenate([getattr(batch, n) for batch in batches]) for n in names})
 
 
 def create(run: config.Run) -> chameleon.Chameleon:
@@ -76,24 +76,24 @@ def create(run: config.Run) -> chameleon.Chameleon:
 def fill(like: Any, model: config.Model | None) -> Any:
     """Return the tree with arrays for shapes. `model`: where matrices may be quantized."""
     leaves = jax.tree_util.tree_flatten_with_path(like)
-    made: dict[str, jax.Array] = {}
+    filled: dict[str, jax.Array] = {}
     for path, leaf in leaves[0]:
         name = dotted_name(path)
         if name.endswith(".qvalue"):  # its scale is the leaf after or before it
-            made |= _quantised(name.removesuffix(".qvalue"), leaf, model)
+            filled |= _quantized(name.removesuffix(".qvalue"), leaf, model)
         elif not name.endswith("kernel.scale"):
-            made[name] = _made(name, leaf)
-    return jax.tree.unflatten(leaves[1], [made[dotted_name(path)] for path, _ in leaves[0]])
+            filled[name] = _fill_leaf(name, leaf)
+    return jax.tree.unflatten(leaves[1], [filled[dotted_name(path)] for path, _ in leaves[0]])
 
 
-def _made(name: str, like: jax.ShapeDtypeStruct) -> jax.Array:
+def _fill_leaf(name: str, like: jax.ShapeDtypeStruct) -> jax.Array:
     stacked = name.startswith("layers.")
     shape = like.shape[1:] if stacked else like.shape
 
     @functools.partial(jax.jit, out_shardings=like.sharding)
     def fill(salts: jax.Array) -> jax.Array:
-        found = jax.lax.map(lambda salt: _layer(name, salt, shape).astype(like.dtype), salts)
-        return found.reshape(like.shape)
+        values = jax.lax.map(lambda salt: _layer(name, salt, shape).astype(like.dtype), salts)
+        return values.reshape(like.shape)
 
     return fill(_salts(name, like.shape[0] if stacked else 1))
 
@@ -107,29 +107,29 @@ def _layer(name: str, salt: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     wide = same_weights.width(name, shape[0])
     if wide is None:
         return jnp.full(shape, same_weights.constant(name), jnp.float32)
-    place = jax.lax.iota(np.uint32, math.prod(shape))
-    found = same_weights.bits(place, salt, np.uint32)
-    return ((found.astype(jnp.float32) / 2**24 - 0.5) * np.float32(wide)).reshape(shape)
+    index = jax.lax.iota(np.uint32, math.prod(shape))
+    bits = same_weights.bits(index, salt, np.uint32)
+    return ((bits.astype(jnp.float32) / 2**24 - 0.5) * np.float32(wide)).reshape(shape)
 
 
-def _quantised(name: str, like: jax.ShapeDtypeStruct, model: config.Model) -> dict[str, jax.Array]:
+def _quantized(name: str, like: jax.ShapeDtypeStruct, model: config.Model) -> dict[str, jax.Array]:
     """Return a stack of matrices in nf4, as by convert/quantize.py, but on the device."""
     if model.quant != "nf4":
-        raise ValueError(f"model.quant is {model.quant!r}; this benchmark makes only nf4")
+        raise ValueError(f"model.quant is {model.quant!r}; this benchmark supports only nf4")
     layers, rows, columns = like.shape
 
     @jax.jit
-    def one(salt: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def quantize(salt: jax.Array) -> tuple[jax.Array, jax.Array]:
         dense = _layer(name, salt, (2 * rows, columns)).astype(model.param_dtype)
         tiles = {0: quantization.TILE}
-        found = qwix.quantize(
+        matrix = qwix.quantize(
             dense.astype(jnp.float32), "nf4", channelwise_axes=(1,), tiled_axes=tiles
         )
-        codes = found.qvalue.astype(jnp.uint8)
-        return codes[0::2] | (codes[1::2] << 4), found.scale.astype(jnp.float32)
+        codes = matrix.qvalue.astype(jnp.uint8)
+        return codes[0::2] | (codes[1::2] << 4), matrix.scale.astype(jnp.float32)
 
-    pairs = [one(salt) for salt in _salts(name, layers)]
-    codes, scales = (jnp.stack(each) for each in zip(*pairs, strict=True))
+    pairs = [quantize(salt) for salt in _salts(name, layers)]
+    codes, scales = (jnp.stack(parts) for parts in zip(*pairs, strict=True))
     return {f"{name}.qvalue": codes, f"{name}.scale": scales}
 
 
@@ -160,8 +160,10 @@ class Trainer:
     def _compiled(self, name: str, run: config.Run) -> Any:
         start = time.perf_counter()
         with jax.set_mesh(self.mesh):
-            made = step.make_train_step(self._graph(run), run)
-            compiled = made.lower(self.state, self.frozen, self.batches[0], self.key).compile()
+            train_step = step.make_train_step(self._graph(run), run)
+            compiled = train_step.lower(
+                self.state, self.frozen, self.batches[0], self.key
+            ).compile()
         self.compile_seconds[name] = round(time.perf_counter() - start, 2)
         return compiled
 
@@ -169,7 +171,7 @@ class Trainer:
         like = chameleon.abstract_model(run.model, run.vocab, run.lora)
         return step.split_trainable(like, run.train.trains)[0]
 
-    def one(self, compiled: Any) -> Any:
+    def advance(self, compiled: Any) -> Any:
         """Return the sums of the next step, without waiting for them."""
         batch = self.batches[self.at % len(self.batches)]
         self.at += 1
@@ -180,18 +182,18 @@ class Trainer:
     def losses(self, count: int) -> dict[str, Any]:
         """Return the losses of the first steps, without dropout."""
         self.restart()
-        still = dataclasses.replace(self.run.lora, dropout=0.0)
-        compiled = self._compiled("without dropout", dataclasses.replace(self.run, lora=still))
-        found = [float(self.one(compiled).loss.total) for _ in range(count)]
+        no_dropout = dataclasses.replace(self.run.lora, dropout=0.0)
+        compiled = self._compiled("without dropout", dataclasses.replace(self.run, lora=no_dropout))
+        losses = [float(self.advance(compiled).loss.total) for _ in range(count)]
         self.restart()
-        return dict(losses=found)
+        return dict(losses=losses)
 
     def steps(self, count: int) -> dict[str, Any]:
         """Return the seconds of each of `count` steps."""
         seconds = []
         for _ in range(count):
             start = time.perf_counter()
-            jax.block_until_ready(self.one(self.compiled))
+            jax.block_until_ready(self.advance(self.compiled))
             seconds.append(time.perf_counter() - start)
         return dict(seconds=seconds)
 

@@ -43,7 +43,7 @@ def memory(name: str) -> float:
     raise KeyError(name)
 
 
-def say(**numbers: object) -> None:
+def print_json(**numbers: object) -> None:
     """Print one line of JSON for the waiting process."""
     print(json.dumps(numbers), flush=True)
 
@@ -115,7 +115,7 @@ def padded(rows: list) -> tuple:
 
 def report(imported: float, indexed: float, first: float, tokens: int, base: float) -> None:
     """Print the numbers of one side."""
-    say(
+    print_json(
         imports=round(imported - START, 3),
         index=round(indexed - imported, 4),
         first_batch=round(first - imported, 4),
@@ -141,13 +141,13 @@ def digests(folder: str, start: int, stop: int) -> None:
 # ---- measurements
 
 
-def child(*words: object) -> dict:
+def child(*arguments: object) -> dict:
     """Run one of the above; return its output."""
-    command = [sys.executable, __file__, "--child", *map(str, words)]
+    command = [sys.executable, __file__, "--child", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    found = json.loads(done.stdout.splitlines()[-1])
-    print(*words[:1], found, flush=True)
-    return found
+    result = json.loads(done.stdout.splitlines()[-1])
+    print(*arguments[:1], result, flush=True)
+    return result
 
 
 def make(scratch: pathlib.Path, rows: int, jsonl: bool) -> tuple[pathlib.Path, pathlib.Path]:
@@ -161,9 +161,9 @@ def make(scratch: pathlib.Path, rows: int, jsonl: bool) -> tuple[pathlib.Path, p
     if jsonl and not path.exists():
         with open(path, "w") as out:
             for d in synthetic.documents(rows, seed=0):
-                about = dict(text="<image> " + "word " * 60, image_path=d.image_path, task=d.task)
-                about |= dict(source=d.source, credential=d.credential)
-                out.write(json.dumps(about | {"tokens": d.tokens.tolist()}) + "\n")
+                row = dict(text="<image> " + "word " * 60, image_path=d.image_path, task=d.task)
+                row |= dict(source=d.source, credential=d.credential)
+                out.write(json.dumps(row | {"tokens": d.tokens.tolist()}) + "\n")
     return folder, path
 
 
@@ -182,22 +182,26 @@ def planned() -> dict:
         for epoch in (0, 1):
             plan = pack.plan(short, seq_len=seq_len, pack=True, seed=0, epoch=epoch)
         seconds = time.monotonic() - start
-        pictures = np.arange(len(short)) // 2
-        windows = mixing.group_by_image(np.arange(len(short)), pictures, seed=0, epoch=0)
-        near = pack.plan(short, seq_len=seq_len, pack=True, seed=0, epoch=0, windows=windows)
+        images = np.arange(len(short)) // 2
+        windows = mixing.group_by_image(np.arange(len(short)), images, seed=0, epoch=0)
+        image_centric = pack.plan(
+            short, seq_len=seq_len, pack=True, seed=0, epoch=0, windows=windows
+        )
         offline = short.sum() / (packing_report.best_fit_row_count(short, seq_len) * seq_len)
         table[seq_len] = dict(
             two_epochs_seconds=round(seconds, 2),
             rows=len(plan),
             fill=round(packing_report.packing_efficiency(short, plan, seq_len), 4),
             offline=round(float(offline), 4),
-            image_centric=round(packing_report.packing_efficiency(short, near, seq_len), 4),
+            image_centric=round(
+                packing_report.packing_efficiency(short, image_centric, seq_len), 4
+            ),
         )
         print(seq_len, table[seq_len], flush=True)
     batches = {n: packing_report.padding_efficiency(short, batch_size=n, seed=0) for n in (8, 64)}
-    left_out = MIXTURE - len(short)
+    excluded = MIXTURE - len(short)
     return dict(
-        left_out=left_out, rows_of=table, padded_to_longest=batches, peak_mb=memory("VmHWM")
+        excluded=excluded, rows_of=table, padded_to_longest=batches, peak_mb=memory("VmHWM")
     )
 
 
@@ -215,18 +219,20 @@ def weighted() -> dict:
     start = time.monotonic()
     draws = mixing.sample_group(group, lengths, np.sqrt(shares).tolist(), "tokens")
     for epoch in (0, 1):
-        times = mixing.repeat_documents(group, draws, seed=0, epoch=epoch)
-        windows = mixing.shuffled_windows(np.arange(MIXTURE), times, seed=0, epoch=epoch)
+        counts = mixing.repeat_documents(group, draws, seed=0, epoch=epoch)
+        windows = mixing.shuffled_windows(np.arange(MIXTURE), counts, seed=0, epoch=epoch)
         pack.plan(lengths, seq_len=16_384, pack=True, seed=0, epoch=epoch, windows=windows)
-    twice = any(len(np.unique(w)) < len(w) for w in windows)
-    return dict(two_epochs_seconds=round(time.monotonic() - start, 2), twice_in_a_window=twice)
+    repeated = any(len(np.unique(w)) < len(w) for w in windows)
+    return dict(
+        two_epochs_seconds=round(time.monotonic() - start, 2), repeated_in_a_window=repeated
+    )
 
 
 def killed(folder: pathlib.Path, steps_an_epoch: int) -> dict:
     """Kill a reader in its second epoch, resume in another, and compare the batches."""
     stop = 2 * steps_an_epoch
     command = [sys.executable, __file__, "--child", "digests", str(folder)]
-    whole = subprocess.run(
+    complete = subprocess.run(
         [*command, "0", str(stop)], capture_output=True, text=True, check=True, cwd=ROOT
     ).stdout.splitlines()
     process = subprocess.Popen([*command, "0", str(stop)], stdout=subprocess.PIPE, text=True)
@@ -237,13 +243,13 @@ def killed(folder: pathlib.Path, steps_an_epoch: int) -> dict:
             process.kill()
             break
     process.communicate()
-    at, epoch = len(lines), int(lines[-1].split()[1])
+    position, epoch = len(lines), int(lines[-1].split()[1])
     rest = subprocess.run(
-        [*command, str(at), str(stop)], capture_output=True, text=True, check=True, cwd=ROOT
+        [*command, str(position), str(stop)], capture_output=True, text=True, check=True, cwd=ROOT
     ).stdout.splitlines()
-    found = dict(killed_after=at, epoch=epoch, steps=stop, equal=lines + rest == whole)
-    print("killed", found, flush=True)
-    return found
+    result = dict(killed_after=position, epoch=epoch, steps=stop, equal=lines + rest == complete)
+    print("killed", result, flush=True)
+    return result
 
 
 def middle(runs: list[dict]) -> dict:
@@ -256,37 +262,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--scratch", type=pathlib.Path, help="a folder; 2 GB are written there")
+    parser.add_argument("--scratch", type=pathlib.Path, help="folder for 2 GB of records")
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--many", type=int, default=400_000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=400, help="batches after the first")
-    parser.add_argument("--keep", action="store_true", help="leave the records there")
+    parser.add_argument("--keep", action="store_true", help="keep the records")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.child:
-        what, path, *numbers = given.child
-        {"ours": ours, "theirs": theirs, "digests": digests}[what](path, *map(int, numbers))
+    args = parser.parse_args()
+    if args.child:
+        name, path, *numbers = args.child
+        {"ours": ours, "theirs": theirs, "digests": digests}[name](path, *map(int, numbers))
         return
-    load, scratch = os.getloadavg(), given.scratch / "loader"
+    load, scratch = os.getloadavg(), args.scratch / "loader"
     scratch.mkdir(parents=True, exist_ok=True)
-    folder, path = make(scratch, given.rows, jsonl=True)
+    folder, path = make(scratch, args.rows, jsonl=True)
     print(f"{path.stat().st_size / 1e6:.0f} MB of JSONL", flush=True)
     runs: dict[str, list[dict]] = {"ours": [], "theirs": []}
-    for _ in range(given.rounds):
-        runs["theirs"].append(child("theirs", path, given.steps))
-        runs["ours"].append(child("ours", folder, given.steps))
-    many = [child("ours", make(scratch, given.many, jsonl=False)[0], given.steps)]
-    many += [child("ours", scratch / f"records_{given.many}", given.steps) for _ in range(2)]
-    told = dict(planned=planned(), weighted=weighted())
-    steps_an_epoch = given.rows // (3 * BATCH)
-    told["killed"] = killed(folder, steps_an_epoch)
-    if not given.keep:
+    for _ in range(args.rounds):
+        runs["theirs"].append(child("theirs", path, args.steps))
+        runs["ours"].append(child("ours", folder, args.steps))
+    large = [child("ours", make(scratch, args.many, jsonl=False)[0], args.steps)]
+    large += [child("ours", scratch / f"records_{args.many}", args.steps) for _ in range(2)]
+    results = dict(planned=planned(), weighted=weighted())
+    steps_an_epoch = args.rows // (3 * BATCH)
+    results["killed"] = killed(folder, steps_an_epoch)
+    if not args.keep:
         shutil.rmtree(scratch)
-    finish(runs, many, told, load)
+    finish(runs, large, results, load)
 
 
-def finish(runs: dict, many: list[dict], told: dict, load: tuple) -> None:
+def finish(runs: dict, large: list[dict], results: dict, load: tuple) -> None:
     """Print the last line."""
     import grain
     import jax
@@ -299,8 +305,8 @@ def finish(runs: dict, many: list[dict], told: dict, load: tuple) -> None:
         ratio=round(other["first_batch"] / mine["first_batch"], 1),
         ours_all=mine,
         theirs_all=other,
-        ours_many_rows=middle(many),
-        **told,
+        ours_many_rows=middle(large),
+        **results,
         load_average=[load, os.getloadavg()],
         versions={
             "jax": jax.__version__, "grain": grain.__version__, "numpy": np.__version__,

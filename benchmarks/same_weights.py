@@ -20,14 +20,14 @@ def salt(name: str, layer: int) -> int:
     return zlib.crc32(f"{name}.{layer}".encode())
 
 
-def bits(place: Any, salt: Any, const: Callable[[int], Any]) -> Any:
+def bits(index: Any, salt: Any, const: Callable[[int], Any]) -> Any:
     """Return 24 pseudo-random bits per entry (Wellons' lowbias32).
 
-    `place` and `salt` hold integers below 2**32, in uint32 or something wider; `const` makes a
+    `index` and `salt` hold integers below 2**32, in uint32 or something wider; `const` makes a
     number of their kind.
     """
     low = const(0xFFFFFFFF)
-    x = (place ^ salt) & low
+    x = (index ^ salt) & low
     x = ((x ^ (x >> const(16))) * const(0x7FEB352D)) & low
     x = ((x ^ (x >> const(15))) * const(0x846CA68B)) & low
     return (x ^ (x >> const(16))) >> const(8)

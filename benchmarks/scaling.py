@@ -50,16 +50,16 @@ def design(law: str, *, sizes: int, amounts: int, seeds: int) -> dict[str, np.nd
 
 def truth(law: str, x: dict[str, np.ndarray]) -> np.ndarray:
     """Return the law's values without noise."""
-    v, found = TRUE[law], LAWS[law]
+    values, form = TRUE[law], LAWS[law]
     exponents = tuple(
-        np.array([np.log(v[e.name]) if e.log else v[e.name]]) for e in found.exponents
+        np.array([np.log(values[e.name]) if e.log else values[e.name]]) for e in form.exponents
     )
-    terms = found.terms(exponents, x)
-    signed = zip(found.signs, found.names, terms, strict=True)
-    return sum(sign * v[name] * np.exp(term) for sign, name, term in signed)
+    terms = form.terms(exponents, x)
+    signed = zip(form.signs, form.names, terms, strict=True)
+    return sum(sign * values[name] * np.exp(term) for sign, name, term in signed)
 
 
-def drawn(law: str, x: dict[str, np.ndarray], rng: np.random.Generator) -> table.Table:
+def draw_table(law: str, x: dict[str, np.ndarray], rng: np.random.Generator) -> table.Table:
     """Return a table of runs of the law with noise."""
     exact = truth(law, x)
     noise = NOISE * rng.standard_normal(len(exact))
@@ -79,18 +79,18 @@ def coverage(
 ) -> dict[str, float]:
     """Return the share of intervals that contain the truth, by parameter."""
     rng, x = np.random.default_rng(seed), design(law, **grid)
-    want = dict(TRUE[law])
+    true_values = dict(TRUE[law])
     if law in allocation.LAWS:
-        want["size_exponent"] = allocation.exponent(want)
-    hits = dict.fromkeys(want, 0)
+        true_values["size_exponent"] = allocation.exponent(true_values)
+    hits = dict.fromkeys(true_values, 0)
     for k in range(draws):
-        rows = drawn(law, x, rng)
-        found = fit.fit(LAWS[law], rows.x, rows.y, delta=delta, fixed={})
-        named = diagnostics.bootstrap(found, rows, count=bootstraps, seed=k).named()
+        rows = draw_table(law, x, rng)
+        estimate = fit.fit(LAWS[law], rows.x, rows.y, delta=delta, fixed={})
+        by_name = diagnostics.bootstrap(estimate, rows, count=bootstraps, seed=k).named()
         if law in allocation.LAWS:
-            named["size_exponent"] = allocation.exponent(named)
-        for name, value in want.items():
-            low, high = diagnostics.interval(named[name], diagnostics.LEVEL)
+            by_name["size_exponent"] = allocation.exponent(by_name)
+        for name, value in true_values.items():
+            low, high = diagnostics.interval(by_name[name], diagnostics.LEVEL)
             hits[name] += low <= value <= high
     return {name: round(count / draws, 3) for name, count in hits.items()}
 
@@ -101,16 +101,16 @@ def speed(points: str | None) -> dict[str, float]:
         rows = table.read(points, LAWS["chinchilla"], target="loss", columns={}, exclude=())
     else:
         x = design("chinchilla", sizes=20, amounts=12, seeds=1)
-        rows = drawn("chinchilla", x, np.random.default_rng(0))
+        rows = draw_table("chinchilla", x, np.random.default_rng(0))
     seconds, busy = [], []
     for _ in range(5):
         begin, cpu = time.perf_counter(), time.process_time()
-        found = fit.fit(LAWS["chinchilla"], rows.x, rows.y, delta=1e-3, fixed={})
+        estimate = fit.fit(LAWS["chinchilla"], rows.x, rows.y, delta=1e-3, fixed={})
         seconds.append(time.perf_counter() - begin)
         busy.append(time.process_time() - cpu)
     begin, cpu = time.perf_counter(), time.process_time()
-    diagnostics.bootstrap(found, rows, count=1_000, seed=0)
-    wall, cpu_drawn = time.perf_counter() - begin, time.process_time() - cpu
+    diagnostics.bootstrap(estimate, rows, count=1_000, seed=0)
+    wall, bootstrap_cpu = time.perf_counter() - begin, time.process_time() - cpu
     options = study.Options(delta=1e-3, fixed={}, draws=1_000, seed=0, flops=6.0, budgets=())
     begin, cpu = time.perf_counter(), time.process_time()
     study.run_study(LAWS["chinchilla"], rows, options)
@@ -119,7 +119,7 @@ def speed(points: str | None) -> dict[str, float]:
         fit_seconds=round(float(np.median(seconds)), 3),
         fit_cpu_seconds=round(float(np.median(busy)), 3),
         bootstraps_1000_seconds=round(wall, 2),
-        bootstraps_1000_cpu_seconds=round(cpu_drawn, 2),
+        bootstraps_1000_cpu_seconds=round(bootstrap_cpu, 2),
         study_1000_seconds=round(time.perf_counter() - begin, 2),
         study_1000_cpu_seconds=round(time.process_time() - cpu, 2),
     )
@@ -133,20 +133,20 @@ def main() -> None:
     parser.add_argument("--bootstraps", type=int, default=200)
     parser.add_argument("--laws", default=",".join(TRUE))
     parser.add_argument("--points", help="speed: params,tokens,loss as CSV")
-    given = parser.parse_args()
-    if given.part == "speed":
-        said = speed(given.points)
+    args = parser.parse_args()
+    if args.part == "speed":
+        results = speed(args.points)
     else:
-        said = {}
-        for law in given.laws.split(","):
+        results = {}
+        for law in args.laws.split(","):
             begin = time.perf_counter()
-            said[law] = coverage(
-                law, draws=given.draws, bootstraps=given.bootstraps, seed=0, delta=1e-3, sizes=4,
+            results[law] = coverage(
+                law, draws=args.draws, bootstraps=args.bootstraps, seed=0, delta=1e-3, sizes=4,
                 amounts=4, seeds=2,
             )  # fmt: skip
-            print(law, said[law], f"{time.perf_counter() - begin:.0f} s", flush=True)
+            print(law, results[law], f"{time.perf_counter() - begin:.0f} s", flush=True)
     load = [round(x, 2) for x in os.getloadavg()]
-    print(json.dumps({"part": given.part, "draws": given.draws, **said, "load": load}))
+    print(json.dumps({"part": args.part, "draws": args.draws, **results, "load": load}))
 
 
 if __name__ == "__main__":

@@ -80,26 +80,28 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     args = parser.parse_args()
     if args.points < 2:
-        parser.error(f"--points is {args.points}; a slope needs 2")
-    load, base, told = os.getloadavg(), None, {}
-    print("| axis | size | seconds | tokens/s | temporaries MiB | given MiB |")
+        parser.error(f"--points is {args.points}; a slope requires at least 2")
+    load, base, results = os.getloadavg(), None, {}
+    print("| axis | size | seconds | tokens/s | temporaries MiB | inputs MiB |")
     print("|---|---|---|---|---|---|")
     for axis in BASE:
         sizes = [BASE[axis] * 2**n for n in range(args.points)]
-        found = []
+        measured = []
         for size in sizes:
             if size == BASE[axis] and base is not None:
-                found.append(base)  # the corner of all axes is measured once
+                measured.append(base)  # the corner of all axes is measured once
             else:
-                found.append(measure(args.remat, args.repeats, **(BASE | {axis: size})))
-            base = base or found[0]
-            print(f"| {axis} | {size} | {' | '.join(map(str, found[-1].values()))} |", flush=True)
-        slopes = {name: slope(sizes, [f[name] for f in found]) for name in MEASURED}
-        told[axis] = dict(sizes=sizes, found=found, slopes=slopes)
+                measured.append(measure(args.remat, args.repeats, **(BASE | {axis: size})))
+            base = base or measured[0]
+            print(
+                f"| {axis} | {size} | {' | '.join(map(str, measured[-1].values()))} |", flush=True
+            )
+        slopes = {name: slope(sizes, [f[name] for f in measured]) for name in MEASURED}
+        results[axis] = dict(sizes=sizes, measured=measured, slopes=slopes)
         cells = [slopes["seconds"], "", slopes["temporaries_mib"], slopes["arguments_mib"]]
         print(f"| {axis} | slope | {' | '.join(map(str, cells))} |", flush=True)
     if args.json:
-        print(json.dumps(told | dict(remat=args.remat, load_average=[load, os.getloadavg()])))
+        print(json.dumps(results | dict(remat=args.remat, load_average=[load, os.getloadavg()])))
 
 
 if __name__ == "__main__":

@@ -36,18 +36,18 @@ class Side:
             env=os.environ | environment,
         )  # fmt: skip
 
-    def ask(self, **question: Any) -> dict[str, Any]:
+    def ask(self, **request: Any) -> dict[str, Any]:
         """Return the answer to one request; other output of the side goes to stderr."""
         try:
-            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError as error:
-            raise self._failed(question) from error
+            raise self._failed(request) from error
         for line in self._process.stdout:
             if line.startswith("{"):
                 return json.loads(line)
             print(f"{self.name}: {line.rstrip()}", file=sys.stderr)
-        raise self._failed(question)
+        raise self._failed(request)
 
     def close(self) -> None:
         """End the process by closing its stdin."""
@@ -56,17 +56,19 @@ class Side:
         self._process.wait()
         self._process.stdout.close()
 
-    def _failed(self, question: dict[str, Any]) -> Failed:
+    def _failed(self, request: dict[str, Any]) -> Failed:
         self.close()
         code = self._process.returncode
-        return Failed(f"{self.name} ended with {code} when asked {question}; its error is above")
+        return Failed(
+            f"{self.name} ended with exit code {code} on request {request}; its error is above"
+        )
 
 
-def serve(answers: dict[str, Callable[..., dict[str, Any]]]) -> None:
+def serve(functions: dict[str, Callable[..., dict[str, Any]]]) -> None:
     """Answer requests until stdin is closed; `do` names the function, the rest its arguments."""
     for line in sys.stdin:
-        question = json.loads(line)
-        print(json.dumps(answers[question.pop("do")](**question)), flush=True)
+        request = json.loads(line)
+        print(json.dumps(functions[request.pop("do")](**request)), flush=True)
 
 
 def missing(python: str, packages: list[str]) -> str:
@@ -88,7 +90,9 @@ def agree(ours: list[float], theirs: list[float], *, within: float) -> dict[str,
     `ok` requires every pair within `within` of each other, relative, and a curve that moves by ten
     times that: two sides that train nothing would agree as well.
     """
-    apart = max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
-    moved = abs(ours[0] - ours[-1]) / abs(ours[0])
-    ok = apart <= within and moved >= 10 * within
-    return dict(ok=ok, apart=apart, moved=moved, within=within, ours=ours, theirs=theirs)
+    difference = max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
+    change = abs(ours[0] - ours[-1]) / abs(ours[0])
+    ok = difference <= within and change >= 10 * within
+    return dict(
+        ok=ok, difference=difference, change=change, within=within, ours=ours, theirs=theirs
+    )

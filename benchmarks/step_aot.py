@@ -42,47 +42,47 @@ def main() -> None:
     parser.add_argument("--topology", default="v5e:2x2")
     parser.add_argument("--mesh", default="1,4,1", help="data,fsdp,tp")
     parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--rows", type=int, default=4, help="of a device")
+    parser.add_argument("--rows", type=int, default=4, help="rows per device")
     parser.add_argument("--set", action="append", default=[], metavar="section.field=value")
     parser.add_argument("--hlo", default="", help="file for the compiled program")
-    given = parser.parse_args()
+    args = parser.parse_args()
     begin = time.monotonic()
-    compiled = compile_step(given)
+    compiled = compile_step(args)
     text = compiled.as_text()
-    if given.hlo:
-        with open(given.hlo, "w") as file:
+    if args.hlo:
+        with open(args.hlo, "w") as file:
             file.write(text)
     cycles = Cycles(text)
-    loops = sorted(cycles.layer_loops(given.layers))
-    whole, layers = cycles.total(), sum(loops)
+    loops = sorted(cycles.layer_loops(args.layers))
+    total, layers = cycles.total(), sum(loops)
     memory = compiled.memory_analysis()
-    found = dict(
-        topology=given.topology, mesh=given.mesh, layers=given.layers, rows=given.rows,
-        set=given.set, temp_gib=round(memory.temp_size_in_bytes / 2**30, 3),
-        est_ms=round(whole / CLOCK * 1e3, 2), layer_cycles=loops,
-        other_ms=round((whole - layers * given.layers) / CLOCK * 1e3, 2),
+    report = dict(
+        topology=args.topology, mesh=args.mesh, layers=args.layers, rows=args.rows,
+        set=args.set, temp_gib=round(memory.temp_size_in_bytes / 2**30, 3),
+        est_ms=round(total / CLOCK * 1e3, 2), layer_cycles=loops,
+        other_ms=round((total - layers * args.layers) / CLOCK * 1e3, 2),
         compile_s=round(time.monotonic() - begin, 1), jax=jax.__version__,
     )  # fmt: skip
-    print(json.dumps(found))
+    print(json.dumps(report))
 
 
-def compile_step(given: argparse.Namespace) -> Any:
+def compile_step(args: argparse.Namespace) -> Any:
     """Compile the program of `step.make_train_step` for the topology without allocation."""
-    sizes = tuple(int(n) for n in given.mesh.split(","))
+    sizes = tuple(int(n) for n in args.mesh.split(","))
     settings = base.get_config()
-    settings.model.num_layers = given.layers
-    settings.data.batch_size = given.rows * sizes[0] * sizes[1]
+    settings.model.num_layers = args.layers
+    settings.data.batch_size = args.rows * sizes[0] * sizes[1]
     settings.mesh.update(data=sizes[0], fsdp=sizes[1], tp=sizes[2])
-    for each in given.set:
-        name, value = each.split("=")
+    for assignment in args.set:
+        name, value = assignment.split("=")
         section, field = name.split(".")
         kind = type(settings[section][field])
         settings[section][field] = value == "True" if kind is bool else kind(value)
     if settings.model.quant != "none":
         settings.train.init_from = "abstract"  # never read: nothing is loaded here
     run = config.from_config_dict(settings)
-    m = the_mesh(given.topology, given.mesh)
-    with jax.set_mesh(m):
+    mesh = make_topology_mesh(args.topology, args.mesh)
+    with jax.set_mesh(mesh):
         like = chameleon.abstract_model(run.model, run.vocab, run.lora)
         graph, trainable, frozen = step.split_trainable(like, run.train.trains)
         state = sharding.with_shardings(
@@ -95,11 +95,11 @@ def compile_step(given: argparse.Namespace) -> Any:
         return train_step.lower(state, frozen, step.abstract_batch(run), key).compile()
 
 
-def the_mesh(topology: str, sizes: str) -> jax.sharding.Mesh:
+def make_topology_mesh(topology: str, sizes: str) -> jax.sharding.Mesh:
     """Return data x fsdp x tp chips of a topology that is not attached."""
     extra = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}
-    found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **extra)
-    chips = np.array(found.devices).reshape([int(n) for n in sizes.split(",")])
+    topology_desc = topologies.get_topology_desc(platform="tpu", topology_name=topology, **extra)
+    chips = np.array(topology_desc.devices).reshape([int(n) for n in sizes.split(",")])
     return jax.sharding.Mesh(chips, sharding.AXES, (AxisType.Explicit,) * 3)
 
 
@@ -127,16 +127,16 @@ class Cycles:
 
     def _calls(self, name: str) -> list[tuple[str, int, str]]:
         """Return (line, turns, body) of a computation's instructions; only loops have a body."""
-        found = []
+        calls = []
         for line in self.bodies[name]:
             loop = re.search(r" while\(.*condition=%([\w.\-]+), body=%([\w.\-]+)", line)
-            found.append((line, self._turns(loop[1]), loop[2]) if loop else (line, 0, ""))
-        return found
+            calls.append((line, self._turns(loop[1]), loop[2]) if loop else (line, 0, ""))
+        return calls
 
     def _turns(self, condition: str) -> int:
         """Return the trip count: JAX's loops count from 0 to the constant of their condition."""
         limits = [re.search(r" constant\((\d+)\)", line) for line in self.bodies[condition]]
-        (limit,) = {int(m[1]) for m in limits if m}
+        (limit,) = {int(match[1]) for match in limits if match}
         return limit
 
     def _own(self, line: str) -> int:

@@ -65,58 +65,58 @@ def start(scratch: pathlib.Path, args: argparse.Namespace) -> list[sides.Side]:
     run = config.from_config_dict(settings(str(scratch / "records"), args))
     jax_side.write_records(scratch / "records", run, count=run.data.batch_size * FIRST_STEPS)
     jax_side.write_batches(scratch / "batches.npz", run, count=FIRST_STEPS)
-    told = config.to_dict(run)
-    (scratch / "ours.json").write_text(json.dumps(dict(run=told, batches=FIRST_STEPS)))
-    spec = {name: told[name] for name in ("model", "vocab", "lora", "optim")} | dict(
+    sections = config.to_dict(run)
+    (scratch / "ours.json").write_text(json.dumps(dict(run=sections, batches=FIRST_STEPS)))
+    spec = {name: sections[name] for name in ("model", "vocab", "lora", "optim")} | dict(
         batches=str(scratch / "batches.npz"), rows=run.data.batch_size, device="cpu",
         dtype="float32", threads=args.threads, quant="none", checkpointing=False, compile=False,
         attention="sdpa",
     )  # fmt: skip
     (scratch / "theirs.json").write_text(json.dumps(spec))
     command = [sys.executable, str(HERE / "jax_side.py"), str(scratch / "ours.json")]
-    found = [sides.Side("ours", command, JAX_PLATFORMS="cpu")]
+    started = [sides.Side("ours", command, JAX_PLATFORMS="cpu")]
     if args.torch_python:
         command = [args.torch_python, str(HERE / "hf_side.py"), str(scratch / "theirs.json")]
-        found.append(sides.Side("theirs", command))
-    return found
+        started.append(sides.Side("theirs", command))
+    return started
 
 
-def measure(both: list[sides.Side], args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+def measure(running: list[sides.Side], args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Return by side: the first losses, seconds of every timed step, and its description."""
-    found: dict[str, dict[str, Any]] = {}
-    for side in both:
+    results: dict[str, dict[str, Any]] = {}
+    for side in running:
         begin = time.perf_counter()
-        told = side.ask(do="losses", count=FIRST_STEPS)
+        losses = side.ask(do="losses", count=FIRST_STEPS)
         side.ask(do="steps", count=1)
-        found[side.name] = told | dict(seconds=[], ready=round(time.perf_counter() - begin, 1))
-        print(side.name, told, file=sys.stderr, flush=True)
+        results[side.name] = losses | dict(seconds=[], ready=round(time.perf_counter() - begin, 1))
+        print(side.name, losses, file=sys.stderr, flush=True)
     for _ in range(args.rounds):
-        for side in both:
+        for side in running:
             timed = side.ask(do="steps", count=args.steps)["seconds"]
-            found[side.name]["seconds"] += timed
+            results[side.name]["seconds"] += timed
             print(side.name, timed, file=sys.stderr, flush=True)
             time.sleep(args.pause)  # threads of the side that has worked stop spinning
-    for side in both:
-        found[side.name] |= side.ask(do="about")
+    for side in running:
+        results[side.name] |= side.ask(do="about")
         side.close()
-    return found
+    return results
 
 
-def result(found: dict[str, dict[str, Any]], skipped: str, args: argparse.Namespace) -> dict:
+def result(results: dict[str, dict[str, Any]], skipped: str, args: argparse.Namespace) -> dict:
     """Return the last line."""
     size = SIZES[args.size]
     tokens = size["rows"] * size["seq"]
-    rate = {n: sides.median([tokens / s for s in f["seconds"]]) for n, f in found.items()}
-    told = dict(ours=rate["ours"], theirs=rate.get("theirs"), ratio=None, unit="tokens/s")
+    rate = {n: sides.median([tokens / s for s in f["seconds"]]) for n, f in results.items()}
+    summary = dict(ours=rate["ours"], theirs=rate.get("theirs"), ratio=None, unit="tokens/s")
     if skipped:
-        told["skipped"] = skipped
+        summary["skipped"] = skipped
     else:
-        curves = [found[name].pop("losses") for name in ("ours", "theirs")]
-        told["losses"] = sides.agree(*curves, within=AGREE)
-        if told["losses"]["ok"]:
-            told["ratio"] = round(rate["ours"] / rate["theirs"], 3)
-    return told | dict(
-        prng=args.prng, remat=args.remat, threads=args.threads, size=args.size, sides=found
+        curves = [results[name].pop("losses") for name in ("ours", "theirs")]
+        summary["losses"] = sides.agree(*curves, within=AGREE)
+        if summary["losses"]["ok"]:
+            summary["ratio"] = round(rate["ours"] / rate["theirs"], 3)
+    return summary | dict(
+        prng=args.prng, remat=args.remat, threads=args.threads, size=args.size, sides=results
     )
 
 
@@ -125,11 +125,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--torch_python", default="", help="a Python with " + ", ".join(NEEDS))
-    parser.add_argument("--threads", type=int, default=2, help="processors, the same ones for both")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each side")
-    parser.add_argument("--steps", type=int, default=2, help="steps of a turn")
-    parser.add_argument("--pause", type=float, default=1.0, help="seconds between two turns")
+    parser.add_argument("--torch_python", default="", help="Python with " + ", ".join(NEEDS))
+    parser.add_argument("--threads", type=int, default=2, help="cores, the same for both sides")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of each side")
+    parser.add_argument("--steps", type=int, default=2, help="steps per round")
+    parser.add_argument("--pause", type=float, default=1.0, help="seconds between two rounds")
     parser.add_argument("--prng", default="rbg", choices=("threefry2x32", "rbg", "unsafe_rbg"))
     parser.add_argument("--remat", default="none", help="config.model.remat of ours")
     parser.add_argument("--size", default="42m", choices=sorted(SIZES))
@@ -142,12 +142,12 @@ def main() -> None:
     skipped = ""
     if not args.torch_python:
         skipped = "theirs: no --torch_python"
-    elif lacks := sides.missing(args.torch_python, NEEDS):
-        skipped, args.torch_python = f"theirs: {args.torch_python} lacks {lacks}", ""
+    elif package := sides.missing(args.torch_python, NEEDS):
+        skipped, args.torch_python = f"theirs: {args.torch_python} lacks {package}", ""
     with tempfile.TemporaryDirectory() as scratch:
-        found = measure(start(pathlib.Path(scratch), args), args)
-    told = result(found, skipped, args)
-    print(json.dumps(told | dict(load_average=[load, os.getloadavg()])))
+        results = measure(start(pathlib.Path(scratch), args), args)
+    summary = result(results, skipped, args)
+    print(json.dumps(summary | dict(load_average=[load, os.getloadavg()])))
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ SIZES = {  # config, its image_size or another, images per batch, batches
     "half": ("medmax_jax.configs.base", 256, 2, 3),
     "full": ("medmax_jax.configs.base", 512, 1, 2),
 }
-PICTURES = 24  # of preprocessing
+IMAGES = 24  # of preprocessing
 MAX_PIXELS = 10**8
 
 
@@ -79,7 +79,7 @@ def make(folder: pathlib.Path, sizes: list[str]) -> None:
         pixels = np.stack([images.preprocess(load(i), side) for i in range(batch * batches)])
         np.save(folder / f"{size}.npy", pixels.reshape(batches, batch, side, side, 3))
         (folder / f"{size}.json").write_text(config.to_json())
-    for i in range(PICTURES):
+    for i in range(IMAGES):
         load(i).resize((1_024, 768)).save(folder / f"{i}.jpg", quality=92)
 
 
@@ -98,21 +98,21 @@ def ours(folder: pathlib.Path, size: str) -> dict:
     from medmax_jax.models import vqgan as vqgan_model
 
     config = build(VQ, json.loads((folder / f"{size}.json").read_text()))
-    stored, named = np.load(folder / f"{size}.npz"), {}
-    for name, place in vqgan.key_map(config).items():
-        value = stored[name] if name in stored else np.zeros(place.shape, np.float32)  # decoder
-        turned = value.ndim == 4 and name in stored
-        named[place.name] = value.transpose(2, 3, 1, 0) if turned else value
+    stored, by_name = np.load(folder / f"{size}.npz"), {}
+    for name, location in vqgan.key_map(config).items():
+        value = stored[name] if name in stored else np.zeros(location.shape, np.float32)  # decoder
+        transposed = value.ndim == 4 and name in stored
+        by_name[location.name] = value.transpose(2, 3, 1, 0) if transposed else value
     like = vqgan_model.abstract(config)
     vq = jax.tree.unflatten(
-        jax.tree.structure(like), [named[n] for n in safetensors_file.flatten_named(like)]
+        jax.tree.structure(like), [by_name[n] for n in safetensors_file.flatten_named(like)]
     )
     vq = jax.device_put(vq)
     encode = lambda pixels: np.asarray(vqgan_model.encode(vq, pixels))  # noqa: E731
     load = lambda path: images.load(path, max_pixels=MAX_PIXELS)  # noqa: E731
-    seconds = prepared(folder, lambda path: images.preprocess(load(path), 512))
+    seconds = time_preprocessing(folder, lambda path: images.preprocess(load(path), 512))
     versions = dict(jax=jax.__version__, python=sys.version.split()[0])
-    return timed(folder, size, encode, "ours") | dict(preprocessing=seconds) | versions
+    return time_encoder(folder, size, encode, "ours") | dict(preprocessing=seconds) | versions
 
 
 def theirs(folder: pathlib.Path, size: str, threads: int) -> dict:
@@ -124,47 +124,50 @@ def theirs(folder: pathlib.Path, size: str, threads: int) -> dict:
     from transformers.models.chameleon import configuration_chameleon, modeling_chameleon
 
     torch.set_num_threads(threads)
-    given = json.loads((folder / f"{size}.json").read_text())
+    settings = json.loads((folder / f"{size}.json").read_text())
     config = configuration_chameleon.ChameleonVQVAEConfig(
-        base_channels=given["channels"], latent_channels=given["z_channels"],
-        channel_multiplier=list(given["channel_mult"]), num_res_blocks=given["num_res_blocks"],
-        embed_dim=given["embed_dim"], num_embeddings=given["num_codes"],
-        resolution=given["image_size"], attn_resolutions=None, dropout=0.0,
+        base_channels=settings["channels"], latent_channels=settings["z_channels"],
+        channel_multiplier=list(settings["channel_mult"]),
+        num_res_blocks=settings["num_res_blocks"],
+        embed_dim=settings["embed_dim"], num_embeddings=settings["num_codes"],
+        resolution=settings["image_size"], attn_resolutions=None, dropout=0.0,
     )  # fmt: skip
     vq, stored = modeling_chameleon.ChameleonVQVAE(config).eval(), np.load(folder / f"{size}.npz")
     vq.load_state_dict({name: torch.from_numpy(stored[name]) for name in vq.state_dict()})
     processor = transformers.ChameleonImageProcessor()
-    seconds = prepared(folder, lambda path: processor(load_image(str(path)), return_tensors="np"))
+    seconds = time_preprocessing(
+        folder, lambda path: processor(load_image(str(path)), return_tensors="np")
+    )
 
     @torch.no_grad()
     def encode(pixels):
-        found = vq.encode(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous())
-        return found.image_tokens.numpy()
+        encoded = vq.encode(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous())
+        return encoded.image_tokens.numpy()
 
     versions = dict(torch=torch.__version__, transformers=transformers.__version__)
-    return timed(folder, size, encode, "theirs") | dict(preprocessing=seconds) | versions
+    return time_encoder(folder, size, encode, "theirs") | dict(preprocessing=seconds) | versions
 
 
-def prepared(folder: pathlib.Path, prepare) -> float:
+def time_preprocessing(folder: pathlib.Path, prepare) -> float:
     """Return the images per second of preprocessing."""
-    paths = [folder / f"{i}.jpg" for i in range(PICTURES)]
+    paths = [folder / f"{i}.jpg" for i in range(IMAGES)]
     prepare(paths[0])
     start = time.perf_counter()
     for path in paths:
         prepare(path)
-    return round(PICTURES / (time.perf_counter() - start), 2)
+    return round(IMAGES / (time.perf_counter() - start), 2)
 
 
-def timed(folder: pathlib.Path, size: str, encode, side: str) -> dict:
+def time_encoder(folder: pathlib.Path, size: str, encode, side: str) -> dict:
     """Return the images per second of the encoder's median batch; write its codes to a file."""
     import numpy as np
 
     pixels, seconds, cpu, codes = np.load(folder / f"{size}.npy"), [], [], []
     for batch in (pixels[0], *pixels):
-        start, spent = time.perf_counter(), time.process_time()
+        start, cpu_start = time.perf_counter(), time.process_time()
         codes.append(encode(batch).reshape(len(batch), -1))
         seconds.append(time.perf_counter() - start)
-        cpu.append(time.process_time() - spent)
+        cpu.append(time.process_time() - cpu_start)
     np.save(folder / f"{size}_{side}.npy", np.concatenate(codes[1:]))
     per_cpu, rate = (pixels.shape[1] / statistics.median(t[1:]) for t in (cpu, seconds))
     return dict(
@@ -177,44 +180,44 @@ def timed(folder: pathlib.Path, size: str, encode, side: str) -> dict:
 # ---- measurements
 
 
-def child(python: str, cores: list[int], *words: str) -> dict:
+def child(python: str, cores: list[int], *arguments: str) -> dict:
     """Run one measurement; return its output."""
     count = str(len(cores))
     environment = os.environ | {"BENCHMARK_CORES": ",".join(map(str, cores))}
     environment |= {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count}
-    command = [python, __file__, "--threads", count, "--child", *words]
+    command = [python, __file__, "--threads", count, "--child", *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
-    found = json.loads(done.stdout.splitlines()[-1])
-    print(*words[:2], found, flush=True)
-    return found
+    result = json.loads(done.stdout.splitlines()[-1])
+    print(*arguments[:2], result, flush=True)
+    return result
 
 
-def middle(runs: list[dict]) -> dict:
+def medians(runs: list[dict]) -> dict:
     """Return the median of each number; texts are unchanged."""
-    both = {name: [run[name] for run in runs] for name in runs[0]}
-    return {n: v[0] if isinstance(v[0], str) else statistics.median(v) for n, v in both.items()}
+    columns = {name: [run[name] for run in runs] for name in runs[0]}
+    return {n: v[0] if isinstance(v[0], str) else statistics.median(v) for n, v in columns.items()}
 
 
-def compare(given: argparse.Namespace, folder: pathlib.Path, size: str, cores: list[int]) -> dict:
+def compare(args: argparse.Namespace, folder: pathlib.Path, size: str, cores: list[int]) -> dict:
     """Measure both sides of a size in turn."""
     import numpy as np
 
     mine, other = [], []
-    for _ in range(given.rounds):
-        if given.torch_python:
-            other.append(child(given.torch_python, cores, "theirs", size, str(folder)))
+    for _ in range(args.rounds):
+        if args.torch_python:
+            other.append(child(args.torch_python, cores, "theirs", size, str(folder)))
         mine.append(child(sys.executable, cores, "ours", size, str(folder)))
     if not other:
         print(f"{size}: theirs is skipped: no --torch_python", flush=True)
-        return dict(ours=middle(mine), theirs=None, ratio=None, agreement=None)
+        return dict(ours=medians(mine), theirs=None, ratio=None, agreement=None)
     codes = [np.load(folder / f"{size}_{side}.npy") for side in ("ours", "theirs")]
     agreement = round(float((codes[0] == codes[1]).mean()), 6)
-    if 1 - agreement > given.differ:
-        raise SystemExit(f"{size}: {agreement} of the codes agree; this run is void")
-    found = dict(ours=middle(mine), theirs=middle(other), agreement=agreement)
+    if 1 - agreement > args.differ:
+        raise SystemExit(f"{size}: only {agreement} of the codes agree; the run is not valid")
+    result = dict(ours=medians(mine), theirs=medians(other), agreement=agreement)
     names = ("encoder", "encoder_per_cpu_second", "preprocessing")
-    found["ratio"] = {n: round(found["ours"][n] / found["theirs"][n], 2) for n in names}
-    return found | dict(codes=codes[0].size, different_codes=len(np.unique(codes[0])))
+    result["ratio"] = {n: round(result["ours"][n] / result["theirs"][n], 2) for n in names}
+    return result | dict(codes=codes[0].size, different_codes=len(np.unique(codes[0])))
 
 
 def main() -> None:
@@ -222,23 +225,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--torch_python", help="a Python with torch, transformers and pillow")
+    parser.add_argument("--torch_python", help="Python with torch, transformers and pillow")
     parser.add_argument("--sizes", nargs="+", choices=tuple(SIZES), default=["tiny", "full"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--differ", type=float, default=0.005, help="share of codes that may")
+    parser.add_argument(
+        "--differ", type=float, default=0.005, help="share of codes that may differ"
+    )
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.child:
-        side, size, folder = given.child[0], given.child[1], pathlib.Path(given.child[2])
-        found = ours(folder, size) if side == "ours" else theirs(folder, size, given.threads)
-        print(json.dumps(found))
+    args = parser.parse_args()
+    if args.child:
+        side, size, folder = args.child[0], args.child[1], pathlib.Path(args.child[2])
+        result = ours(folder, size) if side == "ours" else theirs(folder, size, args.threads)
+        print(json.dumps(result))
         return
-    load, cores = os.getloadavg(), sorted(os.sched_getaffinity(0))[: given.threads]
+    load, cores = os.getloadavg(), sorted(os.sched_getaffinity(0))[: args.threads]
     with tempfile.TemporaryDirectory() as name:
-        make(pathlib.Path(name), given.sizes)
-        sizes = {size: compare(given, pathlib.Path(name), size, cores) for size in given.sizes}
-    last = sizes[given.sizes[-1]]
+        make(pathlib.Path(name), args.sizes)
+        sizes = {size: compare(args, pathlib.Path(name), size, cores) for size in args.sizes}
+    last = sizes[args.sizes[-1]]
     result = dict(
         ours=last["ours"]["encoder"],
         theirs=last["theirs"] and last["theirs"]["encoder"],

@@ -33,16 +33,19 @@ ERRORS = (ValueError, OSError, StorageError, export.ExportError)  # raised while
 
 def _flags() -> None:
     flags.DEFINE_string("model", None, "model folder", required=True)
-    flags.DEFINE_string("adapter", "", "adapter folder that training wrote")
-    flags.DEFINE_bool("merge", False, "add the adapter to the base, instead of beside it")
-    flags.DEFINE_multi_string("prompt", [], "words, {a.png} for a picture; repeat for several")
-    flags.DEFINE_string("prompts", "", "JSONL file of prompts, in place of --prompt")
-    flags.DEFINE_multi_string("image", [], "picture before the words of every --prompt")
-    flags.DEFINE_enum("mode", "text", grammar.MODES, "what to write")
-    flags.DEFINE_bool("end_of_turn", True, "close the prompt as MedMax's fine-tuning does")
-    flags.DEFINE_integer("rows", 32, "answers that are written at a time")
+    flags.DEFINE_string("adapter", "", "adapter folder written by training")
+    flags.DEFINE_bool("merge", False, "add the adapter to the base weights once, at load time")
+    flags.DEFINE_multi_string("prompt", [], "text; {a.png} inserts an image; may be repeated")
+    flags.DEFINE_string("prompts", "", "JSONL file of prompts, instead of --prompt")
+    flags.DEFINE_multi_string("image", [], "image that precedes the text of every --prompt")
+    flags.DEFINE_enum("mode", "text", grammar.MODES, "kind of output")
+    flags.DEFINE_bool("end_of_turn", True, "end the prompt as MedMax's fine-tuning does")
+    flags.DEFINE_integer("rows", 32, "number of answers to generate at a time")
     flags.DEFINE_enum(
-        "cache", "model", kv_cache.CACHE_DTYPES, "keys and values: as computed, or in bytes"
+        "cache",
+        "model",
+        kv_cache.CACHE_DTYPES,
+        'KV-cache dtype: the compute dtype ("model") or int8',
     )
 
 
@@ -50,46 +53,49 @@ def main(settings: ConfigDict, out: str) -> None:
     """Answer every prompt; the answers that `out` has from an interrupted run are kept."""
     prompt_requests.require_single_process()
     sample, mesh = build(Sample, settings.sample), sharding.make_mesh(build(Mesh, settings.mesh))
-    questions = _questions()
-    sampling_params.sampling_params(sample)
-    buckets.batch_size_for(len(questions), FLAGS.rows)
-    output_files.check_images(questions)
+    prompts = _read_prompts()
+    sampling_params.check_sample(sample)
+    buckets.batch_size_for(len(prompts), FLAGS.rows)
+    output_files.check_images(prompts)
     folder = cli.open_workdir(out, "--out")
     g = load(FLAGS.model, adapter=FLAGS.adapter or None, mesh=mesh, merge=FLAGS.merge)
-    fixed = dict(mode=FLAGS.mode, end_of_turn=FLAGS.end_of_turn)
-    prompts = prompt_tokens(g, [q.parts for q in questions], end_of_turn=FLAGS.end_of_turn)
-    sizes = dict(codes=g.vq_config.codes_per_image, context=g.config.context_length)
-    prompt_requests.make_requests(prompts, sample, g.vocab, mode=FLAGS.mode, names=None, **sizes)
-    settings = to_dict(sample) | fixed | dict(model=FLAGS.model, adapter=FLAGS.adapter)
-    book = output_files.OutputFolder(folder, questions, settings)
-    todo = [i for i, q in enumerate(questions) if q.id not in book.records]
+    tokens = prompt_tokens(g, [p.parts for p in prompts], end_of_turn=FLAGS.end_of_turn)
+    prompt_requests.make_requests(
+        tokens, sample, g.vocab, mode=FLAGS.mode, names=None, codes=g.vq_config.codes_per_image,
+        context=g.config.context_length,
+    )  # fmt: skip
+    request = to_dict(sample) | {
+        name: FLAGS[name].value for name in ("mode", "end_of_turn", "model", "adapter")
+    }
+    output = output_files.OutputFolder(folder, prompts, request)
+    todo = [i for i, prompt in enumerate(prompts) if prompt.id not in output.records]
     names = [
-        q.id if q.named else n
-        for q, n in zip(questions, prompt_requests.sample_names(prompts), strict=True)
+        prompt.id if prompt.named else name
+        for prompt, name in zip(prompts, prompt_requests.sample_names(tokens), strict=True)
     ]
-    clock = ItemProgress(len(todo), "answers", print, every=5.0)
-    written = api.generate_tokens(
-        g, [prompts[i] for i in todo], sample, mode=FLAGS.mode, seed=sample.seed,
-        names=[names[i] for i in todo], rows=FLAGS.rows, kind=FLAGS.cache,
+    progress = ItemProgress(len(todo), "answers", print, every=5.0)
+    answers = api.generate_tokens(
+        g, [tokens[i] for i in todo], sample, mode=FLAGS.mode, seed=sample.seed,
+        names=[names[i] for i in todo], batch_size=FLAGS.rows, cache_dtype=FLAGS.cache,
     )  # fmt: skip
     with cli.Stop() as stop:
-        for batch, tokens in written:
-            for index, answer in zip(batch, decode_segments(g, tokens), strict=True):
-                question = questions[todo[index]]
-                record = book.add(question, answer, FLAGS.mode)
-                said = " ".join(next(iter(s.values())) for s in record["segments"])
-                print(printable_text(f"{question.shown()}\n  -> {said}"))
-            clock.tick("generate", len(batch))
+        for batch, batch_tokens in answers:
+            for index, answer in zip(batch, decode_segments(g, batch_tokens), strict=True):
+                prompt = prompts[todo[index]]
+                record = output.add(prompt, answer, FLAGS.mode)
+                text = " ".join(next(iter(s.values())) for s in record["segments"])
+                print(printable_text(f"{prompt.shown()}\n  -> {text}"))
+            progress.tick("generate", len(batch))
             if stop.requested:
-                raise cli.Interrupted("interrupted; the same command goes on from here")
-    print(f"gallery: {book.gallery()}\n{output_files.NOTICE}")
+                raise cli.Interrupted("interrupted; run the same command to resume")
+    print(f"gallery: {output.gallery()}\n{output_files.NOTICE}")
 
 
-def _questions() -> list[output_files.Prompt]:
+def _read_prompts() -> list[output_files.Prompt]:
     if bool(FLAGS.prompt) == bool(FLAGS.prompts):
-        raise GenerateError("give --prompt, or a file of them by --prompts: one of the two")
+        raise GenerateError("set either --prompt or --prompts (a JSONL file of prompts)")
     if FLAGS.prompts and FLAGS.image:
-        raise GenerateError("--image goes with --prompt; name pictures in the file of --prompts")
+        raise GenerateError("--image requires --prompt; name the images in the file of --prompts")
     if FLAGS.prompts:
         return output_files.read_prompts(FLAGS.prompts)
     return output_files.prompts_from_flags(FLAGS.prompt, FLAGS.image)
@@ -97,6 +103,6 @@ def _questions() -> list[output_files.Prompt]:
 
 if __name__ == "__main__":
     _flags()
-    # its `sample` and `mesh` are used
+    # only its `sample` and `mesh` are used
     default = {"config": str(Path(__file__).parent / "configs" / "base.py")}
     cli.run(main, errors=ERRORS, defaults=default, folder="out")

@@ -45,35 +45,35 @@ def make_mesh(config: Mesh, devices: Sequence[Any] | None = None) -> jax.shardin
         raise ValueError(f"config.mesh is {config}; every axis must be at least 1")
     need = config.data * config.fsdp * config.tp
     devices = jax.devices() if devices is None else devices
-    wanted = (
-        f"config.mesh asks for data x fsdp x tp = {' x '.join(map(str, shape))} = {need} devices"
+    requirement = (
+        f"config.mesh requires data x fsdp x tp = {' x '.join(map(str, shape))} = {need} devices"
     )
     if need > len(devices):
         raise ValueError(
-            f"{wanted}, but there are {len(devices)} ({devices[0].platform}); make an axis smaller"
+            f"{requirement}, but there are {len(devices)} ({devices[0].platform}); reduce an axis"
         )
     if jax.process_count() > 1 and need != len(devices):
         # a host without a device in the mesh could not join the collectives of the others
         raise ValueError(
-            f"{wanted}, but {jax.process_count()} hosts have {len(devices)}; use all of them"
+            f"{requirement}, but {jax.process_count()} hosts have {len(devices)}; use all of them"
         )
-    return jax.sharding.Mesh(_arranged(shape, devices[:need]), AXES, (AxisType.Explicit,) * 3)
+    return jax.sharding.Mesh(_arrange(shape, devices[:need]), AXES, (AxisType.Explicit,) * 3)
 
 
-def _arranged(shape: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray:
+def _arrange(shape: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray:
     """Arrange devices so that mesh neighbors are network neighbors; slices are along data."""
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     if shape[0] % slices == 0 and len(devices) % slices == 0:
-        inside = (shape[0] // slices, *shape[1:])
+        slice_shape = (shape[0] // slices, *shape[1:])
         return mesh_utils.create_hybrid_device_mesh(
-            inside, (slices, 1, 1), devices, allow_split_physical_axes=True
+            slice_shape, (slices, 1, 1), devices, allow_split_physical_axes=True
         )
     if devices[0].platform == "tpu":
         raise ValueError(
-            f"config.mesh.data is {shape[0]} and the devices lie in {slices} slices; make it a "
-            "multiple of them, since only data may run over the slow network between slices"
+            f"config.mesh.data is {shape[0]} and the devices are in {slices} slices; set it to a "
+            f"multiple of {slices}, since only data may use the slow network between slices"
         )
     return np.array(devices).reshape(shape)  # on GPUs a slice is a node, which fsdp may cross
 
@@ -100,7 +100,7 @@ def shard_batch(batch: Any, mesh: jax.sharding.Mesh) -> Any:
         rows = local.shape[0] * jax.process_count()
         if rows % split:
             raise ValueError(
-                f"a batch of {rows} rows does not split over data x fsdp = {split} devices; "
+                f"a batch of {rows} rows cannot be split over data x fsdp = {split} devices; "
                 f"use a multiple of {split}"
             )
         sharding = NamedSharding(mesh, P(ROWS, *[None] * (local.ndim - 1)))

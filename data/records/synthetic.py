@@ -13,14 +13,13 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Int
 
-from medmax_jax.config import Vocab
 from medmax_jax.data.mixture import SOURCES
 from medmax_jax.data.records.document import Document, Layout
-from medmax_jax.models.vocab import BOI, BOS, EOI, EOS, IMAGE_START, SEP
+from medmax_jax.models.vocab import BOI, BOS, EOI, EOS, IMAGE_START, RELEASED, SEP
 
 LEAST, MEAN = 1_034, 1_156  # tokens of a document
 LAYOUT = Layout(
-    vocab=Vocab(size=65_536, image_codes=8_192, text_start=16_384),  # configs/base.py
+    vocab=RELEASED,
     codes_per_image=1_024,
     tokenizer="synthetic",
     vqgan="synthetic",

@@ -5,11 +5,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from medmax_jax.config import VQ, Vocab, build
-from medmax_jax.configs import base
 from medmax_jax.data.image_tokens.encoder import load_encoder, log
 from medmax_jax.data.records.document import Layout
 from medmax_jax.data.release import archives, eval_rows, train_rows
+from medmax_jax.models import vocab, vqgan
 from medmax_jax.models.tokenizer import Tokenizer
 
 RELEASED = "released"
@@ -31,10 +30,9 @@ def layout_of(name: str) -> Layout:
     """Return the meaning of the ids of published rows: "released", or those of a model folder."""
     if name != RELEASED:
         return load_encoder(Path(name), vq=()).layout  # its weights are not needed
-    config = base.get_config()
     return Layout(
-        vocab=build(Vocab, config.vocab),
-        codes_per_image=build(VQ, config.vq).codes_per_image,
+        vocab=vocab.RELEASED,
+        codes_per_image=vqgan.RELEASED.codes_per_image,
         tokenizer="",  # the files that made the published tokens are not stated anywhere
         vqgan="",
     )

@@ -103,7 +103,7 @@ class NativeModel:
             seed=self.sample.seed,
             names=[ask.id for ask in asks],
             end_of_turn=ends,
-            rows=self.rows if mode == "text" else max(1, self.rows // SLOTS_PER_GUIDED_IMAGE),
+            batch_size=self.rows if mode == "text" else max(1, self.rows // SLOTS_PER_GUIDED_IMAGE),
         )
 
     def score_options(
@@ -115,7 +115,7 @@ class NativeModel:
         if len(ends) > 1:
             raise ValueError("asks with and without an end of turn at once; score one kind a time")
         found = api.score(
-            self.generator, prompts, options, end_of_turn=ends != {False}, rows=self.rows
+            self.generator, prompts, options, end_of_turn=ends != {False}, batch_size=self.rows
         )
         return [[score.total for score in scores] for scores in found]
 

@@ -22,15 +22,15 @@ import numpy as np
 from jaxtyping import Float
 
 from medmax_jax.config import VQ, ConfigError, Lora, Model, Vocab, build, check_bounds, check_model
-from medmax_jax.configs import base
 from medmax_jax.io.errors import FileError, printable, quoted
-from medmax_jax.models.vocab import RELEASED_END
+from medmax_jax.models.vocab import RELEASED, RELEASED_END
 
 DTYPES = {  # permitted dtypes of weights, by safetensors' names
     "F32": np.dtype(np.float32),
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
 }
+RUN_OPTIONS = dict(quant="none", remat="attn", attention="xla")  # of a converted model
 _PIECE = 1 << 18  # numbers that are checked together: they fit in the CPU cache
 SAMPLE_ROWS, SAMPLE_COLUMNS = 128, 16  # of each tensor, for the fingerprint
 
@@ -184,11 +184,10 @@ def check_layers(layers: int, names: Collection[str], where: str) -> None:
 
 
 def model_settings(fields: dict[str, Any], dtypes: set[str], where: str) -> Model:
-    """Return a Model of these fields; run options come from configs/base.py and the dtypes."""
-    run = base.get_config().model.to_dict()
-    run["param_dtype"] = run["compute_dtype"] = "float32" if dtypes == {"F32"} else "bfloat16"
+    """Return a Model of these fields and RUN_OPTIONS; the dtype is that of the tensors."""
+    dtype = "float32" if dtypes == {"F32"} else "bfloat16"
     try:
-        return build(Model, run | fields)
+        return build(Model, RUN_OPTIONS | fields | dict(param_dtype=dtype, compute_dtype=dtype))
     except ConfigError as error:
         raise ConvertError(f"{where}: {error}") from error
 
@@ -199,9 +198,8 @@ def vocab_settings(size: Any, names: dict[str, int], vq: VQ, where: str) -> Voca
     Without a tokenizer it is the first id of the MedMax release, or that of the tiny family if the
     model is smaller.
     """
-    released = base.get_config().vocab.text_start
-    whole = type(size) is int and size > released
-    start = names.get("!", released if whole else RELEASED_END)
+    full = type(size) is int and size > RELEASED.text_start
+    start = names.get("!", RELEASED.text_start if full else RELEASED_END)
     if type(size) is not int or type(start) is not int or not start < size:
         raise ConvertError(
             f"{where}: {quoted(size)} ids, but text begins at {quoted(start)}; not the vocabulary "

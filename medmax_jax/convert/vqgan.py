@@ -16,7 +16,6 @@ import yaml
 
 from medmax_jax.checkpoints import safetensors_file, torch_file
 from medmax_jax.config import VQ, ConfigError, build, check_vq
-from medmax_jax.configs import base
 from medmax_jax.convert import safetensors_stream
 from medmax_jax.convert.state_dict import (
     Checkpoint,
@@ -142,7 +141,7 @@ def read_vqgan(folder: Folder, prefix: str) -> tuple[dict[str, LazyTensor], VQ]:
     Without a vqgan.ckpt there are no tensors, and the settings are Chameleon's.
     """
     if not folder.has(prefix + CKPT):
-        return {}, build(VQ, base.get_config().vq)
+        return {}, vqgan.RELEASED
     if not folder.has(prefix + YAML):
         raise ConvertError(
             f"{folder.path}/{prefix}{YAML}: missing; it says how the net of {CKPT} is built, "

@@ -13,7 +13,7 @@ requests         The host half of generation before anything runs: validates pro
                  requests.
 sampling         From logits to one token per row: the logit processors of Chameleon's inference
                  code, in order.
-sampling_params  The validated sampling options of a request: numbers and the static plan of the
+sampling_params  Validates the sampling options of a request and resolves them to settings of the
                  decode loop.
 scheduler        Continuous batching: run a queue of requests through the rows of an engine.
 slots            Bookkeeping for KV-cache slots: contents, use, and prefixes that can be reused.

@@ -22,7 +22,7 @@ from jaxtyping import Int
 
 from medmax_jax.config import Sample
 from medmax_jax.configs.sampling import SETS
-from medmax_jax.generation import buckets, engine, grammar, sampling_params, scheduler
+from medmax_jax.generation import buckets, engine, sampling_params, scheduler
 from medmax_jax.generation import requests as prompt_requests
 from medmax_jax.generation.model_bundle import (
     Image,
@@ -58,7 +58,9 @@ class Score:
 def defaults(name: str) -> Sample:
     """Return the sampling settings of a released program: meta, medmax or medmax_eval."""
     if name not in SETS:
-        raise GenerateError(f"no settings are called {name!r}; use one of {', '.join(SETS)}")
+        raise GenerateError(
+            f"no sampling settings have the name {name!r}; use one of {', '.join(SETS)}"
+        )
     return Sample(**SETS[name])
 
 
@@ -71,15 +73,17 @@ def generate(
     seed: int,
     names: Sequence[str] | None = None,
     end_of_turn: bool = True,
-    rows: int = 32,
-    kind: str = "model",
+    batch_size: int = 32,
+    cache_dtype: str = "model",
 ) -> list[list[Text | Image]]:
     """Return the answers, in the order of the prompts; see `as_completed` for the arguments."""
-    found: list[list[Text | Image]] = [[] for _ in prompts]
-    request = dict(names=names, end_of_turn=end_of_turn, rows=rows, kind=kind)
-    for index, answer in as_completed(g, prompts, sample, mode=mode, seed=seed, **request):
-        found[index] = answer
-    return found
+    answers: list[list[Text | Image]] = [[] for _ in prompts]
+    for index, answer in as_completed(
+        g, prompts, sample, mode=mode, seed=seed, names=names, end_of_turn=end_of_turn,
+        batch_size=batch_size, cache_dtype=cache_dtype,
+    ):  # fmt: skip
+        answers[index] = answer
+    return answers
 
 
 def as_completed(
@@ -91,10 +95,10 @@ def as_completed(
     seed: int,
     names: Sequence[str] | None = None,
     end_of_turn: bool = True,
-    rows: int = 32,
-    kind: str = "model",
+    batch_size: int = 32,
+    cache_dtype: str = "model",
 ) -> Iterator[tuple[int, list[Text | Image]]]:
-    """Yield (index of the prompt, answer) in order of completion, `rows` in progress at a time.
+    """Yield (index of the prompt, answer) in order of completion.
 
     Args:
         g: the model, its tokenizer and its VQGAN.
@@ -105,13 +109,15 @@ def as_completed(
         names: the ids of the samples, from which their random numbers are derived. None: a digest
             of the prompt and, for the second of two equal prompts, its count.
         end_of_turn: False passes the parts without END-OF-TURN, for a base model.
-        rows: the largest batch size.
-        kind: the KV-cache dtype, "model" or "int8".
+        batch_size: the largest number of answers that are generated at once.
+        cache_dtype: the KV-cache dtype, "model" or "int8".
     """
     tokens = prompt_tokens(g, prompts, end_of_turn=end_of_turn)
-    fixed = dict(mode=mode, seed=seed, names=names, rows=rows, kind=kind)
-    for batch, written in generate_tokens(g, tokens, sample, **fixed):
-        yield from zip(batch, decode_segments(g, written), strict=True)
+    for batch, answers in generate_tokens(
+        g, tokens, sample, mode=mode, seed=seed, names=names, batch_size=batch_size,
+        cache_dtype=cache_dtype,
+    ):  # fmt: skip
+        yield from zip(batch, decode_segments(g, answers), strict=True)
 
 
 def stream_chunks(
@@ -123,8 +129,8 @@ def stream_chunks(
     seed: int,
     names: Sequence[str] | None = None,
     end_of_turn: bool = True,
-    rows: int = 32,
-    kind: str = "model",
+    batch_size: int = 32,
+    cache_dtype: str = "model",
 ) -> Iterator[tuple[int, Text | Image | None]]:
     """Yield (index, text as it is generated, or a complete image); (index, None) ends an answer.
 
@@ -132,15 +138,16 @@ def stream_chunks(
     all of its bytes are complete. See `as_completed` for the arguments.
     """
     tokens = prompt_tokens(g, prompts, end_of_turn=end_of_turn)
-    fixed = dict(mode=mode, names=names, rows=rows, kind=kind)
-    served = _run_requests(g, tokens, sample, seed=seed, **fixed)
-    told = [IncrementalDetokenizer() for _ in prompts]
-    for news in served:
-        for each in news:
-            for part in told[each.index].update(g, each.tokens, each.done):
-                yield each.index, part
-            if each.done:
-                yield each.index, None
+    detokenizers = [IncrementalDetokenizer() for _ in prompts]
+    for outputs in _run_requests(
+        g, tokens, sample, mode=mode, seed=seed, names=names, batch_size=batch_size,
+        cache_dtype=cache_dtype,
+    ):  # fmt: skip
+        for output in outputs:
+            for part in detokenizers[output.index].update(g, output.tokens, output.done):
+                yield output.index, part
+            if output.done:
+                yield output.index, None
 
 
 def generate_tokens(
@@ -151,15 +158,17 @@ def generate_tokens(
     mode: str,
     seed: int,
     names: Sequence[str] | None,
-    rows: int,
-    kind: str = "model",
+    batch_size: int,
+    cache_dtype: str = "model",
 ) -> Iterator[tuple[list[int], list[Int[np.ndarray, "_"]]]]:
     """Yield (indices, tokens including EOS) of the requests that finish; prompts are token ids."""
-    fixed = dict(mode=mode, names=names, rows=rows, kind=kind)
-    for news in _run_requests(g, prompts, sample, seed=seed, **fixed):
-        done = [each for each in news if each.done]
+    for outputs in _run_requests(
+        g, prompts, sample, mode=mode, seed=seed, names=names, batch_size=batch_size,
+        cache_dtype=cache_dtype,
+    ):  # fmt: skip
+        done = [output for output in outputs if output.done]
         if done:
-            yield [each.index for each in done], [each.tokens for each in done]
+            yield [output.index for output in done], [output.tokens for output in done]
 
 
 def score(
@@ -168,8 +177,8 @@ def score(
     options: Sequence[Sequence[str]],
     *,
     end_of_turn: bool = True,
-    rows: int = 32,
-    kind: str = "model",
+    batch_size: int = 32,
+    cache_dtype: str = "model",
 ) -> list[list[Score]]:
     """Return the likelihood of each option of each prompt as its continuation; nothing is sampled.
 
@@ -178,72 +187,97 @@ def score(
     tokens = prompt_tokens(g, prompts, end_of_turn=end_of_turn)
     if len(options) != len(prompts):
         raise GenerateError(f"{len(prompts)} prompts but {len(options)} lists of options")
-    asked = [_options(g, each, f"prompt {index}") for index, each in enumerate(options)]
+    encoded = [_encode_options(g, texts, f"prompt {index}") for index, texts in enumerate(options)]
     context, codes, longest = g.config.context_length, g.vq_config.codes_per_image, 0
-    for index, (prompt, each) in enumerate(zip(tokens, asked, strict=True)):
+    for index, (prompt, of_prompt) in enumerate(zip(tokens, encoded, strict=True)):
         where = f"prompt {index}"
         prompt_requests.check_prompt(prompt, g.vocab, codes=codes, where=where)
-        longest = max(longest, len(prompt) + max(map(len, each)))
+        longest = max(longest, len(prompt) + max(map(len, of_prompt)))
         if longest > context:
             raise GenerateError(
-                f"{where} and an option have {longest} tokens, the model holds {context}; "
-                "shorten them"
+                f"{where} and an option have {longest} tokens, but the context of the model has "
+                f"{context}; shorten them"
             )
     if not tokens:
         return []
-    count = buckets.batch_size_for(len(tokens), rows)
-    slots = min(buckets.round_cache_length(longest), context)
-    e = _engine_for(g, rows=count, lanes=count, slots=slots, kind=kind)
+    count = buckets.batch_size_for(len(tokens), batch_size)
+    sizes = engine.EngineSizes(
+        batch_size=count,
+        num_slots=count,
+        cache_length=min(buckets.round_cache_length(longest), context),
+        cache_dtype=cache_dtype,
+    )
+    e = engine.make_engine(g.model, g.vocab, g.mesh, sizes, codes=codes)
     return [
         [
-            Score(total=float(one.sum()), tokens=len(one), greedy=bool(best.all()))
-            for one, best in each
+            Score(total=float(likelihoods.sum()), tokens=len(likelihoods), greedy=bool(best.all()))
+            for likelihoods, best in of_prompt
         ]
-        for each in engine.score_options(e, tokens, asked)
+        for of_prompt in engine.score_options(e, tokens, encoded)
     ]
 
 
-def _options(g: ModelBundle, options: Sequence[str], where: str) -> list[Int[np.ndarray, "_"]]:
+def _encode_options(
+    g: ModelBundle, options: Sequence[str], where: str
+) -> list[Int[np.ndarray, "_"]]:
     """Return the token ids of each option.
 
     Raises GenerateError, or TokenizerError where an option is not text only.
     """
     if isinstance(options, str):
-        raise GenerateError(f"the options of {where} are {options!r}; write a list of them")
+        raise GenerateError(f"the options of {where} are {options!r}; pass a list of texts")
     for option in options:
         prompt_requests.check_text(option, where=f"an option of {where}")
-    found = [prompt_ids(g.tokenizer, [o], g.vocab, False)[1:] for o in options]
-    if not found or not all(map(len, found)):
-        raise GenerateError(f"{where} has no options, or an empty one; give it words")
-    return found
+    encoded = [prompt_ids(g.tokenizer, [option], g.vocab, False)[1:] for option in options]
+    if not encoded or not all(map(len, encoded)):
+        raise GenerateError(f"{where} has no options, or an empty one; each option requires text")
+    return encoded
 
 
 def _run_requests(
-    g: ModelBundle, prompts, sample: Sample, *, mode: str, seed: int, names, rows: int, kind: str
+    g: ModelBundle,
+    prompts: Sequence[Int[np.ndarray, "_"]],
+    sample: Sample,
+    *,
+    mode: str,
+    seed: int,
+    names: Sequence[str] | None,
+    batch_size: int,
+    cache_dtype: str,
 ) -> Iterator[list[scheduler.RequestOutput]]:
     """Create an engine that is large enough for these requests and yield its output per chunk."""
-    sampling_params.sampling_params(sample)  # reject invalid settings before anything is allocated
+    codes, context = g.vq_config.codes_per_image, g.config.context_length
+    settings = _resolve(g, sample, mode=mode, seed=seed)
     if mode != "text":
         check_decoder(g)
-    codes, context = g.vq_config.codes_per_image, g.config.context_length
     requests = prompt_requests.make_requests(
         prompts, sample, g.vocab, mode=mode, names=names, codes=codes, context=context
     )
-    count = buckets.batch_size_for(len(requests), rows)
+    count = buckets.batch_size_for(len(requests), batch_size)
     if not requests:
         return
     longest = max(len(request.tokens) for request in requests)
-    streams = 1 + sampling_params.guidance_streams_needed(requests, sample, g.vocab, mode=mode)
-    slots = buckets.cache_length_for(longest, sample, mode=mode, codes=codes, context=context)
-    e = _engine_for(g, rows=count, lanes=streams * count, slots=slots, kind=kind)
-    yield from scheduler.run_requests(e, requests, sample, mode=mode, seed=seed)
+    streams = 1 + sampling_params.guidance_streams_needed(requests, settings)
+    sizes = engine.EngineSizes(
+        batch_size=count,
+        num_slots=streams * count,
+        cache_length=buckets.cache_length_for(
+            longest, sample, mode=mode, codes=codes, context=context
+        ),
+        cache_dtype=cache_dtype,
+    )
+    e = engine.make_engine(g.model, g.vocab, g.mesh, sizes, codes=codes)
+    yield from scheduler.run_requests(e, requests, settings, seed)
 
 
-def _engine_for(g: ModelBundle, *, rows: int, lanes: int, slots: int, kind: str) -> engine.Engine:
-    codes = g.vq_config.codes_per_image
-    sizes = dict(codes=codes, rows=rows, lanes=lanes, slots=slots, kind=kind)
-    sizes["barred"] = g.tokenizer.barred
-    return engine.make_engine(g.model, g.vocab, g.mesh, **sizes)
+def _resolve(
+    g: ModelBundle, sample: Sample, *, mode: str, seed: int
+) -> sampling_params.DecodeSettings:
+    """Return the settings of the decode loop; raise GenerateError before anything is allocated."""
+    sampling_params.check_seed(seed)
+    return sampling_params.resolve(
+        sample, g.vocab, mode=mode, codes=g.vq_config.codes_per_image, barred=g.tokenizer.barred
+    )
 
 
 # ---- chat ----
@@ -261,23 +295,20 @@ class Chat:
     """A conversation with its own KV cache."""
 
     def __init__(
-        self, g: ModelBundle, sample: Sample, *, mode: str, seed: int, kind: str = "model"
+        self, g: ModelBundle, sample: Sample, *, mode: str, seed: int, cache_dtype: str = "model"
     ) -> None:
-        grammar.check_mode(mode)
+        self._settings = _resolve(g, sample, mode=mode, seed=seed)
         self._g, self._sample, self._mode, self._seed = g, sample, mode, seed
         self.tokens = np.array([ids.BOS], np.int32)  # all turns so far
-        streams = 1 if mode == "text" else 1 + sum(sampling_params.guidance_scales_active(sample))
-        self.engine = engine.make_engine(
-            g.model,
-            g.vocab,
-            g.mesh,
-            codes=g.vq_config.codes_per_image,
-            rows=1,
-            lanes=streams + 1,  # the guidance streams of an image must not evict the conversation
-            slots=g.config.context_length,
-            kind=kind,
-            barred=g.tokenizer.barred,
+        streams = 1 if mode == "text" else 1 + sum(self._settings.guidance)
+        sizes = engine.EngineSizes(
+            batch_size=1,
+            num_slots=streams + 1,  # guidance streams of an image must not evict the conversation
+            cache_length=g.config.context_length,
+            cache_dtype=cache_dtype,
         )
+        codes = g.vq_config.codes_per_image
+        self.engine = engine.make_engine(g.model, g.vocab, g.mesh, sizes, codes=codes)
 
     def send(self, parts: Sequence[PromptPart]) -> list[Text | Image]:
         """Return the answer to one more turn."""
@@ -291,26 +322,25 @@ class Chat:
         If the iterator is closed early, the text and the complete images so far stay in the
         conversation.
         """
-        g, codes = self._g, self._g.vq_config.codes_per_image
-        asked = prompt_tokens(g, [parts], end_of_turn=True)[0]
-        prompt = np.concatenate([self.tokens, asked[1:]])
+        g = self._g
+        turn = prompt_tokens(g, [parts], end_of_turn=True)[0]
+        prompt = np.concatenate([self.tokens, turn[1:]])
         (request,) = prompt_requests.make_requests(
-            [prompt], self._sample, g.vocab, mode=self._mode, names=None, codes=codes,
-            context=g.config.context_length,
+            [prompt], self._sample, g.vocab, mode=self._mode, names=None,
+            codes=g.vq_config.codes_per_image, context=g.config.context_length,
         )  # fmt: skip
-        told, self._answer = IncrementalDetokenizer(), prompt[:0]
-        fixed = dict(mode=self._mode, seed=self._seed)
-        for news in scheduler.run_requests(self.engine, [request], self._sample, **fixed):
-            for each in news:
-                self._answer = each.tokens
-                self._keep(request.tokens, each.tokens)
-                yield from told.update(g, each.tokens, each.done)
+        detokenizer, self._answer = IncrementalDetokenizer(), prompt[:0]
+        for outputs in scheduler.run_requests(self.engine, [request], self._settings, self._seed):
+            for output in outputs:
+                self._answer = output.tokens
+                self._keep(request.tokens, output.tokens)
+                yield from detokenizer.update(g, output.tokens, output.done)
 
-    def _keep(self, prompt: np.ndarray, written: np.ndarray) -> None:
+    def _keep(self, prompt: np.ndarray, answer: np.ndarray) -> None:
         """Store the conversation with this answer, closed by SEP as training closes a turn."""
-        tokens = np.append(prompt, written[written != ids.EOS])
+        tokens = np.append(prompt, answer[answer != ids.EOS])
         opened = np.flatnonzero(tokens == ids.BOI)
         if opened.size and ids.EOI not in tokens[opened[-1] :]:
-            whole = len(tokens) - 1 - opened[-1] == self._g.vq_config.codes_per_image
-            tokens = np.append(tokens, ids.EOI) if whole else tokens[: opened[-1]]
+            complete = len(tokens) - 1 - opened[-1] == self._g.vq_config.codes_per_image
+            tokens = np.append(tokens, ids.EOI) if complete else tokens[: opened[-1]]
         self.tokens = np.append(tokens, ids.SEP).astype(np.int32)

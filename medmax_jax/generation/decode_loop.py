@@ -4,8 +4,8 @@
     decode_chunk      up to `chunk` tokens per row     score_tokens  likelihood of given tokens
     set_seen_tokens   the ids that a row has seen
 
-A row is one sequence that is being generated; a KV-cache slot (`lane`) is a row of the cache. Each
-row has up to three guidance streams:
+A row is one sequence that is being generated; it has up to three guidance streams, each with a
+KV-cache slot:
 
     stream 0  full            every token of the row
     stream 1  unconditional   BOS, and the open image: BOI c c c ...       while it is in an image
@@ -18,9 +18,9 @@ assigned slots to its streams 1 and 2: guidance costs nothing where no image is 
 stream 2 is absent it equals stream 1; where both are absent they equal the full stream. The
 guidance formula therefore needs no special cases.
 
-`decode_chunk` is compiled for a `DecodeConfig`, a number of slots (`width`), a number of cache
-positions to attend to (`span`), and the kinds of tokens that are sampled: text only while no row is
-in an image.
+`decode_chunk` is compiled for a `DecodeConfig`, a cache, a number of slots (`width`), a number of
+cache positions to attend to (`span`), and the kinds of tokens that are sampled: text only while no
+row is in an image.
 """
 
 import functools
@@ -50,7 +50,7 @@ class SequenceState(NamedTuple):
     """The state of [N] sequences; it is small, so each chunk copies it to the device and back."""
 
     token: Int[Array, "N"]  # sampled, or the prompt's last; not fed to the model yet
-    lanes: Int[Array, "N 3"]  # KV-cache slots of the streams; -1: none
+    slots: Int[Array, "N 3"]  # KV-cache slots of the streams; -1: none
     positions: Int[Array, "N 3"]  # the next free cache position of each stream
     image_tokens_left: Int[Array, "N"]  # the state of the grammar
     budget: Int[Array, "N"]  # text tokens, with BOI and EOS, without codes and EOI
@@ -79,21 +79,22 @@ def prefill(
     cache: kv_cache.Cache,
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
-    lanes: Int[Array, "B"],
+    slots: Int[Array, "B"],
     *,
     span: int,
 ) -> kv_cache.Cache:
-    """Write chunks of prompts to slots of the device's own block; position -1 marks idle tokens."""
-    placed = _split(tokens, positions, lanes)
-    fixed = dict(lanes=placed[2], span=span, layers=layers)
-    return kv_cache.decode(model, placed[0], cache, placed[1], **fixed)[1]
+    """Write chunks of prompts to slots of the device's own shard; position -1 marks idle tokens."""
+    tokens, positions, slots = _split(tokens, positions, slots)
+    return kv_cache.decode(model, tokens, cache, positions, slots=slots, span=span, layers=layers)[
+        1
+    ]
 
 
 @functools.partial(jax.jit, static_argnames="span", donate_argnames="cache")
 def copy_slots(
     cache: kv_cache.Cache, sources: Int[Array, "M"], targets: Int[Array, "M"], *, span: int
 ) -> kv_cache.Cache:
-    """Copy the start of slots to other slots of the same block."""
+    """Copy the start of slots to other slots of the same shard."""
     sources, targets = (jax.sharding.reshard(x, P(ROWS)) for x in (sources, targets))
     return kv_cache.copy_slots(cache, sources, targets, span=span)
 
@@ -114,7 +115,7 @@ def score_tokens(
     cache: kv_cache.Cache,
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
-    lanes: Int[Array, "B"],
+    slots: Int[Array, "B"],
     targets: Int[Array, "B T"],
     *,
     span: int,
@@ -123,16 +124,17 @@ def score_tokens(
 
     Each target is scored after its token, over the full vocabulary.
     """
-    placed = _split(tokens, positions, lanes)
-    fixed = dict(lanes=placed[2], span=span, layers=layers)
-    hidden, cache = kv_cache.decode(model, placed[0], cache, placed[1], **fixed)
+    tokens, positions, slots = _split(tokens, positions, slots)
+    hidden, cache = kv_cache.decode(
+        model, tokens, cache, positions, slots=slots, span=span, layers=layers
+    )
     logits = jax.sharding.reshard(model.logits(hidden), P(None, None, None))
-    held = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return cache, held - jax.nn.logsumexp(logits, axis=-1), held >= logits.max(-1)
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return cache, chosen - jax.nn.logsumexp(logits, axis=-1), chosen >= logits.max(-1)
 
 
 @functools.partial(
-    jax.jit, static_argnames=("plan", "width", "span", "draws"), donate_argnames=("cache", "seen")
+    jax.jit, static_argnames=("config", "width", "span", "draws"), donate_argnames=("cache", "seen")
 )
 def decode_chunk(
     model: Chameleon,
@@ -140,18 +142,18 @@ def decode_chunk(
     cache: kv_cache.Cache,
     rows: SequenceState,
     seen: Bool[Array, "N V"],
-    knobs: SamplingParams,
+    params: SamplingParams,
     key: Key[Array, ""],
     *,
-    plan: DecodeConfig,
+    config: DecodeConfig,
     width: int,
     span: int,
     draws: str,
 ) -> tuple[kv_cache.Cache, SequenceState, Bool[Array, "N V"], Int[Array, "N C"]]:
-    """Generate up to plan.chunk more tokens per row; `out` holds them, left-aligned.
+    """Generate up to config.chunk more tokens per row; `out` holds them, left-aligned.
 
     Args:
-        width: the number of slots that run, the first ones of each block.
+        width: the number of slots that run, the first ones of each shard.
         span: cache positions to attend to.
         draws: the kinds of tokens that are sampled: "text", "codes" or "both".
     """
@@ -160,55 +162,72 @@ def decode_chunk(
         step=jnp.int32(0),
         rows=rows,
         seen=seen,
-        out=jnp.full((len(rows.token), plan.chunk), ids.PAD, jnp.int32),
+        out=jnp.full((len(rows.token), config.chunk), ids.PAD, jnp.int32),
         opened=jnp.bool_(False),
         cache=cache,
     )
     state = jax.lax.while_loop(
-        lambda s: (s.step < plan.chunk) & ~s.opened & _active(s.rows).any(),
-        lambda s: _step(model, layers, s, knobs, keys, plan, width, span, draws),
+        lambda s: (s.step < config.chunk) & ~s.opened & _active(s.rows).any(),
+        lambda s: _step(model, layers, s, params, keys, config, width, span, draws),
         state,
     )
     return state.cache, state.rows, state.seen, state.out
 
 
 def lower_decode(
-    like: Chameleon, plan: DecodeConfig, *, rows: int, slots: int, kind: str, draws: str
+    like: Chameleon,
+    config: DecodeConfig,
+    *,
+    batch_size: int,
+    num_slots: int,
+    cache_length: int,
+    cache_dtype: str,
+    draws: str,
 ) -> jax.stages.Lowered:
     """Lower `decode_chunk` for shapes only, with every slot and position in use.
 
     It uses the mesh of `like`. This serves a compiler for another machine: nothing is allocated.
     """
-    shape = lambda *sizes, kind=jnp.int32: jax.ShapeDtypeStruct(sizes, kind)  # noqa: E731
-    row, three, flag = shape(rows), shape(rows, 3), shape(rows, kind=jnp.bool_)
-    asked = SequenceState(row, three, three, row, row, row, row, row, flag, flag)
-    knobs = SamplingParams(*[shape(kind=jnp.float32)] * len(SamplingParams._fields))
-    lanes = plan.blocks * plan.depth
+    shape = lambda *sizes, dtype=jnp.int32: jax.ShapeDtypeStruct(sizes, dtype)  # noqa: E731
+    number, three = shape(batch_size), shape(batch_size, 3)
+    flag = shape(batch_size, dtype=jnp.bool_)
+    rows = SequenceState(number, three, three, number, number, number, number, number, flag, flag)
+    params = SamplingParams(*[shape(dtype=jnp.float32)] * len(SamplingParams._fields))
     cache = jax.eval_shape(
-        lambda: kv_cache.init_cache(like.config, lanes=lanes, slots=slots, kind=kind)
+        lambda: kv_cache.init_cache(
+            like.config, num_slots=num_slots, cache_length=cache_length, cache_dtype=cache_dtype
+        )
     )
-    given = (cache, asked, shape(rows, plan.vocab.size, kind=jnp.bool_), knobs)
+    seen = shape(batch_size, config.vocab.size, dtype=jnp.bool_)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    cache, asked, seen, knobs, key = with_shardings((*given, key))
-    fixed = dict(plan=plan, width=plan.depth, span=slots, draws=draws)
-    return decode_chunk.lower(like, None, cache, asked, seen, knobs, key, **fixed)
+    cache, rows, seen, params, key = with_shardings((cache, rows, seen, params, key))
+    return decode_chunk.lower(
+        like, None, cache, rows, seen, params, key,
+        config=config, width=num_slots // _shards(), span=cache_length, draws=draws,
+    )  # fmt: skip
 
 
 def stream_positions(
-    token: Int[Array, "N"], at: Int[Array, "N 3"], lanes: Int[Array, "N 3"], vocab: Vocab
+    token: Int[Array, "N"], positions: Int[Array, "N 3"], slots: Int[Array, "N 3"], vocab: Vocab
 ) -> Int[Array, "N 3"]:
     """Return the position at which each stream stores the token, or -1.
 
     -1 means that the stream is absent or does not contain tokens of this kind. With positions (9,
     4, 7), a text token is stored at (9, -1, -1), BOI and a code at (9, 4, 7), EOI at (9, -1, -1).
     """
-    pictorial = ids.is_image(token, vocab) | (token == ids.BOI)
-    held = jnp.stack([jnp.ones_like(pictorial), pictorial, pictorial], axis=1)
-    return jnp.where(held & (lanes >= 0), at, -1)
+    of_image = ids.is_image(token, vocab) | (token == ids.BOI)
+    contained = jnp.stack([jnp.ones_like(of_image), of_image, of_image], axis=1)
+    return jnp.where(contained & (slots >= 0), positions, -1)
 
 
 def _active(rows: SequenceState) -> Bool[Array, "N"]:
     return ~(rows.done | rows.needs_guidance_slots)
+
+
+def _shards() -> int:
+    """Return the number of devices that split the batch and the slots."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def _split(*arrays: Array) -> list[Array]:
@@ -219,41 +238,42 @@ def _step(
     model: Chameleon,
     layers: kv_cache.UnstackedLayers | None,
     state: LoopState,
-    knobs: SamplingParams,
+    params: SamplingParams,
     keys: Key[Array, "N"],
-    plan: DecodeConfig,
+    config: DecodeConfig,
     width: int,
     span: int,
     draws: str,
 ) -> LoopState:
     rows, active = state.rows, _active(state.rows)
-    places = stream_positions(rows.token, rows.positions, rows.lanes, plan.vocab)
-    places = jnp.where(active[:, None], places, -1)
-    at = jnp.where(places >= 0, places + 1, rows.positions)
-    lanes = _lane_rows(rows.lanes, plan, width)
+    stored = stream_positions(rows.token, rows.positions, rows.slots, config.vocab)
+    stored = jnp.where(active[:, None], stored, -1)
+    positions = jnp.where(stored >= 0, stored + 1, rows.positions)
+    slot_rows = _slot_rows(rows.slots, state.cache, width)
     logits, cache = _logits(
-        model, layers, rows.token, places, lanes, state.cache, plan, width, span
+        model, layers, rows.token, stored, slot_rows, state.cache, width=width, span=span
     )
-    token = _next(logits, lanes, at[:, FULL], state, knobs, keys, plan, draws)
+    token = _next(logits, slot_rows, positions[:, FULL], state, params, keys, config, draws)
 
     in_text = rows.image_tokens_left == 0
-    left = grammar.advance(rows.image_tokens_left, token, codes=plan.codes)
-    spent = rows.text_tokens_used + in_text
-    over, spent = _over(rows, token, left, spent, at[:, FULL], plan)
+    left = grammar.advance(rows.image_tokens_left, token, codes=config.codes)
+    used = rows.text_tokens_used + in_text
+    context = state.cache.k.shape[3]
+    over, used = _over(rows, token, left, used, positions[:, FULL], config, context)
     opens = active & in_text & (token == ids.BOI) & ~over
     keep = lambda new, old: jnp.where(active, new, old)  # noqa: E731
     return LoopState(
         step=state.step + 1,
         rows=rows._replace(
             token=keep(token, rows.token),
-            positions=at,
+            positions=positions,
             image_tokens_left=keep(left, rows.image_tokens_left),
-            text_tokens_used=keep(spent, rows.text_tokens_used),
+            text_tokens_used=keep(used, rows.text_tokens_used),
             count=rows.count + active,
             done=rows.done | (active & over),
             needs_guidance_slots=rows.needs_guidance_slots | opens,
         ),
-        seen=state.seen | (active[:, None] & (token[:, None] == jnp.arange(plan.vocab.size))),
+        seen=state.seen | (active[:, None] & (token[:, None] == jnp.arange(config.vocab.size))),
         out=state.out.at[:, state.step].set(jnp.where(active, token, ids.PAD)),
         opened=state.opened | opens.any(),
         cache=cache,
@@ -261,54 +281,57 @@ def _step(
 
 
 def _over(
-    rows: SequenceState, token, left, spent, length, plan: DecodeConfig
+    rows: SequenceState, token, left, used, length, config: DecodeConfig, context: int
 ) -> tuple[Array, Array]:
     """Return which rows are finished, and how much of their budget is used."""
-    if plan.mode == "image":
-        return left == 1, spent  # all codes are generated; EOI is not
-    if plan.per_segment:
-        spent = jnp.where(rows.image_tokens_left == 1, 0, spent)  # EOI: a new segment
-    out_of_room = (spent >= rows.budget) | (length + 1 >= plan.context)
-    over = (left == 0) & ((token == ids.EOS) | out_of_room)
-    return over | (plan.stop_at_boi & (rows.image_tokens_left == 0) & (token == ids.BOI)), spent
+    if config.mode == "image":
+        return left == 1, used  # all codes are generated; EOI is not
+    if config.per_segment:
+        used = jnp.where(rows.image_tokens_left == 1, 0, used)  # EOI: a new segment
+    exhausted = (used >= rows.budget) | (length + 1 >= context)
+    over = (left == 0) & ((token == ids.EOS) | exhausted)
+    return over | (config.stop_at_boi & (rows.image_tokens_left == 0) & (token == ids.BOI)), used
 
 
-def _lane_rows(lanes: Int[Array, "N 3"], plan: DecodeConfig, width: int) -> Int[Array, "N 3"]:
-    """Return the row of each slot's logits among blocks * width rows; past the end if absent."""
-    block, depth = lanes // plan.depth, lanes % plan.depth
-    return jnp.where(lanes >= 0, block * width + depth, plan.blocks * width)
+def _slot_rows(slots: Int[Array, "N 3"], cache: kv_cache.Cache, width: int) -> Int[Array, "N 3"]:
+    """Return the row of each slot's logits among shards * width rows; past the end if absent."""
+    shards = _shards()
+    slots_per_shard = cache.k.shape[1] // shards
+    shard, index = slots // slots_per_shard, slots % slots_per_shard
+    return jnp.where(slots >= 0, shard * width + index, shards * width)
 
 
 def _logits(
-    model: Chameleon, layers, token, places, lanes, cache, plan: DecodeConfig, width: int, span: int
+    model: Chameleon, layers, token, positions, slot_rows, cache, *, width: int, span: int
 ) -> tuple[Float[Array, "B V"], kv_cache.Cache]:
     """Feed one token to every stream; each device gets all logits and samples identically."""
-    count = plan.blocks * width
-    every = jnp.broadcast_to(token[:, None], lanes.shape)
-    fed = jnp.zeros(count, jnp.int32).at[lanes].set(every, mode="drop")
-    at = jnp.full(count, -1, jnp.int32).at[lanes].set(places, mode="drop")
-    fed, at = _split(fed[:, None], at[:, None])
-    hidden, cache = kv_cache.decode(model, fed, cache, at, lanes=None, span=span, layers=layers)
+    count = _shards() * width
+    every = jnp.broadcast_to(token[:, None], slot_rows.shape)
+    inputs = jnp.zeros(count, jnp.int32).at[slot_rows].set(every, mode="drop")
+    at = jnp.full(count, -1, jnp.int32).at[slot_rows].set(positions, mode="drop")
+    inputs, at = _split(inputs[:, None], at[:, None])
+    hidden, cache = kv_cache.decode(model, inputs, cache, at, slots=None, span=span, layers=layers)
     return jax.sharding.reshard(model.logits(hidden), P(None, None, None))[:, 0], cache
 
 
 def _next(
     logits: Float[Array, "B V"],
-    lanes: Int[Array, "N 3"],
+    slot_rows: Int[Array, "N 3"],
     length: Int[Array, "N"],
     state: LoopState,
-    knobs: SamplingParams,
+    params: SamplingParams,
     keys: Key[Array, "N"],
-    plan: DecodeConfig,
+    config: DecodeConfig,
     draws: str,
 ) -> Int[Array, "N"]:
     """Return a text token, a code or EOI, depending on the grammar state of the row."""
     rows = state.rows
     text = image = jnp.full_like(rows.token, ids.EOI)
     if draws != "codes":
-        text = _text(logits.at[lanes[:, FULL]].get(mode="clip"), length, state, knobs, keys, plan)
+        full = logits.at[slot_rows[:, FULL]].get(mode="clip")
+        text = _text(full, length, state, params, keys, config)
     if draws != "text":
-        image = _code(logits, lanes, rows, knobs, keys, plan)
+        image = _code(logits, slot_rows, rows, params, keys, config)
     return jnp.where(
         rows.image_tokens_left == 0, text, jnp.where(rows.image_tokens_left == 1, ids.EOI, image)
     )
@@ -318,46 +341,49 @@ def _text(
     logits: Float[Array, "N V"],
     length: Int[Array, "N"],
     state: LoopState,
-    knobs: SamplingParams,
+    params: SamplingParams,
     keys,
-    plan,
+    config,
 ) -> Int[Array, "N"]:
-    fixed = dict(vocab=plan.vocab, mode=plan.mode, codes=plan.codes, context=plan.context)
-    allowed = grammar.allowed(jnp.zeros_like(length), length, barred=plan.barred, **fixed)
+    allowed = grammar.allowed(
+        jnp.zeros_like(length), length, vocab=config.vocab, mode=config.mode, codes=config.codes,
+        context=state.cache.k.shape[3], barred=config.barred,
+    )  # fmt: skip
     logits = sampling.allow_only(logits, allowed)
-    logits = sampling.apply_repetition_penalty(logits, state.seen, knobs.repetition_penalty)
-    if not plan.text_greedy:
-        logits = sampling.apply_temperature(logits, knobs.text_temperature)
-        logits = sampling.top_p(logits, knobs.text_top_p)
-    return sampling.sample_tokens(logits, keys, state.rows.count, greedy=plan.text_greedy)
+    logits = sampling.apply_repetition_penalty(logits, state.seen, params.repetition_penalty)
+    if not config.text_greedy:
+        logits = sampling.apply_temperature(logits, params.text_temperature)
+        logits = sampling.top_p(logits, params.text_top_p)
+    return sampling.sample_tokens(logits, keys, state.rows.count, greedy=config.text_greedy)
 
 
 def _code(
     logits: Float[Array, "B V"],
-    lanes: Int[Array, "N 3"],
+    slot_rows: Int[Array, "N 3"],
     rows: SequenceState,
-    knobs: SamplingParams,
+    params: SamplingParams,
     keys,
-    plan,
+    config,
 ) -> Int[Array, "N"]:
     """Return one code for all streams, from their guided logits; top_p sorts only image ids."""
-    logits = logits[:, ids.IMAGE_START : ids.IMAGE_START + plan.vocab.image_codes]
+    logits = logits[:, ids.IMAGE_START : ids.IMAGE_START + config.vocab.image_codes]
     full, unconditional, image_only = (
-        logits.at[lanes[:, stream]].get(mode="clip") for stream in (FULL, UNCONDITIONAL, IMAGE_ONLY)
+        logits.at[slot_rows[:, stream]].get(mode="clip")
+        for stream in (FULL, UNCONDITIONAL, IMAGE_ONLY)
     )
-    held = (rows.lanes >= 0)[:, :, None]
-    unconditional = jnp.where(held[:, UNCONDITIONAL], unconditional, full)
-    image_only = jnp.where(held[:, IMAGE_ONLY], image_only, unconditional)
+    present = (rows.slots >= 0)[:, :, None]
+    unconditional = jnp.where(present[:, UNCONDITIONAL], unconditional, full)
+    image_only = jnp.where(present[:, IMAGE_ONLY], image_only, unconditional)
     guided = sampling.apply_guidance(
         full,
         unconditional,
         image_only,
-        scale_text=knobs.scale_text,
-        scale_image=knobs.scale_image,
+        scale_text=params.scale_text,
+        scale_image=params.scale_image,
     )
-    if not plan.image_greedy:
-        guided = sampling.apply_temperature(guided, knobs.image_temperature)
-        guided = sampling.top_p(guided, knobs.image_top_p)
+    if not config.image_greedy:
+        guided = sampling.apply_temperature(guided, params.image_temperature)
+        guided = sampling.top_p(guided, params.image_top_p)
     return ids.IMAGE_START + sampling.sample_tokens(
-        guided, keys, rows.count, greedy=plan.image_greedy
+        guided, keys, rows.count, greedy=config.image_greedy
     )

@@ -27,75 +27,77 @@ from medmax_jax.models import kv_cache
 from medmax_jax.models import vocab as ids
 from medmax_jax.models.chameleon import Chameleon
 
-SIDE_BY_SIDE = 8  # prompts of a block that are computed in one call
-COPIES = 4  # copies per block in one call
+PROMPTS_PER_CALL = 8  # prompts of a shard that are computed in one call
+COPIES = 4  # copies per shard in one call
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineSizes:
+    """The sizes of an engine, which determine its memory and its compiled programs."""
+
+    batch_size: int  # answers that are generated at once
+    num_slots: int  # KV-cache slots, at least batch_size; two more for each image with guidance
+    cache_length: int  # positions per slot
+    cache_dtype: str  # "model" or "int8"
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class Engine:
-    """A model and a cache of slots with `cache_length` tokens; `batch_size` answers at once."""
+    """A model and its KV cache."""
 
     model: Chameleon
     layers: kv_cache.UnstackedLayers | None
     vocab: Vocab
     codes: int  # per image
     mesh: jax.sharding.Mesh
-    batch_size: int
-    cache_length: int
-    cache_dtype: str  # "model" or "int8"
+    sizes: EngineSizes
     slot_table: SlotTable
     cache: kv_cache.Cache | None  # None: it was lost by a failure
     seen: jax.Array | None
     programs: set[tuple[Any, ...]]  # programs requested so far: name and static arguments
     busy: bool = False  # the slots are in use
     tokens_prefilled: int = 0  # prompt tokens that the model had to compute; the others were copied
-    barred: tuple[int, ...] = ()  # ids that text never contains
 
 
 def make_engine(
-    model: Chameleon,
-    vocab: Vocab,
-    mesh: jax.sharding.Mesh,
-    *,
-    codes: int,
-    rows: int,
-    lanes: int,
-    slots: int,
-    kind: str,
-    barred: tuple[int, ...] = (),
+    model: Chameleon, vocab: Vocab, mesh: jax.sharding.Mesh, sizes: EngineSizes, *, codes: int
 ) -> Engine:
     """Create an empty engine.
 
     Args:
         model: the model; its mesh is `mesh`.
+        vocab: the vocabulary of the model.
+        mesh: the devices.
+        sizes: `num_slots` is rounded up to a multiple of the devices that split the batch.
         codes: VQ codes per image.
-        rows: batch size.
-        lanes: number of KV-cache slots, at least `rows`; two more where images are guided.
-        slots: cache length in tokens.
-        kind: KV-cache dtype, see kv_cache.py.
-        barred: ids that are never generated as text, `Tokenizer.barred` of the model's tokenizer.
     """
-    blocks = mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows < 1:
-        raise GenerateError(f"rows is {rows}; at least one answer is written at once")
-    if slots > model.config.context_length:
-        raise GenerateError(f"slots is {slots}; the model holds {model.config.context_length}")
-    depth, near = -(-lanes // blocks), -(-rows // blocks)
-    with _room(model, rows=rows, lanes=depth * blocks, slots=slots, kind=kind):
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if sizes.batch_size < 1:
+        raise GenerateError(f"batch_size (--rows) is {sizes.batch_size}; it must be at least 1")
+    if sizes.cache_length > model.config.context_length:
+        raise GenerateError(
+            f"cache_length is {sizes.cache_length}; the context of the model has "
+            f"{model.config.context_length} tokens"
+        )
+    slots_per_shard = -(-sizes.num_slots // shards)
+    sizes = dataclasses.replace(sizes, num_slots=slots_per_shard * shards)
+    with _explain_out_of_memory(model, sizes):
         engine = Engine(
             model=model,
             layers=kv_cache.unstack_layers(model, mesh),
             vocab=vocab,
             codes=codes,
             mesh=mesh,
-            batch_size=rows,
-            cache_length=slots,
-            cache_dtype=kind,
-            slot_table=SlotTable(blocks=blocks, depth=depth, slots=slots, near=near),
+            sizes=sizes,
+            slot_table=SlotTable(
+                shards=shards,
+                slots_per_shard=slots_per_shard,
+                cache_length=sizes.cache_length,
+                primary_slots=-(-sizes.batch_size // shards),
+            ),
             cache=None,
             seen=None,
             programs=set(),
-            barred=barred,
         )
         _reset_cache(engine)
     return engine
@@ -111,14 +113,11 @@ def exclusive_use(engine: Engine) -> Iterator[None]:
     """
     if engine.busy:
         raise GenerateError(
-            "the engine is in the middle of other answers; finish or close their iterator first"
+            "the engine is generating other answers; finish or close their iterator first"
         )
-    e, lanes = engine, engine.slot_table.blocks * engine.slot_table.depth
     engine.busy = True
     try:
-        with _room(
-            e.model, rows=e.batch_size, lanes=lanes, slots=e.cache_length, kind=e.cache_dtype
-        ):
+        with _explain_out_of_memory(engine.model, engine.sizes):
             if engine.cache is None:
                 _reset_cache(engine)
             yield
@@ -135,24 +134,24 @@ def exclusive_use(engine: Engine) -> Iterator[None]:
 
 
 def prefill_prompts(
-    engine: Engine, wanted: Sequence[Int[np.ndarray, "_"]], *, guide: bool
+    engine: Engine, prompts: Sequence[Int[np.ndarray, "_"]], *, guide: bool
 ) -> list[int]:
     """Return slots that now hold these tokens; the same number of slots must be free.
 
     A prefix that some slot holds is copied. A prefix that two prompts share is computed once: the
     second prompt waits.
     """
-    lanes, todo = [-1] * len(wanted), list(range(len(wanted)))
-    while todo:
-        wave = [(i, engine.slot_table.acquire(wanted[i], guide=guide)) for i in todo]
-        todo = [i for i, place in wave if place is None]
-        placed = [(i, place) for i, place in wave if place is not None]
-        _copy(engine, [place for _, place in placed])
-        _read(engine, [(place, wanted[i]) for i, place in placed])
+    slots, pending = [-1] * len(prompts), list(range(len(prompts)))
+    while pending:
+        wave = [(i, engine.slot_table.acquire(prompts[i], guide=guide)) for i in pending]
+        pending = [i for i, assignment in wave if assignment is None]
+        assigned = [(i, assignment) for i, assignment in wave if assignment is not None]
+        _copy(engine, [assignment for _, assignment in assigned])
+        _prefill(engine, [(assignment, prompts[i]) for i, assignment in assigned])
         engine.slot_table.commit()
-        for i, place in placed:
-            lanes[i] = place.slot
-    return lanes
+        for i, assignment in assigned:
+            slots[i] = assignment.slot
+    return slots
 
 
 def score_options(
@@ -164,147 +163,169 @@ def score_options(
 
     A prompt is computed once, and its options one after another in the same slot behind it.
     """
-    found: list[list[Any]] = [[None] * len(each) for each in options]
-    most = min(engine.batch_size, SIDE_BY_SIDE * engine.slot_table.blocks)
+    scores: list[list[Any]] = [[None] * len(of_prompt) for of_prompt in options]
+    count = min(engine.sizes.batch_size, PROMPTS_PER_CALL * engine.slot_table.shards)
     order = requests.group_by_shared_image([Request(p, 0, 0) for p in prompts])
     with exclusive_use(engine):
-        for start in range(0, len(order), most):
-            _likelihoods(engine, prompts, options, order[start : start + most], found)
-    return found
+        for start in range(0, len(order), count):
+            _score_batch(engine, prompts, options, order[start : start + count], scores)
+    return scores
 
 
-def _likelihoods(engine: Engine, prompts, options, part: list[int], found) -> None:
-    """Compute the likelihoods for the prompts `part` in one batch and write them to `found`."""
-    lanes = prefill_prompts(engine, [prompts[i][:-1] for i in part], guide=False)
-    for turn in range(max(len(options[i]) for i in part)):
+def _score_batch(engine: Engine, prompts, options, batch: list[int], scores) -> None:
+    """Score the options of the prompts with the indices `batch`; write the results to `scores`."""
+    slots = prefill_prompts(engine, [prompts[i][:-1] for i in batch], guide=False)
+    for number in range(max(len(options[i]) for i in batch)):
         jobs = [
-            (lane, len(prompts[i]) - 1, np.append(prompts[i][-1:], options[i][turn]), i)
-            for lane, i in zip(lanes, part, strict=True)
-            if turn < len(options[i])
+            (slot, len(prompts[i]) - 1, np.append(prompts[i][-1:], options[i][number]), i)
+            for slot, i in zip(slots, batch, strict=True)
+            if number < len(options[i])
         ]
-        for (*_, i), answer in zip(jobs, _score(engine, jobs), strict=True):
-            found[i][turn] = answer
-    for lane, i in zip(lanes, part, strict=True):
-        engine.slot_table.release(lane, prompts[i][:-1])
+        for (*_, i), score in zip(jobs, _score(engine, jobs), strict=True):
+            scores[i][number] = score
+    for slot, i in zip(slots, batch, strict=True):
+        engine.slot_table.release(slot, prompts[i][:-1])
 
 
 def _reset_cache(engine: Engine) -> None:
     """Allocate an empty cache, and rows that have seen no tokens."""
-    lanes = engine.slot_table.blocks * engine.slot_table.depth
+    sizes = engine.sizes
     with jax.set_mesh(engine.mesh):
-        made = (
-            kv_cache.init_cache(
-                engine.model.config, lanes=lanes, slots=engine.cache_length, kind=engine.cache_dtype
-            ),
-            jnp.zeros((engine.batch_size, engine.vocab.size), bool),
+        cache = kv_cache.init_cache(
+            engine.model.config,
+            num_slots=sizes.num_slots,
+            cache_length=sizes.cache_length,
+            cache_dtype=sizes.cache_dtype,
         )
-    engine.cache, engine.seen = jax.block_until_ready(made)
+        seen = jnp.zeros((sizes.batch_size, engine.vocab.size), bool)
+    engine.cache, engine.seen = jax.block_until_ready((cache, seen))
 
 
-def _room(
-    model: Chameleon, *, rows: int, lanes: int, slots: int, kind: str
+def _explain_out_of_memory(
+    model: Chameleon, sizes: EngineSizes
 ) -> contextlib.AbstractContextManager[None]:
     """Explain an out-of-memory error: the allocation and the settings that reduce it."""
-    size = kv_cache.cache_bytes(model.config, lanes=lanes, slots=slots, kind=kind)
-    mends = [
-        "take fewer rows (--rows; --config.rows of an evaluation)",
-        "a shorter context (shorter prompts, a smaller sample.max_gen_len)",
-        'a cache in bytes (--cache=int8, kind="int8")',
+    cache_bytes = kv_cache.cache_bytes(
+        model.config,
+        num_slots=sizes.num_slots,
+        cache_length=sizes.cache_length,
+        cache_dtype=sizes.cache_dtype,
+    )
+    fixes = [
+        "reduce the batch size (--rows; --config.rows of an evaluation)",
+        "shorten the context (shorter prompts, a smaller sample.max_gen_len)",
     ]
+    if sizes.cache_dtype != "int8":
+        fixes.append('use an int8 cache (--cache=int8, cache_dtype="int8")')
     return buckets.explain_out_of_memory(
-        f"{rows} rows of {slots} slots have a cache of {lanes} lanes, "
-        f"{buckets.format_mib(size)}, beside "
-        f"the model's {buckets.format_mib(buckets.tree_bytes(model))}",
-        " or ".join(mends[: 2 if kind == "int8" else 3]),
+        f"batch size {sizes.batch_size} and cache length {sizes.cache_length} need "
+        f"{sizes.num_slots} cache slots ({buckets.format_mib(cache_bytes)}) in addition to the "
+        f"model ({buckets.format_mib(buckets.tree_bytes(model))})",
+        " or ".join(fixes),
     )
 
 
-def _copy(engine: Engine, places: Sequence[SlotAssignment]) -> None:
-    depth, blocks = engine.slot_table.depth, engine.slot_table.blocks
-    pairs = [(p.copy_from, p.slot, p.prefix_length) for p in places if p.copy_from is not None]
+def _copy(engine: Engine, assignments: Sequence[SlotAssignment]) -> None:
+    slots_per_shard, shards = engine.slot_table.slots_per_shard, engine.slot_table.shards
+    pairs = [(a.copy_from, a.slot, a.prefix_length) for a in assignments if a.copy_from is not None]
     if not pairs:
         return
-    span = buckets.kv_length_bucket(max(kept for *_, kept in pairs), engine.cache_length)
-    each = [[(s % depth, t % depth) for s, t, _ in pairs if t // depth == b] for b in range(blocks)]
-    for start in range(0, max(map(len, each)), COPIES):
-        moves = np.zeros((2, blocks, COPIES), np.int32)  # copying slot 0 to slot 0 does nothing
-        for block, some in enumerate(each):
-            for i, move in enumerate(some[start : start + COPIES]):
-                moves[:, block, i] = move
+    span = buckets.kv_length_bucket(max(length for *_, length in pairs), engine.sizes.cache_length)
+    by_shard = [
+        [
+            (source % slots_per_shard, target % slots_per_shard)
+            for source, target, _ in pairs
+            if target // slots_per_shard == shard
+        ]
+        for shard in range(shards)
+    ]
+    for start in range(0, max(map(len, by_shard)), COPIES):
+        moves = np.zeros((2, shards, COPIES), np.int32)  # copying slot 0 to slot 0 does nothing
+        for shard, pairs_of_shard in enumerate(by_shard):
+            for i, pair in enumerate(pairs_of_shard[start : start + COPIES]):
+                moves[:, shard, i] = pair
         engine.programs.add(("copy", span))
         with jax.set_mesh(engine.mesh):
             engine.cache = decode_loop.copy_slots(engine.cache, *moves.reshape(2, -1), span=span)
 
 
-def _read(engine: Engine, jobs: Sequence[tuple[SlotAssignment, Int[np.ndarray, "_"]]]) -> None:
+def _prefill(
+    engine: Engine, prompts: Sequence[tuple[SlotAssignment, Int[np.ndarray, "_"]]]
+) -> None:
     """Compute the tokens that no slot holds."""
-    left = [
-        (p.slot, p.prefix_length, tokens[p.prefix_length :])
-        for p, tokens in jobs
-        if p.prefix_length < len(tokens)
+    jobs = [
+        (assignment.slot, assignment.prefix_length, tokens[assignment.prefix_length :])
+        for assignment, tokens in prompts
+        if assignment.prefix_length < len(tokens)
     ]
-    engine.tokens_prefilled += sum(len(tokens) for *_, tokens in left)
-    for (tokens, positions, lanes), _ in _prefill_batches(engine, left):
-        span = buckets.kv_length_bucket(int(positions.max()) + 1, engine.cache_length)
+    engine.tokens_prefilled += sum(len(tokens) for *_, tokens in jobs)
+    for (tokens, positions, slots), _ in _prefill_batches(engine, jobs):
+        span = buckets.kv_length_bucket(int(positions.max()) + 1, engine.sizes.cache_length)
         engine.programs.add(("prefill", tokens.shape, span))
         with jax.set_mesh(engine.mesh):
             engine.cache = decode_loop.prefill(
-                engine.model, engine.layers, engine.cache, tokens, positions, lanes, span=span
+                engine.model, engine.layers, engine.cache, tokens, positions, slots, span=span
             )
 
 
 def _score(engine: Engine, jobs: Sequence[tuple[int, int, np.ndarray, int]]) -> list[Any]:
     """Score jobs: each feeds a prompt's last token and all tokens of an option but the last."""
-    fed = [(lane, start, tokens[:-1]) for lane, start, tokens, _ in jobs]
-    found = [([], []) for _ in jobs]
-    for (tokens, positions, lanes), rows in _prefill_batches(engine, fed):
+    inputs = [(slot, start, tokens[:-1]) for slot, start, tokens, _ in jobs]
+    parts = [([], []) for _ in jobs]
+    for (tokens, positions, slots), rows in _prefill_batches(engine, inputs):
         targets = np.zeros_like(tokens)
         for row, job, offset, count in rows:
             targets[row, :count] = jobs[job][2][offset + 1 : offset + 1 + count]
-        span = buckets.kv_length_bucket(int(positions.max()) + 1, engine.cache_length)
+        span = buckets.kv_length_bucket(int(positions.max()) + 1, engine.sizes.cache_length)
         engine.programs.add(("score", tokens.shape, span))
         with jax.set_mesh(engine.mesh):
-            engine.cache, *answers = decode_loop.score_tokens(
+            engine.cache, *scores = decode_loop.score_tokens(
                 engine.model,
                 engine.layers,
                 engine.cache,
                 tokens,
                 positions,
-                lanes,
+                slots,
                 targets,
                 span=span,
             )
-        likely, best = jax.device_get(answers)
+        likelihoods, best = jax.device_get(scores)
         for row, job, _, count in rows:
-            found[job][0].append(likely[row, :count])
-            found[job][1].append(best[row, :count])
-    return [(np.concatenate(likely), np.concatenate(best)) for likely, best in found]
+            parts[job][0].append(likelihoods[row, :count])
+            parts[job][1].append(best[row, :count])
+    return [(np.concatenate(likelihoods), np.concatenate(best)) for likelihoods, best in parts]
 
 
 def _prefill_batches(engine: Engine, jobs: Sequence[tuple[int, int, Int[np.ndarray, "_"]]]):
     """Yield jobs (slot, first position, tokens) as device arrays, with (row, job, offset, count).
 
-    One job per call, or `side` jobs of each block; tokens in chunks of few sizes.
+    One job per call, or the same number of each shard; tokens in chunks of few sizes.
     """
-    depth, blocks = engine.slot_table.depth, engine.slot_table.blocks
-    by_block = [[i for i, job in enumerate(jobs) if job[0] // depth == b] for b in range(blocks)]
-    most = max(map(len, by_block))
-    side = 1 if most <= 1 else min(SIDE_BY_SIDE, 1 << (depth - 1).bit_length())
-    for start in range(0, most, side):
-        group = [some[start : start + side] for some in by_block]
-        longest = max(len(jobs[i][2]) for some in group for i in some)
+    slots_per_shard, shards = engine.slot_table.slots_per_shard, engine.slot_table.shards
+    by_shard = [
+        [i for i, job in enumerate(jobs) if job[0] // slots_per_shard == shard]
+        for shard in range(shards)
+    ]
+    most = max(map(len, by_shard))
+    width = 1 if most <= 1 else min(PROMPTS_PER_CALL, 1 << (slots_per_shard - 1).bit_length())
+    for start in range(0, most, width):
+        group = [of_shard[start : start + width] for of_shard in by_shard]
+        chosen = [
+            (shard * width + n, i) for shard, of_shard in enumerate(group)
+            for n, i in enumerate(of_shard)
+        ]  # fmt: skip
+        longest = max(len(jobs[i][2]) for _, i in chosen)
         size = buckets.prefill_bucket(longest)
         for offset in range(0, longest, size):
-            tokens = np.full((blocks * side, size), ids.PAD, np.int32)
-            positions = np.full((blocks * side, size), -1, np.int32)
-            lanes, rows = np.zeros(blocks * side, np.int32), []
-            chosen = [(b * side + n, i) for b, some in enumerate(group) for n, i in enumerate(some)]
+            tokens = np.full((shards * width, size), ids.PAD, np.int32)
+            positions = np.full((shards * width, size), -1, np.int32)
+            slots, rows = np.zeros(shards * width, np.int32), []
             for row, i in chosen:
-                lane, first, held = jobs[i]
-                part = held[offset : offset + size]
-                lanes[row] = lane % depth
+                slot, first, of_job = jobs[i]
+                part = of_job[offset : offset + size]
+                slots[row] = slot % slots_per_shard
                 if len(part):
                     tokens[row, : len(part)] = part
                     positions[row, : len(part)] = first + offset + np.arange(len(part))
                     rows.append((row, i, offset, len(part)))
-            yield (tokens, positions, lanes), rows
+            yield (tokens, positions, slots), rows

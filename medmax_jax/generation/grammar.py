@@ -50,13 +50,13 @@ def allowed(
 
     codes: K. context: the number of tokens that the model can hold. barred: see `text_ids`.
     """
-    numbers = jnp.arange(vocab.size)
+    token_ids = jnp.arange(vocab.size)
     fits = image_fits(length, codes=codes, context=context)[:, None]
-    text = text_ids(vocab, mode=mode, barred=barred) & (fits | (numbers != ids.BOI))
+    text = text_ids(vocab, mode=mode, barred=barred) & (fits | (token_ids != ids.BOI))
     image = jnp.asarray(ids.image_mask(vocab))
-    full = numbers == ids.EOI
+    closing = token_ids == ids.EOI
     state = left[:, None]
-    return jnp.where(state == 0, text, jnp.where(state == 1, full, image))  # [B, V]
+    return jnp.where(state == 0, text, jnp.where(state == 1, closing, image))  # [B, V]
 
 
 def image_fits(length: Int[Array, "B"], *, codes: int, context: int) -> Bool[Array, "B"]:
@@ -94,12 +94,12 @@ def parses(
     text, left = ids.text_mask(vocab, barred), 0
     for token in tokens.tolist():
         if left > 1:
-            good = bool(ids.is_image(np.asarray(token), vocab))
+            valid = bool(ids.is_image(np.asarray(token), vocab))
         elif left == 1:
-            good = token == ids.EOI
+            valid = token == ids.EOI
         else:
-            good = bool(text[token]) or token == ids.BOI
-        if not good:
+            valid = bool(text[token]) or token == ids.BOI
+        if not valid:
             return False
         left = left - 1 if left else (codes + 1 if token == ids.BOI else 0)
     return left == 0

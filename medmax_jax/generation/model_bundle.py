@@ -31,11 +31,11 @@ from medmax_jax.generation.requests import (
 from medmax_jax.io.errors import quoted
 from medmax_jax.io.text_files import TextFileError, read_json_object
 from medmax_jax.models import chameleon, images, vqgan
+from medmax_jax.models import vocab as ids
 from medmax_jax.models.tokenizer import Tokenizer, prompt_ids, split_segments
 
-PromptPart = (
-    str | Path | PIL.Image.Image | np.ndarray
-)  # text, an image file, an image, its VQ codes
+# Text, an image file, an image, or the VQ codes of an image.
+PromptPart = str | Path | PIL.Image.Image | np.ndarray
 
 VQGAN_BATCH = 8  # images per VQGAN call
 MAX_PIXELS = 64_000_000  # of an image in a prompt; a larger file is more likely a mistake
@@ -90,13 +90,18 @@ def load(
     """
     require_single_process()
     if merge and adapter is None:
-        raise GenerateError("merge (--merge) adds an adapter to the base; name the adapter too")
+        raise GenerateError(
+            "merge (--merge) adds an adapter to the base; set adapter (--adapter) too"
+        )
     folder = Path(folder)
-    settings = _json(folder / "config.json", "a model folder has config.json, weights, tokenizer")
+    settings = _json(
+        folder / "config.json",
+        "a model folder contains config.json, model.safetensors and tokenizer.json",
+    )
     try:
         model, vocab, vq = (
-            build(kind, settings.get(name))
-            for kind, name in ((Model, "model"), (Vocab, "vocab"), (VQ, "vq"))
+            build(cls, settings.get(name))
+            for cls, name in ((Model, "model"), (Vocab, "vocab"), (VQ, "vq"))
         )
         check_model(model, vocab, vq)
     except ConfigError as error:
@@ -109,12 +114,12 @@ def load(
     with jax.set_mesh(mesh):
         size = buckets.tree_bytes(chameleon.abstract_model(model, vocab, chameleon.NO_LORA))
         with buckets.explain_out_of_memory(
-            f"{folder} has weights of {buckets.format_mib(size)}",
-            "spread them over more devices (--config.mesh.fsdp, --config.mesh.tp) or convert them "
-            "with --quant",
+            f"the weights in {folder} need {buckets.format_mib(size)}",
+            "use more devices (--config.mesh.fsdp, --config.mesh.tp) or convert the model with "
+            "--quant",
         ):
-            held = jax.block_until_ready(_load_model(folder, adapter, model, vocab, merge))
-    return from_model(held, folder, config=model, vocab=vocab, vq=vq, mesh=mesh)
+            weights = jax.block_until_ready(_load_model(folder, adapter, model, vocab, merge))
+    return from_model(weights, folder, config=model, vocab=vocab, vq=vq, mesh=mesh)
 
 
 def from_model(
@@ -147,13 +152,13 @@ def prompt_tokens(
     """Return each prompt as token ids; an image that several prompts contain is encoded once."""
     for index, prompt in enumerate(prompts):
         _check_parts(prompt, g.vq_config.codes_per_image, where=f"prompt {index}")
-    pictures = {
+    image_parts = {
         _key(part): part
         for prompt in prompts
         for part in prompt
         if not isinstance(part, str | np.ndarray)
     }
-    codes = dict(zip(pictures, encode(g, list(pictures.values())), strict=True))
+    codes = dict(zip(image_parts, encode(g, list(image_parts.values())), strict=True))
     return [
         prompt_ids(g.tokenizer, [codes.get(_key(p), p) for p in prompt], g.vocab, end_of_turn)
         for prompt in prompts
@@ -161,19 +166,19 @@ def prompt_tokens(
 
 
 def encode(
-    g: ModelBundle, pictures: Sequence[Path | PIL.Image.Image]
+    g: ModelBundle, image_parts: Sequence[Path | PIL.Image.Image]
 ) -> list[Int[np.ndarray, "K"]]:
     """Return the VQ codes of images, row by row from the top left."""
     codes = []
-    for start in range(0, len(pictures), VQGAN_BATCH):
-        part = [
-            images.load(p, max_pixels=MAX_PIXELS) if isinstance(p, Path) else p
-            for p in pictures[start : start + VQGAN_BATCH]
+    for start in range(0, len(image_parts), VQGAN_BATCH):
+        batch = [
+            images.load(part, max_pixels=MAX_PIXELS) if isinstance(part, Path) else part
+            for part in image_parts[start : start + VQGAN_BATCH]
         ]
-        pixels = np.stack([images.preprocess(p, g.vq_config.image_size) for p in part])
-        with jax.set_mesh(g.mesh), _room(g, len(part)):
-            found = np.asarray(vqgan.encode(g.vq, _filled(pixels, VQGAN_BATCH)))
-        codes += list(found[: len(part)].reshape(len(part), -1))
+        pixels = np.stack([images.preprocess(image, g.vq_config.image_size) for image in batch])
+        with jax.set_mesh(g.mesh), _explain_out_of_memory(g, len(batch)):
+            encoded = np.asarray(vqgan.encode(g.vq, _pad_rows(pixels, VQGAN_BATCH)))
+        codes += list(encoded[: len(batch)].reshape(len(batch), -1))
     return codes
 
 
@@ -181,50 +186,50 @@ def decode(g: ModelBundle, codes: Sequence[Int[np.ndarray, "K"]]) -> list[PIL.Im
     """Return the images of VQ codes; raise GenerateError if the model folder has no decoder."""
     if len(codes):
         check_decoder(g)
-    side, pictures = g.vq_config.codes_per_side, []
+    side, decoded = g.vq_config.codes_per_side, []
     for start in range(0, len(codes), VQGAN_BATCH):
-        part = np.stack(codes[start : start + VQGAN_BATCH]).reshape(-1, side, side)
-        with jax.set_mesh(g.mesh), _room(g, len(part)):
-            pixels = vqgan.decode_codes(g.vq, _filled(part, VQGAN_BATCH))
-            found = np.asarray(vqgan.to_uint8(pixels))[: len(part)]
-        pictures += [PIL.Image.fromarray(picture) for picture in found]
-    return pictures
+        batch = np.stack(codes[start : start + VQGAN_BATCH]).reshape(-1, side, side)
+        with jax.set_mesh(g.mesh), _explain_out_of_memory(g, len(batch)):
+            pixels = vqgan.decode_codes(g.vq, _pad_rows(batch, VQGAN_BATCH))
+            pixels = np.asarray(vqgan.to_uint8(pixels))[: len(batch)]
+        decoded += [PIL.Image.fromarray(image) for image in pixels]
+    return decoded
 
 
 def decode_segments(
-    g: ModelBundle, written: Sequence[Int[np.ndarray, "_"]]
+    g: ModelBundle, answers: Sequence[Int[np.ndarray, "_"]]
 ) -> list[list[Text | Image]]:
     """Decode tokens to text segments and codes to images; an empty answer is one empty Text."""
-    answers, codes = [], []
-    for tokens in written:
+    segments, codes = [], []
+    for tokens in answers:
         parts = split_segments(tokens, g.vocab)
-        codes += [held for kind, held in parts if kind == "image"]
-        answers.append(parts or [("text", tokens[:0])])
-    pictures = iter(zip(decode(g, codes), codes, strict=True))
+        codes += [content for kind, content in parts if kind == "image"]
+        segments.append(parts or [("text", tokens[:0])])
+    decoded = iter(zip(decode(g, codes), codes, strict=True))
     return [
         [
-            Text(g.tokenizer.decode(held)) if kind == "text" else Image(*next(pictures))
-            for kind, held in parts
+            Text(g.tokenizer.decode(content)) if kind == "text" else Image(*next(decoded))
+            for kind, content in parts
         ]
-        for parts in answers
+        for parts in segments
     ]
 
 
-def _room(g: ModelBundle, count: int) -> contextlib.AbstractContextManager[None]:
+def _explain_out_of_memory(g: ModelBundle, count: int) -> contextlib.AbstractContextManager[None]:
     size = buckets.tree_bytes((g.model, g.vq))
     return buckets.explain_out_of_memory(
-        f"the VQGAN has {count} pictures of {g.vq_config.image_size} px at once, beside weights of "
-        f"{buckets.format_mib(size)}",
-        "take fewer rows, whose cache lies there too (--rows; --config.rows of an evaluation), or "
-        "a base in fewer bits (convert --quant)",
+        f"the VQGAN processes {count} images of {g.vq_config.image_size} px at once, in addition "
+        f"to weights of {buckets.format_mib(size)}",
+        "reduce the batch size, whose cache shares this memory (--rows; --config.rows of an "
+        "evaluation), or quantize the base (convert --quant)",
     )
 
 
 def _check_parts(prompt: Sequence[PromptPart], codes: int, *, where: str) -> None:
     if isinstance(prompt, str):
-        raise GenerateError(f"{where} is {prompt[:40]!r}; write a list of parts: [picture, words]")
+        raise GenerateError(f"{where} is {prompt[:40]!r}; pass a list of parts: [image, text]")
     if all(isinstance(part, str) and not part for part in prompt):
-        raise GenerateError(f"{where} is empty; give it words or a picture")
+        raise GenerateError(f"{where} is empty; it requires text or an image")
     for part in prompt:
         match part:
             case str():
@@ -233,15 +238,15 @@ def _check_parts(prompt: Sequence[PromptPart], codes: int, *, where: str) -> Non
             case np.ndarray():
                 if part.size != codes or not np.issubdtype(part.dtype, np.integer):
                     raise GenerateError(
-                        f"{where} has an array of shape {part.shape} and type {part.dtype}; an "
-                        f"array is {codes} VQ codes, a picture is a PIL.Image or the Path of a file"
+                        f"{where} has an array of shape {part.shape} and dtype {part.dtype}; an "
+                        f"array must be {codes} VQ codes; pass an image as PIL.Image or Path"
                     )
             case Path() | PIL.Image.Image():
                 pass
             case _:
                 raise GenerateError(
-                    f"{where} has a part of type {type(part).__name__}; parts are words (str), "
-                    "pictures (Path of a file, PIL.Image) and VQ codes (array)"
+                    f"{where} has a part of type {type(part).__name__}; parts are text (str), "
+                    "images (Path of a file, PIL.Image) and VQ codes (array)"
                 )
 
 
@@ -250,22 +255,22 @@ def _load_model(
 ) -> chameleon.Chameleon:
     if adapter is None:
         return export.load(folder, chameleon.abstract_model(config, vocab, chameleon.NO_LORA))
-    where = Path(adapter) / "adapter_config.json"
-    settings = _json(where, "an adapter folder has adapter_config.json; training writes it")
+    file = Path(adapter) / "adapter_config.json"
+    settings = _json(file, "an adapter folder contains adapter_config.json; training writes it")
     if missing := {"rank", "alpha", "dropout", "base"} - set(settings):
-        raise GenerateError(f"{where}: {sorted(missing)[0]} is missing; export the adapter again")
-    if settings["base"] != (found := export.base_fingerprint(folder)):
+        raise GenerateError(f"{file}: {sorted(missing)[0]} is missing; export the adapter again")
+    if settings["base"] != (fingerprint := export.base_fingerprint(folder)):
         base = quoted(str(settings["base"])[:12])
         raise GenerateError(
-            f"{where}: trained on base weights {base}, but {folder} has "
-            f"{found[:12]}; name the model folder that it was trained from"
+            f"{file}: trained on base weights {base}, but {folder} has "
+            f"{fingerprint[:12]}; use the model folder that it was trained from"
         )
     try:
         lora = build(Lora, {name: settings[name] for name in ("rank", "alpha", "dropout")})
     except ConfigError as error:
-        raise GenerateError(f"{where}: {error}; export the adapter again") from error
+        raise GenerateError(f"{file}: {error}; export the adapter again") from error
     if not lora.rank:
-        raise GenerateError(f"{where}: rank is 0; export the adapter again")
+        raise GenerateError(f"{file}: rank is 0; export the adapter again")
     graph, adapters, base = chameleon.split_adapters(chameleon.abstract_model(config, vocab, lora))
     adapters = safetensors_file.load(Path(adapter) / "adapter.safetensors", adapters)
     model = nnx.merge(graph, adapters, export.load(folder, base))
@@ -276,24 +281,24 @@ def merge_adapter(model: chameleon.Chameleon, vocab: Vocab, lora: Lora) -> chame
     """Replace each W and its adapter by W + alpha/rank A B, added in fp32 and rounded once."""
     if model.config.quant != "none":
         raise GenerateError(
-            f"the base is in {model.config.quant}: an adapter cannot be added to it; "
+            f"the base is quantized ({model.config.quant}), so an adapter cannot be added to it; "
             "load it with merge=False"
         )
     arrays = safetensors_file.flatten_named(model)
 
-    def put(path, leaf):
+    def merged(path, leaf):
         stem = (name := safetensors_file.dotted_name(path)).removesuffix("kernel")
         if f"{stem}lora_a" not in arrays:
             return arrays[name]
-        held = (arrays[f"{stem}{part}"] for part in ("kernel", "lora_a", "lora_b"))
-        return _added(*held, scale=lora.alpha / lora.rank, spec=leaf.sharding.spec)
+        kernel, a, b = (arrays[f"{stem}{part}"] for part in ("kernel", "lora_a", "lora_b"))
+        return _add_product(kernel, a, b, scale=lora.alpha / lora.rank, spec=leaf.sharding.spec)
 
     like = chameleon.abstract_model(model.config, vocab, chameleon.NO_LORA)
-    return jax.tree_util.tree_map_with_path(put, like)
+    return jax.tree_util.tree_map_with_path(merged, like)
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "spec"), donate_argnums=0)
-def _added(kernel, a, b, *, scale: float, spec):
+def _add_product(kernel, a, b, *, scale: float, spec):
     product = jnp.einsum("lir,lro->lio", a, b, out_sharding=spec)
     return (kernel.astype(jnp.float32) + scale * product).astype(kernel.dtype)
 
@@ -303,7 +308,8 @@ def _load_vqgan(file: Path, config: VQ) -> vqgan.VQGAN:
         return vqgan.load(file, config)
     except safetensors_file.WeightsError as error:
         raise GenerateError(
-            f"{error}. Prompts with images need a VQGAN: convert again with --vqgan=vqgan.ckpt"
+            f"{error}. Prompts with images need a VQGAN: convert the model again with "
+            "--vqgan=vqgan.ckpt"
         ) from error
 
 
@@ -311,8 +317,8 @@ def check_decoder(g: ModelBundle) -> None:
     """Raise GenerateError where images cannot be decoded."""
     if not g.vq.has_decoder:  # Hugging Face checkpoints of this model family have none
         raise GenerateError(
-            "this model folder has no VQGAN decoder, so it can read images and write text alone; "
-            "to write images convert it again with --vqgan=vqgan.ckpt"
+            "this model folder has no VQGAN decoder, so it can read images but generate only text; "
+            "to generate images convert the model again with --vqgan=vqgan.ckpt"
         )
 
 
@@ -320,18 +326,18 @@ def _key(part: PromptPart) -> Path | int:
     return part if isinstance(part, Path) else id(part)
 
 
-def _filled(x: np.ndarray, rows: int) -> np.ndarray:
+def _pad_rows(x: np.ndarray, rows: int) -> np.ndarray:
     """Return one row unchanged, or pad to `rows`, so that the VQGAN is compiled for two sizes."""
     return x if len(x) == 1 else np.concatenate([x, np.repeat(x[:1], rows - len(x), axis=0)])
 
 
-def _json(path: Path, mend: str) -> dict:
+def _json(path: Path, fix: str) -> dict:
     if not path.exists():
-        raise GenerateError(f"{path}: no such file; {mend}")
+        raise GenerateError(f"{path}: no such file; {fix}")
     try:
         return read_json_object(path)
     except TextFileError as error:
-        raise GenerateError(f"{error}; {mend}") from error
+        raise GenerateError(f"{error}; {fix}") from error
 
 
 class IncrementalDetokenizer:
@@ -339,25 +345,25 @@ class IncrementalDetokenizer:
 
     def __init__(self) -> None:
         self._segments = 0  # segments that are yielded completely
-        self._letters = 0  # characters yielded of the segment after them
+        self._characters = 0  # yielded of the segment after them
 
     def update(self, g: ModelBundle, tokens: np.ndarray, done: bool) -> Iterator[Text | Image]:
         """Yield what is new in `tokens`, which holds the complete answer so far."""
         parts = split_segments(tokens, g.vocab)
         for number in range(self._segments, len(parts)):
-            kind, held = parts[number]
+            kind, content = parts[number]
             closed = done or number < len(parts) - 1
             if kind == "image":
-                if len(held) < g.vq_config.codes_per_image:
+                if len(content) < g.vq_config.codes_per_image:
                     return
-                yield decode_segments(g, [held + 4])[0][0]
+                yield decode_segments(g, [content + ids.IMAGE_START])[0][0]
                 closed = True
             else:
-                text = g.tokenizer.decode(held)
+                text = g.tokenizer.decode(content)
                 if not closed:  # the bytes of a character may still be missing
                     text = text.rstrip("\ufffd")
-                if text[self._letters :]:
-                    yield Text(text[self._letters :])
-                self._letters = len(text)
+                if text[self._characters :]:
+                    yield Text(text[self._characters :])
+                self._characters = len(text)
             if closed:
-                self._segments, self._letters = number + 1, 0
+                self._segments, self._characters = number + 1, 0

@@ -41,10 +41,10 @@ def top_p(logits: Float[Array, "B V"], p: Number) -> Float[Array, "B V"]:
     three. Ids that tie with the last one are kept too.
     """
     probabilities = jax.nn.softmax(logits, axis=-1)
-    falling = -jnp.sort(-probabilities, axis=-1)
-    before = jnp.cumsum(falling, axis=-1) - falling
-    floor = jnp.where(before < p, falling, falling[..., :1]).min(axis=-1, keepdims=True)
-    keep = (probabilities >= floor) | (p >= 1)  # rounding must not cut the tail at p = 1
+    descending = -jnp.sort(-probabilities, axis=-1)
+    before = jnp.cumsum(descending, axis=-1) - descending
+    minimum = jnp.where(before < p, descending, descending[..., :1]).min(axis=-1, keepdims=True)
+    keep = (probabilities >= minimum) | (p >= 1)  # rounding must not cut the tail at p = 1
     return jnp.where(keep, logits, -jnp.inf)
 
 
@@ -69,9 +69,9 @@ def apply_guidance(
     )
 
 
-def sequence_keys(key: Key[Array, ""], numbers: Int[Array, "B"]) -> Key[Array, "B"]:
-    """Return one key per row, from the number of its sample: independent of row and batch."""
-    return jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers)
+def sequence_keys(key: Key[Array, ""], sample_seeds: Int[Array, "B"]) -> Key[Array, "B"]:
+    """Return one key per row, from the seed of its sample: independent of row and batch."""
+    return jax.vmap(lambda seed: jax.random.fold_in(key, seed))(sample_seeds)
 
 
 def sample_tokens(

@@ -1,4 +1,7 @@
-"""The validated sampling options of a request: numbers and the static plan of the decode loop."""
+"""Validates the sampling options of a request and resolves them to settings of the decode loop.
+
+resolve(sample, vocab, mode="mixed", codes=1024)  ->  DecodeSettings, for every request of a batch
+"""
 
 import dataclasses
 import math
@@ -30,42 +33,88 @@ class SamplingParams(NamedTuple):
     scale_image: Float[Array, ""]
 
 
-def sampling_params(sample: Sample) -> SamplingParams:
-    """Return the sampling options as arrays; raise GenerateError on an invalid value."""
-    _check(sample)
-    return SamplingParams(
-        text_temperature=np.float32(sample.text_temperature),
-        text_top_p=np.float32(sample.text_top_p),
-        repetition_penalty=np.float32(sample.repetition_penalty),
-        image_temperature=np.float32(sample.image_temperature),
-        image_top_p=np.float32(sample.image_top_p),
-        scale_text=np.float32(sample.guidance_scale_text),
-        scale_image=np.float32(sample.guidance_scale_image),
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """The static options of the compiled programs, in addition to sizes."""
+
+    mode: str
+    chunk: int  # tokens between two synchronizations with the host
+    codes: int  # per image
+    vocab: Vocab
+    text_greedy: bool
+    image_greedy: bool
+    stop_at_boi: bool  # an opened image ends the answer
+    per_segment: bool  # the budget starts again after each image
+    barred: tuple[int, ...]  # ids that text never contains (Tokenizer.barred)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeSettings:
+    """Validated sampling options, as the decode loop reads them."""
+
+    params: SamplingParams  # traced
+    config: DecodeConfig  # static
+    guidance: tuple[bool, bool]  # the unconditional and the image-only stream have an effect
+
+
+def resolve(
+    sample: Sample, vocab: Vocab, *, mode: str, codes: int, barred: tuple[int, ...] = ()
+) -> DecodeSettings:
+    """Return the settings of the decode loop; raise GenerateError on an invalid option.
+
+    Args:
+        sample: the sampling options.
+        vocab: the vocabulary of the model.
+        mode: "text", "image" or "mixed".
+        codes: VQ codes per image.
+        barred: ids that are never generated as text, `Tokenizer.barred` of the model's tokenizer.
+    """
+    check_sample(sample)
+    return DecodeSettings(
+        params=SamplingParams(
+            text_temperature=np.float32(sample.text_temperature),
+            text_top_p=np.float32(sample.text_top_p),
+            repetition_penalty=np.float32(sample.repetition_penalty),
+            image_temperature=np.float32(sample.image_temperature),
+            image_top_p=np.float32(sample.image_top_p),
+            scale_text=np.float32(sample.guidance_scale_text),
+            scale_image=np.float32(sample.guidance_scale_image),
+        ),
+        config=DecodeConfig(
+            mode=grammar.check_mode(mode),
+            chunk=CHUNK,
+            codes=codes,
+            vocab=vocab,
+            text_greedy=sample.text_greedy,
+            image_greedy=sample.image_greedy,
+            stop_at_boi=sample.boi_ends,
+            per_segment=sample.budget == "segment",
+            barred=barred,
+        ),
+        guidance=_guidance(sample.guidance_scale_text, sample.guidance_scale_image),
     )
 
 
-def guidance_scales_active(sample: Sample) -> tuple[bool, bool]:
+def _guidance(scale_text: float, scale_image: float) -> tuple[bool, bool]:
     """Return whether the unconditional and the image-only stream have an effect.
 
     With scales s and s the image-only stream cancels; with 1 and 1 both do.
     """
-    text, image = sample.guidance_scale_text, sample.guidance_scale_image
-    return not text == image == 1.0, text != image
+    return not scale_text == scale_image == 1.0, scale_text != scale_image
 
 
-def guidance_streams_needed(
-    requests: Sequence[Request], sample: Sample, vocab: Vocab, *, mode: str
-) -> int:
+def guidance_streams_needed(requests: Sequence[Request], settings: DecodeSettings) -> int:
     """Return how many streams in addition to its own a row may need at once.
 
     The image-only stream equals the unconditional one where no image precedes: always in text mode,
     depending on the prompts in image mode, not known in advance in mixed mode.
     """
+    mode, vocab = settings.config.mode, settings.config.vocab
     if mode == "text":
         return 0
-    unconditional, image_only = guidance_scales_active(sample)
-    pictured = mode == "mixed" or any(ids.is_image(r.tokens, vocab).any() for r in requests)
-    return unconditional + (image_only and pictured)
+    unconditional, image_only = settings.guidance
+    has_image = mode == "mixed" or any(ids.is_image(r.tokens, vocab).any() for r in requests)
+    return unconditional + (image_only and has_image)
 
 
 def check_seed(seed: int) -> None:
@@ -74,7 +123,8 @@ def check_seed(seed: int) -> None:
         raise GenerateError(f"seed is {seed!r}; it must be an integer of 0 .. {2**32 - 1}")
 
 
-def _check(sample: Sample) -> None:
+def check_sample(sample: Sample) -> None:
+    """Raise GenerateError on an option that is out of range."""
     check_seed(sample.seed)
     for field in dataclasses.fields(sample):
         value = getattr(sample, field.name)
@@ -83,65 +133,19 @@ def _check(sample: Sample) -> None:
                 f"sample.{field.name} is {value}; it must be a finite number of at most "
                 f"{MAX_NUMBER:g}"
             )
-    for name in ("text", "image"):
-        temperature, p = (getattr(sample, f"{name}_{knob}") for knob in ("temperature", "top_p"))
+    for kind in ("text", "image"):
+        temperature, p = getattr(sample, f"{kind}_temperature"), getattr(sample, f"{kind}_top_p")
         if not temperature >= MIN_NUMBER:
             raise GenerateError(
-                f"sample.{name}_temperature is {temperature}; it must be at least {MIN_NUMBER:g} "
-                f"(sample.{name}_greedy=True takes the likeliest)"
+                f"sample.{kind}_temperature is {temperature}; it must be at least {MIN_NUMBER:g} "
+                f"(sample.{kind}_greedy=True selects the most likely token)"
             )
         if not 0 < p <= 1:
-            raise GenerateError(f"sample.{name}_top_p is {p}; it must be above 0 and at most 1")
+            raise GenerateError(f"sample.{kind}_top_p is {p}; it must be above 0 and at most 1")
     if not sample.repetition_penalty >= MIN_NUMBER or sample.max_gen_len < 1:
         raise GenerateError(
-            f"sample.repetition_penalty is {sample.repetition_penalty} and sample.max_gen_len "
+            f"sample.repetition_penalty is {sample.repetition_penalty} and sample.max_gen_len is "
             f"{sample.max_gen_len}; they must be at least {MIN_NUMBER:g} and 1"
         )
     if sample.budget not in ("answer", "segment"):
         raise GenerateError(f"sample.budget is {sample.budget!r}; it must be answer or segment")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DecodeConfig:
-    """The static options of the compiled programs, in addition to sizes."""
-
-    mode: str
-    chunk: int  # tokens between two synchronizations with the host
-    codes: int  # per image
-    context: int  # tokens that a KV-cache slot can hold
-    vocab: Vocab
-    text_greedy: bool
-    image_greedy: bool
-    stop_at_boi: bool  # an opened image ends the answer
-    per_segment: bool  # the budget starts again after each image
-    blocks: int  # blocks of slots: devices that split the batch
-    depth: int  # slots per block
-    barred: tuple[int, ...] = ()  # ids that text never contains (Tokenizer.barred)
-
-
-def decode_config(
-    sample: Sample,
-    vocab: Vocab,
-    *,
-    mode: str,
-    codes: int,
-    slots: int,
-    blocks: int,
-    depth: int,
-    barred: tuple[int, ...] = (),
-) -> DecodeConfig:
-    """Return the static options of the compiled programs, in addition to their sizes."""
-    return DecodeConfig(
-        mode=grammar.check_mode(mode),
-        chunk=CHUNK,
-        codes=codes,
-        context=slots,
-        vocab=vocab,
-        text_greedy=sample.text_greedy,
-        image_greedy=sample.image_greedy,
-        stop_at_boi=sample.boi_ends,
-        per_segment=sample.budget == "segment",
-        blocks=blocks,
-        depth=depth,
-        barred=barred,
-    )

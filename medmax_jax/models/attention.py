@@ -107,16 +107,16 @@ def chunked_causal_attention(
     Eight chunks avoid 7/16 of the scores. The backward pass recomputes the scores of a chunk
     instead of keeping them: on CPUs fresh memory costs more. Short rows are one chunk.
     """
-    cut, tokens = jax.lax.slice_in_dim, q.shape[2]
+    take, tokens = jax.lax.slice_in_dim, q.shape[2]
     if tokens % QUERY_CHUNKS or tokens < QUERY_CHUNKS * MIN_CHUNK:
         return attention(q, k, v, mask)
-    found, again, length = [], jax.checkpoint(attention), tokens // QUERY_CHUNKS
+    outputs, recomputed, length = [], jax.checkpoint(attention), tokens // QUERY_CHUNKS
     for end in range(length, tokens + 1, length):
         start = end - length
-        seen = cut(cut(mask, start, end, axis=1), 0, end, axis=2)
-        keys, values = (cut(x, 0, end, axis=2) for x in (k, v))
-        found.append(again(cut(q, start, end, axis=2), keys, values, seen))
-    return jnp.concatenate(found, axis=2)
+        allowed = take(take(mask, start, end, axis=1), 0, end, axis=2)
+        keys, values = (take(x, 0, end, axis=2) for x in (k, v))
+        outputs.append(recomputed(take(q, start, end, axis=2), keys, values, allowed))
+    return jnp.concatenate(outputs, axis=2)
 
 
 def reference_attention(
@@ -142,7 +142,7 @@ def reference_attention(
 # heads for one key head. It names its output and the logsumexp that its backward pass needs "attn",
 # for config.model.remat.
 
-LANES = 128  # T must be a multiple of this, the smallest block of the kernel
+TPU_TILE = 128  # T must be a multiple of this, the smallest block of the kernel
 # Among the blocks that compile for v5e at T 2048, 1024 computes 3/4 of the scores and 512 5/8,
 # since only complete blocks are skipped; 2048 does not fit into VMEM.
 BLOCK = 512
@@ -158,8 +158,10 @@ def splash_attend(
 ) -> Float[Array, "B N T H"]:
     """Compute causal attention within each segment. `interpret`: on a CPU, slowly, for tests."""
     length = q.shape[2]
-    if length % LANES:
-        raise ValueError(f"{length} tokens a row; splash attention needs a multiple of {LANES}")
+    if length % TPU_TILE:
+        raise ValueError(
+            f"{length} tokens per row; splash attention requires a multiple of {TPU_TILE}"
+        )
 
     def local(q, k, v, segments):
         kernel = _kernel(q.shape[1], length, interpret)
@@ -174,11 +176,11 @@ def splash_attend(
 
 
 def block_size(length: int) -> int:
-    """Return the largest multiple of LANES up to BLOCK that divides `length`.
+    """Return the largest multiple of TPU_TILE up to BLOCK that divides `length`.
 
     2048 -> 512, 640 -> 128.
     """
-    return max(b for b in range(LANES, BLOCK + 1, LANES) if length % b == 0)
+    return max(b for b in range(TPU_TILE, BLOCK + 1, TPU_TILE) if length % b == 0)
 
 
 def _kernel(heads: int, length: int, interpret: bool):
@@ -215,10 +217,10 @@ def cudnn_attend(
     """
 
     def local(q, k, v, segments):
-        turned = (x.transpose(0, 2, 1, 3) for x in (q, k, v))  # only layouts for XLA, no copies
+        transposed = (x.transpose(0, 2, 1, 3) for x in (q, k, v))  # layouts for XLA, no copies
         mask = same_document(segments)
         out = jax.nn.dot_product_attention(
-            *turned, mask=mask, is_causal=True, implementation=implementation
+            *transposed, mask=mask, is_causal=True, implementation=implementation
         )
         return out.transpose(0, 2, 1, 3)
 

@@ -63,30 +63,30 @@ class Attention(nnx.Module):
 
     def __init__(self, config: Model, lora: Lora, *, keys: Key[Array, "4 2"]):
         wide, narrow = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
-        common = dict(dtype=config.param_dtype, kind=config.quant, lora=lora)
-        self.q_proj = Linear(config.hidden_size, wide, spec=UP, keys=keys[0], **common)
-        self.k_proj = Linear(config.hidden_size, narrow, spec=UP, keys=keys[1], **common)
-        self.v_proj = Linear(config.hidden_size, narrow, spec=UP, keys=keys[2], **common)
-        self.o_proj = Linear(wide, config.hidden_size, spec=DOWN, keys=keys[3], **common)
-        norm = dict(eps=config.qk_norm_eps, dtype=config.param_dtype)
-        self.q_norm = QKNorm(config.qk_norm_shards, config.head_dim, **norm)
-        self.k_norm = QKNorm(config.qk_norm_shards, config.head_dim, **norm)
+        linear = functools.partial(Linear, dtype=config.param_dtype, kind=config.quant, lora=lora)
+        self.q_proj = linear(config.hidden_size, wide, spec=UP, keys=keys[0])
+        self.k_proj = linear(config.hidden_size, narrow, spec=UP, keys=keys[1])
+        self.v_proj = linear(config.hidden_size, narrow, spec=UP, keys=keys[2])
+        self.o_proj = linear(wide, config.hidden_size, spec=DOWN, keys=keys[3])
+        shards, eps, dtype = config.qk_norm_shards, config.qk_norm_eps, config.param_dtype
+        self.q_norm = QKNorm(shards, config.head_dim, eps=eps, dtype=dtype)
+        self.k_norm = QKNorm(shards, config.head_dim, eps=eps, dtype=dtype)
         self.config = config
 
     def qkv(
-        self, x: Float[Array, "B T D"], angles: tuple, keys, joined: Array | None = None
+        self, x: Float[Array, "B T D"], angles: tuple, keys, kernel: Array | None = None
     ) -> tuple[Array, Array, Array]:
         """Return [B, N, T, H], [B, K, T, H], [B, K, T, H], normalized and rotated by RoPE.
 
-        `joined`: the three kernels concatenated, [D, (N+2K)*H], for one product instead of three.
+        `kernel`: the three kernels concatenated, [D, (N+2K)*H], for one product instead of three.
         """
-        projs, made = (self.q_proj, self.k_proj, self.v_proj), [None] * 3
-        if joined is not None:
-            cuts = np.cumsum([p.kernel.shape[-1] for p in projs])[:-1]
-            made = jnp.split(matmul(x, joined, HID, dtype=x.dtype), cuts, axis=-1)
+        projections, products = (self.q_proj, self.k_proj, self.v_proj), [None] * 3
+        if kernel is not None:
+            cuts = np.cumsum([p.kernel.shape[-1] for p in projections])[:-1]
+            products = jnp.split(matmul(x, kernel, HID, dtype=x.dtype), cuts, axis=-1)
         q, k, v = (
             _heads(proj(x, HID, key=key, y=y), self.config.head_dim)
-            for proj, key, y in zip(projs, keys, made, strict=True)
+            for proj, key, y in zip(projections, keys, products, strict=True)
         )
         q, k = rope(self.q_norm(q), *angles), rope(self.k_norm(k), *angles)
         return tuple(checkpoint_name(a, n) for a, n in ((q, "q"), (k, "k"), (v, "v")))
@@ -102,10 +102,10 @@ class MLP(nnx.Module):
 
     def __init__(self, config: Model, lora: Lora, *, keys: Key[Array, "3 2"]):
         dim, hidden = config.hidden_size, config.intermediate_size
-        common = dict(dtype=config.param_dtype, kind=config.quant, lora=lora)
-        self.gate_proj = Linear(dim, hidden, spec=UP, keys=keys[0], **common)
-        self.up_proj = Linear(dim, hidden, spec=UP, keys=keys[1], **common)
-        self.down_proj = Linear(hidden, dim, spec=DOWN, keys=keys[2], **common)
+        linear = functools.partial(Linear, dtype=config.param_dtype, kind=config.quant, lora=lora)
+        self.gate_proj = linear(dim, hidden, spec=UP, keys=keys[0])
+        self.up_proj = linear(dim, hidden, spec=UP, keys=keys[1])
+        self.down_proj = linear(hidden, dim, spec=DOWN, keys=keys[2])
 
     def __call__(self, x: Float[Array, "B T D"], keys) -> Float[Array, "B T D"]:
         hidden = jax.nn.silu(self.gate_proj(x, HID, key=keys[0]))
@@ -119,9 +119,9 @@ class Layer(nnx.Module):
     def __init__(self, config: Model, lora: Lora, *, keys: Key[Array, "7 2"]):
         self.self_attn = Attention(config, lora, keys=keys[:4])
         self.mlp = MLP(config, lora, keys=keys[4:])
-        norm = dict(eps=config.rms_norm_eps, dtype=config.param_dtype)
-        self.input_layernorm = RMSNorm(config.hidden_size, **norm)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, **norm)
+        size, eps, dtype = config.hidden_size, config.rms_norm_eps, config.param_dtype
+        self.input_layernorm = RMSNorm(size, eps=eps, dtype=dtype)
+        self.post_attention_layernorm = RMSNorm(size, eps=eps, dtype=dtype)
         self.swin = config.swin_norm
 
     def __call__(self, x: Float[Array, "B T D"], attention, keys) -> tuple[Array, Any]:
@@ -309,5 +309,5 @@ def _check_mesh(config: Model, vocab: Vocab) -> None:
             if value % mesh.shape[axis]:
                 raise ValueError(
                     f"config.{name} is {value}, not divisible by config.mesh.{axis} = "
-                    f"{mesh.shape[axis]}; choose a divisor of {value} for the axis"
+                    f"{mesh.shape[axis]}; set the axis to a divisor of {value}"
                 )

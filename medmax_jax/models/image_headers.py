@@ -41,17 +41,17 @@ def check_size(width: int, height: int, max_pixels: int) -> None:
     """Raise ImageError above `max_pixels` = width x height, or MAX_SIDE on one side."""
     if width * height > max_pixels:
         raise ImageError(
-            f"{width} x {height} pixels; the limit is {max_pixels}: scale the picture down first"
+            f"{width} x {height} pixels; the limit is {max_pixels}: scale the image down first"
         )
     if max(width, height) > MAX_SIDE:
-        raise ImageError(f"{width} x {height} pixels; the limit of a side is {MAX_SIDE}: crop it")
+        raise ImageError(f"{width} x {height} pixels; the limit per side is {MAX_SIDE}: crop it")
 
 
 def check_regular(path: str | os.PathLike) -> None:
     """Raise ImageError for a pipe or device, which would be read without end."""
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise ImageError("not a regular file; name a picture file")
+        raise ImageError("not a regular file; use an image file")
 
 
 def check_header(file: io.BufferedIOBase, *, max_pixels: int) -> int:
@@ -61,7 +61,9 @@ def check_header(file: io.BufferedIOBase, *, max_pixels: int) -> int:
     """
     size = file.seek(0, os.SEEK_END)
     if size > MAX_BYTES:
-        raise ImageError(f"{size} bytes; the limit is {MAX_BYTES}: save it compressed, or smaller")
+        raise ImageError(
+            f"{size} bytes; the limit is {MAX_BYTES}: compress the image or scale it down"
+        )
     file.seek(0)
     start, bits = file.read(16), 0
     try:
@@ -114,7 +116,7 @@ def _check_jpeg(file: io.BufferedIOBase) -> None:
         scans += (tail + part).count(b"\xff\xda")
         tail = part[-1:] if part[-1:] == b"\xff" else b""
     if scans > MAX_SCANS:
-        raise ImageError(f"a JPEG of {scans} scans; the limit is {MAX_SCANS}: save it again")
+        raise ImageError(f"a JPEG of {scans} scans; the limit is {MAX_SCANS}: save the image again")
 
 
 def _check_tiff(file: io.BufferedIOBase, size: int, max_pixels: int) -> None:
@@ -125,8 +127,8 @@ def _check_tiff(file: io.BufferedIOBase, size: int, max_pixels: int) -> None:
     (first,) = struct.unpack(order + ("Q" if big else "L"), start[8:16] if big else start[4:8])
     todo, total, seen, inline = [first], 0, set(), {}
     while todo and len(seen) < 8:
-        seen.add(place := todo.pop())
-        for tag, kind, count, value in _tiff_tags(file, place, order, big):
+        seen.add(offset := todo.pop())
+        for tag, kind, count, value in _tiff_tags(file, offset, order, big):
             width = _TIFF_SIZES.get(kind, 0)
             if count * (width > 1 or tag in _OFFSETS) > MAX_VALUES:
                 raise ImageError(f"TIFF tag {tag} has {count} values; the limit is {MAX_VALUES}")
@@ -136,7 +138,7 @@ def _check_tiff(file: io.BufferedIOBase, size: int, max_pixels: int) -> None:
             if len(seen) == 1:  # the image's own directory; the others are EXIF's
                 inline[tag] = (count, value)
     if total > size + SLACK:
-        raise ImageError(f"TIFF tags of {total} bytes in {size}; save the picture without metadata")
+        raise ImageError(f"TIFF tags of {total} bytes in {size}; save the image without metadata")
     _check_block(file, inline, order, max_pixels)
 
 
@@ -148,7 +150,7 @@ def _check_block(
     width, length = value(_TILE_WIDTH), value(_TILE_LENGTH)
     if width * length > max(max_pixels, MAX_TILE):
         raise ImageError(
-            f"TIFF tiles of {width} x {length} pixels; save the picture in smaller tiles"
+            f"TIFF tiles of {width} x {length} pixels; save the image in smaller tiles"
         )
     width = width or value(_WIDTH)
     length = length or min(value(_HEIGHT), value(_ROWS_PER_STRIP, MAX_BYTES))
@@ -158,26 +160,27 @@ def _check_block(
         (bits,) = struct.unpack(order + "H", file.read(2))
     size = width * length * value(_SAMPLES, 1) * bits // 8
     if size > MAX_BYTES:
-        raise ImageError(f"TIFF strips of {size} bytes; save the picture in smaller strips")
+        raise ImageError(f"TIFF strips of {size} bytes; save the image in smaller strips")
 
 
 def _tiff_tags(
-    file: io.BufferedIOBase, place: int, order: str, big: bool
+    file: io.BufferedIOBase, offset: int, order: str, big: bool
 ) -> Iterator[tuple[int, int, int, int]]:
     """Yield tag, type, count, and the first value where it is stored in the directory itself."""
-    if place >= MAX_BYTES:
+    if offset >= MAX_BYTES:
         return
-    file.seek(place)
+    file.seek(offset)
     (tags,) = struct.unpack(order + ("Q" if big else "H"), file.read(8 if big else 2))
     if tags > 2**16:
-        raise ImageError(f"TIFF directory of {tags} tags; save the picture without metadata")
-    entry, short, whole = ("HHQ", 12, 20) if big else ("HHL", 8, 12)
-    table = file.read(tags * whole)
-    for start in range(0, len(table) - whole + 1, whole):
-        raw = table[start : start + whole]
-        tag, kind, count = struct.unpack(order + entry, raw[:short])
+        raise ImageError(f"TIFF directory of {tags} tags; save the image without metadata")
+    head, head_size, size = ("HHQ", 12, 20) if big else ("HHL", 8, 12)
+    table = file.read(tags * size)
+    for start in range(0, len(table) - size + 1, size):
+        entry = table[start : start + size]
+        tag, kind, count = struct.unpack(order + head, entry[:head_size])
         code = {3: "H", 16: "Q", 18: "Q"}.get(kind, "L")
-        value = struct.unpack(order + code, raw[short : short + struct.calcsize("=" + code)])[0]
+        end = head_size + struct.calcsize("=" + code)
+        value = struct.unpack(order + code, entry[head_size:end])[0]
         yield tag, kind, count, value
 
 
@@ -192,4 +195,6 @@ def _check_gif(file: io.BufferedIOBase) -> None:
             file.seek(length, os.SEEK_CUR)
             comment += length if kind == 0xFE else 0
             if comment > MAX_COMMENT:
-                raise ImageError(f"a GIF comment above {MAX_COMMENT} bytes; save it without")
+                raise ImageError(
+                    f"GIF comments above {MAX_COMMENT} bytes; save the image without them"
+                )

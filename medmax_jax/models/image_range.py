@@ -41,7 +41,7 @@ _LOWER |= {"LA;16B": "RGBA"}  # the two bytes of gray in R and G, those of alpha
 
 
 @dataclasses.dataclass(frozen=True)
-class Stated:
+class StatedRange:
     """Holds the statements of a file about its samples; nothing by default."""
 
     bits: int = 0  # significant bits of a PNG
@@ -51,15 +51,15 @@ class Stated:
     unsigned: bool = False  # 32 bits that Pillow reads as signed
 
 
-NOTHING = Stated()
+NOT_STATED = StatedRange()
 
 
-def stated(image: Image.Image, bits: int) -> Stated:
+def read_stated_range(image: Image.Image, bits: int) -> StatedRange:
     """Return what the file of an opened image states; `bits` are those of sBIT, or 0."""
     if image.format == "PPM":
-        return NOTHING if image.mode == "F" else Stated(high=65_535)
+        return NOT_STATED if image.mode == "F" else StatedRange(high=65_535)
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
-        return Stated(bits=min(bits, 16))
+        return StatedRange(bits=min(bits, 16))
     depth, form, low, high, most = (
         _first(image.tag_v2.get(tag))
         for tag in (_BITS_PER_SAMPLE, _SAMPLE_FORMAT, _SMIN, _SMAX, _MAX_VALUE)
@@ -71,7 +71,7 @@ def stated(image: Image.Image, bits: int) -> Stated:
     if high is None or not low < high:
         low, high = 0, None
     inverted = image.tag_v2.get(_PHOTOMETRIC) == 0
-    return Stated(0, low, high, inverted, unsigned=depth == 32 and form in (None, 1))
+    return StatedRange(0, low, high, inverted, unsigned=depth == 32 and form in (None, 1))
 
 
 def bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
@@ -82,24 +82,26 @@ def bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
         yield top, image.crop((0, top, image.width, bottom))
 
 
-def to_eight_bits(image: Image.Image, said: Stated) -> Image.Image:
+def to_eight_bits(image: Image.Image, stated: StatedRange) -> Image.Image:
     """Convert gray of 16 or 32 bits to mode L; pixels of the transparent value become white."""
     if image.mode == "F":
-        if said.high is None:
-            raise ImageError("mode F states no range; save the picture with 8 or 16 bit integers")
-        first, last = said.low, said.high
+        if stated.high is None:
+            raise ImageError(
+                "a float image that states no range; save the image with 8- or 16-bit integers"
+            )
+        first, last = stated.low, stated.high
     else:
-        first, last = _range(*_extent(_values(b, said) for _, b in bands(image)), said)
+        first, last = _range(*_extent(_values(b, stated) for _, b in bands(image)), stated)
     clear = image.info.get("transparency")
-    grey = Image.new("L", image.size)
+    gray = Image.new("L", image.size)
     for top, band in bands(image):
-        values = _values(band, said)
+        values = _values(band, stated)
         shown = _scaled(values, first, last)
-        shown = 255 - shown if said.inverted else shown
+        shown = 255 - shown if stated.inverted else shown
         if isinstance(clear, int):
             shown[values == clear] = 255
-        grey.paste(Image.fromarray(shown), (0, top))
-    return grey
+        gray.paste(Image.fromarray(shown), (0, top))
+    return gray
 
 
 def lower_byte_tiles(image: Image.Image) -> list[Any] | None:
@@ -122,19 +124,19 @@ def is_below_12_bits(image: Image.Image) -> bool:
     return max(high for _, high in image.getextrema()[:3]) < 16
 
 
-def join_bytes(upper: Image.Image, lower: Image.Image, said: Stated, *, grey: bool) -> None:
+def join_bytes(upper: Image.Image, lower: Image.Image, stated: StatedRange, *, gray: bool) -> None:
     """Scale 16-bit color, in place, by the range of its values; alpha keeps its upper byte.
 
-    `grey`: whether `lower` has both bytes of gray in its first two channels.
+    `gray`: whether `lower` has both bytes of gray in its first two channels.
     """
 
     def values() -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         for (top, high), (_, low) in zip(bands(upper), bands(lower), strict=True):
             high, low = np.asarray(high), np.asarray(low)
-            below = low[..., 1:2] if grey else low[..., :3]
+            below = low[..., 1:2] if gray else low[..., :3]
             yield top, high, high[..., :3].astype(np.int64) << 8 | below
 
-    first, last = _range(*_extent(v for _, _, v in values()), said)
+    first, last = _range(*_extent(v for _, _, v in values()), stated)
     for top, high, wide in values():
         shown = np.concatenate([_scaled(wide, first, last), high[..., 3:]], axis=-1)
         upper.paste(Image.fromarray(shown), (0, top))
@@ -147,33 +149,33 @@ def _first(value: Any) -> float | int | None:
     return value if number else None
 
 
-def _values(band: Image.Image, said: Stated) -> np.ndarray:
+def _values(band: Image.Image, stated: StatedRange) -> np.ndarray:
     values = np.asarray(band)
     if band.mode == "F":
         if not np.isfinite(values).all():
-            raise ImageError("has values that are not finite; save the picture without them")
+            raise ImageError("has values that are not finite; save the image without them")
         return values.astype(np.float64)
     values = values.astype(np.int64)
-    return values & 0xFFFFFFFF if said.unsigned else values
+    return values & 0xFFFFFFFF if stated.unsigned else values
 
 
 def _extent(parts: Iterator[np.ndarray]) -> tuple[int, int, int]:
     """Return the least and the largest value, and the bits that any value uses."""
-    found = [(int(v.min()), int(v.max()), int(np.bitwise_or.reduce(v, axis=None))) for v in parts]
-    lows, highs, used = zip(*found, strict=True)
+    extents = [(int(v.min()), int(v.max()), int(np.bitwise_or.reduce(v, axis=None))) for v in parts]
+    lows, highs, used = zip(*extents, strict=True)
     return min(lows), max(highs), functools.reduce(int.__or__, used)
 
 
-def _range(low: int, high: int, used: int, said: Stated) -> tuple[int, int]:
-    if said.high is not None and said.low <= low and high <= said.high:
-        return math.floor(said.low), math.ceil(said.high)
-    if said.bits:
+def _range(low: int, high: int, used: int, stated: StatedRange) -> tuple[int, int]:
+    if stated.high is not None and stated.low <= low and high <= stated.high:
+        return math.floor(stated.low), math.ceil(stated.high)
+    if stated.bits:
         # PNG requires values scaled to the full depth. Many writers store them unscaled: such
         # values use the lower bits, which scaled values of this size do not use.
-        plain = high < 2**said.bits and used & (2 ** (16 - said.bits) - 1)
-        return 0, 2 ** (said.bits if plain else 16) - 1
+        plain = high < 2**stated.bits and used & (2 ** (16 - stated.bits) - 1)
+        return 0, 2 ** (stated.bits if plain else 16) - 1
     if low < 0 or high > 65_535:
-        _log_range("by their least and largest value (negative, or of more than 16 bits)")
+        _log_range("by their least and largest value (negative, or more than 16 bits)")
         return low, max(high, low + 1)
     bits = next(bits for bits in DEPTHS if high < 2**bits)
     if bits < 16:
@@ -191,4 +193,4 @@ def _scaled(values: np.ndarray, first: int | float, last: int | float) -> np.nda
 
 @functools.cache  # once per run, whatever the number of images
 def _log_range(how: str) -> None:
-    log.warning("images of 16 or 32 bits a sample that state no range are read %s", how)
+    log.warning("images of 16 or 32 bits per sample that state no range are mapped %s", how)

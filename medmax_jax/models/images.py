@@ -46,15 +46,15 @@ def load(path: str | os.PathLike | bytes, *, max_pixels: int, name: str = "") ->
     """
     opened = functools.partial(open_image, path, max_pixels=max_pixels, name=name)
     with opened() as image:
-        said = image_range.stated(image, image.info["significant_bits"])
+        stated = image_range.read_stated_range(image, image.info["significant_bits"])
         lower = image_range.lower_byte_tiles(image)
         image.load()
         if lower and image_range.is_below_12_bits(image):
             with opened() as other:
                 other.tile = lower
                 other.load()
-                image_range.join_bytes(image, other, said, grey=lower[0].args == "RGBA")
-        rgb = to_rgb(image, said)
+                image_range.join_bytes(image, other, stated, gray=lower[0].args == "RGBA")
+        rgb = to_rgb(image, stated)
         rgb.info = {}
         return rgb
 
@@ -68,7 +68,7 @@ def open_image(
     Its header is within the limits. Any error while it is open becomes an ImageError. Its
     info["significant_bits"] is what a PNG states, else 0.
     """
-    name = name or ("a picture" if isinstance(path, bytes) else str(path))
+    name = name or ("the image" if isinstance(path, bytes) else str(path))
     try:
         with warnings.catch_warnings(), _file(path) as file:
             warnings.simplefilter("ignore")  # of Pillow: max_pixels decides, and damage is an error
@@ -81,35 +81,37 @@ def open_image(
     except FileNotFoundError:
         problem = "no such file; check the path in the record and the image folder"
     except IsADirectoryError:
-        problem = "is a folder; name a picture file"
+        problem = "is a folder; use an image file"
     except PermissionError:
-        problem = "may not be read; mend its permissions"
+        problem = "permission denied; make the file readable"
     except Image.UnidentifiedImageError:
-        problem = f"not a picture this program reads ({', '.join(FORMATS)}); convert or remove it"
+        problem = f"not an image in a supported format ({', '.join(FORMATS)}); convert or remove it"
     except ImageError as e:
         problem = str(e).removeprefix(f"{name}: ")
     except Image.DecompressionBombError as e:  # Pillow's own limit, reached before ours
-        problem = f"{e}; the limit is {max_pixels}: scale the picture down first"
+        problem = f"{e}; the limit is {max_pixels}: scale the image down first"
     except MemoryError:
-        problem = "needs more memory than there is; scale the picture down first"
+        problem = "needs more memory than is available; scale the image down first"
     except _DAMAGE as e:
-        problem = f"damaged or cut short ({e}); copy the file again or remove it"
+        problem = f"damaged or truncated ({e}); copy the file again or remove it"
     raise ImageError(f"{name}: {problem}")
 
 
-def to_rgb(image: Image.Image, said: image_range.Stated = image_range.NOTHING) -> Image.Image:
+def to_rgb(
+    image: Image.Image, stated: image_range.StatedRange = image_range.NOT_STATED
+) -> Image.Image:
     """Convert any mode to RGB: alpha over white, wider samples by their range (image_range)."""
     if image.mode == "RGB":
         return image
     if image.mode == "F" or image.mode.startswith("I"):
-        image = image_range.to_eight_bits(image, said)
+        image = image_range.to_eight_bits(image, stated)
     if not image.has_transparency_data:
         return image.convert("RGB")
     rgb = Image.new("RGB", image.size)
     for top, band in image_range.bands(image):
         rgba = np.asarray(band.convert("RGBA"))
-        place = rgba[..., 3:].astype(np.uint16) << 8 | rgba[..., :3]
-        rgb.paste(Image.fromarray(_over_white().take(place)), (0, top))
+        index = rgba[..., 3:].astype(np.uint16) << 8 | rgba[..., :3]
+        rgb.paste(Image.fromarray(_over_white().take(index)), (0, top))
     return rgb
 
 
@@ -119,10 +121,12 @@ def preprocess(image: Image.Image, size: int) -> Float32[np.ndarray, "h w 3"]:
     Raises ImageError where a narrow image would be scaled to more than MAX_PIXELS.
     """
     if not min(image.size):
-        raise ImageError(f"has {image.width} x {image.height} pixels; give a picture of some")
+        raise ImageError(
+            f"has {image.width} x {image.height} pixels; each side requires at least one"
+        )
     scaled = [round(size / min(image.size) * side) for side in image.size]
     if scaled[0] * scaled[1] > MAX_PIXELS:
-        raise ImageError(f"too narrow ({image.width} x {image.height} pixels); crop the picture")
+        raise ImageError(f"too narrow ({image.width} x {image.height} pixels); crop the image")
     image = to_rgb(image).resize(scaled, Image.Resampling.LANCZOS)
     left, top = ((side - size) // 2 for side in scaled)
     square = np.asarray(image.crop((left, top, left + size, top + size)), np.float32)

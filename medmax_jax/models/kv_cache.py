@@ -1,13 +1,13 @@
 """Runs Chameleon against a KV cache: a chunk of a prompt, or one more token per row.
 
     cache   k, v [L, B, K, S, H], in the layout that the products of attention read
-    slot    KV-cache slot, one of the B rows of the cache, `lanes` in the code; it holds one
-            sequence, and token s is stored at its position s, of S = `slots` positions
+    slot    one of the B rows of the cache; it holds one sequence, and token s is stored at its
+            position s, of S = `cache_length` positions
     int8    one byte per number, and one fp32 scale for each token and head: greatest of H / 127
 
 A KV-cache slot is read only up to the position of the query token, so later positions are never
 used: an older, longer sequence does not have to be erased. KV-cache slots are split over data x
-fsdp in blocks, heads over tp; each device writes and reads its own, so this part of attention needs
+fsdp in shards, heads over tp; each device writes and reads its own, so this part of attention needs
 no communication.
 """
 
@@ -25,14 +25,13 @@ from medmax_jax.models.layers import rope_angles
 from medmax_jax.sharding import BATCH, CACHE, HEADS, ROWS
 
 SCALES = P(None, ROWS, "tp", None)  # [L, B, K, S]
-LANES = P(ROWS)  # [B]
+SLOTS = P(ROWS)  # [B]
 CACHE_DTYPES = ("model", "int8")
 
-APART_BYTES = 2 << 30  # of layers, which unstack_layers copies at most
+MAX_UNSTACKED_BYTES = 2 << 30  # of layers, which unstack_layers copies at most
 
-UnstackedLayers = tuple[
-    tuple[Any, Array | None], ...
-]  # each layer's own arrays; its q, k, v kernels concatenated
+# Each layer's own arrays, and its q, k and v kernels concatenated.
+UnstackedLayers = tuple[tuple[Any, Array | None], ...]
 
 
 @jax.tree_util.register_dataclass
@@ -46,28 +45,28 @@ class Cache:
     v_scale: Any
 
 
-def init_cache(config: Model, *, lanes: int, slots: int, kind: str) -> Cache:
-    """Allocate a cache of `lanes` KV-cache slots of `slots` tokens each.
+def init_cache(config: Model, *, num_slots: int, cache_length: int, cache_dtype: str) -> Cache:
+    """Allocate a cache of `num_slots` slots of `cache_length` positions each.
 
-    `kind`: "model", the compute dtype; or "int8".
+    `cache_dtype`: "model", the compute dtype; or "int8".
     """
-    if kind not in CACHE_DTYPES:
+    if cache_dtype not in CACHE_DTYPES:
         raise ValueError(
-            f"the cache's kind is {kind!r}; it must be one of {', '.join(CACHE_DTYPES)}"
+            f"cache_dtype is {cache_dtype!r}; it must be one of {', '.join(CACHE_DTYPES)}"
         )
-    shape = (config.num_layers, lanes, config.num_kv_heads, slots, config.head_dim)
-    dtype = jnp.int8 if kind == "int8" else config.compute_dtype
+    shape = (config.num_layers, num_slots, config.num_kv_heads, cache_length, config.head_dim)
+    dtype = jnp.int8 if cache_dtype == "int8" else config.compute_dtype
     k, v = (jnp.zeros(shape, dtype, out_sharding=CACHE) for _ in "kv")
-    if kind != "int8":
+    if cache_dtype != "int8":
         return Cache(k=k, v=v, k_scale=None, v_scale=None)
     scales = [jnp.zeros(shape[:-1], jnp.float32, out_sharding=SCALES) for _ in "kv"]
     return Cache(k, v, *scales)
 
 
-def cache_bytes(config: Model, *, lanes: int, slots: int, kind: str) -> int:
+def cache_bytes(config: Model, *, num_slots: int, cache_length: int, cache_dtype: str) -> int:
     """Return the bytes that `init_cache` allocates, over all devices."""
-    heads = 2 * config.num_layers * lanes * config.num_kv_heads * slots
-    if kind == "int8":
+    heads = 2 * config.num_layers * num_slots * config.num_kv_heads * cache_length
+    if cache_dtype == "int8":
         return heads * (config.head_dim + 4)
     return heads * config.head_dim * jnp.dtype(config.compute_dtype).itemsize
 
@@ -78,7 +77,7 @@ def decode(
     cache: Cache,
     positions: Int[Array, "B T"],
     *,
-    lanes: Int[Array, "B"] | None,
+    slots: Int[Array, "B"] | None,
     span: int,
     layers: UnstackedLayers | None = None,
 ) -> tuple[Float[Array, "B T D"], Cache]:
@@ -91,8 +90,8 @@ def decode(
         positions  5 6 7     row 0 reads three tokens of its prompt
                    9 -1 -1   row 1 reads one, and waits
 
-    lanes: the KV-cache slot of each row, counted inside its device's block; None: row b of a block
-    uses its slot b. span: positions that are read, at least the greatest position + 1. layers: the
+    slots: the slot of each row, counted inside its device's shard; None: row b of a shard uses its
+    slot b. span: positions that are read, at least the greatest position + 1. layers: the
     result of `unstack_layers`; None: the stacked layers of the model.
     """
     config = model.config
@@ -100,12 +99,12 @@ def decode(
 
     def body(carry, xs):
         x, cache = carry
-        layer, joined, index = xs
+        layer, qkv, index = xs
 
         def attention(module, x, keys):
-            q, k, v = module.qkv(x, angles, keys[:3], joined)
-            out, written = attend(q, k, v, cache, index, positions, lanes, span=span)
-            return module.out(out, keys[3]), written
+            q, k, v = module.qkv(x, angles, keys[:3], qkv)
+            out, updated = attend(q, k, v, cache, index, positions, slots, span=span)
+            return module.out(out, keys[3]), updated
 
         x, cache = layer(x, attention, None)
         return (x, cache), None
@@ -113,8 +112,8 @@ def decode(
     # The complete cache is carried, not sliced by scan, so that XLA writes it in place.
     start = (model.embed_tokens(ids, config.compute_dtype), cache)
     if layers is not None:
-        for index, (layer, joined) in enumerate(layers):
-            start, _ = body(start, (layer, joined, jnp.int32(index)))
+        for index, (layer, qkv) in enumerate(layers):
+            start, _ = body(start, (layer, qkv, jnp.int32(index)))
         return model.norm(start[0]), start[1]
     stack = (model.layers, None, jnp.arange(config.num_layers))
     (x, cache), _ = jax.lax.scan(body, start, stack)
@@ -129,24 +128,26 @@ def unstack_layers(model: Chameleon, mesh: jax.sharding.Mesh) -> UnstackedLayers
     not fit into memory.
     """
     size = sum(x.nbytes for x in jax.tree.leaves(model.layers))
-    if mesh.devices.flat[0].platform != "cpu" or size > APART_BYTES:
+    if mesh.devices.flat[0].platform != "cpu" or size > MAX_UNSTACKED_BYTES:
         return None
     with jax.set_mesh(mesh):
-        return _apart(model)
+        return _unstack(model)
 
 
 @jax.jit
-def _apart(model: Chameleon) -> UnstackedLayers:
-    found, config = [], model.config
-    whole = config.quant == "none" and jax.sharding.get_abstract_mesh().shape["tp"] == 1
+def _unstack(model: Chameleon) -> UnstackedLayers:
+    layers, config = [], model.config
+    concatenate = config.quant == "none" and jax.sharding.get_abstract_mesh().shape["tp"] == 1
     for index in range(config.num_layers):
         layer = jax.tree.map(lambda x, i=index: x[i], model.layers)
-        at, joined = layer.self_attn, None
-        if whole:
-            kernels = [proj.kernel[...] for proj in (at.q_proj, at.k_proj, at.v_proj)]
-            joined = jnp.concatenate(kernels, axis=1).astype(config.compute_dtype)
-        found.append((layer, joined))
-    return tuple(found)
+        attention, qkv = layer.self_attn, None
+        if concatenate:
+            kernels = [
+                proj.kernel[...] for proj in (attention.q_proj, attention.k_proj, attention.v_proj)
+            ]
+            qkv = jnp.concatenate(kernels, axis=1).astype(config.compute_dtype)
+        layers.append((layer, qkv))
+    return tuple(layers)
 
 
 def attend(
@@ -156,57 +157,57 @@ def attend(
     cache: Cache,
     layer: Int[Array, ""],
     positions: Int[Array, "B T"],
-    lanes: Int[Array, "B"] | None,
+    slots: Int[Array, "B"] | None,
     *,
     span: int,
 ) -> tuple[Float[Array, "B N T H"], Cache]:
     """Write k and v to their positions, then attend to the first `span` of each KV-cache slot."""
 
-    def local(q, k, v, cache, layer, positions, lanes):
-        where = _places(cache, layer, positions, lanes)
-        cache = _write(cache, where, k, v)
-        keys, values = (_read(s, layer, lanes, len(q), span) for s in (cache.k, cache.v))
+    def local(q, k, v, cache, layer, positions, slots):
+        index = _cache_index(cache, layer, positions, slots)
+        cache = _write(cache, index, k, v)
+        keys, values = (_read(s, layer, slots, len(q), span) for s in (cache.k, cache.v))
         scales = [None, None]
         if cache.k_scale is not None:
             stores = (cache.k_scale, cache.v_scale)
-            scales = [_read(s, layer, lanes, len(q), span) for s in stores]
+            scales = [_read(s, layer, slots, len(q), span) for s in stores]
         return _attend(q, keys, values, *scales, positions), cache
 
     scale = None if cache.k_scale is None else SCALES
     spec = Cache(CACHE, CACHE, scale, scale)
     run = jax.shard_map(
         local,
-        in_specs=(HEADS, HEADS, HEADS, spec, P(), BATCH, None if lanes is None else LANES),
+        in_specs=(HEADS, HEADS, HEADS, spec, P(), BATCH, None if slots is None else SLOTS),
         out_specs=(HEADS, spec),
     )
     positions = jax.sharding.reshard(positions, BATCH)
-    return run(q, k, v, cache, layer, positions, lanes)
+    return run(q, k, v, cache, layer, positions, slots)
 
 
 def copy_slots(
     cache: Cache, sources: Int[Array, "M"], targets: Int[Array, "M"], *, span: int
 ) -> Cache:
-    """Copy the first `span` positions of KV-cache slot sources[i] to targets[i], in sequence.
+    """Copy the first `span` positions of slot sources[i] to slot targets[i], in sequence.
 
-    Both are counted inside a device's block, M pairs in all, M / blocks of each; a pair of equal
+    Both are counted inside a device's shard, M pairs in all, M / shards of each; a pair of equal
     numbers does nothing.
     """
 
     def local(cache, sources, targets):
-        def one(i, cache):
-            def move(store):
+        def copy_pair(i, cache):
+            def copy(store):
                 sizes = (store.shape[0], 1, store.shape[2], span, *store.shape[4:])
                 rest = (0,) * (store.ndim - 2)
-                held = jax.lax.dynamic_slice(store, (0, sources[i], *rest), sizes)
-                return jax.lax.dynamic_update_slice(store, held, (0, targets[i], *rest))
+                prefix = jax.lax.dynamic_slice(store, (0, sources[i], *rest), sizes)
+                return jax.lax.dynamic_update_slice(store, prefix, (0, targets[i], *rest))
 
-            return jax.tree.map(move, cache)
+            return jax.tree.map(copy, cache)
 
-        return jax.lax.fori_loop(0, len(sources), one, cache)
+        return jax.lax.fori_loop(0, len(sources), copy_pair, cache)
 
     scale = None if cache.k_scale is None else SCALES
     spec = Cache(CACHE, CACHE, scale, scale)
-    return jax.shard_map(local, in_specs=(spec, LANES, LANES), out_specs=spec)(
+    return jax.shard_map(local, in_specs=(spec, SLOTS, SLOTS), out_specs=spec)(
         cache, sources, targets
     )
 
@@ -219,28 +220,28 @@ def quantize_int8(x: Float[Array, "*B H"]) -> tuple[Int[Array, "*B H"], Float[Ar
     return codes.astype(jnp.int8), scale
 
 
-def _places(cache, layer, positions, lanes):
+def _cache_index(cache, layer, positions, slots):
     """Return the cache index of each token; past the end where nothing is to be written."""
-    slots = jnp.where(positions < 0, cache.k.shape[3], positions)[:, None]  # [B, 1, T]
-    rows = (jnp.arange(len(positions)) if lanes is None else lanes)[:, None, None]
+    positions = jnp.where(positions < 0, cache.k.shape[3], positions)[:, None]  # [B, 1, T]
+    rows = (jnp.arange(len(positions)) if slots is None else slots)[:, None, None]
     # Heads are indexed too, so that TPUs need not put them next to H, and keep the cache layout.
-    return (layer, rows, jnp.arange(cache.k.shape[2])[:, None], slots)
+    return (layer, rows, jnp.arange(cache.k.shape[2])[:, None], positions)
 
 
-def _write(cache, where, k, v):
+def _write(cache, index, k, v):
     if cache.k_scale is None:
-        put = lambda store, new: store.at[where].set(new.astype(store.dtype), mode="drop")  # noqa: E731
+        put = lambda store, new: store.at[index].set(new.astype(store.dtype), mode="drop")  # noqa: E731
         return Cache(put(cache.k, k), put(cache.v, v), None, None)
     (k, k_scale), (v, v_scale) = quantize_int8(k), quantize_int8(v)
-    news = (k, v, k_scale, v_scale)
+    updates = (k, v, k_scale, v_scale)
     stores = (cache.k, cache.v, cache.k_scale, cache.v_scale)
-    return Cache(*(s.at[where].set(n, mode="drop") for s, n in zip(stores, news, strict=True)))
+    return Cache(*(s.at[index].set(u, mode="drop") for s, u in zip(stores, updates, strict=True)))
 
 
-def _read(store, layer, lanes, rows: int, span: int):
+def _read(store, layer, slots, rows: int, span: int):
     """Return [b, K, span, H] of one layer, or [b, K, span] of its scales."""
-    if lanes is not None:
-        return store[layer, lanes, :, :span]
+    if slots is not None:
+        return store[layer, slots, :, :span]
     sizes = (1, rows, store.shape[2], span, *store.shape[4:])
     return jax.lax.dynamic_slice(store, (layer, *[0] * (store.ndim - 1)), sizes)[0]
 

@@ -66,9 +66,9 @@ class Linear(nnx.Module):
         `y`: x W, where it is already computed.
         """
         if y is None:
-            quantised = isinstance(self.kernel, quantization.QuantizedMatrix)
+            quantized = isinstance(self.kernel, quantization.QuantizedMatrix)
             kernel = (
-                self.kernel.dequantize(x.dtype) if quantised else self.kernel[...].astype(x.dtype)
+                self.kernel.dequantize(x.dtype) if quantized else self.kernel[...].astype(x.dtype)
             )
             y = matmul(x, kernel, out, dtype=x.dtype)
         if not self.lora.rank:
@@ -164,8 +164,8 @@ def rope(
 ) -> Float[Array, "B N T H"]:
     """Rotate the pairs (x[j], x[j + H/2]): the layout of HF, not Meta's (x[2j], x[2j + 1])."""
     first, second = jnp.split(x.astype(jnp.float32), 2, -1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
-    return turned.astype(x.dtype)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+    return rotated.astype(x.dtype)
 
 
 def dropout(x: Float[Array, "B T I"], rate: float, *, key: PRNGKeyArray) -> Float[Array, "B T I"]:
@@ -180,8 +180,8 @@ def dropout(x: Float[Array, "B T I"], rate: float, *, key: PRNGKeyArray) -> Floa
         # 32 random bits are used for two tokens, since drawing them takes most of the time there;
         # the rate is exact to 2^-17. TPUs would have to copy the halves.
         half = (shape[0], (shape[1] + 1) // 2, shape[2])
-        words = jax.random.bits(key, half, jnp.uint32, out_sharding=sharding)
-        halves = jnp.concatenate([words & 0xFFFF, words >> 16], axis=1)[:, : shape[1]]
+        bits = jax.random.bits(key, half, jnp.uint32, out_sharding=sharding)
+        halves = jnp.concatenate([bits & 0xFFFF, bits >> 16], axis=1)[:, : shape[1]]
         return halves >= round(rate * 2**16)
 
     keep = jax.lax.platform_dependent(key, cpu=kept_on_cpu, default=kept)
@@ -207,8 +207,8 @@ class HeadWeights:
 
 def image_token_columns(kernel: Float[Array, "D V"], codes: int) -> Float[Array, "D C"]:
     """Return the columns of the image codes, in fp32."""
-    whole = jax.sharding.reshard(kernel, P("fsdp", None))  # 4 is not at a shard boundary
-    columns = whole[:, IMAGE_START : IMAGE_START + codes].astype(jnp.float32)
+    full = jax.sharding.reshard(kernel, P("fsdp", None))  # 4 is not at a shard boundary
+    columns = full[:, IMAGE_START : IMAGE_START + codes].astype(jnp.float32)
     return jax.sharding.reshard(columns, UP)
 
 
@@ -220,5 +220,5 @@ def full_kernel(head: HeadWeights) -> Float[Array, "D V"]:
     image = jax.sharding.reshard(head.image, P("fsdp", None))
     image = jnp.pad(image, ((0, 0), (IMAGE_START, size - IMAGE_START - codes)))
     ids = jnp.arange(size)
-    here = (ids >= IMAGE_START) & (ids < IMAGE_START + codes)
-    return jnp.where(here, jax.sharding.reshard(image, UP), head.kernel.astype(jnp.float32))
+    is_code = (ids >= IMAGE_START) & (ids < IMAGE_START + codes)
+    return jnp.where(is_code, jax.sharding.reshard(image, UP), head.kernel.astype(jnp.float32))

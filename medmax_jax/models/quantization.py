@@ -63,6 +63,6 @@ def _int4_value(codes: Shaped[Array, "..."]) -> Float[Array, "..."]:
 def _nf4_value(codes: Shaped[Array, "..."]) -> Float[Array, "..."]:
     """Return NF4[codes] by comparisons: a gather would depend on how the codes are sharded."""
     value = jnp.full_like(codes, NF4[0], dtype=jnp.float32)
-    for code, each in enumerate(NF4[1:], start=1):
-        value = jnp.where(codes == code, each, value)
+    for code, quantile in enumerate(NF4[1:], start=1):
+        value = jnp.where(codes == code, quantile, value)
     return value

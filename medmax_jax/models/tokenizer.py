@@ -71,7 +71,7 @@ class Tokenizer:
             raw = Path(path).read_bytes()
         except OSError as error:
             raise TokenizerError(
-                f"{path}: cannot be read ({error.strerror}); name a tokenizer.json"
+                f"{path}: cannot be read ({error.strerror}); use a tokenizer.json"
             ) from error
         spec = parse_spec(raw, path)
         names = spec["model"]["vocab"]
@@ -110,9 +110,13 @@ def document_ids(
     ids = np.asarray(tokenizer.encode(text), np.int32)
     places = np.flatnonzero(ids == IMAGE)
     if places.size and codes is None:
-        raise TokenizerError(f"the text has {IMAGE_NAME} but there is no image: {_short(text)}")
+        raise TokenizerError(
+            f"the text contains {IMAGE_NAME} but there is no image: {_short(text)}"
+        )
     if codes is not None and not places.size:
-        raise TokenizerError(f"there is an image but the text has no {IMAGE_NAME}: {_short(text)}")
+        raise TokenizerError(
+            f"there is an image but the text does not contain {IMAGE_NAME}: {_short(text)}"
+        )
     _check_text(ids, text, vocab, allowed=(IMAGE, SEP))
     parts: list[Any] = [[BOS]]
     for i, piece in enumerate(np.split(ids, places)):
@@ -132,8 +136,8 @@ def prompt_ids(
             ids = np.asarray(tokenizer.encode(segment), np.int32)
             if (ids == IMAGE).any():
                 raise TokenizerError(
-                    f"a prompt's words have {IMAGE_NAME}; put the picture there, as a part of its "
-                    f"own (in --prompt: {{a.png}}): {_short(segment)}"
+                    f"the text of a prompt contains {IMAGE_NAME}; pass the image there as a "
+                    f"separate part (in --prompt: {{a.png}}): {_short(segment)}"
                 )
             _check_text(ids, segment, vocab, allowed=(SEP,))
             parts.append(ids)
@@ -156,13 +160,13 @@ def split_segments(
     kind = np.where(vocabulary.is_image(ids, vocab), 1, 2)  # 1 image, 2 text, 0 neither
     kind[np.isin(ids, (BOS, PAD, EOS, BOI, EOI))] = 0
     cuts = np.flatnonzero(np.diff(kind)) + 1
-    found = []
+    segments = []
     for run, k in zip(np.split(ids, cuts), np.split(kind, cuts), strict=True):
         if run.size and k[0] == 1:
-            found.append(("image", vocabulary.ids_to_codes(run, vocab).astype(np.int32)))
+            segments.append(("image", vocabulary.ids_to_codes(run, vocab).astype(np.int32)))
         elif run.size and k[0] == 2:
-            found.append(("text", run))
-    return found
+            segments.append(("text", run))
+    return segments
 
 
 def train(texts: Iterable[str], vocab: Vocab) -> str:
@@ -183,9 +187,9 @@ def train(texts: Iterable[str], vocab: Vocab) -> str:
     bpe.train_from_iterator(pieces, trainer)
     bpe.decoder = tokenizers.decoders.ByteLevel()
     spec = json.loads(bpe.to_str())
-    learnt = sorted(spec["model"]["vocab"].items(), key=lambda item: item[1])
+    learned = sorted(spec["model"]["vocab"].items(), key=lambda item: item[1])
     names = vocabulary.special_names(vocab.text_start)
-    names |= {name: vocab.text_start + i for name, i in learnt}
+    names |= {name: vocab.text_start + i for name, i in learned}
     spec["model"]["vocab"] = names
     # Only these two are special inside a text: no input text can contain an end of document.
     spec["added_tokens"] = [_added(SEP_NAME, SEP), _added(IMAGE_NAME, IMAGE)]
@@ -213,7 +217,7 @@ def _check_text(ids: np.ndarray, text: str, vocab: Vocab, *, allowed: tuple[int,
     control = ids[(ids < vocab.text_start) & ~np.isin(ids, allowed)]
     if control.size:
         raise TokenizerError(
-            f"the text writes control token {control[0]}; remove that name from it: {_short(text)}"
+            f"the text contains control token {control[0]}; remove its name: {_short(text)}"
         )
 
 
@@ -238,25 +242,25 @@ def parse_spec(raw: bytes, where: object) -> dict[str, Any]:
     try:
         spec = parse_settings(raw, where)
     except TextFileError as error:
-        raise TokenizerError(f"{error}; name the tokenizer.json of a Chameleon model") from error
+        raise TokenizerError(f"{error}; use the tokenizer.json of a Chameleon model") from error
     model = spec.get("model") if isinstance(spec, dict) else None
     names = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(names, dict) or not isinstance(model.get("merges"), list):
         raise TokenizerError(
-            f"{where}: not a BPE tokenizer file; name the tokenizer.json of a Chameleon model"
+            f"{where}: not a BPE tokenizer file; use the tokenizer.json of a Chameleon model"
         )
     for name, i in names.items():
         if type(i) is not int or not 0 <= i < MAX_ID:
             raise TokenizerError(
-                f"{where}: {quoted(name)} has id {quoted(i)}; an id is a whole number in "
-                f"0..{MAX_ID - 1}, so not a tokenizer of this family"
+                f"{where}: {quoted(name)} has id {quoted(i)}; expected an integer in "
+                f"0..{MAX_ID - 1}: not a tokenizer of this family"
             )
     tokens = spec.get("added_tokens")
     if tokens is not None and not _are_tables(tokens):
         raise TokenizerError(f"{where}: added_tokens is {quoted(tokens)}; not a tokenizer file")
     if "ByteLevel" not in json.dumps([spec.get("pre_tokenizer"), spec.get("decoder")]):
         raise TokenizerError(
-            f"{where}: not byte-level BPE, so another family; name a Chameleon tokenizer"
+            f"{where}: not byte-level BPE; use a tokenizer of the Chameleon family"
         )
     return spec
 
@@ -290,11 +294,13 @@ def _check_names(names: dict[str, int], vocab: Vocab, path: str | Path) -> None:
     for name, i in expected.items():
         if name in names and names[name] != i:
             raise TokenizerError(
-                f"{path}: {name} has id {names[name]}, this vocabulary needs {i}:"
-                " ids are shifted, so another model's file"
+                f"{path}: {name} has id {names[name]}, but this vocabulary requires {i}: the ids "
+                "are shifted, so the file belongs to another model"
             )
         if name in required and name not in names:
-            raise TokenizerError(f"{path}: {name} (id {i}) is missing: another model's file")
+            raise TokenizerError(
+                f"{path}: {name} (id {i}) is missing: the file belongs to another model"
+            )
     top = max(names.values())
     if top >= vocab.size:
         raise TokenizerError(
@@ -305,5 +311,5 @@ def _check_names(names: dict[str, int], vocab: Vocab, path: str | Path) -> None:
         if names.get(symbol, -1) < vocab.text_start:
             raise TokenizerError(
                 f"{path}: byte symbol {symbol!r} has id {names.get(symbol)}, but text ids start"
-                f" at {vocab.text_start}: not all text could be written, so another model's file"
+                f" at {vocab.text_start}: the file belongs to another model"
             )

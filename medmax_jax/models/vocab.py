@@ -29,6 +29,7 @@ EOI, BOI = 8196, 8197
 SENTINEL_START, NUM_SENTINELS = 8198, 512
 SEP = 8710
 IMAGE = 8711  # a placeholder in text; never a token of a finished document
+RELEASED = Vocab(size=65_536, image_codes=8_192, text_start=16_384)
 RELEASED_END = 8712  # ids below this are the release's in every vocabulary of the family
 MAX_IMAGE_CODES = 8192
 
@@ -84,7 +85,7 @@ def codes_to_ids(codes: Int[np.ndarray, "*K"], vocab: Vocab) -> Int[np.ndarray, 
     codes = np.asarray(codes)
     if codes.size and (codes.min() < 0 or codes.max() >= vocab.image_codes):
         raise ValueError(
-            f"VQ codes {codes.min()}..{codes.max()} leave 0..{vocab.image_codes - 1}: "
+            f"VQ codes {codes.min()}..{codes.max()} are outside 0..{vocab.image_codes - 1}; "
             "use the VQGAN that belongs to this vocabulary"
         )
     return codes + IMAGE_START
@@ -94,10 +95,8 @@ def ids_to_codes(ids: Int[np.ndarray, "*K"], vocab: Vocab) -> Int[np.ndarray, "*
     """Convert token ids to VQ codes; raise ValueError on an id that is not an image code."""
     ids = np.asarray(ids)
     if not is_image(ids, vocab).all():
-        bad = ids[~is_image(ids, vocab)][0]
-        raise ValueError(
-            f"token {bad} is no image code (4..{vocab.image_codes + 3}): not an image span"
-        )
+        invalid = ids[~is_image(ids, vocab)][0]
+        raise ValueError(f"token {invalid} is not an image code (4..{vocab.image_codes + 3})")
     return ids - IMAGE_START
 
 
@@ -105,8 +104,8 @@ def check_ids(ids: Int[np.ndarray, "*T"], vocab: Vocab, *, where: str) -> None:
     """Raise ValueError when an id is outside the vocabulary; `where` is the document's name."""
     ids = np.asarray(ids)
     if ids.size and (ids.min() < 0 or ids.max() >= vocab.size):
-        bad = ids[(ids < 0) | (ids >= vocab.size)][0]
+        invalid = ids[(ids < 0) | (ids >= vocab.size)][0]
         raise ValueError(
-            f"{where}: token {bad} is outside 0..{vocab.size - 1}: "
-            "wrong tokenizer for this model, or a damaged record"
+            f"{where}: token {invalid} is outside 0..{vocab.size - 1}: "
+            "the tokenizer does not belong to this model, or the record is damaged"
         )

@@ -26,9 +26,19 @@ from jaxtyping import Array, Float, Int, UInt8
 from medmax_jax.checkpoints import safetensors_file
 from medmax_jax.config import VQ
 
+RELEASED = VQ(  # vqgan.yaml of Chameleon
+    image_size=512,
+    channels=128,
+    channel_mult=(1, 1, 2, 2, 4),
+    num_res_blocks=2,
+    z_channels=256,
+    embed_dim=256,
+    num_codes=8_192,
+    norm_groups=32,  # fixed in the code of taming-transformers
+)
 EPS = 1e-6  # of every GroupNorm in taming-transformers, hence in Chameleon
-EXACT = jax.lax.Precision.HIGHEST  # TPU: six bf16 passes, as good as fp32
-PICTURE = jax.lax.Precision.HIGH  # decoder on TPU: three passes are enough for uint8
+ENCODER_PRECISION = jax.lax.Precision.HIGHEST  # TPU: six bf16 passes, as good as fp32
+DECODER_PRECISION = jax.lax.Precision.HIGH  # decoder on TPU: three passes are enough for uint8
 
 
 def create(config: VQ, *, key: jax.Array) -> "VQGAN":
@@ -42,8 +52,9 @@ def abstract(config: VQ, *, decoder: bool = True) -> "VQGAN":
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return like
-    place = NamedSharding(mesh, P())
-    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), like)
+    replicated = NamedSharding(mesh, P())
+    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated)  # noqa: E731
+    return jax.tree.map(shape, like)
 
 
 def load(file: str | os.PathLike, config: VQ) -> "VQGAN":
@@ -64,16 +75,16 @@ def check_blocks(names: Iterable[str], config: VQ, where: object) -> None:
     Tracing a network takes some 50 ms per block, so this check runs before a network is built from
     an external config. `names` are those of this project or of taming-transformers.
     """
-    have = {name.rpartition(".")[0] for name in names}
-    wanted = [
+    present = {name.rpartition(".")[0] for name in names}
+    expected = [
         f"encoder.down.{level}.block.{block}.conv1"
         for level in range(len(config.channel_mult))
         for block in range(config.num_res_blocks)
     ]
-    if missing := [name for name in wanted if name not in have]:
+    if missing := [name for name in expected if name not in present]:
         raise safetensors_file.WeightsError(
-            f"{where}: {missing[0]} is missing ({len(missing)} of {len(wanted)} blocks of the "
-            "config are); another VQGAN's config, or an incomplete copy"
+            f"{where}: {missing[0]} is missing ({len(missing)} of {len(expected)} blocks of the "
+            "config are); use the config of this VQGAN, or copy the file again"
         )
 
 
@@ -101,12 +112,14 @@ class VQGAN(nnx.Module):
     """
 
     def __init__(self, config: VQ, *, rngs: nnx.Rngs, decoder: bool = True):
-        exact, picture = (Parts(rngs, p, config.norm_groups) for p in (EXACT, PICTURE))
-        self.encoder = Encoder(config, exact)
-        self.quant_conv = exact.conv(config.z_channels, config.embed_dim, 1)
+        encoding, decoding = (
+            Parts(rngs, p, config.norm_groups) for p in (ENCODER_PRECISION, DECODER_PRECISION)
+        )
+        self.encoder = Encoder(config, encoding)
+        self.quant_conv = encoding.conv(config.z_channels, config.embed_dim, 1)
         self.quantize = Codebook(config.num_codes, config.embed_dim, rngs=rngs)
-        self.post_quant_conv = picture.conv(config.embed_dim, config.z_channels, 1)
-        self.decoder = Decoder(config, picture) if decoder else None
+        self.post_quant_conv = decoding.conv(config.embed_dim, config.z_channels, 1)
+        self.decoder = Decoder(config, decoding) if decoder else None
 
     @property
     def has_decoder(self) -> bool:
@@ -142,7 +155,7 @@ class Codebook(nnx.Module):
     def nearest(self, z: Float[Array, "b i j E"]) -> Int[Array, "b i j"]:
         """Return the argmin of |z - e|^2 in fp32; the lowest code wins a tie."""
         z, table = z.astype(jnp.float32), self.embedding[...].astype(jnp.float32)
-        dots = jnp.einsum("bije,ke->bijk", z, table, precision=EXACT)
+        dots = jnp.einsum("bije,ke->bijk", z, table, precision=ENCODER_PRECISION)
         squares = (z**2).sum(-1, keepdims=True) + (table**2).sum(-1)
         return jnp.argmin(squares - 2 * dots, axis=-1)  # [b, i, j]
 
@@ -309,7 +322,7 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Doubles the size by repeating every position, then applies a convolution."""
+    """Enlarges each side by two, repeating every position, then applies a convolution."""
 
     def __init__(self, width: int, parts: Parts):
         self.conv = parts.conv(width, width, 3)

@@ -86,30 +86,34 @@ def decode(run: Run, topology: Topology, *, mode: str, rows: int, prompt: int) -
         requests.check_fits_context(
             prompt, mode=mode, codes=codes, context=context, where="the prompt"
         )
+        settings = sampling_params.resolve(run.sample, run.vocab, mode=mode, codes=codes)
     except requests.GenerateError as error:
         raise PlanError(f"--decode={mode}: {error}") from error
-    slots = buckets.cache_length_for(prompt, run.sample, mode=mode, codes=codes, context=context)
-    blocks = run.mesh.data * run.mesh.fsdp
-    depth = -(-rows * streams // blocks)
-    plan = sampling_params.decode_config(
-        run.sample,
-        run.vocab,
-        mode=mode,
-        codes=codes,
-        slots=slots,
-        blocks=blocks,
-        depth=depth,
+    cache_length = buckets.cache_length_for(
+        prompt, run.sample, mode=mode, codes=codes, context=context
     )
+    shards = run.mesh.data * run.mesh.fsdp
+    num_slots = -(-rows * streams // shards) * shards
     make = functools.partial(
-        kv_cache.init_cache, run.model, lanes=blocks * depth, slots=slots, kind="model"
+        kv_cache.init_cache,
+        run.model,
+        num_slots=num_slots,
+        cache_length=cache_length,
+        cache_dtype="model",
     )
     draws = {"text": "text", "image": "codes", "mixed": "both"}[mode]
     with _on(run, topology) as like:
         cache = _gib(_bytes(sharding.with_shardings(jax.eval_shape(make))))
         lowered = decode_loop.lower_decode(
-            like, plan, rows=rows, slots=slots, kind="model", draws=draws
+            like,
+            settings.config,
+            batch_size=rows,
+            num_slots=num_slots,
+            cache_length=cache_length,
+            cache_dtype="model",
+            draws=draws,
         )
-    facts = {"mode": mode, "rows": rows, "streams": streams, "slots": slots}
+    facts = {"mode": mode, "rows": rows, "streams": streams, "slots": cache_length}
     return Program(lowered, {"base": _bytes(like)}, 0.0, facts | {"cache_gib": cache})
 
 

@@ -90,9 +90,11 @@ def write(
     answers: dict[int, list[model_bundle.Text | model_bundle.Image]] = {}
     for mode in ("text", "image"):
         of_mode = [i for i, case in enumerate(asked) if case.mode == mode]
-        request = dict(mode=mode, seed=run.sample.seed, rows=min(8, max(len(of_mode), 1)))
         prompts, names = [asked[i].prompt for i in of_mode], [asked[i].name for i in of_mode]
-        for batch, written in api.generate_tokens(g, prompts, run.sample, names=names, **request):
+        for batch, written in api.generate_tokens(
+            g, prompts, run.sample, mode=mode, seed=run.sample.seed, names=names,
+            batch_size=min(8, max(len(of_mode), 1)),
+        ):  # fmt: skip
             for i, answer in zip(batch, model_bundle.decode_segments(g, written), strict=True):
                 answers[of_mode[i]] = answer
     secret = any(egress.is_credentialed(case.credential) for case in asked)

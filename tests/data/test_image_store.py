@@ -150,7 +150,7 @@ def test_equal_files_are_encoded_once_and_broken_ones_are_told(encoder, tmp_path
     paths += ["again.jpg", "cut.jpg", "gone.jpg", "clear.png", "white.png"]
     meta = tokenize(tmp_path / "out", paths, folder=folder, encoder=encoder, **HOW)
     assert (meta["pictures"], meta["unique"], meta["unreadable"]) == (25, 23, 2)
-    assert "damaged or cut short" in meta["reasons"]["cut.jpg"]
+    assert "damaged or truncated" in meta["reasons"]["cut.jpg"]
     assert "no such file" in meta["reasons"]["gone.jpg"]
     codes = open_codes(tmp_path / "out")
     np.testing.assert_array_equal(codes[3], codes[20])

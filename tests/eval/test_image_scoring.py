@@ -201,7 +201,7 @@ def test_what_cannot_be_seen_is_unscored(clip, tmp_path):
     )
     assert row["paper_n"] == 2
     lines = per_record.read(tmp_path).image_scores["biomedclip"]
-    assert "not a picture this program reads" in lines["captioning_pmc_oa/0"]["problem"]
+    assert "not an image in a supported format" in lines["captioning_pmc_oa/0"]["problem"]
     assert "no such file" in lines["captioning_pmc_oa/2"]["problem"]
 
 

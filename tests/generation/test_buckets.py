@@ -1,4 +1,4 @@
-"""Memory that really runs out: who asked for how much is said, and the engine can be used again."""
+"""Real out-of-memory errors: the message states the allocation, and the engine recovers."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from generate_setup import CODES, MODEL, PICTURE, VOCAB
+from generate_setup import CODES, MODEL, VOCAB, VQ_CONFIG
 from test_generate import folder, g, program  # noqa: F401
 
 from medmax_jax import cli
@@ -23,55 +23,56 @@ from medmax_jax.sharding import make_mesh
 
 ROOT = pathlib.Path(__file__).parents[2]
 
-# Text of 512 rows sorts the vocabulary of each: one block of 123 MiB. Images need no such.
+# Text of 512 rows sorts the vocabulary of each: one array of 123 MiB. Images need none.
 CHUNK = """
 rows = 512
 sample = dataclasses.replace(setup.DRAWN, max_gen_len=1)
-e = engine.make_engine(
-    g.model, g.vocab, g.mesh, codes=setup.CODES, rows=rows, lanes=3 * rows, slots=64, kind="model"
+sizes = engine.EngineSizes(
+    batch_size=rows, num_slots=3 * rows, cache_length=64, cache_dtype="model"
 )
+e = engine.make_engine(g.model, g.vocab, g.mesh, sizes, codes=setup.CODES)
 
 def answers(mode):
-    asked = requests.make_requests(
+    batch = requests.make_requests(
         setup.prompts(), sample, g.vocab, mode=mode, names=None, codes=setup.CODES, context=64
     )
-    served = scheduler.run_requests(e, asked, sample, mode=mode, seed=7)
-    return {n.index: n.tokens.tolist() for news in served for n in news if n.done}
+    settings = sampling_params.resolve(sample, g.vocab, mode=mode, codes=setup.CODES)
+    chunks = scheduler.run_requests(e, batch, settings, seed=7)
+    return {o.index: o.tokens.tolist() for outputs in chunks for o in outputs if o.done}
 
 text, image = answers("text"), answers("image")
-with no_more_than(64):
+with memory_limit(64):
     try:
         answers("text")
     except requests.GenerateError as error:
-        said, cause = str(error), str(error.__cause__)
+        message, cause = str(error), str(error.__cause__)
     empty = e.cache is None and bool(e.slot_table.free.all())
     smaller = answers("image") == image
-print(json.dumps([said, cause, empty, smaller, answers("text") == text]))
+print(json.dumps([message, cause, empty, smaller, answers("text") == text]))
 """
 LOAD = """
 try:
-    with no_more_than(176):
+    with memory_limit(176):
         model_bundle.load(sys.argv[2])
 except requests.GenerateError as error:
     print(json.dumps([str(error)]))
 """
-# Attention inside the VQGAN, over 64 x 64 places, has 64 MiB a picture, 512 MiB eight.
-PICTURES = """
+# Attention inside the VQGAN over 64 x 64 positions needs 64 MiB per image, 512 MiB for eight.
+IMAGES = """
 import numpy as np, PIL.Image
-large = dataclasses.replace(setup.PICTURE, image_size=128)
+large = dataclasses.replace(setup.VQ_CONFIG, image_size=128)
 g = dataclasses.replace(g, vq_config=large)
-pictures = [PIL.Image.new("RGB", (9, 7), (10 * i, 0, 0)) for i in range(8)]
-both = (lambda: model_bundle.encode(g, pictures), lambda: model_bundle.decode(g, codes))
-codes = both[0]()
-both[1]()
-said = []
-for each in both:
-    with no_more_than(64):
+images = [PIL.Image.new("RGB", (9, 7), (10 * i, 0, 0)) for i in range(8)]
+codes = model_bundle.encode(g, images)
+model_bundle.decode(g, codes)
+messages = []
+for call in (lambda: model_bundle.encode(g, images), lambda: model_bundle.decode(g, codes)):
+    with memory_limit(64):
         try:
-            each()
+            call()
         except requests.GenerateError as error:
-            said.append(str(error))
-print(json.dumps(said))
+            messages.append(str(error))
+print(json.dumps(messages))
 """
 CHILD = """
 import contextlib, dataclasses, json, os, resource, sys, time
@@ -80,16 +81,17 @@ import generate_setup as setup
 from medmax_jax.generation import engine
 from medmax_jax.generation import model_bundle
 from medmax_jax.generation import requests
+from medmax_jax.generation import sampling_params
 from medmax_jax.generation import scheduler
 
-def now(_):
+def used(_):
     time.sleep(0.01)
     return int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 
 @contextlib.contextmanager
-def no_more_than(mib):
-    taken = min(map(now, range(50)))  # what the last program had is given back a little later
-    resource.setrlimit(resource.RLIMIT_AS, (taken + mib * 2**20, resource.RLIM_INFINITY))
+def memory_limit(mib):
+    before = min(map(used, range(50)))  # memory of the last program is released a little later
+    resource.setrlimit(resource.RLIMIT_AS, (before + mib * 2**20, resource.RLIM_INFINITY))
     try:
         yield
     finally:
@@ -99,8 +101,8 @@ g = model_bundle.load(sys.argv[1])
 """
 
 
-def child(script, *folders):
-    """What a process of its own prints last: a limit on memory is of a whole process."""
+def run_script(script, *folders):
+    """Return what the script prints last; a memory limit applies to a complete process."""
     done = subprocess.run(
         [sys.executable, "-c", CHILD + script, *map(str, folders)],
         capture_output=True, text=True, timeout=300, cwd=ROOT,
@@ -110,21 +112,22 @@ def child(script, *folders):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_memory_runs_out_in_a_chunk_and_the_engine_goes_on(folder):  # noqa: F811
-    said, cause, empty, smaller, again = child(CHUNK, folder)
+def test_engine_recovers_from_out_of_memory_during_decoding(folder):  # noqa: F811
+    message, cause, empty, smaller, recovered = run_script(CHUNK, folder)
     assert "Out of memory allocating" in cause
-    assert said.startswith(
-        "out of memory: 512 rows of 64 slots have a cache of 1536 lanes, 24 MiB, beside the "
-        "model's 2 MiB; take fewer rows (--rows; --config.rows of an evaluation) or "
+    assert message.startswith(
+        "out of memory: batch size 512 and cache length 64 need 1536 cache slots (24 MiB) in "
+        "addition to the model (2 MiB). To fix: reduce the batch size (--rows; --config.rows of "
+        "an evaluation) or "
     )
-    assert 'a smaller sample.max_gen_len) or a cache in bytes (--cache=int8, kind="int8") (' in said
-    assert empty and smaller and again
+    assert 'max_gen_len) or use an int8 cache (--cache=int8, cache_dtype="int8") (' in message
+    assert empty and smaller and recovered
 
 
-def test_memory_runs_out_while_weights_are_read(folder, tmp_path):  # noqa: F811
-    """The file is mapped, 144 MiB; then there is no room for its first large matrix."""
+def test_out_of_memory_while_weights_are_loaded(folder, tmp_path):  # noqa: F811
+    """The file is mapped, 144 MiB; then there is no memory for its first large matrix."""
     wide = dataclasses.replace(MODEL, hidden_size=2_048)
-    sections = dict(model=to_dict(wide), vocab=to_dict(VOCAB), vq=to_dict(PICTURE))
+    sections = dict(model=to_dict(wide), vocab=to_dict(VOCAB), vq=to_dict(VQ_CONFIG))
     (tmp_path / "config.json").write_text(json.dumps(sections))
     with jax.set_mesh(make_mesh(Mesh(data=1, fsdp=1, tp=1))):
         like = safetensors_file.flatten_named(
@@ -133,32 +136,34 @@ def test_memory_runs_out_while_weights_are_read(folder, tmp_path):  # noqa: F811
     safetensors_file.save(
         tmp_path / "model.safetensors", jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like), {}
     )
-    (said,) = child(LOAD, folder, tmp_path)
-    assert "out of memory: " + str(tmp_path) + " has weights of " in said
-    assert "--config.mesh.fsdp" in said and "--quant (MemoryError)" in said
+    (message,) = run_script(LOAD, folder, tmp_path)
+    assert f"out of memory: the weights in {tmp_path} need " in message
+    assert "--config.mesh.fsdp" in message and "--quant (MemoryError)" in message
 
 
-def test_memory_runs_out_in_the_vqgan(folder):  # noqa: F811
-    encoding, decoding = child(PICTURES, folder)
-    for said in (encoding, decoding):
-        assert "out of memory: the VQGAN has 8 pictures of 128 px at once, beside weights" in said
-        assert "take fewer rows, whose cache lies there too (--rows; " in said
+def test_out_of_memory_in_the_vqgan(folder):  # noqa: F811
+    encoding, decoding = run_script(IMAGES, folder)
+    for message in (encoding, decoding):
+        assert "out of memory: the VQGAN processes 8 images of 128 px at once, in addi" in message
+        assert "reduce the batch size, whose cache shares this memory (--rows; " in message
 
 
-def test_an_engine_larger_than_the_machine(g):  # noqa: F811
-    fixed = dict(codes=CODES, rows=2**20, lanes=2**28, slots=64)
-    for kind, mend in (
-        ("model", 'or a cache in bytes (--cache=int8, kind="int8") ('),
+def test_engine_larger_than_the_machine(g):  # noqa: F811
+    for cache_dtype, fix in (
+        ("model", 'or use an int8 cache (--cache=int8, cache_dtype="int8") ('),
         ("int8", "len) ("),
     ):
+        sizes = engine.EngineSizes(
+            batch_size=2**20, num_slots=2**28, cache_length=64, cache_dtype=cache_dtype
+        )
         with pytest.raises(GenerateError) as error:
-            engine.make_engine(g.model, VOCAB, g.mesh, kind=kind, **fixed)
-        assert "out of memory: 1048576 rows of 64 slots have a cache" in str(error.value)
-        assert mend in str(error.value)
+            engine.make_engine(g.model, VOCAB, g.mesh, sizes, codes=CODES)
+        assert "out of memory: batch size 1048576 and cache length 64 need" in str(error.value)
+        assert fix in str(error.value)
 
 
-def test_the_program_out_of_memory_leaves_no_answer_and_binds_nothing(folder, tmp_path):  # noqa: F811
-    """A context of 2^34 tokens; then the same folder takes another request."""
+def test_program_out_of_memory_leaves_a_reusable_folder(folder, tmp_path):  # noqa: F811
+    """The context has 2^34 tokens; then the same folder accepts another request."""
     big, out = tmp_path / "big", tmp_path / "out"
     big.mkdir()
     for file in folder.iterdir():
@@ -167,23 +172,22 @@ def test_the_program_out_of_memory_leaves_no_answer_and_binds_nothing(folder, tm
     settings["model"]["context_length"] = 2**34
     (big / "config.json").unlink()
     (big / "config.json").write_text(json.dumps(settings))
-    asked = (f"--model={big}", f"--out={out}", "--prompt=Is it?")
-    done = program(*asked, "--mode=mixed")
+    request = (f"--model={big}", f"--out={out}", "--prompt=Is it?")
+    done = program(*request, "--mode=mixed")
     assert done.returncode == cli.ERROR and "Traceback" not in done.stderr
-    assert (
-        "error: out of memory: 1 rows of 17179869184 slots have a cache of 3 lanes" in done.stderr
-    )
-    assert sorted(f.name for f in out.iterdir()) == ["asked.json"]
-    done = program(*asked, "--mode=text", "--config.sample.max_gen_len=2")
+    message = "error: out of memory: batch size 1 and cache length 17179869184 need 3 cache slots"
+    assert message in done.stderr
+    assert sorted(f.name for f in out.iterdir()) == ["request.json"]
+    done = program(*request, "--mode=text", "--config.sample.max_gen_len=2")
     assert done.returncode == cli.DONE, done.stderr
     assert len((out / "answers.jsonl").read_text().splitlines()) == 1
 
 
-def test_other_errors_stay_what_they_are():
+def test_other_errors_are_passed_on():
     with pytest.raises(KeyError), buckets.explain_out_of_memory("", ""):
         raise KeyError("a")
     with (
-        pytest.raises(GenerateError, match="out of memory: x; y"),
+        pytest.raises(GenerateError, match="out of memory: x. To fix: y"),
         buckets.explain_out_of_memory("x", "y"),
     ):
         np.zeros(2**58)

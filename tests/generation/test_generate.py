@@ -1,4 +1,4 @@
-"""generate() against a plain loop without cache; alone, in batches, on meshes; refusals."""
+"""generate() against a plain loop without cache; alone, in batches, on meshes; invalid input."""
 
 import dataclasses
 import json
@@ -14,9 +14,9 @@ from generate_setup import (
     DRAWN,
     LORA,
     MODEL,
-    PICTURE,
     SAMPLE,
     VOCAB,
+    VQ_CONFIG,
     Plain,
     noise,
     prompts,
@@ -34,9 +34,9 @@ from medmax_jax.sharding import make_mesh
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model folder with random weights that like BOI and EOS, so that mixed answers are mixed."""
+    """Return a model folder with random weights that favor BOI and EOS: mixed answers are mixed."""
     folder = tmp_path_factory.mktemp("micro")
-    sections = dict(model=to_dict(MODEL), vocab=to_dict(VOCAB), vq=to_dict(PICTURE))
+    sections = dict(model=to_dict(MODEL), vocab=to_dict(VOCAB), vq=to_dict(VQ_CONFIG))
     (folder / "config.json").write_text(json.dumps(sections))
     (folder / "tokenizer.json").write_text(tokenizer.train(["Is it a CT of the chest?"], VOCAB))
     with jax.set_mesh(make_mesh(Mesh(data=1, fsdp=1, tp=1))):
@@ -45,7 +45,7 @@ def folder(tmp_path_factory):
         model["lm_head.kernel"][:, [ids.BOI, ids.EOS]] *= 3
         safetensors_file.save(folder / "model.safetensors", model, {})
         safetensors_file.save(
-            folder / "vqgan.safetensors", noise(vqgan.abstract(PICTURE), std=0.1), {}
+            folder / "vqgan.safetensors", noise(vqgan.abstract(VQ_CONFIG), std=0.1), {}
         )
     return folder
 
@@ -57,7 +57,7 @@ def g(folder):
 
 @pytest.fixture(scope="module")
 def adapter(folder, tmp_path_factory):
-    """An adapter folder that changes answers."""
+    """Return an adapter folder that changes answers."""
     path = tmp_path_factory.mktemp("adapter")
     base = base_fingerprint(folder)
     settings = to_dict(LORA) | {"base": base}
@@ -68,14 +68,14 @@ def adapter(folder, tmp_path_factory):
     return path
 
 
-def written(g, tokens, sample, mode, *, names, rows=8):
-    found = [None] * len(tokens)
-    for batch, answers in api.generate_tokens(
-        g, tokens, sample, mode=mode, seed=7, names=names, rows=rows
+def generate(g, prompts, sample, mode, *, names, batch_size=8):
+    answers = [None] * len(prompts)
+    for batch, tokens in api.generate_tokens(
+        g, prompts, sample, mode=mode, seed=7, names=names, batch_size=batch_size
     ):
-        for index, answer in zip(batch, answers, strict=True):
-            found[index] = answer.tolist()
-    return found
+        for index, answer in zip(batch, tokens, strict=True):
+            answers[index] = answer.tolist()
+    return answers
 
 
 SLOW = pytest.mark.slow  # each program compiles for seconds
@@ -94,60 +94,62 @@ SLOW = pytest.mark.slow  # each program compiles for seconds
 )
 def test_equals_the_plain_loop_token_for_token(g, mode, sample, count):
     tokens, names = prompts(count), list("abcdefghijkl"[:count])
-    plain, numbers = Plain(g), requests.sample_seeds(tokens, names)
-    expected = [plain.answer(p, sample, mode, int(n)) for p, n in zip(tokens, numbers, strict=True)]
-    assert written(g, tokens, sample, mode, names=names) == expected
+    plain, seeds = Plain(g), requests.sample_seeds(tokens, names)
+    expected = [plain.answer(p, sample, mode, int(s)) for p, s in zip(tokens, seeds, strict=True)]
+    assert generate(g, tokens, sample, mode, names=names) == expected
     if mode == "mixed":
         assert sum(ids.BOI in answer for answer in expected) >= 2
         after = [a[a.index(ids.EOI) + 1 :] for a in expected if ids.EOI in a]
-        assert any(after)  # text goes on after an image
+        assert any(after)  # text continues after an image
 
 
 @pytest.mark.parametrize(
     "mode", ["mixed", pytest.param("text", marks=SLOW), pytest.param("image", marks=SLOW)]
 )
-def test_alone_and_in_a_batch_alike(g, mode):
+def test_answers_do_not_depend_on_the_batch(g, mode):
     tokens, names = prompts(), list("abcde")
-    whole = written(g, tokens, DRAWN, mode, names=names)
-    alone = [written(g, [t], DRAWN, mode, names=[n])[0] for t, n in zip(tokens, names, strict=True)]
-    turned = written(g, tokens[::-1], DRAWN, mode, names=names[::-1], rows=2)[::-1]
-    assert whole == alone == turned
-    assert written(g, tokens, DRAWN, mode, names=list("fghij")) != whole
+    expected = generate(g, tokens, DRAWN, mode, names=names)
+    alone = [
+        generate(g, [t], DRAWN, mode, names=[n])[0] for t, n in zip(tokens, names, strict=True)
+    ]
+    reverse = generate(g, tokens[::-1], DRAWN, mode, names=names[::-1], batch_size=2)[::-1]
+    assert expected == alone == reverse
+    assert generate(g, tokens, DRAWN, mode, names=list("fghij")) != expected
 
 
 @pytest.mark.parametrize("mode", ["mixed", pytest.param("image", marks=SLOW)])
-def test_every_mesh_alike(g, folder, mode):
-    spread = model_bundle.load(folder, mesh=make_mesh(Mesh(data=1, fsdp=2, tp=2)))
+def test_answers_do_not_depend_on_the_mesh(g, folder, mode):
+    sharded = model_bundle.load(folder, mesh=make_mesh(Mesh(data=1, fsdp=2, tp=2)))
     tokens, names = prompts(), list("abcde")
     short = dataclasses.replace(DRAWN, max_gen_len=4)
-    assert written(spread, tokens, short, mode, names=names) == written(
+    assert generate(sharded, tokens, short, mode, names=names) == generate(
         g, tokens, short, mode, names=names
     )
 
 
-def test_answers_end_in_time_and_parse(g):
+def test_answers_respect_their_limits_and_the_grammar(g):
     tokens = prompts()
     for length in (1, 5):
         sample = dataclasses.replace(SAMPLE, max_gen_len=length)
-        for answer in written(g, tokens, sample, "text", names=None):
+        for answer in generate(g, tokens, sample, "text", names=None):
             assert len(answer) <= length
             assert answer[-1] == ids.EOS or len(answer) == length
     long = dataclasses.replace(DRAWN, max_gen_len=1_000)
-    for prompt, answer in zip(tokens, written(g, tokens, long, "mixed", names=None), strict=True):
+    for prompt, answer in zip(tokens, generate(g, tokens, long, "mixed", names=None), strict=True):
         assert len(prompt) + len(answer) <= MODEL.context_length
         assert grammar.parses(np.array(answer), VOCAB, codes=CODES)
-    for answer in written(g, tokens, DRAWN, "image", names=None):
+    for answer in generate(g, tokens, DRAWN, "image", names=None):
         assert len(answer) == CODES and ids.is_image(np.array(answer), VOCAB).all()
 
 
-def test_segments(g, tmp_path):
-    picture = PIL.Image.new("RGB", (9, 7), "gray")
+def test_answers_are_segments_of_text_and_images(g, tmp_path):
+    image = PIL.Image.new("RGB", (9, 7), "gray")
     path = tmp_path / "a.png"
-    picture.save(path)
-    code = np.array([1, 2, 3, 4])
-    asked = [["Is it?", picture], [path, code, "a CT"], ["Draw."], ["A."], ["B."]]
+    image.save(path)
+    codes = np.array([1, 2, 3, 4])
+    prompts = [["Is it?", image], [path, codes, "a CT"], ["Draw."], ["A."], ["B."]]
     for mode, sample in (("text", SAMPLE), ("image", DRAWN), ("mixed", DRAWN)):
-        answers = api.generate(g, asked, sample, mode=mode, seed=0)
+        answers = api.generate(g, prompts, sample, mode=mode, seed=0)
         kinds = {type(part) for answer in answers for part in answer}
         assert kinds <= {"text": {model_bundle.Text}, "image": {model_bundle.Image}}.get(
             mode, kinds
@@ -156,16 +158,16 @@ def test_segments(g, tmp_path):
             if isinstance(part, model_bundle.Image):
                 assert part.image.size == (4, 4) and part.codes.shape == (CODES,)
     assert api.generate(g, [], DRAWN, mode="text", seed=0) == []
-    same, other = (api.generate(g, [["Draw."]] * 3, DRAWN, mode="image", seed=s) for s in (0, 1))
-    drawn = [tuple(a[0].codes) for a in same + other]
-    assert len(set(drawn)) > 2  # equal prompts and other seeds give other pictures
+    first, second = (api.generate(g, [["Draw."]] * 3, DRAWN, mode="image", seed=s) for s in (0, 1))
+    drawn = [tuple(answer[0].codes) for answer in first + second]
+    assert len(set(drawn)) > 2  # equal prompts and other seeds give other images
 
 
-def test_an_adapter_changes_answers_and_must_fit(g, folder, adapter, tmp_path):
+def test_adapter_changes_answers_and_must_fit_its_base(g, folder, adapter, tmp_path):
     tokens = prompts()
     names = list("abcde")
     adapted = model_bundle.load(folder, adapter=adapter)
-    assert written(adapted, tokens, SAMPLE, "text", names=names) != written(
+    assert generate(adapted, tokens, SAMPLE, "text", names=names) != generate(
         g, tokens, SAMPLE, "text", names=names
     )
     settings = json.loads((adapter / "adapter_config.json").read_text())
@@ -186,7 +188,7 @@ def test_an_adapter_changes_answers_and_must_fit(g, folder, adapter, tmp_path):
     [
         (dict(image_temperature=0.0), "sample.image_temperature is 0.0"),
         (dict(text_top_p=1.5), "sample.text_top_p is 1.5"),
-        (dict(max_gen_len=0), "sample.max_gen_len 0"),
+        (dict(max_gen_len=0), "sample.max_gen_len is 0"),
         (dict(budget="day"), "sample.budget is 'day'; it must be answer or segment"),
         (dict(text_temperature=float("nan")), "sample.text_temperature is nan; .* a finite number"),
         (dict(guidance_scale_text=float("inf")), "sample.guidance_scale_text is inf; it must be a"),
@@ -199,42 +201,50 @@ def test_an_adapter_changes_answers_and_must_fit(g, folder, adapter, tmp_path):
         (dict(seed=-1), r"seed is -1; it must be an integer of 0 .. 4294967295"),
     ],
 )
-def test_settings_that_make_no_sense(g, change, message):
+def test_invalid_sampling_settings_raise(g, change, message):
     with pytest.raises(requests.GenerateError, match=message):
         api.generate(g, [["a"]], dataclasses.replace(SAMPLE, **change), mode="text", seed=0)
 
 
-def test_requests_that_make_no_sense(g, folder, tmp_path):
-    def ask(*parts, mode="text", names=None):
+def test_invalid_requests_raise(g, folder, tmp_path):
+    def answer(*parts, mode="text", names=None):
         return api.generate(g, [list(parts)], SAMPLE, mode=mode, seed=0, names=names)
 
     with pytest.raises(ValueError, match="mode is 'film'"):
-        ask("a", mode="film")
+        answer("a", mode="film")
     with pytest.raises(ValueError, match="missing.png"):
-        ask(tmp_path / "missing.png", "a")
-    with pytest.raises(requests.GenerateError, match="the model holds 64; shorten"):
-        ask("word " * 64)
+        answer(tmp_path / "missing.png", "a")
+    with pytest.raises(requests.GenerateError, match="context of the model has 64; shorten"):
+        answer("word " * 64)
     for tokens, message in (
-        ([ids.BOS, 8_720, 5], "token 5 at place 2 stands outside an image"),
-        ([ids.BOS, ids.BOI, 4, 5, 6, ids.EOI], "8196 at place 5 stands 3 codes into an image"),
-        ([ids.BOS, ids.BOI, 4, 5, 6, 7, 8], "token 8 at place 6 stands 4 codes into an image"),
+        ([ids.BOS, 8_720, 5], "token 5 at position 2 is invalid outside an image"),
+        (
+            [ids.BOS, ids.BOI, 4, 5, 6, ids.EOI],
+            "8196 at position 5 is invalid after 3 codes of an image",
+        ),
+        (
+            [ids.BOS, ids.BOI, 4, 5, 6, 7, 8],
+            "token 8 at position 6 is invalid after 4 codes of an image",
+        ),
         ([ids.BOS, ids.BOI, 4, 5], "prompt 0 ends inside an image"),
-        ([ids.BOS, 8_720, ids.EOS], "token 2 at place 2 stands outside an image"),
+        ([ids.BOS, 8_720, ids.EOS], "token 2 at position 2 is invalid outside an image"),
         ([ids.BOS, VOCAB.size], "outside 0"),
         ([8_720], "prompt 0 is empty"),
     ):
         with pytest.raises(ValueError, match=message):
-            written(g, [np.array(tokens, np.int32)], SAMPLE, "text", names=None)
-    with pytest.raises(requests.GenerateError, match="prompt 0 is empty; give it words"):
-        ask("", "")
-    with pytest.raises(requests.GenerateError, match="rows is 0"):
-        api.generate(g, [["a"]], SAMPLE, mode="text", seed=0, rows=0)
-    with pytest.raises(requests.GenerateError, match="an image needs 5, the model holds 64"):
-        ask("z" * 80, mode="image")
-    with pytest.raises(ValueError, match="kind is 'int4'"):
-        api.generate(g, [["a"]], SAMPLE, mode="text", seed=0, kind="int4")
+            generate(g, [np.array(tokens, np.int32)], SAMPLE, "text", names=None)
+    with pytest.raises(requests.GenerateError, match="prompt 0 is empty; it requires text"):
+        answer("", "")
+    with pytest.raises(requests.GenerateError, match=r"batch_size \(--rows\) is 0"):
+        api.generate(g, [["a"]], SAMPLE, mode="text", seed=0, batch_size=0)
+    with pytest.raises(
+        requests.GenerateError, match="an image needs 5, but the context of the model has 64"
+    ):
+        answer("z" * 80, mode="image")
+    with pytest.raises(ValueError, match="cache_dtype is 'int4'"):
+        api.generate(g, [["a"]], SAMPLE, mode="text", seed=0, cache_dtype="int4")
     with pytest.raises(requests.GenerateError, match="1 prompts but 2 different names"):
-        ask("a", names=["x", "y"])
+        answer("a", names=["x", "y"])
     with pytest.raises(requests.GenerateError, match=r"seed is 4294967296; it must be an integer"):
         api.generate(g, [["a"]], SAMPLE, mode="text", seed=2**32)
     with pytest.raises(requests.GenerateError, match="config.json: no such file"):
@@ -248,24 +258,30 @@ def test_requests_that_make_no_sense(g, folder, tmp_path):
 @pytest.mark.parametrize(
     "prompt, message",
     [
-        ("Is it a CT?", r"prompt 1 is 'Is it a CT\?'; write a list of parts: \[picture, words\]"),
-        ([], "prompt 1 is empty; give it words or a picture"),
-        ([np.zeros((4, 4, 3), np.uint8)], r"shape \(4, 4, 3\) and type uint8; an array is 4 VQ"),
+        ("Is it a CT?", r"prompt 1 is 'Is it a CT\?'; pass a list of parts: \[image, text\]"),
+        ([], "prompt 1 is empty; it requires text or an image"),
+        (
+            [np.zeros((4, 4, 3), np.uint8)],
+            r"shape \(4, 4, 3\) and dtype uint8; an array must be 4 VQ",
+        ),
         ([np.zeros(3, int)], r"prompt 1 has an array of shape \(3,\)"),
-        ([np.zeros(CODES)], "prompt 1 has an array of shape .* and type float64"),
-        ([np.full(CODES, 16)], r"VQ codes 16..16 leave 0..15"),
-        ([PIL.Image.new("RGB", (0, 5))], "has 0 x 5 pixels; give a picture of some"),
-        (["\ud800"], "prompt 1 has half a character in '.ud800'; write whole ones"),
-        (["a <image>?"], "a prompt's words have <image>; put the picture there, as a part of its"),
+        ([np.zeros(CODES)], "prompt 1 has an array of shape .* and dtype float64"),
+        ([np.full(CODES, 16)], r"VQ codes 16..16 are outside 0..15"),
+        ([PIL.Image.new("RGB", (0, 5))], "has 0 x 5 pixels; each side requires at least one"),
+        (["\ud800"], "prompt 1 has half of a surrogate pair in '.ud800'; use complete characters"),
+        (
+            ["a <image>?"],
+            "the text of a prompt contains <image>; pass the image there as a separate part",
+        ),
     ],
 )
-def test_parts_that_make_no_sense(g, prompt, message):
+def test_invalid_parts_of_a_prompt_raise(g, prompt, message):
     with pytest.raises(ValueError, match=message):
         api.generate(g, [["a"], prompt], SAMPLE, mode="text", seed=0)
 
 
-def test_types_that_make_no_sense(folder):
-    """In a process of its own: the tests' check of all types would come first."""
+def test_invalid_types_raise(folder):
+    """This uses a separate process: here the type checker of the tests would raise first."""
     script = """
 import sys
 from medmax_jax.generation import api
@@ -281,7 +297,7 @@ for parts, names in ((["a", 7], None), (["a"], [7])):
     command = [sys.executable, "-c", script, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.stdout.splitlines() == [
-        "prompt 0 has a part of type int; parts are words (str), pictures (Path of a file, "
+        "prompt 0 has a part of type int; parts are text (str), images (Path of a file, "
         "PIL.Image) and VQ codes (array)",
         "a name is 7; names are str, one for each prompt",
     ], done.stderr
@@ -299,26 +315,27 @@ def program(*args):
         ("--mode=film", cli.USAGE, "value should be one of <text|image|mixed>"),
     ],
 )
-def test_the_program_says_what_is_wrong(folder, tmp_path, change, status, message):
+def test_program_reports_errors(folder, tmp_path, change, status, message):
     done = program(f"--model={folder}", "--prompt=a", f"--out={tmp_path}", change)
     assert done.returncode == status and message in done.stderr + done.stdout
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
-def test_the_program_writes_answers_and_pictures(folder, adapter, tmp_path):
-    picture = tmp_path / "a.png"
-    PIL.Image.new("RGB", (9, 7), "gray").save(picture)
-    asked = ("--prompt=Draw one.", "--prompt=Draw two.", f"--image={picture}", "--mode=image")
-    done = program(f"--model={folder}", f"--adapter={adapter}", f"--out={tmp_path / 'out'}", *asked)
+def test_program_writes_answers_and_images(folder, adapter, tmp_path):
+    path = tmp_path / "a.png"
+    PIL.Image.new("RGB", (9, 7), "gray").save(path)
+    request = ("--prompt=Draw one.", "--prompt=Draw two.", f"--image={path}", "--mode=image")
+    out = f"--out={tmp_path / 'out'}"
+    done = program(f"--model={folder}", f"--adapter={adapter}", out, *request)
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "out" / "answers.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
-    image = {"image": str(picture)}
+    image = {"image": str(path)}
     assert [r["prompt"] for r in records] == [
         [image, {"text": text}] for text in ("Draw one.", "Draw two.")
     ]
     for record in records:
         (segment,) = record["segments"]
-        with PIL.Image.open(tmp_path / "out" / segment["image"]) as made:
-            assert made.size == (4, 4)
+        with PIL.Image.open(tmp_path / "out" / segment["image"]) as drawn:
+            assert drawn.size == (4, 4)

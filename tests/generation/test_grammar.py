@@ -1,4 +1,4 @@
-"""The automaton against its table, random walks that must parse, processors on hand numbers."""
+"""The grammar against its table, random walks that must parse, processors on worked examples."""
 
 import jax
 import jax.numpy as jnp
@@ -27,15 +27,15 @@ def state(left, length, mode, codes=3, context=20):
 
 
 def test_allowed_by_state_and_mode():
-    words = set(range(8_712, 8_720)) | {2}
+    text = set(range(8_712, 8_720)) | {2}
     image = set(range(4, 10))
-    assert state(0, 1, "text") == words
-    assert state(0, 1, "mixed") == words | {8197}
+    assert state(0, 1, "text") == text
+    assert state(0, 1, "mixed") == text | {8197}
     assert state(4, 1, "mixed") == state(2, 1, "image") == image
     assert state(1, 1, "mixed") == {8196}
 
 
-def test_an_image_begins_only_where_it_fits():
+def test_image_starts_only_where_it_fits():
     # context 20, 3 codes: BOI from length 15 on is blocked, as 3,070 = 4,096 - 1,026 in the release
     assert 8197 in state(0, 14, "mixed")
     assert 8197 not in state(0, 15, "mixed")
@@ -43,18 +43,18 @@ def test_an_image_begins_only_where_it_fits():
     assert fits.tolist() == [True, False]
 
 
-def test_the_table_of_the_docstring():
-    left, found = jnp.zeros(1, jnp.int32), []
+def test_worked_example_of_the_states():
+    left, states = jnp.zeros(1, jnp.int32), []
     for token in [TEXT, ids.BOI, CODE, CODE, ids.EOI, TEXT, ids.EOS]:
         left = grammar.advance(left, jnp.array([token]), codes=2)
-        found.append(int(left[0]))
-    assert found == [0, 3, 2, 1, 0, 0, 0]
+        states.append(int(left[0]))
+    assert states == [0, 3, 2, 1, 0, 0, 0]
     assert grammar.start(jnp.array([ids.BOI, TEXT]), codes=2).tolist() == [3, 0]
 
 
 @pytest.mark.parametrize("mode", ["text", "mixed"])
 def test_random_walks_parse(mode):
-    """Whatever is drawn from `allowed`, text and whole images alternate up to the end."""
+    """For all draws from `allowed`, text and complete images alternate up to the end."""
     rng, context, codes, rows = np.random.default_rng(0), 40, 3, 16
 
     @jax.jit
@@ -73,24 +73,31 @@ def test_random_walks_parse(mode):
     assert any(ids.BOI in w for w in walks) == (mode == "mixed")
 
 
-def test_parses_refuses_what_is_cut_or_misplaced():
-    whole = [TEXT, ids.BOI, CODE, CODE, CODE, ids.EOI, TEXT]
-    assert grammar.parses(np.array(whole), VOCAB, codes=3)
-    for bad in (whole[:4], whole[:5], [TEXT, CODE], [ids.EOI], [ids.SEP], whole[:3] + whole[4:]):
-        assert not grammar.parses(np.array(bad), VOCAB, codes=3), bad
+def test_parses_rejects_truncated_and_misplaced_images():
+    complete = [TEXT, ids.BOI, CODE, CODE, CODE, ids.EOI, TEXT]
+    assert grammar.parses(np.array(complete), VOCAB, codes=3)
+    for invalid in (
+        complete[:4],
+        complete[:5],
+        [TEXT, CODE],
+        [ids.EOI],
+        [ids.SEP],
+        complete[:3] + complete[4:],
+    ):
+        assert not grammar.parses(np.array(invalid), VOCAB, codes=3), invalid
 
 
-def test_an_unknown_mode_is_named():
+def test_unknown_mode_raises():
     with pytest.raises(ValueError, match="mode is 'video'; it must be one of text, image, mixed"):
         grammar.text_ids(VOCAB, mode="video")
 
 
-# Processors. Values worked out by hand.
+# Processors, with values computed by hand.
 
 
 def test_allow_only():
-    found = sampling.allow_only(jnp.array([[1.0, 2, 3]]), jnp.array([[True, False, True]]))
-    np.testing.assert_array_equal(found, [[1, -INF, 3]])
+    logits = sampling.allow_only(jnp.array([[1.0, 2, 3]]), jnp.array([[True, False, True]]))
+    np.testing.assert_array_equal(logits, [[1, -INF, 3]])
 
 
 def test_penalty_divides_above_zero_and_multiplies_below():
@@ -115,10 +122,10 @@ def test_temperature():
 def test_top_p_keeps_the_fewest_that_reach_p(p, kept):
     probabilities = np.array([[0.05, 0.5, 0.15, 0.3]])
     order = [1, 3, 2, 0]
-    found = np.asarray(sampling.top_p(jnp.log(probabilities), p))[0]
-    assert set(np.flatnonzero(np.isfinite(found))) == set(order[:kept])
+    logits = np.asarray(sampling.top_p(jnp.log(probabilities), p))[0]
+    assert set(np.flatnonzero(np.isfinite(logits))) == set(order[:kept])
     np.testing.assert_allclose(
-        found[order[:kept]], np.log(probabilities[0][order[:kept]]), rtol=1e-6
+        logits[order[:kept]], np.log(probabilities[0][order[:kept]]), rtol=1e-6
     )
 
 
@@ -133,25 +140,25 @@ def test_guidance_is_the_formula():
     np.testing.assert_allclose(same, two)
 
 
-def test_a_row_draws_alike_in_every_batch():
+def test_sample_of_a_row_does_not_depend_on_the_batch():
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(6, 50)), jnp.float32)
-    numbers = jnp.array([7, 11, 7, 3, 5, 2])
+    seeds = jnp.array([7, 11, 7, 3, 5, 2])
     key = jax.random.key(1)
 
     def draw(rows):
-        keys = sampling.sequence_keys(key, numbers[rows])
+        keys = sampling.sequence_keys(key, seeds[rows])
         return sampling.sample_tokens(logits[rows], keys, jnp.full(len(rows), 4), greedy=False)
 
-    whole = draw(jnp.arange(6))
+    batch = draw(jnp.arange(6))
     for row in range(6):
-        assert draw(jnp.array([row]))[0] == whole[row]
-    again = sampling.sample_tokens(
+        assert draw(jnp.array([row]))[0] == batch[row]
+    repeated = sampling.sample_tokens(
         jnp.tile(logits[:1], (6, 1)),
-        sampling.sequence_keys(key, numbers),
+        sampling.sequence_keys(key, seeds),
         jnp.full(6, 4),
         greedy=False,
     )
-    assert again[0] == again[2] and len(set(again.tolist())) > 1
+    assert repeated[0] == repeated[2] and len(set(repeated.tolist())) > 1
 
 
 def test_draws_follow_the_distribution():

@@ -1,4 +1,4 @@
-"""Prompts of files and of the shell, the folder of answers, its page; the program's refusals."""
+"""Prompts from files and flags, the output folder, its gallery; errors of the program."""
 
 import json
 import subprocess
@@ -21,19 +21,14 @@ from medmax_jax.generation.output_files import (
 from medmax_jax.generation.requests import GenerateError
 
 
-def picture(path, colour="gray"):
-    PIL.Image.new("RGB", (9, 7), colour).save(path)
-    return path
-
-
 def program(*args):
     command = [sys.executable, "-m", "medmax_jax.generate", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
-def test_pictures_in_any_order(tmp_path):
-    (one,) = prompts_from_flags(["Is {a b.png} older than {c.png}?"], ["first.png"])
-    assert [str(p) for p in one.parts] == [
+def test_images_in_any_order(tmp_path):
+    (prompt,) = prompts_from_flags(["Is {a b.png} older than {c.png}?"], ["first.png"])
+    assert [str(p) for p in prompt.parts] == [
         "first.png",
         "Is ",
         "a b.png",
@@ -41,7 +36,7 @@ def test_pictures_in_any_order(tmp_path):
         "c.png",
         "?",
     ]
-    assert one.shown() == "{first.png} Is {a b.png} older than {c.png} ?"
+    assert prompt.shown() == "{first.png} Is {a b.png} older than {c.png} ?"
     file = tmp_path / "p.jsonl"
     rows = [
         {"prompt": [{"text": "A"}, {"image": "a.png"}], "id": 7},
@@ -58,44 +53,53 @@ def test_pictures_in_any_order(tmp_path):
     "line, message",
     [
         ("{", "line 1: not JSON"),
-        ('{"prompt": "a", "temperature": 2}', "line 1: write an object with prompt, and id"),
-        ('{"prompt": [{"text": "a", "image": "b"}]}', "line 1: prompt must be words or a list"),
-        ('{"prompt": [{"video": "a"}]}', "line 1: 'video' is no part of a prompt"),
-        ('{"prompt": "a", "id": 1}\n{"prompt": "b", "id": 1}', "id '1' comes twice"),
-        ("", "has no prompts; write one JSON object a line"),
+        (
+            '{"prompt": "a", "temperature": 2}',
+            "line 1: the fields are prompt, temperature; expected prompt and",
+        ),
+        ('{"prompt": [{"text": "a", "image": "b"}]}', "line 1: prompt must be a string or a list"),
+        (
+            '{"prompt": [{"video": "a"}]}',
+            "line 1: a part of the prompt is 'video'; expected text or image",
+        ),
+        ('{"prompt": "a", "id": 1}\n{"prompt": "b", "id": 1}', "id '1' is not unique"),
+        ("", "has no prompts; write one JSON object per line"),
     ],
 )
-def test_files_that_make_no_sense(tmp_path, line, message):
+def test_invalid_prompt_files_raise(tmp_path, line, message):
     file = tmp_path / "p.jsonl"
     file.write_text(line)
     with pytest.raises(GenerateError, match=message):
         read_prompts(file)
 
 
-def test_a_killed_run_goes_on_and_another_is_refused(tmp_path):
+def test_killed_run_resumes_and_another_request_raises(tmp_path):
     first, second = (Prompt(id=n, named=True, parts=(n, tmp_path / "a.png")) for n in "ab")
-    picture(tmp_path / "a.png")
+    PIL.Image.new("RGB", (9, 7), "gray").save(tmp_path / "a.png")
     drawn = Image(PIL.Image.new("RGB", (4, 4), "red"), np.arange(4))
-    book = OutputFolder(tmp_path, [first, second], dict(mode="mixed"))
-    record = book.add(first, [Text("<b>red</b>"), drawn], "mixed")
+    output = OutputFolder(tmp_path, [first, second], dict(mode="mixed"))
+    record = output.add(first, [Text("<b>red</b>"), drawn], "mixed")
     assert record["segments"] == [{"text": "<b>red</b>"}, {"image": "0000_1.png"}]
-    with PIL.Image.open(tmp_path / "0000_1.png") as made:
-        assert output_files.NOTICE in made.text["Comment"]
+    with PIL.Image.open(tmp_path / "0000_1.png") as saved:
+        assert output_files.NOTICE in saved.text["Comment"]
     with open(tmp_path / "answers.jsonl", "a") as file:
-        file.write('{"id": "b", "segm')  # the kill came here
-    again = OutputFolder(tmp_path, [first, second], dict(mode="mixed"))
-    assert again.records == {"a": record}
-    again.add(second, [Text("blue")], "mixed")
+        file.write('{"id": "b", "segm')  # a kill truncates the line
+    resumed = OutputFolder(tmp_path, [first, second], dict(mode="mixed"))
+    assert resumed.records == {"a": record}
+    resumed.add(second, [Text("blue")], "mixed")
     lines = (tmp_path / "answers.jsonl").read_text().splitlines()
     assert [json.loads(line)["id"] for line in lines] == ["a", "b"]
     assert all(json.loads(line)["notice"] == output_files.NOTICE for line in lines)
-    with pytest.raises(GenerateError, match="answers with another prompts; name a fresh --out"):
+    with pytest.raises(GenerateError, match="another value of prompts; use a new --out"):
         OutputFolder(tmp_path, [first], dict(mode="mixed"))
-    with pytest.raises(GenerateError, match="answers with another mode; name a fresh --out"):
+    with pytest.raises(GenerateError, match="another value of mode; use a new --out"):
         OutputFolder(tmp_path, [first, second], dict(mode="text"))
-    page = again.gallery().read_text()
+    page = resumed.gallery().read_text()
     assert output_files.NOTICE in page and "&lt;b&gt;red&lt;/b&gt;" in page and "<b>red" not in page
-    assert page.count("data:image/png") == 3  # two given, one drawn
+    assert page.count("data:image/png") == 3  # two inputs, one generated
+    (tmp_path / "asked.json").write_text("{}")
+    with pytest.raises(GenerateError, match=r"earlier version \(asked.json\); use a new --out"):
+        OutputFolder(tmp_path, [first, second], dict(mode="mixed"))
 
 
 SLOW = pytest.mark.slow  # a process each
@@ -104,22 +108,24 @@ SLOW = pytest.mark.slow  # a process each
 @pytest.mark.parametrize(
     "flags, status, message",
     [
-        (["--prompt="], cli.ERROR, "error: prompt 0 is empty; give it words or a picture"),
-        (["--prompt=a", "--rows=0"], cli.ERROR, "rows is 0; at least one answer"),
-        pytest.param([], cli.ERROR, "give --prompt, or a file of them by --prompts", marks=SLOW),
+        (["--prompt="], cli.ERROR, "error: prompt 0 is empty; it requires text or an"),
+        (["--prompt=a", "--rows=0"], cli.ERROR, "(--rows) is 0; it must be at least 1"),
+        pytest.param([], cli.ERROR, "set either --prompt or --prompts", marks=SLOW),
         pytest.param(["--prompt=a", "--hue=1"], cli.USAGE, "Unknown command line flag", marks=SLOW),
         pytest.param(["--prompt={no.png}"], cli.ERROR, "no.png: no such file", marks=SLOW),
-        pytest.param(["--prompt=a <image>"], cli.ERROR, "put the picture there", marks=SLOW),
+        pytest.param(["--prompt=a <image>"], cli.ERROR, "pass the image there", marks=SLOW),
         pytest.param(["--prompt=a", "--config.sample.hue=1"], cli.USAGE, "no field", marks=SLOW),
-        pytest.param(["--prompt=a", "--merge"], cli.ERROR, "name the adapter too", marks=SLOW),
+        pytest.param(
+            ["--prompt=a", "--merge"], cli.ERROR, "set adapter (--adapter) too", marks=SLOW
+        ),
         pytest.param(["--prompt=a", "--adapter=no"], cli.ERROR, "no such file; an ad", marks=SLOW),
         pytest.param(
             ["--prompt=" + "z " * 58, "--mode=image"], cli.ERROR, "an image needs 5", marks=SLOW
         ),
-        pytest.param(["--prompt=" + "z " * 60], cli.ERROR, "the model holds 64; sh", marks=SLOW),
+        pytest.param(["--prompt=" + "z " * 60], cli.ERROR, "of the model has 64; sh", marks=SLOW),
     ],
 )
-def test_refusals_leave_nothing_behind(folder, tmp_path, flags, status, message):  # noqa: F811
+def test_errors_leave_no_output(folder, tmp_path, flags, status, message):  # noqa: F811
     done = program(f"--model={folder}", f"--out={tmp_path / 'out'}", *flags)
     assert done.returncode == status, done.stderr
     assert message in done.stderr + done.stdout and "Traceback" not in done.stderr

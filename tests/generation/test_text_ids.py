@@ -1,4 +1,4 @@
-"""Names that the release bars from text are never generated; paths given as text are refused."""
+"""Names that the MedMax release bars from text are never generated; paths as text raise."""
 
 import copy
 import dataclasses
@@ -9,7 +9,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from generate_setup import DRAWN, SAMPLE, VOCAB
-from test_generate import folder, written  # noqa: F401
+from test_generate import folder, generate  # noqa: F401
 
 from medmax_jax.checkpoints import safetensors_file
 from medmax_jax.generation import api, grammar, model_bundle
@@ -22,7 +22,7 @@ BARRED = {VOCAB.size - 2: "</", VOCAB.size - 1: "<sub>"}  # ids that the micro t
 
 @pytest.fixture(scope="module")
 def barred_g(folder, tmp_path_factory):  # noqa: F811
-    """The micro model with two text tokens whose names begin with "<", its favorites by far."""
+    """Return the micro model with two text tokens that are most likely and begin with "<"."""
     changed = tmp_path_factory.mktemp("barred")
     shutil.copytree(folder, changed, dirs_exist_ok=True)
     spec = json.loads((changed / "tokenizer.json").read_text())
@@ -33,12 +33,12 @@ def barred_g(folder, tmp_path_factory):  # noqa: F811
     arrays = {k: np.array(v) for k, v in safetensors_file.flatten_named(g.model).items()}
     head = arrays["lm_head.kernel"]
     head[:, list(BARRED)] = 30 * head[:, [8_739]]  # of "<", which is allowed
-    head[:, VOCAB.size - 1] *= -1  # so that one of the two is the likeliest everywhere
+    head[:, VOCAB.size - 1] *= -1  # so that one of the two is always the most likely
     safetensors_file.save(changed / "model.safetensors", arrays, {})
     return model_bundle.load(changed)
 
 
-def test_names_that_the_release_bars():
+def test_names_barred_by_the_release():
     barred = ["<s>", "<eoss>", "<reserved08706>", "</", "<sub>", "<<"]
     assert all(map(ids.is_barred_name, barred))
     assert not any(map(ids.is_barred_name, ["<", "Ġ<", "a<b", ">", ""]))
@@ -50,37 +50,37 @@ def test_names_that_the_release_bars():
 
 
 @pytest.mark.parametrize("mode, sample", [("text", SAMPLE), ("text", DRAWN), ("mixed", DRAWN)])
-def test_a_barred_name_is_never_written(barred_g, mode, sample):
+def test_barred_name_is_never_generated(barred_g, mode, sample):
     assert barred_g.tokenizer.barred == tuple(BARRED)
     prompts = [np.array([ids.BOS, 8_720 + n, 8_730]) for n in range(4)]
-    found = written(barred_g, prompts, sample, mode, names=None)
-    assert all(found) and not {t for answer in found for t in answer} & set(BARRED)
-    # the model itself would have written nothing else
+    answers = generate(barred_g, prompts, sample, mode, names=None)
+    assert all(answers) and not {t for answer in answers for t in answer} & set(BARRED)
+    # without the rule the model generates them
     tokenizer = copy.copy(barred_g.tokenizer)
     tokenizer.barred = ()
-    open_g = dataclasses.replace(barred_g, tokenizer=tokenizer)
-    free = written(open_g, prompts, SAMPLE, "text", names=None)
+    unrestricted = dataclasses.replace(barred_g, tokenizer=tokenizer)
+    free = generate(unrestricted, prompts, SAMPLE, "text", names=None)
     assert {t for answer in free for t in answer} & set(BARRED)
 
 
-def test_a_chat_bars_them_too(barred_g):
-    talk = api.Chat(barred_g, SAMPLE, mode="text", seed=0)
-    talk.send(["Is it?"])
-    assert talk.engine.barred == tuple(BARRED) and not set(BARRED) & set(talk.tokens.tolist())
+def test_chat_bars_them_too(barred_g):
+    chat = api.Chat(barred_g, SAMPLE, mode="text", seed=0)
+    assert isinstance(chat.send(["Is it?"])[0], model_bundle.Text)
+    assert not set(BARRED) & set(chat.tokens.tolist())
 
 
 # Paths given as text.
 
 
 @pytest.mark.parametrize(
-    "words, is_path",
+    "text, is_path",
     [
         ("scan.png", True),
         ("SCAN.JPEG", True),
         ("a/b/scan.dcm", True),
         ("/data/my scan.nii.gz", True),
         ("./my scan.png", True),
-        ("notes", True),  # a file that is there
+        ("notes", True),  # an existing file
         ("my scan.tif", True),  # another, with a space
         ("your scan.tif", False),
         ("Is this scan.png", False),
@@ -94,23 +94,22 @@ def test_a_chat_bars_them_too(barred_g):
         ("a\0b", False),
     ],
 )
-def test_which_text_is_the_path_of_an_image(tmp_path, words, is_path):
+def test_text_that_is_the_path_of_an_image(tmp_path, text, is_path):
     for name in ("notes", "my scan.tif"):
         (tmp_path / name).write_text("here")
-    assert names_image(words, tmp_path) == is_path
+    assert names_image(text, tmp_path) == is_path
 
 
-def test_a_path_given_as_text_is_refused_by_every_entry_point(barred_g, tmp_path, monkeypatch):
+def test_path_as_text_raises_in_every_entry_point(barred_g, tmp_path, monkeypatch):
     g = barred_g
     monkeypatch.chdir(tmp_path)
     PIL.Image.new("RGB", (9, 7), "gray").save("chest", "PNG")
-    fixed = dict(mode="text", seed=0)
     calls = [
-        lambda parts: api.generate(g, [parts], SAMPLE, **fixed),
-        lambda parts: list(api.as_completed(g, [parts], SAMPLE, **fixed)),
-        lambda parts: list(api.stream_chunks(g, [parts], SAMPLE, **fixed)),
+        lambda parts: api.generate(g, [parts], SAMPLE, mode="text", seed=0),
+        lambda parts: list(api.as_completed(g, [parts], SAMPLE, mode="text", seed=0)),
+        lambda parts: list(api.stream_chunks(g, [parts], SAMPLE, mode="text", seed=0)),
         lambda parts: api.score(g, [parts], [["a", "b"]]),
-        lambda parts: api.Chat(g, SAMPLE, **fixed).send(parts),
+        lambda parts: api.Chat(g, SAMPLE, mode="text", seed=0).send(parts),
     ]
     for call in calls:
         for path in ("scan.png", "chest"):
@@ -122,7 +121,7 @@ def test_a_path_given_as_text_is_refused_by_every_entry_point(barred_g, tmp_path
 
 
 @pytest.mark.parametrize("prompt", ["scan.png", [{"text": "chest"}, {"text": "Is it?"}]])
-def test_a_path_as_the_text_of_a_prompts_file(tmp_path, prompt):
+def test_path_as_text_in_a_prompt_file_raises(tmp_path, prompt):
     (tmp_path / "chest").write_bytes(b"")
     file = tmp_path / "p.jsonl"
     file.write_text(json.dumps({"prompt": prompt}))

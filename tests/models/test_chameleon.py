@@ -1,4 +1,4 @@
-"""Chameleon's behaviour: packing, cached decoding, remat, dropout, bf16, true sizes, refusals."""
+"""Chameleon's behavior: packing, cached decoding, remat, dropout, bf16, true sizes, errors."""
 
 import chameleon_setup as setup
 import jax
@@ -25,7 +25,7 @@ def one_device():
         yield
 
 
-def loaded(case: cases.Case, lora: Lora = setup.NO_LORA, **changes) -> chameleon.Chameleon:
+def load(case: cases.Case, lora: Lora = setup.NO_LORA, **changes) -> chameleon.Chameleon:
     arrays = cases.weights(case, lora=lora.rank > 0)
     return setup.load(setup.config(case, **changes), arrays, lora)
 
@@ -40,8 +40,8 @@ def tokens(*shape: int) -> np.ndarray:
 
 
 @BOTH
-def test_a_packed_row_is_its_documents(case):
-    """Row 0 packs three documents and padding; rows 1 to 3 hold one of them each."""
+def test_packed_row_equals_its_documents(case):
+    """Row 0 packs three documents and padding; rows 1 to 3 contain one of them each."""
     lengths, total = (7, 4, 9), 22
     ids, segments, positions = (np.zeros((4, total), np.int32) for _ in range(3))
     segments[0, 20:], ids[:, :] = 0, 1
@@ -50,7 +50,7 @@ def test_a_packed_row_is_its_documents(case):
         ids[d + 1, :n] = ids[0, start : start + n] = tokens(n)
         segments[0, start : start + n], segments[d + 1, :n] = d + 1, 1
         positions[0, start : start + n] = positions[d + 1, :n] = np.arange(n)
-    got = np.asarray(hidden(loaded(case), *(jnp.asarray(a) for a in (ids, segments, positions))))
+    got = np.asarray(hidden(load(case), *(jnp.asarray(a) for a in (ids, segments, positions))))
     assert np.isfinite(got).all()
     for d, (start, n) in enumerate(zip(starts, lengths, strict=False)):
         np.testing.assert_allclose(got[0, start : start + n], got[d + 1, :n], atol=2e-5)
@@ -60,11 +60,11 @@ def test_a_packed_row_is_its_documents(case):
 def test_decoding_equals_the_full_forward(case):
     """Prompts of 9, 4 and 6 tokens in chunks of 5, then single steps; rows differ and some idle."""
     ids, prompts, total = tokens(3, 12), (9, 4, 6), 12
-    model = loaded(case)
-    want = np.asarray(hidden(model, *setup.rows(ids)))
-    decode = setup.jit(lambda m, *args: kv_cache.decode(m, *args, lanes=None, span=16))
-    cache = kv_cache.init_cache(model.config, lanes=3, slots=16, kind="model")
-    got, done = np.full_like(want, np.nan), [0, 0, 0]
+    model = load(case)
+    expected = np.asarray(hidden(model, *setup.rows(ids)))
+    decode = setup.jit(lambda m, *args: kv_cache.decode(m, *args, slots=None, span=16))
+    cache = kv_cache.init_cache(model.config, num_slots=3, cache_length=16, cache_dtype="model")
+    got, done = np.full_like(expected, np.nan), [0, 0, 0]
 
     def feed(width, counts):
         nonlocal cache
@@ -84,7 +84,7 @@ def test_decoding_equals_the_full_forward(case):
     while min(done) < total:
         feed(1, [int(d < total and (b + step) % 3 > 0) for b, d in enumerate(done)])
         step += 1
-    np.testing.assert_allclose(got, want, atol=2e-5)
+    np.testing.assert_allclose(got, expected, atol=2e-5)
     assert not np.asarray(cache.k)[:, :, :, total:].any()  # idle tokens wrote nothing
     assert np.asarray(cache.v)[:, :, :, :total].all()
 
@@ -98,13 +98,13 @@ def lora_loss(graph, base, ids, segments, positions):
 
 
 def test_remat_policies_agree():
-    """Also with dropout: the recomputed masks are those of the forward pass."""
+    """They agree with dropout too: the recomputed masks are those of the forward pass."""
     lora, arrays = Lora(rank=4, alpha=6.0, dropout=0.3), cases.weights(cases.SWIN, lora=True)
     batch, results, sizes = setup.rows(tokens(2, 8)), {}, {}
     for remat in ("none", "dots", "qkv_attn", "attn", "attn_offload", "all"):
         model = setup.load(setup.config(cases.SWIN, remat=remat), arrays, lora)
-        graph, adapters, rest = chameleon.split_adapters(model)
-        loss = lora_loss(graph, rest, *batch)
+        graph, adapters, base = chameleon.split_adapters(model)
+        loss = lora_loss(graph, base, *batch)
         results[remat] = jax.device_get(setup.jit(jax.value_and_grad(loss))(adapters, KEY))
         saved = jax.eval_shape(lambda p, loss=loss: jax.vjp(lambda p: loss(p, KEY), p)[1], adapters)
         sizes[remat] = [
@@ -123,38 +123,38 @@ def test_remat_policies_agree():
     assert len(sizes["none"]) > len(sizes["qkv_attn"])
 
 
-def test_dropout_needs_a_key_and_follows_it():
+def test_dropout_depends_on_its_key_only():
     model, batch = (
-        loaded(cases.BASE, Lora(rank=4, alpha=6.0, dropout=0.5)),
+        load(cases.BASE, Lora(rank=4, alpha=6.0, dropout=0.5)),
         setup.rows(tokens(2, 8)),
     )
     run = setup.jit(lambda m, key: m.hidden(*batch, key=key))
-    first, again, other = (np.asarray(run(model, jax.random.key(k))) for k in (0, 0, 1))
-    np.testing.assert_array_equal(first, again)
+    first, repeated, other = (np.asarray(run(model, jax.random.key(k))) for k in (0, 0, 1))
+    np.testing.assert_array_equal(first, repeated)
     assert np.abs(first - other).max() > 1e-2
-    off = loaded(cases.BASE, Lora(rank=4, alpha=6.0, dropout=0.0))
+    off = load(cases.BASE, Lora(rank=4, alpha=6.0, dropout=0.0))
     np.testing.assert_array_equal(run(model, None), run(off, None))
     assert np.abs(first - run(model, None)).max() > 1e-2
 
 
-def test_bf16_stands_a_large_residual_stream():
+def test_bf16_represents_a_large_residual_stream():
     """A trained 7B reaches 9e4 in the residual stream; fp16 would overflow, bf16 must not."""
     ids, outputs = setup.rows(cases.ids()), {}
     for dtype in ("float32", "bfloat16"):
         arrays = cases.weights(cases.BASE, lora=False)
         arrays["embed_tokens.embedding"] *= 1e4
-        arrays["layers.self_attn.o_proj.kernel"] *= 1e4  # layers that matter beside it
+        arrays["layers.self_attn.o_proj.kernel"] *= 1e4  # layers that matter next to it
         arrays["layers.mlp.down_proj.kernel"] *= 1e4
         model = setup.load(setup.config(cases.BASE, compute_dtype=dtype, param_dtype=dtype), arrays)
         outputs[dtype] = np.asarray(hidden(model, *ids), np.float32)
         assert hidden(model, *ids).dtype == dtype
     assert np.isfinite(outputs["bfloat16"]).all()
-    off = outputs["bfloat16"] - outputs["float32"]
-    assert off.std() < 0.03 * outputs["float32"].std()  # bf16 keeps 8 bits: 0.4 % an operation
+    error = outputs["bfloat16"] - outputs["float32"]
+    assert error.std() < 0.03 * outputs["float32"].std()  # bf16: 8 bits, 0.4 % per operation
 
 
 def sizes(config: Model, vocab: Vocab, lora: Lora) -> tuple[int, int]:
-    """Base and adapter parameters by arithmetic."""
+    """Compute the numbers of base and adapter parameters by arithmetic."""
     d, f, r = config.hidden_size, config.intermediate_size, lora.rank
     q, kv = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
     matrices = [(d, q), (d, kv), (d, kv), (q, d), (d, f), (d, f), (f, d)]
@@ -176,11 +176,11 @@ def test_true_sizes(file, base_count, lora_count):
     assert sizes(model, vocab, lora) == (base_count, lora_count)
     with jax.set_mesh(make_mesh(Mesh(data=1, fsdp=2, tp=4))):
         like = chameleon.abstract_model(model, vocab, lora)
-        _, adapters, rest = chameleon.split_adapters(like)
+        _, adapters, base = chameleon.split_adapters(like)
         assert chameleon.count_parameters(adapters) == lora_count
-        assert chameleon.count_parameters(rest) == base_count
+        assert chameleon.count_parameters(base) == base_count
         assert {x.dtype for x in jax.tree.leaves(adapters)} == {jnp.dtype("float32")}
-        assert {x.dtype for x in jax.tree.leaves(rest)} == {jnp.dtype("bfloat16")}
+        assert {x.dtype for x in jax.tree.leaves(base)} == {jnp.dtype("bfloat16")}
         ids = jax.ShapeDtypeStruct((8, 2_048), jnp.int32)
         run = lambda m, i: m.logits(m.hidden(i, i, i, key=KEY))  # noqa: E731
         logits = jax.eval_shape(run, like, ids)

@@ -87,8 +87,8 @@ def train(model: chameleon.Chameleon) -> dict[str, np.ndarray]:
 def worst(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float:
     """The largest difference in units of the tolerance; at most 1 is agreement."""
     assert set(ours) == set(theirs) - {"versions", "logits_std"}
-    found = {n: np.abs(ours[n] - theirs[n]).max() / cases.tolerance(n, theirs[n]) for n in ours}
-    return max(found.values())
+    errors = {n: np.abs(ours[n] - theirs[n]).max() / cases.tolerance(n, theirs[n]) for n in ours}
+    return max(errors.values())
 
 
 @pytest.mark.parametrize("case", cases.CASES.values(), ids=cases.CASES)

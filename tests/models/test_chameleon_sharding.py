@@ -1,6 +1,4 @@
-"""A training step and a decoding step are the same numbers on every mesh; and sharding.py
-itself.
-"""
+"""A training step and a decoding step give equal results on every mesh; sharding.py itself."""
 
 import dataclasses
 import functools
@@ -39,7 +37,7 @@ def mesh_of(shape: tuple[int, int, int]) -> jax.sharding.Mesh:
 
 
 def model_on_mesh(lora: Lora = LORA) -> chameleon.Chameleon:
-    """The same weights on every mesh, large enough to matter, B not zero."""
+    """Return the same weights on every mesh, large enough to matter, B not zero."""
     rng = np.random.default_rng(0)
 
     def fill(leaf):
@@ -50,7 +48,7 @@ def model_on_mesh(lora: Lora = LORA) -> chameleon.Chameleon:
 
 
 def batch_on(mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-    """Packed rows: two documents and padding in each."""
+    """Return packed rows: two documents and padding in each."""
     rng, length = np.random.default_rng(1), 10
     segments = np.array([1] * 4 + [2] * 5 + [0], np.int32)
     positions = np.array([0, 1, 2, 3, 0, 1, 2, 3, 4, 0], np.int32)
@@ -71,7 +69,7 @@ def loss_of(model, batch, key):
 
 @functools.cache
 def step_on(shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
-    """Loss with dropout, gradients of the adapters, and the adapters after an AdamW update."""
+    """Return the loss with dropout, gradients of the adapters, and the adapters after AdamW."""
     with jax.set_mesh(mesh := mesh_of(shape)):
         graph, lora, base = chameleon.split_adapters(model_on_mesh())
         tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, weight_decay=0.0))
@@ -84,7 +82,7 @@ def step_on(shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
             return value, grads, optax.apply_updates(lora, updates), opt[1][0].mu
 
         loss, *trees = step(lora, base, batch_on(mesh), jax.random.key(2))
-        for tree in trees:  # gradients, weights and moments lie as their parameters
+        for tree in trees:  # gradients, weights and moments are sharded as their parameters
             jax.tree.map(_same_sharding, lora, tree)
         grads, after, _ = (setup.named(t) for t in jax.device_get(trees))
         return dict(loss=jax.device_get(loss), lora=grads, after=after)
@@ -92,7 +90,7 @@ def step_on(shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
 
 @functools.cache
 def full_gradients_on(shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
-    """Gradients of every base weight, without adapters."""
+    """Return the gradients of every base weight, without adapters."""
     with jax.set_mesh(mesh := mesh_of(shape)):
         model = model_on_mesh(chameleon.NO_LORA)
         grads = setup.jit(jax.grad(loss_of))(model, batch_on(mesh), None)
@@ -105,31 +103,31 @@ def _same_sharding(a: jax.Array, b: jax.Array) -> None:
 
 
 @pytest.mark.parametrize("shape", MESHES[1:], ids=str)
-def test_a_training_step_is_the_same_on_every_mesh(shape):
-    want, got = step_on(MESHES[0]), step_on(shape)
-    assert max(np.abs(g).max() for g in want["lora"].values()) > 1e-3
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
+def test_training_step_is_the_same_on_every_mesh(shape):
+    expected, got = step_on(MESHES[0]), step_on(shape)
+    assert max(np.abs(g).max() for g in expected["lora"].values()) > 1e-3
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, expected)
 
 
 def test_full_gradients_are_the_same_on_a_mesh_of_all_axes():
-    want, got = full_gradients_on((1, 1, 1)), full_gradients_on((2, 2, 2))
-    assert all(np.abs(g).max() > 1e-4 for g in want.values())
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
+    expected, got = full_gradients_on((1, 1, 1)), full_gradients_on((2, 2, 2))
+    assert all(np.abs(g).max() > 1e-4 for g in expected.values())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, expected)
 
 
 @functools.cache
 def decoded_on(shape: tuple[int, int, int]) -> np.ndarray:
-    """Logits of a chunk of three tokens and of one more, rows at positions of their own."""
+    """Return the logits of a chunk of three tokens and of one more, at a position per row."""
     with jax.set_mesh(mesh := mesh_of(shape)):
         model, ids = model_on_mesh(), np.random.default_rng(3).integers(0, 64, (8, 4))
-        decode = setup.jit(lambda m, *args: kv_cache.decode(m, *args, lanes=None, span=12))
-        cache = kv_cache.init_cache(MODEL, lanes=8, slots=12, kind="model")
+        decode = setup.jit(lambda m, *args: kv_cache.decode(m, *args, slots=None, span=12))
+        cache = kv_cache.init_cache(MODEL, num_slots=8, cache_length=12, cache_dtype="model")
         assert jax.typeof(cache.k).sharding.spec == CACHE
         prompt, chunk, outputs = np.where(np.arange(8) == 5, 2, 3)[:, None], np.arange(3)[None], []
         for positions in (np.where(chunk < prompt, chunk, -1), prompt):
-            pieces = (np.take_along_axis(ids, positions, 1), positions)
-            fed = shard_batch([a.astype(np.int32) for a in pieces], mesh)
-            hidden, cache = decode(model, fed[0], cache, fed[1])
+            inputs = (np.take_along_axis(ids, positions, 1), positions)
+            tokens, positions = shard_batch([a.astype(np.int32) for a in inputs], mesh)
+            hidden, cache = decode(model, tokens, cache, positions)
             outputs.append(jax.device_get(setup.jit(lambda m, h: m.logits(h))(model, hidden)))
         assert jax.typeof(cache.v).sharding.spec == CACHE
         return np.concatenate(outputs, 1)
@@ -161,21 +159,21 @@ def test_weights_have_their_shards():
 
 
 @pytest.mark.slow  # two compilations of every random draw
-def test_create_is_the_same_on_every_mesh_and_as_abstract_says():
-    made = []
+def test_created_model_is_the_same_on_every_mesh_and_as_abstract():
+    models = []
     for shape in ((1, 1, 1), (2, 2, 2)):
         with jax.set_mesh(mesh_of(shape)):
             model = chameleon.create_model(MODEL, VOCAB, LORA, key=jax.random.key(0))
             like = chameleon.abstract_model(MODEL, VOCAB, LORA)
         for name, leaf in setup.named(model).items():
-            want = setup.named(like)[name]
+            expected = setup.named(like)[name]
             assert (leaf.shape, leaf.dtype, leaf.sharding) == (
-                want.shape,
-                want.dtype,
-                want.sharding,
+                expected.shape,
+                expected.dtype,
+                expected.sharding,
             )
-        made.append(jax.device_get(model))
-    jax.tree.map(np.testing.assert_array_equal, *made)
+        models.append(jax.device_get(model))
+    jax.tree.map(np.testing.assert_array_equal, *models)
 
 
 def test_too_few_devices():
@@ -185,14 +183,14 @@ def test_too_few_devices():
         mesh_of((1, 0, 1))
 
 
-def test_put_batch_splits_rows():
+def test_shard_batch_splits_rows():
     mesh = mesh_of((2, 2, 2))
     batch = {"ids": np.arange(24, dtype=np.int32).reshape(8, 3), "count": np.ones(8, np.float32)}
-    placed = shard_batch(batch, mesh)
-    assert placed["ids"].sharding.spec == BATCH and placed["count"].sharding.spec == P(ROWS)
-    assert {s.data.shape for s in placed["ids"].addressable_shards} == {(2, 3)}
-    jax.tree.map(np.testing.assert_array_equal, placed, batch)
-    with pytest.raises(ValueError, match="6 rows does not split over data x fsdp = 4"):
+    sharded = shard_batch(batch, mesh)
+    assert sharded["ids"].sharding.spec == BATCH and sharded["count"].sharding.spec == P(ROWS)
+    assert {s.data.shape for s in sharded["ids"].addressable_shards} == {(2, 3)}
+    jax.tree.map(np.testing.assert_array_equal, sharded, batch)
+    with pytest.raises(ValueError, match="6 rows cannot be split over data x fsdp = 4"):
         shard_batch(batch["ids"][:6], mesh)
 
 
@@ -208,6 +206,6 @@ def test_sizes_must_split_over_the_mesh(shape, message):
         chameleon.abstract_model(MODEL, VOCAB, LORA)
 
 
-def test_a_model_needs_a_mesh():
+def test_model_without_a_mesh_raises():
     with pytest.raises(ValueError, match="no mesh is set"):
         chameleon.create_model(MODEL, VOCAB, LORA, key=jax.random.key(0))

@@ -1,4 +1,4 @@
-"""What an image file may cost: memory of the largest, files that are refused, one place to open."""
+"""Limits of image files: peak memory, files that raise, and a single function that opens them."""
 
 import io
 import re
@@ -41,7 +41,7 @@ print((peak() - before) * 1024)
 
 
 def peak_of(*paths):
-    """Lines of output, and how many bytes these files need at most, in a process of its own."""
+    """Return the lines of output and the peak memory of loading these files in a new process."""
     if not Path("/proc/self/status").exists():
         pytest.skip("peak memory is read from /proc")
     done = subprocess.run(
@@ -53,7 +53,7 @@ def peak_of(*paths):
 
 
 def test_alpha_is_blended_in_bands_of_rows(tmp_path):
-    """12 bytes a pixel: the file's RGBA, the RGB, a band. In float64 at once it was 69."""
+    """The peak is 12 bytes per pixel: the RGBA of the file, the RGB, a band."""
     row = bytes([200, 100, 0, 128]) * SIDE
     (tmp_path / "a.png").write_bytes(worst_images.png(SIDE, SIDE, depth=8, color=6, row=row))
     (line,), peak = peak_of(tmp_path / "a.png")
@@ -61,20 +61,20 @@ def test_alpha_is_blended_in_bands_of_rows(tmp_path):
     assert 12 * images.MAX_PIXELS < 1.5 * 2**30
 
 
-def test_bands_have_the_pixels_of_the_whole(monkeypatch):
+def test_bands_equal_the_complete_image(monkeypatch):
     rgba = np.random.default_rng(0).integers(0, 256, (37, 41, 4), np.uint8)
     rgba[:5, :, 3] = 255
     alpha = rgba[..., 3:] / 255.0
-    whole = ((1 - alpha) * 255.0 + alpha * rgba[..., :3]).astype(np.uint8)
+    blended = ((1 - alpha) * 255.0 + alpha * rgba[..., :3]).astype(np.uint8)
     monkeypatch.setattr(image_range, "BAND", 100)
-    np.testing.assert_array_equal(np.asarray(images.to_rgb(Image.fromarray(rgba))), whole)
+    np.testing.assert_array_equal(np.asarray(images.to_rgb(Image.fromarray(rgba))), blended)
     wide = np.random.default_rng(1).integers(0, 65_536, (37, 41)).astype(np.uint16)
-    grey = np.asarray(images.to_rgb(Image.fromarray(wide)))[..., 0]
-    np.testing.assert_array_equal(grey, wide >> 8)
+    gray = np.asarray(images.to_rgb(Image.fromarray(wide)))[..., 0]
+    np.testing.assert_array_equal(gray, wide >> 8)
 
 
 def test_every_value_under_every_alpha():
-    """The table of all 65,536 pairs is the formula."""
+    """The table of all 65,536 pairs equals the formula."""
     value, alpha = np.meshgrid(np.arange(256, dtype=np.uint8), np.arange(256, dtype=np.uint8))
     rgba = np.dstack([value, value, value, alpha])
     share = rgba[..., 3:] / 255.0
@@ -82,7 +82,7 @@ def test_every_value_under_every_alpha():
     np.testing.assert_array_equal(np.asarray(images.to_rgb(Image.fromarray(rgba))), blended)
 
 
-SAID = {
+MESSAGES = {
     "apng": "30000 x 30000 pixels; the limit is 89478485",
     "shared_tags": "TIFF tags of 1200000000 bytes",
     "exif_jpeg": "TIFF tags of 1200000000 bytes",
@@ -90,25 +90,25 @@ SAID = {
     "strip_tiff": "TIFF strips of 671088640 bytes",
     "strips_tiff": "TIFF tag 273 has 2000000 values; the limit is 1048576",
     "scans_jpeg": r"a JPEG of \d+ scans; the limit is 100",
-    "delta_bmp": "4000000 x 2 pixels; the limit of a side is 65536",
-    "comment_gif": "a GIF comment above 1048576 bytes",
-    "text_png": "damaged or cut short .Too much memory used in text chunks",
+    "delta_bmp": "4000000 x 2 pixels; the limit per side is 65536",
+    "comment_gif": "GIF comments above 1048576 bytes",
+    "text_png": "damaged or truncated .Too much memory used in text chunks",
 }
 
 
-def test_files_that_cost_too_much_are_refused(tmp_path):
-    """Each took gigabytes or many seconds before it was refused, or was accepted."""
-    assert SAID.keys() == worst_images.REFUSED.keys()
+def test_files_that_need_too_much_memory_or_time_raise(tmp_path):
+    """Without the limits each takes gigabytes or many seconds."""
+    assert MESSAGES.keys() == worst_images.REFUSED.keys()
     for name, make in worst_images.REFUSED.items():
         (tmp_path / name).write_bytes(make())
-    lines, peak = peak_of(*(tmp_path / name for name in SAID))
-    for line, (name, said) in zip(lines, SAID.items(), strict=True):
-        assert re.match(rf"{re.escape(str(tmp_path / name))}: {said}", line), line
+    lines, peak = peak_of(*(tmp_path / name for name in MESSAGES))
+    for line, (name, message) in zip(lines, MESSAGES.items(), strict=True):
+        assert re.match(rf"{re.escape(str(tmp_path / name))}: {message}", line), line
     assert peak < 400 * 2**20
 
 
 def test_ordinary_metadata_is_accepted(tmp_path):
-    """EXIF, profiles, tiles larger than the image, comments, ten scans."""
+    """Files with EXIF, profiles, tiles larger than the image, comments and ten scans are loaded."""
     image = Image.new("RGB", (50, 40), (9, 9, 9))
     exif = Image.Exif()
     exif[0x010E], exif.get_ifd(0x8769)[0x9286] = "a" * 9_000, b"b" * 9_000
@@ -127,7 +127,7 @@ def test_ordinary_metadata_is_accepted(tmp_path):
         assert images.load(tmp_path / name, max_pixels=40 * 50).size == (50, 40)
 
 
-def test_a_large_file_and_a_pipe_are_refused(tmp_path, monkeypatch):
+def test_large_file_and_device_raise(tmp_path, monkeypatch):
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     monkeypatch.setattr(image_headers, "MAX_BYTES", 50)
     with pytest.raises(image_headers.ImageError, match=r"a\.png: \d+ bytes; the limit is 50"):
@@ -138,33 +138,33 @@ def test_a_large_file_and_a_pipe_are_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM"])
 def test_damaged_files_are_image_errors(kind):
-    """Bytes that are changed at random: an image, or an ImageError, and nothing else."""
+    """Bytes changed at random give an image or an ImageError, no other error."""
     file, draw = io.BytesIO(), np.random.default_rng(0)
     Image.fromarray(draw.integers(0, 255, (16, 16, 3), np.uint8)).save(file, kind)
     for _ in range(300):
         content = bytearray(file.getvalue())
-        for place in draw.integers(0, min(len(content), 400), draw.integers(1, 6)):
-            content[place] = draw.integers(0, 256)
+        for offset in draw.integers(0, min(len(content), 400), draw.integers(1, 6)):
+            content[offset] = draw.integers(0, 256)
         try:
             images.load(bytes(content[: draw.integers(20, 2 * len(content))]), max_pixels=10**6)
         except image_headers.ImageError:
             pass
 
 
-def test_one_place_opens_image_files():
+def test_one_function_opens_image_files():
     opening = re.compile(r"\bImage\.open\(|\bImageFile\.Parser|\bimread\(|\bcv2\b|\bimageio\b")
-    found = {
+    modules = {
         str(path.relative_to(ROOT))
-        for room in ("medmax_jax", "data", "eval", "benchmarks", "configs")
-        for path in (ROOT / room).rglob("*.py")
+        for folder in ("medmax_jax", "data", "eval", "benchmarks", "configs")
+        for path in (ROOT / folder).rglob("*.py")
         if opening.search(path.read_text())
     }
-    assert found == {"medmax_jax/models/images.py"}, "open image files with medmax_jax.images.load"
+    assert modules == {"medmax_jax/models/images.py"}, "open image files with models.images.load"
 
 
 @pytest.fixture
 def ghostscript(tmp_path, monkeypatch):
-    """A stand-in for gs that says when it was started."""
+    """Install a replacement of gs that records when it was started."""
     (tmp_path / "bin").mkdir()
     program = tmp_path / "bin" / "gs"
     program.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\necho 10.0\n")
@@ -174,34 +174,34 @@ def ghostscript(tmp_path, monkeypatch):
     assert not (tmp_path / "ran").exists()
 
 
-def test_no_reader_of_the_evaluation_starts_ghostscript(tmp_path, ghostscript):
+def test_evaluation_never_starts_ghostscript(tmp_path, ghostscript):
     path = tmp_path / "evil.png"
     path.write_bytes(POSTSCRIPT)
-    with pytest.raises(endpoint.ServiceError, match=r"evil\.png: not a picture this program"):
+    with pytest.raises(endpoint.ServiceError, match=r"evil\.png: not an image in a supported"):
         endpoint.png(path)
-    with pytest.raises(image_headers.ImageError, match="not a picture"):
+    with pytest.raises(image_headers.ImageError, match="not an image"):
         reporting_page.png(path)
     assert image_scoring._mode(path) == ""
     lines = tmp_path / "p.jsonl"
     lines.write_text('{"id": "1", "text": "no", "images": ["evil.png"]}\n')
-    with pytest.raises(predictions.PredictionsError, match="not a picture"):
+    with pytest.raises(predictions.PredictionsError, match="not an image"):
         predictions.Predictions(lines, [types.SimpleNamespace(id="1", data_class="public")])._image(
             "1", "evil.png", ""
         )
     model = baselines.Baseline("random", [], tmp_path, seed=0)
     model._images = ["evil.png"]
-    with pytest.raises(image_headers.ImageError, match="not a picture"):
+    with pytest.raises(image_headers.ImageError, match="not an image"):
         model._picture("1")
 
 
-def test_a_page_names_the_image_that_it_cannot_show(tmp_path):
+def test_report_names_an_image_that_cannot_be_shown(tmp_path):
     (tmp_path / "evil.png").write_bytes(POSTSCRIPT)
     record = dict(id="7", group="g", prompt="p", answer="a", text="t", image="evil.png", images=[])
     page = reporting_page.examples([record], tmp_path, tmp_path)
-    assert "7: shown: " in page and "not a picture this program reads" in page
+    assert "7: shown: " in page and "not an image in a supported format" in page
 
 
-def test_endpoints_see_the_pixels_of_own_models(tmp_path):
+def test_endpoints_receive_the_pixels_that_local_models_read(tmp_path):
     ramp = np.linspace(0, 65_535, 64)[None].repeat(8, 0)
     rgba = np.zeros((8, 64, 4), np.uint8)
     rgba[:4, :, 3] = 255
@@ -214,16 +214,16 @@ def test_endpoints_see_the_pixels_of_own_models(tmp_path):
         assert 100 < own.mean() < 150
 
 
-def test_nothing_but_pixels_is_handed_on(tmp_path):
-    """A colour profile may name a person as well as EXIF does."""
+def test_loaded_images_have_no_metadata(tmp_path):
+    """A color profile may contain a name, as EXIF may."""
     image = Image.new("RGB", (8, 8))
     image.save(tmp_path / "a.png", icc_profile=b"CANARY", dpi=(7, 7))
     assert images.load(tmp_path / "a.png", max_pixels=64).info == {}
     assert b"iCCP" not in endpoint.png(tmp_path / "a.png")
 
 
-def test_orientation_is_that_of_the_release(tmp_path):
-    """JPEG, PNG and WebP as stored, as the released scripts read them; TIFF as Pillow turns it."""
+def test_orientation_is_that_of_the_medmax_release(tmp_path):
+    """JPEG, PNG and WebP stay as stored, as in the released scripts; Pillow rotates TIFF."""
     exif = Image.Exif()
     exif[0x0112] = 6
     for name, size in {
@@ -236,21 +236,21 @@ def test_orientation_is_that_of_the_release(tmp_path):
         assert images.load(tmp_path / name, max_pixels=200).size == size
 
 
-def test_a_jpeg_marker_in_a_segment_is_no_scan(tmp_path):
-    """200 of them in a comment are 200 too many, whichever they are; 20 are not."""
+def test_jpeg_markers_in_a_comment_count_as_scans_up_to_the_limit(tmp_path):
+    """20 markers in a comment are below the limit."""
     Image.new("L", (8, 8)).save(tmp_path / "a.jpg", comment=b"\xff\xda" * 20)
     assert images.load(tmp_path / "a.jpg", max_pixels=64).size == (8, 8)
     assert struct.calcsize("<HHL4s") == 12  # an entry of a TIFF directory, as it is counted
 
 
-def test_formats_with_a_bound_of_their_own(monkeypatch):
-    """WebP for its memory, PPM of an unusual maximum for the seconds of Pillow's Python decoder."""
+def test_formats_with_their_own_limit(monkeypatch):
+    """WebP is limited for memory, PPM of an unusual maximum for the time of Pillow's decoder."""
     monkeypatch.setattr(images, "MAX_WEBP", 63)
     monkeypatch.setattr(images, "MAX_PYTHON", 63)
-    for kind, said in (("WEBP", "the limit is 63"), ("PNG", ""), ("PPM", "")):
+    for kind, message in (("WEBP", "the limit is 63"), ("PNG", ""), ("PPM", "")):
         Image.new("RGB", (8, 8)).save(file := io.BytesIO(), kind)
-        if said:
-            with pytest.raises(image_headers.ImageError, match=said):
+        if message:
+            with pytest.raises(image_headers.ImageError, match=message):
                 images.load(file.getvalue(), max_pixels=64)
         else:
             assert images.load(file.getvalue(), max_pixels=64).size == (8, 8)

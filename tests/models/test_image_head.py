@@ -1,4 +1,4 @@
-"""Anole's stage from end to end: trained, stopped at a step, resumed, exported."""
+"""Anole's stage end to end: trained, interrupted, resumed, exported."""
 
 import json
 import os
@@ -27,28 +27,28 @@ def test_anoles_stage_resumes_and_exports_one_head(tmp_path, monkeypatch):
     train.run(full, tmp_path / "base")
     base = str(tmp_path / "base" / "model")
     run = settings(data, train__init_from=base)
-    last = train.run(run, tmp_path / "whole")
+    last = train.run(run, tmp_path / "uninterrupted")
     assert last["image_nll"] > 0 and last["step"] == 6
     before = load_file(f"{base}/model.safetensors")
-    after = load_file(tmp_path / "whole" / "model" / "model.safetensors")
+    after = load_file(tmp_path / "uninterrupted" / "model" / "model.safetensors")
     assert before.keys() == after.keys()
     changed = {name for name in before if (before[name] != after[name]).any()}
     assert changed == {"lm_head.kernel"}
     columns = (before["lm_head.kernel"] != after["lm_head.kernel"]).any(axis=0)
     np.testing.assert_array_equal(np.flatnonzero(columns), np.arange(4, 20))
-    row = json.loads((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()[0])
+    row = json.loads((tmp_path / "uninterrupted" / "metrics.jsonl").read_text().splitlines()[0])
     assert {"source/generated/image_nll", "task/VQA/text_nll"} <= row.keys()
     _stop_after(monkeypatch, 3)
     with pytest.raises(cli.Interrupted):
-        train.run(run, tmp_path / "parts")
+        train.run(run, tmp_path / "resumed")
     monkeypatch.undo()
-    train.run(run, tmp_path / "parts")
-    again = load_file(tmp_path / "parts" / "model" / "model.safetensors")
-    jax.tree.map(np.testing.assert_array_equal, again, after)
+    train.run(run, tmp_path / "resumed")
+    resumed = load_file(tmp_path / "resumed" / "model" / "model.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, resumed, after)
 
 
 def _stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    """A real SIGTERM to this process, once step `steps` is reported."""
+    """Send SIGTERM to this process once step `steps` is reported."""
     report = training_reporting.Reporter.report
 
     def reporting(self, done):
@@ -66,6 +66,6 @@ def _stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
         (dict(model__quant="int8", train__init_from="x"), "none when train.trains is image_head"),
     ],
 )
-def test_settings_that_cannot_be(changes, message):
+def test_invalid_settings_raise(changes, message):
     with pytest.raises(config.ConfigError, match=message):
         micro_run.run(**(dict(train__trains="image_head", lora__rank=0) | changes))

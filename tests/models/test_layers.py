@@ -1,4 +1,4 @@
-"""The parts of a layer against formulas written down once more in numpy."""
+"""The parts of a layer against their formulas in numpy."""
 
 import re
 
@@ -68,7 +68,7 @@ def test_linear_starts_as_its_base():
 
 @pytest.mark.usefixtures("four_devices")
 @pytest.mark.parametrize("spec", [UP, DOWN], ids=["up", "down"])
-def test_adapters_lie_as_their_kernel(spec):
+def test_adapters_are_sharded_as_their_kernel(spec):
     layer = linear(LORA, spec)
     assert jax.typeof(layer.kernel[...]).sharding.spec == spec
     assert jax.typeof(layer.lora_a[...]).sharding.spec == P(spec[0], None)
@@ -83,7 +83,7 @@ def test_dropout_keeps_the_mean_and_scales_the_rest():
     assert abs(got.mean() - 1) < 4 * (0.25 / 0.75 / got.size) ** 0.5  # four standard errors
     assert (got != np.asarray(drop(x, jax.random.key(1)))).any()
     assert abs(got[0].mean() - got[1:].mean()) < 0.1 and (got[0] != got[4]).any()
-    assert (got[:, :25] != got[:, 25:]).any()  # two halves of the same words
+    assert (got[:, :25] != got[:, 25:]).any()  # two halves of the same random bits
     kept, odd = got > 0, np.asarray(drop(x[:, :7], KEY))
     assert abs(np.corrcoef(kept[:, :25].ravel(), kept[:, 25:].ravel())[0, 1]) < 4 / 12_800**0.5
     assert odd.shape == (8, 7, 64) and abs(odd.mean() - 1) < 4 * (0.25 / 0.75 / odd.size) ** 0.5
@@ -93,10 +93,10 @@ def test_dropout_touches_the_adapter_only():
     layer, x = linear(LORA), put(normal(4, 5, 32), ACT)
     layer.lora_b[...] = put(normal(4, 48), P(None, "tp"))
     run = jax.jit(lambda m, x, keys: jax.lax.map(lambda k: m(x, HID, key=k), keys))
-    rest = jax.jit(lambda m, x: m(x, HID, key=None))(layer, x)
+    without = jax.jit(lambda m, x: m(x, HID, key=None))(layer, x)
     many = np.asarray(run(layer, x, jax.random.split(KEY, 500)))
     error = many.std(0) / 500**0.5
-    assert (error > 0).all() and (np.abs(many.mean(0) - rest) < 5 * error).all()
+    assert (error > 0).all() and (np.abs(many.mean(0) - without) < 5 * error).all()
     base = x @ np.asarray(layer.kernel[...])
     layer.lora_b[...] = put(np.zeros((4, 48), np.float32), P(None, "tp"))
     np.testing.assert_allclose(run(layer, x, jax.random.split(KEY, 2))[0], base, atol=1e-5)
@@ -105,12 +105,12 @@ def test_dropout_touches_the_adapter_only():
 @pytest.mark.usefixtures("four_devices")
 @pytest.mark.parametrize("spec, local", [(ACT, (2, 6, 8)), (HID, (2, 6, 4))], ids=["ACT", "HID"])
 def test_dropout_masks_are_drawn_in_shards(spec, local):
-    """A device's program has random words for its own shard, none for the whole batch."""
+    """The program of a device draws random bits for its own shard, not for the complete batch."""
     x = put(np.ones((4, 6, 8), np.float32), spec)
     drop = jax.jit(lambda x, key: layers.dropout(x, 0.5, key=key))
-    found = set(re.findall(r"u32\[(\d+,\d+,\d+)\]", drop.lower(x, KEY).compile().as_text()))
+    sizes = set(re.findall(r"u32\[(\d+,\d+,\d+)\]", drop.lower(x, KEY).compile().as_text()))
     rows, tokens, features = local
-    assert found == {f"{rows},{count},{features}" for count in (tokens // 2, tokens)}
+    assert sizes == {f"{rows},{count},{features}" for count in (tokens // 2, tokens)}
     assert jax.typeof(drop(x, KEY)).sharding.spec == spec
 
 
@@ -129,8 +129,8 @@ def test_embed_reads_rows():
 def test_rms_norm():
     layer, x = layers.RMSNorm(16, eps=1e-2, dtype="float32"), normal(2, 3, 16)
     layer.scale[...] = jnp.asarray(scale := normal(16))
-    want = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-2) * scale
-    np.testing.assert_allclose(layer(jnp.asarray(x)), want, rtol=1e-5, atol=1e-6)
+    expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-2) * scale
+    np.testing.assert_allclose(layer(jnp.asarray(x)), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_rms_norm_of_bf16_counts_in_fp32():
@@ -140,24 +140,24 @@ def test_rms_norm_of_bf16_counts_in_fp32():
     np.testing.assert_allclose((got**2).mean(-1), 1, rtol=2e-3)
 
 
-def test_head_norm_gives_each_block_of_heads_its_row():
+def test_qk_norm_applies_one_row_of_gains_per_block_of_heads():
     layer, x = layers.QKNorm(2, 4, eps=1e-2, dtype="float32"), normal(2, 6, 3, 4)
     scale, bias = normal(2, 4), normal(2, 4)
     layer.scale[...], layer.bias[...] = jnp.asarray(scale), jnp.asarray(bias)
-    want = np.empty_like(x)
+    expected = np.empty_like(x)
     for head in range(6):
         row, v = head // 3, x[:, head]
         v = (v - v.mean(-1, keepdims=True)) / np.sqrt(v.var(-1, keepdims=True) + 1e-2)
-        want[:, head] = v * scale[row] + bias[row]
+        expected[:, head] = v * scale[row] + bias[row]
     got = jax.jit(lambda m, x: m(x))(layer, put(x, P(None, "tp", None, None)))
-    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_rope_turns_complex_numbers():
+def test_rope_rotates_complex_numbers():
     x, positions = normal(2, 3, 5, 8), np.array([[0, 1, 2, 3, 4], [0, 7, 0, 1, 300]], np.int32)
     cos, sin = layers.rope_angles(jnp.asarray(positions), head_dim=8, theta=100.0)
     turn = np.exp(1j * positions[:, None, :, None] * 100.0 ** (-np.arange(4) / 4))
-    want = (x[..., :4] + 1j * x[..., 4:]) * turn
+    expected = (x[..., :4] + 1j * x[..., 4:]) * turn
     got = layers.rope(jnp.asarray(x), cos, sin)
-    np.testing.assert_allclose(got, np.concatenate([want.real, want.imag], -1), atol=2e-4)
+    np.testing.assert_allclose(got, np.concatenate([expected.real, expected.imag], -1), atol=2e-4)
     np.testing.assert_array_equal(got[0, :, 0], x[0, :, 0])  # position 0 turns nothing

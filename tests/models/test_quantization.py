@@ -1,4 +1,4 @@
-"""Quantised bases: qwix's numbers, on any mesh, in the logits, under adapters in training."""
+"""Quantized bases: equal to qwix, on any mesh, in the logits, under adapters in training."""
 
 import dataclasses
 import functools
@@ -31,35 +31,35 @@ WEIGHT = 0.05 * np.random.default_rng(0).standard_normal((256, 96)).astype(np.fl
 
 
 def matrix(kind: str) -> quantization.QuantizedMatrix:
-    """WEIGHT, quantised, on the ambient mesh."""
-    made = quantization.QuantizedMatrix(*WEIGHT.shape, spec=P("fsdp", "tp"), kind=kind)
+    """Return WEIGHT, quantized, on the ambient mesh."""
+    like = quantization.QuantizedMatrix(*WEIGHT.shape, spec=P("fsdp", "tp"), kind=kind)
     return jax.tree.map(
         lambda leaf, value: jax.device_put(value, leaf.sharding),
-        made,
-        _like(made, native.quantize(WEIGHT, kind)),
+        like,
+        _with_values(like, native.quantize(WEIGHT, kind)),
     )
 
 
-def _like(
-    made: quantization.QuantizedMatrix, values: dict[str, np.ndarray]
+def _with_values(
+    like: quantization.QuantizedMatrix, values: dict[str, np.ndarray]
 ) -> quantization.QuantizedMatrix:
-    structure = jax.tree.structure(made)
-    names = [str(path[0].name) for path, _ in jax.tree_util.tree_leaves_with_path(made)]
+    structure = jax.tree.structure(like)
+    names = [str(path[0].name) for path, _ in jax.tree_util.tree_leaves_with_path(like)]
     return jax.tree.unflatten(structure, [values[n] for n in names])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 4, 2), (2, 2, 2)])
-def test_dense_is_what_qwix_says(kind, sizes):
+def test_dequantize_equals_qwix(kind, sizes):
     tiles = {0: quantization.TILE} if kind in quantization.PACKED else {}
     with jax.set_mesh(make_mesh(Mesh(**named(sizes)))):
-        found = jax.jit(lambda m: m.dequantize(jnp.float32))(matrix(kind))
-        assert found.sharding.spec == P("fsdp", "tp")
+        dense = jax.jit(lambda m: m.dequantize(jnp.float32))(matrix(kind))
+        assert dense.sharding.spec == P("fsdp", "tp")
     theirs = qwix.dequantize(
         qwix.quantize(jnp.asarray(WEIGHT), kind, channelwise_axes=(1,), tiled_axes=tiles)
     )
-    np.testing.assert_allclose(np.asarray(found), np.asarray(theirs), rtol=1e-6, atol=0)
-    error = np.abs(np.asarray(found) - WEIGHT).mean() / np.abs(WEIGHT).mean()
+    np.testing.assert_allclose(np.asarray(dense), np.asarray(theirs), rtol=1e-6, atol=0)
+    error = np.abs(np.asarray(dense) - WEIGHT).mean() / np.abs(WEIGHT).mean()
     assert error == pytest.approx(MEASURED[kind], rel=0.05)
 
 
@@ -71,15 +71,15 @@ def meta(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_quantised_base_computes_nearly_the_same(meta, tmp_path, kind):
-    whole = convert(meta, tmp_path / "whole", "native")
+def test_quantized_base_computes_nearly_the_same(meta, tmp_path, kind):
+    exact = convert(meta, tmp_path / "exact", "native")
     small = convert(meta, tmp_path / "small", "native", quant=kind)
-    said = inspect_checkpoint.describe(conversion.read_checkpoint(small))
-    assert said["quant"] == kind
-    assert said["fingerprint"] == export.base_fingerprint(whole) == export.base_fingerprint(small)
-    wanted, found = logits(whole), logits(small)
-    off = np.abs(found - wanted).mean() / wanted.std()
-    assert 1e-4 < off < {"int8": 0.02, "int4": 0.3, "nf4": 0.2}[kind]
+    facts = inspect_checkpoint.describe(conversion.read_checkpoint(small))
+    assert facts["quant"] == kind
+    assert facts["fingerprint"] == export.base_fingerprint(exact) == export.base_fingerprint(small)
+    expected, quantized = logits(exact), logits(small)
+    error = np.abs(quantized - expected).mean() / expected.std()
+    assert 1e-4 < error < {"int8": 0.02, "int4": 0.3, "nf4": 0.2}[kind]
     with pytest.raises(ConvertError, match=f"its matrices are {kind}"):
         convert(small, tmp_path / "out", "hf")
 
@@ -87,14 +87,14 @@ def test_a_quantised_base_computes_nearly_the_same(meta, tmp_path, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_on_every_mesh(meta, tmp_path, kind):
     small = convert(meta, tmp_path / "small", "native", quant=kind)
-    found = conversion.read_checkpoint(small)
-    model = dataclasses.replace(found.model, compute_dtype="float32")
+    checkpoint = conversion.read_checkpoint(small)
+    model = dataclasses.replace(checkpoint.model, compute_dtype="float32")
     ids = jnp.asarray(np.tile(IDS, (4, 1)))
     rows = (ids, jnp.ones_like(ids), jnp.tile(jnp.arange(24, dtype=jnp.int32), (8, 1)))
     answers = []
     for sizes in ((1, 1, 1), (2, 2, 2), (8, 1, 1)):
         with jax.set_mesh(make_mesh(Mesh(**named(sizes)))):
-            like = chameleon.abstract_model(model, found.vocab, chameleon.NO_LORA)
+            like = chameleon.abstract_model(model, checkpoint.vocab, chameleon.NO_LORA)
             net = export.load(small, like)
             answer = setup.jit(lambda n, r: n.logits(n.hidden(*r, key=None)))(net, rows)
             answers.append(np.asarray(answer))
@@ -102,12 +102,12 @@ def test_logits_on_every_mesh(meta, tmp_path, kind):
         np.testing.assert_allclose(other, answers[0], rtol=0, atol=2e-5 * answers[0].std())
 
 
-def test_lora_trains_on_a_quantised_base(tmp_path):
+def test_lora_trains_on_a_quantized_base(tmp_path):
     data = dict(data__train=micro_run.write(tmp_path / "records"))
     size = dict(model__hidden_size=64, model__head_dim=16)
-    whole = micro_run.run(**data, **size, train__trains="full", lora__rank=0, train__steps=1)
-    train.run(whole, tmp_path / "whole")
-    small = convert(tmp_path / "whole" / "model", tmp_path / "small", "native", quant="nf4")
+    full = micro_run.run(**data, **size, train__trains="full", lora__rank=0, train__steps=1)
+    train.run(full, tmp_path / "full")
+    small = convert(tmp_path / "full" / "model", tmp_path / "small", "native", quant="nf4")
     tuned = micro_run.run(
         **data, **size, model__quant="nf4", train__init_from=str(small), train__steps=6,
         lora__dropout=0.0,
@@ -115,13 +115,13 @@ def test_lora_trains_on_a_quantised_base(tmp_path):
     last = train.run(tuned, tmp_path / "run")
     assert np.isfinite(last["loss"]) and last["step"] == 6
     merged = convert(
-        tmp_path / "run", tmp_path / "merged", "native", base=str(tmp_path / "whole" / "model"),
+        tmp_path / "run", tmp_path / "merged", "native", base=str(tmp_path / "full" / "model"),
         merge_native=True,
     )  # fmt: skip
     assert conversion.read_checkpoint(merged).quant == "none"
 
 
-def test_settings_that_cannot_be(meta, tmp_path):
+def test_invalid_settings_raise(meta, tmp_path):
     build = functools.partial(micro_run.run, model__quant="int8")
     with pytest.raises(config.ConfigError, match="train.init_from is ''; it must be set"):
         build()

@@ -1,4 +1,4 @@
-"""The tokenizer: round trips, the id layout, the release's own file, and refusals by name."""
+"""The tokenizer: round trips, the id layout, the file of the MedMax release, and wrong files."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medmax_jax.config import Vocab, build
-from medmax_jax.configs import tiny
+from medmax_jax.configs import base, tiny
 from medmax_jax.models import tokenizer as tk
 from medmax_jax.models import vocab as vocabulary
 from medmax_jax.models.vocab import BOI, BOS, EOI, EOS, IMAGE, SEP
@@ -37,7 +37,7 @@ def tokenizer(request, folder):
 
 
 def edited(folder, edit):
-    """The tiny file with `edit` done to its JSON."""
+    """Write the tiny file with `edit` applied to its JSON."""
     spec = json.loads((folder / "tiny.json").read_text())
     edit(spec)
     path = folder / "edited.json"
@@ -67,12 +67,12 @@ def test_only_placeholder_and_separator_are_special_in_text(tokenizer):
     assert min(typed) >= tokenizer.vocab.text_start
 
 
-def test_digits_and_punctuation_stand_alone(tokenizer):
+def test_digits_and_punctuation_are_separate_tokens(tokenizer):
     assert len(tokenizer.encode("2024")) == 4
     assert len(tokenizer.encode("...")) == 3
 
 
-def test_merges_are_learnt(tokenizer):
+def test_merges_are_learned(tokenizer):
     assert len(tokenizer.encode(" chest")) == 1
 
 
@@ -80,13 +80,13 @@ def test_training_is_deterministic():
     assert tk.train(CORPUS, TINY) == tk.train(iter(CORPUS), TINY)
 
 
-def test_decode_leaves_out_what_is_no_text(tokenizer):
+def test_decode_omits_tokens_that_are_not_text(tokenizer):
     ids = [BOS, *tokenizer.encode("CT"), SEP, *tokenizer.encode("no"), EOS, 1, 1]
     assert tokenizer.decode(np.asarray(ids)) == "CT<reserved08706>no"
 
 
 def test_unmodified_chameleon_file(folder):
-    """Meta's own file calls 8711 <reserved08707> and marks no placeholder."""
+    """In Meta's own file 8711 is <reserved08707>, and no placeholder is marked."""
 
     def unmodify(spec):
         names = spec["model"]["vocab"]
@@ -111,8 +111,8 @@ def test_unmodified_file_that_lists_its_specials(folder):
     assert tokenizer.encode("<image>") == [IMAGE]
 
 
-def test_file_that_adds_a_beginning(folder):
-    """HF files carry a post-processor that adds <s>, and may truncate: neither must reach us."""
+def test_post_processor_and_truncation_are_ignored(folder):
+    """HF files have a post-processor that adds <s>, and may truncate: both are disabled."""
 
     def add(spec):
         a, b = ({"Sequence": {"id": i, "type_id": 0}} for i in "AB")
@@ -140,27 +140,30 @@ def shift(spec):
     "edit, message",
     [
         (lambda s: s.update(model={"type": "WordPiece", "vocab": {}}), "not a BPE tokenizer"),
-        (lambda s: s.update(pre_tokenizer=None, decoder=None), "another family"),
-        (shift, "<reserved08706> has id 8711, this vocabulary needs 8710"),
+        (
+            lambda s: s.update(pre_tokenizer=None, decoder=None),
+            "use a tokenizer of the Chameleon family",
+        ),
+        (shift, "<reserved08706> has id 8711, but this vocabulary requires 8710"),
         (lambda s: s["model"]["vocab"].update({"toomuch": 9_100}), "vocab.size is 9100"),
         (lambda s: s["model"]["vocab"].pop("<eoss>"), "<eoss> .id 8196. is missing"),
         (lambda s: s["model"]["vocab"].pop("IMGIMGAZ"), "IMGIMGAZ"),
         (lambda s: s["model"]["vocab"].pop("Ġ"), "byte symbol"),
     ],
 )
-def test_wrong_files_are_refused(folder, edit, message):
+def test_wrong_files_raise(folder, edit, message):
     with pytest.raises(tk.TokenizerError, match=message):
         tk.Tokenizer.from_file(edited(folder, edit), TINY)
 
 
-def test_other_vocabulary_is_refused(folder):
-    with pytest.raises(tk.TokenizerError, match="this vocabulary needs|byte symbol"):
+def test_other_vocabulary_raises(folder):
+    with pytest.raises(tk.TokenizerError, match="this vocabulary requires|byte symbol"):
         tk.Tokenizer.from_file(folder / "tiny.json", FULL)
     with pytest.raises(tk.TokenizerError, match=r"vocab\.size|byte symbol"):
         tk.Tokenizer.from_file(folder / "full.json", TINY)
 
 
-def test_no_file_and_no_json(folder):
+def test_missing_file_and_invalid_json_raise(folder):
     with pytest.raises(tk.TokenizerError, match="cannot be read"):
         tk.Tokenizer.from_file(folder / "absent.json", TINY)
     (folder / "text.json").write_text("<html>")
@@ -179,24 +182,24 @@ def test_document(tokenizer):
     assert plain.tolist() == [BOS, *tokenizer.encode("no image"), EOS]
 
 
-def test_document_refuses(tokenizer):
+def test_document_without_its_image_or_placeholder_raises(tokenizer):
     vocab = tokenizer.vocab
     with pytest.raises(tk.TokenizerError, match="there is no image"):
         tk.document_ids(tokenizer, "a <image>", None, vocab)
-    with pytest.raises(tk.TokenizerError, match="the text has no <image>"):
+    with pytest.raises(tk.TokenizerError, match="the text does not contain <image>"):
         tk.document_ids(tokenizer, "a", np.array([1]), vocab)
     with pytest.raises(ValueError, match="VQ code"):
         tk.document_ids(tokenizer, "<image>", np.array([vocab.image_codes]), vocab)
 
 
-def test_control_tokens_in_text_are_refused(folder):
-    """The release's file lets a text write any special; a document must not end in its middle."""
+def test_control_tokens_in_text_raise(folder):
+    """The released file encodes special names in text; a document must not end inside its text."""
 
-    def more(spec):
+    def add_special(spec):
         end = dict(spec["added_tokens"][0], id=EOS, content="</s>")
         spec["added_tokens"] = [end, *spec["added_tokens"]]
 
-    tokenizer = tk.Tokenizer.from_file(edited(folder, more), TINY)
+    tokenizer = tk.Tokenizer.from_file(edited(folder, add_special), TINY)
     assert tokenizer.encode("</s>") == [EOS]
     with pytest.raises(tk.TokenizerError, match="control token 2"):
         tk.document_ids(tokenizer, "the </s> end", None, TINY)
@@ -209,11 +212,11 @@ def test_prompt(tokenizer):
     ids = tk.prompt_ids(tokenizer, [np.array([7, 0]), "CT?"], vocab, end_of_turn=True)
     assert ids.tolist() == [BOS, BOI, 11, 4, EOI, *tokenizer.encode("CT?"), SEP]
     assert tk.prompt_ids(tokenizer, [], vocab, end_of_turn=False).tolist() == [BOS]
-    with pytest.raises(tk.TokenizerError, match="have <image>; put the picture there"):
+    with pytest.raises(tk.TokenizerError, match="contains <image>; pass the image there"):
         tk.prompt_ids(tokenizer, ["<image>CT?"], vocab, end_of_turn=True)
 
 
-def test_segments_are_the_way_back(tokenizer):
+def test_split_segments_inverts_document_ids(tokenizer):
     vocab = tokenizer.vocab
     codes = np.array([7, 0, 3])
     ids = tk.document_ids(tokenizer, "CT<image>no", codes, vocab)
@@ -235,7 +238,11 @@ def test_special_names_agree_with_the_layout(tokenizer):
     assert sorted(names.values()) == list(range(tokenizer.vocab.text_start))
 
 
-def test_the_shipped_tiny_tokenizer():
+def test_released_vocabulary_is_that_of_the_base_config():
+    assert build(Vocab, base.get_config().vocab) == vocabulary.RELEASED
+
+
+def test_included_tiny_tokenizer():
     vocab = build(Vocab, tiny.get_config().vocab)
     shipped = Path(tk.__file__).parents[1] / "tiny" / "tokenizer.json"
     tokenizer = tk.Tokenizer.from_file(shipped, vocab)

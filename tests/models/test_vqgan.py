@@ -1,4 +1,4 @@
-"""The image tokenizer against torch; its names, precision and sizes; mutations that show."""
+"""The image tokenizer against torch; its names, precision and sizes; mutations are detected."""
 
 import dataclasses
 import functools
@@ -74,17 +74,17 @@ def check_encoder(model, case):
 
 
 def check_decoder(model, case):
-    made = run(lambda m, c: m.pixels(m.quantize.rows(c)), model, golden(case.name)["codes"])
-    assert_close(made[:2], golden(case.name)["pixels"], "pixels")
+    pixels = run(lambda m, c: m.pixels(m.quantize.rows(c)), model, golden(case.name)["codes"])
+    assert_close(pixels[:2], golden(case.name)["pixels"], "pixels")
     ours, theirs = (
-        np.asarray(vqgan.to_uint8(made), np.int16),
+        np.asarray(vqgan.to_uint8(pixels), np.int16),
         golden(case.name)["uint8"].astype(np.int16),
     )
     assert np.abs(ours - theirs).max() <= 1
 
 
 @pytest.mark.parametrize("case", cases.CASES.values(), ids=lambda c: c.name)
-def test_same_codes_and_pictures_as_torch(case):
+def test_same_codes_and_images_as_torch(case):
     assert len(np.unique(golden(case.name)["codes"])) >= 200
     model = build(case)
     check_encoder(model, case)
@@ -122,7 +122,7 @@ def no_attention(model, side):
         (check_decoder, lambda m: no_attention(m, "decoder")),
     ],
 )
-def test_a_mutated_model_fails(check, mutate):
+def test_mutated_model_fails(check, mutate):
     model = build(SHORT)
     mutate(model)
     with pytest.raises(AssertionError):
@@ -145,9 +145,11 @@ def test_transposed_and_shifted_codes_fail(case):
     with pytest.raises(AssertionError):
         np.testing.assert_array_equal(vqgan.encode(model, cases.pixels(case)) + 4, codes)
     for wrong in (codes.reshape(codes.shape[0], *codes.shape[:0:-1]), (codes + 4) % 4096):
-        made = vqgan.decode_codes(model, jnp.asarray(wrong)).reshape(-1, case.height, case.width, 3)
+        pixels = vqgan.decode_codes(model, jnp.asarray(wrong)).reshape(
+            -1, case.height, case.width, 3
+        )
         with pytest.raises(AssertionError):
-            assert_close(np.asarray(made)[:2], golden(case.name)["pixels"], "pixels")
+            assert_close(np.asarray(pixels)[:2], golden(case.name)["pixels"], "pixels")
 
 
 def test_everything_up_to_the_codes_is_at_highest_precision():
@@ -159,19 +161,19 @@ def test_everything_up_to_the_codes_is_at_highest_precision():
     # conv_in, 2 in each of 5 blocks, shortcut, 2 halvings, q k v proj, conv_out, quant_conv; then
     # scores, mixing, codebook
     assert len(products) == (1 + 2 * 5 + 1 + 2 + 4 + 1 + 1) + 3
-    for _, rest in products:
-        assert "HIGHEST, HIGHEST" in rest.upper().replace("#STABLEHLO<PRECISION ", "").replace(
-            ">", ""
-        )
+    for _, attributes in products:
+        assert "HIGHEST, HIGHEST" in attributes.upper().replace(
+            "#STABLEHLO<PRECISION ", ""
+        ).replace(">", "")
     assert "bf16" not in text
 
 
-def test_the_first_of_equal_codes_wins_and_rows_come_back():
-    book = vqgan.Codebook(4, 2, rngs=nnx.Rngs(0))
-    book.embedding[...] = jnp.array([[9.0, 9], [1, 0], [1, 0], [0, 1]])
-    codes = book.nearest(jnp.array([[[[1.0, 0.1], [0, 2]]]]))
+def test_first_of_equal_codes_wins_and_rows_are_returned():
+    codebook = vqgan.Codebook(4, 2, rngs=nnx.Rngs(0))
+    codebook.embedding[...] = jnp.array([[9.0, 9], [1, 0], [1, 0], [0, 1]])
+    codes = codebook.nearest(jnp.array([[[[1.0, 0.1], [0, 2]]]]))
     np.testing.assert_array_equal(codes, [[[1, 3]]])
-    np.testing.assert_array_equal(book.rows(codes), [[[[1, 0], [0, 1]]]])
+    np.testing.assert_array_equal(codebook.rows(codes), [[[[1, 0], [0, 1]]]])
 
 
 def test_uint8_is_clamped_and_truncated():
@@ -182,17 +184,17 @@ def test_uint8_is_clamped_and_truncated():
 @pytest.mark.parametrize(
     "shape", [(1, 1, 1), (1, 8, 1), pytest.param((2, 2, 2), marks=pytest.mark.slow)]
 )
-def test_codes_and_pictures_are_the_same_on_every_mesh(shape):
+def test_codes_and_images_are_the_same_on_every_mesh(shape):
     mesh = make_mesh(config.Mesh(data=shape[0], fsdp=shape[1], tp=shape[2]))
-    pixels = np.concatenate([cases.pixels(SHORT), cases.pixels(SHORT)[:2]])
+    inputs = np.concatenate([cases.pixels(SHORT), cases.pixels(SHORT)[:2]])
     with jax.set_mesh(mesh):
-        place = jax.NamedSharding(mesh, P(("data", "fsdp")))
+        sharding = jax.NamedSharding(mesh, P(("data", "fsdp")))
         model = jax.device_put(build(SHORT), jax.NamedSharding(mesh, P()))
-        codes = vqgan.encode(model, jax.device_put(pixels, place))
-        made = vqgan.decode_codes(model, codes)
-    assert codes.sharding.spec[0] == made.sharding.spec[0] == ("data", "fsdp")
+        codes = vqgan.encode(model, jax.device_put(inputs, sharding))
+        pixels = vqgan.decode_codes(model, codes)
+    assert codes.sharding.spec[0] == pixels.sharding.spec[0] == ("data", "fsdp")
     np.testing.assert_array_equal(np.asarray(codes)[:6], golden("short")["codes"])
-    assert_close(np.asarray(made)[:2], golden("short")["pixels"], "pixels")
+    assert_close(np.asarray(pixels)[:2], golden("short")["pixels"], "pixels")
 
 
 def test_created_and_loaded_on_the_ambient_mesh(tmp_path):
@@ -222,8 +224,9 @@ def mid(width):
     return 2 * block(width, width) + 2 * width + 4 * conv(width, width, 1)
 
 
-def test_the_released_size():
-    like = vqgan.abstract(config.build(config.VQ, base.get_config().vq))
+def test_released_size():
+    assert config.build(config.VQ, base.get_config().vq) == vqgan.RELEASED
+    like = vqgan.abstract(vqgan.RELEASED)
     names = safetensors_file.flatten_named(like)
     count = {part: sum(v.size for n, v in names.items() if n.startswith(part)) for part in PARTS}
     down = 4 * block(128, 128) + block(128, 256) + 3 * block(256, 256)
@@ -252,12 +255,12 @@ def test_the_released_size():
 PARTS = ("encoder", "decoder", "quantize", "quant_conv", "post_quant_conv")
 
 
-def test_the_shipped_tokenizer_is_the_tiny_configs():
+def test_included_vqgan_fits_the_tiny_config():
     vq = config.from_config_dict(tiny.get_config()).vq
     assert config.build(config.VQ, tiny_vqgan.get_config().vq) == vq
     file = Path(vqgan.__file__).parents[1] / "tiny" / "vqgan.safetensors"
     model = safetensors_file.load(file, vqgan.abstract(vq))
-    grey = jnp.linspace(-1, 1, 64)[None, :, None, None] * jnp.ones((1, 64, 64, 3))
-    made = vqgan.decode_codes(model, vqgan.encode(model, grey))
-    assert float(jnp.abs(made - grey).mean()) < 0.15
+    gray = jnp.linspace(-1, 1, 64)[None, :, None, None] * jnp.ones((1, 64, 64, 3))
+    pixels = vqgan.decode_codes(model, vqgan.encode(model, gray))
+    assert float(jnp.abs(pixels - gray).mean()) < 0.15
     assert file.stat().st_size < 8_000_000

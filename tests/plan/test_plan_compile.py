@@ -107,7 +107,7 @@ def test_slices_are_neighbours_only_along_data():
     assert done.returncode == 0, done.stderr[-3000:]
     rows, refusal = done.stdout.splitlines()
     assert rows == "[[0], [0], [1], [1]]"
-    assert refusal.startswith("config.mesh.data is 1 and the devices lie in 2 slices")
+    assert refusal.startswith("config.mesh.data is 1 and the devices are in 2 slices")
 
 
 @pytest.mark.slow

@@ -325,7 +325,7 @@ def test_images_of_documents_are_named_by_number(tmp_path, caplog):
 
 def test_a_control_token_of_documents_is_named_by_its_row(tmp_path, monkeypatch):
     def refuse(*_):
-        raise TokenizerError("the text writes control token 1: SECRET")
+        raise TokenizerError("the text contains control token 1: SECRET")
 
     monkeypatch.setattr(prepare, "document_ids", refuse)
     for credential, said in (("yes", "row 1: text writes the name"), ("no", "SECRET")):

@@ -96,5 +96,5 @@ def test_the_same_weights_come_out_of_wide_and_narrow_integers():
 
 def test_a_side_that_ends_says_so():
     side = sides.Side("ours", [sys.executable, "-c", "import sys; sys.exit(3)"])
-    with pytest.raises(sides.Failed, match="ours ended with 3"):
+    with pytest.raises(sides.Failed, match="ours ended with exit code 3"):
         side.ask(do="steps", count=1)

@@ -194,7 +194,7 @@ def by_lbfgs(problem: fit.Problem, start: np.ndarray, weights: np.ndarray) -> fl
 @pytest.mark.parametrize("law", bench.TRUE)
 def test_draws_end_where_those_of_lbfgs_do(law):
     """Objectives are equal within 1e-8."""
-    rows = bench.drawn(law, bench.design(law, sizes=4, amounts=4, seeds=2),
+    rows = bench.draw_table(law, bench.design(law, sizes=4, amounts=4, seeds=2),
                        np.random.default_rng(0))  # fmt: skip
     found = fit.fit(LAWS[law], rows.x, rows.y, delta=1e-3, fixed={})
     problem = fit.Problem(
@@ -228,7 +228,7 @@ def test_a_parameter_that_no_draw_moves_has_no_interval():
 
 def test_a_thousand_bootstraps_take_seconds_on_one_core():
     """240 runs with held-outs and the influence of each run: about 3 s; no BLAS thread spins."""
-    rows = bench.drawn("chinchilla", bench.design("chinchilla", sizes=20, amounts=12, seeds=1),
+    rows = bench.draw_table("chinchilla", bench.design("chinchilla", sizes=20, amounts=12, seeds=1),
                        np.random.default_rng(0))  # fmt: skip
     options = study.Options(delta=1e-3, fixed={}, draws=1_000, seed=0, flops=6.0, budgets=(1e22,))
     lines: list[str] = []
@@ -243,7 +243,7 @@ def test_a_thousand_bootstraps_take_seconds_on_one_core():
 
 def test_a_published_start_is_not_an_end():
     """A mean instead of a sum would stop at any plausible start: 1e-6 is converged for scipy."""
-    rows = bench.drawn("chinchilla", bench.design("chinchilla", sizes=6, amounts=6, seeds=2),
+    rows = bench.draw_table("chinchilla", bench.design("chinchilla", sizes=6, amounts=6, seeds=2),
                        np.random.default_rng(0))  # fmt: skip
     best = fit.fit(LAWS["chinchilla"], rows.x, rows.y, delta=1e-3, fixed={})
     hoffmann = dict(E=1.69, A=406.4, B=410.7, alpha=0.339, beta=0.285)
@@ -270,7 +270,7 @@ def test_runs_are_drawn_and_not_rows():
     x = bench.design("power", sizes=4, amounts=3, seeds=1)
     shift = 0.01 * rng.standard_normal(12)
     one = dataclasses.replace(
-        bench.drawn("power", x, rng), y=bench.truth("power", x) * np.exp(shift)
+        bench.draw_table("power", x, rng), y=bench.truth("power", x) * np.exp(shift)
     )
     three = dataclasses.replace(
         one, x={"tokens": np.repeat(x["tokens"], 3)}, y=np.repeat(one.y, 3),

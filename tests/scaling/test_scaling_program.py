@@ -18,7 +18,7 @@ TEXT = "params,tokens,loss\n1e6,1e7,4\n2e6,2e8,3.5\n4e6,1e7,3.0\n"
 
 def write(path: pathlib.Path, law: str, **grid: int) -> pathlib.Path:
     x = bench.design(law, **grid)
-    rows = bench.drawn(law, x, np.random.default_rng(0))
+    rows = bench.draw_table(law, x, np.random.default_rng(0))
     with open(path, "w", newline="") as file:
         out = csv.writer(file)
         out.writerow(["run", *x, "loss", "loss_text", "loss_image"])

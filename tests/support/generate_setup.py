@@ -1,4 +1,4 @@
-"""What the tests of generation share: a micro model, and generation by its definition."""
+"""Fixtures of the generation tests: a micro model, and generation by its definition."""
 
 import dataclasses
 
@@ -31,7 +31,7 @@ MODEL = Model(
     remat="none",
     attention="xla",
 )
-PICTURE = VQ(  # 2 x 2 codes
+VQ_CONFIG = VQ(  # 2 x 2 codes
     image_size=4,
     channels=32,
     channel_mult=(1, 1),
@@ -62,7 +62,7 @@ LORA = Lora(rank=2, alpha=4.0, dropout=0.0)
 
 
 def noise(like, *, std):
-    """Random weights by name; gains about 1."""
+    """Return random weights by name; gains are about 1."""
     rng = np.random.default_rng(3)
     return {
         name: (rng.normal(0, std, x.shape) + name.endswith("scale")).astype(np.float32)
@@ -71,14 +71,14 @@ def noise(like, *, std):
 
 
 def prompts(count=5):
-    """Token prompts of unlike length; the odd ones hold an image."""
-    rng, found = np.random.default_rng(0), []
+    """Return token prompts of different lengths; the odd ones contain an image."""
+    rng, tokens = np.random.default_rng(0), []
     for i in range(count):
-        words = rng.integers(VOCAB.text_start, VOCAB.size, 3 + 4 * i)
+        text = rng.integers(VOCAB.text_start, VOCAB.size, 3 + 4 * i)
         image = np.r_[ids.BOI, rng.integers(4, 20, CODES), ids.EOI]
-        parts = [[ids.BOS], image if i % 2 else [], words, [ids.SEP]]
-        found.append(np.concatenate(parts).astype(np.int32))
-    return found
+        parts = [[ids.BOS], image if i % 2 else [], text, [ids.SEP]]
+        tokens.append(np.concatenate(parts).astype(np.int32))
+    return tokens
 
 
 class Plain:
