@@ -293,13 +293,13 @@ def test_documents_of_credentialed_rows_are_private(tmp_path, place):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(text=["SECRET"]), "row 3: text is of type list"),
-        (dict(source=None, task="SECRET"), "row 3: source is of type NoneType"),
-        (dict(turns="SECRET"), "row 3: turns is of type str"),
+        (dict(text=["SECRET"]), "row 3: field 'text' is of type list"),
+        (dict(source=None, task="SECRET"), "row 3: field 'source' is of type NoneType"),
+        (dict(turns="SECRET"), "row 3: field 'turns' is of type str"),
         (dict(image_path="../SECRET.png"), "row 3: image_path is of type str"),
         (dict(text="SECRET"), "row 3: image_path is of type str"),
         (dict(credential="SECRET credential"), "row 3: credential is of type str"),
-        (dict(credential="SECRET credential", group=7), "row 3: group is of type int"),
+        (dict(credential="SECRET credential", group=7), "row 3: field 'group' is of type int"),
     ],
 )
 def test_messages_of_documents_repeat_nothing(tmp_path, change, message):
@@ -353,8 +353,8 @@ def test_messages_of_captions_repeat_nothing(tmp_path):
 def test_a_listing_with_credentialed_rows_needs_the_flag(tmp_path):
     (tmp_path / "l.jsonl").write_text(json.dumps(dict(image_path="SECRET.png", credential="yes")))
     with pytest.raises(PrepareError, match="row 1: the row is credentialed; add --credentialed"):
-        store._listed(tmp_path, tmp_path / "l.jsonl", credentialed=False)
-    found = store._listed(tmp_path, tmp_path / "l.jsonl", credentialed=True)
+        store._list_images(tmp_path, tmp_path / "l.jsonl", credentialed=False)
+    found = store._list_images(tmp_path, tmp_path / "l.jsonl", credentialed=True)
     assert found == ["SECRET.png"]
 
 
