@@ -61,8 +61,8 @@ def add(commands: Any) -> argparse.ArgumentParser:
             f"--{role}parameters", type=_object, metavar="JSON",
             help="request parameters, sent unchanged",
         )  # fmt: skip
-        add_flag(f"--{role}price_in", type=_price, metavar="USD", help="per million input tokens")
-        add_flag(f"--{role}price_out", type=_price, metavar="USD", help="per million output tokens")
+        add_flag(f"--{role}price_in", type=_price, metavar="USD", help="per million tokens in")
+        add_flag(f"--{role}price_out", type=_price, metavar="USD", help="per million tokens out")
     add_flag(
         "--credentialed_host", action="append", default=[], metavar="HOST:PORT",
         help="host that may receive credentialed captions; may be repeated",

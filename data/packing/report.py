@@ -188,8 +188,13 @@ def add(commands: Any) -> argparse.ArgumentParser:
     planned.add_argument("--epoch", type=int, default=0, help="epoch that is described")
     planned.add_argument("--row", type=int, help="row whose documents are listed")
     planned.add_argument("--save", type=Path, metavar="F.npz", help="write the plan to a file")
-    planned.add_argument("--by", choices=("source", "task"), default="source")
-    planned.add_argument("--unit", choices=("documents", "tokens"), default="documents")
+    planned.add_argument(
+        "--by", choices=("source", "task"), default="source", help="names that --weights refers to"
+    )
+    planned.add_argument(
+        "--unit", choices=("documents", "tokens"), default="documents",
+        help="what --weights are shares of",
+    )  # fmt: skip
     planned.add_argument("--weights", default="", help="config.mixing.weights: 'name=3, other=1'")
     planned.add_argument(
         "--image_centric", action="store_true", help="keep the documents of an image together"

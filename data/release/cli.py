@@ -74,10 +74,17 @@ def _unpack_flags(parser: argparse.ArgumentParser) -> None:
         help="parts of one archive, in order",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    meanings = dict(
+        members="files in the archive",
+        member_bytes="bytes of one file",
+        total_bytes="bytes of all files",
+        ratio="unpacked bytes per byte of the archive",
+    )
     for name, limit in dataclasses.asdict(archives.LIMITS).items():
         parser.add_argument(
-            f"--max_{name}", type=_positive, default=limit, help=f"limit, default {limit}"
-        )
+            f"--max_{name}", type=_positive, default=limit,
+            help=f"maximum of {meanings[name]}; default: {limit}",
+        )  # fmt: skip
 
 
 def _run_import(args: argparse.Namespace) -> dict[str, Any]:

@@ -25,7 +25,9 @@ from medmax_jax.data.sample.packages import PACKAGES, Archive, Package, download
 from medmax_jax.data.sample.selection import all_images
 
 SHORT_SIDE = 128  # pixels
-ALIKE = 0.97  # correlation of 32 x 32 thumbnails above which an image of the same group is dropped
+MAX_CORRELATION = (
+    0.97  # correlation of 32 x 32 thumbnails above which an image of the same group is dropped
+)
 PER_GROUP = 16  # no group may dominate
 
 
@@ -74,7 +76,9 @@ def drop_near_copies(images: list[SampleImage]) -> list[SampleImage]:
     thumbs: dict[str, list[np.ndarray]] = {}
     for image in images:
         vector = thumbnail(image.pixels)
-        if all(float(vector @ other) <= ALIKE for other in thumbs.setdefault(image.group, [])):
+        if all(
+            float(vector @ other) <= MAX_CORRELATION for other in thumbs.setdefault(image.group, [])
+        ):
             thumbs[image.group].append(vector)
             groups.setdefault(image.group, []).append(image)
     kept = []

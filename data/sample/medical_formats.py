@@ -40,7 +40,7 @@ class Volume:
     spacing: tuple[float, float, float]
 
     def slice(self, plane: str, k: int) -> Shaped[np.ndarray, "h w"]:
-        """Return one upright slice; coronal and sagittal ones need cubic voxels to look right."""
+        """Return one upright slice; coronal and sagittal slices require cubic voxels."""
         if plane == "axial":
             return self.data[k]
         if max(self.spacing) > 1.01 * min(self.spacing):

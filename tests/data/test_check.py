@@ -248,13 +248,13 @@ def test_shared_text_is_a_note_or_an_error_when_strict(sample, tmp_path, capsys)
     tokenizer = check.resolve_tokenizer(records, None, prepare.TINY)
     texts = [jsonl.plain_text(d, records.layout, tokenizer) for d in records]
     long = max(texts, key=lambda t: len(t.split()))
-    rows = [dict(id="said", prompt=long, answer="", image_path=""),
+    rows = [dict(id="seen", prompt=long, answer="", image_path=""),
             dict(id="new", prompt=" ".join(f"w{n}" for n in range(30)), answer="")]  # fmt: skip
     command = ["check", str(sample / "validation"), "--against", items(tmp_path, rows)]
     assert prepare.main(command) == 0
-    assert {f[:3] for f in lines(capsys)} >= {("note", "shared_text", "said")}
+    assert {f[:3] for f in lines(capsys)} >= {("note", "shared_text", "seen")}
     assert prepare.main([*command, "--strict"]) == 1
-    assert ("error", "shared_text", "said") in {f[:3] for f in lines(capsys)}
+    assert ("error", "shared_text", "seen") in {f[:3] for f in lines(capsys)}
     assert not [f for f in lines(capsys) if f[2] == "new"]
 
 

@@ -130,7 +130,9 @@ def test_unpublished_row_counts_require_a_flag(tmp_path):
     low, together = RELEASED_ROWS[0], RELEASED_TOGETHER[1]
     rows = [row("pathvqa")] * together + [row("slake")] * (low - together)
     path = parquet(tmp_path, rows)
-    counts = eval_rows.import_items(path, tmp_path / "whole.jsonl", allow_counts=False, **options)
+    counts = eval_rows.import_items(
+        path, tmp_path / "complete.jsonl", allow_counts=False, **options
+    )
     assert counts["other_counts"] == [] and counts["rows"] == low
 
 
@@ -178,12 +180,12 @@ def test_image_generation_requires_no_answer(tmp_path):
 def test_files_of_other_formats_are_rejected(tmp_path, monkeypatch):
     out = tmp_path / "items.jsonl"
 
-    def refused(path, message, tasks=()):
+    def rejected(path, message, tasks=()):
         with pytest.raises(PublishedError, match=message):
             eval_rows.import_items(path, out, tasks=tasks, allow_counts=True, say=print)
         assert not out.exists()
 
-    refused(tmp_path / "none.parquet", "no such file; set --from to the published parquet")
+    rejected(tmp_path / "none.parquet", "no such file; set --from to the published parquet")
     path = parquet(tmp_path, [row()] * 20)
     original = path.read_bytes()
     for damaged in (
@@ -193,17 +195,17 @@ def test_files_of_other_formats_are_rejected(tmp_path, monkeypatch):
         original[:4] + original[40:],
     ):
         path.write_bytes(damaged)
-        refused(path, "not a parquet file, or damaged|column .* is missing")
+        rejected(path, "not a parquet file, or damaged|column .* is missing")
     pq.write_table(pa.table({"task_name": ["a"]}), path)
-    refused(path, "column question_type is missing; the published file has")
+    rejected(path, "column question_type is missing; the published file has")
     columns = {name: ["a"] for name in eval_rows.COLUMNS} | {"answer": [1]}
     pq.write_table(pa.table(columns), path)
-    refused(path, "column answer is int64; expected text")
+    rejected(path, "column answer is int64; expected text")
     path = parquet(tmp_path, [row()])
-    refused(path, "--tasks has 'chat'; use names from", tasks=["chat"])
-    refused(path, "no row of the requested tasks", tasks=["slake"])
+    rejected(path, "--tasks has 'chat'; use names from", tasks=["chat"])
+    rejected(path, "no row of the requested tasks", tasks=["slake"])
     monkeypatch.setattr(eval_rows, "MAX_ROWS", 0)
-    refused(path, "1 rows, in groups")
+    rejected(path, "1 rows, in groups")
     out.write_text("mine")
     with pytest.raises(PublishedError, match="exists; use another --out"):
         eval_rows.import_items(path, out, tasks=[], allow_counts=True, say=print)

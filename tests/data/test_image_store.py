@@ -72,7 +72,7 @@ def child(out: pathlib.Path, *, patience: float = 60.0, **settings: int) -> subp
 @pytest.fixture(scope="module")
 def complete(tmp_path_factory) -> pathlib.Path:
     """Return the codes made by one uninterrupted process."""
-    out = tmp_path_factory.mktemp("whole") / "codes"
+    out = tmp_path_factory.mktemp("complete") / "codes"
     process = child(out)
     process.communicate(timeout=120)
     assert process.returncode == 0
@@ -168,8 +168,8 @@ def test_equal_files_are_encoded_once_and_unreadable_ones_reported(encoder, tmp_
     paths += [f"cut{i}.jpg" for i in range(4)]
     with pytest.raises(PrepareError, match=r"6 of 29 images cannot be read"):
         tokenize(tmp_path / "c", paths, folder=folder, encoder=encoder, **HOW)
-    ask = dict(folder=folder, encoder=encoder) | HOW | {"max_bad": 0.5}
-    meta = tokenize(tmp_path / "c", paths, **ask)  # and the same folder goes on
+    arguments = dict(folder=folder, encoder=encoder) | HOW | {"max_bad": 0.5}
+    meta = tokenize(tmp_path / "c", paths, **arguments)  # the same folder is resumed
     assert meta["unreadable"] == 6 and meta["reasons"]["cut2.jpg"] == meta["reasons"]["cut.jpg"]
 
 
@@ -214,35 +214,35 @@ def test_bfloat16_agreement_is_reported(encoder, complete, tmp_path):
 def test_folder_of_another_plan_is_rejected(encoder, complete, tmp_path):
     out = tmp_path / "codes"
     shutil.copytree(complete, out)
-    ask = dict(folder=SAMPLE, encoder=encoder)
+    arguments = dict(folder=SAMPLE, encoder=encoder)
     with pytest.raises(
         PrepareError, match="contains codes whose shard_size is 8, but this command has 16"
     ):
-        tokenize(out, PATHS, **ask, **HOW | {"shard_size": 16})
+        tokenize(out, PATHS, **arguments, **HOW | {"shard_size": 16})
     # Verbatim: part of the data.
     with pytest.raises(PrepareError, match="contains codes whose pictures"):
-        tokenize(out, PATHS[:-1], **ask, **HOW)
+        tokenize(out, PATHS[:-1], **arguments, **HOW)
     with pytest.raises(
         PrepareError, match="2 images, 1 of them different; list one or more, each once"
     ):
-        tokenize(tmp_path / "x", ["a.jpg", "a.jpg"], **ask, **HOW)
+        tokenize(tmp_path / "x", ["a.jpg", "a.jpg"], **arguments, **HOW)
     with pytest.raises(PrepareError, match="precision is 'fp8'; use highest or bfloat16"):
-        tokenize(tmp_path / "x", PATHS, **ask, **HOW | {"precision": "fp8"})
+        tokenize(tmp_path / "x", PATHS, **arguments, **HOW | {"precision": "fp8"})
     for wrong in (dict(shard_size=0), dict(batch=0), dict(max_bad=1.5)):
         with pytest.raises(PrepareError, match="use 1 or more images .*, and a share from 0 to 1"):
-            tokenize(tmp_path / "x", PATHS, **ask, **HOW | wrong)
+            tokenize(tmp_path / "x", PATHS, **arguments, **HOW | wrong)
     with pytest.raises(PrepareError, match="not finished"):
         open_codes(tmp_path / "x")
 
 
 def test_full_disk_is_reported_and_the_same_command_resumes(encoder, small_disk, tmp_path):
     """The disk has 1 MiB: the padding of one ArrayRecord file is a third of it."""
-    ask = dict(folder=SAMPLE, encoder=encoder) | HOW | dict(shard_size=2)
+    arguments = dict(folder=SAMPLE, encoder=encoder) | HOW | dict(shard_size=2)
     with pytest.raises(PrepareError, match="cannot be written .*No space left.*; free disk space"):
-        tokenize(small_disk / "codes", PATHS[:40], **ask)
+        tokenize(small_disk / "codes", PATHS[:40], **arguments)
     shutil.copytree(small_disk / "codes", tmp_path / "codes")
     assert not (tmp_path / "codes" / "dataset.json").exists()
-    assert tokenize(tmp_path / "codes", PATHS[:40], **ask)["unique"] == 40
+    assert tokenize(tmp_path / "codes", PATHS[:40], **arguments)["unique"] == 40
 
 
 def test_damage_is_detected(complete, tmp_path):

@@ -25,10 +25,10 @@ RAMP = np.tile(np.arange(0, 4000, 100, dtype=np.uint16), (30, 1))  # dark left, 
 SECRETS = (CANARY, LOWER, SUBJECT, STUDY, "17351017", "17351018", "ascites", *DICOM_IDS)
 
 
-def rows_of(folder, **asked):
-    found = list(reports.read(folder, plan("MIMIC-CXR", **asked)))
-    return [r for r in found if isinstance(r, Row)], [
-        r for r in found if isinstance(r, RejectedRow)
+def rows_of(folder, **settings):
+    results = list(reports.read(folder, plan("MIMIC-CXR", **settings)))
+    return [r for r in results if isinstance(r, Row)], [
+        r for r in results if isinstance(r, RejectedRow)
     ]
 
 
@@ -52,9 +52,9 @@ def small_batches(monkeypatch):
 def read_image(tmp_path):
     """Return the function that reads a dataset, saved as a file, as an image."""
 
-    def read_image(dataset, **asked):
+    def read_image(dataset, **settings):
         dataset.save_as(tmp_path / "a.dcm", enforce_file_format=True)
-        return np.asarray(dicom.load(tmp_path / "a.dcm", name="n", **asked)).astype(int)
+        return np.asarray(dicom.load(tmp_path / "a.dcm", name="n", **settings)).astype(int)
 
     return read_image
 
@@ -97,7 +97,7 @@ def test_views_splits_and_missing_reports(tmp_path):
     assert rows[0].image.endswith(f"s{STUDY}/{DICOM_IDS[0]}.dcm")
     assert [r.split for r in rows_of(tmp_path, split="validation")[0]] == ["validation"]
     (tmp_path / "mimic-cxr-2.0.0-metadata.csv.gz").unlink()
-    assert len(rows_of(tmp_path)[0]) == 2  # nothing says which are frontal
+    assert len(rows_of(tmp_path)[0]) == 2  # no file states which are frontal
     study.with_suffix(".txt").write_text("FINAL REPORT\n INDICATION: none\n")
     left = {b.reason for b in rows_of(tmp_path)[1] if b.by_rule}
     assert left == {"a report without findings and impression", "of another split"}

@@ -124,11 +124,11 @@ def test_hashes_match_copies_and_separate_images():
     rows = {r["file"]: r["group"] for r in read_manifest(prepare.SAMPLE / "manifest.jsonl")}
     group = np.array([rows[f"images/{p.name}"] for p in IMAGE_FILES])
     i, j = np.triu_indices(len(plain), 1)
-    far, alike = distances(plain, plain)[i, j], group[i] == group[j]
+    far, same_group = distances(plain, plain)[i, j], group[i] == group[j]
     assert (
-        far[~alike].min() > 80
-        and far[alike].min() > near_duplicates.NEAR_DUPLICATE_BITS
-        and alike.any()
+        far[~same_group].min() > 80
+        and far[same_group].min() > near_duplicates.NEAR_DUPLICATE_BITS
+        and same_group.any()
     )
 
 

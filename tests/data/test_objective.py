@@ -143,9 +143,12 @@ def alone(steps: Made, documents: list[Document]) -> list[tuple[int, float, dict
                 document.tokens,
                 loss_mask(document.tokens, run.data.mask, document.turns),
             )
-            room = run.data.seq_len - len(tokens)
-            ids = np.pad(tokens, (0, room))
-            targets, mask = np.pad(tokens[1:], (0, room + 1)), np.pad(marks[1:], (0, room + 1))
+            padding = run.data.seq_len - len(tokens)
+            ids = np.pad(tokens, (0, padding))
+            targets, mask = (
+                np.pad(tokens[1:], (0, padding + 1)),
+                np.pad(marks[1:], (0, padding + 1)),
+            )
             arrays = (jnp.asarray(x[None]) for x in (ids, targets, mask.astype(np.float32)))
             value, grads = call(steps.trainable, *arrays)
             results.append((int(marks.sum()), float(value), numpy(grads)))

@@ -98,7 +98,7 @@ def test_too_long_documents_are_rejected_with_the_fix():
 @given(lengths=LENGTHS, seed=SEEDS, start=st.integers(0, 700))
 def test_epochs_concatenate_plans(lengths, seed, start):
     epochs = pack.Epochs(lengths, seq_len=SEQ, pack=True, seed=seed)
-    late = epochs.row(start).tolist()  # asked for first
+    late = epochs.row(start).tolist()  # requested first
     rows = []
     for epoch in range(epochs.epoch(start) + 1):
         rows += rows_of(pack.plan(lengths, seq_len=SEQ, pack=True, seed=seed, epoch=epoch))

@@ -192,7 +192,7 @@ def test_images_with_a_count_are_not_cropped():
 
 def test_unreadable_images_are_excluded_and_listed(make, sample, tmp_path, caplog):
     folder, names = broken(sample, tmp_path, 1)
-    complete = make(tmp_path / "whole", views=2)
+    complete = make(tmp_path / "complete", views=2)
     with caplog.at_level(logging.WARNING):
         meta = make(tmp_path / "r", sample=folder, views=2, max_unreadable=0.5)
     assert list(meta["notes"]["unreadable"]) == names

@@ -47,7 +47,7 @@ def write(folder, numbers, **fields):
     return str(folder)
 
 
-def ask(capsys, what, *folders):
+def who_saw(capsys, what, *folders):
     capsys.readouterr()
     command = ["who_saw", what, "--in", *map(str, folders), "--json"]
     assert prepare.main(command) == 0
@@ -89,7 +89,7 @@ def test_steps_and_checkpoints_agree_with_the_batches(world, capsys, image):
         digest(image), digest(image)[:16], near_duplicates.code_hash(codes_of(image)),
         f"SECRET{image}.png", f"SECRET-{documents[1]}",
     ):  # fmt: skip
-        result = ask(capsys, what, top)
+        result = who_saw(capsys, what, top)
         assert result["documents"] == 2 and [s["document"] for s in result["shards"]] == documents
         for s in result["shards"]:
             shard, record = divmod(s["document"], 16)
@@ -117,7 +117,7 @@ def test_checkpoint_before_the_first_use_is_reported(world, capsys):
     top, run = world
     first = {p: read_at(run, [2 * p, 2 * p + 1]) for p in range(60)}
     late = next(p for p, steps in first.items() if steps and EVERY < steps[0] <= STEPS)
-    result = ask(capsys, digest(late), top)
+    result = who_saw(capsys, digest(late), top)
     assert result["checkpoints"][0]["not_yet_seen_by_step"] == EVERY
     assert result["checkpoints"][-1]["first_step"] == first[late][0]
     assert result["runs"][0]["not_seen_by_step"] == EVERY
@@ -126,14 +126,14 @@ def test_checkpoint_before_the_first_use_is_reported(world, capsys):
 
 def test_validation_is_distinguished_from_training(world, capsys):
     top, _ = world
-    result = ask(capsys, digest(151), top)
+    result = who_saw(capsys, digest(151), top)
     assert [r["in_validation"] for r in result["runs"]] == [2, 2] and result["checkpoints"] == []
     assert result["plans"] == []
 
 
 def test_unknown_image_is_found_nowhere(world, capsys):
     top, _ = world
-    result = ask(capsys, digest(10_000), top)
+    result = who_saw(capsys, digest(10_000), top)
     assert result["documents"] == 0 and result["looked_into"] == dict(
         records=2, codes=0, plans=1, runs=1
     )
@@ -145,24 +145,26 @@ def test_unknown_provenance_is_reported(world, tmp_path, capsys):
     top, run = world
     shutil.copytree(top / "runs", tmp_path / "runs")
     shutil.copy(top / "p.npz", tmp_path / "p.npz")
-    result = ask(capsys, digest(1), tmp_path)
+    result = who_saw(capsys, digest(1), tmp_path)
     fingerprint = writer.open_records(run.data.train).fingerprint[:16]
     unknown = f"its records {fingerprint} are not in these folders"
     assert [r["unknown"] for r in result["runs"]] == [unknown] * 2
     assert "are not in these folders" in result["plans"][0]["unknown"]
     config = tmp_path / "runs" / "a" / "history.jsonl"
     config.write_text(config.read_text().replace('"seed": 3', '"seed": 4'))
-    result = ask(capsys, digest(1), tmp_path, top / "records")
+    result = who_saw(capsys, digest(1), tmp_path, top / "records")
     assert {r["unknown"] for r in result["runs"]} == {
         "its records and settings now give another plan"
     }
     config.unlink()  # as of runs from before there was one
-    result = ask(capsys, digest(1), tmp_path, top / "records")
-    assert len(result["runs"]) == 1 and result["checkpoints"] == ask_again(capsys, tmp_path, top)
+    result = who_saw(capsys, digest(1), tmp_path, top / "records")
+    assert len(result["runs"]) == 1 and result["checkpoints"] == moved_checkpoints(
+        capsys, tmp_path, top
+    )
 
 
-def ask_again(capsys, tmp_path, top):
-    checkpoints = ask(capsys, digest(1), top)["checkpoints"]
+def moved_checkpoints(capsys, tmp_path, top):
+    checkpoints = who_saw(capsys, digest(1), top)["checkpoints"]
     return [
         c | {"checkpoint": c["checkpoint"].replace(str(top), str(tmp_path))} for c in checkpoints
     ]
@@ -175,9 +177,9 @@ def test_copy_under_another_name_is_found_by_its_codes(tmp_path, capsys):
     for n, d in enumerate(docs):
         vars(d).update(id=f"other-{n}", image_path=f"other{n // 2}.png")
     writer.write(tmp_path / "c", docs, shard_size=9, layout=LAYOUT, notes={})
-    result = ask(capsys, digest(0), tmp_path)
+    result = who_saw(capsys, digest(0), tmp_path)
     assert result["documents"] == 6
-    assert ask(capsys, "other0.png", tmp_path)["documents"] == 6
+    assert who_saw(capsys, "other0.png", tmp_path)["documents"] == 6
 
 
 def test_credentialed_images_are_named_by_hashes(tmp_path, capsys):
@@ -204,7 +206,7 @@ def test_files_and_folders_of_codes(tmp_path, capsys):
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     command = ["documents", "--from", str(tmp_path / "d.jsonl"), "--images", str(tmp_path / "p")]
     assert prepare.main([*command, "--out", str(tmp_path / "r")]) == 0
-    result = ask(capsys, str(tmp_path / "p" / names[1]), tmp_path)
+    result = who_saw(capsys, str(tmp_path / "p" / names[1]), tmp_path)
     assert [s["document"] for s in result["shards"]] == [1]
     # Verbatim: part of the data.
     assert result["codes"] == [dict(codes=str(tmp_path / "codes"), picture=1, shard=0, record=1)]
@@ -216,7 +218,7 @@ def test_checkpoints_of_other_programs_are_ignored(world, tmp_path, capsys):
     top, _ = world
     (tmp_path / "vqgan" / "checkpoints").mkdir(parents=True)
     (tmp_path / "vqgan" / "config.json").write_text('{"vq": 1}')
-    assert ask(capsys, digest(0), tmp_path)["looked_into"]["runs"] == 0
+    assert who_saw(capsys, digest(0), tmp_path)["looked_into"]["runs"] == 0
     shutil.copytree(top / "runs", tmp_path / "runs")
     with open(tmp_path / "runs" / "a" / "history.jsonl", "a") as file:
         file.write('{"start": ')  # the disk was full

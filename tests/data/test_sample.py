@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from medmax_jax.data.release import chat_answers
-from medmax_jax.data.sample.build import ALIKE, PER_GROUP, drop_near_copies, thumbnail
+from medmax_jax.data.sample.build import MAX_CORRELATION, PER_GROUP, drop_near_copies, thumbnail
 from medmax_jax.data.sample.documents import (
     IMAGE,
     SEPARATOR,
@@ -80,8 +80,8 @@ def test_neighboring_slices_are_thinned(rows):
         with Image.open(FOLDER / row["file"]) as image:
             groups[row["group"]].append(thumbnail(np.asarray(image.convert("RGB"))))
     for group, vectors in groups.items():
-        alike = np.array(vectors) @ np.array(vectors).T - np.eye(len(vectors))
-        assert alike.max() <= ALIKE, group
+        correlation = np.array(vectors) @ np.array(vectors).T - np.eye(len(vectors))
+        assert correlation.max() <= MAX_CORRELATION, group
     grain = np.random.default_rng(0).integers(0, 200, (40, 64, 64), dtype=np.uint8)
     slices = [grain[0], grain[0] + 3, *grain[1:]]
     kept = drop_near_copies([SampleImage(s, "p", "f", n, "g", {}) for n, s in enumerate(slices)])
@@ -116,7 +116,7 @@ def test_licenses_and_notice_cover_every_package(rows):
         assert not PACKAGES[name].extra, f"{name} may not be committed"
         assert row["licence"] == PACKAGES[name].licence
         assert "GPL" not in row["licence"] and "NC" not in row["licence"]
-    assert "10.17632/rscbjbr9sj" in notice  # the attribution that CC BY asks for
+    assert "10.17632/rscbjbr9sj" in notice  # the attribution that CC BY requires
 
 
 def test_nothing_names_a_person_or_a_hospital(rows):

@@ -22,7 +22,7 @@ from medmax_jax.models.vocab import BOI, BOS, EOI, EOS, IMAGE, PAD, SEP
 VOCAB = Vocab(size=9_000, image_codes=16, text_start=8_712)
 LAYOUT = Layout(vocab=VOCAB, codes_per_image=4, tokenizer="", vqgan="")
 IMAGE_SPAN = [BOI, 4, 19, 5, 4, EOI]
-WHOLE = [BOS, *IMAGE_SPAN, 8_720, SEP, 8_730, EOS]
+VALID_TOKENS = [BOS, *IMAGE_SPAN, 8_720, SEP, 8_730, EOS]
 
 
 def rules(**changes):
@@ -34,7 +34,7 @@ def row(**changes):
     """Return a row as published; a value of ... omits the column."""
     columns = dict(
         text="<image>Is it a CT?<reserved08706>yes",
-        tokens=WHOLE,
+        tokens=VALID_TOKENS,
         image_path="images/pmc/a.png",
         task="VQA",
         source="pathvqa",
@@ -70,7 +70,7 @@ def test_rows_become_documents(tmp_path):
     )
     assert counts["documents"] == 3 and counts["quarantined"] == 0 and counts["reasons"] == {}
     first, second, third = writer.open_records(tmp_path / "out")
-    assert first.tokens.tolist() == WHOLE and second.tokens.tolist() == plain
+    assert first.tokens.tolist() == VALID_TOKENS and second.tokens.tolist() == plain
     assert (first.image_path, first.group) == ("images/pmc/a.png", "a.png")
     assert (second.image_path, second.group) == ("", "train-0000002")
     assert (first.task, first.source, first.credential) == ("VQA", "pathvqa", "no")
@@ -93,7 +93,7 @@ BAD = {
     "tokens missing": row(tokens=...),
     "tokens not integers": row(tokens=[BOS, SEP, 1.0, EOS]),
     "token outside the vocabulary": row(tokens=[BOS, SEP, 9_000, EOS]),
-    "tokens without ends": row(tokens=WHOLE[:-1]),
+    "tokens without ends": row(tokens=VALID_TOKENS[:-1]),
     "control token inside": row(tokens=[BOS, SEP, IMAGE, EOS]),
     "no separator": row(tokens=[BOS, *IMAGE_SPAN, EOS]),
     "image span": row(tokens=[BOS, *IMAGE_SPAN[:-2], EOI, SEP, EOS]),
@@ -132,7 +132,7 @@ def test_mutated_tokens_are_valid_or_rejected():
     """If a token is replaced, dropped or repeated, any accepted row is a valid document."""
     rng, passed = np.random.default_rng(0), 0
     for _ in range(500):
-        tokens = list(WHOLE)
+        tokens = list(VALID_TOKENS)
         place, kind = rng.integers(len(tokens)), rng.integers(3)
         new = [int(rng.choice([0, 1, 2, 4, 19, 20, BOI, EOI, SEP, IMAGE, 8_720]))]
         tokens[place : place + 1] = [new, [], [tokens[place]] * 2][kind]

@@ -145,7 +145,11 @@ def test_a_byte_order_mark_is_skipped(tmp_path, name):
             gzip.compress(b'{"text": "a"}\n', mtime=0),
             "the file is compressed; unpack it first",
         ),
-        ("train.json", b'\n [{"text": "a"}]', "the file is one JSON array; write one row per line first"),
+        (
+            "train.json",
+            b'\n [{"text": "a"}]',
+            "the file is one JSON array; write one row per line first",
+        ),
     ],
 )
 def test_import_names_other_forms(tmp_path, capsys, name, data, said):
