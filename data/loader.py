@@ -61,19 +61,19 @@ class BatchLoader:
         self._host = jax.process_index() if host is None else host
         self._hosts = jax.process_count() if hosts is None else hosts
         self._check()
-        # Each held-out document is used exactly once, whatever training draws.
-        everything = dict(weights="", leave_out="", fraction=1.0)
-        self._mixing = dataclasses.replace(run.mixing, **everything) if one_pass else run.mixing
+        self._mixing = run.mixing
+        if one_pass:  # each held-out document is used exactly once, whatever training draws
+            self._mixing = dataclasses.replace(run.mixing, weights="", leave_out="", fraction=1.0)
         self._epochs = mixing.epochs(self.records, run.data, self._mixing)
         self.plan = self._epochs.first.fingerprint  # of epoch 0
         if run.data.plan not in ("", self.plan) and not one_pass:
             raise RecordsError(
-                f"config.data.plan asks for plan {run.data.plan}, but these records and settings "
-                f"make {self.plan}; set them back, or leave config.data.plan empty"
+                f"config.data.plan is {run.data.plan}, but these records and settings give plan "
+                f"{self.plan}; restore them, or leave config.data.plan empty"
             )
         self._last = len(self._epochs.first) if one_pass else None
-        # (source, task) of each kind; the kind of each document
-        self.kinds, self._kind = _kinds(self.records)
+        # (source, task) of each group; the group of each document
+        self.kinds, self._group = _groups(self.records)
         steps = -(-self._last // run.data.batch_size) if one_pass else run.train.steps
         self._steps = grain.MapDataset.range(0, steps).map(self._make)
 
@@ -89,15 +89,15 @@ class BatchLoader:
         if start_step == len(self):
             return iter(())
         rest = self._steps.slice(slice(self._in_range(start_step), None))
-        ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
-        return iter(rest.to_iter_dataset(ahead))
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+        return iter(rest.to_iter_dataset(options))
 
     def stats(self, step: int) -> BatchStats:
         """Return the counts of the complete batch of a step, without reading its documents."""
         size, seq_len = self._run.data.batch_size, self._run.data.seq_len
         documents = np.concatenate(self._rows(self._in_range(step)))
-        names = (mask := self._run.data.mask, f"{mask}_image")
-        scored, image = (int(self.records.index[n][documents].sum()) for n in names)
+        columns = (mask := self._run.data.mask, f"{mask}_image")
+        scored, image = (int(self.records.index[n][documents].sum()) for n in columns)
         lengths = self.records.index["length"][documents].astype(np.int64)
         tokens = int(lengths.sum())
         return BatchStats(
@@ -126,23 +126,23 @@ class BatchLoader:
 
     def describe(self) -> list[str]:
         """Return log lines about an epoch: documents, rows, shares, and what is left out."""
-        found, data, plan = self.records, self._run.data, self._epochs.first
-        tokens = int(found.index["length"][plan.documents].sum())
+        records, data, plan = self.records, self._run.data, self._epochs.first
+        tokens = int(records.index["length"][plan.documents].sum())
         lines = [
-            f"{len(found):,} documents of {found.folder}; an epoch draws {len(plan.documents):,} "
-            f"into {len(plan):,} rows of {data.seq_len:,} tokens, "
-            f"{tokens / (len(plan) * data.seq_len):.1%} full; plan {self.plan[:12]}"
+            f"{len(records):,} documents of {records.folder}; an epoch draws "
+            f"{len(plan.documents):,} into {len(plan):,} rows of {data.seq_len:,} tokens, "
+            f"{tokens / (len(plan) * data.seq_len):.1%} filled; plan {self.plan[:12]}"
         ]
         lines += [
-            f"{name}: {d:.1%} of the documents, {t:.1%} of the tokens, each {n:.3g} times an epoch"
-            for name, (d, t, n) in mixing.mixture_shares(found, data, self._mixing).items()
+            f"{name}: {d:.1%} of the documents, {t:.1%} of the tokens, {n:.3g} repeats per epoch"
+            for name, (d, t, n) in mixing.mixture_shares(records, data, self._mixing).items()
         ]
-        long = np.flatnonzero(found.index["length"] > data.document_limit)
+        long = np.flatnonzero(records.index["length"] > data.document_limit)
         if long.size:
-            names = ", ".join(d.id for d in found.read(long[:5])) + ", ..." * (long.size > 5)
+            names = ", ".join(d.id for d in records.read(long[:5])) + ", ..." * (long.size > 5)
             lines.append(
-                f"left out, longer than data.document_limit = {data.document_limit}: {long.size:,} "
-                f"documents: {names}; python -m data.prepare plan names all"
+                f"excluded, longer than data.document_limit = {data.document_limit}: {long.size:,} "
+                f"documents: {names}; python -m data.prepare plan lists all"
             )
         return lines
 
@@ -151,9 +151,8 @@ class BatchLoader:
         share = len(rows) // self._hosts
         rows = rows[self._host * share : (self._host + 1) * share]
         numbers = np.concatenate(rows)
-        documents = zip(self.records.read(numbers), self._kind[numbers].tolist(), strict=True)
-        held = [[next(documents) for _ in row] for row in rows]
-        return _batch(held, stats, self._run)
+        documents = zip(self.records.read(numbers), self._group[numbers].tolist(), strict=True)
+        return _batch([[next(documents) for _ in row] for row in rows], stats, self._run)
 
     def _rows(self, step: int) -> list[np.ndarray]:
         """Return the document numbers of each row of the global batch."""
@@ -165,18 +164,19 @@ class BatchLoader:
 
     def _in_range(self, step: int) -> int:
         if not 0 <= step < len(self):
-            raise IndexError(f"step {step} of {len(self)}; raise train.steps to go on")
+            raise IndexError(f"step {step} of {len(self)}; increase train.steps to continue")
         return step
 
     def _check(self) -> None:
         run, layout, folder = self._run, self.records.layout, self.records.folder
         if layout.vocab != run.vocab:
             raise RecordsError(
-                f"{folder}: made for {layout.vocab}, but config.vocab is {run.vocab}"
+                f"{folder}: vocabulary is {layout.vocab}, but config.vocab is {run.vocab}; prepare "
+                "the data with this model's tokenizer"
             )
         if layout.codes_per_image != run.vq.codes_per_image:
             raise RecordsError(
-                f"{folder}: images have {layout.codes_per_image} codes, but config.vq makes "
+                f"{folder}: images have {layout.codes_per_image} codes, but config.vq produces "
                 f"{run.vq.codes_per_image}; prepare the data with this model's VQGAN"
             )
         if run.data.batch_size % self._hosts:
@@ -186,30 +186,30 @@ class BatchLoader:
             )
 
 
-def _kinds(records: reader.Records) -> tuple[list[tuple[str, str]], np.ndarray]:
+def _groups(records: reader.Records) -> tuple[list[tuple[str, str]], np.ndarray]:
     """Return the pairs of source and task that occur, and the index of each document's pair."""
     sources, tasks = records.names("source"), records.names("task")
     numbers = records.index["source"].astype(np.int64) * len(tasks) + records.index["task"]
-    found, kind = np.unique(numbers, return_inverse=True)
-    if len(found) > MAX_GROUPS:
+    occurring, group = np.unique(numbers, return_inverse=True)
+    if len(occurring) > MAX_GROUPS:
         raise RecordsError(
-            f"{records.folder}: {len(found)} pairs of source and task; at most {MAX_GROUPS} can be "
-            "reported apart: name them alike"
+            f"{records.folder}: {len(occurring)} pairs of source and task; at most {MAX_GROUPS} "
+            "can be reported separately; merge some of their names"
         )
-    names = [(sources[n // len(tasks)], tasks[n % len(tasks)]) for n in found.tolist()]
-    return names, kind.astype(np.int32)
+    names = [(sources[n // len(tasks)], tasks[n % len(tasks)]) for n in occurring.tolist()]
+    return names, group.astype(np.int32)
 
 
 def _batch(rows: list[list[tuple[Document, int]]], stats: BatchStats, run: Run) -> Batch:
     shape = (len(rows), run.data.seq_len)
     ids, weights = np.full(shape, PAD, np.int32), np.zeros(shape, np.float32)
-    segments, positions, kinds = (np.zeros(shape, np.int32) for _ in range(3))
+    segments, positions, groups = (np.zeros(shape, np.int32) for _ in range(3))
     for r, row in enumerate(rows):
         start = 0
-        for n, (document, kind) in enumerate(row):
+        for n, (document, group) in enumerate(row):
             span = slice(start, start + len(document.tokens))
             ids[r, span] = document.tokens
-            segments[r, span], kinds[r, span] = n + 1, kind
+            segments[r, span], groups[r, span] = n + 1, group
             positions[r, span] = np.arange(len(document.tokens))
             mask = loss_mask(document.tokens, run.data.mask, document.turns)
             if run.train.loss_weight == "document":
@@ -217,4 +217,4 @@ def _batch(rows: list[list[tuple[Document, int]]], stats: BatchStats, run: Run) 
             else:
                 weights[r, span] = mask / (stats.scored_text + stats.scored_image)
             start = span.stop
-    return Batch(ids, segments, positions, weights, kinds)
+    return Batch(ids, segments, positions, weights, groups)

@@ -167,7 +167,7 @@ SOURCES = (
     ),
     Source(
         name="PathVQA",
-        licence="MIT; pictures are their publishers'",
+        licence="MIT; images belong to their publishers",
         data_class=BOUND,
         percent=1.3,
         domain="pathology",
@@ -225,28 +225,30 @@ def compare(name: str, documents: int) -> str:
     """Describe how far a build of one source is from the number that MedMax took from it."""
     source = BY_NAME[name]
     low, high = source.expected
-    said = f"{name}: {documents:,} documents; the chart's {source.percent} % is {low:,} to {high:,}"
+    text = (
+        f"{name}: {documents:,} documents; {source.percent} % in the chart is {low:,} to {high:,}"
+    )
     if source.noted:
-        said += f", the notes have {source.noted // 1000}K"
+        text += f", the notes state {source.noted // 1000}K"
     if documents < low:
-        return f"{said}: {low - documents:,} fewer ({documents / low:.1%} of the fewest)"
+        return f"{text}: {low - documents:,} fewer ({documents / low:.1%} of the lower bound)"
     if documents > high:
-        return f"{said}: {documents - high:,} more ({documents / high:.1%} of the most)"
-    return f"{said}: within the rounding"
+        return f"{text}: {documents - high:,} more ({documents / high:.1%} of the upper bound)"
+    return f"{text}: within rounding"
 
 
 def markdown() -> str:
     """Return the table of docs/data.md."""
     lines = [
         "| source | % | documents by the chart | notes | domain | from | tasks | credential |"
-        " class | weight | licence |",
+        " class | weight | license |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for s in (*SOURCES, SAMPLE):
         share = "-" if s.percent is None else f"{s.percent:.1f}"
-        about = "-" if s.expected is None else "{:,} to {:,}".format(*s.expected)
+        expected = "-" if s.expected is None else "{:,} to {:,}".format(*s.expected)
         noted = f"{s.noted // 1000}K" if s.noted else "-"
-        cells = (s.name, share, about, noted, s.domain, s.knowledge_base, ", ".join(s.tasks))
+        cells = (s.name, share, expected, noted, s.domain, s.knowledge_base, ", ".join(s.tasks))
         terms = (s.credential, s.data_class, f"{s.weight:g}", s.licence)
         lines.append(f"| {' | '.join((*cells, *terms))} |")
     return "\n".join(lines)

@@ -52,76 +52,72 @@ def published_groups(*, question: float, caption_share: float) -> list[DocumentG
     percent = TASKS | {CAPTION: both * caption_share, GENERATION: both * (1 - caption_share)}
     total = sum(percent.values())
     text = (MEAN - IMAGE - CONTROL) * total  # of all documents, questions included
-    asked = question * (total - percent[GENERATION])  # generation: the text is the question
-    long = (text - asked - VQA_ANSWER * percent[VQA]) / (total - percent[VQA])
-    if long <= VQA_ANSWER:
+    questions = question * (total - percent[GENERATION])  # generation: the text is the question
+    answer = (text - questions - VQA_ANSWER * percent[VQA]) / (total - percent[VQA])
+    if answer <= VQA_ANSWER:
         raise ValueError(
-            f"--question is {question}; with {MEAN} tokens a document on average it leaves "
-            f"{long:.0f} for the text of an answer: choose a smaller one"
+            f"--question is {question}; with a mean of {MEAN} tokens per document this leaves "
+            f"{answer:.0f} tokens for the text of an answer; use a smaller value"
         )
-    found = []
+    groups = []
     for task, share in percent.items():
         halves = task == REPORT
+        part = share / 2 if halves else share
         if task != GENERATION:
-            words = VQA_ANSWER if task == VQA else long
-            drawn = 0 if task != INTERLEAVED else CODES
-            frame = 2 if drawn else 0  # BOI and EOI
-            part = share / 2 if halves else share
-            found.append(
-                DocumentGroup(task=task, percent=part, text=words + 1 + frame, image=drawn)
-            )
-        if halves or task == GENERATION:
-            part = share / 2 if halves else share
-            found.append(
-                DocumentGroup(task=task, percent=part, text=3, image=CODES)
-            )  # BOI, EOI, EOS
-    return found
+            answer_tokens = VQA_ANSWER if task == VQA else answer
+            codes = 0 if task != INTERLEAVED else CODES
+            markers = 2 if codes else 0  # BOI and EOI
+            tokens = answer_tokens + 1 + markers
+            groups.append(DocumentGroup(task=task, percent=part, text=tokens, image=codes))
+        if halves or task == GENERATION:  # 3: BOI, EOI, EOS
+            groups.append(DocumentGroup(task=task, percent=part, text=3, image=CODES))
+    return groups
 
 
 def groups_in_records(folder: str, mask: str) -> list[DocumentGroup]:
     """Return one group for each document of a folder of records."""
-    found = open_records(folder)
-    image = found.index[f"{mask}_image"]
-    text = found.index[mask] - image
-    names, percent = found.names("task"), 100 / len(found)
-    rows = zip(found.index["task"].tolist(), text.tolist(), image.tolist(), strict=True)
+    records = open_records(folder)
+    image = records.index[f"{mask}_image"]
+    text = records.index[mask] - image
+    names, percent = records.names("task"), 100 / len(records)
+    rows = zip(records.index["task"].tolist(), text.tolist(), image.tolist(), strict=True)
     return [
         DocumentGroup(task=names[task], percent=percent, text=t, image=i) for task, t, i in rows
     ]
 
 
-def shares(kinds: list[DocumentGroup]) -> dict[str, dict[str, float]]:
+def shares(groups: list[DocumentGroup]) -> dict[str, dict[str, float]]:
     """Return, by task, the percent of the objective under both choices, and the image codes' part.
 
     VQA 50 %: 1 text; Image Generation 50 %: 1 text, 2 image
         {"VQA": {"document": 50, "document_image": 0, "token": 25, "token_image": 0},
          "Image Generation": {50, 33.3, 75, 50}}
     """
-    all_percent = sum(k.percent for k in kinds)
-    all_tokens = sum(k.percent * (k.text + k.image) for k in kinds)
+    all_percent = sum(group.percent for group in groups)
+    all_tokens = sum(group.percent * (group.text + group.image) for group in groups)
     table: dict[str, dict[str, float]] = {}
-    for k in kinds:
+    for group in groups:
         names = ("document", "document_image", "token", "token_image")
-        row = table.setdefault(k.task, dict.fromkeys(names, 0.0))
-        document = 100 * k.percent / all_percent
+        row = table.setdefault(group.task, dict.fromkeys(names, 0.0))
+        document = 100 * group.percent / all_percent
         row["document"] += document
-        row["document_image"] += document * k.image / (k.text + k.image)
-        row["token"] += 100 * k.percent * (k.text + k.image) / all_tokens
-        row["token_image"] += 100 * k.percent * k.image / all_tokens
+        row["document_image"] += document * group.image / (group.text + group.image)
+        row["token"] += 100 * group.percent * (group.text + group.image) / all_tokens
+        row["token_image"] += 100 * group.percent * group.image / all_tokens
     return table
 
 
-def markdown(kinds: list[DocumentGroup]) -> str:
+def markdown(groups: list[DocumentGroup]) -> str:
     """Return the table of docs/objective.md."""
-    table = shares(kinds)
+    table = shares(groups)
     lines = [
         "| task | `document` | its image codes | `token` | its image codes | ratio |",
         "|---|---|---|---|---|---|",
     ]
     for task, row in sorted(table.items(), key=lambda item: -item[1]["document"]):
-        times = row["document"] / row["token"]
+        ratio = row["document"] / row["token"]
         cells = " | ".join(f"{value:.1f}%" for value in row.values())
-        lines.append(f"| {task} | {cells} | {float(f'{times:.2g}'):g} |")
+        lines.append(f"| {task} | {cells} | {float(f'{ratio:.2g}'):g} |")
     total = {name: sum(row[name] for row in table.values()) for name in table[task]}
     lines.append(f"| all | {' | '.join(f'{value:.1f}%' for value in total.values())} | |")
     return "\n".join(lines)
@@ -132,23 +128,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--records", default="", help="a folder of records to count instead")
-    parser.add_argument("--mask", default="answers", choices=("answers", "release"))
-    parser.add_argument("--question", type=float, default=QUESTION, help="tokens, of the model")
+    parser.add_argument(
+        "--records", default="", help="folder of records whose tokens are counted instead"
+    )
+    parser.add_argument(
+        "--mask", default="answers", choices=("answers", "release"), help="loss mask, for --records"
+    )
+    parser.add_argument(
+        "--question", type=float, default=QUESTION, help="tokens of a question in the length model"
+    )
     parser.add_argument(
         "--captions", type=float, default=CAPTION_SHARE,
-        help="captions among captions and image generations, of the model: the published chart's "
-        "share, or 0.5 as a summary of the paper has it",
+        help="share of captioning among captioning and image generation in the length model: that "
+        "of the published chart by default, or 0.5 as in a summary of the paper",
     )  # fmt: skip
     args = parser.parse_args()
     try:
         if args.records:
-            kinds = groups_in_records(args.records, args.mask)
+            groups = groups_in_records(args.records, args.mask)
         else:
-            kinds = published_groups(question=args.question, caption_share=args.captions)
+            groups = published_groups(question=args.question, caption_share=args.captions)
     except ValueError as error:  # RecordsError is a subclass
         sys.exit(str(error))
-    print(markdown(kinds))
+    print(markdown(groups))
 
 
 if __name__ == "__main__":

@@ -120,17 +120,21 @@ def prepare_sample(
     if kind not in KINDS:
         raise PrepareError(f"kind is {kind!r}; use one of {', '.join(KINDS)}")
     if views < 1 or (views > 1 and split != "train"):
-        raise PrepareError(f"views is {views} for split {split}; use 1, or more for train only")
+        raise PrepareError(
+            f"views is {views} for split {split}; use 1, or 1 or more for split train"
+        )
     rows = [r for r in _manifest(Path(sample)) if r["split"] == split]
     if not rows:
-        raise PrepareError(f"the manifest has no picture of split {split!r}; use one of {SPLITS}")
+        raise PrepareError(
+            f"the manifest has no image of split {split!r}; use one of {', '.join(SPLITS)}"
+        )
     encoder = load_encoder(Path(model_folder), vq=vq, tokenizer=tokenizer)
-    shown = _dealt(_worded(kind, rows, seed, rounds), rows, views, seed)
+    texts = _assign_views(_sample_texts(kind, rows, seed, rounds), rows, views, seed)
     notes = dict(maker="sample", split=split, kind=kind, views=views, rounds=rounds, seed=seed)
-    pictures = document_codes.open_code_source(codes, encoder, precision)
-    shown_images = _Images(Path(sample), {row["file"]: row["file"] for row in rows})
-    made = _documents(shown, encoder, pictures, shown_images, notes, max_unreadable)
-    meta = writer.write(out, made, shard_size=SHARD_SIZE, layout=encoder.layout, notes=notes)
+    code_source = document_codes.open_code_source(codes, encoder, precision)
+    images = _Images(Path(sample), {row["file"]: row["file"] for row in rows})
+    documents = _encode_documents(texts, encoder, code_source, images, notes, max_unreadable)
+    meta = writer.write(out, documents, shard_size=SHARD_SIZE, layout=encoder.layout, notes=notes)
     log.info("%s: %d documents, %d tokens", out, meta["documents"], meta["tokens"])
     return meta
 
@@ -138,7 +142,7 @@ def prepare_sample(
 def write_texts(out: Path, split: str, kind: str, seed: int, rounds: int) -> dict[str, Any]:
     """Write the documents of a sample split as text, for `documents`; return their number."""
     rows = [row for row in _manifest(SAMPLE) if row["split"] == split]
-    lines = [json.dumps(text) + "\n" for text in _worded(kind, rows, seed, rounds)]
+    lines = [json.dumps(text) + "\n" for text in _sample_texts(kind, rows, seed, rounds)]
     Folder(out.parent).write(out.name, [line.encode() for line in lines])
     return dict(documents=len(lines))
 
@@ -164,21 +168,25 @@ def prepare_documents(
     for number, row in enumerate(rows, start=1):
         name = f"image of row {number}" if secret else row["image_path"]
         names.setdefault(row["image_path"], name)
-    shown = _Images(Path(images), names, secret)
+    image_files = _Images(Path(images), names, secret)
     for path in names:
         if path:
-            shown.find(path)  # before any file is opened
+            image_files.find(path)  # before any file is opened
     views = {path: ImageView(path, 0, "", False) for path in names if path}
-    dealt = [(row, views.get(row["image_path"])) for row in rows]
+    texts = [(row, views.get(row["image_path"])) for row in rows]
     encoder = load_encoder(Path(model_folder))
     notes = dict(maker="documents", source=Path(source).name)
-    pictures = document_codes.open_code_source(codes, encoder, precision)
+    code_source = document_codes.open_code_source(codes, encoder, precision)
     with contextlib.ExitStack() as stack:
         if secret:
             stack.enter_context(private_folder(out))
             stack.enter_context(dicom.silence())  # pydicom's warnings repeat headers
-        made = _documents(dealt, encoder, pictures, shown, notes, max_unreadable)
-        return writer.write(out, made, shard_size=SHARD_SIZE, layout=encoder.layout, notes=notes)
+        documents = _encode_documents(
+            texts, encoder, code_source, image_files, notes, max_unreadable
+        )
+        return writer.write(
+            out, documents, shard_size=SHARD_SIZE, layout=encoder.layout, notes=notes
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,60 +213,67 @@ def _manifest(sample: Path) -> list[dict[str, Any]]:
     try:
         return read_manifest(path)
     except (OSError, ValueError) as error:
-        raise PrepareError(f"{path}: cannot be used ({printable(error)})") from error
+        raise PrepareError(
+            f"{path}: cannot be read ({printable(error)}); restore the file"
+        ) from error
 
 
-def _worded(kind: str, rows: list[dict[str, Any]], seed: int, rounds: int) -> list[dict[str, Any]]:
+def _sample_texts(
+    kind: str, rows: list[dict[str, Any]], seed: int, rounds: int
+) -> list[dict[str, Any]]:
     """Return the documents of `rounds` seeds starting at `seed`: the same facts in other words."""
-    found = KINDS[kind](rows, seed)
+    texts = KINDS[kind](rows, seed)
     for n in range(1, rounds):
-        found += [d | {"id": f"{d['id']}-r{n}"} for d in KINDS[kind](rows, seed + n)]
-    return found
+        texts += [d | {"id": f"{d['id']}-r{n}"} for d in KINDS[kind](rows, seed + n)]
+    return texts
 
 
-def _dealt(
+def _assign_views(
     texts: list[dict[str, Any]], rows: list[dict[str, Any]], views: int, seed: int
 ) -> list[tuple[dict[str, Any], ImageView | None]]:
     """Return each document with the view it shows: the n-th of an image shows view n % views."""
     row_of = {row["file"]: row for row in rows}
     turn: collections.Counter[str] = collections.Counter()
-    dealt = []
+    assigned = []
     for text in texts:
-        path, shown = text["image_path"], None
+        path, view = text["image_path"], None
         if path:
             row, n = row_of[path], turn[path] % views
             crop = row["count"] is None and not row["lesion"]
-            shown = ImageView(path=path, number=n, seed=f"{seed}/{row['id']}/{n}", crop=crop)
+            view = ImageView(path=path, number=n, seed=f"{seed}/{row['id']}/{n}", crop=crop)
             turn[path] += 1
-        dealt.append((text, shown))
-    return dealt
+        assigned.append((text, view))
+    return assigned
 
 
-def _documents(
-    dealt: list[tuple[dict[str, Any], ImageView | None]],
+def _encode_documents(
+    texts: list[tuple[dict[str, Any], ImageView | None]],
     encoder: Encoder,
-    pictures: OnlineEncoder | StoredCodes,
+    code_source: OnlineEncoder | StoredCodes,
     images: _Images,
     notes: dict[str, Any],
     max_unreadable: float,
 ) -> Iterator[Document]:
     """Yield the documents, and record in `notes` what had to be left out."""
     files = Files(images.open, images.find, images.names.__getitem__)
-    codes, unreadable = pictures([v for _, v in dealt if v], files, tell=True)
-    count = len({v.path for _, v in dealt if v})
+    codes, unreadable = code_source([v for _, v in texts if v], files, log_progress=True)
+    count = len({v.path for _, v in texts if v})
     if len(unreadable) > max_unreadable * count:
         raise PrepareError(
-            f"{len(unreadable)} of {count} pictures cannot be read, --max_unreadable allows"
-            f" the share {max_unreadable}; the first: {next(iter(unreadable.values()))}"
+            f"{len(unreadable)} of {count} images cannot be read, but --max_unreadable allows only "
+            f"the share {max_unreadable}; the first: {next(iter(unreadable.values()))}"
         )
-    kept = [(text, v) for text, v in dealt if not v or v.path not in unreadable]
-    notes["unreadable"] = {images.names[path]: why for path, why in unreadable.items()}
-    notes["documents_left_out"] = len(dealt) - len(kept)
-    notes |= dict(codes=pictures.notes())
+    kept = [(text, v) for text, v in texts if not v or v.path not in unreadable]
+    notes["unreadable"] = {images.names[path]: reason for path, reason in unreadable.items()}
+    notes["documents_left_out"] = len(texts) - len(kept)
+    notes |= dict(codes=code_source.notes())
     if unreadable:
-        log.warning("%d pictures left out, %d documents", len(unreadable), len(dealt) - len(kept))
+        log.warning(
+            "excluded %d unreadable images and their %d documents",
+            len(unreadable), len(texts) - len(kept),
+        )  # fmt: skip
     digests = {p: digest_of(images.find(p)).hex() for p in {v.path for _, v in kept if v}}
-    for number, (text, v) in enumerate(dealt, start=1):
+    for number, (text, v) in enumerate(texts, start=1):
         if v and v.path in unreadable:
             continue
         image = codes[v.path, v.number] if v else None
@@ -268,7 +283,7 @@ def _documents(
             if not images.secret:
                 raise
             raise PrepareError(
-                f"row {number}: text writes the name of a control token; remove it"
+                f"row {number}: text contains the name of a control token; remove it"
             ) from None
         names = ("image_path", "task", "source", "credential", "turns", "group", "id")
         digest = digests[v.path] if v else ""
@@ -291,7 +306,7 @@ def main(argv: list[str] | None = None) -> int:
         print(printable_text(str(stop)), file=sys.stderr)
         return 75
     except KeyboardInterrupt:
-        print(f"interrupted: {args.left}; give the same command again", file=sys.stderr)
+        print(f"interrupted: {args.left}; rerun the same command", file=sys.stderr)
         return 75
     for name, value in {} if args.json else result.items():
         rows = value if isinstance(value, list) and value else [value]
@@ -308,62 +323,65 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.set_defaults(left="no records were written")
     commands = parser.add_subparsers(required=True, metavar="command")
-    sample = commands.add_parser("sample", help="the embedded pictures to records")
+    sample = commands.add_parser("sample", help="convert the embedded sample to records")
     sample.add_argument("--out", type=Path, required=True, help="folder to write")
-    sample.add_argument("--split", choices=SPLITS, default="train")
-    sample.add_argument("--kind", choices=tuple(KINDS), default="instruction")
-    sample.add_argument("--views", type=_positive, default=1, help="looks at each train picture")
+    sample.add_argument("--split", choices=SPLITS, default="train", help="split of the sample")
+    sample.add_argument(
+        "--kind", choices=tuple(KINDS), default="instruction", help="kind of documents"
+    )
+    sample.add_argument("--views", type=_positive, default=1, help="views of each train image")
     sample.add_argument("--rounds", type=_positive, default=1, help="wordings of each document")
-    sample.add_argument("--seed", type=int, default=0, help="of wordings and views")
-    sample.add_argument("--max_unreadable", type=float, default=MAX_UNREADABLE, metavar="SHARE")
-    sample.add_argument("--texts", action="store_true", help="--out is a file for `documents`")
+    sample.add_argument("--seed", type=int, default=0, help="seed of wordings and views")
+    _add_max_unreadable(sample)
+    sample.add_argument(
+        "--texts", action="store_true", help="write text to the file --out, for `documents`"
+    )
     source_build.add_code_flags(sample)
     sample.set_defaults(run=_run_sample)
-    brought, unpacked = release_cli.add(commands)
-    written = commands.add_parser("documents", help="texts and pictures to records")
-    written.add_argument("--from", dest="source", type=Path, required=True, help="JSONL: texts.py")
-    written.add_argument("--images", type=Path, required=True, help="folder of their pictures")
-    written.add_argument("--out", type=Path, required=True, help="folder to write")
-    written.add_argument("--max_unreadable", type=float, default=MAX_UNREADABLE, metavar="SHARE")
-    source_build.add_code_flags(written)
-    written.set_defaults(run=_run_documents)
-    curated = cli.add(commands)
-    asked_items = benchmark_import.add(commands)
-    tokenized = commands.add_parser("tokenize", help="pictures to codes, at scale")
-    store.add_flags(tokenized)
-    tokenized.set_defaults(left="finished shards are kept")
-    built = commands.add_parser("build", help="a source of MedMax, as published, to records")
-    source_build.add_flags(built)
-    checked = record_check.add(commands, TINY)
-    counted = stats.add(commands, TINY, SAMPLE / "manifest.jsonl")
-    planned = report.add(commands)
-    traced = provenance.add(commands)
-    for command in (checked, counted, planned):
-        command.add_argument("folder", type=Path, help="folder of records; of plan, also its file")
-    for command in (sample, written):
+    release_cli.add(commands)
+    documents = commands.add_parser("documents", help="convert text and images to records")
+    documents.add_argument(
+        "--from", dest="source", type=Path, required=True,
+        help="JSONL in the format of data/records/jsonl.py",
+    )  # fmt: skip
+    documents.add_argument("--images", type=Path, required=True, help="folder of the images")
+    documents.add_argument("--out", type=Path, required=True, help="folder to write")
+    _add_max_unreadable(documents)
+    source_build.add_code_flags(documents)
+    documents.set_defaults(run=_run_documents)
+    cli.add(commands)
+    benchmark_import.add(commands)
+    tokenize = commands.add_parser("tokenize", help="convert images to VQGAN codes, at scale")
+    store.add_flags(tokenize)
+    tokenize.set_defaults(left="finished shards are kept")
+    build = commands.add_parser("build", help="convert a published source of MedMax to records")
+    source_build.add_flags(build)
+    check = record_check.add(commands, TINY)
+    count = stats.add(commands, TINY, SAMPLE / "manifest.jsonl")
+    plan = report.add(commands)
+    provenance.add(commands)
+    for command in (check, count):
+        command.add_argument("folder", type=Path, help="folder of records")
+    plan.add_argument("folder", type=Path, help="folder of records, or a saved plan")
+    for command in (sample, documents):
         command.add_argument("--model", type=Path, default=TINY, help="model folder")
-    asked = (
-        sample,
-        brought,
-        tokenized,
-        built,
-        unpacked,
-        written,
-        curated,
-        checked,
-        counted,
-        planned,
-        traced,
-        asked_items,
-    )
-    for command in asked:
-        command.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    for command in commands.choices.values():
+        command.add_argument(
+            "--json", action="store_true", help="print one JSON object as the last line"
+        )
     return parser
+
+
+def _add_max_unreadable(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--max_unreadable", type=float, default=MAX_UNREADABLE, metavar="SHARE",
+        help="stop if more than this share of images cannot be read",
+    )  # fmt: skip
 
 
 def _positive(text: str) -> int:
     if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+        raise argparse.ArgumentTypeError(f"{text} is below 1; use 1 or more")
     return number
 
 

@@ -45,7 +45,7 @@ class RecordsConfig(tfds.core.BuilderConfig):
     """The folder that each split is made from."""
 
     folders: Mapping[str, Path]
-    saw: Callable[[int], None] = dataclasses.field(repr=False)  # bytes of tokens written
+    progress: Callable[[int], None] = dataclasses.field(repr=False)  # bytes of tokens written
 
 
 class MedmaxRecords(tfds.core.GeneratorBasedBuilder):
@@ -57,10 +57,10 @@ class MedmaxRecords(tfds.core.GeneratorBasedBuilder):
     code_path = None
 
     def _info(self) -> tfds.core.DatasetInfo:
-        opened = {s: writer.open_records(f) for s, f in self.builder_config.folders.items()}
-        about = {
+        records = {s: writer.open_records(f) for s, f in self.builder_config.folders.items()}
+        metadata = {
             split: {"sha256": r.fingerprint, "layout": r.meta["layout"], "notes": r.meta["notes"]}
-            for split, r in opened.items()
+            for split, r in records.items()
         }
         # A Tensor, because Sequence(int32) would decode to a list of numpy scalars, thirty times
         # slower.
@@ -70,7 +70,7 @@ class MedmaxRecords(tfds.core.GeneratorBasedBuilder):
             builder=self,
             features=tfds.features.FeaturesDict(features | {"turns": np.int32}),
             disable_shuffling=True,  # keeps the order of the records; training shuffles by itself
-            metadata=tfds.core.MetadataDict(about),
+            metadata=tfds.core.MetadataDict(metadata),
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
@@ -78,9 +78,10 @@ class MedmaxRecords(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(folder) for split, folder in folders.items()}
 
     def _generate_examples(self, folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-        for number, found in enumerate(writer.open_records(folder)):
-            yield number, {f.name: getattr(found, f.name) for f in dataclasses.fields(found)}
-            self.builder_config.saw(found.tokens.nbytes)
+        for number, document in enumerate(writer.open_records(folder)):
+            fields = dataclasses.fields(document)
+            yield number, {field.name: getattr(document, field.name) for field in fields}
+            self.builder_config.progress(document.tokens.nbytes)
 
 
 def write(
@@ -89,30 +90,33 @@ def write(
     """Write OUT/medmax_records/NAME/1.0.0 from records by split; return that folder."""
     for word in (name, *folders):
         if not _WORD.fullmatch(word):
-            raise RecordsError(f"{word!r} is no name of a data set or split; use one like train_2")
+            raise RecordsError(
+                f"{word!r} is not a valid name of a data set or split; use one like train_2"
+            )
     target = Path(os.path.abspath(out)) / NAME / name / str(MedmaxRecords.VERSION)
     if target.exists():
-        raise RecordsError(f"{target}: exists; choose another --name or --out, or delete it")
-    opened = {split: writer.open_records(folder) for split, folder in folders.items()}
-    credentials = {c for r in opened.values() for c in r.meta["credentials"]}
+        raise RecordsError(f"{target}: exists; use another --name or --out, or delete it")
+    records = {split: writer.open_records(folder) for split, folder in folders.items()}
+    credentials = {c for r in records.values() for c in r.meta["credentials"]}
     secret = set(map(egress.is_credentialed, credentials))
     if len(secret) > 1:
         raise RecordsError(
-            "credentialed documents would lie among others; make a data set of each: "
-            + ", ".join(f"{split} has {r.meta['credentials']}" for split, r in opened.items())
+            "credentialed documents must not be stored with others; create a separate data set of "
+            "each: "
+            + ", ".join(f"{split} has {r.meta['credentials']}" for split, r in records.items())
         )
-    for left in target.parent.glob("incomplete.*"):  # left by a run that was killed
-        shutil.rmtree(left)
-    progress = ByteProgress(4 * sum(r.meta["tokens"] for r in opened.values()), say)
+    for leftover in target.parent.glob("incomplete.*"):  # left by a run that was killed
+        shutil.rmtree(leftover)
+    progress = ByteProgress(4 * sum(r.meta["tokens"] for r in records.values()), say)
     config = RecordsConfig(
-        name=name, folders={split: Path(f) for split, f in folders.items()}, saw=progress
+        name=name, folders={split: Path(f) for split, f in folders.items()}, progress=progress
     )
     if secret == {True}:
         with private_umask():
             _prepare(config, out)
     else:
         _prepare(config, out)
-    progress.done(f"{target}: {sum(map(len, opened.values()))} documents")
+    progress.done(f"{target}: {sum(map(len, records.values()))} documents")
     return target
 
 
@@ -145,10 +149,10 @@ def main(argv: list[str] | None = None) -> int:
         type=_split,
         dest="folders",
         metavar="SPLIT=FOLDER",
-        help="folders of records",
+        help="split names and the folders of their records",
     )
-    parser.add_argument("--out", type=Path, required=True, help="TFDS's data_dir")
-    parser.add_argument("--name", required=True, help="of this data set")
+    parser.add_argument("--out", type=Path, required=True, help="data_dir of TFDS")
+    parser.add_argument("--name", required=True, help="name of this data set")
     args = parser.parse_args(argv)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     log.setLevel(logging.INFO)
@@ -159,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
         print(printable_text(f"error: {error}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted: no data set was written; give the same command again", file=sys.stderr)
+        print("interrupted: no data set was written; rerun the same command", file=sys.stderr)
         return 75
     return 0
 

@@ -48,7 +48,9 @@ def read(path: Path, tokenizer: Tokenizer) -> list[EvalItem]:
     try:
         rows = text_files.read_objects(path, max_bytes=MAX_LINE)
     except TextFileError as error:
-        raise RecordsError(f"{error}: cannot be read; name records or items") from error
+        raise RecordsError(
+            f"{error}: cannot be read; use a folder of records or an items.jsonl"
+        ) from error
     return [_of_row(row, path, place.removeprefix(f"{path} ")) for place, row in rows]
 
 
@@ -60,68 +62,67 @@ def with_image_hashes(
     With a folder, bytes and hashes are those of the files there. With an encoder, hashes are those
     of decoded codes, and the file of an item without codes is encoded.
     """
-    files = _files(items, folder)
+    files = _hash_files(items, folder)
     unread = sum(bool(item.path) and item.path not in files for item in items) * bool(folder)
     items = [dataclasses.replace(i, sha=files[i.path][0]) if i.path in files else i for i in items]
     if encoder is None:
         table = [(n, files[i.path][1]) for n, i in enumerate(items) if i.path in files]
     else:
-        items = _encoded(items, folder, encoder)
-        each = {near_duplicates.code_hash(c): c for item in items for c in item.codes}
-        hashes = dict(zip(each, near_duplicates.hash_codes(encoder, each.values()), strict=True))
+        items = _with_codes(items, folder, encoder)
+        codes = {near_duplicates.code_hash(c): c for item in items for c in item.codes}
+        hashes = dict(zip(codes, near_duplicates.hash_codes(encoder, codes.values()), strict=True))
         table = [
             (n, hashes[near_duplicates.code_hash(c)]) for n, i in enumerate(items) for c in i.codes
         ]
-    table = [(n, look) for n, look in table if look is not None]
-    shape = np.array([look for _, look in table], np.uint32).reshape(-1, near_duplicates.HASH_WORDS)
-    return items, shape, np.array([n for n, _ in table], np.int64), unread
+    table = [(n, image_hash) for n, image_hash in table if image_hash is not None]
+    rows = np.array([image_hash for _, image_hash in table], np.uint32)
+    owners = np.array([n for n, _ in table], np.int64)
+    return items, rows.reshape(-1, near_duplicates.HASH_WORDS), owners, unread
 
 
-def _files(
+def _hash_files(
     items: list[EvalItem], folder: Path | None
-) -> dict[str, tuple[str, near_duplicates.Look | None]]:
+) -> dict[str, tuple[str, near_duplicates.PerceptualHash | None]]:
     """Return path -> (SHA-256, perceptual hash) of the files that can be read."""
-    found = {}
+    hashes = {}
     for path in sorted({item.path for item in items if item.path and folder is not None}):
         with contextlib.suppress(image_headers.ImageError):  # counted by the caller
-            found[path] = near_duplicates.hash_file(folder, path)
-    return found
+            hashes[path] = near_duplicates.hash_file(folder, path)
+    return hashes
 
 
-def _encoded(items: list[EvalItem], folder: Path | None, encoder: Encoder) -> list[EvalItem]:
+def _with_codes(items: list[EvalItem], folder: Path | None, encoder: Encoder) -> list[EvalItem]:
     """Return items with the codes of their files; an item whose file is unreadable has none."""
-    paths = sorted({item.path for item in items if item.sha and item.path and not item.codes})
-    each = (
-        near_duplicates.encode_files(encoder, [folder / path for path in paths])
-        if folder is not None
-        else []
-    )
-    codes = dict(zip(paths if folder is not None else [], each, strict=True))
+    codes = {}
+    if folder is not None:
+        paths = sorted({item.path for item in items if item.sha and item.path and not item.codes})
+        files = [folder / path for path in paths]
+        codes = dict(zip(paths, near_duplicates.encode_files(encoder, files), strict=True))
     return [
         dataclasses.replace(i, codes=(codes[i.path],)) if not i.codes and i.path in codes else i
         for i in items
     ]
 
 
-def _of_records(found: Records, tokenizer: Tokenizer) -> Iterator[EvalItem]:
-    for n, d in enumerate(found):
-        text = plain_text(d, found.layout, tokenizer)
+def _of_records(records: Records, tokenizer: Tokenizer) -> Iterator[EvalItem]:
+    for n, d in enumerate(records):
+        text = plain_text(d, records.layout, tokenizer)
         yield EvalItem(
-            name=f"document {n}" if has_credentialed(found) else d.id,
+            name=f"document {n}" if has_credentialed(records) else d.id,
             words=tuple(normalized_words(text)),
             path=d.image_path,
-            codes=tuple(images_of(d, found)),
+            codes=tuple(images_of(d, records)),
             sha=d.image_sha256,
         )
 
 
 def _of_row(row: dict[str, Any], file: Path, place: str) -> EvalItem:
     prompt, answer, path = row.get("prompt"), row.get("answer"), row.get("image_path") or ""
-    as_text = all(type(part) in (str, int, float) for part in (prompt, answer))
-    if not as_text or not isinstance(path, str):
+    valid = all(type(part) in (str, int, float) for part in (prompt, answer))
+    if not valid or not isinstance(path, str):
         raise RecordsError(
-            f"{file}, {place}: no item with prompt, answer and image_path; make the file with "
-            "data.prepare import"
+            f"{file}, {place}: not an item with prompt, answer and image_path; create the file "
+            "with data.prepare import"
         )
     text = f"{prompt}\n{answer}".replace(IMAGE_NAME, "\n")
     secret = egress.data_class_of(row, place, default=egress.LICENCE_BOUND)

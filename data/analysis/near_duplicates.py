@@ -1,10 +1,10 @@
 """Find equal and nearly equal images and texts by their hashes.
 
     codes      SHA-256 of an image's codes as little-endian uint16, in raster order
-    look       perceptual hash: pHash (Zauner 2010) of 256 bits: gray, 64 x 64, DCT, the 16 x 16
+    hash       perceptual hash: pHash (Zauner 2010) of 256 bits: gray, 64 x 64, DCT, the 16 x 16
                lowest frequencies without the constant row and column, each above their median or
                not
-    grams      13 consecutive words, lower case without punctuation, as GPT-3's appendix C
+    n-grams    13 consecutive words, lower case without punctuation, as GPT-3's appendix C
                (arXiv 2005.14165) searched for benchmarks in its training text
 
 Functions take and return arrays, because the check of records and the evaluation suite use the same
@@ -48,47 +48,47 @@ def hash64(name: str | bytes) -> int:
     return int(name[:16] if isinstance(name, str) else hashlib.sha256(name).hexdigest()[:16], 16)
 
 
-def perceptual_hash(picture: PIL.Image.Image) -> UInt32[np.ndarray, "8"] | None:
+def perceptual_hash(image: PIL.Image.Image) -> UInt32[np.ndarray, "8"] | None:
     """Return the perceptual hash of an image; None if it is flat."""
-    small = picture.convert("L").resize((_SIDE, _SIDE), PIL.Image.Resampling.LANCZOS)
+    small = image.convert("L").resize((_SIDE, _SIDE), PIL.Image.Resampling.LANCZOS)
     return perceptual_hash_of_gray(np.asarray(small, np.float64))
 
 
-def perceptual_hash_of_gray(grey: Float[np.ndarray, "64 64"]) -> UInt32[np.ndarray, "8"] | None:
+def perceptual_hash_of_gray(gray: Float[np.ndarray, "64 64"]) -> UInt32[np.ndarray, "8"] | None:
     """Return the perceptual hash of 64 x 64 gray levels of 0..255."""
-    if grey.std() < MIN_CONTRAST:
+    if gray.std() < MIN_CONTRAST:
         return None
-    low = (_DCT @ grey @ _DCT.T).reshape(-1)
+    low = (_DCT @ gray @ _DCT.T).reshape(-1)
     bits = low > np.median(low)
     return np.packbits(bits).view(">u4").astype(np.uint32)
 
 
 def near_duplicate_pairs(
-    ours: UInt32[np.ndarray, "n 8"], theirs: UInt32[np.ndarray, "m 8"], most: int
+    ours: UInt32[np.ndarray, "n 8"], theirs: UInt32[np.ndarray, "m 8"], max_bits: int
 ) -> Iterator[tuple[Int[np.ndarray, "_"], Int[np.ndarray, "_"], Int[np.ndarray, "_"]]]:
-    """Yield (i, j, distance) of all pairs at most `most` bits apart; a pair may be repeated.
+    """Yield (i, j, distance) of all pairs at most `max_bits` apart; a pair may be repeated.
 
     Of at most 15 different bits, one of the eight words has at most one: so for each word all of
     `theirs` with that word, or with one bit of it flipped, are looked up in sorted order, 33 x 8
-    look-ups per image instead of m. Raises ValueError if `most` is beyond that guarantee.
+    look-ups per image instead of m. Raises ValueError if `max_bits` is beyond that guarantee.
     """
-    if not 0 <= most <= NEAR_DUPLICATE_BITS:
+    if not 0 <= max_bits <= NEAR_DUPLICATE_BITS:
         raise ValueError(
-            f"most is {most}; use 0..{NEAR_DUPLICATE_BITS}, within which no pair is missed"
+            f"max_bits is {max_bits}; use 0..{NEAR_DUPLICATE_BITS}, within which no pair is missed"
         )
     flips = np.concatenate([[0], 1 << np.arange(32, dtype=np.uint64)]).astype(np.uint32)
     for word in range(HASH_WORDS):
         order = np.argsort(theirs[:, word], kind="stable")
         column = theirs[order, word]
         for flip in flips:
-            wanted = ours[:, word] ^ flip
-            low = np.searchsorted(column, wanted, side="left")
-            count = np.searchsorted(column, wanted, side="right") - low
-            for i, place in _ranges(low, count):
-                j = order[place]
-                apart = np.bitwise_count(ours[i] ^ theirs[j]).sum(1, dtype=np.int64)
-                close = apart <= most
-                yield i[close], j[close], apart[close]
+            word_values = ours[:, word] ^ flip
+            low = np.searchsorted(column, word_values, side="left")
+            count = np.searchsorted(column, word_values, side="right") - low
+            for i, position in _ranges(low, count):
+                j = order[position]
+                distance = np.bitwise_count(ours[i] ^ theirs[j]).sum(1, dtype=np.int64)
+                close = distance <= max_bits
+                yield i[close], j[close], distance[close]
 
 
 def connected_components(
@@ -138,12 +138,12 @@ def normalized_words(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
-def ngram_hashes(found: Sequence[str], size: int = NGRAM_SIZE) -> UInt64[np.ndarray, "_"]:
+def ngram_hashes(words: Sequence[str], size: int = NGRAM_SIZE) -> UInt64[np.ndarray, "_"]:
     """Return the hash of each `size` consecutive words; none if there are fewer words."""
-    if len(found) < size:
+    if len(words) < size:
         return np.zeros(0, np.uint64)
-    hashed = np.array([hash64(word.encode()) for word in found], np.uint64)
-    count, total = len(found) - size + 1, np.zeros(1, np.uint64)
+    hashed = np.array([hash64(word.encode()) for word in words], np.uint64)
+    count, total = len(words) - size + 1, np.zeros(1, np.uint64)
     for k in range(size):  # wraps around, as a polynomial modulo 2^64
         total = total * _ODD + hashed[k : k + count]
     return total
@@ -154,34 +154,34 @@ class NgramIndex:
 
     def __init__(self, items: Sequence[Sequence[str]]):
         """Build the index; `items`: the words of each item."""
-        each = [np.unique(ngram_hashes(item)) for item in items]
-        self.sizes = np.array([len(g) for g in each], np.int64)  # 0: too short to be found
-        self.item = np.repeat(np.arange(len(each)), self.sizes)
-        flat = np.concatenate([*each, np.zeros(0, np.uint64)])
-        self._known, self._place = np.unique(flat, return_inverse=True)
-        self.count = np.zeros(len(self._known), np.int64)
-        self.first = np.full(len(self._known), -1, np.int64)
+        ngrams = [np.unique(ngram_hashes(item)) for item in items]
+        self.sizes = np.array([len(g) for g in ngrams], np.int64)  # 0: too short to be found
+        self.item = np.repeat(np.arange(len(ngrams)), self.sizes)
+        flat = np.concatenate([*ngrams, np.zeros(0, np.uint64)])
+        self._ngrams, self._inverse = np.unique(flat, return_inverse=True)
+        self.count = np.zeros(len(self._ngrams), np.int64)
+        self.first = np.full(len(self._ngrams), -1, np.int64)
 
-    def add_document(self, found: Sequence[str], document: int) -> None:
+    def add_document(self, words: Sequence[str], document: int) -> None:
         """Count the words of one training document."""
-        if not len(self._known) or len(found) < NGRAM_SIZE:
+        if not len(self._ngrams) or len(words) < NGRAM_SIZE:
             return
-        ours = np.unique(ngram_hashes(found))
-        place = np.minimum(np.searchsorted(self._known, ours), len(self._known) - 1)
-        place = place[self._known[place] == ours]
-        self.first[place[self.count[place] == 0]] = document
-        self.count[place] += 1
+        ngrams = np.unique(ngram_hashes(words))
+        position = np.minimum(np.searchsorted(self._ngrams, ngrams), len(self._ngrams) - 1)
+        position = position[self._ngrams[position] == ngrams]
+        self.first[position[self.count[position] == 0]] = document
+        self.count[position] += 1
 
     def overlaps(self) -> dict[int, tuple[int, int]]:
         """Return item -> (how many of its grams are in training text, a document with one of them).
 
         Grams in more than COMMON documents are ignored.
         """
-        hit = ((self.count > 0) & (self.count <= COMMON))[self._place]
-        many = np.bincount(self.item[hit], minlength=len(self.sizes))
+        shared = ((self.count > 0) & (self.count <= COMMON))[self._inverse]
+        counts = np.bincount(self.item[shared], minlength=len(self.sizes))
         first = np.full(len(self.sizes), -1, np.int64)
-        first[self.item[hit][::-1]] = self.first[self._place[hit]][::-1]
-        return {int(i): (int(many[i]), int(first[i])) for i in np.flatnonzero(many)}
+        first[self.item[shared][::-1]] = self.first[self._inverse[shared]][::-1]
+        return {int(i): (int(counts[i]), int(first[i])) for i in np.flatnonzero(counts)}
 
 
 def isin(ours: UInt64[np.ndarray, "n"], theirs: UInt64[np.ndarray, "m"]) -> Bool[np.ndarray, "n"]:
@@ -193,13 +193,13 @@ def _ranges(
     low: Int[np.ndarray, "n"], count: Int[np.ndarray, "n"]
 ) -> Iterator[tuple[Int[np.ndarray, "_"], Int[np.ndarray, "_"]]]:
     """Yield (i, low[i] + 0 .. count[i] - 1) for all i, in chunks."""
-    some = np.flatnonzero(count)
-    ends = np.cumsum(count[some])
+    nonempty = np.flatnonzero(count)
+    ends = np.cumsum(count[nonempty])
     start = 0
-    while start < len(some):
+    while start < len(nonempty):
         done = ends[start - 1] if start else 0
         stop = max(start + 1, int(np.searchsorted(ends, done + _CHUNK, side="right")))
-        part = some[start:stop]
+        part = nonempty[start:stop]
         i = np.repeat(part, count[part])
         offset = np.arange(len(i)) - np.repeat(np.cumsum(count[part]) - count[part], count[part])
         yield i, low[i] + offset
@@ -226,44 +226,46 @@ def to_gray_image(pixels: UInt8[np.ndarray, "h w 3"]) -> PIL.Image.Image:
 # A hash of a file and one of decoded codes are not compared with each other: the VQGAN's output
 # differs from the image by more than a copy does.
 
-Look = UInt32[np.ndarray, "8"]
+PerceptualHash = UInt32[np.ndarray, "8"]
 
 
-def hash_file(folder: Path, path: str) -> tuple[str, Look | None]:
+def hash_file(folder: Path, path: str) -> tuple[str, PerceptualHash | None]:
     """Return (SHA-256 of the bytes, perceptual hash, None if flat); raise ImageError."""
     try:
         file = image_paths.resolve(folder, path, label="its path")
     except image_paths.ImagePathError as error:
         raise image_headers.ImageError(str(error)) from error
-    picture = images.load(file, max_pixels=images.MAX_PIXELS, name="picture")
-    return file_sha256(file), perceptual_hash(picture)
+    image = images.load(file, max_pixels=images.MAX_PIXELS, name="image")
+    return file_sha256(file), perceptual_hash(image)
 
 
-def hash_codes(encoder: Encoder, each: Iterable[Int[np.ndarray, "K"]]) -> Iterator[Look | None]:
+def hash_codes(
+    encoder: Encoder, codes: Iterable[Int[np.ndarray, "K"]]
+) -> Iterator[PerceptualHash | None]:
     """Yield the perceptual hash of each image, decoded."""
-    for pixels in decode_codes(encoder, each):
+    for pixels in decode_codes(encoder, codes):
         yield perceptual_hash(PIL.Image.fromarray(pixels))
 
 
 def decode_codes(
-    encoder: Encoder, each: Iterable[Int[np.ndarray, "K"]]
+    encoder: Encoder, codes: Iterable[Int[np.ndarray, "K"]]
 ) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
     """Yield the images of codes, in batches of one shape, which is compiled once."""
     side = encoder.vq_config.codes_per_side
-    each = iter(each)
-    while some := list(itertools.islice(each, BATCH)):
-        full = np.stack([*some, *some[:1] * (BATCH - len(some))]).astype(np.int32)
+    codes = iter(codes)
+    while batch := list(itertools.islice(codes, BATCH)):
+        full = np.stack([*batch, *batch[:1] * (BATCH - len(batch))]).astype(np.int32)
         pixels = vqgan.decode_codes(encoder.vq, full.reshape(-1, side, side))
-        yield from np.asarray(vqgan.to_uint8(pixels))[: len(some)]
+        yield from np.asarray(vqgan.to_uint8(pixels))[: len(batch)]
 
 
 def encode_files(encoder: Encoder, paths: Iterable[Path]) -> Iterator[Int[np.ndarray, "K"]]:
     """Yield the codes of image files, as they are in the records."""
     paths, size = iter(paths), encoder.vq_config.image_size
-    while some := list(itertools.islice(paths, BATCH)):
+    while batch := list(itertools.islice(paths, BATCH)):
         pixels = [
-            images.preprocess(images.load(p, max_pixels=images.MAX_PIXELS), size) for p in some
+            images.preprocess(images.load(p, max_pixels=images.MAX_PIXELS), size) for p in batch
         ]
         full = np.stack([*pixels, *pixels[:1] * (BATCH - len(pixels))])
-        found = np.asarray(vqgan.encode(encoder.vq, full)).reshape(BATCH, -1)
-        yield from found[: len(some)]
+        codes = np.asarray(vqgan.encode(encoder.vq, full)).reshape(BATCH, -1)
+        yield from codes[: len(batch)]

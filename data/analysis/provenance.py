@@ -49,101 +49,102 @@ class Inventory:
     runs: list[Path]
 
 
-def find_image(asked: str, folders: list[Path]) -> dict[str, Any]:
+def find_image(query: str, folders: list[Path]) -> dict[str, Any]:
     """Return all locations of an image; raise PrepareError if a folder is missing."""
-    places = scan_folders(folders)
-    wanted = _Image(asked)
-    held = _held(places, wanted)
-    both = list(zip(places.records, held, strict=True))
-    found = dict(shards=[line for where in both for line in _shards(*where)])
-    found["codes"] = [line for store in places.codes for line in _code_shards(store, wanted)]
-    known = {records.fingerprint: (records, documents) for (records, _), documents in both}
-    found["plans"] = [line for path in places.plans for line in _plan(path, known)]
+    inventory = scan_folders(folders)
+    image = _Image(query)
+    documents = _matching_documents(inventory, image)
+    matches = list(zip(inventory.records, documents, strict=True))
+    found = dict(shards=[line for match in matches for line in _shards(*match)])
+    found["codes"] = [line for store in inventory.codes for line in _code_shards(store, image)]
+    sources = {records.fingerprint: (records, numbers) for (records, _), numbers in matches}
+    found["plans"] = [line for path in inventory.plans for line in _plan(path, sources)]
     found |= dict(runs=[], checkpoints=[])
-    for path in places.runs:
-        runs, checkpoints = _run_of(path, known)
+    for path in inventory.runs:
+        runs, checkpoints = _run_and_checkpoints(path, sources)
         found["runs"] += runs
         found["checkpoints"] += checkpoints
-    looked = {f.name: len(getattr(places, f.name)) for f in dataclasses.fields(places)}
-    return dict(documents=sum(map(len, held)), looked_into=looked) | found
+    counts = {f.name: len(getattr(inventory, f.name)) for f in dataclasses.fields(inventory)}
+    return dict(documents=sum(map(len, documents)), looked_into=counts) | found
 
 
 def scan_folders(folders: list[Path]) -> Inventory:
     """Return everything of a known kind below some folders."""
-    places = Inventory([], [], [], [])
+    inventory = Inventory([], [], [], [])
     for top in folders:
         if not top.is_dir():
-            raise PrepareError(f"--in {top}: no such folder")
-        for here, below, files in os.walk(top):
-            folder = Path(here)
-            below[:] = sorted(n for n in below if n not in SKIPPED and not n.startswith(".venv"))
-            places.plans += [folder / n for n in sorted(files) if n.endswith(plan_file.SUFFIX)]
+            raise PrepareError(f"--in {top}: no such folder; check the path")
+        for root, subfolders, files in os.walk(top):
+            folder = Path(root)
+            kept = (n for n in subfolders if n not in SKIPPED and not n.startswith(".venv"))
+            subfolders[:] = sorted(kept)
+            inventory.plans += [folder / n for n in sorted(files) if n.endswith(plan_file.SUFFIX)]
             if "index.npy" in files and "dataset.json" in files:
-                below.clear()
+                subfolders.clear()
                 if "plan.json" in files:
-                    places.codes.append(folder)
+                    inventory.codes.append(folder)
                 else:
-                    places.records.append(_scanned(folder))
-            elif "checkpoints" in below and _is_run(folder / "config.json"):
-                below.clear()
-                places.runs.append(folder)
-    return places
+                    inventory.records.append(_scanned(folder))
+            elif "checkpoints" in subfolders and _is_run(folder / "config.json"):
+                subfolders.clear()
+                inventory.runs.append(folder)
+    return inventory
 
 
 class _Image:
     """The image: names of 64 bits, and the digits of a requested hash."""
 
-    def __init__(self, asked: str):
-        if os.path.isfile(asked):
-            asked = file_sha256(Path(asked))
-        self.name = near_duplicates.hash64(asked.encode())
+    def __init__(self, query: str):
+        if os.path.isfile(query):
+            query = file_sha256(Path(query))
+        self.name = near_duplicates.hash64(query.encode())
         self.codes: set[int] = set()
         self.sha: set[int] = set()
-        if HEX.fullmatch(asked.lower()):
-            self.codes.add(int(asked[:16], 16))
-            self.sha.add(int(asked[:16], 16))
+        if HEX.fullmatch(query.lower()):
+            self.codes.add(int(query[:16], 16))
+            self.sha.add(int(query[:16], 16))
 
     def matching_documents(self, columns: scan.Columns) -> Bool[np.ndarray, "n"]:
         """Return which documents have the name, the bytes or the codes."""
-        shown = (columns.name == self.name) | (columns.path == self.name)
-        shown |= np.isin(columns.sha, _numbers(self.sha)) & (columns.sha != 0)
-        shown[columns.owner[np.isin(columns.codes, _numbers(self.codes))]] = True
-        return shown
+        matching = (columns.name == self.name) | (columns.path == self.name)
+        matching |= np.isin(columns.sha, _sorted_names(self.sha)) & (columns.sha != 0)
+        matching[columns.owner[np.isin(columns.codes, _sorted_names(self.codes))]] = True
+        return matching
 
-    def add_aliases(self, columns: scan.Columns, shown: Bool[np.ndarray, "n"]) -> None:
+    def add_aliases(self, columns: scan.Columns, matching: Bool[np.ndarray, "n"]) -> None:
         """Add codes and bytes of the documents that show it, of those with one image only."""
-        images = np.bincount(columns.owner, minlength=len(shown))
-        alone = shown & (images == 1)
-        self.codes |= set(columns.codes[alone[columns.owner]].tolist())
-        self.sha |= set(columns.sha[alone & (columns.sha != 0)].tolist())
+        images = np.bincount(columns.owner, minlength=len(matching))
+        single = matching & (images == 1)
+        self.codes |= set(columns.codes[single[columns.owner]].tolist())
+        self.sha |= set(columns.sha[single & (columns.sha != 0)].tolist())
 
 
 def _scanned(folder: Path) -> tuple[Records, scan.Columns]:
-    records, wrong = open_records(folder), []
+    records, problems = open_records(folder), []
     log.info("%s: reading %d documents", folder, len(records))
-    columns = scan.scan(records, lambda *finding: wrong.append(finding), lambda *_: None)
-    if wrong:
-        log.warning("%s: %d findings of data.prepare check; mend them first", folder, len(wrong))
+    columns = scan.scan(records, lambda *finding: problems.append(finding), lambda *_: None)
+    if problems:
+        log.warning("%s: data.prepare check has %d findings; fix them", folder, len(problems))
     return records, columns
 
 
-def _held(places: Inventory, wanted: _Image) -> list[Int[np.ndarray, "_"]]:
+def _matching_documents(inventory: Inventory, image: _Image) -> list[Int[np.ndarray, "_"]]:
     """Return each folder's documents that show the image, once no more aliases are found."""
     size = (0, 0)
     while True:
-        for store in places.codes:
-            _learn_codes(store, wanted)
-        shown = [wanted.matching_documents(columns) for _, columns in places.records]
-        for (_, columns), which in zip(places.records, shown, strict=True):
-            wanted.add_aliases(columns, which)
-        if size == (size := (len(wanted.codes), len(wanted.sha))):
-            return [np.flatnonzero(which) for which in shown]
+        for store in inventory.codes:
+            _add_stored_codes(store, image)
+        matching = [image.matching_documents(columns) for _, columns in inventory.records]
+        for (_, columns), documents in zip(inventory.records, matching, strict=True):
+            image.add_aliases(columns, documents)
+        if size == (size := (len(image.codes), len(image.sha))):
+            return [np.flatnonzero(documents) for documents in matching]
 
 
 def _shards(
-    where: tuple[Records, scan.Columns], documents: Int[np.ndarray, "_"]
+    scanned: tuple[Records, scan.Columns], documents: Int[np.ndarray, "_"]
 ) -> Iterator[dict[str, Any]]:
-    records, columns = where
+    records, columns = scanned
     for number in documents.tolist():
         file, record = scan.shard_of(records, number)
         codes = columns.codes[columns.owner == number]
@@ -151,34 +152,35 @@ def _shards(
         yield dict(shard=str(records.folder / file), record=record, document=number, codes=names)
 
 
-def _learn_codes(folder: Path, wanted: _Image) -> None:
+def _add_stored_codes(folder: Path, image: _Image) -> None:
     """Add the codes of a file that was requested by its bytes, whatever its name."""
     store = open_codes(folder)
-    for i in _pictures_of(folder, wanted):
+    for i in _matching_images(folder, image):
         codes = store[i]
         if codes is not None:
-            wanted.codes.add(near_duplicates.hash64(near_duplicates.code_hash(codes)))
+            image.codes.add(near_duplicates.hash64(near_duplicates.code_hash(codes)))
 
 
-def _pictures_of(folder: Path, wanted: _Image) -> list[int]:
+def _matching_images(folder: Path, image: _Image) -> list[int]:
     """Return the matching indices in the image list of a folder of codes."""
     slices = [np.load(p, allow_pickle=False) for p in sorted((folder / "digests").glob("*.npy"))]
     table = np.concatenate([*slices, np.zeros((0, 32), np.uint8)])
     names = np.ascontiguousarray(table[:, :8]).view(">u8")[:, 0].astype(np.uint64)
-    return np.flatnonzero(np.isin(names, _numbers(wanted.sha)) & table.any(axis=1)).tolist()
+    return np.flatnonzero(np.isin(names, _sorted_names(image.sha)) & table.any(axis=1)).tolist()
 
 
-def _code_shards(folder: Path, wanted: _Image) -> Iterator[dict[str, Any]]:
+def _code_shards(folder: Path, image: _Image) -> Iterator[dict[str, Any]]:
     index = np.load(folder / "index.npy", allow_pickle=False)
     size = open_codes(folder).meta["plan"]["shard_size"]
-    for i in _pictures_of(folder, wanted):
+    for i in _matching_images(folder, image):
         shard, record = divmod(int(index[i]), size)
-        where = dict(codes=str(folder), picture=i)
-        yield where | (dict(shard=shard, record=record) if index[i] >= 0 else dict(unreadable=True))
+        # Verbatim: part of the data.
+        line = dict(codes=str(folder), picture=i)
+        yield line | (dict(shard=shard, record=record) if index[i] >= 0 else dict(unreadable=True))
 
 
 def _plan(
-    path: Path, known: dict[str, tuple[Records, Int[np.ndarray, "_"]]]
+    path: Path, sources: dict[str, tuple[Records, Int[np.ndarray, "_"]]]
 ) -> Iterator[dict[str, Any]]:
     """Yield rows of a saved plan, or a note that its records are not available."""
     try:
@@ -186,31 +188,32 @@ def _plan(
     except PackError:
         return  # another program's file
     header = saved.header
-    if header["records"] not in known:
-        yield dict(plan=str(path), unknown=f"its records {header['records'][:16]} are not here")
+    if header["records"] not in sources:
+        records = header["records"][:16]
+        yield dict(plan=str(path), unknown=f"its records {records} are not in these folders")
         return
-    rows = _rows(saved.plan, known[header["records"]][1])
+    rows = _rows(saved.plan, sources[header["records"]][1])
     if len(rows):
         yield dict(plan=str(path), epoch=header["epoch"], rows=rows.tolist())
 
 
 def _rows(plan: Plan, documents: Int[np.ndarray, "_"]) -> Int[np.ndarray, "_"]:
-    places = np.flatnonzero(np.isin(plan.documents, documents))
-    return np.unique(np.searchsorted(plan.starts, places, side="right") - 1)
+    positions = np.flatnonzero(np.isin(plan.documents, documents))
+    return np.unique(np.searchsorted(plan.starts, positions, side="right") - 1)
 
 
-def _run_of(
-    folder: Path, known: dict[str, tuple[Records, Int[np.ndarray, "_"]]]
+def _run_and_checkpoints(
+    folder: Path, sources: dict[str, tuple[Records, Int[np.ndarray, "_"]]]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return (what the run reads of the image, what each of its checkpoints has seen)."""
+    """Return (steps at which the run reads the image, those before each of its checkpoints)."""
     starts = _history(folder)
     steps = sorted(int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit())
     ends = [start["start"] for start in starts[1:]] + [max([*steps, starts[-1]["steps"]])]
     seen: list[tuple[int, int]] = []  # (step, epoch), steps counted from 1 as in the log
     runs = []
     for start, end in zip(starts, ends, strict=True):
-        part, line = _read_by(folder, start, end, known)
-        seen += part
+        new, line = _steps_of_start(folder, start, end, sources)
+        seen += new
         runs += [line] if line else []
     for name, kind in (("adapter", "adapter_config.json"), ("model", "config.json")):
         if (folder / name / kind).is_file():
@@ -219,13 +222,13 @@ def _run_of(
     for step in steps if seen else []:
         last = ends[-1] if isinstance(step, str) else step
         before = [s for s in seen if s[0] <= last]
-        place = folder / ("" if isinstance(step, str) else "checkpoints") / str(step)
-        said = dict(checkpoint=str(place))
+        path = folder / ("" if isinstance(step, str) else "checkpoints") / str(step)
+        line = dict(checkpoint=str(path))
         if before:
-            said |= dict(seen=len(before), first_step=before[0][0], epoch=before[0][1])
+            line |= dict(seen=len(before), first_step=before[0][0], epoch=before[0][1])
         else:
-            said["not_yet_seen_by_step"] = last
-        checkpoints.append(said)
+            line["not_yet_seen_by_step"] = last
+        checkpoints.append(line)
     return runs, checkpoints
 
 
@@ -241,52 +244,52 @@ def _is_run(path: Path) -> bool:
 def _history(folder: Path) -> list[dict[str, Any]]:
     """Return each start of a run and what it reads, without starts that a later resume replaced."""
     facts = read_json(folder / "config.json")
-    whole = {n: facts[n] for n in ("data", "plan", "config")} | dict(start=0, validation="")
+    default = {n: facts[n] for n in ("data", "plan", "config")} | dict(start=0, validation="")
     path, kept = folder / "history.jsonl", []
     try:
         lines = [line for _, line in read_objects(path)] if path.exists() else []
-        for line in lines or [whole]:
+        for line in lines or [default]:
             kept = [k for k in kept if k["start"] < line["start"]]
             kept.append(line | dict(steps=facts["config"]["train"]["steps"]))
             _check_start(kept[-1])
     except (ValueError, KeyError, TypeError) as error:
         raise PrepareError(
-            f"{path}: damaged ({error!r}); mend its lines, or delete it to have config.json taken "
-            "for the whole run"
+            f"{path}: damaged ({error!r}); fix its lines, or delete it so that config.json is used "
+            "for the complete run"
         ) from error
     return kept
 
 
 def _check_start(line: dict[str, Any]) -> None:
-    kinds = dict(data=str, plan=str, config=dict, start=int, steps=int)
-    for name, kind in kinds.items():
-        if type(line[name]) is not kind:
-            raise ValueError(f"{name} is no {kind.__name__}")
+    types = dict(data=str, plan=str, config=dict, start=int, steps=int)
+    for name, expected in types.items():
+        if type(line[name]) is not expected:
+            raise ValueError(f"field {name!r} is not of type {expected.__name__}")
     if not all(isinstance(line["config"][name], dict) for name in ("data", "mixing")):
         raise ValueError("config has no sections data and mixing")
 
 
-def _read_by(
+def _steps_of_start(
     folder: Path,
     start: dict[str, Any],
     end: int,
-    known: dict[str, tuple[Records, Int[np.ndarray, "_"]]],
+    sources: dict[str, tuple[Records, Int[np.ndarray, "_"]]],
 ) -> tuple[list[tuple[int, int]], dict[str, Any] | None]:
     """Return steps start + 1 .. end at which the image was read, and a line about them."""
     line: dict[str, Any] = dict(run=str(folder), plan=start["plan"][:16])
-    held = len(known.get(start.get("validation", ""), ((), ()))[1])
-    if held:
-        line |= dict(in_validation=held)
-    if start["data"] not in known:
-        return [], line | dict(unknown=f"its records {start['data'][:16]} are not here")
-    records, documents = known[start["data"]]
+    in_validation = len(sources.get(start.get("validation", ""), ((), ()))[1])
+    if in_validation:
+        line |= dict(in_validation=in_validation)
+    if start["data"] not in sources:
+        return [], line | dict(unknown=f"its records {start['data'][:16]} are not in these folders")
+    records, documents = sources[start["data"]]
     try:
         data = build(Data, {"plan": ""} | start["config"]["data"])
         epochs = mixing.epochs(records, data, build(Mixing, start["config"]["mixing"]))
     except (ConfigError, PackError) as error:
-        return [], line | dict(unknown=f"its settings make no plan ({error})")
+        return [], line | dict(unknown=f"its settings give no plan ({error})")
     if epochs.first.fingerprint != start["plan"]:
-        return [], line | dict(unknown="its records and settings make another plan by now")
+        return [], line | dict(unknown="its records and settings now give another plan")
     seen, row, epoch, size = [], 0, 0, data.batch_size
     while len(documents) and row < end * size:
         plan = epochs.plan(epoch)
@@ -294,12 +297,12 @@ def _read_by(
         seen += [(int(s), epoch) for s in steps if start["start"] < s <= end]
         row, epoch = row + len(plan), epoch + 1
     if seen:
-        at = dict(first_step=seen[0][0], epoch=seen[0][1], last_step=seen[-1][0])
-        return seen, line | dict(seen=len(seen)) | at
-    return [], (line | dict(not_seen_by_step=end)) if len(documents) or held else None
+        steps = dict(first_step=seen[0][0], epoch=seen[0][1], last_step=seen[-1][0])
+        return seen, line | dict(seen=len(seen)) | steps
+    return [], (line | dict(not_seen_by_step=end)) if len(documents) or in_validation else None
 
 
-def _numbers(names: set[int]) -> UInt64[np.ndarray, "_"]:
+def _sorted_names(names: set[int]) -> UInt64[np.ndarray, "_"]:
     return np.array(sorted(names), np.uint64)
 
 
@@ -308,11 +311,15 @@ def _numbers(names: set[int]) -> UInt64[np.ndarray, "_"]:
 
 def add(commands: Any) -> argparse.ArgumentParser:
     """Add `who_saw`."""
-    asked = commands.add_parser("who_saw", help="where an image lies, who was trained on it")
-    asked.add_argument("hash", metavar="HASH", help="SHA-256 of file or codes, id, path, or a file")
-    asked.add_argument(
+    parser = commands.add_parser(
+        "who_saw", help="find an image in records, codes, plans and training runs"
+    )
+    parser.add_argument(
+        "hash", metavar="HASH", help="SHA-256 of a file or of codes, an id, a path, or a file"
+    )
+    parser.add_argument(
         "--in", type=Path, nargs="+", default=[Path(".")], dest="folders", metavar="FOLDER",
-        help="records, codes, plans and runs are looked for below them; without: here",
+        help="folders to search for records, codes, plans and runs; default: the current folder",
     )  # fmt: skip
-    asked.set_defaults(run=lambda args: find_image(args.hash, args.folders))
-    return asked
+    parser.set_defaults(run=lambda args: find_image(args.hash, args.folders))
+    return parser

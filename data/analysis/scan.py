@@ -47,79 +47,80 @@ class Columns:
     owner: Int[np.ndarray, "m"]  # the document that contains an image
 
 
-def scan(found: Records, tell: ReportFinding, see: Callable[[Document, int], None]) -> Columns:
-    """Read every record; report problems, and call `see` on each valid document."""
-    each = {name: array("Q") for name in ("document", "path", "sha", "name")}
+def scan(
+    records: Records, report: ReportFinding, visit: Callable[[Document, int], None]
+) -> Columns:
+    """Read every record; report problems, and call `visit` on each valid document."""
+    columns = {name: array("Q") for name in ("document", "path", "sha", "name")}
     codes, owner = array("Q"), array("i")
     digest, wrong, number = hashlib.sha256(), 0, 0
-    progress, labels = (
-        ItemProgress(len(found), "documents", log.info, every=LOG_SECONDS),
-        _Labels(found),
-    )
-    for raw in _raw(found, tell):
+    progress = ItemProgress(len(records), "documents", log.info, every=LOG_SECONDS)
+    labels = _Labels(records)
+    for raw in _raw_records(records, report):
         if raw is not None:
             digest.update(raw)
-        document = None if raw is None else _whole(raw, found, number, tell)
+        document = None if raw is None else _valid_document(raw, records, number, report)
         if document is None:
-            for column in each.values():
+            for column in columns.values():
                 column.append(0)
         else:
             row = _names(document)
-            for column, value in zip(each.values(), row, strict=True):
+            for column, value in zip(columns.values(), row, strict=True):
                 column.append(value)
-            for one in sorted(
-                {near_duplicates.hash64(c.tobytes()) for c in images_of(document, found)}
-            ):
-                codes.append(one)
+            images = images_of(document, records)
+            for name in sorted({near_duplicates.hash64(image.tobytes()) for image in images}):
+                codes.append(name)
                 owner.append(number)
             wrong += not labels.agree(document, number, row[1])
-            see(document, number)
+            visit(document, number)
         number += 1
         progress.tick("read", 1)
-    if digest.hexdigest() != found.fingerprint:
-        tell("written", "all documents", "not the documents that were written; make it again")
+    if digest.hexdigest() != records.fingerprint:
+        what = "SHA-256 is not that of the documents that were written; build the data set again"
+        report("written", "all documents", what)
     if wrong:
-        tell("written", "index.npy", f"{wrong} documents have other counts or names than it says")
-    table = {name: np.frombuffer(column, np.uint64) for name, column in each.items()}
+        what = f"the counts or names of {wrong} documents differ from the index"
+        report("written", "index.npy", what)
+    table = {name: np.frombuffer(column, np.uint64) for name, column in columns.items()}
     return Columns(**table, codes=_array(codes, np.uint64), owner=_array(owner, np.int32))
 
 
-def images_of(document: Document, found: Records) -> list[Int[np.ndarray, "K"]]:
+def images_of(document: Document, records: Records) -> list[Int[np.ndarray, "K"]]:
     """Return the codes of each image, uint16 in raster order, of a valid document."""
-    t, n = document.tokens, found.layout.codes_per_image
+    t, n = document.tokens, records.layout.codes_per_image
     return [(t[b + 1 : b + 1 + n] - IMAGE_START).astype("<u2") for b in np.flatnonzero(t == BOI)]
 
 
-def shard_of(found: Records, document: int) -> tuple[str, int]:
+def shard_of(records: Records, document: int) -> tuple[str, int]:
     """Return (file, record in it) of a document's number."""
-    ends = np.cumsum([shard["documents"] for shard in found.meta["shards"]])
+    ends = np.cumsum([shard["documents"] for shard in records.meta["shards"]])
     shard = int(np.searchsorted(ends, document, side="right"))
-    facts = found.meta["shards"][shard]
+    facts = records.meta["shards"][shard]
     return facts["file"], document - int(ends[shard]) + facts["documents"]
 
 
 class _Labels:
     """Checks whether the index agrees with the documents."""
 
-    def __init__(self, found: Records):
-        self._found = found
-        self._names = {label: found.names(label) for label in ("source", "task")}
-        self._path = np.zeros(int(found.index["picture"].max(initial=-1)) + 1, np.uint64)
+    def __init__(self, records: Records):
+        self._records = records
+        self._names = {label: records.names(label) for label in ("source", "task")}
+        self._path = np.zeros(int(records.index["image_path"].max(initial=-1)) + 1, np.uint64)
 
     def agree(self, document: Document, number: int, path: int) -> bool:
         """Check counts, source, task, and that one path has one image number."""
-        index = self._found.index
-        row = writer.token_counts(document, self._found.layout.vocab)
+        index = self._records.index
+        row = writer.token_counts(document, self._records.layout.vocab)
         if row != [int(index[name][number]) for name in COLUMNS]:
             return False
         for label, names in self._names.items():
             if names[index[label][number]] != getattr(document, label):
                 return False
-        picture = int(index["picture"][number])
-        if picture < 0 or not path:
-            return picture < 0 and not path
-        known, self._path[picture] = int(self._path[picture]), path
-        return known in (0, path)
+        image = int(index["image_path"][number])
+        if image < 0 or not path:
+            return image < 0 and not path
+        previous, self._path[image] = int(self._path[image]), path
+        return previous in (0, path)
 
 
 def _names(document: Document) -> tuple[int, int, int, int]:
@@ -132,48 +133,50 @@ def _names(document: Document) -> tuple[int, int, int, int]:
     )
 
 
-def _raw(found: Records, tell: ReportFinding) -> Iterator[bytes | None]:
+def _raw_records(records: Records, report: ReportFinding) -> Iterator[bytes | None]:
     """Yield the bytes of each record in order; None for one that cannot be read."""
-    for shard, facts in enumerate(found.meta["shards"]):
+    for shard, facts in enumerate(records.meta["shards"]):
         for start in range(0, facts["documents"], READ):
             local = list(range(start, min(start + READ, facts["documents"])))
             try:
-                yield from found.raw(shard, local)
+                yield from records.raw(shard, local)
             except RecordsError:
-                yield from _one_by_one(found, shard, local, tell)
+                yield from _one_by_one(records, shard, local, report)
 
 
 def _one_by_one(
-    found: Records, shard: int, local: list[int], tell: ReportFinding
+    records: Records, shard: int, local: list[int], report: ReportFinding
 ) -> Iterator[bytes | None]:
     for record in local:
         try:
-            raw = found.raw(shard, [record])[0]
+            raw = records.raw(shard, [record])[0]
         except RecordsError:
-            file = found.meta["shards"][shard]["file"]
-            tell("damage", f"{file}, record {record}", "cannot be read; make the data set again")
+            file = records.meta["shards"][shard]["file"]
+            report("damage", f"{file}, record {record}", "cannot be read; build the data set again")
             raw = None
         yield raw
 
 
-def _whole(raw: bytes, found: Records, number: int, tell: ReportFinding) -> Document | None:
+def _valid_document(
+    raw: bytes, records: Records, number: int, report: ReportFinding
+) -> Document | None:
     """Return the document, or None if it is invalid, which is reported without its text."""
-    file, record = shard_of(found, number)
+    file, record = shard_of(records, number)
     where = f"document {number}, {file}, record {record}"
     try:
         document = from_bytes(raw, "it")
     except RecordsError as error:
-        tell("damage", where, str(error).removeprefix("it: "))
+        report("damage", where, str(error).removeprefix("it: "))
         return None
     except (ValueError, KeyError, TypeError):  # complete, but not written by to_bytes
-        tell("schema", where, "fields of another format; make the data set again")
+        report("schema", where, "fields of another format; build the data set again")
         return None
     try:
         _check_fields(document)
-        check_document(document, found.layout)
+        check_document(document, records.layout)
     except RecordsError as error:
         name = f"document {document.id!r} of {document.source!r}: "  # an id may be credentialed
-        tell(error.kind, where, str(error).removeprefix(name))
+        report(error.kind, where, str(error).removeprefix(name))
         return None
     return document
 
@@ -181,17 +184,17 @@ def _whole(raw: bytes, found: Records, number: int, tell: ReportFinding) -> Docu
 def _check_fields(document: Document) -> None:
     """Raise RecordsError unless the texts of a document follow the schema."""
 
-    def rule(holds: bool, text: str) -> None:
-        if not holds:
+    def require(condition: bool, text: str) -> None:
+        if not condition:
             raise RecordsError(text, "schema")
 
     for name in ("task", "source", "credential", "id"):
         value = getattr(document, name)
-        rule(isinstance(value, str) and value != "", f"{name} is no text, or empty")
-    rule(document.credential.lower() in ("yes", "no"), "credential is neither yes nor no")
+        require(isinstance(value, str) and value != "", f"{name} is empty or not text")
+    require(document.credential.lower() in ("yes", "no"), "credential is neither yes nor no")
     turns, sha = document.turns, document.image_sha256
-    rule(isinstance(turns, int) and turns >= 0, "turns is no number of 0 or more; 0 is unknown")
-    rule(bool(re.fullmatch("([0-9a-f]{64})?", sha)), "image_sha256 is no SHA-256, nor empty")
+    require(isinstance(turns, int) and turns >= 0, "turns is not an integer of 0 (unknown) or more")
+    require(bool(re.fullmatch("([0-9a-f]{64})?", sha)), "image_sha256 is neither SHA-256 nor empty")
 
 
 def _array(column: array, kind: type) -> np.ndarray:

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-TEXT, IMAGE, GREY = "#0b6e69", "#b4552d", "#8a94a3"
-COLOURS = ("#0b6e69", "#b4552d", "#3b5b92", "#a58a1f", "#7a4a88", "#5f6b78", "#2f8f4e", "#c2568b")
+TEXT, IMAGE, GRAY = "#0b6e69", "#b4552d", "#8a94a3"
+COLORS = ("#0b6e69", "#b4552d", "#3b5b92", "#a58a1f", "#7a4a88", "#5f6b78", "#2f8f4e", "#c2568b")
 BINS = 60
 BARS = 25  # at most, of documents per image
 WIDE = 9.6  # inches
@@ -48,8 +48,8 @@ def lengths(
         below = np.zeros(len(edges) - 1)
         for number, name in enumerate(names):
             count = np.histogram(values[task == number], edges)[0]
-            colour = COLOURS[number % len(COLOURS)]
-            axis.stairs(below + count, edges, baseline=below, fill=True, color=colour, label=name)
+            color = COLORS[number % len(COLORS)]
+            axis.stairs(below + count, edges, baseline=below, fill=True, color=color, label=name)
             below = below + count
         axis.set(title=f"Documents by {title}", xlabel="tokens of a document", ylabel="documents")
         axis.yaxis.set_major_formatter(FuncFormatter(_count))
@@ -61,37 +61,37 @@ def packing(fills: Mapping[int, Mapping[str, float]], padded: float) -> bytes:
     """Plot how full rows are at each row length, next to offline packing and padding."""
     figure = Figure(figsize=(WIDE, 3.2), layout="constrained")
     axis = figure.subplots()
-    places = np.arange(len(fills))
-    for shift, name, colour, label in (
+    positions = np.arange(len(fills))
+    for shift, name, color, label in (
         (-0.18, "fill", TEXT, "this plan"),
-        (0.18, "offline", GREY, "best fit over all at once"),
+        (0.18, "offline", GRAY, "best fit over all documents"),
     ):
         values = [100 * row[name] for row in fills.values()]
-        bars = axis.bar(places + shift, values, 0.34, color=colour, label=label)
+        bars = axis.bar(positions + shift, values, 0.34, color=color, label=label)
         axis.bar_label(bars, fmt="%.1f", fontsize=8)
-    label = "a document a row, 8 rows as long as their longest"
+    label = "one document per row, batches of 8 padded to the longest"
     axis.axhline(100 * padded, color=IMAGE, linestyle="--", label=label)
-    axis.set_xticks(places, [f"{n:,}" for n in fills])
-    axis.set(title="How full rows are", xlabel="tokens a row", ylabel="% of places", ylim=(0, 119))
+    axis.set_xticks(positions, [f"{n:,}" for n in fills])
+    axis.set(title="Fill of rows", xlabel="tokens per row", ylabel="% of positions", ylim=(0, 119))
     axis.legend(frameon=False, ncols=3, fontsize=8, loc="upper center")
     return _png(figure)
 
 
-def pictures(kinds: Mapping[str, int], title: str, of_entries: Mapping[int, int]) -> bytes:
+def images(counts: Mapping[str, int], title: str, of_entries: Mapping[int, int]) -> bytes:
     """Plot images by modality or source, and how many documents each has."""
-    figure = Figure(figsize=(WIDE, max(3.2, 1.2 + 0.26 * len(kinds))), layout="constrained")
+    figure = Figure(figsize=(WIDE, max(3.2, 1.2 + 0.26 * len(counts))), layout="constrained")
     left, right = figure.subplots(1, 2)
-    names = sorted(kinds, key=lambda name: kinds[name])
-    bars = left.barh(names, [kinds[n] for n in names], color=IMAGE)
-    left.bar_label(bars, labels=[f"{kinds[n]:,}" for n in names], padding=3, fontsize=8)
-    left.set(title=f"Pictures by {title}")
+    names = sorted(counts, key=lambda name: counts[name])
+    bars = left.barh(names, [counts[n] for n in names], color=IMAGE)
+    left.bar_label(bars, labels=[f"{counts[n]:,}" for n in names], padding=3, fontsize=8)
+    left.set(title=f"Images by {title}")
     left.margins(x=0.15)
-    entries, many = np.array(sorted(of_entries.items())).T
-    wide = -(-int(entries.max()) // BARS)
-    edges = np.arange(1, entries.max() + wide + 1, wide)
-    count = np.histogram(entries, edges, weights=many)[0]
-    right.bar((edges[:-1] + edges[1:] - 1) / 2, count, 0.85 * wide, color=IMAGE)
-    right.set(title="Documents of a picture", xlabel="documents", ylabel="pictures")
+    entries, images_with = np.array(sorted(of_entries.items())).T
+    width = -(-int(entries.max()) // BARS)
+    edges = np.arange(1, entries.max() + width + 1, width)
+    count = np.histogram(entries, edges, weights=images_with)[0]
+    right.bar((edges[:-1] + edges[1:] - 1) / 2, count, 0.85 * width, color=IMAGE)
+    right.set(title="Documents per image", xlabel="documents", ylabel="images")
     right.set_xlim(0.5, max(10, edges[-1]) + 0.5)
     for axis, number in ((left, left.xaxis), (right, right.yaxis)):
         number.set_major_formatter(FuncFormatter(_count))

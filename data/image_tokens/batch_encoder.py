@@ -49,52 +49,52 @@ class BatchEncoder:
         """Return the share of bfloat16 codes that equal the exact ones, on the first images."""
         return self._agreed / self._compared if self._compared else None
 
-    def __call__(self, pictures: Iterator[Callable[[], np.ndarray]]) -> Iterator[np.ndarray | str]:
+    def __call__(self, images: Iterator[Callable[[], np.ndarray]]) -> Iterator[np.ndarray | str]:
         """Yield the codes of each image, or the reason why it has none; in order.
 
         An image is given as a function that returns its pixels or raises an ImageError.
         """
         with concurrent.futures.ThreadPoolExecutor(DECODERS) as pool:
-            waiting: list[concurrent.futures.Future] = []
+            pending: list[concurrent.futures.Future] = []
             try:
                 while True:
-                    room = (AHEAD + 1) * self._batch - len(waiting)
-                    more = itertools.islice(pictures, room)
-                    waiting += [pool.submit(_pixels, picture) for picture in more]
-                    if not waiting:
+                    count = (AHEAD + 1) * self._batch - len(pending)
+                    next_images = itertools.islice(images, count)
+                    pending += [pool.submit(_pixels, image) for image in next_images]
+                    if not pending:
                         return
-                    part = [future.result() for future in waiting[: self._batch]]
-                    del waiting[: self._batch]
-                    yield from self._codes(part)
+                    batch = [future.result() for future in pending[: self._batch]]
+                    del pending[: self._batch]
+                    yield from self._codes(batch)
             finally:
                 pool.shutdown(cancel_futures=True)
 
-    def _codes(self, part: list[np.ndarray | str]) -> list[np.ndarray | str]:
-        good = [i for i, each in enumerate(part) if not isinstance(each, str)]
-        if good:
-            pixels = np.stack([part[i] for i in good])
-            found = self._run(self._vq, pixels)
+    def _codes(self, batch: list[np.ndarray | str]) -> list[np.ndarray | str]:
+        readable = [i for i, pixels in enumerate(batch) if not isinstance(pixels, str)]
+        if readable:
+            pixels = np.stack([batch[i] for i in readable])
+            encoded = self._run(self._vq, pixels)
             if self._low and self._compared < COMPARED:
-                equal = self._run(self._exact, pixels) == found
-                some = equal[: COMPARED - self._compared]
-                self._compared += len(some)
-                self._agreed += float(some.mean(axis=1).sum())
-            for i, codes in zip(good, found, strict=True):
-                part[i] = codes.astype(np.uint16)
-        return part
+                equal = self._run(self._exact, pixels) == encoded
+                equal = equal[: COMPARED - self._compared]
+                self._compared += len(equal)
+                self._agreed += float(equal.mean(axis=1).sum())
+            for i, codes in zip(readable, encoded, strict=True):
+                batch[i] = codes.astype(np.uint16)
+        return batch
 
     def _run(self, vq: Any, pixels: Float32[np.ndarray, "b h w 3"]) -> Int32[np.ndarray, "b K"]:
         full = np.concatenate([pixels, np.repeat(pixels[:1], self._batch - len(pixels), axis=0)])
         with jax.set_mesh(self._mesh):
             placed = jax.device_put(full, NamedSharding(self._mesh, P(ROWS, None, None, None)))
             placed = placed.astype(jnp.bfloat16) if vq is self._vq and self._low else placed
-            found = np.asarray(vqgan.encode(vq, placed))
-        return found[: len(pixels)].reshape(len(pixels), -1)
+            codes = np.asarray(vqgan.encode(vq, placed))
+        return codes[: len(pixels)].reshape(len(pixels), -1)
 
 
-def _pixels(picture: Callable[[], np.ndarray]) -> np.ndarray | str:
+def _pixels(load_image: Callable[[], np.ndarray]) -> np.ndarray | str:
     try:
-        return picture()
+        return load_image()
     except image_headers.ImageError as error:
         return str(error)
 

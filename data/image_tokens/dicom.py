@@ -44,7 +44,7 @@ def load(
     A file whose header states that text is burned into its pixels is rejected unless `burned_in`.
     """
     _check_pydicom()
-    problem = "damaged, or not a DICOM file that is read here; check the file"
+    problem = "damaged, or not a supported DICOM file; check the file"
     with silence():
         try:
             content = dicom_bounds.read(path)
@@ -67,18 +67,18 @@ def _check_pydicom() -> None:
     try:
         import pydicom.pixels  # noqa: F401
     except ImportError as error:
-        raise SourceError("DICOM files need pydicom: pip install pydicom") from error
+        raise SourceError("DICOM files require pydicom: pip install pydicom") from error
 
 
 def _checked(head: Any, max_pixels: int, burned_in: bool) -> str:
     frames = int(head.get("NumberOfFrames") or 1)
     rows, columns = int(head.Rows), int(head.Columns)
     if min(rows, columns, frames) < 1 or rows * columns * frames > max_pixels:
-        raise RefusedError(f"Rows x Columns x NumberOfFrames is not within 1 .. {max_pixels}")
+        raise RefusedError(f"Rows x Columns x NumberOfFrames is not in the range 1 .. {max_pixels}")
     kind = str(head.PhotometricInterpretation)
-    grey = kind in ("MONOCHROME1", "MONOCHROME2") and int(head.SamplesPerPixel) == 1
-    if not grey or frames != 1 or int(head.BitsAllocated) not in (8, 16, 32):
-        raise RefusedError("not one frame of grey pixels, so not a radiograph")
+    gray = kind in ("MONOCHROME1", "MONOCHROME2") and int(head.SamplesPerPixel) == 1
+    if not gray or frames != 1 or int(head.BitsAllocated) not in (8, 16, 32):
+        raise RefusedError("not a single frame of gray pixels, so not a radiograph")
     if str(head.get("BurnedInAnnotation") or "").strip().upper() == "YES" and not burned_in:
         raise RefusedError("BurnedInAnnotation is YES: the pixels may show a name")
     return kind
@@ -87,7 +87,7 @@ def _checked(head: Any, max_pixels: int, burned_in: bool) -> str:
 def _shown(dataset: Any, kind: str) -> np.ndarray:
     stored = dataset.pixel_array
     if stored.shape != (int(dataset.Rows), int(dataset.Columns)):
-        raise RefusedError("the pixels are not one picture of Rows x Columns")
+        raise RefusedError("the pixels are not one image of Rows x Columns")
     padding = _padding(dataset)
 
     def parts(view: Callable) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
@@ -98,26 +98,26 @@ def _shown(dataset: Any, kind: str) -> np.ndarray:
             inside = np.ones(band.shape, bool) if padding is None else ~padding(band)
             values = np.asarray(view(_rescaled(band, dataset)), np.float64)
             if not np.isfinite(values).all():
-                raise RefusedError("the pixels are not one finite picture")
+                raise RefusedError("the pixels have values that are not finite")
             yield slice(top, top + step), values, inside
 
     def extent(view: Callable) -> tuple[float, float]:
-        found = [(v[i].min(), v[i].max()) for _, v, i in parts(view) if i.any()]
-        return min((f[0] for f in found), default=0.0), max((f[1] for f in found), default=0.0)
+        ranges = [(v[i].min(), v[i].max()) for _, v, i in parts(view) if i.any()]
+        return min((r[0] for r in ranges), default=0.0), max((r[1] for r in ranges), default=0.0)
 
     view = _view(dataset)
     low, high = extent(view)
     if low == high and view is not _plain:
         low, high = extent(_plain)
         if low != high:
-            _log_left_out("it shows all pixels alike")
+            _log_ignored_window("it maps all pixels to one value")
             view = _plain
-    shown = np.zeros(stored.shape, np.uint8)
+    image = np.zeros(stored.shape, np.uint8)
     for rows, values, inside in parts(view):
-        grey = (values - low) / max(high - low, 1e-9)
-        grey = np.round(255 * (1 - grey if kind == "MONOCHROME1" else grey)).clip(0, 255)
-        shown[rows] = np.where(inside, grey, 0)
-    return shown
+        gray = (values - low) / max(high - low, 1e-9)
+        gray = np.round(255 * (1 - gray if kind == "MONOCHROME1" else gray)).clip(0, 255)
+        image[rows] = np.where(inside, gray, 0)
+    return image
 
 
 def _padding(dataset: Any) -> Callable[[np.ndarray], np.ndarray] | None:
@@ -153,8 +153,8 @@ def _looked_up(values: np.ndarray, item: Any, dataset: Any) -> np.ndarray:
         order = "<" if dataset.original_encoding[1] else ">"
         data = np.frombuffer(data, "u1" if len(data) < 2 * entries else f"{order}u2")
     table = np.atleast_1d(data)[:entries].astype(np.float64)
-    place = np.clip(values.astype(np.float64) - first, 0, len(table) - 1)
-    return table[place.astype(np.int64)]
+    index = np.clip(values.astype(np.float64) - first, 0, len(table) - 1)
+    return table[index.astype(np.int64)]
 
 
 def _plain(values: np.ndarray) -> np.ndarray:
@@ -168,17 +168,17 @@ def _view(dataset: Any) -> Callable[[np.ndarray], np.ndarray]:
     items = dataset.get("VOILUTSequence")
     if items and items[0].get("LUTDescriptor") and items[0].get("LUTData") is not None:
         return lambda values: _looked_up(values, items[0], dataset)
-    centres, widths = (_numbers(dataset.get(n)) for n in ("WindowCenter", "WindowWidth"))
-    if not centres or not widths:
+    centers, widths = (_numbers(dataset.get(n)) for n in ("WindowCenter", "WindowWidth"))
+    if not centers or not widths:
         return _plain
     function = str(dataset.get("VOILUTFunction") or "LINEAR").strip().upper()
     if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
         raise RefusedError("VOILUTFunction is not LINEAR, LINEAR_EXACT or SIGMOID; correct it")
-    for n, (centre, width) in enumerate(zip(centres, widths, strict=False)):
-        enough = width >= 1 if function == "LINEAR" else width > 0
-        if enough and math.isfinite(centre) and math.isfinite(width):
+    for n, (center, width) in enumerate(zip(centers, widths, strict=False)):
+        valid_width = width >= 1 if function == "LINEAR" else width > 0
+        if valid_width and math.isfinite(center) and math.isfinite(width):
             return functools.partial(_windowed, dataset=dataset, index=n, apply=apply_windowing)
-    _log_left_out("its WindowWidth is below 1, or no number")
+    _log_ignored_window("its WindowWidth is below 1, or not a number")
     return _plain
 
 
@@ -188,13 +188,13 @@ def _windowed(values: np.ndarray, *, dataset: Any, index: int, apply: Callable) 
 
 def _numbers(value: Any) -> list[float]:
     """Return the numbers of an element with one value or several."""
-    some = [] if value is None else [value] if isinstance(value, int | float) else list(value)
-    return [float(v) for v in some]
+    values = [] if value is None else [value] if isinstance(value, int | float) else list(value)
+    return [float(v) for v in values]
 
 
 @functools.cache  # once per run, whatever the number of files
-def _log_left_out(why: str) -> None:
-    _log.warning("DICOM: the window of a file is left out: %s", why)
+def _log_ignored_window(reason: str) -> None:
+    _log.warning("DICOM: the window of a file is ignored: %s", reason)
 
 
 @contextlib.contextmanager

@@ -43,14 +43,14 @@ class RefusedError(ValueError):
 def read(path: pathlib.Path) -> bytes:
     """Return the bytes of a file, inflated; raise RefusedError above MAX_BYTES."""
     if path.stat().st_size > MAX_BYTES:
-        raise RefusedError(f"more than {MAX_BYTES} bytes")
+        raise RefusedError(f"the file has more than {MAX_BYTES} bytes")
     content = path.read_bytes()
     end, syntax = _meta(content)
     if syntax == _DEFLATED:
         packed = zlib.decompressobj(-zlib.MAX_WBITS)
         rest = packed.decompress(content[end:], MAX_BYTES)
         if packed.unconsumed_tail:
-            raise RefusedError(f"more than {MAX_BYTES} bytes when inflated")
+            raise RefusedError(f"the file has more than {MAX_BYTES} bytes when inflated")
         plain = _PLAIN.ljust(len(_DEFLATED), "\0")  # a UID is padded with zeros
         content = content[:end].replace(_DEFLATED.encode(), plain.encode()) + rest
     return content
@@ -63,7 +63,7 @@ def header(content: bytes) -> Any:
     start, reached = content[:MAX_HEADER], []
     items = start.count(b"\xfe\xff\x00\xe0") + start.count(b"\xff\xfe\xe0\x00")
     if items > MAX_ITEMS:
-        raise RefusedError(f"more than {MAX_ITEMS} items in its sequences")
+        raise RefusedError(f"the sequences have more than {MAX_ITEMS} items")
 
     def at_pixels(tag: int, *_: Any) -> bool:
         reached.extend([tag] if int(tag) >= _FIRST_PIXELS else [])
@@ -110,30 +110,30 @@ def check_pixels(dataset: Any) -> None:
     rows, columns = int(dataset.Rows), int(dataset.Columns)
     frame = get_frame(dataset.PixelData, 0, number_of_frames=1)
     if syntax == _RLE:
-        most = rows * columns * int(dataset.BitsAllocated) // 8
-        if _rle_length(frame[64:], 2 * most + 2**16) > 2 * most + 2**16:
-            raise RefusedError("the compressed pixels are more than Rows x Columns")
+        max_bytes = rows * columns * int(dataset.BitsAllocated) // 8
+        if _rle_length(frame[64:], 2 * max_bytes + 2**16) > 2 * max_bytes + 2**16:
+            raise RefusedError("the compressed pixels exceed Rows x Columns")
         return
     if frame.count(b"\xff\xda") > MAX_SCANS:
         raise RefusedError(f"the compressed pixels have more than {MAX_SCANS} scans")
     size = _frame_size(frame)
     if size and size != (rows, columns):
-        raise RefusedError("the compressed pixels are not Rows x Columns")
+        raise RefusedError("the size of the compressed pixels is not Rows x Columns")
 
 
 def _meta(content: bytes) -> tuple[int, str]:
     """Return where the file's meta information ends, and its transfer syntax."""
-    place, syntax = 132, ""
-    while content[place : place + 2] == b"\x02\x00" and len(content) >= place + 12:
-        long = content[place + 4 : place + 6] in (b"OB", b"OW", b"UN", b"UT", b"SQ")
-        begin = place + (12 if long else 8)
+    position, syntax = 132, ""
+    while content[position : position + 2] == b"\x02\x00" and len(content) >= position + 12:
+        long = content[position + 4 : position + 6] in (b"OB", b"OW", b"UN", b"UT", b"SQ")
+        start = position + (12 if long else 8)
         (length,) = struct.unpack(
-            "<L" if long else "<H", content[begin - (4 if long else 2) : begin]
+            "<L" if long else "<H", content[start - (4 if long else 2) : start]
         )
-        if content[place + 2 : place + 4] == b"\x10\x00":
-            syntax = content[begin : begin + length].rstrip(b"\0 ").decode("latin-1")
-        place = begin + length
-    return place, syntax
+        if content[position + 2 : position + 4] == b"\x10\x00":
+            syntax = content[start : start + length].rstrip(b"\0 ").decode("latin-1")
+        position = start + length
+    return position, syntax
 
 
 def _frame_size(frame: bytes) -> tuple[int, int] | None:
@@ -141,27 +141,27 @@ def _frame_size(frame: bytes) -> tuple[int, int] | None:
     if (start := frame[:4096].find(b"\xff\x4f\xff\x51")) >= 0:
         right, bottom, left, top = struct.unpack_from(">4L", frame, start + 8)
         return bottom - top, right - left
-    place = 2
-    while frame[:2] == b"\xff\xd8" and len(frame) >= place + 9 and frame[place] == 0xFF:
-        kind = frame[place + 1]
-        if kind == 0xFF:
-            place += 1
+    position = 2
+    while frame[:2] == b"\xff\xd8" and len(frame) >= position + 9 and frame[position] == 0xFF:
+        marker = frame[position + 1]
+        if marker == 0xFF:
+            position += 1
             continue
-        if kind == 0xF7 or 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):
-            return struct.unpack_from(">HH", frame, place + 5)
-        place += 2 + struct.unpack_from(">H", frame, place + 2)[0]
+        if marker == 0xF7 or 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return struct.unpack_from(">HH", frame, position + 5)
+        position += 2 + struct.unpack_from(">H", frame, position + 2)[0]
     return None
 
 
-def _rle_length(packed: bytes, enough: int) -> int:
-    """Return the unpacked bytes of an RLE frame's segments, counted up to `enough` only."""
-    place = total = 0
-    while place < len(packed) and total <= enough:
-        code = packed[place]
+def _rle_length(packed: bytes, limit: int) -> int:
+    """Return the unpacked bytes of an RLE frame's segments, counted up to `limit` only."""
+    position = total = 0
+    while position < len(packed) and total <= limit:
+        code = packed[position]
         if code < 128:
-            total, place = total + code + 1, place + code + 2
+            total, position = total + code + 1, position + code + 2
         elif code > 128:
-            total, place = total + 257 - code, place + 2
+            total, position = total + 257 - code, position + 2
         else:
-            place += 1
+            position += 1
     return total

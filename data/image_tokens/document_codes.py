@@ -53,22 +53,25 @@ class OnlineEncoder:
         self._encoder = encoder
         self._encode = BatchEncoder(encoder, precision=precision, batch=BATCH)
 
-    def __call__(self, views: Iterable[ImageView], files: Files, *, tell: bool) -> EncodeResult:
-        """Return the codes of views; `tell`: log the progress."""
+    def __call__(
+        self, views: Iterable[ImageView], files: Files, *, log_progress: bool
+    ) -> EncodeResult:
+        """Return the codes of views."""
         todo = sorted(set(views), key=lambda v: (v.path, v.number))
-        found = EncodeResult({}, {})
-        clock = ItemProgress(len(todo), "pictures", log.info, every=LOG_SECONDS) if tell else None
+        result, progress = EncodeResult({}, {}), None
+        if log_progress:
+            progress = ItemProgress(len(todo), "images", log.info, every=LOG_SECONDS)
         config = self._encoder.vq_config
-        makers = (lambda v=v: load_pixels(files.load(v.path), v, config) for v in todo)
-        for v, codes in zip(todo, self._encode(makers), strict=True):
+        loaders = (lambda v=v: load_pixels(files.load(v.path), v, config) for v in todo)
+        for v, codes in zip(todo, self._encode(loaders), strict=True):
             if not isinstance(codes, str):
-                found.codes[v.path, v.number] = codes.astype(np.int32)
-            elif v.path not in found.unreadable:
-                found.unreadable[v.path] = codes
-                log.warning("left out: %s", codes)
-            if clock:
-                clock.tick("codes", 1)
-        return found
+                result.codes[v.path, v.number] = codes.astype(np.int32)
+            elif v.path not in result.unreadable:
+                result.unreadable[v.path] = codes
+                log.warning("excluded: %s", codes)
+            if progress:
+                progress.tick("codes", 1)
+        return result
 
     def notes(self) -> dict[str, Any]:
         """Return the notes for dataset.json."""
@@ -81,12 +84,12 @@ class StoredCodes:
     def __init__(self, folder: Path, encoder: Encoder, precision: str):
         self._codes: CodeStore = open_codes(folder)
         self._folder, plan = folder, self._codes.meta["plan"]
-        wanted = dict(vqgan=encoder.layout.vqgan, codes_per_image=encoder.layout.codes_per_image)
-        for name, value in (wanted | dict(precision=precision)).items():
+        expected = dict(vqgan=encoder.layout.vqgan, codes_per_image=encoder.layout.codes_per_image)
+        for name, value in (expected | dict(precision=precision)).items():
             if plan[name] != value:
                 raise PrepareError(
-                    f"--codes {folder} has {name} {plan[name]!r}, and --model or --precision ask "
-                    f"for {value!r}; tokenize with the same ones"
+                    f"--codes {folder}: {name} is {plan[name]!r}, but --model or --precision "
+                    f"requires {value!r}; tokenize with the same model and precision"
                 )
 
     def check_credentialed(self, *, burned_in: bool) -> None:
@@ -94,24 +97,26 @@ class StoredCodes:
         plan = self._codes.meta["plan"]
         for name, value in (("credentialed", True), ("burned_in", burned_in)):
             if plan[name] != value:
-                how = "with" if value else "without"
                 raise PrepareError(
-                    f"--codes {self._folder}: tokenize it {how} --{name} for this source"
+                    f"--codes {self._folder}: this source requires images that were tokenized "
+                    f"{'with' if value else 'without'} --{name}; tokenize them again"
                 )
 
-    def __call__(self, views: Iterable[ImageView], files: Files, *, tell: bool) -> EncodeResult:
+    def __call__(
+        self, views: Iterable[ImageView], files: Files, *, log_progress: bool
+    ) -> EncodeResult:
         """Return the codes of views; a folder has each image unchanged, view 0."""
-        found, todo = EncodeResult({}, {}), sorted(set(views), key=lambda v: (v.path, v.number))
+        result, todo = EncodeResult({}, {}), sorted(set(views), key=lambda v: (v.path, v.number))
         if any(v.number for v in todo):
-            raise PrepareError("--codes has one view of each picture; use --views 1")
+            raise PrepareError("--codes has one view of each image; use --views 1")
         for v in todo:
-            codes = self._of(v.path, files)
+            codes = self._lookup(v.path, files)
             if isinstance(codes, str):
-                found.unreadable[v.path] = codes
-                log.warning("left out: %s", codes)
+                result.unreadable[v.path] = codes
+                log.warning("excluded: %s", codes)
             else:
-                found.codes[v.path, 0] = codes.astype(np.int32)
-        return found
+                result.codes[v.path, 0] = codes.astype(np.int32)
+        return result
 
     def notes(self) -> dict[str, Any]:
         """Return the notes for dataset.json."""
@@ -119,15 +124,15 @@ class StoredCodes:
             precision=self._codes.meta["plan"]["precision"], agreement=self._codes.meta["agreement"]
         )
 
-    def _of(self, path: str, files: Files) -> np.ndarray | str:
+    def _lookup(self, path: str, files: Files) -> np.ndarray | str:
         try:
             digest = digest_of(files.content(path))
         except OSError:
             digest = b""  # `load` reports why it cannot be opened
         if digest and digest not in self._codes:
             raise PrepareError(
-                f"--codes {self._folder} lacks {files.name(path)}, or the picture was changed "
-                "since; tokenize the pictures again, into a new folder"
+                f"--codes {self._folder}: {files.name(path)} is missing, or the image was changed "
+                "since; tokenize the images again, into a new folder"
             )
         codes = self._codes.by_digest(digest) if digest else None
         if codes is not None:
@@ -137,8 +142,8 @@ class StoredCodes:
         except image_headers.ImageError as error:
             return str(error)
         raise PrepareError(
-            f"--codes {self._folder}: {files.name(path)} could not be read then and can be now; "
-            "tokenize the pictures again, into a new folder"
+            f"--codes {self._folder}: {files.name(path)} was unreadable when it was tokenized and "
+            "is readable now; tokenize the images again, into a new folder"
         )
 
 

@@ -63,7 +63,9 @@ def load_encoder(folder: Path, *, vq: Any = None, tokenizer: Tokenizer | None = 
         vocab, vq_config = build(Vocab, raw["vocab"]), build(VQ, raw["vq"])
         check_vq(vq_config)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise PrepareError(f"{path}: no usable model folder ({error}); give --model") from error
+        raise PrepareError(
+            f"{path}: not a valid model folder ({error}); set --model to one"
+        ) from error
     file = folder / "vqgan.safetensors"
     vq = vqgan.load(file, vq_config) if vq is None else vq
     tokenizer = tokenizer or Tokenizer.from_file(folder / "tokenizer.json", vocab)
@@ -77,19 +79,19 @@ def load_encoder(folder: Path, *, vq: Any = None, tokenizer: Tokenizer | None = 
 
 
 def load_pixels(
-    picture: PIL.Image.Image, view: ImageView, config: VQ
+    image: PIL.Image.Image, view: ImageView, config: VQ
 ) -> Float32[np.ndarray, "h w 3"]:
     """Return pixels: view 0 is plain preprocessing, others depend on the view's seed only."""
     if view.number == 0:
-        return images.preprocess(picture, config.image_size)
+        return images.preprocess(image, config.image_size)
     draw = random.Random(view.seed)  # seeded by a string: the same in every process and version
     if view.crop:
-        side = min(picture.size)
-        kept = max(1, round(side * draw.uniform(MIN_CROP_AREA, 1.0) ** 0.5))
-        left, top = ((n - side) // 2 + draw.randint(0, side - kept) for n in picture.size)
-        picture = picture.crop((left, top, left + kept, top + kept))
+        side = min(image.size)
+        size = max(1, round(side * draw.uniform(MIN_CROP_AREA, 1.0) ** 0.5))
+        left, top = ((n - side) // 2 + draw.randint(0, side - size) for n in image.size)
+        image = image.crop((left, top, left + size, top + size))
     contrast, brightness = draw.uniform(1 - JITTER, 1 + JITTER), draw.uniform(-JITTER, JITTER)
-    pixels = images.preprocess(picture, config.image_size) * contrast + brightness
+    pixels = images.preprocess(image, config.image_size) * contrast + brightness
     return np.clip(pixels, -1, 1).astype(np.float32)
 
 

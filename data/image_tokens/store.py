@@ -62,7 +62,7 @@ from medmax_jax.models import images
 
 FORMAT = 2
 SLICE = 4_096  # files hashed by one process at a time
-NOT_FOUND = "no such file, or it may not be read"
+NOT_FOUND = "no such file, or no permission to read it"
 TAKEOVER_SECONDS = 60.0  # seconds without progress until another process's part is made here too
 _OPTIONS = "group_size:1,zstd:3"
 
@@ -71,6 +71,7 @@ _OPTIONS = "group_size:1,zstd:3"
 class Plan:
     """The content of a folder; two processes with different plans must not write to one."""
 
+    # Verbatim: part of the data.
     pictures: str  # sha256 of the list
     count: int  # of the list
     vqgan: str  # sha256 of the weights
@@ -106,15 +107,21 @@ def tokenize(
     it was stopped, with any number of processes.
     """
     if not paths or len(set(paths)) != len(paths):
-        raise PrepareError(f"{len(paths)} pictures, {len(set(paths))} different; list each once")
+        raise PrepareError(
+            f"the list has {len(paths)} images, {len(set(paths))} of them different; list one or "
+            "more, each once"
+        )
     if not 0 <= process < processes:
-        raise PrepareError(f"process {process} of {processes}; use 0 .. {processes - 1}")
+        raise PrepareError(
+            f"process is {process} of {processes}; use a number from 0 to {processes - 1}"
+        )
     if min(shard_size, batch) < 1 or not 0 <= max_bad <= 1:
         raise PrepareError(
-            f"shard_size {shard_size}, batch {batch}, max_bad {max_bad}; use 1 or more pictures, "
-            "and a share from 0 to 1"
+            f"shard_size is {shard_size}, batch is {batch}, max_bad is {max_bad}; use 1 or more "
+            "images for the first two, and a share from 0 to 1"
         )
     encode = BatchEncoder(encoder, precision=precision, batch=batch)
+    # Verbatim: part of the data.
     plan = Plan(
         pictures=hashlib.sha256("\n".join(paths).encode()).hexdigest(), count=len(paths),
         vqgan=encoder.layout.vqgan, codes_per_image=encoder.layout.codes_per_image,
@@ -125,19 +132,19 @@ def tokenize(
     headers = credentialed or any(path.lower().endswith(".dcm") for path in paths)
     with private_folder(out) if credentialed else contextlib.nullcontext():
         with dicom.silence() if headers else contextlib.nullcontext():
-            return _all(work, encode, (process, processes))
+            return _run_job(work, encode, (process, processes))
 
 
-def _all(work: "_TokenizeJob", encode: BatchEncoder, turn: tuple[int, int]) -> dict[str, Any]:
-    work.claim()
+def _run_job(work: "_TokenizeJob", encode: BatchEncoder, turn: tuple[int, int]) -> dict[str, Any]:
+    work.write_plan()
     if not work.finished():
-        _in_turns(work.slices, turn, work.digest_file, work.hash_slice, "slices hashed")
+        _share_work(work.slices, turn, work.digest_file, work.hash_slice, "slices hashed")
         unique = work.unique()
         work.check()
         shards = range(-(-len(unique) // work.plan.shard_size))
         make = lambda n: work.encode_shard(n, unique, encode)  # noqa: E731
-        _in_turns(shards, turn, work.shard_file, make, "shards of codes")
-        work.seal(unique)
+        _share_work(shards, turn, work.shard_file, make, "shards of codes")
+        work.write_index(unique)
     return work.finished()
 
 
@@ -151,19 +158,19 @@ class _TokenizeJob:
         self.max_bad, self.size = max_bad, size
         self.slices = range(-(-len(paths) // SLICE))
 
-    def claim(self) -> None:
+    def write_plan(self) -> None:
         """Write the plan, or check that the folder has the same one."""
         for name in ("digests", "codes"):
             (self.out / name).mkdir(parents=True, exist_ok=True)
-        wanted = dataclasses.asdict(self.plan)
+        plan = dataclasses.asdict(self.plan)
         if not (self.out / "plan.json").exists():
-            _write(self.out / "plan.json", json.dumps(wanted, indent=1).encode())
-        have = _read(self.out / "plan.json")
-        for name, value in wanted.items():
-            if have.get(name) != value:
+            _write(self.out / "plan.json", json.dumps(plan, indent=1).encode())
+        stored = _read(self.out / "plan.json")
+        for name, value in plan.items():
+            if stored.get(name) != value:
                 raise PrepareError(
-                    f"{self.out} holds codes with {name} {have.get(name)!r}, this command has "
-                    f"{value!r}; name another --out"
+                    f"{self.out} contains codes whose {name} is {stored.get(name)!r}, but this "
+                    f"command has {value!r}; use another --out"
                 )
 
     def finished(self) -> dict[str, Any] | None:
@@ -180,8 +187,8 @@ class _TokenizeJob:
         """Write the sha256 of each file of a slice; zeros for one that cannot be opened."""
         names = self.paths[n * SLICE : (n + 1) * SLICE]
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            found = list(pool.map(self._digest, names))
-        _save(self.digest_file(n), np.stack(found))
+            digests = list(pool.map(self._digest, names))
+        _save(self.digest_file(n), np.stack(digests))
 
     def unique(self) -> np.ndarray:
         """Return the images that are encoded: the first of each content, in list order."""
@@ -197,18 +204,18 @@ class _TokenizeJob:
     def encode_shard(self, n: int, unique: np.ndarray, encode: BatchEncoder) -> None:
         """Write the codes of a shard, then the JSON that marks it as complete."""
         numbers = unique[n * self.plan.shard_size : (n + 1) * self.plan.shard_size]
-        bad, count = {}, 0
-        clock = ItemProgress(len(numbers), "pictures", log.info, every=LOG_SECONDS)
+        unreadable, count = {}, 0
+        progress = ItemProgress(len(numbers), "images", log.info, every=LOG_SECONDS)
         path = self.out / "codes" / f"{n:05d}-{secrets.token_hex(4)}.array_record"
         try:
             with _records(path) as writer:
-                for number, codes in zip(numbers, encode(self._pictures(numbers)), strict=True):
+                for number, codes in zip(numbers, encode(self._loaders(numbers)), strict=True):
                     if isinstance(codes, str):
-                        bad[self.name(number)] = codes
+                        unreadable[self.name(number)] = codes
                         codes = np.zeros(0, np.uint16)  # keeps its position; the index has -1
                     writer.write(to_bytes(self.digests[number], codes))
                     count += 1
-                    clock.tick(f"shard {n}", 1)
+                    progress.tick(f"shard {n}", 1)
         except BaseException:
             path.unlink(missing_ok=True)
             raise
@@ -216,34 +223,37 @@ class _TokenizeJob:
             return path.unlink(missing_ok=True)
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-        facts = dict(file=path.name, records=count, bytes=path.stat().st_size, unreadable=bad)
-        facts["agreement"] = encode.agreement
+        facts = dict(file=path.name, records=count, bytes=path.stat().st_size)
+        facts |= dict(unreadable=unreadable, agreement=encode.agreement)
         _write(self.shard_file(n), json.dumps(facts, ensure_ascii=False, indent=0).encode())
         self.check()
 
-    def seal(self, unique: np.ndarray) -> None:
+    def write_index(self, unique: np.ndarray) -> None:
         """Write index and counts; every process computes the same ones."""
         digests, shards = self.digests, -(-len(unique) // self.plan.shard_size)
         facts = [shard_file(self.shard_file(n))[1] for n in range(shards)]
-        bad = {name: why for each in facts for name, why in each["unreadable"].items()}
-        place = {digests[number].tobytes(): i for i, number in enumerate(unique)}
+        bad = {name: reason for f in facts for name, reason in f["unreadable"].items()}
+        record = {digests[number].tobytes(): i for i, number in enumerate(unique)}
         why = {digests[n].tobytes(): bad[self.name(n)] for n in unique if self.name(n) in bad}
         keys = [row.tobytes() for row in digests]
-        index = np.array([-1 if k in why else place.get(k, -1) for k in keys], np.int64)
+        index = np.array([-1 if k in why else record.get(k, -1) for k in keys], np.int64)
         reasons = {self.name(n): why.get(keys[n], NOT_FOUND) for n in np.flatnonzero(index < 0)}
-        self._bound(len(reasons), reasons)
-        agreed = [each["agreement"] for each in facts if each.get("agreement") is not None]
+        self._check_share(len(reasons), reasons)
+        agreements = [f["agreement"] for f in facts if f.get("agreement") is not None]
         _save(self.out / "index.npy", index)
+        # Verbatim: part of the data.
         meta = dict(
             plan=dataclasses.asdict(self.plan),
             pictures=len(index),
             unique=len(unique),
             unreadable=len(reasons),
             reasons=reasons,
-            agreement=min(agreed, default=None),  # of bfloat16 codes, the minimum of all processes
+            agreement=min(
+                agreements, default=None
+            ),  # of bfloat16 codes, the minimum of all processes
         )
         _write(self.out / "dataset.json", json.dumps(meta, ensure_ascii=False, indent=1).encode())
-        named = {each["file"] for each in facts}
+        named = {f["file"] for f in facts}
         for path in (self.out / "codes").glob("*.array_record"):
             if path.name not in named:  # of a process that was killed, or that finished second
                 path.unlink(missing_ok=True)
@@ -255,10 +265,10 @@ class _TokenizeJob:
 
     def _digest(self, path: str) -> UInt8[np.ndarray, "32"]:
         try:
-            found = digest_of(self._file(path))
+            digest = digest_of(self._file(path))
         except OSError:
-            found = bytes(32)
-        return np.frombuffer(found, np.uint8)
+            digest = bytes(32)
+        return np.frombuffer(digest, np.uint8)
 
     def _file(self, path: str) -> Path:
         label = pseudonym(path) if self.plan.credentialed else ""
@@ -267,7 +277,7 @@ class _TokenizeJob:
         except image_paths.ImagePathError as error:
             raise PrepareError(str(error)) from error
 
-    def _pictures(self, numbers: np.ndarray) -> Iterator[Callable[[], np.ndarray]]:
+    def _loaders(self, numbers: np.ndarray) -> Iterator[Callable[[], np.ndarray]]:
         for number in numbers:
             yield functools.partial(self._pixels, int(number))
 
@@ -275,29 +285,29 @@ class _TokenizeJob:
         path, name = self.paths[number], self.name(number)
         if (self._digest(path) != self.digests[number]).any():
             raise PrepareError(
-                f"{name}: changed since it was hashed; leave the pictures as they are, and name "
-                "another --out"
+                f"{name}: changed since it was hashed; do not change images during the run, and "
+                "use another --out"
             )
-        picture = open_image(
+        image = open_image(
             self._file(path), name=name, burned_in=self.plan.burned_in,
             secret=self.plan.credentialed,
         )  # fmt: skip
-        return images.preprocess(picture, self.size)
+        return images.preprocess(image, self.size)
 
     def check(self) -> None:
         """Raise PrepareError if too many images so far could not be read."""
         facts = [shard_file(p)[1] for p in (self.out / "codes").glob("*.json")]
-        bad = {name: why for each in facts for name, why in each["unreadable"].items()}
-        gone = np.flatnonzero(~self.digests.any(axis=1))
-        count = len(bad) + len(gone)
-        self._bound(count, bad | {self.name(n): NOT_FOUND for n in gone[:1]})
+        bad = {name: reason for f in facts for name, reason in f["unreadable"].items()}
+        missing = np.flatnonzero(~self.digests.any(axis=1))
+        count = len(bad) + len(missing)
+        self._check_share(count, bad | {self.name(n): NOT_FOUND for n in missing[:1]})
 
-    def _bound(self, count: int, bad: dict[str, str]) -> None:
+    def _check_share(self, count: int, bad: dict[str, str]) -> None:
         if count > self.max_bad * len(self.paths):
             first = next(iter(bad.items()))
             raise PrepareError(
-                f"{count} of {len(self.paths)} pictures cannot be read, --max_bad allows the share "
-                f"{self.max_bad}; the first: {first[0]}: {first[1]}"
+                f"{count} of {len(self.paths)} images cannot be read, but --max_bad allows only "
+                f"the share {self.max_bad}; the first: {first[0]}: {first[1]}"
             )
 
 
@@ -305,10 +315,10 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return read_json_object(path)
     except TextFileError as error:
-        raise PrepareError(f"{error}; name another --out") from error
+        raise PrepareError(f"{error}; use another --out") from error
 
 
-def _in_turns(
+def _share_work(
     numbers: range,
     turn: tuple[int, int],
     file: Callable[[int], Path],
@@ -317,23 +327,24 @@ def _in_turns(
 ) -> None:
     """Make what is missing: this process's own parts first, then parts that others left undone."""
     process, processes = turn
-    start, made = time.monotonic(), 0
+    start, created = time.monotonic(), 0
     for number in numbers[process::processes]:
         if not file(number).exists():
             make(number)
-            made += 1
-        there = sum(file(n).exists() for n in numbers)
-        rate = made / max(time.monotonic() - start, 1e-9)
-        eta = f"{(len(numbers) - there) / rate / processes:.0f} s left" if rate else "found there"
-        log.info("%d/%d %s, %s", there, len(numbers), what, eta)
-    last, seen = time.monotonic(), -1
+            created += 1
+        done = sum(file(n).exists() for n in numbers)
+        rate = created / max(time.monotonic() - start, 1e-9)
+        eta = f"{(len(numbers) - done) / rate / processes:.0f} s left" if rate else "already done"
+        log.info("%d/%d %s, %s", done, len(numbers), what, eta)
+    last, last_count = time.monotonic(), -1
     while missing := [n for n in numbers if not file(n).exists()]:
-        if len(missing) != seen:
-            last, seen = time.monotonic(), len(missing)
+        if len(missing) != last_count:
+            last, last_count = time.monotonic(), len(missing)
         elif time.monotonic() - last > TAKEOVER_SECONDS:
             log.info(
-                "%s: %d has had no news for %.0f s: made here", what, missing[0], TAKEOVER_SECONDS
-            )
+                "%s: no progress of other processes for %.0f s; taking over number %d",
+                what, TAKEOVER_SECONDS, missing[0],
+            )  # fmt: skip
             make(missing[0])
         else:
             time.sleep(0.2)
@@ -352,7 +363,9 @@ def _records(path: Path) -> Iterator[array_record_module.ArrayRecordWriter]:
 
 
 def _unwritable(path: Path, error: Exception) -> PrepareError:
-    return PrepareError(f"{path}: cannot be written ({error}); make room, then the same command")
+    return PrepareError(
+        f"{path}: cannot be written ({error}); free disk space and rerun the same command"
+    )
 
 
 def _save(path: Path, array: np.ndarray) -> None:
@@ -385,57 +398,79 @@ def _write(path: Path, content: bytes) -> None:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `python -m data.prepare tokenize`."""
-    parser.add_argument("--images", type=Path, required=True, help="folder of the pictures")
+    parser.add_argument("--images", type=Path, required=True, help="folder of the images")
     parser.add_argument(
-        "--list", type=Path, help="JSONL with image_path; without: every picture of the folder"
+        "--list", type=Path, help="JSONL with image_path; default: every image of the folder"
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--model", type=Path, required=True, help="model folder, for its VQGAN")
-    parser.add_argument("--precision", choices=PRECISIONS, default="highest")
-    parser.add_argument("--shard_size", type=int, default=SLICE, help="pictures")
-    parser.add_argument("--batch", type=int, default=BATCH, help="of pictures on a device")
-    parser.add_argument("--max_bad", type=float, default=0.01, metavar="SHARE")
-    parser.add_argument("--process", type=int, default=0, help="number of this process")
-    parser.add_argument("--processes", type=int, default=1, help="that share the work")
     parser.add_argument(
-        "--credentialed", action="store_true", help="private files, and no name of a picture"
+        "--model", type=Path, required=True, help="model folder that contains the VQGAN"
     )
     parser.add_argument(
-        "--burned_in", action="store_true", help="take DICOM files that say they show text"
+        "--precision", choices=PRECISIONS, default="highest", help="precision of the encoder"
     )
+    parser.add_argument("--shard_size", type=int, default=SLICE, help="images per shard")
+    parser.add_argument("--batch", type=int, default=BATCH, help="images per batch and device")
+    parser.add_argument(
+        "--max_bad", type=float, default=0.01, metavar="SHARE",
+        help="stop if more than this share of images cannot be read",
+    )  # fmt: skip
+    parser.add_argument("--process", type=int, default=0, help="number of this process, from 0")
+    parser.add_argument(
+        "--processes", type=int, default=1, help="number of processes that share the work"
+    )
+    parser.add_argument(
+        "--credentialed", action="store_true",
+        help="make files readable by their owner only, and write no image names",
+    )  # fmt: skip
+    parser.add_argument(
+        "--burned_in", action="store_true",
+        help="accept DICOM files whose header states that text is burned into the pixels",
+    )  # fmt: skip
     parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("precision", "shard_size", "batch", "max_bad", "process", "processes")
-    names += ("credentialed", "burned_in")
-    paths = _listed(args.images, args.list, credentialed=args.credentialed)
+    paths = _list_images(args.images, args.list, credentialed=args.credentialed)
     meta = tokenize(
-        args.out, paths, folder=args.images,
-        encoder=load_encoder(args.model), **{name: getattr(args, name) for name in names},
-    )  # fmt: skip
+        args.out,
+        paths,
+        folder=args.images,
+        encoder=load_encoder(args.model),
+        precision=args.precision,
+        shard_size=args.shard_size,
+        batch=args.batch,
+        max_bad=args.max_bad,
+        process=args.process,
+        processes=args.processes,
+        credentialed=args.credentialed,
+        burned_in=args.burned_in,
+    )
+    # Verbatim: part of the data.
     return {n: meta[n] for n in ("pictures", "unique", "unreadable", "agreement")}
 
 
-def _listed(folder: Path, listing: Path | None, *, credentialed: bool) -> list[str]:
+def _list_images(folder: Path, listing: Path | None, *, credentialed: bool) -> list[str]:
     """Return the images by path, each once: of a JSONL of rows, or all files with image suffix."""
-    for path, there in ((folder, folder.is_dir()), (listing, not listing or listing.is_file())):
-        if not there:
-            raise PrepareError(f"{path}: not there; check --images and --list")
+    for path, exists in ((folder, folder.is_dir()), (listing, not listing or listing.is_file())):
+        if not exists:
+            raise PrepareError(f"{path}: does not exist; check --images and --list")
     if listing is None:
         suffixes = (*images.SUFFIXES, ".dcm")
-        found = (p for p in folder.rglob("*") if p.suffix.lower() in suffixes)
-        return sorted(str(p.relative_to(folder)) for p in found)
+        files = (p for p in folder.rglob("*") if p.suffix.lower() in suffixes)
+        return sorted(str(p.relative_to(folder)) for p in files)
     paths: dict[str, None] = {}
     for place, row in json_lines(listing):
         if isinstance(row, dict) and not credentialed:
             # The class of a row that states none is unknown: the flag decides.
             stated = egress.data_class_of(row, str(place), default=egress.LICENCE_BOUND)
             if stated == egress.CREDENTIALED:
-                raise PrepareError(f"{place}: is credentialed; add --credentialed")
+                raise PrepareError(f"{place}: the row is credentialed; add --credentialed")
         path = row.get("image_path", "") if isinstance(row, dict) else None
         if path is None or path and not is_inside(path):
-            shown = "" if credentialed else f" {path!r},"
-            raise PrepareError(f"{place}: image_path is{shown} no name of a file below --images")
+            value = "" if credentialed else f" {path!r}"
+            raise PrepareError(
+                f"{place}: image_path{value} is invalid; expected the path of a file below --images"
+            )
         paths |= {path: None} if path else {}
     return list(paths)

@@ -40,29 +40,29 @@ class CodeStore:
             self.meta = read_json_object(folder / "dataset.json")
             size = self.meta["plan"]["shard_size"]
             if type(size) is not int or size < 1:
-                raise ValueError("dataset.json: plan.shard_size is no number above 0")
+                raise ValueError("dataset.json: plan.shard_size is not an integer above 0")
             self.index = np.load(folder / "index.npy", allow_pickle=False)
             slices = sorted((folder / "digests").glob("*.npy"))
             self._digests = np.concatenate([np.load(p, allow_pickle=False) for p in slices])
             if len(self._digests) != len(self.index) or self._digests.shape[1:] != (32,):
-                raise ValueError(f"{self._digests.shape} digests of {len(self.index)} pictures")
+                raise ValueError(f"{len(self.index)} images have digests {self._digests.shape}")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise PrepareError(
-                f"{folder}: not finished ({error}); give its tokenize command again"
+                f"{folder}: not finished ({error}); rerun its tokenize command"
             ) from error
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, i: int) -> UInt16[np.ndarray, "K"] | None:
-        place = int(self.index[i])
-        if place < 0:
+        position = int(self.index[i])
+        if position < 0:
             return None
-        shard, record = divmod(place, self.meta["plan"]["shard_size"])
+        shard, record = divmod(position, self.meta["plan"]["shard_size"])
         reader, path = self._reader(shard)
         digest, codes = from_bytes(reader.read([record])[0], f"{path}, record {record}")
         if digest != self._digests[i].tobytes():
-            raise PrepareError(f"{path}, record {record}: of another picture; tokenize again")
+            raise PrepareError(f"{path}, record {record}: belongs to another image; tokenize again")
         return codes
 
     def __contains__(self, digest: bytes) -> bool:
@@ -70,10 +70,10 @@ class CodeStore:
 
     def by_digest(self, digest: bytes) -> UInt16[np.ndarray, "K"] | None:
         """Return the codes of the image with this sha256; None if it could not be read."""
-        found = self._find(digest)
-        if found is None:
+        index = self._find(digest)
+        if index is None:
             raise KeyError(digest)
-        return self[found]
+        return self[index]
 
     def _find(self, digest: bytes) -> int | None:
         rows, order = self._sorted
@@ -92,7 +92,10 @@ class CodeStore:
             path, facts = shard_file(self.folder / "codes" / f"{shard:05d}.json")
             size = path.stat().st_size if path.exists() else 0
             if size != facts["bytes"]:  # ArrayRecord reads a short file as empty
-                raise PrepareError(f"{path}: not the {facts['bytes']} bytes written; copy it again")
+                raise PrepareError(
+                    f"{path}: size is {size} bytes, but {facts['bytes']} were written; copy it "
+                    "again"
+                )
             self._readers[shard] = array_record_module.ArrayRecordReader(str(path)), path
         return self._readers[shard]
 
@@ -103,19 +106,24 @@ def shard_file(path: Path) -> tuple[Path, dict[str, Any]]:
         facts = read_json_object(path)
     except TextFileError as error:
         raise PrepareError(f"{error}; delete it and tokenize again") from error
-    kinds = dict(file=str, bytes=int, records=int, unreadable=dict)
-    if wrong := [name for name, kind in kinds.items() if type(facts.get(name)) is not kind]:
-        raise PrepareError(f"{path}: no {wrong[0]}: damaged; delete it and tokenize again")
+    types = dict(file=str, bytes=int, records=int, unreadable=dict)
+    if wrong := [name for name, kind in types.items() if type(facts.get(name)) is not kind]:
+        raise PrepareError(
+            f"{path}: field {wrong[0]!r} is missing or invalid: damaged; delete it and tokenize "
+            "again"
+        )
     if Path(facts["file"]).name != facts["file"]:
-        raise PrepareError(f"{path}: file leads out of the folder; delete it and tokenize again")
+        raise PrepareError(
+            f"{path}: field 'file' leads out of the folder; delete it and tokenize again"
+        )
     return path.parent / facts["file"], facts
 
 
-def digest_of(picture: Path | bytes) -> bytes:
+def digest_of(image: Path | bytes) -> bytes:
     """Return the sha256 of an image file, or of its bytes; raise OSError."""
-    if isinstance(picture, bytes):
-        return hashlib.sha256(picture).digest()
-    return bytes.fromhex(file_sha256(picture))
+    if isinstance(image, bytes):
+        return hashlib.sha256(image).digest()
+    return bytes.fromhex(file_sha256(image))
 
 
 def to_bytes(digest: UInt8[np.ndarray, "32"], codes: UInt16[np.ndarray, "K"]) -> bytes:
@@ -127,8 +135,11 @@ def to_bytes(digest: UInt8[np.ndarray, "32"], codes: UInt16[np.ndarray, "K"]) ->
 def from_bytes(record: bytes, where: str) -> tuple[bytes, UInt16[np.ndarray, "K"]]:
     """Return (sha256, codes); raise PrepareError, with `where` in it, on corruption."""
     if len(record) < _HEAD.size or record[:4] != _MAGIC:
-        raise PrepareError(f"{where}: no codes of this format; the shard is damaged or foreign")
+        raise PrepareError(
+            f"{where}: not codes in this format; the shard is damaged or was written by another "
+            "program"
+        )
     _, crc, digest = _HEAD.unpack_from(record)
     if zlib.crc32(record[8:]) != crc:
-        raise PrepareError(f"{where}: CRC differs; delete the shard and tokenize again")
+        raise PrepareError(f"{where}: CRC mismatch; delete the shard and tokenize again")
     return digest, np.frombuffer(record[_HEAD.size :], "<u2").astype(np.uint16)

@@ -38,15 +38,15 @@ class Row:
 
 def read_rows(path: str | Path) -> list[Row]:
     """Return the captions of a file, each checked; raise CaptionsError or OutgoingError."""
-    rows = [_row(found, f"{path} row {n}") for n, found in enumerate(_jsonl(path), start=1)]
+    rows = [_row(fields, f"{path} row {n}") for n, fields in enumerate(_jsonl(path), start=1)]
     if not rows:
-        raise CaptionsError(f"{path}: has no rows; name a file of captions")
+        raise CaptionsError(f"{path}: the file has no rows; use a file of captions")
     seen: set[str] = set()
     for n, row in enumerate(rows, start=1):
         if row.id in seen:
-            shown = printable(repr(row.id), 80)
-            shown = f"of row {n}" if row.data_class == egress.CREDENTIALED else shown
-            raise CaptionsError(f"{path}: id {shown} comes twice; ids must differ")
+            name = printable(repr(row.id), 80)
+            name = f"of row {n}" if row.data_class == egress.CREDENTIALED else name
+            raise CaptionsError(f"{path}: id {name} occurs twice; ids must be unique")
         seen.add(row.id)
     return rows
 
@@ -58,48 +58,51 @@ def read_scores(path: str | Path, *, secret: bool = False) -> dict[str, float | 
         name, score = row.get("id"), row.get("score", "")
         number = type(score) in (int, float) and math.isfinite(score)
         if not isinstance(name, str) or name in scores or not (number or score is None):
-            shown = printable(f"id {name!r}, score {score!r}", 120)
-            shown = "id or score is wrong" if secret else shown
+            problem = printable(f"id is {name!r}, score is {score!r}", 120)
+            problem = "id or score is invalid" if secret else problem
             raise CaptionsError(
-                f"{path} row {n}: {shown}; need an id that comes once and a finite number, or null "
-                "where there is no score"
+                f"{path} row {n}: {problem}; expected a unique id and a finite number, or null if "
+                "there is no score"
             )
         scores[name] = score
     return scores
 
 
-def _jsonl(path: str | Path, **rules: bool) -> list[dict[str, Any]]:
+def _jsonl(path: str | Path, *, allow_nonfinite: bool = False) -> list[dict[str, Any]]:
     try:
-        return [row for _, row in read_objects(path, **rules)]
+        return [row for _, row in read_objects(path, allow_nonfinite=allow_nonfinite)]
     except TextFileError as error:
-        raise CaptionsError(f"{error}: cannot be read; mend it") from error
+        raise CaptionsError(f"{error}: cannot be read; fix the file") from error
 
 
-def _row(found: dict[str, Any], where: str) -> Row:
-    data_class = egress.data_class_of(found, where)
+def _row(row: dict[str, Any], where: str) -> Row:
+    data_class = egress.data_class_of(row, where)
     for name in ("id", "caption", "source"):
-        if not isinstance(found.get(name), str) or not (found[name] or name == "caption"):
-            shown = egress.describe(found, name)
-            raise CaptionsError(f"{where}: {name} is {shown}; give it a text")
-    one = [found["image_path"]] if "image_path" in found else None
-    images = found.get("images", one)
+        if not isinstance(row.get(name), str) or not (row[name] or name == "caption"):
+            value = egress.describe(row, name)
+            raise CaptionsError(f"{where}: field {name!r} is {value}; expected a string")
+    image_path = [row["image_path"]] if "image_path" in row else None
+    images = row.get("images", image_path)
     if not isinstance(images, list) or not images:
-        shown = egress.describe(found, "images")
-        raise CaptionsError(f"{where}: images is {shown}; give it a list of file names")
+        value = egress.describe(row, "images")
+        raise CaptionsError(f"{where}: field 'images' is {value}; expected a list of file names")
     for number, name in enumerate(images, start=1):
         if not is_inside(name):
-            shown = printable(repr(name), 80)
-            shown = shown if data_class != egress.CREDENTIALED else str(number)
-            raise CaptionsError(f"{where}: picture {shown} is no file name below --images")
-    group = found.get("group", found["id"])
+            label = printable(repr(name), 80)
+            label = label if data_class != egress.CREDENTIALED else str(number)
+            raise CaptionsError(
+                f"{where}: image {label} is not inside the folder; expected the name of a file "
+                "below --images"
+            )
+    group = row.get("group", row["id"])
     if not isinstance(group, str):
-        shown = egress.describe(found, "group")
-        raise CaptionsError(f"{where}: group is {shown}; give it a text")
+        value = egress.describe(row, "group")
+        raise CaptionsError(f"{where}: field 'group' is {value}; expected a string")
     return Row(
-        id=found["id"],
-        caption=found["caption"],
+        id=row["id"],
+        caption=row["caption"],
         images=tuple(images),
-        source=found["source"],
+        source=row["source"],
         group=group,
         data_class=data_class,
     )

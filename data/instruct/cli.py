@@ -40,31 +40,42 @@ FILTER = {"temperature": 0, "max_tokens": 120}
 
 def add(commands: Any) -> argparse.ArgumentParser:
     """Return the command's parser."""
-    parser = commands.add_parser("instruct", help="captions to instructions by an LLM")
+    parser = commands.add_parser("instruct", help="write instructions from captions with an LLM")
     add_flag = parser.add_argument
     add_flag("--from", dest="source", type=Path, required=True, help="captions, JSONL")
-    add_flag("--images", type=Path, required=True, help="folder that their pictures are in")
-    add_flag("--scores", type=Path, required=True, help="JSONL of id and score")
-    add_flag("--threshold", type=_finite, required=True, help="the least score that is kept")
-    add_flag("--out", type=Path, required=True, help="folder to write, or to go on with")
-    add_flag("--endpoint", type=_endpoint, required=True, metavar="MODEL@URL", help="who writes")
-    add_flag("--filter_endpoint", type=_endpoint, metavar="MODEL@URL", help="who filters captions")
-    for who in ("", "filter_"):
-        add_flag(f"--{who}key_env", metavar="NAME", help="environment variable with the API key")
-        add_flag(f"--{who}parameters", type=_object, metavar="JSON", help="sent as they are")
-        for way in ("in", "out"):
-            add_flag(f"--{who}price_{way}", type=_price, metavar="USD", help="a million tokens")
+    add_flag("--images", type=Path, required=True, help="folder of the images")
+    add_flag("--scores", type=Path, required=True, help="JSONL with id and score")
+    add_flag("--threshold", type=_finite, required=True, help="minimum score of a row that is kept")
+    add_flag("--out", type=Path, required=True, help="folder to write, or to resume")
+    add_flag(
+        "--endpoint", type=_endpoint, required=True, metavar="MODEL@URL",
+        help="model endpoint that writes the instructions",
+    )  # fmt: skip
+    add_flag(
+        "--filter_endpoint", type=_endpoint, metavar="MODEL@URL",
+        help="model endpoint that filters captions; default: --endpoint",
+    )  # fmt: skip
+    for role in ("", "filter_"):
+        add_flag(f"--{role}key_env", metavar="NAME", help="environment variable with the API key")
+        add_flag(
+            f"--{role}parameters", type=_object, metavar="JSON",
+            help="request parameters, sent unchanged",
+        )  # fmt: skip
+        add_flag(f"--{role}price_in", type=_price, metavar="USD", help="per million tokens in")
+        add_flag(f"--{role}price_out", type=_price, metavar="USD", help="per million tokens out")
     add_flag(
         "--credentialed_host", action="append", default=[], metavar="HOST:PORT",
-        help="may be sent credentialed captions; may come again",
+        help="host that may receive credentialed captions; may be repeated",
     )  # fmt: skip
     add_flag("--prompts", type=Path, default=replies.FOLDER, help="folder of prompts")
-    add_flag("--calls", type=Path, help="the cache of replies; OUT/calls.jsonl")
-    add_flag("--concurrency", type=_count, default=8, help="calls at once")
-    add_flag("--timeout", type=_seconds, default=120.0, metavar="S", help="of one call")
-    add_flag("--retries", type=_count, default=6, help="of one call")
-    add_flag("--max_wait", type=_seconds, default=90.0, metavar="S", help="between two of them")
-    add_flag("--dry_run", action="store_true", help="say what it would cost; send nothing")
+    add_flag("--calls", type=Path, help="file of cached replies; default: OUT/calls.jsonl")
+    add_flag("--concurrency", type=_count, default=8, help="number of concurrent calls")
+    add_flag("--timeout", type=_seconds, default=120.0, metavar="S", help="timeout of one call")
+    add_flag("--retries", type=_count, default=6, help="retries of one call")
+    add_flag(
+        "--max_wait", type=_seconds, default=90.0, metavar="S", help="maximum wait between retries"
+    )
+    add_flag("--dry_run", action="store_true", help="print the estimated cost; send nothing")
     parser.set_defaults(run=run)
     return parser
 
@@ -75,12 +86,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     settings = _settings(args, rows)
     curation.check(rows, settings)
     calls = args.calls or args.out / curation.CALLS
-    about = curation.estimate(rows, settings, cached_chat_api.known_replies(calls))
-    log.info("%d rows; still to ask, at most: %s", len(rows), _worded(about))
+    estimate = curation.estimate(rows, settings, cached_chat_api.known_replies(calls))
+    log.info("%d rows; remaining calls, at most: %s", len(rows), _format_estimate(estimate))
     if args.dry_run:
-        return about
+        return estimate
     cli.open_workdir(args.out, "--out")
-    if about["caption"]["calls"]:  # else which rows are still to be written depends on replies
+    if estimate["caption"]["calls"]:  # else which rows are still to be written depends on replies
         for stage in curation.PROMPT_OF:
             check_ready(settings.endpoint(stage))
     with cli.Stop() as stop:
@@ -96,9 +107,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise cli.Interrupted(f"{cli.STOPPED}: {report['undecided']} rows are undecided")
     if report["undecided"]:
         raise cli.Interrupted(
-            f"{report['undecided']} of {len(rows)} rows had no reply; the same command asks for "
-            f"these again. {args.out / curation.DOCUMENTS} has the {report['written']} written. "
-            f"The last error: {report['last_error']}"
+            f"{report['undecided']} of {len(rows)} rows had no reply; rerun the same command to "
+            f"request them again. {args.out / curation.DOCUMENTS} contains the "
+            f"{report['written']} written documents. Last error: {report['last_error']}"
         )
     return report
 
@@ -110,19 +121,21 @@ def _settings(args: argparse.Namespace, rows: list[captions.Row]) -> curation.Se
     if unknown:
         first = f"row {unknown[0] + 1}" if secret else repr(rows[unknown[0]].id)
         raise captions.CaptionsError(
-            f"{args.scores}: no score of {len(unknown)} rows, the first is {first}; score "
-            "them, or give them the score null to leave them out"
+            f"{args.scores}: {len(unknown)} rows have no score, the first is {first}; add their "
+            "scores, or the score null to exclude them"
         )
-    writer = _made(args, "", args.endpoint, args.key_env, args.parameters or WRITER)
-    named = args.filter_endpoint or args.endpoint
+    writer = _make_endpoint(args, "", args.endpoint, args.key_env, args.parameters or WRITER)
+    model_at_url = args.filter_endpoint or args.endpoint
     # A key is sent only to the host that it was given for.
-    same = egress.parse_address(named[1]).name == egress.parse_address(args.endpoint[1]).name
+    host = egress.parse_address(model_at_url[1]).name
+    same = host == egress.parse_address(args.endpoint[1]).name
     key_env = args.filter_key_env or (args.key_env if same else "")
-    who = "filter_" if args.filter_endpoint else ""
+    role = "filter_" if args.filter_endpoint else ""
+    filter_parameters = args.filter_parameters or FILTER
     return curation.Settings(
         threshold=args.threshold,
         score_of=lambda row: scores[row.id],
-        filter=_made(args, who, named, key_env, args.filter_parameters or FILTER),
+        filter=_make_endpoint(args, role, model_at_url, key_env, filter_parameters),
         writer=writer,
         prompts=replies.load_prompts(args.prompts),
         images=args.images,
@@ -130,16 +143,16 @@ def _settings(args: argparse.Namespace, rows: list[captions.Row]) -> curation.Se
     )
 
 
-def _made(
+def _make_endpoint(
     args: argparse.Namespace,
-    who: str,
-    named: tuple[str, str],
+    role: str,
+    model_at_url: tuple[str, str],
     key_env: str | None,
     parameters: dict[str, Any],
 ) -> Endpoint:
     return Endpoint(
-        model=named[0],
-        url=named[1],
+        model=model_at_url[0],
+        url=model_at_url[1],
         parameters=parameters,
         listed=egress.parse_allowed_hosts(args.credentialed_host),
         key_env=key_env or "",
@@ -147,19 +160,20 @@ def _made(
         retries=args.retries,
         max_wait_s=args.max_wait,
         max_reply_bytes=MAX_REPLY_BYTES,
-        price_in=getattr(args, f"{who}price_in"),
-        price_out=getattr(args, f"{who}price_out"),
+        price_in=getattr(args, f"{role}price_in"),
+        price_out=getattr(args, f"{role}price_out"),
     )
 
 
-def _worded(about: dict[str, Any]) -> str:
+def _format_estimate(estimate: dict[str, Any]) -> str:
     parts = [
-        f"{stage} {about[stage]['calls']} calls, about {about[stage]['tokens_in']} tokens in and "
-        f"{about[stage]['tokens_out']} out"
+        f"{stage} {estimate[stage]['calls']} calls, about {estimate[stage]['tokens_in']} input "
+        f"tokens and {estimate[stage]['tokens_out']} output tokens"
         for stage in curation.PROMPT_OF
     ]
-    usd = "give prices to see the cost" if about["usd"] is None else f"about {about['usd']:.2f} USD"
-    return "; ".join([*parts, usd])
+    usd = estimate["usd"]
+    cost = "set prices for a cost estimate" if usd is None else f"about {usd:.2f} USD"
+    return "; ".join([*parts, cost])
 
 
 # ---- Types of flags ----
@@ -174,12 +188,12 @@ def _endpoint(text: str) -> tuple[str, str]:
 
 def _object(text: str) -> dict[str, Any]:
     try:
-        found = parse_json(text, "the flag")
+        value = parse_json(text, "the flag")
     except TextFileError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"{text} is not a JSON object")
-    return found
+    return value
 
 
 def _finite(text: str) -> float:
@@ -190,17 +204,17 @@ def _finite(text: str) -> float:
 
 def _price(text: str) -> float:
     if (number := _finite(text)) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is less than 0")
+        raise argparse.ArgumentTypeError(f"{text} is below 0; use 0 or more")
     return number
 
 
 def _seconds(text: str) -> float:
     if (number := _finite(text)) <= 0:
-        raise argparse.ArgumentTypeError(f"{text} is not more than 0")
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return number
 
 
 def _count(text: str) -> int:
     if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+        raise argparse.ArgumentTypeError(f"{text} is below 1; use 1 or more")
     return number

@@ -78,7 +78,9 @@ class Settings:
 def check(rows: Sequence[Row], settings: Settings) -> None:
     """Raise, before the first call, for anything that would stop the work in the middle."""
     if not settings.images.is_dir():
-        raise InstructError(f"{settings.images}: no such folder; name the one with the pictures")
+        raise InstructError(
+            f"{settings.images}: no such folder; set --images to the folder of the images"
+        )
     for number, row in enumerate(rows, start=1):
         secret = row.data_class == egress.CREDENTIALED
         for name in row.images:
@@ -92,15 +94,16 @@ def check(rows: Sequence[Row], settings: Settings) -> None:
 
 def estimate(rows: Sequence[Row], settings: Settings, cache: Cache | None) -> dict[str, Any]:
     """Return calls, tokens and USD at most: as if no caption were dropped. Nothing is sent."""
-    scored = [row for row in rows if _scored(row, settings)["verdict"] == "keep"]
+    scored = [row for row in rows if _score_decision(row, settings)["verdict"] == "keep"]
     reached = {"caption": scored, "writing": [row for row in scored if len(row.images) == 1]}
-    found: dict[str, Any] = {}
-    for stage, some in reached.items():
+    estimates: dict[str, Any] = {}
+    for stage, stage_rows in reached.items():
         endpoint = settings.endpoint(stage)
-        asks = (_ask(stage, row, settings) for row in some)
-        about = cached_chat_api.estimate(endpoint, asks, cache, tokens_out=TOKENS_OUT[stage])
-        found[stage] = about | {"usd": cost(endpoint, about["tokens_in"], about["tokens_out"])}
-    return found | {"usd": _total(found[stage]["usd"] for stage in reached)}
+        requests = (_request(stage, row, settings) for row in stage_rows)
+        usage = cached_chat_api.estimate(endpoint, requests, cache, tokens_out=TOKENS_OUT[stage])
+        usd = cost(endpoint, usage["tokens_in"], usage["tokens_out"])
+        estimates[stage] = usage | {"usd": usd}
+    return estimates | {"usd": _total(estimates[stage]["usd"] for stage in reached)}
 
 
 def curate(
@@ -127,18 +130,18 @@ def curate(
         journal = stack.enter_context(open_journal(calls or out / CALLS))
         work = _CurationRun(out, settings, Cache(journal), progress, stopped)
         _check_same(out / RUN, rows, settings)
-        left, stages, outcome = list(rows), {}, {}
+        remaining, stages, outcome = list(rows), {}, {}
         for stage, onward in STAGES.items():
-            lines, counted = work.stage(stage, left)
-            stages[stage] = counted
+            lines, stages[stage] = work.stage(stage, remaining)
             outcome |= {i: (stage, line["verdict"]) for i, line in lines.items()}
-            went = {row.id for row in left} - set(lines)
-            outcome |= {i: (stage, "undecided") for i in went}
-            left = [row for row in left if lines.get(row.id, {}).get("verdict") == onward]
+            undecided = {row.id for row in remaining} - set(lines)
+            outcome |= {i: (stage, "undecided") for i in undecided}
+            remaining = [row for row in remaining if lines.get(row.id, {}).get("verdict") == onward]
         report = _report(rows, outcome, stages, work)
         if not stopped():
-            documents = [_document(row, lines[row.id]) for row in left]
-            _write(out / DOCUMENTS, "".join(json.dumps(one) + "\n" for one in documents))
+            documents = [_document(row, lines[row.id]) for row in remaining]
+            text = "".join(json.dumps(document) + "\n" for document in documents)
+            _write(out / DOCUMENTS, text)
         _write(out / REPORT, json.dumps(report, indent=1) + "\n")
     return report
 
@@ -163,48 +166,50 @@ class _CurationRun:
         number = list(STAGES).index(stage) + 1
         with open_journal(self.out / f"{number}_{stage}.jsonl") as journal:
             if any({"id", "verdict"} - set(line) for line in journal.rows):
-                raise InstructError(f"{journal.path}: a line is no decision; use another --out")
+                raise InstructError(
+                    f"{journal.path}: a line is not a decision with id and verdict; use another "
+                    "--out"
+                )
             lines = {line["id"]: line for line in journal.rows}
             todo = [row for row in rows if row.id not in lines]
             clock = ItemProgress(len(todo), "rows", self.progress, every=PROGRESS_S)
-            for made in (
-                self._asked(stage, todo) if stage in PROMPT_OF else self._local(stage, todo)
-            ):
-                journal.append(*made)
-                lines |= {line["id"]: line for line in made}
-                clock.tick(stage, len(made))
+            decide = self._decide_by_model if stage in PROMPT_OF else self._decide_locally
+            for decisions in decide(stage, todo):
+                journal.append(*decisions)
+                lines |= {line["id"]: line for line in decisions}
+                clock.tick(stage, len(decisions))
         lines = {row.id: lines[row.id] for row in rows if row.id in lines}
         counted = collections.Counter(line["verdict"] for line in lines.values())
         counts = dict(rows=len(rows), **counted, undecided=len(rows) - len(lines))
-        return lines, counts | (self._calls(stage, rows) if stage in PROMPT_OF else {})
+        return lines, counts | (self._usage(stage, rows) if stage in PROMPT_OF else {})
 
-    def _local(self, stage: str, rows: list[Row]) -> Iterator[list[Decision]]:
-        judge = {"score": _scored, "images": _pictured}[stage]
+    def _decide_locally(self, stage: str, rows: list[Row]) -> Iterator[list[Decision]]:
+        decide = {"score": _score_decision, "images": _image_decision}[stage]
         for start in range(0, len(rows), BATCH):
             if self.stopped():
                 return
-            part = rows[start : start + BATCH]
-            yield [{"id": row.id, **judge(row, self.settings)} for row in part]
+            batch = rows[start : start + BATCH]
+            yield [{"id": row.id, **decide(row, self.settings)} for row in batch]
 
-    def _asked(self, stage: str, rows: list[Row]) -> Iterator[list[Decision]]:
+    def _decide_by_model(self, stage: str, rows: list[Row]) -> Iterator[list[Decision]]:
         replies = cached_chat_api.complete_all(
             self.settings.endpoint(stage),
-            (_ask(stage, row, self.settings) for row in rows),
+            (_request(stage, row, self.settings) for row in rows),
             self.cache,
             concurrency=self.settings.concurrency,
             stopped=self.stopped,
         )
-        for one, found in replies:
-            if isinstance(found, TransientError):
-                self.no_reply, self.last_error = self.no_reply + 1, str(found)
+        for request, reply in replies:
+            if isinstance(reply, TransientError):
+                self.no_reply, self.last_error = self.no_reply + 1, str(reply)
             else:
-                yield [{"id": one.id, **_judged(stage, found)}]
+                yield [{"id": request.id, **_reply_decision(stage, reply)}]
 
-    def _calls(self, stage: str, rows: list[Row]) -> dict[str, Any]:
+    def _usage(self, stage: str, rows: list[Row]) -> dict[str, Any]:
         """Return the usage of the replies on `rows`, in this run and earlier ones."""
         endpoint = self.settings.endpoint(stage)
-        asks = (_ask(stage, row, self.settings) for row in rows)
-        keys = {cached_chat_api.cache_key(endpoint, one.messages) for one in asks}
+        requests = (_request(stage, row, self.settings) for row in rows)
+        keys = {cached_chat_api.cache_key(endpoint, request.messages) for request in requests}
         replies = [reply for key in keys if (reply := self.cache.get(key)) is not None]
         tokens_in = sum(reply.tokens_in or 0 for reply in replies)
         tokens_out = sum(reply.tokens_out or 0 for reply in replies)
@@ -217,7 +222,7 @@ class _CurationRun:
         )
 
 
-def _judged(stage: str, reply: Reply) -> Decision:
+def _reply_decision(stage: str, reply: Reply) -> Decision:
     """Return the decision of a reply; an unusable reply is kept as received."""
     if reply.problem:
         verdict = "unparsable" if reply.status == 200 else "refused"
@@ -234,7 +239,7 @@ def _judged(stage: str, reply: Reply) -> Decision:
         return dict(verdict="invalid", reason=str(error), raw=reply.text)
 
 
-def _scored(row: Row, settings: Settings) -> Decision:
+def _score_decision(row: Row, settings: Settings) -> Decision:
     score = settings.score_of(row)
     if score is None:
         return dict(verdict="unscored", reason="score is null")
@@ -243,15 +248,15 @@ def _scored(row: Row, settings: Settings) -> Decision:
     return dict(verdict="low" if low else "keep", reason=reason)
 
 
-def _pictured(row: Row, settings: Settings) -> Decision:
+def _image_decision(row: Row, settings: Settings) -> Decision:
     if len(row.images) != 1:
-        return dict(verdict="several", reason=f"{len(row.images)} pictures")
+        return dict(verdict="several", reason=f"{len(row.images)} images")
     if not (settings.images / row.images[0]).is_file():
         return dict(verdict="missing", reason=f"no file {row.images[0]}")
-    return dict(verdict="keep", reason="one picture")
+    return dict(verdict="keep", reason="one image")
 
 
-def _ask(stage: str, row: Row, settings: Settings) -> ChatRequest:
+def _request(stage: str, row: Row, settings: Settings) -> ChatRequest:
     prompt = settings.prompts[PROMPT_OF[stage]]
     return ChatRequest(id=row.id, messages=prompt.messages(row.caption), data_class=row.data_class)
 
@@ -294,26 +299,27 @@ def _report(
 
 def _check_same(path: Path, rows: Sequence[Row], settings: Settings) -> None:
     """Reject a folder whose decisions were made from other rows or by other rules."""
-    asked = {stage: settings.endpoint(stage) for stage in PROMPT_OF}
+    endpoints = {stage: settings.endpoint(stage) for stage in PROMPT_OF}
     facts = dict(
         captions=_digest([dataclasses.astuple(row) for row in rows]),
         scores=_digest([settings.score_of(row) for row in rows]),
         threshold=settings.threshold,
         prompts=_digest({name: dataclasses.astuple(p) for name, p in settings.prompts.items()}),
-        endpoints={s: [e.model, e.url, dict(e.parameters)] for s, e in asked.items()},
+        endpoints={s: [e.model, e.url, dict(e.parameters)] for s, e in endpoints.items()},
     )
     facts = json.loads(json.dumps(facts))
     if not path.exists():
         return _write(path, json.dumps(facts, indent=1) + "\n")
     try:
-        known = read_json_object(path)
+        stored = read_json_object(path)
     except TextFileError as error:
         raise InstructError(f"{error}: damaged; use another --out") from error
-    if differing := [name for name in facts if known.get(name) != facts[name]]:
+    if differing := [name for name in facts if stored.get(name) != facts[name]]:
         name = differing[0]
         raise InstructError(
-            f"{path.parent}: was begun with {name} {known.get(name)}, this is {facts[name]}; use "
-            f"another --out, and --calls {path.parent / CALLS} to keep its replies"
+            f"{path.parent}: was started with {name} {stored.get(name)}, but this command has "
+            f"{facts[name]}; use another --out, and --calls {path.parent / CALLS} to reuse its "
+            "replies"
         )
 
 
@@ -323,8 +329,8 @@ def _digest(value: Any) -> str:
 
 def _total(parts: Iterable[float | None]) -> float | None:
     """Return the sum, or None if one part is not known."""
-    found = list(parts)
-    return None if None in found else sum(found)
+    parts = list(parts)
+    return None if None in parts else sum(parts)
 
 
 def _write(path: Path, text: str) -> None:

@@ -20,7 +20,7 @@ from medmax_jax.io.text_files import TextFileError, parse_json, read_text
 IMAGE, SEPARATOR = "<image>", "<reserved08706>"
 FOLDER = Path(__file__).parent / "prompts"
 NAMES = ("caption_filter", "instruction")
-SPLIT, PLACE = "\n=== user ===\n", "<<caption>>"
+SPLIT, PLACEHOLDER = "\n=== user ===\n", "<<caption>>"
 QUESTION_CHARS = (10, 600)
 ANSWER_CHARS = (
     200,
@@ -57,7 +57,7 @@ class Prompt:
     def messages(self, caption: str) -> Messages:
         """Return the prompt about one caption, which it contains as a JSON string."""
         quoted = json.dumps(caption, ensure_ascii=False)
-        user = self.user.replace(PLACE, quoted)
+        user = self.user.replace(PLACEHOLDER, quoted)
         return [{"role": "system", "content": self.system}, {"role": "user", "content": user}]
 
 
@@ -69,9 +69,12 @@ def load_prompts(folder: str | Path) -> dict[str, Prompt]:
         try:
             text = read_text(path, max_bytes=MAX_PROMPT_BYTES).replace("\r\n", "\n").strip()
         except TextFileError as error:
-            raise PromptError(f"{error}: cannot be read; write it") from error
-        if text.count(SPLIT) != 1 or text.split(SPLIT)[1].count(PLACE) != 1:
-            raise PromptError(f"{path}: needs one line {SPLIT.strip()!r} and below it one {PLACE}")
+            raise PromptError(f"{error}: cannot be read; create the file") from error
+        if text.count(SPLIT) != 1 or text.split(SPLIT)[1].count(PLACEHOLDER) != 1:
+            raise PromptError(
+                f"{path}: expected exactly one line {SPLIT.strip()!r} and below it exactly one "
+                f"{PLACEHOLDER}"
+            )
         system, user = text.split(SPLIT)
         prompts[name] = Prompt(system=system.strip(), user=user.strip())
     return prompts
@@ -79,23 +82,23 @@ def load_prompts(folder: str | Path) -> dict[str, Prompt]:
 
 def read_verdict(text: str) -> tuple[bool, str]:
     """Return (keep, reason) of a reply to caption_filter; raise Unparsable."""
-    found = _object(text)
-    keep, reason = found.get("keep"), found.get("reason")
+    reply = _object(text)
+    keep, reason = reply.get("keep"), reply.get("reason")
     if not isinstance(keep, bool):
-        raise Unparsable(f"keep is {_short(keep)}, not true or false")
+        raise Unparsable(f"keep is {_short(keep)}; expected true or false")
     if not isinstance(reason, str) or not reason.strip():
-        raise Unparsable("no reason")
+        raise Unparsable("reason is missing or empty")
     return keep, reason.strip()[:REASON_CHARS]
 
 
 def read_instruction(text: str) -> tuple[str, str]:
     """Return (question, answer) of a reply to instruction; raise Unparsable or Invalid."""
-    found = _object(text)
+    reply = _object(text)
     for name in ("question", "answer"):
-        if not isinstance(found.get(name), str):
-            raise Unparsable(f"{name} is {_short(found.get(name))}, not a text")
+        if not isinstance(reply.get(name), str):
+            raise Unparsable(f"{name} is {_short(reply.get(name))}; expected a string")
     question, answer = (
-        found[name].replace("\r\n", "\n").strip() for name in ("question", "answer")
+        reply[name].replace("\r\n", "\n").strip() for name in ("question", "answer")
     )
     _check_text("question", question, QUESTION_CHARS, images=0)
     _check_text("answer", answer, ANSWER_CHARS, images=1)
@@ -106,32 +109,32 @@ def read_instruction(text: str) -> tuple[str, str]:
 def _object(text: str) -> dict[str, Any]:
     """Return the one JSON object of a reply, alone or in a Markdown fence, after any reasoning."""
     if len(text) > MAX_REPLY_CHARS:
-        raise Unparsable(f"longer than {MAX_REPLY_CHARS} characters")
+        raise Unparsable(f"the reply is longer than {MAX_REPLY_CHARS} characters")
     text = reasoning.final_answer(text)
     if text is None:
-        raise Unparsable("ends within its reasoning")
+        raise Unparsable("the reply ends within its reasoning")
     text = text.strip()
     if fenced := re.fullmatch(r"```(?:json)?\s*\n(.*)\n\s*```", text, re.DOTALL):
         text = fenced[1]
     try:
         # The rules for texts report half a character, with its position.
-        found = parse_json(text, "reply", allow_lone_surrogates=True)
+        value = parse_json(text, "reply", allow_lone_surrogates=True)
     except TextFileError as error:
-        raise Unparsable("not one JSON object and nothing else") from error
-    if not isinstance(found, dict):
-        raise Unparsable("not a JSON object")
-    return found
+        raise Unparsable("the reply is not a single JSON object without other text") from error
+    if not isinstance(value, dict):
+        raise Unparsable("the reply is not a JSON object")
+    return value
 
 
 def _check_text(name: str, text: str, bounds: tuple[int, int], images: int) -> None:
     if not bounds[0] <= len(text) <= bounds[1]:
-        raise Invalid(f"{name} has {len(text)} characters, not {bounds[0]} to {bounds[1]}")
+        raise Invalid(f"{name} has {len(text)} characters; expected {bounds[0]} to {bounds[1]}")
     if (count := text.count(IMAGE)) != images:
-        raise Invalid(f"{name} has {count} {IMAGE}, not {images}")
+        raise Invalid(f"{name} contains {IMAGE} {count} times; expected {images}")
     if control := _CONTROL.search(text.replace(IMAGE, "")):
-        raise Invalid(f"{name} writes the control token {control[0]}")
+        raise Invalid(f"{name} contains the control token {control[0]}")
     if bad := _BAD_CHARS.search(text):
-        raise Invalid(f"{name} has the character U+{ord(bad[0]):04X}")
+        raise Invalid(f"{name} contains the character U+{ord(bad[0]):04X}")
 
 
 def _check_sections(answer: str) -> None:
@@ -139,13 +142,14 @@ def _check_sections(answer: str) -> None:
     if not headings or headings[0].start():
         raise Invalid("answer does not begin with a heading '#### a) Title'")
     if len(headings) < MIN_SECTIONS:
-        raise Invalid(f"answer has {len(headings)} section, not {MIN_SECTIONS} or more")
+        raise Invalid(f"answer has {len(headings)} section; expected {MIN_SECTIONS} or more")
     ends = [heading.start() for heading in headings[1:]] + [len(answer)]
     for n, (heading, end) in enumerate(zip(headings, ends, strict=True)):
         letter, title = chr(ord("a") + n), heading[2]
         if heading[1] != letter or not title.strip() or IMAGE in title:
             raise Invalid(
-                f"section {n + 1} is headed {heading[0][:60]!r}, not '#### {letter}) Title'"
+                f"the heading of section {n + 1} is {heading[0][:60]!r}; expected "
+                f"'#### {letter}) Title'"
             )
         if not answer[heading.end() : end].replace(IMAGE, "").strip():
             raise Invalid(f"section {n + 1} has no text")

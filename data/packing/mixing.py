@@ -24,58 +24,58 @@ from medmax_jax.data.records.reader import Records
 
 IMAGE_WINDOW = 256  # documents, two steps of 8 rows of 16,384: larger windows pack better
 # Streams of shuffles; pack.py itself uses stream 0 and the indices of windows.
-_TURNS, _PLACES, _PICTURES, _FRACTION = 1 << 40, 2 << 40, 3 << 40, 4 << 40
+_REPEATS, _WINDOWS, _IMAGES, _FRACTION = 1 << 40, 2 << 40, 3 << 40, 4 << 40
 
 
-def within_length_limit(found: Records, limit: int) -> Int[np.ndarray, "_"]:
+def within_length_limit(records: Records, limit: int) -> Int[np.ndarray, "_"]:
     """Return the documents of at most `limit` tokens."""
-    fitting = np.flatnonzero(found.index["length"] <= limit).astype(np.int32)
-    if not fitting.size:
+    documents = np.flatnonzero(records.index["length"] <= limit).astype(np.int32)
+    if not documents.size:
         raise PackError(
-            f"{found.folder}: all {len(found)} documents are longer than data.document_limit = "
-            f"{limit}; the longest has {found.index['length'].max()} tokens"
+            f"{records.folder}: all {len(records)} documents exceed data.document_limit = "
+            f"{limit}; the longest has {records.index['length'].max()} tokens"
         )
-    return fitting
+    return documents
 
 
-def eligible_documents(found: Records, data: Data, mixing: Mixing) -> Int[np.ndarray, "_"]:
+def eligible_documents(records: Records, data: Data, mixing: Mixing) -> Int[np.ndarray, "_"]:
     """Return the documents that a run with these settings may draw.
 
     A fraction is taken of all images, before document_limit and leave_out, so that a run without
     VQA sees the same images as the corresponding run with VQA.
     """
-    documents = within_length_limit(found, data.document_limit)
-    keep = np.ones(len(found), bool)
+    documents = within_length_limit(records, data.document_limit)
+    keep = np.ones(len(records), bool)
     if mixing.fraction < 1:
         keep = subsample(
-            found.index["picture"],
-            found.index["source"],
+            records.index["image_path"],
+            records.index["source"],
             fraction=mixing.fraction,
             seed=mixing.fraction_seed,
         )
     if mixing.leave_out:
-        keep &= ~np.isin(found.index[mixing.by], _numbers(found, mixing))
-    left = documents[keep[documents]]
-    if not left.size:
+        keep &= ~np.isin(records.index[mixing.by], _excluded(records, mixing))
+    eligible = documents[keep[documents]]
+    if not eligible.size:
         raise PackError(
-            f"{found.folder}: mixing.fraction = {mixing.fraction:g} without "
-            f"{mixing.leave_out or 'anything left out'} holds no document within "
-            "data.document_limit; raise the fraction or leave out less"
+            f"{records.folder}: mixing.fraction = {mixing.fraction:g} and mixing.leave_out = "
+            f"{mixing.leave_out!r} leave no document within data.document_limit; increase the "
+            "fraction or exclude fewer names"
         )
-    return left
+    return eligible
 
 
 def subsample(
-    pictures: Int[np.ndarray, "n"], sources: Int[np.ndarray, "n"], *, fraction: float, seed: int
+    images: Int[np.ndarray, "n"], sources: Int[np.ndarray, "n"], *, fraction: float, seed: int
 ) -> Bool[np.ndarray, "n"]:
     """Return True at documents of the first images of each source, in an order given by the seed.
 
     An image belongs to the source of its first document; -1 is a document without an image, and
     counts as an image of its own. A larger fraction of the same seed holds all of a smaller one.
     """
-    alone = len(pictures) + np.arange(len(pictures))
+    unique = len(images) + np.arange(len(images))
     _, first, unit = np.unique(
-        np.where(pictures < 0, alone, pictures), return_index=True, return_inverse=True
+        np.where(images < 0, unique, images), return_index=True, return_inverse=True
     )
     owner, kept = sources[first], np.zeros(len(first), bool)
     for source in np.unique(owner):
@@ -85,37 +85,42 @@ def subsample(
     return kept[unit]
 
 
-def epochs(found: Records, data: Data, mixing: Mixing) -> Epochs:
+def epochs(records: Records, data: Data, mixing: Mixing) -> Epochs:
     """Return the rows of all epochs."""
-    documents = eligible_documents(found, data, mixing)
+    documents = eligible_documents(records, data, mixing)
     seed = data.seed
     windows = functools.partial(pack.shuffled, documents, seed=seed)
     if mixing.weights:
-        group, draws = _grouped(found, documents, mixing)
+        group, draws = _grouped(records, documents, mixing)
 
         def windows(epoch: int) -> list[np.ndarray]:
             times = repeat_documents(group, draws, seed=seed, epoch=epoch)
             return shuffled_windows(documents, times, seed=seed, epoch=epoch)
 
     elif mixing.image_centric:
-        pictures = found.index["picture"][documents]
-        windows = functools.partial(group_by_image, documents, pictures, seed=seed)
-    at = dict(seq_len=data.seq_len, pack=data.pack, seed=seed)
-    return Epochs(found.index["length"], **at, windows=lambda epoch: windows(epoch=epoch))
+        images = records.index["image_path"][documents]
+        windows = functools.partial(group_by_image, documents, images, seed=seed)
+    return Epochs(
+        records.index["length"], seq_len=data.seq_len, pack=data.pack, seed=seed,
+        windows=lambda epoch: windows(epoch=epoch),
+    )  # fmt: skip
 
 
 def mixture_shares(
-    found: Records, data: Data, mixing: Mixing
+    records: Records, data: Data, mixing: Mixing
 ) -> dict[str, tuple[float, float, float]]:
     """Return, by name, its share of an epoch's documents, of its tokens, and its repeats."""
-    documents = eligible_documents(found, data, mixing)
-    group, draws = _grouped(found, documents, mixing)
+    documents = eligible_documents(records, data, mixing)
+    group, draws = _grouped(records, documents, mixing)
     count = np.bincount(group, minlength=len(draws))
-    length = np.bincount(group, found.index["length"][documents], len(draws)) / np.maximum(count, 1)
+    length = np.bincount(group, records.index["length"][documents], len(draws)) / np.maximum(
+        count, 1
+    )
     by_tokens = draws * length / (draws * length).sum()
     rows = zip(draws / draws.sum(), by_tokens, draws / np.maximum(count, 1), strict=True)
     return {
-        name: tuple(map(float, row)) for name, row in zip(found.names(mixing.by), rows, strict=True)
+        name: tuple(map(float, row))
+        for name, row in zip(records.names(mixing.by), rows, strict=True)
     }
 
 
@@ -124,22 +129,22 @@ def parse(weights: str, names: list[str]) -> list[float]:
 
     "VQA=2, Visual Chat=0.5", ["VQA", "Visual Chat"]   ->   [2.0, 0.5]
     """
-    found = {}
+    parsed = {}
     for part in weights.split(","):
         name, _, number = part.rpartition("=")
         try:
-            found[name.strip()] = float(number)
+            parsed[name.strip()] = float(number)
         except ValueError:
-            found[part.strip()] = -1.0
-    wrong = [n for n, w in found.items() if n not in names or not 0 <= w < float("inf")]
-    wrong += [n for n in names if n not in found]
-    if wrong or not sum(found.values()):
-        about = f"{wrong[0]!r} is wrong there or missing" if wrong else "all are 0"
+            parsed[part.strip()] = -1.0
+    wrong = [n for n, w in parsed.items() if n not in names or not 0 <= w < float("inf")]
+    wrong += [n for n in names if n not in parsed]
+    if wrong or not sum(parsed.values()):
+        problem = f"{wrong[0]!r} is invalid or missing" if wrong else "all weights are 0"
         raise PackError(
-            f"mixing.weights is {weights!r}: {about}; write name=number, with commas between, for "
-            f"each of {', '.join(names)}; 0 leaves a name out"
+            f"mixing.weights is {weights!r}: {problem}; write comma-separated name=number pairs, "
+            f"one for each of {', '.join(names)}; 0 excludes a name"
         )
-    return [found[n] for n in names]
+    return [parsed[n] for n in names]
 
 
 def sample_group(
@@ -155,7 +160,10 @@ def sample_group(
     total = np.bincount(group, lengths, len(weights))
     share = np.where(count, weights, 0.0)
     if not share.sum():
-        raise PackError("mixing.weights draws no document within data.document_limit")
+        raise PackError(
+            "mixing.weights draws no document within data.document_limit; increase the weight of a "
+            "name that has some"
+        )
     share = share / share.sum()
     exact = share * count.sum()
     if unit == "tokens":
@@ -176,10 +184,10 @@ def repeat_documents(
     times = np.zeros(len(group), np.int64)
     for g in np.unique(group):
         members = np.flatnonzero(group == g)
-        members = members[pack.shuffle(len(members), seed, 0, _TURNS)]
-        whole, more = divmod(int(draws[g]), len(members))
-        times[members] = whole
-        times[members[(np.arange(more) + epoch * more) % len(members)]] += 1
+        members = members[pack.shuffle(len(members), seed, 0, _REPEATS)]
+        repeats, extra = divmod(int(draws[g]), len(members))
+        times[members] = repeats
+        times[members[(np.arange(extra) + epoch * extra) % len(members)]] += 1
     return times
 
 
@@ -190,43 +198,44 @@ def shuffled_windows(
     order = pack.shuffle(len(documents), seed, epoch, 0)
     drawn = np.repeat(documents[order], times[order])
     count = max(-(-len(drawn) // pack.WINDOW), int(times.max()))
-    places = pack.shuffle(count, seed, epoch, _PLACES)  # else copies would be in adjacent windows
-    return [drawn[place::count] for place in places]
+    offsets = pack.shuffle(count, seed, epoch, _WINDOWS)  # else copies would be in adjacent windows
+    return [drawn[offset::count] for offset in offsets]
 
 
 def group_by_image(
-    documents: Int[np.ndarray, "n"], pictures: Int[np.ndarray, "n"], *, seed: int, epoch: int
+    documents: Int[np.ndarray, "n"], images: Int[np.ndarray, "n"], *, seed: int, epoch: int
 ) -> list[Int[np.ndarray, "_"]]:
     """Return windows that hold all documents of their images; -1 is a document without one.
 
     This is an interpretation of image-centric training (IMAX, arXiv 2504.09967), not a
     reproduction: the paper's order of training is not published.
     """
-    alone = len(documents) + np.arange(len(documents))  # more than any image number that occurs
-    _, number = np.unique(pictures, return_inverse=True)
-    _, number = np.unique(np.where(pictures < 0, alone, number), return_inverse=True)
-    place = pack.shuffle(number.max() + 1, seed, epoch, _PICTURES)[number]
+    unique = len(documents) + np.arange(len(documents))  # above any image number that occurs
+    _, number = np.unique(images, return_inverse=True)
+    _, number = np.unique(np.where(images < 0, unique, number), return_inverse=True)
+    rank = pack.shuffle(number.max() + 1, seed, epoch, _IMAGES)[number]
     order = pack.shuffle(len(documents), seed, epoch, 0)
-    order = order[np.argsort(place[order], kind="stable")]
-    size = np.bincount(place)
-    window = ((np.cumsum(size) - size) // IMAGE_WINDOW)[place[order]]  # where an image begins
+    order = order[np.argsort(rank[order], kind="stable")]
+    size = np.bincount(rank)
+    window = ((np.cumsum(size) - size) // IMAGE_WINDOW)[rank[order]]  # of an image's first document
     return np.split(documents[order], np.flatnonzero(np.diff(window)) + 1)
 
 
-def _grouped(found: Records, documents: np.ndarray, mixing: Mixing) -> tuple:
+def _grouped(records: Records, documents: np.ndarray, mixing: Mixing) -> tuple:
     """Return (group of each document, draws of each group)."""
-    group, names = found.index[mixing.by][documents], found.names(mixing.by)
+    group, names = records.index[mixing.by][documents], records.names(mixing.by)
     if not mixing.weights:
         return group, np.bincount(group, minlength=len(names))
-    lengths, weights = found.index["length"][documents], parse(mixing.weights, names)
+    lengths, weights = records.index["length"][documents], parse(mixing.weights, names)
     return group, sample_group(group, lengths, weights, mixing.unit)
 
 
-def _numbers(found: Records, mixing: Mixing) -> list[int]:
-    names, wanted = found.names(mixing.by), [n.strip() for n in mixing.leave_out.split(",")]
-    if unknown := [n for n in wanted if n not in names]:
+def _excluded(records: Records, mixing: Mixing) -> list[int]:
+    """Return the numbers of the names in mixing.leave_out."""
+    names, excluded = records.names(mixing.by), [n.strip() for n in mixing.leave_out.split(",")]
+    if unknown := [n for n in excluded if n not in names]:
         raise PackError(
-            f"mixing.leave_out is {mixing.leave_out!r}: {found.folder} has no {mixing.by} "
-            f"{unknown[0]!r}; it has {', '.join(names)}"
+            f"mixing.leave_out is {mixing.leave_out!r}: {records.folder} has no {mixing.by} "
+            f"{unknown[0]!r}; use names from {', '.join(names)}"
         )
-    return [names.index(n) for n in wanted]
+    return [names.index(n) for n in excluded]

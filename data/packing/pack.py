@@ -133,18 +133,18 @@ def shuffle(n: int, seed: int, epoch: int, stream: int) -> Int[np.ndarray, "n"]:
 
 def _best_fit(window: np.ndarray, lengths: np.ndarray, seq_len: int) -> list[list[int]]:
     rows: list[list[int]] = []
-    room: list[int] = []  # sorted; free tokens * base + row: ints compare faster than pairs
+    free_space: list[int] = []  # sorted; free tokens * base + row: ints compare faster than pairs
     base = len(window)
     for i in np.argsort(-lengths, kind="stable"):
         length = int(lengths[i])
-        at = bisect.bisect_left(room, length * base)
-        if at == len(room):
+        at = bisect.bisect_left(free_space, length * base)
+        if at == len(free_space):
             free, row = seq_len, len(rows)
             rows.append([])
         else:
-            free, row = divmod(room.pop(at), base)
+            free, row = divmod(free_space.pop(at), base)
         rows[row].append(int(window[i]))
-        bisect.insort(room, (free - length) * base + row)
+        bisect.insort(free_space, (free - length) * base + row)
     return rows
 
 
@@ -156,6 +156,6 @@ def _check(lengths: np.ndarray, windows: list[np.ndarray], seq_len: int) -> None
         drawn = np.unique(np.concatenate(windows))
         raise PackError(
             f"{(lengths[drawn] > seq_len).sum()} of {len(drawn)} documents are longer than "
-            f"data.seq_len = {seq_len} (the longest has {longest} tokens) and none is cut; set "
-            f"data.seq_len to {longest}, or leave them out by a lower data.document_limit"
+            f"data.seq_len = {seq_len} (the longest has {longest} tokens), and documents are never "
+            f"cut; set data.seq_len to {longest}, or lower data.document_limit to exclude them"
         )

@@ -34,7 +34,7 @@ _DAMAGE = (  # all errors that numpy, zipfile and zlib raise for changed bytes
     *(OSError, ValueError, KeyError, TypeError, EOFError, MemoryError, RuntimeError),
     *(zipfile.BadZipFile, zlib.error),
 )
-_MEND = "make it again with data.prepare plan --save"
+_FIX = "create it again with data.prepare plan --save"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,40 +47,42 @@ class SavedPlan:
     source: np.ndarray  # index into header["sources"]
     task: np.ndarray
 
-    def who(self, row: int) -> list[dict[str, Any]]:
+    def row_documents(self, row: int) -> list[dict[str, Any]]:
         """Return the documents of a row, each with its position in the row."""
         if not 0 <= row < len(self.plan):
             raise PackError(f"--row is {row}; this epoch has rows 0..{len(self.plan) - 1}")
-        told, start = [], 0
+        documents, start = [], 0
         for number in self.plan.row(row).tolist():
             names = {n: self.header[f"{n}s"][getattr(self, n)[number]] for n in ("source", "task")}
-            told.append(
+            documents.append(
                 dict(document=number, start=start, tokens=int(self.lengths[number])) | names
             )
             start += int(self.lengths[number])
-        return told
+        return documents
 
 
-def save(path: Path, found: Records, data: Data, mixed: Mixing, *, epoch: int) -> dict[str, Any]:
+def save(
+    path: Path, records: Records, data: Data, mixing_config: Mixing, *, epoch: int
+) -> dict[str, Any]:
     """Write the plan of an epoch atomically; return its header."""
     if path.suffix != SUFFIX:
-        raise PackError(f"--save {path}: name a file that ends in {SUFFIX}")
-    epochs = mixing.epochs(found, data, mixed)
+        raise PackError(f"--save {path}: the file name must end in {SUFFIX}")
+    epochs = mixing.epochs(records, data, mixing_config)
     plan = epochs.plan(epoch)
-    settings = dataclasses.asdict(data) | dataclasses.asdict(mixed)
+    settings = dataclasses.asdict(data) | dataclasses.asdict(mixing_config)
     header = dict(
         format=FORMAT,
-        records=found.fingerprint,
-        folder=found.folder.name,
+        records=records.fingerprint,
+        folder=records.folder.name,
         settings={n: v for n, v in settings.items() if n not in ("train", "validation", "plan")},
         epoch=epoch,
         run=epochs.first.fingerprint,
         rows=plan.fingerprint,
-        sources=found.names("source"),
-        tasks=found.names("task"),
+        sources=records.names("source"),
+        tasks=records.names("task"),
     )
-    arrays = dict(documents=plan.documents, starts=plan.starts, lengths=found.index["length"])
-    arrays |= {name: found.index[name] for name in ("source", "task")}
+    arrays = dict(documents=plan.documents, starts=plan.starts, lengths=records.index["length"])
+    arrays |= {name: records.index[name] for name in ("source", "task")}
     text = np.frombuffer(json.dumps(header, sort_keys=True).encode(), np.uint8)
     partial = path.with_name(path.name + ".partial")
     try:
@@ -89,7 +91,9 @@ def save(path: Path, found: Records, data: Data, mixed: Mixing, *, epoch: int) -
             np.savez_compressed(file, header=text, sha256=digest, **arrays)
         os.replace(partial, path)
     except OSError as error:
-        raise PackError(f"--save {path}: cannot be written ({error.strerror})") from error
+        raise PackError(
+            f"--save {path}: cannot be written ({error.strerror}); use another file"
+        ) from error
     return header
 
 
@@ -97,36 +101,38 @@ def load(path: Path) -> SavedPlan:
     """Read the plan of a file; raise PackError unless every byte is as it was saved."""
     try:
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            text, told = file["header"], file["sha256"].tobytes().hex()
+            text, sha256 = file["header"], file["sha256"].tobytes().hex()
             arrays = {name: file[name] for name in ARRAYS}
         header = parse_object(text.tobytes(), "header")
-        found = header["format"]
+        version = header["format"]
     except _DAMAGE as error:
-        why = printable(error)
-        raise PackError(f"{path}: no plan, or damaged ({why}); {_MEND}") from error
-    if found != FORMAT:
-        found = printable(repr(found), 80)
-        raise PackError(f"{path}: a plan of format {found}, not {FORMAT}; {_MEND}")
-    if wrong := _wrong(header, arrays):
-        raise PackError(f"{path}: {wrong} is not of its type or range: damaged; {_MEND}")
+        reason = printable(error)
+        raise PackError(f"{path}: not a plan, or damaged ({reason}); {_FIX}") from error
+    if version != FORMAT:
+        version = printable(repr(version), 80)
+        raise PackError(f"{path}: plan format is {version}, expected {FORMAT}; {_FIX}")
+    if wrong := _wrong_part(header, arrays):
+        raise PackError(f"{path}: {wrong} has a wrong type or range: damaged; {_FIX}")
     plan = Plan(arrays["documents"], arrays["starts"])
-    if _digest(text, arrays) != told or plan.fingerprint != header["rows"]:
-        raise PackError(f"{path}: its SHA-256 is not that of what it holds: damaged; {_MEND}")
-    others = {name: arrays[name] for name in ("lengths", "source", "task")}
-    return SavedPlan(header=header, plan=plan, **others)
+    if _digest(text, arrays) != sha256 or plan.fingerprint != header["rows"]:
+        raise PackError(f"{path}: SHA-256 does not match the content: damaged; {_FIX}")
+    return SavedPlan(
+        header=header, plan=plan, lengths=arrays["lengths"], source=arrays["source"],
+        task=arrays["task"],
+    )  # fmt: skip
 
 
-def _wrong(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> str:
+def _wrong_part(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> str:
     """Return the first part of a plan that has a wrong type or range; "" if all are valid.
 
     A program that changes a file can also rewrite its digest, so the digest does not detect this.
     """
-    kinds = dict(records=str, folder=str, settings=dict, epoch=int, run=str, rows=str)
-    for name, kind in (kinds | dict(sources=list, tasks=list)).items():
-        if type(header.get(name)) is not kind:
+    types = dict(records=str, folder=str, settings=dict, epoch=int, run=str, rows=str)
+    for name, expected in (types | dict(sources=list, tasks=list)).items():
+        if type(header.get(name)) is not expected:
             return f"header.{name}"
     for name in ("sources", "tasks"):
-        if not all(isinstance(each, str) for each in header[name]):
+        if not all(isinstance(label, str) for label in header[name]):
             return f"header.{name}"
     for name, array in arrays.items():
         if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):

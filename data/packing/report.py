@@ -20,35 +20,35 @@ from medmax_jax.data.records.writer import has_credentialed
 
 ROW_LENGTHS = (2_048, 4_096, 8_192, 16_384)
 STEP = 128  # rows are padded to a multiple of this if shapes are compiled
+_ROW_FIELDS = ("id", "source", "task", "image_path")
 
 
 def stats(folder: str | Path, *, seq_len: int) -> dict[str, Any]:
     """Return the contents of a folder, and how full packed rows of `seq_len` tokens are."""
-    found = open_records(folder)
-    lengths = found.index["length"]
+    records = open_records(folder)
+    lengths = records.index["length"]
     rows = len(pack.plan(lengths, seq_len=seq_len, pack=True, seed=0, epoch=0))
     names = ("documents", "groups", "tokens", "text_tokens", "image_tokens", "scored")
-    held = {n: found.meta[n] for n in (*names, "tasks", "sources", "credentials", "notes")}
+    contents = {n: records.meta[n] for n in (*names, "tasks", "sources", "credentials", "notes")}
     quantiles = {f"{q}%": int(np.percentile(lengths, q)) for q in (0, 25, 50, 75, 95, 100)}
     fill = round(float(lengths.sum() / (rows * seq_len)), 4)
-    return (
-        held
-        | dict(lengths=quantiles, seq_len=seq_len, rows=rows, fill=fill)
-        | dict(by_picture=image_stats(found))
-    )
+    contents |= dict(lengths=quantiles, seq_len=seq_len, rows=rows, fill=fill)
+    # Verbatim: part of the data.
+    contents["by_picture"] = image_stats(records)
+    return contents
 
 
 def report(
-    found: Records, data: Data, mixed: Mixing, *, epoch: int, row: int | None
+    records: Records, data: Data, mixing_config: Mixing, *, epoch: int, row: int | None
 ) -> dict[str, Any]:
     """Describe one epoch of a run with these settings, and its row number `row`."""
     if epoch < 0:
         raise pack.PackError(f"--epoch is {epoch}; the first is 0")
-    epochs = mixing.epochs(found, data, mixed)
-    plan, lengths = epochs.plan(epoch), found.index["length"]
+    epochs = mixing.epochs(records, data, mixing_config)
+    plan, lengths = epochs.plan(epoch), records.index["length"]
     longest = int(lengths[plan.documents].max())
     long = np.flatnonzero(lengths > data.document_limit)
-    told = dict(
+    summary = dict(
         plan=epochs.first.fingerprint,
         epoch=epoch,
         documents=len(plan.documents),
@@ -62,12 +62,14 @@ def report(
         ),
         shares={
             name: dict(documents=round(d, 4), tokens=round(t, 4), times=round(n, 4))
-            for name, (d, t, n) in mixing.mixture_shares(found, data, mixed).items()
+            for name, (d, t, n) in mixing.mixture_shares(records, data, mixing_config).items()
         },
         left_out=len(long),
-        left_out_ids=long.tolist() if has_credentialed(found) else [d.id for d in found.read(long)],
+        left_out_ids=long.tolist()
+        if has_credentialed(records)
+        else [d.id for d in records.read(long)],
     )
-    return told if row is None else told | {f"row {row}": row_documents(found, plan, row)}
+    return summary if row is None else summary | {f"row {row}": row_documents(records, plan, row)}
 
 
 def packing_efficiency(lengths: Int[np.ndarray, "n"], plan: pack.Plan, seq_len: int) -> float:
@@ -91,21 +93,21 @@ def packing_efficiencies(
 def best_fit_row_count(lengths: Int[np.ndarray, "n"], seq_len: int) -> int:
     """Return the number of rows of best-fit decreasing over all documents at once.
 
-    Rows with equal free space are interchangeable, so they are only counted: bit r of `open_` is
-    set if some row has r free tokens, and the lowest set bit from a document's length on is its
+    Rows with equal free space are interchangeable, so they are only counted: bit r of `available`
+    is set if some row has r free tokens, and the lowest set bit from a document's length on is its
     best fit.
     """
-    count, open_, rows = [0] * (seq_len + 1), 0, 0
+    count, available, rows = [0] * (seq_len + 1), 0, 0
     for length in np.sort(lengths)[::-1].tolist():
-        fitting = open_ >> length
+        fitting = available >> length
         if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1
-            count[room] -= 1
-            open_ ^= (not count[room]) << room
+            free = length + (fitting & -fitting).bit_length() - 1
+            count[free] -= 1
+            available ^= (not count[free]) << free
         else:
-            room, rows = seq_len, rows + 1
-        count[room - length] += 1
-        open_ |= 1 << (room - length)
+            free, rows = seq_len, rows + 1
+        count[free - length] += 1
+        available |= 1 << (free - length)
     return rows
 
 
@@ -118,55 +120,53 @@ def padding_efficiency(
     `shapes_of_steps` are the same with lengths rounded up to a multiple of STEP.
     """
     order = lengths[pack.shuffle(len(lengths), seed, 0, 0)]
-    whole = order[: len(order) // batch_size * batch_size].reshape(-1, batch_size)
-    if not whole.size:
-        whole = order[None]
-    longest = whole.max(1)
+    batches = order[: len(order) // batch_size * batch_size].reshape(-1, batch_size)
+    if not batches.size:
+        batches = order[None]
+    longest = batches.max(1)
     stepped = -(-longest // STEP) * STEP
     return dict(
-        fill=round(float(whole.sum() / (longest.sum() * whole.shape[1])), 4),
+        fill=round(float(batches.sum() / (longest.sum() * batches.shape[1])), 4),
         shapes=len(np.unique(longest)),
-        fill_of_steps=round(float(whole.sum() / (stepped.sum() * whole.shape[1])), 4),
+        fill_of_steps=round(float(batches.sum() / (stepped.sum() * batches.shape[1])), 4),
         shapes_of_steps=len(np.unique(stepped)),
     )
 
 
-def row_documents(found: Records, plan: pack.Plan, row: int) -> list[dict[str, Any]]:
+def row_documents(records: Records, plan: pack.Plan, row: int) -> list[dict[str, Any]]:
     """Return a row's documents with their positions; credentialed ones by number only."""
     if not 0 <= row < len(plan):
         raise pack.PackError(f"--row is {row}; this epoch has rows 0..{len(plan) - 1}")
-    told, start = [], 0
-    for number, document in zip(plan.row(row), found.read(plan.row(row)), strict=True):
-        at = dict(document=int(number), start=start, tokens=len(document.tokens))
-        names = (
-            ("source", "task")
-            if has_credentialed(found)
-            else ("id", "source", "task", "image_path")
-        )
-        told.append(at | {n: getattr(document, n) for n in names})
+    names = ("source", "task") if has_credentialed(records) else _ROW_FIELDS
+    documents, start = [], 0
+    for number, document in zip(plan.row(row), records.read(plan.row(row)), strict=True):
+        position = dict(document=int(number), start=start, tokens=len(document.tokens))
+        documents.append(position | {n: getattr(document, n) for n in names})
         start += len(document.tokens)
-    return told
+    return documents
 
 
-def image_stats(found: Records) -> dict[str, Any]:
+def image_stats(records: Records) -> dict[str, Any]:
     """Count the documents and tasks per image: IMAX (arXiv 2504.09967) has 7.46 and 4.10.
 
-    Three documents of image 0 (VQA, VQA, Visual Chat), one of image 1 (VQA), one without:
-        pictures 2, without_picture 1, entries 2.0, tasks 1.5, of_entries {1: 1, 3: 1}
+    Three documents of image 0 (VQA, VQA, Visual Chat), one of image 1 (VQA), one without: 2 images,
+    1 document without an image, entries 2.0, tasks 1.5, of_entries {1: 1, 3: 1}.
     """
-    picture, task = found.index["picture"], found.index["task"]
-    has = picture >= 0
-    if not has.any():
-        return dict(pictures=0, without_picture=len(picture))
-    entries = np.bincount(picture[has])
-    tasks = np.bincount(np.unique(np.stack([picture[has], task[has]]), axis=1)[0])
-    sizes, many = np.unique(entries, return_counts=True)
+    image, task = records.index["image_path"], records.index["task"]
+    has_image = image >= 0
+    if not has_image.any():
+        # Verbatim: part of the data.
+        return dict(pictures=0, without_picture=len(image))
+    entries = np.bincount(image[has_image])
+    tasks = np.bincount(np.unique(np.stack([image[has_image], task[has_image]]), axis=1)[0])
+    sizes, counts = np.unique(entries, return_counts=True)
+    # Verbatim: part of the data.
     return dict(
         pictures=len(entries),
-        without_picture=int((~has).sum()),
+        without_picture=int((~has_image).sum()),
         entries=round(float(entries.mean()), 3),
         tasks=round(float(tasks.mean()), 3),
-        of_entries=dict(zip(sizes.tolist(), many.tolist(), strict=True)),
+        of_entries=dict(zip(sizes.tolist(), counts.tolist(), strict=True)),
     )
 
 
@@ -175,52 +175,68 @@ def image_stats(found: Records) -> dict[str, Any]:
 
 def add(commands: Any) -> argparse.ArgumentParser:
     """Add `plan`, with the flags of config.data and config.mixing."""
-    planned = commands.add_parser("plan", help="which documents share a row, as a run has it")
-    planned.add_argument("--seq_len", type=int, help="tokens a row; not for a saved plan")
-    planned.add_argument("--document_limit", type=int, default=0, help="0: the row length")
-    planned.add_argument("--batch_size", type=int, default=8, help="of padding to longest")
+    planned = commands.add_parser("plan", help="show which documents share a row in a training run")
+    planned.add_argument("--seq_len", type=int, help="tokens per row; not used for a saved plan")
+    planned.add_argument(
+        "--document_limit", type=int, default=0,
+        help="exclude documents with more tokens; 0: the row length",
+    )  # fmt: skip
+    planned.add_argument(
+        "--batch_size", type=int, default=8, help="batch size of the comparison with padding"
+    )
     planned.add_argument("--seed", type=int, default=0, help="config.data.seed")
-    planned.add_argument("--epoch", type=int, default=0, help="epoch to show")
-    planned.add_argument("--row", type=int, help="row whose documents to show")
+    planned.add_argument("--epoch", type=int, default=0, help="epoch that is described")
+    planned.add_argument("--row", type=int, help="row whose documents are listed")
     planned.add_argument("--save", type=Path, metavar="F.npz", help="write the plan to a file")
-    planned.add_argument("--by", choices=("source", "task"), default="source")
-    planned.add_argument("--unit", choices=("documents", "tokens"), default="documents")
-    planned.add_argument("--weights", default="", help="as config.mixing: 'name=3, other=1'")
-    planned.add_argument("--image_centric", action="store_true", help="pictures stay together")
+    planned.add_argument(
+        "--by", choices=("source", "task"), default="source", help="names that --weights refers to"
+    )
+    planned.add_argument(
+        "--unit", choices=("documents", "tokens"), default="documents",
+        help="what --weights are shares of",
+    )  # fmt: skip
+    planned.add_argument("--weights", default="", help="config.mixing.weights: 'name=3, other=1'")
+    planned.add_argument(
+        "--image_centric", action="store_true", help="keep the documents of an image together"
+    )
     planned.set_defaults(run=_run_plan)
     return planned
 
 
 def _run_plan(args: argparse.Namespace) -> dict[str, Any]:
     if args.folder.suffix == plan_file.SUFFIX:
-        return _saved(args)
+        return _describe_saved(args)
     for name in ("seq_len", "batch_size"):
         if (getattr(args, name) or 0) < 1:
-            raise pack.PackError(f"--{name} is {getattr(args, name)}; it must be above 0")
+            raise pack.PackError(f"--{name} is {getattr(args, name)}; it must be at least 1")
     data = Data(
         train="", validation="", document_limit=args.document_limit or args.seq_len,
         seq_len=args.seq_len, batch_size=args.batch_size, pack=True, mask="", seed=args.seed,
         plan="",
     )  # fmt: skip
-    mixed = Mixing(
+    mixing_config = Mixing(
         by=args.by, unit=args.unit, weights=args.weights, image_centric=args.image_centric,
         leave_out="", fraction=1.0, fraction_seed=0,
     )  # fmt: skip
-    found = open_records(args.folder)
-    told = report(found, data, mixed, epoch=args.epoch, row=args.row)
+    records = open_records(args.folder)
+    summary = report(records, data, mixing_config, epoch=args.epoch, row=args.row)
     if args.save is None:
-        return told
-    plan_file.save(args.save, found, data, mixed, epoch=args.epoch)
-    return told | dict(saved=str(args.save))
+        return summary
+    plan_file.save(args.save, records, data, mixing_config, epoch=args.epoch)
+    return summary | dict(saved=str(args.save))
 
 
-def _saved(args: argparse.Namespace) -> dict[str, Any]:
+def _describe_saved(args: argparse.Namespace) -> dict[str, Any]:
     """Describe a saved plan from the file alone."""
     if args.seq_len or args.save or args.weights:
-        raise pack.PackError(f"{args.folder} is a saved plan: its settings are in it; --row alone")
+        raise pack.PackError(
+            f"{args.folder} is a saved plan, which contains its settings; use --row only"
+        )
     saved = plan_file.load(args.folder)
-    held = saved.lengths[saved.plan.documents].sum()
-    places = len(saved.plan) * saved.header["settings"]["seq_len"]
-    told = dict(saved.header, documents=len(saved.plan.documents), row_count=len(saved.plan))
-    told["fill"] = round(float(held / places), 4)
-    return told if args.row is None else told | {f"row {args.row}": saved.who(args.row)}
+    tokens = saved.lengths[saved.plan.documents].sum()
+    positions = len(saved.plan) * saved.header["settings"]["seq_len"]
+    summary = dict(saved.header, documents=len(saved.plan.documents), row_count=len(saved.plan))
+    summary["fill"] = round(float(tokens / positions), 4)
+    if args.row is None:
+        return summary
+    return summary | {f"row {args.row}": saved.row_documents(args.row)}

@@ -29,7 +29,7 @@ from medmax_jax.models.vocab import (
 )
 
 COLUMNS = ("length", "image", "answers", "answers_image", "release", "release_image")
-LABELS = ("source", "task", "picture")  # names stored as numbers, see reader.Records.names
+LABELS = ("source", "task", "image_path")  # names stored as numbers, see reader.Records.names
 HEAD = struct.Struct("<4sII")  # magic, CRC-32 of all bytes after it, bytes of the JSON header
 MAGIC = b"MMX1"
 AS_WRITTEN = dict(allow_lone_surrogates=True, check_integers=False)  # the header, which has a CRC
@@ -97,7 +97,7 @@ def check_document(document: Document, layout: Layout, *, name: str = "") -> Non
     t, where = document.tokens, name or f"document {document.id!r} of {document.source!r}"
     if t.ndim != 1 or t.dtype != np.int32 or len(t) < 3:
         raise RecordsError(
-            f"{where}: tokens are {t.dtype}{t.shape}; need int32 [T] with T >= 3", "schema"
+            f"{where}: tokens are {t.dtype}{t.shape}; expected int32 [T] with T >= 3", "schema"
         )
     try:
         check_ids(t, layout.vocab, where=where)
@@ -105,19 +105,22 @@ def check_document(document: Document, layout: Layout, *, name: str = "") -> Non
         raise RecordsError(str(error), "ids") from error
     if t[0] != BOS or t[-1] != EOS:
         raise RecordsError(
-            f"{where}: goes from {t[0]} to {t[-1]}; need BOS {BOS} to EOS {EOS}", "ids"
+            f"{where}: the first token is {t[0]} and the last is {t[-1]}; expected BOS {BOS} and "
+            f"EOS {EOS}",
+            "ids",
         )
     stray = t[1:-1][np.isin(t[1:-1], (BOS, PAD, EOS, IMAGE))]
     if stray.size:
         raise RecordsError(
-            f"{where}: control token {stray[0]} inside; make the document anew", "ids"
+            f"{where}: control token {stray[0]} inside the document; create the document again",
+            "ids",
         )
     _check_images(t, layout, where)
     seps = int((t == SEP).sum())
     if document.turns and seps != 2 * document.turns - 1:
         raise RecordsError(
-            f"{where}: turns is {document.turns} but there are {seps} separators, "
-            f"not {2 * document.turns - 1}; set turns to 0 when they are not known",
+            f"{where}: turns is {document.turns}, which requires {2 * document.turns - 1} "
+            f"separators, but there are {seps}; set turns to 0 if their number is unknown",
             "separator",
         )
 
@@ -125,35 +128,40 @@ def check_document(document: Document, layout: Layout, *, name: str = "") -> Non
 def from_bytes(record: bytes, where: str) -> Document:
     """Read a document from its bytes; raise RecordsError, with `where` in it, on corruption."""
     if len(record) < HEAD.size or record[:4] != MAGIC:
-        raise RecordsError(f"{where}: no document of this format; the shard is damaged or foreign")
+        raise RecordsError(
+            f"{where}: not a document in this format; the shard is damaged or was written by "
+            "another program"
+        )
     _, crc, size = HEAD.unpack_from(record)
     if zlib.crc32(record[8:]) != crc:
-        raise RecordsError(f"{where}: CRC differs, so it is damaged; make the data set again")
+        raise RecordsError(f"{where}: CRC mismatch: damaged; build the data set again")
     body = record[HEAD.size :]
     try:
         fields = parse_object(body[:size], where, **AS_WRITTEN)
         tokens = np.frombuffer(body[size:], fields["tokens"]).astype(np.int32)
         return Document(**(fields | {"tokens": tokens}))
     except (ValueError, KeyError, TypeError) as error:
-        raise RecordsError(f"{where}: its header is no document's: a foreign shard") from error
+        raise RecordsError(
+            f"{where}: the header is not that of a document; another program wrote the shard"
+        ) from error
 
 
 def _check_images(t: np.ndarray, layout: Layout, where: str) -> None:
     n, code = layout.codes_per_image, is_image(t, layout.vocab)
-    begins, ends = np.flatnonzero(t == BOI), np.flatnonzero(t == EOI)
-    whole = len(begins) == len(ends) and (ends - begins == n + 1).all()
-    whole = whole and all(code[b + 1 : e].all() for b, e in zip(begins, ends, strict=True))
-    if not whole or code.sum() != n * len(begins):
+    starts, ends = np.flatnonzero(t == BOI), np.flatnonzero(t == EOI)
+    complete = len(starts) == len(ends) and (ends - starts == n + 1).all()
+    complete = complete and all(code[b + 1 : e].all() for b, e in zip(starts, ends, strict=True))
+    if not complete or code.sum() != n * len(starts):
         raise RecordsError(
-            f"{where}: {int(code.sum())} image codes with {len(begins)} BOI and {len(ends)} EOI; "
-            f"every image must be BOI, {n} codes, EOI: cut off, or made for another VQGAN",
+            f"{where}: {int(code.sum())} image codes with {len(starts)} BOI and {len(ends)} EOI; "
+            f"every image must be BOI, {n} codes, EOI (cut off, or encoded with another VQGAN)",
             "image",
         )
     unused = t[(t >= IMAGE_START + layout.vocab.image_codes) & (t < EOI)]
     if unused.size:
         raise RecordsError(
-            f"{where}: image token {unused[0]} is beyond the codebook of "
-            f"{layout.vocab.image_codes} codes; use the VQGAN of this vocabulary",
+            f"{where}: image token {unused[0]} is outside the codebook of "
+            f"{layout.vocab.image_codes} codes; encode with the VQGAN of this vocabulary",
             "image",
         )
 

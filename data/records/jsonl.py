@@ -26,20 +26,24 @@ def read_texts(path: str | Path) -> list[dict[str, Any]]:
     try:
         rows = [row for _, row in read_objects(path)]
     except TextFileError as error:
-        raise RecordsError(f"{error}: cannot be read; mend it") from error
+        raise RecordsError(f"{error}: cannot be read; fix the file") from error
     for n, row in enumerate(rows, start=1):
         wrong = [name for name in TEXT_FIELDS if not isinstance(row.get(name), str)]
         wrong += ["turns"] if type(row.get("turns")) is not int or row["turns"] < 0 else []
         if wrong:
             name = wrong[0]
-            raise RecordsError(f"{path} row {n}: {name} is {egress.describe(row, name)}; mend it")
+            expected = "an integer of 0 or more" if name == "turns" else "a string"
+            raise RecordsError(
+                f"{path} row {n}: field {name!r} is {egress.describe(row, name)}; expected "
+                f"{expected}"
+            )
         egress.data_class_of(row, f"{path} row {n}")
-        shown, name = IMAGE_NAME in row["text"], row["image_path"]
-        if shown != bool(name) or (name and not is_inside(name)):
+        has_image, image_path = IMAGE_NAME in row["text"], row["image_path"]
+        if has_image != bool(image_path) or (image_path and not is_inside(image_path)):
             raise RecordsError(
                 f"{path} row {n}: image_path is {egress.describe(row, 'image_path')} and "
-                f"{IMAGE_NAME} is "
-                f"{'in' if shown else 'not in'} the text; give it a file below --images, or neither"
+                f"{IMAGE_NAME} is {'in' if has_image else 'not in'} the text; set both, with a "
+                "file below --images, or neither"
             )
     return rows
 

@@ -69,17 +69,17 @@ class Records(Sequence):
 
     def read(self, indices: Iterable[int]) -> list[Document]:
         """Return documents by number, in the given order, with one read per shard touched."""
-        wanted = np.asarray(list(indices), np.int64)
-        if wanted.size and (wanted.min() < 0 or wanted.max() >= len(self)):
-            raise IndexError(f"document {wanted} of {len(self)} in {self.folder}")
-        shard_of = np.searchsorted(self._starts, wanted, side="right") - 1
-        found: dict[int, Document] = {}
+        numbers = np.asarray(list(indices), np.int64)
+        if numbers.size and (numbers.min() < 0 or numbers.max() >= len(self)):
+            raise IndexError(f"document {numbers} of {len(self)} in {self.folder}")
+        shard_of = np.searchsorted(self._starts, numbers, side="right") - 1
+        documents: dict[int, Document] = {}
         for shard in np.unique(shard_of):
-            places = np.flatnonzero(shard_of == shard)
-            local = (wanted[places] - self._starts[shard]).tolist()
-            for place, document in zip(places, self._read_shard(int(shard), local), strict=True):
-                found[int(place)] = document
-        return [found[i] for i in range(len(wanted))]
+            positions = np.flatnonzero(shard_of == shard)
+            local = (numbers[positions] - self._starts[shard]).tolist()
+            for n, document in zip(positions, self._read_shard(int(shard), local), strict=True):
+                documents[int(n)] = document
+        return [documents[i] for i in range(len(numbers))]
 
     def names(self, label: str) -> list[str]:
         """Return the names that the numbers of index["source"] or index["task"] refer to."""
@@ -104,41 +104,47 @@ class Records(Sequence):
                 raise ValueError(f"{len(raw)} of {len(local)} records")
         except (RuntimeError, ValueError) as error:
             raise RecordsError(
-                f"{path}: damaged ({error}); make the data set again from its source"
+                f"{path}: damaged ({error}); build the data set again from its source"
             ) from error
         return raw
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
-        raise RecordsError(f"{folder}: no such folder; make it: python -m data.prepare --help")
+        raise RecordsError(
+            f"{folder}: no such folder; create it, see python -m data.prepare --help"
+        )
     if not (folder / META).exists():
-        made = "so it was never finished; run its data.prepare command again"
-        raise RecordsError(f"{folder}: no {META}, {made}")
+        raise RecordsError(
+            f"{folder}: no {META}, so it was never finished; run its data.prepare command again"
+        )
     try:
         meta = read_json(folder / META)
     except TextFileError as error:
-        raise RecordsError(f"{error}: damaged; make it again") from error
+        raise RecordsError(f"{error}: damaged; build the data set again") from error
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        raise RecordsError(f"{folder / META}: not of format {FORMAT}; make the data set again")
+        raise RecordsError(f"{folder / META}: not of format {FORMAT}; build the data set again")
     if wrong := _wrong_field(meta):
-        raise RecordsError(f"{folder / META}: no usable {wrong}: damaged; make it again")
+        raise RecordsError(
+            f"{folder / META}: field {wrong} is missing or invalid: damaged; build the data set "
+            "again"
+        )
     return meta
 
 
 def _wrong_field(meta: dict[str, Any]) -> str:
     """Return the first required field that is not of its type; "" if all are valid."""
-    kinds = dict(sha256=str, index_sha256=str, shards=list, documents=int, tokens=int, notes=dict)
-    kinds |= dict.fromkeys(("sources", "tasks", "credentials"), dict)
-    for name, kind in kinds.items():
-        if type(meta.get(name)) is not kind:
+    types = dict(sha256=str, index_sha256=str, shards=list, documents=int, tokens=int, notes=dict)
+    types |= dict.fromkeys(("sources", "tasks", "credentials"), dict)
+    for name, expected in types.items():
+        if type(meta.get(name)) is not expected:
             return name
     for number, shard in enumerate(meta["shards"]):
-        of_shard = dict(file=str, documents=int, bytes=int)
+        shard_types = dict(file=str, documents=int, bytes=int)
         if not isinstance(shard, dict):
             return f"shards[{number}]"
-        for name, kind in of_shard.items():
-            if type(shard.get(name)) is not kind or kind is int and shard[name] < 0:
+        for name, expected in shard_types.items():
+            if type(shard.get(name)) is not expected or expected is int and shard[name] < 0:
                 return f"shards[{number}].{name}"
         if Path(shard["file"]).name != shard["file"] or not shard["file"].isprintable():
             return f"shards[{number}].file"
@@ -149,7 +155,10 @@ def _layout(meta: dict[str, Any], folder: Path) -> Layout:
     try:
         return build(Layout, meta["layout"])
     except (ConfigError, KeyError) as error:
-        raise RecordsError(f"{folder / META}: no usable layout ({printable(error)})") from error
+        raise RecordsError(
+            f"{folder / META}: field layout is missing or invalid ({printable(error)}); build the "
+            "data set again"
+        ) from error
 
 
 def _read_index(folder: Path, meta: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -158,10 +167,12 @@ def _read_index(folder: Path, meta: dict[str, Any]) -> dict[str, np.ndarray]:
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != meta["index_sha256"]:
-        raise RecordsError(f"{path}: missing or damaged; make the data set again")
+        raise RecordsError(f"{path}: missing or damaged; build the data set again")
     table = np.load(path, mmap_mode="r", allow_pickle=False)  # unused columns stay on disk
     if table.shape != (sum(s["documents"] for s in meta["shards"]), len(COLUMNS) + len(LABELS)):
-        raise RecordsError(f"{path}: of another number of documents; make the data set again")
+        raise RecordsError(
+            f"{path}: shape is {table.shape}, which does not match {META}; build the data set again"
+        )
     return {n: np.asarray(c) for n, c in zip((*COLUMNS, *LABELS), table.T, strict=True)}
 
 
@@ -170,6 +181,6 @@ def _check_shard(folder: Path, shard: dict[str, Any]) -> None:
     size = path.stat().st_size if path.exists() else 0
     if size != shard["bytes"]:
         raise RecordsError(
-            f"{path}: {size} bytes, but {shard['bytes']} were written: cut off or copied in part; "
-            "copy it again or make the data set again"
+            f"{path}: size is {size} bytes, but {shard['bytes']} were written: cut off or copied "
+            "in part; copy it again or build the data set again"
         )

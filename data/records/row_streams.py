@@ -41,9 +41,9 @@ class RowLocation:
 
 def json_array(path: pathlib.Path) -> Iterator[tuple[RowLocation, Any]]:
     """Yield the items of a file that is one JSON array; corruption ends it with a SourceError."""
-    bounds = dict(max_chars=MAX_ITEM, chunk_chars=CHUNK)
     with _source_errors(), text_files.open_binary(path) as file:
-        for n, item in text_files.array_items(file, path.name, **bounds):
+        items = text_files.array_items(file, path.name, max_chars=MAX_ITEM, chunk_chars=CHUNK)
+        for n, item in items:
             yield RowLocation(path.name, n), item
 
 
@@ -67,14 +67,13 @@ def csv_rows(path: pathlib.Path, columns: tuple[str, ...]) -> Iterator[tuple[Row
         text_files.open_binary(path) as file,
         csv_table(file, path.name, max_chars=MAX_ITEM) as (header, rows),
     ):
-        if lacking := [c for c in columns if c not in header]:
+        if missing := [c for c in columns if c not in header]:
             raise SourceError(
-                f"{path.name}: lacks the columns {', '.join(lacking)}; "
-                "give the file as it is published"
+                f"{path.name}: columns {', '.join(missing)} are missing; use the file as published"
             )
         for n, row in rows:
-            whole = len(row) == len(header)
-            yield RowLocation(path.name, n), dict(zip(header, row, strict=True)) if whole else None
+            fits = len(row) == len(header)
+            yield RowLocation(path.name, n), dict(zip(header, row, strict=True)) if fits else None
 
 
 @contextlib.contextmanager

@@ -47,49 +47,49 @@ def stage_to_disk(folder: str | os.PathLike) -> Path:
     if not source.remote:
         return Path(folder)
     meta = source.read(META).tobytes()
-    shards, index = _said(source, meta)
-    place = _stage() / hashlib.sha256(meta).hexdigest()[:16]
-    if not _whole(place, shards):
-        with _turn(place):
-            if not _whole(place, shards):  # else the previous holder has just made it
-                shutil.rmtree(place, ignore_errors=True)  # temporary folders lose old files
-                files = [*shards, _File(INDEX, source.size(INDEX), index)]
-                _copy(source, meta, files, place)
-    return place
+    shards, index_sha256 = _parse_meta(source, meta)
+    copy = _staging_folder() / hashlib.sha256(meta).hexdigest()[:16]
+    if not _is_complete(copy, shards):
+        with _host_lock(copy):
+            if not _is_complete(copy, shards):  # else the previous holder has just made it
+                shutil.rmtree(copy, ignore_errors=True)  # temporary folders lose old files
+                files = [*shards, _File(INDEX, source.size(INDEX), index_sha256)]
+                _copy(source, meta, files, copy)
+    return copy
 
 
-def _whole(place: Path, shards: list[_File]) -> bool:
+def _is_complete(copy: Path, shards: list[_File]) -> bool:
     """Return whether a copy has all its files; their content has its own checks."""
-    names = {file.name: file.size for file in shards}
-    found = {p.name: p.stat().st_size for p in place.glob("*")}
-    return {META, INDEX} <= found.keys() and names.items() <= found.items()
+    expected = {file.name: file.size for file in shards}
+    sizes = {p.name: p.stat().st_size for p in copy.glob("*")}
+    return {META, INDEX} <= sizes.keys() and expected.items() <= sizes.items()
 
 
-def _copy(source: Folder, meta: bytes, files: list[_File], place: Path) -> None:
+def _copy(source: Folder, meta: bytes, files: list[_File], copy: Path) -> None:
     total = sum(file.size for file in files)
-    print(f"{source.path}: {len(files)} files to {place}", file=sys.stderr, flush=True)
+    print(f"{source.path}: copying {len(files)} files to {copy}", file=sys.stderr, flush=True)
     progress = ByteProgress(total, lambda line: print(line, file=sys.stderr, flush=True))
     pool = concurrent.futures.ThreadPoolExecutor(STREAMS)
-    with private_umask(), atomic_folder(place, bytes_needed=total + len(meta), seal=META) as new:
+    with private_umask(), atomic_folder(copy, bytes_needed=total + len(meta), seal=META) as new:
         try:
             for nbytes in pool.map(lambda file: _fetch(source, new, file), files):
                 progress(nbytes)
         finally:
             pool.shutdown(cancel_futures=True)
         new.write(META, [meta])
-    progress.done(str(place))
+    progress.done(str(copy))
 
 
-def _said(source: Folder, meta: bytes) -> tuple[list[_File], str]:
+def _parse_meta(source: Folder, meta: bytes) -> tuple[list[_File], str]:
     """Return the shards, and the SHA-256 of the index, from a dataset.json."""
     try:
-        said = parse_json(meta, META)
-        shards = [_File(s["file"], int(s["bytes"]), str(s["sha256"])) for s in said["shards"]]
-        return shards, str(said["index_sha256"])
+        fields = parse_json(meta, META)
+        shards = [_File(s["file"], int(s["bytes"]), str(s["sha256"])) for s in fields["shards"]]
+        return shards, str(fields["index_sha256"])
     except (ValueError, KeyError, TypeError) as error:
         raise RecordsError(
-            f"{source.path}/{META}: damaged, or made before shards had hashes "
-            f"({type(error).__name__}: {error}); make the data set again"
+            f"{source.path}/{META}: damaged, or written before shards had hashes "
+            f"({type(error).__name__}: {error}); build the data set again"
         ) from error
 
 
@@ -102,50 +102,55 @@ def _fetch(source: Folder, new: Folder, file: _File) -> int:
             out.write(part)
     if digest.hexdigest() != file.sha256:
         raise RecordsError(
-            f"{source.path}/{file.name}: SHA-256 is {digest.hexdigest()}, but {META} says "
-            f"{file.sha256}: damaged, or of another data set; upload the folder again"
+            f"{source.path}/{file.name}: SHA-256 is {digest.hexdigest()}, but {META} states "
+            f"{file.sha256}: damaged, or from another data set; upload the folder again"
         )
     return file.size
 
 
-def _stage() -> Path:
+def _staging_folder() -> Path:
     """Return the folder of all copies, which belongs to this user."""
-    given = os.environ.get(STAGE_VARIABLE)
-    place = Path(given or Path(tempfile.gettempdir(), f"medmax_jax_{os.getuid()}"))
+    configured = os.environ.get(STAGE_VARIABLE)
+    folder = Path(configured or Path(tempfile.gettempdir(), f"medmax_jax_{os.getuid()}"))
     try:
         with private_umask():
-            place.mkdir(parents=True, exist_ok=True)
-        found = place.stat() if given else place.lstat()  # any user may write to a temporary folder
+            folder.mkdir(parents=True, exist_ok=True)
+        status = (
+            folder.stat() if configured else folder.lstat()
+        )  # any user may write to a temporary folder
     except OSError as error:
         raise StorageError(
-            f"{place}: cannot be made ({error.strerror}); set {STAGE_VARIABLE} to another folder"
+            f"{folder}: cannot be created ({error.strerror}); set {STAGE_VARIABLE} to another "
+            "folder"
         ) from error
-    if not stat.S_ISDIR(found.st_mode) or not (given or found.st_uid == os.getuid()):
-        raise StorageError(f"{place}: not a folder of this user; set {STAGE_VARIABLE} to one")
-    return place.resolve()  # new_folder writes next to its target
+    if not stat.S_ISDIR(status.st_mode) or not (configured or status.st_uid == os.getuid()):
+        raise StorageError(
+            f"{folder}: not a folder that this user owns; set {STAGE_VARIABLE} to one"
+        )
+    return folder.resolve()  # atomic_folder writes next to its target
 
 
 @contextlib.contextmanager
-def _turn(place: Path) -> Iterator[None]:
+def _host_lock(copy: Path) -> Iterator[None]:
     """Hold the host's lock on a copy; the kernel frees it when the process dies."""
-    partial, limit = place.with_name(f"{place.name}.partial"), timeout_seconds()
+    partial, limit = copy.with_name(f"{copy.name}.partial"), timeout_seconds()
     with private_umask():
-        lock = open(f"{place}.lock", "w")
+        lock = open(f"{copy}.lock", "w")
     with lock:
-        news, since = -1, time.monotonic()
-        while not _locked(lock.fileno()):
-            if (now := _bytes(partial)) != news:
-                news, since = now, time.monotonic()
+        last_size, since = -1, time.monotonic()
+        while not _try_lock(lock.fileno()):
+            if (size := _folder_size(partial)) != last_size:
+                last_size, since = size, time.monotonic()
             elif time.monotonic() - since > limit:
                 raise StorageError(
-                    f"{partial}: another process copies it and has written nothing for {limit:.3g} "
-                    f"s; end it, or set {TIMEOUT_VARIABLE} (seconds) higher"
+                    f"{partial}: another process is copying it and has written nothing for "
+                    f"{limit:.3g} s; end that process, or increase {TIMEOUT_VARIABLE} (seconds)"
                 )
             time.sleep(0.1)
         yield
 
 
-def _locked(descriptor: int) -> bool:
+def _try_lock(descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -153,7 +158,7 @@ def _locked(descriptor: int) -> bool:
     return True
 
 
-def _bytes(folder: Path) -> int:
+def _folder_size(folder: Path) -> int:
     """Return the size of all existing files; some may be deleted in the meantime."""
     total = 0
     for path in folder.glob("*"):

@@ -36,22 +36,22 @@ def documents(count: int, *, seed: int) -> Iterator[Document]:
     """Yield `count` documents of those lengths."""
     vocab, rng = LAYOUT.vocab, np.random.default_rng([seed, 1])
     shares = np.array([source.percent for source in SOURCES])
-    of_source = rng.choice(len(SOURCES), count, p=shares / shares.sum())
+    sources = rng.choice(len(SOURCES), count, p=shares / shares.sum())
     for n, length in enumerate(lengths(count, seed=seed)):
-        picture = f"{n // 2:07d}.png"
+        image_path = f"{n // 2:07d}.png"
         codes = np.random.default_rng([seed, 2, n // 2]).integers(0, vocab.image_codes, 1_024)
         text = rng.integers(vocab.text_start, vocab.size, length - 1_029).astype(np.int32)
         question, answer = np.split(text, [len(text) // 3])
         image = [BOI], codes + IMAGE_START, [EOI]
         tokens = np.concatenate([[BOS], *image, question, [SEP], answer, [EOS]])
-        source = SOURCES[of_source[n]]
+        source = SOURCES[sources[n]]
         yield Document(
             tokens=tokens.astype(np.int32),
-            image_path=picture,
+            image_path=image_path,
             task=source.tasks[n % len(source.tasks)],
             source=source.name,
             credential="no",
             turns=1,
-            group=picture,
+            group=image_path,
             id=f"synthetic-{seed}-{n}",
         )

@@ -79,7 +79,7 @@ def _write(
 ) -> dict[str, Any]:
     count, labels, rows = _Counter(), LabelColumns(), array("i")
     digest, ids = hashlib.sha256(), set()
-    parts, secret = _ShardWriter(folder, shard_size), False
+    shard_writer, secret = _ShardWriter(folder, shard_size), False
     try:
         for number, document in enumerate(documents):
             label = ""
@@ -91,20 +91,20 @@ def _write(
             check_document(document, layout, name=label)
             if document.id in ids:
                 raise RecordsError(
-                    f"{label or f'document id {document.id!r}'} comes twice; ids must differ"
+                    f"{label or f'document id {document.id!r}'} occurs twice; ids must be unique"
                 )
             ids.add(document.id)
             record = to_bytes(document)
             digest.update(record)
-            parts.add(record)
+            shard_writer.add(record)
             rows.extend(token_counts(document, layout.vocab))
             labels.add(document.source, document.task, document.image_path)
             count.add(document)
         if not rows:
-            raise RecordsError(f"{folder}: no documents to write; look at the source and filters")
-        shards = parts.finish()
+            raise RecordsError(f"{folder}: no documents to write; check the source and the filters")
+        shards = shard_writer.finish()
     except BaseException:
-        parts.discard()
+        shard_writer.discard()
         raise
     table = np.frombuffer(rows, np.int32).reshape(-1, len(COLUMNS))
     index = np.concatenate([table, labels.table()], axis=1)
@@ -143,19 +143,19 @@ def to_bytes(document: Document) -> bytes:
     An unknown field is left out, so that records written before the field existed keep the same
     bytes, and the folder keeps its fingerprint.
     """
-    kind = "<u2" if document.tokens.max() < 2**16 else "<i4"
+    dtype = "<u2" if document.tokens.max() < 2**16 else "<i4"
     fields = {f.name: getattr(document, f.name) for f in dataclasses.fields(document)}
     if not document.image_sha256:
         del fields["image_sha256"]
-    header = json.dumps(fields | {"tokens": kind}, ensure_ascii=False).encode()
-    body = header + document.tokens.astype(kind).tobytes()
+    header = json.dumps(fields | {"tokens": dtype}, ensure_ascii=False).encode()
+    body = header + document.tokens.astype(dtype).tobytes()
     size = struct.pack("<I", len(header))
     return HEAD.pack(MAGIC, zlib.crc32(size + body), len(header)) + body
 
 
-def has_credentialed(found: Records) -> bool:
+def has_credentialed(records: Records) -> bool:
     """Return whether any document is credentialed; such a folder is shown only on request."""
-    return any(map(egress.is_credentialed, found.meta["credentials"]))
+    return any(map(egress.is_credentialed, records.meta["credentials"]))
 
 
 class LabelColumns:
@@ -166,20 +166,20 @@ class LabelColumns:
     """
 
     def __init__(self):
-        self._known: list[dict[str, int]] = [{} for _ in LABELS]  # name -> its first index
-        self._numbers = array("i")  # in that order, 4 bytes per label, because there are millions
+        self._indices: list[dict[str, int]] = [{} for _ in LABELS]  # name -> its first index
+        self._columns = array("i")  # in that order, 4 bytes per label, because there are millions
 
-    def add(self, source: str, task: str, picture: str) -> None:
-        for known, name in zip(self._known, (source, task, picture), strict=True):
-            self._numbers.append(known.setdefault(name, len(known)))
+    def add(self, source: str, task: str, image_path: str) -> None:
+        for indices, name in zip(self._indices, (source, task, image_path), strict=True):
+            self._columns.append(indices.setdefault(name, len(indices)))
 
     def table(self) -> Int[np.ndarray, "n 3"]:
         """Return the table of all documents that were added."""
-        table = np.array(self._numbers, np.int32).reshape(-1, len(LABELS))
-        for column, known in zip(table.T, self._known, strict=True):
-            place = {name: n for n, name in enumerate(sorted(known))}
-            column[:] = np.array([place[name] for name in known], np.int32)[column]
-        table[:, 2] -= "" in self._known[2]
+        table = np.array(self._columns, np.int32).reshape(-1, len(LABELS))
+        for column, indices in zip(table.T, self._indices, strict=True):
+            rank = {name: n for n, name in enumerate(sorted(indices))}
+            column[:] = np.array([rank[name] for name in indices], np.int32)[column]
+        table[:, 2] -= "" in self._indices[2]
         return table
 
 
@@ -201,7 +201,7 @@ class _ShardWriter:
 
     def __init__(self, folder: Path, shard_size: int):
         if shard_size < 1:
-            raise RecordsError(f"shard_size is {shard_size}; need at least 1 document a shard")
+            raise RecordsError(f"shard_size is {shard_size}; it must be at least 1 document")
         self.folder, self.shard_size = folder, shard_size
         self.documents: list[int] = []
         self._writer: Any = None
@@ -222,8 +222,8 @@ class _ShardWriter:
             path = self.folder / f"{n:05d}-of-{len(self.documents):05d}.array_record"
             os.replace(self._path(n), path)
             size, digest = path.stat().st_size, storage.file_sha256(path)
-            facts = dict(documents=documents, bytes=size, sha256=digest)
-            shards.append(dict(file=path.name) | facts)
+            fields = dict(documents=documents, bytes=size, sha256=digest)
+            shards.append(dict(file=path.name) | fields)
         return shards
 
     def discard(self) -> None:
@@ -241,7 +241,8 @@ class _ShardWriter:
                 writer.close()
         except RuntimeError as error:  # ArrayRecord reports a full disk here, not when it writes
             raise RecordsError(
-                f"{self.folder}: cannot be written ({error}); make room, or name another folder"
+                f"{self.folder}: cannot be written ({error}); free disk space, or use another "
+                "folder"
             ) from error
 
 
@@ -249,17 +250,17 @@ def _new_folder(folder: str | os.PathLike) -> Path:
     folder = Path(folder)
     if (folder / META).exists():
         raise RecordsError(
-            f"{folder}: already holds a finished data set; remove it or name another"
+            f"{folder}: already contains a finished data set; delete it or use another folder"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for left in [*folder.glob("*.partial"), *folder.glob("*.array_record")]:
-            left.unlink()  # left by a run that was killed
+        for leftover in [*folder.glob("*.partial"), *folder.glob("*.array_record")]:
+            leftover.unlink()  # left by a run that was killed
         (folder / "0.partial").write_bytes(b"")
         (folder / "0.partial").unlink()
     except OSError as error:
         raise RecordsError(
-            f"{folder}: cannot be written ({error.strerror}); name a folder that can"
+            f"{folder}: cannot be written ({error.strerror}); use a folder that you may write to"
         ) from error
     return folder
 

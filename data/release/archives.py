@@ -70,17 +70,17 @@ def unpack(
     with _locked(out), contextlib.closing(_Parts(parts)) as joined:
         progress = ByteProgress(sum(p.stat().st_size for p in parts), say)
         names: set[bytes] = set()
-        with _told(f"{parts[0]}{' and on' if len(parts) > 1 else ''}"):
-            told = 0
+        with _archive_errors(f"{parts[0]}{' and following' if len(parts) > 1 else ''}"):
+            reported = 0
             for member, name, data in _members(joined, out, limits):
-                short = hashlib.blake2b(name.encode(), digest_size=16).digest()
-                if short in names:
-                    raise ArchiveError(f"{name!r} comes twice; the first one is kept")
-                names.add(short)
-                count[_place(member, name, data, out)] += 1
-                progress(joined.given - told)
-                told = joined.given
-    progress.done(f"{out}: {count['written']} images written, {count['there']} were there")
+                digest = hashlib.blake2b(name.encode(), digest_size=16).digest()
+                if digest in names:
+                    raise ArchiveError(f"{name!r} occurs twice; the first one is kept")
+                names.add(digest)
+                count[_write_image(member, name, data, out)] += 1
+                progress(joined.given - reported)
+                reported = joined.given
+    progress.done(f"{out}: {count['written']} images written, {count['there']} already existed")
     return {name: count[name] for name in ("written", "there", "left_out")}
 
 
@@ -88,18 +88,18 @@ class _Parts(io.RawIOBase):
     """Reads files one after another as one stream. `given`: bytes read so far."""
 
     def __init__(self, parts: Sequence[Path]):
-        self._left, self._file, self.given = list(parts), None, 0
+        self._remaining, self._file, self.given = list(parts), None, 0
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        while self._file is not None or self._left:
+        while self._file is not None or self._remaining:
             if self._file is None:
-                self._file = open(self._left.pop(0), "rb", buffering=0)
-            if got := self._file.readinto(buffer):
-                self.given += got
-                return got
+                self._file = open(self._remaining.pop(0), "rb", buffering=0)
+            if nbytes := self._file.readinto(buffer):
+                self.given += nbytes
+                return nbytes
             self._file.close()
             self._file = None
         return 0
@@ -125,11 +125,13 @@ class _Unzipped:
             raise tarfile.ReadError(str(error)) from error
         self.given += len(data)
         if self.given > self.allowed:
-            raise ArchiveError(f"over {_SLACK} bytes that belong to no file; not to be trusted")
+            raise ArchiveError(
+                f"more than {_SLACK} bytes belong to no file; do not trust this archive"
+            )
         if self.given > self._joined.given * self._limits.ratio + _GRACE:
             raise ArchiveError(
-                f"unpacks to over {self._limits.ratio} times its size, as images never do; "
-                "where you trust it, raise --max_ratio"
+                f"unpacks to more than {self._limits.ratio} times its size, which images never do; "
+                "if you trust the archive, increase --max_ratio"
             )
         return data
 
@@ -145,7 +147,9 @@ def _members(
                 break
             tar.members.clear()  # else it holds every member it has seen
             if len(tar.pax_headers) > _GLOBALS:
-                raise ArchiveError(f"over {_GLOBALS} global headers; not to be trusted")
+                raise ArchiveError(
+                    f"more than {_GLOBALS} global headers; do not trust this archive"
+                )
             total += member.size
             _check_member(member, number, total, limits)
             unzipped.allowed = tar.offset + _SLACK
@@ -157,26 +161,28 @@ def _members(
 
 
 def _check_member(member: tarfile.TarInfo, number: int, total: int, limits: Limits) -> None:
-    for what, n, most in (
+    for what, n, limit in (
         ("members", number, limits.members),
         ("member_bytes", member.size, limits.member_bytes),
         ("total_bytes", total, limits.total_bytes),
     ):
-        if n > most:
+        if n > limit:
             raise ArchiveError(
-                f"{member.name[:200]!r}: {what} is {n}, the limit {most}; "
-                f"where you trust the archive, raise --max_{what}"
+                f"{member.name[:200]!r}: {what} is {n}, above the limit of {limit}; if you trust "
+                f"the archive, increase --max_{what}"
             )
     if member.size < 0:
-        raise ArchiveError(f"{member.name[:200]!r}: a size below 0; not to be trusted")
+        raise ArchiveError(f"{member.name[:200]!r}: the size is below 0; do not trust this archive")
 
 
 def _safe_name(member: tarfile.TarInfo, out: Path) -> str:
     """Return the name below OUT; raise for all but plain files and folders inside OUT."""
-    shown = repr(member.name[:200])
+    label = repr(member.name[:200])
     regular = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.issparse()
     if not regular and not member.isdir():
-        raise ArchiveError(f"{shown} is a link or a device, no plain file; not to be trusted")
+        raise ArchiveError(
+            f"{label} is a link or a device, not a regular file; do not trust this archive"
+        )
     name = member.name.removeprefix("./")
     if member.isdir() and name in ("", "."):
         return ""
@@ -184,11 +190,15 @@ def _safe_name(member: tarfile.TarInfo, out: Path) -> str:
         check_name("archive", name)
         tarfile.data_filter(member, str(out))  # follows links that are already in OUT
     except (StorageError, tarfile.FilterError) as error:
-        raise ArchiveError(f"{shown} would leave {out}; not to be trusted") from error
+        raise ArchiveError(
+            f"{label} would be written outside {out}; do not trust this archive"
+        ) from error
     return name
 
 
-def _place(member: tarfile.TarInfo, name: str, data: io.BufferedIOBase | None, out: Path) -> str:
+def _write_image(
+    member: tarfile.TarInfo, name: str, data: io.BufferedIOBase | None, out: Path
+) -> str:
     """Write one file if it is an image and not there; return which of the three cases it was."""
     last = name.rpartition("/")[2]
     if not last.lower().endswith(images.SUFFIXES) or last.startswith("."):  # ._a.png: macOS's notes
@@ -198,8 +208,8 @@ def _place(member: tarfile.TarInfo, name: str, data: io.BufferedIOBase | None, o
         if os.path.lexists(target):
             if not _same(target, member.size, data):
                 raise ArchiveError(
-                    f"{target} is there and is not this archive's file of {member.size} bytes; "
-                    "remove it, or choose another --out"
+                    f"{target} exists and is not this archive's file of {member.size} bytes; "
+                    "delete it, or use another --out"
                 )
             return "there"
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -213,8 +223,8 @@ def _place(member: tarfile.TarInfo, name: str, data: io.BufferedIOBase | None, o
 
 
 def _same(target: Path, size: int, data: io.BufferedIOBase) -> bool:
-    found = os.lstat(target)
-    if not stat.S_ISREG(found.st_mode) or found.st_size != size:
+    status = os.lstat(target)
+    if not stat.S_ISREG(status.st_mode) or status.st_size != size:
         return False
     with open(target, "rb", buffering=0) as file:
         return all(file.read(len(part)) == part for part in iter(lambda: data.read(_READ), b""))
@@ -226,15 +236,15 @@ def _check_end(tar: tarfile.TarFile) -> None:
     while block := tar.fileobj.read(1 << 16):
         rest += len(block)
         if block.count(0) != len(block):
-            raise ArchiveError("a damaged header; copy the archive again")
+            raise ArchiveError("damaged header; copy the archive again")
     if rest < tarfile.BLOCKSIZE:
-        raise EOFError("no end mark")
+        raise EOFError("no end marker")
 
 
 def _check_parts(parts: Sequence[Path]) -> None:
     for part in parts:
         if not part.is_file():
-            raise ArchiveError(f"{part}: no such file; name the parts, images.tar.gz.a*")
+            raise ArchiveError(f"{part}: no such file; list the parts, images.tar.gz.a*")
     if len(parts) == 1:
         return
     stem = parts[0].name[:-2]
@@ -242,8 +252,8 @@ def _check_parts(parts: Sequence[Path]) -> None:
     for part, suffix in zip(parts, letters, strict=False):
         if part.name != stem + suffix or not re.fullmatch(r".*\.", stem):
             raise ArchiveError(
-                f"{part}: {stem}{suffix} should stand here; name every part of one archive, in "
-                "order, images.tar.gz.a*"
+                f"{part}: expected {stem}{suffix}; list every part of one archive in order, "
+                "images.tar.gz.a*"
             )
 
 
@@ -257,7 +267,9 @@ def _locked(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ArchiveError(f"{out}: another process unpacks into it; wait for it") from error
+            raise ArchiveError(
+                f"{out}: another process is unpacking into it; wait until it has finished"
+            ) from error
         try:
             with os_errors(str(out / PARTIAL)):
                 (out / PARTIAL).unlink(missing_ok=True)
@@ -269,16 +281,16 @@ def _locked(out: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _told(archive: str) -> Iterator[None]:
+def _archive_errors(archive: str) -> Iterator[None]:
     """Convert errors of the stream to messages that name the archive and state what to do."""
-    again = "copy it again; the same command goes on"
+    fix = "copy it again and rerun the same command, which resumes"
     try:
         yield
     except ArchiveError as error:
         raise ArchiveError(f"{archive}: {error}") from error
     except EOFError as error:
         raise ArchiveError(
-            f"{archive}: ends early ({error}): the last part is cut off or missing; {again}"
+            f"{archive}: ends early ({error}): the last part is cut off or missing; {fix}"
         ) from error
     except (zlib.error, tarfile.TarError, RecursionError) as error:
-        raise ArchiveError(f"{archive}: damaged, or no .tar.gz ({error}); {again}") from error
+        raise ArchiveError(f"{archive}: damaged, or not a .tar.gz ({error}); {fix}") from error

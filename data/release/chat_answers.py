@@ -42,39 +42,39 @@ class ChatAnswer:
     @property
     def context(self) -> str:
         """Return the description of the image that a judge receives, as text."""
-        said = f"Figure Caption:\n{self.label}: {self.caption}"
+        text = f"Figure Caption:\n{self.label}: {self.caption}"
         return (
-            said if self.mention in ("", "None") else f"{said}\n\nFigure Context:\n{self.mention}"
+            text if self.mention in ("", "None") else f"{text}\n\nFigure Context:\n{self.mention}"
         )
 
 
 def read(text: str) -> ChatAnswer:
     """Return the dictionary, checked."""
-    found = _parsed(text)
-    if not isinstance(found, dict):
+    row = _parsed(text)
+    if not isinstance(row, dict):
         raise ChatAnswerError(
-            "answer is no dictionary; see data/release/chat_answers.py for its form"
+            "answer is not a dictionary; see data/release/chat_answers.py for its format"
         )
-    words = {name: found.get(name) for name in ("gpt4_answer", "fig_label", "fig_caption")}
-    if lacking := [name for name, value in words.items() if not isinstance(value, str)]:
-        raise ChatAnswerError(f"answer has no text {lacking[0]}")
-    if not words["gpt4_answer"].strip():
-        raise ChatAnswerError("answer has an empty gpt4_answer, so there is no reference")
-    flags = found.get("domain", {})
+    texts = {name: row.get(name) for name in ("gpt4_answer", "fig_label", "fig_caption")}
+    if missing := [name for name, value in texts.items() if not isinstance(value, str)]:
+        raise ChatAnswerError(f"answer: field {missing[0]!r} is missing or not text")
+    if not texts["gpt4_answer"].strip():
+        raise ChatAnswerError("answer: field 'gpt4_answer' is empty, so there is no reference")
+    flags = row.get("domain", {})
     if not isinstance(flags, dict):
-        raise ChatAnswerError("answer's domain is no dictionary of flags")
+        raise ChatAnswerError("answer: field 'domain' is not a dictionary of flags")
     return ChatAnswer(
-        reference=words["gpt4_answer"],
-        label=words["fig_label"],
-        caption=words["fig_caption"],
-        mention=str(found.get("in_text_mention")),
+        reference=texts["gpt4_answer"],
+        label=texts["fig_label"],
+        caption=texts["fig_caption"],
+        mention=str(row.get("in_text_mention")),
         domain=next((name for name in DOMAINS if flags.get(name) is True), ""),
     )
 
 
 def _parsed(text: str) -> Any:
     if len(text) > MAX_TEXT:
-        raise ChatAnswerError(f"answer has {len(text)} characters; at most {MAX_TEXT} are read")
+        raise ChatAnswerError(f"answer has {len(text)} characters; the limit is {MAX_TEXT}")
     try:
         # Numbers and characters are not checked here: the literals of Python have the same ones.
         return parse_json(text, "answer", allow_nonfinite=True, allow_lone_surrogates=True)
@@ -84,6 +84,6 @@ def _parsed(text: str) -> Any:
         return ast.literal_eval(text)
     except DAMAGE as error:
         raise ChatAnswerError(
-            "answer is neither JSON nor literals of Python; see data/release/chat_answers.py for "
-            "its form"
+            "answer is neither JSON nor Python literals; see data/release/chat_answers.py for its "
+            "format"
         ) from error

@@ -15,15 +15,14 @@ RELEASED = "released"
 SHARD_SIZE = 4_096  # documents; about 10 MB per shard at the released document length
 
 
-def add(commands: Any) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+def add(commands: Any) -> None:
     """Add both commands to the parser's sub-commands."""
-    brought = commands.add_parser("import", help="published rows to records")
-    _import_flags(brought)
-    brought.set_defaults(run=_run_import)
-    unpacked = commands.add_parser("unpack", help="the published image archives, under limits")
-    _unpack_flags(unpacked)
-    unpacked.set_defaults(run=_run_unpack, left="every file that is there is whole")
-    return brought, unpacked
+    importer = commands.add_parser("import", help="convert published rows to records or eval items")
+    _import_flags(importer)
+    importer.set_defaults(run=_run_import)
+    unpacker = commands.add_parser("unpack", help="unpack the published image archives")
+    _unpack_flags(unpacker)
+    unpacker.set_defaults(run=_run_unpack, left="every file written so far is complete")
 
 
 def layout_of(name: str) -> Layout:
@@ -38,42 +37,64 @@ def layout_of(name: str) -> Layout:
     )
 
 
-def _import_flags(brought: argparse.ArgumentParser) -> None:
-    brought.add_argument(
-        "--from", type=Path, required=True, dest="source", help="train.jsonl, or the eval parquet"
+def _import_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--from", type=Path, required=True, dest="source",
+        help="train.jsonl, validation.jsonl, or the evaluation parquet",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, required=True, help="folder, or items.jsonl, to write")
+    parser.add_argument(
+        "--tasks", nargs="*", default=[], metavar="TASK",
+        help="tasks of a parquet to convert; default: all",
+    )  # fmt: skip
+    parser.add_argument(
+        "--allow_counts", action="store_true",
+        help="accept a parquet whose numbers of rows differ from the published ones",
+    )  # fmt: skip
+    parser.add_argument(
+        "--model_layout", default=RELEASED, help="'released', or a model folder with these ids"
     )
-    brought.add_argument("--out", type=Path, required=True, help="folder, or items.jsonl, to write")
-    brought.add_argument(
-        "--tasks", nargs="*", default=[], metavar="TASK", help="of a parquet; all if not given"
+    parser.add_argument(
+        "--tokenizer", type=Path, help="tokenizer.json with which text and tokens are compared"
     )
-    brought.add_argument(
-        "--allow_counts", action="store_true", help="of a parquet: other numbers of rows are right"
-    )
-    brought.add_argument(
-        "--model_layout", default=RELEASED, help="released, or a model folder with those ids"
-    )
-    brought.add_argument("--tokenizer", type=Path, help="compare text and tokens with this file")
-    brought.add_argument("--max_bad", type=float, default=train_rows.MAX_BAD, metavar="SHARE")
-    brought.add_argument(
-        "--no_separator", action="store_true", help="accept rows without end of turn"
+    parser.add_argument(
+        "--max_bad", type=float, default=train_rows.MAX_BAD, metavar="SHARE",
+        help="stop if more than this share of rows is invalid",
+    )  # fmt: skip
+    parser.add_argument(
+        "--no_separator", action="store_true", help="accept rows without an end-of-turn token"
     )
 
 
-def _unpack_flags(unpacked: argparse.ArgumentParser) -> None:
-    unpacked.add_argument(
-        "--from", type=Path, nargs="+", required=True, dest="parts", help="parts of one archive"
+def _unpack_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--from", type=Path, nargs="+", required=True, dest="parts",
+        help="parts of one archive, in order",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    meanings = dict(
+        members="files in the archive",
+        member_bytes="bytes of one file",
+        total_bytes="bytes of all files",
+        ratio="unpacked bytes per byte of the archive",
     )
-    unpacked.add_argument("--out", type=Path, required=True, help="folder to write")
     for name, limit in dataclasses.asdict(archives.LIMITS).items():
-        unpacked.add_argument(f"--max_{name}", type=_positive, default=limit)
+        parser.add_argument(
+            f"--max_{name}", type=_positive, default=limit,
+            help=f"maximum of {meanings[name]}; default: {limit}",
+        )  # fmt: skip
 
 
 def _run_import(args: argparse.Namespace) -> dict[str, Any]:
     if args.source.suffix == ".parquet":
-        fixed = dict(tasks=args.tasks, allow_counts=args.allow_counts, say=log.info)
-        return eval_rows.import_items(args.source, args.out, **fixed)
+        return eval_rows.import_items(
+            args.source, args.out,
+            tasks=args.tasks, allow_counts=args.allow_counts, say=log.info,
+        )  # fmt: skip
     if args.tasks:
-        raise train_rows.PublishedError(f"--tasks is for a parquet, not for {args.source}")
+        raise train_rows.PublishedError(
+            f"--tasks is for a parquet, but --from is {args.source}; remove --tasks"
+        )
     layout = layout_of(args.model_layout)
     tokenizer = args.tokenizer and Tokenizer.from_file(args.tokenizer, layout.vocab)
     rules = train_rows.RowRules(
@@ -94,5 +115,5 @@ def _run_unpack(args: argparse.Namespace) -> dict[str, Any]:
 
 def _positive(text: str) -> int:
     if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+        raise argparse.ArgumentTypeError(f"{text} is below 1; use 1 or more")
     return number

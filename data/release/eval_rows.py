@@ -28,7 +28,9 @@ from medmax_jax.io.storage import Folder, StorageError, check_name
 COLUMNS = ("task_name", "question_type", "prompt", "answer", "image_path")
 YES_NO, LETTER = ("closed", "open"), ("mcq",)
 SOURCES = ("pmc_oa", "quilt", "report")
-KNOWN: Mapping[str, Sequence[str] | None] = {  # task_name -> question_type; None: any, or none
+QUESTION_TYPES: Mapping[
+    str, Sequence[str] | None
+] = {  # task_name -> question_type; None: any, or none
     "vqa_rad": YES_NO,
     "slake": YES_NO,
     "pathvqa": YES_NO,
@@ -63,10 +65,12 @@ def import_items(
     `allow_counts`: continue with other numbers of rows than are published, and report them.
     """
     path, out = Path(path), Path(os.path.abspath(out))
-    if unknown := [t for t in tasks if t not in KNOWN]:
-        raise PublishedError(f"--tasks has {unknown[0]!r}; use some of {', '.join(KNOWN)}")
+    if unknown := [t for t in tasks if t not in QUESTION_TYPES]:
+        raise PublishedError(
+            f"--tasks has {unknown[0]!r}; use names from {', '.join(QUESTION_TYPES)}"
+        )
     if os.path.lexists(out):
-        raise PublishedError(f"{out}: exists; choose another --out, or delete it")
+        raise PublishedError(f"{out}: exists; use another --out, or delete it")
     kept: collections.Counter[str] = collections.Counter()
     bad: dict[str, list[int]] = {}
     with private_umask(), Folder(out.parent).stream(out.name) as file:
@@ -82,7 +86,7 @@ def import_items(
         other = _other_counts(kept, tasks)
         if other and not allow_counts:
             raise PublishedError(
-                f"{path}: {'; '.join(other)}; get the file again, or take it as it is by "
+                f"{path}: {'; '.join(other)}; download the file again, or accept it with "
                 "--allow_counts"
             )
     return dict(
@@ -96,19 +100,19 @@ def import_items(
 def _other_counts(kept: collections.Counter[str], tasks: Sequence[str]) -> list[str]:
     """Return where the numbers of rows differ from the public ones."""
     (low, high), (pair, together) = RELEASED_ROWS, RELEASED_TOGETHER
-    found = []
+    differences = []
     if not tasks and not low <= kept.total() <= high:
-        found.append(f"{kept.total()} rows, published are {low} to {high}")
-    have = sum(kept[name] for name in pair)
-    if (not tasks or set(pair) <= set(tasks)) and have != together:
-        found.append(f"{have} rows of {' and '.join(pair)}, published are {together}")
-    return found
+        differences.append(f"{kept.total()} rows, but {low} to {high} are published")
+    count = sum(kept[name] for name in pair)
+    if (not tasks or set(pair) <= set(tasks)) and count != together:
+        differences.append(f"{count} rows of {' and '.join(pair)}, but {together} are published")
+    return differences
 
 
 def _rows(path: Path, say: Callable[[str], None]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (number from 0, the five columns) of each row."""
     if not path.is_file():
-        raise PublishedError(f"{path}: no such file; name the published parquet")
+        raise PublishedError(f"{path}: no such file; set --from to the published parquet")
     try:
         with pq.ParquetFile(path) as file:
             _check_schema(path, file)
@@ -122,7 +126,7 @@ def _rows(path: Path, say: Callable[[str], None]) -> Iterator[tuple[int, dict[st
             progress.done(f"{number} rows of {path.name}")
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         raise PublishedError(
-            f"{path}: no parquet, or damaged ({str(error)[:200]}); copy it again"
+            f"{path}: not a parquet file, or damaged ({str(error)[:200]}); copy it again"
         ) from error
 
 
@@ -131,32 +135,32 @@ def _check_schema(path: Path, file: pq.ParquetFile) -> None:
     for name in COLUMNS:
         if name not in schema.names:
             raise PublishedError(
-                f"{path}: no column {name}; the published file has {', '.join(COLUMNS)}"
+                f"{path}: column {name} is missing; the published file has {', '.join(COLUMNS)}"
             )
-        kind = schema.field(name).type
-        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            raise PublishedError(f"{path}: column {name} is {kind}; need text")
+        dtype = schema.field(name).type
+        dtype = dtype.value_type if pa.types.is_dictionary(dtype) else dtype
+        if not (pa.types.is_string(dtype) or pa.types.is_large_string(dtype)):
+            raise PublishedError(f"{path}: column {name} is {dtype}; expected text")
     groups = [meta.row_group(i).total_byte_size for i in range(meta.num_row_groups)]
     if meta.num_rows > MAX_ROWS or max(groups, default=0) > MAX_GROUP:
         raise PublishedError(
             f"{path}: {meta.num_rows} rows, in groups of up to {max(groups)} bytes; the limits are "
-            f"{MAX_ROWS} and {MAX_GROUP}: cut it into several files"
+            f"{MAX_ROWS} and {MAX_GROUP}; split it into several files"
         )
 
 
 def _problem(row: dict[str, Any]) -> str:
     """Return why the row is not an item, or ''."""
     task, kind = row["task_name"], row["question_type"]
-    types = KNOWN.get(task, ())
+    types = QUESTION_TYPES.get(task, ())
     if types is not None and kind not in types:
         return f"unknown {str(task)[:40]} / {str(kind)[:40]}"
     for name in ("prompt", "answer", "image_path"):
         value = row[name]
         if not value and (task, name) not in BLANK:
-            return f"{task}: no {name}"
+            return f"{task}: {name} is missing"
         if value and len(value) > MAX_TEXT:
-            return f"{task}: {name} over {MAX_TEXT} characters"
+            return f"{task}: {name} has more than {MAX_TEXT} characters"
     try:
         check_name("image_path", row["image_path"].removeprefix("./"))
         if task == "visual_chat":
@@ -176,11 +180,11 @@ def _item(number: int, row: dict[str, Any]) -> dict[str, str]:
 
 def _check(path: Path, bad: dict[str, list[int]], kept: collections.Counter[str]) -> None:
     if bad:
-        said = [f"{why} ({n} rows, first {first})" for why, (n, first) in sorted(bad.items())]
-        more = f", and {len(said) - SHOWN} more kinds" if len(said) > SHOWN else ""
+        kinds = [f"{why} ({n} rows, first {first})" for why, (n, first) in sorted(bad.items())]
+        rest = f", and {len(kinds) - SHOWN} more kinds" if len(kinds) > SHOWN else ""
         raise PublishedError(
-            f"{path}: rows that the suite has no place for: {', '.join(said[:SHOWN])}{more}; take "
-            "them out of the file, or give them a task in data/release/eval_rows.py"
+            f"{path}: rows that no task of the suite accepts: {', '.join(kinds[:SHOWN])}{rest}; "
+            "remove them from the file, or add their task to data/release/eval_rows.py"
         )
     if not kept:
-        raise PublishedError(f"{path}: no row of the tasks asked for; look at --tasks")
+        raise PublishedError(f"{path}: no row of the requested tasks; check --tasks")

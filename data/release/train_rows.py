@@ -77,22 +77,24 @@ def import_rows(
     Both are written atomically. Memory holds one row, and for all rows what writer.write holds.
     """
     path, out = Path(path), Path(os.path.abspath(out))
-    closed = out.with_name(out.name + "-credentialed")
+    private = out.with_name(out.name + "-credentialed")
     with _opened(path) as file, tempfile.TemporaryFile("w+") as listed:
         rows = _RowReader(file, path, rules, listed, say)
-        _check_vacant(out, closed, rows.notes)
-        found = rows.documents()
-        first = next(found, None)
+        _check_vacant(out, private, rows.notes)
+        documents = rows.documents()
+        first = next(documents, None)
         if first is None:
-            if not rows.closed_lines:
-                raise PublishedError(f"{path}: no row becomes a document: {_told(rows.reasons)}")
-            _write_closed(closed, rows)
+            if not rows.private_lines:
+                raise PublishedError(
+                    f"{path}: no row becomes a document: {_format_counts(rows.reasons)}"
+                )
+            _write_credentialed(private, rows)
         else:
             with atomic_folder(out, bytes_needed=rows.size // 3, seal=staging.META) as folder:
-                _write(folder, itertools.chain([first], found), rows, rows.notes)
-                if rows.closed_lines:
-                    _write_closed(closed, rows)
-    folders = [str(f) for f, n in ((out, rows.open), (closed, len(rows.closed_lines))) if n]
+                _write(folder, itertools.chain([first], documents), rows, rows.notes)
+                if rows.private_lines:
+                    _write_credentialed(private, rows)
+    folders = [str(f) for f, n in ((out, rows.open), (private, len(rows.private_lines))) if n]
     return dict(folders=folders, documents=rows.open) | rows.summary()
 
 
@@ -101,58 +103,65 @@ def to_document(row: dict[str, Any], name: str, rules: RowRules) -> Document | N
     text = {key: _text(row, key) for key in ("text", "task", "source", "credential")}
     credential = text["credential"].lower()  # the card writes yes and no, the README YES and NO
     if credential not in ("yes", "no"):
-        shown = repr(credential) if len(credential) < 10 else "longer"  # it may be a report's text
-        raise BadRow("credential", f"is {shown}; need yes or no")
+        value = repr(credential) if len(credential) < 10 else "longer"  # it may be a report's text
+        raise BadRow("credential", f"is {value}; expected yes or no")
     image = _image_path(row)
     if row.get("tokens") is None:
         if credential == "yes":
             return None
         raise BadRow("tokens missing", "though the row is not credentialed")
     tokens = _tokens(row["tokens"], rules)
-    about = dict(task=text["task"], source=text["source"], credential=credential, id=name)
-    group = image.rpartition("/")[2] or name  # without an image a row is a group of its own
-    made = Document(tokens=tokens, image_path=image, turns=0, group=group, **about)
+    document = Document(
+        tokens=tokens,
+        image_path=image,
+        task=text["task"],
+        source=text["source"],
+        credential=credential,
+        turns=0,
+        group=image.rpartition("/")[2] or name,  # without an image a row is a group of its own
+        id=name,
+    )
     try:
-        check_document(made, rules.layout)
+        check_document(document, rules.layout)
     except RecordsError as error:  # ends and control tokens are checked, so it is an image
         raise BadRow("image span", str(error).rpartition(": ")[2]) from error
-    return made
+    return document
 
 
 def read_row(line: bytes) -> dict[str, Any]:
     """Return the JSON object of a line; raise BadRow."""
     if len(line) > MAX_LINE:
-        raise BadRow("line too long", f"over {MAX_LINE} bytes")
+        raise BadRow("line too long", f"more than {MAX_LINE} bytes")
     try:
         return text_files.parse_object(line, "row", **AS_PUBLISHED)
     except TextFileError as error:
         if error.reason == text_files.KEY_TWICE:
             raise BadRow("column twice", "a row must have each column once") from error
         if error.reason == text_files.NOT_OBJECT:
-            raise BadRow("not JSON", "no object with the six columns") from error
+            raise BadRow("not JSON", "not an object with the six columns") from error
         if error.reason == text_files.TOO_DEEP:
             raise BadRow("not JSON", error.reason) from error
         cause = error.__cause__
-        place = getattr(cause, "pos", getattr(cause, "start", None))
-        if place is None:  # an integer of thousands of digits
+        position = getattr(cause, "pos", getattr(cause, "start", None))
+        if position is None:  # an integer of thousands of digits
             raise BadRow("not JSON", "a number has too many digits") from error
-        raise BadRow("not JSON", f"at byte or character {place}") from error
+        raise BadRow("not JSON", f"at byte or character {position}") from error
 
 
 def bounded_lines(
-    file: IO[bytes], saw: Callable[[bytes], None]
+    file: IO[bytes], observe: Callable[[bytes], None]
 ) -> Iterator[tuple[int, int, bytes]]:
     """Yield (bytes before it, bytes of it, line); of a line that is too long only the beginning.
 
-    `saw` receives every byte.
+    `observe` receives every byte.
     """
     offset = 0
     while line := file.readline(MAX_LINE + 1):
         size, last = len(line), line
-        saw(line)
+        observe(line)
         while not last.endswith(b"\n") and (last := file.readline(MAX_LINE)):
             size += len(last)
-            saw(last)
+            observe(last)
         yield offset, size, line
         offset += size
 
@@ -173,7 +182,7 @@ class _RowReader:
         self.rows, self.open, self.read = 0, 0, 0
         self.reasons: collections.Counter[str] = collections.Counter()
         self.first: dict[str, str] = {}
-        self.closed_lines, self.closed_places = array("q"), array("q")
+        self.private_lines, self.private_offsets = array("q"), array("q")
         self.disagreeing, self.examples = 0, []
         # filled in at the end of the pass; writer.write stores it after the last document
         self.notes: dict[str, Any] = dict(maker="published", file=path.name, bytes=self.size)
@@ -187,13 +196,13 @@ class _RowReader:
             if line.isspace():
                 continue
             self.rows += 1
-            made = self._row(number, line)
-            if made is not None and made.credential == "yes":
-                self.closed_lines.append(number)
-                self.closed_places.append(offset)
-            elif made is not None:
+            document = self._row(number, line)
+            if document is not None and document.credential == "yes":
+                self.private_lines.append(number)
+                self.private_offsets.append(offset)
+            elif document is not None:
                 self.open += 1
-                yield made
+                yield document
             self._check_share(at_end=False)
         if self.read != self.size or os.fstat(self.file.fileno()).st_size != self.size:
             raise self._changed()
@@ -203,23 +212,23 @@ class _RowReader:
 
     def credentialed_documents(self) -> Iterator[Document]:
         """Yield the credentialed documents, after all others were read."""
-        for number, place in zip(self.closed_lines, self.closed_places, strict=True):
-            self.file.seek(place)
+        for number, offset in zip(self.private_lines, self.private_offsets, strict=True):
+            self.file.seek(offset)
             try:
                 row = read_row(self.file.readline(MAX_LINE))
-                made = to_document(row, self._name(number), self.rules)
+                document = to_document(row, self._name(number), self.rules)
             except BadRow as error:
                 raise self._changed() from error
-            if made is None or made.credential != "yes":
+            if document is None or document.credential != "yes":
                 raise self._changed()
-            yield made
+            yield document
 
     def summary(self) -> dict[str, Any]:
         """Return the counts of the rows that are not open documents."""
         bad = {r: n for r, n in sorted(self.reasons.items()) if r != WAITING}
         checked = self.rules.tokenizer is not None
         return dict(
-            credentialed=len(self.closed_lines),
+            credentialed=len(self.private_lines),
             credentialed_without_tokens=self.reasons[WAITING],
             quarantined=sum(bad.values()),
             reasons=bad,
@@ -230,7 +239,7 @@ class _RowReader:
     def _row(self, number: int, line: bytes) -> Document | None:
         try:
             row = read_row(line)
-            made = to_document(row, self._name(number), self.rules)
+            document = to_document(row, self._name(number), self.rules)
         except BadRow as bad:
             if bad.reason == "not JSON" and not line.endswith(b"\n") and len(line) <= MAX_LINE:
                 raise PublishedError(
@@ -238,18 +247,18 @@ class _RowReader:
                 ) from bad
             self._list(number, bad.reason, bad.detail)
             return None
-        if made is None:
+        if document is None:
             self._list(number, WAITING, "")
-        elif self.rules.tokenizer is not None and not _agrees(row["text"], made, self.rules):
+        elif self.rules.tokenizer is not None and not _agrees(row["text"], document, self.rules):
             self.disagreeing += 1
             self.examples += [number] if len(self.examples) < 10 else []
-        return made
+        return document
 
     def _list(self, number: int, reason: str, detail: str) -> None:
         self.reasons[reason] += 1
         self.first.setdefault(reason, f"line {number} {detail}".strip())
-        said = dict(line=number, reason=reason) | (dict(detail=detail) if detail else {})
-        self.listed.write(json.dumps(said) + "\n")
+        entry = dict(line=number, reason=reason) | (dict(detail=detail) if detail else {})
+        self.listed.write(json.dumps(entry) + "\n")
 
     def _check_share(self, *, at_end: bool) -> None:
         bad = self.reasons.total() - self.reasons[WAITING]
@@ -263,47 +272,53 @@ class _RowReader:
             allowed = self.rules.max_bad * self.rows
         if bad > allowed:
             raise PublishedError(
-                f"{self.path}: {bad} of {self.rows} rows are not whole, --max_bad allows the share "
-                f"{self.rules.max_bad}: {_told(self.summary()['reasons'])}; the first of each: "
-                f"{_told({r: f for r, f in self.first.items() if r != WAITING})}"
+                f"{self.path}: {bad} of {self.rows} rows are invalid, but --max_bad allows only "
+                f"the share {self.rules.max_bad}: {_format_counts(self.summary()['reasons'])}; "
+                "the first of each: "
+                f"{_format_counts({r: f for r, f in self.first.items() if r != WAITING})}"
             )
 
     def _changed(self) -> PublishedError:
-        return PublishedError(f"{self.path}: changed while it was read; let it be, start again")
+        return PublishedError(
+            f"{self.path}: changed while it was read; do not change the file, and rerun the command"
+        )
 
     def _name(self, number: int) -> str:
         return f"{self.path.stem}-{number:07d}"
 
 
 def _write(
-    folder: Folder, found: Iterable[Document], rows: _RowReader, notes: dict[str, Any]
+    folder: Folder, documents: Iterable[Document], rows: _RowReader, notes: dict[str, Any]
 ) -> None:
     rules = rows.rules
-    shape = dict(shard_size=rules.shard_size, layout=rules.layout)
-    writer.write(folder.path, found, notes=notes, **shape)
+    writer.write(
+        folder.path, documents, shard_size=rules.shard_size, layout=rules.layout, notes=notes
+    )
     rows.listed.seek(0)
     with folder.stream(QUARANTINE) as out:
         for line in rows.listed:
             out.write(line.encode())
 
 
-def _write_closed(closed: Path, rows: _RowReader) -> None:
+def _write_credentialed(out: Path, rows: _RowReader) -> None:
     notes = rows.notes | dict(only="credentialed")
-    if closed.exists() and _meta_of(closed).get("notes") == notes:
-        rows.say(f"{closed}: there already, of this file")  # a run died between the two folders
+    if out.exists() and _meta_of(out).get("notes") == notes:
+        rows.say(f"{out}: already written from this file")  # a run died between the two folders
         return
-    closed.parent.mkdir(parents=True, exist_ok=True)
-    with private_umask(), atomic_folder(closed, bytes_needed=0, seal=staging.META) as folder:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with private_umask(), atomic_folder(out, bytes_needed=0, seal=staging.META) as folder:
         _write(folder, rows.credentialed_documents(), rows, notes)
 
 
-def _check_vacant(out: Path, closed: Path, notes: dict[str, Any]) -> None:
+def _check_vacant(out: Path, private: Path, notes: dict[str, Any]) -> None:
     """Check, before hours of reading, that the folders may be written."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise PublishedError(f"{out}: exists, not empty; choose another --out, or delete it")
-    held = _meta_of(closed).get("notes", {}) if closed.exists() else notes
-    if any(held.get(key) != notes[key] for key in notes):
-        raise PublishedError(f"{closed}: exists, of another file; choose another --out")
+        raise PublishedError(f"{out}: exists and is not empty; use another --out, or delete it")
+    stored = _meta_of(private).get("notes", {}) if private.exists() else notes
+    if any(stored.get(key) != notes[key] for key in notes):
+        raise PublishedError(
+            f"{private}: exists and was written from another file; use another --out"
+        )
 
 
 def _meta_of(folder: Path) -> dict[str, Any]:
@@ -316,37 +331,37 @@ def _meta_of(folder: Path) -> dict[str, Any]:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[IO[bytes]]:
     if not path.is_file():  # a pipe would have no size and could not be read again
-        raise PublishedError(f"{path}: no such file; name the published train.jsonl")
+        raise PublishedError(f"{path}: no such file; set --from to the published train.jsonl")
     try:
         with open(path, "rb", buffering=1 << 20) as file:
             _check_form(path, file)
             yield file
     except PermissionError as error:
-        raise PublishedError(f"{path}: may not be read; mend its permissions") from error
+        raise PublishedError(f"{path}: no permission to read it; change its mode") from error
 
 
 def _check_form(path: Path, file: io.BufferedReader) -> None:
     """Detect two common forms of a download that have no seekable lines."""
     if file.peek(2)[:2] == text_files.GZIP:
-        raise PublishedError(f"{path}: is compressed; unpack it first: gunzip -k {path}")
+        raise PublishedError(f"{path}: the file is compressed; unpack it first: gunzip -k {path}")
     if text_files.starts_array(file):
         raise PublishedError(
-            f"{path}: is one JSON array; write one row a line first: jq -c '.[]' {path} > "
-            f"{path.with_suffix('.jsonl').name}"
+            f"{path}: the file is one JSON array; write one row per line first: jq -c '.[]' {path} "
+            f"> {path.with_suffix('.jsonl').name}"
         )
 
 
 def _text(row: dict[str, Any], key: str) -> str:
     value = row.get(key)
     if not isinstance(value, str) or not value:
-        raise BadRow(f"column {key}", f"is {type(value).__name__}; need a text that is not empty")
+        raise BadRow(f"column {key}", f"is {type(value).__name__}; expected text that is not empty")
     if key == "text":
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise BadRow("column text", "has half a surrogate pair") from error
+            raise BadRow("column text", "contains an unpaired surrogate") from error
     elif len(value) > MAX_FIELD or not value.isprintable():
-        raise BadRow(f"column {key}", f"need at most {MAX_FIELD} printable characters")
+        raise BadRow(f"column {key}", f"expected at most {MAX_FIELD} printable characters")
     return value
 
 
@@ -355,21 +370,23 @@ def _image_path(row: dict[str, Any]) -> str:
     if value is None or value == "":
         return ""
     if not isinstance(value, str) or len(value) > MAX_FIELD:
-        raise BadRow("column image_path", f"is {type(value).__name__}; need a short text or none")
+        raise BadRow("column image_path", f"is {type(value).__name__}; expected short text or none")
     try:
         return check_name("image_path", value.removeprefix("./"))
     except StorageError as error:
-        raise BadRow("column image_path", "leaves its folder; need one like a/b.png") from error
+        raise BadRow(
+            "column image_path", "leaves its folder; expected a path like a/b.png"
+        ) from error
 
 
 def _tokens(value: Any, rules: RowRules) -> np.ndarray:
     if not isinstance(value, list) or set(map(type, value)) != {int}:  # a bool is an int to numpy
-        raise BadRow("tokens not integers", "need a list of ids")
+        raise BadRow("tokens not integers", "expected a list of ids")
     if min(value) < 0 or max(value) >= rules.layout.vocab.size:
-        raise BadRow("token outside the vocabulary", f"need 0 to {rules.layout.vocab.size - 1}")
+        raise BadRow("token outside the vocabulary", f"expected 0 to {rules.layout.vocab.size - 1}")
     tokens = np.asarray(value, np.int32)
     if len(tokens) < 3 or tokens[0] != BOS or tokens[-1] != EOS:
-        raise BadRow("tokens without ends", f"{len(tokens)} ids; need BOS {BOS} to EOS {EOS}")
+        raise BadRow("tokens without ends", f"{len(tokens)} ids; expected BOS {BOS} to EOS {EOS}")
     inside = tokens[1:-1]
     if (stray := inside[np.isin(inside, (BOS, PAD, EOS, IMAGE))]).size:
         raise BadRow("control token inside", f"{stray[0]}")
@@ -378,15 +395,15 @@ def _tokens(value: Any, rules: RowRules) -> np.ndarray:
     return tokens
 
 
-def _agrees(text: str, made: Document, rules: RowRules) -> bool:
+def _agrees(text: str, document: Document, rules: RowRules) -> bool:
     vocab = rules.layout.vocab
-    codes = [c for kind, c in split_segments(made.tokens, vocab) if kind == "image"]
+    codes = [c for kind, c in split_segments(document.tokens, vocab) if kind == "image"]
     try:
-        again = document_ids(rules.tokenizer, text, codes[0] if codes else None, vocab)
+        tokens = document_ids(rules.tokenizer, text, codes[0] if codes else None, vocab)
     except TokenizerError:
         return False
-    return np.array_equal(again, made.tokens)
+    return np.array_equal(tokens, document.tokens)
 
 
-def _told(counts: dict[str, Any]) -> str:
+def _format_counts(counts: dict[str, Any]) -> str:
     return ", ".join(f"{name} {n}" for name, n in counts.items() if n) or "nothing"

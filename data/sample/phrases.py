@@ -58,9 +58,9 @@ _NEAR = (
 )
 
 
-def exclude(one: str, other: str) -> bool:
+def exclude(value: str, other: str) -> bool:
     """Return whether an image of `one` is surely not `other`: brain, leg yes; brain, head no."""
-    near = one == other or {one, other} in _NEAR or "whole body" in (one, other)
+    near = value == other or {value, other} in _NEAR or "whole body" in (value, other)
     return not near
 
 
@@ -102,32 +102,34 @@ def patient(row: dict) -> str:
 
 def findings(row: dict) -> str:
     """Return sentences about finding, lesion and count; "" if nothing is known."""
-    said = []
+    sentences = []
     if row["finding"] == "normal":
-        said.append("It is normal.")
+        sentences.append("It is normal.")
     elif row["finding"]:
-        said.append(f"The finding is {row['finding']}.")
+        sentences.append(f"The finding is {row['finding']}.")
     if row["lesion"] is not None:
         where = f" on the {row['side']} side" if row["side"] and row["lesion"] else ""
-        said.append(f"A lesion is marked{where}." if row["lesion"] else "No lesion is marked.")
+        sentences.append(f"A lesion is marked{where}." if row["lesion"] else "No lesion is marked.")
     if row["count"] is not None:
-        said.append(f"It shows {row['count']} nuclei.")
-    return " ".join(said)
+        sentences.append(f"It shows {row['count']} nuclei.")
+    return " ".join(sentences)
 
 
 def details(row: dict) -> str:
     """Return every fact that `image_phrase` does not state, in short sentences."""
-    said = []
+    sentences = []
     if row["organ"]:
-        said.append(f"It shows the {row['organ']}.")
+        sentences.append(f"It shows the {row['organ']}.")
     if row["contrast"]:
-        said.append("Contrast was given.")
-    who = patient(row)
-    if who:
-        said.append(f"The patient is {who if who in ('male', 'female') else with_article(who)}.")
+        sentences.append("Contrast was given.")
+    person = patient(row)
+    if person:
+        sentences.append(
+            f"The patient is {person if person in ('male', 'female') else with_article(person)}."
+        )
     if row["modality"] == "fundus photograph" and row["side"]:
-        said.append(f"It is the {row['side']} eye.")
-    return " ".join([*said, findings(row)]).strip()
+        sentences.append(f"It is the {row['side']} eye.")
+    return " ".join([*sentences, findings(row)]).strip()
 
 
 def caption(row: dict, rng: random.Random) -> str:

@@ -103,30 +103,30 @@ MCQ = ("modality", "body_part")
 
 
 def closed_questions(
-    rows: list[dict], seed: int, rounds: int | None, askable: set[str] | None = None
+    rows: list[dict], seed: int, rounds: int | None, answerable: set[str] | None = None
 ) -> list[Question]:
     """Return balanced yes/no questions about `askable` values; `rounds` None: per template."""
     out = []
     for family in CLOSED:
         for turn in range(family.rounds if rounds is None else rounds):
             rng = random.Random(f"{seed} closed {family.template} {turn}")
-            out += _balanced(rows, family, rng, askable)
+            out += _balanced(rows, family, rng, answerable)
     return out
 
 
 def _balanced(
-    rows: list[dict], family: YesNoQuestions, rng: random.Random, askable: set[str] | None
+    rows: list[dict], family: YesNoQuestions, rng: random.Random, answerable: set[str] | None
 ) -> list[Question]:
-    known = [row for row in rows if family.value(row) is not None]
+    candidates = [row for row in rows if family.value(row) is not None]
     used: Counter[str] = (
         Counter()
     )  # how many "no" an image has had: the next goes to the least used one
     out = []
-    for value in sorted({family.value(row) for row in known} - {"none"}):
-        if askable is not None and f"{family.template}={value}" not in askable:
+    for value in sorted({family.value(row) for row in candidates} - {"none"}):
+        if answerable is not None and f"{family.template}={value}" not in answerable:
             continue
-        yes = [row for row in known if family.value(row) == value]
-        no = [row for row in known if exclude(value, family.value(row))]
+        yes = [row for row in candidates if family.value(row) == value]
+        no = [row for row in candidates if exclude(value, family.value(row))]
         count = min(len(yes), len(no))
         rng.shuffle(yes)
         rng.shuffle(no)
@@ -177,15 +177,15 @@ def mcq_questions(rows: list[dict], seed: int) -> list[Question]:
     out = []
     for field in MCQ:
         rng = random.Random(f"{seed} mcq {field}")
-        known = _thinned([row for row in rows if row[field] is not None], field, rng)
-        counts = Counter(row[field] for row in known)
-        asked = 0
-        for row in known:
+        candidates = _thinned([row for row in rows if row[field] is not None], field, rng)
+        counts = Counter(row[field] for row in candidates)
+        count = 0
+        for row in candidates:
             options = _distractors(row[field], counts, rng)
             if len(options) < 3:
                 continue
-            letter = asked % 4
-            asked += 1
+            letter = count % 4
+            count += 1
             options.insert(letter, row[field])
             lines = "\n".join(f"{LETTERS[i]}: {option}" for i, option in enumerate(options))
             prompt = f"{OPEN[field][0]}\n{lines}"

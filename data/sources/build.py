@@ -104,55 +104,74 @@ def build_source(
     if sample is not None and sample < 1:
         raise PrepareError(f"sample is {sample}; use 1 or more documents")
     if not Path(folder).is_dir():
-        raise PrepareError(f"--from is {folder}: no such folder; unpack {source} and name it")
+        raise PrepareError(
+            f"--from is {folder}: no such folder; set it to the unpacked folder of {source}"
+        )
     plan = Plan(source=source, split=split, seed=seed, caption_share=caption_share)
     work = _Work(plan, Path(folder), BY_NAME[source], max_bad, burned_in)
     encoder = load_encoder(Path(model_folder), vq=vq, tokenizer=tokenizer)
-    pictures = document_codes.open_code_source(codes, encoder, precision)
+    code_source = document_codes.open_code_source(codes, encoder, precision)
     if codes and work.secret:
-        pictures.check_credentialed(burned_in=burned_in)
+        code_source.check_credentialed(burned_in=burned_in)
     chosen = work.survey(sample)
     notes = dict(maker="build", source=source, subset=LABEL, split=split, seed=seed, sample=sample)
     notes |= dict(licence=work.facts.licence, data_class=work.facts.data_class)
     notes["caption_share"] = caption_share
-    made = work.documents(chosen, encoder, pictures, notes)
+    documents = work.documents(chosen, encoder, code_source, notes)
     with contextlib.ExitStack() as stack:
         if work.secret:
             stack.enter_context(_private(Path(out)))
             stack.enter_context(dicom.silence())  # around the decoding threads
-        meta = writer.write(out, made, shard_size=SHARD_SIZE, layout=encoder.layout, notes=notes)
+        meta = writer.write(
+            out, documents, shard_size=SHARD_SIZE, layout=encoder.layout, notes=notes
+        )
     log.info("%s. %s: %s", compare(source, meta["documents"]), LABEL[0].upper() + LABEL[1:], out)
     return meta
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `python -m data.prepare build`."""
-    parser.add_argument("--source", choices=tuple(READERS), required=True)
-    parser.add_argument("--from", type=Path, required=True, dest="folder", help="its folder")
+    parser.add_argument(
+        "--source", choices=tuple(READERS), required=True, help="name of the source"
+    )
+    parser.add_argument(
+        "--from", type=Path, required=True, dest="folder", help="folder of the published files"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--model", type=Path, required=True, help="model folder")
-    parser.add_argument("--split", choices=SPLITS, default="train")
-    parser.add_argument("--sample", type=int, metavar="N", help="documents; without: all")
-    parser.add_argument("--seed", type=int, default=0, help="of the sample and the wordings")
-    parser.add_argument("--max_bad", type=float, default=MAX_BAD, metavar="SHARE")
+    parser.add_argument("--split", choices=SPLITS, default="train", help="split of the source")
+    parser.add_argument(
+        "--sample", type=int, metavar="N", help="number of documents to draw; default: all"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sample and the wordings")
+    parser.add_argument(
+        "--max_bad", type=float, default=MAX_BAD, metavar="SHARE",
+        help="stop if more than this share of rows is malformed or has an unreadable image",
+    )  # fmt: skip
     parser.add_argument(
         "--caption_share",
         type=float,
         default=CAPTION_SHARE,
         metavar="SHARE",
-        help="captioning among captioning and generation; MedMax's chart 0.843, its notes 0.5",
+        help="share of captioning among captioning and generation: 0.843 in MedMax's chart, 0.5 in "
+        "its notes",
     )
     parser.add_argument(
-        "--burned_in", action="store_true", help="take DICOM files that say they show text"
-    )
+        "--burned_in", action="store_true",
+        help="accept DICOM files whose header states that text is burned into the pixels",
+    )  # fmt: skip
     add_code_flags(parser)
     parser.set_defaults(run=_run)
 
 
 def add_code_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that select the source of image codes."""
-    parser.add_argument("--codes", type=Path, help="folder of tokenize; without: encoded here")
-    parser.add_argument("--precision", choices=PRECISIONS, default="highest", help="of the codes")
+    parser.add_argument(
+        "--codes", type=Path, help="folder written by `tokenize`; default: images are encoded here"
+    )
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="highest", help="precision of the image encoder"
+    )
 
 
 def _run(args: argparse.Namespace) -> dict[str, Any]:
@@ -181,40 +200,42 @@ class _Work:
         self.secret = facts.data_class == CREDENTIALED
         self.total = self.rows = 0  # of the split; including malformed ones
         self.bad: collections.Counter[str] = collections.Counter()
-        self.left: collections.Counter[str] = collections.Counter()
+        self.excluded: collections.Counter[str] = collections.Counter()
         self.first: list[str] = []
 
     def survey(self, sample: int | None) -> set[str] | None:
         """Count the rows; return the ids of the sample, or None for all."""
         heap: list[tuple[int, str]] = []
-        said = time.monotonic()
+        last_log = time.monotonic()
         for row in READERS[self.plan.source](self.folder, self.plan):
             if isinstance(row, RejectedRow):
-                (self.left if row.by_rule else self.bad)[row.reason] += 1
+                (self.excluded if row.by_rule else self.bad)[row.reason] += 1
                 if not row.by_rule and len(self.first) < FIRST:
                     self.first.append(f"{row.where}: {row.reason}")
             elif row.split != self.plan.split:
-                self.left["of another split"] += 1
+                self.excluded["of another split"] += 1
             else:
                 self.total += 1
                 if sample is not None:
                     _keep(heap, (-_rank(self.plan.seed, row.id), row.id), sample)
-            if time.monotonic() - said >= LOG_SECONDS:
-                said = time.monotonic()
+            if time.monotonic() - last_log >= LOG_SECONDS:
+                last_log = time.monotonic()
                 log.info("%d rows read, %d malformed", self.total, self.bad.total())
         self.rows = self.total + self.bad.total()
         log.info("%d rows, %d malformed", self.rows, self.bad.total())
-        log.info("%d rows left out by rule", self.left.total())
+        log.info("%d rows excluded by rule", self.excluded.total())
         self._check()
         if not self.total:
-            raise PrepareError(f"{self.plan.source} has no row of split {self.plan.split}")
+            raise PrepareError(
+                f"{self.plan.source} has no row of split {self.plan.split}; use another --split"
+            )
         return None if sample is None else {row_id for _, row_id in heap}
 
     def documents(
         self,
         chosen: set[str] | None,
         encoder: Encoder,
-        pictures: document_codes.OnlineEncoder | document_codes.StoredCodes,
+        code_source: document_codes.OnlineEncoder | document_codes.StoredCodes,
         notes: dict[str, Any],
     ) -> Iterator[Document]:
         """Yield the documents, and record in `notes` what was left out."""
@@ -222,19 +243,19 @@ class _Work:
         count = self.total if chosen is None else len(chosen)
         clock = ItemProgress(count, "documents", log.info, every=LOG_SECONDS)
         for rows in _chunks(self._rows(chosen), CHUNK):
-            codes, unreadable = self._codes(rows, pictures, cache)
+            codes, unreadable = self._codes(rows, code_source, cache)
             for row in rows:
                 try:
                     if row.image_path in unreadable:
-                        self._reject(row, "picture: " + unreadable[row.image_path])
+                        self._reject(row, "image: " + unreadable[row.image_path])
                     else:
                         yield self._document(row, codes, encoder)
                 except TokenizerError:
-                    self._reject(row, "text: writes the name of a control token")
+                    self._reject(row, "text: contains the name of a control token")
             clock.tick(self.plan.source, len(rows))
-        notes |= dict(codes=pictures.notes())
+        notes |= dict(codes=code_source.notes())
         notes |= dict(malformed=dict(self.bad), first_malformed=self.first)
-        notes["left_out"] = dict(self.left)
+        notes["left_out"] = dict(self.excluded)
 
     def _rows(self, chosen: set[str] | None) -> Iterator[Row]:
         for row in READERS[self.plan.source](self.folder, self.plan):
@@ -245,22 +266,24 @@ class _Work:
     def _codes(
         self,
         rows: list[Row],
-        pictures: document_codes.OnlineEncoder | document_codes.StoredCodes,
+        code_source: document_codes.OnlineEncoder | document_codes.StoredCodes,
         cache: collections.OrderedDict[str, Coded],
     ) -> tuple[dict[str, Coded], dict[str, str]]:
         """Return codes and SHA-256 of the rows' images, and the problems of the unreadable ones."""
-        where = {r.image_path: r for r in rows if r.image is not None}
-        known = {path: cache[path] for path in where if path in cache}
-        views = [ImageView(path, 0, "", False) for path in where if path not in known]
-        files = Files(lambda path: self._open(where[path]), lambda path: self._lies(where[path]))
-        found, unreadable = pictures(views, files, tell=False)
-        fresh = {p: (code, digest_of(files.content(p)).hex()) for (p, _), code in found.items()}
+        row_of = {r.image_path: r for r in rows if r.image is not None}
+        cached = {path: cache[path] for path in row_of if path in cache}
+        views = [ImageView(path, 0, "", False) for path in row_of if path not in cached]
+        files = Files(
+            lambda path: self._open(row_of[path]), lambda path: self._content(row_of[path])
+        )
+        encoded, unreadable = code_source(views, files, log_progress=False)
+        fresh = {p: (code, digest_of(files.content(p)).hex()) for (p, _), code in encoded.items()}
         cache.update(fresh)
         while len(cache) > CACHE:
             cache.popitem(last=False)
-        return known | fresh, {path: _reason(text, path) for path, text in unreadable.items()}
+        return cached | fresh, {path: _reason(text, path) for path, text in unreadable.items()}
 
-    def _lies(self, row: Row) -> Path | bytes:
+    def _content(self, row: Row) -> Path | bytes:
         if isinstance(row.image, bytes):
             return row.image
         label = f"the image of {row.id}" if self.secret else ""
@@ -274,7 +297,7 @@ class _Work:
         if isinstance(row.image, bytes):
             return images.load(row.image, max_pixels=images.MAX_PIXELS, name=row.image_path)
         return open_image(
-            self._lies(row), name=row.image_path, burned_in=self.burned_in,
+            self._content(row), name=row.image_path, burned_in=self.burned_in,
             secret=self.secret,
         )  # fmt: skip
 
@@ -302,8 +325,8 @@ class _Work:
     def _check(self) -> None:
         if self.bad.total() > self.max_bad * self.rows:
             raise PrepareError(
-                f"{self.bad.total()} of {self.rows} rows of {self.plan.source} are malformed, "
-                f"--max_bad allows the share {self.max_bad}; the first: {self.first[0]}"
+                f"{self.bad.total()} of {self.rows} rows of {self.plan.source} are malformed, but "
+                f"--max_bad allows only the share {self.max_bad}; the first: {self.first[0]}"
             )
 
 
@@ -335,6 +358,8 @@ def _chunks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
 def _private(out: Path) -> Iterator[None]:
     """Create a folder that is new or empty and whose files only their owner may read."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise PrepareError(f"--out is {out}: not empty; credentialed records get their own folder")
+        raise PrepareError(
+            f"--out is {out}: not empty; credentialed records require a folder of their own"
+        )
     with private_folder(out):  # for the shards too, which a library writes
         yield

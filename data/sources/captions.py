@@ -30,10 +30,10 @@ from medmax_jax.data.sources.row import (
     RowError,
     caption_task,
     collect_rows,
+    field_image_path,
     field_text,
     find_root,
     first_file,
-    picture_path,
 )
 
 _PMC = {"train": "train.jsonl", "validation": "valid.jsonl", "test": "test.jsonl"}
@@ -58,21 +58,21 @@ def read_quilt(folder: pathlib.Path, plan: Plan) -> Iterator[Row | RejectedRow]:
 
 
 def _pmc_oa(plan: Plan, split: str, root: str, place: RowLocation, item: dict[str, Any]) -> Row:
-    image = picture_path(item, "image", root)
+    image = field_image_path(item, "image", root)
     name = pathlib.PurePosixPath(image).name
     article = field_text(item, "pmcid") if item.get("pmcid") else name.split("_")[0]
     caption = field_text(item, "caption")
-    fields = dict(image=image, image_path=image, split=split, group=article)
-    return caption_task(plan, place, caption, question=None, **fields)
+    return caption_task(
+        plan, place, caption, question=None, image=image, split=split, group=article
+    )
 
 
 def _quilt(plan: Plan, place: RowLocation, item: dict[str, Any]) -> Row:
     if item["split"] not in _QUILT_SPLITS:
-        raise RowError("split: neither train nor val")
-    image = picture_path(item, "image_path", "quilt_1m")
+        raise RowError("split: expected train or val")
+    image = field_image_path(item, "image_path", "quilt_1m")
     name = pathlib.PurePosixPath(image).name
     video = re.split(r"_(?:image|roi)_", name)[0]
     caption = field_text(item, "caption")
     split = _QUILT_SPLITS[item["split"]]
-    fields = dict(image=image, image_path=image, split=split, group=video)
-    return caption_task(plan, place, caption, question=None, **fields)
+    return caption_task(plan, place, caption, question=None, image=image, split=split, group=video)

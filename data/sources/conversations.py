@@ -37,9 +37,9 @@ from medmax_jax.data.sources.row import (
     caption_task,
     clean,
     collect_rows,
+    field_image_path,
     first_file,
     join_turns,
-    picture_path,
 )
 from medmax_jax.models.tokenizer import IMAGE_NAME
 
@@ -77,49 +77,54 @@ def read(folder: pathlib.Path, plan: Plan) -> Iterator[Row | RejectedRow]:
 
 
 def _row(layout: Layout, plan: Plan, place: RowLocation, item: dict[str, Any]) -> Row:
-    image = _picture(item, layout.root)
+    image = _image_path(item, layout.root)
     name = pathlib.PurePosixPath(image).name
-    found = re.match(layout.origin, name)
-    group = found.group(1) if found else name
-    fields = dict(image=image, image_path=image, split="train", group=group)
-    turns, at = _turns(item)
+    origin = re.match(layout.origin, name)
+    group = origin.group(1) if origin else name
+    turns, image_at = _turns(item)
     if layout.chat:
         return Row(
             id=place.id(plan.source),
-            text=join_turns(turns, image=at),
+            text=join_turns(turns, image=image_at),
+            image=image,
+            image_path=image,
             task=CHAT,
             source=plan.source,
+            split="train",
+            group=group,
             turns=len(turns),
-            **fields,
         )
-    (question, caption), *more = turns
-    if more:
+    (question, caption), *further = turns
+    if further:
         raise ExcludedRow("a caption of several turns")
-    return caption_task(plan, place, caption, question=question, **fields)
+    return caption_task(
+        plan, place, caption, question=question, image=image, split="train", group=group
+    )
 
 
-def _picture(item: dict[str, Any], root: str) -> str:
+def _image_path(item: dict[str, Any], root: str) -> str:
     paths = item.get("image")
     if isinstance(paths, list):
         if len(paths) > 1:
-            raise ExcludedRow("several pictures; a document of MedMax has one")
+            raise ExcludedRow("several images; a document of MedMax has one")
         item = {"image": paths[0] if paths else None}
-    return picture_path(item, "image", root)
+    return field_image_path(item, "image", root)
 
 
 def _turns(item: dict[str, Any]) -> tuple[list[tuple[str, str]], str]:
     """Return questions with answers, and at which end of the first question the image is placed."""
-    said = item.get("conversations", item.get("conversatons"))
-    if not isinstance(said, list) or not said or len(said) % 2:
-        raise RowError("conversations: no list of questions with answers")
-    parts, at = [], "start"
-    for n, part in enumerate(said):
-        speaker = part.get("from") if isinstance(part, dict) else None
-        if speaker != ("human", "gpt")[n % 2] or not isinstance(part.get("value"), str):
-            raise RowError("conversations: not human and gpt in turn")
-        value = part["value"].strip()
-        if n == 0:
-            at = "end" if value.endswith(IMAGE_NAME) else "start"
-            value = value.removeprefix(IMAGE_NAME) if at == "start" else value[: -len(IMAGE_NAME)]
+    messages = item.get("conversations", item.get("conversatons"))
+    if not isinstance(messages, list) or not messages or len(messages) % 2:
+        raise RowError("conversations: expected a list of questions with answers")
+    parts, image_at = [], "start"
+    for n, message in enumerate(messages):
+        speaker = message.get("from") if isinstance(message, dict) else None
+        if speaker != ("human", "gpt")[n % 2] or not isinstance(message.get("value"), str):
+            raise RowError("conversations: expected human and gpt in turn")
+        value = message["value"].strip()
+        if n == 0 and value.endswith(IMAGE_NAME):
+            image_at, value = "end", value[: -len(IMAGE_NAME)]
+        elif n == 0:
+            value = value.removeprefix(IMAGE_NAME)
         parts.append(clean(value, "conversations"))
-    return list(zip(parts[::2], parts[1::2], strict=True)), at
+    return list(zip(parts[::2], parts[1::2], strict=True)), image_at

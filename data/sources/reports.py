@@ -74,14 +74,14 @@ def sections(report: str) -> dict[str, str]:
     """
     marks = list(_HEADING.finditer(report))
     edges = [m.start() for m in marks] + [len(report)]
-    found = {}
+    kept = {}
     for mark, end in zip(marks, edges[1:], strict=True):
         text = _PLACEHOLDER.sub("", report[mark.end() : end])
         text = re.sub(r"\s+", " ", text).strip()
         text = re.sub(r"[\s,;:]+([.])", r"\1", re.sub(r"\s+([.,;:])", r"\1", text))
         if text:
-            found[mark.group(1).strip()] = text
-    return found
+            kept[mark.group(1).strip()] = text
+    return kept
 
 
 def _frontal(folder: pathlib.Path) -> set[str] | None:
@@ -103,9 +103,9 @@ def _row(
     dicom, study, subject = item["dicom_id"], item["study_id"], item["subject_id"]
     # They become parts of a path, so they must have the form that MIMIC documents.
     if not (_ID.fullmatch(dicom) and re.fullmatch(r"5\d{7}", study)):
-        raise RowError("dicom_id or study_id: not of MIMIC's form")
+        raise RowError("dicom_id or study_id: not in the format of MIMIC")
     if not re.fullmatch(r"1\d{7}", subject) or item["split"] not in SPLITS:
-        raise RowError("subject_id or split: not of MIMIC's form")
+        raise RowError("subject_id or split: not in the format of MIMIC")
     split = SPLITS[item["split"]]
     if split != plan.split:
         raise ExcludedRow("of another split")
@@ -144,9 +144,9 @@ def _report(folder: pathlib.Path, path: str) -> str:
             continue
         if len(raw) > MAX_REPORT:
             raise RowError("report: too long")
-        found = sections(raw.decode("utf-8", "replace"))
-        lines = [f"{n.capitalize()}: {found[n]}" for n in ("FINDINGS", "IMPRESSION") if n in found]
+        kept = sections(raw.decode("utf-8", "replace"))
+        lines = [f"{n.capitalize()}: {kept[n]}" for n in ("FINDINGS", "IMPRESSION") if n in kept]
         if not lines:
             raise ExcludedRow("a report without findings and impression")
         return clean("\n".join(lines), "report")
-    raise RowError("report: no such file, or not readable")
+    raise RowError("report: no such file, or unreadable")

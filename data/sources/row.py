@@ -22,7 +22,7 @@ from medmax_jax.io.image_paths import is_inside
 from medmax_jax.io.text_files import LONE_SURROGATE, TextFileError, read_json
 from medmax_jax.models.tokenizer import IMAGE_NAME, SEP_NAME
 
-Made = TypeVar("Made")
+RowType = TypeVar("RowType")
 SPLITS = ("train", "validation", "test")
 MAX_TEXT = 100_000  # characters of one part; the longest released document has 2,048 tokens
 
@@ -70,15 +70,15 @@ class RejectedRow:
 
 
 def collect_rows(
-    items: Iterable[tuple[RowLocation, Any]], make: Callable[[RowLocation, dict[str, Any]], Made]
-) -> Iterator[Made | RejectedRow]:
+    items: Iterable[tuple[RowLocation, Any]], make: Callable[[RowLocation, dict[str, Any]], RowType]
+) -> Iterator[RowType | RejectedRow]:
     """Yield the rows of items, and a RejectedRow for each that `make` rejects."""
     for place, item in items:
         try:
             if isinstance(item, TextFileError):
                 raise RowError(item.reason)
             if not isinstance(item, dict):
-                raise RowError("not a whole row of its file")
+                raise RowError("not a complete row of its file")
             yield make(place, item)
         except ExcludedRow as error:
             yield RejectedRow(where=str(place), reason=str(error), by_rule=True)
@@ -90,9 +90,9 @@ def field_text(item: dict[str, Any], key: str) -> str:
     """Return a field as text; numbers count, as some published answers are numbers; NaN is none."""
     value = item.get(key)
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise RowError(f"{key}: missing or no text")
+        raise RowError(f"{key}: missing or not text")
     if isinstance(value, float) and not math.isfinite(value):
-        raise RowError(f"{key}: missing or no text")
+        raise RowError(f"{key}: missing or not text")
     return clean(str(value), key)
 
 
@@ -104,16 +104,16 @@ def clean(text: str, key: str) -> str:
     if len(text) > MAX_TEXT:
         raise RowError(f"{key}: more than {MAX_TEXT} characters")
     if IMAGE_NAME in text or SEP_NAME in text:
-        raise RowError(f"{key}: writes {IMAGE_NAME} or {SEP_NAME}")
+        raise RowError(f"{key}: contains {IMAGE_NAME} or {SEP_NAME}")
     _check_characters(text, key)
     return text
 
 
-def picture_path(item: dict[str, Any], key: str, root: str) -> str:
+def field_image_path(item: dict[str, Any], key: str, root: str) -> str:
     """Return a path inside the source's folder; one that leads out of it is rejected."""
     value = item.get(key)
     if not isinstance(value, str) or not value.strip():
-        raise RowError(f"{key}: no path of a picture")
+        raise RowError(f"{key}: missing or not the path of an image")
     if not is_inside(value.strip()):
         raise RowError(f"{key}: leads out of the folder")
     _check_characters(value, key)
@@ -133,14 +133,14 @@ def join_turns(turns: list[tuple[str, str]], *, image: str) -> str:
     join_turns([("Is it a CT?", "yes"), ("Of what?", "the head")], image="start")
     ->  "<image>Is it a CT?<reserved08706>yes<reserved08706>Of what?<reserved08706>the head"
     """
-    (question, answer), *more = turns
+    (question, answer), *further = turns
     first = question + IMAGE_NAME if image == "end" else IMAGE_NAME + question
-    return SEP_NAME.join([first, answer, *(part for turn in more for part in turn)])
+    return SEP_NAME.join([first, answer, *(part for turn in further for part in turn)])
 
 
-def seeded_rng(*what: Any) -> random.Random:
+def seeded_rng(*names: Any) -> random.Random:
     """Return random numbers that are a function of names: the same in every process and order."""
-    return random.Random("/".join(map(str, what)))
+    return random.Random("/".join(map(str, names)))
 
 
 def find_root(folder: pathlib.Path, names: tuple[str, ...]) -> str:
@@ -154,7 +154,7 @@ def first_file(folder: pathlib.Path, names: Iterable[str], source: str) -> pathl
     for name in names:
         if (folder / name).is_file():
             return folder / name
-    raise SourceError(f"{source}: the folder has none of {', '.join(names)}; see --from")
+    raise SourceError(f"{source}: the folder contains none of {', '.join(names)}; check --from")
 
 
 # ---- Questions for the sources that have images and captions or reports, but no questions ----
@@ -177,7 +177,14 @@ def choose_template(kind: str, plan: Plan, row_id: str) -> str:
 
 
 def caption_task(
-    plan: Plan, place: RowLocation, caption: str, *, question: str | None, **fields: Any
+    plan: Plan,
+    place: RowLocation,
+    caption: str,
+    *,
+    question: str | None,
+    image: str,
+    split: str,
+    group: str,
 ) -> Row:
     """Return an image and its caption as captioning or generation, drawn by seed and id.
 
@@ -185,11 +192,19 @@ def caption_task(
     """
     row_id = place.id(plan.source)
     if seeded_rng(plan.seed, "task", row_id).random() < plan.caption_share:
-        asked = question or choose_template("caption", plan, row_id)
-        text, task = join_turns([(asked, caption)], image="start"), CAPTION
+        question = question or choose_template("caption", plan, row_id)
+        text, task = join_turns([(question, caption)], image="start"), CAPTION
     else:
-        text = (
-            f"{choose_template('generation', plan, row_id).format(caption)}{SEP_NAME}{IMAGE_NAME}"
-        )
-        task = GENERATION
-    return Row(id=row_id, text=text, task=task, source=plan.source, turns=1, **fields)
+        prompt = choose_template("generation", plan, row_id).format(caption)
+        text, task = f"{prompt}{SEP_NAME}{IMAGE_NAME}", GENERATION
+    return Row(
+        id=row_id,
+        text=text,
+        image=image,
+        image_path=image,
+        task=task,
+        source=plan.source,
+        split=split,
+        group=group,
+        turns=1,
+    )

@@ -33,11 +33,11 @@ from medmax_jax.data.sources.row import (
     Row,
     RowError,
     collect_rows,
+    field_image_path,
     field_text,
     find_root,
     first_file,
     join_turns,
-    picture_path,
     seeded_rng,
 )
 
@@ -61,37 +61,58 @@ def read_slake(folder: pathlib.Path, plan: Plan) -> Iterator[Row | RejectedRow]:
     return collect_rows(json_array(path), functools.partial(slake, plan))
 
 
-def question_type(plan: Plan, place: RowLocation, question: str, answer: str, **fields: Any) -> Row:
+def _question_row(
+    plan: Plan,
+    place: RowLocation,
+    question: str,
+    answer: str,
+    *,
+    image: str | bytes,
+    image_path: str,
+    split: str,
+    group: str,
+) -> Row:
     """Return one question about one image."""
-    text = join_turns([(question, answer)], image="start")
-    return Row(id=place.id(plan.source), text=text, task=VQA, source=plan.source, turns=1, **fields)
+    return Row(
+        id=place.id(plan.source),
+        text=join_turns([(question, answer)], image="start"),
+        image=image,
+        image_path=image_path,
+        task=VQA,
+        source=plan.source,
+        split=split,
+        group=group,
+        turns=1,
+    )
 
 
 def vqa_rad(plan: Plan, place: RowLocation, item: dict[str, Any]) -> Row:
     """Return one question of VQA-RAD."""
     kind = item.get("phrase_type")
     if not isinstance(kind, str) or kind not in ("freeform", "para", "test_freeform", "test_para"):
-        raise RowError("phrase_type: unknown, so the split is not known")
-    image = picture_path(item, "image_name", "VQA_RAD Image Folder")
+        raise RowError("phrase_type: unknown value, so the split is unknown")
+    image = field_image_path(item, "image_name", "VQA_RAD Image Folder")
     split = "test" if kind.startswith("test_") else "train"
-    fields = dict(image=image, image_path=image, split=split, group=pathlib.Path(image).stem)
-    return question_type(
-        plan, place, field_text(item, "question"), field_text(item, "answer"), **fields
-    )
+    question, answer = field_text(item, "question"), field_text(item, "answer")
+    return _question_row(
+        plan, place, question, answer,
+        image=image, image_path=image, split=split, group=pathlib.Path(image).stem,
+    )  # fmt: skip
 
 
 def slake(plan: Plan, place: RowLocation, item: dict[str, Any]) -> Row:
     """Return one question of SLAKE."""
     if item.get("q_lang") not in ("en", "zh"):
-        raise RowError("q_lang: neither en nor zh")
+        raise RowError("q_lang: expected en or zh")
     if item["q_lang"] == "zh":
         raise ExcludedRow("a question in Chinese")
-    image = picture_path(item, "img_name", "imgs")
+    image = field_image_path(item, "img_name", "imgs")
     group = pathlib.PurePosixPath(image).parent.name
-    fields = dict(image=image, image_path=image, split=plan.split, group=group)
-    return question_type(
-        plan, place, field_text(item, "question"), field_text(item, "answer"), **fields
-    )
+    question, answer = field_text(item, "question"), field_text(item, "answer")
+    return _question_row(
+        plan, place, question, answer,
+        image=image, image_path=image, split=plan.split, group=group,
+    )  # fmt: skip
 
 
 # ---- Sources of multiple-choice questions: PMC-VQA and OmniMedVQA ----
@@ -126,7 +147,7 @@ _PMC = {"train": ("train_2.csv", "train.csv"), "test": ("test_2.csv", "test.csv"
 def read_pmc_vqa(folder: pathlib.Path, plan: Plan) -> Iterator[Row | RejectedRow]:
     """Read PMC-VQA, version 2 if the folder has it."""
     if plan.split not in _PMC:
-        raise SourceError(f"{plan.source}: has no split {plan.split}; use train or test")
+        raise SourceError(f"{plan.source} has no split {plan.split}; use train or test")
     path = first_file(folder, _PMC[plan.split], plan.source)
     second = path.stem.endswith("_2")
     columns = ["Figure_path", "Question", *(f"Choice {c}" for c in LETTERS)]
@@ -140,7 +161,9 @@ def read_omnimedvqa(folder: pathlib.Path, plan: Plan) -> Iterator[Row | Rejected
     """Read OmniMedVQA's open-access questions, file by file."""
     paths = sorted((folder / "QA_information" / "Open-access").glob("*.json"))
     if not paths:
-        raise SourceError(f"{plan.source}: no QA_information/Open-access/*.json; see --from")
+        raise SourceError(
+            f"{plan.source}: the folder has no QA_information/Open-access/*.json; check --from"
+        )
     for path in paths:
         yield from collect_rows(json_array(path), functools.partial(omnimedvqa, plan))
 
@@ -156,32 +179,34 @@ def pmc_vqa(plan: Plan, root: str, answer: str, place: RowLocation, item: dict[s
     for letter in LETTERS:
         text = re.sub(rf"^{letter}\s*:\s*", "", field_text(item, f"Choice {letter}"))
         choices[letter] = field_text({"choice": text}, "choice")
-    right = field_text(item, answer).upper()
-    if right not in choices:
-        raise RowError(f"{answer}: none of A, B, C, D")
-    image = picture_path(item, "Figure_path", root)
+    letter = field_text(item, answer).upper()
+    if letter not in choices:
+        raise RowError(f"{answer}: expected A, B, C or D")
+    image = field_image_path(item, "Figure_path", root)
     group = pathlib.PurePosixPath(image).name.split("_")[0]
-    fields = dict(image=image, image_path=image, split=plan.split, group=group)
-    return question_type(
-        plan, place, choice_text(field_text(item, "Question"), choices), right, **fields
-    )
+    question = choice_text(field_text(item, "Question"), choices)
+    return _question_row(
+        plan, place, question, letter,
+        image=image, image_path=image, split=plan.split, group=group,
+    )  # fmt: skip
 
 
 def omnimedvqa(plan: Plan, place: RowLocation, item: dict[str, Any]) -> Row:
     """Return one question of OmniMedVQA."""
-    given = [letter for letter in LETTERS if item.get(f"option_{letter}") not in (None, "")]
-    choices = {letter: field_text(item, f"option_{letter}") for letter in given}
-    if given != list(LETTERS[: len(given)]) or len(given) < 2:
-        raise RowError("option_A..D: fewer than two, or with a gap")
-    right = [c for c, text in choices.items() if text == field_text(item, "gt_answer")]
-    if len(right) != 1:
-        raise RowError("gt_answer: not one of the options, or several")
-    image = picture_path(item, "image_path", "")
+    letters = [letter for letter in LETTERS if item.get(f"option_{letter}") not in (None, "")]
+    choices = {letter: field_text(item, f"option_{letter}") for letter in letters}
+    if letters != list(LETTERS[: len(letters)]) or len(letters) < 2:
+        raise RowError("option_A..D: fewer than two options, or with a gap")
+    correct = [c for c, text in choices.items() if text == field_text(item, "gt_answer")]
+    if len(correct) != 1:
+        raise RowError("gt_answer: expected exactly one of the options")
+    image = field_image_path(item, "image_path", "")
     split = "test" if seeded_rng("OmniMedVQA", image).random() < OMNI_TEST else "train"
-    fields = dict(image=image, image_path=image, split=split, group=image)
-    return question_type(
-        plan, place, choice_text(field_text(item, "question"), choices), right[0], **fields
-    )
+    question = choice_text(field_text(item, "question"), choices)
+    return _question_row(
+        plan, place, question, correct[0],
+        image=image, image_path=image, split=split, group=image,
+    )  # fmt: skip
 
 
 # ---- Sources of questions as parquet with images: PathVQA, and VQA-RAD's other form ----
@@ -206,8 +231,8 @@ def read(folder: pathlib.Path, plan: Plan) -> Iterator[Row | RejectedRow]:
     paths = paths or sorted((folder / "data").glob(f"{plan.split}-*.parquet"))
     if not paths:
         raise SourceError(
-            f"{plan.source}: no {plan.split}-*.parquet in the folder or its data/; get the parquet "
-            "form (pickles are not read)"
+            f"{plan.source}: no {plan.split}-*.parquet in the folder or its data/; download the "
+            "parquet form (pickles are not read)"
         )
     return collect_rows(_items(paths, plan.split), lambda place, item: _row(plan, place, item))
 
@@ -226,14 +251,17 @@ def _items(paths: list[pathlib.Path], split: str) -> Iterator[tuple[RowLocation,
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
                 for batch in file.iter_batches(batch_size=BATCH, columns=COLUMNS):
-                    if lacking := set(COLUMNS) - set(batch.schema.names):
-                        raise SourceError(f"{path.name}: lacks the columns {sorted(lacking)}")
+                    if missing := set(COLUMNS) - set(batch.schema.names):
+                        raise SourceError(
+                            f"{path.name}: columns {sorted(missing)} are missing; use the file as "
+                            "published"
+                        )
                     for item in batch.to_pylist():
                         n += 1
                         yield RowLocation(f"{split}.parquet", n), item
         except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
             raise SourceError(
-                f"{path.name}: damaged ({type(error).__name__}); get it again"
+                f"{path.name}: damaged ({type(error).__name__}); download it again"
             ) from error
 
 
@@ -242,7 +270,8 @@ def _row(plan: Plan, place: RowLocation, item: dict[str, Any]) -> Row:
     if not isinstance(image, bytes) or not 0 < len(image) <= MAX_IMAGE_BYTES:
         raise RowError("image: no bytes, or too many")
     name = pseudonym(image)
-    fields = dict(image=image, image_path=name, split=plan.split, group=name)
-    return question_type(
-        plan, place, field_text(item, "question"), field_text(item, "answer"), **fields
-    )
+    question, answer = field_text(item, "question"), field_text(item, "answer")
+    return _question_row(
+        plan, place, question, answer,
+        image=image, image_path=name, split=plan.split, group=name,
+    )  # fmt: skip

@@ -57,10 +57,10 @@ from medmax_jax.data.sources.row import (
     RowError,
     clean,
     collect_rows,
+    field_image_path,
     field_text,
     find_root,
     first_file,
-    picture_path,
 )
 from medmax_jax.endpoints.egress import LICENCE_BOUND, OPEN
 from medmax_jax.io import text_files
@@ -153,7 +153,7 @@ def _quilt_vqa(place: RowLocation, item: dict[str, Any]) -> Item:
             raise ExcludedRow(YES_NO)
     asked = item.get("question")
     prompt = clean(asked.replace(IMAGE_NAME, " ") if isinstance(asked, str) else "", "question")
-    image = picture_path(item, "image", "images")
+    image = field_image_path(item, "image", "images")
     group = pathlib.PurePosixPath(image).name
     fields = dict(prompt=prompt, answer=answer, image_path=image, group=group)
     return _item("quilt_vqa", place, kind, **fields, context=str(item.get("context") or ""))
@@ -221,7 +221,7 @@ def _path_mmu_row(subset: str, place: RowLocation, item: dict[str, Any]) -> Item
     if len(right) != 1:
         raise RowError("answer: not one of the options")
     prompt = vqa.choice_text(field_text(item, "question"), listed)
-    image = picture_path(item, "img", "images")
+    image = field_image_path(item, "img", "images")
     fields = dict(prompt=prompt, answer=right[0], image_path=image, group=image)
     return _item("path_mmu", place, "mcq", **fields, slices={"subset": subset})
 
@@ -233,7 +233,7 @@ def _probmed(place: RowLocation, item: dict[str, Any]) -> Item:
     answer = field_text(item, "answer").lower()
     if answer not in ("yes", "no"):
         raise RowError("answer: neither yes nor no")
-    image = picture_path(item, "image", "")
+    image = field_image_path(item, "image", "")
     slices = {"question_type": question_type, "modality_organ": item.get("image_type")}
     fields = dict(prompt=field_text(item, "question"), answer=answer, image_path=image)
     group = field_text(item, "id")
@@ -254,7 +254,7 @@ def _llava_med(place: RowLocation, item: dict[str, Any]) -> Item:
     prompt = item.get("text")
     if not isinstance(prompt, str) or not prompt.replace(IMAGE_NAME, "").strip():
         raise RowError("text: no question")
-    image = picture_path(item, "image", "images")
+    image = field_image_path(item, "image", "images")
     fields = dict(prompt=prompt, answer=answer, image_path=image)
     return _item("visual_chat", place, kind, **fields, group=field_text(item, "pair_id"))
 
@@ -268,7 +268,7 @@ def _pmc_oa(folder: pathlib.Path) -> Iterator[Item | RejectedRow]:
 
 
 def _pmc_oa_row(name: str, root: str, place: RowLocation, item: dict[str, Any]) -> Item:
-    image, caption = picture_path(item, "image", root), field_text(item, "caption")
+    image, caption = field_image_path(item, "image", root), field_text(item, "caption")
     name_of_article = pathlib.PurePosixPath(image).name.split("_")[0]
     article = field_text(item, "pmcid") if item.get("pmcid") else name_of_article
     asked = name == "image_generation"

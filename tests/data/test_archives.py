@@ -1,4 +1,4 @@
-"""Image archives: parts as one stream, resumed, and everything hostile refused before it harms."""
+"""Tests of image archives: parts as one stream, resuming, and rejection of hostile archives."""
 
 import fcntl
 import gzip
@@ -25,7 +25,7 @@ def noise(n, size=5_000):
     return np.random.default_rng(n).bytes(size)
 
 
-PICTURES = {f"images/{n % 3}/{n}.png": noise(n) for n in range(12)}
+IMAGES = {f"images/{n % 3}/{n}.png": noise(n) for n in range(12)}
 
 
 def member(name, data=b"x", **fields):
@@ -50,12 +50,12 @@ def packed(tmp_path, members, name="a.tar.gz", **form):
     return path
 
 
-def pictures():
-    return [member(name, data) for name, data in PICTURES.items()]
+def image_members():
+    return [member(name, data) for name, data in IMAGES.items()]
 
 
 def parts_of(path, count=4):
-    """Cut as `split` does: x.aa, x.ab, ..."""
+    """Split a file as `split` does: x.aa, x.ab, ..."""
     raw, names = path.read_bytes(), []
     step = -(-len(raw) // count)
     for n in range(count):
@@ -76,137 +76,139 @@ def files_in(folder):
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_parts_are_one_archive(tmp_path, form):
+def test_parts_are_read_as_one_archive(tmp_path, form):
     extra = {f"./images/{'long' * 30}/é.JPG": b"1"} if form != tarfile.USTAR_FORMAT else {}
     folders = [member("./", b"", type=tarfile.DIRTYPE), member("images", b"", type=tarfile.DIRTYPE)]
     odd = [member("images/train.json", b"{}"), member("images/._0.png"), member("READ")]
     longer = [member(name, data) for name, data in extra.items()]
-    path = packed(tmp_path, [*folders, *pictures(), *odd, *longer], form=form)
-    told = unpack(parts_of(path), tmp_path / "out")
-    expected = PICTURES | {name.removeprefix("./"): data for name, data in extra.items()}
+    path = packed(tmp_path, [*folders, *image_members(), *odd, *longer], form=form)
+    counts = unpack(parts_of(path), tmp_path / "out")
+    expected = IMAGES | {name.removeprefix("./"): data for name, data in extra.items()}
     assert files_in(tmp_path / "out") == expected
-    assert told == dict(written=len(expected), there=0, left_out=3)
+    assert counts == dict(written=len(expected), there=0, left_out=3)
 
 
-def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
-    parts, out = parts_of(packed(tmp_path, pictures())), tmp_path / "out"
-    place, calls = archives._place, []
+def test_interrupted_unpacking_resumes(tmp_path, monkeypatch):
+    parts, out = parts_of(packed(tmp_path, image_members())), tmp_path / "out"
+    write_image, calls = archives._write_image, []
 
     def stop(*args):
         calls.append(args)
         if len(calls) == 6:
             (out / archives.PARTIAL).write_bytes(b"half")
             raise KeyboardInterrupt
-        return place(*args)
+        return write_image(*args)
 
-    monkeypatch.setattr(archives, "_place", stop)
+    monkeypatch.setattr(archives, "_write_image", stop)
     with pytest.raises(KeyboardInterrupt):
         unpack(parts, out)
     monkeypatch.undo()
     stamps = {name: (out / name).stat().st_mtime_ns for name in files_in(out)}
     assert len(stamps) == 5
     assert unpack(parts, out) == dict(written=7, there=5, left_out=0)
-    assert files_in(out) == PICTURES
+    assert files_in(out) == IMAGES
     assert all((out / name).stat().st_mtime_ns == t for name, t in stamps.items())
 
 
-def test_a_cut_off_part_keeps_what_was_whole(tmp_path, monkeypatch):
+def test_truncated_part_keeps_complete_images(tmp_path, monkeypatch):
     monkeypatch.setattr(archives, "_READ", 4_096)  # else all of it is read at once
-    parts = parts_of(packed(tmp_path, pictures()))
-    whole = parts[-1].read_bytes()
-    for damaged, said in ((whole[:-100], "ends early"), (b"", "ends early")):
+    parts = parts_of(packed(tmp_path, image_members()))
+    original = parts[-1].read_bytes()
+    for damaged, message in ((original[:-100], "ends early"), (b"", "ends early")):
         parts[-1].write_bytes(damaged)
-        with pytest.raises(ArchiveError, match=f"a.tar.gz.aa and on: {said}.*goes on"):
+        with pytest.raises(
+            ArchiveError, match=f"a.tar.gz.aa and following: {message}.*which resumes"
+        ):
             unpack(parts, tmp_path / "out")
-        found = files_in(tmp_path / "out")
-        assert found.items() <= PICTURES.items() and len(found) > 5
-    parts[-1].write_bytes(whole)
-    assert unpack(parts, tmp_path / "out")["there"] == len(found)
-    assert files_in(tmp_path / "out") == PICTURES
+        files = files_in(tmp_path / "out")
+        assert files.items() <= IMAGES.items() and len(files) > 5
+    parts[-1].write_bytes(original)
+    assert unpack(parts, tmp_path / "out")["there"] == len(files)
+    assert files_in(tmp_path / "out") == IMAGES
 
 
 @pytest.mark.parametrize("chosen", [(0, 2), (1, 2), (0, 1, 3), (1, 0), (0, 0)])
-def test_parts_are_given_whole_and_in_order(tmp_path, chosen):
-    parts = parts_of(packed(tmp_path, pictures()))
-    with pytest.raises(ArchiveError, match="should stand here"):
+def test_missing_or_unordered_parts_are_rejected(tmp_path, chosen):
+    parts = parts_of(packed(tmp_path, image_members()))
+    with pytest.raises(ArchiveError, match="expected .*; list every part"):
         unpack([parts[n] for n in chosen], tmp_path / "out")
-    with pytest.raises(ArchiveError, match="no such file; name the parts"):
+    with pytest.raises(ArchiveError, match="no such file; list the parts"):
         unpack(tmp_path / "none.tar.gz", tmp_path / "out")
 
 
 HOSTILE = {
-    "up": (member("../a.png"), "would leave"),
-    "inside up": (member("a/../../b.png"), "would leave"),
-    "absolute": (member("/tmp/medmax_hostile.png"), "would leave"),
-    "backslash": (member("..\\a.png"), "would leave"),
-    "newline": (member("a\nb.png"), "would leave"),
+    "up": (member("../a.png"), "would be written outside"),
+    "inside up": (member("a/../../b.png"), "would be written outside"),
+    "absolute": (member("/tmp/medmax_hostile.png"), "would be written outside"),
+    "backslash": (member("..\\a.png"), "would be written outside"),
+    "newline": (member("a\nb.png"), "would be written outside"),
     "symlink": (member("a.png", b"", type=tarfile.SYMTYPE, linkname="/etc/passwd"), "a link"),
     "inner symlink": (member("a.png", b"", type=tarfile.SYMTYPE, linkname="b.png"), "a link"),
     "hardlink": (member("a.png", b"", type=tarfile.LNKTYPE, linkname="ok.png"), "a link"),
     "device": (member("a.png", b"", type=tarfile.CHRTYPE, devmajor=1, devminor=5), "a device"),
     "pipe": (member("a.png", b"", type=tarfile.FIFOTYPE), "a device"),
     "sparse": (member("a.png", b"", type=tarfile.GNUTYPE_SPARSE), "a link or a device"),
-    "twice": (member("ok.png", b"other"), "comes twice"),
-    "large": (member("a.png", bytes(100_001)), "member_bytes is 100001, the limit 100000"),
+    "twice": (member("ok.png", b"other"), "occurs twice"),
+    "large": (member("a.png", bytes(100_001)), "member_bytes is 100001, above the limit of 100000"),
 }
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_hostile_members_stop_the_work(tmp_path, kind):
-    bad, said = HOSTILE[kind]
+def test_hostile_members_are_rejected(tmp_path, kind):
+    bad, message = HOSTILE[kind]
     path = packed(tmp_path, [member("ok.png", b"good"), bad, member("later.png")])
-    with pytest.raises(ArchiveError, match=said):
+    with pytest.raises(ArchiveError, match=message):
         unpack(path, tmp_path / "out")
     assert files_in(tmp_path / "out") == {"ok.png": b"good"}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.tar.gz", "out"]
     assert not os.path.exists("/tmp/medmax_hostile.png")
 
 
-def test_links_that_lie_in_the_folder_are_not_followed(tmp_path):
+def test_existing_links_are_not_followed(tmp_path):
     outside, out = tmp_path / "outside", tmp_path / "out"
     outside.mkdir()
     out.mkdir()
     (out / "images").symlink_to(outside)
     path = packed(tmp_path, [member("images/a.png")])
-    with pytest.raises(ArchiveError, match="would leave"):
+    with pytest.raises(ArchiveError, match="would be written outside"):
         unpack(path, out)
     (out / "images").unlink()
     (out / "images").mkdir()
     (outside / "b.png").write_bytes(b"x")
     (out / "images" / "a.png").symlink_to(outside / "b.png")
-    with pytest.raises(ArchiveError, match="would leave"):
+    with pytest.raises(ArchiveError, match="would be written outside"):
         unpack(path, out)
     (out / archives.PARTIAL).symlink_to(outside / "b.png")
     (out / "images" / "a.png").unlink()
     assert unpack(path, out)["written"] == 1 and (outside / "b.png").read_bytes() == b"x"
 
 
-def test_what_is_there_is_never_overwritten(tmp_path):
-    path, out = packed(tmp_path, pictures()), tmp_path / "out"
+def test_existing_files_are_never_overwritten(tmp_path):
+    path, out = packed(tmp_path, image_members()), tmp_path / "out"
     (out / "images" / "0").mkdir(parents=True)
     (out / "images" / "0" / "0.png").write_bytes(b"mine")
-    with pytest.raises(ArchiveError, match=r"0\.png is there .* of 5000 bytes; remove it"):
+    with pytest.raises(ArchiveError, match=r"0\.png exists .* of 5000 bytes; delete it"):
         unpack(path, out)
     assert files_in(out) == {"images/0/0.png": b"mine"}
     (out / "images" / "0" / "0.png").write_bytes(noise(99))  # as long as the archive's
-    with pytest.raises(ArchiveError, match=r"0\.png is there and is not"):
+    with pytest.raises(ArchiveError, match=r"0\.png exists and is not"):
         unpack(path, out)
 
 
 def test_limits(tmp_path):
-    path = packed(tmp_path, pictures())
-    for changes, said in (
-        (dict(members=5), r"members is 6, the limit 5; .* raise --max_members"),
-        (dict(total_bytes=20_000), "total_bytes is 25000, the limit 20000"),
+    path = packed(tmp_path, image_members())
+    for changes, message in (
+        (dict(members=5), r"members is 6, above the limit of 5; .* increase --max_members"),
+        (dict(total_bytes=20_000), "total_bytes is 25000, above the limit of 20000"),
         (dict(member_bytes=4_999), "member_bytes is 5000"),
     ):
         limits = Limits(**(vars(SMALL) | changes))
-        with pytest.raises(ArchiveError, match=said):
-            unpack(path, tmp_path / str(len(said)), limits)
+        with pytest.raises(ArchiveError, match=message):
+            unpack(path, tmp_path / str(len(message)), limits)
 
 
 def bomb(tmp_path, make):
-    """A gzip of a tar that `make` writes into, streamed: it would not fit in memory."""
+    """Write a gzip of a tar that `make` fills, as a stream: it would not fit in memory."""
     path = tmp_path / "bomb.tar.gz"
     with gzip.open(path, "wb", 1) as raw:
         make(raw)
@@ -218,10 +220,10 @@ def zeros(raw, size):
         raw.write(bytes(1 << 20))
 
 
-def test_bombs(tmp_path):
-    """Zeros as one picture, as a name of 1 GB, and after the end: stopped in little memory."""
+def test_decompression_bombs_are_rejected(tmp_path):
+    """Zeros as one image, as a name of 1 GB, and after the end are rejected in little memory."""
 
-    def picture(raw):
+    def image(raw):
         raw.write(member("a.png", b"", size=300 << 20)[0].tobuf(tarfile.GNU_FORMAT))
         zeros(raw, 300 << 20)
 
@@ -235,74 +237,74 @@ def test_bombs(tmp_path):
 
     large = Limits(members=50, member_bytes=1 << 30, total_bytes=1 << 30, ratio=20)
     tracemalloc.start()
-    for make, said in (
-        (picture, "over 20 times its size"),
+    for make, message in (
+        (image, "more than 20 times its size"),
         (name, "belong to no file"),
         (tail, "belong to no file"),
     ):
         path = bomb(tmp_path, make)
         tracemalloc.reset_peak()
-        with pytest.raises(ArchiveError, match=said):
+        with pytest.raises(ArchiveError, match=message):
             unpack(path, tmp_path / make.__name__, large)
         assert tracemalloc.get_traced_memory()[1] < 60 << 20
         assert not (tmp_path / make.__name__ / archives.PARTIAL).exists()
     tracemalloc.stop()
 
 
-def test_any_damage_is_an_error_then_and_later(tmp_path, monkeypatch):
-    """Pictures are written before gzip's CRC is read: a wrong one is found by the next run."""
+def test_damage_is_detected_at_once_or_by_the_next_run(tmp_path, monkeypatch):
+    """Images are written before gzip's CRC is read; the next run detects a wrong one."""
     monkeypatch.setattr(archives, "_READ", 4_096)
-    path, rng, found = packed(tmp_path, pictures()), np.random.default_rng(0), 0
-    whole = path.read_bytes()
+    path, rng, detected = packed(tmp_path, image_members()), np.random.default_rng(0), 0
+    original = path.read_bytes()
     for n in range(40):
-        place = int(rng.integers(12, len(whole)))
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
+        place = int(rng.integers(12, len(original)))
+        path.write_bytes(original[:place] + bytes([original[place] ^ 16]) + original[place + 1 :])
         with pytest.raises(ArchiveError, match=re.escape(f"{path}: ")):
             unpack(path, tmp_path / str(n))
-        path.write_bytes(whole)
-        wrong = {k for k, v in files_in(tmp_path / str(n)).items() if PICTURES.get(k) != v}
+        path.write_bytes(original)
+        wrong = {k for k, v in files_in(tmp_path / str(n)).items() if IMAGES.get(k) != v}
         if wrong:
-            found += 1
-            with pytest.raises(ArchiveError, match="is there and is not this archive's file"):
+            detected += 1
+            with pytest.raises(ArchiveError, match="exists and is not this archive's file"):
                 unpack(path, tmp_path / str(n))
-    assert found > 5
+    assert detected > 5
 
 
-def test_a_damaged_header_is_not_the_end(tmp_path):
-    raw = bytearray(tar_of(*pictures()))
+def test_damaged_header_is_not_taken_for_the_end(tmp_path):
+    raw = bytearray(tar_of(*image_members()))
     raw[5 * (512 + 5_120) + 150] ^= 1  # the checksum of the sixth header
     path = tmp_path / "a.tar.gz"
-    for tar, said in (
-        (bytes(raw), "a damaged header"),
-        (tar_of(*pictures())[: 512 + 5_120], "no end mark"),
-        (tar_of(*pictures())[:1_000], "damaged"),
+    for tar, message in (
+        (bytes(raw), "damaged header"),
+        (tar_of(*image_members())[: 512 + 5_120], "no end marker"),
+        (tar_of(*image_members())[:1_000], "damaged"),
         (b"", "damaged"),
         (noise(0), "damaged"),
     ):
         path.write_bytes(gzip.compress(tar))
-        with pytest.raises(ArchiveError, match=said):
+        with pytest.raises(ArchiveError, match=message):
             unpack(path, tmp_path / "out")
-    path.write_bytes(tar_of(*pictures()))
-    with pytest.raises(ArchiveError, match="no .tar.gz"):
+    path.write_bytes(tar_of(*image_members()))
+    with pytest.raises(ArchiveError, match="not a .tar.gz"):
         unpack(path, tmp_path / "out")
 
 
-def test_one_process_a_folder(tmp_path):
-    path, out = packed(tmp_path, pictures()), tmp_path / "out"
+def test_one_process_per_folder(tmp_path):
+    path, out = packed(tmp_path, image_members()), tmp_path / "out"
     out.mkdir()
     descriptor = os.open(out, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
-    with pytest.raises(ArchiveError, match="another process unpacks into it"):
+    with pytest.raises(ArchiveError, match="another process is unpacking into it"):
         unpack(path, out)
     os.close(descriptor)
     assert unpack(path, out)["written"] == 12
 
 
-def test_open_files_stay_few(tmp_path):
-    parts = parts_of(packed(tmp_path, pictures()), 20)
+def test_number_of_open_files_is_bounded(tmp_path):
+    parts = parts_of(packed(tmp_path, image_members()), 20)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    have = len(os.listdir("/proc/self/fd"))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (have + 6, hard))
+    open_files = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (open_files + 6, hard))
     try:
         assert unpack(parts, tmp_path / "out")["written"] == 12
     finally:
@@ -310,14 +312,14 @@ def test_open_files_stay_few(tmp_path):
 
 
 def test_program(tmp_path, capsys):
-    parts = [str(p) for p in parts_of(packed(tmp_path, pictures()))]
+    parts = [str(p) for p in parts_of(packed(tmp_path, image_members()))]
     command = [sys.executable, "-m", "data.prepare", "unpack", "--out", str(tmp_path / "out")]
     done = subprocess.run(
         [*command, "--from", *parts], cwd=prepare.TINY.parents[1], capture_output=True, text=True
     )
-    assert done.returncode == 0 and "12 images written, 0 were there" in done.stderr
-    assert files_in(tmp_path / "out") == PICTURES
-    asked = ["unpack", "--out", str(tmp_path / "o"), "--from", *parts]
-    assert prepare.main([*asked, "--max_members", "3"]) == 1
-    assert "raise --max_members" in capsys.readouterr().err
+    assert done.returncode == 0 and "12 images written, 0 already existed" in done.stderr
+    assert files_in(tmp_path / "out") == IMAGES
+    command = ["unpack", "--out", str(tmp_path / "o"), "--from", *parts]
+    assert prepare.main([*command, "--max_members", "3"]) == 1
+    assert "increase --max_members" in capsys.readouterr().err
     assert LIMITS.members > 725_000 and LIMITS.total_bytes > 17 * 5.37e9

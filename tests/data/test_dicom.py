@@ -1,4 +1,4 @@
-"""DICOM radiographs: padding, windows, LUTs, missing decoders, and what a file may cost."""
+"""Tests of DICOM radiographs: padding, windows, LUTs, missing decoders and memory limits."""
 
 import io
 import logging
@@ -20,10 +20,10 @@ PLAIN = np.round(255 * RAMP / 4095).astype(int)
 
 
 @pytest.fixture
-def shown(tmp_path):
-    """A dataset as the picture that is read from its file."""
+def read_image(tmp_path):
+    """Return the function that reads a dataset, saved as a file, as an image."""
 
-    def shown(dataset):
+    def read_image(dataset):
         path = tmp_path / "a.dcm"
         if isinstance(dataset, bytes):
             path.write_bytes(dataset)
@@ -31,12 +31,12 @@ def shown(tmp_path):
             dataset.save_as(path, enforce_file_format=True)
         return np.asarray(dicom.load(path, name="n")).astype(int)
 
-    dicom._log_left_out.cache_clear()
-    return shown
+    dicom._log_ignored_window.cache_clear()
+    return read_image
 
 
 def made(values, **tags):
-    """Signed values have PixelRepresentation 1."""
+    """Return a ramp dataset; signed values have PixelRepresentation 1."""
     return dicom_dataset(values, PixelRepresentation=int(values.dtype.kind == "i"), **tags)
 
 
@@ -46,7 +46,7 @@ def bytes_of(dataset):
 
 
 def encapsulated(frame, syntax, **tags):
-    """The ramp's header with a compressed frame."""
+    """Return the ramp's header with a compressed frame."""
     dataset = made(RAMP.astype(np.uint16), **tags)
     dataset.file_meta.TransferSyntaxUID = syntax
     dataset.PixelData = encaps.encapsulate([frame])
@@ -64,64 +64,66 @@ def encapsulated(frame, syntax, **tags):
         (np.uint16, 60_000, dict(PixelPaddingValue=50_000, PixelPaddingRangeLimit=65_535)),
     ],
 )
-def test_padding_is_background(shown, kind, dtype, padding, tags):
-    """Without PixelPaddingValue the ramp has the top 28 grey levels, or the lowest 16."""
+def test_padding_is_background(read_image, kind, dtype, padding, tags):
+    """Without PixelPaddingValue the ramp has the top 28 gray levels, or the lowest 16."""
     values = RAMP.astype(dtype)
     values[:4] = padding
-    picture = shown(made(values, PhotometricInterpretation=kind, **tags))
+    image = read_image(made(values, PhotometricInterpretation=kind, **tags))
     expected = 255 - PLAIN if kind == "MONOCHROME1" else PLAIN
-    assert not picture[:4].any()
-    np.testing.assert_array_equal(picture[4:], expected[4:])
+    assert not image[:4].any()
+    np.testing.assert_array_equal(image[4:], expected[4:])
 
 
-def test_padding_in_the_other_sign_and_padding_alone(shown):
+def test_padding_of_the_other_sign_and_images_of_padding_only(read_image):
     values = RAMP.astype(np.int16)
     values[:4] = -2000
     dataset = made(values)
     dataset.add_new("PixelPaddingValue", "US", 63_536)  # -2000 as unsigned
-    np.testing.assert_array_equal(shown(dataset)[4:], PLAIN[4:])
-    assert not shown(made(np.full((4, 4), 9, np.uint16), PixelPaddingValue=9)).any()
+    np.testing.assert_array_equal(read_image(dataset)[4:], PLAIN[4:])
+    assert not read_image(made(np.full((4, 4), 9, np.uint16), PixelPaddingValue=9)).any()
 
 
-def test_padding_with_a_window(shown):
-    """Padding is black though the window would show its value white."""
+def test_padding_is_black_under_a_window(read_image):
+    """Padding is black although the window would show its value as white."""
     values = RAMP.astype(np.uint16)
     values[:4] = 65_535
     tags = dict(PixelPaddingValue=65_535, WindowCenter="2048", WindowWidth="2048")
-    picture = shown(made(values, **tags))
-    assert not picture[:4].any() and picture[4:, 0].max() == 0 and picture[4:, -1].min() == 255
+    image = read_image(made(values, **tags))
+    assert not image[:4].any() and image[4:, 0].max() == 0 and image[4:, -1].min() == 255
 
 
 @pytest.mark.parametrize(
-    "tags, why",
+    "tags, reason",
     [
-        (dict(WindowCenter="2048", WindowWidth="0"), "its WindowWidth is below 1, or no number"),
-        (dict(WindowCenter="9000", WindowWidth="10"), "it shows all pixels alike"),
-        (dict(WindowCenter="-9000", WindowWidth="10"), "it shows all pixels alike"),
+        (dict(WindowCenter="2048", WindowWidth="0"), "its WindowWidth is below 1, or not a number"),
+        (dict(WindowCenter="9000", WindowWidth="10"), "it maps all pixels to one value"),
+        (dict(WindowCenter="-9000", WindowWidth="10"), "it maps all pixels to one value"),
     ],
 )
-def test_a_window_that_shows_nothing_is_left_out(shown, caplog, tags, why):
+def test_window_without_contrast_is_ignored(read_image, caplog, tags, reason):
     with caplog.at_level(logging.WARNING, logger="medmax_jax.dicom"):
         for _ in range(2):
-            np.testing.assert_array_equal(shown(made(RAMP.astype(np.uint16), **tags)), PLAIN)
+            np.testing.assert_array_equal(read_image(made(RAMP.astype(np.uint16), **tags)), PLAIN)
     assert [r.getMessage() for r in caplog.records] == [
-        f"DICOM: the window of a file is left out: {why}"
+        f"DICOM: the window of a file is ignored: {reason}"
     ]
 
 
-def test_the_first_window_that_can_be_applied(shown):
+def test_first_valid_window_is_applied(read_image):
     two = dict(WindowCenter=["0", "2048"], WindowWidth=["0", "1000"])
-    one = dict(WindowCenter="2048", WindowWidth="1000")
+    valid = dict(WindowCenter="2048", WindowWidth="1000")
     values = RAMP.astype(np.uint16)
-    np.testing.assert_array_equal(shown(made(values, **two)), shown(made(values, **one)))
+    np.testing.assert_array_equal(
+        read_image(made(values, **two)), read_image(made(values, **valid))
+    )
     exact = dict(WindowCenter="2048", WindowWidth="0.5", VOILUTFunction="LINEAR_EXACT")
-    assert set(np.unique(shown(made(values, **exact)))) == {0, 255}
+    assert set(np.unique(read_image(made(values, **exact)))) == {0, 255}
 
 
-def test_an_unknown_function_is_named_without_its_value(shown):
+def test_unknown_voi_function_is_reported_without_its_value(read_image):
     tags = dict(WindowCenter="1", WindowWidth="2", VOILUTFunction="CANARY")
     with pytest.raises(ImageError, match="n: VOILUTFunction is not LINEAR") as raised:
-        shown(made(RAMP.astype(np.uint16), **tags))
+        read_image(made(RAMP.astype(np.uint16), **tags))
     assert "CANARY" not in str(raised.value)
 
 
@@ -132,28 +134,28 @@ def lut(descriptor, data):
     return [item]
 
 
-def test_luts_of_8_bits_and_of_words(shown):
-    """4096 entries of 8 bits, as radiographs have them, listed, as words and as bytes."""
+def test_luts_of_8_and_16_bit_entries(read_image):
+    """Test 4096 entries of 8 bits, as in radiographs: as a list, as words and as bytes."""
     table = [n // 16 for n in range(4096)]
     expected = np.round(255 * (RAMP // 16) / 255).astype(int)
     forms = table, np.array(table, "<u2").tobytes(), np.array(table, "u1").tobytes()
     for data in forms:
         dataset = made(RAMP.astype(np.uint16))
         dataset.VOILUTSequence = lut([4096, 0, 8], data)
-        np.testing.assert_array_equal(shown(dataset), expected)
+        np.testing.assert_array_equal(read_image(dataset), expected)
 
 
-def test_a_modality_lut_of_12_bits(shown):
-    """Descending, so that dark and bright change places; values beyond its ends keep the last."""
+def test_modality_lut_of_12_bits(read_image):
+    """A descending LUT swaps dark and bright; values beyond its ends get the last entry."""
     dataset = made(RAMP.astype(np.uint16))
     dataset.ModalityLUTSequence = lut([3000, 1000, 12], list(range(3000, 0, -1)))
     dataset.ModalityLUTSequence[0].ModalityLUTType = "US"
     clipped = RAMP.clip(1000, 3999)
-    np.testing.assert_allclose(shown(dataset), 255 * (3999 - clipped) / 2999, atol=0.51)
+    np.testing.assert_allclose(read_image(dataset), 255 * (3999 - clipped) / 2999, atol=0.51)
 
 
 @pytest.mark.parametrize(
-    "syntax, bits, said",
+    "syntax, bits, message",
     [
         (uid.JPEGLSLossless, 12, r"JPEG-LS Lossless \(1.2.840.10008.1.2.4.80\).*install pyjpegls"),
         (uid.JPEGExtended12Bit, 12, r"JPEG Extended, 12 bits .*: pip install pylibjpeg-libjpeg"),
@@ -161,12 +163,14 @@ def test_a_modality_lut_of_12_bits(shown):
         (uid.HTJ2KLossless, 16, r"HTJ2K Lossless .*: pip install pylibjpeg-openjpeg"),
     ],
 )
-def test_a_missing_decoder_is_named_with_its_package(shown, monkeypatch, syntax, bits, said):
-    """Whatever is installed here."""
+def test_missing_decoder_is_reported_with_its_package(
+    read_image, monkeypatch, syntax, bits, message
+):
+    """The result does not depend on the installed decoders."""
     decoder = pydicom.pixels.get_decoder(syntax)
     monkeypatch.setattr(decoder, "_available", {})
-    with pytest.raises(ImageError, match=f"n: no decoder for transfer syntax {said}"):
-        shown(encapsulated(b"\xff\xd8", syntax, BitsStored=bits, HighBit=bits - 1))
+    with pytest.raises(ImageError, match=f"n: no decoder for transfer syntax {message}"):
+        read_image(encapsulated(b"\xff\xd8", syntax, BitsStored=bits, HighBit=bits - 1))
 
 
 def jpeg(size):
@@ -178,70 +182,74 @@ def jpeg(size):
 EIGHT = dict(BitsAllocated=8, BitsStored=8, HighBit=7)
 
 
-def test_a_compressed_frame_of_another_size_is_refused(shown):
-    near = shown(encapsulated(jpeg((64, 16)), uid.JPEGBaseline8Bit, **EIGHT))
+def test_compressed_frame_of_another_size_is_rejected(read_image):
+    near = read_image(encapsulated(jpeg((64, 16)), uid.JPEGBaseline8Bit, **EIGHT))
     np.testing.assert_allclose(near, PLAIN, atol=6)
-    with pytest.raises(ImageError, match="n: the compressed pixels are not Rows x Columns"):
-        shown(encapsulated(jpeg((640, 160)), uid.JPEGBaseline8Bit, **EIGHT))
+    with pytest.raises(
+        ImageError, match="n: the size of the compressed pixels is not Rows x Columns"
+    ):
+        read_image(encapsulated(jpeg((640, 160)), uid.JPEGBaseline8Bit, **EIGHT))
     file = io.BytesIO()
     Image.fromarray(PLAIN.astype(np.uint8)).resize((99, 9)).save(file, "JPEG2000", no_jp2=True)
-    with pytest.raises(ImageError, match="n: the compressed pixels are not Rows x Columns"):
-        shown(encapsulated(file.getvalue(), uid.JPEG2000Lossless, **EIGHT))
+    with pytest.raises(
+        ImageError, match="n: the size of the compressed pixels is not Rows x Columns"
+    ):
+        read_image(encapsulated(file.getvalue(), uid.JPEG2000Lossless, **EIGHT))
     many = jpeg((64, 16))
     many = many[:-2] + many[many.index(b"\xff\xda") : -2] * 200 + many[-2:]
     with pytest.raises(ImageError, match="n: the compressed pixels have more than 100 scans"):
-        shown(encapsulated(many, uid.JPEGBaseline8Bit, **EIGHT))
+        read_image(encapsulated(many, uid.JPEGBaseline8Bit, **EIGHT))
 
 
-def test_run_lengths_beyond_the_picture_are_refused(shown):
+def test_run_lengths_beyond_the_image_are_rejected(read_image):
     head = struct.pack("<16L", 1, 64, *[0] * 14)
-    whole = head + b"\x81\x07" * 8  # 1,024 pixels of 7
-    assert not shown(encapsulated(whole, uid.RLELossless, **EIGHT)).any()
-    with pytest.raises(ImageError, match="n: the compressed pixels are more than Rows x Columns"):
-        shown(encapsulated(head + b"\x81\x07" * 1000, uid.RLELossless, **EIGHT))
+    frame = head + b"\x81\x07" * 8  # 1,024 pixels of 7
+    assert not read_image(encapsulated(frame, uid.RLELossless, **EIGHT)).any()
+    with pytest.raises(ImageError, match="n: the compressed pixels exceed Rows x Columns"):
+        read_image(encapsulated(head + b"\x81\x07" * 1000, uid.RLELossless, **EIGHT))
 
 
-def test_a_deflated_file(shown, monkeypatch):
-    """The same picture; one that inflates to more than the bound is refused before that."""
+def test_deflated_file_is_read_within_the_limit(read_image, monkeypatch):
+    """A deflated file gives the same image; one that inflates above the limit is rejected."""
     dataset = made(RAMP.astype(np.uint16))
     dataset.file_meta.TransferSyntaxUID = uid.DeflatedExplicitVRLittleEndian
     content = bytes_of(dataset)
-    np.testing.assert_array_equal(shown(content), PLAIN)
+    np.testing.assert_array_equal(read_image(content), PLAIN)
     monkeypatch.setattr(dicom_bounds, "MAX_BYTES", 2_000)
     assert len(content) < 2_000
-    with pytest.raises(ImageError, match="n: more than 2000 bytes when inflated"):
-        shown(content)
+    with pytest.raises(ImageError, match="n: the file has more than 2000 bytes when inflated"):
+        read_image(content)
 
 
-def test_a_million_empty_items_are_refused(shown):
-    """8 MB of them took 0.7 GB and 40 s before the pixels were reached."""
+def test_a_million_empty_items_are_rejected(read_image):
+    """Without the limit 8 MB of them take 0.7 GB and 40 s before the pixels."""
     content = bytes_of(made(RAMP.astype(np.uint16)))
     place, _ = dicom_bounds._meta(content)
     items = struct.pack("<HHL", 0xFFFE, 0xE000, 0) * 200_000
     sequence = struct.pack("<HH2sHL", 0x0008, 0x1140, b"SQ", 0, len(items)) + items
-    at = content.index(struct.pack("<HH2s", 0x0028, 0x0002, b"US"), place)
-    with pytest.raises(ImageError, match="n: more than 100000 items in its sequences"):
-        shown(content[:at] + sequence + content[at:])
+    start = content.index(struct.pack("<HH2s", 0x0028, 0x0002, b"US"), place)
+    with pytest.raises(ImageError, match="n: the sequences have more than 100000 items"):
+        read_image(content[:start] + sequence + content[start:])
 
 
-def test_a_header_without_end_is_refused(shown, monkeypatch):
+def test_endless_header_is_rejected(read_image, monkeypatch):
     monkeypatch.setattr(dicom_bounds, "MAX_HEADER", 1_200)
     dataset = made(RAMP.astype(np.uint16))
-    np.testing.assert_array_equal(shown(dataset), PLAIN)
+    np.testing.assert_array_equal(read_image(dataset), PLAIN)
     dataset.add_new(0x00291000, "OB", bytes(4_000))
     with pytest.raises(ImageError, match="n: no pixels within the first 1200 bytes"):
-        shown(dataset)
+        read_image(dataset)
 
 
-def test_what_follows_the_pixels_is_not_parsed(shown):
+def test_elements_after_the_pixels_are_not_parsed(read_image):
     content = bytes_of(made(RAMP.astype(np.uint16)))
     broken = struct.pack("<HH2sHL", 0xFFFA, 0xFFFA, b"SQ", 0, 0xFFFFFFFF) + b"\xfe\xff" * 9
-    np.testing.assert_array_equal(shown(content + broken), PLAIN)
+    np.testing.assert_array_equal(read_image(content + broken), PLAIN)
 
 
-def test_bands_of_rows_are_the_whole(shown, monkeypatch):
+def test_bands_of_rows_give_the_complete_image(read_image, monkeypatch):
     dataset = made(RAMP.astype(np.uint16), WindowCenter="2000", WindowWidth="3000")
-    whole = shown(dataset)
+    expected = read_image(dataset)
     monkeypatch.setattr(dicom, "BAND", 65)
-    np.testing.assert_array_equal(shown(dataset), whole)
-    assert zlib.crc32(whole.astype(np.uint8).tobytes())  # not all of one value
+    np.testing.assert_array_equal(read_image(dataset), expected)
+    assert zlib.crc32(expected.astype(np.uint8).tobytes())  # not all of one value

@@ -1,4 +1,4 @@
-"""The evaluation parquet to items that the suite asks, and what is refused."""
+"""Tests of the conversion of the evaluation parquet to items of the suite."""
 
 import json
 import stat
@@ -31,7 +31,7 @@ def row(task="vqa_rad", kind="closed", **changes):
 
 
 def every():
-    """A row of each task and question type."""
+    """Return a row of each task and question type."""
     return [
         row(
             task,
@@ -40,7 +40,7 @@ def every():
             image_path=f"./images/{task}_{kind}.png",  # an image has one class
             answer=repr(CHAT) if task == "visual_chat" else "B" if kind == "mcq" else "yes",
         )
-        for task, kinds in eval_rows.KNOWN.items()
+        for task, kinds in eval_rows.QUESTION_TYPES.items()
         for kind in (kinds or ("", "multimodal", None))
     ]
 
@@ -54,8 +54,8 @@ def parquet(tmp_path, rows, **types):
 
 def bring(tmp_path, rows, tasks=(), out="items.jsonl", **types):
     path = parquet(tmp_path, rows, **types)
-    fixed = dict(tasks=tasks, allow_counts=True, say=lambda _: None)
-    return eval_rows.import_items(path, tmp_path / out, **fixed)
+    defaults = dict(tasks=tasks, allow_counts=True, say=lambda _: None)
+    return eval_rows.import_items(path, tmp_path / out, **defaults)
 
 
 def items_in(path):
@@ -64,22 +64,24 @@ def items_in(path):
 
 def test_every_row_becomes_an_item(tmp_path):
     rows = every()
-    told = bring(tmp_path, rows)
-    found = items_in(tmp_path / "items.jsonl")
-    assert told["rows"] == len(found) == len(rows) and set(told["tasks"]) == set(eval_rows.KNOWN)
-    for n, (item, given) in enumerate(zip(found, rows, strict=True)):
-        assert item["id"] == f"{given['task_name']}-{n:06d}"
-        assert item["image_path"] == given["image_path"].removeprefix("./")
-        assert item["question_type"] == (given["question_type"] or "")
-        assert (item["prompt"], item["answer"]) == (given["prompt"], given["answer"])
+    counts = bring(tmp_path, rows)
+    items = items_in(tmp_path / "items.jsonl")
+    assert counts["rows"] == len(items) == len(rows) and set(counts["tasks"]) == set(
+        eval_rows.QUESTION_TYPES
+    )
+    for n, (item, expected) in enumerate(zip(items, rows, strict=True)):
+        assert item["id"] == f"{expected['task_name']}-{n:06d}"
+        assert item["image_path"] == expected["image_path"].removeprefix("./")
+        assert item["question_type"] == (expected["question_type"] or "")
+        assert (item["prompt"], item["answer"]) == (expected["prompt"], expected["answer"])
     assert stat.S_IMODE((tmp_path / "items.jsonl").stat().st_mode) == 0o600
     assert sorted(p.name for p in tmp_path.iterdir()) == ["eval.parquet", "items.jsonl"]
 
 
-def test_the_suite_asks_all(tmp_path):
-    told = bring(tmp_path, every())
+def test_suite_reads_all_items(tmp_path):
+    counts = bring(tmp_path, every())
     items = task_items.from_rows(items_in(tmp_path / "items.jsonl"))
-    assert len(items) == told["rows"] and {i.family for i in items} == set(task_items.FAMILIES)
+    assert len(items) == counts["rows"] and {i.family for i in items} == set(task_items.FAMILIES)
     reports = {i.task for i in items if i.data_class == egress.CREDENTIALED}
     assert reports == {"captioning_report", "image_generation_report"}  # MIMIC-CXR
 
@@ -97,7 +99,7 @@ def test_the_suite_asks_all(tmp_path):
         "['a']",
     ],
 )
-def test_a_dictionary_that_is_none(tmp_path, answer):
+def test_invalid_chat_answers_are_rejected(tmp_path, answer):
     with pytest.raises(PublishedError, match="visual_chat: answer"):
         bring(tmp_path, [row("visual_chat", "conversation", answer=answer)])
     with pytest.raises(task_items.TaskError, match="row x: answer"):
@@ -105,7 +107,7 @@ def test_a_dictionary_that_is_none(tmp_path, answer):
 
 
 @pytest.mark.parametrize("written", [repr, json.dumps])
-def test_a_dictionary_as_text_stays_text(tmp_path, written):
+def test_chat_answer_remains_text(tmp_path, written):
     bring(tmp_path, [row("visual_chat", "conversation", answer=written(CHAT))])
     (item,) = items_in(tmp_path / "items.jsonl")
     assert item["answer"] == written(CHAT)
@@ -115,92 +117,101 @@ def test_a_dictionary_as_text_stays_text(tmp_path, written):
     assert dict(read.released)["in_text_mention"] == str(CHAT["in_text_mention"])
 
 
-def test_other_numbers_of_rows_than_published(tmp_path):
+def test_unpublished_row_counts_require_a_flag(tmp_path):
     path = parquet(tmp_path, [row()] * 20)
-    fixed = dict(tasks=[], say=lambda _: None)
-    with pytest.raises(PublishedError, match="20 rows, published are 9465 to 9474; 20 rows of vqa"):
-        eval_rows.import_items(path, tmp_path / "items.jsonl", allow_counts=False, **fixed)
+    options = dict(tasks=[], say=lambda _: None)
+    with pytest.raises(
+        PublishedError, match="20 rows, but 9465 to 9474 are published; 20 rows of vqa"
+    ):
+        eval_rows.import_items(path, tmp_path / "items.jsonl", allow_counts=False, **options)
     assert not (tmp_path / "items.jsonl").exists()
-    told = bring(tmp_path, [row()] * 20)
-    assert len(told["other_counts"]) == 2
+    counts = bring(tmp_path, [row()] * 20)
+    assert len(counts["other_counts"]) == 2
     low, together = RELEASED_ROWS[0], RELEASED_TOGETHER[1]
     rows = [row("pathvqa")] * together + [row("slake")] * (low - together)
     path = parquet(tmp_path, rows)
-    told = eval_rows.import_items(path, tmp_path / "whole.jsonl", allow_counts=False, **fixed)
-    assert told["other_counts"] == [] and told["rows"] == low
+    counts = eval_rows.import_items(
+        path, tmp_path / "complete.jsonl", allow_counts=False, **options
+    )
+    assert counts["other_counts"] == [] and counts["rows"] == low
 
 
-def test_more_rows_than_a_batch(tmp_path):
-    told = bring(tmp_path, [row(prompt=f"{n}?") for n in range(eval_rows.BATCH * 2 + 3)])
-    found = items_in(tmp_path / "items.jsonl")
-    assert told["rows"] == len(found) == 515 and [i["prompt"] for i in found][514] == "514?"
+def test_rows_of_several_batches(tmp_path):
+    counts = bring(tmp_path, [row(prompt=f"{n}?") for n in range(eval_rows.BATCH * 2 + 3)])
+    items = items_in(tmp_path / "items.jsonl")
+    assert counts["rows"] == len(items) == 515 and [i["prompt"] for i in items][514] == "514?"
 
 
 def test_unknown_rows_are_listed_and_nothing_is_written(tmp_path):
     rows = [row(), row("vqa_rad", "mcq"), row("vqa_rad", "mcq"), row("new_task"), row(None, None)]
     with pytest.raises(PublishedError) as error:
         bring(tmp_path, rows)
-    for said in (
+    for message in (
         "unknown vqa_rad / mcq (2 rows, first 1)",
         "unknown new_task / closed (1 rows, first 3)",
         "unknown None / None (1 rows, first 4)",
     ):
-        assert said in str(error.value)
+        assert message in str(error.value)
     assert [p.name for p in tmp_path.iterdir()] == ["eval.parquet"]
 
 
 @pytest.mark.parametrize(
-    ("bad", "said"),
+    ("bad", "message"),
     [
-        (row(prompt=None), "vqa_rad: no prompt"),
-        (row(answer=""), "vqa_rad: no answer"),
-        (row(image_path=None), "vqa_rad: no image_path"),
+        (row(prompt=None), "vqa_rad: prompt is missing"),
+        (row(answer=""), "vqa_rad: answer is missing"),
+        (row(image_path=None), "vqa_rad: image_path is missing"),
         (row(image_path="/etc/a.png"), "image_path leaves its folder"),
         (row(image_path="a/../../b.png"), "image_path leaves its folder"),
-        (row(prompt="x" * (eval_rows.MAX_TEXT + 1)), "prompt over 1048576 characters"),
+        (row(prompt="x" * (eval_rows.MAX_TEXT + 1)), "prompt has more than 1048576 characters"),
     ],
 )
-def test_a_row_that_is_not_whole(tmp_path, bad, said):
-    with pytest.raises(PublishedError, match=said):
+def test_incomplete_rows_are_rejected(tmp_path, bad, message):
+    with pytest.raises(PublishedError, match=message):
         bring(tmp_path, [row(), bad])
     assert not (tmp_path / "items.jsonl").exists()
 
 
-def test_a_generated_image_needs_no_answer(tmp_path):
+def test_image_generation_requires_no_answer(tmp_path):
     bring(tmp_path, [row("image_generation", "pmc_oa", answer=None)])
     assert items_in(tmp_path / "items.jsonl")[0]["answer"] == ""
 
 
-def test_files_that_are_something_else(tmp_path, monkeypatch):
+def test_files_of_other_formats_are_rejected(tmp_path, monkeypatch):
     out = tmp_path / "items.jsonl"
 
-    def refused(path, said, tasks=()):
-        with pytest.raises(PublishedError, match=said):
+    def rejected(path, message, tasks=()):
+        with pytest.raises(PublishedError, match=message):
             eval_rows.import_items(path, out, tasks=tasks, allow_counts=True, say=print)
         assert not out.exists()
 
-    refused(tmp_path / "none.parquet", "no such file; name the published parquet")
+    rejected(tmp_path / "none.parquet", "no such file; set --from to the published parquet")
     path = parquet(tmp_path, [row()] * 20)
-    whole = path.read_bytes()
-    for damaged in (b"", whole[: len(whole) // 2], b"PAR1" + bytes(200), whole[:4] + whole[40:]):
+    original = path.read_bytes()
+    for damaged in (
+        b"",
+        original[: len(original) // 2],
+        b"PAR1" + bytes(200),
+        original[:4] + original[40:],
+    ):
         path.write_bytes(damaged)
-        refused(path, "no parquet, or damaged|no column")
+        rejected(path, "not a parquet file, or damaged|column .* is missing")
     pq.write_table(pa.table({"task_name": ["a"]}), path)
-    refused(path, "no column question_type; the published file has")
+    rejected(path, "column question_type is missing; the published file has")
     columns = {name: ["a"] for name in eval_rows.COLUMNS} | {"answer": [1]}
     pq.write_table(pa.table(columns), path)
-    refused(path, "column answer is int64; need text")
+    rejected(path, "column answer is int64; expected text")
     path = parquet(tmp_path, [row()])
-    refused(path, "--tasks has 'chat'; use some of", tasks=["chat"])
-    refused(path, "no row of the tasks asked for", tasks=["slake"])
+    rejected(path, "--tasks has 'chat'; use names from", tasks=["chat"])
+    rejected(path, "no row of the requested tasks", tasks=["slake"])
     monkeypatch.setattr(eval_rows, "MAX_ROWS", 0)
-    refused(path, "1 rows, in groups")
+    rejected(path, "1 rows, in groups")
     out.write_text("mine")
-    with pytest.raises(PublishedError, match="exists; choose another --out"):
+    with pytest.raises(PublishedError, match="exists; use another --out"):
         eval_rows.import_items(path, out, tasks=[], allow_counts=True, say=print)
 
 
-def test_columns_as_categories(tmp_path):
+def test_dictionary_columns_are_read(tmp_path):
     bring(tmp_path, [row()], task_name=pa.dictionary(pa.int32(), pa.string()))
     assert items_in(tmp_path / "items.jsonl")[0]["task_name"] == "vqa_rad"
 
@@ -208,10 +219,10 @@ def test_columns_as_categories(tmp_path):
 def test_program(tmp_path):
     path, out = parquet(tmp_path, every()), tmp_path / "items.jsonl"
     command = [sys.executable, "-m", "data.prepare", "import", "--from", path, "--out", out]
-    asked = [*map(str, command), "--tasks", "vqa_rad", "mm_out", "--json"]
-    done = subprocess.run(asked, cwd=prepare.TINY.parents[1], capture_output=True, text=True)
+    arguments = [*map(str, command), "--tasks", "vqa_rad", "mm_out", "--json"]
+    done = subprocess.run(arguments, cwd=prepare.TINY.parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["tasks"] == {"mm_out": 3, "vqa_rad": 2}
     assert len(task_items.from_rows(items_in(out))) == 5
-    again = subprocess.run(asked, cwd=prepare.TINY.parents[1], capture_output=True, text=True)
-    assert again.returncode == 1 and "exists; choose another" in again.stderr
+    again = subprocess.run(arguments, cwd=prepare.TINY.parents[1], capture_output=True, text=True)
+    assert again.returncode == 1 and "exists; use another" in again.stderr

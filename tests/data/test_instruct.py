@@ -1,4 +1,4 @@
-"""The curation against a real server: every stage, every kind of bad reply, killed and resumed."""
+"""Tests of the curation against a real server: stages, bad replies, killed and resumed runs."""
 
 import collections
 import json
@@ -34,7 +34,7 @@ N = 24
 
 @pytest.fixture
 def work(tmp_path):
-    """Captions, scores, pictures; `argv(llm)` is the command on them."""
+    """Write captions, scores and images; `argv(llm)` is the command that reads them."""
     return Work(tmp_path)
 
 
@@ -51,14 +51,14 @@ class Work:
         for i in range(N):
             PIL.Image.new("L", (8, 8), i).save(folder / "images" / f"{i}.png")
 
-    def argv(self, llm, *more: str) -> list[str]:
+    def argv(self, llm, *flags: str) -> list[str]:
         f = self.folder
         write(f / "captions.jsonl", self.rows)
         write(f / "scores.jsonl", [dict(id=i, score=s) for i, s in self.scores.items()])
-        words = ["instruct", "--from", f / "captions.jsonl", "--images", f / "images", "--out"]
-        words += [self.out, "--scores", f / "scores.jsonl", "--threshold", "0.3", "--endpoint"]
-        words += [f"m@{llm.url}", "--timeout", "2", "--retries", "2", "--concurrency", "4"]
-        return [str(word) for word in [*words, *more]]
+        command = ["instruct", "--from", f / "captions.jsonl", "--images", f / "images", "--out"]
+        command += [self.out, "--scores", f / "scores.jsonl", "--threshold", "0.3", "--endpoint"]
+        command += [f"m@{llm.url}", "--timeout", "2", "--retries", "2", "--concurrency", "4"]
+        return [str(word) for word in [*command, *flags]]
 
     def lines(self, name: str) -> dict[str, dict]:
         return {line["id"]: line for line in read(self.out / name)}
@@ -90,7 +90,7 @@ def is_filter(request: dict) -> bool:
 def test_all_stages(work):
     def behave(request, n):
         if is_filter(request) and number(request) == 4:
-            return completion(json.dumps({"keep": False, "reason": "says nothing"}))
+            return completion(json.dumps({"keep": False, "reason": "states nothing"}))
         return good(request)
 
     work.scores |= {"r0": 0.1, "r1": None, "r2": 0.3}
@@ -102,7 +102,7 @@ def test_all_stages(work):
             "images missing": 1, "writing written": N - 5}  # fmt: skip
     assert work.report["outcomes"] == ends and work.report["rows"] == sum(ends.values()) == N
     assert work.lines("1_score.jsonl")["r0"]["reason"] == "0.1 < 0.3"
-    assert work.lines("2_caption.jsonl")["r4"]["reason"] == "says nothing"
+    assert work.lines("2_caption.jsonl")["r4"]["reason"] == "states nothing"
     documents = read(work.out / "documents.jsonl")
     assert [d["id"] for d in documents] == ["r2", "r3", *(f"r{i}" for i in range(7, N))]
     assert documents[0] == dict(
@@ -111,32 +111,32 @@ def test_all_stages(work):
         group="g1",
     )  # fmt: skip
     sent = json.dumps(llm.requests)
-    assert "png" not in sent and "image_url" not in sent  # captions leave, pictures do not
+    assert "png" not in sent and "image_url" not in sent  # captions are sent, images are not
     assert len(llm.requests) == (N - 2) + (N - 5)
 
 
-def test_the_documents_become_records(work, capsys):
+def test_documents_become_records(work, capsys):
     with serving() as llm:
         assert prepare.main(work.argv(llm)) == 0
     folder = work.folder / "records"
-    words = [
+    command = [
         "documents",
         "--from",
         work.out / "documents.jsonl",
         "--images",
         work.folder / "images",
     ]
-    assert prepare.main([*map(str, words), "--out", str(folder)]) == 0
+    assert prepare.main([*map(str, command), "--out", str(folder)]) == 0
     capsys.readouterr()
     assert prepare.main(["check", str(folder), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert found["text"] == f"{QUESTION}<reserved08706>{ANSWER}" and found["documents"] == N
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert summary["text"] == f"{QUESTION}<reserved08706>{ANSWER}" and summary["documents"] == N
     meta = writer.open_records(folder).meta
     assert meta["image_tokens"] == 64 * N and meta["groups"] == N // 2
     assert meta["tasks"] == {"Multimodal Generation": N} and meta["sources"] == {"PMC-OA": N}
 
 
-def test_what_comes_badly_is_kept_and_counted(work):
+def test_bad_replies_are_stored_and_counted(work):
     filters = {
         0: completion("Yes, keep it."),
         1: completion(json.dumps({"keep": "yes", "reason": "x"})),
@@ -170,8 +170,8 @@ def test_what_comes_badly_is_kept_and_counted(work):
     assert lines["r6"]["raw"].startswith("Certainly!") and lines["r9"]["raw"].startswith("xxx")
 
 
-def test_a_bad_day_of_the_endpoint_changes_nothing(work, tmp_path):
-    """429, 500, slow, reset, cut off and malformed, each before a good reply."""
+def test_transient_endpoint_errors_do_not_change_the_result(work, tmp_path):
+    """Each good reply follows a 429, 500, slow, reset, truncated or malformed one."""
     trouble = [("status", 429, {"Retry-After": "0.2"}), 500, ("slow", 2.5), "reset",
                ("cut", completion(KEEP)), b"{"]  # fmt: skip
 
@@ -188,13 +188,13 @@ def test_a_bad_day_of_the_endpoint_changes_nothing(work, tmp_path):
     assert len(llm.requests) == 4 * N and work.report["no_reply_now"] == 0
 
 
-def test_rows_without_a_reply_are_undecided_and_asked_again(work, capsys):
+def test_rows_without_a_reply_are_undecided_and_requested_again(work, capsys):
     down = {3, 7}
     with serving(lambda r, n: 500 if number(r) in down else good(r)) as llm:
         assert prepare.main(work.argv(llm)) == 75
-        said = capsys.readouterr().err
-        assert f"2 of {N} rows had no reply; the same command asks for these again" in said
-        assert "status 500" in said and work.report["undecided"] == 2
+        stderr = capsys.readouterr().err
+        assert f"2 of {N} rows had no reply; rerun the same command to request them again" in stderr
+        assert "status 500" in stderr and work.report["undecided"] == 2
         assert work.report["written"] == N - 2 == len(read(work.out / "documents.jsonl"))
         before = len(llm.requests)
         down.clear()
@@ -210,7 +210,7 @@ def test_rows_without_a_reply_are_undecided_and_asked_again(work, capsys):
 PRICES = ("--price_in", "2.5", "--price_out", "10")
 
 
-def test_the_cost_before_and_after(work, capsys):
+def test_cost_estimate_and_actual_cost(work, capsys):
     with serving() as llm:
         assert prepare.main(work.argv(llm, *PRICES, "--dry_run", "--json")) == 0
         before = json.loads(capsys.readouterr().out)
@@ -230,19 +230,19 @@ def test_the_cost_before_and_after(work, capsys):
     assert work.report["usd"] == pytest.approx(2 * N * (100 * 2.5 + 10 * 10) / 1e6)
 
 
-def test_what_is_not_known_is_not_guessed(work, capsys):
+def test_unknown_usage_and_prices_are_not_guessed(work, capsys):
     with serving(lambda r, n: completion(KEEP, usage=False) if is_filter(r) else good(r)) as llm:
         assert prepare.main(work.argv(llm)) == 0
     assert work.report["usd"] is None
     assert work.report["stages"]["caption"]["calls_without_usage"] == N
 
 
-def test_two_endpoints_and_a_key_for_one_host(work, monkeypatch):
+def test_two_endpoints_with_a_key_for_one_host(work, monkeypatch):
     monkeypatch.setenv("TEST_KEY", "sk-secret123")
     with serving() as llm, serving() as other:
-        more = ["--key_env", "TEST_KEY", "--filter_endpoint", f"small@{other.url}"]
-        more += [*PRICES, "--filter_price_in", "0.1", "--filter_price_out", "0.5"]
-        assert prepare.main(work.argv(llm, *more)) == 0
+        flags = ["--key_env", "TEST_KEY", "--filter_endpoint", f"small@{other.url}"]
+        flags += [*PRICES, "--filter_price_in", "0.1", "--filter_price_out", "0.5"]
+        assert prepare.main(work.argv(llm, *flags)) == 0
     assert {r["model"] for r in other.requests} == {"small"} and set(other.keys) == {None}
     assert {r["model"] for r in llm.requests} == {"m"} and set(llm.keys) == {"Bearer sk-secret123"}
     assert work.report["stages"]["caption"]["usd"] == pytest.approx(N * (10 + 5) / 1e6)
@@ -253,14 +253,14 @@ def test_two_endpoints_and_a_key_for_one_host(work, monkeypatch):
 # Where data may go.
 
 
-def test_one_credentialed_row_and_nothing_is_sent(work, capsys):
+def test_nothing_is_sent_if_one_row_is_credentialed(work, capsys):
     work.rows[-1] |= dict(data_class="credentialed")
     with serving() as llm:
         assert prepare.main(work.argv(llm)) == 1
-        said = capsys.readouterr().err
+        stderr = capsys.readouterr().err
         assert llm.connections == 0 and not work.out.exists()
         name = llm.url.removeprefix("http://").removesuffix("/v1")
-        assert f"credentialed data may not go to {name}, which is not listed" in said
+        assert f"credentialed data may not go to {name}, which is not listed" in stderr
         assert prepare.main(work.argv(llm, "--credentialed_host", f"x{name}")) == 1
         assert llm.connections == 0
         assert prepare.main(work.argv(llm, "--credentialed_host", name)) == 0
@@ -268,8 +268,8 @@ def test_one_credentialed_row_and_nothing_is_sent(work, capsys):
     assert marks == [("no", "open")] * (N - 1) + [("yes", "credentialed")]
 
 
-def test_each_call_carries_the_class_of_its_row(work, monkeypatch):
-    """Behind the check of all rows stands the guard of each call."""
+def test_each_call_has_the_data_class_of_its_row(work, monkeypatch):
+    """Each call is checked in addition to the check of all rows at the start."""
     monkeypatch.setattr(curation, "check", lambda rows, settings: None)
     work.rows[5] |= dict(data_class="credentialed")
     with serving() as llm:
@@ -281,8 +281,8 @@ def test_both_endpoints_must_be_listed(work, capsys):
     work.rows[0] = {k: v for k, v in work.rows[0].items() if k != "data_class"}
     work.rows[0]["credential"] = "YES"
     with serving() as llm, serving() as other:
-        more = ["--filter_endpoint", f"m@{other.url}", "--credentialed_host", llm.url]
-        assert prepare.main(work.argv(llm, *more)) == 1
+        flags = ["--filter_endpoint", f"m@{other.url}", "--credentialed_host", llm.url]
+        assert prepare.main(work.argv(llm, *flags)) == 1
         assert llm.connections == other.connections == 0
     assert "which is not listed" in capsys.readouterr().err
 
@@ -313,7 +313,7 @@ def slowly(request, n):
 
 
 @pytest.mark.parametrize("after", [10, N + 10])
-def test_killed_it_asks_nothing_again_that_was_recorded(work, after):
+def test_killed_run_does_not_repeat_recorded_calls(work, after):
     with serving(slowly) as llm:
         with start(work, llm) as child:
             wait_for(lambda: len(llm.requests) >= after)
@@ -332,14 +332,14 @@ def test_killed_it_asks_nothing_again_that_was_recorded(work, after):
     assert len(read(work.out / "documents.jsonl")) == N
 
 
-def test_ctrl_c_exits_75_and_the_same_command_goes_on(work):
+def test_ctrl_c_exits_75_and_the_same_command_resumes(work):
     with serving(slowly) as llm:
         with start(work, llm) as child:
             wait_for(lambda: len(llm.requests) >= 10)
             child.send_signal(signal.SIGINT)
-            _, said = child.communicate(timeout=60)
-        assert child.returncode == 75 and "the same command goes on" in said
-        assert "Traceback" not in said and not (work.out / "documents.jsonl").exists()
+            _, stderr = child.communicate(timeout=60)
+        assert child.returncode == 75 and "the same command goes on" in stderr
+        assert "Traceback" not in stderr and not (work.out / "documents.jsonl").exists()
         sent = len(llm.requests)
         assert work.report["undecided"] == work.report["rows"] == N
         assert len(read(work.out / "calls.jsonl")) == sent  # what was in flight is taken
@@ -347,7 +347,7 @@ def test_ctrl_c_exits_75_and_the_same_command_goes_on(work):
     assert len(llm.requests) == 2 * N
 
 
-def test_done_it_asks_nothing(work):
+def test_finished_run_sends_nothing(work):
     with serving() as llm:
         assert prepare.main(work.argv(llm)) == 0
         before = {path: path.read_bytes() for path in work.out.glob("*.jsonl")}
@@ -356,46 +356,46 @@ def test_done_it_asks_nothing(work):
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_progress_has_a_rate_and_what_is_left(work, caplog):
-    said = []
+def test_progress_reports_rate_and_remaining_time(work, caplog):
+    messages = []
     with serving() as llm:
         handler = logging.Handler()
-        handler.emit = lambda record: said.append(record.getMessage())
+        handler.emit = lambda record: messages.append(record.getMessage())
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(prepare, "log_to_stderr", lambda: prepare.log.addHandler(handler))
             prepare.log.setLevel(logging.INFO)
             assert prepare.main(work.argv(llm)) == 0
         prepare.log.removeHandler(handler)
     assert any(
-        re.fullmatch(rf"writing: {N} of {N} rows, [\d.]+ a second, 0 s left", s) for s in said
+        re.fullmatch(rf"writing: {N} of {N} rows, [\d.]+ a second, 0 s left", s) for s in messages
     )
-    assert f"{N} rows; still to ask, at most: caption {N} calls" in said[0]
+    assert f"{N} rows; remaining calls, at most: caption {N} calls" in messages[0]
 
 
 @pytest.mark.parametrize("change", ["threshold", "captions", "scores", "endpoints", "prompts"])
-def test_another_question_needs_another_folder(work, capsys, change):
+def test_other_inputs_require_another_folder(work, capsys, change):
     with serving() as llm:
         assert prepare.main(work.argv(llm)) == 0
-        more = ()
+        flags = ()
         if change == "threshold":
-            more = ("--threshold", "0.2")
+            flags = ("--threshold", "0.2")
         elif change == "captions":
             work.rows[0]["caption"] += "!"
         elif change == "scores":
             work.scores["r0"] = 0.6
         elif change == "endpoints":
-            more = ("--parameters", '{"temperature": 1}')
+            flags = ("--parameters", '{"temperature": 1}')
         else:
             folder = work.folder / "prompts"
             folder.mkdir()
             for path in replies.FOLDER.glob("*.txt"):
                 (folder / path.name).write_text(path.read_text().replace("biomedical", "medical"))
-            more = ("--prompts", str(folder))
-        assert prepare.main(work.argv(llm, *more)) == 1
-        said = capsys.readouterr().err
-        assert f"was begun with {change}" in said and "use another --out" in said
+            flags = ("--prompts", str(folder))
+        assert prepare.main(work.argv(llm, *flags)) == 1
+        stderr = capsys.readouterr().err
+        assert f"was started with {change}" in stderr and "use another --out" in stderr
         calls = str(work.out / "calls.jsonl")
         work.out = work.folder / "other"
-        assert prepare.main(work.argv(llm, *more, "--calls", calls)) == 0
+        assert prepare.main(work.argv(llm, *flags, "--calls", calls)) == 0
     again = {"threshold": 0, "captions": 2, "scores": 0, "endpoints": N, "prompts": 2 * N}
     assert len(llm.requests) == 2 * N + again[change]

@@ -1,4 +1,4 @@
-"""The loader: rows, weights by hand, steps as pure functions, hosts, resume, refusals."""
+"""Tests of the loader: rows, weights, reproducible steps, hosts, resuming and errors."""
 
 import dataclasses
 
@@ -34,28 +34,28 @@ def run_config(**changes):
 
 
 def document(tokens, n, turns=0):
-    about = dict(image_path="", task="VQA", source="sample", credential="no", group=f"g{n}")
-    return Document(tokens=np.asarray(tokens, np.int32), turns=turns, id=f"d{n}", **about)
+    fields = dict(image_path="", task="VQA", source="sample", credential="no", group=f"g{n}")
+    return Document(tokens=np.asarray(tokens, np.int32), turns=turns, id=f"d{n}", **fields)
 
 
-def some(n):
+def example(n):
     rng = np.random.default_rng(n)
 
     def text(k):
         return rng.integers(8_712, 9_728, k).tolist()
 
-    def picture():
+    def image_span():
         return [BOI, *rng.integers(4, 4 + VOCAB.image_codes, 64), EOI]
 
-    shown = picture() if n % 2 else []
-    answer = picture() if n % 6 == 0 else text(1 + n % 3)
-    return document([BOS, *shown, *text(3 + n % 20), SEP, *answer, EOS], n, turns=1)
+    image = image_span() if n % 2 else []
+    answer = image_span() if n % 6 == 0 else text(1 + n % 3)
+    return document([BOS, *image, *text(3 + n % 20), SEP, *answer, EOS], n, turns=1)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("records") / "train"
-    writer.write(folder, map(some, range(40)), shard_size=16, layout=LAYOUT, notes={})
+    writer.write(folder, map(example, range(40)), shard_size=16, layout=LAYOUT, notes={})
     return folder
 
 
@@ -71,14 +71,14 @@ def equal(a, b):
 
 
 def gather(batch):
-    """The documents of a batch, row by row, by their segments."""
-    found = []
+    """Return the documents of a batch, row by row, from their segments."""
+    documents = []
     for ids, segments in zip(batch.ids, batch.segments, strict=True):
-        found += [ids[segments == s].tolist() for s in range(1, segments.max(initial=0) + 1)]
-    return found
+        documents += [ids[segments == s].tolist() for s in range(1, segments.max(initial=0) + 1)]
+    return documents
 
 
-def test_the_example_of_the_docstring(tmp_path):
+def test_example_of_the_docstring(tmp_path):
     a = document([0, 8_711 + 11, 8_711 + 12, SEP, 8_711 + 13, 2], 0, turns=1)
     b = document([0, 8_711 + 21, 8_711 + 22, 2], 1)
     folder = write(tmp_path, [a, b])
@@ -98,7 +98,7 @@ def test_the_example_of_the_docstring(tmp_path):
 
 
 def test_three_turns(tmp_path):
-    """Three turns: the release trains on the later questions too, `answers` does not."""
+    """With three turns `release` trains on the later questions too, `answers` does not."""
     q, a = 8_720, 8_730
     turns = [BOS, q, SEP, a, SEP, q, q, SEP, a, a, SEP, q, SEP, a, EOS]
     folder = write(tmp_path, [document(turns, 0, turns=3)])
@@ -108,9 +108,11 @@ def test_three_turns(tmp_path):
         run = run_config(
             data__document_limit=15, data__seq_len=15, data__batch_size=1, data__mask=mask
         )
-        at = loader.eval_batches(run, folder)
-        np.testing.assert_allclose(at.batch(0).weights[0], expected / expected.sum(), rtol=1e-6)
-        assert at.stats(0).scored_text == expected.sum() and at.stats(0).scored_image == 0
+        batches = loader.eval_batches(run, folder)
+        np.testing.assert_allclose(
+            batches.batch(0).weights[0], expected / expected.sum(), rtol=1e-6
+        )
+        assert batches.stats(0).scored_text == expected.sum() and batches.stats(0).scored_image == 0
 
 
 @pytest.mark.parametrize("weight", ["document", "token"])
@@ -118,9 +120,9 @@ def test_three_turns(tmp_path):
 @pytest.mark.parametrize("pack", [True, False])
 def test_weights_sum_to_one(folder, weight, mask, pack):
     run = run_config(data__mask=mask, data__pack=pack, train__loss_weight=weight)
-    at = loader.train_batches(run, folder)
+    batches = loader.train_batches(run, folder)
     for step in (0, 3, 17):
-        batch, stats = at.batch(step), at.stats(step)
+        batch, stats = batches.batch(step), batches.stats(step)
         assert abs(batch.weights.sum() - 1) < 1e-5 and batch.weights.dtype == np.float32
         assert not batch.weights[:, 0].any()
         begins = np.diff(batch.segments, axis=1, prepend=0) != 0
@@ -133,61 +135,61 @@ def test_weights_sum_to_one(folder, weight, mask, pack):
         assert stats.documents == len(gather(batch))
 
 
-def test_every_document_once_an_epoch(folder):
-    at = loader.eval_batches(run_config(), folder)
-    found = [d for step in range(len(at)) for d in gather(at.batch(step))]
-    expected = [some(n).tokens.tolist() for n in range(40)]
-    assert sorted(found) == sorted(expected)
-    assert sum(at.stats(s).documents for s in range(len(at))) == 40
+def test_every_document_once_per_epoch(folder):
+    batches = loader.eval_batches(run_config(), folder)
+    documents = [d for step in range(len(batches)) for d in gather(batches.batch(step))]
+    expected = [example(n).tokens.tolist() for n in range(40)]
+    assert sorted(documents) == sorted(expected)
+    assert sum(batches.stats(s).documents for s in range(len(batches))) == 40
 
 
 def test_unpacked_rows_have_one_document(folder):
-    at = loader.eval_batches(run_config(data__pack=False), folder)
-    assert len(at) == 10
-    assert all(at.batch(s).segments.max() == 1 for s in range(10))
+    batches = loader.eval_batches(run_config(data__pack=False), folder)
+    assert len(batches) == 10
+    assert all(batches.batch(s).segments.max() == 1 for s in range(10))
 
 
-def test_the_last_batch_of_a_pass_is_filled_up(tmp_path):
-    folder = write(tmp_path, map(some, range(5)))
-    at = loader.eval_batches(run_config(data__pack=False), folder)
-    assert len(at) == 2
-    last = at.batch(1)
+def test_last_batch_of_a_pass_is_padded(tmp_path):
+    folder = write(tmp_path, map(example, range(5)))
+    batches = loader.eval_batches(run_config(data__pack=False), folder)
+    assert len(batches) == 2
+    last = batches.batch(1)
     assert last.ids.shape == (4, SEQ) and not last.segments[1:].any()
     assert (last.ids[1:] == PAD).all() and abs(last.weights.sum() - 1) < 1e-6
-    assert at.stats(1).documents == 1
+    assert batches.stats(1).documents == 1
 
 
-def test_epochs_differ_and_steps_do_not(folder):
+def test_epochs_differ_and_steps_are_reproducible(folder):
     run = run_config()
-    one, two = loader.train_batches(run, folder), loader.train_batches(run, folder)
-    late = [two.batch(s) for s in (200, 31, 0)]  # in another order
-    assert [one.stats(s).epoch for s in (0, 200)] == [0, one.stats(200).epoch]
-    assert one.stats(200).epoch > 5
-    assert all(equal(one.batch(s), b) for s, b in zip((200, 31, 0), late, strict=True))
+    first, second = loader.train_batches(run, folder), loader.train_batches(run, folder)
+    late = [second.batch(s) for s in (200, 31, 0)]  # in another order
+    assert [first.stats(s).epoch for s in (0, 200)] == [0, first.stats(200).epoch]
+    assert first.stats(200).epoch > 5
+    assert all(equal(first.batch(s), b) for s, b in zip((200, 31, 0), late, strict=True))
     assert not equal(late[0], late[2])
 
 
 def test_stream_resumes_anywhere(folder):
     run = run_config(train__steps=40)
-    at = loader.train_batches(run, folder)
-    whole = list(at.stream(0))
-    assert len(whole) == len(at) == 40
+    batches = loader.train_batches(run, folder)
+    expected = list(batches.stream(0))
+    assert len(expected) == len(batches) == 40
     rest = list(loader.train_batches(run, folder).stream(33))
-    assert all(equal(a, b) for a, b in zip(whole[33:], rest, strict=True))
-    assert list(at.stream(40)) == []
+    assert all(equal(a, b) for a, b in zip(expected[33:], rest, strict=True))
+    assert list(batches.stream(40)) == []
     longer = loader.train_batches(run_config(train__steps=60), folder)
-    assert equal(longer.batch(39), whole[39])
+    assert equal(longer.batch(39), expected[39])
 
 
 def test_hosts_share_a_step_in_blocks(folder):
     run = run_config()
-    whole = loader.train_batches(run, folder).batch(7)
+    expected = loader.train_batches(run, folder).batch(7)
     for hosts in (2, 4):
         parts = [
             loader.BatchLoader(run, folder, one_pass=False, host=h, hosts=hosts).batch(7)
             for h in range(hosts)
         ]
-        assert equal(jax.tree.map(lambda *x: np.concatenate(x), *parts), whole)
+        assert equal(jax.tree.map(lambda *x: np.concatenate(x), *parts), expected)
 
 
 @settings(max_examples=40, deadline=None)
@@ -198,87 +200,87 @@ def test_hosts_share_a_step_in_blocks(folder):
     centric=st.booleans(),
     seed=st.integers(0, 3),
 )
-def test_any_hosts_read_the_same_rows(folder, steps, hosts, weights, centric, seed):
-    """Whole batches row by row, in any order of steps: a run may change its hosts anywhere."""
+def test_any_number_of_hosts_reads_the_same_rows(folder, steps, hosts, weights, centric, seed):
+    """Batches are equal row by row in any order of steps, so a run may change its hosts."""
     run = run_config(
         data__seed=seed, train__steps=61, mixing__by="task", mixing__weights=weights,
         mixing__image_centric=centric and not weights,
     )  # fmt: skip
-    whole = loader.train_batches(run, folder)
+    complete = loader.train_batches(run, folder)
     parts = [
         loader.BatchLoader(run, folder, one_pass=False, host=h, hosts=hosts) for h in range(hosts)
     ]
-    assert len({at.plan for at in (whole, *parts)}) == 1
+    assert len({part.plan for part in (complete, *parts)}) == 1
     for step in steps:
-        rows = [at.batch(step) for at in parts]
+        rows = [part.batch(step) for part in parts]
         assert all(r.ids.shape == (ROWS // hosts, SEQ) for r in rows)
-        assert equal(jax.tree.map(lambda *x: np.concatenate(x), *rows), whole.batch(step))
+        assert equal(jax.tree.map(lambda *x: np.concatenate(x), *rows), complete.batch(step))
 
 
-def test_a_run_goes_on_with_other_hosts(folder):
-    """Six steps on one host, the next on four, the rest on two: the documents of one run."""
-    run, found = run_config(train__steps=18), []
-    whole = [b for s in range(18) for b in gather(loader.train_batches(run, folder).batch(s))]
+def test_run_resumes_with_another_number_of_hosts(folder):
+    """Six steps on one host, more on four, the rest on two have the documents of one run."""
+    run, documents = run_config(train__steps=18), []
+    expected = [b for s in range(18) for b in gather(loader.train_batches(run, folder).batch(s))]
     for hosts, steps in ((1, range(6)), (4, range(6, 12)), (2, range(12, 18))):
         streams = [
             loader.BatchLoader(run, folder, one_pass=False, host=h, hosts=hosts).stream(steps[0])
             for h in range(hosts)
         ]
         for _ in steps:
-            found += [d for stream in streams for d in gather(next(stream))]
-    assert found == whole
+            documents += [d for stream in streams for d in gather(next(stream))]
+    assert documents == expected
 
 
-def test_long_documents_are_left_out_whole_and_named(folder):
-    """None is cut, so none loses its answer or half of its image."""
-    lengths = np.array([len(some(n).tokens) for n in range(40)])
+def test_long_documents_are_excluded_and_listed(folder):
+    """Documents are never cut, so none loses its answer or half of its image."""
+    lengths = np.array([len(example(n).tokens) for n in range(40)])
     run = run_config(data__document_limit=84)
-    at = loader.eval_batches(run, folder)
-    found = [d for step in range(len(at)) for d in gather(at.batch(step))]
+    batches = loader.eval_batches(run, folder)
+    documents = [d for step in range(len(batches)) for d in gather(batches.batch(step))]
     kept = np.flatnonzero(lengths <= 84)
-    assert sorted(found) == sorted(some(n).tokens.tolist() for n in kept)
+    assert sorted(documents) == sorted(example(n).tokens.tolist() for n in kept)
     long = np.flatnonzero(lengths > 84)
     names = ", ".join(f"d{n}" for n in long[:5])
-    assert at.describe()[-1].startswith("left out, longer than data.document_limit = 84")
-    assert f"{len(long)} documents: {names}, ...;" in at.describe()[-1] and len(long) > 5
+    assert batches.describe()[-1].startswith("excluded, longer than data.document_limit = 84")
+    assert f"{len(long)} documents: {names}, ...;" in batches.describe()[-1] and len(long) > 5
     assert "left out" not in " ".join(loader.train_batches(run_config(), folder).describe())
 
 
-def test_words_say_both_shares(tmp_path):
-    docs = [some(n) for n in range(30)]
+def test_description_has_both_shares(tmp_path):
+    docs = [example(n) for n in range(30)]
     docs = [
         dataclasses.replace(d, task="Visual Chat" if n < 20 else "VQA") for n, d in enumerate(docs)
     ]
     folder = write(tmp_path, docs)
     run = run_config(mixing__by="task", mixing__weights="Visual Chat=1, VQA=1")
-    words = loader.train_batches(run, folder).describe()
+    lines = loader.train_batches(run, folder).describe()
     tokens = np.array([len(d.tokens) for d in docs])
     vqa = tokens[20:].mean() / (tokens[20:].mean() + tokens[:20].mean())
-    assert f"VQA: 50.0% of the documents, {vqa:.1%} of the tokens, each 1.5 times an epoch" in words
-    assert "an epoch draws 30 into" in words[0]
-    held = loader.eval_batches(run, folder)  # validation is not weighted
-    assert sum(held.stats(s).documents for s in range(len(held))) == 30
-    assert any(w.startswith("VQA: 33.3% of the documents") for w in held.describe())
+    assert f"VQA: 50.0% of the documents, {vqa:.1%} of the tokens, 1.5 repeats per epoch" in lines
+    assert "an epoch draws 30 into" in lines[0]
+    validation = loader.eval_batches(run, folder)  # validation is not weighted
+    assert sum(validation.stats(s).documents for s in range(len(validation))) == 30
+    assert any(w.startswith("VQA: 33.3% of the documents") for w in validation.describe())
 
 
-def test_batches_are_trees(folder):
+def test_batches_are_pytrees(folder):
     batch = loader.train_batches(run_config(), folder).batch(0)
     assert [x.shape for x in jax.tree.leaves(batch)] == [(ROWS, SEQ)] * 5
     assert isinstance(jax.tree.map(np.asarray, batch), Batch)
 
 
-def test_kinds_number_the_pairs_of_source_and_task(tmp_path):
-    """Each token of a document has its number, padding 0; too many pairs are refused."""
-    made = [
+def test_kinds_are_the_pairs_of_source_and_task(tmp_path):
+    """Each token has the number of its pair, padding 0; too many pairs are rejected."""
+    documents = [
         dataclasses.replace(d, source=f"s{n % 3}", task="VQA" if n % 2 else "Visual Chat")
         for n, d in enumerate(micro_run.documents(12, seed=0))
     ]
     layout = Layout(vocab=micro_run.run().vocab, codes_per_image=4, tokenizer="", vqgan="")
-    writer.write(tmp_path / "r", made, shard_size=16, layout=layout, notes={})
+    writer.write(tmp_path / "r", documents, shard_size=16, layout=layout, notes={})
     run = micro_run.run(data__train=str(tmp_path / "r"), data__batch_size=8)
     data = loader.eval_batches(run, str(tmp_path / "r"))
     assert len(data.kinds) == 6 and data.kinds == sorted(data.kinds)
-    known = {tuple(d.tokens.tolist()): (d.source, d.task) for d in made}
+    pair_of = {tuple(d.tokens.tolist()): (d.source, d.task) for d in documents}
     met = 0
     for step in range(len(data)):
         batch = data.batch(step)
@@ -286,10 +288,10 @@ def test_kinds_number_the_pairs_of_source_and_task(tmp_path):
             assert not kinds[segments == 0].any()
             for n in range(1, segments.max() + 1):
                 (kind,) = set(kinds[segments == n].tolist())
-                assert data.kinds[kind] == known[tuple(ids[segments == n].tolist())]
+                assert data.kinds[kind] == pair_of[tuple(ids[segments == n].tolist())]
                 met += 1
     assert met == 12
-    many = [dataclasses.replace(made[0], id=str(n), source=f"s{n}") for n in range(129)]
+    many = [dataclasses.replace(documents[0], id=str(n), source=f"s{n}") for n in range(129)]
     writer.write(tmp_path / "many", many, shard_size=200, layout=layout, notes={})
     with pytest.raises(RecordsError, match="129 pairs of source and task; at most 128"):
         loader.eval_batches(run, str(tmp_path / "many"))
@@ -297,26 +299,26 @@ def test_kinds_number_the_pairs_of_source_and_task(tmp_path):
 
 def test_refusals(folder, tmp_path):
     run = run_config(train__steps=5)
-    at = loader.train_batches(run, folder)
+    batches = loader.train_batches(run, folder)
     for step in (-1, 5):
         with pytest.raises(IndexError, match=f"step {step} of 5"):
-            at.batch(step)
+            batches.batch(step)
     with pytest.raises(RecordsError, match="config.vocab is"):
         vocab = dataclasses.replace(run.vocab, size=9_800)
         loader.train_batches(dataclasses.replace(run, vocab=vocab), folder)
-    with pytest.raises(RecordsError, match="64 codes, but config.vq makes 16"):
+    with pytest.raises(RecordsError, match="64 codes, but config.vq produces 16"):
         vq = dataclasses.replace(run.vq, image_size=32)
         loader.train_batches(dataclasses.replace(run, vq=vq), folder)
     with pytest.raises(RecordsError, match="multiple of the 3 hosts"):
         loader.BatchLoader(run, folder, one_pass=False, host=0, hosts=3)
-    with pytest.raises(ValueError, match=r"all 40 documents are longer than .*limit = 5; the long"):
+    with pytest.raises(ValueError, match=r"all 40 documents exceed .*limit = 5; the long"):
         loader.train_batches(run_config(data__document_limit=5), folder)
     with pytest.raises(RecordsError, match="no such folder"):
         loader.train_batches(run, tmp_path / "absent")
 
 
-def test_a_damaged_shard_stops_the_stream(tmp_path):
-    folder = write(tmp_path, map(some, range(20)))
+def test_damaged_shard_is_an_error(tmp_path):
+    folder = write(tmp_path, map(example, range(20)))
     shard = folder / "00001-of-00003.array_record"
     raw = bytearray(shard.read_bytes())
     place = np.flatnonzero(np.frombuffer(raw, np.uint8))[200]

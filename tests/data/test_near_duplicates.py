@@ -1,4 +1,4 @@
-"""Hashes, and who meets whom by them, against the long way round."""
+"""Tests of hashes and of the pairs found by them, against brute force."""
 
 import io
 import itertools
@@ -8,7 +8,7 @@ import PIL.Image
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from source_setup import PICTURES
+from source_setup import IMAGE_FILES
 
 from medmax_jax.data import prepare
 from medmax_jax.data.analysis import near_duplicates
@@ -17,11 +17,11 @@ from medmax_jax.data.sample.manifest import read_manifest
 SEEDS = st.integers(0, 2**32 - 1)
 
 
-def changed(table, rng, most):
-    """Each look with 0..most random bits flipped, spread over its words."""
+def changed(table, rng, max_bits):
+    """Return each hash with 0..max_bits random bits flipped, spread over its words."""
     bits = np.unpackbits(table.astype(">u4").view(np.uint8), axis=1)
     for row in bits:
-        row[rng.choice(256, rng.integers(0, most + 1), replace=False)] ^= 1
+        row[rng.choice(256, rng.integers(0, max_bits + 1), replace=False)] ^= 1
     return np.packbits(bits, axis=1).view(">u4").astype(np.uint32)
 
 
@@ -31,21 +31,21 @@ def distances(a, b):
 
 @settings(max_examples=40, deadline=None)
 @given(SEEDS, st.integers(0, near_duplicates.NEAR_DUPLICATE_BITS))
-def test_no_pair_is_missed_and_none_is_invented(seed, most):
+def test_pairs_agree_with_brute_force(seed, max_bits):
     rng = np.random.default_rng(seed)
     theirs = rng.integers(0, 2**32, (40, 8), dtype=np.uint32)
     ours = changed(theirs[rng.integers(0, 40, 30)], rng, 20)
     far = distances(ours, theirs)
-    found = {
+    pairs_found = {
         (i, j): d
-        for part in near_duplicates.near_duplicate_pairs(ours, theirs, most)
+        for part in near_duplicates.near_duplicate_pairs(ours, theirs, max_bits)
         for i, j, d in zip(*part, strict=True)
     }
-    assert found == {(i, j): far[i, j] for i, j in np.argwhere(far <= most)}
+    assert pairs_found == {(i, j): far[i, j] for i, j in np.argwhere(far <= max_bits)}
 
 
-def test_crowded_words_are_compared_in_parts(monkeypatch):
-    """Looks that share a word, as dark pictures do, are all candidates of each other."""
+def test_frequent_words_are_compared_in_chunks(monkeypatch):
+    """Hashes that share a word, as those of dark images, are candidates of each other."""
     monkeypatch.setattr(near_duplicates, "_CHUNK", 50)
     rng = np.random.default_rng(0)
     table = rng.integers(0, 2**32, (60, 8), dtype=np.uint32)
@@ -60,16 +60,16 @@ def test_crowded_words_are_compared_in_parts(monkeypatch):
     assert pairs == {(i, i) for i in range(60)} | {(0, 1), (1, 0)}
 
 
-def test_beyond_the_guarantee_is_refused():
+def test_distances_beyond_the_guarantee_are_rejected():
     none = np.zeros((0, 8), np.uint32)
     assert not [p for p in near_duplicates.near_duplicate_pairs(none, none, 15) if len(p[0])]
-    with pytest.raises(ValueError, match="most is 16; use 0..15"):
+    with pytest.raises(ValueError, match="max_bits is 16; use 0..15"):
         list(near_duplicates.near_duplicate_pairs(none, none, 16))
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 30), st.lists(st.tuples(st.integers(0, 29), st.integers(0, 29))))
-def test_groups_are_the_connected_ones(n, pairs):
+def test_groups_are_connected_components(n, pairs):
     pairs = [(i % n, j % n) for i, j in pairs]
     expected = list(range(n))
     for _ in range(n):
@@ -94,109 +94,109 @@ def test_repeated_names_of_several_kinds(rows):
     assert [g.tolist() for g in near_duplicates.duplicate_groups(names, kinds)] == expected
 
 
-def looks_of(change):
-    found = []
-    for path in PICTURES:
-        with PIL.Image.open(path) as picture:
-            found.append(near_duplicates.perceptual_hash(change(picture.convert("RGB"))))
-    return np.stack(found)
+def hashes_of(change):
+    hashes = []
+    for path in IMAGE_FILES:
+        with PIL.Image.open(path) as image:
+            hashes.append(near_duplicates.perceptual_hash(change(image.convert("RGB"))))
+    return np.stack(hashes)
 
 
-def as_jpeg(picture):
+def as_jpeg(image):
     file = io.BytesIO()
-    picture.save(file, "JPEG", quality=50)
+    image.save(file, "JPEG", quality=50)
     return PIL.Image.open(file)
 
 
-def test_looks_survive_copies_and_tell_pictures_apart():
-    """On the real sample: a copy is nearly always near, another picture never."""
-    plain = looks_of(lambda p: p)
+def test_hashes_match_copies_and_separate_images():
+    """On the real sample a copy is nearly always near, another image never."""
+    plain = hashes_of(lambda p: p)
 
-    def apart(change):
-        return np.bitwise_count(plain ^ looks_of(change)).sum(1, dtype=int)
+    def distance_to(change):
+        return np.bitwise_count(plain ^ hashes_of(change)).sum(1, dtype=int)
 
     for copy in (as_jpeg, lambda p: p.resize([s // 2 for s in p.size])):
-        assert (apart(copy) <= near_duplicates.NEAR_DUPLICATE_BITS).mean() > 0.94
+        assert (distance_to(copy) <= near_duplicates.NEAR_DUPLICATE_BITS).mean() > 0.94
     for other in (cropped, lambda p: p.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT)):
         assert (
-            apart(other) > near_duplicates.NEAR_DUPLICATE_BITS
+            distance_to(other) > near_duplicates.NEAR_DUPLICATE_BITS
         ).all()  # sides are facts; a crop is a known miss
     rows = {r["file"]: r["group"] for r in read_manifest(prepare.SAMPLE / "manifest.jsonl")}
-    group = np.array([rows[f"images/{p.name}"] for p in PICTURES])
+    group = np.array([rows[f"images/{p.name}"] for p in IMAGE_FILES])
     i, j = np.triu_indices(len(plain), 1)
-    far, alike = distances(plain, plain)[i, j], group[i] == group[j]
+    far, same_group = distances(plain, plain)[i, j], group[i] == group[j]
     assert (
-        far[~alike].min() > 80
-        and far[alike].min() > near_duplicates.NEAR_DUPLICATE_BITS
-        and alike.any()
+        far[~same_group].min() > 80
+        and far[same_group].min() > near_duplicates.NEAR_DUPLICATE_BITS
+        and same_group.any()
     )
 
 
-def cropped(picture):
-    width, height = picture.size
+def cropped(image):
+    width, height = image.size
     edge = max(1, round(0.02 * width))
-    return picture.crop((edge, edge, width - edge, height - edge))
+    return image.crop((edge, edge, width - edge, height - edge))
 
 
-def test_flat_pictures_have_no_look():
+def test_flat_images_have_no_hash():
     assert near_duplicates.perceptual_hash(PIL.Image.new("RGB", (50, 40), (7, 7, 7))) is None
 
 
-def test_words_and_grams():
+def test_words_and_ngrams():
     assert near_duplicates.normalized_words("No focal-consolidation; T2_FLAIR, Ärzte!") == [
         *("no", "focal", "consolidation", "t2", "flair", "ärzte")
     ]
     text = [str(n) for n in range(20)]
-    found = near_duplicates.ngram_hashes(text)
-    assert len(found) == len(set(found.tolist())) == 8
-    assert near_duplicates.ngram_hashes(text[3:16]).tolist() == [found[3]]
+    hashes = near_duplicates.ngram_hashes(text)
+    assert len(hashes) == len(set(hashes.tolist())) == 8
+    assert near_duplicates.ngram_hashes(text[3:16]).tolist() == [hashes[3]]
     assert len(near_duplicates.ngram_hashes(text[:12])) == 0
     swapped = [*text[:2], text[3], text[2], *text[4:13]]
-    assert near_duplicates.ngram_hashes(swapped)[0] != found[0]  # the order counts
+    assert near_duplicates.ngram_hashes(swapped)[0] != hashes[0]  # the order counts
 
 
 @settings(max_examples=40, deadline=None)
 @given(SEEDS)
-def test_shared_grams_against_the_long_way(seed):
+def test_shared_ngrams_agree_with_brute_force(seed):
     rng = np.random.default_rng(seed)
     pool = [[str(w) for w in rng.integers(0, 4, rng.integers(1, 40))] for _ in range(30)]
     items = [pool[i] for i in rng.integers(0, 30, 6)]
-    grams = near_duplicates.NgramIndex(items)
+    index = near_duplicates.NgramIndex(items)
     for n, words in enumerate(pool):
-        grams.add_document(words, n)
+        index.add_document(words, n)
 
-    def stretches(words):
+    def ngrams_of(words):
         return {tuple(words[i : i + 13]) for i in range(len(words) - 12)}
 
     where = {}
     for n, words in enumerate(pool):
-        for gram in stretches(words):
+        for gram in ngrams_of(words):
             where.setdefault(gram, []).append(n)
     expected = {}
     for n, item in enumerate(items):
-        held = {g: where[g] for g in stretches(item) if len(where[g]) <= near_duplicates.COMMON}
-        if held:
-            expected[n] = len(held)
-    found = grams.overlaps()
-    assert {n: many for n, (many, _) in found.items()} == expected
-    for n, (_, document) in found.items():
-        assert stretches(pool[document]) & stretches(items[n])
-    assert grams.sizes.tolist() == [len(stretches(item)) for item in items]
+        shared = [g for g in ngrams_of(item) if len(where[g]) <= near_duplicates.COMMON]
+        if shared:
+            expected[n] = len(shared)
+    overlaps = index.overlaps()
+    assert {n: count for n, (count, _) in overlaps.items()} == expected
+    for n, (_, document) in overlaps.items():
+        assert ngrams_of(pool[document]) & ngrams_of(items[n])
+    assert index.sizes.tolist() == [len(ngrams_of(item)) for item in items]
 
 
-def test_phrases_of_many_documents_are_no_leak():
+def test_common_phrases_are_not_a_leak():
     phrase = [f"w{n}" for n in range(13)]
     for documents, expected in (
         (near_duplicates.COMMON, {0: (1, 0)}),
         (near_duplicates.COMMON + 1, {}),
     ):
-        grams = near_duplicates.NgramIndex([phrase])
+        index = near_duplicates.NgramIndex([phrase])
         for n in range(documents):
-            grams.add_document([*phrase, *itertools.repeat(f"d{n}", 3)], n)
-        assert grams.overlaps() == expected
+            index.add_document([*phrase, *itertools.repeat(f"d{n}", 3)], n)
+        assert index.overlaps() == expected
 
 
-def test_names_of_codes():
+def test_hashes_of_codes():
     codes = np.arange(4)
     assert near_duplicates.hash64(near_duplicates.code_hash(codes)) == near_duplicates.hash64(
         codes.astype("<u2").tobytes()

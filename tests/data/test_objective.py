@@ -1,4 +1,4 @@
-"""The objective is the release's: the mean of each document's mean, or of all tokens when asked.
+"""Tests that the objective is that of the MedMax release, or the mean over tokens on request.
 
 Reference: every document alone in its row, its own gradient from full logits, then a plain mean.
 Held against it: the gradient that the true training step makes of the packed batch, which its first
@@ -44,7 +44,7 @@ def lora_run(folder) -> config.Run:
 
 @dataclasses.dataclass
 class Made:
-    """A compiled step with everything that it takes."""
+    """A compiled step with its arguments."""
 
     run: config.Run
     mesh: jax.sharding.Mesh
@@ -55,8 +55,8 @@ class Made:
 
 
 @pytest.fixture(scope="module")
-def made(lora_run):
-    """Steps by mesh, each compiled when first asked for, with the same weights."""
+def steps(lora_run):
+    """Return steps by mesh, each compiled on first use, with the same weights."""
     with jax.set_mesh(sharding.make_mesh(lora_run.mesh)):
         model = chameleon.create_model(
             lora_run.model, lora_run.vocab, lora_run.lora, key=jax.random.key(0)
@@ -103,7 +103,7 @@ def first_batch(run: config.Run) -> Batch:
 
 
 def documents_of(batch: Batch, run: config.Run) -> list[Document]:
-    """The documents that stand in a batch, from the records: found by their tokens."""
+    """Return the documents of a batch from the records, looked up by their tokens."""
     by_tokens = {d.tokens.tobytes(): d for d in loader.train_batches(run, run.data.train).records}
     rows = zip(batch.ids, batch.segments, strict=True)
     return [
@@ -113,21 +113,21 @@ def documents_of(batch: Batch, run: config.Run) -> list[Document]:
     ]
 
 
-def gradient(made: Made, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
-    """Loss and gradients of one true step on `batch`."""
-    with jax.set_mesh(made.mesh):
-        batch = sharding.shard_batch(batch, made.mesh)
-        state = step.init_state(jax.tree.map(jnp.copy, made.trainable), made.run)  # is donated
-        state, sums = made.train_step(state, made.frozen, batch, key())
+def gradient(steps: Made, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
+    """Return loss and gradients of one real step on `batch`."""
+    with jax.set_mesh(steps.mesh):
+        batch = sharding.shard_batch(batch, steps.mesh)
+        state = step.init_state(jax.tree.map(jnp.copy, steps.trainable), steps.run)  # is donated
+        state, sums = steps.train_step(state, steps.frozen, batch, key())
     return float(jax.device_get(sums).loss.total), numpy(state.opt_state[1][0].mu)
 
 
-def alone(made: Made, documents: list[Document]) -> list[tuple[int, float, dict]]:
-    """(scored tokens, mean NLL, its gradient) of each document by itself, from full logits."""
-    run = made.run
+def alone(steps: Made, documents: list[Document]) -> list[tuple[int, float, dict]]:
+    """Return (scored tokens, mean NLL, its gradient) of each document alone, from full logits."""
+    run = steps.run
 
     def mean_nll(trainable, ids, targets, mask):
-        model = nnx.merge(made.graph, trainable, made.frozen)
+        model = nnx.merge(steps.graph, trainable, steps.frozen)
         positions = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
         log_p = jax.nn.log_softmax(
             model.logits(model.hidden(ids, ids * 0 + 1, positions, key=None))
@@ -135,25 +135,28 @@ def alone(made: Made, documents: list[Document]) -> list[tuple[int, float, dict]
         hit = targets[..., None] == jnp.arange(run.vocab.size)
         return (mask * -jnp.where(hit, log_p, 0).sum(-1)).sum() / mask.sum()
 
-    found = []
-    with jax.set_mesh(made.mesh):
+    results = []
+    with jax.set_mesh(steps.mesh):
         call = jax.jit(jax.value_and_grad(mean_nll), compiler_options=QUICK)
         for document in documents:
             tokens, marks = (
                 document.tokens,
                 loss_mask(document.tokens, run.data.mask, document.turns),
             )
-            room = run.data.seq_len - len(tokens)
-            ids = np.pad(tokens, (0, room))
-            targets, mask = np.pad(tokens[1:], (0, room + 1)), np.pad(marks[1:], (0, room + 1))
+            padding = run.data.seq_len - len(tokens)
+            ids = np.pad(tokens, (0, padding))
+            targets, mask = (
+                np.pad(tokens[1:], (0, padding + 1)),
+                np.pad(marks[1:], (0, padding + 1)),
+            )
             arrays = (jnp.asarray(x[None]) for x in (ids, targets, mask.astype(np.float32)))
-            value, grads = call(made.trainable, *arrays)
-            found.append((int(marks.sum()), float(value), numpy(grads)))
-    return found
+            value, grads = call(steps.trainable, *arrays)
+            results.append((int(marks.sum()), float(value), numpy(grads)))
+    return results
 
 
 def expected(parts: list[tuple[int, float, dict]], choice: str) -> tuple[float, dict]:
-    """The mean over documents, or over all their tokens, of what each has by itself."""
+    """Return the mean over documents, or over all their tokens, of the separate results."""
     counts = np.array([count for count, *_ in parts], float)
     shares = np.ones(len(parts)) / len(parts) if choice == "document" else counts / counts.sum()
     names = parts[0][2]
@@ -165,27 +168,27 @@ def expected(parts: list[tuple[int, float, dict]], choice: str) -> tuple[float, 
     return loss, sums
 
 
-def distance(found: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> float:
-    """The largest error of any adapter, relative to its largest entry."""
-    return max(np.abs(found[n] - right[n]).max() / np.abs(right[n]).max() for n in right)
+def distance(actual: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> float:
+    """Return the largest error of any adapter, relative to its largest entry."""
+    return max(np.abs(actual[n] - right[n]).max() / np.abs(right[n]).max() for n in right)
 
 
 @pytest.fixture(scope="module")
-def reference(made, lora_run):
-    """By loss_weight: (loss, gradients) of the first packed batch, document by document."""
+def reference(steps, lora_run):
+    """Return by loss_weight (loss, gradients) of the first packed batch, document by document."""
     documents = documents_of(first_batch(lora_run), lora_run)
     assert len(documents) > lora_run.data.batch_size  # several a row
-    parts = alone(made(MESHES[0]), documents)
+    parts = alone(steps(MESHES[0]), documents)
     assert max(c for c, *_ in parts) > 3 * min(c for c, *_ in parts)  # the choices differ
     return {choice: expected(parts, choice) for choice in WEIGHTS}
 
 
 @pytest.mark.parametrize("choice", WEIGHTS)
 @pytest.mark.parametrize("shape", MESHES)
-def test_packed_and_sharded_gradients_are_the_mean_of_the_documents_own(
-    made, lora_run, reference, shape, choice
+def test_packed_and_sharded_gradients_are_the_mean_over_documents(
+    steps, lora_run, reference, shape, choice
 ):
-    loss, grads = gradient(made(shape), first_batch(weighing(lora_run, choice)))
+    loss, grads = gradient(steps(shape), first_batch(weighing(lora_run, choice)))
     right_loss, right = reference[choice]
     np.testing.assert_allclose(loss, right_loss, rtol=1e-5)
     assert set(grads) == set(right)
@@ -194,28 +197,28 @@ def test_packed_and_sharded_gradients_are_the_mean_of_the_documents_own(
 
 @pytest.mark.parametrize("choice", WEIGHTS)
 @pytest.mark.parametrize("shape, pieces", [((1, 1, 1), 4), ((2, 2, 2), 2)])
-def test_accumulated_gradients_are_the_same(made, lora_run, reference, shape, pieces, choice):
+def test_accumulated_gradients_are_the_same(steps, lora_run, reference, shape, pieces, choice):
     optim = dataclasses.replace(lora_run.optim, accumulate=pieces)
     run = dataclasses.replace(lora_run, optim=optim)
-    loss, grads = gradient(made(shape, run), first_batch(weighing(run, choice)))
+    loss, grads = gradient(steps(shape, run), first_batch(weighing(run, choice)))
     right_loss, right = reference[choice]
     np.testing.assert_allclose(loss, right_loss, rtol=1e-5)
     assert distance(grads, right) < 1e-5
 
 
 @pytest.mark.parametrize("choice", WEIGHTS)
-def test_unpacked_rows_have_the_same_objective(made, lora_run, choice):
+def test_unpacked_rows_have_the_same_objective(steps, lora_run, choice):
     run = weighing(lora_run, choice, pack=False)
     batch = first_batch(run)
     assert batch.segments.max() == 1
-    right_loss, right = expected(alone(made(MESHES[0]), documents_of(batch, run)), choice)
-    loss, grads = gradient(made(MESHES[0]), batch)
+    right_loss, right = expected(alone(steps(MESHES[0]), documents_of(batch, run)), choice)
+    loss, grads = gradient(steps(MESHES[0]), batch)
     np.testing.assert_allclose(loss, right_loss, rtol=1e-5)
     assert distance(grads, right) < 1e-5
 
 
 def rows_equal(batch: Batch) -> np.ndarray:
-    """A mean over rows of the mean over a row's documents: what a loss a row, averaged, gives."""
+    """Use the mean over rows of the mean over a row's documents: the average of row losses."""
     weights = np.zeros_like(batch.weights)
     for r, segments in enumerate(batch.segments):
         for n in range(1, segments.max() + 1):
@@ -225,25 +228,25 @@ def rows_equal(batch: Batch) -> np.ndarray:
 
 
 def rows_by_tokens(batch: Batch) -> np.ndarray:
-    """A mean over rows of the mean over a row's tokens: what packing gives who forgets it."""
+    """Use the mean over rows of the mean over a row's tokens: an unweighted packed loss."""
     marks = batch.weights > 0
     return marks / (marks.sum(1, keepdims=True) * len(marks))
 
 
 def halves_by_tokens(batch: Batch) -> np.ndarray:
-    """A mean over two halves of each half's token mean: accumulation, or devices, as often done."""
+    """Use the mean over two halves of each half's token mean: naive accumulation or devices."""
     marks = (batch.weights > 0).reshape(2, -1)
     return (marks / (2 * marks.sum(1, keepdims=True))).reshape(batch.weights.shape)
 
 
 def all_tokens(batch: Batch) -> np.ndarray:
-    """Questions trained like answers."""
+    """Train questions like answers."""
     inside = (batch.segments > 0) & (batch.positions > 0)
     return inside / inside.sum()
 
 
 def late(batch: Batch) -> np.ndarray:
-    """Each weight one position late."""
+    """Shift each weight by one position."""
     return np.roll(batch.weights, 1, axis=1)
 
 
@@ -252,13 +255,13 @@ WRONG = [rows_equal, rows_by_tokens, halves_by_tokens, all_tokens, late]
 
 @pytest.mark.parametrize("choice", WEIGHTS)
 @pytest.mark.parametrize("mutate", WRONG)
-def test_a_wrong_weighting_is_seen(made, lora_run, reference, mutate, choice):
-    """Each is an error that somebody has made; the comparison above would fail by far."""
+def test_wrong_weightings_are_detected(steps, lora_run, reference, mutate, choice):
+    """Each is a known error; the comparison above would fail by a large margin."""
     batch = first_batch(weighing(lora_run, choice))
     wrong = dataclasses.replace(batch, weights=mutate(batch).astype(np.float32))
-    _, grads = gradient(made(MESHES[0]), wrong)
+    _, grads = gradient(steps(MESHES[0]), wrong)
     assert distance(grads, reference[choice][1]) > 1e-2
 
 
-def test_the_choices_are_not_the_same(reference):
+def test_loss_weight_choices_differ(reference):
     assert distance(reference["token"][1], reference["document"][1]) > 1e-2

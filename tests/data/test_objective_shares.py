@@ -1,4 +1,4 @@
-"""The shares of docs/objective.md: of a folder they are the loader's weights, summed by task."""
+"""Tests of the shares of docs/objective.md: those of a folder are the loader's weights by task."""
 
 import collections
 import dataclasses
@@ -25,40 +25,40 @@ TASKS = ("VQA", "Image Generation", "Visual Chat")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> str:
-    """Documents of three tasks, a task for each form."""
-    made = [
+    """Write documents of three tasks, one task for each form."""
+    documents = [
         dataclasses.replace(d, task=TASKS[n % 3])
         for n, d in enumerate(micro_run.documents(50, seed=0))
     ]
     layout = document.Layout(vocab=micro_run.run().vocab, codes_per_image=4, tokenizer="", vqgan="")
     path = tmp_path_factory.mktemp("records") / "r"
-    writer.write(path, made, shard_size=16, layout=layout, notes={})
+    writer.write(path, documents, shard_size=16, layout=layout, notes={})
     return str(path)
 
 
 @pytest.mark.parametrize("mask", ["answers", "release"])
 @pytest.mark.parametrize("choice", ["document", "token"])
-def test_shares_of_records_are_the_weights_that_training_gives(folder, choice, mask):
+def test_shares_of_records_are_the_training_weights(folder, choice, mask):
     run = micro_run.run(
         data__train=folder, data__batch_size=64, data__pack=False, data__mask=mask,
         train__loss_weight=choice,
     )  # fmt: skip
     batches = loader.eval_batches(run, folder)
     batch, task = batches.batch(0), {d.tokens.tobytes(): d.task for d in batches.records}
-    found, image = collections.Counter(), collections.Counter()
+    total, image = collections.Counter(), collections.Counter()
     for ids, segments, weights in zip(batch.ids, batch.segments, batch.weights, strict=True):
         if segments.any():
             name = task[ids[segments == 1].tobytes()]
-            found[name] += 100 * weights.sum()
+            total[name] += 100 * weights.sum()
             image[name] += 100 * weights[is_image(ids, run.vocab)].sum()
     table = objective.shares(objective.groups_in_records(folder, mask))
     assert set(table) == set(TASKS)
     for name, row in table.items():
-        np.testing.assert_allclose(row[choice], found[name], rtol=1e-5)
+        np.testing.assert_allclose(row[choice], total[name], rtol=1e-5)
         np.testing.assert_allclose(row[f"{choice}_image"], image[name], rtol=1e-5)
 
 
-def test_the_example_of_the_docstring():
+def test_example_of_the_docstring():
     kinds = [
         objective.DocumentGroup(task="VQA", percent=50, text=1, image=0),
         objective.DocumentGroup(task="Image Generation", percent=50, text=1, image=2),
@@ -70,34 +70,34 @@ def test_the_example_of_the_docstring():
 
 
 @pytest.mark.parametrize("question", [0, 15, 60])
-def test_the_length_model_has_the_published_mean(question):
-    """Every token of every document, questions and pictures that are read included."""
+def test_length_model_has_the_published_mean(question):
+    """Return the tokens of all documents, including questions and input images."""
     kinds = objective.published_groups(question=question, caption_share=mixture.CAPTION_SHARE)
     long = max(k.text for k in kinds if not k.image) - 1
     tokens = 0.0
     for k in kinds:
         text = objective.VQA_ANSWER if k.task == mixture.VQA else long
-        asked = 0 if k.task == mixture.GENERATION else question
-        tokens += k.percent * (objective.IMAGE + objective.CONTROL + asked + text)
+        question_tokens = 0 if k.task == mixture.GENERATION else question
+        tokens += k.percent * (objective.IMAGE + objective.CONTROL + question_tokens + text)
     percent = sum(k.percent for k in kinds)
     assert percent == pytest.approx(sum(mixture.TASKS.values()))
     assert tokens / percent == pytest.approx(objective.MEAN)
 
 
-def test_a_question_longer_than_the_text_is_refused():
+def test_question_longer_than_the_text_is_rejected():
     with pytest.raises(ValueError, match="--question is 200"):
         objective.published_groups(question=200, caption_share=0.5)
 
 
-def test_the_document_shows_what_the_command_prints():
+def test_documentation_table_is_the_output_of_the_command():
     command = [sys.executable, "-m", "data.objective"]
     text = (ROOT / "docs" / "objective.md").read_text()
-    for more in ([], ["--captions", "0.5"]):
-        done = subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0 and done.stdout.strip() in text, more
+    for flags in ([], ["--captions", "0.5"]):
+        done = subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.strip() in text, flags
 
 
-def test_records_that_are_not_there_are_an_error(tmp_path):
+def test_missing_records_are_an_error(tmp_path):
     command = [sys.executable, "-m", "data.objective", "--records", str(tmp_path / "none")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "no such folder" in done.stderr
@@ -106,7 +106,7 @@ def test_records_that_are_not_there_are_an_error(tmp_path):
 # ---- the configs say what they say they do
 
 
-def test_the_paper_config_is_the_published_recipe():
+def test_paper_config_is_the_published_recipe():
     run = config.from_config_dict(paper.get_config())
     assert mixture.INSTANCES == paper.DOCUMENTS
     assert (run.data.batch_size, run.data.pack, run.data.mask) == (8, False, "release")
@@ -118,7 +118,7 @@ def test_the_paper_config_is_the_published_recipe():
     assert run.data.document_limit == 2_048 and not run.mixing.weights
 
 
-def test_the_packed_config_scales_it_by_the_rule_that_it_states():
+def test_packed_config_scales_it_by_its_stated_rule():
     run, published = lora.get_config(), paper.get_config()
     grown = lora.DOCUMENTS_A_STEP / 8
     assert 13 < grown < 13.5
@@ -131,7 +131,7 @@ def test_the_packed_config_scales_it_by_the_rule_that_it_states():
 
 
 @pytest.mark.slow  # plans 1.47 M documents
-def test_the_rows_of_an_epoch_are_the_planned_ones():
+def test_rows_of_an_epoch_are_the_planned_ones():
     lengths = synthetic.lengths(paper.DOCUMENTS, seed=0)
     short = lengths[lengths <= 2_048]
     rows = [
@@ -143,7 +143,7 @@ def test_the_rows_of_an_epoch_are_the_planned_ones():
 
 
 @pytest.mark.parametrize("name", ["medmax_7b_qlora", "medmax_7b_full", "chameleon_30b_lora"])
-def test_the_other_configs_see_the_same_documents(name):
+def test_other_configs_use_the_same_documents(name):
     other = importlib.import_module(f"configs.{name}").get_config()
     base = lora.get_config()
     assert other.data == base.data and other.train.steps == base.train.steps

@@ -1,4 +1,4 @@
-"""Packing: every document once an epoch, whole, in dense rows, always in the same order."""
+"""Tests of packing: every document once per epoch, uncut, in dense rows, reproducible."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def rows_of(plan):
 
 @settings(max_examples=200, deadline=None)
 @given(lengths=LENGTHS, packed=st.booleans(), seed=SEEDS, epoch=st.integers(0, 5))
-def test_every_document_once_and_no_row_too_long(lengths, packed, seed, epoch):
+def test_every_document_once_and_rows_within_the_length(lengths, packed, seed, epoch):
     plan = pack.plan(lengths, seq_len=SEQ, pack=packed, seed=seed, epoch=epoch)
     assert sorted(plan.documents.tolist()) == list(range(len(lengths)))
     assert plan.starts[0] == 0 and plan.starts[-1] == len(lengths)
@@ -31,7 +31,7 @@ def test_every_document_once_and_no_row_too_long(lengths, packed, seed, epoch):
 @settings(max_examples=100, deadline=None)
 @given(lengths=LENGTHS, seed=SEEDS)
 def test_packing_is_dense(lengths, seed):
-    """No two rows would fit into one, and so more than half of every pair of rows is full."""
+    """No two rows would fit into one, so more than half of every pair of rows is filled."""
     plan = pack.plan(lengths, seq_len=SEQ, pack=True, seed=seed, epoch=0)
     used = sorted(int(lengths[row].sum()) for row in rows_of(plan))
     if len(used) > 1:
@@ -40,9 +40,11 @@ def test_packing_is_dense(lengths, seed):
 
 @settings(max_examples=50, deadline=None)
 @given(lengths=LENGTHS, packed=st.booleans(), seed=SEEDS)
-def test_same_arguments_same_plan(lengths, packed, seed):
-    one, two = (pack.plan(lengths, seq_len=SEQ, pack=packed, seed=seed, epoch=3) for _ in range(2))
-    assert rows_of(one) == rows_of(two)
+def test_same_arguments_give_same_plan(lengths, packed, seed):
+    first, second = (
+        pack.plan(lengths, seq_len=SEQ, pack=packed, seed=seed, epoch=3) for _ in range(2)
+    )
+    assert rows_of(first) == rows_of(second)
 
 
 def test_epochs_and_seeds_differ():
@@ -55,8 +57,8 @@ def test_epochs_and_seeds_differ():
     assert len({tuple(p) for p in plans}) == 4
 
 
-def test_the_order_is_pinned():
-    """A run that resumes under another numpy must find its rows: these are the rows of today."""
+def test_order_of_rows_is_pinned():
+    """A run that resumes under another numpy version must get these rows."""
     lengths = np.array([60, 20, 50, 14, 9, 33, 41])
     plan = pack.plan(lengths, seq_len=SEQ, pack=True, seed=7, epoch=2)
     assert rows_of(plan) == [[6, 1], [2, 3], [0], [5, 4]]
@@ -84,7 +86,7 @@ def test_fill():
     assert lengths.sum() / (len(plan) * SEQ) > 0.97
 
 
-def test_too_long_is_refused_with_the_mend():
+def test_too_long_documents_are_rejected_with_the_fix():
     lengths = np.array([3, 65, 70])
     with pytest.raises(PackError, match=r"2 of 3 .*data.seq_len = 64 .*set data.seq_len to 70"):
         pack.plan(lengths, seq_len=SEQ, pack=True, seed=0, epoch=0)
@@ -96,7 +98,7 @@ def test_too_long_is_refused_with_the_mend():
 @given(lengths=LENGTHS, seed=SEEDS, start=st.integers(0, 700))
 def test_epochs_concatenate_plans(lengths, seed, start):
     epochs = pack.Epochs(lengths, seq_len=SEQ, pack=True, seed=seed)
-    late = epochs.row(start).tolist()  # asked for first
+    late = epochs.row(start).tolist()  # requested first
     rows = []
     for epoch in range(epochs.epoch(start) + 1):
         rows += rows_of(pack.plan(lengths, seq_len=SEQ, pack=True, seed=seed, epoch=epoch))

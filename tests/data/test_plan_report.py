@@ -1,4 +1,4 @@
-"""What the plan says of itself: fill against offline packing, padding, rows by number, pictures."""
+"""Tests of the report of a plan: fill against offline packing, padding, rows, images."""
 
 import json
 
@@ -20,14 +20,14 @@ LENGTHS = st.lists(st.integers(1, 64), min_size=1, max_size=200).map(np.array)
 @settings(max_examples=150, deadline=None)
 @given(LENGTHS)
 def test_offline_is_best_fit_decreasing(lengths):
-    """Counting rooms gives the rows of packing all documents in one window."""
-    whole = pack.plan(
+    """Counting free space gives the rows of packing all documents in one window."""
+    one_window = pack.plan(
         lengths, seq_len=64, pack=True, seed=0, epoch=0, windows=[np.arange(len(lengths))]
     )
-    assert report.best_fit_row_count(lengths, 64) == len(whole)
+    assert report.best_fit_row_count(lengths, 64) == len(one_window)
 
 
-def test_the_length_model():
+def test_length_model():
     lengths = synthetic.lengths(200_000, seed=0)
     assert lengths.min() == 1_034 and lengths.mean() == pytest.approx(1_156, abs=1)
     assert np.array_equal(lengths, synthetic.lengths(200_000, seed=0))
@@ -50,13 +50,13 @@ def test_fill_is_within_a_point_of_offline_packing():
 
 def test_padding_to_the_longest():
     lengths = np.array([100, 200, 128, 128])
-    told = report.padding_efficiency(lengths, batch_size=4, seed=0)
-    assert told == dict(fill=0.695, shapes=1, fill_of_steps=0.543, shapes_of_steps=1)
-    assert report.padding_efficiency(lengths, batch_size=8, seed=0) == told  # fewer than a batch
+    padding = report.padding_efficiency(lengths, batch_size=4, seed=0)
+    assert padding == dict(fill=0.695, shapes=1, fill_of_steps=0.543, shapes_of_steps=1)
+    assert report.padding_efficiency(lengths, batch_size=8, seed=0) == padding  # fewer than a batch
     assert report.padding_efficiency(lengths, batch_size=1, seed=0)["fill"] == 1
 
 
-def test_pictures(tmp_path):
+def test_image_stats(tmp_path):
     docs = micro_run.documents(5, seed=0)
     tasks = ["VQA", "VQA", "Visual Chat", "VQA", "VQA"]
     paths = ["a", "a", "a", "b", ""]
@@ -64,15 +64,17 @@ def test_pictures(tmp_path):
         vars(d).update(task=task, image_path=path)
     layout = writer.open_records(micro_run.write(tmp_path / "other")).layout
     writer.write(tmp_path / "r", docs, shard_size=9, layout=layout, notes={})
-    told = report.image_stats(writer.open_records(tmp_path / "r"))
-    assert told == dict(
+    stats = report.image_stats(writer.open_records(tmp_path / "r"))
+    # Verbatim: part of the data.
+    assert stats == dict(
         pictures=2, without_picture=1, entries=2.0, tasks=1.5, of_entries={1: 1, 3: 1}
     )
     without = report.image_stats(writer.open_records(tmp_path / "other"))
+    # Verbatim: part of the data.
     assert without == dict(pictures=0, without_picture=40)
 
 
-def test_synthetic_records_are_whole_and_can_be_trained_on(tmp_path):
+def test_synthetic_records_are_valid_and_can_be_trained_on(tmp_path):
     meta = writer.write(
         tmp_path / "r",
         synthetic.documents(60, seed=3),
@@ -80,43 +82,45 @@ def test_synthetic_records_are_whole_and_can_be_trained_on(tmp_path):
         layout=synthetic.LAYOUT,
         notes={},
     )
-    found = writer.open_records(tmp_path / "r")
-    assert found.index["length"].tolist() == synthetic.lengths(60, seed=3).tolist()
-    assert (found.index["image"] == 1_024).all() and len(meta["sources"]) > 3
-    told = report.image_stats(found)
-    assert told["pictures"] == 30 and told["entries"] == 2
-    codes = [found[n].tokens[2:1_026] for n in (0, 1, 2)]
+    records = writer.open_records(tmp_path / "r")
+    assert records.index["length"].tolist() == synthetic.lengths(60, seed=3).tolist()
+    assert (records.index["image"] == 1_024).all() and len(meta["sources"]) > 3
+    stats = report.image_stats(records)
+    # Verbatim: part of the data.
+    assert stats["pictures"] == 30 and stats["entries"] == 2
+    codes = [records[n].tokens[2:1_026] for n in (0, 1, 2)]
     assert np.array_equal(codes[0], codes[1]) and not np.array_equal(codes[1], codes[2])
     assert check.check(tmp_path / "r", tokenizer=None)["documents"] == 60
 
 
-def test_the_program_shows_the_plan_of_a_run(tmp_path, capsys):
+def test_program_reports_the_plan_of_a_run(tmp_path, capsys):
     folder = micro_run.write(tmp_path / "r")
     run = micro_run.run(data__train=folder, data__document_limit=20, data__seed=4)
-    at = loader.train_batches(run, folder)
+    batches = loader.train_batches(run, folder)
     command = ["plan", folder, "--seq_len", "32", "--document_limit", "20", "--seed", "4", "--json"]
     assert prepare.main([*command, "--row", "3"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["plan"] == at.plan and told["documents"] + told["left_out"] == 40
-    long = np.flatnonzero(at.records.index["length"] > 20)
-    assert told["left_out_ids"] == [f"0-{n}" for n in long] and len(long)
-    batch = at.batch(0)
-    for n, document in enumerate(told["row 3"]):
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["plan"] == batches.plan and summary["documents"] + summary["left_out"] == 40
+    long = np.flatnonzero(batches.records.index["length"] > 20)
+    assert summary["left_out_ids"] == [f"0-{n}" for n in long] and len(long)
+    batch = batches.batch(0)
+    for n, document in enumerate(summary["row 3"]):
         span = batch.segments[3] == n + 1
         assert np.flatnonzero(span)[0] == document["start"] and span.sum() == document["tokens"]
-        assert batch.ids[3][span].tolist() == at.records[document["document"]].tokens.tolist()
+        assert batch.ids[3][span].tolist() == batches.records[document["document"]].tokens.tolist()
         assert document["source"] == "generated" and document["id"] == f"0-{document['document']}"
-    assert told["shares"] == {"generated": dict(documents=1.0, tokens=1.0, times=1.0)}
+    assert summary["shares"] == {"generated": dict(documents=1.0, tokens=1.0, times=1.0)}
     assert prepare.main([*command, "--epoch", "1"]) == 0
     second = json.loads(capsys.readouterr().out)
-    assert second["plan"] == told["plan"] and second["epoch"] == 1
+    assert second["plan"] == summary["plan"] and second["epoch"] == 1
     assert prepare.main([*command, "--weights", "generated=2"]) == 0
-    assert json.loads(capsys.readouterr().out)["shares"] == told["shares"]
+    assert json.loads(capsys.readouterr().out)["shares"] == summary["shares"]
     assert prepare.main([*command, "--seed", "5"]) == 0
-    assert json.loads(capsys.readouterr().out)["plan"] != told["plan"]
+    assert json.loads(capsys.readouterr().out)["plan"] != summary["plan"]
     assert prepare.main([*command[:4], "--image_centric"]) == 0
     assert "left_out_ids" in capsys.readouterr().out
     assert prepare.main(["stats", folder]) == 0
+    # Verbatim: part of the data.
     assert "without_picture" in capsys.readouterr().out
 
 
@@ -126,25 +130,25 @@ def test_the_program_shows_the_plan_of_a_run(tmp_path, capsys):
         (["--seq_len", "32", "--row", "99"], "--row is 99; this epoch has rows 0.."),
         (["--seq_len", "32", "--epoch", "-1"], "--epoch is -1; the first is 0"),
         (["--seq_len", "8", "--document_limit", "30"], "longer than data.seq_len = 8"),
-        (["--seq_len", "4"], "longer than data.document_limit = 4"),
-        (["--seq_len", "0"], "--seq_len is 0; it must be above 0"),
-        (["--seq_len", "32", "--weights", "VQA=1"], "for each of generated"),
+        (["--seq_len", "4"], "exceed data.document_limit = 4"),
+        (["--seq_len", "0"], "--seq_len is 0; it must be at least 1"),
+        (["--seq_len", "32", "--weights", "VQA=1"], "one for each of generated"),
     ],
 )
-def test_wrong_flags_say_so(tmp_path, capsys, flags, message):
+def test_invalid_flags_are_reported(tmp_path, capsys, flags, message):
     folder = micro_run.write(tmp_path / "r")
     assert prepare.main(["plan", folder, *flags]) == 1
     assert message in capsys.readouterr().err
 
 
 def test_rows_out_of_range(tmp_path):
-    found = writer.open_records(micro_run.write(tmp_path / "r"))
-    plan = pack.plan(found.index["length"], seq_len=32, pack=True, seed=0, epoch=0)
+    records = writer.open_records(micro_run.write(tmp_path / "r"))
+    plan = pack.plan(records.index["length"], seq_len=32, pack=True, seed=0, epoch=0)
     with pytest.raises(PackError, match="--row is -1"):
-        report.row_documents(found, plan, -1)
+        report.row_documents(records, plan, -1)
 
 
-def test_credentialed_documents_are_numbers(tmp_path, capsys):
+def test_credentialed_documents_are_identified_by_number(tmp_path, capsys):
     docs = micro_run.documents(20, seed=0)
     for d in docs:
         vars(d).update(credential="yes", id=f"SECRET-{d.id}", image_path=f"SECRET-{d.id}.png")
@@ -152,6 +156,6 @@ def test_credentialed_documents_are_numbers(tmp_path, capsys):
     writer.write(tmp_path / "r", docs, shard_size=9, layout=layout, notes={})
     command = ["plan", str(tmp_path / "r"), "--seq_len", "32", "--document_limit", "20"]
     assert prepare.main([*command, "--row", "0"]) == 0
-    told = capsys.readouterr()
-    assert "'document': " in told.out and "left_out_ids  [" not in told.out
-    assert "SECRET" not in told.out + told.err
+    captured = capsys.readouterr()
+    assert "'document': " in captured.out and "left_out_ids  [" not in captured.out
+    assert "SECRET" not in captured.out + captured.err

@@ -1,4 +1,4 @@
-"""Preparing the sample: whole records, views, unreadable pictures, the program and its refusals."""
+"""Tests of preparing the sample: records, views, unreadable images, the program, its errors."""
 
 import functools
 import json
@@ -38,7 +38,7 @@ SMALL = VQ(
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A model folder with a random VQGAN of 8 x 8 codes."""
+    """Return a model folder with a random VQGAN of 8 x 8 codes."""
     folder = tmp_path_factory.mktemp("model")
     settings = dict(vocab=to_dict(VOCAB), vq=to_dict(SMALL), model={})
     (folder / "config.json").write_text(json.dumps(settings))
@@ -63,16 +63,16 @@ def encoder(model):
 @pytest.fixture
 def make(model, sample, encoder):
     def make(out, **changes):
-        asked = dict(split="train", kind="instruction", views=1, seed=0, sample=sample)
-        asked |= dict(vq=encoder.vq, tokenizer=encoder.tokenizer, model_folder=model)
-        return prepare.prepare_sample(out, **(asked | changes))
+        defaults = dict(split="train", kind="instruction", views=1, seed=0, sample=sample)
+        defaults |= dict(vq=encoder.vq, tokenizer=encoder.tokenizer, model_folder=model)
+        return prepare.prepare_sample(out, **(defaults | changes))
 
     return make
 
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory):
-    """A part of the real sample: some pictures of every split, one with a count."""
+    """Return a part of the real sample: some images of every split, one with a count."""
     folder = tmp_path_factory.mktemp("sample")
     (folder / "images").mkdir()
     rows = prepare._manifest(prepare.SAMPLE)
@@ -86,7 +86,7 @@ def sample(tmp_path_factory):
 
 
 def broken(sample, tmp_path, count):
-    """A copy of the sample in which `count` train pictures are cut off."""
+    """Return a copy of the sample in which `count` train images are truncated."""
     shutil.copytree(sample, tmp_path / "broken")
     rows = [json.loads(line) for line in (sample / "manifest.jsonl").read_text().splitlines()]
     names = [r["file"] for r in rows if r["split"] == "train"][:count]
@@ -96,13 +96,13 @@ def broken(sample, tmp_path, count):
     return tmp_path / "broken", names
 
 
-def test_records_hold_the_pictures_and_the_text(make, encoder, sample, tmp_path):
+def test_records_contain_the_images_and_the_text(make, encoder, sample, tmp_path):
     meta = make(tmp_path / "r")
-    found = writer.open_records(tmp_path / "r")
-    assert len(found) == meta["documents"] > 50
+    records = writer.open_records(tmp_path / "r")
+    assert len(records) == meta["documents"] > 50
     assert meta["notes"]["unreadable"] == {} and meta["notes"]["documents_left_out"] == 0
-    assert found.layout == encoder.layout and encoder.layout.codes_per_image == 64
-    document = next(d for d in found if d.task == "Image Captioning")
+    assert records.layout == encoder.layout and encoder.layout.codes_per_image == 64
+    document = next(d for d in records if d.task == "Image Captioning")
     pixels = images.preprocess(
         images.load(sample / document.image_path, max_pixels=10**6), SMALL.image_size
     )
@@ -112,7 +112,7 @@ def test_records_hold_the_pictures_and_the_text(make, encoder, sample, tmp_path)
     expected = np.asarray(vqgan.encode(encoder.vq, batch)[0]).reshape(-1) + IMAGE_START
     begin = int(np.flatnonzero(document.tokens == BOI)[0]) + 1
     assert np.array_equal(document.tokens[begin : begin + 64], expected)
-    text = to_text(document, found.layout, encoder.tokenizer)
+    text = to_text(document, records.layout, encoder.tokenizer)
     assert text.startswith("<image>") and "<reserved08706>" in text
 
 
@@ -121,27 +121,30 @@ def test_documents_are_those_of_the_sample(make, encoder, sample, tmp_path):
         make(tmp_path / kind, kind=kind)
         rows = [r for r in prepare._manifest(sample) if r["split"] == "train"]
         texts = {d["id"]: d for d in prepare.KINDS[kind](rows, 0)}
-        found = writer.open_records(tmp_path / kind)
-        assert {d.id for d in found} == set(texts)
-        for document in found:
+        records = writer.open_records(tmp_path / kind)
+        assert {d.id for d in records} == set(texts)
+        for document in records:
             text = texts[document.id]
-            assert to_text(document, found.layout, encoder.tokenizer) == text["text"]
+            assert to_text(document, records.layout, encoder.tokenizer) == text["text"]
             assert (document.group, document.turns) == (text["group"], text["turns"])
 
 
-def test_same_command_same_records(make, tmp_path):
+def test_same_command_gives_same_records(make, tmp_path):
     metas = [make(tmp_path / n, views=3) for n in "ab"]
     assert metas[0] == metas[1]
     other = make(tmp_path / "c", views=3, seed=1)
     assert other["sha256"] != metas[0]["sha256"]
 
 
-def test_views_are_dealt_in_turn(make, tmp_path):
-    """Every document once, whatever the views; its picture changes with its turn."""
-    one, three = (make(tmp_path / str(n), views=n) for n in (1, 3))
-    assert one["documents"] == three["documents"] and one["tasks"] == three["tasks"]
+def test_views_are_assigned_in_turn(make, tmp_path):
+    """Every document occurs once for any number of views; its view changes in turn."""
+    one_view_meta, three = (make(tmp_path / str(n), views=n) for n in (1, 3))
+    assert (
+        one_view_meta["documents"] == three["documents"]
+        and one_view_meta["tasks"] == three["tasks"]
+    )
 
-    def pictures(name):
+    def views_of(name):
         seen = {}
         for d in writer.open_records(tmp_path / name):
             for begin in np.flatnonzero(d.tokens == BOI):
@@ -149,59 +152,59 @@ def test_views_are_dealt_in_turn(make, tmp_path):
                 seen.setdefault(d.image_path, set()).add(span.tobytes())
         return seen
 
-    assert {len(s) for s in pictures("1").values()} == {1}
-    many = pictures("3")
-    assert all(one_view <= many[path] for path, one_view in pictures("1").items())
+    assert {len(s) for s in views_of("1").values()} == {1}
+    many = views_of("3")
+    assert all(one_view <= many[path] for path, one_view in views_of("1").items())
     assert max(len(s) for s in many.values()) == 3
 
 
-def test_views_change_little_and_never_turn():
+def test_views_change_slightly_and_are_never_rotated():
     rng = np.random.default_rng(0)
     ramp = np.tile(np.linspace(20, 230, 60, dtype=np.uint8), (40, 1))  # dark left, bright right
     noisy = (ramp + rng.integers(0, 5, ramp.shape)).astype(np.uint8)
-    picture = PIL.Image.fromarray(noisy).convert("RGB")
-    plain = load_pixels(picture, ImageView("a", 0, "s", True), SMALL)
-    assert np.array_equal(plain, images.preprocess(picture, SMALL.image_size))
+    image = PIL.Image.fromarray(noisy).convert("RGB")
+    plain = load_pixels(image, ImageView("a", 0, "s", True), SMALL)
+    assert np.array_equal(plain, images.preprocess(image, SMALL.image_size))
     for n in range(1, 20):
         view = ImageView("a", n, f"0/a/{n}", crop=True)
-        changed = load_pixels(picture, view, SMALL)
-        assert np.array_equal(changed, load_pixels(picture, view, SMALL))
+        changed = load_pixels(image, view, SMALL)
+        assert np.array_equal(changed, load_pixels(image, view, SMALL))
         assert changed.dtype == np.float32 and changed.shape == plain.shape
         assert np.abs(changed).max() <= 1 and not np.array_equal(changed, plain)
         assert changed[:, -1].mean() > changed[:, 0].mean() + 0.5  # still dark left, bright right
         assert np.abs(changed - plain).mean() < 0.35
 
 
-def test_counted_pictures_are_not_cropped():
-    """Without a crop a view is a straight line of the plain pixels: nothing has left the frame."""
+def test_images_with_a_count_are_not_cropped():
+    """Without a crop the pixels of a view are a linear function of the plain pixels."""
     rng = np.random.default_rng(1)
-    picture = PIL.Image.fromarray(rng.integers(90, 160, (32, 32, 3), dtype=np.uint8))
-    plain = load_pixels(picture, ImageView("a", 0, "s", False), SMALL)
-    changed = load_pixels(picture, ImageView("a", 1, "0/a/1", crop=False), SMALL)
+    image = PIL.Image.fromarray(rng.integers(90, 160, (32, 32, 3), dtype=np.uint8))
+    plain = load_pixels(image, ImageView("a", 0, "s", False), SMALL)
+    changed = load_pixels(image, ImageView("a", 1, "0/a/1", crop=False), SMALL)
     slope, shift = np.polyfit(plain.ravel(), changed.ravel(), 1)
     np.testing.assert_allclose(plain * slope + shift, changed, atol=1e-5)
     rows = prepare._manifest(prepare.SAMPLE)
     texts = prepare.KINDS["instruction"]([r for r in rows if r["split"] == "train"], 0)
-    fixed = {r["file"] for r in rows if r["count"] is not None or r["lesion"]}
-    shown = [v for _, v in prepare._dealt(texts, rows, 2, 0) if v]
-    assert fixed and all(v.crop == (v.path not in fixed) for v in shown)
+    uncropped = {r["file"] for r in rows if r["count"] is not None or r["lesion"]}
+    views = [v for _, v in prepare._assign_views(texts, rows, 2, 0) if v]
+    assert uncropped and all(v.crop == (v.path not in uncropped) for v in views)
 
 
-def test_unreadable_pictures_are_left_out_and_listed(make, sample, tmp_path, caplog):
+def test_unreadable_images_are_excluded_and_listed(make, sample, tmp_path, caplog):
     folder, names = broken(sample, tmp_path, 1)
-    whole = make(tmp_path / "whole", views=2)
+    complete = make(tmp_path / "complete", views=2)
     with caplog.at_level(logging.WARNING):
         meta = make(tmp_path / "r", sample=folder, views=2, max_unreadable=0.5)
     assert list(meta["notes"]["unreadable"]) == names
     left_out = meta["notes"]["documents_left_out"]
-    assert left_out > 0 and meta["documents"] + left_out == whole["documents"]
-    assert names[0] in caplog.text and "1 pictures left out" in caplog.text
+    assert left_out > 0 and meta["documents"] + left_out == complete["documents"]
+    assert names[0] in caplog.text and "excluded 1 unreadable images" in caplog.text
     assert names[0] not in {d.image_path for d in writer.open_records(tmp_path / "r")}
 
 
-def test_too_many_unreadable_pictures_stop_the_work(make, sample, tmp_path):
+def test_too_many_unreadable_images_are_an_error(make, sample, tmp_path):
     folder, names = broken(sample, tmp_path, 3)
-    with pytest.raises(PrepareError, match=r"3 of 6 pictures cannot be read.*--max_unreadable"):
+    with pytest.raises(PrepareError, match=r"3 of 6 images cannot be read.*--max_unreadable"):
         make(tmp_path / "r", sample=folder)
     assert list((tmp_path / "r").iterdir()) == []
 
@@ -211,11 +214,11 @@ def test_refusals(make, tmp_path):
         make(tmp_path / "r", kind="chat")
     with pytest.raises(PrepareError, match="views is 2 for split test"):
         make(tmp_path / "r", split="test", views=2)
-    with pytest.raises(PrepareError, match="no picture of split 'dev'"):
+    with pytest.raises(PrepareError, match="no image of split 'dev'"):
         make(tmp_path / "r", split="dev")
-    with pytest.raises(PrepareError, match="no usable model folder"):
+    with pytest.raises(PrepareError, match="not a valid model folder"):
         make(tmp_path / "r", model_folder=tmp_path)
-    with pytest.raises(PrepareError, match="manifest.jsonl: cannot be used"):
+    with pytest.raises(PrepareError, match="manifest.jsonl: cannot be read"):
         make(tmp_path / "r", sample=tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(RecordsError, match="cannot be written"):
@@ -223,9 +226,9 @@ def test_refusals(make, tmp_path):
 
 
 def test_program(model, encoder, sample, tmp_path, capsys, monkeypatch):
-    given = dict(sample=sample, vq=encoder.vq, tokenizer=encoder.tokenizer)
+    loaded = dict(sample=sample, vq=encoder.vq, tokenizer=encoder.tokenizer)
     monkeypatch.setattr(
-        prepare, "prepare_sample", functools.partial(prepare.prepare_sample, **given)
+        prepare, "prepare_sample", functools.partial(prepare.prepare_sample, **loaded)
     )
     out, model = str(tmp_path / "r"), ["--model", str(model)]
     assert prepare.main(["sample", "--out", out, *model, "--split", "test", "--json"]) == 0
@@ -234,28 +237,30 @@ def test_program(model, encoder, sample, tmp_path, capsys, monkeypatch):
     assert prepare.main(["check", out, *model]) == 0
     assert "<image>" in (text := capsys.readouterr().out) and str(meta["tokens"]) in text
     assert prepare.main(["stats", out, "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["documents"] == meta["documents"] and 0.5 < told["fill"] <= 1
-    assert told["seq_len"] == told["lengths"]["100%"] == meta["longest"]
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["documents"] == meta["documents"] and 0.5 < summary["fill"] <= 1
+    assert summary["seq_len"] == summary["lengths"]["100%"] == meta["longest"]
     assert prepare.main(["stats", out, "--seq_len", "100"]) == 1  # a document is longer
     assert "set data.seq_len" in capsys.readouterr().err
     assert prepare.main(["sample", "--out", out, *model]) == 1
-    assert "already holds a finished data set" in capsys.readouterr().err
+    assert "already contains a finished data set" in capsys.readouterr().err
     for wrong in (["sample"], ["sample", "--out", out, "--views", "0"], [], ["build"]):
         with pytest.raises(SystemExit) as stopped:
             prepare.main(wrong)
         assert stopped.value.code == 2
 
 
-def test_ctrl_c_leaves_nothing_and_says_so(model, encoder, sample, tmp_path, capsys, monkeypatch):
-    given = dict(sample=sample, vq=encoder.vq, tokenizer=encoder.tokenizer)
-    whole = functools.partial(prepare.prepare_sample, **given)
+def test_ctrl_c_leaves_no_records_and_is_reported(
+    model, encoder, sample, tmp_path, capsys, monkeypatch
+):
+    loaded = dict(sample=sample, vq=encoder.vq, tokenizer=encoder.tokenizer)
+    prepare_sample = functools.partial(prepare.prepare_sample, **loaded)
     out, command = tmp_path / "r", ["sample", "--out", str(tmp_path / "r"), "--model", str(model)]
 
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(prepare, "prepare_sample", whole)
+    monkeypatch.setattr(prepare, "prepare_sample", prepare_sample)
     with monkeypatch.context() as patch:
         patch.setattr(progress.ItemProgress, "tick", stop)
         assert prepare.main([*command, "--split", "test"]) == 75
@@ -271,16 +276,16 @@ def test_check_without_its_tokenizer(make, tmp_path, capsys):
     assert "None" in capsys.readouterr().out
 
 
-def test_check_finds_what_was_changed(make, tmp_path, capsys):
+def test_check_reports_changed_documents(make, tmp_path, capsys):
     meta = make(tmp_path / "r", split="validation")
     path = tmp_path / "r" / "dataset.json"
     path.write_text(json.dumps(meta | {"sha256": "0" * 64}))
     assert check.check(tmp_path / "r", tokenizer=None)["findings"]["written"] == 1
-    assert "not the documents that were written" in capsys.readouterr().out
+    assert "not that of the documents that were written" in capsys.readouterr().out
     assert prepare.main(["check", str(tmp_path / "r")]) == 1
 
 
-def test_the_mixture_is_the_published_one():
+def test_mixture_is_the_published_one():
     assert len(mixture.SOURCES) == 13
     assert sum(s.percent for s in mixture.SOURCES) == pytest.approx(100, abs=0.2)
     assert sum(mixture.TASKS.values()) == pytest.approx(100, abs=0.2)
@@ -292,8 +297,8 @@ def test_the_mixture_is_the_published_one():
 
 
 def test_rounds_are_other_wordings_of_the_same_facts(make, tmp_path):
-    one, two = (make(tmp_path / str(n), split="validation", rounds=n) for n in (1, 2))
-    assert two["groups"] == one["groups"] and two["tasks"].keys() == one["tasks"].keys()
+    first, second = (make(tmp_path / str(n), split="validation", rounds=n) for n in (1, 2))
+    assert second["groups"] == first["groups"] and second["tasks"].keys() == first["tasks"].keys()
     first, both = ({d.id for d in writer.open_records(tmp_path / n)} for n in "12")
     second = {i for i in both if i.endswith("-r1")}
     assert both - second == first and 0.9 < len(second) / len(first) < 1.1

@@ -1,4 +1,4 @@
-"""A reader is killed in the middle of its second epoch; another process goes on, bit for bit."""
+"""Test that a reader killed in its second epoch is resumed bit for bit by another process."""
 
 import hashlib
 import os
@@ -26,10 +26,10 @@ for step, batch in enumerate(at.stream(start), start=start):
 
 
 def digest(batch) -> str:
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for name in ("ids", "segments", "positions", "weights"):
-        found.update(getattr(batch, name).tobytes())
-    return found.hexdigest()
+        sha256.update(getattr(batch, name).tobytes())
+    return sha256.hexdigest()
 
 
 def reader(folder, start, how):
@@ -41,11 +41,15 @@ def reader(folder, start, how):
     )  # fmt: skip
 
 
-def test_killed_in_the_second_epoch(tmp_path):
+def test_reader_killed_in_the_second_epoch_resumes(tmp_path):
     folder = micro_run.write(tmp_path / "r")
-    at = loader.train_batches(micro_run.run(data__train=folder, **SETTINGS), folder)
-    whole = [f"{s} {at.stats(s).epoch} {digest(at.batch(s))}" for s in range(len(at))]
-    assert at.stats(len(at) - 1).epoch > 1  # there is more than the epoch in which it dies
+    batches = loader.train_batches(micro_run.run(data__train=folder, **SETTINGS), folder)
+    expected = [
+        f"{s} {batches.stats(s).epoch} {digest(batches.batch(s))}" for s in range(len(batches))
+    ]
+    assert (
+        batches.stats(len(batches) - 1).epoch > 1
+    )  # there is more than the epoch in which it dies
     first, lines = reader(folder, 0, "wait"), []
     for line in first.stdout:
         lines.append(line.strip())
@@ -56,6 +60,6 @@ def test_killed_in_the_second_epoch(tmp_path):
     assert first.wait() == -signal.SIGKILL
     first.stdin.close()
     first.stdout.close()
-    assert len(lines) < len(whole) and whole[len(lines)].split()[1] == "1"
+    assert len(lines) < len(expected) and expected[len(lines)].split()[1] == "1"
     rest, _ = reader(folder, len(lines), "go").communicate(timeout=300)
-    assert lines + rest.splitlines() == whole
+    assert lines + rest.splitlines() == expected

@@ -1,4 +1,4 @@
-"""Records: round trip, whole documents only, atomic folders, and damage that names its shard."""
+"""Tests of records: round trip, valid documents only, atomic folders, damage by shard."""
 
 import json
 
@@ -16,19 +16,19 @@ from medmax_jax.models.vocab import BOI, BOS, EOI, EOS, IMAGE, PAD, SEP
 
 VOCAB = Vocab(size=9_000, image_codes=16, text_start=8_712)
 LAYOUT = Layout(vocab=VOCAB, codes_per_image=4, tokenizer="t" * 64, vqgan="v" * 64)
-PICTURE = [BOI, 4, 19, 5, 4, EOI]
+IMAGE_SPAN = [BOI, 4, 19, 5, 4, EOI]
 Q, A = [8_720, 8_721], [8_730]
 
 
 def document(tokens, n=0, turns=0, **fields):
-    about = dict(image_path="a.png", task="VQA", source="sample", credential="no", group=f"g{n}")
+    defaults = dict(image_path="a.png", task="VQA", source="sample", credential="no", group=f"g{n}")
     return Document(
-        tokens=np.asarray(tokens, np.int32), turns=turns, id=f"d{n}", **(about | fields)
+        tokens=np.asarray(tokens, np.int32), turns=turns, id=f"d{n}", **(defaults | fields)
     )
 
 
 def simple(n):
-    return document([BOS, *PICTURE, *Q, SEP, *A * (1 + n % 5), EOS], n, turns=1)
+    return document([BOS, *IMAGE_SPAN, *Q, SEP, *A * (1 + n % 5), EOS], n, turns=1)
 
 
 def write(folder, docs, shard_size=3):
@@ -45,13 +45,13 @@ def same(a, b):
 def test_round_trip(tmp_path):
     docs = [simple(n) for n in range(8)]
     meta = write(tmp_path / "r", docs)
-    found = writer.open_records(tmp_path / "r")
-    assert len(found) == 8 and all(same(a, b) for a, b in zip(found, docs, strict=True))
-    assert all(same(found[i], docs[i]) for i in (7, 0, 3))
-    assert [d.id for d in found.read([5, 1, 7, 1])] == ["d5", "d1", "d7", "d1"]
-    assert found.layout == LAYOUT and found.fingerprint == meta["sha256"]
+    records = writer.open_records(tmp_path / "r")
+    assert len(records) == 8 and all(same(a, b) for a, b in zip(records, docs, strict=True))
+    assert all(same(records[i], docs[i]) for i in (7, 0, 3))
+    assert [d.id for d in records.read([5, 1, 7, 1])] == ["d5", "d1", "d7", "d1"]
+    assert records.layout == LAYOUT and records.fingerprint == meta["sha256"]
     with pytest.raises(IndexError, match="of 8"):
-        found[8]
+        records[8]
     names = sorted(p.name for p in (tmp_path / "r").iterdir())
     shards = [f"0000{n}-of-00003.array_record" for n in range(3)]
     assert names == [*shards, "dataset.json", "index.npy"]
@@ -59,9 +59,9 @@ def test_round_trip(tmp_path):
 
 def test_counts(tmp_path):
     docs = [
-        document([BOS, *Q, SEP, *PICTURE, EOS], 0, turns=1, task="Image Generation"),
+        document([BOS, *Q, SEP, *IMAGE_SPAN, EOS], 0, turns=1, task="Image Generation"),
         document([BOS, *Q, SEP, *A, SEP, *Q, SEP, *A, EOS], 1, turns=2, credential="YES"),
-        document([BOS, *PICTURE, *A, EOS], 2, group="g1"),
+        document([BOS, *IMAGE_SPAN, *A, EOS], 2, group="g1"),
     ]
     meta = write(tmp_path / "r", docs)
     assert meta["documents"] == 3 and meta["groups"] == 2
@@ -82,17 +82,17 @@ def test_labels(tmp_path):
         document([BOS, *A, EOS], 2, source="B", image_path="a.png"),
     ]
     write(tmp_path / "r", docs)
-    found = writer.open_records(tmp_path / "r")
-    assert found.index["source"].tolist() == [1, 0, 1] and found.names("source") == ["A", "B"]
-    assert found.index["task"].tolist() == [0, 1, 0] and found.names("task")[1] == "Visual Chat"
-    assert found.index["picture"].tolist() == [1, -1, 0]
+    records = writer.open_records(tmp_path / "r")
+    assert records.index["source"].tolist() == [1, 0, 1] and records.names("source") == ["A", "B"]
+    assert records.index["task"].tolist() == [0, 1, 0] and records.names("task")[1] == "Visual Chat"
+    assert records.index["image_path"].tolist() == [1, -1, 0]
     labels = writer.LabelColumns()
-    for picture in "bab":
-        labels.add("s", "t", picture)
+    for path in "bab":
+        labels.add("s", "t", path)
     assert labels.table().tolist() == [[0, 0, 1], [0, 0, 0], [0, 0, 1]]
 
 
-def test_scored():
+def test_loss_mask():
     turns2 = np.array([BOS, 8_720, SEP, 8_730, SEP, 8_721, SEP, 8_731, EOS], np.int32)
     answers = records_document.loss_mask(turns2, "answers", 2)
     assert answers.astype(int).tolist() == [0, 0, 0, 1, 1, 0, 0, 1, 1]
@@ -107,12 +107,12 @@ def test_scored():
 
 @settings(max_examples=100, deadline=None)
 @given(
-    pieces=st.lists(st.sampled_from([Q, A, PICTURE, []]), min_size=2, max_size=8).filter(
+    pieces=st.lists(st.sampled_from([Q, A, IMAGE_SPAN, []]), min_size=2, max_size=8).filter(
         lambda p: len(p) % 2 == 0
     )
 )
 def test_answers_partition_the_document(pieces):
-    """Every token but BOS belongs to a question or an answer, and answers lie within release."""
+    """Every token but BOS belongs to a question or an answer; `release` contains `answers`."""
     tokens = [BOS]
     for i, piece in enumerate(pieces):
         tokens += [*piece, SEP if i + 1 < len(pieces) else EOS]
@@ -138,8 +138,8 @@ def test_bytes_round_trip(text, name):
     "tokens, turns, message",
     [
         ([BOS, 9_000, EOS], 0, "token 9000 is outside"),
-        ([8_720, 8_721, EOS], 0, "need BOS 0 to EOS 2"),
-        ([BOS, 8_720, 8_721], 0, "need BOS 0 to EOS 2"),
+        ([8_720, 8_721, EOS], 0, "expected BOS 0 and EOS 2"),
+        ([BOS, 8_720, 8_721], 0, "expected BOS 0 and EOS 2"),
         ([BOS, EOS], 0, "T >= 3"),
         ([BOS, *A, EOS, *A, EOS], 0, "control token 2 inside"),
         ([BOS, *A, PAD, EOS], 0, "control token 1 inside"),
@@ -147,14 +147,14 @@ def test_bytes_round_trip(text, name):
         ([BOS, BOI, 4, 5, EOS], 0, "cut off"),
         ([BOS, BOI, 4, 5, 6, EOI, EOS], 0, "BOI, 4 codes, EOI"),
         ([BOS, EOI, 4, 5, 6, 7, BOI, EOS], 0, "BOI, 4 codes, EOI"),
-        ([BOS, *PICTURE, 4, EOS], 0, "5 image codes"),
+        ([BOS, *IMAGE_SPAN, 4, EOS], 0, "5 image codes"),
         ([BOS, BOI, 4, 8_720, 5, 6, EOI, EOS], 0, "3 image codes"),
-        ([BOS, 20, *A, EOS], 0, "beyond the codebook of 16"),
-        ([BOS, *Q, SEP, *A, SEP, *Q, EOS], 1, "2 separators, not 1"),
-        ([BOS, *Q, *A, EOS], 1, "0 separators, not 1"),
+        ([BOS, 20, *A, EOS], 0, "outside the codebook of 16"),
+        ([BOS, *Q, SEP, *A, SEP, *Q, EOS], 1, "requires 1 separators, but there are 2"),
+        ([BOS, *Q, *A, EOS], 1, "requires 1 separators, but there are 0"),
     ],
 )
-def test_documents_that_are_not_whole(tmp_path, tokens, turns, message):
+def test_invalid_documents_are_rejected(tmp_path, tokens, turns, message):
     docs = [simple(0), document(tokens, 7, turns=turns)]
     with pytest.raises(RecordsError, match=message) as error:
         write(tmp_path / "r", docs)
@@ -164,11 +164,11 @@ def test_documents_that_are_not_whole(tmp_path, tokens, turns, message):
 
 def test_folders_are_written_once(tmp_path):
     write(tmp_path / "r", [simple(0)])
-    with pytest.raises(RecordsError, match="already holds a finished data set"):
+    with pytest.raises(RecordsError, match="already contains a finished data set"):
         write(tmp_path / "r", [simple(0)])
 
 
-def test_a_killed_run_is_started_again(tmp_path):
+def test_killed_run_can_be_repeated(tmp_path):
     write(tmp_path / "r", map(simple, range(9)))
     (tmp_path / "r" / "dataset.json").unlink()  # as if killed just before the end
     (tmp_path / "r" / "00003.partial").write_bytes(b"half")
@@ -179,17 +179,17 @@ def test_a_killed_run_is_started_again(tmp_path):
     assert len(list((tmp_path / "r").iterdir())) == 3
 
 
-def test_same_documents_same_fingerprint(tmp_path):
+def test_same_documents_have_same_fingerprint(tmp_path):
     a = write(tmp_path / "a", map(simple, range(5)), shard_size=2)
     b = write(tmp_path / "b", map(simple, range(5)), shard_size=5)
     c = write(tmp_path / "c", map(simple, range(4)))
     assert a["sha256"] == b["sha256"] != c["sha256"]
 
 
-def test_refusals_to_write(tmp_path):
+def test_write_errors(tmp_path):
     with pytest.raises(RecordsError, match="no documents"):
         write(tmp_path / "r", [])
-    with pytest.raises(RecordsError, match="'d0' comes twice"):
+    with pytest.raises(RecordsError, match="'d0' occurs twice"):
         write(tmp_path / "r", [simple(0), simple(0)])
     with pytest.raises(RecordsError, match="shard_size is 0"):
         write(tmp_path / "r", [simple(0)], shard_size=0)
@@ -198,7 +198,7 @@ def test_refusals_to_write(tmp_path):
         write(tmp_path / "file" / "r", [simple(0)])
 
 
-def test_refusals_to_open(tmp_path):
+def test_open_errors(tmp_path):
     with pytest.raises(RecordsError, match="no such folder"):
         writer.open_records(tmp_path / "absent")
     write(tmp_path / "r", [simple(0)])
@@ -207,7 +207,7 @@ def test_refusals_to_open(tmp_path):
     for bad, message in [
         (json.dumps(good)[:-9], "damaged"),
         (json.dumps(good | {"format": 99}), "not of format 2"),
-        (json.dumps(good | {"layout": {}}), "no usable layout"),
+        (json.dumps(good | {"layout": {}}), "field layout is missing or invalid"),
         (json.dumps(good | {"index_sha256": "0"}), "index.npy: missing or damaged"),
     ]:
         path.write_text(bad)
@@ -218,32 +218,32 @@ def test_refusals_to_open(tmp_path):
 def test_truncated_or_missing_shard(tmp_path):
     write(tmp_path / "r", map(simple, range(9)))
     shard = tmp_path / "r" / "00001-of-00003.array_record"
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[: len(whole) // 2])
+    original = shard.read_bytes()
+    shard.write_bytes(original[: len(original) // 2])
     with pytest.raises(RecordsError, match="00001-of-00003.array_record.*cut off"):
         writer.open_records(tmp_path / "r")
     shard.unlink()
-    with pytest.raises(RecordsError, match="00001-of-00003.array_record: 0 bytes"):
+    with pytest.raises(RecordsError, match="00001-of-00003.array_record: size is 0 bytes"):
         writer.open_records(tmp_path / "r")
 
 
-def test_flipped_bits_never_pass(tmp_path):
-    """Wherever a bit flips: an error that names the shard, or the right documents."""
+def test_flipped_bits_are_detected(tmp_path):
+    """A flipped bit gives an error that names the shard, or the correct documents."""
     docs = [simple(n) for n in range(6)]
     write(tmp_path / "r", docs, shard_size=6)
     shard = tmp_path / "r" / "00000-of-00001.array_record"
-    whole = shard.read_bytes()
-    used = np.flatnonzero(np.frombuffer(whole, np.uint8))
+    original = shard.read_bytes()
+    used = np.flatnonzero(np.frombuffer(original, np.uint8))
     caught = 0
     for place in used[:: max(1, len(used) // 60)]:
-        shard.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        shard.write_bytes(original[:place] + bytes([original[place] ^ 1]) + original[place + 1 :])
         try:
-            found = list(writer.open_records(tmp_path / "r"))
+            records = list(writer.open_records(tmp_path / "r"))
         except RecordsError as error:
             assert "00000-of-00001.array_record" in str(error)
             caught += 1
         else:
-            assert all(same(a, b) for a, b in zip(found, docs, strict=True))
+            assert all(same(a, b) for a, b in zip(records, docs, strict=True))
     assert caught > 20
 
 
@@ -254,9 +254,11 @@ def test_damaged_bytes():
             records_document.from_bytes(bad, "shard 3, record 4")
 
 
-def test_a_full_disk_is_told(small_disk):
-    """ArrayRecord tells of it when a shard is closed."""
-    with pytest.raises(RecordsError, match="cannot be written .*No space left.*; make room, or"):
-        made = synthetic.documents(2_000, seed=0)
-        writer.write(small_disk / "r", made, shard_size=500, layout=synthetic.LAYOUT, notes={})
+def test_full_disk_is_reported(small_disk):
+    """ArrayRecord reports it when a shard is closed."""
+    with pytest.raises(
+        RecordsError, match="cannot be written .*No space left.*; free disk space, or"
+    ):
+        documents = synthetic.documents(2_000, seed=0)
+        writer.write(small_disk / "r", documents, shard_size=500, layout=synthetic.LAYOUT, notes={})
     assert not list((small_disk / "r").iterdir())

@@ -1,4 +1,4 @@
-"""The sample: honest facts, groups within one split, licences, budgets, balanced questions."""
+"""Tests of the sample: facts, groups within one split, licenses, sizes, balanced questions."""
 
 import copy
 import gzip
@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from medmax_jax.data.release import chat_answers
-from medmax_jax.data.sample.build import ALIKE, PER_GROUP, drop_near_copies, thumbnail
+from medmax_jax.data.sample.build import MAX_CORRELATION, PER_GROUP, drop_near_copies, thumbnail
 from medmax_jax.data.sample.documents import (
     IMAGE,
     SEPARATOR,
@@ -35,7 +35,7 @@ from medmax_jax.data.sample.phrases import NOUNS, caption, image_phrase, with_ar
 from medmax_jax.data.sample.questions import checklists, closed_questions, mcq_questions
 
 FOLDER = Path(__file__).parents[2] / "data" / "sample"
-BUDGET = 5_000_000  # bytes of pictures, manifest and NOTICE together
+MAX_BYTES = 5_000_000  # of images, manifest and NOTICE together
 
 
 @pytest.fixture(scope="module")
@@ -53,17 +53,17 @@ def items(rows):
     return eval_items(rows, seed=0)
 
 
-def test_sample_is_large_and_small_enough(rows):
+def test_sample_size_is_within_its_limits(rows):
     assert len(rows) >= 150
     assert len({row["group"] for row in rows}) >= 45
     assert len({row["modality"] for row in rows}) >= 8
     assert max(Counter(row["group"] for row in rows).values()) <= 16
     files = [*(FOLDER / "images").iterdir(), FOLDER / "manifest.jsonl", FOLDER / "NOTICE"]
-    assert sum(path.stat().st_size for path in files) <= BUDGET
+    assert sum(path.stat().st_size for path in files) <= MAX_BYTES
     assert {f"images/{p.name}" for p in (FOLDER / "images").iterdir()} == {r["file"] for r in rows}
 
 
-def test_every_picture_opens_and_shows_something(rows):
+def test_every_image_opens_and_has_contrast(rows):
     for row in rows:
         with Image.open(FOLDER / row["file"]) as image:
             image.load()
@@ -73,25 +73,25 @@ def test_every_picture_opens_and_shows_something(rows):
             assert not image.getexif(), f"{row['id']} carries metadata"
 
 
-def test_neighbouring_slices_are_thinned(rows):
-    """No two pictures of a group are near-copies, because the builder drops the second."""
+def test_neighboring_slices_are_thinned(rows):
+    """No two images of a group are near-copies, because the builder drops the second."""
     groups = defaultdict(list)
     for row in rows:
         with Image.open(FOLDER / row["file"]) as image:
             groups[row["group"]].append(thumbnail(np.asarray(image.convert("RGB"))))
     for group, vectors in groups.items():
-        alike = np.array(vectors) @ np.array(vectors).T - np.eye(len(vectors))
-        assert alike.max() <= ALIKE, group
+        correlation = np.array(vectors) @ np.array(vectors).T - np.eye(len(vectors))
+        assert correlation.max() <= MAX_CORRELATION, group
     grain = np.random.default_rng(0).integers(0, 200, (40, 64, 64), dtype=np.uint8)
     slices = [grain[0], grain[0] + 3, *grain[1:]]
     kept = drop_near_copies([SampleImage(s, "p", "f", n, "g", {}) for n, s in enumerate(slices)])
-    assert len(kept) == PER_GROUP and 1 not in {picture.frame for picture in kept}
+    assert len(kept) == PER_GROUP and 1 not in {image.frame for image in kept}
 
 
 def test_every_fact_has_an_allowed_source(rows):
     for row in rows:
-        known = {field for field in FACTS if row[field] is not None}
-        assert known == set(row["facts"]), row["id"]
+        with_value = {field for field in FACTS if row[field] is not None}
+        assert with_value == set(row["facts"]), row["id"]
         assert set(row["facts"].values()) <= set(SOURCES), row["id"]
 
 
@@ -108,7 +108,7 @@ def test_groups_stay_in_the_split_of_the_table(rows):
     assert kinds["test"] | kinds["validation"] <= kinds["train"]
 
 
-def test_licences_and_notice_cover_every_package(rows):
+def test_licenses_and_notice_cover_every_package(rows):
     notice = (FOLDER / "NOTICE").read_text(encoding="utf-8")
     for row in rows:
         name = row["source_package"].split("==")[0]
@@ -116,7 +116,7 @@ def test_licences_and_notice_cover_every_package(rows):
         assert not PACKAGES[name].extra, f"{name} may not be committed"
         assert row["licence"] == PACKAGES[name].licence
         assert "GPL" not in row["licence"] and "NC" not in row["licence"]
-    assert "10.17632/rscbjbr9sj" in notice  # the attribution that CC BY asks for
+    assert "10.17632/rscbjbr9sj" in notice  # the attribution that CC BY requires
 
 
 def test_nothing_names_a_person_or_a_hospital(rows):
@@ -146,7 +146,7 @@ def test_documents_parse(documents):
     assert {d["turns"] for d in documents if d["task"] == "Visual Chat"} == {2, 3}
 
 
-def test_generation_and_interleaved_answers_hold_the_picture(documents):
+def test_generation_and_interleaved_answers_contain_the_image(documents):
     for document in documents:
         answer = document["text"].split(SEPARATOR)[-1]
         makes = document["task"] in ("Image Generation", "Multimodal Generation")
@@ -154,7 +154,7 @@ def test_generation_and_interleaved_answers_hold_the_picture(documents):
             assert (IMAGE in answer) == makes, document["id"]
 
 
-def test_pretraining_asks_nothing_about_a_picture(rows):
+def test_pretraining_has_no_questions_about_an_image(rows):
     for document in pretraining_documents(rows, seed=0):
         assert document["text"].count(SEPARATOR) == document["turns"]
         assert not document["image_path"] or "?" not in document["text"]
@@ -162,15 +162,15 @@ def test_pretraining_asks_nothing_about_a_picture(rows):
         assert document["text"].count(IMAGE) == (document["image_path"] != "")
 
 
-def test_caption_says_every_fact(rows):
+def test_caption_states_every_fact(rows):
     import random
 
     for row in rows:
-        said = caption(row, random.Random(0)).lower()
+        text = caption(row, random.Random(0)).lower()
         for field in ("plane", "sequence", "stain", "sex", "view", "organ", "species", "age_group"):
-            assert not row[field] or str(row[field]).lower() in said, (row["id"], field)
-        assert row["age"] is None or str(row["age"]) in said
-        assert len(said.split()) <= 25
+            assert not row[field] or str(row[field]).lower() in text, (row["id"], field)
+        assert row["age"] is None or str(row["age"]) in text
+        assert len(text.split()) <= 25
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -189,7 +189,7 @@ def test_closed_questions_are_balanced_per_template_and_asked_value(rows, split,
     assert len(template) == 6
 
 
-def test_checklists_are_true_and_even(rows):
+def test_checklists_are_true_and_balanced(rows):
     chosen = [row for row in rows if row["split"] == "train"]
     counts = Counter()
     kinds = {with_article(noun) for noun in NOUNS.values()}
@@ -206,14 +206,14 @@ def test_checklists_are_true_and_even(rows):
 
 
 def test_eval_answers_fit_their_kind(rows, items):
-    held = {row["group"] for row in rows if row["split"] == "test"}
-    assert {item["group"] for item in items} <= held
+    test_groups = {row["group"] for row in rows if row["split"] == "test"}
+    assert {item["group"] for item in items} <= test_groups
     assert len({item["id"] for item in items}) == len(items)
     closed = [item for item in items if item["question_type"] == "closed"]
     assert {item["answer"] for item in closed} == {"yes", "no"}
-    pictures = Counter(item["image_path"] for item in closed)
+    per_image = Counter(item["image_path"] for item in closed)
     assert len(closed) >= 4 * sum(row["split"] == "test" for row in rows)
-    assert min(pictures.values()) >= 2
+    assert min(per_image.values()) >= 2
     letters = Counter(i["answer"] for i in items if i["question_type"] == "mcq")
     assert set(letters) == set("ABCD") and max(letters.values()) - min(letters.values()) <= 2
     kinds = {item["task_name"] for item in items}
@@ -221,13 +221,19 @@ def test_eval_answers_fit_their_kind(rows, items):
         "sample_vqa", "image_captioning", "image_generation", "mm_out", "visual_chat",
     }  # fmt: skip
     chats = [item for item in items if item["task_name"] == "visual_chat"]
-    known = [chat_answers.read(item["answer"]) for item in chats]
+    answers = [chat_answers.read(item["answer"]) for item in chats]
     assert len(chats) == len({item["image_path"] for item in chats})
-    assert {one.domain for one in known} == {"", "chest_xray", "ct_scan", "histology", "mri"}
-    assert all(one.reference and one.caption for one in known)
+    assert {answer.domain for answer in answers} == {
+        "",
+        "chest_xray",
+        "ct_scan",
+        "histology",
+        "mri",
+    }
+    assert all(answer.reference and answer.caption for answer in answers)
 
 
-def test_mcq_options_hold_the_answer_once(items, rows):
+def test_mcq_options_contain_the_answer_once(items, rows):
     by_path = {row["file"]: row for row in rows}
     for item in items:
         if item["question_type"] == "mcq":
@@ -238,11 +244,11 @@ def test_mcq_options_hold_the_answer_once(items, rows):
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_mcq_cannot_be_won_by_the_commonest_value(rows, seed):
+def test_mcq_is_not_solved_by_the_most_common_value(rows, seed):
     train = [row for row in rows if row["split"] == "train"]
-    held = [row for row in rows if row["split"] == "test"]
+    test_rows = [row for row in rows if row["split"] == "test"]
     right = Counter()
-    questions = mcq_questions(held, seed)
+    questions = mcq_questions(test_rows, seed)
     for question in questions:
         field = question.template.split("/")[1]
         common = Counter(row[field] for row in train)
@@ -252,13 +258,13 @@ def test_mcq_cannot_be_won_by_the_commonest_value(rows, seed):
     assert sum(right.values()) / len(questions) < 0.40, right
 
 
-def test_same_seed_same_documents_other_seed_other_order(rows, documents, items):
+def test_documents_depend_on_the_seed(rows, documents, items):
     assert instruction_documents(rows, seed=0) == documents
     assert eval_items(rows, seed=0) == items
     assert instruction_documents(rows, seed=1) != documents
 
 
-def test_manifest_errors_name_row_field_and_mend(tmp_path, rows):
+def test_manifest_errors_state_row_field_and_fix(tmp_path, rows):
     bad = copy.deepcopy(rows[0])
     bad["facts"]["modality"] = "seen"
     with pytest.raises(ValueError, match=r"row 7: facts.modality: 'seen' must be one of"):
@@ -270,13 +276,13 @@ def test_manifest_errors_name_row_field_and_mend(tmp_path, rows):
     with pytest.raises(ValueError, match="belongs to one split"):
         check_groups([{**rows[0], "split": "train"}, other])
     (tmp_path / "images").mkdir()
-    (tmp_path / rows[0]["file"]).write_bytes(b"not the picture")
+    (tmp_path / rows[0]["file"]).write_bytes(b"not the image")
     (tmp_path / "manifest.jsonl").write_text(json.dumps(rows[0]) + "\n")
     with pytest.raises(ValueError, match="sha256: the file has"):
         read_manifest(tmp_path / "manifest.jsonl", check_files=True)
 
 
-def test_phrase_reads_well(rows):
+def test_image_phrases(rows):
     by_id = {row["id"]: row for row in rows}
     assert image_phrase(by_id["mri-pd-brain_00"]) == "axial proton density MRI of the brain"
     assert image_phrase(by_id["film-cat_00"]) == "X-ray of the chest of a cat"
@@ -284,7 +290,7 @@ def test_phrase_reads_well(rows):
 
 
 def nrrd(array, directions, encoding="gzip"):
-    """NRRD bytes of a [k, j, i] int16 array."""
+    """Return the NRRD bytes of a [k, j, i] int16 array."""
     sizes = " ".join(str(n) for n in array.shape[::-1])
     head = (
         "NRRD0004\n# comment\ntype: short\ndimension: 3\nspace: left-posterior-superior\n"
@@ -295,7 +301,7 @@ def nrrd(array, directions, encoding="gzip"):
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "raw"])
-def test_nrrd_turns_to_canonical_axes(encoding):
+def test_nrrd_is_converted_to_canonical_axes(encoding):
     array = np.arange(24).reshape(2, 3, 4)
     volume = read_nrrd(nrrd(array, "(2,0,0) (0,-3,0) (0,0,5)", encoding))
     np.testing.assert_array_equal(volume.data, array[:, ::-1, :])  # rows ran towards the front
@@ -315,19 +321,19 @@ def test_nrrd_permuted_axes():
     ("directions", "message"),
     [("(1,1,0) (1,-1,0) (0,0,1)", "oblique"), ("(1,0,0) (1,0,0) (0,0,1)", "oblique")],
 )
-def test_nrrd_refuses_oblique_axes(directions, message):
+def test_nrrd_with_oblique_axes_is_rejected(directions, message):
     with pytest.raises(ValueError, match=message):
         read_nrrd(nrrd(np.zeros((2, 2, 2)), directions))
 
 
-def test_nrrd_refuses_a_short_body():
+def test_nrrd_with_a_short_body_is_rejected():
     content = nrrd(np.zeros((2, 3, 4)), "(1,0,0) (0,1,0) (0,0,1)", "raw")
     with pytest.raises(ValueError, match="do not fit"):
         read_nrrd(content[:-1])
 
 
 def nifti(array, affine, order="<"):
-    """NIfTI-1 bytes of a [k, j, i] uint8 array with an sform."""
+    """Return the NIfTI-1 bytes of a [k, j, i] uint8 array with an sform."""
     head = bytearray(352)
     head[0:4] = np.array(348, order + "i4").tobytes()
     head[40:56] = np.array([3, *array.shape[::-1], 1, 1, 1, 1], order + "i2").tobytes()
@@ -341,7 +347,7 @@ def nifti(array, affine, order="<"):
 
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
-def test_nifti_turns_right_and_front_to_left_and_back(order, pack):
+def test_nifti_axes_right_and_front_become_left_and_back(order, pack):
     array = np.arange(24).reshape(2, 3, 4)
     volume = read_nifti(pack(nifti(array, np.eye(3), order)))
     np.testing.assert_array_equal(volume.data, array[:, ::-1, ::-1])
@@ -350,8 +356,8 @@ def test_nifti_turns_right_and_front_to_left_and_back(order, pack):
 
 
 def test_window_maps_to_bytes():
-    grey = to_bytes(np.array([[-2000.0, -1000.0, -300.0, 400.0, 3000.0]]), (-1000, 400))
-    np.testing.assert_array_equal(grey, [[0, 0, 128, 255, 255]])
+    gray = to_bytes(np.array([[-2000.0, -1000.0, -300.0, 400.0, 3000.0]]), (-1000, 400))
+    np.testing.assert_array_equal(gray, [[0, 0, 128, 255, 255]])
 
 
 def test_deb_member_is_read_without_unpacking(tmp_path):
@@ -376,7 +382,7 @@ def test_deb_member_is_read_without_unpacking(tmp_path):
     assert Archive(path).read("./usr/share/note") == b"hello"
 
 
-def test_documents_are_quick(rows):
+def test_documents_are_made_quickly(rows):
     start = time.perf_counter()
     instruction_documents(rows, seed=3)
     assert time.perf_counter() - start < 5

@@ -1,4 +1,4 @@
-"""Each source's reader on a small file in its published format: texts, splits, what is refused."""
+"""Tests of each source's reader on small files in the published format: texts, splits, errors."""
 
 import gzip
 import json
@@ -16,35 +16,35 @@ from medmax_jax.data.sources.row import RejectedRow, Row
 SEP = "<reserved08706>"
 
 
-def read(source, folder, **asked):
-    """Rows and bad rows of a source."""
-    found = list(READERS[source](folder, plan(source, **asked)))
-    return [r for r in found if isinstance(r, Row)], [
-        r for r in found if isinstance(r, RejectedRow)
+def read(source, folder, **settings):
+    """Return the rows and the bad rows of a source."""
+    results = list(READERS[source](folder, plan(source, **settings)))
+    return [r for r in results if isinstance(r, Row)], [
+        r for r in results if isinstance(r, RejectedRow)
     ]
 
 
 @pytest.fixture
-def made(tmp_path):
-    def made(source):
+def source_folder(tmp_path):
+    def source_folder(source):
         FOLDERS[source][0](tmp_path)
         return tmp_path
 
-    return made
+    return source_folder
 
 
-def test_readers_are_the_mixture():
+def test_readers_cover_the_mixture():
     assert list(READERS) == [s.name for s in mixture.SOURCES] and set(FOLDERS) == set(READERS)
 
 
 @pytest.mark.parametrize("source", list(READERS))
-def test_every_row_is_in_the_released_schema(source, made):
-    folder = made(source)
+def test_every_row_is_in_the_released_schema(source, source_folder):
+    folder = source_folder(source)
     rows, bad = read(source, folder)
     assert rows and not [b for b in bad if not b.by_rule]
-    known = mixture.BY_NAME[source]
+    described = mixture.BY_NAME[source]
     for r in rows:
-        assert r.source == source and r.task in known.tasks and r.split in row.SPLITS
+        assert r.source == source and r.task in described.tasks and r.split in row.SPLITS
         assert r.text.count(SEP) == 2 * r.turns - 1 and r.text.count("<image>") == 1
         assert r.group and r.id.startswith(f"{source}/")
     assert len({r.id for r in rows}) == len(rows)
@@ -52,11 +52,11 @@ def test_every_row_is_in_the_released_schema(source, made):
     groups = {}
     for r in rows:
         groups.setdefault(r.image_path, set()).add(r.group)
-    assert all(len(g) == 1 for g in groups.values())  # a picture is in one group
+    assert all(len(g) == 1 for g in groups.values())  # an image is in one group
 
 
-def test_captions_become_captioning_or_generation(made):
-    folder = made("LLaVA-Med-PMC")
+def test_captions_become_captioning_or_generation(source_folder):
+    folder = source_folder("LLaVA-Med-PMC")
     for share, task in ((1.0, mixture.CAPTION), (0.0, mixture.GENERATION)):
         rows, _ = read("LLaVA-Med-PMC", folder, caption_share=share)
         assert {r.task for r in rows} == {task}
@@ -66,13 +66,14 @@ def test_captions_become_captioning_or_generation(made):
     assert rows[0].group == "27770000" and rows[0].image == "images/27770000_Fig1_1.jpg"
 
 
-def test_wordings_are_drawn_by_seed_and_id(made):
-    folder = made("PMC-OA")
+def test_templates_are_drawn_by_seed_and_id(source_folder):
+    folder = source_folder("PMC-OA")
     texts = [[r.text for r in read("PMC-OA", folder, seed=s)[0]] for s in (0, 0, 1)]
     assert texts[0] == texts[1] != texts[2]
     rows, _ = read("PMC-OA", folder, caption_share=1.0)
-    asked = {r.text.removeprefix("<image>").split(SEP)[0] for r in rows}
-    assert asked <= set(row.templates("caption")) and rows[0].group == "PMC212310"
+    questions = {r.text.removeprefix("<image>").split(SEP)[0] for r in rows}
+    assert questions <= set(row.templates("caption")) and rows[0].group == "PMC212310"
+    # Verbatim: part of the data.
     assert row.templates("caption")[1] == "Please describe this picture."
 
 
@@ -85,50 +86,50 @@ def test_older_pmc_oa_has_splits(tmp_path):
         read("PMC-OA", tmp_path)
 
 
-def test_pictures_lie_where_their_archive_puts_them(made):
-    folder = made("PMC-OA")
+def test_image_paths_follow_the_layout_of_the_archive(source_folder):
+    folder = source_folder("PMC-OA")
     inner = folder / "images" / "caption_T060_filtered_top4_sep_v0_subfigures"
     inner.mkdir()
-    for picture in (folder / "images").glob("*.jpg"):
-        picture.rename(inner / picture.name)
+    for image in (folder / "images").glob("*.jpg"):
+        image.rename(inner / image.name)
     rows, _ = read("PMC-OA", folder)
     assert all((folder / r.image).is_file() for r in rows)
     inner.rename(folder / inner.name)
     assert all((folder / r.image).is_file() for r in read("PMC-OA", folder)[0])
 
 
-def test_talks_keep_the_end_at_which_the_picture_stands(made):
-    rows, _ = read("LLaVA-Med-IT", made("LLaVA-Med-IT"))
-    more = f"{SEP}A chest x-ray.{SEP}Is it normal?{SEP}Yes, number"
-    assert rows[0].text == f"<image>What is shown?{more} 0 is."
-    assert rows[1].text == f"What is shown?<image>{more} 1 is."
+def test_conversations_keep_the_position_of_the_image(source_folder):
+    rows, _ = read("LLaVA-Med-IT", source_folder("LLaVA-Med-IT"))
+    rest = f"{SEP}A chest x-ray.{SEP}Is it normal?{SEP}Yes, number"
+    assert rows[0].text == f"<image>What is shown?{rest} 0 is."
+    assert rows[1].text == f"What is shown?<image>{rest} 1 is."
     assert rows[0].turns == 2 and rows[0].group == "28880000"
 
 
-def test_several_pictures_are_left_out_by_rule(made):
-    rows, bad = read("PubMedVision-IT", made("PubMedVision-IT"))
+def test_rows_of_several_images_are_excluded_by_rule(source_folder):
+    rows, bad = read("PubMedVision-IT", source_folder("PubMedVision-IT"))
     assert [r.group for r in rows] == ["pmc_0", "pmc_1", "pmc_2"]
     assert [(b.by_rule, b.where) for b in bad] == [
         (True, "PubMedVision_InstructionTuning_VQA.json, row 4")
     ]
 
 
-def test_quilt_has_a_split_and_videos(made):
-    rows, _ = read("Quilt-1M", made("Quilt-1M"), caption_share=1.0)
+def test_quilt_has_a_split_and_videos(source_folder):
+    rows, _ = read("Quilt-1M", source_folder("Quilt-1M"), caption_share=1.0)
     assert [r.split for r in rows] == ["train"] * 3 + ["validation"]
     assert {r.group for r in rows} == {"KdKl0MGHEMA"} and rows[0].image == rows[1].image
     assert rows[2].text.endswith("Two lines,\nquoted.")
 
 
-def test_vqa_rad_splits_by_phrase_type(made):
-    rows, _ = read("VQA-RAD", made("VQA-RAD"))
+def test_vqa_rad_splits_by_phrase_type(source_folder):
+    rows, _ = read("VQA-RAD", source_folder("VQA-RAD"))
     assert [r.split for r in rows] == ["train"] * 3 + ["test"] * 2
     assert rows[0].text == f"<image>Are regions of the brain infarcted?{SEP}Yes"
     assert rows[2].text.endswith(f"{SEP}5") and rows[0].group == "synpic54610"
 
 
-def test_slake_is_taken_in_english(made):
-    rows, bad = read("SLAKE", made("SLAKE"))
+def test_slake_is_read_in_english(source_folder):
+    rows, bad = read("SLAKE", source_folder("SLAKE"))
     assert [r.group for r in rows] == ["xmlab0", "xmlab1", "xmlab2"]
     assert [b.reason for b in bad] == ["a question in Chinese"]
 
@@ -146,8 +147,8 @@ def test_parquet_of_pathvqa_and_vqa_rad(tmp_path):
         read("PathVQA", tmp_path, split="test")
 
 
-def test_pmc_vqa_answers_with_the_letter(made):
-    folder = made("PMC-VQA")
+def test_pmc_vqa_answers_with_the_letter(source_folder):
+    folder = source_folder("PMC-VQA")
     rows, _ = read("PMC-VQA", folder)
     question = "<image>Which organ is shown?\nA: Liver\nB: Brain\nC: Heart\nD: Lung"
     assert rows[0].text == f"{question}{SEP}B" and rows[0].group == "PMC869350"
@@ -164,11 +165,11 @@ def test_pmc_vqa_version_1(tmp_path):
     rows, bad = read("PMC-VQA", tmp_path)
     assert rows[0].text.endswith(f"B: Focal\nC: None\nD: Unknown{SEP}B")
     assert rows[0].image == "images/PMC1064097_F1.jpg"
-    assert [b.reason for b in bad] == ["Answer_label: none of A, B, C, D"]
+    assert [b.reason for b in bad] == ["Answer_label: expected A, B, C or D"]
 
 
-def test_omnimedvqa_has_two_to_four_options(made):
-    folder = made("OmniMedVQA")
+def test_omnimedvqa_has_two_to_four_options(source_folder):
+    folder = source_folder("OmniMedVQA")
     rows, _ = read("OmniMedVQA", folder)
     assert rows[0].text == f"<image>What is this?\nA: No\nB: Yes{SEP}A"
     assert rows[5].text == f"<image>What is this?\nA: CT\nB: MR\nC: X-ray\nD: OCT{SEP}B"
@@ -181,7 +182,7 @@ def test_omnimedvqa_has_two_to_four_options(made):
     assert [b.reason.split(":")[0] for b in bad] == ["gt_answer", "option_A..D"]
 
 
-def test_malformed_talks_are_refused(tmp_path):
+def test_malformed_conversations_are_rejected(tmp_path):
     good = {"id": "1_F1", "image": "1_F1.jpg", "conversations": talk("<image>\nQ?", "A.")}
     wrong = [
         good | {"conversations": talk("Q?")},
@@ -212,7 +213,7 @@ def test_reasons_repeat_nothing_of_the_row(tmp_path):
     assert not rows and len(bad) == 5 and "SECRET" not in repr(bad)
 
 
-def test_a_json_array_is_a_stream(tmp_path, monkeypatch):
+def test_json_array_is_read_as_a_stream(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     items = [{"n": n, "text": "é]},[{" * n, "more": [n, {"x": None}]} for n in range(40)]
     for indent in (None, 2):
@@ -239,7 +240,7 @@ def test_damaged_arrays_end_with_an_error(tmp_path, text):
         list(row_streams.json_array(tmp_path / "a.json"))
 
 
-def test_items_and_lines_are_bounded(tmp_path, monkeypatch):
+def test_items_and_lines_have_a_size_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(row_streams, "MAX_ITEM", 1_000)
     monkeypatch.setattr(row_streams, "CHUNK", 100)
     long = json.dumps({"caption": "x" * 2_000})
@@ -257,13 +258,13 @@ def test_items_and_lines_are_bounded(tmp_path, monkeypatch):
         list(row_streams.csv_rows(tmp_path / "b.csv.gz", ("a",)))
 
 
-def test_csv_of_another_shape(tmp_path):
+def test_csv_rows_of_another_width_are_malformed(tmp_path):
     path = tmp_path / "quilt_1M_lookup.csv"
     header = QUILT_HEADER.split(",")
     write_csv(path, header, [["0", "short row"]])
-    assert [b.reason for b in read("Quilt-1M", tmp_path)[1]] == ["not a whole row of its file"]
+    assert [b.reason for b in read("Quilt-1M", tmp_path)[1]] == ["not a complete row of its file"]
     write_csv(path, ["caption", "image"], [["a", "b"]])
-    with pytest.raises(SourceError, match="lacks the columns image_path, split"):
+    with pytest.raises(SourceError, match="columns image_path, split are missing"):
         read("Quilt-1M", tmp_path)
     path.write_bytes(b"\xff\xfe not text")
     with pytest.raises(SourceError, match=r"quilt_1M_lookup.csv: damaged"):
@@ -274,6 +275,6 @@ def test_csv_of_another_shape(tmp_path):
 
 
 @pytest.mark.parametrize("source", list(READERS))
-def test_an_empty_folder_is_named(source, tmp_path):
+def test_empty_folder_is_reported(source, tmp_path):
     with pytest.raises(SourceError, match=source):
         read(source, tmp_path)

@@ -1,4 +1,4 @@
-"""Records on gs://: staged once per host, checked by hash; servers and processes that die."""
+"""Tests of records on gs://: staged once per host, checked by hash; killed processes."""
 
 import contextlib
 import http.server
@@ -42,7 +42,7 @@ except StorageError as error:
 
 @pytest.fixture
 def stage(tmp_path, monkeypatch) -> pathlib.Path:
-    """Where copies lie in this test."""
+    """Return the staging folder of this test."""
     monkeypatch.setenv(staging.STAGE_VARIABLE, str(tmp_path / "stage"))
     return tmp_path / "stage"
 
@@ -54,7 +54,7 @@ def local(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture
 def remote(local, gs) -> str:
-    """The same records on gs://."""
+    """Return the same records on gs://."""
     upload(local, gs)
     return gs
 
@@ -66,27 +66,27 @@ def upload(local: pathlib.Path, gs: str) -> None:
 
 @contextlib.contextmanager
 def stopping(server: str, answers: int):
-    """The URL of a server that hands on `answers` requests for shards and is silent for the rest.
+    """Run a server that forwards `answers` requests for shards and does not answer the rest.
 
     Yields the URL and an event that is set when the first one waits.
     """
-    left, waits, over = iter(range(answers)), threading.Event(), threading.Event()
+    remaining, waits, over = iter(range(answers)), threading.Event(), threading.Event()
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self):
-            if ".array_record" in self.path and next(left, None) is None:
+            if ".array_record" in self.path and next(remaining, None) is None:
                 waits.set()
                 over.wait(60)
                 self.close_connection = True
                 return
             kept = ("range", "authorization")
-            asked = {n: v for n, v in self.headers.items() if n.lower() in kept}
-            request = urllib.request.Request(server + self.path, headers=asked)
+            headers_sent = {n: v for n, v in self.headers.items() if n.lower() in kept}
+            request = urllib.request.Request(server + self.path, headers=headers_sent)
             try:
-                with urllib.request.urlopen(request) as got:
-                    status, headers, body = got.status, got.headers, got.read()
+                with urllib.request.urlopen(request) as reply:
+                    status, headers, body = reply.status, reply.headers, reply.read()
             except urllib.error.HTTPError as error:
                 status, headers, body = error.code, error.headers, error.read()
             self.send_response(status)
@@ -126,23 +126,28 @@ def settings(folder: str | pathlib.Path):
     return micro_run.run(data__train=str(folder), data__validation=str(folder), train__steps=3)
 
 
-def test_records_are_those_of_the_same_folder_read_locally(local, remote, stage, capsys):
-    run, found = settings(local), open_records(remote)
-    assert f"{remote}: 4 files to {found.folder}" in capsys.readouterr().err
-    assert found.folder.parent == stage and found.fingerprint == open_records(local).fingerprint
-    assert {p.name: p.read_bytes() for p in found.folder.iterdir()} == {
+def test_staged_records_equal_local_records(local, remote, stage, capsys):
+    run, records = settings(local), open_records(remote)
+    assert f"{remote}: copying 4 files to {records.folder}" in capsys.readouterr().err
+    assert records.folder.parent == stage and records.fingerprint == open_records(local).fingerprint
+    assert {p.name: p.read_bytes() for p in records.folder.iterdir()} == {
         p.name: p.read_bytes() for p in local.iterdir()
     }
-    one, two = loader.train_batches(run, remote), loader.train_batches(run, str(local))
-    assert one.plan == two.plan
+    remote_batches, local_batches = (
+        loader.train_batches(run, remote),
+        loader.train_batches(run, str(local)),
+    )
+    assert remote_batches.plan == local_batches.plan
     for step in range(3):
-        assert (one.batch(step).ids == two.batch(step).ids).all()
+        assert (remote_batches.batch(step).ids == local_batches.batch(step).ids).all()
     assert capsys.readouterr().err == ""  # the copy was there
-    assert stat.S_IMODE(stage.stat().st_mode) == stat.S_IMODE(found.folder.stat().st_mode) == 0o700
-    assert {stat.S_IMODE(p.stat().st_mode) for p in found.folder.iterdir()} == {0o600}
+    assert (
+        stat.S_IMODE(stage.stat().st_mode) == stat.S_IMODE(records.folder.stat().st_mode) == 0o700
+    )
+    assert {stat.S_IMODE(p.stat().st_mode) for p in records.folder.iterdir()} == {0o600}
 
 
-def test_a_run_trains_on_them_as_on_a_local_folder(local, remote, stage, tmp_path):
+def test_run_on_staged_records_equals_run_on_local_records(local, remote, stage, tmp_path):
     losses = [
         train.run(settings(folder), tmp_path / name)["loss"]
         for name, folder in (("local", local), ("gs", remote))
@@ -152,7 +157,7 @@ def test_a_run_trains_on_them_as_on_a_local_folder(local, remote, stage, tmp_pat
     assert loader.train_batches(settings(local), str(local)).plan[:12] in log
 
 
-def test_other_records_at_the_same_path_are_another_copy(remote, stage, tmp_path):
+def test_other_records_at_the_same_path_get_another_copy(remote, stage, tmp_path):
     first = open_records(remote)
     micro_run.write(tmp_path / "other", count=40, seed=7)
     upload(tmp_path / "other", remote)
@@ -161,23 +166,23 @@ def test_other_records_at_the_same_path_are_another_copy(remote, stage, tmp_path
     assert second.fingerprint == open_records(tmp_path / "other").fingerprint
 
 
-def test_a_copy_that_has_lost_a_file_is_made_again(remote, stage, capsys):
-    """As where the system cleans its temporary folder."""
-    found = open_records(remote)
+def test_copy_with_a_missing_file_is_staged_again(remote, stage, capsys):
+    """The system may clean its temporary folder."""
+    records = open_records(remote)
     for name in ("00001-of-00003.array_record", "index.npy", "dataset.json"):
-        (found.folder / name).unlink()
+        (records.folder / name).unlink()
         assert len(list(open_records(remote))) == 40
-    assert capsys.readouterr().err.count(f"{remote}: 4 files to {found.folder}") == 4
+    assert capsys.readouterr().err.count(f"{remote}: copying 4 files to {records.folder}") == 4
 
 
 def test_two_processes_stage_once(remote, stage):
     pair = [child(remote) for _ in range(2)]
-    said = [p.communicate(timeout=60) for p in pair]
-    assert said[0][0] == said[1][0] and said[0][0].startswith(f"copy {stage}")
-    assert sum("4 files to" in errors for _, errors in said) == 1
+    outputs = [p.communicate(timeout=60) for p in pair]
+    assert outputs[0][0] == outputs[1][0] and outputs[0][0].startswith(f"copy {stage}")
+    assert sum("copying 4 files to" in errors for _, errors in outputs) == 1
 
 
-def test_a_process_that_is_killed_half_way_leaves_nothing_that_is_used(remote, stage, server):
+def test_killed_process_leaves_no_copy_that_is_used(remote, stage, server):
     with stopping(server, answers=1) as (url, waits):
         process = child(remote, TENSORSTORE_GCS_HTTP_URL=url)
         assert waits.wait(30)
@@ -187,13 +192,11 @@ def test_a_process_that_is_killed_half_way_leaves_nothing_that_is_used(remote, s
         process.send_signal(signal.SIGKILL)
         process.communicate()
     assert list(stage.glob("*.partial"))
-    found = open_records(remote)
-    assert len(list(found)) == 40 and not list(stage.glob("*.partial"))
+    records = open_records(remote)
+    assert len(list(records)) == 40 and not list(stage.glob("*.partial"))
 
 
-def test_a_server_that_falls_silent_half_way_ends_in_a_named_error(
-    remote, stage, server, monkeypatch
-):
+def test_server_that_stops_responding_is_reported(remote, stage, server, monkeypatch):
     monkeypatch.setenv(gcs.TIMEOUT_VARIABLE, "3")
     with stopping(server, answers=1) as (url, _):
         use_server(monkeypatch, url)
@@ -204,13 +207,15 @@ def test_a_server_that_falls_silent_half_way_ends_in_a_named_error(
     assert not list(stage.glob("*.partial")) and not list(stage.glob("*/dataset.json"))
 
 
-def test_who_waits_for_a_stuck_process_is_told(remote, stage, server, monkeypatch):
+def test_waiting_for_a_stuck_process_is_reported(remote, stage, server, monkeypatch):
     with stopping(server, answers=0) as (url, waits):
         process = child(remote, TENSORSTORE_GCS_HTTP_URL=url)
         assert waits.wait(30)
         process.send_signal(signal.SIGSTOP)
         monkeypatch.setenv(gcs.TIMEOUT_VARIABLE, "3")
-        with pytest.raises(StorageError, match="another process copies it and has written nothing"):
+        with pytest.raises(
+            StorageError, match="another process is copying it and has written nothing"
+        ):
             open_records(remote)
         process.kill()
         process.communicate()
@@ -218,21 +223,21 @@ def test_who_waits_for_a_stuck_process_is_told(remote, stage, server, monkeypatc
     assert len(open_records(remote)) == 40  # its lock died with it
 
 
-def test_damage_is_refused_by_name(local, remote, stage):
+def test_damaged_file_is_reported_by_name(local, remote, stage):
     name = "00001-of-00003.array_record"
-    whole = (local / name).read_bytes()
-    flipped = bytearray(whole)
-    flipped[len(whole) // 2] ^= 1
+    original = (local / name).read_bytes()
+    flipped = bytearray(original)
+    flipped[len(original) // 2] ^= 1
     Folder(remote).write(name, [flipped])
     with pytest.raises(RecordsError, match=rf"{remote}/{name}: SHA-256 is .*upload the folder"):
         open_records(remote)
-    Folder(remote).write(name, [whole[:-1]])
+    Folder(remote).write(name, [original[:-1]])
     with pytest.raises(StorageError, match=rf"{remote}/{name}: .*copy it again"):
         open_records(remote)
     Folder(remote).store.write(name, None)
     with pytest.raises(StorageError, match=rf"{remote}/{name}: no such bucket or file"):
         open_records(remote)
-    Folder(remote).write(name, [whole])
+    Folder(remote).write(name, [original])
     Folder(remote).write("index.npy", [b"\0" * 1_000])
     with pytest.raises(RecordsError, match=rf"{remote}/index.npy: SHA-256 is"):
         open_records(remote)
@@ -242,13 +247,13 @@ def test_damage_is_refused_by_name(local, remote, stage):
 @pytest.mark.parametrize(
     "meta", [b"{", b"[]", b"{}", b'{"shards": [{"file": "a", "bytes": 1}], "index_sha256": "x"}']
 )
-def test_a_dataset_json_that_is_none(gs, stage, meta):
+def test_invalid_dataset_json_is_rejected(gs, stage, meta):
     Folder(gs).write("dataset.json", [meta])
-    with pytest.raises(RecordsError, match="dataset.json: damaged, or made before shards had"):
+    with pytest.raises(RecordsError, match="dataset.json: damaged, or written before shards had"):
         open_records(gs)
 
 
-def test_names_that_leave_the_folder(remote, stage, local):
+def test_names_that_leave_the_folder_are_rejected(remote, stage, local):
     meta = (local / "dataset.json").read_text().replace("00001-of", "../00001-of")
     Folder(remote).write("dataset.json", [meta.encode()])
     with pytest.raises(StorageError, match="is no name in this folder"):
@@ -256,20 +261,24 @@ def test_names_that_leave_the_folder(remote, stage, local):
     assert not list(stage.parent.glob("00001*"))
 
 
-def test_nothing_there_and_nowhere_to_put_it(gs, remote, tmp_path, monkeypatch):
+def test_missing_records_and_unwritable_staging_folder(gs, remote, tmp_path, monkeypatch):
     with pytest.raises(StorageError, match="nowhere/dataset.json: no such bucket or file"):
         open_records("gs://bucket/nowhere")
     with pytest.raises(StorageError, match="a slash of gs://: use str"):
         open_records(pathlib.Path("gs://bucket/nowhere"))
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(staging.STAGE_VARIABLE, str(tmp_path / "file" / "stage"))
-    with pytest.raises(StorageError, match="cannot be made .*set MEDMAX_STAGE to another folder"):
+    with pytest.raises(
+        StorageError, match="cannot be created .*set MEDMAX_STAGE to another folder"
+    ):
         open_records(remote)
     monkeypatch.delenv(staging.STAGE_VARIABLE)
     monkeypatch.setattr(staging.tempfile, "tempdir", str(tmp_path))
     (tmp_path / "else").mkdir()
-    (tmp_path / f"medmax_jax_{os.getuid()}").symlink_to(tmp_path / "else")  # by somebody else
-    with pytest.raises(StorageError, match="not a folder of this user; set MEDMAX_STAGE to one"):
+    (tmp_path / f"medmax_jax_{os.getuid()}").symlink_to(tmp_path / "else")  # by another user
+    with pytest.raises(
+        StorageError, match="not a folder that this user owns; set MEDMAX_STAGE to one"
+    ):
         open_records(remote)
     (tmp_path / f"medmax_jax_{os.getuid()}").unlink()
     assert open_records(remote).folder.parent == tmp_path / f"medmax_jax_{os.getuid()}"

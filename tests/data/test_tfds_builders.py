@@ -1,4 +1,4 @@
-"""The TFDS data set: the documents of the records, through both readers, without TensorFlow."""
+"""Tests of the TFDS data set: the same documents through both readers, without TensorFlow."""
 
 import dataclasses
 import json
@@ -73,7 +73,7 @@ print(json.dumps([len(part), [[a["id"].decode(), a["tokens"].tolist()] for a in 
 """
 
 
-def test_a_user_of_tfds_gets_the_same_documents(folders, tmp_path):
+def test_tfds_reads_the_same_documents(folders, tmp_path):
     target = tfds_builders.write(folders, tmp_path / "d", name="mine", say=lambda _: None)
     assert target == tmp_path / "d" / "medmax_records" / "mine" / "1.0.0"
     for split, folder in folders.items():
@@ -81,26 +81,28 @@ def test_a_user_of_tfds_gets_the_same_documents(folders, tmp_path):
         root = prepare.TINY.parents[1]
         done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
-        sliced, found = json.loads(done.stdout.splitlines()[-1])
+        sliced, fields = json.loads(done.stdout.splitlines()[-1])
         expected = [[d.id, d.tokens.tolist()] for d in writer.open_records(folder)]
-        assert found == expected and sliced == 3
+        assert fields == expected and sliced == 3
 
 
-def test_every_field_comes_back(folders, tmp_path):
+def test_every_field_is_restored(folders, tmp_path):
     target = tfds_builders.write(folders, tmp_path / "d", name="mine", say=lambda _: None)
     builder = tfds_builders.tfds.builder_from_directory(target)
-    source, held = builder.as_data_source(split="train"), writer.open_records(folders["train"])
+    source, records = builder.as_data_source(split="train"), writer.open_records(folders["train"])
     for n in (0, 34, 7, 8):
-        assert same(tfds_builders.document(source[n]), held[n])
-    about = json.loads((target / "metadata.json").read_text())
-    assert about["train"]["sha256"] == held.fingerprint
-    assert about["validation"]["layout"] == held.meta["layout"]
+        assert same(tfds_builders.document(source[n]), records[n])
+    metadata = json.loads((target / "metadata.json").read_text())
+    assert metadata["train"]["sha256"] == records.fingerprint
+    assert metadata["validation"]["layout"] == records.meta["layout"]
 
 
-def test_credentialed_documents_lie_apart(folders, tmp_path):
+def test_credentialed_documents_are_separate(folders, tmp_path):
     secret = folder_of(tmp_path / "secret", 3, "yes")
     mixed = folders | {"report": secret}
-    with pytest.raises(RecordsError, match="would lie among others; make a data set of each"):
+    with pytest.raises(
+        RecordsError, match="must not be stored with others; create a separate data set"
+    ):
         tfds_builders.write(mixed, tmp_path / "d", name="mine", say=print)
     assert not (tmp_path / "d").exists()
     target = tfds_builders.write({"train": secret}, tmp_path / "d", name="closed", say=print)
@@ -108,29 +110,33 @@ def test_credentialed_documents_lie_apart(folders, tmp_path):
     assert {stat.S_IMODE(p.stat().st_mode) for p in target.iterdir()} == {0o600}
 
 
-def test_whole_or_not_at_all(folders, tmp_path, monkeypatch):
+def test_data_set_is_written_atomically(folders, tmp_path, monkeypatch):
     def stop(_):
         raise KeyboardInterrupt
 
     out = tmp_path / "d"
-    left = out / "medmax_records" / "mine" / "incomplete.ABC_1.0.0"
-    left.mkdir(parents=True)  # of a run that was killed
+    leftover = out / "medmax_records" / "mine" / "incomplete.ABC_1.0.0"
+    leftover.mkdir(parents=True)  # of a run that was killed
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(progress.ByteProgress, "__call__", lambda *_: stop(0))
         tfds_builders.write(folders, out, name="mine", say=print)
-    assert list(left.parent.iterdir()) == []
+    assert list(leftover.parent.iterdir()) == []
     tfds_builders.write(folders, out, name="mine", say=print)
-    with pytest.raises(RecordsError, match="exists; choose another --name"):
+    with pytest.raises(RecordsError, match="exists; use another --name"):
         tfds_builders.write(folders, out, name="mine", say=print)
 
 
 def test_program_and_refusals(folders, tmp_path, capsys):
-    asked = ["--from", f"train={folders['train']}", "--out", str(tmp_path / "d"), "--name"]
-    assert tfds_builders.main([*asked, "mine"]) == 0 and "tensorflow" not in sys.modules
+    command = ["--from", f"train={folders['train']}", "--out", str(tmp_path / "d"), "--name"]
+    assert tfds_builders.main([*command, "mine"]) == 0 and "tensorflow" not in sys.modules
     assert capsys.readouterr().out.strip().endswith("medmax_records/mine/1.0.0")
-    for name, said in (("mine", "exists"), ("../x", "no name of a data set"), ("A", "no name")):
-        assert tfds_builders.main([*asked, name]) == 1
-        assert said in capsys.readouterr().err
+    for name, message in (
+        ("mine", "exists"),
+        ("../x", "not a valid name of a data set"),
+        ("A", "not a valid name"),
+    ):
+        assert tfds_builders.main([*command, name]) == 1
+        assert message in capsys.readouterr().err
     nowhere = ["--from", f"train={tmp_path / 'no'}", "--out", str(tmp_path / "e"), "--name", "x"]
     assert tfds_builders.main(nowhere) == 1 and "no such folder" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stopped:

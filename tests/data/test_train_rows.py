@@ -1,4 +1,4 @@
-"""Published rows to records: whole rows only, reasons for the others, credentialed ones apart."""
+"""Tests of published rows to records: valid rows, reasons for others, credentialed rows."""
 
 import itertools
 import json
@@ -21,20 +21,20 @@ from medmax_jax.models.vocab import BOI, BOS, EOI, EOS, IMAGE, PAD, SEP
 
 VOCAB = Vocab(size=9_000, image_codes=16, text_start=8_712)
 LAYOUT = Layout(vocab=VOCAB, codes_per_image=4, tokenizer="", vqgan="")
-PICTURE = [BOI, 4, 19, 5, 4, EOI]
-WHOLE = [BOS, *PICTURE, 8_720, SEP, 8_730, EOS]
+IMAGE_SPAN = [BOI, 4, 19, 5, 4, EOI]
+VALID_TOKENS = [BOS, *IMAGE_SPAN, 8_720, SEP, 8_730, EOS]
 
 
 def rules(**changes):
-    asked = dict(layout=LAYOUT, separator=True, max_bad=0.01, shard_size=3, tokenizer=None)
-    return RowRules(**(asked | changes))
+    defaults = dict(layout=LAYOUT, separator=True, max_bad=0.01, shard_size=3, tokenizer=None)
+    return RowRules(**(defaults | changes))
 
 
 def row(**changes):
-    """A row as published; a value of ... leaves the column out."""
+    """Return a row as published; a value of ... omits the column."""
     columns = dict(
         text="<image>Is it a CT?<reserved08706>yes",
-        tokens=WHOLE,
+        tokens=VALID_TOKENS,
         image_path="images/pmc/a.png",
         task="VQA",
         source="pathvqa",
@@ -65,12 +65,12 @@ def quarantined(folder):
 
 def test_rows_become_documents(tmp_path):
     plain = [BOS, 8_720, SEP, 8_730, EOS]
-    told = bring(
+    counts = bring(
         tmp_path, [row(), row(tokens=plain, image_path=..., credential="No"), row(task="Chat")]
     )
-    assert told["documents"] == 3 and told["quarantined"] == 0 and told["reasons"] == {}
+    assert counts["documents"] == 3 and counts["quarantined"] == 0 and counts["reasons"] == {}
     first, second, third = writer.open_records(tmp_path / "out")
-    assert first.tokens.tolist() == WHOLE and second.tokens.tolist() == plain
+    assert first.tokens.tolist() == VALID_TOKENS and second.tokens.tolist() == plain
     assert (first.image_path, first.group) == ("images/pmc/a.png", "a.png")
     assert (second.image_path, second.group) == ("", "train-0000002")
     assert (first.task, first.source, first.credential) == ("VQA", "pathvqa", "no")
@@ -93,18 +93,18 @@ BAD = {
     "tokens missing": row(tokens=...),
     "tokens not integers": row(tokens=[BOS, SEP, 1.0, EOS]),
     "token outside the vocabulary": row(tokens=[BOS, SEP, 9_000, EOS]),
-    "tokens without ends": row(tokens=WHOLE[:-1]),
+    "tokens without ends": row(tokens=VALID_TOKENS[:-1]),
     "control token inside": row(tokens=[BOS, SEP, IMAGE, EOS]),
-    "no separator": row(tokens=[BOS, *PICTURE, EOS]),
-    "image span": row(tokens=[BOS, *PICTURE[:-2], EOI, SEP, EOS]),
+    "no separator": row(tokens=[BOS, *IMAGE_SPAN, EOS]),
+    "image span": row(tokens=[BOS, *IMAGE_SPAN[:-2], EOI, SEP, EOS]),
     "line too long": b" " * train_rows.MAX_LINE + json.dumps(row()).encode(),
 }
 
 
 @pytest.mark.parametrize("reason", BAD)
-def test_a_row_that_is_not_whole_is_quarantined(tmp_path, reason):
-    told = bring(tmp_path, [row(), BAD[reason], row(text="later")], max_bad=0.5)
-    assert told["documents"] == 2 and told["reasons"] == {reason: 1}
+def test_invalid_row_is_quarantined(tmp_path, reason):
+    counts = bring(tmp_path, [row(), BAD[reason], row(text="later")], max_bad=0.5)
+    assert counts["documents"] == 2 and counts["reasons"] == {reason: 1}
     assert quarantined(tmp_path / "out") == [(2, reason)]
     ids = [d.id for d in writer.open_records(tmp_path / "out")]
     assert ids == ["train-0000001", "train-0000003"]
@@ -122,32 +122,32 @@ def test_a_row_that_is_not_whole_is_quarantined(tmp_path, reason):
     ],
     ids=map(str, itertools.count()),
 )
-def test_nothing_odd_passes(wrong):
+def test_invalid_values_are_rejected(wrong):
     line = wrong if isinstance(wrong, bytes) else json.dumps(wrong).encode()
     with pytest.raises(BadRow):
         train_rows.to_document(train_rows.read_row(line), "n", rules())
 
 
-def test_any_mutation_of_the_tokens_is_whole_or_refused():
-    """Whatever replaces, drops or doubles a token, what passes is a whole document."""
+def test_mutated_tokens_are_valid_or_rejected():
+    """If a token is replaced, dropped or repeated, any accepted row is a valid document."""
     rng, passed = np.random.default_rng(0), 0
     for _ in range(500):
-        tokens = list(WHOLE)
+        tokens = list(VALID_TOKENS)
         place, kind = rng.integers(len(tokens)), rng.integers(3)
         new = [int(rng.choice([0, 1, 2, 4, 19, 20, BOI, EOI, SEP, IMAGE, 8_720]))]
         tokens[place : place + 1] = [new, [], [tokens[place]] * 2][kind]
         try:
-            made = train_rows.to_document(row(tokens=tokens), "n", rules())
+            document = train_rows.to_document(row(tokens=tokens), "n", rules())
         except BadRow:
             continue
         passed += 1
-        begins = np.flatnonzero(made.tokens == BOI)
-        assert made.tokens[0] == BOS and made.tokens[-1] == EOS and SEP in made.tokens
-        assert all(made.tokens[b + 5] == EOI for b in begins)
+        begins = np.flatnonzero(document.tokens == BOI)
+        assert document.tokens[0] == BOS and document.tokens[-1] == EOS and SEP in document.tokens
+        assert all(document.tokens[b + 5] == EOI for b in begins)
     assert 0 < passed < 300
 
 
-def test_too_many_bad_rows_stop_the_work(tmp_path):
+def test_too_many_bad_rows_are_an_error(tmp_path):
     bad = row(tokens=[BOS, EOS])
     with pytest.raises(
         PublishedError, match=r"2 of 102 rows .*max_bad.* 0.01: tokens without ends 2; .*line 101"
@@ -157,19 +157,19 @@ def test_too_many_bad_rows_stop_the_work(tmp_path):
     assert bring(tmp_path, [row()] * 100 + [bad])["quarantined"] == 1
 
 
-def test_a_wrong_file_stops_early(tmp_path):
-    with pytest.raises(PublishedError, match="of 1000 rows are not whole"):
+def test_wrong_file_is_rejected_early(tmp_path):
+    with pytest.raises(PublishedError, match="of 1000 rows are invalid"):
         bring(tmp_path, [row(tokens=[1])] * 5_000)
 
 
-def test_credentialed_rows_wait_or_lie_apart(tmp_path):
+def test_credentialed_rows_are_pending_or_stored_separately(tmp_path):
     secret = "SECRET REPORT"
-    made = row(credential="YES", image_path=..., text=secret, source="mimic_cxr")
+    credentialed = row(credential="YES", image_path=..., text=secret, source="mimic_cxr")
     broken = row(credential="yes", text=secret, tokens=[BOS, 5, EOS])
-    told = bring(tmp_path, [row(), made, waiting(text=secret), broken], max_bad=0.5)
-    assert told["documents"] == 1 and told["credentialed"] == 1
-    assert told["credentialed_without_tokens"] == 1 and told["quarantined"] == 1
-    assert told["folders"] == [str(tmp_path / "out"), str(tmp_path / "out-credentialed")]
+    counts = bring(tmp_path, [row(), credentialed, waiting(text=secret), broken], max_bad=0.5)
+    assert counts["documents"] == 1 and counts["credentialed"] == 1
+    assert counts["credentialed_without_tokens"] == 1 and counts["quarantined"] == 1
+    assert counts["folders"] == [str(tmp_path / "out"), str(tmp_path / "out-credentialed")]
     closed = writer.open_records(tmp_path / "out-credentialed")
     assert [(d.id, d.credential) for d in closed] == [("train-0000002", "yes")]
     assert [d.credential for d in writer.open_records(tmp_path / "out")] == ["no"]
@@ -182,51 +182,53 @@ def test_credentialed_rows_wait_or_lie_apart(tmp_path):
         assert not any(secret.encode() in p.read_bytes() for p in folder.iterdir())
 
 
-def test_what_stands_for_a_credential_is_not_shown(tmp_path):
-    """Where columns were shifted it is the report itself."""
+def test_invalid_credential_is_not_shown(tmp_path):
+    """If columns are shifted, the value is the report itself."""
     bring(tmp_path, [row(), row(credential="No acute findings."), row(credential="n")], max_bad=0.9)
     lines = (tmp_path / "out" / train_rows.QUARANTINE).read_text().splitlines()
     details = [json.loads(line)["detail"] for line in lines]
-    assert details == ["is longer; need yes or no", "is 'n'; need yes or no"]
+    assert details == ["is longer; expected yes or no", "is 'n'; expected yes or no"]
 
 
 def test_only_credentialed_rows(tmp_path):
-    told = bring(tmp_path, [row(credential="yes")])
-    assert told["folders"] == [str(tmp_path / "out-credentialed")]
+    counts = bring(tmp_path, [row(credential="yes")])
+    assert counts["folders"] == [str(tmp_path / "out-credentialed")]
     assert not (tmp_path / "out").exists()
     with pytest.raises(PublishedError, match="no row becomes a document: credentialed: no tokens"):
         bring(tmp_path, [waiting()], out="other")
 
 
-def test_waiting_rows_are_no_failures(tmp_path):
-    told = bring(tmp_path, [row()] + [waiting()] * 9)
-    assert told["credentialed_without_tokens"] == 9 and told["quarantined"] == 0
+def test_pending_rows_are_not_failures(tmp_path):
+    counts = bring(tmp_path, [row()] + [waiting()] * 9)
+    assert counts["credentialed_without_tokens"] == 9 and counts["quarantined"] == 0
 
 
-def test_a_run_that_died_goes_on(tmp_path, monkeypatch):
+def test_killed_run_resumes(tmp_path, monkeypatch):
     rows = [row(), row(credential="yes")]
 
     def die(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_rows, "_write_closed", die)
+        patch.setattr(train_rows, "_write_credentialed", die)
         with pytest.raises(KeyboardInterrupt):
             bring(tmp_path, rows)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["train.jsonl"]
     bring(tmp_path, rows)
-    for left in (tmp_path / "out").iterdir():  # as if it had died between the two folders
-        left.unlink()
+    for path in (tmp_path / "out").iterdir():  # as if it had died between the two folders
+        path.unlink()
     (tmp_path / "out").rmdir()
     assert len(bring(tmp_path, rows)["folders"]) == 2
-    with pytest.raises(PublishedError, match="out: exists, not empty"):
+    with pytest.raises(PublishedError, match="out: exists and is not empty"):
         bring(tmp_path, rows)
     (tmp_path / "out").rename(tmp_path / "moved")
-    with pytest.raises(PublishedError, match="out-credentialed: exists, of another file"):
+    with pytest.raises(
+        PublishedError, match="out-credentialed: exists and was written from another file"
+    ):
         bring(tmp_path, [*rows, row()])
 
 
-def test_a_file_that_was_cut_off(tmp_path):
+def test_truncated_file_is_rejected(tmp_path):
     path = file_of(tmp_path, [row()] * 200)
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(PublishedError, match="ends inside line 200: cut off"):
@@ -246,9 +248,9 @@ def test_text_is_compared_with_the_tokens(tmp_path):
         row(text=t, tokens=tokenizer.document_ids(ours, t, codes, VOCAB).tolist()) for t in texts
     ]
     other = [right[0] | dict(text="<image>Is it a CT?<reserved08706>no"), right[0] | dict(text="a")]
-    told = bring(tmp_path, right + other, tokenizer=ours)
-    assert told["text_disagrees"] == 2 and told["text_disagrees_first"] == [3, 4]
-    assert told["documents"] == 4 and told["quarantined"] == 0
+    counts = bring(tmp_path, right + other, tokenizer=ours)
+    assert counts["text_disagrees"] == 2 and counts["text_disagrees_first"] == [3, 4]
+    assert counts["documents"] == 4 and counts["quarantined"] == 0
     assert bring(tmp_path, right, out="b")["text_disagrees"] == "not compared"
 
 
@@ -261,30 +263,30 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
         path = file_of(tmp_path, rows)
         tracemalloc.reset_peak()
         before = tracemalloc.get_traced_memory()[0]
-        asked = rules(shard_size=10**6)
-        train_rows.import_rows(path, tmp_path / str(n), rules=asked, say=lambda _: None)
+        row_rules = rules(shard_size=10**6)
+        train_rows.import_rows(path, tmp_path / str(n), rules=row_rules, say=lambda _: None)
         peaks.append(tracemalloc.get_traced_memory()[1] - before)
         tracemalloc.stop()
     assert peaks[1] < peaks[0] + 2_700 * 500  # what records.write holds of a row
 
 
-def test_the_released_layout():
+def test_released_layout():
     layout = cli.layout_of("released")
     assert (layout.vocab.size, layout.vocab.image_codes) == (65_536, 8_192)
     assert layout.codes_per_image == 1_024
     tokens = [0, 8197, *range(4, 1028), 8196, 16_384, 8710, 65_535, 2]
-    made = train_rows.to_document(row(tokens=tokens), "n", rules(layout=layout))
-    assert len(made.tokens) == 1_031
+    document = train_rows.to_document(row(tokens=tokens), "n", rules(layout=layout))
+    assert len(document.tokens) == 1_031
     with pytest.raises(BadRow, match="image span"):
         train_rows.to_document(row(tokens=[t for t in tokens if t != 7]), "n", rules(layout=layout))
 
 
 def test_program(tmp_path):
-    """With the tiny model's layout, whose records `check` and `stats` read."""
+    """With the layout of the tiny model, `check` and `stats` can read the records."""
     layout = cli.layout_of(str(prepare.TINY))
-    words = tokenizer.Tokenizer.from_file(prepare.TINY / "tokenizer.json", layout.vocab)
+    tiny = tokenizer.Tokenizer.from_file(prepare.TINY / "tokenizer.json", layout.vocab)
     text = "<image>Is it a CT?<reserved08706>yes"
-    tokens = tokenizer.document_ids(words, text, np.zeros(64, np.int32), layout.vocab).tolist()
+    tokens = tokenizer.document_ids(tiny, text, np.zeros(64, np.int32), layout.vocab).tolist()
     path = file_of(tmp_path, [row(text=text, tokens=tokens)] * 3)
 
     def program(*args):
@@ -292,14 +294,14 @@ def test_program(tmp_path):
         return subprocess.run(command, cwd=prepare.TINY.parents[1], capture_output=True, text=True)
 
     out, model = tmp_path / "out", ("--model_layout", prepare.TINY)
-    asked = ("import", "--from", path, "--out", out, *model)
-    done = program(*asked, "--tokenizer", prepare.TINY / "tokenizer.json", "--json")
+    command = ("import", "--from", path, "--out", out, *model)
+    done = program(*command, "--tokenizer", prepare.TINY / "tokenizer.json", "--json")
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert told["documents"] == 3 and told["text_disagrees"] == 0
+    counts = json.loads(done.stdout.splitlines()[-1])
+    assert counts["documents"] == 3 and counts["text_disagrees"] == 0
     assert "3 rows of train.jsonl" in done.stderr and "MB/s" in done.stderr
     done = program("check", out, "--json")
     assert json.loads(done.stdout.splitlines()[-1])["text"] == text
-    again = program(*asked)
+    again = program(*command)
     assert again.returncode == 1 and "error: " in again.stderr and "not empty" in again.stderr
     assert program("import", "--from", path).returncode == 2

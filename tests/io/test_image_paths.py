@@ -14,7 +14,7 @@ from medmax_jax.data.image_tokens.encoder import PrepareError
 from medmax_jax.data.instruct import captions, curation
 from medmax_jax.data.records import jsonl
 from medmax_jax.data.records.document import RecordsError
-from medmax_jax.data.sources.row import RowError, picture_path
+from medmax_jax.data.sources.row import RowError, field_image_path
 from medmax_jax.eval.models import predictions
 from medmax_jax.eval.models.base import ModelRequest
 from medmax_jax.eval.pipeline import inference
@@ -82,7 +82,7 @@ def test_every_reader_refuses_it(folder, name, tmp_path):
         with pytest.raises(items.TaskError, match="row 0: image_path: .*leads out"):
             items.from_rows([ROW | {"image_path": name}])
         with pytest.raises(RowError, match="leads out"):
-            picture_path({"image": name}, "image", "")
+            field_image_path({"image": name}, "image", "")
         row = dict(id="a", text="<image>q", image_path=name, task="t", source="s", group="g")
         write(folder / "d.jsonl", row | dict(turns=0, credential="no"))
         with pytest.raises(RecordsError, match="image_path is"):

@@ -143,9 +143,13 @@ def test_a_byte_order_mark_is_skipped(tmp_path, name):
         (
             "train.jsonl.gz",
             gzip.compress(b'{"text": "a"}\n', mtime=0),
-            "is compressed; unpack it first",
+            "the file is compressed; unpack it first",
         ),
-        ("train.json", b'\n [{"text": "a"}]', "is one JSON array; write one row a line first"),
+        (
+            "train.json",
+            b'\n [{"text": "a"}]',
+            "the file is one JSON array; write one row per line first",
+        ),
     ],
 )
 def test_import_names_other_forms(tmp_path, capsys, name, data, said):
@@ -222,7 +226,7 @@ def test_optional_columns_may_be_nan(tmp_path):
     )
     first, *bad = rows_of("PMC-OA", tmp_path)
     assert first.group == "P2"
-    assert [b.reason for b in bad] == ["caption: missing or no text", text_files.KEY_TWICE]
+    assert [b.reason for b in bad] == ["caption: missing or not text", text_files.KEY_TWICE]
     folder = tmp_path / "QA_information" / "Open-access"
     folder.mkdir(parents=True)
     asked = dict(question="What?", gt_answer="MR", image_path="Images/a.png", option_A="CT",

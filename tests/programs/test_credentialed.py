@@ -293,13 +293,13 @@ def test_documents_of_credentialed_rows_are_private(tmp_path, place):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(text=["SECRET"]), "row 3: text is of type list"),
-        (dict(source=None, task="SECRET"), "row 3: source is of type NoneType"),
-        (dict(turns="SECRET"), "row 3: turns is of type str"),
+        (dict(text=["SECRET"]), "row 3: field 'text' is of type list"),
+        (dict(source=None, task="SECRET"), "row 3: field 'source' is of type NoneType"),
+        (dict(turns="SECRET"), "row 3: field 'turns' is of type str"),
         (dict(image_path="../SECRET.png"), "row 3: image_path is of type str"),
         (dict(text="SECRET"), "row 3: image_path is of type str"),
         (dict(credential="SECRET credential"), "row 3: credential is of type str"),
-        (dict(credential="SECRET credential", group=7), "row 3: group is of type int"),
+        (dict(credential="SECRET credential", group=7), "row 3: field 'group' is of type int"),
     ],
 )
 def test_messages_of_documents_repeat_nothing(tmp_path, change, message):
@@ -328,7 +328,7 @@ def test_a_control_token_of_documents_is_named_by_its_row(tmp_path, monkeypatch)
         raise TokenizerError("the text contains control token 1: SECRET")
 
     monkeypatch.setattr(prepare, "document_ids", refuse)
-    for credential, said in (("yes", "row 1: text writes the name"), ("no", "SECRET")):
+    for credential, said in (("yes", "row 1: text contains the name"), ("no", "SECRET")):
         given = documents(tmp_path, [TEXT | dict(credential=credential)])
         with pytest.raises((PrepareError, TokenizerError)) as caught:
             prepare.prepare_documents(tmp_path / credential, **given)
@@ -346,15 +346,15 @@ def test_messages_of_captions_repeat_nothing(tmp_path):
             captions.read_rows(path)
         assert "SECRET" not in str(caught.value)
     path.write_text(json.dumps(row) + "\n" + json.dumps(row))
-    with pytest.raises(captions.CaptionsError, match="id of row 2 comes twice"):
+    with pytest.raises(captions.CaptionsError, match="id of row 2 occurs twice"):
         captions.read_rows(path)
 
 
 def test_a_listing_with_credentialed_rows_needs_the_flag(tmp_path):
     (tmp_path / "l.jsonl").write_text(json.dumps(dict(image_path="SECRET.png", credential="yes")))
-    with pytest.raises(PrepareError, match="row 1: is credentialed; add --credentialed"):
-        store._listed(tmp_path, tmp_path / "l.jsonl", credentialed=False)
-    found = store._listed(tmp_path, tmp_path / "l.jsonl", credentialed=True)
+    with pytest.raises(PrepareError, match="row 1: the row is credentialed; add --credentialed"):
+        store._list_images(tmp_path, tmp_path / "l.jsonl", credentialed=False)
+    found = store._list_images(tmp_path, tmp_path / "l.jsonl", credentialed=True)
     assert found == ["SECRET.png"]
 
 

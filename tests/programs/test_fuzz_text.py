@@ -423,7 +423,7 @@ def fuzz_plans(count: int, folder: pathlib.Path) -> None:
         np.savez(path, header=header, sha256=digest, **others)
         try:
             saved = plan_file.load(path)
-            saved.who(0)
+            saved.row_documents(0)
         except PackError as error:
             assert str(error).isprintable() and len(str(error)) <= MAX_MESSAGE, number
 

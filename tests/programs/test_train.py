@@ -287,8 +287,8 @@ def test_profile_steps_leave_a_trace(data, base, tmp_path):
     "changes, error, message",
     [
         (dict(data__train="nowhere"), RecordsError, "nowhere: no such folder"),
-        (dict(data__document_limit=4), PackError, "longer than data.document_limit = 4"),
-        (dict(mixing__weights="VQA=1"), PackError, "for each of generated; 0 leaves"),
+        (dict(data__document_limit=4), PackError, "exceed data.document_limit = 4"),
+        (dict(mixing__weights="VQA=1"), PackError, "one for each of generated; 0 excludes"),
         (dict(data__seq_len=16), config.ConfigError, "document_limit is 32; .* in 1..16"),
         (dict(vocab__image_codes=8, vq__num_codes=8), RecordsError, "config.vocab is"),
         (dict(train__init_from="nowhere"), export.ExportError, "must name a model folder"),

@@ -12,7 +12,7 @@ import PIL.Image
 
 from medmax_jax.data.sources.row import Plan
 
-PICTURES = sorted((pathlib.Path(__file__).parents[2] / "data/sample/images").glob("*.jpg"))
+IMAGE_FILES = sorted((pathlib.Path(__file__).parents[2] / "data/sample/images").glob("*.jpg"))
 DICOM_IDS = tuple(f"{n:08x}-{n:08x}-{n:08x}-{n:08x}-{n:08x}" for n in range(0x2AA4, 0x2AAA))
 SUBJECT, STUDY = "10000032", "50414267"
 REPORT = """                                 FINAL REPORT
@@ -43,7 +43,7 @@ def plan(source: str, split: str = "train", seed: int = 0, caption_share: float 
 def place_picture(path: pathlib.Path, n: int) -> None:
     """The n-th sample picture at a path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture = PICTURES[n % len(PICTURES)]
+    picture = IMAGE_FILES[n % len(IMAGE_FILES)]
     if path.suffix == ".png":
         PIL.Image.open(picture).save(path)
     else:
@@ -226,7 +226,7 @@ def parquet_questions(folder: pathlib.Path, split: str = "train") -> None:
         [("image", image), ("question", pyarrow.string()), ("answer", pyarrow.string())]
     )
     for part in range(2):
-        pictures = [PICTURES[3 * part + n].read_bytes() for n in (0, 0, 1)]
+        pictures = [IMAGE_FILES[3 * part + n].read_bytes() for n in (0, 0, 1)]
         rows = dict(
             image=[{"bytes": p, "path": None} for p in pictures],
             question=[f"what is shown, {n}?" for n in range(3)],
