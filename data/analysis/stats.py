@@ -128,7 +128,7 @@ def _description(records: Records) -> str:
 def _mixture(records: Records) -> str:
     by = {label: tokens_by(records, label) for label in ("source", "task")}
     plots = [{n: (row["text"], row["image"]) for n, row in by[k].items()} for k in by]
-    body = html_page.figure(stats_plots.mixture(*plots), "Text tokens and image tokens")
+    body = html_page.chart(stats_plots.mixture(*plots), "Text tokens and image tokens")
     head = ["documents", "share", "images", "text tokens", "image tokens", "text per document"]
     for label, table in by.items():
         rows = [
@@ -147,7 +147,7 @@ def _lengths(records: Records, counts: dict[str, Any]) -> str:
     length = np.asarray(records.index["length"])
     text = length - records.index["image"]
     task, names = records.index["task"], records.names("task")
-    body = html_page.figure(
+    body = html_page.chart(
         stats_plots.lengths(length, text, task, names), "Documents by length, stacked by task"
     )
     head = ["", *counts["lengths"]]
@@ -164,7 +164,7 @@ def _packing(records: Records, seed: int) -> str:
     kept = length[length <= sizes[0]]
     fills = report.packing_efficiencies(kept, sizes, int(kept.max()), seed)
     padded = report.padding_efficiency(kept, batch_size=BATCH, seed=seed)
-    body = html_page.figure(
+    body = html_page.chart(
         stats_plots.packing(fills, padded["fill"]), "Tokens divided by positions, by row length"
     )
     excluded = len(length) - len(kept)
@@ -188,7 +188,7 @@ def _images(records: Records, by_image: dict[str, Any], manifest: Path | None) -
         counts = {n: row["images"] for n, row in tokens_by(records, "source").items()}
         title = "source"
         note = "Records do not contain the modality of an image; images are counted by source. "
-    body = html_page.figure(
+    body = html_page.chart(
         stats_plots.images(counts, title, by_image["of_entries"]), f"Images by {title}"
     )
     note += f"An image has {by_image['entries']:g} documents and {by_image['tasks']:g} tasks on "

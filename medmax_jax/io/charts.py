@@ -1,9 +1,12 @@
 """Charts by matplotlib, as inline SVG in the colors of the page, or as files.
 
-    figure, axes = subplots(1, 2, size=(9.6, 3.2))
-    axes[0].plot(steps, loss, color=SERIES[0], label="text")
-    html_page.chart(svg(figure), "Training loss by step")
-    save(figure, workdir / "loss.png")
+    @page_style()
+    def loss(steps, values) -> str:
+        figure, axes = subplots(size=(9.6, 3.2))
+        axes.plot(steps, values, color=SERIES[0], label="text")
+        return svg(figure)                    # or save(figure, workdir / "loss.png")
+
+    html_page.chart(loss(steps, values), "Training loss by step")
 
 A figure is drawn in the colors of the light page, in which a file is saved. In inline SVG these
 colors become the variables of the page's style sheet (html_page.STYLE), so that a chart follows the
@@ -14,6 +17,7 @@ import html
 import io
 import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -54,16 +58,20 @@ _RC = {
 }
 
 
+def page_style() -> AbstractContextManager[None]:
+    """Return the style as a context, also a decorator; the caller's own rcParams stay."""
+    return matplotlib.rc_context(_RC)
+
+
 def subplots(
     rows: int = 1, columns: int = 1, *, size: tuple[float, float], **layout: Any
 ) -> tuple[Figure, Any]:
-    """Return a figure of `size` (width, height; inches) in the page's style, and its axes.
+    """Return a figure of `size` (width, height; inches), and its axes.
 
     layout: further arguments of `matplotlib.figure.Figure.subplots`.
     """
-    with matplotlib.rc_context(_RC):
-        figure = Figure(figsize=size, layout="constrained")
-        return figure, figure.subplots(rows, columns, **layout)
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(rows, columns, **layout)
 
 
 def svg(figure: Figure, *, tooltips: Mapping[str, str] | None = None) -> str:

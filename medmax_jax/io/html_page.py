@@ -25,7 +25,11 @@ STYLE = """
 :root { color-scheme: light dark;
   --ink: light-dark(#1d2430, #e4e8ee); --soft: light-dark(#5b6675, #9aa6b5);
   --line: light-dark(#d9dee5, #353d49); --page: light-dark(#fbfcfd, #14181e);
-  --card: light-dark(#fff, #1b2129); --mark: light-dark(#0b6e69, #57c7bf); }
+  --card: light-dark(#fff, #1b2129); --mark: light-dark(#0b6e69, #57c7bf);
+  --series-1: light-dark(#b4552d, #e38f69); --series-2: light-dark(#3b5b92, #8aa9e0);
+  --series-3: light-dark(#a58a1f, #d9bf57); --series-4: light-dark(#7a4a88, #c196cf);
+  --series-5: light-dark(#5f6b78, #a3afbc); --series-6: light-dark(#2f8f4e, #6fca8c);
+  --series-7: light-dark(#c2568b, #ea94bd); }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink);
   font: 16px/1.55 system-ui, sans-serif; }
@@ -69,14 +73,8 @@ img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
   grid-template-columns: repeat(auto-fill, minmax(min(17rem, 100%), 1fr)); }
 .charts figure { margin: 0; }
 .charts figcaption b { display: block; color: var(--ink); font-size: .95rem; }
-svg { display: block; width: 100%; height: auto; font-size: 11px; }
-svg text { fill: var(--soft); font-variant-numeric: tabular-nums; }
-svg .grid { stroke: var(--line); }
-svg .guide { stroke: var(--soft); stroke-dasharray: 4 3; }
-svg .line { stroke: var(--mark); stroke-width: 2; fill: none; }
-svg .whisker { stroke: var(--mark); stroke-width: 1.5; opacity: .6; }
-svg .dot { fill: var(--mark); stroke: var(--card); }
-svg .band { fill: var(--mark); opacity: .16; }
+svg { display: block; width: 100%; height: auto; stroke-linejoin: round; }
+figure.chart svg { max-width: 58rem; margin: 0 auto; }
 details { margin: .6rem 0 1.5rem; }
 summary { color: var(--soft); font-size: .9rem; cursor: pointer; }
 figcaption { color: var(--soft); font-size: .85rem; margin-top: .45rem; overflow-wrap: anywhere; }
@@ -135,6 +133,26 @@ def figure(png_bytes: bytes, caption: str) -> str:
         f'<figure><img alt="{safe}" src="data:image/png;base64,{data}">'
         f"<figcaption>{safe}</figcaption></figure>\n"
     )
+
+
+def chart(svg: str, caption: str) -> str:
+    """Return a chart of io/charts.py with its caption, which is also the alternative text."""
+    safe = html.escape(caption)
+    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{safe}" ', 1)
+    return f'<figure class="chart">{svg}<figcaption>{safe}</figcaption></figure>\n'
+
+
+def charts(items: Sequence[tuple[str, str, str]]) -> str:
+    """Return several (SVG, title, caption) in as many columns as fit on the page."""
+    cells = ""
+    for svg, title, caption in items:
+        label = html.escape(f"{title}: {caption}")
+        svg = svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+        cells += (
+            f"<figure>{svg}<figcaption><b>{html.escape(title)}</b>{html.escape(caption)}"
+            "</figcaption></figure>\n"
+        )
+    return f'<div class="charts">\n{cells}</div>\n'
 
 
 def figures(pictures: Sequence[tuple[bytes, str]]) -> str:
