@@ -78,7 +78,8 @@ def svg(figure: Figure, *, tooltips: Mapping[str, str] | None = None) -> str:
     """Return a figure as an `<svg>` element for `html_page.chart`.
 
     tooltips: text for artists by their gid, which starts with `TOOLTIP`:
-        axes.plot(x, y, "o", gid=TOOLTIP + "0");  svg(figure, tooltips={TOOLTIP + "0": "17 answers"})
+        axes.plot(x, y, "o", gid=TOOLTIP + "0")
+        svg(figure, tooltips={TOOLTIP + "0": "17 answers"})
     """
     text = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))

@@ -65,6 +65,7 @@ def test_the_text_of_the_page_is_text():
 
 
 def test_the_callers_settings_stay():
+    drawn()  # the backend is chosen at the first drawing
     before = matplotlib.rcParams.copy()
     drawn()
     assert matplotlib.rcParams == before
