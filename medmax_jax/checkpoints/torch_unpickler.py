@@ -39,8 +39,8 @@ _GLOBALS = {
     *(f"torch.{name}" for name in _VALUES.split()),  # in the settings next to a state dict
 }
 _MAX_STEPS = 1 << 20  # opcodes; a tensor takes about 35, so this allows 30,000 tensors
-_MEND = (
-    "If you trust it, open it in torch and keep the weights alone: "
+_FIX = (
+    "If you trust the file, load it in torch and save only the weights: "
     'torch.save({"state_dict": model.state_dict()}, path)'
 )
 
@@ -173,17 +173,21 @@ class _RestrictedUnpickler:
                 return tuple(self._popped())
             case b"\x85" | b"\x86" | b"\x87":  # TUPLE1, TUPLE2, TUPLE3
                 return tuple(self._last(opcode[0] - 0x84))
-        known = pickletools.code2op.get(opcode.decode("latin-1"))
-        raise self._error(f"uses {known.name if known else opcode}, which torch never writes")
+        opcode_info = pickletools.code2op.get(opcode.decode("latin-1"))
+        raise self._error(
+            f"uses {opcode_info.name if opcode_info else opcode}, which torch never writes"
+        )
 
     def _global(self, module: Any, name: Any) -> _Global:
         if not type(module) is type(name) is str:
-            raise self._error(f"names a global by a {type_name(module)} and a {type_name(name)}")
-        asked = f"{module}.{name}"
-        if asked not in _GLOBALS:
-            asked = asked if asked.isprintable() else repr(asked)
-            raise self._error(f"asks for {asked[:100]}, which no state dict needs")
-        return _Global(asked)
+            raise self._error(f"names a global with a {type_name(module)} and a {type_name(name)}")
+        qualified_name = f"{module}.{name}"
+        if qualified_name not in _GLOBALS:
+            qualified_name = (
+                qualified_name if qualified_name.isprintable() else repr(qualified_name)
+            )
+            raise self._error(f"refers to {qualified_name[:100]}, which no state dict requires")
+        return _Global(qualified_name)
 
     def _storage(self, pid: Any) -> Storage:
         if type(pid) is tuple and len(pid) == 6 and pid[5] is None:
@@ -192,11 +196,11 @@ class _RestrictedUnpickler:
             case ("storage", _Global() as cls, str(key), str(), int(numel)):
                 if cls.name in DTYPES and _sizes(numel):
                     return Storage(DTYPES[cls.name], key, numel)
-        raise self._error("has a persistent id that is no storage")
+        raise self._error("has a persistent id that is not a storage")
 
-    def _call(self, called: Any, args: Any) -> Any:
+    def _call(self, function: Any, args: Any) -> Any:
         """Return the result of torch's function; a hook or a lazy view (conj, neg) is refused."""
-        name = called.name if type(called) is _Global else None
+        name = function.name if type(function) is _Global else None
         match (name, *args) if type(args) is tuple else ():
             case ("collections.OrderedDict",):
                 return {}
@@ -216,7 +220,9 @@ class _RestrictedUnpickler:
             ):
                 if not hooks and _sizes(start, *shape, *stride):
                     return Tensor(storage, start, shape, stride)
-        raise self._error(f"calls {type_name(called)} with arguments that a plain tensor has not")
+        raise self._error(
+            f"calls {type_name(function)} with arguments that a plain tensor does not have"
+        )
 
     def _set(self, target: Any, keys: list[Any], values: list[Any]) -> None:
         if type(target) is not dict:
@@ -248,7 +254,7 @@ class _RestrictedUnpickler:
         return self._take(self.data.index(b"\n", self.at) + 1 - self.at)[:-1].decode()
 
     def _error(self, what: str) -> PthError:
-        return PthError(f"{self.path}: data.pkl {what}; the file was not executed. {_MEND}")
+        return PthError(f"{self.path}: data.pkl {what}; the file was not executed. {_FIX}")
 
 
 def _sizes(*values: Any) -> bool:

@@ -185,7 +185,7 @@ def test_an_index_is_read_and_checked(hf, tmp_path):
         (dict(rope_scaling={"type": "linear", "factor": 2}), "rope_scaling"),
         (dict(num_hidden_layers=3), "tensors missing"),
         (dict(num_attention_heads=0), "num_attention_heads is 0; it must be above 0"),
-        (dict(hidden_size="64"), "hidden_size is '64'; it must be a whole number"),
+        (dict(hidden_size="64"), "hidden_size is '64'; it must be an integer"),
         (dict(vocab_size=100), "text begins at"),
         (dict(intermediate_size=128), r"shape \(96, 64\)|shape \(64, 96\)"),
     ],

@@ -161,7 +161,7 @@ def test_several_ranks_do_not_become_an_adapter_of_this_project(base, tmp_path):
         (dict(use_rslora="yes"), "use_rslora is 'yes'; true or false"),
         (dict(r=0), "r is 0"),
         (dict(r=1 << 40), "r is 1099511627776; it must be in 0..16384"),
-        (dict(r=4.0), "r is 4.0; it must be a whole number"),
+        (dict(r=4.0), "r is 4.0; it must be an integer"),
         (dict(lora_alpha=None), "lora_alpha is missing"),
         (dict(lora_dropout="no"), "lora_dropout is 'no'"),
         (dict(rank_pattern=["q_proj"]), "rank_pattern is .*must be a table"),

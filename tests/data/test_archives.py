@@ -218,7 +218,7 @@ def zeros(raw, size):
         raw.write(bytes(1 << 20))
 
 
-def test_bombs(tmp_path):
+def test_pickle_bombs_are_rejected(tmp_path):
     """Zeros as one picture, as a name of 1 GB, and after the end: stopped in little memory."""
 
     def picture(raw):

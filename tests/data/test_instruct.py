@@ -338,7 +338,7 @@ def test_ctrl_c_exits_75_and_the_same_command_goes_on(work):
             wait_for(lambda: len(llm.requests) >= 10)
             child.send_signal(signal.SIGINT)
             _, said = child.communicate(timeout=60)
-        assert child.returncode == 75 and "the same command goes on" in said
+        assert child.returncode == 75 and "run the same command again to resume" in said
         assert "Traceback" not in said and not (work.out / "documents.jsonl").exists()
         sent = len(llm.requests)
         assert work.report["undecided"] == work.report["rows"] == N

@@ -199,7 +199,7 @@ def test_an_adapter_changes_answers_and_must_fit(g, folder, adapter, tmp_path):
         (dict(seed=-1), r"seed is -1; it must be an integer of 0 .. 4294967295"),
     ],
 )
-def test_settings_that_make_no_sense(g, change, message):
+def test_invalid_spike_settings_are_rejected(g, change, message):
     with pytest.raises(requests.GenerateError, match=message):
         api.generate(g, [["a"]], dataclasses.replace(SAMPLE, **change), mode="text", seed=0)
 

@@ -49,7 +49,7 @@ def test_codes_per_image_follow_from_the_vqgan():
         ("vq.channels", 48, "a multiple of vq.norm_groups, 32"),
         ("vq.norm_groups", 0, "config.vq.norm_groups is 0; it must be above 0"),
         ("model.num_kv_heads", 0, "config.model.num_kv_heads is 0; it must be above 0"),
-        ("vq.channel_mult", (1, 2.5), "whole numbers"),
+        ("vq.channel_mult", (1, 2.5), "integers"),
         ("data.seq_len", 2_000, "config.data.document_limit is 2048; it must be in 1..2000"),
         ("data.document_limit", 4_097, "in 1..2048: at most data.seq_len and model.context_length"),
         ("data.document_limit", 0, "config.data.document_limit is 0; it must be in 1..2048"),

@@ -65,7 +65,7 @@ def test_a_run_that_was_killed_and_terminated_is_the_whole_run(words, variables,
     status, output = finish(process)
     assert status == cli.INTERRUPTED == 75, f"seed {seed}: {output}"
     assert time.monotonic() - begin < 30  # seconds: what a spot machine leaves
-    assert "SIGTERM: stopped after step" in output and "the same command goes on" in output
+    assert "SIGTERM: stopped after step" in output and cli.RESUME in output
 
     status, output = finish(start(words, folder, variables))
     assert status == cli.DONE and "resuming after step" in output, output
@@ -124,10 +124,10 @@ def saving(folder: pathlib.Path) -> int:
 @pytest.mark.parametrize(
     "arguments, status, message",
     [
-        (["--workdir=w", "--config.optim.lrr=1"], cli.USAGE, "--config.optim.lrr names no field"),
+        (["--workdir=w", "--config.optim.lrr=1"], cli.USAGE, "--config.optim.lrr is not a field"),
         (["--workdir=README.md/w"], cli.ERROR, "--workdir README.md/w cannot be written"),
-        (["--workdir=gs://bucket/w"], cli.ERROR, "a workdir is a local or mounted folder"),
-        (["--workdir=w", "--profile_steps=4"], cli.USAGE, "write first:last, as in 10:12"),
+        (["--workdir=gs://bucket/w"], cli.ERROR, "is not a local or mounted folder"),
+        (["--workdir=w", "--profile_steps=4"], cli.USAGE, "write FIRST:LAST, for example 10:12"),
     ],
 )  # fmt: skip
 def test_one_line_and_a_status(words, variables, arguments, status, message):
@@ -146,7 +146,7 @@ def test_the_disk_is_full(words, variables, whole, tmp_path):
     limited = ["bash", "-c", 'ulimit -f 12; exec "$@"', "bash", *words]
     status, output = finish(start(limited, folder, variables))
     assert status == cli.ERROR and "could not be written" in output, output
-    assert "there is none before it" in output and not list(folder.glob("adapter*"))
+    assert "there is no earlier one" in output and not list(folder.glob("adapter*"))
     status, output = finish(start(words, folder, variables))
     assert status == cli.DONE, output
     assert same_numbers(folder, whole)

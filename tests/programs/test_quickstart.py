@@ -61,7 +61,7 @@ def test_the_road_survives_a_stop_and_ends_with_a_report(tmp_path):
         first.send_signal(signal.SIGINT)
         status = first.wait(timeout=120)
     said = (tmp_path / "out.txt").read_text()
-    assert status == 75 and "the same command goes on" in said, said[-3000:]
+    assert status == 75 and "run the same command again to resume" in said, said[-3000:]
     second = subprocess.run(command(work), capture_output=True, timeout=600, **place)
     assert second.returncode == 0, second.stdout[-3000:] + second.stderr[-3000:]
     assert "resuming after step" in second.stdout
