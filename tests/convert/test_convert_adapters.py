@@ -178,13 +178,13 @@ def edited(tmp_path, **changes) -> pathlib.Path:
     "changes, message",
     [
         (dict(use_dora=True), "use_dora is True"),
-        (dict(rank_pattern={"q_proj": 8}), "q_proj.* says rank 8"),
+        (dict(rank_pattern={"q_proj": 8}), "q_proj.* has rank 8"),
         (dict(peft_type="IA3"), "peft_type is 'IA3'"),
         (
             dict(init_lora_weights="pissa"),
             "init_lora_weights is 'pissa', which starts from other",
         ),
-        (dict(r=8), r"says rank 8; config and weights are of two adapters"),
+        (dict(r=8), r"has rank 8; config and weights belong"),
         (dict(lora_alpha="16"), "lora_alpha is '16'; it must be a number"),
     ],
 )
@@ -201,12 +201,12 @@ def test_an_adapter_for_another_base_is_refused(base, trained, tmp_path):
     with pytest.raises(ConvertError, match="was trained on base weights"):
         convert(native, tmp_path / "out", "hf", base=str(other))
     wide = write_meta(tmp_path / "swin", SWIN, shards(SWIN, dtypes=("F32",), seed=5), vqgan=False)
-    with pytest.raises(ConvertError, match="an adapter for another base"):
+    with pytest.raises(ConvertError, match="adapter belongs to another base"):
         convert(PEFT, tmp_path / "out", "hf", base=str(wide))
-    with pytest.raises(ConvertError, match="give --base"):
+    with pytest.raises(ConvertError, match="set --base"):
         convert(run, tmp_path / "out", "hf")
-    with pytest.raises(ConvertError, match="does not say which weights"):
+    with pytest.raises(ConvertError, match="does not state the weights"):
         convert(PEFT, tmp_path / "out", "native")
-    with pytest.raises(ConvertError, match="no adapter; leave --base out"):
+    with pytest.raises(ConvertError, match="is not an adapter; omit --base"):
         convert(base, tmp_path / "out", "hf", base=str(model))
     assert not (tmp_path / "out").exists()

@@ -117,7 +117,7 @@ def test_several_ranks_do_not_become_an_adapter_of_this_project(base, tmp_path):
     factors = adapter(tmp_path / "factors", alpha_pattern={"q_proj": 2})
     for path in (source, factors):
         for layout in ("native", "peft"):
-            with pytest.raises(ConvertError, match=r"q_proj.*merge this one instead \(--format hf"):
+            with pytest.raises(ConvertError, match=r"q_proj.*only merging supports .* \(--format hf"):
                 convert(path, tmp_path / "out", layout, base=str(base))
 
 
@@ -135,7 +135,7 @@ def test_several_ranks_do_not_become_an_adapter_of_this_project(base, tmp_path):
         (dict(loftq_config={"loftq_bits": 4}), "loftq_config is .*other base weights"),
         (dict(eva_config={"rho": 2.0}), "eva_config is"),
         (dict(corda_config={"corda_method": "ipm"}), "corda_config is"),
-        (dict(alora_invocation_tokens=[5, 6]), "alora_invocation_tokens is .*these tokens only"),
+        (dict(alora_invocation_tokens=[5, 6]), "alora_invocation_tokens is .*only after these tokens"),
         (dict(use_dora=True), "use_dora is True.*DoRA"),
         (dict(lora_bias=True), "lora_bias is True"),
         (dict(bias="all"), "bias is 'all'"),
@@ -145,7 +145,7 @@ def test_several_ranks_do_not_become_an_adapter_of_this_project(base, tmp_path):
         (dict(layers_to_transform=1, layers_pattern="layers"), "layers_to_transform is 1"),
         (dict(layers_pattern=["h"]), "layers_pattern is"),
         (dict(exclude_modules=["q_proj"]), "exclude_modules is"),
-        (dict(modules_to_save=["lm_head"]), "modules_to_save is .*besides LoRA's"),
+        (dict(modules_to_save=["lm_head"]), "modules_to_save is .*other than the LoRA"),
         (dict(trainable_token_indices=[1]), "trainable_token_indices is"),
         (dict(target_parameters=["mlp.experts"]), "target_parameters is"),
         (dict(megatron_config={"a": 1}), "megatron_config is"),
@@ -169,10 +169,10 @@ def test_several_ranks_do_not_become_an_adapter_of_this_project(base, tmp_path):
         (dict(rank_pattern={"q_proj": "2"}), "rank_pattern: q_proj is '2'"),
         (dict(rank_pattern={"q_proj": 0}), "rank 0; it must be above 0"),
         (dict(alpha_pattern={"q_proj": True}), "alpha_pattern: q_proj is True"),
-        (dict(target_modules=["q_proj"]), "which target_modules does not name"),
+        (dict(target_modules=["q_proj"]), "which is not in target_modules"),
         (dict(target_modules=["proj"]), "target_modules has 'proj', but the file has no"),
         (dict(target_modules=[*"abc"]), "target_modules has 'a'"),
-        (dict(target_modules=5), "target_modules is 5; it must be names"),
+        (dict(target_modules=5), "target_modules is 5; it must be a list of names"),
     ],
 )
 def test_settings_that_are_not_computed_are_refused_by_name(tmp_path, settings, message):
@@ -201,7 +201,7 @@ def test_neutral_settings_are_accepted(tmp_path, settings):
 
 def test_adapters_without_weights_name_the_cause(base, tmp_path):
     empty = adapter(tmp_path / "empty", layers=())
-    with pytest.raises(ConvertError, match=r"holds no tensors; .*ZeRO-3.* Save it again gathered"):
+    with pytest.raises(ConvertError, match=r"holds no tensors; .*ZeRO-3.* Gather them and save again"):
         convert(empty, tmp_path / "out", "native", base=str(base))
     zero = adapter(tmp_path / "zero", shape=(0,))
     with pytest.raises(ConvertError, match="28 of 28 tensors have no elements .*ZeRO-3"):

@@ -94,7 +94,7 @@ def test_check_finds_what_is_not_as_published(meta, tmp_path):
     assert text.count("NOT OK") == 3 and "md5 of tokenizer/vqgan.ckpt" in text
     assert "vocabulary ids: text from 8712, 9728 rows ok" in text
     assert "in this project: special ids [8710] ok" in text
-    assert "every number is finite ok" in text
+    assert "all values are finite ok" in text
     published = tmp_path / "ok"
     shutil.copytree(meta, published)
     for name in check.PUBLISHED:
@@ -105,7 +105,7 @@ def test_check_finds_what_is_not_as_published(meta, tmp_path):
     state = read_pth(path)
     state["output.weight"][3, 5] = np.nan
     write_pth(path, state, wrap=None)
-    with pytest.raises(ConvertError, match="output.weight: 1 of .* numbers are NaN"):
+    with pytest.raises(ConvertError, match="output.weight: 1 of .* values are NaN"):
         check.check(str(published), torch_python=None, scratch="", say=lines.append)
 
 

@@ -260,7 +260,7 @@ def test_one_credentialed_row_and_nothing_is_sent(work, capsys):
         said = capsys.readouterr().err
         assert llm.connections == 0 and not work.out.exists()
         name = llm.url.removeprefix("http://").removesuffix("/v1")
-        assert f"credentialed data may not go to {name}, which is not listed" in said
+        assert f"credentialed data may not be sent to {name}, which is not listed" in said
         assert prepare.main(work.argv(llm, "--credentialed_host", f"x{name}")) == 1
         assert llm.connections == 0
         assert prepare.main(work.argv(llm, "--credentialed_host", name)) == 0
@@ -367,7 +367,7 @@ def test_progress_has_a_rate_and_what_is_left(work, caplog):
             assert prepare.main(work.argv(llm)) == 0
         prepare.log.removeHandler(handler)
     assert any(
-        re.fullmatch(rf"writing: {N} of {N} rows, [\d.]+ a second, 0 s left", s) for s in said
+        re.fullmatch(rf"writing: {N} of {N} rows, [\d.]+ per second, 0 s left", s) for s in said
     )
     assert f"{N} rows; still to ask, at most: caption {N} calls" in said[0]
 

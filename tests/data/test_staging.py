@@ -198,7 +198,9 @@ def test_a_server_that_falls_silent_half_way_ends_in_a_named_error(
     with stopping(server, answers=1) as (url, _):
         use_server(monkeypatch, url)
         start = time.monotonic()
-        with pytest.raises(StorageError, match=r"gs://.*array_record: no answer in 3\S* s; check"):
+        with pytest.raises(
+            StorageError, match=r"gs://.*array_record: no response within 3\S* s; check"
+        ):
             open_records(remote)
         assert time.monotonic() - start < 20
     assert not list(stage.glob("*.partial")) and not list(stage.glob("*/dataset.json"))
@@ -251,7 +253,7 @@ def test_a_dataset_json_that_is_none(gs, stage, meta):
 def test_names_that_leave_the_folder(remote, stage, local):
     meta = (local / "dataset.json").read_text().replace("00001-of", "../00001-of")
     Folder(remote).write("dataset.json", [meta.encode()])
-    with pytest.raises(StorageError, match="is no name in this folder"):
+    with pytest.raises(StorageError, match="is not a name inside this folder"):
         open_records(remote)
     assert not list(stage.parent.glob("00001*"))
 

@@ -201,7 +201,7 @@ def test_later_messages_repeat_nothing_of_a_row(tmp_path):
     for row, said in (
         (dict(id="SECRET2", text="yes"), "the first is that of line 1"),
         (dict(id="SECRET", images=["SECRET2.png"]), "line 1: image 1 is no file"),
-        (dict(id="SECRET", images=["../SECRET.png"]), "image 1 leads out"),
+        (dict(id="SECRET", images=["../SECRET.png"]), "image 1 is outside"),
     ):
         path.write_text(json.dumps(row))
         with pytest.raises(predictions.PredictionsError) as wrong:

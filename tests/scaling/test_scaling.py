@@ -238,7 +238,7 @@ def test_a_thousand_bootstraps_take_seconds_on_one_core():
     assert cpu < 15 and cpu < 1.3 * wall, (cpu, wall)
     assert len(done.draws) == 1_000 and done.draws.stuck == 0 and len(done.held) == 3
     assert lines[-1].startswith("loss: without each run: 1240 of 1240 fits")
-    assert "a second, 0 s left" in lines[-1]
+    assert "per second, 0 s left" in lines[-1]
 
 
 def test_a_published_start_is_not_an_end():

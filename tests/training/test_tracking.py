@@ -18,7 +18,7 @@ def init_wandb(credentials: dict, listed: list[str] = (), server: str = ""):
 
 def test_credentialed_metrics_are_sent_to_listed_hosts_only():
     with pytest.raises(
-        log_writer.TrackingError, match="may not go to api.wandb.ai:443.*listed_host"
+        log_writer.TrackingError, match="may not be sent to api.wandb.ai:443.*listed_host"
     ):
         init_wandb({"no": 3, "yes": 1})
     with pytest.raises(log_writer.TrackingError, match="api.wandb.ai"):
