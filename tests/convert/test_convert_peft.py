@@ -158,7 +158,7 @@ def test_several_ranks_do_not_become_an_adapter_of_this_project(base, tmp_path):
         (dict(scale_of_2031=2), "scale_of_2031 is 2"),
         (dict(peft_type="IA3"), "peft_type is 'IA3'"),
         (dict(peft_type=["LORA"]), "peft_type is"),
-        (dict(use_rslora="yes"), "use_rslora is 'yes'; true or false"),
+        (dict(use_rslora="yes"), "use_rslora is 'yes'; it must be true or false"),
         (dict(r=0), "r is 0"),
         (dict(r=1 << 40), "r is 1099511627776; it must be in 0..16384"),
         (dict(r=4.0), "r is 4.0; it must be an integer"),
@@ -167,7 +167,7 @@ def test_several_ranks_do_not_become_an_adapter_of_this_project(base, tmp_path):
         (dict(rank_pattern=["q_proj"]), "rank_pattern is .*must be a table"),
         (dict(rank_pattern={"(a*)*b": 2}), r"rank_pattern has the key '\(a\*\)\*b'"),
         (dict(rank_pattern={"q_proj": "2"}), "rank_pattern: q_proj is '2'"),
-        (dict(rank_pattern={"q_proj": 0}), "rank 0; it must be above 0"),
+        (dict(rank_pattern={"q_proj": 0}), "q_proj to 0; it must be above 0"),
         (dict(alpha_pattern={"q_proj": True}), "alpha_pattern: q_proj is True"),
         (dict(target_modules=["q_proj"]), "which is not in target_modules"),
         (dict(target_modules=["proj"]), "target_modules has 'proj', but the file has no"),
@@ -201,7 +201,7 @@ def test_neutral_settings_are_accepted(tmp_path, settings):
 
 def test_adapters_without_weights_name_the_cause(base, tmp_path):
     empty = adapter(tmp_path / "empty", layers=())
-    with pytest.raises(ConvertError, match=r"holds no tensors; .*ZeRO-3.* Gather them and save again"):
+    with pytest.raises(ConvertError, match=r"contains no tensors; .*ZeRO-3.* Gather them and save again"):
         convert(empty, tmp_path / "out", "native", base=str(base))
     zero = adapter(tmp_path / "zero", shape=(0,))
     with pytest.raises(ConvertError, match="28 of 28 tensors have no elements .*ZeRO-3"):
@@ -211,7 +211,7 @@ def test_adapters_without_weights_name_the_cause(base, tmp_path):
 
 def test_adapters_on_some_layers_are_refused(base, tmp_path):
     source = adapter(tmp_path / "some", layers=(1,))
-    with pytest.raises(ConvertError, match=r"no LoRA on model.layers.0.*incomplete copy"):
+    with pytest.raises(ConvertError, match=r"no LoRA on model.layers.0.*copy is incomplete"):
         convert(source, tmp_path / "out", "hf", base=str(base))
     far = adapter(tmp_path / "far", layers=(10**9,))
     with pytest.raises(ConvertError, match="layers.1000000000.* has no place"):

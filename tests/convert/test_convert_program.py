@@ -40,7 +40,7 @@ def test_the_program_converts_and_says_so(meta, tmp_path):
         cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert f"{tmp_path / 'native'}: written, native" in done.stdout and "MB/s" in done.stdout
+    assert f"wrote {tmp_path / 'native'} (native)" in done.stdout and "MB/s" in done.stdout
     text = (tmp_path / "native" / "README.md").read_text()
     assert "Chameleon Research License" in text and "not for clinical use" in text
 
@@ -75,7 +75,7 @@ def test_two_models_in_one_download(meta, tmp_path):
     folder = tmp_path / "data"
     shutil.copytree(meta, folder)
     shutil.copytree(folder / "models" / "7b", folder / "models" / "30b")
-    with pytest.raises(ConvertError, match="holds 2 models .models/30b, models/7b."):
+    with pytest.raises(ConvertError, match="contains 2 models .models/30b, models/7b."):
         conversion.read_checkpoint(folder)
     found = conversion.read_checkpoint(folder / "models" / "30b")
     assert found.tokenizer and found.has_decoder  # from ../../tokenizer
@@ -93,7 +93,7 @@ def test_check_finds_what_is_not_as_published(meta, tmp_path):
     assert status == 1  # random weights: not the published files
     assert text.count("NOT OK") == 3 and "md5 of tokenizer/vqgan.ckpt" in text
     assert "vocabulary ids: text from 8712, 9728 rows ok" in text
-    assert "in this project: special ids [8710] ok" in text
+    assert "with medmax_jax: special ids [8710] ok" in text
     assert "all values are finite ok" in text
     published = tmp_path / "ok"
     shutil.copytree(meta, published)

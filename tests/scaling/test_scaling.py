@@ -160,7 +160,7 @@ def test_gradients_are_those_of_small_differences(law):
     y = np.full(len(next(iter(x.values()))), 3.0) if y is None else y
     law = LAWS[law]
     middle = {n: np.array([np.exp(np.log(v).mean())]) for n, v in x.items()}
-    problem = fit.Problem(law=law, x=x, y=y, middle=middle, delta=1e-1, held={})
+    problem = fit.Problem(law=law, x=x, y=y, middle=middle, delta=1e-1, fixed_values={})
     at = np.array([0.3, -0.5, 0.4][: len(law.names)] + [0.31, 0.22, 1.3, 1.1][: len(law.exponents)])
     weights = np.linspace(0.5, 2, len(y))
     here = problem.evaluate(at[None], weights[None])
@@ -198,7 +198,7 @@ def test_draws_end_where_those_of_lbfgs_do(law):
                        np.random.default_rng(0))  # fmt: skip
     found = fit.fit(LAWS[law], rows.x, rows.y, delta=1e-3, fixed={})
     problem = fit.Problem(
-        law=LAWS[law], x=rows.x, y=rows.y, middle=found.middle, delta=1e-3, held={}
+        law=LAWS[law], x=rows.x, y=rows.y, middle=found.middle, delta=1e-3, fixed_values={}
     )
     rng = np.random.default_rng(1)
     weights = np.array([diagnostics.counts(rng, len(rows)) for _ in range(8)])
@@ -220,7 +220,7 @@ def test_a_parameter_that_no_draw_moves_has_no_interval():
     options = study.Options(delta=1e-3, fixed={}, draws=40, seed=0, flops=6.0, budgets=())
     done = study.run_study(LAWS["power"], rows, options)
     assert done.intervals["E"] is None and done.intervals["beta"][0] < done.intervals["beta"][1]
-    assert f"E        {done.found.values['E']:<12.6g} –" in checklist.format_fit(done, {})
+    assert f"E        {done.fit.values['E']:<12.6g} –" in checklist.format_fit(done, {})
     assert checklist.as_json(done, {})["intervals"]["E"] is None
     held = dataclasses.replace(options, fixed={"beta": 0.3})
     assert study.run_study(LAWS["power"], rows, held).intervals["beta"] is None
@@ -236,7 +236,7 @@ def test_a_thousand_bootstraps_take_seconds_on_one_core():
     done = study.run_study(LAWS["chinchilla"], rows, options, progress=lines.append)
     wall, cpu = time.perf_counter() - begin, time.process_time() - cpu
     assert cpu < 15 and cpu < 1.3 * wall, (cpu, wall)
-    assert len(done.draws) == 1_000 and done.draws.stuck == 0 and len(done.held) == 3
+    assert len(done.draws) == 1_000 and done.draws.stuck == 0 and len(done.holdouts) == 3
     assert lines[-1].startswith("loss: without each run: 1240 of 1240 fits")
     assert "per second, 0 s left" in lines[-1]
 
@@ -369,7 +369,7 @@ D = [1e6, 2e6, 4e6, 8e6, 16e6, 32e6, 64e6]
         ("finetune", dict(params=D, tokens=[5e5] * 7), "runs of another amount of data"),
         ("chinchilla", dict(params=[d / 20 for d in D], tokens=D), "power of params.*--law tied"),
         ("data_constrained", dict(params=[1e6, 2e6] * 4, tokens=[*D, 9e6], unique_tokens=[*D, 9e6]),
-         "no run has seen its data twice"),
+         "no run repeats its data"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_told_is_refused(law, columns, words):
@@ -380,7 +380,7 @@ def test_what_cannot_be_told_is_refused(law, columns, words):
 def test_a_ray_is_enough_for_one_exponent():
     assert diagnostics.check(LAWS["tied"], rows_of(params=[d / 20 for d in D], tokens=D), {}) == []
     few = diagnostics.check(LAWS["finetune"], rows_of(params=[8.0, 16.0] * 3 + [8.0], tokens=D), {})
-    assert few == ["only 2 distinct params: alpha has no check"]
+    assert few == ["only 2 distinct values of params: alpha cannot be checked"]
 
 
 def test_a_parameter_that_changes_nothing_is_refused():
@@ -391,7 +391,7 @@ def test_a_parameter_that_changes_nothing_is_refused():
     rows.x["tokens"][:] = np.maximum(rows.x["tokens"], 2e9) * np.arange(1, small.sum() + 1)
     found = fit.fit(LAWS["data_constrained"], rows.x, rows.y, delta=1e-3,
                     fixed={"A/B": 1.0, "alpha": 0.35})  # fmt: skip
-    with pytest.raises(ScalingError, match=r"R_N changes no prediction.*--fix R_N=VALUE \(5.31"):
+    with pytest.raises(ScalingError, match=r"R_N affects no prediction.*--fix R_N=VALUE \(5.31"):
         diagnostics.check_end(found, rows)
 
 

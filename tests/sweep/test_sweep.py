@@ -83,8 +83,8 @@ def test_random_axes_are_the_seeds():
     "given,words",
     [
         ([{"gird": {}}], "'gird' is unknown; use one of grid"),
-        ([{"grid": {}, "zip": {}}], "an axis is a dict with one key"),
-        ([{"zip": {"a.b": (1,), "c.d": (1, 2)}}], "equally many values each; it has a.b 1, c.d 2"),
+        ([{"grid": {}, "zip": {}}], "is not an axis; use a dict with one key"),
+        ([{"zip": {"a.b": (1,), "c.d": (1, 2)}}], "same number of values for each field; it has a.b 1, c.d 2"),
         ([{"fixed": {"a.b": 1}}, {"grid": {"a.b": (1, 2)}}], "a.b is set by two axes"),
         ([{"log_range": {"field": "a", "low": 2, "high": 1, "count": 3}}], "0 < low < high"),
         ([{"random": {"count": 1, "seed": 0, "fields": {"a.b": ("normal", 0, 1)}}}], "random a.b"),
@@ -148,14 +148,14 @@ def test_the_papers_data_sweep_on_v5e_16(tmp_path, capsys):
     [
         (
             sweep({"fixed": {"optim.peek_lr": 1e-3}}),
-            "optim.peek_lr names no field of configs/tiny_base",
+            "optim.peek_lr is not a field of configs/tiny_base",
         ),
         (
             sweep({"fixed": {"lora.rank": 4}}),
             "lora.rank is 4; it must be 0 when train.trains is full",
         ),
         (sweep({"fixed": {"train.steps": "many"}}), "train.steps"),
-        (sweep({"grid": {"train.steps": (5, 5)}}), "runs 1 and 2 are the same.*give a seed"),
+        (sweep({"grid": {"train.steps": (5, 5)}}), "runs 1 and 2 are the same.*different seeds"),
         (sweep({"fixed": {"tokens": 1e6, "train.steps": 5}}), "each set the steps"),
         (sweep({"seeds": (0,)}, config="configs/none.py"), "configs/none.py"),
         (sweep({"seeds": (0,)}, topology="v9:2x2"), "v9:2x2"),
@@ -174,10 +174,10 @@ def test_a_sweep_file_with_an_unknown_field(tmp_path, capsys):
         "    c = sweep_tiny.get_config().unlock()\n    c.topologie = 'v5e:4x4'\n    return c\n"
     )
     assert program.main(["expand", f"--config={path}"]) == 1
-    assert "topologie is unknown or missing; it has name, config, axes" in capsys.readouterr().err
+    assert "'topologie' is unknown or missing; the fields are name, config, axes" in capsys.readouterr().err
     assert program.main(["expand", "--config=configs/sweep_tiny.py", "--config.pric=1"]) == 1
     assert program.main(["status", "--workdir", str(tmp_path)]) == 1
-    assert "sweep.jsonl: no such file; make it" in capsys.readouterr().err
+    assert "sweep.jsonl: file not found; create it" in capsys.readouterr().err
 
 
 def test_another_sweep_is_not_written_over_begun_runs(tmp_path):
@@ -185,7 +185,7 @@ def test_another_sweep_is_not_written_over_begun_runs(tmp_path):
     expand.write(one, tmp_path)
     expand.write(expand.plan_runs(sweep({"seeds": (1, 2)})), tmp_path)  # nothing had begun
     (tmp_path / one[1].run_id).mkdir()
-    with pytest.raises(SweepError, match=f"have begun: {one[1].run_id}"):
+    with pytest.raises(SweepError, match=f"have started: {one[1].run_id}"):
         expand.write(expand.plan_runs(sweep({"seeds": (2, 3)})), tmp_path)
 
 
@@ -322,9 +322,9 @@ def test_a_slurm_task_requeues_itself(tmp_path, medmax):
 
 @pytest.mark.parametrize(
     "form,flags,words",
-    [("xpk", dict(cluster=None), "--form xpk needs --cluster"),
-     ("slurm", dict(gpus=None), "--form slurm needs --gpus"),
-     ("jobset", dict(queue=None), "--form jobset needs --queue")],
+    [("xpk", dict(cluster=None), "--form xpk requires --cluster"),
+     ("slurm", dict(gpus=None), "--form slurm requires --gpus"),
+     ("jobset", dict(queue=None), "--form jobset requires --queue")],
 )  # fmt: skip
 def test_what_a_form_needs(tmp_path, medmax, form, flags, words):
     with pytest.raises(SweepError, match=words):
@@ -332,7 +332,7 @@ def test_what_a_form_needs(tmp_path, medmax, form, flags, words):
 
 
 def test_a_sweep_without_a_machine_is_not_rendered_for_one(tmp_path):
-    with pytest.raises(SweepError, match="need a TPU, as v5e:4x4: set --config.topology"):
+    with pytest.raises(SweepError, match="require a TPU, for example v5e:4x4: set --config.topology"):
         rendered(tmp_path, expand.plan_runs(sweep({"seeds": (0,)})), "xpk")
 
 

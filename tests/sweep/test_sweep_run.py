@@ -142,7 +142,7 @@ def test_what_is_missing_is_named(ended, file, tmp_path):
         status.collect(runs[:1], tmp_path, partial=False)
     other = dataclasses.replace(runs[0], overrides=runs[0].overrides | {"optim.peak_lr": 0.5})
     with pytest.raises(
-        SweepError, match=r"holds another run: config.optim.peak_lr is 0.01, not 0.5"
+        SweepError, match=r"contains another run: config.optim.peak_lr is 0.01, not 0.5"
     ):
         state(other, folder)
 
@@ -166,7 +166,7 @@ def test_one_runner_a_sweep(ended, tmp_path):
     runs, _ = ended
     with open(tmp_path / ".runner.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(SweepError, match="has a runner already"):
+        with pytest.raises(SweepError, match="is in use by another runner"):
             runner.run(runs, tmp_path)
 
 

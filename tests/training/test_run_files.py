@@ -126,7 +126,7 @@ def test_quickstart_continues_without_stages_file(tmp_path, caplog):
         ({"steps": "3"}, "steps is '3'"),
         ({"overrides": []}, r"overrides is \[\]"),
         ({"fits": 1}, "fits is 1"),
-        ({"more": 1}, "more than the fields"),
+        ({"more": 1}, "exactly the fields"),
     ],
 )
 def test_sweep_plan_is_validated(tmp_path, change, message):
@@ -166,7 +166,7 @@ def test_run_without_log_file_does_not_stop_the_sweep(tmp_path, capsys):
     run = SweepRun(**PLANNED)
     (tmp_path / run.run_id / "run.log").mkdir(parents=True)
     assert runner.run([run], tmp_path) == {run.run_id: "crashed"}
-    assert "cannot be started" in capsys.readouterr().out
+    assert "could not be started" in capsys.readouterr().out
 
 
 def test_metrics_path_that_is_a_folder_raises(tmp_path):
