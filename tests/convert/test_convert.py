@@ -116,8 +116,8 @@ def test_meta_comes_back_bit_for_bit(case, tmp_path):
         back = convert(source, tmp_path / source.name, "meta")
         for wanted, found in zip(states, meta_files(back), strict=True):
             assert_equal(wanted, found)
-        pictures = read_pth(back / "tokenizer" / "vqgan.ckpt")
-        assert_equal(random_vqgan(seed=1), pictures)
+        vqgan_tensors = read_pth(back / "tokenizer" / "vqgan.ckpt")
+        assert_equal(random_vqgan(seed=1), vqgan_tensors)
     found = json.loads((tmp_path / "native/models/model/params.json").read_text())["model"]
     assert {**params(sizes), **found} == found | {
         k: v for k, v in params(sizes).items() if k in ("multiple_of", "ffn_dim_multiplier")
@@ -237,8 +237,8 @@ def test_the_processor_of_hf_makes_our_prompt(tmp_path):
 
     hf = convert(TINY, tmp_path / "hf", "hf")
     processor = transformers.ChameleonProcessor.from_pretrained(hf)
-    picture = PIL.Image.new("RGB", (40, 50), (200, 10, 10))
-    ids = processor(text="<image>Is it a CT?", images=picture, return_tensors="np")
+    image = PIL.Image.new("RGB", (40, 50), (200, 10, 10))
+    ids = processor(text="<image>Is it a CT?", images=image, return_tensors="np")
     vocab = conversion.read_checkpoint(TINY).vocab
     ours = prompt_ids(
         Tokenizer.from_file(hf / "tokenizer.json", vocab),

@@ -47,7 +47,7 @@ def trained(tmp_path_factory) -> tuple[pathlib.Path, pathlib.Path]:
 
 
 def adapted_logits(model: pathlib.Path, adapter: pathlib.Path, ids: np.ndarray) -> np.ndarray:
-    """Logits with the adapter beside the matrices, as training and generation compute them."""
+    """Logits with a separate adapter, as training and generation compute them."""
     found, facts = (
         conversion.read_checkpoint(model),
         json.loads((adapter / "adapter_config.json").read_text()),
@@ -67,8 +67,8 @@ def test_an_adapter_of_peft_computes_what_it_does_in_peft(base, tmp_path):
     wanted = GOLDEN["peft_logits"]
     tolerance = 2e-5 * max(1.0, float(wanted.std()))
     native = convert(PEFT, tmp_path / "adapter", "native", base=str(base))
-    beside = adapted_logits(base, native, IDS)
-    np.testing.assert_allclose(beside[..., GOLDEN["columns"]], wanted, rtol=0, atol=tolerance)
+    separate = adapted_logits(base, native, IDS)
+    np.testing.assert_allclose(separate[..., GOLDEN["columns"]], wanted, rtol=0, atol=tolerance)
     merged = convert(PEFT, tmp_path / "merged", "native", base=str(base), merge_native=True)
     np.testing.assert_allclose(
         logits(merged)[..., GOLDEN["columns"]], wanted, rtol=0, atol=tolerance
@@ -102,8 +102,10 @@ def test_a_run_is_merged_into_its_base(trained, layout, tmp_path):
         )
         rows = (jnp.asarray(ids), jnp.ones_like(ids), jnp.tile(jnp.arange(24), (2, 1)))
         merged = np.asarray(net.logits(net.hidden(*rows, key=None)))
-    beside = adapted_logits(model, run / "adapter", ids)
-    np.testing.assert_allclose(merged, beside, rtol=0, atol=2e-5 * max(1.0, float(beside.std())))
+    separate = adapted_logits(model, run / "adapter", ids)
+    np.testing.assert_allclose(
+        merged, separate, rtol=0, atol=2e-5 * max(1.0, float(separate.std()))
+    )
     assert export.base_fingerprint(back) != export.base_fingerprint(model)
 
 

@@ -292,7 +292,7 @@ def test_a_tokenizer_without_a_special_name_is_named(meta, tmp_path):
     spec = json.loads(path.read_text())
     del spec["model"]["vocab"]["<pad>"]
     path.write_text(json.dumps(spec))
-    with pytest.raises(ConvertError, match="its tokenizer has no <pad>.*published with the weights"):
+    with pytest.raises(ConvertError, match="tokenizer has no <pad>.*published with the weights"):
         convert(folder, tmp_path / "out", "hf")
     assert not (tmp_path / "out").exists()
 
@@ -302,4 +302,4 @@ def test_a_vqgan_of_whole_numbers_is_refused(meta, tmp_path):
     arrays = read_safetensors(native)
     name = "quantize.embedding"
     save_file(arrays | {name: arrays[name].astype(np.int32)}, native / "vqgan.safetensors")
-    refused(native, "quantize.embedding: dtype I32 is not supported; weights must be F32, BF16, F16")
+    refused(native, "quantize.embedding: dtype I32 is not supported; weights must be F32")

@@ -295,7 +295,7 @@ def test_error_inside_a_200_is_handled_like_its_stated_status():
     assert not isinstance(caught.value, TransientError) and len(llm.requests) == 1
 
 
-# Names, and whether somebody listens.
+# Names, and whether a server listens.
 
 
 @pytest.mark.parametrize(

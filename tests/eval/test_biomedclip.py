@@ -168,11 +168,11 @@ def test_ids_are_hugging_faces(vocab):
 
 
 def picture(name):
-    image = Image.fromarray(cases.picture(name)[1])
+    image = Image.fromarray(cases.image_array(name)[1])
     return image.quantize(16) if name == "palette" else image
 
 
-@pytest.mark.parametrize("name", cases.PICTURES)
+@pytest.mark.parametrize("name", cases.IMAGE_NAMES)
 def test_pixels_are_the_releases(name):
     ours = biomedclip.pixels(picture(name), size=32, released=True)
     theirs = golden("tiny")[f"pixels_{name}"].transpose(1, 2, 0)
@@ -182,7 +182,7 @@ def test_pixels_are_the_releases(name):
 def test_the_right_conversion_is_the_releases_where_that_is_right():
     both = {
         name: [biomedclip.pixels(picture(name), size=32, released=r) for r in (True, False)]
-        for name in cases.PICTURES
+        for name in cases.IMAGE_NAMES
     }
     apart = {name: float(np.abs(a - b).max()) for name, (a, b) in both.items()}
     assert {name for name, far in apart.items() if far == 0} == {

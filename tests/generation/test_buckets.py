@@ -10,7 +10,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from generate_setup import CODES, MODEL, PICTURE, VOCAB
+from generate_setup import CODES, IMAGE_VQ, MODEL, VOCAB
 from test_generate import folder, g, program  # noqa: F401
 
 from medmax_jax import cli
@@ -58,7 +58,7 @@ except requests.GenerateError as error:
 # Attention inside the VQGAN, over 64 x 64 places, has 64 MiB a picture, 512 MiB eight.
 PICTURES = """
 import numpy as np, PIL.Image
-large = dataclasses.replace(setup.PICTURE, image_size=128)
+large = dataclasses.replace(setup.IMAGE_VQ, image_size=128)
 g = dataclasses.replace(g, vq_config=large)
 pictures = [PIL.Image.new("RGB", (9, 7), (10 * i, 0, 0)) for i in range(8)]
 both = (lambda: model_bundle.encode(g, pictures), lambda: model_bundle.decode(g, codes))
@@ -124,7 +124,7 @@ def test_memory_runs_out_in_a_chunk_and_the_engine_goes_on(folder):  # noqa: F81
 def test_memory_runs_out_while_weights_are_read(folder, tmp_path):  # noqa: F811
     """The file is mapped, 144 MiB; then there is no room for its first large matrix."""
     wide = dataclasses.replace(MODEL, hidden_size=2_048)
-    sections = dict(model=to_dict(wide), vocab=to_dict(VOCAB), vq=to_dict(PICTURE))
+    sections = dict(model=to_dict(wide), vocab=to_dict(VOCAB), vq=to_dict(IMAGE_VQ))
     (tmp_path / "config.json").write_text(json.dumps(sections))
     with jax.set_mesh(make_mesh(Mesh(data=1, fsdp=1, tp=1))):
         like = safetensors_file.flatten_named(

@@ -12,9 +12,9 @@ import pytest
 from generate_setup import (
     CODES,
     DRAWN,
+    IMAGE_VQ,
     LORA,
     MODEL,
-    PICTURE,
     SAMPLE,
     VOCAB,
     Plain,
@@ -36,7 +36,7 @@ from medmax_jax.sharding import make_mesh
 def folder(tmp_path_factory):
     """A model folder with random weights that like BOI and EOS, so that mixed answers are mixed."""
     folder = tmp_path_factory.mktemp("micro")
-    sections = dict(model=to_dict(MODEL), vocab=to_dict(VOCAB), vq=to_dict(PICTURE))
+    sections = dict(model=to_dict(MODEL), vocab=to_dict(VOCAB), vq=to_dict(IMAGE_VQ))
     (folder / "config.json").write_text(json.dumps(sections))
     (folder / "tokenizer.json").write_text(tokenizer.train(["Is it a CT of the chest?"], VOCAB))
     with jax.set_mesh(make_mesh(Mesh(data=1, fsdp=1, tp=1))):
@@ -45,7 +45,7 @@ def folder(tmp_path_factory):
         model["lm_head.kernel"][:, [ids.BOI, ids.EOS]] *= 3
         safetensors_file.save(folder / "model.safetensors", model, {})
         safetensors_file.save(
-            folder / "vqgan.safetensors", noise(vqgan.abstract(PICTURE), std=0.1), {}
+            folder / "vqgan.safetensors", noise(vqgan.abstract(IMAGE_VQ), std=0.1), {}
         )
     return folder
 

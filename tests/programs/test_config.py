@@ -1,4 +1,4 @@
-"""Config files become frozen settings; every kind of wrong setting names its field and the mend."""
+"""Config files become frozen settings; the error of a wrong setting names its field and the fix."""
 
 import importlib
 import math

@@ -88,7 +88,7 @@ def test_3_folders_may_be_relative(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("family", task_items.FAMILIES)
-def test_5_every_prompt_asks_words_and_pictures_that_are_there(family, tmp_path):
+def test_5_every_prompt_requests_existing_text_and_images(family, tmp_path):
     for prompt in task_items.PROMPTS:
         found = task_items.prompt_parts(eval_setup.item("x", family, 0), tmp_path, prompt)
         assert all(found) and sum(isinstance(part, Path) for part in found) == (
@@ -121,7 +121,7 @@ def test_7_what_fails_ends_nothing_else(tmp_path):
     assert rows[1]["task"] == "captioning_x" and rows[1]["n_errors"] == 0
 
 
-def test_13_14_16_strict_has_no_penalty_and_says_how_pictures_are_drawn():
+def test_13_14_16_strict_has_no_penalty_and_states_image_sampling():
     strict, published = (c.get_config().sample for c in (eval_suite, eval_paper))
     assert strict.repetition_penalty == 1.0 and published.repetition_penalty == 1.2
     assert strict.text_greedy and not strict.image_greedy  # said by two fields, not implied by one
@@ -144,9 +144,9 @@ def test_23_the_rubric_asks_for_the_same_and_not_for_good_enough():
     assert "says the same as the reference" in ours and "is not correct if it contradicts" in ours
 
 
-def test_26_intervals_know_of_questions_that_share_a_picture():
+def test_26_intervals_account_for_questions_that_share_an_image():
     rng = np.random.default_rng(0)
-    right = np.repeat(rng.random(40) < 0.6, 14)  # all questions of a picture go the same way
+    right = np.repeat(rng.random(40) < 0.6, 14)  # all questions of an image have the same result
     items = [eval_setup.item("x_closed", "vqa_closed", n, answer="yes", group=f"g{n // 14}")
              for n in range(560)]  # fmt: skip
     records = [

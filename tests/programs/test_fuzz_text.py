@@ -408,7 +408,7 @@ def fuzz_records(count: int, folder: pathlib.Path) -> None:
 
 
 def fuzz_plans(count: int, folder: pathlib.Path) -> None:
-    """Mutations of the file, and of the header alone: its digest is told by whoever wrote it."""
+    """Mutations of the file, and of the header alone, which also has the digest."""
     original = (folder.parent / "p.npz").read_bytes()
     for number in range(count):
         check("plan", number, folder.parent / "mutated.npz", original)

@@ -1,4 +1,4 @@
-"""A run that is killed again and again is, bit for bit, the run that nobody touched.
+"""A run that is killed repeatedly equals, bit for bit, an uninterrupted run.
 
 The log in docs/launch.md: pytest -m slow -s tests/programs/test_kill.py
 """
@@ -42,7 +42,7 @@ def variables(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def whole(words, variables, tmp_path_factory) -> pathlib.Path:
-    """The run that nobody touched."""
+    """The uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
     status, output = finish(start(words, folder, variables))
     assert status == cli.DONE, output
@@ -139,7 +139,7 @@ def test_one_line_and_a_status(words, variables, arguments, status, message):
 
 
 def test_the_disk_is_full(words, variables, whole, tmp_path):
-    """A real limit on the size of files: the run fails, says so, and goes on when there is room."""
+    """With a real limit on file sizes the run fails with an error, and resumes without it."""
     folder = tmp_path / "full"
     # KiB. Orbax's own _sharding file has 15 in every checkpoint, however its data are split; the
     # logs of three steps have less than 5.

@@ -1,7 +1,7 @@
 """README's "Train 7B", command by command, on the embedded tiny model instead of the published one.
 
 The commands are read from the README. What differs is written here: downloads are left out, the
-shipped model stands for `anole`, embedded pictures for the published rows, configs/tiny.py for 7B.
+shipped model replaces `anole`, embedded images the published rows, and configs/tiny.py 7B.
 """
 
 import json

@@ -112,6 +112,7 @@ def test_a_command_is_the_program_of_its_module():
 
 
 def test_old_import_paths_are_gone():
+    # Verbatim: part of the data.
     for name in ("medmax_jax.lanes", "medmax_jax.seeing", "medmax_jax.data.published"):
         done = subprocess.run(
             [sys.executable, "-c", f"import {name}"], cwd=ROOT, capture_output=True, text=True

@@ -1,4 +1,4 @@
-"""The whole road in small: stopped, taken up again, without a network; and its page."""
+"""The complete pipeline at a small size: stopped, resumed, without a network; and its page."""
 
 import html.parser
 import json
@@ -74,7 +74,7 @@ def test_the_road_survives_a_stop_and_ends_with_a_report(tmp_path):
     assert "not for clinical use" in page and page.count("data:image/png") > 8
 
 
-def picture() -> PIL.Image.Image:
+def image() -> PIL.Image.Image:
     return PIL.Image.fromarray(np.zeros((8, 8, 3), np.uint8))
 
 
@@ -92,14 +92,14 @@ def page_with_markup() -> str:
     }  # fmt: skip
     case = quickstart.Case(
         name=f"{MARKUP}.png",
-        image=picture(),
-        reconstruction=picture(),
+        image=image(),
+        reconstruction=image(),
         question=MARKUP,
         answer=MARKUP,
         before=MARKUP,
         after=MARKUP,
     )
-    made = quickstart.Generated(prompt=MARKUP, before=picture(), after=picture())
+    made = quickstart.Generated(prompt=MARKUP, before=image(), after=image())
     train = [
         dict(step=n, text_nll=1.0 / n, image_nll=2.0 / n, tokens_per_second=9.0) for n in (1, 2)
     ]

@@ -22,7 +22,7 @@ import lpips_cases  # noqa: E402
 
 @pytest.fixture
 def settings(tmp_path, monkeypatch):
-    """Four training pictures, one for validation, a net of two levels, six steps."""
+    """Four training images, one for validation, a network of two levels, six steps."""
     rng = np.random.default_rng(0)
     rows = []
     for n in range(5):
@@ -64,7 +64,7 @@ def test_a_batch_is_a_function_of_seed_and_step(settings):
     assert one.shape == (2, 32, 32, 3) and np.abs(one).max() <= 1 and (one != other).any()
     again = dataclasses.replace(settings, train=dataclasses.replace(settings.train, seed=1))
     assert (train_vqgan.batch(train, again, 7) != one).any()
-    with pytest.raises(config.ConfigError, match="no picture of split 'tset'"):
+    with pytest.raises(config.ConfigError, match="no image of split 'tset'"):
         train_vqgan.load_images(settings.train.manifest, "tset")
 
 

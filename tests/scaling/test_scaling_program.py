@@ -85,7 +85,7 @@ def test_each_modality_has_its_fit(tmp_path, capsys):
         ),
     ],
 )
-def test_errors_name_the_row_and_the_mend(tmp_path, capsys, old, new, extra, words):
+def test_errors_name_the_row_and_the_fix(tmp_path, capsys, old, new, extra, words):
     path = tmp_path / "runs.csv"
     path.write_text(TEXT.replace(old, new) if old else TEXT)
     wide = (

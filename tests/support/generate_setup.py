@@ -31,7 +31,7 @@ MODEL = Model(
     remat="none",
     attention="xla",
 )
-PICTURE = VQ(  # 2 x 2 codes
+IMAGE_VQ = VQ(  # 2 x 2 codes
     image_size=4,
     channels=32,
     channel_mult=(1, 1),

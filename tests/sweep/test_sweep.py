@@ -84,7 +84,10 @@ def test_random_axes_are_the_seeds():
     [
         ([{"gird": {}}], "'gird' is unknown; use one of grid"),
         ([{"grid": {}, "zip": {}}], "is not an axis; use a dict with one key"),
-        ([{"zip": {"a.b": (1,), "c.d": (1, 2)}}], "same number of values for each field; it has a.b 1, c.d 2"),
+        (
+            [{"zip": {"a.b": (1,), "c.d": (1, 2)}}],
+            "same number of values for each field; it has a.b 1, c.d 2",
+        ),
         ([{"fixed": {"a.b": 1}}, {"grid": {"a.b": (1, 2)}}], "a.b is set by two axes"),
         ([{"log_range": {"field": "a", "low": 2, "high": 1, "count": 3}}], "0 < low < high"),
         ([{"random": {"count": 1, "seed": 0, "fields": {"a.b": ("normal", 0, 1)}}}], "random a.b"),
@@ -174,7 +177,10 @@ def test_a_sweep_file_with_an_unknown_field(tmp_path, capsys):
         "    c = sweep_tiny.get_config().unlock()\n    c.topologie = 'v5e:4x4'\n    return c\n"
     )
     assert program.main(["expand", f"--config={path}"]) == 1
-    assert "'topologie' is unknown or missing; the fields are name, config, axes" in capsys.readouterr().err
+    assert (
+        "'topologie' is unknown or missing; the fields are name, config, axes"
+        in capsys.readouterr().err
+    )
     assert program.main(["expand", "--config=configs/sweep_tiny.py", "--config.pric=1"]) == 1
     assert program.main(["status", "--workdir", str(tmp_path)]) == 1
     assert "sweep.jsonl: file not found; create it" in capsys.readouterr().err
@@ -192,26 +198,30 @@ def test_another_sweep_is_not_written_over_begun_runs(tmp_path):
 # ---- fractions of the data
 
 
-def test_fractions_are_nested_by_picture_and_stratified_by_source():
+def test_fractions_are_nested_by_image_and_stratified_by_source():
     rng = np.random.default_rng(0)
     sources = np.sort(rng.integers(0, 3, 4_000)) * (np.arange(4_000) > 100)
-    pictures = np.where(rng.random(4_000) < 0.1, -1, sources * 1_000 + rng.integers(0, 300, 4_000))
-    held = [mixing.subsample(pictures, sources, fraction=f, seed=7) for f in (0.25, 0.5, 0.75, 1.0)]
-    assert held[-1].all()
-    for small, large in zip(held, held[1:], strict=False):
+    images = np.where(rng.random(4_000) < 0.1, -1, sources * 1_000 + rng.integers(0, 300, 4_000))
+    subsamples = [
+        mixing.subsample(images, sources, fraction=f, seed=7) for f in (0.25, 0.5, 0.75, 1.0)
+    ]
+    assert subsamples[-1].all()
+    for small, large in zip(subsamples, subsamples[1:], strict=False):
         assert not (small & ~large).any(), "a larger fraction holds all of a smaller one"
-    for f, keep in zip((0.25, 0.5, 0.75), held, strict=False):
-        seen = pictures >= 0
-        for p in np.unique(pictures[seen]):
-            assert len(set(keep[pictures == p])) == 1, "all documents of a picture go together"
+    for f, keep in zip((0.25, 0.5, 0.75), subsamples, strict=False):
+        seen = images >= 0
+        for p in np.unique(images[seen]):
+            assert len(set(keep[images == p])) == 1, (
+                "all documents of an image are selected together"
+            )
         for s in range(3):
-            units = {*pictures[seen & (sources == s)]}
-            kept = {*pictures[keep & seen & (sources == s)]}
+            units = {*images[seen & (sources == s)]}
+            kept = {*images[keep & seen & (sources == s)]}
             alone = (~seen & (sources == s)).sum()
             share = (len(kept) + (keep & ~seen & (sources == s)).sum()) / (len(units) + alone)
             assert share == pytest.approx(f, abs=2 / (len(units) + alone))
-    other = mixing.subsample(pictures, sources, fraction=0.5, seed=8)
-    assert (other != held[1]).any()
+    other = mixing.subsample(images, sources, fraction=0.5, seed=8)
+    assert (other != subsamples[1]).any()
 
 
 # ---- rendering
@@ -332,7 +342,9 @@ def test_what_a_form_needs(tmp_path, medmax, form, flags, words):
 
 
 def test_a_sweep_without_a_machine_is_not_rendered_for_one(tmp_path):
-    with pytest.raises(SweepError, match="require a TPU, for example v5e:4x4: set --config.topology"):
+    with pytest.raises(
+        SweepError, match="require a TPU, for example v5e:4x4: set --config.topology"
+    ):
         rendered(tmp_path, expand.plan_runs(sweep({"seeds": (0,)})), "xpk")
 
 

@@ -101,7 +101,7 @@ def test_the_table_is_what_a_fit_reads(ended, capsys):
     assert (
         0 < int(rows[0]["unique_tokens"]) < int(rows[1]["unique_tokens"]) <= int(rows[1]["tokens"])
     )
-    # Half of the pictures, each document of the epoch counted once.
+    # Half of the images, each document of the epoch counted once.
     facts = json.loads((folder / runs[0].run_id / "config.json").read_text())
     assert int(rows[0]["unique_tokens"]) == min(facts["epoch_tokens"], int(rows[0]["tokens"]))
     table = ["--table", str(folder / "table.csv"), "--law", "power"]
