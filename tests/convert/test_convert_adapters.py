@@ -63,7 +63,7 @@ def adapted_logits(model: pathlib.Path, adapter: pathlib.Path, ids: np.ndarray) 
         return np.asarray(net.logits(net.hidden(*rows, key=None)))
 
 
-def test_an_adapter_of_peft_computes_what_it_does_in_peft(base, tmp_path):
+def test_peft_adapter_gives_the_same_logits_as_in_peft(base, tmp_path):
     wanted = GOLDEN["peft_logits"]
     tolerance = 2e-5 * max(1.0, float(wanted.std()))
     native = convert(PEFT, tmp_path / "adapter", "native", base=str(base))
@@ -76,7 +76,7 @@ def test_an_adapter_of_peft_computes_what_it_does_in_peft(base, tmp_path):
     assert np.abs(logits(base)[..., GOLDEN["columns"]] - wanted).max() > 1e3 * tolerance
 
 
-def test_adapters_go_round_exactly(base, tmp_path):
+def test_adapters_round_trip_exactly(base, tmp_path):
     native = convert(PEFT, tmp_path / "native", "native", base=str(base))
     peft = convert(native, tmp_path / "peft", "peft")
     assert_equal(read_safetensors(PEFT), read_safetensors(peft))
@@ -124,7 +124,7 @@ def test_merging_is_in_fp32_and_rounds_once(base, tmp_path):
     np.testing.assert_array_equal(found["output.weight"], rounded[0]["output.weight"])
 
 
-def test_the_card_names_what_a_run_was_trained_on(trained, tmp_path):
+def test_model_card_lists_the_training_data(trained, tmp_path):
     model, run = trained
     peft = convert(run, tmp_path / "peft", "peft", base=str(model))
     text = (peft / "README.md").read_text()
@@ -146,7 +146,7 @@ def test_the_card_names_what_a_run_was_trained_on(trained, tmp_path):
     assert "| MIMIC-CXR | 3 | yes | PhysioNet credentialed access |" in card
 
 
-def test_an_interrupted_run_gives_its_newest_checkpoint(trained, tmp_path):
+def test_interrupted_run_is_read_from_its_newest_checkpoint(trained, tmp_path):
     _, run = trained
     cut = tmp_path / "cut"
     shutil.copytree(run, cut)

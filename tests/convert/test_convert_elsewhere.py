@@ -85,7 +85,7 @@ def one_row(folder: pathlib.Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def test_gains_of_one_row_are_every_heads(hf, copy, tmp_path):
+def test_single_row_of_gains_applies_to_every_head(hf, copy, tmp_path):
     one_row(copy)
     for config in ({}, {"model_parallel_size": None}):
         edit_config(copy, **config)
@@ -96,7 +96,7 @@ def test_gains_of_one_row_are_every_heads(hf, copy, tmp_path):
     assert_equal(read_safetensors(back), read_safetensors(hf))
 
 
-def test_gains_of_one_row_for_several_shards_are_refused(tmp_path):
+def test_single_row_of_gains_for_several_shards_is_rejected(tmp_path):
     swin = write_meta(tmp_path / "m", SWIN, shards(SWIN, dtypes=("F32",), seed=0), vqgan=False)
     folder = convert(swin, tmp_path / "hf", "hf")
     one_row(folder)
@@ -105,7 +105,7 @@ def test_gains_of_one_row_for_several_shards_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("zero", ["some", "all", "none there"])
-def test_ungathered_weights_name_the_cause(meta, copy, tmp_path, zero):
+def test_ungathered_weights_are_explained(meta, copy, tmp_path, zero):
     def emptied(arrays):
         if zero == "none there":
             return {}
@@ -253,7 +253,7 @@ def test_yaml_is_read_within_bounds(text, message):
     assert str(caught.value).isprintable()
 
 
-def test_yaml_that_json_could_say_is_read_as_pyyaml_reads_it():
+def test_json_compatible_yaml_is_read_as_by_pyyaml():
     text = "model:\n  params: {a: 1, b: [1, 2.5, true, null, x], c: {d: '1'}}\n"
     assert parse_yaml(text.encode(), "a.yaml") == yaml.safe_load(text)
     assert parse_yaml(b"\xef\xbb\xbfa: 1", "a.yaml") == {"a": 1}
@@ -286,7 +286,7 @@ def test_yaml_of_another_kind_is_refused(meta, tmp_path, text):
     refused(folder, "vqgan.yaml: ")
 
 
-def test_a_tokenizer_without_a_special_name_is_named(meta, tmp_path):
+def test_tokenizer_without_a_special_token_is_rejected(meta, tmp_path):
     folder = pathlib.Path(shutil.copytree(meta, tmp_path / "meta"))
     path = folder / "tokenizer" / "text_tokenizer.json"
     spec = json.loads(path.read_text())
@@ -297,7 +297,7 @@ def test_a_tokenizer_without_a_special_name_is_named(meta, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_vqgan_of_whole_numbers_is_refused(meta, tmp_path):
+def test_vqgan_of_integers_is_rejected(meta, tmp_path):
     native = convert(meta, tmp_path / "native", "native")
     arrays = read_safetensors(native)
     name = "quantize.embedding"

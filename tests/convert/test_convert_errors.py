@@ -89,7 +89,7 @@ def narrow(state):
     ],
 )
 @pytest.mark.parametrize("layout", ["native", "hf"])
-def test_weights_that_are_wrong(tmp_path, change, message, layout):
+def test_wrong_weights_are_rejected(tmp_path, change, message, layout):
     meta = meta_of(tmp_path / "meta")
     change_meta(meta, change)
     with pytest.raises(ConvertError, match=message):
@@ -97,7 +97,7 @@ def test_weights_that_are_wrong(tmp_path, change, message, layout):
     assert sorted(p.name for p in tmp_path.iterdir() if "lock" not in p.name) == ["meta"]
 
 
-def test_settings_of_another_size(tmp_path):
+def test_settings_of_another_size_are_rejected(tmp_path):
     meta = meta_of(tmp_path / "meta")
     path = meta / "models/7b/params.json"
     params = json.loads(path.read_text())
@@ -110,7 +110,7 @@ def test_settings_of_another_size(tmp_path):
         convert(meta, tmp_path / "out", "native")
 
 
-def test_shards_that_do_not_belong_together(tmp_path):
+def test_shards_of_different_checkpoints_are_rejected(tmp_path):
     meta = meta_of(tmp_path / "meta", SWIN)
     second = meta / "models/7b/consolidated.01.pth"
     state = read_pth(second)
@@ -127,7 +127,7 @@ def test_shards_that_do_not_belong_together(tmp_path):
         convert(meta, tmp_path / "out", "native")
 
 
-def test_a_truncated_pth(tmp_path):
+def test_truncated_pth_is_rejected(tmp_path):
     meta = meta_of(tmp_path / "meta")
     path = meta / "models/7b/consolidated.pth"
     path.write_bytes(path.read_bytes()[:-1000])
@@ -190,13 +190,13 @@ def test_an_index_is_read_and_checked(hf, tmp_path):
         (dict(intermediate_size=128), r"shape \(96, 64\)|shape \(64, 96\)"),
     ],
 )
-def test_configs_of_other_models(hf, tmp_path, config, message):
+def test_configs_of_other_models_are_rejected(hf, tmp_path, config, message):
     folder = copy_hf(hf, tmp_path, **config)
     with pytest.raises(ConvertError, match=message):
         convert(folder, tmp_path / "out", "native")
 
 
-def test_a_tied_head_and_gains_of_single_heads(hf, tmp_path):
+def test_tied_head_and_per_head_gains_are_rejected(hf, tmp_path):
     folder = copy_hf(hf, tmp_path)
     arrays = read_safetensors(folder)
     for file in ("a.safetensors", "b.safetensors", "model.safetensors.index.json"):
@@ -254,7 +254,7 @@ def entry(**changes) -> bytes:
         (safetensors(b'{"w": {}, "w": {}}', b"\0" * 8), "occurs twice"),
     ],
 )
-def test_safetensors_headers_are_not_believed(hf, tmp_path, content, message):
+def test_invalid_safetensors_headers_are_rejected(hf, tmp_path, content, message):
     folder = tmp_path / "bad"
     folder.mkdir()
     (folder / "config.json").write_bytes((hf / "config.json").read_bytes())
@@ -263,7 +263,7 @@ def test_safetensors_headers_are_not_believed(hf, tmp_path, content, message):
         conversion.read_checkpoint(folder)
 
 
-def test_a_flipped_bit_in_a_native_base_is_noticed(tmp_path):
+def test_flipped_bit_in_a_native_base_is_detected(tmp_path):
     folder = convert(meta_of(tmp_path / "meta"), tmp_path / "native", "native")
     path = max((folder / "model.zarr").rglob("c/*"), key=lambda p: p.stat().st_size * p.is_file())
     content = bytearray(path.read_bytes())
@@ -277,7 +277,7 @@ def test_a_flipped_bit_in_a_native_base_is_noticed(tmp_path):
         convert(folder, tmp_path / "out", "hf")
 
 
-def test_where_nothing_is_and_where_something_is(tmp_path, capsys):
+def test_missing_and_existing_paths_are_reported(tmp_path, capsys):
     assert main(["inspect", str(tmp_path / "nowhere")]) == 1
     assert "is empty or does not exist; it must be a folder of Meta" in capsys.readouterr().err
     (tmp_path / "x").mkdir()
@@ -300,7 +300,7 @@ def test_where_nothing_is_and_where_something_is(tmp_path, capsys):
         meta_layout.write(folder, conversion.read_checkpoint(meta), progress=lambda _: None)
 
 
-def test_a_killed_conversion_leaves_nothing_that_reads(tmp_path):
+def test_killed_conversion_leaves_nothing_readable(tmp_path):
     meta = meta_of(tmp_path / "meta")
     target = tmp_path / "native"
     command = [sys.executable, "-m", "medmax_jax.convert", "--from", str(meta), "--to", str(target)]
@@ -317,7 +317,7 @@ def test_a_killed_conversion_leaves_nothing_that_reads(tmp_path):
     ]  # fmt: skip
 
 
-def test_a_config_that_names_wrong_dtypes(tmp_path):
+def test_config_with_wrong_dtypes_is_rejected(tmp_path):
     folder = convert(meta_of(tmp_path / "meta"), tmp_path / "native", "native")
     config = json.loads((folder / "config.json").read_text())
     config["weights"]["dtypes"] = {"lm_head.weight": "I8"}
@@ -328,7 +328,7 @@ def test_a_config_that_names_wrong_dtypes(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_one_bad_number_is_found_wherever_it_is(dtype, value):
+def test_single_non_finite_value_is_found_anywhere(dtype, value):
     largest = float(finfo(NUMPY[dtype]).max)
     for place in (0, 300_000, 599_999):
         array = np.full(600_000, largest).astype(NUMPY[dtype])

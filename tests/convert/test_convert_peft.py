@@ -50,7 +50,7 @@ def adapter(folder, *, ranks=None, modules=SIZES, layers=(0, 1), shape=None, **s
 
 
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda case: json.dumps(case["settings"]))
-def test_ranks_and_factors_are_those_of_peft(case):
+def test_ranks_and_factors_match_peft(case):
     settings = case["settings"]
     names = [f"{module}.weight" for module in case["layers"]]
     ranks, scales = adapters._scales(
@@ -70,7 +70,7 @@ def test_ranks_and_factors_are_those_of_peft(case):
         dict(rank_pattern={"k_proj": 7}, alpha_pattern={"k_proj": 2.5}, use_rslora=True),
     ],
 )
-def test_merging_is_what_the_formula_gives(base, tmp_path, settings):
+def test_merging_matches_the_formula(base, tmp_path, settings):
     """W + alpha / r B A, or alpha / sqrt(r) B A of rsLoRA, against a sum in float64."""
     ranks, factors = {}, {}
     for layer in (0, 1):
@@ -94,7 +94,7 @@ def test_merging_is_what_the_formula_gives(base, tmp_path, settings):
     assert all(np.array_equal(merged[name], plain[name]) for name in others)
 
 
-def test_rslora_becomes_an_adapter_of_this_project(base, tmp_path):
+def test_rslora_converts_to_a_native_adapter(base, tmp_path):
     source = adapter(tmp_path / "adapter", use_rslora=True)
     native = convert(source, tmp_path / "native", "native", base=str(base))
     config = json.loads((native / "adapter_config.json").read_text())
@@ -107,7 +107,7 @@ def test_rslora_becomes_an_adapter_of_this_project(base, tmp_path):
         np.testing.assert_allclose(one[name], two[name], rtol=0, atol=1e-6)
 
 
-def test_several_ranks_do_not_become_an_adapter_of_this_project(base, tmp_path):
+def test_several_ranks_do_not_convert_to_a_native_adapter(base, tmp_path):
     ranks = {f"model.layers.{i}.self_attn.q_proj": 2 for i in (0, 1)}
     source = adapter(tmp_path / "ranks", ranks=ranks, rank_pattern={"q_proj": 2})
     assert inspect_checkpoint.describe(conversion.read_checkpoint(source))["lora"]["ranks"] == [
@@ -178,7 +178,7 @@ def test_several_ranks_do_not_become_an_adapter_of_this_project(base, tmp_path):
         (dict(target_modules=5), "target_modules is 5; it must be a list of names"),
     ],
 )
-def test_settings_that_are_not_computed_are_refused_by_name(tmp_path, settings, message):
+def test_unsupported_settings_are_rejected_by_name(tmp_path, settings, message):
     source = adapter(tmp_path / "adapter", **settings)
     with pytest.raises(ConvertError, match=f"adapter_config.json: .*{message}"):
         conversion.read_checkpoint(source)
@@ -202,7 +202,7 @@ def test_neutral_settings_are_accepted(tmp_path, settings):
     assert found.lora.rank == 4 and found.scale(next(iter(found.matrices))) == 6 / 4
 
 
-def test_adapters_without_weights_name_the_cause(base, tmp_path):
+def test_adapters_without_weights_are_explained(base, tmp_path):
     empty = adapter(tmp_path / "empty", layers=())
     with pytest.raises(ConvertError, match=r"contains no tensors; .*ZeRO-3.* Gather them and save"):
         convert(empty, tmp_path / "out", "native", base=str(base))
@@ -237,7 +237,7 @@ def test_adapters_on_some_modules_are_merged(base, tmp_path):
         {"config": {"optim": 3}}, {"step": "five"}, {"data": None},
     ],
 )  # fmt: skip
-def test_facts_of_another_kind_are_refused(tmp_path, facts):
+def test_invalid_adapter_facts_are_rejected(tmp_path, facts):
     source = adapter(tmp_path / "adapter")
     (source / "medmax_jax.json").write_text(json.dumps(facts))
     with pytest.raises(ConvertError, match="medmax_jax.json: .*export the adapter again"):

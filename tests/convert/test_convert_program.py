@@ -33,7 +33,7 @@ def meta(tmp_path_factory) -> pathlib.Path:
     return write_meta(folder / "m", SWIN, shards(SWIN, dtypes=("F32",), seed=0), vqgan=True)
 
 
-def test_the_program_converts_and_says_so(meta, tmp_path):
+def test_program_converts_and_reports_it(meta, tmp_path):
     command = [sys.executable, "-m", "medmax_jax.convert"]
     done = subprocess.run(
         [*command, "--from", meta, "--to", tmp_path / "native", "--format", "native"],
@@ -62,7 +62,7 @@ def test_inspect_of_every_layout(meta, tmp_path, capsys):
     assert said["meta"]["settings"]["model"]["qk_norm_shards"] == 4
 
 
-def test_inspect_knows_the_published_sizes():
+def test_inspect_recognizes_the_published_sizes():
     for settings, name in ((base.get_config(), "7B"), (chameleon_30b.get_config(), "30B")):
         model = build(Model, settings.model)
         found = dataclasses.replace(
@@ -71,7 +71,7 @@ def test_inspect_knows_the_published_sizes():
         assert inspect_checkpoint.describe(found)["model"] == name
 
 
-def test_two_models_in_one_download(meta, tmp_path):
+def test_download_with_two_models_is_rejected(meta, tmp_path):
     folder = tmp_path / "data"
     shutil.copytree(meta, folder)
     shutil.copytree(folder / "models" / "7b", folder / "models" / "30b")
@@ -86,7 +86,7 @@ def test_two_models_in_one_download(meta, tmp_path):
     assert names["<image>"] == 8711 and "<reserved08707>" not in names
 
 
-def test_check_finds_what_is_not_as_published(meta, tmp_path):
+def test_check_finds_differences_from_the_published_files(meta, tmp_path):
     lines: list[str] = []
     status = check.check(str(meta), torch_python=None, scratch=str(tmp_path), say=lines.append)
     text = "\n".join(lines)
@@ -109,7 +109,7 @@ def test_check_finds_what_is_not_as_published(meta, tmp_path):
         check.check(str(published), torch_python=None, scratch="", say=lines.append)
 
 
-def test_check_sees_a_shifted_vocabulary(meta, tmp_path):
+def test_check_detects_a_shifted_vocabulary(meta, tmp_path):
     folder = tmp_path / "shifted"
     shutil.copytree(meta, folder)
     path = folder / "tokenizer" / "text_tokenizer.json"
@@ -133,7 +133,7 @@ def test_check_against_torch(meta, tmp_path):
     assert "image codes against torch: 100.00% the same ok" in lines
 
 
-def test_a_disk_that_is_too_small(meta, tmp_path):
+def test_small_disk_is_rejected(meta, tmp_path):
     small = tmp_path / "small"
     small.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", small])
@@ -181,7 +181,7 @@ def test_an_encoder_only_vqgan_tokenizes_images(tmp_path):
     assert not encoder.vq.has_decoder
 
 
-def test_a_model_without_vqgan_has_chameleons_settings(tmp_path):
+def test_model_without_vqgan_has_chameleon_settings(tmp_path):
     meta = write_meta(tmp_path / "m", BASE, shards(BASE, dtypes=("F32",), seed=0), vqgan=False)
     found = conversion.read_checkpoint(convert(meta, tmp_path / "n", "native"))
     assert found.vqgan == {} and found.vq.num_codes == 8192

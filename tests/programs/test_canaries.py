@@ -99,7 +99,7 @@ def test_no_canary_in_any_byte(road):
     assert not [(s, name) for s in SECRETS for name, heap in heaps.items() if s in heap]
 
 
-def test_the_road_was_walked(road):
+def test_canary_pipeline_ran_completely(road):
     """Silence means something only where something was said."""
     top, told = road
     _, count = decoded(top)
@@ -114,7 +114,7 @@ def test_the_road_was_walked(road):
     assert "'checkpoint': " in told[9] and "first_step" in told[9]
 
 
-def test_what_is_printed_of_an_image_is_a_hash(road):
+def test_images_are_printed_as_hashes(road):
     """Not even the records' own names, which are hashes of the ids, stand in who_saw or check."""
     top, told = road
     found = writer.open_records(top / "r")

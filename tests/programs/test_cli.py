@@ -53,7 +53,7 @@ def test_one_line_and_a_status(name, arguments, status, message):
         (["--out=runs/w", "--model=nowhere"], cli.ERROR, "nowhere/config.json: no such file"),
     ],
 )
-def test_generate_says_one_line_too(arguments, status, message):
+def test_generate_reports_errors_in_one_line(arguments, status, message):
     done = program(
         "-m", "medmax_jax.generate", "--model=medmax_jax/tiny", "--prompt=A CT?", *arguments
     )
@@ -61,7 +61,7 @@ def test_generate_says_one_line_too(arguments, status, message):
     assert done.stderr.count("\n") == 1, done.stderr
 
 
-def test_programs_refuse_a_workdir_before_they_work(tmp_path):
+def test_programs_check_the_workdir_before_they_work(tmp_path):
     (tmp_path / "file").write_text("")
     asked = dict(model="native:nowhere", adapter="", progress=print)
     with pytest.raises(cli.WorkdirError, match="file/w cannot be written .*; name another folder"):
@@ -73,12 +73,12 @@ def test_programs_refuse_a_workdir_before_they_work(tmp_path):
         )
 
 
-def test_a_workdir_is_made_and_left_empty(tmp_path):
+def test_workdir_is_created_and_left_empty(tmp_path):
     assert cli.open_workdir(tmp_path / "a" / "b") == tmp_path / "a" / "b"
     assert list((tmp_path / "a" / "b").iterdir()) == []
 
 
-def test_ctrl_c_where_no_loop_listens():
+def test_ctrl_c_outside_the_loop():
     done = program("-c", INTERRUPTED, "--config=configs/tiny.py", "--workdir=w")
     assert done.returncode == cli.INTERRUPTED
     assert done.stderr == f"{cli.STOPPED}\n" and cli.RESUME in cli.STOPPED

@@ -63,7 +63,7 @@ def test_codes_per_image_follow_from_the_vqgan():
         ("lora.rank", 0, "above 0"),
     ],
 )
-def test_wrong_settings_say_so(path, value, message):
+def test_wrong_settings_are_reported(path, value, message):
     settings = base.get_config().to_dict()
     section, field = path.split(".")
     if value is None:
@@ -77,7 +77,7 @@ def test_wrong_settings_say_so(path, value, message):
             config.from_config_dict(settings)
 
 
-def test_the_fingerprint_sees_every_field():
+def test_fingerprint_depends_on_every_field():
     run = config.from_config_dict(base.get_config())
     settings = config.to_dict(run)
     settings["optim"]["eps"] = 1e-7
@@ -85,7 +85,7 @@ def test_the_fingerprint_sees_every_field():
 
 
 @pytest.mark.parametrize("title", LAUNCHES)
-def test_the_commands_of_launch_md_suit_their_machines(title):
+def test_commands_of_launch_md_fit_their_machines(title):
     devices, gpus = LAUNCHES[title]
     text = (pathlib.Path(__file__).parents[2] / "docs" / "launch.md").read_text()
     section = text.split(f"## {title}\n")[1].split("\n## ")[0]

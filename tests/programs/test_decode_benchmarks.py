@@ -20,7 +20,7 @@ def last_line(*words):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_ours_alone_without_the_other_side():
+def test_only_our_side_runs_without_torch_python():
     told = last_line("benchmarks/decode_cpu.py", "--size=tiny", "--rounds=1")
     assert told["ratio"] is None and told["skipped"] == "theirs: no --torch_python"
     assert told["ours"] > 0 and told["shared"]["same"]

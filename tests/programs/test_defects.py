@@ -105,7 +105,7 @@ def test_6_an_empty_answer_is_an_answer(tmp_path):
     assert (row["value"], row["n_unparsed"], row["n"]) == (0, 1, 1)
 
 
-def test_7_what_fails_ends_nothing_else(tmp_path):
+def test_7_failed_items_do_not_stop_the_others(tmp_path):
     items = [eval_setup.item("x_closed", "vqa_closed", 0, answer="yes"),
              eval_setup.item("x_closed", "vqa_closed", 1, answer="yes"),
              eval_setup.item("captioning_x", "captioning", 2)]  # fmt: skip
@@ -135,7 +135,7 @@ def test_22_the_reference_caption_counts(tmp_path):
     assert "caption_caption" in per_record.IMAGE_METRICS["captioning"]
 
 
-def test_23_the_rubric_asks_for_the_same_and_not_for_good_enough():
+def test_23_rubric_requires_the_same_answer():
     ours, theirs = (
         (ROOT / "eval" / "prompts" / f"{name}.txt").read_text()
         for name in ("judge_correct", "release_correctness")
@@ -160,7 +160,7 @@ def test_26_intervals_account_for_questions_that_share_an_image():
     )
 
 
-def test_27_28_all_tasks_answers_are_kept_and_no_number_comes_twice(tmp_path):
+def test_27_28_answers_of_all_tasks_are_kept_without_duplicates(tmp_path):
     records = eval_setup.records(tmp_path)
     lite = EfficientNetScorer(efficientnet.from_tensors(lite_tensors()), batch=4)
 
@@ -188,7 +188,7 @@ def test_27_28_all_tasks_answers_are_kept_and_no_number_comes_twice(tmp_path):
     assert {record["task"] for record in kept} == {"a", "b"} and len(kept) == 4
 
 
-def test_29_a_missing_key_is_said_before_anything_is_asked(tmp_path, monkeypatch):
+def test_29_missing_key_is_reported_before_any_request(tmp_path, monkeypatch):
     monkeypatch.delenv("A_KEY", raising=False)
     now = settings(tmp_path)
     service = dataclasses.replace(now.judge.service, key_env="A_KEY")
@@ -204,7 +204,7 @@ def test_29_a_missing_key_is_said_before_anything_is_asked(tmp_path, monkeypatch
     assert isinstance(who, JudgeSettings)
 
 
-def test_29_the_price_and_the_calls_are_told(tmp_path):
+def test_29_cost_and_calls_are_reported(tmp_path):
     records = [r for r in eval_setup.records(tmp_path) if r["family"] == "vqa_open"]
 
     def behave(request, n):
@@ -218,7 +218,7 @@ def test_29_the_price_and_the_calls_are_told(tmp_path):
     assert (tmp_path / judging.CALLS).exists()
 
 
-def test_30_nothing_is_downloaded_to_count_or_to_ask():
+def test_30_estimates_and_requests_download_nothing():
     names = {"tiktoken", "openai", "backoff", "open_clip", "datasets"}
     for name, path in modules().items():
         if name.startswith(

@@ -50,7 +50,7 @@ def whole(words, variables, tmp_path_factory) -> pathlib.Path:
     return folder
 
 
-def test_a_run_that_was_killed_and_terminated_is_the_whole_run(words, variables, whole, tmp_path):
+def test_killed_and_terminated_run_equals_the_uninterrupted_run(words, variables, whole, tmp_path):
     folder, seed = tmp_path / "stopped", random.randrange(1000)
     pick = random.Random(seed)  # so that a failure can be had again
     process = start(words, folder, variables)
@@ -138,7 +138,7 @@ def test_one_line_and_a_status(words, variables, arguments, status, message):
     assert found.stderr.count("\n") == 1, found.stderr
 
 
-def test_the_disk_is_full(words, variables, whole, tmp_path):
+def test_full_disk_stops_the_run_and_it_resumes(words, variables, whole, tmp_path):
     """With a real limit on file sizes the run fails with an error, and resumes without it."""
     folder = tmp_path / "full"
     # KiB. Orbax's own _sharding file has 15 in every checkpoint, however its data are split; the

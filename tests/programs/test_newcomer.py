@@ -49,7 +49,7 @@ def placed(word: str, folder: pathlib.Path) -> str:
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_readme_go_from_weights_to_an_exported_adapter(tmp_path):
+def test_readme_commands_lead_from_weights_to_an_exported_adapter(tmp_path):
     said = {}
     for command in commands():
         if command.startswith(SKIPPED):

@@ -48,7 +48,7 @@ def environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
 
 
-def test_the_road_survives_a_stop_and_ends_with_a_report(tmp_path):
+def test_quickstart_resumes_after_a_stop_and_writes_a_report(tmp_path):
     work = tmp_path / "run"
     place = dict(cwd=ROOT, env=environment(), text=True)
     with open(tmp_path / "out.txt", "w") as out:
@@ -107,7 +107,7 @@ def page_with_markup() -> str:
     return quickstart.build(report, [case], [made], curves)
 
 
-def test_the_page_shows_markup_as_text_and_forbids_scripts():
+def test_page_escapes_markup_and_forbids_scripts():
     tags, attributes, policy, shown = set(), set(), [], []
 
     class Reader(html.parser.HTMLParser):

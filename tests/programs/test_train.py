@@ -70,14 +70,14 @@ def copy(folder: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
     return pathlib.Path(shutil.copytree(folder, tmp_path / "copy"))
 
 
-def test_full_run_leaves_a_model_folder(base):
+def test_full_run_exports_a_model_folder(base):
     assert json.loads((base / "config.json").read_text())["model"]["hidden_size"] == 32
     assert {p.name for p in base.iterdir()} == {"config.json", "model.safetensors"}
     log = (base.parent / "train.log").read_text()
     assert "has no tokenizer.json" in log and "has no vqgan.safetensors" in log
 
 
-def test_lora_run_leaves_what_it_promises(done, base):
+def test_lora_run_writes_the_documented_files(done, base):
     run, folder, result = done
     left = {p.name.split(".1")[0] for p in folder.iterdir()}
     assert left >= {"config.json", "metrics.jsonl", "train.log", "events.out.tfevents", "adapter"}
@@ -103,7 +103,7 @@ def test_lora_run_leaves_what_it_promises(done, base):
     assert sorted(steps) == [4, 5]
 
 
-def test_a_finished_run_only_exports_again(done, tmp_path):
+def test_finished_run_only_repeats_the_export(done, tmp_path):
     run, folder, result = done
     again = copy(folder, tmp_path)
     shutil.rmtree(again / "adapter")
@@ -116,7 +116,7 @@ def test_a_finished_run_only_exports_again(done, tmp_path):
     assert list(rows(again, "train")) == [1, 2, 3, 4, 5]
 
 
-def test_a_run_goes_on_without_its_logs(done, tmp_path, capsys):
+def test_run_continues_without_its_logs(done, tmp_path, capsys):
     """Folders stand where the files go, which no rights of a user get around."""
     run, folder, result = done
     shutil.copytree(folder, tmp_path / "run")
@@ -131,7 +131,7 @@ def test_a_run_goes_on_without_its_logs(done, tmp_path, capsys):
         assert f"WARNING: {tmp_path / 'run' / name}: cannot be" in out, name
 
 
-def test_a_damaged_row_of_the_metrics_is_left_out(done, tmp_path, capsys):
+def test_damaged_metrics_row_is_skipped(done, tmp_path, capsys):
     run, folder, result = done
     shutil.copytree(folder, tmp_path / "run")
     path = tmp_path / "run" / "metrics.jsonl"
@@ -142,7 +142,7 @@ def test_a_damaged_row_of_the_metrics_is_left_out(done, tmp_path, capsys):
     assert path.read_bytes().count(b"\n") == rows - 1
 
 
-def test_a_damaged_checkpoint_is_reported_and_made_again(done, tmp_path):
+def test_damaged_checkpoint_is_reported_and_written_again(done, tmp_path):
     run, folder, _ = done
     again = copy(folder, tmp_path)
     newest = again / "checkpoints" / "5"
@@ -157,7 +157,7 @@ def test_a_damaged_checkpoint_is_reported_and_made_again(done, tmp_path):
     assert checksums.find_corrupt_file(Folder(newest)) == ""
 
 
-def test_a_signal_cuts_an_evaluation_short(data, base, tmp_path):
+def test_signal_interrupts_an_evaluation(data, base, tmp_path):
     """The state is saved at once; the next start makes up for the evaluation, and goes on."""
     held = micro_run.write(tmp_path / "held", count=90, seed=1)  # several batches
     run = micro_run.run(
@@ -184,7 +184,7 @@ def test_a_signal_cuts_an_evaluation_short(data, base, tmp_path):
     assert list(rows(folder, "validation")) == [4, 5] and list(rows(folder, "train"))[-1] == 5
 
 
-def test_what_changes_no_number_may_change(done, data, base, tmp_path):
+def test_settings_that_do_not_affect_results_may_change(done, data, base, tmp_path):
     _, folder, _ = done
     again = copy(folder, tmp_path)
     common = dict(data, train__init_from=str(base), train__eval_every=4)
@@ -201,7 +201,7 @@ def test_what_changes_no_number_may_change(done, data, base, tmp_path):
     assert "config.mesh.tp was 1, is now 2" in log
 
 
-def test_a_longer_schedule_wants_extend(done, data, base, tmp_path):
+def test_longer_schedule_requires_extend(done, data, base, tmp_path):
     _, folder, _ = done
     again = copy(folder, tmp_path)
     longer = micro_run.run(**data, train__init_from=str(base), train__eval_every=4, train__steps=7)
@@ -211,7 +211,7 @@ def test_a_longer_schedule_wants_extend(done, data, base, tmp_path):
     assert list(rows(again, "train")) == [1, 2, 3, 4, 5, 6, 7]
 
 
-def test_the_same_run_on_another_mesh_from_the_middle(done, data, base, tmp_path):
+def test_run_resumes_on_another_mesh(done, data, base, tmp_path):
     """Batches, losses and results are those of the run that never changed its mesh."""
     _, folder, _ = done
     again = copy(folder, tmp_path)
@@ -224,7 +224,7 @@ def test_the_same_run_on_another_mesh_from_the_middle(done, data, base, tmp_path
         assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
 
 
-def test_the_random_numbers_are_a_setting(done, data, base, tmp_path):
+def test_prng_implementation_is_a_setting(done, data, base, tmp_path):
     """Adapters are drawn with train.prng_impl, so the first gradient differs; else nothing does."""
     _, folder, _ = done
     run = micro_run.run(**data, train__init_from=str(base), train__prng_impl="rbg", train__steps=1)
@@ -262,7 +262,7 @@ def test_loss_that_is_not_finite_stops_the_run(done, data, base, tmp_path):
     assert len(named) >= 8 and all(name.startswith("generated/0-") for name in named)
 
 
-def test_a_dry_run_compiles_and_leaves_nothing(data, base, tmp_path, capsys):
+def test_dry_run_compiles_and_writes_nothing(data, base, tmp_path, capsys):
     run = micro_run.run(**data, train__init_from=str(base), mesh__fsdp=2)
     found = train.run(run, tmp_path / "w", setup.Options(dry_run=True))
     assert not (tmp_path / "w").exists() and "temporaries" in found["memory"]
@@ -273,7 +273,7 @@ def test_a_dry_run_compiles_and_leaves_nothing(data, base, tmp_path, capsys):
         train.run(broken, tmp_path / "w", setup.Options(dry_run=True))
 
 
-def test_profile_steps_leave_a_trace(data, base, tmp_path):
+def test_profile_steps_write_a_trace(data, base, tmp_path):
     run = micro_run.run(**data, train__init_from=str(base))
     with pytest.raises(config.ConfigError, match="profile_steps=2:9 is out of range; .* 5"):
         train.run(run, tmp_path, setup.Options(profile=(2, 9)))
@@ -301,7 +301,7 @@ def test_profile_steps_leave_a_trace(data, base, tmp_path):
          config.ConfigError, "param_dtype"),
     ],
 )  # fmt: skip
-def test_bad_settings(data, base, tmp_path, changes, error, message):
+def test_invalid_settings_are_rejected(data, base, tmp_path, changes, error, message):
     with pytest.raises(error, match=message):
         train.run(micro_run.run(**{**data, "train__init_from": str(base), **changes}), tmp_path)
 
@@ -323,7 +323,7 @@ def test_records_of_another_tokenizer_are_refused(base, tmp_path):
         export.check_base(str(folder), run, tokenizer="0" * 64, vqgan="")
 
 
-def test_one_run_a_folder(data, tmp_path):
+def test_only_one_run_per_folder(data, tmp_path):
     holder = subprocess.Popen(
         [sys.executable, "-c", LOCK, str(tmp_path / ".lock")], stdout=subprocess.PIPE
     )
@@ -345,7 +345,7 @@ time.sleep(600)
 """
 
 
-def test_the_first_signal_is_a_question():
+def test_first_signal_requests_a_stop():
     before = signal.getsignal(signal.SIGTERM)
     with cli.Stop() as stop:
         assert stop.requested == ""

@@ -39,7 +39,7 @@ def gadre_rows(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return picked(columns, (small & (m == 1)) | ((columns["params"] < 2e7) & (m == 16)))
 
 
-def test_the_testbed_is_whole():
+def test_testbed_is_complete():
     rows = read(TESTBED)
     assert len(rows) == 104 and {r["corpus"] for r in rows} == {"c4", "rpj", "rw"}
 
@@ -60,7 +60,7 @@ def test_the_laws_of_gadre_et_al(corpus, e, b, g):
     assert found["B"] == pytest.approx(b * 6 ** (g / 2), rel=1e-3)
 
 
-def test_the_held_out_errors_of_gadre_et_al():
+def test_held_out_errors_of_gadre_et_al():
     columns = gadre("rpj")
     rows = gadre_rows(columns)
     loss = fit.fit(PLAIN["tied"], rows, rows["loss"], delta=SQUARES, fixed={})
@@ -125,7 +125,7 @@ def test_the_data_constrained_law_of_muennighoff_et_al():
 
 
 @pytest.mark.parametrize("law", bench.TRUE)
-def test_known_laws_are_found(law):
+def test_known_laws_are_recovered(law):
     x = bench.design(law, sizes=5, amounts=5, seeds=1)
     found = fit.fit(LAWS[law], x, bench.truth(law, x), delta=1e-3, fixed={})
     assert found.values == pytest.approx(bench.TRUE[law], rel=1e-3)
@@ -143,7 +143,7 @@ def repeated(seed: int = 0) -> tuple[dict[str, np.ndarray], np.ndarray]:
     return x, y
 
 
-def test_repeats_are_worth_less():
+def test_repeated_data_is_worth_less():
     x, y = repeated()
     found = fit.fit(LAWS["data_constrained"], x, y, delta=1e-3, fixed={}).values
     want = dict(E=1.87, B=np.exp(7.30), A=np.exp(6.25), alpha=0.35, R_D=15.4, R_N=5.3)
@@ -154,7 +154,7 @@ def test_repeats_are_worth_less():
 
 
 @pytest.mark.parametrize("law", [*bench.TRUE, "data_constrained"])
-def test_gradients_are_those_of_small_differences(law):
+def test_gradients_match_finite_differences(law):
     x, y = repeated() if law == "data_constrained" else (None, None)
     x = x or bench.design(law, sizes=4, amounts=4, seeds=1)
     y = np.full(len(next(iter(x.values()))), 3.0) if y is None else y
@@ -192,7 +192,7 @@ def by_lbfgs(problem: fit.Problem, start: np.ndarray, weights: np.ndarray) -> fl
 
 
 @pytest.mark.parametrize("law", bench.TRUE)
-def test_draws_end_where_those_of_lbfgs_do(law):
+def test_bootstrap_fits_match_lbfgs(law):
     """Objectives are equal within 1e-8."""
     rows = bench.drawn(law, bench.design(law, sizes=4, amounts=4, seeds=2),
                        np.random.default_rng(0))  # fmt: skip
@@ -208,7 +208,7 @@ def test_draws_end_where_those_of_lbfgs_do(law):
     np.testing.assert_allclose(ours, theirs, rtol=1e-8)
 
 
-def test_a_parameter_that_no_draw_moves_has_no_interval():
+def test_parameter_constant_over_all_draws_has_no_interval():
     """A law without a floor: E is at the bound of its search in every draw, and B is held."""
     x = bench.design("power", sizes=4, amounts=4, seeds=1)
     noise = np.exp(0.005 * np.random.default_rng(0).standard_normal(16))
@@ -241,7 +241,7 @@ def test_a_thousand_bootstraps_take_seconds_on_one_core():
     assert "per second, 0 s left" in lines[-1]
 
 
-def test_a_published_start_is_not_an_end():
+def test_published_start_values_are_not_confirmed():
     """A mean instead of a sum would stop at any plausible start: 1e-6 is converged for scipy."""
     rows = bench.drawn("chinchilla", bench.design("chinchilla", sizes=6, amounts=6, seeds=2),
                        np.random.default_rng(0))  # fmt: skip
@@ -254,7 +254,7 @@ def test_a_published_start_is_not_an_end():
     assert done and again == pytest.approx(best.vector, rel=1e-5)
 
 
-def test_outliers_do_not_pull():
+def test_outliers_have_bounded_influence():
     x = bench.design("chinchilla", sizes=6, amounts=6, seeds=1)
     y = bench.truth("chinchilla", x)
     y[[3, 20]] *= (1.3, 0.8)
@@ -264,7 +264,7 @@ def test_outliers_do_not_pull():
     assert abs(squares["beta"] / 0.37 - 1) > 0.05
 
 
-def test_runs_are_drawn_and_not_rows():
+def test_bootstrap_resamples_runs_not_rows():
     """Three checkpoints a run: the interval is as wide as with the last of them alone."""
     rng = np.random.default_rng(3)
     x = bench.design("power", sizes=4, amounts=3, seeds=1)
@@ -285,7 +285,7 @@ def test_runs_are_drawn_and_not_rows():
     )
 
 
-def test_the_best_size_is_where_the_loss_is_least():
+def test_optimal_size_minimizes_the_loss():
     v = bench.TRUE["chinchilla"]
     best = allocation.optimal_allocation(v, 1e21, flops=6.0)
     n = np.geomspace(1e7, 1e12, 200_001)
@@ -320,7 +320,7 @@ def mixed_table(barrier: float) -> table.Table:
     )  # fmt: skip
 
 
-def test_what_modalities_cost_each_other():
+def test_mixed_modal_law_is_recovered():
     rows = mixed_table(barrier=0.8)
     found = mixed.fit(rows, delta=1e-3)
     want = dict(
@@ -372,18 +372,18 @@ D = [1e6, 2e6, 4e6, 8e6, 16e6, 32e6, 64e6]
          "no run repeats its data"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_told_is_refused(law, columns, words):
+def test_unidentifiable_tables_are_rejected(law, columns, words):
     with pytest.raises(ScalingError, match=words):
         diagnostics.check(LAWS[law], rows_of(**columns), {})
 
 
-def test_a_ray_is_enough_for_one_exponent():
+def test_fixed_ratio_is_sufficient_for_one_exponent():
     assert diagnostics.check(LAWS["tied"], rows_of(params=[d / 20 for d in D], tokens=D), {}) == []
     few = diagnostics.check(LAWS["finetune"], rows_of(params=[8.0, 16.0] * 3 + [8.0], tokens=D), {})
     assert few == ["only 2 distinct values of params: alpha cannot be checked"]
 
 
-def test_a_parameter_that_changes_nothing_is_refused():
+def test_parameter_without_effect_is_rejected():
     x, y = repeated()
     small = x["params"] < 5e8  # below what is optimal for their data: R_N never enters
     rows = dataclasses.replace(rows_of(**{k: v[small] for k, v in x.items()}), y=y[small])
@@ -395,7 +395,7 @@ def test_a_parameter_that_changes_nothing_is_refused():
         diagnostics.check_end(found, rows)
 
 
-def test_intervals_hold_what_they_say():
+def test_interval_coverage():
     """A small version of benchmarks/scaling.py --part coverage: of 95% intervals, most."""
     held = bench.coverage(
         "power", draws=20, bootstraps=40, seed=1, delta=1e-3, sizes=4, amounts=4, seeds=1
@@ -406,7 +406,7 @@ def test_intervals_hold_what_they_say():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("law", bench.TRUE)
-def test_intervals_hold_what_they_say_over_many_draws(law):
+def test_interval_coverage_over_many_draws(law):
     held = bench.coverage(
         law, draws=100, bootstraps=200, seed=0, delta=1e-3, sizes=4, amounts=4, seeds=2
     )

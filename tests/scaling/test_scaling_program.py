@@ -29,7 +29,7 @@ def write(path: pathlib.Path, law: str, **grid: int) -> pathlib.Path:
     return path
 
 
-def test_the_program_leaves_a_page_and_json(tmp_path):
+def test_program_writes_a_page_and_json(tmp_path):
     path, out = (
         write(tmp_path / "runs.csv", "chinchilla", sizes=4, amounts=4, seeds=1),
         tmp_path / "out",
@@ -55,7 +55,7 @@ def test_the_program_leaves_a_page_and_json(tmp_path):
     assert "warnings\n  loss sums text and image" in done.stdout
 
 
-def test_each_modality_has_its_fit(tmp_path, capsys):
+def test_each_modality_has_its_own_fit(tmp_path, capsys):
     path = write(tmp_path / "runs.csv", "power", sizes=3, amounts=3, seeds=1)
     given = ["--table", str(path), "--law", "power", "--target", "loss_text,loss_image",
              "--bootstraps", "20", "--json", "--workdir", str(tmp_path / "out")]  # fmt: skip
