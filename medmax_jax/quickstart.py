@@ -146,7 +146,8 @@ def _tokenize(settings: Quickstart, workdir: Path, tiny: Path) -> str:
     summaries = []
     for split, views in (("train", settings.views), ("validation", 1)):
         folder = workdir / "records" / split
-        requested = dict(split=split, kind="instruction", views=views, seed=settings.run.data.seed)
+        seed = settings.run.data.seed
+        requested = dict(split=split, kind="instruction", views=views, seed=seed)
         if (folder / "dataset.json").exists():
             meta = writer.open_records(folder).meta
             if any(meta["notes"].get(name) != value for name, value in requested.items()):
@@ -155,7 +156,9 @@ def _tokenize(settings: Quickstart, workdir: Path, tiny: Path) -> str:
                     "use a new --workdir"
                 )
         else:
-            meta = prepare.prepare_sample(folder, model_folder=tiny, **requested)
+            meta = prepare.prepare_sample(
+                folder, model_folder=tiny, split=split, kind="instruction", views=views, seed=seed
+            )
         summaries.append(f"{split}: {meta['documents']} documents, {meta['tokens']} tokens")
     return "; ".join(summaries)
 

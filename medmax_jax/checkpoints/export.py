@@ -113,8 +113,8 @@ def check_base(folder: str, run: config.Run, *, tokenizer: str, vqgan: str) -> N
                     "use the config of that model"
                 )
     for name, digest in zip(SIDE_FILES, (tokenizer, vqgan), strict=True):
-        known = digest and model_folder.has(name)
-        if known and model_folder.file(name).digest("sha256") != digest:
+        comparable = digest and model_folder.has(name)
+        if comparable and model_folder.file(name).digest("sha256") != digest:
             raise ExportError(
                 f"the records were prepared with a {name} that differs from the one in {folder}; "
                 "prepare them again with the files of this folder"

@@ -108,13 +108,13 @@ def _sealed(store: Bucket, seal: str) -> Iterator[None]:
         with contextlib.suppress(StorageError):
             store.write(lock_object, None)
         raise
-    store.seal, store.held = seal, None
+    store.seal, store.held_content = seal, None
     try:
         yield
-        if store.held is None:
+        if store.held_content is None:
             raise _unsealed(store.path, seal)
         store.write(lock_object, None)
-        store.write(seal, store.held)
+        store.write(seal, store.held_content)
     except BaseException as e:
         try:
             store.delete_all()
@@ -125,7 +125,7 @@ def _sealed(store: Bucket, seal: str) -> Iterator[None]:
             )
         raise
     finally:
-        store.seal, store.held = "", None
+        store.seal, store.held_content = "", None
 
 
 def _check_alone(store: Bucket, lock_object: str, seal: str) -> None:

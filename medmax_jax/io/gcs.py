@@ -80,7 +80,10 @@ class Bucket:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.seal, self.held = "", None  # an object that is to be written last, and its content
+        self.seal, self.held_content = (
+            "",
+            None,
+        )  # an object that is to be written last, and its content
         bucket, _, prefix = path.removeprefix("gs://").partition("/")
         self._spec = {"driver": "gcs", "bucket": bucket, "gcs_request_retries": RETRIES}
         self._prefix = prefix + "/" if prefix else ""
@@ -169,7 +172,7 @@ class Bucket:
         upload = Upload(self.full(name))
         yield upload
         if name == self.seal:
-            self.held = upload.data
+            self.held_content = upload.data
         else:
             self.write(name, upload.data)
 

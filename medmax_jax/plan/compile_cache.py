@@ -1,6 +1,6 @@
 """Cache the compiler's answers in a folder: each program is compiled once, and work can resume.
 
-    D/3f9c0a...json   {"case": what was asked, "fits": ..., "peak_hbm_gib": ..., ...}
+    D/3f9c0a...json   {"case": settings and machine, "fits": ..., "peak_hbm_gib": ..., ...}
 
 An answer's name is a digest of the program's own text, the machine, the compile options and the
 versions that compile. So a config that differs in nothing that is compiled finds the answer, and

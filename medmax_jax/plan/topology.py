@@ -87,14 +87,14 @@ def devices(topology: Topology) -> Sequence[Any]:
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")  # nor does it log that it found no TPU
     x, y, z = (*topology.shape, 1)[:3]
     # A host has 2x2 chips; a machine with an odd side is made of smaller hosts.
-    kwargs: dict[str, Any] = {"chips_per_host_bounds": (2 - x % 2, 2 - y % 2, 1)}
+    topology_options: dict[str, Any] = {"chips_per_host_bounds": (2 - x % 2, 2 - y % 2, 1)}
     if topology.chip.name == "v4":
-        kwargs["chip_config_name"] = "megacore"  # else every core is a device of its own
+        topology_options["chip_config_name"] = "megacore"  # else every core is a device of its own
     if topology.slices > 1:
-        kwargs["num_slices"] = topology.slices
+        topology_options["num_slices"] = topology.slices
     try:
         tpu_devices = topologies.get_topology_desc(
-            platform="tpu", topology_name=topology.name, **kwargs
+            platform="tpu", topology_name=topology.name, **topology_options
         ).devices
     except Exception as error:  # noqa: BLE001  libtpu raises RuntimeErrors of several kinds
         raise PlanError(

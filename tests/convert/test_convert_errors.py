@@ -166,7 +166,7 @@ def test_an_index_is_read_and_checked(hf, tmp_path):
     for file, message in (
         ("../hf/model.safetensors", "not a plain file name"),
         ("/etc/passwd", "not a plain file name"),
-        ("c.safetensors", "c.safetensors: missing"),
+        ("c.safetensors", "c.safetensors is missing"),
         ("b.safetensors", "is in the file or in .*, not in both"),
     ):
         write_index(folder, index | {"lm_head.weight": "a.safetensors"} | {min(index): file})

@@ -35,7 +35,7 @@ def program(*words: str) -> subprocess.CompletedProcess:
     "arguments, status, message",
     [
         (["--workdir=w", "--config.seeed=1"], cli.USAGE, "--config.seeed is not a field"),
-        (["--workdir=README.md/w"], cli.ERROR, "--workdir README.md/w cannot be written"),
+        (["--workdir=README.md/w"], cli.ERROR, "--workdir README.md/w is not writable"),
     ],
 )
 def test_one_line_and_a_status(name, arguments, status, message):
@@ -49,7 +49,7 @@ def test_one_line_and_a_status(name, arguments, status, message):
     "arguments, status, message",
     [
         (["--out=w", "--config.sample.foo=1"], cli.USAGE, "--config.sample.foo is not a field"),
-        (["--out=README.md/w"], cli.ERROR, "--out README.md/w cannot be written"),
+        (["--out=README.md/w"], cli.ERROR, "--out README.md/w is not writable"),
         (["--out=runs/w", "--model=nowhere"], cli.ERROR, "nowhere/config.json: no such file"),
     ],
 )
@@ -64,7 +64,7 @@ def test_generate_reports_errors_in_one_line(arguments, status, message):
 def test_programs_check_the_workdir_before_they_work(tmp_path):
     (tmp_path / "file").write_text("")
     asked = dict(model="native:nowhere", adapter="", progress=print)
-    with pytest.raises(cli.WorkdirError, match="file/w cannot be written .*; name another folder"):
+    with pytest.raises(cli.WorkdirError, match="file/w is not writable .*; use another folder"):
         settings = config.build(Settings, eval_tiny.get_config())
         stages.run(settings, tmp_path / "file" / "w", **asked)
     with pytest.raises(cli.WorkdirError, match="file/w cannot be written"):

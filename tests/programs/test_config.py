@@ -38,7 +38,7 @@ def test_codes_per_image_follow_from_the_vqgan():
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("optim.lr", 1e-3, "config.optim.lr is unknown.*peak_lr"),
+        ("optim.lr", 1e-3, "config.optim.lr is not a field.*peak_lr"),
         ("optim.peak_lr", None, "config.optim.peak_lr is missing"),
         ("optim.peak_lr", "fast", "config.optim.peak_lr is 'fast'.*float"),
         ("train.steps", 0, "config.train.steps is 0; it must be above 0"),
@@ -46,7 +46,7 @@ def test_codes_per_image_follow_from_the_vqgan():
         ("train.trains", "bias", "config.train.trains is 'bias'.*lora, full"),
         ("model.num_kv_heads", 3, "config.model.num_heads is 32.*num_kv_heads"),
         ("vq.num_codes", 512, "config.vq.num_codes is 512; it must be 8192"),
-        ("vq.channels", 48, "a multiple of vq.norm_groups, 32"),
+        ("vq.channels", 48, "a multiple of vq.norm_groups = 32"),
         ("vq.norm_groups", 0, "config.vq.norm_groups is 0; it must be above 0"),
         ("model.num_kv_heads", 0, "config.model.num_kv_heads is 0; it must be above 0"),
         ("vq.channel_mult", (1, 2.5), "integers"),
