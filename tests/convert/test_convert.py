@@ -154,9 +154,11 @@ def test_dtypes_are_kept_per_tensor_and_cast_once_on_load(tmp_path):
         states, meta_files(convert(native, tmp_path / "back", "meta")), strict=True
     ):
         assert_equal(wanted, found)
-    said = inspect_checkpoint.describe(conversion.read_checkpoint(native))
-    assert set(said["dtypes"]) == {"F32", "BF16", "F16"}
-    assert said["dtypes"] == inspect_checkpoint.describe(conversion.read_checkpoint(meta))["dtypes"]
+    output = inspect_checkpoint.describe(conversion.read_checkpoint(native))
+    assert set(output["dtypes"]) == {"F32", "BF16", "F16"}
+    assert (
+        output["dtypes"] == inspect_checkpoint.describe(conversion.read_checkpoint(meta))["dtypes"]
+    )
     model = conversion.read_checkpoint(native).model
     assert model.param_dtype == "bfloat16"
     with jax.set_mesh(make_mesh(Mesh(data=1, fsdp=1, tp=1))):

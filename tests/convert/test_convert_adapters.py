@@ -154,18 +154,18 @@ def test_interrupted_run_is_read_from_its_newest_checkpoint(trained, tmp_path):
     native = convert(cut, tmp_path / "native", "native")
     assert_equal(read_safetensors(native), read_safetensors(run / "adapter"))
     (cut / "checkpoints" / "4" / "sha256.json").unlink()
-    said = inspect_checkpoint.describe(conversion.read_checkpoint(cut))
-    assert said["facts"]["step"] == 2 and said["lora"]["rank"] == 4
+    output = inspect_checkpoint.describe(conversion.read_checkpoint(cut))
+    assert output["facts"]["step"] == 2 and output["lora"]["rank"] == 4
 
 
 def test_inspect_reads_rank_alpha_and_targets(trained):
-    said = inspect_checkpoint.describe(conversion.read_checkpoint(PEFT))
-    assert said["layout"] == "peft adapter"
-    assert said["lora"]["rank"] == 4 and said["lora"]["alpha"] == 6
-    assert said["lora"]["targets"] == sorted(
+    output = inspect_checkpoint.describe(conversion.read_checkpoint(PEFT))
+    assert output["layout"] == "peft adapter"
+    assert output["lora"]["rank"] == 4 and output["lora"]["alpha"] == 6
+    assert output["lora"]["targets"] == sorted(
         "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
     )
-    assert "rank 4" in inspect_checkpoint.format_description(said)
+    assert "rank 4" in inspect_checkpoint.format_description(output)
 
 
 def edited(tmp_path, **changes) -> pathlib.Path:

@@ -48,18 +48,18 @@ def test_program_converts_and_reports_it(meta, tmp_path):
 def test_inspect_of_every_layout(meta, tmp_path, capsys):
     native = convert(meta, tmp_path / "native", "native")
     hf = convert(native, tmp_path / "hf", "hf")
-    said = {}
+    output = {}
     for name, path in (("meta", meta), ("native", native), ("hf", hf)):
         assert main(["inspect", str(path), "--json"]) == 0
-        said[name] = json.loads(capsys.readouterr().out.splitlines()[-1])
+        output[name] = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert main(["inspect", str(path)]) == 0
         assert f"layout       {name}" in capsys.readouterr().out
-        assert said[name]["layout"] == name and said[name]["tokenizer"] is True
-        assert said[name]["vqgan"] == "encoder and decoder" and said[name]["lora"] is None
+        assert output[name]["layout"] == name and output[name]["tokenizer"] is True
+        assert output[name]["vqgan"] == "encoder and decoder" and output[name]["lora"] is None
     for field in ("fingerprint", "parameters", "dtypes", "image_rows", "model"):
-        assert said["meta"][field] == said["native"][field] == said["hf"][field], field
-    assert said["meta"]["shards"] == 4
-    assert said["meta"]["settings"]["model"]["qk_norm_shards"] == 4
+        assert output["meta"][field] == output["native"][field] == output["hf"][field], field
+    assert output["meta"]["shards"] == 4
+    assert output["meta"]["settings"]["model"]["qk_norm_shards"] == 4
 
 
 def test_inspect_recognizes_the_published_sizes():

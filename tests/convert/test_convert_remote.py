@@ -51,12 +51,12 @@ def test_every_layout_is_read_from_a_bucket(bucket, meta, tmp_path):
     run("meta", "native", "native")
     run("native", "hf", "hf")
     run("hf", "again", "native")
-    said = [
+    output = [
         inspect_checkpoint.describe(conversion.read_checkpoint(f"{bucket}/{p}"))
         for p in ("meta", "native", "hf", "again")
     ]
-    assert len({s["fingerprint"] for s in said}) == 1
-    assert {s["vqgan"] for s in said} == {"encoder and decoder"}
+    assert len({s["fingerprint"] for s in output}) == 1
+    assert {s["vqgan"] for s in output} == {"encoder and decoder"}
     back = convert(f"{bucket}/again", tmp_path / "back", "meta")
     assert_equal(
         read_pth(back / "models/model/consolidated.pth"),

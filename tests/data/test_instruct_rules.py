@@ -244,7 +244,7 @@ def test_wrong_usage(tmp_path, capsys, change, message):
         (dict(images="nowhere"), "nowhere: no such folder"),
         (dict(prompts="nowhere"), "nowhere/caption_filter.txt: cannot be read"),
         (dict(scores="nowhere"), "nowhere: cannot be read"),
-        (dict(out="README.md/x"), "--out README.md/x cannot be written"),
+        (dict(out="README.md/x"), "--out README.md/x is not writable"),
         (dict(key_env="NOT_SET_HERE"), "variable NOT_SET_HERE has no usable key"),
     ],
 )

@@ -63,11 +63,11 @@ def test_generate_reports_errors_in_one_line(arguments, status, message):
 
 def test_programs_check_the_workdir_before_they_work(tmp_path):
     (tmp_path / "file").write_text("")
-    asked = dict(model="native:nowhere", adapter="", progress=print)
+    request = dict(model="native:nowhere", adapter="", progress=print)
     with pytest.raises(cli.WorkdirError, match="file/w is not writable .*; use another folder"):
         settings = config.build(Settings, eval_tiny.get_config())
-        stages.run(settings, tmp_path / "file" / "w", **asked)
-    with pytest.raises(cli.WorkdirError, match="file/w cannot be written"):
+        stages.run(settings, tmp_path / "file" / "w", **request)
+    with pytest.raises(cli.WorkdirError, match="file/w is not writable"):
         train_vqgan.run(
             config.build(train_vqgan.Run, tiny_vqgan.get_config()), tmp_path / "file" / "w"
         )

@@ -113,9 +113,9 @@ def test_no_data_reaches_an_unlisted_host(tmp_path):
     path = items_of(tmp_path, ROW, ROW | dict(id="2", credential="no", image_path="b.png"))
     now = dataclasses.replace(settings(tmp_path), questions=(str(path),), images="")
     with serving(lambda *_: completion("yes")) as llm:
-        asked = dict(model=f"endpoint:m@{llm.url}", progress=lambda _: None)
+        request = dict(model=f"endpoint:m@{llm.url}", progress=lambda _: None)
         with pytest.raises(egress.OutgoingError, match="not listed"):
-            stages.run(now, tmp_path / "out", **asked)
+            stages.run(now, tmp_path / "out", **request)
         assert not llm.requests
         judge = dataclasses.replace(now.judge, endpoint=f"m@{llm.url}")
         judged = dataclasses.replace(now, judge=judge)
@@ -142,14 +142,14 @@ def test_the_workdir_is_private_from_the_first_byte(tmp_path):
     path = items_of(tmp_path, *rows)
     now = dataclasses.replace(settings(tmp_path), questions=(str(path),), images="", options=True)
     now = dataclasses.replace(now, counts=dataclasses.replace(now.counts, image_generation=-1))
-    out, said = tmp_path / "out", []
+    out, output = tmp_path / "out", []
     out.mkdir(mode=0o755)  # it may have been there
-    stages.run(now, out, model="baseline:random", progress=said.append)
+    stages.run(now, out, model="baseline:random", progress=output.append)
     assert {"records.jsonl", "summary.json", "report.html", "run.json", "records_images"} < set(
         modes(out)
     )
     assert_private(out)
-    assert not any("SECRET" in line for line in said)
+    assert not any("SECRET" in line for line in output)
     assert "keep this page where the items may be kept" in (out / "report.html").read_text()
     os.chmod(out / "report.html", 0o644)
     report.rewrite_report(out, "")
@@ -198,7 +198,7 @@ def test_later_messages_contain_nothing_of_a_row(tmp_path):
         selection.check_images(found)
     assert not {"SECRET"} & {w for e in (caught, unread) for w in str(e.value).split()}
     path = tmp_path / "p.jsonl"
-    for row, said in (
+    for row, output in (
         (dict(id="SECRET2", text="yes"), "the first is that of line 1"),
         (dict(id="SECRET", images=["SECRET2.png"]), "line 1: image 1 is no file"),
         (dict(id="SECRET", images=["../SECRET.png"]), "image 1 is outside"),
@@ -206,7 +206,7 @@ def test_later_messages_contain_nothing_of_a_row(tmp_path):
         path.write_text(json.dumps(row))
         with pytest.raises(predictions.PredictionsError) as wrong:
             predictions.Predictions(path, items)
-        assert said in str(wrong.value) and "SECRET" not in str(wrong.value)
+        assert output in str(wrong.value) and "SECRET" not in str(wrong.value)
     path.write_text(json.dumps(dict(id="SECRET", images=["SECRET.png"])))  # no image, as above
     model, ask = (
         predictions.Predictions(path, items),
@@ -215,9 +215,9 @@ def test_later_messages_contain_nothing_of_a_row(tmp_path):
     with pytest.raises(predictions.PredictionsError, match="line 1: image 1 cannot be") as wrong:
         model.generate([ask])
     assert "SECRET" not in str(wrong.value)
-    asked = inference.item_fields(items[0])
+    request = inference.item_fields(items[0])
     with pytest.raises(comparison.ComparisonError, match="prompt of a credentialed item differs"):
-        comparison._check_same(asked, asked | dict(prompt="SECRET2"))
+        comparison._check_same(request, request | dict(prompt="SECRET2"))
 
 
 def test_a_probe_with_a_credentialed_image_is_credentialed():
@@ -328,11 +328,11 @@ def test_a_control_token_of_documents_is_named_by_its_row(tmp_path, monkeypatch)
         raise TokenizerError("the text writes control token 1: SECRET")
 
     monkeypatch.setattr(prepare, "document_ids", refuse)
-    for credential, said in (("yes", "row 1: text writes the name"), ("no", "SECRET")):
+    for credential, output in (("yes", "row 1: text writes the name"), ("no", "SECRET")):
         given = documents(tmp_path, [TEXT | dict(credential=credential)])
         with pytest.raises((PrepareError, TokenizerError)) as caught:
             prepare.prepare_documents(tmp_path / credential, **given)
-        assert said in str(caught.value)
+        assert output in str(caught.value)
         assert ("SECRET" in str(caught.value)) == (credential == "no")
 
 

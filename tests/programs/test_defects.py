@@ -109,12 +109,12 @@ def test_7_failed_items_do_not_stop_the_others(tmp_path):
     items = [eval_setup.item("x_closed", "vqa_closed", 0, answer="yes"),
              eval_setup.item("x_closed", "vqa_closed", 1, answer="yes"),
              eval_setup.item("captioning_x", "captioning", 2)]  # fmt: skip
-    said = {
+    output = {
         "x_closed/0": base.FailedResponse(why="refused"),
         "x_closed/1": ["yes"],
         "captioning_x/2": ["A CT"],
     }
-    rows = aggregate.summary(answers(Scripted(said), items, tmp_path), **NUMBERS)
+    rows = aggregate.summary(answers(Scripted(output), items, tmp_path), **NUMBERS)
     closed = rows[0]
     assert (closed["n"], closed["n_errors"], closed["n_unscored"]) == (2, 1, 1)
     assert (closed["value"], closed["best"], closed["of_scored"]) == (0.5, 1, 1)
@@ -212,9 +212,9 @@ def test_29_cost_and_calls_are_reported(tmp_path):
         return eval_setup.judge(request)
 
     with serving(behave) as llm:
-        told = ask(a_judge(llm.url, price_in=1.0, price_out=10.0), records, tmp_path)
-        assert told["calls"] == len(llm.requests) > 0
-        assert told["usd"] == pytest.approx(2e-4 * told["calls"]) and llm.most_at_once > 1
+        report = ask(a_judge(llm.url, price_in=1.0, price_out=10.0), records, tmp_path)
+        assert report["calls"] == len(llm.requests) > 0
+        assert report["usd"] == pytest.approx(2e-4 * report["calls"]) and llm.most_at_once > 1
     assert (tmp_path / judging.CALLS).exists()
 
 
@@ -237,8 +237,8 @@ def test_30_estimates_and_requests_download_nothing():
 
 def test_31_answers_are_paired_by_id_and_never_by_order(tmp_path):
     items = [eval_setup.item("x_closed", "vqa_closed", n, answer="yes") for n in range(6)]
-    said = {item.id: ["yes" if n < 2 else "no"] for n, item in enumerate(items)}
-    records = answers(Scripted(said), items, tmp_path)
+    output = {item.id: ["yes" if n < 2 else "no"] for n, item in enumerate(items)}
+    records = answers(Scripted(output), items, tmp_path)
     assert [r["text"] for r in records] == ["yes"] * 2 + ["no"] * 4
     twice = [dict(task_name="image_captioning", question_type="x", prompt="", answer="", id="a",
                   image_path="a.png")] * 2  # fmt: skip

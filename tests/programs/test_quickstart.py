@@ -60,8 +60,8 @@ def test_quickstart_resumes_after_a_stop_and_writes_a_report(tmp_path):
             time.sleep(0.2)
         first.send_signal(signal.SIGINT)
         status = first.wait(timeout=120)
-    said = (tmp_path / "out.txt").read_text()
-    assert status == 75 and "run the same command again to resume" in said, said[-3000:]
+    output = (tmp_path / "out.txt").read_text()
+    assert status == 75 and "run the same command again to resume" in output, output[-3000:]
     second = subprocess.run(command(work), capture_output=True, timeout=600, **place)
     assert second.returncode == 0, second.stdout[-3000:] + second.stderr[-3000:]
     assert "resuming after step" in second.stdout

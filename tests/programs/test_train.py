@@ -266,8 +266,8 @@ def test_dry_run_compiles_and_writes_nothing(data, base, tmp_path, capsys):
     run = micro_run.run(**data, train__init_from=str(base), mesh__fsdp=2)
     found = train.run(run, tmp_path / "w", setup.Options(dry_run=True))
     assert not (tmp_path / "w").exists() and "temporaries" in found["memory"]
-    said = capsys.readouterr().out
-    assert "mesh data 1 x fsdp 2 x tp 1" in said and "compiled the first step" in said
+    output = capsys.readouterr().out
+    assert "mesh data 1 x fsdp 2 x tp 1" in output and "compiled the first step" in output
     broken = micro_run.run(**data, train__init_from=str(base), model__rope_theta=5.0)
     with pytest.raises(export.ExportError, match="rope_theta"):
         train.run(broken, tmp_path / "w", setup.Options(dry_run=True))

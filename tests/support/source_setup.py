@@ -74,8 +74,8 @@ def llava_med_pmc(folder: pathlib.Path) -> None:
     items = []
     for n in range(4):
         pair = f"2777{n:04d}_Fig1_1"
-        said = talk("<image>\nDescribe the image concisely.", f"CT of the chest, number {n}.")
-        items.append({"id": pair, "image": f"{pair}.jpg", "conversatons": said})
+        output = talk("<image>\nDescribe the image concisely.", f"CT of the chest, number {n}.")
+        items.append({"id": pair, "image": f"{pair}.jpg", "conversatons": output})
         place_image(folder / "images" / f"{pair}.jpg", n)
     write_json(folder / "llava_med_alignment_500k.json", items)
 
@@ -86,9 +86,11 @@ def llava_med_it(folder: pathlib.Path) -> None:
     for n in range(3):
         pair = f"2888{n:04d}_F2"
         asks = "What is shown?\n<image>" if n == 1 else "<image>\nWhat is shown?"
-        said = talk(asks, "A chest x-ray.", "Is it normal?", f"Yes, number {n} is.")
+        output = talk(asks, "A chest x-ray.", "Is it normal?", f"Yes, number {n} is.")
         domain = dict(chest_xray=True, mri=False, histology=False, gross=False, ct_scan=False)
-        items.append({"id": pair, "image": f"{pair}.jpg", "domain": domain, "conversations": said})
+        items.append(
+            {"id": pair, "image": f"{pair}.jpg", "domain": domain, "conversations": output}
+        )
         place_image(folder / "images" / f"{pair}.jpg", n)
     write_json(folder / "llava_med_instruct_60k_inline_mention.json", items, indent=2)
 
@@ -126,8 +128,8 @@ def quilt_instruct(folder: pathlib.Path) -> None:
     items = []
     for n in range(3):
         name = f"x7Ubz-ZcZr{n}_image_0a1b2c3d-{n}.jpg"
-        said = talk("<image>\nWhich stain is this?", "Haematoxylin and eosin.")
-        items.append({"id": f"q{n}", "image": name, "conversations": said})
+        output = talk("<image>\nWhich stain is this?", "Haematoxylin and eosin.")
+        items.append({"id": f"q{n}", "image": name, "conversations": output})
         place_image(folder / "quilt_instruct" / name, n)
     write_json(folder / "quilt_instruct_107k.json", items)
 

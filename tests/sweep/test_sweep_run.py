@@ -78,8 +78,8 @@ def test_states_of_run_folders(ended, tmp_path, capsys):
     (tmp_path / runs[0].run_id).mkdir()
     assert state(runs[0], tmp_path) == "crashed"
     assert program.main(["status", "--workdir", str(folder), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert told == {"finished": 2, "diverged": 1, "runs": 3}
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report == {"finished": 2, "diverged": 1, "runs": 3}
 
 
 def test_collected_table_is_readable_by_a_fit(ended, capsys):
