@@ -120,8 +120,8 @@ class Reporter:
             f" and {len(documents) - 4} more" if len(documents) > 4 else ""
         )
         message = (
-            f"step {number}: loss {row['loss']} and gradient norm {row['grad_norm']} are not both "
-            f"finite; its documents: {shown} (all of them in {path}); {checkpoint} "
+            f"step {number}: loss {row['loss']} or gradient norm {row['grad_norm']} is not finite; "
+            f"its documents: {shown} (all of them in {path}); {checkpoint} "
             f"({job.folder / 'checkpoints'}). Lower optim.peak_lr, inspect these documents, or set "
             "optim.skip_window to skip the updates of loss spikes"
         )

@@ -1,4 +1,4 @@
-"""What every program says about a bad flag, a workdir that cannot be written to, and Ctrl-C."""
+"""Messages of every program about a wrong flag, an unwritable workdir, and Ctrl-C."""
 
 import os
 import pathlib

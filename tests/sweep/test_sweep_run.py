@@ -86,7 +86,7 @@ def test_collected_table_is_readable_by_a_fit(ended, capsys):
     runs, folder = ended
     assert program.main(["collect", "--workdir", str(folder)]) == 0
     first = (folder / "table.csv").read_bytes()
-    assert f"nan in the table: {runs[2].run_id}" in capsys.readouterr().out
+    assert f"(nan in the table): {runs[2].run_id}" in capsys.readouterr().out
     assert program.main(["collect", "--workdir", str(folder)]) == 0
     assert (folder / "table.csv").read_bytes() == first, "collecting twice changes nothing"
     with open(folder / "table.csv") as text:
