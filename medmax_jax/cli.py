@@ -25,7 +25,8 @@ from medmax_jax.config import ConfigError
 from medmax_jax.io.errors import printable_text
 
 DONE, ERROR, USAGE, INTERRUPTED = 0, 1, 2, 75
-STOPPED = "interrupted; the same command goes on from what was saved"
+RESUME = "run the same command again to resume"
+STOPPED = f"interrupted; {RESUME}"
 
 
 class Interrupted(RuntimeError):
@@ -45,15 +46,17 @@ def run(
     shows its traceback. `defaults`: flag values of a program that can be started without them.
     `folder`: the name of the flag that sets the workdir.
     """
-    settings = config_flags.DEFINE_config_file("config", None, "settings; a file of configs/")
-    place = flags.DEFINE_string(folder, None, "folder that the run writes to")
+    settings = config_flags.DEFINE_config_file(
+        "config", None, "config file, for example configs/tiny.py"
+    )
+    workdir = flags.DEFINE_string(folder, None, "folder that the program writes to")
     flags.mark_flags_as_required(["config", folder])
 
     def guarded(_: list[str]) -> int:
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every operation
         init_distributed(os.environ)
         try:
-            main(settings.value, place.value)
+            main(settings.value, workdir.value)
         except ConfigError as error:
             return _fail(error, USAGE)
         except (Interrupted, KeyboardInterrupt) as error:
@@ -63,9 +66,9 @@ def run(
             return _fail(error, ERROR)
         return DONE
 
-    given = {word.split("=")[0].lstrip("-") for word in sys.argv[1:]}
+    given_flags = {word.split("=")[0].lstrip("-") for word in sys.argv[1:]}
     # Not set as flag defaults: absl would read the config and its overrides too early.
-    missing = {k: v for k, v in (defaults or {}).items() if k not in given}
+    missing = {k: v for k, v in (defaults or {}).items() if k not in given_flags}
     sys.argv[1:1] = [f"--{name}={value}" for name, value in missing.items()]
     app.run(guarded, flags_parser=_parse)
 
@@ -91,9 +94,9 @@ def open_workdir(workdir: str | os.PathLike, flag: str = "--workdir") -> pathlib
     """Return the folder, created where missing; raise WorkdirError where no file can be created."""
     if os.fspath(workdir).startswith("gs://"):
         raise WorkdirError(
-            f"{flag} {workdir}: a workdir is a local or mounted folder; mount the bucket (Cloud "
-            "Storage FUSE) or a disk that the hosts share: docs/launch.md. Models and records may "
-            "lie on gs://"
+            f"{flag} {workdir} is not a local or mounted folder; mount the bucket (Cloud Storage "
+            "FUSE) or a disk that the hosts share, see docs/launch.md. Models and records may be "
+            "stored on gs://"
         )
     folder = pathlib.Path(workdir)
     try:
@@ -102,7 +105,7 @@ def open_workdir(workdir: str | os.PathLike, flag: str = "--workdir") -> pathlib
             return folder
     except OSError as error:
         raise WorkdirError(
-            f"{flag} {workdir} cannot be written ({error.strerror}); name another folder"
+            f"{flag} {workdir} is not writable ({error.strerror}); use another folder"
         ) from error
 
 
@@ -143,11 +146,12 @@ class Stop:
 
     def _note(self, number: int, _: object) -> None:
         self.requested = signal.Signals(number).name
-        for each in self._before:
-            signal.signal(each, signal.SIG_DFL)
+        for handled in self._before:
+            signal.signal(handled, signal.SIG_DFL)
         # not print: its buffer may be in use at this moment
         os.write(
-            2, f"\n{self.requested}: stopping after this step; again to stop at once\n".encode()
+            2,
+            f"\n{self.requested}: stopping after this step; repeat it to stop at once\n".encode(),
         )
 
 
@@ -164,7 +168,7 @@ def _parse(argv: list[str]) -> list[str]:
     except Exception as error:  # noqa: BLE001  the file is Python: it can raise anything
         sys.exit(_fail(_explain_usage_error(argv, error), USAGE))
     if len(rest) > 1:
-        sys.exit(_fail(f"unexpected argument {rest[1]!r}; flags are written --name=value", USAGE))
+        sys.exit(_fail(f"unexpected argument {rest[1]!r}; write flags as --name=value", USAGE))
     return rest
 
 
@@ -174,12 +178,12 @@ def _explain_usage_error(argv: list[str], error: Exception) -> str:
     for flag in (arg.split("=")[0] for arg in argv if arg.startswith("--config.")):
         unknown = isinstance(error, AttributeError | KeyError)
         if unknown and words & set(flag.removeprefix("--config.").split(".")):
-            return f"{flag} names no field of the config; configs/base.py has every field"
+            return f"{flag} is not a field of the config; configs/base.py lists all fields"
     return f"--config: {type(error).__name__}: {error}"
 
 
 def _fail(error: object, status: int) -> int:
     if isinstance(error, OSError) and error.filename is not None:  # Python's own text for it
-        error = f"{error.filename}: {error.strerror}; check that it is there and may be used"
+        error = f"{error.filename}: {error.strerror}; check the path and its permissions"
     print(printable_text(f"error: {error}"), file=sys.stderr, flush=True)
     return status

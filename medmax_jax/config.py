@@ -259,27 +259,27 @@ def check_model(model: Model, vocab: Vocab, vq: VQ) -> None:
         _rule(value in allowed, f"model.{name}", value, f"one of {', '.join(allowed)}")
     heads, shards = m.num_heads, m.qk_norm_shards
     _rule(heads % m.num_kv_heads == 0, "model.num_heads", heads, "divisible by num_kv_heads")
-    mend = "a divisor of num_kv_heads"
-    _rule(m.num_kv_heads % shards == 0, "model.qk_norm_shards", shards, mend)
-    _rule(m.head_dim % 2 == 0, "model.head_dim", m.head_dim, "even: RoPE turns pairs")
+    requirement = "a divisor of num_kv_heads"
+    _rule(m.num_kv_heads % shards == 0, "model.qk_norm_shards", shards, requirement)
+    _rule(m.head_dim % 2 == 0, "model.head_dim", m.head_dim, "even: RoPE rotates pairs")
     _rule(v.size > v.text_start >= 8712, "vocab.text_start", v.text_start, "in 8712..vocab.size")
     _rule(0 < v.image_codes <= 8192, "vocab.image_codes", v.image_codes, "in 1..8192")
-    mend = f"{v.image_codes}, as vocab.image_codes"
-    _rule(vq.num_codes == v.image_codes, "vq.num_codes", vq.num_codes, mend)
+    requirement = f"{v.image_codes}, equal to vocab.image_codes"
+    _rule(vq.num_codes == v.image_codes, "vq.num_codes", vq.num_codes, requirement)
     check_vq(vq)
     if m.quant in ("int4", "nf4"):
         for name in ("hidden_size", "intermediate_size"):
             _rule(getattr(m, name) % 64 == 0, f"model.{name}", getattr(m, name), "a multiple of 64")
-        mend = f"x head_dim a multiple of 64 for {m.quant}"
-        _rule(m.num_heads * m.head_dim % 64 == 0, "model.num_heads", m.num_heads, mend)
+        requirement = f"x head_dim a multiple of 64 for {m.quant}"
+        _rule(m.num_heads * m.head_dim % 64 == 0, "model.num_heads", m.num_heads, requirement)
 
 
 def check_vq(vq: VQ) -> None:
     """Raise ConfigError where the settings of a VQGAN contradict each other."""
-    mend = f"a multiple of vq.norm_groups, {vq.norm_groups}"
-    _rule(vq.channels % vq.norm_groups == 0, "vq.channels", vq.channels, mend)
-    mend = f"a multiple of {vq.downsampling}"
-    _rule(vq.image_size % vq.downsampling == 0, "vq.image_size", vq.image_size, mend)
+    requirement = f"a multiple of vq.norm_groups = {vq.norm_groups}"
+    _rule(vq.channels % vq.norm_groups == 0, "vq.channels", vq.channels, requirement)
+    requirement = f"a multiple of {vq.downsampling}"
+    _rule(vq.image_size % vq.downsampling == 0, "vq.image_size", vq.image_size, requirement)
 
 
 def to_dict(settings: Any) -> dict[str, Any]:
@@ -296,15 +296,15 @@ def fingerprint(settings: Any) -> str:
 def _build(cls: type, values: Any, where: str) -> Any:
     if not isinstance(values, dict):
         raise ConfigError(
-            f"{where} is {quoted(values)}; it must be a section with fields {_names(cls)}"
+            f"{where} is {quoted(values)}; it must be a section with the fields {_names(cls)}"
         )
     fields = {f.name: f for f in dataclasses.fields(cls)}
     if unknown := sorted(map(str, set(values) - set(fields))):
         name = printable(unknown[0], 80)
-        raise ConfigError(f"{where}.{name} is unknown; the fields are {_names(cls)}")
+        raise ConfigError(f"{where}.{name} is not a field; the fields are {_names(cls)}")
     if missing := sorted(set(fields) - set(values)):
         raise ConfigError(
-            f"{where}.{missing[0]} is missing; set it (configs/base.py has every field)"
+            f"{where}.{missing[0]} is missing; set it (configs/base.py lists all fields)"
         )
     return cls(**{n: _field(cls, f, values[n], f"{where}.{n}") for n, f in fields.items()})
 
@@ -313,8 +313,8 @@ def _field(cls: type, field: dataclasses.Field, value: Any, where: str) -> Any:
     value = _value(field.type, value, where)
     name = f"{cls.__name__.lower()}.{field.name}"
     if name in BOUNDS:
-        for each in value if isinstance(value, tuple) else (value,):
-            check_bounds(name, each, where)
+        for number in value if isinstance(value, tuple) else (value,):
+            check_bounds(name, number, where)
     return value
 
 
@@ -324,13 +324,13 @@ def check_bounds(name: str, value: Any, where: str) -> None:
     An integer is required where the bounds are integers. NaN is outside all bounds.
     """
     low, high = BOUNDS[name]
-    kinds = (int,) if type(low) is int else (int, float)
-    if type(value) not in kinds:
-        kind = "a whole number" if type(low) is int else "a number"
+    types_allowed = (int,) if type(low) is int else (int, float)
+    if type(value) not in types_allowed:
+        kind = "an integer" if type(low) is int else "a number"
         raise ConfigError(f"{where} is {quoted(value)}; it must be {kind}")
     if not low <= value <= high:
-        least = "above 0" if low == 1 and value < low else f"in {low}..{high}"
-        raise ConfigError(f"{where} is {quoted(value)}; it must be {least}")
+        allowed = "above 0" if low == 1 and value < low else f"in {low}..{high}"
+        raise ConfigError(f"{where} is {quoted(value)}; it must be {allowed}")
 
 
 def _names(cls: type) -> str:
@@ -343,12 +343,10 @@ def _value(kind: Any, value: Any, where: str) -> Any:
     if isinstance(kind, types.UnionType):  # X | None
         return None if value is None else _value(kind.__args__[0], value, where)
     if kind == tuple[str, ...]:  # a list, or its names separated by commas
-        found = [v for v in value.split(",") if v] if isinstance(value, str) else value
-        if not isinstance(found, (list, tuple)) or not all(type(v) is str for v in found):
-            raise ConfigError(
-                f"{where} is {quoted(value)}; it must be names with commas between them"
-            )
-        return tuple(found)
+        names = [v for v in value.split(",") if v] if isinstance(value, str) else value
+        if not isinstance(names, (list, tuple)) or not all(type(v) is str for v in names):
+            raise ConfigError(f"{where} is {quoted(value)}; it must be names separated by commas")
+        return tuple(names)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         try:
             return float(value)
@@ -356,7 +354,7 @@ def _value(kind: Any, value: Any, where: str) -> Any:
             raise ConfigError(f"{where} is {quoted(value)}; it must be a smaller number") from error
     if kind == tuple[int, ...]:
         if not isinstance(value, (list, tuple)) or not all(type(v) is int for v in value):
-            raise ConfigError(f"{where} is {quoted(value)}; it must be a list of whole numbers")
+            raise ConfigError(f"{where} is {quoted(value)}; it must be a list of integers")
         if not 0 < len(value) <= MAX_LIST:
             raise ConfigError(f"{where} has {len(value)} entries; it must have 1 to {MAX_LIST}")
         return tuple(value)
@@ -370,10 +368,10 @@ def _value(kind: Any, value: Any, where: str) -> Any:
 def _check_sizes(run: Run) -> None:
     m, d = run.model, run.data
     limit = min(d.seq_len, m.context_length)  # positions restart with each document of a row
-    mend = f"in 1..{limit}: at most data.seq_len and model.context_length"
-    _rule(0 < d.document_limit <= limit, "data.document_limit", d.document_limit, mend)
-    plain = not (run.mixing.weights and run.mixing.image_centric)
-    _rule(plain, "mixing.weights", run.mixing.weights, "empty when mixing.image_centric")
+    requirement = f"in 1..{limit}: at most data.seq_len and model.context_length"
+    _rule(0 < d.document_limit <= limit, "data.document_limit", d.document_limit, requirement)
+    unweighted = not (run.mixing.weights and run.mixing.image_centric)
+    _rule(unweighted, "mixing.weights", run.mixing.weights, "empty when mixing.image_centric")
     share = run.mixing.fraction
     _rule(0 < share <= 1, "mixing.fraction", share, "above 0 and at most 1")
     _rule(run.optim.accumulate > 0, "optim.accumulate", run.optim.accumulate, "above 0")
@@ -391,18 +389,27 @@ def _check_sizes(run: Run) -> None:
         run.lora.rank,
         "above 0 when train.trains is lora",
     )
-    mend = f"0 when train.trains is {run.train.trains}"
-    _rule(lora or run.lora.rank == 0, "lora.rank", run.lora.rank, mend)
-    exact = m.param_dtype == "float32" or not full  # bfloat16 would round small updates away
-    _rule(exact, "model.param_dtype", m.param_dtype, "float32 when train.trains is full")
+    requirement = f"0 when train.trains is {run.train.trains}"
+    _rule(lora or run.lora.rank == 0, "lora.rank", run.lora.rank, requirement)
+    full_precision = (
+        m.param_dtype == "float32" or not full
+    )  # bfloat16 would round small updates away
+    _rule(full_precision, "model.param_dtype", m.param_dtype, "float32 when train.trains is full")
     if m.attention.startswith("splash"):
         _rule(d.seq_len % 128 == 0, "data.seq_len", d.seq_len, "a multiple of 128 for splash")
-    half = m.compute_dtype == "bfloat16" or m.attention != "cudnn"  # its kernels have no fp32
-    _rule(half, "model.compute_dtype", m.compute_dtype, "bfloat16 when model.attention is cudnn")
-    whole = m.quant == "none"  # convert makes quantized matrices; a full export has none
-    mend = f"none when train.trains is {run.train.trains}"
-    _rule(whole or lora, "model.quant", m.quant, mend)
-    _rule(whole or bool(run.train.init_from), "train.init_from", "", f"set: weights in {m.quant}")
+    supported = m.compute_dtype == "bfloat16" or m.attention != "cudnn"  # its kernels have no fp32
+    _rule(
+        supported, "model.compute_dtype", m.compute_dtype, "bfloat16 when model.attention is cudnn"
+    )
+    unquantized = m.quant == "none"  # convert makes quantized matrices; a full export has none
+    requirement = f"none when train.trains is {run.train.trains}"
+    _rule(unquantized or lora, "model.quant", m.quant, requirement)
+    _rule(
+        unquantized or bool(run.train.init_from),
+        "train.init_from",
+        "",
+        f"set when model.quant is {m.quant}",
+    )
     _rule(0 <= run.lora.dropout < 1, "lora.dropout", run.lora.dropout, "in [0, 1)")
     _rule(
         0 <= run.optim.warmup_ratio < 1, "optim.warmup_ratio", run.optim.warmup_ratio, "in [0, 1)"
@@ -414,13 +421,15 @@ def _check_sizes(run: Run) -> None:
         _rule(
             getattr(run.train, name) >= 0, f"train.{name}", getattr(run.train, name), "at least 0"
         )
-    tools = not run.train.samples or bool(run.train.init_from and run.data.validation)
-    mend = "0, or train.init_from (its tokenizer and VQGAN) and data.validation set"
-    _rule(tools, "train.samples", run.train.samples, mend)
+    samples_possible = not run.train.samples or bool(run.train.init_from and run.data.validation)
+    requirement = (
+        "0 unless train.init_from (for its tokenizer and VQGAN) and data.validation are set"
+    )
+    _rule(samples_possible, "train.samples", run.train.samples, requirement)
     for name in ("steps", "log_every", "checkpoint_every", "keep"):
         _rule(getattr(run.train, name) > 0, f"train.{name}", getattr(run.train, name), "above 0")
 
 
-def _rule(holds: bool, name: str, value: Any, mend: str) -> None:
+def _rule(holds: bool, name: str, value: Any, requirement: str) -> None:
     if not holds:
-        raise ConfigError(f"config.{name} is {quoted(value)}; it must be {mend}")
+        raise ConfigError(f"config.{name} is {quoted(value)}; it must be {requirement}")

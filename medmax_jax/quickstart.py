@@ -56,10 +56,10 @@ log = logging.getLogger("medmax_jax.quickstart")
 HERE = Path(__file__).parent
 DEFAULTS = {"config": str(HERE / "configs" / "quickstart.py"), "workdir": "quickstart_run"}
 ERRORS = (*prepare.ERRORS, *train_program.ERRORS, ValueError, OSError)
-LINES = {  # what the primary row is compared with
+BASELINES = {  # what the primary row is compared with
     "before": "the same model before LoRA",
-    "blind": "the commonest training answer of each question's template, without looking",
-    "swapped": "the model after LoRA, shown a picture of another group",
+    "blind": "the most frequent training answer of each question template, without the image",
+    "swapped": "the model after LoRA, given an image of another group",
 }
 
 
@@ -84,20 +84,20 @@ class QuickstartRun:
     def stage(self, name: str) -> Iterator[Callable[[str], None]]:
         """Time a stage; its body reports the result. A repeated stage adds to its seconds."""
         log.info("== %s", name)
-        begin, said = time.monotonic(), []
+        begin, results = time.monotonic(), []
         try:
-            yield said.append
+            yield results.append
         finally:
             before = next((s for s in self.stages if s["stage"] == name), None)
             entry = before or {"stage": name, "what": "", "seconds": 0.0}
             entry["seconds"] += time.monotonic() - begin
-            entry["what"] = said[-1] if said else entry["what"]
+            entry["what"] = results[-1] if results else entry["what"]
             if before is None:
                 self.stages.append(entry)
             try:
                 self._path.write_text(json.dumps(self.stages, indent=1))
             except OSError as error:  # seconds of earlier starts, which only the report shows
-                log.warning("WARNING: %s: cannot be written (%s)", self._path, error.strerror)
+                log.warning("WARNING: cannot write %s: %s", self._path, error.strerror)
             log.info("== %s: %s (%.1f s)", name, entry["what"], entry["seconds"])
 
 
@@ -109,82 +109,89 @@ def main(settings: ConfigDict, workdir: str) -> None:
     try:
         logging.getLogger().addHandler(logging.FileHandler(folder / "quickstart.log"))
     except OSError as error:
-        log.warning("WARNING: %s: cannot be written (%s)", error.filename, error.strerror)
+        log.warning("WARNING: cannot write %s: %s", error.filename, error.strerror)
     run(config.build(Quickstart, settings), folder)
 
 
 def run(settings: Quickstart, workdir: Path) -> dict[str, Any]:
     """Run the pipeline from the current state of `workdir`; return the content of report.json."""
     config.check(settings.run)
-    road = QuickstartRun(workdir)
+    stages = QuickstartRun(workdir)
     tiny = Path(settings.run.train.init_from)
-    with road.stage("tokenize") as says:
-        says(_tokenize(settings, workdir, tiny))
-    with road.stage("fine-tune") as says:
+    with stages.stage("tokenize") as report_result:
+        report_result(_tokenize(settings, workdir, tiny))
+    with stages.stage("fine-tune") as report_result:
         data = dataclasses.replace(
             settings.run.data,
             train=str(workdir / "records" / "train"),
             validation=str(workdir / "records" / "validation"),
         )
         last = train_program.run(dataclasses.replace(settings.run, data=data), workdir / "train")
-        says(f"{last['step']} steps of LoRA on all task kinds, loss {last['loss']:.2f}")
-    found = selection.load_eval_set(settings.eval)
-    answers = _evaluate(settings, road, workdir, tiny, found)
-    report = _report(settings, road, found, answers)
-    with road.stage("report") as says:
-        says("report.html")
-        cases, pictures = _cases(settings, tiny, found, answers, workdir)
+        report_result(f"{last['step']} steps of LoRA on all tasks, loss {last['loss']:.2f}")
+    eval_set = selection.load_eval_set(settings.eval)
+    answers = _evaluate(settings, stages, workdir, tiny, eval_set)
+    report = _report(settings, stages, eval_set, answers)
+    with stages.stage("report") as report_result:
+        report_result("report.html")
+        cases, generated = _cases(settings, tiny, eval_set, answers, workdir)
         curves = plot_curves(*_history(workdir / "train" / "metrics.jsonl"))
-        page = build(report, cases, pictures, curves)
+        page = build(report, cases, generated, curves)
         (workdir / "report.html").write_text(page, encoding="utf-8")
         (workdir / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    _say(report, workdir)
+    _log_summary(report, workdir)
     return report
 
 
 def _tokenize(settings: Quickstart, workdir: Path, tiny: Path) -> str:
-    said = []
+    summaries = []
     for split, views in (("train", settings.views), ("validation", 1)):
         folder = workdir / "records" / split
-        asked = dict(split=split, kind="instruction", views=views, seed=settings.run.data.seed)
+        seed = settings.run.data.seed
+        requested = dict(split=split, kind="instruction", views=views, seed=seed)
         if (folder / "dataset.json").exists():
             meta = writer.open_records(folder).meta
-            if any(meta["notes"].get(name) != value for name, value in asked.items()):
+            if any(meta["notes"].get(name) != value for name, value in requested.items()):
                 raise encoder.PrepareError(
-                    f"{folder} was made with {meta['notes']}, now asked for {asked}; "
-                    "name a fresh --workdir"
+                    f"{folder} was made with {meta['notes']}, but this run requires {requested}; "
+                    "use a new --workdir"
                 )
         else:
-            meta = prepare.prepare_sample(folder, model_folder=tiny, **asked)
-        said.append(f"{split}: {meta['documents']} documents, {meta['tokens']} tokens")
-    return "; ".join(said)
+            meta = prepare.prepare_sample(
+                folder, model_folder=tiny, split=split, kind="instruction", views=views, seed=seed
+            )
+        summaries.append(f"{split}: {meta['documents']} documents, {meta['tokens']} tokens")
+    return "; ".join(summaries)
 
 
 def _evaluate(
-    settings: Quickstart, road: QuickstartRun, workdir: Path, tiny: Path, found: selection.EvalSet
+    settings: Quickstart,
+    stages: QuickstartRun,
+    workdir: Path,
+    tiny: Path,
+    eval_set: selection.EvalSet,
 ) -> dict[str, list[dict[str, Any]]]:
     """Return the answers before and after LoRA, and after LoRA with swapped images."""
-    closed = [item for item in found.items if item.family == "vqa_closed"]
-    swapped = probes.swapped(closed, seed=settings.eval.seed)
+    closed_items = [item for item in eval_set.items if item.family == "vqa_closed"]
+    swapped = probes.swapped(closed_items, seed=settings.eval.seed)
     answers = {}
     adapter = workdir / "train" / "adapter"
     mesh = make_mesh(settings.eval.mesh)
     centroids = None  # they depend on the VQGAN alone, so they are computed once
     for name, tuned, items in (
-        ("before", None, found.items),
-        ("after", adapter, found.items),
+        ("before", None, eval_set.items),
+        ("after", adapter, eval_set.items),
         ("swapped", adapter, swapped),
     ):
-        with road.stage(f"evaluate {name}") as says, cli.Stop() as stop:
+        with stages.stage(f"evaluate {name}") as report_result, cli.Stop() as stop:
 
             def progress(line: str, stop: cli.Stop = stop) -> None:
                 log.info(line)
                 if stop.requested:
-                    raise cli.Interrupted("interrupted; the same command goes on from here")
+                    raise cli.Interrupted(cli.STOPPED)
 
             g = model_bundle.load(tiny, adapter=tuned, mesh=mesh)
             centroids = centroids or modality.centroids(
-                g, found.pictures, images_folder=found.folder
+                g, eval_set.pictures, images_folder=eval_set.folder
             )
             model = base.NativeModel(
                 g, settings.eval.sample, rows=settings.eval.rows, name=name, stamp=name
@@ -193,63 +200,72 @@ def _evaluate(
                 model,
                 items,
                 mode=settings.eval.mode,
-                images_folder=found.folder,
+                images_folder=eval_set.folder,
                 out=workdir / f"{name}.jsonl",
                 progress=progress,
                 looks=modality.make_classifier(g, centroids),
             )
-            says(f"{len(items)} items")
+            report_result(f"{len(items)} items")
     return answers
 
 
 def _report(
     settings: Quickstart,
-    road: QuickstartRun,
-    found: selection.EvalSet,
+    stages: QuickstartRun,
+    eval_set: selection.EvalSet,
     answers: dict[str, list[dict]],
 ) -> dict[str, Any]:
-    numbers = dict(seed=settings.eval.seed, resamples=settings.eval.resamples)
-    scores = aggregate.scores(answers["before"], answers["after"], **numbers)
-    closed = [r for r in answers["after"] if r["task"] == aggregate.PRIMARY[0]]
-    rivals = {
+    seed, resamples = settings.eval.seed, settings.eval.resamples
+    scores = aggregate.scores(answers["before"], answers["after"], seed=seed, resamples=resamples)
+    closed_records = [r for r in answers["after"] if r["task"] == aggregate.PRIMARY[0]]
+    baseline_answers = {
         "before": answers["before"],
-        "blind": aggregate.with_answers(closed, baselines.blind(found.train, found.items)),
+        "blind": aggregate.with_answers(
+            closed_records, baselines.blind(eval_set.train, eval_set.items)
+        ),
         "swapped": answers["swapped"],
     }
     comparisons = [
-        _against(name, aggregate.scores(rival, closed, **numbers)[0])
-        for name, rival in rivals.items()
+        _against(name, aggregate.scores(records, closed_records, seed=seed, resamples=resamples)[0])
+        for name, records in baseline_answers.items()
     ]
     unparsed = next(s for s in scores if (s["task"], s["metric"]) == ("vqa_closed", "unparsed"))
     manifest = read_manifest(selection.SAMPLE / "manifest.jsonl")
     return {
         "scores": scores,
         "comparisons": comparisons,
-        "stages": road.stages,
+        "stages": stages.stages,
         "ran": {
-            "seconds": sum(stage["seconds"] for stage in road.stages),
+            "seconds": sum(stage["seconds"] for stage in stages.stages),
             "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
             "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
             "jax": importlib.metadata.version("jax"),
             "config": config.fingerprint(settings),
             "train_groups": len({r["group"] for r in manifest if r["split"] == "train"}),
-            "test_groups": len({item.group for item in found.items}),
+            "test_groups": len({item.group for item in eval_set.items}),
         },
         "notes": (
-            "Intervals are 95% intervals of the paired difference over groups "
-            "(eval/stats/intervals.py), "
-            f"{tables.FEW_MARK}: of fewer than {intervals.FEW} groups. "
+            "Intervals are 95% confidence intervals of the paired difference over groups "
+            "(eval/stats/intervals.py). "
+            f"{tables.FEW_MARK} marks intervals of fewer than {intervals.FEW} groups. "
             "An answer that is neither yes nor no counts as wrong: "
             f"{unparsed['before']:.1%} of the closed answers before LoRA, "
-            f"{unparsed['after']:.1%} after. modality_match compares generated pictures with "
-            "centroids of training pictures; it is not BiomedCLIPScore."
+            f"{unparsed['after']:.1%} after. modality_match compares generated images with "
+            "centroids of training images; it is not BiomedCLIPScore."
         ),
     }
 
 
 def _against(name: str, row: dict[str, Any]) -> dict[str, Any]:
-    kept = {k: row[k] for k in ("n", "groups", "few_groups", "diff", "ci_low", "ci_high")}
-    return {"against": LINES[name], "theirs": row["before"], "ours": row["after"], **kept}
+    interval_fields = {
+        k: row[k] for k in ("n", "groups", "few_groups", "diff", "ci_low", "ci_high")
+    }
+    return {
+        "against": BASELINES[name],
+        "theirs": row["before"],
+        "ours": row["after"],
+        **interval_fields,
+    }
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -277,37 +293,37 @@ class Generated:
 def _cases(
     settings: Quickstart,
     tiny: Path,
-    found: selection.EvalSet,
+    eval_set: selection.EvalSet,
     answers: dict[str, list[dict]],
     workdir: Path,
 ) -> tuple[list[Case], list[Generated]]:
     """Select held-out images of different groups, alternating tasks, and the generated images."""
     before = {record["id"]: record for record in answers["before"]}
-    asked = [r for r in answers["after"] if task_items.FAMILIES[r["family"]].shows_image]
-    kinds = list(dict.fromkeys(r["task"] for r in asked))
-    groups = list(dict.fromkeys(r["group"] for r in asked))
+    records = [r for r in answers["after"] if task_items.FAMILIES[r["family"]].shows_image]
+    tasks = list(dict.fromkeys(r["task"] for r in records))
+    groups = list(dict.fromkeys(r["group"] for r in records))
     chosen = []
     for turn, group in enumerate(groups[: settings.cases]):
-        of_group = [r for r in asked if r["group"] == group]
-        kind = kinds[turn % len(kinds)]
-        chosen.append(next((r for r in of_group if r["task"] == kind), of_group[0]))
+        group_records = [r for r in records if r["group"] == group]
+        task = tasks[turn % len(tasks)]
+        chosen.append(next((r for r in group_records if r["task"] == task), group_records[0]))
     g = model_bundle.load(tiny)
-    codes = model_bundle.encode(g, [found.folder / r["image"] for r in chosen])
-    rebuilt = model_bundle.decode(g, codes)
+    codes = model_bundle.encode(g, [eval_set.folder / r["image"] for r in chosen])
+    reconstructions = model_bundle.decode(g, codes)
     cases = [
         Case(
             name=f"{r['group']}: {r['kind']}",
-            image=images.load(found.folder / r["image"], max_pixels=images.MAX_PIXELS),
-            reconstruction=picture,
+            image=images.load(eval_set.folder / r["image"], max_pixels=images.MAX_PIXELS),
+            reconstruction=reconstruction,
             question=r["prompt"],
             answer=r["answer"],
             before=before[r["id"]]["text"],
             after=r["text"],
         )
-        for r, picture in zip(chosen, rebuilt, strict=True)
+        for r, reconstruction in zip(chosen, reconstructions, strict=True)
     ]
-    drawn = [r for r in answers["after"] if r["family"] == "image_generation"]
-    pictures = [
+    generated_records = [r for r in answers["after"] if r["family"] == "image_generation"]
+    generated = [
         Generated(
             prompt=r["prompt"],
             before=images.load(
@@ -315,9 +331,9 @@ def _cases(
             ),
             after=images.load(workdir / r["images"][0], max_pixels=images.MAX_PIXELS),
         )
-        for r in drawn
+        for r in generated_records
     ]
-    return cases, pictures
+    return cases, generated
 
 
 def _stages(path: Path) -> list[dict[str, Any]]:
@@ -325,14 +341,14 @@ def _stages(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        found = read_json(path)
-        kinds = dict(stage=str, what=str, seconds=float)
-        for entry in found:
-            if {name: type(value) for name, value in entry.items()} != kinds:
-                raise ValueError(f"{path}: not what this program writes")
-        return found
+        stages = read_json(path)
+        field_types = dict(stage=str, what=str, seconds=float)
+        for entry in stages:
+            if {name: type(value) for name, value in entry.items()} != field_types:
+                raise ValueError(f"{path}: not a file of this program")
+        return stages
     except (ValueError, TypeError, AttributeError) as error:
-        log.warning("WARNING: %s; stages.json is begun anew", error)
+        log.warning("WARNING: %s; starting a new stages.json", error)
         return []
 
 
@@ -347,10 +363,10 @@ def _history(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     return tuple([r for r in rows if r["kind"] == kind] for kind in ("train", "validation"))
 
 
-def _say(report: dict[str, Any], workdir: Path) -> None:
+def _log_summary(report: dict[str, Any], workdir: Path) -> None:
     for row in report["comparisons"]:
         log.info(
-            "vqa_closed %.3f, %s %.3f: %+.3f [%s] over %d held-out groups",
+            "vqa_closed: %.3f; %s: %.3f; difference %+.3f [%s] over %d held-out groups",
             row["ours"], row["against"], row["theirs"], row["diff"],
             interval(row), row["groups"],
         )  # fmt: skip
@@ -368,8 +384,8 @@ def _say(report: dict[str, Any], workdir: Path) -> None:
 matplotlib.use("Agg")  # no display is needed to draw into a file
 
 NOTICE = (
-    "This is a toy-sized research model, trained in minutes on a few hundred embedded pictures. "
-    "It shows that the road works from end to end. It is not for clinical use."
+    "This is a toy-sized research model, trained in minutes on a few hundred embedded images. "
+    "It shows that the pipeline works from end to end. It is not for clinical use."
 )
 
 
@@ -378,30 +394,37 @@ def build(
 ) -> str:
     """Return the complete page as HTML."""
     body = html_page.paragraph(NOTICE) + html_page.paragraph(_summary(report), note=True)
-    body += html_page.section("What ran", _quickstart_page_stages(report))
+    body += html_page.section("Stages", _stages_table(report))
     body += html_page.section("Scores on held-out groups", _scores(report))
     body += html_page.section(
-        "Curves", html_page.figure(curves, "Training loss by kind of token, and rate")
+        "Curves", html_page.figure(curves, "Loss of text and image tokens, and training throughput")
     )
     body += html_page.section("Held-out cases", "".join(map(_case, cases)))
-    body += html_page.section("Pictures from words", "".join(map(_generated, generated)))
-    return html_page.document("MedMax in JAX: the quickstart", body)
+    body += html_page.section("Images generated from text", "".join(map(_generated, generated)))
+    return html_page.document("MedMax in JAX: quickstart", body)
 
 
-def plot_curves(train: Sequence[dict[str, Any]], held: Sequence[dict[str, Any]]) -> bytes:
+def plot_curves(train: Sequence[dict[str, Any]], validation: Sequence[dict[str, Any]]) -> bytes:
     """Return a PNG of the mean text and image token losses by step, and of tokens per second."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
-    for kind, colour in (("text", "#0b6e69"), ("image", "#b4552d")):
-        for rows, style, name in ((train, "-", "training"), (held, "o--", "validation")):
-            points = [(r["step"], r[f"{kind}_nll"]) for r in rows if f"{kind}_nll" in r]
+    for token_type, color in (("text", "#0b6e69"), ("image", "#b4552d")):
+        for rows, style, name in ((train, "-", "training"), (validation, "o--", "validation")):
+            points = [(r["step"], r[f"{token_type}_nll"]) for r in rows if f"{token_type}_nll" in r]
             if points:
-                left.plot(*zip(*points, strict=True), style, color=colour, label=f"{kind}, {name}")
+                left.plot(
+                    *zip(*points, strict=True), style, color=color, label=f"{token_type}, {name}"
+                )
     left.set(xlabel="step", ylabel="nats per token", title="Loss")
     left.legend(frameon=False)
     rates = [(r["step"], r["tokens_per_second"]) for r in train if r.get("tokens_per_second")]
     if rates:
         right.plot(*zip(*rates, strict=True), color="#444")
-    right.set(xlabel="step", ylabel="real tokens per second", title="Rate", ylim=(0, None))
+    right.set(
+        xlabel="step",
+        ylabel="tokens per second, without padding",
+        title="Throughput",
+        ylim=(0, None),
+    )
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
     out = io.BytesIO()
@@ -422,13 +445,13 @@ def _summary(report: dict[str, Any]) -> str:
     return (
         f"{ran['device']}, {ran['seconds'] / 60:.1f} minutes, peak memory {ran['peak_gib']:.1f} "
         f"GiB; jax {ran['jax']}, configuration {ran['config']}. Split by patient, volume or "
-        f"slide: {ran['train_groups']} groups to learn from, {ran['test_groups']} held out."
+        f"slide: {ran['train_groups']} training groups, {ran['test_groups']} held-out groups."
     )
 
 
-def _quickstart_page_stages(report: dict[str, Any]) -> str:
+def _stages_table(report: dict[str, Any]) -> str:
     rows = [(s["stage"], s["what"], round(s["seconds"], 1)) for s in report["stages"]]
-    return html_page.table(["stage", "what", "seconds"], rows)
+    return html_page.table(["stage", "result", "seconds"], rows)
 
 
 def _scores(report: dict[str, Any]) -> str:
@@ -440,25 +463,25 @@ def _scores(report: dict[str, Any]) -> str:
         )
         for s in report["scores"]
     ]  # fmt: skip
-    against = [
+    comparisons = [
         (c["against"], c["n"], c["groups"], c["theirs"], c["ours"], c["diff"], interval(c))
         for c in report["comparisons"]
     ]  # fmt: skip
     return (
         html_page.table(
-            head, rows, caption="Before and after LoRA, the same items, the same settings"
+            head, rows, caption="Before and after LoRA, with the same items and settings"
         )
         + html_page.table(
             [
-                "the primary row against",
+                "baseline",
                 "n",
                 "groups",
-                "theirs",
-                "ours",
+                "baseline score",
+                "after LoRA",
                 "difference",
                 "95% interval",
             ],
-            against,
+            comparisons,
             caption="vqa_closed after LoRA against three baselines",
         )
         + html_page.paragraph(report["notes"], note=True)
@@ -466,22 +489,25 @@ def _scores(report: dict[str, Any]) -> str:
 
 
 def _case(case: Case) -> str:
-    pictures = html_page.figures(
+    image_figures = html_page.figures(
         [
             (html_page.png(case.image), case.name),
-            (html_page.png(case.reconstruction), "through the VQGAN and back"),
+            (html_page.png(case.reconstruction), "VQGAN reconstruction"),
         ]
     )
     rows = [
         ("question", case.question), ("answer", case.answer),
         ("before LoRA", case.before), ("after LoRA", case.after),
     ]  # fmt: skip
-    return pictures + html_page.table(["", ""], rows)
+    return image_figures + html_page.table(["", ""], rows)
 
 
-def _generated(made: Generated) -> str:
-    return html_page.paragraph(made.prompt) + html_page.figures(
-        [(html_page.png(made.before), "before LoRA"), (html_page.png(made.after), "after LoRA")]
+def _generated(example: Generated) -> str:
+    return html_page.paragraph(example.prompt) + html_page.figures(
+        [
+            (html_page.png(example.before), "before LoRA"),
+            (html_page.png(example.after), "after LoRA"),
+        ]
     )
 
 

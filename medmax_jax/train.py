@@ -56,8 +56,8 @@ def main(settings: ConfigDict, workdir: str) -> None:
         listed_hosts=tuple(FLAGS.listed_host),
     )
     if not options.dry_run and FLAGS.compile_cache != "off" and not _compile_cache_dir():
-        place = FLAGS.compile_cache or str(cli.open_workdir(workdir).absolute() / "compiled")
-        jax.config.update("jax_compilation_cache_dir", place)
+        cache_folder = FLAGS.compile_cache or str(cli.open_workdir(workdir).absolute() / "compiled")
+        jax.config.update("jax_compilation_cache_dir", cache_folder)
     run(config.from_config_dict(settings), workdir, options)
 
 
@@ -80,15 +80,17 @@ def run(
         stack.enter_context(jax.set_mesh(mesh))
 
         # ---- data
-        train_data, held_data = load_data(run)
+        train_data, eval_data = load_data(run)
 
         # ---- log
         meta = setup.run_metadata(run, train_data)
-        also = _wandb_sink(run, options, folder, meta, stack)
-        writer = stack.enter_context(contextlib.closing(log_writer.MetricWriter(str(folder), also)))
+        wandb_sink = _wandb_sink(run, options, folder, meta, stack)
+        writer = stack.enter_context(
+            contextlib.closing(log_writer.MetricWriter(str(folder), wandb_sink))
+        )
 
         # ---- model
-        like = setup.as_config_error(
+        abstract_model = setup.as_config_error(
             lambda: chameleon.abstract_model(run.model, run.vocab, run.lora)
         )
         key_init, key = jax.random.split(jax.random.key(run.train.seed, impl=run.train.prng_impl))
@@ -99,32 +101,31 @@ def run(
         stack.callback(store.close)
         with clock.measure("load"):
             start, state, cursor, changes = setup.restore_checkpoint(
-                run, like, store, meta, options
+                run, abstract_model, store, meta, options
             )
             trainable, frozen = setup.load_or_init_weights(
-                run, like, key_init, restoring=start is not None
+                run, abstract_model, key_init, restoring=start is not None
             )
             state = step.init_state(trainable, run) if state is None else state
-        writer.start(step=start or 0, again="validation" if cursor["owed"] else "")
-        job = TrainContext(
+        writer.start(step=start or 0, repeated_kind="validation" if cursor["owed"] else "")
+        context = TrainContext(
             run=run, folder=folder, mesh=mesh, writer=writer, clock=clock, stop=stop,
-            checkpoints=store, train_data=train_data, eval_data=held_data,
-            graph=step.split_trainable(like, run.train.trains)[0],
+            checkpoints=store, train_data=train_data, eval_data=eval_data,
+            graph=step.split_trainable(abstract_model, run.train.trains)[0],
             frozen=frozen, key=key, meta=meta,
         )  # fmt: skip
-        reporting.log_run_summary(job, state, start, changes)
+        reporting.log_run_summary(context, state, start, changes)
 
         # ---- loop and end
-        state, last = _loop(job, state, start or 0, cursor, options)
-        return _finish(job, state, last)
+        state, last = _loop(context, state, start or 0, cursor, options)
+        return _finish(context, state, last)
 
 
 def load_data(run: config.Run) -> tuple[loader.BatchLoader, loader.BatchLoader | None]:
     """Return the training batches, and the validation batches or None."""
-    train_data = loader.train_batches(run, run.data.train)
-    return train_data, loader.eval_batches(
-        run, run.data.validation
-    ) if run.data.validation else None
+    validation = run.data.validation
+    eval_data = loader.eval_batches(run, validation) if validation else None
+    return loader.train_batches(run, run.data.train), eval_data
 
 
 def _loop(
@@ -137,8 +138,8 @@ def _loop(
     """Run the remaining steps, with reports, evaluations and checkpoints between them."""
     t, reporter = job.run.train, Reporter(job, cursor)
     evaluator = Evaluator(job)
-    held = job.eval_data.records if job.eval_data else None
-    sampler = samples.Sampler(job.run, held, graph=job.graph, mesh=job.mesh)
+    eval_records = job.eval_data.records if job.eval_data else None
+    sampler = samples.Sampler(job.run, eval_records, graph=job.graph, mesh=job.mesh)
     _check_stop(job, done)
     if cursor["owed"]:
         _evaluate(job, state, done, reporter, evaluator, sampler)
@@ -148,14 +149,14 @@ def _loop(
     batches = job.train_data.stream(done)
     batch = _next(job, batches)
     train_step = _compiled(job, state, batch)
-    trace = reporting.Profiler(job, options.profile, done)
-    with jax.transfer_guard("disallow"), contextlib.closing(trace):
+    profiler = reporting.Profiler(job, options.profile, done)
+    with jax.transfer_guard("disallow"), contextlib.closing(profiler):
         while done < t.steps:
-            trace.before(done + 1)
+            profiler.before(done + 1)
             with job.clock.measure("step"):
                 state, sums = train_step(state, job.frozen, batch, job.key)
             done += 1
-            trace.after(done, state)
+            profiler.after(done, state)
             reporter.pending.append(sums)
             last = done == t.steps
             if not last:
@@ -165,11 +166,11 @@ def _loop(
             if t.eval_every and (done % t.eval_every == 0 or last) and job.eval_data:
                 _evaluate(job, state, done, reporter, evaluator, sampler)
             job.checkpoints.check()
-            asked = job.stop.poll()
-            if done % t.checkpoint_every == 0 or last or asked:
+            signal_name = job.stop.poll()
+            if done % t.checkpoint_every == 0 or last or signal_name:
                 _save(job, state, done, reporter)
-            if asked and (reporter.owed or not last):
-                _stop_after_checkpoint(job, asked, done)
+            if signal_name and (reporter.eval_pending or not last):
+                _stop_after_checkpoint(job, signal_name, done)
     return state, reporter.last
 
 
@@ -183,16 +184,16 @@ def _evaluate(
 ) -> None:
     """Run validation and samples; a signal cuts them short and the next start repeats them."""
     reporter.flush(done)
-    found = evaluator(state, done)
-    reporter.last |= found or {}
-    reporter.owed = found is None or bool(sampler.asked and job.stop.poll())
-    if sampler.asked and not reporter.owed:
+    metrics = evaluator(state, done)
+    reporter.last |= metrics or {}
+    reporter.eval_pending = metrics is None or bool(sampler.prompts and job.stop.poll())
+    if sampler.prompts and not reporter.eval_pending:
         with job.clock.measure("sample"), jax.transfer_guard("allow"):
             try:
                 folder = job.folder / "samples"
                 path = sampler(state.trainable, job.frozen, step=done, folder=folder)
             except OSError as error:  # a page for people; no program reads it
-                job.writer.log(f"WARNING: no samples after step {done} ({error})")
+                job.writer.log(f"WARNING: samples after step {done} could not be written ({error})")
                 return
         job.writer.log(f"samples after step {done}: {path}")
 
@@ -222,44 +223,46 @@ def _save(job: TrainContext, state: step.TrainState, done: int, reporter: Report
 
 def _check_stop(job: TrainContext, done: int) -> None:
     """Stop the run on a signal before the next step, when there is nothing new to save."""
-    if asked := job.stop.poll():
-        text = f"{asked}: stopped at step {done} before another; the same command goes on"
-        job.writer.log(text)
-        raise cli.Interrupted(text)
+    if signal_name := job.stop.poll():
+        message = f"{signal_name}: stopped before step {done + 1}; {cli.RESUME}"
+        job.writer.log(message)
+        raise cli.Interrupted(message)
 
 
-def _stop_after_checkpoint(job: TrainContext, name: str, done: int) -> None:
+def _stop_after_checkpoint(job: TrainContext, signal_name: str, done: int) -> None:
     with job.clock.measure("checkpoint"):
         job.checkpoints.wait()
-    text = f"{name}: stopped after step {done}, checkpoint saved; the same command goes on"
-    job.writer.log(text)
-    raise cli.Interrupted(text)
+    message = f"{signal_name}: stopped after step {done}, checkpoint saved; {cli.RESUME}"
+    job.writer.log(message)
+    raise cli.Interrupted(message)
 
 
 def _finish(job: TrainContext, state: step.TrainState, last: dict[str, float]) -> dict[str, Any]:
-    run, facts = job.run, job.meta | {"step": job.run.train.steps}
+    run, metadata = job.run, job.meta | {"step": job.run.train.steps}
     with job.clock.measure("checkpoint"):
         job.checkpoints.wait()
-    if wrong := _count_non_finite(state.trainable):
+    if non_finite := _count_non_finite(state.trainable):
         raise TrainError(
-            f"{wrong} of the trained parameters are not finite: nothing is exported; start again "
+            f"{non_finite} trained parameters are not finite, so nothing was exported; restart "
             f"from an earlier step of {job.folder / 'checkpoints'} with a lower optim.peak_lr"
         )
     if run.train.trains == "lora":
         target = job.folder / "adapter"
-        export.adapter(target, state.trainable, run, facts)
+        export.adapter(target, state.trainable, run, metadata)
     else:
-        target, whole = (
+        target, base = (
             job.folder / "model",
             step.trained_base(job.graph, state.trainable, job.frozen),
         )
-        for name in export.model(target, whole, run, data=facts["data"], step=facts["step"]):
-            job.writer.log(f"{target} has no {name}: config.train.init_from has none to copy")
+        for name in export.model(target, base, run, data=metadata["data"], step=metadata["step"]):
+            job.writer.log(f"{target} has no {name}: config.train.init_from does not contain one")
     clock = job.clock.report()
-    spent = " ".join(f"{name} {seconds:.1f}" for name, seconds in job.clock.seconds.items())
+    seconds_by_purpose = " ".join(
+        f"{name} {seconds:.1f}" for name, seconds in job.clock.seconds.items()
+    )
     job.writer.log(
-        f"done: {run.train.steps} steps, {target}; {clock['seconds_total']:.1f} s ({spent}), "
-        f"goodput {clock['goodput']:.2f}"
+        f"finished {run.train.steps} steps in {clock['seconds_total']:.1f} s "
+        f"({seconds_by_purpose}), goodput {clock['goodput']:.2f}; exported to {target}"
     )
     return last | {"step": run.train.steps, "export": str(target), "goodput": clock["goodput"]}
 
@@ -275,7 +278,9 @@ def _parse_step_range(text: str) -> tuple[int, int] | None:
     if not text:
         return None
     if not (colon and first.isdigit() and last.isdigit()):
-        raise config.ConfigError(f"--profile_steps={text}: write first:last, as in 10:12")
+        raise config.ConfigError(
+            f"--profile_steps={text} is not a range of steps; write FIRST:LAST, for example 10:12"
+        )
     return int(first), int(last)
 
 
@@ -307,14 +312,20 @@ FLAGS = flags.FLAGS
 
 
 def _flags() -> None:
-    flags.DEFINE_bool("extend", False, "go on to a larger train.steps than the checkpoint's")
-    flags.DEFINE_bool("dry_run", False, "compile the first step; load and write nothing")
-    flags.DEFINE_string("profile_steps", "", "A:B: an xprof trace of these steps in D/profile")
-    flags.DEFINE_string(
-        "compile_cache", "", "folder of XLA's programs; empty: D/compiled, off: none"
+    flags.DEFINE_bool("extend", False, "resume with a larger train.steps than the checkpoint has")
+    flags.DEFINE_bool(
+        "dry_run", False, "compile the first step, without loading weights or writing files"
     )
-    flags.DEFINE_string("wandb", "", "project at Weights & Biases that gets the numbers")
-    flags.DEFINE_multi_string("listed_host", [], "host:port that credentialed numbers may go to")
+    flags.DEFINE_string(
+        "profile_steps", "", "FIRST:LAST: write an xprof trace of these steps to D/profile"
+    )
+    flags.DEFINE_string(
+        "compile_cache", "", "folder of XLA's compile cache; empty: D/compiled; off: no cache"
+    )
+    flags.DEFINE_string("wandb", "", "Weights & Biases project to log the metrics to")
+    flags.DEFINE_multi_string(
+        "listed_host", [], "host:port that may receive metrics of credentialed data"
+    )
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from PIL import Image
 from medmax_jax import cli, config
 from medmax_jax.checkpoints import safetensors_file
 from medmax_jax.io import image_paths
+from medmax_jax.io.errors import quoted
 from medmax_jax.io.text_files import TextFileError, read_objects
 from medmax_jax.models import images, vqgan
 from medmax_jax.sharding import make_mesh, shard_batch
@@ -105,22 +106,25 @@ def run(settings: Run, workdir: str | Path) -> dict[str, dict[str, float]]:
 
 def load_images(manifest: str | Path, split: str) -> ImageDataset:
     """Load the images of one split, with weights 1 / sqrt(number of images of their modality)."""
-    rows = [_checked(row, place) for place, row in read_objects(manifest)]
+    rows = [_checked(row, location) for location, row in read_objects(manifest)]
     rows = [row for row in rows if row["split"] == split]
     if not rows:
-        raise config.ConfigError(f"train.manifest {manifest} has no picture of split {split!r}")
+        raise config.ConfigError(f"train.manifest {manifest} has no image of split {split!r}")
     folder = Path(manifest).parent
     files = [image_paths.resolve(folder, row["file"]) for row in rows]
     originals = [images.load(file, max_pixels=MAX_PIXELS) for file in files]
-    kinds = [row["modality"] for row in rows]
-    chance = np.array([kinds.count(kind) ** -0.5 for kind in kinds])
+    modalities = [row["modality"] for row in rows]
+    chance = np.array([modalities.count(modality) ** -0.5 for modality in modalities])
     return ImageDataset(originals, chance / chance.sum())
 
 
-def _checked(row: dict[str, Any], place: str) -> dict[str, Any]:
+def _checked(row: dict[str, Any], location: str) -> dict[str, Any]:
     for name in ("file", "split", "modality"):
         if not isinstance(row.get(name), str):
-            raise config.ConfigError(f"train.manifest: {place}: {name} is no text; give it one")
+            raise config.ConfigError(
+                f"train.manifest: {location}: field {name!r} is {quoted(row.get(name))}; "
+                "expected a string"
+            )
     return row
 
 
@@ -137,14 +141,14 @@ def crop(
     """Return a random square of the image, randomly mirrored, with changed brightness, contrast."""
     t, size = settings.train, settings.vq.image_size
     side = min(image.size) * rng.uniform(t.min_area, 1) ** 0.5
-    left, top = (rng.uniform(0, whole - side) for whole in image.size)
+    left, top = (rng.uniform(0, length - side) for length in image.size)
     box = (left, top, left + side, top + side)
     square = np.asarray(image.resize((size, size), Image.Resampling.LANCZOS, box), np.float32)
     square = square[:, ::-1] if rng.uniform() < 0.5 else square
     square = square / 127.5 - 1
     if t.saturation:
-        grey = square.mean(-1, keepdims=True)
-        square = grey + (square - grey) * rng.uniform(1 - t.saturation, 1 + t.saturation)
+        gray = square.mean(-1, keepdims=True)
+        square = gray + (square - gray) * rng.uniform(1 - t.saturation, 1 + t.saturation)
     factor = rng.uniform(1 - t.contrast, 1 + t.contrast)
     shifted = square * factor + rng.uniform(-t.brightness, t.brightness)
     return np.clip(shifted, -1, 1).astype(np.float32)
@@ -154,35 +158,37 @@ def make_steps(settings: Run, tx: optax.GradientTransformation, perceptual: lpip
     """Return (train step, evaluation), jitted; `coded`: 1.0 if the decoder reads codes, else 0."""
     t = settings.train
 
-    def measure(made, pixels):  # per image
-        mse = ((jnp.clip(made, -1, 1) - pixels) ** 2).mean((1, 2, 3))
+    def measure(reconstruction, pixels):  # per image
+        mse = ((jnp.clip(reconstruction, -1, 1) - pixels) ** 2).mean((1, 2, 3))
         return dict(
-            l1=jnp.abs(made - pixels).mean((1, 2, 3)),
-            lpips=lpips.distance(perceptual, made, pixels, net=t.lpips_net),
+            l1=jnp.abs(reconstruction - pixels).mean((1, 2, 3)),
+            lpips=lpips.distance(perceptual, reconstruction, pixels, net=t.lpips_net),
             psnr=10 * jnp.log10(4 / jnp.maximum(mse, 1e-10)),  # 4: pixels span a range of 2
         )
 
     def loss(model, pixels, coded):
         latents, codes, rows = model.quantized(pixels)
-        made = model.pixels(latents + jax.lax.stop_gradient(coded * (rows - latents)))
-        seen = jax.tree.map(jnp.mean, measure(made, pixels))
+        reconstruction = model.pixels(latents + jax.lax.stop_gradient(coded * (rows - latents)))
+        metrics = jax.tree.map(jnp.mean, measure(reconstruction, pixels))
         moved = ((jax.lax.stop_gradient(latents) - rows) ** 2).mean()
         bound = ((latents - jax.lax.stop_gradient(rows)) ** 2).mean()
-        total = seen["l1"] + t.lpips_weight * seen["lpips"]
+        total = metrics["l1"] + t.lpips_weight * metrics["lpips"]
         total += coded * t.codebook_weight * (moved + t.beta * bound)
-        return total, (seen | dict(loss=total, codebook=moved), latents, codes)
+        return total, (metrics | dict(loss=total, codebook=moved), latents, codes)
 
     def step(state, pixels, coded):
-        grads, (seen, latents, codes) = jax.grad(loss, has_aux=True)(state.model, pixels, coded)
+        grads, (metrics, latents, codes) = jax.grad(loss, has_aux=True)(state.model, pixels, coded)
         updates, opt = tx.update(grads, state.opt, state.model)
         model = optax.apply_updates(state.model, updates)
         taken = (codes[..., None] == jnp.arange(settings.vq.num_codes)).sum((0, 1, 2))
-        return State(model, opt, state.usage + taken), seen, latents
+        return State(model, opt, state.usage + taken), metrics, latents
 
     def evaluate(model, pixels):
         _, codes, rows = model.quantized(pixels)
-        made = model.pixels(rows)
-        return measure(made, pixels) | dict(codes=codes, made=vqgan.to_uint8(made))
+        reconstruction = model.pixels(rows)
+        return measure(reconstruction, pixels) | dict(
+            codes=codes, reconstruction=vqgan.to_uint8(reconstruction)
+        )
 
     return jax.jit(step, donate_argnums=0), jax.jit(evaluate)
 
@@ -192,19 +198,19 @@ def _train(
 ) -> dict[str, dict[str, float]]:
     t = settings.train
     train, held_out = load_images(t.manifest, "train"), load_images(t.manifest, "validation")
-    whole = jax.NamedSharding(mesh, P())
-    perceptual = jax.device_put(lpips.load(t.lpips, net=t.lpips_net), whole)
+    replicated = jax.NamedSharding(mesh, P())
+    perceptual = jax.device_put(lpips.load(t.lpips, net=t.lpips_net), replicated)
     tx, checkpoint = _optimizer(t), workdir / "checkpoint.safetensors"
     step_fn, evaluate = make_steps(settings, tx, perceptual)
-    state, start = _start(settings, tx, checkpoint, whole)
+    state, start = _start(settings, tx, checkpoint, replicated)
     log.begin(start)
-    log.say(f"{len(train.originals)} training pictures, steps {start} to {t.steps}")
+    log.info(f"{len(train.originals)} training images, steps {start} to {t.steps}")
     for step in range(start, t.steps):
         if step == t.plain_steps:
-            state = _lay_codebook(state, train, settings, mesh)
+            state = _init_codebook(state, train, settings, mesh)
         pixels = shard_batch(batch(train, settings, step), mesh)
-        state, seen, latents = step_fn(state, pixels, jnp.float32(step >= t.plain_steps))
-        log.step(step + 1, seen, state.usage)
+        state, metrics, latents = step_fn(state, pixels, jnp.float32(step >= t.plain_steps))
+        log.step(step + 1, metrics, state.usage)
         if (step + 1) % t.restart_every == 0 and t.plain_steps <= step < LAST_RESTART * t.steps:
             state = _restart_dead(state, latents, settings, step, log)
         last = step + 1 == t.steps
@@ -216,25 +222,25 @@ def _train(
         workdir / "vqgan.safetensors", state.model, {"vq": json.dumps(config.to_dict(settings.vq))}
     )
     return {
-        split: log.evaluation(split, *evaluation(evaluate, state.model, some, settings))
-        for split, some in (("train", train), ("validation", held_out))
+        split: log.evaluation(split, *evaluation(evaluate, state.model, dataset, settings))
+        for split, dataset in (("train", train), ("validation", held_out))
     }
 
 
-def evaluation(evaluate: Any, model: vqgan.VQGAN, some: ImageDataset, settings: Run):
+def evaluation(evaluate: Any, model: vqgan.VQGAN, dataset: ImageDataset, settings: Run):
     """Return (mean metrics, images without random crops [n h w 3], their reconstructions)."""
     size, rows = settings.vq.image_size, settings.train.batch_size
     mesh = jax.sharding.get_mesh()
-    pixels = np.stack([images.preprocess(image, size) for image in some.originals])
+    pixels = np.stack([images.preprocess(image, size) for image in dataset.originals])
     filled = np.concatenate([pixels, pixels[:1].repeat(-len(pixels) % rows, 0)])
     chunks = [
         jax.device_get(evaluate(model, shard_batch(filled[n : n + rows], mesh)))
         for n in range(0, len(filled), rows)
     ]
     joined = jax.tree.map(lambda *parts: np.concatenate(parts)[: len(pixels)], *chunks)
-    codes, made = joined.pop("codes"), joined.pop("made")
+    codes, reconstructions = joined.pop("codes"), joined.pop("reconstruction")
     metrics = {name: float(values.mean()) for name, values in joined.items()}
-    return metrics | {"codes_used": len(np.unique(codes))}, pixels, made
+    return metrics | {"codes_used": len(np.unique(codes))}, pixels, reconstructions
 
 
 def _optimizer(t: Train) -> optax.GradientTransformation:
@@ -247,7 +253,7 @@ def _optimizer(t: Train) -> optax.GradientTransformation:
     )
 
 
-def _start(settings: Run, tx: Any, file: Path, whole: jax.NamedSharding) -> tuple[State, int]:
+def _start(settings: Run, tx: Any, file: Path, replicated: jax.NamedSharding) -> tuple[State, int]:
     def fresh() -> State:
         model = vqgan.VQGAN(settings.vq, rngs=nnx.Rngs(settings.train.seed))
         for _, module in nnx.iter_modules(model, graph=False):
@@ -261,12 +267,12 @@ def _start(settings: Run, tx: Any, file: Path, whole: jax.NamedSharding) -> tupl
             state = state._replace(model=safetensors_file.load(source, state.model))
         return state, 0
     like = jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole), jax.eval_shape(fresh)
+        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=replicated), jax.eval_shape(fresh)
     )
     return safetensors_file.load(file, like), int(safetensors_file.metadata(file)["step"])
 
 
-def _lay_codebook(state: State, train: ImageDataset, settings: Run, mesh: Any) -> State:
+def _init_codebook(state: State, train: ImageDataset, settings: Run, mesh: Any) -> State:
     """Initialize the codebook by k-means over the latents of 32 batches that no step uses."""
     latents = jax.jit(lambda model, pixels: model.latents(pixels))
     size, embed = settings.vq.num_codes, settings.vq.embed_dim
@@ -274,15 +280,15 @@ def _lay_codebook(state: State, train: ImageDataset, settings: Run, mesh: Any) -
     points = [np.asarray(latents(state.model, shard_batch(c, mesh))) for c in crops]
     points = np.concatenate(points).reshape(-1, embed)
     rng = np.random.default_rng(settings.train.seed)
-    centres = points[rng.choice(len(points), size, replace=False)]
+    centers = points[rng.choice(len(points), size, replace=False)]
     for _ in range(12):
-        nearest = np.argmin((centres**2).sum(1) - 2 * points @ centres.T, axis=1)
+        nearest = np.argmin((centers**2).sum(1) - 2 * points @ centers.T, axis=1)
         counts = np.bincount(nearest, minlength=size)
-        sums = np.zeros_like(centres)
+        sums = np.zeros_like(centers)
         np.add.at(sums, nearest, points)
         spare = points[rng.choice(len(points), size)]
-        centres = np.where(counts[:, None] > 0, sums / np.maximum(counts, 1)[:, None], spare)
-    return _with_codebook(state, centres)
+        centers = np.where(counts[:, None] > 0, sums / np.maximum(counts, 1)[:, None], spare)
+    return _with_codebook(state, centers)
 
 
 def _restart_dead(state: State, latents: Array, settings: Run, step: int, log: "Log") -> State:
@@ -291,14 +297,14 @@ def _restart_dead(state: State, latents: Array, settings: Run, step: int, log: "
     points = np.asarray(latents).reshape(-1, settings.vq.embed_dim)
     rng = np.random.default_rng((settings.train.seed, step, 1))
     table[dead] = points[rng.choice(len(points), len(dead), replace=len(dead) > len(points))]
-    log.say(f"step {step + 1}: {len(dead)} codes laid anew")
+    log.info(f"step {step + 1}: restarted {len(dead)} unused codes")
     return _with_codebook(state, table)
 
 
 def _with_codebook(state: State, table: np.ndarray) -> State:
-    place = state.usage.sharding
-    state.model.quantize.embedding[...] = jax.device_put(table.astype(np.float32), place)
-    return state._replace(usage=jax.device_put(np.zeros(len(table), np.int32), place))
+    sharding = state.usage.sharding
+    state.model.quantize.embedding[...] = jax.device_put(table.astype(np.float32), sharding)
+    return state._replace(usage=jax.device_put(np.zeros(len(table), np.int32), sharding))
 
 
 class Log:
@@ -308,7 +314,7 @@ class Log:
         self.workdir, self.settings = workdir, settings
         self.begin(0)
         self._log = LogFile(workdir / "train.log", print)
-        self._rows = LogFile(workdir / "metrics.jsonl", self.say)
+        self._rows = LogFile(workdir / "metrics.jsonl", self.info)
 
     def begin(self, start: int) -> None:
         """Count seconds from now and steps from `start`."""
@@ -318,40 +324,44 @@ class Log:
         self._rows.close()
         self._log.close()
 
-    def say(self, line: str) -> None:
+    def info(self, line: str) -> None:
         print(line, flush=True)
         self._log.write(line)
 
-    def step(self, done: int, seen: dict[str, Array], usage: Array) -> None:
+    def step(self, done: int, metrics: dict[str, Array], usage: Array) -> None:
         t, self.at = self.settings.train, done
         if done % t.log_every:
             return
-        seen = {name: float(value) for name, value in seen.items()}  # waits for the device
-        if not np.isfinite(seen["loss"]):
-            raise FloatingPointError(f"step {done}: loss is {seen['loss']}; lower train.peak_lr")
+        metrics = {name: float(value) for name, value in metrics.items()}  # waits for the device
+        if not np.isfinite(metrics["loss"]):
+            raise FloatingPointError(f"step {done}: loss is {metrics['loss']}; lower train.peak_lr")
         seconds = (time.monotonic() - self.since) / (done - self.counted)
         self.since, self.counted = time.monotonic(), done
         share = np.asarray(usage) / max(int(usage.sum()), 1)
         entropy = -(share * np.log(np.maximum(share, 1e-12))).sum()
-        seen |= {"codes_used": int((share > 0).sum()), "perplexity": float(np.exp(entropy))}
-        seen |= {"images_per_second": t.batch_size / seconds}
-        self._row("step", seen)
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in seen.items())
-        self.say(f"step {done}  {shown}  {(t.steps - done) * seconds / 60:.1f} min left")
+        metrics |= {"codes_used": int((share > 0).sum()), "perplexity": float(np.exp(entropy))}
+        metrics |= {"images_per_second": t.batch_size / seconds}
+        self._row("step", metrics)
+        text = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        self.info(f"step {done}  {text}  {(t.steps - done) * seconds / 60:.1f} min left")
 
-    def evaluation(self, split: str, metrics: dict, pixels: np.ndarray, made: np.ndarray) -> dict:
+    def evaluation(
+        self, split: str, metrics: dict, pixels: np.ndarray, reconstructions: np.ndarray
+    ) -> dict:
         self._row(split, metrics)
-        self.say(f"step {self.at}  {split}  {metrics}")
+        self.info(f"step {self.at}  {split}  {metrics}")
         if split == "validation":
-            pairs = np.concatenate([((pixels + 1) * 127.5).astype(np.uint8), made], axis=1)
+            pairs = np.concatenate(
+                [((pixels + 1) * 127.5).astype(np.uint8), reconstructions], axis=1
+            )
             sheet = Image.fromarray(np.concatenate(list(pairs[:16]), axis=1))  # originals on top
-            double = sheet.resize((2 * sheet.width, 2 * sheet.height), Image.Resampling.NEAREST)
+            enlarged = sheet.resize((2 * sheet.width, 2 * sheet.height), Image.Resampling.NEAREST)
             try:
-                double.save(self.workdir / "reconstructions.png")
+                enlarged.save(self.workdir / "reconstructions.png")
                 if damaged := plot_curves(self.workdir):
-                    self.say(damage_warning(self.workdir / "metrics.jsonl", damaged))
+                    self.info(damage_warning(self.workdir / "metrics.jsonl", damaged))
             except (OSError, TextFileError) as error:  # images for people; no program reads them
-                self.say(f"WARNING: no sheet or curve of step {self.at} ({error})")
+                self.info(f"WARNING: step {self.at}: images could not be written ({error})")
         return metrics
 
     def _row(self, kind: str, values: dict[str, float]) -> None:

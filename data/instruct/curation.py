@@ -291,7 +291,7 @@ def _report(
         outcomes=dict(sorted(ends.items())),
         stages=stages,
         usd=_total(stages[stage]["usd"] for stage in PROMPT_OF),
-        calls_now=work.cache.asked,
+        calls_now=work.cache.new_calls,
         no_reply_now=work.no_reply,
         last_error=work.last_error,
     )

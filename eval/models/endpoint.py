@@ -171,7 +171,7 @@ class EndpointModel:
         """Add the cost of a reply; estimate tokens where a server does not report them."""
         spent, each = self.spent, cached_chat_api.CHARS_PER_TOKEN
         chars, pictures = message_size(one.messages[0]["content"])
-        about = chars // each + pictures * cached_chat_api.TOKENS_PER_PICTURE
+        about = chars // each + pictures * cached_chat_api.TOKENS_PER_IMAGE
         spent.calls += 1
         spent.tokens_in += about if reply.tokens_in is None else reply.tokens_in
         spent.tokens_out += (

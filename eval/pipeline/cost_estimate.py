@@ -191,9 +191,7 @@ def _bound(
         return dict(tokens_in=0, tokens_out=0, usd=None)
     words = sum(len(part) for ask in asks for part in ask.parts if isinstance(part, str))
     shown = sum(isinstance(part, Path) for ask in asks for part in ask.parts)
-    tokens_in = (
-        words // cached_chat_api.CHARS_PER_TOKEN + shown * cached_chat_api.TOKENS_PER_PICTURE
-    )
+    tokens_in = words // cached_chat_api.CHARS_PER_TOKEN + shown * cached_chat_api.TOKENS_PER_IMAGE
     if named.kind != "endpoint":
         most = settings.sample.max_gen_len
         tokens_out = sum(min(ask.max_tokens, most) for ask in asks)

@@ -7,7 +7,7 @@
 Both chains are checked on restore. Orbax restores flipped bits without an error. The digests of the
 files detect changes on the disk, those of the shards detect changes on the way there. A shard is
 named by its position in the global array, so that a restore onto any mesh and any number of hosts
-can check it. `root`, the digest of the manifest, is in the log: with the log it can be proved which
+can check it. The digest of the manifest is in the log: with the log it can be proved which
 files a run wrote.
 """
 
@@ -47,19 +47,23 @@ def host_shards(tree: PyTree) -> Copies:
         }
 
 
-def shard_digests(held: Copies) -> dict[str, list[dict[str, Any]]]:
+def shard_digests(shards_by_name: Copies) -> dict[str, list[dict[str, Any]]]:
     """Return the digests of the shards by name.
 
     Name -> [{"at": [[start, stop] of each axis], "sha256": of dtype and bytes}].
     """
-    flat = [(name, place, values) for name, shards in held.items() for place, values in shards]
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in held}
+    flat = [
+        (name, position, values)
+        for name, shards in shards_by_name.items()
+        for position, values in shards
+    ]
+    digests: dict[str, list[dict[str, Any]]] = {name: [] for name in shards_by_name}
     with concurrent.futures.ThreadPoolExecutor() as pool:  # hashing releases the GIL
-        for (name, place, _), hexed in zip(
+        for (name, position, _), digest in zip(
             flat, pool.map(_digest, [values for *_, values in flat]), strict=True
         ):
-            found[name].append({"at": place, "sha256": hexed})
-    return found
+            digests[name].append({"at": position, "sha256": digest})
+    return digests
 
 
 def find_corrupt_shard(expected: dict[str, list[dict[str, Any]]], tree: PyTree) -> str:
@@ -70,34 +74,32 @@ def find_corrupt_shard(expected: dict[str, list[dict[str, Any]]], tree: PyTree) 
     """
     leaves = flatten_named(tree)
     if expected.keys() != leaves.keys():
-        return (
-            f"hashes of {sorted(expected.keys() ^ leaves.keys())[:3]} or their arrays are missing"
-        )
+        return f"{sorted(expected.keys() ^ leaves.keys())[:3]}: digests or arrays are missing"
     for name, leaf in leaves.items():
-        whole = fetch_to_host(leaf)
+        values = fetch_to_host(leaf)
         covered = 0
         for shard in expected[name]:
-            part = np.asarray(whole[tuple(slice(*ends) for ends in shard["at"])])
+            part = np.asarray(values[tuple(slice(*ends) for ends in shard["at"])])
             covered += part.size
             if _digest(part) != shard["sha256"]:
-                return f"{name} {shard['at']} is not what training had in memory"
-        if covered != whole.size:
-            return f"{name}: hashes of {covered} of its {whole.size} numbers"
+                return f"{name} {shard['at']} differs from what training had in memory"
+        if covered != values.size:
+            return f"{name}: digests cover {covered} of its {values.size} elements"
     return ""
 
 
 def read_shards(folder: Folder) -> dict[str, list[dict[str, Any]]]:
     """Return the digests of the shards of all processes."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    digests: dict[str, list[dict[str, Any]]] = {}
     for name in folder.names():
         if name.startswith("shards-"):
             for array, shards in folder.json(name).items():
-                found.setdefault(array, []).extend(shards)
-    return found
+                digests.setdefault(array, []).extend(shards)
+    return digests
 
 
 def write_manifest(folder: Folder) -> str:
-    """Write the manifest of a finished step and return its root; the step is now trusted."""
+    """Write the manifest of a finished step and return its digest; the step is now trusted."""
     text = _manifest(file_digests(folder))
     folder.write(MANIFEST, [text])
     return manifest_digest(text)
@@ -107,7 +109,7 @@ def find_corrupt_file(folder: Folder) -> str:
     """Return a short description of the first defect of a step's files; empty if all match."""
     try:
         if not folder.has(MANIFEST):
-            return "never finished"
+            return "it was never committed"
         text = folder.read(MANIFEST).tobytes()
         expected = _parsed(text)
         actual = file_digests(folder)
@@ -119,7 +121,7 @@ def find_corrupt_file(folder: Folder) -> str:
         if name not in actual:
             return f"{name} is missing"
         if name not in expected:
-            return f"{name} does not belong there"
+            return f"{name} is not in {MANIFEST}"
         if actual[name] != expected[name]:
             return f"{name} has changed since it was written"
     return ""
@@ -162,6 +164,6 @@ def _place(index: tuple[slice, ...], shape: tuple[int, ...]) -> list[list[int]]:
 
 
 def _digest(values: np.ndarray) -> str:
-    found = hashlib.sha256(str(values.dtype).encode())
-    found.update(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
-    return found.hexdigest()
+    digest = hashlib.sha256(str(values.dtype).encode())
+    digest.update(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
+    return digest.hexdigest()

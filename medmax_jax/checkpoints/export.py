@@ -33,37 +33,41 @@ class ExportError(RuntimeError):
 
 def load(folder: str | os.PathLike, like: PyTree) -> PyTree:
     """Return the weights of a model folder, by `safetensors_file.load` or `zarr_arrays.load`."""
-    place = Folder(folder)
-    if place.has(SMALL):
-        if place.remote:
-            raise ExportError(f"{folder}: {SMALL} cannot be loaded from there; copy the folder")
+    source = Folder(folder)
+    if source.has(SMALL):
+        if source.remote:
+            raise ExportError(
+                f"{folder}: {SMALL} cannot be loaded from a bucket; copy the folder to a local disk"
+            )
         return safetensors_file.load(pathlib.Path(folder) / SMALL, like)
     return zarr_arrays.load(Folder(f"{str(folder).rstrip('/')}/{LARGE}"), like)
 
 
 def base_fingerprint(folder: str | os.PathLike) -> str:
     """Return the identity of a base for adapters: sha256 of its file, or convert's fingerprint."""
-    place = Folder(folder)
-    if place.has(SMALL):
-        return place.file(SMALL).digest("sha256")
-    found = place.json("config.json")
+    model_folder = Folder(folder)
+    if model_folder.has(SMALL):
+        return model_folder.file(SMALL).digest("sha256")
+    settings = model_folder.json("config.json")
     try:
-        return found["weights"]["fingerprint"]
+        return settings["weights"]["fingerprint"]
     except (TypeError, KeyError) as error:
         raise ExportError(
-            f"{folder}: has neither {SMALL} nor a fingerprint in config.json; convert it again "
+            f"{folder} has neither {SMALL} nor a fingerprint in config.json; convert it again "
             "(python -m medmax_jax.convert --help)"
         ) from error
 
 
-def adapter(target: pathlib.Path, adapters: PyTree, run: config.Run, facts: dict[str, Any]) -> None:
-    """Write the trained adapters and `facts`, which has base, data, step, sources."""
-    facts = config.to_dict(run.lora) | facts
+def adapter(
+    target: pathlib.Path, adapters: PyTree, run: config.Run, metadata: dict[str, Any]
+) -> None:
+    """Write the trained adapters and `metadata`, which has base, data, step, sources."""
+    metadata = config.to_dict(run.lora) | metadata
 
     def fill(folder: pathlib.Path) -> None:
-        safetensors_file.save(folder / "adapter.safetensors", adapters, _note(facts))
+        safetensors_file.save(folder / "adapter.safetensors", adapters, _file_metadata(metadata))
         if jax.process_index() == 0:
-            _write_json(folder / "adapter_config.json", facts)
+            _write_json(folder / "adapter_config.json", metadata)
 
     _replace(target, fill)
 
@@ -76,17 +80,17 @@ def model(
     The tokenizer and the VQGAN come from train.init_from.
     """
     source = Folder(run.train.init_from) if run.train.init_from else None
-    found = [name for name in SIDE_FILES if source and source.has(name)]
+    side_files = [name for name in SIDE_FILES if source and source.has(name)]
 
     def fill(folder: pathlib.Path) -> None:
-        safetensors_file.save(folder / SMALL, base, _note({"data": data, "step": step}))
+        safetensors_file.save(folder / SMALL, base, _file_metadata({"data": data, "step": step}))
         if jax.process_index() == 0:
             _write_json(folder / "config.json", _sections(run))
-            for name in found:
+            for name in side_files:
                 (folder / name).write_bytes(source.read(name))
 
     _replace(target, fill)
-    return [name for name in SIDE_FILES if name not in found]
+    return [name for name in SIDE_FILES if name not in side_files]
 
 
 def check_base(folder: str, run: config.Run, *, tokenizer: str, vqgan: str) -> None:
@@ -95,24 +99,24 @@ def check_base(folder: str, run: config.Run, *, tokenizer: str, vqgan: str) -> N
     Heads, RoPE and norms leave no trace in the shapes of the weights, so the settings are compared.
     `tokenizer`, `vqgan`: sha256 of the files that made the records; empty where unknown.
     """
-    place = Folder(folder)
+    model_folder = Folder(folder)
     try:
-        have = place.json("config.json")
+        settings = model_folder.json("config.json")
     except StorageError as error:
-        raise ExportError(f"{error}; config.train.init_from must name a model folder") from error
+        raise ExportError(f"{error}; set config.train.init_from to a model folder") from error
     for section, fields in _sections(run).items():
         for field, value in fields.items():
-            other = have.get(section, {}).get(field)
-            if other != value and field not in FREE:
+            stored = settings.get(section, {}).get(field)
+            if stored != value and field not in FREE:
                 raise ExportError(
-                    f"{folder} has {section}.{field} = {other!r}, this run has {value!r}; "
+                    f"{folder}: {section}.{field} is {stored!r}, but this run has {value!r}; "
                     "use the config of that model"
                 )
     for name, digest in zip(SIDE_FILES, (tokenizer, vqgan), strict=True):
-        held = digest and place.has(name)
-        if held and place.file(name).digest("sha256") != digest:
+        comparable = digest and model_folder.has(name)
+        if comparable and model_folder.file(name).digest("sha256") != digest:
             raise ExportError(
-                f"the records were made with another {name} than that of {folder}; "
+                f"the records were prepared with a {name} that differs from the one in {folder}; "
                 "prepare them again with the files of this folder"
             )
 
@@ -121,9 +125,9 @@ def _sections(run: config.Run) -> dict[str, dict]:
     return {name: config.to_dict(getattr(run, name)) for name in ("vocab", "model", "vq")}
 
 
-def _note(facts: dict) -> dict[str, str]:
+def _file_metadata(metadata: dict) -> dict[str, str]:
     # One entry: safetensors writes several in random order, and the file's digest is an identity.
-    return {"medmax_jax": json.dumps(facts, sort_keys=True)}
+    return {"medmax_jax": json.dumps(metadata, sort_keys=True)}
 
 
 def _write_json(path: pathlib.Path, content: dict) -> None:

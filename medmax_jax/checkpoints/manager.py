@@ -32,7 +32,7 @@ from orbax.checkpoint import multihost
 from medmax_jax.checkpoints import checksums, safetensors_file
 from medmax_jax.io.storage import Folder
 
-PEERS = 600.0  # seconds that hosts wait for each other's files of a step
+PEER_TIMEOUT = 600.0  # seconds that hosts wait for each other's files of a step
 
 
 class CheckpointError(RuntimeError):
@@ -52,7 +52,7 @@ class CheckpointManager:
     def __init__(self, folder: str | os.PathLike, *, keep: int, log: Callable[[str], None]) -> None:
         self.folder, self.log, self._keep = pathlib.Path(folder).absolute(), log, keep
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._newest_sound = _agree(self._clean)
+        self._latest_valid = _agree(self._clean)
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every operation
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._thread: threading.Thread | None = None
@@ -61,26 +61,26 @@ class CheckpointManager:
 
     def latest(self) -> int | None:
         """Return the newest step that was valid when this folder was opened, or committed since."""
-        return self._newest_sound
+        return self._latest_valid
 
     def save(self, step: int, state: PyTree, *, cursor: dict, meta: dict) -> None:
         """Start to write a step; return when `state` may change. See `wait`."""
         begin = time.monotonic()
         self.wait()
-        held = checksums.host_shards(state)
-        self.write(step, state, held, cursor=cursor, meta=meta, begin=begin)
+        shards = checksums.host_shards(state)
+        self.write(step, state, shards, cursor=cursor, meta=meta, begin=begin)
 
     def write(
         self,
         step: int,
         state: PyTree,
-        held: checksums.Copies,
+        shards: checksums.Copies,
         *,
         cursor: dict,
         meta: dict,
         begin: float,
     ) -> None:
-        """Run the second half of `save`: write `state` to files, and the digests of `held`."""
+        """Run the second half of `save`: write `state` to files, and the digests of `shards`."""
         try:
             self._orbax.save(
                 self.folder / str(step),
@@ -91,10 +91,10 @@ class CheckpointManager:
                 ),
             )
         except (OSError, ValueError, RuntimeError) as error:
-            raise self._unwritten(step, error) from error
+            raise self._write_error(step, error) from error
         self.blocked.append(time.monotonic() - begin)
         self._thread = threading.Thread(
-            target=self._complete, args=(step, held, self.blocked[-1]), name="checkpoint"
+            target=self._complete, args=(step, shards, self.blocked[-1]), name="checkpoint"
         )
         self._thread.start()
 
@@ -121,18 +121,20 @@ class CheckpointManager:
         `like` gives structure, shapes and shardings (any mesh). Raises DamagedError when the arrays
         are not the ones that were saved.
         """
-        place = self._step(step)
-        wanted = safetensors_file.flatten_named(like)
+        step_folder = self._step(step)
+        abstract_arrays = safetensors_file.flatten_named(like)
         with ocp.StandardCheckpointer() as reader:
-            found = reader.restore(self.folder / str(step) / "state", wanted)
-        arrays = {name: found[name] for name in wanted}
-        if wrong := _anywhere(checksums.find_corrupt_shard(checksums.read_shards(place), arrays)):
-            self._newest_sound = _agree(lambda: self._reject(step, wrong))
-            raise DamagedError(f"checkpoint {step}: {wrong}")
+            restored = reader.restore(self.folder / str(step) / "state", abstract_arrays)
+        arrays = {name: restored[name] for name in abstract_arrays}
+        if problem := _on_any_host(
+            checksums.find_corrupt_shard(checksums.read_shards(step_folder), arrays)
+        ):
+            self._latest_valid = _agree(lambda: self._reject(step, problem))
+            raise DamagedError(f"checkpoint {step}: {problem}")
         state = jax.tree.unflatten(jax.tree.structure(like), list(arrays.values()))
         # Means over nothing, such as of image targets in an interval without any, are NaN in the
         # cursor.
-        return state, place.json("cursor/metadata", allow_nonfinite=True)
+        return state, step_folder.json("cursor/metadata", allow_nonfinite=True)
 
     def close(self) -> None:
         """Wait for the thread; its error has been raised or is logged here."""
@@ -142,45 +144,47 @@ class CheckpointManager:
             self.log(f"WARNING: {error}")
         self._orbax.close()
 
-    def _complete(self, step: int, held: checksums.Copies, blocked: float) -> None:
+    def _complete(self, step: int, shards: checksums.Copies, blocked: float) -> None:
         """Write digests, complete Orbax's writing, commit and remove old steps, in the thread."""
         begin = time.monotonic()
         try:
-            digests = checksums.shard_digests(held)
+            digests = checksums.shard_digests(shards)
             self._orbax.wait_until_finished()
-            place = self._step(step)
+            step_folder = self._step(step)
             # Process 0 renames the folder; a file written before that would obstruct the rename.
             _await(lambda: (self.folder / str(step)).is_dir(), f"folder of step {step}")
             own = checksums.SHARDS.format(jax.process_index())
-            place.write(own, [json.dumps(digests).encode()])
+            step_folder.write(own, [json.dumps(digests).encode()])
             if jax.process_index() == 0:
                 for process in range(jax.process_count()):
                     name = checksums.SHARDS.format(process)
-                    _await(lambda name=name: place.has(name), f"{name} of another host")
-                root = checksums.write_manifest(place)
+                    _await(lambda name=name: step_folder.has(name), f"{name} of another host")
+                digest = checksums.write_manifest(step_folder)
                 self.log(
-                    f"checkpoint {step}: held training up {blocked:.2f} s, sealed "
-                    f"{time.monotonic() - begin:.1f} s later, root {root}"
+                    f"checkpoint {step}: blocked training for {blocked:.2f} s, committed "
+                    f"{time.monotonic() - begin:.1f} s later, manifest digest {digest}"
                 )
-                self._tidy(step)
-            self._newest_sound = step
+                self._remove_old(step)
+            self._latest_valid = step
         except Exception as error:  # noqa: BLE001  a thread has no caller to raise to
-            self._failed = self._unwritten(step, error)
+            self._failed = self._write_error(step, error)
 
-    def _unwritten(self, step: int, error: BaseException) -> CheckpointError:
-        good = self._newest_sound
-        kept = "there is none before it" if good is None else f"step {good} is sound"
-        said = str(error).strip().splitlines()
+    def _write_error(self, step: int, error: BaseException) -> CheckpointError:
+        latest = self._latest_valid
+        previous = (
+            "there is no earlier one" if latest is None else f"the latest valid step is {latest}"
+        )
+        lines = str(error).strip().splitlines()
         return CheckpointError(
-            f"checkpoint {step} could not be written ({said[0][:300] if said else repr(error)}); "
-            f"{kept}. Free some space in {self.folder} or mend what it names; the same command "
-            "goes on"
+            f"checkpoint {step} could not be written ({lines[0][:300] if lines else repr(error)}); "
+            f"{previous}. Free disk space in {self.folder} or fix the cause, then run the same "
+            "command again to resume"
         )
 
     def _step(self, step: int) -> Folder:
         return Folder(self.folder / str(step))
 
-    def _tidy(self, newest: int) -> None:
+    def _remove_old(self, newest: int) -> None:
         """Remove all but the `keep` newest steps; the commit file of each is removed first."""
         steps = sorted((s for s in _steps(self.folder) if s <= newest), reverse=True)
         for old in steps[self._keep :]:
@@ -192,35 +196,37 @@ class CheckpointManager:
         for entry in self.folder.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(entry)  # the process died during the write
         for step in sorted(_steps(self.folder), reverse=True):
-            if not (wrong := checksums.find_corrupt_file(self._step(step))):
+            if not (problem := checksums.find_corrupt_file(self._step(step))):
                 return step
-            self._put_aside(step, wrong)
+            self._set_aside(step, problem)
         return -1
 
-    def _reject(self, step: int, wrong: str) -> int:
-        self._put_aside(step, wrong)
+    def _reject(self, step: int, problem: str) -> int:
+        self._set_aside(step, problem)
         return self._clean()
 
-    def _put_aside(self, step: int, wrong: str) -> None:
-        aside = self.folder / f"damaged_{step}"
-        shutil.rmtree(aside, ignore_errors=True)
-        (self.folder / str(step)).rename(aside)
+    def _set_aside(self, step: int, problem: str) -> None:
+        damaged = self.folder / f"damaged_{step}"
+        shutil.rmtree(damaged, ignore_errors=True)
+        (self.folder / str(step)).rename(damaged)
         self.log(
-            f"WARNING: checkpoint {step} is damaged ({wrong}); put aside as {aside.name}, "
-            "using the newest sound earlier one"
+            f"WARNING: checkpoint {step} is damaged ({problem}); renamed it to {damaged.name}; "
+            "using the latest valid earlier checkpoint"
         )
 
 
 def read_latest(folder: str | os.PathLike) -> tuple[int, dict[str, Any], dict]:
     """Return (step, arrays by name, meta) of the newest valid step, for reading only."""
     for step in sorted(_steps(pathlib.Path(folder)), reverse=True):
-        place = Folder(pathlib.Path(folder) / str(step))
-        if not checksums.find_corrupt_file(place):
+        step_folder = Folder(pathlib.Path(folder) / str(step))
+        if not checksums.find_corrupt_file(step_folder):
             with ocp.StandardCheckpointer() as reader:
-                found = reader.restore((pathlib.Path(folder) / str(step) / "state").absolute())
-            if not checksums.find_corrupt_shard(checksums.read_shards(place), found):
-                return step, found, place.json("meta/metadata")
-    raise CheckpointError(f"{folder}: holds no sound checkpoint; train on, or name another run")
+                arrays = reader.restore((pathlib.Path(folder) / str(step) / "state").absolute())
+            if not checksums.find_corrupt_shard(checksums.read_shards(step_folder), arrays):
+                return step, arrays, step_folder.json("meta/metadata")
+    raise CheckpointError(
+        f"{folder} contains no valid checkpoint; continue training or use another run"
+    )
 
 
 def _steps(folder: pathlib.Path) -> list[int]:
@@ -234,28 +240,31 @@ def barrier(name: str) -> None:
     collective only 30 s.
     """
     if jax.process_count() > 1:
-        everybody = set(range(jax.process_count()))
-        multihost.sync_global_processes(name, processes=everybody, timeout=int(PEERS))
+        processes = set(range(jax.process_count()))
+        multihost.sync_global_processes(name, processes=processes, timeout=int(PEER_TIMEOUT))
 
 
-def _await(holds: Callable[[], bool], what: str) -> None:
-    """Wait until `holds` returns true.
+def _await(condition: Callable[[], bool], what: str) -> None:
+    """Wait until `condition` returns true.
 
     Hosts synchronize through the shared folder, so that no collective delays a step.
     """
-    end = time.monotonic() + PEERS
-    while not holds():
+    end = time.monotonic() + PEER_TIMEOUT
+    while not condition():
         if time.monotonic() > end:
-            raise CheckpointError(f"no {what} after {PEERS:.0f} s; is the workdir shared?")
+            raise CheckpointError(
+                f"timed out after {PEER_TIMEOUT:.0f} s waiting for {what}; check that all hosts "
+                "share the workdir"
+            )
         time.sleep(0.02)
 
 
-def _anywhere(wrong: str) -> str:
+def _on_any_host(problem: str) -> str:
     """Return the error of this host, or that another host has one: all hosts decide alike."""
     if jax.process_count() == 1:
-        return wrong
-    found = multihost_utils.process_allgather(np.array(bool(wrong)))
-    return wrong or ("another host read other numbers" if found.any() else "")
+        return problem
+    problems = multihost_utils.process_allgather(np.array(bool(problem)))
+    return problem or ("another host restored other values" if problems.any() else "")
 
 
 def _agree(choose: Callable[[], int]) -> int | None:

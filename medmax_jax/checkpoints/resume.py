@@ -11,20 +11,20 @@ from medmax_jax.checkpoints.manager import CheckpointError
 
 # The reason why each may change: the batches and the objective stay the same.
 FREE = {
-    "mesh": "sums are taken in another order, so losses agree to rounding",
-    "model.remat": "the same numbers, computed again or kept",
-    "model.attention": "another kernel of the same function: agrees to rounding",
-    "train.init_from": "a path; the fingerprint of the base is bound",
-    "train.compile": "options of the TPU's compiler: agrees to rounding",
+    "mesh": "sums are computed in another order, so losses agree up to rounding",
+    "model.remat": "the same values, recomputed or stored",
+    "model.attention": "another kernel of the same function; agrees up to rounding",
+    "train.init_from": "a path; the fingerprint of the base is checked",
+    "train.compile": "options of the TPU compiler; agrees up to rounding",
     "train.log_every": "reports",
     "train.eval_every": "reports",
     "train.samples": "reports",
-    "train.checkpoint_every": "how much a kill costs",
-    "train.keep": "how many checkpoints lie there",
-    "data.train": "a path; the fingerprints of the records and of the plan are bound",
+    "train.checkpoint_every": "how much work a kill loses",
+    "train.keep": "number of checkpoints on the disk",
+    "data.train": "a path; the fingerprints of the records and of the plan are checked",
     "data.validation": "reports",
-    "data.plan": "a check; the plan itself is bound",
-    "sample": "how samples are drawn; training draws none",
+    "data.plan": "an assertion; the plan itself is checked",
+    "sample": "how samples are generated; training does not use it",
 }
 BOUND = {
     "base": "config.train.init_from",
@@ -34,30 +34,32 @@ BOUND = {
 EXTENSIBLE = "train.steps"
 
 
-def check_meta(saved: dict, now: dict, *, extend: bool) -> list[str]:
+def check_meta(saved: dict, current: dict, *, extend: bool) -> list[str]:
     """Return descriptions of the harmless differences; raise CheckpointError with all others."""
     harmless, refused = [], []
-    for name, (old, new) in sorted(differences(saved["config"], now["config"]).items()):
-        text = f"config.{name} was {old!r}, is now {new!r}"
-        if is_free(name):
+    for field, (old, new) in sorted(differences(saved["config"], current["config"]).items()):
+        text = f"config.{field} was {old!r}, is now {new!r}"
+        if is_free(field):
             harmless.append(text)
-        elif name == EXTENSIBLE and new is not None and new > old:
+        elif field == EXTENSIBLE and new is not None and new > old:
             if extend:
-                harmless.append(f"{text}, by --extend: the learning rate follows the longer cosine")
+                harmless.append(f"{text} by --extend: the learning rate follows the longer cosine")
             else:
-                refused.append(f"{text} (--extend allows a longer schedule)")
+                refused.append(f"{text} (use --extend for a longer schedule)")
         else:
             refused.append(text)
     for name, field in BOUND.items():
-        if (old := saved.get(name)) != (new := now.get(name)):
+        if (old := saved.get(name)) != (new := current.get(name)):
             refused.append(f"{name} was {_short(old)}, is now {_short(new)} (see {field})")
-    versions = differences(saved.get("versions", {}), now.get("versions", {}))
-    harmless += [f"{name} was {old}, is now {new}" for name, (old, new) in sorted(versions.items())]
+    versions = differences(saved.get("versions", {}), current.get("versions", {}))
+    harmless += [
+        f"{package} was {old}, is now {new}" for package, (old, new) in sorted(versions.items())
+    ]
     if refused:
         raise CheckpointError(
-            "the checkpoint belongs to a run with other numbers: "
+            "the checkpoint was written with other settings: "
             + "; ".join(refused)
-            + ". Set it back, or use another --workdir"
+            + ". Restore these settings or use another --workdir"
         )
     return harmless
 
@@ -72,14 +74,14 @@ def differences(old: dict, new: dict, prefix: str = "") -> dict[str, tuple[Any, 
 
     None represents a field that one of them lacks.
     """
-    found = {}
+    changed = {}
     for name in old.keys() | new.keys():
         a, b = old.get(name), new.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
-            found |= differences(a, b, f"{prefix}{name}.")
+            changed |= differences(a, b, f"{prefix}{name}.")
         elif a != b:
-            found[prefix + name] = (a, b)
-    return found
+            changed[prefix + name] = (a, b)
+    return changed
 
 
 def _short(value: Any) -> Any:

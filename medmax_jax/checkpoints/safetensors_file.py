@@ -72,12 +72,13 @@ def names(path_file: str | os.PathLike) -> list[str]:
 def flatten_named(tree: Any) -> dict[str, Any]:
     """Return dotted name -> leaf, in tree order; raise WeightsError when two share a name."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    names = {dotted_name(path): leaf for path, leaf in leaves}
-    if len(names) != len(leaves):
+    named = {dotted_name(path): leaf for path, leaf in leaves}
+    if len(named) != len(leaves):
         raise WeightsError(
-            f"{len(leaves) - len(names)} arrays share a dotted name; rename an attribute"
+            f"{len(leaves) - len(named)} arrays have the same dotted name as another array; "
+            "rename an attribute"
         )
-    return names
+    return named
 
 
 def shape_error(
@@ -85,7 +86,7 @@ def shape_error(
 ) -> WeightsError:
     """Return the error for a shape that is not the model's."""
     return WeightsError(
-        f"{path}: {name} has shape {shape}, the model has {tuple(leaf.shape)}; use the "
+        f"{path}: {name} has shape {shape}, but the model has {tuple(leaf.shape)}; use the "
         "config that the file was written with"
     )
 
@@ -107,22 +108,22 @@ def fetch_to_host(leaf: Any) -> np.ndarray:
 
 def _opened(path_file: str | os.PathLike) -> Any:
     if not Path(path_file).is_file():
-        raise WeightsError(f"{path_file}: no such weight file; check the folder in the config")
+        raise WeightsError(f"{path_file}: weight file not found; check the folder in the config")
     try:
         return safe_open(path_file, framework="numpy")
     except SafetensorError as e:
         raise WeightsError(
-            f"{path_file}: not a whole safetensors file ({e}); copy or export it again"
+            f"{path_file}: not a complete safetensors file ({e}); copy or export it again"
         ) from e
 
 
-def check_names(path_file: str | os.PathLike, have: set[str], want: set[str]) -> None:
+def check_names(path_file: str | os.PathLike, stored: set[str], expected: set[str]) -> None:
     """Raise WeightsError unless the file has exactly the names that the model requires."""
-    extra, missing = sorted(have - want), sorted(want - have)
+    extra, missing = sorted(stored - expected), sorted(expected - stored)
     if extra or missing:
         raise WeightsError(
-            f"{path_file} does not fit this model: {len(missing)} names missing in the file "
-            f"{missing[:4]}, {len(extra)} names unused {extra[:4]}; use the config that the file "
+            f"{path_file} does not match this model: {len(missing)} arrays are missing in the file "
+            f"{missing[:4]}, {len(extra)} are unexpected {extra[:4]}; use the config that the file "
             "was written with"
         )
 
@@ -136,8 +137,8 @@ def _placed(path_file: str | os.PathLike, file: Any, name: str, leaf: Any) -> ja
     floats = floats or str(leaf.dtype) == "bfloat16"
     if dtype not in (_FLOATS if floats else _INTEGERS):
         raise WeightsError(
-            f"{path_file}: {name} has dtype {dtype}, the model has {leaf.dtype}; convert the file "
-            "that it was made from again"
+            f"{path_file}: {name} has dtype {dtype}, but the model has {leaf.dtype}; convert the "
+            "original checkpoint again"
         )
     sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(
         jax.local_devices()[0]

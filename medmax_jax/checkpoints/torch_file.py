@@ -100,16 +100,17 @@ def open_file(file: ByteFile) -> dict[str, Entry]:
     roots = [name.removesuffix("/data.pkl") for name in records if name.endswith("/data.pkl")]
     if len(roots) != 1:
         raise PthError(
-            f"{file.name}: a zip with {len(roots)} data.pkl, not a file of torch.save; name a .pth"
+            f"{file.name}: a zip with {len(roots)} data.pkl files, not a file written by "
+            "torch.save; use a .pth file"
         )
     prefix = roots[0] + "/"
     order = records.get(prefix + "byteorder")
-    if order and (found := _whole(file, order)) != b"little":
+    if order and (byteorder := _read_record(file, order)) != b"little":
         raise PthError(
-            f"{file.name}: byteorder is {found[:9]!r}, need b'little'; save it again in torch on a "
-            "little-endian machine"
+            f"{file.name}: byteorder is {byteorder[:9]!r}, expected b'little'; save it again in "
+            "torch on a little-endian machine"
         )
-    top = torch_unpickler.load(file.name, _whole(file, records[prefix + "data.pkl"]))
+    top = torch_unpickler.load(file.name, _read_record(file, records[prefix + "data.pkl"]))
     return {
         name: _entry(f"{file.name}: {name[:200]!r}", value, records, prefix)
         for name, value in _state_dict(file.name, top).items()
@@ -154,16 +155,17 @@ def _state_dict(path: str, top: Any) -> dict[str, torch_unpickler.Tensor]:
     """Return the state dict; search one level deep only, as containers may contain themselves."""
     if type(top) is not dict:
         raise PthError(
-            f"{path}: holds a {torch_unpickler.type_name(top)}, not a dict; save model.state_dict()"
+            f"{path}: contains a {torch_unpickler.type_name(top)}, not a dict; "
+            "save model.state_dict()"
         )
     nested = [top[key] for key in ("state_dict", "model") if type(top.get(key)) is dict]
     state = nested[0] if nested else top
     for key, value in state.items():
         if type(key) is not str or type(value) is not torch_unpickler.Tensor:
             raise PthError(
-                f"{path}: key {str(key)[:200]!r} holds a {torch_unpickler.type_name(value)}, not a "
-                f"tensor "
-                "under a name; save the state dict alone: torch.save(model.state_dict(), path)"
+                f"{path}: entry {str(key)[:200]!r} is a {torch_unpickler.type_name(value)}; "
+                "expected tensors under string keys; save only the state dict: "
+                "torch.save(model.state_dict(), path)"
             )
     return state
 
@@ -174,7 +176,9 @@ def _entry(
     storage, shape, stride = tensor.storage, tensor.shape, tensor.stride
     record = records.get(f"{prefix}data/{storage.key}")
     if record is None:
-        raise PthError(f"{where}: no storage {storage.key[:20]!r} in the file; download it again")
+        raise PthError(
+            f"{where}: storage {storage.key[:20]!r} is missing in the file; download it again"
+        )
     if storage.numel * _NUMPY[storage.dtype].itemsize != record.size:
         raise PthError(
             f"{where}: storage {storage.key!r} has {record.size} bytes, not {storage.numel:,} "
@@ -199,23 +203,23 @@ def _directory(file: ByteFile) -> dict[str, _Record]:
     """Return the files of the zip by name: uncompressed, complete, without overlap."""
     start, size, count = _end(file)
     data = bytes(_bytes(file, start, start + size))
-    found, at = [], 0
+    entries, at = [], 0
     try:
         while at < size:
             record, at = _central(file, data, at)
-            found.append(record)
-        names = [record.name.decode() for record in found]
+            entries.append(record)
+        names = [record.name.decode() for record in entries]
     except (struct.error, UnicodeDecodeError) as e:
         raise _damaged(file, "its zip directory is unreadable") from e
-    if not found or at != size or len(found) != count or len(set(names)) != count:
-        raise _damaged(file, "its zip directory is cut off or has a name twice")
-    order = sorted(range(count), key=lambda n: found[n].header)
-    limits = [found[n].header for n in order[1:]] + [start]
+    if not entries or at != size or len(entries) != count or len(set(names)) != count:
+        raise _damaged(file, "its zip directory is truncated or contains a name twice")
+    order = sorted(range(count), key=lambda n: entries[n].header)
+    limits = [entries[n].header for n in order[1:]] + [start]
     records = {}
     for n, limit in zip(order, limits, strict=True):
-        records[names[n]] = record = dataclasses.replace(found[n], limit=limit)
+        records[names[n]] = record = dataclasses.replace(entries[n], limit=limit)
         if record.header + struct.calcsize(_LOCAL) + len(record.name) + record.size > limit:
-            raise _damaged(file, f"{record.name[:99]!r} overlaps what follows it")
+            raise _damaged(file, f"{record.name[:99]!r} overlaps the next entry")
     return records
 
 
@@ -230,8 +234,8 @@ def _end(file: ByteFile) -> tuple[int, int, int]:
         if bytes(_bytes(file, 0, min(4, file.size))) == b"PK\3\4":
             raise _damaged(file, "its end is missing")
         raise PthError(
-            f"{file.name}: not a file of torch >= 1.6, which is a zip; if torch can open it, save "
-            "it again there: torch.save(torch.load(path, weights_only=True), path)"
+            f"{file.name}: not the zip format of torch >= 1.6; if torch can open it, save it "
+            "again: torch.save(torch.load(path, weights_only=True), path)"
         )
     *_, count, size, start, _ = struct.unpack(_END, tail[-sizes[2] :])
     end = file.size - sizes[2]
@@ -241,7 +245,7 @@ def _end(file: ByteFile) -> tuple[int, int, int]:
         if signature != b"PK\6\6":
             raise _damaged(file, "its zip directory has no end")
     if start + size != end or size > _MAX_META:
-        raise _damaged(file, f"its zip directory of {size} bytes at {start} cannot be")
+        raise _damaged(file, f"its zip directory of {size} bytes at offset {start} is invalid")
     return start, size, count
 
 
@@ -258,7 +262,7 @@ def _central(file: ByteFile, data: bytes, at: int) -> tuple[_Record, int]:
         raise _damaged(file, "its zip directory is unreadable")
     if method or size != packed or flags & 0x2041:  # encrypted, in any of the three ways
         raise PthError(
-            f"{file.name}: {name[:99]!r} is compressed or encrypted, as torch never writes it; "
+            f"{file.name}: {name[:99]!r} is compressed or encrypted, which torch never does; "
             "unpack it and save it again in torch"
         )
     return _Record(name, header, size, crc, 0), stop
@@ -284,15 +288,17 @@ def _data_start(file: ByteFile, record: _Record) -> int:
     signature, _, flags, method, *_, name, extra = struct.unpack_from(_LOCAL, head)
     start = record.header + size + name + extra
     if signature != b"PK\3\4" or head[size:] != record.name or name != len(record.name):
-        raise _damaged(file, f"{record.name[:99]!r} is not where the zip directory says")
+        raise _damaged(
+            file, f"{record.name[:99]!r} is not at the offset stated in the zip directory"
+        )
     if method or flags & 0x2041 or start + record.size > record.limit:
-        raise _damaged(file, f"{record.name[:99]!r} overlaps what follows it, or is compressed")
+        raise _damaged(file, f"{record.name[:99]!r} overlaps the next entry, or is compressed")
     return start
 
 
-def _whole(file: ByteFile, record: _Record) -> bytes:
+def _read_record(file: ByteFile, record: _Record) -> bytes:
     if record.size > _MAX_META:
-        raise _damaged(file, f"{record.name[:99]!r} has {record.size} bytes, over {_MAX_META}")
+        raise _damaged(file, f"{record.name[:99]!r} has {record.size} bytes, more than {_MAX_META}")
     start = _data_start(file, record)
     data = bytes(_bytes(file, start, start + record.size))
     if record.crc not in (0, zlib.crc32(data)):
@@ -303,22 +309,24 @@ def _whole(file: ByteFile, record: _Record) -> bytes:
 def _bytes(file: ByteFile, start: int, stop: int) -> memoryview:
     data = memoryview(file.read(start, stop))
     if len(data) != stop - start:
-        raise _damaged(file, f"{len(data)} bytes at {start}, not {stop - start}")
+        raise _damaged(file, f"read {len(data)} bytes at offset {start}, expected {stop - start}")
     return data
 
 
 def _damaged(file: ByteFile, why: str) -> PthError:
-    return PthError(f"{file.name}: damaged, {why}; copy or download it again")
+    return PthError(f"{file.name}: damaged: {why}; copy or download it again")
 
 
 def _pickled(sources: list[Source], wrap: str | None) -> bytes:
     """Return data.pkl as pickle protocol 2, which torch.load(weights_only=True) reads."""
     if len({name for name, *_ in sources}) != len(sources):
-        raise PthError("two tensors share a name; give each its own")
+        raise PthError("two tensors have the same name; use unique names")
     parts = [b"\x80\x02", b"}" + _string(wrap) if wrap is not None else b"", b"}("]
     for n, (name, shape, dtype, _) in enumerate(sources):
         if dtype not in _TORCH:
-            raise PthError(f"{name}: dtype {dtype!r} has no torch storage; use one of {[*_TORCH]}")
+            raise PthError(
+                f"{name}: dtype {dtype!r} has no torch storage type; use one of {[*_TORCH]}"
+            )
         strides = [math.prod(max(m, 1) for m in shape[axis + 1 :]) for axis in range(len(shape))]
         parts += [_string(name), _global("torch._utils._rebuild_tensor_v2"), b"(("]
         parts += [_string("storage"), _global(_TORCH[dtype]), _string(str(n)), _string("cpu")]
@@ -348,8 +356,8 @@ def _integers(values: Iterable[int]) -> bytes:
 def _raw(name: str, shape: tuple[int, ...], dtype: str, values: np.ndarray) -> memoryview:
     if values.shape != shape or values.dtype != _NUMPY[dtype]:
         raise PthError(
-            f"{name}: {values.dtype} {values.shape} came for the promised {dtype} {shape}; promise "
-            "what the array is"
+            f"{name}: got an array {values.dtype} {values.shape}, declared as {dtype} {shape}; "
+            "declare the dtype and shape of the array"
         )
     return np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
 
@@ -395,5 +403,8 @@ class _ZipWriter:
         for at in range(0, len(view), _PIECE):
             piece = view[at : at + _PIECE]
             if self.out.write(piece) not in (None, len(piece)):
-                raise PthError(f"byte {self.at + at}: the stream took a part; open it buffered")
+                raise PthError(
+                    f"byte {self.at + at}: the stream wrote only part of the data; "
+                    "open it with buffering"
+                )
         self.at += len(view)

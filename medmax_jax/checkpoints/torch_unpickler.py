@@ -43,8 +43,8 @@ _GLOBALS = {
     *(f"torch.{name}" for name in _VALUES.split()),  # in the settings next to a state dict
 }
 _MAX_STEPS = 1 << 20  # opcodes; a tensor takes about 35, so this allows 30,000 tensors
-_MEND = (
-    "If you trust it, open it in torch and keep the weights alone: "
+_FIX = (
+    "If you trust the file, load it in torch and save only the weights: "
     'torch.save({"state_dict": model.state_dict()}, path)'
 )
 
@@ -120,8 +120,8 @@ class _RestrictedUnpickler:
     PROGRAM = "data.pkl"  # how errors call the pickle
     WRITER = "torch"
     NAMES = frozenset(_GLOBALS)
-    PURPOSE = "no state dict needs"
-    FIX = _MEND
+    PURPOSE = "no state dict requires"
+    FIX = _FIX
 
     def __init__(self, path: str, data: bytes):
         self.path, self.data, self.at = path, data, 0
@@ -198,19 +198,21 @@ class _RestrictedUnpickler:
                 return tuple(self._popped())
             case b"\x85" | b"\x86" | b"\x87":  # TUPLE1, TUPLE2, TUPLE3
                 return tuple(self._last(opcode[0] - 0x84))
-        known = pickletools.code2op.get(opcode.decode("latin-1"))
+        opcode_info = pickletools.code2op.get(opcode.decode("latin-1"))
         raise self._error(
-            f"uses {known.name if known else opcode}, which {self.WRITER} never writes"
+            f"uses {opcode_info.name if opcode_info else opcode}, which {self.WRITER} never writes"
         )
 
     def _global(self, module: Any, name: Any) -> _Global:
         if not type(module) is type(name) is str:
-            raise self._error(f"names a global by a {type_name(module)} and a {type_name(name)}")
-        asked = f"{module}.{name}"
-        if asked not in self.NAMES:
-            asked = asked if asked.isprintable() else repr(asked)
-            raise self._error(f"asks for {asked[:100]}, which {self.PURPOSE}")
-        return _Global(asked)
+            raise self._error(f"names a global with a {type_name(module)} and a {type_name(name)}")
+        qualified_name = f"{module}.{name}"
+        if qualified_name not in self.NAMES:
+            qualified_name = (
+                qualified_name if qualified_name.isprintable() else repr(qualified_name)
+            )
+            raise self._error(f"refers to {qualified_name[:100]}, which {self.PURPOSE}")
+        return _Global(qualified_name)
 
     def _storage(self, pid: Any) -> Storage:
         if type(pid) is tuple and len(pid) == 6 and pid[5] is None:
@@ -219,11 +221,11 @@ class _RestrictedUnpickler:
             case ("storage", _Global() as cls, str(key), str(), int(numel)):
                 if cls.name in DTYPES and _sizes(numel):
                     return Storage(DTYPES[cls.name], key, numel)
-        raise self._error("has a persistent id that is no storage")
+        raise self._error("has a persistent id that is not a storage")
 
-    def _call(self, called: Any, args: Any) -> Any:
+    def _call(self, function: Any, args: Any) -> Any:
         """Return the result of torch's function; a hook or a lazy view (conj, neg) is refused."""
-        name = called.name if type(called) is _Global else None
+        name = function.name if type(function) is _Global else None
         match (name, *args) if type(args) is tuple else ():
             case ("collections.OrderedDict",):
                 return {}
@@ -243,7 +245,9 @@ class _RestrictedUnpickler:
             ):
                 if not hooks and _sizes(start, *shape, *stride):
                     return Tensor(storage, start, shape, stride)
-        raise self._error(f"calls {type_name(called)} with arguments that a plain tensor has not")
+        raise self._error(
+            f"calls {type_name(function)} with arguments that a plain tensor does not have"
+        )
 
     def _build(self, state: Any) -> None:
         """Drop the _metadata of a module's state dict; set nothing."""
@@ -295,7 +299,7 @@ class _ArrayUnpickler(_RestrictedUnpickler):
     PROGRAM = "the pickle"
     WRITER = "NumPy"
     NAMES = frozenset({"numpy.ndarray", "numpy.dtype", *_RECONSTRUCT})
-    PURPOSE = "no NumPy array needs"
+    PURPOSE = "no NumPy array requires"
     FIX = "If you trust it, save its arrays again with numpy.savez"
     unset = 0  # arrays without a state so far
 
@@ -310,15 +314,17 @@ class _ArrayUnpickler(_RestrictedUnpickler):
             return self._take(self._uint(1 if opcode == b"C" else 4))
         return super()._value(opcode)
 
-    def _call(self, called: Any, args: Any) -> Any:
-        name = called.name if type(called) is _Global else None
+    def _call(self, function: Any, args: Any) -> Any:
+        name = function.name if type(function) is _Global else None
         match (name, *args) if type(args) is tuple else ():
             case (_, _Global("numpy.ndarray"), (0,), b"b") if name in _RECONSTRUCT:
                 self.unset += 1
                 return _EmptyArray()
             case ("numpy.dtype", str(dtype), bool(), bool()) if dtype in _ARRAY_DTYPES:
                 return _Dtype(dtype)
-        raise self._error(f"calls {type_name(called)} with arguments that a plain array has not")
+        raise self._error(
+            f"calls {type_name(function)} with arguments that a plain array does not have"
+        )
 
     def _build(self, state: Any) -> None:
         match (self.stack[-1], *state) if type(state) is tuple else ():

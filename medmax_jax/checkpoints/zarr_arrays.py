@@ -56,22 +56,22 @@ class Writer:
                 "codecs": [{"name": "sharding_indexed", "configuration": inner}],
             },
         }
-        made = ts.open(spec, create=True)
-        return storage.wait(made, f"{self._folder.path}/{name}")
+        store = ts.open(spec, create=True)
+        return storage.wait(store, f"{self._folder.path}/{name}")
 
     def write(self, store: ts.TensorStore, index: Any, piece: Shaped[np.ndarray, "..."]) -> None:
         """Write store[index]; a piece should fill complete files, or they are written again."""
         while self._pending and self._bytes + piece.nbytes > IN_FLIGHT:
-            self._settle()
+            self._wait_for_oldest()
         self._pending.append((store[index].write(piece), piece.nbytes, store.kvstore.path))
         self._bytes += piece.nbytes
 
     def finish(self) -> None:
         """Return when everything is on the disk."""
         while self._pending:
-            self._settle()
+            self._wait_for_oldest()
 
-    def _settle(self) -> None:
+    def _wait_for_oldest(self) -> None:
         future, size, where = self._pending.popleft()
         storage.wait(future, where, size)
         self._bytes -= size
@@ -93,14 +93,14 @@ def chunk_layout(
         file[0] = 1
     cuts = [1] * len(shape)
     while math.prod(file) * itemsize // math.prod(cuts) > BLOCK_BYTES:
-        able = [
+        divisible = [
             i
             for i, size in enumerate(file)
             if sharded[i] and cuts[i] < WAYS and size % (2 * cuts[i]) == 0
         ]
-        if not able:
+        if not divisible:
             break
-        cuts[min(able, key=lambda i: (cuts[i], -file[i]))] *= 2
+        cuts[min(divisible, key=lambda i: (cuts[i], -file[i]))] *= 2
     block = [size // cut for size, cut in zip(file, cuts, strict=True)]
     for axis in range(len(file)):
         while math.prod(file) * itemsize > FILE_BYTES and file[axis] % (2 * block[axis]) == 0:
@@ -124,9 +124,9 @@ def names(folder: Folder) -> list[str]:
 def open_array(folder: Folder, name: str, *, cache: int = 0) -> ts.TensorStore:
     """Open an array of a folder without reading it; `cache`: bytes of blocks to keep."""
     context = ts.Context({"cache_pool": {"total_bytes_limit": cache}})
-    asked = array_spec(folder, name) | {"recheck_cached_data": False}
-    found = ts.open(asked, open=True, context=context)
-    return storage.wait(found, f"{folder.path}/{name}")
+    spec = array_spec(folder, name) | {"recheck_cached_data": False}
+    store = ts.open(spec, open=True, context=context)
+    return storage.wait(store, f"{folder.path}/{name}")
 
 
 def read(folder: Folder, store: ts.TensorStore) -> Shaped[np.ndarray, "..."]:
@@ -142,43 +142,46 @@ def load(folder: Folder, like: PyTree) -> PyTree:
     safetensors_file.WeightsError where names or shapes differ, StorageError where a block is
     damaged.
     """
-    wanted = safetensors_file.flatten_named(like)
-    safetensors_file.check_names(folder.path, set(names(folder)), set(wanted))
+    leaves = safetensors_file.flatten_named(like)
+    safetensors_file.check_names(folder.path, set(names(folder)), set(leaves))
     pending: collections.deque[tuple[Any, ...]] = collections.deque()
-    loaded, flying = [], 0
-    for name, leaf in wanted.items():
+    loaded, bytes_in_flight = [], 0
+    for name, leaf in leaves.items():
         store = open_array(folder, name, cache=CACHE)
         if tuple(store.shape) != tuple(leaf.shape):
             raise safetensors_file.shape_error(folder.path, name, tuple(store.shape), leaf)
         sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        places: dict[Any, list[jax.Device]] = {}
+        devices_by_index: dict[Any, list[jax.Device]] = {}
         for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
-            places.setdefault(tuple((s.start, s.stop) for s in index), []).append(device)
-        parts = {k: store[tuple(slice(*s) for s in k)].read() for k in places}
+            devices_by_index.setdefault(tuple((s.start, s.stop) for s in index), []).append(device)
+        parts = {k: store[tuple(slice(*s) for s in k)].read() for k in devices_by_index}
         size = store.dtype.numpy_dtype.itemsize * math.prod(leaf.shape)
-        pending.append((name, leaf, sharding, places, parts, size))
-        flying += size
-        while flying > IN_FLIGHT and pending:
-            flying -= pending[0][-1]
+        pending.append((name, leaf, sharding, devices_by_index, parts, size))
+        bytes_in_flight += size
+        while bytes_in_flight > IN_FLIGHT and pending:
+            bytes_in_flight -= pending[0][-1]
             loaded.append(_placed(folder, *pending.popleft()[:-1]))
-    loaded += [_placed(folder, *each[:-1]) for each in pending]
+    loaded += [_placed(folder, *pending_array[:-1]) for pending_array in pending]
     return jax.tree.unflatten(jax.tree.structure(like), loaded)
 
 
-def _placed(folder: Folder, name: str, leaf, sharding, places, parts) -> jax.Array:
+def _placed(folder: Folder, name: str, leaf, sharding, devices_by_index, parts) -> jax.Array:
     on_devices = []
     for key, future in parts.items():
         part = storage.wait(future, f"{folder.path}/{name}", IN_FLIGHT).astype(
             leaf.dtype, copy=False
         )
-        on_devices += [jax.device_put(part, device) for device in places[key]]
+        on_devices += [jax.device_put(part, device) for device in devices_by_index[key]]
     return jax.make_array_from_single_device_arrays(tuple(leaf.shape), sharding, on_devices)
 
 
 def array_spec(folder: Folder, name: str) -> dict[str, Any]:
     """Return TensorStore's spec of an array, to read or to write it."""
     if "/" in name or name.startswith("."):
-        raise StorageError(f"{folder.path}: {name!r} is no name of an array")
+        raise StorageError(
+            f"{folder.path}: {name!r} is not a valid array name; it must not contain '/' or "
+            "start with '.'"
+        )
     return {
         "driver": "zarr3",
         "kvstore": folder.kvstore(name),

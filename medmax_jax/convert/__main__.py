@@ -37,19 +37,30 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--from", dest="source", required=True, metavar="P")
-    parser.add_argument("--to", dest="target", required=True, metavar="Q")
-    parser.add_argument("--format", required=True, choices=convert.FORMATS)
-    parser.add_argument("--base", metavar="B", help="the model that an adapter was trained on")
+    parser.add_argument(
+        "--from", dest="source", required=True, metavar="P", help="checkpoint to convert"
+    )
+    parser.add_argument("--to", dest="target", required=True, metavar="Q", help="folder to create")
+    parser.add_argument("--format", required=True, choices=convert.FORMATS, help="layout of Q")
+    parser.add_argument("--base", metavar="B", help="base model that the adapter was trained on")
     parser.add_argument(
         "--merge", action="store_true", help="native: merge the adapter into its base"
     )
-    parser.add_argument("--vqgan", metavar="V", help="take the VQGAN from here (a vqgan.ckpt)")
     parser.add_argument(
-        "--quant", default="none", choices=("none", "int8", "int4", "nf4"), help="of a native base"
+        "--vqgan",
+        metavar="V",
+        help="take the VQGAN from this path (a vqgan.ckpt, or a model that has one)",
     )
     parser.add_argument(
-        "--no_decoder", action="store_true", help="hf: leave the VQGAN's decoder out, as HF does"
+        "--quant",
+        default="none",
+        choices=("none", "int8", "int4", "nf4"),
+        help="quantize the matrices of a native model",
+    )
+    parser.add_argument(
+        "--no_decoder",
+        action="store_true",
+        help="hf: omit the VQGAN decoder, as HF's own checkpoints do",
     )
     return parser
 
@@ -57,27 +68,27 @@ def _parser() -> argparse.ArgumentParser:
 def _inspect_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m medmax_jax.convert inspect")
     parser.add_argument("path", metavar="P")
-    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
 
 def _run(argv: Sequence[str]) -> int:
     if argv[:1] == ["inspect"]:
-        given = _inspect_parser().parse_args(argv[1:])
-        said = inspect_checkpoint.describe(convert.read_checkpoint(given.path))
+        args = _inspect_parser().parse_args(argv[1:])
+        description = inspect_checkpoint.describe(convert.read_checkpoint(args.path))
         print(
-            json.dumps(said)
-            if given.json
-            else printable_text(inspect_checkpoint.format_description(said))
+            json.dumps(description)
+            if args.json
+            else printable_text(inspect_checkpoint.format_description(description))
         )
         return DONE
     if argv[:1] == ["check"]:
         return check.main(argv[1:])
-    given = _parser().parse_args(argv)
+    args = _parser().parse_args(argv)
     convert.convert(
-        given.source, given.target, layout=given.format, base=given.base, vqgan=given.vqgan,
-        quant=given.quant, merge_native=given.merge,
-        decoder=not given.no_decoder, say=lambda s: print(printable_text(s), flush=True),
+        args.source, args.target, layout=args.format, base=args.base, vqgan=args.vqgan,
+        quant=args.quant, merge_native=args.merge,
+        decoder=not args.no_decoder, say=lambda s: print(printable_text(s), flush=True),
         data_sources=data_sources(),
     )  # fmt: skip
     return DONE
@@ -88,9 +99,14 @@ def data_sources() -> dict[str, model_card.SourceTerms]:
     licences: dict[str, set[str]] = {}
     for row in read_manifest(pathlib.Path(sample.__file__).parent / "manifest.jsonl"):
         licences.setdefault(row["source_package"].split("==")[0], set()).add(row["licence"])
-    terms = {name: ("no", "; ".join(sorted(each))) for name, each in licences.items()}
+    terms = {
+        name: ("no", "; ".join(sorted(licence_or_terms)))
+        for name, licence_or_terms in licences.items()
+    }
     terms |= {source.name: (source.credential, source.licence) for source in SOURCES}
-    return {name: model_card.SourceTerms(*each) for name, each in terms.items()}
+    return {
+        name: model_card.SourceTerms(*licence_or_terms) for name, licence_or_terms in terms.items()
+    }
 
 
 def main(argv: Sequence[str]) -> int:
@@ -100,7 +116,10 @@ def main(argv: Sequence[str]) -> int:
     try:
         return _run(list(argv))
     except KeyboardInterrupt:
-        print("stopped; nothing was left behind, the same command starts again", file=sys.stderr)
+        print(
+            "interrupted; no partial output was left, run the same command to start again",
+            file=sys.stderr,
+        )
         return INTERRUPTED
     except convert.ERRORS as error:
         print(printable_text(f"error: {error}"), file=sys.stderr)

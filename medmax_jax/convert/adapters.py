@@ -68,8 +68,8 @@ _CHANGES_BASE = (
     "starts from other base weights or is not known to start from the base's own (LoftQ, PiSSA, "
     "OLoRA, CorDA and LoRA-GA change them)"
 )
-_SOME_LAYERS = "puts adapters on some modules or layers only"
-_MORE_WEIGHTS = "trains weights besides LoRA's matrices"
+_SOME_LAYERS = "adds adapters to some modules or layers only"
+_MORE_WEIGHTS = "trains weights other than the LoRA matrices"
 # why a setting is refused, where "changes what the adapter computes" is not specific enough
 REASONS = {
     "init_lora_weights": _CHANGES_BASE, "loftq_config": _CHANGES_BASE, "eva_config": _CHANGES_BASE,
@@ -79,7 +79,7 @@ REASONS = {
     "layer_replication": "repeats layers of the base",
     "modules_to_save": _MORE_WEIGHTS, "trainable_token_indices": _MORE_WEIGHTS,
     "bias": _MORE_WEIGHTS, "lora_bias": _MORE_WEIGHTS,
-    "alora_invocation_tokens": "is active behind these tokens only",
+    "alora_invocation_tokens": "is active only after these tokens",
     "use_dora": "also scales the columns of each weight (DoRA)",
 }  # fmt: skip
 MAX_LAYERS = BOUNDS["model.num_layers"][1]
@@ -105,7 +105,7 @@ def read_adapter(folder: Folder) -> Adapter:
     """Read an adapter of either layout; raise ConvertError on one that is not plain LoRA."""
     config = folder.json(CONFIG)
     if not isinstance(config, dict):
-        raise ConvertError(f"{folder.path}/{CONFIG}: no table of settings; copy it again")
+        raise ConvertError(f"{folder.path}/{CONFIG}: not a table of settings; copy it again")
     return _read_peft(folder, config) if "peft_type" in config else _read_native(folder, config)
 
 
@@ -116,7 +116,8 @@ def read_checkpoint(folder: Folder) -> Adapter:
     config = section(section(meta, "config", where), "train", where)
     if config.get("trains") != "lora":
         raise ConvertError(
-            f"{folder.path}: trains a whole model and has not finished; convert its model/ then"
+            f"{folder.path}: an unfinished run that trains all weights; convert its model/ folder "
+            "when it has finished"
         )
     prefix = "trainable."
     stacks = {
@@ -124,11 +125,13 @@ def read_checkpoint(folder: Folder) -> Adapter:
         for name, array in arrays.items()
         if name.startswith(prefix)
     }
-    facts = {k: meta[k] for k in ("base", "data", "sources", "credentials", "config") if k in meta}
+    metadata = {
+        k: meta[k] for k in ("base", "data", "sources", "credentials", "config") if k in meta
+    }
     return Adapter(
         layout="native", path=folder.path, lora=build(Lora, meta["config"].get("lora")),
         matrices=_unstacked(folder.path, stacks),
-        facts=_checked_facts(facts | {"step": step}, where),
+        facts=_checked_facts(metadata | {"step": step}, where),
     )  # fmt: skip
 
 
@@ -140,14 +143,14 @@ def write_peft(folder: Folder, adapter: Adapter, *, base_name: str) -> None:
         module = name.removesuffix(".weight")
         for letter, tensor in zip("AB", pair, strict=True):
             tensors[f"base_model.model.{module}.lora_{letter}.weight"] = tensor
-    used = sorted({name.split(".")[-2] for name in adapter.matrices})
+    target_modules = sorted({name.split(".")[-2] for name in adapter.matrices})
     config = PLAIN | dict(
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_name,
         r=adapter.lora.rank,
-        lora_alpha=_whole(adapter.lora.alpha),
+        lora_alpha=_as_int(adapter.lora.alpha),
         lora_dropout=adapter.lora.dropout,
-        target_modules=used,
+        target_modules=target_modules,
         inference_mode=True,
         init_lora_weights=True,
     )
@@ -164,8 +167,8 @@ def write_native(folder: Folder, adapter: Adapter, *, layers: int) -> None:
         names = [f"model.layers.{i}.{module}.weight" for i in range(layers)]
         if missing := [n for n in names if n not in adapter.matrices]:
             raise ConvertError(
-                f"{adapter.path}: has no LoRA on {missing[0]} ({len(missing)} such); adapters here "
-                f"have all of {', '.join(MODULES)}: merge this one instead (--format hf)"
+                f"{adapter.path}: has no LoRA on {missing[0]} ({len(missing)} missing); a native "
+                f"adapter requires all of {', '.join(MODULES)}; merge this one (--format hf)"
             )
         for i, leaf in enumerate(("lora_a", "lora_b")):
             pair = [adapter.matrices[n][i] for n in names]
@@ -199,21 +202,21 @@ def _read_peft(folder: Folder, config: dict[str, Any]) -> Adapter:
     alpha = float(number(config, "lora_alpha", "lora.alpha", where))
     dropout = float(number(config, "lora_dropout", "lora.dropout", where, 0.0))
     if not rank:
-        raise ConvertError(f"{where}: r is 0; an adapter has a rank of at least 1")
+        raise ConvertError(f"{where}: r is 0; it must be at least 1")
     if folder.has("adapter_model.safetensors"):
-        held = safetensors_stream.read_file(folder.file("adapter_model.safetensors"))
+        tensors = safetensors_stream.read_file(folder.file("adapter_model.safetensors"))
     else:
-        held = safetensors_stream.read_torch(folder.file("adapter_model.bin"))
-    check_gathered(folder.path, held)
+        tensors = safetensors_stream.read_torch(folder.file("adapter_model.bin"))
+    check_gathered(folder.path, tensors)
     facts = folder.json(FACTS) if folder.has(FACTS) else {}
-    matrices = _paired(folder.path, held)
+    matrices = _paired(folder.path, tensors)
     _check_targets(where, config.get("target_modules"), matrices)
     ranks, scales = _scales(config, matrices, where, rank=rank, alpha=alpha)
     _check_rank(folder.path, matrices, ranks)
     # The alpha that plain LoRA of this rank needs for the same sum: rsLoRA divides by the root of
     # r.
-    plain = alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
-    lora = Lora(rank=rank, alpha=plain, dropout=dropout)
+    plain_alpha = alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
+    lora = Lora(rank=rank, alpha=plain_alpha, dropout=dropout)
     return Adapter(
         layout="peft", path=folder.path, lora=lora, matrices=matrices, scales=scales,
         facts=_checked_facts(facts, f"{folder.path}/{FACTS}"),
@@ -224,10 +227,12 @@ def check_plain(config: dict[str, Any], where: str) -> None:
     """Raise ConvertError, by its name, at a setting of PEFT that is not supported here."""
     if "peft_type" in config and config["peft_type"] not in NEUTRAL["peft_type"]:
         raise ConvertError(
-            f"{where}: peft_type is {quoted(config['peft_type'])}; only LORA can be converted"
+            f"{where}: peft_type is {quoted(config['peft_type'])}; only LORA is supported"
         )
     if type(config.get("use_rslora", False)) is not bool:
-        raise ConvertError(f"{where}: use_rslora is {quoted(config['use_rslora'])}; true or false")
+        raise ConvertError(
+            f"{where}: use_rslora is {quoted(config['use_rslora'])}; it must be true or false"
+        )
     for name, value in config.items():
         if name in UNDERSTOOD or name in WITHOUT_EFFECT:
             continue
@@ -237,7 +242,7 @@ def check_plain(config: dict[str, Any], where: str) -> None:
             reason = REASONS.get(name, "changes what the adapter computes")
             raise ConvertError(
                 f"{where}: {printable(name, 80)} is {quoted(value)}, which {reason}; only plain "
-                "LoRA can be converted. Merge it with peft instead, on the base it was trained on "
+                "LoRA is supported. Merge the adapter into its base with peft instead "
                 "(merge_and_unload)"
             )
 
@@ -255,16 +260,18 @@ def _scales(
     With {"q_proj": 8} as rank_pattern and r 4, lora_alpha 6: 6 / 8 in q_proj, 6 / 4 elsewhere; with
     use_rslora 6 / sqrt(8) and 6 / sqrt(4).
     """
-    of_rank = _patterns(config, "rank_pattern", "lora.rank", where)
-    of_alpha = _patterns(config, "alpha_pattern", "lora.alpha", where)
+    rank_patterns = _patterns(config, "rank_pattern", "lora.rank", where)
+    alpha_patterns = _patterns(config, "alpha_pattern", "lora.alpha", where)
     ranks, scales = {}, {}
     for name in names:
         module = name.removesuffix(".weight")
-        ranks[name] = r = _matched(of_rank, module, rank)
+        ranks[name] = r = _matched(rank_patterns, module, rank)
         if not r:
-            raise ConvertError(f"{where}: rank_pattern gives {module} rank 0; it must be above 0")
+            raise ConvertError(
+                f"{where}: rank_pattern sets the rank of {module} to 0; it must be above 0"
+            )
         divisor = math.sqrt(r) if config.get("use_rslora") else r
-        scales[name] = _matched(of_alpha, module, alpha) / divisor
+        scales[name] = _matched(alpha_patterns, module, alpha) / divisor
     return ranks, scales
 
 
@@ -272,19 +279,19 @@ def _patterns(
     config: dict[str, Any], name: str, bound: str, where: str
 ) -> list[tuple[re.Pattern, Any]]:
     """Return (regular expression, value) of a pattern in its order; the first match counts."""
-    found = []
+    patterns = []
     table = section(config, name, where)
     if len(table) > MAX_PATTERNS:
-        raise ConvertError(f"{where}: {name} has {len(table)} entries, over {MAX_PATTERNS}")
+        raise ConvertError(f"{where}: {name} has {len(table)} entries, more than {MAX_PATTERNS}")
     for key in table:
         if not _KEY.fullmatch(key):
             raise ConvertError(
-                f"{where}: {name} has the key {quoted(key)}; only names of modules, with ^ before "
-                "them, can be converted. Merge it with peft instead (merge_and_unload)"
+                f"{where}: {name} has the key {quoted(key)}; only module names, optionally after "
+                "^, are supported. Merge the adapter with peft instead (merge_and_unload)"
             )
         value = number(table, key, bound, f"{where}: {name}")
-        found.append((re.compile(rf"(.*\.)?({key})$"), value))  # PEFT's get_pattern_key
-    return found
+        patterns.append((re.compile(rf"(.*\.)?({key})$"), value))  # PEFT's get_pattern_key
+    return patterns
 
 
 def _matched(patterns: list[tuple[re.Pattern, Any]], module: str, default: Any) -> Any:
@@ -299,68 +306,70 @@ def _check_targets(where: str, targets: Any, names: Collection[str]) -> None:
     """
     if targets is None or isinstance(targets, str):
         return
-    whole = isinstance(targets, list) and all(isinstance(target, str) for target in targets)
-    if not whole or len(targets) > MAX_PATTERNS:
-        raise ConvertError(f"{where}: target_modules is {quoted(targets)}; it must be names")
+    is_list = isinstance(targets, list) and all(isinstance(target, str) for target in targets)
+    if not is_list or len(targets) > MAX_PATTERNS:
+        raise ConvertError(
+            f"{where}: target_modules is {quoted(targets)}; it must be a list of names"
+        )
     modules = {name.removesuffix(".weight") for name in names}
     ends = {m[i:] for m in modules for i, c in enumerate("." + m) if c == "."}
     if absent := sorted(set(targets) - ends):
         raise ConvertError(
             f"{where}: target_modules has {quoted(absent[0])}, but the file has no matrices of it; "
-            "an incomplete copy, or config and weights are of two adapters"
+            "the copy is incomplete, or config and weights belong to different adapters"
         )
     if other := sorted(m for m in modules if not any(f".{m}".endswith(f".{t}") for t in targets)):
         raise ConvertError(
-            f"{where}: the file has matrices of {other[0]}, which target_modules does not name; "
-            "config and weights are of two adapters"
+            f"{where}: the file has matrices of {other[0]}, which is not in target_modules; "
+            "config and weights belong to different adapters"
         )
 
 
 def _check_uniform(adapter: Adapter) -> None:
     """Raise ConvertError unless one rank and one factor apply to all matrices."""
-    plain = adapter.lora.alpha / adapter.lora.rank
+    factor = adapter.lora.alpha / adapter.lora.rank
     for name, (a, _) in adapter.matrices.items():
-        if a.shape[0] != adapter.lora.rank or not math.isclose(adapter.scale(name), plain):
+        if a.shape[0] != adapter.lora.rank or not math.isclose(adapter.scale(name), factor):
             raise ConvertError(
                 f"{adapter.path}: {name} has rank {a.shape[0]} and factor {adapter.scale(name):g}, "
-                f"others {adapter.lora.rank} and {plain:g} (rank_pattern, alpha_pattern); an "
-                "adapter here has one of each: merge this one instead (--format hf, --base)"
+                f"others {adapter.lora.rank} and {factor:g} (rank_pattern, alpha_pattern); only "
+                "merging supports different ranks or factors (--format hf, --base)"
             )
 
 
 def _checked_facts(facts: Any, where: str) -> dict[str, Any]:
     """Return the facts of an adapter; raise ConvertError unless they are as described above."""
-    good = isinstance(facts, dict) and all(
+    valid = isinstance(facts, dict) and all(
         isinstance(facts.get(name, ""), str) for name in ("base", "data")
     )
-    good = good and type(facts.get("step", 0)) is int
+    valid = valid and type(facts.get("step", 0)) is int
     for name in ("sources", "credentials"):
-        table = facts.get(name, {}) if good else {}
-        good = good and isinstance(table, dict) and all(type(n) is int for n in table.values())
-    table = facts.get("config", {}) if good else {}
-    good = good and isinstance(table, dict)
-    if not good or not all(isinstance(fields, dict) for fields in table.values()):
+        table = facts.get(name, {}) if valid else {}
+        valid = valid and isinstance(table, dict) and all(type(n) is int for n in table.values())
+    table = facts.get("config", {}) if valid else {}
+    valid = valid and isinstance(table, dict)
+    if not valid or not all(isinstance(fields, dict) for fields in table.values()):
         raise ConvertError(
-            f"{where}: base, data, step, sources, credentials or config is not as this program "
-            "writes it; export the adapter again"
+            f"{where}: base, data, step, sources, credentials or config has an invalid type; "
+            "export the adapter again"
         )
     return facts
 
 
-def _paired(path: str, held: dict[str, LazyTensor]) -> dict[str, tuple[LazyTensor, LazyTensor]]:
+def _paired(path: str, tensors: dict[str, LazyTensor]) -> dict[str, tuple[LazyTensor, LazyTensor]]:
     pairs: dict[str, dict[str, LazyTensor]] = {}
-    for name, tensor in held.items():
-        found = _PEFT.fullmatch(name)
-        if not found or not found[1].endswith(MODULES):
+    for name, tensor in tensors.items():
+        match = _PEFT.fullmatch(name)
+        if not match or not match[1].endswith(MODULES):
             raise ConvertError(
-                f"{path}: {printable(name, 80)} has no place; LoRA on {', '.join(MODULES)} can be "
-                "converted"
+                f"{path}: {printable(name, 80)} is unexpected; LoRA is supported only on "
+                f"{', '.join(MODULES)}"
             )
         check_dtype(tensor.dtype, tensor.where)
-        pairs.setdefault(f"{found[1]}.weight", {})[found[2]] = tensor
+        pairs.setdefault(f"{match[1]}.weight", {})[match[2]] = tensor
     for name, pair in pairs.items():
         if set(pair) != {"A", "B"}:
-            raise ConvertError(f"{path}: {name} has lora_{min(pair)} alone; an incomplete copy")
+            raise ConvertError(f"{path}: {name} has only lora_{min(pair)}; the copy is incomplete")
     return {name: (pair["A"], pair["B"]) for name, pair in pairs.items()}
 
 
@@ -368,22 +377,24 @@ def _unstacked(
     path: str, stacks: dict[str, LazyTensor]
 ) -> dict[str, tuple[LazyTensor, LazyTensor]]:
     """Return each layer's A [R, in] and B [out, R] of arrays [L, in, R] and [L, R, out]."""
-    wanted = {f"layers.{module}.{leaf}" for module in MODULES for leaf in ("lora_a", "lora_b")}
-    if wrong := sorted(wanted ^ set(stacks)):
+    expected = {f"layers.{module}.{leaf}" for module in MODULES for leaf in ("lora_a", "lora_b")}
+    if wrong := sorted(expected ^ set(stacks)):
         name = printable(wrong[0], 80)
-        raise ConvertError(f"{path}: {name} is missing or has no place; not this adapter")
-    found = {}
+        raise ConvertError(f"{path}: {name} is missing or unexpected; not a native adapter")
+    matrices = {}
     for module in MODULES:
         a, b = (stacks[f"layers.{module}.{leaf}"] for leaf in ("lora_a", "lora_b"))
         for tensor in (a, b):
             check_dtype(tensor.dtype, tensor.where)
-        whole = len(a.shape) == len(b.shape) == 3 and a.shape[0] == b.shape[0] <= MAX_LAYERS
-        if not whole:
+        stacked = len(a.shape) == len(b.shape) == 3 and a.shape[0] == b.shape[0] <= MAX_LAYERS
+        if not stacked:
             shapes = f"{quoted(a.shape)} and {quoted(b.shape)}"
-            raise ConvertError(f"{path}: {module} has {shapes}; not stacks of matrices")
+            raise ConvertError(
+                f"{path}: {module} has the shapes {shapes}, which are not stacks of matrices"
+            )
         for i in range(a.shape[0]):
-            found[f"model.layers.{i}.{module}.weight"] = (_layer(a, i), _layer(b, i))
-    return found
+            matrices[f"model.layers.{i}.{module}.weight"] = (_layer(a, i), _layer(b, i))
+    return matrices
 
 
 def _layer(stack: LazyTensor, i: int) -> LazyTensor:
@@ -401,8 +412,8 @@ def _check_rank(
     for name, (a, b) in matrices.items():
         if len(a.shape) != 2 or len(b.shape) != 2 or not a.shape[0] == b.shape[1] == ranks[name]:
             raise ConvertError(
-                f"{path}: {name} has A {quoted(a.shape)} and B {quoted(b.shape)}, {CONFIG} says "
-                f"rank {ranks[name]}; config and weights are of two adapters"
+                f"{path}: {name} has A {quoted(a.shape)} and B {quoted(b.shape)}, but {CONFIG} has "
+                f"rank {ranks[name]}; config and weights belong to different adapters"
             )
 
 
@@ -413,7 +424,7 @@ def _in_memory(array: np.ndarray, where: str) -> LazyTensor:
     return LazyTensor(array.shape, "F32", block, where)
 
 
-def _whole(number: float) -> float | int:
+def _as_int(number: float) -> float | int:
     return int(number) if number == int(number) else number
 
 
@@ -435,40 +446,40 @@ def check_base(adapter: Adapter, base: Checkpoint) -> str:
     """Return the adapter's identity of its base; raise ConvertError if it has another base."""
     if base.quant != "none":
         raise ConvertError(
-            f"{base.path}: its matrices are {base.quant}, which lost digits; give the weights that "
-            "it was made from as --base"
+            f"{base.path}: its matrices are quantized to {base.quant}; set --base to the original "
+            "weights"
         )
     for name, (a, b) in adapter.matrices.items():
         shape = (b.shape[0], a.shape[1])
-        have = base.language[name].shape if name in base.language else None
-        if have != shape:
+        base_shape = base.language[name].shape if name in base.language else None
+        if base_shape != shape:
             raise ConvertError(
-                f"{adapter.path}: an adapter for {name} {shape}, but in {base.path} it is {have}; "
-                "an adapter for another base"
+                f"{adapter.path}: {name} has shape {shape}, but in {base.path} it is {base_shape}; "
+                "the adapter belongs to another base"
             )
     _check_all_layers(adapter, base)
-    names = [base.fingerprint]
+    fingerprints = [base.fingerprint]
     if (
         base.layout == "native"
     ):  # the file of a small model has its own identity, see export.base_fingerprint
-        names.insert(0, export.base_fingerprint(base.path))
-    wanted = adapter.facts.get("base", names[0])
-    if wanted not in names:
+        fingerprints.insert(0, export.base_fingerprint(base.path))
+    expected = adapter.facts.get("base", fingerprints[0])
+    if expected not in fingerprints:
         raise ConvertError(
-            f"{adapter.path}: was trained on base weights {wanted[:12]}, {base.path} has "
-            f"{names[0][:12]}; give the base that it was trained from"
+            f"{adapter.path}: was trained on base weights {expected[:12]}, but {base.path} has "
+            f"{fingerprints[0][:12]}; set --base to the weights that it was trained on"
         )
-    return wanted
+    return expected
 
 
 def _check_all_layers(adapter: Adapter, base: Checkpoint) -> None:
     """Raise ConvertError where a module has matrices in some layers and none in others."""
     modules = {name.split(".", 3)[3] for name in adapter.matrices}
-    wanted = (f"model.layers.{i}.{m}" for m in modules for i in range(base.model.num_layers))
-    if missing := sorted(name for name in wanted if name not in adapter.matrices):
+    expected = (f"model.layers.{i}.{m}" for m in modules for i in range(base.model.num_layers))
+    if missing := sorted(name for name in expected if name not in adapter.matrices):
         raise ConvertError(
             f"{adapter.path}: has no LoRA on {missing[0]}, but on that module of other layers "
-            f"({len(missing)} such); an incomplete copy: copy the adapter again"
+            f"({len(missing)} missing); the copy is incomplete, copy the adapter again"
         )
 
 
@@ -484,7 +495,7 @@ def _sum(weight: LazyTensor, a: LazyTensor, b: LazyTensor, scale: np.float32) ->
     def block(rows: slice, columns: slice) -> np.ndarray:
         left = b.block(rows, slice(None)).astype(np.float32)
         right = a.block(slice(0, a.shape[0]), columns).astype(np.float32)
-        whole = weight.block(rows, columns).astype(np.float32) + scale * (left @ right)
-        return whole.astype(DTYPES[weight.dtype])
+        total = weight.block(rows, columns).astype(np.float32) + scale * (left @ right)
+        return total.astype(DTYPES[weight.dtype])
 
     return LazyTensor(weight.shape, weight.dtype, block, weight.where)

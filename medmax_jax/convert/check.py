@@ -50,13 +50,13 @@ FP32_TOLERANCE, BF16_TOLERANCE = 2e-5, 0.1  # x max(1, std of the logits); bfloa
 class Report:
     """Logs lines and counts those that are not ok."""
 
-    def __init__(self, say: Callable[[str], None]):
-        self._say, self.bad = say, 0
+    def __init__(self, log: Callable[[str], None]):
+        self._log, self.bad = log, 0
 
-    def line(self, what: str, found: Any, ok: bool | None = None) -> None:
+    def line(self, what: str, result: Any, ok: bool | None = None) -> None:
         """Log a line; ok None: a finding that is neither ok nor not ok."""
         self.bad += ok is False
-        self._say(f"{what}: {found}{'' if ok is None else ' ok' if ok else ' NOT OK'}")
+        self._log(f"{what}: {result}{'' if ok is None else ' ok' if ok else ' NOT OK'}")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -67,51 +67,59 @@ def main(argv: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("path", metavar="P")
-    parser.add_argument("--torch_python", metavar="PY")
-    parser.add_argument("--scratch", metavar="D", default=tempfile.gettempdir())
-    given = parser.parse_args(argv)
+    parser.add_argument(
+        "--torch_python", metavar="PY", help="a Python with torch and transformers, to compare with"
+    )
+    parser.add_argument(
+        "--scratch", metavar="D", default=tempfile.gettempdir(), help="folder for temporary copies"
+    )
+    args = parser.parse_args(argv)
     return check(
-        given.path, torch_python=given.torch_python, scratch=given.scratch,
+        args.path, torch_python=args.torch_python, scratch=args.scratch,
         say=lambda s: print(s, flush=True),
     )  # fmt: skip
 
 
 def check(path: str, *, torch_python: str | None, scratch: str, say: Callable[[str], None]) -> int:
     """Run all checks and return 1 when a line is not ok, else 0; see the module's docstring."""
-    found = convert.read_checkpoint(path)
-    if not isinstance(found, Checkpoint):
-        raise ConvertError(f"{path}: an adapter; check the model that it belongs to")
+    checkpoint = convert.read_checkpoint(path)
+    if not isinstance(checkpoint, Checkpoint):
+        raise ConvertError(f"{path}: an adapter; check its base model instead")
     report = Report(say)
-    for name, value in inspect_checkpoint.describe(found).items():
+    for name, value in inspect_checkpoint.describe(checkpoint).items():
         if name in ("layout", "model", "dtypes", "vqgan", "image_rows", "fingerprint"):
             report.line(name, value)
-    _files(found, report)
-    if found.tokenizer and found.vocab:
-        _ids(found.tokenizer, found.vocab, report)
-    progress = ByteProgress(found.nbytes, say)
-    for tensor in (*found.language.values(), *found.vqgan.values()):
+    _files(checkpoint, report)
+    if checkpoint.tokenizer and checkpoint.vocab:
+        _ids(checkpoint.tokenizer, checkpoint.vocab, report)
+    progress = ByteProgress(checkpoint.nbytes, say)
+    for tensor in (*checkpoint.language.values(), *checkpoint.vqgan.values()):
         check_finite(tensor.read(), tensor.where)
         progress(tensor.nbytes)
-    report.line("weights", "every number is finite", True)
+    report.line("weights", "all values are finite", True)
     if torch_python:
-        _torch(found, torch_python, scratch, report)
+        _torch(checkpoint, torch_python, scratch, report)
     return min(report.bad, 1)
 
 
-def _files(found: Checkpoint, report: Report) -> None:
-    root = Folder(found.path if not found.path.endswith(".ckpt") else found.path.rpartition("/")[0])
-    places = (
+def _files(checkpoint: Checkpoint, report: Report) -> None:
+    root = Folder(
+        checkpoint.path
+        if not checkpoint.path.endswith(".ckpt")
+        else checkpoint.path.rpartition("/")[0]
+    )
+    folders = (
         [root, Folder(f"{root.path.rstrip('/')}/../../tokenizer")] if not root.remote else [root]
     )
-    for folder in places:
+    for folder in folders:
         for name in folder.names():
-            wanted = PUBLISHED.get(name.rpartition("/")[2])
-            if wanted is None:
+            expected = PUBLISHED.get(name.rpartition("/")[2])
+            if expected is None:
                 continue
             digest = folder.file(name).digest("md5")
-            report.line(f"md5 of {name}", digest, digest == wanted)
-    if found.layout == "native" and found.tokenizer:
-        digest = hashlib.md5(found.tokenizer, usedforsecurity=False).hexdigest()
+            report.line(f"md5 of {name}", digest, digest == expected)
+    if checkpoint.layout == "native" and checkpoint.tokenizer:
+        digest = hashlib.md5(checkpoint.tokenizer, usedforsecurity=False).hexdigest()
         same = digest == PUBLISHED["text_tokenizer.json"]
         report.line("tokenizer.json", "Meta's file" if same else f"not Meta's file (md5 {digest})")
 
@@ -127,62 +135,64 @@ def _ids(tokenizer: bytes, vocab: Vocab, report: Report) -> None:
             return
     report.line("vocabulary ids", f"text from {vocab.text_start}, {vocab.size} rows", True)
     raw = tokenizers.Tokenizer.from_str(tokenizer.decode())
-    changed = tokenizers.Tokenizer.from_str(hf_layout.to_medmax_tokenizer(tokenizer).decode())
+    renamed = tokenizers.Tokenizer.from_str(hf_layout.to_medmax_tokenizer(tokenizer).decode())
     for text in TEXTS:
-        for name, each in (("as it lies there", raw), ("with <image> renamed", changed)):
-            tokens = each.encode(text, add_special_tokens=False).tokens
+        for name, variant in (("as stored", raw), ("with <image> renamed", renamed)):
+            tokens = variant.encode(text, add_special_tokens=False).tokens
             report.line(f"{text!r} {name}", " ".join(tokens))
         special = [i for i in ours.encode(text) if i < vocab.text_start]
-        report.line(f"{text!r} in this project", f"special ids {special}", len(special) == 1)
+        report.line(f"{text!r} with medmax_jax", f"special ids {special}", len(special) == 1)
 
 
-def _torch(found: Checkpoint, python: str, scratch: str, report: Report) -> None:
+def _torch(checkpoint: Checkpoint, python: str, scratch: str, report: Report) -> None:
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         hf, native, out, script = (
             f"{folder}/{name}" for name in ("hf", "native", "out.npz", "torch_side.py")
         )
         # in a folder where nothing shadows a package
         shutil.copyfile(torch_reference.__file__, script)
-        quiet = lambda _: None  # noqa: E731
-        convert.convert(found.path, hf, layout="hf", say=quiet)
-        exact = {t.dtype for t in found.language.values()} == {"F32"}
-        dtype = "float32" if exact else "bfloat16"
-        done = subprocess.run([python, script, hf, out, dtype], capture_output=True, text=True)
-        if done.returncode:
+        silent = lambda _: None  # noqa: E731
+        convert.convert(checkpoint.path, hf, layout="hf", say=silent)
+        is_float32 = {t.dtype for t in checkpoint.language.values()} == {"F32"}
+        dtype = "float32" if is_float32 else "bfloat16"
+        completed = subprocess.run([python, script, hf, out, dtype], capture_output=True, text=True)
+        if completed.returncode:
             raise ConvertError(
-                f"{python}: {done.stderr.strip().splitlines()[-1:]}; see its packages"
+                f"{python}: {completed.stderr.strip().splitlines()[-1:]}; check its packages"
             )
         theirs = np.load(out)
-        convert.convert(hf, native, layout="native", say=quiet)
-        ours = _ours(found, native, theirs)
-    wide = max(1.0, float(theirs["logits"].std()))
-    off = float(np.abs(ours["logits"] - theirs["logits"]).max()) / wide
+        convert.convert(hf, native, layout="native", say=silent)
+        ours = _ours(checkpoint, native, theirs)
+    scale = max(1.0, float(theirs["logits"].std()))
+    max_error = float(np.abs(ours["logits"] - theirs["logits"]).max()) / scale
     report.line(
-        f"logits against torch, {dtype}", f"{off:.2e} x max(1, std) at most",
-        off <= (FP32_TOLERANCE if exact else BF16_TOLERANCE),
+        f"logits against torch, {dtype}", f"{max_error:.2e} x max(1, std) at most",
+        max_error <= (FP32_TOLERANCE if is_float32 else BF16_TOLERANCE),
     )  # fmt: skip
     if "codes" in ours:
-        same = float((ours["codes"] == theirs["codes"]).mean())
-        report.line("image codes against torch", f"{same:.2%} the same", same == 1)
+        agreement = float((ours["codes"] == theirs["codes"]).mean())
+        report.line("image codes against torch", f"{agreement:.2%} equal", agreement == 1)
 
 
-def _ours(found: Checkpoint, native: str, theirs: Any) -> dict[str, np.ndarray]:
+def _ours(checkpoint: Checkpoint, native: str, reference: Any) -> dict[str, np.ndarray]:
     """Return the logits of the same ids and the codes of the same pixels, by this project."""
-    ids = theirs["ids"].astype(np.int32)
-    model = dataclasses.replace(found.model, remat="none")
-    answer = {}
+    ids = reference["ids"].astype(np.int32)
+    model = dataclasses.replace(checkpoint.model, remat="none")
+    outputs = {}
     with jax.set_mesh(make_mesh(Mesh(data=1, fsdp=1, tp=1))):
-        net = export.load(native, chameleon.abstract_model(model, found.vocab, chameleon.NO_LORA))
+        net = export.load(
+            native, chameleon.abstract_model(model, checkpoint.vocab, chameleon.NO_LORA)
+        )
         positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
         rows = (jnp.asarray(ids), jnp.ones_like(ids), jnp.asarray(positions))
         logits = jax.jit(lambda net, rows: net.logits(net.hidden(*rows, key=None)))
-        answer["logits"] = np.asarray(logits(net, rows))
-        if found.vqgan and found.has_decoder:
+        outputs["logits"] = np.asarray(logits(net, rows))
+        if checkpoint.vqgan and checkpoint.has_decoder:
             path = pathlib.Path(native) / "vqgan.safetensors"
-            pictures = safetensors_file.load(path, vqgan.abstract(found.vq))
-            codes = vqgan.encode(pictures, jnp.asarray(theirs["pixels"].transpose(0, 2, 3, 1)))
-            answer["codes"] = np.asarray(codes).reshape(len(ids[:1]), -1)
-    return answer
+            encoder = safetensors_file.load(path, vqgan.abstract(checkpoint.vq))
+            codes = vqgan.encode(encoder, jnp.asarray(reference["pixels"].transpose(0, 2, 3, 1)))
+            outputs["codes"] = np.asarray(codes).reshape(len(ids[:1]), -1)
+    return outputs
 
 
 if __name__ == "__main__":

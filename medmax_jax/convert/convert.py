@@ -76,67 +76,71 @@ def convert(
 
     Raises one of ERRORS and then leaves nothing behind.
     """
-    found, adapter, identity = read_checkpoint(source), None, ""
-    if isinstance(found, Adapter):
-        adapter, found = found, None
+    checkpoint, adapter, identity = read_checkpoint(source), None, ""
+    if isinstance(checkpoint, Adapter):
+        adapter, checkpoint = checkpoint, None
         if base is not None:
-            found = read_model(base, "which --base must be")
-            identity = adapters.check_base(adapter, found)
+            checkpoint = read_model(base, "as --base requires")
+            identity = adapters.check_base(adapter, checkpoint)
     elif base is not None:
-        raise ConvertError(f"--base {base}: {source} is no adapter; leave --base out")
+        raise ConvertError(f"--base {base}: {source} is not an adapter; omit --base")
     if vqgan is not None:
-        if found is None:
-            raise ConvertError(f"--vqgan {vqgan}: {source} is an adapter; give --base too")
-        found = with_vqgan(found, vqgan)
-    goal = Target(
+        if checkpoint is None:
+            raise ConvertError(f"--vqgan {vqgan}: {source} is an adapter; set --base too")
+        checkpoint = with_vqgan(checkpoint, vqgan)
+    destination = Target(
         path=target, layout=layout, quant=quant, decoder=decoder, say=say,
         data_sources=data_sources,
         merges=layout in ("hf", "meta") or merge_native,
     )  # fmt: skip
     if merge_native and (layout != "native" or adapter is None):
         raise ConvertError("--merge: only for an adapter with --format native")
-    if adapter and not (goal.merges and found):
-        return _write_adapter(adapter, found, identity, goal)
+    if adapter and not (destination.merges and checkpoint):
+        return _write_adapter(adapter, checkpoint, identity, destination)
     if layout == "peft":
-        raise ConvertError(f"{source}: a whole model; --format peft is for adapters and runs")
+        raise ConvertError(f"{source}: a complete model; --format peft is for adapters and runs")
     if adapter:
-        found = adapters.merged(found, adapter)
-    return _write_model(found, adapter, identity, goal)
+        checkpoint = adapters.merged(checkpoint, adapter)
+    return _write_model(checkpoint, adapter, identity, destination)
 
 
-def _write_model(found: Checkpoint, adapter: Adapter | None, identity: str, target: Target) -> None:
+def _write_model(
+    checkpoint: Checkpoint, adapter: Adapter | None, identity: str, target: Target
+) -> None:
     layout, quant = target.layout, target.quant
-    if found.quant != "none":
+    if checkpoint.quant != "none":
         raise ConvertError(
-            f"{found.path}: its matrices are {found.quant}, which lost digits; convert the weights "
-            "that it was made from"
+            f"{checkpoint.path}: its matrices are quantized to {checkpoint.quant}; convert the "
+            "original weights"
         )
     if quant != "none":
-        if layout != "native" or found.model is None:
+        if layout != "native" or checkpoint.model is None:
             raise ConvertError(f"--quant {quant}: only for a model with --format native")
-        found = dataclasses.replace(found, model=dataclasses.replace(found.model, quant=quant))
-        native.check_quant(found)
-    if layout == "meta" and found.vqgan and not found.has_decoder:
-        raise vqgan_layout.missing_decoder_message(found.path)
-    for warning in _warnings(found, layout):
+        checkpoint = dataclasses.replace(
+            checkpoint, model=dataclasses.replace(checkpoint.model, quant=quant)
+        )
+        native.check_quant(checkpoint)
+    if layout == "meta" and checkpoint.vqgan and not checkpoint.has_decoder:
+        raise vqgan_layout.missing_decoder_message(checkpoint.path)
+    for warning in _warnings(checkpoint, layout):
         target.say(f"WARNING: {warning}")
-    if found.model and not adapter:
-        identity = found.fingerprint
+    if checkpoint.model and not adapter:
+        identity = checkpoint.fingerprint
     card_text = model_card.render_model_card(
-        f"{target.name}, {layout} layout", found, adapter, identity, target.data_sources
+        f"{target.name}, {layout} layout", checkpoint, adapter, identity, target.data_sources
     ).encode()
-    progress = ByteProgress(found.nbytes, target.say)
-    needed = int(found.nbytes * SHARE[quant]) + SLACK
+    progress = ByteProgress(checkpoint.nbytes, target.say)
+    needed = int(checkpoint.nbytes * SHARE[quant]) + SLACK
     with atomic_folder(target.path, bytes_needed=needed, seal=SEALS[layout]) as out:
         if layout == "native":
-            native.write(out, found, progress=progress)
+            native.write(out, checkpoint, progress=progress)
         elif layout == "hf":
             shard = REMOTE_SHARD_BYTES if out.remote else SHARD_BYTES
-            hf.write(out, found, shard_bytes=shard, decoder=target.decoder, progress=progress)
+            hf.write(out, checkpoint, shard_bytes=shard, decoder=target.decoder, progress=progress)
         else:
-            meta.write(out, found, progress=progress)
+            meta.write(out, checkpoint, progress=progress)
         out.write("README.md", [card_text])
-    progress.done(f"{target.path}: written, {layout}")
+    progress.done(f"wrote {target.path} ({layout})")
 
 
 def _write_adapter(
@@ -144,14 +148,14 @@ def _write_adapter(
 ) -> None:
     if target.merges:
         raise ConvertError(
-            f"{adapter.path}: an adapter; give --base, the weights it was trained on, to merge it"
+            f"{adapter.path}: an adapter; to merge it, set --base to the weights it was trained on"
         )
     layers = 1 + max(int(name.split(".")[2]) for name in adapter.matrices)
     if identity and not adapter.facts.get("base"):
         adapter = dataclasses.replace(adapter, facts=adapter.facts | {"base": identity})
     if target.layout == "native" and not adapter.facts.get("base"):
         raise ConvertError(
-            f"{adapter.path}: does not say which weights it was trained on; give them as --base"
+            f"{adapter.path}: does not state the weights it was trained on; set --base to them"
         )
     count = sum(t.nbytes for pair in adapter.matrices.values() for t in pair)
     card_text = model_card.render_model_card(
@@ -163,21 +167,25 @@ def _write_adapter(
             adapters.write_peft(out, adapter, base_name=base.path if base else "")
         else:
             adapters.write_native(out, adapter, layers=layers)
-    target.say(f"{target.path}: written, {target.layout} adapter")
+    target.say(f"wrote {target.path} ({target.layout} adapter)")
 
 
-def _warnings(found: Checkpoint, layout: str) -> list[str]:
+def _warnings(checkpoint: Checkpoint, layout: str) -> list[str]:
     lines = []
-    if not found.tokenizer and found.model:
-        lines.append(f"{found.path} has no tokenizer; the target will have none")
-    if layout == "native" and found.model and not found.vqgan:
-        lines.append(f"{found.path} has no VQGAN; give one with --vqgan to read or write images")
-    elif layout == "native" and found.vqgan and not found.has_decoder:
-        lines.append(str(vqgan_layout.missing_decoder_message(found.path)))
-    if layout != "native" and found.vq and found.vq.norm_groups != vqgan_layout.TAMING_GROUPS:
+    if not checkpoint.tokenizer and checkpoint.model:
+        lines.append(f"{checkpoint.path} has no tokenizer; the target will have none")
+    if layout == "native" and checkpoint.model and not checkpoint.vqgan:
+        lines.append(f"{checkpoint.path} has no VQGAN; set --vqgan to read or write images")
+    elif layout == "native" and checkpoint.vqgan and not checkpoint.has_decoder:
+        lines.append(str(vqgan_layout.missing_decoder_message(checkpoint.path)))
+    if (
+        layout != "native"
+        and checkpoint.vq
+        and checkpoint.vq.norm_groups != vqgan_layout.TAMING_GROUPS
+    ):
         lines.append(
-            f"its VQGAN normalises in {found.vq.norm_groups} groups, other programs in "
-            f"{vqgan_layout.TAMING_GROUPS}: there its codes and pictures will be wrong"
+            f"its VQGAN normalizes in {checkpoint.vq.norm_groups} groups, but other programs use "
+            f"{vqgan_layout.TAMING_GROUPS}: their codes and images will be wrong"
         )
     return lines
 
@@ -189,8 +197,8 @@ ERRORS = (  # all errors of a conversion that a user can fix
     TokenizerError,
 )  # fmt: skip
 SUPPORTED_LAYOUTS = (
-    "a folder of Meta's (consolidated*.pth), of Hugging Face's or of this project's (config.json), "
-    "a PEFT adapter (adapter_config.json), a training run, or a vqgan.ckpt with its vqgan.yaml"
+    "a folder of Meta (consolidated*.pth), Hugging Face or medmax_jax (config.json), a PEFT "
+    "adapter (adapter_config.json), a training run, or a vqgan.ckpt with its vqgan.yaml"
 )
 
 
@@ -200,8 +208,8 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint | Adapter:
     if path.endswith(".ckpt"):
         return _vqgan(*os.path.split(path))
     folder = Folder(path)
-    if found := adapters.find(folder):
-        return adapters.read_adapter(found)
+    if adapter_folder := adapters.find(folder):
+        return adapters.read_adapter(adapter_folder)
     if folder.has("config.json"):
         config = folder.json("config.json")
         if hf.is_layout(config):
@@ -218,40 +226,40 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint | Adapter:
     for prefix in ("", "tokenizer/"):
         if folder.has(prefix + vqgan_layout.CKPT):
             return _vqgan(f"{path.rstrip('/')}/{prefix}".rstrip("/"), vqgan_layout.CKPT)
-    what = "is empty or not there" if not names else f"has {', '.join(names[:4])}"
-    raise ConvertError(f"{path}: {what}; it must be {SUPPORTED_LAYOUTS}")
+    problem = "is empty or does not exist" if not names else f"contains {', '.join(names[:4])}"
+    raise ConvertError(f"{path}: {problem}; it must be {SUPPORTED_LAYOUTS}")
 
 
-def read_model(path: str | os.PathLike, why: str) -> Checkpoint:
-    """Return a checkpoint with a language model; the error for anything else states `why`."""
-    found = read_checkpoint(path)
-    if not isinstance(found, Checkpoint) or found.model is None:
-        raise ConvertError(f"{path}: not a model, {why}")
-    return found
+def read_model(path: str | os.PathLike, reason: str) -> Checkpoint:
+    """Return a checkpoint with a language model; the error for anything else states `reason`."""
+    checkpoint = read_checkpoint(path)
+    if not isinstance(checkpoint, Checkpoint) or checkpoint.model is None:
+        raise ConvertError(f"{path}: not a complete model, {reason}")
+    return checkpoint
 
 
 def with_vqgan(checkpoint: Checkpoint, path: str | os.PathLike) -> Checkpoint:
     """Return the model with the VQGAN of another path; raise ConvertError unless they fit."""
-    given = read_checkpoint(path)
-    if not isinstance(given, Checkpoint) or not given.vqgan:
-        raise ConvertError(f"--vqgan {path}: no VQGAN; name a vqgan.ckpt, or a model that has one")
-    if checkpoint.vq and checkpoint.vq != given.vq:
+    source = read_checkpoint(path)
+    if not isinstance(source, Checkpoint) or not source.vqgan:
+        raise ConvertError(f"--vqgan {path}: no VQGAN; use a vqgan.ckpt, or a model that has one")
+    if checkpoint.vq and checkpoint.vq != source.vq:
         raise ConvertError(
-            f"--vqgan {path}: {given.vq}, but {checkpoint.path} has {checkpoint.vq}; "
+            f"--vqgan {path}: {source.vq}, but {checkpoint.path} has {checkpoint.vq}; "
             "use the VQGAN that the model was trained with"
         )
-    return dataclasses.replace(checkpoint, vqgan=given.vqgan, vq=given.vq)
+    return dataclasses.replace(checkpoint, vqgan=source.vqgan, vq=source.vq)
 
 
 def _vqgan(folder: str, name: str) -> Checkpoint:
     if name != vqgan_layout.CKPT:
         raise ConvertError(
-            f"{folder}/{name}: call it {vqgan_layout.CKPT}, with {vqgan_layout.YAML} beside"
+            f"{folder}/{name}: rename it {vqgan_layout.CKPT}, with {vqgan_layout.YAML} next to it"
         )
-    pictures, vq = vqgan_layout.read_vqgan(Folder(folder or "."), "")
-    if not pictures:
-        raise ConvertError(f"{folder}/{name}: no such file; check the path")
+    tensors, vq = vqgan_layout.read_vqgan(Folder(folder or "."), "")
+    if not tensors:
+        raise ConvertError(f"{folder}/{name}: file not found; check the path")
     return Checkpoint(
         layout="meta", path=f"{folder}/{name}", model=None, vocab=None, vq=vq,
-        language={}, vqgan=pictures, tokenizer=None, facts={},
+        language={}, vqgan=tensors, tokenizer=None, facts={},
     )  # fmt: skip

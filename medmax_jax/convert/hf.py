@@ -69,22 +69,24 @@ def read_checkpoint(folder: Folder) -> Checkpoint:
         )  # fmt: skip
     where = f"{folder.path}/config.json"
     _check_architecture(config, folder.path)
-    pictures = {n.removeprefix(VQ_PREFIX): t for n, t in tensors.items() if n.startswith(VQ_PREFIX)}
+    vqgan_tensors = {
+        n.removeprefix(VQ_PREFIX): t for n, t in tensors.items() if n.startswith(VQ_PREFIX)
+    }
     language = {n: t for n, t in tensors.items() if not n.startswith(VQ_PREFIX)}
     if "lm_head.weight" not in language and "model.embed_tokens.weight" in language:
         raise ConvertError(
-            f"{folder.path}: no lm_head.weight; this family has a head of its own, so a file with "
-            "tied weights is incomplete: save it again with tie_word_embeddings=False"
+            f"{folder.path}: lm_head.weight is missing; models of this family have a separate "
+            "head, so save the model again with tie_word_embeddings=False"
         )
     vq = _vq(section(config, "vq_config", where), folder.path)
     tokenizer = bytes(folder.read("tokenizer.json")) if folder.has("tokenizer.json") else None
     model, vocab = _model(config, language, folder.path), _vocab(config, vq, tokenizer, folder.path)
     check_settings(model, vocab, vq, where)
-    language = _widened(language, model, folder.path)
+    language = _expand_gains(language, model, folder.path)
     check_shapes(folder.path, language, language_shapes(model, vocab))
     return Checkpoint(
         layout="hf", path=folder.path, model=model, vocab=vocab, vq=vq, language=language,
-        vqgan=vqgan.check(folder.path, pictures, vq), tokenizer=tokenizer, facts={},
+        vqgan=vqgan.check(folder.path, vqgan_tensors, vq), tokenizer=tokenizer, facts={},
     )  # fmt: skip
 
 
@@ -97,14 +99,14 @@ def write(
     progress: Callable[[int], None],
 ) -> None:
     """Write the files that transformers loads; `decoder` False omits the VQGAN's decoder."""
-    pictures = {
+    vqgan_tensors = {
         name: tensor
         for name, tensor in checkpoint.vqgan.items()
         if decoder or not name.startswith("decoder.")
     }
     if checkpoint.language:
         _check_head_dim(checkpoint)
-        pictures = {VQ_PREFIX + name: tensor for name, tensor in pictures.items()}
+        vqgan_tensors = {VQ_PREFIX + name: tensor for name, tensor in vqgan_tensors.items()}
         config = _config(checkpoint)
         if checkpoint.tokenizer:
             write_processor(folder, checkpoint)
@@ -114,10 +116,10 @@ def write(
         config = _vq_config(checkpoint.vq) | {
             "model_type": "chameleon_vqgan", "architectures": ["ChameleonVQVAE"],
         }  # fmt: skip
-    tensors = checkpoint.language | pictures
+    tensors = checkpoint.language | vqgan_tensors
     safetensors_stream.write(folder, tensors, shard_bytes=shard_bytes, progress=progress)
-    text = json.dumps(config, indent=2, ensure_ascii=False)
-    folder.write("config.json", [text.encode() + b"\n"])
+    config_json = json.dumps(config, indent=2, ensure_ascii=False)
+    folder.write("config.json", [config_json.encode() + b"\n"])
 
 
 def _check_architecture(config: dict[str, Any], path: str) -> None:
@@ -129,8 +131,8 @@ def _check_architecture(config: dict[str, Any], path: str) -> None:
             )
     rope = section(config, "rope_parameters", f"{path}/config.json")
     if rope.get("rope_type", "default") != "default":
-        kind = quoted(rope["rope_type"])
-        raise ConvertError(f"{path}/config.json: rope_type {kind} is not supported")
+        rope_type = quoted(rope["rope_type"])
+        raise ConvertError(f"{path}/config.json: rope_type {rope_type} is not supported")
 
 
 def _model(config: dict[str, Any], language: dict[str, LazyTensor], path: str) -> Model:
@@ -157,8 +159,8 @@ def _model(config: dict[str, Any], language: dict[str, LazyTensor], path: str) -
         swin_norm=flag(config, "swin_norm", where, default=False),
     )
     check_layers(fields["num_layers"], language, where)
-    fewest = number(config, "model_parallel_size", "model.qk_norm_shards", where, 1)
-    shards = _shards(language, heads, kv_heads, fields["num_layers"], fewest, path)
+    min_shards = number(config, "model_parallel_size", "model.qk_norm_shards", where, 1)
+    shards = _shards(language, heads, kv_heads, fields["num_layers"], min_shards, path)
     dtypes = {t.dtype for t in language.values()}
     return model_settings(fields | dict(qk_norm_shards=shards), dtypes, where)
 
@@ -174,42 +176,49 @@ def _gains(language: dict[str, LazyTensor], layers: int) -> Iterator[tuple[str, 
 
 
 def _shards(
-    language: dict[str, LazyTensor], heads: int, kv_heads: int, layers: int, fewest: int, path: str
+    language: dict[str, LazyTensor],
+    heads: int,
+    kv_heads: int,
+    layers: int,
+    min_shards: int,
+    path: str,
 ) -> int:
-    """Return the number of different rows of q/k-norm gains, at least `fewest`."""
+    """Return the number of different rows of q/k-norm gains, at least `min_shards`."""
     counts = {"q_norm": heads, "k_norm": kv_heads}
     gains = [
         tensor.read()
         for _, norm, tensor in _gains(language, layers)
         if len(tensor.shape) == 2 and tensor.shape[0] == counts[norm]
     ]
-    for shards in range(fewest, kv_heads + 1):
+    for shards in range(min_shards, kv_heads + 1):
         if kv_heads % shards == 0 and all(_constant(g, shards) for g in gains):
             return shards
     raise ConvertError(
         f"{path}: the q_norm and k_norm gains differ among heads that share a key head or a shard "
-        f"(model_parallel_size {fewest}); neither Meta's layout nor this one can hold that"
+        f"(model_parallel_size {min_shards}); no supported layout can represent that"
     )
 
 
-def _widened(language: dict[str, LazyTensor], model: Model, path: str) -> dict[str, LazyTensor]:
+def _expand_gains(
+    language: dict[str, LazyTensor], model: Model, path: str
+) -> dict[str, LazyTensor]:
     """Return the tensors with q/k-norm gains of one row (H,) as rows of every head (N, H).
 
     The copy of transformers in Anole's repository saves one row, which it applies to every head.
     This is correct for a model of one model-parallel shard; with several, a row would be missing.
     """
-    counts, found = {"q_norm": model.num_heads, "k_norm": model.num_kv_heads}, dict(language)
+    counts, expanded = {"q_norm": model.num_heads, "k_norm": model.num_kv_heads}, dict(language)
     for name, norm, tensor in _gains(language, model.num_layers):
         if tensor.shape != (model.head_dim,):
             continue
         if model.qk_norm_shards > 1:
             raise ConvertError(
                 f"{tensor.where}: one row of gains, but the model has {model.qk_norm_shards} "
-                "model-parallel shards with a row each; an early transformers wrote this, which "
-                "kept the first row alone: convert Meta's original files"
+                "model-parallel shards with one row each; an early version of transformers kept "
+                "only the first row: convert Meta's original files"
             )
-        found[name] = _repeated(tensor, counts[norm])
-    return found
+        expanded[name] = _repeated(tensor, counts[norm])
+    return expanded
 
 
 def _repeated(tensor: LazyTensor, count: int) -> LazyTensor:
@@ -254,8 +263,8 @@ def _check_head_dim(checkpoint: Checkpoint) -> None:
     model = checkpoint.model
     if model.head_dim * model.num_heads != model.hidden_size:
         raise ConvertError(
-            f"{checkpoint.path}: {model.num_heads} heads of {model.head_dim} are not hidden_size "
-            f"{model.hidden_size}; HF and Meta derive the one from the others"
+            f"{checkpoint.path}: num_heads {model.num_heads} x head_dim {model.head_dim} is not "
+            f"hidden_size {model.hidden_size}, which the layouts of HF and Meta require"
         )
 
 
@@ -300,8 +309,8 @@ def _vq_config(vq: VQ) -> dict[str, Any]:
         double_latent=False,
         attn_resolutions=[],
     )
-    other = vq.norm_groups != vqgan.TAMING_GROUPS
-    return config | ({"norm_groups": vq.norm_groups} if other else {})
+    custom = vq.norm_groups != vqgan.TAMING_GROUPS
+    return config | ({"norm_groups": vq.norm_groups} if custom else {})
 
 
 # ---- Hugging Face's tokenizer and processor files, written by transformers itself ----
@@ -365,7 +374,7 @@ def write_processor(folder: Folder, checkpoint: Checkpoint) -> None:
     if missing := [name for name in (BOS, PAD, EOS, SEP_NAME, IMAGE_NAME) if name not in names]:
         raise ConvertError(
             f"{checkpoint.path}: its tokenizer has no {missing[0]}, which Hugging Face's processor "
-            "needs; use the tokenizer that came with the weights"
+            "requires; use the tokenizer that was published with the weights"
         )
     spec["added_tokens"] = [_added(name, names[name]) for name in SPECIAL if name in names]
     spec["post_processor"] = tokenizers.processors.TemplateProcessing(
@@ -380,15 +389,17 @@ def write_processor(folder: Folder, checkpoint: Checkpoint) -> None:
     )  # fmt: skip
     vq = checkpoint.vq
     size = dict(height=vq.image_size, width=vq.image_size)
-    pictures = transformers.ChameleonImageProcessor(
+    image_processor = transformers.ChameleonImageProcessor(
         size={"shortest_edge": vq.image_size}, crop_size=size, rescale_factor=RESCALE,
         image_mean=MEAN, image_std=STD,
     )  # fmt: skip
     processor = transformers.ChameleonProcessor(
-        pictures, text, image_seq_length=vq.codes_per_image, image_token=IMAGE_NAME
+        image_processor, text, image_seq_length=vq.codes_per_image, image_token=IMAGE_NAME
     )
     with tempfile.TemporaryDirectory() as scratch:
-        pictures.save_pretrained(scratch)  # preprocessor_config.json, which transformers 4 reads
+        image_processor.save_pretrained(
+            scratch
+        )  # preprocessor_config.json, which transformers 4 reads
         processor.save_pretrained(scratch)
         for path in sorted(pathlib.Path(scratch).iterdir()):
             folder.write(path.name, [path.read_bytes()])

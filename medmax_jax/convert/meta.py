@@ -82,29 +82,29 @@ _SHARD = re.compile(r"consolidated\.(\d\d)\.pth")
 
 def find(folder: Folder) -> tuple[str, str] | None:
     """Return the prefixes of consolidated*.pth and of the tokenizer's files, or None."""
-    places = {
+    folders = {
         name.rpartition("/")[0]
         for name in folder.names()
         if re.fullmatch(r"consolidated(\.\d\d)?\.pth", name.rpartition("/")[2])
     }
-    if len(places) > 1:
+    if len(folders) > 1:
         raise ConvertError(
-            f"{folder.path}: holds {len(places)} models ({', '.join(sorted(places))}); "
-            "name the folder of one of them"
+            f"{folder.path}: contains {len(folders)} models ({', '.join(sorted(folders))}); "
+            "use the folder of one of them"
         )
-    if not places:
+    if not folders:
         return None
-    place = places.pop()
-    return (f"{place}/" if place else "", "tokenizer/")
+    model_folder = folders.pop()
+    return (f"{model_folder}/" if model_folder else "", "tokenizer/")
 
 
 def read_checkpoint(folder: Folder) -> Checkpoint:
     """Read a checkpoint of this layout; raise ConvertError on anything else."""
-    prefix, tools = find(folder)
-    tool_folder = folder
-    if not any(name.startswith(tools) for name in folder.names()):
-        tool_folder = Folder(f"{folder.path.rstrip('/')}/../../tokenizer")
-        tools = ""
+    prefix, tokenizer_prefix = find(folder)
+    tokenizer_folder = folder
+    if not any(name.startswith(tokenizer_prefix) for name in folder.names()):
+        tokenizer_folder = Folder(f"{folder.path.rstrip('/')}/../../tokenizer")
+        tokenizer_prefix = ""
     shards = [
         safetensors_stream.read_torch(folder.file(prefix + file), dropped=DROPPED)
         for file in _files(folder, prefix)
@@ -112,11 +112,18 @@ def read_checkpoint(folder: Folder) -> Checkpoint:
     for shard in shards:
         check_gathered(f"{folder.path}/{prefix}consolidated*.pth", shard)
     params, where = _params(folder, prefix, len(shards)), f"{folder.path}/{prefix}params.json"
-    pictures, vq = vqgan.read_vqgan(tool_folder, tools)
+    vqgan_tensors, vq = vqgan.read_vqgan(tokenizer_folder, tokenizer_prefix)
     files = ("text_tokenizer.json", "text_tokenizer_modified.json")
-    file = next((tools + name for name in files if tool_folder.has(tools + name)), None)
-    tokenizer = bytes(tool_folder.read(file)) if file else None
-    names = hf.read_vocabulary(tokenizer, f"{tool_folder.path}/{file}") if file else {}
+    file = next(
+        (
+            tokenizer_prefix + name
+            for name in files
+            if tokenizer_folder.has(tokenizer_prefix + name)
+        ),
+        None,
+    )
+    tokenizer = bytes(tokenizer_folder.read(file)) if file else None
+    names = hf.read_vocabulary(tokenizer, f"{tokenizer_folder.path}/{file}") if file else {}
     model = _model(params, shards, where)
     size, rows = params.get("vocab_size", -1), shards[0].get("tok_embeddings.weight")
     if rows is not None and (type(size) is not int or size <= 0):  # Meta writes -1
@@ -129,7 +136,7 @@ def read_checkpoint(folder: Folder) -> Checkpoint:
     check_shapes(f"{folder.path}/{prefix}", language, language_shapes(model, vocab))
     return Checkpoint(
         layout="meta", path=folder.path, model=model, vocab=vocab, vq=vq, language=language,
-        vqgan=pictures, tokenizer=tokenizer, facts={"shards": len(shards)},
+        vqgan=vqgan_tensors, tokenizer=tokenizer, facts={"shards": len(shards)},
     )  # fmt: skip
 
 
@@ -151,13 +158,13 @@ def _write_language(
     model, count = checkpoint.model, checkpoint.model.qk_norm_shards
     if folder.remote:
         raise ConvertError(
-            f"{folder.path}: Meta's layout is one file of the whole model, which an upload would "
-            "hold in memory; write it to a local folder and copy that"
+            f"{folder.path}: Meta's layout is one file for the complete model, which an upload "
+            "would keep in memory; write it to a local folder and copy that"
         )
     if model.head_dim * model.num_heads != model.hidden_size or model.intermediate_size % count:
         raise ConvertError(
-            f"{checkpoint.path}: head_dim x num_heads must be hidden_size, and intermediate_size "
-            f"divisible by {count} shards, in Meta's layout"
+            f"{checkpoint.path}: Meta's layout requires head_dim x num_heads = hidden_size, and an "
+            f"intermediate_size divisible by {count} shards"
         )
     prefix = f"models/{NAMES.get((model.hidden_size, model.num_layers), 'model')}/"
     _write_params(folder, prefix, checkpoint)
@@ -196,8 +203,8 @@ def _shard(
             progress(array.nbytes)
             if "_norm." in canonical:
                 return gains_to_meta(array[0])
-            turned = canonical.endswith(("q_proj.weight", "k_proj.weight"))
-            return to_meta(array, model.head_dim) if turned else array
+            is_rotated = canonical.endswith(("q_proj.weight", "k_proj.weight"))
+            return to_meta(array, model.head_dim) if is_rotated else array
 
         yield name, tuple(shape), tensor.dtype, part
 
@@ -217,7 +224,7 @@ def _files(folder: Folder, prefix: str) -> list[str]:
     missing = set(range(len(files))) - {int(_SHARD.fullmatch(n)[1]) for n in files}
     if missing:
         raise ConvertError(
-            f"{folder.path}/{prefix}consolidated.{min(missing):02}.pth: missing; copy all shards"
+            f"{folder.path}/{prefix}consolidated.{min(missing):02}.pth is missing; copy all shards"
         )
     return files
 
@@ -228,13 +235,15 @@ def _params(folder: Folder, prefix: str, shards: int) -> dict[str, Any]:
     name = f"{prefix}consolidate_params.json"
     consolidated = folder.json(name) if folder.has(name) else {}
     if not isinstance(params, dict) or not isinstance(consolidated, dict):
-        raise ConvertError(f"{folder.path}/{prefix}params.json: no table of settings; copy it")
+        raise ConvertError(
+            f"{folder.path}/{prefix}params.json: not a table of settings; copy it again"
+        )
     inner = params.get("model")
     params = params | (inner if isinstance(inner, dict) else {}) | consolidated
-    wanted = params.get("model_parallel_size", shards)
-    if consolidated and wanted != shards:
+    expected = params.get("model_parallel_size", shards)
+    if consolidated and expected != shards:
         raise ConvertError(
-            f"{folder.path}/{name}: model_parallel_size {quoted(wanted)}, but there are {shards} "
+            f"{folder.path}/{name}: model_parallel_size {quoted(expected)}, but there are {shards} "
             "consolidated files; copy all shards"
         )
     return params
@@ -263,7 +272,9 @@ def _model(params: dict[str, Any], shards: list[dict[str, LazyTensor]], where: s
     )
     check_layers(fields["num_layers"], shards[0], where)
     if not params.get("qk_normalization", True):
-        raise ConvertError(f"{where}: qk_normalization is off; the models of this family have it")
+        raise ConvertError(
+            f"{where}: qk_normalization is false; the models of this family require it"
+        )
     return model_settings(fields, {t.dtype for s in shards for t in s.values()}, where)
 
 
@@ -320,30 +331,33 @@ def _language(
 ) -> dict[str, LazyTensor]:
     """Return canonical name -> tensor over all shards; every key of every shard is used."""
     shards = [split_fused(shard, model, len(shards)) for shard in shards]
-    wanted = {name for name, _, _ in _names(model.num_layers)}
+    expected = {name for name, _, _ in _names(model.num_layers)}
     for shard in shards:
-        if wrong := sorted(wanted ^ set(shard)):
-            missing = [n for n in wrong if n in wanted]
+        if wrong := sorted(expected ^ set(shard)):
+            missing = [n for n in wrong if n in expected]
             raise ConvertError(
-                f"{where}: {len(missing)} tensors missing {missing[:4]}, "
-                f"{len(wrong) - len(missing)} without a place "
-                f"{[n for n in wrong if n not in wanted][:4]}; not this model, or incomplete"
+                f"{where}: {len(missing)} tensors are missing {missing[:4]}, "
+                f"{len(wrong) - len(missing)} are unexpected "
+                f"{[n for n in wrong if n not in expected][:4]}; not this model, or an incomplete "
+                "copy"
             )
-    found = {}
+    language = {}
     for name, canonical, split in _names(model.num_layers):
         parts = [shard[name] for shard in shards]
         if len({(p.dtype, p.shape) for p in parts}) > 1:
             raise ConvertError(f"{where}: {name} differs in dtype or shape among the shards")
         if len(parts[0].shape) != (1 if "norm" in canonical else 2):
-            raise ConvertError(f"{parts[0].where}: shape {quoted(parts[0].shape)}; not this model")
+            raise ConvertError(
+                f"{parts[0].where}: unexpected shape {quoted(parts[0].shape)}; not this model"
+            )
         if "_norm." in canonical:
             heads = model.num_heads if ".q_norm." in canonical else model.num_kv_heads
-            found[canonical] = expand_qk_norm(parts, heads, model.head_dim)
+            language[canonical] = expand_qk_norm(parts, heads, model.head_dim)
         else:
-            found[canonical] = join_shards(parts, split)
+            language[canonical] = join_shards(parts, split)
             if canonical.endswith(("q_proj.weight", "k_proj.weight")):
-                found[canonical] = permute_rope_to_hf(found[canonical], model.head_dim)
-    return found
+                language[canonical] = permute_rope_to_hf(language[canonical], model.head_dim)
+    return language
 
 
 FUSED = {"attention.wqkv": ("wq", "wk", "wv"), "feed_forward.w13": ("w1", "w3")}
@@ -378,17 +392,17 @@ def split_fused(shard: dict[str, LazyTensor], model: Model, count: int) -> dict[
         w1=model.intermediate_size // count,
         w3=model.intermediate_size // count,
     )
-    found = {}
+    tensors = {}
     for name, tensor in shard.items():
         path, _, last = name.removesuffix(".weight").rpartition(".")
-        whole = f"{path.rpartition('.')[2]}.{last}"
-        if whole not in FUSED:
-            found[name] = tensor
+        fused = f"{path.rpartition('.')[2]}.{last}"
+        if fused not in FUSED:
+            tensors[name] = tensor
             continue
         start = 0
-        for part in FUSED[whole]:
-            found[f"{path}.{part}.weight"] = _rows(tensor, start, start := start + sizes[part])
-    return found
+        for part in FUSED[fused]:
+            tensors[f"{path}.{part}.weight"] = _rows(tensor, start, start := start + sizes[part])
+    return tensors
 
 
 def _rows(tensor: LazyTensor, begin: int, end: int) -> LazyTensor:
@@ -411,8 +425,8 @@ def join_shards(parts: list[LazyTensor], split: str) -> LazyTensor:
 
     def block(rows: slice, columns: slice) -> np.ndarray:
         if split == COLUMNS:
-            whole = [p.block(rows, slice(None)) for p in parts]
-            return np.concatenate(whole, axis=1)[:, columns]
+            full_columns = [p.block(rows, slice(None)) for p in parts]
+            return np.concatenate(full_columns, axis=1)[:, columns]
         if split == ROWS:
             height = first.shape[0]
             begin, end, _ = rows.indices(shape[0])
@@ -427,7 +441,7 @@ def join_shards(parts: list[LazyTensor], split: str) -> LazyTensor:
             if copy.tobytes() != copies[0].tobytes():
                 raise ConvertError(
                     f"{part.where}: differs from its copy in the first shard; "
-                    "the shards are of two checkpoints"
+                    "the shards belong to different checkpoints"
                 )
         return copies[0]
 
@@ -449,12 +463,12 @@ def expand_qk_norm(parts: list[LazyTensor], heads: int, head_dim: int) -> LazyTe
     """Return q/k-norm gains in HF's form: one row per head, equal within a shard."""
 
     def block(rows: slice, columns: slice) -> np.ndarray:
-        each = np.stack([gains_from_meta(p.read()) for p in parts])
-        return np.repeat(each, heads // len(parts), axis=0)[rows, columns]
+        gains = np.stack([gains_from_meta(p.read()) for p in parts])
+        return np.repeat(gains, heads // len(parts), axis=0)[rows, columns]
 
     for part in parts:
         if part.shape != (head_dim,):
             raise ConvertError(
-                f"{part.where}: shape {part.shape}, params.json asks for ({head_dim},)"
+                f"{part.where}: shape {part.shape}, but params.json requires ({head_dim},)"
             )
     return LazyTensor((heads, head_dim), parts[0].dtype, block, parts[0].where)

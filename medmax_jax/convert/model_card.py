@@ -10,11 +10,12 @@ from typing import Any
 from medmax_jax.convert.state_dict import Adapter, Checkpoint
 from medmax_jax.endpoints import egress
 
-USE = "Research only, not for clinical use: its output may be wrong and must not guide any care."
+USE = "Research only, not for clinical use: the output may be wrong and must not guide any care."
 LICENCE = (
-    "Weights that derive from Meta's Chameleon, Anole and MedMax 7B among them, are under the "
-    "[Chameleon Research License](https://github.com/facebookresearch/chameleon), whatever other "
-    "tag they carry: non-commercial research use. Terms of the data below hold too."
+    "Weights that derive from Meta's Chameleon, including Anole and MedMax 7B, are licensed under "
+    "the [Chameleon Research License](https://github.com/facebookresearch/chameleon) for "
+    "non-commercial research use, even if they are published under another license. The terms of "
+    "the data listed below also apply."
 )
 
 
@@ -43,11 +44,12 @@ def render_model_card(
     if checkpoint and checkpoint.model:
         m = checkpoint.model
         lines += [
-            f"A Chameleon of {m.num_layers} layers, width {m.hidden_size}, "
-            f"{checkpoint.vocab.size:,} ids; converted from {checkpoint.layout}.",
+            f"A Chameleon model with {m.num_layers} layers, hidden size {m.hidden_size} and a "
+            f"vocabulary of {checkpoint.vocab.size:,}; converted from the {checkpoint.layout} "
+            "layout.",
             "",
         ]
-    base = identity or facts.get("base") or "not known"
+    base = identity or facts.get("base") or "unknown"
     lines += [f"Base weights: `{base}`", ""]
     if adapter:
         lora = adapter.lora
@@ -59,26 +61,30 @@ def render_model_card(
 def _first(facts: dict[str, Any], data_sources: Mapping[str, SourceTerms]) -> str:
     """Return the first line, a notice of credentialed data, placed where it is not overlooked."""
     table = _sources(facts, data_sources)
-    if named := [name for name, (credential, _) in table.items() if credential == "yes"]:
-        return f"**Trained on credentialed data: {', '.join(named)}.** Check their terms."
+    if credentialed_names := [
+        name for name, (credential, _) in table.items() if credential == "yes"
+    ]:
+        return (
+            f"**Trained on credentialed data: {', '.join(credentialed_names)}.** Check their terms."
+        )
     if any(map(egress.is_credentialed, facts.get("credentials", {}))):
         return "**Trained on credentialed data.** Check the terms of the sources below."
     if set(facts.get("credentials", {})) == {"no"}:
         return "Trained on no credentialed data."
-    return "Whether these weights were trained on credentialed data is not known to this program."
+    return "It is unknown whether these weights were trained on credentialed data."
 
 
 def _training(facts: dict[str, Any], data_sources: Mapping[str, SourceTerms]) -> list[str]:
     steps = facts.get("step", "an unknown number of")
-    lines = [f"Trained for {steps} steps on the records `{facts.get('data', 'not known')}`:"]
-    lines += ["", "| source | documents | credentialed | licence |", "|---|---|---|---|"]
+    lines = [f"Trained for {steps} steps on the records `{facts.get('data', 'unknown')}`:"]
+    lines += ["", "| source | documents | credentialed | license |", "|---|---|---|---|"]
     for name, (credential, licence) in _sources(facts, data_sources).items():
         lines.append(f"| {name} | {facts['sources'][name]:,} | {credential} | {licence} |")
     if not facts.get("sources"):
-        lines.append("| not known | | | |")
+        lines.append("| unknown | | | |")
     for section, fields in facts.get("config", {}).items():
-        words = ", ".join(f"{k} {v!r}" for k, v in fields.items())
-        lines += ["", f"`{section}`: {words}"]
+        settings = ", ".join(f"{k} {v!r}" for k, v in fields.items())
+        lines += ["", f"`{section}`: {settings}"]
     return lines
 
 
@@ -86,11 +92,13 @@ def _sources(
     facts: dict[str, Any], data_sources: Mapping[str, SourceTerms]
 ) -> dict[str, tuple[str, str]]:
     """Return (credentialed, license) of each source that the records name."""
-    terms = {_plain(name): (t.credential, t.licence) for name, t in data_sources.items()}
+    terms = {_normalized(name): (t.credential, t.licence) for name, t in data_sources.items()}
     only_open = set(facts.get("credentials", {})) == {"no"}
-    unknown = ("no" if only_open else "unknown", "not known")
-    return {name: terms.get(_plain(name), unknown) for name in sorted(facts.get("sources", {}))}
+    unknown = ("no" if only_open else "unknown", "unknown")
+    return {
+        name: terms.get(_normalized(name), unknown) for name in sorted(facts.get("sources", {}))
+    }
 
 
-def _plain(name: str) -> str:
+def _normalized(name: str) -> str:
     return name.lower().replace("-", "").replace("_", "")

@@ -82,8 +82,8 @@ def place(canonical: str) -> ArrayLocation:
     """Return the location: model.layers.3.mlp.up_proj.weight -> (layers.mlp.up_proj.kernel, 3)."""
     layer = None
     name = canonical.removeprefix("model.")
-    if found := _LAYER.fullmatch(canonical):
-        layer, name = int(found[1]), f"layers.{found[2]}"
+    if match := _LAYER.fullmatch(canonical):
+        layer, name = int(match[1]), f"layers.{match[2]}"
     path, _, leaf = name.rpartition(".")
     if leaf == "weight":
         leaf = "scale" if "norm" in path.rpartition(".")[2] else "kernel"
@@ -103,34 +103,34 @@ def settings(folder: Folder) -> dict[str, Any]:
     """Return config.json: `vocab`, `model`, `vq` as dataclasses or None, `weights` unchanged."""
     config, path = folder.json("config.json"), f"{folder.path}/config.json"
     if not is_layout(config):
-        raise ConvertError(f"{path}: has neither a model nor a vq; convert again")
+        raise ConvertError(f"{path}: contains neither model nor vq; convert the checkpoint again")
     try:
-        made = {
-            name: build(kind, config[name]) if name in config else None
-            for name, kind in (("vocab", Vocab), ("model", Model), ("vq", VQ))
+        sections = {
+            name: build(section_type, config[name]) if name in config else None
+            for name, section_type in (("vocab", Vocab), ("model", Model), ("vq", VQ))
         }
-        if made["vq"]:
-            check_vq(made["vq"])
+        if sections["vq"]:
+            check_vq(sections["vq"])
     except ConfigError as error:
         raise ConvertError(f"{path}: {error}") from error
-    if made["model"]:
-        if missing := [name for name in ("vocab", "vq") if made[name] is None]:
-            raise ConvertError(f"{path}: {missing[0]} is missing; convert again")
-        check_settings(made["model"], made["vocab"], made["vq"], path)
+    if sections["model"]:
+        if missing := [name for name in ("vocab", "vq") if sections[name] is None]:
+            raise ConvertError(f"{path}: {missing[0]} is missing; convert the checkpoint again")
+        check_settings(sections["model"], sections["vocab"], sections["vq"], path)
     facts = config.get("weights", {})
-    tables = isinstance(facts, dict) and isinstance(facts.get("dtypes", {}), dict)
-    if not tables or not isinstance(facts.get("fingerprint", ""), str):
-        raise ConvertError(f"{path}: weights is {quoted(facts)}; convert again")
-    return made | {"weights": facts}
+    valid = isinstance(facts, dict) and isinstance(facts.get("dtypes", {}), dict)
+    if not valid or not isinstance(facts.get("fingerprint", ""), str):
+        raise ConvertError(f"{path}: weights is {quoted(facts)}; convert the checkpoint again")
+    return sections | {"weights": facts}
 
 
 def read_checkpoint(folder: Folder) -> Checkpoint:
     """Read a model folder of any kind; raise ConvertError on an incomplete one."""
-    found = settings(folder)
-    model, vocab, vq, facts = (found[name] for name in ("model", "vocab", "vq", "weights"))
-    pictures = {}
+    config = settings(folder)
+    model, vocab, vq, facts = (config[name] for name in ("model", "vocab", "vq", "weights"))
+    vqgan_tensors = {}
     if vq and folder.has("vqgan.safetensors"):
-        pictures = _read_vqgan(folder, vq)
+        vqgan_tensors = _read_vqgan(folder, vq)
     language: dict[str, LazyTensor] = {}
     if model:
         if model.quant == "none":
@@ -141,7 +141,8 @@ def read_checkpoint(folder: Folder) -> Checkpoint:
     tokenizer = bytes(folder.read("tokenizer.json")) if folder.has("tokenizer.json") else None
     return Checkpoint(
         layout="native", path=folder.path, model=model, vocab=vocab, vq=vq, language=language,
-        vqgan=pictures, tokenizer=tokenizer, facts=facts, quant=model.quant if model else "none",
+        vqgan=vqgan_tensors, tokenizer=tokenizer, facts=facts,
+        quant=model.quant if model else "none",
     )  # fmt: skip
 
 
@@ -172,34 +173,33 @@ def check_quant(checkpoint: Checkpoint) -> None:
         )
         if tiled and tensor.shape[1] % quantization.TILE:
             raise ConvertError(
-                f"{tensor.where}: {tensor.shape[1]} columns are no multiple of "
-                f"{quantization.TILE}, the "
-                f"tile of {checkpoint.model.quant}; use int8"
+                f"{tensor.where}: {tensor.shape[1]} columns are not a multiple of "
+                f"{quantization.TILE}, the tile of {checkpoint.model.quant}; use int8"
             )
 
 
 def _read_language(
     folder: Folder, model: Model, vocab: Vocab, dtypes: dict[str, str]
 ) -> dict[str, LazyTensor]:
-    held = _stored(folder)
-    wanted = {name: tuple(leaf.shape) for name, leaf in stacks(model, vocab).items()}
-    check_shapes(folder.path, held, wanted)
-    found = {}
+    arrays = _stored(folder)
+    expected = {name: tuple(leaf.shape) for name, leaf in stacks(model, vocab).items()}
+    check_shapes(folder.path, arrays, expected)
+    language = {}
     for name, shape in language_shapes(model, vocab).items():
         stack, layer = place(name)
-        dtype = dtypes.get(name, held[stack].dtype)
+        dtype = dtypes.get(name, arrays[stack].dtype)
         if not isinstance(dtype, str) or dtype not in DTYPES:
             where = f"{folder.path}/config.json: weights.dtypes.{name}"
-            raise ConvertError(f"{where} is {quoted(dtype)}; weights are {', '.join(DTYPES)}")
-        found[name] = _out(held[stack], stack.rpartition(".")[2], layer, shape, dtype)
-    return found
+            raise ConvertError(f"{where} is {quoted(dtype)}; it must be one of {', '.join(DTYPES)}")
+        language[name] = _from_stack(arrays[stack], stack.rpartition(".")[2], layer, shape, dtype)
+    return language
 
 
 def _stored(folder: Folder) -> dict[str, StackedArray]:
     """Return the stacked arrays of either file format."""
     if folder.has(SMALL):
-        held = safetensors_stream.read_file(folder.file(SMALL))
-        return {name: _in_file(tensor) for name, tensor in held.items()}
+        tensors = safetensors_stream.read_file(folder.file(SMALL))
+        return {name: _in_file(tensor) for name, tensor in tensors.items()}
     inside = Folder(f"{folder.path.rstrip('/')}/{STORE}")
     return {name: _in_store(inside, name) for name in zarr_arrays.names(inside)}
 
@@ -207,9 +207,9 @@ def _stored(folder: Folder) -> dict[str, StackedArray]:
 def _in_file(tensor: LazyTensor) -> StackedArray:
     def read(layer: int | None, *axes: slice, turned: bool = False) -> np.ndarray:
         rows = slice(0, tensor.shape[0]) if layer is None else slice(layer, layer + 1)
-        whole = tensor.block(rows, slice(None))
-        found = (whole if layer is None else whole[0])[axes]
-        return found.T if turned else found
+        full = tensor.block(rows, slice(None))
+        array = (full if layer is None else full[0])[axes]
+        return array.T if turned else array
 
     return StackedArray(tensor.shape, tensor.dtype, tensor.where, read)
 
@@ -228,27 +228,27 @@ def _in_store(folder: Folder, name: str) -> StackedArray:
     return StackedArray(tuple(store.shape), dtype, f"{folder.path}/{name}", read)
 
 
-def _out(
+def _from_stack(
     stack: StackedArray, leaf: str, layer: int | None, shape: tuple[int, ...], dtype: str
 ) -> LazyTensor:
     """Return a canonical tensor of a stack."""
 
     def block(rows: slice, columns: slice) -> np.ndarray:
         if leaf == "kernel":
-            found = stack.read(layer, columns, rows, turned=True)
+            array = stack.read(layer, columns, rows, turned=True)
         elif leaf == "embedding":
-            found = stack.read(layer, rows, columns)
+            array = stack.read(layer, rows, columns)
         elif len(shape) == 2:  # q/k-norm gains: one row per shard, here one row per head
-            each = stack.read(layer, slice(None), columns)
-            found = np.repeat(each, shape[0] // len(each), axis=0)[rows]
+            gains = stack.read(layer, slice(None), columns)
+            array = np.repeat(gains, shape[0] // len(gains), axis=0)[rows]
         else:
-            found = stack.read(layer, rows)
-        return found.astype(DTYPES[dtype], copy=False)
+            array = stack.read(layer, rows)
+        return array.astype(DTYPES[dtype], copy=False)
 
     return LazyTensor(shape, dtype, block, stack.where)
 
 
-def _in(array: np.ndarray, leaf: str, shards: int) -> np.ndarray:
+def _to_stack(array: np.ndarray, leaf: str, shards: int) -> np.ndarray:
     """Return a canonical tensor in the form of its stack."""
     if leaf == "kernel":
         return array.T
@@ -264,29 +264,29 @@ def _write_language(
     for name, tensor in checkpoint.language.items():
         members.setdefault(place(name).stack, []).append((name, tensor))
     writer = zarr_arrays.Writer(Folder(f"{folder.path.rstrip('/')}/{STORE}"))
-    like = stacks(dataclasses.replace(model, quant="none"), checkpoint.vocab)
-    stored = {stack: _widest({t.dtype for _, t in each}) for stack, each in members.items()}
+    abstract_stacks = stacks(dataclasses.replace(model, quant="none"), checkpoint.vocab)
+    stored = {stack: _widest({t.dtype for _, t in tensors}) for stack, tensors in members.items()}
     calls = [
         functools.partial(_piece, name, t, DTYPES[stored[stack]], model)
-        for stack, each in members.items()
-        for name, t in each
+        for stack, tensors in members.items()
+        for name, t in tensors
     ]
     with prefetch(calls) as pieces:
         queue = iter(pieces)
         for stack, tensors in members.items():
             dtypes |= {name: t.dtype for name, t in tensors if t.dtype != stored[stack]}
-            each = _counted(itertools.islice(queue, len(tensors)), tensors, progress)
+            tensors = _counted(itertools.islice(queue, len(tensors)), tensors, progress)
             if model.quant != "none" and stack in quantization.MATRICES:
-                quantize_write(writer, stack, each, like[stack], model.quant)
+                quantize_write(writer, stack, tensors, abstract_stacks[stack], model.quant)
             else:
-                _write_stack(writer, stack, each, like[stack], DTYPES[stored[stack]])
+                _write_stack(writer, stack, tensors, abstract_stacks[stack], DTYPES[stored[stack]])
     writer.finish()
     return dtypes
 
 
 def _piece(name: str, tensor: LazyTensor, dtype: np.dtype, model: Model) -> np.ndarray:
     array = check_finite(tensor.read(), tensor.where).astype(dtype, copy=False)
-    return _in(array, place(name).stack.rpartition(".")[2], model.qk_norm_shards)
+    return _to_stack(array, place(name).stack.rpartition(".")[2], model.qk_norm_shards)
 
 
 def _counted(
@@ -327,33 +327,35 @@ def _widest(dtypes: set[str]) -> str:
 
 
 def _check_stacks(folder: Folder, model: Model, vocab: Vocab) -> None:
-    wanted = {name: tuple(leaf.shape) for name, leaf in stacks(model, vocab).items()}
-    check_shapes(folder.path, _stored(folder), wanted)
+    expected = {name: tuple(leaf.shape) for name, leaf in stacks(model, vocab).items()}
+    check_shapes(folder.path, _stored(folder), expected)
 
 
 def _read_vqgan(folder: Folder, vq: VQ) -> dict[str, LazyTensor]:
-    held, found = safetensors_stream.read_file(folder.file("vqgan.safetensors")), {}
-    check_gathered(f"{folder.path}/vqgan.safetensors", held)
-    vqgan.check_blocks(held, vq, f"{folder.path}/vqgan.safetensors")
+    native_tensors, tensors = safetensors_stream.read_file(folder.file("vqgan.safetensors")), {}
+    check_gathered(f"{folder.path}/vqgan.safetensors", native_tensors)
+    vqgan.check_blocks(native_tensors, vq, f"{folder.path}/vqgan.safetensors")
     for taming, (name, shape) in vqgan_layout.key_map(vq).items():
-        if name in held:
-            tensor = held.pop(name)
+        if name in native_tensors:
+            tensor = native_tensors.pop(name)
             if tensor.shape != shape:
                 raise ConvertError(
-                    f"{tensor.where}: shape {quoted(tensor.shape)}, config.vq asks {shape}"
+                    f"{tensor.where}: shape {quoted(tensor.shape)}, but config.vq requires {shape}"
                 )
             check_dtype(tensor.dtype, tensor.where)
-            found[taming] = vqgan_layout.from_native(tensor)
-    if held:
-        raise ConvertError(f"{folder.path}/vqgan.safetensors: {quoted(min(held))} has no place")
-    return vqgan_layout.check(f"{folder.path}/vqgan.safetensors", found, vq)
+            tensors[taming] = vqgan_layout.from_native(tensor)
+    if native_tensors:
+        raise ConvertError(
+            f"{folder.path}/vqgan.safetensors: {quoted(min(native_tensors))} is unexpected"
+        )
+    return vqgan_layout.check(f"{folder.path}/vqgan.safetensors", tensors, vq)
 
 
 def _write_vqgan(folder: Folder, checkpoint: Checkpoint, progress: Callable[[int], None]) -> None:
-    table, out = vqgan_layout.key_map(checkpoint.vq), {}
+    table, native_tensors = vqgan_layout.key_map(checkpoint.vq), {}
     for taming, tensor in checkpoint.vqgan.items():
-        out[table[taming].name] = vqgan_layout.as_native(tensor, table[taming].shape)
-    safetensors_stream.write_file(folder, "vqgan.safetensors", out, progress=progress)
+        native_tensors[table[taming].name] = vqgan_layout.as_native(tensor, table[taming].shape)
+    safetensors_stream.write_file(folder, "vqgan.safetensors", native_tensors, progress=progress)
 
 
 # ---- quantize ----
@@ -365,8 +367,8 @@ def _write_vqgan(folder: Folder, checkpoint: Checkpoint, progress: Callable[[int
 def quantize(kernel: Float[np.ndarray, "I O"], kind: str) -> dict[str, Shaped[np.ndarray, "..."]]:
     """Return qvalue and scale of a matrix, computed on the host."""
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        found = _qwix(jnp.asarray(kernel), kind)
-    codes, scale = np.asarray(found.qvalue), np.asarray(found.scale, np.float32)
+        quantized = _qwix(jnp.asarray(kernel), kind)
+    codes, scale = np.asarray(quantized.qvalue), np.asarray(quantized.scale, np.float32)
     if kind in PACKED:
         pairs = codes.astype(np.int8).view(np.uint8) & 15
         codes = pairs[0::2] | (pairs[1::2] << 4)
@@ -381,14 +383,16 @@ def quantize_write(
     kind: str,
 ) -> None:
     """Quantize a stack of kernels, layer by layer, into the arrays name.qvalue and name.scale."""
-    cut, scales = tuple(axis is not None for axis in like.sharding.spec), []
+    sharded, scales = tuple(axis is not None for axis in like.sharding.spec), []
     store = None
     for layer, kernel in enumerate(kernels):
-        made = quantize(kernel, kind)
-        scales.append(made["scale"])
-        codes = made["qvalue"]
+        quantized = quantize(kernel, kind)
+        scales.append(quantized["scale"])
+        codes = quantized["qvalue"]
         if store is None:
-            store = writer.create(f"{name}.qvalue", (like.shape[0], *codes.shape), codes.dtype, cut)
+            store = writer.create(
+                f"{name}.qvalue", (like.shape[0], *codes.shape), codes.dtype, sharded
+            )
         writer.write(store, layer, codes)
     stack = np.stack(scales)
     store = writer.create(f"{name}.scale", stack.shape, stack.dtype, (False, False, False))

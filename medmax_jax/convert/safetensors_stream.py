@@ -62,15 +62,15 @@ def read(folder: Folder) -> dict[str, LazyTensor]:
         return read_torch(folder.file(BIN))
     if len(files) != 1:
         raise ConvertError(
-            f"{folder.path}: {len(files)} safetensors files and no {INDEX} ({BIN} is read too); "
-            "copy the whole folder again"
+            f"{folder.path}: {len(files)} safetensors files, but no {INDEX} and no {BIN}; "
+            "copy the complete folder again"
         )
     return read_file(folder.file(files[0]))
 
 
 def read_torch(file: ByteFile, *, dropped: tuple[str, ...] = ()) -> dict[str, LazyTensor]:
     """Return name -> tensor of a .pth, .ckpt or .bin file of torch.save, except those `dropped`."""
-    found = {}
+    tensors = {}
     for name, entry in torch_file.open_file(file).items():
 
         def block(rows: slice, columns: slice, entry=entry) -> np.ndarray:
@@ -81,43 +81,45 @@ def read_torch(file: ByteFile, *, dropped: tuple[str, ...] = ()) -> dict[str, La
             return array[:, columns] if array.ndim > 1 else array
 
         if name not in dropped:
-            found[name] = LazyTensor(entry.shape, entry.dtype, block, f"{file.name}: {name}")
-    return found
+            tensors[name] = LazyTensor(entry.shape, entry.dtype, block, f"{file.name}: {name}")
+    return tensors
 
 
 def _read_indexed(folder: Folder, index: str, files: list[str]) -> dict[str, LazyTensor]:
     by_file: dict[str, set[str]] = {}
     for name, file in _weight_map(folder, index).items():
         by_file.setdefault(file, set()).add(name)
-    if gone := sorted(set(by_file) - set(files)):
-        raise ConvertError(f"{folder.path}/{gone[0]}: missing, but {index} names it; copy it")
-    found: dict[str, LazyTensor] = {}
-    for file, wanted in sorted(by_file.items()):
+    if missing := sorted(set(by_file) - set(files)):
+        raise ConvertError(f"{folder.path}/{missing[0]} is missing, but listed in {index}; copy it")
+    tensors: dict[str, LazyTensor] = {}
+    for file, names in sorted(by_file.items()):
         reader = read_torch if index == BIN_INDEX else read_file
-        held = reader(folder.file(file))
-        if wrong := sorted(wanted ^ set(held)):
+        file_tensors = reader(folder.file(file))
+        if wrong := sorted(names ^ set(file_tensors)):
             raise ConvertError(
                 f"{folder.path}/{file}: {printable(wrong[0], 80)} is in the file or in {index}, "
-                f"not in both ({len(wrong)} such); files of two checkpoints are mixed"
+                f"not in both ({len(wrong)} tensors); the files belong to different checkpoints"
             )
-        found |= held
-    return found
+        tensors |= file_tensors
+    return tensors
 
 
 def read_file(file: ByteFile) -> dict[str, LazyTensor]:
     """Return tensor name -> tensor of one safetensors file."""
     header, start = _header(file)
-    found, ends = {}, [start]
+    tensors, ends = {}, [start]
     for name, entry in sorted(header.items(), key=lambda item: _offsets(file, *item)):
         shape, dtype, (begin, end) = _entry(file, name, entry)
         if begin + start != ends[-1]:
             short = printable(name, 80)
-            raise _broken(file, f"{short} begins at byte {begin}, not where the one before it ends")
+            raise _broken(
+                file, f"{short} begins at byte {begin}, not at the end of the previous tensor"
+            )
         ends.append(end + start)
-        found[name] = _tensor(file, name, shape, dtype, begin + start)
+        tensors[name] = _tensor(file, name, shape, dtype, begin + start)
     if ends[-1] != file.size:
         raise _broken(file, f"its tensors end at byte {ends[-1]} of {file.size}")
-    return found
+    return tensors
 
 
 def write(
@@ -133,15 +135,15 @@ def write(
     written.
     """
     shards = _shards(tensors, shard_bytes)
-    places = {}
+    weight_map = {}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         file = "model.safetensors" if len(shards) == 1 else file
         write_file(folder, file, {n: tensors[n] for n in names}, progress=progress)
-        places |= dict.fromkeys(names, file)
+        weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         size = sum(t.nbytes for t in tensors.values())
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
         folder.write(INDEX, [json.dumps(index, indent=2).encode() + b"\n"])
 
 
@@ -169,24 +171,26 @@ def write_file(
 def _weight_map(folder: Folder, name: str) -> dict[str, str]:
     """Return tensor name -> file name of an index; the files are plain names of this folder."""
     index, where = folder.json(name), f"{folder.path}/{name}"
-    places = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
-        raise ConvertError(f"{where}: has no weight_map of names; copy it again")
-    if len(places) > MAX_TENSORS:
-        raise ConvertError(f"{where}: {len(places)} tensors, over {MAX_TENSORS}; not this model's")
-    for tensor, file in places.items():
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise ConvertError(f"{where}: has no valid weight_map; copy it again")
+    if len(weight_map) > MAX_TENSORS:
+        raise ConvertError(
+            f"{where}: {len(weight_map)} tensors, more than {MAX_TENSORS}; not this model's index"
+        )
+    for tensor, file in weight_map.items():
         if not _PLAIN.fullmatch(file):
             raise ConvertError(
-                f"{where}: {printable(tensor, 80)} is said to be in {quoted(file)}, which is no "
-                "plain file name of this folder; do not trust this checkpoint"
+                f"{where}: {printable(tensor, 80)} refers to {quoted(file)}, which is not a plain "
+                "file name in this folder; do not trust this checkpoint"
             )
-    return places
+    return weight_map
 
 
 def _header(file: ByteFile) -> tuple[dict[str, Any], int]:
     """Return the header without its metadata, and the offset of the data."""
     if file.size < 8:
-        raise _broken(file, f"{file.size} bytes are too few for a header")
+        raise _broken(file, f"{file.size} bytes are too short for a header")
     length = int.from_bytes(bytes(file.read(0, 8)), "little")
     if length > min(MAX_JSON_BYTES, file.size - 8):
         raise _broken(file, f"a header of {length} bytes in a file of {file.size}")
@@ -195,32 +199,32 @@ def _header(file: ByteFile) -> tuple[dict[str, Any], int]:
     except TextFileError as error:
         raise _broken(file, str(error)) from error
     if not isinstance(header, dict):
-        raise _broken(file, "its header is no table of tensors")
+        raise _broken(file, "its header is not a table of tensors")
     header.pop("__metadata__", None)
     if len(header) > MAX_TENSORS:
-        raise _broken(file, f"a header of {len(header)} tensors, over {MAX_TENSORS}")
+        raise _broken(file, f"a header of {len(header)} tensors, more than {MAX_TENSORS}")
     if long := next((name for name in header if len(name) > MAX_NAME), None):
-        raise _broken(file, f"a name of {len(long)} characters, over {MAX_NAME}")
+        raise _broken(file, f"a name of {len(long)} characters, more than {MAX_NAME}")
     return header, 8 + length
 
 
 def _offsets(file: ByteFile, name: str, entry: Any) -> tuple[int, int]:
     offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
-    whole = isinstance(offsets, list) and [type(o) for o in offsets] == [int, int]
-    if not whole or not 0 <= offsets[0] <= offsets[1] <= file.size:
+    valid = isinstance(offsets, list) and [type(o) for o in offsets] == [int, int]
+    if not valid or not 0 <= offsets[0] <= offsets[1] <= file.size:
         short = printable(name, 80)
-        raise _broken(file, f"{short} has no data_offsets of two whole numbers within the file")
+        raise _broken(file, f"{short} has no valid data_offsets: two integers within the file")
     return offsets[0], offsets[1]
 
 
 def _entry(file: ByteFile, name: str, entry: Any) -> tuple[tuple[int, ...], str, tuple[int, int]]:
     begin, end = _offsets(file, name, entry)
     shape, dtype, short = entry.get("shape"), entry.get("dtype"), printable(name, 80)
-    whole = isinstance(shape, list) and all(type(n) is int and 0 <= n <= MAX_DIM for n in shape)
-    if not whole or len(shape) > MAX_RANK:
+    valid = isinstance(shape, list) and all(type(n) is int and 0 <= n <= MAX_DIM for n in shape)
+    if not valid or len(shape) > MAX_RANK:
         raise _broken(file, f"{short} has shape {quoted(shape)}")
     if not isinstance(dtype, str) or dtype not in _SIZES:
-        raise ConvertError(f"{file.name}: {short} has dtype {quoted(dtype)}, which is unknown here")
+        raise ConvertError(f"{file.name}: {short} has the unknown dtype {quoted(dtype)}")
     if end - begin != math.prod(shape) * _SIZES[dtype]:
         size = quoted(end - begin)
         raise _broken(file, f"{short}, {dtype} {quoted(shape)}, cannot have {size} bytes")
@@ -255,7 +259,7 @@ def _shards(tensors: dict[str, LazyTensor], shard_bytes: int) -> list[list[str]]
 
 
 def _broken(file: ByteFile, what: str) -> ConvertError:
-    return ConvertError(f"{file.name}: not a whole safetensors file: {what}; copy it again")
+    return ConvertError(f"{file.name}: not a valid safetensors file: {what}; copy it again")
 
 
 # ---- Reading the next tensor while one is written ----

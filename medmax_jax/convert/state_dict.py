@@ -166,8 +166,8 @@ def check_heads(hidden: int, heads: int, kv_heads: int, where: str) -> None:
     """Raise ConvertError where the width or the heads are not divisible."""
     if hidden % heads or heads % kv_heads:
         raise ConvertError(
-            f"{where}: width {hidden}, {heads} heads and {kv_heads} key heads do not divide; not "
-            "the settings of a Chameleon model"
+            f"{where}: hidden size {hidden}, {heads} heads and {kv_heads} key heads are not "
+            "divisible; not the settings of a Chameleon model"
         )
 
 
@@ -217,7 +217,7 @@ def check_settings(model: Model, vocab: Vocab, vq: VQ, where: str) -> None:
     try:
         check_model(model, vocab, vq)
     except ConfigError as error:
-        raise ConvertError(f"{where}: {error}; another model's config") from error
+        raise ConvertError(f"{where}: {error}; not the config of this model") from error
 
 
 def check_gathered(path: str, tensors: dict[str, Any]) -> None:
@@ -228,28 +228,29 @@ def check_gathered(path: str, tensors: dict[str, Any]) -> None:
     empty = [name for name, tensor in tensors.items() if 0 in tensor.shape]
     if tensors and not empty:
         return
-    what = f"{len(empty)} of {len(tensors)} tensors have no elements {_some(empty)}"
+    problem = f"{len(empty)} of {len(tensors)} tensors have no elements {_first_names(empty)}"
     raise ConvertError(
-        f"{path}: {what if tensors else 'holds no tensors'}; a sharded run (ZeRO-3, FSDP) saved it "
-        "without gathering the weights. Save it again gathered (DeepSpeed: zero_to_fp32.py, or "
-        "stage3_gather_16bit_weights_on_model_save)"
+        f"{path}: {problem if tensors else 'contains no tensors'}; a sharded run (ZeRO-3, FSDP) "
+        "saved it without gathering the weights. Gather them and save again (DeepSpeed: "
+        "zero_to_fp32.py, or stage3_gather_16bit_weights_on_model_save)"
     )
 
 
-def check_shapes(path: str, have: dict[str, Any], want: dict[str, tuple[int, ...]]) -> None:
+def check_shapes(path: str, tensors: dict[str, Any], expected: dict[str, tuple[int, ...]]) -> None:
     """Raise ConvertError unless the names are exactly these, each of its shape and a float."""
-    check_gathered(path, have)
-    extra, missing = sorted(set(have) - set(want)), sorted(set(want) - set(have))
+    check_gathered(path, tensors)
+    extra, missing = sorted(set(tensors) - set(expected)), sorted(set(expected) - set(tensors))
     if extra or missing:
         raise ConvertError(
-            f"{path}: {len(missing)} tensors missing {_some(missing)}, "
-            f"{len(extra)} without a place {_some(extra)}; not this model, or an incomplete copy"
+            f"{path}: {len(missing)} tensors are missing {_first_names(missing)}, "
+            f"{len(extra)} are unexpected {_first_names(extra)}; not this model, or an incomplete "
+            "copy"
         )
-    for name, shape in want.items():
-        if have[name].shape != shape:
+    for name, shape in expected.items():
+        if tensors[name].shape != shape:
             raise ConvertError(
-                f"{have[name].where}: shape {quoted(have[name].shape)}, the config of {path} asks "
-                f"for {shape}; another model's weights or config"
+                f"{tensors[name].where}: shape {quoted(tensors[name].shape)}, but the config of "
+                f"{path} requires {shape}; weights and config belong to different models"
             )
 
 
@@ -257,8 +258,8 @@ def check_dtype(dtype: str, where: str) -> None:
     """Raise ConvertError on integers, float64, float8: no weights of this family have these."""
     if dtype not in DTYPES:
         raise ConvertError(
-            f"{where}: dtype {dtype}; weights are {', '.join(DTYPES)}, so cast them in the program "
-            "that wrote the file (quantised weights: convert the original ones)"
+            f"{where}: dtype {dtype} is not supported; weights must be {', '.join(DTYPES)}: cast "
+            "them in the program that wrote the file (for quantized weights, convert the original)"
         )
 
 
@@ -267,10 +268,10 @@ def check_finite(array: np.ndarray, where: str) -> np.ndarray:
     flat = np.ravel(array, order="K")
     for start in range(0, flat.size, _PIECE):
         if not _all_finite(flat[start : start + _PIECE]):
-            bad = array.size - int(np.isfinite(array).sum())
+            non_finite = array.size - int(np.isfinite(array).sum())
             raise ConvertError(
-                f"{where}: {bad} of {array.size} numbers are NaN or infinite; a broken training "
-                "run or a damaged copy: use an earlier checkpoint"
+                f"{where}: {non_finite} of {array.size} values are NaN or infinite; a diverged "
+                "training run or a damaged copy: use an earlier checkpoint"
             )
     return array
 
@@ -289,12 +290,12 @@ def fingerprint(tensors: dict[str, LazyTensor]) -> str:
     It is the same for one model in every layout and float dtype; any training changes it. It
     identifies a model and does not protect against damage: the CRCs do.
     """
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        found.update(f"{name} {tensor.shape}".encode())
+        digest.update(f"{name} {tensor.shape}".encode())
         for block in _blocks(tensor):
-            found.update(np.ascontiguousarray(block).astype(ml_dtypes.bfloat16).tobytes())
-    return found.hexdigest()
+            digest.update(np.ascontiguousarray(block).astype(ml_dtypes.bfloat16).tobytes())
+    return digest.hexdigest()
 
 
 def _blocks(tensor: LazyTensor) -> Iterator[Float[np.ndarray, "..."]]:
@@ -304,7 +305,7 @@ def _blocks(tensor: LazyTensor) -> Iterator[Float[np.ndarray, "..."]]:
         yield tensor.block(slice(length - SAMPLE_ROWS, length), columns)
 
 
-def _some(names: list[str]) -> str:
+def _first_names(names: list[str]) -> str:
     if not names:
         return ""
     few = ", ".join(printable(name, 80) for name in names[:4])

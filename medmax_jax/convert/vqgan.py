@@ -35,7 +35,7 @@ from medmax_jax.models import vqgan
 TAMING_GROUPS = 32  # of every GroupNorm, fixed in the code of taming-transformers and of HF
 
 
-class Place(NamedTuple):
+class TensorLocation(NamedTuple):
     """The location of a taming tensor in this project, and its shape there."""
 
     name: str
@@ -56,40 +56,42 @@ def settings(fields: dict[str, Any], *, double: Any, attention: Any, where: str)
     sides = [] if attention is None else attention
     if not isinstance(sides, list) or not all(type(side) is int for side in sides):
         raise ConvertError(
-            f"{where}: attention at {quoted(attention)}; it must be a list of whole numbers"
+            f"{where}: attention at {quoted(attention)}; it must be a list of integers"
         )
     levels = {vq.image_size // 2**level for level in range(len(vq.channel_mult))}
     if double or levels & set(sides):
         raise ConvertError(
-            f"{where}: double latents {quoted(double)}, attention at {quoted(attention)}; the "
-            "VQGAN of this family has neither"
+            f"{where}: double latents are {quoted(double)}, attention is at {quoted(attention)}; "
+            "the VQGAN of this family has neither"
         )
     return vq
 
 
 @functools.lru_cache(maxsize=8)  # tracing the net takes seconds
-def key_map(vq: VQ) -> dict[str, Place]:
+def key_map(vq: VQ) -> dict[str, TensorLocation]:
     """Return taming name -> location of every tensor of the VQGAN; must not be modified."""
-    found = {}
+    locations = {}
     for name, leaf in safetensors_file.flatten_named(vqgan.abstract(vq)).items():
         path, _, last = name.rpartition(".")
         taming = f"{name}.weight" if last == "embedding" else f"{path}.weight"
-        found[name if last == "bias" else taming] = Place(name, tuple(leaf.shape))
-    return found
+        locations[name if last == "bias" else taming] = TensorLocation(name, tuple(leaf.shape))
+    return locations
 
 
 def shapes(vq: VQ, *, decoder: bool) -> dict[str, tuple[int, ...]]:
     """Return taming name -> shape in taming-transformers."""
-    found = {name: _taming_shape(place.shape) for name, place in key_map(vq).items()}
-    return {n: s for n, s in found.items() if decoder or not n.startswith("decoder.")}
+    taming_shapes = {name: _taming_shape(location.shape) for name, location in key_map(vq).items()}
+    return {n: s for n, s in taming_shapes.items() if decoder or not n.startswith("decoder.")}
 
 
-def check(path: str, have: dict[str, LazyTensor], vq: VQ) -> dict[str, LazyTensor]:
+def check(path: str, tensors: dict[str, LazyTensor], vq: VQ) -> dict[str, LazyTensor]:
     """Return the tensors; raise ConvertError unless they are a VQGAN, with or without decoder."""
-    if have:
-        vqgan.check_blocks(have, vq, path)
-        check_shapes(path, have, shapes(vq, decoder=any(n.startswith("decoder.") for n in have)))
-    return have
+    if tensors:
+        vqgan.check_blocks(tensors, vq, path)
+        check_shapes(
+            path, tensors, shapes(vq, decoder=any(n.startswith("decoder.") for n in tensors))
+        )
+    return tensors
 
 
 def as_native(tensor: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
@@ -144,15 +146,15 @@ def read_vqgan(folder: Folder, prefix: str) -> tuple[dict[str, LazyTensor], VQ]:
         return {}, vqgan.RELEASED
     if not folder.has(prefix + YAML):
         raise ConvertError(
-            f"{folder.path}/{prefix}{YAML}: missing; it says how the net of {CKPT} is built, "
-            "copy it from where the checkpoint came from"
+            f"{folder.path}/{prefix}{YAML} is missing; it defines the network of {CKPT}, "
+            "so copy it from the source of the checkpoint"
         )
     vq, file = meta_vqgan_settings(folder, prefix), folder.file(prefix + CKPT)
-    held = safetensors_stream.read_torch(file)
-    found = {name: tensor for name, tensor in held.items() if not name.startswith(LOSS)}
-    for tensor in found.values():
+    stored = safetensors_stream.read_torch(file)
+    tensors = {name: tensor for name, tensor in stored.items() if not name.startswith(LOSS)}
+    for tensor in tensors.values():
         check_dtype(tensor.dtype, tensor.where)
-    return check(file.name, found, vq), vq
+    return check(file.name, tensors, vq), vq
 
 
 def write(
@@ -165,11 +167,11 @@ def write(
     def parts():
         for name, tensor in checkpoint.vqgan.items():
 
-            def whole(tensor=tensor) -> np.ndarray:
+            def read_tensor(tensor=tensor) -> np.ndarray:
                 progress(tensor.nbytes)
                 return check_finite(tensor.read(), tensor.where)
 
-            yield name, tensor.shape, tensor.dtype, whole
+            yield name, tensor.shape, tensor.dtype, read_tensor
 
     with folder.stream(prefix + CKPT) as out:
         torch_file.write(out, parts(), wrap="state_dict")
@@ -181,12 +183,14 @@ def meta_vqgan_settings(folder: Folder, prefix: str) -> VQ:
     """Return the settings of vqgan.yaml; raise ConvertError on a net of another kind."""
     where = f"{folder.path}/{prefix}{YAML}"
     if folder.size(prefix + YAML) > MAX_YAML_BYTES:
-        raise ConvertError(f"{where}: over {MAX_YAML_BYTES} bytes; not the settings of a net")
+        raise ConvertError(
+            f"{where}: more than {MAX_YAML_BYTES} bytes; not the settings of a VQGAN"
+        )
     try:
-        found = parse_yaml(bytes(folder.read(prefix + YAML)), where)
+        content = parse_yaml(bytes(folder.read(prefix + YAML)), where)
     except TextFileError as error:
         raise ConvertError(f"{error}; not the yaml of a taming VQGAN") from error
-    params = section(section(found, "model", where), "params", where)
+    params = section(section(content, "model", where), "params", where)
     net = section(params, "ddconfig", where)
     fields = dict(
         image_size=net.get("resolution"),

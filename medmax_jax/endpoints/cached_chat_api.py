@@ -32,7 +32,7 @@ MAX_SILENT = 10
 POLL_S = 0.2  # seconds until a signal is noticed
 CHARS_PER_TOKEN = 4  # approximate, for English; only estimates use it
 # between the 85 and the roughly 1,500 tokens that vision endpoints count
-TOKENS_PER_PICTURE = 1_000
+TOKENS_PER_IMAGE = 1_000
 TOKENS_PER_MESSAGE = 8  # role and separators, approximate
 
 
@@ -50,11 +50,13 @@ class Cache:
 
     def __init__(self, journal: Journal):
         self._journal, self._replies, self._lock = journal, {}, threading.Lock()
-        self.asked = 0  # calls of this run that were answered
+        self.new_calls = 0  # calls of this run that were answered
         names = {field.name for field in dataclasses.fields(Reply)}
         for row in journal.rows:
             if not names < set(row) or not isinstance(row.get("key"), str):
-                raise EndpointError(f"{journal.path}: a line is no reply; name another cache")
+                raise EndpointError(
+                    f"{journal.path}: a line is not a reply; use another cache file"
+                )
             self._replies[row["key"]] = Reply(**{name: row[name] for name in names})
         self.answered = any(not reply.problem for reply in self._replies.values())
 
@@ -67,7 +69,7 @@ class Cache:
         self._journal.append({"key": key, "model": model} | dataclasses.asdict(reply))
         with self._lock:
             self._replies[key] = reply
-            self.asked += 1
+            self.new_calls += 1
             self.answered |= not reply.problem
 
 
@@ -88,7 +90,7 @@ def cache_key(endpoint: Endpoint, messages: Messages) -> str:
 
 def complete_all(
     endpoint: Endpoint,
-    asks: Iterable[ChatRequest],
+    requests: Iterable[ChatRequest],
     cache: Cache,
     *,
     concurrency: int,
@@ -101,25 +103,25 @@ def complete_all(
     because they are paid for. Raises EndpointError when an endpoint refuses everything or is down.
     """
     with concurrent.futures.ThreadPoolExecutor(concurrency) as pool:
-        flight = _InFlight(endpoint, cache, pool, stopped)
+        in_flight = _InFlight(endpoint, cache, pool, stopped)
         try:
-            for one in asks:
-                key = cache_key(endpoint, one.messages)
-                if (known := cache.get(key)) is not None:
-                    yield one, known
-                elif not flight.is_duplicate(one, key):
-                    yield from flight.wait_for_replies(concurrency - 1)
+            for request in requests:
+                key = cache_key(endpoint, request.messages)
+                if (reply := cache.get(key)) is not None:
+                    yield request, reply
+                elif not in_flight.is_duplicate(request, key):
+                    yield from in_flight.wait_for_replies(concurrency - 1)
                     if stopped():
                         break
-                    flight.start(one, key)
-            yield from flight.wait_for_replies(0)
-            yield from flight.failed_requests()
+                    in_flight.start(request, key)
+            yield from in_flight.wait_for_replies(0)
+            yield from in_flight.failed_requests()
         finally:
-            flight.halt.set()  # the pool waits for its threads: they must not start a retry
+            in_flight.halt.set()  # the pool waits for its threads: they must not start a retry
 
 
 def estimate(
-    endpoint: Endpoint, asks: Iterable[ChatRequest], cache: Cache | None, *, tokens_out: int
+    endpoint: Endpoint, requests: Iterable[ChatRequest], cache: Cache | None, *, tokens_out: int
 ) -> dict[str, Any]:
     """Return the number of calls and the approximate number of tokens.
 
@@ -127,16 +129,16 @@ def estimate(
     """
     calls = tokens_in = 0
     seen: set[str] = set()
-    for one in asks:
-        key = cache_key(endpoint, one.messages)
+    for request in requests:
+        key = cache_key(endpoint, request.messages)
         if key in seen or (cache is not None and cache.get(key) is not None):
             continue
         seen.add(key)
         calls += 1
-        for message in one.messages:
-            chars, pictures = message_size(message["content"])
+        for message in request.messages:
+            chars, images = message_size(message["content"])
             tokens_in += chars // CHARS_PER_TOKEN + TOKENS_PER_MESSAGE
-            tokens_in += pictures * TOKENS_PER_PICTURE
+            tokens_in += images * TOKENS_PER_IMAGE
     return dict(calls=calls, tokens_in=tokens_in, tokens_out=calls * tokens_out)
 
 
@@ -154,61 +156,68 @@ class _InFlight:
         self.by_key: dict[str, concurrent.futures.Future] = {}
         self.doubtful: list[tuple[str, list[ChatRequest], Reply]] = []
 
-    def is_duplicate(self, one: ChatRequest, key: str) -> bool:
+    def is_duplicate(self, request: ChatRequest, key: str) -> bool:
         """Return whether an equal request is in flight; if so, add this one to it."""
         if joined := key in self.by_key:
-            self.calls[self.by_key[key]][1].append(one)
+            self.calls[self.by_key[key]][1].append(request)
         return joined
 
-    def start(self, one: ChatRequest, key: str) -> None:
-        self.by_key[key] = future = self.pool.submit(self._call, one, key)
-        self.calls[future] = (key, [one])
+    def start(self, request: ChatRequest, key: str) -> None:
+        self.by_key[key] = future = self.pool.submit(self._call, request, key)
+        self.calls[future] = (key, [request])
 
-    def wait_for_replies(self, most: int) -> Iterator[tuple[ChatRequest, Reply | TransientError]]:
-        """Yield the replies that arrived; wait until at most `most` calls are in flight."""
-        while len(self.calls) > most:
+    def wait_for_replies(
+        self, max_in_flight: int
+    ) -> Iterator[tuple[ChatRequest, Reply | TransientError]]:
+        """Yield the replies that arrived; wait until at most `max_in_flight` calls remain."""
+        while len(self.calls) > max_in_flight:
             if self.stopped():
                 self.halt.set()
             done, _ = concurrent.futures.wait(
                 self.calls, POLL_S, return_when=concurrent.futures.FIRST_COMPLETED
             )
             for future in done:
-                key, asks = self.calls.pop(future)
+                key, requests = self.calls.pop(future)
                 del self.by_key[key]
-                yield from self._taken(key, asks, _result(future))
+                yield from self._handle_outcome(key, requests, _result(future))
 
     def failed_requests(self) -> Iterator[tuple[ChatRequest, TransientError]]:
         """Yield the doubtful requests, when no usable reply arrived until the end."""
-        for _, asks, reply in self.doubtful:
+        for _, requests, reply in self.doubtful:
             yield from (
-                (one, TransientError(f"{self.endpoint.model}: {reply.problem}")) for one in asks
+                (request, TransientError(f"{self.endpoint.model}: {reply.problem}"))
+                for request in requests
             )
 
-    def _taken(self, key: str, asks: list[ChatRequest], found: Reply | TransientError):
-        good = isinstance(found, Reply) and (not found.problem or self.cache.answered)
+    def _handle_outcome(
+        self, key: str, requests: list[ChatRequest], outcome: Reply | TransientError
+    ):
+        good = isinstance(outcome, Reply) and (not outcome.problem or self.cache.answered)
         self.silent = 0 if good else self.silent + 1
-        if not good and isinstance(found, Reply):
-            self.doubtful.append((key, asks, found))
+        if not good and isinstance(outcome, Reply):
+            self.doubtful.append((key, requests, outcome))
         else:
             if good and self.cache.get(key) is None:  # it was doubtful when it arrived
-                self.cache.put(key, self.endpoint.model, found)
-            yield from ((one, found) for one in asks)
+                self.cache.put(key, self.endpoint.model, outcome)
+            yield from ((request, outcome) for request in requests)
         if good:
-            for key, asks, reply in self.doubtful:
+            for key, requests, reply in self.doubtful:
                 self.cache.put(key, self.endpoint.model, reply)
-                yield from ((one, reply) for one in asks)
+                yield from ((request, reply) for request in requests)
             self.doubtful = []
         if self.silent >= MAX_SILENT and not self.halt.is_set():
-            why = getattr(found, "problem", found)
+            reason = getattr(outcome, "problem", outcome)
             raise EndpointError(
                 f"{self.endpoint.model} at {self.endpoint.url}: {self.silent} calls in a row had "
-                f"no usable reply; look at the endpoint and its parameters. The last: {why}"
+                f"no usable reply; check the endpoint and its parameters. Last error: {reason}"
             )
 
-    def _call(self, one: ChatRequest, key: str) -> Reply:
+    def _call(self, request: ChatRequest, key: str) -> Reply:
         if self.halt.is_set():
-            raise TransientError("stopped before it was asked")
-        reply = request_completion(self.endpoint, one.messages, one.data_class, wait=self.halt.wait)
+            raise TransientError("stopped before the request was sent")
+        reply = request_completion(
+            self.endpoint, request.messages, request.data_class, wait=self.halt.wait
+        )
         if not reply.problem or self.cache.answered:
             self.cache.put(key, self.endpoint.model, reply)
         return reply

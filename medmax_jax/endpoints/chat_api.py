@@ -88,9 +88,9 @@ class Endpoint:
     def __post_init__(self):
         egress.parse_address(self.url)
         if not self.model:
-            raise EndpointError(f"endpoint {self.url}: has no model; write MODEL@URL")
-        if wrong := RESERVED_PARAMETERS & set(self.parameters):
-            raise EndpointError(f"parameters: {sorted(wrong)[0]!r} is not yours to set; remove it")
+            raise EndpointError(f"endpoint {self.url} has no model; use the form MODEL@URL")
+        if reserved := RESERVED_PARAMETERS & set(self.parameters):
+            raise EndpointError(f"parameters: {sorted(reserved)[0]!r} is reserved; remove it")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,18 +126,18 @@ def request_completion(
     request = {"model": endpoint.model, "messages": list(messages), **parameters}
     body = json.dumps(request).encode()
     for attempt in range(endpoint.retries + 1):
-        found = _attempt(endpoint, address, key, body)
-        if isinstance(found, Reply):
-            return found
-        if attempt < endpoint.retries and wait(_pause(found, attempt, endpoint)):
+        outcome = _attempt(endpoint, address, key, body)
+        if isinstance(outcome, Reply):
+            return outcome
+        if attempt < endpoint.retries and wait(_pause(outcome, attempt, endpoint)):
             raise TransientError(
-                f"{endpoint.model} at {address.name}: stopped while waiting to ask again"
+                f"{endpoint.model} at {address.name}: stopped while waiting for a retry"
             )
-    if found.reply:
-        return found.reply
+    if outcome.reply:
+        return outcome.reply
     raise TransientError(
         f"{endpoint.model} at {address.name}: no reply after {endpoint.retries + 1} attempts "
-        f"({found.why}); try later, or with fewer calls at once"
+        f"({outcome.why}); try again later, or with a lower concurrency"
     )
 
 
@@ -150,7 +150,9 @@ def parse_model_at_url(text: str) -> tuple[str, str]:
     match = re.fullmatch(r"(.+)@(https?://.+)", text, re.IGNORECASE | re.DOTALL)
     if not match:
         shown = re.sub(r"://[^/@]*@", "://[hidden]@", printable(text))  # it may contain a password
-        raise EndpointError(f"endpoint {shown!r}: write MODEL@URL, like m@http://127.0.0.1:8000/v1")
+        raise EndpointError(
+            f"endpoint {shown!r}: use the form MODEL@URL, as m@http://127.0.0.1:8000/v1"
+        )
     return match[1], match[2].rstrip("/")
 
 
@@ -195,9 +197,9 @@ def check_ready(endpoint: Endpoint) -> None:
         ) from error
 
 
-def text_part(words: str) -> dict[str, Any]:
+def text_part(text: str) -> dict[str, Any]:
     """Return text as a part of a message's content, next to images."""
-    return {"type": "text", "text": words}
+    return {"type": "text", "text": text}
 
 
 def image_part(png: bytes) -> dict[str, Any]:
@@ -239,32 +241,34 @@ class _Retry:
 
 def _attempt(endpoint: Endpoint, address: egress.Address, key: str, body: bytes) -> Reply | _Retry:
     try:
-        status, headers, data, whole = _post(endpoint, address, key, body)
+        status, headers, data, complete = _post(endpoint, address, key, body)
     except ssl.SSLCertVerificationError as error:
         raise EndpointError(
             f"{address.name}: certificate not trusted ({error.verify_message}); "
-            "give SSL_CERT_FILE the authority that signed it"
+            "set SSL_CERT_FILE to the certificate of the signing authority"
         ) from error
     except (OSError, http.client.HTTPException) as error:
-        said = _hide(str(error), key) or type(error).__name__
+        message = _hide(str(error), key) or type(error).__name__
         # An OSError is this machine's own text; any other has the server's status line in it.
-        return _Retry(why=_short(said) if isinstance(error, OSError) else _quote(endpoint, said))
+        return _Retry(
+            why=_short(message) if isinstance(error, OSError) else _quote(endpoint, message)
+        )
     if status == 200:
-        return _read_reply(endpoint, address, key, data, whole)
-    said = _raw(data, key)
+        return _read_reply(endpoint, address, key, data, complete)
+    message = _raw(data, key)
     if status in TRANSIENT or status >= 500:
-        why = f"status {status}: {_quote(endpoint, said)}"
+        why = f"status {status}: {_quote(endpoint, message)}"
         return _Retry(why=why, after_s=_retry_after(headers))
     if status in REFUSED:
-        problem = f"status {status}: {_quote(endpoint, said)}"
-        return Reply(status=status, problem=problem, raw=said)
+        problem = f"status {status}: {_quote(endpoint, message)}"
+        return Reply(status=status, problem=problem, raw=message)
     if 300 <= status < 400:
         raise EndpointError(
-            f"{address.name}: redirects elsewhere (status {status}); name the final URL"
+            f"{address.name}: redirects to another URL (status {status}); use the final URL"
         )
     raise EndpointError(
         f"{endpoint.model} at {address.name}{address.path}: status {status}: "
-        f"{_quote(endpoint, said)}; look at the URL, the model's name and the key"
+        f"{_quote(endpoint, message)}; check the URL, the model name and the key"
     )
 
 
@@ -283,15 +287,15 @@ def _post(
         connection.connect()
         # The timeout of a socket applies to one read, and a server that sends slowly would never
         # exceed it.
-        watch = threading.Timer(endpoint.timeout_s, _cut, (connection.sock, late))
-        watch.daemon = True
-        watch.start()
+        watchdog = threading.Timer(endpoint.timeout_s, _abort, (connection.sock, late))
+        watchdog.daemon = True
+        watchdog.start()
         try:
             connection.request("POST", address.path.rstrip("/") + PATH, body, headers)
             with connection.getresponse() as response:
                 data = _read(response, endpoint.max_reply_bytes)
         finally:
-            watch.cancel()
+            watchdog.cancel()
     except (OSError, http.client.HTTPException):
         if not late.is_set():
             raise
@@ -299,8 +303,8 @@ def _post(
         connection.close()
     if late.is_set():  # even without an error: a body without a length looks complete
         raise TimeoutError(f"more than {endpoint.timeout_s:g} s")
-    whole = len(data) <= endpoint.max_reply_bytes
-    return response.status, response.headers, data, whole
+    complete = len(data) <= endpoint.max_reply_bytes
+    return response.status, response.headers, data, complete
 
 
 def _read(response: http.client.HTTPResponse, limit: int) -> bytes:
@@ -313,7 +317,7 @@ def _read(response: http.client.HTTPResponse, limit: int) -> bytes:
     return bytes(data)
 
 
-def _cut(connection: socket.socket, late: threading.Event) -> None:
+def _abort(connection: socket.socket, late: threading.Event) -> None:
     late.set()
     with contextlib.suppress(OSError):  # it may already be closed
         # Not connection.shutdown: that of TLS removes what the reading thread is using.
@@ -321,16 +325,16 @@ def _cut(connection: socket.socket, late: threading.Event) -> None:
 
 
 def _read_reply(
-    endpoint: Endpoint, address: egress.Address, key: str, data: bytes, whole: bool
+    endpoint: Endpoint, address: egress.Address, key: str, data: bytes, complete: bool
 ) -> Reply | _Retry:
     raw = _raw(data, key)
-    if not whole:
+    if not complete:
         return Reply(status=200, problem=f"longer than {endpoint.max_reply_bytes} bytes", raw=raw)
     try:
         # Non-finite numbers and lone surrogates are judged where they are used, or not at all.
         body = parse_json(data, "reply", allow_nonfinite=True, allow_lone_surrogates=True)
     except TextFileError:
-        return _again("not JSON", raw)
+        return _retry_with_reply("not JSON", raw)
     if (error := _error_in(body)) is not None:
         return _read_error(endpoint, address, key, error, raw)
     try:
@@ -338,10 +342,10 @@ def _read_reply(
         message = choice["message"]
         content = message.get("content")
     except (KeyError, IndexError, TypeError, AttributeError):
-        return _again("no choices with a message", raw)
+        return _retry_with_reply("no choices with a message", raw)
     usage = body.get("usage")
     usage = usage if isinstance(usage, dict) else {}
-    facts = dict(
+    reply_fields = dict(
         status=200,
         finish=printable(_hide(str(choice.get("finish_reason") or ""), key), 40),
         tokens_in=_count(usage.get("prompt_tokens")),
@@ -349,19 +353,19 @@ def _read_reply(
     )
     text = _text_of(content)
     if text is not None and text.strip():
-        if facts["finish"] in ("length", "content_filter") and not endpoint.takes_cut:
-            what = f"cut off at the most tokens allowed ({_bound_sent(endpoint)})"
-            if facts["finish"] == "content_filter":
-                what = "cut off (finish_reason content_filter)"
-            return Reply(problem=what, raw=raw, **facts)
-        return Reply(text=_hide(text, key, shortest=MIN_SECRET_CHARS), **facts)
-    if endpoint.takes_empty and facts["finish"] == "stop" and text is not None:
+        if reply_fields["finish"] in ("length", "content_filter") and not endpoint.takes_cut:
+            problem = f"cut off at the token limit ({_bound_sent(endpoint)})"
+            if reply_fields["finish"] == "content_filter":
+                problem = "cut off (finish_reason content_filter)"
+            return Reply(problem=problem, raw=raw, **reply_fields)
+        return Reply(text=_hide(text, key, shortest=MIN_SECRET_CHARS), **reply_fields)
+    if endpoint.takes_empty and reply_fields["finish"] == "stop" and text is not None:
         refusal = message.get("refusal")
         refusal = refusal if isinstance(refusal, str) else ""
-        return Reply(text=_hide(refusal, key, shortest=MIN_SECRET_CHARS), **facts)
-    why = {"": "", "stop": "", "length": f" ({_bound_sent(endpoint)}; allow more)"}
-    more = why.get(facts["finish"], f" (finish_reason {facts['finish']})")
-    return Reply(problem=f"no text in the message{more}", raw=raw, **facts)
+        return Reply(text=_hide(refusal, key, shortest=MIN_SECRET_CHARS), **reply_fields)
+    notes = {"": "", "stop": "", "length": f" ({_bound_sent(endpoint)}; allow more)"}
+    note = notes.get(reply_fields["finish"], f" (finish_reason {reply_fields['finish']})")
+    return Reply(problem=f"no text in the message{note}", raw=raw, **reply_fields)
 
 
 def _text_of(content: Any) -> str | None:
@@ -387,8 +391,8 @@ def _bound_sent(endpoint: Endpoint) -> str:
     """Return the message on a reply that ended at its token limit."""
     sent = sent_parameters(endpoint.parameters)
     bounds = [f"{name} {sent[name]}" for name in BOUNDS if name in sent]
-    what = f"{' and '.join(bounds)} was sent" if bounds else "no max_tokens was sent"
-    return f"finish_reason length; {what}"
+    limits = f"{' and '.join(bounds)} was sent" if bounds else "no max_tokens was sent"
+    return f"finish_reason length; {limits}"
 
 
 def _error_in(body: Any) -> Any:
@@ -410,9 +414,9 @@ def _read_error(
     """Return the result of an error inside a 200, handled like the status that its code states."""
     stated = error if isinstance(error, dict) else {}
     message, code = stated.get("message"), stated.get("code")
-    said = message if isinstance(message, str) else error
-    said = said if isinstance(said, str) else json.dumps(said)
-    why = f"status 200 with an error: {_quote(endpoint, _hide(said, key))}"
+    message_text = message if isinstance(message, str) else error
+    message_text = message_text if isinstance(message_text, str) else json.dumps(message_text)
+    why = f"status 200 with an error: {_quote(endpoint, _hide(message_text, key))}"
     if isinstance(code, str) and re.fullmatch(r"[1-5]\d\d", code):
         code = int(code)
     if type(code) is int and code in REFUSED:
@@ -422,18 +426,18 @@ def _read_error(
     if type(code) is int and 400 <= code < 500 and code not in TRANSIENT:
         raise EndpointError(
             f"{endpoint.model} at {address.name}{address.path}: {why} (code {code}); "
-            "look at the URL, the model's name and the key"
+            "check the URL, the model name and the key"
         )
     return _Retry(why=why)
 
 
 def _raw(data: bytes, key: str) -> str:
     """Return the first RAW_CHARS characters of a body without the key, also at their end."""
-    most = 4 * RAW_CHARS + 64 * len(key)  # an escaped character of a key has several bytes
-    return _hide(data[:most].decode(errors="replace"), key)[:RAW_CHARS]
+    max_bytes = 4 * RAW_CHARS + 64 * len(key)  # an escaped character of a key has several bytes
+    return _hide(data[:max_bytes].decode(errors="replace"), key)[:RAW_CHARS]
 
 
-def _again(why: str, raw: str) -> _Retry:
+def _retry_with_reply(why: str, raw: str) -> _Retry:
     return _Retry(why=why, reply=Reply(status=200, problem=why, raw=raw))
 
 
@@ -448,11 +452,13 @@ def _key(endpoint: Endpoint, address: egress.Address) -> str:
     if not re.fullmatch(r"[!-~]+", key):
         # Not shown, not even in part; and http.client would show a key with a line break.
         raise EndpointError(
-            f"the environment variable {variable(endpoint.key_env)} has no usable key: set it to "
-            "one, plain ASCII without spaces"
+            f"the environment variable {variable(endpoint.key_env)} has no usable key; set it to a "
+            "key in plain ASCII without spaces"
         )
     if address.scheme != "https" and not address.loopback:
-        raise EndpointError(f"a key for {address.name} would be readable over http; use https")
+        raise EndpointError(
+            f"a key for {address.name} would be sent unencrypted over http; use https"
+        )
     return key
 
 
@@ -483,14 +489,14 @@ def _key_pattern(key: str) -> re.Pattern[str]:
 
 def _base64_of(key: str) -> set[str]:
     """Return patterns of the key inside base64, whatever precedes and follows it."""
-    found = set()
+    patterns = set()
     for before in range(3):
         coded = base64.b64encode(b"\0" * before + key.encode()).decode().rstrip("=")
         start = (0, 2, 3)[before]  # characters that depend on the bytes before the key
         end = len(coded) - bool((before + len(key)) % 3)
         if end - start >= 8:
-            found |= {re.escape(coded[start:end].translate(t)) for t in ({}, {43: "-", 47: "_"})}
-    return found
+            patterns |= {re.escape(coded[start:end].translate(t)) for t in ({}, {43: "-", 47: "_"})}
+    return patterns
 
 
 def _quote(endpoint: Endpoint, text: str) -> str:
@@ -499,20 +505,20 @@ def _quote(endpoint: Endpoint, text: str) -> str:
 
 
 def _short(text: str) -> str:
-    return printable(text.strip()) or "nothing said"
+    return printable(text.strip()) or "no message"
 
 
-def _pause(found: _Retry, attempt: int, endpoint: Endpoint) -> float:
-    if found.after_s is None:
+def _pause(retry: _Retry, attempt: int, endpoint: Endpoint) -> float:
+    if retry.after_s is None:
         # Random, so that calls which failed together are not repeated together.
         doubled = FIRST_WAIT_S * 2**attempt * random.uniform(0.5, 1.0)
         return min(doubled, endpoint.max_wait_s)
-    if found.after_s > endpoint.max_wait_s:
+    if retry.after_s > endpoint.max_wait_s:
         raise TransientError(
-            f"{endpoint.model}: asks to wait {found.after_s:.0f} s ({found.why}), more than "
-            f"max_wait_s {endpoint.max_wait_s:g}; try later"
+            f"{endpoint.model}: requests a wait of {retry.after_s:.0f} s ({retry.why}), longer "
+            f"than max_wait_s {endpoint.max_wait_s:g}; try again later"
         )
-    return found.after_s
+    return retry.after_s
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:

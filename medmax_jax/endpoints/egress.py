@@ -60,19 +60,19 @@ def check(url: str, data_class: str, *, listed: frozenset[str]) -> Address:
     address = parse_address(url)
     if data_class not in CLASSES:
         raise OutgoingError(
-            f"class {data_class!r} of data for {address.name}: use one of {', '.join(CLASSES)}"
+            f"data class {data_class!r} for {address.name}: use one of {', '.join(CLASSES)}"
         )
     if data_class != CREDENTIALED:
         return address
     if address.name not in listed:
         raise OutgoingError(
-            f"credentialed data may not go to {address.name}, which is not listed for it; leave "
-            f"these rows out, or list {address.name} if their data use agreement allows that host"
+            f"credentialed data may not be sent to {address.name}, which is not listed as an "
+            f"allowed host; exclude these rows, or list {address.name} if their data use "
+            "agreement allows that host"
         )
     if address.scheme != "https" and not address.loopback:
         raise OutgoingError(
-            f"credentialed data may not go to {address.name} over http, where others can read it; "
-            "use https"
+            f"credentialed data may not be sent to {address.name} unencrypted over http; use https"
         )
     return address
 
@@ -83,20 +83,28 @@ def parse_address(url: str) -> Address:
     Ambiguous means that two parsers could read it in two ways.
     """
     if not re.fullmatch(r"[!-~]+", url) or "\\" in url:
-        raise OutgoingError(f"url {url!r}: use plain ASCII without spaces or backslashes")
+        raise OutgoingError(
+            f"url {url!r} is not plain ASCII without spaces and backslashes; correct it"
+        )
     try:
         parts = urllib.parse.urlsplit(url)
         port = parts.port
     except ValueError as error:
-        raise OutgoingError(f"url {url!r}: {error}; write https://host:port/path") from error
+        raise OutgoingError(f"url {url!r}: {error}; use the form https://host:port/path") from error
     if parts.username is not None or parts.password is not None:
         # Not shown: the part before an @ is a secret.
-        raise OutgoingError("url has a user or password in it; name a variable with the key")
+        raise OutgoingError(
+            "url contains a user or password; use an environment variable for the key"
+        )
     host = (parts.hostname or "").removesuffix(".")
     if parts.scheme not in PORTS or not re.fullmatch(r"[a-z0-9._-]+|[0-9a-f:.]+", host):
-        raise OutgoingError(f"url {url!r}: no http or https host; write https://host:port/path")
+        raise OutgoingError(
+            f"url {url!r} has no http or https host; use the form https://host:port/path"
+        )
     if parts.query or parts.fragment or port == 0:
-        raise OutgoingError(f"url {url!r}: has ?, # or port 0; write https://host:port/path")
+        raise OutgoingError(
+            f"url {url!r} contains ?, # or port 0; use the form https://host:port/path"
+        )
     return Address(
         scheme=parts.scheme, host=host, port=port or PORTS[parts.scheme], path=parts.path
     )
@@ -125,11 +133,11 @@ def data_class_of(row: Mapping[str, Any], where: str, *, default: str | None = N
     if stated in (None, ""):
         stated = None
     elif stated not in CLASSES:
-        shown = _shown(stated, credential)
-        raise OutgoingError(f"{where}: data_class is {shown}; use one of {', '.join(CLASSES)}")
+        value = _shown(stated, credential)
+        raise OutgoingError(f"{where}: data_class is {value}; use one of {', '.join(CLASSES)}")
     if stated and credential and (stated == CREDENTIALED) != (credential == "yes"):
         raise OutgoingError(
-            f"{where}: data_class {stated!r} but credential {credential}; correct one of them"
+            f"{where}: data_class is {stated!r} but credential is {credential}; correct one of them"
         )
     if stated:
         return stated
@@ -137,8 +145,8 @@ def data_class_of(row: Mapping[str, Any], where: str, *, default: str | None = N
         return strictest([class_of_credential(credential), *([default] if default else [])])
     if default is None:
         raise OutgoingError(
-            f"{where}: no data_class, and credential is {row.get('credential')!r}; "
-            f"give it a data_class of {', '.join(CLASSES)}"
+            f"{where}: data_class is missing and credential is {row.get('credential')!r}; "
+            f"set data_class to one of {', '.join(CLASSES)}"
         )
     return default
 
@@ -162,11 +170,11 @@ def describe(row: Mapping[str, Any], field: str) -> str:
     if field not in row:
         return "missing"
     try:
-        known = data_class_of(row, "") != CREDENTIALED
+        may_be_shown = data_class_of(row, "") != CREDENTIALED
     except OutgoingError:
-        known = False
+        may_be_shown = False
     value = row[field]
-    return printable(repr(value)) if known else f"of type {type(value).__name__}"
+    return printable(repr(value)) if may_be_shown else f"of type {type(value).__name__}"
 
 
 def _credential_of(row: Mapping[str, Any], where: str) -> str:
@@ -174,10 +182,10 @@ def _credential_of(row: Mapping[str, Any], where: str) -> str:
     value = row.get("credential")
     if value is None or value == "":
         return ""
-    found = value.strip().lower() if isinstance(value, str) else ""
-    if found not in ("yes", "no"):
+    answer = value.strip().lower() if isinstance(value, str) else ""
+    if answer not in ("yes", "no"):
         raise OutgoingError(f"{where}: credential is {_shown(value, 'no')}; use yes or no")
-    return found
+    return answer
 
 
 def _shown(value: Any, credential: str) -> str:

@@ -47,8 +47,8 @@ def final_answer(text: str) -> str | None:
     answer, the answer is returned.
     """
     if _BARE_CHANNEL.match(text):
-        _, found, answer = text.rpartition(_BARE_FINAL)
-        return answer.strip() if found else None
+        _, separator, answer = text.rpartition(_BARE_FINAL)
+        return answer.strip() if separator else None
     opens, closes = list(_OPEN.finditer(text)), list(_CLOSE.finditer(text))
     end = closes[-1].end() if closes else 0
     if opens and opens[-1].start() >= end:

@@ -100,57 +100,60 @@ def _on_disk(path: str, bytes_needed: int, seal: str) -> Iterator[Folder]:
 @contextlib.contextmanager
 def _sealed(store: Bucket, seal: str) -> Iterator[None]:
     """Hold the commit file back and write it after the block; delete everything on an error."""
-    claim = LOCK_OBJECT + secrets.token_hex(8)
-    store.write(claim, b"")
+    lock_object = LOCK_OBJECT + secrets.token_hex(8)
+    store.write(lock_object, b"")
     try:
-        _check_alone(store, claim, seal)
+        _check_alone(store, lock_object, seal)
     except BaseException:
         with contextlib.suppress(StorageError):
-            store.write(claim, None)
+            store.write(lock_object, None)
         raise
-    store.seal, store.held = seal, None
+    store.seal, store.held_content = seal, None
     try:
         yield
-        if store.held is None:
+        if store.held_content is None:
             raise _unsealed(store.path, seal)
-        store.write(claim, None)
-        store.write(seal, store.held)
+        store.write(lock_object, None)
+        store.write(seal, store.held_content)
     except BaseException as e:
         try:
             store.delete_all()
-        except StorageError as more:
-            e.add_note(f"files remain ({more}); delete them: gcloud storage rm -r {store.path}")
+        except StorageError as cleanup_error:
+            e.add_note(
+                f"some files remain ({cleanup_error}); delete them: "
+                f"gcloud storage rm -r {store.path}"
+            )
         raise
     finally:
-        store.seal, store.held = "", None
+        store.seal, store.held_content = "", None
 
 
-def _check_alone(store: Bucket, claim: str, seal: str) -> None:
+def _check_alone(store: Bucket, lock_object: str, seal: str) -> None:
     """Raise StorageError unless this is the only writer.
 
     Each writer creates its lock object before it lists the folder, so of two concurrent writers at
     most one finds itself alone.
     """
-    found = store.objects()
-    if claim not in found:
-        raise StorageError(f"{store.path}: cannot list what it wrote; {PERMISSION_HINT}")
-    if others := [name for name in found if name != claim]:
-        why = "" if seal in others else f" but no {seal}: a run died here, or is still writing"
+    objects = store.objects()
+    if lock_object not in objects:
+        raise StorageError(f"{store.path}: cannot list its own files; {PERMISSION_HINT}")
+    if others := [name for name in objects if name != lock_object]:
+        why = "" if seal in others else f" but no {seal}: a run was killed or is still writing"
         raise StorageError(
-            f"{store.path}: not empty, has {others[0]}{why}; choose another path, or delete it: "
-            f"gcloud storage rm -r {store.path}"
+            f"{store.path}: not empty, contains {others[0]}{why}; choose another path, or delete "
+            f"it: gcloud storage rm -r {store.path}"
         )
 
 
 def _unsealed(path: str, seal: str) -> StorageError:
     """Return the error for a new folder that lacks its commit file."""
-    return StorageError(f"{path}: finished without {seal}; write it in the block")
+    return StorageError(f"{path}: {seal} was not written; write it inside the block")
 
 
 def _check_vacant(path: str) -> None:
     with os_errors(path):
         if os.path.lexists(path) and (not os.path.isdir(path) or os.listdir(path)):
-            raise StorageError(f"{path}: exists, not empty; choose another path, or delete it")
+            raise StorageError(f"{path}: exists and is not empty; choose another path or delete it")
 
 
 def _check_space(path: str, bytes_needed: int) -> None:
@@ -158,24 +161,24 @@ def _check_space(path: str, bytes_needed: int) -> None:
     while not os.path.isdir(above):
         above = os.path.dirname(above)
     if (free := shutil.disk_usage(above).free) < bytes_needed:
-        raise StorageError(f"{path}: needs {bytes_needed} bytes, {free} are free; {SPACE}")
+        raise StorageError(f"{path}: needs {bytes_needed} bytes, but only {free} are free; {SPACE}")
 
 
 @contextlib.contextmanager
 def _locked(lock: str, path: str) -> Iterator[None]:
     """Hold the lock file during the block; the kernel releases it when the process dies."""
     with contextlib.ExitStack() as stack:
-        mine = None
+        descriptor = None
         # otherwise its previous holder has just removed it
-        while mine is None or not _is_at(mine, lock):
+        while descriptor is None or not _is_at(descriptor, lock):
             with os_errors(lock):
-                mine = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-                stack.callback(os.close, mine)
+                descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+                stack.callback(os.close, descriptor)
                 try:
-                    fcntl.flock(mine, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError as e:
                     raise StorageError(
-                        f"{path}: another process is writing it; wait, or choose another path"
+                        f"{path}: another process is writing it; wait or choose another path"
                     ) from e
         stack.callback(pathlib.Path(lock).unlink, missing_ok=True)
         yield

@@ -77,9 +77,9 @@ def _csv_row(reader: Any, where: object, number: int) -> list[str] | None:
         row = f"row {number}" if number else "the header"
         text = str(error)
         if "expected after" in text:
-            text = 'a quote inside a quoted field is not doubled; write it as ""'
+            text = 'a quote inside a quoted field is not escaped; write it as ""'
         elif "unexpected end" in text:
-            text = "a quote opens a field and none closes it; close it, or get the file again"
+            text = "a quoted field is not closed; close the quote, or download the file again"
         elif "field limit" in text:
-            text = f"a field has over {csv.field_size_limit():,} characters; is a quote not closed?"
+            text = f"a field has over {csv.field_size_limit():,} characters; close its quote"
         raise TextFileError(f"{where}, {row} (line {first}): {text}") from error

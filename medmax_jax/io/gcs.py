@@ -65,14 +65,14 @@ def wait(future: ts.Future | ts.WriteFutures, what: str, nbytes: int = 0) -> Any
     except TimeoutError as e:
         future.cancel()
         raise StorageError(
-            f"{what}: no answer in {seconds:.3g} s; check the network and the server, or set "
-            f"{TIMEOUT_VARIABLE} (seconds) higher"
+            f"{what}: no response within {seconds:.3g} s; check the network and the server, or "
+            f"increase {TIMEOUT_VARIABLE} (seconds)"
         ) from e
     except (ValueError, IndexError, NotImplementedError) as e:
         # the rest are the headers and the body of the reply
-        said = re.split(r" \[\w+='", str(e))[0]
-        mend = HINTS.get(said.split(":")[0], "check what it names")
-        raise StorageError(f"{what}: {said}; {mend}") from e
+        message = re.split(r" \[\w+='", str(e))[0]
+        hint = HINTS.get(message.split(":")[0], "check the bucket and the network")
+        raise StorageError(f"{what}: {message}; {hint}") from e
 
 
 class Bucket:
@@ -80,14 +80,17 @@ class Bucket:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.seal, self.held = "", None  # an object that is to be written last, and its content
+        self.seal, self.held_content = (
+            "",
+            None,
+        )  # an object that is to be written last, and its content
         bucket, _, prefix = path.removeprefix("gs://").partition("/")
         self._spec = {"driver": "gcs", "bucket": bucket, "gcs_request_retries": RETRIES}
         self._prefix = prefix + "/" if prefix else ""
         try:
             self._kv = wait(ts.KvStore.open({**self._spec, "path": self._prefix}), path)
         except ValueError as e:
-            raise StorageError(f"{path}: {e}; write gs://bucket/folder") from e
+            raise StorageError(f"{path}: {e}; use the form gs://bucket/folder") from e
 
     def full(self, name: str) -> str:
         """Return the full path, for messages."""
@@ -102,30 +105,34 @@ class Bucket:
 
         Consoles create an empty object for a folder.
         """
-        found = [key.decode() for key in wait(self._kv.list(), self.path)]
-        if not found:
+        names = [key.decode() for key in wait(self._kv.list(), self.path)]
+        if not names:
             wait(self._start(LOCK_OBJECT, 0, 0), self.path)  # raises if permissions are missing
-        return sorted(key for key in found if key and not key.endswith("/"))
+        return sorted(key for key in names if key and not key.endswith("/"))
 
     def version(self, name: str) -> bytes | None:
         """Return the object's generation, or None where it does not exist."""
-        found = wait(self._start(name, 0, 0), self.full(name))
-        return None if found.state == "missing" else found.stamp.generation
+        reply = wait(self._start(name, 0, 0), self.full(name))
+        return None if reply.state == "missing" else reply.stamp.generation
 
     def size(self, name: str) -> int:
         """Return the size of the object in bytes, by about ten rounds of at most 16 probes."""
         low, high, points = 0, LARGEST, [0, *(8**k for k in range(15))]
         while low < high:
             futures = [self._start(name, point, point + 1) for point in points]
-            there = [self._arrived(name, future) for future in futures]
-            low = max((p + 1 for p, yes in zip(points, there, strict=True) if yes), default=low)
-            high = min((p for p, yes in zip(points, there, strict=True) if not yes), default=high)
+            exists = [self._has_byte(name, future) for future in futures]
+            low = max(
+                (p + 1 for p, found in zip(points, exists, strict=True) if found), default=low
+            )
+            high = min(
+                (p for p, found in zip(points, exists, strict=True) if not found), default=high
+            )
             points = sorted({low + (high - low) * k // 16 for k in range(16)})
         return low
 
     def has_more(self, name: str, nbytes: int) -> bool:
         """Return whether the object has more than `nbytes` bytes, by one probe."""
-        return self._arrived(name, self._start(name, nbytes, nbytes + 1))
+        return self._has_byte(name, self._start(name, nbytes, nbytes + 1))
 
     def read(
         self, name: str, start: int, stop: int | None, stamp: bytes | None
@@ -137,26 +144,26 @@ class Bucket:
         if stop is None and (start or self.has_more(name, CHUNK_BYTES)):
             stop = self.size(name)
         if stop is None:  # short: in one request, without its size
-            found = self._found(name, self._start(name, 0, None), stamp)
-            return np.array(memoryview(found.value), np.uint8)
+            reply = self._read_result(name, self._start(name, 0, None), stamp)
+            return np.array(memoryview(reply.value), np.uint8)
         out = np.empty(stop - start, np.uint8)
         # An empty range takes one request too: it shows whether the object exists.
         pieces = (
             (a, min(a + CHUNK_BYTES, stop)) for a in range(start, max(stop, start + 1), CHUNK_BYTES)
         )
-        flying = collections.deque()
+        in_flight = collections.deque()
         try:
             while True:
-                for piece in itertools.islice(pieces, IN_FLIGHT - len(flying)):
-                    flying.append((*piece, self._start(name, *piece)))
-                if not flying:
+                for piece in itertools.islice(pieces, IN_FLIGHT - len(in_flight)):
+                    in_flight.append((*piece, self._start(name, *piece)))
+                if not in_flight:
                     return out
-                a, b, future = flying.popleft()
-                found = self._found(name, future, stamp)
-                memoryview(out)[a - start : b - start] = found.value
-                stamp = found.stamp.generation
+                a, b, future = in_flight.popleft()
+                reply = self._read_result(name, future, stamp)
+                memoryview(out)[a - start : b - start] = reply.value
+                stamp = reply.stamp.generation
         finally:
-            for _, _, future in flying:
+            for _, _, future in in_flight:
                 future.cancel()
 
     @contextlib.contextmanager
@@ -165,7 +172,7 @@ class Bucket:
         upload = Upload(self.full(name))
         yield upload
         if name == self.seal:
-            self.held = upload.data
+            self.held_content = upload.data
         else:
             self.write(name, upload.data)
 
@@ -184,18 +191,20 @@ class Bucket:
     def _start(self, name: str, start: int, stop: int | None) -> ts.Future:
         return self._kv.read(name, byte_range=slice(start, stop))
 
-    def _found(self, name: str, future: ts.Future, stamp: bytes | None) -> ts.KvStore.ReadResult:
-        found = wait(future, self.full(name))
-        if found.state == "missing":
+    def _read_result(
+        self, name: str, future: ts.Future, stamp: bytes | None
+    ) -> ts.KvStore.ReadResult:
+        result = wait(future, self.full(name))
+        if result.state == "missing":
             raise not_found_error(self.full(name))
-        if stamp not in (None, found.stamp.generation):
+        if stamp not in (None, result.stamp.generation):
             raise changed_error(self.full(name))
-        return found
+        return result
 
-    def _arrived(self, name: str, future: ts.Future) -> bool:
+    def _has_byte(self, name: str, future: ts.Future) -> bool:
         """Return whether the object has the requested byte."""
         try:
-            self._found(name, future, None)
+            self._read_result(name, future, None)
         except StorageError as e:
             if str(e.__cause__).startswith("OUT_OF_RANGE"):
                 return False
@@ -214,8 +223,8 @@ class Upload:
         view = as_bytes(part)
         if len(self.data) + len(view) > UPLOAD_LIMIT:
             raise StorageError(
-                f"{self._full}: over {UPLOAD_LIMIT} bytes, and an upload is held in memory; write "
-                "smaller files, or a local folder, and copy that: gcloud storage cp -r"
+                f"{self._full}: over {UPLOAD_LIMIT} bytes, but an upload is kept in memory; write "
+                "smaller files, or write to a local folder and copy it: gcloud storage cp -r"
             )
         self.data += view
 
@@ -235,7 +244,7 @@ def not_found_error(full: str) -> StorageError:
 
 def changed_error(full: str) -> StorageError:
     """Return the error for a file that was replaced."""
-    return StorageError(f"{full}: replaced while it was read; open it again")
+    return StorageError(f"{full}: changed while it was read; open it again")
 
 
 def timeout_seconds() -> float:
@@ -246,5 +255,7 @@ def timeout_seconds() -> float:
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < 86400:
-        raise StorageError(f"{TIMEOUT_VARIABLE}={text}: not a number of seconds; set it to 60, say")
+        raise StorageError(
+            f"{TIMEOUT_VARIABLE}={text}: not a number of seconds; set it to 60, for example"
+        )
     return seconds

@@ -64,11 +64,11 @@ img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
   border-radius: .5rem; }
 .tile b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
 .tile span { color: var(--soft); font-size: .85rem; }
-.beside { display: grid; grid-template-columns: 11rem 1fr; gap: 1.25rem; align-items: start;
+.columns { display: grid; grid-template-columns: 11rem 1fr; gap: 1.25rem; align-items: start;
   margin: 1.25rem 0; }
-.beside .figures { grid-template-columns: 1fr; }
-.beside th:first-child { width: 6rem; }
-@media (max-width: 40rem) { .beside { grid-template-columns: 1fr; } }
+.columns .figures { grid-template-columns: 1fr; }
+.columns th:first-child { width: 6rem; }
+@media (max-width: 40rem) { .columns { grid-template-columns: 1fr; } }
 .charts { display: grid; gap: 1rem; margin: 1rem 0;
   grid-template-columns: repeat(auto-fill, minmax(min(17rem, 100%), 1fr)); }
 .charts figure { margin: 0; }
@@ -112,7 +112,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]], *, caption: str
     """
     for number, row in enumerate(rows):
         if len(row) != len(head):
-            raise ValueError(f"row {number} has {len(row)} cells, the head has {len(head)}")
+            raise ValueError(f"row {number} has {len(row)} cells, but the head has {len(head)}")
     figures = [_numeric([format_value(cell) for cell in column]) for column in zip(*rows)]  # noqa: B905
     top = "".join(map(_head, head, figures or [False] * len(head)))
     lines = "".join(f"<tr>{''.join(map(_cell, row, figures))}</tr>\n" for row in rows)
@@ -127,7 +127,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]], *, caption: str
 def figure(png_bytes: bytes, caption: str) -> str:
     """Return a PNG with its caption, which is also the alternative text."""
     if not png_bytes.startswith(b"\x89PNG\r\n\x1a\n"):
-        raise ValueError(f"figure {caption!r}: not a PNG; save the picture with format='PNG'")
+        raise ValueError(f"figure {caption!r}: not a PNG; save the image with format='PNG'")
     data, safe = base64.b64encode(png_bytes).decode("ascii"), html.escape(caption)
     return (
         f'<figure><img alt="{safe}" src="data:image/png;base64,{data}">'
@@ -155,9 +155,9 @@ def charts(items: Sequence[tuple[str, str, str]]) -> str:
     return f'<div class="charts">\n{cells}</div>\n'
 
 
-def figures(pictures: Sequence[tuple[bytes, str]]) -> str:
+def figures(images: Sequence[tuple[bytes, str]]) -> str:
     """Return several (PNG, caption) side by side."""
-    return f'<div class="figures">\n{"".join(figure(*p) for p in pictures)}</div>\n'
+    return f'<div class="figures">\n{"".join(figure(*p) for p in images)}</div>\n'
 
 
 def png(image: PIL.Image.Image) -> bytes:
@@ -182,7 +182,7 @@ def stat_tiles(numbers: Sequence[tuple[object, str]]) -> str:
 
 def columns(left: str, right: str) -> str:
     """Return two pieces of markup in one row, or one below the other on a narrow page."""
-    return f'<div class="beside"><div>{left}</div>\n<div>{right}</div></div>\n'
+    return f'<div class="columns"><div>{left}</div>\n<div>{right}</div></div>\n'
 
 
 def details(title: str, body: str) -> str:
@@ -199,8 +199,8 @@ def format_value(value: object) -> str:
 
 def _numeric(cells: Sequence[str]) -> bool:
     """Return whether a column has numbers, and nothing else but dashes."""
-    told = [cell for cell in cells if cell != NOTHING]
-    return bool(told) and all(_FIGURE.fullmatch(cell) for cell in told)
+    values = [cell for cell in cells if cell != NOTHING]
+    return bool(values) and all(_FIGURE.fullmatch(cell) for cell in values)
 
 
 def _head(name: str, figures: bool) -> str:

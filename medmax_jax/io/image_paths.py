@@ -38,7 +38,7 @@ def resolve(folder: str | os.PathLike, name: Any, *, label: str = "") -> Path:
     shown = label or f"image path {printable(repr(name))}"
     if not is_inside(name):
         raise ImagePathError(
-            f"{shown} leads out of the image folder; use a path relative to it, without '..'"
+            f"{shown} is outside the image folder; use a path relative to it, without '..'"
         )
     path = Path(folder, name)
     try:
@@ -48,7 +48,7 @@ def resolve(folder: str | os.PathLike, name: Any, *, label: str = "") -> Path:
     if not inside:
         where = "" if label else f" {folder}"
         raise ImagePathError(
-            f"{shown} is a symbolic link that leads out of the image folder{where}; copy the file "
+            f"{shown} is a symbolic link to a file outside the image folder{where}; copy the file "
             "into the folder"
         )
     return path

@@ -43,7 +43,8 @@ class Journal:
                 # otherwise the next line would be joined to half of this one
                 os.ftruncate(self._descriptor, before)
                 raise JournalError(
-                    f"{self.path}: cannot be written ({error.strerror}); make room and go on"
+                    f"cannot write {self.path} ({error.strerror}); free disk space and run the "
+                    "same command again"
                 ) from error
             self.rows += rows
 
@@ -58,21 +59,19 @@ def open_journal(path: str | os.PathLike) -> Iterator[Journal]:
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
     except OSError as error:
-        raise JournalError(
-            f"{path}: cannot be opened ({error.strerror}); name another folder"
-        ) from error
+        raise JournalError(f"cannot open {path} ({error.strerror}); use another folder") from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise JournalError(
-                f"{path}: another process is writing it; wait, or choose another folder"
+                f"{path}: another process is writing it; wait for it, or use another folder"
             ) from error
         data = path.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        if whole != len(data):
-            os.ftruncate(descriptor, whole)
-        yield Journal(path, descriptor, parse_jsonl(data[:whole], path))
+        complete = data.rfind(b"\n") + 1
+        if complete != len(data):
+            os.ftruncate(descriptor, complete)
+        yield Journal(path, descriptor, parse_jsonl(data[:complete], path))
     finally:
         os.close(descriptor)
 
@@ -99,10 +98,14 @@ def read_jsonl(path: str | Path, fields: Sequence[str] = ("id",)) -> list[dict[s
 def checked(rows: list[dict[str, Any]], fields: Sequence[str], path: Path) -> list[dict[str, Any]]:
     """Return the rows if each has the fields and an id that is text; else raise JournalError."""
     for number, row in enumerate(rows, start=1):
-        if lacking := [name for name in fields if name not in row]:
-            raise JournalError(f"{path} row {number}: no {lacking[0]}: damaged; delete that line")
+        if missing := [name for name in fields if name not in row]:
+            raise JournalError(
+                f"{path} row {number}: damaged: field {missing[0]!r} is missing; delete that line"
+            )
         if not isinstance(row["id"], str):
-            raise JournalError(f"{path} row {number}: id is no text: damaged; delete that line")
+            raise JournalError(
+                f"{path} row {number}: damaged: field 'id' is not a string; delete that line"
+            )
     return rows
 
 
@@ -125,6 +128,6 @@ def write_text(path: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise JournalError(
-            f"{path}: cannot be written ({error.strerror}); free disk space or change its "
-            "permissions, then give the same command again"
+            f"cannot write {path} ({error.strerror}); free disk space or change its "
+            "permissions, then run the same command again"
         ) from error

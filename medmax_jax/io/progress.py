@@ -9,8 +9,8 @@ SECONDS = 5.0  # between two lines
 class ByteProgress:
     """Logs progress in bytes, one line every few seconds."""
 
-    def __init__(self, total: int, say: Callable[[str], None]):
-        self._total, self._say = total, say
+    def __init__(self, total: int, log: Callable[[str], None]):
+        self._total, self._log = total, log
         self._start = self._last = time.monotonic()
         self._done = 0
 
@@ -21,7 +21,7 @@ class ByteProgress:
             self._last = now
             rate = self._done / (now - self._start)
             left = max(self._total - self._done, 0) / rate
-            self._say(
+            self._log(
                 f"{self._done / 1e9:.2f} of {self._total / 1e9:.2f} GB, {rate / 1e6:,.0f} MB/s, "
                 f"{int(left) // 60}:{int(left) % 60:02} left"
             )
@@ -29,7 +29,7 @@ class ByteProgress:
     def done(self, what: str) -> None:
         """Log the last line."""
         seconds = max(time.monotonic() - self._start, 1e-9)
-        self._say(
+        self._log(
             f"{what}: {self._done / 1e9:.3f} GB in {seconds:.1f} s, "
             f"{self._done / seconds / 1e6:,.0f} MB/s"
         )
@@ -38,20 +38,20 @@ class ByteProgress:
 class ItemProgress:
     """Logs progress in items: at most one line per `every` seconds, and one at the end."""
 
-    def __init__(self, total: int, unit: str, say: Callable[[str], None], *, every: float):
-        self._total, self._unit, self._say, self._every = total, unit, say, every
+    def __init__(self, total: int, unit: str, log: Callable[[str], None], *, every: float):
+        self._total, self._unit, self._log, self._every = total, unit, log, every
         self._done, self._start = 0, time.monotonic()
-        self._said = self._start
+        self._last = self._start
 
     def tick(self, what: str, count: int) -> None:
         """Count `count` more items as done; `what` names the work."""
         self._done += count
         now = time.monotonic()
-        if now - self._said >= self._every or self._done == self._total:
-            self._said = now
+        if now - self._last >= self._every or self._done == self._total:
+            self._last = now
             rate = self._done / max(now - self._start, 1e-9)
             left = (self._total - self._done) / rate
-            self._say(
-                f"{what}: {self._done} of {self._total} {self._unit}, {rate:.1f} a second, "
+            self._log(
+                f"{what}: {self._done} of {self._total} {self._unit}, {rate:.1f} per second, "
                 f"{left:.0f} s left"
             )

@@ -29,9 +29,13 @@ def parse_settings(data: bytes, where: object, *, allow_nonfinite: bool = False)
     allow_nonfinite: see parse_json, also for what is refused. Raises TextFileError naming `where`.
     """
     if len(data) > MAX_JSON_BYTES:
-        raise TextFileError(f"{where}: over {MAX_JSON_BYTES:,} bytes; not a file of a checkpoint")
+        raise TextFileError(
+            f"{where}: more than {MAX_JSON_BYTES:,} bytes; not a file of a checkpoint"
+        )
     if sum(map(data.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
-        raise TextFileError(f"{where}: over {MAX_JSON_VALUES:,} values; not a file of a checkpoint")
+        raise TextFileError(
+            f"{where}: more than {MAX_JSON_VALUES:,} values; not a file of a checkpoint"
+        )
     return parse_json(data, where, allow_nonfinite=allow_nonfinite)
 
 
@@ -41,7 +45,7 @@ def parse_yaml(data: bytes | str, where: object) -> Any:
     parse_yaml(b"model: {params: {embed_dim: 256}}", "a.yaml") -> the same as nested dicts
     """
     if len(data) > MAX_YAML_BYTES:
-        raise TextFileError(f"{where}: over {MAX_YAML_BYTES:,} bytes; not a file of settings")
+        raise TextFileError(f"{where}: more than {MAX_YAML_BYTES:,} bytes; not a settings file")
     text = decode(data, where) if isinstance(data, bytes) else data
     try:
         _check_events(text, where)
@@ -75,16 +79,18 @@ def _check_events(text: str, where: object) -> None:
     depth = 0
     for count, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
         if count > MAX_YAML_VALUES:
-            raise TextFileError(f"{where}: over {MAX_YAML_VALUES:,} values; not a file of settings")
+            raise TextFileError(
+                f"{where}: more than {MAX_YAML_VALUES:,} values; not a settings file"
+            )
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             raise TextFileError(f"{where}: has an anchor or alias; write the value out")
         if getattr(event, "tag", None):
             tag = printable(event.tag, 60)
-            raise TextFileError(f"{where}: has the tag {tag!r}; leave it out")
+            raise TextFileError(f"{where}: has the tag {tag!r}; remove it")
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_YAML_DEPTH:
-            raise TextFileError(f"{where}: nested over {MAX_YAML_DEPTH} levels")
+            raise TextFileError(f"{where}: nested more than {MAX_YAML_DEPTH} levels deep")
 
 
 def _check_values(value: Any, where: object) -> None:
@@ -97,8 +103,8 @@ def _check_values(value: Any, where: object) -> None:
             elif isinstance(item, list):
                 below += item
             elif isinstance(item, float) and not math.isfinite(item):
-                raise TextFileError(f"{where}: holds {item}, which is not a finite number")
+                raise TextFileError(f"{where}: contains {item}, which is not a finite number")
             elif not isinstance(item, str | int | float | bool | None):
                 kind = type(item).__name__
-                raise TextFileError(f"{where}: holds a {kind}; write numbers, texts and lists")
+                raise TextFileError(f"{where}: contains a {kind}; use numbers, strings and lists")
         level = below

@@ -44,8 +44,8 @@ __all__ = ["ByteFile", "Folder", "StorageError", "wait"]
 HINTS = {
     errno.ENOSPC: SPACE,
     errno.EDQUOT: SPACE,
-    errno.EACCES: "check the owner and the rights of the folder",
-    errno.EROFS: "choose a disk that can be written",
+    errno.EACCES: "check the owner and the permissions of the folder",
+    errno.EROFS: "choose a writable disk",
 }
 
 
@@ -81,7 +81,9 @@ class Folder:
         """Return the value of a JSON file, within the bounds of parse_settings."""
         full = self.store.full(check_name(self.path, name))
         if self.store.has_more(name, MAX_JSON_BYTES):
-            raise StorageError(f"{full}: over {MAX_JSON_BYTES} bytes, no JSON file of a checkpoint")
+            raise StorageError(
+                f"{full}: more than {MAX_JSON_BYTES} bytes; not a JSON file of a checkpoint"
+            )
         try:
             data = self.read(name).tobytes()
             return parse_settings(data, full, allow_nonfinite=allow_nonfinite)
@@ -130,10 +132,10 @@ class ByteFile:
 
     def digest(self, kind: str) -> str:
         """Return the hex digest of the file, in bounded memory; `kind` is sha256 or md5."""
-        found = hashlib.new(kind, usedforsecurity=False)
+        digest = hashlib.new(kind, usedforsecurity=False)
         for start in range(0, self.size, CHUNK_BYTES):
-            found.update(self.read(start, min(start + CHUNK_BYTES, self.size)))
-        return found.hexdigest()
+            digest.update(self.read(start, min(start + CHUNK_BYTES, self.size)))
+        return digest.hexdigest()
 
 
 class _Disk:
@@ -149,20 +151,20 @@ class _Disk:
         if not os.path.lexists(self.path):
             return []
         if not os.path.isdir(self.path):
-            raise StorageError(f"{self.path}: not a folder; name the folder that holds the files")
-        found = []
+            raise StorageError(f"{self.path}: not a folder; use the folder that contains the files")
+        names = []
         with os_errors(self.path):
             for folder, _, files in os.walk(self.path, onerror=raise_storage_error):
-                found += [os.path.relpath(os.path.join(folder, f), self.path) for f in files]
-        return sorted(found)
+                names += [os.path.relpath(os.path.join(folder, f), self.path) for f in files]
+        return sorted(names)
 
     def version(self, name: str) -> tuple[int, ...] | None:
         with os_errors(self.full(name)):
             try:
-                found = os.stat(self.full(name))
+                status = os.stat(self.full(name))
             except (FileNotFoundError, NotADirectoryError):
                 return None
-        return _stamp(found) if stat.S_ISREG(found.st_mode) else None  # a pipe would block
+        return _stamp(status) if stat.S_ISREG(status.st_mode) else None  # a pipe would block
 
     def size(self, name: str) -> int:
         stamp = self.version(name)
@@ -179,17 +181,19 @@ class _Disk:
         full, size = self.full(name), self.size(name)
         stop = size if stop is None else stop
         if not start <= stop <= size:
-            raise StorageError(f"{full}: no bytes {start} to {stop} in {size}; copy it again")
+            raise StorageError(
+                f"{full}: bytes {start} to {stop} are not in its {size} bytes; copy it again"
+            )
         out = np.empty(stop - start, np.uint8)
         rest = memoryview(out)
         with os_errors(full), open(self.full(name), "rb", buffering=0) as file:
             if stamp not in (None, _stamp(os.fstat(file.fileno()))):
                 raise changed_error(full)
             while rest:  # Linux returns at most 2 GiB per call
-                got = os.preadv(file.fileno(), [rest], stop - len(rest))
-                if not got:
+                count = os.preadv(file.fileno(), [rest], stop - len(rest))
+                if not count:
                     raise changed_error(full)
-                rest = rest[got:]
+                rest = rest[count:]
         return out
 
     @contextlib.contextmanager
@@ -247,13 +251,15 @@ def _normal(path: str) -> str:
 def check_name(path: str, name: str) -> str:
     """Return the name if it stays below the path; otherwise raise StorageError."""
     if "\\" in name or not name.isprintable() or {"", ".", ".."} & set(name.split("/")):
-        raise StorageError(f"{path}: {name!r} is no name in this folder; use one like 'a/b.json'")
+        raise StorageError(
+            f"{path}: {name!r} is not a name inside this folder; use one like 'a/b.json'"
+        )
     return name
 
 
 def _check_range(full: str, start: int, stop: int | None) -> None:
     if start < 0 or (stop is not None and stop < start):
-        raise StorageError(f"{full}: no bytes {start} to {stop}; use 0 <= start <= stop")
+        raise StorageError(f"{full}: invalid range {start} to {stop}; use 0 <= start <= stop")
 
 
 def fsync_folder(path: str) -> None:
@@ -264,8 +270,8 @@ def fsync_folder(path: str) -> None:
         os.close(descriptor)
 
 
-def _stamp(found: os.stat_result) -> tuple[int, ...]:
-    return found.st_size, found.st_mtime_ns, found.st_ino, found.st_dev
+def _stamp(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev
 
 
 def raise_storage_error(error: OSError) -> None:
@@ -277,8 +283,8 @@ def os_errors(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        mend = HINTS.get(e.errno, "check the path and the disk")
-        raise StorageError(f"{path}: {e.strerror or e}; {mend}") from e
+        hint = HINTS.get(e.errno, "check the path and the disk")
+        raise StorageError(f"{path}: {e.strerror or e}; {hint}") from e
 
 
 def file_sha256(path: Path) -> str:

@@ -65,15 +65,17 @@ def chart(
     """
     for axis in (x, y):
         if not axis.low < axis.high:
-            raise ValueError(f"axis {axis.label!r} from {axis.low} to {axis.high}: low < high")
-    place = _Scale(x, y)
-    body = _axes(place)
-    body += "".join(_line("guide", *place(a, b), *place(c, d)) for a, b, c, d in guides)
-    body += _band(place, points) if joined else "".join(_whisker(place, p) for p in points)
-    body += "".join(_dot(place, point) for point in points)
-    said = html.escape(f"{title}: {y.label} against {x.label}. {caption}")
+            raise ValueError(
+                f"axis {axis.label!r} goes from {axis.low} to {axis.high}; low must be below high"
+            )
+    scale = _Scale(x, y)
+    body = _axes(scale)
+    body += "".join(_line("guide", *scale(a, b), *scale(c, d)) for a, b, c, d in guides)
+    body += _band(scale, points) if joined else "".join(_whisker(scale, p) for p in points)
+    body += "".join(_dot(scale, point) for point in points)
+    label = html.escape(f"{title}: {y.label} against {x.label}. {caption}")
     return (
-        f'<figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{said}">\n{body}'
+        f'<figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">\n{body}'
         f"</svg><figcaption><b>{html.escape(title)}</b>{html.escape(caption)}</figcaption>"
         "</figure>\n"
     )
@@ -113,21 +115,21 @@ class _Scale:
         )
 
 
-def _axes(place: _Scale) -> str:
+def _axes(scale: _Scale) -> str:
     """Return grid lines with their numbers, and the labels of the axes."""
-    x, y = place.x, place.y
+    x, y = scale.x, scale.y
     body = ""
     for value in _ticks(x):
-        at, foot = place(value, y.low)
-        body += _line("grid", at, foot, *place(value, y.high))
+        at, foot = scale(value, y.low)
+        body += _line("grid", at, foot, *scale(value, y.high))
         body += _text(at, foot + 14, _number(value), "middle")
     for value in _ticks(y):
-        left, at = place(x.low, value)
-        body += _line("grid", left, at, *place(x.high, value))
+        left, at = scale(x.low, value)
+        body += _line("grid", left, at, *scale(x.high, value))
         body += _text(left - 6, at + 4, _number(value), "end")
-    middle, foot = place((x.low + x.high) / 2, y.low)
+    middle, foot = scale((x.low + x.high) / 2, y.low)
     body += _text(middle, foot + 32, x.label, "middle")
-    _, height = place(x.low, (y.low + y.high) / 2)
+    _, height = scale(x.low, (y.low + y.high) / 2)
     turn = f' transform="rotate(-90 11 {height:.1f})"'
     return body + _text(11.0, height + 4, y.label, "middle", turn)
 
@@ -140,24 +142,24 @@ def _ticks(axis: Axis) -> list[float]:
     return [number * step for number in range(first, last + 1)]
 
 
-def _band(place: _Scale, points: Sequence[Point]) -> str:
-    edge = [place(p.x, p.high) for p in points] + [place(p.x, p.low) for p in reversed(points)]
-    middle = [place(p.x, p.y) for p in points]
+def _band(scale: _Scale, points: Sequence[Point]) -> str:
+    edge = [scale(p.x, p.high) for p in points] + [scale(p.x, p.low) for p in reversed(points)]
+    middle = [scale(p.x, p.y) for p in points]
     return (
         f'<polygon class="band" points="{_path(edge)}"/>\n'
         f'<polyline class="line" points="{_path(middle)}"/>\n'
     )
 
 
-def _whisker(place: _Scale, point: Point) -> str:
-    return _line("whisker", *place(point.x, point.low), *place(point.x, point.high))
+def _whisker(scale: _Scale, point: Point) -> str:
+    return _line("whisker", *scale(point.x, point.low), *scale(point.x, point.high))
 
 
-def _dot(place: _Scale, point: Point) -> str:
-    x, y = place(point.x, point.y)
+def _dot(scale: _Scale, point: Point) -> str:
+    x, y = scale(point.x, point.y)
     radius = max(RADIUS * math.sqrt(point.size), LEAST)
-    says = f"<title>{html.escape(point.tooltip)}</title>"
-    return f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}">{says}</circle>\n'
+    tooltip = f"<title>{html.escape(point.tooltip)}</title>"
+    return f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}">{tooltip}</circle>\n'
 
 
 def _line(kind: str, x: float, y: float, to_x: float, to_y: float) -> str:
@@ -165,13 +167,13 @@ def _line(kind: str, x: float, y: float, to_x: float, to_y: float) -> str:
     return f'<line class="{kind}" {ends}/>\n'
 
 
-def _text(x: float, y: float, said: str, anchor: str, more: str = "") -> str:
-    place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{more}'
-    return f"<text {place}>{html.escape(said)}</text>\n"
+def _text(x: float, y: float, text: str, anchor: str, attributes: str = "") -> str:
+    position = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{attributes}'
+    return f"<text {position}>{html.escape(text)}</text>\n"
 
 
-def _path(places: Sequence[tuple[float, float]]) -> str:
-    return " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+def _path(points: Sequence[tuple[float, float]]) -> str:
+    return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
 
 def _number(value: float) -> str:

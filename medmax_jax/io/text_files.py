@@ -86,7 +86,7 @@ def read_bytes(path: str | os.PathLike, *, max_bytes: int = MAX_JSON_BYTES) -> b
             parts.append(part)
             left -= len(part)
     if not left:
-        raise TextFileError(f"{path}: over {max_bytes:,} bytes; this is not the expected file")
+        raise TextFileError(f"{path}: more than {max_bytes:,} bytes; not the expected file")
     return b"".join(parts)
 
 
@@ -137,9 +137,9 @@ def decode(data: bytes, where: object) -> str:
     try:
         return data.removeprefix(_BOM).decode("utf-8")
     except UnicodeDecodeError as error:
-        wide = " and it starts as UTF-16 does" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+        utf16 = " (the file starts like UTF-16)" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
         raise TextFileError(
-            f"{where}: byte {error.start} is not UTF-8{wide}; save the file as UTF-8", NOT_UTF8
+            f"{where}: byte {error.start} is not UTF-8{utf16}; save the file as UTF-8", NOT_UTF8
         ) from error
 
 
@@ -256,7 +256,7 @@ def array_items(
     decoder = _decoder(nonfinite, True)
     reader, number = _ArrayReader(file, where, max_chars, chunk_chars, decoder), 0
     if reader.next_char() != "[":
-        raise TextFileError(f"{where}: not a JSON array; give the file as it is published")
+        raise TextFileError(f"{where}: not a JSON array; use the file as it is published")
     reader.at += 1
     while (char := reader.next_char()) != "]":
         if number:
@@ -268,7 +268,9 @@ def array_items(
         number += 1
     reader.at += 1
     if reader.next_char():
-        raise TextFileError(f"{where}: text after the end of the array; give one array")
+        raise TextFileError(
+            f"{where}: text after the end of the array; the file must contain one array"
+        )
 
 
 # ---- implementation
@@ -304,12 +306,12 @@ def _parsed(decoder: json.JSONDecoder, text: str, where: object, surrogates: boo
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
         raise _Refused(KEY_TWICE, repr(printable(twice, 60)))
-    return found
+    return unique
 
 
 def _refuse_constant(name: str) -> None:
@@ -402,7 +404,7 @@ class _Gunzip(io.RawIOBase):
     """The content of a gzip file, with a bound on its uncompressed size."""
 
     def __init__(self, raw: BinaryIO, path: object) -> None:
-        self._raw, self._path, self._given = raw, path, 0
+        self._raw, self._path, self._returned = raw, path, 0
         self._zip = gzip.GzipFile(fileobj=raw)
 
     def readable(self) -> bool:
@@ -413,13 +415,13 @@ class _Gunzip(io.RawIOBase):
             data = self._zip.read(len(buffer))
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise TextFileError(
-                f"{self._path}: damaged or cut off gzip ({error}); copy the file again"
+                f"{self._path}: damaged or truncated gzip file ({error}); copy it again"
             ) from error
-        self._given += len(data)
-        if self._given > GZIP_GRACE + MAX_GZIP_RATIO * self._raw.tell():
+        self._returned += len(data)
+        if self._returned > GZIP_GRACE + MAX_GZIP_RATIO * self._raw.tell():
             raise TextFileError(
-                f"{self._path}: unpacks to over {MAX_GZIP_RATIO} times its size; unpack it with "
-                "gunzip where you trust it"
+                f"{self._path}: expands to more than {MAX_GZIP_RATIO} times its size; if you trust "
+                "it, unpack it with gunzip"
             )
         buffer[: len(data)] = data
         return len(data)
@@ -445,7 +447,7 @@ class _ArrayReader:
         """Skip white space; return the character there, or "" at the end of the file."""
         while True:
             self.at = WHITESPACE.match(self._text, self.at).end()
-            if self.at < len(self._text) or not self._more():
+            if self.at < len(self._text) or not self._read_chunk():
                 return self._text[self.at : self.at + 1]
 
     def item(self, number: int) -> Any:
@@ -457,7 +459,7 @@ class _ArrayReader:
             after = len(self._text) if end is None else WHITESPACE.match(self._text, end).end()
             if self._text[after : after + 1] in (",", "]") and after < len(self._text):
                 break
-            if len(self._text) - self.at > self._max_chars or not self._more():
+            if len(self._text) - self.at > self._max_chars or not self._read_chunk():
                 raise self.damaged(number) if end is not None else self._cut_off(number)
         problem = _deep_problem(self._text, self.at, end, value, surrogates=False)
         self.at = after
@@ -467,12 +469,12 @@ class _ArrayReader:
         return TextFileError(f"{place}: {problem}", problem) if problem else value
 
     def damaged(self, number: int) -> TextFileError:
-        return TextFileError(f"{self._where}: damaged after item {number}; get the file again")
+        return TextFileError(f"{self._where}: damaged after item {number}; download the file again")
 
     def _cut_off(self, number: int) -> TextFileError:
         return TextFileError(
-            f"{self._where}: damaged or cut off after item {number}, or an item of more than "
-            f"{self._max_chars} characters; get the file again"
+            f"{self._where}: damaged or truncated after item {number}, or an item of more than "
+            f"{self._max_chars} characters; download the file again"
         )
 
     def _decoded(self) -> tuple[Any, int | None]:
@@ -486,7 +488,7 @@ class _ArrayReader:
             pass
         return None, None
 
-    def _more(self) -> bool:
+    def _read_chunk(self) -> bool:
         """Read a chunk and drop what was read before the position; return False at the end."""
         try:
             data = self._file.read(self._chunk)

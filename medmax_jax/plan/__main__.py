@@ -26,21 +26,26 @@ from medmax_jax.plan import analytic, compile_cache, search
 from medmax_jax.plan import compile as plan_compile
 from medmax_jax.plan.topology import PlanError, Topology, mesh_of, parse, use_no_device
 
-_TOPOLOGY = flags.DEFINE_string("topology", None, "machine, as v5e:4x4", required=True)
-_SLICES = flags.DEFINE_integer("slices", 1, "slices of the machine")
-_MESH = flags.DEFINE_string("mesh", "", "data,fsdp,tp or search; empty: the config's")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "machine, for example v5e:4x4", required=True)
+_SLICES = flags.DEFINE_integer("slices", 1, "number of slices")
+_MESH = flags.DEFINE_string("mesh", "", "data,fsdp,tp; or search; empty: the mesh of the config")
 _ROWS = flags.DEFINE_integer(
-    "per_chip_batch", 0, "rows of a microbatch on a device; 0: of the config's batch"
+    "per_chip_batch", 0, "rows of a microbatch per device; 0: from the batch size of the config"
 )
-_SEQ = flags.DEFINE_integer("seq", 0, "tokens of a row; 0: the config's")
-_ANALYTIC = flags.DEFINE_bool("analytic", False, "by arithmetic, compiles nothing")
+_SEQ = flags.DEFINE_integer("seq", 0, "tokens per row; 0: data.seq_len of the config")
+_ANALYTIC = flags.DEFINE_bool("analytic", False, "estimate by arithmetic, without compiling")
 _DECODE = flags.DEFINE_enum(
-    "decode", "text", ["none", "text", "image", "mixed"], "what answering is compiled for"
+    "decode",
+    "text",
+    ["none", "text", "image", "mixed"],
+    "output mode that decoding is compiled for",
 )
-_UTILISATION = flags.DEFINE_float("utilisation", 0.6, "share of the peak while products run")
-_PRICE = flags.DEFINE_float("price", None, "USD of one chip and hour")
-_MOST = flags.DEFINE_integer("most", 3, "settings that a search compiles")
-_JSON = flags.DEFINE_bool("json", False, "the last line is one JSON object")
+_UTILISATION = flags.DEFINE_float(
+    "utilisation", 0.6, "utilization: share of the peak FLOPs during matrix products"
+)
+_PRICE = flags.DEFINE_float("price", None, "USD per chip-hour")
+_MOST = flags.DEFINE_integer("most", 3, "number of candidate settings that a search compiles")
+_JSON = flags.DEFINE_bool("json", False, "print one JSON object as the last line")
 
 
 def main(settings: ConfigDict, folder: str) -> None:
@@ -50,18 +55,18 @@ def main(settings: ConfigDict, folder: str) -> None:
     if not 0 < _UTILISATION.value <= 1:
         raise PlanError(f"--utilisation={_UTILISATION.value}; it must be in (0, 1]")
     cache = cli.open_workdir(folder, "--cache")
-    run, found = plan(settings, topology, cache)
-    found |= analytic.rates(
-        run, topology, found, utilisation=_UTILISATION.value, price=_PRICE.value
+    run, estimate = plan(settings, topology, cache)
+    estimate |= analytic.rates(
+        run, topology, estimate, utilisation=_UTILISATION.value, price=_PRICE.value
     )
-    found["mesh"] = dict(zip(("data", "fsdp", "tp"), compile_cache.axes(run), strict=True))
-    found |= {"batch_size": run.data.batch_size, "seq_len": run.data.seq_len}
-    found |= {"remat": run.model.remat, "topology": topology.name, "slices": topology.slices}
+    estimate["mesh"] = dict(zip(("data", "fsdp", "tp"), compile_cache.axes(run), strict=True))
+    estimate |= {"batch_size": run.data.batch_size, "seq_len": run.data.seq_len}
+    estimate |= {"remat": run.model.remat, "topology": topology.name, "slices": topology.slices}
     if _DECODE.value != "none" and not _ANALYTIC.value and topology.is_tpu:
-        found["decode"] = _decoding(run, topology, cache)
-    print("\n".join(format_plan(run, topology, found)))
+        estimate["decode"] = _decoding(run, topology, cache)
+    print("\n".join(format_plan(run, topology, estimate)))
     if _JSON.value:
-        print(json.dumps(found))
+        print(json.dumps(estimate))
 
 
 def plan(settings: ConfigDict, topology: Topology, cache: pathlib.Path) -> tuple[Run, dict]:
@@ -76,14 +81,14 @@ def plan(settings: ConfigDict, topology: Topology, cache: pathlib.Path) -> tuple
         settings.train.steps = _steps(tokens, settings)
         run = config.from_config_dict(settings)
         rows = (_ROWS.value,) if _ROWS.value else search.ROWS
-        every = search.candidates(run, topology, rows=rows)
-        order = search.rank_candidates(every, topology, utilisation=_UTILISATION.value)
+        runs = search.candidates(run, topology, rows=rows)
+        order = search.rank_candidates(runs, topology, utilisation=_UTILISATION.value)
         return search.best_fitting(
             order, topology, lambda run: evaluate_setting(run, topology, cache),
             utilisation=_UTILISATION.value, most=_MOST.value,
         )  # fmt: skip
-    own = ",".join(str(settings.mesh[axis]) for axis in ("data", "fsdp", "tp"))
-    mesh = mesh_of(_MESH.value or own, topology)
+    config_mesh = ",".join(str(settings.mesh[axis]) for axis in ("data", "fsdp", "tp"))
+    mesh = mesh_of(_MESH.value or config_mesh, topology)
     settings.mesh.update(dataclasses.asdict(mesh))
     if _ROWS.value:
         settings.data.batch_size = _ROWS.value * mesh.data * mesh.fsdp * settings.optim.accumulate
@@ -108,59 +113,60 @@ def evaluate_setting(run: Run, topology: Topology, cache: pathlib.Path) -> dict[
 def _decoding(run: Run, topology: Topology, cache: pathlib.Path) -> dict[str, Any]:
     rows, prompt = run.mesh.data * run.mesh.fsdp, run.model.context_length // 4
     program = plan_compile.decode(run, topology, mode=_DECODE.value, rows=rows, prompt=prompt)
-    found = compile_cache.compile_cached(cache, program, run, topology)
-    streams = found["rows"] * found["streams"]
-    read = flops.decode_bytes(run.model, run.vocab, run.lora, context=prompt, rows=streams)
-    loops = found.get("open_loops_s") or [None]  # the last loop writes tokens, one per iteration
-    limit = read / topology.chips / topology.chip.hbm_rate
-    return found | {"token_s": loops[-1], "token_limit_s": round(limit, 8)}
+    answer = compile_cache.compile_cached(cache, program, run, topology)
+    streams = answer["rows"] * answer["streams"]
+    bytes_read = flops.decode_bytes(run.model, run.vocab, run.lora, context=prompt, rows=streams)
+    loops = answer.get("open_loops_s") or [None]  # the last loop writes tokens, one per iteration
+    token_limit = bytes_read / topology.chips / topology.chip.hbm_rate
+    return answer | {"token_s": loops[-1], "token_limit_s": round(token_limit, 8)}
 
 
-def format_plan(run: Run, topology: Topology, found: dict[str, Any]) -> list[str]:
+def format_plan(run: Run, topology: Topology, answer: dict[str, Any]) -> list[str]:
     """Format the answer as text."""
-    axes = " x ".join(f"{k} {v}" for k, v in found["mesh"].items())
-    verdict = "fits" if found["fits"] else "does NOT fit"
-    peak = "?" if found["peak_hbm_gib"] is None else f"{found['peak_hbm_gib']:.2f}"
-    parts = ", ".join(f"{k} {v:.2f}" for k, v in found["parts"].items() if v >= 0.005)
+    axes = " x ".join(f"{k} {v}" for k, v in answer["mesh"].items())
+    verdict = "fits" if answer["fits"] else "does NOT fit"
+    peak = "?" if answer["peak_hbm_gib"] is None else f"{answer['peak_hbm_gib']:.2f}"
+    parts = ", ".join(f"{k} {v:.2f}" for k, v in answer["parts"].items() if v >= 0.005)
     lines = [
         f"{topology.slices} x {topology.name}, {axes}, {run.data.batch_size} rows of "
-        f"{run.data.seq_len} tokens a step, remat {run.model.remat} ({found['how']})",
-        f"{verdict}: {peak} of {found['hbm_gib']:.2f} GiB a chip ({parts})",
+        f"{run.data.seq_len} tokens per step, remat {run.model.remat} ({answer['how']})",
+        f"{verdict}: {peak} of {answer['hbm_gib']:.2f} GiB per chip ({parts})",
     ]
-    if "error" in found:
-        lines.append(f"the compiler: {found['error']}")
+    if "error" in answer:
+        lines.append(f"compiler error: {answer['error']}")
     lines += [
-        f"{row['kind']}: {row['count']} a step, {row['bytes'] / 2**30:.2f} GiB, "
+        f"{row['kind']}: {row['count']} per step, {row['bytes'] / 2**30:.2f} GiB, "
         + ("overlapped" if row["overlapped"] else "synchronous")
-        for row in found["collectives"] or []
+        for row in answer["collectives"] or []
     ]
     lines += [
-        f"at {found['utilisation']:.0%} of the peak: "
-        f"{found['tokens_per_s_per_chip']:,.0f} tokens/s a chip, MFU {found['mfu']:.1%}, "
-        f"a step {found['step_s']:.2f} s (compute {found['compute_s']:.2f}, "
-        f"overlapped {found['overlapped_s']:.2f}, exposed {found['exposed_s']:.2f})"
+        f"at {answer['utilisation']:.0%} of the peak: "
+        f"{answer['tokens_per_s_per_chip']:,.0f} tokens/s per chip, MFU {answer['mfu']:.1%}, "
+        f"step {answer['step_s']:.2f} s (compute {answer['compute_s']:.2f}, "
+        f"overlapped {answer['overlapped_s']:.2f}, exposed {answer['exposed_s']:.2f})"
     ]
-    if "scheduled_s" in found:
-        lines.append(f"as scheduled, without kernels and waiting: {found['scheduled_s']:.2f} s")
-    cost = "" if found["cost_usd"] is None else f", {found['cost_usd']:,.0f} USD"
+    if "scheduled_s" in answer:
+        lines.append(f"scheduled, without kernels and waiting: {answer['scheduled_s']:.2f} s")
+    cost = "" if answer["cost_usd"] is None else f", {answer['cost_usd']:,.0f} USD"
     lines.append(
-        f"the run: {run.train.steps:,} steps, {found['hours']:,.1f} hours, "
-        f"{found['chip_hours']:,.0f} chip-hours{cost}"
+        f"run: {run.train.steps:,} steps, {answer['hours']:,.1f} hours, "
+        f"{answer['chip_hours']:,.0f} chip-hours{cost}"
     )
-    return lines + _decode_words(found)
+    return lines + _format_decoding(answer)
 
 
-def _decode_words(found: dict[str, Any]) -> list[str]:
-    if found["how"] == "analytic":
-        return ["by arithmetic: rough; without --analytic the compiler answers"]
-    if "decode" not in found:
+def _format_decoding(answer: dict[str, Any]) -> list[str]:
+    if answer["how"] == "analytic":
+        return ["estimated by arithmetic; omit --analytic to compile"]
+    if "decode" not in answer:
         return []
-    d = found["decode"]
-    took = "?" if d["token_s"] is None else f"{1e3 * d['token_s']:.1f}"
+    d = answer["decode"]
+    token_ms = "?" if d["token_s"] is None else f"{1e3 * d['token_s']:.1f}"
     return [
-        f"answering {d['rows']} prompts, {d['mode']}: {'fits' if d['fits'] else 'does NOT fit'}, "
-        f"{d['peak_hbm_gib']} GiB a chip, of it {d['cache_gib']:.2f} of cache; a token of each in "
-        f"{took} ms as scheduled, {1e3 * d['token_limit_s']:.1f} to read weights and cache"
+        f"decoding {d['rows']} prompts, {d['mode']}: {'fits' if d['fits'] else 'does NOT fit'}, "
+        f"{d['peak_hbm_gib']} GiB per chip, of which {d['cache_gib']:.2f} is the KV cache; one "
+        f"token of each in {token_ms} ms as scheduled, at least "
+        f"{1e3 * d['token_limit_s']:.1f} ms to read weights and cache"
     ]
 
 

@@ -24,7 +24,7 @@ CHUNK = 2**26  # bytes of the logits of a chunk: cross_entropy.CHUNK_LOGITS in f
 
 def estimate(run: Run, topology: Topology) -> dict[str, Any]:
     """Return the same fields as a compiled answer, with `how` equal to "analytic"."""
-    parts = _held(run) | {
+    parts = _argument_bytes(run) | {
         "activations": activation_bytes(run),
         "temporaries": _temporaries(run),
         "code": CODE,
@@ -45,7 +45,7 @@ def rows_per_device(run: Run) -> int:
     return run.data.batch_size // (run.mesh.data * run.mesh.fsdp * run.optim.accumulate)
 
 
-def _held(run: Run) -> dict[str, float]:
+def _argument_bytes(run: Run) -> dict[str, float]:
     """Return the bytes of the arguments on one device."""
     n, width = flops.parameters(run.model, run.vocab, run.lora), BYTES[run.model.param_dtype]
     shards = run.mesh.fsdp * run.mesh.tp
@@ -82,7 +82,7 @@ def _temporaries(run: Run) -> float:
     part = parts.head / tp / run.mesh.fsdp * wide  # of the head, by columns
     loss = part + 3 * CHUNK + n * m.hidden_size * (wide + 4)
     embedding = parts.embedding / tp * wide if run.mesh.fsdp > 1 else 0
-    trained = _held(run)["optimiser"] / 2  # gradients are sharded like their parameters
+    trained = _argument_bytes(run)["optimiser"] / 2  # gradients are sharded like their parameters
     if run.optim.accumulate > 1:
         trained *= 2  # the sum, and a microbatch's own
     return max(work, loss, embedding) + trained
@@ -98,7 +98,7 @@ def activation_bytes(run: Run) -> float:
     attn = heads * wide + (4 * m.num_heads / tp if m.attention != "xla" else 0)
     dots = heads + pairs + 2 * m.hidden_size + 2 * m.intermediate_size / tp
     dots *= 2 if run.lora.rank else 1  # of the matrix, and of its adapter
-    each = {
+    by_remat = {
         "all": 0.0,
         "attn": attn,
         "attn_offload": 0.0,  # in host memory
@@ -106,9 +106,9 @@ def activation_bytes(run: Run) -> float:
         "dots": attn + dots * wide,
         "none": attn + (2 * (heads + pairs) + 4 * m.intermediate_size / tp) * wide,
     }
-    if m.remat not in each:
-        raise ValueError(f"config.model.remat is {m.remat!r}; its memory is not counted here")
-    return m.num_layers * tokens * (m.hidden_size * wide + each[m.remat])
+    if m.remat not in by_remat:
+        raise ValueError(f"config.model.remat is {m.remat!r}; its memory cannot be estimated")
+    return m.num_layers * tokens * (m.hidden_size * wide + by_remat[m.remat])
 
 
 def _collectives(run: Run) -> list[dict[str, Any]]:
@@ -116,38 +116,38 @@ def _collectives(run: Run) -> list[dict[str, Any]]:
     m, mesh = run.model, run.mesh
     n = flops.parameters(m, run.vocab, run.lora)
     wide, width = BYTES[m.compute_dtype], BYTES[m.param_dtype]
-    turns, tokens = run.optim.accumulate, rows_per_device(run) * run.data.seq_len
-    found = []
+    microbatches, tokens = run.optim.accumulate, rows_per_device(run) * run.data.seq_len
+    rows = []
     if mesh.fsdp > 1:
-        passes = (2 if run.train.trains != "image_head" else 1) * turns
+        passes = (2 if run.train.trains != "image_head" else 1) * microbatches
         layers = passes * n.layers * flops.matrix_bytes(m)
-        found.append(
+        rows.append(
             _row("all-gather", layers / mesh.tp, 7 * passes * m.num_layers, mesh.fsdp, True)
         )
-        table = turns * n.embedding * width / mesh.tp
-        found.append(_row("all-gather", table, turns, mesh.fsdp, False))
+        table = microbatches * n.embedding * width / mesh.tp
+        rows.append(_row("all-gather", table, microbatches, mesh.fsdp, False))
         # The loss: tokens are gathered and their gradients scattered, the head changes its
         # sharding.
-        size = turns * tokens * mesh.fsdp * m.hidden_size
-        found.append(_row("all-gather", size * wide, turns, mesh.fsdp, False))
-        found.append(_row("reduce-scatter", size * wide, turns, mesh.fsdp, False))
-        head = turns * n.head * width / mesh.tp / mesh.fsdp
-        found.append(_row("all-to-all", head, turns, mesh.fsdp, False))
+        size = microbatches * tokens * mesh.fsdp * m.hidden_size
+        rows.append(_row("all-gather", size * wide, microbatches, mesh.fsdp, False))
+        rows.append(_row("reduce-scatter", size * wide, microbatches, mesh.fsdp, False))
+        head = microbatches * n.head * width / mesh.tp / mesh.fsdp
+        rows.append(_row("all-to-all", head, microbatches, mesh.fsdp, False))
     if mesh.tp > 1:
         sums = 2 + 2 + (1 if m.remat != "none" else 0)  # forward, backward, recomputation
-        times, size = sums * m.num_layers * turns, tokens * m.hidden_size * wide
-        found.append(_row("all-reduce", times * size, times, mesh.tp, False))
+        times, size = sums * m.num_layers * microbatches, tokens * m.hidden_size * wide
+        rows.append(_row("all-reduce", times * size, times, mesh.tp, False))
     group = mesh.data * mesh.fsdp
     if group > 1:
-        gradients = _held(run)["optimiser"] / 2
+        gradients = _argument_bytes(run)["optimiser"] / 2
         if run.train.trains == "full" and mesh.fsdp > 1:
-            found.append(
+            rows.append(
                 _row("reduce-scatter", gradients * mesh.fsdp, 7 * m.num_layers, mesh.fsdp, True)
             )
             group = mesh.data
         if group > 1:
-            found.append(_row("all-reduce", gradients, 7 * m.num_layers, group, False))
-    return found
+            rows.append(_row("all-reduce", gradients, 7 * m.num_layers, group, False))
+    return rows
 
 
 def _row(kind: str, size: flops.Number, count: int, group: int, overlapped: bool) -> dict[str, Any]:
@@ -176,22 +176,23 @@ BETWEEN_SLICES = {"v4": 6.25e9, "v5e": 3.125e9, "v5p": 6.25e9, "v6e": 12.5e9}
 
 
 def rates(
-    run: Run, topology: Topology, found: dict[str, Any], *, utilisation: float, price: float | None
+    run: Run, topology: Topology, answer: dict[str, Any], *, utilisation: float, price: float | None
 ) -> dict[str, Any]:
     """Return seconds per step, tokens/s/chip, MFU, and the run's hours, chip-hours and cost."""
     length = min(run.data.document_limit, run.data.seq_len)
-    sizes = (run.model, run.vocab, run.lora)
-    need = flops.train_flops(*sizes, trains=run.train.trains, length=length)
-    again = flops.remat_flops(run.model, trains=run.train.trains, length=length)
+    train_flops = flops.train_flops(
+        run.model, run.vocab, run.lora, trains=run.train.trains, length=length
+    )
+    remat_flops = flops.remat_flops(run.model, trains=run.train.trains, length=length)
     chip, tokens = topology.chip, run.data.batch_size * run.data.seq_len
-    compute = (need + again) * tokens / topology.chips / (utilisation * chip.flops)
-    rows = found["collectives"] or []
+    compute = (train_flops + remat_flops) * tokens / topology.chips / (utilisation * chip.flops)
+    rows = answer["collectives"] or []
     ring = chip.links * chip.link_rate
     overlapped, exposed = (
         sum(row["sent"] for row in rows if row["overlapped"] is kind) / ring
         for kind in (True, False)
     )
-    between = _between(topology, found)
+    between = _between(topology, answer)
     step = max(compute, overlapped) + exposed + between
     rate = tokens / step / topology.chips
     hours = run.train.steps * step / 3600
@@ -202,17 +203,17 @@ def rates(
         "exposed_s": round(exposed + between, 4),
         "step_s": round(step, 4),
         "tokens_per_s_per_chip": round(rate, 1),
-        "mfu": round(flops.mfu(rate, need, chips=1, chip=chip), 4),
+        "mfu": round(flops.mfu(rate, train_flops, chips=1, chip=chip), 4),
         "hours": round(hours, 2),
         "chip_hours": round(hours * topology.chips, 1),
         "cost_usd": None if price is None else round(hours * topology.chips * price, 2),
     }
 
 
-def _between(topology: Topology, found: dict[str, Any]) -> float:
+def _between(topology: Topology, answer: dict[str, Any]) -> float:
     """Return the seconds for the gradients, whose size is half of the optimizer's moments."""
     if topology.slices == 1:
         return 0.0
-    gradients = found["parts"]["optimiser"] / 2 * flops.GIB
+    gradients = answer["parts"]["optimiser"] / 2 * flops.GIB
     share = 2 * (topology.slices - 1) / topology.slices
     return gradients * share / BETWEEN_SLICES[topology.chip.name]

@@ -41,7 +41,7 @@ class Program:
     """A program for a machine, not compiled yet."""
 
     lowered: jax.stages.Lowered
-    held: dict[str, int]  # bytes of the arguments on one device, by part
+    arguments: dict[str, int]  # bytes of the arguments on one device, by part
     saved: float  # bytes of the activations kept for the backward pass
     facts: dict[str, Any]
 
@@ -58,20 +58,20 @@ def train(run: Run, topology: Topology) -> Program:
         optim=dataclasses.replace(run.optim, peak_lr=1e-4),
         train=dataclasses.replace(run.train, steps=1_000),
     )
-    with _on(run, topology) as like:
-        graph, trainable, frozen = step.split_trainable(like, run.train.trains)
+    with _on(run, topology) as abstract_model:
+        graph, trainable, frozen = step.split_trainable(abstract_model, run.train.trains)
         state = sharding.with_shardings(
             jax.eval_shape(lambda t: step.init_state(t, run), trainable)
         )
         batch = step.abstract_batch(run)
         trained = {"lora": "adapters", "full": "base", "image_head": "image columns"}
-        held = {"base": 0, "adapters": 0} | {trained[run.train.trains]: _bytes(trainable)}
-        held["base"] += _bytes(frozen) if run.train.trains != "full" else 0
-        held |= {"optimiser": _bytes(state.opt_state), "batch": _bytes(batch)}
+        arguments = {"base": 0, "adapters": 0} | {trained[run.train.trains]: _bytes(trainable)}
+        arguments["base"] += _bytes(frozen) if run.train.trains != "full" else 0
+        arguments |= {"optimiser": _bytes(state.opt_state), "batch": _bytes(batch)}
         train_step = step.make_train_step(graph, run)
         saved = analytic.activation_bytes(run)
         facts = {"compile": step.COMPILER_OPTIONS[run.train.compile]}
-        return Program(train_step.lower(state, frozen, batch, _key(run)), held, saved, facts)
+        return Program(train_step.lower(state, frozen, batch, _key(run)), arguments, saved, facts)
 
 
 def decode(run: Run, topology: Topology, *, mode: str, rows: int, prompt: int) -> Program:
@@ -94,7 +94,7 @@ def decode(run: Run, topology: Topology, *, mode: str, rows: int, prompt: int) -
     )
     shards = run.mesh.data * run.mesh.fsdp
     num_slots = -(-rows * streams // shards) * shards
-    make = functools.partial(
+    init_cache = functools.partial(
         kv_cache.init_cache,
         run.model,
         num_slots=num_slots,
@@ -102,10 +102,10 @@ def decode(run: Run, topology: Topology, *, mode: str, rows: int, prompt: int) -
         cache_dtype="model",
     )
     draws = {"text": "text", "image": "codes", "mixed": "both"}[mode]
-    with _on(run, topology) as like:
-        cache = _gib(_bytes(sharding.with_shardings(jax.eval_shape(make))))
+    with _on(run, topology) as abstract_model:
+        cache = _gib(_bytes(sharding.with_shardings(jax.eval_shape(init_cache))))
         lowered = decode_loop.lower_decode(
-            like,
+            abstract_model,
             settings.config,
             batch_size=rows,
             num_slots=num_slots,
@@ -114,12 +114,12 @@ def decode(run: Run, topology: Topology, *, mode: str, rows: int, prompt: int) -
             draws=draws,
         )
     facts = {"mode": mode, "rows": rows, "streams": streams, "slots": cache_length}
-    return Program(lowered, {"base": _bytes(like)}, 0.0, facts | {"cache_gib": cache})
+    return Program(lowered, {"base": _bytes(abstract_model)}, 0.0, facts | {"cache_gib": cache})
 
 
 def compile_(program: Program, topology: Topology) -> dict[str, Any]:
     """Return the compiler's answer, as JSON."""
-    begin, held = time.monotonic(), program.held
+    begin, argument_parts = time.monotonic(), program.arguments
     result = program.facts | {"how": "compiled", "hbm_gib": _gib(topology.usable)}
     try:
         compiled = program.lowered.compile()
@@ -127,7 +127,7 @@ def compile_(program: Program, topology: Topology) -> dict[str, Any]:
         if not _EXHAUSTED.search(str(error)):
             raise
         needed = _needed(str(error))
-        parts = {name: _gib(size) for name, size in held.items()}
+        parts = {name: _gib(size) for name, size in argument_parts.items()}
         return result | {
             "fits": False, "peak_hbm_gib": needed, "parts": parts, "collectives": None,
             "error": str(error).splitlines()[0], "compile_s": round(time.monotonic() - begin, 1),
@@ -135,8 +135,10 @@ def compile_(program: Program, topology: Topology) -> dict[str, Any]:
     memory = compiled.memory_analysis()
     arguments, code = memory.argument_size_in_bytes, memory.generated_code_size_in_bytes
     peak = memory.peak_memory_in_bytes
-    parts = held | {
-        "padding": max(0, arguments - sum(held.values())),  # padding of arguments to tiles
+    parts = argument_parts | {
+        "padding": max(
+            0, arguments - sum(argument_parts.values())
+        ),  # padding of arguments to tiles
         "activations": program.saved,
         "temporaries": peak - arguments - program.saved,
         "code": code,
@@ -157,13 +159,13 @@ def _on(run: Run, topology: Topology) -> Iterator[chameleon.Chameleon]:
     chips = devices(topology)
     with contextlib.ExitStack() as stack:
         try:
-            machine = sharding.make_mesh(run.mesh, chips)
-            step.check(run, machine)
-            stack.enter_context(jax.set_mesh(machine))
-            like = chameleon.abstract_model(run.model, run.vocab, run.lora)
+            mesh = sharding.make_mesh(run.mesh, chips)
+            step.check(run, mesh)
+            stack.enter_context(jax.set_mesh(mesh))
+            abstract_model = chameleon.abstract_model(run.model, run.vocab, run.lora)
         except ValueError as error:
             raise PlanError(str(error)) from error
-        yield like  # everything below is abstract: operations would run on absent chips
+        yield abstract_model  # everything below is abstract: operations would run on absent chips
 
 
 def _read(compiled: jax.stages.Compiled, topology: Topology) -> dict[str, Any]:
@@ -172,11 +174,16 @@ def _read(compiled: jax.stages.Compiled, topology: Topology) -> dict[str, Any]:
     try:
         program = hlo_analysis.Program(compiled.as_text())
     except jax.errors.JaxRuntimeError as error:
-        return {"collectives": None, "error": f"no text: {str(error).splitlines()[0]}"}
+        return {
+            "collectives": None,
+            "error": f"the program text is unavailable: {str(error).splitlines()[0]}",
+        }
     return {
         "collectives": hlo_analysis.summary(program.collectives()),
         "scheduled_s": round(program.cycles() / clock, 4),
-        "open_loops_s": [round(each / clock, 8) for each in program.data_dependent_loops()],
+        "open_loops_s": [
+            round(loop_cycles / clock, 8) for loop_cycles in program.data_dependent_loops()
+        ],
     }
 
 

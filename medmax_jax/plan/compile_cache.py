@@ -1,6 +1,6 @@
 """Cache the compiler's answers in a folder: each program is compiled once, and work can resume.
 
-    D/3f9c0a...json   {"case": what was asked, "fits": ..., "peak_hbm_gib": ..., ...}
+    D/3f9c0a...json   {"case": settings and machine, "fits": ..., "peak_hbm_gib": ..., ...}
 
 An answer's name is a digest of the program's own text, the machine, the compile options and the
 versions that compile. So a config that differs in nothing that is compiled finds the answer, and
@@ -39,23 +39,23 @@ def find_cached(
     folder: pathlib.Path, program: plan_compile.Program, topology: Topology
 ) -> dict[str, Any] | None:
     """Return the cached answer, or None."""
-    return _kept(folder / f"{digest(program, topology)}.json")
+    return _read_cached(folder / f"{digest(program, topology)}.json")
 
 
 def compile_cached(
     folder: pathlib.Path, program: plan_compile.Program, run: Run, topology: Topology
 ) -> dict[str, Any]:
     """Return the answer from the folder, or compile and store it there."""
-    found = find_cached(folder, program, topology)
-    if found is not None:
-        return found
-    found = plan_compile.compile_(program, topology) | {"versions": versions()}
-    found["case"] = case_summary(run, topology)
+    answer = find_cached(folder, program, topology)
+    if answer is not None:
+        return answer
+    answer = plan_compile.compile_(program, topology) | {"versions": versions()}
+    answer["case"] = case_summary(run, topology)
     path = folder / f"{digest(program, topology)}.json"
     part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json.dumps(found, indent=1) + "\n")
+    part.write_text(json.dumps(answer, indent=1) + "\n")
     os.replace(part, path)  # atomic
-    return found
+    return answer
 
 
 def case_summary(run: Run, topology: Topology) -> dict[str, Any]:
@@ -72,11 +72,11 @@ def case_summary(run: Run, topology: Topology) -> dict[str, Any]:
 
 def cached_cases(folder: pathlib.Path) -> list[dict[str, Any]]:
     """Return the cases of the cached answers, whether of this step or of an older one."""
-    found = [_kept(path) or {} for path in sorted(folder.glob("*.json"))]
-    return [each["case"] for each in found if isinstance(each.get("case"), dict)]
+    answers = [_read_cached(path) or {} for path in sorted(folder.glob("*.json"))]
+    return [answer["case"] for answer in answers if isinstance(answer.get("case"), dict)]
 
 
-def _kept(path: pathlib.Path) -> dict[str, Any] | None:
+def _read_cached(path: pathlib.Path) -> dict[str, Any] | None:
     """Return the content of a cached file; None if missing or corrupt: it is computed again."""
     try:
         return read_json_object(path)

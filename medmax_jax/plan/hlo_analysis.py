@@ -64,11 +64,11 @@ class Program:
             elif current:  # the rest of a broken line
                 current[-1] = dataclasses.replace(current[-1], rest=current[-1].rest + line)
         if not self._entry:
-            raise ValueError("this is no text of a compiled program: it has no ENTRY")
+            raise ValueError("not the text of a compiled program: it has no ENTRY")
 
     def collectives(self) -> list[Collective]:
         """Return each collective once, however many pieces it was split into."""
-        found: dict[tuple, Collective] = {}
+        collectives: dict[tuple, Collective] = {}
         for name, op, times in self._reached():
             kind = op.name.removesuffix("-start")
             if kind not in KINDS:
@@ -80,19 +80,19 @@ class Program:
                 kind = "reduce-scatter"
             channel = re.search(r"channel_id=(\d+)", op.rest)
             key = (kind, channel[1] if channel else (name, op.rest))
-            pieces = name.startswith("async_collective") or "AsyncCollective" in self._calls(name)
+            is_async = name.startswith("async_collective") or "AsyncCollective" in self._calls(name)
             new = Collective(
                 kind=kind, times=times, size=size, group=group,
-                overlapped=op.name.endswith("-start") or pieces,
+                overlapped=op.name.endswith("-start") or is_async,
             )  # fmt: skip
-            old = found.get(key, new)
-            found[key] = dataclasses.replace(
+            old = collectives.get(key, new)
+            collectives[key] = dataclasses.replace(
                 new,
                 times=max(new.times, old.times),
                 size=max(new.size, old.size),
                 overlapped=new.overlapped or old.overlapped,
             )
-        return list(found.values())
+        return list(collectives.values())
 
     def cycles(self) -> int:
         """Return the compiler's estimate for the scheduled operations; kernels are not included."""
@@ -162,14 +162,20 @@ class Program:
 def summary(collectives: list[Collective]) -> list[dict]:
     """Return one row for each kind, overlapped or not: count and bytes per step."""
     rows: dict[tuple[str, bool], dict] = {}
-    for each in collectives:
+    for collective in collectives:
         row = rows.setdefault(
-            (each.kind, each.overlapped),
-            {"kind": each.kind, "overlapped": each.overlapped, "count": 0, "bytes": 0, "sent": 0},
+            (collective.kind, collective.overlapped),
+            {
+                "kind": collective.kind,
+                "overlapped": collective.overlapped,
+                "count": 0,
+                "bytes": 0,
+                "sent": 0,
+            },
         )
-        row["count"] += each.times
-        row["bytes"] += each.times * each.size
-        row["sent"] += round(each.bytes_sent)
+        row["count"] += collective.times
+        row["bytes"] += collective.times * collective.size
+        row["sent"] += round(collective.bytes_sent)
     return [rows[key] for key in sorted(rows)]
 
 

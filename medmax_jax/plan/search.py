@@ -47,11 +47,11 @@ def rank_candidates(runs: Iterator[Run], topology: Topology, *, utilisation: flo
     """Return the runs that may fit, fastest by arithmetic first; of equal ones the smaller."""
     scored = []
     for run in runs:
-        found = analytic.estimate(run, topology)
-        if found["peak_hbm_gib"] <= MARGIN * found["hbm_gib"]:
-            rate = analytic.rates(run, topology, found, utilisation=utilisation, price=None)
-            scored.append((-rate["tokens_per_s_per_chip"], found["peak_hbm_gib"], run))
-    return [run for *_, run in sorted(scored, key=lambda each: each[:2])]
+        estimate = analytic.estimate(run, topology)
+        if estimate["peak_hbm_gib"] <= MARGIN * estimate["hbm_gib"]:
+            rate = analytic.rates(run, topology, estimate, utilisation=utilisation, price=None)
+            scored.append((-rate["tokens_per_s_per_chip"], estimate["peak_hbm_gib"], run))
+    return [run for *_, run in sorted(scored, key=lambda entry: entry[:2])]
 
 
 def best_fitting(
@@ -65,32 +65,35 @@ def best_fitting(
     """Return the fastest of the first `most` that fit, else the first of the others that does."""
     if not order:
         raise PlanError(
-            f"nothing fits {topology.slices} x {topology.name}, by arithmetic; take more chips, "
+            f"by arithmetic no setting fits {topology.slices} x {topology.name}; use more chips, "
             "model.quant=nf4 or a shorter --seq"
         )
     fitting: list[tuple[float, Run, dict[str, Any]]] = []
     for number, run in enumerate(order):
         if number >= most and fitting:
             break
-        found = answer(run)
-        if found["fits"]:
-            rate = analytic.rates(run, topology, found, utilisation=utilisation, price=None)
-            fitting.append((rate["tokens_per_s_per_chip"], run, found))
+        result = answer(run)
+        if result["fits"]:
+            rate = analytic.rates(run, topology, result, utilisation=utilisation, price=None)
+            fitting.append((rate["tokens_per_s_per_chip"], run, result))
     if not fitting:
-        raise PlanError(f"none of {len(order)} settings fits {topology.slices} x {topology.name}")
-    _, run, found = max(fitting, key=lambda each: each[0])
-    return run, found
+        raise PlanError(
+            f"none of {len(order)} settings fits {topology.slices} x {topology.name}; "
+            "use more chips"
+        )
+    _, run, result = max(fitting, key=lambda entry: entry[0])
+    return run, result
 
 
 def _valid(run: Run) -> Iterator[Run]:
     m, mesh = run.model, run.mesh
-    whole = [m.num_heads % mesh.tp, m.num_kv_heads % mesh.tp, m.intermediate_size % mesh.tp]
-    whole += [run.vocab.size % mesh.tp, m.hidden_size % mesh.fsdp]
+    remainders = [m.num_heads % mesh.tp, m.num_kv_heads % mesh.tp, m.intermediate_size % mesh.tp]
+    remainders += [run.vocab.size % mesh.tp, m.hidden_size % mesh.fsdp]
     if m.quant in PACKED:
-        whole += [m.intermediate_size // TILE % mesh.tp, m.hidden_size // TILE % mesh.fsdp]
+        remainders += [m.intermediate_size // TILE % mesh.tp, m.hidden_size // TILE % mesh.fsdp]
     try:
         config.check(run)
     except ConfigError:
         return
-    if not any(whole):
+    if not any(remainders):
         yield run

@@ -51,44 +51,56 @@ class TableCell:
     topology: Topology
     length: int
     order: list[Run]
-    found: dict[int, dict[str, Any]]  # index in `order` -> answer
+    answers: dict[int, dict[str, Any]]  # index in `order` -> answer
 
     def best(self) -> tuple[Run, dict[str, Any]] | None:
         """Return the fastest compiled setting that fits; else the best-ranked one not refuted."""
         fitting = [
             (_rates(self.order[i], self.topology, answer)["tokens_per_s_per_chip"], i)
-            for i, answer in self.found.items()
+            for i, answer in self.answers.items()
             if answer["fits"]
         ]
         if fitting:
-            place = max(fitting)[1]
-            return self.order[place], self.found[place]
-        open_ = [run for i, run in enumerate(self.order) if i not in self.found]
-        return (open_[0], analytic.estimate(open_[0], self.topology)) if open_ else None
+            index = max(fitting)[1]
+            return self.order[index], self.answers[index]
+        untested = [run for i, run in enumerate(self.order) if i not in self.answers]
+        return (untested[0], analytic.estimate(untested[0], self.topology)) if untested else None
 
 
 def main() -> None:
     """Compile while there is time, then write the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--cache", type=pathlib.Path, required=True, help="folder of answers")
-    parser.add_argument("--minutes", type=float, required=True, help="0: what is there alone")
-    parser.add_argument("--most", type=int, default=2, help="settings compiled for a cell")
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="file with the two marks")
-    given = parser.parse_args()
-    text = given.out.read_text()
+    parser.add_argument(
+        "--cache", type=pathlib.Path, required=True, help="folder of cached compiler answers"
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        required=True,
+        help="time for compiling; 0: use cached answers only",
+    )
+    parser.add_argument("--most", type=int, default=2, help="settings compiled per cell")
+    parser.add_argument(
+        "--out",
+        type=pathlib.Path,
+        required=True,
+        help="Markdown file that contains the two marker lines",
+    )
+    args = parser.parse_args()
+    text = args.out.read_text()
     if not all(mark in text for mark in MARKS):
-        sys.exit(f"error: {given.out} lacks the lines {' and '.join(map(repr, MARKS))}")
+        sys.exit(f"error: {args.out} lacks the lines {' and '.join(map(repr, MARKS))}")
     use_no_device()
-    given.cache.mkdir(parents=True, exist_ok=True)
-    end, cells = time.monotonic() + 60 * given.minutes, list(make_cells())
-    collect(cells, given.cache)
-    for number in range(given.most):
+    args.cache.mkdir(parents=True, exist_ok=True)
+    end, cells = time.monotonic() + 60 * args.minutes, list(make_cells())
+    collect(cells, args.cache)
+    for number in range(args.most):
         for cell in sorted(cells, key=_turn):
             if time.monotonic() < end:
-                compile_next(cell, number, given.cache)
+                compile_next(cell, number, args.cache)
     before, _, rest = text.partition(MARKS[0])
     after = rest.partition(MARKS[1])[2]
-    given.out.write_text(before + MARKS[0] + render(cells) + MARKS[1] + after)
+    args.out.write_text(before + MARKS[0] + render(cells) + MARKS[1] + after)
 
 
 def _turn(cell: TableCell) -> int:
@@ -122,25 +134,25 @@ def make_cells() -> Iterator[TableCell]:
 
 def collect(cells: list[TableCell], cache: pathlib.Path) -> None:
     """Find the cached answers, of exactly this step."""
-    known = compile_cache.cached_cases(cache)
+    cases = compile_cache.cached_cases(cache)
     for cell in cells:
-        for place, run in enumerate(cell.order):
-            if compile_cache.case_summary(run, cell.topology) in known:
+        for index, run in enumerate(cell.order):
+            if compile_cache.case_summary(run, cell.topology) in cases:
                 program = plan_compile.train(run, cell.topology)
                 answer = compile_cache.find_cached(cache, program, cell.topology)
                 if answer is not None:
-                    cell.found[place] = answer
+                    cell.answers[index] = answer
 
 
 def compile_next(cell: TableCell, number: int, cache: pathlib.Path) -> None:
     """Compile the cell's first setting not yet compiled, unless `number` of them are already."""
-    places = [i for i in range(len(cell.order)) if i not in cell.found]
-    if not cell.topology.is_tpu or len(cell.found) > number or not places:
+    uncompiled = [i for i in range(len(cell.order)) if i not in cell.answers]
+    if not cell.topology.is_tpu or len(cell.answers) > number or not uncompiled:
         return
-    run, place = cell.order[places[0]], places[0]
+    run, index = cell.order[uncompiled[0]], uncompiled[0]
     program = plan_compile.train(run, cell.topology)
     answer = compile_cache.compile_cached(cache, program, run, cell.topology)
-    cell.found[place] = answer
+    cell.answers[index] = answer
     print(
         f"{time.strftime('%H:%M:%S')} {cell.model}, {cell.topology.slices} x {cell.topology.name}, "
         f"{cell.length}, {compile_cache.axes(run)}, {run.data.batch_size} rows, {run.model.remat}: "
@@ -153,8 +165,8 @@ def render(cells: list[TableCell]) -> str:
     """Return the rows, sorted for readers, and the error of the arithmetic."""
     lines = [
         "",
-        "| model | machine | tokens a row | data, fsdp, tp | rows a chip | remat | GiB a chip, of "
-        "| tokens/s/chip | MFU | hours | chip-hours | from |",
+        "| model | machine | tokens per row | data, fsdp, tp | rows per chip | remat "
+        "| GiB per chip, of | tokens/s/chip | MFU | hours | chip-hours | from |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     names = list(MODELS)
@@ -170,15 +182,15 @@ def _row(cell: TableCell) -> str:
     head = f"| {cell.model} | {machine} | {cell.length:,} |"
     best = cell.best()
     if best is None:
-        why = "the compiler" if cell.found else "arithmetic"
-        return f"{head} does not fit | | | | | | | | {why} |"
-    run, found = best
-    rate = _rates(run, cell.topology, found)
+        source_of_no = "the compiler" if cell.answers else "arithmetic"
+        return f"{head} does not fit | | | | | | | | {source_of_no} |"
+    run, answer = best
+    rate = _rates(run, cell.topology, answer)
     axes = ", ".join(map(str, compile_cache.axes(run)))
-    source = "compiler" if found["how"] == "compiled" else "arithmetic"
+    source = "compiler" if answer["how"] == "compiled" else "arithmetic"
     return (
         f"{head} {axes} | {analytic.rows_per_device(run)} | {run.model.remat} | "
-        f"{found['peak_hbm_gib']:.1f}, {found['hbm_gib']:.1f} | "
+        f"{answer['peak_hbm_gib']:.1f}, {answer['hbm_gib']:.1f} | "
         f"{rate['tokens_per_s_per_chip']:,.0f} | {rate['mfu']:.0%} | {rate['hours']:,.0f} | "
         f"{rate['chip_hours']:,.0f} | {source} |"
     )
@@ -187,26 +199,26 @@ def _row(cell: TableCell) -> str:
 def _errors(cells: list[TableCell]) -> list[str]:
     """Compare arithmetic with the compiler, for every setting that was compiled."""
     lines = [
-        "| compiled | GiB, compiler | GiB, arithmetic | GiB sent about, compiler | arithmetic "
+        "| compiled | GiB, compiler | GiB, arithmetic | GiB sent, compiler | arithmetic "
         "| step s, bound | scheduled |",
         "|---|---|---|---|---|---|---|",
     ]
     ratios = []
     for cell in cells:
-        for place, answer in sorted(cell.found.items()):
-            run = cell.order[place]
-            rough = analytic.estimate(run, cell.topology)
+        for index, answer in sorted(cell.answers.items()):
+            run = cell.order[index]
+            estimate = analytic.estimate(run, cell.topology)
             name = (
                 f"{cell.model}, {cell.topology.slices} x {cell.topology.name}, {cell.length:,}, "
                 f"{compile_cache.axes(run)}, {analytic.rows_per_device(run)} rows, "
                 f"{run.model.remat}"
             )
             if answer["peak_hbm_gib"] and not _no_vmem(answer):
-                ratios.append(rough["peak_hbm_gib"] / answer["peak_hbm_gib"])
-            gathered = [_gathered(each) for each in (answer, rough)]
+                ratios.append(estimate["peak_hbm_gib"] / answer["peak_hbm_gib"])
+            gathered = [_gathered(result) for result in (answer, estimate)]
             lines.append(
                 f"| {name} | {_memory(answer)} | "
-                f"{rough['peak_hbm_gib']} | {gathered[0]} | {gathered[1]} | "
+                f"{estimate['peak_hbm_gib']} | {gathered[0]} | {gathered[1]} | "
                 f"{_rates(run, cell.topology, answer)['step_s']:.2f} | "
                 f"{_scheduled(answer)} |"
             )
@@ -233,18 +245,18 @@ def _no_vmem(answer: dict[str, Any]) -> bool:
 
 def _scheduled(answer: dict[str, Any]) -> str:
     """Format cycles: for an operation that it cannot estimate the compiler returns 2**63 - 1."""
-    found = answer.get("scheduled_s")
-    return "-" if found is None or found > NO_ESTIMATE_S else str(found)
+    seconds = answer.get("scheduled_s")
+    return "-" if seconds is None or seconds > NO_ESTIMATE_S else str(seconds)
 
 
-def _gathered(found: dict[str, Any]) -> float | str:
-    if found["collectives"] is None:
+def _gathered(answer: dict[str, Any]) -> float | str:
+    if answer["collectives"] is None:
         return "-"
-    return round(sum(row["bytes"] for row in found["collectives"]) / 2**30, 1)
+    return round(sum(row["bytes"] for row in answer["collectives"]) / 2**30, 1)
 
 
-def _rates(run: Run, topology: Topology, found: dict[str, Any]) -> dict[str, Any]:
-    return analytic.rates(run, topology, found, utilisation=UTILISATION, price=None)
+def _rates(run: Run, topology: Topology, answer: dict[str, Any]) -> dict[str, Any]:
+    return analytic.rates(run, topology, answer, utilisation=UTILISATION, price=None)
 
 
 if __name__ == "__main__":

@@ -61,13 +61,15 @@ def parse(name: str, *, slices: int) -> Topology:
     chip = CHIPS.get(match[1]) if match else None
     if chip is None:
         raise PlanError(
-            f"--topology={name}; write CHIP:SHAPE with CHIP one of {', '.join(CHIPS)}, as v5e:4x4, "
-            "v5p:2x2x1 or H100:8"
+            f"--topology={name}; use the form CHIP:SHAPE with CHIP one of {', '.join(CHIPS)}, "
+            "for example v5e:4x4, v5p:2x2x1 or H100:8"
         )
     shape = tuple(int(n) for n in match[2].split("x"))
-    wanted = DIMENSIONS.get(chip.name, 1)
-    if len(shape) != wanted or min(shape) < 1:
-        raise PlanError(f"--topology={name}; {chip.name} has {wanted} dimensions, each 1 or more")
+    dimensions = DIMENSIONS.get(chip.name, 1)
+    if len(shape) != dimensions or min(shape) < 1:
+        raise PlanError(
+            f"--topology={name}; {chip.name} has {dimensions} dimensions, each 1 or more"
+        )
     if slices < 1:
         raise PlanError(f"--slices={slices}; it must be at least 1")
     return Topology(name, chip, shape, slices)
@@ -76,32 +78,35 @@ def parse(name: str, *, slices: int) -> Topology:
 def devices(topology: Topology) -> Sequence[Any]:
     """Return the devices from libtpu; raise PlanError if it lacks the machine or is missing."""
     if not topology.is_tpu:
-        raise PlanError(f"--topology={topology.name} is planned by arithmetic; add --analytic")
+        raise PlanError(
+            f"--topology={topology.name} is supported by arithmetic only; add --analytic"
+        )
     # libtpu then queries no metadata server, and accepts that another process has loaded it.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")  # nor does it log that it found no TPU
     x, y, z = (*topology.shape, 1)[:3]
     # A host has 2x2 chips; a machine with an odd side is made of smaller hosts.
-    kwargs: dict[str, Any] = {"chips_per_host_bounds": (2 - x % 2, 2 - y % 2, 1)}
+    topology_options: dict[str, Any] = {"chips_per_host_bounds": (2 - x % 2, 2 - y % 2, 1)}
     if topology.chip.name == "v4":
-        kwargs["chip_config_name"] = "megacore"  # else every core is a device of its own
+        topology_options["chip_config_name"] = "megacore"  # else every core is a device of its own
     if topology.slices > 1:
-        kwargs["num_slices"] = topology.slices
+        topology_options["num_slices"] = topology.slices
     try:
-        found = topologies.get_topology_desc(
-            platform="tpu", topology_name=topology.name, **kwargs
+        tpu_devices = topologies.get_topology_desc(
+            platform="tpu", topology_name=topology.name, **topology_options
         ).devices
     except Exception as error:  # noqa: BLE001  libtpu raises RuntimeErrors of several kinds
         raise PlanError(
-            f"--topology={topology.name}: libtpu refuses it ({str(error).splitlines()[0]}); "
-            "`pip install -r requirements-dev.txt` brings libtpu, and --analytic needs none"
+            f"--topology={topology.name}: libtpu rejects it ({str(error).splitlines()[0]}); "
+            "install libtpu with `pip install -r requirements-dev.txt`, or use --analytic"
         ) from error
-    if len(found) != topology.chips:
+    if len(tpu_devices) != topology.chips:
         raise PlanError(
-            f"--topology={topology.name}: libtpu gives {len(found)} devices, not {topology.chips}"
+            f"--topology={topology.name}: libtpu returns {len(tpu_devices)} devices, "
+            f"not {topology.chips}"
         )
-    return found
+    return tpu_devices
 
 
 def use_no_device() -> None:
@@ -119,7 +124,7 @@ def mesh_of(text: str, topology: Topology) -> Mesh:
     sizes = [int(n) for n in text.split(",")] if re.fullmatch(r"\d+,\d+,\d+", text) else []
     if math.prod(sizes) != topology.chips or not sizes:
         raise PlanError(
-            f"--mesh={text}; write data,fsdp,tp with a product of {topology.chips}, the chips of "
+            f"--mesh={text}; use data,fsdp,tp with a product of {topology.chips}, the chips of "
             f"{topology.slices} x {topology.name}, or search"
         )
     return Mesh(data=sizes[0], fsdp=sizes[1], tp=sizes[2])

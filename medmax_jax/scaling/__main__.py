@@ -36,105 +36,125 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--table", metavar="T.csv", help="a row a run")
-    add("--law", required=True, choices=(*LAWS, mixed.LAW.name, "list"))
-    add("--target", default="", help="column that the law predicts: loss; several with commas")
+    add("--table", metavar="T.csv", help="CSV with one row per run")
+    add("--law", required=True, choices=(*LAWS, mixed.LAW.name, "list"), help="law to fit")
+    add(
+        "--target",
+        default="",
+        help="columns that the law predicts, separated by commas; default: loss",
+    )
     add("--map", action="append", default=[], metavar="NAME=COLUMN", type=_pair)
-    add("--exclude", action="append", default=[], metavar="RULE", help="COLUMN=V, COLUMN<V ...")
+    add(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="RULE",
+        help="exclude rows: COLUMN=V, COLUMN<V or COLUMN>V",
+    )
     add("--fix", action="append", default=[], metavar="NAME=VALUE", type=_pair)
     add("--say", action="append", default=[], metavar="NAME=TEXT", type=_pair,
-        help="for the checklist: " + ", ".join(checklist.STATEMENTS))  # fmt: skip
-    add("--delta", type=float, default=1e-3, help="of the Huber loss; large: least squares")
-    add("--residuals", choices=("log", "plain"), help="of ln loss (losses) or of the loss itself")
-    add("--bootstraps", type=int, default=1_000)
-    add("--seed", type=int, default=0, help="of the bootstraps")
-    add("--flops", type=float, default=6.0, help="of a token, per parameter: 6 full, 4 LoRA")
-    add("--budget", type=float, action="append", default=[], metavar="FLOPS")
-    add("--workdir", metavar="D")
-    add("--json", action="store_true", help="the last line is one JSON object")
+        help="statement for the checklist: " + ", ".join(checklist.STATEMENTS))  # fmt: skip
+    add(
+        "--delta",
+        type=float,
+        default=1e-3,
+        help="delta of the Huber loss; a large value gives least squares",
+    )
+    add(
+        "--residuals",
+        choices=("log", "plain"),
+        help="residuals of ln loss (log) or of the loss itself (plain)",
+    )
+    add("--bootstraps", type=int, default=1_000, help="number of bootstrap samples")
+    add("--seed", type=int, default=0, help="seed of the bootstrap")
+    add("--flops", type=float, default=6.0, help="FLOPs per token and parameter: 6 full, 4 LoRA")
+    add("--budget", type=float, action="append", default=[], metavar="FLOPS",
+        help="compute budget to allocate; may be repeated")  # fmt: skip
+    add("--workdir", metavar="D", help="folder for fit.json, figures and page.html")
+    add("--json", action="store_true", help="print one JSON object as the last line")
     return parser
 
 
 def _pair(text: str) -> tuple[str, str]:
     name, sign, value = text.partition("=")
     if not (name and sign and value):
-        raise argparse.ArgumentTypeError(f"{text!r}: write NAME=VALUE")
+        raise argparse.ArgumentTypeError(f"{text!r}: use the form NAME=VALUE")
     return name, value
 
 
-def _run(given: argparse.Namespace) -> None:
-    if given.law == "list":
+def _run(args: argparse.Namespace) -> None:
+    if args.law == "list":
         for law in (*LAWS.values(), mixed.LAW):
             print(f"{law.name:17} {law.formula}\n{'':17} {', '.join(law.columns)}; {law.paper}")
         return
-    if not given.table:
-        raise ScalingError("--table is missing; name a CSV with a row a run")
-    if given.bootstraps < 1 or given.delta <= 0:
+    if not args.table:
+        raise ScalingError("--table is missing; use a CSV with one row per run")
+    if args.bootstraps < 1 or args.delta <= 0:
         raise ScalingError("--bootstraps must be at least 1 and --delta above 0")
-    folder = open_workdir(given.workdir) if given.workdir else None
-    facts = _mixed(given, folder) if given.law == mixed.LAW.name else _laws(given, folder)
+    folder = open_workdir(args.workdir) if args.workdir else None
+    result = _mixed(args, folder) if args.law == mixed.LAW.name else _laws(args, folder)
     if folder:
-        (folder / "fit.json").write_text(json.dumps(facts, indent=1) + "\n")
-        print(f"written: {folder / 'page.html'}, {folder / 'fit.json'}")
-    if given.json:
-        print(json.dumps(facts))
+        (folder / "fit.json").write_text(json.dumps(result, indent=1) + "\n")
+        print(f"wrote {folder / 'page.html'} and {folder / 'fit.json'}")
+    if args.json:
+        print(json.dumps(result))
 
 
-def _laws(given: argparse.Namespace, folder: Path | None) -> dict[str, Any]:
+def _laws(args: argparse.Namespace, folder: Path | None) -> dict[str, Any]:
     """Return each target's fit; if there are several, by target."""
-    law, said = LAWS[given.law], checklist.read_statements(given.table, dict(given.say))
-    if given.residuals:
-        law = dataclasses.replace(law, log=given.residuals == "log")
+    law, statements = LAWS[args.law], checklist.read_statements(args.table, dict(args.say))
+    if args.residuals:
+        law = dataclasses.replace(law, log=args.residuals == "log")
     options = Options(
-        delta=given.delta, fixed={name: _float(name, v) for name, v in given.fix},
-        draws=given.bootstraps, seed=given.seed, flops=given.flops, budgets=tuple(given.budget),
+        delta=args.delta, fixed={name: _float(name, v) for name, v in args.fix},
+        draws=args.bootstraps, seed=args.seed, flops=args.flops, budgets=tuple(args.budget),
     )  # fmt: skip
     studies = []
-    for target in given.target.split(",") if given.target else [_usual(given.law)]:
+    for target in args.target.split(",") if args.target else [_default_target(args.law)]:
         rows = table.read(
-            given.table, law, target=target, columns=dict(given.map), exclude=given.exclude
+            args.table, law, target=target, columns=dict(args.map), exclude=args.exclude
         )
         studies.append(run_study(law, rows, options, progress=_log))
-        print(checklist.format_fit(studies[-1], said))
+        print(checklist.format_fit(studies[-1], statements))
     if folder:
-        report.write(studies, said, folder, f"{law.name} law of {Path(given.table).name}")
-    facts = [checklist.as_json(each, said) for each in studies]
-    return facts[0] if len(facts) == 1 else {"targets": {f["target"]: f for f in facts}}
+        report.write(studies, statements, folder, f"{law.name} law of {Path(args.table).name}")
+    results = [checklist.as_json(study, statements) for study in studies]
+    return results[0] if len(results) == 1 else {"targets": {f["target"]: f for f in results}}
 
 
-def _mixed(given: argparse.Namespace, folder: Path | None) -> dict[str, Any]:
+def _mixed(args: argparse.Namespace, folder: Path | None) -> dict[str, Any]:
     """Fit the law of two modalities together."""
-    if given.fix:
-        raise ScalingError("--fix: law mixed_modal holds no parameter; leave it away")
-    target = given.target or "loss"
+    if args.fix:
+        raise ScalingError("--fix: law mixed_modal cannot fix parameters; omit the flag")
+    target = args.target or "loss"
     rows = table.read(
-        given.table, mixed.LAW, target=target, columns=dict(given.map), exclude=given.exclude
+        args.table, mixed.LAW, target=target, columns=dict(args.map), exclude=args.exclude
     )
-    found = mixed.fit(rows, delta=given.delta)
-    fits = ItemProgress(3 * given.bootstraps, "fits", _log, every=SECONDS)
+    fitted = mixed.fit(rows, delta=args.delta)
+    fits = ItemProgress(3 * args.bootstraps, "fits", _log, every=SECONDS)
     draws = mixed.bootstrap_samples(
-        found, rows, count=given.bootstraps, seed=given.seed,
+        fitted, rows, count=args.bootstraps, seed=args.seed,
         progress=lambda count: fits.tick(f"{target}: bootstraps", count),
     )  # fmt: skip
-    intervals = {name: diagnostics.parameter_interval(each) for name, each in draws.items()}
-    both = mixed.parts(rows)[2]
-    competing = int((found.competes(both.x) > 0).sum())
-    barrier = f"the modalities compete in {competing} of {len(both)} mixed runs"
+    intervals = {name: diagnostics.parameter_interval(samples) for name, samples in draws.items()}
+    mixed_rows = mixed.parts(rows)[2]
+    competing = int((fitted.competes(mixed_rows.x) > 0).sum())
+    competition = f"the modalities compete in {competing} of {len(mixed_rows)} mixed runs"
     print(f"mixed_modal: {target} = {mixed.LAW.formula}")
-    for name, value in found.values.items():
+    for name, value in fitted.values.items():
         print(f"  {name:12} {value:<12.6g} {checklist.ends(intervals[name])}")
-    print(f"  {barrier}")
+    print(f"  {competition}")
     if folder:
-        png = report.agreement(both.y, found.predict(both.x), target)
+        png = report.agreement(mixed_rows.y, fitted.predict(mixed_rows.x), target)
         (folder / "law.png").write_bytes(png)
         body = html_page.paragraph(
-            f"{mixed.LAW.formula}; {mixed.LAW.paper}. In this table {barrier}."
+            f"{mixed.LAW.formula}; {mixed.LAW.paper}. In this table {competition}."
         )
         body += html_page.figure(png, "The law against the mixed runs.")
-        body += report.parameters(found.values, intervals, ())
-        report.render(folder, f"mixed_modal law of {Path(given.table).name}", body)
-    return found.values | dict(
-        law=mixed.LAW.name, target=target, competing=competing, mixed_runs=len(both),
+        body += report.parameters(fitted.values, intervals, ())
+        report.render(folder, f"mixed_modal law of {Path(args.table).name}", body)
+    return fitted.values | dict(
+        law=mixed.LAW.name, target=target, competing=competing, mixed_runs=len(mixed_rows),
         intervals={name: list(ends) if ends else None for name, ends in intervals.items()},
     )  # fmt: skip
 
@@ -144,7 +164,7 @@ def _log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _usual(law: str) -> str:
+def _default_target(law: str) -> str:
     return "error" if law == "accuracy" else "loss"
 
 
@@ -157,9 +177,9 @@ def _float(name: str, text: str) -> float:
 
 def main(argv: Sequence[str]) -> int:
     """Run the program; return its exit code."""
-    given = _parser().parse_args(argv)
+    args = _parser().parse_args(argv)
     try:
-        _run(given)
+        _run(args)
     except (ScalingError, WorkdirError) as error:
         print(f"error: {error}", file=sys.stderr)
         return ERROR

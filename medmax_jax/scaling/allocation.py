@@ -32,7 +32,7 @@ def optimal_allocation(
 
 
 def table(
-    found: Mapping[str, float],
+    fitted: Mapping[str, float],
     draws: Mapping[str, np.ndarray],
     budgets: Sequence[float],
     *,
@@ -41,7 +41,7 @@ def table(
     """Return one row per budget: each number with its interval."""
     rows = []
     for budget in budgets:
-        best, spread = (optimal_allocation(v, budget, flops=flops) for v in (found, draws))
+        best, spread = (optimal_allocation(v, budget, flops=flops) for v in (fitted, draws))
         row: dict[str, Any] = {"compute": budget}
         for name, value in best.items():
             row[name] = float(value)

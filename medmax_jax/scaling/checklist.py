@@ -31,40 +31,45 @@ STATEMENTS = {
 }
 
 
-def read_statements(table: str | Path, said: Mapping[str, str]) -> dict[str, str]:
+def read_statements(table: str | Path, overrides: Mapping[str, str]) -> dict[str, str]:
     """Return answers to STATEMENTS: the command line overrides the .json next to the table."""
-    path, known = Path(table).with_suffix(".json"), {}
+    path, statements = Path(table).with_suffix(".json"), {}
     if path.exists():
         try:
-            known = read_json_object(path)["said"]
-            if not (isinstance(known, dict) and all(isinstance(v, str) for v in known.values())):
-                raise ValueError("said is no object of texts")
+            statements = read_json_object(path)["said"]
+            if not (
+                isinstance(statements, dict)
+                and all(isinstance(v, str) for v in statements.values())
+            ):
+                raise ValueError("'said' must map names to strings")
         except (ValueError, KeyError) as error:
-            raise ScalingError(f"{path}: not what `sweep collect` writes ({error})") from error
-    for name in said:
+            raise ScalingError(f"{path}: not a file of `sweep collect` ({error})") from error
+    for name in overrides:
         if name not in STATEMENTS:
             raise ScalingError(f"--say {name}: use one of {', '.join(STATEMENTS)}")
-    return {**known, **said}
+    return {**statements, **overrides}
 
 
-def checklist(study: Study, said: Mapping[str, str]) -> dict[str, str]:
+def checklist(study: Study, statements: Mapping[str, str]) -> dict[str, str]:
     """Return question -> answer."""
     table, law, o = study.table, study.law, study.options
     answers = {"law": f"{law.formula} ({law.paper})", "fitted to": table.target}
-    answers |= {f"{n}: {asked}": said.get(n, "not stated") for n, asked in STATEMENTS.items()}
+    answers |= {
+        f"{n}: {question}": statements.get(n, "not stated") for n, question in STATEMENTS.items()
+    }
     answers["runs"] = f"{int(table.runs.max()) + 1} runs, {len(table)} rows"
     for name, column in table.x.items():
         distinct = len(np.unique(column))
         answers[f"range of {name}"] = f"{column.min():.4g} to {column.max():.4g}, {distinct} values"
-    answers["points left out"] = "; ".join(table.excluded) or "none"
-    what = "ln loss" if law.log else "the loss itself"
-    answers["objective"] = f"sum of Huber({o.delta:g}) of residuals of {what}, equal weights"
-    answers["optimiser"] = (
+    answers["excluded points"] = "; ".join(table.excluded) or "none"
+    residual = "ln loss" if law.log else "the loss itself"
+    answers["objective"] = f"sum of Huber({o.delta:g}) of residuals of {residual}, equal weights"
+    answers["optimizer"] = (
         f"grid of exponents with non-negative coefficients solved for, its best {fit.STARTS} "
         "points polished by damped Newton steps; float64"
     )
     fixed = ", ".join(f"{k} = {v:g}" for k, v in o.fixed.items())
-    answers["parameters held"] = fixed or "none"
+    answers["fixed parameters"] = fixed or "none"
     answers["intervals"] = (
         f"{diagnostics.LEVEL:.0%} percentiles of {len(study.draws)} bootstraps over runs, "
         f"seed {o.seed}"
@@ -72,23 +77,23 @@ def checklist(study: Study, said: Mapping[str, str]) -> dict[str, str]:
     return answers
 
 
-def format_fit(study: Study, said: Mapping[str, str]) -> str:
+def format_fit(study: Study, statements: Mapping[str, str]) -> str:
     """Return the text that the program prints."""
     lines = [f"{study.law.name}: {study.table.target} = {study.law.formula}"]
-    for name, value in study.found.values.items():
-        held = "  held" if name in study.options.fixed else ""
-        lines.append(f"  {name:8} {value:<12.6g} {ends(study.intervals[name])}{held}")
+    for name, value in study.fit.values.items():
+        fixed = "  fixed" if name in study.options.fixed else ""
+        lines.append(f"  {name:8} {value:<12.6g} {ends(study.intervals[name])}{fixed}")
     if study.law.name in allocation.LAWS:
         low, high = diagnostics.interval(allocation.exponent(study.named), diagnostics.LEVEL)
-        at = allocation.exponent(study.found.values)
-        lines.append(f"  best size grows as compute^{at:.3f} [{low:.3f}, {high:.3f}]")
-    lines += [f"  objective {study.found.objective:.9g}, condition number {study.condition:.3g}"]
-    lines += ["held out", *(f"  {line}" for line in format_holdout(study))]
+        exponent = allocation.exponent(study.fit.values)
+        lines.append(f"  best size grows as compute^{exponent:.3f} [{low:.3f}, {high:.3f}]")
+    lines += [f"  objective {study.fit.objective:.9g}, condition number {study.condition:.3g}"]
+    lines += ["holdouts", *(f"  {line}" for line in format_holdout(study))]
     if study.allocation:
         lines += [f"compute-optimal ({study.options.flops:g} N D)"]
         lines += [f"  {line}" for line in map(allocation_line, study.allocation)]
     lines += ["warnings", *(f"  {w}" for w in study.warnings)] if study.warnings else []
-    lines += ["checklist", *(f"  {q}: {a}" for q, a in checklist(study, said).items())]
+    lines += ["checklist", *(f"  {q}: {a}" for q, a in checklist(study, statements).items())]
     return "\n".join(lines)
 
 
@@ -100,11 +105,11 @@ def ends(interval: tuple[float, float] | None) -> str:
 def format_holdout(study: Study) -> list[str]:
     """Return one line per way of holding out."""
     return [
-        f"{each.name}: {each.count} held out, no fit"
-        if each.why
-        else f"{each.name}: {each.count} held out, off by {each.mean_size:.2%} in the mean, "
-        f"{np.abs(each.errors).max():.2%} at most"
-        for each in study.held
+        f"{holdout.name}: {holdout.count} runs held out, no fit"
+        if holdout.why
+        else f"{holdout.name}: {holdout.count} runs held out, mean error {holdout.mean_size:.2%}, "
+        f"maximum {np.abs(holdout.errors).max():.2%}"
+        for holdout in study.holdouts
     ]
 
 
@@ -118,29 +123,29 @@ def allocation_line(row: Mapping[str, Any]) -> str:
     return f"compute {row['compute']:.3g}: {', '.join(parts)}"
 
 
-def as_json(study: Study, said: Mapping[str, str]) -> dict[str, Any]:
+def as_json(study: Study, statements: Mapping[str, str]) -> dict[str, Any]:
     """Return all of it as JSON."""
-    facts: dict[str, Any] = dict(study.found.values)
-    facts |= dict(
+    result: dict[str, Any] = dict(study.fit.values)
+    result |= dict(
         law=study.law.name, formula=study.law.formula, paper=study.law.paper,
         target=study.table.target, rows=len(study.table), runs=int(study.table.runs.max()) + 1,
         intervals={
-            name: list(found) if found else None for name, found in study.intervals.items()
+            name: list(interval) if interval else None for name, interval in study.intervals.items()
         },
-        level=diagnostics.LEVEL, bootstraps=len(study.draws), objective=study.found.objective,
+        level=diagnostics.LEVEL, bootstraps=len(study.draws), objective=study.fit.objective,
         condition=study.condition if math.isfinite(study.condition) else None,
         held_out={
-            each.name: dict(
-                runs=each.count, why=each.why,
-                mean_error=each.mean_size, errors=each.errors.tolist(),
+            holdout.name: dict(
+                runs=holdout.count, why=holdout.why,
+                mean_error=holdout.mean_size, errors=holdout.errors.tolist(),
             )
-            for each in study.held
+            for holdout in study.holdouts
         },
         allocation=list(study.allocation), warnings=list(study.warnings),
-        influential=study.influential, checklist=checklist(study, said),
+        influential=study.influential, checklist=checklist(study, statements),
     )  # fmt: skip
     if study.law.name in allocation.LAWS:
-        facts["size_exponent"] = allocation.exponent(study.found.values)
-        found = diagnostics.interval(allocation.exponent(study.named), diagnostics.LEVEL)
-        facts["intervals"]["size_exponent"] = list(found)
-    return facts
+        result["size_exponent"] = allocation.exponent(study.fit.values)
+        interval = diagnostics.interval(allocation.exponent(study.named), diagnostics.LEVEL)
+        result["intervals"]["size_exponent"] = list(interval)
+    return result

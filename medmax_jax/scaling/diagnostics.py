@@ -27,7 +27,7 @@ class BootstrapSamples:
     `stuck`: draws whose fit had not converged when the minimizer ran out of steps.
     """
 
-    found: Fit
+    fit: Fit
     vectors: np.ndarray
     poor: int
     stuck: int
@@ -37,14 +37,14 @@ class BootstrapSamples:
 
     def named(self) -> dict[str, np.ndarray]:
         """Return each parameter's draws."""
-        each = [values(self.found.law, v, self.found.middle) for v in self.vectors]
-        return {name: np.array([v[name] for v in each]) for name in self.found.values}
+        samples = [values(self.fit.law, v, self.fit.middle) for v in self.vectors]
+        return {name: np.array([v[name] for v in samples]) for name in self.fit.values}
 
     def at_bound(self) -> dict[str, float]:
         """Return, for each exponent that ends at a bound of the search, the share of such draws."""
-        count, shares = len(self.found.law.names), {}
-        for i, e in enumerate(self.found.law.exponents):
-            if e.name not in self.found.fixed:
+        count, shares = len(self.fit.law.names), {}
+        for i, e in enumerate(self.fit.law.exponents):
+            if e.name not in self.fit.fixed:
                 near = 1e-3 * (e.high - e.low)
                 column = self.vectors[:, count + i]
                 shares[e.name] = float(np.mean((column < e.low + near) | (column > e.high - near)))
@@ -52,7 +52,7 @@ class BootstrapSamples:
 
 
 def bootstrap(
-    found: Fit,
+    fitted: Fit,
     table: Table,
     *,
     count: int,
@@ -67,16 +67,16 @@ def bootstrap(
     number, drawn, poor = int(runs.max()) + 1, [], 0
     while len(drawn) < count:
         weights = counts(rng, number)[runs]
-        if _too_poor(found, table, weights):
+        if _too_poor(fitted, table, weights):
             poor += 1
             if poor > 20 * count:
                 break
             continue
         drawn.append(weights)
-    vectors, done = np.zeros((0, len(found.vector))), np.zeros(0, bool)
+    vectors, done = np.zeros((0, len(fitted.vector))), np.zeros(0, bool)
     if drawn:
-        vectors, done = refit(found, table.x, table.y, np.array(drawn), progress)
-    return BootstrapSamples(found=found, vectors=vectors, poor=poor, stuck=int((~done).sum()))
+        vectors, done = refit(fitted, table.x, table.y, np.array(drawn), progress)
+    return BootstrapSamples(fit=fitted, vectors=vectors, poor=poor, stuck=int((~done).sum()))
 
 
 def counts(rng: np.random.Generator, number: int) -> Float[np.ndarray, "_"]:
@@ -101,22 +101,22 @@ def parameter_interval(draws: Float[np.ndarray, "n"]) -> tuple[float, float] | N
 
 
 def influence(
-    found: Fit, table: Table, *, progress: Callable[[int], None] = lambda count: None
+    fitted: Fit, table: Table, *, progress: Callable[[int], None] = lambda count: None
 ) -> Iterator[tuple[str, Fit]]:
     """Yield (label, the fit without it) of every run; `progress` receives how many remain."""
     number = int(table.runs.max()) + 1
     for start in range(0, number, RUNS):
         runs = np.arange(start, min(start + RUNS, number))
         weights = (table.runs != runs[:, None]).astype(np.float64)
-        vectors, _ = refit(found, table.x, table.y, weights, progress)
+        vectors, _ = refit(fitted, table.x, table.y, weights, progress)
         for run, vector in zip(runs, vectors, strict=True):
             label = table.labels[int(np.flatnonzero(table.runs == run)[0])]
-            yield label, dataclasses.replace(found, vector=vector)
+            yield label, dataclasses.replace(fitted, vector=vector)
 
 
-def _too_poor(found: Fit, table: Table, weights: np.ndarray) -> bool:
+def _too_poor(fitted: Fit, table: Table, weights: np.ndarray) -> bool:
     drawn = weights > 0
-    columns = {e.column for e in found.law.exponents if e.name not in found.fixed}
+    columns = {e.column for e in fitted.law.exponents if e.name not in fitted.fixed}
     return any(len(np.unique(table.x[c][drawn])) < 2 for c in columns)
 
 
@@ -155,19 +155,19 @@ def all_holdouts(
 
 
 def fit_without(
-    law: Law, table: Table, out: Bool[np.ndarray, "n"], name: str, *, delta: float,
+    law: Law, table: Table, held_out: Bool[np.ndarray, "n"], name: str, *, delta: float,
     fixed: Mapping[str, float],
 ) -> HoldoutErrors:  # fmt: skip
-    """Return the law fitted without the rows `out`, and its errors on them."""
-    rest, none = table.part(~out), np.zeros(0)
+    """Return the law fitted without the rows `held_out`, and its errors on them."""
+    rest, none = table.part(~held_out), np.zeros(0)
     try:
         check(law, rest, fixed)
-        found = fitting.fit(law, rest.x, rest.y, delta=delta, fixed=fixed)
+        fitted = fitting.fit(law, rest.x, rest.y, delta=delta, fixed=fixed)
     except ScalingError as error:
-        return HoldoutErrors(name=name, count=int(out.sum()), errors=none, why=str(error))
-    left = table.part(out)
+        return HoldoutErrors(name=name, count=int(held_out.sum()), errors=none, why=str(error))
+    truth = table.part(held_out)
     return HoldoutErrors(
-        name=name, count=int(out.sum()), errors=found.predict(left.x) / left.y - 1, why=""
+        name=name, count=int(held_out.sum()), errors=fitted.predict(truth.x) / truth.y - 1, why=""
     )
 
 
@@ -204,45 +204,48 @@ def check(law: Law, table: Table, fixed: Mapping[str, float]) -> list[str]:
     if len(table) <= len(free):
         raise ScalingError(
             f"too few points for law {law.name}: {len(table)} runs, {len(free)} parameters "
-            f"({', '.join(free)}); give at least {len(free) + 1}, or a law with fewer parameters"
+            f"({', '.join(free)}); use at least {len(free) + 1} runs, or a law with fewer "
+            "parameters"
         )
     warnings = []
     searched = [e for e in law.exponents if e.name not in fixed]
     for column in dict.fromkeys(e.column for e in searched):
         distinct = len(np.unique(table.x[column]))
-        named = " and ".join(e.name for e in searched if e.column == column)
+        names = " and ".join(e.name for e in searched if e.column == column)
         if distinct < 2:
             raise ScalingError(
                 f"law {law.name} is not identified: every run has {column} = "
-                f"{table.x[column][0]:g}, so that {named} and its coefficient are one number; "
-                + _mend(law, column)
+                f"{table.x[column][0]:g}, so {names} and its coefficient cannot be separated; "
+                + _suggestion(law, column)
             )
         if distinct < FEW:
-            warnings.append(f"only {distinct} distinct {column}: {named} has no check")
+            warnings.append(
+                f"only {distinct} distinct values of {column}: {names} cannot be checked"
+            )
     if law.name in ("chinchilla", "finetune") and len(searched) == 2:
         _check_aligned(law, table)
     if law.name == "data_constrained" and "R_D" not in fixed:
         if (table.x["tokens"] <= table.x["unique_tokens"]).all():
             raise ScalingError(
-                "law data_constrained is not identified: no run has seen its data twice, so that "
-                "R_D is free; use the law tied, or give repeated runs"
+                "law data_constrained is not identified: no run repeats its data, so R_D "
+                "is undetermined; use the law tied, or add runs that repeat data"
             )
     return warnings
 
 
-def check_end(found: Fit, table: Table) -> None:
+def check_end(fitted: Fit, table: Table) -> None:
     """Raise ScalingError if a parameter does not change any prediction at the fit's end."""
-    slope = np.abs(found.jacobian(table.x)).max(axis=1)
-    for name, most in zip(found.law.parameters, slope, strict=True):
-        if most < 1e-12 and name not in found.fixed and name not in found.law.names:
+    slope = np.abs(fitted.jacobian(table.x)).max(axis=1)
+    for name, max_slope in zip(fitted.law.parameters, slope, strict=True):
+        if max_slope < 1e-12 and name not in fitted.fixed and name not in fitted.law.names:
             raise ScalingError(
-                f"law {found.law.name} is not identified: {name} changes no prediction on this "
-                f"table; hold it with --fix {name}=VALUE"
+                f"law {fitted.law.name} is not identified: {name} affects no prediction on this "
+                f"table; set it with --fix {name}=VALUE"
                 + (" (5.31 in Muennighoff et al.)" if name == "R_N" else "")
             )
 
 
-def _mend(law: Law, column: str) -> str:
+def _suggestion(law: Law, column: str) -> str:
     if law.name == "finetune" and column == "params":
         return "use --law power (E + B/D^beta), or add runs of another size or rank"
     if law.name == "finetune":
@@ -253,8 +256,10 @@ def _mend(law: Law, column: str) -> str:
 def _check_aligned(law: Law, table: Table) -> None:
     n, d = (np.log(table.x[name]) for name in ("params", "tokens"))
     if 1 - np.corrcoef(n, d)[0, 1] ** 2 < ALIGNED:
-        other = "--law tied has one exponent" if law.name == "chinchilla" else "--law power has one"
+        alternative = (
+            "--law tied has one exponent" if law.name == "chinchilla" else "--law power has one"
+        )
         raise ScalingError(
             f"law {law.name} is not identified: tokens are a power of params in every run, so "
-            f"that alpha and beta cannot be told apart; add runs off that line, or {other}"
+            f"alpha and beta cannot be separated; add runs off that line, or {alternative}"
         )

@@ -62,8 +62,8 @@ def fit(
 ) -> Fit:
     """Return the best fit of the law. `fixed`: given exponents, by name, as in the table."""
     middle = {n: np.array([_middle(law, n, v)]) for n, v in x.items() if n in law.columns}
-    held = _held(law, fixed, middle)
-    problem = Problem(law=law, x=x, y=y, middle=middle, delta=delta, held=held)
+    fixed_values = _fixed_values(law, fixed, middle)
+    problem = Problem(law=law, x=x, y=y, middle=middle, delta=delta, fixed_values=fixed_values)
     weights = np.ones_like(y)
     starts = problem.starts(weights)
     ends, objectives, _ = problem.polish(starts, np.tile(weights, (len(starts), 1)))
@@ -75,7 +75,7 @@ def fit(
 
 
 def refit(
-    found: Fit,
+    fitted: Fit,
     x: Columns,
     y: Float[np.ndarray, "n"],
     weights: Float[np.ndarray, "m n"],
@@ -85,11 +85,12 @@ def refit(
 
     Each starts where the complete table's fit ended. `progress`: see Problem.polish.
     """
-    held = _held(found.law, found.fixed, found.middle)
+    fixed_values = _fixed_values(fitted.law, fitted.fixed, fitted.middle)
     problem = Problem(
-        law=found.law, x=x, y=y, middle=found.middle, delta=found.delta, held=held
+        law=fitted.law, x=x, y=y, middle=fitted.middle, delta=fitted.delta,
+        fixed_values=fixed_values,
     )  # fmt: skip
-    starts = np.tile(found.vector, (len(weights), 1))
+    starts = np.tile(fitted.vector, (len(weights), 1))
     vectors, _, done = problem.polish(starts, weights, progress)
     return vectors, done
 
@@ -133,7 +134,7 @@ class Problem:
     y: np.ndarray
     middle: Columns
     delta: float
-    held: dict[int, float]  # index in the vector -> value
+    fixed_values: dict[int, float]  # index in the vector -> value
 
     def evaluate(
         self, vectors: Float[np.ndarray, "m p"], weights: Float[np.ndarray, "m n"]
@@ -174,21 +175,21 @@ class Problem:
         Each start has its own row of weights. `progress` receives how many more are done.
         """
         low, high = np.array(self.bounds()).T
-        size, found = max(1, CACHE // weights.shape[1]), []
+        size, results = max(1, CACHE // weights.shape[1]), []
         for first in range(0, len(weights), size):
-            some = np.arange(first, min(first + size, len(weights)))
-            found.append(
+            indices = np.arange(first, min(first + size, len(weights)))
+            results.append(
                 newton.minimize(
-                    lambda vectors, which, some=some: self._only(some[which]).evaluate(
-                        vectors, weights[some[which]]
+                    lambda vectors, which, indices=indices: self._only(indices[which]).evaluate(
+                        vectors, weights[indices[which]]
                     ),
-                    starts[some],
+                    starts[indices],
                     low,
                     high,
                 )
             )
-            progress(len(some))
-        return tuple(np.concatenate(each) for each in zip(*found, strict=True))
+            progress(len(indices))
+        return tuple(np.concatenate(each) for each in zip(*results, strict=True))
 
     def _only(self, rows: Int[np.ndarray, "k"]) -> "Problem":
         """Return the problem with these rows of the columns that are per row of the weights."""
@@ -200,23 +201,26 @@ class Problem:
     def bounds(self) -> list[tuple[float, float]]:
         count = len(self.law.names)
         each = [(LOWEST, 25.0)] * count + [(e.low, e.high) for e in self.law.exponents]
-        return [(self.held.get(i, lo), self.held.get(i, hi)) for i, (lo, hi) in enumerate(each)]
+        return [
+            (self.fixed_values.get(i, lo), self.fixed_values.get(i, hi))
+            for i, (lo, hi) in enumerate(each)
+        ]
 
     def starts(self, weights: Float[np.ndarray, "n"]) -> Float[np.ndarray, "m p"]:
         """Return the best points of the grid of exponents, with their coefficients."""
         count = len(self.law.names)
         axes = [
-            np.array([self.held[count + i]])
-            if count + i in self.held
+            np.array([self.fixed_values[count + i]])
+            if count + i in self.fixed_values
             else np.linspace(e.low, e.high, e.points + 1)[1:]  # at 0 a term is a constant
             for i, e in enumerate(self.law.exponents)
         ]
         grid = np.array(list(itertools.product(*axes))).T  # [exponents, points]
         size = max(1, CHUNK // (len(self.y) * count))
-        found = [
+        projected = [
             self._project(grid[:, i : i + size], weights) for i in range(0, grid.shape[1], size)
         ]
-        coefficients, reached = (np.concatenate(each) for each in zip(*found, strict=True))
+        coefficients, reached = (np.concatenate(arrays) for arrays in zip(*projected, strict=True))
         order = np.argsort(reached)[:STARTS]
         u = np.log(np.maximum(coefficients[order], np.exp(LOWEST)))
         return np.concatenate([u, grid.T[order]], axis=1)
@@ -254,19 +258,19 @@ def nonnegative(
     for used in (s for r in range(1, k + 1) for s in itertools.combinations(range(k), r)):
         at = np.array(used)
         square = gram[:, at[:, None], at] + ridge * np.eye(len(at))
-        found = np.linalg.solve(square, right[:, at, None])[:, :, 0]
-        gain = -np.einsum("gk,gk->g", found, right[:, at])  # the objective up to a constant
-        better = (found >= 0).all(1) & (gain < reached)
+        solution = np.linalg.solve(square, right[:, at, None])[:, :, 0]
+        gain = -np.einsum("gk,gk->g", solution, right[:, at])  # the objective up to a constant
+        better = (solution >= 0).all(1) & (gain < reached)
         reached = np.where(better, gain, reached)
-        whole = np.zeros_like(best)
-        whole[:, at] = found
-        best = np.where(better[:, None], whole, best)
+        padded = np.zeros_like(best)
+        padded[:, at] = solution
+        best = np.where(better[:, None], padded, best)
     return best
 
 
-def _held(law: Law, fixed: Mapping[str, float], middle: Columns) -> dict[int, float]:
+def _fixed_values(law: Law, fixed: Mapping[str, float], middle: Columns) -> dict[int, float]:
     """Return index in the vector -> its value; a coefficient only if its term has no exponent."""
-    names, held = {e.name: e for e in law.exponents}, {}
+    names, fixed_values = {e.name: e for e in law.exponents}, {}
     ones = tuple(np.ones((1, 1)) for _ in law.exponents)
     twos = tuple(np.full((1, 1), 2.0) for _ in law.exponents)
     there = list(zip(law.names, law.terms(ones, middle), law.terms(twos, middle), strict=True))
@@ -275,14 +279,14 @@ def _held(law: Law, fixed: Mapping[str, float], middle: Columns) -> dict[int, fl
         if value <= 0:
             raise ScalingError(f"--fix {name}={value:g}: it must be above 0")
         if name in constant:
-            held[law.names.index(name)] = float(np.log(value) + constant[name])
+            fixed_values[law.names.index(name)] = float(np.log(value) + constant[name])
         elif name in names:
-            given = float(np.log(value) if names[name].log else value)
-            held[law.parameters.index(name)] = given
+            internal = float(np.log(value) if names[name].log else value)
+            fixed_values[law.parameters.index(name)] = internal
         else:
-            can = ", ".join((*constant, *names))
-            raise ScalingError(f"--fix {name}: law {law.name} can hold {can}, nothing else")
-    return held
+            allowed = ", ".join((*constant, *names))
+            raise ScalingError(f"--fix {name}: law {law.name} can fix only {allowed}")
+    return fixed_values
 
 
 def _middle(law: Law, name: str, column: np.ndarray) -> float:
@@ -327,12 +331,12 @@ def _second(
 ) -> Float[np.ndarray, "m p p"]:
     """Return second derivatives of the prediction, summed over rows; `pulled`: weighted terms."""
     m, k, _ = pulled.shape
-    found = np.zeros((m, k + slopes.shape[1], k + slopes.shape[1]))
-    found[:, np.arange(k), np.arange(k)] = pulled.sum(2)
-    found[:, :k, k:] = np.einsum("mkn,mekn->mke", pulled, slopes)
-    found[:, k:, :k] = np.swapaxes(found[:, :k, k:], 1, 2)
-    found[:, k:, k:] = np.einsum("mkn,mekn,mfkn->mef", pulled, slopes, slopes)
-    return found
+    hessian = np.zeros((m, k + slopes.shape[1], k + slopes.shape[1]))
+    hessian[:, np.arange(k), np.arange(k)] = pulled.sum(2)
+    hessian[:, :k, k:] = np.einsum("mkn,mekn->mke", pulled, slopes)
+    hessian[:, k:, :k] = np.swapaxes(hessian[:, :k, k:], 1, 2)
+    hessian[:, k:, k:] = np.einsum("mkn,mekn,mfkn->mef", pulled, slopes, slopes)
+    return hessian
 
 
 def _model(

@@ -84,8 +84,8 @@ def _power(e: tuple, x: Columns) -> Terms:
 
 
 def _finetune(e: tuple, x: Columns) -> Terms:
-    both = -e[0] * np.log(x["params"]) - e[1] * np.log(x["tokens"])
-    return _zero(both), both
+    term = -e[0] * np.log(x["params"]) - e[1] * np.log(x["tokens"])
+    return _zero(term), term
 
 
 def _rectified(e: tuple, x: Columns) -> Terms:
@@ -115,16 +115,22 @@ def _data_constrained(e: tuple, x: Columns) -> Terms:
     return _zero(data), np.log(np.exp(data) + np.exp(model))
 
 
-def _law(name: str, formula: str, paper: str, terms: Callable, **given) -> Law:
-    """Return a law of losses, all of whose terms are added, unless specified otherwise."""
-    names = given.pop("names")
-    signs = given.pop("signs", (1,) * len(names))
-    exponents = given.pop("exponents")
-    columns = given.pop("columns")
-    log = given.pop("log", True)
+def _law(
+    name: str,
+    formula: str,
+    paper: str,
+    terms: Callable,
+    *,
+    columns: tuple[str, ...],
+    names: tuple[str, ...],
+    exponents: tuple[Exponent, ...],
+    signs: tuple[int, ...] = (),
+    log: bool = True,
+) -> Law:
+    """Return a law of losses, all of whose terms are added unless `signs` are given."""
     return Law(
-        name=name, formula=formula, paper=paper, terms=terms, names=names, signs=signs, log=log,
-        exponents=exponents, columns=columns,
+        name=name, formula=formula, paper=paper, terms=terms, columns=columns, names=names,
+        signs=signs or (1,) * len(names), exponents=exponents, log=log,
     )  # fmt: skip
 
 

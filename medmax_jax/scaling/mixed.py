@@ -96,7 +96,7 @@ def fit(table: Table, *, delta: float) -> Mixed:
 
 
 def bootstrap_samples(
-    found: Mixed,
+    fitted: Mixed,
     table: Table,
     *,
     count: int,
@@ -112,25 +112,25 @@ def bootstrap_samples(
     weights = [np.array(each) for each in zip(*drawn, strict=True)]
     alone = [
         fitting.refit(law, part.x, part.y, w, progress)[0]
-        for law, part, w in zip((found.text, found.image), groups, weights, strict=False)
+        for law, part, w in zip((fitted.text, fitted.image), groups, weights, strict=False)
     ]
-    x = dict(_with_alone(groups[2].x, found.text, found.image))
+    x = dict(_with_alone(groups[2].x, fitted.text, fitted.image))
     x["alone"] = sum(
         np.real(fitting.predict(law.law, vectors.T, column, law.middle))
         for law, vectors, column in zip(
-            (found.text, found.image), alone, _each_alone(groups[2].x), strict=True
+            (fitted.text, fitted.image), alone, _each_alone(groups[2].x), strict=True
         )
     ) / 2  # fmt: skip
-    both, _ = fitting.refit(found.both, x, groups[2].y, weights[2], progress)
+    both, _ = fitting.refit(fitted.both, x, groups[2].y, weights[2], progress)
     rows = [
         Mixed(
-            text=dataclasses.replace(found.text, vector=text),
-            image=dataclasses.replace(found.image, vector=image),
-            both=dataclasses.replace(found.both, vector=vector),
+            text=dataclasses.replace(fitted.text, vector=text),
+            image=dataclasses.replace(fitted.image, vector=image),
+            both=dataclasses.replace(fitted.both, vector=vector),
         ).values
         for text, image, vector in zip(*alone, both, strict=True)
     ]
-    return {name: np.array([row[name] for row in rows]) for name in found.values}
+    return {name: np.array([row[name] for row in rows]) for name in fitted.values}
 
 
 def parts(table: Table) -> tuple[Table, Table, Table]:
@@ -155,11 +155,11 @@ def _plain(both: Table) -> Table:
 
 def _with_alone(x: Columns, text: Fit, image: Fit) -> dict[str, np.ndarray]:
     """Return the columns of INTERACTION."""
-    apart = (law.predict(each) for law, each in zip((text, image), _each_alone(x), strict=True))
+    separate = (law.predict(each) for law, each in zip((text, image), _each_alone(x), strict=True))
     return {
         "params": x["params"],
         "tokens": x["tokens_text"] + x["tokens_image"],
-        "alone": sum(apart) / 2,
+        "alone": sum(separate) / 2,
     }
 
 

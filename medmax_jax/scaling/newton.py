@@ -77,14 +77,18 @@ def minimize(
 
 def _step(
     now: Local,
-    at: Float[np.ndarray, "m p"],
+    vectors: Float[np.ndarray, "m p"],
     low: Float[np.ndarray, "p"],
     high: Float[np.ndarray, "p"],
     damping: Float[np.ndarray, "m"],
 ) -> tuple[Float[np.ndarray, "m p"], Float[np.ndarray, "m"]]:
     """Return (the damped step, what an undamped one would gain); bounds hold parameters fixed."""
-    held = (at <= low) & (now.gradient > 0) | (at >= high) & (now.gradient < 0) | (low == high)
-    scale = np.where(held, 0.0, 1 / np.sqrt(now.diagonal + 1e-300))
+    at_bound = (
+        (vectors <= low) & (now.gradient > 0)
+        | (vectors >= high) & (now.gradient < 0)
+        | (low == high)
+    )
+    scale = np.where(at_bound, 0.0, 1 / np.sqrt(now.diagonal + 1e-300))
     curvature, basis = np.linalg.eigh(now.hessian * scale[:, :, None] * scale[:, None, :])
     curvature = np.abs(curvature)
     pull = np.einsum("mpk,mp->mk", basis, now.gradient * scale)

@@ -21,43 +21,45 @@ matplotlib.use("Agg")  # no display is needed to draw into a file
 POINTS = 120  # of a drawn curve
 BEYOND = 3.0  # a curve continues by this factor beyond the largest run
 CURVES = 6  # sizes that get a curve of their own; of more, this many are shown
-COLOURS = plt.get_cmap("viridis")
+COLORS = plt.get_cmap("viridis")
 NAMES = {"params": "parameters", "tokens": "tokens", "unique_tokens": "unique tokens"}
 
 
 def all_plots(study: Study) -> dict[str, tuple[bytes, str]]:
     """Return file name -> (PNG, caption)."""
-    curves = "The law at some sizes, its interval, and the runs in the colour of the nearest."
-    made = {
-        "law.png": (law(study), curves),
-        "residuals.png": (residuals(study), "How far each run lies from the law."),
-        "bootstrap.png": (spread(study), "What the bootstrap says of the exponents."),
+    law_caption = "The law at selected sizes, its interval, and the runs by nearest size."
+    plots = {
+        "law.png": (law(study), law_caption),
+        "residuals.png": (residuals(study), "The deviation of each run from the law."),
+        "bootstrap.png": (spread(study), "The bootstrap distribution of the exponents."),
     }
     if study.allocation:
-        words = "The size of least loss by compute, its interval, and the runs."
-        made["allocation.png"] = (allocation(study), words)
-    return made
+        allocation_caption = (
+            "The model size of least loss by compute, with its interval, and the runs."
+        )
+        plots["allocation.png"] = (allocation(study), allocation_caption)
+    return plots
 
 
 def law(study: Study) -> bytes:
     """Plot loss by tokens, a curve for each size; loss alone if the law has no size."""
-    across = "loss" if "loss" in study.table.x else "tokens"
+    x_column = "loss" if "loss" in study.table.x else "tokens"
     figure, axes = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
-    by, groups = _groups(study)
+    legend_title, groups = _groups(study)
     for k, (value, rows) in enumerate(groups):
-        colour = COLOURS(0.05 + 0.85 * k / max(len(groups) - 1, 1))
-        x = _along(study, across, rows)
+        color = COLORS(0.05 + 0.85 * k / max(len(groups) - 1, 1))
+        x = _along(study, x_column, rows)
         low, high = study.band(x)
-        axes.fill_between(x[across], low, high, color=colour, alpha=0.15, lw=0)
+        axes.fill_between(x[x_column], low, high, color=color, alpha=0.15, lw=0)
         label = None if value is None else f"{value:.3g}"
-        axes.plot(x[across], study.found.predict(x), color=colour, lw=1.5, label=label)
-        axes.plot(study.table.x[across][rows], study.table.y[rows], "o", color=colour, ms=4.5)
-    axes.set(xlabel=NAMES.get(across, across), ylabel=study.table.target.replace("_", " "))
-    if across != "loss":
+        axes.plot(x[x_column], study.fit.predict(x), color=color, lw=1.5, label=label)
+        axes.plot(study.table.x[x_column][rows], study.table.y[rows], "o", color=color, ms=4.5)
+    axes.set(xlabel=NAMES.get(x_column, x_column), ylabel=study.table.target.replace("_", " "))
+    if x_column != "loss":
         axes.set_xscale("log")
         _log_y(axes)
     if len(groups) > 1:
-        axes.legend(title=by, frameon=False, fontsize=8, title_fontsize=8)
+        axes.legend(title=legend_title, frameon=False, fontsize=8, title_fontsize=8)
     axes.set_title(f"{study.table.target.replace('_', ' ')} = {study.law.formula}", fontsize=9)
     return _png(figure, axes)
 
@@ -68,20 +70,22 @@ def residuals(study: Study) -> bytes:
         1, 2, figsize=(8.6, 3.4), layout="constrained", width_ratios=(2, 1), sharey=True
     )
     table = study.table
-    across = "loss" if "loss" in table.x else "tokens"
-    misses = 100 * (study.found.predict(table.x) / table.y - 1)
-    colour = np.log(table.x["params"]) if "params" in table.x else np.zeros(len(table))
+    x_column = "loss" if "loss" in table.x else "tokens"
+    misses = 100 * (study.fit.predict(table.x) / table.y - 1)
+    color = np.log(table.x["params"]) if "params" in table.x else np.zeros(len(table))
     left.axhline(0, color="#999", lw=1)
-    left.scatter(table.x[across], misses, c=colour, cmap=COLOURS, s=22)
-    left.set(xlabel=NAMES.get(across, across), ylabel="law / run - 1, %", title="fitted runs")
-    if across != "loss":
+    left.scatter(table.x[x_column], misses, c=color, cmap=COLORS, s=22)
+    left.set(xlabel=NAMES.get(x_column, x_column), ylabel="law / run - 1, %", title="fitted runs")
+    if x_column != "loss":
         left.set_xscale("log")
-    fitted = [each for each in study.held if not each.why]
-    for k, each in enumerate(fitted):
-        right.plot(np.full(each.count, k), 100 * each.errors, "o", color="#b4552d", ms=4, alpha=0.7)
+    fitted = [holdout for holdout in study.holdouts if not holdout.why]
+    for k, holdout in enumerate(fitted):
+        right.plot(
+            np.full(holdout.count, k), 100 * holdout.errors, "o", color="#b4552d", ms=4, alpha=0.7
+        )
     right.axhline(0, color="#999", lw=1)
     right.set_xticks(range(len(fitted)), [_wrapped(e.name) for e in fitted], fontsize=7)
-    right.set(title="runs held out", xlim=(-0.6, max(len(fitted), 1) - 0.4))
+    right.set(title="held-out runs", xlim=(-0.6, max(len(fitted), 1) - 0.4))
     return _png(figure, left, right)
 
 
@@ -92,7 +96,7 @@ def spread(study: Study) -> bytes:
     if len(names) == 2:
         x, y = (study.named[n] for n in names)
         axes.plot(x, y, ".", color="#0b6e69", ms=3, alpha=0.35)
-        axes.plot(*(study.found.values[n] for n in names), "+", color="#b4552d", ms=14, mew=2)
+        axes.plot(*(study.fit.values[n] for n in names), "+", color="#b4552d", ms=14, mew=2)
         axes.set(xlabel=names[0], ylabel=names[1])
         for set_scale, values in ((axes.set_xscale, x), (axes.set_yscale, y)):
             if values.min() > 0 and values.max() / values.min() > 50:
@@ -100,7 +104,7 @@ def spread(study: Study) -> bytes:
     else:
         name = names[0] if names else study.law.names[0]
         axes.hist(study.named[name], bins=40, color="#0b6e69", alpha=0.6)
-        axes.axvline(study.found.values[name], color="#b4552d", lw=2)
+        axes.axvline(study.fit.values[name], color="#b4552d", lw=2)
         axes.set(xlabel=name, ylabel="draws")
     axes.set_title(f"{len(study.draws):,} bootstraps over runs", fontsize=9)
     return _png(figure, axes)
@@ -112,9 +116,9 @@ def allocation(study: Study) -> bytes:
     runs = flops * x["params"] * x["tokens"]
     budgets = [row["compute"] for row in study.allocation]
     compute = np.geomspace(runs.min(), max(runs.max(), *budgets), POINTS)
-    best = scaling_allocation.optimal_allocation(study.found.values, compute, flops=flops)["params"]
+    best = scaling_allocation.optimal_allocation(study.fit.values, compute, flops=flops)["params"]
     tail = (1 - diagnostics.LEVEL) / 2
-    drawn = {name: each[:, None] for name, each in study.named.items()}
+    drawn = {name: samples[:, None] for name, samples in study.named.items()}
     low, high = np.quantile(
         scaling_allocation.optimal_allocation(drawn, compute[None], flops=flops)["params"],
         [tail, 1 - tail],
@@ -124,32 +128,34 @@ def allocation(study: Study) -> bytes:
     axes.fill_between(compute, low, high, color="#0b6e69", alpha=0.18, lw=0)
     axes.plot(compute, best, color="#0b6e69", lw=1.8, label="size of least loss")
     axes.plot(runs, x["params"], "o", color="#444", ms=3, alpha=0.6, label="runs")
-    axes.axvline(runs.max(), color="#b4552d", lw=1, ls="--", label="largest run: beyond is a guess")
+    axes.axvline(
+        runs.max(), color="#b4552d", lw=1, ls="--", label="largest run; extrapolation beyond"
+    )
     axes.set(xscale="log", yscale="log", xlabel=f"compute, {flops:g} N D", ylabel="parameters")
     axes.legend(frameon=False, fontsize=8)
     return _png(figure, axes)
 
 
-def agreement(y: np.ndarray, made: np.ndarray, target: str) -> bytes:
+def agreement(y: np.ndarray, predicted: np.ndarray, target: str) -> bytes:
     """Plot prediction against truth, for laws of several tables."""
     figure, axes = plt.subplots(figsize=(4.6, 4.2), layout="constrained")
-    ends = [min(y.min(), made.min()), max(y.max(), made.max())]
+    ends = [min(y.min(), predicted.min()), max(y.max(), predicted.max())]
     axes.plot(ends, ends, color="#999", lw=1)
-    axes.plot(y, made, "o", color="#0b6e69", ms=4)
+    axes.plot(y, predicted, "o", color="#0b6e69", ms=4)
     axes.set(xlabel=f"{target} of the run", ylabel=f"{target} of the law")
     return _png(figure, axes)
 
 
 def _groups(study: Study) -> tuple[str, list[tuple[float | None, np.ndarray]]]:
     """Return what curves represent, and (value, rows) of each; with repeats, the largest size."""
-    x, every = study.table.x, np.arange(len(study.table))
+    x, all_rows = study.table.x, np.arange(len(study.table))
     if "unique_tokens" in x:
         largest = np.flatnonzero(x["params"] == x["params"].max())
-        words = f"unique tokens, {x['params'].max():.3g} parameters"
-        return words, _spread(x["unique_tokens"], largest)
+        title = f"unique tokens, {x['params'].max():.3g} parameters"
+        return title, _spread(x["unique_tokens"], largest)
     if "params" not in x:
-        return "", [(None, every)]
-    return NAMES["params"], _spread(x["params"], every)
+        return "", [(None, all_rows)]
+    return NAMES["params"], _spread(x["params"], all_rows)
 
 
 def _spread(column: np.ndarray, rows: np.ndarray) -> list[tuple[float | None, np.ndarray]]:
@@ -162,21 +168,21 @@ def _spread(column: np.ndarray, rows: np.ndarray) -> list[tuple[float | None, np
     return [(float(distinct[p]), rows[column[rows] == distinct[p]]) for p in places]
 
 
-def _along(study: Study, across: str, rows: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the columns of a curve: `across` varies, others stay at their middle in `rows`."""
-    column, table = study.table.x[across], study.table
-    if across == "loss":
+def _along(study: Study, x_column: str, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the columns of a curve: `x_column` varies, others stay at their middle in `rows`."""
+    column, table = study.table.x[x_column], study.table
+    if x_column == "loss":
         points = np.linspace(column.min(), column.max(), POINTS)
     else:
         points = np.geomspace(column.min(), BEYOND * column.max(), POINTS)
-    made = {
-        name: np.full(POINTS, np.exp(np.log(np.maximum(each[rows], 1e-300)).mean()))
-        for name, each in table.x.items()
+    columns = {
+        name: np.full(POINTS, np.exp(np.log(np.maximum(values[rows], 1e-300)).mean()))
+        for name, values in table.x.items()
     }
-    made[across] = points
-    if "unique_tokens" in made:
-        made["unique_tokens"] = np.minimum(made["unique_tokens"], points)
-    return made
+    columns[x_column] = points
+    if "unique_tokens" in columns:
+        columns["unique_tokens"] = np.minimum(columns["unique_tokens"], points)
+    return columns
 
 
 def _log_y(axes: plt.Axes) -> None:
@@ -194,10 +200,10 @@ def _wrapped(name: str) -> str:
 
 
 def _png(figure: plt.Figure, *axes: plt.Axes) -> bytes:
-    for each in axes:
-        each.spines[["top", "right"]].set_visible(False)
-        each.grid(color="#e6e6e6", lw=0.6)
-        each.set_axisbelow(True)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(color="#e6e6e6", lw=0.6)
+        axis.set_axisbelow(True)
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=150)
     plt.close(figure)
@@ -209,15 +215,17 @@ def _png(figure: plt.Figure, *axes: plt.Axes) -> bytes:
 # page.html of a fit: every figure, number, check and answer, in one self-contained file.
 
 
-def write(studies: Sequence[Study], said: Mapping[str, str], folder: Path, title: str) -> Path:
+def write(
+    studies: Sequence[Study], statements: Mapping[str, str], folder: Path, title: str
+) -> Path:
     """Write the page of one study or several, and each figure as a file of its own."""
     body = ""
     for study in studies:
         prefix = f"{study.table.target}_" if len(studies) > 1 else ""
-        pictures = all_plots(study)
-        for name, (png, _) in pictures.items():
+        plots = all_plots(study)
+        for name, (png, _) in plots.items():
             (folder / f"{prefix}{name}").write_bytes(png)
-        body += _sections(study, pictures, said)
+        body += _sections(study, plots, statements)
     return render(folder, title, body)
 
 
@@ -229,9 +237,9 @@ def render(folder: Path, title: str, body: str) -> Path:
 
 
 def parameters(
-    found: Mapping[str, float],
+    fitted: Mapping[str, float],
     intervals: Mapping[str, tuple[float, float] | None],
-    held: Sequence[str],
+    fixed: Sequence[str],
 ) -> str:
     """Return the table of parameters."""
     rows = [
@@ -239,59 +247,59 @@ def parameters(
             name,
             f"{value:.5g}",
             checklist.ends(intervals[name]),
-            "held" if name in held else "fitted" if intervals[name] else "at a bound",
+            "fixed" if name in fixed else "fitted" if intervals[name] else "at a bound",
         ]
-        for name, value in found.items()
+        for name, value in fitted.items()
     ]
     return html_page.table(["parameter", "value", f"{LEVEL:.0%} interval", ""], rows)
 
 
-def _sections(study: Study, pictures: dict, said: Mapping[str, str]) -> str:
+def _sections(study: Study, plots: dict, statements: Mapping[str, str]) -> str:
     name = study.table.target.replace("_", " ")
     lead = f"{name} = {study.law.formula}, after {study.law.paper}; {len(study.table)} rows."
     parts = [
         html_page.section(
             f"{name}: the law",
-            html_page.paragraph(lead) + html_page.figure(*pictures["law.png"])
-            + parameters(study.found.values, study.intervals, list(study.options.fixed)),
+            html_page.paragraph(lead) + html_page.figure(*plots["law.png"])
+            + parameters(study.fit.values, study.intervals, list(study.options.fixed)),
         ),
-        html_page.section(f"{name}: what speaks against it", _doubts(study, pictures)),
+        html_page.section(f"{name}: evidence against it", _doubts(study, plots)),
     ]  # fmt: skip
     if study.allocation:
-        parts.append(html_page.section(f"{name}: where compute goes", _allocation(study, pictures)))
-    rows = [[q, a] for q, a in checklist.checklist(study, said).items()]
+        parts.append(html_page.section(f"{name}: compute allocation", _allocation(study, plots)))
+    rows = [[q, a] for q, a in checklist.checklist(study, statements).items()]
     note = html_page.paragraph("The questions of arXiv 2502.18969.", note=True)
     parts.append(html_page.section(f"{name}: checklist", note + html_page.table(["", ""], rows)))
     return "".join(parts)
 
 
-def _doubts(study: Study, pictures: dict) -> str:
+def _doubts(study: Study, plots: dict) -> str:
     rows: list[list[Any]] = [["condition number", f"{study.condition:.3g}"]]
-    rows.append(["run that moves the fit most", study.influential])
+    rows.append(["most influential run", study.influential])
     rows += [line.split(": ", 1) for line in checklist.format_holdout(study)]
-    warned = "".join(html_page.paragraph(f"Warning: {w}.") for w in study.warnings)
+    warnings = "".join(html_page.paragraph(f"Warning: {w}.") for w in study.warnings)
     return (
-        (warned or html_page.paragraph("No warning."))
-        + html_page.figure(*pictures["residuals.png"])
+        (warnings or html_page.paragraph("No warning."))
+        + html_page.figure(*plots["residuals.png"])
         + html_page.table(["check", "result"], rows)
-        + html_page.figure(*pictures["bootstrap.png"])
+        + html_page.figure(*plots["bootstrap.png"])
     )
 
 
-def _allocation(study: Study, pictures: dict) -> str:
+def _allocation(study: Study, plots: dict) -> str:
     columns = ("params", "tokens", "tokens_per_param", "loss")
     rows = [
         [f"{row['compute']:.3g}"]
         + [f"{row[c]:.3g}\n{checklist.ends(row[f'{c}_interval'])}" for c in columns]
         for row in study.allocation
     ]
-    at = scaling_allocation.exponent(study.found.values)
-    words = (
+    exponent = scaling_allocation.exponent(study.fit.values)
+    text = (
         f"With compute = {study.options.flops:g} N D, the size of least loss grows as compute to "
-        f"the power {at:.3f}. Beyond the largest run this is an extrapolation."
+        f"the power {exponent:.3f}. Beyond the largest run this is an extrapolation."
     )
     return (
-        html_page.paragraph(words)
-        + html_page.figure(*pictures["allocation.png"])
-        + html_page.table(["compute", "parameters", "tokens", "tokens a parameter", "loss"], rows)
+        html_page.paragraph(text)
+        + html_page.figure(*plots["allocation.png"])
+        + html_page.table(["compute", "parameters", "tokens", "tokens per parameter", "loss"], rows)
     )

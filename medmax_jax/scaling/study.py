@@ -39,10 +39,10 @@ class Study:
     law: Law
     table: Table
     options: Options
-    found: Fit
+    fit: Fit
     draws: BootstrapSamples
     named: Mapping[str, np.ndarray]  # the draws by parameter
-    held: Sequence[HoldoutErrors]
+    holdouts: Sequence[HoldoutErrors]
     condition: float
     influential: str  # the run that moves the fit most, and by how much
     warnings: Sequence[str]
@@ -54,14 +54,14 @@ class Study:
 
         An interval is None if the draws are equal (diagnostics.parameter_interval).
         """
-        return {name: diagnostics.parameter_interval(each) for name, each in self.named.items()}
+        return {name: diagnostics.parameter_interval(v) for name, v in self.named.items()}
 
     def band(self, x: Mapping[str, np.ndarray]) -> Float[np.ndarray, "2 n"]:
         """Return the interval of the prediction at each row of `x`."""
-        middle = self.found.middle
-        made = np.real(fitting.predict(self.law, self.draws.vectors.T, x, middle))
+        middle = self.fit.middle
+        predictions = np.real(fitting.predict(self.law, self.draws.vectors.T, x, middle))
         tail = (1 - diagnostics.LEVEL) / 2
-        return np.quantile(made, [tail, 1 - tail], axis=0)
+        return np.quantile(predictions, [tail, 1 - tail], axis=0)
 
 
 def run_study(
@@ -74,36 +74,36 @@ def run_study(
     """
     delta, fixed = options.delta, options.fixed
     warnings = [*table.notes, *diagnostics.check(law, table, fixed)]
-    found = fitting.fit(law, table.x, table.y, delta=delta, fixed=fixed)
-    diagnostics.check_end(found, table)
+    fitted = fitting.fit(law, table.x, table.y, delta=delta, fixed=fixed)
+    diagnostics.check_end(fitted, table)
     fits = ItemProgress(options.draws + int(table.runs.max()) + 1, "fits", progress, every=SECONDS)
     draws = diagnostics.bootstrap(
-        found, table, count=options.draws, seed=options.seed,
+        fitted, table, count=options.draws, seed=options.seed,
         progress=lambda count: fits.tick(f"{table.target}: bootstraps", count),
     )  # fmt: skip
     named = draws.named()
-    condition = condition_number(found, table)
-    held = diagnostics.all_holdouts(law, table, delta=delta, fixed=fixed)
+    condition = condition_number(fitted, table)
+    holdouts = diagnostics.all_holdouts(law, table, delta=delta, fixed=fixed)
     influential, share = _influence(
-        found, table, named, lambda count: fits.tick(f"{table.target}: without each run", count)
+        fitted, table, named, lambda count: fits.tick(f"{table.target}: without each run", count)
     )
-    warnings += _warnings(found, table, draws, condition, held)
+    warnings += _warnings(fitted, table, draws, condition, holdouts)
     if share > 1:
-        warnings.append(f"one run decides: without {influential}")
+        warnings.append(f"a single run dominates the fit: without {influential}")
     return Study(
-        law=law, table=table, options=options, found=found, draws=draws, named=named, held=held,
-        condition=condition, influential=influential, warnings=warnings,
-        allocation=_allocation(law, table, options, found.values, named),
+        law=law, table=table, options=options, fit=fitted, draws=draws, named=named,
+        holdouts=holdouts, condition=condition, influential=influential, warnings=warnings,
+        allocation=_allocation(law, table, options, fitted.values, named),
     )  # fmt: skip
 
 
-def condition_number(found: Fit, table: Table) -> float:
+def condition_number(fitted: Fit, table: Table) -> float:
     """Return the condition number of the normal matrix of ln coefficients and exponents.
 
     Each column is scaled to length 1.
     """
-    free = [i for i, name in enumerate(found.law.parameters) if name not in found.fixed]
-    slope = found.jacobian(table.x)[free]
+    free = [i for i, name in enumerate(fitted.law.parameters) if name not in fitted.fixed]
+    slope = fitted.jacobian(table.x)[free]
     length = np.linalg.norm(slope, axis=1, keepdims=True)
     if (length < 1e-12).any():
         return float("inf")
@@ -112,46 +112,54 @@ def condition_number(found: Fit, table: Table) -> float:
 
 
 def _warnings(
-    found: Fit,
+    fitted: Fit,
     table: Table,
     draws: BootstrapSamples,
     condition: float,
-    held: Sequence[HoldoutErrors],
+    holdouts: Sequence[HoldoutErrors],
 ) -> list[str]:
-    said = []
-    count = len(found.law.names)
-    for i, e in enumerate(found.law.exponents):
-        value, near = found.vector[count + i], 1e-3 * (e.high - e.low)
-        if e.name not in found.fixed and not e.low + near < value < e.high - near:
-            said.append(f"{e.name} ended at a bound of its search; the law does not hold here")
-    for name, share in shares(found, table).items():
+    warnings = []
+    count = len(fitted.law.names)
+    for i, e in enumerate(fitted.law.exponents):
+        value, near = fitted.vector[count + i], 1e-3 * (e.high - e.low)
+        if e.name not in fitted.fixed and not e.low + near < value < e.high - near:
+            warnings.append(
+                f"{e.name} ended at a bound of its search; the law does not fit this table"
+            )
+    for name, share in shares(fitted, table).items():
         if share < NOTHING:
-            said.append(f"{name} is none: its term is at most {share:.1e} of a prediction")
+            warnings.append(
+                f"{name} is negligible: its term is at most {share:.1e} of a prediction"
+            )
     for name, share in draws.at_bound().items():
         if share > POOR_SHARE:
-            said.append(f"{name} ends at a bound of its search in {share:.0%} of the draws")
+            warnings.append(f"{name} ends at a bound of its search in {share:.0%} of the draws")
     if len(draws) and draws.poor > POOR_SHARE * len(draws):
-        said.append(
-            f"{draws.poor} draws beside the {len(draws)} held one size or amount of data and were "
-            "drawn again: few distinct values carry this table"
+        warnings.append(
+            f"{draws.poor} draws in addition to the {len(draws)} had a single size or amount of "
+            "data and were drawn again: the table has few distinct values"
         )
     if draws.stuck:
-        said.append(f"{draws.stuck} of the {len(draws)} draws had not converged")
+        warnings.append(f"{draws.stuck} of the {len(draws)} draws had not converged")
     if condition > CONDITION:
-        said.append(f"condition number {condition:.1e}: some parameters nearly trade for others")
-    said += [f"no fit without {each.name}: {each.why}" for each in held if each.why]
-    return said
+        warnings.append(
+            f"condition number {condition:.1e}: some parameters are nearly interchangeable"
+        )
+    warnings += [
+        f"no fit without {holdout.name}: {holdout.why}" for holdout in holdouts if holdout.why
+    ]
+    return warnings
 
 
-def shares(found: Fit, table: Table) -> dict[str, float]:
+def shares(fitted: Fit, table: Table) -> dict[str, float]:
     """Return the largest share of a prediction that each coefficient's term has on the table."""
-    slope = np.abs(found.jacobian(table.x)[: len(found.law.names)])  # d / d u is the term
-    scale = 1.0 if found.law.log else np.abs(found.predict(table.x))
-    return dict(zip(found.law.names, (slope / scale).max(axis=1).tolist(), strict=True))
+    slope = np.abs(fitted.jacobian(table.x)[: len(fitted.law.names)])  # d / d u is the term
+    scale = 1.0 if fitted.law.log else np.abs(fitted.predict(table.x))
+    return dict(zip(fitted.law.names, (slope / scale).max(axis=1).tolist(), strict=True))
 
 
 def _influence(
-    found: Fit,
+    fitted: Fit,
     table: Table,
     named: Mapping[str, np.ndarray],
     progress: Callable[[int], None],
@@ -159,15 +167,15 @@ def _influence(
     """Return (text, the move in half-widths of the interval) of the most influential run."""
     best = ("", 0.0)
     ends = {name: diagnostics.parameter_interval(each) for name, each in named.items()}
-    for label, without in diagnostics.influence(found, table, progress=progress):
+    for label, without in diagnostics.influence(fitted, table, progress=progress):
         for name, value in without.values.items():
             if ends[name] is None:  # fixed, or at a bound in every draw
                 continue
             low, high = ends[name]
-            move = abs(value - found.values[name]) / ((high - low) / 2)
+            move = abs(value - fitted.values[name]) / ((high - low) / 2)
             if move > best[1]:
-                was = found.values[name]
-                best = (f"{label}, {name} goes from {was:.4g} to {value:.4g}", move)
+                before = fitted.values[name]
+                best = (f"{label}, {name} changes from {before:.4g} to {value:.4g}", move)
     return best
 
 

@@ -65,11 +65,11 @@ def read(
         if name not in head:
             columns = printable(", ".join(head))
             raise ScalingError(
-                f"{path}: no column {name!r}; it has {columns}. Name another with "
-                "--target, or with --map NAME=COLUMN"
+                f"{path}: no column {name!r}; it has {columns}. Select another column "
+                "with --target or --map NAME=COLUMN"
             )
     if not kept:
-        raise ScalingError(f"{path}: no row is left of {len(rows)}; give more runs, exclude fewer")
+        raise ScalingError(f"{path}: all {len(rows)} rows are excluded; add runs or exclude fewer")
     labels = tuple(_label(number, row) for number, row in kept)
     read_column = {
         name: np.array(
@@ -94,49 +94,49 @@ def read(
 
 
 def _rows(path: Path) -> tuple[list[dict[str, str]], list[str]]:
-    found = []
+    records = []
     try:
         with open_binary(path) as file, csv_table(file, path) as (head, rows):
             for number, row in rows:
                 if len(row) != len(head):
                     raise TextFileError(
                         f"{path}, row {number}: {len(row)} fields under {len(head)} columns; "
-                        "write one for each"
+                        "write one field per column"
                     )
-                found.append(dict(zip(head, row, strict=True)))
+                records.append(dict(zip(head, row, strict=True)))
     except TextFileError as error:
         raise ScalingError(f"--table: cannot be read as CSV: {error}") from error
-    return found, head
+    return records, head
 
 
 def _excluded(
     rows: list[dict[str, str]], head: list[str], rules: Sequence[str], path: object
 ) -> tuple[list[tuple[int, dict[str, str]]], tuple[str, ...]]:
     """Return ((number, row) of the kept rows, names of the excluded ones)."""
-    kept, gone = list(enumerate(rows, start=1)), []
+    kept, excluded = list(enumerate(rows, start=1)), []
     for rule in rules:
-        found = _RULE.match(rule)
-        if not found or found[1] not in head:
+        match = _RULE.match(rule)
+        if not match or match[1] not in head:
             raise ScalingError(
-                f"--exclude {rule!r}: write COLUMN=VALUE, COLUMN<NUMBER or COLUMN>NUMBER with a "
+                f"--exclude {rule!r}: use COLUMN=VALUE, COLUMN<NUMBER or COLUMN>NUMBER with a "
                 f"column of {path}: {printable(', '.join(head))}"
             )
-        hit = [(n, row) for n, row in kept if _hit(row, *found.groups(), rule)]
-        gone += [f"{_label(n, row)} ({rule})" for n, row in hit]
-        kept = [each for each in kept if each not in hit]
-    return kept, tuple(gone)
+        matching = [(n, row) for n, row in kept if _hit(row, *match.groups(), rule)]
+        excluded += [f"{_label(n, row)} ({rule})" for n, row in matching]
+        kept = [each for each in kept if each not in matching]
+    return kept, tuple(excluded)
 
 
 def _hit(row: dict[str, str], column: str, sign: str, value: str, rule: str) -> bool:
     if sign == "=":
         return row[column] == value
     try:
-        have, limit = float(row[column] or "nan"), float(value)
+        number, limit = float(row[column] or "nan"), float(value)
     except ValueError as error:
         raise ScalingError(
             f"--exclude {rule!r}: {printable(error, 120)}; < and > compare numbers"
         ) from error
-    return have < limit if sign == "<" else have > limit
+    return number < limit if sign == "<" else number > limit
 
 
 def _label(number: int, row: dict[str, str]) -> str:
@@ -147,8 +147,7 @@ def _number(row: dict[str, str], column: str, label: str, path: object, *, zero:
     text = (row[column] or "").strip()
     if not text:
         raise ScalingError(
-            f"{path}, {label}: {column} is empty, the run has no such metric; finish it, or leave "
-            "it out with --exclude"
+            f"{path}, {label}: {column} is empty; finish the run, or exclude it with --exclude"
         )
     try:
         value = float(text)
@@ -158,19 +157,19 @@ def _number(row: dict[str, str], column: str, label: str, path: object, *, zero:
     text = printable(text, 80)
     if not math.isfinite(value):
         raise ScalingError(
-            f"{path}, {label}: {column} is {text}: a diverged run; leave it out with --exclude and "
-            "say so where you show the law"
+            f"{path}, {label}: {column} is {text}: a diverged run; exclude it with --exclude and "
+            "state this next to the law"
         )
     if value < 0 or (value == 0 and not zero):
-        raise ScalingError(f"{path}, {label}: {column} is {text}; laws need numbers above 0")
+        raise ScalingError(f"{path}, {label}: {column} is {text}; it must be above 0")
     return value
 
 
 def _notes(head: list[str], target: str) -> tuple[str, ...]:
-    apart = [name for name in ("loss_text", "loss_image") if name in head]
-    if target == "loss" and apart:
+    separate = [name for name in ("loss_text", "loss_image") if name in head]
+    if target == "loss" and separate:
         return (
             "loss sums text and image targets, which can hide competition between them; fit them "
-            f"apart: --target {','.join(apart)}",
+            f"separately: --target {','.join(separate)}",
         )
     return ()

@@ -26,7 +26,7 @@ from medmax_jax.io.text_files import TextFileError, read_json_object
 from medmax_jax.sweep import expand, render, runner, status
 from medmax_jax.sweep.axes import SweepError
 
-SAID = "said.json"  # the sweep file's answers for the checklist
+NOTES_FILE = "said.json"  # the sweep file's statements for the checklist of a fit
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -36,76 +36,89 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    made = commands.add_parser("expand", help="a sweep file to D/sweep.jsonl and a table of costs")
-    made.add_argument("--workdir", metavar="D")
-    made.add_argument("--json", action="store_true")
-    for name, words in (
-        ("status", "who has ended"), ("run", "what is left, on this machine"),
-        ("collect", "table.csv"), ("render", "files for a cluster"),
+    expand_parser = commands.add_parser(
+        "expand", help="expand a sweep file to D/sweep.jsonl, with a table of costs"
+    )
+    expand_parser.add_argument("--workdir", metavar="D", help="folder of the sweep")
+    expand_parser.add_argument("--json", action="store_true", help="print one JSON object last")
+    for name, help_text in (
+        ("status", "print the state of each run"), ("run", "run the unfinished runs here"),
+        ("collect", "write table.csv"), ("render", "write files for a cluster's launcher"),
     ):  # fmt: skip
-        each = commands.add_parser(name, help=words)
-        each.add_argument("--workdir", metavar="D", required=True)
-        each.add_argument("--json", action="store_true")
+        command_parser = commands.add_parser(name, help=help_text)
+        command_parser.add_argument(
+            "--workdir", metavar="D", required=True, help="folder of the sweep"
+        )
+        command_parser.add_argument(
+            "--json", action="store_true", help="print one JSON object last"
+        )
         if name == "collect":
-            each.add_argument("--partial", action="store_true", help="also before all have ended")
+            command_parser.add_argument(
+                "--partial", action="store_true", help="collect although some runs have not ended"
+            )
         if name == "render":
-            render.add_flags(each)
+            render.add_flags(command_parser)
     return parser
 
 
-def _expand(given: argparse.Namespace, rest: Sequence[str]) -> dict:
+def _expand(args: argparse.Namespace, rest: Sequence[str]) -> dict:
     sweep = expand.load(rest)
     runs = expand.plan_runs(sweep)
     print("\n".join(expand.table(sweep, runs)))
-    facts = dict(sweep=sweep.name, runs=len(runs)) | expand.totals(runs)
-    if given.workdir:
-        folder = open_workdir(given.workdir)
-        facts["file"] = str(expand.write(runs, folder))
-        (folder / SAID).write_text(json.dumps(dict(sweep.said), indent=1) + "\n")
-        print(f"written: {facts['file']}")
-    return facts
+    result = dict(sweep=sweep.name, runs=len(runs)) | expand.totals(runs)
+    if args.workdir:
+        folder = open_workdir(args.workdir)
+        result["file"] = str(expand.write(runs, folder))
+        (folder / NOTES_FILE).write_text(json.dumps(dict(sweep.said), indent=1) + "\n")
+        print(f"wrote {result['file']}")
+    return result
 
 
-def _status(given: argparse.Namespace, runs: list[expand.SweepRun], folder: Path) -> dict:
-    known = status.states(runs, folder)
-    for each in runs:
-        changed = " ".join(f"{k}={v}" for k, v in each.overrides.items())
-        print(f"{each.run_id}  {known[each.run_id]:9} {changed}")
-    return dict(Counter(known.values())) | {"runs": len(runs)}
+def _status(args: argparse.Namespace, runs: list[expand.SweepRun], folder: Path) -> dict:
+    run_states = status.states(runs, folder)
+    for run in runs:
+        changed = " ".join(f"{k}={v}" for k, v in run.overrides.items())
+        print(f"{run.run_id}  {run_states[run.run_id]:9} {changed}")
+    return dict(Counter(run_states.values())) | {"runs": len(runs)}
 
 
-def _run(given: argparse.Namespace, runs: list[expand.SweepRun], folder: Path) -> dict:
+def _run(args: argparse.Namespace, runs: list[expand.SweepRun], folder: Path) -> dict:
     ended = runner.run(runs, folder)
-    if left := [run_id for run_id, word in ended.items() if word in status.UNFINISHED]:
+    if unfinished := [
+        run_id for run_id, run_state in ended.items() if run_state in status.UNFINISHED
+    ]:
         raise SweepError(
-            f"{len(left)} of {len(runs)} runs failed: {', '.join(left)}; their run.log says why, "
-            "and the same command tries them again"
+            f"{len(unfinished)} of {len(runs)} runs failed: {', '.join(unfinished)}; see their "
+            "run.log, and run the same command to retry them"
         )
     return dict(Counter(ended.values())) | {"runs": len(runs)}
 
 
-def _collect(given: argparse.Namespace, runs: list[expand.SweepRun], folder: Path) -> dict:
-    rows = status.collect(runs, folder, partial=given.partial)
-    path = folder / SAID
+def _collect(args: argparse.Namespace, runs: list[expand.SweepRun], folder: Path) -> dict:
+    rows = status.collect(runs, folder, partial=args.partial)
+    path = folder / NOTES_FILE
     try:
-        said = read_json_object(path) if path.exists() else {}
+        statements = read_json_object(path) if path.exists() else {}
     except TextFileError as error:
         raise SweepError(f"{error}; expand the sweep again") from error
-    written = status.write(rows, status.sweep_notes(runs, said), folder)
+    written = status.write(rows, status.sweep_notes(runs, statements), folder)
     diverged = [row["run"] for row in rows if row["state"] == "diverged"]
-    print(f"written: {written}, {len(rows)} of {len(runs)} runs")
+    print(f"wrote {written} with {len(rows)} of {len(runs)} runs")
     if diverged:
-        print(f"diverged, and nan in the table: {', '.join(diverged)}")
+        print(f"diverged (nan in the table): {', '.join(diverged)}")
     return dict(table=str(written), rows=len(rows), runs=len(runs), diverged=diverged)
 
 
-def _render(given: argparse.Namespace, runs: list[expand.SweepRun], folder: Path) -> dict:
-    known = status.states(runs, folder)
-    left = [r for r in runs if known[r.run_id] in status.UNFINISHED]
-    written = render.write(left, folder, given)
-    print("\n".join(f"written: {path}" for path in written))
-    print(f"{len(left)} of {len(runs)} runs; the others are finished, running or diverged")
-    return dict(files=[str(path) for path in written], rendered=len(left), runs=len(runs))
+def _render(args: argparse.Namespace, runs: list[expand.SweepRun], folder: Path) -> dict:
+    run_states = status.states(runs, folder)
+    unfinished = [r for r in runs if run_states[r.run_id] in status.UNFINISHED]
+    written = render.write(unfinished, folder, args)
+    print("\n".join(f"wrote {path}" for path in written))
+    print(
+        f"rendered {len(unfinished)} of {len(runs)} runs; the others are finished, running or "
+        "diverged"
+    )
+    return dict(files=[str(path) for path in written], rendered=len(unfinished), runs=len(runs))
 
 
 COMMANDS = {"status": _status, "run": _run, "collect": _collect, "render": _render}
@@ -113,15 +126,15 @@ COMMANDS = {"status": _status, "run": _run, "collect": _collect, "render": _rend
 
 def main(argv: Sequence[str]) -> int:
     """Run the program; return its exit code."""
-    given, rest = _parser().parse_known_args(argv)
+    args, rest = _parser().parse_known_args(argv)
     try:
-        if given.command == "expand":
-            facts = _expand(given, rest)
+        if args.command == "expand":
+            result = _expand(args, rest)
         elif rest:
             raise ConfigError(f"unexpected argument {rest[0]!r}")
         else:
-            folder = Path(given.workdir)
-            facts = COMMANDS[given.command](given, expand.read(folder), folder)
+            folder = Path(args.workdir)
+            result = COMMANDS[args.command](args, expand.read(folder), folder)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE
@@ -131,8 +144,8 @@ def main(argv: Sequence[str]) -> int:
     except (SweepError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return ERROR
-    if given.json:
-        print(json.dumps(facts))
+    if args.json:
+        print(json.dumps(result))
     return DONE
 
 

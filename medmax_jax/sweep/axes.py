@@ -34,18 +34,20 @@ class SweepError(ValueError):
 
 def expand(axes: Sequence[Mapping[str, Any]]) -> list[Overrides]:
     """Return every combination of the axes, in their order, the last axis fastest."""
-    made = []
+    combinations = []
     for parts in itertools.product(*(_axis(axis) for axis in axes)):
         names = [name for part in parts for name in part]
         if twice := sorted({n for n in names if names.count(n) > 1}):
-            raise SweepError(f"axes: {twice[0]} is set by two axes; leave it to one")
-        made.append({name: value for part in parts for name, value in part.items()})
-    return made
+            raise SweepError(f"axes: {twice[0]} is set by two axes; set it in only one")
+        combinations.append({name: value for part in parts for name, value in part.items()})
+    return combinations
 
 
 def _axis(axis: Mapping[str, Any]) -> list[Overrides]:
     if not isinstance(axis, Mapping) or len(axis) != 1:
-        raise SweepError(f"axes: {axis!r}; an axis is a dict with one key of {', '.join(KINDS)}")
+        raise SweepError(
+            f"axes: {axis!r} is not an axis; use a dict with one key of {', '.join(KINDS)}"
+        )
     ((kind, given),) = axis.items()
     if kind not in KINDS:
         raise SweepError(f"axes: {kind!r} is unknown; use one of {', '.join(KINDS)}")
@@ -61,7 +63,9 @@ def _zip(given: Mapping[str, Any]) -> list[Overrides]:
     columns = [_values("zip", name, values) for name, values in given.items()]
     if len({len(c) for c in columns}) != 1:
         sizes = ", ".join(f"{n} {len(c)}" for n, c in zip(given, columns, strict=True))
-        raise SweepError(f"axes: zip needs equally many values each; it has {sizes}")
+        raise SweepError(
+            f"axes: zip requires the same number of values for each field; it has {sizes}"
+        )
     return [dict(zip(given, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
@@ -72,17 +76,19 @@ def _fixed(given: Mapping[str, Any]) -> list[Overrides]:
 def _log_range(given: Mapping[str, Any]) -> list[Overrides]:
     field, low, high, count = _fields("log_range", given, ("field", "low", "high", "count"))
     if not (0 < low < high and count >= 2):
-        raise SweepError(f"axes: log_range of {field}: 0 < low < high and count >= 2, not {given}")
+        raise SweepError(
+            f"axes: log_range of {field} is {given}; it requires 0 < low < high and count >= 2"
+        )
     return [{field: _rounded(v)} for v in np.geomspace(low, high, count)]
 
 
 def _random(given: Mapping[str, Any]) -> list[Overrides]:
     count, seed, fields = _fields("random", given, ("count", "seed", "fields"))
     rng = np.random.default_rng(seed)
-    return [{name: _drawn(rng, name, how) for name, how in fields.items()} for _ in range(count)]
+    return [{name: _sample(rng, name, how) for name, how in fields.items()} for _ in range(count)]
 
 
-def _drawn(rng: np.random.Generator, name: str, how: Sequence) -> Any:
+def _sample(rng: np.random.Generator, name: str, how: Sequence) -> Any:
     kind, *rest = how
     if kind == "choice" and rest:
         return rest[int(rng.integers(len(rest)))]
@@ -91,7 +97,7 @@ def _drawn(rng: np.random.Generator, name: str, how: Sequence) -> Any:
     if kind == "log" and len(rest) == 2 and rest[0] > 0:
         return _rounded(math.exp(rng.uniform(*map(math.log, rest))))
     raise SweepError(
-        f"axes: random {name} is {how!r}; write ('log', low, high), ('uniform', low, high) or "
+        f"axes: random {name} is {how!r}; use ('log', low, high), ('uniform', low, high) or "
         "('choice', a, b, ...)"
     )
 
@@ -104,13 +110,13 @@ def _data_fraction(given: Mapping[str, Any]) -> list[Overrides]:
     ]
 
 
-def _sizes_by(wanted: str) -> Callable[[Mapping[str, Any]], list[Overrides]]:
-    kind = {"tokens": "n_by_d", "flops": "isoflop"}[wanted]
+def _sizes_by(amount: str) -> Callable[[Mapping[str, Any]], list[Overrides]]:
+    kind = {"tokens": "n_by_d", "flops": "isoflop"}[amount]
 
     def axis(given: Mapping[str, Any]) -> list[Overrides]:
-        sizes, amounts = _fields(kind, given, ("sizes", wanted))
-        amounts = _values(kind, wanted, amounts)
-        return [{**size, wanted: float(a)} for size in sizes for a in amounts]
+        sizes, amounts = _fields(kind, given, ("sizes", amount))
+        amounts = _values(kind, amount, amounts)
+        return [{**size, amount: float(a)} for size in sizes for a in amounts]
 
     return axis
 
@@ -135,7 +141,7 @@ def _product(given: Sequence[Mapping[str, Any]]) -> list[Overrides]:
 
 
 def _union(given: Sequence[Mapping[str, Any]]) -> list[Overrides]:
-    return [each for axis in given for each in _axis(axis)]
+    return [overrides for axis in given for overrides in _axis(axis)]
 
 
 KINDS: dict[str, Callable[[Any], list[Overrides]]] = {

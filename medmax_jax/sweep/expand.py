@@ -75,14 +75,16 @@ class SweepRun:
 
 def load(argv: Sequence[str]) -> Sweep:
     """Return the sweep of `--config=configs/sweep_x.py --config.price=2.0`."""
-    given = _parsed(argv)
+    values = _parsed(argv)
     names = [f.name for f in dataclasses.fields(Sweep)]
-    if set(given) != set(names):
-        wrong = sorted(set(given) ^ set(names))[0]
-        raise SweepError(f"sweep file: {wrong} is unknown or missing; it has {', '.join(names)}")
-    values = {name: given[name] for name in names}
+    if set(values) != set(names):
+        wrong = sorted(set(values) ^ set(names))[0]
+        raise SweepError(
+            f"sweep file: field {wrong!r} is unknown or missing; the fields are {', '.join(names)}"
+        )
+    values = {name: values[name] for name in names}
     for name in ("axes", "said"):
-        values[name] = _plain(given[name])
+        values[name] = _plain(values[name])
     return Sweep(**values)
 
 
@@ -93,8 +95,8 @@ def plan_runs(sweep: Sweep) -> list[SweepRun]:
         run = _planned(sweep, overrides)
         if run.run_id in seen:
             raise SweepError(
-                f"runs {seen[run.run_id]} and {number} are the same: {run.overrides}; drop a "
-                "value that stands twice, or give a seed to each"
+                f"runs {seen[run.run_id]} and {number} are the same: {run.overrides}; remove a "
+                "duplicate value, or use different seeds"
             )
         seen[run.run_id] = number
         runs.append(run)
@@ -110,11 +112,11 @@ def write(runs: Sequence[SweepRun], folder: Path) -> Path:
     """Write D/sweep.jsonl; raise SweepError if an existing file has other runs that have begun."""
     path = folder / FILE
     if path.exists():
-        gone = {r.run_id for r in read(folder)} - {r.run_id for r in runs}
-        if started := sorted(run_id for run_id in gone if (folder / run_id).exists()):
+        removed = {r.run_id for r in read(folder)} - {r.run_id for r in runs}
+        if started := sorted(run_id for run_id in removed if (folder / run_id).exists()):
             raise SweepError(
-                f"{path} has runs that this sweep lacks and that have begun: {started[0]}; "
-                "name another --workdir, or remove their folders"
+                f"{path} has runs that are not in this sweep but have started: {started[0]}; "
+                "use another --workdir, or remove their folders"
             )
     text = "".join(json.dumps(dataclasses.asdict(run)) + "\n" for run in runs)
     folder.mkdir(parents=True, exist_ok=True)
@@ -128,30 +130,36 @@ def read(folder: Path) -> list[SweepRun]:
     path = folder / FILE
     if not path.exists():
         raise SweepError(
-            f"{path}: no such file; make it: python -m medmax_jax.sweep expand --config=... "
+            f"{path}: file not found; create it: python -m medmax_jax.sweep expand --config=... "
             f"--workdir {folder}"
         )
     try:
         rows = text_files.read_objects(path, allow_nonfinite=True)
-        return [_read_back(row, place) for place, row in rows]
+        return [_read_back(row, location) for location, row in rows]
     except ValueError as error:
         raise SweepError(f"{error}: damaged; expand the sweep again") from error
 
 
-def _read_back(row: dict[str, Any], place: str) -> SweepRun:
+def _read_back(row: dict[str, Any], location: str) -> SweepRun:
     """Return the run of a line; raise ValueError if a field is not of its type."""
     fields = {field.name: field.type for field in dataclasses.fields(SweepRun)}
     if set(row) != set(fields):
-        raise ValueError(f"{place}: lacks or has more than the fields of a run")
-    for name, kind in fields.items():
-        kinds = dict if name == "overrides" else kind | int if kind in NUMBERS else kind
+        raise ValueError(f"{location}: does not have exactly the fields of a run")
+    for name, annotation in fields.items():
+        allowed = (
+            dict
+            if name == "overrides"
+            else annotation | int
+            if annotation in NUMBERS
+            else annotation
+        )
         value = row[name]
-        if not isinstance(value, kinds) or isinstance(value, bool) and name != "fits":
-            raise ValueError(f"{place}: {name} is {printable(repr(value), 60)}")
-        if kind in NUMBERS and value is not None:
+        if not isinstance(value, allowed) or isinstance(value, bool) and name != "fits":
+            raise ValueError(f"{location}: {name} is {printable(repr(value), 60)}")
+        if annotation in NUMBERS and value is not None:
             row[name] = float(value)
     if not re.fullmatch(r"[0-9a-f]{10}", row["run_id"]):  # it becomes the name of a folder
-        raise ValueError(f"{place}: run_id is {printable(repr(row['run_id']), 60)}")
+        raise ValueError(f"{location}: run_id is {printable(repr(row['run_id']), 60)}")
     return SweepRun(**row)
 
 
@@ -159,8 +167,8 @@ def totals(runs: Sequence[SweepRun]) -> dict[str, float | None]:
     """Return sums over runs; None if a cost is not known."""
     sums: dict[str, float | None] = {}
     for name in ("tokens", "flops", "chip_hours", "usd"):
-        each = [getattr(run, name) for run in runs]
-        sums[name] = None if None in each else sum(each)
+        costs = [getattr(run, name) for run in runs]
+        sums[name] = None if None in costs else sum(costs)
     return sums
 
 
@@ -179,14 +187,14 @@ def table(sweep: Sweep, runs: Sequence[SweepRun]) -> list[str]:
             f"{_cell(r.usd, ',.0f'):>9}  {cells}"
         )
     sums = totals(runs)
-    where = (
+    costs = (
         f"; on {sweep.slices} x {sweep.topology} at {sweep.utilisation:.0%} of the peak "
         f"{_cell(sums['chip_hours'], ',.0f')} chip-hours, USD {_cell(sums['usd'], ',.0f')}; memory "
         "and hours by arithmetic, ! does not fit"
         if sweep.topology
         else ""
     )
-    lines.append(f"{len(runs)} runs, {sums['tokens']:.2e} tokens, {sums['flops']:.2e} FLOPs{where}")
+    lines.append(f"{len(runs)} runs, {sums['tokens']:.2e} tokens, {sums['flops']:.2e} FLOPs{costs}")
     return lines
 
 
@@ -195,21 +203,21 @@ def _cell(value: float | None, form: str) -> str:
 
 
 def _planned(sweep: Sweep, overrides: Overrides) -> SweepRun:
-    wanted = {name: overrides[name] for name in DERIVED_FIELDS if name in overrides}
-    plain = {name: v for name, v in overrides.items() if name not in wanted}
-    if wanted:
-        if "train.steps" in plain or len(wanted) > 1:
+    derived = {name: overrides[name] for name in DERIVED_FIELDS if name in overrides}
+    fields = {name: v for name, v in overrides.items() if name not in derived}
+    if derived:
+        if "train.steps" in fields or len(derived) > 1:
             raise SweepError(
-                "axes: tokens, flops and train.steps each set the steps; leave it to one"
+                "axes: tokens, flops and train.steps each set the steps; use only one of them"
             )
-        plain["train.steps"] = _steps(sweep, _settings(sweep.config, plain), wanted)
-    run = _settings(sweep.config, plain)
+        fields["train.steps"] = _steps(sweep, _settings(sweep.config, fields), derived)
+    run = _settings(sweep.config, fields)
     counts = flops.parameters(run.model, run.vocab, run.lora)
     tokens = run.train.steps * _step_tokens(sweep, run)
     total = tokens * _token_flops(run)
     return SweepRun(
-        run_id=run_id(sweep.config, plain), sweep=sweep.name, config=sweep.config, overrides=plain,
-        seed=run.train.seed, steps=run.train.steps, params=counts.matmul,
+        run_id=run_id(sweep.config, fields), sweep=sweep.name, config=sweep.config,
+        overrides=fields, seed=run.train.seed, steps=run.train.steps, params=counts.matmul,
         trainable=counts.base if run.train.trains == "full" else counts.lora,
         tokens=tokens, flops=total, topology=sweep.topology, slices=sweep.slices,
         **_cost(sweep, run),
@@ -234,8 +242,8 @@ def _token_flops(run: Run) -> float:
     )  # fmt: skip
 
 
-def _steps(sweep: Sweep, run: Run, wanted: Mapping[str, float]) -> int:
-    tokens = wanted.get("tokens") or wanted["flops"] / _token_flops(run)
+def _steps(sweep: Sweep, run: Run, derived: Mapping[str, float]) -> int:
+    tokens = derived.get("tokens") or derived["flops"] / _token_flops(run)
     return max(1, round(tokens / _step_tokens(sweep, run)))
 
 
@@ -254,12 +262,12 @@ def _cost(sweep: Sweep, run: Run) -> dict[str, Any]:
             f"config.mesh is {run.mesh.data} x {run.mesh.fsdp} x {run.mesh.tp} = {mesh}; set "
             "mesh.data, mesh.fsdp and mesh.tp in the axes"
         )
-    found = analytic.estimate(run, machine)
+    estimate = analytic.estimate(run, machine)
     rate = analytic.rates(
-        run, machine, found, utilisation=sweep.utilisation, price=sweep.price or None
+        run, machine, estimate, utilisation=sweep.utilisation, price=sweep.price or None
     )
     return dict(
-        chips=machine.chips, fits=found["fits"], hbm_gib=found["peak_hbm_gib"],
+        chips=machine.chips, fits=estimate["fits"], hbm_gib=estimate["peak_hbm_gib"],
         hours=rate["hours"], chip_hours=rate["chip_hours"], usd=rate["cost_usd"],
     )  # fmt: skip
 
@@ -283,14 +291,14 @@ def _parsed(argv: Sequence[str]) -> ConfigDict:
     try:
         rest = values(line)
         if len(rest) > 1:
-            raise SweepError(f"unexpected argument {rest[1]!r}; flags are written --name=value")
+            raise SweepError(f"unexpected argument {rest[1]!r}; write flags as --name=value")
         if values.config is None:
-            raise SweepError("--config is missing; name a file of configs/")
+            raise SweepError("--config is missing; use a file of configs/")
         return values.config
     except (AttributeError, KeyError) as error:
         raise SweepError(
-            f"{_blamed(argv, error)} names no field of {argv[0].removeprefix('--config=')}; "
-            "configs/base.py has every field of a run"
+            f"{_find_override(argv, error)} is not a field of {argv[0].removeprefix('--config=')}; "
+            "configs/base.py lists all fields of a run"
         ) from error
     except (flags.Error, OSError, TypeError, ValueError) as error:
         if isinstance(error, SweepError | config.ConfigError):
@@ -298,7 +306,7 @@ def _parsed(argv: Sequence[str]) -> ConfigDict:
         raise SweepError(f"{' '.join(argv)}: {error}") from error
 
 
-def _blamed(argv: Sequence[str], error: Exception) -> str:
+def _find_override(argv: Sequence[str], error: Exception) -> str:
     """Return the override whose name is in the error, since the error names only a part of it."""
     words = str(error).replace("'", " ").replace('"', " ").replace(".", " ").split()
     for flag in argv:

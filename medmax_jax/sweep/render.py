@@ -57,32 +57,39 @@ NEEDS = {
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `render`; flags that a form requires have no default."""
     add = parser.add_argument
-    add("--form", required=True, choices=tuple(NEEDS))
-    add("--out", type=Path, required=True, metavar="F", help="folder of the files")
-    add("--runs_at", metavar="PATH", help="the workdir there, if not as here: /gcs/bucket/sweep")
-    add("--repo", metavar="PATH", help="this repository there; without: where the job starts")
-    add("--python", default="python", help="there")
-    add("--max_restarts", type=int, default=50)
-    add("--parallel", type=int, help="slurm: runs at a time")
-    add("--gpus", type=int, help="slurm: of a run, on one node")
-    add("--time", help="slurm: limit of one stretch, 12:00:00; it requeues until it is done")
-    add("--cluster", help="xpk")
-    add("--zone", help="xpk, tpu_vm")
-    add("--project", help="xpk, tpu_vm")
-    add("--image", help="xpk, jobset: with this repository and its requirements")
+    add("--form", required=True, choices=tuple(NEEDS), help="launcher to write files for")
+    add("--out", type=Path, required=True, metavar="F", help="folder for the files")
+    add("--runs_at", metavar="PATH", help="workdir on the cluster, if different: /gcs/bucket/sweep")
+    add(
+        "--repo",
+        metavar="PATH",
+        help="path of this repository on the cluster; default: the job's start folder",
+    )
+    add("--python", default="python", help="Python on the cluster")
+    add("--max_restarts", type=int, default=50, help="xpk, jobset: restarts of a workload")
+    add("--parallel", type=int, help="slurm: concurrent runs")
+    add("--gpus", type=int, help="slurm: GPUs per run, on one node")
+    add(
+        "--time",
+        help="slurm: time limit per job, 12:00:00; a job requeues until its run is finished",
+    )
+    add("--cluster", help="xpk: cluster")
+    add("--zone", help="xpk, tpu_vm: zone")
+    add("--project", help="xpk, tpu_vm: Google Cloud project")
+    add("--image", help="xpk, jobset: image with this repository and its requirements")
     add("--queue", help="jobset: Kueue's LocalQueue")
-    add("--tpu", help="tpu_vm: the name of the TPU VM")
+    add("--tpu", help="tpu_vm: name of the TPU VM")
 
 
-def write(runs: Sequence[SweepRun], folder: Path, given: argparse.Namespace) -> list[Path]:
+def write(runs: Sequence[SweepRun], folder: Path, args: argparse.Namespace) -> list[Path]:
     """Write the files of a form to `given.out`."""
-    if missing := [n for n in NEEDS[given.form] if getattr(given, n) is None]:
-        raise SweepError(f"--form {given.form} needs --{missing[0]}")
-    given.out.mkdir(parents=True, exist_ok=True)
-    files = FORMS[given.form](runs, given.runs_at or str(folder), given)
+    if missing := [n for n in NEEDS[args.form] if getattr(args, n) is None]:
+        raise SweepError(f"--form {args.form} requires --{missing[0]}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    files = FORMS[args.form](runs, args.runs_at or str(folder), args)
     for name, text in files.items():
-        (given.out / name).write_text(text)
-    return [given.out / name for name in files]
+        (args.out / name).write_text(text)
+    return [args.out / name for name in files]
 
 
 def machine(run: SweepRun) -> LaunchTarget:
@@ -90,12 +97,12 @@ def machine(run: SweepRun) -> LaunchTarget:
     kind, _, shape = run.topology.partition(":")
     if kind not in NAMES:
         raise SweepError(
-            f"topology is {run.topology!r}; xpk, jobset and tpu_vm need a TPU, as v5e:4x4: set "
-            "--config.topology when you expand"
+            f"topology is {run.topology!r}; xpk, jobset and tpu_vm require a TPU, for example "
+            "v5e:4x4: set --config.topology when you expand"
         )
     chips = topology.parse(run.topology, slices=1).chips
-    lone = kind in ("v5e", "v6e") and chips in SINGLE_HOST
-    per_host = chips if lone else min(4, chips)
+    single_host = kind in ("v5e", "v6e") and chips in SINGLE_HOST
+    per_host = chips if single_host else min(4, chips)
     name, accelerator = NAMES[kind]
     return LaunchTarget(
         xpk=name.format(chips=chips, cores=2 * chips), accelerator=accelerator, shape=shape,
@@ -103,24 +110,24 @@ def machine(run: SweepRun) -> LaunchTarget:
     )  # fmt: skip
 
 
-def command(run: SweepRun, at: str, given: argparse.Namespace) -> str:
+def command(run: SweepRun, workdir: str, args: argparse.Namespace) -> str:
     """Return one line for a shell."""
     words = [
-        given.python,
+        args.python,
         "-m",
         "medmax_jax.train",
         *run.arguments(),
-        f"--workdir={at}/{run.run_id}",
+        f"--workdir={workdir}/{run.run_id}",
     ]
     return shlex.join(words)
 
 
-def _in_repo(text: str, given: argparse.Namespace) -> str:
-    return f"cd {shlex.quote(given.repo)} && {text}" if given.repo else text
+def _in_repo(text: str, args: argparse.Namespace) -> str:
+    return f"cd {shlex.quote(args.repo)} && {text}" if args.repo else text
 
 
-def _plain(runs: Sequence[SweepRun], at: str, given: argparse.Namespace) -> dict[str, str]:
-    lines = [_in_repo(command(run, at, given), given) for run in runs]
+def _plain(runs: Sequence[SweepRun], workdir: str, args: argparse.Namespace) -> dict[str, str]:
+    lines = [_in_repo(command(run, workdir, args), args) for run in runs]
     return {"commands.sh": "#!/bin/sh\n" + "".join(f"{line}\n" for line in lines)}
 
 
@@ -156,46 +163,46 @@ exit "$code"
 """
 
 
-def _slurm(runs: Sequence[SweepRun], at: str, given: argparse.Namespace) -> dict[str, str]:
-    quoted = "\n".join("  " + shlex.quote(command(run, at, given)) for run in runs)
+def _slurm(runs: Sequence[SweepRun], workdir: str, args: argparse.Namespace) -> dict[str, str]:
+    quoted = "\n".join("  " + shlex.quote(command(run, workdir, args)) for run in runs)
     text = SLURM.format(
-        name=runs[0].sweep if runs else "none", last=max(len(runs) - 1, 0), parallel=given.parallel,
-        gpus=given.gpus, time=given.time, commands=quoted,
-        where=f"cd {shlex.quote(given.repo)} || exit 1\n" if given.repo else "",
+        name=runs[0].sweep if runs else "none", last=max(len(runs) - 1, 0), parallel=args.parallel,
+        gpus=args.gpus, time=args.time, commands=quoted,
+        where=f"cd {shlex.quote(args.repo)} || exit 1\n" if args.repo else "",
     )  # fmt: skip
     return {"slurm.sh": text}
 
 
-def _xpk(runs: Sequence[SweepRun], at: str, given: argparse.Namespace) -> dict[str, str]:
+def _xpk(runs: Sequence[SweepRun], workdir: str, args: argparse.Namespace) -> dict[str, str]:
     lines = ["#!/bin/sh", "set -e"]
     for run in runs:
-        there = machine(run)
-        inside = f"export MEDMAX_MULTIHOST=1; {_in_repo(command(run, at, given), given)}"
+        target = machine(run)
+        inside = f"export MEDMAX_MULTIHOST=1; {_in_repo(command(run, workdir, args), args)}"
         words = [
             "xpk", "workload", "create", f"--workload={_job_name(run)}",
-            f"--cluster={given.cluster}", f"--tpu-type={there.xpk}", f"--num-slices={run.slices}",
-            f"--max-restarts={given.max_restarts}", f"--docker-image={given.image}",
-            f"--zone={given.zone}", f"--project={given.project}", f"--command={inside}",
+            f"--cluster={args.cluster}", f"--tpu-type={target.xpk}", f"--num-slices={run.slices}",
+            f"--max-restarts={args.max_restarts}", f"--docker-image={args.image}",
+            f"--zone={args.zone}", f"--project={args.project}", f"--command={inside}",
         ]  # fmt: skip
         lines.append(" \\\n  ".join([" ".join(words[:3]), *map(shlex.quote, words[3:])]))
     return {"xpk.sh": "\n".join(lines) + "\n"}
 
 
-def _jobset(runs: Sequence[SweepRun], at: str, given: argparse.Namespace) -> dict[str, str]:
-    made = {}
+def _jobset(runs: Sequence[SweepRun], workdir: str, args: argparse.Namespace) -> dict[str, str]:
+    files = {}
     for run in runs:
-        text = yaml.safe_dump(_manifest(run, at, given), sort_keys=False, width=10_000)
-        made[f"{run.run_id}.yaml"] = text
-    return made
+        text = yaml.safe_dump(_manifest(run, workdir, args), sort_keys=False, width=10_000)
+        files[f"{run.run_id}.yaml"] = text
+    return files
 
 
-def _manifest(run: SweepRun, at: str, given: argparse.Namespace) -> dict[str, Any]:
-    there = machine(run)
-    chips = {"google.com/tpu": there.per_host}
+def _manifest(run: SweepRun, workdir: str, args: argparse.Namespace) -> dict[str, Any]:
+    target = machine(run)
+    chips = {"google.com/tpu": target.per_host}
     container = {
         "name": "train",
-        "image": given.image,
-        "command": ["bash", "-c", _in_repo(command(run, at, given), given)],
+        "image": args.image,
+        "command": ["bash", "-c", _in_repo(command(run, workdir, args), args)],
         "env": [{"name": "MEDMAX_MULTIHOST", "value": "1"}],
         "ports": [{"containerPort": 8471}, {"containerPort": 8080}],  # of the TPU runtime
         "resources": {
@@ -206,14 +213,14 @@ def _manifest(run: SweepRun, at: str, given: argparse.Namespace) -> dict[str, An
     pod = {
         "restartPolicy": "Never",
         "nodeSelector": {
-            "cloud.google.com/gke-tpu-accelerator": there.accelerator,
-            "cloud.google.com/gke-tpu-topology": there.shape,
+            "cloud.google.com/gke-tpu-accelerator": target.accelerator,
+            "cloud.google.com/gke-tpu-topology": target.shape,
         },
         "containers": [container],
     }
     job = {
-        "parallelism": there.hosts,
-        "completions": there.hosts,
+        "parallelism": target.hosts,
+        "completions": target.hosts,
         "backoffLimit": 0,
         "template": {"spec": pod},
     }
@@ -222,13 +229,13 @@ def _manifest(run: SweepRun, at: str, given: argparse.Namespace) -> dict[str, An
         "kind": "JobSet",
         "metadata": {
             "name": _job_name(run),
-            "labels": {"kueue.x-k8s.io/queue-name": given.queue, "sweep": _label(run.sweep)},
+            "labels": {"kueue.x-k8s.io/queue-name": args.queue, "sweep": _label(run.sweep)},
             "annotations": {
                 "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
             },
         },
         "spec": {
-            "failurePolicy": {"maxRestarts": given.max_restarts},
+            "failurePolicy": {"maxRestarts": args.max_restarts},
             "replicatedJobs": [
                 {"name": "slice", "replicas": run.slices, "template": {"spec": job}}
             ],
@@ -236,14 +243,14 @@ def _manifest(run: SweepRun, at: str, given: argparse.Namespace) -> dict[str, An
     }
 
 
-def _tpu_vm(runs: Sequence[SweepRun], at: str, given: argparse.Namespace) -> dict[str, str]:
+def _tpu_vm(runs: Sequence[SweepRun], workdir: str, args: argparse.Namespace) -> dict[str, str]:
     lines = ["#!/bin/sh", "set -e"]
     for run in runs:
         machine(run)
-        inside = f"export MEDMAX_MULTIHOST=1; {_in_repo(command(run, at, given), given)}"
+        inside = f"export MEDMAX_MULTIHOST=1; {_in_repo(command(run, workdir, args), args)}"
         words = [
-            "gcloud", "compute", "tpus", "tpu-vm", "ssh", given.tpu, f"--zone={given.zone}",
-            f"--project={given.project}", "--worker=all", f"--command={inside}",
+            "gcloud", "compute", "tpus", "tpu-vm", "ssh", args.tpu, f"--zone={args.zone}",
+            f"--project={args.project}", "--worker=all", f"--command={inside}",
         ]  # fmt: skip
         lines.append(shlex.join(words))
     return {"tpu_vm.sh": "\n".join(lines) + "\n"}

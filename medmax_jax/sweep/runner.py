@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from medmax_jax.cli import INTERRUPTED, Interrupted, Stop
+from medmax_jax.cli import INTERRUPTED, RESUME, Interrupted, Stop
 from medmax_jax.sweep import status
 from medmax_jax.sweep.axes import SweepError
 from medmax_jax.sweep.expand import SweepRun
@@ -28,57 +28,59 @@ def run(runs: Sequence[SweepRun], folder: Path) -> dict[str, str]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise SweepError(f"{folder} has a runner already; wait for it") from error
-        for number, each in enumerate(runs, start=1):
-            _one(each, folder, f"{number}/{len(runs)} {each.run_id}", stop)
+            raise SweepError(f"{folder} is in use by another runner; wait for it") from error
+        for number, sweep_run in enumerate(runs, start=1):
+            _run_one(sweep_run, folder, f"{number}/{len(runs)} {sweep_run.run_id}", stop)
     return status.states(runs, folder)
 
 
-def command(each: SweepRun, home: Path) -> list[str]:
+def command(sweep_run: SweepRun, home: Path) -> list[str]:
     """Return the command that starts a run."""
-    return [sys.executable, "-m", "medmax_jax.train", *each.arguments(), f"--workdir={home}"]
+    return [sys.executable, "-m", "medmax_jax.train", *sweep_run.arguments(), f"--workdir={home}"]
 
 
-def _one(each: SweepRun, folder: Path, name: str, stop: Stop) -> None:
+def _run_one(sweep_run: SweepRun, folder: Path, name: str, stop: Stop) -> None:
     """Start a run and wait for it, unless it has ended."""
-    home = folder / each.run_id
-    if status.state(each, folder) == "running":
-        print(f"{name}: left running by another runner, waiting", flush=True)
-    while (word := status.state(each, folder)) == "running":
+    home = folder / sweep_run.run_id
+    if status.state(sweep_run, folder) == "running":
+        print(f"{name}: started by another runner, waiting", flush=True)
+    while (before := status.state(sweep_run, folder)) == "running":
         _sleep(stop)
-    if word not in status.UNFINISHED:
-        print(f"{name}: {word}", flush=True)
+    if before not in status.UNFINISHED:
+        print(f"{name}: {before}", flush=True)
         return
     begin = time.monotonic()
     try:
         home.mkdir(parents=True, exist_ok=True)
         with open(home / "run.log", "ab") as log:
-            process = subprocess.Popen(command(each, home), stdout=log, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(
+                command(sweep_run, home), stdout=log, stderr=subprocess.STDOUT
+            )
             code = _wait(process, stop)
     except OSError as error:  # the other runs may continue
-        print(f"{name}: cannot be started ({error.filename}: {error.strerror})", flush=True)
+        print(f"{name}: could not be started ({error.filename}: {error.strerror})", flush=True)
         return
-    after = status.state(each, folder)
+    after = status.state(sweep_run, folder)
     print(f"{name}: {after} in {time.monotonic() - begin:.0f} s", flush=True)
     if stop.requested:
-        raise Interrupted(f"{stop.requested}: {name} is {after}; the same command goes on")
+        raise Interrupted(f"{stop.requested}: {name} is {after}; {RESUME}")
     if code and after != "diverged":
         print(f"{name}: exit code {code}; {_last_line(home / 'run.log')}", flush=True)
 
 
 def _wait(process: subprocess.Popen, stop: Stop) -> int:
-    asked = False
+    signaled = False
     while (code := process.poll()) is None:
-        if stop.requested and not asked:
+        if stop.requested and not signaled:
             process.send_signal(signal.SIGTERM)
-            asked = True
+            signaled = True
         time.sleep(WAIT)
-    return 0 if code == INTERRUPTED and asked else code
+    return 0 if code == INTERRUPTED and signaled else code
 
 
 def _sleep(stop: Stop) -> None:
     if stop.requested:
-        raise Interrupted(f"{stop.requested} while waiting; the same command goes on")
+        raise Interrupted(f"{stop.requested} while waiting; {RESUME}")
     time.sleep(WAIT)
 
 

@@ -54,23 +54,26 @@ def collect(runs: Sequence[SweepRun], folder: Path, *, partial: bool) -> list[di
     Raises SweepError naming the runs that have not ended, unless `partial`, and, in any case, a run
     without held-out losses.
     """
-    known = states(runs, folder)
-    left = [
-        f"{run_id} ({word})" for run_id, word in known.items() if word in (*UNFINISHED, "running")
+    run_states = states(runs, folder)
+    unfinished = [
+        f"{run_id} ({run_state})"
+        for run_id, run_state in run_states.items()
+        if run_state in (*UNFINISHED, "running")
     ]
-    if left and not partial:
+    if unfinished and not partial:
         raise SweepError(
-            f"{len(left)} of {len(runs)} runs have not ended: {', '.join(left[:5])}"
-            f"{', ...' * (len(left) > 5)}; go on with `sweep run`, or collect with --partial"
+            f"{len(unfinished)} of {len(runs)} runs have not ended: {', '.join(unfinished[:5])}"
+            f"{', ...' * (len(unfinished) > 5)}; continue with `sweep run`, or collect with "
+            "--partial"
         )
     return [
-        _row(run, folder / run.run_id, known[run.run_id])
+        _row(run, folder / run.run_id, run_states[run.run_id])
         for run in runs
-        if known[run.run_id] in ("finished", "diverged")
+        if run_states[run.run_id] in ("finished", "diverged")
     ]
 
 
-def write(rows: Sequence[Mapping[str, Any]], said: Mapping[str, str], folder: Path) -> Path:
+def write(rows: Sequence[Mapping[str, Any]], statements: Mapping[str, str], folder: Path) -> Path:
     """Write table.csv, and table.json next to it."""
     if not rows:
         raise SweepError(f"{folder}: no run has ended, so there is no table")
@@ -80,48 +83,48 @@ def write(rows: Sequence[Mapping[str, Any]], said: Mapping[str, str], folder: Pa
         out = csv.DictWriter(file, list(fields), lineterminator="\n")
         out.writeheader()
         out.writerows(rows)
-    path.with_suffix(".json").write_text(json.dumps({"said": dict(said)}, indent=1) + "\n")
+    path.with_suffix(".json").write_text(json.dumps({"said": dict(statements)}, indent=1) + "\n")
     return path
 
 
-def sweep_notes(runs: Sequence[SweepRun], said: Mapping[str, str]) -> dict[str, str]:
+def sweep_notes(runs: Sequence[SweepRun], statements: Mapping[str, str]) -> dict[str, str]:
     """Return checklist answers that hold for every sweep; the sweep file's take precedence."""
     with_adapters = any(settings(run).train.trains == "lora" for run in runs[:1])
     rate = "4 (LoRA: frozen matrices have no gradient)" if with_adapters else "6"
     return {
         "params": "matrices of layers and head; no embedding, no adapters",
         "tokens": "tokens: seen, no padding; unique_tokens: each once; text and image together",
-        "flops": f"about {rate} per parameter and token; attention is counted apart",
-        "schedule": "yes: warm-up and cosine are shares of train.steps, which go with the data",
+        "flops": f"about {rate} per parameter and token; attention is counted separately",
+        "schedule": "yes: warm-up and cosine are shares of train.steps, which follow the data",
         "checkpoints": "the last step only",
         "split": "all held-out documents of config.data.validation",
-        **said,
+        **statements,
     }
 
 
-def _row(run: SweepRun, home: Path, word: str) -> dict[str, Any]:
+def _row(run: SweepRun, home: Path, run_state: str) -> dict[str, Any]:
     rows = _metrics(home)
     train = [r for r in rows if r["kind"] == "train"]
-    held = [r for r in rows if r["kind"] == "validation" and r["step"] == run.steps]
-    typed, facts = settings(run), _config(home)
-    if word == "finished" and not held:
+    validation = [r for r in rows if r["kind"] == "validation" and r["step"] == run.steps]
+    run_settings, facts = settings(run), _config(home)
+    if run_state == "finished" and not validation:
         raise SweepError(
             f"{home}: no held-out loss at step {run.steps}; set data.validation and a "
-            "train.eval_every above 0, and run it again"
+            "train.eval_every above 0, and repeat the run"
         )
-    losses = held[0] if word == "finished" else {}
+    losses = validation[0] if run_state == "finished" else {}
     seen = _seen(train, home)
-    counts = flops.parameters(typed.model, typed.vocab, typed.lora)
+    counts = flops.parameters(run_settings.model, run_settings.vocab, run_settings.lora)
     return {
         "run": run.run_id,
-        "state": word,
+        "state": run_state,
         **{name: run.overrides[name] for name in sorted(run.overrides)},
         "seed": run.seed,
         "steps": run.steps,
         "params": counts.matmul,
         "params_layers": counts.layers,
         "trainable": run.trainable,
-        "rank": typed.lora.rank,
+        "rank": run_settings.lora.rank,
         "tokens": seen,
         "unique_tokens": min(seen, _epoch_tokens(facts, home)),
         "flops": seen * run.flops / run.tokens,
@@ -139,7 +142,7 @@ def _seen(train: Sequence[Mapping[str, Any]], home: Path) -> int:
         if row.get("tokens") is None:
             raise SweepError(
                 f"{home / 'metrics.jsonl'}: the row of step {row['step']} has no tokens; restore "
-                "the file, or remove the folder and run it again"
+                "the file, or remove the folder and repeat the run"
             )
         total += row["tokens"] * (row["step"] - before)
         before = row["step"]
@@ -151,7 +154,7 @@ def _metrics(home: Path) -> list[dict[str, Any]]:
     try:
         rows, damaged = read_metrics(path)
     except TextFileError as error:
-        raise SweepError(f"{error}; restore it, or remove the folder and run it again") from error
+        raise SweepError(f"{error}; restore it, or remove the folder and repeat the run") from error
     if damaged:
         print(damage_warning(path, damaged), file=sys.stderr, flush=True)
     return rows
@@ -161,13 +164,14 @@ def _config(home: Path) -> dict[str, Any]:
     try:
         return read_json_object(home / "config.json")
     except TextFileError as error:
-        raise SweepError(f"{error}; restore it, or remove the folder and run it again") from error
+        raise SweepError(f"{error}; restore it, or remove the folder and repeat the run") from error
 
 
 def _epoch_tokens(facts: Mapping[str, Any], home: Path) -> int:
     if type(facts.get("epoch_tokens")) is not int:
         raise SweepError(
-            f"{home / 'config.json'}: epoch_tokens is no number; remove the folder, run it again"
+            f"{home / 'config.json'}: epoch_tokens is not an integer; remove the folder and "
+            "repeat the run"
         )
     return facts["epoch_tokens"]
 
@@ -203,19 +207,19 @@ def _locked(home: Path) -> bool:
 
 
 def _check_same(run: SweepRun, home: Path) -> None:
-    have, want = _config(home).get("config"), config.to_dict(settings(run))
-    if not isinstance(have, dict) or not all(isinstance(part, dict) for part in have.values()):
-        raise SweepError(f"{home / 'config.json'}: no config of a run; remove the folder")
-    if wrong := _first_difference(want, have):
+    stored, expected = _config(home).get("config"), config.to_dict(settings(run))
+    if not isinstance(stored, dict) or not all(isinstance(part, dict) for part in stored.values()):
+        raise SweepError(f"{home / 'config.json'}: not the config of a run; remove the folder")
+    if difference := _first_difference(expected, stored):
         raise SweepError(
-            f"{home} holds another run: config.{wrong}; name another --workdir, or remove it"
+            f"{home} contains another run: config.{difference}; use another --workdir, or remove it"
         )
 
 
-def _first_difference(want: Mapping[str, Any], have: Mapping[str, Any]) -> str:
+def _first_difference(expected: Mapping[str, Any], stored: Mapping[str, Any]) -> str:
     """Return the first difference in fields of both: an older run may lack the newest ones."""
-    for section in sorted(set(want) & set(have)):
-        left, right = want[section], have[section]
+    for section in sorted(set(expected) & set(stored)):
+        left, right = expected[section], stored[section]
         for name in sorted(set(left) & set(right)):
             if left[name] != right[name]:
                 return f"{section}.{name} is {right[name]!r}, not {left[name]!r}"

@@ -46,7 +46,9 @@ def weighted_nll(
     """
     tokens = hidden.shape[0] * hidden.shape[1] // _rows_split()
     if tokens % chunks:
-        raise ValueError(f"{chunks} chunks do not divide {tokens} tokens; use a divisor")
+        raise ValueError(
+            f"{tokens} tokens are not divisible by {chunks} chunks; use a divisor of {tokens}"
+        )
     total, nll = _weighted((trains_kernel, chunks), head, hidden, targets, weights)
     return total, jax.lax.stop_gradient(nll)
 
@@ -56,10 +58,10 @@ def num_chunks(hidden: Float[Array, "B T D"], kernel: Float[Array, "D V"]) -> in
     rows, length, _ = jax.typeof(hidden).sharding.shard_shape(hidden.shape)
     width, vocab = jax.typeof(kernel).sharding.shard_shape(kernel.shape)
     gathered = kernel.shape[0] // width  # devices whose tokens are gathered
-    most = max(CHUNK_TOKENS, CHUNK_LOGITS * gathered // vocab)
+    max_tokens = max(CHUNK_TOKENS, CHUNK_LOGITS * gathered // vocab)
     tokens = rows * length
     fitting = (c for c in range(1, tokens) if tokens % c == 0)
-    return next((c for c in fitting if tokens // c * gathered <= most), tokens)
+    return next((c for c in fitting if tokens // c * gathered <= max_tokens), tokens)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -83,24 +85,24 @@ def _backward(how, grads, cotangents):
 def _run(how, head, hidden, targets, weights, *, grads: bool) -> tuple:
     """Return (total, nll, d_hidden, d_kernel, d_image) by shard_map; None for unused gradients."""
     trains_kernel, chunks = how
-    wanted = (grads, grads and trains_kernel, grads and head.image is not None)
-    specs = [BATCH] + [s for s, w in zip((ACT, UP, UP), wanted, strict=True) if w]
-    local = functools.partial(_local, wanted=wanted, chunks=chunks)
+    required = (grads, grads and trains_kernel, grads and head.image is not None)
+    specs = [BATCH] + [s for s, w in zip((ACT, UP, UP), required, strict=True) if w]
+    local = functools.partial(_local, required=required, chunks=chunks)
     # Gathered tokens vary over fewer axes than shard_map can infer.
     run = jax.shard_map(
         local, 
         in_specs=(HeadWeights(UP, None if head.image is None else UP), ACT, BATCH, BATCH),
         out_specs=tuple(specs), check_vma=False,
     )  # fmt: skip
-    nll, *found = run(head, hidden, targets, weights)
-    left = iter(found)
-    return (weights * nll).sum(), nll, *(next(left) if w else None for w in wanted)
+    nll, *grads_found = run(head, hidden, targets, weights)
+    left = iter(grads_found)
+    return (weights * nll).sum(), nll, *(next(left) if w else None for w in required)
 
 
-def _local(head, hidden, targets, weights, *, wanted: tuple, chunks: int) -> tuple:
+def _local(head, hidden, targets, weights, *, required: tuple, chunks: int) -> tuple:
     """Compute the part of one device."""
     kernel, ids, own = _columns(head, hidden.dtype)
-    start = 0 if wanted[1] else own  # first column whose gradient is required
+    start = 0 if required[1] else own  # first column whose gradient is required
 
     def chunk(d_head, part):
         x, target, weight = (jax.lax.all_gather(p, "fsdp", tiled=True) for p in part)
@@ -109,13 +111,13 @@ def _local(head, hidden, targets, weights, *, wanted: tuple, chunks: int) -> tup
             logits = jnp.where(ids < 0, -jnp.inf, logits)
         top = jax.lax.pmax(logits.max(1), SLICES)
         exp = jnp.exp(logits - top[:, None])
-        hit = target[:, None] == ids
-        both = jnp.stack([exp.sum(1), jnp.where(hit, logits, 0).sum(1)])
-        total, of_target = jax.lax.psum(both, SLICES)
+        is_target = target[:, None] == ids
+        sums = jnp.stack([exp.sum(1), jnp.where(is_target, logits, 0).sum(1)])
+        total, of_target = jax.lax.psum(sums, SLICES)
         nll = _own_rows(jnp.log(total) + top - of_target, part[1].shape[0])
-        if not wanted[0]:
+        if not required[0]:
             return d_head, (nll, None)
-        d_logits = (exp / total[:, None] - hit) * weight[:, None]
+        d_logits = (exp / total[:, None] - is_target) * weight[:, None]
         d_logits = d_logits.astype(hidden.dtype)
         d_x = jax.lax.psum_scatter(jnp.dot(d_logits, kernel.T), "fsdp", tiled=True)
         if d_head is not None:
@@ -123,20 +125,20 @@ def _local(head, hidden, targets, weights, *, wanted: tuple, chunks: int) -> tup
         return d_head, (nll, jax.lax.psum(d_x, "tp"))
 
     d_head = None
-    if wanted[1] or wanted[2]:
+    if required[1] or required[2]:
         d_head = jnp.zeros((kernel.shape[0], kernel.shape[1] - start), jnp.float32)
     split = lambda a: jnp.reshape(a, (chunks, -1, *a.shape[2:]))  # noqa: E731
     parts = tuple(split(a) for a in (hidden, targets, weights))
     d_head, (nll, d_hidden) = jax.lax.scan(chunk, d_head, parts)
     out = [nll.reshape(targets.shape)]
-    if wanted[0]:
+    if required[0]:
         out.append(d_hidden.reshape(hidden.shape))
     if d_head is not None:
         d_head = jax.lax.psum(d_head, "data")  # the other rows of the batch
         cut = own - start
-        if wanted[1]:
+        if required[1]:
             out.append(_back(d_head[:, :cut], head.kernel.dtype))
-        if wanted[2]:
+        if required[2]:
             out.append(_back(d_head[:, cut:], head.image.dtype))
     return tuple(out)
 
@@ -149,14 +151,14 @@ def _columns(head: HeadWeights, dtype) -> tuple[Array, Array, int]:
     """
     kernel = _sliced(head.kernel, dtype)
     own = kernel.shape[1]
-    place = jax.lax.axis_index("tp") * jax.lax.axis_size("fsdp") + jax.lax.axis_index("fsdp")
-    ids = place * own + jnp.arange(own)
+    shard = jax.lax.axis_index("tp") * jax.lax.axis_size("fsdp") + jax.lax.axis_index("fsdp")
+    ids = shard * own + jnp.arange(own)
     if head.image is None:
         return kernel, ids, own
     image = _sliced(head.image, dtype)
-    each, all_codes = image.shape[1], image.shape[1] * jax.lax.axis_size(SLICES)
+    per_shard, all_codes = image.shape[1], image.shape[1] * jax.lax.axis_size(SLICES)
     ids = jnp.where((ids >= IMAGE_START) & (ids < IMAGE_START + all_codes), -1, ids)
-    codes = IMAGE_START + place * each + jnp.arange(each)
+    codes = IMAGE_START + shard * per_shard + jnp.arange(per_shard)
     return jnp.concatenate([kernel, image], 1), jnp.concatenate([ids, codes]), own
 
 

@@ -61,29 +61,29 @@ class GoodputTimer:
 class MetricWriter:
     """Writes the files of a run. Only process 0 writes; elsewhere every method does nothing.
 
-    `also`: a function that process 0 also calls with (step, metrics by name).
+    `sink`: a function that process 0 also calls with (step, metrics by name).
     """
 
     def __init__(
-        self, folder: str, also: Callable[[int, dict[str, float]], None] | None = None
+        self, folder: str, sink: Callable[[int, dict[str, float]], None] | None = None
     ) -> None:
         self.writes = jax.process_index() == 0
-        self.folder, self.board, self._also = folder, None, also
+        self.folder, self.board, self._sink = folder, None, sink
         if self.writes:
             self.log_file = LogFile(os.path.join(folder, "train.log"), _print)
 
-    def start(self, *, step: int, again: str = "") -> None:
+    def start(self, *, step: int, repeated_kind: str = "") -> None:
         """Open the metrics files; drop what an earlier process wrote after `step`.
 
-        `again`: a kind whose row of `step` itself will be written once more.
+        `repeated_kind`: a kind whose row of `step` itself will be written once more.
         """
         if self.writes:
             path = os.path.join(self.folder, "metrics.jsonl")
             try:
-                if damaged := truncate_after_step(path, step, again):
+                if damaged := truncate_after_step(path, step, repeated_kind):
                     self.log(damage_warning(path, damaged))
             except (OSError, TextFileError) as error:
-                self.log(f"WARNING: {error}; rows after step {step} may stand there twice")
+                self.log(f"WARNING: {error}; rows after step {step} may occur twice")
             self.jsonl = LogFile(path, self.log)
             self.board = tensorboardX.SummaryWriter(self.folder, purge_step=step + 1, flush_secs=5)
 
@@ -98,11 +98,12 @@ class MetricWriter:
         if self.writes:
             clean = {k: v if math.isfinite(v) else None for k, v in values.items()}
             self.jsonl.write(json.dumps({"kind": kind, "step": step} | clean))
-            known = {f"{kind}/{name}": v for name, v in clean.items() if v is not None}
-            for name, value in known.items():
-                self.board.add_scalar(name.replace(" ", "_"), value, step)  # its own spelling
-            if self._also is not None:
-                self._also(step, known)
+            finite = {f"{kind}/{name}": v for name, v in clean.items() if v is not None}
+            for name, value in finite.items():
+                # TensorBoard allows no spaces in names.
+                self.board.add_scalar(name.replace(" ", "_"), value, step)
+            if self._sink is not None:
+                self._sink(step, finite)
 
     def close(self) -> None:
         if self.writes:
@@ -112,18 +113,18 @@ class MetricWriter:
             self.board.close()
 
 
-def truncate_after_step(path: str, step: int, again: str = "") -> int:
+def truncate_after_step(path: str, step: int, repeated_kind: str = "") -> int:
     """Keep the rows of a JSONL file up to `step`; return how many damaged lines it dropped.
 
-    `again`: rows of this kind are kept only from before `step`. An incomplete last line is dropped
-    too, but not counted.
+    `repeated_kind`: rows of this kind are kept only from before `step`. An incomplete last line is
+    dropped too, but not counted.
     """
     if not os.path.exists(path):
         return 0
     lines, damaged = metrics_lines(path)
     with open(path + ".tmp", "wb") as out:
         for row, line in lines:
-            if row["step"] < step or row["step"] == step and row["kind"] != again:
+            if row["step"] < step or row["step"] == step and row["kind"] != repeated_kind:
                 out.write(line + b"\n")
     os.replace(path + ".tmp", path)
     return damaged
@@ -197,33 +198,35 @@ def init_wandb(
 
     `credentials`: of the records; `listed`: hosts for credentialed data.
     """
-    kinds = map(egress.class_of_credential, credentials)
+    data_classes = map(egress.class_of_credential, credentials)
     server = environment.get("WANDB_BASE_URL") or SERVER
     try:
-        egress.check(server, egress.strictest(kinds), listed=egress.parse_allowed_hosts(listed))
+        egress.check(
+            server, egress.strictest(data_classes), listed=egress.parse_allowed_hosts(listed)
+        )
     except egress.OutgoingError as error:
         raise TrackingError(f"--wandb={project}: {error} (--listed_host)") from error
     try:
-        import wandb as package
+        import wandb
     except ImportError as error:
         raise TrackingError(
-            f"--wandb={project}: the package wandb is not installed; pip install wandb, or leave "
-            "the flag out: metrics.jsonl and TensorBoard have the same numbers"
+            f"--wandb={project}: the package wandb is not installed; pip install wandb, or omit "
+            "the flag: metrics.jsonl and TensorBoard contain the same metrics"
         ) from error
-    whole = config.to_dict(run)
-    started = package.init(
+    sections = config.to_dict(run)
+    wandb_run = wandb.init(
         project=project,
         name=name,
         id=name,
         resume="allow",
         dir=folder,
-        config={section: whole[section] for section in SECTIONS},
-        settings=package.Settings(
+        config={section: sections[section] for section in SECTIONS},
+        settings=wandb.Settings(
             disable_code=True, disable_git=True, console="off", x_disable_meta=True
         ),
     )
 
-    def send(step: int, numbers: dict[str, Any]) -> None:
-        started.log(numbers, step=step)
+    def send(step: int, metrics: dict[str, Any]) -> None:
+        wandb_run.log(metrics, step=step)
 
-    return send, started.finish
+    return send, wandb_run.finish

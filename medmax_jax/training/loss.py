@@ -32,34 +32,34 @@ def training_objective(
     hidden = model.hidden(batch.ids, batch.segments, batch.positions, key=key)
     # The last position predicts nothing. Not jnp.roll: with one row a [1, 1] slice in it has lost
     # its sharding, which is an error in jax 0.11.
-    ahead = lambda x: jnp.pad(x[:, 1:], ((0, 0), (0, 1)))  # noqa: E731
-    targets, weights, kinds = (ahead(x) for x in (batch.ids, batch.weights, batch.kinds))
+    shift_left = lambda x: jnp.pad(x[:, 1:], ((0, 0), (0, 1)))  # noqa: E731
+    targets, weights, kinds = (shift_left(x) for x in (batch.ids, batch.weights, batch.kinds))
     head = model.head()
     total, nll = weighted_nll(
         hidden, head, targets, weights,
         trains_kernel=trains == "full", chunks=num_chunks(hidden, head.kernel),
     )  # fmt: skip
     image = is_image(targets, model.vocab)
-    nlls, counts = sum_by_group(nll, weights > 0, 2 * kinds + image)
+    nll_sums, counts = sum_by_group(nll, weights > 0, 2 * kinds + image)
     return total, {
-        "text_nll": nlls[:, 0].sum(),
+        "text_nll": nll_sums[:, 0].sum(),
         "text_count": counts[:, 0].sum(),
-        "image_nll": nlls[:, 1].sum(),
+        "image_nll": nll_sums[:, 1].sum(),
         "image_count": counts[:, 1].sum(),
-        "kind_nll": nlls,
+        "kind_nll": nll_sums,
         "kind_count": counts,
     }
 
 
 def sum_by_group(
-    nll: Float[Array, "B T"], scored: Array, place: Int[Array, "B T"]
+    nll: Float[Array, "B T"], scored: Array, index: Int[Array, "B T"]
 ) -> tuple[Float[Array, "KINDS 2"], Float[Array, "KINDS 2"]]:
     """Sum and count the scored tokens by place = 2 * kind + image."""
 
-    def local(nll, scored, place):
+    def local(nll, scored, index):
         values = jnp.stack([jnp.where(scored, nll, 0), scored.astype(jnp.float32)], -1)
-        sums = jax.ops.segment_sum(values.reshape(-1, 2), place.reshape(-1), 2 * MAX_GROUPS)
+        sums = jax.ops.segment_sum(values.reshape(-1, 2), index.reshape(-1), 2 * MAX_GROUPS)
         return jax.lax.psum(sums, ROWS)
 
-    sums = jax.shard_map(local, in_specs=(BATCH,) * 3, out_specs=P())(nll, scored, place)
+    sums = jax.shard_map(local, in_specs=(BATCH,) * 3, out_specs=P())(nll, scored, index)
     return tuple(jnp.moveaxis(sums.reshape(MAX_GROUPS, 2, 2), -1, 0))

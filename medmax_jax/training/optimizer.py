@@ -99,20 +99,24 @@ def skip_spikes(
     ) -> tuple[optax.Updates, SpikeState]:
         norm = optax.tree.norm(updates)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
-        known = state.seen >= window
-        odd = known & (_odd(value, state.losses, factor) | _odd(norm, state.norms, factor))
-        take = finite & ~odd
-        new, moved = inner.update(updates, state.inner, params)
-        kept = jax.tree.map(lambda new, old: jnp.where(take, new, old), moved, state.inner)
+        window_full = state.seen >= window
+        outlier = window_full & (
+            _is_outlier(value, state.losses, factor) | _is_outlier(norm, state.norms, factor)
+        )
+        take = finite & ~outlier
+        new_updates, inner_state = inner.update(updates, state.inner, params)
+        kept_inner = jax.tree.map(
+            lambda new, old: jnp.where(take, new, old), inner_state, state.inner
+        )
         at = state.seen % window
-        held = SpikeState(
+        new_state = SpikeState(
             losses=state.losses.at[at].set(jnp.where(finite, value, state.losses[at])),
             norms=state.norms.at[at].set(jnp.where(finite, norm, state.norms[at])),
             seen=state.seen + finite,
             in_row=jnp.where(take, 0, state.in_row + 1),
-            inner=kept,
+            inner=kept_inner,
         )
-        return jax.tree.map(lambda x: jnp.where(take, x, jnp.zeros_like(x)), new), held
+        return jax.tree.map(lambda x: jnp.where(take, x, jnp.zeros_like(x)), new_updates), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -122,5 +126,5 @@ def consecutive_skips(state: optax.OptState) -> Int[Array, ""]:
     return state.in_row if isinstance(state, SpikeState) else jnp.int32(0)
 
 
-def _odd(value: Float[Array, ""], past: Float[Array, "W"], factor: float) -> Bool[Array, ""]:
+def _is_outlier(value: Float[Array, ""], past: Float[Array, "W"], factor: float) -> Bool[Array, ""]:
     return value > past.mean() + factor * past.std()

@@ -62,18 +62,20 @@ class Reporter:
         self.pending: list[metrics.TrainMetrics] = []  # on the device, one per step
         self._interval = metrics.from_list(cursor["interval"])
         self.last: dict[str, float] = cursor["last"]
-        self.owed = False  # an evaluation was due and a signal arrived before its end
+        self.eval_pending = False  # an evaluation was due and a signal arrived before its end
         self._since = Throughput(job.clock)
 
     def flush(self, done: int) -> None:
         """Fetch the pending sums; raise TrainError at the first step that was not finite."""
         with self._job.clock.measure("step"):
-            fetched = [metrics.to_host(each) for each in self.pending]
+            fetched = [metrics.to_host(collection) for collection in self.pending]
         self.pending.clear()
-        for number, each in enumerate(fetched, start=done - len(fetched) + 1):
-            if not each.finite.total:
-                self._fail(number, metrics.compute_means(each))
-            self._interval = each if self._interval is None else self._interval.merge(each)
+        for number, collection in enumerate(fetched, start=done - len(fetched) + 1):
+            if not collection.finite.total:
+                self._fail(number, metrics.compute_means(collection))
+            self._interval = (
+                collection if self._interval is None else self._interval.merge(collection)
+            )
             self._since.add(self._job.train_data.stats(number - 1))
 
     def report(self, done: int) -> None:
@@ -93,7 +95,7 @@ class Reporter:
         """Return the state that a checkpoint stores for this reporter, as JSON."""
         self.flush(done)
         sums = metrics.to_list(self._interval)
-        return {"interval": sums, "last": self.last, "owed": self.owed}
+        return {"interval": sums, "last": self.last, "owed": self.eval_pending}
 
     def _fail(self, number: int, row: dict[str, float]) -> None:
         job = self._job
@@ -101,23 +103,30 @@ class Reporter:
             job.checkpoints.wait()  # it may still be written, and the log must end with this error
         except CheckpointError as error:
             job.writer.log(f"WARNING: {error}")
-        good = job.checkpoints.latest()
-        kept = f"the last good checkpoint is step {good}" if good else "there is no checkpoint yet"
-        named = job.train_data.document_names(number - 1)
-        where = job.folder / f"not_finite_{number}.json"
+        latest = job.checkpoints.latest()
+        checkpoint = (
+            f"the last good checkpoint is step {latest}" if latest else "there is no checkpoint yet"
+        )
+        documents = job.train_data.document_names(number - 1)
+        path = job.folder / f"not_finite_{number}.json"
         if jax.process_index() == 0:
             try:
-                where.write_text(json.dumps({"step": number, "documents": named}, indent=1) + "\n")
+                path.write_text(
+                    json.dumps({"step": number, "documents": documents}, indent=1) + "\n"
+                )
             except OSError as error:
-                job.writer.log(f"WARNING: {where}: cannot be written ({error.strerror})")
-        some = ", ".join(named[:4]) + (f" and {len(named) - 4} more" if len(named) > 4 else "")
-        text = (
-            f"step {number}: loss {row['loss']}, gradient norm {row['grad_norm']} are not finite; "
-            f"its documents: {some} (all in {where}); {kept} ({job.folder / 'checkpoints'}). Lower "
-            "optim.peak_lr, look at these documents, or set optim.skip_window to leave spikes out"
+                job.writer.log(f"WARNING: cannot write {path} ({error.strerror})")
+        shown = ", ".join(documents[:4]) + (
+            f" and {len(documents) - 4} more" if len(documents) > 4 else ""
         )
-        job.writer.log(text)
-        raise TrainError(text)
+        message = (
+            f"step {number}: loss {row['loss']} or gradient norm {row['grad_norm']} is not finite; "
+            f"its documents: {shown} (all of them in {path}); {checkpoint} "
+            f"({job.folder / 'checkpoints'}). Lower optim.peak_lr, inspect these documents, or set "
+            "optim.skip_window to skip the updates of loss spikes"
+        )
+        job.writer.log(message)
+        raise TrainError(message)
 
 
 class Throughput:
@@ -144,22 +153,24 @@ class Throughput:
         """Return the rates in the module docstring; a rate that is unknown is left out."""
         run, chips = job.run, job.mesh.size
         rate = self._tokens / self._seconds
-        slots = self._steps * run.data.batch_size * run.data.seq_len
-        found = {
+        positions = self._steps * run.data.batch_size * run.data.seq_len
+        rates = {
             "tokens_per_second": rate,
             "tokens_per_second_per_chip": rate / chips,
-            "processed_per_second_per_chip": slots / self._seconds / chips,
+            "processed_per_second_per_chip": positions / self._seconds / chips,
             "data_share": (self._clock.seconds["data"] - self._data) / self._seconds,
         }
-        asked = dict(trains=run.train.trains, length=self._squares / max(self._tokens, 1))
-        needed = flops.train_flops(run.model, run.vocab, run.lora, **asked)
-        again = flops.remat_flops(run.model, **asked)
-        limits = flops.chip(jax.devices()[0].device_kind)
-        if (share := flops.mfu(rate, needed, chips=chips, chip=limits)) is not None:
-            found |= {"mfu": share, "hfu": flops.hfu(share, needed, again)}
-        if (peak := peak_bytes()) is not None:
-            found["hbm_peak_gib"] = peak / 2**30
-        return found
+        trains, length = run.train.trains, self._squares / max(self._tokens, 1)
+        train_flops = flops.train_flops(
+            run.model, run.vocab, run.lora, trains=trains, length=length
+        )
+        remat_flops = flops.remat_flops(run.model, trains=trains, length=length)
+        chip = flops.chip(jax.devices()[0].device_kind)
+        if (mfu := flops.mfu(rate, train_flops, chips=chips, chip=chip)) is not None:
+            rates |= {"mfu": mfu, "hfu": flops.hfu(mfu, train_flops, remat_flops)}
+        if (peak_bytes_used := peak_bytes()) is not None:
+            rates["hbm_peak_gib"] = peak_bytes_used / 2**30
+        return rates
 
 
 class Evaluator:
@@ -173,7 +184,9 @@ class Evaluator:
         job, total = self._job, None
         for number in range(len(job.eval_data)):
             if job.stop.poll():
-                job.writer.log(f"validation after step {done} was cut short; it is made up for")
+                job.writer.log(
+                    f"validation after step {done} was interrupted; the next start repeats it"
+                )
                 return None
             with job.clock.measure("eval"):
                 batch = shard_batch(job.eval_data.batch(number), job.mesh)
@@ -199,7 +212,10 @@ class Profiler:
     def __init__(self, job: TrainContext, steps: tuple[int, int] | None, done: int):
         self._job, self._steps, self._on = job, steps, False
         if steps and done >= steps[0]:
-            job.writer.log(f"--profile_steps: step {steps[0]} lies before step {done}: no trace")
+            job.writer.log(
+                f"WARNING: --profile_steps: step {steps[0]} is already done (the run is at step "
+                f"{done}); no trace is written"
+            )
             self._steps = None
 
     def before(self, number: int) -> None:
@@ -221,26 +237,30 @@ class Profiler:
 
 def memory_summary(compiled: Any) -> str:
     """Return the memory that a device needs for a step, as reported by XLA."""
-    found = compiled.memory_analysis()
+    memory = compiled.memory_analysis()
     parts = {
-        "arguments": found.argument_size_in_bytes,
-        "temporaries": found.temp_size_in_bytes,
-        "program": found.generated_code_size_in_bytes,
+        "arguments": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "program": memory.generated_code_size_in_bytes,
     }
-    return "a device holds " + ", ".join(f"{n} {b / 2**30:.3f} GiB" for n, b in parts.items())
+    return "memory per device: " + ", ".join(f"{n} {b / 2**30:.3f} GiB" for n, b in parts.items())
 
 
 def peak_bytes() -> int | None:
     """Return the peak memory used by a device of this host; None if devices do not report it."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
-    peaks = [each["peak_bytes_in_use"] for each in stats if "peak_bytes_in_use" in each]
+    peaks = [
+        device_stats["peak_bytes_in_use"]
+        for device_stats in stats
+        if "peak_bytes_in_use" in device_stats
+    ]
     return max(peaks) if peaks else None
 
 
 def versions() -> dict[str, str]:
     """Return the versions of the packages that results depend on."""
-    found = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return found | {"python": platform.python_version()}
+    package_versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return package_versions | {"python": platform.python_version()}
 
 
 def log_run_summary(
@@ -248,35 +268,35 @@ def log_run_summary(
 ) -> None:
     """Write the run's settings, hardware and starting step to the log and to config.json."""
     run, log = job.run, job.writer.log
-    facts = job.meta | {"git": git(), "epoch_tokens": job.train_data.epoch_tokens()}
+    metadata = job.meta | {"git": git(), "epoch_tokens": job.train_data.epoch_tokens()}
     if jax.process_index() == 0:
-        (job.folder / "config.json").write_text(json.dumps(facts, indent=1) + "\n")
+        (job.folder / "config.json").write_text(json.dumps(metadata, indent=1) + "\n")
         _note_start(job, start or 0)
     environment_summary(run, job.mesh, job.train_data, job.eval_data, log=log)
     trainable, frozen = (chameleon.count_parameters(t) for t in (state.trainable, job.frozen))
-    log(f"trains {run.train.trains}: {trainable:,} of {trainable + frozen:,} parameters")
+    log(f"training {run.train.trains}: {trainable:,} of {trainable + frozen:,} parameters")
     tree = safetensors_file.flatten_named(state.trainable) | safetensors_file.flatten_named(
         job.frozen
     )
     log(parameter_overview.get_parameter_overview(tree, include_stats="sharding"))
     for change in changes:
-        log(f"changed since the checkpoint: {change}")
-    log(f"resuming after step {start}" if start else f"starting: {run.train.steps} steps")
+        log(f"changed since the last checkpoint: {change}")
+    log(f"resuming after step {start}" if start else f"starting a run of {run.train.steps} steps")
 
 
 def _note_start(job: TrainContext, start: int) -> None:
     """Add a line to history.jsonl: the data of the steps from here, for data.prepare who_saw."""
-    facts = {name: job.meta[name] for name in ("data", "plan", "config")} | {"start": start}
-    facts["validation"] = job.eval_data.records.fingerprint if job.eval_data else ""
+    metadata = {name: job.meta[name] for name in ("data", "plan", "config")} | {"start": start}
+    metadata["validation"] = job.eval_data.records.fingerprint if job.eval_data else ""
     with contextlib.closing(LogFile(job.folder / "history.jsonl", job.writer.log)) as file:
-        file.write(json.dumps(facts))
+        file.write(json.dumps(metadata))
 
 
 def environment_summary(
     run: config.Run,
     mesh: jax.sharding.Mesh,
     train_data: BatchSource,
-    held_data: BatchSource | None,
+    eval_data: BatchSource | None,
     *,
     log: Any,
 ) -> None:
@@ -284,8 +304,8 @@ def environment_summary(
     device, shape = jax.devices()[0], " x ".join(f"{k} {v}" for k, v in mesh.shape.items())
     log(f"medmax_jax {git()} on {jax.device_count()} {device.device_kind}, mesh {shape}")
     if flops.chip(device.device_kind) is None:
-        log(f"the limits of {device.device_kind} are not known: no MFU is reported")
-    for name, data in (("train", train_data), ("validation", held_data)):
+        log(f"the peak FLOPs of {device.device_kind} are unknown, so no MFU is reported")
+    for name, data in (("train", train_data), ("validation", eval_data)):
         if data is not None:
             for line in data.describe():
                 log(f"{name}: {line}")

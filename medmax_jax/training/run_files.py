@@ -50,8 +50,8 @@ class LogFile:
                 self._file.close()
         self._file = None
         self._warn(
-            f"WARNING: {self._path}: cannot be written ({error.strerror or error}); the run goes "
-            "on without it"
+            f"WARNING: cannot write {self._path} ({error.strerror or error}); the run continues "
+            "without it"
         )
 
 
@@ -73,19 +73,19 @@ def metrics_lines(path: str | os.PathLike) -> tuple[list[tuple[dict[str, Any], b
     """Return what read_metrics returns, each row with its line."""
     if not os.path.lexists(path):
         return [], 0
-    *whole, torn = read_bytes(path, max_bytes=4 * MAX_JSON_BYTES).split(b"\n")
-    found = [(_metrics_row(line), line) for line in whole if line.strip()]
-    kept = [(row, line) for row, line in found if row is not None]
-    damaged = len(found) - len(kept)
-    if (row := _metrics_row(torn)) is not None:
-        kept.append((row, torn))
-    return kept, damaged
+    *complete, partial = read_bytes(path, max_bytes=4 * MAX_JSON_BYTES).split(b"\n")
+    parsed = [(_metrics_row(line), line) for line in complete if line.strip()]
+    valid = [(row, line) for row, line in parsed if row is not None]
+    damaged = len(parsed) - len(valid)
+    if (row := _metrics_row(partial)) is not None:
+        valid.append((row, partial))
+    return valid, damaged
 
 
 def damage_warning(path: str | os.PathLike, damaged: int) -> str:
     """Return the log line about the lines that read_metrics leaves out."""
-    what = "line that cannot be read was" if damaged == 1 else "lines that cannot be read were"
-    return f"WARNING: {path}: {damaged} {what} left out"
+    lines = "1 unreadable line" if damaged == 1 else f"{damaged} unreadable lines"
+    return f"WARNING: {path}: skipped {lines}"
 
 
 def _metrics_row(line: bytes) -> dict[str, Any] | None:
@@ -94,5 +94,5 @@ def _metrics_row(line: bytes) -> dict[str, Any] | None:
     except TextFileError:
         return None
     numbers = [value for name, value in row.items() if name != "kind"]
-    sound = all(value is None or type(value) in (int, float) for value in numbers)
-    return row if sound and type(row.get("step")) is int and type(row.get("kind")) is str else None
+    valid = all(value is None or type(value) in (int, float) for value in numbers)
+    return row if valid and type(row.get("step")) is int and type(row.get("kind")) is str else None

@@ -28,7 +28,7 @@ from medmax_jax.training.batch import DocumentSource
 
 NOTICE = "Samples of a research model in training, on held-out documents. Not for clinical use."
 CREDENTIALED = (
-    "Some of these documents are credentialed: keep this page where the documents may be kept."
+    "Some of these documents are credentialed: store this page only where they may be stored."
 )
 
 
@@ -50,37 +50,39 @@ class Sampler:
         self, run: Run, records: DocumentSource | None, *, graph: Any, mesh: jax.sharding.Mesh
     ) -> None:
         self._run, self._graph, self._mesh = run, graph, mesh
-        some = bool(run.train.samples) and records is not None
-        self.asked = select_prompts(records, run.train.samples, run) if some else []
+        enabled = bool(run.train.samples) and records is not None
+        self.prompts = select_prompts(records, run.train.samples, run) if enabled else []
 
     def __call__(
         self, trainable: PyTree, frozen: PyTree, *, step: int, folder: pathlib.Path
     ) -> pathlib.Path:
         run = self._run
         model = nnx.merge(self._graph, trainable, frozen)
-        sizes = dict(config=run.model, vocab=run.vocab, vq=run.vq, mesh=self._mesh)
-        g = model_bundle.from_model(model, run.train.init_from, **sizes)
-        return write(g, self.asked, run, step=step, folder=folder)
+        g = model_bundle.from_model(
+            model, run.train.init_from,
+            config=run.model, vocab=run.vocab, vq=run.vq, mesh=self._mesh,
+        )  # fmt: skip
+        return write(g, self.prompts, run, step=step, folder=folder)
 
 
 def select_prompts(records: DocumentSource, count: int, run: Run) -> list[SamplePrompt]:
     """Return at most `count` documents with a prompt, alternating tasks, first documents first."""
     by_task: dict[int, list[int]] = {}
-    for number, task in enumerate(records.index["task"].tolist()):
-        by_task.setdefault(task, []).append(number)
-    found: list[SamplePrompt] = []
-    for turn in range(max(map(len, by_task.values()), default=0)):
-        for numbers in by_task.values():
-            if turn < len(numbers) and len(found) < count:
-                found += _case(records[numbers[turn]], run)
-        if len(found) >= count:
+    for document, task in enumerate(records.index["task"].tolist()):
+        by_task.setdefault(task, []).append(document)
+    prompts: list[SamplePrompt] = []
+    for round_number in range(max(map(len, by_task.values()), default=0)):
+        for documents in by_task.values():
+            if round_number < len(documents) and len(prompts) < count:
+                prompts += _as_prompt(records[documents[round_number]], run)
+        if len(prompts) >= count:
             break
-    return found
+    return prompts
 
 
 def write(
     g: model_bundle.ModelBundle,
-    asked: Sequence[SamplePrompt],
+    samples: Sequence[SamplePrompt],
     run: Run,
     *,
     step: int,
@@ -89,54 +91,65 @@ def write(
     """Answer every prompt and write the page of this step; return its path."""
     answers: dict[int, list[model_bundle.Text | model_bundle.Image]] = {}
     for mode in ("text", "image"):
-        of_mode = [i for i, case in enumerate(asked) if case.mode == mode]
-        prompts, names = [asked[i].prompt for i in of_mode], [asked[i].name for i in of_mode]
-        for batch, written in api.generate_tokens(
-            g, prompts, run.sample, mode=mode, seed=run.sample.seed, names=names,
+        of_mode = [i for i, sample in enumerate(samples) if sample.mode == mode]
+        generated = api.generate_tokens(
+            g,
+            [samples[i].prompt for i in of_mode],
+            run.sample,
+            names=[samples[i].name for i in of_mode],
+            mode=mode,
+            seed=run.sample.seed,
             batch_size=min(8, max(len(of_mode), 1)),
-        ):  # fmt: skip
-            for i, answer in zip(batch, model_bundle.decode_segments(g, written), strict=True):
+        )
+        for batch, tokens in generated:
+            for i, answer in zip(batch, model_bundle.decode_segments(g, tokens), strict=True):
                 answers[of_mode[i]] = answer
-    secret = any(egress.is_credentialed(case.credential) for case in asked)
-    body = html_page.paragraph(NOTICE) + (html_page.paragraph(CREDENTIALED) if secret else "")
-    for i, case in enumerate(asked):
-        shown = {"prompt": case.prompt[:-1], "answer of the document": case.answer}
+    credentialed = any(egress.is_credentialed(sample.credential) for sample in samples)
+    body = html_page.paragraph(NOTICE) + (html_page.paragraph(CREDENTIALED) if credentialed else "")
+    for i, sample in enumerate(samples):
+        token_lists = {"prompt": sample.prompt[:-1], "reference answer": sample.answer}
         parts = {
-            name: model_bundle.decode_segments(g, [tokens])[0] for name, tokens in shown.items()
+            name: model_bundle.decode_segments(g, [tokens])[0]
+            for name, tokens in token_lists.items()
         }
-        body += html_page.section(case.name, _shown(parts | {f"after step {step}": answers[i]}))
+        body += html_page.section(
+            sample.name, _segments_html(parts | {f"after step {step}": answers[i]})
+        )
     path = folder / f"{step:06d}.html"
-    with private_umask() if secret else contextlib.nullcontext():  # readable by its owner only
+    # Credentialed pages are readable by their owner only.
+    with private_umask() if credentialed else contextlib.nullcontext():
         folder.mkdir(exist_ok=True)
         path.write_text(html_page.document(f"Samples after step {step}", body), encoding="utf-8")
     return path
 
 
-def _case(document: Any, run: Run) -> list[SamplePrompt]:
+def _as_prompt(document: Any, run: Run) -> list[SamplePrompt]:
     """Return the document as a prompt, in a list; [] when it has no separator."""
     t = document.tokens
     ends = np.flatnonzero(t == SEP)
     if not ends.size:
         return []
-    cut = int(ends[0]) + 1
+    prompt_length = int(ends[0]) + 1
     stop = int(ends[1]) if ends.size > 1 else len(t) - 1
-    answer = t[cut:stop]
-    pictured = bool(is_image(answer, run.vocab).any())
+    answer = t[prompt_length:stop]
+    has_image = bool(is_image(answer, run.vocab).any())
     name = f"{document.task}: {document.source}/{document.id}"
-    mode = "image" if pictured else "text"
-    return [SamplePrompt(name, document.credential, t[:cut], np.append(answer, EOS), mode)]
+    mode = "image" if has_image else "text"
+    return [
+        SamplePrompt(name, document.credential, t[:prompt_length], np.append(answer, EOS), mode)
+    ]
 
 
-def _shown(parts: dict[str, list[model_bundle.Text | model_bundle.Image]]) -> str:
-    said = {
+def _segments_html(segments: dict[str, list[model_bundle.Text | model_bundle.Image]]) -> str:
+    texts = {
         name: " ".join(p.text for p in part if isinstance(p, model_bundle.Text))
-        for name, part in parts.items()
+        for name, part in segments.items()
     }
-    words = [(name, text) for name, text in said.items() if text]
-    pictures = [
+    rows = [(name, text) for name, text in texts.items() if text]
+    images = [
         (html_page.png(p.image), name)
-        for name, part in parts.items()
+        for name, part in segments.items()
         for p in part
         if isinstance(p, model_bundle.Image)
     ]
-    return html_page.table(["", ""], words) + (html_page.figures(pictures) if pictures else "")
+    return html_page.table(["", ""], rows) + (html_page.figures(images) if images else "")

@@ -49,13 +49,13 @@ def check_options(run: config.Run, options: Options) -> None:
     steps = options.profile
     if steps and not 1 <= steps[0] <= steps[1] <= run.train.steps:
         raise config.ConfigError(
-            f"--profile_steps={steps[0]}:{steps[1]}: use A:B with 1 <= A <= B <= train.steps, "
-            f"{run.train.steps}"
+            f"--profile_steps={steps[0]}:{steps[1]} is out of range; use FIRST:LAST with "
+            f"1 <= FIRST <= LAST <= train.steps = {run.train.steps}"
         )
     if run.train.samples and jax.process_count() > 1:
         raise config.ConfigError(
             f"config.train.samples is {run.train.samples}; it must be 0 with "
-            f"{jax.process_count()} hosts: sample from the adapter on one"
+            f"{jax.process_count()} hosts; generate samples from the adapter on one host"
         )
 
 
@@ -71,7 +71,8 @@ def workdir_lock(folder: pathlib.Path) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise TrainError(
-                    f"--workdir {folder} is in use by another run; wait for it or name another"
+                    f"--workdir {folder} is in use by another run; wait for it or use another "
+                    "folder"
                 ) from error
         yield
 
@@ -114,13 +115,13 @@ def run_metadata(run: config.Run, train_data: BatchSource) -> dict[str, Any]:
         layout = records.layout
         export.check_base(folder, run, tokenizer=layout.tokenizer, vqgan=layout.vqgan)
         base = export.base_fingerprint(folder)
-    facts = {name: records.meta[name] for name in ("sources", "credentials")}
-    facts |= {
+    metadata = {name: records.meta[name] for name in ("sources", "credentials")}
+    metadata |= {
         "data": records.fingerprint,
         "plan": train_data.plan,
         "versions": reporting.versions(),
     }
-    return {"config": config.to_dict(run), "base": base} | facts
+    return {"config": config.to_dict(run), "base": base} | metadata
 
 
 def load_or_init_weights(
@@ -155,14 +156,16 @@ def dry_run(
     mesh = as_config_error(lambda: make_mesh(run.mesh))
     as_config_error(lambda: step.check(run, mesh))
     with jax.set_mesh(mesh):
-        train_data, held_data = load_data()
-        reporting.environment_summary(run, mesh, train_data, held_data, log=print)
+        train_data, eval_data = load_data()
+        reporting.environment_summary(run, mesh, train_data, eval_data, log=print)
         print(f"base: {run_metadata(run, train_data)['base']}")
-        like = as_config_error(lambda: chameleon.abstract_model(run.model, run.vocab, run.lora))
-        graph, trainable, frozen = step.split_trainable(like, run.train.trains)
+        abstract_model = as_config_error(
+            lambda: chameleon.abstract_model(run.model, run.vocab, run.lora)
+        )
+        graph, trainable, frozen = step.split_trainable(abstract_model, run.train.trains)
         state = with_shardings(jax.eval_shape(lambda t: step.init_state(t, run), trainable))
         counts = [chameleon.count_parameters(t) for t in (state.trainable, frozen)]
-        print(f"trains {run.train.trains}: {counts[0]:,} of {sum(counts):,} parameters")
+        print(f"training {run.train.trains}: {counts[0]:,} of {sum(counts):,} parameters")
         batch = shard_batch(train_data.batch(0), mesh)
         key = jax.device_put(
             jax.random.key(run.train.seed, impl=run.train.prng_impl), NamedSharding(mesh, P())
@@ -171,5 +174,7 @@ def dry_run(
         memory = reporting.memory_summary(
             train_step.lower(state, with_shardings(frozen), batch, key).compile()
         )
-    print(f"the first step compiles; {memory}\ndry run: nothing was loaded or written")
+    print(
+        f"compiled the first step; {memory}\ndry run: no weights were loaded, no files were written"
+    )
     return {"memory": memory}

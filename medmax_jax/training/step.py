@@ -52,8 +52,8 @@ def check(run: Run, mesh: jax.sharding.Mesh) -> None:
     attention.check_platform(run.model.attention, platform)
     if COMPILER_OPTIONS[run.train.compile] and platform != "tpu":
         raise ValueError(
-            f"config.train.compile is {run.train.compile!r}, which is for the compiler of TPUs; "
-            f"these devices are {platform}: use 'default'"
+            f"config.train.compile is {run.train.compile!r}, which requires TPUs; the devices "
+            f"are {platform}, so use 'default'"
         )
 
 
@@ -92,24 +92,24 @@ def make_train_step(graph: Any, run: Run) -> Callable:
 
     The function is jitted, and `state` is donated.
     """
-    optimiser = optimizer.make_optimizer(run.optim, steps=run.train.steps)
+    tx = optimizer.make_optimizer(run.optim, steps=run.train.steps)
 
     def train_step(
         state: TrainState, frozen: PyTree, batch: Batch, key: PRNGKeyArray
     ) -> tuple[TrainState, TrainMetrics]:
         dropout = jax.random.fold_in(key, state.step)
 
-        def value(trainable: PyTree, batch: Batch, key: PRNGKeyArray) -> tuple[Array, dict]:
+        def objective(trainable: PyTree, batch: Batch, key: PRNGKeyArray) -> tuple[Array, dict]:
             model = nnx.merge(graph, trainable, frozen)
             return loss.training_objective(model, batch, key, trains=run.train.trains)
 
-        take = jax.value_and_grad(value, has_aux=True)
+        value_and_grad = jax.value_and_grad(objective, has_aux=True)
         if run.optim.accumulate == 1:
-            (total, sums), grads = take(state.trainable, batch, dropout)
+            (total, sums), grads = value_and_grad(state.trainable, batch, dropout)
         else:
-            total, sums, grads = accumulate(take, state.trainable, batch, dropout, run)
+            total, sums, grads = accumulate(value_and_grad, state.trainable, batch, dropout, run)
         norm = optax.tree.norm(grads)
-        updates, opt_state = optimiser.update(grads, state.opt_state, state.trainable, value=total)
+        updates, opt_state = tx.update(grads, state.opt_state, state.trainable, value=total)
         skipped = optimizer.consecutive_skips(opt_state)
         trainable = optax.apply_updates(state.trainable, updates)
         interval = TrainMetrics.single_from_model_output(
@@ -132,7 +132,7 @@ def make_train_step(graph: Any, run: Run) -> Callable:
 
 
 def accumulate(
-    take: Callable, trainable: PyTree, batch: Batch, key: PRNGKeyArray, run: Run
+    value_and_grad: Callable, trainable: PyTree, batch: Batch, key: PRNGKeyArray, run: Run
 ) -> tuple[Array, dict[str, Array], PyTree]:
     """Return (loss, sums, gradients) of a batch, computed one microbatch at a time.
 
@@ -140,17 +140,19 @@ def accumulate(
     all of it, so losses and gradients add up. Microbatch i has rows [i * B / n, (i + 1) * B / n)
     for any mesh, and its own dropout.
     """
-    pieces = run.optim.accumulate
+    microbatches = run.optim.accumulate
 
-    def part(x: Array) -> Array:  # [n, B / n, T]; a few bytes per token, so every device gets all
-        whole = jax.sharding.reshard(x, P(None, None))
-        return jax.sharding.reshard(whole.reshape(pieces, -1, x.shape[1]), P(None, *BATCH))
+    def split(x: Array) -> Array:  # [n, B / n, T]; a few bytes per token, so every device gets all
+        replicated = jax.sharding.reshard(x, P(None, None))
+        return jax.sharding.reshard(
+            replicated.reshape(microbatches, -1, x.shape[1]), P(None, *BATCH)
+        )
 
     def body(grads: PyTree, xs: tuple) -> tuple[PyTree, tuple]:
-        (total, sums), found = take(trainable, *xs)
-        return jax.tree.map(jnp.add, grads, found), (total, sums)
+        (total, sums), microbatch_grads = value_and_grad(trainable, *xs)
+        return jax.tree.map(jnp.add, grads, microbatch_grads), (total, sums)
 
-    xs = (jax.tree.map(part, batch), jax.random.split(key, pieces))
+    xs = (jax.tree.map(split, batch), jax.random.split(key, microbatches))
     grads, parts = jax.lax.scan(body, jax.tree.map(jnp.zeros_like, trainable), xs)
     total, sums = jax.tree.map(lambda x: x.sum(0), parts)
     return total, sums, grads
@@ -176,11 +178,11 @@ def make_eval_step(graph: Any, run: Run) -> Callable:
 def abstract_batch(run: Run) -> Batch:
     """Return the shapes and shardings of a global batch on the ambient mesh, to compile for."""
     shape = (run.data.batch_size, run.data.seq_len)
-    like = {"weights": jnp.float32}
+    dtypes = {"weights": jnp.float32}
     rows = [
         jax.ShapeDtypeStruct(
             shape,
-            like.get(f.name, jnp.int32),
+            dtypes.get(f.name, jnp.int32),
             sharding=NamedSharding(jax.sharding.get_mesh(), BATCH),
         )
         for f in dataclasses.fields(Batch)

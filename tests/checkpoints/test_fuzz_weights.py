@@ -1,4 +1,4 @@
-"""Seeded mutations of the files of a checkpoint: a result, or one printable line of our own error.
+"""Seeded mutations of checkpoint files give a result or one printable line of an own error.
 
 Each format has 60 mutations in the default suite and 500 that are marked slow.
 """
@@ -112,35 +112,35 @@ def mutate_header(data: bytes, rng: random.Random) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> dict[str, pathlib.Path]:
+def layouts(tmp_path_factory) -> dict[str, pathlib.Path]:
     """Small folders of each layout, without a VQGAN's weights but for the torch file."""
     root = tmp_path_factory.mktemp("made")
     states = shards(BASE, dtypes=("F32",), seed=0)
-    found = {"meta": write_meta(root / "meta", BASE, states, vqgan=True)}
-    found["plain"] = write_meta(root / "plain", BASE, states, vqgan=False)
-    found["hf"] = convert(found["plain"], root / "hf", "hf")
+    folders = {"meta": write_meta(root / "meta", BASE, states, vqgan=True)}
+    folders["plain"] = write_meta(root / "plain", BASE, states, vqgan=False)
+    folders["hf"] = convert(folders["plain"], root / "hf", "hf")
     # Reading 9,728 names takes longer than all else, so only "tokenizer" has them.
-    config = found["hf"] / "config.json"
+    config = folders["hf"] / "config.json"
     small = json.loads(config.read_text())
     config.write_text(json.dumps(small | {"vocabulary_map": {"<s>": 0, "!": 8_712}}))
-    (found["hf"] / "tokenizer.json").unlink()
-    (found["plain"] / "tokenizer" / "text_tokenizer.json").unlink()
-    arrays = read_safetensors(found["hf"])
-    found["parts"] = pathlib.Path(shutil.copytree(found["hf"], root / "parts"))
-    (found["parts"] / "model.safetensors").unlink()
-    names, places = sorted(arrays), {}
+    (folders["hf"] / "tokenizer.json").unlink()
+    (folders["plain"] / "tokenizer" / "text_tokenizer.json").unlink()
+    arrays = read_safetensors(folders["hf"])
+    folders["parts"] = pathlib.Path(shutil.copytree(folders["hf"], root / "parts"))
+    (folders["parts"] / "model.safetensors").unlink()
+    names, weight_map = sorted(arrays), {}
     for file, part in (("a.safetensors", names[:9]), ("b.safetensors", names[9:])):
-        save_file({name: arrays[name] for name in part}, found["parts"] / file)
-        places |= dict.fromkeys(part, file)
-    (found["parts"] / safetensors_stream.INDEX).write_text(json.dumps({"weight_map": places}))
+        save_file({name: arrays[name] for name in part}, folders["parts"] / file)
+        weight_map |= dict.fromkeys(part, file)
+    (folders["parts"] / safetensors_stream.INDEX).write_text(json.dumps({"weight_map": weight_map}))
     small = root / "small"
     small.mkdir()
     few = {"a.weight": np.ones((3, 4), np.float32), "b": np.arange(5, dtype=np.float16)}
     save_file(few, small / "few.safetensors", metadata={"format": "pt"})
     write_pth(small / "few.pth", few, wrap="state_dict")
-    found["small"] = small
-    found["peft"] = pathlib.Path(__file__).parents[1] / "parity" / "peft_adapter"
-    return found
+    folders["small"] = small
+    folders["peft"] = pathlib.Path(__file__).parents[1] / "parity" / "peft_adapter"
+    return folders
 
 
 def read_header(path: pathlib.Path) -> None:
@@ -186,10 +186,10 @@ FORMATS = {  # name -> (folder, file, mutation, what reads it)
 }
 
 
-def run(made, tmp_path: pathlib.Path, name: str, seeds: range) -> int:
+def run(layouts, tmp_path: pathlib.Path, name: str, seeds: range) -> int:
     """Mutate and read once for each seed; return how many mutations were refused."""
     folder, file, mutate, read = FORMATS[name]
-    source = made.get(folder, TINY)
+    source = layouts.get(folder, TINY)
     copied = pathlib.Path(shutil.copytree(source, tmp_path / name)) / file
     content, refused = copied.read_bytes(), 0
     for seed in seeds:
@@ -208,11 +208,11 @@ def run(made, tmp_path: pathlib.Path, name: str, seeds: range) -> int:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_mutations_end_in_one_line(made, tmp_path, name):
-    assert run(made, tmp_path, name, range(FEW)) > FEW // 4
+def test_mutated_files_raise_one_line_errors(layouts, tmp_path, name):
+    assert run(layouts, tmp_path, name, range(FEW)) > FEW // 4
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
-def test_many_mutations_end_in_one_line(made, tmp_path, name):
-    assert run(made, tmp_path, name, range(FEW, FEW + MANY)) > MANY // 4
+def test_many_mutated_files_raise_one_line_errors(layouts, tmp_path, name):
+    assert run(layouts, tmp_path, name, range(FEW, FEW + MANY)) > MANY // 4

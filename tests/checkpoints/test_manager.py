@@ -1,4 +1,4 @@
-"""Checkpoints: exact on other meshes, every flipped bit found, a full disk said, nothing lost."""
+"""Checkpoints: exact on other meshes, every flipped bit detected, a full disk reported."""
 
 import dataclasses
 import json
@@ -44,7 +44,7 @@ def like(tree: State) -> State:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
-def opened(folder: pathlib.Path, lines: list[str]) -> manager.CheckpointManager:
+def open_manager(folder: pathlib.Path, lines: list[str]) -> manager.CheckpointManager:
     return manager.CheckpointManager(folder, keep=2, log=lines.append)
 
 
@@ -56,7 +56,7 @@ def split() -> jax.sharding.Mesh:
 def saved(tmp_path_factory) -> pathlib.Path:
     """Steps 2 and 3 of three saved ones (keep=2)."""
     folder, m, lines = tmp_path_factory.mktemp("saved"), split(), []
-    saver = opened(folder, lines)
+    saver = open_manager(folder, lines)
     assert saver.latest() is None
     for step in (1, 2, 3):
         saver.save(step, state(m, step), cursor={"next": step}, meta=META)
@@ -91,14 +91,14 @@ def flip(path: pathlib.Path, bit: int | None = None) -> None:
 
 def test_restores_bit_for_bit_on_another_mesh(folder):
     other = state(sharding.make_mesh(Mesh(data=2, fsdp=1, tp=4)), 0)
-    reader = opened(folder, [])
+    reader = open_manager(folder, [])
     assert reader.latest() == 3 and reader.meta(3) == META
-    found, cursor = reader.restore(3, like(other))
+    restored, cursor = reader.restore(3, like(other))
     reader.close()
-    assert cursor == {"next": 3} and isinstance(found, State)
-    np.testing.assert_array_equal(found.weights["kernel"], np.arange(64.0).reshape(8, 8) + 3)
-    assert found.weights["scale"].dtype == jnp.bfloat16 and int(found.step) == 3
-    assert found.weights["kernel"].sharding == other.weights["kernel"].sharding
+    assert cursor == {"next": 3} and isinstance(restored, State)
+    np.testing.assert_array_equal(restored.weights["kernel"], np.arange(64.0).reshape(8, 8) + 3)
+    assert restored.weights["scale"].dtype == jnp.bfloat16 and int(restored.step) == 3
+    assert restored.weights["kernel"].sharding == other.weights["kernel"].sharding
     assert sorted(p.name for p in folder.iterdir()) == ["2", "3"]
     step, arrays, meta = manager.read_latest(folder)
     assert (step, meta) == (3, META) and set(arrays) >= {"weights.kernel", "step"}
@@ -110,14 +110,14 @@ def test_every_shard_is_hashed_once(saved):
     assert {"at": [[0, 2], [0, 4]]}.items() <= digests["weights.kernel"][0].items()
 
 
-def test_any_flipped_bit_of_any_file_is_seen(folder):
+def test_every_flipped_bit_is_detected(folder):
     """Each file, the manifest and empty-looking ones included, at random places."""
     pick, step = random.Random(0), folder / "3"
     assert checksums.find_corrupt_file(Folder(step)) == ""
-    held = [p for p in files(step) if p.stat().st_size]
-    assert {checksums.MANIFEST, "shards-0.json"} <= {p.name for p in held}
+    nonempty = [p for p in files(step) if p.stat().st_size]
+    assert {checksums.MANIFEST, "shards-0.json"} <= {p.name for p in nonempty}
     for n in range(FLIPS):
-        victim = held[n % len(held)]
+        victim = nonempty[n % len(nonempty)]
         bit = pick.randrange(victim.stat().st_size * 8)
         flip(victim, bit)
         assert checksums.find_corrupt_file(Folder(step)), f"bit {bit} of {victim.relative_to(step)}"
@@ -125,10 +125,10 @@ def test_any_flipped_bit_of_any_file_is_seen(folder):
     assert checksums.find_corrupt_file(Folder(step)) == ""
 
 
-def test_what_changes_between_hash_and_write_is_seen(tmp_path):
+def test_changes_between_hashing_and_writing_are_detected(tmp_path):
     """The files agree with their manifest, and the arrays not with what was in memory."""
     m, lines, pick = split(), [], random.Random(1)
-    saver = opened(tmp_path, lines)
+    saver = open_manager(tmp_path, lines)
     saver.save(1, state(m, 1), cursor={}, meta=META)
     saver.wait()
     for step in range(2, 6):
@@ -146,7 +146,7 @@ def test_what_changes_between_hash_and_write_is_seen(tmp_path):
         )
         saver.wait()
         assert checksums.find_corrupt_file(Folder(tmp_path / str(step))) == ""
-        with pytest.raises(manager.DamagedError, match="kernel .* not what training had"):
+        with pytest.raises(manager.DamagedError, match="kernel .* differs from what training had"):
             saver.restore(step, like(good))
         assert saver.latest() == 1 and (tmp_path / f"damaged_{step}").is_dir()
         assert f"checkpoint {step} is damaged" in lines[-1]
@@ -154,7 +154,7 @@ def test_what_changes_between_hash_and_write_is_seen(tmp_path):
 
 
 @pytest.mark.parametrize("harm", ["flip", "truncate", "delete", "add", "manifest", "no manifest"])
-def test_damage_is_reported_and_the_earlier_step_is_used(folder, harm):
+def test_damaged_step_is_reported_and_the_earlier_one_is_used(folder, harm):
     victim, manifest = biggest(folder / "3"), folder / "3" / checksums.MANIFEST
     {
         "flip": lambda: flip(victim),
@@ -166,67 +166,69 @@ def test_damage_is_reported_and_the_earlier_step_is_used(folder, harm):
     }[harm]()
     (folder / "4.orbax-checkpoint-tmp").mkdir()  # of a killed process
     lines = []
-    reader = opened(folder, lines)
+    reader = open_manager(folder, lines)
     assert reader.latest() == 2
     assert len(lines) == 1 and "checkpoint 3 is damaged" in lines[0]
     assert sorted(p.name for p in folder.iterdir()) == ["2", "damaged_3"]
     m = sharding.make_mesh(Mesh(data=1, fsdp=1, tp=1))
-    found, _ = reader.restore(2, like(state(m, 0)))
-    assert int(found.step) == 2
-    reader.save(3, found, cursor={}, meta=META)  # the run comes past step 3 again
+    restored, _ = reader.restore(2, like(state(m, 0)))
+    assert int(restored.step) == 2
+    reader.save(3, restored, cursor={}, meta=META)  # the run comes past step 3 again
     reader.wait()
     assert reader.latest() == 3
     reader.close()
 
 
-def test_orbax_alone_does_not_see_a_flipped_bit(tmp_path):
+def test_orbax_alone_does_not_detect_a_flipped_bit(tmp_path):
     """Why there are digests. When this fails, Orbax has learned to check, and they may go."""
     tree = {"noise": jnp.asarray(np.random.default_rng(0).standard_normal(4096, np.float32))}
-    saver = opened(tmp_path, [])
+    saver = open_manager(tmp_path, [])
     saver.save(1, tree, cursor={}, meta=META)
     saver.close()
     flip(biggest(tmp_path / "1"))
     with manager.ocp.StandardCheckpointer() as orbax:
-        found = orbax.restore(tmp_path / "1" / "state")
-    assert (np.asarray(found["noise"]) != np.asarray(tree["noise"])).sum() == 1
+        restored = orbax.restore(tmp_path / "1" / "state")
+    assert (np.asarray(restored["noise"]) != np.asarray(tree["noise"])).sum() == 1
     assert "has changed" in checksums.find_corrupt_file(Folder(tmp_path / "1"))
 
 
-def test_the_next_step_may_donate_what_is_being_saved(tmp_path):
+def test_next_step_may_donate_the_state_being_saved(tmp_path):
     m = split()
     step = jax.jit(lambda s: jax.tree.map(lambda x: x * 2 + 1, s), donate_argnums=0)
-    saver, now = opened(tmp_path, []), state(m, 1, size=1 << 16)
+    saver, now = open_manager(tmp_path, []), state(m, 1, size=1 << 16)
     for number in range(1, 4):
         saver.save(number, now, cursor={}, meta=META)
         before = like(now)
         for _ in range(3):
             now = step(now)
     saver.wait()
-    found, _ = saver.restore(3, before)
-    wanted = state(m, 1, size=1 << 16)
+    restored, _ = saver.restore(3, before)
+    expected = state(m, 1, size=1 << 16)
     for _ in range(6):
-        wanted = step(wanted)
-    np.testing.assert_array_equal(found.weights["kernel"], wanted.weights["kernel"])
+        expected = step(expected)
+    np.testing.assert_array_equal(restored.weights["kernel"], expected.weights["kernel"])
     saver.close()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax
-def test_a_full_disk_is_said_and_the_earlier_step_stays(small_disk):
+def test_full_disk_is_reported_and_the_earlier_step_is_kept(small_disk):
     m, lines = split(), []
-    saver = opened(small_disk, lines)
+    saver = open_manager(small_disk, lines)
     saver.save(1, state(m, 1), cursor={}, meta=META)
     saver.wait()
     noise = np.random.default_rng(0).standard_normal((1 << 17, 8)).astype(np.float32)
     large = state(m, 2, size=1 << 17)
     large.weights["kernel"] = jax.device_put(noise, large.weights["kernel"].sharding)
-    with pytest.raises(manager.CheckpointError, match="checkpoint 2 could not .*step 1 is sound"):
+    with pytest.raises(
+        manager.CheckpointError, match="checkpoint 2 could not .*latest valid step is 1"
+    ):
         saver.save(2, large, cursor={}, meta=META)
         saver.wait()
     assert saver.latest() == 1
     saver.close()
-    again = opened(small_disk, lines)
-    assert again.latest() == 1 and int(again.restore(1, like(state(m, 0)))[0].step) == 1
-    again.close()
+    reopened = open_manager(small_disk, lines)
+    assert reopened.latest() == 1 and int(reopened.restore(1, like(state(m, 0)))[0].step) == 1
+    reopened.close()
 
 
 def test_meta_is_plain_json(saved):

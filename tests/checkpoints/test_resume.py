@@ -1,4 +1,4 @@
-"""Which settings bind a checkpoint: all but those that change no number."""
+"""Which settings must match those of a checkpoint: all that affect results."""
 
 import dataclasses
 
@@ -11,15 +11,15 @@ from medmax_jax.checkpoints.manager import CheckpointError
 
 
 def meta(**changes: object) -> dict:
-    found = {"config": config.to_dict(micro_run.run()), "base": "a", "data": "b", "plan": "p"}
-    found["versions"] = {"jax": "1"}
-    return found | changes
+    metadata = {"config": config.to_dict(micro_run.run()), "base": "a", "data": "b", "plan": "p"}
+    metadata["versions"] = {"jax": "1"}
+    return metadata | changes
 
 
 def with_field(section: str, field: str, value: object) -> dict:
-    now = meta()
-    now["config"][section][field] = value
-    return now
+    current = meta()
+    current["config"][section][field] = value
+    return current
 
 
 FIELDS = [
@@ -30,50 +30,50 @@ FIELDS = [
 
 
 @pytest.mark.parametrize("section, field", FIELDS)
-def test_every_field_is_free_or_binds(section, field):
+def test_every_field_is_free_or_must_match(section, field):
     """A field that is added later binds until FREE names it, with the reason."""
-    now, name = with_field(section, field, "another"), f"config.{section}.{field}"
+    current, name = with_field(section, field, "another"), f"config.{section}.{field}"
     if (section, field) == ("train", "steps"):
         return
     if resume.is_free(f"{section}.{field}"):
-        (note,) = resume.check_meta(meta(), now, extend=False)
+        (note,) = resume.check_meta(meta(), current, extend=False)
         assert name in note and "another" in note
     else:
         with pytest.raises(CheckpointError, match=f"{name} was .*, is now 'another'"):
-            resume.check_meta(meta(), now, extend=True)
+            resume.check_meta(meta(), current, extend=True)
 
 
-def test_the_free_fields_exist_and_change_no_number():
-    known = {f"{s}.{f}" for s, f in FIELDS} | {s for s, _ in FIELDS}
-    assert resume.FREE.keys() <= known
-    bound = {"optim", "lora", "mixing", "vocab", "vq"}
-    assert not {name.split(".")[0] for name in resume.FREE} & bound
+def test_free_fields_exist_and_do_not_affect_results():
+    field_names = {f"{s}.{f}" for s, f in FIELDS} | {s for s, _ in FIELDS}
+    assert resume.FREE.keys() <= field_names
+    checked = {"optim", "lora", "mixing", "vocab", "vq"}
+    assert not {name.split(".")[0] for name in resume.FREE} & checked
     assert not {f"data.{f}" for f in ("batch_size", "seed", "mask", "pack")} & resume.FREE.keys()
     assert not {f"train.{f}" for f in ("seed", "prng_impl", "trains")} & resume.FREE.keys()
 
 
 @pytest.mark.parametrize("name", ["base", "data", "plan"])
-def test_fingerprints_bind(name):
+def test_fingerprints_must_match(name):
     with pytest.raises(CheckpointError, match=f"{name} was .*, is now other"):
         resume.check_meta(meta(), meta(**{name: "other"}), extend=True)
 
 
 def test_all_differences_are_shown_at_once():
-    now = with_field("optim", "peak_lr", 9.0)
-    now["config"]["data"]["seed"] = 7
+    current = with_field("optim", "peak_lr", 9.0)
+    current["config"]["data"]["seed"] = 7
     with pytest.raises(CheckpointError, match="data.seed was 0, is now 7; .*peak_lr was 0.01"):
-        resume.check_meta(meta(), now, extend=False)
+        resume.check_meta(meta(), current, extend=False)
 
 
-def test_steps_grow_by_extend_alone():
+def test_steps_increase_only_with_extend():
     longer, shorter = with_field("train", "steps", 9), with_field("train", "steps", 3)
     (note,) = resume.check_meta(meta(), longer, extend=True)
-    assert "was 5, is now 9, by --extend" in note
-    for now, extend in ((longer, False), (shorter, False), (shorter, True)):
+    assert "was 5, is now 9 by --extend" in note
+    for current, extend in ((longer, False), (shorter, False), (shorter, True)):
         with pytest.raises(CheckpointError, match="train.steps was 5"):
-            resume.check_meta(meta(), now, extend=extend)
+            resume.check_meta(meta(), current, extend=extend)
 
 
-def test_versions_are_told():
+def test_version_changes_are_reported():
     (note,) = resume.check_meta(meta(), meta(versions={"jax": "2"}), extend=False)
     assert note == "jax was 1, is now 2"

@@ -1,4 +1,4 @@
-"""torch's files without torch: what torch wrote, what we write, and zips with a fault."""
+"""torch's files without torch: files of torch, files of this project, and invalid zips."""
 
 import io
 import math
@@ -54,7 +54,7 @@ def write_ours():
     (PARITY / "our_file.pth").write_bytes(written(golden(), wrap="state_dict"))
 
 
-def assert_holds(data, arrays):
+def assert_contains(data, arrays):
     file = Bytes(data)
     entries = torch_file.open_file(file)
     assert list(entries) == list(arrays)
@@ -69,23 +69,23 @@ def assert_holds(data, arrays):
 
 
 def test_reads_what_torch_wrote():
-    entries = assert_holds((PARITY / "torch_file.pth").read_bytes(), golden())
+    entries = assert_contains((PARITY / "torch_file.pth").read_bytes(), golden())
     assert entries["bf16"].dtype == "BF16" and entries["i64"].dtype == "I64"
     assert entries["scalar"].shape == () and entries["empty"].shape == (0, 5)
     ties = {name for name, e in entries.items() if e.storage == entries["whole"].storage}
     assert ties == {"whole", "row", "column"}
     before_2_1 = TOY.replace(b"byteorder", b"something")
-    assert_holds(before_2_1, {"w": np.arange(6, dtype=np.float32).reshape(2, 3)})
+    assert_contains(before_2_1, {"w": np.arange(6, dtype=np.float32).reshape(2, 3)})
 
 
 def test_reads_the_state_dict_of_a_checkpoint():
-    assert_holds((PARITY / "torch_nest.ckpt").read_bytes(), golden("nest/"))
+    assert_contains((PARITY / "torch_nest.ckpt").read_bytes(), golden("nest/"))
     for key in ("state_dict", "model"):
         data = zipped(b"}(" + text("step") + b"K\1" + text(key) + state()[2:-1] + b"u.")
         assert list(torch_file.open_file(Bytes(data))) == ["w"]
 
 
-def test_reads_no_more_than_it_needs():
+def test_reads_only_the_required_bytes():
     data = written({"a": np.zeros(10_000, np.float32), "b": np.ones((50, 20), np.float32)})
     file = Bytes(data)
     entries = torch_file.open_file(file)
@@ -99,15 +99,15 @@ def test_reads_no_more_than_it_needs():
     assert whole.ranges[-1][1] - whole.ranges[-1][0] == 6 * 4
 
 
-def test_writes_the_file_that_torch_was_shown():
+def test_writes_the_file_that_torch_has_loaded():
     """our_file.pth is what make_pth.py --check loaded in torch, so these bytes load too."""
     data = written(golden(), wrap="state_dict")
     assert data == (PARITY / "our_file.pth").read_bytes()
-    assert_holds(data, golden())
-    assert_holds(written(golden()), golden())
-    assert_holds(written({}), {})
+    assert_contains(data, golden())
+    assert_contains(written(golden()), golden())
+    assert_contains(written({}), {})
     wide = {f"{n}": np.zeros((0, n), np.int8) for n in (255, 2**31 - 1, 2**31, 2**39)}
-    assert_holds(written(wide), wide)
+    assert_contains(written(wide), wide)
 
 
 def test_writes_an_aligned_zip():
@@ -120,19 +120,19 @@ def test_writes_an_aligned_zip():
                 assert f._orig_compress_start % 64 == 0 and info.compress_type == zipfile.ZIP_STORED
 
 
-def test_large_files_take_64_bits(monkeypatch):
+def test_large_files_use_64_bit_fields(monkeypatch):
     monkeypatch.setattr(torch_file, "_ZIP64", 100)
     arrays = golden() | {"big": np.arange(99.0)}
     data = written(arrays)
     for name, place in (("data/19", -26), ("data/19", -22), ("version", -4)):  # sizes, an offset
         at = data.rindex(b"archive/" + name.encode()) + place
         assert data[at : at + 4] == b"\xff" * 4
-    assert_holds(data, arrays)
+    assert_contains(data, arrays)
     with zipfile.ZipFile(io.BytesIO(data)) as z:
         assert z.testzip() is None and len(z.namelist()) == len(arrays) + 3
 
 
-def test_tensors_are_asked_for_one_by_one():
+def test_tensors_are_requested_one_by_one():
     alive = []
 
     def make():
@@ -145,26 +145,30 @@ def test_tensors_are_asked_for_one_by_one():
     assert len(alive) == 5
 
 
-def test_what_cannot_be_written():
+def test_invalid_tensors_are_not_written():
     one = np.ones(3, np.float32)
     for sources, message in [
-        ([("a", (3,), "F8", lambda: one)], "a: dtype 'F8' has no torch storage; use one of"),
-        ([("a", (2,), "F32", lambda: one)], r"a: float32 \(3,\) came for the promised F32 \(2,\)"),
-        ([("a", (3,), "F16", lambda: one)], "came for the promised F16"),
-        ([("a", (3,), "F32", lambda: one.astype(">f4"))], "came for the promised F32"),
-        ([("a", (3,), "F32", lambda: one)] * 2, "two tensors share a name"),
+        ([("a", (3,), "F8", lambda: one)], "a: dtype 'F8' has no torch storage type; use one of"),
+        (
+            [("a", (2,), "F32", lambda: one)],
+            r"a: got an array float32 \(3,\), declared as F32 \(2,\)",
+        ),
+        ([("a", (3,), "F16", lambda: one)], "declared as F16"),
+        ([("a", (3,), "F32", lambda: one.astype(">f4"))], "declared as F32"),
+        ([("a", (3,), "F32", lambda: one)] * 2, "two tensors have the same name"),
     ]:
         with pytest.raises(torch_unpickler.PthError, match=message):
             torch_file.write(Pipe(), sources, wrap=None)
     pipe = Pipe()
     pipe.write = lambda data: 1
     with pytest.raises(
-        torch_unpickler.PthError, match="byte 0: the stream took a part; open it buffered"
+        torch_unpickler.PthError,
+        match="byte 0: the stream wrote only part of the data; open it with",
     ):
         torch_file.write(pipe, [], wrap=None)
 
 
-def test_a_stride_of_an_axis_of_one_is_free():
+def test_stride_of_an_axis_of_length_one_is_ignored():
     strange = state(tensor(shape=(1, 6, 1), stride=(2**70, 1, 0)))
     file = Bytes(zipped(strange, [np.arange(6, dtype=np.float32).tobytes()]))
     file.data = np.frombuffer(file.data, np.uint8)  # a file may as well give arrays
@@ -194,35 +198,35 @@ def doubled():
 
 
 ZIPS = {
-    "nothing": (lambda: b"", "not a file of torch >= 1.6, which is a zip; if torch can open it"),
-    "a byte": (lambda: b"P", "not a file of torch"),
-    "an end alone": (lambda: b"PK\5\6" + bytes(18), "its zip directory is cut off"),
-    "half an end": (lambda: b"PK\5\6" + bytes(9), "not a file of torch"),
-    "legacy": (lambda: b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." * 9, "not a file of torch >="),
-    "cut off": (lambda: TOY[:-9], "damaged, its end is missing; copy or download it again"),
+    "nothing": (lambda: b"", "not the zip format of torch >= 1.6; if torch can open it"),
+    "a byte": (lambda: b"P", "not the zip format of torch"),
+    "an end alone": (lambda: b"PK\5\6" + bytes(18), "its zip directory is truncated"),
+    "half an end": (lambda: b"PK\5\6" + bytes(9), "not the zip format of torch"),
+    "legacy": (lambda: b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." * 9, "not the zip format of"),
+    "cut off": (lambda: TOY[:-9], "damaged: its end is missing; copy or download it again"),
     "another zip": (lambda: zipped(b"").replace(b"data.pkl", b"data.txt"), "with 0 data.pkl"),
     "two of them": (lambda: zipped(state(), **{"b/data.pkl": state()}), "with 2 data.pkl"),
-    "big endian": (lambda: zipped(state(), byteorder=b"big"), "byteorder is b'big', need b'lit"),
+    "big endian": (lambda: zipped(state(), byteorder=b"big"), "byteorder is b'big', expected"),
     "compressed": (compressed, "b'a/data.pkl' is compressed or encrypted"),
     "method of the storage": (lambda: rezipped(_10=8), "b'a/data/0' is compressed"),
     "encrypted": (lambda: rezipped(_8=1), "b'a/data/0' is compressed or encrypted"),
-    "a name twice": (doubled, "its zip directory is cut off or has a name twice"),
-    "longer than the file": (lambda: rezipped(_23=9, _27=9), "b'a/data/0' overlaps what follows"),
-    "one byte longer": (lambda: rezipped(_20=25, _24=25), "b'a/data/0' overlaps what follows it"),
+    "a name twice": (doubled, "its zip directory is truncated or contains a name twice"),
+    "longer than the file": (lambda: rezipped(_23=9, _27=9), "b'a/data/0' overlaps the next entry"),
+    "one byte longer": (lambda: rezipped(_20=25, _24=25), "b'a/data/0' overlaps the next entry"),
     "two sizes": (lambda: rezipped(_20=23), "b'a/data/0' is compressed"),
-    "over another": (lambda: rezipped(_42=0, _43=0), "overlaps what follows it"),
-    "far away": (lambda: rezipped(_45=99), "overlaps what follows it"),
+    "over another": (lambda: rezipped(_42=0, _43=0), "overlaps the next entry"),
+    "far away": (lambda: rezipped(_45=99), "overlaps the next entry"),
     "a giant data.pkl": (lambda: zipped(bytes((64 << 20) + 1)), "data.pkl' has 67108865 bytes,"),
     "a flipped data.pkl": (lambda: TOY.replace(b"tQ", b"tR"), "checksum of b'a/data.pkl' is wrong"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", ZIPS)
-def test_zips_that_torch_never_wrote(case):
+def test_zips_that_torch_never_writes_are_rejected(case):
     refused(ZIPS[case][0](), ZIPS[case][1])
 
 
-def test_damaged_storages():
+def test_damaged_storages_are_rejected():
     def value(data):
         file = Bytes(data)
         return torch_file.read(file, torch_file.open_file(file)["w"])
@@ -230,7 +234,7 @@ def test_damaged_storages():
     start = TOY.index(np.arange(6, dtype=np.float32).tobytes())
     flipped = TOY[: start + 7] + b"\x55" + TOY[start + 8 :]
     with pytest.raises(
-        torch_unpickler.PthError, match="damaged, the checksum of b'a/data/0' is wrong"
+        torch_unpickler.PthError, match="damaged: the checksum of b'a/data/0' is wrong"
     ):
         value(flipped)
     unchecked = flipped.replace(
@@ -239,11 +243,11 @@ def test_damaged_storages():
     assert value(unchecked).shape == (2, 3)  # as with torch.serialization.set_crc32_options(False)
     local = TOY.index(b"a/data/0")
     for other in (TOY[:local] + b"a/data/1" + TOY[local + 8 :], TOY.replace(b"PK\3\4", b"PK\3\5")):
-        with pytest.raises(torch_unpickler.PthError, match="is not where the zip directory says"):
+        with pytest.raises(
+            torch_unpickler.PthError, match="is not at the offset stated in the zip directory"
+        ):
             value(other)
-    with pytest.raises(
-        torch_unpickler.PthError, match="overlaps what follows it, or is compressed"
-    ):
+    with pytest.raises(torch_unpickler.PthError, match="overlaps the next entry, or is compressed"):
         value(TOY[: local - 2] + b"\xff" + TOY[local - 1 :])  # its extra field
 
 
@@ -255,7 +259,7 @@ SMALL = {
 
 
 @pytest.mark.parametrize("which", SMALL)
-def test_any_byte_may_be_wrong(which):
+def test_any_byte_may_be_corrupt(which):
     good = SMALL[which]
 
     @FUZZ
@@ -277,7 +281,7 @@ def test_any_byte_may_be_wrong(which):
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.data())
-def test_views_are_read_as_numpy_sees_them(data):
+def test_views_are_read_as_in_numpy(data):
     """Any shape, stride and offset within a storage."""
     base = np.arange(60, dtype=np.int16)
     shape = tuple(data.draw(st.lists(st.integers(1, 4), max_size=3)))
@@ -293,5 +297,5 @@ def test_views_are_read_as_numpy_sees_them(data):
     np.testing.assert_array_equal(torch_file.read(file, torch_file.open_file(file)["w"]), expected)
 
 
-def test_the_machine_knows_every_storage():
+def test_unpickler_supports_every_storage_type():
     assert set(torch_file._TORCH) == set(torch_file._NUMPY) == set(torch_unpickler.DTYPES.values())

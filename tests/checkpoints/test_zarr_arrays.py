@@ -1,4 +1,4 @@
-"""Arrays in blocks: what a file and a block hold, any mesh, any dtype, damage, two processes."""
+"""Arrays in blocks: sizes of files and blocks, any mesh, any dtype, damage, two processes."""
 
 import json
 import os
@@ -30,10 +30,10 @@ def named(sizes: tuple[int, int, int]) -> dict[str, int]:
     return dict(zip(("data", "fsdp", "tp"), sizes, strict=True))
 
 
-def write(folder: pathlib.Path, held: dict[str, np.ndarray]) -> Folder:
+def write(folder: pathlib.Path, arrays: dict[str, np.ndarray]) -> Folder:
     out = Folder(folder)
     writer = zarr_arrays.Writer(out)
-    for name, array in held.items():
+    for name, array in arrays.items():
         sharded = tuple(axis is not None for axis in SPECS[name]) or (False,) * array.ndim
         store = writer.create(name, array.shape, array.dtype, sharded)
         if array.ndim == 3:
@@ -45,7 +45,7 @@ def write(folder: pathlib.Path, held: dict[str, np.ndarray]) -> Folder:
     return out
 
 
-def held(dtype, *, large: bool) -> dict[str, np.ndarray]:
+def random_arrays(dtype, *, large: bool) -> dict[str, np.ndarray]:
     rng, side = np.random.default_rng(0), 1_024 if large else 16
     shapes = {"kernel": (3, side, 2 * side), "embed": (4 * side, side), "scale": (side,)}
     return {n: rng.standard_normal(s).astype(dtype) for n, s in shapes.items()}
@@ -53,9 +53,9 @@ def held(dtype, *, large: bool) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
 @pytest.mark.parametrize("large", [False, True])
-def test_every_mesh_gets_the_same_bits(tmp_path, dtype, large):
-    wanted = held(dtype, large=large)
-    folder = write(tmp_path / "a", wanted)
+def test_arrays_load_bit_for_bit_on_every_mesh(tmp_path, dtype, large):
+    expected = random_arrays(dtype, large=large)
+    folder = write(tmp_path / "a", expected)
     for sizes in MESHES:
         mesh = make_mesh(Mesh(**named(sizes)))
         with jax.set_mesh(mesh):
@@ -63,37 +63,38 @@ def test_every_mesh_gets_the_same_bits(tmp_path, dtype, large):
                 n: jax.ShapeDtypeStruct(
                     a.shape, a.dtype, sharding=jax.NamedSharding(mesh, SPECS[n])
                 )
-                for n, a in wanted.items()
+                for n, a in expected.items()
             }
             loaded = zarr_arrays.load(folder, like)
-        for name, array in wanted.items():
+        for name, array in expected.items():
             assert loaded[name].sharding == like[name].sharding
             assert np.asarray(loaded[name]).tobytes() == array.tobytes()
 
 
-def test_like_decides_the_dtype(tmp_path):
-    wanted = held(np.float32, large=False)
-    folder = write(tmp_path / "a", wanted)
-    like = {n: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16) for n, a in wanted.items()}
+def test_like_determines_the_dtype(tmp_path):
+    expected = random_arrays(np.float32, large=False)
+    folder = write(tmp_path / "a", expected)
+    like = {n: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16) for n, a in expected.items()}
     for name, array in zarr_arrays.load(folder, like).items():
-        np.testing.assert_array_equal(np.asarray(array), wanted[name].astype(ml_dtypes.bfloat16))
+        np.testing.assert_array_equal(np.asarray(array), expected[name].astype(ml_dtypes.bfloat16))
 
 
-def test_names_and_shapes_must_be_the_models(tmp_path):
-    folder = write(tmp_path / "a", held(np.float32, large=False))
+def test_names_and_shapes_must_match_the_model(tmp_path):
+    folder = write(tmp_path / "a", random_arrays(np.float32, large=False))
     good = {
-        n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in held(np.float32, large=False).items()
+        n: jax.ShapeDtypeStruct(a.shape, a.dtype)
+        for n, a in random_arrays(np.float32, large=False).items()
     }
-    with pytest.raises(WeightsError, match="1 names missing in the file .'other'"):
+    with pytest.raises(WeightsError, match="1 arrays are missing in the file .'other'"):
         zarr_arrays.load(folder, good | {"other": good["scale"]})
-    with pytest.raises(WeightsError, match="1 names unused .'scale'"):
+    with pytest.raises(WeightsError, match="1 are unexpected .'scale'"):
         zarr_arrays.load(folder, {n: leaf for n, leaf in good.items() if n != "scale"})
-    with pytest.raises(WeightsError, match=r"scale has shape \(16,\), the model has \(8,\)"):
+    with pytest.raises(WeightsError, match=r"scale has shape \(16,\), but the model has \(8,\)"):
         zarr_arrays.load(folder, good | {"scale": jax.ShapeDtypeStruct((8,), np.float32)})
 
 
 def test_zeros_are_stored(tmp_path):
-    """Else a deleted file would read as zeros."""
+    """Otherwise a deleted file would be read as zeros."""
     folder = write(tmp_path / "a", {"scale": np.zeros(16, np.float32)})
     store = zarr_arrays.open_array(folder, "scale")
     np.testing.assert_array_equal(zarr_arrays.read(folder, store), np.zeros(16))
@@ -116,11 +117,11 @@ def test_files_and_blocks_of_7b():
     sharded=st.tuples(st.booleans(), st.booleans()),
 )
 def test_blocks_fill_files_and_files_fill_arrays(shape, layers, itemsize, sharded):
-    whole = (layers, *shape)
-    file, block = zarr_arrays.chunk_layout(whole, itemsize, (False, *sharded))
-    for size, of_file, of_block in zip(whole, file, block, strict=True):
+    full_shape = (layers, *shape)
+    file, block = zarr_arrays.chunk_layout(full_shape, itemsize, (False, *sharded))
+    for size, of_file, of_block in zip(full_shape, file, block, strict=True):
         assert size % of_file == 0 and of_file % of_block == 0
-    small = np.prod(whole) * itemsize <= zarr_arrays.WHOLE_BYTES
+    small = np.prod(full_shape) * itemsize <= zarr_arrays.WHOLE_BYTES
     assert small or file[0] == 1
     if all(sharded):
         assert np.prod(file) * itemsize <= zarr_arrays.FILE_BYTES
@@ -139,7 +140,7 @@ from medmax_jax.sharding import make_mesh
 folder, address, process, sizes, shapes = json.loads(sys.argv[1])
 jax.distributed.initialize(address, num_processes=2, process_id=process)
 specs = dict(kernel=P(None, "fsdp", "tp"), embed=P("tp", "fsdp"), scale=P())
-read = lambda: int(open("/proc/self/io").read().split()[1])  # rchar: bytes that it asked for
+read = lambda: int(open("/proc/self/io").read().split()[1])  # rchar: bytes that the process read
 with jax.set_mesh(make_mesh(Mesh(**dict(zip(("data", "fsdp", "tp"), sizes))))):
     mesh = jax.sharding.get_mesh()
     like = {
@@ -155,14 +156,14 @@ print(json.dumps([after - before, [float(x) for x in total]]), flush=True)
 
 
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 2, 4), (1, 4, 2)])
-def test_two_processes_read_a_checkpoint_once_together(tmp_path, sizes):
-    wanted = held(ml_dtypes.bfloat16, large=True)
-    write(tmp_path / "a", wanted)
-    size = sum(a.nbytes for a in wanted.values())
+def test_two_processes_together_read_each_block_once(tmp_path, sizes):
+    expected = random_arrays(ml_dtypes.bfloat16, large=True)
+    write(tmp_path / "a", expected)
+    size = sum(a.nbytes for a in expected.values())
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    shapes = {n: a.shape for n, a in wanted.items()}
+    shapes = {n: a.shape for n, a in expected.items()}
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     environment["JAX_PLATFORMS"] = "cpu"
     runs = [
@@ -176,7 +177,7 @@ def test_two_processes_read_a_checkpoint_once_together(tmp_path, sizes):
         )
         for i in range(2)
     ]  # fmt: skip
-    said = [json.loads(run.communicate(timeout=120)[0].splitlines()[-1]) for run in runs]
-    assert sum(read for read, _ in said) <= 1.1 * size
-    sums = [float(wanted[n].astype(np.float64).sum()) for n in sorted(wanted)]
-    np.testing.assert_allclose(said[0][1], sums, rtol=1e-3, atol=1)
+    outputs = [json.loads(run.communicate(timeout=120)[0].splitlines()[-1]) for run in runs]
+    assert sum(read for read, _ in outputs) <= 1.1 * size
+    sums = [float(expected[n].astype(np.float64).sum()) for n in sorted(expected)]
+    np.testing.assert_allclose(outputs[0][1], sums, rtol=1e-3, atol=1)

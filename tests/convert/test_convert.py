@@ -74,7 +74,7 @@ def case(request, tmp_path_factory):
     return request.param, sizes, states, meta, native, convert(native, folder / "hf", "hf")
 
 
-def test_logits_are_those_of_meta_and_of_hf(case):
+def test_logits_match_meta_and_hf(case):
     name, sizes, states, _, native, _ = case
     wanted, found = meta_reference.logits(states, params(sizes), IDS), logits(native)
     tolerance = 2e-5 * max(1.0, float(wanted.std()))
@@ -86,7 +86,7 @@ def test_logits_are_those_of_meta_and_of_hf(case):
 
 
 @pytest.mark.parametrize("mutation", ["rope", "gain", "shard"])
-def test_logits_show_a_wrong_conversion(case, mutation, tmp_path):
+def test_logits_reveal_a_wrong_conversion(case, mutation, tmp_path):
     """The comparison above can fail: rows of a head, gains or shards in another order."""
     name, sizes, states, *_ = case
     wrong = [dict(state) for state in states]
@@ -110,14 +110,14 @@ def test_logits_show_a_wrong_conversion(case, mutation, tmp_path):
     assert np.abs(found - wanted).max() > 100 * 2e-5 * wanted.std(), name
 
 
-def test_meta_comes_back_bit_for_bit(case, tmp_path):
+def test_meta_round_trip_is_exact(case, tmp_path):
     _, sizes, states, meta, native, hf = case
     for source in (native, hf):
         back = convert(source, tmp_path / source.name, "meta")
         for wanted, found in zip(states, meta_files(back), strict=True):
             assert_equal(wanted, found)
-        pictures = read_pth(back / "tokenizer" / "vqgan.ckpt")
-        assert_equal(random_vqgan(seed=1), pictures)
+        vqgan_tensors = read_pth(back / "tokenizer" / "vqgan.ckpt")
+        assert_equal(random_vqgan(seed=1), vqgan_tensors)
     found = json.loads((tmp_path / "native/models/model/params.json").read_text())["model"]
     assert {**params(sizes), **found} == found | {
         k: v for k, v in params(sizes).items() if k in ("multiple_of", "ffn_dim_multiplier")
@@ -126,7 +126,7 @@ def test_meta_comes_back_bit_for_bit(case, tmp_path):
     assert one.read_bytes() == two.read_bytes()
 
 
-def test_hf_comes_back_bit_for_bit(case, tmp_path):
+def test_hf_round_trip_is_exact(case, tmp_path):
     _, sizes, states, _, _, hf = case
     wanted = read_safetensors(hf)
     native = convert(hf, tmp_path / "native", "native")
@@ -154,9 +154,11 @@ def test_dtypes_are_kept_per_tensor_and_cast_once_on_load(tmp_path):
         states, meta_files(convert(native, tmp_path / "back", "meta")), strict=True
     ):
         assert_equal(wanted, found)
-    said = inspect_checkpoint.describe(conversion.read_checkpoint(native))
-    assert set(said["dtypes"]) == {"F32", "BF16", "F16"}
-    assert said["dtypes"] == inspect_checkpoint.describe(conversion.read_checkpoint(meta))["dtypes"]
+    output = inspect_checkpoint.describe(conversion.read_checkpoint(native))
+    assert set(output["dtypes"]) == {"F32", "BF16", "F16"}
+    assert (
+        output["dtypes"] == inspect_checkpoint.describe(conversion.read_checkpoint(meta))["dtypes"]
+    )
     model = conversion.read_checkpoint(native).model
     assert model.param_dtype == "bfloat16"
     with jax.set_mesh(make_mesh(Mesh(data=1, fsdp=1, tp=1))):
@@ -170,7 +172,7 @@ def test_dtypes_are_kept_per_tensor_and_cast_once_on_load(tmp_path):
     )
 
 
-def test_one_fingerprint_in_every_layout_and_dtype(case, tmp_path):
+def test_fingerprint_is_the_same_in_every_layout_and_dtype(case, tmp_path):
     _, sizes, states, meta, native, hf = case
     found = {conversion.read_checkpoint(p).fingerprint for p in (meta, native, hf)}
     rounded = [{n: a.astype(NUMPY["BF16"]) for n, a in s.items()} for s in states]
@@ -186,7 +188,7 @@ def test_one_fingerprint_in_every_layout_and_dtype(case, tmp_path):
     assert conversion.read_checkpoint(other).fingerprint not in found
 
 
-def test_the_vqgan_alone_goes_in_and_out(tmp_path):
+def test_vqgan_alone_round_trips(tmp_path):
     meta = write_meta(tmp_path / "meta", BASE, shards(BASE, dtypes=("F32",), seed=0), vqgan=True)
     native = convert(meta / "tokenizer" / "vqgan.ckpt", tmp_path / "native", "native")
     assert conversion.read_checkpoint(native).language == {}
@@ -211,7 +213,7 @@ def test_hf_without_a_decoder_takes_one_from_meta(case, tmp_path):
     assert_equal(read_pth(back / "tokenizer/vqgan.ckpt"), random_vqgan(seed=1))
 
 
-def test_fused_matrices_of_metas_loader_are_taken_apart(case, tmp_path):
+def test_fused_matrices_of_metas_loader_are_split(case, tmp_path):
     _, sizes, states, _, native, _ = case
     fused = []
     for state in states:
@@ -230,15 +232,15 @@ def test_fused_matrices_of_metas_loader_are_taken_apart(case, tmp_path):
         assert_equal(wanted, found)
 
 
-def test_the_processor_of_hf_makes_our_prompt(tmp_path):
+def test_hf_processor_produces_the_same_prompt(tmp_path):
     os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
     import PIL.Image
     import transformers
 
     hf = convert(TINY, tmp_path / "hf", "hf")
     processor = transformers.ChameleonProcessor.from_pretrained(hf)
-    picture = PIL.Image.new("RGB", (40, 50), (200, 10, 10))
-    ids = processor(text="<image>Is it a CT?", images=picture, return_tensors="np")
+    image = PIL.Image.new("RGB", (40, 50), (200, 10, 10))
+    ids = processor(text="<image>Is it a CT?", images=image, return_tensors="np")
     vocab = conversion.read_checkpoint(TINY).vocab
     ours = prompt_ids(
         Tokenizer.from_file(hf / "tokenizer.json", vocab),
@@ -274,7 +276,7 @@ def sizes_of_models(draw) -> Sizes:
     dtypes=st.lists(st.sampled_from(["F32", "BF16", "F16"]), min_size=1, max_size=5),
     seed=st.integers(0, 9),
 )
-def test_any_small_model_goes_round_exactly(sizes, dtypes, seed, tmp_path_factory):
+def test_any_small_model_round_trips_exactly(sizes, dtypes, seed, tmp_path_factory):
     folder = tmp_path_factory.mktemp("any")
     states = shards(sizes, dtypes=tuple(dtypes), seed=seed)
     meta = write_meta(folder / "meta", sizes, states, vqgan=False)

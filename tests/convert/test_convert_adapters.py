@@ -47,7 +47,7 @@ def trained(tmp_path_factory) -> tuple[pathlib.Path, pathlib.Path]:
 
 
 def adapted_logits(model: pathlib.Path, adapter: pathlib.Path, ids: np.ndarray) -> np.ndarray:
-    """Logits with the adapter beside the matrices, as training and generation compute them."""
+    """Logits with a separate adapter, as training and generation compute them."""
     found, facts = (
         conversion.read_checkpoint(model),
         json.loads((adapter / "adapter_config.json").read_text()),
@@ -63,12 +63,12 @@ def adapted_logits(model: pathlib.Path, adapter: pathlib.Path, ids: np.ndarray) 
         return np.asarray(net.logits(net.hidden(*rows, key=None)))
 
 
-def test_an_adapter_of_peft_computes_what_it_does_in_peft(base, tmp_path):
+def test_peft_adapter_gives_the_same_logits_as_in_peft(base, tmp_path):
     wanted = GOLDEN["peft_logits"]
     tolerance = 2e-5 * max(1.0, float(wanted.std()))
     native = convert(PEFT, tmp_path / "adapter", "native", base=str(base))
-    beside = adapted_logits(base, native, IDS)
-    np.testing.assert_allclose(beside[..., GOLDEN["columns"]], wanted, rtol=0, atol=tolerance)
+    separate = adapted_logits(base, native, IDS)
+    np.testing.assert_allclose(separate[..., GOLDEN["columns"]], wanted, rtol=0, atol=tolerance)
     merged = convert(PEFT, tmp_path / "merged", "native", base=str(base), merge_native=True)
     np.testing.assert_allclose(
         logits(merged)[..., GOLDEN["columns"]], wanted, rtol=0, atol=tolerance
@@ -76,7 +76,7 @@ def test_an_adapter_of_peft_computes_what_it_does_in_peft(base, tmp_path):
     assert np.abs(logits(base)[..., GOLDEN["columns"]] - wanted).max() > 1e3 * tolerance
 
 
-def test_adapters_go_round_exactly(base, tmp_path):
+def test_adapters_round_trip_exactly(base, tmp_path):
     native = convert(PEFT, tmp_path / "native", "native", base=str(base))
     peft = convert(native, tmp_path / "peft", "peft")
     assert_equal(read_safetensors(PEFT), read_safetensors(peft))
@@ -102,8 +102,10 @@ def test_a_run_is_merged_into_its_base(trained, layout, tmp_path):
         )
         rows = (jnp.asarray(ids), jnp.ones_like(ids), jnp.tile(jnp.arange(24), (2, 1)))
         merged = np.asarray(net.logits(net.hidden(*rows, key=None)))
-    beside = adapted_logits(model, run / "adapter", ids)
-    np.testing.assert_allclose(merged, beside, rtol=0, atol=2e-5 * max(1.0, float(beside.std())))
+    separate = adapted_logits(model, run / "adapter", ids)
+    np.testing.assert_allclose(
+        merged, separate, rtol=0, atol=2e-5 * max(1.0, float(separate.std()))
+    )
     assert export.base_fingerprint(back) != export.base_fingerprint(model)
 
 
@@ -122,7 +124,7 @@ def test_merging_is_in_fp32_and_rounds_once(base, tmp_path):
     np.testing.assert_array_equal(found["output.weight"], rounded[0]["output.weight"])
 
 
-def test_the_card_names_what_a_run_was_trained_on(trained, tmp_path):
+def test_model_card_lists_the_training_data(trained, tmp_path):
     model, run = trained
     peft = convert(run, tmp_path / "peft", "peft", base=str(model))
     text = (peft / "README.md").read_text()
@@ -144,7 +146,7 @@ def test_the_card_names_what_a_run_was_trained_on(trained, tmp_path):
     assert "| MIMIC-CXR | 3 | yes | PhysioNet credentialed access |" in card
 
 
-def test_an_interrupted_run_gives_its_newest_checkpoint(trained, tmp_path):
+def test_interrupted_run_is_read_from_its_newest_checkpoint(trained, tmp_path):
     _, run = trained
     cut = tmp_path / "cut"
     shutil.copytree(run, cut)
@@ -152,18 +154,18 @@ def test_an_interrupted_run_gives_its_newest_checkpoint(trained, tmp_path):
     native = convert(cut, tmp_path / "native", "native")
     assert_equal(read_safetensors(native), read_safetensors(run / "adapter"))
     (cut / "checkpoints" / "4" / "sha256.json").unlink()
-    said = inspect_checkpoint.describe(conversion.read_checkpoint(cut))
-    assert said["facts"]["step"] == 2 and said["lora"]["rank"] == 4
+    output = inspect_checkpoint.describe(conversion.read_checkpoint(cut))
+    assert output["facts"]["step"] == 2 and output["lora"]["rank"] == 4
 
 
 def test_inspect_reads_rank_alpha_and_targets(trained):
-    said = inspect_checkpoint.describe(conversion.read_checkpoint(PEFT))
-    assert said["layout"] == "peft adapter"
-    assert said["lora"]["rank"] == 4 and said["lora"]["alpha"] == 6
-    assert said["lora"]["targets"] == sorted(
+    output = inspect_checkpoint.describe(conversion.read_checkpoint(PEFT))
+    assert output["layout"] == "peft adapter"
+    assert output["lora"]["rank"] == 4 and output["lora"]["alpha"] == 6
+    assert output["lora"]["targets"] == sorted(
         "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
     )
-    assert "rank 4" in inspect_checkpoint.format_description(said)
+    assert "rank 4" in inspect_checkpoint.format_description(output)
 
 
 def edited(tmp_path, **changes) -> pathlib.Path:
@@ -178,13 +180,13 @@ def edited(tmp_path, **changes) -> pathlib.Path:
     "changes, message",
     [
         (dict(use_dora=True), "use_dora is True"),
-        (dict(rank_pattern={"q_proj": 8}), "q_proj.* says rank 8"),
+        (dict(rank_pattern={"q_proj": 8}), "q_proj.* has rank 8"),
         (dict(peft_type="IA3"), "peft_type is 'IA3'"),
         (
             dict(init_lora_weights="pissa"),
             "init_lora_weights is 'pissa', which starts from other",
         ),
-        (dict(r=8), r"says rank 8; config and weights are of two adapters"),
+        (dict(r=8), r"has rank 8; config and weights belong"),
         (dict(lora_alpha="16"), "lora_alpha is '16'; it must be a number"),
     ],
 )
@@ -201,12 +203,12 @@ def test_an_adapter_for_another_base_is_refused(base, trained, tmp_path):
     with pytest.raises(ConvertError, match="was trained on base weights"):
         convert(native, tmp_path / "out", "hf", base=str(other))
     wide = write_meta(tmp_path / "swin", SWIN, shards(SWIN, dtypes=("F32",), seed=5), vqgan=False)
-    with pytest.raises(ConvertError, match="an adapter for another base"):
+    with pytest.raises(ConvertError, match="adapter belongs to another base"):
         convert(PEFT, tmp_path / "out", "hf", base=str(wide))
-    with pytest.raises(ConvertError, match="give --base"):
+    with pytest.raises(ConvertError, match="set --base"):
         convert(run, tmp_path / "out", "hf")
-    with pytest.raises(ConvertError, match="does not say which weights"):
+    with pytest.raises(ConvertError, match="does not state the weights"):
         convert(PEFT, tmp_path / "out", "native")
-    with pytest.raises(ConvertError, match="no adapter; leave --base out"):
+    with pytest.raises(ConvertError, match="is not an adapter; omit --base"):
         convert(base, tmp_path / "out", "hf", base=str(model))
     assert not (tmp_path / "out").exists()

@@ -80,16 +80,16 @@ def narrow(state):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (nan, r"attention.wo.weight: 1 of 4096 numbers are NaN or infinite"),
-        (integer, r"norm.weight: dtype I64; weights are F32, BF16, F16"),
+        (nan, r"attention.wo.weight: 1 of 4096 values are NaN or infinite"),
+        (integer, r"norm.weight: dtype I64 is not supported; weights must be F32, BF16, F16"),
         (double, r"norm.weight: dtype F64"),
-        (missing, r"1 tensors missing \['layers.0.feed_forward.w3.weight'\], 0 without a place"),
-        (extra, r"0 tensors missing \[\], 1 without a place \['layers.0.attention.sinks'\]"),
-        (narrow, r"w1.weight: shape \(96, 32\), the config .* asks for \(96, 64\)"),
+        (missing, r"1 tensors are missing \['layers.0.feed_forward.w3.weight'\], 0 are unexpected"),
+        (extra, r"0 tensors are missing \[\], 1 are unexpected \['layers.0.attention.sinks'\]"),
+        (narrow, r"w1.weight: shape \(96, 32\), but the config .* requires \(96, 64\)"),
     ],
 )
 @pytest.mark.parametrize("layout", ["native", "hf"])
-def test_weights_that_are_wrong(tmp_path, change, message, layout):
+def test_wrong_weights_are_rejected(tmp_path, change, message, layout):
     meta = meta_of(tmp_path / "meta")
     change_meta(meta, change)
     with pytest.raises(ConvertError, match=message):
@@ -97,20 +97,20 @@ def test_weights_that_are_wrong(tmp_path, change, message, layout):
     assert sorted(p.name for p in tmp_path.iterdir() if "lock" not in p.name) == ["meta"]
 
 
-def test_settings_of_another_size(tmp_path):
+def test_settings_of_another_size_are_rejected(tmp_path):
     meta = meta_of(tmp_path / "meta")
     path = meta / "models/7b/params.json"
     params = json.loads(path.read_text())
     params["model"]["n_layers"] = 3
     path.write_text(json.dumps(params))
-    with pytest.raises(ConvertError, match="tensors missing .*layers.2"):
+    with pytest.raises(ConvertError, match="tensors are missing .*layers.2"):
         convert(meta, tmp_path / "out", "native")
     path.write_text('{"model": {"dim": 64}}')
     with pytest.raises(ConvertError, match="n_heads is missing; not the settings of a Chameleon"):
         convert(meta, tmp_path / "out", "native")
 
 
-def test_shards_that_do_not_belong_together(tmp_path):
+def test_shards_of_different_checkpoints_are_rejected(tmp_path):
     meta = meta_of(tmp_path / "meta", SWIN)
     second = meta / "models/7b/consolidated.01.pth"
     state = read_pth(second)
@@ -119,7 +119,7 @@ def test_shards_that_do_not_belong_together(tmp_path):
     with pytest.raises(ConvertError, match="ffn_norm.weight: differs from its copy"):
         convert(meta, tmp_path / "out", "native")
     second.unlink()
-    with pytest.raises(ConvertError, match=r"consolidated.01.pth: missing; copy all shards"):
+    with pytest.raises(ConvertError, match=r"consolidated.01.pth is missing; copy all shards"):
         convert(meta, tmp_path / "out", "native")
     (meta / "models/7b/consolidated.02.pth").rename(second)
     (meta / "models/7b/consolidated.03.pth").rename(meta / "models/7b/consolidated.02.pth")
@@ -127,7 +127,7 @@ def test_shards_that_do_not_belong_together(tmp_path):
         convert(meta, tmp_path / "out", "native")
 
 
-def test_a_truncated_pth(tmp_path):
+def test_truncated_pth_is_rejected(tmp_path):
     meta = meta_of(tmp_path / "meta")
     path = meta / "models/7b/consolidated.pth"
     path.write_bytes(path.read_bytes()[:-1000])
@@ -164,9 +164,9 @@ def test_an_index_is_read_and_checked(hf, tmp_path):
     convert(folder, tmp_path / "whole", "native")
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     for file, message in (
-        ("../hf/model.safetensors", "no plain file name"),
-        ("/etc/passwd", "no plain file name"),
-        ("c.safetensors", "c.safetensors: missing"),
+        ("../hf/model.safetensors", "not a plain file name"),
+        ("/etc/passwd", "not a plain file name"),
+        ("c.safetensors", "c.safetensors is missing"),
         ("b.safetensors", "is in the file or in .*, not in both"),
     ):
         write_index(folder, index | {"lm_head.weight": "a.safetensors"} | {min(index): file})
@@ -183,26 +183,26 @@ def test_an_index_is_read_and_checked(hf, tmp_path):
         (dict(tie_word_embeddings=True), "tie_word_embeddings is True"),
         (dict(hidden_act="gelu"), "hidden_act is 'gelu'"),
         (dict(rope_scaling={"type": "linear", "factor": 2}), "rope_scaling"),
-        (dict(num_hidden_layers=3), "tensors missing"),
+        (dict(num_hidden_layers=3), "tensors are missing"),
         (dict(num_attention_heads=0), "num_attention_heads is 0; it must be above 0"),
-        (dict(hidden_size="64"), "hidden_size is '64'; it must be a whole number"),
+        (dict(hidden_size="64"), "hidden_size is '64'; it must be an integer"),
         (dict(vocab_size=100), "text begins at"),
         (dict(intermediate_size=128), r"shape \(96, 64\)|shape \(64, 96\)"),
     ],
 )
-def test_configs_of_other_models(hf, tmp_path, config, message):
+def test_configs_of_other_models_are_rejected(hf, tmp_path, config, message):
     folder = copy_hf(hf, tmp_path, **config)
     with pytest.raises(ConvertError, match=message):
         convert(folder, tmp_path / "out", "native")
 
 
-def test_a_tied_head_and_gains_of_single_heads(hf, tmp_path):
+def test_tied_head_and_per_head_gains_are_rejected(hf, tmp_path):
     folder = copy_hf(hf, tmp_path)
     arrays = read_safetensors(folder)
     for file in ("a.safetensors", "b.safetensors", "model.safetensors.index.json"):
         (folder / file).unlink()
     save_file({n: a for n, a in arrays.items() if n != "lm_head.weight"}, folder / "m.safetensors")
-    with pytest.raises(ConvertError, match="no lm_head.weight.*tied"):
+    with pytest.raises(ConvertError, match="lm_head.weight is missing.*tie_word"):
         convert(folder, tmp_path / "out", "native")
     # gains that a fine-tuning in HF made different from head to head
     arrays["model.layers.1.self_attn.q_norm.weight"][2] += 1
@@ -231,11 +231,11 @@ def entry(**changes) -> bytes:
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b"abc", "too few for a header"),
+        (b"abc", "too short for a header"),
         (struct.pack("<Q", 1 << 60) + b"{}", "a header of 1152921504606846976 bytes"),
         (safetensors(b"{nonsense"), "not JSON"),
         (safetensors(b"[" * 100_000), "nested over 64 levels"),
-        (safetensors(b"[1]"), "no table"),
+        (safetensors(b"[1]"), "not a table"),
         (safetensors(entry(), b"\0" * 4), "end at byte"),
         (safetensors(entry(), b"\0" * 12), "end at byte"),
         (safetensors(entry(shape=[3]), b"\0" * 8), "cannot have 8 bytes"),
@@ -243,18 +243,18 @@ def entry(**changes) -> bytes:
         (safetensors(entry(shape=[2.0]), b"\0" * 8), "has shape"),
         (safetensors(entry(shape=[1 << 62, 8]), b"\0" * 8), "has shape"),
         (safetensors(entry(shape=[1 << 40, 8]), b"\0" * 8), "cannot have 8 bytes"),
-        (safetensors(entry(dtype="Q8"), b"\0" * 8), "'Q8', which is unknown"),
+        (safetensors(entry(dtype="Q8"), b"\0" * 8), "unknown dtype 'Q8'"),
         (safetensors(entry(data_offsets=[4, 12]), b"\0" * 12), "begins at byte"),
-        (safetensors(entry(data_offsets=[0, "8"]), b"\0" * 8), "no data_offsets"),
-        (safetensors(b'{"w": 3}', b"\0" * 8), "no data_offsets"),
+        (safetensors(entry(data_offsets=[0, "8"]), b"\0" * 8), "no valid data_offsets"),
+        (safetensors(b'{"w": 3}', b"\0" * 8), "no valid data_offsets"),
         (
             safetensors(json.dumps({"w": GOOD, "v": GOOD}).encode(), b"\0" * 8),
-            "not where the one before it ends",
+            "not at the end of the previous tensor",
         ),
         (safetensors(b'{"w": {}, "w": {}}', b"\0" * 8), "occurs twice"),
     ],
 )
-def test_safetensors_headers_are_not_believed(hf, tmp_path, content, message):
+def test_invalid_safetensors_headers_are_rejected(hf, tmp_path, content, message):
     folder = tmp_path / "bad"
     folder.mkdir()
     (folder / "config.json").write_bytes((hf / "config.json").read_bytes())
@@ -263,7 +263,7 @@ def test_safetensors_headers_are_not_believed(hf, tmp_path, content, message):
         conversion.read_checkpoint(folder)
 
 
-def test_a_flipped_bit_in_a_native_base_is_noticed(tmp_path):
+def test_flipped_bit_in_a_native_base_is_detected(tmp_path):
     folder = convert(meta_of(tmp_path / "meta"), tmp_path / "native", "native")
     path = max((folder / "model.zarr").rglob("c/*"), key=lambda p: p.stat().st_size * p.is_file())
     content = bytearray(path.read_bytes())
@@ -277,13 +277,13 @@ def test_a_flipped_bit_in_a_native_base_is_noticed(tmp_path):
         convert(folder, tmp_path / "out", "hf")
 
 
-def test_where_nothing_is_and_where_something_is(tmp_path, capsys):
+def test_missing_and_existing_paths_are_reported(tmp_path, capsys):
     assert main(["inspect", str(tmp_path / "nowhere")]) == 1
-    assert "is empty or not there; it must be a folder of Meta's" in capsys.readouterr().err
+    assert "is empty or does not exist; it must be a folder of Meta" in capsys.readouterr().err
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "notes.txt").write_text("hello")
     assert main(["inspect", str(tmp_path / "x")]) == 1
-    assert "has notes.txt" in capsys.readouterr().err
+    assert "contains notes.txt" in capsys.readouterr().err
     meta = meta_of(tmp_path / "meta")
     arguments = ["--from", str(meta), "--to", str(tmp_path / "x"), "--format", "native"]
     assert main(arguments) == 1
@@ -300,7 +300,7 @@ def test_where_nothing_is_and_where_something_is(tmp_path, capsys):
         meta_layout.write(folder, conversion.read_checkpoint(meta), progress=lambda _: None)
 
 
-def test_a_killed_conversion_leaves_nothing_that_reads(tmp_path):
+def test_killed_conversion_leaves_nothing_readable(tmp_path):
     meta = meta_of(tmp_path / "meta")
     target = tmp_path / "native"
     command = [sys.executable, "-m", "medmax_jax.convert", "--from", str(meta), "--to", str(target)]
@@ -317,7 +317,7 @@ def test_a_killed_conversion_leaves_nothing_that_reads(tmp_path):
     ]  # fmt: skip
 
 
-def test_a_config_that_names_wrong_dtypes(tmp_path):
+def test_config_with_wrong_dtypes_is_rejected(tmp_path):
     folder = convert(meta_of(tmp_path / "meta"), tmp_path / "native", "native")
     config = json.loads((folder / "config.json").read_text())
     config["weights"]["dtypes"] = {"lm_head.weight": "I8"}
@@ -328,11 +328,11 @@ def test_a_config_that_names_wrong_dtypes(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_one_bad_number_is_found_wherever_it_is(dtype, value):
+def test_single_non_finite_value_is_found_anywhere(dtype, value):
     largest = float(finfo(NUMPY[dtype]).max)
     for place in (0, 300_000, 599_999):
         array = np.full(600_000, largest).astype(NUMPY[dtype])
         assert check_finite(array, "w") is array
         array[place] = value
-        with pytest.raises(ConvertError, match="w: 1 of 600000 numbers"):
+        with pytest.raises(ConvertError, match="w: 1 of 600000 values"):
             check_finite(array.reshape(600, 1000).T, "w")

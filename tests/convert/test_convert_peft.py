@@ -50,7 +50,7 @@ def adapter(folder, *, ranks=None, modules=SIZES, layers=(0, 1), shape=None, **s
 
 
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda case: json.dumps(case["settings"]))
-def test_ranks_and_factors_are_those_of_peft(case):
+def test_ranks_and_factors_match_peft(case):
     settings = case["settings"]
     names = [f"{module}.weight" for module in case["layers"]]
     ranks, scales = adapters._scales(
@@ -70,7 +70,7 @@ def test_ranks_and_factors_are_those_of_peft(case):
         dict(rank_pattern={"k_proj": 7}, alpha_pattern={"k_proj": 2.5}, use_rslora=True),
     ],
 )
-def test_merging_is_what_the_formula_gives(base, tmp_path, settings):
+def test_merging_matches_the_formula(base, tmp_path, settings):
     """W + alpha / r B A, or alpha / sqrt(r) B A of rsLoRA, against a sum in float64."""
     ranks, factors = {}, {}
     for layer in (0, 1):
@@ -94,7 +94,7 @@ def test_merging_is_what_the_formula_gives(base, tmp_path, settings):
     assert all(np.array_equal(merged[name], plain[name]) for name in others)
 
 
-def test_rslora_becomes_an_adapter_of_this_project(base, tmp_path):
+def test_rslora_converts_to_a_native_adapter(base, tmp_path):
     source = adapter(tmp_path / "adapter", use_rslora=True)
     native = convert(source, tmp_path / "native", "native", base=str(base))
     config = json.loads((native / "adapter_config.json").read_text())
@@ -107,7 +107,7 @@ def test_rslora_becomes_an_adapter_of_this_project(base, tmp_path):
         np.testing.assert_allclose(one[name], two[name], rtol=0, atol=1e-6)
 
 
-def test_several_ranks_do_not_become_an_adapter_of_this_project(base, tmp_path):
+def test_several_ranks_do_not_convert_to_a_native_adapter(base, tmp_path):
     ranks = {f"model.layers.{i}.self_attn.q_proj": 2 for i in (0, 1)}
     source = adapter(tmp_path / "ranks", ranks=ranks, rank_pattern={"q_proj": 2})
     assert inspect_checkpoint.describe(conversion.read_checkpoint(source))["lora"]["ranks"] == [
@@ -117,7 +117,7 @@ def test_several_ranks_do_not_become_an_adapter_of_this_project(base, tmp_path):
     factors = adapter(tmp_path / "factors", alpha_pattern={"q_proj": 2})
     for path in (source, factors):
         for layout in ("native", "peft"):
-            with pytest.raises(ConvertError, match=r"q_proj.*merge this one instead \(--format hf"):
+            with pytest.raises(ConvertError, match=r"q_proj.*only merging .* \(--format hf"):
                 convert(path, tmp_path / "out", layout, base=str(base))
 
 
@@ -135,7 +135,10 @@ def test_several_ranks_do_not_become_an_adapter_of_this_project(base, tmp_path):
         (dict(loftq_config={"loftq_bits": 4}), "loftq_config is .*other base weights"),
         (dict(eva_config={"rho": 2.0}), "eva_config is"),
         (dict(corda_config={"corda_method": "ipm"}), "corda_config is"),
-        (dict(alora_invocation_tokens=[5, 6]), "alora_invocation_tokens is .*these tokens only"),
+        (
+            dict(alora_invocation_tokens=[5, 6]),
+            "alora_invocation_tokens is .*after these tokens",
+        ),
         (dict(use_dora=True), "use_dora is True.*DoRA"),
         (dict(lora_bias=True), "lora_bias is True"),
         (dict(bias="all"), "bias is 'all'"),
@@ -145,7 +148,7 @@ def test_several_ranks_do_not_become_an_adapter_of_this_project(base, tmp_path):
         (dict(layers_to_transform=1, layers_pattern="layers"), "layers_to_transform is 1"),
         (dict(layers_pattern=["h"]), "layers_pattern is"),
         (dict(exclude_modules=["q_proj"]), "exclude_modules is"),
-        (dict(modules_to_save=["lm_head"]), "modules_to_save is .*besides LoRA's"),
+        (dict(modules_to_save=["lm_head"]), "modules_to_save is .*other than the LoRA"),
         (dict(trainable_token_indices=[1]), "trainable_token_indices is"),
         (dict(target_parameters=["mlp.experts"]), "target_parameters is"),
         (dict(megatron_config={"a": 1}), "megatron_config is"),
@@ -158,24 +161,24 @@ def test_several_ranks_do_not_become_an_adapter_of_this_project(base, tmp_path):
         (dict(scale_of_2031=2), "scale_of_2031 is 2"),
         (dict(peft_type="IA3"), "peft_type is 'IA3'"),
         (dict(peft_type=["LORA"]), "peft_type is"),
-        (dict(use_rslora="yes"), "use_rslora is 'yes'; true or false"),
+        (dict(use_rslora="yes"), "use_rslora is 'yes'; it must be true or false"),
         (dict(r=0), "r is 0"),
         (dict(r=1 << 40), "r is 1099511627776; it must be in 0..16384"),
-        (dict(r=4.0), "r is 4.0; it must be a whole number"),
+        (dict(r=4.0), "r is 4.0; it must be an integer"),
         (dict(lora_alpha=None), "lora_alpha is missing"),
         (dict(lora_dropout="no"), "lora_dropout is 'no'"),
         (dict(rank_pattern=["q_proj"]), "rank_pattern is .*must be a table"),
         (dict(rank_pattern={"(a*)*b": 2}), r"rank_pattern has the key '\(a\*\)\*b'"),
         (dict(rank_pattern={"q_proj": "2"}), "rank_pattern: q_proj is '2'"),
-        (dict(rank_pattern={"q_proj": 0}), "rank 0; it must be above 0"),
+        (dict(rank_pattern={"q_proj": 0}), "q_proj to 0; it must be above 0"),
         (dict(alpha_pattern={"q_proj": True}), "alpha_pattern: q_proj is True"),
-        (dict(target_modules=["q_proj"]), "which target_modules does not name"),
+        (dict(target_modules=["q_proj"]), "which is not in target_modules"),
         (dict(target_modules=["proj"]), "target_modules has 'proj', but the file has no"),
         (dict(target_modules=[*"abc"]), "target_modules has 'a'"),
-        (dict(target_modules=5), "target_modules is 5; it must be names"),
+        (dict(target_modules=5), "target_modules is 5; it must be a list of names"),
     ],
 )
-def test_settings_that_are_not_computed_are_refused_by_name(tmp_path, settings, message):
+def test_unsupported_settings_are_rejected_by_name(tmp_path, settings, message):
     source = adapter(tmp_path / "adapter", **settings)
     with pytest.raises(ConvertError, match=f"adapter_config.json: .*{message}"):
         conversion.read_checkpoint(source)
@@ -199,9 +202,9 @@ def test_neutral_settings_are_accepted(tmp_path, settings):
     assert found.lora.rank == 4 and found.scale(next(iter(found.matrices))) == 6 / 4
 
 
-def test_adapters_without_weights_name_the_cause(base, tmp_path):
+def test_adapters_without_weights_are_explained(base, tmp_path):
     empty = adapter(tmp_path / "empty", layers=())
-    with pytest.raises(ConvertError, match=r"holds no tensors; .*ZeRO-3.* Save it again gathered"):
+    with pytest.raises(ConvertError, match=r"contains no tensors; .*ZeRO-3.* Gather them and save"):
         convert(empty, tmp_path / "out", "native", base=str(base))
     zero = adapter(tmp_path / "zero", shape=(0,))
     with pytest.raises(ConvertError, match="28 of 28 tensors have no elements .*ZeRO-3"):
@@ -211,10 +214,10 @@ def test_adapters_without_weights_name_the_cause(base, tmp_path):
 
 def test_adapters_on_some_layers_are_refused(base, tmp_path):
     source = adapter(tmp_path / "some", layers=(1,))
-    with pytest.raises(ConvertError, match=r"no LoRA on model.layers.0.*incomplete copy"):
+    with pytest.raises(ConvertError, match=r"no LoRA on model.layers.0.*copy is incomplete"):
         convert(source, tmp_path / "out", "hf", base=str(base))
     far = adapter(tmp_path / "far", layers=(10**9,))
-    with pytest.raises(ConvertError, match="layers.1000000000.* has no place"):
+    with pytest.raises(ConvertError, match="layers.1000000000.* is unexpected"):
         conversion.read_checkpoint(far)
 
 
@@ -234,7 +237,7 @@ def test_adapters_on_some_modules_are_merged(base, tmp_path):
         {"config": {"optim": 3}}, {"step": "five"}, {"data": None},
     ],
 )  # fmt: skip
-def test_facts_of_another_kind_are_refused(tmp_path, facts):
+def test_invalid_adapter_facts_are_rejected(tmp_path, facts):
     source = adapter(tmp_path / "adapter")
     (source / "medmax_jax.json").write_text(json.dumps(facts))
     with pytest.raises(ConvertError, match="medmax_jax.json: .*export the adapter again"):

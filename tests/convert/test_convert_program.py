@@ -33,14 +33,14 @@ def meta(tmp_path_factory) -> pathlib.Path:
     return write_meta(folder / "m", SWIN, shards(SWIN, dtypes=("F32",), seed=0), vqgan=True)
 
 
-def test_the_program_converts_and_says_so(meta, tmp_path):
+def test_program_converts_and_reports_it(meta, tmp_path):
     command = [sys.executable, "-m", "medmax_jax.convert"]
     done = subprocess.run(
         [*command, "--from", meta, "--to", tmp_path / "native", "--format", "native"],
         cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert f"{tmp_path / 'native'}: written, native" in done.stdout and "MB/s" in done.stdout
+    assert f"wrote {tmp_path / 'native'} (native)" in done.stdout and "MB/s" in done.stdout
     text = (tmp_path / "native" / "README.md").read_text()
     assert "Chameleon Research License" in text and "not for clinical use" in text
 
@@ -48,21 +48,21 @@ def test_the_program_converts_and_says_so(meta, tmp_path):
 def test_inspect_of_every_layout(meta, tmp_path, capsys):
     native = convert(meta, tmp_path / "native", "native")
     hf = convert(native, tmp_path / "hf", "hf")
-    said = {}
+    output = {}
     for name, path in (("meta", meta), ("native", native), ("hf", hf)):
         assert main(["inspect", str(path), "--json"]) == 0
-        said[name] = json.loads(capsys.readouterr().out.splitlines()[-1])
+        output[name] = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert main(["inspect", str(path)]) == 0
         assert f"layout       {name}" in capsys.readouterr().out
-        assert said[name]["layout"] == name and said[name]["tokenizer"] is True
-        assert said[name]["vqgan"] == "encoder and decoder" and said[name]["lora"] is None
+        assert output[name]["layout"] == name and output[name]["tokenizer"] is True
+        assert output[name]["vqgan"] == "encoder and decoder" and output[name]["lora"] is None
     for field in ("fingerprint", "parameters", "dtypes", "image_rows", "model"):
-        assert said["meta"][field] == said["native"][field] == said["hf"][field], field
-    assert said["meta"]["shards"] == 4
-    assert said["meta"]["settings"]["model"]["qk_norm_shards"] == 4
+        assert output["meta"][field] == output["native"][field] == output["hf"][field], field
+    assert output["meta"]["shards"] == 4
+    assert output["meta"]["settings"]["model"]["qk_norm_shards"] == 4
 
 
-def test_inspect_knows_the_published_sizes():
+def test_inspect_recognizes_the_published_sizes():
     for settings, name in ((base.get_config(), "7B"), (chameleon_30b.get_config(), "30B")):
         model = build(Model, settings.model)
         found = dataclasses.replace(
@@ -71,11 +71,11 @@ def test_inspect_knows_the_published_sizes():
         assert inspect_checkpoint.describe(found)["model"] == name
 
 
-def test_two_models_in_one_download(meta, tmp_path):
+def test_download_with_two_models_is_rejected(meta, tmp_path):
     folder = tmp_path / "data"
     shutil.copytree(meta, folder)
     shutil.copytree(folder / "models" / "7b", folder / "models" / "30b")
-    with pytest.raises(ConvertError, match="holds 2 models .models/30b, models/7b."):
+    with pytest.raises(ConvertError, match="contains 2 models .models/30b, models/7b."):
         conversion.read_checkpoint(folder)
     found = conversion.read_checkpoint(folder / "models" / "30b")
     assert found.tokenizer and found.has_decoder  # from ../../tokenizer
@@ -86,15 +86,15 @@ def test_two_models_in_one_download(meta, tmp_path):
     assert names["<image>"] == 8711 and "<reserved08707>" not in names
 
 
-def test_check_finds_what_is_not_as_published(meta, tmp_path):
+def test_check_finds_differences_from_the_published_files(meta, tmp_path):
     lines: list[str] = []
     status = check.check(str(meta), torch_python=None, scratch=str(tmp_path), say=lines.append)
     text = "\n".join(lines)
     assert status == 1  # random weights: not the published files
     assert text.count("NOT OK") == 3 and "md5 of tokenizer/vqgan.ckpt" in text
     assert "vocabulary ids: text from 8712, 9728 rows ok" in text
-    assert "in this project: special ids [8710] ok" in text
-    assert "every number is finite ok" in text
+    assert "with medmax_jax: special ids [8710] ok" in text
+    assert "all values are finite ok" in text
     published = tmp_path / "ok"
     shutil.copytree(meta, published)
     for name in check.PUBLISHED:
@@ -105,11 +105,11 @@ def test_check_finds_what_is_not_as_published(meta, tmp_path):
     state = read_pth(path)
     state["output.weight"][3, 5] = np.nan
     write_pth(path, state, wrap=None)
-    with pytest.raises(ConvertError, match="output.weight: 1 of .* numbers are NaN"):
+    with pytest.raises(ConvertError, match="output.weight: 1 of .* values are NaN"):
         check.check(str(published), torch_python=None, scratch="", say=lines.append)
 
 
-def test_check_sees_a_shifted_vocabulary(meta, tmp_path):
+def test_check_detects_a_shifted_vocabulary(meta, tmp_path):
     folder = tmp_path / "shifted"
     shutil.copytree(meta, folder)
     path = folder / "tokenizer" / "text_tokenizer.json"
@@ -133,7 +133,7 @@ def test_check_against_torch(meta, tmp_path):
     assert "image codes against torch: 100.00% the same ok" in lines
 
 
-def test_a_disk_that_is_too_small(meta, tmp_path):
+def test_small_disk_is_rejected(meta, tmp_path):
     small = tmp_path / "small"
     small.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", small])
@@ -181,7 +181,7 @@ def test_an_encoder_only_vqgan_tokenizes_images(tmp_path):
     assert not encoder.vq.has_decoder
 
 
-def test_a_model_without_vqgan_has_chameleons_settings(tmp_path):
+def test_model_without_vqgan_has_chameleon_settings(tmp_path):
     meta = write_meta(tmp_path / "m", BASE, shards(BASE, dtypes=("F32",), seed=0), vqgan=False)
     found = conversion.read_checkpoint(convert(meta, tmp_path / "n", "native"))
     assert found.vqgan == {} and found.vq.num_codes == 8192

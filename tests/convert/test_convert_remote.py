@@ -51,12 +51,12 @@ def test_every_layout_is_read_from_a_bucket(bucket, meta, tmp_path):
     run("meta", "native", "native")
     run("native", "hf", "hf")
     run("hf", "again", "native")
-    said = [
+    output = [
         inspect_checkpoint.describe(conversion.read_checkpoint(f"{bucket}/{p}"))
         for p in ("meta", "native", "hf", "again")
     ]
-    assert len({s["fingerprint"] for s in said}) == 1
-    assert {s["vqgan"] for s in said} == {"encoder and decoder"}
+    assert len({s["fingerprint"] for s in output}) == 1
+    assert {s["vqgan"] for s in output} == {"encoder and decoder"}
     back = convert(f"{bucket}/again", tmp_path / "back", "meta")
     assert_equal(
         read_pth(back / "models/model/consolidated.pth"),
@@ -82,7 +82,7 @@ def test_a_base_is_loaded_from_a_bucket_onto_a_mesh(bucket, meta, tmp_path):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
-def test_an_upload_that_broke_is_no_checkpoint(bucket, meta, tmp_path, monkeypatch):
+def test_interrupted_upload_is_not_a_checkpoint(bucket, meta, tmp_path, monkeypatch):
     def broken(*_, **__):
         raise KeyboardInterrupt
 
@@ -93,7 +93,7 @@ def test_an_upload_that_broke_is_no_checkpoint(bucket, meta, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("where", ["gone", "silent"])
-def test_a_server_that_does_not_answer_is_an_error_in_bounded_time(monkeypatch, where):
+def test_unresponsive_storage_server_is_an_error_in_bounded_time(monkeypatch, where):
     monkeypatch.setenv("MEDMAX_STORAGE_TIMEOUT", "1")
     with silent() as url:
         use_server(monkeypatch, url if where == "silent" else f"http://127.0.0.1:{free_port()}")

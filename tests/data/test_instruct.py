@@ -260,7 +260,7 @@ def test_nothing_is_sent_if_one_row_is_credentialed(work, capsys):
         stderr = capsys.readouterr().err
         assert llm.connections == 0 and not work.out.exists()
         name = llm.url.removeprefix("http://").removesuffix("/v1")
-        assert f"credentialed data may not go to {name}, which is not listed" in stderr
+        assert f"credentialed data may not be sent to {name}, which is not listed" in stderr
         assert prepare.main(work.argv(llm, "--credentialed_host", f"x{name}")) == 1
         assert llm.connections == 0
         assert prepare.main(work.argv(llm, "--credentialed_host", name)) == 0
@@ -338,7 +338,7 @@ def test_ctrl_c_exits_75_and_the_same_command_resumes(work):
             wait_for(lambda: len(llm.requests) >= 10)
             child.send_signal(signal.SIGINT)
             _, stderr = child.communicate(timeout=60)
-        assert child.returncode == 75 and "the same command goes on" in stderr
+        assert child.returncode == 75 and "run the same command again to resume" in stderr
         assert "Traceback" not in stderr and not (work.out / "documents.jsonl").exists()
         sent = len(llm.requests)
         assert work.report["undecided"] == work.report["rows"] == N
@@ -367,7 +367,7 @@ def test_progress_reports_rate_and_remaining_time(work, caplog):
             assert prepare.main(work.argv(llm)) == 0
         prepare.log.removeHandler(handler)
     assert any(
-        re.fullmatch(rf"writing: {N} of {N} rows, [\d.]+ a second, 0 s left", s) for s in messages
+        re.fullmatch(rf"writing: {N} of {N} rows, [\d.]+ per second, 0 s left", s) for s in messages
     )
     assert f"{N} rows; remaining calls, at most: caption {N} calls" in messages[0]
 

@@ -161,7 +161,7 @@ def test_captions(tmp_path):
     with pytest.raises(CaptionsError, match="cannot be read"):
         captions.read_rows(tmp_path / "none")
     path.write_text(json.dumps({k: v for k, v in ROW.items() if k != "data_class"}))
-    with pytest.raises(OutgoingError, match="row 1: no data_class"):
+    with pytest.raises(OutgoingError, match="row 1: data_class is missing"):
         captions.read_rows(path)
     row = {k: v for k, v in ROW.items() if k != "images"} | dict(image_path="b.png", caption="")
     path.write_text(json.dumps(row))
@@ -226,8 +226,8 @@ def argv(folder, **changes) -> list[str]:
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(endpoint="m"), "write MODEL@URL"),
-        (dict(endpoint="m@ftp://a"), "write MODEL@URL"),
+        (dict(endpoint="m"), "use the form MODEL@URL"),
+        (dict(endpoint="m@ftp://a"), "use the form MODEL@URL"),
         (dict(threshold="nan"), "nan is not a finite number"),
         (dict(price_in="-1"), "-1 is below 0"),
         (dict(timeout="0"), "0 is not above 0"),
@@ -245,13 +245,13 @@ def test_wrong_usage(tmp_path, capsys, change, message):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(endpoint="m@http://a:b@c/v1"), "url has a user or password in it"),
-        (dict(parameters='{"model": "x"}'), "'model' is not yours to set"),
-        (dict(credentialed_host="https://u@h"), "url has a user or password"),
+        (dict(endpoint="m@http://a:b@c/v1"), "url contains a user or password"),
+        (dict(parameters='{"model": "x"}'), "'model' is reserved"),
+        (dict(credentialed_host="https://u@h"), "url contains a user or password"),
         (dict(images="nowhere"), "nowhere: no such folder"),
         (dict(prompts="nowhere"), "nowhere/caption_filter.txt: cannot be read"),
         (dict(scores="nowhere"), "nowhere: cannot be read"),
-        (dict(out="README.md/x"), "--out README.md/x cannot be written"),
+        (dict(out="README.md/x"), "--out README.md/x is not writable"),
         (dict(key_env="NOT_SET_HERE"), "variable NOT_SET_HERE has no usable key"),
     ],
 )

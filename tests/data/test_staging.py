@@ -201,7 +201,9 @@ def test_server_that_stops_responding_is_reported(remote, stage, server, monkeyp
     with stopping(server, answers=1) as (url, _):
         use_server(monkeypatch, url)
         start = time.monotonic()
-        with pytest.raises(StorageError, match=r"gs://.*array_record: no answer in 3\S* s; check"):
+        with pytest.raises(
+            StorageError, match=r"gs://.*array_record: no response within 3\S* s; check"
+        ):
             open_records(remote)
         assert time.monotonic() - start < 20
     assert not list(stage.glob("*.partial")) and not list(stage.glob("*/dataset.json"))
@@ -256,7 +258,7 @@ def test_invalid_dataset_json_is_rejected(gs, stage, meta):
 def test_names_that_leave_the_folder_are_rejected(remote, stage, local):
     meta = (local / "dataset.json").read_text().replace("00001-of", "../00001-of")
     Folder(remote).write("dataset.json", [meta.encode()])
-    with pytest.raises(StorageError, match="is no name in this folder"):
+    with pytest.raises(StorageError, match="is not a name inside this folder"):
         open_records(remote)
     assert not list(stage.parent.glob("00001*"))
 

@@ -1,4 +1,4 @@
-"""Many calls of a real server, none twice; and the journal that remembers them."""
+"""Concurrent calls of a real server, none repeated, and the journal that stores the replies."""
 
 import os
 import threading
@@ -32,13 +32,15 @@ def of(request: dict) -> str:
     return request["messages"][0]["content"]
 
 
-def test_nothing_is_asked_twice(tmp_path):
+def test_no_request_is_sent_twice(tmp_path):
     with serving(lambda request, n: completion(of(request).upper())) as llm:
         for _ in range(2):
             with open_journal(tmp_path / "calls") as journal:
                 cache = Cache(journal)
-                found = {o.id: r.text for o, r in ask_all(at(llm.url), NAMES * 2, cache=cache)}
-            assert found == {name: name.upper() for name in NAMES}
+                replies_by_id = {
+                    o.id: r.text for o, r in ask_all(at(llm.url), NAMES * 2, cache=cache)
+                }
+            assert replies_by_id == {name: name.upper() for name in NAMES}
         assert sorted(map(of, llm.requests)) == sorted(NAMES)
         with open_journal(tmp_path / "calls") as journal:
             other = at(llm.url, parameters={"temperature": 1})
@@ -46,7 +48,7 @@ def test_nothing_is_asked_twice(tmp_path):
     assert len(llm.requests) == 24
 
 
-def test_some_are_asked_at_once_and_no_more(tmp_path):
+def test_concurrency_is_limited(tmp_path):
     together = threading.Barrier(3)
 
     def behave(request, n):
@@ -58,38 +60,40 @@ def test_some_are_asked_at_once_and_no_more(tmp_path):
     assert llm.most_at_once == 3
 
 
-def test_one_that_is_refused_has_that_reply(tmp_path):
-    """Even as the first: what was doubtful is believed once the endpoint answered another."""
+def test_refused_request_keeps_its_reply(tmp_path):
+    """Even the first: a doubtful reply is accepted once the endpoint answered another request."""
     with serving(lambda request, n: 400 if of(request) == "q0" else GOOD) as llm:
         for _ in range(2):
             with open_journal(tmp_path / "calls") as journal:
-                found = {
+                replies_by_id = {
                     o.id: r
                     for o, r in ask_all(at(llm.url), NAMES, cache=Cache(journal), concurrency=1)
                 }
-            assert found["q0"].status == 400 and len(found) == 12
+            assert replies_by_id["q0"].status == 400 and len(replies_by_id) == 12
     assert len(llm.requests) == 12
 
 
 @pytest.mark.parametrize("bad", [400, b"<html>", completion("x", finish="length"), 500])
-def test_an_endpoint_that_never_answers_well_stops_the_work(tmp_path, bad):
+def test_endpoint_without_usable_replies_stops_the_run(tmp_path, bad):
     with serving(lambda request, n: bad) as llm, open_journal(tmp_path / "calls") as journal:
         with pytest.raises(EndpointError, match="10 calls in a row had no usable reply"):
             list(ask_all(at(llm.url, retries=0), NAMES, cache=Cache(journal)))
     assert (tmp_path / "calls").read_bytes() == b""
 
 
-def test_a_few_without_a_reply_are_told_apart(tmp_path):
+def test_requests_without_reply_are_reported_separately(tmp_path):
     with serving(lambda request, n: 500 if of(request) == "q3" else GOOD) as llm:
         with open_journal(tmp_path / "calls") as journal:
-            found = {o.id: r for o, r in ask_all(at(llm.url), NAMES, cache=Cache(journal))}
-            assert [i for i, r in found.items() if isinstance(r, TransientError)] == ["q3"]
+            replies_by_id = {o.id: r for o, r in ask_all(at(llm.url), NAMES, cache=Cache(journal))}
+            assert [i for i, r in replies_by_id.items() if isinstance(r, TransientError)] == ["q3"]
             again = list(ask_all(at(llm.url), ["q3"], cache=Cache(journal)))
-            assert isinstance(again[0][1], TransientError)  # asked again, since it was not recorded
+            assert isinstance(
+                again[0][1], TransientError
+            )  # requested again, because it was not recorded
     assert len(llm.requests) == 11 + 2 * 3
 
 
-def test_asked_to_stop_it_takes_what_is_in_flight(tmp_path):
+def test_stop_collects_requests_in_flight(tmp_path):
     together = threading.Barrier(3)
 
     def behave(request, n):
@@ -98,11 +102,15 @@ def test_asked_to_stop_it_takes_what_is_in_flight(tmp_path):
 
     with serving(behave) as llm, open_journal(tmp_path / "calls") as journal:
         stop = lambda: len(llm.requests) >= 3  # noqa: E731
-        found = list(ask_all(at(llm.url), NAMES, cache=Cache(journal), concurrency=3, stopped=stop))
-    assert len(found) == len(llm.requests) == 3 and all(r.text == "hi" for _, r in found)
+        replies_by_id = list(
+            ask_all(at(llm.url), NAMES, cache=Cache(journal), concurrency=3, stopped=stop)
+        )
+    assert len(replies_by_id) == len(llm.requests) == 3 and all(
+        r.text == "hi" for _, r in replies_by_id
+    )
 
 
-def test_a_fatal_error_ends_all(tmp_path):
+def test_fatal_error_stops_all_requests(tmp_path):
     with serving(lambda request, n: 401 if of(request) == "q5" else GOOD) as llm:
         with open_journal(tmp_path / "calls") as journal:
             with pytest.raises(EndpointError, match="status 401"):
@@ -110,7 +118,7 @@ def test_a_fatal_error_ends_all(tmp_path):
     assert len(llm.requests) == 6
 
 
-def test_a_fatal_error_waits_for_no_retry(tmp_path):
+def test_fatal_error_does_not_wait_for_retries(tmp_path):
     def behave(request, n):
         if of(request) == "q0":
             time.sleep(0.3)
@@ -124,7 +132,7 @@ def test_a_fatal_error_waits_for_no_retry(tmp_path):
     assert time.monotonic() - start < 10 and len(llm.requests) == 4
 
 
-def test_the_estimate_leaves_out_what_is_known(tmp_path):
+def test_estimate_excludes_cached_replies(tmp_path):
     asks = [ChatRequest(id=n, messages=[{"role": "user", "content": n * 20}], data_class="open")
             for n in ("ab", "cd", "ab")]  # fmt: skip
     with serving(replies(GOOD)) as llm, open_journal(tmp_path / "calls") as journal:
@@ -142,7 +150,7 @@ def test_the_estimate_leaves_out_what_is_known(tmp_path):
 # The journal.
 
 
-def test_a_line_that_a_crash_cut_short_is_taken_off(tmp_path):
+def test_truncated_last_line_is_removed(tmp_path):
     path = tmp_path / "j"
     path.write_bytes(b'{"a": 1}\n{"a": 2')
     with open_journal(path) as journal:
@@ -153,14 +161,14 @@ def test_a_line_that_a_crash_cut_short_is_taken_off(tmp_path):
 
 
 @pytest.mark.parametrize("bad", [b"{\n", b"[1]\n", b'{"a": 1}\x00\n', b"[" * 100_000 + b"\n"])
-def test_damage_is_an_error(tmp_path, bad):
+def test_damaged_journal_is_an_error(tmp_path, bad):
     path = tmp_path / "j"
     path.write_bytes(b'{"a": 1}\n' + bad + b'{"a": 2}\n')
     with pytest.raises(JournalError, match="line 2: not"), open_journal(path):
         pass
 
 
-def test_one_process_writes(tmp_path):
+def test_only_one_process_writes_a_journal(tmp_path):
     with open_journal(tmp_path / "j"):
         with pytest.raises(JournalError, match="another process is writing it"):
             with open_journal(tmp_path / "j"):
@@ -169,7 +177,7 @@ def test_one_process_writes(tmp_path):
         pass
 
 
-def test_a_full_disk_leaves_no_half_line(tmp_path, monkeypatch):
+def test_full_disk_leaves_no_partial_line(tmp_path, monkeypatch):
     real = os.write
 
     def full(descriptor, data):
@@ -181,22 +189,22 @@ def test_a_full_disk_leaves_no_half_line(tmp_path, monkeypatch):
         journal.append({"a": 1})
         with monkeypatch.context() as patch:
             patch.setattr(os, "write", full)
-            with pytest.raises(JournalError, match="No space left on device.; make room and go on"):
+            with pytest.raises(JournalError, match="No space left on device.; free disk space"):
                 journal.append({"a": 2})
         journal.append({"a": 3})
     with open_journal(tmp_path / "j") as journal:
         assert journal.rows == [{"a": 1}, {"a": 3}]
 
 
-def test_a_new_journal_is_its_owners(tmp_path):
+def test_new_journal_is_readable_by_its_owner_only(tmp_path):
     with open_journal(tmp_path / "j"):
         assert (tmp_path / "j").stat().st_mode & 0o077 == 0
-    with pytest.raises(JournalError, match="cannot be opened"), open_journal(tmp_path / "no" / "j"):
+    with pytest.raises(JournalError, match="cannot open"), open_journal(tmp_path / "no" / "j"):
         pass
 
 
-def test_a_cache_that_is_none(tmp_path):
+def test_invalid_cache_is_rejected(tmp_path):
     (tmp_path / "calls").write_text('{"key": "a"}\n')
     with open_journal(tmp_path / "calls") as journal:
-        with pytest.raises(EndpointError, match="a line is no reply; name another cache"):
+        with pytest.raises(EndpointError, match="a line is not a reply; use another cache"):
             Cache(journal)

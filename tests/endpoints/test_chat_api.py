@@ -1,4 +1,4 @@
-"""One call and many of them against a real server that also answers badly, slowly or not at all."""
+"""Calls to a real server that also replies incorrectly, slowly or not at all."""
 
 import base64
 import dataclasses
@@ -31,7 +31,7 @@ def ask(url: str, data_class: str = "open", **changes) -> Reply:
     )
 
 
-def test_a_good_reply():
+def test_usable_reply():
     with serving(replies(GOOD)) as llm:
         reply = ask(llm.url)
     assert reply == Reply(status=200, text="hi", finish="stop", tokens_in=100, tokens_out=10)
@@ -42,9 +42,9 @@ def test_a_good_reply():
 # Retries.
 
 
-def test_429_waits_as_long_as_it_is_told():
-    told = ("status", 429, {"Retry-After": "0.6"})
-    with serving(replies(told, GOOD)) as llm:
+def test_429_waits_for_the_requested_time():
+    too_many_requests = ("status", 429, {"Retry-After": "0.6"})
+    with serving(replies(too_many_requests, GOOD)) as llm:
         assert ask(llm.url).text == "hi"
     assert llm.times[1] - llm.times[0] >= 0.6
 
@@ -53,18 +53,20 @@ def test_retry_after_may_be_a_date():
     until = email.utils.formatdate(time.time() + 2, usegmt=True)
     with serving(replies(("status", 503, {"Retry-After": until}), GOOD)) as llm:
         assert ask(llm.url).text == "hi"
-    assert llm.times[1] - llm.times[0] >= 0.9  # the date has whole seconds
+    assert llm.times[1] - llm.times[0] >= 0.9  # the date is in seconds
 
 
 @pytest.mark.parametrize("junk", ["soon", "-1", "1e9999", "9" * 4_000, "\x7f"])
-def test_a_retry_after_that_is_none_is_not_followed(junk):
+def test_invalid_retry_after_is_ignored(junk):
     with serving(replies(("status", 429, {"Retry-After": junk}), GOOD)) as llm:
         assert ask(llm.url).text == "hi"
 
 
-def test_too_long_a_wait_is_refused():
+def test_requested_wait_above_the_maximum_is_an_error():
     with serving(replies(("status", 429, {"Retry-After": "3600"}))) as llm:
-        with pytest.raises(TransientError, match="asks to wait 3600 s .* more than max_wait_s 5"):
+        with pytest.raises(
+            TransientError, match="requests a wait of 3600 s .* longer than max_wait_s 5"
+        ):
             ask(llm.url)
     assert len(llm.requests) == 1
 
@@ -74,19 +76,19 @@ def test_too_long_a_wait_is_refused():
             b'{"choices": []}', b'{"choices": [null]}', b'{"choices": [{"message": "hi"}]}',
             b'{"choices": ' * 50_000, b"\xff\xfe{", b"1" * 5_000],
 )  # fmt: skip
-def test_what_may_pass_is_asked_again(bad):
+def test_transient_failures_are_retried(bad):
     with serving(replies(bad, GOOD)) as llm:
         assert ask(llm.url, max_reply_bytes=10**6).text == "hi"
     assert len(llm.requests) == 2
 
 
-def test_slow_is_asked_again():
+def test_slow_replies_are_retried():
     with serving(replies(("slow", 0.6), GOOD)) as llm:
         assert ask(llm.url, timeout_s=0.3).text == "hi"
 
 
 @pytest.mark.parametrize("how", ["drip", "drip headers", "drip, no length"])
-def test_dripping_bytes_do_not_stretch_the_timeout(how):
+def test_slowly_sent_bytes_do_not_extend_the_timeout(how):
     with serving(replies((how, 5))) as llm:
         start = time.monotonic()
         with pytest.raises(TransientError, match=r"no reply after 2 attempts \(more than 0.3 s\)"):
@@ -95,19 +97,19 @@ def test_dripping_bytes_do_not_stretch_the_timeout(how):
 
 
 @pytest.mark.parametrize("bad", [500, "reset", ("cut", GOOD)])
-def test_in_the_end_there_is_no_reply(bad):
+def test_exhausted_retries_raise(bad):
     with serving(replies(bad)) as llm:
         with pytest.raises(TransientError, match="m at 127.0.0.1:.*: no reply after 3 attempts"):
             ask(llm.url)
     assert len(llm.requests) == 3
 
 
-def test_nobody_listens():
+def test_refused_connections_are_retried_and_reported():
     with pytest.raises(TransientError, match="refused"):
         ask(llm_server.free_url())
 
 
-def test_waiting_is_given_up_when_asked_to():
+def test_waiting_stops_on_request():
     stop = threading.Event()
     stop.set()
     with serving(replies(500)) as llm, pytest.raises(TransientError, match="stopped while waiting"):
@@ -127,18 +129,18 @@ def test_waiting_is_given_up_when_asked_to():
         (completion("  "), "no text in the message"),
         (
             completion("hal", finish="length"),
-            "cut off at the most tokens allowed (finish_reason length; no max_tokens was sent)",
+            "cut off at the token limit (finish_reason length; no max_tokens was sent)",
         ),
     ],
 )
-def test_a_reply_that_cannot_be_used_is_kept(body, problem):
+def test_unusable_reply_is_kept(body, problem):
     with serving(replies(body)) as llm:
         reply = ask(llm.url)
     assert (reply.status, reply.problem, reply.text) == (200, problem, "")
     assert reply.raw == body.decode()
 
 
-def test_a_huge_reply_is_not_read_and_not_asked_again():
+def test_huge_reply_is_neither_read_nor_retried():
     with serving(replies(("huge", 2**30))) as llm:
         start = time.monotonic()
         reply = ask(llm.url)
@@ -148,7 +150,7 @@ def test_a_huge_reply_is_not_read_and_not_asked_again():
 
 @pytest.mark.parametrize("usage", [None, [], {"prompt_tokens": -1}, {"prompt_tokens": "7"},
                                    {"prompt_tokens": True}, {"prompt_tokens": 1e3}])  # fmt: skip
-def test_a_usage_that_is_no_count_is_not_believed(usage):
+def test_invalid_usage_counts_are_ignored(usage):
     body = json.dumps(json.loads(GOOD) | {"usage": usage}).encode()
     with serving(replies(body)) as llm:
         reply = ask(llm.url)
@@ -156,7 +158,7 @@ def test_a_usage_that_is_no_count_is_not_believed(usage):
 
 
 @pytest.mark.parametrize("status", [400, 413, 422])
-def test_one_request_can_be_refused(status):
+def test_refused_request_is_a_reply(status):
     with serving(replies(status)) as llm:
         reply = ask(llm.url)
     assert reply.status == status and reply.problem.startswith(f"status {status}: ")
@@ -164,19 +166,19 @@ def test_one_request_can_be_refused(status):
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-def test_wrong_settings_are_an_error_at_once(status):
+def test_wrong_settings_raise_immediately(status):
     with serving(replies(status)) as llm:
-        with pytest.raises(EndpointError, match=f"status {status}: .* look at the URL") as caught:
+        with pytest.raises(EndpointError, match=f"status {status}: .* check the URL") as caught:
             ask(llm.url)
     assert not isinstance(caught.value, TransientError) and len(llm.requests) == 1
 
 
-def test_a_redirect_is_not_followed():
+def test_redirects_are_not_followed():
     with (
         serving() as other,
         serving(replies(("status", 307, {"Location": f"{other.url}/chat/completions"}))) as llm,
     ):
-        with pytest.raises(EndpointError, match="redirects elsewhere"):
+        with pytest.raises(EndpointError, match="redirects to another URL"):
             ask(llm.url)
     assert other.connections == 0
 
@@ -201,7 +203,7 @@ def test_no_proxy_is_used(monkeypatch):
         ({"stop": None}, {"stop": None}),
     ],
 )
-def test_a_bound_that_is_null_is_not_sent(parameters, sent):
+def test_null_token_limit_is_not_sent(parameters, sent):
     with serving(replies(GOOD)) as llm:
         ask(llm.url, parameters=parameters)
     assert llm.requests == [{"model": "m", "messages": HELLO} | sent]
@@ -216,14 +218,14 @@ def test_a_bound_that_is_null_is_not_sent(parameters, sent):
     ],
 )
 @pytest.mark.parametrize("text", ["", "half an answ"])
-def test_a_reply_at_its_bound_names_the_bound(parameters, sent, text):
+def test_reply_at_its_token_limit_names_the_limit(parameters, sent, text):
     with serving(replies(completion(text, finish="length"))) as llm:
         assert sent in ask(llm.url, parameters=parameters).problem
         reply = ask(llm.url, parameters=parameters, takes_cut=True, takes_empty=True)
     assert reply.text == text and (sent in reply.problem) == (not text)
 
 
-def test_no_text_of_a_model_that_stopped_by_itself_is_an_answer_where_it_is_asked_for():
+def test_empty_text_is_a_reply_when_allowed():
     refusal = json.loads(completion(None))
     refusal["choices"][0]["message"]["refusal"] = "I cannot help with that."
     for body, text in [
@@ -255,7 +257,7 @@ def test_no_text_of_a_model_that_stopped_by_itself_is_an_answer_where_it_is_aske
         (7, None),
     ],
 )  # fmt: skip
-def test_a_content_in_parts(content, text):
+def test_content_in_parts(content, text):
     with serving(replies(completion(content))) as llm:
         reply = ask(llm.url)
     assert (reply.text, reply.problem) == (text or "", "" if text else "no text in the message")
@@ -270,7 +272,7 @@ def test_a_content_in_parts(content, text):
         {"choices": [{"error": {"message": "over quota"}, "message": {"content": "hal"}}]},
     ],
 )
-def test_an_error_inside_a_200_is_asked_again_and_named(body):
+def test_error_inside_a_200_is_retried_and_reported(body):
     data = json.dumps(body).encode()
     with serving(replies(data, GOOD)) as llm:
         assert ask(llm.url).text == "hi" and len(llm.requests) == 2
@@ -279,7 +281,7 @@ def test_an_error_inside_a_200_is_asked_again_and_named(body):
             ask(llm.url)
 
 
-def test_an_error_inside_a_200_counts_as_the_status_that_it_states():
+def test_error_inside_a_200_is_handled_like_its_stated_status():
     for code in (400, "400", "context_length_exceeded"):
         body = json.dumps({"error": {"message": "too long", "code": code}}).encode()
         with serving(replies(body)) as llm:
@@ -288,12 +290,12 @@ def test_an_error_inside_a_200_counts_as_the_status_that_it_states():
         assert reply.status == 400
     body = json.dumps({"error": {"message": "no such model", "code": 404}}).encode()
     with serving(replies(body)) as llm:
-        with pytest.raises(EndpointError, match="no such model .code 404.; look at") as caught:
+        with pytest.raises(EndpointError, match="no such model .code 404.; check") as caught:
             ask(llm.url)
     assert not isinstance(caught.value, TransientError) and len(llm.requests) == 1
 
 
-# Names, and whether somebody listens.
+# Names, and whether a server listens.
 
 
 @pytest.mark.parametrize(
@@ -305,13 +307,13 @@ def test_an_error_inside_a_200_counts_as_the_status_that_it_states():
         ("a@http://b@http://h/v1", ("a@http://b", "http://h/v1")),
     ],
 )
-def test_a_model_s_name_may_have_at_signs(text, expected):
+def test_model_names_may_contain_at_signs(text, expected):
     assert chat_api.parse_model_at_url(text) == expected
 
 
 @pytest.mark.parametrize("text", ["m", "m@", "@http://h/v1", "http://h/v1", "m@ftp://u:pass@h"])
-def test_what_is_no_model_at_url(text):
-    with pytest.raises(EndpointError, match="write MODEL@URL, like") as caught:
+def test_invalid_model_at_url_is_rejected(text):
+    with pytest.raises(EndpointError, match="use the form MODEL@URL, as") as caught:
         chat_api.parse_model_at_url(text)
     assert "pass" not in str(caught.value)
 
@@ -319,14 +321,14 @@ def test_what_is_no_model_at_url(text):
 @pytest.mark.parametrize(
     "url, why", [(None, "refused"), ("http://no-such-host.invalid:80/v1", "cannot be reached")]
 )
-def test_a_server_that_does_not_listen_is_reported_in_two_seconds(url, why):
+def test_unreachable_server_is_reported_within_two_seconds(url, why):
     start = time.monotonic()
     with pytest.raises(TransientError, match=f"{why}.*; start the server, or correct the URL"):
         chat_api.check_ready(at(url or llm_server.free_url()))
     assert time.monotonic() - start < chat_api.CONNECT_S + 0.5
 
 
-def test_a_server_that_listens_is_sent_nothing():
+def test_check_ready_sends_nothing():
     with serving() as llm:
         chat_api.check_ready(at(llm.url))
     assert llm.requests == []
@@ -363,15 +365,15 @@ def test_https(certificate, tls, monkeypatch):
     assert llm.keys == ["Bearer sk-secret123"] * 2
 
 
-def test_a_certificate_that_nobody_vouches_for(tls, monkeypatch):
+def test_untrusted_certificate_is_rejected(tls, monkeypatch):
     monkeypatch.delenv("SSL_CERT_FILE", raising=False)
     with serving(replies(GOOD), tls) as llm:
-        with pytest.raises(EndpointError, match="certificate not trusted .*; give SSL_CERT_FILE"):
+        with pytest.raises(EndpointError, match="certificate not trusted .*; set SSL_CERT_FILE"):
             ask(llm.url)
     assert llm.requests == []
 
 
-def test_https_that_drips(certificate, tls, monkeypatch):
+def test_slow_https_times_out(certificate, tls, monkeypatch):
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate / "cert"))
     with serving(replies(("drip", 5), GOOD), tls) as llm:
         assert ask(llm.url, timeout_s=0.5).text == "hi"
@@ -381,16 +383,16 @@ def test_https_that_drips(certificate, tls, monkeypatch):
 # The guard and the key.
 
 
-def test_the_guard_comes_before_the_first_byte():
+def test_egress_is_checked_before_the_first_byte():
     with serving() as llm:
-        with pytest.raises(egress.OutgoingError, match="credentialed data may not go to"):
+        with pytest.raises(egress.OutgoingError, match="credentialed data may not be sent to"):
             ask(llm.url, "credentialed")
         assert llm.connections == 0
         assert ask(llm.url, "credentialed", listed=egress.parse_allowed_hosts([llm.url])).text
     assert llm.connections == 1
 
 
-def test_the_key_comes_from_the_environment_and_shows_nowhere(monkeypatch):
+def test_key_is_read_from_the_environment_and_never_shown(monkeypatch):
     monkeypatch.setenv("TEST_KEY", "sk-secret123\n")
     with serving(replies(completion("your key is sk-secret123"))) as llm:
         assert ask(llm.url, key_env="TEST_KEY").text == "your key is [key]"
@@ -398,14 +400,14 @@ def test_the_key_comes_from_the_environment_and_shows_nowhere(monkeypatch):
 
 
 @pytest.mark.parametrize("status", [400, 401, 500])
-def test_an_error_that_echoes_the_key_does_not_show_it(monkeypatch, status):
+def test_error_that_echoes_the_key_hides_it(monkeypatch, status):
     monkeypatch.setenv("TEST_KEY", "sk-secret123")
     with serving(replies(("says", status, b"bad key sk-secret123 of you"))) as llm:
         try:
-            said = str(ask(llm.url, key_env="TEST_KEY", retries=0))
+            message = str(ask(llm.url, key_env="TEST_KEY", retries=0))
         except EndpointError as error:
-            said = str(error)
-    assert "bad key [key] of you" in said and "secret" not in said
+            message = str(error)
+    assert "bad key [key] of you" in message and "secret" not in message
 
 
 SECRET = "sk-secret/123+45?abc"  # noqa: S105
@@ -425,7 +427,7 @@ ECHOES = {
 
 
 def readings(text: str) -> str:
-    """A text in each way that a reader may take it."""
+    """A text in each form in which it could be read."""
     plain = text
     for _ in range(3):
         plain = re.sub(r"\\+u(\w{4})", lambda m: chr(int(m[1], 16)), plain).replace("\\", "")
@@ -434,15 +436,15 @@ def readings(text: str) -> str:
         base64.b64decode(c[: len(c) // 4 * 4], altchars=b"-_") for c in coded if "+" not in c
     ]
     decoded += [base64.b64decode(c[: len(c) // 4 * 4]) for c in coded if not {"-", "_"} & set(c)]
-    found = [text, plain, urllib.parse.unquote(text), html.unescape(text)]
-    return " ".join([*found, *(d.decode(errors="replace") for d in decoded)])
+    forms = [text, plain, urllib.parse.unquote(text), html.unescape(text)]
+    return " ".join([*forms, *(d.decode(errors="replace") for d in decoded)])
 
 
 @pytest.mark.parametrize("echo", ECHOES.values(), ids=ECHOES)
 @pytest.mark.parametrize(
     "place", ["status line", "code", "body", "error", "error in 200", "finish", "text", "end"]
 )
-def test_an_echo_of_the_key_shows_nowhere(monkeypatch, tmp_path, place, echo):
+def test_echoed_key_is_hidden_everywhere(monkeypatch, tmp_path, place, echo):
     monkeypatch.setenv("TEST_KEY", SECRET)
     quoted = echo if echo.startswith("\\u") else json.dumps(echo)[1:-1]  # JSON escapes as they are
     template = completion("TEXT", finish="END").decode()
@@ -461,16 +463,16 @@ def test_an_echo_of_the_key_shows_nowhere(monkeypatch, tmp_path, place, echo):
         try:
             reply = chat_api.request_completion(where, HELLO, "open", wait=threading.Event().wait)
             cached_chat_api.Cache(journal).put("k", "m", reply)
-            said = json.dumps(dataclasses.asdict(reply), ensure_ascii=False)
+            message = json.dumps(dataclasses.asdict(reply), ensure_ascii=False)
         except EndpointError as error:
-            said = str(error)
-        said += (tmp_path / "calls").read_text()
+            message = str(error)
+        message += (tmp_path / "calls").read_text()
     assert llm.keys == [f"Bearer {SECRET}"]
     for part in (SECRET, "secret/123"):
-        assert part not in readings(said)
+        assert part not in readings(message)
 
 
-def test_a_short_placeholder_of_a_key_does_not_change_answers(monkeypatch):
+def test_short_placeholder_key_does_not_change_replies(monkeypatch):
     monkeypatch.setenv("TEST_KEY", "none")
     with serving(replies(completion("There is none."))) as llm:
         assert ask(llm.url, key_env="TEST_KEY").text == "There is none."
@@ -491,20 +493,20 @@ def test_escape_sequences_of_a_server_do_not_reach_a_terminal(place):
     }[place]
     with serving(replies(say)) as llm:
         try:
-            said = ask(llm.url, retries=0).problem
+            message = ask(llm.url, retries=0).problem
         except EndpointError as error:
-            said = str(error)
-    assert said.isprintable() and "red" in said
+            message = str(error)
+    assert message.isprintable() and "red" in message
 
 
-def test_a_key_in_place_of_a_variable_s_name_is_not_shown():
+def test_key_given_as_variable_name_is_hidden():
     with pytest.raises(EndpointError, match="variable .hidden: key_env is the NAME") as caught:
         chat_api.check_ready(at("http://localhost:1/v1", key_env="sk-secret123"))
     assert "secret123" not in str(caught.value)
 
 
 @pytest.mark.parametrize("value", [None, "", "two words", "sk-séc", "a\nb"])
-def test_a_key_that_is_none(monkeypatch, value):
+def test_invalid_key_is_rejected(monkeypatch, value):
     monkeypatch.delenv("TEST_KEY", raising=False)
     if value is not None:
         monkeypatch.setenv("TEST_KEY", value)
@@ -514,14 +516,14 @@ def test_a_key_that_is_none(monkeypatch, value):
     assert llm.connections == 0 and (not value or value not in str(caught.value))
 
 
-def test_a_key_goes_over_https_only(monkeypatch):
+def test_key_is_sent_over_https_only(monkeypatch):
     monkeypatch.setenv("TEST_KEY", "sk-secret123")
-    with pytest.raises(EndpointError, match="would be readable over http"):
+    with pytest.raises(EndpointError, match="would be sent unencrypted over http"):
         ask("http://llm.invalid:8000/v1", key_env="TEST_KEY")
 
 
-def test_settings_that_are_ours():
-    with pytest.raises(EndpointError, match="'stream' is not yours to set"):
+def test_reserved_parameters_are_rejected():
+    with pytest.raises(EndpointError, match="'stream' is reserved"):
         at("http://localhost:1", parameters={"stream": True})
     with pytest.raises(EndpointError, match="has no model"):
         at("http://localhost:1", model="")
@@ -543,7 +545,7 @@ def test_cost():
     ],
 )
 @pytest.mark.parametrize("data_class", ["open", "credentialed"])
-def test_a_server_that_repeats_a_credentialed_row_is_not_quoted(behavior, data_class):
+def test_server_text_about_credentialed_rows_is_not_quoted(behavior, data_class):
     with serving(replies(behavior)) as llm:
         try:
             listed = frozenset({egress.parse_address(llm.url).name})

@@ -168,11 +168,11 @@ def test_ids_are_hugging_faces(vocab):
 
 
 def picture(name):
-    image = Image.fromarray(cases.picture(name)[1])
+    image = Image.fromarray(cases.image_array(name)[1])
     return image.quantize(16) if name == "palette" else image
 
 
-@pytest.mark.parametrize("name", cases.PICTURES)
+@pytest.mark.parametrize("name", cases.IMAGE_NAMES)
 def test_pixels_are_the_releases(name):
     ours = biomedclip.pixels(picture(name), size=32, released=True)
     theirs = golden("tiny")[f"pixels_{name}"].transpose(1, 2, 0)
@@ -182,7 +182,7 @@ def test_pixels_are_the_releases(name):
 def test_the_right_conversion_is_the_releases_where_that_is_right():
     both = {
         name: [biomedclip.pixels(picture(name), size=32, released=r) for r in (True, False)]
-        for name in cases.PICTURES
+        for name in cases.IMAGE_NAMES
     }
     apart = {name: float(np.abs(a - b).max()) for name, (a, b) in both.items()}
     assert {name for name, far in apart.items() if far == 0} == {
@@ -275,14 +275,16 @@ def test_other_files_are_refused(folder):
             biomedclip.load(str(folder), TINY)
 
     some = "visual.trunk.blocks.1.attn.qkv.bias"
-    refused({k: v for k, v in state.items() if k != some}, rf"1 names missing .*{some}")
-    refused(state | {"text.transformer.pooler.dense.bias": state[some]}, "1 names unused .*pooler")
+    refused({k: v for k, v in state.items() if k != some}, rf"1 arrays are missing .*{some}")
+    refused(
+        state | {"text.transformer.pooler.dense.bias": state[some]}, "1 are unexpected .*pooler"
+    )
     turned = {"text.proj.0.weight": state["text.proj.0.weight"].T}
     refused(state | turned, r"text.proj.0.weight has shape \(40, 32\).*proj_in.kernel \(40, 32\)")
     refused(state | {some: state[some][1:]}, rf"{some} has shape \(95,\)")
     refused(state | {some: state[some] * np.float32(np.nan)}, f"{some} has NaN")
     (folder / biomedclip.SAFE).write_bytes(b"\x08\0\0\0\0\0\0\0half")
-    with pytest.raises(WeightsError, match="not a whole safetensors file"):
+    with pytest.raises(WeightsError, match="not a complete safetensors file"):
         biomedclip.load(str(folder), TINY)
     with pytest.raises(WeightsError, match="copy the folder there"):
         biomedclip.load("gs://bucket/biomedclip", TINY)

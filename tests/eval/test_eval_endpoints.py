@@ -161,7 +161,7 @@ def test_what_is_done_needs_no_server_again(tmp_path):
 def test_a_judge_that_may_not_see_the_items_is_reported_before_the_model_is_asked(tmp_path):
     items = write_items(tmp_path / "data", 2, question_type="open", data_class="credentialed")
     with serving(verdict) as other:
-        with pytest.raises(OutgoingError, match="credentialed data may not go to"):
+        with pytest.raises(OutgoingError, match="credentialed data may not be sent to"):
             run(items, tmp_path / "out", "baseline:constant", judge=judge(other.url))
         assert other.connections == 0
 

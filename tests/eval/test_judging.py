@@ -189,7 +189,7 @@ def test_another_answer_is_not_judged_by_the_old_verdict(tmp_path):
 def test_credentialed_texts_stay_here(tmp_path):
     one = eval_setup.record(eval_setup.item("x_open", "vqa_open", 0, data_class="credentialed"), "")
     far = a_judge("https://example.org/v1")
-    with pytest.raises(egress.OutgoingError, match="credentialed data may not go to example.org"):
+    with pytest.raises(egress.OutgoingError, match="may not be sent to example.org"):
         ask(far, [one], tmp_path, released=False)
 
 

@@ -261,7 +261,7 @@ def test_calls_end_when_the_money_does(tmp_path):
 
 def test_credentialed_texts_stay(tmp_path):
     with serving(right) as llm:
-        with pytest.raises(egress.OutgoingError, match="credentialed data may not go"):
+        with pytest.raises(egress.OutgoingError, match="credentialed data may not be sent"):
             ask(tmp_path, a_judge(llm.url), [a_case(0, data_class="credentialed")])
         assert llm.connections == 0
 

@@ -285,7 +285,7 @@ def test_headlines_with_and_without_what_was_trained_on(trained, tmp_path):
     tokenizer = check.resolve_tokenizer(found, None, prepare.TINY)
     long = max((jsonl.plain_text(d, found.layout, tokenizer) for d in found), key=len)
     folder = tmp_path / "pictures"
-    eval_setup.pictures(folder)
+    eval_setup.write_images(folder)
     shutil.copy(prepare.SAMPLE / path, folder / "seen.jpg")
     items = [
         eval_setup.item("x_closed", "vqa_closed", n, answer="yes", image=f"{n % 2}.png")

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all: full disks, kills, rivals; on a disk and on gs://."""
+"""Folders that are created atomically: full disks, kills, concurrent writers; local and gs://."""
 
 import concurrent.futures
 import contextlib
@@ -38,7 +38,7 @@ def child(code, *arguments):
     )
 
 
-def test_a_full_disk_leaves_no_part_of_a_folder(small_disk):
+def test_full_disk_leaves_no_partial_folder(small_disk):
     with (
         pytest.raises(StorageError, match="disk/7b.partial/x: No space left"),
         atomic_folder(small_disk / "7b", bytes_needed=1000, seal="config.json") as new,
@@ -54,7 +54,7 @@ def test_a_full_disk_leaves_no_part_of_a_folder(small_disk):
     ):
         new.write("x", [bytes(shutil.disk_usage(small_disk).free)])
         write_array(new, "arrays/q")
-    needs = r"disk/a/7b: needs 1048577 bytes, 1048576 are free; free some space"
+    needs = r"disk/a/7b: needs 1048577 bytes, but only 1048576 are free; free some space"
     with (
         pytest.raises(StorageError, match=needs),
         atomic_folder(small_disk / "a/7b", bytes_needed=(1 << 20) + 1, seal="config.json"),
@@ -63,7 +63,7 @@ def test_a_full_disk_leaves_no_part_of_a_folder(small_disk):
     assert os.listdir(small_disk) == []
 
 
-def test_a_new_folder_appears_whole(path):
+def test_folder_appears_atomically(path):
     with atomic_folder(path, bytes_needed=100, seal="config.json") as new:
         new.write("config.json", [b"{}"])
         new.write("a/w", [b"1"])
@@ -75,7 +75,7 @@ def test_a_new_folder_appears_whole(path):
     np.testing.assert_array_equal(read_array(folder, "arrays/q"), ARRAY)
     assert len(folder.names()) == 5
     with (
-        pytest.raises(StorageError, match=r"7b: .*not empty.*; choose another path, or delete"),
+        pytest.raises(StorageError, match=r"7b: .*not empty.*; choose another path,? or delete"),
         atomic_folder(path, bytes_needed=0, seal="config.json"),
     ):
         pytest.fail("must not begin")
@@ -83,9 +83,11 @@ def test_a_new_folder_appears_whole(path):
 
 
 @pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt, None])
-def test_a_new_folder_that_fails_leaves_nothing(path, error):
+def test_failed_folder_leaves_nothing(path, error):
     with (
-        pytest.raises(error or StorageError, match=None if error else "without config.json; write"),
+        pytest.raises(
+            error or StorageError, match=None if error else "config.json was not written; write"
+        ),
         atomic_folder(path, bytes_needed=0, seal="config.json") as new,
     ):
         new.write("a/w", [b"1"])
@@ -101,7 +103,7 @@ def test_a_new_folder_that_fails_leaves_nothing(path, error):
     assert Folder(path).names() == ["config.json"]
 
 
-def test_where_a_new_folder_may_stand(tmp_path):
+def test_valid_places_for_a_new_folder(tmp_path):
     (tmp_path / "big").mkdir()
     (tmp_path / "out").symlink_to("big")
     with atomic_folder(str(tmp_path / "out") + "/", bytes_needed=0, seal="s") as new:
@@ -110,14 +112,16 @@ def test_where_a_new_folder_may_stand(tmp_path):
     (tmp_path / "file").write_text("x")
     for name in ("file", "big", "out"):
         with (
-            pytest.raises(StorageError, match="exists, not empty"),
+            pytest.raises(StorageError, match="exists and is not empty"),
             atomic_folder(tmp_path / name, bytes_needed=0, seal="s"),
         ):
             pytest.fail("must not begin")
     (tmp_path / "dead.partial").mkdir()
     for name in ("far/7b", "dead"):
         with (
-            pytest.raises(StorageError, match=rf"{name}: needs {1 << 60} bytes, \d+ are free"),
+            pytest.raises(
+                StorageError, match=rf"{name}: needs {1 << 60} bytes, but only \d+ are free"
+            ),
             atomic_folder(tmp_path / name, bytes_needed=1 << 60, seal="s"),
         ):
             pytest.fail("must not begin")
@@ -136,8 +140,8 @@ with atomic_folder(sys.argv[1], bytes_needed=0, seal="config.json") as new:
 """
 
 
-def test_two_processes_and_a_kill(path):
-    def try_it():
+def test_second_process_waits_until_the_first_is_killed(path):
+    def write_folder():
         with atomic_folder(path, bytes_needed=0, seal="config.json") as new:
             new.write("config.json", [b"[2]"])
 
@@ -145,24 +149,26 @@ def test_two_processes_and_a_kill(path):
         try:
             assert other.stdout.readline() == "writing\n"
             with pytest.raises(StorageError, match="another process is writing it|still writing"):
-                try_it()
+                write_folder()
         finally:
             other.send_signal(signal.SIGKILL)
     assert not Folder(path).has("config.json")
-    if Folder(path).remote:  # nobody can tell a dead writer of a bucket from a slow one
-        with pytest.raises(StorageError, match=r"no config.json: a run died.*gcloud storage rm -r"):
-            try_it()
+    if Folder(path).remote:  # a dead writer of a bucket cannot be distinguished from a slow one
+        with pytest.raises(
+            StorageError, match=r"no config.json: a run was killed.*gcloud storage rm -r"
+        ):
+            write_folder()
         return
     assert os.path.exists(path + ".partial/model-00001.safetensors.partial")  # it was mid-file
-    try_it()
+    write_folder()
     assert Folder(path).json("config.json") == [2]
     assert os.listdir(os.path.dirname(path)) == ["7b"]
 
 
-def test_of_many_at_once_one_writes(path):
+def test_only_one_of_many_concurrent_writers_succeeds(path):
     start = threading.Barrier(8)
 
-    def compete(number):
+    def write_concurrently(number):
         start.wait()
         with (
             contextlib.suppress(StorageError),
@@ -174,7 +180,7 @@ def test_of_many_at_once_one_writes(path):
             return number
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        winners = {n for n in pool.map(compete, range(8)) if n is not None}
+        winners = {n for n in pool.map(write_concurrently, range(8)) if n is not None}
     folder = Folder(path)
     assert len(winners) <= 1
     if not folder.remote or winners:  # in a bucket all may give way to each other
@@ -182,10 +188,10 @@ def test_of_many_at_once_one_writes(path):
         assert {folder.json("s.json")} == winners
 
 
-@pytest.mark.parametrize("rival", ["finishes", "goes on"])
-def test_a_rival_between_the_first_look_and_the_lock(tmp_path, monkeypatch, rival):
+@pytest.mark.parametrize("other_writer", ["finishes", "continues"])
+def test_writer_that_starts_between_the_check_and_the_lock(tmp_path, monkeypatch, other_writer):
     """The lock file that was opened is then one that its holder has removed."""
-    flock, rivals = fcntl.flock, contextlib.ExitStack()
+    flock, open_writers = fcntl.flock, contextlib.ExitStack()
 
     def late(*arguments):
         monkeypatch.setattr(fcntl, "flock", flock)
@@ -194,31 +200,33 @@ def test_a_rival_between_the_first_look_and_the_lock(tmp_path, monkeypatch, riva
             atomic_folder(tmp_path / "7b", bytes_needed=0, seal="s") as new,
         ):
             new.write("s", [b"1"])
-            if rival == "goes on":
+            if other_writer == "continues":
                 raise KeyError
-        if rival == "goes on":
-            rivals.enter_context(atomic_folder(tmp_path / "7b", bytes_needed=0, seal="s"))
+        if other_writer == "continues":
+            open_writers.enter_context(atomic_folder(tmp_path / "7b", bytes_needed=0, seal="s"))
         return flock(*arguments)
 
     monkeypatch.setattr(fcntl, "flock", late)
-    match = "not empty" if rival == "finishes" else "another process is writing it"
+    match = "not empty" if other_writer == "finishes" else "another process is writing it"
     with (
         pytest.raises(StorageError, match=match),
         atomic_folder(tmp_path / "7b", bytes_needed=0, seal="s"),
     ):
         pytest.fail("must not begin")
-    with contextlib.suppress(StorageError):  # a rival that goes on has written no seal
-        rivals.close()
-    assert os.listdir(tmp_path) == (["7b"] if rival == "finishes" else [])
+    with contextlib.suppress(
+        StorageError
+    ):  # a writer that continues has not written the commit file
+        open_writers.close()
+    assert os.listdir(tmp_path) == (["7b"] if other_writer == "finishes" else [])
 
 
-def test_claims_are_taken_back(gs):
+def test_lock_objects_are_removed(gs):
     objects = gcs.Bucket(gs).objects
     with atomic_folder(gs, bytes_needed=0, seal="s") as new:
         new.write("a", [b"1"])
         assert [name[:9] for name in objects()] == [gcs.LOCK_OBJECT, "a"]
         with (
-            pytest.raises(StorageError, match="not empty, has .partial-.* still writing"),
+            pytest.raises(StorageError, match="not empty, contains .partial-.* still writing"),
             atomic_folder(gs, bytes_needed=0, seal="s"),
         ):
             pytest.fail("must not begin")
@@ -227,12 +235,12 @@ def test_claims_are_taken_back(gs):
     assert objects() == ["a", "s"]
 
 
-def test_a_list_without_ones_own_claim_is_not_believed(gs, monkeypatch):
+def test_listing_without_the_own_lock_object_is_an_error(gs, monkeypatch):
     """TensorStore reports a refused list as an empty folder."""
     with monkeypatch.context() as refused:
         refused.setattr(gcs.Bucket, "objects", lambda self: [])
         with (
-            pytest.raises(StorageError, match="7b: cannot list what it wrote; give this account"),
+            pytest.raises(StorageError, match="7b: cannot list its own files; give this account"),
             atomic_folder(gs, bytes_needed=0, seal="s"),
         ):
             pytest.fail("must not begin")

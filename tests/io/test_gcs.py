@@ -1,4 +1,4 @@
-"""gs:// on a real fake-gcs-server: pieces, sizes, limits; and servers that refuse, hang or die."""
+"""gs:// on a real fake-gcs-server: chunks, sizes, limits; servers that refuse, hang or die."""
 
 import concurrent.futures
 import contextlib
@@ -30,7 +30,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, 2, 8, 9, 99, 100, 101, 4096, 12_345])
-def test_sizes_and_pieces(gs, nbytes, monkeypatch):
+def test_sizes_and_chunked_reads(gs, nbytes, monkeypatch):
     monkeypatch.setattr(gcs, "CHUNK_BYTES", 100)
     data = np.random.default_rng(nbytes).integers(0, 256, nbytes, np.uint8)
     folder = Folder(gs)
@@ -40,7 +40,7 @@ def test_sizes_and_pieces(gs, nbytes, monkeypatch):
     np.testing.assert_array_equal(folder.read("w", nbytes // 3, nbytes), data[nbytes // 3 :])
 
 
-def test_pieces_of_two_writings_are_not_mixed(gs, monkeypatch):
+def test_chunks_of_two_writes_are_not_mixed(gs, monkeypatch):
     monkeypatch.setattr(gcs, "CHUNK_BYTES", 10)
     folder = Folder(gs)
     folder.write("w", [b"a" * 1000])
@@ -52,23 +52,23 @@ def test_pieces_of_two_writings_are_not_mixed(gs, monkeypatch):
         return start(self, *piece)
 
     monkeypatch.setattr(gcs.Bucket, "_start", replace_meanwhile)
-    with pytest.raises(StorageError, match="7b/w: replaced while it was read"):
+    with pytest.raises(StorageError, match="7b/w: changed while it was read"):
         folder.read("w", 0, 1000)
 
 
-def test_an_upload_has_a_limit_because_a_value_is_whole(gs, monkeypatch):
+def test_upload_size_is_limited(gs, monkeypatch):
     store = ts.KvStore.open(Folder(gs).kvstore("x")).result()
     with pytest.raises(TypeError, match="incompatible function arguments"):
         store.write("w", iter([b"a", b"b"]))
     monkeypatch.setattr(gcs, "UPLOAD_LIMIT", 10)
     folder = Folder(gs)
     folder.write("w", [b"12345", b"67890"])
-    with pytest.raises(StorageError, match=r"7b/v: over 10 bytes.*copy that: gcloud storage cp -r"):
+    with pytest.raises(StorageError, match=r"7b/v: over 10 bytes.*copy it: gcloud storage cp -r"):
         folder.write("v", [b"12345", b"67890", b"1"])
     assert folder.names() == ["w"]
 
 
-def test_a_bucket_that_is_not_there(gs):
+def test_missing_bucket_is_reported(gs):
     folder = Folder("gs://other/7b")
     with pytest.raises(StorageError, match=r"other/7b/w: no such bucket or file; check the path"):
         folder.read("w")
@@ -103,7 +103,7 @@ def every_call(folder):
         (503, "ABORTED: .*All 2 retry attempts failed.*; check the network and the host"),
     ],
 )
-def test_a_server_that_refuses(monkeypatch, status, match):
+def test_refused_requests_are_reported(monkeypatch, status, match):
     monkeypatch.setattr(gcs, "RETRIES", {"max_retries": 2, "initial_delay": "10ms"})
     with answering(status) as url:
         use_server(monkeypatch, url)
@@ -112,20 +112,24 @@ def test_a_server_that_refuses(monkeypatch, status, match):
                 call()
 
 
-def test_a_server_that_is_silent(monkeypatch):
+def test_unresponsive_server_times_out(monkeypatch):
     monkeypatch.setenv(gcs.TIMEOUT_VARIABLE, "0.3")
     with silent() as url:
         use_server(monkeypatch, url)
         for name, call in every_call(Folder("gs://bucket/7b")):
             start = time.monotonic()
-            with pytest.raises(StorageError, match=r"gs://bucket/7b.*: no answer in 0.3 s; check"):
+            with pytest.raises(
+                StorageError, match=r"gs://bucket/7b.*: no response within 0.3 s; check"
+            ):
                 call()
             assert time.monotonic() - start < 2, name
-        with pytest.raises(StorageError, match=r"7b/w: no answer in 0.8 s"):  # more for more bytes
+        with pytest.raises(
+            StorageError, match=r"7b/w: no response within 0.8 s"
+        ):  # more for more bytes
             Folder("gs://bucket/7b").write("w", [bytes(gcs.SLOWEST // 2)])
 
 
-def test_nobody_listens(monkeypatch):
+def test_refused_connections_are_retried_and_reported(monkeypatch):
     """With the retries as they are."""
     use_server(monkeypatch, f"http://127.0.0.1:{free_port()}")
     start = time.monotonic()
@@ -137,7 +141,7 @@ def test_nobody_listens(monkeypatch):
             call.result()
 
 
-def test_a_server_that_dies_while_a_folder_is_written(tmp_path, monkeypatch):
+def test_server_failure_during_a_folder_write(tmp_path, monkeypatch):
     monkeypatch.setattr(gcs, "RETRIES", {"max_retries": 1, "initial_delay": "10ms"})
     with contextlib.ExitStack() as stack:
         use_server(monkeypatch, stack.enter_context(fake_gcs(tmp_path)))
@@ -152,13 +156,13 @@ def test_a_server_that_dies_while_a_folder_is_written(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "soon", "nan"])
-def test_a_timeout_is_a_number_of_seconds(gs, monkeypatch, text):
+def test_invalid_timeout_is_rejected(gs, monkeypatch, text):
     monkeypatch.setenv(gcs.TIMEOUT_VARIABLE, text)
     with pytest.raises(StorageError, match=f"MEDMAX_STORAGE_TIMEOUT={text}: not a number of sec"):
         Folder(gs).names()
 
 
-def test_a_program_ends_although_a_server_is_silent():
+def test_program_exits_when_the_server_is_unresponsive():
     code = (
         "from medmax_jax.io.storage import Folder, StorageError\n"
         "try:\n    Folder('gs://bucket/7b').read('w', 0, 10)\n"
@@ -175,4 +179,4 @@ def test_a_program_ends_although_a_server_is_silent():
             text=True,
             timeout=30,
         )
-    assert ended.returncode == 0 and "no answer in 1 s" in ended.stdout, ended.stderr
+    assert ended.returncode == 0 and "no response within 1 s" in ended.stdout, ended.stderr

@@ -1,4 +1,4 @@
-"""Pages stand alone and show hostile text as text."""
+"""Pages are self-contained and escape hostile text."""
 
 import html.parser
 import io
@@ -43,7 +43,7 @@ def parsed(text: str) -> Tags:
     return tags
 
 
-def test_hostile_text_stays_text_everywhere():
+def test_hostile_text_is_escaped_everywhere():
     body = html_page.section(
         HOSTILE,
         html_page.paragraph(HOSTILE)
@@ -66,17 +66,17 @@ def test_the_policy_forbids_everything_but_inline_style_and_data_images():
     assert "url(" not in html_page.STYLE and "@import" not in html_page.STYLE
 
 
-def test_intervals_and_gaps_stand_with_numbers():
+def test_intervals_and_dashes_align_with_numbers():
     text = html_page.table(["a", "b", "c"], [["0.1–0.2", 1.5, "x"], [None, None, None]])
     assert '<td class="number">0.1–0.2</td><td class="number">1.500</td><td>x</td>' in text
     assert '<td class="number">–</td><td class="number">–</td><td>–</td>' in text
     assert '<th scope="col" class="number">a</th>' in text and '<th scope="col">c</th>' in text
 
 
-def test_cells():
+def test_table_cells():
     text = html_page.table(["a", "b", "c", "d"], [[0.5, 3, None, True]])
     assert '<td class="number">0.500</td><td class="number">3</td><td>–</td><td>True</td>' in text
-    with pytest.raises(ValueError, match="row 0 has 1 cells, the head has 2"):
+    with pytest.raises(ValueError, match="row 0 has 1 cells, but the head has 2"):
         html_page.table(["a", "b"], [["x"]])
 
 

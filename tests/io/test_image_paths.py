@@ -1,4 +1,4 @@
-"""An image path of a data file never leaves its folder, whatever reads it."""
+"""An image path of a data file never leaves its folder, in every reader."""
 
 import json
 
@@ -53,15 +53,15 @@ def test_paths_below_the_folder(folder, tmp_path):
 
 
 @pytest.mark.parametrize("name", [*OUTSIDE, None, 7, ["a.png"]])
-def test_paths_that_leave_by_their_name(folder, name):
+def test_paths_that_leave_the_folder_are_rejected(folder, name):
     assert not is_inside(name)
-    with pytest.raises(ImagePathError, match="leads out of the image folder; use a path relative"):
+    with pytest.raises(ImagePathError, match="is outside the image folder; use a path relative"):
         resolve(folder, name)
 
 
 @pytest.mark.parametrize("name", ["link.png", "linked/s.png", "loop.png", "linked/../a.png"])
-def test_paths_that_leave_by_a_link(folder, name):
-    with pytest.raises(ImagePathError, match="leads out of the image folder"):
+def test_links_that_leave_the_folder_are_rejected(folder, name):
+    with pytest.raises(ImagePathError, match="outside the image folder"):
         resolve(folder, name)
 
 
@@ -74,7 +74,7 @@ def test_a_label_replaces_the_path(folder):
 
 
 @pytest.mark.parametrize("name", ["../s.png", "/etc/s.png", "link.png", "linked/s.png"])
-def test_every_reader_refuses_it(folder, name, tmp_path):
+def test_every_reader_rejects_paths_outside_the_folder(folder, name, tmp_path):
     """Evaluation items, predictions, prompts, captions, documents, sources, records' images."""
     write = lambda path, row: path.write_text(json.dumps(row) + "\n")  # noqa: E731
     lexical = not is_inside(name)
@@ -88,31 +88,31 @@ def test_every_reader_refuses_it(folder, name, tmp_path):
         with pytest.raises(RecordsError, match="image_path is"):
             jsonl.read_texts(folder / "d.jsonl")
     item = items.from_rows([ROW | {"image_path": "a.png"}])[0]
-    moved = [items.dataclasses.replace(item, image=name)]
-    found = selection.EvalSet(items=moved, train=[], pictures=[], folder=folder)
+    changed_items = [items.dataclasses.replace(item, image=name)]
+    eval_set = selection.EvalSet(items=changed_items, train=[], pictures=[], folder=folder)
     with pytest.raises(ImagePathError):
-        selection.check_images(found)
+        selection.check_images(eval_set)
     with pytest.raises(ImagePathError):
-        inference.make_request(moved[0], folder, "strict")
+        inference.make_request(changed_items[0], folder, "strict")
     write(folder / "p.jsonl", dict(id="0", text="yes", images=[name]))
-    with pytest.raises(predictions.PredictionsError, match="line 1: .*leads out"):
+    with pytest.raises(predictions.PredictionsError, match="line 1: .*outside the image folder"):
         predictions.Predictions(folder / "p.jsonl", [item])
     for prompt in (f"Is it {{{name}}}?", [{"image": name}, {"text": "q"}]):
         write(folder / "q.jsonl", dict(prompt=prompt))
-        with pytest.raises(GenerateError, match="line 1: .*leads out"):
+        with pytest.raises(GenerateError, match="line 1: .*outside the image folder"):
             output_files.read_prompts(folder / "q.jsonl")
-    with pytest.raises(image_headers.ImageError, match="leads out"):
+    with pytest.raises(image_headers.ImageError, match="outside the image folder"):
         near_duplicates.hash_file(folder, name)
-    record = inference.item_fields(moved[0]) | dict(text="yes", images=[], looks_like=None)
+    record = inference.item_fields(changed_items[0]) | dict(text="yes", images=[], looks_like=None)
     with pytest.raises(ImagePathError):
         page.examples([record], tmp_path, folder)
 
 
-def test_links_are_followed_by_the_preparing_programs(folder, tmp_path):
+def test_preparation_programs_reject_links_outside_the_folder(folder, tmp_path):
     text = dict(id="a", text="<image>Is it?<reserved08706>yes", image_path="link.png", task="VQA")
     text |= dict(source="s", credential="no", group="g", turns=1)
     (folder / "d.jsonl").write_text(json.dumps(text))
-    with pytest.raises(PrepareError, match="'link.png' is a symbolic link that leads out"):
+    with pytest.raises(PrepareError, match="'link.png' is a symbolic link to a file outside"):
         prepare.prepare_documents(
             tmp_path / "out", source=folder / "d.jsonl", images=folder, model_folder=prepare.TINY
         )
@@ -130,25 +130,25 @@ def test_links_are_followed_by_the_preparing_programs(folder, tmp_path):
         )  # fmt: skip
 
 
-def test_prompts_of_the_shell_name_any_file(tmp_path):
-    (question,) = output_files.prompts_from_flags(
+def test_command_line_prompts_accept_any_file(tmp_path):
+    (prompt,) = output_files.prompts_from_flags(
         [f"Is it {{{tmp_path}/a.png}}?"], [str(tmp_path / "b.png")]
     )
-    assert [p for p in question.parts if not isinstance(p, str)] == [
+    assert [p for p in prompt.parts if not isinstance(p, str)] == [
         tmp_path / "b.png", tmp_path / "a.png",
     ]  # fmt: skip
 
 
-def test_predictions_are_refused_before_an_image_is_opened(folder, monkeypatch):
+def test_predictions_are_validated_before_an_image_is_opened(folder, monkeypatch):
     """All lines are checked when the file is opened; a good one is read as before."""
     item = items.from_rows([ROW | {"image_path": "a.png"}])[0]
     rows = [dict(id="0", text="yes", images=["a.png"])]
     (folder / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     model = predictions.Predictions(folder / "p.jsonl", [item])
-    ask = ModelRequest(id="0", parts=(), mode="mixed", max_tokens=1, data_class="open")
-    ((text, picture),) = model.generate([ask])
-    assert text == "yes" and np.asarray(picture).shape == (8, 8, 3)
+    request = ModelRequest(id="0", parts=(), mode="mixed", max_tokens=1, data_class="open")
+    ((text, image),) = model.generate([request])
+    assert text == "yes" and np.asarray(image).shape == (8, 8, 3)
 
 
-def test_there_is_one_such_function():
+def test_is_inside_has_a_single_definition():
     assert image_paths.is_inside is image_paths.is_inside

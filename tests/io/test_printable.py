@@ -1,4 +1,4 @@
-"""What a terminal shows of a text from elsewhere, and that log lines go through the same."""
+"""How external text is shown on a terminal; log lines are treated in the same way."""
 
 import logging
 
@@ -21,7 +21,7 @@ from medmax_jax.io.errors import PrintableFormatter, printable_text
         ("نمی\u200cخواهم 👩\u200d⚕️ é 胸部", "نمی\u200cخواهم 👩\u200d⚕️ é 胸部"),
     ],
 )
-def test_lines_tabs_and_scripts_stay_and_controls_do_not(text, shown):
+def test_control_characters_are_escaped_and_scripts_are_kept(text, shown):
     assert printable_text(text) == shown
     record = logging.LogRecord("n", logging.INFO, "f", 1, "said %s", (text,), None)
     assert PrintableFormatter("%(message)s").format(record) == f"said {shown}"

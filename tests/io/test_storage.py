@@ -1,4 +1,4 @@
-"""Files of a checkpoint on a disk and on a real fake-gcs-server, and every way they can fail."""
+"""Files of a checkpoint on a disk and on a real fake-gcs-server, and their failures."""
 
 import os
 import pathlib
@@ -26,7 +26,7 @@ GIB = 1 << 30
 # ---- reads and writes, both kinds ----
 
 
-def test_what_is_written_is_read(path):
+def test_written_files_are_read_back(path):
     folder = Folder(path)
     assert folder.names() == [] and not folder.has("a/b.bin")
     data = np.arange(24, dtype=np.float32).reshape(4, 6)
@@ -52,7 +52,7 @@ def test_what_is_written_is_read(path):
     assert folder.json("config.json") == []
 
 
-def test_what_is_not_there_is_named(path):
+def test_missing_and_invalid_files_are_reported(path):
     folder = Folder(path)
     folder.write("short.json", [b'{"a": 1'])
     folder.write("latin.json", ['"\u00e9"'.encode("latin-1")])
@@ -69,7 +69,7 @@ def test_what_is_not_there_is_named(path):
     with pytest.raises(StorageError, match=r"7b/short\.json: .* copy it again"):
         folder.read("short.json", 3, 50)
     for start, stop in ((-1, 3), (3, 2)):
-        with pytest.raises(StorageError, match=r"short\.json: no bytes"):
+        with pytest.raises(StorageError, match=r"short\.json: invalid range"):
             folder.file("short.json").read(start, stop)
 
 
@@ -79,50 +79,50 @@ def test_json_has_a_limit(path, monkeypatch):
     folder.write("a.json", [b"[12345678]"])
     folder.write("b.json", [b"[123456789]"])
     assert folder.json("a.json") == [12345678]
-    with pytest.raises(StorageError, match=r"b\.json: over 10 bytes"):
+    with pytest.raises(StorageError, match=r"b\.json: more than 10 bytes"):
         folder.json("b.json")
 
 
 @pytest.mark.parametrize("name", ["", "/etc/x", "../x", "a/../../x", "a//b", "./a", "a\\b", "a\n"])
-def test_names_stay_in_the_folder(path, name):
+def test_names_outside_the_folder_are_rejected(path, name):
     folder = Folder(path)
     calls = [folder.has, folder.size, folder.read, folder.json, folder.file, folder.kvstore]
     calls += [folder.stream, lambda n: folder.write(n, [b"x"])]
     for call in calls:
-        with pytest.raises(StorageError, match="is no name in this folder; use one like"):
+        with pytest.raises(StorageError, match="is not a name inside this folder; use one like"):
             call(name)
     with (
-        pytest.raises(StorageError, match="no name"),
+        pytest.raises(StorageError, match="not a name"),
         atomic_folder(path, bytes_needed=0, seal=name),
     ):
         pass
 
 
-def test_paths_that_are_neither_local_nor_gs():
+def test_paths_must_be_local_or_gs():
     for path in ("", "s3://bucket/x", "https://host/x", pathlib.Path("gs://bucket/x")):
         with pytest.raises(StorageError, match="neither a local path nor gs://bucket/folder"):
             Folder(path)
     for path in ("gs://", "gs://b_/x", "gs://BUCKET/x"):
-        with pytest.raises(StorageError, match="write gs://bucket/folder"):
+        with pytest.raises(StorageError, match="use the form gs://bucket/folder"):
             Folder(path)
-    with pytest.raises(StorageError, match="is no name"):
+    with pytest.raises(StorageError, match="is not a name"):
         Folder("gs://bucket/a/../b")
     assert Folder("gs://bucket/a/").path == "gs://bucket/a"
     assert Folder("gs://bucket/").path == "gs://bucket"
     assert Folder("a/../b/").path == os.path.abspath("b")
 
 
-def test_a_file_that_is_replaced_between_reads_raises(path):
+def test_file_replaced_between_reads_raises(path):
     folder = Folder(path)
     folder.write("w", [b"a" * 100])
     file = folder.file("w")
     assert file.read(0, 50).tobytes() == b"a" * 50
     folder.write("w", [b"b" * 100])
-    with pytest.raises(StorageError, match=r"7b/w: replaced while it was read; open it again"):
+    with pytest.raises(StorageError, match=r"7b/w: changed while it was read; open it again"):
         file.read(50, 100)
 
 
-def test_a_stream_that_raises_writes_nothing(path):
+def test_failed_stream_writes_nothing(path):
     folder = Folder(path)
     folder.write("w", [b"old"])
     with pytest.raises(KeyError), folder.stream("w") as out:
@@ -133,7 +133,7 @@ def test_a_stream_that_raises_writes_nothing(path):
     assert folder.names() == ["w"] and folder.read("w").tobytes() == b"old"
 
 
-def test_arrays_of_tensorstore(path):
+def test_tensorstore_arrays(path):
     folder = Folder(path)
     write_array(folder, "arrays/q")
     np.testing.assert_array_equal(read_array(Folder(path), "arrays/q"), ARRAY)
@@ -169,14 +169,14 @@ def test_links_are_followed(tmp_path):
     assert Folder(tmp_path / "link").json("config.json") == [1]
 
 
-def test_what_is_no_file_does_not_hang(tmp_path):
+def test_pipes_and_folders_do_not_block(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder").mkdir()
     for name in ("pipe", "folder", "file/below"):
         with pytest.raises(StorageError, match="no such file"):
             Folder(tmp_path).read(name)
-    with pytest.raises(StorageError, match="not a folder; name the folder"):
+    with pytest.raises(StorageError, match="not a folder; use the folder"):
         Folder(tmp_path / "file").names()
     with pytest.raises(StorageError, match=r"x{300}: File name too long"):
         Folder(tmp_path).has("x" * 300)
@@ -187,7 +187,7 @@ def test_what_is_no_file_does_not_hang(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder", "pipe"]
 
 
-def test_a_read_that_the_system_cuts_short_goes_on(tmp_path, monkeypatch):
+def test_short_reads_are_continued(tmp_path, monkeypatch):
     preadv = os.preadv
     monkeypatch.setattr(os, "preadv", lambda file, to, at: preadv(file, [to[0][:1000]], at))
     data = np.random.default_rng(0).integers(0, 256, 4321, np.uint8)
@@ -196,7 +196,7 @@ def test_a_read_that_the_system_cuts_short_goes_on(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_read_of_more_than_a_system_call_gives(tmp_path):
+def test_reads_larger_than_one_system_call(tmp_path):
     with open(tmp_path / "w", "wb") as file:
         file.truncate(2 * GIB + 100)  # sparse
         file.seek(2 * GIB + 50)
@@ -205,7 +205,7 @@ def test_a_read_of_more_than_a_system_call_gives(tmp_path):
     assert read.size == 2 * GIB + 90 and read[2 * GIB + 40 :][:3].tobytes() == b"end"
 
 
-def test_a_full_disk_leaves_nothing(small_disk):
+def test_full_disk_leaves_no_partial_file(small_disk):
     folder = Folder(small_disk)
     folder.write("w", [b"old"])
     full = r"disk/w: No space left on device; free some space, or choose another disk"

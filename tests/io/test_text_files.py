@@ -52,24 +52,24 @@ def rows_of(source: str, folder: pathlib.Path) -> list[Row | RejectedRow]:
     ],
     ids=range(13),
 )
-def test_json_that_is_not_accepted(text, reason):
+def test_invalid_json_is_rejected(text, reason):
     with pytest.raises(TextFileError, match=r"^a\.json: ") as error:
         text_files.parse_json(text, "a.json")
     assert error.value.reason == reason and str(error.value).isprintable()
 
 
-def test_json_that_is_accepted():
+def test_valid_json_is_accepted():
     numbers = b"1.5, -9223372036854775808, 18446744073709551615"
     text = b'\xef\xbb\xbf{"a": [' + numbers + b'], "b": "\\ud83d\\ude00"}'
-    found = text_files.parse_json(text, "a.json")
-    assert found == {"a": [1.5, -(2**63), 2**64 - 1], "b": "\U0001f600"}
+    value = text_files.parse_json(text, "a.json")
+    assert value == {"a": [1.5, -(2**63), 2**64 - 1], "b": "\U0001f600"}
     assert text_files.parse_json(b"[" * 64 + b"]" * 64, "deep enough")
     assert text_files.parse_json(b'"\\ud83d"', "ours", allow_lone_surrogates=True) == "\ud83d"
     row = text_files.parse_row(b'{"a": NaN, "b": 1e999, "c": 1}', "row")
     assert row == dict(a=None, b=None, c=1)
 
 
-def test_many_keys_with_a_double_one_end_soon():
+def test_duplicate_key_among_many_is_found_quickly():
     text = b"{" + b",".join(b'"%d":0' % n for n in range(200_000)) + b',"199999":1}'
     with pytest.raises(TextFileError, match="a key occurs twice: '199999'"):
         text_files.parse_json(text, "a.json")
@@ -91,28 +91,28 @@ def test_rows_are_read_in_every_form(tmp_path, form):
     assert [q.parts for q in output_files.read_prompts(path)] == [("a\u2028b",), ("é",)]
 
 
-def test_a_gzip_file_is_unpacked_within_bounds(tmp_path, monkeypatch):
+def test_gzip_files_are_unpacked_within_bounds(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     path.write_bytes(gzip.compress(b"[" + b" " * 3_000_000 + b"]", mtime=0))
     assert text_files.read_json(path) == []
-    with pytest.raises(TextFileError, match=r"over 1,000 bytes"):
+    with pytest.raises(TextFileError, match=r"more than 1,000 bytes"):
         text_files.read_json(path, max_bytes=1_000)
     monkeypatch.setattr(text_files, "GZIP_GRACE", 1_000)
-    with pytest.raises(TextFileError, match="unpacks to over 200 times its size"):
+    with pytest.raises(TextFileError, match="expands to more than 200 times its size"):
         text_files.read_json(path)
     path.write_bytes(gzip.compress(b"[1, 2, 3]" * 100)[:-12])
-    with pytest.raises(TextFileError, match=r"a\.json: damaged or cut off gzip"):
+    with pytest.raises(TextFileError, match=r"a\.json: damaged or truncated gzip"):
         text_files.read_json(path)
 
 
-def test_what_cannot_be_read_is_named(tmp_path):
+def test_unreadable_files_are_named(tmp_path):
     with pytest.raises(TextFileError, match=r"none: cannot be read \(No such file"):
         text_files.read_json(tmp_path / "none")
     with pytest.raises(TextFileError, match=r"cannot be read \(Is a directory\)"):
         text_files.read_objects(tmp_path)
 
 
-def test_deep_json_is_one_line_everywhere(tmp_path):
+def test_deep_json_raises_a_one_line_error_in_every_reader(tmp_path):
     path = tmp_path / "deep.jsonl"
     path.write_bytes(DEEP)
     for read in (output_files.read_prompts, selection.read_rows, predictions._read):
@@ -125,8 +125,8 @@ def test_a_byte_order_mark_is_skipped(tmp_path, name):
     path = tmp_path / "a"
     if name == "table":
         path.write_text("params,tokens,loss\n1e6,1e8,3\n", encoding="utf-8-sig")
-        found = table.read(path, LAWS["chinchilla"], target="loss", columns={}, exclude=[])
-        assert found.y.tolist() == [3.0]
+        runs = table.read(path, LAWS["chinchilla"], target="loss", columns={}, exclude=[])
+        assert runs.y.tolist() == [3.0]
     elif name == "prompts":
         path.write_text('{"prompt": "ok?"}\n', encoding="utf-8-sig")
         assert output_files.read_prompts(path)[0].parts == ("ok?",)
@@ -152,7 +152,7 @@ def test_a_byte_order_mark_is_skipped(tmp_path, name):
         ),
     ],
 )
-def test_import_names_other_forms(tmp_path, capsys, name, data, said):
+def test_import_reports_unsupported_formats(tmp_path, capsys, name, data, said):
     (tmp_path / name).write_bytes(data)
     command = ["import", "--from", str(tmp_path / name), "--out", str(tmp_path / "out")]
     assert prepare.main(command) == 1 and said in capsys.readouterr().err
@@ -165,14 +165,14 @@ def test_import_names_other_forms(tmp_path, capsys, name, data, said):
     "bad, said",
     [
         (CSV_ROW.replace(",Which?,", ',"Which "one" is it",'),
-         r'train_2\.csv, row 2 \(line 3\): a quote inside a quoted field is not doubled'),
-        (CSV_ROW.replace(",Which?,", ',"Which,'), r"row 2 \(line 3\): a quote opens a field"),
+         r'train_2\.csv, row 2 \(line 3\): a quote inside a quoted field is not escaped'),
+        (CSV_ROW.replace(",Which?,", ',"Which,'), r"row 2 \(line 3\): a quoted field is not"),
         (CSV_ROW.replace(",c,", f",{'x' * 2**22},"), r"line 3 has more than 4194304 characters"),
         (CSV_ROW.replace(",c,", ',"' + f"{'x' * 2**21}\n" * 3 + '",'), r"row 2 .*a field has over"),
     ],
     ids=["stray", "open", "line", "field"],
 )  # fmt: skip
-def test_damage_of_a_table_is_named_by_its_row(tmp_path, bad, said):
+def test_damaged_csv_error_names_the_row(tmp_path, bad, said):
     (tmp_path / "train_2.csv").write_text(CSV_HEADER + CSV_ROW + bad)
     with pytest.raises(SourceError, match=said):
         rows_of("PMC-VQA", tmp_path)
@@ -182,11 +182,11 @@ def test_a_long_field_is_read(tmp_path):
     """Python's own limit is 131,072 characters."""
     long = CSV_ROW.replace(",c,", f",{'x' * 140_000},")
     (tmp_path / "train_2.csv").write_text(CSV_HEADER + CSV_ROW + long + "\n" + CSV_ROW)
-    found = rows_of("PMC-VQA", tmp_path)
-    assert [row.id[-1] for row in found] == ["1", "2", "4"]  # a blank line is no row
+    rows = rows_of("PMC-VQA", tmp_path)
+    assert [row.id[-1] for row in rows] == ["1", "2", "4"]  # a blank line is no row
 
 
-def test_a_column_twice_is_refused(tmp_path):
+def test_duplicate_columns_are_rejected(tmp_path):
     (tmp_path / "train_2.csv").write_text(CSV_HEADER.replace("Caption", "Question") + CSV_ROW)
     with pytest.raises(SourceError, match="column 'Question' occurs twice; rename or remove one"):
         rows_of("PMC-VQA", tmp_path)
@@ -195,7 +195,7 @@ def test_a_column_twice_is_refused(tmp_path):
         table.read(tmp_path / "t.csv", LAWS["chinchilla"], target="loss", columns={}, exclude=[])
 
 
-def test_a_row_of_another_width_is_named(tmp_path):
+def test_row_of_another_width_is_reported(tmp_path):
     (tmp_path / "t.csv").write_text("params,tokens,loss\n1,1,1\n1,1\n")
     with pytest.raises(ScalingError, match=r"t\.csv, row 2: 2 fields under 3 columns"):
         table.read(tmp_path / "t.csv", LAWS["chinchilla"], target="loss", columns={}, exclude=[])
@@ -209,7 +209,7 @@ def write_rad(folder: pathlib.Path, *rows: str) -> None:
 
 
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-1e999", '"\\ud83d"', "null", "true"])
-def test_what_is_no_text_is_counted(tmp_path, value):
+def test_non_text_values_are_counted_as_rejected_rows(tmp_path, value):
     odd = json.dumps(RAD).replace('"Yes"', value)
     write_rad(tmp_path, json.dumps(RAD), odd, json.dumps(RAD))
     whole, bad, last = rows_of("VQA-RAD", tmp_path)
@@ -229,21 +229,21 @@ def test_optional_columns_may_be_nan(tmp_path):
     assert [b.reason for b in bad] == ["caption: missing or not text", text_files.KEY_TWICE]
     folder = tmp_path / "QA_information" / "Open-access"
     folder.mkdir(parents=True)
-    asked = dict(question="What?", gt_answer="MR", image_path="Images/a.png", option_A="CT",
+    question = dict(question="What?", gt_answer="MR", image_path="Images/a.png", option_A="CT",
                  option_B="MR", option_C="", option_D=float("nan"))  # fmt: skip
-    gap = asked | dict(option_A=float("nan"))
-    (folder / "X.json").write_text(json.dumps([asked, gap]))
+    gap = question | dict(option_A=float("nan"))
+    (folder / "X.json").write_text(json.dumps([question, gap]))
     row, bad = rows_of("OmniMedVQA", tmp_path)
     assert "nan" not in row.text and "with a gap" in bad.reason
 
 
-def test_one_array_may_stand_for_lines(tmp_path):
+def test_one_array_is_read_like_lines(tmp_path):
     rows = [{"image": f"P{n}_F1.jpg", "caption": "A scan."} for n in range(3)]
     (tmp_path / "pmc_oa.jsonl").write_bytes(gzip.compress(json.dumps(rows).encode()))
     assert [row.group for row in rows_of("PMC-OA", tmp_path)] == ["P0", "P1", "P2"]
 
 
-def test_text_after_an_array_is_refused(tmp_path):
+def test_text_after_an_array_is_rejected(tmp_path):
     write_rad(tmp_path, json.dumps(RAD))
     with open(tmp_path / "VQA_RAD Dataset Public.json", "a") as file:
         file.write("[]")

@@ -132,7 +132,7 @@ def test_invalid_settings_raise(meta, tmp_path):
     with pytest.raises(config.ConfigError, match="model.quant is 'int3'"):
         micro_run.run(model__quant="int3", train__init_from="x")
     odd = write_meta(tmp_path / "odd", BASE, shards(BASE, dtypes=("F32",), seed=0), vqgan=False)
-    with pytest.raises(ConvertError, match="96 columns are no multiple of 64"):
+    with pytest.raises(ConvertError, match="96 columns are not a multiple of 64"):
         convert(odd, tmp_path / "out", "native", quant="nf4")
     with pytest.raises(ConvertError, match="only for a model with --format native"):
         convert(meta, tmp_path / "out", "hf", quant="int8")

@@ -1,4 +1,4 @@
-"""Random weights and pictures of the EfficientNet-Lite0 golden; numpy only."""
+"""Random weights and images of the EfficientNet-Lite0 golden; numpy only."""
 
 import zlib
 
@@ -17,5 +17,5 @@ def weight(key: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def pixels() -> np.ndarray:
-    """Two pictures [2, 3, 64, 72] in [-1, 1]; strides meet odd sizes."""
+    """Two images [2, 3, 64, 72] in [-1, 1]; their sizes are odd after some strides."""
     return np.random.default_rng(0).uniform(-1, 1, (2, 3, 64, 72)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Random LPIPS weights and pictures for the golden; numpy only, so both sides make the same."""
+"""Random LPIPS weights and images for the golden; numpy only, so both sides make the same."""
 
 import numpy as np
 
@@ -35,7 +35,7 @@ def tree(net: str) -> dict:
 
 
 def pairs() -> tuple[np.ndarray, np.ndarray]:
-    """Two stacks of three pictures [3, 32, 48, 3] in [-1, 1]; the last pair is equal."""
+    """Two stacks of three images [3, 32, 48, 3] in [-1, 1]; the last pair is equal."""
     a, b = np.random.default_rng(0).uniform(-1, 1, (2, 3, 32, 48, 3)).astype(np.float32)
     b[2] = a[2]
     return a, b

@@ -1,7 +1,7 @@
 """python tests/parity/make_chameleon.py: the golden outputs of HF's Chameleon and of PEFT's LoRA.
 
 Run in an environment of its own with torch, transformers and peft; the tests read
-only the files that it writes beside itself. HF's forward masks the image ids' logits, so
+only the files that it writes next to itself. HF's forward masks the image ids' logits, so
 the logits here are its head on its last hidden state.
 """
 

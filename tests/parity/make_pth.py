@@ -45,7 +45,7 @@ def flat() -> dict[str, torch.Tensor]:
 
 
 def nest() -> dict:
-    """A Lightning checkpoint: a state dict (which carries _metadata) and more beside it."""
+    """A Lightning checkpoint: a state dict (with _metadata) and other entries next to it."""
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.GroupNorm(2, 4))
     optimizer = torch.optim.Adam(model.parameters())
     model(torch.randn(1, 3, 5, 5)).sum().backward()

@@ -1,7 +1,7 @@
 """python tests/parity/make_vqgan.py: golden outputs of HF's Chameleon encoder, a taming decoder.
 
 Run in an environment of its own with torch and transformers; the tests read only the files
-that it writes beside itself. HF has no decoder for Chameleon, but Janus's is the same
+that it writes next to itself. HF has no decoder for Chameleon, but Janus's is the same
 taming-transformers net once the attention of its lowest level is taken out; it counts its levels
 the other way round.
 """
@@ -64,7 +64,7 @@ def fill(module: torch.nn.Module, prefix: str, levels: int) -> None:
 
 @torch.no_grad()
 def golden(case: cases.Case) -> dict[str, np.ndarray]:
-    """Latents, codes and pictures, in the layout of this project."""
+    """Latents, codes and images, in the layout of this project."""
     vq, decoder = build(case)
     pixels = torch.from_numpy(cases.pixels(case)).permute(0, 3, 1, 2)
     latents = vq.quant_conv(vq.encoder(pixels))
@@ -85,7 +85,7 @@ def golden(case: cases.Case) -> dict[str, np.ndarray]:
     return dict(
         codes=codes.astype(np.int16),
         latents=latents.permute(0, 2, 3, 1).numpy(),
-        pixels=made.permute(0, 2, 3, 1)[:2].numpy(),  # two pictures keep the file small
+        pixels=made.permute(0, 2, 3, 1)[:2].numpy(),  # two images keep the file small
         uint8=((made.clamp(-1, 1) + 1) / 2 * 255).to(torch.uint8).permute(0, 2, 3, 1).numpy(),
     )
 

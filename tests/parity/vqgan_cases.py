@@ -12,7 +12,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Fields of medmax_jax.config.VQ; pictures that are not square, so that a transpose shows."""
+    """Fields of medmax_jax.config.VQ; images are not square, so that a transpose is detected."""
 
     name: str
     channel_mult: tuple[int, ...]
@@ -23,7 +23,7 @@ class Case:
     z_channels: int = 16
     embed_dim: int = 4
     num_codes: int = 4096
-    pictures: int = 6
+    num_images: int = 6
 
 
 CASES = {
@@ -32,13 +32,13 @@ CASES = {
 }
 
 
-def pictures(case: Case) -> np.ndarray:
-    """[n h w 3] uint8: blocks of every colour under waves of every slope, with grain."""
+def image_arrays(case: Case) -> np.ndarray:
+    """[n h w 3] uint8: blocks of every color under waves of every slope, with grain."""
     rng = np.random.default_rng(zlib.crc32(case.name.encode()))
-    blocks = rng.uniform(0, 255, (case.pictures, case.height // 4, case.width // 4, 3))
+    blocks = rng.uniform(0, 255, (case.num_images, case.height // 4, case.width // 4, 3))
     blocks = blocks.repeat(4, 1).repeat(4, 2)
     rows, columns, _ = np.mgrid[: case.height, : case.width, :1]
-    slope = rng.uniform(-0.5, 0.5, (2, case.pictures, 1, 1, 3))
+    slope = rng.uniform(-0.5, 0.5, (2, case.num_images, 1, 1, 3))
     waves = 100 * np.sin(slope[0] * rows + slope[1] * columns)
     values = (blocks + waves + 128) / 2 + rng.normal(0, 15, blocks.shape)
     return np.clip(values, 0, 255).astype(np.uint8)
@@ -46,7 +46,7 @@ def pictures(case: Case) -> np.ndarray:
 
 def pixels(case: Case) -> np.ndarray:
     """The same in [-1, 1], float32."""
-    return pictures(case).astype(np.float32) / np.float32(255) * 2 - 1
+    return image_arrays(case).astype(np.float32) / np.float32(255) * 2 - 1
 
 
 def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -70,7 +70,7 @@ def plan(*words: str, seconds: int = 240) -> subprocess.CompletedProcess:
 # ---- the reader of programs
 
 
-def test_pieces_of_a_gather_are_one_and_loops_count():
+def test_pieces_of_a_gather_count_once_and_loops_multiply():
     rows = {(row["kind"], row["overlapped"]): row for row in summary()}
     assert rows[("all-gather", True)]["count"] == 32
     assert rows[("all-gather", True)]["bytes"] == 32 * 8 * 16 * 2
@@ -85,24 +85,24 @@ def summary() -> list[dict]:
     return hlo_analysis.summary(hlo_analysis.Program(PROGRAM).collectives())
 
 
-def test_cycles_are_those_of_scheduled_lines():
+def test_cycles_are_summed_over_scheduled_lines():
     assert hlo_analysis.Program(PROGRAM).cycles() == 32 * (10 + 300) + 5
 
 
-def test_a_loop_that_ends_by_its_data_counts_once():
+def test_data_dependent_loop_counts_once():
     text = PROGRAM.replace("compare(%i.5, %limit.5), direction=LT", "and(%i.5, %limit.5)")
     program = hlo_analysis.Program(text)
     assert program.cycles() == 10 + 300 + 5 and program.data_dependent_loops() == [10 + 300]
     assert hlo_analysis.Program(PROGRAM).data_dependent_loops() == []
 
 
-def test_a_gather_that_stands_alone_is_synchronous():
+def test_standalone_gather_is_synchronous():
     text = PROGRAM.replace("%async_collective_fusion.1", "%fused.1").replace("AsyncCollective", "")
     (gather,) = [c for c in hlo_analysis.Program(text).collectives() if c.kind == "all-gather"]
     assert not gather.overlapped and gather.times == 32
 
 
-def test_other_texts_are_refused():
+def test_other_program_texts_are_rejected():
     with pytest.raises(ValueError, match="no ENTRY"):
         hlo_analysis.Program("module @jit_step {}")
 
@@ -120,18 +120,18 @@ def test_machines_by_name(name, chips):
     "name, slices, words",
     [
         ("v9:2x2", 1, "CHIP one of v4, v5e"),
-        ("v5e", 1, "write CHIP:SHAPE"),
+        ("v5e", 1, "use the form CHIP:SHAPE"),
         ("v5p:2x2", 1, "v5p has 3 dimensions"),
         ("v5e:2x2", 0, "--slices=0"),
     ],
 )
-def test_machines_that_are_none(name, slices, words):
+def test_invalid_machines_are_rejected(name, slices, words):
     with pytest.raises(PlanError, match=words):
         parse(name, slices=slices)
 
 
 @pytest.mark.parametrize("text", ["1,4", "1,8,1", "a,b,c", ""])
-def test_a_mesh_is_all_chips(text):
+def test_mesh_must_cover_all_chips(text):
     with pytest.raises(PlanError, match="product of 4"):
         mesh_of(text, V5E)
 
@@ -163,7 +163,7 @@ def test_arguments_are_counted_exactly(name, axes):
 
 
 @pytest.mark.parametrize("line", TOO_LARGE)
-def test_arithmetic_knows_what_does_not_fit(line):
+def test_arithmetic_predicts_what_does_not_fit(line):
     run, topology = setting(*line)
     assert not analytic.estimate(run, topology)["fits"]
 
@@ -175,7 +175,7 @@ def test_arithmetic_knows_what_does_not_fit(line):
         ("medmax_7b_qlora", "v5e:1x1", "1,1,1", 1, "all"),
     ],
 )
-def test_arithmetic_knows_what_fits(line):
+def test_arithmetic_predicts_what_fits(line):
     run, topology = setting(*line)
     assert analytic.estimate(run, topology)["fits"]
 
@@ -203,7 +203,7 @@ def test_full_recomputation_cannot_pass_68_percent():
     assert half["cost_usd"] is None
 
 
-def test_what_nothing_hides_is_added():
+def test_exposed_communication_is_added():
     run, topology = setting("medmax_7b_lora", "v5e:2x2", "1,4,1", 4, "all")
     second = round(2 * 45e9)  # over both links of a ring
     row = {"kind": "all-gather", "count": 1, "bytes": second, "sent": second}
@@ -233,23 +233,23 @@ def test_candidates_are_settings_that_the_model_allows():
         assert each.train.steps * each.data.batch_size == pytest.approx(tokens, rel=0.01)
 
 
-def test_slices_lie_along_data():
+def test_slices_are_along_the_data_axis():
     topology = parse("v5e:4x4", slices=2)
     run, _ = setting("medmax_7b_lora", "v5e:4x4", "1,16,1", 1, "all")
     assert {each.mesh.data % 2 for each in search.candidates(run, topology)} == {0}
 
 
-def test_the_search_takes_the_fastest_that_fits():
+def test_search_selects_the_fastest_that_fits():
     run, topology = setting("medmax_7b_lora", "v5e:2x2", "1,4,1", 4, "all")
     order = search.rank_candidates(search.candidates(run, topology), topology, utilisation=0.6)
     answer = lambda each: analytic.estimate(each, topology)  # noqa: E731
     best, found = search.best_fitting(order, topology, answer, utilisation=0.6, most=3)
     assert found["fits"] and best in order[:3]
-    with pytest.raises(PlanError, match="nothing fits 1 x v5e:2x2"):
+    with pytest.raises(PlanError, match="no setting fits 1 x v5e:2x2"):
         search.best_fitting([], topology, answer, utilisation=0.6, most=3)
 
 
-def test_the_search_goes_on_when_the_favourites_do_not_fit():
+def test_search_continues_when_the_first_candidates_do_not_fit():
     run, topology = setting("medmax_7b_lora", "v5e:2x2", "1,4,1", 4, "all")
     order = search.rank_candidates(search.candidates(run, topology), topology, utilisation=0.6)
     refused = order[:4]
@@ -261,14 +261,14 @@ def test_the_search_goes_on_when_the_favourites_do_not_fit():
     assert best == order[4]
 
 
-def test_every_policy_of_recomputation_has_its_memory():
+def test_every_remat_policy_has_a_memory_estimate():
     run = config.from_config_dict(base.get_config())
     for remat in config.CHOICES["model.remat"]:
         each = dataclasses.replace(run, model=dataclasses.replace(run.model, remat=remat))
         assert analytic.estimate(each, V5E)["peak_hbm_gib"] > 0
 
 
-def test_options_of_the_tpu_compiler_are_refused_elsewhere():
+def test_tpu_compiler_options_are_rejected_on_other_devices():
     settings = base.get_config()
     settings.train.compile = "gather"
     run = config.from_config_dict(settings)
@@ -282,14 +282,14 @@ def test_options_of_the_tpu_compiler_are_refused_elsewhere():
 LORA = ("--config=configs/medmax_7b_lora.py", "--topology=v5e:2x2", "--analytic")
 
 
-def test_a_rough_plan_says_that_it_is(tmp_path):
+def test_analytic_plan_is_marked_as_an_estimate(tmp_path):
     done = plan(
         *LORA, "--mesh=1,4,1", "--per_chip_batch=4", "--seq=2048", "--price=1.2", "--json",
         f"--cache={tmp_path}", "--config.model.attention=splash", "--config.model.remat=all",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     *_, last, line = done.stdout.splitlines()
-    assert "by arithmetic: rough" in last
+    assert "estimated by arithmetic" in last
     found = json.loads(line)
     assert found["how"] == "analytic" and found["fits"] and found["batch_size"] == 16
     assert found["hbm_gib"] == 15.75 and found["mesh"] == {"data": 1, "fsdp": 4, "tp": 1}
@@ -309,7 +309,7 @@ def test_a_rough_plan_says_that_it_is(tmp_path):
         (("--mesh=1,4,1", "--config.model.remat=some"), 2, "config.model.remat is 'some'"),
     ],
 )
-def test_what_cannot_work_fails_by_name(tmp_path, words, status, message):
+def test_impossible_plans_name_the_flag(tmp_path, words, status, message):
     done = plan(*LORA, f"--cache={tmp_path}", *words)
     assert (done.returncode, done.stdout) == (status, "")
     assert message in done.stderr
@@ -326,7 +326,7 @@ def make_table(folder: pathlib.Path, page: pathlib.Path) -> subprocess.Completed
     )  # fmt: skip
 
 
-def test_the_table_has_every_cell_and_says_where_each_is_from(tmp_path):
+def test_plan_table_has_every_cell_with_its_source(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("before\n" + "old\n".join(table.MARKS) + "after\n")
     assert make_table(tmp_path, page).returncode == 0
@@ -339,7 +339,7 @@ def test_the_table_has_every_cell_and_says_where_each_is_from(tmp_path):
     assert "| 7B full | v5e:1x1 | 2,048 | does not fit |" in text
 
 
-def test_the_table_needs_its_place(tmp_path):
+def test_plan_table_requires_the_marker_lines(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("nothing here\n")
     done = make_table(tmp_path, page)

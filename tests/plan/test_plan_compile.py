@@ -53,7 +53,7 @@ def found(done: subprocess.CompletedProcess) -> dict:
 @pytest.mark.parametrize(
     "machine, gib", [("v5e:2x2", 15.75), ("v5p:2x2x1", 95.74), ("v6e:2x2", 31.25)]
 )
-def test_the_small_step_within_bounds(cache, machine, gib):
+def test_small_step_is_within_bounds(cache, machine, gib):
     words = (*SMALL, f"--topology={machine}", "--mesh=1,2,2", f"--cache={cache}")
     answer = found(plan(*words, "--decode=none"))
     assert answer["how"] == "compiled" and answer["fits"] and answer["hbm_gib"] == gib
@@ -68,7 +68,7 @@ def test_the_small_step_within_bounds(cache, machine, gib):
     assert count["collective-permute"] <= 100
 
 
-def test_an_answer_is_asked_for_once(cache):
+def test_programs_are_compiled_once(cache):
     """After the test above: the same program is not compiled again, another one is not found."""
     words = (*SMALL, "--topology=v5e:2x2", "--mesh=1,2,2", f"--cache={cache}", "--decode=none")
     found(plan(*words))
@@ -77,7 +77,7 @@ def test_an_answer_is_asked_for_once(cache):
     assert {path.name: path.stat().st_mtime_ns for path in cache.iterdir()} == before
 
 
-def test_the_decode_loop_compiles_and_says_what_its_cache_takes(cache):
+def test_decode_loop_compiles_and_reports_its_cache_size(cache):
     words = (*SMALL, "--topology=v5e:2x2", "--mesh=1,2,2", f"--cache={cache}")
     answer = found(plan(*words))["decode"]
     assert answer["fits"] and (answer["rows"], answer["slots"]) == (2, 512)
@@ -86,7 +86,7 @@ def test_the_decode_loop_compiles_and_says_what_its_cache_takes(cache):
     assert answer["cache_gib"] == pytest.approx(2 * 4 * 1 * 2 * 512 * 32 * 2 / 2**30, abs=1e-3)
 
 
-def test_out_of_memory_is_an_answer(cache):
+def test_out_of_memory_is_a_valid_result(cache):
     """Scores of 16,384 rows are 17 GB in fp32."""
     answer = found(
         plan(
@@ -99,7 +99,7 @@ def test_out_of_memory_is_an_answer(cache):
     assert "exceeds available HBM" in answer["error"]
 
 
-def test_slices_are_neighbours_only_along_data():
+def test_slices_communicate_only_along_the_data_axis():
     done = subprocess.run(
         [sys.executable, "-c", SLICES], cwd=ROOT, text=True, capture_output=True, timeout=120,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
@@ -112,7 +112,7 @@ def test_slices_are_neighbours_only_along_data():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("line", TOO_LARGE)
-def test_the_compiler_knows_what_does_not_fit(cache, line):
+def test_compiler_detects_what_does_not_fit(cache, line):
     name, machine, axes, rows, remat = line
     answer = found(
         plan(

@@ -40,15 +40,15 @@ def road(tmp_path_factory):
     top = tmp_path_factory.mktemp("road")
     source = tmp_path_factory.mktemp("source") / f"{SECRETS[0]}-folder"
     marked_source(source)
-    told = []
+    report = []
 
     def ran(*command, module="data.prepare", status=0):
         done = subprocess.run(
             [sys.executable, "-m", module, *map(str, command)],
             cwd=ROOT, capture_output=True, text=True, timeout=600,
         )  # fmt: skip
-        told.append(done.stdout + done.stderr)
-        assert done.returncode == status, told[-1]
+        report.append(done.stdout + done.stderr)
+        assert done.returncode == status, report[-1]
 
     r = top / "r"
     build = ["build", "--source", "MIMIC-CXR", "--from", source, "--model", prepare.TINY]
@@ -62,11 +62,11 @@ def road(tmp_path_factory):
     (top / "tiny_mimic.py").write_text(CONFIG.format(records=str(r)))
     workdir = f"--workdir={top / 'run'}"
     ran(f"--config={top / 'tiny_mimic.py'}", workdir, module="medmax_jax.train")
-    for asked in (DICOM_IDS[0], writer.open_records(r)[0].id):
-        ran("who_saw", asked, "--in", top)
+    for request in (DICOM_IDS[0], writer.open_records(r)[0].id):
+        ran("who_saw", request, "--in", top)
     tokenize = ["tokenize", "--images", source, "--model", prepare.TINY, "--credentialed"]
     ran(*tokenize, "--out", top / "codes", "--max_bad", "0.6")
-    return top, told
+    return top, report
 
 
 def decoded(top):
@@ -77,8 +77,8 @@ def decoded(top):
 
 
 def test_no_canary_in_any_byte(road):
-    top, told = road
-    heaps = {"decoded": decoded(top)[0], "printed": "\n".join(told)}
+    top, report = road
+    heaps = {"decoded": decoded(top)[0], "printed": "\n".join(report)}
     for path in top.rglob("*"):
         heaps[str(path.relative_to(top))] = path.name
         if path.is_file():
@@ -99,28 +99,28 @@ def test_no_canary_in_any_byte(road):
     assert not [(s, name) for s in SECRETS for name, heap in heaps.items() if s in heap]
 
 
-def test_the_road_was_walked(road):
+def test_canary_pipeline_ran_completely(road):
     """Silence means something only where something was said."""
-    top, told = road
+    top, report = road
     _, count = decoded(top)
-    assert count == 3 and "shared_codes\tdocument 0" in told[2]
+    assert count == 3 and "shared_codes\tdocument 0" in report[2]
     page, shown = ((top / n).read_text() for n in ("page.html", "shown.html"))
     assert "no focal consolidation" in shown and "focal" not in page
     assert "no focal consolidation" in (top / "run" / "samples" / "000003.html").read_text()
     for path in (top / "page.html", top / "run" / "samples" / "000003.html"):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert "step 3/3" in told[7] and "MIMIC-CXR" in (top / "run" / "config.json").read_text()
-    assert "'documents'" not in told[8] and told[9].count("'shard': ") >= 1
-    assert "'checkpoint': " in told[9] and "first_step" in told[9]
+    assert "step 3/3" in report[7] and "MIMIC-CXR" in (top / "run" / "config.json").read_text()
+    assert "'documents'" not in report[8] and report[9].count("'shard': ") >= 1
+    assert "'checkpoint': " in report[9] and "first_step" in report[9]
 
 
-def test_what_is_printed_of_an_image_is_a_hash(road):
+def test_images_are_printed_as_hashes(road):
     """Not even the records' own names, which are hashes of the ids, stand in who_saw or check."""
-    top, told = road
+    top, report = road
     found = writer.open_records(top / "r")
     for d in found:
-        for said in (told[2], told[9]):
-            assert d.id not in said and d.image_path not in said and d.group not in said
-    words = " ".join("".join(told).split())
+        for output in (report[2], report[9]):
+            assert d.id not in output and d.image_path not in output and d.group not in output
+    words = " ".join("".join(report).split())
     assert "focal consolidation" not in words  # no program prints a report
     assert np.all([d.image_sha256 for d in found])

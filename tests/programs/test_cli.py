@@ -1,4 +1,4 @@
-"""What every program says about a bad flag, a workdir that cannot be written to, and Ctrl-C."""
+"""Messages of every program about a wrong flag, an unwritable workdir, and Ctrl-C."""
 
 import os
 import pathlib
@@ -34,8 +34,8 @@ def program(*words: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(
     "arguments, status, message",
     [
-        (["--workdir=w", "--config.seeed=1"], cli.USAGE, "--config.seeed names no field"),
-        (["--workdir=README.md/w"], cli.ERROR, "--workdir README.md/w cannot be written"),
+        (["--workdir=w", "--config.seeed=1"], cli.USAGE, "--config.seeed is not a field"),
+        (["--workdir=README.md/w"], cli.ERROR, "--workdir README.md/w is not writable"),
     ],
 )
 def test_one_line_and_a_status(name, arguments, status, message):
@@ -48,12 +48,12 @@ def test_one_line_and_a_status(name, arguments, status, message):
 @pytest.mark.parametrize(
     "arguments, status, message",
     [
-        (["--out=w", "--config.sample.foo=1"], cli.USAGE, "--config.sample.foo names no field"),
-        (["--out=README.md/w"], cli.ERROR, "--out README.md/w cannot be written"),
+        (["--out=w", "--config.sample.foo=1"], cli.USAGE, "--config.sample.foo is not a field"),
+        (["--out=README.md/w"], cli.ERROR, "--out README.md/w is not writable"),
         (["--out=runs/w", "--model=nowhere"], cli.ERROR, "nowhere/config.json: no such file"),
     ],
 )
-def test_generate_says_one_line_too(arguments, status, message):
+def test_generate_reports_errors_in_one_line(arguments, status, message):
     done = program(
         "-m", "medmax_jax.generate", "--model=medmax_jax/tiny", "--prompt=A CT?", *arguments
     )
@@ -61,24 +61,24 @@ def test_generate_says_one_line_too(arguments, status, message):
     assert done.stderr.count("\n") == 1, done.stderr
 
 
-def test_programs_refuse_a_workdir_before_they_work(tmp_path):
+def test_programs_check_the_workdir_before_they_work(tmp_path):
     (tmp_path / "file").write_text("")
-    asked = dict(model="native:nowhere", adapter="", progress=print)
-    with pytest.raises(cli.WorkdirError, match="file/w cannot be written .*; name another folder"):
+    request = dict(model="native:nowhere", adapter="", progress=print)
+    with pytest.raises(cli.WorkdirError, match="file/w is not writable .*; use another folder"):
         settings = config.build(Settings, eval_tiny.get_config())
-        stages.run(settings, tmp_path / "file" / "w", **asked)
-    with pytest.raises(cli.WorkdirError, match="file/w cannot be written"):
+        stages.run(settings, tmp_path / "file" / "w", **request)
+    with pytest.raises(cli.WorkdirError, match="file/w is not writable"):
         train_vqgan.run(
             config.build(train_vqgan.Run, tiny_vqgan.get_config()), tmp_path / "file" / "w"
         )
 
 
-def test_a_workdir_is_made_and_left_empty(tmp_path):
+def test_workdir_is_created_and_left_empty(tmp_path):
     assert cli.open_workdir(tmp_path / "a" / "b") == tmp_path / "a" / "b"
     assert list((tmp_path / "a" / "b").iterdir()) == []
 
 
-def test_ctrl_c_where_no_loop_listens():
+def test_ctrl_c_outside_the_loop():
     done = program("-c", INTERRUPTED, "--config=configs/tiny.py", "--workdir=w")
     assert done.returncode == cli.INTERRUPTED
-    assert done.stderr == f"{cli.STOPPED}\n" and "the same command goes on" in cli.STOPPED
+    assert done.stderr == f"{cli.STOPPED}\n" and cli.RESUME in cli.STOPPED

@@ -1,4 +1,4 @@
-"""Config files become frozen settings; every kind of wrong setting names its field and the mend."""
+"""Config files become frozen settings; the error of a wrong setting names its field and the fix."""
 
 import importlib
 import math
@@ -38,7 +38,7 @@ def test_codes_per_image_follow_from_the_vqgan():
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("optim.lr", 1e-3, "config.optim.lr is unknown.*peak_lr"),
+        ("optim.lr", 1e-3, "config.optim.lr is not a field.*peak_lr"),
         ("optim.peak_lr", None, "config.optim.peak_lr is missing"),
         ("optim.peak_lr", "fast", "config.optim.peak_lr is 'fast'.*float"),
         ("train.steps", 0, "config.train.steps is 0; it must be above 0"),
@@ -46,10 +46,10 @@ def test_codes_per_image_follow_from_the_vqgan():
         ("train.trains", "bias", "config.train.trains is 'bias'.*lora, full"),
         ("model.num_kv_heads", 3, "config.model.num_heads is 32.*num_kv_heads"),
         ("vq.num_codes", 512, "config.vq.num_codes is 512; it must be 8192"),
-        ("vq.channels", 48, "a multiple of vq.norm_groups, 32"),
+        ("vq.channels", 48, "a multiple of vq.norm_groups = 32"),
         ("vq.norm_groups", 0, "config.vq.norm_groups is 0; it must be above 0"),
         ("model.num_kv_heads", 0, "config.model.num_kv_heads is 0; it must be above 0"),
-        ("vq.channel_mult", (1, 2.5), "whole numbers"),
+        ("vq.channel_mult", (1, 2.5), "integers"),
         ("data.seq_len", 2_000, "config.data.document_limit is 2048; it must be in 1..2000"),
         ("data.document_limit", 4_097, "in 1..2048: at most data.seq_len and model.context_length"),
         ("data.document_limit", 0, "config.data.document_limit is 0; it must be in 1..2048"),
@@ -63,7 +63,7 @@ def test_codes_per_image_follow_from_the_vqgan():
         ("lora.rank", 0, "above 0"),
     ],
 )
-def test_wrong_settings_say_so(path, value, message):
+def test_wrong_settings_are_reported(path, value, message):
     settings = base.get_config().to_dict()
     section, field = path.split(".")
     if value is None:
@@ -77,7 +77,7 @@ def test_wrong_settings_say_so(path, value, message):
             config.from_config_dict(settings)
 
 
-def test_the_fingerprint_sees_every_field():
+def test_fingerprint_depends_on_every_field():
     run = config.from_config_dict(base.get_config())
     settings = config.to_dict(run)
     settings["optim"]["eps"] = 1e-7
@@ -85,7 +85,7 @@ def test_the_fingerprint_sees_every_field():
 
 
 @pytest.mark.parametrize("title", LAUNCHES)
-def test_the_commands_of_launch_md_suit_their_machines(title):
+def test_commands_of_launch_md_fit_their_machines(title):
     devices, gpus = LAUNCHES[title]
     text = (pathlib.Path(__file__).parents[2] / "docs" / "launch.md").read_text()
     section = text.split(f"## {title}\n")[1].split("\n## ")[0]

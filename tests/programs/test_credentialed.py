@@ -100,7 +100,7 @@ def test_an_image_is_credentialed_in_every_row():
     assert [is_credentialed(item) for item in items] == [True, True, False]
 
 
-def test_records_without_a_plain_no_are_credentialed():
+def test_records_without_an_explicit_no_are_credentialed():
     for value in ("yes", "YES", "maybe", "", "unknown"):
         assert egress.is_credentialed(value)
     assert not egress.is_credentialed("no") and not egress.is_credentialed(" No")
@@ -109,13 +109,13 @@ def test_records_without_a_plain_no_are_credentialed():
 # An evaluation.
 
 
-def test_nothing_reaches_a_host_that_is_not_listed(tmp_path):
+def test_no_data_reaches_an_unlisted_host(tmp_path):
     path = items_of(tmp_path, ROW, ROW | dict(id="2", credential="no", image_path="b.png"))
     now = dataclasses.replace(settings(tmp_path), questions=(str(path),), images="")
     with serving(lambda *_: completion("yes")) as llm:
-        asked = dict(model=f"endpoint:m@{llm.url}", progress=lambda _: None)
+        request = dict(model=f"endpoint:m@{llm.url}", progress=lambda _: None)
         with pytest.raises(egress.OutgoingError, match="not listed"):
-            stages.run(now, tmp_path / "out", **asked)
+            stages.run(now, tmp_path / "out", **request)
         assert not llm.requests
         judge = dataclasses.replace(now.judge, endpoint=f"m@{llm.url}")
         judged = dataclasses.replace(now, judge=judge)
@@ -127,7 +127,7 @@ def test_nothing_reaches_a_host_that_is_not_listed(tmp_path):
         assert not llm.requests and not (tmp_path / "judged" / "records.jsonl").exists()
 
 
-def test_a_judge_is_checked_for_what_it_judges(tmp_path):
+def test_judge_is_checked_for_the_data_it_receives(tmp_path):
     now = settings(tmp_path)
     one = judging.make_judge(dataclasses.replace(now.judge, endpoint="m@http://127.0.0.1:9/v1"))
     judging.check_hosts(one, from_rows([ROW]))  # closed questions are not judged
@@ -142,14 +142,14 @@ def test_the_workdir_is_private_from_the_first_byte(tmp_path):
     path = items_of(tmp_path, *rows)
     now = dataclasses.replace(settings(tmp_path), questions=(str(path),), images="", options=True)
     now = dataclasses.replace(now, counts=dataclasses.replace(now.counts, image_generation=-1))
-    out, said = tmp_path / "out", []
+    out, output = tmp_path / "out", []
     out.mkdir(mode=0o755)  # it may have been there
-    stages.run(now, out, model="baseline:random", progress=said.append)
+    stages.run(now, out, model="baseline:random", progress=output.append)
     assert {"records.jsonl", "summary.json", "report.html", "run.json", "records_images"} < set(
         modes(out)
     )
     assert_private(out)
-    assert not any("SECRET" in line for line in said)
+    assert not any("SECRET" in line for line in output)
     assert "keep this page where the items may be kept" in (out / "report.html").read_text()
     os.chmod(out / "report.html", 0o644)
     report.rewrite_report(out, "")
@@ -157,7 +157,7 @@ def test_the_workdir_is_private_from_the_first_byte(tmp_path):
     assert os.umask(0o022) == 0o022  # as it was before
 
 
-def test_an_open_workdir_is_as_before(tmp_path):
+def test_workdir_of_open_data_is_unchanged(tmp_path):
     path = items_of(tmp_path, ROW | dict(credential="no"))
     now = dataclasses.replace(settings(tmp_path), questions=(str(path),), images="")
     stages.run(now, tmp_path / "out", model="baseline:constant", progress=lambda _: None)
@@ -177,7 +177,7 @@ def test_an_open_workdir_is_as_before(tmp_path):
         (dict(task_name="visual_chat", question_type="conversation"), "is not the dictionary"),
     ],
 )
-def test_messages_repeat_nothing_of_a_row(tmp_path, change, message):
+def test_messages_contain_nothing_of_a_row(tmp_path, change, message):
     (tmp_path / "q.jsonl").write_text(json.dumps(ROW | change))
     now = dataclasses.replace(settings(tmp_path), questions=(str(tmp_path / "q.jsonl"),), images="")
     with pytest.raises(TaskError) as caught:
@@ -186,7 +186,7 @@ def test_messages_repeat_nothing_of_a_row(tmp_path, change, message):
     assert caught.value.__cause__ is None
 
 
-def test_later_messages_repeat_nothing_of_a_row(tmp_path):
+def test_later_messages_contain_nothing_of_a_row(tmp_path):
     with pytest.raises(TaskError, match="the id of row 1 comes more than once"):
         from_rows([ROW, ROW])
     items = from_rows([ROW])
@@ -198,15 +198,15 @@ def test_later_messages_repeat_nothing_of_a_row(tmp_path):
         selection.check_images(found)
     assert not {"SECRET"} & {w for e in (caught, unread) for w in str(e.value).split()}
     path = tmp_path / "p.jsonl"
-    for row, said in (
+    for row, output in (
         (dict(id="SECRET2", text="yes"), "the first is that of line 1"),
         (dict(id="SECRET", images=["SECRET2.png"]), "line 1: image 1 is no file"),
-        (dict(id="SECRET", images=["../SECRET.png"]), "image 1 leads out"),
+        (dict(id="SECRET", images=["../SECRET.png"]), "image 1 is outside"),
     ):
         path.write_text(json.dumps(row))
         with pytest.raises(predictions.PredictionsError) as wrong:
             predictions.Predictions(path, items)
-        assert said in str(wrong.value) and "SECRET" not in str(wrong.value)
+        assert output in str(wrong.value) and "SECRET" not in str(wrong.value)
     path.write_text(json.dumps(dict(id="SECRET", images=["SECRET.png"])))  # no image, as above
     model, ask = (
         predictions.Predictions(path, items),
@@ -215,9 +215,9 @@ def test_later_messages_repeat_nothing_of_a_row(tmp_path):
     with pytest.raises(predictions.PredictionsError, match="line 1: image 1 cannot be") as wrong:
         model.generate([ask])
     assert "SECRET" not in str(wrong.value)
-    asked = inference.item_fields(items[0])
+    request = inference.item_fields(items[0])
     with pytest.raises(comparison.ComparisonError, match="prompt of a credentialed item differs"):
-        comparison._check_same(asked, asked | dict(prompt="SECRET2"))
+        comparison._check_same(request, request | dict(prompt="SECRET2"))
 
 
 def test_a_probe_with_a_credentialed_image_is_credentialed():
@@ -237,7 +237,7 @@ def test_a_probe_with_a_credentialed_image_is_credentialed():
     "name", ["records.jsonl", "history.jsonl", "run.json", "summary.json",
              "report.html", "probe_blank_image"],
 )  # fmt: skip
-def test_a_file_that_may_not_be_written_costs_one_line(tmp_path, name):
+def test_unwritable_file_is_reported_in_one_line(tmp_path, name):
     path = items_of(tmp_path, ROW | dict(credential="no"))
     now = dataclasses.replace(
         settings(tmp_path), questions=(str(path),), images="", options=True, probes=("blank",)
@@ -253,7 +253,7 @@ def test_a_file_that_may_not_be_written_costs_one_line(tmp_path, name):
 
 
 @pytest.mark.parametrize("content", ["[1]", "7", "{", '"a"'])
-def test_a_damaged_run_json_costs_one_line(tmp_path, content):
+def test_damaged_run_json_is_reported_in_one_line(tmp_path, content):
     path = items_of(tmp_path, ROW | dict(credential="no"))
     now = dataclasses.replace(settings(tmp_path), questions=(str(path),), images="")
     (tmp_path / "out").mkdir()
@@ -302,7 +302,7 @@ def test_documents_of_credentialed_rows_are_private(tmp_path, place):
         (dict(credential="SECRET credential", group=7), "row 3: field 'group' is of type int"),
     ],
 )
-def test_messages_of_documents_repeat_nothing(tmp_path, change, message):
+def test_messages_about_documents_contain_no_content(tmp_path, change, message):
     given = documents(tmp_path, [TEXT, TEXT, TEXT | change])
     with pytest.raises((RecordsError, egress.OutgoingError)) as caught:
         jsonl.read_texts(given["source"])
@@ -328,15 +328,15 @@ def test_a_control_token_of_documents_is_named_by_its_row(tmp_path, monkeypatch)
         raise TokenizerError("the text contains control token 1: SECRET")
 
     monkeypatch.setattr(prepare, "document_ids", refuse)
-    for credential, said in (("yes", "row 1: text contains the name"), ("no", "SECRET")):
+    for credential, output in (("yes", "row 1: text contains the name"), ("no", "SECRET")):
         given = documents(tmp_path, [TEXT | dict(credential=credential)])
         with pytest.raises((PrepareError, TokenizerError)) as caught:
             prepare.prepare_documents(tmp_path / credential, **given)
-        assert said in str(caught.value)
+        assert output in str(caught.value)
         assert ("SECRET" in str(caught.value)) == (credential == "no")
 
 
-def test_messages_of_captions_repeat_nothing(tmp_path):
+def test_messages_about_captions_contain_no_content(tmp_path):
     row = dict(id="SECRET", caption="SECRET", images=["a.png"], source="s", credential="yes")
     path = tmp_path / "c.jsonl"
     for change in (dict(caption=["SECRET"]), dict(images="SECRET"), dict(images=["../SECRET"]),

@@ -88,7 +88,7 @@ def test_3_folders_may_be_relative(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("family", task_items.FAMILIES)
-def test_5_every_prompt_asks_words_and_pictures_that_are_there(family, tmp_path):
+def test_5_every_prompt_requests_existing_text_and_images(family, tmp_path):
     for prompt in task_items.PROMPTS:
         found = task_items.prompt_parts(eval_setup.item("x", family, 0), tmp_path, prompt)
         assert all(found) and sum(isinstance(part, Path) for part in found) == (
@@ -105,23 +105,23 @@ def test_6_an_empty_answer_is_an_answer(tmp_path):
     assert (row["value"], row["n_unparsed"], row["n"]) == (0, 1, 1)
 
 
-def test_7_what_fails_ends_nothing_else(tmp_path):
+def test_7_failed_items_do_not_stop_the_others(tmp_path):
     items = [eval_setup.item("x_closed", "vqa_closed", 0, answer="yes"),
              eval_setup.item("x_closed", "vqa_closed", 1, answer="yes"),
              eval_setup.item("captioning_x", "captioning", 2)]  # fmt: skip
-    said = {
+    output = {
         "x_closed/0": base.FailedResponse(why="refused"),
         "x_closed/1": ["yes"],
         "captioning_x/2": ["A CT"],
     }
-    rows = aggregate.summary(answers(Scripted(said), items, tmp_path), **NUMBERS)
+    rows = aggregate.summary(answers(Scripted(output), items, tmp_path), **NUMBERS)
     closed = rows[0]
     assert (closed["n"], closed["n_errors"], closed["n_unscored"]) == (2, 1, 1)
     assert (closed["value"], closed["best"], closed["of_scored"]) == (0.5, 1, 1)
     assert rows[1]["task"] == "captioning_x" and rows[1]["n_errors"] == 0
 
 
-def test_13_14_16_strict_has_no_penalty_and_says_how_pictures_are_drawn():
+def test_13_14_16_strict_has_no_penalty_and_states_image_sampling():
     strict, published = (c.get_config().sample for c in (eval_suite, eval_paper))
     assert strict.repetition_penalty == 1.0 and published.repetition_penalty == 1.2
     assert strict.text_greedy and not strict.image_greedy  # said by two fields, not implied by one
@@ -135,7 +135,7 @@ def test_22_the_reference_caption_counts(tmp_path):
     assert "caption_caption" in per_record.IMAGE_METRICS["captioning"]
 
 
-def test_23_the_rubric_asks_for_the_same_and_not_for_good_enough():
+def test_23_rubric_requires_the_same_answer():
     ours, theirs = (
         (ROOT / "eval" / "prompts" / f"{name}.txt").read_text()
         for name in ("judge_correct", "release_correctness")
@@ -144,9 +144,9 @@ def test_23_the_rubric_asks_for_the_same_and_not_for_good_enough():
     assert "says the same as the reference" in ours and "is not correct if it contradicts" in ours
 
 
-def test_26_intervals_know_of_questions_that_share_a_picture():
+def test_26_intervals_account_for_questions_that_share_an_image():
     rng = np.random.default_rng(0)
-    right = np.repeat(rng.random(40) < 0.6, 14)  # all questions of a picture go the same way
+    right = np.repeat(rng.random(40) < 0.6, 14)  # all questions of an image have the same result
     items = [eval_setup.item("x_closed", "vqa_closed", n, answer="yes", group=f"g{n // 14}")
              for n in range(560)]  # fmt: skip
     records = [
@@ -160,7 +160,7 @@ def test_26_intervals_know_of_questions_that_share_a_picture():
     )
 
 
-def test_27_28_all_tasks_answers_are_kept_and_no_number_comes_twice(tmp_path):
+def test_27_28_answers_of_all_tasks_are_kept_without_duplicates(tmp_path):
     records = eval_setup.records(tmp_path)
     lite = EfficientNetScorer(efficientnet.from_tensors(lite_tensors()), batch=4)
 
@@ -188,7 +188,7 @@ def test_27_28_all_tasks_answers_are_kept_and_no_number_comes_twice(tmp_path):
     assert {record["task"] for record in kept} == {"a", "b"} and len(kept) == 4
 
 
-def test_29_a_missing_key_is_said_before_anything_is_asked(tmp_path, monkeypatch):
+def test_29_missing_key_is_reported_before_any_request(tmp_path, monkeypatch):
     monkeypatch.delenv("A_KEY", raising=False)
     now = settings(tmp_path)
     service = dataclasses.replace(now.judge.service, key_env="A_KEY")
@@ -204,7 +204,7 @@ def test_29_a_missing_key_is_said_before_anything_is_asked(tmp_path, monkeypatch
     assert isinstance(who, JudgeSettings)
 
 
-def test_29_the_price_and_the_calls_are_told(tmp_path):
+def test_29_cost_and_calls_are_reported(tmp_path):
     records = [r for r in eval_setup.records(tmp_path) if r["family"] == "vqa_open"]
 
     def behave(request, n):
@@ -212,13 +212,13 @@ def test_29_the_price_and_the_calls_are_told(tmp_path):
         return eval_setup.judge(request)
 
     with serving(behave) as llm:
-        told = ask(a_judge(llm.url, price_in=1.0, price_out=10.0), records, tmp_path)
-        assert told["calls"] == len(llm.requests) > 0
-        assert told["usd"] == pytest.approx(2e-4 * told["calls"]) and llm.most_at_once > 1
+        report = ask(a_judge(llm.url, price_in=1.0, price_out=10.0), records, tmp_path)
+        assert report["calls"] == len(llm.requests) > 0
+        assert report["usd"] == pytest.approx(2e-4 * report["calls"]) and llm.most_at_once > 1
     assert (tmp_path / judging.CALLS).exists()
 
 
-def test_30_nothing_is_downloaded_to_count_or_to_ask():
+def test_30_estimates_and_requests_download_nothing():
     names = {"tiktoken", "openai", "backoff", "open_clip", "datasets"}
     for name, path in modules().items():
         if name.startswith(
@@ -237,8 +237,8 @@ def test_30_nothing_is_downloaded_to_count_or_to_ask():
 
 def test_31_answers_are_paired_by_id_and_never_by_order(tmp_path):
     items = [eval_setup.item("x_closed", "vqa_closed", n, answer="yes") for n in range(6)]
-    said = {item.id: ["yes" if n < 2 else "no"] for n, item in enumerate(items)}
-    records = answers(Scripted(said), items, tmp_path)
+    output = {item.id: ["yes" if n < 2 else "no"] for n, item in enumerate(items)}
+    records = answers(Scripted(output), items, tmp_path)
     assert [r["text"] for r in records] == ["yes"] * 2 + ["no"] * 4
     twice = [dict(task_name="image_captioning", question_type="x", prompt="", answer="", id="a",
                   image_path="a.png")] * 2  # fmt: skip

@@ -59,7 +59,7 @@ def behavior(imports: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_a_module_of_the_user_behaves_the_same_with_and_without_the_import():
+def test_user_module_behaves_the_same_with_and_without_the_import():
     expected = behavior("")
     assert expected["shared"] is True and expected["count"] == 1
     assert behavior("import medmax_jax") == expected

@@ -17,7 +17,7 @@ NONE = (SEVEN.model, SEVEN.vocab, dataclasses.replace(SEVEN.lora, rank=0))
 
 
 @pytest.mark.parametrize("file", [base, chameleon_30b, tiny])
-def test_parameters_are_those_of_the_tree(file):
+def test_parameter_counts_match_the_tree(file):
     run = config.from_config_dict(file.get_config())
     n = flops.parameters(run.model, run.vocab, run.lora)
     with jax.set_mesh(make_mesh(Mesh(data=1, fsdp=1, tp=1))):
@@ -51,18 +51,18 @@ def test_lora_is_near_two_thirds_of_full():
     assert round(parts[0] / parts[1], 3) == 0.697
 
 
-def test_training_only_the_image_rows_has_no_backward_pass_below_the_head():
+def test_image_head_training_has_no_backward_pass_below_the_head():
     cost = flops.train_flops(*NONE, trains="image_head", length=2048)
     forward = flops.decode_flops(*NONE, context=1024)  # a causal row sees half of itself
     assert cost == forward + 2 * 4096 * 8192
 
 
-def test_packed_documents_attend_to_themselves():
+def test_packed_documents_attend_only_to_themselves():
     assert flops.attended_length([3, 1]) == 2.5
     assert flops.attended_length([2048]) == 2048
 
 
-def test_every_policy_of_recomputation_has_its_flops():
+def test_every_remat_policy_has_a_flop_count():
     cost = {}
     for remat in CHOICES["model.remat"]:
         model = dataclasses.replace(SEVEN.model, remat=remat)
@@ -76,7 +76,7 @@ def test_every_policy_of_recomputation_has_its_flops():
         flops.remat_flops(model, trains="lora", length=2048)
 
 
-def test_what_is_trained_has_a_name():
+def test_unknown_training_mode_is_rejected():
     with pytest.raises(ValueError, match="config.train.trains is 'half'"):
         flops.train_flops(*ADAPTERS, trains="half", length=2048)
 
@@ -90,7 +90,7 @@ def test_rates_at_half_of_the_peak(name, half):
     assert share == pytest.approx(0.5, abs=1e-4)
 
 
-def test_full_recomputation_bounds_the_utilisation():
+def test_full_recomputation_bounds_the_utilization():
     model = dataclasses.replace(SEVEN.model, remat="all")
     need = flops.train_flops(*ADAPTERS, trains="lora", length=2048)
     again = flops.remat_flops(model, trains="lora", length=2048)
@@ -111,7 +111,7 @@ def test_four_bits_are_a_little_over_half_a_byte():
         assert flops.matrix_bytes(dataclasses.replace(SEVEN.model, quant=quant)) == size
 
 
-def test_an_unknown_device_has_no_utilisation():
+def test_unknown_device_has_no_utilization():
     assert flops.chip("TPU v5 lite").name == "v5e"
     assert flops.chip("NVIDIA H100 PCIe") is None and flops.chip("cpu") is None
     assert flops.mfu(1e3, 1e9, chips=1, chip=None) is None

@@ -363,7 +363,7 @@ def fuzz(name: str, count: int, folder: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_mutations_are_read_counted_or_named(name, tmp_path):
+def test_mutated_rows_are_read_counted_or_reported(name, tmp_path):
     path = tmp_path / "whole" / FORMATS[name][0]
     path.parent.mkdir(parents=True)
     path.write_bytes(FORMATS[name][1])
@@ -373,7 +373,7 @@ def test_mutations_are_read_counted_or_named(name, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
-def test_many_mutations_are_read_counted_or_named(name, tmp_path):
+def test_many_mutated_rows_are_read_counted_or_reported(name, tmp_path):
     fuzz(name, SLOW, tmp_path)
 
 
@@ -408,7 +408,7 @@ def fuzz_records(count: int, folder: pathlib.Path) -> None:
 
 
 def fuzz_plans(count: int, folder: pathlib.Path) -> None:
-    """Mutations of the file, and of the header alone: its digest is told by whoever wrote it."""
+    """Mutations of the file, and of the header alone, which also has the digest."""
     original = (folder.parent / "p.npz").read_bytes()
     for number in range(count):
         check("plan", number, folder.parent / "mutated.npz", original)

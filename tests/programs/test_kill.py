@@ -1,4 +1,4 @@
-"""A run that is killed again and again is, bit for bit, the run that nobody touched.
+"""A run that is killed repeatedly equals, bit for bit, an uninterrupted run.
 
 The log in docs/launch.md: pytest -m slow -s tests/programs/test_kill.py
 """
@@ -42,7 +42,7 @@ def variables(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def whole(words, variables, tmp_path_factory) -> pathlib.Path:
-    """The run that nobody touched."""
+    """The uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
     status, output = finish(start(words, folder, variables))
     assert status == cli.DONE, output
@@ -50,7 +50,7 @@ def whole(words, variables, tmp_path_factory) -> pathlib.Path:
     return folder
 
 
-def test_a_run_that_was_killed_and_terminated_is_the_whole_run(words, variables, whole, tmp_path):
+def test_killed_and_terminated_run_equals_the_uninterrupted_run(words, variables, whole, tmp_path):
     folder, seed = tmp_path / "stopped", random.randrange(1000)
     pick = random.Random(seed)  # so that a failure can be had again
     process = start(words, folder, variables)
@@ -65,7 +65,7 @@ def test_a_run_that_was_killed_and_terminated_is_the_whole_run(words, variables,
     status, output = finish(process)
     assert status == cli.INTERRUPTED == 75, f"seed {seed}: {output}"
     assert time.monotonic() - begin < 30  # seconds: what a spot machine leaves
-    assert "SIGTERM: stopped after step" in output and "the same command goes on" in output
+    assert "SIGTERM: stopped after step" in output and cli.RESUME in output
 
     status, output = finish(start(words, folder, variables))
     assert status == cli.DONE and "resuming after step" in output, output
@@ -124,10 +124,10 @@ def saving(folder: pathlib.Path) -> int:
 @pytest.mark.parametrize(
     "arguments, status, message",
     [
-        (["--workdir=w", "--config.optim.lrr=1"], cli.USAGE, "--config.optim.lrr names no field"),
-        (["--workdir=README.md/w"], cli.ERROR, "--workdir README.md/w cannot be written"),
-        (["--workdir=gs://bucket/w"], cli.ERROR, "a workdir is a local or mounted folder"),
-        (["--workdir=w", "--profile_steps=4"], cli.USAGE, "write first:last, as in 10:12"),
+        (["--workdir=w", "--config.optim.lrr=1"], cli.USAGE, "--config.optim.lrr is not a field"),
+        (["--workdir=README.md/w"], cli.ERROR, "--workdir README.md/w is not writable"),
+        (["--workdir=gs://bucket/w"], cli.ERROR, "is not a local or mounted folder"),
+        (["--workdir=w", "--profile_steps=4"], cli.USAGE, "write FIRST:LAST, for example 10:12"),
     ],
 )  # fmt: skip
 def test_one_line_and_a_status(words, variables, arguments, status, message):
@@ -138,15 +138,15 @@ def test_one_line_and_a_status(words, variables, arguments, status, message):
     assert found.stderr.count("\n") == 1, found.stderr
 
 
-def test_the_disk_is_full(words, variables, whole, tmp_path):
-    """A real limit on the size of files: the run fails, says so, and goes on when there is room."""
+def test_full_disk_stops_the_run_and_it_resumes(words, variables, whole, tmp_path):
+    """With a real limit on file sizes the run fails with an error, and resumes without it."""
     folder = tmp_path / "full"
     # KiB. Orbax's own _sharding file has 15 in every checkpoint, however its data are split; the
     # logs of three steps have less than 5.
     limited = ["bash", "-c", 'ulimit -f 12; exec "$@"', "bash", *words]
     status, output = finish(start(limited, folder, variables))
     assert status == cli.ERROR and "could not be written" in output, output
-    assert "there is none before it" in output and not list(folder.glob("adapter*"))
+    assert "there is no earlier one" in output and not list(folder.glob("adapter*"))
     status, output = finish(start(words, folder, variables))
     assert status == cli.DONE, output
     assert same_numbers(folder, whole)

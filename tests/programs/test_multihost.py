@@ -72,7 +72,7 @@ def close(a: pathlib.Path, b: pathlib.Path) -> None:
         assert np.abs(adapters[1][name] - value).mean() < 1e-3 * np.abs(value).mean(), name
 
 
-def test_two_hosts_are_one_run(words, cache, alone, tmp_path):
+def test_two_hosts_train_one_run(words, cache, alone, tmp_path):
     """SIGTERM to the host that does not write; both save, exit 75, and go on from there."""
     first, second = two([*words, *ALL], tmp_path, cache)
     wait_for_step(first, tmp_path, 20)
@@ -90,7 +90,7 @@ def test_two_hosts_are_one_run(words, cache, alone, tmp_path):
     close(alone, tmp_path)
 
 
-def test_a_host_is_killed_and_the_run_goes_on_elsewhere(words, cache, alone, tmp_path):
+def test_run_resumes_elsewhere_after_a_host_is_killed(words, cache, alone, tmp_path):
     """The other host ends too; then two hosts go on, then one on another mesh."""
     first, second = two([*words, *ALL], tmp_path, cache)
     wait_for_step(first, tmp_path, 14)

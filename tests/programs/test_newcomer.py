@@ -1,7 +1,7 @@
 """README's "Train 7B", command by command, on the embedded tiny model instead of the published one.
 
 The commands are read from the README. What differs is written here: downloads are left out, the
-shipped model stands for `anole`, embedded pictures for the published rows, configs/tiny.py for 7B.
+shipped model replaces `anole`, embedded images the published rows, and configs/tiny.py 7B.
 """
 
 import json
@@ -49,8 +49,8 @@ def placed(word: str, folder: pathlib.Path) -> str:
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_readme_go_from_weights_to_an_exported_adapter(tmp_path):
-    said = {}
+def test_readme_commands_lead_from_weights_to_an_exported_adapter(tmp_path):
+    output = {}
     for command in commands():
         if command.startswith(SKIPPED):
             continue
@@ -60,11 +60,11 @@ def test_the_commands_of_the_readme_go_from_weights_to_an_exported_adapter(tmp_p
             [sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True
         )
         assert done.returncode == 0, (command, done.stdout[-2000:], done.stderr[-2000:])
-        said[words[2]] = done.stdout
+        output[words[2]] = done.stdout
     assert {"medmax_jax.convert", "medmax_jax.train", "medmax_jax.plan", "data.objective"} <= set(
-        said
+        output
     )
-    assert "VQA" in said["data.objective"]
+    assert "VQA" in output["data.objective"]
     answers = (tmp_path / "answers" / "answers.jsonl").read_text().splitlines()
     assert len(answers) == 1 and list((tmp_path / "answers").glob("*.png"))
     adapter = load_file(tmp_path / "lora_peft" / "adapter_model.safetensors")

@@ -95,7 +95,7 @@ def test_help_lists_the_commands_without_jax():
     ("word", "hint"),
     [("trian", "did you mean train?"), ("evl", "did you mean eval?"), ("xyzzy", "medmax --help")],
 )
-def test_an_unknown_command_names_the_nearest(word, hint):
+def test_unknown_command_suggests_the_nearest(word, hint):
     done = medmax(word)
     assert done.returncode == 2 and done.stderr.startswith(f"error: unknown command {word!r}")
     assert hint in done.stderr and len(done.stderr.splitlines()) == 1
@@ -112,6 +112,7 @@ def test_a_command_is_the_program_of_its_module():
 
 
 def test_old_import_paths_are_gone():
+    # Verbatim: part of the data.
     for name in ("medmax_jax.lanes", "medmax_jax.seeing", "medmax_jax.data.published"):
         done = subprocess.run(
             [sys.executable, "-c", f"import {name}"], cwd=ROOT, capture_output=True, text=True
@@ -127,7 +128,7 @@ def test_extras_are_the_requirement_files():
         assert {str(Requirement(s)) for s in stated} == {str(Requirement(s)) for s in extras[name]}
 
 
-def test_the_version_is_stated_once_a_file():
+def test_version_is_stated_once_per_file():
     assert SETTINGS["project"]["version"] == __version__
     assert f"version: {__version__}" in (ROOT / "CITATION.cff").read_text()
     assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text()

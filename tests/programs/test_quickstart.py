@@ -1,4 +1,4 @@
-"""The whole road in small: stopped, taken up again, without a network; and its page."""
+"""The complete pipeline at a small size: stopped, resumed, without a network; and its page."""
 
 import html.parser
 import json
@@ -48,7 +48,7 @@ def environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
 
 
-def test_the_road_survives_a_stop_and_ends_with_a_report(tmp_path):
+def test_quickstart_resumes_after_a_stop_and_writes_a_report(tmp_path):
     work = tmp_path / "run"
     place = dict(cwd=ROOT, env=environment(), text=True)
     with open(tmp_path / "out.txt", "w") as out:
@@ -60,8 +60,8 @@ def test_the_road_survives_a_stop_and_ends_with_a_report(tmp_path):
             time.sleep(0.2)
         first.send_signal(signal.SIGINT)
         status = first.wait(timeout=120)
-    said = (tmp_path / "out.txt").read_text()
-    assert status == 75 and "the same command goes on" in said, said[-3000:]
+    output = (tmp_path / "out.txt").read_text()
+    assert status == 75 and "run the same command again to resume" in output, output[-3000:]
     second = subprocess.run(command(work), capture_output=True, timeout=600, **place)
     assert second.returncode == 0, second.stdout[-3000:] + second.stderr[-3000:]
     assert "resuming after step" in second.stdout
@@ -74,7 +74,7 @@ def test_the_road_survives_a_stop_and_ends_with_a_report(tmp_path):
     assert "not for clinical use" in page and page.count("data:image/png") > 8
 
 
-def picture() -> PIL.Image.Image:
+def image() -> PIL.Image.Image:
     return PIL.Image.fromarray(np.zeros((8, 8, 3), np.uint8))
 
 
@@ -92,14 +92,14 @@ def page_with_markup() -> str:
     }  # fmt: skip
     case = quickstart.Case(
         name=f"{MARKUP}.png",
-        image=picture(),
-        reconstruction=picture(),
+        image=image(),
+        reconstruction=image(),
         question=MARKUP,
         answer=MARKUP,
         before=MARKUP,
         after=MARKUP,
     )
-    made = quickstart.Generated(prompt=MARKUP, before=picture(), after=picture())
+    made = quickstart.Generated(prompt=MARKUP, before=image(), after=image())
     train = [
         dict(step=n, text_nll=1.0 / n, image_nll=2.0 / n, tokens_per_second=9.0) for n in (1, 2)
     ]
@@ -107,7 +107,7 @@ def page_with_markup() -> str:
     return quickstart.build(report, [case], [made], curves)
 
 
-def test_the_page_shows_markup_as_text_and_forbids_scripts():
+def test_page_escapes_markup_and_forbids_scripts():
     tags, attributes, policy, shown = set(), set(), [], []
 
     class Reader(html.parser.HTMLParser):

@@ -1,4 +1,4 @@
-"""The training program: what a run leaves, that a stopped run is the whole one, bad inputs."""
+"""The training program: the files of a run, equality of resumed runs, invalid inputs."""
 
 import json
 import os
@@ -70,14 +70,14 @@ def copy(folder: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
     return pathlib.Path(shutil.copytree(folder, tmp_path / "copy"))
 
 
-def test_full_run_leaves_a_model_folder(base):
+def test_full_run_exports_a_model_folder(base):
     assert json.loads((base / "config.json").read_text())["model"]["hidden_size"] == 32
     assert {p.name for p in base.iterdir()} == {"config.json", "model.safetensors"}
     log = (base.parent / "train.log").read_text()
     assert "has no tokenizer.json" in log and "has no vqgan.safetensors" in log
 
 
-def test_lora_run_leaves_what_it_promises(done, base):
+def test_lora_run_writes_the_documented_files(done, base):
     run, folder, result = done
     left = {p.name.split(".1")[0] for p in folder.iterdir()}
     assert left >= {"config.json", "metrics.jsonl", "train.log", "events.out.tfevents", "adapter"}
@@ -103,7 +103,7 @@ def test_lora_run_leaves_what_it_promises(done, base):
     assert sorted(steps) == [4, 5]
 
 
-def test_a_finished_run_only_exports_again(done, tmp_path):
+def test_finished_run_only_repeats_the_export(done, tmp_path):
     run, folder, result = done
     again = copy(folder, tmp_path)
     shutil.rmtree(again / "adapter")
@@ -116,8 +116,8 @@ def test_a_finished_run_only_exports_again(done, tmp_path):
     assert list(rows(again, "train")) == [1, 2, 3, 4, 5]
 
 
-def test_a_run_goes_on_without_its_logs(done, tmp_path, capsys):
-    """Folders stand where the files go, which no rights of a user get around."""
+def test_run_continues_without_its_logs(done, tmp_path, capsys):
+    """Folders are in place of the files, which no permission of a user can override."""
     run, folder, result = done
     shutil.copytree(folder, tmp_path / "run")
     logs = ("train.log", "metrics.jsonl", "history.jsonl")
@@ -128,21 +128,21 @@ def test_a_run_goes_on_without_its_logs(done, tmp_path, capsys):
     out = capsys.readouterr().out
     assert again["step"] == result["step"] and "Traceback" not in out
     for name in logs:
-        assert f"WARNING: {tmp_path / 'run' / name}: cannot be" in out, name
+        assert f"WARNING: cannot write {tmp_path / 'run' / name} (" in out, name
 
 
-def test_a_damaged_row_of_the_metrics_is_left_out(done, tmp_path, capsys):
+def test_damaged_metrics_row_is_skipped(done, tmp_path, capsys):
     run, folder, result = done
     shutil.copytree(folder, tmp_path / "run")
     path = tmp_path / "run" / "metrics.jsonl"
     rows = path.read_bytes().count(b"\n")
     path.write_bytes(path.read_bytes().replace(b'"step"', b'"ste\xff"', 1))
     assert train.run(run, tmp_path / "run")["step"] == result["step"]
-    assert "1 line that cannot be read was left out" in capsys.readouterr().out
+    assert "skipped 1 unreadable line" in capsys.readouterr().out
     assert path.read_bytes().count(b"\n") == rows - 1
 
 
-def test_a_damaged_checkpoint_is_reported_and_made_again(done, tmp_path):
+def test_damaged_checkpoint_is_reported_and_written_again(done, tmp_path):
     run, folder, _ = done
     again = copy(folder, tmp_path)
     newest = again / "checkpoints" / "5"
@@ -157,8 +157,8 @@ def test_a_damaged_checkpoint_is_reported_and_made_again(done, tmp_path):
     assert checksums.find_corrupt_file(Folder(newest)) == ""
 
 
-def test_a_signal_cuts_an_evaluation_short(data, base, tmp_path):
-    """The state is saved at once; the next start makes up for the evaluation, and goes on."""
+def test_signal_interrupts_an_evaluation(data, base, tmp_path):
+    """The state is saved at once; the next start repeats the evaluation and continues."""
     held = micro_run.write(tmp_path / "held", count=90, seed=1)  # several batches
     run = micro_run.run(
         **data | {"data__validation": held}, train__init_from=str(base), train__eval_every=4,
@@ -178,13 +178,13 @@ def test_a_signal_cuts_an_evaluation_short(data, base, tmp_path):
         train.run(run, folder)
     watch.join()
     log = (folder / "train.log").read_text()
-    assert "validation after step 4 was cut short" in log and "checkpoint 4: held" in log
+    assert "validation after step 4 was interrupted" in log and "checkpoint 4: blocked" in log
     assert not rows(folder, "validation")
     train.run(run, folder)
     assert list(rows(folder, "validation")) == [4, 5] and list(rows(folder, "train"))[-1] == 5
 
 
-def test_what_changes_no_number_may_change(done, data, base, tmp_path):
+def test_settings_that_do_not_affect_results_may_change(done, data, base, tmp_path):
     _, folder, _ = done
     again = copy(folder, tmp_path)
     common = dict(data, train__init_from=str(base), train__eval_every=4)
@@ -197,21 +197,21 @@ def test_what_changes_no_number_may_change(done, data, base, tmp_path):
     free = dict(train__keep=1, mesh__fsdp=2, mesh__tp=2, model__remat="attn")
     train.run(micro_run.run(**common, **free), again)
     log = (again / "train.log").read_text()
-    assert "changed since the checkpoint: config.train.keep was 2, is now 1" in log
+    assert "changed since the last checkpoint: config.train.keep was 2, is now 1" in log
     assert "config.mesh.tp was 1, is now 2" in log
 
 
-def test_a_longer_schedule_wants_extend(done, data, base, tmp_path):
+def test_longer_schedule_requires_extend(done, data, base, tmp_path):
     _, folder, _ = done
     again = copy(folder, tmp_path)
     longer = micro_run.run(**data, train__init_from=str(base), train__eval_every=4, train__steps=7)
-    with pytest.raises(manager.CheckpointError, match="steps was 5, is now 7 .--extend allows"):
+    with pytest.raises(manager.CheckpointError, match="steps was 5, is now 7 .use --extend"):
         train.run(longer, again)
     assert train.run(longer, again, setup.Options(extend=True))["step"] == 7
     assert list(rows(again, "train")) == [1, 2, 3, 4, 5, 6, 7]
 
 
-def test_the_same_run_on_another_mesh_from_the_middle(done, data, base, tmp_path):
+def test_run_resumes_on_another_mesh(done, data, base, tmp_path):
     """Batches, losses and results are those of the run that never changed its mesh."""
     _, folder, _ = done
     again = copy(folder, tmp_path)
@@ -224,7 +224,7 @@ def test_the_same_run_on_another_mesh_from_the_middle(done, data, base, tmp_path
         assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
 
 
-def test_the_random_numbers_are_a_setting(done, data, base, tmp_path):
+def test_prng_implementation_is_a_setting(done, data, base, tmp_path):
     """Adapters are drawn with train.prng_impl, so the first gradient differs; else nothing does."""
     _, folder, _ = done
     run = micro_run.run(**data, train__init_from=str(base), train__prng_impl="rbg", train__steps=1)
@@ -257,25 +257,25 @@ def test_loss_that_is_not_finite_stops_the_run(done, data, base, tmp_path):
     ):
         train.run(run, tmp_path / "w")
     assert not (tmp_path / "w" / "adapter").exists()
-    assert "are not finite;" in (tmp_path / "w" / "train.log").read_text().splitlines()[-1]
+    assert "is not finite;" in (tmp_path / "w" / "train.log").read_text().splitlines()[-1]
     named = json.loads((tmp_path / "w" / "not_finite_1.json").read_text())["documents"]
     assert len(named) >= 8 and all(name.startswith("generated/0-") for name in named)
 
 
-def test_a_dry_run_compiles_and_leaves_nothing(data, base, tmp_path, capsys):
+def test_dry_run_compiles_and_writes_nothing(data, base, tmp_path, capsys):
     run = micro_run.run(**data, train__init_from=str(base), mesh__fsdp=2)
     found = train.run(run, tmp_path / "w", setup.Options(dry_run=True))
     assert not (tmp_path / "w").exists() and "temporaries" in found["memory"]
-    said = capsys.readouterr().out
-    assert "mesh data 1 x fsdp 2 x tp 1" in said and "the first step compiles" in said
+    output = capsys.readouterr().out
+    assert "mesh data 1 x fsdp 2 x tp 1" in output and "compiled the first step" in output
     broken = micro_run.run(**data, train__init_from=str(base), model__rope_theta=5.0)
     with pytest.raises(export.ExportError, match="rope_theta"):
         train.run(broken, tmp_path / "w", setup.Options(dry_run=True))
 
 
-def test_profile_steps_leave_a_trace(data, base, tmp_path):
+def test_profile_steps_write_a_trace(data, base, tmp_path):
     run = micro_run.run(**data, train__init_from=str(base))
-    with pytest.raises(config.ConfigError, match="profile_steps=2:9: use A:B with .* 5"):
+    with pytest.raises(config.ConfigError, match="profile_steps=2:9 is out of range; .* 5"):
         train.run(run, tmp_path, setup.Options(profile=(2, 9)))
     train.run(run, tmp_path, setup.Options(profile=(2, 3)))
     (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
@@ -291,8 +291,8 @@ def test_profile_steps_leave_a_trace(data, base, tmp_path):
         (dict(mixing__weights="VQA=1"), PackError, "one for each of generated; 0 excludes"),
         (dict(data__seq_len=16), config.ConfigError, "document_limit is 32; .* in 1..16"),
         (dict(vocab__image_codes=8, vq__num_codes=8), RecordsError, "config.vocab is"),
-        (dict(train__init_from="nowhere"), export.ExportError, "must name a model folder"),
-        (dict(model__rope_theta=5.0), export.ExportError, "model.rope_theta = 10000.0, .* 5.0"),
+        (dict(train__init_from="nowhere"), export.ExportError, "to a model folder"),
+        (dict(model__rope_theta=5.0), export.ExportError, "model.rope_theta is 10000.0, .* 5.0"),
         (dict(mesh__tp=16), config.ConfigError, "asks for .* 16 devices"),
         (dict(mesh__tp=3), config.ConfigError, "not divisible by config.mesh.tp = 3"),
         (dict(train__trains="none"), config.ConfigError, "must be one of lora, full"),
@@ -301,7 +301,7 @@ def test_profile_steps_leave_a_trace(data, base, tmp_path):
          config.ConfigError, "param_dtype"),
     ],
 )  # fmt: skip
-def test_bad_settings(data, base, tmp_path, changes, error, message):
+def test_invalid_settings_are_rejected(data, base, tmp_path, changes, error, message):
     with pytest.raises(error, match=message):
         train.run(micro_run.run(**{**data, "train__init_from": str(base), **changes}), tmp_path)
 
@@ -319,11 +319,11 @@ def test_records_of_another_tokenizer_are_refused(base, tmp_path):
     (folder / "tokenizer.json").write_text("{}")
     run = micro_run.run()
     export.check_base(str(folder), run, tokenizer="", vqgan="")
-    with pytest.raises(export.ExportError, match="another tokenizer.json"):
+    with pytest.raises(export.ExportError, match="tokenizer.json that differs"):
         export.check_base(str(folder), run, tokenizer="0" * 64, vqgan="")
 
 
-def test_one_run_a_folder(data, tmp_path):
+def test_only_one_run_per_folder(data, tmp_path):
     holder = subprocess.Popen(
         [sys.executable, "-c", LOCK, str(tmp_path / ".lock")], stdout=subprocess.PIPE
     )
@@ -345,7 +345,7 @@ time.sleep(600)
 """
 
 
-def test_the_first_signal_is_a_question():
+def test_first_signal_requests_a_stop():
     before = signal.getsignal(signal.SIGTERM)
     with cli.Stop() as stop:
         assert stop.requested == ""

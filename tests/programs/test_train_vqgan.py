@@ -22,7 +22,7 @@ import lpips_cases  # noqa: E402
 
 @pytest.fixture
 def settings(tmp_path, monkeypatch):
-    """Four training pictures, one for validation, a net of two levels, six steps."""
+    """Four training images, one for validation, a network of two levels, six steps."""
     rng = np.random.default_rng(0)
     rows = []
     for n in range(5):
@@ -64,11 +64,11 @@ def test_a_batch_is_a_function_of_seed_and_step(settings):
     assert one.shape == (2, 32, 32, 3) and np.abs(one).max() <= 1 and (one != other).any()
     again = dataclasses.replace(settings, train=dataclasses.replace(settings.train, seed=1))
     assert (train_vqgan.batch(train, again, 7) != one).any()
-    with pytest.raises(config.ConfigError, match="no picture of split 'tset'"):
+    with pytest.raises(config.ConfigError, match="no image of split 'tset'"):
         train_vqgan.load_images(settings.train.manifest, "tset")
 
 
-def test_saturation_changes_colours_and_no_greys(settings):
+def test_saturation_changes_colors_and_not_grays(settings):
     vivid = dataclasses.replace(settings, train=dataclasses.replace(settings.train, saturation=0.9))
     for colour, differs in (((90, 90, 90), False), ((200, 40, 90), True)):
         image = Image.new("RGB", (64, 64), colour)
@@ -76,7 +76,7 @@ def test_saturation_changes_colours_and_no_greys(settings):
         assert (np.ptp(made.mean((0, 1))) > 1e-6) == differs
 
 
-def test_the_fast_kernel_gradient_is_the_gradient():
+def test_fast_kernel_gradient_matches_the_gradient():
     rng = np.random.default_rng(0)
     x, kernel, up = (
         jnp.asarray(rng.normal(size=shape), jnp.float32)
@@ -105,7 +105,7 @@ def test_the_config_of_the_tiny_tokenizer_builds():
 
 
 @pytest.mark.slow
-def test_a_stopped_run_goes_on_bit_for_bit(settings, tmp_path, monkeypatch):
+def test_stopped_run_resumes_bit_for_bit(settings, tmp_path, monkeypatch):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     result = train_vqgan.run(settings, whole)
     step = train_vqgan.Log.step

@@ -29,7 +29,7 @@ def gpu(part: str, folder: pathlib.Path, *words: str, code: int = 0) -> dict:
     )
 
 
-def test_a_part_stops_in_time_goes_on_and_repeats_nothing(tmp_path):
+def test_benchmark_part_stops_in_time_and_resumes(tmp_path):
     """Training on a CPU; without a torch Python the other side is skipped by name."""
     stopped = gpu("train", tmp_path, "--minutes", "0", code=75)
     assert stopped["unfinished"][0] == "same" and stopped["ours"] is None
@@ -46,7 +46,7 @@ def test_a_part_stops_in_time_goes_on_and_repeats_nothing(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["qlora", "decode", "vq"])
-def test_the_other_parts_run(part, tmp_path):
+def test_other_benchmark_parts_run(part, tmp_path):
     found = gpu(part, tmp_path)
     assert found["ours"] > 0 and not found["failed"] and not found["unfinished"]
 
@@ -63,7 +63,7 @@ def test_train_cpu_runs():
 
 
 @pytest.mark.slow
-def test_memory_grows_as_it_should():
+def test_memory_growth_is_bounded():
     found = program("scaling_of_step.py", "--points", "2", "--repeats", "1", "--json")
     slopes = {
         axis: found[axis]["slopes"]["temporaries_mib"] for axis in ("length", "rows", "depth")
@@ -74,7 +74,7 @@ def test_memory_grows_as_it_should():
 # ---- what makes the sides comparable
 
 
-def test_curves_agree_only_when_they_are_near_and_move():
+def test_curves_agree_only_if_close_and_changing():
     falling = [9.0, 8.0, 7.0]
     assert sides.agree(falling, [9.0, 8.0, 7.0001], within=1e-4)["ok"]
     assert not sides.agree(falling, [9.0, 8.0, 7.01], within=1e-4)["ok"]
@@ -82,7 +82,7 @@ def test_curves_agree_only_when_they_are_near_and_move():
     assert not sides.agree(flat, flat, within=1e-4)["ok"]  # two sides that train nothing
 
 
-def test_the_same_weights_come_out_of_wide_and_narrow_integers():
+def test_wide_and_narrow_integers_give_the_same_weights():
     """uint32, as JAX has it, and int64, as torch has it: products wrap at other places."""
     salt, place = same_weights.salt("layers.mlp.up_proj.kernel", 3), np.arange(100_000)
     narrow = same_weights.bits(place.astype(np.uint32), np.uint32(salt), np.uint32)
@@ -94,7 +94,7 @@ def test_the_same_weights_come_out_of_wide_and_narrow_integers():
     assert abs(value.mean()) < 1e-3
 
 
-def test_a_side_that_ends_says_so():
+def test_failed_side_is_reported():
     side = sides.Side("ours", [sys.executable, "-c", "import sys; sys.exit(3)"])
     with pytest.raises(sides.Failed, match="ours ended with exit code 3"):
         side.ask(do="steps", count=1)

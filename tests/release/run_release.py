@@ -1,11 +1,11 @@
-"""What the MedMax release's own functions say of raw_outputs.py; writes verdicts.json.
+"""Scores raw_outputs.py with the MedMax release's own functions; writes verdicts.json.
 
 python tests/release/run_release.py --release CHECKOUT [--write]     (a checkout at 20b7055; 1 min)
 
-The release is imported as it is. Stand-ins take the place of what it would load, ask or draw: the
+The release is imported as it is. Stubs replace what it would load, request or generate: the
 gated rows, the model (raw outputs), the judge (replies) and BiomedCLIP (cosines). One thing is
-mended, or it never runs: load_dataset gives rows also without a split. Without --write it checks
-that verdicts.json is what the release says.
+fixed, because it cannot run otherwise: load_dataset returns rows also without a split. Without
+--write it checks that verdicts.json agrees with the release.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What the stand-ins of run_release.py say beside raw_outputs.py: chat rows, pictures, cosines."""
+"""Data of the stubs of run_release.py next to raw_outputs.py: chat rows, cosines, outputs."""
 
 import math
 
@@ -22,7 +22,7 @@ def chat_row(n: int) -> tuple[str, dict, str]:
 
 CHAT = [chat_row(n) for n in range(60)]
 COSINES = [math.cos(n) / 3 for n in range(130)]
-# Some answers have no picture, some two, and one text that ends like a picture's name.
+# Some answers have no image, some two, and one is a text that ends like the name of an image.
 OUTPUTS = [
     [["a"], ["a", "b.png"], ["a", "b.png", "c", "d.png"], ["see fig.png"]][n % 4] for n in range(40)
 ]

@@ -39,7 +39,7 @@ def gadre_rows(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return picked(columns, (small & (m == 1)) | ((columns["params"] < 2e7) & (m == 16)))
 
 
-def test_the_testbed_is_whole():
+def test_testbed_is_complete():
     rows = read(TESTBED)
     assert len(rows) == 104 and {r["corpus"] for r in rows} == {"c4", "rpj", "rw"}
 
@@ -60,7 +60,7 @@ def test_the_laws_of_gadre_et_al(corpus, e, b, g):
     assert found["B"] == pytest.approx(b * 6 ** (g / 2), rel=1e-3)
 
 
-def test_the_held_out_errors_of_gadre_et_al():
+def test_held_out_errors_of_gadre_et_al():
     columns = gadre("rpj")
     rows = gadre_rows(columns)
     loss = fit.fit(PLAIN["tied"], rows, rows["loss"], delta=SQUARES, fixed={})
@@ -125,7 +125,7 @@ def test_the_data_constrained_law_of_muennighoff_et_al():
 
 
 @pytest.mark.parametrize("law", bench.TRUE)
-def test_known_laws_are_found(law):
+def test_known_laws_are_recovered(law):
     x = bench.design(law, sizes=5, amounts=5, seeds=1)
     found = fit.fit(LAWS[law], x, bench.truth(law, x), delta=1e-3, fixed={})
     assert found.values == pytest.approx(bench.TRUE[law], rel=1e-3)
@@ -143,7 +143,7 @@ def repeated(seed: int = 0) -> tuple[dict[str, np.ndarray], np.ndarray]:
     return x, y
 
 
-def test_repeats_are_worth_less():
+def test_repeated_data_is_worth_less():
     x, y = repeated()
     found = fit.fit(LAWS["data_constrained"], x, y, delta=1e-3, fixed={}).values
     want = dict(E=1.87, B=np.exp(7.30), A=np.exp(6.25), alpha=0.35, R_D=15.4, R_N=5.3)
@@ -154,13 +154,13 @@ def test_repeats_are_worth_less():
 
 
 @pytest.mark.parametrize("law", [*bench.TRUE, "data_constrained"])
-def test_gradients_are_those_of_small_differences(law):
+def test_gradients_match_finite_differences(law):
     x, y = repeated() if law == "data_constrained" else (None, None)
     x = x or bench.design(law, sizes=4, amounts=4, seeds=1)
     y = np.full(len(next(iter(x.values()))), 3.0) if y is None else y
     law = LAWS[law]
     middle = {n: np.array([np.exp(np.log(v).mean())]) for n, v in x.items()}
-    problem = fit.Problem(law=law, x=x, y=y, middle=middle, delta=1e-1, held={})
+    problem = fit.Problem(law=law, x=x, y=y, middle=middle, delta=1e-1, fixed_values={})
     at = np.array([0.3, -0.5, 0.4][: len(law.names)] + [0.31, 0.22, 1.3, 1.1][: len(law.exponents)])
     weights = np.linspace(0.5, 2, len(y))
     here = problem.evaluate(at[None], weights[None])
@@ -192,13 +192,13 @@ def by_lbfgs(problem: fit.Problem, start: np.ndarray, weights: np.ndarray) -> fl
 
 
 @pytest.mark.parametrize("law", bench.TRUE)
-def test_draws_end_where_those_of_lbfgs_do(law):
+def test_bootstrap_fits_match_lbfgs(law):
     """Objectives are equal within 1e-8."""
     rows = bench.draw_table(law, bench.design(law, sizes=4, amounts=4, seeds=2),
                        np.random.default_rng(0))  # fmt: skip
     found = fit.fit(LAWS[law], rows.x, rows.y, delta=1e-3, fixed={})
     problem = fit.Problem(
-        law=LAWS[law], x=rows.x, y=rows.y, middle=found.middle, delta=1e-3, held={}
+        law=LAWS[law], x=rows.x, y=rows.y, middle=found.middle, delta=1e-3, fixed_values={}
     )
     rng = np.random.default_rng(1)
     weights = np.array([diagnostics.counts(rng, len(rows)) for _ in range(8)])
@@ -208,7 +208,7 @@ def test_draws_end_where_those_of_lbfgs_do(law):
     np.testing.assert_allclose(ours, theirs, rtol=1e-8)
 
 
-def test_a_parameter_that_no_draw_moves_has_no_interval():
+def test_parameter_constant_over_all_draws_has_no_interval():
     """A law without a floor: E is at the bound of its search in every draw, and B is held."""
     x = bench.design("power", sizes=4, amounts=4, seeds=1)
     noise = np.exp(0.005 * np.random.default_rng(0).standard_normal(16))
@@ -220,7 +220,7 @@ def test_a_parameter_that_no_draw_moves_has_no_interval():
     options = study.Options(delta=1e-3, fixed={}, draws=40, seed=0, flops=6.0, budgets=())
     done = study.run_study(LAWS["power"], rows, options)
     assert done.intervals["E"] is None and done.intervals["beta"][0] < done.intervals["beta"][1]
-    assert f"E        {done.found.values['E']:<12.6g} –" in checklist.format_fit(done, {})
+    assert f"E        {done.fit.values['E']:<12.6g} –" in checklist.format_fit(done, {})
     assert checklist.as_json(done, {})["intervals"]["E"] is None
     held = dataclasses.replace(options, fixed={"beta": 0.3})
     assert study.run_study(LAWS["power"], rows, held).intervals["beta"] is None
@@ -236,12 +236,12 @@ def test_a_thousand_bootstraps_take_seconds_on_one_core():
     done = study.run_study(LAWS["chinchilla"], rows, options, progress=lines.append)
     wall, cpu = time.perf_counter() - begin, time.process_time() - cpu
     assert cpu < 15 and cpu < 1.3 * wall, (cpu, wall)
-    assert len(done.draws) == 1_000 and done.draws.stuck == 0 and len(done.held) == 3
+    assert len(done.draws) == 1_000 and done.draws.stuck == 0 and len(done.holdouts) == 3
     assert lines[-1].startswith("loss: without each run: 1240 of 1240 fits")
-    assert "a second, 0 s left" in lines[-1]
+    assert "per second, 0 s left" in lines[-1]
 
 
-def test_a_published_start_is_not_an_end():
+def test_published_start_values_are_not_confirmed():
     """A mean instead of a sum would stop at any plausible start: 1e-6 is converged for scipy."""
     rows = bench.draw_table("chinchilla", bench.design("chinchilla", sizes=6, amounts=6, seeds=2),
                        np.random.default_rng(0))  # fmt: skip
@@ -254,7 +254,7 @@ def test_a_published_start_is_not_an_end():
     assert done and again == pytest.approx(best.vector, rel=1e-5)
 
 
-def test_outliers_do_not_pull():
+def test_outliers_have_bounded_influence():
     x = bench.design("chinchilla", sizes=6, amounts=6, seeds=1)
     y = bench.truth("chinchilla", x)
     y[[3, 20]] *= (1.3, 0.8)
@@ -264,7 +264,7 @@ def test_outliers_do_not_pull():
     assert abs(squares["beta"] / 0.37 - 1) > 0.05
 
 
-def test_runs_are_drawn_and_not_rows():
+def test_bootstrap_resamples_runs_not_rows():
     """Three checkpoints a run: the interval is as wide as with the last of them alone."""
     rng = np.random.default_rng(3)
     x = bench.design("power", sizes=4, amounts=3, seeds=1)
@@ -285,7 +285,7 @@ def test_runs_are_drawn_and_not_rows():
     )
 
 
-def test_the_best_size_is_where_the_loss_is_least():
+def test_optimal_size_minimizes_the_loss():
     v = bench.TRUE["chinchilla"]
     best = allocation.optimal_allocation(v, 1e21, flops=6.0)
     n = np.geomspace(1e7, 1e12, 200_001)
@@ -320,7 +320,7 @@ def mixed_table(barrier: float) -> table.Table:
     )  # fmt: skip
 
 
-def test_what_modalities_cost_each_other():
+def test_mixed_modal_law_is_recovered():
     rows = mixed_table(barrier=0.8)
     found = mixed.fit(rows, delta=1e-3)
     want = dict(
@@ -369,21 +369,21 @@ D = [1e6, 2e6, 4e6, 8e6, 16e6, 32e6, 64e6]
         ("finetune", dict(params=D, tokens=[5e5] * 7), "runs of another amount of data"),
         ("chinchilla", dict(params=[d / 20 for d in D], tokens=D), "power of params.*--law tied"),
         ("data_constrained", dict(params=[1e6, 2e6] * 4, tokens=[*D, 9e6], unique_tokens=[*D, 9e6]),
-         "no run has seen its data twice"),
+         "no run repeats its data"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_told_is_refused(law, columns, words):
+def test_unidentifiable_tables_are_rejected(law, columns, words):
     with pytest.raises(ScalingError, match=words):
         diagnostics.check(LAWS[law], rows_of(**columns), {})
 
 
-def test_a_ray_is_enough_for_one_exponent():
+def test_fixed_ratio_is_sufficient_for_one_exponent():
     assert diagnostics.check(LAWS["tied"], rows_of(params=[d / 20 for d in D], tokens=D), {}) == []
     few = diagnostics.check(LAWS["finetune"], rows_of(params=[8.0, 16.0] * 3 + [8.0], tokens=D), {})
-    assert few == ["only 2 distinct params: alpha has no check"]
+    assert few == ["only 2 distinct values of params: alpha cannot be checked"]
 
 
-def test_a_parameter_that_changes_nothing_is_refused():
+def test_parameter_without_effect_is_rejected():
     x, y = repeated()
     small = x["params"] < 5e8  # below what is optimal for their data: R_N never enters
     rows = dataclasses.replace(rows_of(**{k: v[small] for k, v in x.items()}), y=y[small])
@@ -391,11 +391,11 @@ def test_a_parameter_that_changes_nothing_is_refused():
     rows.x["tokens"][:] = np.maximum(rows.x["tokens"], 2e9) * np.arange(1, small.sum() + 1)
     found = fit.fit(LAWS["data_constrained"], rows.x, rows.y, delta=1e-3,
                     fixed={"A/B": 1.0, "alpha": 0.35})  # fmt: skip
-    with pytest.raises(ScalingError, match=r"R_N changes no prediction.*--fix R_N=VALUE \(5.31"):
+    with pytest.raises(ScalingError, match=r"R_N affects no prediction.*--fix R_N=VALUE \(5.31"):
         diagnostics.check_end(found, rows)
 
 
-def test_intervals_hold_what_they_say():
+def test_interval_coverage():
     """A small version of benchmarks/scaling.py --part coverage: of 95% intervals, most."""
     held = bench.coverage(
         "power", draws=20, bootstraps=40, seed=1, delta=1e-3, sizes=4, amounts=4, seeds=1
@@ -406,7 +406,7 @@ def test_intervals_hold_what_they_say():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("law", bench.TRUE)
-def test_intervals_hold_what_they_say_over_many_draws(law):
+def test_interval_coverage_over_many_draws(law):
     held = bench.coverage(
         law, draws=100, bootstraps=200, seed=0, delta=1e-3, sizes=4, amounts=4, seeds=2
     )

@@ -29,7 +29,7 @@ def write(path: pathlib.Path, law: str, **grid: int) -> pathlib.Path:
     return path
 
 
-def test_the_program_leaves_a_page_and_json(tmp_path):
+def test_program_writes_a_page_and_json(tmp_path):
     path, out = (
         write(tmp_path / "runs.csv", "chinchilla", sizes=4, amounts=4, seeds=1),
         tmp_path / "out",
@@ -44,7 +44,7 @@ def test_the_program_leaves_a_page_and_json(tmp_path):
     for name in ("E", "A", "B", "alpha", "beta"):
         low, high = facts["intervals"][name]
         assert low <= facts[name] <= high
-    assert facts["rows"] == 15 and "row 4, run r3" in facts["checklist"]["points left out"]
+    assert facts["rows"] == 15 and "row 4, run r3" in facts["checklist"]["excluded points"]
     assert set(facts["held_out"]) >= {"the largest params", "the largest tokens"}
     assert len(facts["allocation"]) == 3 and facts["condition"] > 1
     assert facts == json.loads((out / "fit.json").read_text())
@@ -55,7 +55,7 @@ def test_the_program_leaves_a_page_and_json(tmp_path):
     assert "warnings\n  loss sums text and image" in done.stdout
 
 
-def test_each_modality_has_its_fit(tmp_path, capsys):
+def test_each_modality_has_its_own_fit(tmp_path, capsys):
     path = write(tmp_path / "runs.csv", "power", sizes=3, amounts=3, seeds=1)
     given = ["--table", str(path), "--law", "power", "--target", "loss_text,loss_image",
              "--bootstraps", "20", "--json", "--workdir", str(tmp_path / "out")]  # fmt: skip
@@ -69,13 +69,13 @@ def test_each_modality_has_its_fit(tmp_path, capsys):
     "old,new,extra,words",
     [
         ("loss\n", "lost\n", [], "no column 'loss'; it has params, tokens, lost"),
-        (",3.0\n", ",\n", [], "row 3: loss is empty, the run has no such metric"),
-        (",3.0\n", ",nan\n", [], "row 3: loss is nan: a diverged run; leave it out with --exclude"),
-        (",3.0\n", ",-3\n", [], "row 3: loss is -3; laws need numbers above 0"),
+        (",3.0\n", ",\n", [], "row 3: loss is empty; finish the run"),
+        (",3.0\n", ",nan\n", [], "row 3: loss is nan: a diverged run; exclude it with"),
+        (",3.0\n", ",-3\n", [], "row 3: loss is -3; it must be above 0"),
         (",3.0\n", ",three\n", [], "row 3: loss is 'three', not a number"),
-        ("", "", ["--exclude", "lots"], "write COLUMN=VALUE"),
-        ("", "", ["--exclude", "params>1"], "no row is left of 3"),
-        ("", "", ["--fix", "gamma=1"], "law chinchilla can hold E, alpha, beta"),
+        ("", "", ["--exclude", "lots"], "use COLUMN=VALUE"),
+        ("", "", ["--exclude", "params>1"], "all 3 rows are excluded"),
+        ("", "", ["--fix", "gamma=1"], "law chinchilla can fix only E, alpha, beta"),
         ("", "", ["--say", "mood=good"], "use one of params"),
         (
             "",
@@ -85,7 +85,7 @@ def test_each_modality_has_its_fit(tmp_path, capsys):
         ),
     ],
 )
-def test_errors_name_the_row_and_the_mend(tmp_path, capsys, old, new, extra, words):
+def test_errors_name_the_row_and_the_fix(tmp_path, capsys, old, new, extra, words):
     path = tmp_path / "runs.csv"
     path.write_text(TEXT.replace(old, new) if old else TEXT)
     wide = (

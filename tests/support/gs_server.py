@@ -81,7 +81,7 @@ def silent() -> Iterator[str]:
 
 
 def free_port() -> int:
-    """A port where nobody listens."""
+    """A port without a server."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
 

@@ -16,6 +16,7 @@ from medmax_jax.endpoints import chat_api
 from medmax_jax.endpoints.chat_api import Endpoint
 
 QUESTION = "How does a meningioma look on a scan of the head?"
+# Verbatim: part of the data.
 ANSWER = (
     "#### a) Overview\nA meningioma grows from the coverings of the brain and is mostly benign. "
     "It is well bounded and pushes the brain aside instead of growing into it.\n"
@@ -186,7 +187,7 @@ def replies(*answers: object) -> Callable[[dict, int], object]:
 
 
 def free_url() -> str:
-    """An address where nobody listens."""
+    """An address without a server."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return f"http://127.0.0.1:{server.getsockname()[1]}/v1"
 

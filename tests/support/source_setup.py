@@ -1,4 +1,4 @@
-"""Small folders in exactly the published formats of the thirteen sources, with real pictures."""
+"""Small folders in exactly the published formats of the thirteen sources, with real images."""
 
 import csv
 import gzip
@@ -40,14 +40,14 @@ def plan(source: str, split: str = "train", seed: int = 0, caption_share: float 
     return Plan(source=source, split=split, seed=seed, caption_share=caption_share)
 
 
-def place_picture(path: pathlib.Path, n: int) -> None:
-    """The n-th sample picture at a path."""
+def place_image(path: pathlib.Path, n: int) -> None:
+    """Store the n-th sample image at a path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture = IMAGE_FILES[n % len(IMAGE_FILES)]
+    source = IMAGE_FILES[n % len(IMAGE_FILES)]
     if path.suffix == ".png":
-        PIL.Image.open(picture).save(path)
+        PIL.Image.open(source).save(path)
     else:
-        shutil.copy(picture, path)
+        shutil.copy(source, path)
 
 
 def write_json(path: pathlib.Path, items: list, indent: int | None = None) -> None:
@@ -74,22 +74,24 @@ def llava_med_pmc(folder: pathlib.Path) -> None:
     items = []
     for n in range(4):
         pair = f"2777{n:04d}_Fig1_1"
-        said = talk("<image>\nDescribe the image concisely.", f"CT of the chest, number {n}.")
-        items.append({"id": pair, "image": f"{pair}.jpg", "conversatons": said})
-        place_picture(folder / "images" / f"{pair}.jpg", n)
+        output = talk("<image>\nDescribe the image concisely.", f"CT of the chest, number {n}.")
+        items.append({"id": pair, "image": f"{pair}.jpg", "conversatons": output})
+        place_image(folder / "images" / f"{pair}.jpg", n)
     write_json(folder / "llava_med_alignment_500k.json", items)
 
 
 def llava_med_it(folder: pathlib.Path) -> None:
-    """Talks of two turns, the picture before or after the first question."""
+    """Conversations of two turns, the image before or after the first question."""
     items = []
     for n in range(3):
         pair = f"2888{n:04d}_F2"
         asks = "What is shown?\n<image>" if n == 1 else "<image>\nWhat is shown?"
-        said = talk(asks, "A chest x-ray.", "Is it normal?", f"Yes, number {n} is.")
+        output = talk(asks, "A chest x-ray.", "Is it normal?", f"Yes, number {n} is.")
         domain = dict(chest_xray=True, mri=False, histology=False, gross=False, ct_scan=False)
-        items.append({"id": pair, "image": f"{pair}.jpg", "domain": domain, "conversations": said})
-        place_picture(folder / "images" / f"{pair}.jpg", n)
+        items.append(
+            {"id": pair, "image": f"{pair}.jpg", "domain": domain, "conversations": output}
+        )
+        place_image(folder / "images" / f"{pair}.jpg", n)
     write_json(folder / "llava_med_instruct_60k_inline_mention.json", items, indent=2)
 
 
@@ -106,13 +108,13 @@ def _pubmedvision(folder: pathlib.Path, name: str, kind: str) -> None:
                 "modality": "Microscopy Images",
             }
         )
-        place_picture(folder / path, n)
+        place_image(folder / path, n)
     items.append(items[0] | {"image": ["images/pmc_0_0.jpg", "images/pmc_1_0.jpg"]})
     write_json(folder / name, items)
 
 
 def pubmedvision_alignment(folder: pathlib.Path) -> None:
-    """Three rows of one picture and one of two."""
+    """Three rows of one image and one of two."""
     _pubmedvision(folder, "PubMedVision_Alignment_VQA.json", "Alignment")
 
 
@@ -126,9 +128,9 @@ def quilt_instruct(folder: pathlib.Path) -> None:
     items = []
     for n in range(3):
         name = f"x7Ubz-ZcZr{n}_image_0a1b2c3d-{n}.jpg"
-        said = talk("<image>\nWhich stain is this?", "Haematoxylin and eosin.")
-        items.append({"id": f"q{n}", "image": name, "conversations": said})
-        place_picture(folder / "quilt_instruct" / name, n)
+        output = talk("<image>\nWhich stain is this?", "Haematoxylin and eosin.")
+        items.append({"id": f"q{n}", "image": name, "conversations": output})
+        place_image(folder / "quilt_instruct" / name, n)
     write_json(folder / "quilt_instruct_107k.json", items)
 
 
@@ -139,7 +141,7 @@ def pmc_oa(folder: pathlib.Path) -> None:
         name = f"PMC21231{n}_Fig3_4.jpg"
         caption = f"A. Real time image of the translocation, panel {n}."
         lines.append(json.dumps({"image": name, "caption": caption}))
-        place_picture(folder / "images" / name, n)
+        place_image(folder / "images" / name, n)
     (folder / "pmc_oa.jsonl").write_text("\n".join(lines) + "\n")
 
 
@@ -150,7 +152,7 @@ QUILT_HEADER = (
 
 
 def quilt_1m(folder: pathlib.Path) -> None:
-    """Two captions of one picture, a caption over two lines, a validation row."""
+    """Two captions of one image, a caption over two lines, a validation row."""
     names = [f"KdKl0MGHEMA_image_{n:02d}aa-bb.jpg" for n in (0, 0, 1, 2)]
     captions = ["Glands, H&E.", "Mucosa, low power.", "Two lines,\nquoted.", "Held out."]
     rows = [
@@ -160,7 +162,7 @@ def quilt_1m(folder: pathlib.Path) -> None:
     ]  # fmt: skip
     write_csv(folder / "quilt_1M_lookup.csv", QUILT_HEADER.split(","), rows)
     for n, name in enumerate(names):
-        place_picture(folder / "quilt_1m" / name, n)
+        place_image(folder / "quilt_1m" / name, n)
 
 
 def vqa_rad(folder: pathlib.Path) -> None:
@@ -186,7 +188,7 @@ def vqa_rad(folder: pathlib.Path) -> None:
                 "answer_type": "CLOSED",
             }
         )
-        place_picture(folder / "VQA_RAD Image Folder" / name, n)
+        place_image(folder / "VQA_RAD Image Folder" / name, n)
     write_json(folder / "VQA_RAD Dataset Public.json", items, indent=1)
 
 
@@ -211,12 +213,12 @@ def slake(folder: pathlib.Path) -> None:
                 "qid": n,
             }
         )
-        place_picture(folder / "imgs" / name, n)
+        place_image(folder / "imgs" / name, n)
     write_json(folder / "train.json", items, indent=4)
 
 
 def parquet_questions(folder: pathlib.Path, split: str = "train") -> None:
-    """Two files of a split, the pictures inside; one picture has two questions."""
+    """Two files of a split with the images inside; one image has two questions."""
     import pyarrow
     import pyarrow.parquet
 
@@ -226,9 +228,9 @@ def parquet_questions(folder: pathlib.Path, split: str = "train") -> None:
         [("image", image), ("question", pyarrow.string()), ("answer", pyarrow.string())]
     )
     for part in range(2):
-        pictures = [IMAGE_FILES[3 * part + n].read_bytes() for n in (0, 0, 1)]
+        images = [IMAGE_FILES[3 * part + n].read_bytes() for n in (0, 0, 1)]
         rows = dict(
-            image=[{"bytes": p, "path": None} for p in pictures],
+            image=[{"bytes": p, "path": None} for p in images],
             question=[f"what is shown, {n}?" for n in range(3)],
             answer=["yes", "no", "gastric mucosa"],
         )
@@ -248,7 +250,7 @@ def pmc_vqa(folder: pathlib.Path) -> None:
         choices = [" A: Liver ", " B: Brain ", " C: Heart ", " D: Lung "]
         question = " Which organ is shown? "
         rows.append([n, name, "MRI, axial", question, *choices, "BAD"[n], "train"])
-        place_picture(folder / "images_2" / "figures" / name, n)
+        place_image(folder / "images_2" / "figures" / name, n)
     write_csv(folder / "train_2.csv", header, rows)
 
 
@@ -269,7 +271,7 @@ def omnimedvqa(folder: pathlib.Path) -> None:
             letters = "ABCD"[: len(options)]
             item |= {f"option_{c}": o for c, o in zip(letters, options, strict=True)}
             items.append(item | {"modality_type": "Fundus Photography"})
-            place_picture(folder / image, n)
+            place_image(folder / image, n)
         write_json(folder / "QA_information" / "Open-access" / f"{name}.json", items, indent=4)
 
 
@@ -293,7 +295,7 @@ def mimic(folder: pathlib.Path) -> None:
     views, splits = ["PA", "AP", "AP", "LATERAL", "PA"], ["train"] * 4 + ["validate"]
     study = mimic_tables(folder, views, splits)
     for n, dicom in enumerate(DICOM_IDS[:5]):
-        place_picture(study / f"{dicom}.jpg", n)
+        place_image(study / f"{dicom}.jpg", n)
 
 
 def dicom_dataset(pixels: np.ndarray, **tags):

@@ -248,8 +248,8 @@ def main() -> None:
         begin = time.monotonic()
         content = make()
         made = time.monotonic() - begin
-        said = cost(content, ".dcm" if name.startswith("DICOM") else ".img")
-        print(f"{name}: {len(content)} bytes (made in {made:.0f} s): {said}", flush=True)
+        output = cost(content, ".dcm" if name.startswith("DICOM") else ".img")
+        print(f"{name}: {len(content)} bytes (made in {made:.0f} s): {output}", flush=True)
 
 
 if __name__ == "__main__":

@@ -64,11 +64,11 @@ def sweep(*given: dict, **changes: object) -> expand.Sweep:
          [{"a.b": 1, "c.d": 2}, {"a.b": 1, "c.d": 3}]),
     ],
 )  # fmt: skip
-def test_what_each_axis_gives(axis, want):
+def test_expansion_of_each_axis(axis, want):
     assert axes.expand([axis]) == want
 
 
-def test_random_axes_are_the_seeds():
+def test_random_axes_depend_on_the_seed():
     fields = {"a.b": ("log", 1e-4, 1e-2), "c.d": ("uniform", 0, 1), "e.f": ("choice", 4, 8)}
     made = [
         axes.expand([{"random": {"count": 50, "seed": s, "fields": fields}}]) for s in (0, 0, 1)
@@ -83,8 +83,11 @@ def test_random_axes_are_the_seeds():
     "given,words",
     [
         ([{"gird": {}}], "'gird' is unknown; use one of grid"),
-        ([{"grid": {}, "zip": {}}], "an axis is a dict with one key"),
-        ([{"zip": {"a.b": (1,), "c.d": (1, 2)}}], "equally many values each; it has a.b 1, c.d 2"),
+        ([{"grid": {}, "zip": {}}], "is not an axis; use a dict with one key"),
+        (
+            [{"zip": {"a.b": (1,), "c.d": (1, 2)}}],
+            "same number of values for each field; it has a.b 1, c.d 2",
+        ),
         ([{"fixed": {"a.b": 1}}, {"grid": {"a.b": (1, 2)}}], "a.b is set by two axes"),
         ([{"log_range": {"field": "a", "low": 2, "high": 1, "count": 3}}], "0 < low < high"),
         ([{"random": {"count": 1, "seed": 0, "fields": {"a.b": ("normal", 0, 1)}}}], "random a.b"),
@@ -93,7 +96,7 @@ def test_random_axes_are_the_seeds():
         ([{"seeds": ()}], "must be a tuple of values"),
     ],
 )
-def test_axes_that_are_refused(given, words):
+def test_invalid_axes_are_rejected(given, words):
     with pytest.raises(SweepError, match=words):
         axes.expand(given)
 
@@ -101,14 +104,14 @@ def test_axes_that_are_refused(given, words):
 # ---- runs
 
 
-def test_a_run_has_one_name_in_every_expansion():
+def test_run_id_is_the_same_in_every_expansion():
     one = expand.plan_runs(sweep({"seeds": (0, 1)}, {"grid": {"optim.peak_lr": (1e-3, 2e-3)}}))
     other = expand.plan_runs(sweep({"grid": {"optim.peak_lr": (2e-3,)}}, {"seeds": (1,)}, name="t"))
     assert len({r.run_id for r in one}) == 4 and other[0].run_id == one[3].run_id
     assert one[0].run_id == "696be880ae"  # for ever: workdirs are found by it
 
 
-def test_costs_are_those_of_flops_py():
+def test_costs_match_flops_py():
     (run,) = expand.plan_runs(sweep({"fixed": {"train.steps": 10}}))
     typed = expand.settings(run)
     counts = flops.parameters(typed.model, typed.vocab, typed.lora)
@@ -129,7 +132,7 @@ def test_equal_compute_and_equal_tokens():
     assert "tokens" not in grid[0].overrides
 
 
-def test_the_papers_data_sweep_on_v5e_16(tmp_path, capsys):
+def test_paper_data_sweep_on_v5e_16(tmp_path, capsys):
     assert program.main(["expand", MEDMAX, "--workdir", str(tmp_path), "--json"]) == 0
     lines = capsys.readouterr().out.splitlines()
     facts = json.loads(lines[-1])
@@ -148,21 +151,21 @@ def test_the_papers_data_sweep_on_v5e_16(tmp_path, capsys):
     [
         (
             sweep({"fixed": {"optim.peek_lr": 1e-3}}),
-            "optim.peek_lr names no field of configs/tiny_base",
+            "optim.peek_lr is not a field of configs/tiny_base",
         ),
         (
             sweep({"fixed": {"lora.rank": 4}}),
             "lora.rank is 4; it must be 0 when train.trains is full",
         ),
         (sweep({"fixed": {"train.steps": "many"}}), "train.steps"),
-        (sweep({"grid": {"train.steps": (5, 5)}}), "runs 1 and 2 are the same.*give a seed"),
+        (sweep({"grid": {"train.steps": (5, 5)}}), "runs 1 and 2 are the same.*different seeds"),
         (sweep({"fixed": {"tokens": 1e6, "train.steps": 5}}), "each set the steps"),
         (sweep({"seeds": (0,)}, config="configs/none.py"), "configs/none.py"),
         (sweep({"seeds": (0,)}, topology="v9:2x2"), "v9:2x2"),
         (sweep({"seeds": (0,)}, topology="v5e:2x2"), "4 chips, but config.mesh is 1 x 1 x 1 = 1"),
     ],
 )
-def test_sweeps_that_are_refused(given, words):
+def test_invalid_sweeps_are_rejected(given, words):
     with pytest.raises(SweepError, match=words):
         expand.plan_runs(given)
 
@@ -174,44 +177,51 @@ def test_a_sweep_file_with_an_unknown_field(tmp_path, capsys):
         "    c = sweep_tiny.get_config().unlock()\n    c.topologie = 'v5e:4x4'\n    return c\n"
     )
     assert program.main(["expand", f"--config={path}"]) == 1
-    assert "topologie is unknown or missing; it has name, config, axes" in capsys.readouterr().err
+    assert (
+        "'topologie' is unknown or missing; the fields are name, config, axes"
+        in capsys.readouterr().err
+    )
     assert program.main(["expand", "--config=configs/sweep_tiny.py", "--config.pric=1"]) == 1
     assert program.main(["status", "--workdir", str(tmp_path)]) == 1
-    assert "sweep.jsonl: no such file; make it" in capsys.readouterr().err
+    assert "sweep.jsonl: file not found; create it" in capsys.readouterr().err
 
 
-def test_another_sweep_is_not_written_over_begun_runs(tmp_path):
+def test_sweep_with_started_runs_is_not_overwritten(tmp_path):
     one = expand.plan_runs(sweep({"seeds": (0, 1)}))
     expand.write(one, tmp_path)
     expand.write(expand.plan_runs(sweep({"seeds": (1, 2)})), tmp_path)  # nothing had begun
     (tmp_path / one[1].run_id).mkdir()
-    with pytest.raises(SweepError, match=f"have begun: {one[1].run_id}"):
+    with pytest.raises(SweepError, match=f"have started: {one[1].run_id}"):
         expand.write(expand.plan_runs(sweep({"seeds": (2, 3)})), tmp_path)
 
 
 # ---- fractions of the data
 
 
-def test_fractions_are_nested_by_picture_and_stratified_by_source():
+def test_fractions_are_nested_by_image_and_stratified_by_source():
     rng = np.random.default_rng(0)
     sources = np.sort(rng.integers(0, 3, 4_000)) * (np.arange(4_000) > 100)
-    pictures = np.where(rng.random(4_000) < 0.1, -1, sources * 1_000 + rng.integers(0, 300, 4_000))
-    held = [mixing.subsample(pictures, sources, fraction=f, seed=7) for f in (0.25, 0.5, 0.75, 1.0)]
-    assert held[-1].all()
-    for small, large in zip(held, held[1:], strict=False):
+    images = np.where(rng.random(4_000) < 0.1, -1, sources * 1_000 + rng.integers(0, 300, 4_000))
+    subsamples = [
+        mixing.subsample(images, sources, fraction=f, seed=7) for f in (0.25, 0.5, 0.75, 1.0)
+    ]
+    assert subsamples[-1].all()
+    for small, large in zip(subsamples, subsamples[1:], strict=False):
         assert not (small & ~large).any(), "a larger fraction holds all of a smaller one"
-    for f, keep in zip((0.25, 0.5, 0.75), held, strict=False):
-        seen = pictures >= 0
-        for p in np.unique(pictures[seen]):
-            assert len(set(keep[pictures == p])) == 1, "all documents of a picture go together"
+    for f, keep in zip((0.25, 0.5, 0.75), subsamples, strict=False):
+        seen = images >= 0
+        for p in np.unique(images[seen]):
+            assert len(set(keep[images == p])) == 1, (
+                "all documents of an image are selected together"
+            )
         for s in range(3):
-            units = {*pictures[seen & (sources == s)]}
-            kept = {*pictures[keep & seen & (sources == s)]}
+            units = {*images[seen & (sources == s)]}
+            kept = {*images[keep & seen & (sources == s)]}
             alone = (~seen & (sources == s)).sum()
             share = (len(kept) + (keep & ~seen & (sources == s)).sum()) / (len(units) + alone)
             assert share == pytest.approx(f, abs=2 / (len(units) + alone))
-    other = mixing.subsample(pictures, sources, fraction=0.5, seed=8)
-    assert (other != held[1]).any()
+    other = mixing.subsample(images, sources, fraction=0.5, seed=8)
+    assert (other != subsamples[1]).any()
 
 
 # ---- rendering
@@ -240,7 +250,7 @@ def test_scripts_pass_shellcheck(tmp_path, medmax, form, name):
     assert all(run.run_id in text for run in medmax)
 
 
-def test_a_plain_command_is_what_train_understands(tmp_path, medmax):
+def test_plain_commands_are_accepted_by_train(tmp_path, medmax):
     line = rendered(tmp_path, medmax, "plain")["commands.sh"].splitlines()[1]
     words = shlex.split(line)
     assert words[:6] == ["cd", "/srv/medmax jax", "&&", "python", "-m", "medmax_jax.train"]
@@ -248,7 +258,7 @@ def test_a_plain_command_is_what_train_understands(tmp_path, medmax):
     assert expand._parsed(words[6:-1]).mixing.fraction == 0.25
 
 
-def test_xpk_and_gcloud_get_the_machines_names(tmp_path, medmax):
+def test_xpk_and_gcloud_receive_machine_names(tmp_path, medmax):
     text = rendered(tmp_path, medmax, "xpk")["xpk.sh"].replace("\\\n", " ")
     words = shlex.split(text.splitlines()[2])
     assert words[:3] == ["xpk", "workload", "create"]
@@ -260,7 +270,7 @@ def test_xpk_and_gcloud_get_the_machines_names(tmp_path, medmax):
     assert "--worker=all" in shlex.split(line)
 
 
-def test_a_jobset_is_what_kubernetes_takes(tmp_path, medmax):
+def test_jobset_is_a_valid_kubernetes_manifest(tmp_path, medmax):
     """The Job in it by Kubernetes' own schema; no registry has a schema of the JobSet around it."""
     files = rendered(tmp_path, medmax, "jobset")
     assert set(files) == {f"{run.run_id}.yaml" for run in medmax}
@@ -288,7 +298,7 @@ def test_a_jobset_is_what_kubernetes_takes(tmp_path, medmax):
      ("v6e:2x2", "v6e-4", 1, 4),
      ("v5p:2x2x2", "v5p-16", 2, 4), ("v4:2x2x4", "v4-32", 4, 4), ("v5e:1x1", "v5litepod-1", 1, 1)],
 )  # fmt: skip
-def test_how_machines_are_named(medmax, where, xpk, hosts, per_host):
+def test_launch_target_names(medmax, where, xpk, hosts, per_host):
     there = render.machine(dataclasses.replace(medmax[0], topology=where))
     assert (there.xpk, there.hosts, there.per_host) == (xpk, hosts, per_host)
 
@@ -322,17 +332,19 @@ def test_a_slurm_task_requeues_itself(tmp_path, medmax):
 
 @pytest.mark.parametrize(
     "form,flags,words",
-    [("xpk", dict(cluster=None), "--form xpk needs --cluster"),
-     ("slurm", dict(gpus=None), "--form slurm needs --gpus"),
-     ("jobset", dict(queue=None), "--form jobset needs --queue")],
+    [("xpk", dict(cluster=None), "--form xpk requires --cluster"),
+     ("slurm", dict(gpus=None), "--form slurm requires --gpus"),
+     ("jobset", dict(queue=None), "--form jobset requires --queue")],
 )  # fmt: skip
-def test_what_a_form_needs(tmp_path, medmax, form, flags, words):
+def test_required_flags_of_each_form(tmp_path, medmax, form, flags, words):
     with pytest.raises(SweepError, match=words):
         rendered(tmp_path, medmax, form, **flags)
 
 
 def test_a_sweep_without_a_machine_is_not_rendered_for_one(tmp_path):
-    with pytest.raises(SweepError, match="need a TPU, as v5e:4x4: set --config.topology"):
+    with pytest.raises(
+        SweepError, match="require a TPU, for example v5e:4x4: set --config.topology"
+    ):
         rendered(tmp_path, expand.plan_runs(sweep({"seeds": (0,)})), "xpk")
 
 

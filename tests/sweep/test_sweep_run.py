@@ -71,22 +71,22 @@ def ended(file, tmp_path_factory) -> tuple[list[expand.SweepRun], pathlib.Path]:
     return runs, folder
 
 
-def test_what_the_folders_say(ended, tmp_path, capsys):
+def test_states_of_run_folders(ended, tmp_path, capsys):
     runs, folder = ended
     assert list(status.states(runs, folder).values()) == ["finished", "finished", "diverged"]
     assert state(runs[0], tmp_path) == "pending"
     (tmp_path / runs[0].run_id).mkdir()
     assert state(runs[0], tmp_path) == "crashed"
     assert program.main(["status", "--workdir", str(folder), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert told == {"finished": 2, "diverged": 1, "runs": 3}
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report == {"finished": 2, "diverged": 1, "runs": 3}
 
 
-def test_the_table_is_what_a_fit_reads(ended, capsys):
+def test_collected_table_is_readable_by_a_fit(ended, capsys):
     runs, folder = ended
     assert program.main(["collect", "--workdir", str(folder)]) == 0
     first = (folder / "table.csv").read_bytes()
-    assert f"nan in the table: {runs[2].run_id}" in capsys.readouterr().out
+    assert f"(nan in the table): {runs[2].run_id}" in capsys.readouterr().out
     assert program.main(["collect", "--workdir", str(folder)]) == 0
     assert (folder / "table.csv").read_bytes() == first, "collecting twice changes nothing"
     with open(folder / "table.csv") as text:
@@ -101,7 +101,7 @@ def test_the_table_is_what_a_fit_reads(ended, capsys):
     assert (
         0 < int(rows[0]["unique_tokens"]) < int(rows[1]["unique_tokens"]) <= int(rows[1]["tokens"])
     )
-    # Half of the pictures, each document of the epoch counted once.
+    # Half of the images, each document of the epoch counted once.
     facts = json.loads((folder / runs[0].run_id / "config.json").read_text())
     assert int(rows[0]["unique_tokens"]) == min(facts["epoch_tokens"], int(rows[0]["tokens"]))
     table = ["--table", str(folder / "table.csv"), "--law", "power"]
@@ -114,7 +114,7 @@ def test_the_table_is_what_a_fit_reads(ended, capsys):
     )
 
 
-def test_a_run_is_not_run_again(ended, capsys):
+def test_finished_runs_are_not_repeated(ended, capsys):
     runs, folder = ended
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("metrics.jsonl")}
     assert runner.run(runs, folder) == status.states(runs, folder)
@@ -122,7 +122,7 @@ def test_a_run_is_not_run_again(ended, capsys):
     assert "3/3" in capsys.readouterr().out
 
 
-def test_what_is_missing_is_named(ended, file, tmp_path):
+def test_missing_results_are_named(ended, file, tmp_path):
     runs, folder = ended
     more = [*runs, *planned(file, {"seeds": (5,)})]
     with pytest.raises(
@@ -142,12 +142,12 @@ def test_what_is_missing_is_named(ended, file, tmp_path):
         status.collect(runs[:1], tmp_path, partial=False)
     other = dataclasses.replace(runs[0], overrides=runs[0].overrides | {"optim.peak_lr": 0.5})
     with pytest.raises(
-        SweepError, match=r"holds another run: config.optim.peak_lr is 0.01, not 0.5"
+        SweepError, match=r"contains another run: config.optim.peak_lr is 0.01, not 0.5"
     ):
         state(other, folder)
 
 
-def test_what_is_rendered_is_what_is_left(ended, file, tmp_path, capsys):
+def test_only_unfinished_runs_are_rendered(ended, file, tmp_path, capsys):
     runs, folder = ended
     again = tmp_path / "sweep"
     again.mkdir()
@@ -160,13 +160,13 @@ def test_what_is_rendered_is_what_is_left(ended, file, tmp_path, capsys):
     assert len(lines) == 1 and "--config.train.seed=5" in lines[0]
 
 
-def test_one_runner_a_sweep(ended, tmp_path):
+def test_only_one_runner_per_sweep(ended, tmp_path):
     import fcntl
 
     runs, _ = ended
     with open(tmp_path / ".runner.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(SweepError, match="has a runner already"):
+        with pytest.raises(SweepError, match="is in use by another runner"):
             runner.run(runs, tmp_path)
 
 
@@ -189,7 +189,7 @@ def wait_for(process: subprocess.Popen, path: pathlib.Path, text: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_runner_that_is_killed_twice_ends_with_the_same_table(file, tmp_path):
+def test_runner_killed_twice_gives_the_same_table(file, tmp_path):
     """Once with SIGKILL, its run left alone; once with SIGTERM, its run told to save."""
     axes = {"fixed": {"train.steps": 40, "train.checkpoint_every": 4}}, {"seeds": (0, 1)}
     runs = planned(file, *axes)

@@ -1,4 +1,4 @@
-"""Cross-entropy against the plainest reference, whatever the chunks, the mesh, and what trains."""
+"""Cross-entropy against a plain reference, for all chunk counts, meshes and training modes."""
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ def expected() -> dict[bool, tuple]:
 
     The sum is doubled, so that a gradient that is not scaled would show.
     """
-    found, a = {}, arrays()
+    by_tuned, a = {}, arrays()
     for tuned in (False, True):
         kernel = a["kernel"].copy()
         if tuned:
@@ -54,8 +54,10 @@ def expected() -> dict[bool, tuple]:
             nll = reference(hidden, kernel, a["targets"])
             return 2 * (a["weights"] * nll).sum(), nll
 
-        found[tuned] = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))(a["hidden"], kernel)
-    return found
+        by_tuned[tuned] = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))(
+            a["hidden"], kernel
+        )
+    return by_tuned
 
 
 @pytest.mark.parametrize("trains", ["lora", "full", "image_head"])
@@ -63,7 +65,7 @@ def expected() -> dict[bool, tuple]:
     "shape, chunks",
     [(MESHES[0], 1), (MESHES[0], 12), (MESHES[1], 4), *((m, 6) for m in MESHES[2:])],
 )
-def test_values_and_gradients_are_the_reference(shape, chunks, trains, expected):
+def test_values_and_gradients_match_the_reference(shape, chunks, trains, expected):
     a, tuned = arrays(), trains == "image_head"
     (want, want_nll), (want_hidden, want_kernel) = expected[tuned]
     with jax.set_mesh(m := the_mesh(shape)):
@@ -81,10 +83,14 @@ def test_values_and_gradients_are_the_reference(shape, chunks, trains, expected)
 
         run = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))
         (got, nll), (of_hidden, of_head) = run(put(a["hidden"], sharding.ACT), head)
-        alone = jax.jit(total)(put(a["hidden"], sharding.ACT), head)  # without gradients
+        without_gradients = jax.jit(total)(
+            put(a["hidden"], sharding.ACT), head
+        )  # without gradients
     close = lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)  # noqa: E731
     jax.tree.map(
-        close, (got, nll, of_hidden, *alone), (want, want_nll, want_hidden, want, want_nll)
+        close,
+        (got, nll, of_hidden, *without_gradients),
+        (want, want_nll, want_hidden, want, want_nll),
     )
     assert of_hidden.sharding.spec == sharding.ACT
     if trains == "full":
@@ -106,7 +112,7 @@ def plain(hidden, kernel, chunks: int) -> tuple[jax.Array, jax.Array]:
         return jax.jit(jax.value_and_grad(run, has_aux=True))(put(hidden, sharding.ACT))
 
 
-def test_in_bfloat16_it_is_as_exact_as_bfloat16():
+def test_bfloat16_is_within_bfloat16_rounding():
     a = arrays()
     hidden, kernel = (a[n].astype(jnp.bfloat16) for n in ("hidden", "kernel"))
     exact = jax.grad(lambda h: (a["weights"] * reference(h, kernel, a["targets"])).sum())
@@ -122,12 +128,12 @@ def test_large_logits_do_not_overflow():
     assert np.isfinite(nll).all() and np.isfinite(grad).all()
 
 
-def test_chunks_must_divide():
-    with pytest.raises(ValueError, match="5 chunks do not divide 96 tokens"):
+def test_chunks_must_divide_the_tokens():
+    with pytest.raises(ValueError, match="96 tokens are not divisible by 5 chunks"):
         plain(arrays()["hidden"], arrays()["kernel"], 5)
 
 
-def test_the_columns_of_a_head_come_and_go():
+def test_image_columns_are_extracted_and_merged():
     a = arrays()
     for shape in (MESHES[0], MESHES[2]):
         with jax.set_mesh(m := the_mesh(shape)):
@@ -135,8 +141,8 @@ def test_the_columns_of_a_head_come_and_go():
             image = layers.image_token_columns(kernel, CODES)
             assert image.sharding.spec == sharding.UP and image.dtype == jnp.float32
             np.testing.assert_array_equal(image, a["kernel"][:, 4 : 4 + CODES])
-            whole = np.asarray(layers.full_kernel(HeadWeights(kernel, image + 1)))
-        changed = whole - a["kernel"]
+            merged = np.asarray(layers.full_kernel(HeadWeights(kernel, image + 1)))
+        changed = merged - a["kernel"]
         np.testing.assert_allclose(changed[:, 4 : 4 + CODES], 1, rtol=1e-6)
         changed[:, 4 : 4 + CODES] = 0
         assert not changed.any()
@@ -154,7 +160,7 @@ def test_the_columns_of_a_head_come_and_go():
         ((1, 1, 1), 1, 1_031, 65_536, 1_031),  # a prime
     ],
 )
-def test_chunk_count_is_of_one_device(shape, rows, length, vocab, chunks):
+def test_chunk_count_is_per_device(shape, rows, length, vocab, chunks):
     counts = []
     with jax.set_mesh(m := the_mesh(shape)):
         struct = lambda shape, spec: jax.ShapeDtypeStruct(  # noqa: E731

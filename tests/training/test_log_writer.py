@@ -1,4 +1,4 @@
-"""The files of a run and its clock: whole rows, one a step; seconds counted once."""
+"""The files of a run and its timer: complete rows, one per step; seconds are counted once."""
 
 import json
 import math
@@ -14,7 +14,7 @@ def test_rows_after_the_checkpoint_are_dropped(tmp_path):
     path.write_text("\n".join(rows) + '\n{"kind": "tra')
     log_writer.truncate_after_step(str(path), 4)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [2, 4]
-    log_writer.truncate_after_step(str(path), 4, again="train")
+    log_writer.truncate_after_step(str(path), 4, repeated_kind="train")
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [2]
     log_writer.truncate_after_step(str(tmp_path / "none"), 4)
 
@@ -31,7 +31,7 @@ def test_writer_flushes_every_line(tmp_path, capsys):
     assert list(tmp_path.glob("events.out.tfevents.*"))
 
 
-def test_step_line():
+def test_format_step():
     row = dict(
         loss=3.21, text_nll=2.9, image_nll=math.nan, lr=1e-3, fill=0.931, data_share=0.014,
         tokens_per_second_per_chip=5120.4, processed_per_second_per_chip=5499.9,
@@ -39,8 +39,8 @@ def test_step_line():
     start = "step 120/300 loss 3.2100 text 2.900 image - lr 1.0e-03 tok/s/chip 5,120 "
     start += "(5,500 with padding) fill 0.93 data 1%"
     assert log_writer.format_step(120, 300, row, eta=83.0) == f"{start} eta 1:23"
-    known = row | dict(mfu=0.512, hfu=0.6012, hbm_peak_gib=12.06)
-    assert log_writer.format_step(120, 300, known, eta=83.0) == (
+    full_row = row | dict(mfu=0.512, hfu=0.6012, hbm_peak_gib=12.06)
+    assert log_writer.format_step(120, 300, full_row, eta=83.0) == (
         f"{start} MFU 51.2% HFU 60.1% HBM 12.1 GiB eta 1:23"
     )
     assert [log_writer.format_duration(s) for s in (0.4, 59.6, 5025.0)] == [
@@ -50,7 +50,7 @@ def test_step_line():
     ]
 
 
-def test_clock_counts_every_second_once():
+def test_goodput_timer_counts_every_second_once():
     clock = log_writer.GoodputTimer()
     with pytest.raises(KeyError), clock.measure("step"):
         raise KeyError  # time counts also when the block fails

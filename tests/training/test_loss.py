@@ -1,4 +1,4 @@
-"""The objective on documents against the plainest reference, packed or not, kind by kind."""
+"""The objective on documents against a plain reference, packed or not, by group."""
 
 import dataclasses
 
@@ -30,7 +30,7 @@ def model() -> chameleon.Chameleon:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> str:
     """Two sources and two tasks, crossed."""
-    made = [
+    documents = [
         dataclasses.replace(
             d, source="SLAKE" if n % 3 else "Quilt-1M", task="VQA" if n % 4 < 2 else "Visual Chat"
         )
@@ -38,7 +38,7 @@ def folder(tmp_path_factory) -> str:
     ]
     folder = tmp_path_factory.mktemp("records") / "r"
     layout = Layout(vocab=micro_run.run().vocab, codes_per_image=4, tokenizer="", vqgan="")
-    writer.write(folder, made, shard_size=16, layout=layout, notes={})
+    writer.write(folder, documents, shard_size=16, layout=layout, notes={})
     return str(folder)
 
 
@@ -60,8 +60,8 @@ def nll_alone(model, documents, run, m) -> list[np.ndarray]:
         logits = lambda model, *a: model.logits(model.hidden(*a, key=None))  # noqa: E731
         full = jax.jit(lambda *a: jax.nn.log_softmax(logits(*a)))
         log_p = np.asarray(full(model, *sharding.shard_batch((ids, segments, positions), m)))
-    found = np.take_along_axis(log_p[:, :-1], ids[:, 1:, None], -1)[..., 0]
-    return [np.r_[0, -n][: len(d.tokens)] for n, d in zip(found, documents, strict=True)]
+    log_likelihoods = np.take_along_axis(log_p[:, :-1], ids[:, 1:, None], -1)[..., 0]
+    return [np.r_[0, -n][: len(d.tokens)] for n, d in zip(log_likelihoods, documents, strict=True)]
 
 
 @pytest.mark.parametrize("weighing", ["document", "token"])
@@ -76,10 +76,10 @@ def test_packed_objective_is_the_mean_over_documents(model, folder, weighing):
         mask = loss_mask(document.tokens, packed.data.mask, document.turns)
         means.append(nll[mask].mean())
         sums += list(nll[mask])
-        picture = is_image(document.tokens, packed.vocab)
-        text, image = text + list(nll[mask & ~picture]), image + list(nll[mask & picture])
+        image_mask = is_image(document.tokens, packed.vocab)
+        text, image = text + list(nll[mask & ~image_mask]), image + list(nll[mask & image_mask])
         for name in (f"source/{document.source}", f"task/{document.task}"):
-            for what, part in (("text", mask & ~picture), ("image", mask & picture)):
+            for what, part in (("text", mask & ~image_mask), ("image", mask & image_mask)):
                 kinds.setdefault(f"{name}/{what}_nll", []).extend(nll[part])
     expected = np.mean(means if weighing == "document" else sums)
     for run in (packed, alone):
@@ -92,11 +92,13 @@ def test_packed_objective_is_the_mean_over_documents(model, folder, weighing):
         np.testing.assert_allclose(parts["text_nll"], sum(text), rtol=1e-5)
         np.testing.assert_allclose(parts["image_nll"], sum(image), rtol=1e-5)
         assert (parts["text_count"], parts["image_count"]) == (len(text), len(image))
-        held = metrics.EvalMetrics.single_from_model_output(**parts, weighted_loss=total, share=1.0)
-        found, wanted = (
-            metrics.by_kind(held, data.kinds),
+        eval_metrics = metrics.EvalMetrics.single_from_model_output(
+            **parts, weighted_loss=total, share=1.0
+        )
+        actual, expected_means = (
+            metrics.by_kind(eval_metrics, data.kinds),
             {k: np.mean(v) for k, v in kinds.items() if v},
         )
-        assert len(wanted) == 7 and found.keys() == wanted.keys()
-        for name, value in wanted.items():
-            np.testing.assert_allclose(found[name], value, rtol=1e-5, err_msg=name)
+        assert len(expected_means) == 7 and actual.keys() == expected_means.keys()
+        for name, value in expected_means.items():
+            np.testing.assert_allclose(actual[name], value, rtol=1e-5, err_msg=name)

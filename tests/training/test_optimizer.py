@@ -50,7 +50,7 @@ def test_no_warm_up_starts_at_the_peak():
     assert rate(0, steps=1, peak_lr=1.0, warmup_ratio=0.0) == 1.0
 
 
-def test_first_updates_are_adamw_behind_a_clip():
+def test_first_updates_match_adamw_after_clipping():
     """Two updates against AdamW written out; the gradient of norm 5 is scaled to norm 1."""
     settings = dataclasses.replace(
         OPTIM, peak_lr=0.1, warmup_ratio=0.0, final_lr_ratio=1.0, weight_decay=0.5

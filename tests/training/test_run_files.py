@@ -1,4 +1,4 @@
-"""Files that a run can do without: damage, or a disk that refuses them, is a warning."""
+"""Files that a run does not depend on: damage, or a failed write, causes only a warning."""
 
 import json
 import logging
@@ -35,7 +35,7 @@ PLANNED = dict(
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_a_damaged_line_is_left_out_and_told(tmp_path, capsys, name):
+def test_damaged_metrics_line_is_skipped_with_a_warning(tmp_path, capsys, name):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(DAMAGE[name] + b'{"kind": "tra')  # torn, as by a kill: that is no damage
     expected = ROWS.splitlines(keepends=True)[-DAMAGE[name].count(b"\n") + 1 :]
@@ -44,28 +44,28 @@ def test_a_damaged_line_is_left_out_and_told(tmp_path, capsys, name):
     writer.start(step=2)
     writer.write("train", 3, {"loss": 0.5})
     writer.close()
-    warning = f"WARNING: {path}: 1 line that cannot be read was left out\n"
+    warning = f"WARNING: {path}: skipped 1 unreadable line\n"
     assert capsys.readouterr().out == warning == (tmp_path / "train.log").read_text()
     *kept, new = path.read_bytes().splitlines(keepends=True)
     assert kept == expected and json.loads(new)["step"] == 3
 
 
-def test_a_log_that_cannot_be_written_is_told_once(tmp_path, monkeypatch):
-    said: list[str] = []
-    log = run_files.LogFile(tmp_path, said.append)
+def test_unwritable_log_warns_once(tmp_path, monkeypatch):
+    message: list[str] = []
+    log = run_files.LogFile(tmp_path, message.append)
     log.write("a")
     log.close()
-    assert said == [
-        f"WARNING: {tmp_path}: cannot be written (Is a directory); the run goes on without it"
+    assert message == [
+        f"WARNING: cannot write {tmp_path} (Is a directory); the run continues without it"
     ]
-    log = run_files.LogFile("/dev/full", said.append)
+    log = run_files.LogFile("/dev/full", message.append)
     log.write("a")
     log.write("b")
     log.close()
-    assert len(said) == 2 and "No space left on device" in said[1]
+    assert len(message) == 2 and "No space left on device" in message[1]
 
 
-def test_a_tokenizer_goes_on_without_its_logs(tmp_path, capsys):
+def test_vqgan_training_continues_without_log_files(tmp_path, capsys):
     for name in ("train.log", "metrics.jsonl", "reconstructions.png"):
         (tmp_path / name).mkdir()
     settings = config.build(train_vqgan.Run, tiny_vqgan.get_config())
@@ -74,11 +74,13 @@ def test_a_tokenizer_goes_on_without_its_logs(tmp_path, capsys):
     log.evaluation("validation", {"l1": 0.5}, pixels, pixels.astype(np.uint8))
     log.close()
     out = capsys.readouterr().out
-    assert "train.log: cannot be written" in out and "metrics.jsonl: cannot be written" in out
-    assert "WARNING: no sheet or curve of step 0" in out
+    assert all(
+        f"cannot write {tmp_path / name} (" in out for name in ("train.log", "metrics.jsonl")
+    )
+    assert "WARNING: step 0: images could not be written" in out
 
 
-def test_a_curve_leaves_damaged_rows_out(tmp_path):
+def test_curves_skip_damaged_rows(tmp_path):
     rows = [{"kind": "step", "step": n, "l1": 0.5} for n in range(3)]
     lines = [json.dumps(row) for row in rows]
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, "x", "{}"]) + "\n")
@@ -86,28 +88,31 @@ def test_a_curve_leaves_damaged_rows_out(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line, said",
-    [("x", "line 1: not JSON"), ('{"file": "a.png", "split": "train"}', "line 1: modality is no")],
+    "line, message",
+    [
+        ("x", "line 1: not JSON"),
+        ('{"file": "a.png", "split": "train"}', "line 1: field 'modality' is None"),
+    ],
 )
-def test_a_manifest_of_a_tokenizer_is_named_by_its_line(tmp_path, line, said):
+def test_vqgan_manifest_error_names_the_line(tmp_path, line, message):
     (tmp_path / "m.jsonl").write_text(line + "\n")
-    with pytest.raises(ValueError, match=rf"m\.jsonl {said}"):
+    with pytest.raises(ValueError, match=rf"m\.jsonl {message}"):
         train_vqgan.load_images(tmp_path / "m.jsonl", "train")
 
 
-def test_the_quickstart_goes_on_without_its_notes(tmp_path, caplog):
+def test_quickstart_continues_without_stages_file(tmp_path, caplog):
     (tmp_path / "stages.json").write_text('[{"stage": "tokenize"}]')
     with caplog.at_level(logging.WARNING):
-        road = quickstart.QuickstartRun(tmp_path)
-        assert road.stages == [] and "stages.json is begun anew" in caplog.text
+        stages = quickstart.QuickstartRun(tmp_path)
+        assert stages.stages == [] and "starting a new stages.json" in caplog.text
         (tmp_path / "stages.json").unlink()
         (tmp_path / "stages.json").mkdir()
-        with road.stage("tokenize") as says:
-            says("done")
-        assert road.stages[0]["what"] == "done" and "cannot be written" in caplog.text
+        with stages.stage("tokenize") as report_result:
+            report_result("done")
+        assert stages.stages[0]["what"] == "done" and "cannot write" in caplog.text
         (tmp_path / "metrics.jsonl").write_bytes(DAMAGE["a number"])
         assert len(quickstart._history(tmp_path / "metrics.jsonl")[0]) == 2
-        assert "1 line that cannot be read was left out" in caplog.text
+        assert "skipped 1 unreadable line" in caplog.text
         assert quickstart._history(tmp_path / "stages.json") == ([], [])
 
 
@@ -115,25 +120,27 @@ def test_the_quickstart_goes_on_without_its_notes(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "change, message",
     [
         ({"run_id": "../../../x"}, "run_id is"),
         ({"steps": "3"}, "steps is '3'"),
         ({"overrides": []}, r"overrides is \[\]"),
         ({"fits": 1}, "fits is 1"),
-        ({"more": 1}, "more than the fields"),
+        ({"more": 1}, "exactly the fields"),
     ],
 )
-def test_a_plan_of_a_sweep_is_checked(tmp_path, change, said):
+def test_sweep_plan_is_validated(tmp_path, change, message):
     (tmp_path / "sweep.jsonl").write_text(json.dumps(PLANNED | {"usd": 2, "fits": True}) + "\n")
     assert read(tmp_path)[0].usd == 2
     (tmp_path / "sweep.jsonl").write_text(json.dumps(PLANNED | change) + "\n")
-    with pytest.raises(SweepError, match=rf"sweep\.jsonl line 1: .*{said}.*expand the sweep again"):
+    with pytest.raises(
+        SweepError, match=rf"sweep\.jsonl line 1: .*{message}.*expand the sweep again"
+    ):
         read(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl"])
-def test_damage_of_a_run_is_one_line(tmp_path, name):
+def test_damaged_run_files_raise_one_line_errors(tmp_path, name):
     run = SweepRun(**PLANNED)
     home = tmp_path / run.run_id
     (home / "adapter").mkdir(parents=True)
@@ -155,14 +162,14 @@ def test_damage_of_a_run_is_one_line(tmp_path, name):
         assert status.state(run, tmp_path) == "crashed"
 
 
-def test_a_run_that_cannot_be_logged_does_not_stop_the_others(tmp_path, capsys):
+def test_run_without_log_file_does_not_stop_the_sweep(tmp_path, capsys):
     run = SweepRun(**PLANNED)
     (tmp_path / run.run_id / "run.log").mkdir(parents=True)
     assert runner.run([run], tmp_path) == {run.run_id: "crashed"}
-    assert "cannot be started" in capsys.readouterr().out
+    assert "could not be started" in capsys.readouterr().out
 
 
-def test_metrics_in_a_folder_are_no_metrics(tmp_path):
+def test_metrics_path_that_is_a_folder_raises(tmp_path):
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(TextFileError, match="Is a directory"):
         run_files.read_metrics(tmp_path / "metrics.jsonl")

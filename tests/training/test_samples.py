@@ -1,4 +1,4 @@
-"""Samples during training: prompts from held-out documents, a page that stands alone."""
+"""Samples during training: prompts from held-out documents, and a self-contained page."""
 
 import pathlib
 
@@ -17,32 +17,36 @@ TINY = ROOT / "medmax_jax" / "tiny"
 
 
 @pytest.fixture(scope="module")
-def held(tmp_path_factory) -> reader.Records:
+def records(tmp_path_factory) -> reader.Records:
     return reader.open_records(
         pathlib.Path(micro_run.write(tmp_path_factory.mktemp("held") / "r", count=9))
     )
 
 
-def test_cases_are_cut_behind_the_question(held):
+def test_prompts_end_after_the_question(records):
     run = micro_run.run()
-    found = samples.select_prompts(held, 4, run)
-    assert len(found) == 4
-    for case, document in zip(found, [held[0], held[1], held[2], held[4]], strict=True):
-        whole = np.concatenate([case.prompt, case.answer])
-        np.testing.assert_array_equal(whole, document.tokens)
-        assert case.prompt[-1] == SEP and (case.prompt[:-1] != SEP).all()
-        assert (case.mode == "image") == bool(is_image(case.answer, run.vocab).any())
-    assert len(samples.select_prompts(held, 99, run)) == 7  # two of the nine have no separator
+    prompts = samples.select_prompts(records, 4, run)
+    assert len(prompts) == 4
+    for prompt, document in zip(
+        prompts, [records[0], records[1], records[2], records[4]], strict=True
+    ):
+        tokens = np.concatenate([prompt.prompt, prompt.answer])
+        np.testing.assert_array_equal(tokens, document.tokens)
+        assert prompt.prompt[-1] == SEP and (prompt.prompt[:-1] != SEP).all()
+        assert (prompt.mode == "image") == bool(is_image(prompt.answer, run.vocab).any())
+    assert len(samples.select_prompts(records, 99, run)) == 7  # two of the nine have no separator
 
 
-def test_samples_want_a_model_folder():
-    with pytest.raises(config.ConfigError, match="train.samples is 2; it must be 0, or train.init"):
+def test_samples_require_a_model_folder():
+    with pytest.raises(
+        config.ConfigError, match="train.samples is 2; it must be 0 unless train.init"
+    ):
         micro_run.run(train__samples=2)
 
 
 @pytest.mark.slow
-def test_a_run_leaves_a_page_at_each_evaluation(tmp_path):
-    """On the tiny model and embedded pictures; about a minute on an idle machine."""
+def test_run_writes_a_samples_page_at_each_evaluation(tmp_path):
+    """On the tiny model and embedded images; about a minute on an idle machine."""
     from medmax_jax.configs import tiny
     from medmax_jax.data import prepare
 

@@ -1,4 +1,4 @@
-"""One step: the same on every mesh, only what trains moves, and dropout belongs to the step."""
+"""One step: the same on every mesh, only trained weights change, dropout depends on the step."""
 
 import dataclasses
 from typing import Any
@@ -98,13 +98,13 @@ def lora(lora_run, model) -> Setup:
 def test_a_step_is_the_same_on_every_mesh(lora, lora_run, model, shape):
     """Loss, gradient norm, every updated adapter and moment, dropout included."""
     other = setup(lora_run, model, shape)
-    (expected, sums), (found, other_sums) = take(lora, lora.fresh()), take(other, other.fresh())
+    (expected, sums), (actual, other_sums) = take(lora, lora.fresh()), take(other, other.fresh())
     for name, value in metrics.compute_means(sums).items():
         np.testing.assert_allclose(
             metrics.compute_means(other_sums)[name], value, rtol=1e-5, err_msg=name
         )
-    expected, found = numpy(expected), numpy(found)
-    assert expected.keys() == found.keys()
+    expected, actual = numpy(expected), numpy(actual)
+    assert expected.keys() == actual.keys()
     for name, value in expected.items():
         # Adam's first update is lr * sign(g), so a gradient near 0 may turn: hence the moments
         # tightly, and the parameters within 1e-5 of lr 1e-2 wherever the gradient is not noise.
@@ -112,13 +112,13 @@ def test_a_step_is_the_same_on_every_mesh(lora, lora_run, model, shape):
             moment = expected[name.replace("trainable", "opt_state.1.0.mu")]
             sure = np.abs(moment) > 1e-7
             assert sure.mean() > 0.9, name
-            np.testing.assert_allclose(found[name][sure], value[sure], atol=2e-5, err_msg=name)
+            np.testing.assert_allclose(actual[name][sure], value[sure], atol=2e-5, err_msg=name)
         else:
             atol = 1e-5 * max(np.abs(value).max(), 1e-12)
-            np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=atol, err_msg=name)
+            np.testing.assert_allclose(actual[name], value, rtol=1e-4, atol=atol, err_msg=name)
 
 
-def test_only_adapters_move_and_the_state_is_donated(lora):
+def test_only_adapters_change_and_the_state_is_donated(lora):
     state, before = lora.fresh(), numpy(lora.state)
     frozen_before = numpy(lora.frozen)
     after, _ = take(lora, state)
@@ -132,14 +132,14 @@ def test_only_adapters_move_and_the_state_is_donated(lora):
         np.testing.assert_array_equal(value, frozen_before[name])
 
 
-def test_dropout_is_drawn_from_the_step(lora):
+def test_dropout_depends_on_the_step(lora):
     losses = [take(lora, lora.fresh())[1].loss.total for _ in range(2)]
     assert losses[0] == losses[1]
     later = dataclasses.replace(lora.fresh(), step=lora.state.step + 1)
     assert take(lora, later)[1].loss.total != losses[0]
 
 
-def test_steps_on_one_batch_learn_it(lora):
+def test_training_on_one_batch_reduces_its_loss(lora):
     state, losses = lora.fresh(), []
     for _ in range(40):
         state, sums = take(lora, state)
@@ -152,13 +152,13 @@ def test_steps_on_one_batch_learn_it(lora):
     assert sums.text_nll.count + sums.image_nll.count == np.count_nonzero(batch.weights)
 
 
-def test_nan_weights_are_not_finite(lora):
+def test_nan_weights_are_reported_as_not_finite(lora):
     broken = jax.tree.map(lambda x: x * jnp.nan, lora.fresh().trainable)
     _, sums = take(lora, dataclasses.replace(lora.fresh(), trainable=broken))
     assert sums.finite.total == 0
 
 
-def test_full_training_moves_every_weight(folder):
+def test_full_training_changes_every_weight(folder):
     run = micro_run.run(
         data__train=folder, optim__warmup_ratio=0.0, train__trains="full", lora__rank=0
     )
@@ -174,44 +174,52 @@ def test_full_training_moves_every_weight(folder):
 
 def test_evaluation_is_the_mean_over_all_documents(lora, tmp_path):
     """Batches of different fill, and one filled up with empty rows: the mean is over documents."""
-    held = micro_run.write(tmp_path / "held", count=27, seed=3)
-    data = {"data__train": lora.run.data.train, "data__validation": held}
+    held_out = micro_run.write(tmp_path / "held", count=27, seed=3)
+    data = {"data__train": lora.run.data.train, "data__validation": held_out}
     small, large = micro_run.run(**data), micro_run.run(**data, data__batch_size=64)
-    found = []
+    means = []
     with jax.set_mesh(lora.mesh):
         for run in (small, large):
-            batches, total = loader.eval_batches(run, held), None
+            batches, total = loader.eval_batches(run, held_out), None
             evaluate = step.make_eval_step(lora.graph, run)
             for i in range(len(batches)):
                 batch = sharding.shard_batch(batches.batch(i), lora.mesh)
                 sums = metrics.to_host(evaluate(lora.state.trainable, lora.frozen, batch))
                 total = sums if total is None else total.merge(sums)
-            found.append(metrics.compute_means(total))
+            means.append(metrics.compute_means(total))
             assert total.loss.count == 27
-    assert len(loader.eval_batches(small, held)) > 1 == len(loader.eval_batches(large, held))
-    for name, value in found[0].items():
-        np.testing.assert_allclose(value, found[1][name], rtol=1e-5, err_msg=name)
+    assert (
+        len(loader.eval_batches(small, held_out)) > 1 == len(loader.eval_batches(large, held_out))
+    )
+    for name, value in means[0].items():
+        np.testing.assert_allclose(value, means[1][name], rtol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("pieces", [2, 4])
-def test_accumulated_gradients_are_those_of_the_batch(lora, lora_run, model, pieces):
+def test_accumulated_gradients_equal_those_of_the_batch(lora, lora_run, model, pieces):
     """Packed rows, weights by document, no dropout: one update of one batch and of its pieces."""
     changes = dict(lora=dataclasses.replace(lora_run.lora, dropout=0.0))
     once = dataclasses.replace(lora_run, **changes)
     changes["optim"] = dataclasses.replace(lora_run.optim, accumulate=pieces)
-    whole = setup(once, model, (1, 2, 1))
-    parts = setup(dataclasses.replace(lora_run, **changes), model, (1, 2, 1))
-    assert np.asarray(whole.batch.segments).max() > 1  # several documents a row
-    (want, sums), (got, part_sums) = take(whole, whole.fresh()), take(parts, parts.fresh())
+    full = setup(once, model, (1, 2, 1))
+    accumulated = setup(dataclasses.replace(lora_run, **changes), model, (1, 2, 1))
+    assert np.asarray(full.batch.segments).max() > 1  # several documents a row
+    (expected, sums), (actual, part_sums) = (
+        take(full, full.fresh()),
+        take(accumulated, accumulated.fresh()),
+    )
     for name, value in metrics.compute_means(sums).items():
         np.testing.assert_allclose(
             metrics.compute_means(part_sums)[name], value, rtol=1e-5, err_msg=name
         )
     np.testing.assert_allclose(part_sums.kinds.total, sums.kinds.total, rtol=1e-5)
-    want, got = numpy(want.opt_state), numpy(got.opt_state)
-    for name, value in want.items():  # the first moments are the gradients, clipped, times 1 - b1
+    expected, actual = numpy(expected.opt_state), numpy(actual.opt_state)
+    for (
+        name,
+        value,
+    ) in expected.items():  # the first moments are the gradients, clipped, times 1 - b1
         atol = 1e-5 * max(np.abs(value).max(), 1e-12)
-        np.testing.assert_allclose(got[name], value, rtol=1e-4, atol=atol, err_msg=name)
+        np.testing.assert_allclose(actual[name], value, rtol=1e-4, atol=atol, err_msg=name)
 
 
 def test_full_training_in_bfloat16_keeps_fp32_weights(folder):
@@ -220,19 +228,19 @@ def test_full_training_in_bfloat16_keeps_fp32_weights(folder):
         data__train=folder, optim__warmup_ratio=0.0, train__trains="full", lora__rank=0,
         optim__peak_lr=1e-6,
     )  # fmt: skip
-    found = {}
-    for kind in ("float32", "bfloat16"):
-        run = micro_run.run(**base, model__compute_dtype=kind)
+    states = {}
+    for dtype in ("float32", "bfloat16"):
+        run = micro_run.run(**base, model__compute_dtype=dtype)
         with jax.set_mesh(sharding.make_mesh(run.mesh)):
             model = chameleon.create_model(run.model, run.vocab, run.lora, key=jax.random.key(0))
         s = setup(run, model, (1, 1, 1))
         before = numpy(s.state.trainable)
         after, _ = take(s, s.fresh())
-        found[kind] = numpy(after.opt_state)
-    moments = [n for n in found["float32"] if ".mu." in n]
+        states[dtype] = numpy(after.opt_state)
+    moments = [n for n in states["float32"] if ".mu." in n]
     assert moments
     for name in moments:
-        exact, half = found["float32"][name], found["bfloat16"][name]
+        exact, half = states["float32"][name], states["bfloat16"][name]
         assert half.dtype == np.float32
         assert np.abs(half - exact).max() < 0.06 * np.abs(exact).max(), name
     # an update of 1e-6 would be lost in bf16 weights
@@ -240,7 +248,7 @@ def test_full_training_in_bfloat16_keeps_fp32_weights(folder):
     assert moved["layers.mlp.up_proj.kernel"] > 0.9
 
 
-def test_only_the_image_columns_of_the_head_move(folder):
+def test_only_image_columns_of_the_head_change(folder):
     """Anole's stage on a bf16 base: fp32 columns, and one matrix again in the exported base."""
     run = micro_run.run(
         data__train=folder, optim__warmup_ratio=0.0, train__trains="image_head", lora__rank=0,
@@ -261,14 +269,14 @@ def test_only_the_image_columns_of_the_head_move(folder):
     (after,) = numpy(state.trainable).values()
     assert (after != before).any(axis=0).all()
     with jax.set_mesh(s.mesh):
-        whole = step.trained_base(s.graph, state.trainable, s.frozen)
-    exported, was = numpy(whole), numpy(chameleon.split_adapters(model)[2])
-    assert exported.keys() == was.keys()
+        trained = step.trained_base(s.graph, state.trainable, s.frozen)
+    exported, original = numpy(trained), numpy(chameleon.split_adapters(model)[2])
+    assert exported.keys() == original.keys()
     kernel = exported.pop("lm_head.kernel")
-    assert kernel.dtype == was["lm_head.kernel"].dtype
+    assert kernel.dtype == original["lm_head.kernel"].dtype
     np.testing.assert_array_equal(kernel[:, 4:20], after.astype(kernel.dtype))
     np.testing.assert_array_equal(
         np.delete(kernel, np.s_[4:20], 1), np.delete(head, np.s_[4:20], 1)
     )
     for name, value in exported.items():
-        np.testing.assert_array_equal(value, was[name], err_msg=name)
+        np.testing.assert_array_equal(value, original[name], err_msg=name)

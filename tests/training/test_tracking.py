@@ -1,4 +1,4 @@
-"""Weights & Biases: asked of the guard first, imported only when asked."""
+"""Weights & Biases: data is checked before it is sent; imported only when requested."""
 
 import importlib.util
 
@@ -8,7 +8,7 @@ import pytest
 from medmax_jax.training import log_writer
 
 
-def ask(credentials: dict, listed: list[str] = (), server: str = ""):
+def init_wandb(credentials: dict, listed: list[str] = (), server: str = ""):
     environment = {"WANDB_BASE_URL": server} if server else {}
     return log_writer.init_wandb(
         "p", micro_run.run(), name="r", folder=".", credentials=credentials, listed=listed,
@@ -16,19 +16,19 @@ def ask(credentials: dict, listed: list[str] = (), server: str = ""):
     )  # fmt: skip
 
 
-def test_credentialed_numbers_go_to_listed_hosts_only():
+def test_credentialed_metrics_are_sent_to_listed_hosts_only():
     with pytest.raises(
-        log_writer.TrackingError, match="may not go to api.wandb.ai:443.*listed_host"
+        log_writer.TrackingError, match="may not be sent to api.wandb.ai:443.*listed_host"
     ):
-        ask({"no": 3, "yes": 1})
+        init_wandb({"no": 3, "yes": 1})
     with pytest.raises(log_writer.TrackingError, match="api.wandb.ai"):
-        ask({"unknown": 1})
+        init_wandb({"unknown": 1})
     with pytest.raises(log_writer.TrackingError, match="over http"):
-        ask({"yes": 1}, ["10.0.0.1:80"], "http://10.0.0.1")
+        init_wandb({"yes": 1}, ["10.0.0.1:80"], "http://10.0.0.1")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
 @pytest.mark.parametrize("credentials, listed", [({"no": 1}, []), ({"yes": 1}, ["api.wandb.ai"])])
-def test_a_missing_package_is_said(credentials, listed):
+def test_missing_wandb_package_is_reported(credentials, listed):
     with pytest.raises(log_writer.TrackingError, match="wandb is not installed; pip install wandb"):
-        ask(credentials, listed)
+        init_wandb(credentials, listed)
