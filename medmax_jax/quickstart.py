@@ -184,10 +184,10 @@ def _evaluate(
 
             g = model_bundle.load(tiny, adapter=tuned, mesh=mesh)
             centroids = centroids or modality.centroids(
-                g, found.pictures, images_folder=found.folder
+                g, found.training_images, images_folder=found.folder
             )
             model = base.NativeModel(
-                g, settings.eval.sample, rows=settings.eval.rows, name=name, stamp=name
+                g, settings.eval.sample, rows=settings.eval.rows, name=name, fingerprint=name
             )
             answers[name] = inference.run_items(
                 model,
@@ -196,7 +196,7 @@ def _evaluate(
                 images_folder=found.folder,
                 out=workdir / f"{name}.jsonl",
                 progress=progress,
-                looks=modality.make_classifier(g, centroids),
+                classify_modality=modality.make_classifier(g, centroids),
             )
             says(f"{len(items)} items")
     return answers
@@ -208,8 +208,8 @@ def _report(
     found: selection.EvalSet,
     answers: dict[str, list[dict]],
 ) -> dict[str, Any]:
-    numbers = dict(seed=settings.eval.seed, resamples=settings.eval.resamples)
-    scores = aggregate.scores(answers["before"], answers["after"], **numbers)
+    resampling = intervals.Resampling(settings.eval.seed, settings.eval.resamples)
+    scores = aggregate.scores(answers["before"], answers["after"], resampling=resampling)
     closed = [r for r in answers["after"] if r["task"] == aggregate.PRIMARY[0]]
     rivals = {
         "before": answers["before"],
@@ -217,7 +217,7 @@ def _report(
         "swapped": answers["swapped"],
     }
     comparisons = [
-        _against(name, aggregate.scores(rival, closed, **numbers)[0])
+        _against(name, aggregate.scores(rival, closed, resampling=resampling)[0])
         for name, rival in rivals.items()
     ]
     unparsed = next(s for s in scores if (s["task"], s["metric"]) == ("vqa_closed", "unparsed"))
@@ -296,7 +296,7 @@ def _cases(
     rebuilt = model_bundle.decode(g, codes)
     cases = [
         Case(
-            name=f"{r['group']}: {r['kind']}",
+            name=f"{r['group']}: {r['modality']}",
             image=images.load(found.folder / r["image"], max_pixels=images.MAX_PIXELS),
             reconstruction=picture,
             question=r["prompt"],

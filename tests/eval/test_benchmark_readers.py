@@ -136,10 +136,10 @@ def test_vqa_rad(tmp_path):
     assert item.slices == (("organ", "HEAD"), ("question_type", "PRES"))
     assert item.data_class == "open" and item.image == "VQA_RAD Image Folder/synpic54610.jpg"
     assert {r["reason"]: r["rows"] for r in told["reasons"]} == {
-        "not of the test split": 1,
+        "not in the test split": 1,
         benchmark_readers.YES_NO: 1,
     }
-    assert "2 rows, published are 451" in told["other_counts"]
+    assert "2 rows, published: 451" in told["other_counts"]
 
 
 def test_slake(tmp_path):
@@ -164,7 +164,7 @@ def test_pictures_inside(tmp_path, name):
     assert dict(opened.slices) == {"question_type": "what"}
     with PIL.Image.open(tmp_path / "out" / closed.image.removeprefix("p/")) as shown:
         assert shown.getpixel((0, 0)) == (255, 0, 0)
-    assert told["other_counts"] == [f"2 rows, published are {catalog.EXPECTED_ROWS[name]}"]
+    assert told["other_counts"] == [f"2 rows, published: {catalog.EXPECTED_ROWS[name]}"]
 
 
 def test_quilt_vqa(tmp_path):
@@ -201,13 +201,13 @@ def test_the_checked_part_of_pmc_vqa(tmp_path):
     told, item = only(tmp_path, "pmc_vqa_clean")
     assert (item.task, item.answer, item.family) == ("pmc_vqa_clean_mcq", "B", "vqa_mcq")
     assert item.image == "images/PMC1_Fig1.jpg"
-    assert "1 rows, published are 2000" in told["other_counts"]
+    assert "1 rows, published: 2000" in told["other_counts"]
 
 
 def test_the_table_has_the_rows_that_are_asked():
     asked = {line.split(" | ")[0][2:]: line for line in suite.table().splitlines()}
-    assert "| 251 of 272; 21 closed ones" in asked["vqa_rad_closed"]
-    assert "| 355 of 416; 61 closed ones" in asked["slake_closed"]
+    assert "| 251 of 272; 21 closed questions" in asked["vqa_rad_closed"]
+    assert "| 355 of 416; 61 closed questions" in asked["slake_closed"]
     assert "MIT: its page on huggingface.co" in asked["probmed_closed"]
     assert "| 33,430 | test_2.csv: " in asked["pmc_vqa_mcq"] and "CC BY-SA" in asked["pmc_vqa_mcq"]
     assert "not published" in asked["pathvqa_open"] and "6,719" in asked["pathvqa_open"]
@@ -248,7 +248,7 @@ def test_probmed(tmp_path):
     names = [dict(i.slices)["question_type"] for i in items]
     assert names == ["modality", "body_part", "abnormality", "entity", "grounding"]
     assert {i.group for i in items} == {"7"} and {i.task for i in items} == {"probmed_closed"}
-    assert "5 rows, published are 57132" in told["other_counts"]
+    assert "5 rows, published: 57132" in told["other_counts"]
 
 
 def test_llava_med(tmp_path):
@@ -301,7 +301,7 @@ def test_rows_that_are_none(tmp_path):
 
 def test_counts_are_held_to_the_card(tmp_path):
     put(tmp_path, "llava_med_eval_qa50_qa.jsonl", lines([CHAT] * 3))
-    with pytest.raises(SourceError, match="3 rows, published are 193; 3 rows of visual_chat_conv"):
+    with pytest.raises(SourceError, match="3 rows, published: 193; 3 rows of visual_chat_conv"):
         bring(tmp_path, "llava_med", allow_counts=False)
     detailed = CHAT | {"type": "detailed_description"}
     put(tmp_path, "llava_med_eval_qa50_qa.jsonl", lines([CHAT] * 143 + [detailed] * 50))
@@ -333,7 +333,7 @@ def test_program(tmp_path):
     command += ["--from", str(tmp_path / "b"), "--out", str(tmp_path / "out"), "--json"]
     root = prepare.TINY.parents[1]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
-    assert done.returncode == 1 and "published are 57132" in done.stderr, done.stderr
+    assert done.returncode == 1 and "published: 57132" in done.stderr, done.stderr
     command += ["--allow_counts"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -15,6 +15,7 @@ from scipy import special
 
 from medmax_jax.eval.reporting import comparison
 from medmax_jax.eval.stats import calibration, intervals, paired_tests
+from medmax_jax.eval.stats.intervals import Resampling
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,7 +27,7 @@ def test_mcnemar():
     assert found.p == pytest.approx(2 * (1 + 10) / 1024)
     assert paired_tests.mcnemar([1, 0], [1, 0]).p == 1
     assert paired_tests.mcnemar([1, 1], [1, 1]).p == 1  # no discordant item
-    with pytest.raises(ValueError, match="is of 0 and 1"):
+    with pytest.raises(ValueError, match="requires scores of 0 and 1"):
         paired_tests.mcnemar([0.5], [1])
     with pytest.raises(ValueError, match="same items"):
         paired_tests.mcnemar([1], [1, 0])
@@ -46,10 +47,10 @@ def test_mcnemar_is_the_exact_sum_in_any_size():
 
 def test_sign_flips():
     # three groups that agree: of 8 signings, + + + and - - - are as far out
-    assert paired_tests.sign_flip([1, 1, 1], "abc", seed=0, resamples=2_000) == 2 / 8
-    assert paired_tests.sign_flip([1] * 30, "abc" * 10, seed=0, resamples=2_000) == 2 / 8
-    assert paired_tests.sign_flip([0, 0], "ab", seed=0, resamples=2_000) == 1
-    many = paired_tests.sign_flip([1] * 40, range(40), seed=0, resamples=2_000)
+    assert paired_tests.sign_flip([1, 1, 1], "abc", resampling=Resampling(0, 2_000)) == 2 / 8
+    assert paired_tests.sign_flip([1] * 30, "abc" * 10, resampling=Resampling(0, 2_000)) == 2 / 8
+    assert paired_tests.sign_flip([0, 0], "ab", resampling=Resampling(0, 2_000)) == 1
+    many = paired_tests.sign_flip([1] * 40, range(40), resampling=Resampling(0, 2_000))
     assert many == 1 / 2_001
 
 
@@ -59,7 +60,7 @@ def test_sign_flips_are_rarely_wrong_where_mcnemar_is():
     for world in range(200):
         side = np.repeat(rng.integers(0, 2, 20), 10)
         groups = np.repeat(np.arange(20), 10).tolist()
-        p = paired_tests.sign_flip(2.0 * side - 1, groups, seed=world, resamples=2_000)
+        p = paired_tests.sign_flip(2.0 * side - 1, groups, resampling=Resampling(world, 2_000))
         wrong += p < 0.05
         naive += paired_tests.mcnemar(side.tolist(), (1 - side).tolist()).p < 0.05
     assert wrong <= 20 and naive > 80
@@ -93,25 +94,29 @@ def test_the_judge_s_variance_is_in_the_interval():
     for world in range(150):
         chance = rng.choice([0.2, 0.8], 60)
         votes = (rng.random((60, 3)) < chance[:, None]).astype(float)
-        found = intervals.judged_interval(votes.tolist(), range(60), seed=world, resamples=2_000)
+        found = intervals.judged_interval(
+            votes.tolist(), range(60), resampling=Resampling(world, 2_000)
+        )
         held += found.interval.low <= 0.5 <= found.interval.high
         told.append(found.judge_sd)
     assert 0.88 <= held / 150 <= 0.99
     assert np.mean(told) == pytest.approx(np.sqrt(0.16 / 3 / 60), rel=0.05)
-    once = intervals.judged_interval([[1.0], [0.0]], "ab", seed=0, resamples=2_000)
+    once = intervals.judged_interval([[1.0], [0.0]], "ab", resampling=Resampling(0, 2_000))
     assert once.judge_sd is None
     with pytest.raises(ValueError, match="item 1 has no votes"):
-        intervals.judged_interval([[1.0], []], "ab", seed=0, resamples=2_000)
+        intervals.judged_interval([[1.0], []], "ab", resampling=Resampling(0, 2_000))
 
 
 def test_suite_interval_weighs_tasks_alike_and_shares_groups():
     parts = [([1.0] * 90, list(range(90))), ([0.0] * 10, list(range(10)))]
-    assert intervals.suite_interval(parts, seed=0, resamples=2_000).mean == 0.5
+    assert intervals.suite_interval(parts, resampling=Resampling(0, 2_000)).mean == 0.5
     opposite = [([1.0, -1.0] * 20, list(range(40))), ([-1.0, 1.0] * 20, list(range(40)))]
-    found = intervals.suite_interval(opposite, seed=0, resamples=2_000, span=(-1.0, 1.0))
+    found = intervals.suite_interval(opposite, resampling=Resampling(0, 2_000), span=(-1.0, 1.0))
     # what one task gains the other loses, but items are no more certain for it
     assert found.mean == 0 and -0.25 < found.low < -0.15 and 0.15 < found.high < 0.25
-    same = intervals.suite_interval([([0.0] * 40, list(range(40)))] * 2, seed=0, resamples=2_000)
+    same = intervals.suite_interval(
+        [([0.0] * 40, list(range(40)))] * 2, resampling=Resampling(0, 2_000)
+    )
     assert 0 < same.high == pytest.approx(1 - 0.025 ** (1 / 40)) and same.low == 0
 
 
@@ -157,7 +162,12 @@ def write(folder, answers, task="vqa_closed", **changes):
                 image="a.png",
             )
             row |= dict(
-                group=f"g{n // 2}", facts=[], kind="", images=[], looks_like=None, text=text
+                group=f"g{n // 2}",
+                facts=[],
+                modality="",
+                images=[],
+                predicted_modality=None,
+                text=text,
             )
             file.write(json.dumps(row | changes) + "\n")
     return folder
@@ -173,7 +183,7 @@ def test_who_wins_and_where_nobody_can_say(tmp_path):
     closed = rows["vqa_closed", "accuracy"]
     assert closed["claim"] == f"{two} wins" and closed["diff"] == 0.875
     assert closed["p_holm"] < 0.01 and closed["p_mcnemar"] < 1e-9
-    assert (closed["n"], closed["groups"]) == (40, 20) and closed["can_find"] < 0.3
+    assert (closed["n"], closed["groups"]) == (40, 20) and closed["mde"] < 0.3
     assert rows["vqa_open", "exact"]["claim"] == comparison.INCONCLUSIVE
     assert rows["vqa_open", "token_f1"]["claim"] == ""  # not its headline
     assert found.left_out == [
@@ -189,7 +199,7 @@ def test_who_wins_and_where_nobody_can_say(tmp_path):
 
 def test_workdirs_that_cannot_be_compared(tmp_path):
     one = write(tmp_path / "one", ["no"])
-    with pytest.raises(comparison.ComparisonError, match="is missing; name a --workdir"):
+    with pytest.raises(comparison.ComparisonError, match="is missing; name a workdir"):
         comparison.compare(one, tmp_path, seed=0, resamples=2_000)
     other = write(tmp_path / "two", ["no"], prompt="Else?")
     with pytest.raises(comparison.ComparisonError, match="prompt is 'Is it\\?' and 'Else\\?'"):

@@ -41,7 +41,7 @@ def test_cosine_refuses_what_is_no_embedding():
         embeddings.cosine(angle(0), 2 * angle(0))
     with pytest.raises(ValueError, match="a has shape"):
         embeddings.cosine(np.full((1, 2), np.nan), angle(0))
-    with pytest.raises(ValueError, match="a row of b for each of a"):
+    with pytest.raises(ValueError, match="pass one row of b per row of a"):
         embeddings.cosine(angle(0, 1), angle(0))
 
 
@@ -51,7 +51,7 @@ def test_combined_is_a_harmonic_mean_with_the_best_reference():
     found = embeddings.combined_clip_score(picture, text, references)
     # 0.5 with 1; 0.5 with the better of 0 and 0.5; -0.5, which counts as 0
     np.testing.assert_allclose(found, [2 / 3, 0.5, 0], atol=1e-12)
-    with pytest.raises(ValueError, match="each text needs one or more"):
+    with pytest.raises(ValueError, match="pass one or more references per text"):
         embeddings.combined_clip_score(picture, text, [*references[:2], angle()[:0].reshape(0, 2)])
 
 
@@ -179,7 +179,7 @@ def test_kid_tells_sources_apart_and_is_a_function_of_its_seed():
 @pytest.mark.parametrize(("subsets", "size"), [(1, 1), (1, 5), (0, 2)])
 def test_kid_refuses_sizes_that_it_cannot_draw(subsets, size):
     rows = random_units(0, 4, 3)
-    with pytest.raises(ValueError, match=r"size must be in 2\.\.4, subsets at least 1"):
+    with pytest.raises(ValueError, match=r"size must be in 2\.\.4 and subsets at least 1"):
         embeddings.kid(rows, rows, gamma=1.0, subsets=subsets, size=size, seed=0)
 
 
@@ -187,16 +187,18 @@ def test_kid_refuses_sizes_that_it_cannot_draw(subsets, size):
 
 
 def test_pictures_by_hand():
-    found = embeddings.per_answer_similarity([[0.8, 0.9], []], floor=0.1)
+    found = embeddings.per_answer_similarity([[0.8, 0.9], []], missing_score=0.1)
     assert (found.coverage, found.released) == (0.5, 0.8)
     assert found.with_missing == pytest.approx(0.45) and found.best_of_all == pytest.approx(0.5)
 
 
 def test_who_draws_once_and_well_wins_only_in_the_release():
     once, always = [[0.9]] + [[]] * 9, [[0.7]] * 10
-    one, two = (embeddings.per_answer_similarity(found, floor=0.2) for found in (once, always))
+    one, two = (
+        embeddings.per_answer_similarity(found, missing_score=0.2) for found in (once, always)
+    )
     assert one.released > two.released
     assert one.with_missing == pytest.approx(0.27) and two.with_missing == pytest.approx(0.7)
-    assert embeddings.per_answer_similarity([[], []], floor=0.2).released is None
-    with pytest.raises(ValueError, match="nothing was scored"):
-        embeddings.per_answer_similarity([], floor=0.0)
+    assert embeddings.per_answer_similarity([[], []], missing_score=0.2).released is None
+    with pytest.raises(ValueError, match="similarities is empty"):
+        embeddings.per_answer_similarity([], missing_score=0.0)

@@ -21,6 +21,7 @@ from medmax_jax.eval.metrics import text as text_metrics
 from medmax_jax.eval.models import base, baselines
 from medmax_jax.eval.pipeline import inference, stages
 from medmax_jax.eval.reporting import page
+from medmax_jax.eval.stats.intervals import Resampling
 from medmax_jax.eval.tasks import items as task_items
 from medmax_jax.eval.tasks import probes, selection
 from medmax_jax.generation import model_bundle
@@ -105,12 +106,14 @@ def test_image_features_and_nearest_centroid():
         "MRI",
         "MRI",
     ]
-    with pytest.raises(ValueError, match="needs 8 a side"):
+    with pytest.raises(ValueError, match="required are at least 8 per side"):
         modality.features(np.array([0]), dark[:4], num_codes=4)
 
 
 def record(task, text, answer, group="g", **more):
-    fields = dict(id=f"{group}/{text}", prompt="", images=[], looks_like=None, facts=[], kind="")
+    fields = dict(
+        id=f"{group}/{text}", prompt="", images=[], predicted_modality=None, facts=[], modality=""
+    )
     return fields | dict(task=task, family=task, text=text, answer=answer, group=group) | more
 
 
@@ -125,15 +128,15 @@ def test_values_of_each_task():
     assert aggregate.record_values(record("vqa_open", "a CT", "CT")) == dict(exact=1, token_f1=1)
     said = aggregate.record_values(record("captioning", "A CT.", "A CT.", facts=["CT", "chest"]))
     assert said == dict(token_f1=1, rouge_l=1, fact_recall=0.5)
-    drawn = record("image_generation", "", "", kind="CT", looks_like="CT")
+    drawn = record("image_generation", "", "", modality="CT", predicted_modality="CT")
     assert aggregate.record_values(drawn) == dict(modality_match=1)
-    without = record("multimodal", "A CT.", "A CT.", kind="CT", looks_like="")
+    without = record("multimodal", "A CT.", "A CT.", modality="CT", predicted_modality="")
     assert aggregate.record_values(without) == dict(
         token_f1=1, rouge_l=1, has_image=0, modality_match=0
     )
-    mended = per_record.record_scores(record("vqa_closed", "yes", "perhaps"))["accuracy"]
-    assert (mended.status, mended.lower, mended.upper) == ("unscored", 0, 1)
-    assert "answer 'perhaps' is no answer of a vqa_closed; mend the row" in mended.why
+    invalid = per_record.record_scores(record("vqa_closed", "yes", "perhaps"))["accuracy"]
+    assert (invalid.status, invalid.lower, invalid.upper) == ("unscored", 0, 1)
+    assert "answer 'perhaps' is not an answer to a vqa_closed question; fix" in invalid.why
 
 
 def test_scores_pair_items_and_put_the_primary_first():
@@ -145,16 +148,16 @@ def test_scores_pair_items_and_put_the_primary_first():
         ]
 
     before, after = answers(["no"] * 8 + ["yes"] * 4), answers(["yes"] * 12)
-    rows = aggregate.scores(before, after[:-1], seed=0, resamples=2_000)
+    rows = aggregate.scores(before, after[:-1], resampling=Resampling(0, 2_000))
     first = rows[0]
     assert (first["task"], first["metric"]) == aggregate.PRIMARY
     assert (first["n"], first["groups"], first["after"]) == (11, 4, 1.0)
     assert first["diff"] == pytest.approx(first["after"] - first["before"])
     assert first["ci_low"] <= first["diff"] <= first["ci_high"]
-    first = aggregate.summary(after, mode="strict", seed=0, resamples=2_000)[0]
+    first = aggregate.summary(after, mode="strict", resampling=Resampling(0, 2_000))[0]
     assert (first["value"], first["n_unparsed"], first["headline"]) == (1, 0, True)
     guessed = aggregate.with_answers(after, {r["id"]: "no" for r in after})
-    assert aggregate.scores(guessed, after, seed=0, resamples=2_000)[0]["diff"] == 1
+    assert aggregate.scores(guessed, after, resampling=Resampling(0, 2_000))[0]["diff"] == 1
 
 
 # Tasks.
@@ -176,9 +179,9 @@ def test_released_rows_become_items():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(task_name="chess", question_type="game"), "is no task of this suite"),
-        (dict(image_path=""), "vqa_closed needs image_path"),
-        (dict(id="1"), "id '1' comes more than once"),
+        (dict(task_name="chess", question_type="game"), "is not a task of this suite"),
+        (dict(image_path=""), "image_path is missing; a vqa_closed row requires an image"),
+        (dict(id="1"), "id '1' occurs more than once"),
     ],
 )
 def test_rows_that_cannot_be_asked(change, message):
@@ -196,7 +199,7 @@ def sample_items(split="test"):
 def test_the_sample_s_items():
     items = sample_items()
     assert set(item.task for item in items) == set(task_items.FAMILIES)
-    assert all(item.kind and item.facts for item in items)
+    assert all(item.modality and item.facts for item in items)
     for item in items:
         if item.task == "captioning":
             assert text_metrics.recall(item.answer, list(item.facts)) == 1, item
@@ -310,7 +313,7 @@ def test_interrupted_it_goes_on(scripted, tmp_path, cut):
 def test_other_items_need_another_workdir(scripted, tmp_path):
     asked_all(scripted, tmp_path, many())
     changed = [dataclasses.replace(item, prompt="else") for item in many()]
-    with pytest.raises(EvalError, match="item i/0 was another question"):
+    with pytest.raises(EvalError, match="item i/0 differs from the item"):
         asked_all(scripted, tmp_path, changed)
 
 
@@ -369,10 +372,10 @@ def test_a_run_writes_scores_and_a_page(folder, tmp_path):
     other = dataclasses.replace(
         settings(tmp_path), sample=dataclasses.replace(micro.SAMPLE, max_gen_len=3)
     )
-    with pytest.raises(EvalError, match="another sample; name a fresh --workdir"):
+    with pytest.raises(EvalError, match="another sample; use a new --workdir"):
         stages.run(other, out, **asked)
 
 
 def test_a_model_is_named_with_its_kind(tmp_path):
-    with pytest.raises(EvalError, match="write KIND:WHERE with KIND one of native, hf"):
+    with pytest.raises(EvalError, match="expected KIND:WHERE with KIND one of native, hf"):
         stages.run(settings(tmp_path), tmp_path, model="somewhere", adapter="", progress=print)

@@ -151,7 +151,7 @@ def test_what_is_done_needs_no_server_again(tmp_path):
     assert first["judge"]["unscored"] == {"correct": 0}
     assert run(items, tmp_path / "out", **given)["scores"] == first["scores"]
     (tmp_path / "out" / "records.jsonl").unlink()  # the replies are in the cache
-    (tmp_path / "out" / "judged.jsonl").unlink()
+    (tmp_path / "out" / "judgments.jsonl").unlink()
     with pytest.raises(TransientError, match="j at "):  # what it will be shown is not known yet
         run(items, tmp_path / "out", **given)
     del given["judge"]
@@ -177,10 +177,10 @@ def test_a_key_is_looked_for_before_the_plan(tmp_path, capsys, monkeypatch):
 
 def test_an_item_whose_prompt_is_the_path_of_an_image_is_named(tmp_path):
     items = write_items(tmp_path / "data", 2, prompt="0.png")
-    with pytest.raises(ValueError, match="item q0: its prompt is the path of an image, not its"):
+    with pytest.raises(ValueError, match="item q0: field 'prompt' is the path of an image"):
         run(items, tmp_path / "out", "baseline:constant")
     items = write_items(tmp_path / "data", 2, prompt="0.png", data_class="credentialed")
-    with pytest.raises(ValueError, match="item number 1: its prompt is the path") as caught:
+    with pytest.raises(ValueError, match="item number 1: field 'prompt' is the path") as caught:
         run(items, tmp_path / "out", "baseline:constant")
     assert "q0" not in str(caught.value) and "0.png" not in str(caught.value)
 

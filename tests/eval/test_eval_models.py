@@ -214,17 +214,17 @@ def test_predictions_are_scored_and_gaps_counted(tmp_path):
     row = summary["scores"][0]
     assert (row["n"], row["n_errors"]) == (6, 1) and row["value"] == pytest.approx(2 / 6)
     # asked about another picture a file says the same: no sign that its model does not look
-    assert summary["probes"]["rows"] == [] and "already" in summary["probes"]["reason"]
+    assert summary["probes"]["rows"] == [] and "recorded" in summary["probes"]["reason"]
     assert not list((tmp_path / "out").glob("probe_*"))
-    assert "nobody can be asked again" in (tmp_path / "out" / "report.html").read_text()
+    assert "the answers are recorded" in (tmp_path / "out" / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
     "line, message",
     [
-        (dict(id="other", text="no"), "1 ids are no items of this evaluation"),
-        (dict(id="q0", images=["../../etc/passwd"]), "is no file under"),
-        (dict(id="q0"), "no text and no images"),
+        (dict(id="other", text="no"), "1 ids are not items of this evaluation"),
+        (dict(id="q0", images=["../../etc/passwd"]), "is not a file under"),
+        (dict(id="q0"), "fields 'text' and 'images' are empty"),
     ],
 )
 def test_predictions_that_cannot_be_used(tmp_path, line, message):
@@ -262,7 +262,7 @@ def test_a_checkpoint_in_another_layout_answers_alike_and_is_converted_once(
         likely = [r["log_likelihoods"] for r in journal.read_jsonl(out / "options.jsonl")]
         said.append((records, likely, capsys.readouterr().out))
     assert said[0][:2] == said[1][:2] == said[2][:2] and any(said[0][0].values())
-    assert "converting" in said[1][2] and "was converted into" in said[2][2]
+    assert "converting" in said[1][2] and "was already converted to" in said[2][2]
     (source / "config.json").unlink()
     with pytest.raises(EvalError, match="theirs"):
         run(items, tmp_path / "broken", f"hf:{source}")

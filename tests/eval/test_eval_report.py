@@ -18,11 +18,12 @@ from medmax_jax.eval.metrics import aggregate, per_record
 from medmax_jax.eval.pipeline import inference
 from medmax_jax.eval.reporting import page
 from medmax_jax.eval.reporting import tables as reporting_tables
+from medmax_jax.eval.stats.intervals import Resampling
 from medmax_jax.eval.tasks import catalog
 from medmax_jax.eval.tasks import items as task_items
 from medmax_jax.io import html_page
 
-NUMBERS = dict(seed=0, resamples=2_000)
+RESAMPLING = Resampling(0, 2_000)
 MANY = 24  # questions, so that a slice of half of them is too small and the whole is not
 
 
@@ -85,17 +86,22 @@ def made(tmp_path, asked=None):
         if r["family"] == family
     ]
     put = "".join(json.dumps(line) + "\n" for line in lines)
-    (tmp_path / per_record.JUDGED).write_text(put)
+    (tmp_path / per_record.JUDGMENTS).write_text(put)
     known = per_record.read(tmp_path)
-    floor = [dict(task="slake_closed", metric="accuracy", value=0.5)]
+    baseline = [dict(task="slake_closed", metric="accuracy", value=0.5)]
     summary = dict(
         model="scripted & co",
         adapter="",
         settings=dict(
-            mode="strict", prompt="sft", images=str(tmp_path), questions=["x"], **NUMBERS
+            mode="strict",
+            prompt="sft",
+            images=str(tmp_path),
+            questions=["x"],
+            seed=RESAMPLING.seed,
+            resamples=RESAMPLING.resamples,
         ),
-        scores=aggregate.summary(records, known, mode="strict", **NUMBERS),
-        floors=[dict(name="majority", says="the commonest answer", scores=floor)],
+        scores=aggregate.summary(records, known, mode="strict", resampling=RESAMPLING),
+        floors=[dict(name="majority", says="the most common answer", scores=baseline)],
         baselines=[],
         modality_ceiling=None,
         judge=dict(model="gpt-4o-mini-2024-07-18", repeats=3),
@@ -129,30 +135,32 @@ def whole(tmp_path, **changes):
 def test_the_page_has_every_part(tmp_path):
     text = whole(tmp_path)
     heads = re.findall(r"<h2>(.*?)</h2>", text)
-    assert heads[:4] == [*("Scores", "Floors", "Other metrics", "Beside the published numbers")]
-    for said in (
-        "Probes: the same questions asked in another way",
+    assert heads[:4] == [
+        "Scores", "Baselines", "Other metrics", "Comparison with published numbers"
+    ]  # fmt: skip
+    for title in (
+        "Probes: the same questions in modified form",
         "Options by likelihood, and calibration",
         "Contamination: the clean and the contaminated part",
         "By slice",
         "Failures",
-        "Not run, or without a score",
+        "Tasks not run, or without a score",
         "Examples: multimodal",
         "Examples: visual_chat_conversation",
     ):
-        assert said in heads, said
-    for said in (
+        assert title in heads, title
+    for content in (
         "scripted &amp; co",
         "gpt-4o-mini-2024-07-18",
         "-0.500 to 0.000",
         "efficientnet_lite0",
         "Not available: the model gives no likelihoods",
-        "majority: the commonest answer.",
+        "majority: the most common answer.",
         "image against text only, over 256 tokens cut",  # how published captions were scored
-        "answered, but no scorer said how well",  # generation, without a scorer
+        "answered, but not scored",  # generation, without a scorer
         "HuatuoGPT-Vision 7B",
     ):
-        assert said in text, said
+        assert content in text, content
 
 
 def test_the_page_stands_alone_and_runs_nothing(tmp_path):
@@ -195,12 +203,12 @@ def test_calibration_is_drawn_with_the_n_of_each_bin(tmp_path):
     assert len(charts) == 2 and text.count("<svg") == 2 and "<b>t</b>" not in text
     reliability, risk = charts
     assert reliability.count('class="dot"') == reliability.count('class="whisker"') == 3
-    assert "4 answers, sure 0.500 to 0.600 (mean 0.550): 0.250 right" in reliability
+    assert "4 answers, confidence 0.500 to 0.600 (mean 0.550): accuracy 0.250" in reliability
     assert "13 answers in 3 bins of 4 to 5" in text
     assert risk.count('class="dot"') == 10 and risk.count('class="band"') == 1
-    assert "the surest 50 %: 0.250 wrong, 0.125–0.500" in risk
-    assert "0.500 of all are wrong, 0.250 of the surest half" in text
-    table = text.split("The bins in numbers")[1].split("</details>")[0]
+    assert "the most confident 50 %: risk 0.250, 0.125–0.500" in risk
+    assert "risk 0.500 of all answers, 0.250 of the most confident half" in text
+    table = text.split("Table of the bins")[1].split("</details>")[0]
     assert table.count("<tr>") == 4 and "0.500–0.600" in table and "0.150–0.350" in table
 
 
@@ -215,7 +223,7 @@ def test_few_groups_are_marked_and_one_group_has_no_interval(tmp_path):
     part = text.split("Options by likelihood, and calibration")[1].split("</table>")[0]
     assert part.count("0.250–0.750") == 2 and part.count("0.250–0.750 †") == 1
     assert "few_groups" not in text and "†: fewer than 20 groups" in text
-    bins = text.split("The bins in numbers")[1].split("</details>")[0]
+    bins = text.split("Table of the bins")[1].split("</details>")[0]
     assert "0.400–0.600 †" in bins and "None" not in text and "nan" not in text
     assert reporting_tables.interval(found["rows"][2]) == "–"
 
@@ -232,8 +240,8 @@ def test_whole_sets_are_a_table_a_metric(tmp_path):
                                                       references_high=0.75),
         head | dict(metric="kid") | told | dict(subsets_mean=0.4, subsets_std=0.02, size=4),
     ]  # fmt: skip
-    text = whole(tmp_path, picture_sets=sets)
-    part = text.split("Whole sets of pictures")[1].split("</section>")[0]
+    text = whole(tmp_path, **{page.IMAGE_SETS: sets})
+    part = text.split("Complete sets of images")[1].split("</section>")[0]
     assert part.count("<table") == 2 and "0123abcd" not in part
     assert "references, 95 %" in part.split("</table>")[0] and "0.600–0.750" in part
     first, second = part.split("</table>")[:2]
@@ -243,7 +251,7 @@ def test_whole_sets_are_a_table_a_metric(tmp_path):
 def test_slices_have_enough_items_or_are_counted(tmp_path):
     summary, records = made(tmp_path)
     values = aggregate.scores_by_item(records, per_record.read(tmp_path))
-    rows, few = reporting_tables.slices(records, values, summary, **NUMBERS)
+    rows, few = reporting_tables.slices(records, values, summary, resampling=RESAMPLING)
     assert [(r["slice"], r["n"]) for r in rows] == [("modality: CT", 20)] and few == 1
     assert rows[0]["value"] == pytest.approx(7 / 20)
 
@@ -258,7 +266,7 @@ def test_failures_are_counted_and_shown(tmp_path):
     counts = {r["task"]: r for r in reporting_tables.failures(records, values, summary)}
     assert counts["slake_closed"]["errors"] == 1 and counts["slake_closed"]["answered"] == 23
     shown = reporting_tables.failed_examples(records, values, summary)
-    of_slake = [r["what"] for r in shown if r["task"] == "slake_closed"]
+    of_slake = [r["kind"] for r in shown if r["task"] == "slake_closed"]
     assert of_slake == ["error", *["unparsed"] * 3, *["wrong"] * 3]
     assert any(r["answer"] == "HTTP 400: too large" for r in shown)
 
@@ -270,8 +278,9 @@ def test_a_table_of_the_sample_alone(tmp_path):
     del summary["judge"], summary["scorers"], summary["probes"], summary["contamination"]
     page.write(tmp_path / "report.html", summary, records, images_folder=tmp_path)
     text = (tmp_path / "report.html").read_text()
-    assert "Not run" not in text and "Beside the published" not in text
-    assert "nobody: open answers have text metrics only" in text and "Probes" not in text
+    assert "Tasks not run" not in text and "Comparison with published" not in text
+    assert "Judge: none; open answers have text metrics only" in text
+    assert "Probes: the same" not in text
 
 
 def test_the_page_again_by_the_program(tmp_path):
@@ -283,7 +292,7 @@ def test_the_page_again_by_the_program(tmp_path):
     assert "Examples: slake_closed" in (tmp_path / "report.html").read_text()
     (tmp_path / "summary.json").unlink()
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
-    assert done.returncode == 1 and "run eval.run to its end" in done.stderr
+    assert done.returncode == 1 and "run eval.run to the end" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -311,8 +320,9 @@ def test_sft_and_chameleon(tmp_path):
         "Answer the question based on this image and respond 'A', 'B', 'C', or 'D'.\n"
         "Question: Which?\nA: CT\nB: MRI\nAnswer:"
     )
-    more = "Explain a CT. Answer the question with one picture."
-    assert task_items.prompt_parts(mixed, tmp_path, "chameleon") == (more,)
+    # Verbatim: part of the data.
+    expected = "Explain a CT. Answer the question with one picture."
+    assert task_items.prompt_parts(mixed, tmp_path, "chameleon") == (expected,)
     for name in task_items.PROMPTS:
         assert task_items.prompt_parts(caption, tmp_path, name) == (
             picture,

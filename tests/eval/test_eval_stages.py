@@ -41,7 +41,7 @@ def test_every_stage_adds_to_the_summary_and_none_is_done_twice(folder, tmp_path
         calls = len(llm.requests)
         again = stages.run(whole(tmp_path, llm.url), out, **asked)
         assert len(llm.requests) == calls > 0
-    names = {"records", "options", "judged", "judge_calls", "probe_blank", "probe_swapped"}
+    names = {"records", "options", "judgments", "judge_calls", "probe_blank", "probe_swapped"}
     assert names | {"probe_rotated_1"} <= {name.removesuffix(".jsonl") for name in files}
     for name, data in files.items():
         assert name == "history.jsonl" or (out / name).read_bytes() == data, name
@@ -107,20 +107,20 @@ def test_captions_and_chats_are_probed_as_often_as_the_plan_says(tmp_path):
             assert row["before"] > row["after"] == 0 and row["few_groups"]
             # four groups that all lose the same: by their signs p is 1/8, so 0 is not excluded
             assert row["ci_low"] <= row["diff"] < 0 < row["ci_high"]
-        assert "No judge is asked about probes" in (out / "report.html").read_text()
+        assert "Probes are not judged" in (out / "report.html").read_text()
 
 
 def test_what_cannot_be_done_is_said_before_anything_is_asked(folder, tmp_path):
     now = settings(tmp_path)
     asked = dict(model=f"native:{folder}", progress=lambda line: None)
     wrong = [
-        (dict(probes=("flipped",)), "'flipped' is none"),
-        (dict(probes=("blank",), probe_families=("multimodal",)), "'multimodal' shows no picture"),
-        (dict(probes=("shuffled",)), "cannot shuffle; leave shuffled out of config.probes"),
-        (dict(scorers=("clip:x",)), "write biomedclip:FOLDER"),
+        (dict(probes=("flipped",)), "'flipped', which is not a probe"),
+        (dict(probes=("blank",), probe_families=("multimodal",)), "'multimodal', which is not a"),
+        (dict(probes=("shuffled",)), "cannot be shuffled; leave shuffled out of config.probes"),
+        (dict(scorers=("clip:x",)), "use biomedclip:FOLDER"),
         (dict(train_records=str(tmp_path / "none")), "none"),
         (dict(judge=dataclasses.replace(now.judge, endpoint="gpt-4o-mini@http://127.0.0.1:9/v1")),
-         "is a name that moves"),
+         "is a name that the provider may assign to other weights"),
     ]  # fmt: skip
     for changes, message in wrong:
         with pytest.raises(ValueError, match=message):
@@ -134,7 +134,7 @@ def test_a_model_that_tells_no_likelihoods_has_the_reason(tmp_path):
     assert prepare.main(command) == 0
     now = dataclasses.replace(settings(tmp_path), options=True, train_records=str(records))
     asked = dict(model="baseline:constant", progress=lambda line: None)
-    with pytest.raises(EvalError, match="config.train_model is empty; name the folder"):
+    with pytest.raises(EvalError, match="config.train_model is empty; set it to the model folder"):
         stages.run(now, tmp_path / "out", **asked)
     now = dataclasses.replace(now, train_model=str(prepare.TINY))
     found = stages.run(now, tmp_path / "out", **asked)

@@ -16,6 +16,7 @@ from medmax_jax.eval.encoders import biomedclip, efficientnet, scorer
 from medmax_jax.eval.encoders.scorer import EfficientNetScorer, ImageScoringError
 from medmax_jax.eval.metrics import aggregate, per_record
 from medmax_jax.eval.pipeline import image_scoring
+from medmax_jax.eval.stats.intervals import Resampling
 from medmax_jax.eval.tasks import probes
 
 sys.path.insert(0, str(PARITY))
@@ -42,8 +43,7 @@ def see(scorers, records, folder, lines=None, **more):
         scorers,
         folder,
         images_folder=folder,
-        seed=0,
-        resamples=2_000,
+        resampling=Resampling(0, 2_000),
         progress=(lines if lines is not None else []).append,
         **more,
     )
@@ -51,7 +51,7 @@ def see(scorers, records, folder, lines=None, **more):
 
 def told(records, folder):
     found = aggregate.summary(
-        records, per_record.read(folder), mode="strict", seed=0, resamples=2_000
+        records, per_record.read(folder), mode="strict", resampling=Resampling(0, 2_000)
     )
     return {(row["task"], row["metric"]): row for row in found}
 
@@ -63,8 +63,8 @@ def test_captions_pictures_and_places(clip, tmp_path):
     assert known.scorers == {"biomedclip": clip.fingerprint}
     lines = known.image_scores["biomedclip"]
     caption = lines["captioning_pmc_oa/2"]
-    (shown,) = clip.pictures([PIL.Image.open(tmp_path / "2.png")], released=False)
-    said, wanted = clip.texts(["An MRI of the head", "A slide"])
+    (shown,) = clip.embed_images([PIL.Image.open(tmp_path / "2.png")], released=False)
+    said, wanted = clip.embed_texts(["An MRI of the head", "A slide"])
     assert caption["image_text"] == pytest.approx([shown @ said], abs=1e-6)
     assert caption["text_text"] == pytest.approx(said @ wanted, abs=1e-6)
     seen, same = max(0, shown @ said), max(0, said @ wanted)
@@ -72,8 +72,8 @@ def test_captions_pictures_and_places(clip, tmp_path):
     assert caption["combined"] == pytest.approx(mean, abs=1e-6)
     assert lines["captioning_pmc_oa/0"]["text_text"] == pytest.approx(1)
     # two captions twice: each shares its place with its double
-    texts = clip.texts(["A CT of the chest", "An MRI of the head"])
-    pictures = clip.pictures(
+    texts = clip.embed_texts(["A CT of the chest", "An MRI of the head"])
+    pictures = clip.embed_images(
         [PIL.Image.open(tmp_path / f"{n}.png").convert("RGB") for n in range(4)], released=False
     )
     for n in range(4):
@@ -95,22 +95,24 @@ def test_captions_of_probes_are_compared_with_the_true_picture(clip, tmp_path):
         r | {"image": other[r["id"]]["image"], "text": other[r["id"]]["text"]} for r in records
     ]
     see([clip], records, tmp_path)
-    before, said = (tmp_path / per_record.PICTURES).read_bytes(), []
+    before, said = (tmp_path / per_record.IMAGE_SCORES).read_bytes(), []
     (some,) = probes.captions_to_score(records, {"swapped": swapped}).values()
     see([clip], some, tmp_path, said, out=per_record.probe_scores_file("swapped"))
-    assert (tmp_path / per_record.PICTURES).read_bytes() == before
-    assert said == ["biomedclip: 0 pictures and texts to embed"]  # all were there by content
-    looked = per_record.load_image_scores(tmp_path / "probe_swapped_pictures.jsonl")
+    assert (tmp_path / per_record.IMAGE_SCORES).read_bytes() == before
+    assert said == ["biomedclip: 0 images and texts to embed"]  # all are stored by content
+    looked = per_record.load_image_scores(tmp_path / "probe_swapped_image_scores.jsonl")
     for record in records:
         (cosine,) = looked.image_scores["biomedclip"][record["id"]]["image_text"]
-        (shown,) = clip.pictures(
+        (shown,) = clip.embed_images(
             [PIL.Image.open(tmp_path / record["image"]).convert("RGB")], released=False
         )
-        (words,) = clip.texts([other[record["id"]]["text"]])
+        (words,) = clip.embed_texts([other[record["id"]]["text"]])
         assert cosine == pytest.approx(shown @ words, abs=1e-6), record["id"]
     known = per_record.read(tmp_path)
-    numbers = dict(seed=0, resamples=2_000)
-    (row,) = probes.summary(records, {"swapped": swapped}, known, {"swapped": looked}, **numbers)
+    resampling = Resampling(0, 2_000)
+    (row,) = probes.summary(
+        records, {"swapped": swapped}, known, {"swapped": looked}, resampling=resampling
+    )
     assert row["metric"] == "clip_image_text" and row["before"] != row["after"]
     (scored,) = [row["value"] for (_, m), row in told(records, tmp_path).items()
                  if m == "clip_image_text"]  # fmt: skip
@@ -176,15 +178,15 @@ def test_rows_with_floors_and_the_paper_s_numbers(clip, tmp_path):
 def test_interrupted_it_embeds_only_what_is_not_there(clip, tmp_path):
     records = eval_setup.records(tmp_path)
     see([clip], records, tmp_path)
-    whole = (tmp_path / per_record.PICTURES).read_bytes()
+    whole = (tmp_path / per_record.IMAGE_SCORES).read_bytes()
     rows = (tmp_path / image_scoring.STORE).read_bytes().splitlines(keepends=True)
     (tmp_path / image_scoring.STORE).write_bytes(b"".join(rows[:-4]) + rows[-4][:50])
-    (tmp_path / per_record.PICTURES).unlink()
+    (tmp_path / per_record.IMAGE_SCORES).unlink()
     said = []
     see([clip], records, tmp_path, said)
-    assert said == ["biomedclip: 4 pictures and texts to embed"]
+    assert said == ["biomedclip: 4 images and texts to embed"]
     assert len((tmp_path / image_scoring.STORE).read_bytes().splitlines()) == len(rows)
-    found = [json.loads(x) for x in (tmp_path / per_record.PICTURES).read_bytes().splitlines()]
+    found = [json.loads(x) for x in (tmp_path / per_record.IMAGE_SCORES).read_bytes().splitlines()]
     for one, other in zip(found, map(json.loads, whole.splitlines()), strict=True):
         assert one.keys() == other.keys()
         np.testing.assert_allclose(one.get("rank", 0), other.get("rank", 0))
@@ -197,12 +199,12 @@ def test_what_cannot_be_seen_is_unscored(clip, tmp_path):
     see([clip], records, tmp_path)
     row = told(records, tmp_path)["captioning_pmc_oa", "clip_image_text"]
     assert (
-        row["n"] == 4 and row["n_unscored"] == 2 and row["value"] < row["of_scored"] < row["best"]
+        row["n"] == 4 and row["n_unscored"] == 2 and row["value"] < row["scored_only"] < row["best"]
     )
     assert row["paper_n"] == 2
     lines = per_record.read(tmp_path).image_scores["biomedclip"]
     assert "not a picture this program reads" in lines["captioning_pmc_oa/0"]["problem"]
-    assert "no such file" in lines["captioning_pmc_oa/2"]["problem"]
+    assert "does not exist" in lines["captioning_pmc_oa/2"]["problem"]
 
 
 def test_efficientnet_compares_pictures_only_under_its_own_name(tmp_path):
@@ -218,7 +220,7 @@ def test_efficientnet_compares_pictures_only_under_its_own_name(tmp_path):
 
 @pytest.mark.parametrize("name", ["biomedclip", "clip:x", "efficientnet_lite0:"])
 def test_other_scorers_are_refused(name):
-    with pytest.raises(ImageScoringError, match="write biomedclip:FOLDER or efficientnet_lite0"):
+    with pytest.raises(ImageScoringError, match="use biomedclip:FOLDER or efficientnet_lite0"):
         scorer.open_scorer(name, batch=2)
 
 

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from medmax_jax.eval.metrics import embeddings, image_sets
 from medmax_jax.eval.metrics.embeddings import kernel, mmd2
+from medmax_jax.eval.stats.intervals import Resampling
 
-NUMBERS = dict(seed=0, resamples=2_000)
+RESAMPLING = Resampling(0, 2_000)
 seeds, counts = st.integers(0, 2**32 - 1), st.integers(2, 12)
 
 
@@ -20,8 +21,8 @@ def unit(rows):
 
 
 def distance(real, made, groups, **changes):
-    fields = dict(real_groups=groups, made_groups=groups, gamma=1.0) | NUMBERS | changes
-    return image_sets.kid(real, made, **fields)
+    fields = dict(real_groups=groups, generated_groups=groups, gamma=1.0, resampling=RESAMPLING)
+    return image_sets.kid(real, made, **(fields | changes))
 
 
 # ---- values
@@ -29,7 +30,7 @@ def distance(real, made, groups, **changes):
 
 def test_diversity_by_hand():
     def of(rows):
-        return image_sets.diversity(np.array(rows), groups=range(len(rows)), **NUMBERS)
+        return image_sets.diversity(np.array(rows), groups=range(len(rows)), resampling=RESAMPLING)
 
     assert of([[1.0, 0.0]] * 3).mean == pytest.approx(0, abs=1e-12)
     assert of(np.eye(4)).mean == pytest.approx(1)
@@ -42,10 +43,10 @@ def test_diversity_by_hand():
     one = of([[1.0, 0.0]] * 30)  # no variation: the groups that could differ are bounded
     assert one.low == 0 and one.high == pytest.approx(2 * (1 - 0.025 ** (1 / 30)))
     # the first two are of one patient: their pair is out
-    two = image_sets.diversity(np.array(half), groups=["a", "a", "b"], **NUMBERS)
+    two = image_sets.diversity(np.array(half), groups=["a", "a", "b"], resampling=RESAMPLING)
     assert two.mean == pytest.approx((0.5 + 1.5) / 2) and (two.n, two.groups) == (3, 2)
-    with pytest.raises(ValueError, match="1 groups; pairs are of two groups and need 2"):
-        image_sets.diversity(np.array(half), groups=["a"] * 3, **NUMBERS)
+    with pytest.raises(ValueError, match="1 groups; pairs are of two groups and require 2"):
+        image_sets.diversity(np.array(half), groups=["a"] * 3, resampling=RESAMPLING)
 
 
 @settings(deadline=None, max_examples=25)
@@ -62,14 +63,14 @@ def test_sums_are_those_over_pairs_of_two_groups(seed, n):
     wanted = mean(real, real) + mean(made, made) - 2 * mean(real, made)
     assert distance(real, made, groups).mean == pytest.approx(wanted, abs=1e-9)
     spread = np.mean([1 - made[i] @ made[j] for i, j in pairs])
-    found = image_sets.diversity(made, groups=groups, **NUMBERS)
+    found = image_sets.diversity(made, groups=groups, resampling=RESAMPLING)
     assert found.mean == pytest.approx(spread, abs=1e-9)
 
 
 def test_with_nothing_in_common_it_is_the_published_estimate():
     rng = np.random.default_rng(0)
     real, made = unit(rng.standard_normal((9, 4))), unit(rng.standard_normal((7, 4)) + 0.5)
-    found = distance(real, made, range(9), made_groups=range(9, 16))
+    found = distance(real, made, range(9), generated_groups=range(9, 16))
     assert found.mean == pytest.approx(mmd2(real, made, gamma=1.0), abs=1e-12)
     assert (found.n, found.groups) == (7, 16) and found.low < found.mean < found.high
 
@@ -90,8 +91,8 @@ def test_rows_and_blocks_change_only_what_they_must(monkeypatch):
 
 def test_sides_that_are_one_group_are_refused():
     rows = np.eye(4)
-    with pytest.raises(ValueError, match="a side has rows of fewer than 2"):
-        distance(rows, rows, range(4), made_groups=["a"] * 4)
+    with pytest.raises(ValueError, match="one side has rows of fewer than 2"):
+        distance(rows, rows, range(4), generated_groups=["a"] * 4)
     with pytest.raises(ValueError, match="4 rows but 3 groups"):
         distance(rows, rows, range(3))
 
@@ -131,7 +132,7 @@ def test_intervals_hold_over_patients():
         some, groups = world.drawn(rng)
         found = distance(world.real[some], world.made[some], groups)
         held += found.low <= world.distance <= found.high
-        kinds = image_sets.diversity(world.made[some], groups=groups, **NUMBERS)
+        kinds = image_sets.diversity(world.made[some], groups=groups, resampling=RESAMPLING)
         spread += kinds.low <= world.spread <= kinds.high
         naive.append(mmd2(world.real[some], world.made[some], gamma=1.0))
         values.append(found.mean)
@@ -151,7 +152,7 @@ def test_equal_sources_are_seldom_told_apart():
             world.real[some],
             world.real[others],
             of,
-            made_groups=[100 + group for group in to],
+            generated_groups=[100 + group for group in to],
         )
         held += found.low <= 0 <= found.high
     assert held >= 190, held

@@ -10,13 +10,14 @@ from scipy import special
 
 from benchmarks import intervals
 from medmax_jax.eval.stats import intervals as stats_intervals
+from medmax_jax.eval.stats.intervals import Resampling
 
-NUMBERS = dict(seed=0, resamples=2_000)
+RESAMPLING = Resampling(0, 2_000)
 
 
 def test_every_item_its_own_group_is_the_plain_bootstrap():
     values = [0.0, 1.0] * 50
-    found = stats_intervals.mean_interval(values, range(100), seed=0, resamples=4_000)
+    found = stats_intervals.mean_interval(values, range(100), resampling=Resampling(0, 4_000))
     assert (found.mean, found.n, found.groups) == (0.5, 100, 100)
     # the mean of 100 fair coins has sd 0.05
     np.testing.assert_allclose([found.low, found.high], [0.5 - 0.098, 0.5 + 0.098], atol=0.015)
@@ -26,16 +27,18 @@ def test_copies_in_a_group_add_nothing():
     """Ten copies of each of 20 values are worth 20 values, not 200."""
     values = np.repeat([0.0, 1.0] * 10, 10)
     groups = np.repeat(np.arange(20), 10).tolist()
-    clustered = stats_intervals.mean_interval(values, groups, seed=0, resamples=4_000)
-    plain = stats_intervals.mean_interval([0.0, 1.0] * 10, range(20), seed=0, resamples=4_000)
+    clustered = stats_intervals.mean_interval(values, groups, resampling=Resampling(0, 4_000))
+    plain = stats_intervals.mean_interval(
+        [0.0, 1.0] * 10, range(20), resampling=Resampling(0, 4_000)
+    )
     assert (clustered.low, clustered.high) == (plain.low, plain.high)
-    naive = stats_intervals.mean_interval(values, range(200), seed=0, resamples=4_000)
+    naive = stats_intervals.mean_interval(values, range(200), resampling=Resampling(0, 4_000))
     assert clustered.high - clustered.low > 2.5 * (naive.high - naive.low)
 
 
 def test_groups_of_different_size_weigh_by_their_items():
     found = stats_intervals.mean_interval(
-        [1.0, 1.0, 1.0, 0.0], list("aaab"), seed=0, resamples=2_000
+        [1.0, 1.0, 1.0, 0.0], list("aaab"), resampling=Resampling(0, 2_000)
     )
     assert found.mean == 0.75
     # two groups, the items of one of them mostly: nearly nothing is known of others
@@ -46,14 +49,17 @@ def test_a_paired_difference_cancels_what_is_hard_for_both():
     rng = np.random.default_rng(0)
     before = rng.normal(0, 5, 200)
     after = before + rng.normal(0.1, 0.01, 200)
-    found = stats_intervals.paired_interval(before, after, range(200), span=None, **NUMBERS)
+    found = stats_intervals.paired_interval(
+        before, after, range(200), span=None, resampling=RESAMPLING
+    )
     np.testing.assert_allclose([found.mean, found.low, found.high], 0.1, atol=0.005)
 
 
 def test_one_seed_one_interval():
     values = np.linspace(0, 1, 40)
     a, b, c = (
-        stats_intervals.mean_interval(values, range(40), seed=s, resamples=2_000) for s in (1, 1, 2)
+        stats_intervals.mean_interval(values, range(40), resampling=Resampling(s, 2_000))
+        for s in (1, 1, 2)
     )
     assert a == b and a != c
 
@@ -73,7 +79,7 @@ def test_coverage(clusters):
         groups = np.repeat(np.arange(clusters), sizes).tolist()
         values = np.repeat(ease, sizes) + rng.normal(0, 0.5, sizes.sum())
         found = stats_intervals.mean_interval(
-            values, groups, seed=world, resamples=2_000, span=None
+            values, groups, resampling=Resampling(world, 2_000), span=None
         )
         held += found.low <= 0 <= found.high
     assert 0.90 <= held / worlds <= 0.98
@@ -104,7 +110,7 @@ def test_coverage_over_all_designs(design):
 
 def test_items_of_one_group_each_have_wilson_s_interval_with_student_s_t():
     values = [1.0] * 8 + [0.0] * 2
-    found = stats_intervals.mean_interval(values, range(10), seed=0, resamples=20_000)
+    found = stats_intervals.mean_interval(values, range(10), resampling=Resampling(0, 20_000))
     t2 = special.stdtrit(9, 0.975) ** 2 / 9  # the error of 10 items, with 9 in its denominator
     middle, half = 0.8 + t2 / 2, np.sqrt(t2 * (0.16 + t2 / 4))
     want = [(middle - half) / (1 + t2), (middle + half) / (1 + t2)]
@@ -114,21 +120,21 @@ def test_items_of_one_group_each_have_wilson_s_interval_with_student_s_t():
 def test_no_variation_bounds_the_groups_that_could_differ():
     """255 wrong answers of 19 patients are those of 19: Clopper and Pearson's bound for 0 of 19."""
     groups, most = [n % 19 for n in range(255)], 1 - 0.025 ** (1 / 19)
-    wrong = stats_intervals.mean_interval([0.0] * 255, groups, **NUMBERS)
+    wrong = stats_intervals.mean_interval([0.0] * 255, groups, resampling=RESAMPLING)
     assert (wrong.low, wrong.high) == (0.0, pytest.approx(most)) and most == pytest.approx(
         0.1765, abs=1e-4
     )
-    right = stats_intervals.mean_interval([1.0] * 255, groups, **NUMBERS)
+    right = stats_intervals.mean_interval([1.0] * 255, groups, resampling=RESAMPLING)
     assert (right.low, right.high) == (pytest.approx(1 - most), 1.0)
-    same = stats_intervals.paired_interval([1.0] * 255, [1.0] * 255, groups, **NUMBERS)
+    same = stats_intervals.paired_interval([1.0] * 255, [1.0] * 255, groups, resampling=RESAMPLING)
     assert (same.low, same.high) == (pytest.approx(-most), pytest.approx(most))
-    third = stats_intervals.mean_interval([0.3] * 255, groups, **NUMBERS)
+    third = stats_intervals.mean_interval([0.3] * 255, groups, resampling=RESAMPLING)
     assert (third.low, third.high) == (
         pytest.approx(0.3 * (1 - most)),
         pytest.approx(0.3 + 0.7 * most),
     )
     each = stats_intervals.pointwise_intervals(
-        lambda some: np.zeros(1), groups, spans=[stats_intervals.SHARE], **NUMBERS
+        lambda some: np.zeros(1), groups, spans=[stats_intervals.SHARE], resampling=RESAMPLING
     )
     assert (each[0].low, each[0].high) == (0.0, pytest.approx(most))
     for paired in (False, True):
@@ -138,30 +144,30 @@ def test_no_variation_bounds_the_groups_that_could_differ():
             < 0.3
         )
     nearly = stats_intervals.mean_interval(
-        [0.0, 1e-8] * 19, range(38), **NUMBERS
+        [0.0, 1e-8] * 19, range(38), resampling=RESAMPLING
     )  # but for rounding
     assert nearly.high == pytest.approx(1 - 0.025 ** (1 / 38), rel=1e-4)
     # groups whose means agree while their items do not are no more certain than their items
     even = stats_intervals.mean_interval(
-        [0.0, 1.0] * 20, np.repeat(range(20), 2).tolist(), **NUMBERS
+        [0.0, 1.0] * 20, np.repeat(range(20), 2).tolist(), resampling=RESAMPLING
     )
     assert even.high - even.low > 0.25
 
 
 def test_one_group_has_no_interval():
-    one = stats_intervals.mean_interval([1.0, 0.0] * 20, ["one"] * 40, **NUMBERS)
+    one = stats_intervals.mean_interval([1.0, 0.0] * 20, ["one"] * 40, resampling=RESAMPLING)
     assert (one.low, one.high) == (-np.inf, np.inf)
     row = one.row()
     assert (row["ci_low"], row["ci_high"], row["few_groups"]) == (None, None, True)
     assert row["value"] == 0.5 and json.dumps(row, allow_nan=False)
-    suite = stats_intervals.suite_interval([([1.0, 0.0], "aa")], **NUMBERS)
+    suite = stats_intervals.suite_interval([([1.0, 0.0], "aa")], resampling=RESAMPLING)
     each = stats_intervals.pointwise_intervals(
-        lambda some: np.ones(1), "aa", spans=[None], **NUMBERS
+        lambda some: np.ones(1), "aa", spans=[None], resampling=RESAMPLING
     )
     assert suite.low == each[0].low == -np.inf
-    assert not stats_intervals.mean_interval([1.0, 0.0] * 10, range(20), **NUMBERS).row()[
-        "few_groups"
-    ]
+    assert not stats_intervals.mean_interval(
+        [1.0, 0.0] * 10, range(20), resampling=RESAMPLING
+    ).row()["few_groups"]
 
 
 @settings(deadline=None, max_examples=50)
@@ -173,24 +179,32 @@ def test_one_group_has_no_interval():
 def test_an_interval_has_width_and_stays_in_its_span(items):
     values, groups = zip(*items, strict=True)
     for found, least in (
-        (stats_intervals.mean_interval(values, groups, **NUMBERS), 0.0),
-        (stats_intervals.paired_interval(values, [1.0] * len(values), groups, **NUMBERS), -1.0),
-        (stats_intervals.suite_interval([(values, groups), ([1.0], [9])], **NUMBERS), 0.0),
+        (stats_intervals.mean_interval(values, groups, resampling=RESAMPLING), 0.0),
+        (
+            stats_intervals.paired_interval(
+                values, [1.0] * len(values), groups, resampling=RESAMPLING
+            ),
+            -1.0,
+        ),
+        (
+            stats_intervals.suite_interval([(values, groups), ([1.0], [9])], resampling=RESAMPLING),
+            0.0,
+        ),
     ):
         assert least <= found.low <= found.mean + 1e-12 and found.mean <= found.high + 1e-12
         assert found.high <= 1 + 1e-12 and found.high > found.low
 
 
 def test_errors_name_the_number():
-    with pytest.raises(ValueError, match="values from 0 to 3 are outside of their span 0 to 1"):
-        stats_intervals.mean_interval([0, 3], "ab", seed=0, resamples=2_000)
+    with pytest.raises(ValueError, match="values from 0 to 3 are outside the span 0 to 1"):
+        stats_intervals.mean_interval([0, 3], "ab", resampling=Resampling(0, 2_000))
     with pytest.raises(ValueError, match="2 values but 1 groups"):
-        stats_intervals.mean_interval([1, 2], "a", seed=0, resamples=2_000)
+        stats_intervals.mean_interval([1, 2], "a", resampling=Resampling(0, 2_000))
     with pytest.raises(ValueError, match="no values"):
-        stats_intervals.mean_interval([], [], seed=0, resamples=2_000)
+        stats_intervals.mean_interval([], [], resampling=Resampling(0, 2_000))
     with pytest.raises(ValueError, match="resamples is 10"):
-        stats_intervals.mean_interval([1], "a", seed=0, resamples=10)
-    with pytest.raises(ValueError, match="1 scores before but 2 after"):
-        stats_intervals.paired_interval([1], [1, 2], "ab", seed=0, resamples=2_000)
-    with pytest.raises(ValueError, match="3 successes of 2"):
+        stats_intervals.mean_interval([1], "a", resampling=Resampling(0, 10))
+    with pytest.raises(ValueError, match="before has 1 scores and after has 2"):
+        stats_intervals.paired_interval([1], [1, 2], "ab", resampling=Resampling(0, 2_000))
+    with pytest.raises(ValueError, match="successes is 3 and n is 2"):
         stats_intervals.wilson(3, 2)

@@ -9,6 +9,7 @@ from llm_server import at, completion, serving, short_waits  # noqa: F401
 from medmax_jax.endpoints import chat_api, egress
 from medmax_jax.eval.metrics import aggregate, llm_judge, per_record, release
 from medmax_jax.eval.pipeline import judging
+from medmax_jax.eval.stats.intervals import Resampling
 
 
 def a_judge(url, **changes):
@@ -34,7 +35,7 @@ def ask(one, records, workdir, released=True, stopped=lambda: False, lines=None)
 
 def rows(records, workdir):
     found = aggregate.summary(
-        records, per_record.read(workdir), mode="strict", seed=0, resamples=2_000
+        records, per_record.read(workdir), mode="strict", resampling=Resampling(0, 2_000)
     )
     return {(row["task"], row["metric"]): row for row in found}
 
@@ -48,18 +49,20 @@ def test_every_kind_is_judged_once_and_scored_both_ways(tmp_path):
         # open: 5 answers; chats and interleaved: 3 each
         assert said["judged"] == dict(correct=4, relative=4, paper_open=5, paper_relative=6)
         assert said["unscored"] == dict(correct=1, relative=2, paper_open=0, paper_relative=0)
-        before = (tmp_path / per_record.JUDGED).read_bytes()
+        before = (tmp_path / per_record.JUDGMENTS).read_bytes()
         assert ask(a_judge(llm.url), records, tmp_path) == said
-        assert len(llm.requests) == calls and (tmp_path / per_record.JUDGED).read_bytes() == before
+        assert (
+            len(llm.requests) == calls and (tmp_path / per_record.JUDGMENTS).read_bytes() == before
+        )
     found = rows(records, tmp_path)
     opened = found["slake_open", "judge_correct"]
     assert opened["headline"] and (opened["n"], opened["n_unscored"]) == (5, 1)
-    assert opened["value"] == 2 / 5 and opened["best"] == 3 / 5 and opened["of_scored"] == 2 / 4
+    assert opened["value"] == 2 / 5 and opened["best"] == 3 / 5 and opened["scored_only"] == 2 / 4
     # "refuses" and "**Correctness:** 1" are dropped: 2 of 3
     assert opened["paper"] == pytest.approx(2 / 3) and opened["paper_n"] == 3
     chat = found["visual_chat_conversation", "judge_relative"]
     assert chat["headline"] and chat["n_unscored"] == 1 and (chat["win"], chat["tie"]) == (0, 1)
-    assert chat["of_scored"] == pytest.approx(12 / 16)
+    assert chat["scored_only"] == pytest.approx(12 / 16)
     assert chat["value"] == pytest.approx((8 + 4 + 1) / (8 + 8 + 10))
     assert chat["best"] == pytest.approx((8 + 4 + 10) / (8 + 8 + 1))
     # one refusal leaves the release without a score
@@ -71,8 +74,8 @@ def test_answers_after_a_kill_are_asked_for_alone(tmp_path):
     with serving(eval_setup.judge) as llm:
         ask(a_judge(llm.url), records, tmp_path)
         asked = len(llm.requests)
-        lines = (tmp_path / per_record.JUDGED).read_bytes().splitlines(keepends=True)
-        (tmp_path / per_record.JUDGED).write_bytes(lines[0] + lines[1][:20])  # cut short
+        lines = (tmp_path / per_record.JUDGMENTS).read_bytes().splitlines(keepends=True)
+        (tmp_path / per_record.JUDGMENTS).write_bytes(lines[0] + lines[1][:20])  # cut short
         calls = (tmp_path / judging.CALLS).read_bytes().splitlines(keepends=True)
         (tmp_path / judging.CALLS).write_bytes(b"".join(calls[:-2]) + calls[-2][:30])
         said = ask(a_judge(llm.url), records, tmp_path)
@@ -159,13 +162,13 @@ def test_a_limit_holds_over_runs(tmp_path):
     with serving(eval_setup.judge) as llm:
         prices = dict(price_in=1.0, price_out=10.0)  # 100 in, 10 out: 0.0002 USD a call
         dear = a_judge(llm.url, max_usd=1e-5, **prices)
-        with pytest.raises(llm_judge.JudgeError, match="max_usd is 1e-05, 0.0000 of it spent here"):
+        with pytest.raises(llm_judge.JudgeError, match="max_usd is 1e-05 and 0.0000 of it is"):
             ask(dear, records, tmp_path)
         assert not llm.requests
         said = ask(a_judge(llm.url, max_usd=1.0, **prices), records, tmp_path)
         assert said["usd"] == pytest.approx(2e-4 * len(llm.requests))
         more = [r | {"id": r["id"] + "x", "text": "Else."} for r in records]
-        with pytest.raises(llm_judge.JudgeError, match=f"{said['usd']:.4f} of it spent here"):
+        with pytest.raises(llm_judge.JudgeError, match=f"{said['usd']:.4f} of it is spent"):
             ask(a_judge(llm.url, max_usd=said["usd"], **prices), more, tmp_path)
 
 
@@ -232,7 +235,7 @@ def test_the_judge_sees_what_the_model_saw_and_no_name(tmp_path):
 
 def test_tasks_without_a_judge_are_named(tmp_path):
     records = eval_setup.records(tmp_path)
-    found = aggregate.summary(records, mode="strict", seed=0, resamples=2_000)
+    found = aggregate.summary(records, mode="strict", resampling=Resampling(0, 2_000))
     assert not any(row["metric"].startswith("judge") for row in found)
     named = ["slake_open", "visual_chat_conversation", "multimodal"]
     assert aggregate.not_judged(records) == named

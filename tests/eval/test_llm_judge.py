@@ -236,7 +236,8 @@ def test_prices_before_and_after_and_a_limit(tmp_path):
         assert about["calls"] == 10 and about["tokens_out"] == 200
         found, spent = ask(tmp_path, one, cases, lines=lines)
         assert spent.usd == pytest.approx(2.0) and all(one.votes for one in found)
-    assert "gets the texts of 10 answers: at most 10 calls" in lines[0] and "127.0.0.1:" in lines[0]
+    assert "receives the texts of 10 answers: at most 10 calls" in lines[0]
+    assert "127.0.0.1:" in lines[0]
     assert lines[-1].endswith("2.0000 USD")
 
 
@@ -269,12 +270,12 @@ def test_credentialed_texts_stay(tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(parameters={}), "no temperature"),
+        (dict(parameters={}), "temperature is missing"),
         (dict(parameters={"temperature": 0, "seed": 1}), "seed is set for each repeat"),
-        (dict(model="gpt-4o-mini"), "a name that moves"),
-        (dict(model="some-latest"), "a name that moves"),
+        (dict(model="gpt-4o-mini"), "a name that the provider may assign to other weights"),
+        (dict(model="some-latest"), "a name that the provider may assign to other weights"),
         (dict(repeats=0), "repeats is 0"),
-        (dict(max_usd=1.0), "needs price_in"),
+        (dict(max_usd=1.0), "requires price_in"),
     ],
 )
 def test_settings_that_make_no_judge(changes, message):

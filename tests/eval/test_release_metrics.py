@@ -129,7 +129,7 @@ def test_closed_answers():
         ("not yes", None),
     ]:
         assert strict.closed(raw, "yes").value == said, raw
-    with pytest.raises(strict.StrictError, match="'perhaps' is no answer of a vqa_closed"):
+    with pytest.raises(strict.StrictError, match="'perhaps' is not an answer to a vqa_closed"):
         strict.closed("yes", "perhaps")
 
 
@@ -211,7 +211,7 @@ def test_dropping_wrong_answers_raises_the_paper_s_number():
     assert release.accuracy(kept)[0] == pytest.approx(0.632, abs=5e-4)
     found = strict.total([strict.parse_correctness(reply) for reply in replies])
     assert (found.n, found.n_unscored, found.value, found.best) == (100, 5, 0.60, 0.65)
-    assert found.of_scored == pytest.approx(0.632, abs=5e-4)
+    assert found.scored_only == pytest.approx(0.632, abs=5e-4)
 
 
 def test_one_low_reference_lifts_the_mean_of_ratios():
@@ -224,7 +224,7 @@ def test_one_low_reference_lifts_the_mean_of_ratios():
     assert (open_["n"], open_["n_unscored"], open_["ratio_of_means"]) == (2, 1, 1)
     assert (open_["worst"], open_["best"]) == (9 / 18, 18 / 9)
     assert strict.comparison([None])["mean_of_ratios"] is None
-    with pytest.raises(strict.StrictError, match="must lie between 1 and 10"):
+    with pytest.raises(strict.StrictError, match="must be between 1 and 10"):
         strict.comparison([(0.0, 5.0)])
 
 
@@ -235,11 +235,11 @@ def test_who_draws_once_and_well_wins_in_the_paper():
         for side in (once, always)
     ]
     assert scores[0] > scores[1]
-    one, two = (strict.image_similarity_summary(side, floor=0.1) for side in (once, always))
+    one, two = (strict.image_similarity_summary(side, missing_score=0.1) for side in (once, always))
     assert (one["coverage"], two["coverage"]) == (0.1, 1.0)
     assert one["with_missing"] == pytest.approx(0.18) and two["with_missing"] == pytest.approx(0.8)
-    assert strict.image_similarity_summary([[0.2, 0.7]], floor=0)["best_of_all"] == 0.7
-    assert strict.image_similarity_summary([[], []], floor=0)["first"] is None
+    assert strict.image_similarity_summary([[0.2, 0.7]], missing_score=0)["best_of_all"] == 0.7
+    assert strict.image_similarity_summary([[], []], missing_score=0)["first"] is None
     assert release.multimodal(["8 8"], [])["image_score"] == 0
 
 
@@ -288,7 +288,7 @@ def test_bounds_hold_whatever_the_missing_verdicts_were():
         )
         assert found.value <= sum(truth) / 30 + 1e-12 and sum(truth) / 30 <= found.best + 1e-12
         assert found.n_unparsed + found.n_unscored == 30 - sum(known)
-    with pytest.raises(strict.StrictError, match="no verdicts"):
+    with pytest.raises(strict.StrictError, match="item_scores is empty"):
         strict.total([])
 
 

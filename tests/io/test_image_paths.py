@@ -89,7 +89,7 @@ def test_every_reader_refuses_it(folder, name, tmp_path):
             jsonl.read_texts(folder / "d.jsonl")
     item = items.from_rows([ROW | {"image_path": "a.png"}])[0]
     moved = [items.dataclasses.replace(item, image=name)]
-    found = selection.EvalSet(items=moved, train=[], pictures=[], folder=folder)
+    found = selection.EvalSet(items=moved, train=[], training_images=[], folder=folder)
     with pytest.raises(ImagePathError):
         selection.check_images(found)
     with pytest.raises(ImagePathError):
@@ -103,7 +103,7 @@ def test_every_reader_refuses_it(folder, name, tmp_path):
             output_files.read_prompts(folder / "q.jsonl")
     with pytest.raises(image_headers.ImageError, match="leads out"):
         near_duplicates.hash_file(folder, name)
-    record = inference.item_fields(moved[0]) | dict(text="yes", images=[], looks_like=None)
+    record = inference.item_fields(moved[0]) | dict(text="yes", images=[], predicted_modality=None)
     with pytest.raises(ImagePathError):
         page.examples([record], tmp_path, folder)
 
