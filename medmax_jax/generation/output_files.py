@@ -1,6 +1,6 @@
 """Read prompts from flags or a file; write answers to JSONL, PNG files and a gallery.
 
-    D/asked.json      the settings and a digest of the prompts: the same command resumes from here
+    D/request.json    the settings and a digest of the prompts: the same command resumes from here
     D/answers.jsonl   {"id", "prompt", "mode", "segments": [{"text"}, {"image": "0003_1.png"}], ..}
     D/gallery.html    prompts and answers with their images
 
@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,12 @@ class OutputFolder:
         asked = json.dumps([[q.id, *map(str, q.parts)] for q in questions])
         facts = settings | {"prompts": hashlib.sha256(asked.encode()).hexdigest()}
         facts = json.loads(json.dumps(facts))
-        place = folder / "asked.json"
+        place, old = folder / "request.json", folder / "asked.json"
+        if old.exists() and not place.exists():
+            raise GenerateError(
+                f"{old} is named {place.name} now; use a new --out, or rename: "
+                f"{shlex.join(['mv', str(old), str(place)])}"
+            )
         self.records = {record["id"]: record for record in self._read()}
         if self.records and place.exists():
             before = _own(text_files.read_json_object, place)

@@ -173,7 +173,7 @@ def test_the_program_out_of_memory_leaves_no_answer_and_binds_nothing(folder, tm
     assert (
         "error: out of memory: 1 rows of 17179869184 slots have a cache of 3 lanes" in done.stderr
     )
-    assert sorted(f.name for f in out.iterdir()) == ["asked.json"]
+    assert sorted(f.name for f in out.iterdir()) == ["request.json"]
     done = program(*asked, "--mode=text", "--config.sample.max_gen_len=2")
     assert done.returncode == cli.DONE, done.stderr
     assert len((out / "answers.jsonl").read_text().splitlines()) == 1

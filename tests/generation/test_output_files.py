@@ -98,6 +98,16 @@ def test_a_killed_run_goes_on_and_another_is_refused(tmp_path):
     assert page.count("data:image/png") == 3  # two given, one drawn
 
 
+def test_a_folder_with_the_old_name_of_its_request_file_is_refused(tmp_path):
+    prompts = [Prompt(id="a", named=True, parts=("a",))]
+    OutputFolder(tmp_path, prompts, dict(mode="text")).add(prompts[0], [Text("b")], "text")
+    (tmp_path / "request.json").rename(tmp_path / "asked.json")
+    with pytest.raises(GenerateError, match="asked.json is named request.json now; use a") as error:
+        OutputFolder(tmp_path, prompts, dict(mode="text"))
+    subprocess.run(str(error.value).partition("or rename: ")[2], shell=True, check=True)
+    assert list(OutputFolder(tmp_path, prompts, dict(mode="text")).records) == ["a"]
+
+
 SLOW = pytest.mark.slow  # a process each
 
 
