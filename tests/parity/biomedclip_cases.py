@@ -1,4 +1,4 @@
-"""Sizes, weights, pictures and texts of the BiomedCLIP golden; numpy only, so both sides agree."""
+"""Sizes, weights, images and texts of the BiomedCLIP golden; numpy only, so both sides agree."""
 
 import zlib
 
@@ -23,7 +23,7 @@ TEXTS = (
     "brain mri with lesion without lesion " * 9,  # longer than the context
     "\ufb01 [MASK] the \u00e2\u20ac\u2122 left",  # a ligature, a special by name, a wrong encoding
 )
-PICTURES = ("wide", "tall", "exact", "tiny", "grey", "palette", "bit", "deep", "rgba")
+IMAGES = ("wide", "tall", "exact", "tiny", "grey", "palette", "bit", "deep", "rgba")
 
 
 def weight(key: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -42,7 +42,7 @@ def weight(key: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def pixels(size: int, count: int) -> np.ndarray:
-    """Normalised pictures [b, 3, h, w]."""
+    """Normalized images [b, 3, h, w]."""
     return np.random.default_rng(1).standard_normal((count, 3, size, size)).astype(np.float32)
 
 
@@ -54,7 +54,7 @@ def ids(vocab: int, context: int) -> np.ndarray:
     return found
 
 
-def picture(name: str) -> tuple[str, np.ndarray]:
+def image(name: str) -> tuple[str, np.ndarray]:
     """A Pillow mode and its array."""
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     sides = dict(wide=(45, 71), tall=(81, 40), exact=(32, 32), tiny=(9, 11))

@@ -18,7 +18,7 @@ from llm_server import serving, short_waits  # noqa: F401
 from test_efficientnet import tensors as lite_tensors
 from test_eval import settings
 from test_house import imports, modules
-from test_judging import a_judge, ask
+from test_judging import a_judge, judge_all
 
 from medmax_jax.configs import eval_paper, eval_suite
 from medmax_jax.eval.config import JudgeSettings
@@ -211,7 +211,7 @@ def test_29_the_price_and_the_calls_are_told(tmp_path):
         return eval_setup.judge(request)
 
     with serving(behave) as llm:
-        told = ask(a_judge(llm.url, price_in=1.0, price_out=10.0), records, tmp_path)
+        told = judge_all(a_judge(llm.url, price_in=1.0, price_out=10.0), records, tmp_path)
         assert told["calls"] == len(llm.requests) > 0
         assert told["usd"] == pytest.approx(2e-4 * told["calls"]) and llm.most_at_once > 1
     assert (tmp_path / judging.CALLS).exists()
