@@ -3,7 +3,7 @@
     from medmax_jax.eval import compare, evaluate
     summary = evaluate(model, "sample", "workdir", "strict")
 
-`model`: any object with `generate(asks)`, see eval/models/base.py.
+`model`: any object with `generate(requests)`, see eval/models/base.py.
 """
 
 from collections.abc import Callable, Sequence

@@ -478,8 +478,8 @@ class Embedder:
     def _run(self, embed: Callable[[BiomedClip, Array], Array], rows: np.ndarray) -> np.ndarray:
         full = np.concatenate([rows, np.repeat(rows[:1], self._rows - len(rows), axis=0)])
         with jax.set_mesh(self._mesh):
-            place = NamedSharding(self._mesh, P(ROWS, *[None] * (full.ndim - 1)))
-            return np.asarray(embed(self._model, jax.device_put(full, place)))[: len(rows)]
+            sharding = NamedSharding(self._mesh, P(ROWS, *[None] * (full.ndim - 1)))
+            return np.asarray(embed(self._model, jax.device_put(full, sharding)))[: len(rows)]
 
     def _empty(self, count: int = 0) -> Float32[np.ndarray, "n E"]:
         return np.zeros((count, self._model.text.proj_out.kernel.shape[-1]), np.float32)

@@ -196,14 +196,17 @@ def scores(
     Rows are {task, metric, n, groups, few_groups, before, after, diff, ci_low, ci_high}, over the
     items that both sides answered.
     """
-    one, two, rows = scores_by_item(before), scores_by_item(after), []
-    for task, metric in two:
-        first, second = one.get((task, metric), {}), two[task, metric]
-        shared = [name for name in second if name in first]
+    before_scores, after_scores, rows = scores_by_item(before), scores_by_item(after), []
+    for task, metric in after_scores:
+        before_items, after_items = (
+            before_scores.get((task, metric), {}),
+            after_scores[task, metric],
+        )
+        shared = [name for name in after_items if name in before_items]
         if not shared:
             continue
-        old, new = ([side[name][1] for name in shared] for side in (first, second))
-        groups = [second[name][0] for name in shared]
+        old, new = ([side[name][1] for name in shared] for side in (before_items, after_items))
+        groups = [after_items[name][0] for name in shared]
         interval_columns = intervals.paired_row(
             old, new, groups, resampling=resampling, span=per_record.span(metric)
         )

@@ -139,9 +139,9 @@ def parse_choice(answer: str, options: Mapping[str, str], *, letters: str = LETT
 def _choice(text: str, question: _Question) -> str | None:
     """Return the letter, AMBIGUOUS, or None, of a normalized text."""
     plain = _unmarked(text)
-    whole = _whole(plain, question)
-    if whole:
-        return whole
+    complete = _complete_answer(plain, question)
+    if complete:
+        return complete
     cut = len(text) > context.MAX_CHARS
     text = text[-context.MAX_CHARS :]
     mentions = _mentions(text, question)
@@ -159,7 +159,7 @@ def _choice(text: str, question: _Question) -> str | None:
     return _from_mentions(text, letters, question) or _yes_no_option(plain, question)
 
 
-def _whole(text: str, question: _Question) -> str | None:
+def _complete_answer(text: str, question: _Question) -> str | None:
     """Return the letter if the complete answer is a letter, an option's text, or both."""
     letters = set(re.sub(r"[\s.,;:!?()\[\]{}\"'✓✔✅☑→=>-]", "", text))
     if len(letters) == 1 and letters <= set(question.letters) and not re.search(r"\w\w", text):

@@ -50,8 +50,8 @@ def kid(
     row_blocks, count, counts = _draw_blocks([*real_groups, *generated_groups], resampling)
     sides = (real, row_blocks[: len(real)]), (generated, row_blocks[len(real) :])
     means = [
-        _means(one, two, lambda x, y: kernel(x, y, gamma), counts)
-        for one, two in ((sides[0], sides[0]), (sides[1], sides[1]), sides)
+        _means(first, second, lambda x, y: kernel(x, y, gamma), counts)
+        for first, second in ((sides[0], sides[0]), (sides[1], sides[1]), sides)
     ]
     return _interval(means[0] + means[1] - 2 * means[2], len(generated), count, span=None)
 

@@ -260,7 +260,7 @@ class _VotingRun:
         return self.stop_requested() or (limit is not None and self.usage.usd >= limit)
 
     def _replies(self, endpoint: Endpoint, left: dict) -> Iterator[tuple[tuple[int, bool], Any]]:
-        keys_by_id = {request.id: place for place, request in left.items()}
+        keys_by_id = {request.id: vote_key for vote_key, request in left.items()}
         new = {
             cached_chat_api.cache_key(endpoint, request.messages)
             for request in left.values()

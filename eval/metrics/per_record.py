@@ -273,9 +273,9 @@ def check_names(files: Iterable[Path]) -> None:
                 script = "; ".join(f's/"{a}": /"{b}": /' for a, b in columns.items())
                 commands.append(shlex.join(["sed", "-i.bak", script, str(path)]))
     if changes:
-        more = f" ({len(changes)} such names in total)" if len(changes) > 1 else ""
+        count = f" ({len(changes)} such names in total)" if len(changes) > 1 else ""
         raise EvalError(
-            f"{changes[0]}{more}; use a new workdir, or rename: {' && '.join(commands)}"
+            f"{changes[0]}{count}; use a new workdir, or rename: {' && '.join(commands)}"
         )
 
 

@@ -143,11 +143,11 @@ def parse_yes_no(answer: str, question: str = "") -> str | None:
 
 def _yes_no(text: str, question: str) -> str | None:
     """Return "yes", "no", AMBIGUOUS or None of a normalized text."""
-    whole = _VALUE.get(
+    complete = _VALUE.get(
         text.replace(ANSWER, "").replace(END_ANSWER, "").strip(" \n\"'().,:;!?。").lower()
     )
-    if whole:
-        return whole
+    if complete:
+        return complete
     if (words := set(re.findall(r"\w+", text.lower()))) in ({YES}, {NO}):
         return words.pop()  # "no no no", of a model that repeats itself
     cut = len(text) > context.MAX_CHARS

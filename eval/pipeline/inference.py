@@ -325,10 +325,10 @@ def _event(line: bytes) -> dict[str, Any] | None:
         row = parse_object(line, NAME, allow_nonfinite=True)
     except TextFileError:
         return None
-    numbers = [row.get(name, 0) for name in ("count", "had", "seconds")]
+    values = [row.get(name, 0) for name in ("count", "had", "seconds")]
     names = all(isinstance(row.get(name), str) for name in ("file", "event"))
     had = row.get("event") != "start" or "had" in row
-    return row if names and had and all(type(n) in (int, float) for n in numbers) else None
+    return row if names and had and all(type(n) in (int, float) for n in values) else None
 
 
 def totals(folder: Path) -> dict[str, dict[str, Any]]:

@@ -355,11 +355,11 @@ def _ends(
     if error == 0:  # no group differs; at most this share of others does
         share = 1 - TAIL ** (1 / len(weights))
         return value - share * (value - least), value + share * (most - value)
-    place = (value - least) / (most - least)
-    if not proportion or not 0 < place < 1:
+    position = (value - least) / (most - least)
+    if not proportion or not 0 < position < 1:
         return max(least, value - t * error), min(most, value + t * error)
-    number = place * (1 - place) * ((most - least) / error) ** 2  # effective items
-    low, high = (min(max(end, 0.0), 1.0) for end in _wilson(place, t * t / number))
+    effective = position * (1 - position) * ((most - least) / error) ** 2  # effective items
+    low, high = (min(max(end, 0.0), 1.0) for end in _wilson(position, t * t / effective))
     return least + low * (most - least), least + high * (most - least)
 
 

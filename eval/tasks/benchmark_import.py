@@ -95,7 +95,7 @@ def eval_items(
 def _bounded(name: str, folder: Path):
     for number, row in enumerate(READERS[name](folder)):
         if number == MAX_ROWS:
-            raise SourceError(f"{name}: more than {MAX_ROWS} rows; give the files as published")
+            raise SourceError(f"{name}: more than {MAX_ROWS} rows; use the files as published")
         yield row
 
 

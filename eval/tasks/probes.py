@@ -67,8 +67,8 @@ def swapped(items: Sequence[Item], *, seed: int, among: Sequence[Item] | None = 
     def other(item: Item, number: int) -> str:
         first, count = by_group[item.group][0], len(by_group[item.group])  # its own are adjacent
         name = f"{seed} {item.id} {number}" if number else f"{seed} {item.id}"
-        place = random.Random(name).choice(range(len(images) - count))
-        return images[place if place < first else place + count][1]
+        index = random.Random(name).choice(range(len(images) - count))
+        return images[index if index < first else index + count][1]
 
     return [
         _with_images(item, [other(item, n) for n in range(len(item.images))], credentialed)
@@ -156,9 +156,9 @@ def rotated(items: Sequence[Item], places: int) -> list[Item]:
         if any("\n" in text for text in texts):
             continue
         prompt = item.prompt
-        for place in reversed(range(len(spans))):
-            _, start, end = spans[place]
-            prompt = prompt[:start] + texts[(place - places) % len(spans)] + prompt[end:]
+        for index in reversed(range(len(spans))):
+            _, start, end = spans[index]
+            prompt = prompt[:start] + texts[(index - places) % len(spans)] + prompt[end:]
         answer = letters[(letters.index(answer_letter) + places) % len(letters)]
         rotated_items.append(dataclasses.replace(item, prompt=prompt, answer=answer))
     return rotated_items
