@@ -99,17 +99,15 @@ def _risk(curves: Rows) -> list[str]:
             )
             for point in curve
         ]
-        risk_of_all, risk_of_half = (
-            next(p for p in curve if p["coverage"] == c)["risk"] for c in (1.0, 0.5)
-        )
+        of_all, of_half = (next(p for p in curve if p["coverage"] == c)["risk"] for c in (1.0, 0.5))
         charts.append(
             svg_charts.chart(
                 task,
-                f"risk {risk_of_all:.3f} of all answers, {risk_of_half:.3f} of the most confident half",
+                f"risk {of_all:.3f} of all answers, {of_half:.3f} of the most confident half",
                 x=svg_charts.Axis("coverage", 0.0, 1.0),
                 y=svg_charts.Axis("risk", 0.0, high),
                 points=points,
-                guides=[(0.0, risk_of_all, 1.0, risk_of_all)],
+                guides=[(0.0, of_all, 1.0, of_all)],
                 joined=True,
             )
         )
