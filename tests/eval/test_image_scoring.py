@@ -133,7 +133,7 @@ def test_reasoning_text_is_in_the_released_cosine_only(clip, tmp_path):
 
 
 def test_complete_image_sets_have_intervals_over_groups(clip, tmp_path):
-    eval_setup.save_images(tmp_path)
+    eval_setup.write_images(tmp_path)
     items = [
         eval_setup.item("image_generation_x", "image_generation", n, prompt="A CT", group=f"g{n}")
         for n in range(4)

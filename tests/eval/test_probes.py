@@ -295,7 +295,7 @@ def test_headlines_with_and_without_contaminated_items(trained, tmp_path):
     tokenizer = check.resolve_tokenizer(result, None, prepare.TINY)
     long = max((jsonl.plain_text(d, result.layout, tokenizer) for d in result), key=len)
     folder = tmp_path / "images"
-    eval_setup.save_images(folder)
+    eval_setup.write_images(folder)
     shutil.copy(prepare.SAMPLE / path, folder / "seen.jpg")
     items = [
         eval_setup.item("x_closed", "vqa_closed", n, answer="yes", image=f"{n % 2}.png")

@@ -23,7 +23,7 @@ TEXTS = (
     "brain mri with lesion without lesion " * 9,  # longer than the context
     "\ufb01 [MASK] the \u00e2\u20ac\u2122 left",  # a ligature, a special by name, a wrong encoding
 )
-IMAGES = ("wide", "tall", "exact", "tiny", "grey", "palette", "bit", "deep", "rgba")
+IMAGE_NAMES = ("wide", "tall", "exact", "tiny", "grey", "palette", "bit", "deep", "rgba")
 
 
 def weight(key: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -54,7 +54,7 @@ def ids(vocab: int, context: int) -> np.ndarray:
     return found
 
 
-def image(name: str) -> tuple[str, np.ndarray]:
+def image_array(name: str) -> tuple[str, np.ndarray]:
     """A Pillow mode and its array."""
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     sides = dict(wide=(45, 71), tall=(81, 40), exact=(32, 32), tiny=(9, 11))

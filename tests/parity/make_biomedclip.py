@@ -92,14 +92,14 @@ def outputs(sizes: dict, folder: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def inputs(sizes: dict, folder: pathlib.Path) -> dict[str, np.ndarray]:
-    """Ids of the texts; pixels of the images as the release computes them."""
+    """Ids of the texts; pixels of the images as the release preprocesses them."""
     (folder / "vocab.txt").write_text("\n".join(cases.WORDS) + "\n", "utf-8")
     transformers.BertTokenizer(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
     context = sizes["text"]["context"]
     tokenizer = HFTokenizer(str(folder), context_length=context)
     transform = image_transform(sizes["image"]["size"], is_train=False, mean=MEAN, std=STD)
     found = {"ids": tokenizer(list(cases.TEXTS), context_length=context).numpy()}
-    for name in cases.IMAGES:
+    for name in cases.IMAGE_NAMES:
         image = as_image(name)
         image = image.convert("RGB") if image.mode == "RGBA" else image  # as the release
         found[f"pixels_{name}"] = transform(image).numpy()
@@ -107,8 +107,8 @@ def inputs(sizes: dict, folder: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def as_image(name: str) -> Image.Image:
-    """Return the image in its mode."""
-    mode, array = cases.image(name)
+    """The image in its mode."""
+    mode, array = cases.image_array(name)
     image = Image.fromarray(array)
     assert image.mode == mode, (image.mode, mode)
     return image.quantize(16) if name == "palette" else image
