@@ -48,7 +48,7 @@ def throughput(items: int, rounds: int) -> dict:
     settings = build(Settings, config)
     eval_set, g = load_eval_set(settings), model_bundle.load(TINY)
     model = {
-        name: base.NativeModel(g, settings.sample, rows=rows, name=name, stamp=name)
+        name: base.NativeModel(g, settings.sample, rows=rows, name=name, fingerprint=name)
         for name, rows in (("ours", ROWS), ("theirs", 1))
     }
     seconds: dict[str, list[float]] = {"ours": [], "theirs": []}

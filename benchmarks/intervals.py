@@ -102,7 +102,7 @@ def coverage(design: Design, *, draws: int, seed: int) -> dict[str, float]:
     for draw in range(draws):
         values, member = design.draw(rng)
         interval = intervals.mean_interval(
-            values, member.tolist(), seed=draw, resamples=RESAMPLES, span=span
+            values, member.tolist(), resampling=intervals.Resampling(draw, RESAMPLES), span=span
         )
         width += (interval.high - interval.low) / draws
         ends = {"ours": (interval.low, interval.high)} | _others(values, member, design.groups, rng)

@@ -6,7 +6,7 @@ config   Defines the fields of configs/eval_*.py; configs/eval_tiny.py documents
 report   Rewrites D/report.html from the summary.json and records.jsonl that eval.run left in D.
 run      Evaluates one model and writes records.jsonl, summary.json, report.html and what
          docs/eval.md lists
-suite    Prints the task cards, or published scores, as Markdown: python -m eval.suite [published].
+suite    Prints the tasks, or published scores, as Markdown: python -m eval.suite [published].
 """
 
 import importlib

@@ -3,7 +3,7 @@
     from medmax_jax.eval import compare, evaluate
     summary = evaluate(model, "sample", "workdir", "strict")
 
-`model`: any object with `generate(asks)`, see eval/models/base.py.
+`model`: any object with `generate(requests)`, see eval/models/base.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ def evaluate(
     *,
     images: str | Path = "",
     progress: Callable[[str], None] = print,
-    **changes: Any,
+    **overrides: Any,
 ) -> dict[str, Any]:
     """Run an evaluation and return the content of summary.json.
 
@@ -34,22 +34,24 @@ def evaluate(
 
     tasks: items, "sample", or a JSONL file in the schema of the MedMax release. mode: strict or
     paper. images: folder of the images; "": the folder of the file, which a list of items does not
-    have. changes: fields of configs/eval_tiny.py, like counts or baselines.
+    have. overrides: fields of configs/eval_tiny.py, like counts or baselines.
     """
     config = eval_tiny.get_config().unlock()
     config.mode, config.images = mode, str(images)
     config.questions = str(tasks) if isinstance(tasks, str | Path) else "sample"
-    for name, value in changes.items():
+    for name, value in overrides.items():
         config[name].update(value) if isinstance(value, dict) else config.update({name: value})
     settings = build(Settings, config)
     if isinstance(tasks, str | Path):
-        found = selection.load_eval_set(settings)
+        eval_set = selection.load_eval_set(settings)
     else:
-        found = selection.EvalSet(items=list(tasks), train=[], pictures=[], folder=Path(images))
-    judging.check_judge(settings.judge, found.items, Path(workdir))
-    kind = type(model)
-    name = getattr(model, "name", f"{kind.__module__}.{kind.__qualname__}")
-    named = loading.ModelSpec(
+        eval_set = selection.EvalSet(
+            items=list(tasks), train=[], training_images=[], folder=Path(images)
+        )
+    judging.check_judge(settings.judge, eval_set.items, Path(workdir))
+    model_class = type(model)
+    name = getattr(model, "name", f"{model_class.__module__}.{model_class.__qualname__}")
+    spec = loading.ModelSpec(
         kind="python",
         where=name,
         adapter="",
@@ -60,8 +62,8 @@ def evaluate(
     return stages.run_named(
         settings,
         workdir,
-        found=found,
-        named=named,
-        opened=lambda: loading.LoadedModel(model=model, named=named, found=found),
+        eval_set=eval_set,
+        spec=spec,
+        load=lambda: loading.LoadedModel(model=model, spec=spec, eval_set=eval_set),
         progress=progress,
     )

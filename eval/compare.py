@@ -18,23 +18,27 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m eval.compare", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("first", metavar="D1")
-    parser.add_argument("second", metavar="D2", help="differences are D2 - D1")
-    parser.add_argument("--seed", type=int, default=0, help="of the resampling")
-    parser.add_argument("--resamples", type=int, default=10_000)
-    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    parser.add_argument("first", metavar="D1", help="workdir of the first evaluation")
+    parser.add_argument(
+        "second", metavar="D2", help="workdir of the second; differences are D2 - D1"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the resampling")
+    parser.add_argument(
+        "--resamples", type=int, default=10_000, help="bootstrap resamples per interval"
+    )
+    parser.add_argument("--json", action="store_true", help="print a JSON object as the last line")
     args = parser.parse_args(argv)
     try:
-        found = compare(args.first, args.second, seed=args.seed, resamples=args.resamples)
+        comparison = compare(args.first, args.second, seed=args.seed, resamples=args.resamples)
     except (ValueError, OSError) as error:
         print(printable_text(f"error: {error}"), file=sys.stderr)
         return 1
     if args.json:
-        print(json.dumps(dataclasses.asdict(found)))
+        print(json.dumps(dataclasses.asdict(comparison)))
         return 0
-    lines = [page.markdown(found.rows), "Mean over the tasks' headlines:\n"]
-    lines.append(page.markdown([found.suite]))
-    lines += [f"left out: {line}" for line in found.left_out]
+    lines = [page.markdown(comparison.rows), "Mean over the headline scores of the tasks:\n"]
+    lines.append(page.markdown([comparison.suite]))
+    lines += [f"left out: {line}" for line in comparison.left_out]
     print(printable_text("\n".join(lines)))
     return 0
 

@@ -11,6 +11,7 @@ from typing import Any
 from absl import app, flags
 
 from medmax_jax.eval.config import RECORD, EvalError
+from medmax_jax.eval.metrics import per_record
 from medmax_jax.eval.reporting import page
 from medmax_jax.io import journal
 from medmax_jax.io.errors import printable_text
@@ -32,11 +33,12 @@ def images_folder(summary: Mapping[str, Any]) -> Path:
 def rewrite_report(workdir: str | Path, images: str) -> Path:
     """Rewrite the page of a workdir and return its path."""
     workdir = Path(workdir)
+    per_record.check_names(workdir.glob("*.json*"))
     try:
         summary = read_json_object(workdir / "summary.json")
     except TextFileError as error:
         raise EvalError(
-            f"{workdir}: no summary of a finished evaluation ({error}); run eval.run to its end"
+            f"{workdir} has no summary of a finished evaluation ({error}); run eval.run to the end"
         ) from error
     records = journal.read_jsonl(workdir / "records.jsonl", RECORD)
     folder = Path(images) if images else images_folder(summary)
@@ -53,5 +55,5 @@ def _main(_: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "folder that eval.run wrote", required=True)
-    flags.DEFINE_string("images", "", "folder of the pictures; empty: as eval.run was told")
+    flags.DEFINE_string("images", "", "folder of the images; empty: that of eval.run's settings")
     app.run(_main)

@@ -30,9 +30,9 @@ from medmax_jax.io.errors import PrintableFormatter, printable_text
 log = logging.getLogger("medmax_jax.eval")
 # Columns of a score that fit a terminal; the page and summary.json have all columns, and the table
 # of each baseline.
-SAID = (
-    "task", "metric", "n", "groups", "few_groups", "value", "ci_low", "ci_high", "best", "floor",
-    "floor_of", "paper",
+COLUMNS = (
+    "task", "metric", "n", "groups", "few_groups", "value", "ci_low", "ci_high", "best", "baseline",
+    "baseline_name", "paper",
 )  # fmt: skip
 
 
@@ -48,7 +48,7 @@ def main(config: ConfigDict, workdir: str) -> None:
         def progress(line: str) -> None:
             log.info(line)
             if stop.requested:
-                raise cli.Interrupted("interrupted; the same command goes on from here")
+                raise cli.Interrupted("interrupted; rerun the same command to resume")
 
         given = flags.FLAGS
         summary = stages.run(
@@ -64,8 +64,10 @@ def main(config: ConfigDict, workdir: str) -> None:
         )
     if summary is None:
         return
-    lines = [page.markdown([{k: row.get(k) for k in SAID} for row in summary["scores"]])]
-    lines += [f"floor {floor['name']}: {floor['says']}" for floor in summary["floors"]]
+    lines = [
+        page.markdown([{name: row.get(name) for name in COLUMNS} for row in summary["scores"]])
+    ]
+    lines += [f"baseline {entry['name']}: {entry['says']}" for entry in summary["floors"]]
     lines.append("")
     for baseline in summary["baselines"]:
         lines.append(f"{baseline['name']} (before) and the model (after):\n")
@@ -76,8 +78,10 @@ def main(config: ConfigDict, workdir: str) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("model", "", "KIND:WHERE, as above; empty: config.model")
-    flags.DEFINE_string("adapter", "", "native: adapter folder that training wrote")
-    flags.DEFINE_bool("merge", False, "native: add the adapter to the weights once")
-    flags.DEFINE_string("shard", "", "i/n: this part of the items, from 0")
-    flags.DEFINE_bool("dry_run", False, "say what would be asked and what it costs; ask nothing")
+    flags.DEFINE_string("adapter", "", "adapter folder that training wrote, for native and hf")
+    flags.DEFINE_bool("merge", False, "merge the adapter into the weights when loading")
+    flags.DEFINE_string("shard", "", "i/n: run only shard i of n of the items, from 0")
+    flags.DEFINE_bool(
+        "dry_run", False, "report the requests and their cost, and stop before any request"
+    )
     cli.run(main, errors=generate.ERRORS)

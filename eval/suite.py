@@ -1,4 +1,4 @@
-"""Prints the task cards, or published scores, as Markdown: python -m eval.suite [published]."""
+"""Prints the tasks, or published scores, as Markdown: python -m eval.suite [published]."""
 
 import sys
 from collections.abc import Sequence
@@ -8,12 +8,12 @@ from medmax_jax.eval.tasks.catalog import AVERAGES, TASKS, TaskSpec
 
 def table() -> str:
     """Return the suite as Markdown."""
-    head = ["task", "what", "family", "source", "split", "rows asked", "rows read in"]
-    head += ["licence", "class", "metric"]
+    head = ["task", "title", "family", "source", "split", "rows", "rows counted in"]
+    head += ["license", "class", "metric"]
     rows = [
         (
             *(c.task, c.title, c.family, c.source, c.split),
-            *(_asked(c), c.counted or "-"),
+            *(_row_count(c), c.counted or "-"),
             *(c.licence, c.data_class, c.metric),
         )
         for c in TASKS.values()
@@ -29,17 +29,17 @@ def published_table() -> str:
         for p in c.published
     ]
     rows += [("average", p.metric, p.model, f"{p.value:g}", p.read) for p in AVERAGES]
-    return _markdown(["task", "their metric", "model", "value", "read in"], rows)
+    return _markdown(["task", "published metric", "model", "value", "source"], rows)
 
 
-def _asked(card: TaskSpec) -> str:
-    if card.counts is None:
+def _row_count(spec: TaskSpec) -> str:
+    if spec.counts is None:
         return "not published"
-    if not card.left_out:
-        return f"{card.counts:,}"
+    if not spec.left_out:
+        return f"{spec.counts:,}"
     return (
-        f"{card.counts:,} of {card.counts + card.left_out:,}; {card.left_out} closed ones without "
-        "a yes or no as answer are left out"
+        f"{spec.counts:,} of {spec.counts + spec.left_out:,}; {spec.left_out} closed questions "
+        "without a yes or no answer are left out"
     )
 
 

@@ -191,10 +191,10 @@ def _evaluate(
 
             g = model_bundle.load(tiny, adapter=tuned, mesh=mesh)
             centroids = centroids or modality.centroids(
-                g, eval_set.pictures, images_folder=eval_set.folder
+                g, eval_set.training_images, images_folder=eval_set.folder
             )
             model = base.NativeModel(
-                g, settings.eval.sample, rows=settings.eval.rows, name=name, stamp=name
+                g, settings.eval.sample, rows=settings.eval.rows, name=name, fingerprint=name
             )
             answers[name] = inference.run_items(
                 model,
@@ -203,7 +203,7 @@ def _evaluate(
                 images_folder=eval_set.folder,
                 out=workdir / f"{name}.jsonl",
                 progress=progress,
-                looks=modality.make_classifier(g, centroids),
+                classify_modality=modality.make_classifier(g, centroids),
             )
             report_result(f"{len(items)} items")
     return answers
@@ -215,8 +215,8 @@ def _report(
     eval_set: selection.EvalSet,
     answers: dict[str, list[dict]],
 ) -> dict[str, Any]:
-    seed, resamples = settings.eval.seed, settings.eval.resamples
-    scores = aggregate.scores(answers["before"], answers["after"], seed=seed, resamples=resamples)
+    resampling = intervals.Resampling(settings.eval.seed, settings.eval.resamples)
+    scores = aggregate.scores(answers["before"], answers["after"], resampling=resampling)
     closed_records = [r for r in answers["after"] if r["task"] == aggregate.PRIMARY[0]]
     baseline_answers = {
         "before": answers["before"],
@@ -226,7 +226,7 @@ def _report(
         "swapped": answers["swapped"],
     }
     comparisons = [
-        _against(name, aggregate.scores(records, closed_records, seed=seed, resamples=resamples)[0])
+        _against(name, aggregate.scores(records, closed_records, resampling=resampling)[0])
         for name, records in baseline_answers.items()
     ]
     unparsed = next(s for s in scores if (s["task"], s["metric"]) == ("vqa_closed", "unparsed"))
@@ -312,7 +312,7 @@ def _cases(
     reconstructions = model_bundle.decode(g, codes)
     cases = [
         Case(
-            name=f"{r['group']}: {r['kind']}",
+            name=f"{r['group']}: {r['modality']}",
             image=images.load(eval_set.folder / r["image"], max_pixels=images.MAX_PIXELS),
             reconstruction=reconstruction,
             question=r["prompt"],

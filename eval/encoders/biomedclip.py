@@ -145,8 +145,8 @@ class TextTower(nnx.Module):
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B E"]:
         words = _rows(self.word_embeddings[...], ids)  # [B, T, D]
-        places = self.position_embeddings[: ids.shape[1]] + self.token_type_embeddings[0]
-        x, mask = self.norm(words + places), ids != PAD
+        positions = self.position_embeddings[: ids.shape[1]] + self.token_type_embeddings[0]
+        x, mask = self.norm(words + positions), ids != PAD
         x, _ = jax.lax.scan(lambda x, layer: (layer(x, mask), None), x, self.layers)
         return self.proj_out(_gelu(self.proj_in(x[:, 0])))
 
@@ -238,7 +238,7 @@ def _unit(x: Float[Array, "b E"]) -> Float[Array, "b E"]:
 #     open_clip_config.json                                          must match the code here
 #     vocab.txt                                                      one word per line
 #
-# PLACES maps each array of this model to its published name; `{}` is the layer, over which arrays
+# KEY_MAP maps each array of this model to its published name; `{}` is the layer, over which arrays
 # are stacked here. Kernels are transposed weights; scales and tables are the weights themselves.
 # The .bin is read without torch, and nothing in it is executed.
 
@@ -247,7 +247,7 @@ SAFE, BIN = "open_clip_model.safetensors", "open_clip_pytorch_model.bin"
 CONFIG, VOCAB = "open_clip_config.json", "vocab.txt"
 FETCH = "hf download microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224 --local-dir"
 _BLOCK, _LAYER = "visual.trunk.blocks.{}.", "text.transformer.encoder.layer.{}."
-PLACES = {
+KEY_MAP = {
     "visual.cls_token": "visual.trunk.cls_token",
     "visual.pos_embed": "visual.trunk.pos_embed",
     "visual.patch_embed": "visual.trunk.patch_embed.proj",
@@ -284,15 +284,17 @@ class WordPiece:
 
     def __init__(self, vocab: str | Path, *, size: int, context: int):
         """Read the vocabulary. `size`: the number of ids that the model has rows for."""
-        words = _words(Path(vocab), size)
+        vocabulary = _read_vocabulary(Path(vocab), size)
         self.context = context
         self._backend = tokenizers.Tokenizer(
-            tokenizers.models.WordPiece(words, unk_token="[UNK]", max_input_chars_per_word=MAX_WORD)
+            tokenizers.models.WordPiece(
+                vocabulary, unk_token="[UNK]", max_input_chars_per_word=MAX_WORD
+            )
         )
         self._backend.normalizer = normalizers.BertNormalizer(lowercase=True)
         self._backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         self._backend.post_processor = processors.BertProcessing(
-            ("[SEP]", words["[SEP]"]), ("[CLS]", words["[CLS]"])
+            ("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"])
         )
         self._backend.add_special_tokens(list(SPECIALS))
         self._backend.enable_truncation(context)
@@ -300,8 +302,8 @@ class WordPiece:
 
     def ids(self, texts: Sequence[str]) -> Int32[np.ndarray, "n T"]:
         """Return one row per text, cut or padded to `context`."""
-        found = self._backend.encode_batch([clean(text) for text in texts])
-        return np.array([row.ids for row in found], np.int32).reshape(len(texts), self.context)
+        encodings = self._backend.encode_batch([clean(text) for text in texts])
+        return np.array([row.ids for row in encodings], np.int32).reshape(len(texts), self.context)
 
 
 def load(folder: str, sizes: Sizes) -> tuple[BiomedClip, WordPiece]:
@@ -310,16 +312,20 @@ def load(folder: str, sizes: Sizes) -> tuple[BiomedClip, WordPiece]:
     Raises WeightsError on files that are missing, incomplete, or not of these sizes.
     """
     if "://" in folder:
-        raise WeightsError(f"{folder}: BiomedCLIP is read from a local disk; copy the folder there")
+        raise WeightsError(
+            f"{folder}: BiomedCLIP is read from a local disk only; copy the folder to one"
+        )
     files = Folder(folder)
     name = SAFE if files.has(SAFE) else BIN
-    for wanted in (name, CONFIG, VOCAB):
-        if not files.has(wanted):
-            raise WeightsError(f"{folder}/{wanted}: missing; `{FETCH} {folder}`")
+    for required in (name, CONFIG, VOCAB):
+        if not files.has(required):
+            raise WeightsError(
+                f"{folder}/{required} is missing; download it with `{FETCH} {folder}`"
+            )
     _check_config(f"{folder}/{CONFIG}", files.json(CONFIG), sizes)
     tokenizer = WordPiece(f"{folder}/{VOCAB}", size=sizes.text.vocab, context=sizes.text.context)
-    reads = _safe(f"{folder}/{SAFE}") if name == SAFE else _bin(files)
-    return from_tensors(f"{folder}/{name}", reads, sizes), tokenizer
+    readers = _safe(f"{folder}/{SAFE}") if name == SAFE else _bin(files)
+    return from_tensors(f"{folder}/{name}", readers, sizes), tokenizer
 
 
 def from_tensors(where: str, reads: Reads, sizes: Sizes) -> BiomedClip:
@@ -329,23 +335,25 @@ def from_tensors(where: str, reads: Reads, sizes: Sizes) -> BiomedClip:
     """
     like = abstract(sizes)
     leaves, structure = jax.tree_util.tree_flatten_with_path(like)
-    ours = {safetensors_file.dotted_name(path): leaf for path, leaf in leaves}
-    sources = {name: theirs(name, sizes) for name in ours}
-    known = {key for keys in sources.values() for key in keys}
-    safetensors_file.check_names(where, set(reads) - DROPPED, known)
-    arrays = [_array(where, name, sources[name], reads, ours[name]) for name in ours]
+    leaves_by_name = {safetensors_file.dotted_name(path): leaf for path, leaf in leaves}
+    sources = {name: published_keys(name, sizes) for name in leaves_by_name}
+    expected = {key for keys in sources.values() for key in keys}
+    safetensors_file.check_names(where, set(reads) - DROPPED, expected)
+    arrays = [
+        _array(where, name, sources[name], reads, leaves_by_name[name]) for name in leaves_by_name
+    ]
     return jax.tree_util.tree_unflatten(structure, arrays)
 
 
-def theirs(name: str, sizes: Sizes) -> list[str]:
+def published_keys(name: str, sizes: Sizes) -> list[str]:
     """Return the published names of one array of this model, one per layer.
 
     "visual.blocks.qkv.kernel" -> ["visual.trunk.blocks.0.attn.qkv.weight", ..]
     """
-    if name in PLACES:
-        return [PLACES[name]]
+    if name in KEY_MAP:
+        return [KEY_MAP[name]]
     module, _, leaf = name.rpartition(".")
-    key = f"{PLACES[module]}.{'bias' if leaf == 'bias' else 'weight'}"
+    key = f"{KEY_MAP[module]}.{'bias' if leaf == 'bias' else 'weight'}"
     tower = sizes.image if module.startswith("visual.") else sizes.text
     return [key.format(n) for n in range(tower.layers)] if "{}" in key else [key]
 
@@ -357,21 +365,24 @@ def _array(where: str, name: str, keys: list[str], reads: Reads, like: Any) -> j
     parts = []
     for key in keys:
         part = np.asarray(reads[key]())
-        if _ours(name, part).shape != shape:
+        converted = _to_flax(name, part).shape
+        if converted != shape:
             raise WeightsError(
-                f"{where}: {key} has shape {part.shape}, which does not fit {name} {shape}; use "
-                "the files of BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
+                f"{where}: {key} has shape {part.shape}, which converts to {name} {converted}; "
+                f"expected {shape}: use the files of BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
             )
         if not np.isfinite(part).all():
-            raise WeightsError(f"{where}: {key} has NaN or infinite numbers; download it again")
-        parts.append(_ours(name, part.astype(np.float32)))
+            raise WeightsError(f"{where}: {key} contains NaN or infinity; download it again")
+        parts.append(_to_flax(name, part.astype(np.float32)))
     return jnp.asarray(np.stack(parts) if stacked else parts[0])
 
 
-def _ours(name: str, theirs: np.ndarray) -> np.ndarray:
+def _to_flax(name: str, published_keys: np.ndarray) -> np.ndarray:
     if not name.endswith(".kernel"):
-        return theirs
-    return theirs.transpose(2, 3, 1, 0) if theirs.ndim == 4 else theirs.T  # OIHW to HWIO
+        return published_keys
+    return (
+        published_keys.transpose(2, 3, 1, 0) if published_keys.ndim == 4 else published_keys.T
+    )  # OIHW to HWIO
 
 
 def _bin(files: Folder) -> Reads:
@@ -387,14 +398,14 @@ def _safe(path: str) -> Reads:
         file = safetensors.safe_open(path, framework="numpy")
     except SafetensorError as error:
         raise WeightsError(
-            f"{path}: not a whole safetensors file ({error}); download it again"
+            f"{path} is not a complete safetensors file ({error}); download it again"
         ) from error
     return {name: lambda name=name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
-def _check_config(where: str, found: Any, sizes: Sizes) -> None:
+def _check_config(where: str, config: Any, sizes: Sizes) -> None:
     """Raise WeightsError where the published settings differ from those implemented here."""
-    wanted = {
+    supported = {
         "model_cfg.embed_dim": sizes.embed_dim,
         "model_cfg.vision_cfg.image_size": sizes.image.size,
         "model_cfg.vision_cfg.timm_pool": "",  # CLS after the last norm
@@ -405,18 +416,18 @@ def _check_config(where: str, found: Any, sizes: Sizes) -> None:
         "preprocess_cfg.mean": list(MEAN),
         "preprocess_cfg.std": list(STD),
     }
-    for name, value in wanted.items():
-        at = found
+    for name, value in supported.items():
+        at = config
         for part in name.split("."):
             at = at.get(part) if isinstance(at, dict) else None
         if at != value:
             raise WeightsError(
-                f"{where}: {name} is {at!r}, this port computes {value!r}; name the folder of "
-                "BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
+                f"{where}: {name} is {at!r}, but this port supports {value!r} only; use the folder "
+                "of BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
             )
 
 
-# ---- biomedclip_embed ----
+# ---- Embedding ----
 #
 # Embeddings of many images and texts, in batches of few shapes, over all devices of a process.
 #
@@ -437,29 +448,27 @@ class Embedder:
         self._rows = batch * devices.size
         self._model = jax.device_put(model, NamedSharding(self._mesh, P()))
 
-    def images(
-        self, pictures: Iterable[Float32[np.ndarray, "h w 3"]]
-    ) -> Float32[np.ndarray, "n E"]:
+    def images(self, pixels: Iterable[Float32[np.ndarray, "h w 3"]]) -> Float32[np.ndarray, "n E"]:
         """Return one unit vector per image, in order; one batch is in memory at a time."""
-        found = [self._run(image_embeddings, np.stack(part)) for part in self._parts(pictures)]
-        return np.concatenate(found) if found else self._none()
+        embeddings = [self._run(image_embeddings, np.stack(part)) for part in self._parts(pixels)]
+        return np.concatenate(embeddings) if embeddings else self._empty()
 
     def texts(self, ids: Int32[np.ndarray, "n T"]) -> Float32[np.ndarray, "n E"]:
         """Return one unit vector per row of ids, in order."""
         lengths = (ids != PAD).sum(1)
         order = np.argsort(lengths, kind="stable")
-        found = self._none(len(ids))
+        embeddings = self._empty(len(ids))
         for start in range(0, len(ids), self._rows):
             part = order[start : start + self._rows]
             longest = int(lengths[part].max())
             width = next((n for n in LENGTHS if longest <= n < ids.shape[1]), ids.shape[1])
-            found[part] = self._run(text_embeddings, ids[part, :width])
-        return found
+            embeddings[part] = self._run(text_embeddings, ids[part, :width])
+        return embeddings
 
-    def _parts(self, pictures: Iterable[np.ndarray]) -> Iterator[list[np.ndarray]]:
+    def _parts(self, pixels: Iterable[np.ndarray]) -> Iterator[list[np.ndarray]]:
         part: list[np.ndarray] = []
-        for picture in pictures:
-            part.append(picture)
+        for image_pixels in pixels:
+            part.append(image_pixels)
             if len(part) == self._rows:
                 yield part
                 part = []
@@ -469,14 +478,14 @@ class Embedder:
     def _run(self, embed: Callable[[BiomedClip, Array], Array], rows: np.ndarray) -> np.ndarray:
         full = np.concatenate([rows, np.repeat(rows[:1], self._rows - len(rows), axis=0)])
         with jax.set_mesh(self._mesh):
-            place = NamedSharding(self._mesh, P(ROWS, *[None] * (full.ndim - 1)))
-            return np.asarray(embed(self._model, jax.device_put(full, place)))[: len(rows)]
+            sharding = NamedSharding(self._mesh, P(ROWS, *[None] * (full.ndim - 1)))
+            return np.asarray(embed(self._model, jax.device_put(full, sharding)))[: len(rows)]
 
-    def _none(self, count: int = 0) -> Float32[np.ndarray, "n E"]:
+    def _empty(self, count: int = 0) -> Float32[np.ndarray, "n E"]:
         return np.zeros((count, self._model.text.proj_out.kernel.shape[-1]), np.float32)
 
 
-# ---- biomedclip_inputs ----
+# ---- Inputs ----
 #
 # BiomedCLIP's inputs: images as open_clip's eval transform prepares them, texts as WordPiece ids.
 #
@@ -512,7 +521,7 @@ def pixels(image: Image.Image, *, size: int, released: bool) -> Float32[np.ndarr
     scaled = tuple(size if side == short else int(size * long / short) for side in image.size)
     if scaled[0] * scaled[1] > images.MAX_PIXELS:
         raise image_headers.ImageError(
-            f"too narrow ({image.width} x {image.height} pixels); crop the picture"
+            f"too narrow ({image.width} x {image.height} pixels); crop the image"
         )
     if image.size != scaled:
         image = image.resize(scaled, Image.Resampling.BICUBIC)
@@ -530,25 +539,27 @@ def clean(text: str) -> str:
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
 
 
-def _words(vocab: Path, size: int) -> dict[str, int]:
+def _read_vocabulary(vocab: Path, size: int) -> dict[str, int]:
     try:
         lines = vocab.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"{vocab}: cannot be read ({error}); name the vocab.txt of the published repository"
+            f"{vocab} cannot be read ({error}); use the vocab.txt of the published repository"
         ) from error
     words = {word: n for n, word in enumerate(lines)}
     if missing := [name for name in SPECIALS if name not in words]:
-        raise InputError(f"{vocab}: has no {missing[0]}; name a vocab.txt of BERT, a word a line")
+        raise InputError(
+            f"{vocab} has no {missing[0]}; use a vocab.txt of BERT, with one word per line"
+        )
     if words["[PAD]"] != PAD:
         raise InputError(
-            f"{vocab}: [PAD] is word {words['[PAD]']}, the model masks {PAD}; use the vocab.txt "
-            "that was published with these weights"
+            f"{vocab}: [PAD] is word {words['[PAD]']}, but the model masks {PAD}; use the "
+            "vocab.txt that was published with these weights"
         )
     if len(lines) != size or len(words) != size:
         raise InputError(
-            f"{vocab}: {len(lines)} lines, {len(words)} words; the model has {size}; use the "
-            "vocab.txt that was published with these weights"
+            f"{vocab} has {len(lines)} lines and {len(words)} words, but the model has {size}; use "
+            "the vocab.txt that was published with these weights"
         )
     return words
 

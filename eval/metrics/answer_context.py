@@ -195,6 +195,7 @@ _DENIED_CUE = re.compile(  # "I don't think the answer is", "I would not choose"
     r"[不非没])(?:\s+[^\W\d_]+){0,4}\s*$|\b(?:no|não|nao|non|ne|не)\s*$",
     re.IGNORECASE,
 )
+# Verbatim: part of the data.
 _REFUSAL = re.compile(
     r"\b(?:cannot|can't|can not|could not|couldn't|unable to|not able to|"
     r"(?:not )?(?:im)?possible to|"
@@ -216,7 +217,7 @@ _REFUSAL = re.compile(
 
 
 def normalize(text: str) -> str:
-    """Return an answer without markup; marked final answers stand between ANSWER and END_ANSWER."""
+    """Return an answer without markup; marked final answers are between ANSWER and END_ANSWER."""
     text = unicodedata.normalize("NFKC", text).translate(_QUOTES)
     text = text.replace(ANSWER, " ").replace(END_ANSWER, " ")
     text = _STRUCK.sub(" ", text)
@@ -234,21 +235,21 @@ def normalize(text: str) -> str:
 
 def clause_start(text: str, start: int) -> int:
     """Return where the clause of a phrase begins that starts at `start`."""
-    found = begin = max(0, start - REACH)
+    end = begin = max(0, start - REACH)
     for match in _CLAUSE.finditer(text, begin, start + 40):  # 40: what a clause may begin with
         if match.end() > start:
             break
-        found = match.end()
-    return found
+        end = match.end()
+    return end
 
 
-def sentence_span(text: str, place: int) -> tuple[int, int]:
+def sentence_span(text: str, position: int) -> tuple[int, int]:
     """Return (start, end) of the sentence around a place, its closing mark included."""
-    begin = max(0, place - REACH)
-    for match in _SENTENCE.finditer(text, begin, place):
+    begin = max(0, position - REACH)
+    for match in _SENTENCE.finditer(text, begin, position):
         begin = match.end()
-    close = _SENTENCE.search(text, place, place + REACH)
-    return begin, close.end() if close else min(len(text), place + REACH)
+    close = _SENTENCE.search(text, position, position + REACH)
+    return begin, close.end() if close else min(len(text), position + REACH)
 
 
 def is_denied(text: str, start: int, end: int) -> bool:

@@ -115,13 +115,13 @@ class _Mention:
 
 @dataclasses.dataclass(frozen=True)
 class _Question:
-    """The letters of a question, and the words of each option; {} where they are not known."""
+    """Holds the letters of a question, and the words of each option; {} where not known."""
 
     letters: str
     words: Mapping[str, tuple[str, ...]]
 
 
-def parse_choice(answer: str, known: Mapping[str, str], *, letters: str = LETTERS) -> str | None:
+def parse_choice(answer: str, options: Mapping[str, str], *, letters: str = LETTERS) -> str | None:
     """Return the letter of the option that an answer states, or None.
 
     `known`: letter -> text, {} where the question's options cannot be read; then any of `letters`.
@@ -131,17 +131,17 @@ def parse_choice(answer: str, known: Mapping[str, str], *, letters: str = LETTER
     final = reasoning.final_answer(answer)
     if final is None or not final.strip():
         return None
-    question = _Question("".join(known) or letters, _option_words(known))
-    found = _choice(context.normalize(final), question)
-    return None if found == AMBIGUOUS else found
+    question = _Question("".join(options) or letters, _option_words(options))
+    letter = _choice(context.normalize(final), question)
+    return None if letter == AMBIGUOUS else letter
 
 
 def _choice(text: str, question: _Question) -> str | None:
-    """The letter, AMBIGUOUS, or None, of a normalized text."""
+    """Return the letter, AMBIGUOUS, or None, of a normalized text."""
     plain = _unmarked(text)
-    whole = _whole(plain, question)
-    if whole:
-        return whole
+    complete = _complete_answer(plain, question)
+    if complete:
+        return complete
     cut = len(text) > context.MAX_CHARS
     text = text[-context.MAX_CHARS :]
     mentions = _mentions(text, question)
@@ -152,15 +152,15 @@ def _choice(text: str, question: _Question) -> str | None:
         return stated
     if cut:
         return None  # what the rest mentions is not known
-    found = _from_lines(text, mentions, question)
-    if found or not {("yes",), ("no",)} <= set(question.words.values()):
-        return found or _from_mentions(text, mentions, question)
+    letter = _from_lines(text, mentions, question)
+    if letter or not {("yes",), ("no",)} <= set(question.words.values()):
+        return letter or _from_mentions(text, mentions, question)
     letters = [mention for mention in mentions if mention.by_letter]
     return _from_mentions(text, letters, question) or _yes_no_option(plain, question)
 
 
-def _whole(text: str, question: _Question) -> str | None:
-    """The complete answer is a letter, an option's text, or both."""
+def _complete_answer(text: str, question: _Question) -> str | None:
+    """Return the letter if the complete answer is a letter, an option's text, or both."""
     letters = set(re.sub(r"[\s.,;:!?()\[\]{}\"'✓✔✅☑→=>-]", "", text))
     if len(letters) == 1 and letters <= set(question.letters) and not re.search(r"\w\w", text):
         return letters.pop()  # "B", "(B)", and "B B B" of a model that repeats itself
@@ -183,7 +183,7 @@ def _whole(text: str, question: _Question) -> str | None:
 
 
 def _label(text: str, question: _Question, start: int = 0) -> _Mention | None:
-    """The letter that labels a line: "B. ", "(b) ", "C: "; not the "E. " of "E. coli"."""
+    """Return the letter that labels a line: "B. ", "(b) ", "C: "; not the "E. " of "E. coli"."""
     match = _LABEL.match(text, start)
     if not match or match[1].upper() not in question.letters:
         return None
@@ -207,8 +207,8 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def _word_spans(text: str) -> list[tuple[str, int, int]]:
-    """Lower-case words with their places, without articles; "Hepatitis A" keeps its letter."""
-    found = []
+    """Return lower-case words and positions, without articles; "Hepatitis A" keeps its letter."""
+    spans = []
     for match in _WORD.finditer(text):
         word = match[0]
         if word.lower() in ("the", "an"):
@@ -220,22 +220,22 @@ def _word_spans(text: str) -> list[tuple[str, int, int]]:
         ):
             if re.match(r"\s+\w", text[match.end() : match.end() + 3]):
                 continue
-        found.append((word.lower(), match.start(), match.end()))
-    return found
+        spans.append((word.lower(), match.start(), match.end()))
+    return spans
 
 
-def _option_words(known: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    """Letter -> words. Lines after the last option are instructions where the others have one."""
-    letters = list(known)
-    single = all("\n" not in known[letter].strip() for letter in letters[:-1])
-    found = {}
+def _option_words(options: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """Return letter -> words; where all other options have one line, the last has one too."""
+    letters = list(options)
+    single = all("\n" not in options[letter].strip() for letter in letters[:-1])
+    words_by_letter = {}
     for letter in letters:
-        text = known[letter].strip()
+        text = options[letter].strip()
         text = text.split("\n")[0] if letter == letters[-1] and single else text
         words = _words(context.normalize(text))
         if words:
-            found[letter] = words
-    return found
+            words_by_letter[letter] = words
+    return words_by_letter
 
 
 def _begins(text: str, words: tuple[str, ...] | None) -> bool:
@@ -243,34 +243,34 @@ def _begins(text: str, words: tuple[str, ...] | None) -> bool:
 
 
 def _named(text: str, question: _Question) -> list[_Mention]:
-    """Options whose complete text is there; one inside a longer one is not named."""
-    spans, found = _word_spans(text), []
+    """Return the options whose complete text is there; one inside a longer one is left out."""
+    spans, mentions = _word_spans(text), []
     places: dict[str, list[int]] = {}
     for index, (word, _, _) in enumerate(spans):
         places.setdefault(word, []).append(index)
     for letter, words in question.words.items():
         for index in places.get(words[0], ()):
-            some = spans[index : index + len(words)]
-            if tuple(word for word, _, _ in some) != words:
+            candidate = spans[index : index + len(words)]
+            if tuple(word for word, _, _ in candidate) != words:
                 continue
-            if not re.search(r"[;!?\n]", text[some[0][1] : some[-1][2]]):
-                found.append(_Mention(letter, some[0][1], some[-1][2], False))
-    return [one for one in found if not _is_part(text, one, found)]
+            if not re.search(r"[;!?\n]", text[candidate[0][1] : candidate[-1][2]]):
+                mentions.append(_Mention(letter, candidate[0][1], candidate[-1][2], False))
+    return [mention for mention in mentions if not _is_part(text, mention, mentions)]
 
 
-def _is_part(text: str, one: _Mention, found: list[_Mention]) -> bool:
-    """Whether an option's text is only a part of a longer name: "PET-CT", "left lung base"."""
-    size = one.end - one.start
+def _is_part(text: str, mention: _Mention, mentions: list[_Mention]) -> bool:
+    """Return whether an option's text is only part of a longer name: "PET-CT", "left lung base"."""
+    size = mention.end - mention.start
     if any(
-        other.start <= one.start and one.end <= other.end and other.end - other.start > size
-        for other in found
+        other.start <= mention.start and mention.end <= other.end and other.end - other.start > size
+        for other in mentions
     ):
         return True
-    before = re.search(r"\w[-/+&]$", text[max(0, one.start - 2) : one.start])
-    after = re.match(r"[/+&]\w|-[A-Z]", text[one.end : one.end + 2])
+    before = re.search(r"\w[-/+&]$", text[max(0, mention.start - 2) : mention.start])
+    after = re.match(r"[/+&]\w|-[A-Z]", text[mention.end : mention.end + 2])
     return bool(
-        (before and not any(other.end == one.start - 1 for other in found))
-        or (after and not any(other.start == one.end + 1 for other in found))
+        (before and not any(other.end == mention.start - 1 for other in mentions))
+        or (after and not any(other.start == mention.end + 1 for other in mentions))
     )
 
 
@@ -279,7 +279,7 @@ def _is_part(text: str, one: _Mention, found: list[_Mention]) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _letter_patterns(letters: str) -> tuple[re.Pattern, re.Pattern]:
-    """(letters that stand for options, any capital of them)."""
+    """Return (letters that stand for options, any capital of them)."""
     upper = f"[{letters}]"
     both = f"[{letters}{letters.lower()}]"
     noun = (
@@ -309,17 +309,17 @@ def _letter_patterns(letters: str) -> tuple[re.Pattern, re.Pattern]:
 
 
 def _mentions(text: str, question: _Question) -> list[_Mention]:
-    """All of them in order; letters inside an option's text are part of that text."""
+    """Return all mentions in order; letters inside an option's text are part of that text."""
     named = _named(text, question)
     certain, any_capital = _letter_patterns(question.letters)
     taken = [(m.start, m.end) for m in named if m.end - m.start > 1]
-    inside = lambda place: any(start <= place < end for start, end in taken)  # noqa: E731
+    inside = lambda position: any(start <= position < end for start, end in taken)  # noqa: E731
     places: dict[int, _Mention] = {}
-    place = 0
-    while match := certain.search(text, place):
+    position = 0
+    while match := certain.search(text, position):
         group = match.lastgroup or "a"
         start, end = match.span(group)
-        place = end
+        position = end
         if not inside(start) and _is_option_letter(text, start, end, group):
             places[start] = _Mention(text[start].upper(), start, end, True)
     for match in any_capital.finditer(text):
@@ -350,67 +350,69 @@ def _may_be_letter(text: str, start: int, end: int) -> bool:
 
 
 def _status(text: str, mentions: list[_Mention]) -> list[str]:
-    """ "denied", "hypothetical", "possible" or "stated"; "A and B are wrong" denies both."""
-    found = []
-    for one in mentions:
-        if context.is_denied(text, one.start, one.end):
-            found.append("denied")
-        elif context.is_hypothetical(text, one.start, one.end):
-            found.append("hypothetical")
-        elif context.is_possible_after(text, one.end):
-            found.append("possible")
+    """Return "denied", "hypothetical", "possible" or "stated"; "A and B are wrong" denies both."""
+    statuses = []
+    for mention in mentions:
+        if context.is_denied(text, mention.start, mention.end):
+            statuses.append("denied")
+        elif context.is_hypothetical(text, mention.start, mention.end):
+            statuses.append("hypothetical")
+        elif context.is_possible_after(text, mention.end):
+            statuses.append("possible")
         else:
-            found.append("stated")
+            statuses.append("stated")
     for index in range(len(mentions) - 2, -1, -1):
-        one, other = mentions[index], mentions[index + 1]
-        between = text[one.end : other.start]
+        mention, other = mentions[index], mentions[index + 1]
+        between = text[mention.end : other.start]
         after = context.is_denied_after(text, other.end)
-        if after and found[index + 1] == "denied" and _is_same(text, one, other, between):
-            found[index] = "denied"
-    return found
+        if after and statuses[index + 1] == "denied" and _is_same(text, mention, other, between):
+            statuses[index] = "denied"
+    return statuses
 
 
-def _is_same(text: str, one: _Mention, other: _Mention, between: str) -> bool:
-    """Whether one predicate is of both: "A and B", "A (CT)", "A. CT"."""
+def _is_same(text: str, mention: _Mention, other: _Mention, between: str) -> bool:
+    """Return whether one predicate is of both: "A and B", "A (CT)", "A. CT"."""
     if _JOINED.match(between):
         return True
     attached = re.fullmatch(r"\s*[)\]]?\s*[:.(,\-–—\[]?\s*(?:the |a |an )?", between)
-    return one.by_letter != other.by_letter and one.letter == other.letter and bool(attached)
+    return (
+        mention.by_letter != other.by_letter and mention.letter == other.letter and bool(attached)
+    )
 
 
 # Explicit statements.
 
 
 def _last_statement(text: str, mentions: list[_Mention], question: _Question) -> str | None:
-    """The letter of the last explicit statement; AMBIGUOUS where it names several."""
-    found: list[tuple[int, str]] = []
+    """Return the letter of the last explicit statement; AMBIGUOUS where it names several."""
+    statements: list[tuple[int, str]] = []
     for match in re.finditer(f"{ANSWER}([^{ANSWER}{END_ANSWER}]*)", text):
         inner = match[1].strip()
-        said = _choice(inner, question) if inner else None
-        found.append((match.start(), said or AMBIGUOUS))
+        letter = _choice(inner, question) if inner else None
+        statements.append((match.start(), letter or AMBIGUOUS))
     for pattern, words in ((context.CUE, True), (_CHOOSE, True), (_HENCE, False)):
         for match in list(pattern.finditer(text))[-context.MAX_CUES :]:
             if context.is_statement(text, match.start()):
-                said = _head(text, match.end(), mentions, question, words=words)
-                if said:
-                    found.append((match.start(), said))
-    found += _affirmed(text, mentions)
-    if not found:
+                letter = _head(text, match.end(), mentions, question, words=words)
+                if letter:
+                    statements.append((match.start(), letter))
+    statements += _affirmed(text, mentions)
+    if not statements:
         return None
-    place, said = max(found)
-    if context.is_retracted(text, place):
+    position, letter = max(statements)
+    if context.is_retracted(text, position):
         return AMBIGUOUS
-    for one in mentions:
-        later = one.start > place and one.by_letter and one.letter == said
-        if later and context.is_denied_after(text, one.end):
+    for mention in mentions:
+        later = mention.start > position and mention.by_letter and mention.letter == letter
+        if later and context.is_denied_after(text, mention.end):
             return AMBIGUOUS
-    return said
+    return letter
 
 
 def _head(
     text: str, start: int, mentions: list[_Mention], question: _Question, *, words: bool
 ) -> str | None:
-    """What follows a cue: a letter, or an option's text at once or alone in the sentence."""
+    """Return what follows a cue: a letter, or an option's text at once or alone in the sentence."""
     end = context.sentence_span(text, min(start, len(text) - 1))[1] if start < len(text) else start
     at = _FILLER.match(text, start).end()
     letter = re.compile(
@@ -436,7 +438,7 @@ def _head(
 
 
 def _first_alone(text: str, first: _Mention, others: list[_Mention]) -> bool:
-    """Whether the first option after a cue is the only one of its list: not "CT or MRI"."""
+    """Return whether the first option after a cue is the only one of its list: not "CT or MRI"."""
     after = [m for m in others if m.start >= first.end]
     same = [m for m in others if m.start == first.start and m.letter != first.letter]
     return not same and not (after and _JOINED.match(text[first.end : after[0].start]))
@@ -445,7 +447,7 @@ def _first_alone(text: str, first: _Mention, others: list[_Mention]) -> bool:
 def _labelled(
     text: str, start: int, end: int, mentions: list[_Mention], question: _Question
 ) -> str | None:
-    """A letter, unless it is denied, one of several, or has the text of another option."""
+    """Return a letter, unless it is denied, one of several, or has the text of another option."""
     letter = text[start].upper()
     if context.is_denied_after(text, end):
         return None
@@ -476,31 +478,31 @@ def _labelled(
 
 
 def _affirmed(text: str, mentions: list[_Mention]) -> list[tuple[int, str]]:
-    """(place, letter) of "B is the correct answer"; AMBIGUOUS where several are."""
-    found = []
-    for index, one in enumerate(mentions):
-        if not one.certain or not context.is_affirmed_after(text, one.end):
+    """Return (position, letter) of "B is the correct answer"; AMBIGUOUS where several are."""
+    statements = []
+    for index, mention in enumerate(mentions):
+        if not mention.certain or not context.is_affirmed_after(text, mention.end):
             continue
-        if context.is_denied(text, one.start, one.end) or _is_asked(text, one):
+        if context.is_denied(text, mention.start, mention.end) or _is_questioned(text, mention):
             continue
         before = mentions[index - 1] if index else None
-        joined = before and _JOINED.match(text[before.end : one.start])
-        if joined and before.letter != one.letter:
-            found.append((one.start, AMBIGUOUS))
+        joined = before and _JOINED.match(text[before.end : mention.start])
+        if joined and before.letter != mention.letter:
+            statements.append((mention.start, AMBIGUOUS))
         else:
-            found.append((one.start, one.letter))
-    return found
+            statements.append((mention.start, mention.letter))
+    return statements
 
 
-def _is_asked(text: str, one: _Mention) -> bool:
-    return context.is_hypothetical(text, one.start, one.start)
+def _is_questioned(text: str, mention: _Mention) -> bool:
+    return context.is_hypothetical(text, mention.start, mention.start)
 
 
 # Lines and single mentions.
 
 
 def _from_lines(text: str, mentions: list[_Mention], question: _Question) -> str | None:
-    """Lines that are one letter, if they agree; then labelled lines, those denied left out."""
+    """Return the letter of lines of one letter that agree, else of labelled lines not denied."""
     if context.is_retracted(text):
         return AMBIGUOUS
     lines = [line for line in re.split(f"[\n{ANSWER}{END_ANSWER}]", text) if line.strip()]
@@ -519,7 +521,7 @@ def _from_lines(text: str, mentions: list[_Mention], question: _Question) -> str
     if not labels or labels[0][0] is not lines[0]:
         return AMBIGUOUS if len({label.letter for _, label in labels}) > 1 else None
     first, label = labels[0]
-    kept = {x.letter for line, x in labels if not _is_denied_line(line, x, question)}
+    kept = {label_.letter for line, label_ in labels if not _is_denied_line(line, label_, question)}
     if kept != {label.letter}:
         return AMBIGUOUS
     inner = _mentions(first, question)
@@ -531,36 +533,36 @@ def _from_lines(text: str, mentions: list[_Mention], question: _Question) -> str
 
 
 def _is_denied_line(line: str, label: _Mention, question: _Question) -> bool:
-    """ "A. Incorrect", "A: CT is wrong", "A. Pleural effusion: no"."""
+    """Return whether a labelled line is denied: "A. Incorrect", "A: CT is wrong", "A. Mass: no"."""
     if context.is_denied_after(line, label.start + 1) or context.is_denied_after(line, label.end):
         return True
     own = [m for m in _named(line, question) if m.letter == label.letter]
     return any(context.is_denied(line, m.start, m.end) for m in own)
 
 
-def _is_labelling(text: str, one: _Mention) -> bool:
-    """Whether a letter labels something within a line, and is not denied."""
-    labels = one.by_letter and text[one.end : one.end + 1] in (":", "=")
-    return labels and not context.is_denied(text, one.start, one.end)
+def _is_labelling(text: str, mention: _Mention) -> bool:
+    """Return whether a letter labels something within a line, and is not denied."""
+    labels = mention.by_letter and text[mention.end : mention.end + 1] in (":", "=")
+    return labels and not context.is_denied(text, mention.start, mention.end)
 
 
 def _from_mentions(text: str, mentions: list[_Mention], question: _Question) -> str | None:
-    """The one option that is mentioned and not denied."""
+    """Return the one option that is mentioned and not denied."""
     if context.is_refusal(text):
         return None
     by_status: dict[str, set[str]] = {"stated": set(), "denied": set(), "hypothetical": set()}
     loose, words = set(), set()
-    for one, status in zip(mentions, _status(text, mentions), strict=True):
+    for mention, status in zip(mentions, _status(text, mentions), strict=True):
         if status == "possible":
             return AMBIGUOUS
-        if one.by_letter and not one.certain:
-            loose |= {one.letter} if status == "stated" else set()
-        elif one.by_letter:
-            by_status[status].add(one.letter)
+        if mention.by_letter and not mention.certain:
+            loose |= {mention.letter} if status == "stated" else set()
+        elif mention.by_letter:
+            by_status[status].add(mention.letter)
         elif status == "stated":
-            words.add(one.letter)
+            words.add(mention.letter)
         elif status == "denied":
-            by_status["denied"].add(one.letter)
+            by_status["denied"].add(mention.letter)
     stated = by_status["stated"]
     if len(stated | loose) > 1 or (stated | loose | words) & by_status["denied"]:
         return AMBIGUOUS
@@ -577,7 +579,7 @@ def _unmarked(text: str) -> str:
 
 
 def _yes_no_option(text: str, question: _Question) -> str | None:
-    """Of a question whose options are yes and no."""
-    said = yes_no_parser.parse_yes_no(text)
-    named = [letter for letter, words in question.words.items() if words == (said,)]
+    """Return the letter of yes or no, where these are the options of the question."""
+    value = yes_no_parser.parse_yes_no(text)
+    named = [letter for letter, words in question.words.items() if words == (value,)]
     return named[0] if len(named) == 1 else None

@@ -8,7 +8,7 @@
 | ranks     | n queries, n targets      | rank of the own target among all; ties share the mean   |
 | kid       | two sets of images        | unbiased MMD^2 with the kernel (gamma x.y + 1)^3, as it |
 |           |                           | is published: mean and std of subsets                   |
-| images    | images of each answer     | first, best, coverage, a floor for none                 |
+| images    | images of each answer     | first, best, coverage, a fixed score for none           |
 
 The MedMax release takes the raw cosine (no x 100, no factor 2.5, no clamp at 0), of the first image
 of an answer, over the answers that have one; a model that draws once and well wins. For captions it
@@ -34,12 +34,14 @@ def cosine(a: Float[np.ndarray, "n E"], b: Float[np.ndarray, "n E"]) -> Float64[
     """Return the cosine of each pair of rows, in -1..1."""
     a, b = normalize_rows(a, "a"), normalize_rows(b, "b")
     if a.shape != b.shape:
-        raise ValueError(f"embeddings of shapes {a.shape} and {b.shape}; a row of b for each of a")
+        raise ValueError(
+            f"embeddings have shapes {a.shape} and {b.shape}; pass one row of b per row of a"
+        )
     return (a * b).sum(1)
 
 
 def combined_clip_score(
-    picture: Float[np.ndarray, "n E"],
+    image: Float[np.ndarray, "n E"],
     text: Float[np.ndarray, "n E"],
     references: Sequence[Float[np.ndarray, "_ E"]],
 ) -> Float64[np.ndarray, "n"]:
@@ -50,16 +52,17 @@ def combined_clip_score(
     """
     if len(references) != len(text) or not all(len(rows) for rows in references):
         raise ValueError(
-            f"{len(text)} texts, references for {len(references)}; each text needs one or more"
+            f"{len(text)} texts but references for {len(references)}; pass one or more references "
+            "per text"
         )
-    seen = cosine(picture, text).clip(0)
+    image_cosines = cosine(image, text).clip(0)
     text = normalize_rows(text, "text")
     pairs = zip(references, text, strict=True)
-    said = np.array([(normalize_rows(rows, "references") @ one).max() for rows, one in pairs]).clip(
-        0
-    )
-    total = seen + said
-    return np.divide(2 * seen * said, total, out=np.zeros(len(total)), where=total > 0)
+    best = [(normalize_rows(rows, "references") @ row).max() for rows, row in pairs]
+    text_cosines = np.array(best).clip(0)
+    total = image_cosines + text_cosines
+    zeros = np.zeros(len(total))
+    return np.divide(2 * image_cosines * text_cosines, total, out=zeros, where=total > 0)
 
 
 def retrieval_ranks(
@@ -72,16 +75,19 @@ def retrieval_ranks(
     """
     queries, targets = normalize_rows(queries, "queries"), normalize_rows(targets, "targets")
     if queries.shape != targets.shape:
-        raise ValueError(f"{queries.shape} queries and {targets.shape} targets; one for each")
-    found = np.zeros(len(queries))
+        raise ValueError(
+            f"queries have shape {queries.shape} and targets {targets.shape}; pass one target per "
+            "query"
+        )
+    ranks = np.zeros(len(queries))
     for start in range(0, len(queries), RANK_BLOCK):
         part = slice(start, start + RANK_BLOCK)
         near = queries[part] @ targets.T
         own = near[np.arange(len(near)), np.arange(start, start + len(near))][:, None]
         same = np.abs(near - own) <= TIE
         above = ((near > own) & ~same).sum(1)
-        found[part] = 1 + above + (same.sum(1) - 1) / 2
-    return found
+        ranks[part] = 1 + above + (same.sum(1) - 1) / 2
+    return ranks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,16 +100,19 @@ class Retrieval:
     chance_recall: dict[int, float]
 
 
-def retrieval(found: Float[np.ndarray, "n"], *, at: Sequence[int]) -> Retrieval:
+def retrieval(ranks: Float[np.ndarray, "n"], *, at: Sequence[int]) -> Retrieval:
     """Return a summary of ranks and its chance level. `at`: the k of recall at k."""
-    n = len(found)
+    n = len(ranks)
     if not n or min(at) < 1:
-        raise ValueError(f"{n} ranks, recall at {list(at)}; need a rank and k of at least 1")
+        raise ValueError(
+            f"{n} ranks and recall at {list(at)}; required are at least one rank and k of at least "
+            "1"
+        )
     return Retrieval(
         n=n,
-        median_rank=float(np.median(found)),
-        recall={k: float((found <= k).mean()) for k in at},
-        mean_reciprocal_rank=float((1 / found).mean()),
+        median_rank=float(np.median(ranks)),
+        recall={k: float((ranks <= k).mean()) for k in at},
+        mean_reciprocal_rank=float((1 / ranks).mean()),
         chance_median=(n + 1) / 2,
         chance_recall={k: min(k / n, 1.0) for k in at},
     )
@@ -116,7 +125,10 @@ def mmd2(x: Float[np.ndarray, "m E"], y: Float[np.ndarray, "n E"], *, gamma: flo
     [[0], [1]] and [[2], [3]] at gamma 1: 1 + 343 - 2 * 93 / 4 = 297.5.
     """
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 2:
-        raise ValueError(f"features {x.shape} and {y.shape}; two rows or more of one width each")
+        raise ValueError(
+            f"features have shapes {x.shape} and {y.shape}; required are two or more rows each, of "
+            "one width"
+        )
     x, y = x.astype(np.float64), y.astype(np.float64)
     return _other_pairs(x, gamma) + _other_pairs(y, gamma) - 2 * float(kernel(x, y, gamma).mean())
 
@@ -131,7 +143,7 @@ class Kid:
 
 def kid(
     real: Float[np.ndarray, "m E"],
-    made: Float[np.ndarray, "n E"],
+    generated: Float[np.ndarray, "n E"],
     *,
     gamma: float,
     subsets: int,
@@ -143,21 +155,21 @@ def kid(
     `gamma`: 1 for unit rows; 1 / E for raw features, whose entries are about 1. Published values
     have 100 subsets of 1,000 on raw Inception features, and are not comparable with other features.
     """
-    if not 2 <= size <= min(len(real), len(made)) or subsets < 1:
+    if not 2 <= size <= min(len(real), len(generated)) or subsets < 1:
         raise ValueError(
-            f"subsets {subsets} of size {size} from {len(real)} and {len(made)} rows; size must be "
-            f"in 2..{min(len(real), len(made))}, subsets at least 1"
+            f"subsets is {subsets} and size is {size}, of {len(real)} and {len(generated)} rows; "
+            f"size must be in 2..{min(len(real), len(generated))} and subsets at least 1"
         )
     rng = np.random.default_rng(seed)
-    found = [
+    values = [
         mmd2(
             real[rng.choice(len(real), size, replace=False)],
-            made[rng.choice(len(made), size, replace=False)],
+            generated[rng.choice(len(generated), size, replace=False)],
             gamma=gamma,
         )
         for _ in range(subsets)
     ]
-    return Kid(float(np.mean(found)), float(np.std(found)), subsets, size)
+    return Kid(float(np.mean(values)), float(np.std(values)), subsets, size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,28 +178,28 @@ class ImageSimilarity:
 
     coverage: float  # share of answers with an image
     released: float | None  # mean of first images over answers that have one; None: no answer has
-    with_missing: float  # mean of first images, `floor` where there is none
-    best_of_all: float  # mean of the best image of each answer, `floor` where there is none
+    with_missing: float  # mean of first images, `missing_score` where there is none
+    best_of_all: float  # mean of each answer's best image, `missing_score` where there is none
 
 
 def per_answer_similarity(
-    similarities: Sequence[Sequence[float]], *, floor: float
+    similarities: Sequence[Sequence[float]], *, missing_score: float
 ) -> ImageSimilarity:
     """Summarize the similarities of every image of every answer, in their order, [] for none.
 
-    `floor`: the score of an answer without an image, such as the similarity of a blank one.
+    `missing_score`: of an answer without an image, such as the similarity of a blank one.
     [[0.8, 0.9], []] at 0.1: coverage 0.5, released 0.8, with_missing 0.45, best_of_all 0.5.
     """
     if not similarities:
-        raise ValueError("no answers: nothing was scored")
-    first = [found[0] for found in similarities if len(found)]
+        raise ValueError("similarities is empty: there are no answers to score")
+    first = [values[0] for values in similarities if len(values)]
     n = len(similarities)
-    missing = floor * (n - len(first))
+    missing = missing_score * (n - len(first))
     return ImageSimilarity(
         coverage=len(first) / n,
         released=sum(first) / len(first) if first else None,
         with_missing=(sum(first) + missing) / n,
-        best_of_all=(sum(max(found) for found in similarities if len(found)) + missing) / n,
+        best_of_all=(sum(max(values) for values in similarities if len(values)) + missing) / n,
     )
 
 
@@ -213,6 +225,6 @@ def normalize_rows(x: Float[np.ndarray, "n E"], name: str) -> Float64[np.ndarray
     if x.ndim != 2 or not (np.abs(lengths - 1) < UNIT_ERROR).all():
         raise ValueError(
             f"{name} has shape {x.shape} and rows of length {lengths.min():.3g} to "
-            f"{lengths.max():.3g}; give unit rows, as Embedder makes them"
+            f"{lengths.max():.3g}; pass unit rows, as Embedder computes them"
         )
     return x / lengths[:, None]

@@ -23,10 +23,13 @@ from medmax_jax.endpoints.chat_api import Endpoint, Messages, Reply, TransientEr
 
 FOLDER = Path(__file__).parents[1] / "prompts"
 CORRECT, RELATIVE = "judge_correct", "judge_relative"
+NOT_REQUESTED = "not requested: stopped, or max_usd is spent"
 READ_CHARS = 20_000  # of the end of a reply, where the verdict is
-LEAST, MOST = 1, 10  # of a comparison
+MIN_SCORE, MAX_SCORE = 1, 10  # of a comparison
 # Names that the provider moves to other weights; gpt-oss has weights of its own.
-_MOVES = re.compile(r"(?:chatgpt|gpt-(?!oss)|o\d)(?!.*\d{4}-?\d{2}-?\d{2}$)(?!.*-\d{4}$)|.*latest$")
+_UNPINNED = re.compile(
+    r"(?:chatgpt|gpt-(?!oss)|o\d)(?!.*\d{4}-?\d{2}-?\d{2}$)(?!.*-\d{4}$)|.*latest$"
+)
 
 Progress = Callable[[str], None]
 
@@ -56,18 +59,23 @@ class Judge:
             if getattr(self, name) < 1:
                 raise JudgeError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if "temperature" not in self.endpoint.parameters:
-            raise JudgeError("parameters: no temperature, so the endpoint's own; set it, best to 0")
+            raise JudgeError(
+                "parameters: temperature is missing, so the endpoint would use its own; set it, "
+                "preferably to 0"
+            )
         if "seed" in self.endpoint.parameters:
             raise JudgeError(
                 "parameters: seed is set for each repeat; remove it, and set judge.seed"
             )
-        if _MOVES.match(self.endpoint.model):
+        if _UNPINNED.match(self.endpoint.model):
             raise JudgeError(
-                f"model {self.endpoint.model!r} is a name that moves; pin one with its date, like "
-                "gpt-4o-mini-2024-07-18"
+                f"model {self.endpoint.model!r} is a name that the provider may assign to other "
+                "weights; use a name with a date, like gpt-4o-mini-2024-07-18"
             )
         if self.max_usd is not None and cost(self.endpoint, 0, 0) is None:
-            raise JudgeError("max_usd needs price_in and price_out; give both, or no limit")
+            raise JudgeError(
+                "max_usd requires price_in and price_out; set both, or remove the limit"
+            )
 
     @property
     def fingerprint(self) -> str:
@@ -120,7 +128,7 @@ def correctness(
     progress: Progress,
 ) -> tuple[list[Judgment], Usage]:
     """Return `repeats` votes of 0 or 1 on each case."""
-    return _judged(judge, CORRECT, cases, cache, stopped, progress)
+    return _collect_votes(judge, CORRECT, cases, cache, stopped, progress)
 
 
 def relative(
@@ -132,7 +140,7 @@ def relative(
     progress: Progress,
 ) -> tuple[list[Judgment], Usage]:
     """Return `repeats` votes per case, each the mean of both orders to cancel position bias."""
-    return _judged(judge, RELATIVE, cases, cache, stopped, progress)
+    return _collect_votes(judge, RELATIVE, cases, cache, stopped, progress)
 
 
 def estimate(
@@ -141,11 +149,11 @@ def estimate(
     """Return the remaining calls, tokens and USD if every first reply can be read."""
     total = dict(calls=0, tokens_in=0, tokens_out=0)
     for repeat in range(judge.repeats):
-        asks = [ask for _, ask in _asks(kind, cases)]
-        about = cached_chat_api.estimate(
-            _seeded(judge, repeat, 0), asks, cache, tokens_out=judge.tokens_out
+        requests = [request for _, request in _requests(kind, cases)]
+        pass_estimate = cached_chat_api.estimate(
+            _seeded(judge, repeat, 0), requests, cache, tokens_out=judge.tokens_out
         )
-        total = {name: total[name] + about[name] for name in total}
+        total = {name: total[name] + pass_estimate[name] for name in total}
     return total | {"usd": cost(judge.endpoint, total["tokens_in"], total["tokens_out"])}
 
 
@@ -154,53 +162,55 @@ def parse_verdict(kind: str, text: str, tag: str) -> float | tuple[float, float]
 
     A verdict inside the reasoning of a reasoning model does not count.
     """
-    found = None
+    verdict = None
     final = reasoning.final_answer(text) or ""
-    for one in _objects(final[-READ_CHARS:]):
-        if one.get("case") != tag:
+    for candidate in _objects(final[-READ_CHARS:]):
+        if candidate.get("case") != tag:
             continue
-        if kind == CORRECT and isinstance(one.get("correct"), bool):
-            found = float(one["correct"])
-        elif kind == RELATIVE and all(_is_score(one.get(name)) for name in ("first", "second")):
-            found = (float(one["first"]), float(one["second"]))
-    return found
+        if kind == CORRECT and isinstance(candidate.get("correct"), bool):
+            verdict = float(candidate["correct"])
+        elif kind == RELATIVE and all(
+            _is_score(candidate.get(name)) for name in ("first", "second")
+        ):
+            verdict = (float(candidate["first"]), float(candidate["second"]))
+    return verdict
 
 
 def messages(kind: str, case: Case, *, swapped: bool) -> tuple[Messages, str]:
     """Return the request for a case and its verdict's tag. `swapped`: the answer is first."""
-    told: dict[str, str] = {"question": case.question}
+    fields: dict[str, str] = {"question": case.question}
     if kind == CORRECT:
-        told |= {"reference": case.reference, "answer": case.answer}
+        fields |= {"reference": case.reference, "answer": case.answer}
     else:
         both = [case.reference, case.answer]
         first, second = reversed(both) if swapped else both
-        told |= {"context": case.context, "first": first, "second": second}
-    tag = hashlib.sha256(json.dumps([kind, case.id, told]).encode()).hexdigest()[:8]
-    user = json.dumps({"case": tag} | told, ensure_ascii=False, indent=1)
-    asked = [{"role": "system", "content": _prompt(kind)}, {"role": "user", "content": user}]
-    return asked, tag
+        fields |= {"context": case.context, "first": first, "second": second}
+    tag = hashlib.sha256(json.dumps([kind, case.id, fields]).encode()).hexdigest()[:8]
+    user = json.dumps({"case": tag} | fields, ensure_ascii=False, indent=1)
+    request = [{"role": "system", "content": _prompt(kind)}, {"role": "user", "content": user}]
+    return request, tag
 
 
-def _judged(judge: Judge, kind: str, cases, cache, stopped, progress):
-    about = estimate(judge, kind, cases, cache)
+def _collect_votes(judge: Judge, kind: str, cases, cache, stopped, progress):
+    total = estimate(judge, kind, cases, cache)
     where = egress.parse_address(judge.endpoint.url).name
     progress(
-        f"{judge.endpoint.model} at {where} gets the texts of {len(cases)} answers: at most "
-        f"{about['calls']} calls, {_usd(about['usd'])}, more where a reply cannot be read"
+        f"{judge.endpoint.model} at {where} receives the texts of {len(cases)} answers: at most "
+        f"{total['calls']} calls, {_usd(total['usd'])}; more for replies that cannot be parsed"
     )
-    if judge.max_usd is not None and about["usd"] > judge.max_usd:
+    if judge.max_usd is not None and total["usd"] > judge.max_usd:
         raise JudgeError(
-            f"max_usd is {judge.max_usd:g} but judging costs {_usd(about['usd'])}; raise it, or "
-            "judge fewer answers"
+            f"max_usd is {judge.max_usd:g} but judging costs {_usd(total['usd'])}; increase it, "
+            "or judge fewer answers"
         )
-    run = _VotingRun(judge, kind, cases, cache, stopped)
+    voting = _VotingRun(judge, kind, cases, cache, stopped)
     for repeat in range(judge.repeats):
-        run.repeat(repeat)
+        voting.repeat(repeat)
     progress(
-        f"spent: {run.spent.calls} calls, {run.spent.tokens_in} tokens in, "
-        f"{run.spent.tokens_out} out, {_usd(run.spent.usd)}"
+        f"spent: {voting.usage.calls} calls, {voting.usage.tokens_in} tokens in, "
+        f"{voting.usage.tokens_out} out, {_usd(voting.usage.usd)}"
     )
-    return [run.result(number) for number in range(len(cases))], run.spent
+    return [voting.result(number) for number in range(len(cases))], voting.usage
 
 
 class _VotingRun:
@@ -208,104 +218,106 @@ class _VotingRun:
 
     def __init__(self, judge: Judge, kind: str, cases: Sequence[Case], cache, stopped):
         self.judge, self.kind, self.cases, self.cache = judge, kind, cases, cache
-        self.asked_to_stop = stopped
-        self.spent = Usage(usd=cost(judge.endpoint, 0, 0))
+        self.stop_requested = stopped
+        self.usage = Usage(usd=cost(judge.endpoint, 0, 0))
         self.votes: dict[tuple[int, bool], dict[int, Any]] = {}
         self.why: dict[int, list[str]] = {}
 
     def repeat(self, number: int) -> None:
-        left = dict(_asks(self.kind, self.cases))
+        left = dict(_requests(self.kind, self.cases))
         for attempt in range(self.judge.attempts):
             endpoint = _seeded(self.judge, number, attempt)
-            again = dict(left)
-            for place, found in self._replies(endpoint, left):
-                vote = self._read(place, found)
+            retries = dict(left)
+            for key, reply in self._replies(endpoint, left):
+                vote = self._read(key, reply)
                 if vote is not None:
-                    self.votes.setdefault(place, {})[number] = vote
-                if vote is not None or isinstance(found, TransientError):
-                    del again[place]  # the number of attempts is exhausted
-            left = again
+                    self.votes.setdefault(key, {})[number] = vote
+                if vote is not None or isinstance(reply, TransientError):
+                    del retries[key]  # the number of attempts is exhausted
+            left = retries
             if not left or self.stopped():
                 break
         for index, _ in left:
             if self.stopped():
-                self.why.setdefault(index, []).append("not asked: stopped, or max_usd is spent")
+                self.why.setdefault(index, []).append(NOT_REQUESTED)
 
     def result(self, index: int) -> Judgment:
-        straight = self.votes.get((index, False), {})
+        in_order = self.votes.get((index, False), {})
         if self.kind == CORRECT:
-            votes = tuple(straight.values())
+            votes = tuple(in_order.values())
         else:
-            turned = self.votes.get((index, True), {})
+            in_reverse = self.votes.get((index, True), {})
             votes = tuple(
                 ((a + d) / 2, (b + c) / 2)
-                for n, (a, b) in straight.items()
-                for c, d in [turned.get(n, (None, None))]
+                for n, (a, b) in in_order.items()
+                for c, d in [in_reverse.get(n, (None, None))]
                 if c is not None
             )
         return Judgment(id=self.cases[index].id, votes=votes, why=tuple(self.why.get(index, ())))
 
     def stopped(self) -> bool:
-        most = self.judge.max_usd
-        return self.asked_to_stop() or (most is not None and self.spent.usd >= most)
+        limit = self.judge.max_usd
+        return self.stop_requested() or (limit is not None and self.usage.usd >= limit)
 
     def _replies(self, endpoint: Endpoint, left: dict) -> Iterator[tuple[tuple[int, bool], Any]]:
-        places = {ask.id: place for place, ask in left.items()}
+        keys_by_id = {request.id: vote_key for vote_key, request in left.items()}
         new = {
-            cached_chat_api.cache_key(endpoint, ask.messages)
-            for ask in left.values()
-            if self.cache.get(cached_chat_api.cache_key(endpoint, ask.messages)) is None
+            cached_chat_api.cache_key(endpoint, request.messages)
+            for request in left.values()
+            if self.cache.get(cached_chat_api.cache_key(endpoint, request.messages)) is None
         }
-        found = cached_chat_api.complete_all(
+        replies = cached_chat_api.complete_all(
             endpoint,
             left.values(),
             self.cache,
             concurrency=self.judge.concurrency,
             stopped=self.stopped,
         )
-        for ask, reply in found:
-            key = cached_chat_api.cache_key(endpoint, ask.messages)
+        for request, reply in replies:
+            key = cached_chat_api.cache_key(endpoint, request.messages)
             if key in new and isinstance(reply, Reply):
                 new.discard(key)
-                self._pay(ask, reply)
-            yield places[ask.id], reply
+                self._pay(request, reply)
+            yield keys_by_id[request.id], reply
 
-    def _pay(self, ask: cached_chat_api.ChatRequest, reply: Reply) -> None:
+    def _pay(self, request: cached_chat_api.ChatRequest, reply: Reply) -> None:
         """Add the cost of a reply; characters count where a server reports no tokens."""
-        asked = sum(len(message["content"]) for message in ask.messages)
-        spent, each = self.spent, cached_chat_api.CHARS_PER_TOKEN
-        spent.calls += 1
-        spent.tokens_in += asked // each if reply.tokens_in is None else reply.tokens_in
-        spent.tokens_out += (
-            len(reply.text) // each if reply.tokens_out is None else reply.tokens_out
+        characters = sum(len(message["content"]) for message in request.messages)
+        usage, per_token = self.usage, cached_chat_api.CHARS_PER_TOKEN
+        usage.calls += 1
+        usage.tokens_in += characters // per_token if reply.tokens_in is None else reply.tokens_in
+        usage.tokens_out += (
+            len(reply.text) // per_token if reply.tokens_out is None else reply.tokens_out
         )
-        spent.usd = cost(self.judge.endpoint, spent.tokens_in, spent.tokens_out)
+        usage.usd = cost(self.judge.endpoint, usage.tokens_in, usage.tokens_out)
 
-    def _read(self, place: tuple[int, bool], found: Reply | TransientError):
-        index, swapped = place
+    def _read(self, key: tuple[int, bool], reply: Reply | TransientError):
+        index, swapped = key
         why = self.why.setdefault(index, [])
-        if isinstance(found, TransientError):
-            why.append(str(found))
+        if isinstance(reply, TransientError):
+            why.append(str(reply))
             return None
-        if found.problem:
-            why.append(found.problem)
+        if reply.problem:
+            why.append(reply.problem)
             return None
         tag = messages(self.kind, self.cases[index], swapped=swapped)[1]
-        vote = parse_verdict(self.kind, found.text, tag)
+        vote = parse_verdict(self.kind, reply.text, tag)
         if vote is None:
-            why.append(f"no verdict in {found.text[-80:]!r}")
+            why.append(f"no verdict in {reply.text[-80:]!r}")
         return vote
 
 
-def _asks(
+def _requests(
     kind: str, cases: Sequence[Case]
 ) -> Iterator[tuple[tuple[int, bool], cached_chat_api.ChatRequest]]:
     for index, case in enumerate(cases):
         for swapped in (False, True) if kind == RELATIVE else (False,):
-            asked, _ = messages(kind, case, swapped=swapped)
+            request, _ = messages(kind, case, swapped=swapped)
             name = f"{index} {swapped}"
-            ask = cached_chat_api.ChatRequest(id=name, messages=asked, data_class=case.data_class)
-            yield (index, swapped), ask
+            chat_request = cached_chat_api.ChatRequest(
+                id=name, messages=request, data_class=case.data_class
+            )
+            yield (index, swapped), chat_request
 
 
 def _seeded(judge: Judge, repeat: int, attempt: int) -> Endpoint:
@@ -321,19 +333,19 @@ def _objects(text: str) -> Iterator[dict[str, Any]]:
     decoder, start = json.JSONDecoder(), text.find("{")
     while start >= 0:
         try:
-            found, end = decoder.raw_decode(text, start)
-            yield found
+            value, end = decoder.raw_decode(text, start)
+            yield value
         except (ValueError, RecursionError):
             end = start + 1
         start = text.find("{", end)
 
 
 def _is_score(value: Any) -> bool:
-    return type(value) in (int, float) and LEAST <= value <= MOST
+    return type(value) in (int, float) and MIN_SCORE <= value <= MAX_SCORE
 
 
 def _usd(usd: float | None) -> str:
-    return "no prices given" if usd is None else f"{usd:.4f} USD"
+    return "no prices set" if usd is None else f"{usd:.4f} USD"
 
 
 def _prompt(name: str) -> str:

@@ -23,8 +23,10 @@ FOLDER = Path(__file__).parents[1] / "prompts"
 JUDGE = "gpt-4o-mini"  # called once, at the endpoint's own temperature
 FIRST_ROWS = 100  # of each image generation task
 DOMAINS = ("chest_xray", "mri", "histology", "gross", "ct_scan")
-SHOWN = ("conversation", "detailed_description", *DOMAINS, "overall")
+REPORTED = ("conversation", "detailed_description", *DOMAINS, "overall")
+# Verbatim: part of the data.
 SYSTEM = "'You are a helpful and precise assistant for checking the quality of the answer."
+# Verbatim: part of the data.
 DETAILED = "Analyze the image in a comprehensive and detailed manner."
 
 
@@ -37,8 +39,8 @@ def closed(raw: str, answer: str) -> bool:
 
     closed("Normal", "no") -> True.
     """
-    said = raw.lower()
-    yes, no = "yes" in said, "no" in said
+    lowered = raw.lower()
+    yes, no = "yes" in lowered, "no" in lowered
     return (answer == "yes" and yes and not no) or (answer == "no" and no and not yes)
 
 
@@ -120,15 +122,15 @@ def visual_chat(rows: Sequence[tuple[str, Mapping[str, Any], str]]) -> dict[str,
         domain = next((name for name in DOMAINS if flags[name]), None)
         for name in (kind, "overall", domain):
             parts.setdefault(name, []).append(reply)
-    found = {name: relative(replies) for name, replies in parts.items()}
-    return {name: found[name] for name in SHOWN if name in found}
+    scores_by_name = {name: relative(replies) for name, replies in parts.items()}
+    return {name: scores_by_name[name] for name in REPORTED if name in scores_by_name}
 
 
 def text_and_image(outputs: Sequence[str]) -> tuple[str, str]:
     """Return text and first image of an interleaved answer; any .png ending is an image."""
-    pictures = [out for out in outputs if out.endswith(".png")]
+    image_names = [out for out in outputs if out.endswith(".png")]
     text = " ".join(out for out in outputs if not out.endswith(".png"))
-    return text, pictures[0] if pictures else ""
+    return text, image_names[0] if image_names else ""
 
 
 def multimodal(replies: Sequence[str], cosines: Sequence[float]) -> dict[str, float]:
@@ -145,10 +147,10 @@ def multimodal(replies: Sequence[str], cosines: Sequence[float]) -> dict[str, fl
 # Messages for the judge. The texts are the release's own (MIT), since replies depend on them.
 
 
-def open_messages(question: str, answer: str, raw: str) -> list[dict[str, str]]:
+def open_messages(question: str, answer: str, text: str) -> list[dict[str, str]]:
     """Return the messages for an open question; the answer is sent in lower case."""
     text = _prompt("release_correctness").format(
-        question=question, answer=answer, generated=raw.lower()
+        question=question, answer=answer, generated=text.lower()
     )
     return [{"role": "user", "content": text}]
 
@@ -180,8 +182,8 @@ def _relative(context: str, question: str, first: str, second: str) -> list[dict
         f"[Assistant {n}]\n{text}\n\n[End of Assistant {n}]\n\n"
         for n, text in ((1, first), (2, second))
     )
-    asked = f"{context}[Question]\n{question}\n\n{answers}"
-    content = f"{asked}[System]\n{_prompt('release_relative')}\n\n"
+    question_part = f"{context}[Question]\n{question}\n\n{answers}"
+    content = f"{question_part}[System]\n{_prompt('release_relative')}\n\n"
     return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
 
 
@@ -203,55 +205,56 @@ def _prompt(name: str) -> str:
 CLIP = "biomedclip"  # the only scorer that the release has
 
 
-def release_scores(records: Sequence[Record], known: ScoringInputs) -> dict[str, dict[str, Any]]:
+def release_scores(records: Sequence[Record], inputs: ScoringInputs) -> dict[str, dict[str, Any]]:
     """Return metric -> {paper, paper_n, paper_why} of the records of one task."""
     family = records[0]["family"]
     if family == "vqa_closed":
-        return {"accuracy": _tell(_mean, [closed(r["text"], r["answer"]) for r in records])}
+        return {"accuracy": _score(_mean, [closed(r["text"], r["answer"]) for r in records])}
     if family == "vqa_mcq":
-        return {"accuracy": _tell(_mean, [choice(r["text"], r["answer"]) for r in records])}
+        return {"accuracy": _score(_mean, [choice(r["text"], r["answer"]) for r in records])}
     if family == "vqa_open":
-        replies = _replies(records, known, per_record.PAPER_OPEN)
+        replies = _replies(records, inputs, per_record.PAPER_OPEN)
         if replies is None:
             return {}
-        read = [verdict for verdict in map(parse_judgment, replies) if verdict is not None]
-        return {"judge_correct": _tell(_mean, read)}
-    found = {}
+        verdicts = [verdict for verdict in map(parse_judgment, replies) if verdict is not None]
+        return {"judge_correct": _score(_mean, verdicts)}
+    scores = {}
     if family in per_record.PAIRWISE_FAMILIES:
-        replies = _replies(records, known, per_record.PAPER_RELATIVE)
+        replies = _replies(records, inputs, per_record.PAPER_RELATIVE)
         if replies is not None:
-            found["judge_relative"] = _tell(_ratio, replies)
-    lines = known.image_scores.get(CLIP)
+            scores["judge_relative"] = _score(_ratio, replies)
+    lines = inputs.image_scores.get(CLIP)
     if lines is not None and family in ("captioning", "image_generation"):
         cosines = _cosines(records, lines, "image_text")
-        score = _mean if family == "captioning" else lambda some: generation(some)[0]
-        found["clip_image_text"] = _tell(score, cosines)
+        score = _mean if family == "captioning" else lambda values: generation(values)[0]
+        scores["clip_image_text"] = _score(score, cosines)
     if lines is not None and family == "multimodal":
-        found["clip_image_image"] = _tell(_mean, _cosines(records, lines, "image_image"))
-    return found
+        scores["clip_image_image"] = _score(_mean, _cosines(records, lines, "image_image"))
+    return scores
 
 
-def _tell(score: Callable[[Sequence], float], some: Sequence) -> dict[str, Any]:
+def _score(score: Callable[[Sequence], float], values: Sequence) -> dict[str, Any]:
     try:
-        value, why = score(some), ""
+        value, why = score(values), ""
     except PaperError as error:
         value, why = math.nan, str(error)
     if math.isnan(value):
-        return {"paper": None, "paper_n": len(some), "paper_why": why or "nothing that it can read"}
-    return {"paper": float(value), "paper_n": len(some), "paper_why": ""}
+        why = why or "no reply or answer that the release can parse"
+        return {"paper": None, "paper_n": len(values), "paper_why": why}
+    return {"paper": float(value), "paper_n": len(values), "paper_why": ""}
 
 
-def _mean(some: Sequence[float]) -> float:
-    return accuracy(some)[0]
+def _mean(values: Sequence[float]) -> float:
+    return accuracy(values)[0]
 
 
 def _ratio(replies: Sequence[str]) -> float:
     return relative(replies)["pred_relative_score"] / 100
 
 
-def _replies(records: Sequence[Record], known: ScoringInputs, kind: str) -> list[str] | None:
+def _replies(records: Sequence[Record], inputs: ScoringInputs, kind: str) -> list[str] | None:
     """Return the unchanged replies; None where no judge received the release's messages."""
-    lines = known.judgments.get(kind)
+    lines = inputs.judgments.get(kind)
     if lines is None:
         return None
     return [lines[r["id"]]["votes"][0] for r in records if lines.get(r["id"], {}).get("votes")]
@@ -259,12 +262,12 @@ def _replies(records: Sequence[Record], known: ScoringInputs, kind: str) -> list
 
 def _cosines(records: Sequence[Record], lines: Mapping[str, Mapping], name: str) -> list[float]:
     """Return the cosines of the first images; as the release prepares them, where that differs."""
-    found = []
+    cosines = []
     for record in records:
         line = lines.get(record["id"], {})
-        some = line.get(f"{name}_released", line.get(name))
-        found += some[:1] if some else []
-    return found
+        values = line.get(f"{name}_released", line.get(name))
+        cosines += values[:1] if values else []
+    return cosines
 
 
 # ---- The content of an answer where no judge is needed, as both scorings parse it ----
@@ -277,10 +280,10 @@ def parse_and_judge(family: str, text: str, answer: str, prompt: str) -> dict[st
     """
     if family not in ("vqa_closed", "vqa_mcq"):
         return {}
-    said, expected = (strict.parse_answer(family, words, prompt) for words in (text, answer))
-    if said is None:
+    parsed, expected = (strict.parse_answer(family, content, prompt) for content in (text, answer))
+    if parsed is None:
         verdict = "unparsed"
     else:
-        verdict = "right" if said == expected else "wrong"
+        verdict = "right" if parsed == expected else "wrong"
     right = closed if family == "vqa_closed" else choice
-    return {"parsed": said, "strict": verdict, "paper": right(text, answer)}
+    return {"parsed": parsed, "strict": verdict, "paper": right(text, answer)}

@@ -5,7 +5,7 @@ unparsed   the model's answer cannot be parsed: wrong, and at best right
 unscored   the judge or the scorer failed, not the model: counted as worst, and at best right
 
 value      unparsed and unscored at their worst  ]  the truth is between `value` and `best`;
-best       unparsed and unscored at their best   ]  `of_scored` is the value if they are dropped
+best       unparsed and unscored at their best   ]  `scored_only` is the value if they are dropped
 """
 
 import dataclasses
@@ -48,14 +48,14 @@ class ItemScore:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Total:
-    """Holds the total of many verdicts; `of_scored` is None when nothing was scored."""
+    """Holds the total of many scores; `scored_only` is None when nothing was scored."""
 
     n: int
     n_unparsed: int
     n_unscored: int
     value: float
     best: float
-    of_scored: float | None
+    scored_only: float | None
 
 
 def scored(value: float) -> ItemScore:
@@ -104,8 +104,10 @@ def parse_correctness(reply: str) -> ItemScore:
     Replies of eval/metrics/llm_judge.py have a form of their own.
     """
     plain = re.sub(r"[*_`\"']", "", reasoning.final_answer(reply) or "")
-    found = re.findall(r"\bcorrectness\s*:\s*([01])(?![\w.]*\d)\b", plain, re.IGNORECASE)
-    return scored(float(found[-1])) if found else unscored(f"{reply[:60]!r} has no verdict")
+    verdicts = re.findall(r"\bcorrectness\s*:\s*([01])(?![\w.]*\d)\b", plain, re.IGNORECASE)
+    return (
+        scored(float(verdicts[-1])) if verdicts else unscored(f"{reply[:60]!r} contains no verdict")
+    )
 
 
 def parse_score_pair(reply: str) -> tuple[float, float] | None:
@@ -117,31 +119,31 @@ def parse_score_pair(reply: str) -> tuple[float, float] | None:
     final = reasoning.final_answer(reply) or ""
     line = next((line for line in final.splitlines() if line.strip()), "")
     text = re.sub(r"\bassistant [12]\b", " ", line, flags=re.IGNORECASE)
-    found = re.findall(r"(?<![\w.-])\d+(?:\.\d+)?(?![\w])", text, re.ASCII)
-    scores = [float(number) for number in found]
+    numbers = re.findall(r"(?<![\w.-])\d+(?:\.\d+)?(?![\w])", text, re.ASCII)
+    scores = [float(number) for number in numbers]
     if len(scores) != 2 or not all(MIN_SCORE <= score <= MAX_SCORE for score in scores):
         return None
     return scores[0], scores[1]
 
 
-def total(verdicts: Sequence[ItemScore]) -> Total:
-    """Return the mean with bounds over all verdicts."""
-    if not verdicts:
-        raise StrictError("no verdicts: nothing was asked, so there is no score")
-    known = [v.value for v in verdicts if v.value is not None]
-    states = [v.status for v in verdicts]
+def total(item_scores: Sequence[ItemScore]) -> Total:
+    """Return the mean with bounds over all item scores."""
+    if not item_scores:
+        raise StrictError("item_scores is empty: there are no answers to score")
+    values = [v.value for v in item_scores if v.value is not None]
+    states = [v.status for v in item_scores]
     return Total(
-        n=len(verdicts),
+        n=len(item_scores),
         n_unparsed=states.count(UNPARSED),
         n_unscored=states.count(UNSCORED),
-        value=sum(v.lower for v in verdicts) / len(verdicts),
-        best=sum(v.upper for v in verdicts) / len(verdicts),
-        of_scored=sum(known) / len(known) if known else None,
+        value=sum(v.lower for v in item_scores) / len(item_scores),
+        best=sum(v.upper for v in item_scores) / len(item_scores),
+        scored_only=sum(values) / len(values) if values else None,
     )
 
 
 def all_correct_by_key(
-    verdicts: Sequence[ItemScore], keys: Sequence[Hashable]
+    item_scores: Sequence[ItemScore], keys: Sequence[Hashable]
 ) -> dict[Hashable, ItemScore]:
     """Return key -> right only if all of its questions are: ProbMed's pairs.
 
@@ -149,25 +151,25 @@ def all_correct_by_key(
     the key is (image, question type): a model that answers yes to everything scores nothing. One
     wrong answer decides, even if others are unscored.
     """
-    if len(verdicts) != len(keys):
-        raise StrictError(f"{len(verdicts)} verdicts but {len(keys)} keys: one key a verdict")
-    found: dict[Hashable, list[ItemScore]] = {}
-    for key, verdict in zip(keys, verdicts, strict=True):
-        found.setdefault(key, []).append(verdict)
-    return {key: _all(some) for key, some in found.items()}
+    if len(item_scores) != len(keys):
+        raise StrictError(f"{len(item_scores)} scores but {len(keys)} keys; pass one key per score")
+    by_key: dict[Hashable, list[ItemScore]] = {}
+    for key, item_score in zip(keys, item_scores, strict=True):
+        by_key.setdefault(key, []).append(item_score)
+    return {key: _all(key_scores) for key, key_scores in by_key.items()}
 
 
 def grouped_accuracy(
-    verdicts: Sequence[ItemScore], pictures: Sequence[str], kinds: Sequence[str]
+    item_scores: Sequence[ItemScore], image_names: Sequence[str], kinds: Sequence[str]
 ) -> dict[str, Total]:
     """Return question type -> accuracy over images of `all_correct_by_key`, and "overall"."""
-    keys = list(zip(pictures, kinds, strict=True))
-    merged = all_correct_by_key(verdicts, keys)
-    parts = {
-        kind: [v for (_, k), v in merged.items() if k == kind] for kind in dict.fromkeys(kinds)
+    keys = list(zip(image_names, kinds, strict=True))
+    by_key = all_correct_by_key(item_scores, keys)
+    by_kind = {
+        kind: [v for (_, k), v in by_key.items() if k == kind] for kind in dict.fromkeys(kinds)
     }
-    return {kind: total(some) for kind, some in parts.items()} | {
-        "overall": total(list(merged.values()))
+    return {kind: total(kind_scores) for kind, kind_scores in by_kind.items()} | {
+        "overall": total(list(by_key.values()))
     }
 
 
@@ -178,57 +180,59 @@ def comparison(pairs: Sequence[tuple[float, float] | None]) -> dict[str, float |
     does; its bounds give unscored answers 1 of 10 against 10 of 10, and the reverse.
     """
     if not pairs:
-        raise StrictError("no pairs: nothing was judged, so there is no score")
-    known = [pair for pair in pairs if pair is not None]
-    for pair in known:
+        raise StrictError("pairs is empty: there are no judged answers to compare")
+    scored_pairs = [pair for pair in pairs if pair is not None]
+    for pair in scored_pairs:
         if not all(MIN_SCORE <= score <= MAX_SCORE for score in pair):
-            raise StrictError(f"scores {pair}: must lie between {MIN_SCORE:g} and {MAX_SCORE:g}")
-    missing = len(pairs) - len(known)
+            raise StrictError(f"scores {pair} must be between {MIN_SCORE:g} and {MAX_SCORE:g}")
+    missing, ratios = len(pairs) - len(scored_pairs), [b / a for a, b in scored_pairs]
     return {
         "n": len(pairs),
         "n_unscored": missing,
-        "mean_of_ratios": sum(b / a for a, b in known) / len(known) if known else None,
-        "ratio_of_means": _ratio(known),
-        "worst": _ratio(known + [(MAX_SCORE, MIN_SCORE)] * missing),
-        "best": _ratio(known + [(MIN_SCORE, MAX_SCORE)] * missing),
-        "win": sum(b > a for a, b in known),
-        "tie": sum(b == a for a, b in known),
-        "loss": sum(b < a for a, b in known),
+        "mean_of_ratios": sum(ratios) / len(ratios) if ratios else None,
+        "ratio_of_means": _ratio(scored_pairs),
+        "worst": _ratio(scored_pairs + [(MAX_SCORE, MIN_SCORE)] * missing),
+        "best": _ratio(scored_pairs + [(MIN_SCORE, MAX_SCORE)] * missing),
+        "win": sum(b > a for a, b in scored_pairs),
+        "tie": sum(b == a for a, b in scored_pairs),
+        "loss": sum(b < a for a, b in scored_pairs),
     }
 
 
 def image_similarity_summary(
-    cosines: Sequence[Sequence[float]], *, floor: float
+    cosines: Sequence[Sequence[float]], *, missing_score: float
 ) -> dict[str, float | None]:
-    """Summarize the similarities of each answer's images, () for none; missing ones get `floor`.
+    """Summarize the similarities of each answer's images, () for none.
 
-    `first` is the first image over the answers with an image, as published; `with_missing` is over
-    all.
+    An answer without an image gets `missing_score`. `first` is the first image over the answers
+    with an image, as published; `with_missing` is over all.
     """
     if not cosines:
-        raise StrictError("no answers: nothing was asked, so there is no score")
-    drew = [some for some in cosines if some]
+        raise StrictError("cosines is empty: there are no answers to score")
+    present = [answer_cosines for answer_cosines in cosines if answer_cosines]
+    best = [max(answer_cosines, default=missing_score) for answer_cosines in cosines]
+    first = [answer_cosines[0] if answer_cosines else missing_score for answer_cosines in cosines]
     return {
-        "coverage": len(drew) / len(cosines),
-        "first": sum(some[0] for some in drew) / len(drew) if drew else None,
-        "with_missing": sum(some[0] if some else floor for some in cosines) / len(cosines),
-        "best_of_all": sum(max(some) if some else floor for some in cosines) / len(cosines),
+        "coverage": len(present) / len(cosines),
+        "first": sum(values[0] for values in present) / len(present) if present else None,
+        "with_missing": sum(first) / len(cosines),
+        "best_of_all": sum(best) / len(cosines),
     }
 
 
 def _matched(task: str, raw: str, answer: str, prompt: str) -> ItemScore:
     expected = parse_answer(task, answer, prompt)
     if expected is None:
-        raise StrictError(f"answer {answer!r} is no answer of a {task}; mend the row")
-    said = parse_answer(task, raw, prompt)
-    return scored(said == expected) if said else unparsed(f"{raw[:60]!r} states no answer")
+        raise StrictError(f"answer {answer!r} is not an answer to a {task} question; fix the row")
+    parsed = parse_answer(task, raw, prompt)
+    return scored(parsed == expected) if parsed else unparsed(f"{raw[:60]!r} states no answer")
 
 
-def _all(verdicts: Sequence[ItemScore]) -> ItemScore:
-    if any(v.value == 0 for v in verdicts):
+def _all(item_scores: Sequence[ItemScore]) -> ItemScore:
+    if any(v.value == 0 for v in item_scores):
         return scored(0.0)
-    open_ = [v for v in verdicts if v.value is None]
-    return open_[0] if open_ else scored(1.0)
+    undecided = [v for v in item_scores if v.value is None]
+    return undecided[0] if undecided else scored(1.0)
 
 
 def _ratio(pairs: Sequence[tuple[float, float]]) -> float | None:

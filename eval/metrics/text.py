@@ -31,8 +31,8 @@ def tokens(text: str) -> list[str]:
 
     "The X-ray, 3.5 cm" -> x ray 3.5 cm.
     """
-    found = re.findall(r"\d+(?:\.\d+)?|[^\W\d_]+", text.lower())
-    return [word for word in found if word not in ARTICLES]
+    words = re.findall(r"\d+(?:\.\d+)?|[^\W\d_]+", text.lower())
+    return [word for word in words if word not in ARTICLES]
 
 
 def options(prompt: str) -> dict[str, str]:
@@ -56,8 +56,8 @@ def option_spans(prompt: str) -> list[tuple[str, int, int]]:
         for style in dict.fromkeys(mark[2] for mark in reversed(marks)):
             same = [mark for mark in marks if mark[2] == style]
             for first in reversed(range(len(same))):
-                if found := _listed(prompt, same[first:]):
-                    return found
+                if spans := _listed(prompt, same[first:]):
+                    return spans
     starts = [n for n, mark in enumerate(inline) if mark[1] == "A"]
     return _listed(prompt, inline[starts[0] :]) if starts else []
 
@@ -68,14 +68,14 @@ def _listed(prompt: str, marks: Sequence[re.Match]) -> list[tuple[str, int, int]
     alphabets = (string.ascii_uppercase, string.ascii_lowercase)
     if len(marks) < 2 or not any(letters == list(abc[: len(letters)]) for abc in alphabets):
         return []
-    found = []
+    spans = []
     ends = [mark.start() for mark in marks[1:]] + [len(prompt)]
     for mark, end in zip(marks, ends, strict=True):
         text = prompt[mark.end() : end]
         inner = text.strip(" \n\t,;([")
         start = mark.end() + text.find(inner)
-        found.append((mark[1].upper(), start, start + len(inner)))
-    return found if all(start < end for _, start, end in found) else []
+        spans.append((mark[1].upper(), start, start + len(inner)))
+    return spans if all(start < end for _, start, end in spans) else []
 
 
 def exact(answer: str, reference: str) -> float:
@@ -88,8 +88,12 @@ def token_f1(answer: str, reference: str) -> float:
 
     "left lung" against "the left lower lung": P 1, R 2/3, F1 0.8.
     """
-    ours, theirs = tokens(answer), tokens(reference)
-    return _f1(sum((Counter(ours) & Counter(theirs)).values()), len(ours), len(theirs))
+    answer_tokens, reference_tokens = tokens(answer), tokens(reference)
+    return _f1(
+        sum((Counter(answer_tokens) & Counter(reference_tokens)).values()),
+        len(answer_tokens),
+        len(reference_tokens),
+    )
 
 
 def rouge_l(answer: str, reference: str) -> float:
@@ -98,27 +102,29 @@ def rouge_l(answer: str, reference: str) -> float:
     "the lung" against "the heart": the longest common subsequence is 1 of 2 and 2, so 0.5. As
     there, letters other than a to z separate tokens, and a text without tokens has 0.
     """
-    ours, theirs = (re.findall(r"[a-z0-9]+", text.lower()) for text in (answer, reference))
-    if not ours or not theirs:
+    answer_words, reference_words = (
+        re.findall(r"[a-z0-9]+", text.lower()) for text in (answer, reference)
+    )
+    if not answer_words or not reference_words:
         return 0.0
-    row = [0] * (len(theirs) + 1)
-    for word in ours:
+    row = [0] * (len(reference_words) + 1)
+    for word in answer_words:
         diagonal = 0
-        for j, other in enumerate(theirs, start=1):
+        for j, other in enumerate(reference_words, start=1):
             best = diagonal + 1 if word == other else max(row[j], row[j - 1])
             diagonal, row[j] = row[j], best
-    return _f1(row[-1], len(ours), len(theirs))
+    return _f1(row[-1], len(answer_words), len(reference_words))
 
 
 def recall(answer: str, facts: list[str]) -> float:
     """Return the share of `facts` all of whose tokens are in the answer; 1.0 without facts."""
     if not facts:
         return 1.0
-    said = set(tokens(answer))
-    return sum(set(tokens(fact)) <= said for fact in facts) / len(facts)
+    answer_tokens = set(tokens(answer))
+    return sum(set(tokens(fact)) <= answer_tokens for fact in facts) / len(facts)
 
 
-def _f1(common: int, ours: int, theirs: int) -> float:
-    if not ours and not theirs:
+def _f1(common: int, n_answer: int, n_reference: int) -> float:
+    if not n_answer and not n_reference:
         return 1.0  # nothing expected and nothing stated
-    return 2 * common / (ours + theirs)
+    return 2 * common / (n_answer + n_reference)

@@ -66,6 +66,7 @@ _WHICH = (
     r"actionable|"
     r"radiological|radiographic|meaningful|straightforward)\s+){0,3}"
 )
+# Verbatim: part of the data.
 _NO_FINDING = re.compile(
     rf"\s*{_WHICH}(?:images?|pictures?|photos?|photographs?|scans?|x-?rays?|radiographs?|films?|"
     rf"files?|"
@@ -88,6 +89,7 @@ _NEEDS = re.compile(
     r"\s*-?\s*(?:or|and|/)\s*-?\s*no\b|-no\b|\s+question",
     re.IGNORECASE,
 )
+# Verbatim: part of the data.
 _NOT_ANSWERING = re.compile(
     r"[\s,.;:\-–—]*(?:sorry,?\s*)?(?:but\s*)?(?:i|we)(?:'m| am| are)?\s*(?:cannot|can't|can not|"
     r"could not|couldn't|"
@@ -117,6 +119,7 @@ _END_OF_FINDING = re.compile(
     r"but|and|with|within|under|to|that|which|can|could|here|has|have|appears?|detected|found)\b",
     re.IGNORECASE,
 )
+# Verbatim: part of the data.
 _COMMON = frozenset(
     "is are was were be there the a an of any in on at this that these it and or with to for from "
     "evidence sign signs seen see visible image picture present presence show shows shown does do "
@@ -134,17 +137,17 @@ def parse_yes_no(answer: str, question: str = "") -> str | None:
     final = reasoning.final_answer(answer)
     if final is None or not final.strip():
         return None
-    found = _yes_no(context.normalize(final), question)
-    return None if found == AMBIGUOUS else found
+    value = _yes_no(context.normalize(final), question)
+    return None if value == AMBIGUOUS else value
 
 
 def _yes_no(text: str, question: str) -> str | None:
-    """ "yes", "no", AMBIGUOUS or None of a normalized text."""
-    whole = _VALUE.get(
+    """Return "yes", "no", AMBIGUOUS or None of a normalized text."""
+    complete = _VALUE.get(
         text.replace(ANSWER, "").replace(END_ANSWER, "").strip(" \n\"'().,:;!?。").lower()
     )
-    if whole:
-        return whole
+    if complete:
+        return complete
     if (words := set(re.findall(r"\w+", text.lower()))) in ({YES}, {NO}):
         return words.pop()  # "no no no", of a model that repeats itself
     cut = len(text) > context.MAX_CHARS
@@ -161,30 +164,32 @@ def _yes_no(text: str, question: str) -> str | None:
 
 
 def _last_statement(text: str, question: str) -> str | None:
-    found: list[tuple[int, str]] = []
+    statements: list[tuple[int, str]] = []
     for match in re.finditer(f"{ANSWER}([^{ANSWER}{END_ANSWER}]*)", text):
         inner = match[1].strip()
-        found.append((match.start(), (_yes_no(inner, question) if inner else None) or AMBIGUOUS))
+        statements.append(
+            (match.start(), (_yes_no(inner, question) if inner else None) or AMBIGUOUS)
+        )
     for match in list(context.CUE.finditer(text))[-context.MAX_CUES :]:
         if not context.is_statement(text, match.start()):
             continue
         head = _HEAD.match(text, match.end())
         value = _VALUE[head["word"].lower()] if head else None
         if value and _states(text, head, value, question):
-            found.append((match.start(), value))
-    found += [
+            statements.append((match.start(), value))
+    statements += [
         (match.start(), match["word"].lower())
         for match in _HENCE.finditer(text)
         if context.is_statement(text, match.start())
     ]
-    if not found:
+    if not statements:
         return None
-    place, value = max(found)
-    return AMBIGUOUS if context.is_retracted(text, place) else value
+    position, value = max(statements)
+    return AMBIGUOUS if context.is_retracted(text, position) else value
 
 
 def _states(text: str, head: re.Match, value: str, question: str) -> bool:
-    """Whether yes or no after a cue is the answer: not the "no" of "no image was provided"."""
+    """Return whether yes or no after a cue is the answer, unlike in "no image was provided"."""
     end = head.end()
     if _NEEDS.match(text, end):
         return False
@@ -194,25 +199,25 @@ def _states(text: str, head: re.Match, value: str, question: str) -> bool:
 
 
 def _leads(text: str) -> str | None:
-    """What the sentences begin with that begin with yes or no."""
-    found, start = set(), 0
+    """Return the yes or no with which sentences begin."""
+    values, start = set(), 0
     while start < len(text):
         end = context.sentence_span(text, start)[1]
         match = (_LEAD if start else _FIRST_LEAD).match(text, start)
-        asked = "?" in text[max(start, end - 2) : end]
+        is_question = "?" in text[max(start, end - 2) : end]
         if match and context.is_denied_after(text, match.end()):
             return AMBIGUOUS  # "Yes: incorrect"
-        if match and not asked and not _NOT_ANSWERING.match(text, match.end()):
-            found.add(_VALUE[match["word"].lower()])
+        if match and not is_question and not _NOT_ANSWERING.match(text, match.end()):
+            values.add(_VALUE[match["word"].lower()])
             if again := _LEAD.match(text, _COMMA.match(text, match.end()).end()):
-                found.add(_VALUE[again["word"].lower()])  # "No, yes"
+                values.add(_VALUE[again["word"].lower()])  # "No, yes"
         start = max(end, start + 1)
-    return (found.pop() if len(found) == 1 else AMBIGUOUS) if found else None
+    return (values.pop() if len(values) == 1 else AMBIGUOUS) if values else None
 
 
 def _alone(text: str) -> str | None:
-    """The one of yes and no that is mentioned for itself."""
-    found = set()
+    """Return the yes or no that is mentioned on its own."""
+    values = set()
     for match in _ALONE.finditer(text):
         start, end = match.span("word")
         if _NEEDS.match(text, end) or context.is_hypothetical(text, start, end):
@@ -222,14 +227,14 @@ def _alone(text: str) -> str | None:
         before = text[context.clause_start(text, start) : start]
         if context.NEGATORS.search(before) or re.search(r"\b(?:yes|no)\s+or\s*$", before, re.I):
             return AMBIGUOUS  # "not yes" is neither
-        found.add(match["word"].lower())
-    if len(found) > 1:
+        values.add(match["word"].lower())
+    if len(values) > 1:
         return AMBIGUOUS
-    return found.pop() if found else None
+    return values.pop() if values else None
 
 
 def _no_finding(text: str, question: str) -> str | None:
-    """ "no" where one before a finding that is asked about stands in a statement."""
+    """Return "no" where a statement negates a finding that the question is about."""
     for match in _BEFORE_FINDING.finditer(text):
         start, end = match.start(), match.end()
         if not _is_finding(text, end, question) or context.is_hypothetical(text, start, start):
@@ -240,7 +245,7 @@ def _no_finding(text: str, question: str) -> str | None:
 
 
 def _is_finding(text: str, start: int, question: str) -> bool:
-    """Whether what follows a "no" is a finding, and one that the question asks about."""
+    """Return whether what follows a "no" is a finding, and one that the question asks about."""
     if _NO_FINDING.match(text, start):
         return False
     if not question.strip():
@@ -254,12 +259,12 @@ def _is_finding(text: str, start: int, question: str) -> bool:
 
 
 def _content(text: str) -> list[str]:
-    """Words that name something."""
+    """Return the words that name something."""
     return [w for w in re.findall(r"[^\W\d_]{2,}", text.lower()) if w not in _COMMON]
 
 
 def _stem(word: str) -> str:
-    """A word without its plural ending: masses, effusions."""
+    """Return a word without its plural ending: masses, effusions."""
     if word.endswith(("sses", "xes", "ches", "shes", "ies")):
         return word[:-3] + "y" if word.endswith("ies") else word[:-2]
     return word if word.endswith("ss") else word.removesuffix("s")

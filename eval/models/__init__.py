@@ -1,6 +1,7 @@
 """What can be evaluated: model folders, endpoints, recorded predictions, baselines.
 
-base         Defines the model interface: any object with `generate(asks)`, one result per request.
+base         Defines the model interface: any object with `generate(requests)`, one result per
+             request.
 baselines    Computes baselines: answers that require no image and no model.
 endpoint     Runs an OpenAI-compatible vision endpoint as a model, with guarded, cached, paced and
              priced calls.

@@ -1,13 +1,14 @@
-"""Defines the model interface: any object with `generate(asks)`, one result per request.
+"""Defines the model interface: any object with `generate(requests)`, one result per request.
 
     ModelRequest(id, parts, mode, max_tokens, data_class)  ->  [Text("yes")] or ["yes"], [PIL.Image]
 
 A model may also have
 
-    stream(asks)                   (index, segments) as they complete, in any order
-    score_options(asks, options)   log-likelihoods of each option's text, one list per request
-    name, fingerprint              its name in records and pages; default: its class
-    modes                          of answers that it can write; default: all of ModelRequest.mode
+    stream(requests)                   (index, segments) as they complete, in any order
+    score_options(requests, options)   log-likelihoods of each option's text, one list per request
+    name, fingerprint                  its name in records and pages; default: its class
+    modes                              of answers that it can write; default: all of
+                                       ModelRequest.mode
 
 `NativeModel` runs a model folder of this project in the generation engine.
 """
@@ -24,7 +25,9 @@ from medmax_jax.config import Sample
 from medmax_jax.generation import api, model_bundle
 from medmax_jax.generation.model_bundle import Image, PromptPart, Text
 
-Looks = Callable[[np.ndarray, np.ndarray], str]  # (codes, pixels) of a generated image -> modality
+ModalityClassifier = Callable[
+    [np.ndarray, np.ndarray], str
+]  # (codes, pixels) of a generated image -> modality
 
 SLOTS_PER_GUIDED_IMAGE = 3  # KV-cache slots of an image: full, image-only, unconditional
 Segment = str | PIL.Image.Image | Text | Image
@@ -56,14 +59,14 @@ class FailedResponse:
 
 def last_error(model: object) -> str:
     """Return why a model left requests unanswered, for the end of a sentence."""
-    said = getattr(model, "last_error", "")
-    return f" ({said})" if said else ""
+    reason = getattr(model, "last_error", "")
+    return f" ({reason})" if reason else ""
 
 
 class Model(Protocol):
     """Defines the minimal interface that can be evaluated."""
 
-    def generate(self, asks: Sequence[ModelRequest]) -> Sequence[Sequence[Segment]]: ...
+    def generate(self, requests: Sequence[ModelRequest]) -> Sequence[Sequence[Segment]]: ...
 
 
 class NativeModel:
@@ -74,61 +77,72 @@ class NativeModel:
     """
 
     def __init__(
-        self, g: model_bundle.ModelBundle, sample: Sample, *, rows: int, name: str, stamp: str
+        self,
+        bundle: model_bundle.ModelBundle,
+        sample: Sample,
+        *,
+        rows: int,
+        name: str,
+        fingerprint: str,
     ):
-        self.generator, self.sample, self.rows = g, sample, rows
-        self.name, self.fingerprint = name, stamp
+        self.generator, self.sample, self.rows = bundle, sample, rows
+        self.name, self.fingerprint = name, fingerprint
         self._codes: dict[Path, np.ndarray] = {}
 
-    def generate(self, asks: Sequence[ModelRequest]) -> list[list[Segment]]:
-        found: list[list[Segment]] = [[] for _ in asks]
-        for index, segments in self.stream(asks):
-            found[index] = segments
-        return found
+    def generate(self, requests: Sequence[ModelRequest]) -> list[list[Segment]]:
+        answers: list[list[Segment]] = [[] for _ in requests]
+        for index, segments in self.stream(requests):
+            answers[index] = segments
+        return answers
 
-    def stream(self, asks: Sequence[ModelRequest]) -> Iterator[tuple[int, list[Segment]]]:
+    def stream(self, requests: Sequence[ModelRequest]) -> Iterator[tuple[int, list[Segment]]]:
         """Yield (index, segments) of requests of one mode and bound, as the caller groups them."""
-        if not asks:
+        if not requests:
             return
-        kinds = {(ask.mode, ask.max_tokens, ask.end_of_turn) for ask in asks}
-        if len(kinds) > 1:
-            raise ValueError(f"asks of {sorted(kinds)} at once; ask for one kind at a time")
-        ((mode, most, ends),) = kinds
-        most = min(most, self.sample.max_gen_len)
+        request_kinds = {
+            (request.mode, request.max_tokens, request.end_of_turn) for request in requests
+        }
+        if len(request_kinds) > 1:
+            raise ValueError(
+                f"requests differ in (mode, max_tokens, end_of_turn): {sorted(request_kinds)}; "
+                "pass requests of one kind per call"
+            )
+        ((mode, max_tokens, ends),) = request_kinds
+        max_tokens = min(max_tokens, self.sample.max_gen_len)
         yield from api.as_completed(
             self.generator,
-            [self._parts(ask) for ask in self._seen(asks)],
-            dataclasses.replace(self.sample, max_gen_len=most),
+            [self._parts(request) for request in self._encode_images(requests)],
+            dataclasses.replace(self.sample, max_gen_len=max_tokens),
             mode=mode,
             seed=self.sample.seed,
-            names=[ask.id for ask in asks],
+            names=[request.id for request in requests],
             end_of_turn=ends,
             batch_size=self.rows if mode == "text" else max(1, self.rows // SLOTS_PER_GUIDED_IMAGE),
         )
 
     def score_options(
-        self, asks: Sequence[ModelRequest], options: Sequence[Sequence[str]]
+        self, requests: Sequence[ModelRequest], options: Sequence[Sequence[str]]
     ) -> list[list[float]]:
         """Return the natural log-likelihood of each option's text after its prompt."""
-        prompts = [self._parts(ask) for ask in self._seen(asks)]
-        ends = {ask.end_of_turn for ask in asks}
+        prompts = [self._parts(request) for request in self._encode_images(requests)]
+        ends = {request.end_of_turn for request in requests}
         if len(ends) > 1:
-            raise ValueError("asks with and without an end of turn at once; score one kind a time")
-        found = api.score(
+            raise ValueError("requests differ in end_of_turn; pass requests of one kind per call")
+        scores_by_request = api.score(
             self.generator, prompts, options, end_of_turn=ends != {False}, batch_size=self.rows
         )
-        return [[score.total for score in scores] for scores in found]
+        return [[score.total for score in scores] for scores in scores_by_request]
 
-    def _seen(self, asks: Sequence[ModelRequest]) -> Sequence[ModelRequest]:
+    def _encode_images(self, requests: Sequence[ModelRequest]) -> Sequence[ModelRequest]:
         """Return the requests after the codes of all their images are computed."""
-        shown = [part for ask in asks for part in ask.parts if isinstance(part, Path)]
-        new = [path for path in dict.fromkeys(shown) if path not in self._codes]
+        paths = [part for request in requests for part in request.parts if isinstance(part, Path)]
+        new = [path for path in dict.fromkeys(paths) if path not in self._codes]
         codes = model_bundle.encode(self.generator, new)
         self._codes |= dict(zip(new, codes, strict=True))
-        return asks
+        return requests
 
-    def _parts(self, ask: ModelRequest) -> list[PromptPart]:
-        return [self._codes[part] if isinstance(part, Path) else part for part in ask.parts]
+    def _parts(self, request: ModelRequest) -> list[PromptPart]:
+        return [self._codes[part] if isinstance(part, Path) else part for part in request.parts]
 
 
 def split_segments(
@@ -137,7 +151,7 @@ def split_segments(
     """Return the texts, the images, and the images' codes where the model provides them."""
     if isinstance(segments, str | PIL.Image.Image | Text | Image):
         segments = [segments]
-    texts, pictures, codes = [], [], []
+    texts, image_list, codes = [], [], []
     for part in segments:
         match part:
             case str():
@@ -145,13 +159,13 @@ def split_segments(
             case Text():
                 texts.append(part.text)
             case Image():
-                pictures.append(part.image)
+                image_list.append(part.image)
                 codes.append(part.codes)
             case PIL.Image.Image():
-                pictures.append(part)
+                image_list.append(part)
                 codes.append(None)
             case _:
                 raise ValueError(
                     f"{where}: a segment is a {type(part).__name__}; use str or PIL.Image"
                 )
-    return texts, pictures, codes
+    return texts, image_list, codes

@@ -16,18 +16,19 @@ import PIL.Image
 
 from medmax_jax.eval.metrics import aggregate, text
 from medmax_jax.eval.models.base import ModelRequest, Segment
+from medmax_jax.eval.stats import intervals
 from medmax_jax.eval.tasks.items import FAMILIES, Item
 from medmax_jax.io import image_paths
 from medmax_jax.models import images
 
-BLIND = "the commonest training answer of each question's template, without looking"
+BLIND = "the most common training answer of each question's template, without the image"
 DESCRIPTIONS = {
-    "constant": "yes, A, and no words",
-    "majority": "the commonest reference answer of each task: the most that one answer can get",
+    "constant": "yes, A, and an empty text",
+    "majority": "the most common reference answer of each task: the best score of a single answer",
     "random": "yes or no, a letter, or another question's reference, by the seed",
 }
 KINDS = tuple(DESCRIPTIONS)
-GREY = 256  # pixels per side
+GRAY_SIDE = 256  # pixels
 
 
 class BaselineError(ValueError):
@@ -39,27 +40,29 @@ def blind(train: Sequence[Item], items: Sequence[Item]) -> dict[str, str]:
 
     This is the score of a model that never uses an image. "" for a template without training items.
     """
-    best = _commonest((item.template, item.answer) for item in train)
+    best = _most_common((item.template, item.answer) for item in train)
     return {item.id: best.get(item.template, "") for item in items}
 
 
 def baseline_answers(kind: str, items: Sequence[Item], *, seed: int) -> dict[str, str]:
     """Return id -> text."""
     if kind not in KINDS:
-        raise BaselineError(f"baseline {kind!r}: use one of {', '.join(KINDS)}")
-    best = _commonest((item.task, item.answer) for item in items)
+        raise BaselineError(f"baseline is {kind!r}; use one of {', '.join(KINDS)}")
+    best = _most_common((item.task, item.answer) for item in items)
     tasks: dict[str, list[Item]] = collections.defaultdict(list)
     for item in items:
         tasks[item.task].append(item)
-    found = {}
+    answers = {}
     for item in items:
         if kind == "constant":
-            found[item.id] = {"vqa_closed": "yes", "vqa_mcq": "A"}.get(item.family, "")
+            answers[item.id] = {"vqa_closed": "yes", "vqa_mcq": "A"}.get(item.family, "")
         elif kind == "majority":
-            found[item.id] = best[item.task]
+            answers[item.id] = best[item.task]
         else:
-            found[item.id] = _drawn(item, tasks[item.task], random.Random(f"{seed} {item.id}"))
-    return found
+            answers[item.id] = _random_answer(
+                item, tasks[item.task], random.Random(f"{seed} {item.id}")
+            )
+    return answers
 
 
 class Baseline:
@@ -73,16 +76,17 @@ class Baseline:
         self._answers = baseline_answers(kind, items, seed=seed)
         self._images = sorted({image for item in items for image in item.images})
 
-    def generate(self, asks: Sequence[ModelRequest]) -> list[list[Segment]]:
-        return [self._answer(ask) for ask in asks]
+    def generate(self, requests: Sequence[ModelRequest]) -> list[list[Segment]]:
+        return [self._answer(request) for request in requests]
 
-    def _answer(self, ask: ModelRequest) -> list[Segment]:
-        words = [] if ask.mode == "image" else [self._answers[ask.id]]
-        return words if ask.mode == "text" else [*words, self._picture(ask.id)]
+    def _answer(self, request: ModelRequest) -> list[Segment]:
+        texts = [] if request.mode == "image" else [self._answers[request.id]]
+        return texts if request.mode == "text" else [*texts, self._image(request.id)]
 
-    def _picture(self, name: str) -> PIL.Image.Image:
+    def _image(self, name: str) -> PIL.Image.Image:
         if self._kind != "random" or not self._images:
-            return PIL.Image.new("RGB", (GREY, GREY), "gray")
+            return PIL.Image.new("RGB", (GRAY_SIDE, GRAY_SIDE), "gray")
+        # Verbatim: part of the data.
         chosen = random.Random(f"{self._seed} picture {name}").choice(self._images)
         path = image_paths.resolve(self._folder, chosen)
         return images.load(path, max_pixels=images.MAX_PIXELS)
@@ -94,46 +98,49 @@ def baseline_scores(
     records: Sequence[Mapping[str, Any]],
     *,
     mode: str,
-    **numbers: Any,
+    resampling: intervals.Resampling,
 ) -> list[dict[str, Any]]:
     """Return the text scores of each baseline on the records: {name, says, scores}.
 
     Images have no baseline scores.
     """
-    asked = [r for r in records if FAMILIES[r["family"]].mode == "text"]
-    if not asked:
+    text_records = [r for r in records if FAMILIES[r["family"]].mode == "text"]
+    if not text_records:
         return []
-    seed, found = numbers["seed"], []
+    baselines = []
     for name in (name for name in names if name != "blind"):
-        said = baseline_answers(name, items, seed=seed)
-        scores = aggregate.summary(aggregate.with_answers(asked, said), mode=mode, **numbers)
-        found.append(dict(name=name, says=DESCRIPTIONS[name], scores=scores))
-    return found
+        answers = baseline_answers(name, items, seed=resampling.seed)
+        answered = aggregate.with_answers(text_records, answers)
+        scores = aggregate.summary(answered, mode=mode, resampling=resampling)
+        baselines.append(dict(name=name, says=DESCRIPTIONS[name], scores=scores))
+    return baselines
 
 
-def attach_baselines(rows: Sequence[dict[str, Any]], floors: Sequence[Mapping[str, Any]]) -> None:
-    """Add to each row `floor`, the best baseline on its task and metric, and its name."""
+def attach_baselines(
+    rows: Sequence[dict[str, Any]], baselines: Sequence[Mapping[str, Any]]
+) -> None:
+    """Add to each row `baseline`, the best baseline on its task and metric, and its name."""
     for row in rows:
-        known = [
-            (one["value"], floor["name"])
-            for floor in floors
-            for one in floor["scores"]
-            if (one["task"], one["metric"]) == (row["task"], row["metric"])
+        values = [
+            (score["value"], baseline["name"])
+            for baseline in baselines
+            for score in baseline["scores"]
+            if (score["task"], score["metric"]) == (row["task"], row["metric"])
         ]
-        least = min if row["metric"] in ("unparsed",) else max
-        row["floor"], row["floor_of"] = least(known) if known else (None, "")
+        best = min if row["metric"] in ("unparsed",) else max
+        row["baseline"], row["baseline_name"] = best(values) if values else (None, "")
 
 
-def _drawn(item: Item, same: Sequence[Item], rng: random.Random) -> str:
+def _random_answer(item: Item, task_items: Sequence[Item], rng: random.Random) -> str:
     if item.family == "vqa_closed":
         return rng.choice(("yes", "no"))
     if item.family == "vqa_mcq":
         return rng.choice(sorted(text.options(item.prompt)) or ["A", "B", "C", "D"])
-    others = [one.answer for one in same if one.group != item.group]
+    others = [other.answer for other in task_items if other.group != item.group]
     return rng.choice(others) if others else ""
 
 
-def _commonest(pairs) -> dict[str, str]:
+def _most_common(pairs) -> dict[str, str]:
     counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
     for name, answer in pairs:
         counts[name][answer] += 1

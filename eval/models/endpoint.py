@@ -37,8 +37,8 @@ from medmax_jax.io.text_files import TextFileError, parse_json
 from medmax_jax.models import image_headers, images
 
 MAX_PIXELS = 64_000_000
-NO_PICTURES = "a chat endpoint writes words and draws no pictures"
-NO_LIKELIHOODS = "a chat endpoint tells no likelihoods of given options"
+NO_IMAGES = "a chat endpoint generates text and no images"
+NO_LIKELIHOODS = "a chat endpoint returns no likelihoods of given options"
 
 
 class ServiceError(ValueError):
@@ -63,9 +63,11 @@ def make_endpoint(where: str, service: Service, *, field: str) -> Endpoint:
     except TextFileError as error:
         raise ServiceError(str(error)) from error
     if not isinstance(parameters, dict):
-        raise ServiceError(f"config.{field}.parameters is {service.parameters}; write an object")
+        raise ServiceError(
+            f"config.{field}.parameters is {service.parameters}; expected a JSON object"
+        )
     if service.max_usd is not None and None in (service.price_in, service.price_out):
-        raise ServiceError(f"config.{field}.max_usd needs price_in and price_out; give both")
+        raise ServiceError(f"config.{field}.max_usd requires price_in and price_out; set both")
     return Endpoint(
         model=name,
         url=url,
@@ -98,86 +100,88 @@ class EndpointModel:
     ):
         self.endpoint, self.service, self.cache = endpoint, service, cache
         self.name, self.fingerprint = endpoint.model, fingerprint(endpoint)
-        self.spent, self.last_error = Usage(usd=cost(endpoint, 0, 0)), ""
-        self._user_stopped, self._begun = stopped, 0.0
+        self.usage, self.last_error = Usage(usd=cost(endpoint, 0, 0)), ""
+        self._user_stopped, self._last_call = stopped, 0.0
 
-    def generate(self, asks: Sequence[ModelRequest]) -> list[list[Segment] | FailedResponse]:
+    def generate(self, requests: Sequence[ModelRequest]) -> list[list[Segment] | FailedResponse]:
         """Return all answers, or raise for a request that had no reply."""
-        found = dict(self.stream(asks))
-        if len(found) < len(asks):
-            raise TransientError(f"{len(asks) - len(found)} asks had no reply: {self.last_error}")
-        return [found[index] for index in range(len(asks))]
+        answers = dict(self.stream(requests))
+        if len(answers) < len(requests):
+            missing = len(requests) - len(answers)
+            raise TransientError(f"{missing} requests had no reply: {self.last_error}")
+        return [answers[index] for index in range(len(requests))]
 
     def stream(
-        self, asks: Sequence[ModelRequest]
+        self, requests: Sequence[ModelRequest]
     ) -> Iterator[tuple[int, list[Segment] | FailedResponse]]:
         """Yield the answers to requests of one bound as they arrive.
 
         Requests without a reply in this run are not yielded.
         """
-        if not asks:
+        if not requests:
             return
-        if len({ask.max_tokens for ask in asks}) > 1:
-            raise ValueError("asks of several bounds at once; ask for one at a time")
-        endpoint = with_max_tokens(self.endpoint, asks[0].max_tokens)
-        new: set[str] = set()
-        found = cached_chat_api.complete_all(
+        if len({request.max_tokens for request in requests}) > 1:
+            raise ValueError("requests differ in max_tokens; pass requests of one bound per call")
+        endpoint = with_max_tokens(self.endpoint, requests[0].max_tokens)
+        new_keys: set[str] = set()
+        replies = cached_chat_api.complete_all(
             endpoint,
-            self._paced(asks, endpoint, new),
+            self._paced(requests, endpoint, new_keys),
             self.cache,
             concurrency=self.service.concurrency,
             stopped=self.stopped,
         )
-        for one, reply in found:
+        for chat_request, reply in replies:
             if isinstance(reply, TransientError):
-                secret = one.data_class == egress.CREDENTIALED
+                credentialed = chat_request.data_class == egress.CREDENTIALED
                 # A server's reply may repeat the question.
-                self.last_error = "no reply from the endpoint" if secret else str(reply)
+                self.last_error = "no reply from the endpoint" if credentialed else str(reply)
                 continue
-            key = cached_chat_api.cache_key(endpoint, one.messages)
-            if key in new:
-                new.discard(key)
-                self._pay(one, reply)
-            yield int(one.id), FailedResponse(why=reply.problem) if reply.problem else [reply.text]
+            key = cached_chat_api.cache_key(endpoint, chat_request.messages)
+            if key in new_keys:
+                new_keys.discard(key)
+                self._pay(chat_request, reply)
+            failed = FailedResponse(why=reply.problem) if reply.problem else None
+            yield int(chat_request.id), failed or [reply.text]
 
     def stopped(self) -> bool:
         """Return whether the user stopped it, or the budget is spent."""
-        most = self.service.max_usd
-        if most is not None and self.spent.usd >= most:
-            self.last_error = f"max_usd {most:g} is spent"
+        limit = self.service.max_usd
+        if limit is not None and self.usage.usd >= limit:
+            self.last_error = f"max_usd {limit:g} is spent"
             return True
         return self._user_stopped()
 
-    def _paced(self, asks: Sequence[ModelRequest], endpoint: Endpoint, new: set[str]):
+    def _paced(self, requests: Sequence[ModelRequest], endpoint: Endpoint, new_keys: set[str]):
         """Yield cached replies at once, and make calls no faster than per_minute."""
-        for index, ask in enumerate(asks):
-            one = message(ask, str(index))
-            key = cached_chat_api.cache_key(endpoint, one.messages)
-            if self.cache.get(key) is None and key not in new:
-                new.add(key)
+        for index, request in enumerate(requests):
+            chat_request = message(request, str(index))
+            key = cached_chat_api.cache_key(endpoint, chat_request.messages)
+            if self.cache.get(key) is None and key not in new_keys:
+                new_keys.add(key)
                 self._wait()
-            yield one
+            yield chat_request
 
     def _wait(self) -> None:
         if not self.service.per_minute:
             return
-        pause = self._begun + 60 / self.service.per_minute - time.monotonic()
+        pause = self._last_call + 60 / self.service.per_minute - time.monotonic()
         while pause > 0 and not self.stopped():
             time.sleep(min(pause, cached_chat_api.POLL_S))
-            pause = self._begun + 60 / self.service.per_minute - time.monotonic()
-        self._begun = time.monotonic()
+            pause = self._last_call + 60 / self.service.per_minute - time.monotonic()
+        self._last_call = time.monotonic()
 
-    def _pay(self, one: cached_chat_api.ChatRequest, reply: Reply) -> None:
+    def _pay(self, chat_request: cached_chat_api.ChatRequest, reply: Reply) -> None:
         """Add the cost of a reply; estimate tokens where a server does not report them."""
-        spent, each = self.spent, cached_chat_api.CHARS_PER_TOKEN
-        chars, pictures = message_size(one.messages[0]["content"])
-        about = chars // each + pictures * cached_chat_api.TOKENS_PER_IMAGE
-        spent.calls += 1
-        spent.tokens_in += about if reply.tokens_in is None else reply.tokens_in
-        spent.tokens_out += (
-            len(reply.text) // each if reply.tokens_out is None else reply.tokens_out
+        usage, per_token = self.usage, cached_chat_api.CHARS_PER_TOKEN
+        chars, image_count = message_size(chat_request.messages[0]["content"])
+        estimated = chars // per_token + image_count * cached_chat_api.TOKENS_PER_IMAGE
+        usage.calls += 1
+        usage.tokens_in += estimated if reply.tokens_in is None else reply.tokens_in
+        usage.tokens_out += (
+            len(reply.text) // per_token if reply.tokens_out is None else reply.tokens_out
         )
-        spent.usd = cost(self.endpoint, spent.tokens_in, spent.tokens_out)
+        usage.usd = cost(self.endpoint, usage.tokens_in, usage.tokens_out)
 
 
 def fingerprint(endpoint: Endpoint) -> str:
@@ -222,11 +226,11 @@ def own_bound(endpoint: Endpoint) -> str:
     )
 
 
-def message(ask: ModelRequest, name: str) -> cached_chat_api.ChatRequest:
+def message(request: ModelRequest, name: str) -> cached_chat_api.ChatRequest:
     """Return one user message with images and text in order."""
-    content = [image_part(png(p)) if isinstance(p, Path) else text_part(p) for p in ask.parts]
+    content = [image_part(png(p)) if isinstance(p, Path) else text_part(p) for p in request.parts]
     messages = [{"role": "user", "content": content}]
-    return cached_chat_api.ChatRequest(id=name, messages=messages, data_class=ask.data_class)
+    return cached_chat_api.ChatRequest(id=name, messages=messages, data_class=request.data_class)
 
 
 @functools.lru_cache(maxsize=64)
@@ -242,19 +246,24 @@ def png(path: Path) -> bytes:
 
 
 def estimate(
-    endpoint: Endpoint, asks: Sequence[ModelRequest], cache: cached_chat_api.Cache | None
+    endpoint: Endpoint, requests: Sequence[ModelRequest], cache: cached_chat_api.Cache | None
 ) -> dict[str, Any]:
     """Return the remaining calls, tokens and USD; opens no connection.
 
     Raises where data may not be sent.
     """
     total = dict(calls=0, tokens_in=0, tokens_out=0)
-    for data_class in {ask.data_class for ask in asks}:
+    for data_class in {request.data_class for request in requests}:
         egress.check(endpoint.url, data_class, listed=endpoint.listed)
-    for most in {ask.max_tokens for ask in asks}:
-        some = (message(ask, ask.id) for ask in asks if ask.max_tokens == most)
-        about = cached_chat_api.estimate(
-            with_max_tokens(endpoint, most), some, cache, tokens_out=reply_bound(endpoint, most)
+    for max_tokens in {request.max_tokens for request in requests}:
+        chat_requests = (
+            message(request, request.id) for request in requests if request.max_tokens == max_tokens
         )
-        total = {name: total[name] + about[name] for name in total}
+        part = cached_chat_api.estimate(
+            with_max_tokens(endpoint, max_tokens),
+            chat_requests,
+            cache,
+            tokens_out=reply_bound(endpoint, max_tokens),
+        )
+        total = {name: total[name] + part[name] for name in total}
     return total | {"usd": cost(endpoint, total["tokens_in"], total["tokens_out"])}

@@ -21,7 +21,7 @@ from medmax_jax.eval.config import EvalError, Settings
 from medmax_jax.eval.encoders import modality
 from medmax_jax.eval.models import base, baselines, predictions
 from medmax_jax.eval.models import endpoint as endpoint_model
-from medmax_jax.eval.models.base import Looks
+from medmax_jax.eval.models.base import ModalityClassifier
 from medmax_jax.eval.stats import intervals
 from medmax_jax.eval.tasks import items as task_items
 from medmax_jax.eval.tasks.selection import EvalSet, Shard
@@ -31,7 +31,7 @@ from medmax_jax.io.storage import Folder
 from medmax_jax.sharding import make_mesh
 
 KINDS = ("native", "hf", "endpoint", "predictions", "baseline")
-RECORDED_REASON = "n/a: the answers are there already, and nobody can be asked again"
+RECORDED_REASON = "n/a: the answers are recorded, so no changed question can be answered"
 CALLS = "calls.jsonl"
 ADAPTER = "adapter.safetensors"
 
@@ -54,38 +54,39 @@ class LoadedModel:
     """Holds a loaded model. `generator`: of the native kinds, which encode images as codes."""
 
     model: base.Model
-    named: ModelSpec
-    found: EvalSet
+    spec: ModelSpec
+    eval_set: EvalSet
     generator: model_bundle.ModelBundle | None = None
     close: Callable[[], None] = lambda: None
 
-    def looks(self) -> Looks | None:
-        """Return the modality classifier of generated images, if training images are known."""
-        if self.generator is None or not self.found.pictures:
+    def modality_classifier(self) -> ModalityClassifier | None:
+        """Return the modality classifier of generated images, if there are training images."""
+        if self.generator is None or not self.eval_set.training_images:
             return None
         return modality.make_classifier(self.generator, self._centroids)
 
-    def ceiling(self, numbers: dict[str, int]) -> dict[str, Any] | None:
+    def real_image_accuracy(self, resampling: intervals.Resampling) -> dict[str, Any] | None:
         """Return how often real images match their modality, as the upper bound."""
-        if self.generator is None or not self.found.pictures:
+        if self.generator is None or not self.eval_set.training_images:
             return None
         return real_image_accuracy(
             self.generator,
-            self.found.items,
+            self.eval_set.items,
             self._centroids,
-            images_folder=self.found.folder,
-            **numbers,
+            images_folder=self.eval_set.folder,
+            resampling=resampling,
         )
 
-    def spent(self) -> dict[str, Any] | None:
+    def usage(self) -> dict[str, Any] | None:
         """Return calls, tokens and USD of this start, for endpoints."""
-        spent = getattr(self.model, "spent", None)
-        return None if spent is None else dataclasses.asdict(spent)
+        if not isinstance(self.model, endpoint_model.EndpointModel):
+            return None
+        return dataclasses.asdict(self.model.usage)
 
     @functools.cached_property
     def _centroids(self):
         return modality.centroids(
-            self.generator, self.found.pictures, images_folder=self.found.folder
+            self.generator, self.eval_set.training_images, images_folder=self.eval_set.folder
         )
 
 
@@ -96,88 +97,94 @@ def parse_model_spec(
     kind, _, where = model.partition(":")
     if kind not in KINDS or not where:
         raise EvalError(
-            f"--model is {model!r}; write KIND:WHERE with KIND one of {', '.join(KINDS)}, like "
+            f"--model is {model!r}; expected KIND:WHERE with KIND one of {', '.join(KINDS)}, like "
             "native:FOLDER"
         )
     if (adapter or merge) and kind not in ("native", "hf"):
-        raise EvalError(f"--adapter and --merge are for native models; {kind} has no weights")
+        raise EvalError(f"--adapter and --merge require a native or hf model; --model is {kind}")
     if merge and not adapter:
-        raise EvalError("--merge adds an adapter; give --adapter too")
-    fixed = dict(kind=kind, where=where, adapter=adapter, merge=merge)
+        raise EvalError("--merge requires --adapter; set it")
+    folder, adapter_digest = "", ""
     match kind:
         case "native" | "hf":
             requests.require_single_process()  # before a conversion or a mesh is started
             folder = where if kind == "native" else str(convert_to_native(where, progress))
             tuned = Folder(adapter) if adapter else None
-            digest = tuned.file(ADAPTER).digest("sha256") if tuned and tuned.has(ADAPTER) else ""
-            return ModelSpec(
-                fingerprint=export.base_fingerprint(folder),
-                adapter_digest=digest,
-                folder=folder,
-                **fixed,
-            )
+            if tuned and tuned.has(ADAPTER):
+                adapter_digest = tuned.file(ADAPTER).digest("sha256")
+            fingerprint = export.base_fingerprint(folder)
         case "endpoint":
             endpoint = endpoint_model.make_endpoint(where, settings.service, field="service")
-            stamp = endpoint_model.fingerprint(endpoint)
+            fingerprint = endpoint_model.fingerprint(endpoint)
         case "predictions":
-            stamp = predictions.digest(where)
+            fingerprint = predictions.digest(where)
         case "baseline":
             if where not in baselines.KINDS:
                 raise baselines.BaselineError(
                     f"--model is {model!r}; use one of {', '.join(baselines.KINDS)}"
                 )
-            stamp = f"baseline:{where}:{settings.seed}"
-    return ModelSpec(fingerprint=stamp, adapter_digest="", **fixed)
+            fingerprint = f"baseline:{where}:{settings.seed}"
+    return ModelSpec(
+        kind=kind,
+        where=where,
+        adapter=adapter,
+        merge=merge,
+        fingerprint=fingerprint,
+        adapter_digest=adapter_digest,
+        folder=folder,
+    )
 
 
-def is_recorded(named: ModelSpec) -> bool:
+def is_recorded(spec: ModelSpec) -> bool:
     """Return whether the answers are recorded, so that a changed image changes nothing."""
-    return named.kind == "predictions"
+    return spec.kind == "predictions"
 
 
 def load_model(
-    named: ModelSpec,
+    spec: ModelSpec,
     settings: Settings,
-    found: EvalSet,
+    eval_set: EvalSet,
     workdir: Path,
     shard: Shard,
     stopped: Callable[[], bool],
 ) -> LoadedModel:
     """Load the model, or open what replaces it; the caller calls `close`."""
-    fixed = dict(named=named, found=found)
-    match named.kind:
+    stack = contextlib.ExitStack()
+    match spec.kind:
         case "native" | "hf":
-            return _native(named, settings, found)
+            return _native(spec, settings, eval_set)
         case "endpoint":
-            endpoint = endpoint_model.make_endpoint(named.where, settings.service, field="service")
-            stack = contextlib.ExitStack()
+            endpoint = endpoint_model.make_endpoint(spec.where, settings.service, field="service")
             journal = stack.enter_context(open_journal(shard.file(workdir / CALLS)))
             model = endpoint_model.EndpointModel(
                 endpoint, settings.service, cached_chat_api.Cache(journal), stopped
             )
-            return LoadedModel(model=model, close=stack.close, **fixed)
         case "predictions":
-            return LoadedModel(model=predictions.Predictions(named.where, found.items), **fixed)
+            model = predictions.Predictions(spec.where, eval_set.items)
         case _:
-            model = baselines.Baseline(named.where, found.items, found.folder, seed=settings.seed)
-            return LoadedModel(model=model, **fixed)
+            model = baselines.Baseline(
+                spec.where, eval_set.items, eval_set.folder, seed=settings.seed
+            )
+    return LoadedModel(model=model, spec=spec, eval_set=eval_set, close=stack.close)
 
 
 def convert_to_native(source: str, progress: Callable[[str], None]) -> Path:
     """Return the native folder, in the user's cache, of a checkpoint in another layout."""
-    place = Path(source)
-    if not place.is_dir():
-        raise EvalError(f"--model hf:{source}: no folder; download the checkpoint first")
-    files = sorted(path for path in place.rglob("*") if path.is_file())
-    facts = [[str(p.relative_to(place)), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
-    key = hashlib.sha256(json.dumps([str(place.resolve()), facts]).encode()).hexdigest()[:16]
+    folder = Path(source)
+    if not folder.is_dir():
+        raise EvalError(
+            f"--model is hf:{source}, which is not a folder; download the checkpoint first"
+        )
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    facts = [[str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+    key = hashlib.sha256(json.dumps([str(folder.resolve()), facts]).encode()).hexdigest()[:16]
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    target = Path(root) / "medmax_jax" / "converted" / f"{place.resolve().name}-{key}"
+    target = Path(root) / "medmax_jax" / "converted" / f"{folder.resolve().name}-{key}"
     if target.is_dir():
-        progress(f"{source} was converted into {target}")
+        progress(f"{source} was already converted to {target}")
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    progress(f"converting {source} into {target}")
+    progress(f"converting {source} to {target}")
     try:
         convert.convert(source, str(target), layout="native", say=progress)
     except convert.ERRORS as error:
@@ -185,17 +192,21 @@ def convert_to_native(source: str, progress: Callable[[str], None]) -> Path:
     return target
 
 
-def _native(named: ModelSpec, settings: Settings, found: EvalSet) -> LoadedModel:
-    g = model_bundle.load(
-        named.folder,
-        adapter=named.adapter or None,
-        merge=named.merge,
+def _native(spec: ModelSpec, settings: Settings, eval_set: EvalSet) -> LoadedModel:
+    generator = model_bundle.load(
+        spec.folder,
+        adapter=spec.adapter or None,
+        merge=spec.merge,
         mesh=make_mesh(settings.mesh),
     )
     model = base.NativeModel(
-        g, settings.sample, rows=settings.rows, name=named.where, stamp=named.fingerprint
+        generator,
+        settings.sample,
+        rows=settings.rows,
+        name=spec.where,
+        fingerprint=spec.fingerprint,
     )
-    return LoadedModel(model=model, named=named, found=found, generator=g)
+    return LoadedModel(model=model, spec=spec, eval_set=eval_set, generator=generator)
 
 
 def real_image_accuracy(
@@ -204,18 +215,16 @@ def real_image_accuracy(
     centroids: modality.Centroids,
     *,
     images_folder: str | Path,
-    seed: int,
-    resamples: int,
+    resampling: intervals.Resampling,
 ) -> dict[str, Any]:
     """Return how often real images of the items match their modality: the bound for generation."""
-    real = {item.image: item for item in items if item.kind}
-    found = modality.modality_features(generator, list(real), images_folder=images_folder)
+    real = {item.image: item for item in items if item.modality}
+    features = modality.modality_features(generator, list(real), images_folder=images_folder)
     return intervals.mean_interval(
         [
-            float(modality.nearest_centroid(centroids, one) == item.kind)
-            for one, item in zip(found, real.values(), strict=True)
+            float(modality.nearest_centroid(centroids, vector) == item.modality)
+            for vector, item in zip(features, real.values(), strict=True)
         ],
         [item.group for item in real.values()],
-        seed=seed,
-        resamples=resamples,
+        resampling=resampling,
     ).row()

@@ -32,41 +32,41 @@ class PredictionsError(ValueError):
 class Predictions:
     """Returns answers by the item's id. `missing`: the number of items without an answer."""
 
-    no_options = "predictions are texts; nobody told their likelihoods"
+    no_options = "predictions are texts without likelihoods"
 
     def __init__(self, path: str | Path, items: Sequence[Item]):
         self.path = Path(path)
         self.name, self.fingerprint = self.path.name, digest(self.path)
         self._rows = _read(self.path)
-        known = {item.id for item in items}
-        secret = any(map(is_credentialed, items))
-        strange = [name for name in self._rows if name not in known]
-        if strange:
-            shown = printable(repr(strange[0]), 80)
-            first = f"that of {self._rows[strange[0]]['place']}" if secret else shown
+        item_ids = {item.id for item in items}
+        credentialed = any(map(is_credentialed, items))
+        unknown_ids = [name for name in self._rows if name not in item_ids]
+        if unknown_ids:
+            shown = printable(repr(unknown_ids[0]), 80)
+            first = f"that of {self._rows[unknown_ids[0]]['place']}" if credentialed else shown
             raise PredictionsError(
-                f"{path}: {len(strange)} ids are no items of this evaluation, the first is "
-                f"{first}; predict the items of this config, or leave those lines out"
+                f"{path}: {len(unknown_ids)} ids are not items of this evaluation (first: "
+                f"{first}); predict the items of this config, or remove those lines"
             )
         for row in self._rows.values():  # before any file is opened
             for number, name in enumerate(row["images"], start=1):
-                self._file(row["place"], name, f"image {number}" if secret else "")
-        self.missing = len(known) - len(self._rows)
-        if self.missing == len(known):
-            raise PredictionsError(f"{path}: has no predictions; write a line for each item")
+                self._file(row["place"], name, f"image {number}" if credentialed else "")
+        self.missing = len(item_ids) - len(self._rows)
+        if self.missing == len(item_ids):
+            raise PredictionsError(f"{path} contains no predictions; write one line per item")
 
-    def generate(self, asks: Sequence[ModelRequest]) -> list[list[Segment] | FailedResponse]:
-        return [self._answer(ask) for ask in asks]
+    def generate(self, requests: Sequence[ModelRequest]) -> list[list[Segment] | FailedResponse]:
+        return [self._answer(request) for request in requests]
 
-    def _answer(self, ask: ModelRequest) -> list[Segment] | FailedResponse:
-        row = self._rows.get(ask.id)
+    def _answer(self, request: ModelRequest) -> list[Segment] | FailedResponse:
+        row = self._rows.get(request.id)
         if row is None:
             return FailedResponse(why=f"no prediction in {self.path.name}")
-        secret = ask.data_class == egress.CREDENTIALED
+        credentialed = request.data_class == egress.CREDENTIALED
         return [
             row["text"],
             *(
-                self._image(row["place"], name, f"image {number}" if secret else "")
+                self._image(row["place"], name, f"image {number}" if credentialed else "")
                 for number, name in enumerate(row["images"], start=1)
             ),
         ]
@@ -79,17 +79,19 @@ class Predictions:
             path = image_paths.resolve(folder, name, label=label)
         except image_paths.ImagePathError as error:
             raise PredictionsError(
-                f"{where}: {shown} is no file under {folder}: {error}"
+                f"{where}: {shown} is not a file under {folder}: {error}"
             ) from error
         if not path.is_file():
-            raise PredictionsError(f"{where}: {shown} is no file under {folder}; put it there")
+            raise PredictionsError(
+                f"{where}: {shown} is not a file under {folder}; copy it to that folder"
+            )
         return path
 
     def _image(self, place: str, name: str, label: str) -> PIL.Image.Image:
         path = self._file(place, name, label)
         shown = f"{self.path} {place}: {label}" if label else str(path)
         if path.stat().st_size > MAX_IMAGE_BYTES:
-            raise PredictionsError(f"{shown}: more than {MAX_IMAGE_BYTES} bytes; make it smaller")
+            raise PredictionsError(f"{shown} is larger than {MAX_IMAGE_BYTES} bytes; shrink it")
         try:
             return images.load(path, max_pixels=MAX_PIXELS, name=shown)
         except image_headers.ImageError as error:
@@ -111,32 +113,39 @@ def digest(path: str | Path) -> str:
 def _read(path: Path) -> dict[str, dict]:
     rows: dict[str, dict] = {}
     try:
-        found = read_objects(path, max_bytes=MAX_LINE)
+        rows_of_file = read_objects(path, max_bytes=MAX_LINE)
     except TextFileError as error:
-        raise PredictionsError(f"{error}; mend it") from error
-    for where, line in found:
+        raise PredictionsError(f"{error}; fix that line") from error
+    for where, line in rows_of_file:
         place = where.removeprefix(f"{path} ")
         row = _row(line, where) | {"place": place}
         if row["id"] in rows:
             first = rows[row["id"]]["place"]
-            raise PredictionsError(f"{where}: its id comes twice, first in {first}; keep one")
+            raise PredictionsError(f"{where}: its id is also that of {first}; keep one of them")
         rows[row["id"]] = row
     return rows
 
 
 def _row(row: dict, where: str) -> dict:
     if not isinstance(row.get("id"), str):
-        raise PredictionsError(f'{where}: no id; write {{"id": ..., "text": ...}}')
-    found = {"id": row["id"], "text": row.get("text", ""), "images": row.get("images", [])}
-    names = found["images"]
+        raise PredictionsError(
+            f'{where}: field \'id\' is missing or not a string; expected {{"id": ..., "text": ...}}'
+        )
+    prediction = {"id": row["id"], "text": row.get("text", ""), "images": row.get("images", [])}
+    names = prediction["images"]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise PredictionsError(f"{where}: images is no list of paths; mend it")
+        raise PredictionsError(f"{where}: field 'images' is invalid; expected a list of paths")
     if not all(name.isprintable() and len(name) <= MAX_NAME for name in names):
         raise PredictionsError(
-            f"{where}: a name in images is not printable, or over {MAX_NAME} characters; rename it"
+            f"{where}: a name in field 'images' is not printable, or longer than {MAX_NAME} "
+            "characters; rename the file"
         )
-    if not isinstance(found["text"], str) or not (found["text"] or names or "text" in row):
-        raise PredictionsError(f"{where}: no text and no images; write one of them")
+    if not isinstance(prediction["text"], str) or not (
+        prediction["text"] or names or "text" in row
+    ):
+        raise PredictionsError(f"{where}: fields 'text' and 'images' are empty; set one of them")
     if len(names) > MAX_IMAGES:
-        raise PredictionsError(f"{where}: more than {MAX_IMAGES} images; keep the first ones")
-    return found
+        raise PredictionsError(
+            f"{where}: more than {MAX_IMAGES} images; keep at most {MAX_IMAGES} of them"
+        )
+    return prediction

@@ -5,11 +5,11 @@ contamination       Finds items that overlap with the training records, and repe
 cost_estimate       Estimates an evaluation before it runs: requests, tokens, judge calls, price
                     and minutes.
 image_scoring       Scores images and captions with an encoder; caches embeddings and writes
-                    pictures.jsonl.
+                    image_scores.jsonl.
 inference           Runs a model on every item once, stores each answer on disk, and resumes after
                     interruptions.
-judging             Judges the records of a workdir and writes judged.jsonl, one line per record
-                    and kind.
+judging             Judges the records of a workdir and writes judgments.jsonl, one line per
+                    record and kind.
 option_likelihoods  Scores the options of a question by likelihood, and measures the model's
                     calibration.
 stages              Runs one evaluation in stages; each stage is a plain function of an `EvalRun`

@@ -2,7 +2,7 @@
 
     items  -- SHA-256 of the image file      --+
            -- codes of the image, by VQGAN   --+--> training records --> contamination.jsonl
-           -- 13 consecutive words           --+    {id, picture, codes, words}
+           -- 13 consecutive words           --+    {id, and a flag for each of WAYS}
 
     headline on the clean part | on the contaminated part, each with its interval
 
@@ -26,6 +26,7 @@ from medmax_jax.data.records.jsonl import plain_text
 from medmax_jax.data.records.reader import Records, open_records
 from medmax_jax.eval.metrics import aggregate
 from medmax_jax.eval.metrics.per_record import Record, ScoringInputs
+from medmax_jax.eval.stats import intervals
 from medmax_jax.eval.tasks import items as task_items
 from medmax_jax.io import image_paths, journal
 from medmax_jax.io.storage import file_sha256
@@ -33,6 +34,7 @@ from medmax_jax.io.text_files import TextFileError, read_objects
 from medmax_jax.models.tokenizer import Tokenizer
 
 FILE = "contamination.jsonl"
+# Verbatim: part of the data.
 WAYS = ("picture", "codes", "words")
 
 
@@ -54,44 +56,43 @@ def find(
     `model`: the folder that holds the tokenizer and VQGAN of the records; with another VQGAN codes
     are not compared, and another tokenizer raises, since word n-grams are compared as tokens.
     """
-    found = open_records(train)
-    tokenizer = resolve_tokenizer(found, Path(model), Path(model))
+    train_records = open_records(train)
+    tokenizer = resolve_tokenizer(train_records, Path(model), Path(model))
     if tokenizer is None:
         raise ContaminationError(
-            f"contamination.model is {str(model)!r}: its tokenizer did not write {train}; name the "
-            "folder that did"
+            f"config.train_model is {str(model)!r}, whose tokenizer did not write {train}; set it "
+            "to the folder that did"
         )
     path = Path(workdir) / FILE
-    key = _key(items, found)
-    if known := _known(path, key):
-        return known
-    can_encode = encoder_matches(found, Path(model), Path(model))
-    encoder = resolve_encoder(found, Path(model)) if can_encode else None
-    progress(f"contamination: {len(items)} items against {len(found)} training documents")
-    flags, about = _compare(items, found, tokenizer, encoder, Path(images_folder))
-    lines = [{"compared": about, "key": key}]
+    key = _key(items, train_records)
+    if compared := _read_compared(path, key):
+        return compared
+    can_encode = encoder_matches(train_records, Path(model), Path(model))
+    encoder = resolve_encoder(train_records, Path(model)) if can_encode else None
+    progress(f"contamination: {len(items)} items against {len(train_records)} training documents")
+    flags, compared = _compare(items, train_records, tokenizer, encoder, Path(images_folder))
+    lines = [{"compared": compared, "key": key}]
     lines += [{"id": item.id} | flag for item, flag in zip(items, flags, strict=True)]
     journal.write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
-    return about
+    return compared
 
 
 def read(workdir: str | Path) -> dict[str, dict[str, bool]]:
-    """Return id -> {picture, codes, words}."""
+    """Return id -> {id, and a flag for each of WAYS}."""
     return {row["id"]: row for _, row in read_objects(Path(workdir) / FILE)[1:]}
 
 
 def summary(
     records: Sequence[Record],
     flags: dict[str, dict[str, bool]],
-    known: ScoringInputs,
+    inputs: ScoringInputs,
     *,
     mode: str,
-    seed: int,
-    resamples: int,
+    resampling: intervals.Resampling,
 ) -> list[dict[str, Any]]:
     """Return headline rows {task, metric, part, n, groups, few_groups, value, ci_low, ci_high}.
 
-    part: all, clean, contaminated, and by picture, codes, words. A part without items has n 0.
+    part: all, clean, contaminated, and each of WAYS. A part without items has n 0.
     """
     rows = []
     parts: dict[str, Callable[[dict], bool]] = {
@@ -99,11 +100,11 @@ def summary(
         "clean": lambda flag: not any(flag[way] for way in WAYS),
         "contaminated": lambda flag: any(flag[way] for way in WAYS),
     } | {way: lambda flag, way=way: flag[way] for way in WAYS}
-    for task, some in aggregate.tasks_of(records).items():
-        numbers = dict(mode=mode, seed=seed, resamples=resamples)
-        for part, holds in parts.items():
-            kept = [r for r in some if r["id"] in flags and holds(flags[r["id"]])]
-            heads = [r for r in aggregate.summary(kept, known, **numbers) if r["headline"]]
+    for task, task_records in aggregate.tasks_of(records).items():
+        for part, selects in parts.items():
+            part_records = [r for r in task_records if r["id"] in flags and selects(flags[r["id"]])]
+            part_rows = aggregate.summary(part_records, inputs, mode=mode, resampling=resampling)
+            heads = [row for row in part_rows if row["headline"]]
             head = heads[0] if heads else dict(metric=None, n=0, groups=0)
             names = ("metric", "n", "groups", "few_groups", "value", "ci_low", "ci_high")
             rows.append(dict(task=task, part=part) | {name: head.get(name) for name in names})
@@ -112,7 +113,7 @@ def summary(
 
 def _compare(
     items: Sequence[task_items.Item],
-    found: Records,
+    train_records: Records,
     tokenizer: Tokenizer,
     encoder: Encoder | None,
     folder: Path,
@@ -121,61 +122,61 @@ def _compare(
         [near_duplicates.normalized_words(f"{i.prompt}\n{i.answer}") for i in items]
     )
 
-    def see(document: Any, number: int) -> None:
-        grams.add_document(
-            near_duplicates.normalized_words(plain_text(document, found.layout, tokenizer)), number
-        )
+    def add_document(document: Any, number: int) -> None:
+        text = plain_text(document, train_records.layout, tokenizer)
+        grams.add_document(near_duplicates.normalized_words(text), number)
 
-    def tell(kind: str, where: str, what: str) -> None:
+    def raise_finding(kind: str, where: str, what: str) -> None:
         raise ContaminationError(
-            f"{found.folder}: {where}: {what}; see `python -m data.prepare check`"
+            f"{train_records.folder}: {where}: {what}; see `python -m data.prepare check`"
         )
 
-    columns = scan.scan(found, tell, see)
-    files = {
-        i: image_paths.resolve(folder, i) for i in sorted({i for x in items for i in x.images})
-    }
+    columns = scan.scan(train_records, raise_finding, add_document)
+    names = sorted({name for item in items for name in item.images})
+    files = {name: image_paths.resolve(folder, name) for name in names}
     files = {image: file for image, file in files.items() if file.is_file()}
     paths = list(files)
-    shas = _names([file_sha256(file) for file in files.values()])
-    each = [] if encoder is None else near_duplicates.encode_files(encoder, files.values())
-    codes = _names([near_duplicates.code_hash(one) for one in each])
-    same = {
+    byte_hashes = _hashes([file_sha256(file) for file in files.values()])
+    image_codes = [] if encoder is None else near_duplicates.encode_files(encoder, files.values())
+    code_hashes = _hashes([near_duplicates.code_hash(codes) for codes in image_codes])
+    same_bytes = {
         path: bool(hit)
-        for path, hit in zip(paths, near_duplicates.isin(shas, columns.sha), strict=True)
+        for path, hit in zip(paths, near_duplicates.isin(byte_hashes, columns.sha), strict=True)
     }
-    alike = dict(zip(paths, near_duplicates.isin(codes, columns.codes), strict=False))
+    same_codes = dict(zip(paths, near_duplicates.isin(code_hashes, columns.codes), strict=False))
     shared = grams.overlaps()
     flags = [
         dict(
-            picture=any(same.get(image, False) for image in item.images),
-            codes=bool(any(alike.get(image, False) for image in item.images)),
+            # Verbatim: part of the data.
+            picture=any(same_bytes.get(image, False) for image in item.images),
+            codes=bool(any(same_codes.get(image, False) for image in item.images)),
             words=number in shared,
         )
         for number, item in enumerate(items)
     ]
-    about = dict(
-        train=found.fingerprint,
-        documents=len(found),
+    compared = dict(
+        train=train_records.fingerprint,
+        documents=len(train_records),
         items=len(items),
         # The first two are of images that could be compared: records may have no file hashes.
-        by_picture=sum(item.image in same for item in items) if columns.sha.any() else 0,
-        by_codes=sum(item.image in alike for item in items),
+        # Verbatim: part of the data.
+        by_picture=sum(item.image in same_bytes for item in items) if columns.sha.any() else 0,
+        by_codes=sum(item.image in same_codes for item in items),
         by_words=int((grams.sizes > 0).sum()),
     ) | {way: sum(flag[way] for flag in flags) for way in WAYS}
-    return flags, about
+    return flags, compared
 
 
-def _names(digests: Sequence[str]) -> UInt64[np.ndarray, "n"]:
-    return np.array([near_duplicates.hash64(one) for one in digests], np.uint64)
+def _hashes(digests: Sequence[str]) -> UInt64[np.ndarray, "n"]:
+    return np.array([near_duplicates.hash64(digest) for digest in digests], np.uint64)
 
 
-def _key(items: Sequence[task_items.Item], found: Records) -> str:
-    told = [list(task_items.item_fields(item).values()) for item in items]
-    return hashlib.sha256(json.dumps([told, found.fingerprint]).encode()).hexdigest()
+def _key(items: Sequence[task_items.Item], train_records: Records) -> str:
+    values = [list(task_items.item_fields(item).values()) for item in items]
+    return hashlib.sha256(json.dumps([values, train_records.fingerprint]).encode()).hexdigest()
 
 
-def _known(path: Path, key: str) -> dict[str, Any] | None:
+def _read_compared(path: Path, key: str) -> dict[str, Any] | None:
     """Return what was compared, if these exact items and records were compared before."""
     if not path.exists():
         return None
@@ -184,7 +185,7 @@ def _known(path: Path, key: str) -> dict[str, Any] | None:
     except TextFileError:  # corrupt, so it is compared again
         return None
     flags = [type(row.get(name)) is bool for row in rows[1:] for name in WAYS]
-    whole = all(flags) and all(isinstance(row.get("id"), str) for row in rows[1:])
-    if not rows or not whole or not isinstance(rows[0].get("compared"), dict):
+    complete = all(flags) and all(isinstance(row.get("id"), str) for row in rows[1:])
+    if not rows or not complete or not isinstance(rows[0].get("compared"), dict):
         return None
     return rows[0]["compared"] if rows[0].get("key") == key else None

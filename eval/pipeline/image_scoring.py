@@ -1,4 +1,4 @@
-"""Scores images and captions with an encoder; caches embeddings and writes pictures.jsonl.
+"""Scores images and captions with an encoder; caches embeddings and writes image_scores.jsonl.
 
     biomedclip:FOLDER           BiomedCLIP's published files: images and texts, BiomedCLIPScore
     efficientnet_lite0:WHEEL    ImageNet features of images only; never called BiomedCLIPScore
@@ -7,7 +7,7 @@
             -> one line per record: cosines and the rank of its own image; one per task: KID,
                diversity
 
-After an interruption the same command embeds only what is missing and rewrites pictures.jsonl.
+After an interruption the same command embeds only what is missing and rewrites image_scores.jsonl.
 """
 
 import base64
@@ -43,29 +43,33 @@ def score_images(
     workdir: str | Path,
     *,
     images_folder: str | Path,
-    seed: int,
-    resamples: int,
+    resampling: intervals.Resampling,
     progress: Callable[[str], None],
-    out: str = per_record.PICTURES,
+    out: str = per_record.IMAGE_SCORES,
 ) -> list[dict[str, Any]]:
     """Write WORKDIR/out; return {task, scorer, metric, ...} of complete image sets."""
     workdir = Path(workdir)
-    some = [r for r in records if r["family"] in per_record.IMAGE_METRICS and not r.get("error")]
+    families = per_record.IMAGE_METRICS
+    scored = [r for r in records if r["family"] in families and not r.get("error")]
     lines, sets = [], []
     for scorer in scorers:
         with open_journal(workdir / STORE) as journal:
-            view = _EmbeddingJob(scorer, journal, workdir, Path(images_folder))
-            view.embed(some, progress)
-        for task in dict.fromkeys(record["task"] for record in some):
-            told = {r["id"]: view.problem(r) for r in some if r["task"] == task}
-            part = [r for r in some if r["id"] in told and not told[r["id"]]]
-            lines += [_line(view, {"id": i}) | {"problem": why} for i, why in told.items() if why]
-            if not part:
+            job = _EmbeddingJob(scorer, journal, workdir, Path(images_folder))
+            job.embed(scored, progress)
+        for task in dict.fromkeys(record["task"] for record in scored):
+            problems = {r["id"]: job.problem(r) for r in scored if r["task"] == task}
+            embeddable = [r for r in scored if r["id"] in problems and not problems[r["id"]]]
+            lines += [
+                _line(job, {"id": name}) | {"problem": problem}
+                for name, problem in problems.items()
+                if problem
+            ]
+            if not embeddable:
                 continue
-            lines += _lines(view, part)
+            lines += _lines(job, embeddable)
             sets += [
-                dict(task=task, scorer=scorer.name, fingerprint=scorer.fingerprint) | one
-                for one in _sets(view, part, seed, resamples)
+                dict(task=task, scorer=scorer.name, fingerprint=scorer.fingerprint) | row
+                for row in _sets(job, embeddable, resampling)
             ]
     io_journal.write_text(workdir / out, "".join(json.dumps(line) + "\n" for line in lines))
     return sets
@@ -76,7 +80,7 @@ class _EmbeddingRequest:
     """Describes one input to embed. `key`: a hash of its content, "" where it cannot be read."""
 
     key: str
-    what: Path | str
+    content: Path | str
     released: bool = False
 
 
@@ -92,45 +96,47 @@ class _EmbeddingJob:
         }
         self._keys: dict[Path, tuple[str, bool]] = {}
         self._problems: dict[str, str] = {}
-        self.reads = scorer.name not in per_record.PICTURES_ONLY
+        self.embeds_text = scorer.name not in per_record.IMAGE_ONLY_SCORERS
 
     def embed(self, records: Sequence[Record], progress: Callable[[str], None]) -> None:
-        wanted = {w.key: w for r in records if not self._missing(r) for w in self._wanted(r)}
-        todo = [want for key, want in wanted.items() if key not in self._rows]
-        progress(f"{self.scorer.name}: {len(todo)} pictures and texts to embed")
+        requests = {w.key: w for r in records if not self._missing(r) for w in self._requests(r)}
+        todo = [request for key, request in requests.items() if key not in self._rows]
+        progress(f"{self.scorer.name}: {len(todo)} images and texts to embed")
+        image_requests = [request for request in todo if isinstance(request.content, Path)]
         for released in (False, True):
-            pictures = [w for w in todo if isinstance(w.what, Path) and w.released == released]
-            for part in _parts(pictures, self.scorer.batch):
-                loaded = [(want, one) for want in part if (one := self._open(want)) is not None]
+            same = [request for request in image_requests if request.released == released]
+            for part in _parts(same, self.scorer.batch):
+                opened = {request: self._open(request) for request in part}
+                loaded = {request: image for request, image in opened.items() if image is not None}
                 if loaded:
-                    rows = self.scorer.pictures([one for _, one in loaded], released=released)
-                    self._put([want for want, _ in loaded], rows)
-        words = [want for want in todo if isinstance(want.what, str)]
-        for part in _parts(words, self.scorer.batch):
-            self._put(part, self.scorer.texts([want.what for want in part]))
+                    rows = self.scorer.embed_images(list(loaded.values()), released=released)
+                    self._put(list(loaded), rows)
+        text_requests = [request for request in todo if isinstance(request.content, str)]
+        for part in _parts(text_requests, self.scorer.batch):
+            self._put(part, self.scorer.embed_texts([request.content for request in part]))
 
     def problem(self, record: Record) -> str:
         """Return why a record has no scores, or "" where it has scores."""
         if missing := self._missing(record):
             return missing
         return next(
-            (self._problems[w.key] for w in self._wanted(record) if w.key in self._problems), ""
+            (self._problems[w.key] for w in self._requests(record) if w.key in self._problems), ""
         )
 
-    def drawn(self, record: Record) -> list[np.ndarray]:
+    def generated(self, record: Record) -> list[np.ndarray]:
         return [self._rows[self._key(path)] for path in self._generated(record)]
 
     def released(self, record: Record) -> list[np.ndarray]:
         """Return the embeddings of images that are prepared as in the MedMax release."""
         return [self._rows[self._key(path, released=True)] for path in self.paths(record)]
 
-    def shown(self, record: Record) -> np.ndarray | None:
+    def reference(self, record: Record) -> np.ndarray | None:
         """Return the image of the item: the one shown, or the reference of an image to generate."""
         path = self._reference(record)
         return None if path is None else self._rows[self._key(path)]
 
-    def text(self, words: str) -> np.ndarray:
-        return self._rows[_text_key(words)]
+    def text(self, text: str) -> np.ndarray:
+        return self._rows[_text_key(text)]
 
     def blank(self) -> np.ndarray:
         return self._rows[BLANK]
@@ -155,22 +161,22 @@ class _EmbeddingJob:
         label = "an image of a credentialed item" if per_record.is_credentialed(record) else ""
         return image_paths.resolve(folder, name, label=label)
 
-    def _wanted(self, record: Record) -> Iterator[_EmbeddingRequest]:
+    def _requests(self, record: Record) -> Iterator[_EmbeddingRequest]:
         reference = self._reference(record)
         for path in self._generated(record) + ([reference] if reference else []):
             yield _EmbeddingRequest(self._key(path), path)
-        if self.reads:
+        if self.embeds_text:
             for path in self.paths(record):
                 yield _EmbeddingRequest(self._key(path, released=True), path, released=True)
-            said = per_record.answer_text(record)
-            for words in dict.fromkeys((said, record["text"], record["answer"], record["prompt"])):
-                yield _EmbeddingRequest(_text_key(words), words)
+            answer = per_record.answer_text(record)
+            for text in dict.fromkeys((answer, record["text"], record["answer"], record["prompt"])):
+                yield _EmbeddingRequest(_text_key(text), text)
         if record["family"] != "captioning":
             yield _EmbeddingRequest(BLANK, _blank(self._workdir))
 
     def _missing(self, record: Record) -> str:
         paths = self.paths(record) + self._generated(record)
-        return next((f"{path}: no such file" for path in paths if not path.is_file()), "")
+        return next((f"{path} does not exist" for path in paths if not path.is_file()), "")
 
     def _key(self, path: Path, *, released: bool = False) -> str:
         """Return a key of the file's bytes.
@@ -182,86 +188,91 @@ class _EmbeddingJob:
         digest, same = self._keys[path]
         return digest + (" released" if released and not same else "")
 
-    def _open(self, want: _EmbeddingRequest) -> PIL.Image.Image | None:
+    def _open(self, request: _EmbeddingRequest) -> PIL.Image.Image | None:
         try:
-            if not want.released:
-                return images.load(want.what, max_pixels=images.MAX_PIXELS)
-            with images.open_image(want.what, max_pixels=images.MAX_PIXELS) as picture:
-                return picture.copy()
+            if not request.released:
+                return images.load(request.content, max_pixels=images.MAX_PIXELS)
+            with images.open_image(request.content, max_pixels=images.MAX_PIXELS) as image:
+                return image.copy()
         except image_headers.ImageError as error:
-            self._problems[want.key] = str(error)
+            self._problems[request.key] = str(error)
             return None
 
     def _put(self, part: Sequence[_EmbeddingRequest], rows: Rows) -> None:
         lines = []
-        for want, row in zip(part, np.asarray(rows, np.float32), strict=True):
-            self._rows[want.key] = row
+        for request, row in zip(part, np.asarray(rows, np.float32), strict=True):
+            self._rows[request.key] = row
             unit = base64.b64encode(row.tobytes()).decode()
-            lines.append(dict(scorer=self.scorer.fingerprint, key=want.key, unit=unit))
+            lines.append(dict(scorer=self.scorer.fingerprint, key=request.key, unit=unit))
         self._journal.append(*lines)
 
 
-def _lines(view: _EmbeddingJob, records: Sequence[Record]) -> Iterator[dict[str, Any]]:
-    ranks = _ranks(view, records)
+def _lines(job: _EmbeddingJob, records: Sequence[Record]) -> Iterator[dict[str, Any]]:
+    ranks = _ranks(job, records)
     for record in records:
-        line = _line(view, record) | _cosines(view, record)
+        line = _line(job, record) | _cosines(job, record)
         if record["id"] in ranks:
             line |= dict(rank=ranks[record["id"]], of=len(records))
         yield line
 
 
-def _line(view: _EmbeddingJob, record: Record) -> dict[str, Any]:
-    return dict(id=record["id"], scorer=view.scorer.name, fingerprint=view.scorer.fingerprint)
+def _line(job: _EmbeddingJob, record: Record) -> dict[str, Any]:
+    return dict(id=record["id"], scorer=job.scorer.name, fingerprint=job.scorer.fingerprint)
 
 
-def _cosines(view: _EmbeddingJob, record: Record) -> dict[str, Any]:
-    family, shown = record["family"], view.shown(record)
-    found: dict[str, Any] = {}
+def _cosines(job: _EmbeddingJob, record: Record) -> dict[str, Any]:
+    family, reference = record["family"], job.reference(record)
+    cosines: dict[str, Any] = {}
     if family == "captioning":
-        if not view.reads:
+        if not job.embeds_text:
             return {}
-        said, wanted = view.text(per_record.answer_text(record)), view.text(record["answer"])
-        (prepared,), released = view.released(record), view.text(record["text"])
-        found = dict(image_text=[_dot(shown, said)], image_text_released=[_dot(prepared, released)])
-        found["text_text"] = _dot(said, wanted)
-        both = embeddings.combined_clip_score(shown[None], said[None], [wanted[None]])
-        return found | {"combined": float(both[0])}
-    drawn, blank = view.drawn(record), view.blank()
-    if view.reads and family == "image_generation":
-        asked = view.text(record["prompt"])
-        prepared = view.released(record)
-        found["image_text"] = [_dot(one, asked) for one in drawn]
-        found["image_text_released"] = [_dot(one, asked) for one in prepared]
-        found["blank_image_text"] = _dot(blank, asked)
-    if shown is not None:
-        found["image_image"] = [_dot(one, shown) for one in drawn]
-        found["blank_image_image"] = _dot(blank, shown)
-    return found
+        answer, expected = job.text(per_record.answer_text(record)), job.text(record["answer"])
+        (prepared,), released = job.released(record), job.text(record["text"])
+        (combined,) = embeddings.combined_clip_score(
+            reference[None], answer[None], [expected[None]]
+        )
+        return dict(
+            image_text=[_dot(reference, answer)],
+            image_text_released=[_dot(prepared, released)],
+            text_text=_dot(answer, expected),
+            combined=float(combined),
+        )
+    generated, blank = job.generated(record), job.blank()
+    if job.embeds_text and family == "image_generation":
+        prompt = job.text(record["prompt"])
+        prepared = job.released(record)
+        cosines["image_text"] = [_dot(vector, prompt) for vector in generated]
+        cosines["image_text_released"] = [_dot(vector, prompt) for vector in prepared]
+        cosines["blank_image_text"] = _dot(blank, prompt)
+    if reference is not None:
+        cosines["image_image"] = [_dot(vector, reference) for vector in generated]
+        cosines["blank_image_image"] = _dot(blank, reference)
+    return cosines
 
 
-def _ranks(view: _EmbeddingJob, records: Sequence[Record]) -> dict[str, float]:
+def _ranks(job: _EmbeddingJob, records: Sequence[Record]) -> dict[str, float]:
     """Return the rank of each item's own image or prompt in its task; no image ranks last."""
-    if not view.reads or len(records) < 2:
+    if not job.embeds_text or len(records) < 2:
         return {}
     family = records[0]["family"]
     if family == "captioning":
-        said = np.stack([view.text(per_record.answer_text(record)) for record in records])
-        places = embeddings.retrieval_ranks(
-            said, np.stack([view.shown(record) for record in records])
+        answers = np.stack([job.text(per_record.answer_text(record)) for record in records])
+        ranks = embeddings.retrieval_ranks(
+            answers, np.stack([job.reference(record) for record in records])
         )
     elif family == "image_generation":
-        drawn = [view.drawn(record) for record in records]
-        first = np.stack([some[0] if some else view.blank() for some in drawn])
-        asked = np.stack([view.text(record["prompt"]) for record in records])
-        places = embeddings.retrieval_ranks(first, asked)
-        places = np.where([bool(some) for some in drawn], places, float(len(records)))
+        generated = [job.generated(record) for record in records]
+        first = np.stack([vectors[0] if vectors else job.blank() for vectors in generated])
+        prompts = np.stack([job.text(record["prompt"]) for record in records])
+        ranks = embeddings.retrieval_ranks(first, prompts)
+        ranks = np.where([bool(vectors) for vectors in generated], ranks, float(len(records)))
     else:
         return {}
-    return {r["id"]: float(place) for r, place in zip(records, places, strict=True)}
+    return {r["id"]: float(rank) for r, rank in zip(records, ranks, strict=True)}
 
 
 def _sets(
-    view: _EmbeddingJob, records: Sequence[Record], seed: int, resamples: int
+    job: _EmbeddingJob, records: Sequence[Record], resampling: intervals.Resampling
 ) -> Iterator[dict[str, Any]]:
     """Yield KID against the references, and the diversity of generated and reference images.
 
@@ -270,36 +281,48 @@ def _sets(
     """
     if records[0]["family"] == "captioning":
         return
-    made, of = _grouped((record["group"], view.drawn(record)[:1]) for record in records)
-    shown = ((record["group"], view.shown(record)) for record in records)
-    real, known = _grouped((group, [] if row is None else [row]) for group, row in shown)
-    numbers = dict(seed=seed, resamples=resamples)
-    if len(set(of)) >= 2:
-        found = image_sets.diversity(np.stack(made), groups=of, **numbers)
-        row = dict(metric="diversity") | found.row()
-        if len(set(known)) >= 2:
-            theirs = image_sets.diversity(np.stack(real), groups=known, **numbers)
-            ends = dict(
-                references_low=intervals.finite(theirs.low),
-                references_high=intervals.finite(theirs.high),
+    first = ((record["group"], job.generated(record)[:1]) for record in records)
+    generated, generated_groups = _grouped(first)
+    references = ((record["group"], job.reference(record)) for record in records)
+    real, real_groups = _grouped((group, [] if row is None else [row]) for group, row in references)
+    if len(set(generated_groups)) >= 2:
+        interval = image_sets.diversity(
+            np.stack(generated), groups=generated_groups, resampling=resampling
+        )
+        row = dict(metric="diversity") | interval.row()
+        if len(set(real_groups)) >= 2:
+            of_references = image_sets.diversity(
+                np.stack(real), groups=real_groups, resampling=resampling
             )
-            row |= dict(references=theirs.mean) | ends
+            ends = dict(
+                references_low=intervals.finite(of_references.low),
+                references_high=intervals.finite(of_references.high),
+            )
+            row |= dict(references=of_references.mean) | ends
         yield row
-    size = min(SET_SIZE, len(made) // 2, len(real) // 2)
-    if size >= 2 and min(len(set(of)), len(set(known))) >= 2:
-        real, made = np.stack(real), np.stack(made)
-        groups = dict(real_groups=known, made_groups=of)
-        found = image_sets.kid(real, made, gamma=GAMMA, **groups, **numbers)
-        kid = embeddings.kid(real, made, gamma=GAMMA, subsets=SUBSETS, size=size, seed=seed)
+    size = min(SET_SIZE, len(generated) // 2, len(real) // 2)
+    if size >= 2 and min(len(set(generated_groups)), len(set(real_groups))) >= 2:
+        real, generated = np.stack(real), np.stack(generated)
+        interval = image_sets.kid(
+            real,
+            generated,
+            real_groups=real_groups,
+            generated_groups=generated_groups,
+            gamma=GAMMA,
+            resampling=resampling,
+        )
+        kid = embeddings.kid(
+            real, generated, gamma=GAMMA, subsets=SUBSETS, size=size, seed=resampling.seed
+        )
         subsets = dict(subsets_mean=kid.mean, subsets_std=kid.std, size=size)
-        yield dict(metric="kid") | found.row() | subsets
+        yield dict(metric="kid") | interval.row() | subsets
 
 
 def _grouped(
-    some: Iterable[tuple[str, Sequence[np.ndarray]]],
+    vectors_by_group: Iterable[tuple[str, Sequence[np.ndarray]]],
 ) -> tuple[list[np.ndarray], list[str]]:
     """Return the rows and the group of each row."""
-    pairs = [(row, group) for group, rows in some for row in rows]
+    pairs = [(row, group) for group, rows in vectors_by_group for row in rows]
     return [row for row, _ in pairs], [group for _, group in pairs]
 
 
@@ -309,8 +332,8 @@ def _dot(a: np.ndarray, b: np.ndarray) -> float:
 
 def _mode(path: Path) -> str:
     try:
-        with images.open_image(path, max_pixels=images.MAX_PIXELS) as picture:
-            return picture.mode
+        with images.open_image(path, max_pixels=images.MAX_PIXELS) as image:
+            return image.mode
     except image_headers.ImageError:
         return ""  # reported when it is opened
 
@@ -322,9 +345,11 @@ def _blank(workdir: Path) -> Path:
     return path
 
 
-def _text_key(words: str) -> str:
-    return "text " + hashlib.sha256(words.encode("utf-8", "surrogatepass")).hexdigest()
+def _text_key(text: str) -> str:
+    return "text " + hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _parts(some: Sequence[_EmbeddingRequest], size: int) -> Iterable[Sequence[_EmbeddingRequest]]:
-    return (some[start : start + size] for start in range(0, len(some), size))
+def _parts(
+    requests: Sequence[_EmbeddingRequest], size: int
+) -> Iterable[Sequence[_EmbeddingRequest]]:
+    return (requests[start : start + size] for start in range(0, len(requests), size))

@@ -23,9 +23,9 @@ import numpy as np
 
 from medmax_jax import cli
 from medmax_jax.eval.config import EvalError
-from medmax_jax.eval.metrics import release
+from medmax_jax.eval.metrics import per_record, release
 from medmax_jax.eval.models import base
-from medmax_jax.eval.models.base import Looks
+from medmax_jax.eval.models.base import ModalityClassifier
 from medmax_jax.eval.tasks import items as task_items
 from medmax_jax.eval.tasks.selection import WHOLE, Shard
 from medmax_jax.io import journal as io_journal
@@ -45,7 +45,7 @@ def run_items(
     images_folder: str | Path,
     out: str | Path,
     progress: Progress,
-    looks: Looks | None = None,
+    classify_modality: ModalityClassifier | None = None,
     window: int = 256,
     prompt: str = "sft",
     shard: Shard = WHOLE,
@@ -57,59 +57,61 @@ def run_items(
 
     mode: of generation, paper or strict. prompt: the wording of the MedMax release. progress:
     called with a line of text after each batch, when its records are on disk; it may raise to stop.
-    looks: the classifier that predicts the modality of a generated image; None leaves `looks_like`
-    open. window: items that a model receives at once. shard: runs and returns that part alone.
-    facts: fingerprints that every record has; a record with others belongs to another run and
-    raises.
+    classify_modality: predicts the modality of a generated image; with None the record has None.
+    window: items that a model receives at once. shard: runs and returns that part alone. facts:
+    fingerprints that every record has; a record with others belongs to another run and raises.
     """
     if mode not in task_items.MODES:
         raise EvalError(f"mode is {mode!r}; use one of {', '.join(task_items.MODES)}")
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
+    per_record.check_names(shard_files(out))
     items = [item for n, item in enumerate(items) if n % shard.count == shard.index]
-    run = _ItemRunner(model, mode, prompt, Path(images_folder), out, looks, facts or {})
-    with _other_shards(out, shard) as others, open_journal(shard.file(out)) as journal:
-        own = io_journal.checked(journal.rows, ("id",), journal.path)
-        known = {record["id"]: record for record in (*others, *own)}
+    runner = _ItemRunner(
+        model, mode, prompt, Path(images_folder), out, classify_modality, facts or {}
+    )
+    with _other_shards(out, shard) as other_records, open_journal(shard.file(out)) as journal:
+        own_records = io_journal.checked(journal.rows, ("id",), journal.path)
+        records_by_id = {record["id"]: record for record in (*other_records, *own_records)}
         for number, item in enumerate(items, start=1):
             name = task_items.item_name(item, number)
-            _check_same(item, known.get(item.id), run.facts, f"{out}: item {name}")
-        todo = [item for item in items if item.id not in known]
+            _check_same(item, records_by_id.get(item.id), runner.facts, f"{out}: item {name}")
+        todo = [item for item in items if item.id not in records_by_id]
         log = ProgressLog(out.parent, shard.file(out).name, len(journal.rows), len(todo))
-        clock = ItemProgress(len(todo), "items", progress, every=0.0)
+        item_progress = ItemProgress(len(todo), "items", progress, every=0.0)
         try:
-            for family, some in _windows(todo, window):
-                log.started(len(some))
-                for records in run.batches(some):
+            for family, window_items in _windows(todo, window):
+                log.started(len(window_items))
+                for records in runner.batches(window_items):
                     journal.append(*records)
-                    known |= {record["id"]: record for record in records}
+                    records_by_id |= {record["id"]: record for record in records}
                     log.finished(len(records))
-                    clock.tick(family, len(records))
+                    item_progress.tick(family, len(records))
         finally:
             log.stop()
-    _check_complete(items, known, model, progress)
-    return [known[item.id] for item in items]
+    _check_complete(items, records_by_id, model, progress)
+    return [records_by_id[item.id] for item in items]
 
 
 def _check_complete(
     items: Sequence[task_items.Item],
-    known: Mapping[str, Any],
+    records_by_id: Mapping[str, Any],
     model: base.Model,
     progress: Progress,
 ) -> None:
     """Raise Interrupted if items had no reply, so that the same command requests them again."""
-    lost = [
+    missing = [
         task_items.item_name(item, number)
         for number, item in enumerate(items, start=1)
-        if item.id not in known
+        if item.id not in records_by_id
     ]
-    if lost:
-        why = (
-            f"{len(lost)} of {len(items)} items had no reply this time, the first is {lost[0]}"
-            f"{base.last_error(model)}; the same command asks for these again"
+    if missing:
+        message = (
+            f"{len(missing)} of {len(items)} items had no reply in this run (first: {missing[0]})"
+            f"{base.last_error(model)}; rerun the same command to request them again"
         )
-        progress(why)  # which may raise to stop
-        raise cli.Interrupted(why)
+        progress(message)  # which may raise to stop
+        raise cli.Interrupted(message)
 
 
 @dataclasses.dataclass
@@ -121,53 +123,55 @@ class _ItemRunner:
     prompt: str
     folder: Path
     out: Path
-    classify_modality: Looks | None
+    classify_modality: ModalityClassifier | None
     facts: dict[str, str]
 
     def batches(self, items: Sequence[task_items.Item]):
         """Yield lists of records in the order in which the model completes its answers."""
-        asks = [make_request(item, self.folder, self.mode, self.prompt) for item in items]
-        for batch, seconds in _timed(_batches(self.model, asks)):
-            each = round(seconds / len(batch), 4)
-            yield [self.record(items[i], found) | {"seconds": each} for i, found in batch]
+        requests = [make_request(item, self.folder, self.mode, self.prompt) for item in items]
+        for batch, seconds in _timed(_batches(self.model, requests)):
+            seconds_per_item = round(seconds / len(batch), 4)
+            timing = {"seconds": seconds_per_item}
+            yield [self.record(items[index], answer) | timing for index, answer in batch]
 
-    def record(self, item: task_items.Item, found) -> dict[str, Any]:
-        if isinstance(found, base.FailedResponse):
-            texts, pictures, codes, error = [], [], [], found.why
+    def record(self, item: task_items.Item, answer) -> dict[str, Any]:
+        if isinstance(answer, base.FailedResponse):
+            texts, generated, codes, error = [], [], [], answer.why
         else:
-            texts, pictures, codes = base.split_segments(found, where=_shown(item))
+            texts, generated, codes = base.split_segments(answer, where=_item_label(item))
             error = ""
-        looks_like = None
+        predicted_modality = None
         if self.classify_modality is not None and task_items.FAMILIES[item.family].mode != "text":
             # An answer without an image has no predicted modality.
-            looks_like = (
-                self.classify_modality(codes[0], np.asarray(pictures[0])) if pictures else ""
+            predicted_modality = (
+                self.classify_modality(codes[0], np.asarray(generated[0])) if generated else ""
             )
         text = " ".join(text.strip() for text in texts).strip()
-        said = dict(
+        content = dict(
             text=text,
-            images=self.saved(item, pictures),
-            codes=[one.tolist() for one in codes if one is not None],
-            looks_like=looks_like,
+            images=self._save_images(item, generated),
+            codes=[image_codes.tolist() for image_codes in codes if image_codes is not None],
+            predicted_modality=predicted_modality,
         )
-        read = release.parse_and_judge(item.family, text, item.answer, item.prompt)
+        parsed = release.parse_and_judge(item.family, text, item.answer, item.prompt)
         failed = {"error": error} if error else {}
-        return item_fields(item) | said | read | failed | self.facts
+        return item_fields(item) | content | parsed | failed | self.facts
 
-    def saved(self, item: task_items.Item, pictures) -> list[str]:
+    def _save_images(self, item: task_items.Item, generated) -> list[str]:
         folder, names = self.out.with_name(f"{self.out.stem}_images"), []
-        for number, picture in enumerate(pictures):
+        for number, image in enumerate(generated):
             folder.mkdir(exist_ok=True)
             safe = re.sub(r"[^\w.-]+", "_", item.id)
             path = folder / f"{safe}_{number}.png"
             partial = path.with_suffix(".partial")
             try:
-                picture.save(partial, "PNG")
+                image.save(partial, "PNG")
                 partial.replace(path)
             except OSError as error:
                 partial.unlink(missing_ok=True)
                 raise EvalError(
-                    f"{path}: cannot be written ({error.strerror}); make room and go on"
+                    f"cannot write {path} ({error.strerror}); free disk space and rerun the same "
+                    "command"
                 ) from error
             names.append(f"{folder.name}/{path.name}")
         return names
@@ -224,18 +228,21 @@ def _timed(batches):
         before = time.monotonic()
 
 
-def _batches(model: base.Model, asks: Sequence[base.ModelRequest]):
+def _batches(model: base.Model, requests: Sequence[base.ModelRequest]):
     """Yield lists of (index, segments) as the model completes them."""
     stream = getattr(model, "stream", None)
     if stream is None:
-        found = model.generate(asks)
-        if len(found) != len(asks):
-            raise EvalError(f"the model gave {len(found)} answers to {len(asks)} asks")
-        yield list(enumerate(found))
+        answers = model.generate(requests)
+        if len(answers) != len(requests):
+            raise EvalError(
+                f"generate() returned {len(answers)} answers to {len(requests)} requests; it must "
+                "return one per request"
+            )
+        yield list(enumerate(answers))
         return
     batch: list = []
-    for one in stream(asks):
-        batch.append(one)
+    for result in stream(requests):
+        batch.append(result)
         if len(batch) == FLUSH:
             yield batch
             batch = []
@@ -243,7 +250,7 @@ def _batches(model: base.Model, asks: Sequence[base.ModelRequest]):
         yield batch
 
 
-def _shown(item: task_items.Item) -> str:
+def _item_label(item: task_items.Item) -> str:
     return "a credentialed item" if task_items.is_credentialed(item) else f"item {item.id}"
 
 
@@ -257,23 +264,23 @@ def _check_same(
 ) -> None:
     if record is None:
         return
-    asked = item_fields(item)
-    if {name: record.get(name) for name in asked} != asked:
+    fields = item_fields(item)
+    if {name: record.get(name) for name in fields} != fields:
         raise EvalError(
-            f"{where} was another question when it was answered; use a fresh workdir for other "
+            f"{where} differs from the item that was answered before; use a new workdir for other "
             "items"
         )
     for name, value in facts.items():
         if record.get(name) != value:
             raise EvalError(
-                f"{where} has {name} {record.get(name)!r} and this run {value!r}: a record of "
-                "another run; use a fresh workdir"
+                f"{where} has {name} {record.get(name)!r}, but this run has {value!r}: the record "
+                "belongs to another run; use a new workdir"
             )
 
 
 # ---- history.jsonl: requests, records and repeated requests over all starts of a workdir ----
 #
-#     {"event": "start", "file": "records.jsonl", "recorded": 32, "left": 68}
+#     {"event": "start", "file": "records.jsonl", "had": 32, "left": 68}
 #     {"event": "asking", "count": 32}     {"event": "stop", "recorded": 32, "seconds": 4.1}
 #
 # A line is one write, so several processes may append to the file. A killed process writes no stop:
@@ -303,8 +310,8 @@ class ProgressLog:
         seconds = round(time.monotonic() - self._start, 3)
         self._add("stop", recorded=self._recorded, seconds=seconds)
 
-    def _add(self, event: str, **more: Any) -> None:
-        line = {"event": event, "file": self._file, "time": round(time.time(), 3)} | more
+    def _add(self, event: str, **fields: Any) -> None:
+        line = {"event": event, "file": self._file, "time": round(time.time(), 3)} | fields
         descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
             os.write(descriptor, (json.dumps(line) + "\n").encode())
@@ -318,10 +325,10 @@ def _event(line: bytes) -> dict[str, Any] | None:
         row = parse_object(line, NAME, allow_nonfinite=True)
     except TextFileError:
         return None
-    numbers = [row.get(name, 0) for name in ("count", "had", "seconds")]
+    values = [row.get(name, 0) for name in ("count", "had", "seconds")]
     names = all(isinstance(row.get(name), str) for name in ("file", "event"))
     had = row.get("event") != "start" or "had" in row
-    return row if names and had and all(type(n) in (int, float) for n in numbers) else None
+    return row if names and had and all(type(n) in (int, float) for n in values) else None
 
 
 def totals(folder: Path) -> dict[str, dict[str, Any]]:
@@ -329,23 +336,23 @@ def totals(folder: Path) -> dict[str, dict[str, Any]]:
 
     repeated: an upper bound, counted by windows.
     """
-    found: dict[str, dict[str, Any]] = {}
+    by_file: dict[str, dict[str, Any]] = {}
     path = folder / NAME
     for line in path.read_bytes().splitlines() if path.exists() else ():
         row = _event(line)
         if row is None:  # a partial line, from a full disk
             continue
-        one = found.setdefault(
+        counts = by_file.setdefault(
             row["file"], dict(starts=0, asked=0, recorded=0, repeated=0, seconds=0.0)
         )
         if row["event"] == "start":
-            one["starts"] += 1
-            one["repeated"] = one["asked"] - row["had"]
-        one["asked"] += row.get("count", 0)
-        one["seconds"] += row.get("seconds", 0.0)
-    for file, one in found.items():
+            counts["starts"] += 1
+            counts["repeated"] = counts["asked"] - row["had"]
+        counts["asked"] += row.get("count", 0)
+        counts["seconds"] += row.get("seconds", 0.0)
+    for file, counts in by_file.items():
         records = folder / file
         lines = records.read_bytes().count(b"\n") if records.exists() else 0
-        one["recorded"] = lines
-        one["seconds"] = round(one["seconds"], 3)
-    return found
+        counts["recorded"] = lines
+        counts["seconds"] = round(counts["seconds"], 3)
+    return by_file

@@ -1,4 +1,4 @@
-"""Judges the records of a workdir and writes judged.jsonl, one line per record and kind.
+"""Judges the records of a workdir and writes judgments.jsonl, one line per record and kind.
 
     records.jsonl -> open answers           correct         \\  strict: eval/metrics/llm_judge.py,
                                             texts only,
@@ -6,7 +6,7 @@
                      open answers           paper_open      \\  the release's own messages, one call
                      chat, interleaved      paper_relative  /   at the endpoint's own temperature
                   -> medmax_jax/endpoints/cached_chat_api.py (guard, judge_calls.jsonl) ->
-                  judged.jsonl
+                  judgments.jsonl
 
 "Release" means the MedMax release. A line is {id, kind, votes, why, judge, case}: `judge` is the
 fingerprint, `case` a hash of the judged content. Nothing is judged twice. A line without votes is
@@ -43,8 +43,8 @@ from medmax_jax.io.journal import open_journal
 
 CALLS, RECORDS = "judge_calls.jsonl", "records.jsonl"
 KINDS = {CORRECT: llm_judge.CORRECT, RELATIVE: llm_judge.RELATIVE}
-JUDGED = ("vqa_open", *per_record.PAIRWISE_FAMILIES)  # families
-PICTURE = "<image>"  # where a row places its image; not part of the question's text
+JUDGED_FAMILIES = ("vqa_open", *per_record.PAIRWISE_FAMILIES)  # families
+IMAGE_MARK = "<image>"  # where a row places its image; not part of the question's text
 Progress = Callable[[str], None]
 
 
@@ -53,8 +53,8 @@ def make_judge(settings: JudgeSettings) -> llm_judge.Judge:
     key = settings.service.key_env
     if key and not os.environ.get(key):
         raise llm_judge.JudgeError(
-            f"config.judge.service.key_env is {variable(key)!r}, which is not set; export it, or "
-            "leave the field empty for an endpoint without keys"
+            f"config.judge.service.key_env is {variable(key)!r}, a variable that is not set; "
+            "export it, or leave the field empty for an endpoint without keys"
         )
     endpoint = make_endpoint(settings.endpoint, settings.service, field="judge.service")
     return llm_judge.Judge(
@@ -69,15 +69,19 @@ def make_judge(settings: JudgeSettings) -> llm_judge.Judge:
     )
 
 
-def check_hosts(one: llm_judge.Judge, items: Sequence[task_items.Item]) -> None:
+def check_hosts(judge: llm_judge.Judge, items: Sequence[task_items.Item]) -> None:
     """Raise OutgoingError where answers to the items may not go to the judge."""
-    strict = egress.strictest(item.data_class for item in items if item.family in JUDGED)
-    egress.check(one.endpoint.url, strict, listed=one.endpoint.listed)
+    data_class = egress.strictest(
+        item.data_class for item in items if item.family in JUDGED_FAMILIES
+    )
+    egress.check(judge.endpoint.url, data_class, listed=judge.endpoint.listed)
 
 
-def estimate(one: llm_judge.Judge, records: Sequence[Record], *, released: bool) -> dict[str, Any]:
+def estimate(
+    judge: llm_judge.Judge, records: Sequence[Record], *, released: bool
+) -> dict[str, Any]:
     """Return calls, tokens and USD if nothing is cached and every first reply can be read."""
-    return _price(one, _work(one, records, {}, released), None)
+    return _price(judge, _work(judge, records, {}, released), None)
 
 
 def check_judge(settings: JudgeSettings, items: Sequence[task_items.Item], workdir: Path) -> None:
@@ -87,9 +91,10 @@ def check_judge(settings: JudgeSettings, items: Sequence[task_items.Item], workd
     """
     if not settings.endpoint:
         return
-    one = make_judge(settings)
-    check_hosts(one, items)
-    items = [item for item in items if item.family in JUDGED]
+    judge = make_judge(settings)
+    check_hosts(judge, items)
+    per_record.check_names(workdir.glob("*.jsonl"))
+    items = [item for item in items if item.family in JUDGED_FAMILIES]
     records = {
         row["id"]: row
         for path in inference.shard_files(workdir / RECORDS)
@@ -97,17 +102,17 @@ def check_judge(settings: JudgeSettings, items: Sequence[task_items.Item], workd
     }
     left = [item for item in items if item.id not in records]
     if not left:
-        rows = io_journal.read_jsonl(workdir / per_record.JUDGED)
-        known = {(row["id"], row["kind"], row["judge"]): row for row in rows}
-        of_items = [records[item.id] for item in items]
-        work = _work(one, of_items, known, settings.paper)
-        left = _price(one, work, cached_chat_api.known_replies(workdir / CALLS))["calls"]
+        rows = io_journal.read_jsonl(workdir / per_record.JUDGMENTS)
+        judgments = {(row["id"], row["kind"], row["judge"]): row for row in rows}
+        item_records = [records[item.id] for item in items]
+        work = _work(judge, item_records, judgments, settings.paper)
+        left = _price(judge, work, cached_chat_api.known_replies(workdir / CALLS))["calls"]
     if left:
-        check_ready(one.endpoint)
+        check_ready(judge.endpoint)
 
 
 def judge_records(
-    one: llm_judge.Judge,
+    judge: llm_judge.Judge,
     records: Sequence[Record],
     workdir: str | Path,
     *,
@@ -123,34 +128,35 @@ def judge_records(
     workdir = Path(workdir)
     with (
         open_journal(workdir / CALLS) as journal,
-        open_journal(workdir / per_record.JUDGED) as lines,
+        open_journal(workdir / per_record.JUDGMENTS) as lines,
     ):
-        cache, purse = cached_chat_api.Cache(journal), _Budget(one.endpoint, journal.rows)
-        known = {(row["id"], row["kind"], row["judge"]): row for row in lines.rows}
-        work = _work(one, records, known, released)
-        _check_price(one, _price(one, work, cache), purse.usd())
-        for kind, some in work.items():
-            progress(f"judging {len(some)} answers: {kind}")
+        cache, budget = cached_chat_api.Cache(journal), _Budget(judge.endpoint, journal.rows)
+        judgments = {(row["id"], row["kind"], row["judge"]): row for row in lines.rows}
+        work = _work(judge, records, judgments, released)
+        _check_price(judge, _price(judge, work, cache), budget.usd())
+        for kind, kind_work in work.items():
+            progress(f"judging {len(kind_work)} answers: {kind}")
             if kind in KINDS:
-                rows = _strict(one, purse, kind, some, cache, stopped, progress)
+                rows = _strict(judge, budget, kind, kind_work, cache, stopped, progress)
             else:
-                rows = _paper(one, purse, kind, some, cache, stopped)
-            new = [row for row in rows if known.get((row["id"], kind, row["judge"])) != row]
+                rows = _paper(judge, budget, kind, kind_work, cache, stopped)
+            new = [row for row in rows if judgments.get((row["id"], kind, row["judge"])) != row]
             lines.append(*new)
-            known |= {(row["id"], kind, row["judge"]): row for row in new}
+            judgments |= {(row["id"], kind, row["judge"]): row for row in new}
+    by_kind = _records_by_kind(records, released)
     counts = {
-        kind: sum(bool(known[r["id"], kind, one.fingerprint]["votes"]) for r in some)
-        for kind, some in _asked(records, released).items()
+        kind: sum(bool(judgments[r["id"], kind, judge.fingerprint]["votes"]) for r in kind_records)
+        for kind, kind_records in by_kind.items()
     }
     return dict(
-        judge=one.fingerprint,
-        model=one.endpoint.model,
-        host=egress.parse_address(one.endpoint.url).name,
-        repeats=one.repeats,
-        calls=len(purse.rows),
-        usd=purse.usd(),
+        judge=judge.fingerprint,
+        model=judge.endpoint.model,
+        host=egress.parse_address(judge.endpoint.url).name,
+        repeats=judge.repeats,
+        calls=len(budget.rows),
+        usd=budget.usd(),
         judged=counts,
-        unscored={k: len(some) - counts[k] for k, some in _asked(records, released).items()},
+        unscored={kind: len(by_kind[kind]) - counts[kind] for kind in by_kind},
     )
 
 
@@ -158,7 +164,7 @@ def judge_case(record: Record) -> llm_judge.Case:
     """Return the case that strict mode judges: the text shown to the model, and its text answer."""
     return llm_judge.Case(
         id=record["id"],
-        question=record["prompt"].replace(PICTURE, "").strip(),
+        question=record["prompt"].replace(IMAGE_MARK, "").strip(),
         context=record["context"],
         reference=record["answer"],
         answer=per_record.answer_text(record),
@@ -171,13 +177,13 @@ def paper_messages(record: Record, model: str) -> list[dict[str, str]]:
 
     `model`: the name that its visual chat shows the judge with the answer.
     """
-    said = dict(record.get("released") or ())
+    released = dict(record.get("released") or ())
     if record["family"] == "vqa_open":
         return release.open_messages(record["prompt"], record["answer"], record["text"])
     if record["family"] == "multimodal":
         return release.multimodal_messages(record["prompt"], record["answer"], record["text"])
-    question = said.get("prompt", record["prompt"])
-    row = {name: said.get(name, "") for name in ("fig_label", "fig_caption", "in_text_mention")}
+    question = released.get("prompt", record["prompt"])
+    row = {name: released.get(name, "") for name in ("fig_label", "fig_caption", "in_text_mention")}
     shown = {  # defect 8: the complete record, including the model's name
         "question_id": record["id"],
         "prompt": question,
@@ -189,32 +195,32 @@ def paper_messages(record: Record, model: str) -> list[dict[str, str]]:
     return release.chat_messages(row | {"gpt4_answer": record["answer"]}, question, shown)
 
 
-def _asked(records: Sequence[Record], released: bool) -> dict[str, list[Record]]:
-    opened = [r for r in records if r["family"] == "vqa_open" and not r.get("error")]
-    chats = [
+def _records_by_kind(records: Sequence[Record], released: bool) -> dict[str, list[Record]]:
+    open_records = [r for r in records if r["family"] == "vqa_open" and not r.get("error")]
+    pairwise = [
         r for r in records if r["family"] in per_record.PAIRWISE_FAMILIES and not r.get("error")
     ]
-    found = {CORRECT: opened, RELATIVE: chats}
+    by_kind = {CORRECT: open_records, RELATIVE: pairwise}
     if released:
-        found |= {PAPER_OPEN: opened, PAPER_RELATIVE: chats}
-    return {kind: some for kind, some in found.items() if some}
+        by_kind |= {PAPER_OPEN: open_records, PAPER_RELATIVE: pairwise}
+    return {kind: kind_records for kind, kind_records in by_kind.items() if kind_records}
 
 
 def _work(
-    one: llm_judge.Judge, records: Sequence[Record], known: Mapping, released: bool
+    judge: llm_judge.Judge, records: Sequence[Record], judgments: Mapping, released: bool
 ) -> dict[str, list[tuple[Record, str]]]:
     """Return kind -> (record, hash of its case) of all records that have no votes yet."""
     work: dict[str, list[tuple[Record, str]]] = {}
-    for kind, some in _asked(records, released).items():
-        for number, record in enumerate(some, start=1):
+    for kind, kind_records in _records_by_kind(records, released).items():
+        for number, record in enumerate(kind_records, start=1):
             case = _hash(kind, record)
-            row = known.get((record["id"], kind, one.fingerprint))
+            row = judgments.get((record["id"], kind, judge.fingerprint))
             if row is not None and row["case"] != case:
-                secret = per_record.is_credentialed(record)
-                name = f"answer number {number}" if secret else f"item {record['id']}"
+                credentialed = per_record.is_credentialed(record)
+                name = f"answer number {number}" if credentialed else f"item {record['id']}"
                 raise llm_judge.JudgeError(
-                    f"{name}: {kind} was judged on another answer or question; use a "
-                    f"fresh workdir, or remove {per_record.JUDGED}"
+                    f"{name}: {kind} was judged on another answer or question; use a new workdir, "
+                    f"or remove {per_record.JUDGMENTS}"
                 )
             if row is None or not row["votes"]:
                 work.setdefault(kind, []).append((record, case))
@@ -223,42 +229,42 @@ def _work(
 
 def _hash(kind: str, record: Record) -> str:
     if kind in KINDS:
-        shown: Any = dataclasses.asdict(judge_case(record))
+        content: Any = dataclasses.asdict(judge_case(record))
     else:
-        shown = paper_messages(record, "")
-    return hashlib.sha256(json.dumps([kind, shown]).encode()).hexdigest()[:16]
+        content = paper_messages(record, "")
+    return hashlib.sha256(json.dumps([kind, content]).encode()).hexdigest()[:16]
 
 
-def _strict(one, purse, kind, some, cache, stopped, progress) -> Iterator[dict[str, Any]]:
+def _strict(judge, budget, kind, work, cache, stopped, progress) -> Iterator[dict[str, Any]]:
     """Yield one line per answer, once all are judged."""
-    ask = llm_judge.correctness if kind == CORRECT else llm_judge.relative
-    cases = [judge_case(record) for record, _ in some]
-    limited = dataclasses.replace(one, max_usd=purse.left(one.max_usd))
-    found, _ = ask(limited, cases, cache, stopped=stopped, progress=progress)
-    for (record, case), verdict in zip(some, found, strict=True):
+    vote = llm_judge.correctness if kind == CORRECT else llm_judge.relative
+    cases = [judge_case(record) for record, _ in work]
+    limited = dataclasses.replace(judge, max_usd=budget.left(judge.max_usd))
+    verdicts, _ = vote(limited, cases, cache, stopped=stopped, progress=progress)
+    for (record, case), verdict in zip(work, verdicts, strict=True):
         votes = [list(v) if isinstance(v, tuple) else v for v in verdict.votes]
-        yield _line(one, record, kind, votes, list(verdict.why), case)
+        yield _line(judge, record, kind, votes, list(verdict.why), case)
 
 
-def _paper(one, purse, kind, some, cache, stopped) -> Iterator[dict[str, Any]]:
+def _paper(judge, budget, kind, work, cache, stopped) -> Iterator[dict[str, Any]]:
     def enough() -> bool:
-        return stopped() or purse.left(one.max_usd) == 0
+        return stopped() or budget.left(judge.max_usd) == 0
 
-    endpoint, found = _own_temperature(one.endpoint), {}
-    asks = _paper_asks(one, [record for record, _ in some])
-    for ask, reply in cached_chat_api.complete_all(
-        endpoint, asks, cache, concurrency=one.concurrency, stopped=enough
+    endpoint, replies = _own_temperature(judge.endpoint), {}
+    requests = _paper_requests(judge, [record for record, _ in work])
+    for request, reply in cached_chat_api.complete_all(
+        endpoint, requests, cache, concurrency=judge.concurrency, stopped=enough
     ):
-        found[ask.id] = reply
-    for record, case in some:
-        reply = found.get(record["id"], TransientError("not asked: stopped, or max_usd is spent"))
+        replies[request.id] = reply
+    for record, case in work:
+        reply = replies.get(record["id"], TransientError(llm_judge.NOT_REQUESTED))
         why = getattr(reply, "problem", str(reply))
         votes = [reply.text] if isinstance(reply, Reply) and not why else []
-        yield _line(one, record, kind, votes, [why] if why else [], case)
+        yield _line(judge, record, kind, votes, [why] if why else [], case)
 
 
-def _paper_asks(
-    one: llm_judge.Judge, records: Sequence[Record]
+def _paper_requests(
+    judge: llm_judge.Judge, records: Sequence[Record]
 ) -> Iterator[cached_chat_api.ChatRequest]:
     for record in records:
         messages = paper_messages(record, str(record.get("model") or "model"))
@@ -272,34 +278,40 @@ def _own_temperature(endpoint: Endpoint) -> Endpoint:
 
     Defect 17: the release sets a temperature and never sends it.
     """
-    kept = {name: value for name, value in endpoint.parameters.items() if name != "temperature"}
-    return dataclasses.replace(endpoint, parameters=kept)
+    parameters = {
+        name: value for name, value in endpoint.parameters.items() if name != "temperature"
+    }
+    return dataclasses.replace(endpoint, parameters=parameters)
 
 
-def _line(one: llm_judge.Judge, record, kind, votes, why, case) -> dict[str, Any]:
-    return dict(id=record["id"], kind=kind, votes=votes, why=why, judge=one.fingerprint, case=case)
+def _line(judge: llm_judge.Judge, record, kind, votes, why, case) -> dict[str, Any]:
+    return dict(
+        id=record["id"], kind=kind, votes=votes, why=why, judge=judge.fingerprint, case=case
+    )
 
 
 def _price(
-    one: llm_judge.Judge, work: Mapping, cache: cached_chat_api.Cache | None
+    judge: llm_judge.Judge, work: Mapping, cache: cached_chat_api.Cache | None
 ) -> dict[str, Any]:
     total = dict(calls=0, tokens_in=0, tokens_out=0)
-    for kind, some in work.items():
+    for kind, kind_work in work.items():
         if kind in KINDS:
-            about = llm_judge.estimate(one, KINDS[kind], [judge_case(r) for r, _ in some], cache)
+            part = llm_judge.estimate(
+                judge, KINDS[kind], [judge_case(r) for r, _ in kind_work], cache
+            )
         else:
-            asks = _paper_asks(one, [record for record, _ in some])
-            endpoint = _own_temperature(one.endpoint)
-            about = cached_chat_api.estimate(endpoint, asks, cache, tokens_out=one.tokens_out)
-        total = {name: total[name] + about[name] for name in total}
-    return total | {"usd": cost(one.endpoint, total["tokens_in"], total["tokens_out"])}
+            requests = _paper_requests(judge, [record for record, _ in kind_work])
+            endpoint = _own_temperature(judge.endpoint)
+            part = cached_chat_api.estimate(endpoint, requests, cache, tokens_out=judge.tokens_out)
+        total = {name: total[name] + part[name] for name in total}
+    return total | {"usd": cost(judge.endpoint, total["tokens_in"], total["tokens_out"])}
 
 
-def _check_price(one: llm_judge.Judge, about: Mapping[str, Any], spent: float | None) -> None:
-    if one.max_usd is not None and about["usd"] > one.max_usd - spent:
+def _check_price(judge: llm_judge.Judge, price: Mapping[str, Any], spent: float | None) -> None:
+    if judge.max_usd is not None and price["usd"] > judge.max_usd - spent:
         raise llm_judge.JudgeError(
-            f"max_usd is {one.max_usd:g}, {spent:.4f} of it spent here, but the rest costs "
-            f"{about['usd']:.4f} USD; raise it, or judge fewer answers"
+            f"max_usd is {judge.max_usd:g} and {spent:.4f} of it is spent in this workdir, but the "
+            f"rest costs {price['usd']:.4f} USD; increase it, or judge fewer answers"
         )
 
 

@@ -32,7 +32,7 @@ OPTIONS = "options.jsonl"
 BINS = 10  # of the calibration error, with equally many answers each
 COVERAGE = 0.8
 STEPS = 10  # coverages of a curve: 0.1, 0.2 .. 1
-ABSENT = "n/a: this model has no score_options"
+ABSENT = "n/a: this model has no method score_options"
 
 
 def parse_options(item: task_items.Item) -> list[str]:
@@ -44,8 +44,11 @@ def parse_options(item: task_items.Item) -> list[str]:
 
 def correct_option(item: task_items.Item) -> int | None:
     """Return the index of the correct option; None where the row's answer is not an option."""
-    known, said = parse_options(item), strict.parse_answer(item.family, item.answer, item.prompt)
-    return known.index(said) if said in known else None
+    options, answer = (
+        parse_options(item),
+        strict.parse_answer(item.family, item.answer, item.prompt),
+    )
+    return options.index(answer) if answer in options else None
 
 
 def score(
@@ -67,37 +70,38 @@ def score(
     if scorer is None:
         progress(f"options: {unsupported_reason(model)}")
         return []
-    asked = [item for item in items if parse_options(item) and correct_option(item) is not None]
+    with_options = [i for i in items if parse_options(i) and correct_option(i) is not None]
     with open_journal(out) as journal:
-        known = {line["id"]: line for line in journal.rows}
-        for number, item in enumerate(asked, start=1):
-            line = known.get(item.id)
+        lines_by_id = {line["id"]: line for line in journal.rows}
+        for number, item in enumerate(with_options, start=1):
+            line = lines_by_id.get(item.id)
             if line is not None and (line["prompt"], line["image"]) != (item.prompt, item.image):
                 raise EvalError(
-                    f"{out}: item {task_items.item_name(item, number)} was another question when "
-                    f"it was "
-                    "scored; use a fresh workdir"
+                    f"{out}: item {task_items.item_name(item, number)} differs from the item that "
+                    "was scored before; use a new workdir"
                 )
-        todo = [item for item in asked if item.id not in known]
+        todo = [item for item in with_options if item.id not in lines_by_id]
         for start in range(0, len(todo), window):
-            some = todo[start : start + window]
-            asks = [
-                inference.make_request(item, Path(images_folder), mode, prompt) for item in some
+            window_items = todo[start : start + window]
+            requests = [
+                inference.make_request(item, Path(images_folder), mode, prompt)
+                for item in window_items
             ]
-            found = scorer(asks, [parse_options(item) for item in some])
-            lines = [_line(model, i, logs) for i, logs in zip(some, found, strict=True)]
+            likelihoods = scorer(requests, [parse_options(item) for item in window_items])
+            pairs = zip(window_items, likelihoods, strict=True)
+            lines = [_line(model, item, of_options) for item, of_options in pairs]
             journal.append(*lines)
-            known |= {line["id"]: line for line in lines}
-            progress(f"options: {start + len(some)} of {len(todo)} items")
-    return [known[item.id] for item in asked]
+            lines_by_id |= {line["id"]: line for line in lines}
+            progress(f"options: {start + len(window_items)} of {len(todo)} items")
+    return [lines_by_id[item.id] for item in with_options]
 
 
 def unsupported_reason(model: Any) -> str:
     """Return why a model has no likelihoods; "" if it has them."""
     if getattr(model, "score_options", None) is not None:
         return ""
-    why = getattr(model, "no_options", "")
-    return f"n/a: {why}" if why else ABSENT
+    reason = getattr(model, "no_options", "")
+    return f"n/a: {reason}" if reason else ABSENT
 
 
 def summary(
@@ -105,8 +109,7 @@ def summary(
     *,
     n_items: int,
     reason: str,
-    seed: int,
-    resamples: int,
+    resampling: intervals.Resampling,
     progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Return {reason, rows, left_out, bins, curves}, the last two by task.
@@ -120,22 +123,21 @@ def summary(
     `progress` gets a line every few seconds: tens of thousands of items take half a minute.
     """
     if not lines:
-        return dict(reason=reason or "no item has options that can be read", rows=[])
+        return dict(reason=reason or "no item has options that can be parsed", rows=[])
     rows, bins, curves = [], {}, {}
-    numbers = dict(seed=seed, resamples=resamples)
     for task in dict.fromkeys(line["task"] for line in lines):
-        some = [line for line in lines if line["task"] == task]
-        done = ItemProgress(resamples, "resamples", progress, every=SECONDS)
-        tick = functools.partial(done.tick, f"calibration of {task}", 1)
-        measures, risks = _measures(some, tick, **numbers)
-        rows += [dict(task=task, metric=name) | one.row() for name, one in measures.items()]
-        curves[task] = [dict(coverage=at) | one.row("risk") for at, one in risks.items()]
-        bins[task] = _bins(some, **numbers)
+        task_lines = [line for line in lines if line["task"] == task]
+        item_progress = ItemProgress(resampling.resamples, "resamples", progress, every=SECONDS)
+        tick = functools.partial(item_progress.tick, f"calibration of {task}", 1)
+        measures, risks = _measures(task_lines, tick, resampling=resampling)
+        rows += [dict(task=task, metric=name) | value.row() for name, value in measures.items()]
+        curves[task] = [dict(coverage=at) | risk.row("risk") for at, risk in risks.items()]
+        bins[task] = _bins(task_lines, resampling=resampling)
     left_out = n_items - len(lines)
     return dict(reason="", rows=rows, left_out=left_out, bins=bins, curves=curves)
 
 
-def _line(model: Any, item: task_items.Item, logs: Sequence[float]) -> dict[str, Any]:
+def _line(model: Any, item: task_items.Item, log_likelihoods: Sequence[float]) -> dict[str, Any]:
     return dict(
         id=item.id,
         task=item.task,
@@ -143,64 +145,67 @@ def _line(model: Any, item: task_items.Item, logs: Sequence[float]) -> dict[str,
         prompt=item.prompt,
         image=item.image,
         options=parse_options(item),
-        log_likelihoods=[float(one) for one in logs],
+        log_likelihoods=[float(value) for value in log_likelihoods],
         answer=correct_option(item),
         model=str(getattr(model, "fingerprint", type(model).__name__)),
     )
 
 
-def _sure(lines: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _confidences(lines: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the confidence, the correctness and the Brier score of each line."""
-    shares = [calibration.option_probabilities(line["log_likelihoods"]) for line in lines]
-    said = [calibration.top_option(share) for share in shares]
-    right = [best == line["answer"] for (best, _), line in zip(said, lines, strict=True)]
-    brier = [
-        calibration.brier([s], [line["answer"]]) for s, line in zip(shares, lines, strict=True)
-    ]
-    return np.array([c for _, c in said]), np.array(right, np.float64), np.array(brier)
+    probabilities = [calibration.option_probabilities(line["log_likelihoods"]) for line in lines]
+    answers = [line["answer"] for line in lines]
+    choices = [calibration.top_option(of_line) for of_line in probabilities]
+    correct = [best == answer for (best, _), answer in zip(choices, answers, strict=True)]
+    pairs = zip(probabilities, answers, strict=True)
+    brier = [calibration.brier([of_line], [answer]) for of_line, answer in pairs]
+    return np.array([c for _, c in choices]), np.array(correct, np.float64), np.array(brier)
 
 
 def _measures(
-    lines: Sequence[dict[str, Any]], tick: Callable[[], None], *, seed: int, resamples: int
+    lines: Sequence[dict[str, Any]], tick: Callable[[], None], *, resampling: intervals.Resampling
 ) -> tuple[dict[str, intervals.Interval], dict[float, intervals.Interval]]:
     """Return (measures by name, risk at coverage 0.1, 0.2 .. 1) from one shared bootstrap.
 
     `tick` is called at each resample.
     """
-    sure, right, brier = _sure(lines)
-    groups, numbers = [line["group"] for line in lines], dict(seed=seed, resamples=resamples)
-    at = [step / STEPS for step in range(1, STEPS + 1)]
+    confidence, correct, brier = _confidences(lines)
+    groups = [line["group"] for line in lines]
+    coverages = [step / STEPS for step in range(1, STEPS + 1)]
 
-    def statistics(some: np.ndarray) -> np.ndarray:
-        curve = calibration.risk_coverage(sure[some], right[some])
-        error = calibration.ece(sure[some], right[some], bins=BINS)
-        kept = [calibration.accuracy_at_coverage(curve, coverage) for coverage in (COVERAGE, *at)]
-        return np.array([error, curve.area, kept[0], *(1 - one for one in kept[1:])])
+    def statistics(indices: np.ndarray) -> np.ndarray:
+        curve = calibration.risk_coverage(confidence[indices], correct[indices])
+        error = calibration.ece(confidence[indices], correct[indices], bins=BINS)
+        accuracy = calibration.accuracy_at_coverage(curve, COVERAGE)
+        risks = [1 - calibration.accuracy_at_coverage(curve, coverage) for coverage in coverages]
+        return np.array([error, curve.area, accuracy, *risks])
 
-    spans = [intervals.SHARE] * (3 + len(at))
-    ece, area, kept, *risks = intervals.pointwise_intervals(
-        statistics, groups, spans=spans, tick=tick, **numbers
+    spans = [intervals.SHARE] * (3 + len(coverages))
+    ece, area, accuracy_at_80, *risks = intervals.pointwise_intervals(
+        statistics, groups, spans=spans, tick=tick, resampling=resampling
     )
     measures = {
-        "accuracy_by_likelihood": intervals.mean_interval(right, groups, **numbers),
-        "confidence": intervals.mean_interval(sure, groups, **numbers),
+        "accuracy_by_likelihood": intervals.mean_interval(correct, groups, resampling=resampling),
+        "confidence": intervals.mean_interval(confidence, groups, resampling=resampling),
         "ece": ece,
-        "brier": intervals.mean_interval(brier, groups, span=(0.0, 2.0), **numbers),
+        "brier": intervals.mean_interval(brier, groups, span=(0.0, 2.0), resampling=resampling),
         "risk_coverage_area": area,
-        "accuracy_at_80": kept,
+        "accuracy_at_80": accuracy_at_80,
     }
-    return measures, dict(zip(at, risks, strict=True))
+    return measures, dict(zip(coverages, risks, strict=True))
 
 
-def _bins(lines: Sequence[dict[str, Any]], *, seed: int, resamples: int) -> list[dict[str, Any]]:
+def _bins(
+    lines: Sequence[dict[str, Any]], *, resampling: intervals.Resampling
+) -> list[dict[str, Any]]:
     """Return a reliability diagram: the accuracy of each bin with its interval."""
-    sure, right, _ = _sure(lines)
-    chosen = calibration.equal_mass_bins(sure, bins=BINS)
-    found = []
+    confidence, correct, _ = _confidences(lines)
+    chosen = calibration.equal_mass_bins(confidence, bins=BINS)
+    rows = []
     for number in np.unique(chosen):
-        some = chosen == number
-        groups = [line["group"] for line, one in zip(lines, some, strict=True) if one]
-        row = intervals.mean_interval(right[some], groups, seed=seed, resamples=resamples)
-        ends = dict(low=float(sure[some].min()), high=float(sure[some].max()))
-        found.append(dict(confidence=float(sure[some].mean())) | ends | row.row("accuracy"))
-    return found
+        members = chosen == number
+        groups = [line["group"] for line, member in zip(lines, members, strict=True) if member]
+        row = intervals.mean_interval(correct[members], groups, resampling=resampling)
+        ends = dict(low=float(confidence[members].min()), high=float(confidence[members].max()))
+        rows.append(dict(confidence=float(confidence[members].mean())) | ends | row.row("accuracy"))
+    return rows

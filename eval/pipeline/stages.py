@@ -1,17 +1,18 @@
 """Runs one evaluation in stages; each stage is a plain function of an `EvalRun` and shares files.
 
 lock  -> plan -> answer -> options -> probe -> judge -> image scores -> summarize -> report
-         records.jsonl  options.jsonl  probe_NAME.jsonl  judged.jsonl  pictures.jsonl,
-                                                         probe_NAME_pictures.jsonl of captions
-                                          summary.json  report.html  history.jsonl
+         records.jsonl  options.jsonl  probe_NAME.jsonl  judgments.jsonl  image_scores.jsonl,
+                                       probe_NAME_image_scores.jsonl of captions
+                                       summary.json  report.html  history.jsonl
 """
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from medmax_jax.eval.config import EvalError, Settings
 from medmax_jax.eval.encoders import scorer
 from medmax_jax.eval.metrics import aggregate, per_record
 from medmax_jax.eval.models import baselines, endpoint, loading
+from medmax_jax.eval.models.base import ModalityClassifier
 from medmax_jax.eval.pipeline import (
     contamination,
     cost_estimate,
@@ -40,35 +42,42 @@ from medmax_jax.io import journal
 from medmax_jax.io.atomic_folder import private_umask
 from medmax_jax.io.text_files import TextFileError, read_json_object
 
-SWAPPED = "the same model shown a picture of another group: what looking is worth"
+SWAPPED = "the same model, shown an image of another group: the effect of the image"
 
 
 @dataclasses.dataclass(kw_only=True)
 class EvalRun:
-    """Holds what the stages share. `opened`: the model with its generator, if it has one."""
+    """Holds what the stages share. `loaded`: the model with its generator, if it has one."""
 
     settings: Settings
     workdir: Path
     eval_set: EvalSet
-    opened: loading.LoadedModel
+    loaded: loading.LoadedModel
     shard: Shard
     progress: Callable[[str], None]
     stopped: Callable[[], bool]
     facts: dict[str, str]
 
     @property
-    def resampling(self) -> dict[str, int]:
-        return dict(seed=self.settings.seed, resamples=self.settings.resamples)
+    def resampling(self) -> intervals.Resampling:
+        return intervals.Resampling(self.settings.seed, self.settings.resamples)
 
     def supported_items(self, items) -> list:
         """Return the items that require an answer of a kind that the model can write."""
-        modes = getattr(self.opened.model, "modes", None)
+        modes = getattr(self.loaded.model, "modes", None)
         return [i for i in items if modes is None or task_items.FAMILIES[i.family].mode in modes]
 
-    def ask(self, items, name: str, *, folder: Path | None = None, **more) -> list[dict[str, Any]]:
+    def run_items(
+        self,
+        items: Sequence[task_items.Item],
+        name: str,
+        *,
+        folder: Path | None = None,
+        classify_modality: ModalityClassifier | None = None,
+    ) -> list[dict[str, Any]]:
         """Return the records of items, in WORKDIR/NAME.jsonl, run with the settings."""
         return inference.run_items(
-            self.opened.model,
+            self.loaded.model,
             items,
             mode=self.settings.mode,
             prompt=self.settings.prompt,
@@ -78,7 +87,7 @@ class EvalRun:
             window=self.settings.window,
             shard=self.shard,
             facts=self.facts,
-            **more,
+            classify_modality=classify_modality,
         )
 
 
@@ -100,21 +109,21 @@ def run(
 
     model: KIND:WHERE, as eval/models/loading.py has it. shard: "i/n" of the items, from 0.
     """
-    found, part = load_eval_set(settings), Shard.of(shard)
+    eval_set, part = load_eval_set(settings), Shard.of(shard)
     if not dry_run:  # before a checkpoint is converted or its weights are read
-        judging.check_judge(settings.judge, found.items, Path(workdir))
-        with _modes(found):
+        judging.check_judge(settings.judge, eval_set.items, Path(workdir))
+        with _file_modes(eval_set):
             cli.open_workdir(workdir)  # before minutes of work that could not be stored
-    named = loading.parse_model_spec(
+    spec = loading.parse_model_spec(
         model or settings.model, adapter, merge, settings, progress=progress
     )
     workdir = Path(workdir)
     return run_named(
         settings,
         workdir,
-        found=found,
-        named=named,
-        opened=lambda: loading.load_model(named, settings, found, workdir, part, stopped),
+        eval_set=eval_set,
+        spec=spec,
+        load=lambda: loading.load_model(spec, settings, eval_set, workdir, part, stopped),
         shard=part,
         dry_run=dry_run,
         progress=progress,
@@ -126,9 +135,9 @@ def run_named(
     settings: Settings,
     workdir: str | Path,
     *,
-    found: EvalSet,
-    named: loading.ModelSpec,
-    opened: Callable[[], loading.LoadedModel],
+    eval_set: EvalSet,
+    spec: loading.ModelSpec,
+    load: Callable[[], loading.LoadedModel],
     shard: Shard = WHOLE,
     dry_run: bool = False,
     progress: Callable[[str], None],
@@ -136,16 +145,16 @@ def run_named(
 ) -> dict[str, Any] | None:
     """Run an evaluation of given items and a given model; see `run`.
 
-    `opened` is called once everything is checked and reported. With a credentialed item among the
+    `load` is called once everything is checked and reported. With a credentialed item among the
     items only the owner can read the workdir: mode 0700, its files 0600.
     """
-    with _modes(found):
+    with _file_modes(eval_set):
         return _run_named(
             settings,
             Path(workdir),
-            found=found,
-            named=named,
-            opened=opened,
+            eval_set=eval_set,
+            spec=spec,
+            load=load,
             shard=shard,
             dry_run=dry_run,
             progress=progress,
@@ -153,10 +162,10 @@ def run_named(
         )
 
 
-def _modes(found: EvalSet) -> contextlib.AbstractContextManager[None]:
+def _file_modes(eval_set: EvalSet) -> contextlib.AbstractContextManager[None]:
     return (
         private_umask()
-        if any(map(task_items.is_credentialed, found.items))
+        if any(map(task_items.is_credentialed, eval_set.items))
         else contextlib.nullcontext()
     )
 
@@ -165,101 +174,104 @@ def _run_named(
     settings: Settings,
     workdir: Path,
     *,
-    found: EvalSet,
-    named: loading.ModelSpec,
-    opened: Callable[[], loading.LoadedModel],
+    eval_set: EvalSet,
+    spec: loading.ModelSpec,
+    load: Callable[[], loading.LoadedModel],
     shard: Shard,
     dry_run: bool,
     progress: Callable[[str], None],
     stopped: Callable[[], bool],
 ) -> dict[str, Any] | None:
-    check_images(found)
-    check_prompts(found)
-    check_later_stages(settings, found, named)
-    intervals.check_resamples(settings.resamples)
-    asked = (settings, found, named, workdir, shard)
+    check_images(eval_set)
+    check_prompts(eval_set)
+    check_later_stages(settings, eval_set, spec)
+    intervals.Resampling(settings.seed, settings.resamples)  # raises for too few resamples
+    plan_inputs = (settings, eval_set, spec, workdir, shard)
     limited = settings.service.max_usd is not None
     if not dry_run and not limited:
-        cost_estimate.check_endpoint(*asked)
-    facts = check_workdir(workdir, settings, named, found, write=not dry_run)
-    about = cost_estimate.estimate_cost(*asked)
+        cost_estimate.check_endpoint(*plan_inputs)
+    facts = check_workdir(workdir, settings, spec, eval_set, write=not dry_run)
+    estimate = cost_estimate.estimate_cost(*plan_inputs)
     if not dry_run and limited:  # no connection is opened before the price is known to be allowed
-        cost_estimate.check_endpoint(*asked)
-    cost_estimate.report_estimate(about, progress)
+        cost_estimate.check_endpoint(*plan_inputs)
+    cost_estimate.report_estimate(estimate, progress)
     if dry_run:
         return None
-    now = EvalRun(
+    run = EvalRun(
         settings=settings,
         workdir=workdir,
-        eval_set=found,
-        opened=opened(),
+        eval_set=eval_set,
+        loaded=load(),
         shard=shard,
         progress=progress,
         stopped=stopped,
         facts=facts,
     )
     try:
-        return _stages(now)
+        return _stages(run)
     finally:
-        now.opened.close()
+        run.loaded.close()
 
 
-def _stages(now: EvalRun) -> dict[str, Any] | None:
-    records = run_inference(now)
-    probed = run_probes(now)
-    if now.shard.count > 1:
-        now.progress(f"part {now.shard} is done; without --shard all parts are scored together")
+def _stages(run: EvalRun) -> dict[str, Any] | None:
+    records = run_inference(run)
+    probed = run_probes(run)
+    if run.shard.count > 1:
+        run.progress(
+            f"shard {run.shard} is complete; rerun without --shard to score all shards together"
+        )
         return None
-    lines = score_options(now)
-    judged = run_judge(now, records)
-    sets = run_image_scoring(now, records, probed)
-    compared = run_contamination_check(now)
-    summary = build_summary(now, records, probed, lines, judged, sets, compared)
-    write_report(now, summary, records)
+    option_lines = score_options(run)
+    judgment = run_judge(run, records)
+    image_sets = run_image_scoring(run, records, probed)
+    compared = run_contamination_check(run)
+    summary = build_summary(run, records, probed, option_lines, judgment, image_sets, compared)
+    write_report(run, summary, records)
     return summary
 
 
 def check_workdir(
-    workdir: Path, settings: Settings, named: loading.ModelSpec, found: EvalSet, *, write: bool
+    workdir: Path, settings: Settings, spec: loading.ModelSpec, eval_set: EvalSet, *, write: bool
 ) -> dict[str, str]:
     """Record what this workdir evaluates, or raise if it belongs to another evaluation.
 
     Returns the fingerprints that every record has: of the model, the items, and the settings that
     answers depend on.
     """
-    items = json.dumps([task_items.item_fields(item) for item in found.items], sort_keys=True)
+    per_record.check_names(workdir.glob("*.json*"))
+    items = json.dumps([_digest_fields(item) for item in eval_set.items], sort_keys=True)
     facts = {
         "sample": to_dict(settings.sample),
         "mode": settings.mode,
         "prompt": settings.prompt,
-        "model": named.fingerprint,
-        "adapter": named.adapter_digest,
+        "model": spec.fingerprint,
+        "adapter": spec.adapter_digest,
         "items": hashlib.sha256(items.encode()).hexdigest(),
     }
     path = workdir / "run.json"
     if write:
         cli.open_workdir(workdir)
-        if any(map(task_items.is_credentialed, found.items)):
+        if any(map(task_items.is_credentialed, eval_set.items)):
             os.chmod(workdir, 0o700)  # it may have existed
     if path.exists():
         for name, value in _run_facts(path).items():
             if facts.get(name) != value:
                 raise EvalError(
-                    f"{workdir} holds an evaluation with another {name}; name a fresh --workdir"
+                    f"{workdir} holds an evaluation with another {name}; use a new --workdir"
                 )
     elif (workdir / "records.jsonl").exists():
         raise EvalError(
-            f"{workdir} has records.jsonl but no run.json, so whose answers they are is unknown; "
-            "name a fresh --workdir"
+            f"{workdir} has records.jsonl but no run.json, so the model of its answers is unknown; "
+            "use a new --workdir"
         )
     elif write:
         journal.write_json(path, facts)
-    asked = json.dumps([facts["sample"], settings.mode, settings.prompt]).encode()
-    model = "+".join(part for part in (named.fingerprint, named.adapter_digest) if part)
+    answer_settings = json.dumps([facts["sample"], settings.mode, settings.prompt]).encode()
+    model = "+".join(part for part in (spec.fingerprint, spec.adapter_digest) if part)
     return {
         "model": model,
         "data": facts["items"][:16],
-        "config": hashlib.sha256(asked).hexdigest()[:16],
+        "config": hashlib.sha256(answer_settings).hexdigest()[:16],
     }
 
 
@@ -268,218 +280,244 @@ def _run_facts(path: Path) -> dict[str, Any]:
         return read_json_object(path)
     except TextFileError as error:
         raise EvalError(
-            f"{error}; restore it, or name a fresh --workdir: whose answers these are is unknown"
+            f"{error}; the model of the answers is unknown: restore the file, or use a new "
+            "--workdir"
         ) from error
 
 
-def check_prompts(found: EvalSet) -> None:
+def _digest_fields(item: task_items.Item) -> dict[str, Any]:
+    """Return the fields of an item under the names that digests of items have always used."""
+    fields = task_items.item_fields(item)
+    return fields | {"kind": fields.pop("modality")}
+
+
+def check_prompts(eval_set: EvalSet) -> None:
     """Raise EvalError where the prompt of an item is the path of an image, not a question."""
-    for number, item in enumerate(found.items, start=1):
-        if requests.names_image(item.prompt, Path(found.folder)):
+    for number, item in enumerate(eval_set.items, start=1):
+        if requests.names_image(item.prompt, Path(eval_set.folder)):
             raise EvalError(
-                f"item {task_items.item_name(item, number)}: its prompt is the path of an image, "
-                f"not "
-                "its pixels; name the file in image_path and write the question in prompt"
+                f"item {task_items.item_name(item, number)}: field 'prompt' is the path of an "
+                "image; write the path in 'image_path' and the question in 'prompt'"
             )
 
 
-def check_later_stages(settings: Settings, found: EvalSet, named: loading.ModelSpec) -> None:
+def check_later_stages(settings: Settings, eval_set: EvalSet, spec: loading.ModelSpec) -> None:
     """Raise before the answers are computed where a later stage could not run."""
     if settings.judge.endpoint:
-        judging.check_hosts(judging.make_judge(settings.judge), found.items)
-    if not loading.is_recorded(named):
-        asked = probes.probe_items(found.items, settings.probes, settings.probe_families)
-        for items_of in asked.values():
+        judging.check_hosts(judging.make_judge(settings.judge), eval_set.items)
+    if not loading.is_recorded(spec):
+        makers = probes.probe_items(eval_set.items, settings.probes, settings.probe_families)
+        for items_of in makers.values():
             items_of(settings.seed, None)
     for name in settings.scorers:
         scorer.parse_scorer(name)
     if settings.train_records:
-        if not settings.train_model and named.kind != "native":
+        if not settings.train_model and spec.kind != "native":
             raise EvalError(
-                "config.train_model is empty; name the folder that wrote config.train_records"
+                "config.train_model is empty; set it to the model folder that wrote "
+                "config.train_records"
             )
         open_records(settings.train_records)
 
 
-def run_inference(now: EvalRun) -> list[dict[str, Any]]:
+def run_inference(run: EvalRun) -> list[dict[str, Any]]:
     """Return the records of every item that the model can answer, each run once."""
-    return now.ask(now.supported_items(now.eval_set.items), "records", looks=now.opened.looks())
+    return run.run_items(
+        run.supported_items(run.eval_set.items),
+        "records",
+        classify_modality=run.loaded.modality_classifier(),
+    )
 
 
-def run_probes(now: EvalRun) -> dict[str, list[dict[str, Any]]]:
+def run_probes(run: EvalRun) -> dict[str, list[dict[str, Any]]]:
     """Return probe -> records of the same items in modified form.
 
     Answers that were recorded elsewhere have no probes.
     """
-    found, blank = {}, now.workdir / "probe_blank_image"
-    if loading.is_recorded(now.opened.named):
-        return found
-    settings = now.settings
-    made = probes.probe_items(
-        now.supported_items(now.eval_set.items), settings.probes, settings.probe_families
+    probed, blank = {}, run.workdir / "probe_blank_image"
+    if loading.is_recorded(run.loaded.spec):
+        return probed
+    settings = run.settings
+    makers = probes.probe_items(
+        run.supported_items(run.eval_set.items), settings.probes, settings.probe_families
     )
-    for name, items_of in made.items():
-        items = items_of(now.settings.seed, blank)
+    for name, items_of in makers.items():
+        items = items_of(run.settings.seed, blank)
         folder = blank if name == "blank" else None
-        found[name] = now.ask(items, f"probe_{name}", folder=folder)
-    return found
+        probed[name] = run.run_items(items, f"probe_{name}", folder=folder)
+    return probed
 
 
-def score_options(now: EvalRun) -> list[dict[str, Any]] | None:
+def score_options(run: EvalRun) -> list[dict[str, Any]] | None:
     """Return likelihoods of the options of closed and multiple choice questions, or None."""
-    if not now.settings.options:
+    if not run.settings.options:
         return None
     return option_likelihoods.score(
-        now.opened.model,
-        now.eval_set.items,
-        mode=now.settings.mode,
-        prompt=now.settings.prompt,
-        images_folder=now.eval_set.folder,
-        out=now.workdir / option_likelihoods.OPTIONS,
-        progress=now.progress,
-        window=now.settings.window,
+        run.loaded.model,
+        run.eval_set.items,
+        mode=run.settings.mode,
+        prompt=run.settings.prompt,
+        images_folder=run.eval_set.folder,
+        out=run.workdir / option_likelihoods.OPTIONS,
+        progress=run.progress,
+        window=run.settings.window,
     )
 
 
-def run_judge(now: EvalRun, records: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Write judged.jsonl and return the judge's summary; None without a judge."""
-    settings = now.settings.judge
+def run_judge(run: EvalRun, records: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Write judgments.jsonl and return the judge's summary; None without a judge."""
+    settings = run.settings.judge
     if not settings.endpoint:
         return None
     return judging.judge_records(
         judging.make_judge(settings),
         records,
-        now.workdir,
+        run.workdir,
         released=settings.paper,
-        stopped=now.stopped,
-        progress=now.progress,
+        stopped=run.stopped,
+        progress=run.progress,
     )
 
 
-def run_image_scoring(now: EvalRun, records: list[dict[str, Any]], probed) -> list[dict[str, Any]]:
-    """Write pictures.jsonl, also for probe captions; return the scores of complete image sets.
+def run_image_scoring(run: EvalRun, records: list[dict[str, Any]], probed) -> list[dict[str, Any]]:
+    """Write image_scores.jsonl, also for probe captions; return the scores of complete image sets.
 
     Without scorers nothing is written.
     """
-    names = now.settings.scorers
-    scorers = [scorer.open_scorer(name, batch=now.settings.rows) for name in names]
+    names = run.settings.scorers
+    scorers = [scorer.open_scorer(name, batch=run.settings.rows) for name in names]
     if not scorers:
         return []
-    about = dict(images_folder=now.eval_set.folder, progress=now.progress, **now.resampling)
-    sets = image_scoring.score_images(records, scorers, now.workdir, **about)
-    for name, some in probes.captions_to_score(records, probed).items():
-        image_scoring.score_images(
-            some, scorers, now.workdir, out=per_record.probe_scores_file(name), **about
-        )
-    return sets
+    score = functools.partial(
+        image_scoring.score_images,
+        scorers=scorers,
+        workdir=run.workdir,
+        images_folder=run.eval_set.folder,
+        resampling=run.resampling,
+        progress=run.progress,
+    )
+    image_sets = score(records)
+    for name, captions in probes.captions_to_score(records, probed).items():
+        score(captions, out=per_record.probe_scores_file(name))
+    return image_sets
 
 
-def run_contamination_check(now: EvalRun) -> dict[str, Any] | None:
+def run_contamination_check(run: EvalRun) -> dict[str, Any] | None:
     """Compare the items with training records; None where none are configured."""
-    settings, named = now.settings, now.opened.named
+    settings, spec = run.settings, run.loaded.spec
     if not settings.train_records:
         return None
     return contamination.find(
-        now.eval_set.items,
+        run.eval_set.items,
         settings.train_records,
-        now.workdir,
-        model=settings.train_model or named.where,
-        images_folder=now.eval_set.folder,
-        progress=now.progress,
+        run.workdir,
+        model=settings.train_model or spec.where,
+        images_folder=run.eval_set.folder,
+        progress=run.progress,
     )
 
 
-def build_summary(now: EvalRun, records, probed, lines, judged, sets, compared) -> dict[str, Any]:
+def build_summary(
+    run: EvalRun, records, probed, option_lines, judge, image_sets, compared
+) -> dict[str, Any]:
     """Return the content of summary.json: scores, baselines and provenance."""
-    named, numbers = now.opened.named, now.resampling
-    known = per_record.read(now.workdir, judge=judged["judge"] if judged else None)
-    told = dict(mode=now.settings.mode, **numbers)
-    scores = aggregate.summary(records, known, **told)
-    floors = baselines.baseline_scores(now.settings.baselines, now.eval_set.items, records, **told)
-    baselines.attach_baselines(scores, floors)
+    spec, mode, resampling = run.loaded.spec, run.settings.mode, run.resampling
+    inputs = per_record.read(run.workdir, judge=judge["judge"] if judge else None)
+    scores = aggregate.summary(records, inputs, mode=mode, resampling=resampling)
+    baseline_scores = baselines.baseline_scores(
+        run.settings.baselines, run.eval_set.items, records, mode=mode, resampling=resampling
+    )
+    baselines.attach_baselines(scores, baseline_scores)
     summary = {
-        "model": named.where,
-        "adapter": named.adapter,
-        "kind": named.kind,
-        "fingerprints": now.facts | {"settings": fingerprint(now.settings)},
-        "settings": to_dict(now.settings),
+        "model": spec.where,
+        "adapter": spec.adapter,
+        "kind": spec.kind,
+        "fingerprints": run.facts | {"settings": fingerprint(run.settings)},
+        "settings": to_dict(run.settings),
         "scores": scores,
-        "floors": floors,
-        "baselines": _comparisons(now, records, probed),
-        "not_run": not_run(now),
-        "judge": judged,
-        "not_judged": aggregate.not_judged(records, known),
-        "not_scored": aggregate.not_scored(records, known),
-        "scorers": known.scorers,
-        "picture_sets": sets,
-        "probes": probe_summary(now, records, probed, known),
-        "calibration": calibration_summary(now, lines),
-        "contamination": contamination_summary(now, records, known, compared),
+        "floors": baseline_scores,
+        "baselines": _comparisons(run, records, probed),
+        "not_run": not_run(run),
+        "judge": judge,
+        "not_judged": aggregate.not_judged(records, inputs),
+        "not_scored": aggregate.not_scored(records, inputs),
+        "scorers": inputs.scorers,
+        # Verbatim: part of the data.
+        "picture_sets": image_sets,
+        "probes": probe_summary(run, records, probed, inputs),
+        "calibration": calibration_summary(run, option_lines),
+        "contamination": contamination_summary(run, records, inputs, compared),
         "errors": sum(bool(record.get("error")) for record in records),
-        "modality_ceiling": now.opened.ceiling(numbers),
-        "history": inference.totals(now.workdir),
-        "spent": now.opened.spent(),
+        "modality_ceiling": run.loaded.real_image_accuracy(resampling),
+        "history": inference.totals(run.workdir),
+        "spent": run.loaded.usage(),
     }
-    journal.write_json(now.workdir / "summary.json", summary)
+    journal.write_json(run.workdir / "summary.json", summary)
     return summary
 
 
-def probe_summary(now: EvalRun, records, probed, known) -> dict[str, Any]:
+def probe_summary(run: EvalRun, records, probed, inputs) -> dict[str, Any]:
     """Return {reason, rows}: the effect of changed images and options."""
-    if now.settings.probes and loading.is_recorded(now.opened.named):
+    if run.settings.probes and loading.is_recorded(run.loaded.spec):
         return dict(reason=loading.RECORDED_REASON, rows=[])
-    looked = {
-        name: per_record.load_image_scores(now.workdir / per_record.probe_scores_file(name))
+    probe_inputs = {
+        name: per_record.load_image_scores(run.workdir / per_record.probe_scores_file(name))
         for name in probed
     }
-    return dict(reason="", rows=probes.summary(records, probed, known, looked, **now.resampling))
+    rows = probes.summary(records, probed, inputs, probe_inputs, resampling=run.resampling)
+    return dict(reason="", rows=rows)
 
 
-def calibration_summary(now: EvalRun, lines) -> dict[str, Any] | None:
+def calibration_summary(run: EvalRun, option_lines) -> dict[str, Any] | None:
     """Return the calibration of option likelihoods; None if they were not requested."""
-    if lines is None:
+    if option_lines is None:
         return None
-    items = [i for i in now.eval_set.items if i.family in ("vqa_closed", "vqa_mcq")]
-    reason = option_likelihoods.unsupported_reason(now.opened.model)
+    items = [i for i in run.eval_set.items if i.family in ("vqa_closed", "vqa_mcq")]
+    reason = option_likelihoods.unsupported_reason(run.loaded.model)
     return option_likelihoods.summary(
-        lines, n_items=len(items), reason=reason, progress=now.progress, **now.resampling
+        option_lines,
+        n_items=len(items),
+        reason=reason,
+        progress=run.progress,
+        resampling=run.resampling,
     )
 
 
-def contamination_summary(now: EvalRun, records, known, compared) -> dict[str, Any] | None:
+def contamination_summary(run: EvalRun, records, inputs, compared) -> dict[str, Any] | None:
     """Return every headline on the clean and on the contaminated part."""
     if compared is None:
         return None
-    flags = contamination.read(now.workdir)
-    told = dict(mode=now.settings.mode, **now.resampling)
-    rows = contamination.summary(records, flags, known, **told)
+    flags = contamination.read(run.workdir)
+    rows = contamination.summary(
+        records, flags, inputs, mode=run.settings.mode, resampling=run.resampling
+    )
     return dict(compared=compared, rows=rows)
 
 
-def not_run(now: EvalRun) -> list[dict[str, str]]:
+def not_run(run: EvalRun) -> list[dict[str, str]]:
     """Return the tasks that the model cannot run, and why."""
-    able = {item.task for item in now.supported_items(now.eval_set.items)}
+    supported = {item.task for item in run.supported_items(run.eval_set.items)}
     return [
-        dict(task=task, why=endpoint.NO_PICTURES)
-        for task in dict.fromkeys(item.task for item in now.eval_set.items)
-        if task not in able
+        dict(task=task, why=endpoint.NO_IMAGES)
+        for task in dict.fromkeys(item.task for item in run.eval_set.items)
+        if task not in supported
     ]
 
 
-def write_report(now: EvalRun, summary: dict[str, Any], records: list[dict[str, Any]]) -> None:
+def write_report(run: EvalRun, summary: dict[str, Any], records: list[dict[str, Any]]) -> None:
     """Write report.html."""
-    page.write(now.workdir / "report.html", summary, records, images_folder=now.eval_set.folder)
+    page.write(run.workdir / "report.html", summary, records, images_folder=run.eval_set.folder)
 
 
-def _comparisons(now: EvalRun, records, probed) -> list[dict[str, Any]]:
-    asked = [r for r in records if r["family"] in ("vqa_closed", "vqa_mcq", "vqa_open")]
-    rivals = []
-    if now.eval_set.train and asked and "blind" in now.settings.baselines:
-        guesses = baselines.blind(now.eval_set.train, now.eval_set.items)
-        guessed = aggregate.with_answers(asked, guesses)
-        compared = aggregate.scores(guessed, asked, **now.resampling)
-        rivals.append(dict(name="blind", says=baselines.BLIND, scores=compared))
+def _comparisons(run: EvalRun, records, probed) -> list[dict[str, Any]]:
+    text_records = [r for r in records if r["family"] in ("vqa_closed", "vqa_mcq", "vqa_open")]
+    comparisons = []
+    if run.eval_set.train and text_records and "blind" in run.settings.baselines:
+        answers = baselines.blind(run.eval_set.train, run.eval_set.items)
+        answered = aggregate.with_answers(text_records, answers)
+        scores = aggregate.scores(answered, text_records, resampling=run.resampling)
+        comparisons.append(dict(name="blind", says=baselines.BLIND, scores=scores))
     if probed.get("swapped"):
-        compared = aggregate.scores(probed["swapped"], asked, **now.resampling)
-        rivals.append(dict(name="swapped", says=SWAPPED, scores=compared))
-    return rivals
+        scores = aggregate.scores(probed["swapped"], text_records, resampling=run.resampling)
+        comparisons.append(dict(name="swapped", says=SWAPPED, scores=scores))
+    return comparisons

@@ -5,7 +5,8 @@
       -> verdict
 
 A task is decided when Holm's p is below 0.05. Other metrics have numbers and no verdict.
-`can_find`: the smallest true difference that such a comparison finds four times of five.
+`mde`, the minimum detectable effect: the smallest true difference that 80 % of such comparisons
+find.
 """
 
 import dataclasses
@@ -19,8 +20,8 @@ from medmax_jax.eval.stats import intervals, paired_tests
 from medmax_jax.io import journal
 
 LOWER_IS_BETTER = ("unparsed",)
-INCONCLUSIVE = "nobody can say"
-ASKED = ("task", "prompt", "answer", "image", "further_images", "group")
+INCONCLUSIVE = "inconclusive"
+ITEM_FIELDS = ("task", "prompt", "answer", "image", "further_images", "group")
 
 
 class ComparisonError(ValueError):
@@ -45,118 +46,134 @@ class Comparison:
 @dataclasses.dataclass(frozen=True)
 class _Evaluation:
     records: dict[str, dict[str, Any]]
-    known: per_record.ScoringInputs
+    inputs: per_record.ScoringInputs
 
 
 def compare(first: str | Path, second: str | Path, *, seed: int, resamples: int) -> Comparison:
     """Compare two workdirs of eval.run; differences are second minus first."""
+    resampling = intervals.Resampling(seed, resamples)
     sides = [_Evaluation(_records(Path(f)), per_record.read(f)) for f in (first, second)]
     shared = [name for name in sides[0].records if name in sides[1].records]
     for name in shared:
         _check_same(sides[0].records[name], sides[1].records[name])
-    told = _other_scorers(*(side.known for side in sides))
-    one, two = (
-        _without(
-            aggregate.scores_by_item([side.records[name] for name in shared], side.known), told
-        )
+    left_out_scorers = _different_scorers(*(side.inputs for side in sides))
+    tables = [
+        aggregate.scores_by_item([side.records[name] for name in shared], side.inputs)
         for side in sides
-    )
-    both = [key for key in one if key in two]
-    if not both:
-        raise ComparisonError(f"{first} and {second}: no item has a score on both sides")
-    rows = [_row(key, one[key], two[key], seed=seed, resamples=resamples) for key in both]
-    heads = {row["task"]: row for row in reversed(rows)}  # the first metric of each task
-    adjusted = paired_tests.holm({task: row["p"] for task, row in heads.items()})
+    ]
+    first_scores, second_scores = (_without(table, left_out_scorers) for table in tables)
+    keys = [key for key in first_scores if key in second_scores]
+    if not keys:
+        raise ComparisonError(
+            f"{first} and {second}: no item has a score on both sides; compare evaluations of the "
+            "same items"
+        )
+    rows = [_row(key, first_scores[key], second_scores[key], resampling=resampling) for key in keys]
+    headlines = {row["task"]: row for row in reversed(rows)}  # the first metric of each task
+    adjusted = paired_tests.holm({task: row["p"] for task, row in headlines.items()})
     for row in rows:
-        if row is heads[row["task"]]:
+        if row is headlines[row["task"]]:
             row["p_holm"] = adjusted[row["task"]]
-            row["claim"] = _claim(row, (str(first), str(second)))
-    suite = _suite(heads, one, two, seed=seed, resamples=resamples)
-    return Comparison(
-        rows=rows, suite=suite, left_out=_left_out(sides, shared, one, two) + list(told.values())
-    )
+            row["claim"] = _verdict(row, (str(first), str(second)))
+    suite = _suite(headlines, first_scores, second_scores, resampling=resampling)
+    left_out = _left_out(sides, shared, first_scores, second_scores)
+    return Comparison(rows=rows, suite=suite, left_out=left_out + list(left_out_scorers.values()))
 
 
-def _suite(heads: Mapping, one: Mapping, two: Mapping, *, seed: int, resamples: int) -> dict:
+def _suite(
+    headlines: Mapping, first: Mapping, second: Mapping, *, resampling: intervals.Resampling
+) -> dict:
     """Return both means over the common tasks, with equal weights, and their paired difference."""
-    keys = [(task, row["metric"]) for task, row in heads.items()]
-    found: dict[str, Any] = dict(tasks=len(keys))
-    numbers = dict(seed=seed, resamples=resamples)
+    keys = [(task, row["metric"]) for task, row in headlines.items()]
+    suite: dict[str, Any] = dict(tasks=len(keys))
     span = min(per_record.span(metric) for _, metric in keys)
-    for name, side in (("first", one), ("second", two)):
-        parts = [_pairs(side[key], one[key], two[key]) for key in keys]
-        mean = intervals.suite_interval(parts, **numbers, span=span)
+    for name, scores in (("first", first), ("second", second)):
+        parts = [_pairs(scores[key], first[key], second[key]) for key in keys]
+        mean = intervals.suite_interval(parts, resampling=resampling, span=span)
         ends = {
             f"{name}_low": intervals.finite(mean.low),
             f"{name}_high": intervals.finite(mean.high),
         }
-        found |= {name: mean.mean} | ends
-    signed = [_signed(one[key], two[key]) for key in keys]
-    mean = intervals.suite_interval(signed, **numbers, span=intervals.of_differences(span))
-    return found | mean.row("diff")
+        suite |= {name: mean.mean} | ends
+    signed = [_differences(first[key], second[key]) for key in keys]
+    mean = intervals.suite_interval(
+        signed, resampling=resampling, span=intervals.of_differences(span)
+    )
+    return suite | mean.row("diff")
 
 
-def _pairs(side: Mapping, one: Mapping, two: Mapping) -> tuple[list[float], list[str]]:
-    names = [name for name in one if name in two]
-    return [side[name][1] for name in names], [one[name][0] for name in names]
+def _pairs(side: Mapping, first: Mapping, second: Mapping) -> tuple[list[float], list[str]]:
+    names = [name for name in first if name in second]
+    return [side[name][1] for name in names], [first[name][0] for name in names]
 
 
-def _other_scorers(one: per_record.ScoringInputs, two: per_record.ScoringInputs) -> dict[str, str]:
+def _different_scorers(
+    first: per_record.ScoringInputs, second: per_record.ScoringInputs
+) -> dict[str, str]:
     """Return prefix of metric names -> why they are left out: another judge or scorer files."""
-    told = {}
-    if one.judge and two.judge and one.judge != two.judge:
-        told["judge_"] = (
-            f"judge_*: judged by {one.judge} and by {two.judge}, which differ in model, "
+    reasons = {}
+    if first.judge and second.judge and first.judge != second.judge:
+        reasons["judge_"] = (
+            f"judge_*: judged by {first.judge} and by {second.judge}, which differ in model, "
             "parameters, prompts or repeats"
         )
-    for name in one.scorers.keys() & two.scorers.keys():
-        if one.scorers[name] != two.scorers[name]:
+    for name in first.scorers.keys() & second.scorers.keys():
+        if first.scorers[name] != second.scorers[name]:
             prefix = f"{per_record.PREFIX[name]}_"
-            told[prefix] = f"{prefix}*: {name} of other files on each side"
-    return told
+            reasons[prefix] = f"{prefix}*: the files of {name} differ between the sides"
+    return reasons
 
 
-def _without(found: Mapping, told: Mapping[str, str]) -> dict:
-    return {key: side for key, side in found.items() if not key[1].startswith(tuple(told))}
+def _without(scores: Mapping, prefixes: Mapping[str, str]) -> dict:
+    return {key: side for key, side in scores.items() if not key[1].startswith(tuple(prefixes))}
 
 
 def _records(folder: Path) -> dict[str, dict[str, Any]]:
     path = folder / "records.jsonl"
     if not path.exists():
-        raise ComparisonError(f"{path} is missing; name a --workdir that eval.run wrote")
+        raise ComparisonError(f"{path} is missing; name a workdir that eval.run wrote")
+    per_record.check_names(folder.glob("*.jsonl"))
     return {record["id"]: record for record in journal.read_jsonl(path, RECORD)}
 
 
-def _check_same(one: Mapping[str, Any], two: Mapping[str, Any]) -> None:
-    secret = per_record.is_credentialed(one) or per_record.is_credentialed(two)
-    for name in ASKED:
-        first, second = one.get(name), two.get(name)
+def _check_same(first_record: Mapping[str, Any], second_record: Mapping[str, Any]) -> None:
+    credentialed = per_record.is_credentialed(first_record) or per_record.is_credentialed(
+        second_record
+    )
+    for name in ITEM_FIELDS:
+        first, second = first_record.get(name), second_record.get(name)
         if first != second:
-            shown = f"item {one['id']}: {name} is {first!r} and {second!r}"
-            if secret:
-                shown = f"{name} of a credentialed item differs"
-            raise ComparisonError(f"{shown}; evaluate both on the same items")
+            difference = f"item {first_record['id']}: {name} is {first!r} and {second!r}"
+            if credentialed:
+                difference = f"{name} of a credentialed item differs"
+            raise ComparisonError(f"{difference}; evaluate both on the same items")
 
 
-def _row(key, one: Mapping, two: Mapping, *, seed: int, resamples: int) -> dict[str, Any]:
-    (task, metric), names = key, [name for name in one if name in two]
-    groups = [one[name][0] for name in names]
-    before, after = ([side[name][1] for name in names] for side in (one, two))
-    numbers = dict(seed=seed, resamples=resamples)
+def _row(
+    key, first: Mapping, second: Mapping, *, resampling: intervals.Resampling
+) -> dict[str, Any]:
+    (task, metric), names = key, [name for name in first if name in second]
+    groups = [first[name][0] for name in names]
+    before, after = ([side[name][1] for name in names] for side in (first, second))
     differences = [b - a for a, b in zip(before, after, strict=True)]
     binary = set(before) | set(after) <= {0.0, 1.0}
-    found = intervals.paired_row(
-        before, after, groups, names=("first", "second"), span=per_record.span(metric), **numbers
+    columns = intervals.paired_row(
+        before,
+        after,
+        groups,
+        names=("first", "second"),
+        span=per_record.span(metric),
+        resampling=resampling,
     )
-    least = intervals.minimum_detectable_effect(
+    mde = intervals.minimum_detectable_effect(
         differences, groups, paired=True, span=per_record.span(metric)
     )
     return (
         dict(task=task, metric=metric)
-        | found
+        | columns
         | dict(
-            can_find=intervals.finite(least),
-            p=paired_tests.sign_flip(differences, groups, **numbers),
+            mde=intervals.finite(mde),
+            p=paired_tests.sign_flip(differences, groups, resampling=resampling),
             p_mcnemar=paired_tests.mcnemar(before, after).p if binary else None,
             p_holm=None,
             claim="",
@@ -164,32 +181,32 @@ def _row(key, one: Mapping, two: Mapping, *, seed: int, resamples: int) -> dict[
     )
 
 
-def _claim(row: Mapping[str, Any], names: tuple[str, str]) -> str:
+def _verdict(row: Mapping[str, Any], names: tuple[str, str]) -> str:
     if row["p_holm"] >= paired_tests.ALPHA:
         return INCONCLUSIVE
     better = row["diff"] * (-1 if row["metric"] in LOWER_IS_BETTER else 1) > 0
     return f"{names[better]} wins"
 
 
-def _signed(one: Mapping, two: Mapping) -> tuple[list[float], list[str]]:
-    names = [name for name in one if name in two]
-    return [two[name][1] - one[name][1] for name in names], [one[name][0] for name in names]
+def _differences(first: Mapping, second: Mapping) -> tuple[list[float], list[str]]:
+    names = [name for name in first if name in second]
+    return [second[name][1] - first[name][1] for name in names], [first[name][0] for name in names]
 
 
-def _left_out(sides: Sequence[_Evaluation], shared: Sequence[str], one, two) -> list[str]:
+def _left_out(sides: Sequence[_Evaluation], shared: Sequence[str], first, second) -> list[str]:
     tasks = [{r["task"] for r in side.records.values()} for side in sides]
-    told = []
-    for name, ours, theirs in (("first", *tasks), ("second", *reversed(tasks))):
-        told += [f"{task}: not run by the {name}" for task in sorted(theirs - ours)]
-    told += [
+    lines = []
+    for name, own, other in (("first", *tasks), ("second", *reversed(tasks))):
+        lines += [f"{task}: not run by the {name}" for task in sorted(other - own)]
+    lines += [
         f"{len(side.records) - len(shared)} items that only the {name} answered"
         for name, side in zip(("first", "second"), sides, strict=True)
         if len(side.records) > len(shared)
     ]
-    for name, ours, theirs in (("first", one, two), ("second", two, one)):
-        told += [
+    for name, own, other in (("first", first, second), ("second", second, first)):
+        lines += [
             f"{task} {metric}: only the {name} has it"
-            for task, metric in ours
-            if (task, metric) not in theirs
+            for task, metric in own
+            if (task, metric) not in other
         ]
-    return told
+    return lines

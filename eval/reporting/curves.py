@@ -14,15 +14,16 @@ from medmax_jax.io import html_page, svg_charts
 
 Rows = Mapping[str, Sequence[Mapping[str, Any]]]  # task -> its bins, or its curve
 STEP, LEAST = 0.1, 0.3  # of the axes that are fitted to the values
-RELIABILITY = (
-    "Reliability: a dot a bin of equally many answers, a smaller one where ties leave fewer, with "
-    "the 95 % interval of its accuracy. On the dashed line the model is as sure as it is right; "
-    "below it, too sure. A bin of one group has a whisker from 0 to 1: it tells nothing of others."
+RELIABILITY_NOTE = (
+    "Reliability: one dot per bin of equally many answers, smaller where ties leave fewer, with "
+    "the 95 % interval of its accuracy. On the dashed line the confidence equals the accuracy; "
+    "below it the model is overconfident. A bin of one group has a whisker from 0 to 1, because "
+    "one group carries no information about others."
 )
-RISK = (
-    "Risk and coverage: how many are wrong among the surest share of the answers, with the 95 % "
-    "interval at each. The dashed line is the risk of a random share; a curve that falls to the "
-    "left belongs to a model that knows when to abstain."
+RISK_NOTE = (
+    "Risk and coverage: the error rate among the most confident share of the answers, with the "
+    "95 % interval of each point. The dashed line is the risk of a random share. A curve that "
+    "falls to the left is that of a model whose confidence indicates when to abstain."
 )
 
 
@@ -31,98 +32,101 @@ def render_curves(calibration: Mapping[str, Any]) -> str:
     bins, curves = calibration.get("bins", {}), calibration.get("curves", {})
     body = ""
     if bins:
-        body += html_page.paragraph(RELIABILITY) + svg_charts.side_by_side(_reliability(bins))
-        body += html_page.details("The bins in numbers", _table(bins))
+        body += html_page.paragraph(RELIABILITY_NOTE) + svg_charts.side_by_side(_reliability(bins))
+        body += html_page.details("Table of the bins", _table(bins))
     if curves:
-        body += html_page.paragraph(RISK) + svg_charts.side_by_side(_risk(curves))
+        body += html_page.paragraph(RISK_NOTE) + svg_charts.side_by_side(_risk(curves))
     return body
 
 
 def _reliability(bins: Rows) -> list[str]:
-    ends = [one[end] for some in bins.values() for one in some for end in ("low", "high")]
+    ends = [
+        bin_[end] for task_bins in bins.values() for bin_ in task_bins for end in ("low", "high")
+    ]
     low, high = svg_charts.axis_limits(ends, step=STEP, least=LEAST)
-    found = []
-    for task, some in bins.items():
-        most = max(one["n"] for one in some)
+    charts = []
+    for task, task_bins in bins.items():
+        largest = max(bin_["n"] for bin_ in task_bins)
         points = [
             svg_charts.Point(
-                x=one["confidence"],
-                y=one["accuracy"],
-                low=0.0 if one["ci_low"] is None else one["ci_low"],
-                high=1.0 if one["ci_high"] is None else one["ci_high"],
-                tooltip=f"{one['n']} answers, sure {one['low']:.3f} to {one['high']:.3f} "
-                f"(mean {one['confidence']:.3f}): {one['accuracy']:.3f} right",
-                size=one["n"] / most,
+                x=bin_["confidence"],
+                y=bin_["accuracy"],
+                low=0.0 if bin_["ci_low"] is None else bin_["ci_low"],
+                high=1.0 if bin_["ci_high"] is None else bin_["ci_high"],
+                tooltip=f"{bin_['n']} answers, confidence {bin_['low']:.3f} to {bin_['high']:.3f} "
+                f"(mean {bin_['confidence']:.3f}): accuracy {bin_['accuracy']:.3f}",
+                size=bin_["n"] / largest,
             )
-            for one in some
+            for bin_ in task_bins
         ]
-        found.append(
+        charts.append(
             svg_charts.chart(
                 task,
-                _counted(some),
+                _count_text(task_bins),
                 x=svg_charts.Axis("confidence", low, high),
                 y=svg_charts.Axis("accuracy", 0.0, 1.0),
                 points=points,
                 guides=[(low, low, high, high)],
             )
         )
-    return found
+    return charts
 
 
-def _counted(bins: Sequence[Mapping[str, Any]]) -> str:
+def _count_text(bins: Sequence[Mapping[str, Any]]) -> str:
     """Return a text like "105 answers in 10 bins of 10 or 11"."""
-    counts = sorted({one["n"] for one in bins})
-    of = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    counts = sorted({bin_["n"] for bin_ in bins})
+    sizes = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     noun = "bin" if len(bins) == 1 else "bins"
-    return f"{sum(one['n'] for one in bins)} answers in {len(bins)} {noun} of {of}"
+    return f"{sum(bin_['n'] for bin_ in bins)} answers in {len(bins)} {noun} of {sizes}"
 
 
 def _risk(curves: Rows) -> list[str]:
-    ends = [point["ci_high"] for some in curves.values() for point in some]
+    ends = [point["ci_high"] for curve in curves.values() for point in curve]
     highest = max(1.0 if end is None else end for end in ends)
     _, high = svg_charts.axis_limits([0.0, highest], step=STEP, least=LEAST)
-    found = []
-    for task, some in curves.items():
+    charts = []
+    for task, curve in curves.items():
         points = [
             svg_charts.Point(
-                x=one["coverage"],
-                y=one["risk"],
-                low=0.0 if one["ci_low"] is None else one["ci_low"],
-                high=highest if one["ci_high"] is None else one["ci_high"],
-                tooltip=f"the surest {100 * one['coverage']:.0f} %: {one['risk']:.3f} wrong, "
-                f"{tables.interval(one)}",
+                x=point["coverage"],
+                y=point["risk"],
+                low=0.0 if point["ci_low"] is None else point["ci_low"],
+                high=highest if point["ci_high"] is None else point["ci_high"],
+                tooltip=f"the most confident {100 * point['coverage']:.0f} %: risk "
+                f"{point['risk']:.3f}, "
+                f"{tables.interval(point)}",
                 size=0.4,
             )
-            for one in some
+            for point in curve
         ]
-        whole, half = (next(p for p in some if p["coverage"] == c)["risk"] for c in (1.0, 0.5))
-        found.append(
+        of_all, of_half = (next(p for p in curve if p["coverage"] == c)["risk"] for c in (1.0, 0.5))
+        charts.append(
             svg_charts.chart(
                 task,
-                f"{whole:.3f} of all are wrong, {half:.3f} of the surest half",
+                f"risk {of_all:.3f} of all answers, {of_half:.3f} of the most confident half",
                 x=svg_charts.Axis("coverage", 0.0, 1.0),
                 y=svg_charts.Axis("risk", 0.0, high),
                 points=points,
-                guides=[(0.0, whole, 1.0, whole)],
+                guides=[(0.0, of_all, 1.0, of_all)],
                 joined=True,
             )
         )
-    return found
+    return charts
 
 
 def _table(bins: Rows) -> str:
     rows = [
         [
             task,
-            one["n"],
-            one["groups"],
-            f"{one['low']:.3f}–{one['high']:.3f}",
-            one["confidence"],
-            one["accuracy"],
-            tables.interval(one),
+            bin_["n"],
+            bin_["groups"],
+            f"{bin_['low']:.3f}–{bin_['high']:.3f}",
+            bin_["confidence"],
+            bin_["accuracy"],
+            tables.interval(bin_),
         ]
-        for task, some in bins.items()
-        for one in some
+        for task, task_bins in bins.items()
+        for bin_ in task_bins
     ]
     head = ["task", "n", "groups", "confidences", "mean", "accuracy", "95 % interval"]
     return html_page.table(head, rows)

@@ -24,36 +24,41 @@ from medmax_jax.models import image_headers, images
 EXAMPLES = 3  # per task
 THUMBNAIL = 256  # pixels
 SEED, RESAMPLES = 0, 2_000  # of slices, for a summary without these settings
-CREDENTIALED = "Some of these items are credentialed: keep this page where the items may be kept."
+CREDENTIALED = (
+    "Some of these items are credentialed: store this page only where the items may be stored."
+)
+# Verbatim: part of the data.
+IMAGE_SETS = "picture_sets"  # key of summary.json
 NOTES = (
     "Intervals are 95 % intervals over groups (patients or volumes), so several questions about "
-    "one patient do not pass for several patients: Wilson's, of the effective number of items that "
-    "a bootstrap over groups shows, with Student's t. Where all items score the same the interval "
-    "bounds the share of groups that could still differ; one group alone has none.",
-    f"{tables.FEW_MARK}: fewer than {intervals.FEW} groups. The interval allows for it, but few "
-    "groups seldom have all that the others have: read it as a rough one.",
-    "An answer that cannot be parsed, and one that the judge or a scorer failed on, counts as "
-    "wrong; “at best” has them all right, and the truth lies between.",
-    "“Can find” is the least true difference to another model's answers to other questions that "
-    "this many groups would show four times of five: smaller ones are no claims.",
-    "“As released” scores the same answers as the MedMax release does, with its errors; it is "
-    "for setting beside published numbers and for nothing else.",
-    "modality_match is the nearest centroid of training pictures in code and pixel statistics; it "
+    "one patient do not count as several patients: Wilson's, of the effective number of items that "
+    "a bootstrap over groups gives, with Student's t. Where all items score the same, the interval "
+    "bounds the share of groups that could still differ; a single group has no interval.",
+    f"{tables.FEW_MARK}: fewer than {intervals.FEW} groups. The interval accounts for the number "
+    "of groups, but few groups rarely represent all others: treat it as approximate.",
+    "An answer that cannot be parsed, or that the judge or a scorer failed to score, counts as "
+    "wrong; “at best” counts all of these as right. The true value is between the two.",
+    "“MDE” is the minimum detectable effect: the smallest true difference from another model, on "
+    "other questions, that an evaluation with this many groups detects with 80 % power.",
+    "“As released” scores the same answers as the MedMax release does, including its errors; use "
+    "it for comparison with published numbers only.",
+    "modality_match is the nearest centroid of training images in code and pixel statistics; it "
     "is not BiomedCLIPScore.",
 )
-UNDER = {  # notes on a section's rows
-    "probes": "No judge is asked about probes. Their metric is the first that needs none: an exact "
-    "match for open questions, words in common for chats and captions; where a scorer reads text, "
-    "a caption's cosine with the true picture, whatever picture was shown. Flips: answers that say "
-    "something else than before. A model that looks loses, and flips, by the first three.",
-    "picture_sets": "Values and intervals are over pairs of two different groups. “subsets” are "
-    "KID as it is published; their std is no error of the mean.",
+SECTION_NOTES = {  # notes on a section's rows
+    "probes": "Probes are not judged. Their metric is the first that requires no judge: exact "
+    "match for open questions, token overlap for chats and captions; where a scorer reads text, "
+    "the cosine of a caption with the true image, whichever image was shown. Flips: answers whose "
+    "content changed. The first three probes lower the score, and flip answers, of a model that "
+    "uses the image.",
+    IMAGE_SETS: "Values and intervals are over pairs of two different groups. “subsets” are KID as "
+    "it is published; their std is not an error of the mean.",
 }
 SECTIONS = (  # keys of the summary that hold rows, or {"reason", "rows"}, shown unchanged
-    ("probes", "Probes: the same questions asked in another way"),
+    ("probes", "Probes: the same questions in modified form"),
     ("calibration", "Options by likelihood, and calibration"),
     ("contamination", "Contamination: the clean and the contaminated part"),
-    ("picture_sets", "Whole sets of pictures"),
+    (IMAGE_SETS, "Complete sets of images"),
 )
 
 
@@ -79,30 +84,30 @@ def write(
     """Write the page of one run; `summary` as eval.run writes it, the rest from next to `path`."""
     path = Path(path)
     values = aggregate.scores_by_item(records, per_record.read(path.parent, judge=_judge(summary)))
-    body = _who(summary) + _scores(summary) + _published(summary)
+    body = _provenance(summary) + _scores(summary) + _published(summary)
     for baseline in summary["baselines"]:
         body += html_page.section(
-            f"Against: {baseline['name']}",
+            f"Compared with: {baseline['name']}",
             html_page.paragraph(baseline["says"])
             + rows_table(tables.merge_interval_columns(baseline["scores"])),
         )
-    if ceiling := summary["modality_ceiling"]:
-        ceiling = rows_table(tables.merge_interval_columns([ceiling]))
-        body += html_page.section("Ceiling of modality_match", ceiling)
+    if accuracy := summary["modality_ceiling"]:
+        accuracy_table = rows_table(tables.merge_interval_columns([accuracy]))
+        body += html_page.section("Upper bound of modality_match", accuracy_table)
     body += "".join(_section(summary, key, title) for key, title in SECTIONS)
     body += _slices(summary, records, values) + _failures(summary, records, values)
     if missing := tables.not_run(summary, records):
-        body += html_page.section("Not run, or without a score", rows_table(missing))
+        body += html_page.section("Tasks not run, or without a score", rows_table(missing))
     for task in dict.fromkeys(record["task"] for record in records):
-        some = [record for record in records if record["task"] == task]
+        task_records = [record for record in records if record["task"] == task]
         body += html_page.section(
-            f"Examples: {task}", examples(some, path.parent, Path(images_folder))
+            f"Examples: {task}", examples(task_records, path.parent, Path(images_folder))
         )
-    body += html_page.section("How to read this", "".join(html_page.paragraph(n) for n in NOTES))
-    secret = any(map(per_record.is_credentialed, records))
-    if secret:
+    body += html_page.section("Notes", "".join(html_page.paragraph(note) for note in NOTES))
+    credentialed = any(map(per_record.is_credentialed, records))
+    if credentialed:
         body = html_page.paragraph(CREDENTIALED) + body
-    with private_umask() if secret else contextlib.nullcontext():
+    with private_umask() if credentialed else contextlib.nullcontext():
         journal.write_text(path, html_page.document("Evaluation", body))
 
 
@@ -116,26 +121,26 @@ def examples(records: Sequence[Mapping[str, Any]], workdir: Path, images_folder:
     """Return the first items of different groups: image, question, reference, answer."""
     first = {record["group"]: record for record in reversed(records)}
     chosen = list(first.values())[::-1][:EXAMPLES]
-    pictures, rows, problems = [], [], []
+    figures, rows, problems = [], [], []
     for record in chosen:
         rows.append([record["id"], record["prompt"], record["answer"], record["text"]])
-        what = "reference" if record["images"] else "shown"
-        given = [record["image"], *record.get("further_images", ())] if record["image"] else []
+        role = "reference" if record["images"] else "shown"
+        names = [record["image"], *record.get("further_images", ())] if record["image"] else []
         label = "an image of a credentialed item" if per_record.is_credentialed(record) else ""
-        shown = [(image_paths.resolve(images_folder, name, label=label), what) for name in given]
-        shown += [
+        files = [(image_paths.resolve(images_folder, name, label=label), role) for name in names]
+        files += [
             (image_paths.resolve(workdir, name, label=label), "generated")
             for name in record["images"]
         ]
-        for file, what in shown:
+        for file, role in files:
             if file.is_file():
                 try:
-                    pictures.append((png(file, label), f"{record['id']}: {what}"))
+                    figures.append((png(file, label), f"{record['id']}: {role}"))
                 except image_headers.ImageError as error:
-                    problems.append(f"{record['id']}: {what}: {error}")
+                    problems.append(f"{record['id']}: {role}: {error}")
     table = html_page.table(["id", "prompt", "reference", "answer"], rows)
     notes = "".join(html_page.paragraph(problem, note=True) for problem in problems)
-    return table + notes + (html_page.figures(pictures) if pictures else "")
+    return table + notes + (html_page.figures(figures) if figures else "")
 
 
 def png(path: Path, label: str = "") -> bytes:
@@ -147,7 +152,7 @@ def png(path: Path, label: str = "") -> bytes:
     return file.getvalue()
 
 
-def _who(summary: Mapping[str, Any]) -> str:
+def _provenance(summary: Mapping[str, Any]) -> str:
     settings, judge = summary.get("settings", {}), summary.get("judge")
     lines = [f"Model: {summary['model']}"]
     if summary["adapter"]:
@@ -155,9 +160,9 @@ def _who(summary: Mapping[str, Any]) -> str:
     if "mode" in settings:
         prompt = settings.get("prompt", "sft")
         lines.append(f"Generation: {settings['mode']}; prompts: {prompt}")
-    lines.append(f"Judge: {_said(judge) or 'nobody: open answers have text metrics only'}")
-    scorers = _said(summary.get("scorers"))
-    lines.append(f"Scorer of pictures: {scorers or 'none, so no BiomedCLIPScore'}")
+    lines.append(f"Judge: {_as_text(judge) or 'none; open answers have text metrics only'}")
+    scorers = _as_text(summary.get("scorers"))
+    lines.append(f"Scorer of images: {scorers or 'none, so there is no BiomedCLIPScore'}")
     return "".join(html_page.paragraph(line, note=True) for line in lines)
 
 
@@ -167,25 +172,25 @@ def _judge(summary: Mapping[str, Any]) -> str | None:
     return judge.get("judge") if isinstance(judge, Mapping) else None
 
 
-def _said(value: Any) -> str:
+def _as_text(value: Any) -> str:
     """Return a value of the summary as text: a dictionary as "name value, name value"."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{k} {_said(v)}" for k, v in value.items() if v not in (None, "", {}))
+        return ", ".join(f"{k} {_as_text(v)}" for k, v in value.items() if v not in (None, "", {}))
     if isinstance(value, list | tuple):
-        return ", ".join(map(_said, value))
+        return ", ".join(map(_as_text, value))
     return "" if value is None else str(value)
 
 
 def _scores(summary: Mapping[str, Any]) -> str:
     body = rows_table(tables.main_table(summary))
     if unjudged := summary.get("not_judged"):
-        said = f"Not judged, so with metrics of the words only: {', '.join(unjudged)}."
-        body += html_page.paragraph(said, note=True)
+        note = f"Not judged, so these have text metrics only: {', '.join(unjudged)}."
+        body += html_page.paragraph(note, note=True)
     body = html_page.section("Scores", body)
-    if floors := tables.floors(summary):
-        said = [f"{floor['name']}: {floor['says']}." for floor in summary["floors"]]
-        notes = "".join(html_page.paragraph(line, note=True) for line in said)
-        body += html_page.section("Floors", rows_table(floors) + notes)
+    if rows := tables.baseline_table(summary):
+        lines = [f"{baseline['name']}: {baseline['says']}." for baseline in summary["floors"]]
+        notes = "".join(html_page.paragraph(line, note=True) for line in lines)
+        body += html_page.section("Baselines", rows_table(rows) + notes)
     if others := tables.other_metrics(summary):
         body += html_page.section("Other metrics", rows_table(others))
     return body
@@ -199,17 +204,19 @@ def _published(summary: Mapping[str, Any]) -> str:
             [[_rounded(cell, kind) for cell in row.values()] for row in rows],
             caption=kind,
         )
-        body += "".join(html_page.paragraph(f"Theirs: {line}.", note=True) for line in differs)
+        body += "".join(
+            html_page.paragraph(f"Published evaluation: {line}.", note=True) for line in differs
+        )
     if not body:
         return ""
     mode = summary.get("settings", {}).get("mode", "")
     body += html_page.paragraph(
         f"Generated here in {mode or 'an unknown'} mode. Numbers can be compared only where "
-        "decoding, rows and scoring are the same; “as released” has the release's scoring, and "
-        "its decoding only in paper mode. Charts were read by eye: ±0.01, ±0.5.",
+        "decoding, rows and scoring are the same; “as released” uses the scoring of the MedMax "
+        "release, and its decoding only in paper mode. Charts were read by eye: ±0.01, ±0.5.",
         note=True,
     )
-    return html_page.section("Beside the published numbers", body)
+    return html_page.section("Comparison with published numbers", body)
 
 
 def _rounded(cell: Any, kind: str) -> Any:
@@ -220,25 +227,27 @@ def _rounded(cell: Any, kind: str) -> Any:
 
 
 def _section(summary: Mapping[str, Any], key: str, title: str) -> str:
-    found = summary.get(key)
-    if not found:
+    content = summary.get(key)
+    if not content:
         return ""
-    reason = found.get("reason", "") if isinstance(found, Mapping) else ""
-    rows = found.get("rows", []) if isinstance(found, Mapping) else found
+    reason = content.get("reason", "") if isinstance(content, Mapping) else ""
+    rows = content.get("rows", []) if isinstance(content, Mapping) else content
     body = html_page.paragraph(f"Not available: {reason}") if reason else ""
-    body += "".join(rows_table(tables.merge_interval_columns(some)) for some in _tables(key, rows))
+    body += "".join(
+        rows_table(tables.merge_interval_columns(table_rows)) for table_rows in _tables(key, rows)
+    )
     if key == "calibration":
-        body += curves.render_curves(found)
-    if key in UNDER and rows:
-        body += html_page.paragraph(UNDER[key], note=True)
-    if isinstance(found, Mapping) and found.get("compared"):
-        body += html_page.paragraph(f"Compared: {_said(found['compared'])}.", note=True)
+        body += curves.render_curves(content)
+    if key in SECTION_NOTES and rows:
+        body += html_page.paragraph(SECTION_NOTES[key], note=True)
+    if isinstance(content, Mapping) and content.get("compared"):
+        body += html_page.paragraph(f"Compared: {_as_text(content['compared'])}.", note=True)
     return html_page.section(title, body) if body else ""
 
 
 def _tables(key: str, rows: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
     """Return rows as one table; rows of image sets have different columns, so one per metric."""
-    if key != "picture_sets":
+    if key != IMAGE_SETS:
         return [list(rows)]
     kept = [{k: v for k, v in row.items() if k != "fingerprint"} for row in rows]
     metrics = dict.fromkeys(row["metric"] for row in kept)
@@ -247,14 +256,16 @@ def _tables(key: str, rows: Sequence[Mapping[str, Any]]) -> list[list[Mapping[st
 
 def _slices(summary, records, values: Values) -> str:
     settings = summary.get("settings", {})
-    numbers = dict(seed=settings.get("seed", SEED), resamples=settings.get("resamples", RESAMPLES))
-    rows, few = tables.slices(records, values, summary, **numbers)
+    resampling = intervals.Resampling(
+        settings.get("seed", SEED), settings.get("resamples", RESAMPLES)
+    )
+    rows, few = tables.slices(records, values, summary, resampling=resampling)
     if not rows and not few:
         return ""
     body = rows_table(rows)
     if few:
-        said = f"Left out, with fewer than {tables.LEAST} items: {few}."
-        body += html_page.paragraph(said, note=True)
+        note = f"Slices with fewer than {tables.MIN_SLICE_ITEMS} items, left out: {few}."
+        body += html_page.paragraph(note, note=True)
     return html_page.section("By slice", body)
 
 

@@ -14,10 +14,10 @@ from medmax_jax.eval.tasks import catalog
 
 Row = Mapping[str, Any]
 Values = Mapping[tuple[str, str], Mapping[str, tuple[str, float]]]  # see aggregate.scores_by_item
-LEAST = 20  # items of a slice: with fewer the interval is too wide to be useful
-MOST = 40  # values of a slice's name: with more it names images and not kinds of them
-WRONG = 3  # examples of each kind
-SHOWN = 200  # characters of an example
+MIN_SLICE_ITEMS = 20  # items of a slice: with fewer the interval is too wide to be useful
+MAX_SLICE_VALUES = 40  # values of a slice's name: with more it names images and not kinds of them
+EXAMPLES_PER_KIND = 3  # examples of each kind
+EXAMPLE_CHARS = 200  # characters of an example
 FEW_MARK = "†"  # of intervals over fewer groups than intervals.FEW
 PERCENT = 100.0
 OURS = {"BiomedCLIP image-image cosine": "clip_image_image"}  # where it is not the headline
@@ -26,11 +26,11 @@ CLOSED = ("vqa_closed", "vqa_mcq")
 
 def headlines(scores: Sequence[Row]) -> list[Row]:
     """Return the headline row of each task: as marked, else its first."""
-    found: dict[str, Row] = {}
+    by_task: dict[str, Row] = {}
     for row in scores:
-        if row.get("headline") or row["task"] not in found:
-            found[row["task"]] = row
-    return list(found.values())
+        if row.get("headline") or row["task"] not in by_task:
+            by_task[row["task"]] = row
+    return list(by_task.values())
 
 
 def main_table(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -44,26 +44,26 @@ def main_table(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
             "value": row["value"],
             "95 % interval": interval(row),
             "at best": row.get("best"),
-            "can find": row.get("can_find"),
+            "MDE": row.get("mde"),
             "as released": row.get("paper"),
-            "floor": row.get("floor"),
+            "baseline": row.get("baseline"),
         }
         for row in headlines(summary["scores"])
     ]
     return drop_empty_columns(rows)
 
 
-def floors(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+def baseline_table(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return task by baseline: the scores of answers without an image or a model."""
-    known = {
-        (floor["name"], row["task"], row["metric"]): row["value"]
-        for floor in summary.get("floors", ())
-        for row in floor["scores"]
+    values = {
+        (baseline["name"], row["task"], row["metric"]): row["value"]
+        for baseline in summary.get("floors", ())
+        for row in baseline["scores"]
     }
-    names = dict.fromkeys(name for name, _, _ in known)
+    names = dict.fromkeys(name for name, _, _ in values)
     rows = [
         {"task": row["task"], "metric": row["metric"], "the model": row["value"]}
-        | {name: known.get((name, row["task"], row["metric"])) for name in names}
+        | {name: values.get((name, row["task"], row["metric"])) for name in names}
         for row in headlines(summary["scores"])
     ]
     return [row for row in rows if any(row[name] is not None for name in names)]
@@ -93,17 +93,17 @@ def published(summary: Mapping[str, Any]) -> list[tuple[str, list[dict[str, Any]
 
     The metric is the published one, and the rows have the scores of both.
     """
-    found: dict[str, list[dict[str, Any]]] = {}
+    tables_by_metric: dict[str, list[dict[str, Any]]] = {}
     families: dict[str, list[str]] = {}
     for head in headlines(summary["scores"]) if is_suite(summary) else ():
-        card = catalog.task_spec(head["task"], head.get("family", ""))
-        for kind in dict.fromkeys(p.metric for p in card.published) if card else ():
-            metric = OURS.get(kind, card.metric)
-            same = [
+        spec = catalog.task_spec(head["task"], head.get("family", ""))
+        for metric_name in dict.fromkeys(p.metric for p in spec.published) if spec else ():
+            metric = OURS.get(metric_name, spec.metric)
+            matching = [
                 r for r in summary["scores"] if (r["task"], r["metric"]) == (head["task"], metric)
             ]
-            row = same[0] if same else None
-            scale = 1.0 if "cosine" in kind else PERCENT
+            row = matching[0] if matching else None
+            scale = 1.0 if "cosine" in metric_name else PERCENT
             released = row.get("paper") if row else None
             cells = {
                 "task": head["task"],
@@ -111,12 +111,12 @@ def published(summary: Mapping[str, Any]) -> list[tuple[str, list[dict[str, Any]
                 "95 %": interval(row, scale) if row else None,
                 "as released": None if released is None else format_metric(released, scale),
             }
-            cells |= {p.model: p.value for p in card.published if p.metric == kind}
-            found.setdefault(kind, []).append(cells)
-            families.setdefault(kind, []).append(card.family)
+            cells |= {p.model: p.value for p in spec.published if p.metric == metric_name}
+            tables_by_metric.setdefault(metric_name, []).append(cells)
+            families.setdefault(metric_name, []).append(spec.family)
     return [
-        (kind, _equal(rows), [catalog.DIFFERS[f] for f in dict.fromkeys(families[kind])])
-        for kind, rows in found.items()
+        (metric, _equal(rows), [catalog.DIFFERS[name] for name in dict.fromkeys(families[metric])])
+        for metric, rows in tables_by_metric.items()
     ]
 
 
@@ -127,57 +127,62 @@ def is_suite(summary: Mapping[str, Any]) -> bool:
 
 def not_run(summary: Mapping[str, Any], records: Sequence[Row]) -> list[dict[str, Any]]:
     """Return the tasks of the suite that have no score here, and why."""
-    have = {row["task"] for row in summary["scores"]}
-    told = {one["task"]: one["why"] for one in summary.get("not_run", ())}
+    scored_tasks = {row["task"] for row in summary["scores"]}
+    reasons = {entry["task"]: entry["why"] for entry in summary.get("not_run", ())}
     if is_suite(summary):
-        absent = {task: "no items of it were given" for task in catalog.TASKS if task not in have}
-        told = absent | told
-    asked = dict.fromkeys(record["task"] for record in records if record["task"] not in have)
-    told |= {task: "answered, but no scorer said how well; see config.scorers" for task in asked}
+        absent = dict.fromkeys(catalog.TASKS, "the evaluation has no items of it")
+        reasons = absent | reasons
+    answered = dict.fromkeys(record["task"] for record in records)
+    reasons |= dict.fromkeys(answered, "answered, but not scored; see config.scorers")
     return [
         {
             "task": task,
-            "why": why,
-            "its rows": catalog.TASKS[task].source if task in catalog.TASKS else None,
+            "why": reason,
+            "source of its rows": catalog.TASKS[task].source if task in catalog.TASKS else None,
         }
-        for task, why in told.items()
+        for task, reason in reasons.items()
+        if task not in scored_tasks
     ]
 
 
 def slices(
-    records: Sequence[Row], values: Values, summary: Mapping[str, Any], *, seed: int, resamples: int
+    records: Sequence[Row],
+    values: Values,
+    summary: Mapping[str, Any],
+    *,
+    resampling: intervals.Resampling,
 ) -> tuple[list[dict[str, Any]], int]:
     """Return the headline metric by slice, and how many slices have too few items."""
     metric = {row["task"]: row["metric"] for row in headlines(summary["scores"])}
-    parts: dict[tuple[str, str], dict[str, list[tuple[str, float]]]] = {}
+    by_slice: dict[tuple[str, str], dict[str, list[tuple[str, float]]]] = {}
     for record in records:
-        known = values.get((record["task"], metric.get(record["task"], "")), {})
-        if record["id"] not in known:
+        values_by_id = values.get((record["task"], metric.get(record["task"], "")), {})
+        if record["id"] not in values_by_id:
             continue
         for name, value in record_slices(record):
-            by_value = parts.setdefault((record["task"], name), {})
-            by_value.setdefault(value, []).append(known[record["id"]])
+            by_value = by_slice.setdefault((record["task"], name), {})
+            by_value.setdefault(value, []).append(values_by_id[record["id"]])
     rows, few = [], 0
-    for (task, name), by_value in parts.items():
-        if len(by_value) < 2 or len(by_value) > MOST:
+    for (task, name), by_value in by_slice.items():
+        if len(by_value) < 2 or len(by_value) > MAX_SLICE_VALUES:
             continue
-        for value, some in sorted(by_value.items()):
-            if len(some) < LEAST:
+        for value, members in sorted(by_value.items()):
+            if len(members) < MIN_SLICE_ITEMS:
                 few += 1
                 continue
-            groups, numbers = zip(*some, strict=True)
-            found = intervals.mean_interval(
-                numbers, groups, seed=seed, resamples=resamples, span=per_record.span(metric[task])
+            groups, scores = zip(*members, strict=True)
+            estimate = intervals.mean_interval(
+                scores, groups, resampling=resampling, span=per_record.span(metric[task])
             )
             rows.append(
                 {
                     "task": task,
                     "metric": metric[task],
                     "slice": f"{name}: {value}",
-                    "n": found.n,
-                    "groups": found.groups,
-                    "value": found.mean,
-                    "95 % interval": interval(found.row()),
+                    "n": estimate.n,
+                    "groups": estimate.groups,
+                    "value": estimate.mean,
+                    "95 % interval": interval(estimate.row()),
                 }
             )
     return rows, few
@@ -185,31 +190,31 @@ def slices(
 
 def record_slices(record: Row) -> list[tuple[str, str]]:
     """Return (name, value) of a record's slices; the modality of embedded images is one."""
-    found = [(str(name), str(value)) for name, value in record.get("slices", ())]
-    if record.get("kind") and not any(name == "modality" for name, _ in found):
-        found.append(("modality", str(record["kind"])))
-    return found
+    parts = [(str(name), str(value)) for name, value in record.get("slices", ())]
+    if record.get("modality") and not any(name == "modality" for name, _ in parts):
+        parts.append(("modality", str(record["modality"])))
+    return parts
 
 
 def failures(records: Sequence[Row], values: Values, summary: Mapping[str, Any]) -> list[dict]:
     """Return counts by task of the failures of the answers, by the headline."""
     rows = []
     for row in headlines(summary["scores"]):
-        some = [record for record in records if record["task"] == row["task"]]
-        if not some:
+        task_records = [record for record in records if record["task"] == row["task"]]
+        if not task_records:
             continue
-        known = values.get((row["task"], row["metric"]), {})
-        kinds = collections.Counter(failure(record, known) for record in some)
+        scores = values.get((row["task"], row["metric"]), {})
+        counts = collections.Counter(failure(record, scores) for record in task_records)
         rows.append(
             {
                 "task": row["task"],
-                "items": len(some),
-                "answered": len(some) - kinds["error"],
-                "empty": sum(not r["text"] and not r["images"] for r in some),
-                "unparsed": kinds["unparsed"],
+                "items": len(task_records),
+                "answered": len(task_records) - counts["error"],
+                "empty": sum(not r["text"] and not r["images"] for r in task_records),
+                "unparsed": counts["unparsed"],
                 "unscored": row.get("n_unscored") or 0,
-                "wrong": kinds["wrong"],
-                "errors": kinds["error"],
+                "wrong": counts["wrong"],
+                "errors": counts["error"],
             }
         )
     return rows
@@ -220,42 +225,42 @@ def failed_examples(
 ) -> list[dict[str, Any]]:
     """Return a few answers of each task and kind of failure."""
     metric = {row["task"]: row["metric"] for row in headlines(summary["scores"])}
-    told: collections.Counter[tuple[str, str]] = collections.Counter()
+    counts: collections.Counter[tuple[str, str]] = collections.Counter()
     rows = []
     for record in records:
         task = record["task"]
-        why = failure(record, values.get((task, metric.get(task, "")), {}))
-        if not why or told[task, why] == WRONG:
+        kind = failure(record, values.get((task, metric.get(task, "")), {}))
+        if not kind or counts[task, kind] == EXAMPLES_PER_KIND:
             continue
-        told[task, why] += 1
+        counts[task, kind] += 1
         rows.append(
             {
                 "task": task,
-                "what": why,
+                "kind": kind,
                 "id": record["id"],
                 "prompt": truncate(record["prompt"]),
                 "reference": truncate(record["answer"]),
                 "answer": truncate(record.get("error") or record["text"]),
             }
         )
-    return sorted(rows, key=lambda row: (row["task"], row["what"]))
+    return sorted(rows, key=lambda row: (row["task"], row["kind"]))
 
 
-def failure(record: Row, known: Mapping[str, tuple[str, float]]) -> str:
+def failure(record: Row, scores: Mapping[str, tuple[str, float]]) -> str:
     """Return error, unparsed or wrong; "" for a correct answer, or one scored by degrees."""
     if record.get("error"):
         return "error"
     if record["family"] in CLOSED:
         if strict.parse_answer(record["family"], record["text"], record["prompt"]) is None:
             return "unparsed"
-    value = known.get(record["id"], ("", 1.0))[1]
+    value = scores.get(record["id"], ("", 1.0))[1]
     return "wrong" if value == 0.0 else ""
 
 
 def interval(row: Row, scale: float = 1.0) -> str:
     """Return "0.412–0.534" of a row; "0.412–0.534 †" where it has few groups."""
-    found = bounds(row["ci_low"], row["ci_high"], scale)
-    return marked(row, found) if found else "–"
+    text = bounds(row["ci_low"], row["ci_high"], scale)
+    return marked(row, text) if text else "–"
 
 
 def marked(row: Row, text: str) -> str:
@@ -274,7 +279,7 @@ def merge_interval_columns(rows: Sequence[Row]) -> list[dict[str, Any]]:
     The pairs are ci_low and ci_high, flips_low and flips_high. FEW_MARK in these replaces the
     column few_groups.
     """
-    found = []
+    merged = []
     for row in rows:
         kept = {}
         for key, value in row.items():
@@ -285,8 +290,8 @@ def merge_interval_columns(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 kept[title] = marked(row, text) if text else None
             elif not key.endswith("_high") and key != "few_groups":
                 kept[key] = value
-        found.append(kept)
-    return found
+        merged.append(kept)
+    return merged
 
 
 def bounds(low: float | None, high: float | None, scale: float) -> str | None:
@@ -304,7 +309,7 @@ def drop_empty_columns(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
 
 def truncate(text: str) -> str:
     """Return the beginning of a text."""
-    return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"
+    return text if len(text) <= EXAMPLE_CHARS else f"{text[: EXAMPLE_CHARS - 1]}…"
 
 
 def _equal(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -33,8 +33,8 @@ def option_probabilities(log_likelihoods: Sequence[float]) -> Float[np.ndarray, 
     logs = np.asarray(log_likelihoods, np.float64)
     if len(logs) < 2 or np.isnan(logs).any() or (logs == np.inf).any() or (logs == -np.inf).all():
         raise ValueError(
-            f"log likelihoods {list(log_likelihoods)}: need two or more options and numbers below "
-            "infinity, one of them finite"
+            f"log likelihoods {list(log_likelihoods)}: required are two or more options and "
+            "numbers below infinity, one of them finite"
         )
     weights = np.exp(logs - logs.max())
     return weights / weights.sum()
@@ -71,7 +71,8 @@ def brier(probabilities: Sequence[Float[np.ndarray, "o"]], truth: Sequence[int])
     """Return the mean over answers of sum_o (share_o - [o is true])^2."""
     if len(probabilities) != len(truth) or not len(truth):
         raise ValueError(
-            f"{len(probabilities)} answers but {len(truth)} truths: one each, 1 or more"
+            f"{len(probabilities)} answers but {len(truth)} truths; pass one truth per answer, and "
+            "at least 1 answer"
         )
     total = 0.0
     for share, option in zip(probabilities, truth, strict=True):
@@ -99,7 +100,7 @@ def risk_coverage(confidence: Sequence[float], right: Sequence[float]) -> Curve:
 def accuracy_at_coverage(curve: Curve, coverage: float) -> float:
     """Return the accuracy among the most confident `coverage` of the answers, at least one."""
     if not 0 < coverage <= 1:
-        raise ValueError(f"coverage is {coverage}; it must lie in (0, 1]")
+        raise ValueError(f"coverage is {coverage}; it must be in (0, 1]")
     kept = max(1, round(coverage * len(curve.risk)))
     return float(1 - curve.risk[kept - 1])
 
@@ -108,8 +109,11 @@ def _checked(confidence: Sequence[float], right: Sequence[float]):
     confidence, right = np.asarray(confidence, np.float64), np.asarray(right, np.float64)
     if len(confidence) != len(right) or not len(right):
         raise ValueError(
-            f"{len(confidence)} confidences but {len(right)} answers: one each, 1 or more"
+            f"{len(confidence)} confidences but {len(right)} answers; pass one confidence per "
+            "answer, and at least 1 answer"
         )
     if not ((confidence >= 0) & (confidence <= 1)).all():
-        raise ValueError(f"confidence {confidence.min()} to {confidence.max()}: must lie in 0..1")
+        raise ValueError(
+            f"confidences are {confidence.min()} to {confidence.max()}; they must be in 0..1"
+        )
     return confidence, right

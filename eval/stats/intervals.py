@@ -36,6 +36,18 @@ Span = tuple[float, float]
 
 
 @dataclasses.dataclass(frozen=True)
+class Resampling:
+    """Configures the bootstrap: `resamples` draws of groups, by the seed."""
+
+    seed: int
+    resamples: int
+
+    def __post_init__(self):
+        if self.resamples < MIN_RESAMPLES:
+            raise ValueError(f"resamples is {self.resamples}; it must be at least {MIN_RESAMPLES}")
+
+
+@dataclasses.dataclass(frozen=True)
 class Interval:
     """Holds a value with its 95 % interval.
 
@@ -67,8 +79,7 @@ def mean_interval(
     values: Sequence[float],
     groups: Sequence[Hashable],
     *,
-    seed: int,
-    resamples: int,
+    resampling: Resampling,
     span: Span | None = SHARE,
 ) -> Interval:
     """Return the mean of `values` with its 95 % interval over groups.
@@ -77,20 +88,13 @@ def mean_interval(
     """
     values = np.asarray(values, np.float64)
     member, count = _members(len(values), groups)
-    check_resamples(resamples)
     _check_span(values, span)
     sizes = np.bincount(member).astype(np.float64)
-    means = _resampled_means(np.bincount(member, values), sizes, seed, resamples)
+    means = _resampled_means(np.bincount(member, values), sizes, resampling)
     error = max(_error_of(means, count, span), _independent(values, span))
     mean = float(values.mean())
     low, high = _ends(mean, error, sizes / len(values), span, proportion=True)
     return Interval(mean, low, high, len(values), count)
-
-
-def check_resamples(resamples: int) -> None:
-    """Raise ValueError where there are too few for a 95 % interval."""
-    if resamples < MIN_RESAMPLES:
-        raise ValueError(f"resamples is {resamples}; it must be at least {MIN_RESAMPLES}")
 
 
 def paired_interval(
@@ -98,8 +102,7 @@ def paired_interval(
     after: Sequence[float],
     groups: Sequence[Hashable],
     *,
-    seed: int,
-    resamples: int,
+    resampling: Resampling,
     span: Span | None = SHARE,
 ) -> Interval:
     """Return the mean of after - before, paired by item, with its 95 % interval over groups.
@@ -108,13 +111,11 @@ def paired_interval(
     """
     if len(before) != len(after):
         raise ValueError(
-            f"{len(before)} scores before but {len(after)} after: a paired difference needs the "
-            "same items"
+            f"before has {len(before)} scores and after has {len(after)}; a paired difference "
+            "requires the same items"
         )
     difference = np.asarray(after, np.float64) - np.asarray(before, np.float64)
-    return mean_interval(
-        difference, groups, seed=seed, resamples=resamples, span=of_differences(span)
-    )
+    return mean_interval(difference, groups, resampling=resampling, span=of_differences(span))
 
 
 def of_differences(span: Span | None) -> Span | None:
@@ -128,17 +129,16 @@ def paired_row(
     groups: Sequence[Hashable],
     *,
     names: tuple[str, str] = ("before", "after"),
-    seed: int,
-    resamples: int,
+    resampling: Resampling,
     span: Span | None = SHARE,
 ) -> dict[str, float | None]:
     """Return `paired_interval` as columns.
 
     {BEFORE, AFTER, n, groups, few_groups, diff, ci_low, ci_high}.
     """
-    found = paired_interval(before, after, groups, seed=seed, resamples=resamples, span=span)
-    sides = {name: sum(side) / len(side) for name, side in zip(names, (before, after), strict=True)}
-    return sides | found.row("diff")
+    interval = paired_interval(before, after, groups, resampling=resampling, span=span)
+    means = {name: sum(side) / len(side) for name, side in zip(names, (before, after), strict=True)}
+    return means | interval.row("diff")
 
 
 def standard_error(
@@ -194,20 +194,20 @@ class JudgedInterval:
 
 
 def judged_interval(
-    votes: Sequence[Sequence[float]], groups: Sequence[Hashable], *, seed: int, resamples: int
+    votes: Sequence[Sequence[float]], groups: Sequence[Hashable], *, resampling: Resampling
 ) -> JudgedInterval:
     """Return the mean of a judge's votes on each item, with the interval over groups."""
-    if empty := [n for n, some in enumerate(votes) if not len(some)]:
+    if empty := [n for n, item_votes in enumerate(votes) if not len(item_votes)]:
         raise ValueError(f"item {empty[0]} has no votes; count it as unscored, with bounds")
-    means = [float(np.mean(some)) for some in votes]
-    interval = mean_interval(means, groups, seed=seed, resamples=resamples)
+    means = [float(np.mean(item_votes)) for item_votes in votes]
+    interval = mean_interval(means, groups, resampling=resampling)
     return JudgedInterval(interval, judge_sd(votes, len(votes)))
 
 
 def judge_sd(votes: Sequence[Sequence[float]], n: int) -> float | None:
     """Return the spread of the mean over `n` items if the judge voted again on these of them."""
-    again = [np.var(some, ddof=1) / len(some) for some in votes if len(some) > 1]
-    return math.sqrt(float(np.mean(again)) * len(votes)) / n if again else None
+    variances = [np.var(repeats, ddof=1) / len(repeats) for repeats in votes if len(repeats) > 1]
+    return math.sqrt(float(np.mean(variances)) * len(votes)) / n if variances else None
 
 
 def ratio_interval(
@@ -215,8 +215,7 @@ def ratio_interval(
     below: Sequence[float],
     groups: Sequence[Hashable],
     *,
-    seed: int,
-    resamples: int,
+    resampling: Resampling,
     span: Span,
 ) -> Interval:
     """Return mean of `above` over mean of `below`, with its 95 % interval over groups.
@@ -225,23 +224,23 @@ def ratio_interval(
     """
     above, below = np.asarray(above, np.float64), np.asarray(below, np.float64)
     if len(above) != len(below):
-        raise ValueError(f"{len(above)} values above but {len(below)} below: one each")
-    (found,) = pointwise_intervals(
-        lambda some: np.array([above[some].sum() / below[some].sum()]),
+        raise ValueError(
+            f"above has {len(above)} values and below has {len(below)}; pass one of each per item"
+        )
+    (interval,) = pointwise_intervals(
+        lambda indices: np.array([above[indices].sum() / below[indices].sum()]),
         groups,
-        seed=seed,
-        resamples=resamples,
+        resampling=resampling,
         spans=[span],
     )
-    return found
+    return interval
 
 
 def pointwise_intervals(
     statistics: Callable[[Int[np.ndarray, "k"]], Float[np.ndarray, "s"]],
     groups: Sequence[Hashable],
     *,
-    seed: int,
-    resamples: int,
+    resampling: Resampling,
     spans: Sequence[Span | None],
     tick: Callable[[], None] = lambda: None,
 ) -> list[Interval]:
@@ -251,11 +250,10 @@ def pointwise_intervals(
     the largest possible value of each number. `tick` is called after each resample.
     """
     member, count = _members(len(groups), groups)
-    check_resamples(resamples)
     order, sizes = np.argsort(member, kind="stable"), np.bincount(member)
-    firsts, rng = np.cumsum(sizes) - sizes, np.random.default_rng(seed)
-    draws = np.empty((resamples, len(spans)))
-    for number in range(resamples):
+    firsts, rng = np.cumsum(sizes) - sizes, np.random.default_rng(resampling.seed)
+    draws = np.empty((resampling.resamples, len(spans)))
+    for number in range(resampling.resamples):
         drawn = rng.integers(count, size=count)
         ends = np.cumsum(sizes[drawn])
         shift = np.repeat(firsts[drawn] - (ends - sizes[drawn]), sizes[drawn])
@@ -263,8 +261,8 @@ def pointwise_intervals(
         tick()
     value, weights = statistics(np.arange(len(groups))), sizes / len(groups)
     return [
-        from_draws(float(v), each, weights, n=len(groups), span=span)
-        for v, each, span in zip(value, draws.T, spans, strict=True)
+        from_draws(float(v), column, weights, n=len(groups), span=span)
+        for v, column, span in zip(value, draws.T, spans, strict=True)
     ]
 
 
@@ -289,8 +287,7 @@ def from_draws(
 def suite_interval(
     parts: Sequence[tuple[Sequence[float], Sequence[Hashable]]],
     *,
-    seed: int,
-    resamples: int,
+    resampling: Resampling,
     span: Span | None = SHARE,
 ) -> Interval:
     """Return the mean over tasks of each task's mean; shared groups are drawn together.
@@ -298,8 +295,7 @@ def suite_interval(
     `parts`: values and groups of each task. A draw without any item of a task leaves the task out.
     """
     if not parts:
-        raise ValueError("no tasks: nothing was scored on both sides")
-    check_resamples(resamples)
+        raise ValueError("parts is empty: no task has scores on both sides")
     names = dict.fromkeys(group for _, groups in parts for group in groups)
     index = {name: i for i, name in enumerate(names)}
     sums, counts = np.zeros((2, len(parts), len(index)))
@@ -307,13 +303,13 @@ def suite_interval(
         _check_span(np.asarray(values, np.float64), span)
         np.add.at(sums[row], [index[name] for name in groups], np.asarray(values, np.float64))
         np.add.at(counts[row], [index[name] for name in groups], 1.0)
-    rng, means = np.random.default_rng(seed), np.empty(resamples)
-    for number in range(resamples):
+    rng, means = np.random.default_rng(resampling.seed), np.empty(resampling.resamples)
+    for number in range(resampling.resamples):
         times = np.bincount(rng.integers(len(index), size=len(index)), minlength=len(index))
         total = counts @ times
         means[number] = np.mean((sums @ times)[total > 0] / total[total > 0])
-    floors = [_independent(np.asarray(values, np.float64), span) for values, _ in parts]
-    error = max(_error_of(means, len(index), span), math.hypot(*floors) / len(parts))
+    least = [_independent(np.asarray(values, np.float64), span) for values, _ in parts]
+    error = max(_error_of(means, len(index), span), math.hypot(*least) / len(parts))
     value = float(np.mean(sums.sum(1) / counts.sum(1)))
     weights = (counts / counts.sum(1, keepdims=True)).mean(0)
     low, high = _ends(value, error, weights, span, proportion=True)
@@ -323,7 +319,9 @@ def suite_interval(
 def wilson(successes: int, n: int) -> tuple[float, float]:
     """Return Wilson's 95 % interval of a share of independent trials: 8 of 10 -> (0.490, 0.943)."""
     if not 0 <= successes <= n or n == 0:
-        raise ValueError(f"{successes} successes of {n}: must be 0 <= successes <= n and n > 0")
+        raise ValueError(
+            f"successes is {successes} and n is {n}; required: 0 <= successes <= n and n > 0"
+        )
     z = 1.959963984540054  # the normal's 97.5 % point
     return _wilson(successes / n, z * z / n)
 
@@ -357,11 +355,11 @@ def _ends(
     if error == 0:  # no group differs; at most this share of others does
         share = 1 - TAIL ** (1 / len(weights))
         return value - share * (value - least), value + share * (most - value)
-    place = (value - least) / (most - least)
-    if not proportion or not 0 < place < 1:
+    position = (value - least) / (most - least)
+    if not proportion or not 0 < position < 1:
         return max(least, value - t * error), min(most, value + t * error)
-    number = place * (1 - place) * ((most - least) / error) ** 2  # effective items
-    low, high = (min(max(end, 0.0), 1.0) for end in _wilson(place, t * t / number))
+    effective = position * (1 - position) * ((most - least) / error) ** 2  # effective items
+    low, high = (min(max(end, 0.0), 1.0) for end in _wilson(position, t * t / effective))
     return least + low * (most - least), least + high * (most - least)
 
 
@@ -399,7 +397,7 @@ def _same(values: Float[np.ndarray, "n"], span: Span | None) -> bool:
 def _members(n: int, groups: Sequence[Hashable]) -> tuple[Int[np.ndarray, "n"], int]:
     """Return the index of each item's group, groups in their order, and how many there are."""
     if n != len(groups):
-        raise ValueError(f"{n} values but {len(groups)} groups: one group a value")
+        raise ValueError(f"{n} values but {len(groups)} groups; pass one group per value")
     if not n:
         raise ValueError("no values: nothing was scored, so there is no interval")
     index = {name: i for i, name in enumerate(dict.fromkeys(groups))}
@@ -413,19 +411,19 @@ def _check_span(values: Float[np.ndarray, "n"], span: Span | None) -> None:
     slack = SLACK * (span[1] - span[0])
     if low < span[0] - slack or high > span[1] + slack:
         raise ValueError(
-            f"values from {low:g} to {high:g} are outside of their span {span[0]:g} to "
-            f"{span[1]:g}; pass span=(least, largest), or span=None for values without bounds"
+            f"values from {low:g} to {high:g} are outside the span {span[0]:g} to {span[1]:g}; "
+            "pass span=(smallest, largest), or span=None for values without bounds"
         )
 
 
 def _resampled_means(
-    sums: Float[np.ndarray, "g"], counts: Float[np.ndarray, "g"], seed: int, resamples: int
+    sums: Float[np.ndarray, "g"], counts: Float[np.ndarray, "g"], resampling: Resampling
 ) -> Float[np.ndarray, "r"]:
     """Return the means of `resamples` draws of groups; a group drawn twice counts twice."""
-    rng, found = np.random.default_rng(seed), []
+    rng, means = np.random.default_rng(resampling.seed), []
     step = max(1, _DRAWN // len(sums))
-    for start in range(0, resamples, step):
-        size = (min(step, resamples - start), len(sums))
+    for start in range(0, resampling.resamples, step):
+        size = (min(step, resampling.resamples - start), len(sums))
         drawn = rng.integers(len(sums), size=size)
-        found.append(sums[drawn].sum(1) / counts[drawn].sum(1))
-    return np.concatenate(found)
+        means.append(sums[drawn].sum(1) / counts[drawn].sum(1))
+    return np.concatenate(means)

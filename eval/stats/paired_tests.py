@@ -16,6 +16,8 @@ import numpy as np
 from jaxtyping import Float
 from scipy import special
 
+from medmax_jax.eval.stats.intervals import Resampling
+
 EXACT_GROUPS = 12  # up to this number, all 2^groups signs are tried
 ALPHA = 0.05
 SLACK = 1e-9  # sums that differ only by rounding are equal
@@ -32,7 +34,9 @@ def mcnemar(first: Sequence[float], second: Sequence[float]) -> McNemar:
     """Return McNemar's exact two-sided test: 1 and 9 of 10 discordant items give p 0.0215."""
     _check_paired(first, second)
     if wrong := {x for x in (*first, *second)} - {0, 1}:
-        raise ValueError(f"score {min(wrong)}: McNemar's test is of 0 and 1; use sign_flip")
+        raise ValueError(
+            f"score {min(wrong)}: McNemar's test requires scores of 0 and 1; use sign_flip"
+        )
     b = sum(x > y for x, y in zip(first, second, strict=True))
     c = sum(x < y for x, y in zip(first, second, strict=True))
     # The binomial tail is computed by its incomplete beta function: a sum of binomials in integers
@@ -41,7 +45,7 @@ def mcnemar(first: Sequence[float], second: Sequence[float]) -> McNemar:
 
 
 def sign_flip(
-    differences: Sequence[float], groups: Sequence[Hashable], *, seed: int, resamples: int
+    differences: Sequence[float], groups: Sequence[Hashable], *, resampling: Resampling
 ) -> float:
     """Return the two-sided p of the hypothesis that each group's sign is random.
 
@@ -53,12 +57,12 @@ def sign_flip(
     if len(sums) <= EXACT_GROUPS:
         signs = np.array(list(itertools.product((1.0, -1.0), repeat=len(sums))))
         return float(np.mean(np.abs(signs @ sums) >= least))
-    rng, extreme = np.random.default_rng(seed), 0
-    for start in range(0, resamples, 500):  # rows at a time, so that memory stays constant
-        size = (min(500, resamples - start), len(sums))
+    rng, extreme = np.random.default_rng(resampling.seed), 0
+    for start in range(0, resampling.resamples, 500):  # 500 rows at a time bound the memory
+        size = (min(500, resampling.resamples - start), len(sums))
         signs = rng.integers(0, 2, size=size) * 2.0 - 1.0
         extreme += int(np.sum(np.abs(signs @ sums) >= least))
-    return (extreme + 1) / (resamples + 1)
+    return (extreme + 1) / (resampling.resamples + 1)
 
 
 def holm(p_values: Mapping[Hashable, float]) -> dict[Hashable, float]:
@@ -73,9 +77,9 @@ def holm(p_values: Mapping[Hashable, float]) -> dict[Hashable, float]:
 def group_sums(values: Sequence[float], groups: Sequence[Hashable]) -> Float[np.ndarray, "g"]:
     """Return the sum of each group's values, groups in their order."""
     if len(values) != len(groups):
-        raise ValueError(f"{len(values)} values but {len(groups)} groups: one group a value")
+        raise ValueError(f"{len(values)} values but {len(groups)} groups; pass one group per value")
     if not len(values):
-        raise ValueError("no values: nothing was scored on both sides")
+        raise ValueError("no values: no item has scores on both sides")
     index = {name: i for i, name in enumerate(dict.fromkeys(groups))}
     member = np.array([index[name] for name in groups])
     return np.bincount(member, np.asarray(values, np.float64))
@@ -84,5 +88,6 @@ def group_sums(values: Sequence[float], groups: Sequence[Hashable]) -> Float[np.
 def _check_paired(first: Sequence[float], second: Sequence[float]) -> None:
     if len(first) != len(second) or not len(first):
         raise ValueError(
-            f"{len(first)} scores and {len(second)}: a paired test needs the same items, at least 1"
+            f"{len(first)} and {len(second)} scores; a paired test requires the same items, at "
+            "least 1"
         )

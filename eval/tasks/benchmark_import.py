@@ -26,11 +26,11 @@ from medmax_jax.io.atomic_folder import atomic_folder, private_umask
 from medmax_jax.io.image_paths import is_inside
 from medmax_jax.io.storage import os_errors
 
-SEAL = "import.json"
+SUMMARY = "import.json"
 MAX_ROWS = 1_000_000  # the largest, OmniMedVQA, has 88,996
 MAX_BAD = 0.01  # share of the rows: a few are usual, more indicate another file
 LISTED = 20  # reasons
-SAID = 10_000  # rows between two log lines
+LOG_EVERY = 10_000  # rows between two log lines
 
 
 @dataclasses.dataclass
@@ -63,54 +63,54 @@ def eval_items(
     if name not in READERS:
         raise SourceError(f"--benchmark is {name!r}; use one of {', '.join(READERS)}")
     if prefix and not is_inside(prefix):
-        raise SourceError(f"--prefix is {prefix!r}; use a path inside the folder of pictures")
+        raise SourceError(f"--prefix is {prefix!r}; use a path inside the folder of images")
     if not folder.is_dir():
-        raise SourceError(f"--from is {str(folder)!r}, no folder; name that of the benchmark")
+        raise SourceError(
+            f"--from is {str(folder)!r}, which is not a folder; name the benchmark's folder"
+        )
     tally = Tally()
-    with private_umask(), atomic_folder(out, bytes_needed=0, seal=SEAL) as new:
+    with private_umask(), atomic_folder(out, bytes_needed=0, seal=SUMMARY) as new:
         with os_errors(str(out)), open(Path(new.path) / "items.jsonl", "wb") as file:
-            for found in _bounded(name, folder):
-                if isinstance(found, RejectedRow):
-                    tally.refuse(found)
+            for row_or_rejection in _bounded(name, folder):
+                if isinstance(row_or_rejection, RejectedRow):
+                    tally.refuse(row_or_rejection)
                     continue
-                row = _placed(found, prefix, Path(new.path))
-                tally.inside |= "picture" in found
+                row = _placed(row_or_rejection, prefix, Path(new.path))
+                tally.inside |= "image_bytes" in row_or_rejection
                 try:
-                    (item,) = items.from_rows(
-                        [row]
-                    )  # checks that the suite accepts it, and names its task
+                    (item,) = items.from_rows([row])  # checks the row, and names its task
                 except items.TaskError as error:
                     reason = str(error).partition(": ")[2] or str(error)
                     tally.refuse(RejectedRow(where=row["id"], reason=reason))
                     continue
                 tally.kept[item.task] += 1
                 file.write(json.dumps(row).encode() + b"\n")
-                if (count := tally.kept.total()) % SAID == 0:
+                if (count := tally.kept.total()) % LOG_EVERY == 0:
                     log.info("%s: %d rows", name, count)
-        told = _told(name, tally, allow_counts, max_bad)
-        new.write(SEAL, [json.dumps(told, indent=1).encode() + b"\n"])
-    return dict(items=str(out / "items.jsonl"), **told)
+        summary = _import_summary(name, tally, allow_counts, max_bad)
+        new.write(SUMMARY, [json.dumps(summary, indent=1).encode() + b"\n"])
+    return dict(items=str(out / "items.jsonl"), **summary)
 
 
 def _bounded(name: str, folder: Path):
-    for number, found in enumerate(READERS[name](folder)):
+    for number, row in enumerate(READERS[name](folder)):
         if number == MAX_ROWS:
-            raise SourceError(f"{name}: more than {MAX_ROWS} rows; give the files as published")
-        yield found
+            raise SourceError(f"{name}: more than {MAX_ROWS} rows; use the files as published")
+        yield row
 
 
-def _placed(found: benchmark_readers.Item, prefix: str, new: Path) -> dict[str, Any]:
+def _placed(item: benchmark_readers.Item, prefix: str, new: Path) -> dict[str, Any]:
     """Return the row with its path under the prefix; write an embedded image to a file."""
-    row = {key: value for key, value in found.items() if key != "picture"}
-    if "picture" in found:
+    row = {key: value for key, value in item.items() if key != "image_bytes"}
+    if "image_bytes" in item:
         path = new / row["image_path"]
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(found["picture"])
+        path.write_bytes(item["image_bytes"])
     row["image_path"] = str(PurePosixPath(prefix, row["image_path"]))
     return row
 
 
-def _told(name: str, tally: Tally, allow_counts: bool, max_bad: float) -> dict[str, Any]:
+def _import_summary(name: str, tally: Tally, allow_counts: bool, max_bad: float) -> dict[str, Any]:
     kept, malformed = tally.kept.total(), tally.number(by_rule=False)
     reasons = tally.reasons()
     shown = "; ".join(
@@ -119,15 +119,15 @@ def _told(name: str, tally: Tally, allow_counts: bool, max_bad: float) -> dict[s
     )
     if malformed > max_bad * (kept + malformed):
         raise SourceError(
-            f"{name}: {malformed} of {kept + malformed} rows are malformed, --max_bad allows the "
-            f"share {max_bad}: {shown}"
+            f"{name}: {malformed} of {kept + malformed} rows are malformed, but --max_bad allows a "
+            f"share of {max_bad}: {shown}"
         )
     if not kept:
-        raise SourceError(f"{name}: no row is left to ask: {shown or 'the files are empty'}")
+        raise SourceError(f"{name}: no row can be used: {shown or 'the files are empty'}")
     other = _other_counts(name, tally)
     if other and not allow_counts:
         raise SourceError(
-            f"{name}: {'; '.join(other)}; get the files again, or take them as they are by "
+            f"{name}: {'; '.join(other)}; download the files again, or accept them with "
             "--allow_counts"
         )
     return dict(
@@ -145,34 +145,46 @@ def _other_counts(name: str, tally: Tally) -> list[str]:
 
     Rows that the suite leaves out count, and in a benchmark of one task the malformed ones too.
     """
-    unasked = tally.bad.get((YES_NO, True), [0])[0]
-    counted = tally.kept + collections.Counter({f"{name}_closed": unasked})
+    excluded = tally.bad.get((YES_NO, True), [0])[0]
+    counted = tally.kept + collections.Counter({f"{name}_closed": excluded})
     if len(tally.kept) == 1:
         counted += collections.Counter({next(iter(tally.kept)): tally.number(by_rule=False)})
-    found = []
+    differences = []
     if name in catalog.EXPECTED_ROWS and counted.total() != catalog.EXPECTED_ROWS[name]:
-        found.append(f"{counted.total()} rows, published are {catalog.EXPECTED_ROWS[name]}")
+        differences.append(f"{counted.total()} rows, published: {catalog.EXPECTED_ROWS[name]}")
     if tally.inside:
-        return found  # classified by the answer, unlike the published counts
-    known: Mapping[str, catalog.TaskSpec] = catalog.TASKS
+        return differences  # classified by the answer, unlike the published counts
+    specs: Mapping[str, catalog.TaskSpec] = catalog.TASKS
     for task, n in sorted(counted.items()):
-        card = known.get(task)
-        if card and card.counts is not None and card.counts + card.left_out != n:
-            found.append(f"{n} rows of {task}, published are {card.counts + card.left_out}")
-    return found
+        spec = specs.get(task)
+        if spec and spec.counts is not None and spec.counts + spec.left_out != n:
+            differences.append(f"{n} rows of {task}, published: {spec.counts + spec.left_out}")
+    return differences
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
     """Add the command to the parser's sub-commands."""
-    parser = commands.add_parser("eval_items", help="a public benchmark to items of eval.run")
-    parser.add_argument("--benchmark", required=True, choices=tuple(READERS))
-    parser.add_argument("--from", dest="source", type=Path, required=True, help="its folder")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--prefix", default="", help="put before each image_path")
-    parser.add_argument(
-        "--allow_counts", action="store_true", help="other numbers of rows than published are right"
+    parser = commands.add_parser(
+        "eval_items", help="convert a public benchmark to items for eval.run"
     )
-    parser.add_argument("--max_bad", type=float, default=MAX_BAD, metavar="SHARE")
+    parser.add_argument("--benchmark", required=True, choices=tuple(READERS))
+    parser.add_argument(
+        "--from", dest="source", type=Path, required=True, help="folder of the benchmark"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--prefix", default="", help="folder to prepend to each image_path")
+    parser.add_argument(
+        "--allow_counts",
+        action="store_true",
+        help="accept numbers of rows that differ from the published ones",
+    )
+    parser.add_argument(
+        "--max_bad",
+        type=float,
+        default=MAX_BAD,
+        metavar="SHARE",
+        help="largest accepted share of malformed rows",
+    )
     parser.set_defaults(run=_run, left="no items were written")
     return parser
 

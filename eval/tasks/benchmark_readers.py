@@ -67,10 +67,10 @@ from medmax_jax.io import text_files
 from medmax_jax.io.text_files import TextFileError
 from medmax_jax.models.tokenizer import IMAGE_NAME, SEP_NAME
 
-Item = dict[str, Any]  # "picture": bytes, where the format embeds them
+Item = dict[str, Any]  # "image_bytes": where the format embeds them
 YES_NO = "closed, but not answered by yes or no"
 MAX_JSON = 1 << 27  # bytes of a file that must be read completely; PathMMU's has some 30 MB
-ASKED = ("what", "where", "when", "how", "why", "who", "which")
+QUESTION_WORDS = ("what", "where", "when", "how", "why", "who", "which")
 _QUILT, _LLAVA = "quiltvqa_test_w_ans.json", "llava_med_eval_qa50_qa.jsonl"
 _PATH_MMU_SPLITS = ("test", "test_tiny")
 
@@ -108,16 +108,16 @@ def _plan(source: str) -> Plan:
 
 
 def _kind(item: Mapping[str, Any]) -> str:
-    said = str(item.get("answer_type", "")).strip().upper()
-    if said not in ("OPEN", "CLOSED", "OTHER"):
-        raise RowError("answer_type: neither OPEN nor CLOSED")
-    return "closed" if said == "CLOSED" else "open"
+    answer_type = str(item.get("answer_type", "")).strip().upper()
+    if answer_type not in ("OPEN", "CLOSED", "OTHER"):
+        raise RowError("answer_type: neither OPEN, CLOSED nor OTHER")
+    return "closed" if answer_type == "CLOSED" else "open"
 
 
 def _vqa_rad(place: RowLocation, item: dict[str, Any]) -> Item:
     row = vqa.vqa_rad(_plan("VQA-RAD"), place, item)
     if row.split != "test":
-        raise ExcludedRow("not of the test split")
+        raise ExcludedRow("not in the test split")
     kinds = str(item.get("question_type", "")).upper().split(",")
     slices = {"organ": item.get("image_organ"), "question_type": kinds[0].strip()}
     return _of_row(row, "vqa_rad", place, _kind(item), slices=slices, data_class=OPEN)
@@ -137,12 +137,12 @@ def _of_parquet(name: str, data_class: str, folder: pathlib.Path) -> Iterator[It
             yield row
             continue
         first = row.text.removeprefix(IMAGE_NAME).split(None, 1)[0].lower()
-        slices = {"question_type": first if first in ASKED else "yes/no or other"}
+        slices = {"question_type": first if first in QUESTION_WORDS else "yes/no or other"}
         item = _of_row(
             row, name, RowLocation("test", number), None, slices=slices, data_class=data_class
         )
         suffix = ".png" if row.image.startswith(b"\x89PNG") else ".jpg"
-        yield item | {"image_path": f"images/{row.image_path}{suffix}", "picture": row.image}
+        yield item | {"image_path": f"images/{row.image_path}{suffix}", "image_bytes": row.image}
 
 
 def _quilt_vqa(place: RowLocation, item: dict[str, Any]) -> Item:
@@ -151,8 +151,10 @@ def _quilt_vqa(place: RowLocation, item: dict[str, Any]) -> Item:
         answer = field_text(item, "yes_no_answer").rstrip(".").lower()
         if answer not in ("yes", "no"):
             raise ExcludedRow(YES_NO)
-    asked = item.get("question")
-    prompt = clean(asked.replace(IMAGE_NAME, " ") if isinstance(asked, str) else "", "question")
+    question = item.get("question")
+    prompt = clean(
+        question.replace(IMAGE_NAME, " ") if isinstance(question, str) else "", "question"
+    )
     image = field_image_path(item, "image", "images")
     group = pathlib.PurePosixPath(image).name
     fields = dict(prompt=prompt, answer=answer, image_path=image, group=group)
@@ -177,7 +179,7 @@ def _pmc_vqa(name: str, files: Sequence[str], folder: pathlib.Path) -> Iterator[
 def _omnimed_vqa(place: RowLocation, item: dict[str, Any]) -> Item:
     row = vqa.omnimedvqa(_plan("OmniMedVQA"), place, item)
     if row.split != "test":
-        raise ExcludedRow("not of the test split")
+        raise ExcludedRow("not in the test split")
     names = {"modality": "modality_type", "question_type": "question_type", "data_set": "dataset"}
     slices = {ours: item.get(theirs) for ours, theirs in names.items()}
     return _of_row(row, "omnimed_vqa", place, "mcq", slices=slices)
@@ -189,40 +191,41 @@ def _path_mmu(folder: pathlib.Path) -> Iterator[Item | RejectedRow]:
         data = text_files.read_bytes(path, max_bytes=MAX_JSON)
         # The rows are checked one by one, so that one invalid row does not reject the file.
         lenient = dict(allow_nonfinite=True, allow_lone_surrogates=True)
-        whole = text_files.parse_json(data, path.name, **lenient)
-        parts = [
-            (subset, split, rows)
-            for subset, splits in whole.items()
-            for split, rows in splits.items()
+        subsets = text_files.parse_json(data, path.name, **lenient)
+        rows = [
+            (subset, RowLocation(f"{subset}-{split}.json", number), row)
+            for subset, splits in subsets.items()
+            for split, split_rows in splits.items()
             if split in _PATH_MMU_SPLITS
+            for number, row in enumerate(split_rows, 1)
         ]
-        rows = [(subset, RowLocation(f"{subset}-{s}.json", n), row) for subset, s, some in parts
-                for n, row in enumerate(some, 1)]  # fmt: skip
     except TextFileError as error:
-        raise SourceError(f"{error}; give the file as it is published") from error
+        raise SourceError(f"{error}; use the file as it is published") from error
     except (ValueError, AttributeError, TypeError) as error:
         raise SourceError(
-            f"{path.name}: not {{subset: {{split: [rows]}}}}; give the file as it is published"
+            f"{path.name}: not {{subset: {{split: [rows]}}}}; use the file as it is published"
         ) from error
     for subset, place, row in rows:
         yield from collect_rows([(place, row)], functools.partial(_path_mmu_row, subset))
 
 
 def _path_mmu_row(subset: str, place: RowLocation, item: dict[str, Any]) -> Item:
-    given = item.get("options")
-    if not isinstance(given, list) or not 2 <= len(given) <= 10:
-        raise RowError("options: not a list of two to ten")
-    listed = {}
-    for letter, option in zip(string.ascii_uppercase, given, strict=False):
+    options = item.get("options")
+    if not isinstance(options, list) or not 2 <= len(options) <= 10:
+        raise RowError("options: not a list of two to ten texts")
+    by_letter = {}
+    for letter, option in zip(string.ascii_uppercase, options, strict=False):
         text = field_text({"option": option}, "option")
-        listed[letter] = clean(re.sub(rf"^\(?{letter}[).:]\s*", "", text), "option")
+        by_letter[letter] = clean(re.sub(rf"^\(?{letter}[).:]\s*", "", text), "option")
     answer = field_text(item, "answer")
-    right = [c for c, text in listed.items() if re.fullmatch(rf"\(?{c}([).:].*)?", answer, re.S)]
-    if len(right) != 1:
+    letters = [
+        c for c, text in by_letter.items() if re.fullmatch(rf"\(?{c}([).:].*)?", answer, re.S)
+    ]
+    if len(letters) != 1:
         raise RowError("answer: not one of the options")
-    prompt = vqa.choice_text(field_text(item, "question"), listed)
+    prompt = vqa.choice_text(field_text(item, "question"), by_letter)
     image = field_image_path(item, "img", "images")
-    fields = dict(prompt=prompt, answer=right[0], image_path=image, group=image)
+    fields = dict(prompt=prompt, answer=letters[0], image_path=image, group=image)
     return _item("path_mmu", place, "mcq", **fields, slices={"subset": subset})
 
 
@@ -271,21 +274,22 @@ def _pmc_oa_row(name: str, root: str, place: RowLocation, item: dict[str, Any]) 
     image, caption = field_image_path(item, "image", root), field_text(item, "caption")
     name_of_article = pathlib.PurePosixPath(image).name.split("_")[0]
     article = field_text(item, "pmcid") if item.get("pmcid") else name_of_article
-    asked = name == "image_generation"
-    words = dict(
-        prompt=caption if asked else "Please describe this picture.",
-        answer="" if asked else caption,
+    generates = name == "image_generation"
+    texts = dict(
+        # Verbatim: part of the data.
+        prompt=caption if generates else "Please describe this picture.",
+        answer="" if generates else caption,
     )
-    return _item(name, place, "pmc_oa", **words, image_path=image, group=article)
+    return _item(name, place, "pmc_oa", **texts, image_path=image, group=article)
 
 
-def _array(name: str, make: Callable[[RowLocation, dict[str, Any]], Item]):
+def _array_reader(name: str, make: Callable[[RowLocation, dict[str, Any]], Item]):
     return lambda folder: collect_rows(json_array(first_file(folder, (name,), name)), make)
 
 
 def _vqa_rad_of_either_form(folder: pathlib.Path) -> Iterator[Item | RejectedRow]:
     if (folder / vqa.VQA_RAD).is_file():
-        return _array(vqa.VQA_RAD, _vqa_rad)(folder)
+        return _array_reader(vqa.VQA_RAD, _vqa_rad)(folder)
     return _of_parquet("vqa_rad", OPEN, folder)
 
 
@@ -299,14 +303,14 @@ def _omnimed(folder: pathlib.Path) -> Iterator[Item | RejectedRow]:
 
 READERS: Mapping[str, Callable[[pathlib.Path], Iterator[Item | RejectedRow]]] = {
     "vqa_rad": _vqa_rad_of_either_form,
-    "slake": _array("test.json", _slake),
+    "slake": _array_reader("test.json", _slake),
     "pathvqa": functools.partial(_of_parquet, "pathvqa", LICENCE_BOUND),
-    "quilt_vqa": _array(_QUILT, _quilt_vqa),
+    "quilt_vqa": _array_reader(_QUILT, _quilt_vqa),
     "pmc_vqa": functools.partial(_pmc_vqa, "pmc_vqa", ("test_2.csv", "test.csv")),
     "pmc_vqa_clean": functools.partial(_pmc_vqa, "pmc_vqa_clean", ("test_clean.csv",)),
     "omnimed_vqa": _omnimed,
     "path_mmu": _path_mmu,
-    "probmed": _array("test.json", _probmed),
+    "probmed": _array_reader("test.json", _probmed),
     "llava_med": lambda folder: collect_rows(
         json_lines(first_file(folder, (_LLAVA,), "LLaVA-Med")), _llava_med
     ),

@@ -108,17 +108,17 @@ CHARTS: Mapping[str, tuple[str, str, tuple[tuple[str, float], ...]]] = {
     "image_generation_pmc_oa": (
         "BiomedCLIP image-text cosine",
         CAPTIONS_CHART,
-        (("Chameleon 7B", 0.10), ("MedMax 7B", 0.20), ("reference pictures", 0.33)),
+        (("Chameleon 7B", 0.10), ("MedMax 7B", 0.20), ("reference images", 0.33)),
     ),
     "image_generation_quilt": (
         "BiomedCLIP image-text cosine",
         CAPTIONS_CHART,
-        (("Chameleon 7B", 0.21), ("MedMax 7B", 0.24), ("reference pictures", 0.31)),
+        (("Chameleon 7B", 0.21), ("MedMax 7B", 0.24), ("reference images", 0.31)),
     ),
     "image_generation_report": (
         "BiomedCLIP image-text cosine",
         CAPTIONS_CHART,
-        (("Chameleon 7B", 0.20), ("MedMax 7B", 0.30), ("reference pictures", 0.40)),
+        (("Chameleon 7B", 0.20), ("MedMax 7B", 0.30), ("reference images", 0.40)),
     ),
     "visual_chat_conversation": (
         "gpt-4o-mini relative score",
@@ -142,21 +142,24 @@ CHARTS: Mapping[str, tuple[str, str, tuple[tuple[str, float], ...]]] = {
         (("Chameleon 7B", 75.3), ("MedMax 7B", 94.3)),
     ),
 }
-MULTI_PICTURES = (("Chameleon 7B", 0.35), ("MedMax 7B", 0.46))  # image-image cosine, same chart
+INTERLEAVED_IMAGE_SCORES = (
+    ("Chameleon 7B", 0.35),
+    ("MedMax 7B", 0.46),
+)  # image-image cosine, same chart
 DIFFERS = {  # by family; docs/eval.md has all of them
     "vqa_closed": "1 token, repetition penalty 1.2 over the prompt too, substring match",
     "vqa_mcq": "1 token, repetition penalty 1.2 over the prompt too, the letter alone",
     "vqa_open": "60 tokens, penalty 1.2; one gpt-4o-mini verdict, unreadable ones dropped",
     "captioning": "penalty 1.2; image against text only, over 256 tokens cut",
     "image_generation": "the first 100 rows",
-    "multimodal": "penalty 1.2; the reference always first; pictures over those who drew",
-    "visual_chat": "penalty 1.2; the reference always first, the model's whole record shown",
+    "multimodal": "penalty 1.2; the reference always first; images over the answers that have one",
+    "visual_chat": "penalty 1.2; the reference always first, the model's complete record shown",
 }
 
 
 def _published(task: str) -> tuple[Published, ...]:
     if task in COLUMNS:
-        metric = "gpt-4o-mini says right, %" if task.endswith("_open") else "accuracy, %"
+        metric = "right by gpt-4o-mini, %" if task.endswith("_open") else "accuracy, %"
         column = COLUMNS.index(task)
         return tuple(
             Published(model=model, value=float(line.split()[column]), metric=metric, read=SITE)
@@ -165,18 +168,19 @@ def _published(task: str) -> tuple[Published, ...]:
     if task not in CHARTS:
         return ()
     metric, read, values = CHARTS[task]
-    found = [Published(model=m, value=v, metric=metric, read=read) for m, v in values]
+    scores = [Published(model=m, value=v, metric=metric, read=read) for m, v in values]
     if task == "multimodal":
-        pictures = "BiomedCLIP image-image cosine"
-        found += [
-            Published(model=m, value=v, metric=pictures, read=read) for m, v in MULTI_PICTURES
+        image_metric = "BiomedCLIP image-image cosine"
+        scores += [
+            Published(model=m, value=v, metric=image_metric, read=read)
+            for m, v in INTERLEAVED_IMAGE_SCORES
         ]
-    return tuple(found)
+    return tuple(scores)
 
 
-def _card(task: str, title: str, family: str, **fields) -> TaskSpec:
+def _task_spec(task: str, title: str, family: str, **fields) -> TaskSpec:
     defaults = dict(
-        revision="not pinned: its publisher tags none",
+        revision="not pinned: its publisher tags no revision",
         split="test",
         counts=None,
         counted="",
@@ -192,7 +196,7 @@ def _vqa(
     name: str, title: str, closed: int | None, opened: int | None, left_out: int = 0, **fields
 ) -> list[TaskSpec]:
     return [
-        _card(
+        _task_spec(
             f"{name}_closed",
             f"{title}, closed",
             "vqa_closed",
@@ -201,7 +205,7 @@ def _vqa(
             metric="accuracy",
             **fields,
         ),
-        _card(
+        _task_spec(
             f"{name}_open",
             f"{title}, open",
             "vqa_open",
@@ -212,7 +216,7 @@ def _vqa(
     ]
 
 
-_CARDS = (
+_TASKS = (
     *_vqa(
         "vqa_rad",
         "VQA-RAD",
@@ -242,7 +246,7 @@ _CARDS = (
         None,
         counted="6,719 together: README.md of the source",
         source="huggingface.co/datasets/flaviagiammarino/path-vqa",
-        licence="MIT; pictures are their publishers'",
+        licence="MIT; the images belong to their publishers",
     ),
     *_vqa(
         "quilt_vqa",
@@ -253,7 +257,7 @@ _CARDS = (
         source="huggingface.co/datasets/wisdomik/Quilt_VQA",
         licence="CC BY-NC-ND 3.0, gated",
     ),
-    _card(
+    _task_spec(
         "pmc_vqa_mcq",
         "PMC-VQA",
         "vqa_mcq",
@@ -264,7 +268,7 @@ _CARDS = (
         licence="CC BY-SA: README.md of the source",
         metric="accuracy",
     ),
-    _card(
+    _task_spec(
         "pmc_vqa_clean_mcq",
         "PMC-VQA, the checked part of version 1",
         "vqa_mcq",
@@ -274,38 +278,38 @@ _CARDS = (
         licence="CC BY-SA: README.md of the source",
         metric="accuracy",
     ),
-    _card(
+    _task_spec(
         "omnimed_vqa_mcq",
         "OmniMedVQA, open access",
         "vqa_mcq",
         source="huggingface.co/datasets/foreverbeliever/OmniMedVQA",
-        split="9 % of the pictures by hash, as in training here: none is published",
+        split="9 % of the images by hash, as in training here: none is published",
         licence="that of each of its 42 data sets",
         metric="accuracy",
     ),
-    _card(
+    _task_spec(
         "path_mmu_mcq",
         "PathMMU",
         "vqa_mcq",
         source="huggingface.co/datasets/jamessyx/PathMMU, data.json",
         split="test and test_tiny of all subsets",
-        licence="CC BY-ND 4.0, gated; pictures are their publishers'",
+        licence="CC BY-ND 4.0, gated; the images belong to their publishers",
         metric="accuracy",
     ),
-    _card(
+    _task_spec(
         "probmed_closed",
         "ProbMed",
         "vqa_closed",
         source="huggingface.co/datasets/rippleripple/ProbMed, test.json",
         counts=57_132,
         counted="README.md of github.com/eric-ai-lab/ProbMed",
-        licence="MIT: its page on huggingface.co; pictures of MedICaT and ChestX-ray14",
+        licence="MIT: its page on huggingface.co; images of MedICaT and ChestX-ray14",
         metric="accuracy",
-        differs=f"{DIFFERS['vqa_closed']}; the poster counts ProbMed to multiple choice, its rows "
+        differs=f"{DIFFERS['vqa_closed']}; the poster counts ProbMed as multiple choice, its rows "
         "are closed questions",
     ),
     *(
-        _card(
+        _task_spec(
             f"{family}_{name}",
             f"{title}, {what}",
             family,
@@ -330,11 +334,11 @@ _CARDS = (
         )
         for family, what, prompt in (
             ("captioning", "captions", "one fixed sentence"),
-            ("image_generation", "pictures", "the row's caption, no picture"),
+            ("image_generation", "images", "the row's caption, no image"),
         )
     ),
     *(
-        _card(
+        _task_spec(
             f"visual_chat_{kind}",
             f"LLaVA-Med bench, {kind.replace('_', ' ')}",
             "visual_chat",
@@ -347,22 +351,22 @@ _CARDS = (
             metric="judge_relative",
         )
         for kind, counts, prompt in (
-            ("conversation", 143, "the row's, the picture where <image> stands"),
+            ("conversation", 143, "the row's, the image at the mark <image>"),
             ("detailed_description", 50, "one fixed sentence"),
         )
     ),
-    _card(
+    _task_spec(
         "multimodal",
         "Interleaved generation",
         "multimodal",
         source=RELEASED,
         split="released",
         licence="not stated",
-        prompt="the row's, no picture",
+        prompt="the row's, no image",
         metric="judge_relative",
     ),
 )
-TASKS = {card.task: card for card in _CARDS}
+TASKS = {spec.task: spec for spec in _TASKS}
 
 
 def task_spec(task: str, family: str) -> TaskSpec | None:

@@ -88,7 +88,7 @@ SAMPLE = ("sample_vqa", "sample")  # names in the embedded rows: their task is t
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Item:
-    """Holds one question. `image`: shown, or the reference to generate. `kind`: its modality.
+    """Holds one question. `image`: shown, or the reference to generate, of a `modality`.
 
     task: its row in the tables, as in eval/tasks/catalog.py. slices: (name, value) pairs by which
     scores are also grouped. context: the description of the image for a judge. data_class: the
@@ -106,7 +106,7 @@ class Item:
     group: str
     template: str
     facts: tuple[str, ...]  # facts that a caption should state; () where the rows have none
-    kind: str
+    modality: str
     slices: tuple[tuple[str, str], ...]
     context: str
     data_class: str
@@ -131,23 +131,23 @@ def from_rows(
     the rows, like "items.jsonl line 3". An image that any credentialed row shows is credentialed in
     every row.
     """
-    known = {row["file"]: row for row in manifest or ()}
+    facts_by_file = {row["file"]: row for row in manifest or ()}
     places = places or [f"row {number}" for number in range(len(rows))]
     items = [
-        _item(number, row, known, place)
+        _item(number, row, facts_by_file, place)
         for number, (row, place) in enumerate(zip(rows, places, strict=True))
     ]
-    seen: set[str] = set()
+    ids: set[str] = set()
     for item, place in zip(items, places, strict=True):
-        if item.id in seen:
-            secret = item.data_class == egress.CREDENTIALED
-            shown = f"the id of {place}" if secret else f"id {item.id!r}"
-            raise TaskError(f"{shown} comes more than once; give every row its own id")
-        seen.add(item.id)
-    secret = {i for item in items if is_credentialed(item) for i in item.images}
+        if item.id in ids:
+            credentialed = item.data_class == egress.CREDENTIALED
+            shown = f"the id of {place}" if credentialed else f"id {item.id!r}"
+            raise TaskError(f"{shown} occurs more than once; give every row a unique id")
+        ids.add(item.id)
+    credentialed = {i for item in items if is_credentialed(item) for i in item.images}
     return [
         dataclasses.replace(item, data_class=egress.CREDENTIALED)
-        if secret & set(item.images)
+        if credentialed & set(item.images)
         else item
         for item in items
     ]
@@ -165,10 +165,10 @@ def item_name(item: Item, number: int) -> str:
 
 def item_fields(item: Item) -> dict[str, Any]:
     """Return the fields of an item as stored in records; `further_images` only if present."""
-    found = dataclasses.asdict(item)
+    fields = dataclasses.asdict(item)
     if not item.further_images:
-        del found["further_images"]
-    return found
+        del fields["further_images"]
+    return fields
 
 
 def prompt_parts(item: Item, folder: Path, prompt: str = "sft") -> tuple[Path | str, ...]:
@@ -181,35 +181,34 @@ def prompt_parts(item: Item, folder: Path, prompt: str = "sft") -> tuple[Path | 
         prompt_parts(Item(prompt="Is <image> older than <image>?", ...), f)
         ->  ("Is", f/a.png, "older than", f/b.png, "?")
     """
-    words = prompt_text(item, prompt)
+    text = prompt_text(item, prompt)
     if not FAMILIES[item.family].shows_image:
-        return (words,)
+        return (text,)
     label = "an image of a credentialed item" if is_credentialed(item) else ""
     images = tuple(image_paths.resolve(folder, name, label=label) for name in item.images)
-    if IMAGE_PLACEHOLDER in words:
-        return _interleaved(words, images)
-    asked = dict(item.released).get("prompt", "")
-    if asked.endswith(IMAGE_PLACEHOLDER) and words != DETAILED_PROMPT:
-        return words, *images
-    return *images, words
+    if IMAGE_PLACEHOLDER in text:
+        return _interleaved(text, images)
+    row_prompt = dict(item.released).get("prompt", "")
+    if row_prompt.endswith(IMAGE_PLACEHOLDER) and text != DETAILED_PROMPT:
+        return text, *images
+    return *images, text
 
 
-def _interleaved(words: str, images: Sequence[Path]) -> tuple[Path | str, ...]:
+def _interleaved(prompt: str, images: Sequence[Path]) -> tuple[Path | str, ...]:
     """Return the text between the marks, without the spaces next to them, and the images."""
-    texts = words.split(IMAGE_PLACEHOLDER)
+    texts = prompt.split(IMAGE_PLACEHOLDER)
     if len(texts) != len(images) + 1:
         raise TaskError(
             f"a prompt has {len(texts) - 1} {IMAGE_PLACEHOLDER} marks for {len(images)} images; "
-            "write one "
-            "per image, or none"
+            "write one per image, or none"
         )
-    found: list[Path | str] = []
+    parts: list[Path | str] = []
     for number, text in enumerate(texts):
         text = text.lstrip() if number else text
         text = text.rstrip() if number < len(images) else text
-        found += [text] if text else []
-        found += images[number : number + 1]
-    return tuple(found)
+        parts += [text] if text else []
+        parts += images[number : number + 1]
+    return tuple(parts)
 
 
 def prompt_text(item: Item, prompt: str) -> str:
@@ -222,6 +221,7 @@ def prompt_text(item: Item, prompt: str) -> str:
     if prompt != "chameleon":
         return item.prompt
     if item.family == "multimodal":
+        # Verbatim: part of the data.
         return f"{item.prompt} Answer the question with one picture."
     if item.family not in CHAMELEON:
         return item.prompt
@@ -256,24 +256,26 @@ def sample_items(items: Sequence[Item], count: int, *, seed: int) -> list[Item]:
     return [item for item in items if item.id in kept]
 
 
-def _item(number: int, row: Mapping[str, Any], known: Mapping[str, Mapping], place: str) -> Item:
+def _item(
+    number: int, row: Mapping[str, Any], facts_by_file: Mapping[str, Mapping], place: str
+) -> Item:
     if not isinstance(row, Mapping):
         raise TaskError(f"{place}: a JSON {type(row).__name__}; expected an object")
     stated = egress.data_class_of(row, place, default=egress.LICENCE_BOUND)
     where = _where(number, row, place, stated)
     family = _family(row, where, stated)
     task = _task(row, family)
-    card, said = catalog.task_spec(task, family), {}
-    of_task = card.data_class if card else egress.LICENCE_BOUND
-    data_class = egress.data_class_of(row, place, default=of_task)
+    spec, chat_fields = catalog.task_spec(task, family), {}
+    task_class = spec.data_class if spec else egress.LICENCE_BOUND
+    data_class = egress.data_class_of(row, place, default=task_class)
     where = _where(number, row, place, data_class)
     images, prompt = _images_and_prompt(row, family, where, data_class)
-    facts, slices = known.get(images[0] if images else "", {}), row.get("slices") or {}
+    facts, slices = facts_by_file.get(images[0] if images else "", {}), row.get("slices") or {}
     if not isinstance(slices, Mapping):
         raise TaskError(f"{where}: slices is of type {type(slices).__name__}; expected an object")
     slices = dict(slices)
     if family == "visual_chat":
-        said, domain = _chat(where, row, data_class)
+        chat_fields, domain = _chat(where, row, data_class)
         slices = {"domain": domain} | slices
     first = images[0] if images else ""
     fields = dict(
@@ -290,10 +292,10 @@ def _item(number: int, row: Mapping[str, Any], known: Mapping[str, Mapping], pla
         group=str(row.get("group") or first or number),
         template=str(row.get("template") or family),
         facts=_facts(facts),
-        kind=str(facts.get("modality", "")),
+        modality=str(facts.get("modality", "")),
         slices=tuple(sorted((str(k), str(v)) for k, v in slices.items() if v)),
         further_images=images[1:],
-        **fields | said,
+        **fields | chat_fields,
     )
     _check_reference(item, where)
     return item
@@ -309,10 +311,13 @@ def _where(number: int, row: Mapping[str, Any], place: str, data_class: str) -> 
 
 def _family(row: Mapping[str, Any], where: str, data_class: str) -> str:
     """Return the family of a row whose fields have the types of the released schema."""
-    need = {"task_name", "question_type", "prompt", "answer"} - set(row)
-    need |= {"image_path"} if not {"image_path", "images"} & set(row) else set()
-    if need:
-        raise TaskError(f"{where}: {sorted(need)[0]} is missing; the released schema has it")
+    missing = {"task_name", "question_type", "prompt", "answer"} - set(row)
+    missing |= {"image_path"} if not {"image_path", "images"} & set(row) else set()
+    if missing:
+        raise TaskError(
+            f"{where}: {sorted(missing)[0]} is missing; the schema of the MedMax release requires "
+            "it"
+        )
     for name in ("task_name", "question_type", "prompt", "answer"):
         value = row[name]
         kinds = (str, int, float) if name == "answer" else str
@@ -325,7 +330,7 @@ def _family(row: Mapping[str, Any], where: str, data_class: str) -> str:
         shown = f"{row['task_name']} / {row['question_type']}"
         shown = shown if data_class != egress.CREDENTIALED else "task_name / question_type"
         raise TaskError(
-            f"{where}: {printable(shown)} is no task of this suite "
+            f"{where}: {printable(shown)} is not a task of this suite "
             f"({', '.join((*FAMILY_BY_TASK, *FAMILY_BY_QUESTION_TYPE))}); leave such rows out"
         )
     return family
@@ -344,9 +349,11 @@ def _images_and_prompt(
     images, prompt = _images(row, where, data_class), row["prompt"]
     shows = FAMILIES[family].shows_image
     if shows and not images:
-        raise TaskError(f"{where}: {family} needs image_path; name the picture")
+        raise TaskError(f"{where}: image_path is missing; a {family} row requires an image")
     if len(images) > 1 and family not in FAMILY_BY_QUESTION_TYPE.values():
-        raise TaskError(f"{where}: {len(images)} images, but {family} takes one; name one image")
+        raise TaskError(
+            f"{where}: {len(images)} images, but a {family} row accepts one; name one image"
+        )
     if family == "vqa_mcq":
         prompt = _with_options(row, prompt, where)
     if family in ("captioning", "visual_chat"):  # the release's own rules on marks: `prompt_parts`
@@ -366,23 +373,23 @@ def _images_and_prompt(
             )
         images = tuple(images[place] for place in order)
     prompt = _MARK.sub(IMAGE_PLACEHOLDER, prompt)
-    rest = re.sub(rf"^(?:\s*{IMAGE_PLACEHOLDER})+\s*", "", prompt)
-    return images, prompt if IMAGE_PLACEHOLDER in rest else rest
+    text_after_marks = re.sub(rf"^(?:\s*{IMAGE_PLACEHOLDER})+\s*", "", prompt)
+    return images, prompt if IMAGE_PLACEHOLDER in text_after_marks else text_after_marks
 
 
 def _images(row: Mapping[str, Any], where: str, data_class: str) -> tuple[str, ...]:
     """Return the paths in `image_path` or `images`, one or a list; () for none."""
-    given = [name for name in ("image_path", "images") if row.get(name) not in (None, "", [])]
-    if not given:
+    fields = [name for name in ("image_path", "images") if row.get(name) not in (None, "", [])]
+    if not fields:
         return ()
-    if len(given) == 2 and row["image_path"] != row["images"]:
-        raise TaskError(f"{where}: image_path and images differ; give one of them")
-    value = row[given[0]]
+    if len(fields) == 2 and row["image_path"] != row["images"]:
+        raise TaskError(f"{where}: image_path and images differ; set only one of them")
+    value = row[fields[0]]
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, list | tuple):
         raise TaskError(
-            f"{where}: {given[0]} is of type {type(value).__name__}; give it a path, or a list of "
-            "paths"
+            f"{where}: {fields[0]} is of type {type(value).__name__}; expected a path, or a list "
+            "of paths"
         )
     for number, name in enumerate(names, start=1):
         if not is_inside(name):
@@ -390,8 +397,8 @@ def _images(row: Mapping[str, Any], where: str, data_class: str) -> tuple[str, .
             if data_class != egress.CREDENTIALED:
                 shown = printable(repr(name))
             raise TaskError(
-                f"{where}: {given[0]}: {shown} leads out of the image folder; use a path relative "
-                "to it, without '..'"
+                f"{where}: {fields[0]}: {shown} leads out of the image folder; use a path "
+                "relative to it, without '..'"
             )
     return tuple(names)
 
@@ -410,17 +417,21 @@ def _with_options(row: Mapping[str, Any], prompt: str, where: str) -> str:
         return prompt
     options = _options(row[field], f"{where}: {field}")
     if listed:
-        theirs, ours = ([text_metrics.tokens(t) for t in o.values()] for o in (listed, options))
-        if theirs != ours:
-            raise TaskError(f"{where}: {field} is not what the prompt lists; give one of the two")
+        prompt_options, field_options = (
+            [text_metrics.tokens(t) for t in o.values()] for o in (listed, options)
+        )
+        if prompt_options != field_options:
+            raise TaskError(
+                f"{where}: {field} differs from the options in the prompt; give only one of them"
+            )
         return prompt
     if lettered and all(text in prompt for text in options.values()):
         return prompt
     prompt = choice_text(prompt, options)
-    found = text_metrics.options(prompt)
-    if found and len(found) != len(options):
+    readable = text_metrics.options(prompt)
+    if readable and len(readable) != len(options):
         raise TaskError(
-            f"{where}: {field} has {len(options)} options, of which {len(found)} can be read"
+            f"{where}: {field} has {len(options)} options, of which {len(readable)} can be read"
         )
     return prompt
 
@@ -434,16 +445,16 @@ def _options(value: Any, where: str) -> dict[str, str]:
         value = list(value.values())
     if not isinstance(value, list | tuple) or not 2 <= len(value) <= len(letters):
         raise TaskError(f"{where}: expected a list of 2 to {len(letters)} texts")
-    found = {}
+    options = {}
     for letter, text in zip(letters, value, strict=False):
         if isinstance(text, bool) or not isinstance(text, str | int | float):
             raise TaskError(
                 f"{where}: option {letter} is of type {type(text).__name__}; expected a string"
             )
-        found[letter] = re.sub(rf"^\(?{letter}[).:]\s*", "", str(text).strip())
-        if not found[letter]:
-            raise TaskError(f"{where}: option {letter} is empty; give it a text")
-    return found
+        options[letter] = re.sub(rf"^\(?{letter}[).:]\s*", "", str(text).strip())
+        if not options[letter]:
+            raise TaskError(f"{where}: option {letter} is empty; expected a text")
+    return options
 
 
 def _check_reference(item: Item, where: str) -> None:
@@ -459,34 +470,34 @@ def _check_reference(item: Item, where: str) -> None:
             shown = "the answer"
         form = "yes or no" if item.family == "vqa_closed" else "one of the question's options"
         raise TaskError(
-            f"{where}: {shown} cannot be read as {form}, so no reply could be right; correct it "
-            "(for options their letter), or leave the row out"
+            f"{where}: {shown} cannot be read as {form}, so no reply could be correct; fix it "
+            "(use the letter of an option), or leave the row out"
         ) from None
 
 
 def _chat(where: str, row: Mapping[str, Any], data_class: str) -> tuple[dict, str]:
     """Return the content of a visual_chat row's dictionary, and its domain."""
     try:
-        found = chat_answers.read(str(row["answer"]))
+        chat = chat_answers.read(str(row["answer"]))
     except chat_answers.ChatAnswerError as error:
-        secret = data_class == egress.CREDENTIALED
-        why = "the answer is not the dictionary of the released schema" if secret else error
-        raise TaskError(f"{where}: {why}") from (None if secret else error)
-    asked = str(row["prompt"]).replace(IMAGE_PLACEHOLDER, "").strip()
+        credentialed = data_class == egress.CREDENTIALED
+        why = "the answer is not the dictionary of the released schema" if credentialed else error
+        raise TaskError(f"{where}: {why}") from (None if credentialed else error)
+    question = str(row["prompt"]).replace(IMAGE_PLACEHOLDER, "").strip()
     detailed = row["question_type"] == "detailed_description"
     released = dict(
         prompt=str(row["prompt"]),
-        fig_label=found.label,
-        fig_caption=found.caption,
-        in_text_mention=found.mention,
+        fig_label=chat.label,
+        fig_caption=chat.caption,
+        in_text_mention=chat.mention,
     )
-    said = dict(
-        prompt=DETAILED_PROMPT if detailed else asked,
-        answer=found.reference,
-        context=found.context,
+    fields = dict(
+        prompt=DETAILED_PROMPT if detailed else question,
+        answer=chat.reference,
+        context=chat.context,
         released=tuple(released.items()),
     )
-    return said, found.domain
+    return fields, chat.domain
 
 
 def _task(row: Mapping[str, str], family: str) -> str:
@@ -494,12 +505,12 @@ def _task(row: Mapping[str, str], family: str) -> str:
 
     Examples: vqa_rad_closed, captioning_quilt, multimodal.
     """
-    name, kind = row["task_name"], row["question_type"]
-    if name in SAMPLE or kind in SAMPLE:
+    name, question_type = row["task_name"], row["question_type"]
+    if name in SAMPLE or question_type in SAMPLE:
         return family
     if name in FAMILY_BY_TASK:
-        return f"{family}_{kind}" if kind else family
-    return f"{name}_{kind}"
+        return f"{family}_{question_type}" if question_type else family
+    return f"{name}_{question_type}"
 
 
 def _facts(row: Mapping) -> tuple[str, ...]:

@@ -41,7 +41,7 @@ from medmax_jax.eval.tasks.items import FAMILIES, Item, TaskError, is_credential
 NAMES = ("blank", "shuffled", "swapped", "rotated")
 IMAGE_FAMILIES = tuple(name for name, family in FAMILIES.items() if family.shows_image)
 ROTATED = "rotated_"
-BLANK, SIDE, GREY = "blank.png", 256, 128
+BLANK, BLANK_SIDE, GRAY = "blank.png", 256, 128
 
 
 def swapped(items: Sequence[Item], *, seed: int, among: Sequence[Item] | None = None) -> list[Item]:
@@ -53,22 +53,26 @@ def swapped(items: Sequence[Item], *, seed: int, among: Sequence[Item] | None = 
     which raises.
     """
     among = among or items
-    secret = _credentialed_images(among)
-    pictures = sorted({(item.group, image) for item in among for image in item.images})
-    own: dict[str, list[int]] = {}
-    for number, (group, _) in enumerate(pictures):
-        own.setdefault(group, []).append(number)
-    if len(own) < 2:
-        raise TaskError("all items are of one group: nothing to swap pictures with")
+    credentialed = _credentialed_images(among)
+    images = sorted({(item.group, image) for item in among for image in item.images})
+    by_group: dict[str, list[int]] = {}
+    for number, (group, _) in enumerate(images):
+        by_group.setdefault(group, []).append(number)
+    if len(by_group) < 2:
+        raise TaskError(
+            "all items are of one group, so their images cannot be swapped; leave swapped out of "
+            "config.probes"
+        )
 
     def other(item: Item, number: int) -> str:
-        first, count = own[item.group][0], len(own[item.group])  # its own are adjacent
+        first, count = by_group[item.group][0], len(by_group[item.group])  # its own are adjacent
         name = f"{seed} {item.id} {number}" if number else f"{seed} {item.id}"
-        place = random.Random(name).choice(range(len(pictures) - count))
-        return pictures[place if place < first else place + count][1]
+        index = random.Random(name).choice(range(len(images) - count))
+        return images[index if index < first else index + count][1]
 
     return [
-        _showing(item, [other(item, n) for n in range(len(item.images))], secret) for item in items
+        _with_images(item, [other(item, n) for n in range(len(item.images))], credentialed)
+        for item in items
     ]
 
 
@@ -79,26 +83,27 @@ def shuffled(items: Sequence[Item], *, seed: int) -> list[Item]:
     equal images together, so none gets its own; a task where one image is more than half of all
     raises.
     """
-    found = {}
+    new_images = {}
     for task in dict.fromkeys(item.task for item in items):
-        some = [item for item in items if item.task == task]
-        count = collections.Counter(item.images for item in some)
-        most = max(count.values())
-        if 2 * most > len(some):
+        task_items = [item for item in items if item.task == task]
+        count = collections.Counter(item.images for item in task_items)
+        shift = max(count.values())
+        if 2 * shift > len(task_items):
             raise TaskError(
-                f"{task}: one picture has over half of its {len(some)} questions: cannot shuffle; "
-                "leave shuffled out of config.probes, or the family out of config.probe_families"
+                f"{task}: more than half of its {len(task_items)} questions are about one image, "
+                "so the images cannot be shuffled; leave shuffled out of config.probes, or the "
+                "family out of config.probe_families"
             )
         rng = random.Random(f"{seed} {task}")
-        place = {images: rng.random() for images in sorted(count)}
-        order = sorted(some, key=lambda item: (place[item.images], item.id))
-        moved = order[most:] + order[:most]
-        found |= {a.id: b.images for a, b in zip(order, moved, strict=True)}
+        rank = {images: rng.random() for images in sorted(count)}
+        order = sorted(task_items, key=lambda item: (rank[item.images], item.id))
+        moved = order[shift:] + order[:shift]
+        new_images |= {a.id: b.images for a, b in zip(order, moved, strict=True)}
     # If the drawn item has another number of images, some repeat to match the question's number.
-    secret = _credentialed_images(items)
-    again = {name: itertools.cycle(images) for name, images in found.items()}
+    credentialed = _credentialed_images(items)
+    cycles = {name: itertools.cycle(images) for name, images in new_images.items()}
     return [
-        _showing(item, list(itertools.islice(again[item.id], len(item.images))), secret)
+        _with_images(item, list(itertools.islice(cycles[item.id], len(item.images))), credentialed)
         for item in items
     ]
 
@@ -107,9 +112,9 @@ def _credentialed_images(items: Sequence[Item]) -> set[str]:
     return {image for item in items if is_credentialed(item) for image in item.images}
 
 
-def _showing(item: Item, images: Sequence[str], secret: set[str]) -> Item:
+def _with_images(item: Item, images: Sequence[str], credentialed: set[str]) -> Item:
     """Return the item with other images; it is credentialed if one of these is."""
-    data_class = egress.CREDENTIALED if secret & set(images) else item.data_class
+    data_class = egress.CREDENTIALED if credentialed & set(images) else item.data_class
     return dataclasses.replace(
         item, image=images[0], further_images=tuple(images[1:]), data_class=data_class
     )
@@ -122,7 +127,7 @@ def blank(items: Sequence[Item], folder: Path | None) -> list[Item]:
     """
     if folder is not None and not (folder / BLANK).exists():
         folder.mkdir(parents=True, exist_ok=True)
-        PIL.Image.new("RGB", (SIDE, SIDE), (GREY,) * 3).save(folder / BLANK)
+        PIL.Image.new("RGB", (BLANK_SIDE, BLANK_SIDE), (GRAY,) * 3).save(folder / BLANK)
     return [
         dataclasses.replace(item, image=BLANK, further_images=(BLANK,) * len(item.further_images))
         for item in items
@@ -136,27 +141,27 @@ def rotated(items: Sequence[Item], places: int) -> list[Item]:
     lines after the last option cannot be assigned to it reliably.
     "Which?\\nA: CT\\nB: MRI", "A" -> "Which?\\nA: MRI\\nB: CT", "B"
     """
-    found = []
+    rotated_items = []
     for item in items:
         spans = text_metrics.option_spans(item.prompt) if item.family == "vqa_mcq" else []
-        right = (
+        answer_letter = (
             strict.parse_answer(item.family, item.answer, item.prompt)
             if places < len(spans)
             else None
         )
-        if right is None:
+        if answer_letter is None:
             continue
         letters = [letter for letter, _, _ in spans]
         texts = [item.prompt[start:end] for _, start, end in spans]
         if any("\n" in text for text in texts):
             continue
         prompt = item.prompt
-        for place in reversed(range(len(spans))):
-            _, start, end = spans[place]
-            prompt = prompt[:start] + texts[(place - places) % len(spans)] + prompt[end:]
-        answer = letters[(letters.index(right) + places) % len(letters)]
-        found.append(dataclasses.replace(item, prompt=prompt, answer=answer))
-    return found
+        for index in reversed(range(len(spans))):
+            _, start, end = spans[index]
+            prompt = prompt[:start] + texts[(index - places) % len(spans)] + prompt[end:]
+        answer = letters[(letters.index(answer_letter) + places) % len(letters)]
+        rotated_items.append(dataclasses.replace(item, prompt=prompt, answer=answer))
+    return rotated_items
 
 
 def probe_items(
@@ -168,115 +173,128 @@ def probe_items(
     items to probe.
     """
     if wrong := set(names) - set(NAMES):
-        raise TaskError(f"probes: {sorted(wrong)[0]!r} is none; use {', '.join(NAMES)}")
-    some = _questions(items, families)
-    made: dict[str, Callable[..., list[Item]]] = {}
-    if not some:
-        return made
+        raise TaskError(
+            f"config.probes has {sorted(wrong)[0]!r}, which is not a probe; use {', '.join(NAMES)}"
+        )
+    probed_items = _questions(items, families)
+    makers: dict[str, Callable[..., list[Item]]] = {}
+    if not probed_items:
+        return makers
     if "blank" in names:
-        made["blank"] = lambda seed, folder: blank(some, folder)
+        makers["blank"] = lambda seed, folder: blank(probed_items, folder)
     if "shuffled" in names:
-        made["shuffled"] = lambda seed, folder: shuffled(some, seed=seed)
+        makers["shuffled"] = lambda seed, folder: shuffled(probed_items, seed=seed)
     if "swapped" in names:
         # Among the images of all families: the set of probed families changes no other question.
-        shown = _questions(items, IMAGE_FAMILIES)
-        made["swapped"] = lambda seed, folder: swapped(some, seed=seed, among=shown)
+        image_items = _questions(items, IMAGE_FAMILIES)
+        makers["swapped"] = lambda seed, folder: swapped(probed_items, seed=seed, among=image_items)
     most = max(
-        (len(text_metrics.option_spans(i.prompt)) for i in some if i.family == "vqa_mcq"), default=0
+        (len(text_metrics.option_spans(i.prompt)) for i in probed_items if i.family == "vqa_mcq"),
+        default=0,
     )
     for places in range(1, most if "rotated" in names else 1):
-        made[f"{ROTATED}{places}"] = lambda seed, folder, k=places: rotated(some, k)
-    return made
+        makers[f"{ROTATED}{places}"] = lambda seed, folder, k=places: rotated(probed_items, k)
+    return makers
 
 
 def captions_to_score(
     records: Sequence[Record], probed: Mapping[str, Sequence[Record]]
 ) -> dict[str, list[dict[str, Any]]]:
     """Return probe -> its captions for a scorer: with the true image, not the one shown."""
-    true = {
+    true_images = {
         record["id"]: record["image"] for record in records if record["family"] in IMAGE_METRICS
     }
-    found = {
-        probe: [dict(r) | {"image": true[r["id"]]} for r in some if r["id"] in true]
-        for probe, some in probed.items()
+    captions = {
+        probe: [
+            dict(r) | {"image": true_images[r["id"]]}
+            for r in probe_records
+            if r["id"] in true_images
+        ]
+        for probe, probe_records in probed.items()
     }
-    return {probe: some for probe, some in found.items() if some}
+    return {probe: probe_records for probe, probe_records in captions.items() if probe_records}
 
 
 def summary(
     records: Sequence[Record],
     probed: Mapping[str, Sequence[Record]],
-    known: ScoringInputs = NO_INPUTS,
-    looked: Mapping[str, ScoringInputs] | None = None,
+    inputs: ScoringInputs = NO_INPUTS,
+    probe_inputs: Mapping[str, ScoringInputs] | None = None,
     *,
-    seed: int,
-    resamples: int,
+    resampling: intervals.Resampling,
 ) -> list[dict[str, Any]]:
     """Return the scores of each probe and task; `after` is the score of the probe.
 
     Rows are {probe, task, metric, n, groups, few_groups, before, after, diff, ci_low, ci_high,
     flips, flips_low, flips_high}. Flips: answers with another content than before, an option by its
-    text and not its letter. known, looked: the image scores of the records, and of each probe's.
+    text and not its letter. inputs, probe_inputs: the image scores of the records, and of each
+    probe's records.
     """
     rows = []
-    for probe, some in probed.items():
-        before, of_probe = {r["id"]: r for r in records}, (looked or {}).get(probe, NO_INPUTS)
-        for task, after in aggregate.tasks_of(some).items():
-            both = [(before[r["id"]], r) for r in after if r["id"] in before]
-            if both:
-                row = _row(both, known, of_probe, seed, resamples)
+    before = {record["id"]: record for record in records}
+    for probe, probe_records in probed.items():
+        after_inputs = (probe_inputs or {}).get(probe, NO_INPUTS)
+        for task, after in aggregate.tasks_of(probe_records).items():
+            pairs = [(before[r["id"]], r) for r in after if r["id"] in before]
+            if pairs:
+                row = _row(pairs, inputs, after_inputs, resampling)
                 rows.append(dict(probe=probe, task=task) | row)
-    return rows + _rotations(records, probed, seed, resamples)
+    return rows + _rotations(records, probed, resampling)
 
 
 def _row(
-    both: Sequence[tuple[Record, Record]],
-    known: ScoringInputs,
-    of_probe: ScoringInputs,
-    seed: int,
-    resamples: int,
+    pairs: Sequence[tuple[Record, Record]],
+    inputs: ScoringInputs,
+    probe_inputs: ScoringInputs,
+    resampling: intervals.Resampling,
 ) -> dict[str, Any]:
-    old = [aggregate.record_values(record, known) for record, _ in both]
-    new = [aggregate.record_values(record, of_probe) for _, record in both]
-    metric = next(name for name in old[0] if all(name in one for one in (*old, *new)))
-    flips = [float(parsed_answer(one) != parsed_answer(two)) for one, two in both]
-    groups = [record["group"] for record, _ in both]
-    old, new = ([one[metric] for one in side] for side in (old, new))
-    return {"metric": metric} | _paired(metric, old, new, flips, groups, seed, resamples)
+    old = [aggregate.record_values(record, inputs) for record, _ in pairs]
+    new = [aggregate.record_values(record, probe_inputs) for _, record in pairs]
+    metric = next(name for name in old[0] if all(name in values for values in (*old, *new)))
+    flips = [float(parsed_answer(first) != parsed_answer(second)) for first, second in pairs]
+    groups = [record["group"] for record, _ in pairs]
+    old, new = ([values[metric] for values in side] for side in (old, new))
+    return {"metric": metric} | _paired(metric, old, new, flips, groups, resampling)
 
 
-def _rotations(records, probed, seed: int, resamples: int) -> list[dict[str, Any]]:
+def _rotations(records, probed, resampling: intervals.Resampling) -> list[dict[str, Any]]:
     """Return rotated_all: correct under every rotation, next to correct as originally posed."""
-    turns = [{r["id"]: r for r in some} for name, some in probed.items() if ROTATED in name]
+    rotations = [
+        {r["id"]: r for r in rotation} for name, rotation in probed.items() if ROTATED in name
+    ]
     rows = []
-    for task, some in aggregate.tasks_of(records).items():
-        each = [[r, *(turn[r["id"]] for turn in turns if r["id"] in turn)] for r in some]
-        each = [again for again in each if len(again) > 1]
-        if not each:
+    for task, task_records in aggregate.tasks_of(records).items():
+        by_item = [[r, *(by_id[r["id"]] for by_id in rotations if r["id"] in by_id)]
+                   for r in task_records]  # fmt: skip
+        by_item = [answers for answers in by_item if len(answers) > 1]
+        if not by_item:
             continue
-        old = [aggregate.record_values(again[0])["accuracy"] for again in each]
-        new = [min(aggregate.record_values(r)["accuracy"] for r in again) for again in each]
-        flips = [float(len({parsed_answer(r) for r in again}) > 1) for again in each]
-        groups = [again[0]["group"] for again in each]
+        accuracies = [[aggregate.record_values(r)["accuracy"] for r in part] for part in by_item]
+        old, new = [values[0] for values in accuracies], [min(values) for values in accuracies]
+        flips = [float(len({parsed_answer(r) for r in answers}) > 1) for answers in by_item]
+        groups = [answers[0]["group"] for answers in by_item]
         head = dict(probe="rotated_all", task=task, metric="accuracy")
-        rows.append(head | _paired("accuracy", old, new, flips, groups, seed, resamples))
+        rows.append(head | _paired("accuracy", old, new, flips, groups, resampling))
     return rows
 
 
-def _paired(metric: str, old, new, flips, groups, seed: int, resamples: int) -> dict[str, Any]:
-    numbers = dict(seed=seed, resamples=resamples)
-    found = intervals.paired_row(old, new, groups, span=per_record.span(metric), **numbers)
-    flipped = intervals.mean_interval(flips, groups, **numbers)
+def _paired(
+    metric: str, old, new, flips, groups, resampling: intervals.Resampling
+) -> dict[str, Any]:
+    row = intervals.paired_row(
+        old, new, groups, span=per_record.span(metric), resampling=resampling
+    )
+    flipped = intervals.mean_interval(flips, groups, resampling=resampling)
     low, high = intervals.finite(flipped.low), intervals.finite(flipped.high)
-    return found | dict(flips=flipped.mean, flips_low=low, flips_high=high)
+    return row | dict(flips=flipped.mean, flips_low=low, flips_high=high)
 
 
 def parsed_answer(record: Record) -> str:
     """Return the content of an answer: yes, an option's text, other text; "" if unparsed."""
     family, text = record["family"], record["text"]
     if family == "vqa_mcq":
-        found = strict.parse_answer(family, text, record["prompt"])
-        return text_metrics.options(record["prompt"]).get(found or "", found or "")
+        letter = strict.parse_answer(family, text, record["prompt"])
+        return text_metrics.options(record["prompt"]).get(letter or "", letter or "")
     if family == "vqa_closed":
         return strict.parse_answer(family, text, record["prompt"]) or ""
     return " ".join(text_metrics.tokens(answer_text(record)))
@@ -286,7 +304,7 @@ def _questions(items: Sequence[Item], families: Sequence[str]) -> list[Item]:
     """Return the items to be probed: those about an image."""
     if wrong := [name for name in families if name not in IMAGE_FAMILIES]:
         raise TaskError(
-            f"probe_families: {wrong[0]!r} shows no picture or is none; use some of "
-            f"{', '.join(IMAGE_FAMILIES)}"
+            f"config.probe_families has {wrong[0]!r}, which is not a family that shows an image; "
+            f"use one or more of {', '.join(IMAGE_FAMILIES)}"
         )
     return [item for item in items if item.family in families]

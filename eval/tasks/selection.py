@@ -26,10 +26,10 @@ class Shard:
         """Parse "i/n"; "" is the complete set."""
         if not text:
             return WHOLE
-        found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
-        if not found or int(found[1]) >= int(found[2]):
+        match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+        if not match or int(match[1]) >= int(match[2]):
             raise EvalError(f"--shard is {text!r}; write i/n with i from 0 to n - 1, like 0/4")
-        return cls(index=int(found[1]), count=int(found[2]))
+        return cls(index=int(match[1]), count=int(match[2]))
 
     def file(self, out: Path) -> Path:
         """Return the file of this part's records."""
@@ -55,7 +55,7 @@ class EvalSet:
 
     items: list[task_items.Item]
     train: list[task_items.Item]
-    pictures: list[tuple[str, str]]
+    training_images: list[tuple[str, str]]
     folder: Path
 
 
@@ -65,49 +65,51 @@ def load_eval_set(settings: Settings) -> EvalSet:
         return load_sample(settings)
     if not settings.questions or "sample" in settings.questions:
         raise EvalError(
-            f"config.questions is {','.join(settings.questions)!r}; name JSONL files, or sample "
-            "alone"
+            f"config.questions is {','.join(settings.questions)!r}; set it to JSONL files, or to "
+            "sample alone"
         )
     rows = [row for path in settings.questions for row in read_rows(Path(path))]
     items = task_items.from_rows([row for _, row in rows], places=[place for place, _ in rows])
     folder = Path(settings.images or Path(settings.questions[0]).parent)
-    return EvalSet(items=_chosen(items, settings), train=[], pictures=[], folder=folder)
+    return EvalSet(items=_chosen(items, settings), train=[], training_images=[], folder=folder)
 
 
 def load_sample(settings: Settings) -> EvalSet:
     """Load the embedded sample's items, with its training half."""
     manifest = read_manifest(SAMPLE / "manifest.jsonl")
-    held, train = (
+    eval_rows, train = (
         task_items.from_rows(eval_items(manifest, settings.seed, split=split), manifest)
         for split in (settings.split, "train")
     )
     return EvalSet(
-        items=_chosen(held, settings),
+        items=_chosen(eval_rows, settings),
         train=train,
-        pictures=[(row["file"], row["modality"]) for row in manifest if row["split"] == "train"],
+        training_images=[
+            (row["file"], row["modality"]) for row in manifest if row["split"] == "train"
+        ],
         folder=Path(settings.images or SAMPLE),
     )
 
 
-def check_images(found: EvalSet) -> None:
+def check_images(eval_set: EvalSet) -> None:
     """Raise, before any request is made, where an image that is shown or compared is unusable.
 
     That is an image with a path that leaves the folder or that is missing. Images of credentialed
     items are opened too: a later error would name the file.
     """
-    wanted: dict[str, str] = {}  # image -> its name in messages, "" for its path
-    for number, item in enumerate(found.items, start=1):
+    labels: dict[str, str] = {}  # image -> its name in messages, "" for its path
+    for number, item in enumerate(eval_set.items, start=1):
         label = f"the image of item number {number}" if task_items.is_credentialed(item) else ""
         for image in item.images:
-            wanted[image] = wanted.get(image) or label
-    files = {i: image_paths.resolve(found.folder, i, label=label) for i, label in wanted.items()}
-    lost = [wanted[image] or image for image, file in files.items() if not file.is_file()]
-    if lost:
+            labels[image] = labels.get(image) or label
+    files = {i: image_paths.resolve(eval_set.folder, i, label=label) for i, label in labels.items()}
+    missing = [labels[image] or image for image, file in files.items() if not file.is_file()]
+    if missing:
         raise EvalError(
-            f"{len(lost)} of {len(wanted)} pictures are not under {found.folder}, the first is "
-            f"{lost[0]}; name their folder with --config.images"
+            f"{len(missing)} of {len(labels)} images are missing under {eval_set.folder} (first: "
+            f"{missing[0]}); set --config.images to their folder"
         )
-    for image, label in wanted.items():
+    for image, label in labels.items():
         if label:
             _check_readable(files[image], label)
 

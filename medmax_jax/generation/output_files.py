@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -90,14 +91,15 @@ class OutputFolder:
         """Raise GenerateError when the folder holds answers to another request."""
         self._folder, self._prompts = folder, list(prompts)
         self._file = folder / "answers.jsonl"
-        if (folder / "asked.json").exists():
+        request_file, old = folder / "request.json", folder / "asked.json"
+        if old.exists() and not request_file.exists():
             raise GenerateError(
-                f"{folder} was written by an earlier version (asked.json); use a new --out"
+                f"{old} is named {request_file.name} now; use a new --out, or rename: "
+                f"{shlex.join(['mv', str(old), str(request_file)])}"
             )
         contents = json.dumps([[prompt.id, *map(str, prompt.parts)] for prompt in prompts])
         request = settings | {"prompts": hashlib.sha256(contents.encode()).hexdigest()}
         request = json.loads(json.dumps(request))
-        request_file = folder / "request.json"
         self.records = {record["id"]: record for record in self._read()}
         if self.records and request_file.exists():
             earlier = _read_own(text_files.read_json_object, request_file)

@@ -1,4 +1,4 @@
-"""Which option, and which of yes and no, an answer states: reviewed answers, and properties."""
+"""Parsing of options and of yes and no from answers: reviewed answers, and properties."""
 
 import itertools
 import json
@@ -127,7 +127,7 @@ def test_reviewed_answers(row):
     assert strict.parse_answer(row["family"], row["answer"], question) == row["read"], row
 
 
-def test_the_table_is_large_and_has_no_answer_twice():
+def test_the_table_is_large_and_has_no_duplicate_answers():
     keys = [(row["family"], row["question"], row["answer"]) for row in ANSWERS]
     assert len(keys) >= 800 and len(set(keys)) == len(keys)
     assert {row["read"] for row in ANSWERS} >= {*"ABCDHIJ", "yes", "no", None}
@@ -135,7 +135,7 @@ def test_the_table_is_large_and_has_no_answer_twice():
     assert 0 < len(unread) < 30 and all(row["read"] is None for row in unread)
 
 
-def test_every_list_of_options_is_read_but_the_one_that_is_none():
+def test_every_list_of_options_is_parsed_except_the_one_without_options():
     for name, prompt in QUESTIONS.items():
         assert bool(text_metrics.options(prompt)) == (name != "unlisted"), name
 
@@ -164,7 +164,7 @@ def test_options_of_a_question(prompt, options):
     assert text_metrics.options(prompt) == options
 
 
-def test_ten_options_and_more_are_read():
+def test_ten_or_more_options_are_parsed():
     lines = "".join(f"\n{letter}: finding {n}" for n, letter in enumerate("ABCDEFGHIJKL"))
     assert list(text_metrics.options("Which?" + lines)) == list("ABCDEFGHIJKL")
     assert strict.choice("K", "K", "Which?" + lines).value == 1
@@ -175,7 +175,7 @@ def test_ten_options_and_more_are_read():
 
 @settings(max_examples=500, deadline=None)
 @given(st.lists(st.sampled_from(FRAGMENTS), max_size=14), st.sampled_from(["", " "]))
-def test_any_text_is_read_or_not(fragments, joint):
+def test_any_text_is_parsed_without_an_error(fragments, joint):
     text = joint.join(fragments)
     assert read(text) in (*LETTERS, None)
     assert strict.parse_answer("vqa_mcq", text, "") in (*"ABCDEFGHIJ", None)
@@ -188,7 +188,7 @@ def test_any_text_is_read_or_not(fragments, joint):
 @example("A" * 50_000, "A: x\nB: y")
 @example("<think>" * 5_000, "")
 @example("((((" * 5_000, "A: (\nB: )")
-def test_any_text_of_answer_and_question(text, prompt):
+def test_any_answer_and_question_are_parsed_without_an_error(text, prompt):
     strict.parse_answer("vqa_mcq", text, prompt)
     strict.parse_answer("vqa_closed", text, prompt)
     reasoning.final_answer(text)
@@ -197,14 +197,14 @@ def test_any_text_of_answer_and_question(text, prompt):
 @pytest.mark.parametrize(
     "part", ["A B ", "cyst ", "the answer is cyst ", "我选B", "<answer>B", "not ", "(", "? "]
 )
-def test_long_repetitions_are_read(part):
-    """Their time once grew with the square of their length, to 40 s."""
+def test_long_repetitions_are_parsed_in_bounded_time(part):
+    """The time grew with the square of the length before, to 40 s."""
     text = part * (40_000 // len(part))
     assert read(text) in (None, "A", "B", "C")
     assert strict.parse_answer("vqa_closed", text, "Is there a cyst?") in (None, "yes", "no")
 
 
-def test_long_answers_are_read_by_their_end():
+def test_long_answers_are_parsed_from_their_end():
     filler = "The opacity is not a cyst, and if A were right the margin would be sharp. " * 2_000
     assert read(filler + "\nAnswer: B") == "B"
     assert read(filler) is None
@@ -219,7 +219,7 @@ def test_long_answers_are_read_by_their_end():
     st.sampled_from(BEFORE),
     st.sampled_from(AFTER),
 )
-def test_what_an_answer_denies_is_never_read(template, option, by_letter, before, after):
+def test_denied_options_are_never_returned(template, option, by_letter, before, after):
     denied = LETTERS[option] if by_letter else NAMES[option]
     text = before.format(y=denied) + template.format(x=denied) + after
     assert read(text) != LETTERS[option], text
@@ -238,13 +238,13 @@ def test_a_denial_next_to_a_statement(denial, statement, no, yes, by_letter, joi
     denied = LETTERS[no] if by_letter else NAMES[no]
     stated = LETTERS[yes] if by_letter else NAMES[yes]
     text = denial.format(x=denied) + joint + statement.format(x=stated)
-    found = read(text)
-    assert found is None or (found == LETTERS[yes] if no != yes else True), text
+    result = read(text)
+    assert result is None or (result == LETTERS[yes] if no != yes else True), text
 
 
 @pytest.mark.parametrize("statement", STATEMENTS)
 @pytest.mark.parametrize("before", BEFORE[:4])
-def test_the_option_named_in_words_is_read_in_any_order(statement, before):
+def test_an_option_named_by_its_text_is_parsed_in_any_order(statement, before):
     for names in itertools.permutations(NAMES, 4):
         for name in names:
             text = before.format(y=names[0]) + statement.format(x=name)
@@ -252,7 +252,7 @@ def test_the_option_named_in_words_is_read_in_any_order(statement, before):
 
 
 @pytest.mark.parametrize("statement", STATEMENTS)
-def test_a_stated_letter_is_read(statement):
+def test_a_stated_letter_is_parsed(statement):
     lines = "".join(f"\n{letter}: finding {n}" for n, letter in enumerate("ABCDEFGHIJ"))
     for letter in "ABCDEFGHIJ":
         assert (
@@ -262,7 +262,7 @@ def test_a_stated_letter_is_read(statement):
 
 @pytest.mark.parametrize("denial", DENIALS)
 @pytest.mark.parametrize("value", ["yes", "no"])
-def test_denied_yes_or_no_is_never_read(denial, value):
+def test_denied_yes_or_no_is_never_returned(denial, value):
     text = denial.format(x=value)
     if value == "no" and text.startswith(("No ", "no ", "no:", "no -")):
         return  # "no is wrong" begins as an answer does
@@ -275,7 +275,7 @@ def test_denied_yes_or_no_is_never_read(denial, value):
 @pytest.mark.parametrize(
     "text", ["<think>x</think>B", "B.", "The answer is B", "b", "normal", "no"]
 )
-def test_the_scoring_of_the_release_reads_the_text_as_it_came(text):
+def test_the_scoring_of_the_release_receives_the_unchanged_text(text):
     assert release.parse_and_judge("vqa_mcq", text, "B", prompt_of(NAMES))[
         "paper"
     ] == release.choice(text, "B")
@@ -308,15 +308,15 @@ THOUGHT = "<think>It may be a CT.</think>"
         ("", ""),
     ],
 )
-def test_reasoning_text_is_no_answer(text, answer):
+def test_reasoning_text_is_not_an_answer(text, answer):
     assert reasoning.final_answer(text) == answer
 
 
-def test_all_metrics_of_strict_mode_leave_reasoning_out_and_records_keep_it():
+def test_strict_metrics_exclude_reasoning_and_records_keep_it():
     item = eval_setup.item("slake_open", "vqa_open", 0, answer="An MRI.")
     record = eval_setup.record(item, f"{THOUGHT}\nAn MRI.")
-    found = per_record.record_scores(record)
-    assert found["exact"].value == found["token_f1"].value == 1
+    result = per_record.record_scores(record)
+    assert result["exact"].value == result["token_f1"].value == 1
     assert judging.judge_case(record).answer == "An MRI."
     assert probes.parsed_answer(record) == "mri"
     assert "it may be a ct" in str(judging.paper_messages(record, ""))  # as released
@@ -349,10 +349,10 @@ def test_replies_of_a_curator_that_reasons():
         replies.read_verdict(f"<think>{reply}")
 
 
-def test_rouge_l_is_that_of_the_package():
+def test_rouge_l_equals_the_package_rouge_score():
     golden = json.loads((Path(__file__).parents[1] / "parity" / "rouge.json").read_text("utf-8"))
     assert len(golden["pairs"]) > 90
     for pair in golden["pairs"]:
-        found = text_metrics.rouge_l(pair["answer"], pair["reference"])
-        assert found == pytest.approx(pair["rouge_l"], abs=1e-12), pair
+        result = text_metrics.rouge_l(pair["answer"], pair["reference"])
+        assert result == pytest.approx(pair["rouge_l"], abs=1e-12), pair
     assert text_metrics.rouge_l("the lung", "the heart") == 0.5

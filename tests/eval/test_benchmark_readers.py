@@ -1,4 +1,4 @@
-"""Public benchmarks in their own formats, a small file each, to items that the suite asks."""
+"""Public benchmarks in their own formats, one small file each, converted to items of the suite."""
 
 import csv
 import io
@@ -108,69 +108,69 @@ def table(header, *rows):
     return out.getvalue()
 
 
-def picture(colour):
+def png(color):
     out = io.BytesIO()
-    PIL.Image.new("RGB", (8, 8), colour).save(out, "PNG")
+    PIL.Image.new("RGB", (8, 8), color).save(out, "PNG")
     return out.getvalue()
 
 
-def bring(folder, name, **changes):
-    """What import.json says, and the items as the suite reads them."""
+def convert(folder, name, **changes):
+    """Return the content of import.json, and the items as the suite reads them."""
     fixed = dict(prefix="", allow_counts=True, max_bad=0.0) | changes
     out = folder / "out"
-    told = benchmark_import.eval_items(name, folder, out, **fixed)
+    summary = benchmark_import.eval_items(name, folder, out, **fixed)
     rows = [json.loads(line) for line in (out / "items.jsonl").read_text().splitlines()]
-    return told, task_items.from_rows(rows)
+    return summary, task_items.from_rows(rows)
 
 
 def only(folder, name, **changes):
-    told, (item,) = bring(folder, name, **changes)
-    return told, item
+    summary, (item,) = convert(folder, name, **changes)
+    return summary, item
 
 
 def test_vqa_rad(tmp_path):
     rows = [RAD, RAD | {"phrase_type": "para"}, RAD | {"answer": "Left"}]
     put(tmp_path, "VQA_RAD Dataset Public.json", json.dumps(rows))
-    told, item = only(tmp_path, "vqa_rad")
+    summary, item = only(tmp_path, "vqa_rad")
     assert (item.task, item.answer, item.group) == ("vqa_rad_closed", "yes", "synpic54610")
     assert item.slices == (("organ", "HEAD"), ("question_type", "PRES"))
     assert item.data_class == "open" and item.image == "VQA_RAD Image Folder/synpic54610.jpg"
-    assert {r["reason"]: r["rows"] for r in told["reasons"]} == {
-        "not of the test split": 1,
+    assert {r["reason"]: r["rows"] for r in summary["reasons"]} == {
+        "not in the test split": 1,
         benchmark_readers.YES_NO: 1,
     }
-    assert "2 rows, published are 451" in told["other_counts"]
+    assert "2 rows, published: 451" in summary["other_counts"]
 
 
 def test_slake(tmp_path):
     rows = [SLAKE, SLAKE | {"q_lang": "zh"}]
     put(tmp_path, "test.json", json.dumps(rows))
-    told, item = only(tmp_path, "slake", prefix="slake")
+    summary, item = only(tmp_path, "slake", prefix="slake")
     assert (item.task, item.prompt) == ("slake_open", "What modality is this?")
     assert item.image == "slake/imgs/xmlab1/source.jpg" and item.group == "xmlab1"
     assert dict(item.slices) == {"modality": "MRI", "organ": "Abdomen", "question_type": "Modality"}
-    assert told["left_out"] == 1 and told["malformed"] == 0
+    assert summary["left_out"] == 1 and summary["malformed"] == 0
 
 
 @pytest.mark.parametrize("name", ["pathvqa", "vqa_rad"])
-def test_pictures_inside(tmp_path, name):
+def test_embedded_images_are_written_to_files(tmp_path, name):
     rows = [
-        dict(image={"bytes": picture("red"), "path": None}, question="Is it red?", answer="yes"),
-        dict(image={"bytes": picture("blue"), "path": None}, question="What is it?", answer="sky"),
+        dict(image={"bytes": png("red"), "path": None}, question="Is it red?", answer="yes"),
+        dict(image={"bytes": png("blue"), "path": None}, question="What is it?", answer="sky"),
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "test-00000-of-00001-0.parquet")
-    told, (closed, opened) = bring(tmp_path, name, prefix="p")
+    summary, (closed, opened) = convert(tmp_path, name, prefix="p")
     assert (closed.task, opened.task) == (f"{name}_closed", f"{name}_open")
     assert dict(opened.slices) == {"question_type": "what"}
     with PIL.Image.open(tmp_path / "out" / closed.image.removeprefix("p/")) as shown:
         assert shown.getpixel((0, 0)) == (255, 0, 0)
-    assert told["other_counts"] == [f"2 rows, published are {catalog.EXPECTED_ROWS[name]}"]
+    assert summary["other_counts"] == [f"2 rows, published: {catalog.EXPECTED_ROWS[name]}"]
 
 
 def test_quilt_vqa(tmp_path):
     rows = [QUILT, QUILT | {"id": 1, "answer_type": "OPEN"}]
     put(tmp_path, "quiltvqa_test_w_ans.json", json.dumps(rows))
-    _, (closed, opened) = bring(tmp_path, "quilt_vqa")
+    _, (closed, opened) = convert(tmp_path, "quilt_vqa")
     assert (closed.task, closed.answer) == ("quilt_vqa_closed", "yes")
     assert (opened.task, opened.answer) == ("quilt_vqa_open", QUILT["answer"])
     assert closed.prompt == "Is it necrotic?" and closed.group == "X_image_1.jpg"
@@ -192,25 +192,31 @@ def test_pmc_vqa(tmp_path, second):
     assert item.prompt == "Which?\nA: Brain\nB: Liver\nC: a\nD: b"
 
 
-def test_the_checked_part_of_pmc_vqa(tmp_path):
+def test_pmc_vqa_clean(tmp_path):
     letters = [f"Choice {c}" for c in "ABCD"]
     head = ["Figure_path", "Question", "Answer", *letters, "Answer_label"]
     row = ["PMC1_Fig1.jpg", "Which?", "Liver", " A:Brain", " B:Liver", " C:a", " D:b", "B"]
     put(tmp_path, "test.csv", table(head, row, row))
     put(tmp_path, "test_clean.csv", table(head, row))
-    told, item = only(tmp_path, "pmc_vqa_clean")
+    summary, item = only(tmp_path, "pmc_vqa_clean")
     assert (item.task, item.answer, item.family) == ("pmc_vqa_clean_mcq", "B", "vqa_mcq")
     assert item.image == "images/PMC1_Fig1.jpg"
-    assert "1 rows, published are 2000" in told["other_counts"]
+    assert "1 rows, published: 2000" in summary["other_counts"]
 
 
-def test_the_table_has_the_rows_that_are_asked():
-    asked = {line.split(" | ")[0][2:]: line for line in suite.table().splitlines()}
-    assert "| 251 of 272; 21 closed ones" in asked["vqa_rad_closed"]
-    assert "| 355 of 416; 61 closed ones" in asked["slake_closed"]
-    assert "MIT: its page on huggingface.co" in asked["probmed_closed"]
-    assert "| 33,430 | test_2.csv: " in asked["pmc_vqa_mcq"] and "CC BY-SA" in asked["pmc_vqa_mcq"]
-    assert "not published" in asked["pathvqa_open"] and "6,719" in asked["pathvqa_open"]
+def test_the_suite_table_has_the_row_counts():
+    lines_by_task = {line.split(" | ")[0][2:]: line for line in suite.table().splitlines()}
+    assert "| 251 of 272; 21 closed questions" in lines_by_task["vqa_rad_closed"]
+    assert "| 355 of 416; 61 closed questions" in lines_by_task["slake_closed"]
+    assert "MIT: its page on huggingface.co" in lines_by_task["probmed_closed"]
+    assert (
+        "| 33,430 | test_2.csv: " in lines_by_task["pmc_vqa_mcq"]
+        and "CC BY-SA" in lines_by_task["pmc_vqa_mcq"]
+    )
+    assert (
+        "not published" in lines_by_task["pathvqa_open"]
+        and "6,719" in lines_by_task["pathvqa_open"]
+    )
     averages = [line for line in suite.published_table().splitlines() if "| average |" in line]
     assert sum("MedMax 7B | 65.5" in line for line in averages) == 1
     assert sum("GPT-4o | 4" in line for line in averages) == 2  # the site and the abstract differ
@@ -220,15 +226,15 @@ def test_the_table_has_the_rows_that_are_asked():
 def test_omnimed_vqa(tmp_path):
     rows = [OMNI | {"image_path": f"Images/ACRIMA/{n}.png"} for n in range(100)]
     put(tmp_path, "QA_information/Open-access/ACRIMA.json", json.dumps(rows))
-    told, items = bring(tmp_path, "omnimed_vqa")
-    assert 0 < len(items) < 25 and len(items) + told["left_out"] == 100
+    summary, items = convert(tmp_path, "omnimed_vqa")
+    assert 0 < len(items) < 25 and len(items) + summary["left_out"] == 100
     assert items[0].answer == "B" and ("modality", "Fundus Photography") in items[0].slices
 
 
 def test_path_mmu(tmp_path):
-    whole = {"SocialPath": {"test": [MMU], "val": [MMU]}, "Atlas": {"test_tiny": [MMU]}}
-    put(tmp_path, "data.json", json.dumps(whole))
-    _, (first, second) = bring(tmp_path, "path_mmu")
+    content = {"SocialPath": {"test": [MMU], "val": [MMU]}, "Atlas": {"test_tiny": [MMU]}}
+    put(tmp_path, "data.json", json.dumps(content))
+    _, (first, second) = convert(tmp_path, "path_mmu")
     assert (first.task, first.answer, first.image) == ("path_mmu_mcq", "B", "images/9e48.jpg")
     assert first.prompt.splitlines()[1:] == [
         *("A: Bi-lobed nuclei", "B: Macronucleoli"),
@@ -244,34 +250,36 @@ def test_path_mmu(tmp_path):
 def test_probmed(tmp_path):
     kinds = ["modality_gt", "body_part_hallu", "abnormality", "entity_gt_0", "x_gt_1_grounding"]
     put(tmp_path, "test.json", json.dumps([PROB | {"qa_type": kind} for kind in kinds]))
-    told, items = bring(tmp_path, "probmed")
+    summary, items = convert(tmp_path, "probmed")
     names = [dict(i.slices)["question_type"] for i in items]
     assert names == ["modality", "body_part", "abnormality", "entity", "grounding"]
     assert {i.group for i in items} == {"7"} and {i.task for i in items} == {"probmed_closed"}
-    assert "5 rows, published are 57132" in told["other_counts"]
+    assert "5 rows, published: 57132" in summary["other_counts"]
 
 
 def test_llava_med(tmp_path):
     detailed = CHAT | {"type": "detailed_description", "text": "Describe it.\n<image>"}
     put(tmp_path, "llava_med_eval_qa50_qa.jsonl", lines([CHAT, detailed]))
-    _, (talk, told) = bring(tmp_path, "llava_med")
-    assert (talk.task, told.task) == (
+    _, (conversation, detailed) = convert(tmp_path, "llava_med")
+    assert (conversation.task, detailed.task) == (
         "visual_chat_conversation",
         "visual_chat_detailed_description",
     )
-    assert talk.answer == "The conjunctiva." and dict(talk.slices) == {"domain": "histology"}
-    assert talk.context == "Figure Caption:\nFig. 3: A cystic wall."
-    assert task_items.prompt_parts(talk, tmp_path) == (
+    assert conversation.answer == "The conjunctiva." and dict(conversation.slices) == {
+        "domain": "histology"
+    }
+    assert conversation.context == "Figure Caption:\nFig. 3: A cystic wall."
+    assert task_items.prompt_parts(conversation, tmp_path) == (
         "What is the organ in the image?",
         tmp_path / "images/18063892_F3.jpg",
     )
-    assert task_items.prompt_parts(told, tmp_path)[1] == task_items.DETAILED_PROMPT
+    assert task_items.prompt_parts(detailed, tmp_path)[1] == task_items.DETAILED_PROMPT
 
 
 def test_pmc_oa(tmp_path):
     row = {"image": "PMC212319_Fig3_4.jpg", "caption": "A. Real time.", "pmcid": "PMC212319"}
     put(tmp_path, "test.jsonl", lines([row]))
-    _, (caption, drawn) = bring(tmp_path, "pmc_oa")
+    _, (caption, drawn) = convert(tmp_path, "pmc_oa")
     assert (caption.task, caption.answer) == ("captioning_pmc_oa", "A. Real time.")
     assert (drawn.task, drawn.prompt) == ("image_generation_pmc_oa", "A. Real time.")
     assert caption.group == drawn.group == "PMC212319" and caption.id != drawn.id
@@ -280,7 +288,7 @@ def test_pmc_oa(tmp_path):
 # What is refused.
 
 
-def test_rows_that_are_none(tmp_path):
+def test_malformed_rows_are_counted_and_limited(tmp_path):
     bad = [
         PROB | {"answer": "maybe"},
         PROB | {"image": "../7.png"},
@@ -290,41 +298,41 @@ def test_rows_that_are_none(tmp_path):
     ]
     put(tmp_path, "test.json", json.dumps([PROB, *bad]))
     with pytest.raises(SourceError, match=r"5 of 6 rows are malformed.*answer: neither yes nor no"):
-        bring(tmp_path, "probmed")
+        convert(tmp_path, "probmed")
     assert not (tmp_path / "out").exists()
-    told, _ = only(tmp_path, "probmed", max_bad=0.9)
-    assert told["malformed"] == 5 and len(told["reasons"]) == 5
+    summary, _ = only(tmp_path, "probmed", max_bad=0.9)
+    assert summary["malformed"] == 5 and len(summary["reasons"]) == 5
     assert json.loads((tmp_path / "out" / "import.json").read_text())["malformed"] == 5
     for path, mode in ((tmp_path / "out", 0o700), (tmp_path / "out" / "items.jsonl", 0o600)):
         assert stat.S_IMODE(path.stat().st_mode) == mode
 
 
-def test_counts_are_held_to_the_card(tmp_path):
+def test_row_counts_are_compared_with_the_catalog(tmp_path):
     put(tmp_path, "llava_med_eval_qa50_qa.jsonl", lines([CHAT] * 3))
-    with pytest.raises(SourceError, match="3 rows, published are 193; 3 rows of visual_chat_conv"):
-        bring(tmp_path, "llava_med", allow_counts=False)
+    with pytest.raises(SourceError, match="3 rows, published: 193; 3 rows of visual_chat_conv"):
+        convert(tmp_path, "llava_med", allow_counts=False)
     detailed = CHAT | {"type": "detailed_description"}
     put(tmp_path, "llava_med_eval_qa50_qa.jsonl", lines([CHAT] * 143 + [detailed] * 50))
-    told, items = bring(tmp_path, "llava_med", allow_counts=False)
-    assert told["other_counts"] == [] and len(items) == 193
+    summary, items = convert(tmp_path, "llava_med", allow_counts=False)
+    assert summary["other_counts"] == [] and len(items) == 193
 
 
-def test_files_that_are_something_else(tmp_path):
+def test_invalid_files_are_refused(tmp_path):
     for name in benchmark_readers.READERS:
         with pytest.raises(SourceError, match="none of|no test-|no QA_information"):
-            bring(tmp_path, name)
+            convert(tmp_path, name)
     put(tmp_path, "data.json", "[1]")
     with pytest.raises(SourceError, match="not {subset"):
-        bring(tmp_path, "path_mmu")
+        convert(tmp_path, "path_mmu")
     put(tmp_path, "data.json", json.dumps({"Atlas": {"test": [MMU | {"answer": "F"}]}}))
     with pytest.raises(SourceError, match="1 of 1 rows are malformed"):
-        bring(tmp_path, "path_mmu")
+        convert(tmp_path, "path_mmu")
     put(tmp_path, "test.json", json.dumps([PROB]))
     with pytest.raises(SourceError, match="--prefix is '../x'"):
-        bring(tmp_path, "probmed", prefix="../x")
+        convert(tmp_path, "probmed", prefix="../x")
     put(tmp_path, "out/mine", "")
     with pytest.raises(StorageError, match="not empty"):
-        bring(tmp_path, "probmed")
+        convert(tmp_path, "probmed")
 
 
 def test_program(tmp_path):
@@ -333,14 +341,14 @@ def test_program(tmp_path):
     command += ["--from", str(tmp_path / "b"), "--out", str(tmp_path / "out"), "--json"]
     root = prepare.TINY.parents[1]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
-    assert done.returncode == 1 and "published are 57132" in done.stderr, done.stderr
+    assert done.returncode == 1 and "published: 57132" in done.stderr, done.stderr
     command += ["--allow_counts"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["tasks"] == {"probmed_closed": 1}
 
 
-def test_every_card_has_its_rows():
+def test_every_task_has_a_reader():
     read = {"vqa_rad", "slake", "pathvqa", "quilt_vqa", "pmc_vqa", "omnimed_vqa", "path_mmu"}
     assert read | {"probmed", "llava_med", "pmc_oa", "pmc_vqa_clean"} == set(
         benchmark_readers.READERS

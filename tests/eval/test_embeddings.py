@@ -1,4 +1,4 @@
-"""Scores on embeddings: values worked out by hand, and what must hold for any embeddings."""
+"""Scores of embeddings: values computed by hand, and properties of all embeddings."""
 
 import itertools
 import math
@@ -31,36 +31,36 @@ seeds, counts = st.integers(0, 2**32 - 1), st.integers(2, 12)
 # ---- cosine and combined
 
 
-def test_cosine_is_raw():
-    found = embeddings.cosine(angle(0, 0, 0), angle(0, 60, 180))
-    np.testing.assert_allclose(found, [1, 0.5, -1], atol=1e-12)  # not x 100, not clamped
+def test_cosine_is_neither_scaled_nor_clamped():
+    result = embeddings.cosine(angle(0, 0, 0), angle(0, 60, 180))
+    np.testing.assert_allclose(result, [1, 0.5, -1], atol=1e-12)  # not x 100, not clamped
 
 
-def test_cosine_refuses_what_is_no_embedding():
+def test_cosine_refuses_rows_that_are_not_embeddings():
     with pytest.raises(ValueError, match=r"b has shape \(1, 2\) and rows of length 2 to 2"):
         embeddings.cosine(angle(0), 2 * angle(0))
     with pytest.raises(ValueError, match="a has shape"):
         embeddings.cosine(np.full((1, 2), np.nan), angle(0))
-    with pytest.raises(ValueError, match="a row of b for each of a"):
+    with pytest.raises(ValueError, match="pass one row of b per row of a"):
         embeddings.cosine(angle(0, 1), angle(0))
 
 
 def test_combined_is_a_harmonic_mean_with_the_best_reference():
-    picture, text = angle(0, 0, 0), angle(60, 60, 120)
+    image, text = angle(0, 0, 0), angle(60, 60, 120)
     references = [angle(60, 240), angle(150, 120), angle(120)]
-    found = embeddings.combined_clip_score(picture, text, references)
+    result = embeddings.combined_clip_score(image, text, references)
     # 0.5 with 1; 0.5 with the better of 0 and 0.5; -0.5, which counts as 0
-    np.testing.assert_allclose(found, [2 / 3, 0.5, 0], atol=1e-12)
-    with pytest.raises(ValueError, match="each text needs one or more"):
-        embeddings.combined_clip_score(picture, text, [*references[:2], angle()[:0].reshape(0, 2)])
+    np.testing.assert_allclose(result, [2 / 3, 0.5, 0], atol=1e-12)
+    with pytest.raises(ValueError, match="pass one or more references per text"):
+        embeddings.combined_clip_score(image, text, [*references[:2], angle()[:0].reshape(0, 2)])
 
 
 @given(seeds, counts)
-def test_combined_lies_between_its_parts(seed, n):
-    picture, text, said = (random_units(seed + i, n, 5) for i in range(3))
-    parts = np.stack([embeddings.cosine(picture, text), embeddings.cosine(text, said)]).clip(0)
-    found = embeddings.combined_clip_score(picture, text, list(said[:, None]))
-    assert (parts.min(0) - 1e-9 <= found).all() and (found <= parts.max(0) + 1e-9).all()
+def test_combined_score_is_between_its_parts(seed, n):
+    image, text, reference = (random_units(seed + i, n, 5) for i in range(3))
+    parts = np.stack([embeddings.cosine(image, text), embeddings.cosine(text, reference)]).clip(0)
+    result = embeddings.combined_clip_score(image, text, list(reference[:, None]))
+    assert (parts.min(0) - 1e-9 <= result).all() and (result <= parts.max(0) + 1e-9).all()
 
 
 # ---- ranks
@@ -75,15 +75,15 @@ def test_ranks_by_hand():
 def test_the_same_text_for_everything_is_chance():
     targets = random_units(0, 101, 16)
     same = np.repeat(random_units(1, 1, 16), 101, axis=0)
-    found = embeddings.retrieval(embeddings.retrieval_ranks(same, targets), at=(1, 5))
-    assert found.median_rank == found.chance_median == 51
-    assert found.recall == pytest.approx({1: 1 / 101, 5: 5 / 101})
-    assert found.recall == pytest.approx(found.chance_recall)
+    result = embeddings.retrieval(embeddings.retrieval_ranks(same, targets), at=(1, 5))
+    assert result.median_rank == result.chance_median == 51
+    assert result.recall == pytest.approx({1: 1 / 101, 5: 5 / 101})
+    assert result.recall == pytest.approx(result.chance_recall)
     # and where all targets are one: every rank is the middle
     np.testing.assert_array_equal(embeddings.retrieval_ranks(targets, same), np.full(101, 51.0))
 
 
-def test_targets_that_only_rounding_holds_apart_tie():
+def test_targets_that_differ_only_by_rounding_tie():
     targets = np.repeat(random_units(0, 1, 16), 5, axis=0).astype(np.float32)
     targets += np.linspace(-1e-8, 1e-8, 5, dtype=np.float32)[:, None]
     np.testing.assert_array_equal(
@@ -93,14 +93,14 @@ def test_targets_that_only_rounding_holds_apart_tie():
 
 @settings(deadline=None)
 @given(seeds, counts)
-def test_ranks_move_with_the_rows_and_lie_in_bounds(seed, n):
+def test_ranks_follow_the_rows_and_are_in_bounds(seed, n):
     queries, targets = random_units(seed, n, 4), random_units(seed + 1, n, 4)
-    found = embeddings.retrieval_ranks(queries, targets)
+    result = embeddings.retrieval_ranks(queries, targets)
     order = np.random.default_rng(seed).permutation(n)
     np.testing.assert_array_equal(
-        embeddings.retrieval_ranks(queries[order], targets[order]), found[order]
+        embeddings.retrieval_ranks(queries[order], targets[order]), result[order]
     )
-    assert ((found >= 1) & (found <= n)).all()
+    assert ((result >= 1) & (result <= n)).all()
     np.testing.assert_array_equal(embeddings.retrieval_ranks(targets, targets), np.ones(n))
 
 
@@ -114,11 +114,11 @@ def test_blocks_of_queries_change_nothing(monkeypatch):
 
 
 def test_retrieval_by_hand():
-    found = embeddings.retrieval(np.array([1, 2, 4, 10.0]), at=(1, 3, 10))
-    assert (found.n, found.median_rank) == (4, 3)
-    assert found.recall == {1: 0.25, 3: 0.5, 10: 1.0}
-    assert found.mean_reciprocal_rank == pytest.approx((1 + 0.5 + 0.25 + 0.1) / 4)
-    assert found.chance_recall == {1: 0.25, 3: 0.75, 10: 1.0}
+    result = embeddings.retrieval(np.array([1, 2, 4, 10.0]), at=(1, 3, 10))
+    assert (result.n, result.median_rank) == (4, 3)
+    assert result.recall == {1: 0.25, 3: 0.5, 10: 1.0}
+    assert result.mean_reciprocal_rank == pytest.approx((1 + 0.5 + 0.25 + 0.1) / 4)
+    assert result.chance_recall == {1: 0.25, 3: 0.75, 10: 1.0}
     with pytest.raises(ValueError, match="0 ranks"):
         embeddings.retrieval(np.array([]), at=(1,))
 
@@ -151,7 +151,7 @@ def test_mmd_is_the_sum_over_pairs(seed, m, n):
 
 
 def test_mmd_is_unbiased_over_subsets():
-    """The mean over all subsets is the value of the whole: no subset size shifts it."""
+    """The mean over all subsets is the value of the complete set, whatever the subset size."""
     rng = np.random.default_rng(0)
     x, y = rng.standard_normal((5, 2)), rng.standard_normal((6, 2)) + 0.3
     parts = [
@@ -163,7 +163,7 @@ def test_mmd_is_unbiased_over_subsets():
     assert min(parts) < 0  # so it may be, and is not clamped
 
 
-def test_kid_tells_sources_apart_and_is_a_function_of_its_seed():
+def test_kid_separates_sources_and_depends_on_its_seed():
     settings_ = dict(gamma=1.0, subsets=20, size=50, seed=0)
     one, two = random_units(0, 300, 8), random_units(1, 300, 8)
     far = unit(random_units(2, 300, 8) + 0.5)
@@ -177,26 +177,30 @@ def test_kid_tells_sources_apart_and_is_a_function_of_its_seed():
 
 
 @pytest.mark.parametrize(("subsets", "size"), [(1, 1), (1, 5), (0, 2)])
-def test_kid_refuses_sizes_that_it_cannot_draw(subsets, size):
+def test_kid_refuses_invalid_sizes(subsets, size):
     rows = random_units(0, 4, 3)
-    with pytest.raises(ValueError, match=r"size must be in 2\.\.4, subsets at least 1"):
+    with pytest.raises(ValueError, match=r"size must be in 2\.\.4 and subsets at least 1"):
         embeddings.kid(rows, rows, gamma=1.0, subsets=subsets, size=size, seed=0)
 
 
-# ---- pictures
+# ---- images
 
 
-def test_pictures_by_hand():
-    found = embeddings.per_answer_similarity([[0.8, 0.9], []], floor=0.1)
-    assert (found.coverage, found.released) == (0.5, 0.8)
-    assert found.with_missing == pytest.approx(0.45) and found.best_of_all == pytest.approx(0.5)
+def test_image_similarity_by_hand():
+    result = embeddings.per_answer_similarity([[0.8, 0.9], []], missing_score=0.1)
+    assert (result.coverage, result.released) == (0.5, 0.8)
+    assert result.with_missing == pytest.approx(0.45) and result.best_of_all == pytest.approx(0.5)
 
 
-def test_who_draws_once_and_well_wins_only_in_the_release():
+def test_one_good_image_wins_only_in_the_release():
     once, always = [[0.9]] + [[]] * 9, [[0.7]] * 10
-    one, two = (embeddings.per_answer_similarity(found, floor=0.2) for found in (once, always))
-    assert one.released > two.released
-    assert one.with_missing == pytest.approx(0.27) and two.with_missing == pytest.approx(0.7)
-    assert embeddings.per_answer_similarity([[], []], floor=0.2).released is None
-    with pytest.raises(ValueError, match="nothing was scored"):
-        embeddings.per_answer_similarity([], floor=0.0)
+    once_score, always_score = (
+        embeddings.per_answer_similarity(result, missing_score=0.2) for result in (once, always)
+    )
+    assert once_score.released > always_score.released
+    assert once_score.with_missing == pytest.approx(
+        0.27
+    ) and always_score.with_missing == pytest.approx(0.7)
+    assert embeddings.per_answer_similarity([[], []], missing_score=0.2).released is None
+    with pytest.raises(ValueError, match="similarities is empty"):
+        embeddings.per_answer_similarity([], missing_score=0.0)

@@ -1,4 +1,4 @@
-"""Tasks, scores on hand values, baselines, and the loop: resumed, cut short, run as a program."""
+"""Tasks, scores of hand values, baselines, and inference: resumed, interrupted, as a program."""
 
 import collections
 import dataclasses
@@ -21,6 +21,7 @@ from medmax_jax.eval.metrics import text as text_metrics
 from medmax_jax.eval.models import base, baselines
 from medmax_jax.eval.pipeline import inference, stages
 from medmax_jax.eval.reporting import page
+from medmax_jax.eval.stats.intervals import Resampling
 from medmax_jax.eval.tasks import items as task_items
 from medmax_jax.eval.tasks import probes, selection
 from medmax_jax.generation import model_bundle
@@ -39,7 +40,7 @@ ROWS = [
 ]
 
 
-# Scores of one answer. Expected values worked out by hand.
+# Scores of one answer; the expected values were computed by hand.
 
 
 @pytest.mark.parametrize(
@@ -105,13 +106,15 @@ def test_image_features_and_nearest_centroid():
         "MRI",
         "MRI",
     ]
-    with pytest.raises(ValueError, match="needs 8 a side"):
+    with pytest.raises(ValueError, match="required are at least 8 per side"):
         modality.features(np.array([0]), dark[:4], num_codes=4)
 
 
-def record(task, text, answer, group="g", **more):
-    fields = dict(id=f"{group}/{text}", prompt="", images=[], looks_like=None, facts=[], kind="")
-    return fields | dict(task=task, family=task, text=text, answer=answer, group=group) | more
+def record(task, text, answer, group="g", **changes):
+    fields = dict(
+        id=f"{group}/{text}", prompt="", images=[], predicted_modality=None, facts=[], modality=""
+    )
+    return fields | dict(task=task, family=task, text=text, answer=answer, group=group) | changes
 
 
 def test_values_of_each_task():
@@ -123,38 +126,38 @@ def test_values_of_each_task():
     )
     assert aggregate.record_values(record("vqa_mcq", "b", "B")) == dict(accuracy=1, unparsed=0)
     assert aggregate.record_values(record("vqa_open", "a CT", "CT")) == dict(exact=1, token_f1=1)
-    said = aggregate.record_values(record("captioning", "A CT.", "A CT.", facts=["CT", "chest"]))
-    assert said == dict(token_f1=1, rouge_l=1, fact_recall=0.5)
-    drawn = record("image_generation", "", "", kind="CT", looks_like="CT")
-    assert aggregate.record_values(drawn) == dict(modality_match=1)
-    without = record("multimodal", "A CT.", "A CT.", kind="CT", looks_like="")
-    assert aggregate.record_values(without) == dict(
+    caption = aggregate.record_values(record("captioning", "A CT.", "A CT.", facts=["CT", "chest"]))
+    assert caption == dict(token_f1=1, rouge_l=1, fact_recall=0.5)
+    generated = record("image_generation", "", "", modality="CT", predicted_modality="CT")
+    assert aggregate.record_values(generated) == dict(modality_match=1)
+    no_image = record("multimodal", "A CT.", "A CT.", modality="CT", predicted_modality="")
+    assert aggregate.record_values(no_image) == dict(
         token_f1=1, rouge_l=1, has_image=0, modality_match=0
     )
-    mended = per_record.record_scores(record("vqa_closed", "yes", "perhaps"))["accuracy"]
-    assert (mended.status, mended.lower, mended.upper) == ("unscored", 0, 1)
-    assert "answer 'perhaps' is no answer of a vqa_closed; mend the row" in mended.why
+    invalid = per_record.record_scores(record("vqa_closed", "yes", "perhaps"))["accuracy"]
+    assert (invalid.status, invalid.lower, invalid.upper) == ("unscored", 0, 1)
+    assert "answer 'perhaps' is not an answer to a vqa_closed question; fix" in invalid.why
 
 
 def test_scores_pair_items_and_put_the_primary_first():
     def answers(texts):
-        some = [record("captioning", "x", "x", group="h")]
-        return some + [
+        captions = [record("captioning", "x", "x", group="h")]
+        return captions + [
             record("vqa_closed", text, "yes", group=f"g{i % 4}", id=str(i))
             for i, text in enumerate(texts)
         ]
 
     before, after = answers(["no"] * 8 + ["yes"] * 4), answers(["yes"] * 12)
-    rows = aggregate.scores(before, after[:-1], seed=0, resamples=2_000)
+    rows = aggregate.scores(before, after[:-1], resampling=Resampling(0, 2_000))
     first = rows[0]
     assert (first["task"], first["metric"]) == aggregate.PRIMARY
     assert (first["n"], first["groups"], first["after"]) == (11, 4, 1.0)
     assert first["diff"] == pytest.approx(first["after"] - first["before"])
     assert first["ci_low"] <= first["diff"] <= first["ci_high"]
-    first = aggregate.summary(after, mode="strict", seed=0, resamples=2_000)[0]
+    first = aggregate.summary(after, mode="strict", resampling=Resampling(0, 2_000))[0]
     assert (first["value"], first["n_unparsed"], first["headline"]) == (1, 0, True)
     guessed = aggregate.with_answers(after, {r["id"]: "no" for r in after})
-    assert aggregate.scores(guessed, after, seed=0, resamples=2_000)[0]["diff"] == 1
+    assert aggregate.scores(guessed, after, resampling=Resampling(0, 2_000))[0]["diff"] == 1
 
 
 # Tasks.
@@ -167,6 +170,7 @@ def test_released_rows_become_items():
         "vqa_rad_closed", "pmc_vqa_mcq", "slake_open", "captioning_pmc_oa",
         "image_generation_quilt", "multimodal",
     ]  # fmt: skip
+    # Verbatim: part of the data.
     assert items[3].prompt == "Please describe this picture."
     assert task_items.prompt_parts(items[0], Path("f")) == (Path("f/a.png"), "Is it a CT?")
     assert task_items.prompt_parts(items[4], Path("f")) == ("Draw a CT.",)
@@ -176,12 +180,12 @@ def test_released_rows_become_items():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(task_name="chess", question_type="game"), "is no task of this suite"),
-        (dict(image_path=""), "vqa_closed needs image_path"),
-        (dict(id="1"), "id '1' comes more than once"),
+        (dict(task_name="chess", question_type="game"), "is not a task of this suite"),
+        (dict(image_path=""), "image_path is missing; a vqa_closed row requires an image"),
+        (dict(id="1"), "id '1' occurs more than once"),
     ],
 )
-def test_rows_that_cannot_be_asked(change, message):
+def test_invalid_rows_are_refused(change, message):
     with pytest.raises(task_items.TaskError, match=message):
         task_items.from_rows([ROWS[0] | change, *ROWS[1:]])
     with pytest.raises(task_items.TaskError, match="row 0: answer is missing"):
@@ -193,10 +197,10 @@ def sample_items(split="test"):
     return task_items.from_rows(eval_items(manifest, 0, split=split), manifest)
 
 
-def test_the_sample_s_items():
+def test_items_of_the_embedded_sample():
     items = sample_items()
     assert set(item.task for item in items) == set(task_items.FAMILIES)
-    assert all(item.kind and item.facts for item in items)
+    assert all(item.modality and item.facts for item in items)
     for item in items:
         if item.task == "captioning":
             assert text_metrics.recall(item.answer, list(item.facts)) == 1, item
@@ -211,7 +215,7 @@ def test_the_sample_s_items():
     assert 0.45 <= right <= 0.55
 
 
-def test_swapping_takes_another_group_s_picture():
+def test_swapping_uses_an_image_of_another_group():
     closed = [item for item in sample_items() if item.task == "vqa_closed"]
     swapped = probes.swapped(closed, seed=0)
     owner = {item.image: item.group for item in closed}
@@ -224,21 +228,24 @@ def test_swapping_takes_another_group_s_picture():
         probes.swapped(closed[:1], seed=0)
 
 
-# The loop, with scripted answers in place of a model.
+# Inference with scripted answers in place of a model.
 
 
 class Scripted:
-    """Answers "yes" or a grey picture, and counts what it is asked."""
+    """Answers "yes" or a gray image, and lists the requested items."""
 
     def __init__(self):
-        self.asked = []
+        self.requested = []
 
-    def stream(self, asks):
-        for index in reversed(range(len(asks))):  # batches come in an order of their own
-            self.asked.append(asks[index].id)
-            picture = PIL.Image.new("RGB", (16, 16), "gray")
-            drawn = [model_bundle.Image(picture, np.array([1, 2]))]
-            yield index, drawn if asks[index].mode == "image" else [model_bundle.Text(" yes ")]
+    def stream(self, requests):
+        for index in reversed(range(len(requests))):  # in another order than requested
+            self.requested.append(requests[index].id)
+            image = PIL.Image.new("RGB", (16, 16), "gray")
+            generated = [model_bundle.Image(image, np.array([1, 2]))]
+            yield (
+                index,
+                generated if requests[index].mode == "image" else [model_bundle.Text(" yes ")],
+            )
 
 
 @pytest.fixture
@@ -247,7 +254,7 @@ def scripted(monkeypatch):
     return Scripted()
 
 
-def asked_all(model, tmp_path, items, progress=print):
+def run_all(model, tmp_path, items, progress=print):
     return inference.run_items(
         model,
         items,
@@ -263,25 +270,25 @@ def many(count=7):
     return task_items.from_rows(rows)
 
 
-def test_records_come_in_the_order_of_the_items(scripted, tmp_path):
+def test_records_are_in_the_order_of_the_items(scripted, tmp_path):
     items = many()
-    records = asked_all(scripted, tmp_path, items)
+    records = run_all(scripted, tmp_path, items)
     assert [r["id"] for r in records] == [item.id for item in items]
     assert records[0]["text"] == "yes" and records[4]["images"] == ["records_images/i_4_0.png"]
     assert (tmp_path / records[4]["images"][0]).exists()
-    assert sorted(scripted.asked) == sorted(item.id for item in items)
-    assert asked_all(scripted, tmp_path, items) == records and len(scripted.asked) == len(items)
+    assert sorted(scripted.requested) == sorted(item.id for item in items)
+    assert run_all(scripted, tmp_path, items) == records and len(scripted.requested) == len(items)
 
 
 def untimed(records):
-    """Without how long each took, which no two runs share."""
+    """Return the records without their times, which differ between runs."""
     return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
 
 
 @pytest.mark.parametrize("cut", [0, 9])
-def test_interrupted_it_goes_on(scripted, tmp_path, cut):
+def test_an_interrupted_run_resumes(scripted, tmp_path, cut):
     items = many(9)
-    whole = asked_all(scripted, tmp_path / "whole", items)
+    whole = run_all(scripted, tmp_path / "whole", items)
     lines = []
 
     def stop(line):
@@ -291,38 +298,38 @@ def test_interrupted_it_goes_on(scripted, tmp_path, cut):
 
     part = tmp_path / "part"
     with pytest.raises(KeyboardInterrupt):
-        asked_all(scripted, part, items, progress=stop)
+        run_all(scripted, part, items, progress=stop)
     path = part / "records.jsonl"
     if cut:  # a crash in the middle of a line
         path.write_bytes(path.read_bytes()[:-cut])
     kept = len(path.read_text().splitlines()) - bool(cut)
     assert 0 < kept < len(items)
-    scripted.asked.clear()
-    assert untimed(asked_all(scripted, part, items)) == untimed(whole)
-    assert len(scripted.asked) == len(items) - kept
+    scripted.requested.clear()
+    assert untimed(run_all(scripted, part, items)) == untimed(whole)
+    assert len(scripted.requested) == len(items) - kept
     written = [
         journal.read_jsonl(folder / "records.jsonl") for folder in (part, tmp_path / "whole")
     ]
-    by_id = [sorted(untimed(some), key=lambda record: record["id"]) for some in written]
+    by_id = [sorted(untimed(records), key=lambda record: record["id"]) for records in written]
     assert by_id[0] == by_id[1] and len(by_id[0]) == len(items)
 
 
-def test_other_items_need_another_workdir(scripted, tmp_path):
-    asked_all(scripted, tmp_path, many())
+def test_other_items_require_another_workdir(scripted, tmp_path):
+    run_all(scripted, tmp_path, many())
     changed = [dataclasses.replace(item, prompt="else") for item in many()]
-    with pytest.raises(EvalError, match="item i/0 was another question"):
-        asked_all(scripted, tmp_path, changed)
+    with pytest.raises(EvalError, match="item i/0 differs from the item"):
+        run_all(scripted, tmp_path, changed)
 
 
 class Plain:
-    """What a user may bring: one method, words and pictures as they are."""
+    """A minimal model of a user: one method that returns texts and images."""
 
-    def generate(self, asks):
-        return [[PIL.Image.new("RGB", (16, 16))] if a.mode == "image" else "yes" for a in asks]
+    def generate(self, requests):
+        return [[PIL.Image.new("RGB", (16, 16))] if a.mode == "image" else "yes" for a in requests]
 
 
 def test_any_object_with_generate_is_a_model(tmp_path):
-    records = asked_all(Plain(), tmp_path, many())
+    records = run_all(Plain(), tmp_path, many())
     assert [bool(r["images"]) for r in records] == [i % 5 == 4 for i in range(7)]
     assert [r["text"] for r in records if not r["images"]] == ["yes"] * 6
     with pytest.raises(ValueError, match="item i/0: a segment is a int; use str or PIL.Image"):
@@ -351,8 +358,8 @@ def settings(tmp_path):
 
 def test_a_run_writes_scores_and_a_page(folder, tmp_path):
     out = tmp_path / "out"
-    asked = dict(model=f"native:{folder}", adapter="", progress=print)
-    summary = stages.run(settings(tmp_path), out, **asked)
+    arguments = dict(model=f"native:{folder}", adapter="", progress=print)
+    summary = stages.run(settings(tmp_path), out, **arguments)
     assert summary == json.loads((out / "summary.json").read_text())
     assert {(row["task"], row["metric"]) for row in summary["scores"]} == {
         ("vqa_rad_closed", "accuracy"),
@@ -364,15 +371,15 @@ def test_a_run_writes_scores_and_a_page(folder, tmp_path):
     assert "Content-Security-Policy" in text and "Is it a CT?" in text
     assert page.markdown(summary["scores"]).startswith("| task | family | metric | mode | n |")
     before = (out / "records.jsonl").read_bytes()
-    stages.run(settings(tmp_path), out, **asked)
+    stages.run(settings(tmp_path), out, **arguments)
     assert (out / "records.jsonl").read_bytes() == before
     other = dataclasses.replace(
         settings(tmp_path), sample=dataclasses.replace(micro.SAMPLE, max_gen_len=3)
     )
-    with pytest.raises(EvalError, match="another sample; name a fresh --workdir"):
-        stages.run(other, out, **asked)
+    with pytest.raises(EvalError, match="another sample; use a new --workdir"):
+        stages.run(other, out, **arguments)
 
 
-def test_a_model_is_named_with_its_kind(tmp_path):
-    with pytest.raises(EvalError, match="write KIND:WHERE with KIND one of native, hf"):
+def test_a_model_without_a_kind_is_refused(tmp_path):
+    with pytest.raises(EvalError, match="expected KIND:WHERE with KIND one of native, hf"):
         stages.run(settings(tmp_path), tmp_path, model="somewhere", adapter="", progress=print)

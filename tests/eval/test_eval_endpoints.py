@@ -7,7 +7,7 @@ import time
 import pytest
 from llm_server import completion, free_url, serving, short_waits  # noqa: F401
 from ml_collections import ConfigDict
-from test_eval_models import run, says_yes, words, write_items
+from test_eval_models import program, run, says_yes, write_items
 
 from medmax_jax import cli
 from medmax_jax.configs import eval_tiny
@@ -20,7 +20,7 @@ COUNT = 4
 
 
 def judge(url: str, model: str = "j") -> ConfigDict:
-    """Settings of a judge there."""
+    """Return the settings of a judge at a URL."""
     config = eval_tiny.get_config().unlock().judge
     config.update(endpoint=f"{model}@{url}", repeats=1)
     config.service.retries = 0
@@ -28,7 +28,7 @@ def judge(url: str, model: str = "j") -> ConfigDict:
 
 
 def verdict(request: dict, n: int) -> bytes:
-    """A judge that calls every answer right."""
+    """Reply that every answer is correct."""
     case = json.loads(request["messages"][1]["content"])["case"]
     return completion(json.dumps({"case": case, "correct": True}))
 
@@ -36,7 +36,7 @@ def verdict(request: dict, n: int) -> bytes:
 # Answers.
 
 
-def test_an_empty_answer_is_unparsed_and_not_the_endpoint_s_fault(tmp_path):
+def test_an_empty_answer_is_unparsed_and_not_an_endpoint_error(tmp_path):
     items = write_items(tmp_path / "data", COUNT)
 
     def behave(request, n):
@@ -52,11 +52,11 @@ def test_an_empty_answer_is_unparsed_and_not_the_endpoint_s_fault(tmp_path):
     assert first["errors"] == 0
 
 
-def test_a_model_that_reasons_has_the_user_s_own_bound(tmp_path, capsys):
+def test_a_reasoning_model_gets_the_bound_of_the_user(tmp_path, capsys):
     items = write_items(tmp_path / "data", COUNT)
 
     def reasoner(request, n):
-        """Needs 200 tokens before its first word."""
+        """Write 200 tokens before the answer."""
         enough = request.get("max_tokens", 0) >= 200
         return completion("yes" if enough else "", finish="stop" if enough else "length")
 
@@ -68,11 +68,11 @@ def test_a_model_that_reasons_has_the_user_s_own_bound(tmp_path, capsys):
         own = '{"temperature": 0, "max_tokens": 2048}'
         prices = dict(price_in=1.0, price_out=1.0)
         row = run(items, tmp_path / "out", model, parameters=own, **prices)["scores"][0]
-        said = capsys.readouterr().out
+        output = capsys.readouterr().out
     assert (row["n_unscored"], row["value"]) == (0, pytest.approx(1 / 2))
     assert [r["max_tokens"] for r in llm.requests[-COUNT:]] == [2048] * COUNT
-    assert "max_tokens 2048 of config.service.parameters is sent in place of each family" in said
-    assert f"at most {COUNT * 2048} out" in said
+    assert "max_tokens 2048 of config.service.parameters is sent in place of each family" in output
+    assert f"at most {COUNT * 2048} out" in output
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_a_name_with_at_signs(tmp_path, name):
 @pytest.mark.parametrize(
     "url, why", [(None, "refused"), ("http://no-such-host.invalid:80/v1", "cannot be reached")]
 )
-def test_an_endpoint_that_is_down_is_reported_before_the_plan(tmp_path, capsys, url, why):
+def test_an_unreachable_endpoint_is_reported_before_the_plan(tmp_path, capsys, url, why):
     items, start = write_items(tmp_path / "data", 2), time.monotonic()
     with pytest.raises(TransientError, match=f"{why}.*; start the server, or correct the URL"):
         run(items, tmp_path / "out", f"endpoint:m@{url or free_url()}")
@@ -121,7 +121,7 @@ def test_an_endpoint_that_is_down_is_reported_before_the_plan(tmp_path, capsys, 
 
 
 @pytest.mark.parametrize("url", [None, "http://no-such-host.invalid:80/v1"])
-def test_a_judge_that_is_down_is_reported_before_the_model_is_asked(tmp_path, capsys, url):
+def test_an_unreachable_judge_is_reported_before_the_first_request(tmp_path, capsys, url):
     items = write_items(tmp_path / "data", 2, question_type="open")
     url = url or free_url()
     with serving(says_yes) as llm:
@@ -134,7 +134,7 @@ def test_a_judge_that_is_down_is_reported_before_the_model_is_asked(tmp_path, ca
             run(items, tmp_path / "out", f"hf:{tmp_path}", judge=judge(url))
 
     class Asked:
-        def generate(self, asks):
+        def generate(self, requests):
             raise AssertionError("asked before the judge was looked for")
 
     with pytest.raises(TransientError, match="j at .* cannot be reached"):
@@ -142,7 +142,7 @@ def test_a_judge_that_is_down_is_reported_before_the_model_is_asked(tmp_path, ca
         evaluate(Asked(), items, tmp_path / "own", "strict", **own)
 
 
-def test_what_is_done_needs_no_server_again(tmp_path):
+def test_a_complete_workdir_requires_no_server(tmp_path):
     items = write_items(tmp_path / "data", 2, question_type="open")
     with serving(says_yes) as llm, serving(verdict) as other:
         given = dict(model=f"endpoint:m@{llm.url}", judge=judge(other.url))
@@ -151,14 +151,14 @@ def test_what_is_done_needs_no_server_again(tmp_path):
     assert first["judge"]["unscored"] == {"correct": 0}
     assert run(items, tmp_path / "out", **given)["scores"] == first["scores"]
     (tmp_path / "out" / "records.jsonl").unlink()  # the replies are in the cache
-    (tmp_path / "out" / "judged.jsonl").unlink()
+    (tmp_path / "out" / "judgments.jsonl").unlink()
     with pytest.raises(TransientError, match="j at "):  # what it will be shown is not known yet
         run(items, tmp_path / "out", **given)
     del given["judge"]
     assert run(items, tmp_path / "out", **given)["errors"] == 0
 
 
-def test_a_judge_that_may_not_see_the_items_is_reported_before_the_model_is_asked(tmp_path):
+def test_a_judge_without_permission_is_reported_before_the_first_request(tmp_path):
     items = write_items(tmp_path / "data", 2, question_type="open", data_class="credentialed")
     with serving(verdict) as other:
         with pytest.raises(OutgoingError, match="credentialed data may not be sent to"):
@@ -166,7 +166,7 @@ def test_a_judge_that_may_not_see_the_items_is_reported_before_the_model_is_aske
         assert other.connections == 0
 
 
-def test_a_key_is_looked_for_before_the_plan(tmp_path, capsys, monkeypatch):
+def test_a_missing_key_is_reported_before_the_plan(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("NO_KEY_HERE", raising=False)
     items = write_items(tmp_path / "data", 2)
     with serving(says_yes) as llm:
@@ -177,10 +177,10 @@ def test_a_key_is_looked_for_before_the_plan(tmp_path, capsys, monkeypatch):
 
 def test_an_item_whose_prompt_is_the_path_of_an_image_is_named(tmp_path):
     items = write_items(tmp_path / "data", 2, prompt="0.png")
-    with pytest.raises(ValueError, match="item q0: its prompt is the path of an image, not its"):
+    with pytest.raises(ValueError, match="item q0: field 'prompt' is the path of an image"):
         run(items, tmp_path / "out", "baseline:constant")
     items = write_items(tmp_path / "data", 2, prompt="0.png", data_class="credentialed")
-    with pytest.raises(ValueError, match="item number 1: its prompt is the path") as caught:
+    with pytest.raises(ValueError, match="item number 1: field 'prompt' is the path") as caught:
         run(items, tmp_path / "out", "baseline:constant")
     assert "q0" not in str(caught.value) and "0.png" not in str(caught.value)
 
@@ -195,10 +195,10 @@ def test_text_of_a_model_and_of_rows_reaches_the_terminal_without_control_charac
     items.write_text("".join(json.dumps(r | {"task_name": f"a{bad}b"}) + "\n" for r in rows))
     with serving(lambda request, n: completion(f"yes{bad}")) as llm:
         done = subprocess.run(
-            **words(items, tmp_path / "out", f"endpoint:m@{llm.url}"), capture_output=True
+            **program(items, tmp_path / "out", f"endpoint:m@{llm.url}"), capture_output=True
         )
     assert done.returncode == cli.DONE, done.stderr
-    said = done.stdout + done.stderr
-    assert "\\x1b]0;title" in said and not set("\x1b\x07\x9b\u202e") & set(said)
+    output = done.stdout + done.stderr
+    assert "\\x1b]0;title" in output and not set("\x1b\x07\x9b\u202e") & set(output)
     texts = {r["text"] for r in journal.read_jsonl(tmp_path / "out" / "records.jsonl")}
     assert texts == {f"yes{bad}"}  # files keep the exact text

@@ -1,4 +1,4 @@
-"""Rows of evaluation files: read, or refused by name before anything is asked."""
+"""Rows of evaluation files: read, or refused by name before the first request."""
 
 import json
 import pathlib
@@ -41,15 +41,15 @@ def only(row, **changes):
     ],
 )
 @pytest.mark.parametrize("field", ["image_path", "images"])
-def test_several_images_stand_where_their_marks_are(prompt, parts, field):
+def test_several_images_are_placed_at_their_marks(prompt, parts, field):
     row = {k: v for k, v in CLOSED.items() if k != "image_path"}
     item = only(row, prompt=prompt, **{field: ["a.png", "b.png"]})
     paths = tuple(F / f"{p}.png" if p in ("a", "b") else p for p in parts)
     assert task_items.prompt_parts(item, F) == paths
     for style in ("default", "chameleon"):
-        found = task_items.prompt_parts(item, F, style)
-        assert [p for p in found if isinstance(p, pathlib.Path)] == [F / n for n in item.images]
-        assert not any("<image" in p for p in found if isinstance(p, str))
+        result = task_items.prompt_parts(item, F, style)
+        assert [p for p in result if isinstance(p, pathlib.Path)] == [F / n for n in item.images]
+        assert not any("<image" in p for p in result if isinstance(p, str))
 
 
 def test_a_single_image_has_one_mark_or_none():
@@ -57,7 +57,7 @@ def test_a_single_image_has_one_mark_or_none():
     assert (item.prompt, item.images, item.further_images) == ("Did it grow?", ("a.png",), ())
     assert task_items.prompt_parts(item, F) == (F / "a.png", "Did it grow?")
     assert only(CLOSED, image_path=["a.png"]) == only(CLOSED)
-    assert "further_images" not in task_items.item_fields(item)  # workdirs of before go on
+    assert "further_images" not in task_items.item_fields(item)  # earlier workdirs stay valid
     two = only(CLOSED, image_path=["a.png", "b.png"])
     assert inference.item_fields(two)["further_images"] == ["b.png"]
 
@@ -69,12 +69,12 @@ def test_a_single_image_has_one_mark_or_none():
         (dict(prompt="<image> Grown?", image_path=["a.png", "b.png"]), "1 image marks for 2"),
         (dict(prompt="<image 1> <image 1>", image_path=["a.png", "b.png"]), "numbered 1 to 2"),
         (dict(prompt="<image> <image 2>", image_path=["a.png", "b.png"]), "numbered 1 to 2"),
-        (dict(image_path={"a": 1}), "image_path is of type dict; give it a path, or a list"),
+        (dict(image_path={"a": 1}), "image_path is of type dict; expected a path, or a list"),
         (dict(image_path=[7]), "image_path: 7 leads out"),
         (dict(image_path=7), "image_path is of type int"),
-        (dict(image_path=[]), "vqa_closed needs image_path"),
+        (dict(image_path=[]), "image_path is missing; a vqa_closed row requires an image"),
         (dict(images=["b.png"]), "image_path and images differ"),
-        (dict(task_name="image_captioning", image_path=["a.png", "b.png"]), "takes one"),
+        (dict(task_name="image_captioning", image_path=["a.png", "b.png"]), "accepts one"),
         (dict(task_name="image_generation", prompt="Draw <image>"), "1 image marks for 0"),
         (dict(prompt=None), "prompt is of type NoneType; expected a string"),
         (dict(prompt=["a"]), "prompt is of type list"),
@@ -86,7 +86,7 @@ def test_a_single_image_has_one_mark_or_none():
         (dict(answer="left"), "answer 'left' cannot be read as yes or no"),
     ],
 )
-def test_rows_that_cannot_be_asked(change, message):
+def test_invalid_rows_are_refused(change, message):
     with pytest.raises(TaskError, match="^row 0: ") as caught:
         only(CLOSED, **change)
     assert message in str(caught.value)
@@ -100,8 +100,8 @@ def test_probes_of_several_images():
         for n in range(6)
     ]
     items = task_items.from_rows(rows)
-    for made in (probes.swapped(items, seed=0), probes.shuffled(items, seed=0)):
-        for old, new in zip(items, made, strict=True):
+    for probed in (probes.swapped(items, seed=0), probes.shuffled(items, seed=0)):
+        for old, new in zip(items, probed, strict=True):
             assert len(new.images) == len(old.images) and not set(new.images) & set(old.images)
     assert [i.images for i in probes.blank(items, None)] == [
         ("blank.png",) * len(item.images) for item in items
@@ -116,7 +116,7 @@ def test_probes_of_several_images():
     [["CT", "MRI"], ["A) CT", "B) MRI"], ["A. CT", "B. MRI"], {"A": "CT", "B": "MRI"}],
 )
 @pytest.mark.parametrize("field", ["options", "choices"])
-def test_options_of_a_field_are_asked(options, field):
+def test_options_of_a_field_are_added_to_the_prompt(options, field):
     item = only(MCQ, prompt="Which one is it?", **{field: options})
     assert item.prompt == "Which one is it?\nA: CT\nB: MRI"
     assert text.options(item.prompt) == {"A": "CT", "B": "MRI"}
@@ -138,10 +138,10 @@ def test_numbers_may_be_options():
         (dict(prompt="Which?", options=["CT", ["x"]]), "option B is of type list"),
         (dict(prompt="Which?", options=["CT", " "]), "option B is empty"),
         (dict(prompt="Which?", options={"1": "CT", "2": "MRI"}), "keys are not A, B, C"),
-        (dict(options=["CT", "PET"]), "options is not what the prompt lists"),
+        (dict(options=["CT", "PET"]), "options differs from the options in the prompt"),
     ],
 )
-def test_options_that_cannot_be_asked(change, message):
+def test_invalid_options_are_refused(change, message):
     with pytest.raises(TaskError, match="^row 0: ") as caught:
         only(MCQ, **change)
     assert message in str(caught.value)
@@ -151,17 +151,17 @@ def test_options_that_cannot_be_asked(change, message):
 
 
 @pytest.mark.parametrize("answer", ["2", "Z", "C", "A or B", "", 2])
-def test_references_that_cannot_be_read(answer):
+def test_references_that_cannot_be_parsed(answer):
     with pytest.raises(TaskError, match="row 0: answer .* cannot be read as one of the question's"):
         only(MCQ, answer=answer)
 
 
 @pytest.mark.parametrize("answer", ["B", "b", "(B)", "B: MRI", "MRI"])
-def test_references_that_can_be_read(answer):
+def test_references_that_can_be_parsed(answer):
     assert only(MCQ, answer=answer).answer == answer
 
 
-def test_a_reference_beyond_the_options_that_are_read_is_refused():
+def test_a_reference_beyond_the_parsed_options_is_refused():
     """Eleven options: the last is read where the parser reads eleven letters, else refused."""
     listed = [f"finding {n}" for n in range(11)]
     letters = "ABCDEFGHIJK"
@@ -193,7 +193,7 @@ def test_messages_name_the_line(tmp_path):
     [b"[1]", b"7", b"{", b"\xff", b"[" * 100_000, b'{"prompt": "a", "prompt": "b"}',
      b'{"a": NaN}', b'{"a": "' + b"x" * MAX_LINE_BYTES + b'"}'],
 )  # fmt: skip
-def test_files_that_are_no_rows_are_one_line(tmp_path, content):
+def test_invalid_files_give_an_error_of_one_line(tmp_path, content):
     (tmp_path / "q.jsonl").write_bytes(content)
     with pytest.raises(EvalError, match="config.questions is .*name a JSONL file") as caught:
         selection.read_rows(tmp_path / "q.jsonl")

@@ -29,8 +29,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 ITEMS = 24
 
 
-def write_items(folder: pathlib.Path, count: int = ITEMS, **more) -> pathlib.Path:
-    """Closed questions on small pictures, two on each."""
+def write_items(folder: pathlib.Path, count: int = ITEMS, **changes) -> pathlib.Path:
+    """Write closed questions about small images, two about each."""
     folder.mkdir(exist_ok=True)
     rows = []
     for n in range(count):
@@ -40,7 +40,7 @@ def write_items(folder: pathlib.Path, count: int = ITEMS, **more) -> pathlib.Pat
             dict(
                 task_name="vqa_rad", question_type="closed", prompt=f"Is it number {n}?",
                 answer="yes" if n % 3 else "no", image_path=image, id=f"q{n}", data_class="open",
-            ) | more
+            ) | changes
         )  # fmt: skip
     path = folder / "items.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -58,16 +58,16 @@ def settings(items: pathlib.Path, **changes) -> Settings:
 
 
 def run(items, out, model, **changes):
-    more = {k: changes.pop(k) for k in ("shard", "dry_run") if k in changes}
-    return stages.run(settings(items, **changes), out, model=model, progress=print, **more)
+    options = {k: changes.pop(k) for k in ("shard", "dry_run") if k in changes}
+    return stages.run(settings(items, **changes), out, model=model, progress=print, **options)
 
 
-def words(items, out, model, *more):
-    """The program, as a user starts it."""
+def program(items, out, model, *flags):
+    """Return the arguments of the program for subprocess."""
     config = ["--config=configs/eval_tiny.py", f"--config.questions={items}"]
     config += ["--config.probes=", "--config.options=False", "--config.baselines=constant"]
     config += ["--config.resamples=2_000", "--config.window=8", f"--workdir={out}"]
-    command = [sys.executable, "-m", "eval.run", *config, f"--model={model}", *more]
+    command = [sys.executable, "-m", "eval.run", *config, f"--model={model}", *flags]
     return dict(args=command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, text=True)
 
 
@@ -86,15 +86,15 @@ def says_yes_after(seconds: float):
 # Endpoints.
 
 
-def test_an_endpoint_sees_the_picture_and_is_asked_once(tmp_path):
+def test_an_endpoint_receives_the_image_and_one_request_per_item(tmp_path):
     items = write_items(tmp_path / "data")
     with serving(says_yes) as llm:
         summary = run(items, tmp_path / "out", f"endpoint:m@{llm.url}")
         calls = len(llm.requests)
         again = run(items, tmp_path / "out", f"endpoint:m@{llm.url}")
         assert len(llm.requests) == calls == ITEMS
-    picture, question = llm.requests[0]["messages"][0]["content"]
-    assert picture["image_url"]["url"].startswith("data:image/png;base64,")
+    image, question = llm.requests[0]["messages"][0]["content"]
+    assert image["image_url"]["url"].startswith("data:image/png;base64,")
     assert re.fullmatch(r"Is it number \d+\?", question["text"])
     assert {r["max_tokens"] for r in llm.requests} == {16}
     row = summary["scores"][0]
@@ -103,7 +103,7 @@ def test_an_endpoint_sees_the_picture_and_is_asked_once(tmp_path):
     assert again["spent"]["calls"] == 0
 
 
-def test_what_an_endpoint_refuses_is_counted_and_what_is_filtered_is_not_guessed(tmp_path):
+def test_refused_requests_are_counted_as_errors(tmp_path):
     items = write_items(tmp_path / "data", 4)
 
     def behave(request, n):
@@ -116,7 +116,7 @@ def test_what_an_endpoint_refuses_is_counted_and_what_is_filtered_is_not_guessed
     assert [r["id"] for r in failed] == ["q2"] and failed[0]["text"] == ""
 
 
-def test_credentialed_rows_do_not_leave_and_limits_hold(tmp_path):
+def test_credentialed_rows_are_not_sent_and_limits_hold(tmp_path):
     items = write_items(tmp_path / "data", 6, data_class="credentialed")
     with serving(says_yes) as llm:
         with pytest.raises(OutgoingError, match="credentialed"):
@@ -129,61 +129,61 @@ def test_credentialed_rows_do_not_leave_and_limits_hold(tmp_path):
         assert llm.connections == 0
 
 
-def test_a_dry_run_asks_and_writes_nothing(tmp_path, capsys):
+def test_a_dry_run_sends_and_writes_nothing(tmp_path, capsys):
     items = write_items(tmp_path / "data")
     with serving(says_yes) as llm:
         dry = dict(dry_run=True, price_in=2.0, price_out=2.0)
         assert run(items, tmp_path / "out", f"endpoint:m@{llm.url}", **dry) is None
         assert llm.connections == 0 and not (tmp_path / "out").exists()
-    assert f"{ITEMS}" in (said := capsys.readouterr().out) and "USD" in said
+    assert f"{ITEMS}" in (output := capsys.readouterr().out) and "USD" in output
 
 
-def test_the_price_of_probes_is_told_and_only_of_what_is_left(tmp_path, capsys):
+def test_the_estimate_includes_the_remaining_probes(tmp_path, capsys):
     items, prices = write_items(tmp_path / "data"), dict(price_in=2.0, price_out=2.0)
-    found = []
+    estimates = []
     with serving(says_yes) as llm:
-        asked = dict(out=tmp_path / "out", model=f"endpoint:m@{llm.url}")
-        for more in (
+        arguments = dict(out=tmp_path / "out", model=f"endpoint:m@{llm.url}")
+        for changes in (
             dict(dry_run=True),
             dict(dry_run=True, probes="blank,swapped"),
             dict(probes="blank,swapped"),
             dict(dry_run=True, probes="blank,swapped"),
         ):
-            run(items, **asked, **prices, **more)
-            said = capsys.readouterr().out
-            found.append(
+            run(items, **arguments, **prices, **changes)
+            output = capsys.readouterr().out
+            estimates.append(
                 (
-                    int(re.search(r"probes: (\d+) requests", said)[1]),
-                    int(re.search(r"at most (\d+) out", said)[1]),
-                    float(re.search(r"at most about ([\d.]+) USD", said)[1]),
+                    int(re.search(r"probes: (\d+) requests", output)[1]),
+                    int(re.search(r"at most (\d+) out", output)[1]),
+                    float(re.search(r"at most about ([\d.]+) USD", output)[1]),
                 )
             )
         assert len(llm.requests) == 3 * ITEMS
-    bare, with_probes, ran, after = found
+    bare, with_probes, ran, after = estimates
     assert (bare[0], with_probes[0]) == (0, 2 * ITEMS) and ran == with_probes
     assert with_probes[1] == 3 * bare[1] and with_probes[2] == pytest.approx(3 * bare[2], abs=2e-4)
     assert after == (0, 0, 0)
     with pytest.raises(ValueError, match=f"{ITEMS} requests and {2 * ITEMS} of probes cost about"):
         run(
-            items, tmp_path / "dear", asked["model"], **prices, probes="blank,swapped",
+            items, tmp_path / "dear", arguments["model"], **prices, probes="blank,swapped",
             max_usd=1.5 * bare[2],
         )  # fmt: skip
 
 
-def test_a_model_that_is_not_there_is_an_error_in_one_line(tmp_path):
+def test_a_missing_model_gives_an_error_of_one_line(tmp_path):
     items = write_items(tmp_path / "data", 2)
-    given = words(items, tmp_path / "out", f"native:{tmp_path / 'nowhere'}")
+    given = program(items, tmp_path / "out", f"native:{tmp_path / 'nowhere'}")
     done = subprocess.run(**given, capture_output=True)
     assert done.returncode == cli.ERROR
     assert done.stderr.count("\n") == 1 and "nowhere" in done.stderr, done.stderr
 
 
-def test_killed_it_goes_on_and_only_what_was_in_flight_is_asked_again(tmp_path):
-    """SIGKILL of a real process, while a real server counts."""
+def test_a_killed_run_resumes_and_repeats_only_requests_in_flight(tmp_path):
+    """SIGKILL of a process, while a server counts its requests."""
     items, out = write_items(tmp_path / "data"), tmp_path / "out"
 
     with serving(says_yes_after(0.05)) as llm:
-        given = words(items, out, f"endpoint:m@{llm.url}", "--config.service.concurrency=2")
+        given = program(items, out, f"endpoint:m@{llm.url}", "--config.service.concurrency=2")
         process = subprocess.Popen(
             **given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -198,8 +198,8 @@ def test_killed_it_goes_on_and_only_what_was_in_flight_is_asked_again(tmp_path):
         assert before < ITEMS <= len(llm.requests) <= ITEMS + 2
     records = journal.read_jsonl(out / "records.jsonl")
     assert sorted(r["id"] for r in records) == sorted(f"q{n}" for n in range(ITEMS))
-    told = inference.totals(out)["records.jsonl"]
-    assert told["starts"] == 2 and told["recorded"] == ITEMS and told["repeated"] <= 8
+    totals = inference.totals(out)["records.jsonl"]
+    assert totals["starts"] == 2 and totals["recorded"] == ITEMS and totals["repeated"] <= 8
 
 
 # Predictions and baselines.
@@ -213,21 +213,21 @@ def test_predictions_are_scored_and_gaps_counted(tmp_path):
     summary = run(items, tmp_path / "out", f"predictions:{path}", probes="blank,swapped")
     row = summary["scores"][0]
     assert (row["n"], row["n_errors"]) == (6, 1) and row["value"] == pytest.approx(2 / 6)
-    # asked about another picture a file says the same: no sign that its model does not look
-    assert summary["probes"]["rows"] == [] and "already" in summary["probes"]["reason"]
+    # a file has the same answer for another image, which shows nothing about its model
+    assert summary["probes"]["rows"] == [] and "recorded" in summary["probes"]["reason"]
     assert not list((tmp_path / "out").glob("probe_*"))
-    assert "nobody can be asked again" in (tmp_path / "out" / "report.html").read_text()
+    assert "the answers are recorded" in (tmp_path / "out" / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
     "line, message",
     [
-        (dict(id="other", text="no"), "1 ids are no items of this evaluation"),
-        (dict(id="q0", images=["../../etc/passwd"]), "is no file under"),
-        (dict(id="q0"), "no text and no images"),
+        (dict(id="other", text="no"), "1 ids are not items of this evaluation"),
+        (dict(id="q0", images=["../../etc/passwd"]), "is not a file under"),
+        (dict(id="q0"), "fields 'text' and 'images' are empty"),
     ],
 )
-def test_predictions_that_cannot_be_used(tmp_path, line, message):
+def test_invalid_predictions_are_refused(tmp_path, line, message):
     items = write_items(tmp_path / "data", 2)
     path = tmp_path / "answers.jsonl"
     path.write_text(json.dumps(line) + "\n")
@@ -235,34 +235,34 @@ def test_predictions_that_cannot_be_used(tmp_path, line, message):
         run(items, tmp_path / "out", f"predictions:{path}")
 
 
-def test_baselines_are_the_floor_and_the_same_again(tmp_path):
-    items, found = write_items(tmp_path / "data"), {}
+def test_baselines_are_reproducible(tmp_path):
+    items, values = write_items(tmp_path / "data"), {}
     for kind in ("constant", "majority", "random"):
         for time_ in (1, 2):
             summary = run(items, tmp_path / f"{kind}{time_}", f"baseline:{kind}")
-            found.setdefault(kind, []).append(summary["scores"][0]["value"])
-    assert found["constant"] == found["majority"] == [pytest.approx(2 / 3)] * 2
-    assert found["random"][0] == found["random"][1]
+            values.setdefault(kind, []).append(summary["scores"][0]["value"])
+    assert values["constant"] == values["majority"] == [pytest.approx(2 / 3)] * 2
+    assert values["random"][0] == values["random"][1]
     with pytest.raises(ValueError, match="use one of constant, majority, random"):
         run(items, tmp_path / "x", "baseline:best")
 
 
-def test_a_checkpoint_in_another_layout_answers_alike_and_is_converted_once(
+def test_a_checkpoint_in_another_layout_is_converted_once_and_gives_equal_answers(
     tmp_path, monkeypatch, capsys
 ):
     source = tmp_path / "theirs"
     convert.convert("medmax_jax/tiny", str(source), layout="hf", say=print)
     items = write_items(tmp_path / "data", 4)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    said = []
+    results = []
     for model in ("native:medmax_jax/tiny", f"hf:{source}", f"hf:{source}"):
-        out = tmp_path / str(len(said))
+        out = tmp_path / str(len(results))
         run(items, out, model, options=True)
         records = {r["id"]: r["text"] for r in journal.read_jsonl(out / "records.jsonl")}
         likely = [r["log_likelihoods"] for r in journal.read_jsonl(out / "options.jsonl")]
-        said.append((records, likely, capsys.readouterr().out))
-    assert said[0][:2] == said[1][:2] == said[2][:2] and any(said[0][0].values())
-    assert "converting" in said[1][2] and "was converted into" in said[2][2]
+        results.append((records, likely, capsys.readouterr().out))
+    assert results[0][:2] == results[1][:2] == results[2][:2] and any(results[0][0].values())
+    assert "converting" in results[1][2] and "was already converted to" in results[2][2]
     (source / "config.json").unlink()
     with pytest.raises(EvalError, match="theirs"):
         run(items, tmp_path / "broken", f"hf:{source}")
@@ -271,25 +271,25 @@ def test_a_checkpoint_in_another_layout_answers_alike_and_is_converted_once(
 # Parts, locks, folders, disks.
 
 
-def test_the_disk_is_full_and_what_was_written_is_kept(tmp_path):
-    """A real limit on the size of files, as a full disk: one line, and no answer asked again."""
+def test_a_full_disk_keeps_the_written_records(tmp_path):
+    """A limit on file sizes acts as a full disk: one line, and no request is repeated."""
     items, out = write_items(tmp_path / "data"), tmp_path / "out"
     with serving(says_yes) as llm:
-        given = words(items, out, f"endpoint:m@{llm.url}", "--config.service.concurrency=1")
+        given = program(items, out, f"endpoint:m@{llm.url}", "--config.service.concurrency=1")
         limited = ["bash", "-c", 'ulimit -f 8; exec "$@"', "bash", *given.pop("args")]
         full = subprocess.run(limited, **given, capture_output=True)
         assert full.returncode == cli.ERROR and full.stderr.count("\n") == 1, full.stderr
         assert "File too large" in full.stderr and ".jsonl" in full.stderr
-        asked = len(llm.requests)
-        assert 0 < asked < ITEMS
+        requested = len(llm.requests)
+        assert 0 < requested < ITEMS
         done = subprocess.run(limited[4:], **given, capture_output=True)
         assert done.returncode == cli.DONE, done.stderr
-        assert ITEMS <= len(llm.requests) <= ITEMS + 1  # at most the reply without room
+        assert ITEMS <= len(llm.requests) <= ITEMS + 1  # at most the reply that was not written
     assert len(journal.read_jsonl(out / "records.jsonl")) == ITEMS
 
 
-def test_parts_in_processes_are_the_whole(tmp_path):
-    """1, 2 and 4 real processes: the same records and the same numbers."""
+def test_shards_in_processes_equal_one_run(tmp_path):
+    """1, 2 and 4 processes give the same records and the same scores."""
     items = write_items(tmp_path / "data")
     sets = []
     for count in (1, 2, 4):
@@ -297,24 +297,24 @@ def test_parts_in_processes_are_the_whole(tmp_path):
         if count > 1:
             parts = [
                 subprocess.Popen(
-                    **words(items, out, "baseline:random", f"--shard={i}/{count}"),
+                    **program(items, out, "baseline:random", f"--shard={i}/{count}"),
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,
                 )  # fmt: skip
                 for i in range(count)
             ]
             for part in parts:
-                said, _ = part.communicate()
-                assert part.returncode == cli.DONE, said
+                output, _ = part.communicate()
+                assert part.returncode == cli.DONE, output
         summary = run(items, out, "baseline:random")
         records = [r for path in out.glob("records*.jsonl") for r in journal.read_jsonl(path)]
         assert len(records) == ITEMS
-        told = {r["id"]: {k: v for k, v in r.items() if k != "seconds"} for r in records}
-        sets.append((told, summary["scores"]))
+        by_id = {r["id"]: {k: v for k, v in r.items() if k != "seconds"} for r in records}
+        sets.append((by_id, summary["scores"]))
     assert sets[0] == sets[1] == sets[2]
 
 
-def test_two_writers_and_folders_of_others_are_refused(tmp_path):
+def test_a_second_writer_and_another_model_are_refused(tmp_path):
     items, out = write_items(tmp_path / "data"), tmp_path / "out"
 
     second_ended = threading.Event()
@@ -324,21 +324,21 @@ def test_two_writers_and_folders_of_others_are_refused(tmp_path):
         return completion("yes")
 
     with serving(behave) as llm:
-        given = words(items, out, f"endpoint:m@{llm.url}", "--config.service.concurrency=1")
+        given = program(items, out, f"endpoint:m@{llm.url}", "--config.service.concurrency=1")
         first = subprocess.Popen(**given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         while not llm.requests and first.poll() is None:
             time.sleep(0.01)
         second = subprocess.run(**given, capture_output=True)
         second_ended.set()
         assert second.returncode == cli.ERROR and second.stderr.count("\n") == 1, second.stderr
-        said, _ = first.communicate()
-        assert first.returncode == cli.DONE, said
+        output, _ = first.communicate()
+        assert first.returncode == cli.DONE, output
         assert len(llm.requests) == ITEMS
     with pytest.raises(EvalError, match="holds an evaluation with another model"):
         run(items, out, "baseline:constant")
 
 
-def test_a_missing_picture_is_named_before_anything_is_asked(tmp_path):
+def test_a_missing_image_is_reported_before_the_first_request(tmp_path):
     items = write_items(tmp_path / "data")
     (tmp_path / "data" / "3.png").unlink()
     with serving(says_yes) as llm:
@@ -350,28 +350,28 @@ def test_a_missing_picture_is_named_before_anything_is_asked(tmp_path):
 # From Python.
 
 
-def test_the_readme_s_example_runs_as_written(tmp_path, monkeypatch):
+def test_the_example_of_the_readme_runs_as_written(tmp_path, monkeypatch):
     text = (ROOT / "README.md").read_text()
     code = re.search(r"```python\n(from medmax_jax\.eval import .*?)```", text, re.S)[1]
     assert code.count("\n") <= 16
     monkeypatch.chdir(tmp_path)
-    told: dict = {}
-    exec(code, told)  # noqa: S102  the README's own lines
-    row = told["summary"]["scores"][0]
+    namespace: dict = {}
+    exec(code, namespace)  # noqa: S102  the lines of the README
+    row = namespace["summary"]["scores"][0]
     assert row["task"] == "vqa_closed" and 0 < row["value"] < 1
     assert (tmp_path / "runs" / "mine" / "report.html").exists()
 
 
-def test_options_of_one_s_own_model_are_calibrated(tmp_path):
+def test_option_likelihoods_of_a_python_model_are_calibrated(tmp_path):
     class Sure:
-        def generate(self, asks):
-            return ["yes" for _ in asks]
+        def generate(self, requests):
+            return ["yes" for _ in requests]
 
-        def score_options(self, asks, options):
+        def score_options(self, requests, options):
             return [[-0.1 if word == "yes" else -3.0 for word in each] for each in options]
 
     items = write_items(tmp_path / "data")
-    more = dict(probes="", options=True, baselines="constant", resamples=2_000, progress=print)
-    found = evaluate(Sure(), items, tmp_path / "out", "strict", **more)
-    rows = {(r["task"], r["metric"]): r["value"] for r in found["calibration"]["rows"]}
+    options_ = dict(probes="", options=True, baselines="constant", resamples=2_000, progress=print)
+    result = evaluate(Sure(), items, tmp_path / "out", "strict", **options_)
+    rows = {(r["task"], r["metric"]): r["value"] for r in result["calibration"]["rows"]}
     assert 0 < rows["vqa_rad_closed", "ece"] < 1

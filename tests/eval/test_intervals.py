@@ -10,50 +10,56 @@ from scipy import special
 
 from benchmarks import intervals
 from medmax_jax.eval.stats import intervals as stats_intervals
+from medmax_jax.eval.stats.intervals import Resampling
 
-NUMBERS = dict(seed=0, resamples=2_000)
+RESAMPLING = Resampling(0, 2_000)
 
 
-def test_every_item_its_own_group_is_the_plain_bootstrap():
+def test_one_item_per_group_is_the_plain_bootstrap():
     values = [0.0, 1.0] * 50
-    found = stats_intervals.mean_interval(values, range(100), seed=0, resamples=4_000)
-    assert (found.mean, found.n, found.groups) == (0.5, 100, 100)
+    result = stats_intervals.mean_interval(values, range(100), resampling=Resampling(0, 4_000))
+    assert (result.mean, result.n, result.groups) == (0.5, 100, 100)
     # the mean of 100 fair coins has sd 0.05
-    np.testing.assert_allclose([found.low, found.high], [0.5 - 0.098, 0.5 + 0.098], atol=0.015)
+    np.testing.assert_allclose([result.low, result.high], [0.5 - 0.098, 0.5 + 0.098], atol=0.015)
 
 
 def test_copies_in_a_group_add_nothing():
     """Ten copies of each of 20 values are worth 20 values, not 200."""
     values = np.repeat([0.0, 1.0] * 10, 10)
     groups = np.repeat(np.arange(20), 10).tolist()
-    clustered = stats_intervals.mean_interval(values, groups, seed=0, resamples=4_000)
-    plain = stats_intervals.mean_interval([0.0, 1.0] * 10, range(20), seed=0, resamples=4_000)
+    clustered = stats_intervals.mean_interval(values, groups, resampling=Resampling(0, 4_000))
+    plain = stats_intervals.mean_interval(
+        [0.0, 1.0] * 10, range(20), resampling=Resampling(0, 4_000)
+    )
     assert (clustered.low, clustered.high) == (plain.low, plain.high)
-    naive = stats_intervals.mean_interval(values, range(200), seed=0, resamples=4_000)
+    naive = stats_intervals.mean_interval(values, range(200), resampling=Resampling(0, 4_000))
     assert clustered.high - clustered.low > 2.5 * (naive.high - naive.low)
 
 
-def test_groups_of_different_size_weigh_by_their_items():
-    found = stats_intervals.mean_interval(
-        [1.0, 1.0, 1.0, 0.0], list("aaab"), seed=0, resamples=2_000
+def test_groups_are_weighted_by_their_items():
+    result = stats_intervals.mean_interval(
+        [1.0, 1.0, 1.0, 0.0], list("aaab"), resampling=Resampling(0, 2_000)
     )
-    assert found.mean == 0.75
+    assert result.mean == 0.75
     # two groups, the items of one of them mostly: nearly nothing is known of others
-    assert 0 <= found.low < 0.05 and 0.95 < found.high <= 1
+    assert 0 <= result.low < 0.05 and 0.95 < result.high <= 1
 
 
-def test_a_paired_difference_cancels_what_is_hard_for_both():
+def test_a_paired_difference_cancels_the_difficulty_of_items():
     rng = np.random.default_rng(0)
     before = rng.normal(0, 5, 200)
     after = before + rng.normal(0.1, 0.01, 200)
-    found = stats_intervals.paired_interval(before, after, range(200), span=None, **NUMBERS)
-    np.testing.assert_allclose([found.mean, found.low, found.high], 0.1, atol=0.005)
+    result = stats_intervals.paired_interval(
+        before, after, range(200), span=None, resampling=RESAMPLING
+    )
+    np.testing.assert_allclose([result.mean, result.low, result.high], 0.1, atol=0.005)
 
 
-def test_one_seed_one_interval():
+def test_the_interval_depends_on_the_seed_only():
     values = np.linspace(0, 1, 40)
     a, b, c = (
-        stats_intervals.mean_interval(values, range(40), seed=s, resamples=2_000) for s in (1, 1, 2)
+        stats_intervals.mean_interval(values, range(40), resampling=Resampling(s, 2_000))
+        for s in (1, 1, 2)
     )
     assert a == b and a != c
 
@@ -65,18 +71,18 @@ def test_wilson():
 
 @pytest.mark.parametrize("clusters", [30, 80])
 def test_coverage(clusters):
-    """95 % intervals hold the truth in nearly 95 % of worlds with clusters of unequal size."""
-    rng, held, worlds = np.random.default_rng(3), 0, 300
+    """95 % intervals contain the true value in nearly 95 % of samples with unequal clusters."""
+    rng, covered, worlds = np.random.default_rng(3), 0, 300
     for world in range(worlds):
         sizes = rng.integers(1, 8, clusters)
         ease = rng.normal(0, 1, clusters)  # mean 0 whatever the size
         groups = np.repeat(np.arange(clusters), sizes).tolist()
         values = np.repeat(ease, sizes) + rng.normal(0, 0.5, sizes.sum())
-        found = stats_intervals.mean_interval(
-            values, groups, seed=world, resamples=2_000, span=None
+        result = stats_intervals.mean_interval(
+            values, groups, resampling=Resampling(world, 2_000), span=None
         )
-        held += found.low <= 0 <= found.high
-    assert 0.90 <= held / worlds <= 0.98
+        covered += result.low <= 0 <= result.high
+    assert 0.90 <= covered / worlds <= 0.98
 
 
 FEW_GROUPS = (
@@ -88,10 +94,10 @@ FEW_GROUPS = (
 
 @pytest.mark.parametrize("design", FEW_GROUPS, ids=lambda design: design.name)
 def test_coverage_with_few_groups(design):
-    """Near 95 % where percentiles of the bootstrap hold the truth in 65 to 87 % of samples."""
-    held = intervals.coverage(design, draws=400, seed=0)
-    assert 0.92 <= held["ours"] and held["percentile"] < 0.90 < held["ours"], held
-    assert held["width"] < 0.7, held
+    """Near 95 %, where bootstrap percentiles contain the true value in 65 to 87 % of samples."""
+    shares = intervals.coverage(design, draws=400, seed=0)
+    assert 0.92 <= shares["ours"] and shares["percentile"] < 0.90 < shares["ours"], shares
+    assert shares["width"] < 0.7, shares
 
 
 @pytest.mark.slow
@@ -104,33 +110,33 @@ def test_coverage_over_all_designs(design):
 
 def test_items_of_one_group_each_have_wilson_s_interval_with_student_s_t():
     values = [1.0] * 8 + [0.0] * 2
-    found = stats_intervals.mean_interval(values, range(10), seed=0, resamples=20_000)
+    result = stats_intervals.mean_interval(values, range(10), resampling=Resampling(0, 20_000))
     t2 = special.stdtrit(9, 0.975) ** 2 / 9  # the error of 10 items, with 9 in its denominator
     middle, half = 0.8 + t2 / 2, np.sqrt(t2 * (0.16 + t2 / 4))
     want = [(middle - half) / (1 + t2), (middle + half) / (1 + t2)]
-    np.testing.assert_allclose([found.low, found.high], want, atol=0.004)
+    np.testing.assert_allclose([result.low, result.high], want, atol=0.004)
 
 
 def test_no_variation_bounds_the_groups_that_could_differ():
     """255 wrong answers of 19 patients are those of 19: Clopper and Pearson's bound for 0 of 19."""
     groups, most = [n % 19 for n in range(255)], 1 - 0.025 ** (1 / 19)
-    wrong = stats_intervals.mean_interval([0.0] * 255, groups, **NUMBERS)
+    wrong = stats_intervals.mean_interval([0.0] * 255, groups, resampling=RESAMPLING)
     assert (wrong.low, wrong.high) == (0.0, pytest.approx(most)) and most == pytest.approx(
         0.1765, abs=1e-4
     )
-    right = stats_intervals.mean_interval([1.0] * 255, groups, **NUMBERS)
+    right = stats_intervals.mean_interval([1.0] * 255, groups, resampling=RESAMPLING)
     assert (right.low, right.high) == (pytest.approx(1 - most), 1.0)
-    same = stats_intervals.paired_interval([1.0] * 255, [1.0] * 255, groups, **NUMBERS)
+    same = stats_intervals.paired_interval([1.0] * 255, [1.0] * 255, groups, resampling=RESAMPLING)
     assert (same.low, same.high) == (pytest.approx(-most), pytest.approx(most))
-    third = stats_intervals.mean_interval([0.3] * 255, groups, **NUMBERS)
+    third = stats_intervals.mean_interval([0.3] * 255, groups, resampling=RESAMPLING)
     assert (third.low, third.high) == (
         pytest.approx(0.3 * (1 - most)),
         pytest.approx(0.3 + 0.7 * most),
     )
-    each = stats_intervals.pointwise_intervals(
-        lambda some: np.zeros(1), groups, spans=[stats_intervals.SHARE], **NUMBERS
+    pointwise = stats_intervals.pointwise_intervals(
+        lambda indices: np.zeros(1), groups, spans=[stats_intervals.SHARE], resampling=RESAMPLING
     )
-    assert (each[0].low, each[0].high) == (0.0, pytest.approx(most))
+    assert (pointwise[0].low, pointwise[0].high) == (0.0, pytest.approx(most))
     for paired in (False, True):
         assert (
             0.1
@@ -138,30 +144,30 @@ def test_no_variation_bounds_the_groups_that_could_differ():
             < 0.3
         )
     nearly = stats_intervals.mean_interval(
-        [0.0, 1e-8] * 19, range(38), **NUMBERS
+        [0.0, 1e-8] * 19, range(38), resampling=RESAMPLING
     )  # but for rounding
     assert nearly.high == pytest.approx(1 - 0.025 ** (1 / 38), rel=1e-4)
     # groups whose means agree while their items do not are no more certain than their items
     even = stats_intervals.mean_interval(
-        [0.0, 1.0] * 20, np.repeat(range(20), 2).tolist(), **NUMBERS
+        [0.0, 1.0] * 20, np.repeat(range(20), 2).tolist(), resampling=RESAMPLING
     )
     assert even.high - even.low > 0.25
 
 
 def test_one_group_has_no_interval():
-    one = stats_intervals.mean_interval([1.0, 0.0] * 20, ["one"] * 40, **NUMBERS)
-    assert (one.low, one.high) == (-np.inf, np.inf)
-    row = one.row()
+    interval = stats_intervals.mean_interval([1.0, 0.0] * 20, ["one"] * 40, resampling=RESAMPLING)
+    assert (interval.low, interval.high) == (-np.inf, np.inf)
+    row = interval.row()
     assert (row["ci_low"], row["ci_high"], row["few_groups"]) == (None, None, True)
     assert row["value"] == 0.5 and json.dumps(row, allow_nan=False)
-    suite = stats_intervals.suite_interval([([1.0, 0.0], "aa")], **NUMBERS)
-    each = stats_intervals.pointwise_intervals(
-        lambda some: np.ones(1), "aa", spans=[None], **NUMBERS
+    suite = stats_intervals.suite_interval([([1.0, 0.0], "aa")], resampling=RESAMPLING)
+    pointwise = stats_intervals.pointwise_intervals(
+        lambda indices: np.ones(1), "aa", spans=[None], resampling=RESAMPLING
     )
-    assert suite.low == each[0].low == -np.inf
-    assert not stats_intervals.mean_interval([1.0, 0.0] * 10, range(20), **NUMBERS).row()[
-        "few_groups"
-    ]
+    assert suite.low == pointwise[0].low == -np.inf
+    assert not stats_intervals.mean_interval(
+        [1.0, 0.0] * 10, range(20), resampling=RESAMPLING
+    ).row()["few_groups"]
 
 
 @settings(deadline=None, max_examples=50)
@@ -172,25 +178,33 @@ def test_one_group_has_no_interval():
 )
 def test_an_interval_has_width_and_stays_in_its_span(items):
     values, groups = zip(*items, strict=True)
-    for found, least in (
-        (stats_intervals.mean_interval(values, groups, **NUMBERS), 0.0),
-        (stats_intervals.paired_interval(values, [1.0] * len(values), groups, **NUMBERS), -1.0),
-        (stats_intervals.suite_interval([(values, groups), ([1.0], [9])], **NUMBERS), 0.0),
+    for result, least in (
+        (stats_intervals.mean_interval(values, groups, resampling=RESAMPLING), 0.0),
+        (
+            stats_intervals.paired_interval(
+                values, [1.0] * len(values), groups, resampling=RESAMPLING
+            ),
+            -1.0,
+        ),
+        (
+            stats_intervals.suite_interval([(values, groups), ([1.0], [9])], resampling=RESAMPLING),
+            0.0,
+        ),
     ):
-        assert least <= found.low <= found.mean + 1e-12 and found.mean <= found.high + 1e-12
-        assert found.high <= 1 + 1e-12 and found.high > found.low
+        assert least <= result.low <= result.mean + 1e-12 and result.mean <= result.high + 1e-12
+        assert result.high <= 1 + 1e-12 and result.high > result.low
 
 
 def test_errors_name_the_number():
-    with pytest.raises(ValueError, match="values from 0 to 3 are outside of their span 0 to 1"):
-        stats_intervals.mean_interval([0, 3], "ab", seed=0, resamples=2_000)
+    with pytest.raises(ValueError, match="values from 0 to 3 are outside the span 0 to 1"):
+        stats_intervals.mean_interval([0, 3], "ab", resampling=Resampling(0, 2_000))
     with pytest.raises(ValueError, match="2 values but 1 groups"):
-        stats_intervals.mean_interval([1, 2], "a", seed=0, resamples=2_000)
+        stats_intervals.mean_interval([1, 2], "a", resampling=Resampling(0, 2_000))
     with pytest.raises(ValueError, match="no values"):
-        stats_intervals.mean_interval([], [], seed=0, resamples=2_000)
+        stats_intervals.mean_interval([], [], resampling=Resampling(0, 2_000))
     with pytest.raises(ValueError, match="resamples is 10"):
-        stats_intervals.mean_interval([1], "a", seed=0, resamples=10)
-    with pytest.raises(ValueError, match="1 scores before but 2 after"):
-        stats_intervals.paired_interval([1], [1, 2], "ab", seed=0, resamples=2_000)
-    with pytest.raises(ValueError, match="3 successes of 2"):
+        stats_intervals.mean_interval([1], "a", resampling=Resampling(0, 10))
+    with pytest.raises(ValueError, match="before has 1 scores and after has 2"):
+        stats_intervals.paired_interval([1], [1, 2], "ab", resampling=Resampling(0, 2_000))
+    with pytest.raises(ValueError, match="successes is 3 and n is 2"):
         stats_intervals.wilson(3, 2)

@@ -102,6 +102,16 @@ def test_killed_run_resumes_and_another_request_raises(tmp_path):
         OutputFolder(tmp_path, [first, second], dict(mode="mixed"))
 
 
+def test_a_folder_with_the_old_name_of_its_request_file_is_refused(tmp_path):
+    prompts = [Prompt(id="a", named=True, parts=("a",))]
+    OutputFolder(tmp_path, prompts, dict(mode="text")).add(prompts[0], [Text("b")], "text")
+    (tmp_path / "request.json").rename(tmp_path / "asked.json")
+    with pytest.raises(GenerateError, match="asked.json is named request.json now; use a") as error:
+        OutputFolder(tmp_path, prompts, dict(mode="text"))
+    subprocess.run(str(error.value).partition("or rename: ")[2], shell=True, check=True)
+    assert list(OutputFolder(tmp_path, prompts, dict(mode="text")).records) == ["a"]
+
+
 SLOW = pytest.mark.slow  # a process each
 
 

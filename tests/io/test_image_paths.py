@@ -89,7 +89,7 @@ def test_every_reader_rejects_paths_outside_the_folder(folder, name, tmp_path):
             jsonl.read_texts(folder / "d.jsonl")
     item = items.from_rows([ROW | {"image_path": "a.png"}])[0]
     changed_items = [items.dataclasses.replace(item, image=name)]
-    eval_set = selection.EvalSet(items=changed_items, train=[], pictures=[], folder=folder)
+    eval_set = selection.EvalSet(items=changed_items, train=[], training_images=[], folder=folder)
     with pytest.raises(ImagePathError):
         selection.check_images(eval_set)
     with pytest.raises(ImagePathError):
@@ -103,7 +103,9 @@ def test_every_reader_rejects_paths_outside_the_folder(folder, name, tmp_path):
             output_files.read_prompts(folder / "q.jsonl")
     with pytest.raises(image_headers.ImageError, match="outside the image folder"):
         near_duplicates.hash_file(folder, name)
-    record = inference.item_fields(changed_items[0]) | dict(text="yes", images=[], looks_like=None)
+    record = inference.item_fields(changed_items[0]) | dict(
+        text="yes", images=[], predicted_modality=None
+    )
     with pytest.raises(ImagePathError):
         page.examples([record], tmp_path, folder)
 

@@ -150,7 +150,7 @@ def test_the_workdir_is_private_from_the_first_byte(tmp_path):
     )
     assert_private(out)
     assert not any("SECRET" in line for line in output)
-    assert "keep this page where the items may be kept" in (out / "report.html").read_text()
+    assert "store this page only where the items may be stored" in (out / "report.html").read_text()
     os.chmod(out / "report.html", 0o644)
     report.rewrite_report(out, "")
     assert_private(out)
@@ -172,7 +172,7 @@ def test_workdir_of_open_data_is_unchanged(tmp_path):
         (dict(answer=["SECRET"]), "q.jsonl line 1: answer is of type list"),
         (dict(prompt=["SECRET"]), "q.jsonl line 1: prompt is of type list"),
         (dict(image_path="../SECRET.png"), "q.jsonl line 1: image_path: the image leads out"),
-        (dict(task_name="SECRET", question_type="SECRET"), "is no task of this suite"),
+        (dict(task_name="SECRET", question_type="SECRET"), "is not a task of this suite"),
         (dict(question_type="mcq", options=["SECRET"]), "expected a list of 2 to 26 texts"),
         (dict(task_name="visual_chat", question_type="conversation"), "is not the dictionary"),
     ],
@@ -187,11 +187,11 @@ def test_messages_contain_nothing_of_a_row(tmp_path, change, message):
 
 
 def test_later_messages_contain_nothing_of_a_row(tmp_path):
-    with pytest.raises(TaskError, match="the id of row 1 comes more than once"):
+    with pytest.raises(TaskError, match="the id of row 1 occurs more than once"):
         from_rows([ROW, ROW])
     items = from_rows([ROW])
-    found = selection.EvalSet(items=items, train=[], pictures=[], folder=tmp_path)
-    with pytest.raises(EvalError, match="the first is the image of item number 1") as caught:
+    found = selection.EvalSet(items=items, train=[], training_images=[], folder=tmp_path)
+    with pytest.raises(EvalError, match="first: the image of item number 1") as caught:
         selection.check_images(found)
     (tmp_path / "SECRET.png").write_bytes(b"SECRET")
     with pytest.raises(EvalError, match="image of item number 1 cannot be read") as unread:
@@ -199,8 +199,8 @@ def test_later_messages_contain_nothing_of_a_row(tmp_path):
     assert not {"SECRET"} & {w for e in (caught, unread) for w in str(e.value).split()}
     path = tmp_path / "p.jsonl"
     for row, output in (
-        (dict(id="SECRET2", text="yes"), "the first is that of line 1"),
-        (dict(id="SECRET", images=["SECRET2.png"]), "line 1: image 1 is no file"),
+        (dict(id="SECRET2", text="yes"), "first: that of line 1"),
+        (dict(id="SECRET", images=["SECRET2.png"]), "line 1: image 1 is not a file"),
         (dict(id="SECRET", images=["../SECRET.png"]), "image 1 is outside"),
     ):
         path.write_text(json.dumps(row))

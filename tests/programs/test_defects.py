@@ -18,7 +18,7 @@ from llm_server import serving, short_waits  # noqa: F401
 from test_efficientnet import tensors as lite_tensors
 from test_eval import settings
 from test_house import imports, modules
-from test_judging import a_judge, ask
+from test_judging import a_judge, judge_all
 
 from medmax_jax.configs import eval_paper, eval_suite
 from medmax_jax.eval.config import JudgeSettings
@@ -28,11 +28,12 @@ from medmax_jax.eval.metrics import aggregate, llm_judge, per_record, release
 from medmax_jax.eval.models import base
 from medmax_jax.eval.pipeline import image_scoring, inference, judging, stages
 from medmax_jax.eval.stats import intervals
+from medmax_jax.eval.stats.intervals import Resampling
 from medmax_jax.eval.tasks import items as task_items
 from medmax_jax.io import journal
 
 ROOT = Path(__file__).parents[2]
-NUMBERS = dict(mode="strict", seed=0, resamples=2_000)
+SETTINGS = dict(mode="strict", resampling=Resampling(0, 2_000))
 
 
 class Scripted:
@@ -79,8 +80,7 @@ def test_3_folders_may_be_relative(tmp_path, monkeypatch):
         [lite],
         folder,
         images_folder=folder,
-        seed=0,
-        resamples=2_000,
+        resampling=Resampling(0, 2_000),
         progress=lambda line: None,
     )
     lines = per_record.read(folder).image_scores["efficientnet_lite0"]
@@ -101,7 +101,7 @@ def test_6_an_empty_answer_is_an_answer(tmp_path):
              eval_setup.item("multimodal", "multimodal", 1)]  # fmt: skip
     records = answers(Scripted({}), items, tmp_path)
     assert [(r["text"], r["images"]) for r in records] == [("", []), ("", [])]
-    row = aggregate.summary(records, **NUMBERS)[0]
+    row = aggregate.summary(records, **SETTINGS)[0]
     assert (row["value"], row["n_unparsed"], row["n"]) == (0, 1, 1)
 
 
@@ -114,10 +114,10 @@ def test_7_failed_items_do_not_stop_the_others(tmp_path):
         "x_closed/1": ["yes"],
         "captioning_x/2": ["A CT"],
     }
-    rows = aggregate.summary(answers(Scripted(output), items, tmp_path), **NUMBERS)
+    rows = aggregate.summary(answers(Scripted(output), items, tmp_path), **SETTINGS)
     closed = rows[0]
     assert (closed["n"], closed["n_errors"], closed["n_unscored"]) == (2, 1, 1)
-    assert (closed["value"], closed["best"], closed["of_scored"]) == (0.5, 1, 1)
+    assert (closed["value"], closed["best"], closed["scored_only"]) == (0.5, 1, 1)
     assert rows[1]["task"] == "captioning_x" and rows[1]["n_errors"] == 0
 
 
@@ -130,7 +130,7 @@ def test_13_14_16_strict_has_no_penalty_and_states_image_sampling():
 
 def test_22_the_reference_caption_counts(tmp_path):
     one = eval_setup.item("captioning_x", "captioning", 0, answer="A CT of the chest")
-    rows = aggregate.summary([eval_setup.record(one, "A CT of the chest")], **NUMBERS)
+    rows = aggregate.summary([eval_setup.record(one, "A CT of the chest")], **SETTINGS)
     assert {row["metric"]: row["value"] for row in rows} == {"token_f1": 1, "rouge_l": 1}
     assert "caption_caption" in per_record.IMAGE_METRICS["captioning"]
 
@@ -152,10 +152,10 @@ def test_26_intervals_account_for_questions_that_share_an_image():
     records = [
         eval_setup.record(i, "yes" if r else "no") for i, r in zip(items, right, strict=True)
     ]
-    (row,) = aggregate.summary(records, **NUMBERS)
+    (row,) = aggregate.summary(records, **SETTINGS)
     naive = 2 * 1.96 * release.accuracy(right.astype(float))[1]
     assert row["groups"] == 40 and row["ci_high"] - row["ci_low"] > 3 * naive
-    assert row["can_find"] == pytest.approx(
+    assert row["mde"] == pytest.approx(
         intervals.minimum_detectable_effect(right, [i.group for i in items], paired=False)
     )
 
@@ -170,11 +170,10 @@ def test_27_28_answers_of_all_tasks_are_kept_without_duplicates(tmp_path):
             [lite],
             tmp_path,
             images_folder=tmp_path,
-            seed=0,
-            resamples=2_000,
+            resampling=Resampling(0, 2_000),
             progress=lambda line: None,
         )
-        return (tmp_path / per_record.PICTURES).read_bytes()
+        return (tmp_path / per_record.IMAGE_SCORES).read_bytes()
 
     once = see()
     assert see() == once
@@ -193,7 +192,7 @@ def test_29_missing_key_is_reported_before_any_request(tmp_path, monkeypatch):
     now = settings(tmp_path)
     service = dataclasses.replace(now.judge.service, key_env="A_KEY")
     who = dataclasses.replace(now.judge, endpoint="m@http://127.0.0.1:9/v1", service=service)
-    with pytest.raises(llm_judge.JudgeError, match="'A_KEY', which is not set; export it"):
+    with pytest.raises(llm_judge.JudgeError, match="'A_KEY', a variable that is not set; export"):
         stages.run(
             dataclasses.replace(now, judge=who),
             tmp_path / "out",
@@ -212,7 +211,7 @@ def test_29_cost_and_calls_are_reported(tmp_path):
         return eval_setup.judge(request)
 
     with serving(behave) as llm:
-        report = ask(a_judge(llm.url, price_in=1.0, price_out=10.0), records, tmp_path)
+        report = judge_all(a_judge(llm.url, price_in=1.0, price_out=10.0), records, tmp_path)
         assert report["calls"] == len(llm.requests) > 0
         assert report["usd"] == pytest.approx(2e-4 * report["calls"]) and llm.most_at_once > 1
     assert (tmp_path / judging.CALLS).exists()
@@ -242,7 +241,7 @@ def test_31_answers_are_paired_by_id_and_never_by_order(tmp_path):
     assert [r["text"] for r in records] == ["yes"] * 2 + ["no"] * 4
     twice = [dict(task_name="image_captioning", question_type="x", prompt="", answer="", id="a",
                   image_path="a.png")] * 2  # fmt: skip
-    with pytest.raises(task_items.TaskError, match="id 'a' comes more than once"):
+    with pytest.raises(task_items.TaskError, match="id 'a' occurs more than once"):
         task_items.from_rows(twice)
 
 

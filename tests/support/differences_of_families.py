@@ -23,6 +23,7 @@ from medmax_jax.eval.encoders import biomedclip
 from medmax_jax.eval.encoders import scorer as encoders_scorer
 from medmax_jax.eval.metrics import aggregate, llm_judge, per_record
 from medmax_jax.eval.pipeline import image_scoring, judging
+from medmax_jax.eval.stats.intervals import Resampling
 
 HEAD = ("task", "metric", "n", "paper", "of", "strict", "best", "unparsed", "unscored", "why")
 
@@ -38,7 +39,12 @@ def table(folder: Path) -> str:
     scorer = encoders_scorer.open_scorer(f"biomedclip:{clip}", batch=4, sizes=TINY)
     quiet = lambda line: None  # noqa: E731
     image_scoring.score_images(
-        [*records], [scorer], folder, images_folder=folder, seed=0, resamples=2_000, progress=quiet
+        [*records],
+        [scorer],
+        folder,
+        images_folder=folder,
+        resampling=Resampling(0, 2_000),
+        progress=quiet,
     )
     fixed = dict(repeats=3, attempts=2, concurrency=4, seed=0, max_usd=None, tokens_out=20)
     with serving(eval_setup.judge) as llm:
@@ -51,7 +57,7 @@ def table(folder: Path) -> str:
             progress=quiet,
         )
     rows = aggregate.summary(
-        records, per_record.read(folder), mode="strict", seed=0, resamples=2_000
+        records, per_record.read(folder), mode="strict", resampling=Resampling(0, 2_000)
     )
     lines = [HEAD, ["---"] * len(HEAD)]
     lines += [_line(row) for row in rows if row["paper_n"] is not None]

@@ -17,7 +17,7 @@ CHATS = ["A CT.", "An MRI.", "refuses"]
 def item(task, family, n, **changes):
     """Return an item: groups of two items, with the image of its number."""
     fields = dict(id=f"{task}/{n}", task=task, family=family, prompt="What?", answer="A CT.")
-    fields |= dict(image=f"{n % 4}.png", group=f"g{n // 2}", template=family, facts=(), kind="")
+    fields |= dict(image=f"{n % 4}.png", group=f"g{n // 2}", template=family, facts=(), modality="")
     fields |= dict(slices=(), context="", data_class="open")
     return items.Item(**(fields | changes))
 
@@ -25,7 +25,9 @@ def item(task, family, n, **changes):
 def record(item, text, images=(), **changes):
     """As the loop writes it."""
     fields = json.loads(json.dumps(vars(item)))
-    return fields | dict(text=text, images=list(images), codes=[], looks_like=None) | changes
+    return (
+        fields | dict(text=text, images=list(images), codes=[], predicted_modality=None) | changes
+    )
 
 
 def records(folder):
