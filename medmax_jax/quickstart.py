@@ -13,7 +13,6 @@ contains:
 import contextlib
 import dataclasses
 import importlib.metadata
-import io
 import json
 import logging
 import resource
@@ -24,8 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import matplotlib
-import matplotlib.pyplot as plt
 import PIL.Image
 from ml_collections import ConfigDict
 
@@ -45,7 +42,7 @@ from medmax_jax.eval.stats import intervals
 from medmax_jax.eval.tasks import items as task_items
 from medmax_jax.eval.tasks import probes, selection
 from medmax_jax.generation import model_bundle
-from medmax_jax.io import html_page
+from medmax_jax.io import charts, html_page
 from medmax_jax.io.text_files import TextFileError, read_json
 from medmax_jax.models import images
 from medmax_jax.sharding import make_mesh
@@ -378,10 +375,8 @@ def _log_summary(report: dict[str, Any], workdir: Path) -> None:
 #
 # report.json --+
 # cases --------+--> report.html    one file, no script, all text escaped (html_page.py)
-# curves.png ---+
+# curves -------+
 
-
-matplotlib.use("Agg")  # no display is needed to draw into a file
 
 NOTICE = (
     "This is a toy-sized research model, trained in minutes on a few hundred embedded images. "
@@ -390,24 +385,25 @@ NOTICE = (
 
 
 def build(
-    report: dict[str, Any], cases: Sequence[Case], generated: Sequence[Generated], curves: bytes
+    report: dict[str, Any], cases: Sequence[Case], generated: Sequence[Generated], curves: str
 ) -> str:
     """Return the complete page as HTML."""
     body = html_page.paragraph(NOTICE) + html_page.paragraph(_summary(report), note=True)
     body += html_page.section("Stages", _stages_table(report))
     body += html_page.section("Scores on held-out groups", _scores(report))
     body += html_page.section(
-        "Curves", html_page.figure(curves, "Loss of text and image tokens, and training throughput")
+        "Curves", html_page.chart(curves, "Loss of text and image tokens, and training throughput")
     )
     body += html_page.section("Held-out cases", "".join(map(_case, cases)))
     body += html_page.section("Images generated from text", "".join(map(_generated, generated)))
     return html_page.document("MedMax in JAX: quickstart", body)
 
 
-def plot_curves(train: Sequence[dict[str, Any]], validation: Sequence[dict[str, Any]]) -> bytes:
-    """Return a PNG of the mean text and image token losses by step, and of tokens per second."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
-    for token_type, color in (("text", "#0b6e69"), ("image", "#b4552d")):
+@charts.page_style()
+def plot_curves(train: Sequence[dict[str, Any]], validation: Sequence[dict[str, Any]]) -> str:
+    """Return a chart of the mean text and image token losses by step, and of tokens per second."""
+    figure, (left, right) = charts.subplots(1, 2, size=(10.0, 3.4))
+    for token_type, color in zip(("text", "image"), charts.SERIES, strict=False):
         for rows, style, name in ((train, "-", "training"), (validation, "o--", "validation")):
             points = [(r["step"], r[f"{token_type}_nll"]) for r in rows if f"{token_type}_nll" in r]
             if points:
@@ -415,22 +411,17 @@ def plot_curves(train: Sequence[dict[str, Any]], validation: Sequence[dict[str, 
                     *zip(*points, strict=True), style, color=color, label=f"{token_type}, {name}"
                 )
     left.set(xlabel="step", ylabel="nats per token", title="Loss")
-    left.legend(frameon=False)
+    left.legend()
     rates = [(r["step"], r["tokens_per_second"]) for r in train if r.get("tokens_per_second")]
     if rates:
-        right.plot(*zip(*rates, strict=True), color="#444")
+        right.plot(*zip(*rates, strict=True), color=charts.SOFT)
     right.set(
         xlabel="step",
         ylabel="tokens per second, without padding",
         title="Throughput",
         ylim=(0, None),
     )
-    for axis in (left, right):
-        axis.spines[["top", "right"]].set_visible(False)
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=110)
-    plt.close(figure)
-    return out.getvalue()
+    return charts.svg(figure)
 
 
 def interval(row: Mapping[str, Any]) -> str:

@@ -28,13 +28,12 @@ import optax
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Float32
-from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 from PIL import Image
 
 from medmax_jax import cli, config
 from medmax_jax.checkpoints import safetensors_file
-from medmax_jax.io import image_paths
+from medmax_jax.io import charts, image_paths
 from medmax_jax.io.errors import quoted
 from medmax_jax.io.text_files import TextFileError, read_objects
 from medmax_jax.models import images, vqgan
@@ -368,19 +367,20 @@ class Log:
         self._rows.write(json.dumps({"kind": kind, "step": self.at, **values}))
 
 
+@charts.page_style()
 def plot_curves(workdir: Path) -> int:
     """Plot L1, LPIPS, PSNR and codes in use to D/curve.png; return the count of damaged lines."""
     rows, damaged = read_metrics(workdir / "metrics.jsonl")
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure, grid = charts.subplots(2, 2, size=(8.0, 4.5))
     names = ("l1", "lpips", "psnr", "codes_used")
-    for name, axes in zip(names, figure.subplots(2, 2).flat, strict=True):
+    for name, axes in zip(names, grid.flat, strict=True):
         for kind, style in (("step", "-"), ("validation", "o")):
             points = [(r["step"], r[name]) for r in rows if r["kind"] == kind and name in r]
             axes.plot(*zip(*points, strict=True), style, label=kind, linewidth=0.8) if points else 0
         axes.set(title=name, xlabel="step")
         if axes.lines:
-            axes.legend(fontsize=7)
-    figure.savefig(workdir / "curve.png", dpi=80)
+            axes.legend()
+    charts.save(figure, workdir / "curve.png")
     return damaged
 
 

@@ -11,7 +11,7 @@ from jaxtyping import install_import_hook
 CHECKED = (
     "checkpoints cli config convert eval.encoders.biomedclip eval.encoders.efficientnet flops "
     "generate generation io.atomic_folder io.gcs io.html_page io.image_paths io.progress "
-    "io.csv_files io.errors io.settings_files io.storage io.svg_charts io.text_files models plan "
+    "io.csv_files io.errors io.settings_files io.storage io.charts io.text_files models plan "
     "quickstart scaling sharding "
     "sweep train train_vqgan training.cross_entropy training.log_writer training.loss "
     "training.lpips training.metrics training.optimizer training.reporting training.samples "

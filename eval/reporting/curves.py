@@ -6,14 +6,20 @@ risk, coverage   x: the share of the answers that are kept, the most confident f
                  of these that are wrong; the dashed line is keeping a random share
 """
 
+import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from medmax_jax.eval.reporting import tables
-from medmax_jax.io import html_page, svg_charts
+from medmax_jax.io import charts, html_page
 
 Rows = Mapping[str, Sequence[Mapping[str, Any]]]  # task -> its bins, or its curve
 STEP, LEAST = 0.1, 0.3  # of the axes that are fitted to the values
+NEAR = 1e-9
+LARGEST_DOT, SMALLEST_DOT = 6.0, 2.5  # points
 RELIABILITY_NOTE = (
     "Reliability: one dot per bin of equally many answers, smaller where ties leave fewer, with "
     "the 95 % interval of its accuracy. On the dashed line the confidence equals the accuracy; "
@@ -32,23 +38,23 @@ def render_curves(calibration: Mapping[str, Any]) -> str:
     bins, curves = calibration.get("bins", {}), calibration.get("curves", {})
     body = ""
     if bins:
-        body += html_page.paragraph(RELIABILITY_NOTE) + svg_charts.side_by_side(_reliability(bins))
+        body += html_page.paragraph(RELIABILITY_NOTE) + _reliability(bins)
         body += html_page.details("Table of the bins", _table(bins))
     if curves:
-        body += html_page.paragraph(RISK_NOTE) + svg_charts.side_by_side(_risk(curves))
+        body += html_page.paragraph(RISK_NOTE) + _risk(curves)
     return body
 
 
-def _reliability(bins: Rows) -> list[str]:
+def _reliability(bins: Rows) -> str:
     ends = [
         bin_[end] for task_bins in bins.values() for bin_ in task_bins for end in ("low", "high")
     ]
-    low, high = svg_charts.axis_limits(ends, step=STEP, least=LEAST)
-    charts = []
+    low, high = axis_limits(ends, step=STEP, least=LEAST)
+    items = []
     for task, task_bins in bins.items():
         largest = max(bin_["n"] for bin_ in task_bins)
         points = [
-            svg_charts.Point(
+            _Point(
                 x=bin_["confidence"],
                 y=bin_["accuracy"],
                 low=0.0 if bin_["ci_low"] is None else bin_["ci_low"],
@@ -59,17 +65,12 @@ def _reliability(bins: Rows) -> list[str]:
             )
             for bin_ in task_bins
         ]
-        charts.append(
-            svg_charts.chart(
-                task,
-                _count_text(task_bins),
-                x=svg_charts.Axis("confidence", low, high),
-                y=svg_charts.Axis("accuracy", 0.0, 1.0),
-                points=points,
-                guides=[(low, low, high, high)],
-            )
-        )
-    return charts
+        svg = _draw(
+            points, guide=((low, high), (low, high)), xlabel="confidence", ylabel="accuracy",
+            xlim=(low, high), ylim=(0.0, 1.0),
+        )  # fmt: skip
+        items.append((svg, task, _count_text(task_bins)))
+    return html_page.charts(items)
 
 
 def _count_text(bins: Sequence[Mapping[str, Any]]) -> str:
@@ -80,38 +81,90 @@ def _count_text(bins: Sequence[Mapping[str, Any]]) -> str:
     return f"{sum(bin_['n'] for bin_ in bins)} answers in {len(bins)} {noun} of {sizes}"
 
 
-def _risk(curves: Rows) -> list[str]:
+def _risk(curves: Rows) -> str:
     ends = [point["ci_high"] for curve in curves.values() for point in curve]
     highest = max(1.0 if end is None else end for end in ends)
-    _, high = svg_charts.axis_limits([0.0, highest], step=STEP, least=LEAST)
-    charts = []
+    _, high = axis_limits([0.0, highest], step=STEP, least=LEAST)
+    items = []
     for task, curve in curves.items():
         points = [
-            svg_charts.Point(
+            _Point(
                 x=point["coverage"],
                 y=point["risk"],
                 low=0.0 if point["ci_low"] is None else point["ci_low"],
                 high=highest if point["ci_high"] is None else point["ci_high"],
                 tooltip=f"the most confident {100 * point['coverage']:.0f} %: risk "
-                f"{point['risk']:.3f}, "
-                f"{tables.interval(point)}",
+                f"{point['risk']:.3f}, {tables.interval(point)}",
                 size=0.4,
             )
             for point in curve
         ]
         of_all, of_half = (next(p for p in curve if p["coverage"] == c)["risk"] for c in (1.0, 0.5))
-        charts.append(
-            svg_charts.chart(
-                task,
-                f"risk {of_all:.3f} of all answers, {of_half:.3f} of the most confident half",
-                x=svg_charts.Axis("coverage", 0.0, 1.0),
-                y=svg_charts.Axis("risk", 0.0, high),
-                points=points,
-                guides=[(0.0, of_all, 1.0, of_all)],
-                joined=True,
-            )
-        )
-    return charts
+        svg = _draw(
+            points, guide=((0.0, 1.0), (of_all, of_all)), xlabel="coverage", ylabel="risk",
+            xlim=(0.0, 1.0), ylim=(0.0, high), joined=True,
+        )  # fmt: skip
+        caption = f"risk {of_all:.3f} of all answers, {of_half:.3f} of the most confident half"
+        items.append((svg, task, caption))
+    return html_page.charts(items)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Point:
+    """A data point with the ends of its interval; size: share of the largest dot's area."""
+
+    x: float
+    y: float
+    low: float
+    high: float
+    tooltip: str
+    size: float
+
+
+@charts.page_style()
+def _draw(
+    points: Sequence[_Point],
+    *,
+    guide: tuple[tuple[float, float], tuple[float, float]],
+    xlabel: str,
+    ylabel: str,
+    xlim: tuple[float, float],
+    ylim: tuple[float, float],
+    joined: bool = False,
+) -> str:
+    """Draw dots with whiskers and a dashed guide; joined: a line and a band instead of whiskers."""
+    figure, axes = charts.subplots(size=(3.4, 2.5))
+    axes.plot(*guide, "--", color=charts.SOFT, linewidth=1)
+    x, y, low, high = np.array([(p.x, p.y, p.low, p.high) for p in points]).T
+    if joined:
+        axes.fill_between(x, low, high, color=charts.MARK, alpha=0.16, linewidth=0)
+        axes.plot(x, y, color=charts.MARK)
+    else:
+        axes.vlines(x, low, high, color=charts.MARK, alpha=0.6)
+    tooltips = {}
+    for number, point in enumerate(points):
+        gid = f"{charts.TOOLTIP}{number}"
+        tooltips[gid] = point.tooltip
+        size = max(LARGEST_DOT * math.sqrt(point.size), SMALLEST_DOT)
+        axes.plot(point.x, point.y, "o", color=charts.MARK, markersize=size, gid=gid, clip_on=False)
+    axes.set(xlabel=xlabel, ylabel=ylabel, xlim=xlim, ylim=ylim)
+    axes.grid(linewidth=0.6)
+    axes.locator_params(nbins=5)
+    return charts.svg(figure, tooltips=tooltips)
+
+
+def axis_limits(values: Sequence[float], *, step: float, least: float) -> tuple[float, float]:
+    """Return the ends of an axis in 0..1 that contains all values.
+
+    The ends are multiples of step and differ by at least `least`: [0.52, 0.58] by 0.1, at least
+    0.2: (0.4, 0.6).
+    """
+    first, top = math.floor(min(values) / step + NEAR), round(1 / step)
+    last = max(math.ceil(max(values) / step - NEAR), first + 1)
+    missing = max(round(least / step) - (last - first), 0)
+    up = min(missing // 2, top - last)
+    first = max(first - (missing - up), 0)
+    return first * step, max(last + up, min(first + round(least / step), top)) * step
 
 
 def _table(bins: Rows) -> str:

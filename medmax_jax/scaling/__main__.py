@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from medmax_jax.cli import DONE, ERROR, WorkdirError, open_workdir
-from medmax_jax.io import html_page
+from medmax_jax.io import charts, html_page
 from medmax_jax.io.progress import SECONDS, ItemProgress
 from medmax_jax.scaling import checklist, diagnostics, mixed, report, table
 from medmax_jax.scaling.laws import LAWS, ScalingError
@@ -145,12 +145,12 @@ def _mixed(args: argparse.Namespace, folder: Path | None) -> dict[str, Any]:
         print(f"  {name:12} {value:<12.6g} {checklist.ends(intervals[name])}")
     print(f"  {competition}")
     if folder:
-        png = report.agreement(mixed_rows.y, fitted.predict(mixed_rows.x), target)
-        (folder / "law.png").write_bytes(png)
+        figure = report.agreement(mixed_rows.y, fitted.predict(mixed_rows.x), target)
+        charts.save(figure, folder / "law.png")
         body = html_page.paragraph(
             f"{mixed.LAW.formula}; {mixed.LAW.paper}. In this table {competition}."
         )
-        body += html_page.figure(png, "The law against the mixed runs.")
+        body += html_page.chart(charts.svg(figure), "The law against the mixed runs.")
         body += report.parameters(fitted.values, intervals, ())
         report.render(folder, f"mixed_modal law of {Path(args.table).name}", body)
     return fitted.values | dict(

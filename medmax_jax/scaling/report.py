@@ -1,32 +1,31 @@
-"""Draw the figures of a study, as PNG bytes: the law, its residuals, exponents and best sizes."""
+"""Draw the figures of a study and its page: the law, its residuals, exponents and best sizes."""
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-from medmax_jax.io import html_page
+from medmax_jax.io import charts, html_page
+from medmax_jax.io.charts import MARK, SERIES, SOFT
 from medmax_jax.scaling import allocation as scaling_allocation
 from medmax_jax.scaling import checklist, diagnostics
 from medmax_jax.scaling.diagnostics import LEVEL
 from medmax_jax.scaling.study import Study
 
-matplotlib.use("Agg")  # no display is needed to draw into a file
-
 POINTS = 120  # of a drawn curve
 BEYOND = 3.0  # a curve continues by this factor beyond the largest run
 CURVES = 6  # sizes that get a curve of their own; of more, this many are shown
-COLORS = plt.get_cmap("viridis")
+COLORS = matplotlib.colormaps["viridis"]
 NAMES = {"params": "parameters", "tokens": "tokens", "unique_tokens": "unique tokens"}
 
 
-def all_plots(study: Study) -> dict[str, tuple[bytes, str]]:
-    """Return file name -> (PNG, caption)."""
+def all_plots(study: Study) -> dict[str, tuple[Figure, str]]:
+    """Return file name -> (figure, caption)."""
     law_caption = "The law at selected sizes, its interval, and the runs by nearest size."
     plots = {
         "law.png": (law(study), law_caption),
@@ -41,10 +40,11 @@ def all_plots(study: Study) -> dict[str, tuple[bytes, str]]:
     return plots
 
 
-def law(study: Study) -> bytes:
+@charts.page_style()
+def law(study: Study) -> Figure:
     """Plot loss by tokens, a curve for each size; loss alone if the law has no size."""
     x_column = "loss" if "loss" in study.table.x else "tokens"
-    figure, axes = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
+    figure, axes = charts.subplots(size=(7.2, 4.6))
     legend_title, groups = _groups(study)
     for k, (value, rows) in enumerate(groups):
         color = COLORS(0.05 + 0.85 * k / max(len(groups) - 1, 1))
@@ -59,21 +59,20 @@ def law(study: Study) -> bytes:
         axes.set_xscale("log")
         _log_y(axes)
     if len(groups) > 1:
-        axes.legend(title=legend_title, frameon=False, fontsize=8, title_fontsize=8)
+        axes.legend(title=legend_title, title_fontsize=8)
     axes.set_title(f"{study.table.target.replace('_', ' ')} = {study.law.formula}", fontsize=9)
-    return _png(figure, axes)
+    return _with_grid(figure)
 
 
-def residuals(study: Study) -> bytes:
+@charts.page_style()
+def residuals(study: Study) -> Figure:
     """Plot relative residuals by the largest column, with held-out errors."""
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(8.6, 3.4), layout="constrained", width_ratios=(2, 1), sharey=True
-    )
+    figure, (left, right) = charts.subplots(1, 2, size=(8.6, 3.4), width_ratios=(2, 1), sharey=True)
     table = study.table
     x_column = "loss" if "loss" in table.x else "tokens"
     misses = 100 * (study.fit.predict(table.x) / table.y - 1)
     color = np.log(table.x["params"]) if "params" in table.x else np.zeros(len(table))
-    left.axhline(0, color="#999", lw=1)
+    left.axhline(0, color=SOFT, lw=1)
     left.scatter(table.x[x_column], misses, c=color, cmap=COLORS, s=22)
     left.set(xlabel=NAMES.get(x_column, x_column), ylabel="law / run - 1, %", title="fitted runs")
     if x_column != "loss":
@@ -81,36 +80,38 @@ def residuals(study: Study) -> bytes:
     fitted = [holdout for holdout in study.holdouts if not holdout.why]
     for k, holdout in enumerate(fitted):
         right.plot(
-            np.full(holdout.count, k), 100 * holdout.errors, "o", color="#b4552d", ms=4, alpha=0.7
+            np.full(holdout.count, k), 100 * holdout.errors, "o", color=SERIES[1], ms=4, alpha=0.7
         )
-    right.axhline(0, color="#999", lw=1)
+    right.axhline(0, color=SOFT, lw=1)
     right.set_xticks(range(len(fitted)), [_wrapped(e.name) for e in fitted], fontsize=7)
     right.set(title="held-out runs", xlim=(-0.6, max(len(fitted), 1) - 0.4))
-    return _png(figure, left, right)
+    return _with_grid(figure)
 
 
-def spread(study: Study) -> bytes:
+@charts.page_style()
+def spread(study: Study) -> Figure:
     """Plot two exponents against each other, or a single one as a histogram."""
     names = [e.name for e in study.law.exponents if e.name not in study.options.fixed][:2]
-    figure, axes = plt.subplots(figsize=(4.6, 3.8), layout="constrained")
+    figure, axes = charts.subplots(size=(4.6, 3.8))
     if len(names) == 2:
         x, y = (study.named[n] for n in names)
-        axes.plot(x, y, ".", color="#0b6e69", ms=3, alpha=0.35)
-        axes.plot(*(study.fit.values[n] for n in names), "+", color="#b4552d", ms=14, mew=2)
+        axes.plot(x, y, ".", color=MARK, ms=3, alpha=0.35)
+        axes.plot(*(study.fit.values[n] for n in names), "+", color=SERIES[1], ms=14, mew=2)
         axes.set(xlabel=names[0], ylabel=names[1])
         for set_scale, values in ((axes.set_xscale, x), (axes.set_yscale, y)):
             if values.min() > 0 and values.max() / values.min() > 50:
                 set_scale("log")
     else:
         name = names[0] if names else study.law.names[0]
-        axes.hist(study.named[name], bins=40, color="#0b6e69", alpha=0.6)
-        axes.axvline(study.fit.values[name], color="#b4552d", lw=2)
+        axes.hist(study.named[name], bins=40, color=MARK, alpha=0.6)
+        axes.axvline(study.fit.values[name], color=SERIES[1], lw=2)
         axes.set(xlabel=name, ylabel="draws")
     axes.set_title(f"{len(study.draws):,} bootstraps over runs", fontsize=9)
-    return _png(figure, axes)
+    return _with_grid(figure)
 
 
-def allocation(study: Study) -> bytes:
+@charts.page_style()
+def allocation(study: Study) -> Figure:
     """Plot best size by compute with its interval, over the runs that the law comes from."""
     flops, x = study.options.flops, study.table.x
     runs = flops * x["params"] * x["tokens"]
@@ -124,26 +125,27 @@ def allocation(study: Study) -> bytes:
         [tail, 1 - tail],
         axis=0,
     )
-    figure, axes = plt.subplots(figsize=(5.6, 3.8), layout="constrained")
-    axes.fill_between(compute, low, high, color="#0b6e69", alpha=0.18, lw=0)
-    axes.plot(compute, best, color="#0b6e69", lw=1.8, label="size of least loss")
-    axes.plot(runs, x["params"], "o", color="#444", ms=3, alpha=0.6, label="runs")
+    figure, axes = charts.subplots(size=(5.6, 3.8))
+    axes.fill_between(compute, low, high, color=MARK, alpha=0.18, lw=0)
+    axes.plot(compute, best, color=MARK, lw=1.8, label="size of least loss")
+    axes.plot(runs, x["params"], "o", color=SOFT, ms=3, alpha=0.6, label="runs")
     axes.axvline(
-        runs.max(), color="#b4552d", lw=1, ls="--", label="largest run; extrapolation beyond"
+        runs.max(), color=SERIES[1], lw=1, ls="--", label="largest run; extrapolation beyond"
     )
     axes.set(xscale="log", yscale="log", xlabel=f"compute, {flops:g} N D", ylabel="parameters")
-    axes.legend(frameon=False, fontsize=8)
-    return _png(figure, axes)
+    axes.legend()
+    return _with_grid(figure)
 
 
-def agreement(y: np.ndarray, predicted: np.ndarray, target: str) -> bytes:
+@charts.page_style()
+def agreement(y: np.ndarray, predicted: np.ndarray, target: str) -> Figure:
     """Plot prediction against truth, for laws of several tables."""
-    figure, axes = plt.subplots(figsize=(4.6, 4.2), layout="constrained")
+    figure, axes = charts.subplots(size=(4.6, 4.2))
     ends = [min(y.min(), predicted.min()), max(y.max(), predicted.max())]
-    axes.plot(ends, ends, color="#999", lw=1)
-    axes.plot(y, predicted, "o", color="#0b6e69", ms=4)
+    axes.plot(ends, ends, color=SOFT, lw=1)
+    axes.plot(y, predicted, "o", color=MARK, ms=4)
     axes.set(xlabel=f"{target} of the run", ylabel=f"{target} of the law")
-    return _png(figure, axes)
+    return _with_grid(figure)
 
 
 def _groups(study: Study) -> tuple[str, list[tuple[float | None, np.ndarray]]]:
@@ -185,7 +187,7 @@ def _along(study: Study, x_column: str, rows: np.ndarray) -> dict[str, np.ndarra
     return columns
 
 
-def _log_y(axes: plt.Axes) -> None:
+def _log_y(axes: Axes) -> None:
     """Set a logarithmic axis over less than a decade, with plain numbers on it."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
@@ -199,15 +201,11 @@ def _wrapped(name: str) -> str:
     return "\n".join(" ".join(words[i : i + 2]) for i in range(0, len(words), 2))
 
 
-def _png(figure: plt.Figure, *axes: plt.Axes) -> bytes:
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(color="#e6e6e6", lw=0.6)
+def _with_grid(figure: Figure) -> Figure:
+    for axis in figure.axes:
+        axis.grid(lw=0.6)
         axis.set_axisbelow(True)
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=150)
-    plt.close(figure)
-    return out.getvalue()
+    return figure
 
 
 # ---- Pages ----
@@ -223,8 +221,8 @@ def write(
     for study in studies:
         prefix = f"{study.table.target}_" if len(studies) > 1 else ""
         plots = all_plots(study)
-        for name, (png, _) in plots.items():
-            (folder / f"{prefix}{name}").write_bytes(png)
+        for name, (figure, _) in plots.items():
+            charts.save(figure, folder / f"{prefix}{name}")
         body += _sections(study, plots, statements)
     return render(folder, title, body)
 
@@ -260,7 +258,7 @@ def _sections(study: Study, plots: dict, statements: Mapping[str, str]) -> str:
     parts = [
         html_page.section(
             f"{name}: the law",
-            html_page.paragraph(lead) + html_page.figure(*plots["law.png"])
+            html_page.paragraph(lead) + _chart(plots, "law.png")
             + parameters(study.fit.values, study.intervals, list(study.options.fixed)),
         ),
         html_page.section(f"{name}: evidence against it", _doubts(study, plots)),
@@ -273,6 +271,11 @@ def _sections(study: Study, plots: dict, statements: Mapping[str, str]) -> str:
     return "".join(parts)
 
 
+def _chart(plots: dict, name: str) -> str:
+    figure, caption = plots[name]
+    return html_page.chart(charts.svg(figure), caption)
+
+
 def _doubts(study: Study, plots: dict) -> str:
     rows: list[list[Any]] = [["condition number", f"{study.condition:.3g}"]]
     rows.append(["most influential run", study.influential])
@@ -280,9 +283,9 @@ def _doubts(study: Study, plots: dict) -> str:
     warnings = "".join(html_page.paragraph(f"Warning: {w}.") for w in study.warnings)
     return (
         (warnings or html_page.paragraph("No warning."))
-        + html_page.figure(*plots["residuals.png"])
+        + _chart(plots, "residuals.png")
         + html_page.table(["check", "result"], rows)
-        + html_page.figure(*plots["bootstrap.png"])
+        + _chart(plots, "bootstrap.png")
     )
 
 
@@ -300,6 +303,6 @@ def _allocation(study: Study, plots: dict) -> str:
     )
     return (
         html_page.paragraph(text)
-        + html_page.figure(*plots["allocation.png"])
+        + _chart(plots, "allocation.png")
         + html_page.table(["compute", "parameters", "tokens", "tokens per parameter", "loss"], rows)
     )

@@ -28,7 +28,7 @@ class Tags(HTMLParser):
 
 @charts.page_style()
 def drawn(text: str = "loss", color: str = charts.MARK) -> str:
-    figure, axes = charts.subplots(size=(4, 3))
+    figure, axes = charts.subplots(size=(4.0, 3.0))
     axes.plot([0, 1, 2], [3.0, 2.0, 1.5], "o-", color=color, label=text, gid=charts.TOOLTIP + "0")
     axes.set(title=text, xlabel=text, ylabel="y")
     axes.legend()
@@ -65,16 +65,15 @@ def test_the_text_of_the_page_is_text():
 
 
 def test_the_callers_settings_stay():
-    drawn()  # the backend is chosen at the first drawing
-    before = matplotlib.rcParams.copy()
+    before = {name: matplotlib.rcParams[name] for name in charts._RC}
     drawn()
-    assert matplotlib.rcParams == before
+    assert {name: matplotlib.rcParams[name] for name in before} == before
 
 
 @pytest.mark.parametrize("suffix, start", [(".png", b"\x89PNG"), (".svg", b"<?xml")])
 def test_a_file_has_colors_of_its_own(tmp_path, suffix, start):
     with charts.page_style():
-        figure, axes = charts.subplots(1, 2, size=(4, 2), sharey=True)
+        figure, axes = charts.subplots(1, 2, size=(4.0, 2.0), sharey=True)
         axes[0].plot([0, 1], [0, 1])
         charts.save(figure, tmp_path / f"a{suffix}")
     data = (tmp_path / f"a{suffix}").read_bytes()
