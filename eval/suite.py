@@ -8,17 +8,19 @@ from medmax_jax.eval.tasks.catalog import AVERAGES, TASKS, TaskSpec
 
 def table() -> str:
     """Return the suite as Markdown."""
-    head = ["task", "what", "family", "source", "split", "rows asked", "rows read in"]
-    head += ["licence", "class", "metric"]
-    rows = [
+    cards = list(TASKS.values())
+    parts = (
         (
-            *(c.task, c.title, c.family, c.source, c.split),
-            *(_asked(c), c.counted or "-"),
-            *(c.licence, c.data_class, c.metric),
-        )
-        for c in TASKS.values()
-    ]
-    return _markdown(head, rows)
+            ["task", "what", "family", "metric"],
+            [(c.task, c.title, c.family, c.metric) for c in cards],
+        ),
+        (
+            ["task", "source", "split", "rows asked", "rows read in"],
+            [(c.task, c.source, c.split, _asked(c), c.counted or "-") for c in cards],
+        ),
+        (["task", "class", "licence"], [(c.task, c.data_class, c.licence) for c in cards]),
+    )
+    return "\n".join(_markdown(head, rows) for head, rows in parts)
 
 
 def published_table() -> str:

@@ -92,8 +92,8 @@ def open_workdir(workdir: str | os.PathLike, flag: str = "--workdir") -> pathlib
     if os.fspath(workdir).startswith("gs://"):
         raise WorkdirError(
             f"{flag} {workdir}: a workdir is a local or mounted folder; mount the bucket (Cloud "
-            "Storage FUSE) or a disk that the hosts share: docs/launch.md. Models and records may "
-            "lie on gs://"
+            "Storage FUSE) or a disk that the hosts share: docs/guides/launch.md. Models and "
+            "records may lie on gs://"
         )
     folder = pathlib.Path(workdir)
     try:

@@ -143,7 +143,7 @@ CHARTS: Mapping[str, tuple[str, str, tuple[tuple[str, float], ...]]] = {
     ),
 }
 MULTI_PICTURES = (("Chameleon 7B", 0.35), ("MedMax 7B", 0.46))  # image-image cosine, same chart
-DIFFERS = {  # by family; docs/eval.md has all of them
+DIFFERS = {  # by family; docs/reference/release_defects.md has all of them
     "vqa_closed": "1 token, repetition penalty 1.2 over the prompt too, substring match",
     "vqa_mcq": "1 token, repetition penalty 1.2 over the prompt too, the letter alone",
     "vqa_open": "60 tokens, penalty 1.2; one gpt-4o-mini verdict, unreadable ones dropped",
@@ -242,7 +242,7 @@ _CARDS = (
         None,
         counted="6,719 together: README.md of the source",
         source="huggingface.co/datasets/flaviagiammarino/path-vqa",
-        licence="MIT; pictures are their publishers'",
+        licence="MIT; the images belong to their publishers",
     ),
     *_vqa(
         "quilt_vqa",
@@ -279,7 +279,7 @@ _CARDS = (
         "OmniMedVQA, open access",
         "vqa_mcq",
         source="huggingface.co/datasets/foreverbeliever/OmniMedVQA",
-        split="9 % of the pictures by hash, as in training here: none is published",
+        split="9 % of the images by hash, as in training here: none is published",
         licence="that of each of its 42 data sets",
         metric="accuracy",
     ),
@@ -289,7 +289,7 @@ _CARDS = (
         "vqa_mcq",
         source="huggingface.co/datasets/jamessyx/PathMMU, data.json",
         split="test and test_tiny of all subsets",
-        licence="CC BY-ND 4.0, gated; pictures are their publishers'",
+        licence="CC BY-ND 4.0, gated; the images belong to their publishers",
         metric="accuracy",
     ),
     _card(
@@ -299,7 +299,7 @@ _CARDS = (
         source="huggingface.co/datasets/rippleripple/ProbMed, test.json",
         counts=57_132,
         counted="README.md of github.com/eric-ai-lab/ProbMed",
-        licence="MIT: its page on huggingface.co; pictures of MedICaT and ChestX-ray14",
+        licence="MIT: its page on huggingface.co; images of MedICaT and ChestX-ray14",
         metric="accuracy",
         differs=f"{DIFFERS['vqa_closed']}; the poster counts ProbMed to multiple choice, its rows "
         "are closed questions",
@@ -330,7 +330,7 @@ _CARDS = (
         )
         for family, what, prompt in (
             ("captioning", "captions", "one fixed sentence"),
-            ("image_generation", "pictures", "the row's caption, no picture"),
+            ("image_generation", "images", "the row's caption, no picture"),
         )
     ),
     *(

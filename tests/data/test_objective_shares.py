@@ -1,4 +1,4 @@
-"""The shares of docs/objective.md: of a folder they are the loader's weights, summed by task."""
+"""Shares of docs/explanation/objective.md: for a folder, the loader's weights summed by task."""
 
 import collections
 import dataclasses
@@ -91,7 +91,7 @@ def test_a_question_longer_than_the_text_is_refused():
 
 def test_the_document_shows_what_the_command_prints():
     command = [sys.executable, "-m", "data.objective"]
-    text = (ROOT / "docs" / "objective.md").read_text()
+    text = (ROOT / "docs" / "explanation" / "objective.md").read_text()
     for more in ([], ["--captions", "0.5"]):
         done = subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0 and done.stdout.strip() in text, more

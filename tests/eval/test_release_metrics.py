@@ -298,7 +298,7 @@ def test_the_suite_s_accuracy_reads_option_texts():
 
 
 def test_the_documents_have_the_table():
-    text = (RELEASE.parents[1] / "docs" / "eval.md").read_text()
+    text = (RELEASE.parents[1] / "docs" / "explanation" / "scoring.md").read_text()
     assert differences.table() in text
     found = differences.relative()
     assert f"{found['paper']} of the {found['n']:,} comparisons" in text

@@ -1,6 +1,6 @@
 """A run that is killed again and again is, bit for bit, the run that nobody touched.
 
-The log in docs/launch.md: pytest -m slow -s tests/programs/test_kill.py
+The log in docs/guides/launch.md: pytest -m slow -s tests/programs/test_kill.py
 """
 
 import pathlib

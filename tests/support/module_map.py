@@ -1,6 +1,6 @@
 """Every module with the first line of its docstring: python -m tests.support.module_map --write
 
-Writes docs/modules.md. tests/test_house.py checks that the file is fresh.
+Writes docs/reference/modules.md. tests/test_house.py checks that the file is fresh.
 """
 
 import ast
@@ -8,7 +8,7 @@ import pathlib
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-PAGE = ROOT / "docs" / "modules.md"
+PAGE = ROOT / "docs" / "reference" / "modules.md"
 FOLDERS = ("medmax_jax", "data", "eval", "configs")
 HEADER = """# Modules
 
