@@ -27,10 +27,10 @@ TINY = (
     "--config.data.train=records/train --config.data.validation=records/validation "
     "--config.train.steps=3 --config.train.eval_every=0 --config.optim.warmup_ratio=0.0 "
 )
-LEFT_OUT = {  # commands that start so: the network, the TPU, the reader's own server
+LEFT_OUT = {  # what needs the network, a TPU or the reader's own server: commands by their start
     "tpu_7b": ("gcloud", "hf download", "python -m medmax_jax.convert check"),
     "endpoint": ("export",),
-}  # fmt: skip
+}
 ON_TINY = (  # the shipped model stands for the published one, embedded images for published rows
     ("--from anole ", "--from medmax_jax/tiny "),
     (r"data\.prepare import --from \S+ --out records/(\w+)",
@@ -43,9 +43,10 @@ ON_TINY = (  # the shipped model stands for the published one, embedded images f
 SMALLER = {
     "laptop": (("vqa_closed = 40", "vqa_closed = 8"), ("steps=300", "steps=10")),
     "endpoint": (),
-    "tpu_7b": tuple((COMMAND.format(rf".*medmax_jax\.{name} "), "") for name in ("generate",))
-    + ((COMMAND.format(r".*medmax_jax\.train (?!.*--dry_run)"), ""),)
-    + ((COMMAND.format(r".*medmax_jax\.convert --from runs"), ""),),
+    "tpu_7b": tuple(
+        (COMMAND.format(rf".*medmax_jax\.{start}"), "")  # what needs the adapter, or trains it
+        for start in (r"train (?!.*--dry_run)", "generate ", r"convert --from \S*runs")
+    ),
     "scaling_study": (
         ("--views 8", "--views 1"),
         (r"SIZES\[:3\]", "SIZES[:1]"),
@@ -78,7 +79,8 @@ def run_page(page: str, folder: pathlib.Path, *changes: tuple[str, str], **varia
     for name in ("configs", "data", "eval", "medmax_jax"):
         (folder / name).symlink_to(ROOT / name)
     env = os.environ | {"PYTHON": sys.executable, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-    env |= {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")} | variables
+    env["JAX_COMPILATION_CACHE_DIR"] = str(folder.parent / "compiled")  # of all pages
+    env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"} | variables
     output = ""
     for kind, body in blocks(page):
         if kind == "text":
