@@ -45,13 +45,13 @@ SMALLER = {
     "endpoint": (),
     "tpu_7b": tuple(
         (COMMAND.format(rf".*medmax_jax\.{start}"), "")  # what needs the adapter, or trains it
-        for start in (r"train (?!.*--dry_run)", "generate ", r"convert --from \S*runs")
+        for start in (r"train (?!(?:.*\\\n)*.*--dry_run)", "generate ", r"convert --from \S*runs")
     ),
     "scaling_study": (
         ("--views 8", "--views 1"),
         (r"SIZES\[:3\]", "SIZES[:1]"),
-        (r"\(0\.25, 0\.5, 1\.0\), \"steps\": 64", '(0.5, 1.0), "steps": 8'),
-        # two runs are too few for a law: the fit reads the table of a larger sweep
+        (r"\(0\.25, 0\.5, 1\.0\), \"steps\": 64", '(1.0,), "steps": 8'),
+        # one run is too few for a law: the fit reads the table of a larger sweep
         ("--table runs/study/table.csv", f"--table {ROOT}/docs/explanation/scaling_tiny/table.csv"),
     ),
 }
