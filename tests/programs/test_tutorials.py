@@ -134,5 +134,23 @@ def test_the_commands_for_7b_have_valid_configs():
         assert run.mesh.data * run.mesh.fsdp * run.mesh.tp == 16  # v5e:4x4
 
 
+@pytest.mark.parametrize(("page", "printed"), [("models", "3,507,840 parameters\n"), ("data", "")])
+def test_the_example_of_a_reference_page_runs(page, printed, tmp_path):
+    text = (ROOT / "docs" / "reference" / "python" / f"{page}.md").read_text()
+    code = re.search(r"```python\n(.*?)```", text, re.S)[1]
+    (tmp_path / "runs").mkdir()
+    records = ["-m", "data.prepare", "sample", "--kind", "instruction", "--split", "validation"]
+    if "runs/records/train" in code:
+        subprocess.run(
+            [sys.executable, *records, "--out", tmp_path / "runs" / "records" / "train"],
+            cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, text=True, stdout=subprocess.PIPE, check=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.stdout == printed
+
+
 def test_every_tutorial_is_run():
     assert {path.stem for path in PAGES.glob("*.md")} == set(SMALLER)
