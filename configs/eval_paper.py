@@ -2,7 +2,7 @@
 
 Runs the suite with generation as published.
 The scores are for comparison with the paper's, not for claims. This file has the differences from
-configs/eval_suite.py; docs/eval.md describes the effect of each on the scores.
+configs/eval_suite.py; docs/guides/eval.md describes the effect of each on the scores.
 """
 
 from ml_collections import ConfigDict

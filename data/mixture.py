@@ -14,7 +14,7 @@ each other and with the notes, with these exceptions:
 replace it. `data_class`: open, licence-bound (terms or a gate beyond attribution, or none stated),
 or credentialed. `credential` is that column of the MedMax release: which rows have yes is not
 published. `weight`: how often an epoch contains a document; MedMax draws each once. `python -m
-data.mixture` prints the table; docs/data.md states where each license was read.
+data.mixture` prints the tables; docs/reference/data_sources.md states where each license was read.
 """
 
 import dataclasses
@@ -167,7 +167,7 @@ SOURCES = (
     ),
     Source(
         name="PathVQA",
-        licence="MIT; images belong to their publishers",
+        licence="MIT; the images belong to their publishers",
         data_class=BOUND,
         percent=1.3,
         domain="pathology",
@@ -238,20 +238,18 @@ def compare(name: str, documents: int) -> str:
 
 
 def markdown() -> str:
-    """Return the table of docs/data.md."""
-    lines = [
-        "| source | % | documents by the chart | notes | domain | from | tasks | credential |"
-        " class | weight | license |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    """Return the tables of docs/reference/data_sources.md."""
+    counts = ["| source | % | documents by the chart | notes | weight |", "|---|---|---|---|---|"]
+    content = ["| source | domain | from | tasks |", "|---|---|---|---|"]
+    terms = ["| source | credential | class | license |", "|---|---|---|---|"]
     for s in (*SOURCES, SAMPLE):
         share = "-" if s.percent is None else f"{s.percent:.1f}"
         expected = "-" if s.expected is None else "{:,} to {:,}".format(*s.expected)
         noted = f"{s.noted // 1000}K" if s.noted else "-"
-        cells = (s.name, share, expected, noted, s.domain, s.knowledge_base, ", ".join(s.tasks))
-        terms = (s.credential, s.data_class, f"{s.weight:g}", s.licence)
-        lines.append(f"| {' | '.join((*cells, *terms))} |")
-    return "\n".join(lines)
+        counts.append(f"| {s.name} | {share} | {expected} | {noted} | {s.weight:g} |")
+        content.append(f"| {s.name} | {s.domain} | {s.knowledge_base} | {', '.join(s.tasks)} |")
+        terms.append(f"| {s.name} | {s.credential} | {s.data_class} | {s.licence} |")
+    return "\n".join((*counts, "", *content, "", *terms))
 
 
 if __name__ == "__main__":

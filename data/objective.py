@@ -108,19 +108,24 @@ def shares(groups: list[DocumentGroup]) -> dict[str, dict[str, float]]:
 
 
 def markdown(groups: list[DocumentGroup]) -> str:
-    """Return the table of docs/objective.md."""
+    """Return the table of docs/explanation/objective.md."""
     table = shares(groups)
     lines = [
-        "| task | `document` | its image codes | `token` | its image codes | ratio |",
-        "|---|---|---|---|---|---|",
+        "| task | `document` (image codes) | `token` (image codes) | ratio |",
+        "|---|---|---|---|",
     ]
     for task, row in sorted(table.items(), key=lambda item: -item[1]["document"]):
         ratio = row["document"] / row["token"]
-        cells = " | ".join(f"{value:.1f}%" for value in row.values())
-        lines.append(f"| {task} | {cells} | {float(f'{ratio:.2g}'):g} |")
+        lines.append(f"| {task} | {_percentages(row)} | {float(f'{ratio:.2g}'):g} |")
     total = {name: sum(row[name] for row in table.values()) for name in table[task]}
-    lines.append(f"| all | {' | '.join(f'{value:.1f}%' for value in total.values())} | |")
+    lines.append(f"| all | {_percentages(total)} | |")
     return "\n".join(lines)
+
+
+def _percentages(row: dict[str, float]) -> str:
+    return " | ".join(
+        f"{row[name]:.1f}% ({row[f'{name}_image']:.1f}%)" for name in ("document", "token")
+    )
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ compare  Status 0: compared. 1: an error, reported in one line. 2: wrong usage.
 config   Defines the fields of configs/eval_*.py; configs/eval_tiny.py documents every field.
 report   Rewrites D/report.html from the summary.json and records.jsonl that eval.run left in D.
 run      Evaluates one model and writes records.jsonl, summary.json, report.html and what
-         docs/eval.md lists
+         docs/guides/eval.md lists
 suite    Prints the tasks, or published scores, as Markdown: python -m eval.suite [published].
 """
 

@@ -8,17 +8,19 @@ from medmax_jax.eval.tasks.catalog import AVERAGES, TASKS, TaskSpec
 
 def table() -> str:
     """Return the suite as Markdown."""
-    head = ["task", "title", "family", "source", "split", "rows", "rows counted in"]
-    head += ["license", "class", "metric"]
-    rows = [
+    cards = list(TASKS.values())
+    parts = (
         (
-            *(c.task, c.title, c.family, c.source, c.split),
-            *(_row_count(c), c.counted or "-"),
-            *(c.licence, c.data_class, c.metric),
-        )
-        for c in TASKS.values()
-    ]
-    return _markdown(head, rows)
+            ["task", "title", "family", "metric"],
+            [(c.task, c.title, c.family, c.metric) for c in cards],
+        ),
+        (
+            ["task", "source", "split", "rows", "rows counted in"],
+            [(c.task, c.source, c.split, _row_count(c), c.counted or "-") for c in cards],
+        ),
+        (["task", "class", "license"], [(c.task, c.data_class, c.licence) for c in cards]),
+    )
+    return "\n".join(_markdown(head, rows) for head, rows in parts)
 
 
 def published_table() -> str:

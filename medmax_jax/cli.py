@@ -95,8 +95,8 @@ def open_workdir(workdir: str | os.PathLike, flag: str = "--workdir") -> pathlib
     if os.fspath(workdir).startswith("gs://"):
         raise WorkdirError(
             f"{flag} {workdir} is not a local or mounted folder; mount the bucket (Cloud Storage "
-            "FUSE) or a disk that the hosts share, see docs/launch.md. Models and records may be "
-            "stored on gs://"
+            "FUSE) or a disk that the hosts share, see docs/guides/launch.md. Models and records "
+            "may be stored on gs://"
         )
     folder = pathlib.Path(workdir)
     try:

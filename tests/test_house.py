@@ -262,7 +262,7 @@ def test_json_is_read_within_bounds():
 
 
 def test_every_requirement_is_bounded_and_has_a_reason():
-    for name in ("requirements.txt", "requirements-dev.txt"):
+    for name in ("requirements.txt", "requirements-dev.txt", "requirements-docs.txt"):
         for line in (ROOT / name).read_text().splitlines():
             if line and not line.startswith(("#", "-r")):
                 spec, _, reason = line.partition("#")

@@ -3,9 +3,9 @@
     Row(id="SLAKE/train-0000002", text="<image>Is this a CT?<reserved08706>yes", turns=1,
         image="imgs/xmlab1/source.jpg", task="VQA", source="SLAKE", split="train", group="xmlab1")
 
-A row that cannot be used is a RejectedRow: malformed, or left out by a rule that docs/data.md
-states. Its reason repeats nothing of the row, so that reasons can be counted, and printed for any
-source.
+A row that cannot be used is a RejectedRow: malformed, or left out by a rule that
+docs/reference/data_sources.md states. Its reason repeats nothing of the row, so that reasons can be
+counted, and printed for any source.
 """
 
 import dataclasses

@@ -26,7 +26,7 @@
 
 Some fields are additions to the schema. VQA-RAD and SLAKE call some questions closed that are not
 answered by yes or no ("Left or right?"); those are left out, and counted. Sources, in addition to
-docs/data.md: github.com/aldraus/quilt-llava llava/eval/quilt_eval.py and cards
+docs/reference/data_sources.md: github.com/aldraus/quilt-llava llava/eval/quilt_eval.py and cards
 of its users (question, image); github.com/PathMMU-Benchmark/PathMMU data/instructions.md and
 eval/utils/data_utils.py; github.com/eric-ai-lab/ProbMed eval/calculate_score.py and
 eval/inference/GPT-4V/gpt4v.py; github.com/microsoft/LLaVA-Med data/eval/.

@@ -146,7 +146,7 @@ INTERLEAVED_IMAGE_SCORES = (
     ("Chameleon 7B", 0.35),
     ("MedMax 7B", 0.46),
 )  # image-image cosine, same chart
-DIFFERS = {  # by family; docs/eval.md has all of them
+DIFFERS = {  # by family; docs/reference/release_defects.md has all of them
     "vqa_closed": "1 token, repetition penalty 1.2 over the prompt too, substring match",
     "vqa_mcq": "1 token, repetition penalty 1.2 over the prompt too, the letter alone",
     "vqa_open": "60 tokens, penalty 1.2; one gpt-4o-mini verdict, unreadable ones dropped",

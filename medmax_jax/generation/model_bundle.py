@@ -86,7 +86,7 @@ def load(
         merge: add the product of the adapter's factors to the base once, instead of computing it
             separately in each forward pass.
         dtype: of the weights and of the computation, float32 or bfloat16; None: as config.json
-        states.
+            states.
     """
     require_single_process()
     if merge and adapter is None:

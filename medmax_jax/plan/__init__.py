@@ -10,8 +10,8 @@ compile_cache  Cache the compiler's answers in a folder: each program is compile
 hlo_analysis   Parse a compiled program's text: its collectives, their counts and bytes; cycles.
 search         Search the best mesh, batch and remat of a machine: arithmetic ranks, compiling
                decides.
-table          Write the table of docs/plan_7b.md: models x machines x lengths, each with its best
-               mesh, batch and remat.
+table          Write the tables of docs/reference/plan_7b.md: models x machines x lengths, each with
+               its best mesh, batch and remat.
 topology       Define machines by name, and their devices for the compiler; compiling for a TPU
                needs no TPU.
 """

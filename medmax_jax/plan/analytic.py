@@ -5,8 +5,8 @@
     temporaries                  max(a layer's work, the loss) + gradients
     collectives                  weights gathered twice over fsdp, activations summed over tp
 
-The answer is marked as analytic. Its constants were fitted to compiled steps; docs/plan_7b.md has
-the remaining error.
+The answer is marked as analytic. Its constants were fitted to compiled steps;
+docs/reference/plan_7b.md has the remaining error.
 """
 
 import math

@@ -1,9 +1,9 @@
-"""python -m medmax_jax.plan.table --cache=runs/plan --minutes=60 --out=docs/plan_7b.md
+"""python -m medmax_jax.plan.table --cache=runs/plan --minutes=60 --out=docs/reference/plan_7b.md
 
-Write the table of docs/plan_7b.md: models x machines x lengths, each with its best mesh, batch and
-remat. The program compiles the settings that arithmetic ranks first, cell by cell, one program at a
-time, within the given time; cells not reached show "arithmetic". The same command resumes where it
-stopped.
+Write the tables of docs/reference/plan_7b.md: models x machines x lengths, each with its best mesh,
+batch and remat. The program compiles the settings that arithmetic ranks first, cell by cell, one
+program at a time, within the given time; cells not reached show "arithmetic". The same command
+resumes where it stopped.
 """
 
 import argparse
@@ -162,47 +162,53 @@ def compile_next(cell: TableCell, number: int, cache: pathlib.Path) -> None:
 
 
 def render(cells: list[TableCell]) -> str:
-    """Return the rows, sorted for readers, and the error of the arithmetic."""
-    lines = [
-        "",
-        "| model | machine | tokens per row | data, fsdp, tp | rows per chip | remat "
-        "| GiB per chip, of | tokens/s/chip | MFU | hours | chip-hours | from |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    names = list(MODELS)
-    lines += [_row(cell) for cell in sorted(cells, key=lambda c: names.index(c.model))]
-    lines += ["", *_errors(cells), ""]
+    """Return the tables of each model and length, and the error of the arithmetic."""
+    lines = []
+    for model in MODELS:
+        for length in LENGTHS:
+            rows = [_row(c) for c in cells if c.model == model and c.length == length]
+            lines += ["", f"### {model}, {length:,} tokens per row", ""]
+            lines += [
+                "| machine | tokens/s/chip | MFU | hours | chip-hours |",
+                "|---|---|---|---|---|",
+            ]
+            lines += [f"| {row[0]} | {row[1]} |" for row in rows]
+            lines += [
+                "",
+                "| machine | data, fsdp, tp | rows per chip, remat | GiB per chip, of | from |",
+            ]
+            lines += ["|---|---|---|---|---|", *(f"| {row[0]} | {row[2]} |" for row in rows)]
+    lines += ["", "### The compiler and arithmetic", "", *_errors(cells), ""]
     return "\n".join(lines) + "\n"
 
 
-def _row(cell: TableCell) -> str:
+def _row(cell: TableCell) -> tuple[str, str, str]:
+    """Return the machine, its columns of speed, and its columns of settings."""
     machine = cell.topology.name + (
         f" x {cell.topology.slices}" if cell.topology.slices > 1 else ""
     )
-    head = f"| {cell.model} | {machine} | {cell.length:,} |"
     best = cell.best()
     if best is None:
         source_of_no = "the compiler" if cell.answers else "arithmetic"
-        return f"{head} does not fit | | | | | | | | {source_of_no} |"
+        return machine, "does not fit | | |", f"does not fit | | | {source_of_no}"
     run, answer = best
     rate = _rates(run, cell.topology, answer)
     axes = ", ".join(map(str, compile_cache.axes(run)))
     source = "compiler" if answer["how"] == "compiled" else "arithmetic"
     return (
-        f"{head} {axes} | {analytic.rows_per_device(run)} | {run.model.remat} | "
-        f"{answer['peak_hbm_gib']:.1f}, {answer['hbm_gib']:.1f} | "
+        machine,
         f"{rate['tokens_per_s_per_chip']:,.0f} | {rate['mfu']:.0%} | {rate['hours']:,.0f} | "
-        f"{rate['chip_hours']:,.0f} | {source} |"
+        f"{rate['chip_hours']:,.0f}",
+        f"{axes} | {analytic.rows_per_device(run)}, {run.model.remat} | "
+        f"{answer['peak_hbm_gib']:.1f}, {answer['hbm_gib']:.1f} | {source}",
     )
 
 
 def _errors(cells: list[TableCell]) -> list[str]:
     """Compare arithmetic with the compiler, for every setting that was compiled."""
-    lines = [
-        "| compiled | GiB, compiler | GiB, arithmetic | GiB sent, compiler | arithmetic "
-        "| step s, bound | scheduled |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    memory = ["| compiled | GiB, compiler | arithmetic | GiB sent, compiler | arithmetic |"]
+    memory.append("|---|---|---|---|---|")
+    times = ["| compiled | step s, bound | scheduled |", "|---|---|---|"]
     ratios = []
     for cell in cells:
         for index, answer in sorted(cell.answers.items()):
@@ -216,19 +222,21 @@ def _errors(cells: list[TableCell]) -> list[str]:
             if answer["peak_hbm_gib"] and not _no_vmem(answer):
                 ratios.append(estimate["peak_hbm_gib"] / answer["peak_hbm_gib"])
             gathered = [_gathered(result) for result in (answer, estimate)]
-            lines.append(
+            memory.append(
                 f"| {name} | {_memory(answer)} | "
-                f"{estimate['peak_hbm_gib']} | {gathered[0]} | {gathered[1]} | "
-                f"{_rates(run, cell.topology, answer)['step_s']:.2f} | "
-                f"{_scheduled(answer)} |"
+                f"{estimate['peak_hbm_gib']} | {gathered[0]} | {gathered[1]} |"
             )
+            bound = _rates(run, cell.topology, answer)["step_s"]
+            times.append(f"| {name} | {bound:.2f} | {_scheduled(answer)} |")
     if not ratios:
         return ["No setting has been compiled."]
     return [
         f"Arithmetic over compiler, memory: {min(ratios):.2f} to {max(ratios):.2f} in "
         f"{len(ratios)} settings.",
         "",
-        *lines,
+        *memory,
+        "",
+        *times,
     ]
 
 

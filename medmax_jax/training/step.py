@@ -31,7 +31,7 @@ from medmax_jax.training.metrics import EvalMetrics, TrainMetrics
 COMPILER_OPTIONS = {
     "default": {},
     # The weights of a layer are gathered completely, while the previous layer computes, instead of
-    # in a ring of partial products: docs/plan_7b.md.
+    # in a ring of partial products: docs/explanation/performance.md.
     "gather": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"},
 }
 

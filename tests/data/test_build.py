@@ -234,5 +234,5 @@ def test_mixture_table_is_complete():
         assert described.noted is None or both or low - 500 <= described.noted <= high + 500
     assert {s.name for s in mixture.SOURCES if s.data_class == "credentialed"} == {"MIMIC-CXR"}
     assert {s.data_class for s in mixture.SOURCES} == {"open", "licence-bound", "credentialed"}
-    page = pathlib.Path(__file__).parents[2] / "docs" / "data.md"
+    page = pathlib.Path(__file__).parents[2] / "docs" / "reference" / "data_sources.md"
     assert mixture.markdown() in page.read_text()

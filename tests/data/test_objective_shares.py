@@ -1,4 +1,4 @@
-"""Tests of the shares of docs/objective.md: those of a folder are the loader's weights by task."""
+"""Shares of docs/explanation/objective.md: for a folder, the loader's weights summed by task."""
 
 import collections
 import dataclasses
@@ -91,7 +91,7 @@ def test_question_longer_than_the_text_is_rejected():
 
 def test_documentation_table_is_the_output_of_the_command():
     command = [sys.executable, "-m", "data.objective"]
-    text = (ROOT / "docs" / "objective.md").read_text()
+    text = (ROOT / "docs" / "explanation" / "objective.md").read_text()
     for flags in ([], ["--captions", "0.5"]):
         done = subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0 and done.stdout.strip() in text, flags

@@ -302,7 +302,7 @@ def test_the_accuracy_of_the_suite_parses_option_texts():
 
 
 def test_the_documentation_has_the_table_of_differences():
-    text = (RELEASE.parents[1] / "docs" / "eval.md").read_text()
+    text = (RELEASE.parents[1] / "docs" / "explanation" / "scoring.md").read_text()
     assert differences.table() in text
     result = differences.relative()
     assert f"{result['paper']} of the {result['n']:,} comparisons" in text

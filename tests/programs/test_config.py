@@ -10,7 +10,7 @@ import pytest
 from medmax_jax import config
 from medmax_jax.configs import base, medmax_7b_lora, tiny
 
-LAUNCHES = {  # sections of docs/launch.md: devices, and whether they are GPUs
+LAUNCHES = {  # sections of docs/guides/launch.md: devices, and whether they are GPUs
     "One GPU box": (8, True),
     "A TPU VM pod on spot, re-created and resumed by one loop": (16, False),
     "Two slices": (32, False),
@@ -87,7 +87,7 @@ def test_fingerprint_depends_on_every_field():
 @pytest.mark.parametrize("title", LAUNCHES)
 def test_commands_of_launch_md_fit_their_machines(title):
     devices, gpus = LAUNCHES[title]
-    text = (pathlib.Path(__file__).parents[2] / "docs" / "launch.md").read_text()
+    text = (pathlib.Path(__file__).parents[2] / "docs" / "guides" / "launch.md").read_text()
     section = text.split(f"## {title}\n")[1].split("\n## ")[0]
     found = re.findall(r"medmax_7b_lora\.py(.*?)--workdir", section, re.S)
     assert found

@@ -1,6 +1,7 @@
 """The defects of the released evaluation, by number: that this one has none of them.
 
-docs/eval.md has the table of all; the others' goldens are in the files that it names.
+docs/reference/release_defects.md has the table of all; the others' goldens are in the files that it
+names.
 """
 
 import dataclasses
@@ -248,14 +249,13 @@ def test_31_answers_are_paired_by_id_and_never_by_order(tmp_path):
 def test_the_documents_have_the_families_side_by_side():
     with tempfile.TemporaryDirectory() as name:
         table = differences_of_families.table(Path(name))
-    text = (ROOT / "docs" / "eval.md").read_text()
+    text = (ROOT / "docs" / "explanation" / "scoring.md").read_text()
     for line in table.splitlines():
         assert line in text, line
 
 
 def test_every_defect_has_a_line_and_each_test_it_names_exists():
-    text = (ROOT / "docs" / "eval.md").read_text()
-    part = text[text.index("## The defects of the release") :]
+    part = (ROOT / "docs" / "reference" / "release_defects.md").read_text()
     rows = re.findall(r"^\| (\d+) \| .* \| `(\w+\.py)::(\w+)` \|$", part, re.MULTILINE)
     assert [int(number) for number, _, _ in rows] == list(range(1, 32))
     for _, file, name in rows:

@@ -1,6 +1,6 @@
 """A run that is killed repeatedly equals, bit for bit, an uninterrupted run.
 
-The log in docs/launch.md: pytest -m slow -s tests/programs/test_kill.py
+The log in docs/guides/launch.md: pytest -m slow -s tests/programs/test_kill.py
 """
 
 import pathlib

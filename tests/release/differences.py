@@ -30,8 +30,11 @@ def table() -> str:
             lambda r, _: strict.parse_correctness(r),
         ),
     ]
-    lines = [HEAD, ["---"] * len(HEAD), *rows]
-    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+    return "\n".join(
+        "".join(f"| {' | '.join(str(line[i]) for i in columns)} |\n" for line in lines)
+        for columns in ((0, 1, 2, 3), (0, 4, 5, 6), (0, 7, 8))
+        for lines in [[HEAD, ["---"] * len(HEAD), *rows]]
+    )
 
 
 def relative() -> dict[str, int]:

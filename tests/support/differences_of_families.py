@@ -61,7 +61,10 @@ def table(folder: Path) -> str:
     )
     lines = [HEAD, ["---"] * len(HEAD)]
     lines += [_line(row) for row in rows if row["paper_n"] is not None]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return "\n".join(
+        "".join(f"| {' | '.join(line[i] for i in columns)} |\n" for line in lines)
+        for columns in ((0, 1, 2, 3, 4), (0, 1, 5, 6), (0, 1, 7, 8, 9))
+    )
 
 
 def _line(row: dict) -> list[str]:

@@ -243,7 +243,7 @@ def cost(content: bytes, suffix: str = ".img") -> str:
 
 
 def main() -> None:
-    """The table of docs/data.md."""
+    """The table of docs/reference/image_files.md."""
     for name, make in {**REFUSED, **ACCEPTED}.items():
         begin = time.monotonic()
         content = make()
