@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 
+import language
 import module_map
 import pytest
 from packaging.requirements import Requirement
@@ -294,6 +295,32 @@ def test_shipped_weights_are_small():
     files = [p for p in (ROOT / "medmax_jax" / "tiny").rglob("*") if p.is_file()]
     assert {"model.safetensors", "vqgan.safetensors", "tokenizer.json"} <= {p.name for p in files}
     assert sum(p.stat().st_size for p in files) <= MAX_SHIPPED_BYTES
+
+
+def test_language_has_no_forbidden_word():
+    """The words of tests/support/language.py and what to write instead are in CONTRIBUTING.md."""
+    assert language.findings(language.tracked()) == []
+
+
+def test_language_is_read_in_code_and_prose(tmp_path, monkeypatch):
+    monkeypatch.setattr(language, "ROOT", tmp_path)
+    # Verbatim: part of the data.
+    lines = [
+        '"""A Picture."""',
+        "picture_path = 1  # nobody",
+        language.VERBATIM,
+        'PROMPT = "Please describe this picture."',
+        'LABEL = "two lanes"',
+        'KEY = "by_picture"',
+        "doublesize = largePictures = 2",
+    ]
+    (tmp_path / "a.py").write_text("\n".join(lines) + "\n")
+    (tmp_path / "a.md").write_text("Fine.\nMend it.\n")
+    # Verbatim: part of the data.
+    assert language.findings(["a.py", "a.md"]) == [
+        "a.md:2: Mend", "a.py:1: Picture", "a.py:2: picture_path", "a.py:2: nobody",
+        "a.py:5: lanes", "a.py:6: picture", "a.py:7: largePictures",
+    ]  # fmt: skip
 
 
 def test_nothing_names_a_machine():

@@ -191,7 +191,7 @@ def test_evaluation_never_starts_ghostscript(tmp_path, ghostscript):
     model = baselines.Baseline("random", [], tmp_path, seed=0)
     model._images = ["evil.png"]
     with pytest.raises(image_headers.ImageError, match="not an image"):
-        model._picture("1")
+        model._image("1")
 
 
 def test_report_names_an_image_that_cannot_be_shown(tmp_path):

@@ -19,7 +19,7 @@ TASKS = (
 
 
 def main() -> None:
-    """Writes the table beside this file."""
+    """Writes the table next to this file."""
     folder = pathlib.Path(sys.argv[1]) / "exp_data"
     rows = [row(path, folder / "evals") for path in (folder / "models").glob("*.json")]
     rows.sort(key=lambda r: (r["corpus"], r["params"], r["tokens"]))
