@@ -173,7 +173,7 @@ def test_an_index_is_read_and_checked(hf, tmp_path):
         with pytest.raises(ConvertError, match=message):
             convert(folder, tmp_path / "out", "native")
     (folder / "model.safetensors.index.json").unlink()
-    with pytest.raises(ConvertError, match="2 safetensors files and no"):
+    with pytest.raises(ConvertError, match="2 safetensors files, but no"):
         convert(folder, tmp_path / "out", "native")
 
 

@@ -79,12 +79,17 @@ def complete(tmp_path_factory) -> pathlib.Path:
     return out
 
 
-def test_one_device_and_eight_give_the_same_codes(complete, encoder, tmp_path):
-    """The child has one device, this process a mesh of eight; each encodes 8 images at once."""
+def test_one_device_and_eight_agree(complete, encoder, tmp_path):
+    """The child has one device, this process a mesh of eight; each encodes 8 images at once.
+
+    Another number of threads per device sums in another order, so a code may differ where two
+    codebook entries are nearly equally far: 1 of 4,608 codes on an AMD EPYC with AVX-512.
+    """
     assert len(jax.local_devices()) == 8
     meta = tokenize(tmp_path / "codes", PATHS, folder=SAMPLE, encoder=encoder, **HOW)
     assert meta["unique"] == len(PATHS) and meta["agreement"] is None
-    assert same(tmp_path / "codes", complete)
+    one, eight = (np.concatenate(all_codes(f)) for f in (complete, tmp_path / "codes"))
+    assert one.shape == eight.shape and np.mean(one != eight) < 1e-3
 
 
 def test_command_killed_at_random_points_ends_with_the_same_codes(complete, tmp_path):

@@ -293,7 +293,7 @@ def test_mixture_is_the_published_one():
     sums = {t: sum(s.percent for s in mixture.SOURCES if s.tasks == (t,)) for t in mixture.TASKS}
     for task in ("Visual Chat", "VQA", "Report Understanding"):  # their sources feed nothing else
         assert sums[task] == pytest.approx(mixture.TASKS[task], abs=0.2)
-    assert len(mixture.markdown().splitlines()) == 2 + 13 + 1
+    assert [len(t.splitlines()) for t in mixture.markdown().split("\n\n")] == 3 * [2 + 13 + 1]
 
 
 def test_rounds_are_other_wordings_of_the_same_facts(make, tmp_path):

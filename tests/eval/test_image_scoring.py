@@ -211,7 +211,7 @@ def test_unreadable_images_are_unscored(clip, tmp_path):
     assert row["paper_n"] == 2
     lines = per_record.read(tmp_path).image_scores["biomedclip"]
     assert "not an image in a supported format" in lines["captioning_pmc_oa/0"]["problem"]
-    assert "no such file" in lines["captioning_pmc_oa/2"]["problem"]
+    assert "does not exist" in lines["captioning_pmc_oa/2"]["problem"]
 
 
 def test_efficientnet_scores_images_only_under_its_own_name(tmp_path):

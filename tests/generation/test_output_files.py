@@ -97,9 +97,6 @@ def test_killed_run_resumes_and_another_request_raises(tmp_path):
     page = resumed.gallery().read_text()
     assert output_files.NOTICE in page and "&lt;b&gt;red&lt;/b&gt;" in page and "<b>red" not in page
     assert page.count("data:image/png") == 3  # two inputs, one generated
-    (tmp_path / "asked.json").write_text("{}")
-    with pytest.raises(GenerateError, match=r"earlier version \(asked.json\); use a new --out"):
-        OutputFolder(tmp_path, [first, second], dict(mode="mixed"))
 
 
 def test_a_folder_with_the_old_name_of_its_request_file_is_refused(tmp_path):

@@ -334,7 +334,7 @@ def test_plan_table_has_every_cell_with_its_source(tmp_path):
     assert text.startswith("before\n" + table.MARKS[0]) and text.endswith("after\n")
     assert "old" not in text
     assert text.count("### ") == len(table.MODELS) * len(table.LENGTHS) + 1
-    full = text.split("### 7B full, 2,048 tokens a row\n")[1].split("###")[0]
+    full = text.split("### 7B full, 2,048 tokens per row\n")[1].split("###")[0]
     rows = [line for line in full.splitlines() if re.match(r"\| (v\d|[A-Z])", line)]
     assert len(rows) == 2 * len(table.MACHINES)
     assert {row.split("|")[-2].strip() for row in rows[len(table.MACHINES) :]} == {"arithmetic"}
