@@ -40,7 +40,7 @@ QUESTION = 15  # tokens of a question; not published, so a flag
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DocumentGroup:
-    """A class of similar documents: its percentage of all, and the scored tokens of one document."""
+    """A class of similar documents: its percentage of all, and the scored tokens of one."""
 
     task: str
     percent: float
@@ -49,7 +49,10 @@ class DocumentGroup:
 
 
 def published_groups(*, question: float, caption_share: float) -> list[DocumentGroup]:
-    """Return MedMax's classes of documents. `caption_share`: captions among captions and generations."""
+    """Return the classes of documents of MedMax.
+
+    `caption_share`: captions among captions and generations.
+    """
     both = TASKS[CAPTION] + TASKS[GENERATION]
     percent = TASKS | {CAPTION: both * caption_share, GENERATION: both * (1 - caption_share)}
     total = sum(percent.values())

@@ -10,8 +10,8 @@ generate(g, [[image, "A CT?"], ["An MRI?"]], sample, mode="text", seed=0)  ->  [
 
 A prompt is encoded as BOS, its parts in order, and SEP, as in MedMax's fine-tuning. What is sampled
 for a prompt depends on the prompt, the settings, `seed` and the name of its sample only, not on the
-other prompts of the batch; without names, equal prompts are numbered. `sample` is a config.Sample; `defaults` returns the settings of the released programs
-(Meta's and MedMax's) by name.
+other prompts of the batch; without names, equal prompts are numbered. `sample` is a config.Sample;
+`defaults` returns the settings of the released programs (Meta's and MedMax's) by name.
 """
 
 import dataclasses
