@@ -293,7 +293,7 @@ def test_profile_steps_write_a_trace(data, base, tmp_path):
         (dict(vocab__image_codes=8, vq__num_codes=8), RecordsError, "config.vocab is"),
         (dict(train__init_from="nowhere"), export.ExportError, "to a model folder"),
         (dict(model__rope_theta=5.0), export.ExportError, "model.rope_theta is 10000.0, .* 5.0"),
-        (dict(mesh__tp=16), config.ConfigError, "asks for .* 16 devices"),
+        (dict(mesh__tp=16), config.ConfigError, "requires .* 16 devices"),
         (dict(mesh__tp=3), config.ConfigError, "not divisible by config.mesh.tp = 3"),
         (dict(train__trains="none"), config.ConfigError, "must be one of lora, full"),
         (dict(train__trains="full"), config.ConfigError, "lora.rank"),
