@@ -72,8 +72,8 @@ class BatchLoader:
                 f"{self.plan}; restore them, or leave config.data.plan empty"
             )
         self._last = len(self._epochs.first) if one_pass else None
-        # (source, task) of each group; the group of each document
-        self.kinds, self._group = _groups(self.records)
+        # (source, task) of each kind; the kind of each document
+        self.kinds, self._kind = _kinds(self.records)
         steps = -(-self._last // run.data.batch_size) if one_pass else run.train.steps
         self._steps = grain.MapDataset.range(0, steps).map(self._make)
 
@@ -151,7 +151,7 @@ class BatchLoader:
         share = len(rows) // self._hosts
         rows = rows[self._host * share : (self._host + 1) * share]
         numbers = np.concatenate(rows)
-        documents = zip(self.records.read(numbers), self._group[numbers].tolist(), strict=True)
+        documents = zip(self.records.read(numbers), self._kind[numbers].tolist(), strict=True)
         return _batch([[next(documents) for _ in row] for row in rows], stats, self._run)
 
     def _rows(self, step: int) -> list[np.ndarray]:
@@ -186,30 +186,30 @@ class BatchLoader:
             )
 
 
-def _groups(records: reader.Records) -> tuple[list[tuple[str, str]], np.ndarray]:
+def _kinds(records: reader.Records) -> tuple[list[tuple[str, str]], np.ndarray]:
     """Return the pairs of source and task that occur, and the index of each document's pair."""
     sources, tasks = records.names("source"), records.names("task")
     numbers = records.index["source"].astype(np.int64) * len(tasks) + records.index["task"]
-    occurring, group = np.unique(numbers, return_inverse=True)
+    occurring, kind = np.unique(numbers, return_inverse=True)
     if len(occurring) > MAX_GROUPS:
         raise RecordsError(
             f"{records.folder}: {len(occurring)} pairs of source and task; at most {MAX_GROUPS} "
             "can be reported separately; merge some of their names"
         )
     names = [(sources[n // len(tasks)], tasks[n % len(tasks)]) for n in occurring.tolist()]
-    return names, group.astype(np.int32)
+    return names, kind.astype(np.int32)
 
 
 def _batch(rows: list[list[tuple[Document, int]]], stats: BatchStats, run: Run) -> Batch:
     shape = (len(rows), run.data.seq_len)
     ids, weights = np.full(shape, PAD, np.int32), np.zeros(shape, np.float32)
-    segments, positions, groups = (np.zeros(shape, np.int32) for _ in range(3))
+    segments, positions, kinds = (np.zeros(shape, np.int32) for _ in range(3))
     for r, row in enumerate(rows):
         start = 0
-        for n, (document, group) in enumerate(row):
+        for n, (document, kind) in enumerate(row):
             span = slice(start, start + len(document.tokens))
             ids[r, span] = document.tokens
-            segments[r, span], groups[r, span] = n + 1, group
+            segments[r, span], kinds[r, span] = n + 1, kind
             positions[r, span] = np.arange(len(document.tokens))
             mask = loss_mask(document.tokens, run.data.mask, document.turns)
             if run.train.loss_weight == "document":
@@ -217,4 +217,4 @@ def _batch(rows: list[list[tuple[Document, int]]], stats: BatchStats, run: Run) 
             else:
                 weights[r, span] = mask / (stats.scored_text + stats.scored_image)
             start = span.stop
-    return Batch(ids, segments, positions, weights, groups)
+    return Batch(ids, segments, positions, weights, kinds)

@@ -1,4 +1,6 @@
-"""python -m data.objective [--records D] [--mask answers]: compute task shares of the objective.
+"""python -m data.objective [--records D] [--mask answers]: print the shares of the loss by task.
+
+The mask itself is made by `loss_mask` in data/records/document.py.
 
     document   the mean of each document's mean: a task weighs as many documents as it has
     token      the mean over scored tokens: it weighs as many tokens as its answers have
@@ -38,7 +40,7 @@ QUESTION = 15  # tokens of a question; not published, so a flag
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DocumentGroup:
-    """A group of similar documents: its percentage of all, and the scored tokens of one."""
+    """A class of similar documents: its percentage of all, and the scored tokens of one."""
 
     task: str
     percent: float
@@ -47,7 +49,10 @@ class DocumentGroup:
 
 
 def published_groups(*, question: float, caption_share: float) -> list[DocumentGroup]:
-    """Return MedMax's document groups. `caption_share`: captions among captions and generations."""
+    """Return the classes of documents of MedMax.
+
+    `caption_share`: captions among captions and generations.
+    """
     both = TASKS[CAPTION] + TASKS[GENERATION]
     percent = TASKS | {CAPTION: both * caption_share, GENERATION: both * (1 - caption_share)}
     total = sum(percent.values())
@@ -75,7 +80,7 @@ def published_groups(*, question: float, caption_share: float) -> list[DocumentG
 
 
 def groups_in_records(folder: str, mask: str) -> list[DocumentGroup]:
-    """Return one group for each document of a folder of records."""
+    """Return one entry for each document of a folder of records."""
     records = open_records(folder)
     image = records.index[f"{mask}_image"]
     text = records.index[mask] - image

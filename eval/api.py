@@ -33,8 +33,8 @@ def evaluate(
     After an interruption, the same call resumes from the workdir.
 
     tasks: items, "sample", or a JSONL file in the schema of the MedMax release. mode: strict or
-    paper. images: folder of the images; "": the folder of the file, which a list of items does not
-    have. overrides: fields of configs/eval_tiny.py, like counts or baselines.
+    paper. images: folder of the images; "": the folder of the file, or for a list of items the
+    current directory. overrides: fields of configs/eval_tiny.py, like counts or baselines.
     """
     config = eval_tiny.get_config().unlock()
     config.mode, config.images = mode, str(images)

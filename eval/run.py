@@ -6,8 +6,8 @@
     predictions:FILE    recorded answers, JSONL of id, text, images
     baseline:KIND       constant, majority or random
 
-Evaluates one model and writes records.jsonl, summary.json, report.html and what
-docs/guides/eval.md lists into the workdir; after an interruption, the same command resumes.
+Evaluates one model and writes records.jsonl, summary.json, report.html and the other files of a
+workdir (listed in docs/guides/eval.md); after an interruption, the same command resumes.
 --dry_run reports the requests and the cost, and stops. --shard=i/n runs one part; without --shard
 all parts are scored together.
 

@@ -1,6 +1,7 @@
 """python -m medmax_jax.train --config=configs/tiny.py --workdir=D [--config.optim.peak_lr=1e-3 ...]
 
-Trains adapters (train.trains = lora) or a complete model (full) and exports the result.
+Trains adapters (train.trains = lora), a complete model (full) or the image columns of its head
+(image_head), and exports the result.
 The same command resumes after a stop of any kind. D then contains:
 
     config.json      settings, versions and fingerprints of this run; history.jsonl: of each start
@@ -9,8 +10,8 @@ The same command resumes after a stop of any kind. D then contains:
     samples/         samples during training      profile/             with --profile_steps
     compiled/        XLA's cache of programs, so that a restart does not compile again
 
---dry_run does everything up to the compiled first step and reports the result; it loads and writes
-nothing.
+--dry_run compiles the first step from shapes and reports its memory. It loads no weights and writes
+no files; it reads the records.
 """
 
 import contextlib

@@ -150,7 +150,7 @@ def parse(weights: str, names: list[str]) -> list[float]:
 def sample_group(
     group: Int[np.ndarray, "n"], lengths: Int[np.ndarray, "n"], weights: list[float], unit: str
 ) -> Int[np.ndarray, "_"]:
-    """Return how many documents of each group an epoch draws.
+    """Return how many documents of each name (a source or a task: mixing.by) an epoch draws.
 
     Six documents of 10 tokens and two of 20 (100 tokens), weights 1 and 1:
         documents   4 and 4 documents
@@ -174,12 +174,12 @@ def sample_group(
 def repeat_documents(
     group: Int[np.ndarray, "n"], draws: Int[np.ndarray, "_"], *, seed: int, epoch: int
 ) -> Int[np.ndarray, "n"]:
-    """Return each document's count in an epoch: floor or ceiling of its group's draws / size.
+    """Return each document's count in an epoch: floor or ceiling of draws / documents of its name.
 
     The extra repeats rotate over the documents, so that over any epochs the count is floor or
     ceiling too:
-        one group of 5, 7 draws     epoch 0: 2 2 1 1 1    1: 1 1 2 2 1    2: 2 1 1 1 2
-    up to the order of the group, which depends on the seed.
+        one name with 5, 7 draws    epoch 0: 2 2 1 1 1    1: 1 1 2 2 1    2: 2 1 1 1 2
+    up to the order of the documents, which depends on the seed.
     """
     times = np.zeros(len(group), np.int64)
     for g in np.unique(group):
@@ -222,7 +222,7 @@ def group_by_image(
 
 
 def _grouped(records: Records, documents: np.ndarray, mixing: Mixing) -> tuple:
-    """Return (group of each document, draws of each group)."""
+    """Return (index of each document's name, draws of each name)."""
     group, names = records.index[mixing.by][documents], records.names(mixing.by)
     if not mixing.weights:
         return group, np.bincount(group, minlength=len(names))

@@ -62,7 +62,7 @@ def _import_flags(parser: argparse.ArgumentParser) -> None:
         help="stop if more than this share of rows is invalid",
     )  # fmt: skip
     parser.add_argument(
-        "--no_separator", action="store_true", help="accept rows without an end-of-turn token"
+        "--no_separator", action="store_true", help="accept rows without a separator (SEP)"
     )
 
 

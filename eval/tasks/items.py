@@ -231,7 +231,7 @@ def prompt_text(item: Item, prompt: str) -> str:
 
 
 def uses_end_of_turn(family: str, prompt: str) -> bool:
-    """Return whether the end-of-turn token follows the text, as in MedMax's fine-tuning.
+    """Return whether SEP follows the text, as in MedMax's fine-tuning.
 
     `default` means a base model, and yet ends the turn of visual_chat: in the release its answer to
     "is this fine-tuned" is a pair of lists, which Python evaluates as true.

@@ -8,10 +8,10 @@ generate(g, [[image, "A CT?"], ["An MRI?"]], sample, mode="text", seed=0)  ->  [
     image   exactly one image                                  its last code
     mixed   text, and images where the model opens them        as text; an image is never truncated
 
-A prompt is encoded as BOS, its parts in order, and END-OF-TURN, as in MedMax's fine-tuning. What is
-sampled for a prompt depends on `seed` and the name of its sample only, not on the other prompts of
-the batch. `sample` is a config.Sample; `defaults` returns the settings of the released programs
-(Meta's and MedMax's) by name.
+A prompt is encoded as BOS, its parts in order, and SEP, as in MedMax's fine-tuning. What is sampled
+for a prompt depends on the prompt, the settings, `seed` and the name of its sample only, not on the
+other prompts of the batch; without names, equal prompts are numbered. `sample` is a config.Sample;
+`defaults` returns the settings of the released programs (Meta's and MedMax's) by name.
 """
 
 import dataclasses
@@ -108,7 +108,7 @@ def as_completed(
         seed: the seed of all samples.
         names: the ids of the samples, from which their random numbers are derived. None: a digest
             of the prompt and, for the second of two equal prompts, its count.
-        end_of_turn: False passes the parts without END-OF-TURN, for a base model.
+        end_of_turn: False passes the parts without SEP, for a base model.
         batch_size: the largest number of answers that are generated at once.
         cache_dtype: the KV-cache dtype, "model" or "int8".
     """

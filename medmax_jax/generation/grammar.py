@@ -10,7 +10,7 @@ The state is one integer per row:
     mixed, K = 2:   token   "A"  BOI   c    c   EOI  "b"  EOS
                     left     0    3    2    1    0    0    0      after the token
 
-END-OF-TURN, the sentinels and the padding are never generated. An image is started only where it
+SEP, the sentinels and the padding are never generated. An image is started only where it
 fits, so every sequence of this grammar parses: no image is ever truncated.
 """
 

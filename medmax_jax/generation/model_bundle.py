@@ -1,7 +1,7 @@
 """A model folder in memory: text and images to tokens, and tokens back to text and images.
 
 g = load(folder, adapter=...)
-prompt_tokens(g, [[image, "A CT?"]])  ->  BOS BOI 64 codes EOI "A CT?" END-OF-TURN
+prompt_tokens(g, [[image, "A CT?"]])  ->  BOS BOI 64 codes EOI "A CT?" SEP
 decode_segments(g, [tokens])          ->  [[Text("yes")]]
 """
 

@@ -55,7 +55,7 @@ class BatchSource(Protocol):
 
     records: DocumentSource
     plan: str  # fingerprint of the packing plan of epoch 0
-    kinds: list[tuple[str, str]]  # (source, task) of each group of documents
+    kinds: list[tuple[str, str]]  # (source, task) of each kind of document
 
     def __len__(self) -> int:
         """Return the number of steps."""

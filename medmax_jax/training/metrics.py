@@ -35,7 +35,7 @@ class TrainMetrics(clu_metrics.Collection):
     skipped: clu_metrics.Average.from_output("skipped")  # share of steps without an update
     lr: clu_metrics.LastValue.from_output("lr")
     tokens: _ratio("tokens", "steps")  # real tokens per step, without padding
-    fill: _ratio("tokens", "slots")  # real tokens over all positions
+    fill: _ratio("tokens", "positions")  # real tokens over all positions
 
 
 @flax.struct.dataclass

@@ -112,7 +112,7 @@ def make_train_step(graph: Any, run: Run) -> Callable:
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable, value=total)
         skipped = optimizer.consecutive_skips(opt_state)
         trainable = optax.apply_updates(state.trainable, updates)
-        interval = TrainMetrics.single_from_model_output(
+        metrics = TrainMetrics.single_from_model_output(
             **sums,
             loss=total,
             grad_norm=norm,
@@ -122,10 +122,10 @@ def make_train_step(graph: Any, run: Run) -> Callable:
             skipped=skipped > 0,
             lr=optimizer.learning_rate(state.step, run.optim, steps=run.train.steps),
             tokens=(batch.segments > 0).sum(dtype=jnp.float32),
-            slots=jnp.float32(batch.ids.size),
+            positions=jnp.float32(batch.ids.size),
             steps=jnp.float32(1),
         )
-        return TrainState(trainable, opt_state, state.step + 1), interval
+        return TrainState(trainable, opt_state, state.step + 1), metrics
 
     options = COMPILER_OPTIONS[run.train.compile] or None
     return jax.jit(train_step, donate_argnums=0, compiler_options=options)

@@ -1,4 +1,4 @@
-"""The objective on documents against a plain reference, packed or not, by group."""
+"""The objective on documents against a plain reference, packed or not, by kind of document."""
 
 import dataclasses
 

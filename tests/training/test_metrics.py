@@ -12,7 +12,8 @@ from medmax_jax.training import metrics
 def interval(loss: float, text: tuple[float, float], tokens: float) -> metrics.TrainMetrics:
     values = dict(
         loss=loss, grad_norm=2.0, finite=1.0, skipped=0.0, lr=0.1, text_nll=text[0],
-        text_count=text[1], image_nll=0.0, image_count=0.0, tokens=tokens, slots=100.0, steps=1.0,
+        text_count=text[1], image_nll=0.0, image_count=0.0, tokens=tokens,
+        positions=100.0, steps=1.0,
         kind_nll=[[text[0] / 4, 0.0], [text[0] * 3 / 4, 2.0]],
         kind_count=[[text[1] / 2, 0.0], [text[1] / 2, 4.0]],
     )  # fmt: skip
