@@ -1,5 +1,6 @@
 """Eight virtual CPU devices, run-time shape checks, and no network: set before JAX is imported."""
 
+import gc
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -18,3 +19,16 @@ CHECKED = (
     "training.setup training.step"
 ).split()
 install_import_hook([f"medmax_jax.{name}" for name in CHECKED], "beartype.beartype")
+
+# Traced programs are millions of long-lived objects, which each full collection would visit.
+gc.set_threshold(100_000, 50, 50)
+
+
+def pytest_collection_modifyitems(items):
+    """Start the files of programs first: they take longest, and two workers then end together."""
+    items.sort(key=lambda item: "tests/programs" not in item.nodeid)
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()

@@ -103,6 +103,7 @@ def test_unresponsive_storage_server_is_an_error_in_bounded_time(monkeypatch, wh
     assert time.monotonic() - start < 30
 
 
+@pytest.mark.slow
 def test_lora_trains_on_a_base_in_a_bucket(bucket, tmp_path):
     data = dict(data__train=micro_run.write(tmp_path / "records"))
     whole = micro_run.run(**data, train__trains="full", lora__rank=0, train__steps=1)

@@ -48,7 +48,11 @@ print("all-gather" in text, "all-reduce" in text, text.count("tpu_custom_call") 
     importlib.util.find_spec("libtpu") is None, reason="libtpu has no package for this machine"
 )
 @pytest.mark.parametrize(
-    "attention, accumulate, remat", [("xla", 1, "attn"), ("splash", 2, "attn_offload")]
+    "attention, accumulate, remat",
+    [
+        ("splash", 2, "attn_offload"),
+        pytest.param("xla", 1, "attn", marks=pytest.mark.slow),
+    ],
 )
 def test_a_training_step_compiles_for_a_tpu(attention, accumulate, remat):
     code = STEP.replace("{attention}", attention).replace("{accumulate}", str(accumulate))

@@ -51,7 +51,12 @@ def found(done: subprocess.CompletedProcess) -> dict:
 
 
 @pytest.mark.parametrize(
-    "machine, gib", [("v5e:2x2", 15.75), ("v5p:2x2x1", 95.74), ("v6e:2x2", 31.25)]
+    "machine, gib",
+    [
+        ("v5e:2x2", 15.75),
+        pytest.param("v5p:2x2x1", 95.74, marks=pytest.mark.slow),
+        pytest.param("v6e:2x2", 31.25, marks=pytest.mark.slow),
+    ],
 )
 def test_small_step_is_within_bounds(cache, machine, gib):
     words = (*SMALL, f"--topology={machine}", "--mesh=1,2,2", f"--cache={cache}")

@@ -29,6 +29,7 @@ def gpu(part: str, folder: pathlib.Path, *words: str, code: int = 0) -> dict:
     )
 
 
+@pytest.mark.slow
 def test_benchmark_part_stops_in_time_and_resumes(tmp_path):
     """Training on a CPU; without a torch Python the other side is skipped by name."""
     stopped = gpu("train", tmp_path, "--minutes", "0", code=75)

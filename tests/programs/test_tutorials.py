@@ -101,7 +101,11 @@ def run_page(page: str, folder: pathlib.Path, *changes: tuple[str, str], **varia
         assert done.returncode == 0, (page, code, output[-3000:])
 
 
-@pytest.mark.parametrize("page", ["laptop", "tpu_7b", "scaling_study"])
+# The programs of these two run in the default suite too: test_quickstart.py, test_sweep_run.py.
+LONG = [pytest.param(page, marks=pytest.mark.slow) for page in ("laptop", "scaling_study")]
+
+
+@pytest.mark.parametrize("page", ["tpu_7b", *LONG])
 def test_a_tutorial_runs_with_smaller_sizes(page, tmp_path):
     for pattern, _ in SMALLER[page]:
         assert any(re.search(pattern, body, re.M) for _, body in blocks(page)), pattern
