@@ -66,7 +66,7 @@ def last_error(model: object) -> str:
 class Model(Protocol):
     """Defines the minimal interface that can be evaluated."""
 
-    def generate(self, requests: Sequence[ModelRequest]) -> Sequence[Sequence[Segment]]: ...
+    def generate(self, requests: list[ModelRequest]) -> Sequence[Sequence[Segment]]: ...
 
 
 class NativeModel:

@@ -232,7 +232,7 @@ def _batches(model: base.Model, requests: Sequence[base.ModelRequest]):
     """Yield lists of (index, segments) as the model completes them."""
     stream = getattr(model, "stream", None)
     if stream is None:
-        answers = model.generate(requests)
+        answers = model.generate(list(requests))
         if len(answers) != len(requests):
             raise EvalError(
                 f"generate() returned {len(answers)} answers to {len(requests)} requests; it must "

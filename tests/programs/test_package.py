@@ -1,5 +1,6 @@
 """The installed package: one top-level name, the `medmax` command, no module under two names."""
 
+import json
 import pathlib
 import re
 import subprocess
@@ -109,6 +110,41 @@ def test_a_command_is_the_program_of_its_module():
     done = medmax("report", "--help")
     assert done.returncode == own.returncode and done.stdout == own.stdout != ""
     assert medmax("compare", "a", "b").returncode == 1  # the program's own exit status
+
+
+USER = """
+from medmax_jax import generation
+from medmax_jax.eval import compare, evaluate
+from medmax_jax.eval.models.base import ModelRequest
+
+class Mine:
+    def generate(self, requests: list[ModelRequest]) -> list[str]:
+        return ["yes" for request in requests if request.mode == "text"]
+
+summary = evaluate(Mine(), "sample", "runs/mine", mode="strict")
+print(summary["scores"][0], compare("runs/a", "runs/mine", seed=0, resamples=1000))
+bundle = generation.load("models/anole", adapter="runs/lora/adapter")
+sample = generation.defaults("medmax_eval")
+[answer] = generation.generate(bundle, [["Is this a CT?"]], sample, mode="text", seed=0)
+print([part.text for part in answer if isinstance(part, generation.Text)])
+"""
+
+
+def test_a_users_script_passes_strict_type_checks(tmp_path):
+    """Wrong uses of the same names do not: the types say something."""
+    settings = dict(include=["."], typeCheckingMode="strict", extraPaths=[str(ROOT)])
+    settings["pythonPlatform"] = "Linux"
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps(settings))
+    (tmp_path / "right.py").write_text(USER)
+    wrong = USER.replace('mode="text", seed=0', 'mode=1, seed="0"').replace(
+        '"runs/mine", mode', "mode"
+    )
+    (tmp_path / "wrong.py").write_text(wrong.replace("part.text", "part.words"))
+    command = ["basedpyright", "--pythonpath", sys.executable, "--outputjson", "-p"]
+    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    found = json.loads(done.stdout)["generalDiagnostics"]
+    assert [d["message"] for d in found if d["file"].endswith("right.py")] == []
+    assert len([d for d in found if d["severity"] == "error"]) >= 4
 
 
 def test_old_import_paths_are_gone():
