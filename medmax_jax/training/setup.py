@@ -65,8 +65,9 @@ def workdir_lock(folder: pathlib.Path) -> Iterator[None]:
 
     The operating system releases the lock when the process ends.
     """
+    first = jax.process_index() == 0  # before the file: finding the devices takes seconds
     with open(folder / ".lock", "w") as file:
-        if jax.process_index() == 0:
+        if first:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -153,7 +154,13 @@ def dry_run(
     run: config.Run, load_data: Callable[[], tuple[BatchSource, BatchSource | None]]
 ) -> dict[str, Any]:
     """Run everything up to the compiled first step, from shapes alone."""
-    mesh = as_config_error(lambda: make_mesh(run.mesh))
+    try:
+        mesh = make_mesh(run.mesh)
+    except ValueError as error:
+        raise config.ConfigError(
+            f"{error}; to compile for a machine that is not available: python -m medmax_jax.plan "
+            "--config=... --topology=v5e:4x4"
+        ) from error
     as_config_error(lambda: step.check(run, mesh))
     with jax.set_mesh(mesh):
         train_data, eval_data = load_data()
