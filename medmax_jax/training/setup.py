@@ -9,8 +9,9 @@ import contextlib
 import dataclasses
 import fcntl
 import pathlib
+import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import IO, Any
 
 import jax
 from flax import nnx
@@ -67,15 +68,22 @@ def workdir_lock(folder: pathlib.Path) -> Iterator[None]:
     """
     first = jax.process_index() == 0  # before the file: finding the devices takes seconds
     with open(folder / ".lock", "w") as file:
-        if first:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise TrainError(
-                    f"--workdir {folder} is in use by another run; wait for it or use another "
-                    "folder"
-                ) from error
+        if first and not _try_lock(file):
+            raise TrainError(
+                f"--workdir {folder} is in use by another run; wait for it or use another folder"
+            )
         yield
+
+
+def _try_lock(file: IO[str]) -> bool:
+    """Return whether the lock was free; `sweep status` may hold it for an instant."""
+    for _ in range(4):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(0.05)
+    return False
 
 
 def as_config_error(make: Callable[[], Any]) -> Any:

@@ -9,6 +9,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import micro_run
@@ -19,7 +20,7 @@ from medmax_jax.scaling import __main__ as scaling
 from medmax_jax.sweep import __main__ as program
 from medmax_jax.sweep import expand, runner, status
 from medmax_jax.sweep.axes import SweepError
-from medmax_jax.training import reporting
+from medmax_jax.training import reporting, setup
 
 ROOT = pathlib.Path(__file__).parents[2]
 # ml_collections 1.1 loads config files in a way that Python 3.12 no longer has.
@@ -252,3 +253,12 @@ def test_a_starting_run_is_running(file, tmp_path, monkeypatch, capsys):
     with open(home / status.STARTED) as started:
         fcntl.flock(started, fcntl.LOCK_EX)
         assert state(one, tmp_path) == "running"
+
+
+def test_the_status_of_a_sweep_does_not_stop_a_starting_run(tmp_path):
+    with open(tmp_path / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)  # as status.state does, for an instant
+        release = threading.Timer(0.07, fcntl.flock, (file, fcntl.LOCK_UN))
+        release.start()
+        with setup.workdir_lock(tmp_path):
+            release.join()
