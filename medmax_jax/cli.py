@@ -145,7 +145,7 @@ class Stop:
         self.requested = ""
         self.activity = "this step"
         self._calls = 0
-        self._wakeup: tuple[int, int] | None = None  # of the thread: its end, the one before
+        self._wakeup: tuple[int, int] | None = None  # the thread's pipe; the wakeup fd before it
 
     def __enter__(self) -> "Stop":
         if jax.process_count() == 1:
