@@ -194,7 +194,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--scratch", type=pathlib.Path, help="folder on the disk to measure")
+    parser.add_argument(
+        "--scratch",
+        type=pathlib.Path,
+        required="--load" not in sys.argv,
+        help="folder on the disk to measure",
+    )
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints")

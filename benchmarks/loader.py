@@ -262,7 +262,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--scratch", type=pathlib.Path, help="folder for 2 GB of records")
+    parser.add_argument(
+        "--scratch", type=pathlib.Path, required="--child" not in sys.argv,
+        help="folder for 2 GB of records",
+    )  # fmt: skip
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--many", type=int, default=400_000)
     parser.add_argument("--rounds", type=int, default=5)

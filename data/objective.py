@@ -20,6 +20,7 @@ import argparse
 import dataclasses
 import sys
 
+from medmax_jax import arguments
 from medmax_jax.data.mixture import (
     CAPTION,
     CAPTION_SHARE,
@@ -135,7 +136,7 @@ def _percentages(row: dict[str, float]) -> str:
 
 def main() -> None:
     """Run the program."""
-    parser = argparse.ArgumentParser(
+    parser = arguments.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(

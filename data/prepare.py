@@ -41,8 +41,9 @@ from typing import Any
 import PIL.Image
 
 import medmax_jax
+from medmax_jax import arguments
 from medmax_jax.checkpoints.safetensors_file import WeightsError
-from medmax_jax.cli import Interrupted
+from medmax_jax.cli import Interrupted, skip_absent_tpu
 from medmax_jax.config import ConfigError
 from medmax_jax.data.analysis import check as record_check
 from medmax_jax.data.analysis import provenance, stats
@@ -297,6 +298,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; return the exit code."""
     args = _parser().parse_args(argv)
     log_to_stderr()
+    skip_absent_tpu()
     try:
         result = args.run(args)
     except ERRORS as error:
@@ -317,10 +319,8 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if result.get("errors") else 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m data.prepare", description=__doc__.split("\n")[0]
-    )
+def _parser() -> arguments.Parser:
+    parser = arguments.Parser(prog="python -m data.prepare", description=__doc__.split("\n")[0])
     parser.set_defaults(left="no records were written")
     commands = parser.add_subparsers(required=True, metavar="command")
     sample = commands.add_parser("sample", help="convert the embedded sample to records")

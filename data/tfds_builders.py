@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from medmax_jax import arguments
 from medmax_jax.data.records import writer
 from medmax_jax.data.records.document import Document, RecordsError
 from medmax_jax.endpoints import egress
@@ -139,7 +140,7 @@ def _prepare(config: RecordsConfig, out: str | Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Write one data set; return the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = arguments.Parser(
         prog="python -m data.tfds_builders", description=__doc__.split("\n")[0]
     )
     parser.add_argument(

@@ -3,11 +3,11 @@
 Status 0: compared. 1: an error, reported in one line. 2: wrong usage.
 """
 
-import argparse
 import dataclasses
 import json
 import sys
 
+from medmax_jax import arguments
 from medmax_jax.eval.reporting import page
 from medmax_jax.eval.reporting.comparison import compare
 from medmax_jax.io.errors import printable_text
@@ -15,9 +15,7 @@ from medmax_jax.io.errors import printable_text
 
 def main(argv: list[str] | None = None) -> int:
     """Print the tables, or with --json one object as the last line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.compare", description=__doc__.split("\n")[0]
-    )
+    parser = arguments.Parser(prog="python -m eval.compare", description=__doc__.split("\n")[0])
     parser.add_argument("first", metavar="D1", help="workdir of the first evaluation")
     parser.add_argument(
         "second", metavar="D2", help="workdir of the second; differences are D2 - D1"

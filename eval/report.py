@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
-
+from medmax_jax import arguments
 from medmax_jax.eval.config import RECORD, EvalError
 from medmax_jax.eval.metrics import per_record
 from medmax_jax.eval.reporting import page
@@ -46,14 +45,21 @@ def rewrite_report(workdir: str | Path, images: str) -> Path:
     return workdir / "report.html"
 
 
-def _main(_: list[str]) -> None:
+def main(argv: list[str] | None = None) -> int:
+    """Rewrite the page; return the exit code."""
+    parser = arguments.Parser(prog="python -m eval.report", description=__doc__.split("\n")[2])
+    parser.add_argument("--workdir", required=True, metavar="D", help="folder that eval.run wrote")
+    parser.add_argument(
+        "--images", default="", help="folder of the images; default: that of eval.run's settings"
+    )
+    args = parser.parse_args(argv)
     try:
-        print(f"report: {rewrite_report(flags.FLAGS.workdir, flags.FLAGS.images)}")
+        print(f"report: {rewrite_report(args.workdir, args.images)}")
     except (ValueError, OSError) as error:
-        sys.exit(printable_text(f"error: {error}"))
+        print(printable_text(f"error: {error}"), file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "folder that eval.run wrote", required=True)
-    flags.DEFINE_string("images", "", "folder of the images; empty: that of eval.run's settings")
-    app.run(_main)
+    sys.exit(main())

@@ -79,7 +79,7 @@ def main(config: ConfigDict, workdir: str) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("model", "", "KIND:WHERE, as above; empty: config.model")
-    flags.DEFINE_string("adapter", "", "adapter folder that training wrote, for native and hf")
+    flags.DEFINE_string("adapter", "", "adapter, or the workdir of its training; native, hf")
     flags.DEFINE_bool("merge", False, "merge the adapter into the weights when loading")
     flags.DEFINE_string("shard", "", "i/n: run only shard i of n of the items, from 0")
     flags.DEFINE_bool(

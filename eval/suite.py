@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 
+from medmax_jax import arguments
 from medmax_jax.eval.tasks.catalog import AVERAGES, TASKS, TaskSpec
 
 
@@ -50,7 +51,17 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
 
+def main(argv: list[str] | None = None) -> int:
+    """Print the table that was requested."""
+    parser = arguments.Parser(prog="python -m eval.suite", description=__doc__)
+    parser.add_argument(
+        "table", nargs="?", choices=("tasks", "published"), default="tasks",
+        help="the tasks of the suite (default), or the published scores",
+    )  # fmt: skip
+    args = parser.parse_args(argv)
+    print(published_table() if args.table == "published" else table(), end="")
+    return 0
+
+
 if __name__ == "__main__":
-    if sys.argv[1:] not in ([], ["published"]):
-        sys.exit("usage: python -m eval.suite [published]")
-    print(published_table() if sys.argv[1:] else table(), end="")
+    sys.exit(main())

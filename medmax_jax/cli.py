@@ -6,14 +6,17 @@ python -m medmax_jax.train --config=configs/tiny.py --workdir=D [--config.optim.
 75  interrupted; the same command resumes from where it stopped (EX_TEMPFAIL)
 """
 
+import glob
+import importlib.util
 import logging
 import os
 import pathlib
-import re
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,12 +24,15 @@ from absl import app, flags
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict, config_flags
 
+from medmax_jax import arguments
+from medmax_jax import config as config_module
 from medmax_jax.config import ConfigError
 from medmax_jax.io.errors import printable_text
 
 DONE, ERROR, USAGE, INTERRUPTED = 0, 1, 2, 75
 RESUME = "run the same command again to resume"
 STOPPED = f"interrupted; {RESUME}"
+ACCELERATORS = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*", "/dev/dxg", "/dev/kfd")
 
 
 class Interrupted(RuntimeError):
@@ -54,6 +60,7 @@ def run(
 
     def guarded(_: list[str]) -> int:
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every operation
+        skip_absent_tpu()
         init_distributed(os.environ)
         try:
             main(settings.value, workdir.value)
@@ -70,7 +77,20 @@ def run(
     # Not set as flag defaults: absl would read the config and its overrides too early.
     missing = {k: v for k, v in (defaults or {}).items() if k not in given_flags}
     sys.argv[1:1] = [f"--{name}={value}" for name, value in missing.items()]
-    app.run(guarded, flags_parser=_parse)
+    app.run(guarded, flags_parser=lambda argv: _parse(argv, missing))
+
+
+def skip_absent_tpu() -> None:
+    """Keep JAX from trying, and reporting, a TPU that this machine does not have.
+
+    JAX's own settings JAX_PLATFORMS and JAX_LOGGING_LEVEL take precedence.
+    """
+    if jax.config.jax_logging_level in (None, "NOTSET"):
+        logging.getLogger("jax").setLevel(logging.WARNING)  # INFO: "Unable to initialize backend"
+    devices = any(glob.glob(pattern) for pattern in ACCELERATORS)
+    libtpu = "TPU_LIBRARY_PATH" in os.environ or importlib.util.find_spec("libtpu")
+    if libtpu and not devices and not jax.config.jax_platforms:
+        jax.config.update("jax_platforms", "cpu")
 
 
 def init_distributed(environment: Mapping[str, str]) -> None:
@@ -115,18 +135,25 @@ class Stop:
     with Stop() as stop:
         while ... and not stop.poll(): ...      # "" or the signal's name
 
-    A second signal ends the process at once. In a run of several hosts, each must call `poll`
-    equally often: JAX catches the SIGTERM of any host and reports it to all hosts at the same call,
-    some calls later.
+    A thread reports the first signal at once, also while the program compiles, and `activity`: what
+    the program finishes first. A second signal ends the process at once. In a run of several hosts,
+    each must call `poll` equally often: JAX catches the SIGTERM of any host and reports it to all
+    hosts at the same call, some calls later.
     """
 
     def __init__(self) -> None:
         self.requested = ""
+        self.activity = "this step"
         self._calls = 0
+        self._wakeup: tuple[int, int] | None = None  # the thread's pipe; the wakeup fd before it
 
     def __enter__(self) -> "Stop":
         if jax.process_count() == 1:
             handlers = dict.fromkeys((signal.SIGINT, signal.SIGTERM), self._note)
+            end, begin = os.pipe()
+            os.set_blocking(begin, False)
+            self._wakeup = begin, signal.set_wakeup_fd(begin, warn_on_full_buffer=False)
+            threading.Thread(target=self._report, args=(end,), daemon=True).start()
         else:
             handlers = {signal.SIGINT: lambda *_: signal.raise_signal(signal.SIGTERM)}
         self._before = {n: signal.signal(n, handler) for n, handler in handlers.items()}
@@ -143,42 +170,122 @@ class Stop:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._wakeup:
+            begin, before = self._wakeup
+            signal.set_wakeup_fd(before)
+            os.close(begin)  # ends the thread
 
     def _note(self, number: int, _: object) -> None:
+        """Handle a signal; Python runs this in the main thread, after a call of XLA has ended."""
         self.requested = signal.Signals(number).name
         for handled in self._before:
             signal.signal(handled, signal.SIG_DFL)
-        # not print: its buffer may be in use at this moment
-        os.write(
-            2,
-            f"\n{self.requested}: stopping after this step; repeat it to stop at once\n".encode(),
-        )
+
+    def _report(self, end: int) -> None:
+        """Report signals from a thread, which runs while the main thread is inside of XLA."""
+        first = 0.0
+        while number := os.read(end, 1):
+            if number[0] not in (signal.SIGINT, signal.SIGTERM):
+                continue
+            if not first:
+                first = time.monotonic()
+                name = signal.Signals(number[0]).name
+                text = f"\n{name}: stopping after {self.activity}; repeat it to stop at once\n"
+                os.write(2, text.encode())  # not print: its buffer may be in use at this moment
+            elif time.monotonic() > first + 0.5:  # a forked process may send the same signal again
+                os._exit(INTERRUPTED)
+        os.close(end)
 
 
-def _parse(argv: list[str]) -> list[str]:
-    if {"--help", "-h"} & set(argv):
-        print(sys.modules["__main__"].__doc__, flags.FLAGS.main_module_help(), sep="\n")
-        print(flags.FLAGS.module_help(sys.modules[__name__]))
-        sys.exit(DONE)
+def _parse(argv: list[str], defaults: Mapping[str, str]) -> list[str]:
+    words = {word.split("=")[0].lstrip("-") for word in argv[1:] if word.startswith("-")}
+    if words & {"help", "h", "helpshort", "helpfull", "help_config"}:
+        sys.exit(_help(argv, words, defaults))
     try:
         rest = flags.FLAGS(argv)
         flags.FLAGS.config.to_dict()  # a file that failed to load raises when it is first used
+    except flags.UnrecognizedFlagError as error:
+        near = arguments.nearest(error.flagname, _own_flags())
+        hint = f"did you mean --{near}?" if near else "--help lists all flags"
+        sys.exit(_fail(f"--{error.flagname} is not a flag; {hint}", USAGE))
     except flags.Error as error:
-        sys.exit(_fail(error, USAGE))
+        missing = arguments.missing_flags(error)
+        sys.exit(_fail(arguments.required(missing) if missing else error, USAGE))
     except Exception as error:  # noqa: BLE001  the file is Python: it can raise anything
-        sys.exit(_fail(_explain_usage_error(argv, error), USAGE))
+        sys.exit(_fail(explain_config_error(argv, error), USAGE))
     if len(rest) > 1:
         sys.exit(_fail(f"unexpected argument {rest[1]!r}; write flags as --name=value", USAGE))
     return rest
 
 
-def _explain_usage_error(argv: list[str], error: Exception) -> str:
+def _own_flags() -> list[str]:
+    """Return the names of the program's flags, without those of absl."""
+    own = flags.FLAGS.get_key_flags_for_module(sys.argv[0])
+    return [f.name for f in (*own, *flags.FLAGS.get_flags_for_module(__name__))]
+
+
+def _help(argv: list[str], words: set[str], defaults: Mapping[str, str]) -> int:
+    """Print the help that was requested; return the exit code."""
+    program = sys.modules["__main__"]
+    if "help_config" in words:
+        try:
+            config = read_config(argv)
+            if config is None:
+                return _fail("--help_config requires --config=FILE, whose fields it lists", USAGE)
+            config.to_dict()
+        except Exception as error:  # noqa: BLE001  the file is Python: it can raise anything
+            return _fail(explain_config_error(argv, error), USAGE)
+        path = pathlib.Path(_config_argument(argv))
+        classes = [*arguments.source_files(program), pathlib.Path(config_module.__file__)]
+        sources = [*classes, path, path.with_name("base.py")]
+        print(arguments.config_help(config, [p for p in sources if p.is_file()]))
+        return DONE
+    print(program.__doc__)
+    if "helpfull" in words:
+        print(flags.FLAGS.get_help())
+        return DONE
+    print(arguments.flags_help(flags.FLAGS, _own_flags(), defaults))
+    print(
+        "\n--config.FIELD=VALUE overrides a field of the config; --help_config lists the fields of "
+        "--config.\n--helpfull also lists the flags of absl."
+    )
+    return DONE
+
+
+def _config_argument(argv: Sequence[str]) -> str:
+    """Return the last value of --config, or ""."""
+    path = ""
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, sign, value = word.partition("=")
+        if name in ("--config", "-config"):
+            path = value if sign else following
+    return path
+
+
+def read_config(argv: Sequence[str], *, overrides: bool = True) -> ConfigDict | None:
+    """Return the config of the --config of a command line, None without one."""
+    if not (path := _config_argument(argv)):
+        return None
+    words = [word for word in argv if overrides and word.startswith("--config.")]
+    line, values = ["program", f"--config={path}", *words], flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=line)
+    values(line)
+    return values.config
+
+
+def explain_config_error(argv: Sequence[str], error: Exception) -> str:
     """Return which argument the config rejected: its error names only one part of the path."""
-    words = set(re.findall(r"\w+", str(error)))
-    for flag in (arg.split("=")[0] for arg in argv if arg.startswith("--config.")):
-        unknown = isinstance(error, AttributeError | KeyError)
-        if unknown and words & set(flag.removeprefix("--config.").split(".")):
-            return f"{flag} is not a field of the config; configs/base.py lists all fields"
+    path = pathlib.Path(_config_argument(argv))
+    if not path.is_file():
+        near = arguments.nearest(path.stem, [p.stem for p in path.parent.glob("*.py")])
+        hint = f"did you mean {path.with_name(near + '.py')}?" if near else "configs/ has the files"
+        return f"--config={path}: no such file; {hint}"
+    try:
+        config = read_config(argv, overrides=False)
+        if config is not None and (message := arguments.unknown_field(argv, config)):
+            return message
+    except Exception:  # noqa: BLE001  the file itself is wrong: the error is reported below
+        pass
     return f"--config: {type(error).__name__}: {error}"
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from medmax_jax.arguments import nearest
 from medmax_jax.io.errors import FileError, printable, quoted
 
 
@@ -301,7 +302,9 @@ def _build(cls: type, values: Any, where: str) -> Any:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     if unknown := sorted(map(str, set(values) - set(fields))):
         name = printable(unknown[0], 80)
-        raise ConfigError(f"{where}.{name} is not a field; the fields are {_names(cls)}")
+        near = nearest(name, fields)
+        hint = f"did you mean {where}.{near}? The" if near else "the"
+        raise ConfigError(f"{where}.{name} is not a field; {hint} fields are {_names(cls)}")
     if missing := sorted(set(fields) - set(values)):
         raise ConfigError(
             f"{where}.{missing[0]} is missing; set it (configs/base.py lists all fields)"

@@ -150,6 +150,7 @@ def _loop(
     batches = job.train_data.stream(done)
     batch = _next(job, batches)
     train_step = _compiled(job, state, batch)
+    _check_stop(job, done)
     profiler = reporting.Profiler(job, options.profile, done)
     with jax.transfer_guard("disallow"), contextlib.closing(profiler):
         while done < t.steps:
@@ -200,10 +201,12 @@ def _evaluate(
 
 
 def _compiled(job: TrainContext, state: step.TrainState, batch: Batch) -> Callable:
+    job.stop.activity = "the compilation of the training step"
     with job.clock.measure("compile"):
         lowered = step.make_train_step(job.graph, job.run).lower(state, job.frozen, batch, job.key)
         compiled = lowered.compile()
         barrier("the training step is compiled")
+    job.stop.activity = "this step"
     job.writer.log(
         f"compiled in {job.clock.seconds['compile']:.1f} s; {reporting.memory_summary(compiled)}"
     )

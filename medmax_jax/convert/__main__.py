@@ -23,6 +23,7 @@ from collections.abc import Sequence
 
 import jax
 
+from medmax_jax import arguments
 from medmax_jax.cli import DONE, ERROR, INTERRUPTED
 from medmax_jax.convert import check, convert, inspect_checkpoint, model_card
 from medmax_jax.data import sample
@@ -31,8 +32,8 @@ from medmax_jax.data.sample.manifest import read_manifest
 from medmax_jax.io.errors import printable_text
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> arguments.Parser:
+    parser = arguments.Parser(
         prog="python -m medmax_jax.convert",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -65,8 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _inspect_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m medmax_jax.convert inspect")
+def _inspect_parser() -> arguments.Parser:
+    parser = arguments.Parser(prog="python -m medmax_jax.convert inspect")
     parser.add_argument("path", metavar="P")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
+from medmax_jax import arguments
 from medmax_jax.checkpoints import export, safetensors_file
 from medmax_jax.config import Mesh, Vocab
 from medmax_jax.convert import convert, inspect_checkpoint, torch_reference
@@ -61,7 +62,7 @@ class Report:
 
 def main(argv: Sequence[str]) -> int:
     """Run the program; return 1 when a check fails."""
-    parser = argparse.ArgumentParser(
+    parser = arguments.Parser(
         prog="python -m medmax_jax.convert check",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -81,7 +81,7 @@ def load(
 
     Args:
         folder: the model folder.
-        adapter: the folder of the adapter.
+        adapter: the folder of the adapter, or of the training run that wrote it.
         mesh: None: one device.
         merge: add the product of the adapter's factors to the base once, instead of computing it
             separately in each forward pass.
@@ -250,12 +250,26 @@ def _check_parts(prompt: Sequence[PromptPart], codes: int, *, where: str) -> Non
                 )
 
 
+def adapter_folder(path: str | Path) -> Path:
+    """Return the adapter's folder: `path`, or `path`/adapter of a training run."""
+    path = Path(path)
+    if (path / "adapter_config.json").exists() or not (path / "checkpoints").is_dir():
+        return path
+    if not (path / "adapter" / "adapter_config.json").exists():
+        raise GenerateError(
+            f"{path}: the run has exported no adapter yet; finish it, or export its last "
+            f"checkpoint: python -m medmax_jax.convert --from {path} --to D --format native"
+        )
+    return path / "adapter"
+
+
 def _load_model(
     folder: Path, adapter: str | Path | None, config: Model, vocab: Vocab, merge: bool
 ) -> chameleon.Chameleon:
     if adapter is None:
         return export.load(folder, chameleon.abstract_model(config, vocab, chameleon.NO_LORA))
-    file = Path(adapter) / "adapter_config.json"
+    adapter = adapter_folder(adapter)
+    file = adapter / "adapter_config.json"
     settings = _json(file, "an adapter folder contains adapter_config.json; training writes it")
     if missing := {"rank", "alpha", "dropout", "base"} - set(settings):
         raise GenerateError(f"{file}: {sorted(missing)[0]} is missing; export the adapter again")
@@ -272,7 +286,7 @@ def _load_model(
     if not lora.rank:
         raise GenerateError(f"{file}: rank is 0; export the adapter again")
     graph, adapters, base = chameleon.split_adapters(chameleon.abstract_model(config, vocab, lora))
-    adapters = safetensors_file.load(Path(adapter) / "adapter.safetensors", adapters)
+    adapters = safetensors_file.load(adapter / "adapter.safetensors", adapters)
     model = nnx.merge(graph, adapters, export.load(folder, base))
     return merge_adapter(model, vocab, lora) if merge else model
 

@@ -14,6 +14,7 @@ Answers are stored in --cache.
 
 import dataclasses
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -88,6 +89,8 @@ def plan(settings: ConfigDict, topology: Topology, cache: pathlib.Path) -> tuple
             utilisation=_UTILISATION.value, most=_MOST.value,
         )  # fmt: skip
     config_mesh = ",".join(str(settings.mesh[axis]) for axis in ("data", "fsdp", "tp"))
+    if not _MESH.value and math.prod(settings.mesh.values()) != topology.chips:
+        raise PlanError(_mesh_hint(settings, topology))
     mesh = mesh_of(_MESH.value or config_mesh, topology)
     settings.mesh.update(dataclasses.asdict(mesh))
     if _ROWS.value:
@@ -95,6 +98,19 @@ def plan(settings: ConfigDict, topology: Topology, cache: pathlib.Path) -> tuple
     settings.train.steps = _steps(tokens, settings)
     run = config.from_config_dict(settings)
     return run, evaluate_setting(run, topology, cache)
+
+
+def _mesh_hint(settings: ConfigDict, topology: Topology) -> str:
+    """Return the error of a config whose mesh is of another machine, with the nearest mesh."""
+    own = config.build(config.Mesh, settings.mesh)
+    settings.mesh.update(data=1, fsdp=1, tp=1)
+    run = config.from_config_dict(settings)
+    near = search.nearest_mesh(own, search.candidates(run, topology))
+    hint = f"--mesh={near.data},{near.fsdp},{near.tp}, the nearest, or " if near else ""
+    return (
+        f"config.mesh is {own.data} x {own.fsdp} x {own.tp}, but {topology.slices} x "
+        f"{topology.name} has {topology.chips} chips; use {hint}--mesh=search"
+    )
 
 
 def _steps(tokens: int, settings: ConfigDict) -> int:

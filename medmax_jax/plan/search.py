@@ -30,6 +30,18 @@ def candidates(run: Run, topology: Topology, *, rows: Sequence[int] = ROWS) -> I
                     yield from _valid(with_settings(run, mesh=mesh, rows=count, remat=remat))
 
 
+def nearest_mesh(mesh: config.Mesh, runs: Iterator[Run]) -> config.Mesh | None:
+    """Return the mesh of the runs that differs least from `mesh`, by the factors of its axes."""
+
+    def distance(other: config.Mesh) -> tuple[float, int]:
+        axes = zip(dataclasses.astuple(mesh), dataclasses.astuple(other), strict=True)
+        # of equal ones the largest fsdp, which needs the least memory
+        return round(sum(abs(math.log2(a / b)) for a, b in axes), 6), -other.fsdp
+
+    meshes = dict.fromkeys(run.mesh for run in runs)
+    return min(meshes, key=distance, default=None)
+
+
 def with_settings(run: Run, *, mesh: config.Mesh, rows: int, remat: str) -> Run:
     """Return the run with these, `rows` of a microbatch per device; total tokens are unchanged."""
     size = rows * mesh.data * mesh.fsdp * run.optim.accumulate

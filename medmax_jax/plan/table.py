@@ -6,7 +6,6 @@ program at a time, within the given time; cells not reached show "arithmetic". T
 resumes where it stopped.
 """
 
-import argparse
 import dataclasses
 import pathlib
 import sys
@@ -14,7 +13,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from medmax_jax import config
+from medmax_jax import arguments, config
 from medmax_jax.config import Run
 from medmax_jax.configs import chameleon_30b_lora, medmax_7b_full, medmax_7b_lora, medmax_7b_qlora
 from medmax_jax.plan import analytic, compile_cache, search
@@ -69,7 +68,7 @@ class TableCell:
 
 def main() -> None:
     """Compile while there is time, then write the table."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = arguments.Parser(description=__doc__.partition("\n")[0])
     parser.add_argument(
         "--cache", type=pathlib.Path, required=True, help="folder of cached compiler answers"
     )

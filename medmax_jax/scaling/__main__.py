@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from medmax_jax import arguments
 from medmax_jax.cli import DONE, ERROR, WorkdirError, open_workdir
 from medmax_jax.io import charts, html_page
 from medmax_jax.io.progress import SECONDS, ItemProgress
@@ -29,8 +30,8 @@ from medmax_jax.scaling.laws import LAWS, ScalingError
 from medmax_jax.scaling.study import Options, run_study
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> arguments.Parser:
+    parser = arguments.Parser(
         prog="python -m medmax_jax.scaling",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

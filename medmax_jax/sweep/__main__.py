@@ -8,7 +8,8 @@ python -m medmax_jax.sweep collect --workdir D                       D/table.csv
 
 expand without --workdir writes nothing. status, collect and render read the folders of the runs, so
 all may be repeated; render leaves finished runs out and keeps the ids of the others. Overrides of
-the sweep file: --config.price=1.2. Run from the repository's root.
+the sweep file: --config.price=1.2; a smaller sweep: --limit=4 expands only the first four runs, and
+--config.axes='({"seeds": (0, 1)},)' replaces the axes. Run from the repository's root.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 75 stopped early and restartable.
 """
@@ -20,6 +21,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from medmax_jax import arguments
 from medmax_jax.cli import DONE, ERROR, INTERRUPTED, USAGE, Interrupted, open_workdir
 from medmax_jax.config import ConfigError
 from medmax_jax.io.text_files import TextFileError, read_json_object
@@ -29,8 +31,8 @@ from medmax_jax.sweep.axes import SweepError
 NOTES_FILE = "said.json"  # the sweep file's statements for the checklist of a fit
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> arguments.Parser:
+    parser = arguments.Parser(
         prog="python -m medmax_jax.sweep",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -40,6 +42,9 @@ def _parser() -> argparse.ArgumentParser:
         "expand", help="expand a sweep file to D/sweep.jsonl, with a table of costs"
     )
     expand_parser.add_argument("--workdir", metavar="D", help="folder of the sweep")
+    expand_parser.add_argument(
+        "--limit", type=int, metavar="N", help="expand only the first N runs, for a trial"
+    )
     expand_parser.add_argument("--json", action="store_true", help="print one JSON object last")
     for name, help_text in (
         ("status", "print the state of each run"), ("run", "run the unfinished runs here"),
@@ -47,8 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     ):  # fmt: skip
         command_parser = commands.add_parser(name, help=help_text)
         command_parser.add_argument(
-            "--workdir", metavar="D", required=True, help="folder of the sweep"
-        )
+            # render reports all its missing flags at once
+            "--workdir", metavar="D", required=name != "render", help="folder of the sweep",
+        )  # fmt: skip
         command_parser.add_argument(
             "--json", action="store_true", help="print one JSON object last"
         )
@@ -63,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _expand(args: argparse.Namespace, rest: Sequence[str]) -> dict:
     sweep = expand.load(rest)
-    runs = expand.plan_runs(sweep)
+    runs = expand.plan_runs(sweep, limit=args.limit)
     print("\n".join(expand.table(sweep, runs)))
     result = dict(sweep=sweep.name, runs=len(runs)) | expand.totals(runs)
     if args.workdir:
@@ -126,12 +132,16 @@ COMMANDS = {"status": _status, "run": _run, "collect": _collect, "render": _rend
 
 def main(argv: Sequence[str]) -> int:
     """Run the program; return its exit code."""
-    args, rest = _parser().parse_known_args(argv)
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    known = args.command == "expand"  # its other arguments are those of the sweep file
+    if unknown := [w for w in rest if not known or w.startswith("-") and "-config" not in w]:
+        parser.leaf(argv).reject(unknown)
+    if args.command == "render" and (missing := render.missing_flags(args)):
+        parser.error(arguments.required(missing))
     try:
         if args.command == "expand":
             result = _expand(args, rest)
-        elif rest:
-            raise ConfigError(f"unexpected argument {rest[0]!r}")
         else:
             folder = Path(args.workdir)
             result = COMMANDS[args.command](args, expand.read(folder), folder)

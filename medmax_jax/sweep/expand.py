@@ -18,7 +18,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from medmax_jax import config, flops
+from medmax_jax import cli, config, flops
 from medmax_jax.config import Run
 from medmax_jax.io import text_files
 from medmax_jax.io.errors import printable
@@ -88,10 +88,15 @@ def load(argv: Sequence[str]) -> Sweep:
     return Sweep(**values)
 
 
-def plan_runs(sweep: Sweep) -> list[SweepRun]:
-    """Return the runs; raise SweepError on an unknown field, a contradiction, a duplicate."""
+def plan_runs(sweep: Sweep, *, limit: int | None = None) -> list[SweepRun]:
+    """Return the runs, or the first `limit` of them.
+
+    Raises SweepError on an unknown field, a contradiction, a duplicate.
+    """
+    if limit is not None and limit < 1:
+        raise SweepError(f"--limit is {limit}; it must be at least 1")
     runs, seen = [], {}
-    for number, overrides in enumerate(expand(sweep.axes), start=1):
+    for number, overrides in enumerate(expand(sweep.axes)[:limit], start=1):
         run = _planned(sweep, overrides)
         if run.run_id in seen:
             raise SweepError(
@@ -296,24 +301,11 @@ def _parsed(argv: Sequence[str]) -> ConfigDict:
             raise SweepError("--config is missing; use a file of configs/")
         return values.config
     except (AttributeError, KeyError) as error:
-        raise SweepError(
-            f"{_find_override(argv, error)} is not a field of {argv[0].removeprefix('--config=')}; "
-            "configs/base.py lists all fields of a run"
-        ) from error
+        raise SweepError(cli.explain_config_error(argv, error)) from error
     except (flags.Error, OSError, TypeError, ValueError) as error:
         if isinstance(error, SweepError | config.ConfigError):
             raise
         raise SweepError(f"{' '.join(argv)}: {error}") from error
-
-
-def _find_override(argv: Sequence[str], error: Exception) -> str:
-    """Return the override whose name is in the error, since the error names only a part of it."""
-    words = str(error).replace("'", " ").replace('"', " ").replace(".", " ").split()
-    for flag in argv:
-        name = flag.split("=")[0].removeprefix("--config.")
-        if "." in name and set(name.split(".")) & set(words):
-            return name
-    return " ".join(argv[1:]) or "the config"
 
 
 def _plain(value: Any) -> Any:

@@ -55,10 +55,10 @@ NEEDS = {
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of `render`; flags that a form requires have no default."""
+    """Add the flags of `render`; required ones have no default, see `missing_flags`."""
     add = parser.add_argument
-    add("--form", required=True, choices=tuple(NEEDS), help="launcher to write files for")
-    add("--out", type=Path, required=True, metavar="F", help="folder for the files")
+    add("--form", choices=tuple(NEEDS), help="launcher to write files for (required)")
+    add("--out", type=Path, metavar="F", help="folder for the files (required)")
     add("--runs_at", metavar="PATH", help="workdir on the cluster, if different: /gcs/bucket/sweep")
     add(
         "--repo",
@@ -81,10 +81,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--tpu", help="tpu_vm: name of the TPU VM")
 
 
+def missing_flags(args: argparse.Namespace) -> list[str]:
+    """Return the flags that the form requires and that are not set."""
+    names = ("workdir", "form", "out", *NEEDS.get(args.form, ()))
+    return [f"--{name}" for name in names if getattr(args, name) is None]
+
+
 def write(runs: Sequence[SweepRun], folder: Path, args: argparse.Namespace) -> list[Path]:
     """Write the files of a form to `given.out`."""
-    if missing := [n for n in NEEDS[args.form] if getattr(args, n) is None]:
-        raise SweepError(f"--form {args.form} requires --{missing[0]}")
     args.out.mkdir(parents=True, exist_ok=True)
     files = FORMS[args.form](runs, args.runs_at or str(folder), args)
     for name, text in files.items():

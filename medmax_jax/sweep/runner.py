@@ -52,10 +52,12 @@ def _run_one(sweep_run: SweepRun, folder: Path, name: str, stop: Stop) -> None:
     begin = time.monotonic()
     try:
         home.mkdir(parents=True, exist_ok=True)
-        with open(home / "run.log", "ab") as log:
+        with open(home / "run.log", "ab") as log, open(home / status.STARTED, "w") as started:
+            fcntl.flock(started, fcntl.LOCK_EX)  # of the process: it inherits the open file
             process = subprocess.Popen(
-                command(sweep_run, home), stdout=log, stderr=subprocess.STDOUT
-            )
+                command(sweep_run, home), stdout=log, stderr=subprocess.STDOUT,
+                pass_fds=(started.fileno(),),
+            )  # fmt: skip
             code = _wait(process, stop)
     except OSError as error:  # the other runs may continue
         print(f"{name}: could not be started ({error.filename}: {error.strerror})", flush=True)

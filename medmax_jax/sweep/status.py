@@ -4,7 +4,7 @@ D/sweep.jsonl      the runs
 D/<run id>/        the workdir of medmax_jax.train; run.log: the output seen by the local runner
 D/table.csv        collect: one row per run   D/table.json: answers for the fit's checklist
 
-pending     nothing yet         running     a process holds its lock
+pending     nothing yet         running     a process holds its lock, or is starting
 finished    last step, exported stopped     has a checkpoint, no process
 crashed     began, no checkpoint            diverged    its loss was not finite
 """
@@ -25,6 +25,7 @@ from medmax_jax.sweep.expand import SweepRun, settings
 from medmax_jax.training.run_files import damage_warning, read_metrics
 
 TABLE = "table.csv"
+LOCK, STARTED = ".lock", ".started"  # of medmax_jax.train; of a process that the runner started
 UNFINISHED = ("pending", "stopped", "crashed")
 
 
@@ -32,7 +33,8 @@ def state(run: SweepRun, folder: Path) -> str:
     """Return one of the states above; raise SweepError if the folder belongs to another run."""
     home = folder / run.run_id
     if not (home / "config.json").exists():
-        return "running" if _locked(home) else "crashed" if home.exists() else "pending"
+        began = (home / LOCK).exists() or (home / STARTED).exists()
+        return "running" if _locked(home) else "crashed" if began else "pending"
     _check_same(run, home)
     if _finished(run, home):
         return "finished"
@@ -194,15 +196,17 @@ def _diverged(home: Path) -> bool:
 
 
 def _locked(home: Path) -> bool:
-    """Return whether a process holds the lock that medmax_jax.train takes."""
-    path = home / ".lock"
-    if not path.exists():
-        return False
-    with open(path) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+    """Return whether a process holds the lock of medmax_jax.train, or that of the local runner.
+
+    The runner's lock covers the seconds before medmax_jax.train takes its own.
+    """
+    for path in (home / LOCK, home / STARTED):
+        if path.exists():
+            with open(path) as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return True
     return False
 
 

@@ -9,8 +9,9 @@ import contextlib
 import dataclasses
 import fcntl
 import pathlib
+import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import IO, Any
 
 import jax
 from flax import nnx
@@ -65,16 +66,24 @@ def workdir_lock(folder: pathlib.Path) -> Iterator[None]:
 
     The operating system releases the lock when the process ends.
     """
+    first = jax.process_index() == 0  # before the file: finding the devices takes seconds
     with open(folder / ".lock", "w") as file:
-        if jax.process_index() == 0:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise TrainError(
-                    f"--workdir {folder} is in use by another run; wait for it or use another "
-                    "folder"
-                ) from error
+        if first and not _try_lock(file):
+            raise TrainError(
+                f"--workdir {folder} is in use by another run; wait for it or use another folder"
+            )
         yield
+
+
+def _try_lock(file: IO[str]) -> bool:
+    """Return whether the lock was free; `sweep status` may hold it for an instant."""
+    for _ in range(4):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(0.05)
+    return False
 
 
 def as_config_error(make: Callable[[], Any]) -> Any:
@@ -153,7 +162,13 @@ def dry_run(
     run: config.Run, load_data: Callable[[], tuple[BatchSource, BatchSource | None]]
 ) -> dict[str, Any]:
     """Run everything up to the compiled first step, from shapes alone."""
-    mesh = as_config_error(lambda: make_mesh(run.mesh))
+    try:
+        mesh = make_mesh(run.mesh)
+    except ValueError as error:
+        raise config.ConfigError(
+            f"{error}; to compile for a machine that is not available: python -m medmax_jax.plan "
+            "--config=... --topology=v5e:4x4"
+        ) from error
     as_config_error(lambda: step.check(run, mesh))
     with jax.set_mesh(mesh):
         train_data, eval_data = load_data()

@@ -21,7 +21,7 @@ from medmax_jax.convert import convert
 from medmax_jax.endpoints.egress import OutgoingError
 from medmax_jax.eval import evaluate
 from medmax_jax.eval.config import EvalError, Settings
-from medmax_jax.eval.models import predictions
+from medmax_jax.eval.models import loading, predictions
 from medmax_jax.eval.pipeline import inference, stages
 from medmax_jax.io import journal
 
@@ -375,3 +375,16 @@ def test_option_likelihoods_of_a_python_model_are_calibrated(tmp_path):
     result = evaluate(Sure(), items, tmp_path / "out", "strict", **options_)
     rows = {(r["task"], r["metric"]): r["value"] for r in result["calibration"]["rows"]}
     assert 0 < rows["vqa_rad_closed", "ece"] < 1
+
+
+def test_the_folder_of_a_training_run_is_an_adapter(tmp_path):
+    settings = build(Settings, eval_tiny.get_config())
+    (tmp_path / "checkpoints").mkdir()
+    spec = ("native:medmax_jax/tiny", str(tmp_path), False, settings)
+    with pytest.raises(ValueError, match="the run has exported no adapter yet"):
+        loading.parse_model_spec(*spec, progress=print)
+    (tmp_path / "adapter").mkdir()
+    for name in ("adapter_config.json", "adapter.safetensors"):
+        (tmp_path / "adapter" / name).write_text("{}")
+    resolved = loading.parse_model_spec(*spec, progress=print)
+    assert resolved.adapter == str(tmp_path / "adapter") and resolved.adapter_digest

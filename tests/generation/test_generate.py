@@ -170,6 +170,13 @@ def test_adapter_changes_answers_and_must_fit_its_base(g, folder, adapter, tmp_p
     assert generate(adapted, tokens, SAMPLE, "text", names=names) != generate(
         g, tokens, SAMPLE, "text", names=names
     )
+    run = tmp_path / "run"  # the workdir of a training run
+    (run / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match="exported no adapter yet; finish it, or export its last"):
+        model_bundle.load(folder, adapter=run)
+    (run / "adapter").symlink_to(adapter)
+    assert model_bundle.adapter_folder(run) == run / "adapter"
+    assert model_bundle.load(folder, adapter=str(run)).config == adapted.config
     settings = json.loads((adapter / "adapter_config.json").read_text())
     for key, value, message in (
         ("base", "0" * 64, "trained on base weights '000000000000'"),

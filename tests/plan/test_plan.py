@@ -305,6 +305,12 @@ def test_analytic_plan_is_marked_as_an_estimate(tmp_path):
     [
         (("--mesh=1,4,1", "--config.data.batch_size=6"), 2, "config.data.batch_size is 6"),
         (("--mesh=1,3,1",), 1, "product of 4"),
+        (
+            (),
+            1,
+            "config.mesh is 4 x 4 x 1, but 1 x v5e:2x2 has 4 chips; use --mesh=1,4,1, the "
+            "nearest, or --mesh=search",
+        ),
         (("--mesh=1,4,1", "--utilisation=1.5"), 1, "--utilisation=1.5"),
         (("--mesh=1,4,1", "--config.model.remat=some"), 2, "config.model.remat is 'some'"),
     ],

@@ -1,9 +1,13 @@
 """Messages of every program about a wrong flag, an unwritable workdir, and Ctrl-C."""
 
+import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
@@ -21,6 +25,76 @@ def main(settings, workdir):
 
 cli.run(main, errors=())
 """
+
+PLATFORM = """
+import sys
+
+hidden, *sys.argv[1:] = sys.argv[1:]
+if hidden == "hidden":
+    sys.modules["libtpu"] = None  # as if it were not installed
+
+import jax
+from medmax_jax import cli
+
+def main(settings, workdir):
+    print(jax.config.jax_platforms, jax.devices())
+
+cli.run(main, errors=())
+"""
+# Runs programs as modules or files, each in a process of its own that has imported JAX already, and
+# prints the list of [status, stdout and stderr].
+FORKED = """
+import argparse, json, os, pathlib, runpy, sys, tempfile, traceback
+
+sys.path[:0] = [os.getcwd(), "benchmarks", "tests"]
+import jax, flax.nnx, orbax.checkpoint, ml_collections
+
+def start(name, *arguments):
+    sys.argv = [name, *arguments]
+    if name.endswith(".py"):
+        runpy.run_path(name, run_name="__main__")
+    else:
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+results = []
+for words in json.loads(sys.argv[1]):
+    with tempfile.TemporaryFile("w+") as output:
+        child = os.fork()
+        if not child:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+            status = 0
+            try:
+                start(*words)
+            except SystemExit as end:
+                status = end.code or 0
+            except BaseException:
+                traceback.print_exc()
+                status = 70
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        output.seek(0)
+        results.append([status, output.read()])
+print(json.dumps(results))
+"""
+# A call that Python cannot interrupt, as XLA's compiler: its signal handlers run after it.
+COMPILING = """
+import hashlib
+from medmax_jax import cli
+
+with cli.Stop() as stop:
+    stop.activity = "the compilation"
+    print("begun", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 500_000_000)
+"""
+
+
+def forked(*commands: list[str]) -> list[tuple[int, str]]:
+    done = program("-c", FORKED, json.dumps(commands))
+    assert done.returncode == 0, done.stderr
+    return [tuple(result) for result in json.loads(done.stdout.splitlines()[-1])]
 
 
 def program(*words: str) -> subprocess.CompletedProcess:
@@ -82,3 +156,123 @@ def test_ctrl_c_outside_the_loop():
     done = program("-c", INTERRUPTED, "--config=configs/tiny.py", "--workdir=w")
     assert done.returncode == cli.INTERRUPTED
     assert done.stderr == f"{cli.STOPPED}\n" and cli.RESUME in cli.STOPPED
+
+
+def test_an_absent_tpu_is_not_mentioned():
+    unset = ("JAX_PLATFORMS", "TPU_LIBRARY_PATH")
+    environment = {k: v for k, v in os.environ.items() if k not in unset}
+    for libtpu in ("installed", "hidden"):
+        done = subprocess.run(
+            [sys.executable, "-c", PLATFORM, libtpu, "--config=configs/tiny.py", "--workdir=w"],
+            cwd=ROOT, env=environment, text=True, capture_output=True,
+        )  # fmt: skip
+        assert done.returncode == 0 and "Unable to initialize" not in done.stderr, done.stderr
+        if "CpuDevice" in done.stdout:
+            assert done.stderr == ""
+
+
+def test_devices_of_this_machine_are_not_skipped(monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "ACCELERATORS", (str(tmp_path),))
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: True)
+    updates = {}
+    monkeypatch.setattr(cli.jax.config, "update", updates.__setitem__)
+    monkeypatch.setattr(type(cli.jax.config), "jax_platforms", None, raising=False)
+    cli.skip_absent_tpu()
+    assert updates == {}
+    monkeypatch.setattr(cli, "ACCELERATORS", ())
+    cli.skip_absent_tpu()
+    assert updates == {"jax_platforms": "cpu"}
+
+
+def test_wrong_and_missing_arguments_are_explained():
+    config_flag, train = "--config=configs/tiny.py", "medmax_jax.train"
+    cases = [
+        ([train], "--config and --workdir are required; --help lists all flags"),
+        ([train, config_flag], "--workdir is required; --help lists all flags"),
+        (["medmax_jax.generate"], "--model and --out are required; --help lists all flags"),
+        (["medmax_jax.convert"], "--from, --to and --format are required; --help lists all flags"),
+        (["eval.report"], "--workdir is required; --help lists all flags"),
+        (["data.prepare", "sample"], "--out is required; --help lists all flags"),
+        ([train, config_flag, "--workdirr=w"], "--workdirr is not a flag; did you mean --workdir?"),
+        ([train, config_flag, "--workdir=w", "--config.lr=1"],
+         "--config.lr is not a field of the config; did you mean --config.optim.peak_lr?"),
+        ([train, config_flag, "--workdir=w", "--config.data.batchsize=1"],
+         "--config.data.batchsize is not a field of the config; did you mean "
+         "--config.data.batch_size?"),
+        ([train, "--config=configs/tinny.py", "--workdir=w"],
+         "--config=configs/tinny.py: no such file; did you mean configs/tiny.py?"),
+        (["eval.run", "--config=configs/eval_tiny.py", "--workdir=w", "--config.judge.endpont=x"],
+         "--config.judge.endpont is not a field of the config; did you mean "
+         "--config.judge.endpoint?"),
+        (["data.prepare", "sampel"], "command: 'sampel' is unknown; did you mean sample?"),
+        (["data.prepare", "sample", "--out=w", "--view=2", "--rond=2"],
+         "--rond is not a flag; did you mean --rounds?"),
+        (["medmax_jax.sweep", "colect"], "command: 'colect' is unknown; did you mean collect?"),
+        (["eval.suite", "publishd"], "table: 'publishd' is unknown; did you mean published?"),
+        (["medmax_jax", "trian"], "unknown command 'trian'; did you mean train?"),
+    ]  # fmt: skip
+    for (words, message), result in zip(cases, forked(*(c[0] for c in cases)), strict=True):
+        assert result == (cli.USAGE, f"error: {message}\n"), words
+
+
+def test_help_shows_required_flags_first_and_the_fields_of_a_config():
+    (status, text), (full_status, full), *configs = forked(
+        ["medmax_jax.generate", "--help"],
+        ["medmax_jax.generate", "--helpfull"],
+        ["medmax_jax.train", "--help_config", "--config=configs/tiny.py", "--config.data.seed=7"],
+        ["eval.run", "--config", "configs/eval_tiny.py", "--help_config"],
+        ["medmax_jax.train_vqgan", "--config=configs/tiny_vqgan.py", "--help_config"],
+        ["medmax_jax.scaling", "--help"],
+        ["medmax_jax.train", "--help_config"],
+    )
+    flags = [line.split()[0] for line in text.splitlines() if line.startswith("  --")]
+    assert status == 0 and flags[:3] == ["--model", "--out", "--adapter"]
+    assert "--verbosity" not in text
+    assert full_status == 0 and "--verbosity" in full
+    missing = configs.pop()
+    assert missing[0] == cli.USAGE and "requires --config=FILE" in missing[1]
+    scaling_status, scaling = configs.pop()
+    flags = [line.split()[0] for line in scaling.splitlines() if line.startswith("  --")]
+    assert scaling_status == 0 and flags[:2] == ["--law", "--table"]
+    assert [code for code, _ in configs] == [0, 0, 0]
+    train, evaluate, vqgan = (" ".join(text.split()) for _, text in configs)
+    assert "--config.data.seed=7" in train and "--config.optim.peak_lr=0.003" in train
+    assert "--config.data.batch_size=8 rows per step, over all devices" in train
+    assert "--config.judge.service.retries=6 of one call" in evaluate
+    assert "--config.questions='sample' or JSONL files of rows" in evaluate
+    assert "--config.train.plain_steps=150 autoencoding before" in vqgan
+
+
+def test_benchmarks_name_the_flags_that_they_require():
+    cases = {
+        "loader": "--scratch", "convert_7b": "--scratch", "scaling": "--part",
+        "gpu": "--part, --workdir",
+    }  # fmt: skip
+    results = forked(*([f"benchmarks/{name}.py"] for name in cases))
+    for (name, missing), (status, text) in zip(cases.items(), results, strict=True):
+        assert status == cli.USAGE and f"arguments are required: {missing}\n" in text, name
+
+
+def test_ctrl_c_during_a_compilation_is_reported_at_once():
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMPILING], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    killer = threading.Timer(60, process.kill)
+    killer.start()
+    try:
+        assert process.stdout.readline() == "begun\n"
+        time.sleep(0.5)  # until it is inside of the call
+        begin = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.readline() == "\n"
+        line = process.stderr.readline()
+        assert line == "SIGINT: stopping after the compilation; repeat it to stop at once\n"
+        assert time.monotonic() - begin < 2
+        time.sleep(0.6)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=10) == cli.INTERRUPTED
+    finally:
+        killer.cancel()
+        process.kill()
+        process.communicate()

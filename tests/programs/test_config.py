@@ -38,7 +38,7 @@ def test_codes_per_image_follow_from_the_vqgan():
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("optim.lr", 1e-3, "config.optim.lr is not a field.*peak_lr"),
+        ("optim.lr", 1e-3, "config.optim.lr is not a field; did you mean config.optim.peak_lr\\?"),
         ("optim.peak_lr", None, "config.optim.peak_lr is missing"),
         ("optim.peak_lr", "fast", "config.optim.peak_lr is 'fast'.*float"),
         ("train.steps", 0, "config.train.steps is 0; it must be above 0"),

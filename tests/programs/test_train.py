@@ -271,6 +271,22 @@ def test_dry_run_compiles_and_writes_nothing(data, base, tmp_path, capsys):
     broken = micro_run.run(**data, train__init_from=str(base), model__rope_theta=5.0)
     with pytest.raises(export.ExportError, match="rope_theta"):
         train.run(broken, tmp_path / "w", setup.Options(dry_run=True))
+    large = micro_run.run(**data, mesh__fsdp=128, data__batch_size=128)
+    with pytest.raises(config.ConfigError, match="128 devices.*python -m medmax_jax.plan"):
+        train.run(large, tmp_path / "w", setup.Options(dry_run=True))
+
+
+def test_a_signal_during_the_compilation_stops_before_the_first_step(
+    data, base, tmp_path, monkeypatch, capfd
+):
+    run = micro_run.run(**data, train__init_from=str(base))
+    monkeypatch.setattr(train, "barrier", lambda _: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(cli.Interrupted, match="SIGINT: stopped before step 1; run the same"):
+        train.run(run, tmp_path)
+    begin = time.monotonic()
+    while "SIGINT: stopping after" not in capfd.readouterr().err:
+        assert time.monotonic() < begin + 2
+        time.sleep(0.02)
 
 
 def test_profile_steps_write_a_trace(data, base, tmp_path):

@@ -151,7 +151,7 @@ def test_paper_data_sweep_on_v5e_16(tmp_path, capsys):
     [
         (
             sweep({"fixed": {"optim.peek_lr": 1e-3}}),
-            "optim.peek_lr is not a field of configs/tiny_base",
+            "--config.optim.peek_lr is not a field .*did you mean --config.optim.peak_lr",
         ),
         (
             sweep({"fixed": {"lora.rank": 4}}),
@@ -330,15 +330,35 @@ def test_a_slurm_task_requeues_itself(tmp_path, medmax):
     assert "--config.mixing.fraction=0.75" in (tmp_path / "started").read_text()
 
 
-@pytest.mark.parametrize(
-    "form,flags,words",
-    [("xpk", dict(cluster=None), "--form xpk requires --cluster"),
-     ("slurm", dict(gpus=None), "--form slurm requires --gpus"),
-     ("jobset", dict(queue=None), "--form jobset requires --queue")],
-)  # fmt: skip
-def test_required_flags_of_each_form(tmp_path, medmax, form, flags, words):
-    with pytest.raises(SweepError, match=words):
-        rendered(tmp_path, medmax, form, **flags)
+def test_missing_flags_are_reported_at_once(tmp_path, capsys):
+    for argv, message in (
+        (["render"], "--workdir, --form and --out are required"),
+        (["render", "--form=xpk", "--out=o", "--zone=z"],
+         "--workdir, --cluster, --image and --project are required"),
+        (["render", "--form=slurm"], "--workdir, --out, --parallel, --gpus and --time are"),
+        (["rendr"], "'rendr' is unknown; did you mean render?"),
+        (["expand", "--limt=3"], "--limt is not a flag; did you mean --limit?"),
+        (["status", f"--workdir={tmp_path}", "--jsn"], "--jsn is not a flag; did you mean --json?"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit) as end:
+            program.main(argv)
+        error = capsys.readouterr().err
+        assert end.value.code == 2 and message in error and error.count("\n") == 1, error
+
+
+def test_a_sweep_is_shrunk_from_the_command_line(capsys):
+    argv = ["expand", "--config=configs/sweep_tiny.py", "--json"]
+    for flag, runs in (
+        ("--limit=3", 3),
+        ("--config.axes=({'seeds': (0, 1)},)", 2),
+        ("--config.axes[1].data_fraction.fractions=(0.125,)", 8),
+    ):
+        assert program.main([*argv, flag]) == 0
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["runs"] == runs
+    assert program.main([*argv, "--limit=0"]) == 1
+    assert "--limit is 0; it must be at least 1" in capsys.readouterr().err
+    assert program.main([*argv, "--config.prise=2"]) == 1
+    assert "did you mean --config.price?" in capsys.readouterr().err
 
 
 def test_a_sweep_without_a_machine_is_not_rendered_for_one(tmp_path):

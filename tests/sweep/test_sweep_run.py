@@ -2,12 +2,14 @@
 
 import csv
 import dataclasses
+import fcntl
 import json
 import os
 import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import micro_run
@@ -18,7 +20,7 @@ from medmax_jax.scaling import __main__ as scaling
 from medmax_jax.sweep import __main__ as program
 from medmax_jax.sweep import expand, runner, status
 from medmax_jax.sweep.axes import SweepError
-from medmax_jax.training import reporting
+from medmax_jax.training import reporting, setup
 
 ROOT = pathlib.Path(__file__).parents[2]
 # ml_collections 1.1 loads config files in a way that Python 3.12 no longer has.
@@ -75,7 +77,10 @@ def test_states_of_run_folders(ended, tmp_path, capsys):
     runs, folder = ended
     assert list(status.states(runs, folder).values()) == ["finished", "finished", "diverged"]
     assert state(runs[0], tmp_path) == "pending"
-    (tmp_path / runs[0].run_id).mkdir()
+    home = tmp_path / runs[0].run_id
+    home.mkdir()
+    assert state(runs[0], tmp_path) == "pending"  # its process is starting: it has written nothing
+    (home / ".lock").touch()
     assert state(runs[0], tmp_path) == "crashed"
     assert program.main(["status", "--workdir", str(folder), "--json"]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -226,3 +231,34 @@ def test_a_run_that_fails_does_not_stop_the_others(file, tmp_path):
     assert process.returncode == 1
     assert f"1 of 2 runs failed: {runs[0].run_id}" in output and "nowhere: no such folder" in output
     assert status.state(runs[1], tmp_path) == "finished"
+
+
+LOCKED = """
+import fcntl, pathlib, sys
+folder = pathlib.Path(sys.argv[1])
+try:
+    fcntl.flock(open(folder / ".started"), fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError:
+    (folder / "locked").touch()
+"""
+
+
+def test_a_starting_run_is_running(file, tmp_path, monkeypatch, capsys):
+    """The process that the runner starts holds a lock from its first instruction to its end."""
+    (one,) = planned(file, {"seeds": (0,)})
+    home = tmp_path / one.run_id
+    monkeypatch.setattr(runner, "command", lambda *_: [sys.executable, "-c", LOCKED, str(home)])
+    assert runner.run([one], tmp_path) == {one.run_id: "crashed"}  # it has ended without a result
+    assert (home / "locked").exists()
+    with open(home / status.STARTED) as started:
+        fcntl.flock(started, fcntl.LOCK_EX)
+        assert state(one, tmp_path) == "running"
+
+
+def test_the_status_of_a_sweep_does_not_stop_a_starting_run(tmp_path):
+    with open(tmp_path / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)  # as status.state does, for an instant
+        release = threading.Timer(0.07, fcntl.flock, (file, fcntl.LOCK_UN))
+        release.start()
+        with setup.workdir_lock(tmp_path):
+            release.join()
