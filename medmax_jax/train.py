@@ -17,6 +17,7 @@ no files; it reads the records.
 import contextlib
 import os
 import pathlib
+import shlex
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -35,7 +36,7 @@ from medmax_jax.data import loader
 from medmax_jax.data.packing.pack import PackError
 from medmax_jax.data.records.document import RecordsError
 from medmax_jax.io.storage import StorageError
-from medmax_jax.models import chameleon
+from medmax_jax.models import chameleon, vocab
 from medmax_jax.sharding import make_mesh, shard_batch
 from medmax_jax.training import log_writer, reporting, samples, setup, step
 from medmax_jax.training.batch import Batch
@@ -123,7 +124,20 @@ def run(
 
 
 def load_data(run: config.Run) -> tuple[loader.BatchLoader, loader.BatchLoader | None]:
-    """Return the training batches, and the validation batches or None."""
+    """Return the training batches, and the validation batches or None.
+
+    Raises RecordsError where a folder is missing, with the commands that make it.
+    """
+    folders = {"train": run.data.train, "validation": run.data.validation}
+    missing = {k: v for k, v in folders.items() if v and "://" not in v and not os.path.exists(v)}
+    if missing:
+        make = "python -m data.prepare sample --out {} --split {} --kind instruction"
+        sample = " && ".join(make.format(shlex.quote(v), k) for k, v in missing.items())
+        released = run.vocab == vocab.RELEASED  # the sample is tokenized with the shipped model
+        raise RecordsError(
+            f"{' and '.join(missing.values())}: no such folder. To make it: "
+            + ("docs/guides/data.md" if released else sample)
+        )
     validation = run.data.validation
     eval_data = loader.eval_batches(run, validation) if validation else None
     return loader.train_batches(run, run.data.train), eval_data

@@ -1,5 +1,6 @@
 """The training program: the files of a run, equality of resumed runs, invalid inputs."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -21,9 +22,11 @@ from safetensors.numpy import load_file, save_file
 
 from medmax_jax import cli, config, train
 from medmax_jax.checkpoints import checksums, export, manager, safetensors_file
+from medmax_jax.configs import tiny
 from medmax_jax.data.packing.pack import PackError
 from medmax_jax.data.records.document import RecordsError
 from medmax_jax.io.storage import Folder
+from medmax_jax.models import vocab
 from medmax_jax.training import reporting, setup
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -260,6 +263,23 @@ def test_loss_that_is_not_finite_stops_the_run(done, data, base, tmp_path):
     assert "is not finite;" in (tmp_path / "w" / "train.log").read_text().splitlines()[-1]
     named = json.loads((tmp_path / "w" / "not_finite_1.json").read_text())["documents"]
     assert len(named) >= 8 and all(name.startswith("generated/0-") for name in named)
+
+
+def test_missing_records_are_made_by_the_printed_command(tmp_path):
+    folders = {split: str(tmp_path / split) for split in ("train", "validation")}
+    run = config.from_config_dict(tiny.get_config())
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, **folders))
+    with pytest.raises(RecordsError, match="no such folder. To make it: python -m data") as caught:
+        train.run(run, tmp_path / "w")
+    commands = str(caught.value).partition("To make it: ")[2].split(" && ")
+    assert len(commands) == 2
+    done = subprocess.run(commands[1], shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "validation" / "dataset.json").exists(), done.stderr
+    with pytest.raises(RecordsError, match=f"^{folders['train']}: no such folder"):
+        train.run(run, tmp_path / "w")
+    released = dataclasses.replace(run, vocab=vocab.RELEASED)
+    with pytest.raises(RecordsError, match="To make it: docs/guides/data.md"):
+        train.load_data(released)
 
 
 def test_dry_run_compiles_and_writes_nothing(data, base, tmp_path, capsys):
