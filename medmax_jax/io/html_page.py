@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 import PIL.Image
 
 SHOWN = 256  # least pixels of an image's longer side; smaller ones are enlarged by integer factors
-LONG = 40  # characters of a cell: longer ones break into lines between words
+LONG = 24  # characters of a cell: longer texts break into lines between words
 NOTHING = "–"  # a cell without a value
 _NUMBER = r"-?[\d,.]*\d%?"
 # 1,034, 56.4%, 0.31–0.42, -1 to 2, each with a mark or without: 0.31–0.42 †
@@ -62,11 +62,11 @@ caption { text-align: left; color: var(--soft); font-size: .9rem; padding: .2rem
 th, td { padding: .4rem .6rem; text-align: left; vertical-align: top; overflow-wrap: normal;
   border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
-td.text { white-space: pre-line; min-width: 16rem; }
+td.text { white-space: pre-line; min-width: 14rem; }
 th:first-child, td:first-child { position: sticky; left: 0; background: var(--page);
   padding-left: 0; }
 td.text:first-child { min-width: 9rem; }
-th.number { text-align: right; }
+th.number { text-align: right; white-space: normal; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
 abbr[title] { text-decoration: underline dotted; text-underline-offset: .2em; cursor: help; }
 .figures { display: grid; gap: 1rem;
@@ -74,6 +74,7 @@ abbr[title] { text-decoration: underline dotted; text-underline-offset: .2em; cu
 figure { margin: 1rem 0; padding: .6rem; background: var(--card); border: 1px solid var(--line);
   border-radius: .5rem; }
 .figures figure { margin: 0; }
+.figures + .figures { margin-top: 1rem; }
 img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
 .figures img { image-rendering: pixelated; }
 a { color: var(--mark); }
@@ -286,7 +287,7 @@ def _cell(value: object, numeric: bool, definitions: Mapping[str, str]) -> str:
     text, kind = format_value(value), ""
     if numeric or (isinstance(value, int | float) and not isinstance(value, bool)):
         kind = ' class="number"'
-    elif len(text) > LONG or "\n" in text:
+    elif "\n" in text or (len(text) > LONG and " " in text):
         kind = ' class="text"'
     return f"<td{kind}>{_defined(text, definitions)}</td>"
 
