@@ -294,7 +294,12 @@ def interval(row: Row, scale: float = 1.0) -> str:
 
 def marked(row: Row, text: str) -> str:
     """Return the text of an interval, with FEW_MARK where the row has few groups."""
-    return f"{text} {FEW_MARK}" if row.get("groups", intervals.FEW) < intervals.FEW else text
+    return f"{text} {FEW_MARK}" if has_few_groups(row) else text
+
+
+def has_few_groups(row: Row) -> bool:
+    """Return whether the interval of a row is approximate: it is marked, and not drawn."""
+    return row.get("groups", intervals.FEW) < intervals.FEW
 
 
 def format_metric(value: float, scale: float) -> str:

@@ -90,7 +90,7 @@ def sentence(head: Headline) -> str:
     text = f"{row['task']}: {row['metric']} {row['value']:.3f}"
     if bounds := tables.bounds(row["ci_low"], row["ci_high"], 1.0):
         text += f", 95 % interval {bounds}"
-        text += " (approximate: few groups)" if row["groups"] < intervals.FEW else ""
+        text += " (approximate: few groups)" if tables.has_few_groups(row) else ""
     text += f", on {_count(row['n'], 'item')} of {_count(row['groups'], 'group')}"
     if (share := tables.unparsed_share(row)) is not None:
         text += f"; {tables.format_share(share)} of the answers are unparsed"
@@ -148,7 +148,7 @@ def _forest(heads: Sequence[Headline]) -> str:
         row, gid = head.row, f"{charts.TOOLTIP}{y}"
         tooltips[gid] = sentence(head)
         ends.append(row["value"])
-        if row["groups"] >= intervals.FEW and row["ci_low"] is not None:
+        if not tables.has_few_groups(row) and row["ci_low"] is not None:
             ends += [row["ci_low"], row["ci_high"]]
             axes.hlines(y, row["ci_low"], row["ci_high"], color=charts.MARK, linewidth=2)
         axes.plot(row["value"], y, "o", color=charts.MARK, markersize=7, gid=gid, clip_on=False,
@@ -168,9 +168,9 @@ def _label(row: Mapping[str, Any]) -> str:
 
 def _caption(heads: Sequence[Headline]) -> str:
     text = "Scores of each task; further to the right is better."
-    if any(head.row["groups"] >= intervals.FEW for head in heads):
+    if any(not tables.has_few_groups(head.row) for head in heads):
         text += " Lines: 95 % intervals over groups."
-    if any(head.row["groups"] < intervals.FEW for head in heads):
+    if any(tables.has_few_groups(head.row) for head in heads):
         text += (
             f" {tables.FEW_MARK}: fewer than {intervals.FEW} groups; the interval is in the table "
             "and not drawn."

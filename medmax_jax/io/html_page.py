@@ -13,6 +13,7 @@ import html
 import io
 import math
 import re
+import struct
 import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
@@ -189,14 +190,19 @@ def table(
 def figure(png_bytes: bytes, caption: str, *, link: str = "") -> str:
     """Return a PNG with its caption, which is also the alternative text.
 
+    An image smaller than SHOWN is shown enlarged by an integer factor.
+
     link: path of the full image, relative to the page.
     """
     if link.startswith(("/", "..")):
         raise ValueError(f"link is {link!r}; required: a path below the folder of the page")
-    if not png_bytes.startswith(b"\x89PNG\r\n\x1a\n"):
+    if not png_bytes.startswith(b"\x89PNG\r\n\x1a\n") or len(png_bytes) < 24:
         raise ValueError(f"figure {caption!r}: not a PNG; save the image with format='PNG'")
     data, safe = base64.b64encode(png_bytes).decode("ascii"), html.escape(caption)
-    image = f'<img alt="{safe}" src="data:image/png;base64,{data}">'
+    width, height = struct.unpack(">II", png_bytes[16:24])
+    factor = math.ceil(SHOWN / max(width, height, 1))
+    size = f'width="{width * factor}" height="{height * factor}"'
+    image = f'<img alt="{safe}" {size} src="data:image/png;base64,{data}">'
     if link:
         image = f'<a href="{html.escape(urllib.parse.quote(link))}">{image}</a>'
     return f"<figure>{image}<figcaption>{safe}</figcaption></figure>\n"

@@ -18,7 +18,7 @@ from medmax_jax.endpoints import egress
 from medmax_jax.eval.config import Settings
 from medmax_jax.eval.metrics import aggregate, per_record
 from medmax_jax.eval.pipeline import inference
-from medmax_jax.eval.reporting import definitions, page, verdict
+from medmax_jax.eval.reporting import curves, definitions, page, verdict
 from medmax_jax.eval.reporting import tables as reporting_tables
 from medmax_jax.eval.stats.intervals import Resampling
 from medmax_jax.eval.tasks import catalog
@@ -214,6 +214,15 @@ def test_calibration_is_drawn_with_the_n_of_each_bin(tmp_path):
     assert "risk 0.500 of all answers, 0.250 of the most confident half" in text
     table = text.split("Table of the bins")[1].split("</details>")[0]
     assert table.count("<tr>") == 4 and "0.500–0.600" in table and "0.150–0.350" in table
+
+
+def test_intervals_of_calibration_are_drawn_for_enough_groups(tmp_path):
+    result = calibrated()
+    few = curves.render_curves(result)
+    for row in (*result["bins"]["<b>t</b>"], *result["curves"]["<b>t</b>"]):
+        row |= dict(groups=20)
+    assert curves.render_curves(result).count("opacity: 0.6") > few.count("opacity: 0.6")
+    assert "A bin of fewer than 20 groups has no whisker" in few
 
 
 def test_few_groups_are_marked_and_one_group_has_no_interval(tmp_path):

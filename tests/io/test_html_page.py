@@ -116,6 +116,10 @@ def test_small_images_are_enlarged_by_integer_factors(size, shown):
     assert enlarged.size == (shown, shown // size * (size // 2))
 
 
+def test_the_size_of_a_small_image_is_that_of_an_enlarged_one():
+    assert 'width="256" height="256"' in html_page.figure(png(), "2 x 2 pixels")
+
+
 def test_a_figure_must_be_png():
     with pytest.raises(ValueError, match="not a PNG"):
         html_page.figure(b"GIF89a", "x")
