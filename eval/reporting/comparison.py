@@ -123,7 +123,7 @@ def render(comparison: Comparison, first: str, second: str) -> str:
     if comparison.left_out:
         lines = "".join(html_page.paragraph(f"{line}.") for line in comparison.left_out)
         body += html_page.section("Left out", lines)
-    return html_page.document(f"{first} and {second}", body)
+    return html_page.document(f"Comparison of {first} and {second}", body)
 
 
 def _page_verdict(row: Mapping[str, Any], first: str, second: str) -> html_page.Verdict:
@@ -148,6 +148,7 @@ def _chart(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the differences of the tasks, with their intervals over enough groups."""
     figure, axes = charts.subplots(size=(WIDTH, MARGIN + ROW_HEIGHT * len(rows)))
     axes.axvline(0, color=charts.SOFT, linewidth=1)
+    axes.spines["left"].set_visible(False)
     for y, row in enumerate(rows):
         if not tables.has_few_groups(row) and row["ci_low"] is not None:
             axes.hlines(y, row["ci_low"], row["ci_high"], color=charts.MARK, linewidth=2)

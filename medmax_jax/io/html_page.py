@@ -23,6 +23,7 @@ import PIL.Image
 SHOWN = 256  # least pixels of an image's longer side; smaller ones are enlarged by integer factors
 LONG = 24  # characters of a cell: longer texts break into lines between words
 NOTHING = "–"  # a cell without a value
+NO_BREAK = "\xa0"  # a space at which no line ends
 _NUMBER = r"-?[\d,.]*\d%?"
 # 1,034, 56.4%, 0.31–0.42, -1 to 2, each with a mark or without: 0.31–0.42 †
 _FIGURE = re.compile(rf"{_NUMBER}(?:(?:–| to ){_NUMBER})?(?: †)?")
@@ -146,7 +147,7 @@ def verdicts(items: Sequence[Verdict]) -> str:
     """Return a list of results, each with its label in bold and in the color of its status."""
     lines = "".join(
         f'<li class="{item.status}"><b>{html.escape(item.label)}.</b> '
-        f"{html.escape(item.text)}</li>\n"
+        f"{html.escape(item.text.replace(' %', NO_BREAK + '%'))}</li>\n"
         for item in items
     )
     return f'<ul class="verdicts">\n{lines}</ul>\n' if items else ""

@@ -273,7 +273,7 @@ def with_baselines(row, *, floors=(), blind=None):
 def test_the_verdict_is_a_sentence_with_a_status(value, groups, status, label, phrase):
     summary = with_baselines(score(value, groups=groups), floors=[("one", 0.4), ("two", 0.5)])
     text = verdict.render(summary)
-    assert f'<li class="{status}"><b>{label}.</b> t: accuracy {value:.3f}, 95 % interval' in text
+    assert f'<li class="{status}"><b>{label}.</b> t: accuracy {value:.3f}, 95\xa0% interval' in text
     assert phrase in text and "10.0% of the answers are unparsed" in text
     assert f"on 40 items of {groups} groups" in text
     assert ("†" in text) == (groups == 19)
