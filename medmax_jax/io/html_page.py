@@ -2,7 +2,8 @@
 
     document("Title", section("Scores", table(["task", "n"], [["closed", 12]])))
 
-Only tables are wider than the page: they scroll inside themselves, with a fixed first column.
+No page scrolls sideways: a table that is wider than the page scrolls inside itself, with a fixed
+first column, and so does a wide chart on a phone.
 
 Only the functions here create markup, and each escapes its arguments, so text that a model
 generated can be shown unchanged.
@@ -60,7 +61,8 @@ p.head { color: var(--soft); font-size: .85rem; max-width: none; margin: 0 0 1.5
 .verdicts .bad b { color: var(--bad); }
 .scroll { overflow-x: auto; margin-bottom: 1.5rem; }
 table { border-collapse: separate; border-spacing: 0; font-size: .92rem; width: 100%; }
-caption { text-align: left; color: var(--soft); font-size: .9rem; padding: .2rem 0 .5rem; }
+caption { text-align: left; color: var(--soft); font-size: .9rem; padding: .2rem 0 .5rem;
+  position: sticky; left: 0; max-width: calc(100vw - 2rem); }
 th, td { padding: .4rem .6rem; text-align: left; vertical-align: top; overflow-wrap: normal;
   border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
@@ -71,12 +73,11 @@ td.text:first-child { min-width: 9rem; }
 th.number { text-align: right; white-space: normal; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
 abbr[title] { text-decoration: underline dotted; text-underline-offset: .2em; cursor: help; }
-.figures { display: grid; gap: 1rem;
+.figures { display: grid; gap: 1rem; margin: 1rem 0;
   grid-template-columns: repeat(auto-fill, minmax(min(17.5rem, 100%), 1fr)); }
 figure { margin: 1rem 0; padding: .6rem; background: var(--card); border: 1px solid var(--line);
   border-radius: .5rem; }
 .figures figure { margin: 0; }
-.figures + .figures { margin-top: 1rem; }
 img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
 .figures img { image-rendering: pixelated; }
 a { color: var(--mark); }
@@ -92,8 +93,6 @@ a { color: var(--mark); }
 .columns .figures { grid-template-columns: 1fr; }
 .columns th:first-child { width: 6rem; }
 @media (max-width: 48rem) { .columns { grid-template-columns: minmax(0, 1fr); } }
-@media (max-width: 40rem) { main { padding: 1.5rem 1rem 3rem; }
-  td.text { min-width: 13rem; } td.text:first-child { min-width: 7rem; } }
 .charts { display: grid; gap: 1rem; margin: 1rem 0;
   grid-template-columns: repeat(auto-fill, minmax(min(17rem, 100%), 1fr)); }
 .charts figure { margin: 0; }
@@ -101,6 +100,10 @@ a { color: var(--mark); }
 svg { display: block; width: 100%; height: auto; stroke-linejoin: round; }
 figure.chart svg { max-width: 58rem; margin: 0 auto; }
 figure.narrow svg { max-width: 40rem; }
+@media (max-width: 40rem) { main { padding: 1.5rem 1rem 3rem; }
+  td.text { min-width: 13rem; } td.text:first-child { min-width: 7rem; }
+  figure.chart { overflow-x: auto; } figure.chart svg { min-width: 36rem; }
+  figure.narrow svg { min-width: 0; } }
 details { margin: .6rem 0 1.5rem; }
 summary { color: var(--soft); font-size: .9rem; cursor: pointer; }
 figcaption { color: var(--soft); font-size: .85rem; margin-top: .45rem; }
