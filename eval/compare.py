@@ -6,15 +6,19 @@ Status 0: compared. 1: an error, reported in one line. 2: wrong usage.
 import dataclasses
 import json
 import sys
+from pathlib import Path
 
 from medmax_jax import arguments
 from medmax_jax.eval.reporting import page
-from medmax_jax.eval.reporting.comparison import compare
+from medmax_jax.eval.reporting.comparison import compare, render
+from medmax_jax.io import journal
 from medmax_jax.io.errors import printable_text
+
+PAGE = "comparison.html"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the tables, or with --json one object as the last line."""
+    """Print the tables, or with --json one object as the last line; write the page."""
     parser = arguments.Parser(prog="python -m eval.compare", description=__doc__.split("\n")[0])
     parser.add_argument("first", metavar="D1", help="workdir of the first evaluation")
     parser.add_argument(
@@ -24,10 +28,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--resamples", type=int, default=10_000, help="bootstrap resamples per interval"
     )
+    parser.add_argument("--workdir", default="", help=f"folder in which {PAGE} is written")
     parser.add_argument("--json", action="store_true", help="print a JSON object as the last line")
     args = parser.parse_args(argv)
     try:
         comparison = compare(args.first, args.second, seed=args.seed, resamples=args.resamples)
+        if args.workdir:
+            page_file = Path(args.workdir) / PAGE
+            page_file.parent.mkdir(parents=True, exist_ok=True)
+            journal.write_text(page_file, render(comparison, args.first, args.second))
     except (ValueError, OSError) as error:
         print(printable_text(f"error: {error}"), file=sys.stderr)
         return 1
@@ -37,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     lines = [page.markdown(comparison.rows), "Mean over the headline scores of the tasks:\n"]
     lines.append(page.markdown([comparison.suite]))
     lines += [f"left out: {line}" for line in comparison.left_out]
+    lines += [f"page: {page_file}"] if args.workdir else []
     print(printable_text("\n".join(lines)))
     return 0
 

@@ -389,6 +389,7 @@ def build(
 ) -> str:
     """Return the complete page as HTML."""
     body = html_page.paragraph(NOTICE) + html_page.paragraph(_summary(report), note=True)
+    body += html_page.section("Result", html_page.verdicts(_verdicts(report)))
     body += html_page.section("Stages", _stages_table(report))
     body += html_page.section("Scores on held-out groups", _scores(report))
     body += html_page.section(
@@ -445,6 +446,31 @@ def _stages_table(report: dict[str, Any]) -> str:
     return html_page.table(["stage", "result", "seconds"], rows)
 
 
+def _verdicts(report: dict[str, Any]) -> list[html_page.Verdict]:
+    """Return whether the adapter is above each baseline, in words, with the paired interval."""
+    unparsed = [
+        row["after"]
+        for row in report["scores"]
+        if (row["task"], row["metric"]) == ("vqa_closed", "unparsed")
+    ]
+    verdicts = []
+    for row in report["comparisons"]:
+        low, high = row["ci_low"], row["ci_high"]
+        if low is None or low <= 0 <= high:
+            status, label = "neutral", "Inconclusive"
+        else:
+            status, label = ("good", "Above") if low > 0 else ("bad", "Below")
+            label += " the baseline"
+        text = (
+            f"vqa_closed after LoRA: accuracy {row['ours']:.3f}, against {row['theirs']:.3f} of "
+            f"the baseline {row['against']}; difference {row['diff']:+.3f}, 95 % interval "
+            f"{interval(row)}, on {row['n']} items of {row['groups']} groups."
+        )
+        text += "".join(f" {100 * share:.1f}% of the answers are unparsed." for share in unparsed)
+        verdicts.append(html_page.Verdict(status, label, text))
+    return verdicts
+
+
 def _scores(report: dict[str, Any]) -> str:
     head = ["task", "metric", "n", "groups", "before", "after", "difference", "95% interval"]
     rows = [
@@ -496,8 +522,8 @@ def _case(case: Case) -> str:
 def _generated(example: Generated) -> str:
     return html_page.paragraph(example.prompt) + html_page.figures(
         [
-            (html_page.png(example.before), "before LoRA"),
-            (html_page.png(example.after), "after LoRA"),
+            (html_page.png(example.before), "generated before LoRA"),
+            (html_page.png(example.after), "generated after LoRA"),
         ]
     )
 

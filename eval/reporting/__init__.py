@@ -4,6 +4,9 @@ comparison  Compares two evaluations: which is better on which task, and where t
             inconclusive.
 curves      Draws calibration charts per task from the bins and curves of
             eval/pipeline/option_likelihoods.py.
+definitions Defines the metrics and columns of the pages, each with the direction that is better.
 page        Renders one evaluation as a page and as Markdown: eval/report.py is the program.
 tables      Builds the tables of the page: headlines, published scores, slices and failures.
+verdict     States the result of an evaluation: one sentence per headline, and all of them in one
+            chart.
 """

@@ -6,7 +6,7 @@
 
 A task is decided when Holm's p is below 0.05. Other metrics have numbers and no verdict.
 `mde`, the minimum detectable effect: the smallest true difference that 80 % of such comparisons
-find.
+find. `render` is the page: the verdicts first, then a chart of the differences and the tables.
 """
 
 import dataclasses
@@ -14,13 +14,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from medmax_jax import __version__
 from medmax_jax.eval.config import RECORD
 from medmax_jax.eval.metrics import aggregate, per_record
+from medmax_jax.eval.reporting import definitions, tables
 from medmax_jax.eval.stats import intervals, paired_tests
-from medmax_jax.io import journal
+from medmax_jax.io import charts, html_page, journal
 
 LOWER_IS_BETTER = ("unparsed",)
 INCONCLUSIVE = "inconclusive"
+WIDTH, ROW_HEIGHT, MARGIN = 4.8, 0.42, 0.7  # inches of the chart
+COLUMNS = {
+    "difference": "second minus first, on the same items; above 0: the second is better, except "
+    "for unparsed",
+    "p": "p of the sign-flip test over groups; lower: less likely to be chance",
+    "p, Holm": "p adjusted for the number of tasks; below 0.05 a task is decided",
+    "p, McNemar": "McNemar's exact p, too small where several questions share an image",
+    "MDE": "minimum detectable effect: the smallest true difference that 80 % of such comparisons "
+    "find; lower is better",
+    "verdict": "which evaluation is better on the task, by p, Holm",
+}
 ITEM_FIELDS = ("task", "prompt", "answer", "image", "further_images", "group")
 
 
@@ -57,11 +70,11 @@ def compare(first: str | Path, second: str | Path, *, seed: int, resamples: int)
     for name in shared:
         _check_same(sides[0].records[name], sides[1].records[name])
     left_out_scorers = _different_scorers(*(side.inputs for side in sides))
-    tables = [
+    scores = [
         aggregate.scores_by_item([side.records[name] for name in shared], side.inputs)
         for side in sides
     ]
-    first_scores, second_scores = (_without(table, left_out_scorers) for table in tables)
+    first_scores, second_scores = (_without(side, left_out_scorers) for side in scores)
     keys = [key for key in first_scores if key in second_scores]
     if not keys:
         raise ComparisonError(
@@ -78,6 +91,81 @@ def compare(first: str | Path, second: str | Path, *, seed: int, resamples: int)
     suite = _suite(headlines, first_scores, second_scores, resampling=resampling)
     left_out = _left_out(sides, shared, first_scores, second_scores)
     return Comparison(rows=rows, suite=suite, left_out=left_out + list(left_out_scorers.values()))
+
+
+def render(comparison: Comparison, first: str, second: str) -> str:
+    """Return the page of a comparison of two evaluations, by the names of both."""
+    decided = [row for row in comparison.rows if row["claim"]]
+    counts = [sum(row["claim"] == f"{name} wins" for row in decided) for name in (first, second)]
+    body = html_page.provenance(
+        [f"first: {first}", f"second: {second}", f"medmax_jax {__version__}"]
+    )
+    lead = (
+        f"Of {len(decided)} tasks, {second} is better on {counts[1]}, {first} is better on "
+        f"{counts[0]}, and {len(decided) - sum(counts)} are inconclusive. Differences are the "
+        f"second minus the first."
+    )
+    verdicts = [_page_verdict(row, first, second) for row in decided]
+    result = html_page.paragraph(lead) + html_page.verdicts(verdicts) + _chart(decided)
+    body += html_page.section("Result", result)
+    names = {
+        **{"first": f"first: {first}", "second": f"second: {second}", "diff": "difference"},
+        **{"mde": "MDE", "p_mcnemar": "p, McNemar", "p_holm": "p, Holm", "claim": "verdict"},
+    }
+    for title, rows in (
+        ("All metrics", comparison.rows),
+        ("Mean over the tasks", [comparison.suite]),
+    ):
+        merged = tables.rename_columns(tables.merge_interval_columns(rows), names)
+        terms = definitions.of_table({row.get("metric", "") for row in rows}) | COLUMNS
+        cells = [list(row.values()) for row in merged]
+        body += html_page.section(title, html_page.table(list(merged[0]), cells, definitions=terms))
+    if comparison.left_out:
+        lines = "".join(html_page.paragraph(f"{line}.") for line in comparison.left_out)
+        body += html_page.section("Left out", lines)
+    return html_page.document(f"Comparison of {first} and {second}", body)
+
+
+def _page_verdict(row: Mapping[str, Any], first: str, second: str) -> html_page.Verdict:
+    """Return the verdict on one task; it is good where the second is better."""
+    text = (
+        f"{row['task']}: {row['metric']} {row['first']:.3f} ({first}) and {row['second']:.3f} "
+        f"({second}), difference {row['diff']:.3f}"
+    )
+    if bounds := tables.bounds(row["ci_low"], row["ci_high"], 1.0):
+        text += f", 95 % interval {bounds}"
+        text += " (approximate: few groups)" if tables.has_few_groups(row) else ""
+    text += f", on {row['n']:,} items of {row['groups']:,} groups; p {row['p_holm']:.3f}, by Holm."
+    if row["claim"] == INCONCLUSIVE:
+        return html_page.Verdict("neutral", "Inconclusive", text)
+    better = row["claim"] == f"{second} wins"
+    label = f"{second if better else first} is better"
+    return html_page.Verdict("good" if better else "bad", label, text)
+
+
+@charts.page_style()
+def _chart(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the differences of the tasks, with their intervals over enough groups."""
+    figure, axes = charts.subplots(size=(WIDTH, MARGIN + ROW_HEIGHT * len(rows)))
+    axes.axvline(0, color=charts.SOFT, linewidth=1)
+    axes.spines["left"].set_visible(False)
+    for y, row in enumerate(rows):
+        if not tables.has_few_groups(row) and row["ci_low"] is not None:
+            axes.hlines(y, row["ci_low"], row["ci_high"], color=charts.MARK, linewidth=2)
+        axes.plot(row["diff"], y, "o", color=charts.MARK, markersize=7)
+    labels = [f"{tables.marked(row, row['task'])}\n{row['metric']}" for row in rows]
+    axes.set_yticks(range(len(rows)), labels, color=charts.INK)
+    axes.set(ylim=(len(rows) - 0.5, -0.5), xlabel="second minus first")
+    axes.tick_params(labelsize=9, length=0, pad=8)
+    axes.grid(axis="x", linewidth=0.6)
+    axes.locator_params(axis="x", nbins=5)
+    caption = "Differences of the headline scores; to the right of 0 the second is better."
+    if any(map(tables.has_few_groups, rows)):
+        caption += (
+            f" {tables.FEW_MARK}: fewer than {intervals.FEW} groups; the interval is in the table "
+            "and not drawn."
+        )
+    return html_page.chart(charts.svg(figure), caption, narrow=True)
 
 
 def _suite(

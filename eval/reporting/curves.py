@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from medmax_jax.eval.reporting import tables
+from medmax_jax.eval.stats import intervals
 from medmax_jax.io import charts, html_page
 
 Rows = Mapping[str, Sequence[Mapping[str, Any]]]  # task -> its bins, or its curve
@@ -23,13 +24,14 @@ LARGEST_DOT, SMALLEST_DOT = 6.0, 2.5  # points
 RELIABILITY_NOTE = (
     "Reliability: one dot per bin of equally many answers, smaller where ties leave fewer, with "
     "the 95 % interval of its accuracy. On the dashed line the confidence equals the accuracy; "
-    "below it the model is overconfident. A bin of one group has a whisker from 0 to 1, because "
-    "one group carries no information about others."
+    f"below it the model is overconfident. A bin of fewer than {intervals.FEW} groups has no "
+    f"whisker: its interval is in the table, marked {tables.FEW_MARK}."
 )
 RISK_NOTE = (
     "Risk and coverage: the error rate among the most confident share of the answers, with the "
-    "95 % interval of each point. The dashed line is the risk of a random share. A curve that "
-    "falls to the left is that of a model whose confidence indicates when to abstain."
+    "95 % interval of each point where there are enough groups. The dashed line is the risk of a "
+    "random share. A curve that falls to the left is that of a model whose confidence indicates "
+    "when to abstain."
 )
 
 
@@ -57,8 +59,7 @@ def _reliability(bins: Rows) -> str:
             _Point(
                 x=bin_["confidence"],
                 y=bin_["accuracy"],
-                low=0.0 if bin_["ci_low"] is None else bin_["ci_low"],
-                high=1.0 if bin_["ci_high"] is None else bin_["ci_high"],
+                interval=_drawn_interval(bin_),
                 tooltip=f"{bin_['n']} answers, confidence {bin_['low']:.3f} to {bin_['high']:.3f} "
                 f"(mean {bin_['confidence']:.3f}): accuracy {bin_['accuracy']:.3f}",
                 size=bin_["n"] / largest,
@@ -82,8 +83,8 @@ def _count_text(bins: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _risk(curves: Rows) -> str:
-    ends = [point["ci_high"] for curve in curves.values() for point in curve]
-    highest = max(1.0 if end is None else end for end in ends)
+    points = [point for curve in curves.values() for point in curve]
+    highest = max((_drawn_interval(point) or (0.0, point["risk"]))[1] for point in points)
     _, high = axis_limits([0.0, highest], step=STEP, least=LEAST)
     items = []
     for task, curve in curves.items():
@@ -91,8 +92,7 @@ def _risk(curves: Rows) -> str:
             _Point(
                 x=point["coverage"],
                 y=point["risk"],
-                low=0.0 if point["ci_low"] is None else point["ci_low"],
-                high=highest if point["ci_high"] is None else point["ci_high"],
+                interval=_drawn_interval(point),
                 tooltip=f"the most confident {100 * point['coverage']:.0f} %: risk "
                 f"{point['risk']:.3f}, {tables.interval(point)}",
                 size=0.4,
@@ -111,14 +111,20 @@ def _risk(curves: Rows) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Point:
-    """A data point with the ends of its interval; size: share of the largest dot's area."""
+    """A data point with its interval, if drawn; size: share of the largest dot's area."""
 
     x: float
     y: float
-    low: float
-    high: float
+    interval: tuple[float, float] | None
     tooltip: str
     size: float
+
+
+def _drawn_interval(row: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Return the ends of a row's interval; None for an interval of few groups, or without ends."""
+    if tables.has_few_groups(row) or row["ci_low"] is None or row["ci_high"] is None:
+        return None
+    return row["ci_low"], row["ci_high"]
 
 
 @charts.page_style()
@@ -135,12 +141,15 @@ def _draw(
     """Draw dots with whiskers and a dashed guide; joined: a line and a band instead of whiskers."""
     figure, axes = charts.subplots(size=(3.4, 2.5))
     axes.plot(*guide, "--", color=charts.SOFT, linewidth=1)
-    x, y, low, high = np.array([(p.x, p.y, p.low, p.high) for p in points]).T
+    with_interval = [(p.x, *p.interval) for p in points if p.interval]
     if joined:
-        axes.fill_between(x, low, high, color=charts.MARK, alpha=0.16, linewidth=0)
-        axes.plot(x, y, color=charts.MARK)
-    else:
-        axes.vlines(x, low, high, color=charts.MARK, alpha=0.6)
+        axes.plot([p.x for p in points], [p.y for p in points], color=charts.MARK)
+    if with_interval:
+        x, low, high = np.array(with_interval).T
+        if joined:
+            axes.fill_between(x, low, high, color=charts.MARK, alpha=0.16, linewidth=0)
+        else:
+            axes.vlines(x, low, high, color=charts.MARK, alpha=0.6)
     tooltips = {}
     for number, point in enumerate(points):
         gid = f"{charts.TOOLTIP}{number}"

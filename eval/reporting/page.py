@@ -1,20 +1,22 @@
 """Renders one evaluation as a page and as Markdown: eval/report.py is the program.
 
-    summary.json, records.jsonl  ->  scores with intervals, published scores, baselines,
-                                     probes, calibration, contamination, slices, failures, examples
+    summary.json, records.jsonl  ->  the result in sentences and one chart; scores with intervals,
+                                     published scores, baselines, probes, calibration,
+                                     contamination, slices, failures, examples
 
-The page is self-contained: no script, no request, images embedded. `markdown` returns its tables
-for a shell.
+The page is self-contained: no script, no request, images embedded; each image links to its file if
+that is in the workdir. `markdown` returns its tables for a shell.
 """
 
 import contextlib
-import io
+import datetime
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from medmax_jax import __version__
 from medmax_jax.eval.metrics import aggregate, per_record
-from medmax_jax.eval.reporting import curves, tables
+from medmax_jax.eval.reporting import curves, definitions, tables, verdict
 from medmax_jax.eval.reporting.tables import Values
 from medmax_jax.eval.stats import intervals
 from medmax_jax.io import html_page, image_paths, journal
@@ -22,7 +24,7 @@ from medmax_jax.io.atomic_folder import private_umask
 from medmax_jax.models import image_headers, images
 
 EXAMPLES = 3  # per task
-THUMBNAIL = 256  # pixels
+THUMBNAIL = 384  # pixels of the longer side of an image on the page
 SEED, RESAMPLES = 0, 2_000  # of slices, for a summary without these settings
 CREDENTIALED = (
     "Some of these items are credentialed: store this page only where the items may be stored."
@@ -38,6 +40,9 @@ NOTES = (
     "of groups, but few groups rarely represent all others: treat it as approximate.",
     "An answer that cannot be parsed, or that the judge or a scorer failed to score, counts as "
     "wrong; “at best” counts all of these as right. The true value is between the two.",
+    "“Above” and “below the baseline”: the 95 % interval excludes the score of the best baseline "
+    "of the task. For the baseline “blind” it is the interval of the paired difference, for the "
+    "others that of the model's score. Verdicts are not adjusted for the number of tasks.",
     "“MDE” is the minimum detectable effect: the smallest true difference from another model, on "
     "other questions, that an evaluation with this many groups detects with 80 % power.",
     "“As released” scores the same answers as the MedMax release does, including its errors; use "
@@ -46,13 +51,17 @@ NOTES = (
     "is not BiomedCLIPScore.",
 )
 SECTION_NOTES = {  # notes on a section's rows
-    "probes": "Probes are not judged. Their metric is the first that requires no judge: exact "
+    "probes": "Differences are the modified questions minus the original ones. Probes "
+    "are not judged. Their metric is the first that requires no judge: exact "
     "match for open questions, token overlap for chats and captions; where a scorer reads text, "
     "the cosine of a caption with the true image, whichever image was shown. Flips: answers whose "
     "content changed. The first three probes lower the score, and flip answers, of a model that "
     "uses the image.",
     IMAGE_SETS: "Values and intervals are over pairs of two different groups. “subsets” are KID as "
     "it is published; their std is not an error of the mean.",
+}
+COLUMN_NAMES = {  # section -> column of the summary -> as shown
+    "probes": {"before": "original", "after": "modified", "diff": "modified minus original"},
 }
 SECTIONS = (  # keys of the summary that hold rows, or {"reason", "rows"}, shown unchanged
     ("probes", "Probes: the same questions in modified form"),
@@ -84,12 +93,16 @@ def write(
     """Write the page of one run; `summary` as eval.run writes it, the rest from next to `path`."""
     path = Path(path)
     values = aggregate.scores_by_item(records, per_record.read(path.parent, judge=_judge(summary)))
-    body = _provenance(summary) + _scores(summary) + _published(summary)
+    body = html_page.provenance(_provenance(summary, path.parent))
+    if result := verdict.render(summary):
+        body += html_page.section("Result", result)
+    body += _scores(summary) + _published(summary)
     for baseline in summary["baselines"]:
+        names = {"before": baseline["name"], "after": "the model", "diff": "model minus baseline"}
+        rows = tables.rename_columns(tables.merge_interval_columns(baseline["scores"]), names)
         body += html_page.section(
             f"Compared with: {baseline['name']}",
-            html_page.paragraph(baseline["says"])
-            + rows_table(tables.merge_interval_columns(baseline["scores"])),
+            html_page.paragraph(f"{baseline['says']}.") + rows_table(rows),
         )
     if accuracy := summary["modality_ceiling"]:
         accuracy_table = rows_table(tables.merge_interval_columns([accuracy]))
@@ -103,67 +116,111 @@ def write(
         body += html_page.section(
             f"Examples: {task}", examples(task_records, path.parent, Path(images_folder))
         )
-    body += html_page.section("Notes", "".join(html_page.paragraph(note) for note in NOTES))
+    notes = "".join(html_page.paragraph(note) for note in NOTES)
+    body += html_page.section("Notes", notes + _definitions(summary))
     credentialed = any(map(per_record.is_credentialed, records))
     if credentialed:
         body = html_page.paragraph(CREDENTIALED) + body
     with private_umask() if credentialed else contextlib.nullcontext():
-        journal.write_text(path, html_page.document("Evaluation", body))
+        journal.write_text(path, html_page.document(f"Evaluation of {summary['model']}", body))
 
 
 def rows_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return rows as an HTML table; a missing value is a dash."""
+    if not rows:
+        return ""
     head = _columns(rows)
-    return html_page.table(head, [[row.get(name) for name in head] for row in rows]) if rows else ""
+    return html_page.table(
+        head,
+        [[row.get(name) for name in head] for row in rows],
+        definitions=definitions.of_table({str(row.get("metric")) for row in rows}),
+    )
 
 
 def examples(records: Sequence[Mapping[str, Any]], workdir: Path, images_folder: Path) -> str:
     """Return the first items of different groups: image, question, reference, answer."""
     first = {record["group"]: record for record in reversed(records)}
     chosen = list(first.values())[::-1][:EXAMPLES]
-    figures, rows, problems = [], [], []
+    rows = [[r["id"], r["prompt"], r["answer"], r["text"]] for r in chosen]
+    figures, problems = [], []
     for record in chosen:
-        rows.append([record["id"], record["prompt"], record["answer"], record["text"]])
-        role = "reference" if record["images"] else "shown"
-        names = [record["image"], *record.get("further_images", ())] if record["image"] else []
-        label = "an image of a credentialed item" if per_record.is_credentialed(record) else ""
-        files = [(image_paths.resolve(images_folder, name, label=label), role) for name in names]
-        files += [
-            (image_paths.resolve(workdir, name, label=label), "generated")
-            for name in record["images"]
-        ]
-        for file, role in files:
-            if file.is_file():
-                try:
-                    figures.append((png(file, label), f"{record['id']}: {role}"))
-                except image_headers.ImageError as error:
-                    problems.append(f"{record['id']}: {role}: {error}")
-    table = html_page.table(["id", "prompt", "reference", "answer"], rows)
-    notes = "".join(html_page.paragraph(problem, note=True) for problem in problems)
-    return table + notes + (html_page.figures(figures) if figures else "")
+        record_figures, record_problems = _images(record, workdir, images_folder)
+        figures.append(record_figures)
+        problems += record_problems
+    if not any(record["images"] for record in chosen):  # no pairs to keep in one row
+        figures = [[figure for record_figures in figures for figure in record_figures]]
+    body = html_page.table(["id", "prompt", "reference", "answer"], rows)
+    body += "".join(html_page.paragraph(problem, note=True) for problem in problems)
+    for row in filter(None, figures):
+        body += html_page.figures(
+            [(data, caption) for data, caption, _ in row], links=[link for *_, link in row]
+        )
+    return body
+
+
+def _images(
+    record: Mapping[str, Any], workdir: Path, images_folder: Path
+) -> tuple[list[tuple[bytes, str, str]], list[str]]:
+    """Return (PNG, caption, link) of a record's images, and the errors of those without one."""
+    figures, problems = [], []
+    role = "real image (reference)" if record["images"] else "shown to the model"
+    names = [record["image"], *record.get("further_images", ())] if record["image"] else []
+    label = "an image of a credentialed item" if per_record.is_credentialed(record) else ""
+    files = [(image_paths.resolve(images_folder, name, label=label), role) for name in names]
+    files += [
+        (image_paths.resolve(workdir, name, label=label), "generated by the model")
+        for name in record["images"]
+    ]
+    for file, role in files:
+        if file.is_file():
+            caption = f"{record['id']}: {role}"
+            try:
+                figures.append((png(file, label), caption, "" if label else _link(file, workdir)))
+            except image_headers.ImageError as error:
+                problems.append(f"{caption}: {error}")
+    return figures, problems
 
 
 def png(path: Path, label: str = "") -> bytes:
     """Return an image file as a small PNG. `label` replaces the path in errors."""
     small = images.load(path, max_pixels=images.MAX_PIXELS, name=label)
     small.thumbnail((THUMBNAIL, THUMBNAIL))
-    file = io.BytesIO()
-    small.save(file, "PNG")
-    return file.getvalue()
+    return html_page.png(small)
 
 
-def _provenance(summary: Mapping[str, Any]) -> str:
-    settings, judge = summary.get("settings", {}), summary.get("judge")
-    lines = [f"Model: {summary['model']}"]
+def _link(file: Path, workdir: Path) -> str:
+    """Return the path of a file relative to the page; "" for a file outside the workdir."""
+    file, workdir = file.resolve(), workdir.resolve()
+    return file.relative_to(workdir).as_posix() if file.is_relative_to(workdir) else ""
+
+
+def _provenance(summary: Mapping[str, Any], workdir: Path) -> list[str]:
+    """Return the parts of the line below the title; those that the summary lacks are left out."""
+    settings, records = summary.get("settings", {}), workdir / "records.jsonl"
+    parts = [f"model {summary['model']}"]
     if summary["adapter"]:
-        lines.append(f"Adapter: {summary['adapter']}")
+        parts.append(f"adapter {summary['adapter']}")
+    data = f"data {_as_text(settings.get('questions'))}"
+    if split := settings.get("split"):
+        data += f", split {split}"
+    if digest := summary.get("fingerprints", {}).get("data"):
+        data += f", digest {digest}"
+    parts.append(data)
     if "mode" in settings:
-        prompt = settings.get("prompt", "sft")
-        lines.append(f"Generation: {settings['mode']}; prompts: {prompt}")
-    lines.append(f"Judge: {_as_text(judge) or 'none; open answers have text metrics only'}")
-    scorers = _as_text(summary.get("scorers"))
-    lines.append(f"Scorer of images: {scorers or 'none, so there is no BiomedCLIPScore'}")
-    return "".join(html_page.paragraph(line, note=True) for line in lines)
+        parts.append(f"generation {settings['mode']}, prompts {settings.get('prompt', 'sft')}")
+    if "seed" in settings:
+        parts.append(f"seed {settings['seed']}")
+    if records.exists():
+        answered = datetime.datetime.fromtimestamp(records.stat().st_mtime, datetime.UTC)
+        parts.append(f"answers of {answered:%Y-%m-%d %H:%M} UTC")
+    return [*parts, f"medmax_jax {__version__}"]
+
+
+def _definitions(summary: Mapping[str, Any]) -> str:
+    """Return the definitions of metrics and columns as a table that can be opened."""
+    names = {row["metric"] for row in summary["scores"]}
+    terms = html_page.table(["", ""], list(definitions.of_table(names).items()))
+    return html_page.details("Definitions of the columns and metrics", terms)
 
 
 def _judge(summary: Mapping[str, Any]) -> str | None:
@@ -185,6 +242,12 @@ def _scores(summary: Mapping[str, Any]) -> str:
     body = rows_table(tables.main_table(summary))
     if unjudged := summary.get("not_judged"):
         note = f"Not judged, so these have text metrics only: {', '.join(unjudged)}."
+        body += html_page.paragraph(note, note=True)
+    judge, scorers = _as_text(summary.get("judge")), _as_text(summary.get("scorers"))
+    for note in (
+        f"Judge: {judge or 'none; open answers have text metrics only'}.",
+        f"Scorer of images: {scorers or 'none, so there is no BiomedCLIPScore'}.",
+    ):
         body += html_page.paragraph(note, note=True)
     body = html_page.section("Scores", body)
     if rows := tables.baseline_table(summary):
@@ -233,9 +296,9 @@ def _section(summary: Mapping[str, Any], key: str, title: str) -> str:
     reason = content.get("reason", "") if isinstance(content, Mapping) else ""
     rows = content.get("rows", []) if isinstance(content, Mapping) else content
     body = html_page.paragraph(f"Not available: {reason}") if reason else ""
-    body += "".join(
-        rows_table(tables.merge_interval_columns(table_rows)) for table_rows in _tables(key, rows)
-    )
+    for table_rows in _tables(key, rows):
+        merged = tables.merge_interval_columns(table_rows)
+        body += rows_table(tables.rename_columns(merged, COLUMN_NAMES.get(key, {})))
     if key == "calibration":
         body += curves.render_curves(content)
     if key in SECTION_NOTES and rows:
@@ -273,7 +336,8 @@ def _failures(summary, records, values: Values) -> str:
     if not records:
         return ""
     body = rows_table(tables.failures(records, values, summary))
-    body += rows_table(tables.failed_examples(records, values, summary))
+    if failed := tables.failed_examples(records, values, summary):  # model text: no definitions
+        body += html_page.table(list(failed[0]), [list(row.values()) for row in failed])
     return html_page.section("Failures", body)
 
 

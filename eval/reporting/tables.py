@@ -21,6 +21,7 @@ EXAMPLE_CHARS = 200  # characters of an example
 FEW_MARK = "†"  # of intervals over fewer groups than intervals.FEW
 PERCENT = 100.0
 OURS = {"BiomedCLIP image-image cosine": "clip_image_image"}  # where it is not the headline
+BLIND = "blind"  # the entry of summary["baselines"] that another model answered
 CLOSED = ("vqa_closed", "vqa_mcq")
 
 
@@ -33,8 +34,23 @@ def headlines(scores: Sequence[Row]) -> list[Row]:
     return list(by_task.values())
 
 
+def baseline_scores(summary: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, float]]:
+    """Return (task, metric) -> name of a baseline -> its score.
+
+    Baselines are answers without an image or a model, and those of BLIND.
+    """
+    by_key: dict[tuple[str, str], dict[str, float]] = {}
+    compared = [entry for entry in summary.get("baselines", ()) if entry["name"] == BLIND]
+    for column, entries in (("value", summary.get("floors", ())), ("before", compared)):
+        for entry in entries:
+            for row in entry["scores"]:
+                by_key.setdefault((row["task"], row["metric"]), {})[entry["name"]] = row[column]
+    return by_key
+
+
 def main_table(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return one row per task; columns that no task has are left out."""
+    baselines = baseline_scores(summary)
     rows = [
         {
             "task": row["task"],
@@ -43,30 +59,43 @@ def main_table(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
             "groups": row["groups"],
             "value": row["value"],
             "95 % interval": interval(row),
+            "unparsed": format_share(unparsed_share(row)),
             "at best": row.get("best"),
             "MDE": row.get("mde"),
             "as released": row.get("paper"),
-            "baseline": row.get("baseline"),
+            "best baseline": max(
+                baselines.get((row["task"], row["metric"]), {}).values(), default=None
+            ),
         }
         for row in headlines(summary["scores"])
     ]
     return drop_empty_columns(rows)
 
 
+def unparsed_share(row: Row) -> float | None:
+    """Return the share of a row's answers that cannot be parsed; None where none are parsed."""
+    if row.get("family") not in CLOSED or not row["n"] or row.get("n_unparsed") is None:
+        return None
+    return row["n_unparsed"] / row["n"]
+
+
+def format_share(share: float | None) -> str | None:
+    """Return a share in percent: 0.035 -> "3.5%"."""
+    return None if share is None else f"{100 * share:.1f}%"
+
+
 def baseline_table(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return task by baseline: the scores of answers without an image or a model."""
-    values = {
-        (baseline["name"], row["task"], row["metric"]): row["value"]
-        for baseline in summary.get("floors", ())
-        for row in baseline["scores"]
-    }
-    names = dict.fromkeys(name for name, _, _ in values)
-    rows = [
-        {"task": row["task"], "metric": row["metric"], "the model": row["value"]}
-        | {name: values.get((name, row["task"], row["metric"])) for name in names}
-        for row in headlines(summary["scores"])
+    """Return task by baseline, of the tasks that have a score of one."""
+    baselines = baseline_scores(summary)
+    heads = [
+        row for row in headlines(summary["scores"]) if (row["task"], row["metric"]) in baselines
     ]
-    return [row for row in rows if any(row[name] is not None for name in names)]
+    names = dict.fromkeys(name for row in heads for name in baselines[row["task"], row["metric"]])
+    return [
+        {"task": row["task"], "metric": row["metric"], "the model": row["value"]}
+        | {name: baselines[row["task"], row["metric"]].get(name) for name in names}
+        for row in heads
+    ]
 
 
 def other_metrics(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -265,7 +294,12 @@ def interval(row: Row, scale: float = 1.0) -> str:
 
 def marked(row: Row, text: str) -> str:
     """Return the text of an interval, with FEW_MARK where the row has few groups."""
-    return f"{text} {FEW_MARK}" if row.get("groups", intervals.FEW) < intervals.FEW else text
+    return f"{text} {FEW_MARK}" if has_few_groups(row) else text
+
+
+def has_few_groups(row: Row) -> bool:
+    """Return whether the interval of a row is approximate: it is marked, and not drawn."""
+    return row.get("groups", intervals.FEW) < intervals.FEW
 
 
 def format_metric(value: float, scale: float) -> str:
@@ -292,6 +326,11 @@ def merge_interval_columns(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 kept[key] = value
         merged.append(kept)
     return merged
+
+
+def rename_columns(rows: Sequence[Row], names: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Return rows with columns under other names; names: old -> new."""
+    return [{names.get(key, key): value for key, value in row.items()} for row in rows]
 
 
 def bounds(low: float | None, high: float | None, scale: float) -> str | None:

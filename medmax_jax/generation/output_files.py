@@ -143,7 +143,10 @@ class OutputFolder:
                 (self._png(self.records[prompt.id]["segments"][0]), prompt.shown())
                 for prompt in drawn
             ]
-            body += html_page.section("Images generated from text", html_page.figures(figures))
+            links = [self.records[prompt.id]["segments"][0]["image"] for prompt in drawn]
+            body += html_page.section(
+                "Images generated from text", html_page.figures(figures, links=links)
+            )
         rest = [prompt for prompt in shown if prompt not in drawn]
         body += "".join(self._section(prompt, self.records[prompt.id]) for prompt in rest)
         target = self._folder / "gallery.html"
@@ -194,7 +197,8 @@ class OutputFolder:
                 lines = part["text"].strip().splitlines() or ["(empty text)"]
                 body += "".join(map(html_page.paragraph, lines))
             else:
-                body += html_page.figures([(self._png(part), f"generated: {part['image']}")])
+                caption = f"generated: {part['image']}"
+                body += html_page.figures([(self._png(part), caption)], links=[part["image"]])
         return html_page.section(prompt.shown(), body)
 
 

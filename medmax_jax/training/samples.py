@@ -113,7 +113,7 @@ def write(
             for name, tokens in token_lists.items()
         }
         body += html_page.section(
-            sample.name, _segments_html(parts | {f"after step {step}": answers[i]})
+            sample.name, _segments_html(parts | {f"generated after step {step}": answers[i]})
         )
     path = folder / f"{step:06d}.html"
     # Credentialed pages are readable by their owner only.

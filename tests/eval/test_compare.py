@@ -217,5 +217,32 @@ def test_the_program(tmp_path):
     )
     assert json.loads(done.stdout.splitlines()[-1])["rows"][0]["claim"] == f"{second} wins"
     assert not done.stderr
+    folder = tmp_path / "new" / "folder"
+    command = [*command, f"--workdir={folder}"]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == f"page: {folder / 'comparison.html'}"
+    assert f"<b>{second} is better.</b>" in (folder / "comparison.html").read_text()
+    command = command[:-1]
     wrong = subprocess.run([*command[:-1], "nowhere"], cwd=ROOT, capture_output=True, text=True)
     assert wrong.returncode == 1 and "nowhere/records.jsonl is missing" in wrong.stderr
+
+
+def test_the_page_of_a_comparison(tmp_path):
+    first = write(tmp_path / "one", ["no"] * 40)
+    second = write(tmp_path / "two", ["yes"] * 40)
+    write(first, ["a b"] * 6, "vqa_open"), write(second, ["yes"] + ["a b"] * 5, "vqa_open")
+    result = comparison.compare(first, second, seed=0, resamples=2_000)
+    result.left_out.append("<script>")
+    names = dict.fromkeys((str(first), str(second)))
+    text = comparison.render(result, *names)
+    assert "<script" not in text and text.count("<svg") == 1
+    head = text.split('<p class="head">')[1].split("</p>")[0]
+    assert head.startswith(f"first: {first} · second: {second} · ")
+    assert f'<li class="good"><b>{second} is better.</b> vqa_closed: accuracy 0.000' in text
+    assert '<li class="neutral"><b>Inconclusive.</b> vqa_open: exact' in text
+    assert f"Of 2 tasks, {second} is better on 1, {first} is better on 0, and 1 are" in text
+    assert "(approximate: few groups), on 6 items of 3 groups" in text
+    assert "not drawn" in text  # the three groups of vqa_open
+    backward = comparison.compare(second, first, seed=0, resamples=2_000)
+    text = comparison.render(backward, str(second), str(first))
+    assert f'<li class="bad"><b>{second} is better.</b>' in text

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,13 +11,14 @@ import PIL.Image
 import pytest
 from test_eval_rows import CHAT
 
+import medmax_jax
 from medmax_jax.config import build
 from medmax_jax.configs import eval_paper, eval_suite
 from medmax_jax.endpoints import egress
 from medmax_jax.eval.config import Settings
 from medmax_jax.eval.metrics import aggregate, per_record
 from medmax_jax.eval.pipeline import inference
-from medmax_jax.eval.reporting import page
+from medmax_jax.eval.reporting import curves, definitions, page, verdict
 from medmax_jax.eval.reporting import tables as reporting_tables
 from medmax_jax.eval.stats.intervals import Resampling
 from medmax_jax.eval.tasks import catalog
@@ -135,8 +137,8 @@ def render_page(tmp_path, **changes):
 def test_the_page_has_every_part(tmp_path):
     text = render_page(tmp_path)
     heads = re.findall(r"<h2>(.*?)</h2>", text)
-    assert heads[:4] == [
-        "Scores", "Baselines", "Other metrics", "Comparison with published numbers"
+    assert heads[:5] == [
+        "Result", "Scores", "Baselines", "Other metrics", "Comparison with published numbers"
     ]  # fmt: skip
     for title in (
         "Probes: the same questions in modified form",
@@ -166,7 +168,9 @@ def test_the_page_has_every_part(tmp_path):
 def test_the_page_is_self_contained_and_has_no_scripts(tmp_path):
     text = render_page(tmp_path)
     assert html_page.POLICY in text and "<script" not in text and "<b>chest" not in text
-    assert not re.search(r"(?:src|href)=\"(?!data:)", text)
+    assert not re.search(r"src=\"(?!data:)", text)
+    assert "<a " not in text  # the items are credentialed, so no link names their files
+    assert all(link.startswith("#") for link in re.findall(r"href=\"([^\"]*)", text))
     assert text.count("data:image/png") >= 8
 
 
@@ -200,8 +204,8 @@ def calibrated():
 def test_calibration_is_drawn_with_the_n_of_each_bin(tmp_path):
     text = render_page(tmp_path, calibration=calibrated())
     charts = re.findall(r"<svg.*?</svg>", text, flags=re.S)
-    assert len(charts) == 2 and text.count("<svg") == 2 and "<b>t</b>" not in text
-    reliability, risk = charts
+    assert len(charts) == 3 and text.count("<svg") == 3 and "<b>t</b>" not in text
+    _, reliability, risk = charts
     assert reliability.count("<title>") == 3  # one per dot
     assert "4 answers, confidence 0.500 to 0.600 (mean 0.550): accuracy 0.250" in reliability
     assert "13 answers in 3 bins of 4 to 5" in text
@@ -210,6 +214,15 @@ def test_calibration_is_drawn_with_the_n_of_each_bin(tmp_path):
     assert "risk 0.500 of all answers, 0.250 of the most confident half" in text
     table = text.split("Table of the bins")[1].split("</details>")[0]
     assert table.count("<tr>") == 4 and "0.500–0.600" in table and "0.150–0.350" in table
+
+
+def test_intervals_of_calibration_are_drawn_for_enough_groups(tmp_path):
+    result = calibrated()
+    few = curves.render_curves(result)
+    for row in (*result["bins"]["<b>t</b>"], *result["curves"]["<b>t</b>"]):
+        row |= dict(groups=20)
+    assert curves.render_curves(result).count("opacity: 0.6") > few.count("opacity: 0.6")
+    assert "A bin of fewer than 20 groups has no whisker" in few
 
 
 def test_few_groups_are_marked_and_one_group_has_no_interval(tmp_path):
@@ -228,8 +241,106 @@ def test_few_groups_are_marked_and_one_group_has_no_interval(tmp_path):
     assert reporting_tables.interval(result["rows"][2]) == "–"
 
 
-def test_a_page_without_likelihoods_has_no_charts(tmp_path):
-    assert "<svg" not in render_page(tmp_path)
+def test_a_page_without_likelihoods_has_the_chart_of_scores_only(tmp_path):
+    text = render_page(tmp_path)
+    assert text.count("<svg") == 1 and "slake_closed" in text.split("</svg>")[0].split("<svg")[1]
+
+
+def score(value, **changes):
+    """Return a score row of 40 items of 30 groups, with an interval of ± 0.1."""
+    columns = dict(task="t", family="vqa_closed", metric="accuracy", n=40, groups=30, n_unparsed=4,
+                   value=value, ci_low=value - 0.1, ci_high=value + 0.1, headline=True)  # fmt: skip
+    return columns | changes
+
+
+def with_baselines(row, *, floors=(), blind=None):
+    """Return a summary of one score, of baselines by name, and of a paired comparison."""
+    named = [dict(name=name, says="", scores=[row | dict(value=v)]) for name, v in floors]
+    compared = [dict(name="blind", scores=[blind])] if blind else []
+    return dict(scores=[row], floors=named, baselines=compared)
+
+
+@pytest.mark.parametrize(
+    "value, groups, status, label, phrase",
+    [
+        (0.7, 30, "good", "Above the baseline", "is 0.200 above the baseline “two” (0.500)."),
+        (0.3, 30, "bad", "Below the baseline", "is 0.200 below the baseline “two” (0.500)."),
+        (0.45, 30, "neutral", "Inconclusive", "0.050 below the baseline “two” (0.500), and the"),
+        (0.5, 30, "neutral", "Inconclusive", "scores the same as the baseline “two” (0.500)."),
+        (0.7, 19, "good", "Above the baseline", "0.600–0.800 (approximate: few groups), on"),
+    ],
+)  # fmt: skip
+def test_the_verdict_is_a_sentence_with_a_status(value, groups, status, label, phrase):
+    summary = with_baselines(score(value, groups=groups), floors=[("one", 0.4), ("two", 0.5)])
+    text = verdict.render(summary)
+    assert f'<li class="{status}"><b>{label}.</b> t: accuracy {value:.3f}, 95\xa0% interval' in text
+    assert phrase in text and "10.0% of the answers are unparsed" in text
+    assert f"on 40 items of {groups} groups" in text
+    assert ("†" in text) == (groups == 19)
+
+
+def test_the_verdict_uses_the_paired_interval_of_the_blind_baseline():
+    blind = dict(task="t", metric="accuracy", before=0.65, after=0.7, ci_low=0.01, ci_high=0.09)
+    summary = with_baselines(score(0.7), floors=[("one", 0.4)], blind=blind)
+    (head,) = verdict.headlines(summary)
+    assert (head.best, head.outcome) == ("blind", verdict.ABOVE)
+    assert "95 % interval of the difference 0.010–0.090" in verdict.sentence(head)
+    assert reporting_tables.main_table(summary)[0]["best baseline"] == 0.65
+    (row,) = reporting_tables.baseline_table(summary)
+    assert (row["the model"], row["one"], row["blind"]) == (0.7, 0.4, 0.65)
+    summary["baselines"][0]["scores"] = [blind | dict(ci_low=None, ci_high=None)]
+    assert verdict.headlines(summary)[0].outcome == verdict.INCONCLUSIVE
+
+
+def test_one_group_and_no_baseline_have_no_verdict():
+    row = score(0.7, groups=1, ci_low=None, ci_high=None)
+    (head,) = verdict.headlines(with_baselines(row))
+    assert head.outcome == verdict.NO_BASELINE
+    assert verdict.sentence(head).endswith("A single group has no interval.")
+    (head,) = verdict.headlines(with_baselines(row, floors=[("one", 0.1)]))
+    assert head.outcome == verdict.INCONCLUSIVE
+    assert verdict.render(dict(scores=[])) == ""
+
+
+def test_intervals_of_few_groups_are_not_drawn():
+    drawn, left_out = (
+        verdict.render(with_baselines(score(0.7, groups=groups), floors=[("one", 0.4)]))
+        for groups in (20, 19)
+    )
+    assert "Lines: 95 % intervals over groups." in drawn and "not drawn" not in drawn
+    assert "fewer than 20 groups; the interval is in the table and not drawn" in left_out
+    assert drawn.count("<path") == left_out.count("<path") + 1
+
+
+def test_the_head_states_data_seed_date_and_version(tmp_path):
+    text = render_page(tmp_path, fingerprints=dict(data="4a04f14a8a44110b"))
+    head = re.search(r'<p class="head">(.*?)</p>', text)[1].split(" · ")
+    assert head[:4] == ["model scripted &amp; co", "data x, digest 4a04f14a8a44110b",
+                        "generation strict, prompts sft", "seed 0"]  # fmt: skip
+    assert re.fullmatch(r"answers of \d{4}-\d\d-\d\d \d\d:\d\d UTC", head[4])
+    assert head[5:] == [f"medmax_jax {medmax_jax.__version__}"]
+
+
+def test_images_in_the_workdir_link_to_their_files(tmp_path):
+    run, data = tmp_path / "run", tmp_path / "data"
+    run.mkdir(), data.mkdir()
+    item_rows = [one | dict(data_class="open") for one in rows()]
+    summary, records = make_workdir(run, item_rows)
+    for folder, expected in ((run, {"a.png", "records_images"}), (data, {"records_images"})):
+        shutil.copy(run / "a.png", data)
+        page.write(run / "report.html", summary, records, images_folder=folder)
+        text = (run / "report.html").read_text()
+        assert "shown to the model" in text and "generated by the model" in text
+        links = re.findall(r"<a href=\"([^\"]*)", text)
+        assert {link.split("/")[0] for link in links} == expected
+        assert all((run / link).is_file() for link in links)
+
+
+def test_every_metric_has_a_definition_with_its_direction():
+    names = [spec.metric for spec in catalog.TASKS.values()] + ["kid", "ece", "clip_recall_5"]
+    for name in names:
+        assert re.search("(higher|lower) is better$", definitions.metric_definition(name)), name
+    assert definitions.metric_definition("mystery") == ""
 
 
 def test_complete_image_sets_have_one_table_per_metric(tmp_path):

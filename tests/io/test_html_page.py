@@ -48,7 +48,10 @@ def test_hostile_text_is_escaped_everywhere():
         HOSTILE,
         html_page.paragraph(HOSTILE)
         + html_page.table([HOSTILE], [[HOSTILE]], caption=HOSTILE)
-        + html_page.figures([(png(), HOSTILE)]),
+        + html_page.figures([(png(), HOSTILE)])
+        + html_page.provenance([HOSTILE])
+        + html_page.verdicts([html_page.Verdict("bad", HOSTILE, HOSTILE)])
+        + html_page.table([HOSTILE], [[HOSTILE]], definitions={HOSTILE: HOSTILE}),
     )
     tags = parsed(html_page.document(HOSTILE, body))
     assert not [t for t, _ in tags.tags if t in ("script", "iframe", "link", "form", "a")]
@@ -56,7 +59,9 @@ def test_hostile_text_is_escaped_everywhere():
     assert len(images) == 1 and images[0]["alt"] == HOSTILE
     assert images[0]["src"].startswith("data:image/png;base64,")
     assert not any(name.startswith("on") for _, attrs in tags.tags for name in attrs)
-    assert tags.text.count(HOSTILE) == 8  # title, h1, h2, p, caption, th, td, figcaption
+    # title, h1, h2, p, caption, th, td, figcaption, head, verdict's label and text, th, td
+    assert tags.text.count(HOSTILE) == 13
+    assert [a["title"] for t, a in tags.tags if t == "abbr"] == [HOSTILE] * 2
 
 
 def test_the_policy_forbids_everything_but_inline_style_and_data_images():
@@ -78,6 +83,41 @@ def test_table_cells():
     assert '<td class="number">0.500</td><td class="number">3</td><td>–</td><td>True</td>' in text
     with pytest.raises(ValueError, match="row 0 has 1 cells, but the head has 2"):
         html_page.table(["a", "b"], [["x"]])
+
+
+def test_terms_with_a_definition_are_abbreviations():
+    text = html_page.table(["n", "x"], [[3, "ece"]], definitions={"n": "items", "ece": "gap"})
+    assert '<abbr title="items">n</abbr>' in text and '<abbr title="gap">ece</abbr>' in text
+    assert "<abbr" not in html_page.table(["n"], [["ece"]])
+
+
+def test_long_texts_break_into_lines_and_short_ones_do_not():
+    text = html_page.table(["", ""], [["prompt", "one " * 20], ["answer", "a\nb"]])
+    assert text.count('<td class="text">') == 2 and "<td>prompt</td>" in text
+    assert "<thead" not in text  # a head without text
+    assert "anywhere" not in html_page.STYLE  # words are not broken
+
+
+def test_an_image_links_to_its_full_file_below_the_page():
+    (attrs,) = [
+        a
+        for t, a in parsed(html_page.figures([(png(), "x")], links=['a "b"/javascript:c.png'])).tags
+        if t == "a"
+    ]
+    assert attrs == {"href": "a%20%22b%22/javascript%3Ac.png"}
+    for link in ("/etc/passwd", "//host/x", "../x.png"):
+        with pytest.raises(ValueError, match="below the folder of the page"):
+            html_page.figure(png(), "x", link=link)
+
+
+@pytest.mark.parametrize("size, shown", [(64, 256), (100, 300), (255, 510), (256, 256), (300, 300)])
+def test_small_images_are_enlarged_by_integer_factors(size, shown):
+    enlarged = Image.open(io.BytesIO(html_page.png(Image.new("RGB", (size, size // 2)))))
+    assert enlarged.size == (shown, shown // size * (size // 2))
+
+
+def test_the_size_of_a_small_image_is_that_of_an_enlarged_one():
+    assert 'width="256" height="256"' in html_page.figure(png(), "2 x 2 pixels")
 
 
 def test_a_figure_must_be_png():

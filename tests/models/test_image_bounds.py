@@ -198,7 +198,7 @@ def test_report_names_an_image_that_cannot_be_shown(tmp_path):
     (tmp_path / "evil.png").write_bytes(POSTSCRIPT)
     record = dict(id="7", group="g", prompt="p", answer="a", text="t", image="evil.png", images=[])
     page = reporting_page.examples([record], tmp_path, tmp_path)
-    assert "7: shown: " in page and "not an image in a supported format" in page
+    assert "7: shown to the model: " in page and "not an image in a supported format" in page
 
 
 def test_endpoints_receive_the_pixels_that_local_models_read(tmp_path):

@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 import PIL.Image
+import pytest
 
 from medmax_jax import quickstart
 
@@ -107,6 +108,25 @@ def page_with_markup() -> str:
     return quickstart.build(report, [case], [made], curves)
 
 
+@pytest.mark.parametrize(
+    "low, high, status, label",
+    [
+        (0.1, 0.3, "good", "Above the baseline"),
+        (-0.3, -0.1, "bad", "Below the baseline"),
+        (-0.1, 0.3, "neutral", "Inconclusive"),
+        (None, None, "neutral", "Inconclusive"),
+    ],
+)
+def test_the_page_states_first_whether_the_adapter_is_above_the_baselines(low, high, status, label):
+    row = dict(against="random", n=9, groups=3, ours=0.7, theirs=0.5, diff=0.2, ci_low=low,
+               ci_high=high)  # fmt: skip
+    unparsed = dict(task="vqa_closed", metric="unparsed", after=0.25)
+    (verdict,) = quickstart._verdicts(dict(scores=[unparsed], comparisons=[row]))
+    assert verdict[:2] == (status, label)
+    assert "accuracy 0.700, against 0.500 of the baseline random; difference +0.200" in verdict.text
+    assert "on 9 items of 3 groups. 25.0% of the answers are unparsed." in verdict.text
+
+
 def test_page_escapes_markup_and_forbids_scripts():
     tags, attributes, policy, shown = set(), set(), [], []
 
@@ -124,6 +144,7 @@ def test_page_escapes_markup_and_forbids_scripts():
     Reader().feed(text)
     assert "script" not in tags and not {a for a in attributes if a.startswith("on")}
     assert "default-src 'none'" in policy[0] and "script-src" not in policy[0]
-    # task, metric, rival, stage, what, notes; name, question, answer, before, after; prompt
-    assert sum(MARKUP in piece for piece in shown) == 6 + 5 + 1 + 1  # and the device
+    # task, metric, baseline twice, stage, what, notes; then name, question, answer, before, after;
+    # prompt
+    assert sum(MARKUP in piece for piece in shown) == 7 + 5 + 1 + 1  # and the device
     assert "http://" not in text and "https://" not in text
