@@ -52,7 +52,7 @@ def _run_one(sweep_run: SweepRun, folder: Path, name: str, stop: Stop) -> None:
     begin = time.monotonic()
     try:
         home.mkdir(parents=True, exist_ok=True)
-        with open(home / "run.log", "ab") as log, open(home / status.STARTED, "w") as started:
+        with open(home / status.STARTED, "w") as started, open(home / "run.log", "ab") as log:
             fcntl.flock(started, fcntl.LOCK_EX)  # of the process: it inherits the open file
             process = subprocess.Popen(
                 command(sweep_run, home), stdout=log, stderr=subprocess.STDOUT,
