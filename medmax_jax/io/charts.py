@@ -16,6 +16,7 @@ reader's light or dark theme and is sharp at any size.
 import html
 import io
 import re
+import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -85,7 +86,10 @@ def svg(figure: Figure, *, tooltips: Mapping[str, str] | None = None) -> str:
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     background = figure.get_facecolor()
     figure.set_facecolor("none")  # the page's own
-    with matplotlib.rc_context(_RC | {"svg.hashsalt": "medmax_jax"}):  # equal charts, equal bytes
+    equal_bytes = {"svg.hashsalt": "medmax_jax"}  # of equal charts
+    with matplotlib.rc_context(_RC | equal_bytes), warnings.catch_warnings():
+        # The page's font draws the text; a warning would print a control character unescaped.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(text, format="svg", metadata=nothing)
     figure.set_facecolor(background)
     markup = text.getvalue()

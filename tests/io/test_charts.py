@@ -64,6 +64,10 @@ def test_the_text_of_the_page_is_text():
     assert ">loss</text>" in drawn() and "<title>loss</title>" in drawn()
 
 
+def test_letters_that_the_font_lacks_are_left_to_the_page():
+    assert ">폐 \x9b</text>" in drawn("폐 \x9b")  # a warning would be an error here
+
+
 def test_the_callers_settings_stay():
     before = {name: matplotlib.rcParams[name] for name in charts._RC}
     drawn()
