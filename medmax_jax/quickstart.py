@@ -48,6 +48,7 @@ from medmax_jax.models import images
 from medmax_jax.sharding import make_mesh
 from medmax_jax.training.run_files import damage_warning, read_metrics
 
+SHIPPED = "medmax_jax/tiny"  # of configs/tiny.py, in a checkout
 log = logging.getLogger("medmax_jax.quickstart")
 
 HERE = Path(__file__).parent
@@ -107,6 +108,9 @@ def main(settings: ConfigDict, workdir: str) -> None:
         logging.getLogger().addHandler(logging.FileHandler(folder / "quickstart.log"))
     except OSError as error:
         log.warning("WARNING: cannot write %s: %s", error.filename, error.strerror)
+    if settings.run.train.init_from == SHIPPED and not Path(SHIPPED).exists():
+        # an installed package, away from a checkout
+        settings.run.train.init_from = str(HERE / "tiny")
     run(config.build(Quickstart, settings), folder)
 
 
