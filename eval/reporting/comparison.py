@@ -17,7 +17,7 @@ from typing import Any
 from medmax_jax import __version__
 from medmax_jax.eval.config import RECORD
 from medmax_jax.eval.metrics import aggregate, per_record
-from medmax_jax.eval.reporting import definitions, tables
+from medmax_jax.eval.reporting import curves, definitions, tables
 from medmax_jax.eval.stats import intervals, paired_tests
 from medmax_jax.io import charts, html_page, journal
 
@@ -132,9 +132,7 @@ def _page_verdict(row: Mapping[str, Any], first: str, second: str) -> html_page.
         f"{row['task']}: {row['metric']} {row['first']:.3f} ({first}) and {row['second']:.3f} "
         f"({second}), difference {row['diff']:.3f}"
     )
-    if bounds := tables.bounds(row["ci_low"], row["ci_high"], 1.0):
-        text += f", 95 % interval {bounds}"
-        text += " (approximate: few groups)" if tables.has_few_groups(row) else ""
+    text += tables.interval_text(row)
     text += f", on {row['n']:,} items of {row['groups']:,} groups; p {row['p_holm']:.3f}, by Holm."
     if row["claim"] == INCONCLUSIVE:
         return html_page.Verdict("neutral", "Inconclusive", text)
@@ -149,22 +147,10 @@ def _chart(rows: Sequence[Mapping[str, Any]]) -> str:
     figure, axes = charts.subplots(size=(WIDTH, MARGIN + ROW_HEIGHT * len(rows)))
     axes.axvline(0, color=charts.SOFT, linewidth=1)
     axes.spines["left"].set_visible(False)
-    for y, row in enumerate(rows):
-        if not tables.has_few_groups(row) and row["ci_low"] is not None:
-            axes.hlines(y, row["ci_low"], row["ci_high"], color=charts.MARK, linewidth=2)
-        axes.plot(row["diff"], y, "o", color=charts.MARK, markersize=7)
-    labels = [f"{tables.marked(row, row['task'])}\n{row['metric']}" for row in rows]
-    axes.set_yticks(range(len(rows)), labels, color=charts.INK)
-    axes.set(ylim=(len(rows) - 0.5, -0.5), xlabel="second minus first")
-    axes.tick_params(labelsize=9, length=0, pad=8)
-    axes.grid(axis="x", linewidth=0.6)
-    axes.locator_params(axis="x", nbins=5)
+    curves.draw_scores(axes, rows, "diff")
+    axes.set_xlabel("second minus first")
     caption = "Differences of the headline scores; to the right of 0 the second is better."
-    if any(map(tables.has_few_groups, rows)):
-        caption += (
-            f" {tables.FEW_MARK}: fewer than {intervals.FEW} groups; the interval is in the table "
-            "and not drawn."
-        )
+    caption += tables.few_groups_note(rows)
     return html_page.chart(charts.svg(figure), caption, narrow=True)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 
 from medmax_jax.eval.reporting import tables
 from medmax_jax.eval.stats import intervals
@@ -160,6 +161,26 @@ def _draw(
     axes.grid(linewidth=0.6)
     axes.locator_params(nbins=5)
     return charts.svg(figure, tooltips=tooltips)
+
+
+def draw_scores(
+    axes: Axes, rows: Sequence[Mapping[str, Any]], column: str, *, label: str = ""
+) -> None:
+    """Draw `column` of each row as a dot, top down, with its interval over enough groups.
+
+    label: of the dots in a legend. The gid of dot y is `charts.TOOLTIP` and y.
+    """
+    for y, row in enumerate(rows):
+        if not tables.has_few_groups(row) and row["ci_low"] is not None:
+            axes.hlines(y, row["ci_low"], row["ci_high"], color=charts.MARK, linewidth=2)
+        axes.plot(row[column], y, "o", color=charts.MARK, markersize=7, clip_on=False,
+                  gid=f"{charts.TOOLTIP}{y}", label="" if y else label)  # fmt: skip
+    labels = [f"{tables.marked(row, row['task'])}\n{row['metric']}" for row in rows]
+    axes.set_yticks(range(len(rows)), labels, color=charts.INK)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.tick_params(labelsize=9, length=0, pad=8)
+    axes.grid(axis="x", linewidth=0.6)
+    axes.locator_params(axis="x", nbins=5)
 
 
 def axis_limits(values: Sequence[float], *, step: float, least: float) -> tuple[float, float]:

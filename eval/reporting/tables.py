@@ -297,6 +297,23 @@ def marked(row: Row, text: str) -> str:
     return f"{text} {FEW_MARK}" if has_few_groups(row) else text
 
 
+def interval_text(row: Row) -> str:
+    """Return ", 95 % interval 0.412–0.534" for a sentence; "" for a row without an interval."""
+    ends = bounds(row["ci_low"], row["ci_high"], 1.0)
+    few = " (approximate: few groups)" if has_few_groups(row) else ""
+    return f", 95 % interval {ends}{few}" if ends else ""
+
+
+def few_groups_note(rows: Sequence[Row]) -> str:
+    """Return the sentence of a caption on rows whose interval is not drawn; "" without any."""
+    if not any(map(has_few_groups, rows)):
+        return ""
+    return (
+        f" {FEW_MARK}: fewer than {intervals.FEW} groups; the interval is in the table and not "
+        "drawn."
+    )
+
+
 def has_few_groups(row: Row) -> bool:
     """Return whether the interval of a row is approximate: it is marked, and not drawn."""
     return row.get("groups", intervals.FEW) < intervals.FEW

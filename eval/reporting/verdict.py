@@ -12,8 +12,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from medmax_jax.eval.reporting import tables
-from medmax_jax.eval.stats import intervals
+from medmax_jax.eval.reporting import curves, tables
 from medmax_jax.io import charts, html_page
 
 ABOVE, BELOW, INCONCLUSIVE = "Above the baseline", "Below the baseline", "Inconclusive"
@@ -88,9 +87,7 @@ def sentence(head: Headline) -> str:
     """Return what was measured, its value with the interval, and the comparison."""
     row = head.row
     text = f"{row['task']}: {row['metric']} {row['value']:.3f}"
-    if bounds := tables.bounds(row["ci_low"], row["ci_high"], 1.0):
-        text += f", 95 % interval {bounds}"
-        text += " (approximate: few groups)" if tables.has_few_groups(row) else ""
+    text += tables.interval_text(row)
     text += f", on {_count(row['n'], 'item')} of {_count(row['groups'], 'group')}"
     if (share := tables.unparsed_share(row)) is not None:
         text += f"; {tables.format_share(share)} of the answers are unparsed"
@@ -143,39 +140,23 @@ def _forest(heads: Sequence[Headline]) -> str:
         marker, color = MARKERS[number % len(MARKERS)], charts.SERIES[1 + number % 7]
         axes.plot(*zip(*points, strict=True), marker, color=color, markersize=5, label=name,
                   fillstyle="none", clip_on=False)  # fmt: skip
-    tooltips, ends = {}, [0.0, 1.0]
-    for y, head in enumerate(heads):
-        row, gid = head.row, f"{charts.TOOLTIP}{y}"
-        tooltips[gid] = sentence(head)
-        ends.append(row["value"])
+    rows = [head.row for head in heads]
+    curves.draw_scores(axes, rows, "value", label="the model")
+    ends = [0.0, 1.0, *(row["value"] for row in rows)]
+    for row in rows:
         if not tables.has_few_groups(row) and row["ci_low"] is not None:
             ends += [row["ci_low"], row["ci_high"]]
-            axes.hlines(y, row["ci_low"], row["ci_high"], color=charts.MARK, linewidth=2)
-        axes.plot(row["value"], y, "o", color=charts.MARK, markersize=7, gid=gid, clip_on=False,
-                  label="" if y else "the model")  # fmt: skip
-    axes.set(xlim=(min(ends), max(ends)), ylim=(len(heads) - 0.5, -0.5))
-    axes.set_yticks(range(len(heads)), [_label(head.row) for head in heads], color=charts.INK)
-    axes.tick_params(labelsize=9, length=0, pad=8)
-    axes.grid(axis="x", linewidth=0.6)
-    axes.locator_params(axis="x", nbins=5)
+    axes.set_xlim(min(ends), max(ends))
+    tooltips = {f"{charts.TOOLTIP}{y}": sentence(head) for y, head in enumerate(heads)}
     figure.legend(loc="outside lower center", ncols=3, fontsize=9)
     return html_page.chart(charts.svg(figure, tooltips=tooltips), _caption(heads), narrow=True)
-
-
-def _label(row: Mapping[str, Any]) -> str:
-    return f"{tables.marked(row, row['task'])}\n{row['metric']}"
 
 
 def _caption(heads: Sequence[Headline]) -> str:
     text = "Scores of each task; further to the right is better."
     if any(not tables.has_few_groups(head.row) for head in heads):
         text += " Lines: 95 % intervals over groups."
-    if any(tables.has_few_groups(head.row) for head in heads):
-        text += (
-            f" {tables.FEW_MARK}: fewer than {intervals.FEW} groups; the interval is in the table "
-            "and not drawn."
-        )
-    return text
+    return text + tables.few_groups_note([head.row for head in heads])
 
 
 def _count(number: int, noun: str) -> str:

@@ -95,14 +95,14 @@ def svg(figure: Figure, *, tooltips: Mapping[str, str] | None = None) -> str:
     markup = text.getvalue()
     markup = markup[markup.index("<svg ") :]
     markup = re.sub(r' (?:width|height)="[\d.]+pt"', "", markup, count=2)  # the page sets the width
-    markup = re.sub(r' xmlns(?::xlink)?="[^"]*"', "", markup)  # HTML needs no names of namespaces
+    markup = re.sub(r' xmlns(?::xlink)?="[^"]*"', "", markup, count=2)  # HTML needs no namespaces
     markup = re.sub(r"<style .*?</style>", "", markup, flags=re.DOTALL)  # it would hold page-wide
-    for gid, tooltip in (tooltips or {}).items():
-        markup = markup.replace(f'<g id="{gid}">', f"<g><title>{html.escape(tooltip)}</title>")
-    markup = re.sub(r'<g id="[^"]*">', "<g>", markup)  # several charts are in one document
     markup = markup.replace("font-family: 'DejaVu Sans'", "font-family: inherit")
     for color, variable in VARIABLES.items():
         markup = markup.replace(color, f"var({variable})")
+    for gid, tooltip in (tooltips or {}).items():
+        markup = markup.replace(f'<g id="{gid}">', f"<g><title>{html.escape(tooltip)}</title>")
+    markup = re.sub(r'<g id="[^"]*">', "<g>", markup)  # several charts are in one document
     return markup
 
 

@@ -217,23 +217,25 @@ def chart(svg: str, caption: str, *, narrow: bool = False) -> str:
 
     narrow: for charts of up to 5 inches, which stay readable on a phone.
     """
-    safe = html.escape(caption)
-    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{safe}" ', 1)
     kind = "chart narrow" if narrow else "chart"
-    return f'<figure class="{kind}">{svg}<figcaption>{safe}</figcaption></figure>\n'
+    return (
+        f'<figure class="{kind}">{_labeled(svg, caption)}'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>\n"
+    )
 
 
 def charts(items: Sequence[tuple[str, str, str]]) -> str:
     """Return several (SVG, title, caption) in as many columns as fit on the page."""
     cells = ""
     for svg, title, caption in items:
-        label = html.escape(f"{title}: {caption}")
-        svg = svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
-        cells += (
-            f"<figure>{svg}<figcaption><b>{html.escape(title)}</b>{html.escape(caption)}"
-            "</figcaption></figure>\n"
-        )
+        text = f"<b>{html.escape(title)}</b>{html.escape(caption)}"
+        cells += f"<figure>{_labeled(svg, f'{title}: {caption}')}<figcaption>{text}</figcaption></figure>\n"
     return f'<div class="charts">\n{cells}</div>\n'
+
+
+def _labeled(svg: str, text: str) -> str:
+    """Return a chart with its alternative text."""
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(text)}" ', 1)
 
 
 def figures(images: Sequence[tuple[bytes, str]], *, links: Sequence[str] = ()) -> str:
