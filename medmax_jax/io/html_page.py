@@ -229,7 +229,8 @@ def charts(items: Sequence[tuple[str, str, str]]) -> str:
     cells = ""
     for svg, title, caption in items:
         text = f"<b>{html.escape(title)}</b>{html.escape(caption)}"
-        cells += f"<figure>{_labeled(svg, f'{title}: {caption}')}<figcaption>{text}</figcaption></figure>\n"
+        figure_markup = _labeled(svg, f"{title}: {caption}")
+        cells += f"<figure>{figure_markup}<figcaption>{text}</figcaption></figure>\n"
     return f'<div class="charts">\n{cells}</div>\n'
 
 
