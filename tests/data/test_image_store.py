@@ -120,6 +120,7 @@ def test_two_processes_share_the_work_and_one_takes_over(complete, tmp_path):
     assert same(out, complete)
 
 
+@pytest.mark.slow
 def test_three_processes_agree(complete, tmp_path):
     out = tmp_path / "codes"
     several = [child(out, process=i, processes=3) for i in range(3)]
