@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import pathlib
 import random
 import shutil
@@ -17,6 +16,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from gs_server import fixture_small_disk  # noqa: F401
+from run_setup import environment
 
 from medmax_jax.data.image_tokens import store
 from medmax_jax.data.image_tokens.batch_encoder import BatchEncoder
@@ -65,7 +65,7 @@ def child(out: pathlib.Path, *, patience: float = 60.0, **settings: int) -> subp
     arguments = json.dumps([str(out), str(SAMPLE), PATHS, str(TINY), HOW | settings, patience])
     return subprocess.Popen(
         [sys.executable, "-c", CHILD, arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        env=environment(),
     )  # fmt: skip
 
 

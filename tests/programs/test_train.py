@@ -16,7 +16,6 @@ import jax
 import micro_run
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from run_setup import rows, same_numbers
 from safetensors.numpy import load_file, save_file
 
@@ -30,16 +29,6 @@ from medmax_jax.models import vocab
 from medmax_jax.training import reporting, setup
 
 ROOT = pathlib.Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """These runs have one shape: XLA compiles it for the first and reads it for the others."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache")))
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")

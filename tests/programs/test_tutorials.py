@@ -1,7 +1,7 @@
 """The tutorials of docs/tutorials, block by block, in a folder that has only links to the checkout.
 
-`-m slow` runs every page as written, and once more with the smaller sizes that are written here; the
-page of the endpoint is in the default tests. What needs a TPU, a download or another machine's
+`-m slow` runs every page as written, and once more with the smaller sizes that are written here;
+the page of the endpoint is in the default tests. What needs a TPU, a download or another machine's
 server is listed here too: those commands are left out, and the 7B tutorial runs on the shipped tiny
 model. A `text` block is the output of the block before it: each of its lines must be printed, up to
 its numbers.
@@ -15,6 +15,7 @@ import sys
 
 import pytest
 from llm_server import completion, serving
+from run_setup import environment
 
 from medmax_jax import config
 from medmax_jax.configs import medmax_7b_lora
@@ -79,9 +80,7 @@ def masked(line: str) -> str:
 def run_page(page: str, folder: pathlib.Path, *changes: tuple[str, str], **variables: str) -> None:
     for name in ("configs", "data", "eval", "medmax_jax"):
         (folder / name).symlink_to(ROOT / name)
-    env = os.environ | {"PYTHON": sys.executable, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-    env["JAX_COMPILATION_CACHE_DIR"] = str(folder.parent / "compiled")  # of all pages
-    env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"} | variables
+    env = environment() | {"PYTHON": sys.executable, "PYTHONPATH": ""} | variables
     output = ""
     for kind, body in blocks(page):
         if kind == "text":
