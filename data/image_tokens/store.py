@@ -168,9 +168,11 @@ class _TokenizeJob:
         stored = _read(self.out / "plan.json")
         for name, value in plan.items():
             if stored.get(name) != value:
+                found = f"{name} {stored.get(name)!r}, not with {value!r}"
                 raise PrepareError(
-                    f"{self.out} contains codes whose {name} is {stored.get(name)!r}, but this "
-                    f"command has {value!r}; use another --out"
+                    f"{self.out} was started with "
+                    + ("another list of images" if name == "pictures" else found)
+                    + "; use another --out"
                 )
 
     def finished(self) -> dict[str, Any] | None:
