@@ -50,7 +50,7 @@ class Parser(argparse.ArgumentParser):
     _words: Sequence[str] = ()
 
     def error(self, message: str) -> NoReturn:
-        """Print the error and exit; a misspelled flag is named before the flags that are missing."""
+        """Print the error and exit; a misspelled flag comes before the ones that are missing."""
         if message.startswith(MISSING):
             for action in self._actions:
                 action.required = False

@@ -284,7 +284,9 @@ def log_run_summary(
         log(parameter_overview.get_parameter_overview(tree, include_stats="sharding"))
     for change in changes:
         log(f"changed since the last checkpoint: {change}")
-    log(f"fingerprints of the base and of the records, versions, settings: {job.folder}/config.json")
+    log(
+        f"fingerprints of the base and of the records, versions, settings: {job.folder}/config.json"
+    )
     log(f"curves: {tensorboard_command(job.folder)}")
     log(loss_legend(run.train.loss_weight))
     log(

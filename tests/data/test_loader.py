@@ -257,7 +257,10 @@ def test_description_has_both_shares(tmp_path):
     tokens = np.array([len(d.tokens) for d in docs])
     vqa = tokens[20:].mean() / (tokens[20:].mean() + tokens[:20].mean())
     head, *rows = (line.split() for line in lines[1:])
-    assert head[:3] == ["task", "documents", "tokens"] and ["VQA", "50.0%", f"{vqa:.1%}", "1.5"] in rows
+    assert (
+        head[:3] == ["task", "documents", "tokens"]
+        and ["VQA", "50.0%", f"{vqa:.1%}", "1.5"] in rows
+    )
     assert len({len(line) for line in lines[1:]}) == 1  # aligned
     assert "an epoch draws 30 into" in lines[0]
     validation = loader.eval_batches(run, folder)  # validation is not weighted

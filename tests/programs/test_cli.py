@@ -210,11 +210,11 @@ def test_wrong_and_missing_arguments_are_explained():
         # a misspelled flag comes before the one that is missing because of it
         (["medmax_jax.sweep", "status", "--wrkdir=w"],
          "--wrkdir is not a flag; did you mean --workdir?"),
-        (["medmax_jax.convert", "--form=a", "--too=b"],
+        (["medmax_jax.convert", "--too=b"],
          "--too is not a flag; did you mean --to?"),
         (["data.prepare", "stats", "--outt=w"], "--outt is not a flag; did you mean --out?"),
         ([train, "--wrkdir=w"], "--wrkdir is not a flag; did you mean --workdir?"),
-        (["medmax_jax.generate", "--modle=w"], "--modle is not a flag; did you mean --model?"),
+        (["medmax_jax.generate", "--promt=w"], "--promt is not a flag; did you mean --prompt?"),
         (["medmax_jax.sweep", "colect"], "command: 'colect' is unknown; did you mean collect?"),
         (["eval.suite", "publishd"], "table: 'publishd' is unknown; did you mean published?"),
         (["medmax_jax", "trian"], "unknown command 'trian'; did you mean train?"),

@@ -119,6 +119,34 @@ def test_finished_run_only_repeats_the_export(done, tmp_path):
     assert list(rows(again, "train")) == [1, 2, 3, 4, 5]
 
 
+def test_the_group_may_read_a_run_of_open_data(done, tmp_path):
+    (tmp_path / "plain").touch()  # by the umask of the tests
+    expected = (tmp_path / "plain").stat().st_mode & 0o777
+    files = [p for p in done[1].rglob("*") if p.is_file()]
+    assert {p.name for p in files} >= {"adapter.safetensors", "metrics.jsonl"}
+    assert {
+        str(p): p.stat().st_mode & 0o777 for p in files if p.stat().st_mode & 0o777 != expected
+    } == {}
+
+
+def test_the_log_of_a_resumed_run_has_no_second_tables(done, tmp_path):
+    run, folder, _ = done
+    again = copy(folder, tmp_path)
+    (again / "train.log").unlink()
+    train.run(run, again)
+    first, second = ((f / "train.log").read_text() for f in (folder, again))
+    for text in ("layers.self_attn.q_proj.lora_a", "repeats per epoch"):
+        assert text in first and text not in second
+    for text in (
+        "parameters",
+        "an epoch draws",
+        "loss: mean over documents",
+        "tensorboard --logdir",
+    ):
+        assert text in first and text in second
+    assert not re.search("[0-9a-f]{64}", first)
+
+
 def test_run_continues_without_its_logs(done, tmp_path, capsys):
     """Folders are in place of the files, which no permission of a user can override."""
     run, folder, result = done
