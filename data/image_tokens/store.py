@@ -169,11 +169,9 @@ class _TokenizeJob:
         for name, value in plan.items():
             if stored.get(name) != value:
                 found = f"{name} {stored.get(name)!r}, not with {value!r}"
-                raise PrepareError(
-                    f"{self.out} was started with "
-                    + ("another list of images" if name == "pictures" else found)
-                    + "; use another --out"
-                )
+                # Verbatim: part of the data.
+                found = "another list of images" if name == "pictures" else found
+                raise PrepareError(f"{self.out} was started with {found}; use another --out")
 
     def finished(self) -> dict[str, Any] | None:
         path = self.out / "dataset.json"

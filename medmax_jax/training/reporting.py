@@ -284,9 +284,7 @@ def log_run_summary(
         log(parameter_overview.get_parameter_overview(tree, include_stats="sharding"))
     for change in changes:
         log(f"changed since the last checkpoint: {change}")
-    log(
-        f"fingerprints of the base and of the records, versions, settings: {job.folder}/config.json"
-    )
+    log(f"settings, versions, fingerprints of base and records: {job.folder / 'config.json'}")
     log(f"curves: {tensorboard_command(job.folder)}")
     log(loss_legend(run.train.loss_weight))
     log(
@@ -309,8 +307,8 @@ def loss_legend(loss_weight: str) -> str:
     if loss_weight == "token":
         return f"loss: mean over all scored tokens, in nats per token; {parts}"
     return (
-        "loss: mean over documents of each document's mean over its scored tokens, in nats per token; "
-        f"{parts}. A short answer counts as much in the loss as a long one, so where short answers "
+        "loss: mean over documents of each document's mean over its scored tokens, in nats per "
+        f"token; {parts}. A short answer counts as much in the loss as a long one, so where short answers "
         "are predicted worse, the loss is larger than both"
     )
 
