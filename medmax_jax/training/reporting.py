@@ -308,8 +308,8 @@ def loss_legend(loss_weight: str) -> str:
         return f"loss: mean over all scored tokens, in nats per token; {parts}"
     return (
         "loss: mean over documents of each document's mean over its scored tokens, in nats per "
-        f"token; {parts}. A short answer counts as much in the loss as a long one, so where short answers "
-        "are predicted worse, the loss is larger than both"
+        f"token; {parts}. A short answer counts as much in the loss as a long one, so where short "
+        "answers are predicted worse, the loss is larger than both"
     )
 
 
