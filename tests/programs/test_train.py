@@ -90,7 +90,7 @@ def test_lora_run_writes_the_documented_files(done, base):
     log = (folder / "train.log").read_text()
     assert re.search(r"step 5/5 loss \d\.\d+ text \d\.\d+ image \d\.\d+ lr .* eta 0:00", log)
     assert "layers.self_attn.q_proj.lora_a" in log  # the parameter table
-    assert f"plan {written['plan'][:12]}" in log and "train: generated: 100.0% of the docu" in log
+    assert f"plan {written['plan'][:12]}" in log and "train: generated     100.0%" in log
     steps = [int(p.name) for p in (folder / "checkpoints").iterdir()]
     assert sorted(steps) == [4, 5]
 
@@ -106,6 +106,34 @@ def test_finished_run_only_repeats_the_export(done, tmp_path):
         folder / "adapter" / "adapter.safetensors"
     ).read_bytes()
     assert list(rows(again, "train")) == [1, 2, 3, 4, 5]
+
+
+def test_the_group_may_read_a_run_of_open_data(done, tmp_path):
+    (tmp_path / "plain").touch()  # by the umask of the tests
+    expected = (tmp_path / "plain").stat().st_mode & 0o777
+    files = [p for p in done[1].rglob("*") if p.is_file()]
+    assert {p.name for p in files} >= {"adapter.safetensors", "metrics.jsonl"}
+    assert {
+        str(p): p.stat().st_mode & 0o777 for p in files if p.stat().st_mode & 0o777 != expected
+    } == {}
+
+
+def test_the_log_of_a_resumed_run_has_no_second_tables(done, tmp_path):
+    run, folder, _ = done
+    again = copy(folder, tmp_path)
+    (again / "train.log").unlink()
+    train.run(run, again)
+    first, second = ((f / "train.log").read_text() for f in (folder, again))
+    for text in ("layers.self_attn.q_proj.lora_a", "repeats per epoch"):
+        assert text in first and text not in second
+    for text in (
+        "parameters",
+        "an epoch draws",
+        "loss: mean over documents",
+        "tensorboard --logdir",
+    ):
+        assert text in first and text in second
+    assert not re.search("[0-9a-f]{64}", first)
 
 
 def test_run_continues_without_its_logs(done, tmp_path, capsys):
