@@ -33,7 +33,7 @@ ERRORS = (ValueError, OSError, StorageError, export.ExportError)  # raised while
 
 def _flags() -> None:
     flags.DEFINE_string("model", None, "model folder", required=True)
-    flags.DEFINE_string("adapter", "", "adapter, or the workdir of the training run")
+    flags.DEFINE_string("adapter", "", "adapter, or the workdir of the training run; medmax_jax/tiny_adapter: the shipped one")
     flags.DEFINE_bool("merge", False, "add the adapter to the base weights once, at load time")
     flags.DEFINE_multi_string("prompt", [], "text; {a.png} inserts an image; may be repeated")
     flags.DEFINE_string("prompts", "", "JSONL file of prompts, instead of --prompt")

@@ -101,7 +101,7 @@ def parse_model_spec(
             "native:FOLDER"
         )
     if (adapter or merge) and kind not in ("native", "hf"):
-        raise EvalError(f"--adapter and --merge require a native or hf model; --model is {kind}")
+        raise EvalError(f"--adapter, config.adapter and --merge require a native or hf model, not {kind}")
     if merge and not adapter:
         raise EvalError("--merge requires --adapter; set it")
     folder, adapter_digest = "", ""

@@ -269,7 +269,7 @@ def test_missing_records_are_made_by_the_printed_command(tmp_path):
     folders = {split: str(tmp_path / split) for split in ("train", "validation")}
     run = config.from_config_dict(tiny.get_config())
     run = dataclasses.replace(run, data=dataclasses.replace(run.data, **folders))
-    with pytest.raises(RecordsError, match="no such folder. To make it: python -m data") as caught:
+    with pytest.raises(RecordsError, match="To make it: python -m medmax_jax.data.pre") as caught:
         train.run(run, tmp_path / "w")
     commands = str(caught.value).partition("To make it: ")[2].split(" && ")
     assert len(commands) == 2
