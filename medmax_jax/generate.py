@@ -1,6 +1,7 @@
 """Generates text, an image, or both from prompts of text and images.
 
-python -m medmax_jax.generate --model=medmax_jax/tiny --prompt="A CT?" --image=a.png --out=runs/x
+python -m medmax_jax.generate --model=medmax_jax/tiny --adapter=medmax_jax/tiny_adapter \
+    --prompt="A CT?" --image=a.png --out=runs/x
 
 In --prompt, {a.png} inserts an image: "Is {a.png} older than {b.png}?". --prompts=F.jsonl reads
 many prompts, one per line: {"prompt": "..."} or
@@ -33,7 +34,7 @@ ERRORS = (ValueError, OSError, StorageError, export.ExportError)  # raised while
 
 def _flags() -> None:
     flags.DEFINE_string("model", None, "model folder", required=True)
-    flags.DEFINE_string("adapter", "", "adapter, or the workdir of the training run; medmax_jax/tiny_adapter: the shipped one")
+    flags.DEFINE_string("adapter", "", "adapter, or the workdir of the training run")
     flags.DEFINE_bool("merge", False, "add the adapter to the base weights once, at load time")
     flags.DEFINE_multi_string("prompt", [], "text; {a.png} inserts an image; may be repeated")
     flags.DEFINE_string("prompts", "", "JSONL file of prompts, instead of --prompt")

@@ -107,9 +107,7 @@ class Predictions:
             raise PredictionsError(str(error)) from error
 
 
-def export_items(
-    items: Sequence[Item], out: Path, *, folder: Path, mode: str, prompt: str
-) -> None:
+def export_items(items: Sequence[Item], out: Path, *, folder: Path, mode: str, prompt: str) -> None:
     """Write what a program needs to answer the items, without their references, one per line.
 
     `prompt`: the parts of the request in order, as `prompt_parts` gives them to a model of this

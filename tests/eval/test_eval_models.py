@@ -307,6 +307,25 @@ def test_exported_items_of_the_sample_have_no_references(tmp_path):
             assert item.answer not in json.dumps(row) or not item.answer
 
 
+def test_the_program_of_the_guide_answers_exported_items(tmp_path):
+    guide = (ROOT / "docs" / "guides" / "eval.md").read_text()
+    (tmp_path / "answer.py").write_text(re.search(r"```python\n(.*?)```", guide, re.S)[1])
+    config = eval_tiny.get_config().unlock()
+    for family in config.counts:
+        config.counts[family] = 4 if family in ("vqa_closed", "vqa_mcq") else 0
+    config.update(baselines="constant", probes="", options=False)
+    settings = build(Settings, config)
+    assert stages.export_items(settings, tmp_path / "items.jsonl") == 8
+    with open(tmp_path / "answers.jsonl", "w") as out:
+        command = [sys.executable, tmp_path / "answer.py", tmp_path / "items.jsonl"]
+        subprocess.run(command, stdout=out, check=True)
+    model = f"predictions:{tmp_path / 'answers.jsonl'}"
+    summary = stages.run(settings, tmp_path / "out", model=model, progress=print)
+    assert summary["adapter"] == "" and summary["errors"] == 0
+    for row in summary["scores"]:  # the guide's program answers as the constant baseline does
+        assert (row["n"], row["n_unparsed"], row["value"]) == (4, 0, row["baseline"]), row
+
+
 def test_baselines_are_reproducible(tmp_path):
     items, values = write_items(tmp_path / "data"), {}
     for kind in ("constant", "majority", "random"):

@@ -43,6 +43,7 @@ def test_the_wheel_has_one_top_level_name_and_its_data(wheel):
     assert tops == {"medmax_jax", f"medmax_jax-{__version__}.dist-info"}
     for name in (
         *("py.typed", "tiny/model.safetensors", "configs/tiny.py", "eval/run.py"),
+        *("tiny_adapter/adapter.safetensors", "tiny_adapter/adapter_config.json"),
         *("data/sample/manifest.jsonl", "data/sample/NOTICE", "data/sources/prompts.json"),
         *("data/instruct/prompts/instruction.txt", "eval/prompts/judge_correct.txt"),
     ):
