@@ -1,7 +1,6 @@
 """python -m eval.run --config=configs/eval_tiny.py --workdir=D
 
-Evaluates the shipped tiny model and its adapter on the held-out half of the embedded images, with
-all families.
+Evaluates the shipped model and its adapter on the held-out half of the embedded images.
 It takes minutes on two CPU cores.
 """
 
