@@ -71,6 +71,9 @@ def test_an_installed_wheel_runs_without_the_checkout(wheel, tmp_path):
         )
         assert "ModuleNotFoundError" in done.stderr
     medmax = tmp_path / "env" / "bin" / "medmax"
+    shipped = ["--model=medmax_jax/tiny", "--adapter=medmax_jax/tiny_adapter"]
+    ask = [medmax, "generate", *shipped, "--prompt=Is a CT an image?", "--out=answers"]
+    subprocess.run(ask, cwd=work, check=True, timeout=600)
     subprocess.run([medmax, "quickstart"], cwd=work, check=True, timeout=3600)
     assert (work / "quickstart_run" / "report.html").exists()
 
