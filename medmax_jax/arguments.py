@@ -120,7 +120,7 @@ def flags_help(values: flags.FlagValues, names: Sequence[str], given: Mapping[st
 
     def is_required(name: str) -> bool:
         messages = [getattr(v, "message", "") or "" for v in values[name].validators]
-        return name not in given and any(REQUIRED in message for message in messages)
+        return name not in given and any(f"--{name} {REQUIRED}" in message for message in messages)
 
     ordered = sorted(dict.fromkeys(names), key=lambda name: (not is_required(name), name))
     lines = []

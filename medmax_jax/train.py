@@ -136,8 +136,14 @@ def load_data(run: config.Run) -> tuple[loader.BatchLoader, loader.BatchLoader |
     folders = {"train": run.data.train, "validation": run.data.validation}
     missing = {k: v for k, v in folders.items() if v and "://" not in v and not os.path.exists(v)}
     if missing:
-        make = "python -m data.prepare sample --out {} --split {} --kind instruction"
-        sample = " && ".join(make.format(shlex.quote(v), k) for k, v in missing.items())
+        scratch = run.train.trains == "full" and not run.train.init_from
+        kind = "pretraining" if scratch else "instruction"
+        more = {"train": " --views 32 --rounds 4"}  # crops and wordings of the few images
+        sample = " && ".join(
+            f"python -m medmax_jax.data.prepare sample --out {shlex.quote(folder)} --split {split} "
+            f"--kind {kind}{more.get(split, '')}"
+            for split, folder in missing.items()
+        )
         released = run.vocab == vocab.RELEASED  # the sample is tokenized with the shipped model
         raise RecordsError(
             f"{' and '.join(missing.values())}: no such folder. To make it: "

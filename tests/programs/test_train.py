@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 from medmax_jax import cli, config, train
 from medmax_jax.checkpoints import checksums, export, manager, safetensors_file
-from medmax_jax.configs import tiny
+from medmax_jax.configs import tiny, tiny_base, tiny_instruct
 from medmax_jax.data.packing.pack import PackError
 from medmax_jax.data.records.document import RecordsError
 from medmax_jax.io.storage import Folder
@@ -286,7 +286,7 @@ def test_missing_records_are_made_by_the_printed_command(tmp_path):
     folders = {split: str(tmp_path / split) for split in ("train", "validation")}
     run = config.from_config_dict(tiny.get_config())
     run = dataclasses.replace(run, data=dataclasses.replace(run.data, **folders))
-    with pytest.raises(RecordsError, match="no such folder. To make it: python -m data") as caught:
+    with pytest.raises(RecordsError, match="To make it: python -m medmax_jax.data.pre") as caught:
         train.run(run, tmp_path / "w")
     commands = str(caught.value).partition("To make it: ")[2].split(" && ")
     assert len(commands) == 2
@@ -297,6 +297,20 @@ def test_missing_records_are_made_by_the_printed_command(tmp_path):
     released = dataclasses.replace(run, vocab=vocab.RELEASED)
     with pytest.raises(RecordsError, match="To make it: docs/guides/data.md"):
         train.load_data(released)
+
+
+@pytest.mark.parametrize("demo", [tiny_base, tiny_instruct])
+def test_the_printed_commands_are_those_of_the_config_file(demo, tmp_path, monkeypatch):
+    defaults = {"--split": "train", "--kind": "instruction", "--views": "1", "--rounds": "1"}
+
+    def commands(text: str) -> list[dict[str, str]]:
+        found = re.findall(r"data\.prepare sample (.*?)(?: && |$)", text, re.M)
+        return [defaults | dict(zip(*[iter(words.split())] * 2, strict=True)) for words in found]
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecordsError) as caught:
+        train.load_data(config.from_config_dict(demo.get_config()))
+    assert commands(str(caught.value)) == commands(demo.__doc__) != []
 
 
 def test_dry_run_compiles_and_writes_nothing(data, base, tmp_path, capsys):
