@@ -149,7 +149,7 @@ def _forest(heads: Sequence[Headline]) -> str:
     axes.set_xlim(min(ends), max(ends))
     tooltips = {f"{charts.TOOLTIP}{y}": sentence(head) for y, head in enumerate(heads)}
     figure.legend(loc="outside lower center", ncols=3, fontsize=9)
-    return html_page.chart(charts.svg(figure, tooltips=tooltips), _caption(heads), narrow=True)
+    return html_page.chart(charts.svg(figure, tooltips=tooltips), _caption(heads))
 
 
 def _caption(heads: Sequence[Headline]) -> str:
