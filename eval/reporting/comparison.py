@@ -22,7 +22,7 @@ from medmax_jax.io import charts, html_page, journal
 
 LOWER_IS_BETTER = ("unparsed",)
 INCONCLUSIVE = "inconclusive"
-WIDTH, ROW_HEIGHT, MARGIN = 4.8, 0.42, 0.7  # inches of the chart
+WIDTH, ROW_HEIGHT, MARGIN = 4.0, 0.42, 0.7  # inches of the chart
 COLUMNS = {
     "difference": "second minus first, on the same items; above 0: the second is better, except "
     "for unparsed",

@@ -246,5 +246,5 @@ def test_the_page_of_a_comparison(tmp_path):
     assert "(approximate: few groups), on 6 items of 3 groups" in text
     assert "not drawn" in text  # the three groups of vqa_open
     backward = comparison.compare(second, first, seed=0, resamples=2_000)
-    text = comparison.render(backward, str(second), str(first))
+    text = comparison.render(backward, str(second), str(first), facts=facts)
     assert f'<li class="bad"><b>{second} is better.</b>' in text
