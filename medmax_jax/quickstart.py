@@ -460,7 +460,7 @@ def _summary(report: dict[str, Any]) -> str:
 
 
 def _stages_table(report: dict[str, Any]) -> str:
-    rows = [(s["stage"], s["what"], round(s["seconds"], 1)) for s in report["stages"]]
+    rows = [(s["stage"], s["what"], f"{s['seconds']:.1f}") for s in report["stages"]]
     return html_page.table(["stage", "result", "seconds"], rows)
 
 
@@ -481,7 +481,7 @@ def _verdicts(report: dict[str, Any]) -> list[html_page.Verdict]:
             label += " the baseline"
         text = (
             f"vqa_closed after LoRA: accuracy {row['ours']:.3f}, against {row['theirs']:.3f} of "
-            f"the baseline {row['against']}; difference {row['diff']:.3f}"
+            f"the baseline “{row['against']}”; difference {row['diff']:.3f}"
             f"{tables.interval_text(row)}, on {row['n']} items of {row['groups']} groups."
         )
         text += "".join(f" {100 * share:.1f}% of the answers are unparsed." for share in unparsed)

@@ -124,7 +124,9 @@ def test_the_page_states_first_whether_the_adapter_is_above_the_baselines(low, h
     unparsed = dict(task="vqa_closed", metric="unparsed", after=0.25)
     (verdict,) = quickstart._verdicts(dict(scores=[unparsed], comparisons=[row]))
     assert verdict[:2] == (status, label)
-    assert "accuracy 0.700, against 0.500 of the baseline random; difference 0.200" in verdict.text
+    assert (
+        "accuracy 0.700, against 0.500 of the baseline “random”; difference 0.200" in verdict.text
+    )
     assert "on 9 items of 3 groups. 25.0% of the answers are unparsed." in verdict.text
 
 
