@@ -10,7 +10,6 @@ Rounds alternate between the two, each after the other has finished. Prints a JS
 last line. The files go to a temporary folder below D, by default the system's.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -25,7 +24,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from medmax_jax import config
+from medmax_jax import arguments, config
 from medmax_jax.checkpoints import safetensors_file
 from medmax_jax.checkpoints.manager import CheckpointManager
 from medmax_jax.configs import base
@@ -36,7 +35,7 @@ from medmax_jax.training import step
 
 def main() -> None:
     """Run the measurements and print the results."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", default=None)
     args = parser.parse_args()

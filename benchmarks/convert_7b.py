@@ -32,6 +32,7 @@ import numpy as np
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from medmax_jax import arguments
 from medmax_jax.checkpoints import torch_file
 
 DIM, FFN, HEADS, VOCAB = 4_096, 11_008, 32, 65_536  # Chameleon-7B
@@ -191,24 +192,20 @@ def size_of(folder: pathlib.Path) -> int:
 
 def main() -> None:
     """Run the program."""
-    parser = argparse.ArgumentParser(
+    if sys.argv[1:2] == ["--load"]:
+        folder, address, process, mesh = sys.argv[2:]
+        load(folder, address, int(process), tuple(map(int, mesh.split(","))))
+        return
+    parser = arguments.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--scratch",
-        type=pathlib.Path,
-        required="--load" not in sys.argv,
-        help="folder on the disk to measure",
+        "--scratch", type=pathlib.Path, required=True, help="folder on the disk to measure"
     )
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints")
-    parser.add_argument("--load", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.load:
-        folder, address, process, mesh = args.load
-        load(folder, address, int(process), tuple(map(int, mesh.split(","))))
-        return
     scratch = args.scratch / "convert_7b"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)

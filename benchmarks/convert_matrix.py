@@ -17,11 +17,12 @@ import numpy as np
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported: libtpu logs a lot
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "support")]
 
 import convert_setup as setup  # noqa: E402
 from parity import meta_reference  # noqa: E402
 
+from medmax_jax import arguments
 from medmax_jax.convert import convert as conversion
 
 MODELS = {"7B-like": setup.BASE, "30B-like, 4 shards": setup.SWIN}
@@ -67,7 +68,7 @@ def convert(source: pathlib.Path, target: pathlib.Path, layout: str) -> pathlib.
 
 def main() -> None:
     """Run the program."""
-    parser = argparse.ArgumentParser(
+    parser = arguments.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--torch_python")

@@ -26,7 +26,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 import jax
 from step_aot import make_topology_mesh
 
-from medmax_jax import config
+from medmax_jax import arguments, config
 from medmax_jax.configs import base
 from medmax_jax.generation import decode_loop, sampling_params
 from medmax_jax.models import chameleon, kv_cache
@@ -37,7 +37,7 @@ STREAMS = {"text": 1, "image": 3, "mixed": 3}
 
 def main() -> None:
     """Parse the flags, compile, and print one JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = arguments.Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("--topology", default="v5e:2x2")
     parser.add_argument("--mesh", default="1,1,4", help="data,fsdp,tp")
     parser.add_argument("--mode", choices=STREAMS, default="text")

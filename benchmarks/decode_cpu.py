@@ -30,6 +30,8 @@ import numpy as np
 import sides
 from train_cpu import settings as train_settings
 
+from medmax_jax import arguments
+
 HERE = pathlib.Path(__file__).resolve().parent
 NEEDS = ["torch", "transformers", "peft"]
 AGREE = 16  # first tokens of every row that must be the same on both sides
@@ -113,9 +115,7 @@ def measure_ours(side: sides.Side, args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Run the program."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = arguments.Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--torch_python", default="", help="Python with torch and transformers")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=5)

@@ -4,12 +4,14 @@ python decode_hf_side.py SPEC.json, then one request per line (sides.py). The we
 same_weights.py; text ids and EOS are allowed, as in this project's text mode.
 """
 
-import json
-import sys
 import time
 from typing import Any
 
 import sides
+
+if __name__ == "__main__":
+    SPEC = sides.read_spec(__doc__, "torch", "transformers", "peft")  # before they are imported
+
 import torch
 import transformers
 from hf_side import fill, hf_config
@@ -58,5 +60,4 @@ def main(spec: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    with open(sys.argv[1]) as file:
-        main(json.load(file))
+    main(SPEC)

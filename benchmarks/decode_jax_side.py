@@ -5,7 +5,6 @@ codes, per image; words, tokens per prompt for one; prompts, of the text benchma
 """
 
 import dataclasses
-import json
 import pathlib
 import sys
 import time
@@ -126,6 +125,6 @@ class Decoder:
 
 
 if __name__ == "__main__":
-    decoder = Decoder(json.loads(pathlib.Path(sys.argv[1]).read_text()))
+    decoder = Decoder(sides.read_spec(__doc__))
     names = ("text", "guided", "interleaved", "shared", "about")
     sides.serve({name: getattr(decoder, name) for name in names})

@@ -12,7 +12,6 @@ synthetic set of --samples closed questions with the constant baseline, which is
 a model: seconds, and resident memory after the first tenth and at the end. The last line is JSON.
 """
 
-import argparse
 import importlib.metadata
 import json
 import os
@@ -28,6 +27,7 @@ import PIL.Image
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from medmax_jax import arguments
 from medmax_jax.config import build
 from medmax_jax.configs import eval_tiny
 from medmax_jax.eval.config import Settings
@@ -142,7 +142,7 @@ def _slope(by_size: dict) -> float:
 
 def main() -> None:
     """Run both parts, then print one line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = arguments.Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--items", type=int, default=64)
     parser.add_argument("--samples", type=int, default=10_000)

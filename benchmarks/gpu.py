@@ -27,6 +27,8 @@ from typing import Any
 import gpu_parts
 import sides
 
+from medmax_jax import arguments
+
 HERE = pathlib.Path(__file__).resolve().parent
 RESTART = 75  # exit code: stopped early, the same command resumes
 ROUNDS, FIRST_STEPS = 3, 10
@@ -129,7 +131,7 @@ def result(done: dict[str, Any], todo: list[gpu_parts.Measurement], args: argpar
 
 def main() -> None:
     """Run the program."""
-    parser = argparse.ArgumentParser(
+    parser = arguments.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--part", required=True, choices=sorted(gpu_parts.NEEDS))

@@ -9,7 +9,6 @@
 At the widths of 7B and 2,048 tokens per row. Prints one JSON object; step_aot.py defines est_ms.
 """
 
-import argparse
 import json
 
 import jax
@@ -18,7 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from step_aot import CLOCK, Cycles, make_topology_mesh
 
-from medmax_jax import sharding
+from medmax_jax import arguments, sharding
 from medmax_jax.models.layers import HeadWeights
 from medmax_jax.training import cross_entropy as ce
 
@@ -27,7 +26,7 @@ LENGTH, WIDTH, VOCAB = 2_048, 4_096, 65_536
 
 def main() -> None:
     """Parse the flags, compile, and print one JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = arguments.Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("--topology", default="v5e:2x2")
     parser.add_argument("--mesh", default="1,4,1", help="data,fsdp,tp")
     parser.add_argument("--rows", type=int, default=4, help="rows per device")

@@ -1,15 +1,17 @@
 """Runs the other side of gpu.py's decode and vq parts, in a Python with torch and transformers."""
 
-import json
 import math
-import sys
 import time
 from typing import Any
+
+import sides
+
+if __name__ == "__main__":
+    SPEC = sides.read_spec(__doc__, "torch", "transformers", "peft")  # before they are imported
 
 import hf_side
 import numpy as np
 import same_weights
-import sides
 import torch
 import transformers
 from transformers.models.chameleon import modeling_chameleon
@@ -115,13 +117,11 @@ def _fill(tensor: torch.Tensor, name: str, shape: list[int]) -> None:
     tensor.copy_(value.permute(3, 2, 0, 1) if len(shape) == 4 else value)
 
 
-def main() -> None:
+def main(spec: dict[str, Any]) -> None:
     """Build the models, then serve requests."""
-    with open(sys.argv[1]) as file:
-        spec = json.load(file)
     side = {"decode": Decoder, "vq": Images}[spec["part"]](spec)
     sides.serve({"losses": side.losses, "steps": side.steps, "about": side.about})
 
 
 if __name__ == "__main__":
-    main()
+    main(SPEC)

@@ -11,15 +11,17 @@ loss is sum(weights * nll), which both sides take from the same file.
 """
 
 import dataclasses
-import json
-import sys
 import time
 from typing import Any
+
+import sides
+
+if __name__ == "__main__":
+    SPEC = sides.read_spec(__doc__, "torch", "transformers", "peft")  # before they are imported
 
 import numpy as np
 import peft
 import same_weights
-import sides
 import torch
 import transformers
 
@@ -214,12 +216,11 @@ def device(spec: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def main() -> None:
+def main(spec: dict[str, Any]) -> None:
     """Build the model, then serve requests."""
-    with open(sys.argv[1]) as file:
-        trainer = Trainer(json.load(file))
+    trainer = Trainer(spec)
     sides.serve({"losses": trainer.losses, "steps": trainer.steps, "about": trainer.about})
 
 
 if __name__ == "__main__":
-    main()
+    main(SPEC)

@@ -11,7 +11,6 @@ t            Student's t of the means' standard error over groups, without a spa
 The last line is one JSON object, with the mean width of ours as well.
 """
 
-import argparse
 import dataclasses
 import json
 import pathlib
@@ -23,6 +22,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import numpy as np
 from scipy import special
 
+from medmax_jax import arguments
 from medmax_jax.eval.stats import intervals
 
 RESAMPLES = 2_000
@@ -133,7 +133,7 @@ def _others(
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--draws", type=int, default=500)
     args = parser.parse_args()
     shares, begin = {}, time.perf_counter()

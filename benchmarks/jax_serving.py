@@ -5,8 +5,6 @@ vq       images to codes and back
 """
 
 import functools
-import json
-import sys
 import time
 from typing import Any
 
@@ -129,8 +127,7 @@ class Images:
 
 def main() -> None:
     """Compile, then serve requests."""
-    with open(sys.argv[1]) as file:
-        spec = json.load(file)
+    spec = sides.read_spec(__doc__)
     side = {"decode": Decoder, "vq": Images}[spec["part"]](spec)
     sides.serve({"losses": side.losses, "steps": side.steps, "about": side.about})
 

@@ -6,7 +6,6 @@ and how many batches to hold; they come from its records through the loader.
 
 import dataclasses
 import functools
-import json
 import math
 import pathlib
 import sys
@@ -220,8 +219,7 @@ def device() -> dict[str, Any]:
 
 def main() -> None:
     """Compile, then serve requests."""
-    with open(sys.argv[1]) as file:
-        spec = json.load(file)
+    spec = sides.read_spec(__doc__)
     trainer = Trainer(config.from_config_dict(spec["run"]), batches=spec["batches"])
     sides.serve({"losses": trainer.losses, "steps": trainer.steps, "about": trainer.about})
 

@@ -259,24 +259,24 @@ def middle(runs: list[dict]) -> dict:
 
 def main() -> None:
     """Run the program."""
-    parser = argparse.ArgumentParser(
+    if sys.argv[1:2] == ["--child"]:
+        name, path, *numbers = sys.argv[2:]
+        {"ours": ours, "theirs": theirs, "digests": digests}[name](path, *map(int, numbers))
+        return
+    from medmax_jax import arguments  # not in a child, whose imports are measured
+
+    parser = arguments.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--scratch", type=pathlib.Path, required="--child" not in sys.argv,
-        help="folder for 2 GB of records",
-    )  # fmt: skip
+        "--scratch", type=pathlib.Path, required=True, help="folder for 2 GB of records"
+    )
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--many", type=int, default=400_000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=400, help="batches after the first")
     parser.add_argument("--keep", action="store_true", help="keep the records")
-    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.child:
-        name, path, *numbers = args.child
-        {"ours": ours, "theirs": theirs, "digests": digests}[name](path, *map(int, numbers))
-        return
     load, scratch = os.getloadavg(), args.scratch / "loader"
     scratch.mkdir(parents=True, exist_ok=True)
     folder, path = make(scratch, args.rows, jsonl=True)

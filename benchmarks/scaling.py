@@ -9,7 +9,6 @@ speed      seconds of one fit, of 1,000 bootstraps, and of all that the program 
 The last line is one JSON object, with the machine's load.
 """
 
-import argparse
 import json
 import os
 import pathlib
@@ -20,6 +19,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
+from medmax_jax import arguments
 from medmax_jax.scaling import allocation, diagnostics, fit, study, table
 from medmax_jax.scaling.laws import LAWS
 
@@ -127,7 +127,7 @@ def speed(points: str | None) -> dict[str, float]:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", required=True, choices=("coverage", "speed"))
     parser.add_argument("--draws", type=int, default=200)
     parser.add_argument("--bootstraps", type=int, default=200)

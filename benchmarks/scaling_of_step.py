@@ -21,6 +21,8 @@ import jax_side
 import numpy as np
 import sides
 
+from medmax_jax import arguments
+
 BASE = dict(length=256, rows=2, depth=2)
 MEASURED = ("seconds", "temporaries_mib", "arguments_mib")
 
@@ -71,7 +73,7 @@ def slope(sizes: list[int], values: list[float]) -> float:
 
 def main() -> None:
     """Run the program."""
-    parser = argparse.ArgumentParser(
+    parser = arguments.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--points", type=int, default=4, help="sizes of each axis, 2 or more")

@@ -8,6 +8,7 @@ library is needed: a side may run in another Python.
 """
 
 import contextlib
+import importlib.util
 import json
 import os
 import statistics
@@ -62,6 +63,34 @@ class Side:
         return Failed(
             f"{self.name} ended with exit code {code} on request {request}; its error is above"
         )
+
+
+def read_spec(text: str, *packages: str) -> dict[str, Any]:
+    """Return the content of the SPEC.json on the command line of a side; `text`: its docstring.
+
+    Called before `packages` are imported: without one of them, or without a file, the process ends
+    with one line and status 2.
+    """
+    words = sys.argv[1:]
+    if {"-h", "--help"} & {*words}:
+        print(text)
+        sys.exit(0)
+    problem, spec = "SPEC.json is required; --help explains it", {}
+    if words[1:] or words and words[0].startswith("-"):
+        problem = f"{words[-1]} is not an argument; the only one is SPEC.json"
+    elif words:
+        try:
+            with open(words[0]) as file:
+                spec, problem = json.load(file), ""
+        except (OSError, ValueError) as error:
+            problem = f"{words[0]}: {error}; the benchmark that starts this side writes it"
+    for name in packages if spec else ():
+        if not importlib.util.find_spec(name):
+            problem = f"{sys.executable} has no {name}; use a Python that has it"
+    if problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
+    return spec
 
 
 def serve(functions: dict[str, Callable[..., dict[str, Any]]]) -> None:

@@ -28,7 +28,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType
 
-from medmax_jax import config, sharding
+from medmax_jax import arguments, config, sharding
 from medmax_jax.configs import base
 from medmax_jax.models import chameleon
 from medmax_jax.training import step
@@ -38,7 +38,7 @@ CLOCK = 1.5e9  # Hz, of v5e: reproduces its published peak
 
 def main() -> None:
     """Parse the flags, compile, and print one JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = arguments.Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("--topology", default="v5e:2x2")
     parser.add_argument("--mesh", default="1,4,1", help="data,fsdp,tp")
     parser.add_argument("--layers", type=int, default=3)

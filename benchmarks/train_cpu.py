@@ -26,6 +26,9 @@ import sides
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+
+from medmax_jax import arguments
+
 NEEDS = ["torch", "transformers", "peft"]
 AGREE, FIRST_STEPS = 1e-4, 10
 SIZES = {
@@ -122,7 +125,7 @@ def result(results: dict[str, dict[str, Any]], skipped: str, args: argparse.Name
 
 def main() -> None:
     """Run the program."""
-    parser = argparse.ArgumentParser(
+    parser = arguments.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--torch_python", default="", help="Python with " + ", ".join(NEEDS))

@@ -18,6 +18,7 @@ groups that are fixed in the reference. The last line is one JSON object.
 """
 
 import argparse
+import functools
 import importlib
 import json
 import os
@@ -185,7 +186,7 @@ def child(python: str, cores: list[int], *arguments: str) -> dict:
     count = str(len(cores))
     environment = os.environ | {"BENCHMARK_CORES": ",".join(map(str, cores))}
     environment |= {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count}
-    command = [python, __file__, "--threads", count, "--child", *arguments]
+    command = [python, __file__, "--child", count, *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     result = json.loads(done.stdout.splitlines()[-1])
     print(*arguments[:2], result, flush=True)
@@ -222,7 +223,14 @@ def compare(args: argparse.Namespace, folder: pathlib.Path, size: str, cores: li
 
 def main() -> None:
     """Run the program."""
-    parser = argparse.ArgumentParser(
+    if sys.argv[1:2] == ["--child"]:
+        threads, side, size, folder = sys.argv[2:]
+        measure = ours if side == "ours" else functools.partial(theirs, threads=int(threads))
+        print(json.dumps(measure(pathlib.Path(folder), size)))
+        return
+    from medmax_jax import arguments  # not in a child, which may run in another Python
+
+    parser = arguments.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--torch_python", help="Python with torch, transformers and pillow")
@@ -232,13 +240,7 @@ def main() -> None:
     parser.add_argument(
         "--differ", type=float, default=0.005, help="share of codes that may differ"
     )
-    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.child:
-        side, size, folder = args.child[0], args.child[1], pathlib.Path(args.child[2])
-        result = ours(folder, size) if side == "ours" else theirs(folder, size, args.threads)
-        print(json.dumps(result))
-        return
     load, cores = os.getloadavg(), sorted(os.sched_getaffinity(0))[: args.threads]
     with tempfile.TemporaryDirectory() as name:
         make(pathlib.Path(name), args.sizes)

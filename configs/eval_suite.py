@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
     whole = base.get_config()
     config = ConfigDict()
     config.model = ""  # KIND:WHERE; set by --model
+    config.adapter = ""  # of config.model; empty: none
     config.questions = "eval_items/items.jsonl"  # JSONL files in the released schema
     config.images = "eval_items"  # folder that image_path of all of them is relative to
     config.split = "test"  # of the embedded sample only
@@ -45,7 +46,7 @@ def get_config() -> ConfigDict:
     config.counts.multimodal = -1
     config.counts.visual_chat = -1
     config.mode = "strict"  # of generation: 16 tokens for a closed answer or a letter
-    config.prompt = "sft"  # wording; chameleon for a base model, see eval/tasks/items.py
+    config.prompt = "sft"  # wording; chameleon: a base model, chat: a chat model (tasks/items.py)
     config.baselines = "constant,majority,random"  # baseline scores next to every score
     config.probes = "blank,shuffled,swapped,rotated"  # is the image used, is the order used
     config.probe_families = "vqa_closed,vqa_mcq,vqa_open,captioning,visual_chat"  # probed families

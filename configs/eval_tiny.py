@@ -1,6 +1,6 @@
 """python -m eval.run --config=configs/eval_tiny.py --workdir=D
 
-Evaluates the shipped tiny model on the held-out half of the embedded images, with all families.
+Evaluates the shipped model and its adapter on the held-out half of the embedded images.
 It takes minutes on two CPU cores.
 """
 
@@ -34,6 +34,7 @@ def get_config() -> ConfigDict:
     whole = base.get_config()
     config = ConfigDict()
     config.model = "native:medmax_jax/tiny"  # used without --model
+    config.adapter = "medmax_jax/tiny_adapter"  # of config.model; empty: none
     config.questions = (
         "sample"  # or JSONL files of rows in the released schema, separated by commas
     )
@@ -51,7 +52,7 @@ def get_config() -> ConfigDict:
         )
     )
     config.mode = "strict"  # of generation; paper: the MedMax release's prompts, with its limits
-    config.prompt = "sft"  # the release's wording: sft, chameleon or default
+    config.prompt = "sft"  # the release's sft, chameleon or default; chat: for chat models
     config.baselines = "blind,constant,majority,random"  # blind: see eval/models/baselines.py
     config.probes = "blank,shuffled,swapped,rotated"  # the same questions with changed inputs
     config.probe_families = "vqa_closed,vqa_mcq,vqa_open,captioning,visual_chat"  # probed families

@@ -13,6 +13,7 @@ def get_config() -> ConfigDict:
     config.views = 4  # crops per training image, so that 150 images are not memorized
     config.cases = 12  # held-out images on the page
     config.run = tiny.get_config()  # data.train and data.validation are set by the quickstart
+    config.run.train.samples = 0  # the quickstart's page shows answers before and after
     config.eval = eval_tiny.get_config()
     config.eval.counts.update(vqa_open=96, captioning=48, visual_chat=48)
     config.eval.counts.update(image_generation=12, multimodal=4)

@@ -27,6 +27,7 @@ def get_config() -> ConfigDict:
                 "data.train": "runs/sweep/lora_train",
                 "data.validation": "runs/sweep/lora_validation",
                 "train.eval_every": 10_000,  # the last step only
+                "train.samples": 0,
                 "train.checkpoint_every": 20,
                 "train.keep": 1,
             }

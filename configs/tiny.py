@@ -39,6 +39,11 @@ def get_config() -> ConfigDict:
     config.data.update(document_limit=256, seq_len=256, batch_size=8)
     config.optim.update(peak_lr=3e-3)
     config.train.update(
-        init_from="medmax_jax/tiny", steps=300, log_every=10, eval_every=100, checkpoint_every=100
+        init_from="medmax_jax/tiny",
+        steps=300,
+        log_every=10,
+        eval_every=100,
+        samples=3,  # two texts and an image
+        checkpoint_every=100,
     )
     return config

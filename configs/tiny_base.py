@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
         steps=800,
         log_every=10,
         eval_every=100,
+        samples=0,  # no tokenizer without init_from
         checkpoint_every=100,
     )
     return config

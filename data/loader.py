@@ -125,7 +125,7 @@ class BatchLoader:
         return int(self.records.index["length"][documents].sum())
 
     def describe(self) -> list[str]:
-        """Return log lines about an epoch: documents, rows, shares, and what is left out."""
+        """Return log lines about an epoch: a summary, a table of shares, and what is left out."""
         records, data, plan = self.records, self._run.data, self._epochs.first
         tokens = int(records.index["length"][plan.documents].sum())
         lines = [
@@ -133,9 +133,11 @@ class BatchLoader:
             f"{len(plan.documents):,} into {len(plan):,} rows of {data.seq_len:,} tokens, "
             f"{tokens / (len(plan) * data.seq_len):.1%} filled; plan {self.plan[:12]}"
         ]
+        shares = mixing.mixture_shares(records, data, self._mixing)
+        width = max(map(len, (self._mixing.by, *shares)))
+        lines.append(f"{self._mixing.by:{width}}  documents   tokens  repeats per epoch")
         lines += [
-            f"{name}: {d:.1%} of the documents, {t:.1%} of the tokens, {n:.3g} repeats per epoch"
-            for name, (d, t, n) in mixing.mixture_shares(records, data, self._mixing).items()
+            f"{name:{width}}  {d:9.1%}  {t:7.1%}  {n:17.3g}" for name, (d, t, n) in shares.items()
         ]
         long = np.flatnonzero(records.index["length"] > data.document_limit)
         if long.size:

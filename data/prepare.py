@@ -31,8 +31,10 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -310,13 +312,52 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"interrupted: {args.left}; rerun the same command", file=sys.stderr)
         return 75
-    for name, value in {} if args.json else result.items():
-        rows = value if isinstance(value, list) and value else [value]
-        for n, row in enumerate(rows):
-            print(printable_text(f"{'' if n else name:>20}  {row}"))
-    if args.json:
-        print(json.dumps(result))
+    print(json.dumps(result) if args.json else printable_text("\n".join(_lines(result))))
     return 1 if result.get("errors") else 0
+
+
+def _lines(result: Mapping[str, Any]) -> list[str]:
+    """Return a result as lines: the name of each value, and the value or the rows of its table."""
+    lines = []
+    for name, value in result.items():
+        if value and isinstance(value, dict | list):
+            rows = _table(value)
+        else:  # config.data.plan takes the complete hash
+            rows = [[str(value) if name == "plan" else _cell(value)]]
+        widths = [max(map(len, column)) for column in itertools.zip_longest(*rows, fillvalue="")]
+        for n, row in enumerate(rows):
+            cells = "  ".join(map(str.ljust, row, widths))
+            lines.append(f"{'' if n else name:>20}  {cells}".rstrip())
+    if any(re.search(r"\b[0-9a-f]{12}\.\.", line) for line in lines):
+        lines.append("A hash that ends with .. is shortened; --json prints it complete.")
+    return lines
+
+
+def _table(value: dict[Any, Any] | list[Any]) -> list[list[str]]:
+    """Return the cells of a table, with the columns' names above parts that have names themselves.
+
+    {"CT": 3, "MRI": 12}    ->   CT  3  |  MRI  12
+    [{"file": "a", "documents": 4}]   ->   file  documents  |  a  4
+    """
+    named = isinstance(value, dict)
+    items = list(value.items() if named else enumerate(value))
+    if all(isinstance(part, dict) and part for _, part in items):
+        columns = list(dict.fromkeys(name for _, part in items for name in part))
+        rows = [["", *map(_cell, columns)]]
+        rows += [[_cell(n), *(_cell(part.get(c, "")) for c in columns)] for n, part in items]
+    else:
+        rows = [[_cell(name), _cell(part)] for name, part in items]
+    return rows if named else [row[1:] for row in rows]
+
+
+def _cell(value: Any) -> str:
+    """Return a value on one line; of a hash its first digits."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_cell(part)}" for name, part in value.items()) or "none"
+    if isinstance(value, list):
+        return ", ".join(map(_cell, value)) or "none"
+    text = str(value)
+    return f"{text[:12]}.." if re.fullmatch(r"[0-9a-f]{64}", text) else text
 
 
 def _parser() -> arguments.Parser:

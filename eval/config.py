@@ -72,6 +72,7 @@ class Settings:
     """Holds the settings of an evaluation. Comma-separated names are tuples here."""
 
     model: str
+    adapter: str
     questions: tuple[str, ...]
     images: str
     split: str

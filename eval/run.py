@@ -9,7 +9,8 @@
 Evaluates one model and writes records.jsonl, summary.json, report.html and the other files of a
 workdir (listed in docs/guides/eval.md); after an interruption, the same command resumes.
 --dry_run reports the requests and the cost, and stops. --shard=i/n runs one part; without --shard
-all parts are scored together.
+all parts are scored together. --export_items=FILE writes the items without their references, for
+programs that write the answers of predictions:FILE, and stops.
 
 Status 0: done. 75: interrupted. 1: an error, reported in one line.
 """
@@ -44,6 +45,9 @@ def main(config: ConfigDict, workdir: str) -> None:
         handler.setFormatter(PrintableFormatter("%(message)s"))
     log.setLevel(logging.INFO)
     settings = build(Settings, config)
+    if out := flags.FLAGS.export_items:
+        log.info(f"{stages.export_items(settings, out)} items: {out}")
+        return
     with cli.Stop() as stop:
 
         def progress(line: str) -> None:
@@ -78,11 +82,14 @@ def main(config: ConfigDict, workdir: str) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("model", "", "KIND:WHERE, as above; empty: config.model")
+    flags.DEFINE_string("model", "", "KIND:WHERE, as above; empty: config.model, config.adapter")
     flags.DEFINE_string("adapter", "", "adapter, or the workdir of its training; native, hf")
     flags.DEFINE_bool("merge", False, "merge the adapter into the weights when loading")
     flags.DEFINE_string("shard", "", "i/n: run only shard i of n of the items, from 0")
     flags.DEFINE_bool(
         "dry_run", False, "report the requests and their cost, and stop before any request"
     )
-    cli.run(main, errors=generate.ERRORS)
+    flags.DEFINE_string(
+        "export_items", "", "write the items to this JSONL file, and stop; needs no --workdir"
+    )
+    cli.run(main, errors=generate.ERRORS, instead="export_items")

@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 from absl import flags
 
 WIDTH = 100  # columns of a help text
+MISSING = "the following arguments are required: "  # argparse's message of missing arguments
 REQUIRED = "must have a value other than None"  # absl's message of a required flag without a value
 
 
@@ -46,8 +47,16 @@ def required(names: Sequence[str]) -> str:
 class Parser(argparse.ArgumentParser):
     """Parses arguments; an error is one line with the nearest name, and status 2."""
 
+    _words: Sequence[str] = ()
+
     def error(self, message: str) -> NoReturn:
-        """Print the error and exit."""
+        """Print the error and exit; a misspelled flag comes before the ones that are missing."""
+        if message.startswith(MISSING):
+            for action in self._actions:
+                action.required = False
+            others = super().parse_known_args(self._words)[1]
+            if unknown := [w for w in others if w.startswith("-") and "-config" not in w]:
+                message = f"unrecognized arguments: {unknown[0]}"
         print(f"error: {self._explain(message)}", file=sys.stderr)
         sys.exit(2)
 
@@ -59,6 +68,11 @@ class Parser(argparse.ArgumentParser):
     def reject(self, arguments: Sequence[str]) -> NoReturn:
         """Report the first of these unknown arguments and exit."""
         self.error(f"unrecognized arguments: {arguments[0]}")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Return the arguments and the words that are none; also called for a sub-command."""
+        self._words = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args(args, namespace)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Return the arguments; an unknown one is reported by the sub-command that it follows."""
@@ -77,8 +91,8 @@ class Parser(argparse.ArgumentParser):
         return self
 
     def _explain(self, message: str) -> str:
-        if match := re.match(r"the following arguments are required: (.*)", message):
-            return required(match[1].split(", "))
+        if message.startswith(MISSING):
+            return required(message.removeprefix(MISSING).split(", "))
         if match := re.match(r"unrecognized arguments: ([^\s=]+)", message):
             names = [o for o in self._option_string_actions if o.startswith("--")]
             near = nearest(match[1], names) if match[1].startswith("-") else ""
@@ -106,7 +120,7 @@ def flags_help(values: flags.FlagValues, names: Sequence[str], given: Mapping[st
 
     def is_required(name: str) -> bool:
         messages = [getattr(v, "message", "") or "" for v in values[name].validators]
-        return name not in given and any(REQUIRED in message for message in messages)
+        return name not in given and any(f"--{name} {REQUIRED}" in message for message in messages)
 
     ordered = sorted(dict.fromkeys(names), key=lambda name: (not is_required(name), name))
     lines = []

@@ -45,18 +45,25 @@ def run(
     errors: tuple[type[Exception], ...],
     defaults: dict[str, str] | None = None,
     folder: str = "workdir",
+    instead: str = "",
 ) -> None:
     """Read the flags, call `main(config, workdir)` and exit with one of the statuses above.
 
     `errors`: exceptions whose message is all that the user needs. Any other exception is a bug and
     shows its traceback. `defaults`: flag values of a program that can be started without them.
-    `folder`: the name of the flag that sets the workdir.
+    `folder`: the name of the flag that sets the workdir. `instead`: a flag without which `folder`
+    is required.
     """
     settings = config_flags.DEFINE_config_file(
         "config", None, "config file, for example configs/tiny.py"
     )
     workdir = flags.DEFINE_string(folder, None, "folder that the program writes to")
-    flags.mark_flags_as_required(["config", folder])
+    flags.mark_flags_as_required(["config"])
+    flags.register_multi_flags_validator(
+        [folder, instead] if instead else [folder],
+        lambda given: any(given.values()),
+        message=f"Flag --{folder} {arguments.REQUIRED}",
+    )
 
     def guarded(_: list[str]) -> int:
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every operation

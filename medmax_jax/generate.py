@@ -1,6 +1,7 @@
 """Generates text, an image, or both from prompts of text and images.
 
-python -m medmax_jax.generate --model=medmax_jax/tiny --prompt="A CT?" --image=a.png --out=runs/x
+python -m medmax_jax.generate --model=medmax_jax/tiny --adapter=medmax_jax/tiny_adapter \
+    --prompt="A CT?" --image=a.png --out=runs/x
 
 In --prompt, {a.png} inserts an image: "Is {a.png} older than {b.png}?". --prompts=F.jsonl reads
 many prompts, one per line: {"prompt": "..."} or

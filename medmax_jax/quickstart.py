@@ -29,6 +29,7 @@ from ml_collections import ConfigDict
 
 from medmax_jax import cli, config
 from medmax_jax import train as train_program
+from medmax_jax.checkpoints import export
 from medmax_jax.data import prepare
 from medmax_jax.data.image_tokens import encoder
 from medmax_jax.data.records import writer
@@ -50,7 +51,6 @@ from medmax_jax.models import images
 from medmax_jax.sharding import make_mesh
 from medmax_jax.training.run_files import damage_warning, read_metrics
 
-SHIPPED = "medmax_jax/tiny"  # of configs/tiny.py, in a checkout
 log = logging.getLogger("medmax_jax.quickstart")
 
 HERE = Path(__file__).parent
@@ -110,9 +110,6 @@ def main(settings: ConfigDict, workdir: str) -> None:
         logging.getLogger().addHandler(logging.FileHandler(folder / "quickstart.log"))
     except OSError as error:
         log.warning("WARNING: cannot write %s: %s", error.filename, error.strerror)
-    if settings.run.train.init_from == SHIPPED and not Path(SHIPPED).exists():
-        # an installed package, away from a checkout
-        settings.run.train.init_from = str(HERE / "tiny")
     run(config.build(Quickstart, settings), folder)
 
 
@@ -120,7 +117,7 @@ def run(settings: Quickstart, workdir: Path) -> dict[str, Any]:
     """Run the pipeline from the current state of `workdir`; return the content of report.json."""
     config.check(settings.run)
     stages = QuickstartRun(workdir)
-    tiny = Path(settings.run.train.init_from)
+    tiny = Path(export.locate(settings.run.train.init_from))
     with stages.stage("tokenize") as report_result:
         report_result(_tokenize(settings, workdir, tiny))
     with stages.stage("fine-tune") as report_result:

@@ -10,6 +10,8 @@ The same command resumes after a stop of any kind. D then contains:
     samples/         samples during training      profile/             with --profile_steps
     compiled/        XLA's cache of programs, so that a restart does not compile again
 
+With credentialed records, D has mode 0700 and its files 0600.
+
 --dry_run compiles the first step from shapes and reports its memory. It loads no weights and writes
 no files; it reads the records.
 """
@@ -35,6 +37,7 @@ from medmax_jax.checkpoints.manager import CheckpointError, CheckpointManager, b
 from medmax_jax.data import loader
 from medmax_jax.data.packing.pack import PackError
 from medmax_jax.data.records.document import RecordsError
+from medmax_jax.io.atomic_folder import private_folder
 from medmax_jax.io.storage import StorageError
 from medmax_jax.models import chameleon, vocab
 from medmax_jax.sharding import make_mesh, shard_batch
@@ -83,6 +86,8 @@ def run(
 
         # ---- data
         train_data, eval_data = load_data(run)
+        if setup.has_credentialed(train_data, eval_data):
+            stack.enter_context(private_folder(folder))
 
         # ---- log
         meta = setup.run_metadata(run, train_data)
@@ -131,8 +136,14 @@ def load_data(run: config.Run) -> tuple[loader.BatchLoader, loader.BatchLoader |
     folders = {"train": run.data.train, "validation": run.data.validation}
     missing = {k: v for k, v in folders.items() if v and "://" not in v and not os.path.exists(v)}
     if missing:
-        make = "python -m data.prepare sample --out {} --split {} --kind instruction"
-        sample = " && ".join(make.format(shlex.quote(v), k) for k, v in missing.items())
+        scratch = run.train.trains == "full" and not run.train.init_from
+        kind = "pretraining" if scratch else "instruction"
+        more = {"train": " --views 32 --rounds 4"}  # crops and wordings of the few images
+        sample = " && ".join(
+            f"python -m medmax_jax.data.prepare sample --out {shlex.quote(folder)} --split {split} "
+            f"--kind {kind}{more.get(split, '')}"
+            for split, folder in missing.items()
+        )
         released = run.vocab == vocab.RELEASED  # the sample is tokenized with the shipped model
         raise RecordsError(
             f"{' and '.join(missing.values())}: no such folder. To make it: "

@@ -204,6 +204,11 @@ def _train(
     state, start = _start(settings, tx, checkpoint, replicated)
     log.begin(start)
     log.info(f"{len(train.originals)} training images, steps {start} to {t.steps}")
+    log.info(
+        f"loss: l1 + {t.lpips_weight:g} lpips, and after step {t.plain_steps} the codebook's term; "
+        "l1: mean absolute error of pixels in [-1, 1]; lpips: perceptual distance; psnr: in dB; "
+        "codes_used, perplexity: of the codebook since its last change"
+    )
     for step in range(start, t.steps):
         if step == t.plain_steps:
             state = _init_codebook(state, train, settings, mesh)
@@ -341,14 +346,15 @@ class Log:
         metrics |= {"codes_used": int((share > 0).sum()), "perplexity": float(np.exp(entropy))}
         metrics |= {"images_per_second": t.batch_size / seconds}
         self._row("step", metrics)
-        text = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        self.info(f"step {done}  {text}  {(t.steps - done) * seconds / 60:.1f} min left")
+        self.info(
+            f"step {done}  {_format(metrics)}  {(t.steps - done) * seconds / 60:.1f} min left"
+        )
 
     def evaluation(
         self, split: str, metrics: dict, pixels: np.ndarray, reconstructions: np.ndarray
     ) -> dict:
         self._row(split, metrics)
-        self.info(f"step {self.at}  {split}  {metrics}")
+        self.info(f"step {self.at}  {split}  {_format(metrics)}")
         if split == "validation":
             pairs = np.concatenate(
                 [((pixels + 1) * 127.5).astype(np.uint8), reconstructions], axis=1
@@ -365,6 +371,10 @@ class Log:
 
     def _row(self, kind: str, values: dict[str, float]) -> None:
         self._rows.write(json.dumps({"kind": kind, "step": self.at, **values}))
+
+
+def _format(metrics: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
 
 
 @charts.page_style()

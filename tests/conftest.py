@@ -1,10 +1,22 @@
-"""Eight virtual CPU devices, run-time shape checks, and no network: set before JAX is imported."""
+"""Eight virtual CPU devices, quick compilation, run-time shape checks: set before JAX is imported.
+
+What XLA compiles is shared by the processes of a session, through a folder that is removed at its
+end. To keep it from one session to the next: `JAX_COMPILATION_CACHE_DIR=D pytest`.
+"""
 
 import gc
 import os
+import shutil
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = (  # most of the time of the suite is that of LLVM
+    "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8"
+)
+OWN_CACHE = "JAX_COMPILATION_CACHE_DIR" not in os.environ  # not in workers, which inherit it
+if OWN_CACHE:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="medmax_tests_")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 from jaxtyping import install_import_hook
 
@@ -32,3 +44,8 @@ def pytest_collection_modifyitems(items):
 def pytest_collection_finish():
     gc.collect()
     gc.freeze()
+
+
+def pytest_unconfigure():
+    if OWN_CACHE:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)

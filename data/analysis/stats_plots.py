@@ -28,7 +28,7 @@ def mixture(by_source: Mapping[str, tuple], by_task: Mapping[str, tuple]) -> str
         axis.set(title=f"Tokens {title}")
         axis.xaxis.set_major_formatter(FuncFormatter(_count))
         axis.locator_params(axis="x", nbins=5)
-    left.legend(loc="lower right")
+    charts.legend(figure, left)
     return charts.svg(figure)
 
 
@@ -51,7 +51,7 @@ def lengths(
             below = below + count
         axis.set(title=f"Documents by {title}", xlabel="tokens of a document", ylabel="documents")
         axis.yaxis.set_major_formatter(FuncFormatter(_count))
-    right.legend()
+    charts.legend(figure, right)
     return charts.svg(figure)
 
 
@@ -70,8 +70,8 @@ def packing(fills: Mapping[int, Mapping[str, float]], padded: float) -> str:
     label = "one document per row, batches of 8 padded to the longest"
     axis.axhline(100 * padded, color=IMAGE, linestyle="--", label=label)
     axis.set_xticks(positions, [f"{n:,}" for n in fills])
-    axis.set(title="Fill of rows", xlabel="tokens per row", ylabel="% of positions", ylim=(0, 119))
-    axis.legend(ncols=3, loc="upper center")
+    axis.set(title="Fill of rows", xlabel="tokens per row", ylabel="% of positions", ylim=(0, 109))
+    charts.legend(figure, axis)
     return charts.svg(figure)
 
 

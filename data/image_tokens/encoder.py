@@ -14,6 +14,7 @@ import numpy as np
 import PIL.Image
 from jaxtyping import Float32
 
+from medmax_jax.checkpoints import export
 from medmax_jax.config import VQ, Vocab, build, check_vq
 from medmax_jax.data.image_tokens import dicom
 from medmax_jax.data.records.document import Layout
@@ -57,6 +58,7 @@ class ImageView:
 
 def load_encoder(folder: Path, *, vq: Any = None, tokenizer: Tokenizer | None = None) -> Encoder:
     """Load tokenizer and VQGAN of a model folder; the language model in it is not read."""
+    folder = Path(export.locate(folder))
     path = folder / "config.json"
     try:
         raw = read_json_object(path)

@@ -168,10 +168,10 @@ class _TokenizeJob:
         stored = _read(self.out / "plan.json")
         for name, value in plan.items():
             if stored.get(name) != value:
-                raise PrepareError(
-                    f"{self.out} contains codes whose {name} is {stored.get(name)!r}, but this "
-                    f"command has {value!r}; use another --out"
-                )
+                found = f"{name} {stored.get(name)!r}, not with {value!r}"
+                # Verbatim: part of the data.
+                found = "another list of images" if name == "pictures" else found
+                raise PrepareError(f"{self.out} was started with {found}; use another --out")
 
     def finished(self) -> dict[str, Any] | None:
         path = self.out / "dataset.json"

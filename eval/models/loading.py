@@ -102,7 +102,10 @@ def parse_model_spec(
             "native:FOLDER"
         )
     if (adapter or merge) and kind not in LOCAL:
-        raise EvalError(f"--adapter and --merge require a native or hf model; --model is {kind}")
+        raise EvalError(
+            f"--adapter, config.adapter and --merge require a native or hf model, but the model is "
+            f"{model!r}; set --adapter and config.adapter to an empty text"
+        )
     if merge and not adapter:
         raise EvalError("--merge requires --adapter; set it")
     folder, adapter_digest = "", ""

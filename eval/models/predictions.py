@@ -1,20 +1,27 @@
-"""Reads recorded answers as a model: JSONL of {"id", "text", "images": [paths]}.
+"""Reads recorded answers as a model, JSONL of {"id", "text", "images": [paths]}; writes the items.
 
-Paths are relative to the file and must be inside its folder. Items without a line are failed
-answers, counted as such; a line without an item is an error, since other items were answered.
+    export_items -> {"id", "task", "question", "options", "prompt": [parts], "answer_format", ..}
+                 -> answers by any program -> Predictions
+
+Paths of answers are relative to the file and must be inside its folder. Items without a line are
+failed answers, counted as such; a line without an item is an error, since other items were
+answered.
 """
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import PIL.Image
 
 from medmax_jax.endpoints import egress
+from medmax_jax.eval.metrics import text as text_metrics
 from medmax_jax.eval.models.base import FailedResponse, ModelRequest, Segment
-from medmax_jax.eval.tasks.items import Item, is_credentialed
+from medmax_jax.eval.tasks.items import FAMILIES, Item, is_credentialed, prompt_parts
 from medmax_jax.io import image_paths
 from medmax_jax.io.errors import printable
+from medmax_jax.io.storage import Folder
 from medmax_jax.io.text_files import TextFileError, read_objects
 from medmax_jax.models import image_headers, images
 
@@ -98,6 +105,36 @@ class Predictions:
             if label:  # Pillow may repeat the content of the file
                 raise PredictionsError(f"{shown} cannot be read as an image; replace it") from None
             raise PredictionsError(str(error)) from error
+
+
+def export_items(items: Sequence[Item], out: Path, *, folder: Path, mode: str, prompt: str) -> None:
+    """Write what a program needs to answer the items, without their references, one per line.
+
+    `prompt`: the parts of the request in order, as `prompt_parts` gives them to a model of this
+    process, with absolute paths of the images.
+    """
+    lines = []
+    for item in items:
+        family = FAMILIES[item.family]
+        parts = [
+            {"image": str(part.resolve())} if isinstance(part, Path) else {"text": part}
+            for part in prompt_parts(item, folder, prompt)
+        ]
+        line = dict(
+            id=item.id,
+            task=item.task,
+            family=item.family,
+            question=item.prompt,
+            options=text_metrics.options(item.prompt) if item.family == "vqa_mcq" else {},
+            images=list(item.images) if family.shows_image else [],
+            prompt=parts,
+            mode=family.mode,
+            answer_format=family.answer_format,
+            max_tokens=family.tokens[mode],
+            data_class=item.data_class,
+        )
+        lines.append(json.dumps(line) + "\n")
+    Folder(out.absolute().parent).write(out.name, [line.encode() for line in lines])
 
 
 def digest(path: str | Path) -> str:

@@ -312,7 +312,7 @@ class ProgressLog:
 
     def _add(self, event: str, **fields: Any) -> None:
         line = {"event": event, "file": self._file, "time": round(time.time(), 3)} | fields
-        descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             os.write(descriptor, (json.dumps(line) + "\n").encode())
         finally:

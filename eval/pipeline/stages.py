@@ -24,7 +24,7 @@ from medmax_jax.data.records.reader import open_records
 from medmax_jax.eval.config import EvalError, Settings
 from medmax_jax.eval.encoders import scorer
 from medmax_jax.eval.metrics import aggregate, per_record
-from medmax_jax.eval.models import baselines, endpoint, loading
+from medmax_jax.eval.models import baselines, endpoint, loading, predictions
 from medmax_jax.eval.models.base import ModalityClassifier
 from medmax_jax.eval.pipeline import (
     contamination,
@@ -117,9 +117,9 @@ def run(
         judging.check_judge(settings.judge, eval_set.items, Path(workdir))
         with _file_modes(eval_set):
             cli.open_workdir(workdir)  # before minutes of work that could not be stored
-    spec = loading.parse_model_spec(
-        model or settings.model, adapter, merge, settings, progress=progress
-    )
+    if not model:  # config.adapter belongs to config.model
+        model, adapter = settings.model, adapter or settings.adapter
+    spec = loading.parse_model_spec(model, adapter, merge, settings, progress=progress)
     workdir = Path(workdir)
     return run_named(
         settings,
@@ -132,6 +132,25 @@ def run(
         progress=progress,
         stopped=stopped,
     )
+
+
+def export_items(settings: Settings, out: str | Path) -> int:
+    """Write the items of the settings for programs that answer them; return their number.
+
+    With a credentialed item the file has mode 0600. The answers are read by --model=predictions.
+    """
+    eval_set = load_eval_set(settings)
+    check_images(eval_set)
+    check_prompts(eval_set)
+    with _file_modes(eval_set):
+        predictions.export_items(
+            eval_set.items,
+            Path(out),
+            folder=eval_set.folder,
+            mode=settings.mode,
+            prompt=settings.prompt,
+        )
+    return len(eval_set.items)
 
 
 def run_named(

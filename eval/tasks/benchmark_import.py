@@ -22,7 +22,7 @@ from medmax_jax.data.records.row_streams import SourceError
 from medmax_jax.data.sources.row import RejectedRow
 from medmax_jax.eval.tasks import benchmark_readers, catalog, items
 from medmax_jax.eval.tasks.benchmark_readers import READERS, YES_NO
-from medmax_jax.io.atomic_folder import atomic_folder, private_umask
+from medmax_jax.io.atomic_folder import atomic_folder
 from medmax_jax.io.image_paths import is_inside
 from medmax_jax.io.storage import os_errors
 
@@ -69,7 +69,7 @@ def eval_items(
             f"--from is {str(folder)!r}, which is not a folder; name the benchmark's folder"
         )
     tally = Tally()
-    with private_umask(), atomic_folder(out, bytes_needed=0, seal=SUMMARY) as new:
+    with atomic_folder(out, bytes_needed=0, seal=SUMMARY) as new:
         with os_errors(str(out)), open(Path(new.path) / "items.jsonl", "wb") as file:
             for row_or_rejection in _bounded(name, folder):
                 if isinstance(row_or_rejection, RejectedRow):
@@ -83,6 +83,8 @@ def eval_items(
                     reason = str(error).partition(": ")[2] or str(error)
                     tally.refuse(RejectedRow(where=row["id"], reason=reason))
                     continue
+                if items.is_credentialed(item):  # the folder is not private
+                    raise SourceError(f"{name}: {item.task} is credentialed; remove its rows")
                 tally.kept[item.task] += 1
                 file.write(json.dumps(row).encode() + b"\n")
                 if (count := tally.kept.total()) % LOG_EVERY == 0:

@@ -40,6 +40,7 @@ class Family:
 
     mode: str  # text | image | mixed
     shows_image: bool
+    answer_format: str  # of the prompt `chat`, and of exported items
     tokens: Mapping[str, int]
 
 
@@ -48,17 +49,48 @@ def _tokens(*, paper: int, strict: int) -> Mapping[str, int]:
 
 
 FAMILIES = {  # the release's bounds: vqa.py:24-31, visual_chat.py, mm_out.py, image_text.py
-    "vqa_closed": Family(mode="text", shows_image=True, tokens=_tokens(paper=1, strict=16)),
-    "vqa_mcq": Family(mode="text", shows_image=True, tokens=_tokens(paper=1, strict=16)),
-    "vqa_open": Family(mode="text", shows_image=True, tokens=_tokens(paper=60, strict=60)),
-    "captioning": Family(mode="text", shows_image=True, tokens=_tokens(paper=4_096, strict=4_096)),
+    "vqa_closed": Family(
+        mode="text",
+        shows_image=True,
+        answer_format="yes or no",
+        tokens=_tokens(paper=1, strict=16),
+    ),
+    "vqa_mcq": Family(
+        mode="text",
+        shows_image=True,
+        answer_format="the letter of one option",
+        tokens=_tokens(paper=1, strict=16),
+    ),
+    "vqa_open": Family(
+        mode="text",
+        shows_image=True,
+        answer_format="a word or a short phrase",
+        tokens=_tokens(paper=60, strict=60),
+    ),
+    "captioning": Family(
+        mode="text",
+        shows_image=True,
+        answer_format="complete sentences",
+        tokens=_tokens(paper=4_096, strict=4_096),
+    ),
     "image_generation": Family(
-        mode="image", shows_image=False, tokens=_tokens(paper=60, strict=60)
+        mode="image",
+        shows_image=False,
+        answer_format="an image",
+        tokens=_tokens(paper=60, strict=60),
     ),
     "multimodal": Family(
-        mode="mixed", shows_image=False, tokens=_tokens(paper=1_024, strict=1_024)
+        mode="mixed",
+        shows_image=False,
+        answer_format="text and images",
+        tokens=_tokens(paper=1_024, strict=1_024),
     ),
-    "visual_chat": Family(mode="text", shows_image=True, tokens=_tokens(paper=4_096, strict=4_096)),
+    "visual_chat": Family(
+        mode="text",
+        shows_image=True,
+        answer_format="complete sentences",
+        tokens=_tokens(paper=4_096, strict=4_096),
+    ),
 }
 MODES = ("paper", "strict")
 # The release's task_name -> family; all others are question answering, by question_type.
@@ -81,7 +113,8 @@ IMAGE_PLACEHOLDER = "<image>"  # where a row places its image
 _MARK = re.compile(r"<image(?:[ _]?(\d{1,3}))?>")  # also numbered, as MMMU writes them
 _LETTERED = r"(?<!\w)([A-Ba-b])\s*[:.)]"  # options of a form that metrics/text.py may not read
 OPTION_FIELDS = ("options", "choices")
-PROMPTS = ("sft", "chameleon", "default")  # the release's prompt processors, eval_utils.py
+# The first three are the release's prompt processors, eval_utils.py; `chat` is this project's.
+PROMPTS = ("sft", "chameleon", "default", "chat")
 FACTS = ("body_part", "organ", "view", "plane", "sequence", "stain", "finding")
 SAMPLE = ("sample_vqa", "sample")  # names in the embedded rows: their task is their family
 
@@ -189,7 +222,7 @@ def prompt_parts(item: Item, folder: Path, prompt: str = "sft") -> tuple[Path | 
     if IMAGE_PLACEHOLDER in text:
         return _interleaved(text, images)
     row_prompt = dict(item.released).get("prompt", "")
-    if row_prompt.endswith(IMAGE_PLACEHOLDER) and text != DETAILED_PROMPT:
+    if row_prompt.endswith(IMAGE_PLACEHOLDER) and item.prompt != DETAILED_PROMPT:
         return text, *images
     return *images, text
 
@@ -215,9 +248,14 @@ def prompt_text(item: Item, prompt: str) -> str:
     """Return the text of a question.
 
     `chameleon` adds instructions for a base model: the form of the answer, and the letters to use.
+    `chat` adds the form of a text answer for a chat model, which has not been fine-tuned on it.
     """
     if prompt not in PROMPTS:
         raise TaskError(f"prompt is {prompt!r}; use one of {', '.join(PROMPTS)}")
+    family = FAMILIES[item.family]
+    if prompt == "chat" and family.mode == "text":
+        # Verbatim: part of the data.
+        return f"{item.prompt.rstrip()}\nAnswer with {family.answer_format} only."
     if prompt != "chameleon":
         return item.prompt
     if item.family == "multimodal":
@@ -236,7 +274,7 @@ def uses_end_of_turn(family: str, prompt: str) -> bool:
     `default` means a base model, and yet ends the turn of visual_chat: in the release its answer to
     "is this fine-tuned" is a pair of lists, which Python evaluates as true.
     """
-    return prompt == "sft" or (prompt == "default" and family == "visual_chat")
+    return prompt in ("sft", "chat") or (prompt == "default" and family == "visual_chat")
 
 
 def sample_items(items: Sequence[Item], count: int, *, seed: int) -> list[Item]:

@@ -7,8 +7,8 @@
 Both chains are checked on restore. Orbax restores flipped bits without an error. The digests of the
 files detect changes on the disk, those of the shards detect changes on the way there. A shard is
 named by its position in the global array, so that a restore onto any mesh and any number of hosts
-can check it. The digest of the manifest is in the log: with the log it can be proved which
-files a run wrote.
+can check it. The digest of the manifest is in D/checkpoints.sha256: with that file it can be proved
+which files a run wrote.
 """
 
 import concurrent.futures

@@ -21,6 +21,7 @@ from medmax_jax import config
 from medmax_jax.checkpoints import safetensors_file, zarr_arrays
 from medmax_jax.io.storage import Folder, StorageError
 
+SHIPPED = ("medmax_jax/tiny", "medmax_jax/tiny_adapter")  # in a checkout; `locate` elsewhere
 SMALL, LARGE = "model.safetensors", "model.zarr"
 # files of a model folder in addition to the weights
 SIDE_FILES = ("tokenizer.json", "vqgan.safetensors")
@@ -31,8 +32,20 @@ class ExportError(RuntimeError):
     """A model folder that does not fit the run; the message names the field."""
 
 
+def locate(folder: str | os.PathLike) -> str:
+    """Return the path of a model or adapter folder: the package's own one for a name of SHIPPED.
+
+    So `medmax_jax/tiny` is the shipped model also where the current folder is no checkout.
+    """
+    path = os.fspath(folder)
+    if path.rstrip("/") in SHIPPED and not os.path.exists(path):
+        return str(pathlib.Path(__file__).parents[1] / os.path.basename(path.rstrip("/")))
+    return path
+
+
 def load(folder: str | os.PathLike, like: PyTree) -> PyTree:
     """Return the weights of a model folder, by `safetensors_file.load` or `zarr_arrays.load`."""
+    folder = locate(folder)
     source = Folder(folder)
     if source.has(SMALL):
         if source.remote:
@@ -40,12 +53,12 @@ def load(folder: str | os.PathLike, like: PyTree) -> PyTree:
                 f"{folder}: {SMALL} cannot be loaded from a bucket; copy the folder to a local disk"
             )
         return safetensors_file.load(pathlib.Path(folder) / SMALL, like)
-    return zarr_arrays.load(Folder(f"{str(folder).rstrip('/')}/{LARGE}"), like)
+    return zarr_arrays.load(Folder(f"{folder.rstrip('/')}/{LARGE}"), like)
 
 
 def base_fingerprint(folder: str | os.PathLike) -> str:
     """Return the identity of a base for adapters: sha256 of its file, or convert's fingerprint."""
-    model_folder = Folder(folder)
+    model_folder = Folder(locate(folder))
     if model_folder.has(SMALL):
         return model_folder.file(SMALL).digest("sha256")
     settings = model_folder.json("config.json")
@@ -79,7 +92,7 @@ def model(
 
     The tokenizer and the VQGAN come from train.init_from.
     """
-    source = Folder(run.train.init_from) if run.train.init_from else None
+    source = Folder(locate(run.train.init_from)) if run.train.init_from else None
     side_files = [name for name in SIDE_FILES if source and source.has(name)]
 
     def fill(folder: pathlib.Path) -> None:
@@ -99,7 +112,7 @@ def check_base(folder: str, run: config.Run, *, tokenizer: str, vqgan: str) -> N
     Heads, RoPE and norms leave no trace in the shapes of the weights, so the settings are compared.
     `tokenizer`, `vqgan`: sha256 of the files that made the records; empty where unknown.
     """
-    model_folder = Folder(folder)
+    model_folder = Folder(locate(folder))
     try:
         settings = model_folder.json("config.json")
     except StorageError as error:

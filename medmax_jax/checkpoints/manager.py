@@ -6,6 +6,8 @@
                      /shards-0.json  digests of the arrays, taken in memory before they were saved
                      /sha256.json    digests of the files, written last; required for a valid step
     D/checkpoints/damaged_300        a step that does not match; set aside, never used
+    D/checkpoints.sha256             the digest of each step's sha256.json, to prove what was saved:
+                                     cd D && sha256sum -c --ignore-missing checkpoints.sha256
 
 `save` blocks only while the arrays are copied to the host; a thread writes and commits the step and
 removes old ones. Older steps are removed only when a newer one is committed. The folder is on a
@@ -52,6 +54,7 @@ class CheckpointManager:
     def __init__(self, folder: str | os.PathLike, *, keep: int, log: Callable[[str], None]) -> None:
         self.folder, self.log, self._keep = pathlib.Path(folder).absolute(), log, keep
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._digests = self.folder.with_name(f"{self.folder.name}.sha256")
         self._latest_valid = _agree(self._clean)
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every operation
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
@@ -162,12 +165,21 @@ class CheckpointManager:
                 digest = checksums.write_manifest(step_folder)
                 self.log(
                     f"checkpoint {step}: blocked training for {blocked:.2f} s, committed "
-                    f"{time.monotonic() - begin:.1f} s later, manifest digest {digest}"
+                    f"{time.monotonic() - begin:.1f} s later, digest in {self._digests.name}"
                 )
+                self._note_digest(step, digest)
                 self._remove_old(step)
             self._latest_valid = step
         except Exception as error:  # noqa: BLE001  a thread has no caller to raise to
             self._failed = self._write_error(step, error)
+
+    def _note_digest(self, step: int, digest: str) -> None:
+        """Add a line to the file of digests, which no program reads."""
+        try:
+            with self._digests.open("a") as file:
+                file.write(f"{digest}  {self.folder.name}/{step}/{checksums.MANIFEST}\n")
+        except OSError as error:
+            self.log(f"WARNING: cannot write {self._digests} ({error.strerror}): {digest}")
 
     def _write_error(self, step: int, error: BaseException) -> CheckpointError:
         latest = self._latest_valid

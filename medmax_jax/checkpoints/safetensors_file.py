@@ -36,7 +36,11 @@ def save(path_file: str | os.PathLike, tree: Any, metadata: dict[str, str]) -> N
     path_file = Path(path_file)
     path_file.parent.mkdir(parents=True, exist_ok=True)
     partial = path_file.with_name(path_file.name + ".partial")
+    partial.unlink(missing_ok=True)
+    partial.touch()
+    mode = partial.stat().st_mode  # by the umask; the library's files are 0600
     save_file(arrays, partial, metadata=metadata)
+    partial.chmod(mode)
     os.replace(partial, path_file)
 
 

@@ -5,6 +5,7 @@ import os
 import types
 from collections.abc import Callable, Mapping
 
+from medmax_jax.checkpoints import export
 from medmax_jax.checkpoints.manager import CheckpointError
 from medmax_jax.checkpoints.safetensors_file import WeightsError
 from medmax_jax.checkpoints.torch_unpickler import PthError
@@ -204,7 +205,7 @@ SUPPORTED_LAYOUTS = (
 
 def read_checkpoint(path: str | os.PathLike) -> Checkpoint | Adapter:
     """Return the checkpoint or adapter at a path or gs:// prefix; only headers are read."""
-    path = str(path)
+    path = export.locate(path)
     if path.endswith(".ckpt"):
         return _vqgan(*os.path.split(path))
     folder = Folder(path)

@@ -80,8 +80,9 @@ def load(
     """Load a model folder, and an adapter that was trained on exactly its weights.
 
     Args:
-        folder: the model folder.
-        adapter: the folder of the adapter, or of the training run that wrote it.
+        folder: the model folder; medmax_jax/tiny is the shipped one.
+        adapter: the folder of the adapter, or of the training run that wrote it;
+            medmax_jax/tiny_adapter is the shipped one.
         mesh: None: one device.
         merge: add the product of the adapter's factors to the base once, instead of computing it
             separately in each forward pass.
@@ -93,7 +94,7 @@ def load(
         raise GenerateError(
             "merge (--merge) adds an adapter to the base; set adapter (--adapter) too"
         )
-    folder = Path(folder)
+    folder = Path(export.locate(folder))
     settings = _json(
         folder / "config.json",
         "a model folder contains config.json, model.safetensors and tokenizer.json",
@@ -133,7 +134,7 @@ def from_model(
 ) -> ModelBundle:
     """Return a bundle of a model in memory and the tokenizer and VQGAN of a model folder."""
     require_single_process()
-    folder = Path(folder)
+    folder = Path(export.locate(folder))
     with jax.set_mesh(mesh):
         return ModelBundle(
             model=model,
@@ -252,7 +253,7 @@ def _check_parts(prompt: Sequence[PromptPart], codes: int, *, where: str) -> Non
 
 def adapter_folder(path: str | Path) -> Path:
     """Return the adapter's folder: `path`, or `path`/adapter of a training run."""
-    path = Path(path)
+    path = Path(export.locate(path))
     if (path / "adapter_config.json").exists() or not (path / "checkpoints").is_dir():
         return path
     if not (path / "adapter" / "adapter_config.json").exists():

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 # The light page's value of each variable of html_page.STYLE that a chart uses.
@@ -73,6 +74,12 @@ def subplots(
     """
     figure = Figure(figsize=size, layout="constrained")
     return figure, figure.subplots(rows, columns, **layout)
+
+
+def legend(figure: Figure, axes: Axes) -> None:
+    """Add the legend of `axes` below all axes of the figure, where it covers no data."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4))
 
 
 def svg(figure: Figure, *, tooltips: Mapping[str, str] | None = None) -> str:

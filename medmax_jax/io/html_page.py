@@ -377,12 +377,9 @@ def _href(link: str) -> str:
 
 
 def png(image: PIL.Image.Image) -> bytes:
-    """Return PNG bytes; small images are enlarged by an integer factor to keep pixels visible."""
-    factor = math.ceil(SHOWN / max(image.size))
+    """Return the bytes of a PNG file of the image."""
     out = io.BytesIO()
-    image.resize((image.width * factor, image.height * factor), PIL.Image.Resampling.NEAREST).save(
-        out, format="PNG"
-    )
+    image.save(out, format="PNG")
     return out.getvalue()
 
 

@@ -53,11 +53,11 @@ class Journal:
 def open_journal(path: str | os.PathLike) -> Iterator[Journal]:
     """Open the journal at `path`, created if missing and locked by this process during the block.
 
-    It is readable by its owner only, because its content may be credentialed.
+    Credentialed content requires `private_umask` around it, as around all files next to it.
     """
     path = Path(path)
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     except OSError as error:
         raise JournalError(f"cannot open {path} ({error.strerror}); use another folder") from error
     try:

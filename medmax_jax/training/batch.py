@@ -73,7 +73,7 @@ class BatchSource(Protocol):
         """Return the names of the documents of a step."""
 
     def describe(self) -> list[str]:
-        """Return a description of an epoch, one line of the log each."""
+        """Return a description of an epoch, one line of the log each; the first summarizes it."""
 
     def epoch_tokens(self) -> int:
         """Return the tokens of the documents that the run may draw."""

@@ -9,9 +9,11 @@ mfu, hfu                        flops.py; compilation, evaluation and saving are
 import contextlib
 import dataclasses
 import importlib.metadata
+import importlib.util
 import json
 import pathlib
 import platform
+import shlex
 from typing import Any
 
 import jax
@@ -275,16 +277,43 @@ def log_run_summary(
     if jax.process_index() == 0:
         (job.folder / "config.json").write_text(json.dumps(metadata, indent=1) + "\n")
         _note_start(job, start or 0)
-    environment_summary(run, job.mesh, job.train_data, job.eval_data, log=log)
+    tables = not start  # a resumed run has the same ones, above in its log
+    environment_summary(run, job.mesh, job.train_data, job.eval_data, log=log, tables=tables)
     trainable, frozen = (chameleon.count_parameters(t) for t in (state.trainable, job.frozen))
     log(f"training {run.train.trains}: {trainable:,} of {trainable + frozen:,} parameters")
-    tree = safetensors_file.flatten_named(state.trainable) | safetensors_file.flatten_named(
-        job.frozen
-    )
-    log(parameter_overview.get_parameter_overview(tree, include_stats="sharding"))
+    if tables:
+        tree = safetensors_file.flatten_named(state.trainable)
+        tree |= safetensors_file.flatten_named(job.frozen)
+        log(parameter_overview.get_parameter_overview(tree, include_stats="sharding"))
     for change in changes:
         log(f"changed since the last checkpoint: {change}")
-    log(f"resuming after step {start}" if start else f"starting a run of {run.train.steps} steps")
+    log(f"settings, versions, fingerprints of base and records: {job.folder / 'config.json'}")
+    log(f"curves: {tensorboard_command(job.folder)}")
+    log(loss_legend(run.train.loss_weight))
+    log(
+        f"resuming after step {start} of {run.train.steps}; the tables are in the log of the first "
+        "start"
+        if start
+        else f"starting a run of {run.train.steps} steps"
+    )
+
+
+def tensorboard_command(folder: pathlib.Path) -> str:
+    """Return the command that shows the metrics, with the installation that it still needs."""
+    install = "" if importlib.util.find_spec("tensorboard") else "pip install tensorboard && "
+    return f"{install}tensorboard --logdir {shlex.quote(str(folder))}"
+
+
+def loss_legend(loss_weight: str) -> str:
+    """Return what `loss`, `text` and `image` of the log are: their unit, and how they differ."""
+    parts = "text, image: mean over all scored text tokens, and over all scored image tokens"
+    if loss_weight == "token":
+        return f"loss: mean over all scored tokens, in nats per token; {parts}"
+    return (
+        "loss: mean over documents of each document's mean over its scored tokens, in nats per "
+        f"token; {parts}. A short answer counts as much in the loss as a long one, so where short "
+        "answers are predicted worse, the loss is larger than both"
+    )
 
 
 def _note_start(job: TrainContext, start: int) -> None:
@@ -302,13 +331,14 @@ def environment_summary(
     eval_data: BatchSource | None,
     *,
     log: Any,
+    tables: bool = True,
 ) -> None:
-    """Log the devices, the mesh and the data."""
+    """Log the devices, the mesh and the data; `tables`: also the shares of the mixture."""
     device, shape = jax.devices()[0], " x ".join(f"{k} {v}" for k, v in mesh.shape.items())
     log(f"medmax_jax {git_commit()} on {jax.device_count()} {device.device_kind}, mesh {shape}")
     if flops.chip(device.device_kind) is None:
         log(f"the peak FLOPs of {device.device_kind} are unknown, so no MFU is reported")
     for name, data in (("train", train_data), ("validation", eval_data)):
         if data is not None:
-            for line in data.describe():
+            for line in data.describe() if tables else data.describe()[:1]:
                 log(f"{name}: {line}")

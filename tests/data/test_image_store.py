@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import pathlib
 import random
 import shutil
@@ -17,6 +16,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from gs_server import fixture_small_disk  # noqa: F401
+from run_setup import environment
 
 from medmax_jax.data.image_tokens import store
 from medmax_jax.data.image_tokens.batch_encoder import BatchEncoder
@@ -65,7 +65,7 @@ def child(out: pathlib.Path, *, patience: float = 60.0, **settings: int) -> subp
     arguments = json.dumps([str(out), str(SAMPLE), PATHS, str(TINY), HOW | settings, patience])
     return subprocess.Popen(
         [sys.executable, "-c", CHILD, arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        env=environment(),
     )  # fmt: skip
 
 
@@ -120,6 +120,7 @@ def test_two_processes_share_the_work_and_one_takes_over(complete, tmp_path):
     assert same(out, complete)
 
 
+@pytest.mark.slow
 def test_three_processes_agree(complete, tmp_path):
     out = tmp_path / "codes"
     several = [child(out, process=i, processes=3) for i in range(3)]
@@ -221,11 +222,10 @@ def test_folder_of_another_plan_is_rejected(encoder, complete, tmp_path):
     shutil.copytree(complete, out)
     arguments = dict(folder=SAMPLE, encoder=encoder)
     with pytest.raises(
-        PrepareError, match="contains codes whose shard_size is 8, but this command has 16"
+        PrepareError, match="codes was started with shard_size 8, not with 16; use another --out"
     ):
         tokenize(out, PATHS, **arguments, **HOW | {"shard_size": 16})
-    # Verbatim: part of the data.
-    with pytest.raises(PrepareError, match="contains codes whose pictures"):
+    with pytest.raises(PrepareError, match="started with another list of images; use another --o"):
         tokenize(out, PATHS[:-1], **arguments, **HOW)
     with pytest.raises(
         PrepareError, match="2 images, 1 of them different; list one or more, each once"

@@ -25,7 +25,8 @@ from medmax_jax.training import step
 from medmax_jax.training.batch import Batch
 
 QUICK = {"xla_backend_optimization_level": 0}  # compile time is what these tests cost
-MESHES = [(1, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
+ONE = (1, 1, 1)
+SLOW_MESHES = [pytest.param(m, marks=pytest.mark.slow) for m in ((1, 8, 1), (1, 2, 4))]
 WEIGHTS = ["document", "token"]
 NEVER = 1e9  # a norm that no gradient has
 
@@ -178,13 +179,13 @@ def reference(steps, lora_run):
     """Return by loss_weight (loss, gradients) of the first packed batch, document by document."""
     documents = documents_of(first_batch(lora_run), lora_run)
     assert len(documents) > lora_run.data.batch_size  # several a row
-    parts = alone(steps(MESHES[0]), documents)
+    parts = alone(steps(ONE), documents)
     assert max(c for c, *_ in parts) > 3 * min(c for c, *_ in parts)  # the choices differ
     return {choice: expected(parts, choice) for choice in WEIGHTS}
 
 
 @pytest.mark.parametrize("choice", WEIGHTS)
-@pytest.mark.parametrize("shape", MESHES)
+@pytest.mark.parametrize("shape", [ONE, (2, 2, 2), *SLOW_MESHES])
 def test_packed_and_sharded_gradients_are_the_mean_over_documents(
     steps, lora_run, reference, shape, choice
 ):
@@ -211,8 +212,8 @@ def test_unpacked_rows_have_the_same_objective(steps, lora_run, choice):
     run = weighing(lora_run, choice, pack=False)
     batch = first_batch(run)
     assert batch.segments.max() == 1
-    right_loss, right = expected(alone(steps(MESHES[0]), documents_of(batch, run)), choice)
-    loss, grads = gradient(steps(MESHES[0]), batch)
+    right_loss, right = expected(alone(steps(ONE), documents_of(batch, run)), choice)
+    loss, grads = gradient(steps(ONE), batch)
     np.testing.assert_allclose(loss, right_loss, rtol=1e-5)
     assert distance(grads, right) < 1e-5
 
@@ -259,7 +260,7 @@ def test_wrong_weightings_are_detected(steps, lora_run, reference, mutate, choic
     """Each is a known error; the comparison above would fail by a large margin."""
     batch = first_batch(weighing(lora_run, choice))
     wrong = dataclasses.replace(batch, weights=mutate(batch).astype(np.float32))
-    _, grads = gradient(steps(MESHES[0]), wrong)
+    _, grads = gradient(steps(ONE), wrong)
     assert distance(grads, reference[choice][1]) > 1e-2
 
 

@@ -304,8 +304,7 @@ def test_malformed_rows_are_counted_and_limited(tmp_path):
     summary, _ = only(tmp_path, "probmed", max_bad=0.9)
     assert summary["malformed"] == 5 and len(summary["reasons"]) == 5
     assert json.loads((tmp_path / "out" / "import.json").read_text())["malformed"] == 5
-    for path, mode in ((tmp_path / "out", 0o700), (tmp_path / "out" / "items.jsonl", 0o600)):
-        assert stat.S_IMODE(path.stat().st_mode) == mode
+    assert (tmp_path / "out" / "items.jsonl").stat().st_mode & stat.S_IRGRP  # no credentialed rows
 
 
 def test_row_counts_are_compared_with_the_catalog(tmp_path):

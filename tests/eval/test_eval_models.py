@@ -23,6 +23,7 @@ from medmax_jax.eval import evaluate
 from medmax_jax.eval.config import EvalError, Settings
 from medmax_jax.eval.models import loading, predictions
 from medmax_jax.eval.pipeline import inference, stages
+from medmax_jax.eval.tasks import selection
 from medmax_jax.io import journal
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -101,6 +102,25 @@ def test_an_endpoint_receives_the_image_and_one_request_per_item(tmp_path):
     assert (row["metric"], row["n"], row["value"]) == ("accuracy", ITEMS, pytest.approx(2 / 3))
     assert again["scores"] == summary["scores"] and summary["spent"]["calls"] == ITEMS
     assert again["spent"]["calls"] == 0
+
+
+def test_the_chat_prompt_lets_a_chat_model_answer_in_the_format(tmp_path):
+    """A server that is verbose unless the question states the format of its answer."""
+    items = write_items(tmp_path / "data", 6)
+
+    def behave(request, n):
+        question = request["messages"][0]["content"][1]["text"]
+        stated = question.endswith("\nAnswer with yes or no only.")
+        return completion("yes" if stated else "This is hard to say from a single image.")
+
+    unparsed = {}
+    with serving(behave) as llm:
+        for prompt in ("sft", "chat"):
+            summary = run(items, tmp_path / prompt, f"endpoint:m@{llm.url}", prompt=prompt)
+            unparsed[prompt] = summary["scores"][0]["n_unparsed"]
+    assert unparsed == {"sft": 6, "chat": 0}
+    records = journal.read_jsonl(tmp_path / "chat" / "records.jsonl")
+    assert records[0]["prompt"] == "Is it number 0?"  # what is scored, compared and judged
 
 
 def test_refused_requests_are_counted_as_errors(tmp_path):
@@ -233,6 +253,77 @@ def test_invalid_predictions_are_refused(tmp_path, line, message):
     path.write_text(json.dumps(line) + "\n")
     with pytest.raises(predictions.PredictionsError, match=message):
         run(items, tmp_path / "out", f"predictions:{path}")
+
+
+ANSWER = """
+import json, sys
+for line in open(sys.argv[1]):
+    item = json.loads(line)
+    assert open(item["prompt"][0]["image"], "rb").read(4) == b"\\x89PNG"
+    number = int(item["question"].removeprefix("Is it number ").rstrip("?"))
+    assert item["answer_format"] == "yes or no" and item["prompt"][1]["text"] == item["question"]
+    print(json.dumps({"id": item["id"], "text": "yes" if number % 3 else "no"}))
+"""
+
+
+@pytest.mark.parametrize("data_class, mode", [("open", 0o644), ("credentialed", 0o600)])
+def test_exported_items_are_answered_by_a_script_and_scored(tmp_path, data_class, mode):
+    items = write_items(tmp_path / "data", 6, data_class=data_class, context="REPORT")
+    exported, answers = tmp_path / "items.jsonl", tmp_path / "answers.jsonl"
+    exported.touch(0o644)  # an earlier export is replaced, with the mode of this one
+    given = program(items, "", "", f"--export_items={exported}")
+    given["args"] = [a for a in given["args"] if a not in ("--workdir=", "--model=")]
+    umask = os.umask(0o022)
+    try:
+        done = subprocess.run(**given, capture_output=True)
+    finally:
+        os.umask(umask)
+    assert done.returncode == 0 and done.stdout == f"6 items: {exported}\n", done.stderr
+    assert exported.stat().st_mode & 0o777 == mode
+    rows = journal.read_jsonl(exported)
+    fields = {"id", "task", "family", "question", "options", "images", "prompt", "mode"}
+    assert set(rows[0]) == fields | {"answer_format", "max_tokens", "data_class"}
+    assert "REPORT" not in exported.read_text() and rows[0]["data_class"] == data_class
+    with open(answers, "w") as out:
+        subprocess.run([sys.executable, "-c", ANSWER, exported], stdout=out, check=True)
+    summary = run(items, tmp_path / "out", f"predictions:{answers}")
+    row = summary["scores"][0]
+    assert (row["value"], row["n"], row["n_unparsed"], summary["errors"]) == (1, 6, 0, 0)
+
+
+def test_exported_items_of_the_sample_have_no_references(tmp_path):
+    config = build(Settings, eval_tiny.get_config())
+    count = stages.export_items(config, out := tmp_path / "new" / "items.jsonl")
+    rows = {row["id"]: row for row in journal.read_jsonl(out)}
+    items = {item.id: item for item in selection.load_eval_set(config).items}
+    assert count == len(rows) == len(items) and set(rows) == set(items)
+    for name, row in rows.items():
+        item = items[name]
+        assert "answer" not in row and item.context not in row.values() or not item.context
+        assert row["images"] == (list(item.images) if row["mode"] == "text" else [])
+        chosen = row["options"].get(item.answer)
+        assert (item.family == "vqa_mcq") == (chosen is not None)
+        if item.family in ("captioning", "image_generation", "multimodal"):
+            assert item.answer not in json.dumps(row) or not item.answer
+
+
+def test_the_program_of_the_guide_answers_exported_items(tmp_path):
+    guide = (ROOT / "docs" / "guides" / "eval.md").read_text()
+    (tmp_path / "answer.py").write_text(re.search(r"```python\n(.*?)```", guide, re.S)[1])
+    config = eval_tiny.get_config().unlock()
+    for family in config.counts:
+        config.counts[family] = 4 if family in ("vqa_closed", "vqa_mcq") else 0
+    config.update(baselines="constant", probes="", options=False)
+    settings = build(Settings, config)
+    assert stages.export_items(settings, tmp_path / "items.jsonl") == 8
+    with open(tmp_path / "answers.jsonl", "w") as out:
+        command = [sys.executable, tmp_path / "answer.py", tmp_path / "items.jsonl"]
+        subprocess.run(command, stdout=out, check=True)
+    model = f"predictions:{tmp_path / 'answers.jsonl'}"
+    summary = stages.run(settings, tmp_path / "out", model=model, progress=print)
+    assert summary["adapter"] == "" and summary["errors"] == 0
+    for row in summary["scores"]:  # the guide's program answers as the constant baseline does
+        assert (row["n"], row["n_unparsed"], row["value"]) == (4, 0, row["baseline"]), row
 
 
 def test_baselines_are_reproducible(tmp_path):

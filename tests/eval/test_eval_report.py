@@ -440,7 +440,7 @@ def test_prompts_of_sft_and_chameleon(tmp_path):
     # Verbatim: part of the data.
     expected = "Explain a CT. Answer the question with one picture."
     assert task_items.prompt_parts(mixed, tmp_path, "chameleon") == (expected,)
-    for name in task_items.PROMPTS:
+    for name in ("sft", "chameleon", "default"):
         assert task_items.prompt_parts(caption, tmp_path, name) == (
             image,
             task_items.CAPTION_PROMPT,
@@ -458,8 +458,29 @@ def test_prompts_of_sft_and_chameleon(tmp_path):
         task_items.prompt_parts(closed, tmp_path, "llava")
 
 
+def test_the_chat_prompt_states_the_format_of_text_answers(tmp_path):
+    items = task_items.from_rows([row("vqa_rad", "closed"), *rows()[MANY:]])
+    image = tmp_path / "a.png"
+    found = {item.task: task_items.prompt_parts(item, tmp_path, "chat") for item in items}
+    whole = "Answer with complete sentences only."
+    assert found == {
+        "vqa_rad_closed": (image, "Is it a CT?\nAnswer with yes or no only."),
+        "vqa_rad_open": (image, "Where?\nAnswer with a word or a short phrase only."),
+        "pmc_vqa_mcq": (
+            image,
+            "Which?\nA: CT\nB: MRI\nAnswer with the letter of one option only.",
+        ),
+        "captioning_pmc_oa": (image, f"{task_items.CAPTION_PROMPT}\n{whole}"),
+        "image_generation_report": ("A <b>chest</b> X-ray.",),
+        "multimodal": ("Explain a CT.",),
+        "visual_chat_conversation": (f"What?\n{whole}", image),
+        "visual_chat_detailed_description": (image, f"{task_items.DETAILED_PROMPT}\n{whole}"),
+    }
+
+
 def test_which_prompts_end_the_turn():
     for family in task_items.FAMILIES:
+        assert task_items.uses_end_of_turn(family, "chat")
         assert task_items.uses_end_of_turn(family, "sft") and not task_items.uses_end_of_turn(
             family, "chameleon"
         )

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+import run_setup
 from generate_setup import CODES, MODEL, VOCAB, VQ_CONFIG
 from test_generate import folder, g, program  # noqa: F401
 
@@ -106,7 +106,7 @@ def run_script(script, *folders):
     done = subprocess.run(
         [sys.executable, "-c", CHILD + script, *map(str, folders)],
         capture_output=True, text=True, timeout=300, cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": ""},  # one device
+        env=run_setup.environment(),  # one device
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

@@ -1,12 +1,12 @@
 """Generation raises in a multi-process run before anything is read or written."""
 
-import os
 import pathlib
 import socket
 import subprocess
 import sys
 
 import pytest
+from run_setup import environment
 
 from medmax_jax import cli
 
@@ -30,7 +30,7 @@ def run_two_processes(*arguments):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    shared = os.environ | {"MEDMAX_COORDINATOR": address, "MEDMAX_PROCESSES": "2", "XLA_FLAGS": ""}
+    shared = environment() | {"MEDMAX_COORDINATOR": address, "MEDMAX_PROCESSES": "2"}
     runs = [
         subprocess.Popen(
             [sys.executable, *map(str, arguments)], env=shared | {"MEDMAX_PROCESS": str(index)},

@@ -97,11 +97,16 @@ def lora_loss(graph, base, ids, segments, positions):
     return loss
 
 
-def test_remat_policies_agree():
+@pytest.mark.parametrize(
+    "policies",
+    [("qkv_attn", "attn", "all"), pytest.param(("dots", "attn_offload"), marks=pytest.mark.slow)],
+    ids=str,
+)
+def test_remat_policies_agree(policies):
     """They agree with dropout too: the recomputed masks are those of the forward pass."""
     lora, arrays = Lora(rank=4, alpha=6.0, dropout=0.3), cases.weights(cases.SWIN, lora=True)
     batch, results, sizes = setup.rows(tokens(2, 8)), {}, {}
-    for remat in ("none", "dots", "qkv_attn", "attn", "attn_offload", "all"):
+    for remat in ("none", *policies):
         model = setup.load(setup.config(cases.SWIN, remat=remat), arrays, lora)
         graph, adapters, base = chameleon.split_adapters(model)
         loss = lora_loss(graph, base, *batch)
@@ -117,10 +122,12 @@ def test_remat_policies_agree():
             results["none"],
         )
     heads, keys, stream = (3, 2, 8, 8, 8), (3, 2, 4, 8, 8), (3, 2, 8, 64)
-    assert sizes["all"] == [stream]
-    assert sorted(sizes["attn"]) == sorted([stream, heads])
-    assert sorted(sizes["qkv_attn"]) == sorted([stream, heads, heads, keys, keys])
-    assert len(sizes["none"]) > len(sizes["qkv_attn"])
+    saved = {
+        "all": [stream], "attn": [stream, heads], "qkv_attn": [stream, heads, heads, keys, keys]
+    }  # fmt: skip
+    for remat in saved.keys() & sizes.keys():
+        assert sorted(sizes[remat]) == sorted(saved[remat])
+        assert len(sizes["none"]) > len(sizes[remat])
 
 
 def test_dropout_depends_on_its_key_only():

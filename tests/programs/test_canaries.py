@@ -110,8 +110,15 @@ def test_canary_pipeline_ran_completely(road):
     for path in (top / "page.html", top / "run" / "samples" / "000003.html"):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert "step 3/3" in report[7] and "MIMIC-CXR" in (top / "run" / "config.json").read_text()
-    assert "'documents'" not in report[8] and report[9].count("'shard': ") >= 1
-    assert "'checkpoint': " in report[9] and "first_step" in report[9]
+    assert "shards  shard " not in report[8] and "shards  shard " in report[9]
+    assert "checkpoints  checkpoint " in report[9] and "first_step" in report[9]
+
+
+def test_files_of_a_credentialed_run_are_private(road):
+    run = road[0] / "run"
+    modes = {p: stat.S_IMODE(p.stat().st_mode) for p in [run, *run.rglob("*")] if p.name != ".lock"}
+    assert len(modes) > 20
+    assert all(mode == (0o700 if p.is_dir() else 0o600) for p, mode in modes.items()), modes
 
 
 def test_images_are_printed_as_hashes(road):

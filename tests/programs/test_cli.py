@@ -207,6 +207,14 @@ def test_wrong_and_missing_arguments_are_explained():
         (["data.prepare", "sampel"], "command: 'sampel' is unknown; did you mean sample?"),
         (["data.prepare", "sample", "--out=w", "--view=2", "--rond=2"],
          "--rond is not a flag; did you mean --rounds?"),
+        # a misspelled flag comes before the one that is missing because of it
+        (["medmax_jax.sweep", "status", "--wrkdir=w"],
+         "--wrkdir is not a flag; did you mean --workdir?"),
+        (["medmax_jax.convert", "--too=b"],
+         "--too is not a flag; did you mean --to?"),
+        (["data.prepare", "stats", "--outt=w"], "--outt is not a flag; did you mean --out?"),
+        ([train, "--wrkdir=w"], "--wrkdir is not a flag; did you mean --workdir?"),
+        (["medmax_jax.generate", "--promt=w"], "--promt is not a flag; did you mean --prompt?"),
         (["medmax_jax.sweep", "colect"], "command: 'colect' is unknown; did you mean collect?"),
         (["eval.suite", "publishd"], "table: 'publishd' is unknown; did you mean published?"),
         (["medmax_jax", "trian"], "unknown command 'trian'; did you mean train?"),
@@ -241,16 +249,6 @@ def test_help_shows_required_flags_first_and_the_fields_of_a_config():
     assert "--config.judge.service.retries=6 of one call" in evaluate
     assert "--config.questions='sample' or JSONL files of rows" in evaluate
     assert "--config.train.plain_steps=150 autoencoding before" in vqgan
-
-
-def test_benchmarks_name_the_flags_that_they_require():
-    cases = {
-        "loader": "--scratch", "convert_7b": "--scratch", "scaling": "--part",
-        "gpu": "--part, --workdir",
-    }  # fmt: skip
-    results = forked(*([f"benchmarks/{name}.py"] for name in cases))
-    for (name, missing), (status, text) in zip(cases.items(), results, strict=True):
-        assert status == cli.USAGE and f"arguments are required: {missing}\n" in text, name
 
 
 def test_ctrl_c_during_a_compilation_is_reported_at_once():

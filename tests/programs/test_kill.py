@@ -36,8 +36,8 @@ def words(tmp_path_factory) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def variables(tmp_path_factory) -> dict[str, str]:
-    return environment(tmp_path_factory.mktemp("xla"))
+def variables() -> dict[str, str]:
+    return environment()
 
 
 @pytest.fixture(scope="module")

@@ -30,29 +30,24 @@ def words(tmp_path_factory) -> list[str]:
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> pathlib.Path:
-    return tmp_path_factory.mktemp("xla")
+def one(words: list[str], workdir: pathlib.Path, devices: int = 8):
+    return start(words, workdir, environment(devices=devices))
 
 
-def one(words: list[str], workdir: pathlib.Path, cache: pathlib.Path, devices: int = 8):
-    return start(words, workdir, environment(cache, devices=devices))
-
-
-def two(words: list[str], workdir: pathlib.Path, cache: pathlib.Path) -> list[subprocess.Popen]:
+def two(words: list[str], workdir: pathlib.Path) -> list[subprocess.Popen]:
     """Two processes that share the eight devices of the mesh."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    shared = environment(cache, devices=4)
+    shared = environment(devices=4)
     shared |= {"MEDMAX_COORDINATOR": address, "MEDMAX_PROCESSES": "2"}
     return [start(words, workdir, shared | {"MEDMAX_PROCESS": str(own)}) for own in range(2)]
 
 
 @pytest.fixture(scope="module")
-def alone(words, cache, tmp_path_factory) -> pathlib.Path:
+def alone(words, tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("one")
-    status, output = finish(one([*words, *ALL], folder, cache))
+    status, output = finish(one([*words, *ALL], folder))
     assert status == cli.DONE, output
     return folder
 
@@ -72,9 +67,9 @@ def close(a: pathlib.Path, b: pathlib.Path) -> None:
         assert np.abs(adapters[1][name] - value).mean() < 1e-3 * np.abs(value).mean(), name
 
 
-def test_two_hosts_train_one_run(words, cache, alone, tmp_path):
+def test_two_hosts_train_one_run(words, alone, tmp_path):
     """SIGTERM to the host that does not write; both save, exit 75, and go on from there."""
-    first, second = two([*words, *ALL], tmp_path, cache)
+    first, second = two([*words, *ALL], tmp_path)
     wait_for_step(first, tmp_path, 20)
     second.send_signal(signal.SIGTERM)
     begin = time.monotonic()
@@ -83,30 +78,30 @@ def test_two_hosts_train_one_run(words, cache, alone, tmp_path):
     assert time.monotonic() - begin < GRACE
     assert "SIGTERM to a host: stopped after step" in outputs[0][1]
 
-    outputs = [finish(p) for p in two([*words, *ALL], tmp_path, cache)]
+    outputs = [finish(p) for p in two([*words, *ALL], tmp_path)]
     assert [status for status, _ in outputs] == [cli.DONE] * 2, outputs
     assert re.search("resuming after step [2345]", outputs[0][1])
     assert "step 60/60" not in outputs[1][1]  # one host speaks
     close(alone, tmp_path)
 
 
-def test_run_resumes_elsewhere_after_a_host_is_killed(words, cache, alone, tmp_path):
+def test_run_resumes_elsewhere_after_a_host_is_killed(words, alone, tmp_path):
     """The other host ends too; then two hosts go on, then one on another mesh."""
-    first, second = two([*words, *ALL], tmp_path, cache)
+    first, second = two([*words, *ALL], tmp_path)
     wait_for_step(first, tmp_path, 14)
     second.kill()
     assert finish(second)[0] == -signal.SIGKILL
     status, output = finish(first)  # its collectives fail, or the heartbeat does
     assert status not in (cli.DONE, cli.INTERRUPTED), output
 
-    first, second = two([*words, *ALL], tmp_path, cache)
+    first, second = two([*words, *ALL], tmp_path)
     wait_for_step(first, tmp_path, 34)
     for process in (first, second):
         process.kill()
         finish(process)
 
     mesh = ["--config.mesh.fsdp=4", "--config.mesh.tp=1"]
-    status, output = finish(one([*words, *mesh], tmp_path, cache, devices=4))
+    status, output = finish(one([*words, *mesh], tmp_path, devices=4))
     assert status == cli.DONE, output
     assert "config.mesh.data was 2, is now 1" in output
     assert re.search("resuming after step [123]0", output)

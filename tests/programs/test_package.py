@@ -43,6 +43,7 @@ def test_the_wheel_has_one_top_level_name_and_its_data(wheel):
     assert tops == {"medmax_jax", f"medmax_jax-{__version__}.dist-info"}
     for name in (
         *("py.typed", "tiny/model.safetensors", "configs/tiny.py", "eval/run.py"),
+        *("tiny_adapter/adapter.safetensors", "tiny_adapter/adapter_config.json"),
         *("data/sample/manifest.jsonl", "data/sample/NOTICE", "data/sources/prompts.json"),
         *("data/instruct/prompts/instruction.txt", "eval/prompts/judge_correct.txt"),
     ):
@@ -70,6 +71,9 @@ def test_an_installed_wheel_runs_without_the_checkout(wheel, tmp_path):
         )
         assert "ModuleNotFoundError" in done.stderr
     medmax = tmp_path / "env" / "bin" / "medmax"
+    shipped = ["--model=medmax_jax/tiny", "--adapter=medmax_jax/tiny_adapter"]
+    ask = [medmax, "generate", *shipped, "--prompt=Is a CT an image?", "--out=answers"]
+    subprocess.run(ask, cwd=work, check=True, timeout=600)
     subprocess.run([medmax, "quickstart"], cwd=work, check=True, timeout=3600)
     assert (work / "quickstart_run" / "report.html").exists()
 

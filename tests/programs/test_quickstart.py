@@ -2,7 +2,6 @@
 
 import html.parser
 import json
-import os
 import pathlib
 import shutil
 import signal
@@ -13,6 +12,7 @@ import time
 import numpy as np
 import PIL.Image
 import pytest
+from run_setup import environment
 
 from medmax_jax import quickstart
 
@@ -43,10 +43,6 @@ def command(workdir) -> list[str]:
         and not subprocess.run(["unshare", "-rn", "true"], capture_output=True).returncode
     )
     return ["unshare", "-rn", *program] if offline else program
-
-
-def environment() -> dict[str, str]:
-    return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
 
 
 def test_quickstart_resumes_after_a_stop_and_writes_a_report(tmp_path):

@@ -16,13 +16,12 @@ import jax
 import micro_run
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from run_setup import rows, same_numbers
 from safetensors.numpy import load_file, save_file
 
 from medmax_jax import cli, config, train
 from medmax_jax.checkpoints import checksums, export, manager, safetensors_file
-from medmax_jax.configs import tiny
+from medmax_jax.configs import tiny, tiny_base, tiny_instruct
 from medmax_jax.data.packing.pack import PackError
 from medmax_jax.data.records.document import RecordsError
 from medmax_jax.io.storage import Folder
@@ -30,16 +29,6 @@ from medmax_jax.models import vocab
 from medmax_jax.training import reporting, setup
 
 ROOT = pathlib.Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """These runs have one shape: XLA compiles it for the first and reads it for the others."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache")))
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +91,7 @@ def test_lora_run_writes_the_documented_files(done, base):
     log = (folder / "train.log").read_text()
     assert re.search(r"step 5/5 loss \d\.\d+ text \d\.\d+ image \d\.\d+ lr .* eta 0:00", log)
     assert "layers.self_attn.q_proj.lora_a" in log  # the parameter table
-    assert f"plan {written['plan'][:12]}" in log and "train: generated: 100.0% of the docu" in log
+    assert f"plan {written['plan'][:12]}" in log and "train: generated     100.0%" in log
     steps = [int(p.name) for p in (folder / "checkpoints").iterdir()]
     assert sorted(steps) == [4, 5]
 
@@ -118,6 +107,34 @@ def test_finished_run_only_repeats_the_export(done, tmp_path):
         folder / "adapter" / "adapter.safetensors"
     ).read_bytes()
     assert list(rows(again, "train")) == [1, 2, 3, 4, 5]
+
+
+def test_the_group_may_read_a_run_of_open_data(done, tmp_path):
+    (tmp_path / "plain").touch()  # by the umask of the tests
+    expected = (tmp_path / "plain").stat().st_mode & 0o777
+    files = [p for p in done[1].rglob("*") if p.is_file()]
+    assert {p.name for p in files} >= {"adapter.safetensors", "metrics.jsonl"}
+    assert {
+        str(p): p.stat().st_mode & 0o777 for p in files if p.stat().st_mode & 0o777 != expected
+    } == {}
+
+
+def test_the_log_of_a_resumed_run_has_no_second_tables(done, tmp_path):
+    run, folder, _ = done
+    again = copy(folder, tmp_path)
+    (again / "train.log").unlink()
+    train.run(run, again)
+    first, second = ((f / "train.log").read_text() for f in (folder, again))
+    for text in ("layers.self_attn.q_proj.lora_a", "repeats per epoch"):
+        assert text in first and text not in second
+    for text in (
+        "parameters",
+        "an epoch draws",
+        "loss: mean over documents",
+        "tensorboard --logdir",
+    ):
+        assert text in first and text in second
+    assert not re.search("[0-9a-f]{64}", first)
 
 
 def test_run_continues_without_its_logs(done, tmp_path, capsys):
@@ -270,7 +287,7 @@ def test_missing_records_are_made_by_the_printed_command(tmp_path):
     folders = {split: str(tmp_path / split) for split in ("train", "validation")}
     run = config.from_config_dict(tiny.get_config())
     run = dataclasses.replace(run, data=dataclasses.replace(run.data, **folders))
-    with pytest.raises(RecordsError, match="no such folder. To make it: python -m data") as caught:
+    with pytest.raises(RecordsError, match="To make it: python -m medmax_jax.data.pre") as caught:
         train.run(run, tmp_path / "w")
     commands = str(caught.value).partition("To make it: ")[2].split(" && ")
     assert len(commands) == 2
@@ -281,6 +298,20 @@ def test_missing_records_are_made_by_the_printed_command(tmp_path):
     released = dataclasses.replace(run, vocab=vocab.RELEASED)
     with pytest.raises(RecordsError, match="To make it: docs/guides/data.md"):
         train.load_data(released)
+
+
+@pytest.mark.parametrize("demo", [tiny_base, tiny_instruct])
+def test_the_printed_commands_are_those_of_the_config_file(demo, tmp_path, monkeypatch):
+    defaults = {"--split": "train", "--kind": "instruction", "--views": "1", "--rounds": "1"}
+
+    def commands(text: str) -> list[dict[str, str]]:
+        found = re.findall(r"data\.prepare sample (.*?)(?: && |$)", text, re.M)
+        return [defaults | dict(zip(*[iter(words.split())] * 2, strict=True)) for words in found]
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecordsError) as caught:
+        train.load_data(config.from_config_dict(demo.get_config()))
+    assert commands(str(caught.value)) == commands(demo.__doc__) != []
 
 
 def test_dry_run_compiles_and_writes_nothing(data, base, tmp_path, capsys):

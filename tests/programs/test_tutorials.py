@@ -1,9 +1,10 @@
 """The tutorials of docs/tutorials, block by block, in a folder that has only links to the checkout.
 
-The default tests run every block with the smaller sizes that are written here. `-m slow` runs the
-pages as written. What needs a TPU, a download or another machine's server is listed here too: those
-commands are left out, and the 7B tutorial runs on the shipped tiny model. A `text` block is the
-output of the block before it: each of its lines must be printed, up to its numbers.
+`-m slow` runs every page as written, and once more with the smaller sizes that are written here;
+the page of the endpoint is in the default tests. What needs a TPU, a download or another machine's
+server is listed here too: those commands are left out, and the 7B tutorial runs on the shipped tiny
+model. A `text` block is the output of the block before it: each of its lines must be printed, up to
+its numbers.
 """
 
 import os
@@ -14,6 +15,7 @@ import sys
 
 import pytest
 from llm_server import completion, serving
+from run_setup import environment
 
 from medmax_jax import config
 from medmax_jax.configs import medmax_7b_lora
@@ -78,9 +80,7 @@ def masked(line: str) -> str:
 def run_page(page: str, folder: pathlib.Path, *changes: tuple[str, str], **variables: str) -> None:
     for name in ("configs", "data", "eval", "medmax_jax"):
         (folder / name).symlink_to(ROOT / name)
-    env = os.environ | {"PYTHON": sys.executable, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-    env["JAX_COMPILATION_CACHE_DIR"] = str(folder.parent / "compiled")  # of all pages
-    env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"} | variables
+    env = environment() | {"PYTHON": sys.executable, "PYTHONPATH": ""} | variables
     output = ""
     for kind, body in blocks(page):
         if kind == "text":
@@ -101,11 +101,9 @@ def run_page(page: str, folder: pathlib.Path, *changes: tuple[str, str], **varia
         assert done.returncode == 0, (page, code, output[-3000:])
 
 
-# The programs of these two run in the default suite too: test_quickstart.py, test_sweep_run.py.
-LONG = [pytest.param(page, marks=pytest.mark.slow) for page in ("laptop", "scaling_study")]
-
-
-@pytest.mark.parametrize("page", ["tpu_7b", *LONG])
+# The programs of these run in the default suite too.
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["laptop", "tpu_7b", "scaling_study"])
 def test_a_tutorial_runs_with_smaller_sizes(page, tmp_path):
     for pattern, _ in SMALLER[page]:
         assert any(re.search(pattern, body, re.M) for _, body in blocks(page)), pattern

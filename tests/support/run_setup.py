@@ -26,18 +26,13 @@ def command(folder: pathlib.Path, **changes: object) -> list[str]:
     path.write_text(
         f"import micro_run\n\n\ndef get_config():\n    return micro_run.settings(**{settings})\n"
     )
-    return [sys.executable, "-m", "medmax_jax.train", f"--config={path}", "--compile_cache=off"]
+    return [sys.executable, "-m", "medmax_jax.train", f"--config={path}"]
 
 
-def environment(cache: pathlib.Path, devices: int = 1) -> dict[str, str]:
-    """Virtual devices, quick compilation, and a cache of it shared by the processes."""
-    flags = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count="
-    return os.environ | {
-        "PYTHONPATH": str(ROOT / "tests" / "support"),
-        "XLA_FLAGS": f"{flags}{devices}",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+def environment(devices: int = 1) -> dict[str, str]:
+    """The variables of this process, with another number of devices."""
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
+    return os.environ | {"PYTHONPATH": str(ROOT / "tests" / "support"), "XLA_FLAGS": flags}
 
 
 def start(words: list[str], workdir: pathlib.Path, variables: dict) -> subprocess.Popen:

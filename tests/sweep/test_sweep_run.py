@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import fcntl
 import json
-import os
 import pathlib
 import signal
 import subprocess
@@ -14,6 +13,7 @@ import time
 
 import micro_run
 import pytest
+from run_setup import environment
 
 from medmax_jax import train
 from medmax_jax.scaling import __main__ as scaling
@@ -182,7 +182,7 @@ def start(folder: pathlib.Path) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "medmax_jax.sweep", "run", "--workdir", str(folder)], cwd=ROOT,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
+        env=environment(),
     )  # fmt: skip
 
 

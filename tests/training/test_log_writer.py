@@ -31,6 +31,19 @@ def test_writer_flushes_every_line(tmp_path, capsys):
     assert list(tmp_path.glob("events.out.tfevents.*"))
 
 
+@pytest.mark.slow  # TensorBoard is in no requirements file: pip install tensorboard
+def test_tensorboard_reads_the_curves(tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    writer = log_writer.MetricWriter(str(tmp_path))
+    writer.start(step=0)
+    for step in (1, 2):
+        writer.write("train", step, {"loss": 0.5 * step, "image_nll": math.nan})
+    writer.close()
+    curves = events.EventAccumulator(str(tmp_path)).Reload()
+    assert curves.Tags()["scalars"] == ["train/loss"]
+    assert [(e.step, e.value) for e in curves.Scalars("train/loss")] == [(1, 0.5), (2, 1.0)]
+
+
 def test_format_step():
     row = dict(
         loss=3.21, text_nll=2.9, image_nll=math.nan, lr=1e-3, fill=0.931, data_share=0.014,

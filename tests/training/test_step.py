@@ -17,7 +17,8 @@ from medmax_jax.training import metrics, step
 from medmax_jax.training.batch import Batch
 
 QUICK = {"xla_backend_optimization_level": 0}  # compile time is what these tests cost
-MESHES = [(1, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
+ALL_AXES = (2, 2, 2)
+SLOW_MESHES = [pytest.param(m, marks=pytest.mark.slow) for m in ((1, 8, 1), (1, 2, 4))]
 
 
 @dataclasses.dataclass
@@ -91,10 +92,10 @@ def model(lora_run) -> chameleon.Chameleon:
 
 @pytest.fixture(scope="module")
 def lora(lora_run, model) -> Setup:
-    return setup(lora_run, model, MESHES[0])
+    return setup(lora_run, model, (1, 1, 1))
 
 
-@pytest.mark.parametrize("shape", MESHES[1:])
+@pytest.mark.parametrize("shape", [ALL_AXES, *SLOW_MESHES])
 def test_a_step_is_the_same_on_every_mesh(lora, lora_run, model, shape):
     """Loss, gradient norm, every updated adapter and moment, dropout included."""
     other = setup(lora_run, model, shape)
@@ -195,7 +196,7 @@ def test_evaluation_is_the_mean_over_all_documents(lora, tmp_path):
         np.testing.assert_allclose(value, means[1][name], rtol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("pieces", [2, 4])
+@pytest.mark.parametrize("pieces", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_accumulated_gradients_equal_those_of_the_batch(lora, lora_run, model, pieces):
     """Packed rows, weights by document, no dropout: one update of one batch and of its pieces."""
     changes = dict(lora=dataclasses.replace(lora_run.lora, dropout=0.0))
