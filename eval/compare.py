@@ -7,12 +7,15 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from medmax_jax import arguments
 from medmax_jax.eval.reporting import page
 from medmax_jax.eval.reporting.comparison import compare, render
 from medmax_jax.io import journal
+from medmax_jax.io.environment import environment
 from medmax_jax.io.errors import printable_text
+from medmax_jax.io.text_files import read_json_object
 
 PAGE = "comparison.html"
 
@@ -36,7 +39,10 @@ def main(argv: list[str] | None = None) -> int:
         if args.workdir:
             page_file = Path(args.workdir) / PAGE
             page_file.parent.mkdir(parents=True, exist_ok=True)
-            journal.write_text(page_file, render(comparison, args.first, args.second))
+            facts = [_facts(args.first), _facts(args.second)]
+            facts.append({"seed": args.seed, "resamples": args.resamples} | environment())
+            markup = render(comparison, args.first, args.second, facts=facts)
+            journal.write_text(page_file, markup)
     except (ValueError, OSError) as error:
         print(printable_text(f"error: {error}"), file=sys.stderr)
         return 1
@@ -49,6 +55,12 @@ def main(argv: list[str] | None = None) -> int:
     lines += [f"page: {page_file}"] if args.workdir else []
     print(printable_text("\n".join(lines)))
     return 0
+
+
+def _facts(workdir: str) -> dict[str, Any]:
+    """Return the facts of a finished evaluation, as its own page shows them."""
+    path = Path(workdir) / "summary.json"
+    return page.provenance(read_json_object(path)) if path.exists() else {}
 
 
 if __name__ == "__main__":

@@ -12,13 +12,14 @@ contains:
 
 import contextlib
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import logging
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,13 @@ from medmax_jax.eval.encoders import modality
 from medmax_jax.eval.metrics import aggregate
 from medmax_jax.eval.models import base, baselines
 from medmax_jax.eval.pipeline import inference
-from medmax_jax.eval.reporting import tables
+from medmax_jax.eval.reporting import definitions, tables
 from medmax_jax.eval.stats import intervals
 from medmax_jax.eval.tasks import items as task_items
 from medmax_jax.eval.tasks import probes, selection
 from medmax_jax.generation import model_bundle
 from medmax_jax.io import charts, html_page
+from medmax_jax.io.environment import environment
 from medmax_jax.io.text_files import TextFileError, read_json
 from medmax_jax.models import images
 from medmax_jax.sharding import make_mesh
@@ -228,7 +230,8 @@ def _report(
         for name, records in baseline_answers.items()
     ]
     unparsed = next(s for s in scores if (s["task"], s["metric"]) == ("vqa_closed", "unparsed"))
-    manifest = read_manifest(selection.SAMPLE / "manifest.jsonl")
+    manifest_file = selection.SAMPLE / "manifest.jsonl"
+    manifest = read_manifest(manifest_file)
     return {
         "scores": scores,
         "comparisons": comparisons,
@@ -236,14 +239,19 @@ def _report(
         "ran": {
             "seconds": sum(stage["seconds"] for stage in stages.stages),
             "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-            "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            "environment": environment(devices=jax.devices()),
             "jax": importlib.metadata.version("jax"),
+            "model": "medmax_jax/tiny with LoRA",
+            "data": "the embedded sample",
+            "split": "test",
+            "digest": hashlib.sha256(manifest_file.read_bytes()).hexdigest()[:16],
             "config": config.fingerprint(settings),
+            "seed": settings.eval.seed,
             "train_groups": len({r["group"] for r in manifest if r["split"] == "train"}),
             "test_groups": len({item.group for item in eval_set.items}),
         },
         "notes": (
-            "Intervals are 95% confidence intervals of the paired difference over groups "
+            "Intervals are 95 % confidence intervals of the paired difference over groups "
             "(eval/stats/intervals.py). "
             f"{tables.FEW_MARK} marks intervals of fewer than {intervals.FEW} groups. "
             "An answer that is neither yes nor no counts as wrong: "
@@ -281,9 +289,10 @@ class Case:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Generated:
-    """Holds the images that the two models generated from the same text."""
+    """Holds the images that the two models generated from the same text, and a real one."""
 
     prompt: str
+    real: PIL.Image.Image
     before: PIL.Image.Image
     after: PIL.Image.Image
 
@@ -324,6 +333,7 @@ def _cases(
     generated = [
         Generated(
             prompt=r["prompt"],
+            real=images.load(eval_set.folder / r["image"], max_pixels=images.MAX_PIXELS),
             before=images.load(
                 workdir / before[r["id"]]["images"][0], max_pixels=images.MAX_PIXELS
             ),
@@ -366,7 +376,7 @@ def _log_summary(report: dict[str, Any], workdir: Path) -> None:
         log.info(
             "vqa_closed: %.3f; %s: %.3f; difference %+.3f [%s] over %d held-out groups",
             row["ours"], row["against"], row["theirs"], row["diff"],
-            interval(row), row["groups"],
+            tables.interval(row), row["groups"],
         )  # fmt: skip
     log.info("%s", NOTICE)
     log.info("report: %s", workdir / "report.html")
@@ -379,6 +389,14 @@ def _log_summary(report: dict[str, Any], workdir: Path) -> None:
 # curves -------+
 
 
+COLUMNS = {
+    "before": "score of the shipped model",
+    "after": "score of the same model with the adapter that this run trained",
+    "difference": "after minus before, or the adapter minus the baseline, on the same items; above "
+    "0: the adapter is better, except for unparsed",
+    "baseline score": "accuracy of the baseline on the same questions; higher is better",
+    "after LoRA": "accuracy with the adapter that this run trained; higher is better",
+}
 NOTICE = (
     "This is a toy-sized research model, trained in minutes on a few hundred embedded images. "
     "It shows that the pipeline works from end to end. It is not for clinical use."
@@ -389,7 +407,10 @@ def build(
     report: dict[str, Any], cases: Sequence[Case], generated: Sequence[Generated], curves: str
 ) -> str:
     """Return the complete page as HTML."""
-    body = html_page.paragraph(NOTICE) + html_page.paragraph(_summary(report), note=True)
+    ran = report["ran"]
+    facts = {name: ran[name] for name in ("model", "data", "split", "digest", "config", "seed")}
+    body = html_page.provenance(facts | ran["environment"])
+    body += html_page.paragraph(NOTICE) + html_page.paragraph(_summary(report), note=True)
     body += html_page.section("Result", html_page.verdicts(_verdicts(report)))
     body += html_page.section("Stages", _stages_table(report))
     body += html_page.section("Scores on held-out groups", _scores(report))
@@ -426,24 +447,17 @@ def plot_curves(train: Sequence[dict[str, Any]], validation: Sequence[dict[str, 
     return charts.svg(figure)
 
 
-def interval(row: Mapping[str, Any]) -> str:
-    """Format an interval: "+0.012 .. +0.340", marked for few groups; a dash for a single group."""
-    if row["ci_low"] is None:
-        return html_page.NOTHING
-    return tables.marked(row, f"{row['ci_low']:+.3f} .. {row['ci_high']:+.3f}")
-
-
 def _summary(report: dict[str, Any]) -> str:
     ran = report["ran"]
     return (
-        f"{ran['device']}, {ran['seconds'] / 60:.1f} minutes, peak memory {ran['peak_gib']:.1f} "
-        f"GiB; jax {ran['jax']}, configuration {ran['config']}. Split by patient, volume or "
-        f"slide: {ran['train_groups']} training groups, {ran['test_groups']} held-out groups."
+        f"{ran['seconds'] / 60:.1f} minutes, peak memory {ran['peak_gib']:.1f} GiB; jax "
+        f"{ran['jax']}. Split by patient, volume or slide: {ran['train_groups']} training groups, "
+        f"{ran['test_groups']} held-out groups."
     )
 
 
 def _stages_table(report: dict[str, Any]) -> str:
-    rows = [(s["stage"], s["what"], round(s["seconds"], 1)) for s in report["stages"]]
+    rows = [(s["stage"], s["what"], f"{s['seconds']:.1f}") for s in report["stages"]]
     return html_page.table(["stage", "result", "seconds"], rows)
 
 
@@ -464,8 +478,8 @@ def _verdicts(report: dict[str, Any]) -> list[html_page.Verdict]:
             label += " the baseline"
         text = (
             f"vqa_closed after LoRA: accuracy {row['ours']:.3f}, against {row['theirs']:.3f} of "
-            f"the baseline {row['against']}; difference {row['diff']:+.3f}, 95 % interval "
-            f"{interval(row)}, on {row['n']} items of {row['groups']} groups."
+            f"the baseline “{row['against']}”; difference {row['diff']:.3f}"
+            f"{tables.interval_text(row)}, on {row['n']} items of {row['groups']} groups."
         )
         text += "".join(f" {100 * share:.1f}% of the answers are unparsed." for share in unparsed)
         verdicts.append(html_page.Verdict(status, label, text))
@@ -473,21 +487,25 @@ def _verdicts(report: dict[str, Any]) -> list[html_page.Verdict]:
 
 
 def _scores(report: dict[str, Any]) -> str:
-    head = ["task", "metric", "n", "groups", "before", "after", "difference", "95% interval"]
+    head = ["task", "metric", "n", "groups", "before", "after", "difference", "95 % interval"]
+    terms = definitions.of_table({s["metric"] for s in report["scores"]}) | COLUMNS
     rows = [
         (
             s["task"], s["metric"], s["n"], s["groups"], s["before"], s["after"], s["diff"],
-            interval(s),
+            tables.interval(s),
         )
         for s in report["scores"]
     ]  # fmt: skip
     comparisons = [
-        (c["against"], c["n"], c["groups"], c["theirs"], c["ours"], c["diff"], interval(c))
+        (c["against"], c["n"], c["groups"], c["theirs"], c["ours"], c["diff"], tables.interval(c))
         for c in report["comparisons"]
     ]  # fmt: skip
     return (
         html_page.table(
-            head, rows, caption="Before and after LoRA, with the same items and settings"
+            head,
+            rows,
+            caption="Before and after LoRA, with the same items and settings",
+            definitions=terms,
         )
         + html_page.table(
             [
@@ -497,10 +515,11 @@ def _scores(report: dict[str, Any]) -> str:
                 "baseline score",
                 "after LoRA",
                 "difference",
-                "95% interval",
+                "95 % interval",
             ],
             comparisons,
-            caption="vqa_closed after LoRA against three baselines",
+            caption="Accuracy on vqa_closed after LoRA, and that of three baselines",
+            definitions=terms,
         )
         + html_page.paragraph(report["notes"], note=True)
     )
@@ -509,8 +528,8 @@ def _scores(report: dict[str, Any]) -> str:
 def _case(case: Case) -> str:
     image_figures = html_page.figures(
         [
-            (html_page.png(case.image), case.name),
-            (html_page.png(case.reconstruction), "VQGAN reconstruction"),
+            (html_page.png(case.image), f"real image, {case.name}"),
+            (html_page.png(case.reconstruction), "the same, encoded and decoded by the VQGAN"),
         ]
     )
     rows = [
@@ -523,6 +542,7 @@ def _case(case: Case) -> str:
 def _generated(example: Generated) -> str:
     return html_page.paragraph(example.prompt) + html_page.figures(
         [
+            (html_page.png(example.real), "real image of the same prompt"),
             (html_page.png(example.before), "generated before LoRA"),
             (html_page.png(example.after), "generated after LoRA"),
         ]

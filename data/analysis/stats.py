@@ -31,12 +31,28 @@ from medmax_jax.data.records.writer import has_credentialed
 from medmax_jax.data.sample.manifest import read_manifest
 from medmax_jax.io import html_page
 from medmax_jax.io.atomic_folder import private_umask
+from medmax_jax.io.environment import environment
 from medmax_jax.models.tokenizer import SEP_NAME, Tokenizer
 
 MAX_CHARS = 1_500  # characters of a part of a document
 BATCH = 8  # the paper's, for padding to the longest
 ROWS = 4  # row lengths, each twice the previous one
 FITTING = 0.999  # share of the documents that fit in the first of them
+DEFINITIONS = {
+    "documents": "one question with its answer, a caption, a report or a conversation",
+    "share": "of the documents",
+    "images": "distinct images, not their views",
+    "text tokens": "tokens of the questions and answers, with separators",
+    "image tokens": "codes of the images; an image has the same number of codes everywhere",
+    "text per document": "mean number of text tokens",
+    "all tokens": "text and image tokens",
+    "text": "text tokens only",
+    "tokens per row": "positions of a row of a batch, which holds several documents",
+    "rows per epoch": "rows that hold each document once; fewer is faster",
+    "fill": "share of the positions that hold tokens; higher is better",
+    "fill of best fit over all documents": "the same, if all documents were placed at once by best "
+    "fit decreasing; higher is better",
+}
 _EXAMPLES = 1 << 42  # a stream of shuffles
 
 
@@ -63,9 +79,13 @@ def build(
 
     `counts`: the output of report.stats; `manifest`: facts of the embedded images.
     """
-    body = html_page.stat_tiles(_headline(counts)) + html_page.paragraph(
-        _description(records), note=True
-    )
+    facts = {
+        "data": str(records.folder), "split": records.meta["notes"].get("split"),
+        "digest": records.fingerprint[:16], "seed": seed,
+    }  # fmt: skip
+    body = html_page.provenance(facts | environment())
+    body += html_page.stat_tiles(_headline(counts))
+    body += html_page.paragraph(_description(records), note=True)
     body += html_page.section("Mixture", _mixture(records))
     body += html_page.section("Lengths", _lengths(records, counts))
     body += html_page.section("Packing", _packing(records, seed))
@@ -117,11 +137,11 @@ def _image_count(counts: dict[str, Any]) -> int:
 
 
 def _description(records: Records) -> str:
-    credentials = ", ".join(f"{n:,} {name}" for name, n in records.meta["credentials"].items())
+    credentials = ", ".join(f"{name} ({n:,})" for name, n in records.meta["credentials"].items())
     layout = records.layout
     return (
-        f"Credentialed: {credentials}. {layout.codes_per_image:,} codes per image, vocabulary of "
-        f"{layout.vocab.size:,} tokens. SHA-256 of the documents: {records.fingerprint[:16]}."
+        f"Credentials of the documents: {credentials}. {layout.codes_per_image:,} codes per image, "
+        f"vocabulary of {layout.vocab.size:,} tokens. The digest is the SHA-256 of the documents."
     )
 
 
@@ -139,7 +159,7 @@ def _mixture(records: Records) -> str:
             )
             for name, row in sorted(table.items(), key=lambda item: -item[1]["documents"])
         ]  # fmt: skip
-        body += html_page.table([label, *head], rows)
+        body += html_page.table([label, *head], rows, definitions=DEFINITIONS)
     return body
 
 
@@ -154,7 +174,10 @@ def _lengths(records: Records, counts: dict[str, Any]) -> str:
     quantiles = [f"{int(np.percentile(text, float(q[:-1]))):,}" for q in counts["lengths"]]
     rows = [("all tokens", *(f"{n:,}" for n in counts["lengths"].values())), ("text", *quantiles)]
     return body + html_page.table(
-        head, rows, caption="Quantiles of the length of documents, in tokens"
+        head,
+        rows,
+        caption="Quantiles of the length of documents, in tokens",
+        definitions=DEFINITIONS,
     )
 
 
@@ -177,7 +200,11 @@ def _packing(records: Records, seed: int) -> str:
         for n, row in fills.items()
     ]
     head = ["tokens per row", "rows per epoch", "fill", "fill of best fit over all documents"]
-    return body + html_page.paragraph(note, note=True) + html_page.table(head, rows)
+    return (
+        body
+        + html_page.paragraph(note, note=True)
+        + html_page.table(head, rows, definitions=DEFINITIONS)
+    )
 
 
 def _images(records: Records, by_image: dict[str, Any], manifest: Path | None) -> str:

@@ -30,7 +30,8 @@ from medmax_jax.io.journal import open_journal
 from medmax_jax.io.storage import Folder
 from medmax_jax.sharding import make_mesh
 
-KINDS = ("native", "hf", "endpoint", "predictions", "baseline")
+LOCAL = ("native", "hf")  # kinds that run in this process
+KINDS = (*LOCAL, "endpoint", "predictions", "baseline")
 RECORDED_REASON = "n/a: the answers are recorded, so no changed question can be answered"
 CALLS = "calls.jsonl"
 ADAPTER = "adapter.safetensors"
@@ -100,7 +101,7 @@ def parse_model_spec(
             f"--model is {model!r}; expected KIND:WHERE with KIND one of {', '.join(KINDS)}, like "
             "native:FOLDER"
         )
-    if (adapter or merge) and kind not in ("native", "hf"):
+    if (adapter or merge) and kind not in LOCAL:
         raise EvalError(
             f"--adapter, config.adapter and --merge require a native or hf model, but the model is "
             f"{model!r}; set --adapter and config.adapter to an empty text"

@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from medmax_jax import cli
 from medmax_jax.config import fingerprint, to_dict
 from medmax_jax.data.records.reader import open_records
@@ -40,6 +42,7 @@ from medmax_jax.eval.tasks.selection import WHOLE, EvalSet, Shard, check_images,
 from medmax_jax.generation import requests
 from medmax_jax.io import journal
 from medmax_jax.io.atomic_folder import private_umask
+from medmax_jax.io.environment import environment
 from medmax_jax.io.text_files import TextFileError, read_json_object
 
 SWAPPED = "the same model, shown an image of another group: the effect of the image"
@@ -452,6 +455,7 @@ def build_summary(
         "adapter": spec.adapter,
         "kind": spec.kind,
         "fingerprints": run.facts | {"settings": fingerprint(run.settings)},
+        "environment": environment(devices=jax.devices() if spec.kind in loading.LOCAL else ()),
         "settings": to_dict(run.settings),
         "scores": scores,
         "floors": baseline_scores,

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from medmax_jax import __version__
 from medmax_jax.eval.config import RECORD
 from medmax_jax.eval.metrics import aggregate, per_record
 from medmax_jax.eval.reporting import curves, definitions, tables
@@ -23,7 +22,7 @@ from medmax_jax.io import charts, html_page, journal
 
 LOWER_IS_BETTER = ("unparsed",)
 INCONCLUSIVE = "inconclusive"
-WIDTH, ROW_HEIGHT, MARGIN = 4.8, 0.42, 0.7  # inches of the chart
+WIDTH, ROW_HEIGHT, MARGIN = 4.0, 0.42, 0.7  # inches of the chart
 COLUMNS = {
     "difference": "second minus first, on the same items; above 0: the second is better, except "
     "for unparsed",
@@ -93,13 +92,17 @@ def compare(first: str | Path, second: str | Path, *, seed: int, resamples: int)
     return Comparison(rows=rows, suite=suite, left_out=left_out + list(left_out_scorers.values()))
 
 
-def render(comparison: Comparison, first: str, second: str) -> str:
-    """Return the page of a comparison of two evaluations, by the names of both."""
+def render(
+    comparison: Comparison, first: str, second: str, *, facts: Sequence[Mapping[str, Any]]
+) -> str:
+    """Return the page of a comparison of two evaluations, by the names of both.
+
+    facts: of the first, of the second, and of the comparison, for `html_page.provenance`.
+    """
     decided = [row for row in comparison.rows if row["claim"]]
     counts = [sum(row["claim"] == f"{name} wins" for row in decided) for name in (first, second)]
-    body = html_page.provenance(
-        [f"first: {first}", f"second: {second}", f"medmax_jax {__version__}"]
-    )
+    names = ({"first:": first}, {"second:": second}, {})
+    body = "".join(html_page.provenance(n | f) for n, f in zip(names, facts, strict=True))
     lead = (
         f"Of {len(decided)} tasks, {second} is better on {counts[1]}, {first} is better on "
         f"{counts[0]}, and {len(decided) - sum(counts)} are inconclusive. Differences are the "
@@ -151,7 +154,7 @@ def _chart(rows: Sequence[Mapping[str, Any]]) -> str:
     axes.set_xlabel("second minus first")
     caption = "Differences of the headline scores; to the right of 0 the second is better."
     caption += tables.few_groups_note(rows)
-    return html_page.chart(charts.svg(figure), caption, narrow=True)
+    return html_page.chart(charts.svg(figure), caption)
 
 
 def _suite(

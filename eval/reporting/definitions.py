@@ -50,12 +50,11 @@ COLUMNS: Mapping[str, str] = {
     "value": "mean over the items; answers that cannot be parsed or scored count as wrong",
     "unparsed": METRICS["unparsed"],
     "95 % interval": "95 % confidence interval over groups; †: few groups, so approximate",
-    "95 %": "95 % confidence interval over groups; †: few groups, so approximate",
     "at best": "value if all unparsed and unscored answers were right; higher is better",
     "MDE": "minimum detectable effect: the smallest true difference from another model that an "
     "evaluation of this size detects with 80 % power; lower is better",
-    "as released": "the same answers, scored as the MedMax release does, including its errors",
-    "release's score": "the same answers, scored as the MedMax release does, including its errors",
+    "as released": "the same answers, scored as the MedMax release does, including its errors; for "
+    "comparison with published numbers only",
     "best baseline": "highest score of an answer that uses neither the image nor a model",
     "model minus baseline": "difference of the scores on the same items; above 0: the model is "
     "better, except for unparsed",

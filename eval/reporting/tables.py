@@ -110,7 +110,7 @@ def other_metrics(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "n": row["n"],
                 "value": row["value"],
                 "95 % interval": interval(row),
-                "release's score": row.get("paper"),
+                "as released": row.get("paper"),
             }
             for row in rows
         ]
@@ -137,7 +137,7 @@ def published(summary: Mapping[str, Any]) -> list[tuple[str, list[dict[str, Any]
             cells = {
                 "task": head["task"],
                 "here": format_metric(row["value"], scale) if row else None,
-                "95 %": interval(row, scale) if row else None,
+                "95 % interval": interval(row, scale) if row else None,
                 "as released": None if released is None else format_metric(released, scale),
             }
             cells |= {p.model: p.value for p in spec.published if p.metric == metric_name}

@@ -22,7 +22,7 @@ STATUS: Mapping[str, html_page.Status] = {
 }  # fmt: skip
 SAME = 5e-4  # smaller differences are 0.000 on the page
 MARKERS = "sD^vPX"  # of the baselines, each in a color of its own as well
-WIDTH, ROW_HEIGHT, MARGIN = 4.8, 0.42, 0.95  # inches of the chart
+WIDTH, ROW_HEIGHT, MARGIN = 4.0, 0.42, 0.95  # inches of the chart
 BELOW_MODEL = 0.3  # rows between a model's dot and its baselines
 
 
@@ -149,7 +149,7 @@ def _forest(heads: Sequence[Headline]) -> str:
     axes.set_xlim(min(ends), max(ends))
     tooltips = {f"{charts.TOOLTIP}{y}": sentence(head) for y, head in enumerate(heads)}
     figure.legend(loc="outside lower center", ncols=3, fontsize=9)
-    return html_page.chart(charts.svg(figure, tooltips=tooltips), _caption(heads), narrow=True)
+    return html_page.chart(charts.svg(figure, tooltips=tooltips), _caption(heads))
 
 
 def _caption(heads: Sequence[Headline]) -> str:

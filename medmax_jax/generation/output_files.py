@@ -1,6 +1,7 @@
 """Read prompts from flags or a file; write answers to JSONL, PNG files and a gallery.
 
-    D/request.json    the settings and a digest of the prompts: the same command resumes from here
+    D/request.json    the settings and a digest of the prompts: the same command resumes from here;
+                      and of each start that answered, its date, version, commit and machine
     D/answers.jsonl   {"id", "prompt", "mode", "segments": [{"text"}, {"image": "0003_1.png"}], ..}
     D/gallery.html    prompts and answers with their images
 
@@ -11,6 +12,7 @@ import collections
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import re
 import shlex
@@ -18,17 +20,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import PIL.Image
 from PIL.PngImagePlugin import PngInfo
 
 from medmax_jax.generation.model_bundle import MAX_PIXELS, Image, Text
 from medmax_jax.generation.requests import GenerateError, check_no_path
 from medmax_jax.io import html_page, image_paths, text_files
+from medmax_jax.io.environment import environment
 from medmax_jax.io.errors import printable
 from medmax_jax.io.text_files import TextFileError
 from medmax_jax.models import images
 
 NOTICE = "Research only, not for clinical use."
+STARTS = "starts"  # field of request.json, see above
 MAX_SHOWN = 200  # answers in a gallery
 _IMAGE = re.compile(r"\{([^{}]+)\}")
 
@@ -90,7 +95,7 @@ class OutputFolder:
     def __init__(self, folder: Path, prompts: Sequence[Prompt], settings: dict[str, Any]):
         """Raise GenerateError when the folder holds answers to another request."""
         self._folder, self._prompts = folder, list(prompts)
-        self._file = folder / "answers.jsonl"
+        self._file, self._answering = folder / "answers.jsonl", False
         request_file, old = folder / "request.json", folder / "asked.json"
         if old.exists() and not request_file.exists():
             raise GenerateError(
@@ -101,18 +106,24 @@ class OutputFolder:
         request = settings | {"prompts": hashlib.sha256(contents.encode()).hexdigest()}
         request = json.loads(json.dumps(request))
         self.records = {record["id"]: record for record in self._read()}
+        self._request, self._starts = request, []
         if self.records and request_file.exists():
             earlier = _read_own(text_files.read_json_object, request_file)
+            self._starts = earlier.pop(STARTS, [])
             fields = sorted(request | earlier)
             if changed := [name for name in fields if request.get(name) != earlier.get(name)]:
                 raise GenerateError(
                     f"{folder} holds answers to a request with another value of {changed[0]}; "
                     "use a new --out"
                 )
-        _write(request_file, json.dumps(request, indent=1))
+        self._write_request()
 
     def add(self, prompt: Prompt, answer: Sequence[Text | Image], mode: str) -> dict[str, Any]:
         """Write the images first, then the line that refers to them."""
+        if not self._answering:
+            self._answering = True
+            self._starts.append(environment(devices=jax.devices()))
+            self._write_request()
         number = self._prompts.index(prompt)
         record = dict(
             id=prompt.id,
@@ -132,26 +143,26 @@ class OutputFolder:
     def gallery(self) -> Path:
         """Write the page of all answers and return its path."""
         shown = [prompt for prompt in self._prompts if prompt.id in self.records][:MAX_SHOWN]
-        body = html_page.paragraph(NOTICE)
+        body = html_page.provenance(self._facts())
+        for number, start in enumerate(self._starts, start=1):
+            body += html_page.provenance({"start": number, **start} if number > 1 else start)
+        body += html_page.paragraph(NOTICE)
         if len(self.records) > len(shown):
             body += html_page.paragraph(
                 f"The first {len(shown)} of {len(self.records)} answers.", note=True
             )
-        drawn = [prompt for prompt in shown if self._is_image_from_text(prompt)]
-        if drawn:
-            figures = [
-                (self._png(self.records[prompt.id]["segments"][0]), prompt.shown())
-                for prompt in drawn
-            ]
-            links = [self.records[prompt.id]["segments"][0]["image"] for prompt in drawn]
-            body += html_page.section(
-                "Images generated from text", html_page.figures(figures, links=links)
-            )
-        rest = [prompt for prompt in shown if prompt not in drawn]
-        body += "".join(self._section(prompt, self.records[prompt.id]) for prompt in rest)
+        for in_grid, prompts in itertools.groupby(shown, key=self._is_image_from_text):
+            if in_grid:
+                body += self._grid(list(prompts))
+            else:
+                body += "".join(self._section(p, self.records[p.id]) for p in prompts)
         target = self._folder / "gallery.html"
         _write(target, html_page.document("Generated answers", body))
         return target
+
+    def _write_request(self) -> None:
+        content = self._request | {STARTS: self._starts}
+        _write(self._folder / "request.json", json.dumps(content, indent=1))
 
     def _read(self) -> list[dict[str, Any]]:
         if not self._file.exists():
@@ -186,6 +197,22 @@ class OutputFolder:
     def _png(self, segment: dict[str, str]) -> bytes:
         return (self._folder / segment["image"]).read_bytes()
 
+    def _facts(self) -> dict[str, Any]:
+        """Return the settings that the answers depend on most; request.json has all."""
+        names = ("model", "adapter", "mode", "seed", "temperature", "top_p")
+        facts = {name: self._request.get(name) for name in names}
+        return facts | {"prompts": f"{len(self._prompts)}, digest {self._request['prompts'][:16]}"}
+
+    def _grid(self, prompts: Sequence[Prompt]) -> str:
+        """Return the generated images of successive prompts without an image."""
+        segments = [self.records[prompt.id]["segments"][0] for prompt in prompts]
+        captions = [f"generated: {prompt.shown()}" for prompt in prompts]
+        figures = html_page.figures(
+            list(zip(map(self._png, segments), captions, strict=True)),
+            links=[segment["image"] for segment in segments],
+        )
+        return html_page.section("Images generated from text", figures)
+
     def _section(self, prompt: Prompt, record: dict[str, Any]) -> str:
         paths = [part for part in prompt.parts if isinstance(part, Path)]
         body = ""
@@ -194,8 +221,8 @@ class OutputFolder:
             body += html_page.figures(inputs)
         for part in record["segments"]:
             if "text" in part:
-                lines = part["text"].strip().splitlines() or ["(empty text)"]
-                body += "".join(map(html_page.paragraph, lines))
+                text = part["text"].strip() or "(empty text)"
+                body += html_page.table(["", ""], [["generated text", text]])
             else:
                 caption = f"generated: {part['image']}"
                 body += html_page.figures([(self._png(part), caption)], links=[part["image"]])

@@ -1,17 +1,38 @@
-"""Read CSV that another program wrote, within stated bounds; errors name the row.
+"""Read CSV that another program wrote, within stated bounds, and write CSV for spreadsheets.
 
 with open_binary(path) as file, csv_table(file, path) as (header, rows):
     for number, fields in rows: ...
+csv_text(["id", "answer"], [["1", "=1+1"]])  ->  "id,answer\n1,'=1+1\n"
+
+Errors of reading name the row.
 """
 
 import contextlib
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, BinaryIO
 
 from medmax_jax.io.errors import printable
 from medmax_jax.io.text_files import KEY_TWICE, MAX_LINE_BYTES, NOT_UTF8, TextFileError
+
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a cell of these is run by spreadsheets
+
+
+def csv_text(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a table as CSV; a text that a spreadsheet would run as a formula begins with '.
+
+    Numbers are written as they are, and None as an empty field.
+    """
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(map(_safe_cell, head))
+    writer.writerows(map(_safe_cell, row) for row in rows)
+    return out.getvalue()
+
+
+def _safe_cell(value: object) -> object:
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
 
 
 @contextlib.contextmanager

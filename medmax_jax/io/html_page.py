@@ -2,6 +2,9 @@
 
     document("Title", section("Scores", table(["task", "n"], [["closed", 12]])))
 
+`browser` is the exception, for thousands of entries: it has one script, which the page allows by
+its hash, and its images are files below the folder of the page, loaded when an entry is opened.
+
 No page scrolls sideways: a table that is wider than the page scrolls inside itself, with a fixed
 first column, and so does a wide chart on a phone.
 
@@ -10,8 +13,10 @@ generated can be shown unchanged.
 """
 
 import base64
+import hashlib
 import html
 import io
+import json
 import math
 import re
 import struct
@@ -22,6 +27,7 @@ from typing import Literal, NamedTuple
 import PIL.Image
 
 SHOWN = 256  # least pixels of an image's longer side; smaller ones are enlarged by integer factors
+NARROW = 360  # points of a chart's width that fit on a phone
 LONG = 24  # characters of a cell: longer texts break into lines between words
 NOTHING = "–"  # a cell without a value
 NO_BREAK = "\xa0"  # a space at which no line ends
@@ -51,6 +57,7 @@ h2 { font-size: 1.15rem; margin: 2.5rem 0 .75rem; padding-bottom: .3rem;
 p { margin: .6rem 0; max-width: 46rem; }
 p.note { color: var(--soft); font-size: .9rem; }
 p.head { color: var(--soft); font-size: .85rem; max-width: none; margin: 0 0 1.5rem; }
+p.head + p.head { margin-top: -1.2rem; }
 .verdicts { list-style: none; margin: 1rem 0; padding: 0; max-width: 52rem; }
 .verdicts li { margin: .5rem 0; padding: .45rem .8rem; background: var(--card);
   border: 1px solid var(--line); border-left: .3rem solid var(--soft); border-radius: .3rem; }
@@ -70,8 +77,11 @@ td.text { white-space: pre-line; min-width: 14rem; }
 th:first-child, td:first-child { position: sticky; left: 0; background: var(--page);
   padding-left: 0; }
 td.text:first-child { min-width: 9rem; }
+.names td:first-child { width: 1%; padding-right: 1.5rem; }
+.names td.text:first-child { min-width: 18rem; }
 th.number { text-align: right; white-space: normal; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
+.names td.number { text-align: left; }
 abbr[title] { text-decoration: underline dotted; text-underline-offset: .2em; cursor: help; }
 .figures { display: grid; gap: 1rem; margin: 1rem 0;
   grid-template-columns: repeat(auto-fill, minmax(min(17.5rem, 100%), 1fr)); }
@@ -98,16 +108,70 @@ a { color: var(--mark); }
 .charts figure { margin: 0; }
 .charts figcaption b { display: block; color: var(--ink); font-size: .95rem; }
 svg { display: block; width: 100%; height: auto; stroke-linejoin: round; }
-figure.chart svg { max-width: 58rem; margin: 0 auto; }
-figure.narrow svg { max-width: 40rem; }
+figure.chart svg { width: calc(var(--points) * 1.6px); max-width: 100%; margin: 0 auto; }
 @media (max-width: 40rem) { main { padding: 1.5rem 1rem 3rem; }
-  td.text { min-width: 13rem; } td.text:first-child { min-width: 7rem; }
-  figure.chart { overflow-x: auto; } figure.chart svg { min-width: 36rem; }
-  figure.narrow svg { min-width: 0; } }
+  td.text { min-width: 13rem; }
+  td.text:first-child, .names td.text:first-child { min-width: 7rem; }
+  figure.chart { overflow-x: auto; }
+  figure.chart svg { width: calc(var(--points) * 1.2px); max-width: none; }
+  figure.narrow svg { max-width: 100%; }
+  form.filters { position: static; } }
 details { margin: .6rem 0 1.5rem; }
 summary { color: var(--soft); font-size: .9rem; cursor: pointer; }
+[hidden] { display: none !important; }
+.filters { display: flex; flex-wrap: wrap; gap: .75rem 1.25rem; align-items: baseline;
+  position: sticky; top: 0; padding: .6rem 0; background: var(--page); z-index: 1; }
+.filters select { font: inherit; max-width: 14rem; color: var(--ink); background: var(--card);
+  border: 1px solid var(--soft); border-radius: .3rem; padding: .15rem .3rem; }
+.entry { margin: 0; padding: .35rem 0; border-bottom: 1px solid var(--line);
+  content-visibility: auto; contain-intrinsic-size: auto 2.4rem; }
+.entry summary { color: var(--ink); }
+.entry b { display: inline-block; min-width: 5.5rem; color: var(--soft); }
+.entry b.good { color: var(--good); }
+.entry b.bad { color: var(--bad); }
+.entry img { width: 16rem; }
 figcaption { color: var(--soft); font-size: .85rem; margin-top: .45rem; }
 """
+
+
+# Shows the entries of a `browser` that have the selected values; the values after # in the address
+# are selected first: items.html#task=vqa_closed&verdict=wrong.
+SCRIPT = """
+const form = document.querySelector("form.filters");
+const entries = [...document.querySelectorAll("details.entry")];
+const values = entries.map(entry => JSON.parse(entry.dataset.values));
+function apply() {
+  const wanted = [...new FormData(form)].filter(([name, value]) => value);
+  let shown = 0;
+  entries.forEach((entry, number) => {
+    entry.hidden = !wanted.every(([name, value]) => values[number][name].includes(value));
+    shown += !entry.hidden;
+  });
+  form.querySelector("output").textContent = `${shown} of ${entries.length} items`;
+}
+for (const [name, value] of new URLSearchParams(location.hash.slice(1))) {
+  const select = form.elements.namedItem(name);
+  if (select) select.value = value;
+}
+form.addEventListener("change", apply);
+form.hidden = false;
+apply();
+"""
+_HASH = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+SCRIPT_POLICY = (
+    f"default-src 'none'; img-src 'self'; style-src 'unsafe-inline'; script-src 'sha256-{_HASH}'; "
+    "form-action 'none'"
+)
+
+
+class Entry(NamedTuple):
+    """An entry of a `browser`: its values by the name of the filter, and markup as its body."""
+
+    title: str
+    label: str
+    status: Status
+    values: Mapping[str, Sequence[str]]
+    body: str
 
 
 class Verdict(NamedTuple):
@@ -118,15 +182,19 @@ class Verdict(NamedTuple):
     text: str
 
 
-def document(title: str, body: str) -> str:
-    """Return the page; `body` is markup made by the functions below, `title` is text."""
-    safe = html.escape(title)
+def document(title: str, body: str, *, scripted: bool = False) -> str:
+    """Return the page; `body` is markup made by the functions below, `title` is text.
+
+    scripted: the page has a `browser`, and so its script.
+    """
+    safe, policy = html.escape(title), SCRIPT_POLICY if scripted else POLICY
+    script = f"<script>{SCRIPT}</script>\n" if scripted else ""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{safe}</title>\n<style>{STYLE}</style>\n</head>\n"
-        f"<body>\n<main>\n<h1>{safe}</h1>\n{body}</main>\n</body>\n</html>\n"
+        f"<body>\n<main>\n<h1>{safe}</h1>\n{body}</main>\n{script}</body>\n</html>\n"
     )
 
 
@@ -141,9 +209,20 @@ def paragraph(text: str, *, note: bool = False) -> str:
     return f"<p{kind}>{html.escape(text)}</p>\n"
 
 
-def provenance(parts: Sequence[str]) -> str:
-    """Return one line of small text below the title: what made the page, and from what."""
+def provenance(facts: Mapping[str, object]) -> str:
+    """Return one line of small text below the title: what made the results, and from what.
+
+    facts: name -> value, for example {"seed": 0} and those of io/environment.py; facts whose value
+    is empty are left out.
+    """
+    parts = [f"{name} {value}" for name, value in facts.items() if value not in (None, "")]
     return f'<p class="head">{" · ".join(map(html.escape, parts))}</p>\n'
+
+
+def links(targets: Mapping[str, str]) -> str:
+    """Return links to files next to the page; targets: name of the file -> text."""
+    parts = (f'<a href="{_href(link)}">{html.escape(text)}</a>' for link, text in targets.items())
+    return f"<p>{' · '.join(parts)}</p>\n"
 
 
 def verdicts(items: Sequence[Verdict]) -> str:
@@ -166,7 +245,7 @@ def table(
     """Return a table, which scrolls inside itself where it is wider than the page.
 
     Numbers and columns of numbers are right-aligned, floats are rounded to 0.001, and None is a
-    dash. A head of empty texts is left out.
+    dash. A head of empty texts is left out, for a table whose first column has the names.
 
     definitions: text of a head or a cell -> its definition, shown when it is pointed at.
     """
@@ -185,8 +264,9 @@ def table(
         lines += f"<tr>{''.join(cells)}</tr>\n"
     title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
     thead = f"<thead><tr>{top}</tr></thead>\n" if any(head) else ""
+    kind = "" if thead else ' class="names"'
     return (
-        f'<div class="scroll" tabindex="0"><table>{title}\n{thead}'
+        f'<div class="scroll" tabindex="0"><table{kind}>{title}\n{thead}'
         f"<tbody>\n{lines}</tbody></table></div>\n"
     )
 
@@ -198,8 +278,6 @@ def figure(png_bytes: bytes, caption: str, *, link: str = "") -> str:
 
     link: path of the full image, relative to the page.
     """
-    if link.startswith(("/", "..")):
-        raise ValueError(f"link is {link!r}; required: a path below the folder of the page")
     if not png_bytes.startswith(b"\x89PNG\r\n\x1a\n") or len(png_bytes) < 24:
         raise ValueError(f"figure {caption!r}: not a PNG; save the image with format='PNG'")
     data, safe = base64.b64encode(png_bytes).decode("ascii"), html.escape(caption)
@@ -208,18 +286,23 @@ def figure(png_bytes: bytes, caption: str, *, link: str = "") -> str:
     size = f'width="{width * factor}" height="{height * factor}"'
     image = f'<img alt="{safe}" {size} src="data:image/png;base64,{data}">'
     if link:
-        image = f'<a href="{html.escape(urllib.parse.quote(link))}">{image}</a>'
+        image = f'<a href="{_href(link)}">{image}</a>'
     return f"<figure>{image}<figcaption>{safe}</figcaption></figure>\n"
 
 
-def chart(svg: str, caption: str, *, narrow: bool = False) -> str:
+def chart(svg: str, caption: str) -> str:
     """Return a chart of io/charts.py with its caption, which is also the alternative text.
 
-    narrow: for charts of up to 5 inches, which stay readable on a phone.
+    Text has about the same size in all charts. On a phone, a chart of up to NARROW points is as
+    wide as the page, and a wider one scrolls inside its figure.
     """
-    kind = "chart narrow" if narrow else "chart"
+    view = re.search(r'viewBox="0 0 ([\d.]+) ', svg)
+    if view is None:
+        raise ValueError(f"chart {caption!r} has no viewBox; draw it with io/charts.py")
+    points = float(view[1])
+    kind, focus = ("chart narrow", "") if points <= NARROW else ("chart", ' tabindex="0"')
     return (
-        f'<figure class="{kind}">{_labeled(svg, caption)}'
+        f'<figure class="{kind}" style="--points: {points:g}"{focus}>{_labeled(svg, caption)}'
         f"<figcaption>{html.escape(caption)}</figcaption></figure>\n"
     )
 
@@ -246,6 +329,51 @@ def figures(images: Sequence[tuple[bytes, str]], *, links: Sequence[str] = ()) -
         for (data, caption), link in zip(images, links or [""] * len(images), strict=True)
     )
     return f'<div class="figures">\n{"".join(cells)}</div>\n'
+
+
+def linked_figures(images: Sequence[tuple[str, str]]) -> str:
+    """Return several (path relative to the page, caption), each loaded when it becomes visible."""
+    cells = ""
+    for link, caption in images:
+        safe, href = html.escape(caption), _href(link)
+        image = f'<a href="{href}"><img alt="{safe}" loading="lazy" src="{href}"></a>'
+        cells += f"<figure>{image}<figcaption>{safe}</figcaption></figure>\n"
+    return f'<div class="figures">\n{cells}</div>\n'
+
+
+def browser(entries: Sequence[Entry]) -> str:
+    """Return entries that open when selected, with a filter for each name of their values.
+
+    All entries are in the page: without its script it shows them unfiltered.
+    """
+    options: dict[str, set[str]] = {}
+    for entry in entries:
+        for name, values in entry.values.items():
+            options.setdefault(name, set()).update(values)
+    selects = "".join(_select(name, sorted(values)) for name, values in options.items() if values)
+    lines = "".join(
+        f'<details class="entry" data-values="{html.escape(json.dumps(entry.values))}">'
+        f'<summary><b class="{entry.status}">{html.escape(entry.label)}</b> '
+        f"{html.escape(entry.title)}</summary>\n{entry.body}</details>\n"
+        for entry in entries
+    )
+    return f'<form class="filters" hidden>{selects}<output></output></form>\n{lines}'
+
+
+def _select(name: str, values: Sequence[str]) -> str:
+    safe = html.escape(name)
+    options = "".join(f"<option>{html.escape(value)}</option>" for value in values)
+    return (
+        f'<label>{safe} <select name="{safe}"><option value="">all</option>{options}</select>'
+        "</label>\n"
+    )
+
+
+def _href(link: str) -> str:
+    """Return a path below the folder of the page as an attribute's value."""
+    if link.startswith(("/", "..")):
+        raise ValueError(f"link is {link!r}; required: a path below the folder of the page")
+    return html.escape(urllib.parse.quote(link))
 
 
 def png(image: PIL.Image.Image) -> bytes:
@@ -289,6 +417,8 @@ def _numeric(cells: Sequence[str]) -> bool:
 
 
 def _head(name: str, numeric: bool, definitions: Mapping[str, str]) -> str:
+    if not name:
+        return "<td></td>"
     kind = ' class="number"' if numeric else ""
     return f'<th scope="col"{kind}>{_defined(name, definitions)}</th>'
 

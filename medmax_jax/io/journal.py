@@ -122,7 +122,8 @@ def write_text(path: Path, text: str) -> None:
     """
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        # A lone surrogate, which UTF-8 cannot encode, becomes \udc80: an escape that JSON reads.
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
         partial.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):

@@ -15,6 +15,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage.
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from typing import Any
 from medmax_jax import arguments
 from medmax_jax.cli import DONE, ERROR, WorkdirError, open_workdir
 from medmax_jax.io import charts, html_page
+from medmax_jax.io.environment import environment
 from medmax_jax.io.progress import SECONDS, ItemProgress
 from medmax_jax.scaling import checklist, diagnostics, mixed, report, table
 from medmax_jax.scaling.laws import LAWS, ScalingError
@@ -94,6 +96,7 @@ def _run(args: argparse.Namespace) -> None:
         raise ScalingError("--bootstraps must be at least 1 and --delta above 0")
     folder = open_workdir(args.workdir) if args.workdir else None
     result = _mixed(args, folder) if args.law == mixed.LAW.name else _laws(args, folder)
+    result["environment"] = environment()
     if folder:
         (folder / "fit.json").write_text(json.dumps(result, indent=1) + "\n")
         print(f"wrote {folder / 'page.html'} and {folder / 'fit.json'}")
@@ -118,7 +121,8 @@ def _laws(args: argparse.Namespace, folder: Path | None) -> dict[str, Any]:
         studies.append(run_study(law, rows, options, progress=_log))
         print(checklist.format_fit(studies[-1], statements))
     if folder:
-        report.write(studies, statements, folder, f"{law.name} law of {Path(args.table).name}")
+        title = f"{law.name} law of {Path(args.table).name}"
+        report.write(studies, statements, folder, title=title, facts=_facts(args))
     results = [checklist.as_json(study, statements) for study in studies]
     return results[0] if len(results) == 1 else {"targets": {f["target"]: f for f in results}}
 
@@ -153,11 +157,19 @@ def _mixed(args: argparse.Namespace, folder: Path | None) -> dict[str, Any]:
         )
         body += html_page.chart(charts.svg(figure), "The law against the mixed runs.")
         body += report.parameters(fitted.values, intervals, ())
-        report.render(folder, f"mixed_modal law of {Path(args.table).name}", body)
+        title = f"mixed_modal law of {Path(args.table).name}"
+        report.render(folder, title, body, facts=_facts(args))
     return fitted.values | dict(
         law=mixed.LAW.name, target=target, competing=competing, mixed_runs=len(mixed_rows),
         intervals={name: list(ends) if ends else None for name, ends in intervals.items()},
     )  # fmt: skip
+
+
+def _facts(args: argparse.Namespace) -> dict[str, object]:
+    """Return what a page says of its data and of the program."""
+    digest = hashlib.sha256(Path(args.table).read_bytes()).hexdigest()
+    facts = {"table": args.table, "digest": digest[:16], "law": args.law, "seed": args.seed}
+    return facts | {"bootstraps": args.bootstraps} | environment()
 
 
 def _log(line: str) -> None:

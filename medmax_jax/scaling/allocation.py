@@ -19,7 +19,7 @@ Values = Mapping[str, Float[np.ndarray, "..."] | float]
 
 
 def optimal_allocation(
-    values: Values, compute: float, *, flops: float
+    values: Values, compute: Float[np.ndarray, "..."] | float, *, flops: float
 ) -> dict[str, Float[np.ndarray, "..."] | float]:
     """Return size, tokens, tokens per parameter and loss; `flops`: of one token, per parameter."""
     alpha, beta = values["alpha"], values.get("beta", values["alpha"])

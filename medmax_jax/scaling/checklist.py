@@ -7,7 +7,7 @@ table; otherwise they appear as "not stated".
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ def format_fit(study: Study, statements: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
-def ends(interval: tuple[float, float] | None) -> str:
+def ends(interval: Sequence[float] | None) -> str:
     """Format "[1.8, 2.1]"; a dash for a parameter that no draw moves."""
     return f"[{interval[0]:.4g}, {interval[1]:.4g}]" if interval else html_page.NOTHING
 

@@ -4,11 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, ScalarFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, ScalarFormatter
 
 from medmax_jax.io import charts, html_page
 from medmax_jax.io.charts import MARK, SERIES, SOFT
@@ -18,9 +17,22 @@ from medmax_jax.scaling.diagnostics import LEVEL
 from medmax_jax.scaling.study import Study
 
 POINTS = 120  # of a drawn curve
+INTERVAL = f"{100 * LEVEL:.0f} % interval"
+DEFINITIONS = {
+    "parameter": "of the law's formula",
+    INTERVAL: "of bootstraps over runs; a dash: no bootstrap moves the parameter",
+    "status": "fitted, fixed by a flag, or at the bound of its range, where no interval exists",
+    "condition number": "of the normal matrix of the fit; large: some parameters are nearly "
+    "interchangeable; lower is better",
+    "most influential run": "the run without which the fit moves most",
+    "result": "errors of held-out runs are those of a law fitted without them; lower is better",
+    "compute": "floating-point operations of a training run",
+    "parameters": "size of least loss with this compute, and its interval",
+    "tokens": "training tokens with this compute at that size, and its interval",
+    "loss": "loss that the law predicts there, and its interval; lower is better",
+}
 BEYOND = 3.0  # a curve continues by this factor beyond the largest run
 CURVES = 6  # sizes that get a curve of their own; of more, this many are shown
-COLORS = matplotlib.colormaps["viridis"]
 NAMES = {"params": "parameters", "tokens": "tokens", "unique_tokens": "unique tokens"}
 
 
@@ -46,8 +58,7 @@ def law(study: Study) -> Figure:
     x_column = "loss" if "loss" in study.table.x else "tokens"
     figure, axes = charts.subplots(size=(7.2, 4.6))
     legend_title, groups = _groups(study)
-    for k, (value, rows) in enumerate(groups):
-        color = COLORS(0.05 + 0.85 * k / max(len(groups) - 1, 1))
+    for color, (value, rows) in zip(SERIES, groups, strict=False):
         x = _along(study, x_column, rows)
         low, high = study.band(x)
         axes.fill_between(x[x_column], low, high, color=color, alpha=0.15, lw=0)
@@ -56,7 +67,7 @@ def law(study: Study) -> Figure:
         axes.plot(study.table.x[x_column][rows], study.table.y[rows], "o", color=color, ms=4.5)
     axes.set(xlabel=NAMES.get(x_column, x_column), ylabel=study.table.target.replace("_", " "))
     if x_column != "loss":
-        axes.set_xscale("log")
+        _log_x(axes)
         _log_y(axes)
     if len(groups) > 1:
         axes.legend(title=legend_title, title_fontsize=8)
@@ -71,12 +82,17 @@ def residuals(study: Study) -> Figure:
     table = study.table
     x_column = "loss" if "loss" in table.x else "tokens"
     misses = 100 * (study.fit.predict(table.x) / table.y - 1)
-    color = np.log(table.x["params"]) if "params" in table.x else np.zeros(len(table))
     left.axhline(0, color=SOFT, lw=1)
-    left.scatter(table.x[x_column], misses, c=color, cmap=COLORS, s=22)
+    left.plot(table.x[x_column], misses, "o", color=SOFT, ms=4.5)
+    legend_title, groups = _groups(study)
+    for color, (value, rows) in zip(SERIES, groups, strict=False):  # as in the chart of the law
+        label = None if value is None else f"{value:.3g}"
+        left.plot(table.x[x_column][rows], misses[rows], "o", color=color, ms=4.5, label=label)
+    if len(groups) > 1:
+        left.legend(title=legend_title, title_fontsize=8)
     left.set(xlabel=NAMES.get(x_column, x_column), ylabel="law / run - 1, %", title="fitted runs")
     if x_column != "loss":
-        left.set_xscale("log")
+        _log_x(left)
     fitted = [holdout for holdout in study.holdouts if not holdout.why]
     for k, holdout in enumerate(fitted):
         right.plot(
@@ -187,13 +203,22 @@ def _along(study: Study, x_column: str, rows: np.ndarray) -> dict[str, np.ndarra
     return columns
 
 
+def _log_x(axes: Axes) -> None:
+    """Set a logarithmic axis of counts, with round ticks: 30 k, 100 k, 300 k, 1 M."""
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    steps = (1.0, 3.0) if high > 10 * low else (1.0, 2.0, 5.0)
+    axes.xaxis.set_major_locator(LogLocator(subs=steps))
+    axes.xaxis.set_major_formatter(EngFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
 def _log_y(axes: Axes) -> None:
-    """Set a logarithmic axis over less than a decade, with plain numbers on it."""
+    """Set a logarithmic axis over about a decade, with round ticks as plain numbers."""
     axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    axes.set_yticks([t for t in np.round(np.geomspace(low, high, 7), 2) if low <= t <= high])
+    axes.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _wrapped(name: str) -> str:
@@ -214,9 +239,17 @@ def _with_grid(figure: Figure) -> Figure:
 
 
 def write(
-    studies: Sequence[Study], statements: Mapping[str, str], folder: Path, title: str
+    studies: Sequence[Study],
+    statements: Mapping[str, str],
+    folder: Path,
+    *,
+    title: str,
+    facts: Mapping[str, object],
 ) -> Path:
-    """Write the page of one study or several, and each figure as a file of its own."""
+    """Write the page of one study or several, and each figure as a file of its own.
+
+    facts: for `html_page.provenance`.
+    """
     body = ""
     for study in studies:
         prefix = f"{study.table.target}_" if len(studies) > 1 else ""
@@ -224,13 +257,14 @@ def write(
         for name, (figure, _) in plots.items():
             charts.save(figure, folder / f"{prefix}{name}")
         body += _sections(study, plots, statements)
-    return render(folder, title, body)
+    return render(folder, title, body, facts=facts)
 
 
-def render(folder: Path, title: str, body: str) -> Path:
+def render(folder: Path, title: str, body: str, *, facts: Mapping[str, object]) -> Path:
     """Write the page and return its path."""
     path = folder / "page.html"
-    path.write_text(html_page.document(title, body), encoding="utf-8")
+    markup = html_page.document(title, html_page.provenance(facts) + body)
+    path.write_text(markup, encoding="utf-8")
     return path
 
 
@@ -249,7 +283,8 @@ def parameters(
         ]
         for name, value in fitted.items()
     ]
-    return html_page.table(["parameter", "value", f"{LEVEL:.0%} interval", ""], rows)
+    head = ["parameter", "value", INTERVAL, "status"]
+    return html_page.table(head, rows, definitions=DEFINITIONS)
 
 
 def _sections(study: Study, plots: dict, statements: Mapping[str, str]) -> str:
@@ -284,13 +319,14 @@ def _doubts(study: Study, plots: dict) -> str:
     return (
         (warnings or html_page.paragraph("No warning."))
         + _chart(plots, "residuals.png")
-        + html_page.table(["check", "result"], rows)
+        + html_page.table(["check", "result"], rows, definitions=DEFINITIONS)
         + _chart(plots, "bootstrap.png")
     )
 
 
 def _allocation(study: Study, plots: dict) -> str:
     columns = ("params", "tokens", "tokens_per_param", "loss")
+    head = ["compute", "parameters", "tokens", "tokens per parameter", "loss"]
     rows = [
         [f"{row['compute']:.3g}"]
         + [f"{row[c]:.3g}\n{checklist.ends(row[f'{c}_interval'])}" for c in columns]
@@ -304,5 +340,5 @@ def _allocation(study: Study, plots: dict) -> str:
     return (
         html_page.paragraph(text)
         + _chart(plots, "allocation.png")
-        + html_page.table(["compute", "parameters", "tokens", "tokens per parameter", "loss"], rows)
+        + html_page.table(head, rows, definitions=DEFINITIONS)
     )

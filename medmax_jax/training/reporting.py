@@ -14,7 +14,6 @@ import json
 import pathlib
 import platform
 import shlex
-import subprocess
 from typing import Any
 
 import jax
@@ -24,6 +23,7 @@ from jaxtyping import PyTree
 from medmax_jax import cli, config, flops
 from medmax_jax.checkpoints import safetensors_file
 from medmax_jax.checkpoints.manager import CheckpointError, CheckpointManager, barrier
+from medmax_jax.io.environment import environment, git_commit
 from medmax_jax.models import chameleon
 from medmax_jax.sharding import shard_batch
 from medmax_jax.training import log_writer, metrics, step
@@ -270,7 +270,10 @@ def log_run_summary(
 ) -> None:
     """Write the run's settings, hardware and starting step to the log and to config.json."""
     run, log = job.run, job.writer.log
-    metadata = job.meta | {"git": git(), "epoch_tokens": job.train_data.epoch_tokens()}
+    metadata = job.meta | {
+        "environment": environment(devices=jax.devices()),
+        "epoch_tokens": job.train_data.epoch_tokens(),
+    }
     if jax.process_index() == 0:
         (job.folder / "config.json").write_text(json.dumps(metadata, indent=1) + "\n")
         _note_start(job, start or 0)
@@ -332,22 +335,10 @@ def environment_summary(
 ) -> None:
     """Log the devices, the mesh and the data; `tables`: also the shares of the mixture."""
     device, shape = jax.devices()[0], " x ".join(f"{k} {v}" for k, v in mesh.shape.items())
-    log(f"medmax_jax {git()} on {jax.device_count()} {device.device_kind}, mesh {shape}")
+    log(f"medmax_jax {git_commit()} on {jax.device_count()} {device.device_kind}, mesh {shape}")
     if flops.chip(device.device_kind) is None:
         log(f"the peak FLOPs of {device.device_kind} are unknown, so no MFU is reported")
     for name, data in (("train", train_data), ("validation", eval_data)):
         if data is not None:
             for line in data.describe() if tables else data.describe()[:1]:
                 log(f"{name}: {line}")
-
-
-def git() -> str:
-    """Return the commit of the source, with + when it was changed; empty outside a checkout."""
-    root = pathlib.Path(__file__).parents[2]
-    if not (root / ".git").exists():
-        return ""
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""

@@ -10,7 +10,7 @@ config.sample, with the same prompts and random numbers each time, so that pages
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,10 +23,16 @@ from medmax_jax.endpoints import egress
 from medmax_jax.generation import api, model_bundle
 from medmax_jax.io import html_page
 from medmax_jax.io.atomic_folder import private_umask
+from medmax_jax.io.environment import environment
 from medmax_jax.models.vocab import EOS, SEP, is_image
 from medmax_jax.training.batch import DocumentSource
 
 NOTICE = "Samples of a research model in training, on held-out documents. Not for clinical use."
+PARTS = (
+    "“prompt” is a held-out document up to its first separator, “reference answer” is what follows "
+    "there, and “generated” is what the model answers to the same prompt. All images are decoded "
+    "from their codes, so details of the original files are lost in each."
+)
 CREDENTIALED = (
     "Some of these documents are credentialed: store this page only where they may be stored."
 )
@@ -50,8 +56,14 @@ class Sampler:
         self, run: Run, records: DocumentSource | None, *, graph: Any, mesh: jax.sharding.Mesh
     ) -> None:
         self._run, self._graph, self._mesh = run, graph, mesh
-        enabled = bool(run.train.samples) and records is not None
-        self.prompts = select_prompts(records, run.train.samples, run) if enabled else []
+        self.prompts, self._facts = [], {}
+        if run.train.samples and records is not None:
+            self.prompts = select_prompts(records, run.train.samples, run)
+            self._facts = {
+                "model": run.train.init_from, "trains": run.train.trains,
+                "data": run.data.validation, "digest": records.fingerprint[:16],
+                "seed": run.sample.seed,
+            } | environment(devices=jax.devices())  # fmt: skip
 
     def __call__(
         self, trainable: PyTree, frozen: PyTree, *, step: int, folder: pathlib.Path
@@ -62,7 +74,7 @@ class Sampler:
             model, run.train.init_from,
             config=run.model, vocab=run.vocab, vq=run.vq, mesh=self._mesh,
         )  # fmt: skip
-        return write(g, self.prompts, run, step=step, folder=folder)
+        return write(g, self.prompts, run, step=step, folder=folder, facts=self._facts)
 
 
 def select_prompts(records: DocumentSource, count: int, run: Run) -> list[SamplePrompt]:
@@ -87,8 +99,12 @@ def write(
     *,
     step: int,
     folder: pathlib.Path,
+    facts: Mapping[str, Any],
 ) -> pathlib.Path:
-    """Answer every prompt and write the page of this step; return its path."""
+    """Answer every prompt and write the page of this step; return its path.
+
+    facts: of the run, for `html_page.provenance`.
+    """
     answers: dict[int, list[model_bundle.Text | model_bundle.Image]] = {}
     for mode in ("text", "image"):
         of_mode = [i for i, sample in enumerate(samples) if sample.mode == mode]
@@ -105,16 +121,16 @@ def write(
             for i, answer in zip(batch, model_bundle.decode_segments(g, tokens), strict=True):
                 answers[of_mode[i]] = answer
     credentialed = any(egress.is_credentialed(sample.credential) for sample in samples)
-    body = html_page.paragraph(NOTICE) + (html_page.paragraph(CREDENTIALED) if credentialed else "")
+    body = html_page.provenance({"step": step} | facts) + html_page.paragraph(NOTICE)
+    body += html_page.paragraph(CREDENTIALED) if credentialed else ""
+    body += html_page.paragraph(PARTS, note=True)
     for i, sample in enumerate(samples):
         token_lists = {"prompt": sample.prompt[:-1], "reference answer": sample.answer}
         parts = {
             name: model_bundle.decode_segments(g, [tokens])[0]
             for name, tokens in token_lists.items()
         }
-        body += html_page.section(
-            sample.name, _segments_html(parts | {f"generated after step {step}": answers[i]})
-        )
+        body += html_page.section(sample.name, _segments_html(parts | {"generated": answers[i]}))
     path = folder / f"{step:06d}.html"
     # Credentialed pages are readable by their owner only.
     with private_umask() if credentialed else contextlib.nullcontext():

@@ -234,15 +234,17 @@ def test_the_page_of_a_comparison(tmp_path):
     result = comparison.compare(first, second, seed=0, resamples=2_000)
     result.left_out.append("<script>")
     names = dict.fromkeys((str(first), str(second)))
-    text = comparison.render(result, *names)
+    facts = [dict(model="m", digest="0123"), {}, dict(seed=0, commit="abc")]
+    text = comparison.render(result, *names, facts=facts)
     assert "<script" not in text and text.count("<svg") == 1
-    head = text.split('<p class="head">')[1].split("</p>")[0]
-    assert head.startswith(f"first: {first} · second: {second} · ")
+    heads = [part.split("</p>")[0] for part in text.split('<p class="head">')[1:]]
+    assert heads[0] == f"first: {first} · model m · digest 0123"
+    assert heads[1:] == [f"second: {second}", "seed 0 · commit abc"]
     assert f'<li class="good"><b>{second} is better.</b> vqa_closed: accuracy 0.000' in text
     assert '<li class="neutral"><b>Inconclusive.</b> vqa_open: exact' in text
     assert f"Of 2 tasks, {second} is better on 1, {first} is better on 0, and 1 are" in text
     assert "(approximate: few groups), on 6 items of 3 groups" in text
     assert "not drawn" in text  # the three groups of vqa_open
     backward = comparison.compare(second, first, seed=0, resamples=2_000)
-    text = comparison.render(backward, str(second), str(first))
+    text = comparison.render(backward, str(second), str(first), facts=facts)
     assert f'<li class="bad"><b>{second} is better.</b>' in text

@@ -99,6 +99,33 @@ def test_killed_run_resumes_and_another_request_raises(tmp_path):
     assert page.count("data:image/png") == 3  # two inputs, one generated
 
 
+def test_the_gallery_keeps_the_order_of_prompts_and_states_what_answered(tmp_path):
+    drawn = Image(PIL.Image.new("RGB", (4, 4), "red"), np.arange(4))
+    prompts = [Prompt(id=n, named=True, parts=(f"prompt {n}",)) for n in "abcd"]
+    settings = dict(model="models/m", adapter="runs/lora", seed=7)
+    output = OutputFolder(tmp_path, prompts, settings)
+    for prompt in reversed(prompts):  # answers arrive in the order of their lengths
+        output.add(prompt, [Text("blue")] if prompt.id == "b" else [drawn], "mixed")
+    text = output.gallery().read_text()
+    places = [text.index(f"prompt {n}") for n in "abcd"]
+    assert places == sorted(places) and "generated: prompt a<" in text
+    head = text.split('<p class="head">')[1]
+    assert head.startswith("model models/m · adapter runs/lora · seed 7 · prompts 4, digest ")
+    (start,) = json.loads((tmp_path / "request.json").read_text())["starts"]
+    assert text.count(f"medmax_jax {start['medmax_jax']}") == 1 and start["machine"] in text
+    OutputFolder(tmp_path, prompts, settings)  # answers nothing
+    assert json.loads((tmp_path / "request.json").read_text())["starts"] == [start]
+
+
+def test_every_start_that_answers_is_recorded(tmp_path):
+    prompts = [Prompt(id=n, named=True, parts=(n,)) for n in "ab"]
+    for prompt in prompts:
+        output = OutputFolder(tmp_path, prompts, dict(seed=7))
+        output.add(prompt, [Text("blue")], "text")
+    assert len(json.loads((tmp_path / "request.json").read_text())["starts"]) == 2
+    assert "start 2 · date " in output.gallery().read_text()
+
+
 def test_a_folder_with_the_old_name_of_its_request_file_is_refused(tmp_path):
     prompts = [Prompt(id="a", named=True, parts=("a",))]
     OutputFolder(tmp_path, prompts, dict(mode="text")).add(prompts[0], [Text("b")], "text")

@@ -49,7 +49,7 @@ def test_hostile_text_is_escaped_everywhere():
         html_page.paragraph(HOSTILE)
         + html_page.table([HOSTILE], [[HOSTILE]], caption=HOSTILE)
         + html_page.figures([(png(), HOSTILE)])
-        + html_page.provenance([HOSTILE])
+        + html_page.provenance({"seed": HOSTILE, "split": None, "adapter": ""})
         + html_page.verdicts([html_page.Verdict("bad", HOSTILE, HOSTILE)])
         + html_page.table([HOSTILE], [[HOSTILE]], definitions={HOSTILE: HOSTILE}),
     )

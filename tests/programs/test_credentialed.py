@@ -145,9 +145,8 @@ def test_the_workdir_is_private_from_the_first_byte(tmp_path):
     out, output = tmp_path / "out", []
     out.mkdir(mode=0o755)  # it may have been there
     stages.run(now, out, model="baseline:random", progress=output.append)
-    assert {"records.jsonl", "summary.json", "report.html", "run.json", "records_images"} < set(
-        modes(out)
-    )
+    expected = {"records.jsonl", "summary.json", "report.html", "items.html", "items.csv"}
+    assert expected | {"run.json", "records_images"} < set(modes(out))
     assert_private(out)
     assert not any("SECRET" in line for line in output)
     assert "store this page only where the items may be stored" in (out / "report.html").read_text()
@@ -236,7 +235,7 @@ def test_a_probe_with_a_credentialed_image_is_credentialed():
 
 @pytest.mark.parametrize(
     "name", ["records.jsonl", "history.jsonl", "run.json", "summary.json",
-             "report.html", "probe_blank_image"],
+             "report.html", "items.html", "items.csv", "probe_blank_image"],
 )  # fmt: skip
 def test_unwritable_file_is_reported_in_one_line(tmp_path, name):
     path = items_of(tmp_path, ROW | dict(credential="no"))

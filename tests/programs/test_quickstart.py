@@ -82,8 +82,9 @@ def page_with_markup() -> str:
         "comparisons": [dict(against=MARKUP, theirs=0.0, ours=0.0, **row)],
         "stages": [dict(stage=MARKUP, what=MARKUP, seconds=1.0)],
         "ran": dict(
-            seconds=1.0, peak_gib=1.0, device=MARKUP, jax="0", config="0", train_groups=1,
-            test_groups=1,
+            seconds=1.0, peak_gib=1.0, jax="0", train_groups=1, test_groups=1,
+            model="m", data="d", split="s", digest="0", config="0", seed=0,
+            environment=dict(machine=MARKUP),
         ),
         "notes": MARKUP,
     }  # fmt: skip
@@ -96,7 +97,7 @@ def page_with_markup() -> str:
         before=MARKUP,
         after=MARKUP,
     )
-    made = quickstart.Generated(prompt=MARKUP, before=image(), after=image())
+    made = quickstart.Generated(prompt=MARKUP, real=image(), before=image(), after=image())
     train = [
         dict(step=n, text_nll=1.0 / n, image_nll=2.0 / n, tokens_per_second=9.0) for n in (1, 2)
     ]
@@ -119,7 +120,9 @@ def test_the_page_states_first_whether_the_adapter_is_above_the_baselines(low, h
     unparsed = dict(task="vqa_closed", metric="unparsed", after=0.25)
     (verdict,) = quickstart._verdicts(dict(scores=[unparsed], comparisons=[row]))
     assert verdict[:2] == (status, label)
-    assert "accuracy 0.700, against 0.500 of the baseline random; difference +0.200" in verdict.text
+    assert (
+        "accuracy 0.700, against 0.500 of the baseline “random”; difference 0.200" in verdict.text
+    )
     assert "on 9 items of 3 groups. 25.0% of the answers are unparsed." in verdict.text
 
 
@@ -142,5 +145,5 @@ def test_page_escapes_markup_and_forbids_scripts():
     assert "default-src 'none'" in policy[0] and "script-src" not in policy[0]
     # task, metric, baseline twice, stage, what, notes; then name, question, answer, before, after;
     # prompt
-    assert sum(MARKUP in piece for piece in shown) == 7 + 5 + 1 + 1  # and the device
+    assert sum(MARKUP in piece for piece in shown) == 7 + 5 + 1 + 1  # and the machine
     assert "http://" not in text and "https://" not in text

@@ -1,6 +1,7 @@
 """The program medmax_jax.scaling: what it leaves, and what its errors say."""
 
 import csv
+import hashlib
 import json
 import pathlib
 import subprocess
@@ -50,6 +51,10 @@ def test_program_writes_a_page_and_json(tmp_path):
     assert facts == json.loads((out / "fit.json").read_text())
     html = (out / "page.html").read_text()
     assert "validation &lt;b&gt;" in html and "not stated" in html and "<script" not in html
+    head = html.split('<p class="head">')[1].split("</p>")[0]
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    assert f"table {path} · digest {digest} · law chinchilla · seed 0 · bootstraps 40" in head
+    assert facts["environment"]["machine"] in head
     for name in ("law", "residuals", "bootstrap", "allocation"):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert "warnings\n  loss sums text and image" in done.stdout
