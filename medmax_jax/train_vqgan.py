@@ -35,6 +35,7 @@ from medmax_jax import cli, config
 from medmax_jax.checkpoints import safetensors_file
 from medmax_jax.io import charts, image_paths
 from medmax_jax.io.errors import quoted
+from medmax_jax.io.progress import report_waits
 from medmax_jax.io.text_files import TextFileError, read_objects
 from medmax_jax.models import images, vqgan
 from medmax_jax.sharding import make_mesh, shard_batch
@@ -204,7 +205,8 @@ def _train(
     state, start = _start(settings, tx, checkpoint, replicated)
     log.begin(start)
     log.info(f"{len(train.originals)} training images, steps {start} to {t.steps}")
-    for step in range(start, t.steps):
+    waiting = "running a step; the first one includes the compilation"
+    for step in report_waits(range(start, t.steps), waiting, log.info):
         if step == t.plain_steps:
             state = _init_codebook(state, train, settings, mesh)
         pixels = shard_batch(batch(train, settings, step), mesh)

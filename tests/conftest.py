@@ -1,12 +1,24 @@
 """Eight virtual CPU devices, run-time shape checks, and no network: set before JAX is imported."""
 
+import atexit
 import gc
 import os
+import shutil
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
+import jax  # noqa: F401  before the variables below: this process itself has no compile cache
 from jaxtyping import install_import_hook
+
+# Programs that tests start share one cache, and write none to the user's home.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # else a worker, which inherits its folder
+    cache = tempfile.mkdtemp(prefix="medmax_jax_compiled_")
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
+    os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**30)  # with a limit, JAX locks the folder
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 # Not data, eval, nor what was never checked: batches hold abstract values too, and the endpoint.
 CHECKED = (

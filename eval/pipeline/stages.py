@@ -40,6 +40,7 @@ from medmax_jax.eval.tasks.selection import WHOLE, EvalSet, Shard, check_images,
 from medmax_jax.generation import requests
 from medmax_jax.io import journal
 from medmax_jax.io.atomic_folder import private_umask
+from medmax_jax.io.progress import report_waiting
 from medmax_jax.io.text_files import TextFileError, read_json_object
 
 SWAPPED = "the same model, shown an image of another group: the effect of the image"
@@ -197,11 +198,13 @@ def _run_named(
     cost_estimate.report_estimate(estimate, progress)
     if dry_run:
         return None
+    with report_waiting("loading the model", progress):
+        loaded = load()
     run = EvalRun(
         settings=settings,
         workdir=workdir,
         eval_set=eval_set,
-        loaded=load(),
+        loaded=loaded,
         shard=shard,
         progress=progress,
         stopped=stopped,
@@ -225,8 +228,10 @@ def _stages(run: EvalRun) -> dict[str, Any] | None:
     judgment = run_judge(run, records)
     image_sets = run_image_scoring(run, records, probed)
     compared = run_contamination_check(run)
-    summary = build_summary(run, records, probed, option_lines, judgment, image_sets, compared)
-    write_report(run, summary, records)
+    with report_waiting("computing scores and their intervals", run.progress):
+        summary = build_summary(run, records, probed, option_lines, judgment, image_sets, compared)
+    with report_waiting("writing the report", run.progress):
+        write_report(run, summary, records)
     return summary
 
 
