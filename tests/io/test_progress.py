@@ -21,7 +21,7 @@ def test_a_long_wait_is_reported_until_it_ends():
 
 def test_a_short_wait_is_not_reported():
     lines = []
-    with progress.report_waiting("compiling", lines.append, every=60):
+    with progress.report_waiting("compiling", lines.append, every=60.0):
         pass
     assert list(progress.report_waits(range(3), "batch", lines.append)) == [0, 1, 2]
     assert not lines

@@ -83,7 +83,8 @@ def test_nothing_is_set_where_the_user_decided(
     folder, name, value, tmp_path, monkeypatch, capsys, request
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    request.addfinalizer(lambda before=getattr(jax.config, name): jax.config.update(name, before))
+    before = getattr(jax.config, name)
+    request.addfinalizer(lambda: jax.config.update(name, before))
     jax.config.update(name, value)
     cli.use_compile_cache(folder)
     assert getattr(jax.config, name) == value
