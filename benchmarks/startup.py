@@ -158,10 +158,11 @@ def quickstart(folder: pathlib.Path) -> dict:
     """Return the rows of the ends of stages."""
     rows = Child("medmax_jax.quickstart", f"--workdir={folder / 'quickstart'}", folder=folder,
                  marks=r"^== .*: ").rows  # fmt: skip
-    stages, before = {}, dict.fromkeys(("cpu", "wall", "compile"), 0.0)
+    keys = ("cpu", "wall", "import", "compile")
+    stages, before = {}, dict.fromkeys(keys, 0.0)
     for row in rows:
         name = row["line"].removeprefix("== ").partition(":")[0]
-        stages[name] = {key: round(row[key] - before[key], 2) for key in before} | {"line": ""}
+        stages[name] = {key: round(row[key] - before[key], 2) for key in keys}
         before = row
     return stages | {"total": rows[-1]}
 

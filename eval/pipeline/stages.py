@@ -327,11 +327,10 @@ def check_later_stages(settings: Settings, eval_set: EvalSet, spec: loading.Mode
 
 def run_inference(run: EvalRun) -> list[dict[str, Any]]:
     """Return the records of every item that the model can answer, each run once."""
-    return run.run_items(
-        run.supported_items(run.eval_set.items),
-        "records",
-        classify_modality=run.loaded.modality_classifier(),
-    )
+    with report_waiting("encoding the training images, for the modalities", run.progress):
+        classify = run.loaded.modality_classifier()
+    items = run.supported_items(run.eval_set.items)
+    return run.run_items(items, "records", classify_modality=classify)
 
 
 def run_probes(run: EvalRun) -> dict[str, list[dict[str, Any]]]:
