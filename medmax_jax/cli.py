@@ -6,6 +6,7 @@ python -m medmax_jax.train --config=configs/tiny.py --workdir=D [--config.optim.
 75  interrupted; the same command resumes from where it stopped (EX_TEMPFAIL)
 """
 
+import contextlib
 import glob
 import importlib.util
 import logging
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import filelock
 import jax
 from absl import app, flags
 from jax.experimental import multihost_utils
@@ -32,6 +34,8 @@ from medmax_jax.io.errors import printable_text
 DONE, ERROR, USAGE, INTERRUPTED = 0, 1, 2, 75
 RESUME = "run the same command again to resume"
 STOPPED = f"interrupted; {RESUME}"
+CACHE_BYTES = 2**30  # of the user's compile cache; the programs of the quickstart take 2 MB
+MIN_COMPILE_SECONDS = 0.1  # of a program that is worth a file
 ACCELERATORS = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*", "/dev/dxg", "/dev/kfd")
 
 
@@ -46,13 +50,15 @@ def run(
     defaults: dict[str, str] | None = None,
     folder: str = "workdir",
     instead: str = "",
+    compiles: bool = True,
 ) -> None:
     """Read the flags, call `main(config, workdir)` and exit with one of the statuses above.
 
     `errors`: exceptions whose message is all that the user needs. Any other exception is a bug and
     shows its traceback. `defaults`: flag values of a program that can be started without them.
     `folder`: the name of the flag that sets the workdir. `instead`: a flag without which `folder`
-    is required.
+    is required. `compiles`: whether the program runs what it compiles, so that it has the flag
+    --compile_cache.
     """
     settings = config_flags.DEFINE_config_file(
         "config", None, "config file, for example configs/tiny.py"
@@ -64,11 +70,20 @@ def run(
         lambda given: any(given.values()),
         message=f"Flag --{folder} {arguments.REQUIRED}",
     )
+    if compiles:
+        flags.DEFINE_string(
+            "compile_cache", "",
+            "folder of compiled programs; empty: medmax_jax/compile in the user's cache folder, or "
+            "D/compiled with several hosts; off: none",
+        )  # fmt: skip
 
     def guarded(_: list[str]) -> int:
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every operation
         skip_absent_tpu()
-        init_distributed(os.environ)
+        several_hosts = init_distributed(os.environ)
+        if compiles and not flags.FLAGS.flag_values_dict().get("dry_run"):
+            shared = os.path.abspath(f"{workdir.value}/compiled") if several_hosts else ""
+            use_compile_cache(flags.FLAGS.compile_cache or shared)
         try:
             main(settings.value, workdir.value)
         except ConfigError as error:
@@ -100,8 +115,8 @@ def skip_absent_tpu() -> None:
         jax.config.update("jax_platforms", "cpu")
 
 
-def init_distributed(environment: Mapping[str, str]) -> None:
-    """Connect to the other hosts of a run, before anything touches a device.
+def init_distributed(environment: Mapping[str, str]) -> bool:
+    """Connect to the other hosts of a run, before anything touches a device; return if there are.
 
     MEDMAX_MULTIHOST=1                        where JAX detects the hosts: Cloud TPU, Slurm, k8s
     MEDMAX_COORDINATOR=host:port MEDMAX_PROCESSES=2 MEDMAX_PROCESS=0   elsewhere
@@ -109,8 +124,52 @@ def init_distributed(environment: Mapping[str, str]) -> None:
     if address := environment.get("MEDMAX_COORDINATOR"):
         count, own = (int(environment[f"MEDMAX_{name}"]) for name in ("PROCESSES", "PROCESS"))
         jax.distributed.initialize(address, num_processes=count, process_id=own)
-    elif environment.get("MEDMAX_MULTIHOST") == "1":
+        return True
+    if environment.get("MEDMAX_MULTIHOST") == "1":
         jax.distributed.initialize()
+        return True
+    return False
+
+
+def use_compile_cache(folder: str = "") -> None:
+    """Read programs that an earlier start compiled from a folder, and write new ones to it.
+
+    The default is a folder of the user, from which JAX removes the least recently used programs
+    beyond CACHE_BYTES. "off" sets no folder. JAX's own settings take precedence, for example
+    JAX_COMPILATION_CACHE_DIR. The key of a program contains the versions of JAX and of XLA, its
+    options and the features of the processor, so machines can share a folder.
+    """
+    enabled = jax.config.jax_enable_compilation_cache
+    if folder == "off" or jax.config.jax_compilation_cache_dir or not enabled:
+        return
+    if not folder:
+        try:
+            folder = str(_user_compile_cache())
+        except (OSError, RuntimeError) as error:  # RuntimeError: this user has no home
+            print(f"compile cache: off ({error}); --compile_cache=FOLDER sets one", file=sys.stderr)
+            return
+        jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
+        limit = f"{CACHE_BYTES / 2**30:g} GiB"
+        print(f"compile cache: {folder} (up to {limit}; --compile_cache=off)", file=sys.stderr)
+    jax.config.update("jax_compilation_cache_dir", folder)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
+
+
+def _user_compile_cache() -> pathlib.Path:
+    """Return the user's folder of compiled programs, without the remains of killed processes."""
+    parent = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    folder = pathlib.Path(parent).absolute() / "medmax_jax" / "compile"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.stat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:  # a program in it is executed
+        raise PermissionError(f"other users can write to {folder}")
+    with contextlib.suppress(filelock.Timeout), filelock.FileLock(folder / ".lockfile", timeout=5):
+        # JAX writes NAME-atime after NAME-cache; without it, it can neither use nor evict the entry
+        for entry in folder.glob("*-cache"):
+            if not entry.with_name(f"{entry.name.removesuffix('cache')}atime").exists():
+                entry.unlink()
+    return folder
 
 
 class WorkdirError(OSError):

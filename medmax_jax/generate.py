@@ -22,13 +22,14 @@ from medmax_jax.generation import requests as prompt_requests
 from medmax_jax.generation.model_bundle import decode_segments, load, prompt_tokens
 from medmax_jax.generation.requests import GenerateError
 from medmax_jax.io.errors import printable_text
-from medmax_jax.io.progress import ItemProgress
+from medmax_jax.io.progress import ItemProgress, report_waiting, report_waits
 from medmax_jax.io.storage import StorageError
 from medmax_jax.models import kv_cache
 
 # ---- The program ----
 
 FLAGS = flags.FLAGS
+WAITING = "waiting for answers; the first ones include the compilation"
 ERRORS = (ValueError, OSError, StorageError, export.ExportError)  # raised while a model is loaded
 
 
@@ -59,7 +60,8 @@ def main(settings: ConfigDict, out: str) -> None:
     buckets.batch_size_for(len(prompts), FLAGS.rows)
     output_files.check_images(prompts)
     folder = cli.open_workdir(out, "--out")
-    g = load(FLAGS.model, adapter=FLAGS.adapter or None, mesh=mesh, merge=FLAGS.merge)
+    with report_waiting("loading the model", print):
+        g = load(FLAGS.model, adapter=FLAGS.adapter or None, mesh=mesh, merge=FLAGS.merge)
     tokens = prompt_tokens(g, [p.parts for p in prompts], end_of_turn=FLAGS.end_of_turn)
     prompt_requests.make_requests(
         tokens, sample, g.vocab, mode=FLAGS.mode, names=None, codes=g.vq_config.codes_per_image,
@@ -80,7 +82,7 @@ def main(settings: ConfigDict, out: str) -> None:
         names=[names[i] for i in todo], batch_size=FLAGS.rows, cache_dtype=FLAGS.cache,
     )  # fmt: skip
     with cli.Stop() as stop:
-        for batch, batch_tokens in answers:
+        for batch, batch_tokens in report_waits(answers, WAITING, print):
             for index, answer in zip(batch, decode_segments(g, batch_tokens), strict=True):
                 prompt = prompts[todo[index]]
                 record = output.add(prompt, answer, FLAGS.mode)

@@ -46,6 +46,7 @@ from medmax_jax.eval.tasks import probes, selection
 from medmax_jax.generation import model_bundle
 from medmax_jax.io import charts, html_page
 from medmax_jax.io.environment import environment
+from medmax_jax.io.progress import report_waiting
 from medmax_jax.io.text_files import TextFileError, read_json
 from medmax_jax.models import images
 from medmax_jax.sharding import make_mesh
@@ -189,10 +190,12 @@ def _evaluate(
                 if stop.requested:
                     raise cli.Interrupted(cli.STOPPED)
 
-            g = model_bundle.load(tiny, adapter=tuned, mesh=mesh)
-            centroids = centroids or modality.centroids(
-                g, eval_set.training_images, images_folder=eval_set.folder
-            )
+            with report_waiting("loading the model, encoding the training images", log.info):
+                # merged: the programs that "evaluate before" compiled run this model too
+                g = model_bundle.load(tiny, adapter=tuned, mesh=mesh, merge=tuned is not None)
+                centroids = centroids or modality.centroids(
+                    g, eval_set.training_images, images_folder=eval_set.folder
+                )
             model = base.NativeModel(
                 g, settings.eval.sample, rows=settings.eval.rows, name=name, fingerprint=name
             )

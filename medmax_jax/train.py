@@ -8,7 +8,7 @@ The same command resumes after a stop of any kind. D then contains:
     train.log        what stdout showed           metrics.jsonl, events.out.*    the metrics
     checkpoints/     the state of the last steps  adapter/ or model/             the result
     samples/         samples during training      profile/             with --profile_steps
-    compiled/        XLA's cache of programs, so that a restart does not compile again
+    compiled/        with several hosts: compiled programs, for restarts (--compile_cache)
 
 With credentialed records, D has mode 0700 and its files 0600.
 
@@ -38,6 +38,7 @@ from medmax_jax.data import loader
 from medmax_jax.data.packing.pack import PackError
 from medmax_jax.data.records.document import RecordsError
 from medmax_jax.io.atomic_folder import private_folder
+from medmax_jax.io.progress import report_waiting
 from medmax_jax.io.storage import StorageError
 from medmax_jax.models import chameleon, vocab
 from medmax_jax.sharding import make_mesh, shard_batch
@@ -52,7 +53,7 @@ ERRORS = (
 
 
 def main(settings: ConfigDict, workdir: str) -> None:
-    """Read the flags, configure the compile cache and train."""
+    """Read the flags and train."""
     options = setup.Options(
         extend=FLAGS.extend,
         dry_run=FLAGS.dry_run,
@@ -60,9 +61,6 @@ def main(settings: ConfigDict, workdir: str) -> None:
         wandb=FLAGS.wandb,
         listed_hosts=tuple(FLAGS.listed_host),
     )
-    if not options.dry_run and FLAGS.compile_cache != "off" and not _compile_cache_dir():
-        cache_folder = FLAGS.compile_cache or str(cli.open_workdir(workdir).absolute() / "compiled")
-        jax.config.update("jax_compilation_cache_dir", cache_folder)
     run(config.from_config_dict(settings), workdir, options)
 
 
@@ -106,7 +104,7 @@ def run(
         # ---- restore
         store = CheckpointManager(folder / "checkpoints", keep=run.train.keep, log=writer.log)
         stack.callback(store.close)
-        with clock.measure("load"):
+        with clock.measure("load"), report_waiting("loading the weights", writer.log):
             start, state, cursor, changes = setup.restore_checkpoint(
                 run, abstract_model, store, meta, options
             )
@@ -227,7 +225,8 @@ def _evaluate(
 
 def _compiled(job: TrainContext, state: step.TrainState, batch: Batch) -> Callable:
     job.stop.activity = "the compilation of the training step"
-    with job.clock.measure("compile"):
+    waiting = report_waiting("compiling the training step", job.writer.log)
+    with job.clock.measure("compile"), waiting:
         lowered = step.make_train_step(job.graph, job.run).lower(state, job.frozen, batch, job.key)
         compiled = lowered.compile()
         barrier("the training step is compiled")
@@ -313,11 +312,6 @@ def _parse_step_range(text: str) -> tuple[int, int] | None:
     return int(first), int(last)
 
 
-def _compile_cache_dir() -> str | None:
-    """Return the cache folder that JAX is configured with, for example by its own variable."""
-    return jax.config.jax_compilation_cache_dir
-
-
 def _wandb_sink(
     run: config.Run,
     options: setup.Options,
@@ -347,9 +341,6 @@ def _flags() -> None:
     )
     flags.DEFINE_string(
         "profile_steps", "", "FIRST:LAST: write an xprof trace of these steps to D/profile"
-    )
-    flags.DEFINE_string(
-        "compile_cache", "", "folder of XLA's compile cache; empty: D/compiled; off: no cache"
     )
     flags.DEFINE_string("wandb", "", "Weights & Biases project to log the metrics to")
     flags.DEFINE_multi_string(

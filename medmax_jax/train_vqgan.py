@@ -35,6 +35,7 @@ from medmax_jax import cli, config
 from medmax_jax.checkpoints import safetensors_file
 from medmax_jax.io import charts, image_paths
 from medmax_jax.io.errors import quoted
+from medmax_jax.io.progress import report_waits
 from medmax_jax.io.text_files import TextFileError, read_objects
 from medmax_jax.models import images, vqgan
 from medmax_jax.sharding import make_mesh, shard_batch
@@ -209,7 +210,8 @@ def _train(
         "l1: mean absolute error of pixels in [-1, 1]; lpips: perceptual distance; psnr: in dB; "
         "codes_used, perplexity: of the codebook since its last change"
     )
-    for step in range(start, t.steps):
+    waiting = "running a step; the first one includes the compilation"
+    for step in report_waits(range(start, t.steps), waiting, log.info):
         if step == t.plain_steps:
             state = _init_codebook(state, train, settings, mesh)
         pixels = shard_batch(batch(train, settings, step), mesh)

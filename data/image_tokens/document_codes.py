@@ -16,6 +16,7 @@ from jaxtyping import Int
 from medmax_jax.data.image_tokens.batch_encoder import BatchEncoder
 from medmax_jax.data.image_tokens.encoder import (
     BATCH,
+    ENCODING,
     LOG_SECONDS,
     Encoder,
     ImageView,
@@ -24,7 +25,7 @@ from medmax_jax.data.image_tokens.encoder import (
     log,
 )
 from medmax_jax.data.image_tokens.store_reader import CodeStore, digest_of, open_codes
-from medmax_jax.io.progress import ItemProgress
+from medmax_jax.io.progress import ItemProgress, report_waits
 from medmax_jax.models import image_headers
 
 
@@ -59,11 +60,13 @@ class OnlineEncoder:
         """Return the codes of views."""
         todo = sorted(set(views), key=lambda v: (v.path, v.number))
         result, progress = EncodeResult({}, {}), None
-        if log_progress:
-            progress = ItemProgress(len(todo), "images", log.info, every=LOG_SECONDS)
         config = self._encoder.vq_config
         loaders = (lambda v=v: load_pixels(files.load(v.path), v, config) for v in todo)
-        for v, codes in zip(todo, self._encode(loaders), strict=True):
+        encoded = self._encode(loaders)
+        if log_progress:
+            progress = ItemProgress(len(todo), "images", log.info, every=LOG_SECONDS)
+            encoded = report_waits(encoded, ENCODING, log.info)
+        for v, codes in zip(todo, encoded, strict=True):
             if not isinstance(codes, str):
                 result.codes[v.path, v.number] = codes.astype(np.int32)
             elif v.path not in result.unreadable:

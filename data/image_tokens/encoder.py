@@ -28,6 +28,7 @@ log = logging.getLogger("medmax_jax.prepare")
 
 BATCH = 16  # images that a device encodes at once, by default
 LOG_SECONDS = 5.0
+ENCODING = "encoding images; the first batch includes the compilation"  # logged during long waits
 MIN_CROP_AREA = 0.5  # of the center square: smaller crops lose what texts describe
 JITTER = 0.2  # contrast 0.8 .. 1.2 and brightness -0.2 .. 0.2 of the range -1 .. 1
 

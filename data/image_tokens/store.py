@@ -42,6 +42,7 @@ from medmax_jax.data.image_tokens import dicom
 from medmax_jax.data.image_tokens.batch_encoder import PRECISIONS, BatchEncoder
 from medmax_jax.data.image_tokens.encoder import (
     BATCH,
+    ENCODING,
     LOG_SECONDS,
     Encoder,
     PrepareError,
@@ -56,7 +57,7 @@ from medmax_jax.endpoints import egress
 from medmax_jax.io import image_paths
 from medmax_jax.io.atomic_folder import private_folder
 from medmax_jax.io.image_paths import is_inside
-from medmax_jax.io.progress import ItemProgress
+from medmax_jax.io.progress import ItemProgress, report_waits
 from medmax_jax.io.text_files import TextFileError, read_json_object
 from medmax_jax.models import images
 
@@ -209,7 +210,8 @@ class _TokenizeJob:
         path = self.out / "codes" / f"{n:05d}-{secrets.token_hex(4)}.array_record"
         try:
             with _records(path) as writer:
-                for number, codes in zip(numbers, encode(self._loaders(numbers)), strict=True):
+                encoded = report_waits(encode(self._loaders(numbers)), ENCODING, log.info)
+                for number, codes in zip(numbers, encoded, strict=True):
                     if isinstance(codes, str):
                         unreadable[self.name(number)] = codes
                         codes = np.zeros(0, np.uint16)  # keeps its position; the index has -1

@@ -109,7 +109,8 @@ class _EmbeddingJob:
                 opened = {request: self._open(request) for request in part}
                 loaded = {request: image for request, image in opened.items() if image is not None}
                 if loaded:
-                    rows = self.scorer.embed_images(list(loaded.values()), released=released)
+                    with report_waiting(f"{self.scorer.name}: embedding images", progress):
+                        rows = self.scorer.embed_images(list(loaded.values()), released=released)
                     self._put(list(loaded), rows)
         text_requests = [request for request in todo if isinstance(request.content, str)]
         for part in _parts(text_requests, self.scorer.batch):

@@ -30,7 +30,7 @@ from medmax_jax.eval.tasks import items as task_items
 from medmax_jax.eval.tasks.selection import WHOLE, Shard
 from medmax_jax.io import journal as io_journal
 from medmax_jax.io.journal import Journal, open_journal
-from medmax_jax.io.progress import ItemProgress
+from medmax_jax.io.progress import ItemProgress, report_waits
 from medmax_jax.io.text_files import TextFileError, parse_object
 
 FLUSH = 32  # answers that are written together
@@ -82,7 +82,8 @@ def run_items(
         try:
             for family, window_items in _windows(todo, window):
                 log.started(len(window_items))
-                for records in runner.batches(window_items):
+                waiting = f"{family}: waiting for answers (a native model compiles first)"
+                for records in report_waits(runner.batches(window_items), waiting, progress):
                     journal.append(*records)
                     records_by_id |= {record["id"]: record for record in records}
                     log.finished(len(records))

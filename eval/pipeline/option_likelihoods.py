@@ -26,7 +26,7 @@ from medmax_jax.eval.pipeline import inference
 from medmax_jax.eval.stats import calibration, intervals
 from medmax_jax.eval.tasks import items as task_items
 from medmax_jax.io.journal import open_journal
-from medmax_jax.io.progress import SECONDS, ItemProgress
+from medmax_jax.io.progress import SECONDS, ItemProgress, report_waiting
 
 OPTIONS = "options.jsonl"
 BINS = 10  # of the calibration error, with equally many answers each
@@ -87,7 +87,8 @@ def score(
                 inference.make_request(item, Path(images_folder), mode, prompt)
                 for item in window_items
             ]
-            likelihoods = scorer(requests, [parse_options(item) for item in window_items])
+            with report_waiting("options: scoring", progress):
+                likelihoods = scorer(requests, [parse_options(item) for item in window_items])
             pairs = zip(window_items, likelihoods, strict=True)
             lines = [_line(model, item, of_options) for item, of_options in pairs]
             journal.append(*lines)

@@ -43,6 +43,7 @@ from medmax_jax.generation import requests
 from medmax_jax.io import journal
 from medmax_jax.io.atomic_folder import private_umask
 from medmax_jax.io.environment import environment
+from medmax_jax.io.progress import report_waiting
 from medmax_jax.io.text_files import TextFileError, read_json_object
 
 SWAPPED = "the same model, shown an image of another group: the effect of the image"
@@ -219,11 +220,13 @@ def _run_named(
     cost_estimate.report_estimate(estimate, progress)
     if dry_run:
         return None
+    with report_waiting("loading the model", progress):
+        loaded = load()
     run = EvalRun(
         settings=settings,
         workdir=workdir,
         eval_set=eval_set,
-        loaded=load(),
+        loaded=loaded,
         shard=shard,
         progress=progress,
         stopped=stopped,
@@ -247,8 +250,10 @@ def _stages(run: EvalRun) -> dict[str, Any] | None:
     judgment = run_judge(run, records)
     image_sets = run_image_scoring(run, records, probed)
     compared = run_contamination_check(run)
-    summary = build_summary(run, records, probed, option_lines, judgment, image_sets, compared)
-    write_report(run, summary, records)
+    with report_waiting("computing scores and their intervals", run.progress):
+        summary = build_summary(run, records, probed, option_lines, judgment, image_sets, compared)
+    with report_waiting("writing the report", run.progress):
+        write_report(run, summary, records)
     return summary
 
 
@@ -344,11 +349,10 @@ def check_later_stages(settings: Settings, eval_set: EvalSet, spec: loading.Mode
 
 def run_inference(run: EvalRun) -> list[dict[str, Any]]:
     """Return the records of every item that the model can answer, each run once."""
-    return run.run_items(
-        run.supported_items(run.eval_set.items),
-        "records",
-        classify_modality=run.loaded.modality_classifier(),
-    )
+    with report_waiting("encoding the training images, for the modalities", run.progress):
+        classify = run.loaded.modality_classifier()
+    items = run.supported_items(run.eval_set.items)
+    return run.run_items(items, "records", classify_modality=classify)
 
 
 def run_probes(run: EvalRun) -> dict[str, list[dict[str, Any]]]:

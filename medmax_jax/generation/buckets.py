@@ -15,8 +15,9 @@ from jaxtyping import PyTree
 from medmax_jax.config import Sample
 from medmax_jax.generation.requests import GenerateError
 
-PREFILL_SIZES = (32, 64, 128, 256)  # prompt tokens per prefill call
-CACHE_LENGTH_STEPS = (64, 512)  # cache lengths are multiples of these, up to 512 and beyond
+# Few sizes, because each one is another program to compile.
+PREFILL_SIZES = (32, 128, 256)  # prompt tokens per prefill call
+CACHE_LENGTH_STEPS = (256, 512)  # cache lengths are multiples of these, up to 512 and beyond
 MIN_SPAN = 256  # cache positions that are attended to; doubled until it suffices
 
 # Lower-case fragments of an out-of-memory error: XLA's status where it allocates immediately; its

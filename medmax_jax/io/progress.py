@@ -1,9 +1,52 @@
 """Progress logs of long work: amount done, rate and remaining time, one line at a time."""
 
+import contextlib
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 SECONDS = 5.0  # between two lines
+_Item = TypeVar("_Item")
+
+
+@contextlib.contextmanager
+def report_waiting(
+    what: str, log: Callable[[str], None], *, every: float = SECONDS
+) -> Iterator[Callable[[], None]]:
+    """Log `what` and the seconds so far, from a thread, while the block takes long.
+
+    It is for calls that report nothing themselves, like a compilation. The block gets a function
+    that starts the wait again; a wait that is shorter than `every` logs nothing.
+    """
+    begin, ended = time.monotonic(), threading.Event()
+
+    def restart() -> None:
+        nonlocal begin
+        begin = time.monotonic()
+
+    def report() -> None:
+        while not ended.wait(every):
+            if (seconds := time.monotonic() - begin) >= every:
+                # A `log` may raise to stop the work, which it can do in the caller's thread only.
+                with contextlib.suppress(Exception):
+                    log(f"{what}: {seconds:.0f} s")
+
+    thread = threading.Thread(target=report, daemon=True)
+    thread.start()
+    try:
+        yield restart
+    finally:
+        ended.set()
+        thread.join()
+
+
+def report_waits(items: Iterable[_Item], what: str, log: Callable[[str], None]) -> Iterator[_Item]:
+    """Yield the items; report a long wait for one of them, as `report_waiting` does."""
+    with report_waiting(what, log) as restart:
+        for item in items:
+            restart()
+            yield item
 
 
 class ByteProgress:

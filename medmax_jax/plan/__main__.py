@@ -188,5 +188,6 @@ def _format_decoding(answer: dict[str, Any]) -> list[str]:
 
 if __name__ == "__main__":
     cli.run(
-        main, errors=(PlanError, cli.WorkdirError), defaults={"cache": "runs/plan"}, folder="cache"
-    )
+        main, errors=(PlanError, cli.WorkdirError), defaults={"cache": "runs/plan"}, folder="cache",
+        compiles=False,
+    )  # fmt: skip

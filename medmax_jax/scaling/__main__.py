@@ -26,7 +26,7 @@ from medmax_jax import arguments
 from medmax_jax.cli import DONE, ERROR, WorkdirError, open_workdir
 from medmax_jax.io import charts, html_page
 from medmax_jax.io.environment import environment
-from medmax_jax.io.progress import SECONDS, ItemProgress
+from medmax_jax.io.progress import SECONDS, ItemProgress, report_waiting
 from medmax_jax.scaling import checklist, diagnostics, mixed, report, table
 from medmax_jax.scaling.laws import LAWS, ScalingError
 from medmax_jax.scaling.study import Options, run_study
@@ -135,7 +135,8 @@ def _mixed(args: argparse.Namespace, folder: Path | None) -> dict[str, Any]:
     rows = table.read(
         args.table, mixed.LAW, target=target, columns=dict(args.map), exclude=args.exclude
     )
-    fitted = mixed.fit(rows, delta=args.delta)
+    with report_waiting(f"{target}: fitting", _log):
+        fitted = mixed.fit(rows, delta=args.delta)
     fits = ItemProgress(3 * args.bootstraps, "fits", _log, every=SECONDS)
     draws = mixed.bootstrap_samples(
         fitted, rows, count=args.bootstraps, seed=args.seed,

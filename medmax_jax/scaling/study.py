@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from medmax_jax.io.progress import SECONDS, ItemProgress
+from medmax_jax.io.progress import SECONDS, ItemProgress, report_waiting
 from medmax_jax.scaling import allocation, diagnostics
 from medmax_jax.scaling import fit as fitting
 from medmax_jax.scaling.diagnostics import BootstrapSamples, HoldoutErrors
@@ -74,7 +74,8 @@ def run_study(
     """
     delta, fixed = options.delta, options.fixed
     warnings = [*table.notes, *diagnostics.check(law, table, fixed)]
-    fitted = fitting.fit(law, table.x, table.y, delta=delta, fixed=fixed)
+    with report_waiting(f"{table.target}: fitting", progress):
+        fitted = fitting.fit(law, table.x, table.y, delta=delta, fixed=fixed)
     diagnostics.check_end(fitted, table)
     fits = ItemProgress(options.draws + int(table.runs.max()) + 1, "fits", progress, every=SECONDS)
     draws = diagnostics.bootstrap(
@@ -83,7 +84,8 @@ def run_study(
     )  # fmt: skip
     named = draws.named()
     condition = condition_number(fitted, table)
-    holdouts = diagnostics.all_holdouts(law, table, delta=delta, fixed=fixed)
+    with report_waiting(f"{table.target}: fitting without the largest runs", progress):
+        holdouts = diagnostics.all_holdouts(law, table, delta=delta, fixed=fixed)
     influential, share = _influence(
         fitted, table, named, lambda count: fits.tick(f"{table.target}: without each run", count)
     )

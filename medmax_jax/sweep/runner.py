@@ -15,11 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from medmax_jax.cli import INTERRUPTED, RESUME, Interrupted, Stop
+from medmax_jax.io.progress import report_waiting
 from medmax_jax.sweep import status
 from medmax_jax.sweep.axes import SweepError
 from medmax_jax.sweep.expand import SweepRun
 
 WAIT = 0.2  # seconds between checks of a process
+REPORT = 10.0  # seconds between two lines about a run
 
 
 def run(runs: Sequence[SweepRun], folder: Path) -> dict[str, str]:
@@ -50,6 +52,10 @@ def _run_one(sweep_run: SweepRun, folder: Path, name: str, stop: Stop) -> None:
         print(f"{name}: {before}", flush=True)
         return
     begin = time.monotonic()
+
+    def report(line: str) -> None:
+        print(f"{line}; {_last_line(home / 'run.log')}", flush=True)
+
     try:
         home.mkdir(parents=True, exist_ok=True)
         with open(home / status.STARTED, "w") as started, open(home / "run.log", "ab") as log:
@@ -58,7 +64,8 @@ def _run_one(sweep_run: SweepRun, folder: Path, name: str, stop: Stop) -> None:
                 command(sweep_run, home), stdout=log, stderr=subprocess.STDOUT,
                 pass_fds=(started.fileno(),),
             )  # fmt: skip
-            code = _wait(process, stop)
+            with report_waiting(f"{name}: running", report, every=REPORT):
+                code = _wait(process, stop)
     except OSError as error:  # the other runs may continue
         print(f"{name}: could not be started ({error.filename}: {error.strerror})", flush=True)
         return

@@ -24,6 +24,7 @@ from medmax_jax import cli, config, flops
 from medmax_jax.checkpoints import safetensors_file
 from medmax_jax.checkpoints.manager import CheckpointError, CheckpointManager, barrier
 from medmax_jax.io.environment import environment, git_commit
+from medmax_jax.io.progress import report_waiting
 from medmax_jax.models import chameleon
 from medmax_jax.sharding import shard_batch
 from medmax_jax.training import log_writer, metrics, step
@@ -193,7 +194,8 @@ class Evaluator:
             with job.clock.measure("eval"):
                 batch = shard_batch(job.eval_data.batch(number), job.mesh)
             if self._step is None:
-                with job.clock.measure("compile"):
+                waiting = report_waiting("compiling the evaluation step", job.writer.log)
+                with job.clock.measure("compile"), waiting:
                     lowered = step.make_eval_step(job.graph, job.run).lower(
                         state.trainable, job.frozen, batch
                     )
