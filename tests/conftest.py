@@ -1,7 +1,8 @@
 """Eight virtual CPU devices, quick compilation, run-time shape checks: set before JAX is imported.
 
 What XLA compiles is shared by the processes of a session, through a folder that is removed at its
-end; none of them writes to the user's cache. To keep it from one session to the next: `JAX_COMPILATION_CACHE_DIR=D pytest`.
+end; none of them writes to the user's cache. To keep it from one session to the next:
+JAX_COMPILATION_CACHE_DIR=D pytest
 """
 
 import gc
