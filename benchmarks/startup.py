@@ -16,7 +16,6 @@ changes little; `wall` is seconds by the clock; `import` is the part of Python's
 without a line of output. The last line is one JSON object. Linux only.
 """
 
-import argparse
 import importlib.metadata
 import json
 import os
@@ -28,6 +27,10 @@ import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from medmax_jax import arguments
+
 PROGRAMS = (
     *(f"medmax_jax.{name}" for name in ("quickstart", "train", "train_vqgan", "generate")),
     *(f"medmax_jax.{name}" for name in ("convert", "plan", "scaling", "sweep")),
@@ -193,7 +196,7 @@ PARTS = dict(help=help_texts, generate=generate, eval=evaluate, train=train, swe
 
 def main() -> None:
     """Run the parts, print a table, then one line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = arguments.Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     args, before, results = parser.parse_args(), os.getloadavg(), {}
     subprocess.run([sys.executable, "-m", "compileall", "-q", "medmax_jax"], cwd=ROOT, check=True)

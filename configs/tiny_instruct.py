@@ -15,5 +15,5 @@ def get_config() -> ConfigDict:
     config = tiny.get_config()
     config.lora.update(rank=8, alpha=16.0)  # a file of 328 kB
     config.data.update(train="runs/instruct/train", validation="runs/instruct/validation")
-    config.train.update(steps=900)
+    config.train.update(steps=900, samples=0)
     return config

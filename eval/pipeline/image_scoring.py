@@ -28,6 +28,7 @@ from medmax_jax.eval.stats import intervals
 from medmax_jax.io import image_paths
 from medmax_jax.io import journal as io_journal
 from medmax_jax.io.journal import Journal, open_journal
+from medmax_jax.io.progress import report_waiting
 from medmax_jax.io.storage import file_sha256
 from medmax_jax.models import image_headers, images
 

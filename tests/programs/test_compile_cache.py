@@ -22,6 +22,15 @@ print(float(jax.jit(lambda x: (x @ x).sum())(jnp.ones((3, 3)))), sum(hits))
 """
 
 
+@pytest.fixture(autouse=True)
+def no_cache():
+    """The tests of this process have no cache, unless they set one."""
+    own = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    jax.config.update("jax_compilation_cache_dir", own)
+
+
 def start(home: pathlib.Path, **variables: str) -> tuple[str, str]:
     """Return what a new process printed: its result and the entries it read; and its messages."""
     own = {k: v for k, v in os.environ.items() if "COMPILATION_CACHE" not in k}

@@ -5,7 +5,6 @@ import pathlib
 import micro_run
 import numpy as np
 import pytest
-from test_train import compile_once  # noqa: F401
 
 from medmax_jax import config, train
 from medmax_jax.data.records import reader
