@@ -9,11 +9,10 @@ plans are compressed, so they are searched decoded too. tests/data/test_mimic.py
 import json
 import pathlib
 import stat
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from forked_programs import forked
 from source_setup import DICOM_IDS, STUDY, SUBJECT
 from test_mimic import SECRETS, everything_written, marked_source
 
@@ -34,38 +33,41 @@ def get_config():
 """
 
 
+def run(*commands: tuple) -> list[str]:
+    """What commands of data.prepare, or of training, print; each begins with its exit status."""
+    module = lambda words: "medmax_jax.train" if words[0].startswith("--") else "data.prepare"  # noqa: E731
+    lines = [list(map(str, words)) for _, *words in commands]
+    results = forked(*([module(words), *words] for words in lines))
+    assert [status for status, _ in results] == [status for status, *_ in commands], results
+    return [output for _, output in results]
+
+
 @pytest.fixture(scope="module")
 def road(tmp_path_factory):
     """(folder, what all programs printed) after the whole road."""
     top = tmp_path_factory.mktemp("road")
     source = tmp_path_factory.mktemp("source") / f"{SECRETS[0]}-folder"
     marked_source(source)
-    report = []
-
-    def ran(*command, module="data.prepare", status=0):
-        done = subprocess.run(
-            [sys.executable, "-m", module, *map(str, command)],
-            cwd=ROOT, capture_output=True, text=True, timeout=600,
-        )  # fmt: skip
-        report.append(done.stdout + done.stderr)
-        assert done.returncode == status, report[-1]
-
-    r = top / "r"
-    build = ["build", "--source", "MIMIC-CXR", "--from", source, "--model", prepare.TINY]
-    ran(*build, "--out", top / "no", status=1)
-    ran(*build, "--out", r, "--max_bad", "0.6")
-    ran("check", r, "--against", r, status=1)  # all of it leaks into itself
-    ran("stats", r, "--out", top / "page.html")
-    ran("stats", r, "--out", top / "shown.html", "--show_credentialed")
-    ran("plan", r, "--seq_len", "256", "--row", "0", "--save", top / "plan.npz")
-    ran("plan", top / "plan.npz", "--row", "0")
-    (top / "tiny_mimic.py").write_text(CONFIG.format(records=str(r)))
-    workdir = f"--workdir={top / 'run'}"
-    ran(f"--config={top / 'tiny_mimic.py'}", workdir, module="medmax_jax.train")
-    for request in (DICOM_IDS[0], writer.open_records(r)[0].id):
-        ran("who_saw", request, "--in", top)
-    tokenize = ["tokenize", "--images", source, "--model", prepare.TINY, "--credentialed"]
-    ran(*tokenize, "--out", top / "codes", "--max_bad", "0.6")
+    r, codes = top / "r", top / "codes"
+    tiny, tiny_mimic = ["--model", prepare.TINY], top / "tiny_mimic.py"
+    tiny_mimic.write_text(CONFIG.format(records=str(r)))
+    build = ["build", "--source", "MIMIC-CXR", "--from", source, *tiny]
+    report = run(
+        (1, *build, "--out", top / "no"),
+        (0, *build, "--out", r, "--max_bad", "0.6"),
+        (1, "check", r, "--against", r),  # all of it leaks into itself
+        (0, "stats", r, "--out", top / "page.html"),
+        (0, "stats", r, "--out", top / "shown.html", "--show_credentialed"),
+        (0, "plan", r, "--seq_len", "256", "--row", "0", "--save", top / "plan.npz"),
+        (0, "plan", top / "plan.npz", "--row", "0"),
+        (0, f"--config={tiny_mimic}", f"--workdir={top / 'run'}"),
+    )
+    ids = (DICOM_IDS[0], writer.open_records(r)[0].id)
+    report += run(
+        *((0, "who_saw", request, "--in", top) for request in ids),
+        (0, "tokenize", "--images", source, *tiny, "--credentialed", "--out", codes,
+         "--max_bad", "0.6"),
+    )  # fmt: skip
     return top, report
 
 

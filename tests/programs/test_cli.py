@@ -1,6 +1,5 @@
 """Messages of every program about a wrong flag, an unwritable workdir, and Ctrl-C."""
 
-import json
 import os
 import pathlib
 import signal
@@ -10,6 +9,7 @@ import threading
 import time
 
 import pytest
+from forked_programs import forked
 
 from medmax_jax import cli, config, train_vqgan
 from medmax_jax.configs import eval_tiny, tiny_vqgan
@@ -41,44 +41,6 @@ def main(settings, workdir):
 
 cli.run(main, errors=())
 """
-# Runs programs as modules or files, each in a process of its own that has imported JAX already, and
-# prints the list of [status, stdout and stderr].
-FORKED = """
-import argparse, json, os, pathlib, runpy, sys, tempfile, traceback
-
-sys.path[:0] = [os.getcwd(), "benchmarks", "tests"]
-import jax, flax.nnx, orbax.checkpoint, ml_collections
-
-def start(name, *arguments):
-    sys.argv = [name, *arguments]
-    if name.endswith(".py"):
-        runpy.run_path(name, run_name="__main__")
-    else:
-        runpy.run_module(name, run_name="__main__", alter_sys=True)
-
-results = []
-for words in json.loads(sys.argv[1]):
-    with tempfile.TemporaryFile("w+") as output:
-        child = os.fork()
-        if not child:
-            os.dup2(output.fileno(), 1)
-            os.dup2(output.fileno(), 2)
-            status = 0
-            try:
-                start(*words)
-            except SystemExit as end:
-                status = end.code or 0
-            except BaseException:
-                traceback.print_exc()
-                status = 70
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        output.seek(0)
-        results.append([status, output.read()])
-print(json.dumps(results))
-"""
 # A call that Python cannot interrupt, as XLA's compiler: its signal handlers run after it.
 COMPILING = """
 import hashlib
@@ -89,12 +51,6 @@ with cli.Stop() as stop:
     print("begun", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 500_000_000)
 """
-
-
-def forked(*commands: list[str]) -> list[tuple[int, str]]:
-    done = program("-c", FORKED, json.dumps(commands))
-    assert done.returncode == 0, done.stderr
-    return [tuple(result) for result in json.loads(done.stdout.splitlines()[-1])]
 
 
 def program(*words: str) -> subprocess.CompletedProcess:
