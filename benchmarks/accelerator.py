@@ -178,7 +178,7 @@ def _machine(device: Accelerator, args: argparse.Namespace) -> dict[str, Any]:
             f"error: JAX finds {found.get('kind') or found['error'] or 'no device'} here, not a "
             f"{device.platform}; install its JAX (docs/guides/install.md), or use --smoke"
         )
-    return found | dict(smoke=False)
+    return found | dict(chips=found["chips"] if device.meshes else 1, smoke=False)
 
 
 def _skipped(device: Accelerator, python: str) -> dict[str, str]:
