@@ -5,6 +5,7 @@ same_weights.py; text ids and EOS are allowed, as in this project's text mode.
 """
 
 import time
+import types
 from typing import Any
 
 import sides
@@ -56,7 +57,7 @@ def main(spec: dict[str, Any]) -> None:
     def about() -> dict[str, Any]:
         return dict(torch=torch.__version__, transformers=transformers.__version__)
 
-    sides.serve(dict(text=text, about=about))
+    sides.serve(lambda: types.SimpleNamespace(text=text, about=about))
 
 
 if __name__ == "__main__":

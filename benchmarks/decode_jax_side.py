@@ -125,6 +125,5 @@ class Decoder:
 
 
 if __name__ == "__main__":
-    decoder = Decoder(sides.read_spec(__doc__))
-    names = ("text", "guided", "interleaved", "shared", "about")
-    sides.serve({name: getattr(decoder, name) for name in names})
+    SPEC = sides.read_spec(__doc__)
+    sides.serve(lambda: Decoder(SPEC))

@@ -1,4 +1,4 @@
-"""Runs the other side of gpu.py's decode and vq parts, in a Python with torch and transformers."""
+"""Runs the other side of the parts decode and vq, in a Python with torch and transformers."""
 
 import math
 import time
@@ -32,9 +32,8 @@ class Decoder:
         for name, tensor in self.model.named_parameters():
             if not name.startswith("model.vqmodel"):
                 hf_side.fill(name, tensor)
-        ids = np.load(spec["prompts"])["ids"][: spec["rows"]]
+        ids = np.array(spec["prompts"])
         self.prompt = torch.tensor(ids).long().to(device)
-        self.steps(1)
 
     @torch.inference_mode()
     def losses(self, count: int) -> dict[str, Any]:
@@ -78,7 +77,6 @@ class Images:
             _fill(tensor, *spec["names"][name])
         pixels = np.load(spec["images"])["pixels"][: spec["rows"]].transpose(0, 3, 1, 2)
         self.pixels = torch.tensor(np.ascontiguousarray(pixels)).to(spec["device"])
-        self.steps(1)
 
     @torch.inference_mode()
     def losses(self, count: int) -> dict[str, Any]:
@@ -119,8 +117,7 @@ def _fill(tensor: torch.Tensor, name: str, shape: list[int]) -> None:
 
 def main(spec: dict[str, Any]) -> None:
     """Build the models, then serve requests."""
-    side = {"decode": Decoder, "vq": Images}[spec["part"]](spec)
-    sides.serve({"losses": side.losses, "steps": side.steps, "about": side.about})
+    sides.serve(lambda: {"decode": Decoder, "vq": Images}[spec["part"]](spec))
 
 
 if __name__ == "__main__":

@@ -218,8 +218,7 @@ def device(spec: dict[str, Any]) -> dict[str, Any]:
 
 def main(spec: dict[str, Any]) -> None:
     """Build the model, then serve requests."""
-    trainer = Trainer(spec)
-    sides.serve({"losses": trainer.losses, "steps": trainer.steps, "about": trainer.about})
+    sides.serve(lambda: Trainer(spec))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import sides
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import medmax_jax
 from medmax_jax import config, sharding
 from medmax_jax.checkpoints.safetensors_file import dotted_name
 from medmax_jax.data import loader
@@ -82,7 +83,8 @@ def fill(like: Any, model: config.Model | None) -> Any:
             filled |= _quantized(name.removesuffix(".qvalue"), leaf, model)
         elif not name.endswith("kernel.scale"):
             filled[name] = _fill_leaf(name, leaf)
-    return jax.tree.unflatten(leaves[1], [filled[dotted_name(path)] for path, _ in leaves[0]])
+    placed = [jax.device_put(filled[dotted_name(path)], leaf.sharding) for path, leaf in leaves[0]]
+    return jax.tree.unflatten(leaves[1], placed)
 
 
 def _fill_leaf(name: str, like: jax.ShapeDtypeStruct) -> jax.Array:
@@ -112,20 +114,22 @@ def _layer(name: str, salt: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _quantized(name: str, like: jax.ShapeDtypeStruct, model: config.Model) -> dict[str, jax.Array]:
-    """Return a stack of matrices in nf4, as by convert/quantize.py, but on the device."""
-    if model.quant != "nf4":
-        raise ValueError(f"model.quant is {model.quant!r}; this benchmark supports only nf4")
+    """Return a stack of matrices in nf4 or int8, as by convert/native.py, but on the device."""
     layers, rows, columns = like.shape
+    packed = model.quant in quantization.PACKED
 
     @jax.jit
     def quantize(salt: jax.Array) -> tuple[jax.Array, jax.Array]:
-        dense = _layer(name, salt, (2 * rows, columns)).astype(model.param_dtype)
-        tiles = {0: quantization.TILE}
+        dense = _layer(name, salt, ((2 if packed else 1) * rows, columns)).astype(model.param_dtype)
+        tiles = {0: quantization.TILE} if packed else {}
         matrix = qwix.quantize(
-            dense.astype(jnp.float32), "nf4", channelwise_axes=(1,), tiled_axes=tiles
+            dense.astype(jnp.float32), model.quant, channelwise_axes=(1,), tiled_axes=tiles
         )
+        scale = matrix.scale.astype(jnp.float32)
+        if not packed:
+            return matrix.qvalue, scale
         codes = matrix.qvalue.astype(jnp.uint8)
-        return codes[0::2] | (codes[1::2] << 4), matrix.scale.astype(jnp.float32)
+        return codes[0::2] | (codes[1::2] << 4), scale
 
     pairs = [quantize(salt) for salt in _salts(name, layers)]
     codes, scales = (jnp.stack(parts) for parts in zip(*pairs, strict=True))
@@ -142,6 +146,12 @@ class Trainer:
                 create(run), run.train.trains
             )
             source = loader.train_batches(run, run.data.train)
+            stats = [source.stats(number) for number in range(batches)]
+            self.tokens, squared = (
+                sum(getattr(of_batch, name) for of_batch in stats)
+                for name in ("tokens", "squared_lengths")
+            )
+            self.attended_length = squared / self.tokens
             self.batches = [
                 sharding.shard_batch(source.batch(number), self.mesh) for number in range(batches)
             ]
@@ -201,6 +211,8 @@ class Trainer:
         planned = self.compiled.memory_analysis()
         return device() | dict(
             compile_seconds=self.compile_seconds,
+            tokens=self.tokens / len(self.batches),  # of a step, without padding
+            attended_length=self.attended_length,
             trained=chameleon.count_parameters(self.trainable),
             temporaries_gib=round(planned.temp_size_in_bytes / 2**30, 3),
             arguments_gib=round(planned.argument_size_in_bytes / 2**30, 3),
@@ -211,7 +223,12 @@ def device() -> dict[str, Any]:
     """Return the device and the versions."""
     stats = jax.devices()[0].memory_stats() or {}
     return dict(
-        versions={"jax": jax.__version__, "python": sys.version.split()[0]},
+        versions={
+            "medmax_jax": medmax_jax.__version__,
+            "jax": jax.__version__,
+            "python": sys.version.split()[0],
+        },
+        runtime=jax.devices()[0].client.platform_version,
         device=jax.devices()[0].device_kind,
         peak_gib=round(stats["peak_bytes_in_use"] / 2**30, 3) if stats else None,
     )
@@ -220,8 +237,7 @@ def device() -> dict[str, Any]:
 def main() -> None:
     """Compile, then serve requests."""
     spec = sides.read_spec(__doc__)
-    trainer = Trainer(config.from_config_dict(spec["run"]), batches=spec["batches"])
-    sides.serve({"losses": trainer.losses, "steps": trainer.steps, "about": trainer.about})
+    sides.serve(lambda: Trainer(config.from_config_dict(spec["run"]), batches=spec["batches"]))
 
 
 if __name__ == "__main__":

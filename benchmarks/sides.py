@@ -1,9 +1,10 @@
 """Runs the sides of a benchmark: processes that answer one request per line, and alternate.
 
     parent   side.ask(do="steps", count=3)   -->  {"do": "steps", "count": 3}    on the side's stdin
-    side     serve({"steps": steps})         -->  {"seconds": [1.9, 1.8, 1.8]}   on its stdout
+    side     serve(lambda: Trainer(spec))    -->  {"seconds": [1.9, 1.8, 1.8]}   on its stdout
 
-A side sleeps while the other works, so both have all of the machine in turn. Only the standard
+An exception is an answer too, {"error": ...}, and ends the side. A side sleeps while the other
+works, so both have all of the machine in turn. Only the standard
 library is needed: a side may run in another Python.
 """
 
@@ -14,6 +15,8 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -22,43 +25,63 @@ PROBE = (
     "print(next((n for n in sys.argv[1:] if not importlib.util.find_spec(n)), ''))"
 )
 
+# In the messages of XLA, of generation/buckets.py and of torch.
+OUT_OF_MEMORY = ("resource_exhausted", "out of memory")
+
 
 class Failed(RuntimeError):
-    """Raised for a side that ended before its answer; the message has the end of its output."""
+    """Raised for a side that ended before its answer."""
+
+    def __init__(self, message: str, *, outcome: str = "failed"):
+        super().__init__(message)
+        self.outcome = outcome  # or "out of memory", "time limit"
 
 
 class Side:
-    """Runs a process that serves requests."""
+    """Runs a process that serves requests, for `limit_s` seconds at most."""
 
-    def __init__(self, name: str, command: list[str], **environment: str):
-        self.name = name
+    def __init__(
+        self, name: str, command: list[str], *, limit_s: float = 86_400, **environment: str
+    ):
+        self.name, self.limit_s, self._stopped = name, limit_s, False
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env=os.environ | environment,
         )  # fmt: skip
+        self._timer = threading.Timer(limit_s, self._stop)
+        self._timer.daemon = True
+        self._timer.start()
 
     def ask(self, **request: Any) -> dict[str, Any]:
         """Return the answer to one request; other output of the side goes to stderr."""
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it has ended, perhaps with an error to read
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
-        except BrokenPipeError as error:
-            raise self._failed(request) from error
         for line in self._process.stdout:
             if line.startswith("{"):
-                return json.loads(line)
+                answer = json.loads(line)
+                if "error" in answer:
+                    raise Failed(f"{self.name}: {answer['error']}", outcome=answer["outcome"])
+                return answer
             print(f"{self.name}: {line.rstrip()}", file=sys.stderr)
         raise self._failed(request)
 
     def close(self) -> None:
-        """End the process by closing its stdin."""
+        """End the process by closing its stdin; its limit holds to its end."""
         with contextlib.suppress(BrokenPipeError):  # it has ended by itself
             self._process.stdin.close()
         self._process.wait()
+        self._timer.cancel()
         self._process.stdout.close()
+
+    def _stop(self) -> None:
+        self._stopped = True
+        self._process.kill()
 
     def _failed(self, request: dict[str, Any]) -> Failed:
         self.close()
+        if self._stopped:
+            return Failed(f"{self.name} was stopped after {self.limit_s:g} s", outcome="time limit")
         code = self._process.returncode
         return Failed(
             f"{self.name} ended with exit code {code} on request {request}; its error is above"
@@ -93,11 +116,23 @@ def read_spec(text: str, *packages: str) -> dict[str, Any]:
     return spec
 
 
-def serve(functions: dict[str, Callable[..., dict[str, Any]]]) -> None:
-    """Answer requests until stdin is closed; `do` names the function, the rest its arguments."""
-    for line in sys.stdin:
-        request = json.loads(line)
-        print(json.dumps(functions[request.pop("do")](**request)), flush=True)
+def serve(make: Callable[[], Any]) -> None:
+    """Answer requests until stdin is closed with the methods of what `make` returns.
+
+    `do` of a request names the method, the rest are its arguments.
+    """
+    try:
+        served = make()
+        for line in sys.stdin:
+            request = json.loads(line)
+            print(json.dumps(getattr(served, request.pop("do"))(**request)), flush=True)
+    except Exception as error:  # noqa: BLE001  every failure is a result of the benchmark
+        traceback.print_exc()
+        text = str(error) or type(error).__name__
+        memory = any(part in text.lower() for part in OUT_OF_MEMORY)
+        outcome = "out of memory" if memory else "failed"
+        print(json.dumps(dict(error=text.splitlines()[0], outcome=outcome)), flush=True)
+        sys.exit(1)
 
 
 def missing(python: str, packages: list[str]) -> str:

@@ -56,8 +56,8 @@ class Chip:
 
 
 # TPUs: scaling-book (jax-ml.github.io/scaling-book/tpus) and docs.cloud.google.com/tpu/docs/{v4,
-# v5e,v5p,v6e}. GPUs: NVIDIA's data sheets A100 (80 GB SXM), H100 (SXM), L40S, the dense figures:
-# the 1,979 TF of an H100 in its data sheet are for 2:4 sparse matrices.
+# v5e,v5p,v6e}. GPUs: NVIDIA's data sheets A100 (80 GB SXM), H100, H200 (SXM), L40S, the dense
+# figures: the 1,979 TF of an H100 in its data sheet are for 2:4 sparse matrices.
 CHIPS = {
     chip.name: chip
     for chip in (
@@ -67,6 +67,7 @@ CHIPS = {
         Chip(name="v6e", flops=918e12, hbm=32e9, hbm_rate=1.638e12, link_rate=90e9, links=2),
         Chip(name="A100-80", flops=312e12, hbm=80e9, hbm_rate=2.039e12, link_rate=300e9, links=1),
         Chip(name="H100", flops=989e12, hbm=80e9, hbm_rate=3.350e12, link_rate=450e9, links=1),
+        Chip(name="H200", flops=989e12, hbm=141e9, hbm_rate=4.800e12, link_rate=450e9, links=1),
         Chip(name="L40S", flops=362e12, hbm=48e9, hbm_rate=0.864e12, link_rate=32e9, links=1),
     )
 }
@@ -81,6 +82,7 @@ KINDS = {
     "TPU v6e": "v6e",
     "NVIDIA A100-SXM4-80GB": "A100-80",
     "NVIDIA H100 80GB HBM3": "H100",
+    "NVIDIA H200": "H200",
     "NVIDIA L40S": "L40S",
 }
 

@@ -4,7 +4,7 @@ Predict whether a run fits, its best possible speed and its cost. The program co
 training step, and the decode loop, for a machine that is not available; nothing is allocated.
 Answers are stored in --cache.
 
-    --topology=v5e:4x4 --slices=2       the machine: v4, v5e, v5p, v6e; A100-80, H100, L40S:N
+    --topology=v5e:4x4 --slices=2       the machine: v4, v5e, v5p, v6e; A100-80, H100, H200, L40S:N
     --mesh=1,16,1                       data,fsdp,tp; or search, also over batch and remat
     --per_chip_batch=4 --seq=2048       rows of a microbatch on a device; tokens of a row
     --analytic                          a rough answer in a second, by arithmetic

@@ -27,12 +27,14 @@ for name, *words in json.loads(sys.stdin.read()):
 SIDES = ("decode_hf_side", "decode_jax_side", "hf_serving", "hf_side", "jax_serving", "jax_side")
 REQUIRED = {
     "convert_7b": "--scratch is required",
-    "gpu": "--part and --workdir are required",
+    **dict.fromkeys(("gpu", "tpu"), "--workdir is required"),
     "loader": "--scratch is required",
     "scaling": "--part is required",
     **dict.fromkeys(SIDES, "SPEC.json is required"),
 }
-MODULES = ("gpu_parts", "same_weights", "sides")  # imported by the others
+MODULES = (  # imported by the others
+    "accelerator", "accelerator_page", "accelerator_parts", "same_weights", "sides",
+)  # fmt: skip
 SCRIPTS = sorted({path.stem for path in FOLDER.glob("*.py")} - {*MODULES})
 CASES = [(f"{name}.py", word) for name in SCRIPTS for word in ("--help", "--nonsense=1")]
 CASES += [(f"{name}.py",) for name in REQUIRED]

@@ -112,7 +112,7 @@ def test_four_bits_are_a_little_over_half_a_byte():
 
 
 def test_unknown_device_has_no_utilization():
-    assert flops.chip("TPU v5 lite").name == "v5e"
+    assert flops.chip("TPU v5 lite").name == "v5e" and flops.chip("NVIDIA H200").name == "H200"
     assert flops.chip("NVIDIA H100 PCIe") is None and flops.chip("cpu") is None
     assert flops.mfu(1e3, 1e9, chips=1, chip=None) is None
     assert flops.hfu(None, 1e9, 1e9) is None
