@@ -110,27 +110,33 @@ class Subject:
         return hub.locate(self.path)
 
     @functools.cached_property
+    def source(self) -> Checkpoint:
+        return convert.read_model(self.local, "which has nothing to check")
+
+    @property
     def checkpoint(self) -> Checkpoint:
+        """The same for a check that needs it, while another one is for its errors."""
         try:
-            return convert.read_model(self.local, "which has nothing to check")
+            return self.source
         except convert.ERRORS as error:
             reason = "the checkpoint cannot be read; see the check `tensors`"
             raise NotRunError(reason) from error
 
     @functools.cached_property
-    def native(self) -> str:
+    def native(self) -> Checkpoint:
         """The model in this project's layout, converted to D/native unless it is there."""
         if self.checkpoint.layout == "native":
-            return self.local
+            return self.checkpoint
         target = self.out / "native"
         if not (target / "config.json").exists():
             needed, free = self.checkpoint.nbytes * 1.05, shutil.disk_usage(self.out).free
             if free < needed:
                 raise NotRunError(_too_little(f"of disk at {self.out}", needed, free))
             convert.convert(self.local, str(target), layout="native", say=self.say)
-        if convert.read_checkpoint(target).fingerprint != self.checkpoint.fingerprint:
+        converted = convert.read_model(target, "which `conversion` wrote")
+        if converted.fingerprint != self.checkpoint.fingerprint:
             raise ConvertError(f"{target}: of other weights than {self.path}; delete that folder")
-        return str(target)
+        return converted
 
     @functools.cached_property
     def network(self) -> vqgan.VQGAN:
@@ -239,8 +245,7 @@ def _checksums(subject: Subject) -> Measured:
 
 
 def _tensors(subject: Subject) -> Measured:
-    published = subject.published
-    checkpoint = convert.read_model(subject.local, "which has nothing to check")
+    published, checkpoint = subject.published, subject.source
     name = inspect_checkpoint.model_name(checkpoint)
     wrong = []
     if name not in published.models:
@@ -249,7 +254,7 @@ def _tensors(subject: Subject) -> Measured:
         wrong.append(f"{checkpoint.vocab.size} ids, published {published.vocab_size}")
     if checkpoint.vq != published.vq:
         wrong.append(f"{checkpoint.vq}, published {published.vq}")
-    wrong += _index_total(Folder(subject.local))
+    wrong += index_problems(Folder(subject.local))
     count = f"{len(checkpoint.language)} + {len(checkpoint.vqgan)} tensors"
     facts = [f"{key}: {value}" for key, value in inspect_checkpoint.describe(checkpoint).items()]
     return Measured(
@@ -259,8 +264,8 @@ def _tensors(subject: Subject) -> Measured:
     )  # fmt: skip
 
 
-def _index_total(folder: Folder) -> list[str]:
-    """Return what is wrong with the size that an index states."""
+def index_problems(folder: Folder) -> list[str]:
+    """Return what is wrong with the size that the index of a folder states."""
     if not folder.has(safetensors_stream.INDEX):
         return []
     metadata = folder.json(safetensors_stream.INDEX).get("metadata")
@@ -303,7 +308,7 @@ def _conversion(subject: Subject) -> Measured:
     source = subject.checkpoint
     if source.layout == "native":
         raise NotRunError("P is in this project's layout already; give the published files")
-    converted = convert.read_model(subject.native, "which `conversion` wrote")
+    converted = subject.native
     progress = ByteProgress(2 * source.nbytes, subject.say)
     different = []
     for group in ("language", "vqgan"):
@@ -446,7 +451,7 @@ CHECKS: dict[str, tuple[str, Callable[[Subject], Measured]]] = {
 
 def _generate(subject: Subject, folder: str, *options: str) -> list[dict[str, Any]]:
     """Return the segments of one answer of medmax_jax.generate; its output is in D/folder.log."""
-    native, out = subject.native, subject.out / folder
+    native, out = subject.native.path, subject.out / folder
     _require_memory(subject.checkpoint)
     shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, "-m", "medmax_jax.generate", f"--model={native}", f"--out={out}"]
@@ -490,7 +495,7 @@ def _available() -> int | None:
     return None
 
 
-def _too_little(what: str, needed: float, free: float) -> str:
+def _too_little(what: str, needed: float, free: int) -> str:
     return f"needs {needed / 1e9:.1f} GB {what}, but {free / 1e9:.1f} GB are free"
 
 
