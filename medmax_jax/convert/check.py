@@ -98,13 +98,13 @@ class Digest(NamedTuple):
 def digests(path: str, md5: Mapping[str, str]) -> Iterator[Digest]:
     """Compare every file below a path with the digests that its publisher stated.
 
-    They are in checklist.chk beside Meta's files, in the cache of huggingface_hub, and in `md5`,
+    They are in checklist.chk next to Meta's files, in the cache of huggingface_hub, and in `md5`,
     by file name.
     """
     roots = [Folder(path)]
-    beside = pathlib.Path(path) / "../../tokenizer"
-    if (pathlib.Path(path) / "params.json").exists() and beside.is_dir():
-        roots.append(Folder(beside))  # the path is models/7b
+    tokenizer = pathlib.Path(path) / "../../tokenizer"
+    if (pathlib.Path(path) / "params.json").exists() and tokenizer.is_dir():
+        roots.append(Folder(tokenizer))  # the path is models/7b
     for root in roots:
         stated = {} if root.remote else hub.digests(root.path)
         listed = _checklists(root)

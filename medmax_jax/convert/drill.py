@@ -375,8 +375,8 @@ def _read_codes(path: str, vq: VQ) -> dict[str, Any]:
         integers = isinstance(codes, list) and all(type(code) is int for code in codes)
         if not integers or len(codes) != vq.codes_per_image:
             raise ConvertError(
-                f'--codes {path}: images."{name}" must be {vq.codes_per_image} integers, beside '
-                '"tool"; the format is that of D/codes.json'
+                f'--codes {path}: images."{name}" must be {vq.codes_per_image} integers, and '
+                '"tool" a text; the format is that of D/codes.json'
             )
     return recorded
 
