@@ -69,7 +69,7 @@ class Published:
     models: Sequence[str]  # names of inspect_checkpoint.NAMED
     vocab_size: int
     vq: VQ
-    min_psnr: float  # dB, of the worst of the images; another network's codes give under 15
+    min_psnr: float  # dB, of the worst of the images
     question: str
     answer: str  # a word that a greedy continuation of the question contains
 
@@ -111,7 +111,7 @@ class Subject:
 
     @functools.cached_property
     def source(self) -> Checkpoint:
-        return convert.read_model(self.local, "which has nothing to check")
+        return convert.read_model(self.local, "as these checks require")
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -133,7 +133,7 @@ class Subject:
             if free < needed:
                 raise NotRunError(_too_little(f"of disk at {self.out}", needed, free))
             convert.convert(self.local, str(target), layout="native", say=self.say)
-        converted = convert.read_model(target, "which `conversion` wrote")
+        converted = convert.read_model(target, "as a conversion writes")
         if converted.fingerprint != self.checkpoint.fingerprint:
             raise ConvertError(f"{target}: of other weights than {self.path}; delete that folder")
         return converted
@@ -552,8 +552,8 @@ def _body(
     total = f"{len(rows)} of {len(CHECKS)} checks: " + ", ".join(
         f"{count} {result}" for result, count in counts.items()
     )
-    status = {PASSED: "good", FAILED: "bad", NOT_RUN: "neutral"}
-    complete = "good" if counts[PASSED] == len(CHECKS) else "neutral"
+    status: dict[str, html_page.Status] = {PASSED: "good", FAILED: "bad", NOT_RUN: "neutral"}
+    complete = status[PASSED if counts[PASSED] == len(CHECKS) else NOT_RUN]
     verdicts = [html_page.Verdict("bad" if counts[FAILED] else complete, total, facts["weights"])]
     verdicts += [
         html_page.Verdict(status[row["result"]], f"{row['name']}: {row['result']}", row["measured"])
@@ -561,7 +561,7 @@ def _body(
     ]
     table = html_page.table(
         ["check", "result", "limit", "seconds", "peak GB"],
-        [[r["name"], r["result"], r["limit"], r["seconds"], r["peak_gb"]] for r in rows],
+        [[r["name"], r["result"], r["limit"], f"{r['seconds']:.1f}", r["peak_gb"]] for r in rows],
     )
     commands = html_page.table(["check", "command"], [[r["name"], r["command"]] for r in rows])
     details = "".join(
