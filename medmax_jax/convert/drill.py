@@ -21,6 +21,7 @@ import os
 import pathlib
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -209,7 +210,7 @@ def _row(
         result = PASSED if found.ok else FAILED
     except (NotRunError, MemoryError) as reason:
         result, found = NOT_RUN, Measured(False, str(reason) or "not enough memory", "")
-    except (*convert.ERRORS, ImageError, OSError) as error:
+    except (*convert.ERRORS, text_files.TextFileError, ImageError, OSError) as error:
         result, found = FAILED, Measured(False, printable(error, 500), "no error")
     peak = max(_peak("self"), subject.child_peak)
     words = ["python", "-m", "medmax_jax.convert", "check", subject.path, "--full"]
@@ -364,10 +365,7 @@ def _codes(subject: Subject) -> Measured:
 
 def _read_codes(path: str, vq: VQ) -> dict[str, Any]:
     """Return recorded codes; raise ConvertError unless they are of these images and this VQGAN."""
-    try:
-        recorded = text_files.read_json_object(path)
-    except text_files.TextFileError as error:
-        raise ConvertError(f"--codes: {error}") from error
+    recorded = text_files.read_json_object(path)
     by_name = recorded.get("images")
     valid = isinstance(by_name, dict) and isinstance(recorded.get("tool"), str)
     for name in (f"{name}.png" for name in EMBEDDED):
@@ -468,6 +466,8 @@ def _generate(subject: Subject, folder: str, *options: str) -> list[dict[str, An
         except BaseException:
             process.kill()
             raise
+    if process.returncode == -signal.SIGKILL:
+        raise NotRunError("its process was killed, as the kernel does when memory runs out")
     if process.returncode:
         lines = log.read_text(errors="replace").strip().splitlines() or ["no output"]
         raise ConvertError(f"medmax_jax.generate ended with {process.returncode}: {lines[-1]}")

@@ -17,7 +17,7 @@ from convert_setup import BASE, TINY, shards, write_meta
 from hub_server import SHA, Hub, serving
 
 from medmax_jax.checkpoints.safetensors_file import dotted_name
-from medmax_jax.convert import check, convert, drill, hf, meta
+from medmax_jax.convert import check, convert, drill, hf, meta, model_card
 from medmax_jax.convert.__main__ import main
 from medmax_jax.convert.state_dict import Checkpoint
 from medmax_jax.io.storage import Folder, StorageError
@@ -141,6 +141,9 @@ def test_recorded_codes_equal_or_swapped(rehearsed, tmp_path):
     pathlib.Path(done.codes).write_text(json.dumps({"tool": "x", "images": {a: [1, 2]}}))
     assert drill.run(done, ["codes"]) == 1
     assert f'images."{a}" must be 64 integers' in rows(tmp_path)["codes"]["measured"]
+    done.codes = str(tmp_path / "none.json")
+    assert drill.run(done, ["codes"]) == 1
+    assert "none.json" in rows(tmp_path)["codes"]["measured"]
 
 
 def test_released_facts_reject_a_stand_in(rehearsed, tmp_path):
@@ -296,6 +299,15 @@ def test_program_from_the_hub(medmax_hf, tmp_path):
     damaged = [d for d in check.digests(str(next((tmp_path / "hub").rglob(SHA))), {})
                if d.found != d.published]  # fmt: skip
     assert [d.name for d in damaged] == ["model-00002-of-00004.safetensors"]
+
+
+def test_model_card_names_the_commit_but_no_local_path():
+    snapshot = f"/cache/models--GAIR--Anole-7b-v0.1/snapshots/{SHA}"
+    for path, named in ((snapshot, True), ("/cache/anole", False)):
+        source = dataclasses.replace(SOURCE, path=path)
+        card = model_card.render_model_card("m", source, None, "", {})
+        assert (f"layout of `hf://GAIR/Anole-7b-v0.1@{SHA}`." in card) is named
+        assert "/cache" not in card
 
 
 @pytest.mark.slow
