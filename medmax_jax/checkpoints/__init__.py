@@ -4,6 +4,7 @@ checksums         Verify that a saved step equals what training had in memory, b
                   SHA-256.
 export            Write folders that other programs read: complete models, and adapters for one
                   base model.
+hub               Files that are published on the Hugging Face hub, as a local folder.
 manager           Checkpoints of a run: Orbax for the arrays, and digests that detect damage.
 resume            Decide whether a run may resume from a checkpoint: settings that affect its
                   results must be the same.

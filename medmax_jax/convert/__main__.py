@@ -3,9 +3,11 @@
 python -m medmax_jax.convert --from P --to Q --format {native,hf,meta,peft} [--base B]
 python -m medmax_jax.convert inspect P [--json]       describe P without loading its weights
 python -m medmax_jax.convert check P                  check whether P is what was published
+python -m medmax_jax.convert check P --full --out D   ten checks, and a page of their results
 
 P     a checkpoint of Meta, Anole, Hugging Face or this project, a PEFT adapter, a training run,
-      or a vqgan.ckpt; a path or gs://bucket/prefix. Its layout is detected.
+      or a vqgan.ckpt; a path, gs://bucket/prefix or hf://ORG/NAME[@REVISION][/FOLDER], which is
+      downloaded to the cache of huggingface_hub. Its layout is detected.
 Q     a new folder, written atomically.
 
 B     the weights that an adapter or a run was trained on. For hf and meta the adapter is merged
@@ -19,13 +21,14 @@ import json
 import logging
 import pathlib
 import sys
+import tempfile
 from collections.abc import Sequence
 
 import jax
 
 from medmax_jax import arguments
 from medmax_jax.cli import DONE, ERROR, INTERRUPTED
-from medmax_jax.convert import check, convert, inspect_checkpoint, model_card
+from medmax_jax.convert import check, convert, drill, inspect_checkpoint, model_card
 from medmax_jax.data import sample
 from medmax_jax.data.mixture import SOURCES
 from medmax_jax.data.sample.manifest import read_manifest
@@ -73,6 +76,47 @@ def _inspect_parser() -> arguments.Parser:
     return parser
 
 
+def _check_parser() -> arguments.Parser:
+    parser = arguments.Parser(
+        prog="python -m medmax_jax.convert check",
+        description=f"{check.__doc__}\n--full: {drill.__doc__}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("path", metavar="P")
+    parser.add_argument(
+        "--torch_python", metavar="PY", help="a Python with torch and transformers, to compare with"
+    )
+    parser.add_argument(
+        "--scratch", metavar="D", default=tempfile.gettempdir(), help="folder for temporary copies"
+    )
+    parser.add_argument("--full", action="store_true", help="run the ten checks; requires --out")
+    parser.add_argument("--out", metavar="D", help="--full: folder of the results")
+    parser.add_argument(
+        "--only", metavar="NAME", action="append", default=[], choices=drill.CHECKS,
+        help=f"--full: run this check, may be repeated; one of {', '.join(drill.CHECKS)}",
+    )  # fmt: skip
+    parser.add_argument("--codes", metavar="F", help="--full: recorded codes of the three images")
+    return parser
+
+
+def _check(argv: Sequence[str]) -> int:
+    """Run `check`, with or without --full."""
+    parser = _check_parser()
+    args = parser.parse_args(argv)
+    say = lambda s: print(printable_text(s), flush=True)  # noqa: E731
+    if args.full != bool(args.out):
+        parser.error("--full and --out D are given together")
+    if args.full:
+        subject = drill.Subject(
+            args.path, pathlib.Path(args.out), codes=args.codes, torch_python=args.torch_python,
+            say=say,
+        )  # fmt: skip
+        return drill.run(subject, args.only)
+    if args.only or args.codes:
+        parser.error("--only and --codes belong to --full")
+    return check.check(args.path, torch_python=args.torch_python, scratch=args.scratch, say=say)
+
+
 def _run(argv: Sequence[str]) -> int:
     if argv[:1] == ["inspect"]:
         args = _inspect_parser().parse_args(argv[1:])
@@ -84,7 +128,7 @@ def _run(argv: Sequence[str]) -> int:
         )
         return DONE
     if argv[:1] == ["check"]:
-        return check.main(argv[1:])
+        return _check(argv[1:])
     args = _parser().parse_args(argv)
     convert.convert(
         args.source, args.target, layout=args.format, base=args.base, vqgan=args.vqgan,

@@ -5,7 +5,7 @@ import os
 import types
 from collections.abc import Callable, Mapping
 
-from medmax_jax.checkpoints import export
+from medmax_jax.checkpoints import export, hub
 from medmax_jax.checkpoints.manager import CheckpointError
 from medmax_jax.checkpoints.safetensors_file import WeightsError
 from medmax_jax.checkpoints.torch_unpickler import PthError
@@ -64,7 +64,7 @@ def convert(
     """Convert `source` to `target`, a new folder.
 
     Args:
-        source: a checkpoint, adapter or run; a path or a gs:// prefix.
+        source: a checkpoint, adapter or run; a path, a gs:// prefix or hf://ORG/NAME.
         target: the path of the new folder.
         layout: one of FORMATS.
         base: the weights that an adapter is merged into.
@@ -204,8 +204,11 @@ SUPPORTED_LAYOUTS = (
 
 
 def read_checkpoint(path: str | os.PathLike) -> Checkpoint | Adapter:
-    """Return the checkpoint or adapter at a path or gs:// prefix; only headers are read."""
-    path = export.locate(path)
+    """Return the checkpoint or adapter at a path, gs:// prefix or hf:// address.
+
+    Only headers are read, but what is on the hub is downloaded first.
+    """
+    path = hub.locate(export.locate(path))
     if path.endswith(".ckpt"):
         return _vqgan(*os.path.split(path))
     folder = Folder(path)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from medmax_jax.checkpoints import hub
 from medmax_jax.config import to_dict
 from medmax_jax.convert.state_dict import Adapter, Checkpoint, fingerprint
 from medmax_jax.io.errors import printable
@@ -23,9 +24,9 @@ def describe(checkpoint: Checkpoint | Adapter) -> dict[str, Any]:
     if isinstance(checkpoint, Adapter):
         return _adapter(checkpoint)
     description: dict[str, Any] = dict(
-        path=checkpoint.path,
+        path=hub.origin(checkpoint.path),
         layout=checkpoint.layout,
-        model=_model_name(checkpoint),
+        model=model_name(checkpoint),
         parameters=_counts(checkpoint),
         dtypes=_dtypes(checkpoint),
         quant=checkpoint.quant,
@@ -109,7 +110,8 @@ def _adapter(adapter: Adapter) -> dict[str, Any]:
     )
 
 
-def _model_name(checkpoint: Checkpoint) -> str | None:
+def model_name(checkpoint: Checkpoint) -> str | None:
+    """Return the published model of these sizes, "unknown size", or None for a VQGAN alone."""
     m = checkpoint.model
     if m is None:
         return None

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from medmax_jax.checkpoints import hub
 from medmax_jax.convert.state_dict import Adapter, Checkpoint
 from medmax_jax.endpoints import egress
 
@@ -42,11 +43,12 @@ def render_model_card(
     facts = adapter.facts if adapter else {}
     lines = [_first(facts, data_sources), "", f"# {title}", "", USE, "", LICENCE, ""]
     if checkpoint and checkpoint.model:
-        m = checkpoint.model
+        m, source = checkpoint.model, hub.origin(checkpoint.path)
+        of = f" of `{source}`" if source.startswith(hub.SCHEME) else ""  # local paths are private
         lines += [
             f"A Chameleon model with {m.num_layers} layers, hidden size {m.hidden_size} and a "
             f"vocabulary of {checkpoint.vocab.size:,}; converted from the {checkpoint.layout} "
-            "layout.",
+            f"layout{of}.",
             "",
         ]
     base = identity or facts.get("base") or "unknown"

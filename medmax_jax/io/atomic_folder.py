@@ -73,7 +73,7 @@ def _on_disk(path: str, bytes_needed: int, seal: str) -> Iterator[Folder]:
     above, partial = os.path.dirname(path), path + ".partial"
     _check_vacant(path)
     if not os.path.lexists(partial):
-        _check_space(path, bytes_needed)
+        check_space(path, bytes_needed)
     with os_errors(above):
         os.makedirs(above, exist_ok=True)
     with _locked(partial + ".lock", path):
@@ -82,7 +82,7 @@ def _on_disk(path: str, bytes_needed: int, seal: str) -> Iterator[Folder]:
             with os_errors(partial):
                 if os.path.lexists(partial):
                     shutil.rmtree(partial)  # left by a killed run
-                _check_space(path, bytes_needed)
+                check_space(path, bytes_needed)
                 os.mkdir(partial)
             unfinished = Folder(partial)
             yield unfinished
@@ -156,12 +156,13 @@ def _check_vacant(path: str) -> None:
             raise StorageError(f"{path}: exists and is not empty; choose another path or delete it")
 
 
-def _check_space(path: str, bytes_needed: int) -> None:
+def check_space(path: str, bytes_needed: int, *, fix: str = SPACE) -> None:
+    """Raise StorageError, which ends in `fix`, where the disk of a new folder is too small."""
     above = os.path.dirname(path)
     while not os.path.isdir(above):
         above = os.path.dirname(above)
     if (free := shutil.disk_usage(above).free) < bytes_needed:
-        raise StorageError(f"{path}: needs {bytes_needed} bytes, but only {free} are free; {SPACE}")
+        raise StorageError(f"{path}: needs {bytes_needed} bytes, but only {free} are free; {fix}")
 
 
 @contextlib.contextmanager

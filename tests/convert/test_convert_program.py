@@ -130,7 +130,7 @@ def test_check_against_torch(meta, tmp_path):
     python = os.environ["MEDMAX_TORCH_PYTHON"]
     check.check(str(meta), torch_python=python, scratch=str(tmp_path), say=lines.append)
     assert any("logits against torch, float32" in line and "at most ok" in line for line in lines)
-    assert "image codes against torch: 100.00% the same ok" in lines
+    assert "image codes against torch: 100.00% equal ok" in lines
 
 
 def test_small_disk_is_rejected(meta, tmp_path):
