@@ -17,7 +17,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import pathlib
 import shlex
 import shutil
@@ -40,6 +39,7 @@ from medmax_jax.convert import check, convert, inspect_checkpoint, safetensors_s
 from medmax_jax.convert import vqgan as vqgan_layout
 from medmax_jax.convert.state_dict import Checkpoint, ConvertError, LazyTensor, check_finite
 from medmax_jax.io import html_page, text_files
+from medmax_jax.io.environment import environment
 from medmax_jax.io.errors import printable
 from medmax_jax.io.progress import ByteProgress
 from medmax_jax.io.storage import Folder, StorageError
@@ -535,11 +535,8 @@ def _earlier(subject: Subject) -> dict[str, dict[str, Any]]:
 
 def _write(subject: Subject, rows: list[dict[str, Any]]) -> None:
     counts = {r: sum(row["result"] == r for row in rows) for r in (PASSED, FAILED, NOT_RUN)}
-    facts = dict(
-        weights=hub.origin(subject.local), date=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        medmax_jax=medmax_jax.__version__, jax=jax.__version__, cpus=os.cpu_count(),
-        python=sys.version.split()[0],
-    )  # fmt: skip
+    facts = dict(weights=hub.origin(subject.local), **environment(devices=jax.devices()))
+    facts |= dict(jax=jax.__version__, python=sys.version.split()[0])
     content = dict(format=1, **facts, counts=counts, checks=rows)
     Folder(subject.out).write(RESULTS, [json.dumps(content, indent=1).encode() + b"\n"])
     page = html_page.document("Checks of published weights", _body(subject, rows, counts, facts))
@@ -575,13 +572,13 @@ def _body(
         f"{CODES} lets another owner compare: attach it too."
     )
     return (
-        html_page.verdicts(verdicts)
+        html_page.provenance(facts)
+        + html_page.verdicts(verdicts)
         + html_page.section("What to attach", html_page.paragraph(attach))
         + html_page.section("Limits and costs", table)
         + html_page.section("Images", html_page.figures(_figures(subject.out / "images")))
         + html_page.section("Findings", details)
         + html_page.section("Run a check alone", commands)
-        + html_page.section("This run", html_page.table(["", ""], [[*i] for i in facts.items()]))
     )
 
 
