@@ -43,7 +43,10 @@ def test_row_of_the_file_is_the_row_of_a_run(saved, capsys):
     batch = loader.train_batches(run, folder).batch(0)
     assert (batch.segments[3] > 0).sum() == sum(d["tokens"] for d in from_file["row 3"])
     assert prepare.main(["plan", str(path), "--row", "3"]) == 0
-    assert capsys.readouterr().out.count("'document': ") == len(expected)
+    printed = capsys.readouterr().out
+    lines = [line.split() for line in printed.partition("row 3 ")[2].splitlines()]
+    numbers = [str(d[name]) for d in expected for name in ("document", "start", "tokens")]
+    assert [n for line in lines[1 : 1 + len(expected)] for n in line[:3]] == numbers
 
 
 def test_later_epochs_have_other_rows_and_the_hash_of_the_run(saved, tmp_path, capsys):

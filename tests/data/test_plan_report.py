@@ -157,5 +157,5 @@ def test_credentialed_documents_are_identified_by_number(tmp_path, capsys):
     command = ["plan", str(tmp_path / "r"), "--seq_len", "32", "--document_limit", "20"]
     assert prepare.main([*command, "--row", "0"]) == 0
     captured = capsys.readouterr()
-    assert "'document': " in captured.out and "left_out_ids  [" not in captured.out
+    assert "row 0  document  start" in captured.out and "left_out_ids  9\n" in captured.out
     assert "SECRET" not in captured.out + captured.err

@@ -10,6 +10,7 @@ from llm_server import at, completion, replies, serving, short_waits  # noqa: F4
 from medmax_jax.endpoints import cached_chat_api
 from medmax_jax.endpoints.cached_chat_api import Cache, ChatRequest
 from medmax_jax.endpoints.chat_api import Endpoint, EndpointError, TransientError
+from medmax_jax.io.atomic_folder import private_umask
 from medmax_jax.io.journal import JournalError, open_journal
 
 GOOD = completion("hi")
@@ -196,9 +197,14 @@ def test_full_disk_leaves_no_partial_line(tmp_path, monkeypatch):
         assert journal.rows == [{"a": 1}, {"a": 3}]
 
 
-def test_new_journal_is_readable_by_its_owner_only(tmp_path):
-    with open_journal(tmp_path / "j"):
-        assert (tmp_path / "j").stat().st_mode & 0o077 == 0
+def test_new_journal_has_the_mode_of_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with open_journal(tmp_path / "j"), private_umask(), open_journal(tmp_path / "private"):
+            modes = [(tmp_path / name).stat().st_mode & 0o777 for name in ("j", "private")]
+    finally:
+        os.umask(before)
+    assert modes == [0o640, 0o600]
     with pytest.raises(JournalError, match="cannot open"), open_journal(tmp_path / "no" / "j"):
         pass
 
