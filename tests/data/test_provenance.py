@@ -188,7 +188,7 @@ def test_credentialed_images_are_named_by_hashes(tmp_path, capsys):
         assert prepare.main(["who_saw", what, "--in", str(tmp_path)]) == 0
         captured = capsys.readouterr()
         assert "SECRET" not in captured.out + captured.err
-        assert near_duplicates.code_hash(codes_of(0)) in captured.out
+        assert near_duplicates.code_hash(codes_of(0))[:16] in captured.out
 
 
 def test_files_and_folders_of_codes(tmp_path, capsys):
