@@ -25,7 +25,7 @@ from medmax_jax.checkpoints import safetensors_file, torch_file
 from medmax_jax.config import VQ
 from medmax_jax.convert import hf
 from medmax_jax.convert import vqgan as vqgan_layout
-from medmax_jax.data.sample.documents import instruction_documents
+from medmax_jax.data.sample.documents import eval_items, instruction_documents
 from medmax_jax.data.sample.manifest import read_manifest
 from medmax_jax.models import images, tokenizer, vocab, vqgan
 from medmax_jax.models.vqgan import RELEASED
@@ -37,6 +37,7 @@ LARGE_CHANNELS, LARGE = 2, 60.0  # channels that layers write this much more to
 LOGITS_STD = 2.0
 CODEBOOK_NOISE = 0.3  # x the latents' std
 DOCUMENT_IMAGES, CODEBOOK_IMAGES = 8, 4
+EVAL_IMAGES, EVAL_ITEMS = 2, 8
 BLOCK = 1 << 24  # numbers drawn at a time
 
 Source = tuple[str, tuple[int, ...], str, Callable[[], np.ndarray]]
@@ -185,6 +186,18 @@ def write_documents(folder: pathlib.Path, files: list[str]) -> None:
         target = folder / "images" / file
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes((SAMPLE / file).read_bytes())
+
+
+def write_items(folder: pathlib.Path) -> None:
+    """Write items.jsonl: eight closed and multiple-choice questions about two images."""
+    items = eval_items(read_manifest(SAMPLE / "manifest.jsonl"), seed=0)
+    asked: dict[str, list[dict]] = {}
+    for item in items:
+        if item["question_type"] in ("closed", "mcq"):
+            asked.setdefault(item["image_path"], []).append(item)
+    most = sorted(asked.values(), key=len)[-EVAL_IMAGES:]
+    chosen = [item for of_image in most for item in of_image[: EVAL_ITEMS // EVAL_IMAGES]]
+    (folder / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in chosen))
 
 
 def pixels_of(files: list[str], size: int) -> np.ndarray:
