@@ -6,10 +6,10 @@ program is the one that a user runs; what is computed is compared with HF's laye
 Python with torch, transformers and peft; without it those comparisons are skipped by name.
 
 A finished stage is not repeated (D/results has its result, D/logs its output); --stage chooses
-some, of which each needs the ones before it. A stage starts only with enough free memory and disk.
+some, of which each needs others before it. A stage starts only with enough free memory and disk.
 --smoke runs the same code on tiny widths in minutes. --keep keeps the models in D. The last line is
-one JSON object: of each stage its commands with seconds, peak memory in GB, the longest time without
-output, and what was found.
+one JSON object: the commands of each stage with seconds, peak memory in GB and the longest time
+without output, and what was found.
 """
 
 import argparse

@@ -262,7 +262,7 @@ def quantized(job: Job) -> dict[str, Any]:
 
 
 def memory(job: Job) -> dict[str, Any]:
-    """Compare what XLA's CPU client reports for the training step with docs/plan_7b's arithmetic."""
+    """Compare what XLA's CPU client reports for the training step with medmax_jax.plan."""
     rows, found = (job.settings["tokens"] // 2, job.settings["tokens"]), []
     with on_one_device():
         for tokens in rows:

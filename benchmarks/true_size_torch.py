@@ -188,7 +188,7 @@ def vq(scratch: pathlib.Path) -> dict[str, Any]:
         rebuilt = decoder(net.post_quant_conv(z))[0].permute(1, 2, 0)
         worst = max(worst, float((rebuilt - decoded).abs().max() / rebuilt.std()))
         print(
-            f"equal codes {equal[-1]:.4f}, largest extra distance {gaps[-1]:.2e}, pixels {worst:.2e}",
+            f"equal codes {equal[-1]:.4f}, extra distance {gaps[-1]:.2e}, pixels {worst:.2e}",
             flush=True,
         )
     return dict(equal_codes=min(equal), largest_extra_distance=max(gaps), pixels_most=worst)
@@ -249,7 +249,7 @@ def generate(scratch: pathlib.Path) -> dict[str, Any]:
 
 
 def _greedy(logits: torch.Tensor, ours: torch.Tensor) -> dict[str, Any]:
-    """Return how many of our tokens are the best ones, and how far the others are below the best."""
+    """Return how many of our tokens are the best, and how far the others are below it."""
     top = logits.topk(2, dim=1)
     std = torch.stack([row[row.isfinite()].std() for row in logits])
     below = (top.values[:, 0] - logits.gather(1, ours[:, None])[:, 0]) / std
@@ -344,7 +344,7 @@ def reload(scratch: pathlib.Path) -> dict[str, Any]:
 
 
 def meta(scratch: pathlib.Path) -> dict[str, Any]:
-    """Compare tensors of the merged model in Meta's file, by torch.load, with those in HF's files."""
+    """Compare tensors of the merged model in Meta's file, by torch.load, with HF's files."""
     weights = Weights(scratch / "merged_hf")
     (path,) = (scratch / "merged_meta").glob("models/*/consolidated.pth")
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

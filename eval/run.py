@@ -27,6 +27,7 @@ from medmax_jax.eval.config import Settings
 from medmax_jax.eval.pipeline import stages
 from medmax_jax.eval.reporting import page
 from medmax_jax.io.errors import PrintableFormatter, printable_text
+from medmax_jax.io.progress import waiting
 
 log = logging.getLogger("medmax_jax.eval")
 # Columns of a score that fit a terminal; the page and summary.json have all columns, and the table
@@ -44,10 +45,10 @@ def main(config: ConfigDict, workdir: str) -> None:
         handler.setFormatter(PrintableFormatter("%(message)s"))
     log.setLevel(logging.INFO)
     settings = build(Settings, config)
-    with cli.Stop() as stop:
+    with cli.Stop() as stop, waiting("evaluating", log.info) as say:
 
         def progress(line: str) -> None:
-            log.info(line)
+            say(line)
             if stop.requested:
                 raise cli.Interrupted("interrupted; rerun the same command to resume")
 

@@ -21,7 +21,7 @@ from medmax_jax.generation import requests as prompt_requests
 from medmax_jax.generation.model_bundle import decode_segments, load, prompt_tokens
 from medmax_jax.generation.requests import GenerateError
 from medmax_jax.io.errors import printable_text
-from medmax_jax.io.progress import ItemProgress
+from medmax_jax.io.progress import ItemProgress, waiting
 from medmax_jax.io.storage import StorageError
 from medmax_jax.models import kv_cache
 
@@ -58,7 +58,8 @@ def main(settings: ConfigDict, out: str) -> None:
     buckets.batch_size_for(len(prompts), FLAGS.rows)
     output_files.check_images(prompts)
     folder = cli.open_workdir(out, "--out")
-    g = load(FLAGS.model, adapter=FLAGS.adapter or None, mesh=mesh, merge=FLAGS.merge)
+    with waiting("loading the model", print):
+        g = load(FLAGS.model, adapter=FLAGS.adapter or None, mesh=mesh, merge=FLAGS.merge)
     tokens = prompt_tokens(g, [p.parts for p in prompts], end_of_turn=FLAGS.end_of_turn)
     prompt_requests.make_requests(
         tokens, sample, g.vocab, mode=FLAGS.mode, names=None, codes=g.vq_config.codes_per_image,
@@ -73,18 +74,18 @@ def main(settings: ConfigDict, out: str) -> None:
         prompt.id if prompt.named else name
         for prompt, name in zip(prompts, prompt_requests.sample_names(tokens), strict=True)
     ]
-    progress = ItemProgress(len(todo), "answers", print, every=5.0)
     answers = api.generate_tokens(
         g, [tokens[i] for i in todo], sample, mode=FLAGS.mode, seed=sample.seed,
         names=[names[i] for i in todo], batch_size=FLAGS.rows, cache_dtype=FLAGS.cache,
     )  # fmt: skip
-    with cli.Stop() as stop:
+    with cli.Stop() as stop, waiting("generating", print) as say:
+        progress = ItemProgress(len(todo), "answers", say, every=5.0)
         for batch, batch_tokens in answers:
             for index, answer in zip(batch, decode_segments(g, batch_tokens), strict=True):
                 prompt = prompts[todo[index]]
                 record = output.add(prompt, answer, FLAGS.mode)
                 text = " ".join(next(iter(s.values())) for s in record["segments"])
-                print(printable_text(f"{prompt.shown()}\n  -> {text}"))
+                say(printable_text(f"{prompt.shown()}\n  -> {text}"))
             progress.tick("generate", len(batch))
             if stop.requested:
                 raise cli.Interrupted("interrupted; run the same command to resume")

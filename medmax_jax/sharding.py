@@ -115,8 +115,8 @@ def shard_batch(batch: Any, mesh: jax.sharding.Mesh) -> Any:
 # ---- Programs of large models on CPUs ----
 #
 # XLA on CPUs computes in fp32 what is stored in bf16, and moves the conversion out of the loop over
-# layers: an fp32 copy of all weights at once, 27 GB for the 14 GB of 7B. Without the pass that moves
-# it, each layer is converted when it is used. For small models the copy is cheap and saves time.
+# layers: an fp32 copy of all weights at once, 27 GB for the 14 GB of 7B. Without the pass that
+# moves it, each layer is converted when it is used. For small models the copy saves time.
 
 LARGE_BYTES = 2 << 30  # of the arguments
 KEEP_IN_LOOP = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}

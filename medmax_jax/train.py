@@ -35,6 +35,7 @@ from medmax_jax.checkpoints.manager import CheckpointError, CheckpointManager, b
 from medmax_jax.data import loader
 from medmax_jax.data.packing.pack import PackError
 from medmax_jax.data.records.document import RecordsError
+from medmax_jax.io.progress import waiting
 from medmax_jax.io.storage import StorageError
 from medmax_jax.models import chameleon, vocab
 from medmax_jax.sharding import make_mesh, shard_batch
@@ -101,7 +102,7 @@ def run(
         # ---- restore
         store = CheckpointManager(folder / "checkpoints", keep=run.train.keep, log=writer.log)
         stack.callback(store.close)
-        with clock.measure("load"):
+        with clock.measure("load"), waiting("loading the weights", writer.log):
             start, state, cursor, changes = setup.restore_checkpoint(
                 run, abstract_model, store, meta, options
             )
@@ -216,7 +217,7 @@ def _evaluate(
 
 def _compiled(job: TrainContext, state: step.TrainState, batch: Batch) -> Callable:
     job.stop.activity = "the compilation of the training step"
-    with job.clock.measure("compile"):
+    with job.clock.measure("compile"), waiting("compiling the training step", job.writer.log):
         lowered = step.make_train_step(job.graph, job.run).lower(state, job.frozen, batch, job.key)
         compiled = lowered.compile()
         barrier("the training step is compiled")

@@ -1,9 +1,42 @@
 """Progress logs of long work: amount done, rate and remaining time, one line at a time."""
 
+import contextlib
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 SECONDS = 5.0  # between two lines
+QUIET_SECONDS = 10.0  # without a line, after which `waiting` logs one
+
+
+@contextlib.contextmanager
+def waiting(
+    what: str, log: Callable[[str], None], *, every: float = QUIET_SECONDS
+) -> Iterator[Callable[[str], None]]:
+    """Log "`what`: 20 s" whenever nothing was logged for `every` seconds.
+
+    Yields the log to use in the block. For work that cannot report how much of it is done: a
+    compilation, a load, the sync of a disk.
+    """
+    start, ended = time.monotonic(), threading.Event()
+    last = [start]
+
+    def log_in_block(line: str) -> None:
+        last[0] = time.monotonic()
+        log(line)
+
+    def watch() -> None:
+        while not ended.wait(max(last[0] + every - time.monotonic(), every / 20)):
+            if time.monotonic() - last[0] >= every:
+                log_in_block(f"{what}: {time.monotonic() - start:.0f} s")
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield log_in_block
+    finally:
+        ended.set()
+        thread.join()
 
 
 class ByteProgress:
