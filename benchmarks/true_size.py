@@ -37,6 +37,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 NEEDS = ["torch", "transformers", "peft", "safetensors"]
 GB = 1e9
 TOKENS, SMOKE_TOKENS = 2_304, 512
+TRAIN_TOKENS = 256  # of the rows of three steps; a row of one image takes ten minutes a step
 RUN_SECONDS = 4 * 3600  # until a training run that shall be killed counts as stuck
 
 
@@ -141,9 +142,9 @@ def gradient(road: Road) -> dict[str, Any]:
 
 
 def train(road: Road) -> dict[str, Any]:
-    """Train three steps: kill the process after its first checkpoint, then resume."""
+    """Train three steps on short rows: kill the process after its first checkpoint, then resume."""
     shutil.rmtree(road.path("run"), ignore_errors=True)
-    fields = steps.overrides(road.job, tokens=road.job.settings["tokens"] // 2)
+    fields = steps.overrides(road.job, tokens=road.job.settings["train_tokens"])
     values = {n: tuple(v) if isinstance(v, list) else v for n, v in fields.items()}
     words = [
         "medmax_jax.train", "--config=configs/medmax_7b_lora.py", f"--workdir={road.path('run')}",
@@ -320,6 +321,9 @@ def main() -> None:
     parser.add_argument("--torch_python", default="", help="Python with " + ", ".join(NEEDS))
     parser.add_argument("--stage", action="append", choices=tuple(STAGES), help="default: all")
     parser.add_argument("--tokens", type=int, help=f"of the packed row; default {TOKENS:,}")
+    parser.add_argument(
+        "--train_tokens", type=int, default=TRAIN_TOKENS, help="of a row of the three steps"
+    )
     parser.add_argument("--smoke", action="store_true", help="tiny widths")
     parser.add_argument("--keep", action="store_true", help="keep the models")
     args = parser.parse_args()
@@ -331,9 +335,8 @@ def main() -> None:
     for name in ("results", "logs"):
         (args.scratch / name).mkdir(parents=True, exist_ok=True)
     job = args.scratch / "job.json"
-    settings = dict(
-        smoke=args.smoke, tokens=args.tokens or (SMOKE_TOKENS if args.smoke else TOKENS)
-    )
+    tokens = args.tokens or (SMOKE_TOKENS if args.smoke else TOKENS)
+    settings = dict(smoke=args.smoke, tokens=tokens, train_tokens=args.train_tokens)
     if job.exists() and json.loads(job.read_text()) != settings:
         raise SystemExit(f"{args.scratch}: was made with {job.read_text()}; use another --scratch")
     job.write_text(json.dumps(settings))

@@ -30,7 +30,7 @@ from medmax_jax.generation import requests as prompt_requests
 from medmax_jax.io.storage import Folder
 from medmax_jax.models import chameleon, vocab, vqgan
 from medmax_jax.plan import analytic
-from medmax_jax.training import loss, step
+from medmax_jax.training import cross_entropy, step
 
 PROMPT = "Generate a chest x-ray with a pleural effusion in the left lower lung."
 TEXT_TOKENS, IMAGE_CODES = 32, 64
@@ -47,7 +47,7 @@ class Job:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Return job.json: smoke, tokens."""
+        """Return job.json: smoke, tokens, train_tokens."""
         return json.loads((self.scratch / "job.json").read_text())
 
     def path(self, name: str) -> str:
@@ -74,7 +74,8 @@ def overrides(job: Job, *, tokens: int) -> dict[str, Any]:
     }
     fields |= {"model.remat": "all", "model.attention": "xla", "mesh.data": 1, "mesh.fsdp": 1}
     fields |= {"data.train": job.path("records"), "data.validation": "", "data.seq_len": tokens}
-    fields |= {"data.document_limit": job.settings["tokens"] // 2, "data.batch_size": 1}
+    longest = min(tokens, job.settings["tokens"] // 2)
+    fields |= {"data.document_limit": longest, "data.batch_size": 1}
     fields |= {"train.init_from": job.path("native"), "train.compile": "default"}
     fields |= {"train.steps": 3, "train.log_every": 1, "train.eval_every": 0}
     return fields | {"train.checkpoint_every": 1}
@@ -116,9 +117,11 @@ def codes(job: Job) -> dict[str, Any]:
     rows = np.stack([store.by_digest(store_reader.digest_of(make.SAMPLE / f)) for f in files])
     side = stored["vq"].codes_per_side
     pixels = make.pixels_of(files, stored["vq"].image_size)
-    decoded = [
-        vqgan.decode_codes(vq, jnp.asarray(r.reshape(1, side, side), jnp.int32)) for r in rows
-    ]
+    decoded = []
+    for row in rows:
+        grid = jnp.asarray(row.reshape(1, side, side), jnp.int32)
+        decoded.append(np.asarray(vqgan.decode_codes(vq, grid)))
+        print(f"decoded {len(decoded)} of {len(rows)} images", flush=True)
     job.save("vq", codes=rows.astype(np.int32), pixels=pixels, decoded=np.concatenate(decoded))
     return dict(images=len(rows), codes_per_image=rows.shape[1], used=len(np.unique(rows)))
 
@@ -178,21 +181,22 @@ def _gradient(job: Job, name: str, run: config.Run, batch, folder: str) -> dict[
 
         def total(adapters, base, batch):
             net = nnx.merge(graph, adapters, base)
-            return loss.training_objective(net, batch, None, trains="lora")[0]
-
-        value, grads = sharding.jit(jax.value_and_grad(total))(adapters, base, batch)
-        value = float(value)
-        print(f"loss {value:.4f}", flush=True)
-        states = sharding.jit(
-            lambda adapters, base, *row: nnx.merge(graph, adapters, base).hidden_states_by_layer(
-                *row
+            states = net.hidden_states_by_layer(batch.ids, batch.segments, batch.positions)
+            targets, weights = (
+                jnp.pad(x[:, 1:], ((0, 0), (0, 1))) for x in (batch.ids, batch.weights)
             )
-        )
-        row = (batch.ids, batch.segments, batch.positions)
-        start = states(adapters, base, *row)[run.model.num_layers - last]
-        job.save(
-            name, ids=row[0], segments=row[1], positions=row[2], weights=batch.weights, x=start
-        )
+            hidden, head = net.norm(states[-1]), net.head()
+            value, _ = cross_entropy.weighted_nll(
+                hidden, head, targets, weights, trains_kernel=False,
+                chunks=cross_entropy.num_chunks(hidden, head.kernel),
+            )  # fmt: skip
+            return value, states[-1 - last]
+
+        step_of = sharding.jit(jax.value_and_grad(total, has_aux=True))
+        (value, start), grads = step_of(adapters, base, batch)
+        value = float(value)
+        row = dict(ids=batch.ids, segments=batch.segments, positions=batch.positions)
+        job.save(name, weights=batch.weights, x=start, **row)
         for kind, tree in (("adapter", adapters), ("grad", grads)):
             for leaf, x in safetensors_file.flatten_named(tree).items():
                 job.save(f"{name}.{kind}", **{leaf: x[-last:]})

@@ -25,7 +25,11 @@ from medmax_jax.checkpoints import safetensors_file, torch_file
 from medmax_jax.config import VQ
 from medmax_jax.convert import hf
 from medmax_jax.convert import vqgan as vqgan_layout
-from medmax_jax.data.sample.documents import eval_items, instruction_documents
+from medmax_jax.data.sample.documents import (
+    eval_items,
+    instruction_documents,
+    pretraining_documents,
+)
 from medmax_jax.data.sample.manifest import read_manifest
 from medmax_jax.models import images, tokenizer, vocab, vqgan
 from medmax_jax.models.vqgan import RELEASED
@@ -38,6 +42,7 @@ LOGITS_STD = 2.0
 CODEBOOK_NOISE = 0.3  # x the latents' std
 DOCUMENT_IMAGES, CODEBOOK_IMAGES = 8, 4
 EVAL_IMAGES, EVAL_ITEMS = 2, 8
+SHORT_TEXTS = 24  # documents without an image
 BLOCK = 1 << 24  # numbers drawn at a time
 
 Source = tuple[str, tuple[int, ...], str, Callable[[], np.ndarray]]
@@ -177,10 +182,11 @@ def chosen_images() -> dict[str, list[str]]:
 
 
 def write_documents(folder: pathlib.Path, files: list[str]) -> None:
-    """Write documents.jsonl, one document of each task and image, and a folder of the images."""
+    """Write documents.jsonl, one of each task and image and short texts, and the images."""
     rows = [r for r in read_manifest(SAMPLE / "manifest.jsonl") if r["file"] in files]
     texts = {(d["task"], d["image_path"]): d for d in instruction_documents(rows, seed=0)}
-    lines = [json.dumps(text) + "\n" for text in texts.values()]
+    short = [d for d in pretraining_documents(rows, seed=0) if not d["image_path"]]
+    lines = [json.dumps(text) + "\n" for text in [*texts.values(), *short[:SHORT_TEXTS]]]
     (folder / "documents.jsonl").write_text("".join(lines))
     for file in files:
         target = folder / "images" / file

@@ -30,6 +30,7 @@ from medmax_jax.data import sample
 from medmax_jax.data.mixture import SOURCES
 from medmax_jax.data.sample.manifest import read_manifest
 from medmax_jax.io.errors import printable_text
+from medmax_jax.io.progress import waiting
 
 
 def _parser() -> arguments.Parser:
@@ -86,12 +87,12 @@ def _run(argv: Sequence[str]) -> int:
     if argv[:1] == ["check"]:
         return check.main(argv[1:])
     args = _parser().parse_args(argv)
-    convert.convert(
-        args.source, args.target, layout=args.format, base=args.base, vqgan=args.vqgan,
-        quant=args.quant, merge_native=args.merge,
-        decoder=not args.no_decoder, say=lambda s: print(printable_text(s), flush=True),
-        data_sources=data_sources(),
-    )  # fmt: skip
+    with waiting("converting", lambda s: print(printable_text(s), flush=True)) as say:
+        convert.convert(
+            args.source, args.target, layout=args.format, base=args.base, vqgan=args.vqgan,
+            quant=args.quant, merge_native=args.merge, decoder=not args.no_decoder, say=say,
+            data_sources=data_sources(),
+        )  # fmt: skip
     return DONE
 
 

@@ -13,7 +13,7 @@ from medmax_jax.convert import adapters, hf, meta, model_card, native
 from medmax_jax.convert import vqgan as vqgan_layout
 from medmax_jax.convert.state_dict import Adapter, Checkpoint, ConvertError
 from medmax_jax.io.atomic_folder import atomic_folder
-from medmax_jax.io.progress import ByteProgress, waiting
+from medmax_jax.io.progress import ByteProgress
 from medmax_jax.io.storage import Folder, StorageError
 from medmax_jax.models.tokenizer import TokenizerError
 
@@ -129,12 +129,9 @@ def _write_model(
     card_text = model_card.render_model_card(
         f"{target.name}, {layout} layout", checkpoint, adapter, identity, target.data_sources
     ).encode()
+    progress = ByteProgress(checkpoint.nbytes, target.say)
     needed = int(checkpoint.nbytes * SHARE[quant]) + SLACK
-    with (
-        waiting("writing to the disk", target.say) as say,  # the sync at the end
-        atomic_folder(target.path, bytes_needed=needed, seal=SEALS[layout]) as out,
-    ):
-        progress = ByteProgress(checkpoint.nbytes, say)
+    with atomic_folder(target.path, bytes_needed=needed, seal=SEALS[layout]) as out:
         if layout == "native":
             native.write(out, checkpoint, progress=progress)
         elif layout == "hf":
