@@ -37,7 +37,12 @@ HERE = pathlib.Path(__file__).resolve().parent
 NEEDS = ["torch", "transformers", "peft", "safetensors"]
 GB = 1e9
 TOKENS, SMOKE_TOKENS = 2_304, 512
-TRAIN_TOKENS = 256  # of the rows of three steps; a row of one image takes ten minutes a step
+COUNTS = {  # flags: default, help
+    "tokens": (None, f"of the packed row; default {TOKENS:,}, with --smoke {SMOKE_TOKENS}"),
+    "train_tokens": (256, "of a row of the three steps; with an image a step takes ten minutes"),
+    "text_tokens": (32, "to generate"),
+    "image_codes": (64, "to generate"),
+}
 RUN_SECONDS = 4 * 3600  # until a training run that shall be killed counts as stuck
 
 
@@ -320,10 +325,8 @@ def main() -> None:
     )
     parser.add_argument("--torch_python", default="", help="Python with " + ", ".join(NEEDS))
     parser.add_argument("--stage", action="append", choices=tuple(STAGES), help="default: all")
-    parser.add_argument("--tokens", type=int, help=f"of the packed row; default {TOKENS:,}")
-    parser.add_argument(
-        "--train_tokens", type=int, default=TRAIN_TOKENS, help="of a row of the three steps"
-    )
+    for name, (default, meaning) in COUNTS.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=meaning)
     parser.add_argument("--smoke", action="store_true", help="tiny widths")
     parser.add_argument("--keep", action="store_true", help="keep the models")
     args = parser.parse_args()
@@ -335,8 +338,8 @@ def main() -> None:
     for name in ("results", "logs"):
         (args.scratch / name).mkdir(parents=True, exist_ok=True)
     job = args.scratch / "job.json"
-    tokens = args.tokens or (SMOKE_TOKENS if args.smoke else TOKENS)
-    settings = dict(smoke=args.smoke, tokens=tokens, train_tokens=args.train_tokens)
+    settings = {name: getattr(args, name) for name in ("smoke", *COUNTS)}
+    settings["tokens"] = args.tokens or (SMOKE_TOKENS if args.smoke else TOKENS)
     if job.exists() and json.loads(job.read_text()) != settings:
         raise SystemExit(f"{args.scratch}: was made with {job.read_text()}; use another --scratch")
     job.write_text(json.dumps(settings))

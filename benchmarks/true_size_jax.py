@@ -33,7 +33,6 @@ from medmax_jax.plan import analytic
 from medmax_jax.training import cross_entropy, step
 
 PROMPT = "Generate a chest x-ray with a pleural effusion in the left lower lung."
-TEXT_TOKENS, IMAGE_CODES = 32, 64
 LAST = 2  # layers whose gradients are compared
 SHORT = 48  # tokens of a short row
 GB = 1e9
@@ -47,7 +46,7 @@ class Job:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Return job.json: smoke, tokens, train_tokens."""
+        """Return job.json: smoke, and numbers of tokens."""
         return json.loads((self.scratch / "job.json").read_text())
 
     def path(self, name: str) -> str:
@@ -206,19 +205,22 @@ def _gradient(job: Job, name: str, run: config.Run, batch, folder: str) -> dict[
 def generate(job: Job) -> dict[str, Any]:
     """Save 32 greedy text tokens, and the first codes of an image with guidance."""
     base = dict(sampling.SETS["medmax_eval"]) | dict(repetition_penalty=1.0, image_greedy=True)
-    sample = config.Sample(**base | dict(max_gen_len=TEXT_TOKENS))
+    sample = config.Sample(**base | dict(max_gen_len=job.settings["text_tokens"]))
     g = model_bundle.load(job.path("native"))
     prompt = model_bundle.prompt_tokens(g, [[PROMPT]], end_of_turn=True)
     (_, (text,)) = next(
         api.generate_tokens(g, prompt, sample, mode="text", seed=0, names=None, batch_size=1)
     )
     print(f"text: {g.tokenizer.decode(text)!r}", flush=True)
-    job.save("generate", prompt=prompt[0], text=text, codes=_first_codes(g, prompt, sample))
+    codes = _first_codes(g, prompt, sample, job.settings["image_codes"])
+    job.save("generate", prompt=prompt[0], text=text, codes=codes)
     job.save("generate", allowed=vocab.text_mask(g.vocab, g.tokenizer.barred))
-    return dict(text_tokens=len(text), codes=IMAGE_CODES)
+    return dict(text_tokens=len(text), codes=len(codes))
 
 
-def _first_codes(g: model_bundle.ModelBundle, prompt, sample: config.Sample) -> np.ndarray:
+def _first_codes(
+    g: model_bundle.ModelBundle, prompt, sample: config.Sample, wanted: int
+) -> np.ndarray:
     count, context = g.vq_config.codes_per_image, g.config.context_length
     settings = sampling_params.resolve(
         sample, g.vocab, mode="image", codes=count, barred=g.tokenizer.barred
@@ -236,8 +238,8 @@ def _first_codes(g: model_bundle.ModelBundle, prompt, sample: config.Sample) -> 
     e = engine.make_engine(g.model, g.vocab, g.mesh, sizes, codes=count)
     for (output,) in scheduler.run_requests(e, requests, settings, 0):
         print(f"{len(output.tokens)} codes", flush=True)
-        if len(output.tokens) >= IMAGE_CODES or output.done:
-            return output.tokens[:IMAGE_CODES]
+        if len(output.tokens) >= wanted or output.done:
+            return output.tokens[:wanted]
     raise SystemExit("generation ended without codes")
 
 

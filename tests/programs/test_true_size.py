@@ -15,7 +15,12 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 @pytest.mark.slow
 def test_every_stage_runs_on_tiny_widths(tmp_path):
     """Without a torch Python; what a stage needs of the ones before it is there."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "true_size.py"), "--scratch", str(tmp_path)]
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "true_size.py"),
+        "--scratch",
+        str(tmp_path),
+    ]
     done = subprocess.run(
         [*command, "--smoke"], cwd=ROOT, capture_output=True, text=True, timeout=1800
     )
