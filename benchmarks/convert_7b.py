@@ -24,6 +24,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import IO
 
 import jax
 import ml_dtypes
@@ -77,10 +78,16 @@ def make(folder: pathlib.Path, layers: int) -> int:
     return (models / "consolidated.pth").stat().st_size
 
 
-def run_measured(command: list[str]) -> dict[str, float]:
-    """Return seconds and peak memory in GB of a command; raises when it fails."""
-    start, peaks = time.monotonic(), {"RssAnon": 0, "VmRSS": 0}
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+def run_measured(command: list[str], log: pathlib.Path | None = None) -> dict[str, float]:
+    """Return seconds and peak memory in GB of a command; raises when it fails.
+
+    `log`: a file for its output; then also the longest time without a line of it.
+    """
+    start, peaks, quiet = time.monotonic(), {"RssAnon": 0, "VmRSS": 0}, 0.0
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE if log else subprocess.DEVNULL,
+        stderr=subprocess.STDOUT if log else None,
+    )  # fmt: skip
 
     def watch() -> None:
         while process.poll() is None:
@@ -96,13 +103,28 @@ def run_measured(command: list[str]) -> dict[str, float]:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
+    if log:
+        quiet = _copy_output(process.stdout, log)
     code = process.wait()
     seconds = time.monotonic() - start
     watcher.join()
     if code:
         raise SystemExit(f"{' '.join(command)}: exit code {code}")
+    result = {"seconds": round(seconds, 1)} | ({"quiet_seconds": round(quiet, 1)} if log else {})
     in_gb = {f"peak_{name}_gb": round(value * 1024 / 1e9, 2) for name, value in peaks.items()}
-    return {"seconds": round(seconds, 1)} | in_gb
+    return result | in_gb
+
+
+def _copy_output(lines: IO[bytes], log: pathlib.Path) -> float:
+    """Copy lines to a file as they come; return the longest time between two of them."""
+    last, longest = time.monotonic(), 0.0
+    with open(log, "ab") as file:
+        for line in lines:
+            now = time.monotonic()
+            last, longest = now, max(longest, now - last)
+            file.write(line)
+            file.flush()
+    return max(longest, time.monotonic() - last)
 
 
 def convert(source: pathlib.Path, target: pathlib.Path, layout: str, *flags: str) -> dict:

@@ -224,6 +224,7 @@ BOUNDS = {
     "mesh.data": (1, 1 << 20),
     "mesh.fsdp": (1, 1 << 20),
 }
+MAX_POSITIONS = 1 << 24  # RoPE computes in fp32, which has no odd numbers beyond
 MAX_LIST = 8  # entries of a list of numbers; the levels of a VQGAN
 
 
@@ -370,8 +371,10 @@ def _value(kind: Any, value: Any, where: str) -> Any:
 
 def _check_sizes(run: Run) -> None:
     m, d = run.model, run.data
-    limit = min(d.seq_len, m.context_length)  # positions restart with each document of a row
+    # Positions restart with each document of a row.
+    limit = min(d.seq_len, m.context_length, MAX_POSITIONS)
     requirement = f"in 1..{limit}: at most data.seq_len and model.context_length"
+    requirement += f", and {MAX_POSITIONS}" if limit == MAX_POSITIONS else ""
     _rule(0 < d.document_limit <= limit, "data.document_limit", d.document_limit, requirement)
     unweighted = not (run.mixing.weights and run.mixing.image_centric)
     _rule(unweighted, "mixing.weights", run.mixing.weights, "empty when mixing.image_centric")

@@ -33,6 +33,7 @@ from medmax_jax.data import sample
 from medmax_jax.data.mixture import SOURCES
 from medmax_jax.data.sample.manifest import read_manifest
 from medmax_jax.io.errors import printable_text
+from medmax_jax.io.progress import report_waiting
 
 
 def _parser() -> arguments.Parser:
@@ -130,12 +131,18 @@ def _run(argv: Sequence[str]) -> int:
     if argv[:1] == ["check"]:
         return _check(argv[1:])
     args = _parser().parse_args(argv)
-    convert.convert(
-        args.source, args.target, layout=args.format, base=args.base, vqgan=args.vqgan,
-        quant=args.quant, merge_native=args.merge,
-        decoder=not args.no_decoder, say=lambda s: print(printable_text(s), flush=True),
-        data_sources=data_sources(),
-    )  # fmt: skip
+    log = lambda s: print(printable_text(s), flush=True)  # noqa: E731
+    with report_waiting("waiting for a tensor or the disk", log) as restart:
+
+        def say(line: str) -> None:
+            log(line)
+            restart()
+
+        convert.convert(
+            args.source, args.target, layout=args.format, base=args.base, vqgan=args.vqgan,
+            quant=args.quant, merge_native=args.merge, decoder=not args.no_decoder, say=say,
+            data_sources=data_sources(),
+        )  # fmt: skip
     return DONE
 
 

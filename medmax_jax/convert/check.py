@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
+from medmax_jax import sharding
 from medmax_jax.checkpoints import export, hub, safetensors_file
 from medmax_jax.config import Mesh, Vocab
 from medmax_jax.convert import convert, inspect_checkpoint, torch_reference
@@ -37,7 +38,6 @@ from medmax_jax.io.progress import ByteProgress
 from medmax_jax.io.storage import Folder
 from medmax_jax.models import chameleon, vqgan
 from medmax_jax.models.tokenizer import Tokenizer, TokenizerError
-from medmax_jax.sharding import make_mesh
 
 PUBLISHED = {  # tokenizer/checklist.chk of Meta's, Anole's and MedMax's downloads
     "text_tokenizer.json": "170a932b687671a4e676f3bf69147295",
@@ -208,13 +208,13 @@ def _ours(checkpoint: Checkpoint, native: str, reference: Any) -> dict[str, np.n
     ids = reference["ids"].astype(np.int32)
     model = dataclasses.replace(checkpoint.model, remat="none")
     outputs = {}
-    with jax.set_mesh(make_mesh(Mesh(data=1, fsdp=1, tp=1))):
+    with jax.set_mesh(sharding.make_mesh(Mesh(data=1, fsdp=1, tp=1))):
         net = export.load(
             native, chameleon.abstract_model(model, checkpoint.vocab, chameleon.NO_LORA)
         )
         positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
         rows = (jnp.asarray(ids), jnp.ones_like(ids), jnp.asarray(positions))
-        logits = jax.jit(lambda net, rows: net.logits(net.hidden(*rows, key=None)))
+        logits = sharding.jit(lambda net, rows: net.logits(net.hidden(*rows, key=None)))
         outputs["logits"] = np.asarray(logits(net, rows))
         if checkpoint.vqgan and checkpoint.has_decoder:
             path = pathlib.Path(native) / "vqgan.safetensors"

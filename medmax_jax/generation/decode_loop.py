@@ -31,6 +31,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from medmax_jax import sharding
 from medmax_jax.config import Vocab
 from medmax_jax.generation import grammar, sampling
 from medmax_jax.generation.sampling_params import (
@@ -72,7 +73,7 @@ class LoopState(NamedTuple):
     cache: kv_cache.Cache
 
 
-@functools.partial(jax.jit, static_argnames="span", donate_argnames="cache")
+@functools.partial(sharding.jit, static_argnames="span", donate_argnames="cache")
 def prefill(
     model: Chameleon,
     layers: kv_cache.UnstackedLayers | None,
@@ -108,7 +109,7 @@ def set_seen_tokens(
     return jax.lax.dynamic_update_slice(seen, fresh[None], (row, 0))
 
 
-@functools.partial(jax.jit, static_argnames="span", donate_argnames="cache")
+@functools.partial(sharding.jit, static_argnames="span", donate_argnames="cache")
 def score_tokens(
     model: Chameleon,
     layers: kv_cache.UnstackedLayers | None,
@@ -134,7 +135,9 @@ def score_tokens(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "width", "span", "draws"), donate_argnames=("cache", "seen")
+    sharding.jit,
+    static_argnames=("config", "width", "span", "draws"),
+    donate_argnames=("cache", "seen"),
 )
 def decode_chunk(
     model: Chameleon,

@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
+from medmax_jax import sharding
 from medmax_jax.config import Run
 from medmax_jax.models import attention, chameleon
 from medmax_jax.sharding import BATCH, with_shardings
@@ -128,7 +129,7 @@ def make_train_step(graph: Any, run: Run) -> Callable:
         return TrainState(trainable, opt_state, state.step + 1), metrics
 
     options = COMPILER_OPTIONS[run.train.compile] or None
-    return jax.jit(train_step, donate_argnums=0, compiler_options=options)
+    return sharding.jit(train_step, donate_argnums=0, compiler_options=options)
 
 
 def accumulate(
@@ -172,7 +173,7 @@ def make_eval_step(graph: Any, run: Run) -> Callable:
             **sums, weighted_loss=total * share, share=share
         )
 
-    return jax.jit(eval_step)
+    return sharding.jit(eval_step)
 
 
 def abstract_batch(run: Run) -> Batch:

@@ -181,3 +181,17 @@ def test_two_processes_together_read_each_block_once(tmp_path, sizes):
     assert sum(read for read, _ in outputs) <= 1.1 * size
     sums = [float(expected[n].astype(np.float64).sum()) for n in sorted(expected)]
     np.testing.assert_allclose(outputs[0][1], sums, rtol=1e-3, atol=1)
+
+
+def test_arrays_of_more_elements_than_int32_holds(tmp_path):
+    """30B has stacks of 8.7e9 numbers; here only the last layer of one is written and read."""
+    layer = np.random.default_rng(0).integers(-100, 100, (8_192, 8_192)).astype(np.int8)
+    writer = zarr_arrays.Writer(Folder(tmp_path))
+    store = writer.create("stack", (33, *layer.shape), layer.dtype, (False, True, True))
+    assert np.prod(store.shape, dtype=np.int64) > 2**31
+    writer.write(store, 32, layer)
+    writer.finish()
+    opened = zarr_arrays.open_array(Folder(tmp_path), "stack")
+    np.testing.assert_array_equal(
+        zarr_arrays.read(Folder(tmp_path), opened[32, 8_189:]), layer[8_189:]
+    )

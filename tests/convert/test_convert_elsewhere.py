@@ -1,6 +1,7 @@
 """Checkpoints that other programs wrote: torch files, one-row gains, ungathered weights, bounds."""
 
 import json
+import os
 import pathlib
 import shutil
 import time
@@ -22,8 +23,10 @@ from safetensors.numpy import save_file
 from test_convert import convert
 
 from medmax_jax.convert import convert as conversion
+from medmax_jax.convert import safetensors_stream
 from medmax_jax.convert.state_dict import ConvertError
 from medmax_jax.io.settings_files import parse_yaml
+from medmax_jax.io.storage import Folder
 from medmax_jax.io.text_files import TextFileError
 
 SECONDS = 5.0  # of this process for one error, which takes milliseconds
@@ -303,3 +306,20 @@ def test_vqgan_of_integers_is_rejected(meta, tmp_path):
     name = "quantize.embedding"
     save_file(arrays | {name: arrays[name].astype(np.int32)}, native / "vqgan.safetensors")
     refused(native, "quantize.embedding: dtype I32 is not supported; weights must be F32")
+
+
+def test_tensors_of_more_than_4_gib_are_read_at_their_place(tmp_path):
+    """An fp32 embedding of 30B has 2 GiB. The file is sparse: only its last row is on the disk."""
+    rows, width = 65_536, 16_512
+    nbytes = rows * width * 4
+    entry = dict(dtype="F32", shape=[rows, width], data_offsets=[0, nbytes])
+    header = json.dumps({"model.embed_tokens.weight": entry}).encode()
+    last = np.arange(width, dtype=np.float32)
+    with open(tmp_path / "model.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.seek(nbytes - last.nbytes, os.SEEK_CUR)
+        file.write(last.tobytes())
+    tensors = safetensors_stream.read_file(Folder(tmp_path).file("model.safetensors"))
+    block = tensors["model.embed_tokens.weight"].block
+    np.testing.assert_array_equal(block(slice(rows - 1, rows), slice(-3, None)), [last[-3:]])
+    assert not block(slice(rows - 3, rows - 1), slice(None)).any()

@@ -106,3 +106,14 @@ def test_epochs_concatenate_plans(lengths, seed, start):
     assert epochs.row(0).tolist() == rows[0]
     first = len(pack.plan(lengths, seq_len=SEQ, pack=True, seed=seed, epoch=0))
     assert len(epochs.first) == first and epochs.epoch(first) == 1
+
+
+def test_epochs_of_more_tokens_than_int32_holds():
+    """The mixture has 1.7e9 tokens, and two epochs of it more than 2^31."""
+    lengths = np.full(3_000, 1 << 20, np.int32)  # 3.1e9 tokens
+    lengths[1::2] += 1
+    plan = pack.plan(lengths, seq_len=1 << 30, pack=True, seed=0, epoch=0)
+    used = [int(lengths[row].sum(dtype=np.int64)) for row in rows_of(plan)]
+    assert sum(used) == lengths.sum(dtype=np.int64) > 2**31
+    assert max(used) <= 1 << 30 and len(plan) == 3
+    assert sorted(plan.documents.tolist()) == list(range(len(lengths)))

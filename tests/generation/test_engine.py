@@ -163,11 +163,11 @@ def test_guidance_scales_that_need_no_streams(g):  # noqa: F811
 def test_programs_are_few_and_counted(g):  # noqa: F811
     """The programs that the engine lists are those compiled; a second run compiles nothing."""
     jitted = (
-        decode_loop.prefill,
+        decode_loop.prefill.default,
         decode_loop.copy_slots,
         decode_loop.set_seen_tokens,
-        decode_loop.decode_chunk,
-        decode_loop.score_tokens,
+        decode_loop.decode_chunk.default,
+        decode_loop.score_tokens.default,
     )
     size = lambda: sum(f._cache_size() for f in jitted)  # noqa: E731
     before = size()

@@ -5,6 +5,7 @@ import math
 import pathlib
 import re
 
+import numpy as np
 import pytest
 
 from medmax_jax import config
@@ -33,6 +34,19 @@ def test_every_config_file_builds_and_survives_a_round_trip(name):
 def test_codes_per_image_follow_from_the_vqgan():
     assert config.from_config_dict(base.get_config()).vq.codes_per_image == 1_024
     assert config.from_config_dict(tiny.get_config()).vq.codes_per_image == 64
+
+
+def test_positions_are_exact_in_fp32():
+    """RoPE's positions are fp32 numbers: 2^24 + 1 would be 2^24."""
+    settings = base.get_config().to_dict()
+    limit = config.MAX_POSITIONS
+    assert np.float32(limit - 1) != np.float32(limit) == np.float32(limit + 1)
+    settings["model"]["context_length"] = settings["data"]["seq_len"] = 2 * limit
+    settings["data"]["document_limit"] = limit
+    config.from_config_dict(settings)
+    settings["data"]["document_limit"] = limit + 1
+    with pytest.raises(config.ConfigError, match=f"document_limit is {limit + 1}.*and {limit}"):
+        config.from_config_dict(settings)
 
 
 @pytest.mark.parametrize(
