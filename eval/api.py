@@ -12,7 +12,7 @@ from typing import Any
 
 from medmax_jax.config import build
 from medmax_jax.configs import eval_tiny
-from medmax_jax.eval.config import Settings
+from medmax_jax.eval.config import EvalError, Settings
 from medmax_jax.eval.models import base, loading
 from medmax_jax.eval.pipeline import judging, stages
 from medmax_jax.eval.tasks import items, selection
@@ -22,7 +22,7 @@ def evaluate(
     model: base.Model,
     tasks: Sequence[items.Item] | str | Path,
     workdir: str | Path,
-    mode: str,
+    mode: str = "strict",
     *,
     images: str | Path = "",
     progress: Callable[[str], None] = print,
@@ -36,6 +36,8 @@ def evaluate(
     paper. images: folder of the images; "": the folder of the file, or for a list of items the
     current directory. overrides: fields of configs/eval_tiny.py, like counts or baselines.
     """
+    if not callable(getattr(model, "generate", None)):
+        raise EvalError(f"model is {model!r}; it requires a method generate(requests)")
     config = eval_tiny.get_config().unlock()
     config.mode, config.images = mode, str(images)
     config.questions = str(tasks) if isinstance(tasks, str | Path) else "sample"

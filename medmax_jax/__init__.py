@@ -6,4 +6,12 @@ treat a module as a graph of objects (`nnx.split`, `nnx.iter_modules`), the call
 their own mode.
 """
 
+import signal
+import sys
+
 __version__ = "0.2.0"
+
+if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # `python -m` imports this package before the program: until the program reads its arguments,
+    # Ctrl-C ends it at once, which a callback of an import could otherwise lose.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -12,6 +12,7 @@ import difflib
 import inspect
 import io
 import re
+import signal
 import sys
 import textwrap
 import tokenize
@@ -42,6 +43,12 @@ def required(names: Sequence[str]) -> str:
     *others, last = names
     text = f"{', '.join(others)} and {last} are" if others else f"{last} is"
     return f"{text} required; --help lists all flags"
+
+
+def end_of_imports() -> None:
+    """Let Ctrl-C raise KeyboardInterrupt again: during the imports it ends the process at once."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Parser(argparse.ArgumentParser):
@@ -76,6 +83,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Return the arguments; an unknown one is reported by the sub-command that it follows."""
+        end_of_imports()
         namespace, unknown = self.parse_known_args(args, namespace)
         if unknown:
             self.leaf(sys.argv[1:] if args is None else args).reject(unknown)

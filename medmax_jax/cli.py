@@ -95,6 +95,7 @@ def run(
             return _fail(error, ERROR)
         return DONE
 
+    _locate_config(sys.argv)
     given_flags = {word.split("=")[0].lstrip("-") for word in sys.argv[1:]}
     # Not set as flag defaults: absl would read the config and its overrides too early.
     missing = {k: v for k, v in (defaults or {}).items() if k not in given_flags}
@@ -264,6 +265,7 @@ class Stop:
 
 
 def _parse(argv: list[str], defaults: Mapping[str, str]) -> list[str]:
+    arguments.end_of_imports()
     words = {word.split("=")[0].lstrip("-") for word in argv[1:] if word.startswith("-")}
     if words & {"help", "h", "helpshort", "helpfull", "help_config"}:
         sys.exit(_help(argv, words, defaults))
@@ -326,6 +328,14 @@ def _config_argument(argv: Sequence[str]) -> str:
         if name in ("--config", "-config"):
             path = value if sign else following
     return path
+
+
+def _locate_config(argv: list[str]) -> None:
+    """Replace, in place, configs/NAME.py by the file of the package where there is no such file."""
+    path = _config_argument(argv)
+    shipped = pathlib.Path(__file__).parent / path
+    if path.startswith("configs/") and not os.path.exists(path) and shipped.is_file():
+        argv[:] = [word.replace(path, str(shipped)) for word in argv]
 
 
 def read_config(argv: Sequence[str], *, overrides: bool = True) -> ConfigDict | None:

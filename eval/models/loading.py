@@ -97,9 +97,10 @@ def parse_model_spec(
     """Resolve `--model`. A checkpoint of another layout is converted here, once."""
     kind, _, where = model.partition(":")
     if kind not in KINDS or not where:
+        near = f"native:{model}" if kind == model else "native:FOLDER"
         raise EvalError(
             f"--model is {model!r}; expected KIND:WHERE with KIND one of {', '.join(KINDS)}, like "
-            "native:FOLDER"
+            f"{near}"
         )
     if (adapter or merge) and kind not in LOCAL:
         raise EvalError(

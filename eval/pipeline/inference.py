@@ -61,8 +61,6 @@ def run_items(
     window: items that a model receives at once. shard: runs and returns that part alone. facts:
     fingerprints that every record has; a record with others belongs to another run and raises.
     """
-    if mode not in task_items.MODES:
-        raise EvalError(f"mode is {mode!r}; use one of {', '.join(task_items.MODES)}")
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     per_record.check_names(shard_files(out))
@@ -181,7 +179,9 @@ class _ItemRunner:
 def make_request(
     item: task_items.Item, folder: Path, mode: str, prompt: str = "sft"
 ) -> base.ModelRequest:
-    """Return the request that a model receives for an item."""
+    """Return the request that a model receives for an item; raise EvalError on another mode."""
+    if mode not in task_items.MODES:
+        raise EvalError(f"mode is {mode!r}; use one of {', '.join(task_items.MODES)}")
     family = task_items.FAMILIES[item.family]
     return base.ModelRequest(
         id=item.id,
@@ -234,6 +234,11 @@ def _batches(model: base.Model, requests: Sequence[base.ModelRequest]):
     stream = getattr(model, "stream", None)
     if stream is None:
         answers = model.generate(list(requests))
+        if not isinstance(answers, Sequence):
+            raise EvalError(
+                f"generate() returned {type(answers).__name__}; it must return a list with one "
+                "answer per request"
+            )
         if len(answers) != len(requests):
             raise EvalError(
                 f"generate() returned {len(answers)} answers to {len(requests)} requests; it must "

@@ -230,3 +230,25 @@ def test_ctrl_c_during_a_compilation_is_reported_at_once():
         killer.cancel()
         process.kill()
         process.communicate()
+
+
+@pytest.mark.parametrize("seconds", [0.2, 0.6, 1.0])
+def test_ctrl_c_during_the_imports_ends_without_a_traceback(seconds, tmp_path):
+    words = [sys.executable, "-m", "medmax_jax.train", "--config=configs/tiny.py"]
+    process = subprocess.Popen(
+        [*words, f"--workdir={tmp_path / 'w'}"], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0 and "Traceback" not in output
+
+
+def test_configs_of_the_package_are_found_from_another_folder(tmp_path):
+    words = ["medmax_jax.generate", "--config=configs/sample_meta.py", "--help_config"]
+    done = subprocess.run(
+        [sys.executable, "-m", *words], cwd=tmp_path, text=True, capture_output=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0 and "config.sample" in done.stdout, done.stderr
