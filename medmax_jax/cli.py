@@ -177,8 +177,21 @@ class WorkdirError(OSError):
     """Raised for a --workdir that cannot be written to."""
 
 
-def open_workdir(workdir: str | os.PathLike, flag: str = "--workdir") -> pathlib.Path:
-    """Return the folder, created where missing; raise WorkdirError where no file can be created."""
+CONTENTS = {  # the file by which the folder of a program is known
+    "metrics.jsonl": "a training run",
+    "records.jsonl": "an evaluation",
+    "request.json": "answers of generate",
+    "report.json": "a quickstart",
+}
+
+
+def open_workdir(
+    workdir: str | os.PathLike, flag: str = "--workdir", *, own: str = ""
+) -> pathlib.Path:
+    """Return the folder, created where missing; raise WorkdirError where no file can be created.
+
+    own: the file of CONTENTS that the program writes; a folder with another one is refused.
+    """
     if os.fspath(workdir).startswith("gs://"):
         raise WorkdirError(
             f"{flag} {workdir} is not a local or mounted folder; mount the bucket (Cloud Storage "
@@ -189,11 +202,15 @@ def open_workdir(workdir: str | os.PathLike, flag: str = "--workdir") -> pathlib
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
-            return folder
+            pass
     except OSError as error:
         raise WorkdirError(
             f"{flag} {workdir} is not writable ({error.strerror}); use another folder"
         ) from error
+    for name, content in CONTENTS.items():
+        if own and name != own and (folder / name).exists():
+            raise WorkdirError(f"{flag} {workdir} contains {content} ({name}); use another folder")
+    return folder
 
 
 class Stop:

@@ -59,7 +59,7 @@ def main(settings: ConfigDict, out: str) -> None:
     sampling_params.check_sample(sample)
     buckets.batch_size_for(len(prompts), FLAGS.rows)
     output_files.check_images(prompts)
-    folder = cli.open_workdir(out, "--out")
+    folder = cli.open_workdir(out, "--out", own="request.json")
     with report_waiting("loading the model", print):
         g = load(FLAGS.model, adapter=FLAGS.adapter or None, mesh=mesh, merge=FLAGS.merge)
     tokens = prompt_tokens(g, [p.parts for p in prompts], end_of_turn=FLAGS.end_of_turn)

@@ -104,7 +104,7 @@ class QuickstartRun:
 
 def main(settings: ConfigDict, workdir: str) -> None:
     """Run the pipeline, with a log for people and report.json for programs."""
-    folder = cli.open_workdir(workdir)
+    folder = cli.open_workdir(workdir, own="report.json")
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=handlers, force=True)
     try:

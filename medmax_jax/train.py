@@ -74,7 +74,8 @@ def run(
     setup.check_options(run, options)
     if options.dry_run:
         return setup.dry_run(run, lambda: load_data(run))
-    clock, folder = log_writer.GoodputTimer(), cli.open_workdir(workdir).absolute()
+    clock = log_writer.GoodputTimer()
+    folder = cli.open_workdir(workdir, own="metrics.jsonl").absolute()
     with contextlib.ExitStack() as stack:
         stack.enter_context(setup.workdir_lock(folder))
         stop = stack.enter_context(cli.Stop())

@@ -117,7 +117,9 @@ def run(
     if not dry_run:  # before a checkpoint is converted or its weights are read
         judging.check_judge(settings.judge, eval_set.items, Path(workdir))
         with _file_modes(eval_set):
-            cli.open_workdir(workdir)  # before minutes of work that could not be stored
+            cli.open_workdir(
+                workdir, own="records.jsonl"
+            )  # before minutes of work that could not be stored
     if not model:  # config.adapter belongs to config.model
         model, adapter = settings.model, adapter or settings.adapter
     spec = loading.parse_model_spec(model, adapter, merge, settings, progress=progress)
@@ -277,7 +279,7 @@ def check_workdir(
     }
     path = workdir / "run.json"
     if write:
-        cli.open_workdir(workdir)
+        cli.open_workdir(workdir, own="records.jsonl")
         if any(map(task_items.is_credentialed, eval_set.items)):
             os.chmod(workdir, 0o700)  # it may have existed
     if path.exists():

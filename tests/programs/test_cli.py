@@ -103,6 +103,19 @@ def test_programs_check_the_workdir_before_they_work(tmp_path):
         )
 
 
+@pytest.mark.parametrize("own", cli.CONTENTS)
+def test_the_folder_of_another_program_is_refused(own, tmp_path):
+    for name in cli.CONTENTS:
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_text("")
+        if name == own:
+            assert cli.open_workdir(folder, own=own) == folder
+            continue
+        with pytest.raises(cli.WorkdirError, match=f"{cli.CONTENTS[name]} .{name}.; use another"):
+            cli.open_workdir(folder, own=own)
+
+
 def test_workdir_is_created_and_left_empty(tmp_path):
     assert cli.open_workdir(tmp_path / "a" / "b") == tmp_path / "a" / "b"
     assert list((tmp_path / "a" / "b").iterdir()) == []
