@@ -71,6 +71,29 @@ def test_arrays_load_bit_for_bit_on_every_mesh(tmp_path, dtype, large):
             assert np.asarray(loaded[name]).tobytes() == array.tobytes()
 
 
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_a_stack_beyond_the_limit_is_read_by_layers(tmp_path, dtype, monkeypatch):
+    """Read as one array, a stack of 30B would need 17 GB of the host, twice on a CPU."""
+    stack = np.random.default_rng(0).standard_normal((5, 16, 24)).astype(np.float32)
+    folder, waited = write(tmp_path, {"kernel": stack, "embed": stack[0]}), []
+    wait = zarr_arrays.storage.wait
+    like = {
+        "kernel": jax.ShapeDtypeStruct(stack.shape, dtype),
+        "embed": jax.ShapeDtypeStruct(stack[0].shape, dtype),
+    }
+
+    def record(future, *words):
+        waited.append(getattr(wait(future, *words), "nbytes", 0))
+        return future.result()
+
+    monkeypatch.setattr(zarr_arrays, "IN_FLIGHT", 3 * stack[0].nbytes)
+    monkeypatch.setattr(zarr_arrays.storage, "wait", record)
+    loaded = zarr_arrays.load(folder, like)
+    np.testing.assert_array_equal(loaded["kernel"], stack.astype(dtype))
+    np.testing.assert_array_equal(loaded["embed"], stack[0].astype(dtype))
+    assert max(waited) == stack[0].nbytes
+
+
 def test_like_determines_the_dtype(tmp_path):
     expected = random_arrays(np.float32, large=False)
     folder = write(tmp_path / "a", expected)
