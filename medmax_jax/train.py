@@ -91,9 +91,8 @@ def run(
         # ---- log
         meta = setup.run_metadata(run, train_data)
         wandb_sink = _wandb_sink(run, options, folder, meta, stack)
-        writer = stack.enter_context(
-            contextlib.closing(log_writer.MetricWriter(str(folder), wandb_sink))
-        )
+        writer = log_writer.MetricWriter(str(folder), wandb_sink)
+        stack.callback(writer.close)
 
         # ---- model
         abstract_model = setup.as_config_error(
