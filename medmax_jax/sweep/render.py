@@ -150,9 +150,9 @@ set -u
 commands=(
 {commands}
 )
+trap 'kill -TERM "$!"' TERM # before the run starts: without it, the signal ends this script
 {where}bash -c "exec ${{commands[$SLURM_ARRAY_TASK_ID]}}" &
 child=$!
-trap 'kill -TERM "$child"' TERM
 wait "$child"
 code=$?
 if [ "$code" -gt 128 ]; then # the wait was interrupted by the signal, the run still saves
