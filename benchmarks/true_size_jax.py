@@ -244,8 +244,8 @@ def _first_codes(
 
 
 def adapted(job: Job) -> dict[str, Any]:
-    """Save logits of a short row by the base with the trained adapter merged into it."""
-    g = model_bundle.load(job.path("native"), adapter=job.path("run"), merge=True)
+    """Save logits of a short row by the base and the trained adapter, kept separate."""
+    g = model_bundle.load(job.path("native"), adapter=job.path("run"))
     ids = _short_ids()
     with jax.set_mesh(g.mesh):
         job.save("adapted", ids=ids, logits=_logits(g.model, ids))
