@@ -253,7 +253,7 @@ STAGES = {
         Stage(generate, 20, 1, ("convert",)),
         Stage(gradient, 19, 2, ("records",)),
         Stage(train, 19, 2, ("records",)),
-        Stage(export, 16, 29, ("train",)),
+        Stage(export, 17, 29, ("train",)),
         Stage(quantize, 16, 13, ("convert",)),
         Stage(evaluate, 20, 1, ("convert",)),
         Stage(large_layer, 14, 9, ("inputs",)),

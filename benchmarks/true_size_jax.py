@@ -244,7 +244,7 @@ def _first_codes(
 
 
 def adapted(job: Job) -> dict[str, Any]:
-    """Save logits of a short row by the base and the trained adapter."""
+    """Save logits of a short row by the base and the trained adapter, kept separate."""
     g = model_bundle.load(job.path("native"), adapter=job.path("run"))
     ids = _short_ids()
     with jax.set_mesh(g.mesh):

@@ -329,7 +329,7 @@ def large_layer(scratch: pathlib.Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def reload(scratch: pathlib.Path) -> dict[str, Any]:
-    """Load the merged model as a user of HF does; compare with the base and the adapter of ours."""
+    """Load the merged model as a user of HF does; compare with the separate adapter."""
     saved = Saved(scratch, "adapted")
     model = transformers.ChameleonForConditionalGeneration.from_pretrained(
         scratch / "merged_hf", dtype=torch.bfloat16

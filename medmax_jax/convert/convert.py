@@ -48,6 +48,9 @@ class Target:
         return self.path.rstrip("/").rpartition("/")[2]
 
 
+MIN_KEPT = 0.9  # of the change that an adapter makes; less is reported
+
+
 def convert(
     source: str,
     target: str,
@@ -101,6 +104,11 @@ def convert(
     if layout == "peft":
         raise ConvertError(f"{source}: a complete model; --format peft is for adapters and runs")
     if adapter:
+        if (share := adapters.kept_share(checkpoint, adapter)) < MIN_KEPT:
+            say(
+                f"WARNING: rounding to the dtype of the base keeps about {share:.0%} of the "
+                "adapter's change; keep the adapter separate (--format peft or native)"
+            )
         checkpoint = adapters.merged(checkpoint, adapter)
     return _write_model(checkpoint, adapter, identity, destination)
 

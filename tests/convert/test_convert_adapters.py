@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import shutil
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from convert_setup import BASE, SWIN, assert_equal, read_pth, read_safetensors, shards, write_meta
 from flax import nnx
+from safetensors.numpy import save_file
 from test_convert import GOLDEN, IDS, convert, logits
 
 from medmax_jax import train
@@ -212,3 +214,24 @@ def test_an_adapter_for_another_base_is_refused(base, trained, tmp_path):
     with pytest.raises(ConvertError, match="is not an adapter; omit --base"):
         convert(base, tmp_path / "out", "hf", base=str(model))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("dtype", "lost"), [("BF16", True), ("F32", False)])
+def test_a_change_below_the_steps_of_the_base_is_reported(tmp_path, dtype, lost):
+    """After a few steps an adapter's change of 7B is below half a step of bfloat16."""
+    meta = write_meta(tmp_path / "meta", BASE, shards(BASE, dtypes=(dtype,), seed=0), vqgan=True)
+    base, adapter, lines = convert(meta, tmp_path / "base", "native"), tmp_path / "adapter", []
+    shutil.copytree(PEFT, adapter)
+    small = {
+        name: array * (1e-3 if "lora_B" in name else 1)
+        for name, array in read_safetensors(PEFT).items()
+    }
+    save_file(small, adapter / "adapter_model.safetensors")
+    words = dict(base=str(base), say=lines.append)
+    conversion.convert(str(adapter), str(tmp_path / "hf"), layout="hf", **words)
+    warned = [line for line in lines if "of the adapter's change" in line]
+    assert bool(warned) == lost
+    if lost:
+        assert "keeps about" in warned[0] and "keep the adapter separate" in warned[0]
+        share = float(re.search(r"about (\d+)%", warned[0])[1])
+        assert share < 70
