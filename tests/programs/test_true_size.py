@@ -28,7 +28,7 @@ def test_every_stage_runs_on_tiny_widths(tmp_path):
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["skipped"] == "no --torch_python"
     stages = {name: result["found"] for name, result in found["stages"].items()}
-    assert stages["records"]["documents"] == 41 and len(stages["records"]["tasks"]) == 6
+    assert stages["records"]["documents"] == 65 and len(stages["records"]["tasks"]) == 7
     assert stages["forward"]["documents"] > 1 and stages["forward"]["image_tokens"] >= 128
     assert list(stages["train"]["losses"]) == ["1", "2", "3"] and stages["train"]["resumed"]
     assert stages["evaluate"]["items"] == 8
