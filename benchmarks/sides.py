@@ -116,6 +116,27 @@ def read_spec(text: str, *packages: str) -> dict[str, Any]:
     return spec
 
 
+def read_step(text: str, *packages: str) -> list[str]:
+    """Return STEP, SCRATCH and what follows on the command line of a side of true_size.py.
+
+    Called before `packages` are imported, as `read_spec` is.
+    """
+    words = sys.argv[1:]
+    if {"-h", "--help"} & {*words}:
+        print(text)
+        sys.exit(0)
+    problem = "" if words[1:] else "STEP and SCRATCH are required; --help explains them"
+    if words and words[0].startswith("-"):
+        problem = f"{words[0]} is not an argument; the arguments are STEP and SCRATCH"
+    for name in packages if not problem else ():
+        if not importlib.util.find_spec(name):
+            problem = f"{sys.executable} has no {name}; use a Python that has it"
+    if problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
+    return words
+
+
 def serve(make: Callable[[], Any]) -> None:
     """Answer requests until stdin is closed with the methods of what `make` returns.
 

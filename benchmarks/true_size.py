@@ -33,6 +33,8 @@ import sides
 import true_size_jax as steps
 import true_size_make as make
 
+from medmax_jax import arguments
+
 HERE = pathlib.Path(__file__).resolve().parent
 NEEDS = ["torch", "transformers", "peft", "safetensors"]
 GB = 1e9
@@ -317,7 +319,7 @@ def _gb(road: Road, name: str) -> float:
 
 def main() -> None:
     """Run the program."""
-    parser = argparse.ArgumentParser(
+    parser = arguments.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(

@@ -16,6 +16,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import jax
 import jax.numpy as jnp
 import numpy as np
+import sides
 import true_size_make as make
 from flax import nnx
 
@@ -324,4 +325,5 @@ STEPS = {
 }
 
 if __name__ == "__main__":
-    print(json.dumps(STEPS[sys.argv[1]](Job(pathlib.Path(sys.argv[2])))))
+    STEP, SCRATCH, *_ = sides.read_step(__doc__)
+    print(json.dumps(STEPS[STEP](Job(pathlib.Path(SCRATCH)))))

@@ -8,9 +8,13 @@ is compared. Each step prints one JSON object as its last line.
 import functools
 import json
 import pathlib
-import sys
 from collections.abc import Callable
 from typing import Any
+
+import sides
+
+if __name__ == "__main__":
+    STEP, SCRATCH, *_ = sides.read_step(__doc__, "torch", "transformers", "safetensors")
 
 import numpy as np
 import safetensors
@@ -359,5 +363,5 @@ def meta(scratch: pathlib.Path) -> dict[str, Any]:
 if __name__ == "__main__":
     torch.set_num_threads(2)
     steps = (forward, vq, generate, gradient, large_layer, reload, meta)
-    step = {f.__name__: f for f in steps}[sys.argv[1]]
-    print(json.dumps(step(pathlib.Path(sys.argv[2]))))
+    step = {f.__name__: f for f in steps}[STEP]
+    print(json.dumps(step(pathlib.Path(SCRATCH))))

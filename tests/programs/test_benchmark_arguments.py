@@ -30,10 +30,13 @@ REQUIRED = {
     **dict.fromkeys(("gpu", "tpu"), "--workdir is required"),
     "loader": "--scratch is required",
     "scaling": "--part is required",
+    "true_size": "--scratch is required",
+    **dict.fromkeys(("true_size_jax", "true_size_torch"), "STEP and SCRATCH are required"),
     **dict.fromkeys(SIDES, "SPEC.json is required"),
 }
 MODULES = (  # imported by the others
     "accelerator", "accelerator_page", "accelerator_parts", "same_weights", "sides",
+    "true_size_make",
 )  # fmt: skip
 SCRIPTS = sorted({path.stem for path in FOLDER.glob("*.py")} - {*MODULES})
 CASES = [(f"{name}.py", word) for name in SCRIPTS for word in ("--help", "--nonsense=1")]
