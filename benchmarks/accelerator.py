@@ -7,7 +7,6 @@ of memory and out of time are results, too; only other failures are repeated by 
 
 import argparse
 import contextlib
-import datetime
 import json
 import os
 import pathlib
@@ -25,6 +24,7 @@ import sides
 from accelerator_parts import Accelerator, Measurement
 
 from medmax_jax import arguments, flops
+from medmax_jax.io.environment import environment
 from medmax_jax.plan import topology
 
 RESTART = 75  # exit code: stopped early, the same command resumes
@@ -63,7 +63,7 @@ def main(device: Accelerator, text: str) -> None:
         print(f"{m.name} ...", file=sys.stderr, flush=True)
         done[m.name] = run(m, args, flops.chip(machine["kind"]))
         results["unfinished"].remove(m.name)
-        results["date"] = datetime.date.today().isoformat()
+        results["environment"] = environment()
         results["comparison"] = _comparison(done)
         _write(path, json.dumps(results, indent=1))
         _write(folder / "page.html", accelerator_page.page(results))

@@ -36,13 +36,11 @@ def page(results: dict[str, Any]) -> str:
     return html_page.document(f"{title} on {chips}", body)
 
 
-def _provenance(results: dict[str, Any]) -> list[str]:
+def _provenance(results: dict[str, Any]) -> dict[str, Any]:
     sides = [s for r in results["measurements"].values() for s in r.get("sides", {}).values()]
     versions = {name: v for side in sides for name, v in side["versions"].items()}
-    return [
-        f"python benchmarks/{results['program']}", results["date"], "random weights",
-        *(f"{name} {version}" for name, version in versions.items()),
-    ]  # fmt: skip
+    facts = {"command": f"python benchmarks/{results['program']}", "weights": "random"}
+    return facts | results["environment"] | versions
 
 
 def _verdicts(

@@ -120,10 +120,11 @@ def test_page_shows_limits_and_what_did_not_fit(seven):
         measurements={
             m.name: measured(m, tokens=8_192.0, attended_length=2_048.0), other.name: failed
         },
-        date="2026-01-01", comparison={}, unfinished=["image: 1 row"],
+        environment={"date": "2026-01-01", "commit": "abc"}, comparison={}, unfinished=["image: 1 row"],
         skipped=dict(train="no --torch_python"),
     )  # fmt: skip
     page = accelerator_page.page(results)
+    assert "date 2026-01-01" in page and "commit abc" in page
     assert "limits of v5p: 459 TFLOP/s in bf16, 2.77 TB/s" in page and "no roofline" not in page
     assert "1 measured, 1 out of memory, 1 not started." in page
     assert f"{failed['plan']['gib']:.3f}" in page and "the same command resumes" in page
