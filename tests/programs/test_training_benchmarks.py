@@ -120,8 +120,8 @@ def test_page_shows_limits_and_what_did_not_fit(seven):
         measurements={
             m.name: measured(m, tokens=8_192.0, attended_length=2_048.0), other.name: failed
         },
-        environment={"date": "2026-01-01", "commit": "abc"}, comparison={}, unfinished=["image: 1 row"],
-        skipped=dict(train="no --torch_python"),
+        environment={"date": "2026-01-01", "commit": "abc"}, comparison={},
+        unfinished=["image: 1 row"], skipped=dict(train="no --torch_python"),
     )  # fmt: skip
     page = accelerator_page.page(results)
     assert "date 2026-01-01" in page and "commit abc" in page
