@@ -270,7 +270,7 @@ def sizes_of_models(draw) -> Sizes:
     )  # fmt: skip
 
 
-@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     sizes=sizes_of_models(),
     dtypes=st.lists(st.sampled_from(["F32", "BF16", "F16"]), min_size=1, max_size=5),

@@ -144,6 +144,7 @@ def test_intervals_hold_over_patients():
     assert abs(np.mean(naive) - world.distance) > 8 * error  # the mean over all pairs is biased
 
 
+@pytest.mark.slow
 def test_equal_sources_are_rarely_separated():
     """Where the true value is 0 the interval is wider than necessary: coverage is higher."""
     world, covered = Population(shift=0.0), 0

@@ -100,7 +100,7 @@ def lora_loss(graph, base, ids, segments, positions):
 
 @pytest.mark.parametrize(
     "policies",
-    [("qkv_attn", "attn", "all"), pytest.param(("dots", "attn_offload"), marks=pytest.mark.slow)],
+    [("attn", "all"), pytest.param(("dots", "qkv_attn", "attn_offload"), marks=pytest.mark.slow)],
     ids=str,
 )
 def test_remat_policies_agree(policies):

@@ -103,6 +103,7 @@ def _same_sharding(a: jax.Array, b: jax.Array) -> None:
     assert jax.typeof(a).sharding.spec == jax.typeof(b).sharding.spec
 
 
+@pytest.mark.slow  # tests/training/test_step.py has the step of a run on all axes
 @pytest.mark.parametrize("shape", [ALL_AXES, *SLOW_MESHES], ids=str)
 def test_training_step_is_the_same_on_every_mesh(shape):
     expected, got = step_on((1, 1, 1)), step_on(shape)

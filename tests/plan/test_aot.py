@@ -50,7 +50,7 @@ print("all-gather" in text, "all-reduce" in text, text.count("tpu_custom_call") 
 @pytest.mark.parametrize(
     "attention, accumulate, remat",
     [
-        ("splash", 2, "attn_offload"),
+        pytest.param("splash", 2, "attn_offload", marks=pytest.mark.slow),
         pytest.param("xla", 1, "attn", marks=pytest.mark.slow),
     ],
 )
